@@ -1,0 +1,72 @@
+# make train: a GPT on real text, in about three minutes on two CPU cores.
+# make test, test-fast, verify, lint; make lock; make clean.
+#
+# PYTHON names the interpreter that .venv is made with, VENV another folder:
+#   make test PYTHON=python3.12 VENV=.venv312
+
+PYTHON ?= python3
+VENV ?= .venv
+WORKDIR ?= runs/tiny
+# Two workers nearly halve the time of compiling; more only wait for cores.
+TEST_FLAGS ?= -n 2
+
+run = $(VENV)/bin/python
+test_extras = test,demo,data,tensorboard,plot,bleu
+locked_extras = $(test_extras),verify,hf,slurm,wandb
+
+.DELETE_ON_ERROR:
+.PHONY: train test test-fast verify lint lock clean
+train: $(VENV)/.demo
+	$(run) train.py --config configs/gpt.py --workdir $(WORKDIR)
+	$(run) eval.py --workdir $(WORKDIR) --tasks=loss,samples
+
+test: $(VENV)/.test
+	$(run) -m pytest $(TEST_FLAGS)
+
+test-fast: $(VENV)/.test
+	$(run) -m pytest $(TEST_FLAGS) -m 'not slow'
+
+verify: $(VENV)/.verify
+	$(run) -m tools.verify
+
+lint: $(VENV)/.test
+	$(run) -m ruff check .
+
+# Writes the constraints file of this Python: once with 3.11, once with 3.12.
+lock: $(VENV)/.made
+	$(run) -m pip install --quiet --dry-run --ignore-installed \
+	  --report $(VENV)/report.json -e '.[$(locked_extras)]'
+	$(run) requirements/lock.py $(VENV)/report.json $(lock)
+
+clean:
+	rm -rf $(VENV) .cache .pytest_cache .ruff_cache build *.egg-info
+
+# Each stamp says that the packages of some extras are in $(VENV).
+version = $(shell $(run) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+lock = requirements/$(if $(filter 3.11,$(version)),py311,py312).txt
+locks = requirements/py311.txt requirements/py312.txt
+
+$(VENV)/.demo: extras = demo
+$(VENV)/.test: extras = $(test_extras)
+$(VENV)/.verify: extras = verify
+
+$(VENV)/.demo $(VENV)/.test $(VENV)/.verify: setup.cfg $(locks) | $(VENV)/.made
+	@echo "Installing archetype[$(extras)] into $(VENV) with $(lock):" \
+	  "some minutes the first time."
+	@$(run) -m pip install --quiet --constraint $(lock) -e '.[$(extras)]'
+	@touch $@
+
+$(VENV)/.made:
+	@sh requirements/venv.sh $(PYTHON) $(VENV) '$(MAKECMDGOALS)'
+	@touch $@
+
+# A Python that was asked for by name must be the one that $(VENV) was made of.
+ifneq ($(origin PYTHON),file)
+ifneq ($(wildcard $(VENV)/.made),)
+asked := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+ifneq ($(asked),$(version))
+$(error $(VENV) was made with Python $(version) and PYTHON=$(PYTHON) is \
+  $(asked): name another folder with VENV=DIR or remove it with 'make clean')
+endif
+endif
+endif

@@ -1,0 +1,1 @@
+"""The parts that the architectures pick from, each looked up by name."""

@@ -1,0 +1,1 @@
+"""Timed comparisons, each run as python -m benchmarks.NAME."""

@@ -1,0 +1,1 @@
+"""Worked sweeps: a base config, and plain loops that call add(...)."""

@@ -1,0 +1,30 @@
+"""What every test runs under: eight virtual CPU devices, and a compile cache.
+
+Set as environment variables, before jax is imported, so that the processes
+which tests start inherit them. A GPU's own run: ARCHETYPE_TEST_PLATFORM=gpu.
+"""
+
+import os
+import pathlib
+import sys
+
+_CACHE = pathlib.Path(__file__).parents[1] / '.cache'
+_PYTHON = 'py{}{}'.format(*sys.version_info[:2])
+_PLATFORM = os.environ.get('ARCHETYPE_TEST_PLATFORM', 'cpu')
+# Eight devices on two busy cores may come late to a collective: on expiry XLA
+# aborts the process.
+_FLAGS = (
+    '--xla_force_host_platform_device_count=8 '
+    '--xla_cpu_collective_call_terminate_timeout_seconds=600')
+
+os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' ' + _FLAGS
+if _PLATFORM == 'cpu':
+  os.environ['JAX_PLATFORMS'] = 'cpu'
+# Each Python has its own jax, and each jax its own executables.
+os.environ.setdefault(
+    'JAX_COMPILATION_CACHE_DIR', str(_CACHE / 'jax' / _PYTHON))
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '-1')
+os.environ['JAX_NUMPY_RANK_PROMOTION'] = 'raise'
+# Tokenised text: kept from one run of the tests to the next.
+os.environ.setdefault('ARCHETYPE_CACHE', str(_CACHE / 'archetype'))

@@ -1,0 +1,1 @@
+"""What people do around a run: count, verify, convert, plan, sweep, report."""

@@ -1,0 +1,1 @@
+"""How a run goes: devices, data, objectives, optimiser, step, checkpoints."""
