@@ -1,0 +1,122 @@
+"""Learning-rate schedules: a warm-up, then the shape that a config names.
+
+At update t (the first is t = 1) of T the rate is
+  lr * min(t / warmup_steps, shape(t)),
+and stays at shape(T) from there on. The shape is 1 until the warm-up ends, so
+the two parts meet. Cosine, linear and wsd arrive at final_fraction at t = T.
+"""
+
+import math
+
+from configs import base as base_config
+import jax.numpy as jnp
+import optax
+
+from architectures.parts.config import one_of, require
+
+
+def _cosine(t, steps, optim):
+  """SGDR (Loshchilov and Hutter 2017, equation 5), without restarts."""
+  low = optim.final_fraction
+  progress = _progress(t, optim.warmup_steps, steps)
+  return low + (1 - low) * 0.5 * (1 + jnp.cos(math.pi * progress))
+
+
+def _linear(t, steps, optim):
+  progress = _progress(t, optim.warmup_steps, steps)
+  return 1 - (1 - optim.final_fraction) * progress
+
+
+def _rsqrt(t, steps, optim):
+  """1 / sqrt(t), scaled to 1 where the warm-up ends (Vaswani et al. 2017)."""
+  del steps
+  return jnp.minimum(1.0, jnp.sqrt(max(optim.warmup_steps, 1) / t))
+
+
+def _wsd(t, steps, optim):
+  """Warm-up, stable, decay (Hu et al. 2024): linear over the last share."""
+  start = steps - round(optim.decay_fraction * steps)
+  return 1 - (1 - optim.final_fraction) * _progress(t, start, steps)
+
+
+def _constant(t, steps, optim):
+  del steps, optim
+  return jnp.ones_like(t)
+
+
+SCHEDULES = {
+    'cosine': _cosine,
+    'linear': _linear,
+    'rsqrt': _rsqrt,
+    'wsd': _wsd,
+    'constant': _constant,
+}
+
+# The fields that a shape reads; another one set is refused, not ignored.
+READS = {
+    'cosine': ('final_fraction',),
+    'linear': ('final_fraction',),
+    'rsqrt': (),
+    'wsd': ('final_fraction', 'decay_fraction'),
+    'constant': (),
+}
+
+
+def make(optim, steps: int) -> optax.Schedule:
+  """Returns the learning rate as a function of the number of updates done.
+
+  Args:
+    optim: config.optim.
+    steps: T, the run's train.steps.
+
+  Raises:
+    ValueError: for an unknown schedule or a value that it cannot honour.
+  """
+  check(optim)
+  shape = SCHEDULES[optim.schedule]
+
+  def schedule(count):
+    t = jnp.asarray(count, jnp.float32) + 1
+    factor = shape(t, steps, optim)
+    if optim.warmup_steps:
+      factor = jnp.minimum(factor, t / optim.warmup_steps)
+    return optim.lr * factor
+
+  return schedule
+
+
+def check(optim) -> None:
+  """Raises ValueError for a schedule field that cannot be honoured."""
+  one_of('optim.schedule', optim.schedule, SCHEDULES)
+  require(optim.lr >= 0, f'optim.lr is {optim.lr}: it must be >= 0')
+  require(optim.warmup_steps >= 0,
+          f'optim.warmup_steps is {optim.warmup_steps}: it must be >= 0')
+  require(0 <= optim.final_fraction <= 1,
+          f'optim.final_fraction is {optim.final_fraction}: choose it in '
+          '[0, 1]')
+  require(0 < optim.decay_fraction <= 1,
+          f'optim.decay_fraction is {optim.decay_fraction}: choose it in '
+          '(0, 1]')
+  refuse_unread(optim, 'schedule', READS)
+
+
+def refuse_unread(optim, selector: str, reads: dict[str, tuple]) -> None:
+  """Raises ValueError for a field that was set and that nothing will read.
+
+  A field counts as set where it differs from the default of configs/base.py.
+  """
+  defaults = base_config.base().optim
+  choice = optim[selector]
+  for field in sorted({f for fields in reads.values() for f in fields}):
+    if field in reads[choice] or optim[field] == defaults[field]:
+      continue
+    readers = ', '.join(n for n, fields in reads.items() if field in fields)
+    raise ValueError(
+        f'optim.{field} is {optim[field]}, which optim.{selector} {choice!r} '
+        f'does not read (it is read by {readers}): leave it at '
+        f'{defaults[field]}, or choose one of these')
+
+
+def _progress(t, start: int, end: int):
+  """How far t is from start to end, in [0, 1]."""
+  return jnp.clip((t - start) / max(end - start, 1), 0.0, 1.0)
