@@ -149,7 +149,7 @@ def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
   """
 
   def clip(updates, _):
-    scale = jnp.minimum(1.0, limit / optax.global_norm(updates))
+    scale = jnp.minimum(1.0, limit / optax.tree.norm(updates))
     return jax.tree.map(lambda u: u * scale.astype(u.dtype), updates)
 
   return optax.stateless(clip)
