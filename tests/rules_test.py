@@ -1,0 +1,135 @@
+"""The house's rules that a program can check, on the source alone."""
+
+import ast
+import pathlib
+import re
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+ROOMS = (
+    'configs', 'architectures/parts', 'architectures', 'training', 'tools',
+    'benchmarks')
+OURS = {'configs', 'architectures', 'training', 'tools', 'benchmarks',
+        'train', 'eval'}
+# Imports run one way. Each room may import what stands here, and itself.
+MAY_IMPORT = {
+    'configs': set(),
+    'architectures/parts': {'configs'},
+    'architectures': {'configs', 'architectures/parts'},
+    'training': {'configs', 'architectures/parts', 'architectures'},
+    'tools': {'configs', 'architectures/parts', 'architectures', 'training'},
+    'benchmarks': {
+        'configs', 'architectures/parts', 'architectures', 'training', 'tools'},
+}
+SOURCES = sorted(
+    [*ROOT.glob('*.py'),
+     *(p for room in OURS | {'tests'} for p in ROOT.glob(f'{room}/**/*.py'))])
+
+
+def _name(path):
+  return str(path.relative_to(ROOT))
+
+
+def _room(name):
+  """Returns the room of a file's or a module's path: a/b/c.py or a/b/c."""
+  return next((r for r in ROOMS if name == r or name.startswith(f'{r}/')), '')
+
+
+def _imports(path):
+  """Yields (module as a path, name imported from it or '')."""
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Import):
+      yield from ((a.name.replace('.', '/'), '') for a in node.names)
+    elif isinstance(node, ast.ImportFrom):
+      assert node.level == 0, f'{_name(path)}: a relative import'
+      for alias in node.names:
+        yield node.module.replace('.', '/'), alias.name
+
+
+def _room_of_import(module, name):
+  return _room(f'{module}/{name}' if name else module)
+
+
+@pytest.mark.parametrize('room', ROOMS)
+def test_imports_run_one_way(room):
+  wrong = []
+  for path in SOURCES:
+    if _room(_name(path)) != room:
+      continue
+    for module, name in _imports(path):
+      top = module.split('/')[0]
+      if top in ('train', 'eval', 'tests'):
+        wrong.append(f'{_name(path)} imports {module}')
+      elif top in OURS:
+        found = _room_of_import(module, name)
+        if found not in MAY_IMPORT[room] | {room}:
+          wrong.append(f'{_name(path)} imports {module} {name}')
+  assert not wrong, '\n'.join(wrong)
+
+
+def test_configs_are_data():
+  allowed = {'ml_collections', 'configs', 'difflib', 'functools', 'itertools',
+             'math', 're', 'typing', 'collections'}
+  for path in SOURCES:
+    if _room(_name(path)) == 'configs':
+      for module, _ in _imports(path):
+        assert module.split('/')[0] in allowed, f'{_name(path)}: {module}'
+
+
+def test_no_module_takes_the_insides_of_another():
+  for path in SOURCES:
+    for module, name in _imports(path):
+      if module.split('/')[0] in OURS and not _name(path).startswith('tests/'):
+        assert not name.startswith('_'), f'{_name(path)}: {module}.{name}'
+
+
+def test_rooms_are_told_apart():
+  assert _room('architectures/parts/norms.py') == 'architectures/parts'
+  assert _room('architectures/gpt.py') == 'architectures'
+  assert _room_of_import('architectures', 'parts') == 'architectures/parts'
+  assert _room('train.py') == ''
+
+
+def _lines(pattern, skip=()):
+  for path in SOURCES:
+    if not _name(path).startswith(('tests/', *skip)):
+      for number, line in enumerate(path.read_text().splitlines(), 1):
+        if re.search(pattern, line):
+          yield f'{_name(path)}:{number}: {line.strip()}'
+
+
+def test_no_default_hides_in_code():
+  hidden = list(_lines(r'(config|cfg|\bc)\.get\(', skip=('configs/',)))
+  assert not hidden, '\n'.join(hidden)
+
+
+def test_no_error_is_swallowed():
+  swallowed = list(_lines(r'except( Base| )?(Exception)?:\s*(pass)?$'))
+  assert not swallowed, '\n'.join(swallowed)
+
+
+def test_nothing_is_left_undone():
+  undone = list(_lines(r'NotImplementedError|\b(TODO|FIXME|XXX)\b'))
+  assert not undone, '\n'.join(undone)
+
+
+def test_files_are_short():
+  long = {_name(p): n for p in SOURCES
+          if (n := p.read_text().count('\n')) > 400}
+  assert not long, long
+
+
+def test_every_module_says_what_it_is():
+  bare = [_name(p) for p in SOURCES
+          if not ast.get_docstring(ast.parse(p.read_text()))]
+  assert not bare, bare
+
+
+def test_no_path_of_one_machine():
+  files = [*SOURCES, *ROOT.glob('*.md'), *ROOT.glob('docs/**/*.md'),
+           *ROOT.glob('.ci/*'), ROOT / 'Makefile', ROOT / 'setup.cfg']
+  home = re.compile(r'(^|[^\w.$}{~])/(home|root|Users|work)/\w')
+  wrong = [f'{_name(p)}: {line}' for p in files
+           for line in p.read_text().splitlines() if home.search(line)]
+  assert not wrong, '\n'.join(wrong)
