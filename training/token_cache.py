@@ -1,0 +1,232 @@
+"""The token cache: each source is tokenised once, then memory-mapped.
+
+An entry is a folder named by a hash of the documents' content and of the
+tokenizer, so it is never stale, and is shared by all runs, whatever their
+split, length or seed. It holds
+
+  tokens.bin     uint16, or uint32 for vocabularies over 65,536: all ids, with
+                 nothing between documents
+  parts.npy      int64 [P + 1]: part p is tokens[parts[p]:parts[p + 1]]
+  kinds.npy      uint8 [P]: each part's index in sources.KINDS
+  bytes.npy      int64 [P]: UTF-8 bytes of each part's text
+  documents.npy  int64 [N + 1]: document n is parts documents[n] to [n + 1]
+  meta.json      what it was made from
+
+It is written beside its final place and renamed, so a killed process leaves
+no half entry, and of two processes that build the same one, either wins. A
+manifest remembers (path, size, mtime) of a source's files and their content
+hash: while they match, the text is not read again.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import time
+import uuid
+from collections.abc import Iterable, Iterator
+
+from absl import logging
+import numpy as np
+
+from training import sources
+from training import token_workers
+
+FORMAT = 1  # Part of the key: raise it when the layout changes.
+CHUNK_CHARS = 1 << 20
+CHUNK_PARTS = 1 << 13
+STALE_SECONDS = 24 * 3600
+
+
+class TokenCache:
+  """A cache entry, memory-mapped. N documents of P parts.
+
+  Attributes:
+    tokens: [T] uint16 or uint32.
+    parts: int64 [P + 1], the parts' bounds in `tokens`.
+    kinds: uint8 [P], indices into sources.KINDS.
+    num_bytes: int64 [P].
+    documents: int64 [N + 1], the documents' bounds in `parts`.
+  """
+
+  def __init__(self, path: pathlib.Path):
+    self.path = pathlib.Path(path)
+    try:
+      meta = json.loads((self.path / 'meta.json').read_text())
+      self.parts, self.kinds, self.num_bytes, self.documents = (
+          np.load(self.path / f'{name}.npy', mmap_mode='r').view(np.ndarray)
+          for name in ('parts', 'kinds', 'bytes', 'documents'))
+      self.tokens = np.memmap(self.path / 'tokens.bin', meta['dtype'],
+                              mode='r').view(np.ndarray)
+      whole = len(self.tokens) == self.parts[-1] == meta['tokens']
+    except (OSError, ValueError, KeyError) as error:
+      raise self._damaged() from error
+    if not whole:
+      raise self._damaged()
+
+  def _damaged(self) -> ValueError:
+    return ValueError(
+        f'the token cache entry {str(self.path)!r} is damaged: delete it, and '
+        'it will be made again.')
+
+  def __reduce__(self):
+    return TokenCache, (self.path,)  # To a worker goes the path alone.
+
+  def __len__(self) -> int:
+    return len(self.documents) - 1
+
+  def document(self, n: int) -> np.ndarray:
+    """Returns the ids [T] of document n, its parts one after the other."""
+    first, last = self.documents[n], self.documents[n + 1]
+    return self.tokens[self.parts[first]:self.parts[last]]
+
+  def document_parts(self, n: int) -> list[tuple[str, np.ndarray]]:
+    """Returns the (kind, ids [T]) parts of document n."""
+    return [(sources.KINDS[self.kinds[p]],
+             self.tokens[self.parts[p]:self.parts[p + 1]])
+            for p in range(self.documents[n], self.documents[n + 1])]
+
+
+def default_dir() -> pathlib.Path:
+  """Returns $ARCHETYPE_CACHE, else ~/.cache/archetype."""
+  return pathlib.Path(os.environ.get('ARCHETYPE_CACHE')
+                      or '~/.cache/archetype').expanduser()
+
+
+def load(source: sources.Source, tokenizer, cache_dir: str = '',
+         workers: int = 0) -> TokenCache:
+  """Returns the source's tokens, tokenising them if no entry has them.
+
+  Args:
+    source: see sources.parse.
+    tokenizer: see tokenizers.load.
+    cache_dir: '' is default_dir().
+    workers: processes that tokenise; 0 is one per CPU core.
+
+  Raises:
+    ValueError: if a document cannot be read, naming the file and line.
+  """
+  root = pathlib.Path(cache_dir).expanduser() if cache_dir else default_dir()
+  stats = _stat(source.files)
+  digest = _content(source, stats, root / 'manifests')
+  key = _hash([FORMAT, digest, tokenizer.fingerprint])
+  path = root / 'tokens' / key
+  if not path.is_dir():
+    _build(source, tokenizer, workers, stats, path)
+  return TokenCache(path)
+
+
+def _content(source: sources.Source, stats, folder: pathlib.Path) -> str:
+  """Returns the hash of the content, from the manifest if files match it."""
+  path = folder / (
+      _hash([source.reader, source.content, source.files]) + '.json')
+  try:
+    manifest = json.loads(path.read_text())
+    if manifest['files'] == stats:
+      return manifest['content']
+  except (OSError, ValueError, KeyError):
+    pass  # None yet, or one that a killed machine left torn: make it again.
+  digest = source.digest()
+  folder.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_suffix(f'.{uuid.uuid4().hex}')
+  temporary.write_text(json.dumps({'files': stats, 'content': digest}))
+  os.replace(temporary, path)
+  return digest
+
+
+def _build(source: sources.Source, tokenizer, workers: int, stats,
+           path: pathlib.Path):
+  """Tokenises the source into `path`, which appears whole or not at all."""
+  started = time.monotonic()
+  path.parent.mkdir(parents=True, exist_ok=True)
+  _sweep(path.parent)
+  temporary = path.parent / f'.building-{uuid.uuid4().hex}'
+  temporary.mkdir()
+  try:
+    total = _write(source, tokenizer, workers, temporary)
+    if _stat(source.files) != stats:
+      raise ValueError(
+          f'data source {source.name!r} changed while it was being read: '
+          'start again when its files are complete.')
+    try:
+      os.rename(temporary, path)
+    except OSError:
+      if not path.is_dir():
+        raise
+      # Another process was first, and its entry is the same.
+  finally:
+    shutil.rmtree(temporary, ignore_errors=True)
+  logging.info('tokenised %s: %d tokens in %.1f s, kept in %s',
+               source.name, total, time.monotonic() - started, path)
+
+
+def _write(source: sources.Source, tokenizer, workers: int,
+           folder: pathlib.Path) -> int:
+  """Writes an entry's files; returns its number of tokens."""
+  wide = tokenizer.vocab_size > 1 << 16
+  dtype = np.uint32 if wide else np.uint16
+  kinds, counts, lengths, num_bytes = [], [], [], []
+  chunks = _chunks(source.documents(), kinds, counts)
+  with open(folder / 'tokens.bin', 'wb') as file:
+    for ids_T, lengths_P, bytes_P in token_workers.encode_chunks(
+        tokenizer, chunks, workers):
+      assert ids_T.max(initial=0) < tokenizer.vocab_size
+      file.write(ids_T.astype(dtype).data)
+      lengths.append(lengths_P)
+      num_bytes.append(bytes_P)
+    file.flush()
+    os.fsync(file.fileno())
+  parts = _bounds(np.concatenate(lengths))
+  if not parts[-1]:
+    raise ValueError(
+        f'data source {source.name!r} is empty: its text has no tokens.')
+  np.save(folder / 'parts.npy', parts)
+  np.save(folder / 'kinds.npy', np.array(kinds, np.uint8))
+  np.save(folder / 'bytes.npy', np.concatenate(num_bytes))
+  np.save(folder / 'documents.npy', _bounds(np.array(counts, np.int64)))
+  (folder / 'meta.json').write_text(json.dumps({
+      'source': source.name, 'tokenizer': tokenizer.name,
+      'fingerprint': tokenizer.fingerprint, 'dtype': np.dtype(dtype).name,
+      'documents': len(counts), 'tokens': int(parts[-1])}, indent=1))
+  return int(parts[-1])
+
+
+def _chunks(documents: Iterable[sources.Document], kinds: list[int],
+            counts: list[int]) -> Iterator[list[str]]:
+  """Yields the parts' texts in chunks; fills in kinds and parts a document."""
+  chunk, chars = [], 0
+  for document in documents:
+    if isinstance(document, str):
+      document = [('text', document)]
+    counts.append(len(document))
+    for kind, text in document:
+      kinds.append(sources.KINDS.index(kind))
+      chunk.append(text)
+      chars += len(text)
+    if chars >= CHUNK_CHARS or len(chunk) >= CHUNK_PARTS:
+      yield chunk
+      chunk, chars = [], 0
+  if chunk:
+    yield chunk
+
+
+def _bounds(lengths: np.ndarray) -> np.ndarray:
+  return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+
+
+def _stat(files: Iterable[str]) -> list[list]:
+  stats = [(path, os.stat(path)) for path in files]
+  return [[path, s.st_size, s.st_mtime_ns] for path, s in stats]
+
+
+def _hash(described) -> str:
+  return hashlib.blake2b(json.dumps(described).encode('utf-8'),
+                         digest_size=16).hexdigest()
+
+
+def _sweep(folder: pathlib.Path):
+  """Removes what processes killed over a day ago were still writing."""
+  for left in folder.glob('.building-*'):
+    if time.time() - left.stat().st_mtime > STALE_SECONDS:
+      shutil.rmtree(left, ignore_errors=True)

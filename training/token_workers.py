@@ -1,0 +1,131 @@
+"""Encodes chunks of text in parallel processes, in order.
+
+The workers are plain interpreters that read pickled chunks on stdin and write
+ids on stdout, each driven by a thread. Unlike multiprocessing's they never
+import `__main__` again, so a caller needs no main guard; unlike a fork they
+are safe after JAX has started its threads. A worker ends when its stdin does,
+however its parent died.
+"""
+
+import collections
+import itertools
+import os
+import pathlib
+import pickle
+import queue
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from concurrent import futures
+
+import numpy as np
+
+Encoded = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def encode_chunk(tokenizer, texts: list[str]) -> Encoded:
+  """Returns uint32 ids_T of all texts in a row, and int64 ids and bytes a text.
+  """
+  ids = tokenizer.encode_batch(texts)
+  ids_T = np.concatenate([np.asarray(i, np.uint32) for i in ids])
+  lengths = np.array([len(i) for i in ids], np.int64)
+  num_bytes = np.array([len(text.encode('utf-8')) for text in texts], np.int64)
+  return ids_T, lengths, num_bytes
+
+
+def encode_chunks(tokenizer, chunks: Iterable[list[str]],
+                  workers: int) -> Iterator[Encoded]:
+  """Yields encode_chunk of every chunk, in order.
+
+  Args:
+    tokenizer: whose `name` loads it again in the workers.
+    chunks: lists of texts; at most three a worker are held at once.
+    workers: processes; 0 is one per CPU core, 1 is this process.
+  """
+  workers = workers or os.cpu_count()
+  chunks = iter(chunks)
+  first = list(itertools.islice(chunks, 2))
+  if workers == 1 or len(first) < 2:
+    for chunk in itertools.chain(first, chunks):
+      yield encode_chunk(tokenizer, chunk)
+    return
+  idle = queue.SimpleQueue()
+  for _ in range(workers):
+    idle.put(None)  # Started at first use: few chunks start few workers.
+  started = []
+
+  def encode(chunk: list[str]) -> Encoded:
+    worker = idle.get()
+    if worker is None:
+      worker = _start(tokenizer.name)
+      started.append(worker)
+    try:
+      return _ask(worker, chunk)
+    finally:
+      idle.put(worker)
+
+  pending = collections.deque()
+  pool = futures.ThreadPoolExecutor(workers)
+  try:
+    for chunk in itertools.chain(first, chunks):
+      pending.append(pool.submit(encode, chunk))
+      if len(pending) >= 3 * workers:
+        yield pending.popleft().result()
+    while pending:
+      yield pending.popleft().result()
+  finally:
+    pool.shutdown(wait=True, cancel_futures=True)
+    for worker in started:
+      worker.kill()
+      worker.communicate()
+
+
+def _start(tokenizer_name: str) -> subprocess.Popen:
+  root = str(pathlib.Path(__file__).resolve().parent.parent)
+  path = os.pathsep.join(filter(None, [root, os.environ.get('PYTHONPATH')]))
+  worker = subprocess.Popen(
+      [sys.executable, '-m', 'training.token_workers'],
+      stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+      env=os.environ | {'PYTHONPATH': path, 'TOKENIZERS_PARALLELISM': 'false'})
+  pickle.dump(tokenizer_name, worker.stdin)
+  return worker
+
+
+def _ask(worker: subprocess.Popen, chunk: list[str]) -> Encoded:
+  try:
+    pickle.dump(chunk, worker.stdin, protocol=pickle.HIGHEST_PROTOCOL)
+    worker.stdin.flush()
+    answer = pickle.load(worker.stdout)
+  except (EOFError, OSError, pickle.UnpicklingError) as error:
+    raise RuntimeError(
+        f'a tokenizer process ended early (exit code {worker.poll()}): it was '
+        'killed, perhaps for memory.') from error
+  if isinstance(answer, str):
+    raise ValueError(answer)
+  return answer
+
+
+def _work():
+  """What a worker does: chunks in on stdin, ids out on stdout."""
+  from training import tokenizers  # pylint: disable=g-import-not-at-top
+  signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's.
+  answers = os.fdopen(os.dup(1), 'wb')
+  os.dup2(2, 1)  # Nothing printed may mix with the answers.
+  requests = sys.stdin.buffer
+  tokenizer = tokenizers.load(pickle.load(requests))
+  while True:
+    try:
+      chunk = pickle.load(requests)
+    except EOFError:
+      return
+    try:
+      answer = encode_chunk(tokenizer, chunk)
+    except Exception as error:  # To be raised again by the parent.
+      answer = f'tokenizer {tokenizer.name!r} failed: {error}'
+    pickle.dump(answer, answers, protocol=pickle.HIGHEST_PROTOCOL)
+    answers.flush()
+
+
+if __name__ == '__main__':
+  _work()

@@ -1,0 +1,315 @@
+"""Tokenizers behind one small interface: text to ids, and back.
+
+`load(spec)` takes data.tokenizer: `bytes`, a Hugging Face tokenizer.json, a
+folder (GPT-2's encoder.json + vocab.bpe, vocab.json + merges.txt, or one that
+holds a tokenizer.json or a sentencepiece model), or a sentencepiece `.model`.
+
+No tokenizer adds special tokens by itself, and none reads them out of plain
+text: '<|endoftext|>' typed inside a document is spelt, not obeyed. Whoever
+lays out a sequence (packing, objectives, generation) places the special ids.
+"""
+
+import hashlib
+import json
+import pathlib
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+# Where a file's own tokenizer_config.json says nothing, the special tokens
+# are the first of these that the vocabulary holds.
+SPECIAL_NAMES = {
+    'bos': ('<|begin_of_text|>', '<s>', '<bos>', '<|startoftext|>'),
+    'eos': ('<|end_of_text|>', '<|endoftext|>', '</s>', '<eos>'),
+    'pad': ('[PAD]', '<pad>', '<|pad|>', '<|finetune_right_pad_id|>'),
+    'mask': ('[MASK]', '<mask>', '<|mask|>'),
+    'cls': ('[CLS]', '<cls>'),
+    'sep': ('[SEP]', '<sep>'),
+}
+SENTINELS = 100  # T5's <extra_id_0> to <extra_id_99>
+
+
+class Tokenizer:
+  """What the rest of the project knows of a tokenizer.
+
+  Attributes:
+    name: the spec that it was loaded from.
+    vocab_size: one more than the highest id. model.vocab_size=0 takes it.
+    special_ids: {'bos' | 'eos' | 'pad' | 'mask' | 'cls' | 'sep': id}, of the
+      special tokens that this vocabulary has.
+    sentinel_ids: ids of <extra_id_0>, <extra_id_1>, ... in that order.
+    fingerprint: changes when any text could be encoded otherwise.
+  """
+
+  name: str
+  vocab_size: int
+  special_ids: dict[str, int]
+  sentinel_ids: tuple[int, ...] = ()
+  fingerprint: str
+
+  def __reduce__(self):
+    return load, (self.name,)  # To a worker goes the name alone.
+
+  def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    """Returns one int32 [T] array for each text."""
+    raise NotImplementedError
+
+  def encode(self, text: str) -> np.ndarray:
+    """Returns the int32 [T] ids of one text."""
+    return self.encode_batch([text])[0]
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """Returns the text; special tokens spell nothing."""
+    return self.decode_bytes(ids).decode('utf-8', errors='replace')
+
+  def decode_bytes(self, ids: Iterable[int]) -> bytes:
+    """Returns the UTF-8 bytes of the text, perhaps cut inside a character."""
+    raise NotImplementedError
+
+  def num_bytes(self, ids: Iterable[int]) -> int:
+    """Returns how many bytes of text the ids spell, for bits per byte."""
+    return len(self.decode_bytes(ids))
+
+  def special(self, name: str) -> int:
+    """Returns the id of a special token.
+
+    Raises:
+      ValueError: if the vocabulary has none, naming those that it has.
+    """
+    if name not in self.special_ids:
+      raise ValueError(
+          f'tokenizer {self.name!r} has no {name!r} token: '
+          f'it has {", ".join(self.special_ids) or "none"}.')
+    return self.special_ids[name]
+
+  @property
+  def separator_id(self) -> int:
+    """The id between documents, which also starts each: eos, or BERT's sep."""
+    return self.special('eos' if 'sep' not in self.special_ids
+                        or 'eos' in self.special_ids else 'sep')
+
+  bos_id = property(lambda self: self.special('bos'))
+  eos_id = property(lambda self: self.special('eos'))
+  pad_id = property(lambda self: self.special('pad'))
+  mask_id = property(lambda self: self.special('mask'))
+  cls_id = property(lambda self: self.special('cls'))
+  sep_id = property(lambda self: self.special('sep'))
+
+
+class Bytes(Tokenizer):
+  """UTF-8 bytes as ids 0 to 255, then 128 special ids: 384 = 3 x 128 in all.
+
+  256 to 261 are pad, bos, eos, mask, cls and sep, 262 to 283 are free, and
+  the last hundred are the sentinels. A multiple of 128 keeps the embedding
+  and the logits divisible on every mesh; ByT5 has 384 for the same reason.
+  """
+
+  def __init__(self):
+    self.name = 'bytes'
+    self.vocab_size = 384
+    names = ('pad', 'bos', 'eos', 'mask', 'cls', 'sep')
+    self.special_ids = {name: 256 + i for i, name in enumerate(names)}
+    self.sentinel_ids = tuple(range(384 - SENTINELS, 384))
+    self.fingerprint = 'bytes-384'
+
+  def encode_batch(self, texts):
+    return [np.frombuffer(text.encode('utf-8'), np.uint8).astype(np.int32)
+            for text in texts]
+
+  def decode_bytes(self, ids):
+    return bytes(int(i) for i in ids if i < 256)
+
+
+class HuggingFace(Tokenizer):
+  """A `tokenizers` pipeline: BPE, unigram or WordPiece."""
+
+  def __init__(self, name: str, tokenizer, special_ids: dict[str, int]):
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    tokenizer.encode_special_tokens = True
+    self.name = name
+    self._tokenizer = tokenizer
+    vocab = tokenizer.get_vocab(with_added_tokens=True)
+    self.vocab_size = 1 + max(vocab.values())
+    self.special_ids = special_ids
+    self.sentinel_ids = _sentinels(vocab.get)
+    described = json.dumps([tokenizer.to_str(), special_ids])
+    self.fingerprint = _digest(described.encode('utf-8'))
+    self._bytes_of_id = _byte_level_table(tokenizer, vocab)
+
+  def encode_batch(self, texts):
+    encodings = self._tokenizer.encode_batch_fast(
+        list(texts), add_special_tokens=False)
+    return [np.asarray(encoding.ids, np.int32) for encoding in encodings]
+
+  def decode_bytes(self, ids):
+    ids = [int(i) for i in ids]
+    if self._bytes_of_id is not None:
+      return b''.join(self._bytes_of_id.get(i, b'') for i in ids)
+    return self._tokenizer.decode(ids).encode('utf-8')
+
+
+class SentencePiece(Tokenizer):
+  """A sentencepiece model, such as LLaMA's tokenizer.model."""
+
+  def __init__(self, path: pathlib.Path):
+    try:
+      import sentencepiece  # pylint: disable=g-import-not-at-top
+    except ImportError as error:
+      raise ValueError(
+          f'tokenizer {str(path)!r} needs the package sentencepiece: '
+          "pip install 'archetype[data]'.") from error
+    data = path.read_bytes()
+    try:
+      model = sentencepiece.SentencePieceProcessor(model_proto=data)
+    except RuntimeError as error:
+      raise ValueError(
+          f'tokenizer {str(path)!r} is not a sentencepiece model.') from error
+    self.name = str(path)
+    self._model = model
+    self.vocab_size = model.vocab_size()
+    known = {model.id_to_piece(i): i for i in range(self.vocab_size)}
+    ids = {'bos': model.bos_id(), 'eos': model.eos_id(),
+           'pad': model.pad_id()}
+    self.special_ids = _named_specials(known.get)
+    self.special_ids |= {name: i for name, i in ids.items() if i >= 0}
+    self.sentinel_ids = _sentinels(known.get)
+    self.fingerprint = _digest(data)
+    self._hidden = set(self.special_ids.values()) | {
+        i for i in known.values() if model.is_control(i)}
+
+  def encode_batch(self, texts):
+    return [np.asarray(ids, np.int32)
+            for ids in self._model.encode(list(texts))]
+
+  def decode_bytes(self, ids):
+    ids = [int(i) for i in ids]
+    shown = [i for i in ids if i not in self._hidden]
+    return self._model.decode(shown).encode('utf-8')
+
+
+def load(spec: str) -> Tokenizer:
+  """Returns the tokenizer that data.tokenizer names.
+
+  Raises:
+    ValueError: if there is no such file, or it is not a tokenizer.
+  """
+  if spec == 'bytes':
+    return Bytes()
+  path = pathlib.Path(spec).expanduser()
+  if path.is_dir():
+    for names, read in FOLDERS.items():
+      if all((path / name).is_file() for name in names):
+        return read(spec, *(path / name for name in names))
+    wanted = '; '.join(' + '.join(names) for names in FOLDERS)
+    raise ValueError(
+        f'tokenizer folder {spec!r} holds none of: {wanted}.')
+  if path.is_file() and path.suffix in FILES:
+    return FILES[path.suffix](spec, path)
+  raise ValueError(
+      f'unknown tokenizer {spec!r}: choose bytes, a tokenizer.json, a '
+      'sentencepiece .model, or a folder with encoder.json + vocab.bpe'
+      + ('.' if path.exists() else '; there is no such file or folder.'))
+
+
+def _read_json(spec: str, path: pathlib.Path) -> HuggingFace:
+  """Reads a tokenizer.json, and the tokenizer_config.json beside it."""
+  import tokenizers  # pylint: disable=g-import-not-at-top
+  try:
+    tokenizer = tokenizers.Tokenizer.from_file(str(path))
+  except Exception as error:  # tokenizers raises bare Exception.
+    raise ValueError(
+        f'tokenizer {spec!r} is not a Hugging Face tokenizer.json: '
+        f'{error}.') from error
+  added = {token.content: i for i, token
+           in tokenizer.get_added_tokens_decoder().items() if token.special}
+  special_ids = _named_specials(added.get)
+  config = path.parent / 'tokenizer_config.json'
+  if config.is_file():
+    described = json.loads(config.read_text(encoding='utf-8'))
+    for name in SPECIAL_NAMES:
+      token = described.get(f'{name}_token')
+      token = token.get('content') if isinstance(token, dict) else token
+      if token and tokenizer.token_to_id(token) is not None:
+        special_ids[name] = tokenizer.token_to_id(token)
+  return HuggingFace(spec, tokenizer, special_ids)
+
+
+def _read_gpt2(spec: str, encoder: pathlib.Path,
+               merges: pathlib.Path) -> HuggingFace:
+  """Reads GPT-2's pair of files (Radford et al., 2019, encoder.py)."""
+  import tokenizers  # pylint: disable=g-import-not-at-top
+  try:
+    vocab = json.loads(encoder.read_text(encoding='utf-8'))
+    lines = merges.read_text(encoding='utf-8').split('\n')
+    lines = lines[1:] if lines[0].startswith('#version') else lines
+    pairs = [tuple(line.split()) for line in lines if line.strip()]
+    model = tokenizers.models.BPE(vocab, pairs)
+  except Exception as error:  # tokenizers raises bare Exception.
+    raise ValueError(
+        f'tokenizer {spec!r}: {encoder.name} and {merges.name} are not a '
+        f'byte-level BPE vocabulary and its merges: {error}.') from error
+  tokenizer = tokenizers.Tokenizer(model)
+  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+      add_prefix_space=False)
+  tokenizer.decoder = tokenizers.decoders.ByteLevel()
+  special_ids = _named_specials(vocab.get)
+  token_of = {i: token for token, i in vocab.items()}
+  tokenizer.add_special_tokens([token_of[i] for i in special_ids.values()])
+  return HuggingFace(spec, tokenizer, special_ids)
+
+
+def _digest(data: bytes) -> str:
+  return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def _named_specials(id_of) -> dict[str, int]:
+  """Returns the special tokens that a vocabulary has by their usual names."""
+  found = {}
+  for kind, names in SPECIAL_NAMES.items():
+    ids = [id_of(name) for name in names if id_of(name) is not None]
+    if ids:
+      found[kind] = ids[0]
+  return found
+
+
+def _sentinels(id_of) -> tuple[int, ...]:
+  ids = [id_of(f'<extra_id_{i}>') for i in range(SENTINELS)]
+  return tuple(i for i in ids if i is not None)
+
+
+def _byte_level_table(tokenizer, vocab) -> dict[int, bytes] | None:
+  """Returns {id: the bytes it spells} of a byte-level BPE, or None.
+
+  Such a vocabulary writes each byte as one printable character, so a token's
+  bytes are known exactly even where a window cuts a character in two.
+  """
+  import tokenizers  # pylint: disable=g-import-not-at-top
+  if not isinstance(tokenizer.decoder, tokenizers.decoders.ByteLevel):
+    return None
+  printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+  others = [b for b in range(256) if b not in set(printable)]
+  byte_of = {chr(b): b for b in printable}
+  byte_of |= {chr(256 + i): b for i, b in enumerate(others)}
+  table = {}
+  added = tokenizer.get_added_tokens_decoder()
+  for token, i in vocab.items():
+    if i in added:
+      table[i] = b'' if added[i].special else token.encode('utf-8')
+    elif byte_of.keys() >= set(token):
+      table[i] = bytes(byte_of[c] for c in token)
+  return table
+
+
+# What a folder may hold; the first that it holds entirely wins.
+FOLDERS = {
+    ('tokenizer.json',): _read_json,
+    ('encoder.json', 'vocab.bpe'): _read_gpt2,
+    ('vocab.json', 'merges.txt'): _read_gpt2,
+    ('tokenizer.model',): lambda _, path: SentencePiece(path),
+    ('spiece.model',): lambda _, path: SentencePiece(path),
+}
+FILES = {
+    '.json': _read_json,
+    '.model': lambda _, path: SentencePiece(path),
+}
