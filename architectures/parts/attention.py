@@ -1,0 +1,171 @@
+"""Multi-head attention: softmax(scale * q k^T + bias) v over visible keys.
+
+Heads may share keys and values (grouped heads: Ainslie et al. 2023, num_kv
+heads = 1: Shazeer 2019), be banded (a query sees the last `sliding_window`
+keys), capped (softcap * tanh(score / softcap), Gemma 2), have normalised
+queries and keys (QK-norm) and a learned sink per head in the denominator.
+"""
+
+from typing import Optional
+
+import chex
+import flax.linen as nn
+from flax import struct
+import jax
+import jax.numpy as jnp
+
+from architectures.parts import linear
+from architectures.parts import norms
+from architectures.parts import positions
+from architectures.parts import sharding
+from architectures.parts.config import LayerKind, ModelConfig
+
+MASKED = -1e30  # finite, so that a row that sees nothing is no NaN
+
+
+@struct.dataclass
+class Context:
+  """What every layer of a stack is told, besides its input.
+
+  A leading dimension may be 1 where all rows agree. Tokens see each other
+  only within one segment id; padding has an id of its own (0).
+  """
+  positions_BL: jax.Array
+  segment_ids_BL: Optional[jax.Array] = None
+  bias_BHLM: Optional[jax.Array] = None  # on the scores of self-attention
+  memory_BMD: Optional[jax.Array] = None  # for cross-attention
+  memory_segment_ids_BM: Optional[jax.Array] = None
+  prefix_B: Optional[jax.Array] = None  # keys before it are seen by all
+  deterministic: bool = struct.field(pytree_node=False, default=True)
+
+
+@struct.dataclass
+class Cache:
+  """A layer's keys and values; slot m holds the token at position m."""
+  key_BMJK: jax.Array
+  value_BMJK: jax.Array
+
+  def write(self, key_BLJK, value_BLJK, positions_BL) -> 'Cache':
+    """Puts L new tokens at their positions (a row's are consecutive)."""
+    def put(slots, new):
+      starts = jnp.broadcast_to(positions_BL[:, 0], new.shape[:1])
+      return jax.vmap(
+          lambda s, n, i: jax.lax.dynamic_update_slice_in_dim(s, n, i, 0)
+      )(slots, new.astype(slots.dtype), starts)
+    return Cache(put(self.key_BMJK, key_BLJK), put(self.value_BMJK, value_BLJK))
+
+
+def visible(kind: LayerKind, window: int, q_positions_BL: jax.Array,
+            k_positions_BM: jax.Array, q_segments_BL=None,
+            k_segments_BM=None, prefix_B=None) -> Optional[jax.Array]:
+  """Which keys each query sees: bool [B or 1, L, M]; None: all."""
+  q, k = q_positions_BL[:, :, None], k_positions_BM[:, None]
+  seen = []
+  if kind.causal:
+    causal = k <= q
+    if prefix_B is not None:
+      causal |= k < prefix_B[:, None, None]
+    seen.append(causal)
+  if kind.attention == 'banded':
+    seen.append(jnp.abs(q - k) < window)
+  if q_segments_BL is not None:
+    seen.append(q_segments_BL[:, :, None] == k_segments_BM[:, None])
+  if not seen:
+    return None
+  mask = seen[0]
+  for more in seen[1:]:
+    mask = mask & more
+  return mask
+
+
+def attend(q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array, *,
+           scale: float, mask_BLM=None, bias_BHLM=None, softcap: float = 0.0,
+           sink_H=None) -> jax.Array:
+  """Weighted values [B, L, H, K]; the softmax is taken in float32."""
+  B, L, H, K = q_BLHK.shape
+  M, J = k_BMJK.shape[1:3]
+  chex.assert_shape([k_BMJK, v_BMJK], (B, M, J, K))
+  q_BLJRK = q_BLHK.reshape(B, L, J, H // J, K) * scale
+  s_BJRLM = jnp.einsum('BLJRK,BMJK->BJRLM', q_BLJRK, k_BMJK,
+                       preferred_element_type=jnp.float32)
+  if softcap:
+    s_BJRLM = softcap * jnp.tanh(s_BJRLM / softcap)
+  if bias_BHLM is not None:
+    s_BJRLM += bias_BHLM.reshape(-1, J, H // J, *bias_BHLM.shape[2:])
+  if mask_BLM is not None:
+    s_BJRLM = jnp.where(mask_BLM[:, None, None], s_BJRLM, MASKED)
+  if sink_H is None:
+    p_BJRLM = jax.nn.softmax(s_BJRLM, -1)
+  else:
+    sink = sink_H.astype(jnp.float32).reshape(1, J, H // J, 1, 1)
+    sink = jnp.broadcast_to(sink, (*s_BJRLM.shape[:-1], 1))
+    p_BJRLM = jax.nn.softmax(jnp.concatenate([s_BJRLM, sink], -1), -1)
+    p_BJRLM = p_BJRLM[..., :-1]
+  o_BLJRK = jnp.einsum('BJRLM,BMJK->BLJRK', p_BJRLM.astype(v_BMJK.dtype),
+                       v_BMJK)
+  return o_BLJRK.reshape(B, L, H, K)
+
+
+class Attention(nn.Module):
+  """(x_BLD, context, cache) -> (y_BLD, cache), over x itself or the memory."""
+  config: ModelConfig
+  kind: LayerKind
+  cross: bool = False
+
+  @nn.compact
+  def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[Cache]):
+    c = self.config
+    rotary = c.position == 'rope' and not self.cross
+    source_BMD = ctx.memory_BMD if self.cross else x_BLD
+    q_BLHK = self._project('query', x_BLD, c.num_heads, 'heads')
+    k_BMJK = self._project('key', source_BMD, c.num_kv_heads, 'kv_heads')
+    v_BMJK = self._project('value', source_BMD, c.num_kv_heads, 'kv_heads')
+    if c.qk_norm:
+      q_BLHK = norms.norm(c, 'query_norm', 'head')(q_BLHK)
+      k_BMJK = norms.norm(c, 'key_norm', 'head')(k_BMJK)
+    if rotary:
+      q_BLHK = positions.rotate(q_BLHK, ctx.positions_BL, c)
+      k_BMJK = positions.rotate(k_BMJK, ctx.positions_BL, c)
+    k_positions_BM, k_segments_BM = ctx.positions_BL, ctx.segment_ids_BL
+    if cache is not None and not self.cross:
+      cache = cache.write(k_BMJK, v_BMJK, ctx.positions_BL)
+      k_BMJK, v_BMJK = cache.key_BMJK, cache.value_BMJK
+      k_positions_BM = jnp.arange(k_BMJK.shape[1])[None]
+    mask_BLM, bias_BHLM = None, ctx.bias_BHLM
+    if self.cross:
+      bias_BHLM = None
+      if ctx.memory_segment_ids_BM is not None:
+        ids_BL = ctx.segment_ids_BL
+        ids_BL = jnp.ones((1, 1), jnp.int32) if ids_BL is None else ids_BL
+        mask_BLM = ids_BL[:, :, None] == ctx.memory_segment_ids_BM[:, None]
+    else:
+      mask_BLM = visible(self.kind, c.sliding_window, ctx.positions_BL,
+                         k_positions_BM, ctx.segment_ids_BL, k_segments_BM,
+                         ctx.prefix_B)
+      if c.position == 'alibi':
+        bias_BHLM = positions.alibi(ctx.positions_BL, k_positions_BM,
+                                    c.num_heads)
+    sink_H = (linear.bias(self, 'sink', (c.num_heads,), ('heads',))
+              if c.attention_sinks else None)
+    o_BLHK = attend(q_BLHK, k_BMJK, v_BMJK, scale=c.attention_scale,
+                    mask_BLM=mask_BLM, bias_BHLM=bias_BHLM,
+                    softcap=c.attention_softcap, sink_H=sink_H)
+    o_BLHK = sharding.constrain(o_BLHK, 'batch', 'length', 'heads', 'head')
+    out_HKD = linear.weight(self, 'out', (c.num_heads, c.head_dim, c.d_model),
+                            ('heads', 'head', 'embed'), in_axes=(0, 1),
+                            residual=True)
+    y_BLD = linear.einsum('BLHK,HKD->BLD', o_BLHK, out_HKD, c.compute_dtype)
+    if c.attention_bias:
+      y_BLD = linear.add_bias(
+          y_BLD, linear.bias(self, 'out_bias', (c.d_model,), ('embed',)))
+    return y_BLD, cache
+
+  def _project(self, name, x_BLD, heads, axis):
+    c = self.config
+    w_DHK = linear.weight(self, name, (c.d_model, heads, c.head_dim),
+                          ('embed', axis, 'head'))
+    y_BLHK = linear.einsum('BLD,DHK->BLHK', x_BLD, w_DHK, c.compute_dtype)
+    if c.attention_bias:
+      y_BLHK = linear.add_bias(y_BLHK, linear.bias(
+          self, f'{name}_bias', (heads, c.head_dim), (axis, 'head')))
+    return sharding.constrain(y_BLHK, 'batch', 'length', axis, 'head')

@@ -1,0 +1,117 @@
+"""Block wirings, side by side. Each is (x, context, cache) -> (x, cache, aux).
+
+pre_norm   x + A(n(x)); x + F(n(x))            (GPT-2, LLaMA, T5)
+post_norm  n(x + A(x)); n(x + F(x))            (the Transformer, BERT)
+parallel   x + A(n1(x)) + F(n2(x))             (GPT-NeoX)
+sandwich   x + n(A(n(x))); x + n(F(n(x)))      (CogView, Gemma 2)
+
+A is self-attention and, in a decoder with a memory, C follows it wired alike.
+"""
+
+from typing import Optional
+
+import flax.linen as nn
+import jax
+
+from architectures.parts import sharding
+from architectures.parts.attention import Attention, Cache, Context
+from architectures.parts.config import LayerKind, ModelConfig
+from architectures.parts.ffn import ffn
+from architectures.parts.norms import norm
+
+
+class Block(nn.Module):
+  """What the wirings share: their parts by name."""
+  config: ModelConfig
+  kind: LayerKind
+
+  def norm(self, name: str) -> nn.Module:
+    return norm(self.config, name)
+
+  def attention(self) -> nn.Module:
+    return Attention(self.config, self.kind, name='attention')
+
+  def cross_attention(self) -> nn.Module:
+    return Attention(self.config, self.kind, cross=True,
+                     name='cross_attention')
+
+  def ffn(self) -> nn.Module:
+    return ffn(self.config, self.kind.ffn)
+
+  def drop(self, x: jax.Array, ctx: Context) -> jax.Array:
+    return nn.Dropout(self.config.dropout)(
+        x, deterministic=ctx.deterministic)
+
+
+def residual(x_BLD: jax.Array) -> jax.Array:
+  """Pins the residual stream, so that XLA never reshards it in between."""
+  return sharding.constrain(x_BLD, 'batch', 'length', 'embed')
+
+
+class PreNorm(Block):
+
+  @nn.compact
+  def __call__(self, x_BLD, ctx: Context, cache: Optional[Cache]):
+    y_BLD, cache = self.attention()(
+        self.norm('attention_norm')(x_BLD), ctx, cache)
+    x_BLD = x_BLD + self.drop(y_BLD, ctx)
+    if self.kind.cross:
+      y_BLD, cache = self.cross_attention()(
+          self.norm('cross_norm')(x_BLD), ctx, cache)
+      x_BLD = x_BLD + self.drop(y_BLD, ctx)
+    y_BLD, aux = self.ffn()(self.norm('ffn_norm')(x_BLD), ctx)
+    return residual(x_BLD + self.drop(y_BLD, ctx)), cache, aux
+
+
+class PostNorm(Block):
+
+  @nn.compact
+  def __call__(self, x_BLD, ctx: Context, cache: Optional[Cache]):
+    y_BLD, cache = self.attention()(x_BLD, ctx, cache)
+    x_BLD = self.norm('attention_norm')(x_BLD + self.drop(y_BLD, ctx))
+    if self.kind.cross:
+      y_BLD, cache = self.cross_attention()(x_BLD, ctx, cache)
+      x_BLD = self.norm('cross_norm')(x_BLD + self.drop(y_BLD, ctx))
+    y_BLD, aux = self.ffn()(x_BLD, ctx)
+    x_BLD = self.norm('ffn_norm')(x_BLD + self.drop(y_BLD, ctx))
+    return residual(x_BLD), cache, aux
+
+
+class Parallel(Block):
+
+  @nn.compact
+  def __call__(self, x_BLD, ctx: Context, cache: Optional[Cache]):
+    y_BLD, cache = self.attention()(
+        self.norm('attention_norm')(x_BLD), ctx, cache)
+    if self.kind.cross:
+      z_BLD, cache = self.cross_attention()(
+          self.norm('cross_norm')(x_BLD), ctx, cache)
+      y_BLD = y_BLD + z_BLD
+    z_BLD, aux = self.ffn()(self.norm('ffn_norm')(x_BLD), ctx)
+    return residual(x_BLD + self.drop(y_BLD + z_BLD, ctx)), cache, aux
+
+
+class Sandwich(Block):
+
+  @nn.compact
+  def __call__(self, x_BLD, ctx: Context, cache: Optional[Cache]):
+    y_BLD, cache = self.attention()(
+        self.norm('attention_norm')(x_BLD), ctx, cache)
+    y_BLD = self.norm('attention_out_norm')(y_BLD)
+    x_BLD = x_BLD + self.drop(y_BLD, ctx)
+    if self.kind.cross:
+      y_BLD, cache = self.cross_attention()(
+          self.norm('cross_norm')(x_BLD), ctx, cache)
+      y_BLD = self.norm('cross_out_norm')(y_BLD)
+      x_BLD = x_BLD + self.drop(y_BLD, ctx)
+    y_BLD, aux = self.ffn()(self.norm('ffn_norm')(x_BLD), ctx)
+    y_BLD = self.norm('ffn_out_norm')(y_BLD)
+    return residual(x_BLD + self.drop(y_BLD, ctx)), cache, aux
+
+
+BLOCKS = {
+    'pre_norm': PreNorm,
+    'post_norm': PostNorm,
+    'parallel': Parallel,
+    'sandwich': Sandwich,
+}

@@ -1,0 +1,273 @@
+"""The model config: one frozen, hashable dataclass that validates itself.
+
+Axis legend, for every array of the project:
+B batch, L length, M memory length (what is attended to), D d_model, H query
+heads, J key-value heads, R = H/J, K head size, F d_ff, V vocabulary, N layers,
+E experts, C expert capacity, G routing groups, S group size, T tokens (= G*S).
+"""
+
+import dataclasses
+import difflib
+import math
+from typing import Any, Mapping
+
+import jax.numpy as jnp
+
+NORMS = ('layernorm', 'rmsnorm')
+POSITIONS = ('learned', 'sinusoidal', 'rope', 'alibi', 'relative', 'none')
+DENSE_FFNS = ('relu', 'gelu', 'gelu_tanh', 'geglu', 'geglu_tanh', 'swiglu')
+BLOCKS = ('pre_norm', 'post_norm', 'parallel', 'sandwich')
+ATTENTIONS = ('global', 'banded')
+ROPE_SCALINGS = ('none', 'linear', 'ntk', 'llama3', 'yarn')
+INITS = ('normal', 'scaled_normal', 'fan_in')
+REMATS = ('none', 'full', 'dots')
+DTYPES = ('float32', 'bfloat16')
+
+
+def one_of(name: str, value: str, choices) -> None:
+  """Raises ValueError unless `value` is one of `choices`."""
+  if value not in choices:
+    near = difflib.get_close_matches(str(value), list(choices), n=1)
+    hint = f' Did you mean {near[0]!r}?' if near else ''
+    raise ValueError(
+        f'unknown {name} {value!r}: choose from {", ".join(choices)}.{hint}')
+
+
+def require(condition: bool, sentence: str) -> None:
+  """Raises ValueError with `sentence` unless `condition` holds."""
+  if not condition:
+    raise ValueError(sentence)
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+  """Rotary positions (Su et al. 2021) and how they stretch past training."""
+  theta: float
+  fraction: float
+  scaling: str
+  factor: float
+  original_len: int
+  low_freq_factor: float
+  high_freq_factor: float
+  beta_fast: float
+  beta_slow: float
+
+
+@dataclasses.dataclass(frozen=True)
+class RelativeConfig:
+  """T5's bucketed relative positions (Raffel et al. 2020, section 2.1)."""
+  buckets: int
+  max_distance: int
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+  """Experts and their router; see parts/routing.py and parts/experts.py."""
+  num_experts: int
+  top_k: int
+  router: str
+  ffn: str
+  every: int
+  d_ff: int
+  shared_experts: int
+  dispatch: str
+  capacity_factor: float
+  eval_capacity_factor: float
+  normalize_gates: bool
+  jitter: float
+  logit_noise: float
+  balance_loss: str
+  balance_weight: float
+  z_loss_weight: float
+  expert_dropout: float
+  group_size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerKind:
+  """What one layer of the pattern holds."""
+  attention: str  # global | banded
+  ffn: str
+  causal: bool = True
+  cross: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """Every field of `config.model`, with the derived ones filled in."""
+  arch: str
+  d_model: int
+  num_layers: int
+  num_decoder_layers: int
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  d_ff: int
+  vocab_size: int
+  max_len: int
+  type_vocab_size: int
+  norm: str
+  norm_eps: float
+  embed_norm: bool
+  position: str
+  learned_stretch: float
+  rope: RopeConfig
+  relative: RelativeConfig
+  ffn: str
+  block: str
+  attention: str
+  sliding_window: int
+  attention_softcap: float
+  qk_norm: bool
+  attention_sinks: bool
+  attention_scale: float
+  attention_bias: bool
+  ffn_bias: bool
+  tie_embeddings: bool
+  embed_scale: float
+  logits_scale: float
+  logits_softcap: float
+  logits_bias: bool
+  dropout: float
+  init: str
+  init_stddev: float
+  dtype: str
+  param_dtype: str
+  scan_layers: bool
+  remat: str
+  moe: MoEConfig
+
+  def __post_init__(self):
+    _validate(self)
+
+  @property
+  def compute_dtype(self):
+    return jnp.dtype(self.dtype)
+
+  @property
+  def attention_pattern(self) -> tuple[str, ...]:
+    return tuple(self.attention.split(','))
+
+  def layer_pattern(self, *, causal: bool = True,
+                    cross: bool = False) -> tuple[LayerKind, ...]:
+    """The kinds of layer in one period; layers repeat it.
+
+    Attention kinds repeat with the length of their pattern. With `moe`, the
+    last of every `moe.every` layers has experts and the others `moe.ffn`, as
+    in GShard and Switch (every other layer, the second first).
+    """
+    attention = self.attention_pattern
+    every = self.moe.every if self.ffn == 'moe' else 1
+    def ffn(i):
+      if self.ffn != 'moe':
+        return self.ffn
+      return 'moe' if i % every == every - 1 else self.moe.ffn
+    return tuple(
+        LayerKind(attention[i % len(attention)], ffn(i), causal, cross)
+        for i in range(math.lcm(len(attention), every)))
+
+
+def make(fields: Mapping[str, Any]) -> ModelConfig:
+  """Builds the frozen config from `config.model` (a ConfigDict or a dict).
+
+  Raises:
+    ValueError: a sentence that names the field, its value and the choices.
+  """
+  fields = fields.to_dict() if hasattr(fields, 'to_dict') else dict(fields)
+  for name, value in fields.items():
+    if name in _COUNTS:
+      require(isinstance(value, int) and value >= 0,
+              f'model.{name} is {value!r}: it must be an integer >= 0')
+  for name in ('d_model', 'num_layers', 'num_heads', 'vocab_size', 'max_len'):
+    require(fields[name] > 0, f'model.{name} is {fields[name]}: it must be > 0'
+            + (' (derived from data.length at the start of a run)'
+               if name == 'max_len' else '')
+            + (' (derived from the tokenizer at the start of a run)'
+               if name == 'vocab_size' else ''))
+  heads = fields['num_heads']
+  require(fields['head_dim'] or fields['d_model'] % heads == 0,
+          f'model.num_heads is {heads}, which does not divide model.d_model '
+          f'{fields["d_model"]}: choose a divisor, or set model.head_dim')
+  fields['num_decoder_layers'] = (
+      fields['num_decoder_layers'] or fields['num_layers'])
+  fields['num_kv_heads'] = fields['num_kv_heads'] or heads
+  fields['head_dim'] = fields['head_dim'] or fields['d_model'] // heads
+  fields['d_ff'] = fields['d_ff'] or 4 * fields['d_model']
+  fields['attention_scale'] = (
+      fields['attention_scale'] or fields['head_dim'] ** -0.5)
+  rope, moe = dict(fields['rope']), dict(fields['moe'])
+  rope['original_len'] = rope['original_len'] or fields['max_len']
+  moe['d_ff'] = moe['d_ff'] or fields['d_ff']
+  fields.update(rope=RopeConfig(**rope), moe=MoEConfig(**moe),
+                relative=RelativeConfig(**fields['relative']))
+  return ModelConfig(**fields)
+
+
+_COUNTS = ('d_model', 'num_layers', 'num_decoder_layers', 'num_heads',
+           'num_kv_heads', 'head_dim', 'd_ff', 'vocab_size', 'max_len',
+           'type_vocab_size', 'sliding_window')
+
+
+def _validate(c: ModelConfig) -> None:
+  one_of('model.norm', c.norm, NORMS)
+  one_of('model.position', c.position, POSITIONS)
+  one_of('model.ffn', c.ffn, DENSE_FFNS + ('moe',))
+  one_of('model.block', c.block, BLOCKS)
+  for kind in c.attention_pattern:
+    one_of('model.attention', kind, ATTENTIONS)
+  one_of('model.rope.scaling', c.rope.scaling, ROPE_SCALINGS)
+  one_of('model.init', c.init, INITS)
+  one_of('model.remat', c.remat, REMATS)
+  one_of('model.dtype', c.dtype, DTYPES)
+  one_of('model.param_dtype', c.param_dtype, DTYPES)
+  require(c.num_heads % c.num_kv_heads == 0,
+          f'model.num_kv_heads is {c.num_kv_heads}, which does not divide '
+          f'model.num_heads {c.num_heads}')
+  require('banded' not in c.attention_pattern or c.sliding_window > 0,
+          'model.attention has a banded layer, but model.sliding_window is 0: '
+          'set it to the number of keys that such a layer sees')
+  require('banded' in c.attention_pattern or c.sliding_window == 0,
+          f'model.sliding_window is {c.sliding_window}, but model.attention '
+          f'{c.attention!r} has no banded layer: add one, or set it to 0')
+  require(0 <= c.dropout < 1, f'model.dropout is {c.dropout}: choose it in '
+          '[0, 1)')
+  require(0 < c.rope.fraction <= 1,
+          f'model.rope.fraction is {c.rope.fraction}: choose it in (0, 1]')
+  require(c.position != 'rope' or rotary_dim(c) % 2 == 0,
+          f'model.rope.fraction {c.rope.fraction} of model.head_dim '
+          f'{c.head_dim} is {rotary_dim(c)}: rotary positions turn pairs, so '
+          'it must be even')
+  require(c.position not in ('sinusoidal',) or c.d_model % 2 == 0,
+          f'model.d_model is {c.d_model}: sinusoidal positions need it even')
+  require(c.learned_stretch >= 1,
+          f'model.learned_stretch is {c.learned_stretch}: it must be >= 1')
+  require(c.learned_stretch == 1 or c.position == 'learned',
+          f'model.learned_stretch has no meaning with model.position '
+          f'{c.position!r}: it stretches learned positions')
+  _whole_periods('model.num_layers', c.num_layers, c)
+  if c.ffn == 'moe':
+    _validate_moe(c)
+
+
+def _validate_moe(c: ModelConfig) -> None:
+  m = c.moe
+  one_of('model.moe.ffn', m.ffn, DENSE_FFNS)
+  require(m.num_experts > 0,
+          f'model.moe.num_experts is {m.num_experts}: it must be > 0')
+  require(0 < m.top_k <= m.num_experts,
+          f'model.moe.top_k is {m.top_k}: choose 1 to model.moe.num_experts '
+          f'{m.num_experts}')
+  require(m.every > 0, f'model.moe.every is {m.every}: it must be > 0')
+
+
+def _whole_periods(name: str, layers: int, c: ModelConfig) -> None:
+  period = len(c.layer_pattern())
+  require(layers % period == 0,
+          f'{name} is {layers}, which is no multiple of the {period} layers of '
+          f'the pattern (model.attention {c.attention!r}, model.moe.every '
+          f'{c.moe.every})')
+
+
+def rotary_dim(c: ModelConfig) -> int:
+  """How many of a head's features are rotated."""
+  return int(c.head_dim * c.rope.fraction)

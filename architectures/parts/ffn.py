@@ -1,0 +1,68 @@
+"""The feed-forward network, dense.
+
+FFN(x) = act(x W_up) W_down (Vaswani et al. 2017, section 3.3), and gated:
+FFN(x) = (act(x W_gate) * x W_up) W_down (Shazeer 2020; SwiGLU: act = SiLU).
+"""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from architectures.parts import linear
+from architectures.parts import sharding
+from architectures.parts.config import ModelConfig
+
+gelu = functools.partial(jax.nn.gelu, approximate=False)
+gelu_tanh = functools.partial(jax.nn.gelu, approximate=True)
+
+# name: (activation, gated)
+ACTIVATIONS = {
+    'relu': (jax.nn.relu, False),
+    'gelu': (gelu, False),
+    'gelu_tanh': (gelu_tanh, False),
+    'geglu': (gelu, True),
+    'geglu_tanh': (gelu_tanh, True),
+    'swiglu': (jax.nn.silu, True),
+}
+
+
+class FFN(nn.Module):
+  """(x_BLD, context) -> (y_BLD, aux); a dense layer's aux is empty."""
+  config: ModelConfig
+  kind: str
+
+  @nn.compact
+  def __call__(self, x_BLD: jax.Array, ctx):
+    del ctx  # experts need it
+    c = self.config
+    act, gated = ACTIVATIONS[self.kind]
+    up_DF = linear.weight(self, 'up', (c.d_model, c.d_ff), ('embed', 'mlp'))
+    down_FD = linear.weight(self, 'down', (c.d_ff, c.d_model),
+                            ('mlp', 'embed'), residual=True)
+    h_BLF = linear.einsum('BLD,DF->BLF', x_BLD, up_DF, c.compute_dtype)
+    if c.ffn_bias:
+      h_BLF = linear.add_bias(
+          h_BLF, linear.bias(self, 'up_bias', (c.d_ff,), ('mlp',)))
+    if gated:
+      gate_DF = linear.weight(self, 'gate', (c.d_model, c.d_ff),
+                              ('embed', 'mlp'))
+      g_BLF = linear.einsum('BLD,DF->BLF', x_BLD, gate_DF, c.compute_dtype)
+      if c.ffn_bias:
+        g_BLF = linear.add_bias(
+            g_BLF, linear.bias(self, 'gate_bias', (c.d_ff,), ('mlp',)))
+      h_BLF = act(g_BLF) * h_BLF
+    else:
+      h_BLF = act(h_BLF)
+    h_BLF = sharding.constrain(h_BLF, 'batch', 'length', 'mlp')
+    y_BLD = linear.einsum('BLF,FD->BLD', h_BLF, down_FD, c.compute_dtype)
+    if c.ffn_bias:
+      y_BLD = linear.add_bias(
+          y_BLD, linear.bias(self, 'down_bias', (c.d_model,), ('embed',)))
+    return y_BLD, {}
+
+
+def ffn(config: ModelConfig, kind: str) -> nn.Module:
+  """The feed-forward part `kind`, its parameters under 'ffn'."""
+  return FFN(config, kind, name='ffn')

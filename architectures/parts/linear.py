@@ -1,0 +1,61 @@
+"""Weights, biases and the one matrix product that every part uses."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from architectures.parts import sharding
+from architectures.parts.config import ModelConfig
+
+
+def weight(module: nn.Module, name: str, shape: tuple[int, ...],
+           axes: tuple[str, ...], *, in_axes: tuple[int, ...] = (0,),
+           batch_axes: tuple[int, ...] = (), residual: bool = False):
+  """Declares a weight of `module` by the config's initialisation.
+
+  Args:
+    module: the module, with a `config`.
+    name: the parameter's name.
+    shape: its shape.
+    axes: its logical axes, one a dimension.
+    in_axes: the dimensions that a product sums over (the fan-in).
+    batch_axes: dimensions that hold separate matrices (experts).
+    residual: whether the product is added to the residual stream.
+  """
+  config = module.config
+  return module.param(
+      name, sharding.init(_initializer(config, in_axes, batch_axes, residual,
+                                       len(shape)), *axes),
+      shape, config.param_dtype)
+
+
+def _initializer(config: ModelConfig, in_axes, batch_axes, residual, ndim):
+  """normal: N(0, stddev); scaled_normal: and residual products by
+  1 / sqrt(2N) (GPT-2, section 2.3); fan_in: truncated, variance 1/fan_in."""
+  if config.init == 'fan_in':
+    out_axes = tuple(i for i in range(ndim)
+                     if i not in in_axes and i not in batch_axes)
+    return nn.initializers.variance_scaling(
+        1.0, 'fan_in', 'truncated_normal', in_axis=in_axes, out_axis=out_axes,
+        batch_axis=batch_axes)
+  stddev = config.init_stddev
+  if config.init == 'scaled_normal' and residual:
+    stddev /= (2 * config.num_layers) ** 0.5
+  return nn.initializers.normal(stddev)
+
+
+def bias(module: nn.Module, name: str, shape: tuple[int, ...],
+         axes: tuple[str, ...]):
+  """Declares a bias of `module`, born zero."""
+  return module.param(name, sharding.init(nn.initializers.zeros, *axes), shape,
+                      module.config.param_dtype)
+
+
+def einsum(spec: str, x: jax.Array, w: jax.Array, dtype) -> jax.Array:
+  """Product of activations and a weight, in the compute dtype."""
+  return jnp.einsum(spec, x.astype(dtype), w.astype(dtype))
+
+
+def add_bias(x: jax.Array, b: jax.Array) -> jax.Array:
+  """x[..., *b.shape] + b, in x's dtype."""
+  return x + b.astype(x.dtype).reshape((1,) * (x.ndim - b.ndim) + b.shape)

@@ -1,0 +1,72 @@
+"""Normalisation over the feature axis, computed in float32.
+
+LayerNorm (Ba et al. 2016): y = (x - mean) / sqrt(var + eps) * scale + bias.
+RMSNorm (Zhang and Sennrich 2019): y = x / sqrt(mean(x^2) + eps) * scale.
+The two agree on centred input without bias.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from architectures.parts import sharding
+from architectures.parts.config import ModelConfig
+
+
+def layernorm(x: jax.Array, scale_D: jax.Array, bias_D: jax.Array,
+              eps: float) -> jax.Array:
+  """[..., D] -> [..., D], with zero mean and unit variance before scale."""
+  x32 = x.astype(jnp.float32)
+  mean = x32.mean(-1, keepdims=True)
+  centred = x32 - mean
+  var = jnp.square(centred).mean(-1, keepdims=True)
+  return _affine(centred * jax.lax.rsqrt(var + eps), scale_D, bias_D, x.dtype)
+
+
+def rmsnorm(x: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
+  """[..., D] -> [..., D], with unit mean square before scale."""
+  x32 = x.astype(jnp.float32)
+  mean_square = jnp.square(x32).mean(-1, keepdims=True)
+  return _affine(x32 * jax.lax.rsqrt(mean_square + eps), scale_D, None, x.dtype)
+
+
+def _affine(y, scale_D, bias_D, dtype):
+  ones = (1,) * (y.ndim - 1)
+  y = y * scale_D.astype(jnp.float32).reshape(*ones, -1)
+  if bias_D is not None:
+    y = y + bias_D.astype(jnp.float32).reshape(*ones, -1)
+  return y.astype(dtype)
+
+
+class LayerNorm(nn.Module):
+  config: ModelConfig
+  axis: str = 'embed'
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    shape = x.shape[-1:]
+    dtype = self.config.param_dtype
+    scale_D = self.param('scale', sharding.init(
+        nn.initializers.ones, self.axis), shape, dtype)
+    bias_D = self.param('bias', sharding.init(
+        nn.initializers.zeros, self.axis), shape, dtype)
+    return layernorm(x, scale_D, bias_D, self.config.norm_eps)
+
+
+class RMSNorm(nn.Module):
+  config: ModelConfig
+  axis: str = 'embed'
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    scale_D = self.param('scale', sharding.init(
+        nn.initializers.ones, self.axis), x.shape[-1:], self.config.param_dtype)
+    return rmsnorm(x, scale_D, self.config.norm_eps)
+
+
+NORMS = {'layernorm': LayerNorm, 'rmsnorm': RMSNorm}
+
+
+def norm(config: ModelConfig, name: str, axis: str = 'embed') -> nn.Module:
+  """The config's norm, as a module whose parameters stand under `name`."""
+  return NORMS[config.norm](config, axis, name=name)

@@ -1,0 +1,268 @@
+"""Skeletons: embedding, the scanned stack of layers, and the output head.
+
+A page under architectures/ puts these together. Layers are scanned over one
+period of the pattern, so compile time does not grow with depth; parameters of
+layer n stand in row n // period of `layers/block_{n % period}`, whether or
+not `scan_layers` unrolls the scan.
+"""
+
+from typing import Any, Optional
+
+import chex
+import flax.linen as nn
+from flax import struct
+import jax
+import jax.numpy as jnp
+
+from architectures.parts import linear
+from architectures.parts import positions
+from architectures.parts import sharding
+from architectures.parts.attention import Cache, Context
+from architectures.parts.blocks import BLOCKS
+from architectures.parts.config import LayerKind, ModelConfig, require
+from architectures.parts.norms import norm
+
+
+@struct.dataclass
+class Head:
+  """The output projection: logits = softcap(scale * (x W + b))."""
+  kernel_DV: jax.Array
+  bias_V: Optional[jax.Array] = None
+  scale: float = struct.field(pytree_node=False, default=1.0)
+  softcap: float = struct.field(pytree_node=False, default=0.0)
+
+  def logits(self, x_BLD: jax.Array) -> jax.Array:
+    """[..., D] -> float32 [..., V]."""
+    logits_BLV = jnp.einsum(
+        '...D,DV->...V', x_BLD, self.kernel_DV.astype(x_BLD.dtype),
+        preferred_element_type=jnp.float32)
+    if self.bias_V is not None:
+      logits_BLV = linear.add_bias(logits_BLV, self.bias_V)
+    logits_BLV = logits_BLV * self.scale
+    if self.softcap:
+      logits_BLV = self.softcap * jnp.tanh(logits_BLV / self.softcap)
+    return logits_BLV
+
+
+@struct.dataclass
+class Output:
+  """What a model returns; `logits` [B, L, V] are computed when asked for.
+
+  Attributes:
+    hidden: [B, L, D], what the head is applied to.
+    head: the output projection.
+    cache: keys and values of every layer, where a cache went in.
+    aux: {'losses': scalars summed over layers, 'health': arrays by layer}.
+    memory: [B, M, D] the encoder's output, of an encoder-decoder.
+    extra: what one system alone returns, by name.
+  """
+  hidden: jax.Array
+  head: Head
+  cache: Any = None
+  aux: Any = struct.field(default_factory=dict)
+  memory: Optional[jax.Array] = None
+  extra: Any = struct.field(default_factory=dict)
+
+  @property
+  def logits(self) -> jax.Array:
+    return self.head.logits(self.hidden)
+
+
+class Embed(nn.Module):
+  """Tokens [B, L] -> (x_BLD, the table as a [D, V] kernel for a tied head)."""
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, tokens_BL: jax.Array, positions_BL: jax.Array, *,
+               type_ids_BL=None, deterministic: bool = True):
+    c = self.config
+    table_VD = self.param(
+        'tokens', sharding.init(self._init(), 'vocab', 'embed'),
+        (c.vocab_size, c.d_model), c.param_dtype)
+    x_BLD = table_VD[tokens_BL].astype(c.compute_dtype)
+    if c.embed_scale != 1:
+      x_BLD = x_BLD * jnp.asarray(c.embed_scale, x_BLD.dtype)
+    if c.position == 'learned':
+      check_length(c, tokens_BL.shape[1])
+      table_LD = self.param(
+          'positions', sharding.init(self._init(), None, 'embed'),
+          (c.max_len, c.d_model), c.param_dtype)
+      x_BLD = x_BLD + positions.learned(
+          table_LD, positions_BL, c.learned_stretch).astype(x_BLD.dtype)
+    if c.position == 'sinusoidal':
+      x_BLD = x_BLD + positions.sinusoid(
+          positions_BL, c.d_model).astype(x_BLD.dtype)
+    if c.type_vocab_size:
+      types_TD = self.param(
+          'types', sharding.init(self._init(), None, 'embed'),
+          (c.type_vocab_size, c.d_model), c.param_dtype)
+      if type_ids_BL is None:
+        type_ids_BL = jnp.zeros((1, 1), jnp.int32)
+      x_BLD = x_BLD + types_TD[type_ids_BL].astype(x_BLD.dtype)
+    if c.embed_norm:
+      x_BLD = norm(c, 'norm')(x_BLD)
+    x_BLD = nn.Dropout(c.dropout)(x_BLD, deterministic=deterministic)
+    return (sharding.constrain(x_BLD, 'batch', 'length', 'embed'), table_VD.T)
+
+  def _init(self):
+    return nn.initializers.normal(self.config.init_stddev)
+
+
+def check_length(c: ModelConfig, length: int) -> None:
+  """Raises ValueError where learned positions do not reach `length`."""
+  reach = int(c.max_len * c.learned_stretch)
+  require(c.position != 'learned' or length <= reach,
+          f'a sequence of {length} tokens is longer than the {reach} positions '
+          'that this model has learned: shorten it, or set '
+          f'model.learned_stretch to {-(-length // c.max_len)} to interpolate')
+
+
+class Period(nn.Module):
+  """One period of the layer pattern; the body of the scan."""
+  config: ModelConfig
+  pattern: tuple[LayerKind, ...]
+
+  @nn.compact
+  def __call__(self, x_BLD, cache, ctx: Context):
+    block = BLOCKS[self.config.block]
+    if self.config.remat != 'none':
+      block = nn.remat(block, policy=REMAT[self.config.remat],
+                       prevent_cse=not self.config.scan_layers)
+    caches, auxes = [], []
+    for i, kind in enumerate(self.pattern):
+      x_BLD, new, aux = block(self.config, kind, name=f'block_{i}')(
+          x_BLD, ctx, None if cache is None else cache[i])
+      caches.append(new)
+      auxes.append(aux)
+    return x_BLD, (None if cache is None else tuple(caches), tuple(auxes))
+
+
+REMAT = {
+    'full': None,  # keep nothing but each block's input
+    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class Stack(nn.Module):
+  """num_layers layers, then the final norm where the wiring needs one.
+
+  (x_BLD, context, cache) -> (x_BLD, cache, aux).
+  """
+  config: ModelConfig
+  pattern: tuple[LayerKind, ...]
+  num_layers: int
+
+  @nn.compact
+  def __call__(self, x_BLD, ctx: Context, cache=None):
+    c = self.config
+    if c.position == 'relative':
+      ctx = ctx.replace(bias_BHLM=RelativeBias(
+          c, self.pattern[0].causal, name='relative_bias')(
+              ctx.positions_BL, cache))
+    periods = self.num_layers // len(self.pattern)
+    scan = nn.scan(
+        Period, variable_axes={'params': 0},
+        split_rngs={'params': True, 'dropout': True, 'router': True},
+        in_axes=(0, nn.broadcast), length=periods,
+        unroll=1 if c.scan_layers else periods,
+        metadata_params={nn.PARTITION_NAME: 'layers'})
+    x_BLD, (cache, auxes) = scan(c, self.pattern, name='layers')(
+        x_BLD, cache, ctx)
+    if c.block != 'post_norm':
+      x_BLD = norm(c, 'final_norm')(x_BLD)
+    return x_BLD, cache, gather_aux(auxes)
+
+
+def gather_aux(auxes: tuple[dict, ...]) -> dict:
+  """Sums the layers' losses; stacks their health in the layers' order.
+
+  `auxes` has one entry a block of the period, its leaves [periods, ...].
+  """
+  auxes = [aux for aux in auxes if aux]
+  if not auxes:
+    return {}
+  losses = jax.tree.map(lambda *xs: sum(x.sum() for x in xs),
+                        *[aux['losses'] for aux in auxes])
+  health = jax.tree.map(
+      lambda *xs: jnp.stack(xs, 1).reshape(-1, *xs[0].shape[1:]),
+      *[aux['health'] for aux in auxes])
+  return {'losses': losses, 'health': health}
+
+
+class RelativeBias(nn.Module):
+  """T5's bias on the scores, [B or 1, H, L, M], shared by all layers."""
+  config: ModelConfig
+  causal: bool
+
+  @nn.compact
+  def __call__(self, q_positions_BL: jax.Array, cache):
+    c = self.config
+    table = self.param(
+        'table', sharding.init(nn.initializers.normal(c.init_stddev), None,
+                               'heads'),
+        (c.relative.buckets, c.num_heads), c.param_dtype)
+    k_positions_BM = q_positions_BL
+    if cache is not None:
+      k_positions_BM = jnp.arange(cache[0].key_BMJK.shape[2])[None]
+    bucket_BLM = positions.relative_bucket(
+        k_positions_BM[:, None] - q_positions_BL[:, :, None],
+        bidirectional=not self.causal, buckets=c.relative.buckets,
+        max_distance=c.relative.max_distance)
+    return jnp.moveaxis(table[bucket_BLM], -1, 1).astype(jnp.float32)
+
+
+class Unembed(nn.Module):
+  """The output head: tied to the embedding, or a matrix of its own."""
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, table_DV: jax.Array) -> Head:
+    c = self.config
+    if not c.tie_embeddings:
+      table_DV = linear.weight(self, 'kernel', (c.d_model, c.vocab_size),
+                               ('embed', 'vocab'))
+    bias_V = (linear.bias(self, 'bias', (c.vocab_size,), ('vocab',))
+              if c.logits_bias else None)
+    return Head(table_DV, bias_V, c.logits_scale, c.logits_softcap)
+
+
+class Decoder(nn.Module):
+  """A decoder-only language model (GPT, LLaMA, ...).
+
+  tokens [B, L] -> Output. `positions_BL` default to 0..L-1; with a cache they
+  are where the tokens go. `segment_ids_BL` keep packed documents apart.
+  """
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, tokens_BL: jax.Array, *, positions_BL=None,
+               segment_ids_BL=None, prefix_B=None, cache=None,
+               deterministic: bool = True) -> Output:
+    c = self.config
+    chex.assert_rank(tokens_BL, 2)
+    require(cache is None or segment_ids_BL is None,
+            'a cache holds one document a row: pass no segment ids with it')
+    if positions_BL is None:
+      positions_BL = jnp.arange(tokens_BL.shape[1])[None]
+    ctx = Context(positions_BL, segment_ids_BL, prefix_B=prefix_B,
+                  deterministic=deterministic)
+    x_BLD, table_DV = Embed(c, name='embed')(
+        tokens_BL, positions_BL, deterministic=deterministic)
+    x_BLD, cache, aux = Stack(c, c.layer_pattern(), c.num_layers,
+                              name='decoder')(x_BLD, ctx, cache)
+    return Output(x_BLD, Unembed(c, name='head')(table_DV), cache, aux)
+
+
+def init_cache(config: ModelConfig, batch: int, length: int):
+  """An empty cache for `length` tokens a row: one entry a block of the period,
+  [N / period, B, M, J, K].
+
+  Raises:
+    ValueError: where learned positions do not reach `length`.
+  """
+  check_length(config, length)
+  pattern = config.layer_pattern()
+  shape = (config.num_decoder_layers // len(pattern), batch, length,
+           config.num_kv_heads, config.head_dim)
+  return tuple(Cache(jnp.zeros(shape, config.compute_dtype),
+                     jnp.zeros(shape, config.compute_dtype)) for _ in pattern)

@@ -1,0 +1,53 @@
+"""Where each logical axis goes: the one table from model axes to mesh axes.
+
+A rule is (logical axis, mesh axes). Rules are tried from the top; a mesh axis
+serves one dimension of an array at most, so `embed` is sharded over `fsdp` in
+a weight and not in an activation, whose batch took `fsdp` first.
+"""
+
+MESH_AXES = ('data', 'fsdp', 'expert', 'tensor')
+
+LOGICAL_AXES = ('batch', 'length', 'embed', 'heads', 'kv_heads', 'head', 'mlp',
+                'vocab', 'experts', 'layers', 'capacity')
+
+RULES = {
+    # Weights in shards over fsdp (ZeRO-3), heads and mlp over tensor
+    # (Megatron), experts over expert; the batch over all that is left.
+    'default': (
+        ('batch', ('data', 'fsdp', 'expert')),
+        ('experts', ('expert',)),
+        ('vocab', ('tensor',)),
+        ('mlp', ('tensor',)),
+        ('heads', ('tensor',)),
+        ('kv_heads', ('tensor',)),
+        ('embed', ('fsdp',)),
+        ('length', ()),
+        ('head', ()),
+        ('capacity', ()),
+        ('layers', ()),
+    ),
+    # Weights whole on every device of (data, fsdp): for small models.
+    'replicated': (
+        ('batch', ('data', 'fsdp', 'expert')),
+        ('experts', ('expert',)),
+        ('vocab', ('tensor',)),
+        ('mlp', ('tensor',)),
+        ('heads', ('tensor',)),
+        ('kv_heads', ('tensor',)),
+        ('embed', ()),
+        ('length', ()),
+        ('head', ()),
+        ('capacity', ()),
+        ('layers', ()),
+    ),
+}
+
+# Mesh shapes by name, for tests, docs and `--mesh` of the tools: 8 devices.
+PRESETS = {
+    'dp': dict(data=8, fsdp=1, expert=1, tensor=1),
+    'fsdp': dict(data=1, fsdp=8, expert=1, tensor=1),
+    'tp': dict(data=2, fsdp=1, expert=1, tensor=4),
+    'fsdp_tp': dict(data=1, fsdp=4, expert=1, tensor=2),
+    'ep': dict(data=2, fsdp=1, expert=4, tensor=1),
+    'ep_fsdp_tp': dict(data=1, fsdp=2, expert=2, tensor=2),
+}
