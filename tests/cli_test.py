@@ -1,0 +1,115 @@
+"""The programs as a user meets them: help, start-up time, refusals."""
+
+import ast
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+# Imported by a run that asks for them, never by `--help`.
+HEAVY = ('orbax', 'grain', 'tensorboard', 'tensorflow', 'wandb', 'torch',
+         'transformers', 'datasets', 'tokenizers', 'sentencepiece', 'pyarrow',
+         'array_record', 'matplotlib', 'pandas', 'scipy.stats')
+
+
+def _has_main(path):
+  return any(
+      isinstance(node, ast.If) and '__main__' in ast.unparse(node.test)
+      for node in ast.parse(path.read_text()).body)
+
+
+TOOLS = sorted(
+    '.'.join(path.relative_to(ROOT).with_suffix('').parts)
+    for room in ('tools', 'benchmarks') for path in ROOT.glob(f'{room}/**/*.py')
+    if _has_main(path))
+
+
+def run(*words, **environment):
+  return subprocess.run(
+      [sys.executable, *words], cwd=ROOT, env=os.environ | environment,
+      capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize('program', ['train.py', 'eval.py'])
+def test_help_takes_under_three_seconds(program):
+  seconds = []
+  while len(seconds) < 3 and min(seconds, default=9) > 3:
+    start = time.monotonic()
+    result = run(program, '--help')
+    seconds.append(time.monotonic() - start)
+    assert result.returncode == 0, result.stderr
+    assert '--workdir' in result.stdout
+  assert min(seconds) <= 3, seconds
+
+
+@pytest.mark.parametrize('module', ['train', 'eval'])
+def test_start_up_imports_nothing_heavy(module):
+  result = run(
+      '-c', f'import sys, {module}; '
+      f'print([m for m in {HEAVY} if m in sys.modules])')
+  assert result.stdout.strip() == '[]', result.stdout + result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('tool', TOOLS)
+def test_each_tool_has_help(tool):
+  result = run('-m', tool, '--help')
+  assert result.returncode == 0, result.stderr
+  assert 'Traceback' not in result.stderr
+  assert len(result.stdout.splitlines()) > 2
+
+
+def train(workdir, *flags, config='configs/gpt.py'):
+  return run('train.py', '--config', config, f'--workdir={workdir}', *flags)
+
+
+REFUSALS = {
+    'flag': (['--wrokdir=x'], ['wrokdir', 'workdir']),
+    'key': (['--config.optim.rl=1'], ['rl', 'lr']),
+    'value': (['--config.optim.lr=fast'], ['lr', 'fast']),
+    'part': (['--config.model.norm=layernrom'],
+             ["'layernrom'", 'rmsnorm', "Did you mean 'layernorm'?"]),
+    'optimizer': (['--config.optim.name=adam'], ["'adam'", 'adamw', 'lion']),
+    'mesh': (['--config.mesh.tensor=3'], ['mesh', '3', '8']),
+    'heads': (['--config.model.num_heads=5'], ['num_heads', '5']),
+    'source': (['--config.data.source=text:no/such/*.txt'], ['no/such/*.txt']),
+    'objective': (['--config.objective=casual'], ["'casual'", 'causal']),
+}
+
+
+@pytest.mark.parametrize('name', REFUSALS)
+def test_a_wrong_request_is_one_sentence(name, tmp_path):
+  flags, parts = REFUSALS[name]
+  result = train(tmp_path / 'run', *flags)
+  _refused(result, parts)
+  assert not list(tmp_path.glob('run/checkpoints/*'))
+
+
+@pytest.mark.parametrize('config, parts', [
+    ('configs/gpt.py:gpt3', ["'gpt3'", 'gpt2', 'Did you mean']),
+    ('configs/gtp.py', ['configs/gtp.py', 'configs/gpt.py']),
+])
+def test_a_wrong_config_is_one_sentence(config, parts, tmp_path):
+  _refused(train(tmp_path / 'run', config=config), parts)
+
+
+def test_no_workdir_is_one_sentence():
+  _refused(run('train.py', '--config', 'configs/gpt.py'), ['workdir'])
+
+
+def test_eval_of_no_run_is_one_sentence(tmp_path):
+  missing = tmp_path / 'none'
+  _refused(run('eval.py', f'--workdir={missing}'), [str(missing)])
+
+
+def _refused(result, parts):
+  assert result.returncode == 2, result.stderr
+  assert 'Traceback' not in result.stdout + result.stderr
+  lines = [x for x in result.stderr.splitlines() if x.startswith('error: ')]
+  assert len(lines) == 1, result.stderr
+  for part in parts:
+    assert part in lines[0], lines[0]
