@@ -7,8 +7,8 @@ import re
 import subprocess
 import sys
 
-import pytest
 from packaging.requirements import Requirement
+import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 ROOMS = ('architectures', 'benchmarks', 'configs', 'tools', 'training')
