@@ -11,13 +11,10 @@ or workers, and the state of the data is n.
 import sys
 from collections.abc import Iterator
 
-from absl import flags
 import numpy as np
+from absl import flags
 
-from training import examples
-from training import packing
-from training import sources
-from training import token_cache
+from training import examples, packing, sources, token_cache
 
 SPLITS = ('train', 'eval')
 EVAL_SEED = 0  # One order of evaluation for all runs, whatever their seed.
@@ -65,14 +62,20 @@ class Loader:
     rows = [self._example(g) for g in range(first, first + self.rows)]
     return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
 
-  def iterate(self, start: int = 0) -> Iterator[dict[str, np.ndarray]]:
-    """Yields batch(start), batch(start + 1), ..., prepared ahead.
+  def iterate(self, start: int = 0, stop: int | None = None
+              ) -> Iterator[dict[str, np.ndarray]]:
+    """Yields batch(start), ..., batch(stop - 1), prepared ahead.
 
     data.workers processes prepare them, or threads if it is 0. Worker
-    processes import the main module again, which needs a main guard.
+    processes import the main module again, which needs a main guard. Give
+    `stop` where it is known: batches that no one takes are work for nothing,
+    and from worker processes shared memory that is freed only at exit.
     """
-    import grain  # pylint: disable=g-import-not-at-top
-    batches = grain.MapDataset.range(start, self._stop).map(self.batch)
+    import grain
+    stop = self._stop if stop is None else min(stop, self._stop)
+    if start >= stop:
+      return
+    batches = grain.MapDataset.range(start, stop).map(self.batch)
     workers = self._config.data.workers
     if workers:
       if not flags.FLAGS.is_parsed():  # In a notebook or a test: Grain asks.
@@ -123,7 +126,7 @@ def load(config, tokenizer, split: str = 'train', process_index: int = 0,
   Raises:
     ValueError: for a source that is missing, empty or unreadable.
   """
-  import grain  # pylint: disable=g-import-not-at-top
+  import grain
   if split not in SPLITS:
     raise ValueError(f'unknown split {split!r}: choose from train, eval.')
   if config.objective not in examples.EXAMPLES:
@@ -173,7 +176,8 @@ def _corpora(config, tokenizer, split: str):
                              data.tokenize_workers)
     ids = np.arange(len(cache))
     if not own:
-      ids = ids[held_out(ids, data.holdout_every) == (split == 'eval')]
+      held_out = sources.held_out(ids, data.holdout_every)
+      ids = ids[held_out == (split == 'eval')]
     if not len(ids):
       raise ValueError(
           f'data source {source.name!r} has {len(cache)} document(s), of which '
@@ -181,10 +185,3 @@ def _corpora(config, tokenizer, split: str):
           'set data.eval_source or another data.holdout_every.')
     yield weight, packing.Corpus(source.name, cache, ids, split, tokenizer,
                                  config)
-
-
-def held_out(document_ids: np.ndarray, every: int) -> np.ndarray:
-  """Returns a mask [N]: the first of each `every` documents; none if 0."""
-  if not every:
-    return np.zeros(len(document_ids), bool)
-  return document_ids % every == 0

@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from training import sources
-from training import token_cache
+from training import sources, token_cache
 
 
 @dataclasses.dataclass(frozen=True)

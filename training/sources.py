@@ -90,6 +90,14 @@ def parse(spec: str) -> list[tuple[float, Source]]:
   return parsed
 
 
+def held_out(n, every: int):
+  """Tells whether document n, a number or an array, is kept for evaluation.
+
+  It is the first of each `every` documents; none if that is 0.
+  """
+  return n % every == 0 if every else n < 0
+
+
 def _weight(text: str | None, name: str) -> float:
   try:
     weight = 1.0 if text is None else float(text)
@@ -210,7 +218,7 @@ def _hf(name: str, rest: str) -> Source:
 
   reader = f'hf:{dataset_name}:{config}:{split}:{field}'
   # Datasets fingerprints a split by its cached files, built once per content.
-  return Source(name, reader, (), read, content=dataset._fingerprint)  # pylint: disable=protected-access
+  return Source(name, reader, (), read, content=dataset._fingerprint)
 
 
 # By prefix. Each takes the source's whole name and what follows the colon.

@@ -27,11 +27,10 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator
 
-from absl import logging
 import numpy as np
+from absl import logging
 
-from training import sources
-from training import token_workers
+from training import sources, token_workers
 
 FORMAT = 1  # Part of the key: raise it when the layout changes.
 CHUNK_CHARS = 1 << 20

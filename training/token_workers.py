@@ -108,7 +108,7 @@ def _ask(worker: subprocess.Popen, chunk: list[str]) -> Encoded:
 
 def _work():
   """What a worker does: chunks in on stdin, ids out on stdout."""
-  from training import tokenizers  # pylint: disable=g-import-not-at-top
+  from training import tokenizers
   signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's.
   answers = os.fdopen(os.dup(1), 'wb')
   os.dup2(2, 1)  # Nothing printed may mix with the answers.

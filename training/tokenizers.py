@@ -9,6 +9,7 @@ text: '<|endoftext|>' typed inside a document is spelt, not obeyed. Whoever
 lays out a sequence (packing, objectives, generation) places the special ids.
 """
 
+import abc
 import hashlib
 import json
 import pathlib
@@ -29,7 +30,7 @@ SPECIAL_NAMES = {
 SENTINELS = 100  # T5's <extra_id_0> to <extra_id_99>
 
 
-class Tokenizer:
+class Tokenizer(abc.ABC):
   """What the rest of the project knows of a tokenizer.
 
   Attributes:
@@ -50,9 +51,9 @@ class Tokenizer:
   def __reduce__(self):
     return load, (self.name,)  # To a worker goes the name alone.
 
+  @abc.abstractmethod
   def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
     """Returns one int32 [T] array for each text."""
-    raise NotImplementedError
 
   def encode(self, text: str) -> np.ndarray:
     """Returns the int32 [T] ids of one text."""
@@ -62,9 +63,9 @@ class Tokenizer:
     """Returns the text; special tokens spell nothing."""
     return self.decode_bytes(ids).decode('utf-8', errors='replace')
 
+  @abc.abstractmethod
   def decode_bytes(self, ids: Iterable[int]) -> bytes:
     """Returns the UTF-8 bytes of the text, perhaps cut inside a character."""
-    raise NotImplementedError
 
   def num_bytes(self, ids: Iterable[int]) -> int:
     """Returns how many bytes of text the ids spell, for bits per byte."""
@@ -154,7 +155,7 @@ class SentencePiece(Tokenizer):
 
   def __init__(self, path: pathlib.Path):
     try:
-      import sentencepiece  # pylint: disable=g-import-not-at-top
+      import sentencepiece
     except ImportError as error:
       raise ValueError(
           f'tokenizer {str(path)!r} needs the package sentencepiece: '
@@ -214,7 +215,7 @@ def load(spec: str) -> Tokenizer:
 
 def _read_json(spec: str, path: pathlib.Path) -> HuggingFace:
   """Reads a tokenizer.json, and the tokenizer_config.json beside it."""
-  import tokenizers  # pylint: disable=g-import-not-at-top
+  import tokenizers
   try:
     tokenizer = tokenizers.Tokenizer.from_file(str(path))
   except Exception as error:  # tokenizers raises bare Exception.
@@ -238,7 +239,7 @@ def _read_json(spec: str, path: pathlib.Path) -> HuggingFace:
 def _read_gpt2(spec: str, encoder: pathlib.Path,
                merges: pathlib.Path) -> HuggingFace:
   """Reads GPT-2's pair of files (Radford et al., 2019, encoder.py)."""
-  import tokenizers  # pylint: disable=g-import-not-at-top
+  import tokenizers
   try:
     vocab = json.loads(encoder.read_text(encoding='utf-8'))
     lines = merges.read_text(encoding='utf-8').split('\n')
@@ -284,7 +285,7 @@ def _byte_level_table(tokenizer, vocab) -> dict[int, bytes] | None:
   Such a vocabulary writes each byte as one printable character, so a token's
   bytes are known exactly even where a window cuts a character in two.
   """
-  import tokenizers  # pylint: disable=g-import-not-at-top
+  import tokenizers
   if not isinstance(tokenizer.decoder, tokenizers.decoders.ByteLevel):
     return None
   printable = [*range(33, 127), *range(161, 173), *range(174, 256)]

@@ -1,0 +1,193 @@
+r"""Trains a tokenizer on a source of text, or shows what one does.
+
+  python -m tools.tokenizer train --kind bpe --source sotu --vocab_size 8192 \
+      --out runs/bpe.json
+  python -m tools.tokenizer info --tokenizer runs/bpe.json --source sotu
+  python -m tools.tokenizer encode --tokenizer runs/bpe.json --text 'We, the'
+
+What `train` writes is a Hugging Face tokenizer.json, which a run takes as
+--config.data.tokenizer=FILE. Documents held out for evaluation are left out.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator
+
+from configs import base
+from training import cli, sources, tokenizers
+
+
+def _bpe():
+  """GPT-2's byte-level BPE: every text round-trips, nothing is unknown."""
+  import tokenizers as hf
+  tokenizer = hf.Tokenizer(hf.models.BPE())
+  tokenizer.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  tokenizer.decoder = hf.decoders.ByteLevel()
+  return tokenizer, hf.trainers.BpeTrainer, dict(
+      initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet())
+
+
+def _unigram():
+  """T5's unigram language model over words with their leading space."""
+  import tokenizers as hf
+  tokenizer = hf.Tokenizer(hf.models.Unigram())
+  tokenizer.pre_tokenizer = hf.pre_tokenizers.Metaspace()
+  tokenizer.decoder = hf.decoders.Metaspace()
+  return tokenizer, hf.trainers.UnigramTrainer, dict(unk_token='<unk>')
+
+
+def _wordpiece():
+  """BERT's uncased WordPiece: lower case, no accents, punctuation apart."""
+  import tokenizers as hf
+  tokenizer = hf.Tokenizer(hf.models.WordPiece(unk_token='[UNK]'))
+  tokenizer.normalizer = hf.normalizers.BertNormalizer(lowercase=True)
+  tokenizer.pre_tokenizer = hf.pre_tokenizers.BertPreTokenizer()
+  tokenizer.decoder = hf.decoders.WordPiece()
+  return tokenizer, hf.trainers.WordPieceTrainer, {}
+
+
+KINDS = {'bpe': _bpe, 'unigram': _unigram, 'wordpiece': _wordpiece}
+# The special tokens of each kind's family, in the order of their ids.
+SPECIALS = {
+    'bpe': ['<|endoftext|>'],
+    'unigram': ['<pad>', '</s>', '<unk>'],
+    'wordpiece': ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]'],
+}
+
+
+def train(kind: str, source: str, vocab_size: int, out: str,
+          holdout_every: int, extra_specials: list[str]) -> dict:
+  """Trains a tokenizer, writes it to `out`, and returns its description.
+
+  Raises:
+    ValueError: if vocab_size does not even hold the special tokens and the
+      alphabet, or if the text does not suffice for it.
+  """
+  specials = [*SPECIALS[kind], *extra_specials]
+  tokenizer, trainer, options = KINDS[kind]()
+  if vocab_size <= len(specials):
+    raise ValueError(f'--vocab_size={vocab_size} does not hold the '
+                     f'{len(specials)} special tokens.')
+  texts = _texts(source, holdout_every)
+  try:
+    tokenizer.train_from_iterator(texts, trainer(
+        vocab_size=vocab_size, special_tokens=specials, show_progress=False,
+        **options))
+  except ValueError:
+    raise  # Of the source: it says itself what is wrong.
+  except Exception as error:  # tokenizers raises bare Exception.
+    raise ValueError(f'training {kind} on {source!r} failed: {error}.'
+                     ) from error
+  made = tokenizer.get_vocab_size(with_added_tokens=True)
+  if made > vocab_size:
+    raise ValueError(
+        f'--vocab_size={vocab_size} is too small: the special tokens and the '
+        f'alphabet of {source!r} alone are {made}.')
+  temporary = f'{out}.{os.getpid()}'
+  os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
+  tokenizer.save(temporary)
+  os.replace(temporary, out)
+  return describe(out) | {'asked_for': vocab_size}
+
+
+def describe(name: str, source: str = '', holdout_every: int = 0) -> dict:
+  """Returns what tokenizer `name` is and, on a source, how short its text is.
+  """
+  tokenizer = tokenizers.load(name)
+  described = dict(
+      tokenizer=name, vocab_size=tokenizer.vocab_size,
+      special_ids=tokenizer.special_ids,
+      sentinels=len(tokenizer.sentinel_ids),
+      fingerprint=tokenizer.fingerprint)
+  if source:
+    tokens = num_bytes = 0
+    for text in _texts(source, holdout_every):
+      tokens += len(tokenizer.encode(text))
+      num_bytes += len(text.encode('utf-8'))
+    described |= dict(source=source, tokens=tokens, bytes=num_bytes,
+                      bytes_per_token=num_bytes / tokens)
+  return described
+
+
+def encode(name: str, text: str) -> dict:
+  """Returns the ids of a text, the piece of text of each, and it decoded."""
+  tokenizer = tokenizers.load(name)
+  ids = tokenizer.encode(text).tolist()
+  return dict(ids=ids, pieces=[tokenizer.decode([i]) for i in ids],
+              decoded=tokenizer.decode(ids))
+
+
+def _texts(spec: str, holdout_every: int) -> Iterator[str]:
+  for _, source in sources.parse(spec):
+    for i, document in enumerate(source.documents()):
+      if not sources.held_out(i, holdout_every):
+        if isinstance(document, str):
+          yield document
+        else:
+          yield from (text for _, text in document)
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(
+      prog='python -m tools.tokenizer', description=__doc__,
+      formatter_class=argparse.RawDescriptionHelpFormatter)
+  commands = parser.add_subparsers(dest='command', required=True)
+
+  trainer = commands.add_parser('train', help='train one and write its file')
+  trainer.add_argument('--kind', choices=KINDS, default='bpe')
+  trainer.add_argument('--source', default='sotu',
+                       help=', '.join(sources.USAGE.values()))
+  trainer.add_argument('--vocab_size', type=int, required=True,
+                       help='special tokens included')
+  trainer.add_argument('--out', required=True, metavar='FILE.json')
+  trainer.add_argument('--special', action='append', default=[],
+                       metavar='TOKEN', help='one more special token, such '
+                       'as [MASK]; may be repeated')
+  trainer.add_argument('--sentinels', type=int, metavar='N',
+                       help="add T5's <extra_id_0> to <extra_id_N-1> "
+                       '(default: 100 for unigram, else 0)')
+
+  info = commands.add_parser('info', help='vocabulary and special tokens')
+  info.add_argument('--source', default='',
+                    help='also count the tokens and bytes of its documents')
+  encoder = commands.add_parser('encode', help='the ids of a text')
+  encoder.add_argument('--text', help='default: what is on standard input')
+  for command in info, encoder:
+    command.add_argument('--tokenizer', required=True,
+                         help='bytes, a file or a folder, as data.tokenizer')
+  for command in trainer, info:
+    command.add_argument(
+        '--holdout_every', type=int, default=base.base().data.holdout_every,
+        help='leave out every n-th document, as data.holdout_every does')
+  for command in trainer, info, encoder:
+    command.add_argument('--json', action='store_true', help='print one object')
+  return parser
+
+
+def main(argv: list[str] | None = None):
+  args = _parser().parse_args(argv)
+  if args.command == 'train':
+    if not args.out.endswith('.json'):
+      raise ValueError(f'--out={args.out} must end in .json.')
+    count = args.sentinels
+    if count is None:
+      count = tokenizers.SENTINELS if args.kind == 'unigram' else 0
+    specials = args.special + [f'<extra_id_{i}>' for i in range(count)]
+    result = train(args.kind, args.source, args.vocab_size, args.out,
+                   args.holdout_every, specials)
+  elif args.command == 'info':
+    result = describe(args.tokenizer, args.source, args.holdout_every)
+  else:
+    text = sys.stdin.read() if args.text is None else args.text
+    result = encode(args.tokenizer, text)
+  if args.json:
+    print(json.dumps(result))
+  else:
+    for key, value in result.items():
+      print(f'{key:>16}  {value}')
+
+
+if __name__ == '__main__':
+  cli.run(main)
