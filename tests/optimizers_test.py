@@ -7,10 +7,7 @@ import optax
 import pytest
 
 from configs import base
-from training import matrices
-from training import optimizers
-from training import paths
-from training import schedules
+from training import matrices, optimizers, paths, schedules
 
 
 def optim(**fields):
@@ -300,7 +297,7 @@ def test_state_lies_where_the_parameters_lie(name):
       None, 'fsdp', 'tensor')
   shapes = jax.eval_shape(lambda: tree)
   tx = optimizers.make(optim(name=name, clip_norm=0.0), 10, shapes)
-  state = optimizers.state_shardings(tx, shapes, where)
+  state = optimizers.opt_state_shardings(tx, shapes, where)
   placed = jax.device_put(tree, where)
   born = jax.jit(tx.init, out_shardings=state)(placed)
   wanted = paths.flatten(where)

@@ -13,8 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from training import matrices
-from training import paths
+from training import matrices, paths
 
 _MIN_SIZE = 128  # a matrix with fewer rows or columns is not factored
 _EPS = 1e-30  # epsilon_1, added to squares
@@ -124,7 +123,7 @@ def _map(fn, tree, *rest):
 
 
 def _unzip(tree, n):
-  is_leaf = lambda x: isinstance(x, tuple) and len(x) == n and not hasattr(
-      x, '_fields')
-  return tuple(jax.tree.map(lambda x: x[i], tree, is_leaf=is_leaf)
-               for i in range(n))
+  """Turns a tree of n-tuples into n trees."""
+  is_leaf = lambda x: type(x) is tuple
+  pick = lambda i: jax.tree.map(lambda x: x[i], tree, is_leaf=is_leaf)
+  return tuple(pick(i) for i in range(n))

@@ -31,8 +31,7 @@ class Axes(NamedTuple):
 # 0: it is no matrix, but a vector or a table of biases.
 _INPUT_AXES = (
     ('.*(bias|scale|sink).*', 0),
-    (r'(.*/)?attention/out(/.*)?', 2),  # H, K -> D
-    (r'(.*/)?cross_attention/out(/.*)?', 2),
+    ('.*attention/out', 2),  # H, K -> D
     ('.*', 1),
 )
 

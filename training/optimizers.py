@@ -13,10 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from architectures.parts.config import one_of, require
-from training import adafactor
-from training import matrices
-from training import paths
-from training import schedules
+from training import adafactor, matrices, paths, schedules
 
 
 def _adamw(optim, params):
@@ -132,13 +129,14 @@ def make(optim, steps: int, params) -> optax.GradientTransformation:
   check(optim)
   decays = jax.tree.map(bool, paths.match(
       optim.decay_mask, params, 'optim.decay_mask'))
-  parts = [OPTIMIZERS[optim.name](optim, params)]
-  if optim.clip_norm:
-    parts.insert(0, clip_by_global_norm(optim.clip_norm))
-  if optim.weight_decay:
-    parts.append(optax.add_decayed_weights(optim.weight_decay, decays))
-  parts.append(optax.scale_by_learning_rate(schedules.make(optim, steps)))
-  return optax.chain(*parts)
+  # All four always stand in the chain, so that the state's tree does not
+  # depend on numbers that a resumed run may change.
+  return optax.chain(
+      clip_by_global_norm(optim.clip_norm) if optim.clip_norm
+      else optax.identity(),
+      OPTIMIZERS[optim.name](optim, params),
+      optax.add_decayed_weights(optim.weight_decay, decays),
+      optax.scale_by_learning_rate(schedules.make(optim, steps)))
 
 
 def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
@@ -173,7 +171,7 @@ def update_if(ok, tx: optax.GradientTransformation, grads, state, params):
   return jax.lax.cond(ok, apply, skip, grads, state, params)
 
 
-def state_shardings(tx: optax.GradientTransformation, params, shardings):
+def opt_state_shardings(tx: optax.GradientTransformation, params, shardings):
   """Returns the sharding of each leaf of tx.init(params), as one tree.
 
   A moment lies where its parameter lies. Along the axes that a factored

@@ -7,8 +7,9 @@ are all such lists; a path that no pattern covers is an error, so a new
 parameter is never treated by accident.
 """
 
+from collections.abc import Sequence
 import re
-from typing import Any, Sequence
+from typing import Any
 
 import jax
 

@@ -8,11 +8,11 @@ the two parts meet. Cosine, linear and wsd arrive at final_fraction at t = T.
 
 import math
 
-from configs import base as base_config
 import jax.numpy as jnp
 import optax
 
 from architectures.parts.config import one_of, require
+from configs import base as base_config
 
 
 def _cosine(t, steps, optim):
