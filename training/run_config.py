@@ -1,0 +1,261 @@
+"""The config of a run on disk, and what changing it half-way would do.
+
+WORKDIR/config.json is the config tree as it is, plus one more key, `derived`:
+the value that each field left at 0 or '' was resolved to, by its dotted name.
+"""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+import json
+import re
+from typing import Any
+
+import jax
+import ml_collections
+
+SAFE = 'safe'
+OPTIMISATION = 'changes the optimisation'
+INCOMPATIBLE = 'incompatible'
+
+
+def _steps(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, str]:
+  schedules = old['optim.schedule'], new['optim.schedule']
+  if all(name in ('constant', 'rsqrt') for name in schedules):
+    return SAFE, 'this schedule does not depend on the last step'
+  return OPTIMISATION, 'the schedule is drawn out to the last step'
+
+
+# What a change of a field does to a run that is resumed: (pattern over the
+# dotted name, class, why), first match wins. A field that no row covers is an
+# error, so a new one is never classed by accident.
+CLASSES: tuple[tuple[str, str | Callable, str], ...] = (
+    (r'(log|checkpoint|eval)\..*', SAFE, 'only what is written, and when'),
+    (r'mesh\..*', SAFE, 'same sums in another order: equal to about 1e-5'),
+    (r'data\.(cache_dir|workers|tokenize_workers)', SAFE,
+     'batches do not depend on it'),
+    (r'train\.max_bad_steps', SAFE, 'only when a failing run ends'),
+    (r'train\.loss_chunk', SAFE, 'same sums in another order'),
+    (r'model\.(remat|scan_layers|attention_kernel)', SAFE,
+     'the same function, computed another way'),
+    (r'model\.moe\.eval_capacity_factor', SAFE, 'only evaluation'),
+    (r'train\.steps', _steps, ''),
+    (r'train\.(z_loss|label_smoothing)', OPTIMISATION, 'another loss'),
+    (r'train\.grad_accumulation', OPTIMISATION,
+     'dropout and expert capacity see other micro-batches'),
+    (r'seed', OPTIMISATION, 'another order of the data, another dropout'),
+    (r'init_from|init_partial|model\.(init|init_stddev)', OPTIMISATION,
+     'read only where a run begins: a resumed run ignores it'),
+    (r'objective', INCOMPATIBLE, 'another task, maybe with other heads'),
+    (r'data\.tokenizer', INCOMPATIBLE, 'token numbers mean something else'),
+    (r'data\..*', OPTIMISATION, 'other batches from here on'),
+    (r'optim\.name', INCOMPATIBLE, 'another optimizer state'),
+    (r'optim\..*', OPTIMISATION, 'other updates'),
+    (r'model\.(dropout|moe\.(jitter|logit_noise|expert_dropout'
+     r'|balance_loss|balance_weight|z_loss_weight))', OPTIMISATION,
+     'another regularisation'),
+    (r'model\.(norm_eps|learned_stretch|rope\..*|relative\.max_distance'
+     r'|sliding_window|attention_(softcap|scale)|embed_scale|logits_scale'
+     r'|logits_softcap|parametrization|dtype'
+     r'|moe\.(top_k|dispatch|capacity_factor|normalize_gates|group_size))',
+     OPTIMISATION, 'the same parameters in another function'),
+    (r'model\.(arch|norm|embed_norm|position|ffn|block|attention|qk_norm'
+     r'|attention_sinks|attention_bias|ffn_bias|tie_embeddings|logits_bias'
+     r'|moe\.(router|ffn|every|shared_experts))', INCOMPATIBLE,
+     'other parameters'),
+    (r'model\.(d_model|num_layers|num_decoder_layers|num_heads|num_kv_heads'
+     r'|head_dim|d_ff|vocab_size|max_len|type_vocab_size|param_dtype'
+     r'|relative\.buckets|moe\.(num_experts|d_ff))', INCOMPATIBLE,
+     'parameters of another shape or dtype'),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+  """One field that differs; a field that one side lacks is MISSING there."""
+  name: str
+  old: Any
+  new: Any
+  kind: str
+  why: str
+
+
+MISSING = '(none)'
+
+
+def save(workdir, config: ml_collections.ConfigDict,
+         derived: Mapping[str, Any] | None = None):
+  """Writes config.json, from process 0, whole or not at all.
+
+  Args:
+    workdir: a folder, which is made if it isn't there.
+    config: the run's config.
+    derived: the resolved value of fields left at 0 or '', by dotted name.
+  """
+  tree = to_json(config)
+  for name in derived or {}:
+    if name not in flatten(config):
+      raise ValueError(f'derived value for {name!r}: no such config field')
+  if jax.process_index() != 0:
+    return
+  path = _path(workdir)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  text = json.dumps({**tree, _DERIVED: dict(derived or {})}, indent=2,
+                    allow_nan=False)
+  partial = path.with_name(path.name + '.partial')
+  partial.write_text(text + '\n')
+  partial.replace(path)
+
+
+def load(workdir) -> ml_collections.ConfigDict:
+  """Returns the config that `save` wrote, locked, tuples as tuples."""
+  tree = _load(workdir)
+  del tree[_DERIVED]
+  return from_json(tree)
+
+
+def load_derived(workdir) -> dict[str, Any]:
+  return {name: _tuples(value)
+          for name, value in _load(workdir)[_DERIVED].items()}
+
+
+def exists(workdir) -> bool:
+  return _path(workdir).exists()
+
+
+def compare(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict,
+            old_derived: Mapping[str, Any] | None = None,
+            new_derived: Mapping[str, Any] | None = None) -> list[Change]:
+  """Returns the fields that differ, worst class first.
+
+  With the derived values, 0 is the same as the value that it stands for, and
+  a derived value that changes with another field is a change too.
+  A field that this version of the code no longer has is one as well.
+
+  Raises:
+    ValueError: for a field that no row of CLASSES covers.
+  """
+  olds = {**flatten(old), **(old_derived or {})}
+  news = {**flatten(new), **(new_derived or {})}
+  changes = []
+  for name in dict.fromkeys([*olds, *news]):
+    before, after = olds.get(name, MISSING), news.get(name, MISSING)
+    kind, why = (classify(name, olds, news) if name in news else
+                 (OPTIMISATION, 'this version has no such field'))
+    if type(before) is not type(after) or before != after:
+      changes.append(Change(name, before, after, kind, why))
+  order = (INCOMPATIBLE, OPTIMISATION, SAFE)
+  return sorted(changes, key=lambda change: order.index(change.kind))
+
+
+def classify(name: str, old: Mapping[str, Any],
+             new: Mapping[str, Any]) -> tuple[str, str]:
+  """Returns (class, why) for a change of the field `name`."""
+  _, kind, why = row(name)
+  return kind(old, new) if callable(kind) else (kind, why)
+
+
+def row(name: str) -> tuple[str, str | Callable, str]:
+  for pattern, kind, why in CLASSES:
+    if re.fullmatch(pattern, name):
+      return pattern, kind, why
+  raise ValueError(
+      f'config field {name!r} has no row in CLASSES of training/run_config.py:'
+      f' add one that says {SAFE!r}, {OPTIMISATION!r} or {INCOMPATIBLE!r}')
+
+
+def check(changes: list[Change], allow_config_change: bool):
+  """Raises ValueError where changes need --allow_config_change and lack it."""
+  grave = [change for change in changes if change.kind != SAFE]
+  if grave and not allow_config_change:
+    raise ValueError(
+        f'the config differs from that of the run in this workdir in '
+        f'{len(grave)} field{"s" * (len(grave) > 1)} that matter:\n'
+        f'{table(changes)}\n'
+        'Take another --workdir, or pass --allow_config_change to go on')
+
+
+def table(changes: list[Change]) -> str:
+  """Renders changes for a terminal: field, old, new, class, why."""
+  rows = [('field', 'old', 'new', 'class', 'why')]
+  rows += [(c.name, _short(c.old), _short(c.new), c.kind, c.why)
+           for c in changes]
+  widths = [max(map(len, column)) for column in zip(*rows)]
+  return '\n'.join(
+      '  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
+      for row in rows)
+
+
+def _short(value) -> str:
+  text = value if value is MISSING else repr(value)
+  return text if len(text) <= 32 else text[:29] + '...'
+
+
+def to_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """Returns the config as plain dicts and lists.
+
+  Raises:
+    ValueError: for a value that JSON cannot give back as it was.
+  """
+  for name, value in flatten(config).items():
+    _check_plain(name, value)
+  return config.to_dict()
+
+
+def from_json(tree: Mapping[str, Any]) -> ml_collections.ConfigDict:
+  """Returns the config, locked, as config_flags locks what it parses."""
+  return ml_collections.ConfigDict(_tuples(tree)).lock()
+
+
+def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """Returns {'model.d_model': 128, ...}."""
+  return _flatten('', config.to_dict())
+
+
+def _flatten(prefix: str, tree: Mapping[str, Any]) -> dict[str, Any]:
+  flat = {}
+  for name, value in tree.items():
+    if isinstance(value, dict):
+      flat |= _flatten(f'{prefix}{name}.', value)
+    else:
+      flat[prefix + name] = value
+  return flat
+
+
+_DERIVED = 'derived'
+
+
+def _path(workdir):
+  from etils import epath
+  return epath.Path(workdir) / 'config.json'
+
+
+def _load(workdir) -> dict[str, Any]:
+  path = _path(workdir)
+  if not path.exists():
+    raise ValueError(f'{path} is missing: no run was started in this workdir')
+  try:
+    tree = json.loads(path.read_text())
+  except ValueError as error:
+    raise ValueError(f'{path} is damaged: {error}') from error
+  if not isinstance(tree, dict) or _DERIVED not in tree:
+    raise ValueError(f'{path} is damaged: it has no {_DERIVED!r}')
+  return tree
+
+
+def _tuples(value):
+  """Sequences in a config are tuples; JSON knows lists only."""
+  if isinstance(value, (list, tuple)):
+    return tuple(_tuples(item) for item in value)
+  if isinstance(value, dict):
+    return {name: _tuples(item) for name, item in value.items()}
+  return value
+
+
+def _check_plain(name: str, value):
+  if isinstance(value, tuple):
+    for item in value:
+      _check_plain(name, item)
+  elif value is not None and type(value) not in (bool, int, float, str):
+    raise ValueError(
+        f'config field {name} holds {value!r}, a {type(value).__name__}: '
+        'choose from bool, int, float, str, None, and tuples of them')
