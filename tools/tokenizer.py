@@ -10,10 +10,10 @@ What `train` writes is a Hugging Face tokenizer.json, which a run takes as
 """
 
 import argparse
+from collections.abc import Iterator
 import json
 import os
 import sys
-from collections.abc import Iterator
 
 from configs import base
 from training import cli, sources, tokenizers

@@ -8,11 +8,11 @@ only those. So a run may stop at any n and go on with any number of processes
 or workers, and the state of the data is n.
 """
 
-import sys
 from collections.abc import Iterator
+import sys
 
-import numpy as np
 from absl import flags
+import numpy as np
 
 from training import examples, packing, sources, token_cache
 

@@ -9,6 +9,8 @@ A document is a string, or a list of parts, each (kind, string), with the
 kinds of KINDS: what a pair of sentences or a conversation is made of.
 """
 
+from collections.abc import Callable, Iterator
+from concurrent import futures
 import dataclasses
 import glob
 import hashlib
@@ -18,8 +20,6 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterator
-from concurrent import futures
 
 Document = str | list[tuple[str, str]]
 KINDS = ('text', 'source', 'target', 'system', 'user', 'assistant')

@@ -18,6 +18,7 @@ manifest remembers (path, size, mtime) of a source's files and their content
 hash: while they match, the text is not read again.
 """
 
+from collections.abc import Iterable, Iterator
 import hashlib
 import json
 import os
@@ -25,10 +26,9 @@ import pathlib
 import shutil
 import time
 import uuid
-from collections.abc import Iterable, Iterator
 
-import numpy as np
 from absl import logging
+import numpy as np
 
 from training import sources, token_workers
 

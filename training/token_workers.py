@@ -8,6 +8,8 @@ however its parent died.
 """
 
 import collections
+from collections.abc import Iterable, Iterator
+from concurrent import futures
 import itertools
 import os
 import pathlib
@@ -16,8 +18,6 @@ import queue
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
-from concurrent import futures
 
 import numpy as np
 

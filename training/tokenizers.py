@@ -10,10 +10,10 @@ lays out a sequence (packing, objectives, generation) places the special ids.
 """
 
 import abc
+from collections.abc import Iterable, Sequence
 import hashlib
 import json
 import pathlib
-from collections.abc import Iterable, Sequence
 
 import numpy as np
 
