@@ -1,0 +1,189 @@
+"""Where a run's figures go: metrics.jsonl always, TensorBoard and W&B as asked.
+
+A writer has write(step, split, figures) and close(); `split` is train, eval or
+another set, `figures` maps names to numbers, lists of numbers or None. After a
+resume no writer holds a step twice.
+"""
+
+from collections.abc import Mapping
+import importlib.util
+import json
+import math
+import os
+import pathlib
+import secrets
+from typing import Any
+
+import numpy as np
+
+
+class JsonlWriter:
+  """One JSON object a line: step, split, and the figures.
+
+  `loss` is in nats per token. What is unknown or not finite is null, since
+  JSON has no word for it.
+  """
+
+  def __init__(self, workdir, resumed_step: int):
+    path = pathlib.Path(workdir) / 'metrics.jsonl'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _drop_after(path, resumed_step)
+    self._file = path.open('a', encoding='utf-8')
+
+  def write(self, step: int, split: str, figures: Mapping[str, Any]) -> None:
+    row = {'step': int(step), 'split': split}
+    row.update((name, plain(value)) for name, value in figures.items())
+    # One call a line: what is read while the run goes on is whole.
+    self._file.write(json.dumps(row, allow_nan=False) + '\n')
+    self._file.flush()
+
+  def close(self) -> None:
+    self._file.close()
+
+
+class TensorboardWriter:
+  """Scalars as split/name, under WORKDIR/tensorboard."""
+
+  def __init__(self, workdir, resumed_step: int):
+    from tensorboard.compat.proto import event_pb2, summary_pb2
+    from tensorboard.summary.writer import event_file_writer
+    self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+    folder = pathlib.Path(workdir) / 'tensorboard'
+    again = any(folder.glob('events.out.tfevents.*'))
+    self._file = event_file_writer.EventFileWriter(str(folder))
+    if again:  # TensorBoard forgets what an earlier file has from here on
+      start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+      self._file.add_event(event_pb2.Event(
+          wall_time=_now(), step=resumed_step + 1, session_log=start))
+
+  def write(self, step: int, split: str, figures: Mapping[str, Any]) -> None:
+    values = [self._summary.Value(tag=f'{split}/{name}', simple_value=value)
+              for name, value in scalars(figures).items()]
+    self._file.add_event(self._event(
+        wall_time=_now(), step=step, summary=self._summary(value=values)))
+    self._file.flush()
+
+  def close(self) -> None:
+    self._file.close()
+
+
+class WandbWriter:
+  """Scalars as split/name, in the W&B run whose id the workdir remembers."""
+
+  def __init__(self, workdir, config: Mapping[str, Any]):
+    import wandb
+    path = pathlib.Path(workdir) / 'wandb_id'
+    if not path.exists():
+      path.parent.mkdir(parents=True, exist_ok=True)
+      path.write_text(secrets.token_hex(4))
+    self._run = wandb.init(
+        project=config['log']['wandb_project'], id=path.read_text().strip(),
+        name=pathlib.Path(workdir).resolve().name, dir=str(workdir),
+        config=dict(config), resume='allow')
+    # Our own step is the axis: W&B's only grows, and a resume goes back.
+    self._run.define_metric('step')
+    self._run.define_metric('*', step_metric='step')
+
+  def write(self, step: int, split: str, figures: Mapping[str, Any]) -> None:
+    row = {f'{split}/{name}': x for name, x in scalars(figures).items()}
+    self._run.log({'step': step, **row})
+
+  def close(self) -> None:
+    self._run.finish()
+
+
+EXTRAS = ('tensorboard', 'wandb')
+
+
+def check(log) -> None:
+  """Raises ValueError where config.log asks for an extra that is missing."""
+  for name in EXTRAS:
+    if log[name] and importlib.util.find_spec(name) is None:
+      raise ValueError(
+          f'log.{name} is True, but the package {name} is not installed: run '
+          f"pip install -e '.[{name}]', or set log.{name}=False")
+
+
+def writers(workdir, config: Mapping[str, Any], resumed_step: int = 0,
+            primary: bool = True) -> list:
+  """Returns the writers that config.log asks for.
+
+  Args:
+    workdir: the run's folder.
+    config: the whole config, as a dict.
+    resumed_step: the step that the run goes on from; later lines are dropped.
+    primary: whether this is process 0; the others write nothing.
+  """
+  log = config['log']
+  check(log)
+  if not primary:
+    return []
+  result = [JsonlWriter(workdir, resumed_step)]
+  if log['tensorboard']:
+    result.append(TensorboardWriter(workdir, resumed_step))
+  if log['wandb']:
+    result.append(WandbWriter(workdir, config))
+  return result
+
+
+def read(path) -> list[dict[str, Any]]:
+  """Returns the rows of a metrics.jsonl, less a line that a kill cut short."""
+  rows = []
+  for line in pathlib.Path(path).read_bytes().splitlines():
+    row = _parse(line)
+    if row is not None:
+      rows.append(row)
+  return rows
+
+
+def plain(value: Any) -> Any:
+  """Returns a figure as JSON has it: a number, a string, a list or None."""
+  if value is None or isinstance(value, str | bool | int):
+    return value
+  if isinstance(value, float):
+    return value if math.isfinite(value) else None
+  if isinstance(value, list | tuple):
+    return [plain(x) for x in value]
+  return plain(np.asarray(value).tolist())
+
+
+def scalars(figures: Mapping[str, Any]) -> dict[str, float]:
+  """Returns the numbers among the figures; lists as name/0, name/1, ..."""
+  result = {}
+  for name, value in figures.items():
+    value = plain(value)
+    if isinstance(value, list):
+      result.update(scalars({f'{name}/{i}': x for i, x in enumerate(value)}))
+    elif isinstance(value, bool | int | float):
+      result[name] = float(value)
+  return result
+
+
+def _drop_after(path: pathlib.Path, step: int) -> None:
+  """Drops the lines past `step`, and one cut short, in one atomic move."""
+  if not path.exists():
+    return
+  lines = path.read_bytes().splitlines(keepends=True)
+  kept = [line for line in lines if line.endswith(b'\n')
+          and (row := _parse(line)) is not None and row['step'] <= step]
+  if kept == lines:
+    return
+  new = path.with_suffix('.jsonl.new')
+  with new.open('wb') as file:
+    file.writelines(kept)
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(new, path)
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+  try:
+    row = json.loads(line)
+  except ValueError:  # cut short: UnicodeDecodeError, JSONDecodeError
+    return None
+  return row if isinstance(row, dict) and 'step' in row else None
+
+
+def _now() -> float:
+  import time
+  return time.time()
