@@ -147,7 +147,7 @@ def _jsonl(name: str, rest: str) -> Source:
           record = json.loads(line.decode('utf-8'))
         except UnicodeDecodeError as error:
           raise ValueError(f'{where}, is not UTF-8: {error}.') from error
-        except json.JSONDecodeError as error:
+        except ValueError as error:
           raise ValueError(f'{where}, is broken JSON: {error}.') from error
         if not isinstance(record, dict):
           raise ValueError(f'{where}, is not a JSON object.')
@@ -185,13 +185,16 @@ def _arrayrecord(name: str, pattern: str) -> Source:
 
   def read(path: str) -> Iterator[str]:
     module = _imported('array_record.python.array_record_module', name, 'data')
-    try:
-      reader = module.ArrayRecordReader(path)
-      count = reader.num_records()
-    except (RuntimeError, ValueError) as error:
-      raise ValueError(f'{path} is not an ArrayRecord: {error}.') from error
+    reader = module.ArrayRecordReader(path)
+    if not reader.ok():
+      raise ValueError(f'{path} is not an ArrayRecord file.')
+    count = reader.num_records()
     for start in range(0, count, 1024):
-      records = reader.read(list(range(start, min(start + 1024, count))))
+      try:
+        records = reader.read(
+            list(range(start, min(start + 1024, count))))
+      except RuntimeError as error:
+        raise ValueError(f'{path} is damaged: {error}.') from error
       for row, record in enumerate(records, start + 1):
         yield _decoded(record, f'{path}, record {row},')
 

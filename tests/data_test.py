@@ -1,0 +1,432 @@
+"""Data: tokenised once, packed without loss, in an order fixed by the seed."""
+
+import itertools
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import numpy as np
+import pytest
+
+from configs import base
+from training import data, sources, token_cache, token_workers, tokenizers
+
+ROOT = pathlib.Path(__file__).parents[1]
+BYTES = tokenizers.load('bytes')
+EOS = BYTES.eos_id
+OPENED = []  # The files that this process opens.
+sys.addaudithook(
+    lambda event, args: event == 'open' and OPENED.append(str(args[0])))
+
+
+def text_of(i, size):
+  return ''.join(chr(97 + (7 * i + k * k) % 26) for k in range(size))
+
+
+@pytest.fixture
+def folder(tmp_path):
+  """A folder of 12 documents of 20 to 130 bytes, and an empty cache."""
+  (tmp_path / 'a').mkdir()
+  for i in range(12):
+    (tmp_path / 'a' / f'{i:02}.txt').write_text(text_of(i, 20 + 10 * i))
+  return tmp_path
+
+
+def config_of(folder, **fields):
+  config = base.base()
+  config.seed = fields.pop('seed', 0)
+  config.data.update(dict(
+      source=f'text:{folder}/a/*.txt', cache_dir=str(folder / 'cache'),
+      length=16, batch_size=8, holdout_every=4, tokenize_workers=1) | fields)
+  return config
+
+
+def load(folder, split='train', index=0, count=1, **fields):
+  return data.load(config_of(folder, **fields), BYTES, split, index, count)
+
+
+def stream(numbers):
+  """EOS, document, EOS, ... document, EOS, by hand."""
+  ids = [EOS]
+  for i in numbers:
+    ids += [*text_of(i, 20 + 10 * i).encode(), EOS]
+  return ids
+
+
+def windows(batches):
+  """Each row's tokens and last target, as one tuple."""
+  return [(*row, last[-1]) for batch in batches
+          for row, last in zip(batch['tokens'].tolist(),
+                               batch['targets'].tolist())]
+
+
+def same(one, two):
+  assert one.keys() == two.keys()
+  for key in one:
+    np.testing.assert_array_equal(one[key], two[key])
+
+
+# The cache.
+
+
+def cached(folder, tokenizer=BYTES, workers=1, pattern='a/*.txt'):
+  [(_, source)] = sources.parse(f'text:{folder}/{pattern}')
+  return token_cache.load(source, tokenizer, str(folder / 'cache'), workers)
+
+
+def test_cache_holds_every_document(folder):
+  cache = cached(folder)
+  assert len(cache) == 12 and cache.tokens.dtype == np.uint16
+  for i in range(12):
+    text = text_of(i, 20 + 10 * i)
+    assert BYTES.decode(cache.document(i)) == text
+    assert cache.num_bytes[i] == len(text)
+  [(kind, ids)] = cache.document_parts(3)
+  assert kind == 'text' and ids.tolist() == cache.document(3).tolist()
+
+
+def test_second_start_reads_no_text(folder):
+  def texts_opened():
+    return {name for name in OPENED if name.startswith(str(folder / 'a'))}
+
+  OPENED.clear()
+  load(folder).batch(0)
+  assert len(texts_opened()) == 12
+  OPENED.clear()
+  load(folder).batch(0)
+  load(folder, 'eval').batch(0)
+  assert OPENED and not texts_opened()
+
+
+def test_entry_is_keyed_by_content_and_tokenizer(folder, monkeypatch):
+  first = cached(folder).path
+  os.utime(folder / 'a' / '00.txt')  # Another time, the same content.
+  (folder / 'a').rename(folder / 'b')  # Another place.
+  with monkeypatch.context() as patch:
+    patch.setattr(token_cache, '_write', None)  # Nothing is tokenised again.
+    assert cached(folder, pattern='b/*.txt').path == first
+  (folder / 'b' / '03.txt').write_text('changed')
+  changed = cached(folder, pattern='b/*.txt')
+  assert changed.path != first
+  assert BYTES.decode(changed.document(3)) == 'changed'
+
+
+class Wide(tokenizers.Bytes):
+  """Bytes in a vocabulary that needs 32 bits."""
+
+  def __init__(self):
+    super().__init__()
+    self.vocab_size, self.fingerprint = 70_000, 'wide'
+
+  def encode_batch(self, texts):
+    return [ids + 69_000 for ids in super().encode_batch(texts)]
+
+
+def test_large_vocabularies_take_four_bytes(folder):
+  cache = cached(folder, Wide())
+  assert cache.tokens.dtype == np.uint32 and cache.tokens.min() > 69_000
+  assert cache.path != cached(folder).path
+
+
+def test_documents_of_parts(folder):
+  pair = [('source', 'ab'), ('target', 'cde')]
+  source = sources.Source(
+      'pairs', 'pairs', (), lambda _: iter([pair, pair]), content='1')
+  cache = token_cache.load(source, BYTES, str(folder / 'cache'), 1)
+  assert [(kind, BYTES.decode(ids)) for kind, ids
+          in cache.document_parts(1)] == pair
+  assert len(cache) == 2 and cache.num_bytes.tolist() == [2, 3, 2, 3]
+
+
+def test_worker_processes_write_the_same_entry(folder, monkeypatch):
+  monkeypatch.setattr(token_cache, 'CHUNK_CHARS', 100)
+  alone = cached(folder)
+  kept = {path.name: path.read_bytes() for path in alone.path.iterdir()}
+  alone.path.rename(folder / 'away')
+  together = cached(folder, workers=2)
+  assert kept == {path.name: path.read_bytes()
+                  for path in together.path.iterdir()}
+
+
+def test_a_failing_worker_is_heard():
+  broken = Wide()
+  broken.name = 'none.json'  # Which its workers cannot load.
+  with pytest.raises(RuntimeError, match='ended early'):
+    list(token_workers.encode_chunks(broken, [['a'], ['b']], 2))
+
+
+def script(folder, workers, after=''):
+  """A program without a main guard that fills the cache."""
+  return textwrap.dedent(f"""
+      import sys
+      sys.path.insert(0, {str(ROOT)!r})
+      from training import sources, token_cache, tokenizers
+      token_cache.CHUNK_CHARS = 100
+      {after}
+      [(_, source)] = sources.parse('text:{folder}/a/*.txt')
+      cache = token_cache.load(source, tokenizers.load('bytes'),
+                               {str(folder / 'cache')!r}, {workers})
+      print(len(cache), len(cache.tokens), cache.path.name)
+      """)
+
+
+def test_no_main_guard_is_needed_and_two_processes_may_race(folder):
+  path = folder / 'script.py'
+  path.write_text(script(folder, 2))
+  runs = [subprocess.Popen([sys.executable, path], text=True,
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+          for _ in range(2)]
+  outputs = [run.communicate(timeout=60) for run in runs]
+  assert [run.returncode for run in runs] == [0, 0], outputs
+  assert outputs[0][0] == outputs[1][0]  # The script ran once in each.
+  entry = cached(folder).path
+  assert outputs[0][0].split() == ['12', '900', entry.name]
+  assert [path.name for path in entry.parent.iterdir()] == [entry.name]
+
+
+def test_a_killed_process_leaves_no_entry(folder):
+  slow = ('real = token_cache._bounds; import time\n      '
+          'def slow(x): print("half", flush=True); time.sleep(60)\n      '
+          'token_cache._bounds = slow')
+  run = subprocess.Popen([sys.executable, '-c', script(folder, 1, slow)],
+                         text=True, stdout=subprocess.PIPE)
+  assert run.stdout.readline() == 'half\n'
+  run.send_signal(signal.SIGKILL)
+  run.communicate()
+  tokens = folder / 'cache' / 'tokens'
+  [left] = tokens.iterdir()
+  assert left.name.startswith('.building-')
+  entry = cached(folder).path
+  assert set(tokens.iterdir()) == {left, entry}
+  # What is over a day old is swept away by the next process that builds.
+  os.utime(left, (time.time() - 2 * 24 * 3600,) * 2)
+  cached(folder, Wide())
+  assert left not in tokens.iterdir()
+
+
+def test_a_damaged_entry_is_named(folder):
+  cache = cached(folder)
+  with open(cache.path / 'tokens.bin', 'r+b') as file:
+    file.truncate(100)
+  with pytest.raises(ValueError, match=f'{cache.path.name}.* is damaged'):
+    cached(folder)
+
+
+# Packing.
+
+
+def test_windows_hold_the_stream_each_token_a_target_once(folder):
+  train = stream(i for i in range(12) if i % 4)
+  loader = load(folder)
+  assert loader.num_tokens == len(train) - 1
+  assert loader.num_windows == (len(train) - 1) // 16
+  expected = [tuple(train[16 * i:16 * i + 17])
+              for i in range(loader.num_windows)]
+  batches = [loader.batch(n) for n in range(loader.num_batches)]
+  assert sorted(windows(batches)[:loader.num_windows]) == sorted(expected)
+  assert all((batch['weights'] == 1).all() for batch in batches)
+  np.testing.assert_array_equal(batches[0]['tokens'][:, 1:],
+                                batches[0]['targets'][:, :-1])
+
+
+@pytest.mark.parametrize('count', [1, 2])
+@pytest.mark.parametrize('length', [7, 16, 1000])
+def test_eval_counts_every_held_out_token_once(folder, count, length):
+  loaders = [load(folder, 'eval', p, count, length=length)
+             for p in range(count)]
+  targets = []
+  for loader in loaders:
+    batches = list(loader.iterate())
+    assert len(batches) == loader.num_batches == -(-loader.num_windows // 8)
+    for batch in batches:
+      assert batch['tokens'].shape == (8 // count, length)
+      targets += batch['targets'][batch['weights'] > 0].tolist()
+  held_out = stream([0, 4, 8])[1:]
+  assert sorted(targets) == sorted(held_out)
+  assert loader.num_tokens == len(held_out)
+  assert loader.num_bytes == len(held_out) - 3
+  assert loader.bytes_per_token == (len(held_out) - 3) / len(held_out)
+
+
+def test_eval_source_leaves_nothing_held_out(folder):
+  (folder / 'other.txt').write_text('other words')
+  other = f'text:{folder}/other.txt'
+  assert load(folder, eval_source=other).num_tokens == len(
+      stream(range(12))) - 1
+  batch = load(folder, 'eval', eval_source=other, batch_size=1).batch(0)
+  assert BYTES.decode(batch['tokens'][0]) == 'other words'
+  assert batch['weights'][0].tolist() == [1] * 12 + [0] * 4
+
+
+def test_eval_order_ignores_the_seed_and_samples_fairly(folder):
+  one, two = (load(folder, 'eval', seed=seed, length=2) for seed in (0, 1))
+  same(one.batch(0), two.batch(0))
+  held_out = stream([0, 4, 8])
+  first = [tuple(held_out[2 * i:2 * i + 3]) for i in range(8)]
+  assert windows([one.batch(0)]) != first
+
+
+def test_document_mask_as_a_picture(folder):
+  (folder / 'a' / '01.txt').write_text('abc')
+  (folder / 'a' / '02.txt').write_text('de')
+  (folder / 'a' / '03.txt').write_text('fghij')
+  loader = load(folder, length=7, batch_size=1, document_mask=True)
+  rows = [loader.batch(n) for n in range(loader.num_windows)]
+  shown = {}
+  for row in rows:
+    tokens, segments, positions = (
+        row[key][0].tolist() for key in ('tokens', 'segment_ids', 'positions'))
+    text = ''.join('|' if i == EOS else chr(i) for i in tokens)
+    shown[text] = (''.join(map(str, segments)), ''.join(map(str, positions)))
+  assert shown['|abc|de'] == ('2222333', '0123012')
+  assert shown['|fghij|'] == ('2222223', '0123450')
+  assert {'segment_ids', 'positions'} & load(folder).batch(0).keys() == set()
+
+
+# Order.
+
+
+@pytest.mark.parametrize('count', [2, 8])
+@pytest.mark.parametrize('split', ['train', 'eval'])
+def test_global_batch_is_the_same_on_any_number_of_processes(
+    folder, split, count):
+  alone = load(folder, split)
+  shares = [load(folder, split, p, count) for p in range(count)]
+  for n in range(alone.num_batches):
+    parts = [share.batch(n) for share in shares]
+    assert all(len(part['tokens']) == 8 // count for part in parts)
+    same(alone.batch(n), {key: np.concatenate([part[key] for part in parts])
+                          for key in parts[0]})
+
+
+def test_a_process_loads_only_its_rows(folder, monkeypatch):
+  loader = load(folder, index=1, count=4)
+  read = []
+  monkeypatch.setattr(loader, '_dataset', type('Spy', (), {
+      '__getitem__': lambda _, g, real=loader._dataset: (
+          read.append(g), real[g])[1]})())
+  loader.batch(5)
+  assert read == [5 * 8 + 2, 5 * 8 + 3]
+
+
+def test_each_window_once_an_epoch_in_another_order(folder):
+  loader = load(folder, batch_size=1)
+  size = loader.num_windows
+  seen = windows(loader.batch(n) for n in range(3 * size))
+  epochs = [tuple(seen[e * size:(e + 1) * size]) for e in range(3)]
+  assert len(set(epochs)) == 3
+  assert len({tuple(sorted(epoch)) for epoch in epochs}) == 1
+  assert len(set(epochs[0])) == size
+  # A seed's second epoch is not the next seed's first.
+  other = load(folder, batch_size=1, seed=1)
+  assert tuple(windows(other.batch(n) for n in range(size))) not in epochs
+
+
+def test_order_stays_from_version_to_version(folder):
+  """A run that is resumed after an upgrade must see the same batches."""
+  loader = load(folder)
+  train = stream(i for i in range(12) if i % 4)
+  place = {tuple(train[16 * i:16 * i + 17]): i
+           for i in range(loader.num_windows)}
+  assert [[place[w] for w in windows([loader.batch(n)])] for n in (0, 9)] == [
+      [18, 35, 16, 7, 20, 13, 24, 0], [20, 44, 39, 29, 23, 7, 0, 11]]
+
+
+@pytest.mark.parametrize('start', [0, 1, 13])
+def test_iterating_from_n_is_batch_n_onwards(folder, start):
+  loader = load(folder)
+  batches = list(itertools.islice(loader.iterate(start), 12))
+  assert len(batches) == 12
+  for n, batch in enumerate(batches, start):
+    same(batch, loader.batch(n))
+  assert len(list(loader.iterate(start, start + 3))) == 3
+  assert not list(loader.iterate(start, start))
+
+
+@pytest.mark.parametrize('split', ['train', 'eval'])
+def test_worker_processes_change_nothing(folder, split):
+  plain, workers = (load(folder, split, workers=n, length=7) for n in (0, 2))
+  stop = min(plain.num_batches, 7)
+  pairs = list(itertools.zip_longest(
+      plain.iterate(1, stop), workers.iterate(1, stop)))
+  assert len(pairs) == stop - 1
+  for one, two in pairs:
+    same(one, two)
+
+
+def test_mixture_weights_are_honoured(folder):
+  for name in 'bc':
+    (folder / name).mkdir()
+    for i in range(2):
+      (folder / name / f'{i}.txt').write_text(name.upper() * 400)
+  mixture = ','.join(f'{weight}*text:{folder}/{name}/*.txt' for weight, name
+                     in ((0.7, 'a'), (0.2, 'b'), (0.1, 'c')))
+  loader = load(folder, source=mixture)
+  assert loader.num_tokens == len(stream(
+      i for i in range(12) if i % 4)) - 1 + 401 + 401
+  rows = np.concatenate([loader.batch(n)['tokens'] for n in range(250)])
+  share = [(rows == ord(letter)).any(axis=1).mean() for letter in 'BC']
+  np.testing.assert_allclose(share, [0.2, 0.1], atol=1e-3)
+  # And in every stretch, not only in the long run.
+  share = (rows[:100] == ord('B')).any(axis=1).mean()
+  np.testing.assert_allclose(share, 0.2, atol=0.02)
+  # A component keeps its own epochs.
+  own = [row for row in windows(loader.batch(n) for n in range(250))
+         if not {ord('B'), ord('C')} & set(row)]
+  size = load(folder).num_windows
+  assert len(set(own[:size])) == len(set(own)) == size
+
+
+# Refusals.
+
+
+@pytest.mark.parametrize('fields, message', [
+    (dict(count=3), 'data.batch_size=8 is not divisible by the 3 processes'),
+    (dict(seed=-1), 'seed=-1 is negative'),
+    (dict(length=0), 'data.length=0 is not positive'),
+    (dict(workers=-1), 'data.workers=-1 is negative'),
+    (dict(length=5000), r'has 729 training tokens, fewer than .*length=5000'),
+    (dict(holdout_every=0, split='eval'),
+     'has 12 document.s., of which data.holdout_every=0 leaves none for eval'),
+    (dict(holdout_every=1), 'data.holdout_every=1 leaves none for train'),
+    (dict(split='test'), "unknown split 'test': choose from train, eval"),
+])
+def test_what_cannot_be_loaded_is_refused(folder, fields, message):
+  with pytest.raises(ValueError, match=message):
+    load(folder, **fields)
+
+
+def test_unknown_objective_is_refused(folder):
+  config = config_of(folder)
+  config.objective = 'casual'
+  with pytest.raises(ValueError, match="'casual': choose from causal"):
+    data.load(config, BYTES)
+
+
+def test_pairs_are_no_windows(folder, monkeypatch):
+  monkeypatch.setitem(sources.SOURCES, 'pairs', lambda name, _: sources.Source(
+      name, 'pairs', (), lambda _: iter([[('source', 'a'), ('target', 'b')]]),
+      content='2'))
+  with pytest.raises(ValueError, match='holds parts of the kinds source, targ'):
+    load(folder, source='pairs:x', holdout_every=0)
+
+
+def test_a_run_without_eos_is_refused(folder):
+  tokenizer = tokenizers.Bytes()
+  tokenizer.special_ids = {'pad': 256}
+  with pytest.raises(ValueError, match="no 'eos' token: it has pad"):
+    data.load(config_of(folder), tokenizer)
+
+
+def test_the_manifest_survives_being_torn(folder):
+  cached(folder)
+  [manifest] = (folder / 'cache' / 'manifests').iterdir()
+  whole = manifest.read_text()
+  manifest.write_text(whole[:20])
+  cached(folder)
+  assert json.loads(manifest.read_text()) == json.loads(whole)
