@@ -209,7 +209,7 @@ def _hf(name: str, rest: str) -> Source:
   try:
     dataset = datasets.load_dataset(dataset_name, config or None, split=split)
   except Exception as error:  # Whatever the network or the hub raises.
-    first = str(error).strip().partition('\n')[0]
+    first = str(error).strip().partition('\n')[0].rstrip('.')
     raise ValueError(f'data source {name!r} cannot be loaded: {first}.'
                      ) from error
   if field not in dataset.column_names:

@@ -24,10 +24,10 @@ import json
 import os
 import pathlib
 import shutil
+import sys
 import time
 import uuid
 
-from absl import logging
 import numpy as np
 
 from training import sources, token_workers
@@ -35,6 +35,7 @@ from training import sources, token_workers
 FORMAT = 1  # Part of the key: raise it when the layout changes.
 CHUNK_CHARS = 1 << 20
 CHUNK_PARTS = 1 << 13
+TELL_SECONDS = 10
 STALE_SECONDS = 24 * 3600
 
 
@@ -156,8 +157,8 @@ def _build(source: sources.Source, tokenizer, workers: int, stats,
       # Another process was first, and its entry is the same.
   finally:
     shutil.rmtree(temporary, ignore_errors=True)
-  logging.info('tokenised %s: %d tokens in %.1f s, kept in %s',
-               source.name, total, time.monotonic() - started, path)
+  print(f'tokenised {source.name}: {total:,} tokens in '
+        f'{time.monotonic() - started:.1f} s, kept in {path}', file=sys.stderr)
 
 
 def _write(source: sources.Source, tokenizer, workers: int,
@@ -167,6 +168,7 @@ def _write(source: sources.Source, tokenizer, workers: int,
   dtype = np.uint32 if wide else np.uint16
   kinds, counts, lengths, num_bytes = [], [], [], []
   chunks = _chunks(source.documents(), kinds, counts)
+  told, done = time.monotonic(), 0
   with open(folder / 'tokens.bin', 'wb') as file:
     for ids_T, lengths_P, bytes_P in token_workers.encode_chunks(
         tokenizer, chunks, workers):
@@ -174,6 +176,11 @@ def _write(source: sources.Source, tokenizer, workers: int,
       file.write(ids_T.astype(dtype).data)
       lengths.append(lengths_P)
       num_bytes.append(bytes_P)
+      done += int(bytes_P.sum())
+      if time.monotonic() - told > TELL_SECONDS:
+        told = time.monotonic()
+        print(f'tokenising {source.name}: {done / 1e6:,.0f} MB so far',
+              file=sys.stderr)
     file.flush()
     os.fsync(file.fileno())
   parts = _bounds(np.concatenate(lengths))
