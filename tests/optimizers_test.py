@@ -1,13 +1,15 @@
 """Optimisers, schedules and path patterns, against numbers worked by hand."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+import architectures
 from configs import base
-from training import matrices, optimizers, paths, schedules
+from training import matrices, optimizers, paths, schedules, state
 
 
 def optim(**fields):
@@ -342,3 +344,36 @@ def test_every_optimiser_fits_a_linear_map(name, lr):
 
   after, _ = jax.lax.fori_loop(0, 200, step, (tree, tx.init(tree)))
   assert loss(after) < 0.05 * loss(tree)
+
+
+@pytest.mark.parametrize('arch', architectures.ARCHITECTURES)
+@pytest.mark.parametrize('fields', [
+    dict(),
+    dict(ffn='swiglu', tie_embeddings=False, qk_norm=True, logits_bias=True,
+         attention_sinks=True, position='relative', num_kv_heads=2)])
+def test_a_models_own_axis_names_agree(arch, fields):
+  """What a path says of its axes is what the model says of them."""
+  config = base.base().model
+  config.update(dict(arch=arch, vocab_size=64, max_len=16, **fields))
+  boxed = state.abstract_params(architectures.build(config))
+  is_boxed = lambda x: isinstance(x, nn.LogicallyPartitioned)
+  leaves, _ = jax.tree_util.tree_flatten_with_path(boxed, is_leaf=is_boxed)
+  matrix = 0
+  for path, leaf in leaves:
+    path, names = paths.join(path), leaf.names
+    axes = matrices.axes(path, len(names))
+    named = lambda roles, names=names: [names[i] for i in roles]
+    assert named(axes.batch) == [
+        n for n in names if n in ('layers', 'experts')], path
+    if axes.matrix:
+      matrix += 1
+      # Heads and what they hold are one side of a matrix.
+      for side in (axes.inputs, axes.outputs):
+        assert ('head' in named(side)) == bool(
+            {'heads', 'kv_heads'} & set(named(side))), path
+    else:
+      assert any(w in path for w in ('norm', 'bias', 'sink')), path
+  assert matrix >= 6
+  # The optimisers take every path of it.
+  for name in optimizers.OPTIMIZERS:
+    optimizers.make(optim(name=name), 10, nn.meta.unbox(boxed))
