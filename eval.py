@@ -1,0 +1,65 @@
+"""Evaluates a run's checkpoint; the run remembers its config.
+
+  python eval.py --workdir runs/tiny
+  python eval.py --workdir runs/tiny --tasks=loss,samples --samples=3 \
+      --prompt="Fellow citizens" --temperature=0.8 --json runs/tiny/eval.json
+
+Exit code 2: a wrong request; 1: a failure.
+"""
+
+import json
+import pathlib
+
+from absl import flags
+
+from training import cli
+
+flags.DEFINE_string('workdir', '', 'The folder of the run.')
+flags.DEFINE_integer('step', None, 'Which checkpoint; default: the newest.')
+flags.DEFINE_list('tasks', ['loss'], 'Of loss, samples: comma-separated; '
+                  '--samples or --prompt adds samples.')
+flags.DEFINE_string('json', '', 'A file to write all figures to.')
+flags.DEFINE_integer('samples', 1, 'Texts to write for each prompt.')
+flags.DEFINE_string('prompt', '', "What a text begins with; several: 'A|||B'.")
+flags.DEFINE_integer('max_new_tokens', 0,
+                     'Tokens to write; 0: what fits, 256 at most.')
+flags.DEFINE_float('temperature', 1.0, '0: the likeliest token.')
+flags.DEFINE_integer('top_k', 0, 'Draw of the k likeliest tokens; 0: all.')
+flags.DEFINE_float('top_p', 1.0, 'Draw of the likeliest that reach p.')
+flags.DEFINE_integer('sample_seed', 0, 'Of the draws.')
+
+
+def main():
+  cli.parse(__doc__)
+  args = flags.FLAGS
+  if not args.workdir:
+    raise ValueError('pass --workdir DIR, the folder of a run')
+
+  # Imported late: `--help` and a wrong flag answer at once.
+  from training import evals, restoring, run_config, runs, tokenizers
+  workdir = pathlib.Path(args.workdir)
+  asked = args['samples'].present or args['prompt'].present
+  names = args.tasks + ['samples'] * (asked and 'samples' not in args.tasks)
+  tasks = {name: evals.task(name) for name in names}
+
+  config = run_config.load(workdir)
+  config = runs.for_this_machine(config)
+  tokenizer = tokenizers.load(config.data.tokenizer)
+  model, _ = runs.resolve(config, tokenizer)
+  run = runs.start(config, model)
+  restored = restoring.restore(
+      restoring.directory(workdir), {'params': run.abstract.params},
+      args.step, partial=True)
+  print(f'{workdir}, step {restored.step}')
+  figures = {'step': restored.step}
+  evaluation = evals.Evaluation(run, restored.state['params'], restored.step,
+                                tokenizer, args, workdir)
+  with run.context():
+    for name, task in tasks.items():
+      figures[name] = task(evaluation)
+  if args.json:
+    pathlib.Path(args.json).write_text(json.dumps(figures, indent=2) + '\n')
+
+
+if __name__ == '__main__':
+  cli.run(main)

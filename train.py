@@ -1,0 +1,86 @@
+"""Trains what a config file describes; run again, it goes on.
+
+  python train.py --config configs/gpt.py --workdir runs/tiny
+  python train.py --config configs/gpt.py:gpt2 --workdir runs/a \
+      --config.optim.lr=3e-4 --config.data.source=text:my/*.txt
+
+Ctrl-C or SIGTERM: the step is finished, saved, and the exit code is 0. Exit
+code 2: a wrong request; 1: a failure.
+"""
+
+import pathlib
+
+from absl import flags
+from ml_collections import config_flags
+
+from training import cli
+
+config_flags.DEFINE_config_file(
+    'config', help_string='A file of configs/ and its size, FILE.py:SIZE; any '
+    'field is a flag: --config.optim.lr=3e-4.')
+flags.DEFINE_string('workdir', '', 'The folder of the run.')
+flags.DEFINE_bool('allow_config_change', False,
+                  'Go on although the config differs from the run\'s.')
+flags.DEFINE_string('profile_steps', '',
+                    'Trace steps FIRST:LAST into workdir/profile, as 10:13.')
+flags.DEFINE_string('coordinator', '', 'host:port of process 0.')
+flags.DEFINE_integer('num_processes', 0, 'Processes of all hosts.')
+flags.DEFINE_integer('process_id', -1, 'Which of them this is.')
+flags.DEFINE_bool('cluster', False,
+                  'Ask the cluster (SLURM, TPU, GKE) for these three.')
+
+
+def main():
+  cli.parse(__doc__)
+  args = flags.FLAGS
+  if args.config is None or not args.workdir:
+    raise ValueError('pass both --config FILE.py:SIZE and --workdir DIR')
+
+  # Imported late: `--help` and a wrong flag answer at once.
+  from training import checkpoints, data, devices, profile, run_config, runs
+  from training import tokenizers
+  config, workdir = args.config, pathlib.Path(args.workdir)
+
+  # 1. The config: everything wrong in it is said before any device work.
+  runs.check(config)
+  profile.parse(args.profile_steps)
+  tokenizer = tokenizers.load(config.data.tokenizer)
+  model, derived = runs.resolve(config, tokenizer)
+  if run_config.exists(workdir):
+    changes = run_config.compare(
+        run_config.load(workdir), config,
+        run_config.load_derived(workdir), derived)
+    run_config.check(changes, args.allow_config_change)
+    if changes:
+      print(run_config.table(changes))
+
+  # 2. The devices and their mesh.
+  devices.initialize(args.coordinator, args.num_processes, args.process_id,
+                     args.cluster)
+  run = runs.start(config, model)
+
+  # 3. The data.
+  index, count = devices.batch_shard(run.place, config.data.batch_size)
+  train_data = data.load(config, tokenizer, 'train', index, count)
+  eval_data = data.load(config, tokenizer, 'eval', index, count)
+
+  # 4. The state: restored from the newest good checkpoint, or new.
+  run_config.save(workdir, config, derived)
+  with checkpoints.Checkpoints(workdir, **config.checkpoint,
+                               agree_every=config.log.every_steps) as saved:
+    state, start = runs.restore_or_create(run, saved)
+    if start >= config.train.steps:
+      print(f'{workdir} is complete: {start} steps of {config.train.steps}. '
+            f'To look at it: python eval.py --workdir {workdir}. To go on: '
+            'a larger --config.train.steps with --allow_config_change. To '
+            'start anew: another --workdir.')
+      return 0
+
+    # 5. The loop.
+    from training import loop
+    return loop.train(run, state, start, train_data, eval_data, saved, workdir,
+                      args.profile_steps)
+
+
+if __name__ == '__main__':
+  cli.run(main)

@@ -1,0 +1,98 @@
+"""What the programs share at the command line: flags, errors, exit codes.
+
+Exit codes: 0 done or cleanly stopped, 2 a wrong request, 1 a failure. A wrong
+request is a ValueError, printed as one sentence.
+"""
+
+from collections.abc import Callable, Sequence
+import difflib
+import pathlib
+import re
+import sys
+
+from absl import flags
+
+
+def run(main: Callable[[], int | None]) -> None:
+  """Calls main() and exits; a ValueError becomes `error: ...` and code 2."""
+  try:
+    code = main() or 0
+  except ValueError as error:
+    _refuse(str(error))
+  except BrokenPipeError:  # `| head` has read enough
+    sys.stderr.close()
+    code = 0
+  sys.exit(code)
+
+
+def parse(doc: str, argv: Sequence[str] | None = None) -> None:
+  """Parses absl flags, `--config` and its overrides included.
+
+  Args:
+    doc: the program's docstring, printed by --help above the flags.
+    argv: the command line; default: the process's own.
+  """
+  argv = list(sys.argv if argv is None else argv)
+  if {'--help', '-h', '-help', '--helpfull'} & set(argv[1:]):
+    print(doc.strip(), '\n\nflags:')
+    for name in sorted(f.name for f in flags.FLAGS.get_key_flags_for_module(
+        sys.modules['__main__'])):
+      print(f'  --{name}: {flags.FLAGS[name].help}')
+    sys.exit(0)
+  try:
+    rest = flags.FLAGS(argv)[1:]
+  except flags.Error as error:
+    _refuse(_cause(error))
+  except (AttributeError, KeyError, OSError, TypeError) as error:
+    _refuse(_config_error(argv, error))
+  if rest:
+    _refuse(f'unexpected argument {rest[0]!r}: every setting is a --flag')
+
+
+def _refuse(sentence: str):
+  print(f'error: {sentence}', file=sys.stderr, flush=True)
+  sys.exit(2)
+
+
+def _cause(error: BaseException) -> str:
+  """The sentence of the error that a config file raised, if one did."""
+  at = error
+  while at is not None:
+    if type(at) is ValueError and 'invalid literal' not in str(at):
+      return str(at)
+    at = at.__context__
+  found = re.search(r'^ValueError: (.*)', str(error), re.M)
+  return found[1] if found else str(error).splitlines()[0]
+
+
+def _config_error(argv, error) -> str:
+  """A sentence for a --config file or a --config.key that is not there."""
+  path = flags.FLAGS['config'].value if 'config' in flags.FLAGS else None
+  key = re.search(r"'(\w+)'", str(error).replace('\\', ''))
+  if key and 'onfig' not in key[1]:
+    name = key[1]
+    flag = next((a.split('=')[0] for a in argv if f'.{name}' in a), name)
+    return f'{flag}: no config field {name!r}. {_near_field(path, flag, name)}'
+  file = next((a.partition('=')[2] or b for a, b in zip(argv, argv[1:] + [''])
+               if re.fullmatch(r'--?config(=.*)?', a)), '')
+  file = file.split(':')[0]
+  if file and not pathlib.Path(file).exists():
+    files = sorted(str(p) for p in pathlib.Path('configs').glob('*.py')
+                   if p.stem not in ('__init__', 'base', 'sharding'))
+    near = difflib.get_close_matches(file, files, n=1)
+    hint = f' Did you mean {near[0]!r}?' if near else ''
+    return f'no config file {file!r}: choose from {", ".join(files)}.{hint}'
+  return str(error).strip('"\'').splitlines()[0]
+
+
+def _near_field(config, flag: str, name: str) -> str:
+  """The fields beside the one that `flag` misspells."""
+  from configs import base
+  at = config if config is not None else base.base()
+  for part in flag.removeprefix('--config.').split('.'):
+    if part not in at:
+      break
+    at = at[part]
+  near = difflib.get_close_matches(name, list(at), n=1)
+  hint = f'Did you mean {near[0]!r}? ' if near else ''
+  return f'{hint}There are {", ".join(sorted(at))}.'

@@ -1,0 +1,193 @@
+"""Devices: joining several hosts, the mesh, and what lies where on it."""
+
+from collections.abc import Mapping
+import math
+import os
+import sys
+import traceback
+
+import flax.linen as nn
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+import numpy as np
+
+from architectures.parts.config import ModelConfig, require
+from configs import sharding as tables
+
+HEARTBEAT_SECONDS = 30  # after so long without one, a host counts as lost
+
+
+def initialize(coordinator: str = '', num_processes: int = 0,
+               process_id: int = -1, cluster: bool = False) -> None:
+  """Joins the processes of a run, if it was launched as several.
+
+  Args:
+    coordinator: host:port of process 0; '': $JAX_COORDINATOR_ADDRESS.
+    num_processes: of all hosts; 0: $JAX_NUM_PROCESSES.
+    process_id: this one's; -1: $JAX_PROCESS_ID.
+    cluster: let JAX ask the cluster (SLURM, TPU metadata, GKE) for all three.
+
+  Raises:
+    ValueError: where only some of the three are given.
+  """
+  coordinator = coordinator or os.environ.get('JAX_COORDINATOR_ADDRESS', '')
+  num_processes = num_processes or int(os.environ.get('JAX_NUM_PROCESSES', 0))
+  if process_id < 0:
+    process_id = int(os.environ.get('JAX_PROCESS_ID', -1))
+  given = bool(coordinator), bool(num_processes), process_id >= 0
+  if not any(given) and not cluster:
+    return
+  if cluster:
+    require(not any(given), '--cluster asks the cluster for the coordinator: '
+            'pass no --coordinator, --num_processes or --process_id with it')
+    jax.distributed.initialize(
+        heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+  else:
+    require(all(given), 'a run of several processes needs --coordinator, '
+            '--num_processes and --process_id (or JAX_COORDINATOR_ADDRESS, '
+            f'JAX_NUM_PROCESSES, JAX_PROCESS_ID); given: coordinator '
+            f'{coordinator!r}, {num_processes} processes, id {process_id}')
+    jax.distributed.initialize(
+        coordinator, num_processes, process_id,
+        cluster_detection_method='deactivate',
+        coordinator_bind_address=coordinator if process_id == 0 else None,
+        heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+  sys.excepthook = _end_all
+
+
+def _end_all(kind, error, trace):
+  """Ends this process at once, and by that the others: left alone, they
+  would wait in a collective for it."""
+  traceback.print_exception(kind, error, trace)
+  print(f'error: process {jax.process_index()} failed: {error}',
+        file=sys.stderr, flush=True)
+  sys.stdout.flush()
+  os._exit(1)
+
+
+def mesh_shape(sizes: Mapping[str, int], num_devices: int) -> dict[str, int]:
+  """Returns the size of each mesh axis; one may be -1: what the others leave.
+
+  Raises:
+    ValueError: where the sizes do not multiply to the number of devices.
+  """
+  shape = {axis: sizes[axis] for axis in tables.MESH_AXES}
+  text = ', '.join(f'mesh.{axis}={size}' for axis, size in shape.items())
+  free = [axis for axis, size in shape.items() if size == -1]
+  for axis, size in shape.items():
+    require(size >= 1 or size == -1, f'mesh.{axis} is {size}: choose a size '
+            '>= 1, or -1 for what the other axes leave')
+  require(len(free) <= 1, f'{text}: only one axis may be -1')
+  fixed = math.prod(size for size in shape.values() if size != -1)
+  require(num_devices % fixed == 0 if free else fixed == num_devices,
+          f'{text}: the sizes multiply to {fixed}, which '
+          f'{"does not divide" if free else "is not"} the {num_devices} '
+          f'device{"s" * (num_devices != 1)} there are: choose sizes whose '
+          f'product is {num_devices}, or -1 for one of them')
+  for axis in free:
+    shape[axis] = num_devices // fixed
+  return shape
+
+
+def check(model: ModelConfig, batch_size: int, grad_accumulation: int,
+          shape: Mapping[str, int]) -> None:
+  """Raises ValueError where the mesh does not divide the model or batch."""
+  rows = shape['data'] * shape['fsdp'] * shape['expert']
+  require(grad_accumulation >= 1, f'train.grad_accumulation is '
+          f'{grad_accumulation}: it must be >= 1')
+  require(batch_size % (rows * grad_accumulation) == 0,
+          f'data.batch_size is {batch_size}, which the {rows} batch shards of '
+          f'mesh.data x mesh.fsdp x mesh.expert times train.grad_accumulation '
+          f'{grad_accumulation} do not divide: choose a multiple of '
+          f'{rows * grad_accumulation}')
+  held = [('tensor', 'num_heads'), ('tensor', 'num_kv_heads'),
+          ('tensor', 'd_ff'), ('fsdp', 'd_model')]
+  for axis, field in held:
+    size = getattr(model, field)
+    fits = [n for n in range(1, size + 1) if size % n == 0][:12]
+    require(size % shape[axis] == 0,
+            f'mesh.{axis} is {shape[axis]}, which does not divide '
+            f'model.{field} {size}: choose from {", ".join(map(str, fits))}')
+  if model.ffn == 'moe':
+    experts = model.moe.num_experts
+    fits = [n for n in range(1, experts + 1) if experts % n == 0]
+    require(experts % shape['expert'] == 0,
+            f'mesh.expert is {shape["expert"]}, which does not divide '
+            f'model.moe.num_experts {experts}: choose mesh.expert from '
+            f'{", ".join(map(str, fits))}, or num_experts a multiple of it')
+  else:
+    require(shape['expert'] == 1, f'mesh.expert is {shape["expert"]}, but '
+            f'model.ffn {model.ffn!r} has no experts: set mesh.expert=1')
+
+
+def make_mesh(shape: Mapping[str, int], devices=None) -> Mesh:
+  """Returns the mesh, its axes left to the compiler between constraints."""
+  return jax.make_mesh(tuple(shape.values()), tuple(shape),
+                       axis_types=(AxisType.Auto,) * len(shape),
+                       devices=devices)
+
+
+def param_shardings(abstract, mesh: Mesh, rules: str):
+  """Returns a NamedSharding for each boxed parameter of `abstract`.
+
+  A mesh axis that does not divide a dimension is left out of it: only `vocab`
+  gets here so (GPT-2's 50,257 rows); `check` refuses the others.
+  """
+  table = tables.RULES[rules]
+
+  def place(box):
+    names = box.names if isinstance(box, nn.LogicallyPartitioned) else ()
+    shape = (box.value if names else box).shape
+    spec = nn.logical_to_mesh_axes(names, table) if names else ()
+    return NamedSharding(mesh, PartitionSpec(*(
+        _fits(axes, size, mesh) for axes, size in zip(spec, shape))))
+
+  return jax.tree.map(place, abstract,
+                      is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+
+
+def _fits(axes, size: int, mesh: Mesh):
+  names = (axes,) if isinstance(axes, str) else tuple(axes or ())
+  return axes if names and size % math.prod(
+      mesh.shape[name] for name in names) == 0 else None
+
+
+def batch_sharding(mesh: Mesh, rules: str) -> NamedSharding:
+  """Returns how the rows of a batch lie on the mesh."""
+  return NamedSharding(mesh, PartitionSpec(
+      nn.logical_to_mesh_axes(('batch',), tables.RULES[rules])[0]))
+
+
+def batch_shard(sharding_: NamedSharding, batch_size: int) -> tuple[int, int]:
+  """Returns (index, count): which slice of a batch this process loads.
+
+  Raises:
+    ValueError: where a process would hold rows that are not one slice.
+  """
+  slices = {index[0].indices(batch_size)[:2] for index in
+            sharding_.addressable_devices_indices_map((batch_size,)).values()}
+  start, stop = min(s for s, _ in slices), max(e for _, e in slices)
+  rows = sum(e - s for s, e in slices)
+  require(rows == stop - start and start % rows == 0,
+          f'process {jax.process_index()} would hold rows of the batch that '
+          f'are not one slice ({sorted(slices)}): keep the tensor axis within '
+          'a host')
+  return start // rows, batch_size // rows
+
+
+def put(batch: Mapping[str, np.ndarray], to: NamedSharding):
+  """Puts this process's rows of a global batch on its devices."""
+  return {name: jax.make_array_from_process_local_data(to, x)
+          for name, x in batch.items()}
+
+
+def primary() -> bool:
+  """Whether this is the process that prints and writes."""
+  return jax.process_index() == 0
+
+
+def sync(name: str) -> None:
+  """Waits until all processes are here."""
+  if jax.process_count() > 1:
+    from jax.experimental import multihost_utils
+    multihost_utils.sync_global_devices(name)

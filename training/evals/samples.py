@@ -1,0 +1,52 @@
+"""Text that the model writes, from a prompt or from nothing."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from architectures.parts.config import require
+from training import generate
+from training import objectives
+
+
+def run(evaluation) -> dict:
+  """Prints --samples continuations of --prompt (or of several, by '|||')."""
+  options, model = evaluation.options, evaluation.run.model
+  require(objectives.OBJECTIVES[evaluation.run.config.objective].generates,
+          f'objective {evaluation.run.config.objective!r} does not write text: '
+          'leave samples out of --tasks')
+  texts = options.prompt.split('|||')
+  rows = [text for text in texts for _ in range(options.samples)]
+  prompts, lengths = encode(rows, evaluation.tokenizer)
+  room = model.max_len - prompts.shape[1]
+  count = options.max_new_tokens or min(256, room)
+  require(count > 0, f'the prompt fills all {model.max_len} positions of the '
+          'model: shorten it')
+  sampling = generate.Sampling(options.temperature, options.top_k,
+                               options.top_p)
+  tokens = jax.device_get(generate.generate(
+      evaluation.run.module, evaluation.params, prompts, lengths,
+      jax.random.key(options.sample_seed), max_new_tokens=count,
+      sampling=sampling, stop_token=evaluation.tokenizer.separator_id))
+  written = [evaluation.tokenizer.decode(_until(
+      row, evaluation.tokenizer.separator_id)) for row in tokens]
+  for i, (prompt, text) in enumerate(zip(rows, written)):
+    print(f'sample {i + 1} of {len(rows)}:\n{prompt}{text}\n')
+  return {'samples': [{'prompt': p, 'text': t}
+                      for p, t in zip(rows, written)]}
+
+
+def encode(texts, tokenizer) -> tuple[jax.Array, jax.Array]:
+  """Returns prompts [B, L], a document's start before each, and lengths."""
+  rows = [np.concatenate([[tokenizer.separator_id], ids])
+          for ids in tokenizer.encode_batch(texts)]
+  lengths = np.array([len(row) for row in rows], np.int32)
+  prompts = np.zeros((len(rows), lengths.max()), np.int32)
+  for row, ids in zip(prompts, rows):
+    row[:len(ids)] = ids
+  return jnp.asarray(prompts), jnp.asarray(lengths)
+
+
+def _until(row, stop: int):
+  ends = np.flatnonzero(row == stop)
+  return row[:ends[0]] if ends.size else row

@@ -1,0 +1,126 @@
+"""Text from a model: the prompt in one pass, then one while_loop of steps.
+
+Prompts of different lengths stand in one batch, padded on the right: a cache's
+slot is its token's position, so a row goes on where its own prompt ends, and
+overwrites the padding's slots before it can see them.
+"""
+
+import dataclasses
+import functools
+from typing import Optional
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+import architectures
+from architectures.parts.config import require
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+  """How the next token is drawn.
+
+  Attributes:
+    temperature: divides the logits; 0: the likeliest token (greedy).
+    top_k: only the k likeliest tokens; 0: all.
+    top_p: only the likeliest tokens that together reach p (Holtzman et al.
+      2020); 1: all.
+  """
+  temperature: float = 1.0
+  top_k: int = 0
+  top_p: float = 1.0
+
+  def __post_init__(self):
+    require(self.temperature >= 0,
+            f'temperature is {self.temperature}: it must be >= 0 (0: greedy)')
+    require(self.top_k >= 0, f'top_k is {self.top_k}: it must be >= 0')
+    require(0 < self.top_p <= 1,
+            f'top_p is {self.top_p}: choose it in (0, 1]')
+
+  def __call__(self, logits_BV: jax.Array, key: jax.Array) -> jax.Array:
+    """Returns one token a row, [B]."""
+    if self.temperature == 0:
+      return jnp.argmax(logits_BV, -1)
+    return jax.random.categorical(key, self.filter(logits_BV))
+
+  def filter(self, logits_BV: jax.Array) -> jax.Array:
+    """Returns the logits over the temperature, -inf where none is drawn."""
+    logits_BV = logits_BV / self.temperature
+    if self.top_k:
+      k = min(self.top_k, logits_BV.shape[-1])
+      least_B1 = jax.lax.top_k(logits_BV, k)[0][:, -1:]
+      logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
+    if self.top_p < 1:
+      sorted_BV = jnp.sort(logits_BV, -1, descending=True)
+      p_BV = jax.nn.softmax(sorted_BV, -1)
+      # A token stays while those before it have not reached p.
+      kept_BV = jnp.cumsum(p_BV, -1) - p_BV < self.top_p
+      least_B1 = jnp.min(jnp.where(kept_BV, sorted_BV, jnp.inf), -1,
+                         keepdims=True)
+      logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
+    return logits_BV
+
+
+@functools.partial(jax.jit, static_argnames=(
+    'module', 'max_new_tokens', 'sampling', 'stop_token'))
+def generate(module: nn.Module, params, prompts_BL: jax.Array,
+             lengths_B: jax.Array, key: jax.Array, *, max_new_tokens: int,
+             sampling: Sampling = Sampling(),
+             stop_token: Optional[int] = None) -> jax.Array:
+  """Continues each prompt by up to `max_new_tokens` tokens.
+
+  Args:
+    module: a decoder-only model.
+    params: its parameters.
+    prompts_BL: tokens, padded on the right.
+    lengths_B: how many of each row are its prompt, at least 1.
+    key: of the draws.
+    max_new_tokens: T.
+    sampling: how a token is drawn.
+    stop_token: a row that draws it is done, and repeats it to the end.
+
+  Returns:
+    [B, T] new tokens.
+
+  Raises:
+    ValueError: where learned positions do not reach L + T.
+  """
+  chex.assert_rank([prompts_BL, lengths_B], [2, 1])
+  B, L = prompts_BL.shape
+  apply = functools.partial(module.apply, {'params': params})
+  cache = architectures.init_cache(module.config, B, L + max_new_tokens)
+  output = apply(prompts_BL, cache=cache)
+  last_B1D = jnp.take_along_axis(
+      output.hidden, (lengths_B - 1)[:, None, None], axis=1)
+
+  def draw(output, hidden_B1D, t):
+    return sampling(output.head.logits(hidden_B1D)[:, 0],
+                    jax.random.fold_in(key, t)).astype(jnp.int32)
+
+  first_B = draw(output, last_B1D, 0)
+  tokens_BT = jnp.zeros((B, max_new_tokens), jnp.int32).at[:, 0].set(first_B)
+  done_B = first_B == stop_token if stop_token is not None else jnp.zeros(
+      B, bool)
+
+  def unfinished(carry):
+    t, _, done_B, _ = carry
+    return (t < max_new_tokens) & ~jnp.all(done_B)
+
+  def step(carry):
+    t, tokens_BT, done_B, cache = carry
+    token_B1 = jax.lax.dynamic_slice_in_dim(tokens_BT, t - 1, 1, 1)
+    output = apply(token_B1, positions_BL=(lengths_B + t - 1)[:, None],
+                   cache=cache)
+    new_B = draw(output, output.hidden, t)
+    if stop_token is not None:
+      new_B = jnp.where(done_B, stop_token, new_B)
+      done_B |= new_B == stop_token
+    return (t + 1, tokens_BT.at[:, t].set(new_B), done_B, output.cache)
+
+  if stop_token is not None:  # what an early end leaves
+    tokens_BT = tokens_BT.at[:, 1:].set(stop_token)
+  return jax.lax.while_loop(
+      unfinished, step, (jnp.ones((), jnp.int32), tokens_BT, done_B,
+                         output.cache))[1]

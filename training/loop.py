@@ -1,0 +1,116 @@
+"""The training loop: step n is dispatched before step n-1 is read."""
+
+import pathlib
+
+import jax
+
+from training import devices
+from training import flops
+from training import metrics
+from training import peaks
+from training import profile
+from training import runs
+from training import signals
+from training import watch
+from training.step import make_eval_step, make_train_step
+
+
+def train(run: runs.Run, state, start: int, train_data, eval_data, saved,
+          workdir: pathlib.Path, profile_steps: str = '') -> int:
+  """Trains from step `start` to train.steps; returns the exit code.
+
+  Order of a resumed run: (1) the state is restored, (2) metrics.jsonl loses
+  the lines after it, (3) the data go on at batch `start`, (4) the step is
+  compiled, all processes wait for each other, and the clock starts.
+  """
+  config = run.config
+  steps = config.train.steps
+  tokens = config.data.batch_size * config.data.length
+  meter = watch.Meter(
+      tokens, tokens * flops.training_flops_per_token(
+          run.model, config.data.length),
+      peaks.total(run.mesh.devices.flat, run.model.dtype))
+  writers = metrics.writers(workdir, config.to_dict(), start,
+                            devices.primary())
+  with run.context(), signals.Stop() as stop:
+    batches = train_data.iterate(start, steps)
+    batch = devices.put(next(batches), run.place)
+    with meter.compiling():
+      step_fn = jax.jit(
+          make_train_step(run.module, run.tx, config), donate_argnums=0,
+          out_shardings=(run.shardings, None)).lower(state, batch).compile()
+      eval_fn = jax.jit(make_eval_step(run.module, config))
+    devices.sync('compiled')
+    bar = watch.progress(steps, start, devices.primary())
+    profiler = profile.Profiler(profile_steps, workdir)
+    held = watch.Deferred()
+
+    def report(read) -> dict:
+      """Shows and writes the figures of a step, where they are due."""
+      if read is None:
+        return {'bad_in_row': 0}
+      n, figures = read
+      if n % config.log.every_steps == 0 or n == steps:
+        figures |= watch.slowest(meter.lap(n))
+        for writer in writers:
+          writer.write(n, 'train', figures)
+        bar.update(n, figures)
+      return figures
+
+    def save(n, state):
+      report(held.flush())
+      with meter.paused():
+        saved.save(n, state, next_batch=n, tokens=n * tokens, config=config)
+
+    def evaluate(n, state):
+      report(held.flush())
+      with meter.paused():
+        figures = runs.evaluate(eval_fn, state.params, eval_data,
+                                config.eval.batches, run.place)
+      for writer in writers:
+        writer.write(n, 'eval', figures)
+      bar.say(f'step {n}  held-out loss {figures["loss"]:.4f}  '
+              f'{figures["bits_per_byte"]:.4f} bits per byte')
+
+    meter.begin(start)
+    n, code = start, 0
+    while True:
+      profiler.before(n, state)
+      with profiler.annotate(n):
+        state, figures = step_fn(state, batch)
+      n += 1
+      bar.step(n)
+      with meter.waiting():
+        if n < steps:
+          batch = devices.put(next(batches), run.place)
+      bad = report(held.push(n, figures))['bad_in_row']
+      if bad >= config.train.max_bad_steps:
+        code = _end_bad(bar, saved, save, n, state, bad)
+        break
+      stopped = stop.agreed(n)
+      if config.eval.every_steps and (
+          n % config.eval.every_steps == 0 or n == steps) and not stopped:
+        evaluate(n, state)
+      if n == steps or stopped or saved.due(n):
+        save(n, state)
+      if n == steps or stopped:
+        break
+    batches.close()
+    profiler.close(state)
+    saved.wait()
+    bar.close()
+    for writer in writers:
+      writer.close()
+  if stop.stop_requested and n < steps and devices.primary():
+    print(f'stopped after step {n}, saved: the same command goes on from it.')
+  return code
+
+
+def _end_bad(bar, saved, save, n, state, bad) -> int:
+  save(n, state)
+  bar.say(
+      f'error: the loss or a gradient was not finite in {bad} steps in a row '
+      f'(train.max_bad_steps); no update was made in them. The parameters '
+      f'before them are saved as step {n}. Try a smaller optim.lr, a longer '
+      'optim.warmup_steps, optim.clip_norm=1, or model.dtype=float32.')
+  return 1

@@ -1,0 +1,49 @@
+"""The loss side of an objective: a batch in, the sum of its losses out.
+
+Each function takes (output, batch, config) and returns (loss_sum, figures):
+loss_sum in nats, weighted; `figures` are sums too, of which `weight` (what
+loss_sum is divided by) is one. Sums, because micro-batches and hosts add up:
+a batch's loss is sum(loss_sum) / sum(weight), however it was cut. The numpy
+side, which makes the batch, is training/examples.py.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+
+from architectures.parts.skeletons import Output
+from training import losses
+
+
+class Objective(NamedTuple):
+  """What a model is given of a batch, and the loss of what it returns."""
+  inputs: tuple[str, ...]  # batch keys, the module's positional arguments
+  options: dict[str, str]  # batch key, if there: keyword of the module
+  loss: Callable
+  generates: bool  # whether the model writes text after a prompt
+
+  def apply(self, module, params, batch, **kwargs) -> Output:
+    """Runs `module` on what this objective shows it of the batch."""
+    options = {keyword: batch[key] for key, keyword in self.options.items()
+               if key in batch}
+    return module.apply({'params': params},
+                        *[batch[key] for key in self.inputs], **options,
+                        **kwargs)
+
+
+def next_token(output: Output, batch, config) -> tuple[jax.Array, dict]:
+  """Cross-entropy of targets [B, L], where weights [B, L] count."""
+  train = config.train
+  return losses.cross_entropy(
+      output.hidden, output.head, batch['targets'], batch['weights'],
+      z_loss=train.z_loss, label_smoothing=train.label_smoothing,
+      chunk=train.loss_chunk)
+
+
+OBJECTIVES = {
+    'causal': Objective(
+        ('tokens',),
+        {'positions': 'positions_BL', 'segment_ids': 'segment_ids_BL'},
+        next_token, generates=True),
+}

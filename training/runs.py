@@ -1,0 +1,161 @@
+"""What train.py, eval.py and the tools do alike with a run's config."""
+
+import contextlib
+import dataclasses
+import math
+import sys
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.sharding import Mesh
+import ml_collections
+
+import architectures
+from architectures.parts import sharding
+from architectures.parts.config import ModelConfig, one_of, require
+from training import devices
+from training import metrics
+from training import optimizers
+from training import state as state_lib
+
+# What may be left at 0 in config.model, and the run fills in.
+DERIVED = ('vocab_size', 'max_len')
+
+
+def resolve(config: ml_collections.ConfigDict, tokenizer
+            ) -> tuple[ModelConfig, dict[str, Any]]:
+  """Returns the validated model config, and the fields that were derived.
+
+  Raises:
+    ValueError: for anything in the config that a run could not honour.
+  """
+  model = config.model.to_dict()
+  model['vocab_size'] = model['vocab_size'] or tokenizer.vocab_size
+  model['max_len'] = model['max_len'] or config.data.length
+  require(model['vocab_size'] >= tokenizer.vocab_size,
+          f'model.vocab_size is {model["vocab_size"]}, but the tokenizer '
+          f'{config.data.tokenizer!r} has {tokenizer.vocab_size} ids: set it '
+          'to 0 (the tokenizer\'s) or to more')
+  resolved = architectures.resolve(model)
+  derived = {f'model.{name}': model[name] for name in DERIVED}
+  return resolved, derived
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+  """Raises ValueError for what can be seen wrong without data or devices."""
+  from training import objectives
+  one_of('objective', config.objective, objectives.OBJECTIVES)
+  require(config.train.steps > 0,
+          f'train.steps is {config.train.steps}: it must be > 0')
+  for name in ('length', 'batch_size'):
+    require(config.data[name] > 0,
+            f'data.{name} is {config.data[name]}: it must be > 0')
+  optimizers.check(config.optim)
+  metrics.check(config.log)
+  model = config.model.to_dict()
+  for name in DERIVED:  # stand-ins: the real ones come with the tokenizer
+    model[name] = model[name] or max(config.data.length, 1)
+  architectures.resolve(model)
+
+
+def count(params) -> int:
+  """Returns the number of parameters."""
+  return sum(x.size for x in jax.tree.leaves(nn.meta.unbox(params)))
+
+
+def evaluate(step, params, loader, batches: int, place) -> dict[str, float]:
+  """Returns the weighted means of one pass over a loader.
+
+  Args:
+    step: the compiled evaluation step.
+    params: the parameters.
+    loader: an 'eval' loader.
+    batches: how many of its batches; 0: all, each token exactly once.
+    place: the sharding of a batch.
+  """
+  total: dict[str, float] = {}
+  for batch in loader.iterate(0, batches or None):
+    sums = jax.device_get(step(params, devices.put(batch, place)))
+    for name, value in sums.items():
+      total[name] = total.get(name, 0.0) + float(value)
+  weight = max(total.pop('weight'), 1e-9)
+  means = {name: value / weight for name, value in total.items()}
+  return means | per_text(means['loss'], loader.bytes_per_token)
+
+
+def per_text(loss: float, bytes_per_token: float) -> dict[str, float]:
+  """Perplexity, and bits per byte of text, of a loss in nats per token."""
+  return dict(perplexity=math.exp(min(loss, 700.0)),
+              bits_per_byte=loss / (math.log(2) * bytes_per_token))
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A run once its devices are known: what is built of its config."""
+  config: ml_collections.ConfigDict
+  model: ModelConfig
+  module: nn.Module
+  mesh: Mesh
+  tx: Any
+  abstract: state_lib.TrainState  # shapes and shardings
+  place: Any  # the sharding of a batch's rows
+
+  @property
+  def shardings(self):
+    return jax.tree.map(lambda x: x.sharding, self.abstract)
+
+  @contextlib.contextmanager
+  def context(self):
+    """The mesh and the axis rules, for whatever is traced inside."""
+    with jax.set_mesh(self.mesh), sharding.rules(self.config.mesh.rules):
+      yield
+
+
+def start(config: ml_collections.ConfigDict, model: ModelConfig) -> Run:
+  """Builds mesh, module and optimiser; nothing is computed.
+
+  Raises:
+    ValueError: where the mesh does not fit the devices, model or batch.
+  """
+  shape = devices.mesh_shape(config.mesh, jax.device_count())
+  devices.check(model, config.data.batch_size, config.train.grad_accumulation,
+                shape)
+  mesh = devices.make_mesh(shape)
+  module = architectures.build(model)
+  tx = state_lib.optimizer(module, config.optim, config.train.steps)
+  return Run(config, model, module, mesh, tx,
+             state_lib.abstract(module, tx, mesh, config.mesh.rules),
+             devices.batch_sharding(mesh, config.mesh.rules))
+
+
+def restore_or_create(run: Run, saved) -> tuple[state_lib.TrainState, int]:
+  """Returns the state and the index of the next batch."""
+  restored = saved.restore(run.abstract)
+  if restored is not None:
+    for sentence in restored.damaged:
+      print(f'warning: {sentence}', file=sys.stderr)
+    print(f'going on from step {restored.step}')
+    return restored.state, restored.record['next_batch']
+  with run.context():
+    state = state_lib.create(run.module, run.tx, run.abstract, run.config.seed)
+  return state, 0
+
+
+def for_this_machine(config: ml_collections.ConfigDict
+                     ) -> ml_collections.ConfigDict:
+  """Returns the config with a mesh of this machine's devices: all in `data`
+  where the run's own mesh does not fit them, to evaluate it elsewhere."""
+  try:
+    devices.mesh_shape(config.mesh, jax.device_count())
+    return config
+  except ValueError:
+    config = config.copy_and_resolve_references()
+    count = math.gcd(jax.device_count(), config.data.batch_size)
+    require(count == jax.device_count(),
+            f'data.batch_size {config.data.batch_size} does not divide over '
+            f'the {jax.device_count()} devices there are')
+    config.mesh.update(data=-1, fsdp=1, expert=1, tensor=1)
+    print('the run\'s mesh does not fit this machine: evaluating on '
+          f'mesh.data={jax.device_count()}')
+    return config
