@@ -1,0 +1,160 @@
+"""Hugging Face's config.json: read field by field, nothing passed over.
+
+A page's from_hf_config(hf) asks for each field that it honours, and says of
+others which value alone it knows. What is left must be a field that never
+changes what a model computes; any other is refused by name.
+"""
+
+import dataclasses
+import json
+import pathlib
+import re
+from typing import Any
+
+from configs import base
+
+import architectures
+from architectures.parts import config as model_config
+from architectures.parts.config import ModelConfig, require
+
+# Fields without a bearing on what a trained model computes.
+NEUTRAL = re.compile('|'.join((
+    r'_.*', 'architectures', 'model_type', 'torch_dtype', 'dtype',
+    'transformers_version', r'.*_token_ids?', r'.*dropout.*', r'.*_pdrop',
+    r'initializer_.*', 'use_cache', 'gradient_checkpointing', 'pretraining_tp',
+    'task_specific_params', r'summary_.*', r'output_.*', r'return_dict.*',
+    'id2label', 'label2id', 'finetuning_task', 'problem_type', 'torchscript',
+    'use_bfloat16', 'attn_implementation', 'tokenizer_class', 'prefix',
+    'max_length', 'min_length', 'do_sample', 'early_stopping', 'num_beams',
+    'temperature', 'top_k', 'top_p', 'typical_p', 'repetition_penalty',
+    'length_penalty', 'no_repeat_ngram_size', 'num_return_sequences',
+    'chunk_size_feed_forward', 'n_ctx', 'num_beam_groups', 'bad_words_ids',
+    'diversity_penalty', 'encoder_no_repeat_ngram_size', 'begin_suppress_tokens',
+    'suppress_tokens', 'remove_invalid_values', 'exponential_decay_length_penalty',
+    'pruned_heads', 'tf_legacy_loss', 'cross_attention_hidden_size')))
+
+# Fields of ours that say how a model is trained or computed, not what it is.
+RUN_ONLY = re.compile('|'.join((
+    'dropout', 'init', 'init_stddev', 'dtype', 'param_dtype', 'scan_layers',
+    'remat', 'learned_stretch', r'attention_kernel.*', r'rope\.original_len',
+    r'moe\.(dispatch|jitter|logit_noise|balance_.*|z_loss_weight'
+    r'|expert_dropout|group_size|.*capacity.*)')))
+
+
+class Reader:
+  """config.json, which remembers what was asked of it. A null is a default,
+  and so is what the file leaves out."""
+
+  def __init__(self, tree: dict[str, Any]):
+    self._tree = tree
+    self._asked = set()
+
+  def __call__(self, name: str, default: Any) -> Any:
+    """Returns the field `name`, or transformers' default for it."""
+    self._asked.add(name)
+    value = self._tree.get(name)
+    return default if value is None else value
+
+  def must(self, **only: Any) -> None:
+    """Raises ValueError where a field is not its default, which `only` has."""
+    for name, value in only.items():
+      found = self(name, value)
+      require(found == value, f'config.json has {name} {found!r}: '
+              f'{self.model_type} is only known here with {value!r}')
+
+  def choose(self, name: str, default: str, choices: dict[str, Any]) -> Any:
+    """Returns what `choices` has for the field `name`."""
+    found = self(name, default)
+    require(found in choices, f'config.json has {name} {found!r}: choose from '
+            f'{", ".join(choices)}')
+    return choices[found]
+
+  @property
+  def model_type(self) -> str:
+    return self('model_type', '')
+
+  def finish(self) -> None:
+    """Raises ValueError for a field that was not asked for and may matter."""
+    left = {name: value for name, value in self._tree.items()
+            if name not in self._asked and not NEUTRAL.fullmatch(name)
+            and value is not None}
+    require(not left, 'config.json has fields that this architecture does not '
+            f'know, {", ".join(f"{k} {v!r}" for k, v in left.items())}: '
+            'remove those that do not change what the model computes')
+
+
+def pages() -> dict[str, str]:
+  """Returns {model_type of config.json: arch}."""
+  return {architectures.page(arch).HF_MODEL[0]: arch
+          for arch in architectures.ARCHITECTURES
+          if hasattr(architectures.page(arch), 'HF_MODEL')}
+
+
+def read(tree: dict[str, Any]) -> ModelConfig:
+  """Returns the model that a config.json describes.
+
+  Raises:
+    ValueError: naming what it has that no page honours.
+  """
+  hf = Reader(tree)
+  known = pages()
+  model_config.one_of('model_type of config.json', hf.model_type, known)
+  fields = architectures.page(known[hf.model_type]).from_hf_config(hf)
+  hf.finish()
+  model = base.base().model
+  model.update(arch=known[hf.model_type], **fields)
+  return architectures.resolve(model)
+
+
+def write(config: ModelConfig) -> dict[str, Any]:
+  """Returns the config.json of `config`, which `read` reads back as it was.
+
+  Raises:
+    ValueError: naming a field that a config.json cannot say.
+  """
+  page = architectures.page(config.arch)
+  require(hasattr(page, 'HF_MODEL'),
+          f'model.arch {config.arch!r} has no counterpart in transformers')
+  model_type, name = page.HF_MODEL
+  tree = dict(model_type=model_type, architectures=[name],
+              **page.to_hf_config(config))
+  check_same(config, read(tree), f'a {model_type} config.json cannot say that')
+  return tree
+
+
+def check_same(ours: ModelConfig, theirs: ModelConfig, why: str) -> None:
+  """Raises ValueError naming a field in which two models differ."""
+  mine, other = _flat(ours), _flat(theirs)
+  for name in mine:
+    require(mine[name] == other.get(name),
+            f'model.{name} is {mine[name]!r}, not {other.get(name)!r}: {why}')
+
+
+def _flat(config: ModelConfig) -> dict[str, Any]:
+  """The fields that tell what is computed, by dotted name."""
+  unused = [part for part, used in (
+      ('rope', config.position == 'rope'), ('moe', config.ffn == 'moe'),
+      ('relative', config.position == 'relative')) if not used]
+  flat = {}
+  for name, value in dataclasses.asdict(config).items():
+    items = value if isinstance(value, dict) else {'': value}
+    for key, item in items.items():
+      full = f'{name}.{key}' if key else name
+      if name not in unused and not RUN_ONLY.fullmatch(full):
+        flat[full] = item
+  if config.position == 'rope' and config.rope.scaling == 'none':
+    flat = {k: v for k, v in flat.items()
+            if k in ('rope.theta', 'rope.fraction') or k[:5] != 'rope.'}
+  return flat
+
+
+def load(folder: pathlib.Path) -> dict[str, Any]:
+  """Returns the config.json of `folder` as a dict."""
+  path = folder / 'config.json'
+  require(path.is_file(), f'{path} is missing: it says what the weights are')
+  try:
+    tree = json.loads(path.read_text())
+  except ValueError as error:
+    raise ValueError(f'{path} is damaged: {error}') from error
+  require(isinstance(tree, dict), f'{path} is damaged: it holds no object')
+  return tree

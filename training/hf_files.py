@@ -1,0 +1,159 @@
+"""Files of weights: tensors by name, one at a time.
+
+safetensors are mapped into memory, sharded ones through their index. A .bin
+is a pickle, from which PyTorch takes tensors and refuses code (weights_only).
+"""
+
+from collections.abc import Iterable
+import json
+import pathlib
+import zipfile
+
+import numpy as np
+
+from architectures.parts.config import require
+
+SAFE, BIN = 'model.safetensors', 'pytorch_model.bin'
+
+
+class Files:
+  """The tensors of a folder or a file: `name in files`, files[name]."""
+
+  def __init__(self, path: pathlib.Path):
+    self._open = {}
+    self._file_of = {}
+    for file, names in _find(path):
+      if names is None:
+        names = self._tensors(file).keys()
+      self._file_of.update((name, file) for name in names)
+
+  def __iter__(self):
+    return iter(self._file_of)
+
+  def __contains__(self, name: str) -> bool:
+    return name in self._file_of
+
+  def __getitem__(self, name: str) -> np.ndarray:
+    file, tensors = self._holder(name)
+    if file.suffix == '.bin':
+      return _numpy(tensors[name])
+    return tensors.get_tensor(name)
+
+  def shape(self, name: str) -> tuple[int, ...]:
+    """Returns a tensor's shape, of which nothing else is read."""
+    file, tensors = self._holder(name)
+    if file.suffix == '.bin':
+      return tuple(tensors[name].shape)
+    return tuple(tensors.get_slice(name).get_shape())
+
+  def _holder(self, name: str):
+    file = self._file_of[name]
+    tensors = self._tensors(file)
+    require(name in tensors.keys(),
+            f'{file} has no {name}, though its index says so')
+    return file, tensors
+
+  def _tensors(self, file: pathlib.Path):
+    if file not in self._open:
+      self._open[file] = _open_bin(file) if file.suffix == '.bin' else (
+          _open_safetensors(file))
+    return self._open[file]
+
+
+def _open_safetensors(file):
+  import safetensors
+  try:
+    return safetensors.safe_open(file, 'numpy')
+  except (safetensors.SafetensorError, OSError) as error:
+    raise ValueError(f'{file} is no whole safetensors file: {error}') from error
+
+
+def _open_bin(file):
+  try:
+    import torch
+  except ImportError as error:
+    raise ValueError(
+        f'{file} is a pickle, which PyTorch reads: pip install '
+        "'archetype[verify]', or have it as safetensors") from error
+  try:
+    return torch.load(file, map_location='cpu', weights_only=True,
+                      mmap=zipfile.is_zipfile(file))
+  except Exception as error:  # torch raises several kinds of its own
+    raise ValueError(f'{file} holds more than tensors, or is damaged: '
+                     f'{str(error).splitlines()[0]}') from error
+
+
+def _numpy(tensor) -> np.ndarray:
+  import ml_dtypes
+  import torch
+  tensor = tensor.detach()
+  if tensor.dtype == torch.bfloat16:
+    return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+  return tensor.numpy()
+
+
+def _find(path: pathlib.Path):
+  """Yields (file, the names in it or None: ask the file)."""
+  if path.is_file():
+    require(path.suffix in ('.safetensors', '.bin'),
+            f'{path} is neither .safetensors nor .bin')
+    return [(path, None)]
+  require(path.is_dir(), f'there is no folder or file {path}')
+  for name in (SAFE, BIN):
+    if (index := path / f'{name}.index.json').is_file():
+      return _indexed(index)
+    if (path / name).is_file():
+      return [(path / name, None)]
+  raise ValueError(f'{path} has no weights: looked for {SAFE}, {BIN}, and '
+                   'either of them with .index.json')
+
+
+def _indexed(index: pathlib.Path):
+  try:
+    names = json.loads(index.read_text())['weight_map']
+  except (ValueError, KeyError, TypeError) as error:
+    raise ValueError(f'{index} is damaged: {error!r}') from error
+  by_file = {}
+  for name, file in names.items():
+    require(pathlib.PurePath(file).name == file,
+            f'{index} names the file {file!r}: it must lie in that folder')
+    by_file.setdefault(file, []).append(name)
+  for file in by_file:
+    require((index.parent / file).is_file(),
+            f'{index.parent / file} is missing, though the index names it')
+  return [(index.parent / file, found) for file, found in by_file.items()]
+
+
+def write(folder: pathlib.Path, sizes: dict[str, int], tensors: Iterable,
+          shard_bytes: int) -> None:
+  """Writes `tensors`, pairs (name, array), as safetensors of `shard_bytes`.
+
+  Args:
+    folder: where to.
+    sizes: bytes by name, in the order in which `tensors` come.
+    tensors: computed one by one; a shard's stay in memory.
+    shard_bytes: no file is larger, unless one tensor is.
+  """
+  from safetensors.numpy import save_file
+  shards = [[]]
+  used = 0
+  for name, size in sizes.items():
+    if shards[-1] and used + size > shard_bytes:
+      shards.append([])
+      used = 0
+    shards[-1].append(name)
+    used += size
+  tensors = iter(tensors)
+  stem, suffix = SAFE.split('.')
+  index = {}
+  for i, names in enumerate(shards, 1):
+    file = SAFE if len(shards) == 1 else (
+        f'{stem}-{i:05d}-of-{len(shards):05d}.{suffix}')
+    shard = dict(next(tensors) for _ in names)
+    assert list(shard) == names
+    save_file(shard, folder / file, metadata={'format': 'pt'})
+    index.update(dict.fromkeys(names, file))
+  if len(shards) > 1:
+    (folder / f'{SAFE}.index.json').write_text(json.dumps(
+        dict(metadata=dict(total_size=sum(sizes.values())),
+             weight_map=index), indent=2, sort_keys=True) + '\n')

@@ -1,0 +1,207 @@
+"""Weights in the Hugging Face format, in and out, by the pages' name tables.
+
+  module, params = weights.from_hf(folder)
+  weights.to_hf(module, params, folder)
+
+Tensors come one by one: host memory holds the largest of them, and the shard
+of a parameter that it goes into. Nothing is left out in silence: a tensor or
+parameter without a counterpart is an error or, with `partial`, listed.
+"""
+
+from collections.abc import Mapping
+import json
+import pathlib
+import re
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import architectures
+from architectures.parts.config import ModelConfig, require
+from training import hf_config
+from training import hf_files
+from training import hf_names
+from training import paths
+from training import state as state_lib
+
+SHARD_BYTES = 5 * 10**9
+
+
+class Loaded(NamedTuple):
+  """Parameters, and a line for each thing of either side that was skipped."""
+  params: Any
+  skipped: list[str]
+
+
+def from_hf(path, *, partial: bool = False, seed: int = 0):
+  """Returns (module, params) of a Hugging Face folder, or a file in one.
+
+  Args:
+    path: the folder, or a .safetensors or .bin file beside a config.json.
+    partial: whether parameters that the files lack are drawn from `seed`, and
+      tensors that the model lacks passed over.
+    seed: for these.
+
+  Raises:
+    ValueError: naming what the files have that the architecture does not
+      honour, or lack.
+  """
+  path = pathlib.Path(path)
+  folder = path.parent if path.is_file() else path
+  config = hf_config.read(hf_config.load(folder))
+  module = architectures.build(config)
+  return module, load(module, hf_files.Files(path), partial=partial,
+                      seed=seed).params
+
+
+def load(module: nn.Module, source: Mapping[str, np.ndarray], *, like=None,
+         partial: bool = False, seed: int = 0) -> Loaded:
+  """Returns the parameters of `module`, from tensors by their HF names.
+
+  Args:
+    module: the model.
+    source: the tensors; only `in`, iteration and [] are asked of it.
+    like: the parameters' shapes with shardings, as in TrainState; none: on
+      one device.
+    partial, seed: as for from_hf.
+  """
+  page = architectures.page(module.config.arch)
+  like = nn.meta.unbox(like or state_lib.abstract_params(module))
+  shapes = {path: leaf.shape for path, leaf in paths.flatten(like).items()}
+  names = _Names(page, source)
+  tensors = hf_names.expand(page.HF_NAMES, shapes)
+  fills: dict[str, list] = {path: [] for path in shapes}
+  skipped, bad = names.unused(tensors), set()
+  for tensor in tensors:
+    if wrong := names.wrong(tensor):
+      skipped.append(wrong)
+      bad.update(tensor.paths)
+    for i, path in enumerate(tensor.paths):
+      fills[path].append((tensor, i))
+  require(partial or not skipped, 'the weights and the model differ:\n  '
+          + '\n  '.join(skipped[:20])
+          + ('\n  ...' if len(skipped) > 20 else ''))
+  drawn = _draw(module, like, bad, seed) if bad else {}
+  params = jax.tree_util.tree_map_with_path(
+      lambda key, leaf: drawn[paths.join(key)] if paths.join(key) in bad else
+      _fill(leaf, fills[paths.join(key)], names), like)
+  return Loaded(params, skipped)
+
+
+class _Names:
+  """Their names as the files spell them: some leave the prefix out."""
+
+  def __init__(self, page, source):
+    self._page, self._source = page, source
+
+  def find(self, name: str) -> str:
+    bare = name.removeprefix(self._page.HF_PREFIX)
+    return bare if name not in self._source and bare in self._source else name
+
+  def read(self, name: str) -> np.ndarray:
+    return self._source[self.find(name)]
+
+  def _shape(self, name: str) -> tuple[int, ...]:
+    if isinstance(self._source, hf_files.Files):  # without reading it
+      return self._source.shape(name)
+    return self._source[name].shape
+
+  def wrong(self, tensor: hf_names.Tensor) -> str:
+    """Returns what stands against reading `tensor`, or ''."""
+    if self.find(tensor.name) not in self._source:
+      return f'{" and ".join(tensor.paths)}: the files have no {tensor.name}'
+    shape = self._shape(self.find(tensor.name))
+    return '' if shape == tensor.shape else (
+        f'{tensor.name} is {shape} in the files and {tensor.shape} in the '
+        'model')
+
+  def unused(self, tensors) -> list[str]:
+    """Returns a line for each tensor of the files that has no place."""
+    used = {self.find(tensor.name) for tensor in tensors}
+    tied = {self.find(name): twin for name, twin in self._page.HF_TIED.items()}
+    lines = []
+    for name in self._source:
+      if name in used or any(re.fullmatch(pattern, name)
+                             for pattern in self._page.HF_IGNORED):
+        continue
+      if name not in tied:
+        lines.append(f'{name} of the files has no place in the model')
+      elif not np.array_equal(self._source[name], self.read(tied[name])):
+        lines.append(f'{name} of the files differs from {tied[name]}, to which '
+                     'the model ties it')
+    return lines
+
+
+def _fill(leaf, fills, names: _Names) -> jax.Array:
+  """Returns one parameter, each shard read where it lies."""
+
+  def read(slices) -> np.ndarray:
+    starts, stops = zip(*(s.indices(n)[:2] for s, n in zip(
+        slices, leaf.shape))) if leaf.shape else ((), ())
+    shard = np.empty([b - a for a, b in zip(starts, stops)], leaf.dtype)
+    for tensor, part in fills:
+      lead = len(tensor.index)
+      if all(a <= i < b for i, a, b in zip(tensor.index, starts, stops)):
+        value = tensor.split(names.read(tensor.name))[part]
+        place = tuple(i - a for i, a in zip(tensor.index, starts))
+        shard[place] = value[tuple(slices[lead:])]
+    return shard
+
+  sharding = getattr(leaf, 'sharding', None)
+  if sharding is None:
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  return jax.make_array_from_callback(leaf.shape, sharding, read)
+
+
+def _draw(module, like, wanted, seed: int) -> dict[str, jax.Array]:
+  """Returns the initial values of the parameters `wanted` alone."""
+
+  def init(key):
+    boxed = module.init(key, jnp.zeros((1, 1), jnp.int32))['params']
+    flat = paths.flatten(nn.meta.unbox(boxed))
+    return {path: flat[path] for path in wanted}
+
+  flat = paths.flatten(like)
+  shardings = {path: getattr(flat[path], 'sharding', None) for path in wanted}
+  return jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
+
+
+def to_hf(module: nn.Module, params, folder, *, dtype: str = '',
+          shard_bytes: int = SHARD_BYTES) -> None:
+  """Writes config.json and safetensors, which transformers loads.
+
+  Args:
+    module: the model.
+    params: its parameters, all of them addressable from this process.
+    folder: where to; made if it isn't there.
+    dtype: of the tensors written; '': that of each parameter.
+    shard_bytes: no file is larger, unless one tensor is.
+
+  Raises:
+    ValueError: naming a part of the model that transformers does not have.
+  """
+  config: ModelConfig = module.config
+  tree = hf_config.write(config)
+  flat = paths.flatten(nn.meta.unbox(params))
+  tensors = hf_names.expand(architectures.page(config.arch).HF_NAMES,
+                            {path: leaf.shape for path, leaf in flat.items()})
+  folder = pathlib.Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  to = {tensor.name: np.dtype(dtype or flat[tensor.paths[0]].dtype)
+        for tensor in tensors}
+  sizes = {tensor.name: int(np.prod(tensor.shape)) * to[tensor.name].itemsize
+           for tensor in tensors}
+  hf_files.write(
+      folder, sizes,
+      ((t.name, _theirs(t, flat).astype(to[t.name])) for t in tensors),
+      shard_bytes)
+  tree['dtype'] = dtype or config.param_dtype
+  (folder / 'config.json').write_text(json.dumps(tree, indent=2) + '\n')
+
+
+def _theirs(tensor: hf_names.Tensor, flat) -> np.ndarray:
+  return tensor.join([np.asarray(flat[path][tensor.index])
+                      for path in tensor.paths])
