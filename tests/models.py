@@ -1,0 +1,58 @@
+"""Small models for tests, from the configs that users start from."""
+
+import importlib
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+import architectures
+
+VOCAB = 61
+
+
+def config(system: str = 'gpt', **changes):
+  """Returns the model config of a system's `tiny`, made smaller still."""
+  model = importlib.import_module(f'configs.{system}').get_config('tiny').model
+  model.update(d_model=32, num_layers=2, num_heads=4, d_ff=48, max_len=32,
+               vocab_size=VOCAB, dtype='float32')
+  if model.num_decoder_layers:
+    model.num_decoder_layers = 2
+  for name, value in changes.items():
+    if isinstance(value, dict):
+      model[name].update(value)
+    else:
+      model[name] = value
+  return model
+
+
+def tokens(batch: int = 2, length: int = 16, seed: int = 1) -> jax.Array:
+  return jax.random.randint(jax.random.key(seed), (batch, length), 0, VOCAB)
+
+
+def make(system: str = 'gpt', seed: int = 0, **changes):
+  """Returns (module, params), the parameters off their tidy initial values:
+  biases, norms and sinks count too."""
+  module = architectures.build(config(system, **changes))
+  params = nn.meta.unbox(
+      jax.jit(module.init)(jax.random.key(seed), tokens())['params'])
+  leaves, tree = jax.tree.flatten(params)
+  keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+  return module, jax.tree.unflatten(tree, [
+      x + 0.1 * jax.random.normal(k, x.shape, x.dtype)
+      for x, k in zip(leaves, keys)])
+
+
+def logits(module, params, tokens_BL: jax.Array, **kwargs) -> jax.Array:
+  return module.apply({'params': params}, tokens_BL, **kwargs).logits
+
+
+def close(a, b, rtol: float = 1e-5):
+  """Asserts that the leaves of two trees differ by rtol of their largest value
+  at most; one that is zero but for rounding, by rtol / 1000 of the tree's."""
+  largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(a))
+  def check(path, x, y):
+    scale = jnp.maximum(jnp.abs(x).max(), 1e-3 * largest)
+    error = float(jnp.abs(x - y).max() / scale)
+    assert error <= rtol, f'{jax.tree_util.keystr(path)}: {error:.2e}'
+  jax.tree_util.tree_map_with_path(check, a, b)
