@@ -126,23 +126,25 @@ def _model() -> dict:
       remat='none',  # none full dots
       moe=dict(
           num_experts=8,
-          top_k=2,
+          top_k=2,  # experts of a token (expert_choice: on average)
+          # topk switch gshard expert_choice sigmoid sinkhorn hash uniform
           router='topk',
           ffn='gelu',  # of the experts, and of the dense layers between
           every=1,  # 1: all layers have experts; 2: every other; ...
           d_ff=0,  # of one expert; derived: model.d_ff
-          shared_experts=0,
+          shared_experts=0,  # as a dense network, this many times moe.d_ff
           dispatch='auto',  # auto einsum sorted dropless
-          capacity_factor=0.0,  # 0: dropless
-          eval_capacity_factor=0.0,
-          normalize_gates=True,
-          jitter=0.0,
-          logit_noise=0.0,
+          capacity_factor=0.0,  # in training; 0: dropless
+          eval_capacity_factor=0.0,  # 0: dropless
+          normalize_gates=True,  # of topk, sigmoid, sinkhorn; from top_k 2 on
+          jitter=0.0,  # the router's input times uniform(1 - j, 1 + j)
+          logit_noise=0.0,  # standard deviation
           balance_loss='switch',  # switch importance none
           balance_weight=0.01,
           z_loss_weight=0.0,
-          expert_dropout=0.0,
-          group_size=0,  # tokens a routing group; 0: all of a batch
+          expert_dropout=0.0,  # on the experts' hidden units
+          group_size=0,  # tokens that share capacity; 0: all of a batch
+          bias_rate=0.001,  # sigmoid: how far a step moves router_bias
       ),
   )
 

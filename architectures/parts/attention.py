@@ -35,8 +35,10 @@ class Context:
   bias_BHLM: Optional[jax.Array] = None  # on the scores of self-attention
   memory_BMD: Optional[jax.Array] = None  # for cross-attention
   memory_segment_ids_BM: Optional[jax.Array] = None
+  tokens_BL: Optional[jax.Array] = None  # ids, for routers that hash them
   prefix_B: Optional[jax.Array] = None  # keys before it are seen by all
   deterministic: bool = struct.field(pytree_node=False, default=True)
+  keep_layers: bool = struct.field(pytree_node=False, default=False)
 
 
 @struct.dataclass

@@ -3,7 +3,7 @@
 Axis legend, for every array of the project:
 B batch, L length, M memory length (what is attended to), D d_model, H query
 heads, J key-value heads, R = H/J, K head size, F d_ff, V vocabulary, N layers,
-E experts, C expert capacity, G routing groups, S group size, T tokens (= G*S).
+E experts, X experts of a token, A assignments (= T*X), C expert capacity,
 """
 
 import dataclasses
@@ -22,6 +22,10 @@ ROPE_SCALINGS = ('none', 'linear', 'ntk', 'llama3', 'yarn')
 INITS = ('normal', 'scaled_normal', 'fan_in')
 REMATS = ('none', 'full', 'dots')
 DTYPES = ('float32', 'bfloat16')
+ROUTERS = ('topk', 'switch', 'gshard', 'expert_choice', 'sigmoid', 'sinkhorn',
+           'hash', 'uniform')
+DISPATCHES = ('auto', 'einsum', 'sorted', 'dropless')
+BALANCE_LOSSES = ('switch', 'importance', 'none')
 
 
 def one_of(name: str, value: str, choices) -> None:
@@ -81,6 +85,7 @@ class MoEConfig:
   z_loss_weight: float
   expert_dropout: float
   group_size: int
+  bias_rate: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,12 +257,35 @@ def _validate(c: ModelConfig) -> None:
 def _validate_moe(c: ModelConfig) -> None:
   m = c.moe
   one_of('model.moe.ffn', m.ffn, DENSE_FFNS)
+  one_of('model.moe.router', m.router, ROUTERS)
+  one_of('model.moe.dispatch', m.dispatch, DISPATCHES)
+  one_of('model.moe.balance_loss', m.balance_loss, BALANCE_LOSSES)
   require(m.num_experts > 0,
           f'model.moe.num_experts is {m.num_experts}: it must be > 0')
   require(0 < m.top_k <= m.num_experts,
           f'model.moe.top_k is {m.top_k}: choose 1 to model.moe.num_experts '
           f'{m.num_experts}')
-  require(m.every > 0, f'model.moe.every is {m.every}: it must be > 0')
+  for router, choices in (('switch', 1), ('gshard', 2)):
+    require(m.router != router or m.top_k == choices,
+            f'model.moe.top_k is {m.top_k}, but model.moe.router {router} '
+            f'chooses {choices}: set it to {choices}, or choose router topk')
+  for name in ('every', 'd_ff'):
+    value = getattr(m, name)
+    require(value > 0, f'model.moe.{name} is {value}: it must be > 0')
+  for name in ('shared_experts', 'group_size', 'capacity_factor',
+               'eval_capacity_factor', 'logit_noise', 'balance_weight',
+               'z_loss_weight', 'bias_rate'):
+    value = getattr(m, name)
+    require(value >= 0, f'model.moe.{name} is {value}: it must be >= 0')
+  for name in ('jitter', 'expert_dropout'):
+    value = getattr(m, name)
+    require(0 <= value < 1,
+            f'model.moe.{name} is {value}: choose it in [0, 1)')
+  for name in ('capacity_factor', 'eval_capacity_factor'):
+    require(m.dispatch != 'sorted' or m.router == 'expert_choice'
+            or getattr(m, name) > 0,
+            f'model.moe.{name} is 0, but model.moe.dispatch sorted pads every '
+            'expert to its capacity: set it, or choose dispatch dropless')
 
 
 def _whole_periods(name: str, layers: int, c: ModelConfig) -> None:

@@ -32,26 +32,27 @@ class FFN(nn.Module):
   """(x_BLD, context) -> (y_BLD, aux); a dense layer's aux is empty."""
   config: ModelConfig
   kind: str
+  width: int = 0  # 0: d_ff
 
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx):
     del ctx  # experts need it
-    c = self.config
+    c, F = self.config, self.width or self.config.d_ff
     act, gated = ACTIVATIONS[self.kind]
-    up_DF = linear.weight(self, 'up', (c.d_model, c.d_ff), ('embed', 'mlp'))
-    down_FD = linear.weight(self, 'down', (c.d_ff, c.d_model),
+    up_DF = linear.weight(self, 'up', (c.d_model, F), ('embed', 'mlp'))
+    down_FD = linear.weight(self, 'down', (F, c.d_model),
                             ('mlp', 'embed'), residual=True)
     h_BLF = linear.einsum('BLD,DF->BLF', x_BLD, up_DF, c.compute_dtype)
     if c.ffn_bias:
       h_BLF = linear.add_bias(
-          h_BLF, linear.bias(self, 'up_bias', (c.d_ff,), ('mlp',)))
+          h_BLF, linear.bias(self, 'up_bias', (F,), ('mlp',)))
     if gated:
-      gate_DF = linear.weight(self, 'gate', (c.d_model, c.d_ff),
+      gate_DF = linear.weight(self, 'gate', (c.d_model, F),
                               ('embed', 'mlp'))
       g_BLF = linear.einsum('BLD,DF->BLF', x_BLD, gate_DF, c.compute_dtype)
       if c.ffn_bias:
         g_BLF = linear.add_bias(
-            g_BLF, linear.bias(self, 'gate_bias', (c.d_ff,), ('mlp',)))
+            g_BLF, linear.bias(self, 'gate_bias', (F,), ('mlp',)))
       h_BLF = act(g_BLF) * h_BLF
     else:
       h_BLF = act(h_BLF)
@@ -65,4 +66,7 @@ class FFN(nn.Module):
 
 def ffn(config: ModelConfig, kind: str) -> nn.Module:
   """The feed-forward part `kind`, its parameters under 'ffn'."""
+  if kind == 'moe':
+    from architectures.parts import moe  # which has this file's networks
+    return moe.MoE(config, name='ffn')
   return FFN(config, kind, name='ffn')

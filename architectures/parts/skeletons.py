@@ -36,6 +36,10 @@ class Head:
     logits_BLV = jnp.einsum(
         '...D,DV->...V', x_BLD, self.kernel_DV.astype(x_BLD.dtype),
         preferred_element_type=jnp.float32)
+    return self.finish(logits_BLV)
+
+  def finish(self, logits_BLV: jax.Array) -> jax.Array:
+    """The logits of the bare products x W."""
     if self.bias_V is not None:
       logits_BLV = linear.add_bias(logits_BLV, self.bias_V)
     logits_BLV = logits_BLV * self.scale
@@ -52,7 +56,8 @@ class Output:
     hidden: [B, L, D], what the head is applied to.
     head: the output projection.
     cache: keys and values of every layer, where a cache went in.
-    aux: {'losses': scalars summed over layers, 'health': arrays by layer}.
+    aux: {'losses': scalars summed over layers, 'health': arrays by layer},
+      and with keep_layers 'layers': [N, B, L, D], what each layer returns.
     memory: [B, M, D] the encoder's output, of an encoder-decoder.
     extra: what one system alone returns, by name.
   """
@@ -128,13 +133,15 @@ class Period(nn.Module):
     if self.config.remat != 'none':
       block = nn.remat(block, policy=REMAT[self.config.remat],
                        prevent_cse=not self.config.scan_layers)
-    caches, auxes = [], []
+    caches, auxes, kept = [], [], []
     for i, kind in enumerate(self.pattern):
       x_BLD, new, aux = block(self.config, kind, name=f'block_{i}')(
           x_BLD, ctx, None if cache is None else cache[i])
       caches.append(new)
       auxes.append(aux)
-    return x_BLD, (None if cache is None else tuple(caches), tuple(auxes))
+      kept.append(x_BLD if ctx.keep_layers else ())
+    return x_BLD, (None if cache is None else tuple(caches), tuple(auxes),
+                   tuple(kept))
 
 
 REMAT = {
@@ -166,11 +173,14 @@ class Stack(nn.Module):
         in_axes=(0, nn.broadcast), length=periods,
         unroll=1 if c.scan_layers else periods,
         metadata_params={nn.PARTITION_NAME: 'layers'})
-    x_BLD, (cache, auxes) = scan(c, self.pattern, name='layers')(
+    x_BLD, (cache, auxes, kept) = scan(c, self.pattern, name='layers')(
         x_BLD, cache, ctx)
     if c.block != 'post_norm':
       x_BLD = norm(c, 'final_norm')(x_BLD)
-    return x_BLD, cache, gather_aux(auxes)
+    aux = gather_aux(auxes)
+    if ctx.keep_layers:
+      aux = aux | {'layers': jnp.stack(kept, 1).reshape(-1, *x_BLD.shape)}
+    return x_BLD, cache, aux
 
 
 def gather_aux(auxes: tuple[dict, ...]) -> dict:
@@ -237,15 +247,17 @@ class Decoder(nn.Module):
   @nn.compact
   def __call__(self, tokens_BL: jax.Array, *, positions_BL=None,
                segment_ids_BL=None, prefix_B=None, cache=None,
-               deterministic: bool = True) -> Output:
+               deterministic: bool = True,
+               keep_layers: bool = False) -> Output:
     c = self.config
     chex.assert_rank(tokens_BL, 2)
     require(cache is None or segment_ids_BL is None,
             'a cache holds one document a row: pass no segment ids with it')
     if positions_BL is None:
       positions_BL = jnp.arange(tokens_BL.shape[1])[None]
-    ctx = Context(positions_BL, segment_ids_BL, prefix_B=prefix_B,
-                  deterministic=deterministic)
+    ctx = Context(positions_BL, segment_ids_BL, tokens_BL=tokens_BL,
+                  prefix_B=prefix_B, deterministic=deterministic,
+                  keep_layers=keep_layers)
     x_BLD, table_DV = Embed(c, name='embed')(
         tokens_BL, positions_BL, deterministic=deterministic)
     x_BLD, cache, aux = Stack(c, c.layer_pattern(), c.num_layers,

@@ -1,0 +1,222 @@
+"""Computing the experts: one definition, three ways.
+
+y_t = sum over the assignments (t, e, g) of g * FFN_e(x_t)
+
+einsum    one-hot [T, E, C] products (GShard, section 3.2): the oracle of the
+          tests, whose cost grows as T * E * C.
+sorted    rows are gathered to [E, C, D] and multiplied as a batch.
+dropless  rows are sorted by expert and multiplied in groups, without padding
+          (MegaBlocks: Gale et al. 2022); parts/grouped.py has the product.
+
+The three agree, drops included. Rows move by gathers both ways: forward by
+the token of a row, backward by the rows of a token.
+"""
+
+import functools
+from typing import Optional
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+
+from architectures.parts import ffn as dense
+from architectures.parts import grouped
+from architectures.parts.routing import mix, ranks, Routing
+
+
+@struct.dataclass
+class Weights:
+  """The experts' parameters; what a kind of network lacks is None."""
+  up_EDF: jax.Array
+  down_EFD: jax.Array
+  gate_EDF: Optional[jax.Array] = None
+  up_bias_EF: Optional[jax.Array] = None
+  gate_bias_EF: Optional[jax.Array] = None
+  down_bias_ED: Optional[jax.Array] = None
+
+
+@struct.dataclass
+class Dropout:
+  """Expert dropout on the hidden units (Switch, section 2.4).
+
+  The mask is a hash of (seed, assignment, unit): the same however the rows
+  are ordered, and wherever they are computed.
+  """
+  seed: jax.Array  # uint32 scalar
+  rate: float = struct.field(pytree_node=False, default=0.0)
+
+  def mask(self, id_R: jax.Array, units: jax.Array) -> jax.Array:
+    """float32 [R, F]: 0 or 1 / (1 - rate)."""
+    row_R = mix(id_R.astype(jnp.uint32) ^ self.seed)
+    bits_RF = mix(row_R[:, None] + units[None] * jnp.uint32(0x9e3779b9))
+    keep_RF = bits_RF >= jnp.uint32(int(self.rate * 2 ** 32))
+    return keep_RF / (1 - self.rate)
+
+
+def batched(rows_ECD: jax.Array, w: Weights, kind: str,
+            mask_ECF=None) -> jax.Array:
+  """Every expert on its own C rows."""
+  act, gated = dense.ACTIVATIONS[kind]
+  add = lambda x, b: x if b is None else x + b[:, None]
+  h_ECF = add(jnp.einsum('ECD,EDF->ECF', rows_ECD, w.up_EDF), w.up_bias_EF)
+  if gated:
+    g_ECF = add(jnp.einsum('ECD,EDF->ECF', rows_ECD, w.gate_EDF),
+                w.gate_bias_EF)
+    h_ECF = act(g_ECF) * h_ECF
+  else:
+    h_ECF = act(h_ECF)
+  if mask_ECF is not None:
+    h_ECF = h_ECF * mask_ECF.astype(h_ECF.dtype)
+  return add(jnp.einsum('ECF,EFD->ECD', h_ECF, w.down_EFD), w.down_bias_ED)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def take(x_TD, token_R, row_A, choices: int):
+  """Row r gets token token_R[r]; T there gives zeros.
+
+  `row_A` is the inverse, R where an assignment has no row: with it, the
+  gradient is a gather. Without `choices`, it is a scatter.
+  """
+  del row_A, choices
+  return x_TD.at[token_R].get(mode='fill', fill_value=0)
+
+
+def _take_fwd(x_TD, token_R, row_A, choices):
+  return take(x_TD, token_R, row_A, choices), (token_R, row_A, x_TD.shape[0])
+
+
+def _take_bwd(choices, saved, d_RD):
+  token_R, row_A, T = saved
+  if not choices:
+    zeros_TD = jnp.zeros((T, d_RD.shape[1]), d_RD.dtype)
+    return zeros_TD.at[token_R].add(d_RD, mode='drop'), None, None
+  d_AD = d_RD.at[row_A].get(mode='fill', fill_value=0)
+  d_TD = d_AD.reshape(T, choices, -1).sum(1, dtype=jnp.float32)
+  return d_TD.astype(d_RD.dtype), None, None
+
+
+take.defvjp(_take_fwd, _take_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def combine(y_RD, gate_A, token_A, row_A, assignment_R, tokens, choices):
+  """y_T = the sum of gate * row over the assignments of a token.
+
+  `assignment_R` is the inverse of `row_A`; A where a row has none.
+  """
+  del assignment_R
+  y_AD = y_RD.at[row_A].get(mode='fill', fill_value=0)
+  y_AD = y_AD * gate_A[:, None].astype(y_AD.dtype)
+  if choices:
+    y_TD = y_AD.reshape(tokens, choices, -1).sum(1, dtype=jnp.float32)
+    return y_TD.astype(y_RD.dtype)
+  return jnp.zeros((tokens, y_AD.shape[1]), y_AD.dtype).at[token_A].add(y_AD)
+
+
+def _combine_fwd(y_RD, gate_A, token_A, row_A, assignment_R, tokens, choices):
+  y_TD = combine(y_RD, gate_A, token_A, row_A, assignment_R, tokens, choices)
+  return y_TD, (y_RD, gate_A, token_A, row_A, assignment_R)
+
+
+def _combine_bwd(tokens, choices, saved, d_TD):
+  del tokens, choices
+  y_RD, gate_A, token_A, row_A, assignment_R = saved
+  fill = dict(mode='fill', fill_value=0)
+  token_R = token_A.at[assignment_R].get(mode='fill', fill_value=d_TD.shape[0])
+  d_RD = d_TD.at[token_R].get(**fill)
+  d_gate_R = jnp.einsum('RD,RD->R', d_RD, y_RD,
+                        preferred_element_type=jnp.float32)
+  d_gate_A = d_gate_R.at[row_A].get(**fill).astype(gate_A.dtype)
+  gate_R = gate_A.at[assignment_R].get(**fill)
+  return d_RD * gate_R[:, None].astype(d_RD.dtype), d_gate_A, None, None, None
+
+
+combine.defvjp(_combine_fwd, _combine_bwd)
+
+
+def inverse(row_A: jax.Array, rows: int) -> jax.Array:
+  """assignment_R of row_A; A for a row that nobody has."""
+  A = row_A.shape[0]
+  return jnp.full(rows, A, jnp.int32).at[row_A].set(
+      jnp.arange(A, dtype=jnp.int32), mode='drop', unique_indices=True)
+
+
+def place_padded(expert_A, experts: int, slots: int) -> jax.Array:
+  """The row of each assignment in [E, C]; E * C for a void one."""
+  row_A = expert_A * slots + ranks(expert_A, experts + 1)
+  return jnp.where(expert_A < experts, row_A, experts * slots)
+
+
+def place_sorted(expert_A, experts: int) -> tuple[jax.Array, jax.Array]:
+  """(the row of each assignment in [A], sorted by expert; rows by expert)."""
+  order_A = jnp.argsort(expert_A, stable=True)
+  row_A = jnp.zeros_like(order_A).at[order_A].set(
+      jnp.arange(order_A.shape[0]), unique_indices=True)
+  ends_E = jnp.searchsorted(expert_A[order_A], jnp.arange(experts),
+                            side='right')
+  count_E = jnp.diff(ends_E, prepend=0).astype(jnp.int32)
+  return jnp.where(expert_A < experts, row_A, expert_A.shape[0]), count_E
+
+
+def move(x_TD, r: Routing, row_A, rows: int):
+  """Returns (rows [R, D], their assignment ids, combine: rows -> y_TD)."""
+  T, A = x_TD.shape[0], row_A.shape[0]
+  assignment_R = inverse(row_A, rows)
+  token_R = r.token_A.at[assignment_R].get(mode='fill', fill_value=T)
+  back = lambda y_RD: combine(y_RD, r.gate_A, r.token_A, row_A, assignment_R,
+                              T, r.choices)
+  return take(x_TD, token_R, row_A, r.choices), assignment_R, back
+
+
+def by_einsum(x_TD, r: Routing, w: Weights, kind: str, slots: int,
+              dropout: Optional[Dropout]) -> jax.Array:
+  """The oracle."""
+  T, E = x_TD.shape[0], w.up_EDF.shape[0]
+  slot_A = ranks(r.expert_A, E + 1)
+  hot = lambda index, size: jax.nn.one_hot(index, size, dtype=x_TD.dtype)
+  hot_AEC = hot(r.expert_A, E)[:, :, None] * hot(slot_A, slots)[:, None]
+  hot_AT = hot(r.token_A, T)
+  dispatch_TEC = jnp.einsum('AT,AEC->TEC', hot_AT, hot_AEC)
+  combine_TEC = jnp.einsum('AT,AEC,A->TEC', hot_AT, hot_AEC,
+                           r.gate_A.astype(x_TD.dtype))
+  mask_ECF = None
+  if dropout is not None:
+    id_EC = jnp.einsum('AEC,A->EC', hot_AEC.astype(jnp.int32),
+                       jnp.arange(slot_A.shape[0]))
+    mask_ECF = _mask(dropout, id_EC.reshape(-1), w).reshape(E, slots, -1)
+  rows_ECD = jnp.einsum('TEC,TD->ECD', dispatch_TEC, x_TD)
+  y_ECD = batched(rows_ECD, w, kind, mask_ECF)
+  return jnp.einsum('TEC,ECD->TD', combine_TEC, y_ECD)
+
+
+def by_sorted(x_TD, r: Routing, w: Weights, kind: str, slots: int,
+              dropout: Optional[Dropout]) -> jax.Array:
+  E, D = w.up_EDF.shape[:2]
+  rows_RD, id_R, back = move(
+      x_TD, r, place_padded(r.expert_A, E, slots), E * slots)
+  mask_ECF = None
+  if dropout is not None:
+    mask_ECF = _mask(dropout, id_R, w).reshape(E, slots, -1)
+  y_ECD = batched(rows_RD.reshape(E, slots, D), w, kind, mask_ECF)
+  return back(y_ECD.reshape(E * slots, D))
+
+
+def by_dropless(x_TD, r: Routing, w: Weights, kind: str, slots: int,
+                dropout: Optional[Dropout]) -> jax.Array:
+  del slots  # what has no room is void already
+  E = w.up_EDF.shape[0]
+  row_A, count_E = place_sorted(r.expert_A, E)
+  rows_AD, id_A, back = move(x_TD, r, row_A, row_A.shape[0])
+  mask_AF = None if dropout is None else _mask(dropout, id_A, w)
+  return back(grouped.ffn(rows_AD, count_E, w, kind, mask_AF))
+
+
+def _mask(dropout: Dropout, id_R, w: Weights) -> jax.Array:
+  return dropout.mask(id_R, jnp.arange(w.up_EDF.shape[2], dtype=jnp.uint32))
+
+
+WAYS = {
+    'einsum': by_einsum,
+    'sorted': by_sorted,
+    'dropless': by_dropless,
+}

@@ -1,0 +1,263 @@
+"""Routers: which experts see a token, and with what weight. Pure functions.
+
+A router turns float32 logits [T, E] into `Routing`: a flat list of A
+assignments of a token to an expert. Where a token chooses (every router but
+expert choice), A = T * X and assignment a is choice a % X of token a // X.
+
+topk           softmax, the X best (Shazeer et al. 2017). normalize_gates makes
+               the gates of a token sum to 1, which is the softmax taken after
+               the choice (Mixtral); off, the softmax before it (Switch).
+switch         X = 1, gate = probability (Fedus et al. 2021).
+gshard         X = 2, gates sum to 1; in training the second expert is kept
+               with probability min(1, 2 p2 / (p1 + p2)) (Lepikhin et al. 2020).
+expert_choice  an expert takes its ceil(S X / E) best tokens of a group, scaled
+               by the capacity factor if any (Zhou et al. 2022). What a token
+               gets depends on later tokens: not for decoders that generate.
+sigmoid        scores sigmoid(logits); the X best of score + router_bias, which
+               `update_bias` moves against the load (DeepSeek-V3, 2024).
+sinkhorn       in training, the X best of the logits balanced over tokens and
+               experts by Sinkhorn's iteration; in evaluation, of the logits
+               (BASE: Lewis et al. 2021; S-BASE: Clark et al. 2022).
+hash           a fixed hash of the token id (Roller et al. 2021). No router
+               weight, hence no loss.
+uniform        tokens dealt in turn, in perfect balance: for benchmarks.
+
+With X = 1 a gate is never normalised: it would be 1 and teach nothing.
+"""
+
+from typing import Optional
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+
+from architectures.parts.config import MoEConfig
+
+SINKHORN_STEPS = 8
+NOWHERE = -1e30
+
+
+@struct.dataclass
+class Inputs:
+  """What a router may look at; T tokens in `groups` groups of a sequence."""
+  logits_TE: Optional[jax.Array]
+  valid_T: jax.Array  # bool: padding takes no expert
+  tokens_T: Optional[jax.Array] = None  # ids, for hash
+  bias_E: Optional[jax.Array] = None  # for sigmoid
+  key: Optional[jax.Array] = None  # None: deterministic
+  groups: int = struct.field(pytree_node=False, default=1)
+  train: bool = struct.field(pytree_node=False, default=False)
+
+
+@struct.dataclass
+class Routing:
+  """Assignments in the order of their tokens; gate 0 and expert E: nowhere.
+
+  Attributes:
+    expert_A: int32, the expert; E where the assignment is void.
+    gate_A: float32, the weight of its output.
+    token_A: int32, the token.
+    probs_TE: float32, the router's belief, which the losses and the panel
+      read; the choice itself where there is no router weight.
+    choices: X, or 0 where a token's assignments do not stand together.
+  """
+  expert_A: jax.Array
+  gate_A: jax.Array
+  token_A: jax.Array
+  probs_TE: jax.Array
+  choices: int = struct.field(pytree_node=False, default=0)
+
+
+def _best(scores_TE: jax.Array, choices: int) -> jax.Array:
+  """The indices of the best experts, int32 [T, X]."""
+  return jax.lax.top_k(jax.lax.stop_gradient(scores_TE), choices)[1]
+
+
+def _routing(expert_TX, gate_TX, probs_TE, valid_T) -> Routing:
+  T, X = expert_TX.shape
+  E = probs_TE.shape[1]
+  expert_TX = jnp.where(valid_T[:, None], expert_TX, E)
+  gate_TX = jnp.where(expert_TX < E, gate_TX, 0.0)
+  token_TX = jnp.broadcast_to(jnp.arange(T)[:, None], (T, X))
+  return Routing(expert_TX.reshape(-1).astype(jnp.int32), gate_TX.reshape(-1),
+                 token_TX.reshape(-1).astype(jnp.int32), probs_TE, X)
+
+
+def _chosen(scores_TE, expert_TX):
+  return jnp.take_along_axis(scores_TE, expert_TX, 1)
+
+
+def normalize(gate_TX: jax.Array) -> jax.Array:
+  """Makes the gates of a token sum to 1, unless it has but one."""
+  if gate_TX.shape[1] == 1:
+    return gate_TX
+  return gate_TX / (gate_TX.sum(1, keepdims=True) + 1e-20)
+
+
+def topk(m: MoEConfig, x: Inputs) -> Routing:
+  probs_TE = jax.nn.softmax(x.logits_TE, -1)
+  expert_TX = _best(x.logits_TE, m.top_k)
+  gate_TX = _chosen(probs_TE, expert_TX)
+  if m.normalize_gates:
+    gate_TX = normalize(gate_TX)
+  return _routing(expert_TX, gate_TX, probs_TE, x.valid_T)
+
+
+def switch(m: MoEConfig, x: Inputs) -> Routing:
+  del m  # one choice, its gate the probability
+  probs_TE = jax.nn.softmax(x.logits_TE, -1)
+  expert_TX = _best(x.logits_TE, 1)
+  return _routing(expert_TX, _chosen(probs_TE, expert_TX), probs_TE, x.valid_T)
+
+
+def gshard(m: MoEConfig, x: Inputs) -> Routing:
+  probs_TE = jax.nn.softmax(x.logits_TE, -1)
+  expert_TX = _best(x.logits_TE, 2)
+  gate_TX = normalize(_chosen(probs_TE, expert_TX))
+  if x.key is not None:
+    draw_T = jax.random.uniform(x.key, gate_TX.shape[:1])
+    second_T = jnp.where(2 * gate_TX[:, 1] > draw_T, expert_TX[:, 1],
+                         m.num_experts)
+    expert_TX = jnp.stack([expert_TX[:, 0], second_T], 1)
+  return _routing(expert_TX, gate_TX, probs_TE, x.valid_T)
+
+
+def sigmoid(m: MoEConfig, x: Inputs) -> Routing:
+  scores_TE = jax.nn.sigmoid(x.logits_TE)
+  bias_E = jax.lax.stop_gradient(x.bias_E)
+  expert_TX = _best(scores_TE + bias_E[None], m.top_k)
+  gate_TX = _chosen(scores_TE, expert_TX)
+  if m.normalize_gates:
+    gate_TX = normalize(gate_TX)
+  probs_TE = scores_TE / scores_TE.sum(-1, keepdims=True)
+  return _routing(expert_TX, gate_TX, probs_TE, x.valid_T)
+
+
+def balanced(logits_TE: jax.Array, valid_T: jax.Array) -> jax.Array:
+  """Sinkhorn: log of the matrix near exp(logits) whose rows sum to 1 and whose
+  columns share the tokens evenly; padding weighs nothing."""
+  E = logits_TE.shape[1]
+  weight_T1 = jnp.where(valid_T, 0.0, NOWHERE)[:, None]
+  share = jnp.log(jnp.maximum(valid_T.sum(), 1) / E)
+  def step(_, log_TE):
+    log_TE += share - jax.nn.logsumexp(log_TE + weight_T1, 0, keepdims=True)
+    return log_TE - jax.nn.logsumexp(log_TE, 1, keepdims=True)
+  return jax.lax.fori_loop(0, SINKHORN_STEPS, step,
+                           jax.lax.stop_gradient(logits_TE))
+
+
+def sinkhorn(m: MoEConfig, x: Inputs) -> Routing:
+  probs_TE = jax.nn.softmax(x.logits_TE, -1)
+  scores_TE = x.logits_TE
+  if x.train:
+    shape = (x.groups, -1, m.num_experts)
+    scores_TE = jax.vmap(balanced)(
+        scores_TE.reshape(shape), x.valid_T.reshape(shape[:2])
+    ).reshape(scores_TE.shape)
+  expert_TX = _best(scores_TE, m.top_k)
+  gate_TX = _chosen(probs_TE, expert_TX)
+  if m.normalize_gates:
+    gate_TX = normalize(gate_TX)
+  return _routing(expert_TX, gate_TX, probs_TE, x.valid_T)
+
+
+def expert_choice(m: MoEConfig, x: Inputs) -> Routing:
+  T, E = x.logits_TE.shape
+  G, S = x.groups, T // x.groups
+  factor = (m.capacity_factor if x.train else m.eval_capacity_factor) or 1.0
+  taken = min(S, capacity(factor, S, m.top_k, E))
+  probs_TE = jax.nn.softmax(x.logits_TE, -1)
+  score_GES = jnp.where(x.valid_T[:, None], probs_TE, NOWHERE).reshape(
+      G, S, E).swapaxes(1, 2)
+  gate_GEC, token_GEC = jax.lax.top_k(score_GES, taken)
+  expert_GEC = jnp.broadcast_to(jnp.arange(E)[None, :, None], token_GEC.shape)
+  expert_GEC = jnp.where(gate_GEC > 0, expert_GEC, E)
+  gate_GEC = jnp.maximum(gate_GEC, 0.0)
+  token_GEC = token_GEC + S * jnp.arange(G)[:, None, None]
+  return Routing(expert_GEC.reshape(-1).astype(jnp.int32),
+                 gate_GEC.reshape(-1),
+                 token_GEC.reshape(-1).astype(jnp.int32), probs_TE)
+
+
+def mix(x: jax.Array) -> jax.Array:
+  """Scatters uint32 evenly over uint32 (the finaliser of murmur3)."""
+  x = (x ^ (x >> 16)) * jnp.uint32(0x85ebca6b)
+  x = (x ^ (x >> 13)) * jnp.uint32(0xc2b2ae35)
+  return x ^ (x >> 16)
+
+
+def _fixed(m: MoEConfig, first_T: jax.Array, stride: int, valid_T) -> Routing:
+  """Experts first, first + stride, ...; each with gate 1 / X."""
+  E, X = m.num_experts, m.top_k
+  expert_TX = (first_T[:, None] + stride * jnp.arange(X)[None]) % E
+  probs_TE = jax.nn.one_hot(expert_TX, E).mean(1)
+  return _routing(expert_TX, jnp.full(expert_TX.shape, 1 / X), probs_TE,
+                  valid_T)
+
+
+def hash_(m: MoEConfig, x: Inputs) -> Routing:
+  spread_T = mix(x.tokens_T.astype(jnp.uint32) + jnp.uint32(1))
+  first_T = (spread_T % m.num_experts).astype(jnp.int32)
+  return _fixed(m, first_T, 1, x.valid_T)
+
+
+def uniform(m: MoEConfig, x: Inputs) -> Routing:
+  first_T = jnp.arange(x.valid_T.shape[0]) * m.top_k % m.num_experts
+  return _fixed(m, first_T, 1, x.valid_T)
+
+
+def capacity(factor: float, tokens: int, choices: int, experts: int) -> int:
+  """Tokens an expert takes of a group: ceil(factor * S * X / E)."""
+  return max(1, -int(-factor * tokens * choices // experts))
+
+
+def ranks(key_A: jax.Array, keys: int) -> jax.Array:
+  """How many earlier entries of key_A (each < keys) equal this one."""
+  order_A = jnp.argsort(key_A, stable=True)
+  start_K = jnp.searchsorted(key_A[order_A], jnp.arange(keys))
+  rank_A = jnp.arange(key_A.shape[0]) - start_K[key_A[order_A]]
+  return jnp.zeros_like(rank_A).at[order_A].set(rank_A, unique_indices=True)
+
+
+def limit(expert_A: jax.Array, *, choices: int, groups: int, slots: int,
+          experts: int, earlier=None) -> jax.Array:
+  """Voids what exceeds the capacity: first choices first, then by position.
+
+  Args:
+    expert_A: G groups of S tokens of X choices.
+    choices: X.
+    groups: G.
+    slots: the capacity of an expert in a group.
+    experts: E.
+    earlier: where the group goes on in other shards: (what they hold of each
+      (choice, expert) before this shard, what all hold), from [X, E] counts.
+
+  Returns:
+    expert_A, E where there was no room.
+  """
+  A, bins = expert_A.shape[0], experts + 1
+  index_A = jnp.arange(A)
+  row_A = index_A // (A // groups) * choices + index_A % choices
+  key_A = row_A * bins + expert_A
+  count_GXE = jnp.bincount(key_A, length=groups * choices * bins).reshape(
+      groups, choices, bins)
+  if earlier is None:
+    before_GXE, total_GXE = jnp.zeros_like(count_GXE), count_GXE
+  else:
+    before_GXE, total_GXE = earlier(count_GXE)
+  base_GXE = before_GXE + jnp.cumsum(total_GXE, 1) - total_GXE
+  slot_A = ranks(key_A, groups * choices * bins) + base_GXE.reshape(-1)[key_A]
+  return jnp.where(slot_A < slots, expert_A, experts)
+
+
+# name: (router, whether it has a router weight)
+ROUTERS = {
+    'topk': (topk, True),
+    'switch': (switch, True),
+    'gshard': (gshard, True),
+    'expert_choice': (expert_choice, True),
+    'sigmoid': (sigmoid, True),
+    'sinkhorn': (sinkhorn, True),
+    'hash': (hash_, False),
+    'uniform': (uniform, False),
+}
