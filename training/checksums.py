@@ -2,13 +2,15 @@
 
 Orbax restores a flipped byte in silence, so a checkpoint carries for each leaf
 
-  sum_i bits(x_i) * w_i  mod 2^32,   w_i odd,
+  sum_i mix(bits(x_i) ^ place(i))  mod 2^32,
 
-where bits() reads the element as an unsigned integer. An odd weight has an
-inverse mod 2^32, so any change within one element changes the sum, with
-certainty; weights that differ by position also catch exchanged and missing
-blocks, all but about once in 2^32. Addition of integers is associative, so
-the sum is the same on every mesh, which a sum of floats is not.
+where bits() reads the element as an unsigned integer, place() is another
+number for each position of the row-major order, and mix() is MurmurHash3's
+finalizer. All three steps can be undone, so any change within one element
+changes the sum, with certainty; exchanged, missing and shifted blocks change
+it all but about once in 2^32. (A plain sum of bits times weights is weaker:
+1.0 has its lowest set bit at 2^23, which leaves 9 bits of such a sum.)
+Addition of integers is associative: the sum is the same on every mesh.
 """
 
 import functools
@@ -48,23 +50,23 @@ def _summer(out_sharding):
 def _sum(x: jax.Array) -> jax.Array:
   bits = _bits(x)
   # dtype: without it jnp.sum would widen to uint64 where x64 is on.
-  return jnp.sum(bits * _odd_weights(bits.shape), dtype=jnp.uint32)
+  return jnp.sum(_mix(bits ^ _place(bits.shape)), dtype=jnp.uint32)
 
 
-def _odd_weights(shape) -> jax.Array:
-  """A scrambled odd number for each position of the row-major order.
-
-  Plain weights 2i+1 would let some regular damage cancel: n of them add up to
-  n^2, which is 0 mod 2^32 for a block of 2^16 elements all off by the same.
-  """
+def _place(shape) -> jax.Array:
   index = jnp.zeros(shape, jnp.uint32)
   stride = 1
   for axis in reversed(range(len(shape))):
     iota = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
     index += iota * np.uint32(stride % 2**32)
     stride *= shape[axis]
-  index *= np.uint32(0x9E3779B1)  # 2^32 / golden ratio: spreads neighbours
-  return (index ^ (index >> np.uint32(15))) | np.uint32(1)
+  return index * np.uint32(0x9E3779B1)  # 2^32 / golden ratio, odd
+
+
+def _mix(h: jax.Array) -> jax.Array:
+  h = (h ^ (h >> np.uint32(16))) * np.uint32(0x85EBCA6B)
+  h = (h ^ (h >> np.uint32(13))) * np.uint32(0xC2B2AE35)
+  return h ^ (h >> np.uint32(16))
 
 
 def _bits(x: jax.Array) -> jax.Array:

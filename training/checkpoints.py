@@ -1,0 +1,214 @@
+"""Checkpoints: written while training goes on, checked when read back.
+
+WORKDIR/checkpoints/STEP/ holds two Orbax items: `state`, the arrays under
+their paths, sharded; and `record`, a JSON object with the data position, the
+config, the versions, and the shape, dtype and checksum of every array. Reading
+them back, onto any mesh, is training/restoring.py.
+
+Orbax (the v0 API: v1 is experimental, and drops a save while one is under
+way) is imported where a run first needs it.
+"""
+
+import importlib.metadata
+import platform
+import time
+from typing import Any
+
+from absl import logging
+import jax
+import numpy as np
+
+from training import checksums, paths, restoring, run_config
+
+
+class Checkpoints:
+  """Saves the state of a run when it is due, and finds it again.
+
+  Args:
+    workdir: the folder of the run; gs:// paths work as well.
+    every_steps: a save is due at each multiple of it; 0: not by step.
+    every_minutes: and once so much time has passed since the last; 0: not.
+    keep: how many of the newest are kept; at least 1.
+    keep_every: a step that is a multiple of it is kept for good; 0: none.
+    agree_every: with several processes, time is looked at only at multiples
+      of so many steps, since process 0 has to tell the others.
+    clock: seconds; tests pass their own.
+  """
+
+  def __init__(self, workdir, *, every_steps: int, every_minutes: float,
+               keep: int, keep_every: int, agree_every: int = 1,
+               clock=time.monotonic):
+    import orbax.checkpoint as ocp
+    from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+    _check_nonnegative(every_steps=every_steps, every_minutes=every_minutes,
+                       keep_every=keep_every)
+    if keep < 1:
+      raise ValueError(f'checkpoint.keep={keep}: at least 1 must be kept, or '
+                       'the run cannot be resumed')
+    self._every_steps = every_steps
+    self._every_seconds = 60 * every_minutes
+    self._agree_every = max(1, agree_every)
+    self._clock = clock
+    self._last_time = clock()
+    self._last_step = None  # the one on disk that equals the live state
+    self.directory = restoring.directory(workdir)
+    kept = [preservation_policy.LatestN(keep)]
+    if keep_every:
+      kept.append(preservation_policy.EveryNSteps(keep_every))
+    self._manager = ocp.CheckpointManager(
+        self.directory,
+        options=ocp.CheckpointManagerOptions(
+            preservation_policy=preservation_policy.AnyPreservationPolicy(
+                kept),
+            cleanup_tmp_directories=True,  # what a killed save has left
+            lightweight_initialize=True),  # trust no file before it is checked
+        item_handlers=dict(
+            # Weights do not compress: zstd gains 8 % and costs a core.
+            state=ocp.PyTreeCheckpointHandler(use_compression=False),
+            record=ocp.JsonCheckpointHandler()))
+
+  def due(self, step: int) -> bool:
+    """Whether to save after `step`. Every process gets the same answer."""
+    if self._every_steps and step % self._every_steps == 0:
+      return True
+    if not self._every_seconds:
+      return False
+    is_time = self._clock() - self._last_time >= self._every_seconds
+    if jax.process_count() == 1:
+      return is_time
+    if step % self._agree_every:
+      return False
+    return bool(restoring.from_process_0(np.int32(is_time)))
+
+  def save(self, step: int, state: Any, *, next_batch: int, tokens: int,
+           config) -> bool:
+    """Starts to save; returns once `state` may be donated to the next step.
+
+    Waits for the save before it, whose failure is raised here.
+
+    Args:
+      step: the number of updates that `state` has had.
+      state: a pytree of jax arrays.
+      next_batch: the index of the first global batch not yet trained on.
+      tokens: the number of tokens trained on.
+      config: the run's ConfigDict.
+
+    Returns:
+      False if this very state is on disk already, else True.
+    """
+    import orbax.checkpoint as ocp
+
+    if step == self._last_step:
+      return False
+    arrays = restoring.plain(state)
+    record = dict(
+        step=step, next_batch=next_batch, tokens=tokens,
+        config=run_config.to_json(config), environment=environment(),
+        arrays=_describe(paths.flatten(state), checksums.of(state), arrays))
+    self._manager.save(
+        step, force=True,
+        args=ocp.args.Composite(
+            state=ocp.args.PyTreeSave(restoring.nest(arrays)),
+            record=ocp.args.JsonSave(restoring.seal(record))))
+    self._last_step = step
+    self._last_time = self._clock()
+    return True
+
+  def restore(self, abstract: Any, step: int | None = None
+              ) -> restoring.Restored | None:
+    """Returns the newest good checkpoint, or None where a run begins.
+
+    Later steps, damaged or left behind by a `step` from before them, are set
+    aside (renamed): the run is about to write these steps anew.
+
+    Args:
+      abstract: the state as ShapeDtypeStructs with shardings.
+      step: this one, and no other if it is damaged; None: the newest.
+    """
+    steps = restoring.steps(self.directory)
+    if not steps and step is None:
+      return None
+    restored = restoring.restore(self.directory, abstract, step)
+    self._set_aside([s for s in steps if s > restored.step])
+    self._last_step = restored.step
+    self._last_time = self._clock()
+    return restored
+
+  def _set_aside(self, steps: list[int]):
+    if not steps:
+      return
+    if jax.process_index() == 0:
+      for step in steps:
+        source = self.directory / str(step)
+        target = _unused(self.directory, f'{step}.aside')
+        logging.warning('checkpoint %d is set aside as %s', step, target)
+        source.rename(target)
+    restoring.from_process_0(np.int32(0))  # the others wait until it is done
+    self._manager.reload()
+
+  def wait(self):
+    """Returns once all saves are on disk."""
+    self._manager.wait_until_finished()
+    self._manager.check_for_errors()
+
+  def close(self):
+    self.wait()
+    self._manager.close()
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, kind, error, traceback):
+    # After an error, a save on its way is finished; but not with several
+    # processes, since the others may never come to its barriers.
+    if error is None:
+      self.close()
+    elif jax.process_count() == 1:
+      self._manager.close()
+
+
+def _check_nonnegative(**fields):
+  for name, value in fields.items():
+    if value < 0:
+      raise ValueError(
+          f'checkpoint.{name}={value}: must be positive, or 0 for never')
+
+
+def _unused(folder, name: str):
+  """Returns folder/name, or the first of name-2, name-3, ... not taken."""
+  path, count = folder / name, 1
+  while path.exists():
+    count += 1
+    path = folder / f'{name}-{count}'
+  return path
+
+
+def environment() -> dict[str, Any]:
+  """What a bitwise resume depends on beside the config: versions, devices."""
+  packages = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint')
+  return dict(
+      python=platform.python_version(),
+      **{name: importlib.metadata.version(name) for name in packages},
+      devices=jax.device_count(), processes=jax.process_count(),
+      device_kind=jax.devices()[0].device_kind)
+
+
+def environment_changes(record: dict[str, Any]) -> list[str]:
+  """Says what differs now from where the checkpoint's run was.
+
+  Not empty: the run goes on with the same batches, and losses that are equal
+  to about 1e-5, but not bit for bit.
+  """
+  old, new = record['environment'], environment()
+  return [f'{name}: {old.get(name)} -> {new[name]}'
+          for name in new if old.get(name) != new[name]]
+
+
+def _describe(leaves, sums, arrays) -> dict[str, dict]:
+  """What restoring must know of each array before it reads one."""
+  return {
+      name: dict(
+          shape=list(leaf.shape), dtype=str(leaf.dtype), checksum=sums[name],
+          shard=list(arrays[name].sharding.shard_shape(arrays[name].shape)))
+      for name, leaf in leaves.items()}
