@@ -51,7 +51,7 @@ CLASSES: tuple[tuple[str, str | Callable, str], ...] = (
     (r'optim\.name', INCOMPATIBLE, 'another optimizer state'),
     (r'optim\..*', OPTIMISATION, 'other updates'),
     (r'model\.(dropout|moe\.(jitter|logit_noise|expert_dropout'
-     r'|balance_loss|balance_weight|z_loss_weight))', OPTIMISATION,
+     r'|balance_loss|balance_weight|z_loss_weight|bias_rate))', OPTIMISATION,
      'another regularisation'),
     (r'model\.(norm_eps|learned_stretch|rope\..*|relative\.max_distance'
      r'|sliding_window|attention_(softcap|scale)|embed_scale|logits_scale'
