@@ -112,16 +112,23 @@ class Run:
       yield
 
 
-def start(config: ml_collections.ConfigDict, model: ModelConfig) -> Run:
+def start(config: ml_collections.ConfigDict, model: ModelConfig,
+          mesh: Mesh | None = None) -> Run:
   """Builds mesh, module and optimiser; nothing is computed.
+
+  Args:
+    config: the run's.
+    model: its model, resolved.
+    mesh: instead of config.mesh over all devices: for tests and plans.
 
   Raises:
     ValueError: where the mesh does not fit the devices, model or batch.
   """
-  shape = devices.mesh_shape(config.mesh, jax.device_count())
+  if mesh is None:
+    mesh = devices.make_mesh(
+        devices.mesh_shape(config.mesh, jax.device_count()))
   devices.check(model, config.data.batch_size, config.train.grad_accumulation,
-                shape)
-  mesh = devices.make_mesh(shape)
+                mesh.shape)
   module = architectures.build(model)
   tx = state_lib.optimizer(module, config.optim, config.train.steps)
   return Run(config, model, module, mesh, tx,

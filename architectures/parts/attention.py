@@ -88,8 +88,8 @@ def attend(q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array, *,
   M, J = k_BMJK.shape[1:3]
   chex.assert_shape([k_BMJK, v_BMJK], (B, M, J, K))
   q_BLJRK = q_BLHK.reshape(B, L, J, H // J, K) * scale
-  s_BJRLM = jnp.einsum('BLJRK,BMJK->BJRLM', q_BLJRK, k_BMJK,
-                       preferred_element_type=jnp.float32)
+  s_BJRLM = linear.einsum('BLJRK,BMJK->BJRLM', q_BLJRK, k_BMJK,
+                          q_BLHK.dtype, jnp.float32)
   if softcap:
     s_BJRLM = softcap * jnp.tanh(s_BJRLM / softcap)
   if bias_BHLM is not None:
@@ -103,8 +103,7 @@ def attend(q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array, *,
     sink = jnp.broadcast_to(sink, (*s_BJRLM.shape[:-1], 1))
     p_BJRLM = jax.nn.softmax(jnp.concatenate([s_BJRLM, sink], -1), -1)
     p_BJRLM = p_BJRLM[..., :-1]
-  o_BLJRK = jnp.einsum('BJRLM,BMJK->BLJRK', p_BJRLM.astype(v_BMJK.dtype),
-                       v_BMJK)
+  o_BLJRK = linear.einsum('BJRLM,BMJK->BLJRK', p_BJRLM, v_BMJK, v_BMJK.dtype)
   return o_BLJRK.reshape(B, L, H, K)
 
 

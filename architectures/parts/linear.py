@@ -51,9 +51,32 @@ def bias(module: nn.Module, name: str, shape: tuple[int, ...],
                       module.config.param_dtype)
 
 
-def einsum(spec: str, x: jax.Array, w: jax.Array, dtype) -> jax.Array:
-  """Product of activations and a weight, in the compute dtype."""
-  return jnp.einsum(spec, x.astype(dtype), w.astype(dtype))
+def einsum(spec: str, x: jax.Array, w: jax.Array, dtype,
+           out_dtype=None) -> jax.Array:
+  """A product in the compute dtype, which adds up in float32.
+
+  On CPU bfloat16 operands are widened to float32, which holds them exactly:
+  XLA multiplies bfloat16 slowly there, and some products not at all.
+
+  Args:
+    spec: as of jnp.einsum, for two operands.
+    x: activations.
+    w: a weight, or activations.
+    dtype: what both are rounded to before the product.
+    out_dtype: of the result; default: dtype.
+  """
+  x, w, out_dtype = x.astype(dtype), w.astype(dtype), out_dtype or dtype
+
+  def multiply(x, w):
+    return jnp.einsum(spec, x, w, preferred_element_type=out_dtype)
+
+  def widened(x, w):
+    return jnp.einsum(spec, x.astype(jnp.float32),
+                      w.astype(jnp.float32)).astype(out_dtype)
+
+  if jnp.dtype(dtype) == jnp.float32:
+    return multiply(x, w)
+  return jax.lax.platform_dependent(x, w, cpu=widened, default=multiply)
 
 
 def add_bias(x: jax.Array, b: jax.Array) -> jax.Array:

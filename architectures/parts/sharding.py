@@ -6,6 +6,7 @@ misspelt one for 'not sharded'.
 """
 
 import contextlib
+import math
 
 from configs import sharding as tables
 import flax.linen as nn
@@ -31,6 +32,24 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   """Constrains `x` to the mesh axes of its logical ones; no mesh, no effect."""
   check(axes)
   return nn.with_logical_constraint(x, axes)
+
+
+def shards(axis: str, size: int) -> int:
+  """Returns how many shards the mesh cuts `size` places of a logical axis
+  into; 1 without a mesh, or where it does not divide them."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or not nn.get_logical_axis_rules():
+    return 1
+  names = nn.logical_to_mesh_axes(check((axis,)))[0] or ()
+  names = (names,) if isinstance(names, str) else names
+  count = math.prod(mesh.shape[name] for name in names)
+  return count if size % count == 0 else 1
+
+
+def constrain_if(x: jax.Array, *axes: str | None) -> jax.Array:
+  """`constrain`, leaving out each axis that the mesh does not divide."""
+  return constrain(x, *(axis if axis and shards(axis, size) > 1 else None
+                        for axis, size in zip(axes, x.shape)))
 
 
 @contextlib.contextmanager

@@ -33,9 +33,8 @@ class Head:
 
   def logits(self, x_BLD: jax.Array) -> jax.Array:
     """[..., D] -> float32 [..., V]."""
-    logits_BLV = jnp.einsum(
-        '...D,DV->...V', x_BLD, self.kernel_DV.astype(x_BLD.dtype),
-        preferred_element_type=jnp.float32)
+    logits_BLV = linear.einsum('...D,DV->...V', x_BLD, self.kernel_DV,
+                               x_BLD.dtype, jnp.float32)
     return self.finish(logits_BLV)
 
   def finish(self, logits_BLV: jax.Array) -> jax.Array:

@@ -1,0 +1,202 @@
+"""The training step: sharded = single, accumulation = whole, bad steps,
+the golden step against numpy."""
+
+import itertools
+
+from configs import base
+from configs import sharding as tables
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from architectures.parts import config as model_config
+from tests import models
+from training import devices
+from training import runs
+from training import state as state_lib
+from training.step import make_train_step
+
+LENGTH, BATCH = 16, 16
+
+
+def config(**changes):
+  c = base.base()
+  c.model = models.config()
+  c.model.update(num_heads=4)
+  c.data.update(length=LENGTH, batch_size=BATCH)
+  # Not Adam: it blows up the rounding of gradients that are zero (keys' bias).
+  c.optim.update(name='sgd', lr=0.1, warmup_steps=0)
+  c.train.steps = 10
+  for name, value in changes.items():
+    section, field = name.split('__')
+    c[section][field] = value
+  return c
+
+
+def batch(seed=0):
+  tokens = np.asarray(models.tokens(BATCH, LENGTH + 1, seed))
+  weights = np.ones((BATCH, LENGTH), np.float32)
+  weights[:3, 5:] = 0
+  return dict(tokens=tokens[:, :-1], targets=tokens[:, 1:], weights=weights)
+
+
+def train(c, mesh=None, steps=2, batches=None):
+  """Returns (state, [metrics]) after some steps, on the given mesh."""
+  run = runs.start(c, model_config.make(c.model), mesh=mesh)
+  with run.context():
+    state = state_lib.create(run.module, run.tx, run.abstract, c.seed)
+    step = jax.jit(make_train_step(run.module, run.tx, c), donate_argnums=0)
+    seen = []
+    for n in range(steps):
+      b = batches[n] if batches else batch(n)
+      state, metrics = step(state, devices.put(b, run.place))
+      seen.append(jax.device_get(metrics))
+  return run, jax.device_get(state), seen
+
+
+def one_device():
+  shape = dict.fromkeys(tables.MESH_AXES, 1)
+  return devices.make_mesh(shape, jax.devices()[:1])
+
+
+@pytest.fixture(scope='module')
+def single():
+  return train(config(), one_device())
+
+
+@pytest.mark.parametrize('preset', [
+    name for name, shape in tables.PRESETS.items() if shape['expert'] == 1])
+@pytest.mark.parametrize('rules', ['default'])
+def test_sharded_equals_single_device(preset, rules, single):
+  shape = tables.PRESETS[preset]
+  c = config(mesh__rules=rules)
+  c.mesh.update(shape)
+  run, state, metrics = train(c)
+  models.close(single[1].params, state.params, rtol=1e-4)
+  for a, b in zip(single[2], metrics, strict=True):
+    models.close(a, b, rtol=1e-4)
+  # And the state was born in shards, not copied.
+  used = {axis for s in jax.tree.leaves(run.shardings.params)
+          for axes in s.spec if axes
+          for axis in ([axes] if isinstance(axes, str) else axes)}
+  sharded = {a for a in ('fsdp', 'tensor') if shape[a] > 1}
+  assert sharded <= used
+
+
+def test_accumulation_equals_the_whole_batch(single):
+  _, state, metrics = train(config(train__grad_accumulation=4), one_device())
+  models.close(single[1].params, state.params, rtol=1e-4)
+  models.close(single[2][1], metrics[1], rtol=1e-4)
+
+
+def test_golden_step(single):
+  """One AdamW step from the gradient alone, by numpy (Loshchilov and Hutter
+  2019, algorithm 2); the gradient by finite differences of the loss."""
+  c = config(optim__name='adamw', optim__lr=1e-2)
+  run = runs.start(c, model_config.make(c.model), mesh=one_device())
+  with run.context():
+    before = jax.device_get(state_lib.create(
+        run.module, run.tx, run.abstract, c.seed))
+    b = batch(0)
+    @jax.jit
+    def loss(params):
+      logits = run.module.apply({'params': params}, b['tokens']).logits
+      nll = jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(
+          logits, jnp.asarray(b['targets'])[..., None], -1)[..., 0]
+      return (nll * b['weights']).sum() / b['weights'].sum()
+    value, grads = jax.value_and_grad(loss)(before.params)
+  np.testing.assert_allclose(single[2][0]['loss'], value, rtol=1e-5)
+  norm = np.sqrt(sum(np.square(g).sum() for g in jax.tree.leaves(grads)))
+  np.testing.assert_allclose(single[2][0]['grad_norm'], norm, rtol=1e-4)
+  _, after, metrics = train(c, one_device(), steps=1)
+  path = ('decoder', 'layers', 'block_0', 'ffn', 'up')
+  p, g, new = [_at(tree, path) for tree in (before.params, grads,
+                                            after.params)]
+  g = np.float64(g) * min(1.0, c.optim.clip_norm / norm)
+  m, v = (1 - c.optim.b1) * g, (1 - c.optim.b2) * g ** 2
+  direction = (m / (1 - c.optim.b1)) / (
+      np.sqrt(v / (1 - c.optim.b2)) + c.optim.eps)
+  rate = metrics[0]['learning_rate']
+  np.testing.assert_allclose(
+      new, p - rate * (direction + c.optim.weight_decay * p), rtol=1e-3,
+      atol=1e-6)
+  # The gradient itself, along a random direction.
+  key = jax.random.key(5)
+  d = jax.tree.map(lambda x: jax.random.normal(key, x.shape), before.params)
+  h = 1e-3
+  up, down = [loss(jax.tree.map(lambda x, y, s=s: x + s * y, before.params, d))
+              for s in (h, -h)]
+  slope = sum(jnp.vdot(x, y) for x, y in zip(
+      jax.tree.leaves(grads), jax.tree.leaves(d), strict=True))
+  np.testing.assert_allclose((up - down) / (2 * h), slope, rtol=2e-2)
+
+
+def _at(tree, path):
+  for name in path:
+    tree = tree[name]
+  return np.asarray(tree)
+
+
+def test_a_bad_step_changes_nothing_and_is_counted():
+  bad = batch(1)
+  bad['weights'] = np.full_like(bad['weights'], np.nan)
+  _, state, metrics = train(config(), one_device(), 3,
+                            [batch(0), bad, batch(0)])
+  assert [m['bad_steps'] for m in metrics] == [0, 1, 1]
+  assert [m['bad_in_row'] for m in metrics] == [0, 1, 0]
+  _, good, _ = train(config(), one_device(), 2, [batch(0), batch(0)])
+  np.testing.assert_array_equal(
+      *[_at(s.params, ('embed', 'tokens')) for s in (state, good)])
+  assert state.step == 3 and good.step == 2
+
+
+def test_loss_falls_on_one_batch():
+  _, _, metrics = train(config(optim__name='adamw', optim__lr=1e-2),
+                        one_device(), 10, [batch(0)] * 10)
+  losses = [m['loss'] for m in metrics]
+  assert losses[-1] < losses[0] - 0.5, losses
+
+
+def test_bfloat16_keeps_float32_parameters(single):
+  _, state, metrics = train(config(model__dtype='bfloat16'), one_device())
+  assert {x.dtype for x in jax.tree.leaves(state.params)} == {
+      jnp.dtype('float32')}
+  np.testing.assert_allclose(metrics[1]['loss'], single[2][1]['loss'],
+                             rtol=2e-2)
+
+
+MESHES = {
+    'product': (dict(data=3), 'mesh.data=3.*3.*not the 8 devices'),
+    'two free': (dict(fsdp=-1), 'only one axis may be -1'),
+    'negative': (dict(tensor=0), 'mesh.tensor is 0'),
+    'free': (dict(tensor=3), 'multiply to 3, which does not divide the 8'),
+}
+
+
+@pytest.mark.parametrize('name', MESHES)
+def test_a_mesh_that_does_not_fit_is_refused(name):
+  sizes, sentence = MESHES[name]
+  c = config()
+  c.mesh.update(sizes)
+  with pytest.raises(ValueError, match=sentence):
+    devices.mesh_shape(c.mesh, 8)
+
+
+@pytest.mark.parametrize('changes, sentence', [
+    (dict(data__batch_size=12), 'batch_size is 12, which the 8 batch shards'),
+    (dict(model__num_heads=2, mesh__tensor=4), 'model.num_heads 2: choose'),
+    (dict(mesh__expert=2), 'has no experts: set mesh.expert=1'),
+    (dict(train__grad_accumulation=3), 'grad_accumulation 3 do not divide'),
+])
+def test_a_mesh_that_does_not_divide_is_refused(changes, sentence):
+  c = config(**changes)
+  with pytest.raises(ValueError, match=sentence):
+    runs.start(c, model_config.make(c.model))
+
+
+def test_every_mesh_shape_multiplies_to_its_devices():
+  for sizes in itertools.product((1, 2, -1), repeat=4):
+    if sizes.count(-1) == 1:
+      shape = devices.mesh_shape(dict(zip(tables.MESH_AXES, sizes)), 8)
+      assert np.prod(list(shape.values())) == 8

@@ -1,0 +1,263 @@
+"""Cross-entropy of a model's hidden states, a chunk of the length at a time.
+
+For a token with logits l, target y, and q = (1 - s) onehot(y) + s / V, where s
+is the label smoothing (Szegedy et al. 2016, section 7):
+
+  loss = log_z - q . l + c log_z^2,    log_z = logsumexp(l)
+
+with c the coefficient of the z-loss (PaLM, Chowdhery et al. 2022, section 5).
+Its gradient, (1 + 2 c log_z) softmax(l) - q, needs nothing but l. So it is
+taken in the forward pass, while a chunk's logits are there, and turned at once
+into gradients of the hidden states and of the head: no [B, L, V] array ever
+lives, and no logit is computed twice.
+
+Beside the legend's axes, G is the shards of the batch and C the positions of
+a chunk. Each shard adds up its own gradient of the head, which the devices
+exchange once, after the last chunk.
+"""
+
+import functools
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from architectures.parts import linear
+from architectures.parts import sharding
+from architectures.parts.skeletons import Head
+
+# Where `chunk` is 0: float32 logits of 64 MiB a device, but tokens enough to
+# be worth a reading of the head's weights.
+AUTO_LOGITS = 2 ** 24
+AUTO_TOKENS = 512
+
+
+class TokenLosses(NamedTuple):
+  """Of each token, [B, L], in float32.
+
+  Attributes:
+    loss: in nats, with label smoothing and z-loss.
+    log_z: the logarithm of the softmax's denominator.
+    correct: whether the target alone has the highest logit.
+  """
+  loss: jax.Array
+  log_z: jax.Array
+  correct: jax.Array
+
+
+class _Settings(NamedTuple):
+  z_loss: float
+  label_smoothing: float
+  shards: int  # G
+  positions: int  # C
+
+
+def cross_entropy(
+    hidden_BLD: jax.Array, head: Head, targets_BL: jax.Array,
+    weights_BL: jax.Array, *, z_loss: float = 0.0,
+    label_smoothing: float = 0.0, chunk: int = 0,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """Returns the weighted sum of the tokens' losses, and other weighted sums.
+
+  Args:
+    hidden_BLD: what the head is applied to; products are taken in its dtype
+      and add up in float32.
+    head: the output projection.
+    targets_BL: token ids.
+    weights_BL: how much each token counts; 0: not at all.
+    z_loss: the z-loss's coefficient.
+    label_smoothing: the probability that is spread over the vocabulary.
+    chunk: tokens of one device whose logits are held at once; 0: by size.
+
+  Returns:
+    The sum to differentiate, and sums that nothing is differentiated through:
+    `weight`, `accuracy` and, where there is one, `z_loss`.
+  """
+  settings = _settings(hidden_BLD, head, z_loss, label_smoothing, chunk)
+  weights_BL = weights_BL.astype(jnp.float32)
+  chex.assert_equal_shape([targets_BL, weights_BL])
+  loss, tokens = _loss_sum(settings, hidden_BLD, head, targets_BL, weights_BL)
+  tokens = jax.lax.stop_gradient(tokens)
+  sums = {'weight': weights_BL.sum(),
+          'accuracy': (weights_BL * tokens.correct).sum()}
+  if z_loss:
+    sums['z_loss'] = (weights_BL * z_loss * tokens.log_z ** 2).sum()
+  return loss, jax.lax.stop_gradient(sums)
+
+
+def token_losses(hidden_BLD: jax.Array, head: Head, targets_BL: jax.Array, *,
+                 chunk: int = 0) -> TokenLosses:
+  """Returns each token's negative log-likelihood; for evaluation."""
+  settings = _settings(hidden_BLD, head, 0.0, 0.0, chunk)
+  return _token_losses(settings, hidden_BLD, head, targets_BL)
+
+
+def _token_losses(settings, hidden_BLD, head, targets_BL) -> TokenLosses:
+  kernel_DV = _kernel(head, hidden_BLD)
+
+  def of_chunk(_, chunk):
+    x_GBCD, targets_GBC = chunk
+    logits_GBCV = head.finish(_product(x_GBCD, kernel_DV))
+    return None, _losses(settings, logits_GBCV, targets_GBC)
+
+  _, losses = jax.lax.scan(
+      of_chunk, None, _cut(settings, (hidden_BLD, targets_BL)))
+  return _join(losses, targets_BL.shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _loss_sum(settings, hidden_BLD, head, targets_BL, weights_BL):
+  """(sum of weights * losses, TokenLosses, through which no gradient goes)."""
+  tokens = _token_losses(settings, hidden_BLD, head, targets_BL)
+  return (weights_BL * tokens.loss).sum(), tokens
+
+
+def _loss_sum_fwd(settings, *args):
+  """The sum and, in the same pass, such of its gradients as are asked for."""
+  asked = jax.tree.map(lambda x: x.perturbed, args)
+  ask_hidden, ask_head, _, ask_weights = asked
+  hidden_BLD, head, targets_BL, weights_BL = jax.tree.map(
+      lambda x: x.value, args)
+  kernel_DV = _kernel(head, hidden_BLD)
+
+  def of_chunk(d_head, chunk):
+    x_GBCD, targets_GBC, weights_GBC = chunk
+    logits_GBCV, pull = jax.vjp(head.finish, _product(x_GBCD, kernel_DV))
+    losses = _losses(settings, logits_GBCV, targets_GBC)
+    d_GBCV, = pull(_gradient(settings, logits_GBCV, targets_GBC, weights_GBC,
+                             losses.log_z))
+    d_kernel, d_bias = d_head
+    if ask_bias:
+      d_bias += d_GBCV.sum((1, 2))
+    d_GBCV = d_GBCV.astype(x_GBCD.dtype)
+    if ask_head.kernel_DV:
+      d_kernel += linear.einsum('GBCD,GBCV->GDV', x_GBCD, d_GBCV,
+                                x_GBCD.dtype, jnp.float32)
+    dx_GBCD = None
+    if ask_hidden:
+      dx_GBCD = linear.einsum('GBCV,DV->GBCD', d_GBCV, kernel_DV,
+                              x_GBCD.dtype)
+    return (d_kernel, d_bias), (losses, dx_GBCD)
+
+  ask_bias = head.bias_V is not None and ask_head.bias_V
+  zeros = (_zeros(settings, ask_head.kernel_DV, head.kernel_DV),
+           _zeros(settings, ask_bias, head.bias_V))
+  (d_kernel, d_bias), (losses, dx_GBCD) = jax.lax.scan(
+      of_chunk, zeros, _cut(settings, (hidden_BLD, targets_BL, weights_BL)))
+  tokens, d_hidden = _join((losses, dx_GBCD), targets_BL.shape)
+  d_head = head.replace(
+      kernel_DV=_whole(d_kernel, head.kernel_DV, 'embed', 'vocab'),
+      bias_V=_whole(d_bias, head.bias_V, 'vocab'))
+  gradients = d_hidden, d_head, None, tokens.loss if ask_weights else None
+  return ((weights_BL * tokens.loss).sum(), tokens), gradients
+
+
+def _loss_sum_bwd(settings, gradients, cotangents):
+  del settings
+  scale = cotangents[0]
+  if isinstance(scale, jax.custom_derivatives.SymbolicZero):
+    return None, None, None, None
+  return jax.tree.map(lambda x: (x * scale).astype(x.dtype), gradients)
+
+
+_loss_sum.defvjp(_loss_sum_fwd, _loss_sum_bwd, symbolic_zeros=True)
+
+
+def _product(x_GBCD, kernel_DV):
+  return linear.einsum('GBCD,DV->GBCV', x_GBCD, kernel_DV, x_GBCD.dtype,
+                       jnp.float32)
+
+
+def _losses(settings, logits_GBCV, targets_GBC) -> TokenLosses:
+  """The loss of each token. The target's logit is found by a masked sum: a
+  gather would collect a sharded vocabulary on every device."""
+  smooth = settings.label_smoothing
+  max_GBC1 = logits_GBCV.max(-1, keepdims=True)
+  log_z_GBC = max_GBC1[..., 0] + jnp.log(
+      jnp.exp(logits_GBCV - max_GBC1).sum(-1))
+  is_target_GBCV = _is_target(logits_GBCV, targets_GBC)
+  target_GBC = jnp.where(is_target_GBCV, logits_GBCV, 0).sum(-1)
+  rivals_GBC = (logits_GBCV >= target_GBC[..., None]).sum(-1)
+  loss_GBC = log_z_GBC - (1 - smooth) * target_GBC
+  if smooth:
+    loss_GBC -= smooth * logits_GBCV.mean(-1)
+  if settings.z_loss:
+    loss_GBC += settings.z_loss * log_z_GBC ** 2
+  return TokenLosses(loss_GBC, log_z_GBC, rivals_GBC == 1)
+
+
+def _gradient(settings, logits_GBCV, targets_GBC, weights_GBC, log_z_GBC):
+  """Of the weighted losses, in the logits."""
+  smooth, z_loss = settings.label_smoothing, settings.z_loss
+  p_GBCV = jnp.exp(logits_GBCV - log_z_GBC[..., None])
+  q_GBCV = jnp.where(_is_target(logits_GBCV, targets_GBC), 1 - smooth, 0.0)
+  if smooth:
+    q_GBCV += smooth / logits_GBCV.shape[-1]
+  if z_loss:
+    p_GBCV *= (1 + 2 * z_loss * log_z_GBC)[..., None]
+  return (p_GBCV - q_GBCV) * weights_GBC[..., None]
+
+
+def _is_target(logits_GBCV, targets_GBC):
+  ids_GBCV = jax.lax.broadcasted_iota(jnp.int32, logits_GBCV.shape, 3)
+  return ids_GBCV == targets_GBC[..., None]
+
+
+def _settings(hidden_BLD, head, z_loss, label_smoothing, chunk) -> _Settings:
+  """How the tokens are cut up: shards of the batch, and of the length chunks
+  as even as can be."""
+  batch, length, _ = hidden_BLD.shape
+  shards = sharding.shards('batch', batch)
+  tokens = chunk or max(AUTO_TOKENS, AUTO_LOGITS // head.kernel_DV.shape[1])
+  most = max(1, tokens * shards // batch)
+  chunks = -(-length // most)
+  return _Settings(z_loss, label_smoothing, shards, -(-length // chunks))
+
+
+def _cut(settings, arrays):
+  """[B, L, ...] -> [chunks, G, B / G, C, ...], the length padded with zeros;
+  the weight of a padded token is one of them."""
+  def cut(x):
+    batch, length = x.shape[:2]
+    chunks = -(-length // settings.positions)
+    pad = chunks * settings.positions - length
+    if pad:
+      x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
+    x = x.reshape(settings.shards, batch // settings.shards, chunks,
+                  settings.positions, *x.shape[2:])
+    x = jnp.moveaxis(x, 2, 0)
+    return sharding.constrain_if(x, None, 'batch', *(None,) * (x.ndim - 2))
+
+  return jax.tree.map(cut, arrays)
+
+
+def _join(arrays, shape):
+  """[chunks, G, B / G, C, ...] -> [B, L, ...]: `_cut` undone."""
+  def join(x):
+    x = jnp.moveaxis(x, 0, 2)
+    return x.reshape(shape[0], -1, *x.shape[4:])[:, :shape[1]]
+
+  return jax.tree.map(join, arrays)
+
+
+def _kernel(head, hidden_BLD):
+  """The head's kernel as every chunk reads it: cast, and gathered, once."""
+  return sharding.constrain_if(
+      head.kernel_DV.astype(hidden_BLD.dtype), None, 'vocab')
+
+
+def _zeros(settings, asked, x):
+  """What a gradient of x adds up in: a copy for each shard of the batch."""
+  if not asked:
+    return None
+  axes = (None,) * (x.ndim - 1) + ('vocab',)
+  return sharding.constrain_if(
+      jnp.zeros((settings.shards, *x.shape), jnp.float32), 'batch', *axes)
+
+
+def _whole(d, x, *axes):
+  """The shards' gradients of x, added up and laid out as x is."""
+  if d is None:
+    return None
+  return sharding.constrain_if(d.sum(0), *axes).astype(x.dtype)
