@@ -3,7 +3,8 @@
 Axis legend, for every array of the project:
 B batch, L length, M memory length (what is attended to), D d_model, H query
 heads, J key-value heads, R = H/J, K head size, F d_ff, V vocabulary, N layers,
-E experts, X experts of a token, A assignments (= T*X), C expert capacity,
+E experts, C expert capacity, G routing groups, S group size, T tokens (= G*S),
+X experts of a token, A assignments of a token to an expert (= T*X).
 """
 
 import dataclasses
