@@ -42,7 +42,7 @@ def main():
   names = args.tasks + ['samples'] * (asked and 'samples' not in args.tasks)
   tasks = {name: evals.task(name) for name in names}
 
-  config = run_config.load(workdir)
+  config = runs.with_new_fields(run_config.load(workdir))
   config = runs.for_this_machine(config)
   tokenizer = tokenizers.load(config.data.tokenizer)
   model, _ = runs.resolve(config, tokenizer)

@@ -65,10 +65,10 @@ def main():
   eval_data = data.load(config, tokenizer, 'eval', index, count)
 
   # 4. The state: restored from the newest good checkpoint, or new.
-  run_config.save(workdir, config, derived)
   with checkpoints.Checkpoints(workdir, **config.checkpoint,
                                agree_every=config.log.every_steps) as saved:
     state, start = runs.restore_or_create(run, saved)
+    run_config.save(workdir, config, derived)
     if start >= config.train.steps:
       print(f'{workdir} is complete: {start} steps of {config.train.steps}. '
             f'To look at it: python eval.py --workdir {workdir}. To go on: '

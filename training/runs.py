@@ -6,6 +6,7 @@ import math
 import sys
 from typing import Any
 
+from configs import base
 import flax.linen as nn
 import jax
 from jax.sharding import Mesh
@@ -166,3 +167,23 @@ def for_this_machine(config: ml_collections.ConfigDict
     print('the run\'s mesh does not fit this machine: evaluating on '
           f'mesh.data={jax.device_count()}')
     return config
+
+
+def with_new_fields(config: ml_collections.ConfigDict
+                    ) -> ml_collections.ConfigDict:
+  """Returns a run's config with the fields that were added to configs/base.py
+  after it was written, at their defaults."""
+  full = base.base()
+
+  def fill(old, new, prefix):
+    for name in new:
+      if name not in old:
+        print(f'config field {prefix}{name} is newer than this run: '
+              f'taken as {new[name]!r}')
+        old[name] = new[name]
+      elif isinstance(new[name], ml_collections.ConfigDict):
+        fill(old[name], new[name], f'{prefix}{name}.')
+
+  with config.unlocked():
+    fill(config, full, '')
+  return config

@@ -1,0 +1,242 @@
+"""The programs as a user runs them: train, stop, kill, resume, evaluate."""
+
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+TEXT = 'It is a law of nature that what is sown is reaped. ' * 40
+SMALL = [f'--config.{flag}' for flag in (
+    'model.d_model=32', 'model.num_layers=2', 'model.num_heads=2',
+    'data.length=16', 'data.batch_size=8', 'data.holdout_every=4',
+    'model.max_len=32', 'train.steps=20', 'optim.warmup_steps=2',
+    'eval.every_steps=10', 'eval.batches=1', 'log.every_steps=1',
+    'checkpoint.every_steps=5', 'mesh.data=2', 'mesh.fsdp=4')]
+
+
+@pytest.fixture(scope='module')
+def texts(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('texts')
+  for i in range(8):
+    (folder / f'{i}.txt').write_text(f'Document {i}. {TEXT}')
+  return f'--config.data.source=text:{folder}/*.txt'
+
+
+def command(workdir, texts, *flags, config='configs/gpt.py'):
+  return [sys.executable, 'train.py', '--config', config,
+          f'--workdir={workdir}', texts, *SMALL, *flags]
+
+
+def run(words, code=0):
+  result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True,
+                          timeout=300)
+  assert result.returncode == code, result.stdout + result.stderr
+  assert 'Traceback' not in result.stderr, result.stderr
+  return result
+
+
+def evaluate(workdir, *flags, code=0):
+  return run([sys.executable, 'eval.py', f'--workdir={workdir}', *flags], code)
+
+
+def rows(workdir):
+  lines = (pathlib.Path(workdir) / 'metrics.jsonl').read_text().splitlines()
+  return [json.loads(line) for line in lines]
+
+
+def losses(workdir):
+  return {r['step']: r['loss'] for r in rows(workdir) if r['split'] == 'train'}
+
+
+def state(workdir, step=20):
+  """The arrays of a checkpoint, as bytes."""
+  import orbax.checkpoint as ocp
+  folder = pathlib.Path(workdir).absolute() / f'checkpoints/{step}/state'
+  tree = ocp.PyTreeCheckpointHandler().restore(folder)
+  import jax
+  return {jax.tree_util.keystr(k): np.asarray(v).tobytes()
+          for k, v in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+@pytest.fixture(scope='module')
+def straight(tmp_path_factory, texts):
+  """A run of 20 steps without a break."""
+  workdir = tmp_path_factory.mktemp('straight') / 'run'
+  run(command(workdir, texts))
+  return workdir
+
+
+def test_the_loss_falls_and_is_written(straight):
+  seen = losses(straight)
+  assert sorted(seen) == list(range(1, 21))
+  assert seen[20] < seen[1] - 0.3
+  evals = [r for r in rows(straight) if r['split'] == 'eval']
+  assert [r['step'] for r in evals] == [10, 20]
+  assert {'loss', 'perplexity', 'bits_per_byte'} <= evals[0].keys()
+  first = rows(straight)[0]
+  assert {'grad_norm', 'param_norm', 'learning_rate', 'tokens_per_second',
+          'data_seconds', 'compile_seconds'} <= first.keys()
+  assert first['mfu'] is None  # no peak is known for this CPU
+
+
+def test_a_complete_run_says_how_to_go_on(straight, texts):
+  result = run(command(straight, texts))
+  assert 'is complete: 20 steps of 20' in result.stdout
+  assert 'eval.py' in result.stdout and 'train.steps' in result.stdout
+
+
+def test_resume_is_bitwise(straight, texts, tmp_path):
+  """20 straight steps = 10 + restart + 10: parameters and optimiser alike."""
+  shutil.copytree(straight, tmp_path / 'run')
+  for step in (15, 20):
+    shutil.rmtree(tmp_path / f'run/checkpoints/{step}')
+  result = run(command(tmp_path / 'run', texts))
+  assert 'going on from step 10' in result.stdout
+  assert state(tmp_path / 'run') == state(straight)
+  assert losses(tmp_path / 'run') == losses(straight)
+
+
+def test_resume_on_another_mesh_sees_the_same_batches(straight, texts,
+                                                      tmp_path):
+  shutil.copytree(straight, tmp_path / 'run')
+  for step in (15, 20):
+    shutil.rmtree(tmp_path / f'run/checkpoints/{step}')
+  result = run(command(tmp_path / 'run', texts, '--config.mesh.data=1',
+                       '--config.mesh.fsdp=2', '--config.mesh.tensor=2',
+                       '--config.mesh.data=2'))
+  assert 'safe' in result.stdout
+  new, old = losses(tmp_path / 'run'), losses(straight)
+  assert new.keys() == old.keys()
+  np.testing.assert_allclose(list(new.values()), list(old.values()), rtol=1e-5)
+
+
+@pytest.mark.parametrize('kind', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_exits_cleanly(kind, straight, texts, tmp_path):
+  process = _start(command(tmp_path / 'run', texts,
+                           '--config.checkpoint.every_steps=0'))
+  _wait_for_step(tmp_path / 'run', 2)
+  process.send_signal(kind)
+  out, err = process.communicate(timeout=120)
+  assert process.returncode == 0, out + err
+  if 'saved: the same command goes on' in out:  # else it was done already
+    assert len(list((tmp_path / 'run/checkpoints').iterdir())) == 1
+  run(command(tmp_path / 'run', texts, '--config.checkpoint.every_steps=0'))
+  assert state(tmp_path / 'run') == state(straight)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('seed', range(3))
+def test_kill_at_a_random_moment_then_resume(seed, straight, texts, tmp_path):
+  process = _start(command(tmp_path / 'run', texts,
+                           '--config.checkpoint.every_steps=1'))
+  _wait_for_step(tmp_path / 'run', 1)
+  time.sleep(random.Random(seed).uniform(0, 1.5))
+  process.kill()
+  process.communicate()
+  run(command(tmp_path / 'run', texts, '--config.checkpoint.every_steps=1'))
+  assert state(tmp_path / 'run') == state(straight)
+  assert losses(tmp_path / 'run') == losses(straight)
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_passed_over(straight, texts,
+                                                              tmp_path):
+  shutil.copytree(straight, tmp_path / 'run')
+  files = [f for f in (tmp_path / 'run/checkpoints/20/state').rglob('*')
+           if f.is_file() and f.parent.name == 'd']
+  largest = max(files, key=lambda f: f.stat().st_size)
+  data = bytearray(largest.read_bytes())
+  data[len(data) // 2] ^= 0x10
+  largest.write_bytes(data)
+  result = run(command(tmp_path / 'run', texts))
+  assert 'checkpoint 20' in result.stderr and 'damaged' in result.stderr
+  assert 'going on from step 15' in result.stdout
+  assert state(tmp_path / 'run') == state(straight)
+
+
+def test_another_config_is_shown_and_needs_a_flag(straight, texts, tmp_path):
+  changes = ['--config.optim.lr=0.1', '--config.log.every_steps=2',
+             '--config.model.d_model=64']
+  result = run(command(straight, texts, *changes), code=2)
+  assert 'optim.lr' in result.stderr
+  for kind in ('safe', 'changes the optimisation', 'incompatible'):
+    assert kind in result.stderr
+  shutil.copytree(straight, tmp_path / 'run')
+  more = ['--config.train.steps=22', '--allow_config_change']
+  assert 'going on from step 20' in run(
+      command(tmp_path / 'run', texts, *more)).stdout
+  result = run(command(tmp_path / 'run', texts, '--config.train.steps=22',
+                       '--config.model.d_model=64', '--allow_config_change'),
+               code=2)
+  assert 'does not fit' in result.stderr
+  # And nothing is lost: the old command still goes.
+  assert 'is complete' in run(command(tmp_path / 'run', texts, *more)).stdout
+
+
+def test_eval_reports_and_samples(straight):
+  target = straight / 'eval.json'
+  result = evaluate(straight, '--samples=3', '--prompt=It is', '--json',
+                    str(target), '--max_new_tokens=8')
+  assert 'bits per byte' in result.stdout
+  assert result.stdout.count('It is') == 3
+  figures = json.loads(target.read_text())
+  assert figures['step'] == 20 and len(figures['samples']['samples']) == 3
+  assert abs(np.log(figures['loss']['perplexity'])
+             - figures['loss']['loss']) < 1e-5
+  greedy = [evaluate(straight, '--temperature=0', '--tasks=samples',
+                     '--step=10').stdout for _ in range(2)]
+  assert greedy[0] == greedy[1] and 'step 10' in greedy[0]
+
+
+@pytest.mark.parametrize('flags, parts', [
+    (['--step=7'], ['7', '10, 15, 20']),
+    (['--tasks=los'], ["'los'", 'loss']),
+    (['--samples=1', '--top_p=2'], ['top_p is 2']),
+    (['--samples=1', '--prompt=' + 'x' * 40], ['32 positions']),
+])
+def test_a_wrong_eval_is_one_sentence(straight, flags, parts):
+  result = evaluate(straight, *flags, code=2)
+  for part in parts:
+    assert part in result.stderr, result.stderr
+
+
+def test_too_many_bad_steps_end_the_run(texts, tmp_path):
+  result = run(command(
+      tmp_path / 'run', texts, '--config.optim.lr=1e30',
+      '--config.optim.name=sgd', '--config.optim.clip_norm=0',
+      '--config.optim.weight_decay=0', '--config.train.max_bad_steps=3',
+      '--config.eval.every_steps=0', '--config.optim.warmup_steps=0'), code=1)
+  assert '3 steps in a row' in result.stdout
+  assert 'saved as step' in result.stdout
+  bad = rows(tmp_path / 'run')[-1]
+  assert bad['bad_in_row'] >= 1 and bad['loss'] is None
+
+
+def test_a_profile_is_written(texts, tmp_path):
+  run(command(tmp_path / 'run', texts, '--profile_steps=2:4',
+              '--config.train.steps=5'))
+  assert list((tmp_path / 'run/profile').rglob('*.xplane.pb'))
+
+
+def _start(words):
+  return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, text=True,
+                          env=os.environ | {'PYTHONUNBUFFERED': '1'})
+
+
+def _wait_for_step(workdir, step):
+  until = time.monotonic() + 200
+  while time.monotonic() < until:
+    path = workdir / 'metrics.jsonl'
+    if path.exists() and path.read_text().count('\n') >= step:
+      return
+    time.sleep(0.01)
+  raise AssertionError(f'no step {step} in time')
