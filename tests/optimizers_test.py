@@ -238,6 +238,19 @@ def test_muon_orthogonalises_each_layer_with_its_heads_joined():
     np.testing.assert_allclose(np.abs(u), 1.0, rtol=1e-3)
 
 
+@pytest.mark.parametrize('name, field', [
+    (name, field) for name, fields in optimizers.READS.items()
+    for field in (*fields, 'lr')])
+def test_every_field_that_is_read_has_an_effect(name, field):
+  tree = {'kernel': params()['embed']['tokens'], 'bias': jnp.ones(8)}
+  other = dict(b1=0.5, b2=0.5, eps=1.0, momentum=0.5, lr=0.5)
+  before, after = (
+      run(optimizers.make(optim(name=name, **fields), 10, tree), tree)
+      for fields in (dict(), {field: other[field]}))
+  assert not all(jax.tree.leaves(jax.tree.map(
+      np.array_equal, before, after)))
+
+
 def test_axes_as_a_picture():
   shapes = {p: x.ndim for p, x in paths.flatten(params()).items()}
   got = {p: tuple(matrices.axes(p, n)) for p, n in shapes.items()}

@@ -64,7 +64,7 @@ def test_after_a_resume_no_step_stands_twice(tmp_path):
 
 
 @pytest.mark.parametrize('torn', [
-    b'{"step": 30, "split": "tr', b'{"step": 30, "split": "train"}', b'\xe2',
+    b'{"step": 30, "split": "tr', b'{"step": 20, "split": "eval"}', b'\xe2',
     b'\x00\x00', b'30\n'])
 def test_a_torn_last_line_is_dropped(tmp_path, torn):
   jsonl(tmp_path, [10, 20])
