@@ -14,11 +14,17 @@ from absl import flags
 
 
 def run(main: Callable[[], int | None]) -> None:
-  """Calls main() and exits; a ValueError becomes `error: ...` and code 2."""
+  """Calls main() and exits: a ValueError becomes `error: ...` and code 2, a
+  RuntimeError of ours (no checkpoint is whole, ...) the same and code 1."""
   try:
     code = main() or 0
   except ValueError as error:
     _refuse(str(error))
+  except RuntimeError as error:
+    if type(error) is not RuntimeError:  # JAX's own: its trace is needed
+      raise
+    print(f'error: {error}', file=sys.stderr, flush=True)
+    code = 1
   except BrokenPipeError:  # `| head` has read enough
     sys.stderr.close()
     code = 0

@@ -68,8 +68,7 @@ class Loader:
 
     data.workers processes prepare them, or threads if it is 0. Worker
     processes import the main module again, which needs a main guard. Give
-    `stop` where it is known: batches that no one takes are work for nothing,
-    and from worker processes shared memory that is freed only at exit.
+    `stop` where it is known: batches that no one takes are work for nothing.
     """
     import grain
     stop = self._stop if stop is None else min(stop, self._stop)
@@ -85,6 +84,9 @@ class Loader:
           grain.ReadOptions(num_threads=1, prefetch_buffer_size=ahead)
       ).mp_prefetch(grain.MultiprocessingOptions(
           num_workers=workers, per_worker_buffer_size=ahead))
+      # Out of the workers' shared memory, which is then free again at once.
+      dataset = dataset.map(
+          lambda batch: {key: np.array(batch[key]) for key in batch})
     else:
       dataset = batches.to_iter_dataset(grain.ReadOptions(
           num_threads=THREADS, prefetch_buffer_size=PREFETCH))

@@ -15,7 +15,6 @@ import math
 import re
 from typing import Any
 
-from absl import logging
 import jax
 from jax.experimental import multihost_utils
 import numpy as np
@@ -100,10 +99,9 @@ def restore(folder, abstract: Any, step: int | None = None, *,
       state, record = _read(folder / str(candidate), abstract, partial)
     except _Damaged as error:
       damaged.append(f'checkpoint {candidate} in {folder} is damaged: {error}')
-      logging.warning('%s', damaged[-1])
       continue
-    if damaged:
-      logging.warning('using checkpoint %d instead', candidate)
+    damaged = [f'{sentence}; using {candidate} instead'
+               for sentence in damaged]
     return Restored(candidate, state, record, tuple(damaged))
   others = [s for s in available if step is not None and s != step]
   raise RuntimeError('; '.join(damaged) + (
