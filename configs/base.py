@@ -56,7 +56,7 @@ def base() -> ml_collections.ConfigDict:
           b1=0.9,
           b2=0.95,
           eps=1e-8,
-          momentum=0.9,  # sgd
+          momentum=0.9,  # sgd, muon
       ),
       mesh=dict(data=-1, fsdp=1, expert=1, tensor=1, rules='default'),
       checkpoint=dict(
