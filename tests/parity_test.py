@@ -1,0 +1,75 @@
+"""Equality with transformers, by recordings of it: no PyTorch is needed.
+
+tools/verify compares live, and writes the recordings.
+"""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+import architectures
+from tools.verify import cases
+from tools.verify import compare
+from tools.verify import recording
+from training import hf_files
+from training import weights
+
+FOLDER = pathlib.Path(__file__).parent / 'data' / 'parity'
+FILES = sorted(FOLDER.glob('*.safetensors'))
+
+
+def _load(path):
+  return recording.load(path)
+
+
+@pytest.mark.parametrize('path', FILES, ids=lambda p: p.stem)
+def test_equals_transformers(path):
+  findings = compare.check(_load(path))
+  assert {'logits', 'grads'} <= {f.what for f in findings}
+  wrong = [f for f in findings if not f.ok]
+  assert not wrong, wrong
+
+
+@pytest.mark.parametrize('path', FILES, ids=lambda p: p.stem)
+def test_export_is_the_import(path, tmp_path):
+  case = _load(path)
+  module, params = compare.load(case)
+  weights.to_hf(module, params, tmp_path)
+  files = hf_files.Files(tmp_path)
+  assert set(files) == set(case.weights)
+  for name, value in case.weights.items():
+    np.testing.assert_array_equal(files[name], value, name)
+  again, _ = weights.from_hf(tmp_path)
+  assert again.config == module.config
+  written = json.loads((tmp_path / 'config.json').read_text())
+  assert written['architectures'] == case.config['architectures']
+  # What transformers wrote and we write say the same where both speak.
+  differ = {key: (value, case.config[key]) for key, value in written.items()
+            if case.config.get(key) is not None and case.config[key] != value}
+  assert not differ
+
+
+def test_every_case_is_recorded():
+  assert {p.stem for p in FILES} == {
+      f'{system}-{case}' for system, case in cases.all_cases()}
+
+
+def test_every_architecture_with_a_reference_is_compared():
+  with_reference = {arch for arch in architectures.ARCHITECTURES
+                    if hasattr(architectures.page(arch), 'HF_MODEL')}
+  assert with_reference == set(cases.SYSTEMS)
+
+
+def test_recordings_are_small():
+  assert sum(p.stat().st_size for p in FILES) < 2_000_000
+
+
+def test_a_wrong_weight_is_noticed():
+  case = _load(FOLDER / 'gpt-plain.safetensors')
+  name = 'transformer.h.1.attn.c_attn.weight'
+  case.weights[name] = case.weights[name].copy()
+  case.weights[name][0, 0] += 0.05
+  assert not all(f.ok for f in compare.check(case)
+                 if f.what in ('logits', 'grads'))

@@ -1,0 +1,1 @@
+"""Parity of every system with its implementation in transformers."""

@@ -1,0 +1,82 @@
+"""Compares every system with its implementation in transformers, live.
+
+  python -m tools.verify                     all, in some minutes on a CPU
+  python -m tools.verify --systems=gpt,t5    some
+  python -m tools.verify --layers            and where a difference begins
+  python -m tools.verify --record            writes tests/data/parity
+
+Asserts: outputs within 1e-5 and gradients within 1e-4 (relative, float32),
+64 greedy tokens the same one for one, and an export that transformers loads
+without a missing or unexpected key and that computes the same logits.
+"""
+
+import json
+import pathlib
+import sys
+import tempfile
+
+from absl import flags
+
+from training import cli
+
+FOLDER = pathlib.Path(__file__).parents[2] / 'tests' / 'data' / 'parity'
+flags.DEFINE_list('systems', [], 'Which systems; none: all.')
+flags.DEFINE_bool('layers', False, 'Compare what each layer returns as well.')
+flags.DEFINE_bool('record', False, 'Write recordings for the tests.')
+flags.DEFINE_string('json', '', 'A file to write the findings to.')
+
+
+def main():
+  cli.parse(__doc__)
+  args = flags.FLAGS
+  from architectures.parts.config import one_of
+  from tools.verify import cases
+  for system in args.systems:
+    one_of('system', system, cases.SYSTEMS)
+  try:
+    import transformers
+  except ImportError as error:
+    raise ValueError('transformers or PyTorch is not installed: '
+                     "pip install 'archetype[verify]'") from error
+  print(f'transformers {transformers.__version__}')
+  rows = []
+  for system, case in cases.all_cases():
+    if not args.systems or system in args.systems:
+      rows += [_print(system, case, finding)
+               for finding in _findings(system, case, args)]
+  if args.json:
+    pathlib.Path(args.json).write_text(json.dumps(rows, indent=2) + '\n')
+  wrong = sum(not row['ok'] for row in rows)
+  print(f'{len(rows) - wrong} of {len(rows)} comparisons hold')
+  return 1 if wrong else 0
+
+
+def _findings(system: str, case: str, args):
+  """Yields the findings of one case; records it where asked."""
+  from tools.verify import compare, recording, reference
+  from training import weights
+  reference_run = reference.run(system, case)
+  if args.record:
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    recording.save(reference_run, FOLDER / f'{system}-{case}.safetensors')
+  if not args.layers:
+    reference_run.layers = []
+  yield from compare.check(reference_run)
+  module, params = compare.load(reference_run)
+  with tempfile.TemporaryDirectory() as folder:
+    weights.to_hf(module, params, folder)
+    yield compare.Finding(
+        'export', reference.loads_our_export(system, case, folder),
+        compare.LIMITS['export'])
+
+
+def _print(system: str, case: str, finding) -> dict:
+  print(f'{system:<12} {case:<16} {finding.what:<12} {finding.error:9.1e} '
+        f'(limit {finding.limit:.0e}) {"ok" if finding.ok else "WRONG"}')
+  sys.stdout.flush()
+  return dict(system=system, case=case, what=finding.what,
+              error=finding.error, limit=finding.limit, ok=finding.ok)
+
+
+if __name__ == '__main__':
+  cli.run(main)

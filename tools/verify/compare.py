@@ -1,0 +1,145 @@
+"""Our side of the comparison: outputs, gradients, greedy tokens, layers."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import architectures
+from tools.verify.recording import Recording
+from training import generate
+from training import hf_config
+from training import paths
+from training import weights
+
+NEW_TOKENS = 64
+LIMITS = dict(output=1e-5, grads=1e-4, layer=1e-5, greedy=0.0, export=0.0)
+
+
+class Finding(NamedTuple):
+  """One comparison: what, how far off, and how far it may be."""
+  what: str
+  error: float
+  limit: float
+
+  @property
+  def ok(self) -> bool:
+    return self.error <= self.limit
+
+
+def error(ours, theirs) -> float:
+  """The largest difference over the largest value."""
+  return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+
+
+def load(recording: Recording):
+  """Returns (module, params) of a recording."""
+  module = architectures.build(hf_config.read(recording.config))
+  return module, weights.load(module, recording.weights).params
+
+
+def check(recording: Recording) -> list[Finding]:
+  """Returns every comparison of our model with a recording."""
+  module, params = load(recording)
+  call = KINDS[recording.kind]
+  inputs = {k: jnp.asarray(v) for k, v in recording.inputs.items()}
+
+  def loss(params):
+    outputs, layers = call(module, params, inputs)
+    return objective(outputs, inputs, jnp.asarray), (outputs, layers)
+
+  grads, (outputs, layers) = jax.jit(jax.grad(loss, has_aux=True))(params)
+  theirs = weights.load(module, recording.grads).params
+  found = [Finding(name, error(_seen(outputs[name], inputs, name),
+                               _seen(value, recording.inputs, name)),
+                   LIMITS['output'])
+           for name, value in recording.outputs.items()]
+  found.append(Finding('grads', _grad_error(grads, theirs), LIMITS['grads']))
+  if recording.greedy:
+    found.append(Finding('greedy', _greedy(module, params, recording),
+                         LIMITS['greedy']))
+  for n, (mine, value) in enumerate(zip(layers, recording.layers)):
+    found.append(Finding(f'layer {n}', error(
+        _seen(mine, inputs, 'logits'),
+        _seen(value, recording.inputs, 'logits')), LIMITS['layer']))
+  return found
+
+
+def inputs(kind: str, config: dict) -> dict[str, np.ndarray]:
+  """Returns what goes into a model: tokens, and which of them are padding."""
+  random = np.random.RandomState(0)
+  tokens = random.randint(1, config['vocab_size'], (3, 12)).astype(np.int32)
+  mask = (np.arange(12) < np.array([[12], [7], [12]])).astype(np.int32)
+  made = dict(tokens=tokens, mask=mask)
+  if kind == 'bert':
+    made['types'] = (np.arange(12) >= np.array([[5], [3], [9]])).astype(
+        np.int32) % config['type_vocab_size']
+  return made
+
+
+def prompts(kind: str, inputs) -> dict[str, np.ndarray]:
+  """Returns the prompts that are continued: unpadded, of two lengths."""
+  return {'0': inputs['tokens'][0, :5], '1': inputs['tokens'][1, :7]}
+
+
+def objective(outputs, inputs, asarray: Callable):
+  """A scalar in which every output counts differently, padding not at all.
+
+  The same code runs on PyTorch's and on JAX's arrays.
+  """
+  total = 0.0
+  for name, value in sorted(outputs.items()):
+    weight = np.cos(0.7 * np.arange(np.prod(value.shape))).reshape(
+        tuple(value.shape)).astype(np.float32)
+    total = total + (_seen(value, inputs, name, asarray)
+                     * asarray(weight)).sum()
+  return total / 10
+
+
+def _seen(value, inputs, name: str, asarray=np.asarray):
+  """Sets to zero what stands on padding."""
+  if name not in ('logits',) or value.ndim != 3:
+    return value
+  mask = inputs['decoder_mask' if 'decoder_mask' in inputs else 'mask']
+  return value * asarray(np.asarray(mask, np.float32)[..., None])
+
+
+def _grad_error(ours, theirs) -> float:
+  """The worst parameter: |difference| / |gradient|, or over 1e-3 of the
+  largest |gradient| where the parameter's own is zero but for rounding."""
+  mine = {k: np.asarray(v) for k, v in paths.flatten(ours).items()}
+  other = {k: np.asarray(v) for k, v in paths.flatten(theirs).items()}
+  largest = max(np.linalg.norm(v) for v in other.values())
+  return max(np.linalg.norm(mine[k] - v) / max(np.linalg.norm(v),
+                                               1e-3 * largest)
+             for k, v in other.items())
+
+
+def _greedy(module, params, recording: Recording) -> float:
+  """The share of tokens that differ."""
+  found = prompts(recording.kind, recording.inputs)
+  longest = max(len(p) for p in found.values())
+  padded = np.stack([np.pad(p, (0, longest - len(p))) for p in found.values()])
+  lengths = np.array([len(p) for p in found.values()])
+  new = generate.generate(
+      module, params, jnp.asarray(padded), jnp.asarray(lengths),
+      jax.random.key(0), max_new_tokens=NEW_TOKENS,
+      sampling=generate.Sampling(temperature=0))
+  wrong = [np.asarray(new[i]) != recording.greedy[row]
+           for i, row in enumerate(found)]
+  return float(np.mean(wrong))
+
+
+def _decoder(module, params, inputs):
+  out = module.apply({'params': params}, inputs['tokens'],
+                     segment_ids_BL=inputs['mask'], keep_layers=True)
+  layers = [*out.aux['layers'][:-1], out.hidden]  # theirs ends normalised
+  return dict(logits=out.logits), layers
+
+
+# kind: (module, params, inputs) -> (outputs by name, what each layer returns)
+KINDS = {
+    'decoder': _decoder,
+}

@@ -1,0 +1,63 @@
+"""What a reference was given and gave back, in memory and as one file."""
+
+import dataclasses
+import json
+import pathlib
+
+import ml_dtypes
+import numpy as np
+
+HALF = ml_dtypes.bfloat16  # the weights are of this precision, stored so
+
+
+@dataclasses.dataclass
+class Recording:
+  """One case of one system.
+
+  Attributes:
+    kind: how the model is called; see compare.KINDS.
+    config: its config.json.
+    weights: tensors by their Hugging Face names.
+    inputs: token numbers and the like, by name.
+    outputs: what the reference makes of them, by name.
+    grads: of compare.objective, by Hugging Face name.
+    greedy: {row: the tokens that follow that row's prompt}; may be empty.
+    layers: what each layer returns; empty in a file.
+  """
+  kind: str
+  config: dict
+  weights: dict[str, np.ndarray]
+  inputs: dict[str, np.ndarray]
+  outputs: dict[str, np.ndarray]
+  grads: dict[str, np.ndarray]
+  greedy: dict[str, np.ndarray]
+  layers: list[np.ndarray] = dataclasses.field(default_factory=list)
+
+
+_PARTS = ('weights', 'inputs', 'outputs', 'grads', 'greedy')
+
+
+def save(recording: Recording, path: pathlib.Path) -> None:
+  from safetensors.numpy import save_file
+  tensors = {f'{part}/{name}': np.ascontiguousarray(value)
+             for part in _PARTS
+             for name, value in getattr(recording, part).items()}
+  for name, value in tensors.items():
+    if name.startswith('weights/'):
+      tensors[name] = value.astype(HALF)
+      assert (tensors[name].astype(value.dtype) == value).all(), name
+  save_file(tensors, path, metadata=dict(
+      kind=recording.kind, config=json.dumps(recording.config)))
+
+
+def load(path: pathlib.Path) -> Recording:
+  import safetensors
+  parts = {part: {} for part in _PARTS}
+  with safetensors.safe_open(path, 'numpy') as file:
+    meta = file.metadata()
+    for key in file.keys():
+      part, _, name = key.partition('/')
+      value = file.get_tensor(key)
+      parts[part][name] = (value.astype(np.float32) if part == 'weights'
+                           else value)
+  return Recording(meta['kind'], json.loads(meta['config']), **parts)
