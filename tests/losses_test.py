@@ -1,12 +1,12 @@
 """The chunked cross-entropy: its value, its gradients, and what it holds."""
 
-import itertools
 import math
 import re
 
 from configs import sharding as tables
 import flax.linen as nn
 import jax
+from jax.extend.core import jaxprs_in_params
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -148,7 +148,7 @@ def equations(jaxpr):
   """Yields every equation of a jaxpr, those of its inner ones included."""
   for equation in jaxpr.eqns:
     yield equation
-    for inner in jax.core.jaxprs_in_params(equation.params):
+    for inner in jaxprs_in_params(equation.params):
       yield from equations(inner)
 
 
@@ -192,9 +192,6 @@ def test_no_array_of_all_logits_is_held(differentiate):
   assert stats.temp_size_in_bytes < all_logits / 2
 
 
-MESHES = tables.PRESETS | {'none': dict(data=8, fsdp=1, expert=1, tensor=1)}
-
-
 def on_mesh(name, fn, args):
   """Runs fn(hidden, head, targets, weights) sharded; returns (its results,
   the program's text)."""
@@ -214,9 +211,23 @@ def on_mesh(name, fn, args):
                     put(weights, 'batch', None)), compiled.as_text()
 
 
+def collectives(text):
+  """Yields (kind, whether inside the loop over chunks, the shapes' sizes)."""
+  entry = False
+  for line in text.splitlines():
+    if line and not line.startswith(' '):
+      entry = line.startswith('ENTRY')
+    found = re.search(r'= (.*?) (all-gather|all-reduce|reduce-scatter|'
+                      r'all-to-all|collective-permute)(-start)?\(', line)
+    if found:
+      yield found[2], not entry, [
+          math.prod(int(n) for n in dims.split(',') if n)
+          for dims in re.findall(r'\[([\d,]*)\]', found[1])]
+
+
 @pytest.mark.parametrize('name', tables.PRESETS)
 def test_sharded_equals_one_device_and_gathers_no_batch(name):
-  args = make(vocab=48)
+  args = make(vocab=96)
   shards = 8 // tables.PRESETS[name]['tensor']
 
   def grads(hidden, head, targets, weights):
@@ -228,3 +239,23 @@ def test_sharded_equals_one_device_and_gathers_no_batch(name):
   got, text = on_mesh(name, grads, args)
   for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(grads(*args))):
     np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+  chunk_hidden = 3 * B // shards * D
+  whole_kernel = D * 96 // tables.PRESETS[name]['tensor']
+  for kind, in_loop, sizes in collectives(text):
+    if in_loop:  # the vocabulary's shards agree; the kernel stays where it is
+      assert kind == 'all-reduce' and tables.PRESETS[name]['tensor'] > 1
+      assert max(sizes) <= chunk_hidden < whole_kernel
+    elif kind == 'all-gather':  # the kernel, over fsdp
+      assert sizes == [whole_kernel] and tables.PRESETS[name]['fsdp'] > 1
+
+
+def test_a_vocabulary_and_batch_that_the_mesh_does_not_divide():
+  args = [x[:6] if i != 1 else x for i, x in enumerate(make(vocab=49))]
+  mesh = devices.make_mesh(tables.PRESETS['tp'])
+
+  def loss(hidden, head, targets, weights):
+    return losses.cross_entropy(hidden, head, targets, weights, chunk=4)[0]
+
+  with jax.set_mesh(mesh), sharding.rules('default'):
+    got = jax.jit(jax.grad(loss))(*args)
+  np.testing.assert_allclose(got, jax.grad(loss)(*args), rtol=2e-5, atol=2e-5)
