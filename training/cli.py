@@ -45,6 +45,7 @@ def parse(doc: str, argv: Sequence[str] | None = None) -> None:
         sys.modules['__main__'])):
       print(f'  --{name}: {flags.FLAGS[name].help}')
     sys.exit(0)
+  _check_config_file(argv)
   try:
     rest = flags.FLAGS(argv)[1:]
   except flags.Error as error:
@@ -61,33 +62,35 @@ def _refuse(sentence: str):
 
 
 def _cause(error: BaseException) -> str:
-  """The sentence of the error that a config file raised, if one did."""
+  """The sentence of the error that a config file raised, or absl's own."""
   at = error
-  while at is not None:
-    if type(at) is ValueError and 'invalid literal' not in str(at):
-      return str(at)
+  while at is not None and 'parsing config file' in str(at):
     at = at.__context__
-  found = re.search(r'^ValueError: (.*)', str(error), re.M)
-  return found[1] if found else str(error).splitlines()[0]
+  return str(at or error).splitlines()[0]
+
+
+def _check_config_file(argv: Sequence[str]) -> None:
+  """Refuses a --config whose file is not there, which absl finds out late."""
+  given = [a.partition('=')[2] or b for a, b in zip(argv, argv[1:] + [''])
+           if re.fullmatch(r'--?config(=.*)?', a)]
+  for file in (value.split(':')[0] for value in given):
+    if not pathlib.Path(file).is_file():
+      files = sorted(str(p) for p in pathlib.Path('configs').glob('*.py')
+                     if p.stem not in ('__init__', 'base', 'sharding'))
+      near = difflib.get_close_matches(file, files, n=1)
+      hint = f' Did you mean {near[0]!r}?' if near else ''
+      _refuse(f'no config file {file!r}: choose from {", ".join(files)}.{hint}')
 
 
 def _config_error(argv, error) -> str:
-  """A sentence for a --config file or a --config.key that is not there."""
-  path = flags.FLAGS['config'].value if 'config' in flags.FLAGS else None
+  """A sentence for a --config.key that is not there."""
+  config = flags.FLAGS['config'].value if 'config' in flags.FLAGS else None
   key = re.search(r"'(\w+)'", str(error).replace('\\', ''))
   if key and 'onfig' not in key[1]:
     name = key[1]
     flag = next((a.split('=')[0] for a in argv if f'.{name}' in a), name)
-    return f'{flag}: no config field {name!r}. {_near_field(path, flag, name)}'
-  file = next((a.partition('=')[2] or b for a, b in zip(argv, argv[1:] + [''])
-               if re.fullmatch(r'--?config(=.*)?', a)), '')
-  file = file.split(':')[0]
-  if file and not pathlib.Path(file).exists():
-    files = sorted(str(p) for p in pathlib.Path('configs').glob('*.py')
-                   if p.stem not in ('__init__', 'base', 'sharding'))
-    near = difflib.get_close_matches(file, files, n=1)
-    hint = f' Did you mean {near[0]!r}?' if near else ''
-    return f'no config file {file!r}: choose from {", ".join(files)}.{hint}'
+    return (f'{flag}: no config field {name!r}. '
+            f'{_near_field(config, flag, name)}')
   return str(error).strip('"\'').splitlines()[0]
 
 
