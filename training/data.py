@@ -9,6 +9,7 @@ or workers, and the state of the data is n.
 """
 
 from collections.abc import Iterator
+import gc
 import sys
 
 from absl import flags
@@ -95,6 +96,11 @@ class Loader:
       yield from iterator
     finally:
       iterator.close()
+      if workers:
+        # Grain's threads end in exceptions whose tracebacks keep the last
+        # batches, and so their shared memory, in reference cycles.
+        del iterator, dataset
+        gc.collect()
 
   @property
   def _stop(self) -> int:
