@@ -208,7 +208,7 @@ def by_dropless(x_TD, r: Routing, w: Weights, kind: str, slots: int,
   row_A, count_E = place_sorted(r.expert_A, E)
   rows_AD, id_A, back = move(x_TD, r, row_A, row_A.shape[0])
   mask_AF = None if dropout is None else _mask(dropout, id_A, w)
-  return back(grouped.ffn(rows_AD, count_E, w, kind, mask_AF))
+  return back(grouped.ffn(rows_AD, count_E, w, mask_AF, kind))
 
 
 def _mask(dropout: Dropout, id_R, w: Weights) -> jax.Array:
