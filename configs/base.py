@@ -88,6 +88,7 @@ def _model() -> dict:
       norm_eps=1e-5,
       embed_norm=False,  # a norm right after the embedding
       position='learned',  # learned sinusoidal rope alibi relative none
+      sinusoid='interleaved',  # interleaved halves fairseq
       learned_stretch=1.0,  # >1: interpolate learned positions past max_len
       rope=dict(
           theta=10000.0,
@@ -113,13 +114,14 @@ def _model() -> dict:
       attention_bias=True,
       ffn_bias=True,
       tie_embeddings=True,
-      embed_scale=1.0,
-      logits_scale=1.0,
+      embed_scale=1.0,  # 0, derived: d_model ** 0.5
+      logits_scale=1.0,  # 0, derived: d_model ** -0.5
       logits_softcap=0.0,
       logits_bias=False,
       dropout=0.0,
       init='scaled_normal',  # normal scaled_normal fan_in
       init_stddev=0.02,
+      init_scale=1.0,  # fan_in: the variance is this / fan_in
       dtype='float32',  # of the computation: float32 bfloat16
       param_dtype='float32',
       scan_layers=True,

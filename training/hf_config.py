@@ -35,8 +35,8 @@ NEUTRAL = re.compile('|'.join((
 
 # Fields of ours that say how a model is trained or computed, not what it is.
 RUN_ONLY = re.compile('|'.join((
-    'dropout', 'init', 'init_stddev', 'dtype', 'param_dtype', 'scan_layers',
-    'remat', 'learned_stretch', r'attention_kernel.*', r'rope\.original_len',
+    'dropout', 'init', 'init_stddev', 'init_scale', 'dtype', 'param_dtype',
+    'scan_layers', 'remat', 'learned_stretch', r'attention_kernel.*', r'rope\.original_len',
     r'moe\.(dispatch|jitter|logit_noise|balance_.*|z_loss_weight'
     r'|expert_dropout|group_size|.*capacity.*)')))
 
@@ -45,9 +45,11 @@ class Reader:
   """config.json, which remembers what was asked of it. A null is a default,
   and so is what the file leaves out."""
 
-  def __init__(self, tree: dict[str, Any]):
+  def __init__(self, tree: dict[str, Any], name: str = ''):
     self._tree = tree
+    self._name = name
     self._asked = set()
+    self._parts = []
 
   def __call__(self, name: str, default: Any) -> Any:
     """Returns the field `name`, or transformers' default for it."""
@@ -55,12 +57,21 @@ class Reader:
     value = self._tree.get(name)
     return default if value is None else value
 
+  def __bool__(self) -> bool:
+    return bool(self._tree)
+
+  def section(self, name: str) -> 'Reader':
+    """Returns the object `name`, empty if there is none."""
+    part = Reader(self(name, {}), name)
+    self._parts.append(part)
+    return part
+
   def must(self, **only: Any) -> None:
     """Raises ValueError where a field is not its default, which `only` has."""
     for name, value in only.items():
       found = self(name, value)
-      require(found == value, f'config.json has {name} {found!r}: '
-              f'{self.model_type} is only known here with {value!r}')
+      require(found == value, f'config.json has {self._name} {name} {found!r}:'
+              f' only {value!r} is known here')
 
   def choose(self, name: str, default: str, choices: dict[str, Any]) -> Any:
     """Returns what `choices` has for the field `name`."""
@@ -78,6 +89,8 @@ class Reader:
     left = {name: value for name, value in self._tree.items()
             if name not in self._asked and not NEUTRAL.fullmatch(name)
             and value is not None}
+    for part in self._parts:
+      part.finish()
     require(not left, 'config.json has fields that this architecture does not '
             f'know, {", ".join(f"{k} {v!r}" for k, v in left.items())}: '
             'remove those that do not change what the model computes')

@@ -43,7 +43,7 @@ CLASSES: tuple[tuple[str, str | Callable, str], ...] = (
     (r'train\.grad_accumulation', OPTIMISATION,
      'dropout and expert capacity see other micro-batches'),
     (r'seed', OPTIMISATION, 'another order of the data, another dropout'),
-    (r'init_from|init_partial|model\.(init|init_stddev)', OPTIMISATION,
+    (r'init_from|init_partial|model\.init(_stddev|_scale)?', OPTIMISATION,
      'read only where a run begins: a resumed run ignores it'),
     (r'objective', INCOMPATIBLE, 'another task, maybe with other heads'),
     (r'data\.tokenizer', INCOMPATIBLE, 'token numbers mean something else'),
@@ -53,7 +53,7 @@ CLASSES: tuple[tuple[str, str | Callable, str], ...] = (
     (r'model\.(dropout|moe\.(jitter|logit_noise|expert_dropout'
      r'|balance_loss|balance_weight|z_loss_weight|bias_rate))', OPTIMISATION,
      'another regularisation'),
-    (r'model\.(norm_eps|learned_stretch|rope\..*|relative\.max_distance'
+    (r'model\.(norm_eps|sinusoid|learned_stretch|rope\..*|relative\.max_distance'
      r'|sliding_window|attention_(softcap|scale)|embed_scale|logits_scale'
      r'|logits_softcap|parametrization|dtype'
      r'|moe\.(top_k|dispatch|capacity_factor|normalize_gates|group_size))',

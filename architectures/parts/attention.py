@@ -43,9 +43,15 @@ class Context:
 
 @struct.dataclass
 class Cache:
-  """A layer's keys and values; slot m holds the token at position m."""
+  """A layer's keys and values; slot m holds the token at position m.
+
+  Those of the memory are put in when a decoder is given it with the cache,
+  and stand for it from then on.
+  """
   key_BMJK: jax.Array
   value_BMJK: jax.Array
+  memory_key_BMJK: Optional[jax.Array] = None
+  memory_value_BMJK: Optional[jax.Array] = None
 
   def write(self, key_BLJK, value_BLJK, positions_BL) -> 'Cache':
     """Puts L new tokens at their positions (a row's are consecutive)."""
@@ -54,7 +60,8 @@ class Cache:
       return jax.vmap(
           lambda s, n, i: jax.lax.dynamic_update_slice_in_dim(s, n, i, 0)
       )(slots, new.astype(slots.dtype), starts)
-    return Cache(put(self.key_BMJK, key_BLJK), put(self.value_BMJK, value_BLJK))
+    return self.replace(key_BMJK=put(self.key_BMJK, key_BLJK),
+                        value_BMJK=put(self.value_BMJK, value_BLJK))
 
 
 def visible(kind: LayerKind, window: int, q_positions_BL: jax.Array,
@@ -117,13 +124,15 @@ class Attention(nn.Module):
   def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[Cache]):
     c = self.config
     rotary = c.position == 'rope' and not self.cross
-    source_BMD = ctx.memory_BMD if self.cross else x_BLD
     q_BLHK = self._project('query', x_BLD, c.num_heads, 'heads')
-    k_BMJK = self._project('key', source_BMD, c.num_kv_heads, 'kv_heads')
-    v_BMJK = self._project('value', source_BMD, c.num_kv_heads, 'kv_heads')
     if c.qk_norm:
       q_BLHK = norms.norm(c, 'query_norm', 'head')(q_BLHK)
-      k_BMJK = norms.norm(c, 'key_norm', 'head')(k_BMJK)
+    if self.cross and ctx.memory_BMD is None:
+      k_BMJK, v_BMJK = cache.memory_key_BMJK, cache.memory_value_BMJK
+    else:
+      k_BMJK, v_BMJK = self._keys(ctx.memory_BMD if self.cross else x_BLD)
+      if self.cross and cache is not None:
+        cache = cache.replace(memory_key_BMJK=k_BMJK, memory_value_BMJK=v_BMJK)
     if rotary:
       q_BLHK = positions.rotate(q_BLHK, ctx.positions_BL, c)
       k_BMJK = positions.rotate(k_BMJK, ctx.positions_BL, c)
@@ -161,10 +170,22 @@ class Attention(nn.Module):
           y_BLD, linear.bias(self, 'out_bias', (c.d_model,), ('embed',)))
     return y_BLD, cache
 
+  def _keys(self, x_BMD):
+    """Returns keys and values of what is attended to."""
+    c = self.config
+    k_BMJK = self._project('key', x_BMD, c.num_kv_heads, 'kv_heads')
+    v_BMJK = self._project('value', x_BMD, c.num_kv_heads, 'kv_heads')
+    if c.qk_norm:
+      k_BMJK = norms.norm(c, 'key_norm', 'head')(k_BMJK)
+    return k_BMJK, v_BMJK
+
   def _project(self, name, x_BLD, heads, axis):
     c = self.config
+    # What the scores are not scaled by, the query's weights are (T5).
+    gain = (c.head_dim ** -0.5 / c.attention_scale
+            if name == 'query' and c.init == 'fan_in' else 1.0)
     w_DHK = linear.weight(self, name, (c.d_model, heads, c.head_dim),
-                          ('embed', axis, 'head'))
+                          ('embed', axis, 'head'), gain=gain)
     y_BLHK = linear.einsum('BLD,DHK->BLHK', x_BLD, w_DHK, c.compute_dtype)
     if c.attention_bias:
       y_BLHK = linear.add_bias(y_BLHK, linear.bias(

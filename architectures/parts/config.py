@@ -19,6 +19,7 @@ POSITIONS = ('learned', 'sinusoidal', 'rope', 'alibi', 'relative', 'none')
 DENSE_FFNS = ('relu', 'gelu', 'gelu_tanh', 'geglu', 'geglu_tanh', 'swiglu')
 BLOCKS = ('pre_norm', 'post_norm', 'parallel', 'sandwich')
 ATTENTIONS = ('global', 'banded')
+SINUSOIDS = ('interleaved', 'halves', 'fairseq')
 ROPE_SCALINGS = ('none', 'linear', 'ntk', 'llama3', 'yarn')
 INITS = ('normal', 'scaled_normal', 'fan_in')
 REMATS = ('none', 'full', 'dots')
@@ -116,6 +117,7 @@ class ModelConfig:
   norm_eps: float
   embed_norm: bool
   position: str
+  sinusoid: str
   learned_stretch: float
   rope: RopeConfig
   relative: RelativeConfig
@@ -137,6 +139,7 @@ class ModelConfig:
   dropout: float
   init: str
   init_stddev: float
+  init_scale: float
   dtype: str
   param_dtype: str
   scan_layers: bool
@@ -201,6 +204,8 @@ def make(fields: Mapping[str, Any]) -> ModelConfig:
   fields['d_ff'] = fields['d_ff'] or 4 * fields['d_model']
   fields['attention_scale'] = (
       fields['attention_scale'] or fields['head_dim'] ** -0.5)
+  fields['embed_scale'] = fields['embed_scale'] or fields['d_model'] ** 0.5
+  fields['logits_scale'] = fields['logits_scale'] or fields['d_model'] ** -0.5
   rope, moe = dict(fields['rope']), dict(fields['moe'])
   rope['original_len'] = rope['original_len'] or fields['max_len']
   moe['d_ff'] = moe['d_ff'] or fields['d_ff']
@@ -217,6 +222,7 @@ _COUNTS = ('d_model', 'num_layers', 'num_decoder_layers', 'num_heads',
 def _validate(c: ModelConfig) -> None:
   one_of('model.norm', c.norm, NORMS)
   one_of('model.position', c.position, POSITIONS)
+  one_of('model.sinusoid', c.sinusoid, SINUSOIDS)
   one_of('model.ffn', c.ffn, DENSE_FFNS + ('moe',))
   one_of('model.block', c.block, BLOCKS)
   for kind in c.attention_pattern:
@@ -250,7 +256,8 @@ def _validate(c: ModelConfig) -> None:
   require(c.learned_stretch == 1 or c.position == 'learned',
           f'model.learned_stretch has no meaning with model.position '
           f'{c.position!r}: it stretches learned positions')
-  _whole_periods('model.num_layers', c.num_layers, c)
+  for name in ('num_layers', 'num_decoder_layers'):
+    _whole_periods(f'model.{name}', getattr(c, name), c)
   if c.ffn == 'moe':
     _validate_moe(c)
 

@@ -10,7 +10,8 @@ from architectures.parts.config import ModelConfig
 
 def weight(module: nn.Module, name: str, shape: tuple[int, ...],
            axes: tuple[str, ...], *, in_axes: tuple[int, ...] = (0,),
-           batch_axes: tuple[int, ...] = (), residual: bool = False):
+           batch_axes: tuple[int, ...] = (), residual: bool = False,
+           gain: float = 1.0):
   """Declares a weight of `module` by the config's initialisation.
 
   Args:
@@ -21,23 +22,26 @@ def weight(module: nn.Module, name: str, shape: tuple[int, ...],
     in_axes: the dimensions that a product sums over (the fan-in).
     batch_axes: dimensions that hold separate matrices (experts).
     residual: whether the product is added to the residual stream.
+    gain: of the standard deviation, with fan_in.
   """
   config = module.config
   return module.param(
       name, sharding.init(_initializer(config, in_axes, batch_axes, residual,
-                                       len(shape)), *axes),
+                                       len(shape), gain), *axes),
       shape, config.param_dtype)
 
 
-def _initializer(config: ModelConfig, in_axes, batch_axes, residual, ndim):
+def _initializer(config: ModelConfig, in_axes, batch_axes, residual, ndim,
+                 gain):
   """normal: N(0, stddev); scaled_normal: and residual products by
-  1 / sqrt(2N) (GPT-2, section 2.3); fan_in: truncated, variance 1/fan_in."""
+  1 / sqrt(2N) (GPT-2, section 2.3); fan_in: truncated, variance
+  init_scale / fan_in (Switch, section 2.4)."""
   if config.init == 'fan_in':
     out_axes = tuple(i for i in range(ndim)
                      if i not in in_axes and i not in batch_axes)
     return nn.initializers.variance_scaling(
-        1.0, 'fan_in', 'truncated_normal', in_axis=in_axes, out_axis=out_axes,
-        batch_axis=batch_axes)
+        config.init_scale * gain ** 2, 'fan_in', 'truncated_normal',
+        in_axis=in_axes, out_axis=out_axes, batch_axis=batch_axes)
   stddev = config.init_stddev
   if config.init == 'scaled_normal' and residual:
     stddev /= (2 * config.num_layers) ** 0.5

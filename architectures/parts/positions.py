@@ -16,11 +16,22 @@ import jax.numpy as jnp
 from architectures.parts.config import ModelConfig, RopeConfig, rotary_dim
 
 
-def sinusoid(positions: jax.Array, d_model: int) -> jax.Array:
-  """[...] -> [..., D]: PE[2i] = sin(pos / 10000^(2i/D)), PE[2i+1] = cos."""
-  frequency = 10000.0 ** (-jnp.arange(0, d_model, 2) / d_model)
-  angle = positions[..., None].astype(jnp.float32) * frequency.reshape(
-      (1,) * positions.ndim + (-1,))
+def sinusoid(positions: jax.Array, d_model: int,
+             layout: str = 'interleaved') -> jax.Array:
+  """[...] -> [..., D]: sin(pos w_i) and cos(pos w_i), w_i = 10000^(-2i/D).
+
+  interleaved: sin at 2i, cos at 2i + 1 (Vaswani et al. 2017, section 3.5).
+  halves: all sines, then all cosines, as in Marian: a permutation of it.
+  fairseq: halves with w_i = 10000^(-i/(D/2 - 1)), as in tensor2tensor, the
+  paper's own code, and the first token at position 2, as in fairseq.
+  """
+  pairs = d_model // 2
+  steps = jnp.arange(pairs) / (pairs - 1 if layout == 'fairseq' else pairs)
+  positions = positions + (2 if layout == 'fairseq' else 0)
+  angle = positions[..., None].astype(jnp.float32) * (
+      10000.0 ** -steps).reshape((1,) * positions.ndim + (-1,))
+  if layout != 'interleaved':
+    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], -1)
   pairs = jnp.stack([jnp.sin(angle), jnp.cos(angle)], -1)
   return pairs.reshape(*positions.shape, d_model)
 
@@ -46,17 +57,24 @@ def rope_frequencies(config: ModelConfig) -> tuple[jax.Array, float]:
   same by the number of turns, and a temperature (Peng et al. 2023).
   """
   r, dim = config.rope, rotary_dim(config)
-  theta = r.theta
-  if r.scaling == 'ntk':
-    theta = theta * r.factor ** (dim / (dim - 2))
+  theta = ntk_theta(r, dim) if r.scaling == 'ntk' else r.theta
   frequency = theta ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
   if r.scaling == 'linear':
     return frequency / r.factor, 1.0
   if r.scaling == 'llama3':
     return _llama3(frequency, r), 1.0
   if r.scaling == 'yarn':
-    return _yarn(frequency, r, dim), 0.1 * math.log(r.factor) + 1.0
+    return _yarn(frequency, r, dim), yarn_temperature(r.factor)
   return frequency, 1.0
+
+
+def ntk_theta(r: RopeConfig, dim: int) -> float:
+  return r.theta * r.factor ** (dim / (dim - 2))
+
+
+def yarn_temperature(factor: float) -> float:
+  """On cos and sin: its square multiplies the scores (YaRN, equation 15)."""
+  return 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def _llama3(frequency, r: RopeConfig):

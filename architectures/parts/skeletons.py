@@ -95,7 +95,7 @@ class Embed(nn.Module):
           table_LD, positions_BL, c.learned_stretch).astype(x_BLD.dtype)
     if c.position == 'sinusoidal':
       x_BLD = x_BLD + positions.sinusoid(
-          positions_BL, c.d_model).astype(x_BLD.dtype)
+          positions_BL, c.d_model, c.sinusoid).astype(x_BLD.dtype)
     if c.type_vocab_size:
       types_TD = self.param(
           'types', sharding.init(self._init(), None, 'embed'),
@@ -206,9 +206,9 @@ class RelativeBias(nn.Module):
   @nn.compact
   def __call__(self, q_positions_BL: jax.Array, cache):
     c = self.config
+    stddev = c.d_model ** -0.5 if c.init == 'fan_in' else c.init_stddev
     table = self.param(
-        'table', sharding.init(nn.initializers.normal(c.init_stddev), None,
-                               'heads'),
+        'table', sharding.init(nn.initializers.normal(stddev), None, 'heads'),
         (c.relative.buckets, c.num_heads), c.param_dtype)
     k_positions_BM = q_positions_BL
     if cache is not None:

@@ -1,0 +1,121 @@
+"""The encoder-decoder skeleton (Vaswani et al. 2017, figure 1).
+
+The encoder reads the source, every token seeing all; the decoder writes the
+target, a token seeing those before it and, by cross-attention, all of the
+encoder's output: the memory. One embedding serves both and, tied, the head.
+"""
+
+from typing import Optional
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from architectures.parts.attention import Context
+from architectures.parts.config import ModelConfig, require
+from architectures.parts.skeletons import Embed, Output, Stack, Unembed
+
+
+class EncoderDecoder(nn.Module):
+  """Source [B, M] and target [B, L] -> Output.
+
+  The target is what the decoder is shown: its output at l predicts target
+  l + 1. To generate: `encode` once, `decode` the start with an empty cache
+  and the memory, then token by token with the cache alone, which holds the
+  keys and values of the memory from then on.
+  """
+  config: ModelConfig
+
+  def setup(self):
+    c = self.config
+    self.embed = Embed(c)
+    self.encoder = Stack(c, c.layer_pattern(causal=False), c.num_layers)
+    self.decoder = Stack(c, c.layer_pattern(cross=True), c.num_decoder_layers)
+    self.head = Unembed(c)
+
+  def __call__(self, tokens_BM: Optional[jax.Array],
+               decoder_tokens_BL: Optional[jax.Array] = None, *,
+               positions_BM=None, segment_ids_BM=None,
+               decoder_positions_BL=None, decoder_segment_ids_BL=None,
+               cache=None, memory=None, deterministic: bool = True,
+               keep_layers: bool = False) -> Output:
+    """Runs both stacks, or the decoder alone.
+
+    Args:
+      tokens_BM: the source; None with `memory` or a cache that holds it.
+      decoder_tokens_BL: what the decoder is shown; default: the source.
+      positions_BM: default: 0..M-1.
+      segment_ids_BM: 0 where the source is padding.
+      decoder_positions_BL: default: 0..L-1; with a cache, where the tokens go.
+      decoder_segment_ids_BL: 0 where the target is padding.
+      cache: of the decoder; see architectures.init_cache.
+      memory: the encoder's output, where it is known.
+      deterministic: whether nothing is drawn (no dropout, no router noise).
+      keep_layers: whether aux['layers'] holds what each layer returns.
+    """
+    aux = {}
+    if memory is None and tokens_BM is not None:
+      memory, aux = self.encode(
+          tokens_BM, positions_BM=positions_BM, segment_ids_BM=segment_ids_BM,
+          deterministic=deterministic, keep_layers=keep_layers)
+    if decoder_tokens_BL is None:
+      decoder_tokens_BL = tokens_BM
+    output = self.decode(
+        decoder_tokens_BL, memory=memory, memory_segment_ids_BM=segment_ids_BM,
+        positions_BL=decoder_positions_BL,
+        segment_ids_BL=decoder_segment_ids_BL, cache=cache,
+        deterministic=deterministic, keep_layers=keep_layers)
+    return output.replace(aux=join_aux(aux, output.aux))
+
+  def encode(self, tokens_BM: jax.Array, *, positions_BM=None,
+             segment_ids_BM=None, deterministic: bool = True,
+             keep_layers: bool = False) -> tuple[jax.Array, dict]:
+    """Returns the memory [B, M, D] and aux."""
+    chex.assert_rank(tokens_BM, 2)
+    if positions_BM is None:
+      positions_BM = jnp.arange(tokens_BM.shape[1])[None]
+    x_BMD, _ = self.embed(tokens_BM, positions_BM, deterministic=deterministic)
+    ctx = Context(positions_BM, segment_ids_BM, tokens_BL=tokens_BM,
+                  deterministic=deterministic, keep_layers=keep_layers)
+    memory_BMD, _, aux = self.encoder(x_BMD, ctx)
+    return memory_BMD, aux
+
+  def decode(self, tokens_BL: jax.Array, *, memory=None,
+             memory_segment_ids_BM=None, positions_BL=None,
+             segment_ids_BL=None, cache=None, deterministic: bool = True,
+             keep_layers: bool = False) -> Output:
+    """Returns what follows each target token; `memory` may be left out where
+    the cache has been given it."""
+    chex.assert_rank(tokens_BL, 2)
+    require(memory is not None or (
+        cache is not None and cache[0].memory_key_BMJK is not None),
+            'a decoder attends to a memory: pass the source, `memory`, or a '
+            'cache that was filled with one')
+    require(cache is None or segment_ids_BL is None,
+            'a cache holds one target a row: pass no decoder segment ids')
+    if positions_BL is None:
+      positions_BL = jnp.arange(tokens_BL.shape[1])[None]
+    x_BLD, table_DV = self.embed(tokens_BL, positions_BL,
+                                 deterministic=deterministic)
+    ctx = Context(positions_BL, segment_ids_BL, memory_BMD=memory,
+                  memory_segment_ids_BM=memory_segment_ids_BM,
+                  tokens_BL=tokens_BL, deterministic=deterministic,
+                  keep_layers=keep_layers)
+    x_BLD, cache, aux = self.decoder(x_BLD, ctx, cache)
+    return Output(x_BLD, self.head(table_DV), cache, aux, memory=memory)
+
+
+def join_aux(encoder: dict, decoder: dict) -> dict:
+  """Sums the stacks' losses; the encoder's layers come first in the rest."""
+  if not encoder or not decoder:
+    return encoder or decoder
+  joined = {}
+  if 'losses' in decoder:
+    joined['losses'] = jax.tree.map(
+        jnp.add, encoder['losses'], decoder['losses'])
+    joined['health'] = jax.tree.map(
+        lambda *x: jnp.concatenate(x), encoder['health'], decoder['health'])
+  if 'layers' in decoder:
+    joined['layers'] = (*encoder['layers'], *decoder['layers'])
+  return joined
