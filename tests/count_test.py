@@ -1,0 +1,48 @@
+"""Parameter counts and costs against published figures and hand sums."""
+
+import importlib
+import json
+
+from configs import gpt
+import pytest
+
+from tools import count
+
+EXACT = {
+    'gpt:gpt2': 124_439_808,
+    'gpt:gpt2-medium': 354_823_168,
+    'gpt:gpt2-large': 774_030_080,
+    'gpt:gpt2-xl': 1_557_611_200,
+}
+
+
+@pytest.mark.parametrize('name', EXACT)
+def test_exact_parameter_counts(name):
+  system, size = name.split(':')
+  config = importlib.import_module(f'configs.{system}').get_config(size)
+  assert count.count(config)['parameters'] == EXACT[name]
+
+
+def test_every_size_is_near_its_published_figure():
+  rows = count.everything()
+  assert len(rows) > 10
+  far = {r['size']: r['difference'] for r in rows
+         if r['difference'] is not None and abs(r['difference']) > 0.02}
+  for size in far:  # a larger difference is explained in the lab note
+    system, _, name = size.partition(':')
+    name = name.split(' ')[0]
+    assert name in importlib.import_module(f'configs.{system}').__doc__, size
+
+
+def test_parts_add_up_and_costs_are_gpt2s():
+  figures = count.count(gpt.get_config('gpt2'), 1024)
+  assert sum(figures['by_part'].values()) == figures['parameters']
+  assert figures['active_parameters'] == figures['parameters']
+  assert figures['kv_cache_bytes_per_token'] == 2 * 12 * 768 * 2
+  # 24 D^2 a layer and token for weights, 4 D keys for attention, the head.
+  keys = (1024 + 1) / 2
+  forward = 12 * (24 * 768 ** 2 + 4 * 768 * keys) + 2 * 768 * 50257
+  assert figures['flops_per_token']['prefill'] == pytest.approx(forward)
+  assert figures['flops_per_token']['training'] == pytest.approx(3 * forward)
+  assert figures['parameter_bytes'] == 4 * figures['parameters']
+  json.dumps(figures)
