@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -279,9 +280,9 @@ def test_damage_is_named_and_the_step_before_is_used(run, copy, damage):
   with _open(copy) as store:
     restored = store.restore(_abstract(_mesh(4, 2)))
     sentence, = restored.damaged
-    print(sentence)
     assert sentence.startswith('checkpoint 30 in ')
     assert ' is damaged: ' in sentence and '\n' not in sentence
+    assert sentence.endswith('; using 20 instead')
     assert restored.step == 20
     _assert_bitwise(restored.state, run[1][20])
     # The run comes to step 30 again, and `keep` counts only what is good.
@@ -449,6 +450,74 @@ def test_due_by_step_or_by_time_since_the_last(
 def test_wrong_numbers_are_refused(tmp_path, field, value):
   with pytest.raises(ValueError, match=rf'checkpoint\.{field}={value}'):
     _open(tmp_path, **{field: value})
+
+
+_PROCESS = '''
+    import os, pathlib, sys, traceback
+    port, index, workdir = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+    # Else the other process would wait for one that failed.
+    sys.excepthook = lambda *error: (
+        traceback.print_exception(*error), os._exit(1))
+    import jax
+    jax.config.update('jax_num_cpu_devices', 4)
+    jax.distributed.initialize(
+        f'127.0.0.1:{port}', 2, index, cluster_detection_method='deactivate',
+        coordinator_bind_address=f'127.0.0.1:{port}')
+    from training import checkpoints
+    from tests import checkpoints_test as here
+    mesh = here._mesh(4, 2)
+    now = [0.0]
+    state, train_step = here._born(mesh), here._trainer(mesh)
+    with here._open(workdir, every_steps=0, every_minutes=5, agree_every=2,
+                    clock=lambda: now[0]) as store:
+      for step in range(1, 13):
+        state = train_step(state)
+        now[0] += 60 if index == 0 else 0  # only process 0's clock counts
+        if store.due(step):
+          here._save(store, step, state)
+          print('saved', step, flush=True)
+      store.wait()
+      if index == 0:
+        here._flip_in_largest(pathlib.Path(store.directory / '12'))
+      restored = store.restore(here._abstract(mesh))
+      print('restored', restored.step, len(restored.damaged), flush=True)
+      for step in range(restored.step + 1, 13):
+        restored.state.update(train_step(restored.state))
+      here._save(store, 12, restored.state)
+      print('saved', 12, flush=True)
+    '''
+
+
+@pytest.mark.multihost
+def test_two_processes_save_pass_over_damage_and_one_reads(tmp_path):
+  """2 x 4 devices agree on when and on what; 1 x 8 and 1 x 1 read it."""
+  with socket.socket() as probe:
+    probe.bind(('127.0.0.1', 0))
+    port = probe.getsockname()[1]
+  processes = [
+      subprocess.Popen(
+          [sys.executable, '-c', textwrap.dedent(_PROCESS), str(port),
+           str(index), tmp_path],
+          stdout=subprocess.PIPE, text=True,
+          env={**os.environ, 'XLA_FLAGS': ''}) for index in range(2)]
+  try:
+    outs = [process.communicate(timeout=100)[0].splitlines()
+            for process in processes]
+  finally:
+    for process in processes:
+      process.kill()
+  assert [process.returncode for process in processes] == [0, 0]
+  for out in outs:
+    assert [line for line in out if '[Gloo]' not in line] == [
+        'saved 6', 'saved 12', 'restored 6 1', 'saved 12']
+  folder, states = restoring.directory(tmp_path), []
+  for shape in ((8, 1), (1, 1)):
+    restored = restoring.restore(folder, _abstract(_mesh(*shape)))
+    assert (restored.step, restored.damaged) == (12, ())
+    states.append(_host(restored.state))
+    _assert_bitwise(restored.state, states[0])
+  changes = checkpoints.environment_changes(restored.record)
+  assert 'processes: 2 -> 1' in changes
 
 
 _LOOP = '''
