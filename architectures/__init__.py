@@ -11,7 +11,17 @@ from architectures.parts.config import ModelConfig
 
 # arch: (page, its module)
 ARCHITECTURES = {
+    'bert': ('bert', 'BERT'),
+    'bloom': ('bloom', 'BLOOM'),
     'gpt': ('gpt', 'GPT'),
+    'gpt4-rumoured': ('gpt4', 'RumouredGPT4'),
+    'gpt_neox': ('gpt_neox', 'GPTNeoX'),
+    'gshard': ('gshard', 'GShard'),
+    'llama': ('llama', 'LLaMA'),
+    'mixtral': ('mixtral', 'Mixtral'),
+    'switch': ('switch', 'Switch'),
+    't5': ('t5', 'T5'),
+    'transformer': ('transformer', 'Transformer'),
 }
 
 

