@@ -16,8 +16,9 @@ from training import cli
 
 flags.DEFINE_string('workdir', '', 'The folder of the run.')
 flags.DEFINE_integer('step', None, 'Which checkpoint; default: the newest.')
-flags.DEFINE_list('tasks', ['loss'], 'Of loss, samples: comma-separated; '
-                  '--samples or --prompt adds samples.')
+flags.DEFINE_list('tasks', ['loss'], 'Comma-separated, of loss, samples, '
+                  'extrapolation, routing; --samples or --prompt adds samples.'
+                  )
 flags.DEFINE_string('json', '', 'A file to write all figures to.')
 flags.DEFINE_integer('samples', 1, 'Texts to write for each prompt.')
 flags.DEFINE_string('prompt', '', "What a text begins with; several: 'A|||B'.")
@@ -27,6 +28,8 @@ flags.DEFINE_float('temperature', 1.0, '0: the likeliest token.')
 flags.DEFINE_integer('top_k', 0, 'Draw of the k likeliest tokens; 0: all.')
 flags.DEFINE_float('top_p', 1.0, 'Draw of the likeliest that reach p.')
 flags.DEFINE_integer('sample_seed', 0, 'Of the draws.')
+flags.DEFINE_bool('interpolate', False, 'extrapolation: stretch learned '
+                  'positions past max_len.')
 
 
 def main():

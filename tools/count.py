@@ -66,7 +66,7 @@ def count(config, length: int = 0) -> dict:
   decodes = flops.STACKS[model.arch] != 'encoder'
   return {
       'model': model.arch,
-      'rumoured': model.arch == 'gpt4',
+      'rumoured': model.arch.startswith('gpt4'),
       'parameters': sum(sizes.values()),
       'active_parameters': round(sum(active.values())),
       'by_part': _by_part(sizes),

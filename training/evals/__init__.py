@@ -34,6 +34,7 @@ class Evaluation:
 
 # name: the module whose run(evaluation) does it.
 TASKS = {
+    'extrapolation': 'training.evals.extrapolation',
     'loss': 'training.evals.loss',
     'samples': 'training.evals.samples',
 }
