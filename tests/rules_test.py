@@ -6,6 +6,8 @@ import re
 
 import pytest
 
+from configs import base
+
 ROOT = pathlib.Path(__file__).parents[1]
 ROOMS = (
     'configs', 'architectures/parts', 'architectures', 'training', 'tools',
@@ -99,6 +101,26 @@ def _lines(pattern, skip=()):
           yield f'{_name(path)}:{number}: {line.strip()}'
 
 
+def _fields(config, prefix=''):
+  for name, value in config.items():
+    if hasattr(value, 'items'):
+      yield from _fields(value, f'{prefix}{name}.')
+    else:
+      yield prefix + name, name
+
+
+def test_every_config_field_is_read():
+  # run_config.py only compares fields.
+  text = '\n'.join(
+      p.read_text() for p in SOURCES
+      if not _name(p).startswith(('tests/', 'configs/'))
+      and p.name != 'run_config.py')
+  read = set(re.findall(r'''(?:\.|['"]|\*\*config\.)(\w+)\b''', text))
+  ignored = [path for path, name in _fields(base.base())
+             if name not in read and not path.startswith('checkpoint.')]
+  assert not ignored, ignored
+
+
 def test_no_default_hides_in_code():
   hidden = list(_lines(r'(config|cfg|\bc)\.get\(', skip=('configs/',)))
   assert not hidden, '\n'.join(hidden)
@@ -122,7 +144,8 @@ def test_files_are_short():
 
 def test_every_module_says_what_it_is():
   bare = [_name(p) for p in SOURCES
-          if not ast.get_docstring(ast.parse(p.read_text()))]
+          if p.stat().st_size
+          and not ast.get_docstring(ast.parse(p.read_text()))]
   assert not bare, bare
 
 

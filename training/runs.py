@@ -6,7 +6,6 @@ import math
 import sys
 from typing import Any
 
-from configs import base
 import flax.linen as nn
 import jax
 from jax.sharding import Mesh
@@ -15,9 +14,9 @@ import ml_collections
 import architectures
 from architectures.parts import sharding
 from architectures.parts.config import ModelConfig, one_of, require
-from training import devices
-from training import metrics
-from training import optimizers
+from configs import base
+from configs import sharding as tables
+from training import devices, metrics, optimizers
 from training import state as state_lib
 
 # What may be left at 0 in config.model, and the run fills in.
@@ -52,6 +51,7 @@ def check(config: ml_collections.ConfigDict) -> None:
   for name in ('length', 'batch_size'):
     require(config.data[name] > 0,
             f'data.{name} is {config.data[name]}: it must be > 0')
+  one_of('mesh.rules', config.mesh.rules, tables.RULES)
   optimizers.check(config.optim)
   metrics.check(config.log)
   model = config.model.to_dict()
