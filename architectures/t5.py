@@ -4,7 +4,7 @@
   a   = x + Attention(RMSNorm(x))           scores q k + b[h, bucket(i - j)]
   b   = a + CrossAttention(RMSNorm(a), memory)          in the decoder
   x'  = b + W2 relu(W1 RMSNorm(b))          v1.1: W2 (gelu(Wg x) * W1 x)
-  logits = RMSNorm(x_N) E^T / sqrt(d_model)             v1.1: a matrix of its own
+  logits = RMSNorm(x_N) E^T / sqrt(d_model)            v1.1: a matrix of its own
 
 There is no bias anywhere; scores are not scaled; one table of relative biases
 serves all layers of a stack, and cross-attention has none. Weights are born

@@ -29,14 +29,15 @@ NEUTRAL = re.compile('|'.join((
     'temperature', 'top_k', 'top_p', 'typical_p', 'repetition_penalty',
     'length_penalty', 'no_repeat_ngram_size', 'num_return_sequences',
     'chunk_size_feed_forward', 'n_ctx', 'num_beam_groups', 'bad_words_ids',
-    'diversity_penalty', 'encoder_no_repeat_ngram_size', 'begin_suppress_tokens',
-    'suppress_tokens', 'remove_invalid_values', 'exponential_decay_length_penalty',
-    'pruned_heads', 'tf_legacy_loss', 'cross_attention_hidden_size')))
+    'diversity_penalty', 'encoder_no_repeat_ngram_size',
+    'begin_suppress_tokens', 'suppress_tokens', 'remove_invalid_values',
+    'exponential_decay_length_penalty', 'pruned_heads', 'tf_legacy_loss', 'cross_attention_hidden_size')))
 
 # Fields of ours that say how a model is trained or computed, not what it is.
 RUN_ONLY = re.compile('|'.join((
     'dropout', 'init', 'init_stddev', 'init_scale', 'dtype', 'param_dtype',
-    'scan_layers', 'remat', 'learned_stretch', r'attention_kernel.*', r'rope\.original_len',
+    'scan_layers', 'remat', 'learned_stretch', r'attention_kernel.*',
+    r'rope\.original_len',
     r'moe\.(dispatch|jitter|logit_noise|balance_.*|z_loss_weight'
     r'|expert_dropout|group_size|.*capacity.*)')))
 
