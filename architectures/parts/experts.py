@@ -43,12 +43,15 @@ class Dropout:
   are ordered, and wherever they are computed.
   """
   seed: jax.Array  # uint32 scalar
+  first_row: jax.Array | int = 0  # of this device's assignments
+  first_unit: jax.Array | int = 0  # of this device's hidden units
   rate: float = struct.field(pytree_node=False, default=0.0)
 
-  def mask(self, id_R: jax.Array, units: jax.Array) -> jax.Array:
-    """float32 [R, F]: 0 or 1 / (1 - rate)."""
+  def mask(self, id_R: jax.Array, units: int) -> jax.Array:
+    """float32 [R, units]: 0 or 1 / (1 - rate)."""
+    unit_F = (jnp.arange(units) + self.first_unit).astype(jnp.uint32)
     row_R = mix(id_R.astype(jnp.uint32) ^ self.seed)
-    bits_RF = mix(row_R[:, None] + units[None] * jnp.uint32(0x9e3779b9))
+    bits_RF = mix(row_R[:, None] + unit_F[None] * jnp.uint32(0x9e3779b9))
     keep_RF = bits_RF >= jnp.uint32(int(self.rate * 2 ** 32))
     return keep_RF / (1 - self.rate)
 
@@ -168,10 +171,45 @@ def move(x_TD, r: Routing, row_A, rows: int):
   return take(x_TD, token_R, row_A, r.choices), assignment_R, back
 
 
-def by_einsum(x_TD, r: Routing, w: Weights, kind: str, slots: int,
-              dropout: Optional[Dropout]) -> jax.Array:
+@struct.dataclass
+class Local:
+  """This device's experts, which rows may be handed to in two layouts."""
+  w: Weights
+  dropout: Optional[Dropout]
+  kind: str = struct.field(pytree_node=False)
+  even: int = struct.field(pytree_node=False)  # an expert's rows, evenly
+  experts: int = struct.field(pytree_node=False)  # of all devices
+
+  def padded(self, rows_ECD, id_EC):
+    """C rows an expert, with the ids of their assignments."""
+    mask_ECF = self._mask(id_EC.reshape(-1))
+    if mask_ECF is not None:
+      mask_ECF = mask_ECF.reshape(*id_EC.shape, -1)
+    return batched(rows_ECD, self.w, self.kind, mask_ECF)
+
+  def place(self, expert_A):
+    """(the row of each assignment, how many rows, rows of each expert)."""
+    row_A, count_E = place_sorted(expert_A, self.experts)
+    return row_A, expert_A.shape[0], count_E
+
+  def grouped(self, rows_RD, count_E, id_R):
+    """Rows sorted by expert."""
+    return grouped.ffn(rows_RD, count_E, self.w, self._mask(id_R), self.kind,
+                       self.even)
+
+  def ids(self, assignment_R):
+    """The ids that dropout knows assignments by, on any device."""
+    return assignment_R + (self.dropout.first_row if self.dropout else 0)
+
+  def _mask(self, id_R):
+    if self.dropout is None:
+      return None
+    return self.dropout.mask(id_R, self.w.up_EDF.shape[2])
+
+
+def by_einsum(x_TD, r: Routing, run, slots: int) -> jax.Array:
   """The oracle."""
-  T, E = x_TD.shape[0], w.up_EDF.shape[0]
+  T, E = x_TD.shape[0], r.probs_TE.shape[1]
   slot_A = ranks(r.expert_A, E + 1)
   hot = lambda index, size: jax.nn.one_hot(index, size, dtype=x_TD.dtype)
   hot_AEC = hot(r.expert_A, E)[:, :, None] * hot(slot_A, slots)[:, None]
@@ -179,40 +217,26 @@ def by_einsum(x_TD, r: Routing, w: Weights, kind: str, slots: int,
   dispatch_TEC = jnp.einsum('AT,AEC->TEC', hot_AT, hot_AEC)
   combine_TEC = jnp.einsum('AT,AEC,A->TEC', hot_AT, hot_AEC,
                            r.gate_A.astype(x_TD.dtype))
-  mask_ECF = None
-  if dropout is not None:
-    id_EC = jnp.einsum('AEC,A->EC', hot_AEC.astype(jnp.int32),
-                       jnp.arange(slot_A.shape[0]))
-    mask_ECF = _mask(dropout, id_EC.reshape(-1), w).reshape(E, slots, -1)
+  id_EC = jnp.einsum('AEC,A->EC', hot_AEC.astype(jnp.int32),
+                     run.ids(jnp.arange(slot_A.shape[0])))
   rows_ECD = jnp.einsum('TEC,TD->ECD', dispatch_TEC, x_TD)
-  y_ECD = batched(rows_ECD, w, kind, mask_ECF)
-  return jnp.einsum('TEC,ECD->TD', combine_TEC, y_ECD)
+  return jnp.einsum('TEC,ECD->TD', combine_TEC, run.padded(rows_ECD, id_EC))
 
 
-def by_sorted(x_TD, r: Routing, w: Weights, kind: str, slots: int,
-              dropout: Optional[Dropout]) -> jax.Array:
-  E, D = w.up_EDF.shape[:2]
-  rows_RD, id_R, back = move(
+def by_sorted(x_TD, r: Routing, run, slots: int) -> jax.Array:
+  E, D = r.probs_TE.shape[1], x_TD.shape[1]
+  rows_RD, assignment_R, back = move(
       x_TD, r, place_padded(r.expert_A, E, slots), E * slots)
-  mask_ECF = None
-  if dropout is not None:
-    mask_ECF = _mask(dropout, id_R, w).reshape(E, slots, -1)
-  y_ECD = batched(rows_RD.reshape(E, slots, D), w, kind, mask_ECF)
+  y_ECD = run.padded(rows_RD.reshape(E, slots, D),
+                     run.ids(assignment_R).reshape(E, slots))
   return back(y_ECD.reshape(E * slots, D))
 
 
-def by_dropless(x_TD, r: Routing, w: Weights, kind: str, slots: int,
-                dropout: Optional[Dropout]) -> jax.Array:
+def by_dropless(x_TD, r: Routing, run, slots: int) -> jax.Array:
   del slots  # what has no room is void already
-  E = w.up_EDF.shape[0]
-  row_A, count_E = place_sorted(r.expert_A, E)
-  rows_AD, id_A, back = move(x_TD, r, row_A, row_A.shape[0])
-  mask_AF = None if dropout is None else _mask(dropout, id_A, w)
-  return back(grouped.ffn(rows_AD, count_E, w, mask_AF, kind))
-
-
-def _mask(dropout: Dropout, id_R, w: Weights) -> jax.Array:
-  return dropout.mask(id_R, jnp.arange(w.up_EDF.shape[2], dtype=jnp.uint32))
+  row_A, rows, count_E = run.place(r.expert_A)
+  rows_RD, assignment_R, back = move(x_TD, r, row_A, rows)
+  return back(run.grouped(rows_RD, count_E, run.ids(assignment_R)))
 
 
 WAYS = {

@@ -24,9 +24,9 @@ SIZES = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 7 / 8, 1, 17 / 16, 9 / 8, 5 / 4, 3 / 2, 2)
 LARGEST = 1024
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def ffn(rows_RD: jax.Array, count_E: jax.Array, w: Any, mask_RF, kind: str
-        ) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def ffn(rows_RD: jax.Array, count_E: jax.Array, w: Any, mask_RF, kind: str,
+        even: int) -> jax.Array:
   """FFN_e of each row; rows past the counts are unspecified, but finite.
 
   Args:
@@ -35,18 +35,19 @@ def ffn(rows_RD: jax.Array, count_E: jax.Array, w: Any, mask_RF, kind: str
     w: experts.Weights, in the dtype of the rows.
     mask_RF: multiplies the hidden units, for dropout; or None.
     kind: of the network, a name of ffn.ACTIVATIONS.
+    even: the rows an expert has in even load: the blocks are sized for it.
   """
-  return _forward(rows_RD, count_E, w, mask_RF, kind)[0]
+  return _forward(rows_RD, count_E, w, mask_RF, kind, even)[0]
 
 
-def _ffn_fwd(rows_RD, count_E, w, mask_RF, kind):
-  y_RD, hidden = _forward(rows_RD, count_E, w, mask_RF, kind)
+def _ffn_fwd(rows_RD, count_E, w, mask_RF, kind, even):
+  y_RD, hidden = _forward(rows_RD, count_E, w, mask_RF, kind, even)
   return y_RD, (rows_RD, count_E, w, mask_RF, hidden)
 
 
-def _ffn_bwd(kind, saved, dy_RD):
+def _ffn_bwd(kind, even, saved, dy_RD):
   dx_RD, dw = jax.lax.platform_dependent(
-      *saved, dy_RD, cpu=functools.partial(_blocks_backward, kind),
+      *saved, dy_RD, cpu=functools.partial(_blocks_backward, kind, even),
       default=functools.partial(_ragged_backward, kind))
   return dx_RD, None, dw, None
 
@@ -54,11 +55,11 @@ def _ffn_bwd(kind, saved, dy_RD):
 ffn.defvjp(_ffn_fwd, _ffn_bwd)
 
 
-def _forward(rows_RD, count_E, w, mask_RF, kind):
+def _forward(rows_RD, count_E, w, mask_RF, kind, even):
   """Returns (y_RD, what goes into the activation: (up,) or (up, gate))."""
   return jax.lax.platform_dependent(
       rows_RD, count_E, w, mask_RF,
-      cpu=functools.partial(_blocks_forward, kind),
+      cpu=functools.partial(_blocks_forward, kind, even),
       default=functools.partial(_ragged_forward, kind))
 
 
@@ -120,20 +121,21 @@ def _ragged_backward(kind, rows_RD, count_E, w, mask_RF, pre, dy_RD):
 # Block by block, on CPU.
 
 
-def sizes(rows: int, experts: int) -> tuple[int, ...]:
-  """The static sizes of blocks, ascending: multiples of 8, at most `rows`."""
-  even = min(rows / experts, LARGEST / SIZES[-1])
-  return tuple(sorted({min(rows, -int(-even * s // 8) * 8) for s in SIZES}))
+def sizes(rows: int, even: int) -> tuple[int, ...]:
+  """The static sizes of blocks, ascending: multiples of 16, at most `rows`."""
+  even = min(even, LARGEST / SIZES[-1])
+  return tuple(sorted({min(rows, -int(-even * s // 16) * 16) for s in SIZES}))
 
 
-def _for_blocks(rows: int, count_E: jax.Array, body: Callable, carry):
+def _for_blocks(rows: int, even: int, count_E: jax.Array, body: Callable,
+                carry):
   """carry = body(carry, size, expert, start, first, stop) for every block.
 
   Block: the `size` rows from `start`, of which `first` to `stop` are the
   expert's. An expert has as many blocks of the largest size as it fills, and
   one of the smallest size that holds the rest.
   """
-  choice = sizes(rows, count_E.shape[0])
+  choice = sizes(rows, even)
   largest = choice[-1]
   offset_E = jnp.cumsum(count_E) - count_E
   full_E = count_E // largest
@@ -183,7 +185,7 @@ def _affine(x, m, b):
   return x @ m if b is None else x @ m + b[None]
 
 
-def _blocks_forward(kind, rows_RD, count_E, w, mask_RF):
+def _blocks_forward(kind, even, rows_RD, count_E, w, mask_RF):
   R, F = rows_RD.shape[0], w.up_EDF.shape[2]
 
   def body(carry, size, e, start, first, stop):
@@ -198,10 +200,11 @@ def _blocks_forward(kind, rows_RD, count_E, w, mask_RF):
                   for p_RF, p in zip(pre_RF, pre)))
 
   zeros = tuple(jnp.zeros((R, F), rows_RD.dtype) for _ in _into(w))
-  return _for_blocks(R, count_E, body, (jnp.zeros_like(rows_RD), zeros))
+  return _for_blocks(R, even, count_E, body, (jnp.zeros_like(rows_RD), zeros))
 
 
-def _blocks_backward(kind, rows_RD, count_E, w, mask_RF, pre_RF, dy_RD):
+def _blocks_backward(kind, even, rows_RD, count_E, w, mask_RF, pre_RF,
+                     dy_RD):
 
   def body(carry, size, e, start, first, stop):
     dx_RD, dw = carry
@@ -220,6 +223,6 @@ def _blocks_backward(kind, rows_RD, count_E, w, mask_RF, pre_RF, dy_RD):
             jax.tree.map(lambda a, b: a.at[e].add(b), dw, new))
 
   zeros = jax.tree.map(lambda m: jnp.zeros(m.shape, jnp.float32), w)
-  dx_RD, dw = _for_blocks(rows_RD.shape[0], count_E, body,
+  dx_RD, dw = _for_blocks(rows_RD.shape[0], even, count_E, body,
                           (jnp.zeros_like(rows_RD), zeros))
   return dx_RD, jax.tree.map(lambda d, m: d.astype(m.dtype), dw, w)

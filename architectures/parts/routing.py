@@ -69,8 +69,17 @@ class Routing:
 
 
 def _best(scores_TE: jax.Array, choices: int) -> jax.Array:
-  """The indices of the best experts, int32 [T, X]."""
-  return jax.lax.top_k(jax.lax.stop_gradient(scores_TE), choices)[1]
+  """The indices of the best experts, int32 [T, X].
+
+  Not by `lax.top_k`: on a mesh XLA gathers its operand on every device.
+  """
+  scores_TE, chosen = jax.lax.stop_gradient(scores_TE), []
+  experts_1E = jnp.arange(scores_TE.shape[1])[None]
+  for _ in range(choices):
+    chosen.append(jnp.argmax(scores_TE, 1))
+    scores_TE = jnp.where(experts_1E == chosen[-1][:, None], -jnp.inf,
+                          scores_TE)
+  return jnp.stack(chosen, 1)
 
 
 def _routing(expert_TX, gate_TX, probs_TE, valid_T) -> Routing:
@@ -169,7 +178,8 @@ def expert_choice(m: MoEConfig, x: Inputs) -> Routing:
   probs_TE = jax.nn.softmax(x.logits_TE, -1)
   score_GES = jnp.where(x.valid_T[:, None], probs_TE, NOWHERE).reshape(
       G, S, E).swapaxes(1, 2)
-  gate_GEC, token_GEC = jax.lax.top_k(score_GES, taken)
+  token_GEC = jnp.argsort(jax.lax.stop_gradient(-score_GES))[..., :taken]
+  gate_GEC = jnp.take_along_axis(score_GES, token_GEC, 2)
   expert_GEC = jnp.broadcast_to(jnp.arange(E)[None, :, None], token_GEC.shape)
   expert_GEC = jnp.where(gate_GEC > 0, expert_GEC, E)
   gate_GEC = jnp.maximum(gate_GEC, 0.0)

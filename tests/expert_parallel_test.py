@@ -1,0 +1,156 @@
+"""Experts over a mesh: the same numbers as one device, by all-to-all alone."""
+
+import math
+import re
+
+from configs import base
+from configs import sharding as tables
+import flax.linen as nn
+import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from architectures.parts import config as model_config
+from architectures.parts import dispatch
+from architectures.parts import sharding
+from architectures.parts.attention import Context
+from architectures.parts.moe import MoE
+
+B, L, D, F, E, X = 8, 8, 16, 32, 8, 2
+BATCH = ('data', 'fsdp', 'expert')
+
+
+def config(**moe):
+  fields = base.base().model
+  fields.update(d_model=D, d_ff=F, num_heads=2, num_layers=1, vocab_size=11,
+                max_len=L, ffn='moe')
+  fields.moe.update(dict(num_experts=E, top_k=X) | moe)
+  return model_config.make(fields)
+
+
+def mesh_of(shape):
+  return jax.make_mesh(tuple(shape.values()), tuple(shape),
+                       axis_types=(AxisType.Auto,) * len(shape))
+
+
+def setup(c):
+  """Returns (loss(params, x) -> (loss, aux), params, x, their specs)."""
+  module, key = MoE(c), jax.random.key(0)
+  ctx = Context(jnp.arange(L)[None], deterministic=False,
+                segment_ids_BL=jnp.ones((B, L), int).at[3, 5:].set(0))
+  x_BLD = jax.random.normal(key, (B, L, D))
+  rngs = {name: key for name in ('params', 'router', 'dropout')}
+  boxed = module.init(rngs, x_BLD, ctx)
+  params = jax.tree.map(lambda p: 20 * p + 0.1, nn.meta.unbox(boxed))
+
+  def loss(params, x_BLD):
+    y_BLD, aux = module.apply(params, x_BLD, ctx, rngs=rngs)
+    wave = jnp.cos(jnp.arange(D, dtype=jnp.float32))[None, None]
+    return (y_BLD * wave).sum() + sum(aux['losses'].values()), aux
+
+  return loss, params, x_BLD, nn.get_partition_spec(boxed)
+
+
+def compile_on(shape, c):
+  """Returns (compiled value and gradients, its arguments on the mesh)."""
+  loss, params, x_BLD, logical = setup(c)
+  mesh = mesh_of(shape)
+  with jax.set_mesh(mesh), sharding.rules('default'):
+    specs = nn.logical_to_mesh(logical)
+    put = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
+    args = (jax.tree.map(put, params, specs), put(x_BLD, PartitionSpec(BATCH)))
+    step = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
+    return step.lower(*args).compile(), args
+
+
+def one_device(c):
+  loss, params, x_BLD, _ = setup(c)
+  return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(params, x_BLD)
+
+
+def assert_equal(got, want, shards):
+  """Losses, gradients and the panel; only shard_imbalance tells the mesh."""
+  (loss, aux), grads = got
+  (want_loss, want_aux), want_grads = want
+  np.testing.assert_allclose(loss, want_loss, rtol=2e-5)
+  load_E = np.array(want_aux['health']['load_E'])
+  want_aux['health'] = want_aux['health'] | {
+      'shard_imbalance': shards * load_E.reshape(shards, -1).sum(1).max()}
+  for a, b in zip(jax.tree.leaves((aux, grads)),
+                  jax.tree.leaves((want_aux, want_grads)), strict=True):
+    np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5 * np.abs(b).max())
+
+
+COMMON = dict(capacity_factor=1.0, eval_capacity_factor=1.0, expert_dropout=0.1,
+              z_loss_weight=0.1)
+
+
+@pytest.fixture(scope='module')
+def reference():
+  want = one_device(config(dispatch='sorted', **COMMON))
+  assert want[0][1]['health']['dropped'] > 0  # so that drops are compared too
+  return want
+
+
+def collectives(hlo: str, kind: str):
+  """Yields (dtype, elements, groups of devices) of each one in the text."""
+  for line in hlo.splitlines():
+    found = re.search(rf' = (.*?) {kind}(?:-start)?\(', line)
+    if not found:
+      continue
+    shapes = re.findall(r'(\w+)\[([\d,]*)\]', found[1])
+    count = sum(math.prod(int(d) for d in s.split(',') if d)
+                for _, s in shapes)
+    yield shapes[0][0], count, groups(line)
+
+
+def groups(line: str) -> np.ndarray:
+  """The devices of each replica group, [groups, devices], in any syntax."""
+  ints = lambda text: [int(i) for i in text.split(',')]
+  iota = re.search(
+      r'replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', line)
+  if iota:
+    ids = np.arange(math.prod(ints(iota[2]))).reshape(ints(iota[2]))
+    return ids.transpose(ints(iota[3]) if iota[3] else None).reshape(
+        ints(iota[1]))
+  mesh = re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line)
+  if mesh:
+    sizes = {k: int(v) for k, v in re.findall(r"('\w+')=(\d+)", mesh[1])}
+    inner = [i for i, k in enumerate(sizes) if k in mesh[2].split(',')]
+    ids = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
+    ids = np.moveaxis(ids, inner, range(-len(inner), 0))
+    return ids.reshape(-1, math.prod(ids.shape[-len(inner):]))
+  text = re.search(r'replica_groups=\{(\{.*?\})\}', line)[1]
+  return np.array([ints(g) for g in re.findall(r'\{([\d,]+)\}', text)])
+
+
+def along(members: np.ndarray, shape: dict, axis: str) -> bool:
+  """Whether devices of one group differ along a mesh axis."""
+  place = np.unravel_index(members, tuple(shape.values()))[
+      list(shape).index(axis)]
+  return bool((place != place[:, :1]).any())
+
+
+@pytest.mark.parametrize('way', ['einsum', 'sorted', 'dropless'])
+@pytest.mark.parametrize('preset', list(tables.PRESETS))
+def test_equals_one_device_by_all_to_all(preset, way, reference):
+  shape = tables.PRESETS[preset]
+  step, args = compile_on(shape, config(dispatch=way, **COMMON))
+  assert_equal(step(*args), reference, shape['expert'])
+  hlo = step.as_text()
+  crossings = [c for c in collectives(hlo, 'all-to-all')
+               if c[0] == 'f32' and along(c[2], shape, 'expert')]
+  assert len(crossings) == (4 if shape['expert'] > 1 else 0)
+  for dtype, _, members in collectives(hlo, 'all-gather'):
+    # Counts, for the capacity, are integers; nothing else goes to everybody.
+    assert dtype != 'f32' or not along(members, shape, 'expert')
+  if shape['expert'] > 1:
+    n, shards = shape['expert'], math.prod(shape[a] for a in BATCH)
+    tokens = B * L // shards
+    slots = min(tokens, B * L * X // E)
+    rows = (n * min(X, E // n) if way == 'dropless' else E * slots / tokens)
+    formula = rows * D * 4 * (n - 1) / n  # of parts/dispatch.py, a token
+    for _, elements, _ in crossings:
+      assert 4 * elements * (n - 1) / n == formula * tokens
