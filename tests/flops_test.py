@@ -66,6 +66,16 @@ def test_the_formula_is_what_a_forward_pass_multiplies(fields, monkeypatch):
       sum(parts.values()) - parts['head'])
 
 
+@pytest.mark.parametrize('arch', architectures.ARCHITECTURES)
+def test_the_formula_of_every_architecture(arch, monkeypatch):
+  monkeypatch.setattr(flops, 'mean_keys', lambda kind, window, length: length)
+  config = model(arch=arch)
+  both = flops.STACKS[arch] == 'encoder-decoder'
+  parts = flops.forward_flops(config, LENGTH, LENGTH if both else 0)
+  everything = lambda out: (out.logits, out.extra)
+  assert traced(config, everything) == sum(parts.values())
+
+
 @pytest.mark.parametrize('kind', [
     LayerKind('global', 'gelu', causal=True),
     LayerKind('global', 'gelu', causal=False),
@@ -135,7 +145,7 @@ def test_gpt3_as_published():
 @pytest.mark.parametrize('call, words', [
     (lambda: flops.forward_flops(model(), 8, 4), 'decoder_length is 4'),
     (lambda: flops.forward_flops(model(arch='t5'), 8), 'decoder_length is 0'),
-    (lambda: flops.forward_flops(model(arch='gtp'), 8), "Did you mean 'gpt'"),
+    (lambda: flops.forward_flops(model(arch='gtp'), 8), 'unknown model.arch'),
     (lambda: flops.decode_flops(model(arch='bert'), 8), 'no decoder'),
     (lambda: flops.decode_flops(model(arch='t5'), 8), 'memory is 0'),
 ])
@@ -144,8 +154,16 @@ def test_what_has_no_meaning_is_refused(call, words):
     call()
 
 
-def test_every_architecture_has_a_formula():
-  assert set(architectures.ARCHITECTURES) <= set(flops.STACKS)
+def test_routers_by_hand():
+  """A hash has no weight; expert choice takes by capacity, not by top_k."""
+  moe = dict(num_experts=4, top_k=2, d_ff=16)
+  of = lambda **fields: flops.forward_flops(
+      model(ffn='moe', moe=moe | fields), 10)
+  plain = of()
+  assert of(router='hash')['router'] == 0 < plain['router']
+  assert of(router='expert_choice')['experts'] == plain['experts']
+  assert of(router='expert_choice', capacity_factor=1.5)['experts'] == (
+      1.5 * plain['experts'])
 
 
 class Device:

@@ -25,9 +25,10 @@ def params(dtype=jnp.float32):
       'layers': {'block_0': {
           'attention': {'query': (2, 128, 4, 40), 'query_bias': (2, 4, 40),
                         'out': (2, 4, 40, 128)},
-          'moe': {'experts': {'up': (2, 3, 128, 136)}},
           'ffn': {'up': (2, 128, 256)},
-          'norm': {'scale': (2, 128)}}},
+          'norm': {'scale': (2, 128)}},
+                 'block_1': {'ffn': {'up': (2, 3, 128, 136),
+                                     'up_bias': (2, 3, 136)}}},
       'head': {'kernel': (128, 160)},
   }
   keys = iter(jax.random.split(jax.random.key(0), 99))
@@ -224,7 +225,7 @@ def test_muon_orthogonalises_each_layer_with_its_heads_joined():
   block = updates['layers']['block_0']
   for u, shape in ((block['attention']['query'], (2, 128, 160)),
                    (block['attention']['out'], (2, 160, 128)),
-                   (block['moe']['experts']['up'], (6, 128, 136)),
+                   (updates['layers']['block_1']['ffn']['up'], (6, 128, 136)),
                    (block['ffn']['up'], (2, 128, 256))):
     u = np.asarray(u).reshape(shape)
     size = 0.2 * max(shape[1:])**0.5
@@ -259,7 +260,8 @@ def test_axes_as_a_picture():
       'layers/block_0/attention/query': ((0,), (1,), (2, 3)),
       'layers/block_0/attention/query_bias': ((0,), (1, 2), ()),
       'layers/block_0/attention/out': ((0,), (1, 2), (3,)),
-      'layers/block_0/moe/experts/up': ((0, 1), (2,), (3,)),
+      'layers/block_1/ffn/up': ((0, 1), (2,), (3,)),
+      'layers/block_1/ffn/up_bias': ((0, 1), (2,), ()),
       'layers/block_0/ffn/up': ((0,), (1,), (2,)),
       'layers/block_0/norm/scale': ((0,), (1,), ()),
       'head/kernel': ((), (0,), (1,)),
@@ -363,7 +365,9 @@ def test_every_optimiser_fits_a_linear_map(name, lr):
 @pytest.mark.parametrize('fields', [
     dict(),
     dict(ffn='swiglu', tie_embeddings=False, qk_norm=True, logits_bias=True,
-         attention_sinks=True, position='relative', num_kv_heads=2)])
+         attention_sinks=True, position='relative', num_kv_heads=2),
+    dict(ffn='moe', moe=dict(router='sigmoid', shared_experts=1, every=2,
+                             ffn='swiglu'))])
 def test_a_models_own_axis_names_agree(arch, fields):
   """What a path says of its axes is what the model says of them."""
   config = base.base().model

@@ -4,11 +4,13 @@ A product of [a, b] and [b, c] is 2abc. Only products count. A causal query at
 position i attends to its i + 1 keys, a banded one to its window, so attention
 is counted as the mask has it, and the work that an implementation wastes on
 masked keys, padding, idle expert slots or recomputation lowers utilisation
-(MFU, Chowdhery et al. 2022, appendix B; theirs counts all keys).
+(MFU, Chowdhery et al. 2022, appendix B; theirs counts all keys). A token
+counts with the experts that its router chooses, whether or not they have room.
 A backward pass costs twice the forward: the gradient of both factors.
 """
 
 import architectures
+from architectures.parts import routing
 from architectures.parts.config import DENSE_FFNS, LayerKind, one_of, require
 
 # What an architecture stacks: decoder (causal), encoder, or both.
@@ -18,7 +20,7 @@ STACKS = {
     'bloom': 'decoder',
     'llama': 'decoder',
     'mixtral': 'decoder',
-    'gpt4': 'decoder',
+    'gpt4-rumoured': 'decoder',
     'bert': 'encoder',
     'transformer': 'encoder-decoder',
     't5': 'encoder-decoder',
@@ -49,8 +51,11 @@ def forward_flops(model, length: int,
                decoder_length, length),
         {'head': _head(c, decoder_length)})
   causal = stacks == 'decoder'
+  head = _head(c, length)
+  if c.arch == 'bert':  # the transform, the pooler, and the next sentence
+    head += 2.0 * c.d_model * (c.d_model * (length + 1) + 2)
   return _sum(_stack(c, c.layer_pattern(causal=causal), c.num_layers, length),
-              {'head': _head(c, length)})
+              {'head': head})
 
 
 def forward_flops_per_token(model, length: int,
@@ -126,10 +131,14 @@ def _ffn(c, kind, tokens):
   if kind.ffn != 'moe':
     return {'ffn': tokens * _dense(kind.ffn, c.d_model, c.d_ff)}
   m = c.moe
-  active = m.top_k + m.shared_experts
+  active = m.top_k
+  if m.router == 'expert_choice':  # as many as the experts take
+    active = min(active * (m.capacity_factor or 1.0), m.num_experts)
+  active += m.shared_experts
+  _, has_weight = routing.ROUTERS[m.router]
   return {
       'experts': tokens * active * _dense(m.ffn, c.d_model, m.d_ff),
-      'router': 2.0 * tokens * c.d_model * m.num_experts,
+      'router': 2.0 * tokens * c.d_model * m.num_experts * has_weight,
   }
 
 

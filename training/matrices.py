@@ -27,21 +27,23 @@ class Axes(NamedTuple):
             math.prod(shape[i] for i in self.outputs))
 
 
-# How many of a parameter's own axes (after layers and experts) are inputs;
-# 0: it is no matrix, but a vector or a table of biases.
-_INPUT_AXES = (
-    ('.*(bias|scale|sink).*', 0),
-    ('.*attention/out', 2),  # H, K -> D
-    ('.*', 1),
+# How many of a parameter's axes are inputs and outputs, counted from its end;
+# those before them are the batch. No outputs: a vector or a table of biases.
+_RANKS = (
+    ('.*/(query|key|value)_bias', (2, 0)),  # H, K
+    ('.*relative_bias/table', (2, 0)),  # buckets, H
+    ('.*(bias|scale|sink)', (1, 0)),
+    ('.*attention/(query|key|value)', (1, 2)),  # D -> H, K
+    ('.*attention/out', (2, 1)),  # H, K -> D
+    ('.*', (1, 1)),
 )
 
 
 def axes(path: str, ndim: int) -> Axes:
   """Returns the roles of the axes of the parameter at `path`."""
-  parts = path.split('/')
-  batch = ('layers' in parts) + ('experts' in parts)
-  inputs = paths.first_match(_INPUT_AXES, path, 'matrices._INPUT_AXES')
-  if ndim - batch < 2 or not inputs:
-    inputs = ndim - batch
-  return Axes(tuple(range(batch)), tuple(range(batch, batch + inputs)),
-              tuple(range(batch + inputs, ndim)))
+  inputs, outputs = paths.first_match(_RANKS, path, 'matrices._RANKS')
+  if ndim < inputs + outputs:  # a vector, whatever its name
+    inputs, outputs = ndim, 0
+  split = ndim - outputs
+  return Axes(tuple(range(split - inputs)),
+              tuple(range(split - inputs, split)), tuple(range(split, ndim)))

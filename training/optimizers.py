@@ -93,7 +93,7 @@ READS = {
 # Which matrices Muon takes; what is not a matrix goes by Adam in any case.
 _MUON = (
     ('.*(embed|router|norm).*', 'adam'),
-    ('(.*/)?head/.*', 'adam'),
+    ('head/.*|nsp', 'adam'),
     ('.*', 'muon'),
 )
 
