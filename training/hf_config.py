@@ -31,7 +31,8 @@ NEUTRAL = re.compile('|'.join((
     'chunk_size_feed_forward', 'n_ctx', 'num_beam_groups', 'bad_words_ids',
     'diversity_penalty', 'encoder_no_repeat_ngram_size',
     'begin_suppress_tokens', 'suppress_tokens', 'remove_invalid_values',
-    'exponential_decay_length_penalty', 'pruned_heads', 'tf_legacy_loss', 'cross_attention_hidden_size')))
+    'exponential_decay_length_penalty', 'pruned_heads', 'tf_legacy_loss',
+    'cross_attention_hidden_size')))
 
 # Fields of ours that say how a model is trained or computed, not what it is.
 RUN_ONLY = re.compile('|'.join((
