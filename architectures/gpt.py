@@ -13,6 +13,7 @@ give the band's width; configs/gpt.py says which is taken.
 Residual projections start smaller by 1/sqrt(2N) (GPT-2, section 2.3).
 """
 
+from architectures.parts import hf as common
 from architectures.parts.skeletons import Decoder
 
 
@@ -21,7 +22,7 @@ class GPT(Decoder):
 
 
 HF_MODEL = 'gpt2', 'GPT2LMHeadModel'
-HF_PREFIX = 'transformer.'
+HF_SPELLINGS = (('transformer.', ''),)
 HF_TIED = {'lm_head.weight': 'transformer.wte.weight'}
 HF_IGNORED = (r'(transformer\.)?h\.\d+\.attn\.(masked_)?bias',)  # causal masks
 HF_NAMES = (
@@ -54,8 +55,6 @@ HF_NAMES = (
     ('decoder/final_norm/bias', 'D', 'transformer.ln_f.bias', 'D'),
     ('head/kernel', 'DV', 'lm_head.weight', 'V D'),
 )
-FFNS = {'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh',
-        'gelu': 'gelu', 'relu': 'relu'}
 
 
 def from_hf_config(hf) -> dict:
@@ -69,7 +68,7 @@ def from_hf_config(hf) -> dict:
       num_heads=hf('n_head', 12), d_ff=hf('n_inner', 4 * d_model),
       vocab_size=hf('vocab_size', 50257), max_len=hf('n_positions', 1024),
       norm_eps=hf('layer_norm_epsilon', 1e-5),
-      ffn=hf.choose('activation_function', 'gelu_new', FFNS),
+      ffn=hf.choose('activation_function', 'gelu_new', common.FFNS),
       tie_embeddings=hf('tie_word_embeddings', True))
 
 
@@ -79,5 +78,4 @@ def to_hf_config(c) -> dict:
       n_embd=c.d_model, n_layer=c.num_layers, n_head=c.num_heads,
       n_inner=c.d_ff, vocab_size=c.vocab_size, n_positions=c.max_len,
       layer_norm_epsilon=c.norm_eps, tie_word_embeddings=c.tie_embeddings,
-      activation_function=next(
-          (theirs for theirs, ours in FFNS.items() if ours == c.ffn), c.ffn))
+      activation_function=common.theirs(common.FFNS, c.ffn))

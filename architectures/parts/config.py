@@ -249,6 +249,9 @@ def _validate(c: ModelConfig) -> None:
           f'model.rope.fraction {c.rope.fraction} of model.head_dim '
           f'{c.head_dim} is {rotary_dim(c)}: rotary positions turn pairs, so '
           'it must be even')
+  require(c.rope.scaling != 'ntk' or rotary_dim(c) > 2,
+          f'model.rope.scaling is ntk, but only {rotary_dim(c)} features of a '
+          'head are rotated: it needs 4 or more')
   require(c.position not in ('sinusoidal',) or c.d_model % 2 == 0,
           f'model.d_model is {c.d_model}: sinusoidal positions need it even')
   require(c.learned_stretch >= 1,

@@ -23,6 +23,9 @@ class System(NamedTuple):
 
 
 NO_IDS = dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)
+# A head wide enough that its waves are some scaled, some kept.
+ROPE = dict(num_hidden_layers=1, num_attention_heads=2, head_dim=16,
+            num_key_value_heads=1)
 
 SYSTEMS = {
     'gpt': System(
@@ -36,7 +39,138 @@ SYSTEMS = {
                            activation_function='gelu',
                            layer_norm_epsilon=1e-3),
         }),
+    'llama': System(
+        'LlamaConfig', 'LlamaForCausalLM', 'decoder',
+        dict(vocab_size=61, hidden_size=16, intermediate_size=24,
+             num_attention_heads=4, num_hidden_layers=2,
+             max_position_embeddings=80, **NO_IDS),
+        {
+            'grouped': dict(num_key_value_heads=2),
+            'odd_heads': dict(hidden_size=18, num_attention_heads=3,
+                              num_key_value_heads=1, head_dim=8,
+                              rms_norm_eps=1e-4),
+            'biases': dict(attention_bias=True, mlp_bias=True,
+                           tie_word_embeddings=True, num_hidden_layers=1),
+            'linear': dict(ROPE, rope_parameters=dict(
+                rope_type='linear', rope_theta=1e4, factor=2.5)),
+            'llama3': dict(ROPE, rope_parameters=dict(
+                rope_type='llama3', rope_theta=5e5, factor=8.0,
+                low_freq_factor=1.0, high_freq_factor=4.0,
+                original_max_position_embeddings=20)),
+            'yarn': dict(ROPE, rope_parameters=dict(
+                rope_type='yarn', rope_theta=1e4, factor=4.0,
+                original_max_position_embeddings=20)),
+        }),
+    'gpt_neox': System(
+        'GPTNeoXConfig', 'GPTNeoXForCausalLM', 'decoder',
+        dict(vocab_size=61, hidden_size=32, intermediate_size=24,
+             num_attention_heads=4, num_hidden_layers=2,
+             max_position_embeddings=80, **NO_IDS),
+        {
+            'quarter': {},
+            'pre_norm': dict(use_parallel_residual=False, hidden_size=24,
+                             num_attention_heads=3, hidden_act='gelu_fast',
+                             num_hidden_layers=1, rope_parameters=dict(
+                                 rope_type='default', rope_theta=1e3,
+                                 partial_rotary_factor=1.0)),
+        }),
+    'bloom': System(
+        'BloomConfig', 'BloomForCausalLM', 'decoder',
+        dict(vocab_size=61, hidden_size=16, n_head=4, n_layer=2, **NO_IDS),
+        {
+            'plain': {},
+            'odd_heads': dict(hidden_size=20, n_head=5, n_layer=1,
+                              tie_word_embeddings=False),
+        }),
+    'mixtral': System(
+        'MixtralConfig', 'MixtralForCausalLM', 'decoder',
+        dict(vocab_size=61, hidden_size=16, intermediate_size=20,
+             num_attention_heads=4, num_key_value_heads=2,
+             num_hidden_layers=2, num_local_experts=4,
+             max_position_embeddings=80, output_router_logits=True,
+             **NO_IDS),
+        {
+            'plain': {},
+            'window': dict(sliding_window=5, num_local_experts=5,
+                           num_experts_per_tok=3, num_hidden_layers=1,
+                           tie_word_embeddings=True),
+        }),
+    'transformer': System(
+        'MarianConfig', 'MarianMTModel', 'encoder_decoder',
+        dict(vocab_size=61, d_model=20, encoder_ffn_dim=28, decoder_ffn_dim=28,
+             encoder_attention_heads=4, decoder_attention_heads=4,
+             encoder_layers=2, decoder_layers=2, max_position_embeddings=80,
+             activation_function='relu', scale_embedding=True,
+             pad_token_id=0, decoder_start_token_id=3, eos_token_id=None,
+             forced_eos_token_id=None),
+        {
+            'plain': {},
+            'odd_heads': dict(encoder_attention_heads=5, encoder_layers=1,
+                              decoder_attention_heads=5, decoder_layers=3,
+                              activation_function='gelu',
+                              scale_embedding=False),
+        }),
+    't5': System(
+        'T5Config', 'T5ForConditionalGeneration', 'encoder_decoder',
+        dict(vocab_size=61, d_model=20, d_kv=6, d_ff=28, num_layers=2,
+             num_decoder_layers=2, num_heads=4,
+             relative_attention_num_buckets=8,
+             relative_attention_max_distance=20, pad_token_id=0,
+             decoder_start_token_id=3, eos_token_id=None),
+        {
+            'plain': {},
+            'v1.1': dict(feed_forward_proj='gated-gelu', num_heads=3,
+                         num_layers=1, num_decoder_layers=3,
+                         layer_norm_epsilon=1e-4, tie_word_embeddings=False),
+        }),
+    'switch': System(
+        'SwitchTransformersConfig',
+        'SwitchTransformersForConditionalGeneration', 'encoder_decoder',
+        dict(vocab_size=61, d_model=16, d_kv=6, d_ff=20, num_layers=2,
+             num_decoder_layers=2, num_sparse_encoder_layers=1,
+             num_sparse_decoder_layers=1, num_heads=2, num_experts=3,
+             relative_attention_num_buckets=8,
+             relative_attention_max_distance=20, pad_token_id=0,
+             decoder_start_token_id=3, eos_token_id=None),
+        {
+            'plain': {},
+            'all_layers': dict(num_sparse_encoder_layers=2,
+                               num_sparse_decoder_layers=2, num_experts=4,
+                               dense_act_fn='gelu_new'),
+            # Two tokens of a sequence of twelve go to an expert.
+            'capacity': dict(expert_capacity=2, moe_group_size=12),
+        }),
+    'gshard': System(
+        'NllbMoeConfig', 'NllbMoeForConditionalGeneration', 'encoder_decoder',
+        dict(vocab_size=61, d_model=16, encoder_ffn_dim=20, decoder_ffn_dim=20,
+             encoder_attention_heads=2, decoder_attention_heads=2,
+             encoder_layers=2, decoder_layers=2, encoder_sparse_step=2,
+             decoder_sparse_step=2, num_experts=3, max_position_embeddings=80,
+             moe_token_dropout=0.0, pad_token_id=1, decoder_start_token_id=3,
+             eos_token_id=None),
+        {
+            'plain': {},
+            'all_layers': dict(encoder_sparse_step=1, decoder_sparse_step=1,
+                               num_experts=4, scale_embedding=False),
+            # A quarter of the tokens of the batch go to an expert.
+            'capacity': dict(moe_eval_capacity_token_fraction=0.25,
+                             normalize_router_prob_before_dropping=True),
+        }),
+    'bert': System(
+        'BertConfig', 'BertForPreTraining', 'bert',
+        dict(vocab_size=61, hidden_size=20, intermediate_size=32,
+             num_attention_heads=4, num_hidden_layers=2,
+             max_position_embeddings=16, pad_token_id=None),
+        {
+            'plain': {},
+            'odd_heads': dict(num_attention_heads=5, type_vocab_size=3,
+                              hidden_act='relu', num_hidden_layers=3),
+        }),
 }
+
+
+# Where a capacity counts the tokens of a batch, one by one is another batch.
+NO_GREEDY = (('switch', 'capacity'), ('gshard', 'capacity'))
 
 
 def all_cases() -> list[tuple[str, str]]:

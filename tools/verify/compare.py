@@ -15,7 +15,7 @@ from training import paths
 from training import weights
 
 NEW_TOKENS = 64
-LIMITS = dict(output=1e-5, grads=1e-4, layer=1e-5, greedy=0.0, export=0.0)
+LIMITS = dict(output=1e-5, grads=1e-4, layer=1e-5, greedy=0.0, export=1e-6)
 
 
 class Finding(NamedTuple):
@@ -70,9 +70,15 @@ def check(recording: Recording) -> list[Finding]:
 def inputs(kind: str, config: dict) -> dict[str, np.ndarray]:
   """Returns what goes into a model: tokens, and which of them are padding."""
   random = np.random.RandomState(0)
-  tokens = random.randint(1, config['vocab_size'], (3, 12)).astype(np.int32)
+  first = 2 if kind == 'encoder_decoder' else 1  # what is padding there
+  tokens = random.randint(first, config['vocab_size'], (3, 12)).astype(
+      np.int32)
   mask = (np.arange(12) < np.array([[12], [7], [12]])).astype(np.int32)
   made = dict(tokens=tokens, mask=mask)
+  if kind == 'encoder_decoder':
+    made['decoder_tokens'] = tokens[::-1, ::-1].copy()
+    made['decoder_mask'] = mask[::-1].copy()
+    made['decoder_mask'][:, 11] = 0
   if kind == 'bert':
     made['types'] = (np.arange(12) >= np.array([[5], [3], [9]])).astype(
         np.int32) % config['type_vocab_size']
@@ -123,10 +129,16 @@ def _greedy(module, params, recording: Recording) -> float:
   longest = max(len(p) for p in found.values())
   padded = np.stack([np.pad(p, (0, longest - len(p))) for p in found.values()])
   lengths = np.array([len(p) for p in found.values()])
+  padded, lengths, sources = jnp.asarray(padded), jnp.asarray(lengths), {}
+  if recording.kind == 'encoder_decoder':
+    sources = dict(source_BM=padded, source_lengths_B=lengths)
+    padded = jnp.full((len(found), 1),
+                      recording.config['decoder_start_token_id'])
+    lengths = jnp.ones_like(lengths)
   new = generate.generate(
-      module, params, jnp.asarray(padded), jnp.asarray(lengths),
-      jax.random.key(0), max_new_tokens=NEW_TOKENS,
-      sampling=generate.Sampling(temperature=0))
+      module, params, padded, lengths, jax.random.key(0),
+      max_new_tokens=NEW_TOKENS, sampling=generate.Sampling(temperature=0),
+      **sources)
   wrong = [np.asarray(new[i]) != recording.greedy[row]
            for i, row in enumerate(found)]
   return float(np.mean(wrong))
@@ -136,10 +148,45 @@ def _decoder(module, params, inputs):
   out = module.apply({'params': params}, inputs['tokens'],
                      segment_ids_BL=inputs['mask'], keep_layers=True)
   layers = [*out.aux['layers'][:-1], out.hidden]  # theirs ends normalised
-  return dict(logits=out.logits), layers
+  outputs = dict(logits=out.logits)
+  moe = module.config.moe
+  if out.aux.get('losses'):  # theirs is top_k times ours
+    outputs['balance'] = (out.aux['losses']['balance']
+                          / moe.balance_weight * moe.top_k)
+  return outputs, layers
+
+
+def _bert(module, params, inputs):
+  out = module.apply({'params': params}, inputs['tokens'],
+                     type_ids_BL=inputs['types'],
+                     segment_ids_BL=inputs['mask'], keep_layers=True)
+  return (dict(logits=out.logits, nsp_logits=out.extra['nsp_logits']),
+          list(out.aux['layers']))
+
+
+def _encoder_decoder(module, params, inputs):
+  out = module.apply(
+      {'params': params}, inputs['tokens'], inputs['decoder_tokens'],
+      segment_ids_BM=inputs['mask'],
+      decoder_segment_ids_BL=inputs['decoder_mask'], keep_layers=True)
+  split = module.config.num_layers
+  encoder, decoder = out.aux['layers'][:split], out.aux['layers'][split:]
+  layers = [x * inputs['mask'][..., None] for x in (*encoder[:-1], out.memory)]
+  layers += [*decoder[:-1], out.hidden]  # theirs end normalised
+  outputs = dict(logits=out.logits)
+  moe = module.config.moe
+  if 'losses' in out.aux:
+    losses = out.aux['losses']
+    # GShard's counts as many choices as it makes.
+    outputs['balance'] = losses['balance'] / moe.balance_weight * moe.top_k
+    if 'router_z' in losses:
+      outputs['router_z'] = losses['router_z'] / moe.z_loss_weight
+  return outputs, layers
 
 
 # kind: (module, params, inputs) -> (outputs by name, what each layer returns)
 KINDS = {
     'decoder': _decoder,
+    'bert': _bert,
+    'encoder_decoder': _encoder_decoder,
 }

@@ -7,7 +7,8 @@ import tempfile
 import numpy as np
 
 from tools.verify import compare
-from tools.verify.cases import SYSTEMS
+from tools.verify.cases import NO_GREEDY, SYSTEMS
+from tools.verify.mend import mend
 from tools.verify.recording import HALF, Recording
 from training import hf_files
 
@@ -23,6 +24,7 @@ def run(system: str, case: str, *, greedy: bool = True) -> Recording:
              for name, value in _forward(model, row.kind, inputs).items()}
   layers = _layers(model, row.kind, inputs)
   continued = ({} if not greedy or row.kind == 'bert'
+               or (system, case) in NO_GREEDY
                else _greedy(model, row.kind, inputs))
   loss = compare.objective(
       _forward(model, row.kind, inputs), inputs, torch.as_tensor)
@@ -48,6 +50,7 @@ def build(system: str, case: str):
   config._attn_implementation = 'eager'  # the plain formula
   torch.manual_seed(0)
   model = getattr(transformers, row.model)(config).eval()
+  mend(model)
   half = getattr(torch, np.dtype(HALF).name)
   with torch.no_grad():
     for parameter in model.parameters():
@@ -77,11 +80,52 @@ def _call(model, kind: str, inputs, **kwargs):
 
 def _forward(model, kind: str, inputs):
   """Returns the outputs of compare.KINDS[kind], by name."""
-  out = _call(model, kind, inputs)
+  experts = getattr(model.config, 'num_experts', 0)
+  out = _call(model, kind, inputs,
+              **dict(output_router_logits=True) if experts else {})
+  if kind == 'encoder_decoder' and experts:
+    return dict(logits=out.logits) | _losses(model, out, inputs)
   if kind == 'bert':
     return dict(logits=out.prediction_logits,
                 nsp_logits=out.seq_relationship_logits)
-  return dict(logits=out.logits)
+  if getattr(out, 'router_logits', None) is None:
+    return dict(logits=out.logits)
+  return dict(logits=out.logits, balance=_balance(model, out, inputs))
+
+
+def _losses(model, out, inputs):
+  """Returns the routers' losses of an encoder-decoder: theirs of each layer
+  by itself, over all tokens but padding as one group, summed."""
+  import sys
+
+  import torch
+  theirs = sys.modules[type(model).__module__]
+  found = dict(balance=0.0)
+  for stack, mask in (('encoder', 'mask'), ('decoder', 'decoder_mask')):
+    seen = torch.as_tensor(inputs[mask]).bool().reshape(-1)
+    for logits in getattr(out, f'{stack}_router_logits'):
+      logits = logits.reshape(len(seen), -1)[seen]
+      if hasattr(theirs, 'router_z_loss_func'):  # Switch
+        found['balance'] += theirs.load_balancing_loss_func(
+            logits.softmax(-1)[None], logits.argmax(-1)[None])
+        found['router_z'] = found.get(
+            'router_z', 0.0) + theirs.router_z_loss_func(logits[None])
+      else:
+        found['balance'] += theirs.load_balancing_loss_func(
+            (logits,), model.config.num_experts, 2)
+  return found
+
+
+def _balance(model, out, inputs):
+  """Returns their balancing loss, of each layer by itself, summed."""
+  import sys
+
+  import torch
+  loss = sys.modules[type(model).__module__].load_balancing_loss_func
+  mask = torch.as_tensor(inputs['mask'])
+  return sum(loss((logits,), model.config.num_local_experts,
+                  model.config.num_experts_per_tok, mask)
+             for logits in out.router_logits)
 
 
 def _layers(model, kind: str, inputs) -> list[np.ndarray]:
@@ -89,7 +133,9 @@ def _layers(model, kind: str, inputs) -> list[np.ndarray]:
   with torch.no_grad():
     out = _call(model, kind, inputs, output_hidden_states=True)
   if kind == 'encoder_decoder':
-    states = out.encoder_hidden_states[1:] + out.decoder_hidden_states[1:]
+    mask = torch.as_tensor(inputs['mask'])[..., None]
+    states = [state * mask for state in out.encoder_hidden_states[1:]]
+    states += out.decoder_hidden_states[1:]
   else:
     states = out.hidden_states[1:]
   return [state.numpy() for state in states]
@@ -126,6 +172,7 @@ def loads_our_export(system: str, case: str, folder) -> float:
     raise ValueError(f'{system} {case}: transformers says {wrong}')
   kind = SYSTEMS[system].kind
   inputs = compare.inputs(kind, model.config.to_dict())
+  mend(again)
   with torch.no_grad():
     mine = _forward(again.eval(), kind, inputs)['logits'].numpy()
     theirs = _forward(model, kind, inputs)['logits'].numpy()

@@ -1,0 +1,104 @@
+"""What several pages say alike of a Hugging Face config.json."""
+
+from typing import Any
+
+from architectures.parts import positions
+from architectures.parts.config import ModelConfig, require, rotary_dim
+
+# hidden_act: our ffn. Where two names mean one function, export takes the
+# first. gelu_fast and gelu_new are the same tanh approximation.
+FFNS = {'gelu': 'gelu', 'gelu_new': 'gelu_tanh', 'gelu_fast': 'gelu_tanh',
+        'gelu_pytorch_tanh': 'gelu_tanh', 'relu': 'relu'}
+GATED = {'silu': 'swiglu', 'gelu': 'geglu', 'gelu_new': 'geglu_tanh',
+         'gelu_pytorch_tanh': 'geglu_tanh'}
+SCALINGS = {'default': 'none', 'linear': 'linear', 'llama3': 'llama3',
+            'yarn': 'yarn'}
+
+
+def theirs(choices: dict[str, str], ours: str) -> str:
+  """Returns the first of their names for `ours`.
+
+  Raises:
+    ValueError: naming `ours` where they have none.
+  """
+  names = [name for name, value in choices.items() if value == ours]
+  require(names, f'{ours!r} has no counterpart in this config.json: choose '
+          f'from {", ".join(dict.fromkeys(choices.values()))}')
+  return names[0]
+
+
+def read_rope(hf, *, theta: float = 10000.0, fraction: float = 1.0) -> dict:
+  """Returns model.rope, of a new config.json (rope_parameters) or an old one
+  (rope_theta, rope_scaling, rotary_pct).
+
+  Their 'dynamic' scaling changes all frequencies with the length of the text,
+  also of keys that a cache holds already: refused, `ntk` is its fixed form.
+  """
+  new, old = hf.section('rope_parameters'), hf.section('rope_scaling')
+  r = new if new else old
+  kind = r('rope_type', r('type', 'default'))
+  require(kind != 'dynamic', "config.json has rope_type 'dynamic', which "
+          'changes the positions of cached keys as the text grows: take the '
+          'fixed form, rope_theta times factor ** (dim / (dim - 2))')
+  rope: dict[str, Any] = dict(
+      theta=float(r('rope_theta', hf('rope_theta', hf('rotary_emb_base',
+                                                      theta)))),
+      fraction=float(r('partial_rotary_factor', hf('rotary_pct', fraction))),
+      scaling=r.choose('rope_type', r('type', 'default'), SCALINGS))
+  if rope['scaling'] == 'none':
+    return rope
+  rope['factor'] = float(r('factor', 1.0))
+  if rope['scaling'] == 'llama3':
+    rope.update(low_freq_factor=float(r('low_freq_factor', 1.0)),
+                high_freq_factor=float(r('high_freq_factor', 4.0)))
+  if rope['scaling'] == 'yarn':
+    rope.update(beta_fast=float(r('beta_fast', 32.0)),
+                beta_slow=float(r('beta_slow', 1.0)))
+    r.must(truncate=True, attention_factor=positions.yarn_temperature(
+        rope['factor']))
+    mscale = r('mscale', 0), r('mscale_all_dim', 0)
+    require(not all(mscale), f'config.json has mscale {mscale[0]} and '
+            f'mscale_all_dim {mscale[1]}: YaRN is only known here without')
+  if rope['scaling'] in ('llama3', 'yarn'):
+    rope['original_len'] = int(r(
+        'original_max_position_embeddings',
+        hf('original_max_position_embeddings',
+           hf('max_position_embeddings', 0))))
+  return rope
+
+
+def write_rope(c: ModelConfig) -> dict:
+  """Returns rope_parameters for the config `c`."""
+  r = c.rope
+  require(c.position == 'rope', f'model.position is {c.position!r}: this '
+          "config.json can only say 'rope'")
+  if r.scaling == 'ntk':
+    raise ValueError(
+        "model.rope.scaling is 'ntk', which config.json has not: it is the "
+        'same as scaling none with model.rope.theta '
+        f'{positions.ntk_theta(r, rotary_dim(c))!r}')
+  rope = dict(rope_type=theirs(SCALINGS, r.scaling), rope_theta=r.theta)
+  if r.fraction != 1:
+    rope['partial_rotary_factor'] = r.fraction
+  if r.scaling != 'none':
+    rope['factor'] = r.factor
+  if r.scaling == 'llama3':
+    rope.update(low_freq_factor=r.low_freq_factor,
+                high_freq_factor=r.high_freq_factor)
+  if r.scaling == 'yarn':
+    rope.update(beta_fast=r.beta_fast, beta_slow=r.beta_slow)
+  if r.scaling in ('llama3', 'yarn'):
+    rope['original_max_position_embeddings'] = r.original_len
+  return rope
+
+
+def read_window(hf, default: int = 0) -> dict:
+  """Returns the fields for a sliding window on every layer, or on none."""
+  window = hf('sliding_window', default)
+  return dict(sliding_window=window,
+              attention='banded' if window else 'global')
+
+
+def write_window(c: ModelConfig) -> int | None:
+  """Returns sliding_window, null where all layers see everything."""
+  return c.sliding_window or None
