@@ -1,0 +1,52 @@
+"""BLOOM: `--config configs/bloom.py:SIZE`.
+
+Lab note. Scao et al. 2022, table 3: sizes, batch in tokens and learning rate;
+2,048 tokens, ROOTS in 46 languages, 250,880 entries of vocabulary, Adam b2
+0.95, decay 0.1, clipping 1.0, cosine to 10 % over 410B tokens after 375M of
+warm-up; 341B tokens trained (366B with the last stage); 384 A100 for the
+largest, 3.5 months. Counts are those of the published checkpoints: the two
+called 1b1 and 1b7 have 1.07 and 1.72B. `tiny` trains on 2 CPU cores in about 3
+minutes.
+"""
+
+from configs import base
+
+# d_model, layers, heads, sequences a batch, learning rate.
+ROWS = {
+    '560m': (1024, 24, 16, 256, 3.0e-4),
+    '1b1': (1536, 24, 16, 256, 2.5e-4),
+    '1b7': (2048, 24, 16, 512, 2.0e-4),
+    '3b': (2560, 30, 32, 512, 1.6e-4),
+    '7b1': (4096, 30, 32, 512, 1.2e-4),
+    '176b': (14336, 70, 112, 2048, 6.0e-5),
+}
+
+SIZES = {'tiny': dict(d_model=128, num_layers=4, num_heads=4, max_len=256)} | {
+    name: dict(d_model=d, num_layers=n, num_heads=h, vocab_size=250880,
+               max_len=2048)
+    for name, (d, n, h, _, _) in ROWS.items()}
+
+# Published parameter counts, for tools.count.
+PUBLISHED = {
+    '560m': 559_214_592, '1b1': 1_065_314_304, '1b7': 1_722_408_960,
+    '3b': 3_002_557_440, '7b1': 7_069_016_064, '176b': 176_247_271_424,
+}
+
+
+def get_config(size: str = 'tiny'):
+  c = base.base()
+  size = size or 'tiny'
+  c.model.update(base.sized(size, SIZES))
+  c.model.update(arch='bloom', position='alibi', norm='layernorm',
+                 embed_norm=True, ffn='gelu_tanh', block='pre_norm',
+                 tie_embeddings=True)
+  c.data.length = c.model.max_len
+  if size == 'tiny':
+    return c
+  *_, c.data.batch_size, c.optim.lr = ROWS[size]
+  c.model.dtype = 'bfloat16'
+  c.model.remat = 'full'
+  tokens = c.data.batch_size * c.data.length
+  c.train.steps = int(341e9 / tokens)
+  c.optim.warmup_steps = int(375e6 / tokens)
+  return c
