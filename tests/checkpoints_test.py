@@ -396,6 +396,22 @@ def test_checksum_sees_any_one_element(dtype):
   assert len(sums) == 16
 
 
+def test_checksum_goes_by_parts_and_holds_little(monkeypatch):
+  """In pieces of any size the sum is the same; a CPU needs only one piece."""
+  x = jnp.arange(24 * 128, dtype=jnp.float32).reshape(2, 12, 128)
+  whole = checksums.of({'x': x})
+  for at_once in (1, 128 * 5, 128 * 7):
+    monkeypatch.setattr(checksums, '_AT_ONCE', at_once)
+    checksums._parts.cache_clear()
+    assert checksums.of({'x': x}) == whole
+  monkeypatch.setattr(checksums, '_AT_ONCE', 128)
+  checksums._parts.cache_clear()
+  big = jax.ShapeDtypeStruct((4096, 128), jnp.float32)
+  memory = checksums._parts(None, P()).lower(big).compile().memory_analysis()
+  assert memory.temp_size_in_bytes < 4096 * 128 * 4 // 16
+  checksums._parts.cache_clear()
+
+
 def test_checksum_sees_a_sign_of_zero_a_key_and_an_exchange():
   def of(x):
     return checksums.of({'x': x})['x']
@@ -488,6 +504,7 @@ _PROCESS = '''
     '''
 
 
+@pytest.mark.slow
 @pytest.mark.multihost
 def test_two_processes_save_pass_over_damage_and_one_reads(tmp_path):
   """2 x 4 devices agree on when and on what; 1 x 8 and 1 x 1 read it."""
@@ -533,6 +550,7 @@ _LOOP = '''
     '''
 
 
+@pytest.mark.slow
 def test_kill_9_in_a_save_leaves_a_good_step(tmp_path):
   """Three times, each at its own moment; the store opens on what is left."""
   abstract = _abstract(_mesh(4, 2))
