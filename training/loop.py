@@ -25,10 +25,10 @@ def train(run: runs.Run, state, start: int, train_data, eval_data, saved,
   """
   config = run.config
   steps = config.train.steps
-  tokens = config.data.batch_size * config.data.length
+  sides = _lengths(train_data.batch(start))
+  tokens = config.data.batch_size * sum(sides)
   meter = watch.Meter(
-      tokens, tokens * flops.training_flops_per_token(
-          run.model, config.data.length),
+      tokens, tokens * flops.training_flops_per_token(run.model, *sides),
       peaks.total(run.mesh.devices.flat, run.model.dtype))
   writers = metrics.writers(workdir, config.to_dict(), start,
                             devices.primary())
@@ -104,6 +104,12 @@ def train(run: runs.Run, state, start: int, train_data, eval_data, saved,
   if stop.stop_requested and n < steps and devices.primary():
     print(f'stopped after step {n}, saved: the same command goes on from it.')
   return code
+
+
+def _lengths(batch) -> tuple[int, ...]:
+  """Tokens of a row, the decoder's apart where there is an encoder too."""
+  return tuple(batch[name].shape[1] for name in ('tokens', 'decoder_tokens')
+               if name in batch)
 
 
 def _end_bad(bar, saved, save, n, state, bad) -> int:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+import pathlib
 import sys
 from typing import Any
 
@@ -147,7 +148,35 @@ def restore_or_create(run: Run, saved) -> tuple[state_lib.TrainState, int]:
     return restored.state, restored.record['next_batch']
   with run.context():
     state = state_lib.create(run.module, run.tx, run.abstract, run.config.seed)
+  if run.config.init_from:
+    state = state.replace(params=_initial_params(run))
   return state, 0
+
+
+def _initial_params(run: Run):
+  """Returns the parameters of config.init_from: a workdir's newest
+  checkpoint, or Hugging Face weights; tensors that are skipped are listed."""
+  config = run.config
+  source = pathlib.Path(config.init_from)
+  require(source.exists(), f'init_from is {config.init_from!r}: no such folder '
+          'or file')
+  if (source / 'checkpoints').exists():
+    from training import restoring
+    require(not config.init_partial, 'init_partial is for Hugging Face '
+            f'weights, and init_from {config.init_from!r} is a workdir: '
+            'write it out with python -m tools.convert export')
+    restored = restoring.restore(
+        restoring.directory(source), {'params': run.abstract.params},
+        partial=True)
+    return restored.state['params']
+  from training import hf_files, weights
+  with run.context():
+    loaded = weights.load(
+        run.module, hf_files.Files(source), like=run.abstract.params,
+        partial=config.init_partial, seed=config.seed)
+  for line in loaded.skipped:
+    print(f'skipped: {line}')
+  return loaded.params
 
 
 def for_this_machine(config: ml_collections.ConfigDict
