@@ -9,6 +9,7 @@ Exit code 2: a wrong request; 1: a failure.
 
 import json
 import pathlib
+import sys
 
 from absl import flags
 
@@ -53,6 +54,8 @@ def main():
   restored = restoring.restore(
       restoring.directory(workdir), {'params': run.abstract.params},
       args.step, partial=True)
+  for sentence in restored.damaged:
+    print(f'warning: {sentence}', file=sys.stderr)
   print(f'{workdir}, step {restored.step}')
   figures = {'step': restored.step}
   evaluation = evals.Evaluation(run, restored.state['params'], restored.step,

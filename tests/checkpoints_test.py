@@ -164,6 +164,20 @@ def test_another_mesh_gets_the_same_bits(run, shape):
   assert int(after['step']) == 31
 
 
+def test_the_host_memory_of_reading_is_bounded_by_a_shard():
+  """By the saved shards that a new one overlaps, and 1 GB; never less."""
+  def limit_gb(shape, saved, spec):
+    place = NamedSharding(_mesh(4, 2), spec)
+    x = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)
+    record = {'arrays': {'x': {'shard': saved}}}
+    return restoring._read_limit_gb(record, {'x': x})
+  n = 2**15  # n x n is 4.3 GB
+  assert limit_gb((n, n), [n, n], P()) == 1 + 4
+  assert limit_gb((n, n), [n // 8, n], P('fsdp')) == 1 + 2
+  assert limit_gb((n, n), [n, n], P('fsdp', 'tensor')) == 1 + 4
+  assert limit_gb((64, 64), [8, 64], P('fsdp')) == 1
+
+
 def test_params_alone(run):
   """For evaluation: the optimizer's two thirds are not read."""
   workdir, states = run
