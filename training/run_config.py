@@ -46,6 +46,7 @@ CLASSES: tuple[tuple[str, str | Callable, str], ...] = (
     (r'init_from|init_partial|model\.init(_stddev|_scale)?', OPTIMISATION,
      'read only where a run begins: a resumed run ignores it'),
     (r'objective', INCOMPATIBLE, 'another task, maybe with other heads'),
+    (r'span\..*', OPTIMISATION, 'another difficulty of the task'),
     (r'data\.tokenizer', INCOMPATIBLE, 'token numbers mean something else'),
     (r'data\..*', OPTIMISATION, 'other batches from here on'),
     (r'optim\.name', INCOMPATIBLE, 'another optimizer state'),
@@ -132,17 +133,18 @@ def compare(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict,
   A field that this version of the code no longer has is one as well.
 
   Raises:
-    ValueError: for a field that no row of CLASSES covers.
+    ValueError: for a changed field that no row of CLASSES covers.
   """
   olds = {**flatten(old), **(old_derived or {})}
   news = {**flatten(new), **(new_derived or {})}
   changes = []
   for name in dict.fromkeys([*olds, *news]):
     before, after = olds.get(name, MISSING), news.get(name, MISSING)
+    if type(before) is type(after) and before == after:
+      continue
     kind, why = (classify(name, olds, news) if name in news else
                  (OPTIMISATION, 'this version has no such field'))
-    if type(before) is not type(after) or before != after:
-      changes.append(Change(name, before, after, kind, why))
+    changes.append(Change(name, before, after, kind, why))
   order = (INCOMPATIBLE, OPTIMISATION, SAFE)
   return sorted(changes, key=lambda change: order.index(change.kind))
 
