@@ -6,10 +6,11 @@ their feed-forward networks, two chosen for a token, about 55B shared for
 attention, 280B at work for a token, 13T tokens, 8,192 of them in a sequence,
 batch of 60M tokens. Worked back from it: 111B / 120 layers = 8 d_model^2
 gives d_model 10,752 (84 heads of 128, d_ff 4 d_model); attention of
-4 d_model^2 is then 55.5B, as told. The rumour also says multi-query attention, which would need
-only 28B: the two contradict each other, and full heads are taken. The
-vocabulary is that of the published tokenizer, 100,277. Counts agree with the
-rumour to 2 % because they were fitted to it; they are no evidence.
+4 d_model^2 is then 55.5B, as told. The rumour also says multi-query
+attention, which would need only 28B: the two contradict each other, and full
+heads are taken. The vocabulary is that of the published tokenizer, 100,277.
+Counts agree with the rumour to 2 % because they were fitted to it; they are
+no evidence.
 `tiny` trains on 2 CPU cores in about 5 minutes.
 """
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from training import packing
+from training import conversations, masking, packing
 
 
 class Example(NamedTuple):
@@ -46,6 +46,28 @@ def causal(window: packing.Window, rng: np.random.Generator, config,
   return example
 
 
+def prefix(window: packing.Window, rng: np.random.Generator, config,
+           tokenizer) -> dict[str, np.ndarray]:
+  """Prefix LM (Raffel et al. 2020, section 3.2.1): the tokens before a random
+  place see each other; those from there on are predicted.
+
+  Returns:
+    as `causal`, and prefix [] int32: how many tokens the prefix has.
+  """
+  if config.data.document_mask:
+    raise ValueError("data.document_mask has no meaning with objective "
+                     "'prefix', whose prefix may span documents: set it to "
+                     'False.')
+  example = causal(window, rng, config, tokenizer)
+  size = int(rng.integers(1, config.data.length))
+  told = np.arange(config.data.length) >= size - 1
+  example['weights'] = example['weights'] * told
+  return example | dict(prefix=np.int32(size))
+
+
 EXAMPLES = {
     'causal': Example('windows', causal),
+    'prefix': Example('windows', prefix),
+    'mlm_nsp': Example('stretches', masking.mlm_nsp),
+    'chat': Example('conversations', conversations.chat),
 }

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from architectures.parts.skeletons import Output
 from training import losses
@@ -41,9 +42,35 @@ def next_token(output: Output, batch, config) -> tuple[jax.Array, dict]:
       chunk=train.loss_chunk)
 
 
+def mlm_nsp(output: Output, batch, config) -> tuple[jax.Array, dict]:
+  """BERT's loss: masked words, plus whether the second text follows.
+
+  A row's second loss counts as often as the row has masked words, so that
+  both are means over the same weight; rows have about as many each.
+  """
+  loss_sum, figures = next_token(output, batch, config)
+  weight_B = batch['weights'].astype(jnp.float32).sum(1)
+  logits_B2 = output.extra['nsp_logits']
+  targets_B1 = batch['nsp_targets'][:, None]
+  nsp_B = -jnp.take_along_axis(
+      jax.nn.log_softmax(logits_B2, -1), targets_B1, 1)[:, 0]
+  right_B = jnp.argmax(logits_B2, -1) == batch['nsp_targets']
+  nsp_sum = (weight_B * nsp_B).sum()
+  more = dict(mlm_loss=loss_sum, nsp_loss=nsp_sum,
+              nsp_accuracy=(weight_B * right_B).sum())
+  return loss_sum + nsp_sum, figures | jax.lax.stop_gradient(more)
+
+
 OBJECTIVES = {
     'causal': Objective(
         ('tokens',),
         {'positions': 'positions_BL', 'segment_ids': 'segment_ids_BL'},
         next_token, generates=True),
+    'prefix': Objective(('tokens',), {'prefix': 'prefix_B'}, next_token,
+                        generates=True),
+    'chat': Objective(('tokens',), {}, next_token, generates=True),
+    'mlm_nsp': Objective(
+        ('tokens',),
+        {'types': 'type_ids_BL', 'segment_ids': 'segment_ids_BL'}, mlm_nsp,
+        generates=False),
 }

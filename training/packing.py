@@ -36,6 +36,15 @@ class Corpus:
   config: Any
 
 
+def _check_plain(corpus: Corpus) -> None:
+  kinds = corpus.cache.kinds
+  if kinds.any():
+    names = ', '.join(sources.KINDS[k] for k in np.unique(kinds))
+    raise ValueError(
+        f'objective {corpus.config.objective!r} reads plain text, but data '
+        f'source {corpus.name!r} holds parts of the kinds {names}.')
+
+
 class Window(NamedTuple):
   """A stretch of the stream: tokens [length + 1] int32, the first `size` real.
   """
@@ -55,11 +64,7 @@ class Windows:
 
   def __init__(self, corpus: Corpus):
     cache, ids = corpus.cache, corpus.document_ids
-    if cache.kinds.any():
-      kinds = ', '.join(sources.KINDS[k] for k in np.unique(cache.kinds))
-      raise ValueError(
-          f'objective {corpus.config.objective!r} reads plain text, but data '
-          f'source {corpus.name!r} holds parts of the kinds {kinds}.')
+    _check_plain(corpus)
     self.length = corpus.config.data.length
     self.separator = corpus.tokenizer.separator_id
     self._cache = cache
@@ -99,6 +104,96 @@ class Windows:
     return Window(tokens, last - first + 1)
 
 
+class Stretch(NamedTuple):
+  """Tokens that follow one another in one document, and the way to others."""
+
+  tokens: np.ndarray
+  document: int
+  view: 'Stretches'
+
+  def elsewhere(self, rng: np.random.Generator, size: int) -> np.ndarray:
+    """Returns up to `size` tokens from a random place of another document."""
+    return self.view.other(self.document, rng, size)
+
+
+class Stretches:
+  """Each document cut into stretches of data.length - 3 tokens, for pairs.
+
+  A rest of fewer than MIN tokens is left out: nothing is learnt of it.
+  """
+
+  MIN = 8
+
+  def __init__(self, corpus: Corpus):
+    cache, ids = corpus.cache, corpus.document_ids
+    _check_plain(corpus)
+    self.room = corpus.config.data.length - 3  # [CLS] and twice [SEP]
+    if self.room < self.MIN:
+      raise ValueError(f'data.length={corpus.config.data.length}: pairs of '
+                       f'texts need at least {self.MIN + 3}.')
+    self._tokens = cache.tokens
+    first = cache.parts[cache.documents[ids]]
+    sizes = cache.parts[cache.documents[ids + 1]] - first
+    enough = sizes >= self.MIN
+    self._first, self._sizes = first[enough], sizes[enough]
+    if len(self._first) < 2:
+      raise ValueError(
+          f'data source {corpus.name!r} has {len(self._first)} document(s) of '
+          f'{self.MIN} tokens or more in the split {corpus.split!r}: pairs '
+          'need two, to take a second text from another document.')
+    counts = (self._sizes + self.room - self.MIN) // self.room
+    self._starts = np.concatenate([[0], np.cumsum(counts)])
+    self.num_tokens = int(self._sizes.sum())
+    byte_bounds = np.concatenate([[0], np.cumsum(cache.num_bytes)])
+    self.num_bytes = int(np.sum(byte_bounds[cache.documents[ids + 1]]
+                                - byte_bounds[cache.documents[ids]]))
+
+  def __len__(self) -> int:
+    return int(self._starts[-1])
+
+  def __getitem__(self, i: int) -> Stretch:
+    document = int(np.searchsorted(self._starts, i, side='right')) - 1
+    low = (int(i) - int(self._starts[document])) * self.room
+    high = min(low + self.room, int(self._sizes[document]))
+    first = int(self._first[document])
+    return Stretch(self._tokens[first + low:first + high], document, self)
+
+  def other(self, document: int, rng, size: int) -> np.ndarray:
+    """Returns tokens of any document but `document`, all alike likely."""
+    other = int(rng.integers(len(self._first) - 1))
+    other += other >= document
+    size = min(size, int(self._sizes[other]))
+    low = int(self._first[other]) + int(
+        rng.integers(int(self._sizes[other]) - size + 1))
+    return self._tokens[low:low + size]
+
+
+class Conversations:
+  """Documents made of turns: item i is [(kind, ids)] of one conversation."""
+
+  def __init__(self, corpus: Corpus):
+    self._cache, self._ids = corpus.cache, corpus.document_ids
+    told = [sources.KINDS.index(k) for k in ('system', 'user', 'assistant')]
+    if not np.isin(self._cache.kinds, told).all():
+      raise ValueError(
+          f'objective {corpus.config.objective!r} reads conversations, but '
+          f'data source {corpus.name!r} holds other documents: it must name a '
+          'JSONL field with a list of turns.')
+    bounds = self._cache.documents
+    parts = self._cache.parts
+    self.num_tokens = int(np.sum(parts[bounds[self._ids + 1]]
+                                 - parts[bounds[self._ids]]))
+    byte_bounds = np.concatenate([[0], np.cumsum(self._cache.num_bytes)])
+    self.num_bytes = int(np.sum(byte_bounds[bounds[self._ids + 1]]
+                                - byte_bounds[bounds[self._ids]]))
+
+  def __len__(self) -> int:
+    return len(self._ids)
+
+  def __getitem__(self, i: int) -> list[tuple[str, np.ndarray]]:
+    return self._cache.document_parts(int(self._ids[i]))
+
+
 class Joined:
   """Several views of one kind, one after the other."""
 
@@ -116,4 +211,6 @@ class Joined:
 
 VIEWS = {
     'windows': Windows,
+    'stretches': Stretches,
+    'conversations': Conversations,
 }

@@ -21,6 +21,8 @@ import os
 import pathlib
 import re
 
+from training import conversations
+
 Document = str | list[tuple[str, str]]
 KINDS = ('text', 'source', 'target', 'system', 'user', 'assistant')
 
@@ -134,7 +136,7 @@ def _text(name: str, pattern: str) -> Source:
 
 
 def _jsonl(name: str, rest: str) -> Source:
-  """One JSON object a line; its FIELD is the document."""
+  """One JSON object a line; its FIELD is the document: text, or turns."""
   pattern, field = _field(name, rest)
 
   def read(path: str) -> Iterator[str]:
@@ -153,7 +155,10 @@ def _jsonl(name: str, rest: str) -> Source:
           raise ValueError(f'{where}, is not a JSON object.')
         if field not in record:
           raise _missing(where, field, record)
-        yield _checked(record[field], f'{where}, field {field!r},')
+        said = f'{where}, field {field!r},'
+        yield (conversations.parse(record[field], said)
+               if isinstance(record[field], list)
+               else _checked(record[field], said))
 
   return Source(name, f'jsonl:{field}', _files(name, pattern), read)
 

@@ -1,0 +1,163 @@
+"""Masked words with next sentences, prefixes and conversations."""
+
+import json
+
+import numpy as np
+import pytest
+
+from configs import base
+from training import conversations, data, examples, masking, packing
+from training import tokenizers
+
+BYTES = tokenizers.load('bytes')
+SPECIAL = (BYTES.cls_id, BYTES.sep_id)
+
+
+def _config(source, objective, length=64, **changes):
+  c = base.base()
+  c.objective = objective
+  c.data.update(source=source, length=length, batch_size=4, holdout_every=0,
+                **changes)
+  return c
+
+
+@pytest.fixture
+def texts(tmp_path, monkeypatch):
+  monkeypatch.setenv('ARCHETYPE_CACHE', str(tmp_path / 'cache'))
+  for i, letter in enumerate('abcdef'):
+    words = [letter * (1 + (i + j) % 5) for j in range(300)]
+    (tmp_path / f'{letter}.txt').write_text(' '.join(words))
+  return f'text:{tmp_path}/*.txt'
+
+
+def _pairs(texts, **changes):
+  loader = data.load(_config(texts, 'mlm_nsp', **changes), BYTES)
+  return [loader.batch(n) for n in range(20)]
+
+
+def test_pairs_are_laid_out_as_bert_has_them(texts):
+  batches = _pairs(texts)
+  tokens = np.concatenate([b['targets'] for b in batches])
+  types = np.concatenate([b['types'] for b in batches])
+  real = np.concatenate([b['segment_ids'] for b in batches]) == 1
+  assert (tokens[:, 0] == BYTES.cls_id).all()
+  for row, kind, mask in zip(tokens, types, real):
+    seps = np.flatnonzero(row == BYTES.sep_id)
+    assert len(seps) == 2 and mask.sum() == seps[1] + 1
+    assert (kind[:seps[0] + 1] == 0).all()
+    assert (kind[seps[0] + 1:seps[1] + 1] == 1).all()
+    assert (kind[~mask] == 0).all()
+    assert (row[~mask] == BYTES.pad_id).all()
+
+
+def test_next_sentence_labels_say_where_the_second_text_is_from(texts):
+  labels = []
+  for batch in _pairs(texts):
+    for row, types, label, real in zip(batch['targets'], batch['types'],
+                                       batch['nsp_targets'],
+                                       batch['segment_ids']):
+      letters = [set(bytes(row[(types == t) & (real == 1) & (row < 256)]
+                           .astype(np.uint8)).decode()) - {' '}
+                 for t in (0, 1)]
+      if all(letters):
+        assert (letters[0] != letters[1]) == bool(label)
+        labels.append(label)
+  assert 0.3 < np.mean(labels) < 0.7
+
+
+def test_fifteen_percent_are_told_eighty_ten_ten(texts):
+  rng = np.random.default_rng(0)
+  ids = rng.integers(97, 123, 20000).astype(np.int32)
+  special = np.zeros(len(ids), bool)
+  special[:1000] = True
+  masked, chosen = masking.mask(ids, special, rng, BYTES, rate=0.15,
+                                whole_words=False)
+  assert not chosen[:1000].any() and chosen.sum() == round(0.15 * 19000)
+  assert (masked[~chosen] == ids[~chosen]).all()
+  shares = [(masked[chosen] == BYTES.mask_id).mean(),
+            (masked[chosen] == ids[chosen]).mean()]
+  np.testing.assert_allclose(shares, [0.8, 0.1], atol=0.02)
+
+
+def test_masks_repeat(texts):
+  a, b = (data.load(_config(texts, 'mlm_nsp'), BYTES).batch(3)
+          for _ in range(2))
+  for key in a:
+    np.testing.assert_array_equal(a[key], b[key])
+
+
+def test_whole_words_are_masked_whole():
+  text = 'some plain words of unequal length, and a few more of them'
+  ids = BYTES.encode(text)
+  special = np.zeros(len(ids), bool)
+  _, chosen = masking.mask(ids, special, np.random.default_rng(1), BYTES,
+                           rate=0.3, whole_words=True)
+  assert 0 < chosen.sum() < len(ids)
+  place = 0
+  for word in text.split(' '):
+    letters = chosen[place:place + len(word)]
+    assert letters.all() or not letters.any(), word
+    place += len(word) + 1
+
+
+def test_one_document_makes_no_pairs(tmp_path, monkeypatch):
+  monkeypatch.setenv('ARCHETYPE_CACHE', str(tmp_path / 'cache'))
+  (tmp_path / 'a.txt').write_text('all alone ' * 50)
+  with pytest.raises(ValueError, match='another document'):
+    data.load(_config(f'text:{tmp_path}/a.txt', 'mlm_nsp'), BYTES)
+
+
+def test_a_prefix_is_not_predicted(texts):
+  batch = data.load(_config(texts, 'prefix', length=32), BYTES).batch(0)
+  for size, weights in zip(batch['prefix'], batch['weights']):
+    assert 1 <= size < 32
+    np.testing.assert_array_equal(weights, np.arange(32) >= size - 1)
+
+
+def test_a_prefix_over_documents_is_refused(texts):
+  config = _config(texts, 'prefix', document_mask=True)
+  with pytest.raises(ValueError, match='document_mask'):
+    data.load(config, BYTES).batch(0)
+
+
+TALK = [{'role': 'user', 'content': 'Hi?'},
+        {'role': 'assistant', 'content': 'Yes.'},
+        {'from': 'human', 'value': 'Bye'}, {'from': 'gpt', 'value': 'So long'}]
+
+
+@pytest.fixture
+def talks(tmp_path, monkeypatch):
+  monkeypatch.setenv('ARCHETYPE_CACHE', str(tmp_path / 'cache'))
+  path = tmp_path / 'talks.jsonl'
+  path.write_text(''.join(json.dumps({'messages': TALK, 'bad': [{'role': 'x'}]})
+                          + '\n' for _ in range(8)))
+  return f'jsonl:{path}'
+
+
+def test_only_what_the_assistant_says_counts(talks):
+  config = _config(f'{talks}:messages', 'chat')
+  batch = data.load(config, BYTES).batch(0)
+  row, told = batch['targets'][0], batch['weights'][0] == 1
+  text = bytes(row[row < 256].astype(np.uint8)).decode()
+  assert text == 'USER: Hi?\nASSISTANT: Yes.USER: Bye\nASSISTANT: So long'
+  spoken = row[told]
+  assert bytes(spoken[spoken < 256].astype(np.uint8)) == b'Yes.So long'
+  assert (spoken >= 256).sum() == 2  # and where it ends
+  assert batch['tokens'][0, 0] == BYTES.separator_id
+
+
+def test_a_turn_without_a_role_is_refused(talks):
+  with pytest.raises(ValueError, match="role 'x'.*choose from"):
+    data.load(_config(f'{talks}:bad', 'chat'), BYTES)
+
+
+def test_conversations_are_no_plain_text(talks, texts):
+  with pytest.raises(ValueError, match='plain text'):
+    data.load(_config(f'{talks}:messages', 'causal'), BYTES)
+  with pytest.raises(ValueError, match='list of turns'):
+    data.load(_config(texts, 'chat'), BYTES)
+
+
+def test_every_example_reads_a_view():
+  assert {e.view for e in examples.EXAMPLES.values()} <= set(packing.VIEWS)
+  assert set(conversations.HEADERS) == set(conversations.ROLES.values())
