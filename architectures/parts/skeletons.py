@@ -83,7 +83,10 @@ class Embed(nn.Module):
     table_VD = self.param(
         'tokens', sharding.init(self._init(), 'vocab', 'embed'),
         (c.vocab_size, c.d_model), c.param_dtype)
-    x_BLD = table_VD[tokens_BL].astype(c.compute_dtype)
+    # Gathered whole over fsdp first: rows that are split over fsdp would have
+    # to move to where the batch is split over it.
+    whole_VD = sharding.constrain_if(table_VD, 'vocab', None)
+    x_BLD = whole_VD[tokens_BL].astype(c.compute_dtype)
     if c.embed_scale != 1:
       x_BLD = x_BLD * jnp.asarray(c.embed_scale, x_BLD.dtype)
     if c.position == 'learned':
@@ -92,7 +95,8 @@ class Embed(nn.Module):
           'positions', sharding.init(self._init(), None, 'embed'),
           (c.max_len, c.d_model), c.param_dtype)
       x_BLD = x_BLD + positions.learned(
-          table_LD, positions_BL, c.learned_stretch).astype(x_BLD.dtype)
+          sharding.constrain(table_LD, None, None), positions_BL,
+          c.learned_stretch).astype(x_BLD.dtype)
     if c.position == 'sinusoidal':
       x_BLD = x_BLD + positions.sinusoid(
           positions_BL, c.d_model, c.sinusoid).astype(x_BLD.dtype)
@@ -145,7 +149,7 @@ class Period(nn.Module):
 
 REMAT = {
     'full': None,  # keep nothing but each block's input
-    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    'dots': jax.checkpoint_policies.save_only_these_names(linear.PRODUCT),
 }
 
 
