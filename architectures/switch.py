@@ -30,7 +30,7 @@ class Switch(EncoderDecoder):
 
 
 HF_MODEL = 'switch_transformers', 'SwitchTransformersForConditionalGeneration'
-HF_PREFIX = ''
+HF_SPELLINGS = ()
 HF_TIED = t5.HF_TIED
 HF_IGNORED = t5.HF_IGNORED
 HF_NAMES = t5.shared_names() + tuple(

@@ -57,7 +57,7 @@ def shared_names():
 
 
 HF_MODEL = 't5', 'T5ForConditionalGeneration'
-HF_PREFIX = ''
+HF_SPELLINGS = ()
 HF_TIED = {'encoder.embed_tokens.weight': 'shared.weight',
            'decoder.embed_tokens.weight': 'shared.weight',
            'lm_head.weight': 'shared.weight'}

@@ -73,7 +73,7 @@ def _names():
 
 
 HF_MODEL = 'marian', 'MarianMTModel'
-HF_PREFIX = 'model.'
+HF_SPELLINGS = (('model.', ''),)
 HF_TIED = {'model.encoder.embed_tokens.weight': 'model.shared.weight',
            'model.decoder.embed_tokens.weight': 'model.shared.weight',
            'lm_head.weight': 'model.shared.weight'}

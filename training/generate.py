@@ -68,11 +68,12 @@ class Sampling:
 def generate(module: nn.Module, params, prompts_BL: jax.Array,
              lengths_B: jax.Array, key: jax.Array, *, max_new_tokens: int,
              sampling: Sampling = Sampling(),
-             stop_token: Optional[int] = None) -> jax.Array:
+             stop_token: Optional[int] = None, source_BM=None,
+             source_lengths_B=None) -> jax.Array:
   """Continues each prompt by up to `max_new_tokens` tokens.
 
   Args:
-    module: a decoder-only model.
+    module: a model that writes: a decoder, or an encoder-decoder.
     params: its parameters.
     prompts_BL: tokens, padded on the right.
     lengths_B: how many of each row are its prompt, at least 1.
@@ -80,6 +81,9 @@ def generate(module: nn.Module, params, prompts_BL: jax.Array,
     max_new_tokens: T.
     sampling: how a token is drawn.
     stop_token: a row that draws it is done, and repeats it to the end.
+    source_BM: what an encoder-decoder reads, padded on the right. It is
+      encoded once; the prompts are the beginnings of the targets.
+    source_lengths_B: how many of each row are its source.
 
   Returns:
     [B, T] new tokens.
@@ -89,9 +93,20 @@ def generate(module: nn.Module, params, prompts_BL: jax.Array,
   """
   chex.assert_rank([prompts_BL, lengths_B], [2, 1])
   B, L = prompts_BL.shape
-  apply = functools.partial(module.apply, {'params': params})
   cache = architectures.init_cache(module.config, B, L + max_new_tokens)
-  output = apply(prompts_BL, cache=cache)
+  if source_BM is None:
+    positions = 'positions_BL'
+    apply = functools.partial(module.apply, {'params': params})
+    output = apply(prompts_BL, cache=cache)
+  else:
+    positions = 'decoder_positions_BL'
+    ids_BM = (jnp.arange(source_BM.shape[1])[None]
+              < source_lengths_B[:, None]).astype(jnp.int32)
+    apply = functools.partial(module.apply, {'params': params}, None,
+                              segment_ids_BM=ids_BM)
+    memory, _ = module.apply({'params': params}, source_BM,
+                             segment_ids_BM=ids_BM, method='encode')
+    output = apply(prompts_BL, cache=cache, memory=memory)
   last_B1D = jnp.take_along_axis(
       output.hidden, (lengths_B - 1)[:, None, None], axis=1)
 
@@ -111,8 +126,8 @@ def generate(module: nn.Module, params, prompts_BL: jax.Array,
   def step(carry):
     t, tokens_BT, done_B, cache = carry
     token_B1 = jax.lax.dynamic_slice_in_dim(tokens_BT, t - 1, 1, 1)
-    output = apply(token_B1, positions_BL=(lengths_B + t - 1)[:, None],
-                   cache=cache)
+    output = apply(token_B1, cache=cache,
+                   **{positions: (lengths_B + t - 1)[:, None]})
     new_B = draw(output, output.hidden, t)
     if stop_token is not None:
       new_B = jnp.where(done_B, stop_token, new_B)

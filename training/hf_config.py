@@ -21,7 +21,8 @@ from architectures.parts.config import ModelConfig, require
 NEUTRAL = re.compile('|'.join((
     r'_.*', 'architectures', 'model_type', 'torch_dtype', 'dtype',
     'transformers_version', r'.*_token_ids?', r'.*dropout.*', r'.*_pdrop',
-    r'initializer_.*', 'use_cache', 'gradient_checkpointing', 'pretraining_tp',
+    r'initializer_.*', 'init_std', 'use_cache', 'gradient_checkpointing',
+    'pretraining_tp',
     'task_specific_params', r'summary_.*', r'output_.*', r'return_dict.*',
     'id2label', 'label2id', 'finetuning_task', 'problem_type', 'torchscript',
     'use_bfloat16', 'attn_implementation', 'tokenizer_class', 'prefix',

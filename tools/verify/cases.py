@@ -97,7 +97,7 @@ SYSTEMS = {
         }),
     'transformer': System(
         'MarianConfig', 'MarianMTModel', 'encoder_decoder',
-        dict(vocab_size=61, d_model=20, encoder_ffn_dim=28, decoder_ffn_dim=28,
+        dict(vocab_size=61, d_model=12, encoder_ffn_dim=16, decoder_ffn_dim=16,
              encoder_attention_heads=4, decoder_attention_heads=4,
              encoder_layers=2, decoder_layers=2, max_position_embeddings=80,
              activation_function='relu', scale_embedding=True,
@@ -105,14 +105,15 @@ SYSTEMS = {
              forced_eos_token_id=None),
         {
             'plain': {},
-            'odd_heads': dict(encoder_attention_heads=5, encoder_layers=1,
-                              decoder_attention_heads=5, decoder_layers=3,
+            'odd_heads': dict(d_model=18, encoder_attention_heads=3,
+                              encoder_layers=2,
+                              decoder_attention_heads=3, decoder_layers=1,
                               activation_function='gelu',
                               scale_embedding=False),
         }),
     't5': System(
         'T5Config', 'T5ForConditionalGeneration', 'encoder_decoder',
-        dict(vocab_size=61, d_model=20, d_kv=6, d_ff=28, num_layers=2,
+        dict(vocab_size=61, d_model=12, d_kv=4, d_ff=16, num_layers=2,
              num_decoder_layers=2, num_heads=4,
              relative_attention_num_buckets=8,
              relative_attention_max_distance=20, pad_token_id=0,
@@ -120,13 +121,13 @@ SYSTEMS = {
         {
             'plain': {},
             'v1.1': dict(feed_forward_proj='gated-gelu', num_heads=3,
-                         num_layers=1, num_decoder_layers=3,
+                         num_layers=2, num_decoder_layers=1,
                          layer_norm_epsilon=1e-4, tie_word_embeddings=False),
         }),
     'switch': System(
         'SwitchTransformersConfig',
         'SwitchTransformersForConditionalGeneration', 'encoder_decoder',
-        dict(vocab_size=61, d_model=16, d_kv=6, d_ff=20, num_layers=2,
+        dict(vocab_size=61, d_model=12, d_kv=4, d_ff=12, num_layers=2,
              num_decoder_layers=2, num_sparse_encoder_layers=1,
              num_sparse_decoder_layers=1, num_heads=2, num_experts=3,
              relative_attention_num_buckets=8,
@@ -134,15 +135,15 @@ SYSTEMS = {
              decoder_start_token_id=3, eos_token_id=None),
         {
             'plain': {},
-            'all_layers': dict(num_sparse_encoder_layers=2,
-                               num_sparse_decoder_layers=2, num_experts=4,
+            'all_layers': dict(num_layers=1, num_decoder_layers=1,
+                               num_experts=4,
                                dense_act_fn='gelu_new'),
             # Two tokens of a sequence of twelve go to an expert.
             'capacity': dict(expert_capacity=2, moe_group_size=12),
         }),
     'gshard': System(
         'NllbMoeConfig', 'NllbMoeForConditionalGeneration', 'encoder_decoder',
-        dict(vocab_size=61, d_model=16, encoder_ffn_dim=20, decoder_ffn_dim=20,
+        dict(vocab_size=61, d_model=12, encoder_ffn_dim=12, decoder_ffn_dim=12,
              encoder_attention_heads=2, decoder_attention_heads=2,
              encoder_layers=2, decoder_layers=2, encoder_sparse_step=2,
              decoder_sparse_step=2, num_experts=3, max_position_embeddings=80,
@@ -151,7 +152,8 @@ SYSTEMS = {
         {
             'plain': {},
             'all_layers': dict(encoder_sparse_step=1, decoder_sparse_step=1,
-                               num_experts=4, scale_embedding=False),
+                               encoder_layers=1, decoder_layers=1,
+                               num_experts=5, scale_embedding=False),
             # A quarter of the tokens of the batch go to an expert.
             'capacity': dict(moe_eval_capacity_token_fraction=0.25,
                              normalize_router_prob_before_dropping=True),

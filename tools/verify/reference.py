@@ -54,6 +54,8 @@ def build(system: str, case: str):
   half = getattr(torch, np.dtype(HALF).name)
   with torch.no_grad():
     for parameter in model.parameters():
+      if not parameter.requires_grad:  # Marian's sinusoids
+        continue
       noise = 0.15 * torch.randn_like(parameter)
       parameter.copy_((parameter + noise).to(half).float())
   return model
