@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from architectures.parts import routing
 from architectures.parts import sharding
 from training import objectives
 from training import optimizers
@@ -63,6 +64,9 @@ def make_train_step(module: nn.Module, tx: optax.GradientTransformation,
     ok = jnp.isfinite(grad_norm) & jnp.isfinite(metrics['loss'])
     params, opt_state = optimizers.update_if(
         ok, tx, grads, state.opt_state, state.params)
+    if config.model.ffn == 'moe' and config.model.moe.router == 'sigmoid':
+      params = routing.update_bias(params, health['load_E'],
+                                   ok * config.model.moe.bias_rate)
     bad_in_row = jnp.where(ok, 0, state.bad_in_row + 1)
     bad_steps = state.bad_steps + jnp.where(ok, 0, 1)
     metrics |= dict(

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from architectures.parts import ffn as dense
 from architectures.parts import grouped
+from architectures.parts import linear
 from architectures.parts.routing import mix, ranks, Routing
 
 
@@ -61,16 +62,16 @@ def batched(rows_ECD: jax.Array, w: Weights, kind: str,
   """Every expert on its own C rows."""
   act, gated = dense.ACTIVATIONS[kind]
   add = lambda x, b: x if b is None else x + b[:, None]
-  h_ECF = add(jnp.einsum('ECD,EDF->ECF', rows_ECD, w.up_EDF), w.up_bias_EF)
+  product = lambda spec, x, m: linear.einsum(spec, x, m, x.dtype)
+  h_ECF = add(product('ECD,EDF->ECF', rows_ECD, w.up_EDF), w.up_bias_EF)
   if gated:
-    g_ECF = add(jnp.einsum('ECD,EDF->ECF', rows_ECD, w.gate_EDF),
-                w.gate_bias_EF)
+    g_ECF = add(product('ECD,EDF->ECF', rows_ECD, w.gate_EDF), w.gate_bias_EF)
     h_ECF = act(g_ECF) * h_ECF
   else:
     h_ECF = act(h_ECF)
   if mask_ECF is not None:
     h_ECF = h_ECF * mask_ECF.astype(h_ECF.dtype)
-  return add(jnp.einsum('ECF,EFD->ECD', h_ECF, w.down_EFD), w.down_bias_ED)
+  return add(product('ECF,EFD->ECD', h_ECF, w.down_EFD), w.down_bias_ED)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -127,8 +128,7 @@ def _combine_bwd(tokens, choices, saved, d_TD):
   fill = dict(mode='fill', fill_value=0)
   token_R = token_A.at[assignment_R].get(mode='fill', fill_value=d_TD.shape[0])
   d_RD = d_TD.at[token_R].get(**fill)
-  d_gate_R = jnp.einsum('RD,RD->R', d_RD, y_RD,
-                        preferred_element_type=jnp.float32)
+  d_gate_R = (d_RD.astype(jnp.float32) * y_RD.astype(jnp.float32)).sum(1)
   d_gate_A = d_gate_R.at[row_A].get(**fill).astype(gate_A.dtype)
   gate_R = gate_A.at[assignment_R].get(**fill)
   return d_RD * gate_R[:, None].astype(d_RD.dtype), d_gate_A, None, None, None
@@ -211,16 +211,17 @@ def by_einsum(x_TD, r: Routing, run, slots: int) -> jax.Array:
   """The oracle."""
   T, E = x_TD.shape[0], r.probs_TE.shape[1]
   slot_A = ranks(r.expert_A, E + 1)
+  product = lambda spec, x, y: linear.einsum(spec, x, y, x_TD.dtype)
   hot = lambda index, size: jax.nn.one_hot(index, size, dtype=x_TD.dtype)
   hot_AEC = hot(r.expert_A, E)[:, :, None] * hot(slot_A, slots)[:, None]
   hot_AT = hot(r.token_A, T)
-  dispatch_TEC = jnp.einsum('AT,AEC->TEC', hot_AT, hot_AEC)
-  combine_TEC = jnp.einsum('AT,AEC,A->TEC', hot_AT, hot_AEC,
-                           r.gate_A.astype(x_TD.dtype))
+  gate_A11 = r.gate_A.astype(x_TD.dtype)[:, None, None]
+  dispatch_TEC = product('AT,AEC->TEC', hot_AT, hot_AEC)
+  combine_TEC = product('AT,AEC->TEC', hot_AT, hot_AEC * gate_A11)
   id_EC = jnp.einsum('AEC,A->EC', hot_AEC.astype(jnp.int32),
                      run.ids(jnp.arange(slot_A.shape[0])))
-  rows_ECD = jnp.einsum('TEC,TD->ECD', dispatch_TEC, x_TD)
-  return jnp.einsum('TEC,ECD->TD', combine_TEC, run.padded(rows_ECD, id_EC))
+  rows_ECD = product('TEC,TD->ECD', dispatch_TEC, x_TD)
+  return product('TEC,ECD->TD', combine_TEC, run.padded(rows_ECD, id_EC))
 
 
 def by_sorted(x_TD, r: Routing, run, slots: int) -> jax.Array:

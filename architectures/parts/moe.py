@@ -89,7 +89,7 @@ class MoE(nn.Module):
     rate = self.config.moe.expert_dropout
     if not rate or ctx.deterministic:
       return None
-    return Dropout(jax.random.bits(self.make_rng('dropout')), rate)
+    return Dropout(jax.random.bits(self.make_rng('dropout')), rate=rate)
 
   def _weights(self) -> Weights:
     c, m = self.config, self.config.moe

@@ -260,6 +260,37 @@ def limit(expert_A: jax.Array, *, choices: int, groups: int, slots: int,
   return jnp.where(slot_A < slots, expert_A, experts)
 
 
+def update_bias(params, load_NE: jax.Array, rate):
+  """Moves each router_bias by `rate` towards the experts with too little load.
+
+  b_i += rate * sign(mean load - load_i) (Wang et al. 2024, algorithm 1): the
+  training step calls it after the optimiser, whose gradient of b is zero.
+
+  Args:
+    params: the model's, arrays without boxes.
+    load_NE: health['load_E'], by layer with experts; an encoder's first.
+    rate: model.moe.bias_rate, or 0 in a step to leave out.
+
+  Returns:
+    params, with new biases.
+  """
+  params, first = dict(params), 0
+  for stack in ('encoder', 'decoder'):
+    layers = dict(params.get(stack, {}).get('layers', {}))
+    blocks = [f'block_{i}' for i in range(len(layers))]
+    blocks = [b for b in blocks if 'router_bias' in layers[b].get('ffn', {})]
+    for i, name in enumerate(blocks):
+      bias_NE = layers[name]['ffn']['router_bias']
+      rows = first + i + len(blocks) * jnp.arange(bias_NE.shape[0])
+      step_NE = jnp.sign(1 / bias_NE.shape[1] - load_NE[rows])
+      ffn = layers[name]['ffn'] | {'router_bias': bias_NE + rate * step_NE}
+      layers[name] = layers[name] | {'ffn': ffn}
+    if blocks:
+      first += len(blocks) * bias_NE.shape[0]
+      params[stack] = params[stack] | {'layers': layers}
+  return params
+
+
 # name: (router, whether it has a router weight)
 ROUTERS = {
     'topk': (topk, True),
