@@ -3,7 +3,9 @@
 import pathlib
 
 import jax
+import numpy as np
 
+from architectures.parts import health
 from training import devices
 from training import flops
 from training import metrics
@@ -44,14 +46,18 @@ def train(run: runs.Run, state, start: int, train_data, eval_data, saved,
     bar = watch.progress(steps, start, devices.primary())
     profiler = profile.Profiler(profile_steps, workdir)
     held = watch.Deferred()
+    loads = []  # of the experts, since the last report
 
     def report(read) -> dict:
       """Shows and writes the figures of a step, where they are due."""
       if read is None:
         return {'bad_in_row': 0}
       n, figures = read
+      if 'health/load_E' in figures:
+        loads.append(figures['health/load_E'])
       if n % config.log.every_steps == 0 or n == steps:
-        figures |= watch.slowest(meter.lap(n))
+        figures |= watch.slowest(meter.lap(n)) | _over_window(loads)
+        loads.clear()
         for writer in writers:
           writer.write(n, 'train', figures)
         bar.update(n, figures)
@@ -104,6 +110,15 @@ def train(run: runs.Run, state, start: int, train_data, eval_data, saved,
   if stop.stop_requested and n < steps and devices.primary():
     print(f'stopped after step {n}, saved: the same command goes on from it.')
   return code
+
+
+def _over_window(loads) -> dict:
+  """Returns the experts' panel over the steps since the last report."""
+  if not loads:
+    return {}
+  figures = health.window(np.asarray(loads, np.float32))
+  return {f'health/window_{name}': np.asarray(x).tolist()
+          for name, x in figures.items()}
 
 
 def _lengths(batch) -> tuple[int, ...]:

@@ -42,7 +42,8 @@ class JsonlWriter:
 
 
 class TensorboardWriter:
-  """Scalars as split/name, under WORKDIR/tensorboard."""
+  """Scalars as split/name, and matrices (layer x expert) as heat maps, under
+  WORKDIR/tensorboard."""
 
   def __init__(self, workdir, resumed_step: int):
     from tensorboard.compat.proto import event_pb2, summary_pb2
@@ -59,6 +60,9 @@ class TensorboardWriter:
   def write(self, step: int, split: str, figures: Mapping[str, Any]) -> None:
     values = [self._summary.Value(tag=f'{split}/{name}', simple_value=value)
               for name, value in scalars(figures).items()]
+    values += [self._summary.Value(tag=f'{split}/{name}', image=_heat_map(
+        value, self._summary.Image))
+               for name, value in figures.items() if _is_matrix(value)]
     self._file.add_event(self._event(
         wall_time=_now(), step=step, summary=self._summary(value=values)))
     self._file.flush()
@@ -148,15 +152,37 @@ def plain(value: Any) -> Any:
 
 
 def scalars(figures: Mapping[str, Any]) -> dict[str, float]:
-  """Returns the numbers among the figures; lists as name/0, name/1, ..."""
+  """Returns the numbers among the figures; lists as name/0, name/1, ...;
+  matrices are left out: they are drawn (TensorBoard) or in metrics.jsonl."""
   result = {}
   for name, value in figures.items():
     value = plain(value)
+    if _is_matrix(value):
+      continue
     if isinstance(value, list):
       result.update(scalars({f'{name}/{i}': x for i, x in enumerate(value)}))
     elif isinstance(value, bool | int | float):
       result[name] = float(value)
   return result
+
+
+def _is_matrix(value: Any) -> bool:
+  return isinstance(value, list) and bool(value) and isinstance(value[0], list)
+
+
+def _heat_map(rows: list[list[float]], image_proto):
+  """Draws a matrix: black 0, white twice the mean of its row, or more."""
+  import io
+  from PIL import Image
+  x = np.asarray(rows, np.float32)
+  x = x / np.maximum(x.mean(1, keepdims=True), 1e-9) / 2
+  pixels = (255 * np.clip(x, 0, 1)).astype(np.uint8)
+  cell = max(1, 256 // max(pixels.shape))
+  pixels = np.kron(pixels, np.ones((cell, cell), np.uint8))
+  file = io.BytesIO()
+  Image.fromarray(pixels).save(file, 'PNG')
+  return image_proto(height=pixels.shape[0], width=pixels.shape[1],
+                     colorspace=1, encoded_image_string=file.getvalue())
 
 
 def _drop_after(path: pathlib.Path, step: int) -> None:

@@ -36,6 +36,7 @@ class Evaluation:
 TASKS = {
     'extrapolation': 'training.evals.extrapolation',
     'loss': 'training.evals.loss',
+    'routing': 'training.evals.routing',
     'samples': 'training.evals.samples',
 }
 

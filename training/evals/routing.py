@@ -1,0 +1,81 @@
+"""How a mixture of experts routes held-out text: the health panel by layer."""
+
+import jax
+import numpy as np
+
+from architectures.parts import health
+from architectures.parts.config import require
+from training import data
+from training import devices
+from training import objectives
+
+BATCHES = 16
+# What the table shows, and its heading; parts/health.py says what each means.
+COLUMNS = {
+    'dropped': 'dropped', 'unserved': 'unserved', 'load_max': 'max/mean',
+    'load_entropy': 'load entropy', 'unused': 'unused',
+    'confidence': 'confidence', 'router_entropy': 'router entropy',
+    'shard_imbalance': 'shards max/mean', 'balance_loss': 'balance',
+    'importance_loss': 'importance', 'z_loss': 'z',
+}
+
+
+def run(evaluation) -> dict:
+  """Prints the table; writes routing.png into the workdir."""
+  run_, config = evaluation.run, evaluation.run.config
+  require(run_.model.ffn == 'moe', f'model.ffn is {run_.model.ffn!r}: routing '
+          'is evaluated for a mixture of experts')
+  objective = objectives.OBJECTIVES[config.objective]
+  index, count = devices.batch_shard(run_.place, config.data.batch_size)
+  loader = data.load(config, evaluation.tokenizer, 'eval', index, count)
+
+  @jax.jit
+  def step(params, batch):
+    return objective.apply(run_.module, params, batch).aux['health']
+
+  batches = [jax.device_get(step(evaluation.params, devices.put(
+      batch, run_.place))) for batch in loader.iterate(0, BATCHES)]
+  panels = jax.tree.map(lambda *xs: np.stack(xs), *batches)
+  figures = {name: x.mean(0) for name, x in panels.items()}
+  # An expert is unused if no batch of them all used it.
+  over = {name: np.asarray(x)
+          for name, x in health.window(panels['load_E']).items()}
+  print(table(figures | over))
+  path = evaluation.workdir / 'routing.png'
+  plot(figures['load_E'], path)
+  print(f'load by layer and expert: {path}')
+  return {name: x.tolist() for name, x in (figures | over).items()}
+
+
+def table(figures: dict) -> str:
+  """One row a layer of experts."""
+  layers = len(figures['load_E'])
+  lines = [f'{"layer":<6}' + ''.join(f'{h:>17}' for h in COLUMNS.values())]
+  for n in range(layers):
+    lines.append(f'{n:<6}' + ''.join(
+        f'{figures[name][n]:>17.4f}' for name in COLUMNS))
+  return '\n'.join(lines)
+
+
+def plot(load_NE: np.ndarray, path) -> None:
+  """Draws the load of each expert, 1 where it is even."""
+  try:
+    import matplotlib
+  except ImportError as error:
+    raise ValueError("the picture needs matplotlib: pip install -e '.[plot]'"
+                     ) from error
+  matplotlib.use('Agg')
+  from matplotlib import pyplot
+  layers, experts = load_NE.shape
+  figure, axes = pyplot.subplots(
+      figsize=(max(4, min(12, experts / 2)), max(2, min(10, 1 + layers / 3))),
+      layout='constrained')
+  image = axes.imshow(load_NE * experts, aspect='auto', vmin=0, vmax=2,
+                      cmap='RdBu_r')
+  axes.set(xlabel='expert', ylabel='layer of experts', yticks=range(layers),
+           title='load of an expert over the mean')
+  if experts <= 32:
+    axes.set_xticks(range(experts))
+  figure.colorbar(image, ax=axes, extend='max')
+  figure.savefig(path, dpi=150)
+  pyplot.close(figure)
