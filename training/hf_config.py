@@ -13,6 +13,8 @@ from typing import Any
 
 from configs import base
 
+import ml_collections
+
 import architectures
 from architectures.parts import config as model_config
 from architectures.parts.config import ModelConfig, require
@@ -107,7 +109,12 @@ def pages() -> dict[str, str]:
 
 
 def read(tree: dict[str, Any]) -> ModelConfig:
-  """Returns the model that a config.json describes.
+  """Returns the model that a config.json describes; see `fields`."""
+  return architectures.resolve(fields(tree))
+
+
+def fields(tree: dict[str, Any]) -> ml_collections.ConfigDict:
+  """Returns config.model as a config.json has it.
 
   Raises:
     ValueError: naming what it has that no page honours.
@@ -115,11 +122,11 @@ def read(tree: dict[str, Any]) -> ModelConfig:
   hf = Reader(tree)
   known = pages()
   model_config.one_of('model_type of config.json', hf.model_type, known)
-  fields = architectures.page(known[hf.model_type]).from_hf_config(hf)
+  found = architectures.page(known[hf.model_type]).from_hf_config(hf)
   hf.finish()
   model = base.base().model
-  model.update(arch=known[hf.model_type], **fields)
-  return architectures.resolve(model)
+  model.update(arch=known[hf.model_type], **found)
+  return model
 
 
 def write(config: ModelConfig) -> dict[str, Any]:
@@ -140,10 +147,15 @@ def write(config: ModelConfig) -> dict[str, Any]:
 
 def check_same(ours: ModelConfig, theirs: ModelConfig, why: str) -> None:
   """Raises ValueError naming a field in which two models differ."""
+  different = differences(ours, theirs)
+  require(not different, f'{"; ".join(different)}: {why}')
+
+
+def differences(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
+  """Returns a line for each field that makes them different functions."""
   mine, other = _flat(ours), _flat(theirs)
-  for name in mine:
-    require(mine[name] == other.get(name),
-            f'model.{name} is {mine[name]!r}, not {other.get(name)!r}: {why}')
+  return [f'model.{name} is {value!r}, not {other.get(name)!r}'
+          for name, value in mine.items() if other.get(name) != value]
 
 
 def _flat(config: ModelConfig) -> dict[str, Any]:

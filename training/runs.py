@@ -169,10 +169,10 @@ def _initial_params(run: Run):
         restoring.directory(source), {'params': run.abstract.params},
         partial=True)
     return restored.state['params']
-  from training import hf_files, weights
+  from training import weights
   with run.context():
-    loaded = weights.load(
-        run.module, hf_files.Files(source), like=run.abstract.params,
+    loaded = weights.start(
+        source, run.module, like=run.abstract.params,
         partial=config.init_partial, seed=config.seed)
   for line in loaded.skipped:
     print(f'skipped: {line}')

@@ -9,6 +9,7 @@ parameter without a counterpart is an error or, with `partial`, listed.
 """
 
 from collections.abc import Mapping
+import dataclasses
 import json
 import pathlib
 import re
@@ -55,6 +56,31 @@ def from_hf(path, *, partial: bool = False, seed: int = 0):
   module = architectures.build(config)
   return module, load(module, hf_files.Files(path), partial=partial,
                       seed=seed).params
+
+
+def start(path, module: nn.Module, *, like=None, partial: bool = False,
+          seed: int = 0) -> Loaded:
+  """Returns what `module` starts from: the weights of another training.
+
+  The config.json beside them must describe the same function. Only the length
+  may differ, where no position is learned.
+
+  Args:
+    path, like, partial, seed: as for from_hf and load.
+  """
+  path = pathlib.Path(path)
+  theirs = hf_config.read(hf_config.load(path.parent if path.is_file()
+                                         else path))
+  ours = module.config
+  if ours.position == theirs.position != 'learned':
+    theirs = dataclasses.replace(theirs, max_len=ours.max_len)
+  different = [f'{line} as in config.json'
+               for line in hf_config.differences(ours, theirs)]
+  require(partial or not different, f'init_from {str(path)!r}: '
+          + '; '.join(different))
+  loaded = load(module, hf_files.Files(path), like=like, partial=partial,
+                seed=seed)
+  return Loaded(loaded.params, different + loaded.skipped)
 
 
 def load(module: nn.Module, source: Mapping[str, np.ndarray], *, like=None,
