@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from training import conversations, masking, packing
+from training import conversations, masking, packing, pairs, spans
 
 
 class Example(NamedTuple):
@@ -69,5 +69,7 @@ EXAMPLES = {
     'causal': Example('windows', causal),
     'prefix': Example('windows', prefix),
     'mlm_nsp': Example('stretches', masking.mlm_nsp),
+    'span': Example('windows', spans.span),
+    'seq2seq': Example('pairs', pairs.seq2seq),
     'chat': Example('conversations', conversations.chat),
 }

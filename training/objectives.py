@@ -61,6 +61,12 @@ def mlm_nsp(output: Output, batch, config) -> tuple[jax.Array, dict]:
   return loss_sum + nsp_sum, figures | jax.lax.stop_gradient(more)
 
 
+ENCODER_DECODER = Objective(
+    ('tokens', 'decoder_tokens'),
+    {'segment_ids': 'segment_ids_BM',
+     'decoder_segment_ids': 'decoder_segment_ids_BL'},
+    next_token, generates=True)
+
 OBJECTIVES = {
     'causal': Objective(
         ('tokens',),
@@ -69,6 +75,8 @@ OBJECTIVES = {
     'prefix': Objective(('tokens',), {'prefix': 'prefix_B'}, next_token,
                         generates=True),
     'chat': Objective(('tokens',), {}, next_token, generates=True),
+    'span': ENCODER_DECODER,
+    'seq2seq': ENCODER_DECODER,
     'mlm_nsp': Objective(
         ('tokens',),
         {'types': 'type_ids_BL', 'segment_ids': 'segment_ids_BL'}, mlm_nsp,

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from training import sources, token_cache
+from training import pairs, sources, token_cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,10 +62,10 @@ class Windows:
   separators; in 'train' a short last window is left out.
   """
 
-  def __init__(self, corpus: Corpus):
+  def __init__(self, corpus: Corpus, length: int = 0):  # 0: data.length
     cache, ids = corpus.cache, corpus.document_ids
     _check_plain(corpus)
-    self.length = corpus.config.data.length
+    self.length = length or corpus.config.data.length
     self.separator = corpus.tokenizer.separator_id
     self._cache = cache
     self._first_token = cache.parts[cache.documents[ids]]
@@ -194,6 +194,40 @@ class Conversations:
     return self._cache.document_parts(int(self._ids[i]))
 
 
+class Pairs:
+  """Pairs of a source and a target, or, of plain text, a stretch and the one
+  that follows it; see pairs.py."""
+
+  def __init__(self, corpus: Corpus):
+    self._cache, self._ids = corpus.cache, corpus.document_ids
+    self._lengths = pairs.lengths(corpus.config)
+    self._windows = None
+    told = [sources.KINDS.index(kind) for kind in pairs.KINDS]
+    if not np.isin(self._cache.kinds, told).any():
+      self._windows = Windows(corpus, sum(self._lengths))
+      share = self._lengths[1] / sum(self._lengths)
+      self.num_tokens = round(self._windows.num_tokens * share)
+      self.num_bytes = round(self._windows.num_bytes * share)
+      return
+    if self._cache.kinds.tolist() != told * len(self._cache):
+      raise ValueError(f'data source {corpus.name!r} holds more than pairs.')
+    targets = 2 * self._ids + 1
+    parts = self._cache.parts
+    self.num_tokens = int(np.sum(parts[targets + 1] - parts[targets] + 1))
+    self.num_bytes = int(np.sum(self._cache.num_bytes[targets]))
+
+  def __len__(self) -> int:
+    return len(self._ids if self._windows is None else self._windows)
+
+  def __getitem__(self, i: int) -> pairs.Pair:
+    if self._windows is not None:
+      window, (M, L) = self._windows[i], self._lengths
+      ids = window.tokens[:min(window.size, M + L)]
+      return pairs.Pair(ids[:M], ids[M:], False)
+    parts = dict(self._cache.document_parts(int(self._ids[i])))
+    return pairs.Pair(parts['source'], parts['target'], True)
+
+
 class Joined:
   """Several views of one kind, one after the other."""
 
@@ -213,4 +247,5 @@ VIEWS = {
     'windows': Windows,
     'stretches': Stretches,
     'conversations': Conversations,
+    'pairs': Pairs,
 }

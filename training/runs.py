@@ -15,6 +15,7 @@ import ml_collections
 import architectures
 from architectures.parts import sharding
 from architectures.parts.config import ModelConfig, one_of, require
+from architectures.parts.encoder_decoder import EncoderDecoder
 from configs import base
 from configs import sharding as tables
 from training import devices, metrics, optimizers
@@ -58,7 +59,18 @@ def check(config: ml_collections.ConfigDict) -> None:
   model = config.model.to_dict()
   for name in DERIVED:  # stand-ins: the real ones come with the tokenizer
     model[name] = model[name] or max(config.data.length, 1)
-  architectures.resolve(model)
+  _check_objective(config.objective, architectures.build(model))
+
+
+def _check_objective(name: str, module: nn.Module) -> None:
+  from training import objectives
+  pairs = [name for name, row in objectives.OBJECTIVES.items()
+           if 'decoder_tokens' in row.inputs]
+  both = isinstance(module, EncoderDecoder)
+  choices = ', '.join(n for n in objectives.OBJECTIVES if (n in pairs) == both)
+  require((name in pairs) == both,
+          f'objective is {name!r}, but model.arch {module.config.arch} is '
+          f'{"an" if both else "no"} encoder-decoder: choose from {choices}')
 
 
 def count(params) -> int:

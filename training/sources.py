@@ -1,7 +1,7 @@
 """Where text comes from: data.source, parsed into files and their documents.
 
 A source is named by a prefix: `sotu`, `text:GLOB`, `jsonl:GLOB:FIELD`,
-`parquet:GLOB:FIELD`, `arrayrecord:GLOB`, `hf:NAME[:CONFIG[:SPLIT[:FIELD]]]`;
+`parquet:GLOB:FIELD`, `arrayrecord:GLOB`, `hf:NAME[:CONFIG[:SPLIT[:FIELD]]]`, `parallel:GLOB`;
 a weighted mixture is written '0.7*A,0.3*B'. To add one, write a function that
 takes the text after the prefix, and list it in SOURCES.
 
@@ -21,7 +21,7 @@ import os
 import pathlib
 import re
 
-from training import conversations
+from training import conversations, pairs
 
 Document = str | list[tuple[str, str]]
 KINDS = ('text', 'source', 'target', 'system', 'user', 'assistant')
@@ -229,6 +229,11 @@ def _hf(name: str, rest: str) -> Source:
   return Source(name, reader, (), read, content=dataset._fingerprint)
 
 
+def _parallel(name: str, pattern: str) -> Source:
+  """Pairs for sequence to sequence, in .tsv or .jsonl; one a line."""
+  return Source(name, 'parallel', _files(name, pattern), pairs.read)
+
+
 # By prefix. Each takes the source's whole name and what follows the colon.
 SOURCES = {
     'sotu': _sotu,
@@ -237,6 +242,7 @@ SOURCES = {
     'parquet': _parquet,
     'arrayrecord': _arrayrecord,
     'hf': _hf,
+    'parallel': _parallel,
 }
 USAGE = {
     'sotu': 'sotu',
@@ -245,6 +251,7 @@ USAGE = {
     'parquet': 'parquet:GLOB:FIELD',
     'arrayrecord': 'arrayrecord:GLOB',
     'hf': 'hf:NAME[:CONFIG[:SPLIT[:FIELD]]]',
+    'parallel': 'parallel:GLOB',
 }
 
 

@@ -38,6 +38,7 @@ TASKS = {
     'loss': 'training.evals.loss',
     'routing': 'training.evals.routing',
     'samples': 'training.evals.samples',
+    'translation': 'training.evals.translation',
 }
 
 

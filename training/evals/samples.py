@@ -5,19 +5,25 @@ import jax.numpy as jnp
 import numpy as np
 
 from architectures.parts.config import require
+from architectures.parts.encoder_decoder import EncoderDecoder
 from training import generate
 from training import objectives
+from training import pairs
 
 
 def run(evaluation) -> dict:
-  """Prints --samples continuations of --prompt (or of several, by '|||')."""
+  """Prints --samples continuations of --prompt (or of several, by '|||');
+  of an encoder-decoder, what it writes when it has read the prompt."""
   options, model = evaluation.options, evaluation.run.model
   require(objectives.OBJECTIVES[evaluation.run.config.objective].generates,
           f'objective {evaluation.run.config.objective!r} does not write text: '
           'leave samples out of --tasks')
   texts = options.prompt.split('|||')
   rows = [text for text in texts for _ in range(options.samples)]
-  prompts, lengths = encode(rows, evaluation.tokenizer)
+  prompts, lengths, sources = *encode(rows, evaluation.tokenizer), {}
+  if isinstance(evaluation.run.module, EncoderDecoder):
+    prompts, lengths, sources = as_source(prompts, lengths,
+                                          evaluation.tokenizer)
   room = model.max_len - prompts.shape[1]
   count = options.max_new_tokens or min(256, room)
   require(count > 0, f'the prompt fills all {model.max_len} positions of the '
@@ -27,7 +33,7 @@ def run(evaluation) -> dict:
   tokens = jax.device_get(generate.generate(
       evaluation.run.module, evaluation.params, prompts, lengths,
       jax.random.key(options.sample_seed), max_new_tokens=count,
-      sampling=sampling, stop_token=evaluation.tokenizer.separator_id))
+      sampling=sampling, stop_token=evaluation.tokenizer.separator_id, **sources))
   written = [evaluation.tokenizer.decode(_until(
       row, evaluation.tokenizer.separator_id)) for row in tokens]
   for i, (prompt, text) in enumerate(zip(rows, written)):
@@ -45,6 +51,15 @@ def encode(texts, tokenizer) -> tuple[jax.Array, jax.Array]:
   for row, ids in zip(prompts, rows):
     row[:len(ids)] = ids
   return jnp.asarray(prompts), jnp.asarray(lengths)
+
+
+def as_source(prompts, lengths, tokenizer):
+  """Returns the start of a target, its length, and the prompts, without a
+  document's start, as the source."""
+  start = jnp.full((len(prompts), 1), pairs.start_id(tokenizer))
+  return start, jnp.ones_like(lengths), dict(
+      source_BM=prompts[:, 1:] if prompts.shape[1] > 1 else prompts,
+      source_lengths_B=jnp.maximum(lengths - 1, 1))
 
 
 def _until(row, stop: int):
