@@ -211,7 +211,8 @@ def test_tensors_come_one_by_one(tmp_path):
   weights.load(module, files, like=like)
   peak = tracemalloc.get_traced_memory()[1]
   tracemalloc.stop()
-  assert peak < 1.5 * largest + 2**19 < 0.75 * total
+  # What jax keeps on a CPU is the very memory that was filled: `total` of it.
+  assert peak < total + largest < 1.5 * total
 
 
 def test_partial_lists_what_it_skips(gpt, tmp_path):
