@@ -1,8 +1,8 @@
 """The programs as a user meets them: help, start-up time, refusals."""
 
-import ast
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import time
@@ -16,16 +16,20 @@ HEAVY = ('orbax', 'grain', 'tensorboard', 'tensorflow', 'wandb', 'torch',
          'array_record', 'matplotlib', 'pandas', 'scipy.stats')
 
 
-def _has_main(path):
-  return any(
-      isinstance(node, ast.If) and '__main__' in ast.unparse(node.test)
-      for node in ast.parse(path.read_text()).body)
+def _module(path):
+  return '.'.join(path.relative_to(ROOT).with_suffix('').parts).removesuffix(
+      '.__main__')
+
+
+def _is_program(path):
+  """Whether the file is run by people: it has a main guard, and flags."""
+  text = path.read_text()
+  return '__main__' in text and re.search(r'argparse|import flags', text)
 
 
 TOOLS = sorted(
-    '.'.join(path.relative_to(ROOT).with_suffix('').parts)
-    for room in ('tools', 'benchmarks') for path in ROOT.glob(f'{room}/**/*.py')
-    if _has_main(path))
+    _module(path) for room in ('tools', 'benchmarks')
+    for path in ROOT.glob(f'{room}/**/*.py') if _is_program(path))
 
 
 def run(*words, **environment):

@@ -14,7 +14,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 ROOMS = ('architectures', 'benchmarks', 'configs', 'tools', 'training')
 # What is imported under another name than it is installed by.
 DISTRIBUTION = {
-    'absl': 'absl-py', 'orbax': 'orbax-checkpoint', 'yaml': 'PyYAML',
+    'PIL': 'pillow', 'absl': 'absl-py', 'orbax': 'orbax-checkpoint',
+    'yaml': 'PyYAML',
     'array_record': 'array_record', 'ml_dtypes': 'jax', 'jaxlib': 'jax',
     'huggingface_hub': 'transformers'}
 # Chosen by machine or by the release of jax, so left to their ranges.
