@@ -35,6 +35,7 @@ class Loader:
     num_bytes: UTF-8 bytes of that text.
     bytes_per_token: bits per byte = nats per token / (ln 2 x this).
     rows: rows of a batch that this process holds.
+    objective: the run's.
   """
 
   def __init__(self, dataset, views, config, tokenizer, split: str,
@@ -45,6 +46,7 @@ class Loader:
     self._split = split
     self._make = examples.EXAMPLES[config.objective].make
     self._batch_size = config.data.batch_size
+    self.objective = config.objective
     self.rows = self._batch_size // process_count
     self._first_row = process_index * self.rows
     self.num_windows = sum(len(view) for view in views)

@@ -75,8 +75,9 @@ def train(run: runs.Run, state, start: int, train_data, eval_data, saved,
                                 config.eval.batches, run.place)
       for writer in writers:
         writer.write(n, 'eval', figures)
-      bar.say(f'step {n}  held-out loss {figures["loss"]:.4f}  '
-              f'{figures["bits_per_byte"]:.4f} bits per byte')
+      bar.say(f'step {n}  held-out ' + '  '.join(
+          f'{name.replace("_", " ")} {value:.4f}'
+          for name, value in figures.items()))
 
     meter.begin(start)
     n, code = start, 0

@@ -18,11 +18,14 @@ from architectures.parts.config import ModelConfig, one_of, require
 from architectures.parts.encoder_decoder import EncoderDecoder
 from configs import base
 from configs import sharding as tables
-from training import devices, metrics, optimizers
+from training import checkpoints, devices, metrics, optimizers
 from training import state as state_lib
 
 # What may be left at 0 in config.model, and the run fills in.
 DERIVED = ('vocab_size', 'max_len')
+# Objectives that predict each token of the text once: their loss is one of
+# the text, in bits per byte, whatever the tokenizer.
+EVERY_TOKEN = ('causal',)
 
 
 def resolve(config: ml_collections.ConfigDict, tokenizer
@@ -94,14 +97,13 @@ def evaluate(step, params, loader, batches: int, place) -> dict[str, float]:
     for name, value in sums.items():
       total[name] = total.get(name, 0.0) + float(value)
   weight = max(total.pop('weight'), 1e-9)
-  means = {name: value / weight for name, value in total.items()}
-  return means | per_text(means['loss'], loader.bytes_per_token)
-
-
-def per_text(loss: float, bytes_per_token: float) -> dict[str, float]:
-  """Perplexity, and bits per byte of text, of a loss in nats per token."""
-  return dict(perplexity=math.exp(min(loss, 700.0)),
-              bits_per_byte=loss / (math.log(2) * bytes_per_token))
+  means = {name: total[name] / weight
+           for name in sorted(total, key=lambda name: name != 'loss')}
+  means['perplexity'] = math.exp(min(means['loss'], 700.0))
+  if loader.objective in EVERY_TOKEN:
+    means['bits_per_byte'] = means['loss'] / (
+        math.log(2) * loader.bytes_per_token)
+  return means
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,6 +159,8 @@ def restore_or_create(run: Run, saved) -> tuple[state_lib.TrainState, int]:
     for sentence in restored.damaged:
       print(f'warning: {sentence}', file=sys.stderr)
     print(f'going on from step {restored.step}')
+    for change in checkpoints.environment_changes(restored.record):
+      print(f'not bit for bit, since this has changed: {change}')
     return restored.state, restored.record['next_batch']
   with run.context():
     state = state_lib.create(run.module, run.tx, run.abstract, run.config.seed)
