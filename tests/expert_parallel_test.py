@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from architectures.parts import config as model_config
-from architectures.parts import dispatch
 from architectures.parts import sharding
 from architectures.parts.attention import Context
 from architectures.parts.moe import MoE
+from tests import models
 
 B, L, D, F, E, X = 8, 8, 16, 32, 8, 2
 BATCH = ('data', 'fsdp', 'expert')
@@ -154,3 +154,78 @@ def test_equals_one_device_by_all_to_all(preset, way, reference):
     formula = rows * D * 4 * (n - 1) / n  # of parts/dispatch.py, a token
     for _, elements, _ in crossings:
       assert 4 * elements * (n - 1) / n == formula * tokens
+
+
+def trace_on(shape, c):
+  """Traces the forward pass alone."""
+  with jax.set_mesh(mesh_of(shape)), sharding.rules('default'):
+    loss, params, x_BLD, _ = setup(c)
+    return jax.eval_shape(loss, params, x_BLD)
+
+
+@pytest.mark.parametrize('fields, words', [
+    (dict(num_experts=6), '4 or 8 experts, or mesh.expert among 1, 2, 3, 6'),
+    (dict(d_ff=33), 'model.moe.d_ff is 33, which mesh.tensor 2'),
+    (dict(group_size=4, capacity_factor=1.0), 'routing groups of 4 tokens'),
+    (dict(router='expert_choice'), 'expert_choice needs whole groups on each'),
+])
+def test_refuses_what_does_not_divide(fields, words):
+  shape = dict(data=1, fsdp=1, expert=4, tensor=2)
+  if 'group_size' in fields:  # 16 groups of 4, on shards of 64 / 3 tokens
+    shape = dict(data=3, fsdp=1, expert=2, tensor=1)
+  with pytest.raises(ValueError) as error:
+    trace_on(shape, config(**fields))
+  assert words in str(error.value)
+
+
+@pytest.mark.parametrize('fields', [
+    dict(router='expert_choice', group_size=8),
+    dict(router='gshard', capacity_factor=1.0, group_size=32),
+    dict(router='sinkhorn', ffn='swiglu', dispatch='dropless'),
+], ids=lambda fields: fields['router'])
+def test_routers_route_alike_on_a_mesh(fields):
+  fields = fields | dict(jitter=0.1, logit_noise=0.1)
+  step, args = compile_on(tables.PRESETS['ep'], config(**fields))
+  assert_equal(step(*args), one_device(config(**fields)), 4)
+
+
+def test_accelerators_send_only_full_rows():
+  loss, params, x_BLD, _ = setup(config())
+  with jax.set_mesh(mesh_of(tables.PRESETS['ep'])), sharding.rules('default'):
+    step = jax.jit(jax.grad(lambda p, x: loss(p, x)[0], (0, 1)))
+    lower = lambda name: step.trace(params, x_BLD).lower(
+        lowering_platforms=(name,)).as_text()
+    assert lower('tpu').count('ragged_all_to_all') == 4
+    assert 'ragged_all_to_all' not in lower('cpu')
+
+
+@pytest.mark.parametrize('system, remat', [('gpt', 'full'), ('t5', 'none')])
+def test_models_on_a_mesh_equal_one_device(system, remat):
+  """Scanned, remade in the backward pass, with an encoder: all the way."""
+  shape = tables.PRESETS['ep_fsdp_tp']
+  module, params = models.make(
+      system, ffn='moe', remat=remat, vocab_size=64, moe=dict(
+          num_experts=4, ffn='gelu', d_ff=16, capacity_factor=1.0,
+          eval_capacity_factor=1.0))
+  tokens = models.tokens(8)
+  boxed = jax.eval_shape(module.init, jax.random.key(0), tokens)['params']
+
+  def loss(params, tokens):
+    out = module.apply({'params': params}, tokens)
+    return jnp.square(out.logits).mean() + sum(out.aux['losses'].values())
+
+  step = jax.value_and_grad(loss)
+  want = jax.jit(step)(params, tokens)
+  mesh = mesh_of(shape)
+  with jax.set_mesh(mesh), sharding.rules('default'):
+    specs = nn.logical_to_mesh(nn.get_partition_spec(boxed))
+    put = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
+    args = jax.tree.map(put, params, specs), put(tokens, PartitionSpec(BATCH))
+    compiled = jax.jit(step).lower(*args).compile()
+    got = compiled(*args)
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    np.testing.assert_allclose(a, b, rtol=2e-4,
+                               atol=1e-7 + 2e-5 * np.abs(b).max())
+  crossings = [c for c in collectives(compiled.as_text(), 'all-to-all')
+               if along(c[2], shape, 'expert')]
+  assert crossings

@@ -31,6 +31,7 @@ from jax.sharding import PartitionSpec
 import jax.numpy as jnp
 
 from architectures.parts import experts as here
+from architectures.parts import exchange
 from architectures.parts import routing
 from architectures.parts import sharding
 from architectures.parts.config import MoEConfig, require
@@ -87,7 +88,7 @@ def experts(m: MoEConfig, x_TD: jax.Array, routed: routing.Routing,
   if axes is None:
     return compute(Axes(), x_TD, routed, w, dropout)
   shards = size(axes.batch)
-  _check(m, x_TD.shape, w, groups, shards, axes, bool(routed.choices))
+  _check_groups(T, groups, shards, bool(routed.choices))
   x_TD, routed = _pad(x_TD, routed, -T % shards)
   tokens, rows = PartitionSpec(axes.batch or None), routed.expert_A.shape[0]
   y_TD, kept_A = jax.shard_map(
@@ -200,7 +201,7 @@ class Spread:
     return self.local.ids(assignment_R)
 
   def _cross(self, x, send_n=None, receive_n=None):
-    return exchange(x, send_n, receive_n, self.axis)
+    return exchange.exchange(x, send_n, receive_n, self.axis)
 
   def padded(self, rows_ECD, id_EC):
     n, (E, C, D) = self.devices, rows_ECD.shape
@@ -245,68 +246,40 @@ class Spread:
     return cross(here.take(y_RD, row_R, from_R, 1), got_n, send_n)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def exchange(x, send_n, receive_n, axis: str):
-  """x[d] of this device becomes x[this] of device d, along mesh axis `axis`.
-
-  With `send_n` and `receive_n`, only so many rows of each matter, and where
-  the backend can, no others travel.
-  """
-  whole = functools.partial(jax.lax.all_to_all, axis_name=axis, split_axis=0,
-                            concat_axis=0, tiled=True)
-  if send_n is None:
-    return whole(x)
-  return jax.lax.platform_dependent(
-      x, send_n, receive_n, cpu=lambda x, *_: whole(x),
-      default=functools.partial(_ragged, axis))
-
-
-def _ragged(axis, x, send_n, receive_n):
-  n, bound = x.shape[:2]
-  flat = x.reshape(n * bound, *x.shape[2:])
-  first_n = jnp.arange(n, dtype=jnp.int32) * bound
-  mine_n = jnp.full(n, jax.lax.axis_index(axis) * bound, jnp.int32)
-  return jax.lax.ragged_all_to_all(
-      flat, jnp.zeros_like(flat), first_n, send_n.astype(jnp.int32), mine_n,
-      receive_n.astype(jnp.int32), axis_name=axis).reshape(x.shape)
-
-
-def _exchange_fwd(x, send_n, receive_n, axis):
-  return exchange(x, send_n, receive_n, axis), (send_n, receive_n)
-
-
-def _exchange_bwd(axis, saved, d):
-  send_n, receive_n = saved
-  return exchange(d, receive_n, send_n, axis), None, None
-
-
-exchange.defvjp(_exchange_fwd, _exchange_bwd)
-
-
-def _check(m, shape, w, groups, shards, axes, chooses) -> None:
-  (T, D), E, n = shape, m.num_experts, size(axes.experts)
+def check(m: MoEConfig, d_model: int) -> None:
+  """Raises ValueError, with sizes that do, where the mesh does not divide the
+  experts; to be called before their weights are made on it."""
+  axes = mesh_axes()
+  if axes is None:
+    return
+  E, n = m.num_experts, size(axes.experts)
   require(len(axes.experts) <= 1, "the rules put 'experts' on the mesh axes "
           f'{", ".join(axes.experts)}: put them on one')
   require(set(axes.experts) <= set(axes.batch),
           f"the rules put 'experts' on the mesh axis {axes.experts} and 'batch'"
           f" on {axes.batch}: tokens must be split over the experts' axis too")
+  divisors = ', '.join(str(d) for d in range(1, E + 1) if E % d == 0)
   require(E % n == 0,
           f'model.moe.num_experts is {E}, which mesh.expert {n} does not '
-          f'divide: choose {E // n * n or n} or {-(-E // n) * n} experts, or '
-          f'mesh.expert among {_divisors(E)}')
+          f'divide: choose {_multiples(E, n)} experts, or mesh.expert among '
+          f'{divisors}')
   for name, value, axis, by in (
-      ('model.moe.d_ff', w.up_EDF.shape[2], 'tensor', size(axes.mlp)),
-      ('model.d_model', D, 'fsdp', size(axes.embed))):
+      ('model.moe.d_ff', m.d_ff, 'tensor', size(axes.mlp)),
+      ('model.d_model', d_model, 'fsdp', size(axes.embed))):
     require(value % by == 0, f'{name} is {value}, which mesh.{axis} {by} does '
-            f'not divide: choose {value // by * by or by} or '
-            f'{-(-value // by) * by}')
+            f'not divide: choose {_multiples(value, by)}')
+
+
+def _multiples(value: int, of: int) -> str:
+  """The nearest multiples, in words."""
+  below, above = value // of * of, -(-value // of) * of
+  return f'{below} or {above}' if below else str(above)
+
+
+def _check_groups(T: int, groups: int, shards: int, chooses: bool) -> None:
   fits = (T % shards == 0 and groups % shards == 0) or (
       chooses and (groups == 1 or (T % shards == 0 and shards % groups == 0)))
   require(fits, f'{groups} routing groups of {T // groups} tokens do not fit '
           f'on {shards} shards of the batch'
           + ('' if chooses else ', and expert_choice needs whole groups on each')
           + f': set model.moe.group_size to a divisor of {max(1, T // shards)}')
-
-
-def _divisors(n: int) -> str:
-  return ', '.join(str(d) for d in range(1, n + 1) if n % d == 0)

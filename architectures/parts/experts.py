@@ -21,7 +21,6 @@ import jax.numpy as jnp
 
 from architectures.parts import ffn as dense
 from architectures.parts import grouped
-from architectures.parts import linear
 from architectures.parts.routing import mix, ranks, Routing
 
 
@@ -57,12 +56,24 @@ class Dropout:
     return keep_RF / (1 - self.rate)
 
 
+def _batched_product(spec: str, x: jax.Array, m: jax.Array) -> jax.Array:
+  """In x's dtype; on CPU XLA has no batched product of bfloat16."""
+  def wide(x, m):
+    return jnp.einsum(spec, x.astype(jnp.float32), m.astype(jnp.float32)
+                      ).astype(x.dtype)
+  def narrow(x, m):
+    return jnp.einsum(spec, x, m)
+  if x.dtype == jnp.float32:
+    return narrow(x, m)
+  return jax.lax.platform_dependent(x, m, cpu=wide, default=narrow)
+
+
 def batched(rows_ECD: jax.Array, w: Weights, kind: str,
             mask_ECF=None) -> jax.Array:
   """Every expert on its own C rows."""
   act, gated = dense.ACTIVATIONS[kind]
   add = lambda x, b: x if b is None else x + b[:, None]
-  product = lambda spec, x, m: linear.einsum(spec, x, m, x.dtype)
+  product = _batched_product
   h_ECF = add(product('ECD,EDF->ECF', rows_ECD, w.up_EDF), w.up_bias_EF)
   if gated:
     g_ECF = add(product('ECD,EDF->ECF', rows_ECD, w.gate_EDF), w.gate_bias_EF)
@@ -211,17 +222,17 @@ def by_einsum(x_TD, r: Routing, run, slots: int) -> jax.Array:
   """The oracle."""
   T, E = x_TD.shape[0], r.probs_TE.shape[1]
   slot_A = ranks(r.expert_A, E + 1)
-  product = lambda spec, x, y: linear.einsum(spec, x, y, x_TD.dtype)
-  hot = lambda index, size: jax.nn.one_hot(index, size, dtype=x_TD.dtype)
+  hot = jax.nn.one_hot  # in float32, all of it
   hot_AEC = hot(r.expert_A, E)[:, :, None] * hot(slot_A, slots)[:, None]
   hot_AT = hot(r.token_A, T)
-  gate_A11 = r.gate_A.astype(x_TD.dtype)[:, None, None]
-  dispatch_TEC = product('AT,AEC->TEC', hot_AT, hot_AEC)
-  combine_TEC = product('AT,AEC->TEC', hot_AT, hot_AEC * gate_A11)
+  gate_A11 = r.gate_A[:, None, None]
+  dispatch_TEC = jnp.einsum('AT,AEC->TEC', hot_AT, hot_AEC)
+  combine_TEC = jnp.einsum('AT,AEC->TEC', hot_AT, hot_AEC * gate_A11)
   id_EC = jnp.einsum('AEC,A->EC', hot_AEC.astype(jnp.int32),
                      run.ids(jnp.arange(slot_A.shape[0])))
-  rows_ECD = product('TEC,TD->ECD', dispatch_TEC, x_TD)
-  return product('TEC,ECD->TD', combine_TEC, run.padded(rows_ECD, id_EC))
+  rows_ECD = jnp.einsum('TEC,TD->ECD', dispatch_TEC, x_TD.astype(jnp.float32))
+  y_ECD = run.padded(rows_ECD.astype(x_TD.dtype), id_EC).astype(jnp.float32)
+  return jnp.einsum('TEC,ECD->TD', combine_TEC, y_ECD).astype(x_TD.dtype)
 
 
 def by_sorted(x_TD, r: Routing, run, slots: int) -> jax.Array:

@@ -1,0 +1,44 @@
+"""The all-to-all that rows cross the mesh by, there and, as gradients, back."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def exchange(x, send_n, receive_n, axis: str):
+  """x[d] of this device becomes x[this] of device d, along mesh axis `axis`.
+
+  With `send_n` and `receive_n`, only so many rows of each matter, and where
+  the backend can, no others travel.
+  """
+  whole = functools.partial(jax.lax.all_to_all, axis_name=axis, split_axis=0,
+                            concat_axis=0, tiled=True)
+  if send_n is None:
+    return whole(x)
+  return jax.lax.platform_dependent(
+      x, send_n, receive_n, cpu=lambda x, *_: whole(x),
+      default=functools.partial(_ragged, axis))
+
+
+def _ragged(axis, x, send_n, receive_n):
+  n, bound = x.shape[:2]
+  flat = x.reshape(n * bound, *x.shape[2:])
+  first_n = jnp.arange(n, dtype=jnp.int32) * bound
+  mine_n = jnp.full(n, jax.lax.axis_index(axis) * bound, jnp.int32)
+  return jax.lax.ragged_all_to_all(
+      flat, jnp.zeros_like(flat), first_n, send_n.astype(jnp.int32), mine_n,
+      receive_n.astype(jnp.int32), axis_name=axis).reshape(x.shape)
+
+
+def _exchange_fwd(x, send_n, receive_n, axis):
+  return exchange(x, send_n, receive_n, axis), (send_n, receive_n)
+
+
+def _exchange_bwd(axis, saved, d):
+  send_n, receive_n = saved
+  return exchange(d, receive_n, send_n, axis), None, None
+
+
+exchange.defvjp(_exchange_fwd, _exchange_bwd)
