@@ -6,6 +6,7 @@ keys), capped (softcap * tanh(score / softcap), Gemma 2), have normalised
 queries and keys (QK-norm) and a learned sink per head in the denominator.
 """
 
+import functools
 from typing import Optional
 
 import chex
@@ -157,9 +158,12 @@ class Attention(nn.Module):
                                     c.num_heads)
     sink_H = (linear.bias(self, 'sink', (c.num_heads,), ('heads',))
               if c.attention_sinks else None)
-    o_BLHK = attend(q_BLHK, k_BMJK, v_BMJK, scale=c.attention_scale,
-                    mask_BLM=mask_BLM, bias_BHLM=bias_BHLM,
-                    softcap=c.attention_softcap, sink_H=sink_H)
+    # Scores are worked out again for the gradient: to keep them takes longer.
+    weigh = jax.checkpoint(
+        functools.partial(attend, scale=c.attention_scale,
+                          softcap=c.attention_softcap), prevent_cse=False)
+    o_BLHK = weigh(q_BLHK, k_BMJK, v_BMJK, mask_BLM=mask_BLM,
+                   bias_BHLM=bias_BHLM, sink_H=sink_H)
     o_BLHK = sharding.constrain(o_BLHK, 'batch', 'length', 'heads', 'head')
     out_HKD = linear.weight(self, 'out', (c.num_heads, c.head_dim, c.d_model),
                             ('heads', 'head', 'embed'), in_axes=(0, 1),

@@ -27,6 +27,11 @@ ACTIVATIONS = {
 }
 
 
+# What an activation computes on its way is computed again for the gradient: to
+# keep it takes longer, and a multiple of the memory.
+recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
+
+
 class FFN(nn.Module):
   """(x_BLD, context) -> (y_BLD, aux); a dense layer's aux is empty."""
   config: ModelConfig
@@ -52,9 +57,9 @@ class FFN(nn.Module):
       if c.ffn_bias:
         g_BLF = linear.add_bias(
             g_BLF, linear.bias(self, 'gate_bias', (F,), ('mlp',)))
-      h_BLF = act(g_BLF) * h_BLF
+      h_BLF = recomputed(lambda g, h: act(g) * h)(g_BLF, h_BLF)
     else:
-      h_BLF = act(h_BLF)
+      h_BLF = recomputed(act)(h_BLF)
     h_BLF = sharding.constrain(h_BLF, 'batch', 'length', 'mlp')
     y_BLD = linear.einsum('BLF,FD->BLD', h_BLF, down_FD, c.compute_dtype)
     if c.ffn_bias:

@@ -1,11 +1,16 @@
 """Weights, biases and the one matrix product that every part uses."""
 
+import functools
+
 import flax.linen as nn
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from architectures.parts import sharding
 from architectures.parts.config import ModelConfig
+
+PRODUCT = 'product'  # the name of a product's result that remat 'dots' keeps
 
 
 def weight(module: nn.Module, name: str, shape: tuple[int, ...],
@@ -59,9 +64,6 @@ def einsum(spec: str, x: jax.Array, w: jax.Array, dtype,
            out_dtype=None) -> jax.Array:
   """A product in the compute dtype, which adds up in float32.
 
-  On CPU bfloat16 operands are widened to float32, which holds them exactly:
-  XLA multiplies bfloat16 slowly there, and some products not at all.
-
   Args:
     spec: as of jnp.einsum, for two operands.
     x: activations.
@@ -69,18 +71,50 @@ def einsum(spec: str, x: jax.Array, w: jax.Array, dtype,
     dtype: what both are rounded to before the product.
     out_dtype: of the result; default: dtype.
   """
-  x, w, out_dtype = x.astype(dtype), w.astype(dtype), out_dtype or dtype
+  out_dtype = jnp.dtype(out_dtype or dtype)
+  ins, out = spec.split('->')
+  shared = set.intersection(*map(set, (*ins.split(','), out))) - {'.'}
+  if '...' in spec:
+    spec = spec.replace('...', 'ZYXW'[:x.ndim + 3 - ins.index(',')])
+  x, w = x.astype(dtype), w.astype(dtype)
+  if x.dtype == out_dtype == jnp.float32:
+    y = jnp.einsum(spec, x, w)
+  else:
+    y = _product(spec, out_dtype, x, w)
+  return y if shared else checkpoint_name(y, PRODUCT)
 
-  def multiply(x, w):
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _product(spec, out_dtype, x, w):
+  """On CPU, XLA is slow at a bfloat16 product with a bfloat16 result, and at
+  one of a bfloat16 and a float32 array; with a float32 result, of two
+  bfloat16 arrays, it is twice as fast as all in float32. Hence this, and that
+  the gradient of the result is rounded before it is multiplied. Elsewhere a
+  float32 result would only be more to send between devices."""
+  def narrow(x, w):
     return jnp.einsum(spec, x, w, preferred_element_type=out_dtype)
 
-  def widened(x, w):
-    return jnp.einsum(spec, x.astype(jnp.float32),
-                      w.astype(jnp.float32)).astype(out_dtype)
+  def wide(x, w):
+    return jnp.einsum(spec, x, w, preferred_element_type=jnp.float32
+                      ).astype(out_dtype)
 
-  if jnp.dtype(dtype) == jnp.float32:
-    return multiply(x, w)
-  return jax.lax.platform_dependent(x, w, cpu=widened, default=multiply)
+  return jax.lax.platform_dependent(x, w, cpu=wide, default=narrow)
+
+
+def _product_fwd(spec, out_dtype, x, w):
+  return _product(spec, out_dtype, x, w), (x, w)
+
+
+def _product_bwd(spec, out_dtype, operands, d):
+  del out_dtype
+  x, w = operands
+  of_x, of_w, of_y = spec.replace('->', ',').split(',')
+  d = d.astype(x.dtype)
+  return (_product(f'{of_y},{of_w}->{of_x}', x.dtype, d, w),
+          _product(f'{of_x},{of_y}->{of_w}', w.dtype, x, d))
+
+
+_product.defvjp(_product_fwd, _product_bwd)
 
 
 def add_bias(x: jax.Array, b: jax.Array) -> jax.Array:

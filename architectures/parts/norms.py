@@ -5,6 +5,8 @@ RMSNorm (Zhang and Sennrich 2019): y = x / sqrt(mean(x^2) + eps) * scale.
 The two agree on centred input without bias.
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -38,6 +40,10 @@ def _affine(y, scale_D, bias_D, dtype):
   return y.astype(dtype)
 
 
+# The gradient computes a norm again: cheaper than to keep its steps.
+recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
+
+
 class LayerNorm(nn.Module):
   config: ModelConfig
   axis: str = 'embed'
@@ -50,7 +56,7 @@ class LayerNorm(nn.Module):
         nn.initializers.ones, self.axis), shape, dtype)
     bias_D = self.param('bias', sharding.init(
         nn.initializers.zeros, self.axis), shape, dtype)
-    return layernorm(x, scale_D, bias_D, self.config.norm_eps)
+    return recomputed(layernorm)(x, scale_D, bias_D, self.config.norm_eps)
 
 
 class RMSNorm(nn.Module):
@@ -61,7 +67,7 @@ class RMSNorm(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     scale_D = self.param('scale', sharding.init(
         nn.initializers.ones, self.axis), x.shape[-1:], self.config.param_dtype)
-    return rmsnorm(x, scale_D, self.config.norm_eps)
+    return recomputed(rmsnorm)(x, scale_D, self.config.norm_eps)
 
 
 NORMS = {'layernorm': LayerNorm, 'rmsnorm': RMSNorm}

@@ -1,0 +1,125 @@
+"""This project's side of a comparison: the step of train.py, its generation
+and its loop, on random tokens."""
+
+import io
+import contextlib
+import pathlib
+import tempfile
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from training import devices
+from training import generate
+from training import loop
+from training import run_config
+from training import runs
+from training import state as state_lib
+from training.step import make_train_step
+
+
+class Trainer:
+  """A run's state, its compiled step and one batch."""
+
+  def __init__(self, tree):
+    self.config = run_config.from_json(tree)
+    model = self.config.model.to_dict()
+    model['max_len'] = model['max_len'] or self.config.data.length
+    self.run = runs.start(self.config, runs.architectures.resolve(model))
+    data, vocab = self.config.data, self.run.model.vocab_size
+    tokens = np.random.default_rng(0).integers(
+        0, vocab, (data.batch_size, data.length + 1), dtype=np.int32)
+    self.host_batch = dict(
+        tokens=tokens[:, :-1], targets=tokens[:, 1:],
+        weights=np.ones((data.batch_size, data.length), np.float32))
+    self.batch = devices.put(self.host_batch, self.run.place)
+
+  def create(self):
+    """Makes the state and compiles the step; returns the seconds of each."""
+    run = self.run
+    with run.context():
+      self.state = state_lib.create(run.module, run.tx, run.abstract, 0)
+      start = time.perf_counter()
+      lowered = jax.jit(
+          make_train_step(run.module, run.tx, run.config), donate_argnums=0,
+          out_shardings=(run.shardings, None)).lower(self.state, self.batch)
+      traced = time.perf_counter()
+      self.compiled = lowered.compile()
+    return traced - start, time.perf_counter() - traced
+
+  def step(self) -> float:
+    self.state, metrics = self.compiled(self.state, self.batch)
+    return float(metrics['loss'])
+
+  def steps(self, count: int):
+    """`count` steps in a row, each waited for."""
+    for _ in range(count):
+      self.step()
+
+  def generate(self, prompt: int, new: int) -> None:
+    """Continues the batch's first `prompt` tokens greedily by `new`."""
+    prompts_BL = self.batch['tokens'][:, :prompt]
+    with self.run.context():
+      jax.block_until_ready(generate.generate(
+          self.run.module, self.state.params, prompts_BL,
+          jnp.full(prompts_BL.shape[:1], prompt), jax.random.key(0),
+          max_new_tokens=new, sampling=generate.Sampling(temperature=0)))
+
+  def loop(self, count: int) -> float:
+    """Returns the seconds of `count` steps of training/loop.py, without the
+    first, which waits for the compiler, and without a save or evaluation."""
+    config = self.config.copy_and_resolve_references().unlock()
+    config.train.steps = count
+    config.eval.every_steps = 0
+    run = runs.start(config, self.run.model, self.run.mesh)
+    batches, saves = _Batches(self.host_batch), _NoSaves()
+    with run.context():
+      state = state_lib.create(run.module, run.tx, run.abstract, 0)
+    with tempfile.TemporaryDirectory() as folder:
+      with contextlib.redirect_stdout(io.StringIO()):
+        loop.train(run, state, 0, batches, None, saves, pathlib.Path(folder))
+    # A batch is fetched once its predecessor's step has been dispatched.
+    return (saves.called - batches.times[2]) / (count - 2)
+
+
+class _Batches:
+  """One batch again and again; notes when each was asked for."""
+
+  def __init__(self, batch):
+    self.batch, self.times = batch, []
+
+  def iterate(self, start, stop):
+    for _ in range(start, stop):
+      self.times.append(time.perf_counter())
+      yield self.batch
+
+
+class _NoSaves:
+  """Checkpoints that are never due; notes when the last step was done."""
+  called = 0.0
+
+  def due(self, step):
+    return False
+
+  def save(self, step, state, **kwargs):
+    jax.block_until_ready(state)
+    self.called = time.perf_counter()
+
+  def wait(self):
+    pass
+
+
+def jobs(request):
+  """Returns what a worker can be asked to do, by name."""
+  trainer = Trainer(request['config'])
+  if request['kind'] == 'compile':
+    return {'compile': trainer.create}
+  trainer.create()
+  trainer.step()
+  prompt, new = request['prompt'], request['new']
+  return {'step': trainer.step,
+          'steps': lambda: trainer.steps(request['count']),
+          'loop': lambda: trainer.loop(request['count']),
+          'generate': lambda: trainer.generate(prompt, new)}

@@ -1,0 +1,161 @@
+"""Times whole training steps, and beside them PyTorch's at the same sizes.
+
+  python -m benchmarks.step --compare=pytorch
+  python -m benchmarks.step --dtype=bfloat16 --compare=pytorch --json=FILE
+  python -m benchmarks.step --config=configs/gpt.py:tiny --sections=loop
+
+Each side is a process of its own. The two take turns, so that a busy machine
+slows both alike: what counts is the median of the pairs' ratios. Steps are
+warm. Peak memory is the process's, compiler and libraries included.
+
+Sections: `step`; `generate` (greedy, the whole batch); `loop` (the training
+loop against the bare step); `compile` (8 times the layers against as many as
+the config has).
+"""
+
+import json
+import pathlib
+import statistics
+
+from absl import flags
+from ml_collections import config_flags
+
+from benchmarks.worker import Worker
+from training import cli
+
+SECTIONS = ('step', 'generate', 'loop', 'compile')
+# What PyTorch may run: in bfloat16, with float32 parameters or without.
+RIVALS = {'float32': ('float32',), 'bfloat16': ('autocast', 'bfloat16')}
+
+config_flags.DEFINE_config_file(
+    'config', help_string='A file of configs/ and its size; default: GPT with '
+    'd_model 512, 6 layers, 8 heads, vocabulary 32,000, batch 8 x 256.')
+flags.DEFINE_enum('dtype', 'float32', tuple(RIVALS), 'Of the computation.')
+flags.DEFINE_enum('compare', '', ('', 'pytorch'),
+                  'The other side; it needs the extra `verify`.')
+flags.DEFINE_bool('torch_compile', False,
+                  'Let torch.compile translate the other side.')
+flags.DEFINE_list('sections', ['step'], 'Of ' + ', '.join(SECTIONS) + '.')
+flags.DEFINE_integer('pairs', 7, 'Jobs of each side.')
+flags.DEFINE_integer('prompt', 128, 'Tokens that a generation starts from.')
+flags.DEFINE_integer('new', 64, 'Tokens that a generation adds.')
+flags.DEFINE_string('json', '', 'Write the figures to this file.')
+
+
+def default_config():
+  """The shape of docs/performance.md, 35.4M parameters."""
+  from configs import gpt
+  config = gpt.get_config('tiny')
+  config.model.update(d_model=512, num_layers=6, num_heads=8,
+                      vocab_size=32000, max_len=256)
+  config.data.update(batch_size=8, length=256)
+  return config
+
+
+def main():
+  cli.parse(__doc__)
+  args = flags.FLAGS
+  from training import run_config, runs
+  for name in args.sections:
+    runs.one_of('--sections', name, SECTIONS)
+  config = args.config or default_config()
+  config = config.copy_and_resolve_references().unlock()
+  config.model.dtype = args.dtype
+  if not config.model.vocab_size:
+    config.model.vocab_size = 256
+  if args.compare and config.model.arch != 'gpt':
+    raise ValueError(f'--compare=pytorch runs GPT-2: model.arch is '
+                     f'{config.model.arch!r}')
+  request = dict(kind='step', config=run_config.to_json(config), count=20,
+                 prompt=args.prompt, new=args.new,
+                 compiled=args.torch_compile)
+  figures = {'dtype': args.dtype}
+  for name in args.sections:
+    figures[name] = globals()[f'_{name}'](request, args)
+  if args.json:
+    pathlib.Path(args.json).write_text(json.dumps(figures, indent=1) + '\n')
+
+
+def _step(request, args):
+  data = request['config']['data']
+  return _against(request, args, 'step', 'tokens/s',
+                  data['batch_size'] * data['length'])
+
+
+def _generate(request, args):
+  return _against(request, args, 'generate', 'new tokens/s',
+                  request['config']['data']['batch_size'] * args.new)
+
+
+def _against(request, args, job, unit, amount):
+  """Alternates ours and each rival; prints and returns the figures."""
+  sides = {'ours': ('ours', request)}
+  if args.compare:
+    sides |= {f'{args.compare} {dtype}':
+              (args.compare, request | dict(dtype=dtype))
+              for dtype in RIVALS[args.dtype]}
+  workers = {name: Worker(*side) for name, side in sides.items()}
+  seconds = {name: [] for name in sides}
+  peak = {}
+  try:
+    for pair in range(args.pairs + 1):
+      for name, worker in workers.items():
+        answer = worker.do(job)
+        peak[name] = answer['peak_bytes']
+        if pair:  # the first is the warm-up
+          seconds[name].append(answer['seconds'])
+  finally:
+    for worker in workers.values():
+      worker.close()
+  figures = {}
+  for name, times in seconds.items():
+    median = statistics.median(times)
+    ratio = statistics.median(
+        other / own for other, own in zip(times, seconds['ours']))
+    figures[name] = dict(
+        median_s=median, min_s=min(times), per_s=amount / median,
+        peak_bytes=peak[name], ours_is_faster_by=ratio)
+    print(f'{job} {name:18} {median * 1e3:8.0f} ms  (least '
+          f'{min(times) * 1e3:.0f})  {amount / median:8.0f} {unit}  peak '
+          f'{peak[name] / 2**20:.0f} MiB' + (
+              '' if name == 'ours' else f'  ours is {ratio:.2f} x as fast'),
+          flush=True)
+  return figures
+
+
+def _loop(request, args):
+  """The loop's seconds a step over those of the bare step, alternated."""
+  count = request['count']
+  with Worker('ours', request) as worker:
+    pairs = [(worker.do('steps')['seconds'] / count,
+              worker.do('loop')['result']) for _ in range(args.pairs)]
+  bare, loop = map(statistics.median, zip(*pairs))
+  added = statistics.median(b / a - 1 for a, b in pairs)
+  print(f'loop: {loop * 1e3:.2f} ms a step, bare {bare * 1e3:.2f} ms: '
+        f'{added:+.1%}', flush=True)
+  return dict(bare_s=bare, loop_s=loop, added=added)
+
+
+def _compile(request, args):
+  """Seconds to trace and compile, with 8 times the layers and as it is."""
+  deep = json.loads(json.dumps(request))
+  model = request['config']['model']
+  deep['config']['model']['num_layers'] *= 8
+  ratios, seconds = [], []
+  for _ in range(args.pairs):
+    pair = []
+    for side in (request, deep):
+      with Worker('ours', side | dict(kind='compile')) as worker:
+        pair.append(sum(worker.do('compile')['result']))
+    seconds.append(pair)
+    ratios.append(pair[1] / pair[0])
+  shallow, deep = map(statistics.median, zip(*seconds))
+  ratio = statistics.median(ratios)
+  print(f'trace and compile: {shallow:.2f} s for {model["num_layers"]} '
+        f'layers, {deep:.2f} s for {model["num_layers"] * 8}: {ratio:.2f} x',
+        flush=True)
+  return dict(shallow_s=shallow, deep_s=deep, ratio=ratio)
+
+
+if __name__ == '__main__':
+  cli.run(main)
