@@ -1,13 +1,17 @@
 """Masked words with next sentences, prefixes and conversations."""
 
+import importlib
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from configs import base
+from tests import models
 from training import conversations, data, examples, masking, packing
-from training import tokenizers
+from training import objectives, runs, tokenizers
 
 BYTES = tokenizers.load('bytes')
 SPECIAL = (BYTES.cls_id, BYTES.sep_id)
@@ -156,6 +160,52 @@ def test_conversations_are_no_plain_text(talks, texts):
     data.load(_config(f'{talks}:messages', 'causal'), BYTES)
   with pytest.raises(ValueError, match='list of turns'):
     data.load(_config(texts, 'chat'), BYTES)
+
+
+@pytest.mark.parametrize('system, objective', [
+    ('bert', 'causal'), ('gpt', 'mlm_nsp'), ('t5', 'prefix')])
+def test_an_objective_that_does_not_fit_is_refused(system, objective):
+  config = importlib.import_module(f'configs.{system}').get_config()
+  config.objective = objective
+  with pytest.raises(ValueError, match=f'{objective!r}.* {system} .*choose'):
+    runs.check(config)
+
+
+def test_bert_is_judged_by_both_its_tasks():
+  module, params = models.make('bert')
+  tokens = models.tokens(2, 8)
+  batch = dict(tokens=tokens, targets=tokens, types=jnp.zeros((2, 8), int),
+               segment_ids=jnp.ones((2, 8), int),
+               weights=jnp.zeros((2, 8)).at[0, :3].set(1.0).at[1, 2].set(1.0),
+               nsp_targets=jnp.array([0, 1]))
+  config = base.base()
+  objective = objectives.OBJECTIVES['mlm_nsp']
+  output = objective.apply(module, params, batch)
+  loss, figures = objective.loss(output, batch, config)
+  nll = -jax.nn.log_softmax(output.logits)
+  mlm = sum(float(nll[b, i, tokens[b, i]]) for b, i in (
+      (0, 0), (0, 1), (0, 2), (1, 2)))
+  nsp = -jax.nn.log_softmax(output.extra['nsp_logits'])
+  nsp = 3 * float(nsp[0, 0]) + 1 * float(nsp[1, 1])  # by their masked words
+  np.testing.assert_allclose(loss, mlm + nsp, rtol=1e-5)
+  np.testing.assert_allclose(figures['mlm_loss'], mlm, rtol=1e-5)
+  assert figures['weight'] == 4 and 0 <= figures['nsp_accuracy'] <= 4
+
+
+def test_a_prefix_sees_itself_whole_and_nothing_later():
+  module, params = models.make('gpt')
+  tokens = models.tokens(1, 8)
+
+  def logits(changed):
+    out = module.apply({'params': params}, tokens.at[0, changed].add(1) % 60,
+                       prefix_B=jnp.array([4]))
+    return out.logits[0]
+
+  plain = module.apply({'params': params}, tokens % 60,
+                       prefix_B=jnp.array([4])).logits[0]
+  inside, after = logits(3) != plain, logits(5) != plain
+  assert inside.any(1).tolist() == [True] * 8
+  assert after.any(1).tolist() == [False] * 5 + [True] * 3
 
 
 def test_every_example_reads_a_view():

@@ -16,6 +16,7 @@ import architectures
 from architectures.parts import sharding
 from architectures.parts.config import ModelConfig, one_of, require
 from architectures.parts.encoder_decoder import EncoderDecoder
+from architectures.parts.skeletons import Decoder
 from configs import base
 from configs import sharding as tables
 from training import checkpoints, devices, metrics, optimizers
@@ -66,14 +67,21 @@ def check(config: ml_collections.ConfigDict) -> None:
 
 
 def _check_objective(name: str, module: nn.Module) -> None:
+  """Raises ValueError where the model has not the shape of the objective."""
   from training import objectives
-  pairs = [name for name, row in objectives.OBJECTIVES.items()
-           if 'decoder_tokens' in row.inputs]
-  both = isinstance(module, EncoderDecoder)
-  choices = ', '.join(n for n in objectives.OBJECTIVES if (n in pairs) == both)
-  require((name in pairs) == both,
-          f'objective is {name!r}, but model.arch {module.config.arch} is '
-          f'{"an" if both else "no"} encoder-decoder: choose from {choices}')
+
+  def shape(row) -> str:
+    if 'decoder_tokens' in row.inputs:
+      return 'encoder-decoder'
+    return 'encoder' if 'types' in row.options else 'decoder'
+
+  ours = ('encoder-decoder' if isinstance(module, EncoderDecoder) else
+          'decoder' if isinstance(module, Decoder) else 'encoder')
+  choices = [n for n, row in objectives.OBJECTIVES.items()
+             if shape(row) == ours]
+  require(name in choices,
+          f'objective is {name!r}, which does not fit model.arch '
+          f'{module.config.arch} ({ours}): choose from {", ".join(choices)}')
 
 
 def count(params) -> int:
