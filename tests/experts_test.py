@@ -162,7 +162,7 @@ def test_grouped_product_equals_a_loop_over_experts(even):
     def loss(x_RD, w):
       total, start = 0.0, 0
       for e, n in enumerate(counts):
-        own = jax.tree.map(lambda m: m[e:e + 1], w)
+        own = jax.tree.map(lambda m, e=e: m[e:e + 1], w)
         at = slice(start, start + n)
         y_1RD = experts.batched(x_RD[None, at], own, 'swiglu',
                                 mask_RF[None, at])
@@ -228,7 +228,7 @@ def test_accelerators_get_a_ragged_product(platform):
   lower = lambda name: step.trace(x_RD, w).lower(
       lowering_platforms=(name,)).as_text()
   text = lower(platform)
-  print([l[:150] for l in text.splitlines() if 'ragged' in l])
+  print([x[:150] for x in text.splitlines() if 'ragged' in x])
   assert text.count('ragged_dot') >= 9 or platform != 'tpu'
   assert 'dynamic_update_slice' not in text
   assert 'dynamic_update_slice' in lower('cpu')

@@ -15,7 +15,8 @@ def variants(multiple, interpolate=False, **changes):
   return extrapolation.variants(model, 32, multiple, interpolate)
 
 
-@pytest.mark.parametrize('position', ['sinusoidal', 'alibi', 'relative', 'none'])
+@pytest.mark.parametrize(
+    'position', ['sinusoidal', 'alibi', 'relative', 'none'])
 def test_some_encodings_go_on_as_they_are(position):
   assert list(variants(4, position=position)) == [position]
 

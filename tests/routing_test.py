@@ -244,7 +244,8 @@ def test_refuses_in_a_sentence(fields, words):
 
 def model(**changes):
   return models.make('gpt', ffn='moe', num_layers=4, moe=dict(
-      num_experts=E, every=2, z_loss_weight=0.1, d_ff=8, dispatch='einsum'), **changes)
+      num_experts=E, every=2, z_loss_weight=0.1, d_ff=8, dispatch='einsum'),
+                     **changes)
 
 
 @pytest.mark.parametrize('remat', ['none', 'full'])

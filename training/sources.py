@@ -1,8 +1,8 @@
 """Where text comes from: data.source, parsed into files and their documents.
 
 A source is named by a prefix: `sotu`, `text:GLOB`, `jsonl:GLOB:FIELD`,
-`parquet:GLOB:FIELD`, `arrayrecord:GLOB`, `hf:NAME[:CONFIG[:SPLIT[:FIELD]]]`, `parallel:GLOB`;
-a weighted mixture is written '0.7*A,0.3*B'. To add one, write a function that
+`parquet:GLOB:FIELD`, `arrayrecord:GLOB`, `parallel:GLOB`,
+`hf:NAME[:CONFIG[:SPLIT[:FIELD]]]`; a weighted mixture is written '0.7*A,0.3*B'. To add one, write a function that
 takes the text after the prefix, and list it in SOURCES.
 
 A document is a string, or a list of parts, each (kind, string), with the

@@ -281,5 +281,6 @@ def _check_groups(T: int, groups: int, shards: int, chooses: bool) -> None:
       chooses and (groups == 1 or (T % shards == 0 and shards % groups == 0)))
   require(fits, f'{groups} routing groups of {T // groups} tokens do not fit '
           f'on {shards} shards of the batch'
-          + ('' if chooses else ', and expert_choice needs whole groups on each')
+          + ('' if chooses
+             else ', and expert_choice needs whole groups on each')
           + f': set model.moe.group_size to a divisor of {max(1, T // shards)}')

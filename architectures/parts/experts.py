@@ -174,7 +174,7 @@ def place_sorted(expert_A, experts: int) -> tuple[jax.Array, jax.Array]:
 
 def move(x_TD, r: Routing, row_A, rows: int):
   """Returns (rows [R, D], their assignment ids, combine: rows -> y_TD)."""
-  T, A = x_TD.shape[0], row_A.shape[0]
+  T = x_TD.shape[0]
   assignment_R = inverse(row_A, rows)
   token_R = r.token_A.at[assignment_R].get(mode='fill', fill_value=T)
   back = lambda y_RD: combine(y_RD, r.gate_A, r.token_A, row_A, assignment_R,

@@ -33,7 +33,8 @@ def run(evaluation) -> dict:
   tokens = jax.device_get(generate.generate(
       evaluation.run.module, evaluation.params, prompts, lengths,
       jax.random.key(options.sample_seed), max_new_tokens=count,
-      sampling=sampling, stop_token=evaluation.tokenizer.separator_id, **sources))
+      sampling=sampling, stop_token=evaluation.tokenizer.separator_id,
+      **sources))
   written = [evaluation.tokenizer.decode(_until(
       row, evaluation.tokenizer.separator_id)) for row in tokens]
   for i, (prompt, text) in enumerate(zip(rows, written)):
