@@ -2,8 +2,9 @@
 
 A source is named by a prefix: `sotu`, `text:GLOB`, `jsonl:GLOB:FIELD`,
 `parquet:GLOB:FIELD`, `arrayrecord:GLOB`, `parallel:GLOB`,
-`hf:NAME[:CONFIG[:SPLIT[:FIELD]]]`; a weighted mixture is written '0.7*A,0.3*B'. To add one, write a function that
-takes the text after the prefix, and list it in SOURCES.
+`hf:NAME[:CONFIG[:SPLIT[:FIELD]]]`; a weighted mixture is written
+'0.7*A,0.3*B'. To add one, write a function that takes the text after the
+prefix, and list it in SOURCES.
 
 A document is a string, or a list of parts, each (kind, string), with the
 kinds of KINDS: what a pair of sentences or a conversation is made of.
