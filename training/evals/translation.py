@@ -22,7 +22,7 @@ def run(evaluation) -> dict:
   require(config.objective == 'seq2seq',
           f'objective {config.objective!r} has no pairs to translate: leave '
           'translation out of --tasks')
-  bleu = _bleu()
+  bleu = make_bleu()
   loader = data.load(config, tokenizer, 'eval')
   found = []
   for batch in loader.iterate(0, config.eval.batches or None):
@@ -62,7 +62,8 @@ def _text(ids, end: int, tokenizer) -> str:
   return tokenizer.decode(ids[:ends[0]] if ends.size else ids)
 
 
-def _bleu():
+def make_bleu():
+  """Returns sacrebleu's metric, with its own tokenisation (13a)."""
   try:
     from sacrebleu.metrics import BLEU
   except ImportError as error:
