@@ -52,6 +52,7 @@ def assert_close(got, want, tolerance=2e-5):
     np.testing.assert_allclose(a, b, atol=tolerance * (1e-3 + np.abs(b).max()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('factor', [0.0, 0.75, 8.0])
 @pytest.mark.parametrize('fields', [
     dict(ffn='swiglu', expert_dropout=0.2),
@@ -65,6 +66,7 @@ def test_ways_agree(factor, fields):
     assert_close(run(config(dispatch=way, **both)), want)
 
 
+@pytest.mark.slow
 def test_ways_agree_where_experts_choose():
   want, *others = (run(config(dispatch=way, router='expert_choice',
                               top_k=1, group_size=16))
@@ -84,6 +86,7 @@ def test_ways_agree_with_padding_and_drop_it_from_the_rest():
   assert not want[0][:, L // 2:].any() and want[0][:, :L // 2].any()
 
 
+@pytest.mark.slow
 def test_bfloat16_is_near_float32():
   want = run(config(), train=False)
   for way in ('einsum', 'dropless'):
@@ -220,6 +223,7 @@ def test_no_array_grows_as_tokens_times_experts_times_width(way):
     assert largest >= tokens * many * slots
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('platform', ['tpu', 'cuda'])
 def test_accelerators_get_a_ragged_product(platform):
   x_RD, w, _, _, _ = grouped_case([5, 0, 40])
