@@ -23,6 +23,7 @@ def test_exact_parameter_counts(name):
   assert count.count(config)['parameters'] == EXACT[name]
 
 
+@pytest.mark.slow
 def test_every_size_is_near_its_published_figure():
   rows = count.everything()
   assert len(rows) > 10

@@ -31,6 +31,7 @@ def _apply(module, params, source, target, **kwargs):
   return module.apply({'params': params}, source, target, **kwargs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('system', SYSTEMS)
 def test_laws_of_a_system(system):
   module, params = _make(system)
@@ -78,6 +79,7 @@ def test_laws_of_a_system(system):
                  for m in (module, other)], rtol=3e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('system', ('transformer', 'switch'))
 def test_sharded_equals_single(system):
   module, params = _make(system, moe=dict(num_experts=4), vocab_size=64)
@@ -180,6 +182,7 @@ SIZES = [(system, size) for system in SYSTEMS for size in
          importlib.import_module(f'configs.{system}').PUBLISHED]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('system, size', SIZES)
 def test_published_sizes(system, size):
   config = importlib.import_module(f'configs.{system}')

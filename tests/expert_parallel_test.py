@@ -133,6 +133,7 @@ def along(members: np.ndarray, shape: dict, axis: str) -> bool:
   return bool((place != place[:, :1]).any())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('way', ['einsum', 'sorted', 'dropless'])
 @pytest.mark.parametrize('preset', list(tables.PRESETS))
 def test_equals_one_device_by_all_to_all(preset, way, reference):
@@ -199,6 +200,7 @@ def test_accelerators_send_only_full_rows():
     assert 'ragged_all_to_all' not in lower('cpu')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('system, remat', [('gpt', 'full'), ('t5', 'none')])
 def test_models_on_a_mesh_equal_one_device(system, remat):
   """Scanned, remade in the backward pass, with an encoder: all the way."""

@@ -39,7 +39,9 @@ def _name(parts):
   return '-'.join(parts.values())
 
 
-@pytest.mark.parametrize('parts', PRODUCT, ids=_name)
+@pytest.mark.parametrize('parts', [
+    parts if i % 5 == 0 else pytest.param(parts, marks=pytest.mark.slow)
+    for i, parts in enumerate(PRODUCT)], ids=_name)
 def test_laws_of_a_variant(parts):
   changes = dict(parts)
   changes |= dict(attention='global') | ATTENTIONS[changes.pop('attention')]
@@ -73,6 +75,7 @@ def test_laws_of_a_variant(parts):
   models.close(logits, decode(params, tokens), rtol=3e-5)
 
 
+@pytest.mark.slow
 def test_causality_by_gradient():
   module, params = models.make()
   x_BLD = jax.random.normal(jax.random.key(3), (1, 8, 32))

@@ -22,6 +22,7 @@ def workdir(tmp_path_factory, texts):
   return workdir
 
 
+@pytest.mark.slow
 def test_the_panel_is_in_the_figures_by_layer(workdir):
   row = [r for r in train_test.rows(workdir) if r['split'] == 'train'][-1]
   assert row['aux/balance'] > 0
@@ -35,6 +36,7 @@ def test_the_panel_is_in_the_figures_by_layer(workdir):
     assert len(row[f'health/{name}']) == 2, name
 
 
+@pytest.mark.slow
 def test_tensorboard_has_a_heat_map(workdir):
   from tensorboard.backend.event_processing import event_accumulator
   events = event_accumulator.EventAccumulator(str(workdir / 'tensorboard'))
@@ -45,6 +47,7 @@ def test_tensorboard_has_a_heat_map(workdir):
   assert 'train/health/dropped/1' in events.Tags()['scalars']
 
 
+@pytest.mark.slow
 def test_eval_shows_the_routing(workdir):
   target = workdir / 'routing.json'
   result = train_test.evaluate(workdir, '--tasks=routing', '--json',
@@ -55,6 +58,7 @@ def test_eval_shows_the_routing(workdir):
   assert len(figures['dropped']) == 2 and max(figures['dropped']) == 0
 
 
+@pytest.mark.slow
 def test_a_dense_run_has_no_routing(texts, tmp_path):
   train_test.run(train_test.command(tmp_path / 'run', texts,
                                     '--config.train.steps=1'))

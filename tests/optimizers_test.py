@@ -127,6 +127,7 @@ def test_first_pattern_wins():
   assert values['head/kernel'] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', optimizers.OPTIMIZERS)
 def test_decay_is_decoupled_and_masked(name):
   """With a gradient of zero, p becomes p * (1 - lr * decay), or stays."""
@@ -189,6 +190,7 @@ def test_adafactor_equals_optax_on_plain_matrices():
   assert not np.allclose(ours['wide'], tree['wide'])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', optimizers.OPTIMIZERS)
 def test_a_stack_learns_as_its_layers_do(name):
   """Layers (and experts) in one array move as each would on its own."""
@@ -281,6 +283,7 @@ def test_clipping():
       pytest.approx(1.0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize('name', optimizers.OPTIMIZERS)
 def test_update_if(name, dtype):
@@ -301,6 +304,7 @@ def test_update_if(name, dtype):
     assert not np.array_equal(value, paths.flatten(tree)[path]), path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', optimizers.OPTIMIZERS)
 def test_state_lies_where_the_parameters_lie(name):
   mesh = jax.make_mesh((2, 4), ('fsdp', 'tensor'),

@@ -66,8 +66,11 @@ def single():
 
 
 @pytest.mark.parametrize('preset, rules', [
-    (name, 'default') for name, shape in tables.PRESETS.items()
-    if shape['expert'] == 1] + [('fsdp_tp', 'replicated')])
+    pytest.param(name, 'default',
+                 marks=[pytest.mark.slow] * (name != 'fsdp_tp'))
+    for name, shape in tables.PRESETS.items()
+    if shape['expert'] == 1] + [
+        pytest.param('fsdp_tp', 'replicated', marks=pytest.mark.slow)])
 def test_sharded_equals_single_device(preset, rules, single, capfd):
   shape = tables.PRESETS[preset]
   c = config(mesh__rules=rules)

@@ -105,6 +105,7 @@ def test_resume_is_bitwise(straight, texts, tmp_path):
   assert losses(tmp_path / 'run') == losses(straight)
 
 
+@pytest.mark.slow
 def test_resume_on_another_mesh_sees_the_same_batches(straight, texts,
                                                       tmp_path):
   shutil.copytree(straight, tmp_path / 'run')
@@ -119,6 +120,7 @@ def test_resume_on_another_mesh_sees_the_same_batches(straight, texts,
   np.testing.assert_allclose(list(new.values()), list(old.values()), rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_exits_cleanly(kind, straight, texts, tmp_path):
   process = _start(command(tmp_path / 'run', texts,
@@ -147,6 +149,7 @@ def test_kill_at_a_random_moment_then_resume(seed, straight, texts, tmp_path):
   assert losses(tmp_path / 'run') == losses(straight)
 
 
+@pytest.mark.slow
 def test_a_damaged_newest_checkpoint_is_named_and_passed_over(straight, texts,
                                                               tmp_path):
   shutil.copytree(straight, tmp_path / 'run')
@@ -162,6 +165,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_passed_over(straight, texts,
   assert state(tmp_path / 'run') == state(straight)
 
 
+@pytest.mark.slow
 def test_another_config_is_shown_and_needs_a_flag(straight, texts, tmp_path):
   changes = ['--config.optim.lr=0.1', '--config.log.every_steps=2',
              '--config.model.d_model=64']
@@ -196,6 +200,7 @@ def test_eval_reports_and_samples(straight):
   assert greedy[0] == greedy[1] and 'step 10' in greedy[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('flags, parts', [
     (['--step=7'], ['7', '10, 15, 20']),
     (['--tasks=los'], ["'los'", 'loss']),
@@ -208,6 +213,7 @@ def test_a_wrong_eval_is_one_sentence(straight, flags, parts):
     assert part in result.stderr, result.stderr
 
 
+@pytest.mark.slow
 def test_too_many_bad_steps_end_the_run(texts, tmp_path):
   result = run(command(
       tmp_path / 'run', texts, '--config.optim.lr=1e30',
@@ -220,6 +226,7 @@ def test_too_many_bad_steps_end_the_run(texts, tmp_path):
   assert bad['bad_in_row'] >= 1 and bad['loss'] is None
 
 
+@pytest.mark.slow
 def test_a_profile_is_written(texts, tmp_path):
   run(command(tmp_path / 'run', texts, '--profile_steps=2:4',
               '--config.train.steps=5'))
