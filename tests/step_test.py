@@ -165,8 +165,12 @@ def test_loss_falls_on_one_batch():
   assert losses[-1] < losses[0] - 0.5, losses
 
 
-def test_bfloat16_keeps_float32_parameters(single):
-  _, state, metrics = train(config(model__dtype='bfloat16'), one_device())
+@pytest.mark.parametrize('tied', [True, False])
+def test_bfloat16_keeps_float32_parameters(tied):
+  single = train(config(model__tie_embeddings=tied), one_device())
+  _, state, metrics = train(
+      config(model__dtype='bfloat16', model__tie_embeddings=tied),
+      one_device())
   assert {x.dtype for x in jax.tree.leaves(state.params)} == {
       jnp.dtype('float32')}
   np.testing.assert_allclose(metrics[1]['loss'], single[2][1]['loss'],

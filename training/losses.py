@@ -132,8 +132,10 @@ def _loss_sum_fwd(settings, *args):
       d_bias += d_GBCV.sum((1, 2))
     d_GBCV = d_GBCV.astype(x_GBCD.dtype)
     if ask_head.kernel_DV:
-      d_kernel += linear.einsum('GBCD,GBCV->GDV', x_GBCD, d_GBCV,
-                                x_GBCD.dtype, jnp.float32)
+      # In this order: the other one XLA turns, for a tied kernel, into a
+      # bfloat16 product that its CPU backend does not have.
+      d_kernel += linear.einsum('GBCV,GBCD->GVD', d_GBCV, x_GBCD, x_GBCD.dtype,
+                                jnp.float32).swapaxes(1, 2)
     dx_GBCD = None
     if ask_hidden:
       dx_GBCD = linear.einsum('GBCV,DV->GBCD', d_GBCV, kernel_DV,
