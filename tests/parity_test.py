@@ -25,7 +25,15 @@ def _load(path):
   return recording.load(path)
 
 
-@pytest.mark.parametrize('path', FILES, ids=lambda p: p.stem)
+# The first case of each system is fast enough to be run every time.
+FIRST = {f'{system}-{next(iter(row.cases))}'
+         for system, row in cases.SYSTEMS.items()}
+
+
+@pytest.mark.parametrize('path', [
+    pytest.param(p, id=p.stem,
+                 marks=[] if p.stem in FIRST else pytest.mark.slow)
+    for p in FILES])
 def test_equals_transformers(path):
   findings = compare.check(_load(path))
   assert {'logits', 'grads'} <= {f.what for f in findings}
