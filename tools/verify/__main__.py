@@ -80,7 +80,8 @@ def _print(system: str, case: str, finding) -> dict:
         f'(limit {finding.limit:.0e}) {"ok" if finding.ok else "WRONG"}')
   sys.stdout.flush()
   return dict(system=system, case=case, what=finding.what,
-              error=finding.error, limit=finding.limit, ok=finding.ok)
+              error=float(finding.error), limit=finding.limit,
+              ok=bool(finding.ok))
 
 
 if __name__ == '__main__':
