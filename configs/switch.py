@@ -17,6 +17,8 @@ target is shorter; here `moe.group_size=0`, all of a batch, which needs no
 divisor. z-loss 0.001 is ST-MoE's (Zoph et al. 2022), and that of the
 published checkpoints' config.
 
+Counts: base-16 is 1.07B, 2.5 % under its published 1.1B, which is rounded.
+
 `tiny` trains on 2 CPU cores in minutes.
 """
 
