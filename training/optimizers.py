@@ -109,6 +109,11 @@ def check(optim) -> None:
     require(0 <= optim[field] < 1,
             f'optim.{field} is {optim[field]}: choose it in [0, 1)')
   require(optim.eps > 0, f'optim.eps is {optim.eps}: it must be > 0')
+  require(all(isinstance(row, tuple | list) and len(row) == 2
+              for row in optim.decay_mask)
+          if isinstance(optim.decay_mask, tuple | list) else False,
+          f'optim.decay_mask is {optim.decay_mask!r}: it must be pairs of '
+          '(pattern, 1 or 0)')
   for pattern, value in optim.decay_mask:
     require(value in (0, 1), f'optim.decay_mask has {value!r} for '
             f'{pattern!r}: choose 1 (decays) or 0 (does not)')
