@@ -110,8 +110,7 @@ def check(optim) -> None:
             f'optim.{field} is {optim[field]}: choose it in [0, 1)')
   require(optim.eps > 0, f'optim.eps is {optim.eps}: it must be > 0')
   require(all(isinstance(row, tuple | list) and len(row) == 2
-              for row in optim.decay_mask)
-          if isinstance(optim.decay_mask, tuple | list) else False,
+              for row in optim.decay_mask),
           f'optim.decay_mask is {optim.decay_mask!r}: it must be pairs of '
           '(pattern, 1 or 0)')
   for pattern, value in optim.decay_mask:
