@@ -14,7 +14,7 @@ def base() -> ml_collections.ConfigDict:
   """Returns a config with every field of a run at its default."""
   return ml_collections.ConfigDict(dict(
       seed=0,
-      # What is learned: causal, prefix, chat, mlm_nsp, span, seq2seq.
+      # What is learned: causal, prefix, chat, mlm, mlm_nsp, span, seq2seq.
       objective='causal',
       # A Hugging Face folder or a workdir whose weights the run starts from.
       init_from='',
@@ -35,8 +35,8 @@ def base() -> ml_collections.ConfigDict:
           batch_size=32,  # global, in sequences
           document_mask=False,  # attention and positions stop at documents
           cache_dir='',  # '': $ARCHETYPE_CACHE, else ~/.cache/archetype
-          mask_rate=0.15,  # of the tokens that mlm_nsp masks
-          whole_words=False,  # mlm_nsp masks all tokens of a word, or none
+          mask_rate=0.15,  # of the tokens that mlm and mlm_nsp mask
+          whole_words=False,  # ... all tokens of a word, or none
           workers=0,  # processes that prepare batches; 0: threads
           tokenize_workers=0,  # 0: one per CPU core
       ),

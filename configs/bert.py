@@ -11,6 +11,9 @@ The paper's 110M and 340M count the encoder with the pooler: 109,482,240 and
 checkpoints. The model here has what pre-training needs on top of that:
 UNCOUNTED of its parameters, which PUBLISHED leaves out.
 
+RoBERTa (Liu et al. 2019) leaves the second task out and fills its rows with
+text: `--config.objective=mlm`. The pooler and the NSP head then learn nothing.
+
 `tiny` learns masked bytes and whether two passages follow one another, on 2
 CPU cores in about 4 minutes.
 """

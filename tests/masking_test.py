@@ -90,6 +90,44 @@ def test_masks_repeat(texts):
     np.testing.assert_array_equal(a[key], b[key])
 
 
+def _rows(texts, split='train', **changes):
+  loader = data.load(_config(texts, 'mlm', **changes), BYTES, split)
+  return [{key: x[b] for key, x in loader.batch(n).items()}
+          for n in range(loader.num_batches) for b in range(4)]
+
+
+def test_masked_rows_are_full_of_text(texts):
+  rows = _rows(texts, eval_source=texts, split='eval')
+  text = np.concatenate([
+      row['targets'][row['segment_ids'] == 1][1:-1] for row in rows
+      if row['weights'].any()])
+  # Each document stands there once, whole, and its end is never asked for.
+  assert sorted(np.bincount(text[text < 256])[list(b'abcdef')]) == sorted(
+      sum(1 + (i + j) % 5 for j in range(300)) for i in range(6))
+  for row in rows:
+    real = row['segment_ids'] == 1
+    assert row['targets'][0] == BYTES.cls_id
+    assert row['targets'][real][-1] == BYTES.sep_id
+    assert not row['weights'][(row['targets'] >= 256) | ~real].any()
+  rows = [row for row in rows if row['weights'].any()]  # not the padding
+  full = [row for row in rows if (row['segment_ids'] == 1).all()]
+  assert len(full) >= len(rows) - 1
+  assert {row['weights'].sum() for row in full} <= {8, 9}  # 15 % of 59 to 62
+
+
+def test_masked_documents_are_kept_apart(texts):
+  rows = _rows(texts, document_mask=True)
+  mixed = [row for row in rows if row['segment_ids'].max() > 1]
+  assert mixed
+  for row in mixed:
+    starts = row['targets'] == BYTES.separator_id
+    np.testing.assert_array_equal(
+        row['segment_ids'], 1 + np.cumsum(starts))
+    assert not row['positions'][starts].any()
+    assert (np.diff(row['positions'])[~starts[1:]] == 1).all()
+  assert 'positions' not in _rows(texts)[0]
+
+
 def test_whole_words_are_masked_whole():
   text = 'some plain words of unequal length, and a few more of them'
   ids = BYTES.encode(text)
@@ -118,10 +156,14 @@ def test_a_prefix_is_not_predicted(texts):
     np.testing.assert_array_equal(weights, np.arange(32) >= size - 1)
 
 
-def test_a_prefix_over_documents_is_refused(texts):
-  config = _config(texts, 'prefix', document_mask=True)
+@pytest.mark.parametrize('name', [
+    name for name, row in examples.EXAMPLES.items() if not row.documents])
+def test_a_mask_of_documents_that_are_none_is_refused(texts, name):
+  config = _config(texts, name, document_mask=True)
+  with pytest.raises(ValueError, match='document_mask .*from causal, mlm'):
+    data.load(config, BYTES)
   with pytest.raises(ValueError, match='document_mask'):
-    data.load(config, BYTES).batch(0)
+    runs.check(config)
 
 
 TALK = [{'role': 'user', 'content': 'Hi?'},
@@ -163,7 +205,7 @@ def test_conversations_are_no_plain_text(talks, texts):
 
 
 @pytest.mark.parametrize('system, objective', [
-    ('bert', 'causal'), ('gpt', 'mlm_nsp'), ('t5', 'prefix')])
+    ('bert', 'causal'), ('gpt', 'mlm_nsp'), ('llama', 'mlm'), ('t5', 'prefix')])
 def test_an_objective_that_does_not_fit_is_refused(system, objective):
   config = importlib.import_module(f'configs.{system}').get_config()
   config.objective = objective
@@ -190,6 +232,10 @@ def test_bert_is_judged_by_both_its_tasks():
   np.testing.assert_allclose(loss, mlm + nsp, rtol=1e-5)
   np.testing.assert_allclose(figures['mlm_loss'], mlm, rtol=1e-5)
   assert figures['weight'] == 4 and 0 <= figures['nsp_accuracy'] <= 4
+  alone, words = objectives.OBJECTIVES['mlm'].loss(output, batch, config)
+  np.testing.assert_allclose(alone, mlm, rtol=1e-5)
+  right = (jnp.argmax(output.logits, -1) == tokens) * batch['weights']
+  assert words['accuracy'] == figures['mlm_accuracy'] == right.sum()
 
 
 def test_a_prefix_sees_itself_whole_and_nothing_later():

@@ -142,6 +142,7 @@ def load(config, tokenizer, split: str = 'train', process_index: int = 0,
   if config.objective not in examples.EXAMPLES:
     raise ValueError(f'unknown objective {config.objective!r}: choose from '
                      f'{", ".join(examples.EXAMPLES)}.')
+  examples.check(config)
   _check(config, process_count)
   view = packing.VIEWS[examples.EXAMPLES[config.objective].view]
   weights, corpora = zip(*_corpora(config, tokenizer, split))

@@ -18,10 +18,17 @@ from training import conversations, masking, packing, pairs, spans
 
 
 class Example(NamedTuple):
-  """The view of the corpus that an objective reads, and what it makes of it."""
+  """The view of the corpus that an objective reads, and what it makes of it.
+
+  Attributes:
+    view: of packing.VIEWS.
+    make: the function.
+    documents: whether data.document_mask can keep documents apart in a row.
+  """
 
   view: str
   make: Callable[..., dict[str, np.ndarray]]
+  documents: bool = False
 
 
 def causal(window: packing.Window, rng: np.random.Generator, config,
@@ -39,10 +46,7 @@ def causal(window: packing.Window, rng: np.random.Generator, config,
   example = dict(tokens=tokens_L, targets=targets_L,
                  weights=(index_L < window.size - 1).astype(np.float32))
   if config.data.document_mask:
-    starts_L = tokens_L == tokenizer.separator_id
-    first_L = np.maximum.accumulate(np.where(starts_L, index_L, 0))
-    example['segment_ids'] = 1 + np.cumsum(starts_L, dtype=np.int32)
-    example['positions'] = index_L - first_L
+    example |= masking.documents(tokens_L == tokenizer.separator_id)
   return example
 
 
@@ -54,10 +58,6 @@ def prefix(window: packing.Window, rng: np.random.Generator, config,
   Returns:
     as `causal`, and prefix [] int32: how many tokens the prefix has.
   """
-  if config.data.document_mask:
-    raise ValueError("data.document_mask has no meaning with objective "
-                     "'prefix', whose prefix may span documents: set it to "
-                     'False.')
   example = causal(window, rng, config, tokenizer)
   size = int(rng.integers(1, config.data.length))
   told = np.arange(config.data.length) >= size - 1
@@ -66,10 +66,21 @@ def prefix(window: packing.Window, rng: np.random.Generator, config,
 
 
 EXAMPLES = {
-    'causal': Example('windows', causal),
+    'causal': Example('windows', causal, documents=True),
     'prefix': Example('windows', prefix),
+    'mlm': Example('passages', masking.mlm, documents=True),
     'mlm_nsp': Example('stretches', masking.mlm_nsp),
     'span': Example('windows', spans.span),
     'seq2seq': Example('pairs', pairs.seq2seq),
     'chat': Example('conversations', conversations.chat),
 }
+
+
+def check(config) -> None:
+  """Raises ValueError for fields of config.data that an objective ignores."""
+  if config.data.document_mask and not EXAMPLES[config.objective].documents:
+    apart = [name for name, row in EXAMPLES.items() if row.documents]
+    raise ValueError(
+        'data.document_mask has no meaning with objective '
+        f'{config.objective!r}, whose rows are no packed documents or see '
+        f'across them: set it to False, or choose from {", ".join(apart)}.')

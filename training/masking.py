@@ -1,11 +1,15 @@
-"""Masked words and next sentences: BERT's examples (Devlin et al. 2019,
-section 3.1 and appendix A.1).
+"""Masked words: BERT's examples (Devlin et al. 2019, section 3.1 and appendix
+A.1) and RoBERTa's (Liu et al. 2019, section 4).
 
-  [CLS] first text [SEP] second text [SEP]
+  [CLS] first text [SEP] second text [SEP]     mlm_nsp
+  [CLS] text, over documents' ends [SEP]       mlm
 
-The first text and, half of the time, what follows it in its document; else
-the second comes from another document. 15 % of the tokens are to be told: of
-these 80 % are replaced by [MASK], 10 % by a random token, 10 % stay.
+With next sentences the second text is, half of the time, what follows the
+first in its document; else it comes from another document. Without them a row
+is full of text, documents with their separator between one after the other.
+15 % of the tokens are to be told: of these 80 % are replaced by [MASK], 10 %
+by a random token, 10 % stay. Each draw of a row is a new one: masks change
+from one pass over the text to the next, as RoBERTa's do.
 """
 
 import functools
@@ -13,6 +17,38 @@ import functools
 import numpy as np
 
 from training import packing
+
+
+def mlm(window: packing.Window, rng: np.random.Generator, config,
+        tokenizer) -> dict[str, np.ndarray]:
+  """Returns one masked row of text.
+
+  Returns:
+    tokens, segment_ids (0: padding), targets [L] int32; weights [L] float32,
+    1 where a token is to be told. With data.document_mask a document is a
+    segment, from its separator on, and positions [L] int32 begin with it.
+  """
+  text = window.tokens[1:window.size]
+  ids = np.concatenate([[tokenizer.cls_id], text, [tokenizer.sep_id]]
+                       ).astype(np.int32)
+  starts = ids == tokenizer.separator_id
+  special = starts.copy()
+  special[[0, -1]] = True
+  apart = dict(segment_ids=np.ones(len(ids), np.int32))
+  if config.data.document_mask:
+    starts[-1] = False  # the end of the row begins no document
+    apart = documents(starts)
+  return _masked(ids, special, rng, config, tokenizer) | {
+      key: _padded(x, config) for key, x in apart.items()}
+
+
+def documents(starts_L: np.ndarray) -> dict[str, np.ndarray]:
+  """Returns segment_ids and positions [L] int32 of packed documents, each of
+  which begins where starts_L says, and one at the beginning of the row."""
+  index_L = np.arange(len(starts_L), dtype=np.int32)
+  first_L = np.maximum.accumulate(np.where(starts_L, index_L, 0))
+  return dict(segment_ids=1 + np.cumsum(starts_L, dtype=np.int32),
+              positions=index_L - first_L)
 
 
 def mlm_nsp(stretch: packing.Stretch, rng: np.random.Generator, config,
@@ -24,27 +60,31 @@ def mlm_nsp(stretch: packing.Stretch, rng: np.random.Generator, config,
     float32, 1 where a token is to be told; nsp_targets [] int32, 1: the second
     text is from elsewhere.
   """
-  length = config.data.length
   first, second, random = _pair(stretch, rng)
   cls, sep = tokenizer.cls_id, tokenizer.sep_id
   ids = np.concatenate([[cls], first, [sep], second, [sep]]).astype(np.int32)
   special = np.zeros(len(ids), bool)
   special[[0, 1 + len(first), -1]] = True
+  types = np.arange(len(ids)) >= len(first) + 2
+  return _masked(ids, special, rng, config, tokenizer) | dict(
+      types=_padded(types.astype(np.int32), config),
+      segment_ids=_padded(np.ones(len(ids), np.int32), config),
+      nsp_targets=np.int32(random))
+
+
+def _masked(ids, special, rng, config, tokenizer) -> dict[str, np.ndarray]:
+  """Returns tokens, targets and weights of a row, padded to data.length."""
   masked, chosen = mask(ids, special, rng, tokenizer,
                         rate=config.data.mask_rate,
                         whole_words=config.data.whole_words)
+  pad = tokenizer.special_ids.get('pad', tokenizer.sep_id)
+  return dict(tokens=_padded(masked, config, pad),
+              targets=_padded(ids, config, pad),
+              weights=_padded(chosen.astype(np.float32), config))
 
-  def padded(x, value=0):
-    return np.pad(x, (0, length - len(x)), constant_values=value)
 
-  types = np.arange(len(ids)) >= len(first) + 2
-  pad = tokenizer.special_ids.get('pad', sep)
-  return dict(
-      tokens=padded(masked, pad), targets=padded(ids, pad),
-      types=padded(types.astype(np.int32)),
-      segment_ids=padded(np.ones(len(ids), np.int32)),
-      weights=padded(chosen.astype(np.float32)),
-      nsp_targets=np.int32(random))
+def _padded(x, config, value=0):
+  return np.pad(x, (0, config.data.length - len(x)), constant_values=value)
 
 
 def _pair(stretch: packing.Stretch, rng):

@@ -33,8 +33,9 @@ class Objective(NamedTuple):
                         **kwargs)
 
 
-def next_token(output: Output, batch, config) -> tuple[jax.Array, dict]:
-  """Cross-entropy of targets [B, L], where weights [B, L] count."""
+def given_token(output: Output, batch, config) -> tuple[jax.Array, dict]:
+  """Cross-entropy of targets [B, L], where weights [B, L] count: of the next
+  tokens, or of the masked ones."""
   train = config.train
   return losses.cross_entropy(
       output.hidden, output.head, batch['targets'], batch['weights'],
@@ -48,7 +49,8 @@ def mlm_nsp(output: Output, batch, config) -> tuple[jax.Array, dict]:
   A row's second loss counts as often as the row has masked words, so that
   both are means over the same weight; rows have about as many each.
   """
-  loss_sum, figures = next_token(output, batch, config)
+  loss_sum, figures = given_token(output, batch, config)
+  mlm_accuracy = figures.pop('accuracy')
   weight_B = batch['weights'].astype(jnp.float32).sum(1)
   logits_B2 = output.extra['nsp_logits']
   targets_B1 = batch['nsp_targets'][:, None]
@@ -56,8 +58,8 @@ def mlm_nsp(output: Output, batch, config) -> tuple[jax.Array, dict]:
       jax.nn.log_softmax(logits_B2, -1), targets_B1, 1)[:, 0]
   right_B = jnp.argmax(logits_B2, -1) == batch['nsp_targets']
   nsp_sum = (weight_B * nsp_B).sum()
-  more = dict(mlm_loss=loss_sum, nsp_loss=nsp_sum,
-              nsp_accuracy=(weight_B * right_B).sum())
+  more = dict(mlm_loss=loss_sum, mlm_accuracy=mlm_accuracy,
+              nsp_loss=nsp_sum, nsp_accuracy=(weight_B * right_B).sum())
   return loss_sum + nsp_sum, figures | jax.lax.stop_gradient(more)
 
 
@@ -65,18 +67,22 @@ ENCODER_DECODER = Objective(
     ('tokens', 'decoder_tokens'),
     {'segment_ids': 'segment_ids_BM',
      'decoder_segment_ids': 'decoder_segment_ids_BL'},
-    next_token, generates=True)
+    given_token, generates=True)
 
 OBJECTIVES = {
     'causal': Objective(
         ('tokens',),
         {'positions': 'positions_BL', 'segment_ids': 'segment_ids_BL'},
-        next_token, generates=True),
-    'prefix': Objective(('tokens',), {'prefix': 'prefix_B'}, next_token,
+        given_token, generates=True),
+    'prefix': Objective(('tokens',), {'prefix': 'prefix_B'}, given_token,
                         generates=True),
-    'chat': Objective(('tokens',), {}, next_token, generates=True),
+    'chat': Objective(('tokens',), {}, given_token, generates=True),
     'span': ENCODER_DECODER,
     'seq2seq': ENCODER_DECODER,
+    'mlm': Objective(
+        ('tokens',),
+        {'positions': 'positions_BL', 'segment_ids': 'segment_ids_BL'},
+        given_token, generates=False),
     'mlm_nsp': Objective(
         ('tokens',),
         {'types': 'type_ids_BL', 'segment_ids': 'segment_ids_BL'}, mlm_nsp,

@@ -104,6 +104,17 @@ class Windows:
     return Window(tokens, last - first + 1)
 
 
+class Passages(Windows):
+  """Windows of data.length - 2 tokens, for [CLS] and [SEP] round them."""
+
+  def __init__(self, corpus: Corpus):
+    room = corpus.config.data.length - 2
+    if room < 1:
+      raise ValueError(f'data.length={corpus.config.data.length}: a row of '
+                       '[CLS], text and [SEP] needs at least 3.')
+    super().__init__(corpus, room)
+
+
 class Stretch(NamedTuple):
   """Tokens that follow one another in one document, and the way to others."""
 
@@ -245,6 +256,7 @@ class Joined:
 
 VIEWS = {
     'windows': Windows,
+    'passages': Passages,
     'stretches': Stretches,
     'conversations': Conversations,
     'pairs': Pairs,

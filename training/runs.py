@@ -50,8 +50,9 @@ def resolve(config: ml_collections.ConfigDict, tokenizer
 
 def check(config: ml_collections.ConfigDict) -> None:
   """Raises ValueError for what can be seen wrong without data or devices."""
-  from training import objectives
+  from training import examples, objectives
   one_of('objective', config.objective, objectives.OBJECTIVES)
+  examples.check(config)
   require(config.train.steps > 0,
           f'train.steps is {config.train.steps}: it must be > 0')
   for name in ('length', 'batch_size'):
@@ -73,7 +74,7 @@ def _check_objective(name: str, module: nn.Module) -> None:
   def shape(row) -> str:
     if 'decoder_tokens' in row.inputs:
       return 'encoder-decoder'
-    return 'encoder' if 'types' in row.options else 'decoder'
+    return 'decoder' if row.generates else 'encoder'
 
   ours = ('encoder-decoder' if isinstance(module, EncoderDecoder) else
           'decoder' if isinstance(module, Decoder) else 'encoder')
