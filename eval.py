@@ -15,7 +15,7 @@ from absl import flags
 
 from training import cli
 
-flags.DEFINE_string('workdir', '', 'The folder of the run.')
+cli.define_workdir()
 flags.DEFINE_integer('step', None, 'Which checkpoint; default: the newest.')
 flags.DEFINE_list('tasks', ['loss'], 'Comma-separated, of loss, samples, '
                   'extrapolation, routing; --samples or --prompt adds samples.'

@@ -18,7 +18,7 @@ from training import cli
 config_flags.DEFINE_config_file(
     'config', help_string='A file of configs/ and its size, FILE.py:SIZE; any '
     'field is a flag: --config.optim.lr=3e-4.')
-flags.DEFINE_string('workdir', '', 'The folder of the run.')
+cli.define_workdir()
 flags.DEFINE_bool('allow_config_change', False,
                   'Go on although the config differs from the run\'s.')
 flags.DEFINE_string('profile_steps', '',

@@ -12,6 +12,8 @@ import sys
 
 from absl import flags
 
+flags.disclaim_key_flags()  # what is defined here belongs to who calls
+
 
 def run(main: Callable[[], int | None]) -> None:
   """Calls main() and exits: a ValueError becomes `error: ...` and code 2, a
@@ -29,6 +31,13 @@ def run(main: Callable[[], int | None]) -> None:
     sys.stderr.close()
     code = 0
   sys.exit(code)
+
+
+def define_workdir() -> None:
+  """Defines --workdir for the program that calls; once, so that one process
+  may import several programs."""
+  if 'workdir' not in flags.FLAGS:
+    flags.DEFINE_string('workdir', '', 'The folder of the run.')
 
 
 def parse(doc: str, argv: Sequence[str] | None = None) -> None:
