@@ -40,12 +40,13 @@ def main():
     raise ValueError('pass --workdir DIR, the folder of a run')
 
   # Imported late: `--help` and a wrong flag answer at once.
-  from training import evals, restoring, run_config, runs, tokenizers
+  from training import evals, host, restoring, run_config, runs, tokenizers
   workdir = pathlib.Path(args.workdir)
   asked = args['samples'].present or args['prompt'].present
   names = args.tasks + ['samples'] * (asked and 'samples' not in args.tasks)
   tasks = {name: evals.task(name) for name in names}
 
+  host.settle()
   config = runs.with_new_fields(run_config.load(workdir))
   config = runs.for_this_machine(config)
   tokenizer = tokenizers.load(config.data.tokenizer)

@@ -37,8 +37,8 @@ def main():
     raise ValueError('pass both --config FILE.py:SIZE and --workdir DIR')
 
   # Imported late: `--help` and a wrong flag answer at once.
-  from training import checkpoints, data, devices, profile, run_config, runs
-  from training import tokenizers
+  from training import checkpoints, data, devices, host, profile, run_config
+  from training import runs, tokenizers
   config, workdir = args.config, pathlib.Path(args.workdir)
 
   # 1. The config: everything wrong in it is said before any device work.
@@ -57,6 +57,7 @@ def main():
   # 2. The devices and their mesh.
   devices.initialize(args.coordinator, args.num_processes, args.process_id,
                      args.cluster)
+  host.settle()
   run = runs.start(config, model)
 
   # 3. The data.

@@ -29,6 +29,8 @@ def ours():
 
   import architectures
   from configs import mixtral
+  from training import host
+  host.settle()
   model = mixtral.get_config('tiny').model
   model.update(d_model=512, num_layers=4, num_heads=8, num_kv_heads=2,
                head_dim=0, d_ff=1024, vocab_size=VOCAB, max_len=LENGTH,

@@ -18,6 +18,7 @@ from architectures.parts.attention import Context
 from architectures.parts.ffn import FFN
 from architectures.parts.moe import MoE
 from configs import base
+from training import host
 
 TOP_K = 2
 
@@ -82,6 +83,7 @@ def main() -> None:
   parser.add_argument('--d_ff', type=int, default=1024)
   parser.add_argument('--json', action='store_true', help='print one object')
   args = parser.parse_args()
+  host.settle()
   result = layers(args.rounds, args.d_model, args.d_ff)
   if args.json:
     print(json.dumps(result))

@@ -13,6 +13,7 @@ import numpy as np
 
 from training import devices
 from training import generate
+from training import host
 from training import loop
 from training import run_config
 from training import runs
@@ -116,6 +117,7 @@ class _NoSaves:
 
 def jobs(request):
   """Returns what a worker can be asked to do, by name."""
+  host.settle()
   trainer = Trainer(request['config'])
   if request['kind'] == 'compile':
     return {'compile': trainer.create}
