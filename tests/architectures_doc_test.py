@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import pytest
 
 import architectures
-from tools import count
+from training import costs
 from training import flops
 from training import paths
 
@@ -30,12 +30,12 @@ def config(name):
 
 @functools.cache
 def model(name) -> architectures.ModelConfig:
-  return count.resolved(config(name))
+  return costs.resolved(config(name))
 
 
 @functools.cache
 def figures(name):
-  return count.count(config(name))
+  return costs.count(config(name))
 
 
 def billions(n) -> str:

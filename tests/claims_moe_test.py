@@ -18,7 +18,7 @@ from architectures.parts import moe
 from architectures.parts import routing
 from architectures.parts.attention import Context
 from tests import models
-from tools import count
+from training import costs
 from training import flops
 
 EXPERTS, WIDTH, TOKENS = 4, 16, 128
@@ -30,7 +30,7 @@ def get(system, size):
 
 @functools.cache
 def counted(system, size):
-  return count.count(get(system, size))
+  return costs.count(get(system, size))
 
 
 def test_mixtral_has_46_7b_parameters_and_uses_12_9b():
@@ -67,7 +67,7 @@ def test_a_token_costs_what_its_experts_cost():
 
 def test_more_experts_cost_no_more_flops():
   def figures(size):
-    config = count.resolved(get('switch', size))
+    config = costs.resolved(get('switch', size))
     shapes = jax.eval_shape(architectures.build(config).init,
                             jax.random.key(0), models.tokens())
     return (sum(x.size for x in jax.tree.leaves(shapes)),

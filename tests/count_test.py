@@ -7,6 +7,7 @@ from configs import gpt
 import pytest
 
 from tools import count
+from training import costs
 
 EXACT = {
     'gpt:gpt2': 124_439_808,
@@ -20,7 +21,7 @@ EXACT = {
 def test_exact_parameter_counts(name):
   system, size = name.split(':')
   config = importlib.import_module(f'configs.{system}').get_config(size)
-  assert count.count(config)['parameters'] == EXACT[name]
+  assert costs.count(config)['parameters'] == EXACT[name]
 
 
 @pytest.mark.slow
@@ -40,7 +41,7 @@ def test_every_size_is_near_its_published_figure():
 
 
 def test_parts_add_up_and_costs_are_gpt2s():
-  figures = count.count(gpt.get_config('gpt2'), 1024)
+  figures = costs.count(gpt.get_config('gpt2'), 1024)
   assert sum(figures['by_part'].values()) == figures['parameters']
   assert figures['active_parameters'] == figures['parameters']
   assert figures['kv_cache_bytes_per_token'] == 2 * 12 * 768 * 2
