@@ -1,10 +1,16 @@
-r"""Weights from Hugging Face's format into a workdir, and back.
+r"""Weights from Hugging Face's format into a workdir, and back; and a mixture
+of experts from a dense model.
 
   python -m tools.convert import DIR_OR_FILE WORKDIR
   python -m tools.convert export WORKDIR DIR [--step=N] [--dtype=bfloat16]
+  python -m tools.convert upcycle WORKDIR_OR_DIR WORKDIR \
+      [--moe num_experts=8 top_k=2 every=2 ...]
 
-What `import` makes, eval.py reads like any run's workdir, and a new run starts
-from with --config.init_from=WORKDIR. What `export` writes, transformers loads.
+What `import` and `upcycle` make, eval.py reads like any run's workdir; train.py
+goes on in it, given its config, and a new run starts from it with
+--config.init_from=WORKDIR. What `export` writes, transformers loads. `upcycle`
+copies the dense network of a layer to all of its experts and draws a router
+(training/upcycling.py); --moe takes fields of config.model.moe.
 A config.json that says something which no architecture here honours is
 refused by name; --partial draws parameters that the files lack at random, and
 lists them. Tokenizer files go along both ways.
@@ -13,6 +19,7 @@ lists them. Tokenizer files go along both ways.
 import argparse
 import importlib
 import pathlib
+import shlex
 import shutil
 import sys
 
@@ -28,10 +35,75 @@ LOADED = ('tokenizer.json', 'tokenizer.model', 'spiece.model', 'vocab.json')
 def import_(source: pathlib.Path, workdir: pathlib.Path, *, partial: bool,
             seed: int) -> None:
   """Makes `workdir` of the weights in `source`, as a run at step 0."""
-  import architectures
-  from training import checkpoints, hf_config, hf_files, run_config, weights
+  _check_new(workdir)
+  config, module, params = _from_hf(source, partial, seed)
+  folder = source.parent if source.is_file() else source
+  copied = _copy_tokenizer(folder, workdir / 'tokenizer')
+  if any(name in LOADED for name in copied):
+    config.data.tokenizer = str((workdir / 'tokenizer').absolute())
+  else:
+    print(f'warning: {folder} has no tokenizer: data.tokenizer is '
+          f'{config.data.tokenizer!r}', file=sys.stderr)
+  _save(workdir, config, params)
+  print(f'{workdir}: {_count(params):,} parameters of {module.config.arch}')
+  print(f'to go on: {_command(workdir, config)}')
+
+
+def upcycle(source: pathlib.Path, workdir: pathlib.Path, *, moe: list[str],
+            step: int | None, seed: int) -> None:
+  """Makes `workdir` of a dense model, as a mixture of experts at step 0."""
+  from training import restoring, runs, upcycling
+  _check_new(workdir)
+  if restoring.directory(source).exists():
+    config, _, params = _from_workdir(source, step)
+  else:
+    if step is not None:
+      raise ValueError(f'{source} is no workdir: it has no step {step}')
+    config, _, params = _from_hf(source, False, seed)
+  folder = source.parent if source.is_file() else source
+  if any(name in LOADED for name in _copy_tokenizer(
+      folder, workdir / 'tokenizer')):
+    config.data.tokenizer = str((workdir / 'tokenizer').absolute())
+  config.model = upcycling.config(config.model, _fields(moe, config.model.moe))
+  config.init_from = ''
+  model, derived = _resolved(config)
+  run = runs.start(config, model)
+  made = upcycling.params(run.module, run.abstract.params, params, seed)
+  _save(workdir, config, made, derived)
+  print(f'{workdir}: {_count(made):,} parameters of {run.model.arch}, from the '
+        f'{_count(params):,} of {source}')
+  if not upcycling.is_the_same_function(run.model):
+    print('warning: it starts from another function than the dense model\'s: '
+          'its gates do not sum to 1, or tokens are dropped, or experts are '
+          'shared', file=sys.stderr)
+  print(f'to go on: {_command(workdir, config)}')
+
+
+def export(workdir: pathlib.Path, folder: pathlib.Path, *, step: int | None,
+           dtype: str, shard_bytes: int) -> None:
+  """Writes a checkpoint of `workdir` to `folder` in Hugging Face's format."""
+  from training import weights
+  config, module, params = _from_workdir(workdir, step)
+  weights.to_hf(module, params, folder, dtype=dtype, shard_bytes=shard_bytes)
+  path = pathlib.Path(config.data.tokenizer)
+  if path.is_dir():
+    _copy_tokenizer(path, folder)
+  elif path.is_file():
+    shutil.copyfile(path, folder / ('tokenizer.json' if path.suffix == '.json'
+                                    else path.name))
+  print(f'{folder}: {_count(params):,} parameters of {workdir}')
+
+
+def _check_new(workdir: pathlib.Path):
+  from training import run_config
   if run_config.exists(workdir):
     raise ValueError(f'{workdir} holds a run already: choose another WORKDIR')
+
+
+def _from_hf(source: pathlib.Path, partial: bool, seed: int):
+  """Returns (a run's config, module, parameters) of Hugging Face weights."""
+  import architectures
+  from training import hf_config, hf_files, weights
   folder = source.parent if source.is_file() else source
   model = hf_config.fields(hf_config.load(folder))
   module = architectures.build(model)
@@ -43,45 +115,67 @@ def import_(source: pathlib.Path, workdir: pathlib.Path, *, partial: bool,
                         seed=seed)
   for line in loaded.skipped:
     print(f'skipped: {line}')
-  workdir.mkdir(parents=True, exist_ok=True)
-  copied = _copy_tokenizer(folder, workdir / 'tokenizer')
-  if any(name in LOADED for name in copied):
-    config.data.tokenizer = str((workdir / 'tokenizer').absolute())
-  else:
-    print(f'warning: {folder} has no tokenizer: data.tokenizer is '
-          f'{config.data.tokenizer!r}', file=sys.stderr)
-  run_config.save(workdir, config, {})
-  with checkpoints.Checkpoints(workdir, every_steps=0, every_minutes=0.0,
-                               keep=1, keep_every=0) as saved:
-    saved.save(0, {'params': loaded.params}, next_batch=0, tokens=0,
-               config=config)
-  print(f'{workdir}: {_count(loaded.params):,} parameters of {model.arch}')
+  return config, module, loaded.params
 
 
-def export(workdir: pathlib.Path, folder: pathlib.Path, *, step: int | None,
-           dtype: str, shard_bytes: int) -> None:
-  """Writes a checkpoint of `workdir` to `folder` in Hugging Face's format."""
-  from training import restoring, run_config, runs, tokenizers, weights
+def _from_workdir(workdir: pathlib.Path, step: int | None):
+  """Returns (config, module, parameters) of a run's checkpoint."""
+  from training import restoring, run_config, runs
   config = runs.for_this_machine(
       runs.with_new_fields(run_config.load(workdir)))
-  tokenizer = tokenizers.load(config.data.tokenizer)
-  model, _ = runs.resolve(config, tokenizer)
-  run = runs.start(config, model)
+  run = runs.start(config, _resolved(config)[0])
   restored = restoring.restore(
       restoring.directory(workdir), {'params': run.abstract.params}, step,
       partial=True)
   for sentence in restored.damaged:
     print(f'warning: {sentence}', file=sys.stderr)
-  weights.to_hf(run.module, restored.state['params'], folder, dtype=dtype,
-                shard_bytes=shard_bytes)
-  path = pathlib.Path(config.data.tokenizer)
-  if path.is_dir():
-    _copy_tokenizer(path, folder)
-  elif path.is_file():
-    shutil.copyfile(path, folder / ('tokenizer.json' if path.suffix == '.json'
-                                    else path.name))
-  print(f'{folder}: step {restored.step} of {workdir}, '
-        f'{_count(restored.state["params"]):,} parameters')
+  print(f'{workdir}, step {restored.step}')
+  return config, run.module, restored.state['params']
+
+
+def _resolved(config):
+  from training import runs, tokenizers
+  return runs.resolve(config, tokenizers.load(config.data.tokenizer))
+
+
+def _save(workdir: pathlib.Path, config, params, derived=()) -> None:
+  from training import checkpoints, run_config
+  run_config.save(workdir, config, dict(derived))
+  with checkpoints.Checkpoints(workdir, every_steps=0, every_minutes=0.0,
+                               keep=1, keep_every=0) as saved:
+    saved.save(0, {'params': params}, next_batch=0, tokens=0, config=config)
+
+
+def _command(workdir: pathlib.Path, config) -> str:
+  """Returns the command that trains in `workdir` with this very config."""
+  import architectures
+  from training import run_config
+  page, _ = architectures.ARCHITECTURES[config.model.arch]
+  usual = run_config.flatten(
+      importlib.import_module(f'configs.{page}').get_config('tiny'))
+  changes = [f'--config.{name}={value}'
+             for name, value in run_config.flatten(config).items()
+             if value != usual[name]]
+  return shlex.join(['python', 'train.py', '--config', f'configs/{page}.py',
+                     f'--workdir={workdir}', *changes])
+
+
+def _fields(words: list[str], like) -> dict:
+  """Returns {field: value} of FIELD=VALUE words, typed as in `like`."""
+  fields = {}
+  for word in words:
+    name, equals, text = word.partition('=')
+    if not equals or name not in like:
+      raise ValueError(f'--moe {word!r}: write FIELD=VALUE, of the fields '
+                       f'{", ".join(sorted(like))} of config.model.moe')
+    kind = type(like[name])
+    try:
+      fields[name] = ({'True': True, 'False': False}[text] if kind is bool
+                      else kind(text))
+    except (KeyError, ValueError) as error:
+      raise ValueError(f'--moe {word!r}: {text!r} is no {kind.__name__}'
+                       ) from error
+  return fields
 
 
 def _copy_tokenizer(source: pathlib.Path, target: pathlib.Path) -> list[str]:
@@ -117,9 +211,19 @@ def main():
       '', 'float32', 'bfloat16', 'float16'), help="the parameters' own")
   out.add_argument('--shard_bytes', type=int, default=5 * 10**9,
                    help='no file is larger, unless one tensor is')
+  up = commands.add_parser('upcycle', help='a dense model to experts')
+  up.add_argument('source', type=pathlib.Path)
+  up.add_argument('workdir', type=pathlib.Path)
+  up.add_argument('--moe', nargs='*', default=[], metavar='FIELD=VALUE',
+                  help='of config.model.moe')
+  up.add_argument('--step', type=int, help='of the checkpoint; the newest')
+  up.add_argument('--seed', type=int, default=0, help='of the routers')
   args = parser.parse_args()
   if args.command == 'import':
     import_(args.source, args.workdir, partial=args.partial, seed=args.seed)
+  elif args.command == 'upcycle':
+    upcycle(args.source, args.workdir, moe=args.moe, step=args.step,
+            seed=args.seed)
   else:
     export(args.workdir, args.folder, step=args.step, dtype=args.dtype,
            shard_bytes=args.shard_bytes)

@@ -109,6 +109,17 @@ def restore(folder, abstract: Any, step: int | None = None, *,
       '; there is no other'))
 
 
+def arrays(folder, step: int | None = None) -> dict[str, dict[str, Any]]:
+  """Returns {name: {shape, dtype, ...}} of the newest step with a record that
+  can be read, or of `step`; {} where there is none."""
+  for candidate in [step] if step is not None else steps(folder)[::-1]:
+    try:
+      return _read_record(folder / str(candidate))['arrays']
+    except _Damaged:
+      continue
+  return {}
+
+
 def _read(folder, abstract, partial: bool):
   """Returns (state, record) of one step.
 

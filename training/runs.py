@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import math
-import pathlib
 import sys
 from typing import Any
 
@@ -19,7 +18,7 @@ from architectures.parts.encoder_decoder import EncoderDecoder
 from architectures.parts.skeletons import Decoder
 from configs import base
 from configs import sharding as tables
-from training import checkpoints, devices, metrics, optimizers
+from training import checkpoints, devices, metrics, optimizers, starting
 from training import state as state_lib
 
 # What may be left at 0 in config.model, and the run fills in.
@@ -163,6 +162,9 @@ def start(config: ml_collections.ConfigDict, model: ModelConfig,
 
 def restore_or_create(run: Run, saved) -> tuple[state_lib.TrainState, int]:
   """Returns the state and the index of the next batch."""
+  if starting.has_parameters_alone(saved.directory):
+    print('starting from the parameters in this workdir')
+    return starting.create(run, saved.directory.parent), 0
   restored = saved.restore(run.abstract)
   if restored is not None:
     for sentence in restored.damaged:
@@ -171,37 +173,7 @@ def restore_or_create(run: Run, saved) -> tuple[state_lib.TrainState, int]:
     for change in checkpoints.environment_changes(restored.record):
       print(f'not bit for bit, since this has changed: {change}')
     return restored.state, restored.record['next_batch']
-  with run.context():
-    state = state_lib.create(run.module, run.tx, run.abstract, run.config.seed)
-  if run.config.init_from:
-    state = state.replace(params=_initial_params(run))
-  return state, 0
-
-
-def _initial_params(run: Run):
-  """Returns the parameters of config.init_from: a workdir's newest
-  checkpoint, or Hugging Face weights; tensors that are skipped are listed."""
-  config = run.config
-  source = pathlib.Path(config.init_from)
-  require(source.exists(), f'init_from is {config.init_from!r}: no such folder '
-          'or file')
-  if (source / 'checkpoints').exists():
-    from training import restoring
-    require(not config.init_partial, 'init_partial is for Hugging Face '
-            f'weights, and init_from {config.init_from!r} is a workdir: '
-            'write it out with python -m tools.convert export')
-    restored = restoring.restore(
-        restoring.directory(source), {'params': run.abstract.params},
-        partial=True)
-    return restored.state['params']
-  from training import weights
-  with run.context():
-    loaded = weights.start(
-        source, run.module, like=run.abstract.params,
-        partial=config.init_partial, seed=config.seed)
-  for line in loaded.skipped:
-    print(f'skipped: {line}')
-  return loaded.params
+  return starting.create(run, run.config.init_from), 0
 
 
 def for_this_machine(config: ml_collections.ConfigDict

@@ -71,16 +71,24 @@ def start(path, module: nn.Module, *, like=None, partial: bool = False,
   path = pathlib.Path(path)
   theirs = hf_config.read(hf_config.load(path.parent if path.is_file()
                                          else path))
-  ours = module.config
-  if ours.position == theirs.position != 'learned':
-    theirs = dataclasses.replace(theirs, max_len=ours.max_len)
-  different = [f'{line} as in config.json'
-               for line in hf_config.differences(ours, theirs)]
-  require(partial or not different, f'init_from {str(path)!r}: '
-          + '; '.join(different))
+  different = other_function(module.config, theirs, path, partial)
   loaded = load(module, hf_files.Files(path), like=like, partial=partial,
                 seed=seed)
   return Loaded(loaded.params, different + loaded.skipped)
+
+
+def other_function(ours: ModelConfig, theirs: ModelConfig, path,
+                   partial: bool) -> list[str]:
+  """Returns a line for each field by which the weights in `path` are those of
+  another function; unless `partial`, one is a ValueError."""
+  if ours.position == theirs.position != 'learned':
+    theirs = dataclasses.replace(theirs, max_len=ours.max_len)
+  different = [f'{line} as in its config.json'
+               for line in hf_config.differences(ours, theirs)]
+  require(partial or not different, f'init_from {str(path)!r}: '
+          + '; '.join(different) + '. To take what fits all the same: '
+          '--config.init_partial=True')
+  return different
 
 
 def load(module: nn.Module, source: Mapping[str, np.ndarray], *, like=None,
@@ -110,7 +118,7 @@ def load(module: nn.Module, source: Mapping[str, np.ndarray], *, like=None,
   require(partial or not skipped, 'the weights and the model differ:\n  '
           + '\n  '.join(skipped[:20])
           + ('\n  ...' if len(skipped) > 20 else ''))
-  drawn = _draw(module, like, bad, seed) if bad else {}
+  drawn = draw(module, like, bad, seed) if bad else {}
   params = jax.tree_util.tree_map_with_path(
       lambda key, leaf: drawn[paths.join(key)] if paths.join(key) in bad else
       _fill(leaf, fills[paths.join(key)], names), like)
@@ -185,8 +193,8 @@ def _fill(leaf, fills, names: _Names) -> jax.Array:
   return jax.make_array_from_callback(leaf.shape, sharding, read)
 
 
-def _draw(module, like, wanted, seed: int) -> dict[str, jax.Array]:
-  """Returns the initial values of the parameters `wanted` alone."""
+def draw(module, like, wanted, seed: int) -> dict[str, jax.Array]:
+  """Returns the initial values of the parameters `wanted` alone, by path."""
 
   def init(key):
     boxed = module.init(key, jnp.zeros((1, 1), jnp.int32))['params']

@@ -1,0 +1,106 @@
+"""A mixture of experts from a dense model (Komatsuzaki et al. 2023).
+
+Every expert begins as a copy of its layer's dense network, its router is drawn
+anew, and all else stays. While the gates of a token sum to 1 and none is
+dropped, sum_e g_e FFN(x) = FFN(x): the model starts from the function that the
+dense one has learned. The paper keeps the optimiser's state too; here the run
+that follows begins its own, with its own warm-up.
+"""
+
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from architectures.parts.config import ModelConfig, one_of, require
+from training import paths
+from training import weights
+
+# The page of a dense model's mixture; the others are the same page.
+TWINS = {'llama': 'mixtral', 't5': 'switch'}
+# Fields of model.moe that the dense model gives.
+GIVEN = ('ffn', 'd_ff')
+# Gates that sum to 1 whatever normalize_gates says, or where it is True.
+ALWAYS_WHOLE = ('hash', 'uniform')
+WHOLE_IF_NORMALIZED = ('topk', 'sigmoid', 'sinkhorn')
+
+
+def config(model: ml_collections.ConfigDict, moe: dict
+           ) -> ml_collections.ConfigDict:
+  """Returns config.model of the mixture.
+
+  Args:
+    model: of the dense model.
+    moe: what model.moe changes, by field.
+
+  Raises:
+    ValueError: for a model that has experts already, or a field that there
+      isn't or that follows from the dense model.
+  """
+  require(model.ffn != 'moe', 'model.ffn is moe: this model has experts '
+          'already, only a dense one is upcycled')
+  for name in moe:
+    one_of('field of model.moe', name,
+           [field for field in model.moe if field not in GIVEN])
+  model = model.copy_and_resolve_references()
+  model.moe.update(moe)
+  model.moe.update(ffn=model.ffn, d_ff=0)
+  model.update(arch=TWINS.get(model.arch, model.arch), ffn='moe')
+  return model
+
+
+def is_the_same_function(c: ModelConfig) -> bool:
+  """Whether a mixture of equal experts computes what one of them does, in
+  evaluation."""
+  m = c.moe
+  whole = m.router in ALWAYS_WHOLE or m.router == 'gshard' or (
+      m.router in WHOLE_IF_NORMALIZED and m.normalize_gates and m.top_k > 1)
+  return whole and not m.eval_capacity_factor and not m.shared_experts
+
+
+def params(module: nn.Module, like, dense, seed: int):
+  """Returns the parameters of the mixture.
+
+  Args:
+    module: the mixture.
+    like: its parameters' shapes with shardings, as in TrainState.
+    dense: the parameters of the dense model, arrays without boxes.
+    seed: of the routers.
+  """
+  old = paths.flatten(dense)
+  shapes = paths.flatten(nn.meta.unbox(like))
+  period = len(module.config.layer_pattern())
+  new = [path for path in shapes if re.search(
+      r'/ffn/(router|router_bias|shared/.*)$', path)]
+  drawn = weights.draw(module, like, new, seed) if new else {}
+
+  def make(old, drawn):
+    return {path: drawn[path] if path in drawn else
+            _layers(old, path, x.shape, period) if '/layers/' in path else
+            old[path] for path, x in shapes.items()}
+
+  places = {path: x.sharding for path, x in shapes.items()}
+  flat = jax.jit(make, out_shardings=places)(old, drawn)
+  return jax.tree_util.tree_map_with_path(
+      lambda path, _: flat[paths.join(path)], nn.meta.unbox(like))
+
+
+def _layers(old, path: str, shape, period: int) -> jax.Array:
+  """Returns one stacked parameter of the mixture, of the dense model's rows.
+
+  Layer n stands in row n // period of block n % period, in either model by
+  its own period.
+  """
+  stack, block, rest = re.fullmatch(
+      r'(\w+)/layers/block_(\d+)/(.*)', path).groups()
+  blocks = len({name.split('/')[2] for name in old
+                if name.startswith(f'{stack}/layers/')})
+  rows = []
+  for row in range(shape[0]):
+    n = row * period + int(block)
+    x = old[f'{stack}/layers/block_{n % blocks}/{rest}'][n // blocks]
+    copied = x if x.ndim == len(shape) - 1 else x[None]  # for every expert
+    rows.append(jnp.broadcast_to(copied, shape[1:]))
+  return jnp.stack(rows)
