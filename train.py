@@ -4,8 +4,8 @@
   python train.py --config configs/gpt.py:gpt2 --workdir runs/a \
       --config.optim.lr=3e-4 --config.data.source=text:my/*.txt
 
-Ctrl-C or SIGTERM: the step is finished, saved, and the exit code is 0. Exit
-code 2: a wrong request; 1: a failure.
+Ctrl-C or SIGTERM: the step is finished, saved, and the exit code is 0, or what
+--stopped_exit_code says. Exit code 2: a wrong request; 1: a failure.
 """
 
 import pathlib
@@ -28,6 +28,8 @@ flags.DEFINE_integer('num_processes', 0, 'Processes of all hosts.')
 flags.DEFINE_integer('process_id', -1, 'Which of them this is.')
 flags.DEFINE_bool('cluster', False,
                   'Ask the cluster (SLURM, TPU, GKE) for these three.')
+flags.DEFINE_integer('stopped_exit_code', 0, 'After a signal, before the last '
+                     'step: by it a launcher knows that there is more to do.')
 
 
 def main():
@@ -37,8 +39,8 @@ def main():
     raise ValueError('pass both --config FILE.py:SIZE and --workdir DIR')
 
   # Imported late: `--help` and a wrong flag answer at once.
-  from training import checkpoints, data, devices, host, profile, run_config
-  from training import runs, tokenizers
+  from training import checkpoints, data, devices, host, processes
+  from training import profile, run_config, runs, tokenizers
   config, workdir = args.config, pathlib.Path(args.workdir)
 
   # 1. The config: everything wrong in it is said before any device work.
@@ -55,8 +57,8 @@ def main():
       print(run_config.table(changes))
 
   # 2. The devices and their mesh.
-  devices.initialize(args.coordinator, args.num_processes, args.process_id,
-                     args.cluster)
+  processes.initialize(args.coordinator, args.num_processes,
+                       args.process_id, args.cluster)
   host.settle()
   run = runs.start(config, model)
 
@@ -71,16 +73,18 @@ def main():
     state, start = runs.restore_or_create(run, saved)
     run_config.save(workdir, config, derived)
     if start >= config.train.steps:
-      print(f'{workdir} is complete: {start} steps of {config.train.steps}. '
-            f'To look at it: python eval.py --workdir {workdir}. To go on: '
-            'a larger --config.train.steps with --allow_config_change. To '
-            'start anew: another --workdir.')
+      if devices.primary():
+        print(f'{workdir} is complete: {start} steps of {config.train.steps}. '
+              f'To look at it: python eval.py --workdir {workdir}. To go on: '
+              'a larger --config.train.steps with --allow_config_change. To '
+              'start anew: another --workdir.')
       return 0
 
     # 5. The loop.
     from training import loop
-    return loop.train(run, state, start, train_data, eval_data, saved, workdir,
+    code = loop.train(run, state, start, train_data, eval_data, saved, workdir,
                       args.profile_steps)
+  return args.stopped_exit_code if code == loop.STOPPED else code
 
 
 if __name__ == '__main__':

@@ -14,6 +14,10 @@ from absl import flags
 
 flags.disclaim_key_flags()  # what is defined here belongs to who calls
 
+# Called with the sentence and the exit code before a program ends in failure:
+# a run of several processes tells the others.
+at_failure: list[Callable[[str, int], None]] = []
+
 
 def run(main: Callable[[], int | None]) -> None:
   """Calls main() and exits: a ValueError becomes `error: ...` and code 2, a
@@ -21,10 +25,12 @@ def run(main: Callable[[], int | None]) -> None:
   try:
     code = main() or 0
   except ValueError as error:
+    _tell(error, 2)
     _refuse(str(error))
   except RuntimeError as error:
     if type(error) is not RuntimeError:  # JAX's own: its trace is needed
       raise
+    _tell(error, 1)
     print(f'error: {error}', file=sys.stderr, flush=True)
     code = 1
   except BrokenPipeError:  # `| head` has read enough
@@ -38,6 +44,11 @@ def define_workdir() -> None:
   may import several programs."""
   if 'workdir' not in flags.FLAGS:
     flags.DEFINE_string('workdir', '', 'The folder of the run.')
+
+
+def _tell(error: Exception, code: int):
+  for call in at_failure:
+    call(str(error), code)
 
 
 def parse(doc: str, argv: Sequence[str] | None = None) -> None:

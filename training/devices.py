@@ -1,69 +1,16 @@
-"""Devices: joining several hosts, the mesh, and what lies where on it."""
+"""Devices: the mesh, over slices too, and what lies where on it."""
 
 from collections.abc import Mapping
 import math
-import os
-import sys
-import traceback
 
 import flax.linen as nn
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
 from architectures.parts.config import ModelConfig, require
 from configs import sharding as tables
-
-HEARTBEAT_SECONDS = 30  # after so long without one, a host counts as lost
-
-
-def initialize(coordinator: str = '', num_processes: int = 0,
-               process_id: int = -1, cluster: bool = False) -> None:
-  """Joins the processes of a run, if it was launched as several.
-
-  Args:
-    coordinator: host:port of process 0; '': $JAX_COORDINATOR_ADDRESS.
-    num_processes: of all hosts; 0: $JAX_NUM_PROCESSES.
-    process_id: this one's; -1: $JAX_PROCESS_ID.
-    cluster: let JAX ask the cluster (SLURM, TPU metadata, GKE) for all three.
-
-  Raises:
-    ValueError: where only some of the three are given.
-  """
-  coordinator = coordinator or os.environ.get('JAX_COORDINATOR_ADDRESS', '')
-  num_processes = num_processes or int(os.environ.get('JAX_NUM_PROCESSES', 0))
-  if process_id < 0:
-    process_id = int(os.environ.get('JAX_PROCESS_ID', -1))
-  given = bool(coordinator), bool(num_processes), process_id >= 0
-  if not any(given) and not cluster:
-    return
-  if cluster:
-    require(not any(given), '--cluster asks the cluster for the coordinator: '
-            'pass no --coordinator, --num_processes or --process_id with it')
-    jax.distributed.initialize(
-        heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
-  else:
-    require(all(given), 'a run of several processes needs --coordinator, '
-            '--num_processes and --process_id (or JAX_COORDINATOR_ADDRESS, '
-            f'JAX_NUM_PROCESSES, JAX_PROCESS_ID); given: coordinator '
-            f'{coordinator!r}, {num_processes} processes, id {process_id}')
-    jax.distributed.initialize(
-        coordinator, num_processes, process_id,
-        cluster_detection_method='deactivate',
-        coordinator_bind_address=coordinator if process_id == 0 else None,
-        heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
-  sys.excepthook = _end_all
-
-
-def _end_all(kind, error, trace):
-  """Ends this process at once, and by that the others: left alone, they
-  would wait in a collective for it."""
-  traceback.print_exception(kind, error, trace)
-  print(f'error: process {jax.process_index()} failed: {error}',
-        file=sys.stderr, flush=True)
-  sys.stdout.flush()
-  os._exit(1)
-
 
 def mesh_shape(sizes: Mapping[str, int], num_devices: int) -> dict[str, int]:
   """Returns the size of each mesh axis; one may be -1: what the others leave.
@@ -120,11 +67,55 @@ def check(model: ModelConfig, batch_size: int, grad_accumulation: int,
             f'model.ffn {model.ffn!r} has no experts: set mesh.expert=1')
 
 
-def make_mesh(shape: Mapping[str, int], devices=None) -> Mesh:
-  """Returns the mesh, its axes left to the compiler between constraints."""
-  return jax.make_mesh(tuple(shape.values()), tuple(shape),
-                       axis_types=(AxisType.Auto,) * len(shape),
-                       devices=devices)
+def make_mesh(shape: Mapping[str, int], devices=None, slices: int = 0) -> Mesh:
+  """Returns the mesh, its axes left to the compiler between constraints.
+
+  Args:
+    shape: the size of each axis, `data` first.
+    devices: default: all.
+    slices: groups of devices with a slower network between them, over which
+      only `data` goes; 0: as many as the devices say.
+
+  Raises:
+    ValueError: where the devices or mesh.data do not divide into the slices.
+  """
+  devices = jax.devices() if devices is None else list(devices)
+  groups = by_slice(devices, slices)
+  types = (AxisType.Auto,) * len(shape)
+  if len(groups) == 1:
+    return jax.make_mesh(tuple(shape.values()), tuple(shape),
+                         axis_types=types, devices=devices)
+  axis, size = next(iter(shape.items()))
+  assert axis == 'data', shape
+  require(size % len(groups) == 0, f'mesh.data is {size}, which the '
+          f'{len(groups)} slices do not divide: only `data` goes over the '
+          f'network between slices, so choose a multiple of {len(groups)}')
+  within = (size // len(groups), *list(shape.values())[1:])
+  return Mesh(np.concatenate([
+      mesh_utils.create_device_mesh(within, group) for group in groups]),
+      tuple(shape), axis_types=types)
+
+
+def slice_index(device) -> int:
+  """Returns which slice of a TPU pod a device is of; elsewhere 0: GPUs number
+  their hosts there, over which every axis may go."""
+  return device.slice_index if device.platform == 'tpu' and hasattr(
+      device, 'slice_index') else 0
+
+
+def by_slice(devices, slices: int) -> list[list]:
+  """Returns the devices of each slice; `slices` is as in `make_mesh`."""
+  known = sorted({slice_index(d) for d in devices})
+  if len(known) > 1:
+    require(slices in (0, len(known)), f'mesh.slices is {slices}, but the '
+            f'devices are of {len(known)} slices: set it to 0 (what they say)')
+    return [[d for d in devices if slice_index(d) == i] for i in known]
+  slices = slices or 1
+  require(slices >= 1 and len(devices) % slices == 0,
+          f'mesh.slices is {slices}, which does not divide the '
+          f'{len(devices)} devices: choose a divisor, or 0 (what they say)')
+  size = len(devices) // slices  # in order, so process by process
+  return [devices[i:i + size] for i in range(0, len(devices), size)]
 
 
 def param_shardings(abstract, mesh: Mesh, rules: str):

@@ -16,6 +16,7 @@ from training import signals
 from training import watch
 from training.step import make_eval_step, make_train_step
 
+STOPPED = 75  # what train() returns after a signal, before the last step
 
 def train(run: runs.Run, state, start: int, train_data, eval_data, saved,
           workdir: pathlib.Path, profile_steps: str = '') -> int:
@@ -80,7 +81,7 @@ def train(run: runs.Run, state, start: int, train_data, eval_data, saved,
           for name, value in figures.items()))
 
     meter.begin(start)
-    n, code = start, 0
+    n, code, stopped = start, 0, False
     while True:
       profiler.before(n, state)
       with profiler.annotate(n):
@@ -108,8 +109,10 @@ def train(run: runs.Run, state, start: int, train_data, eval_data, saved,
     bar.close()
     for writer in writers:
       writer.close()
-  if stop.stop_requested and n < steps and devices.primary():
-    print(f'stopped after step {n}, saved: the same command goes on from it.')
+  if stopped and n < steps and not code:
+    if devices.primary():
+      print(f'stopped after step {n}, saved: the same command goes on from it.')
+    return STOPPED
   return code
 
 

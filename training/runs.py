@@ -150,7 +150,8 @@ def start(config: ml_collections.ConfigDict, model: ModelConfig,
   """
   if mesh is None:
     mesh = devices.make_mesh(
-        devices.mesh_shape(config.mesh, jax.device_count()))
+        devices.mesh_shape(config.mesh, jax.device_count()),
+        slices=config.mesh.slices)
   devices.check(model, config.data.batch_size, config.train.grad_accumulation,
                 mesh.shape)
   module = architectures.build(model)
@@ -167,11 +168,12 @@ def restore_or_create(run: Run, saved) -> tuple[state_lib.TrainState, int]:
     return starting.create(run, saved.directory.parent), 0
   restored = saved.restore(run.abstract)
   if restored is not None:
-    for sentence in restored.damaged:
-      print(f'warning: {sentence}', file=sys.stderr)
-    print(f'going on from step {restored.step}')
-    for change in checkpoints.environment_changes(restored.record):
-      print(f'not bit for bit, since this has changed: {change}')
+    if devices.primary():
+      for sentence in restored.damaged:
+        print(f'warning: {sentence}', file=sys.stderr)
+      print(f'going on from step {restored.step}')
+      for change in checkpoints.environment_changes(restored.record):
+        print(f'not bit for bit, since this has changed: {change}')
     return restored.state, restored.record['next_batch']
   return starting.create(run, run.config.init_from), 0
 
@@ -189,7 +191,7 @@ def for_this_machine(config: ml_collections.ConfigDict
     require(count == jax.device_count(),
             f'data.batch_size {config.data.batch_size} does not divide over '
             f'the {jax.device_count()} devices there are')
-    config.mesh.update(data=-1, fsdp=1, expert=1, tensor=1)
+    config.mesh.update(data=-1, fsdp=1, expert=1, tensor=1, slices=0)
     print('the run\'s mesh does not fit this machine: evaluating on '
           f'mesh.data={jax.device_count()}')
     return config

@@ -1,0 +1,138 @@
+"""Several processes as one run: joining, showing, and ending together."""
+
+import atexit
+import json
+import os
+import socket
+import sys
+import traceback
+
+import jax
+
+from architectures.parts.config import require
+from training import cli, devices, peers
+
+# After so long without one, JAX counts a process as lost. It is the second
+# line of defence, behind training/peers.py: so it need not be short, and a
+# host that pages or is starved for some seconds does not end the run.
+HEARTBEAT_SECONDS = 30
+LOOKUP_MS = 60_000
+MOST_ROWS = 64  # of the table
+
+
+def initialize(coordinator: str = '', num_processes: int = 0,
+               process_id: int = -1, cluster: bool = False) -> None:
+  """Joins the processes of a run, if it was launched as several.
+
+  Args:
+    coordinator: host:port of process 0; '': $JAX_COORDINATOR_ADDRESS.
+    num_processes: of all hosts; 0: $JAX_NUM_PROCESSES.
+    process_id: this one's; -1: $JAX_PROCESS_ID.
+    cluster: let JAX ask the cluster (SLURM, TPU metadata, GKE) for all three.
+
+  Raises:
+    ValueError: where only some of the three are given.
+  """
+  coordinator = coordinator or os.environ.get('JAX_COORDINATOR_ADDRESS', '')
+  num_processes = num_processes or int(os.environ.get('JAX_NUM_PROCESSES', 0))
+  if process_id < 0:
+    process_id = int(os.environ.get('JAX_PROCESS_ID', -1))
+  given = bool(coordinator), bool(num_processes), process_id >= 0
+  if not any(given) and not cluster:
+    return
+  if cluster:
+    require(not any(given), '--cluster asks the cluster for the coordinator: '
+            'pass no --coordinator, --num_processes or --process_id with it')
+    jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+  else:
+    require(all(given), 'a run of several processes needs --coordinator, '
+            '--num_processes and --process_id (or JAX_COORDINATOR_ADDRESS, '
+            f'JAX_NUM_PROCESSES, JAX_PROCESS_ID); given: coordinator '
+            f'{coordinator!r}, {num_processes} processes, id {process_id}')
+    jax.distributed.initialize(
+        coordinator, num_processes, process_id,
+        cluster_detection_method='deactivate',
+        # JAX's default listens on every interface.
+        coordinator_bind_address=coordinator if process_id == 0 else None,
+        heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+  _watch(jax.process_index())
+  # Gloo gives a group of devices 30 s to meet for the first time, which a
+  # process that still compiles would miss: they meet here.
+  devices.sync('joined')
+  rows = _rows()
+  if devices.primary():
+    print(table(rows), flush=True)
+
+
+def _watch(index: int) -> None:
+  """Ends this process when another one fails, and the other way round."""
+  client, host = _service()
+  if index == 0:
+    watch = peers.Peers(0, host)
+    client.key_value_set('archetype/peers', watch.address)
+  else:
+    address = client.blocking_key_value_get('archetype/peers', LOOKUP_MS)
+    try:
+      watch = peers.Peers(index, host, address)
+    except OSError as error:
+      print(f'warning: process {index} cannot reach process 0 at {host}:'
+            f'{address.split()[0]} ({error}): when a process is lost, the '
+            f'others notice after {HEARTBEAT_SECONDS} s, and are not told '
+            'which it was', file=sys.stderr)
+      sys.excepthook = _end_alone
+      return
+  def fail(kind, error, trace):
+    traceback.print_exception(kind, error, trace)
+    watch.fail(f'{kind.__name__}: {_first_line(error)}')
+  sys.excepthook = fail
+  cli.at_failure.append(watch.fail)
+  atexit.register(watch.bye)
+
+
+def _end_alone(kind, error, trace):
+  """Without this, others would wait for the process that failed."""
+  traceback.print_exception(kind, error, trace)
+  sys.stdout.flush()
+  os._exit(1)
+
+
+def _first_line(error) -> str:
+  return (str(error) or 'no message').splitlines()[0][:300]
+
+
+def _service():
+  """Returns JAX's key-value client, and the host of process 0.
+
+  JAX has no public name for it; Orbax takes it from here too.
+  """
+  from jax._src import distributed
+  state = distributed.global_state
+  return state.client, state.coordinator_address.rpartition(':')[0].strip('[]')
+
+
+def _rows() -> list[dict]:
+  """Returns what each process is, on process 0; on the others nothing."""
+  client, _ = _service()
+  own = jax.local_devices()
+  client.key_value_set(f'archetype/process/{jax.process_index()}', json.dumps(
+      dict(process=jax.process_index(), host=socket.gethostname(),
+           pid=os.getpid(), devices=f'{len(own)} x {own[0].device_kind}',
+           slices=sorted({devices.slice_index(d) for d in own}))))
+  if not devices.primary():
+    return []
+  return [json.loads(client.blocking_key_value_get(
+      f'archetype/process/{i}', LOOKUP_MS)) for i in range(jax.process_count())]
+
+
+def table(rows: list[dict]) -> str:
+  """Renders the processes of a run for a terminal."""
+  total = sum(int(r['devices'].split()[0]) for r in rows)
+  cells = [('process', 'host', 'pid', 'devices', 'slice')]
+  cells += [(str(r['process']), r['host'], str(r['pid']), r['devices'],
+             ','.join(map(str, r['slices']))) for r in rows[:MOST_ROWS]]
+  widths = [max(map(len, column)) for column in zip(*cells)]
+  lines = ['  '.join(c.ljust(w) for c, w in zip(row, widths)).rstrip()
+           for row in cells]
+  if len(rows) > MOST_ROWS:
+    lines.append(f'and {len(rows) - MOST_ROWS} more')
+  return '\n'.join([*lines, f'{len(rows)} processes, {total} devices'])
