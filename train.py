@@ -60,6 +60,7 @@ def main():
   processes.initialize(args.coordinator, args.num_processes,
                        args.process_id, args.cluster)
   host.settle()
+  processes.meet()
   run = runs.start(config, model)
 
   # 3. The data.

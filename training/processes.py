@@ -55,7 +55,14 @@ def initialize(coordinator: str = '', num_processes: int = 0,
         # JAX's default listens on every interface.
         coordinator_bind_address=coordinator if process_id == 0 else None,
         heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
-  _watch(jax.process_index())
+  _watch()
+
+
+def meet() -> None:
+  """Waits for all processes; then process 0 prints who they are. Until here
+  no process has touched a device."""
+  if jax.process_count() == 1:
+    return
   # Gloo gives a group of devices 30 s to meet for the first time, which a
   # process that still compiles would miss: they meet here.
   devices.sync('joined')
@@ -64,9 +71,9 @@ def initialize(coordinator: str = '', num_processes: int = 0,
     print(table(rows), flush=True)
 
 
-def _watch(index: int) -> None:
+def _watch() -> None:
   """Ends this process when another one fails, and the other way round."""
-  client, host = _service()
+  client, host, index = _service()
   if index == 0:
     watch = peers.Peers(0, host)
     client.key_value_set('archetype/peers', watch.address)
@@ -101,21 +108,22 @@ def _first_line(error) -> str:
 
 
 def _service():
-  """Returns JAX's key-value client, and the host of process 0.
+  """Returns JAX's key-value client, the host of process 0, and our index.
 
   JAX has no public name for it; Orbax takes it from here too.
   """
   from jax._src import distributed
   state = distributed.global_state
-  return state.client, state.coordinator_address.rpartition(':')[0].strip('[]')
+  host = state.coordinator_address.rpartition(':')[0].strip('[]')
+  return state.client, host, state.process_id
 
 
 def _rows() -> list[dict]:
   """Returns what each process is, on process 0; on the others nothing."""
-  client, _ = _service()
+  client, _, index = _service()
   own = jax.local_devices()
-  client.key_value_set(f'archetype/process/{jax.process_index()}', json.dumps(
-      dict(process=jax.process_index(), host=socket.gethostname(),
+  client.key_value_set(f'archetype/process/{index}', json.dumps(
+      dict(process=index, host=socket.gethostname(),
            pid=os.getpid(), devices=f'{len(own)} x {own[0].device_kind}',
            slices=sorted({devices.slice_index(d) for d in own}))))
   if not devices.primary():
