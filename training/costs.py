@@ -28,9 +28,7 @@ def count(config, length: int = 0, model=None) -> dict:
   tx = state.optimizer(module, config.optim, config.train.steps)
   params = nn.meta.unbox(state.abstract_params(module))
   opt_state = jax.eval_shape(tx.init, params)
-  sizes = {path: x.size for path, x in paths.flatten(params).items()}
-  active = {path: size * _active_share(path, model)
-            for path, size in sizes.items()}
+  sizes, active = _sizes(model, params)
   length = length or config.data.length
   both = flops.STACKS[model.arch] == 'encoder-decoder'
   other = length if both else 0
@@ -58,12 +56,25 @@ def count(config, length: int = 0, model=None) -> dict:
   }
 
 
+def parameters(model) -> tuple[int, int]:
+  """Returns the parameters of a resolved model, and the active ones."""
+  params = nn.meta.unbox(state.abstract_params(architectures.build(model)))
+  sizes, active = _sizes(model, params)
+  return sum(sizes.values()), round(sum(active.values()))
+
+
 def resolved(config):
   """Returns the model config, open fields filled as a run would by default."""
   model = config.model.to_dict()
   model['vocab_size'] = model['vocab_size'] or STAND_IN_VOCAB
   model['max_len'] = model['max_len'] or config.data.length
   return architectures.resolve(model)
+
+
+def _sizes(model, params) -> tuple[dict, dict]:
+  sizes = {path: x.size for path, x in paths.flatten(params).items()}
+  return sizes, {path: size * _active_share(path, model)
+                 for path, size in sizes.items()}
 
 
 def _active_share(path: str, model) -> float:

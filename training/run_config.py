@@ -210,14 +210,15 @@ def from_json(tree: Mapping[str, Any]) -> ml_collections.ConfigDict:
 
 def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
   """Returns {'model.d_model': 128, ...}."""
-  return _flatten('', config.to_dict())
+  return flatten_dict(config.to_dict())
 
 
-def _flatten(prefix: str, tree: Mapping[str, Any]) -> dict[str, Any]:
+def flatten_dict(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+  """Returns the leaves of nested dicts by their dotted names."""
   flat = {}
   for name, value in tree.items():
     if isinstance(value, dict):
-      flat |= _flatten(f'{prefix}{name}.', value)
+      flat |= flatten_dict(value, f'{prefix}{name}.')
     else:
       flat[prefix + name] = value
   return flat

@@ -1,0 +1,59 @@
+"""The loops that most sweeps are: each yields (name, changes) for `add`.
+
+    for name, changes in helpers.grid({'model.norm': ('layernorm', 'rmsnorm'),
+                                       'optim.lr': (1e-3, 2e-3)}):
+      add(name, **changes)
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+import itertools
+import re
+from typing import Any
+
+Points = Iterator[tuple[str, dict[str, Any]]]
+
+
+def grid(values: Mapping[str, Sequence]) -> Points:
+  """Every combination of the values of each key, the last changing first."""
+  pairs = [[(key, value) for value in choices]
+           for key, choices in values.items()]
+  for combination in itertools.product(*pairs):
+    yield name(dict(combination)), dict(combination)
+
+
+def zip(values: Mapping[str, Sequence]) -> Points:
+  """The first value of every key, then the second of every key, and so on."""
+  lengths = {key: len(choices) for key, choices in values.items()}
+  if len(set(lengths.values())) > 1:
+    told = ', '.join(f'{key} {n}' for key, n in lengths.items())
+    raise ValueError(f'zip needs as many values of each key, not {told}')
+  for i in range(max(lengths.values(), default=0)):
+    changes = {key: choices[i] for key, choices in values.items()}
+    yield name(changes), changes
+
+
+def one_at_a_time(values: Mapping[str, Sequence]) -> Points:
+  """Each value of each key alone, all else as in the base."""
+  for key, choices in values.items():
+    for value in choices:
+      yield name({key: value}), {key: value}
+
+
+def leave_one_out(changes: Mapping[str, Any]) -> Points:
+  """All changes together as `all`, then all but each one in turn."""
+  yield 'all', dict(changes)
+  for left in changes:
+    yield f'without_{_last(left)}', {
+        key: value for key, value in changes.items() if key != left}
+
+
+def name(changes: Mapping[str, Any]) -> str:
+  """Returns `rmsnorm-lr=0.001` of {'model.norm': 'rmsnorm', 'optim.lr': 1e-3}.
+  """
+  words = [value if isinstance(value, str) else f'{_last(key)}={value}'
+           for key, value in changes.items()]
+  return '-'.join(re.sub(r'[^\w.=+]+', '_', word) for word in words)
+
+
+def _last(key: str) -> str:
+  return key.rsplit('.', 1)[-1]

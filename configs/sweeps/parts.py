@@ -1,0 +1,37 @@
+"""Norm x position x feed-forward x block of a small GPT: 16 points.
+
+Lab note. The base is GPT-2's wiring at 4 layers of width 64; each other point
+swaps one to four parts for LLaMA's or GPT-NeoX's. 300 steps of 16 x 128 bytes
+are 0.6M tokens, a fraction of an epoch of the default text: enough to rank
+what learns faster, no claim about larger models. One run takes about 20
+seconds on one CPU core. swiglu has three matrices where gelu has two, so make
+the sizes equal:
+  python -m tools.sweep run configs/sweeps/parts.py --workdir runs/parts \
+      --match=params
+"""
+
+from configs import gpt
+from configs.sweeps import helpers
+
+
+def base():
+  c = gpt.get_config('tiny')
+  c.model.update(d_model=64, max_len=128)
+  c.data.update(length=128, batch_size=16)
+  c.train.steps = 300
+  c.optim.update(lr=4e-3, warmup_steps=30)
+  c.eval.update(every_steps=100, batches=16)
+  c.checkpoint.update(every_steps=150, keep=1)
+  return c
+
+
+get_config = base
+
+
+def sweep(add):
+  for name, changes in helpers.grid({
+      'model.norm': ('layernorm', 'rmsnorm'),
+      'model.position': ('learned', 'rope'),
+      'model.ffn': ('gelu_tanh', 'swiglu'),
+      'model.block': ('pre_norm', 'parallel')}):
+    add(name, **changes)

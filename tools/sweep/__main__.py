@@ -1,0 +1,42 @@
+r"""Sweeps over a config: checked, run, watched and reported.
+
+  python -m tools.sweep check configs/sweeps/parts.py --match=params
+  python -m tools.sweep run configs/sweeps/parts.py --workdir runs/parts \
+      --match=params --parallel=2
+  python -m tools.sweep status --workdir runs/parts
+
+A sweep is a file of configs/sweeps/: a base config, and points that change
+some of its fields. Every point has the same seeds, so that point by point they
+see the same batches in the same order. `run` may be killed at any moment and
+started again, also several times at once: a ledger in the workdir says what is
+pending, running, done or failed. Exit code 2: a wrong request; 1: a run
+failed.
+"""
+
+import argparse
+import importlib
+
+from training import cli
+
+# name: (the module with its add_arguments and main, what it does).
+COMMANDS = {
+    'check': ('tools.sweep.check', 'what every point changes and costs'),
+    'run': ('tools.sweep.run', 'train what is not done yet'),
+}
+
+
+def main() -> int:
+  parser = argparse.ArgumentParser(
+      prog='python -m tools.sweep', description=__doc__,
+      formatter_class=argparse.RawDescriptionHelpFormatter)
+  commands = parser.add_subparsers(dest='command', required=True)
+  for name, (module, told) in COMMANDS.items():
+    importlib.import_module(module).add_arguments(
+        commands.add_parser(name, help=told, description=told))
+  args = parser.parse_args()
+  module, _ = COMMANDS[args.command]
+  return importlib.import_module(module).main(args)
+
+
+if __name__ == '__main__':
+  cli.run(main)

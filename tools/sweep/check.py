@@ -1,0 +1,223 @@
+"""check: every point validated and counted before anything runs."""
+
+import argparse
+import json
+import pathlib
+import subprocess
+import sys
+
+from tools.sweep import commands, cost, layout, matching, spec
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  add_sweep_arguments(parser)
+  parser.add_argument('--workdir', default='', help='write sweep.json here')
+  parser.add_argument('--topology', default='', help='compile each point for '
+                      'it through tools.plan, as v5e:4x4')
+  parser.add_argument('--json', action='store_true', help='print JSON')
+
+
+def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
+  """What `check` and `run` alike are told of the sweep."""
+  parser.add_argument('file', help='of configs/sweeps/')
+  parser.add_argument('--seeds', type=int, default=0,
+                      help='how many: 0, 1, ...; default: the file\'s, or 3')
+  parser.add_argument('--match', default='', choices=('', *matching.WHAT),
+                      help='give every point the base\'s cost')
+  parser.add_argument('--match_field', default=matching.FIELD,
+                      help='the field that is solved for it (%(default)s)')
+  parser.add_argument('--devices', type=int, default=0, help='to lay a run '
+                      'over; default: as few as its mesh allows')
+
+
+def main(args) -> int:
+  description = check(args)
+  if args.workdir:
+    save(args.workdir, description)
+  if args.topology:
+    for point in description['points']:
+      point['plan'] = _plan(description, point, args.topology)
+  print(json.dumps(description, indent=2) if args.json
+        else table(description))
+  return 0
+
+
+def check(args) -> dict:
+  """Returns the description of the sweep that sweep.json holds.
+
+  Args:
+    args: as add_sweep_arguments defines them.
+
+  Raises:
+    ValueError: for the first bad point.
+  """
+  from training import run_config
+  cost.off_devices()
+  sweep = spec.load(args.file, args.seeds)
+  if args.match:
+    sweep = matching.match(sweep, args.match, args.match_field,
+                           lambda config: getattr(cost.of(config), args.match))
+  base = cost.of(sweep.base)
+  description = {
+      'name': sweep.name, 'file': sweep.file, 'match': sweep.match,
+      'match_field': args.match_field if args.match else '',
+      'base': sweep.base_name,
+      'base_config': run_config.to_json(sweep.base),
+      'paired': not any(key.startswith('data.') for point in sweep.points
+                        for key in point.changes),
+      'points': [_row(sweep, point, base, args.devices)
+                 for point in sweep.points]}
+  _check_differences(description)
+  return description
+
+
+def _row(sweep, point, base: cost.Cost, devices: int) -> dict:
+  config = sweep.config(point)
+  try:
+    figures = cost.of(config)
+    nbytes = cost.bytes_per_device(config, devices)
+  except ValueError as error:
+    raise ValueError(f'point {point.name!r}: {error}') from error
+  return {
+      'name': point.name, 'changes': dict(point.changes),
+      'matched': list(point.matched),
+      'follows': _follows(point, figures, base),
+      'params': figures.params, 'active_params': figures.active_params,
+      'flops_per_token': figures.flops_per_token, 'tokens': figures.tokens,
+      'bytes_per_device': nbytes,
+      'seeds': list(sweep.seeds), 'tasks': list(sweep.owed(point))}
+
+
+def _follows(point, figures: cost.Cost, base: cost.Cost) -> dict:
+  """Model fields that were left open and that a change resolves otherwise:
+  {key: [of the base, of the point]}."""
+  return {key: [base.model[key], value]
+          for key, value in figures.model.items()
+          if value != base.model[key] and key not in point.changes
+          and (not key.startswith('model.moe.')
+               or figures.model['model.ffn'] == 'moe')}
+
+
+def _check_differences(description: dict) -> None:
+  """Raises ValueError where a point, as its runs will get it, differs from
+  the base in a key that it did not declare."""
+  from training import run_config
+  base = run_config.flatten(run_config.from_json(description['base_config']))
+  for point in description['points']:
+    config = run_config.flatten(
+        layout.config(description, point['name'], base['seed']))
+    undeclared = [key for key in config if config[key] != base[key]
+                  and key not in point['changes']]
+    if undeclared:
+      raise ValueError(f'point {point["name"]!r} differs from the base in '
+                       f'{", ".join(undeclared)}, which it does not declare')
+
+
+def save(workdir, description: dict) -> None:
+  """Writes sweep.json; points may be added to one that is there, not changed.
+
+  Raises:
+    ValueError: where the workdir holds another sweep.
+  """
+  if (pathlib.Path(workdir) / 'sweep.json').exists():
+    old = layout.load(workdir)
+    for key in ('base', 'base_config', 'match', 'match_field'):
+      _same(workdir, key, old[key], description[key])
+    points = {point['name']: point for point in description['points']}
+    for point in old['points']:
+      name = point['name']
+      if name not in points:
+        raise ValueError(f'{workdir} holds a point {name!r}, which the sweep '
+                         'no longer has: take another --workdir')
+      _same(workdir, f'point {name!r}', point['changes'],
+            json.loads(json.dumps(points[name]['changes'])))
+      points[name]['seeds'] = sorted({*point['seeds'],
+                                      *points[name]['seeds']})
+  layout.save(workdir, description)
+
+
+def _same(workdir, what: str, old, new) -> None:
+  if json.dumps(old) == json.dumps(new):
+    return
+  if what == 'base_config':
+    from training import run_config
+    old, new = run_config.flatten_dict(old), run_config.flatten_dict(new)
+    what = 'the base, in ' + ', '.join(
+        key for key in {**old, **new} if old.get(key) != new.get(key))
+    told = 'differs'
+  else:
+    told = f'was {old!r} and is {new!r}'
+  raise ValueError(f'{workdir} holds another sweep: {what} {told}; take '
+                   'another --workdir')
+
+
+def _plan(description: dict, point: dict, topology: str) -> dict:
+  """Returns what tools.plan says of a point."""
+  command = [sys.executable, '-m', 'tools.plan', '--json',
+             f'--topology={topology}', '--config', description['file'],
+             *commands.flags(point['changes'])]
+  result = subprocess.run(command, capture_output=True, text=True)
+  if result.returncode:
+    said = result.stderr.strip().splitlines() or ['it said nothing']
+    raise ValueError(f'point {point["name"]!r}, tools.plan: '
+                     f'{said[-1].removeprefix("error: ")}')
+  return json.loads(result.stdout[result.stdout.index('{'):])
+
+
+COLUMNS = (
+    ('point', lambda p, base: p['name']),
+    ('params', lambda p, base: f'{p["params"]:,}'),
+    ('vs base', lambda p, base: _ratio(p, base, 'params')),
+    ('active', lambda p, base: f'{p["active_params"]:,}'),
+    ('vs base', lambda p, base: _ratio(p, base, 'active_params')),
+    ('FLOPs/token', lambda p, base: f'{p["flops_per_token"]:,.0f}'),
+    ('vs base', lambda p, base: _ratio(p, base, 'flops_per_token')),
+    ('tokens', lambda p, base: f'{p["tokens"]:,}'),
+    ('state/device', lambda p, base: f'{p["bytes_per_device"] / 2**20:,.1f} M'),
+)
+
+
+def table(description: dict) -> str:
+  """Costs of all points, then how each differs from the base."""
+  points = description['points']
+  base = next(p for p in points if p['name'] == description['base'])
+  rows = [[heading for heading, _ in COLUMNS]]
+  rows += [[cell(point, base) for _, cell in COLUMNS] for point in points]
+  widths = [max(map(len, column)) for column in zip(*rows)]
+  lines = ['  '.join(
+      [row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
+      for row in rows]
+  lines += ['', f'differences from {base["name"]}:']
+  lines += [f'  {point["name"].ljust(widths[0])}  '
+            f'{_differences(description, point)}'
+            for point in points if point is not base]
+  seeds = points[0]['seeds']
+  lines += ['', f'{len(points)} points, {len(seeds)} seed'
+            f'{"s" * (len(seeds) != 1)} each: '
+            f'{sum(len(p["seeds"]) for p in points)} runs']
+  if not description['paired']:
+    lines.append('warning: points differ in data.*, so a seed does not give '
+                 'all of them the same batches')
+  for point in points:
+    if 'plan' in point:
+      lines.append(f'{point["name"]}: {_plan_line(point["plan"])}')
+  return '\n'.join(lines)
+
+
+def _ratio(point, base, figure: str) -> str:
+  return f'{point[figure] / base[figure] - 1:+.2%}'
+
+
+def _differences(description, point) -> str:
+  from training import run_config
+  base = run_config.flatten_dict(description['base_config'])
+  told = [f'{key}={value}' + ' (matched)' * (key in point['matched'])
+          for key, value in point['changes'].items() if value != base[key]]
+  told += [f'so {key} {old} -> {new}'
+           for key, (old, new) in point['follows'].items()]
+  return ', '.join(told)
+
+
+def _plan_line(plan: dict) -> str:
+  return ', '.join(f'{key} {value}' for key, value in plan.items()
+                   if isinstance(value, (int, float, str, bool)))

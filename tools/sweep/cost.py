@@ -1,0 +1,94 @@
+"""What one point costs, and everything that a run would refuse in it, without
+device work: the config is checked, the model built by eval_shape, the state
+laid over a mesh that is only described."""
+
+import dataclasses
+import functools
+import math
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+  """Figures of a config.
+
+  Attributes:
+    params: parameters.
+    active_params: of these, the ones that work for one token.
+    flops_per_token: of a training step: forward and backward.
+    tokens: of the whole run.
+    model: the model's fields, the open ones filled in, by dotted key.
+  """
+  params: int
+  active_params: int
+  flops_per_token: float
+  tokens: int
+  model: dict
+
+
+def off_devices() -> None:
+  """Keeps this process off the accelerators: its children need them."""
+  import jax
+  jax.config.update('jax_platforms', 'cpu')
+
+
+def of(config) -> Cost:
+  """Returns what a run of `config` costs; ValueError for a bad model."""
+  from training import flops, run_config
+  model = _resolved(config)
+  length = config.data.length
+  both = flops.STACKS[model.arch] == 'encoder-decoder'
+  other = (config.data.target_length or length) if both else 0
+  params, active = _parameters(model)
+  return Cost(
+      params, active, flops.training_flops_per_token(model, length, other),
+      config.data.batch_size * (length + other) * config.train.steps,
+      run_config.flatten_dict({'model': dataclasses.asdict(model)}))
+
+
+def bytes_per_device(config, devices: int = 0) -> int:
+  """Returns the bytes of parameters, gradients and optimiser state on each
+  device; activations are what `check --topology` compiles for.
+
+  Args:
+    config: a run's.
+    devices: to lay it over; 0: as few as config.mesh allows.
+
+  Raises:
+    ValueError: for whatever a run would refuse before it starts.
+  """
+  import jax
+  from jax.sharding import AbstractMesh, AxisType
+  from training import devices as devices_lib
+  from training import runs
+  runs.check(config)
+  least = math.prod(max(size, 1) for axis, size in config.mesh.items()
+                    if axis != 'rules')
+  shape = devices_lib.mesh_shape(config.mesh, devices or least)
+  mesh = AbstractMesh(tuple(shape.values()), tuple(shape),
+                      axis_types=(AxisType.Auto,) * len(shape))
+  run = runs.start(config, _resolved(config), mesh)
+
+  def nbytes(tree) -> int:
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+               for x in jax.tree.leaves(tree))
+
+  return nbytes(run.abstract) + nbytes(run.abstract.params)
+
+
+def _resolved(config):
+  from training import runs
+  model, _ = runs.resolve(config, _tokenizer(config.data.tokenizer))
+  return model
+
+
+@functools.cache
+def _tokenizer(name: str):
+  from training import tokenizers
+  return tokenizers.load(name)
+
+
+@functools.cache
+def _parameters(model) -> tuple[int, int]:
+  """Sweeps of the optimiser ask for the same model many times."""
+  from training import costs
+  return costs.parameters(model)

@@ -1,0 +1,86 @@
+"""What lies where in a sweep's folder, and what can be read of a run there."""
+
+import json
+import pathlib
+
+from tools.sweep import spec
+
+
+def run_folder(workdir, point: str, seed: int) -> pathlib.Path:
+  return pathlib.Path(workdir) / 'points' / point / f'seed-{seed}'
+
+
+def save(workdir, description: dict) -> None:
+  """Writes sweep.json, whole or not at all."""
+  path = pathlib.Path(workdir) / 'sweep.json'
+  path.parent.mkdir(parents=True, exist_ok=True)
+  partial = path.with_name(path.name + '.partial')
+  partial.write_text(json.dumps(description, indent=2) + '\n')
+  partial.replace(path)
+
+
+def load(workdir) -> dict:
+  """Returns what `save` wrote.
+
+  Raises:
+    ValueError: where no sweep was started.
+  """
+  path = pathlib.Path(workdir) / 'sweep.json'
+  if not path.is_file():
+    raise ValueError(f'{path} is missing: no sweep was checked or run in this '
+                     'workdir')
+  return json.loads(path.read_text())
+
+
+def config(description: dict, point: str, seed: int):
+  """Returns the config of a run as sweep.json has it, whatever the sweep's
+  file says by now."""
+  from training import run_config
+  base = run_config.from_json(description['base_config'])
+  row = next(p for p in description['points'] if p['name'] == point)
+  return spec.changed(base, {**row['changes'], 'seed': seed},
+                      f'point {point!r}')
+
+
+def metrics(folder: pathlib.Path, split: str) -> list[dict]:
+  """Returns the lines of a run's metrics.jsonl of one split, as far as they
+  are whole."""
+  path = folder / 'metrics.jsonl'
+  if not path.is_file():
+    return []
+  rows = []
+  for line in path.read_text().splitlines():
+    try:
+      row = json.loads(line)
+    except ValueError:  # it is being written
+      continue
+    if row['split'] == split:
+      rows.append(row)
+  return rows
+
+
+def is_trained(folder: pathlib.Path, steps: int) -> bool:
+  """Whether the run took its last step and saved it."""
+  return (folder / 'checkpoints' / str(steps)).is_dir() and any(
+      row['step'] == steps for row in metrics(folder, 'train'))
+
+
+def is_evaluated(folder: pathlib.Path, tasks: list[str]) -> bool:
+  """Whether eval.json holds every task."""
+  path = folder / 'eval.json'
+  if not path.is_file():
+    return not tasks
+  try:
+    figures = json.loads(path.read_text())
+  except ValueError:  # a kill in the middle of writing
+    return False
+  return set(tasks) <= set(figures)
+
+
+def error(folder: pathlib.Path) -> str:
+  """Returns the sentence that a failed run's log ends with."""
+  path = folder / 'log.txt'
+  lines = [line.strip() for line in path.read_text(
+      errors='replace').splitlines() if line.strip()]
+  told = [line for line in lines if line.startswith('error: ')]
+  return (told or lines or ['it printed nothing'])[-1].removeprefix('error: ')

@@ -1,0 +1,221 @@
+"""The ledger of a sweep: the state of each of its runs, in one SQLite file.
+
+    pending -> running -> [owed -> evaluating ->] done
+                 \\-> failed, with its error  <-/
+
+A runner claims runs by a single UPDATE ... WHERE state, so two never share
+one. A runner that died gives its claims back when another looks: on its own
+host once its process is gone, on others once its heartbeat is old. The journal
+is SQLite's default: write-ahead logging does not work on network folders.
+"""
+
+from collections.abc import Iterable, Sequence
+import contextlib
+import os
+import pathlib
+import socket
+import sqlite3
+import time
+from typing import NamedTuple
+
+PENDING, RUNNING, OWED = 'pending', 'running', 'owed'
+EVALUATING, DONE, FAILED = 'evaluating', 'done', 'failed'
+STATES = (PENDING, RUNNING, OWED, EVALUATING, DONE, FAILED)
+# What a claim makes of a state, and what a lost claim makes of it again.
+CLAIMED = {PENDING: RUNNING, OWED: EVALUATING}
+BUSY_SECONDS = 60  # how long a writer waits for the others
+STALE_SECONDS = 120  # another host's runner counts as dead after so long
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS runs (
+  id INTEGER PRIMARY KEY,
+  point TEXT NOT NULL,
+  seed INTEGER NOT NULL,
+  tasks TEXT NOT NULL,
+  state TEXT NOT NULL DEFAULT 'pending',
+  runner TEXT NOT NULL DEFAULT '',
+  attempts INTEGER NOT NULL DEFAULT 0,
+  started REAL,
+  ended REAL,
+  error TEXT NOT NULL DEFAULT '',
+  UNIQUE (point, seed));
+CREATE TABLE IF NOT EXISTS runners (
+  name TEXT PRIMARY KEY,
+  host TEXT NOT NULL,
+  pid INTEGER NOT NULL,
+  born TEXT NOT NULL,
+  heartbeat REAL NOT NULL);
+"""
+
+
+class Run(NamedTuple):
+  """One row: a point with one seed.
+
+  `tasks` are the evaluations that it owes once trained; `started` and `ended`
+  are of the last attempt, in seconds since 1970; `error` says why it failed.
+  """
+  id: int
+  point: str
+  seed: int
+  tasks: str
+  state: str
+  runner: str
+  attempts: int
+  started: float | None
+  ended: float | None
+  error: str
+
+
+class Ledger:
+  """Opens or makes WORKDIR/ledger.sqlite; a context that closes it."""
+
+  def __init__(self, workdir):
+    path = pathlib.Path(workdir) / 'ledger.sqlite'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    self._db = sqlite3.connect(path, timeout=BUSY_SECONDS,
+                               isolation_level=None)
+    with self._transaction():
+      for statement in SCHEMA.split(';\n'):
+        self._db.execute(statement)
+
+  def __enter__(self) -> 'Ledger':
+    return self
+
+  def __exit__(self, *error):
+    self._db.close()
+
+  @contextlib.contextmanager
+  def _transaction(self):
+    """All inside happens at once, or not at all."""
+    self._db.execute('BEGIN IMMEDIATE')
+    try:
+      yield
+    except BaseException:
+      self._db.execute('ROLLBACK')
+      raise
+    self._db.execute('COMMIT')
+
+  def add(self, rows: Iterable[tuple[str, int, Sequence[str]]]) -> None:
+    """Adds (point, seed, tasks) where missing; a run that is done and owes a
+    task which it did not owe before is owed again."""
+    with self._transaction():
+      for point, seed, tasks in rows:
+        tasks = ','.join(tasks)
+        self._db.execute(
+            'INSERT OR IGNORE INTO runs (point, seed, tasks) VALUES (?, ?, ?)',
+            (point, seed, tasks))
+        self._db.execute(
+            'UPDATE runs SET tasks = ?, state = CASE WHEN state = ? AND ? '
+            'THEN ? ELSE state END WHERE point = ? AND seed = ? '
+            'AND tasks != ?',
+            (tasks, DONE, bool(tasks), OWED, point, seed, tasks))
+
+  def runs(self, state: str = '') -> list[Run]:
+    """Every run, or those in one state, by seed and then in file order."""
+    where, values = (' WHERE state = ?', (state,)) if state else ('', ())
+    rows = self._db.execute(
+        f'SELECT {", ".join(Run._fields)} FROM runs{where} ORDER BY seed, id',
+        values)
+    return [Run(*row) for row in rows]
+
+  def register(self, now: float | None = None) -> str:
+    """Adds this process as a runner; returns its name."""
+    host, pid, born = _host(), os.getpid(), _born(os.getpid())
+    name = f'{host}:{pid}:{born}'
+    self._db.execute('INSERT OR REPLACE INTO runners VALUES (?, ?, ?, ?, ?)',
+                     (name, host, pid, born, _now(now)))
+    return name
+
+  def claim(self, ids: Sequence[int], runner: str, state: str = PENDING,
+            now: float | None = None) -> list[int]:
+    """Takes those of `ids` that are still in `state`; returns them.
+
+    Args:
+      ids: of runs.
+      runner: as `register` named it.
+      state: PENDING, to train, or OWED, to evaluate.
+      now: tests' own clock.
+    """
+    marks = ', '.join('?' * len(ids))
+    rows = self._db.execute(
+        f'UPDATE runs SET state = ?, runner = ?, started = ?, ended = NULL, '
+        f"error = '', attempts = attempts + 1 "
+        f'WHERE state = ? AND id IN ({marks}) RETURNING id',
+        (CLAIMED[state], runner, _now(now), state, *ids)).fetchall()
+    return sorted(row[0] for row in rows)
+
+  def settle(self, id: int, runner: str, state: str, error: str = '',
+             now: float | None = None) -> bool:
+    """Writes how a claimed run ended; False if the claim was lost meanwhile.
+    """
+    return self._db.execute(
+        "UPDATE runs SET state = ?, error = ?, ended = ?, runner = '' "
+        'WHERE id = ? AND runner = ?',
+        (state, error, _now(now), id, runner)).rowcount == 1
+
+  def adopt(self, id: int, old: str, new: str) -> bool:
+    """Moves a run that nobody holds from one state to another."""
+    return self._db.execute(
+        "UPDATE runs SET state = ?, error = '' WHERE id = ? AND state = ?",
+        (new, id, old)).rowcount == 1
+
+  def beat(self, runner: str, now: float | None = None) -> set[int]:
+    """Says that the runner lives; returns the runs that are still its own."""
+    self._db.execute('UPDATE runners SET heartbeat = ? WHERE name = ?',
+                     (_now(now), runner))
+    rows = self._db.execute(
+        'SELECT id FROM runs WHERE runner = ?', (runner,)).fetchall()
+    return {row[0] for row in rows}
+
+  def recover(self, now: float | None = None) -> list[str]:
+    """Frees what dead runners hold; returns 'point, seed S' of each run."""
+    rows = self._db.execute(
+        "SELECT name, host, pid, born, heartbeat FROM runners WHERE name IN "
+        "(SELECT DISTINCT runner FROM runs WHERE runner != '')").fetchall()
+    freed = []
+    for name, host, pid, born, heartbeat in rows:
+      if _alive(host, pid, born, _now(now) - heartbeat):
+        continue
+      for claimed, state in ((b, a) for a, b in CLAIMED.items()):
+        freed += self._db.execute(
+            "UPDATE runs SET state = ?, runner = '' WHERE runner = ? "
+            'AND state = ? RETURNING point, seed',
+            (state, name, claimed)).fetchall()
+    return [f'{point}, seed {seed}' for point, seed in freed]
+
+
+def _now(now: float | None) -> float:
+  return time.time() if now is None else now
+
+
+def _alive(host: str, pid: int, born: str, silence: float) -> bool:
+  """Whether a runner lives: its process on this host, else its heartbeat."""
+  if host == _host():
+    return born == _born(pid)
+  return silence < STALE_SECONDS
+
+
+def _host() -> str:
+  """This machine, and the space of process numbers if it has several."""
+  try:
+    space = os.readlink('/proc/self/ns/pid')
+  except OSError:  # not Linux: one space
+    space = ''
+  return socket.gethostname() + space.removeprefix('pid:')
+
+
+def _born(pid: int) -> str:
+  """When a process started, so that a reused number is not taken for it; ''
+  for one that is gone (or, as a zombie, only waits to be noticed)."""
+  stat = pathlib.Path(f'/proc/{pid}/stat')
+  if not stat.parent.parent.joinpath('self').exists():  # not Linux
+    try:
+      os.kill(pid, 0)
+    except ProcessLookupError:
+      return ''
+    return 'alive'
+  try:
+    fields = stat.read_text().rpartition(') ')[2].split()
+  except OSError:
+    return ''
+  return '' if fields[0] in 'ZX' else fields[19]

@@ -1,0 +1,129 @@
+"""run: trains what the ledger says is not done, through one of LAUNCHERS."""
+
+import argparse
+import collections
+import pathlib
+import shlex
+import sys
+
+from architectures.parts.config import one_of
+from tools.sweep import check, commands, layout
+from tools.sweep import ledger as ledger_lib
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  check.add_sweep_arguments(parser)
+  parser.add_argument('--workdir', required=True, help='of the whole sweep')
+  parser.add_argument('--launcher', default='local',
+                      help=f'of {", ".join(LAUNCHERS)} (%(default)s)')
+  parser.add_argument('--parallel', type=int, default=1,
+                      help='processes at once, of local (%(default)s)')
+  parser.add_argument('--vectorised', action='store_true', help='train runs '
+                      'that differ only in numbers as one program')
+  parser.add_argument('--novectorised', dest='vectorised',
+                      action='store_false', help='each as its own (default)')
+  parser.add_argument('--group', type=int, default=8, help='how many runs one '
+                      'such program holds at most (%(default)s)')
+  parser.add_argument('--retry', action='store_true',
+                      help='take up again what failed')
+  parser.add_argument('--jobs', type=int, default=0, help='of slurm: runners '
+                      'in the array; default: one a run that waits')
+  parser.add_argument('--slurm', default='', help='of slurm: what submitit '
+                      'is told, as partition=gpu,timeout_min=60')
+
+
+def main(args) -> int:
+  one_of('--launcher', args.launcher, LAUNCHERS)
+  for name in ('parallel', 'group'):
+    if getattr(args, name) < 1:
+      raise ValueError(f'--{name} is {getattr(args, name)}: it must be >= 1')
+  description = check.check(args)
+  check.save(args.workdir, description)
+  with ledger_lib.Ledger(args.workdir) as ledger:
+    ledger.add((point['name'], seed, point['tasks'])
+               for seed in _seeds(description)
+               for point in description['points'] if seed in point['seeds'])
+    ledger.recover()
+    if args.retry:
+      for run in ledger.runs(ledger_lib.FAILED):
+        ledger.adopt(run.id, ledger_lib.FAILED, ledger_lib.PENDING)
+    adopt(description, args.workdir, ledger)
+    if not LAUNCHERS[args.launcher](args, description, ledger):
+      print('stopped: the same command goes on')
+      return 0
+    return _summary(args, ledger)
+
+
+def adopt(description: dict, workdir, ledger) -> None:
+  """Marks as trained or done what is so on disk and the ledger has not seen:
+  runs of a printed command, or of a ledger that was lost."""
+  steps = {point['name']: layout.config(description, point['name'], 0)
+           .train.steps for point in description['points']}
+  for run in ledger.runs(ledger_lib.PENDING):
+    folder = layout.run_folder(workdir, run.point, run.seed)
+    if layout.is_trained(folder, steps[run.point]):
+      ledger.adopt(run.id, ledger_lib.PENDING, ledger_lib.OWED)
+  for run in ledger.runs(ledger_lib.OWED):
+    folder = layout.run_folder(workdir, run.point, run.seed)
+    if layout.is_evaluated(folder, run.tasks.split(',') if run.tasks else []):
+      ledger.adopt(run.id, ledger_lib.OWED, ledger_lib.DONE)
+
+
+def _local(args, description, ledger) -> bool:
+  from tools.sweep import local
+  return local.Runner(description, args.workdir, ledger, args.parallel,
+                      args.group if args.vectorised else 1).run()
+
+
+def _print(args, description, ledger) -> bool:
+  for state in (ledger_lib.PENDING, ledger_lib.OWED):
+    for run in ledger.runs(state):
+      print(commands.line(description, args.workdir, run))
+  return True
+
+
+def _slurm(args, description, ledger) -> bool:
+  from tools.sweep import slurm
+  waiting = len(ledger.runs(ledger_lib.PENDING) + ledger.runs(ledger_lib.OWED))
+  if waiting:
+    folder = pathlib.Path(args.workdir) / 'slurm'
+    words = [sys.executable, '-m', 'tools.sweep', *_as_local(sys.argv[1:])]
+    print('each job of the array:', shlex.join(words))
+    slurm.submit(words, folder, args.jobs or waiting, args.slurm)
+  return True
+
+
+def _as_local(words: list[str]) -> list[str]:
+  """The command line of a runner in a job: ours, without what submits it."""
+  kept, skip = [], False
+  for word in words:
+    flag = word.split('=')[0] in ('--launcher', '--jobs', '--slurm', '--retry')
+    if not (skip or flag):
+      kept.append(word)
+    skip = flag and '=' not in word and word != '--retry'
+  return kept
+
+
+# name: (args, description, ledger) -> whether it was not stopped half-way.
+LAUNCHERS = {'local': _local, 'slurm': _slurm, 'print': _print}
+
+
+def _seeds(description: dict) -> list[int]:
+  return sorted({seed for point in description['points']
+                 for seed in point['seeds']})
+
+
+def _summary(args, ledger) -> int:
+  """Prints the states of all runs, not to stdout where that holds commands."""
+  runs = ledger.runs()
+  counts = collections.Counter(run.state for run in runs)
+  told = ', '.join(f'{counts[state]} {state}' for state in ledger_lib.STATES
+                   if counts[state])
+  print(f'{args.workdir}: {told}', file=sys.stderr)
+  failed = [run for run in runs if run.state == ledger_lib.FAILED]
+  for run in failed:
+    print(f'failed: {run.point}, seed {run.seed}: {run.error}',
+          file=sys.stderr)
+  if failed:
+    print('--retry takes up again what failed', file=sys.stderr)
+  return 1 if failed else 0

@@ -1,0 +1,193 @@
+"""A sweep as its file describes it: a base, and points that change it.
+
+A file of configs/sweeps/ holds `base()`, which returns a config; `get_config`,
+another name of it, by which train.py reads it; and `sweep(add)`, which calls
+add(name, **{'model.norm': 'rmsnorm', ...}) for each point. SEEDS (how many, 3
+if it says nothing) and TASKS (evaluations that each run owes once trained)
+may stand beside them.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import difflib
+import importlib.util
+import pathlib
+import re
+from typing import Any
+
+import ml_collections
+
+SEEDS = 3
+BASE = 'base'  # what the point that changes nothing is called by default
+# Which points owe a task of TASKS: what it measures, others do not have.
+OWES = {
+    'extrapolation': lambda config: config.objective == 'causal',
+    'routing': lambda config: config.model.ffn == 'moe',
+    'loss': lambda config: True,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+  """A variant: its name, and the config keys in which it leaves the base.
+
+  Attributes:
+    name: also its folder's.
+    changes: values by dotted key.
+    matched: of `changes`, the keys that were solved for and not declared.
+  """
+  name: str
+  changes: Mapping[str, Any]
+  matched: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+  """What a file of configs/sweeps/ describes."""
+  name: str
+  file: str
+  base: ml_collections.ConfigDict
+  points: tuple[Point, ...]
+  base_name: str
+  seeds: tuple[int, ...]
+  tasks: tuple[str, ...]
+  match: str = ''
+
+  def config(self, point: Point, seed: int | None = None
+             ) -> ml_collections.ConfigDict:
+    """Returns the locked config of a point, with its seed where one is given.
+    """
+    changes = dict(point.changes)
+    if seed is not None:
+      changes['seed'] = seed
+    return changed(self.base, changes, f'point {point.name!r}')
+
+  def owed(self, point: Point) -> tuple[str, ...]:
+    """The evaluations that a run of `point` owes once it is trained."""
+    config = self.config(point)
+    return tuple(task for task in self.tasks if OWES[task](config))
+
+
+def load(file: str, seeds: int = 0) -> Sweep:
+  """Reads a sweep's file; the point that changes nothing is added if missing.
+
+  Args:
+    file: its path.
+    seeds: how many; 0: the file's SEEDS.
+
+  Raises:
+    ValueError: for what no sweep can be made of.
+  """
+  module = _module(file)
+  base = module.base()
+  if module.base().to_json_best_effort() != base.to_json_best_effort():
+    raise ValueError(f'{file}: base() returns another config each time it is '
+                     'called, so no two points would share it')
+  points: dict[str, Point] = {}
+
+  def add(name: str, **changes):
+    if not re.fullmatch(r'[\w.=+-]+', name) or name.startswith('.'):
+      raise ValueError(f'{file}: a point is called {name!r}: choose letters, '
+                       'digits and . _ = + - alone, since it names a folder')
+    if name in points:
+      raise ValueError(f'{file}: two points are called {name!r}')
+    if 'seed' in changes:
+      raise ValueError(f'{file}: point {name!r} sets seed: every point has the '
+                       'same seeds, those of SEEDS or --seeds')
+    points[name] = Point(name, changes)
+
+  module.sweep(add)
+  tasks = tuple(getattr(module, 'TASKS', ()))
+  for task in tasks:
+    if task not in OWES:
+      raise ValueError(f'{file}: unknown task {task!r} in TASKS: choose from '
+                       f'{", ".join(OWES)}')
+  seeds = seeds or getattr(module, 'SEEDS', SEEDS)
+  if seeds < 1:
+    raise ValueError(f'{seeds} seeds: a sweep needs 1 or more')
+  sweep = Sweep(pathlib.Path(file).stem, file, base.lock(),
+                tuple(points.values()), '', tuple(range(seeds)), tasks)
+  return _with_base(sweep)
+
+
+def changed(base: ml_collections.ConfigDict, changes: Mapping[str, Any],
+            who: str) -> ml_collections.ConfigDict:
+  """Returns a locked copy of `base` with `changes` made; ValueError, naming
+  `who` wants it, for a key that is not there or a value of another type."""
+  config = base.copy_and_resolve_references()
+  for key, value in changes.items():
+    *parents, last = key.split('.')
+    at = config
+    for part in [*parents, last]:
+      if not hasattr(at, 'keys') or part not in at:
+        keys = _keys(base)
+        near = difflib.get_close_matches(key, keys, n=1)
+        hint = f': did you mean {near[0]!r}?' if near else ''
+        raise ValueError(f'{who} sets {key!r}, which is no config field{hint}')
+      if part is not last:
+        at = at[part]
+    old = at[last]
+    if hasattr(old, 'keys'):
+      raise ValueError(f'{who} sets {key!r}, a group of fields: set '
+                       f'{key}.{next(iter(old))} and so on')
+    if isinstance(old, float) and type(value) is int:
+      value = float(value)
+    if isinstance(value, list):
+      value = tuple(value)
+    if type(value) is not type(old):
+      raise ValueError(
+          f'{who} sets {key} to {value!r}, a {type(value).__name__}: it holds '
+          f'{old!r}, a {type(old).__name__}')
+    at[last] = value
+  return config.lock()
+
+
+def _keys(config, prefix: str = '') -> list[str]:
+  keys = []
+  for name, value in config.items():
+    keys += (_keys(value, f'{prefix}{name}.') if hasattr(value, 'keys')
+             else [prefix + name])
+  return keys
+
+
+def _module(file: str):
+  path = pathlib.Path(file)
+  if not path.is_file():
+    files = sorted(str(p) for p in pathlib.Path('configs/sweeps').glob('*.py')
+                   if p.stem not in ('__init__', 'helpers'))
+    raise ValueError(f'no sweep {file!r}: choose from {", ".join(files)}, or '
+                     'write one')
+  spec = importlib.util.spec_from_file_location(f'sweep_{path.stem}', path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  for name, line in (('base', 'def base(): ...'),
+                     ('sweep', 'def sweep(add): ...'),
+                     ('get_config', 'get_config = base')):
+    if not callable(getattr(module, name, None)):
+      raise ValueError(f'{file} has no {name}: add `{line}`')
+  return module
+
+
+def _with_base(sweep: Sweep) -> Sweep:
+  """Finds the point that equals the base, or puts one before the others."""
+  plain = sweep.base.to_dict()
+  seen: list[tuple[dict, str]] = []
+  base_name = ''
+  for point in sweep.points:
+    config = sweep.config(point).to_dict()
+    if config == plain:
+      base_name = base_name or point.name
+    same = next((name for other, name in seen if other == config), '')
+    if same:
+      raise ValueError(f'{sweep.file}: points {same!r} and {point.name!r} are '
+                       'the same config')
+    seen.append((config, point.name))
+  points = sweep.points
+  if not base_name:
+    if BASE in (point.name for point in points):
+      raise ValueError(f'{sweep.file}: the point called {BASE!r} changes the '
+                       'base: call it otherwise')
+    base_name, points = BASE, (Point(BASE, {}), *points)
+  if len(points) < 2:
+    raise ValueError(f'{sweep.file}: sweep(add) adds nothing but the base')
+  return dataclasses.replace(sweep, points=points, base_name=base_name)

@@ -1,0 +1,29 @@
+"""Trains several runs of a sweep as one program; the runner starts it.
+
+  python -m tools.sweep.worker --workdir W --runs=NAME/0,NAME/1
+"""
+
+import argparse
+
+from training import cli
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(
+      prog='python -m tools.sweep.worker', description=__doc__,
+      formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--workdir', required=True, help='of the sweep')
+  parser.add_argument('--runs', required=True, help='POINT/SEED,POINT/SEED')
+  args = parser.parse_args()
+  from tools.sweep import layout
+  from training import vectorised
+  description = layout.load(args.workdir)
+  runs = [(point, int(seed)) for point, seed in (
+      run.split('/') for run in args.runs.split(','))]
+  vectorised.train(
+      [layout.config(description, *run) for run in runs],
+      [layout.run_folder(args.workdir, *run) for run in runs])
+
+
+if __name__ == '__main__':
+  cli.run(main)
