@@ -28,7 +28,7 @@ def train(run: runs.Run, state, start: int, train_data, eval_data, saved,
   """
   config = run.config
   steps = config.train.steps
-  sides = _lengths(train_data.batch(start))
+  sides = lengths(train_data.batch(start))
   tokens = config.data.batch_size * sum(sides)
   meter = watch.Meter(
       tokens, tokens * flops.training_flops_per_token(run.model, *sides),
@@ -57,7 +57,7 @@ def train(run: runs.Run, state, start: int, train_data, eval_data, saved,
       if 'health/load_E' in figures:
         loads.append(figures['health/load_E'])
       if n % config.log.every_steps == 0 or n == steps:
-        figures |= watch.slowest(meter.lap(n)) | _over_window(loads)
+        figures |= watch.slowest(meter.lap(n)) | over_window(loads)
         loads.clear()
         for writer in writers:
           writer.write(n, 'train', figures)
@@ -116,7 +116,7 @@ def train(run: runs.Run, state, start: int, train_data, eval_data, saved,
   return code
 
 
-def _over_window(loads) -> dict:
+def over_window(loads) -> dict:
   """Returns the experts' panel over the steps since the last report."""
   if not loads:
     return {}
@@ -125,7 +125,7 @@ def _over_window(loads) -> dict:
           for name, x in figures.items()}
 
 
-def _lengths(batch) -> tuple[int, ...]:
+def lengths(batch) -> tuple[int, ...]:
   """Tokens of a row, the decoder's apart where there is an encoder too."""
   return tuple(batch[name].shape[1] for name in ('tokens', 'decoder_tokens')
                if name in batch)
@@ -133,9 +133,14 @@ def _lengths(batch) -> tuple[int, ...]:
 
 def _end_bad(bar, saved, save, n, state, bad) -> int:
   save(n, state)
-  bar.say(
-      f'error: the loss or a gradient was not finite in {bad} steps in a row '
-      f'(train.max_bad_steps); no update was made in them. The parameters '
+  bar.say(f'error: {bad_sentence(n, bad)}')
+  return 1
+
+
+def bad_sentence(n: int, bad: int) -> str:
+  """Why a run ends after step `n`, the last `bad` of them not finite."""
+  return (
+      f'the loss or a gradient was not finite in {bad} steps in a row '
+      '(train.max_bad_steps); no update was made in them. The parameters '
       f'before them are saved as step {n}. Try a smaller optim.lr, a longer '
       'optim.warmup_steps, optim.clip_norm=1, or model.dtype=float32.')
-  return 1

@@ -131,6 +131,12 @@ def make(optim, steps: int, params) -> optax.GradientTransformation:
     ValueError: a sentence with the field, its value and the choices.
   """
   check(optim)
+  return chain(optim, steps, params)
+
+
+def chain(optim, steps: int, params) -> optax.GradientTransformation:
+  """`make` without its checks: lr, warmup_steps and weight_decay may be
+  traced, as where several runs train as one (training/vectorised.py)."""
   decays = jax.tree.map(bool, paths.match(
       optim.decay_mask, params, 'optim.decay_mask'))
   # All four always stand in the chain, so that the state's tree does not
@@ -139,8 +145,21 @@ def make(optim, steps: int, params) -> optax.GradientTransformation:
       clip_by_global_norm(optim.clip_norm) if optim.clip_norm
       else optax.identity(),
       OPTIMIZERS[optim.name](optim, params),
-      optax.add_decayed_weights(optim.weight_decay, decays),
-      optax.scale_by_learning_rate(schedules.make(optim, steps)))
+      add_decay(optim.weight_decay, decays),
+      optax.scale_by_learning_rate(schedules.rate(optim, steps)))
+
+
+def add_decay(weight_decay, decays) -> optax.GradientTransformation:
+  """Adds weight_decay * p to the updates of the parameters that `decays`
+  selects. optax's own rounds otherwise where weight_decay is traced and p is
+  bfloat16."""
+
+  def add(updates, params):
+    return jax.tree.map(
+        lambda u, p, decay: u + jnp.asarray(weight_decay, p.dtype) * p
+        if decay else u, updates, params, decays)
+
+  return optax.stateless(add)
 
 
 def clip_by_global_norm(limit: float) -> optax.GradientTransformation:

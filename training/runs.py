@@ -104,14 +104,19 @@ def evaluate(step, params, loader, batches: int, place) -> dict[str, float]:
     sums = jax.device_get(step(params, devices.put(batch, place)))
     for name, value in sums.items():
       total[name] = total.get(name, 0.0) + float(value)
-  weight = max(total.pop('weight'), 1e-9)
-  means = {name: total[name] / weight
-           for name in sorted(total, key=lambda name: name != 'loss')}
-  means['perplexity'] = math.exp(min(means['loss'], 700.0))
+  return means(total, loader)
+
+
+def means(total: dict[str, float], loader) -> dict[str, float]:
+  """Returns the figures of an evaluation from its sums over all batches."""
+  weight = max(total['weight'], 1e-9)
+  names = sorted(total.keys() - {'weight'}, key=lambda n: (n != 'loss', n))
+  figures = {name: total[name] / weight for name in names}
+  figures['perplexity'] = math.exp(min(figures['loss'], 700.0))
   if loader.objective in EVERY_TOKEN:
-    means['bits_per_byte'] = means['loss'] / (
+    figures['bits_per_byte'] = figures['loss'] / (
         math.log(2) * loader.bytes_per_token)
-  return means
+  return figures
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,7 +30,7 @@ def _linear(t, steps, optim):
 def _rsqrt(t, steps, optim):
   """1 / sqrt(t), scaled to 1 where the warm-up ends (Vaswani et al. 2017)."""
   del steps
-  return jnp.minimum(1.0, jnp.sqrt(max(optim.warmup_steps, 1) / t))
+  return jnp.minimum(1.0, jnp.sqrt(jnp.maximum(optim.warmup_steps, 1) / t))
 
 
 def _wsd(t, steps, optim):
@@ -73,14 +73,18 @@ def make(optim, steps: int) -> optax.Schedule:
     ValueError: for an unknown schedule or a value that it cannot honour.
   """
   check(optim)
+  return rate(optim, steps)
+
+
+def rate(optim, steps: int) -> optax.Schedule:
+  """`make` without its checks: optim.lr and optim.warmup_steps may be traced,
+  as where several runs train as one program (training/vectorised.py)."""
   shape = SCHEDULES[optim.schedule]
 
   def schedule(count):
     t = jnp.asarray(count, jnp.float32) + 1
-    factor = shape(t, steps, optim)
-    if optim.warmup_steps:
-      factor = jnp.minimum(factor, t / optim.warmup_steps)
-    return optim.lr * factor
+    warm = t / jnp.maximum(optim.warmup_steps, 1)  # never < 1 without one
+    return optim.lr * jnp.minimum(shape(t, steps, optim), warm)
 
   return schedule
 
@@ -117,6 +121,6 @@ def refuse_unread(optim, selector: str, reads: dict[str, tuple]) -> None:
         f'{defaults[field]}, or choose one of these')
 
 
-def _progress(t, start: int, end: int):
+def _progress(t, start, end):
   """How far t is from start to end, in [0, 1]."""
-  return jnp.clip((t - start) / max(end - start, 1), 0.0, 1.0)
+  return jnp.clip((t - start) / jnp.maximum(end - start, 1), 0.0, 1.0)

@@ -1,5 +1,6 @@
 """The state of a run, born sharded."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -64,12 +65,16 @@ def create(module: nn.Module, tx: optax.GradientTransformation,
            state: TrainState, seed: int) -> TrainState:
   """Returns a new state, each shard computed where `state` says it lies."""
 
-  def init(key):
-    tokens = jnp.zeros((1, 1), jnp.int32)
-    return _make(nn.meta.unbox(module.init(key, tokens)['params']), tx)
-
   shardings = jax.tree.map(lambda x: x.sharding, state)
-  return jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
+  return jax.jit(functools.partial(init, module, tx), out_shardings=shardings)(
+      jax.random.key(seed))
+
+
+def init(module: nn.Module, tx: optax.GradientTransformation,
+         key: jax.Array) -> TrainState:
+  """Returns a new state, a pure function of its key."""
+  tokens = jnp.zeros((1, 1), jnp.int32)
+  return _make(nn.meta.unbox(module.init(key, tokens)['params']), tx)
 
 
 def _make(params, tx) -> TrainState:

@@ -34,7 +34,7 @@ def make_train_step(module: nn.Module, tx: optax.GradientTransformation,
   loss as aux/NAME and each health figure, by layer, as health/NAME.
   """
   objective = objectives.OBJECTIVES[config.objective]
-  schedule = schedules.make(config.optim, config.train.steps)
+  schedule = schedules.rate(config.optim, config.train.steps)
 
   def loss_fn(params, batch, key):
     rngs = {name: jax.random.fold_in(key, i)

@@ -1,0 +1,151 @@
+"""The training loop of a group of runs (training/vectorised.py); it does for
+all of them what training/loop.py does for one, in the same order."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from training import flops, loop, metrics, peaks, runs, signals, watch
+
+
+def train(group, tokenizer) -> dict[int, str]:
+  """Trains a vectorised.Group to its last step.
+
+  Returns:
+    Why a run did not reach it, by the run's place in the whole group.
+  """
+  with signals.Stop() as stop:
+    return _Loop(group, tokenizer).run(stop)
+
+
+class _Loop:
+  """What the loop holds; `run` is the loop."""
+
+  def __init__(self, group, tokenizer):
+    config, start = group.config, group.start
+    self.group, self.config = group, config
+    self.loaders = [group.load(tokenizer, 'train', seed)
+                    for seed in group.seeds]
+    self.eval_data = group.load(tokenizer, 'eval', group.seeds[0])
+    sides = loop.lengths(self.loaders[0].batch(start))
+    count = len(group.members)
+    self.tokens = config.data.batch_size * sum(sides)
+    self.meter = watch.Meter(
+        self.tokens, count * self.tokens * flops.training_flops_per_token(
+            group.run.model, *sides),
+        peaks.total(group.mesh.devices.flat, group.run.model.dtype))
+    self.writers = [metrics.writers(m.workdir, m.config.to_dict(), start)
+                    for m in group.members]
+    self.live = dict(enumerate(group.members))  # by row of the joint arrays
+    self.ended = {}
+    self.loads = {row: [] for row in self.live}
+    self.held = watch.Deferred()
+
+  def run(self, stop) -> dict[int, str]:
+    config, group, meter = self.config, self.group, self.meter
+    steps, n = config.train.steps, group.start
+    streams = [loader.iterate(n, steps) for loader in self.loaders]
+    batch = group.batch([next(stream) for stream in streams])
+    with meter.compiling():
+      state = group.state()
+      step_fn = jax.jit(group.train_step(), donate_argnums=0).lower(
+          state, batch, group.values).compile()
+      self.eval_fn = jax.jit(group.eval_step())
+    self.bar = watch.progress(steps, n)
+    meter.begin(n)
+    while self.live:
+      state, figures = step_fn(state, batch, group.values)
+      n += 1
+      self.bar.step(n)
+      with meter.waiting():
+        if n < steps:
+          batch = group.batch([next(stream) for stream in streams])
+      self._end_bad(n, state, self._report(self.held.push(n, figures)))
+      stopped = stop.agreed(n)
+      if config.eval.every_steps and (
+          n % config.eval.every_steps == 0 or n == steps) and not stopped:
+        self._evaluate(n, state)
+      # The same answer for all: their clocks began together.
+      if n == steps or stopped or group.members[0].saved.due(n):
+        self._save(n, state, self.live)
+      if n == steps or stopped:
+        break
+    self._close(streams)
+    if n < steps and self.live:
+      print(f'stopped after step {n}, saved: the same request goes on from it.')
+      self.ended |= {m.place: f'stopped after step {n} of {steps}, saved'
+                     for m in self.live.values()}
+    return self.ended
+
+  def _report(self, read) -> dict[int, int]:
+    """Writes the figures of a step where they are due; returns how many
+    steps in a row were bad, by run."""
+    if read is None:
+      return {}
+    n, figures = read
+    each = {row: {name: x[row] for name, x in figures.items()}
+            for row in self.live}
+    for row, own in each.items():
+      if 'health/load_E' in own:
+        self.loads[row].append(own['health/load_E'])
+    if n % self.config.log.every_steps == 0 or n == self.config.train.steps:
+      lap = self.meter.lap(n) | {'runs_at_once': len(self.group.members)}
+      for row, own in each.items():
+        self._write(row, n, 'train', own | lap | loop.over_window(
+            self.loads[row]))
+        self.loads[row].clear()
+      if each:
+        self.bar.update(n, lap | {'loss': float(np.mean(
+            [own['loss'] for own in each.values()]))})
+    return {row: own['bad_in_row'] for row, own in each.items()}
+
+  def _end_bad(self, n, state, bad_in_row) -> None:
+    """Ends the runs whose loss was not finite for too long."""
+    bad = {row: count for row, count in bad_in_row.items()
+           if count >= self.config.train.max_bad_steps}
+    if bad:
+      self._save(n, state, bad)
+    for row, count in bad.items():
+      member = self.live.pop(row)
+      self.ended[member.place] = loop.bad_sentence(n, count)
+      self.bar.say(f'{member.workdir}: {self.ended[member.place]}')
+
+  def _evaluate(self, n, state) -> None:
+    self._report(self.held.flush())
+    with self.meter.paused():
+      total = {}
+      for batch in self.eval_data.iterate(0, self.config.eval.batches or None):
+        sums = jax.device_get(
+            self.eval_fn(state.params, self.group.batch([batch])))
+        for name, value in sums.items():
+          total[name] = total.get(name, 0.0) + value.astype(np.float64)
+    for row, member in self.live.items():
+      figures = runs.means({name: float(x[row]) for name, x in total.items()},
+                           self.eval_data)
+      self._write(row, n, 'eval', figures)
+      self.bar.say(f'step {n}  held-out loss {figures["loss"]:.4f}  '
+                   f'{member.workdir}')
+
+  def _save(self, n, state, rows) -> None:
+    self._report(self.held.flush())
+    with self.meter.paused():
+      states = self.group.split(state)
+      for row in rows:
+        member = self.group.members[row]
+        member.saved.save(n, jax.tree.map(jnp.asarray, states[row]),
+                          next_batch=n, tokens=n * self.tokens,
+                          config=member.config)
+
+  def _write(self, row, n, split, figures) -> None:
+    for writer in self.writers[row]:
+      writer.write(n, split, figures)
+
+  def _close(self, streams) -> None:
+    for stream in streams:
+      stream.close()
+    for member in self.group.members:
+      member.saved.wait()
+    self.bar.close()
+    for writers in self.writers:
+      for writer in writers:
+        writer.close()
