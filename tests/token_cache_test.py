@@ -119,7 +119,7 @@ def script(folder, workers, after=''):
       """)
 
 
-def test_no_main_guard_is_needed_and_two_processes_may_race(folder):
+def test_no_main_guard_is_needed_and_of_two_processes_one_reads(folder):
   path = folder / 'script.py'
   path.write_text(script(folder, 2))
   runs = [subprocess.Popen([sys.executable, path], text=True,
@@ -128,6 +128,8 @@ def test_no_main_guard_is_needed_and_two_processes_may_race(folder):
   outputs = [run.communicate(timeout=60) for run in runs]
   assert [run.returncode for run in runs] == [0, 0], outputs
   assert outputs[0][0] == outputs[1][0]  # The script ran once in each.
+  told = ''.join(err for _, err in outputs)
+  assert told.count('tokenised') == 1  # One read the text, the other waited.
   entry = cached(folder).path
   assert outputs[0][0].split() == ['12', '900', entry.name]
   assert [path.name for path in entry.parent.iterdir()] == [entry.name]

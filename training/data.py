@@ -9,13 +9,14 @@ or workers, and the state of the data is n.
 """
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 import gc
 import sys
 
 from absl import flags
 import numpy as np
 
-from training import examples, packing, sources, token_cache
+from training import batch_workers, examples, packing, sources, token_cache
 
 SPLITS = ('train', 'eval')
 EVAL_SEED = 0  # One order of evaluation for all runs, whatever their seed.
@@ -86,7 +87,8 @@ class Loader:
       dataset = batches.to_iter_dataset(
           grain.ReadOptions(num_threads=1, prefetch_buffer_size=ahead)
       ).mp_prefetch(grain.MultiprocessingOptions(
-          num_workers=workers, per_worker_buffer_size=ahead))
+          num_workers=workers, per_worker_buffer_size=ahead),
+          worker_init_fn=batch_workers.begin)
       # Out of the workers' shared memory, which is then free again at once.
       dataset = dataset.map(
           lambda batch: {key: np.array(batch[key]) for key in batch})
@@ -95,6 +97,9 @@ class Loader:
           num_threads=THREADS, prefetch_buffer_size=PREFETCH))
     iterator = iter(dataset)
     try:
+      with batch_workers.deaf_to_signals() if workers else nullcontext():
+        first = next(iterator)  # which starts the workers
+      yield first
       yield from iterator
     finally:
       iterator.close()

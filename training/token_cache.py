@@ -13,12 +13,16 @@ split, length or seed. It holds
   meta.json      what it was made from
 
 It is written beside its final place and renamed, so a killed process leaves
-no half entry, and of two processes that build the same one, either wins. A
-manifest remembers (path, size, mtime) of a source's files and their content
-hash: while they match, the text is not read again.
+no half entry. Of several processes that want the same one, on hosts that share
+the folder, one reads the text and the others wait: file locks see to it (where
+a file system has none, all build, and either wins). A manifest remembers
+(path, size, mtime) of a source's files and their content hash: while they
+match, the text is not read again.
 """
 
 from collections.abc import Iterable, Iterator
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -109,29 +113,57 @@ def load(source: sources.Source, tokenizer, cache_dir: str = '',
   """
   root = pathlib.Path(cache_dir).expanduser() if cache_dir else default_dir()
   stats = _stat(source.files)
-  digest = _content(source, stats, root / 'manifests')
-  key = _hash([FORMAT, digest, tokenizer.fingerprint])
-  path = root / 'tokens' / key
-  if not path.is_dir():
-    _build(source, tokenizer, workers, stats, path)
+  manifest = root / 'manifests' / f'{_name(source)}.json'
+  digest = _remembered(manifest, stats)
+  path = root / 'tokens' / _key(digest, tokenizer)
+  if digest is None or not path.is_dir():
+    with _one_at_a_time(root, source):
+      digest = _remembered(manifest, stats) or _digest(source, stats, manifest)
+      path = root / 'tokens' / _key(digest, tokenizer)
+      if not path.is_dir():
+        _build(source, tokenizer, workers, stats, path)
   return TokenCache(path)
 
 
-def _content(source: sources.Source, stats, folder: pathlib.Path) -> str:
-  """Returns the hash of the content, from the manifest if files match it."""
-  path = folder / (
-      _hash([source.reader, source.content, source.files]) + '.json')
-  try:
-    manifest = json.loads(path.read_text())
-    if manifest['files'] == stats:
-      return manifest['content']
-  except (OSError, ValueError, KeyError):
-    pass  # None yet, or one that a killed machine left torn: make it again.
-  digest = source.digest()
+def _name(source: sources.Source) -> str:
+  return _hash([source.reader, source.content, source.files])
+
+
+def _key(digest: str | None, tokenizer) -> str:
+  return _hash([FORMAT, digest, tokenizer.fingerprint])
+
+
+@contextlib.contextmanager
+def _one_at_a_time(root: pathlib.Path, source: sources.Source):
+  """Lets one process at a time read the text of a source. The lock ends with
+  the process that holds it, however that ends."""
+  folder = root / 'locks'
   folder.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_suffix(f'.{uuid.uuid4().hex}')
+  with open(folder / _name(source), 'w') as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as error:
+      print(f'warning: {root} has no file locks ({error.strerror}): every '
+            f'process reads {source.name}', file=sys.stderr)
+    yield
+
+
+def _remembered(manifest: pathlib.Path, stats) -> str | None:
+  """Returns the hash of the content, if the manifest's files are as now."""
+  try:
+    kept = json.loads(manifest.read_text())
+    return kept['content'] if kept['files'] == stats else None
+  except (OSError, ValueError, KeyError):
+    return None  # None yet, or one that a killed machine left torn.
+
+
+def _digest(source: sources.Source, stats, manifest: pathlib.Path) -> str:
+  """Returns the hash of the content, and writes it down."""
+  digest = source.digest()
+  manifest.parent.mkdir(parents=True, exist_ok=True)
+  temporary = manifest.with_suffix(f'.{uuid.uuid4().hex}')
   temporary.write_text(json.dumps({'files': stats, 'content': digest}))
-  os.replace(temporary, path)
+  os.replace(temporary, manifest)
   return digest
 
 
