@@ -1,0 +1,79 @@
+"""Writes the folder of a sweep whose figures are known, without training."""
+
+import json
+import pathlib
+
+import numpy as np
+
+from configs import base
+from tools.sweep import layout
+from tools.sweep import ledger as ledger_lib
+from training import run_config
+
+STEPS, EVERY = 200, 10
+TOKENS, PARAMS, FLOPS = 1_000_000, 50_000, 4e5
+
+
+def loss(step, factor: float = 1.0, floor: float = 1.5):
+  """A power law of the steps; `factor` times the compute for as much."""
+  return floor + 4 * (np.asarray(step, float) / factor) ** -0.5
+
+
+def point(name, changes=None, factor=1.0, seeds=(0, 1, 2), shift=None,
+          params=PARAMS, **more):
+  """Describes a point: `shift` is what each seed adds to its losses."""
+  return dict(name=name, changes=changes or {}, factor=factor, seeds=seeds,
+              shift=shift or {}, params=params, **more)
+
+
+def write(root, points, match='', states=None):
+  """Writes sweep.json, the ledger and the workdirs.
+
+  Args:
+    root: W.
+    points: of point(); the first is the base.
+    match: what sizes were matched by.
+    states: (state, error) by (point, seed), where it is not done.
+  """
+  root, states = pathlib.Path(root), dict(states or {})
+  rows = [dict(name=p['name'], changes=p['changes'], params=p['params'],
+               active_params=p['params'],
+               flops_per_token=p.get('flops', FLOPS),
+               tokens=p.get('tokens', TOKENS), seeds=list(p['seeds']))
+          for p in points]
+  layout.save(root, dict(
+      name='synthetic', file='configs/sweeps/synthetic.py', match=match,
+      paired=True, base=points[0]['name'], points=rows))
+  with ledger_lib.Ledger(root) as ledger:
+    ledger.add((p['name'], seed, ()) for p in points for seed in p['seeds'])
+    runner = ledger.register()
+    for run in ledger.runs():
+      state, error = states.get((run.point, run.seed), (ledger_lib.DONE, ''))
+      if state != ledger_lib.PENDING:
+        ledger.claim([run.id], runner)
+        ledger.settle(run.id, runner, state, error)
+        p = next(p for p in points if p['name'] == run.point)
+        _write_run(layout.run_folder(root, run.point, run.seed), p, run.seed,
+                   state == ledger_lib.DONE)
+
+
+def _write_run(folder, p, seed, done):
+  config = base.base()
+  config.seed = seed
+  config.train.steps, config.optim.warmup_steps = STEPS, 20
+  config.optim.lr = p['changes'].get('optim.lr', config.optim.lr)
+  folder.mkdir(parents=True)
+  run_config.save(folder, config, {})
+  with (folder / 'metrics.jsonl').open('w') as file:
+    for step in range(EVERY, (STEPS if done else STEPS // 2) + 1, EVERY):
+      # The same at the end, less known before it.
+      wave = 0.01 * np.sin(step + seed) * (step < STEPS)
+      at = float(loss(step, p['factor']) + wave + p['shift'].get(seed, 0.0))
+      train = dict(step=step, split='train', loss=at + 0.1, step_seconds=0.5,
+                   **{f'health/{name}': [value, value]
+                      for name, value in p.get('health', {}).items()})
+      for row in (train, dict(step=step, split='eval', loss=at)):
+        file.write(json.dumps(row) + '\n')
+  if 'extrapolation' in p:
+    (folder / 'eval.json').write_text(json.dumps(
+        {'step': STEPS, 'extrapolation': p['extrapolation']}))

@@ -1,0 +1,153 @@
+"""What the report draws: the figures of each plot, as report.js takes them.
+
+A plot is {id, title, x, y, log, series}: `x` and `y` name the axes and the
+measures that a reader can choose from, and a series holds, for each measure,
+its points by axis: {'eval': {'tokens': [...], 'y': [...]}}.
+"""
+
+from collections.abc import Sequence
+import math
+
+import numpy as np
+
+from tools.sweep import curves
+from tools.sweep import report_extras
+from tools.sweep import statistics
+from tools.sweep.curves import Sweep
+
+MOST = 300  # points of a line; longer ones are thinned
+BINS = 40  # of the positions of a long text
+
+
+def losses(sweep: Sweep) -> dict:
+  """Loss curves: the mean over seeds, and each seed."""
+  series = []
+  for point in sweep.points:
+    if not point.finals:
+      continue
+    series.append({
+        'name': point.name, 'base': point is sweep.base,
+        'mean': {s: _line(point.mean_curve(s)) for s in curves.SPLITS},
+        'seeds': {seed: {s: _line(point.curve(seed, s))
+                         for s in curves.SPLITS} for seed in point.finals}})
+  return {'id': 'curves', 'title': 'loss curves', 'curves': True, 'log': False,
+          'x': curves.AXES, 'y': curves.SPLITS, 'series': series}
+
+
+def rates(groups: Sequence[report_extras.Rates]) -> dict:
+  """Final loss by learning rate, with its interval over seeds."""
+  series = []
+  for group in groups:
+    found = {lr: statistics.interval(list(point.finals.values()))
+             for lr, point in group.points.items() if point.finals}
+    line = {'lr': list(found), 'y': [x.mean for x in found.values()],
+            'low': [x.low for x in found.values()],
+            'high': [x.high for x in found.values()]}
+    if found:
+      series.append({'name': group.name, 'base': False,
+                     'mean': {'loss': _numbers(line)}})
+  return {'id': 'rates', 'title': 'loss by learning rate', 'log': True,
+          'x': {'lr': 'learning rate'}, 'y': {'loss': 'final held-out loss'},
+          'series': series}
+
+
+def health(sweep: Sweep) -> dict:
+  """The experts' panel in the course of training: mean over layers, seeds."""
+  series = []
+  for point in sweep.points:
+    mean = {}
+    for name in report_extras.HEALTH:
+      curve = report_extras.health_curve(point, name)
+      if curve is not None:
+        mean[name] = _line(curve)
+    if mean:
+      series.append({'name': point.name, 'base': point is sweep.base,
+                     'mean': mean})
+  return {'id': 'health', 'title': 'health of the routers', 'curves': True,
+          'log': False, 'x': curves.AXES, 'y': report_extras.HEALTH,
+          'series': series}
+
+
+def extrapolation(found: dict) -> dict:
+  """Loss by position at the longest text that each encoding takes."""
+  series = []
+  for (point, name), entry in found.items():
+    taken = {m: c for m, c in entry['curves'].items() if c}
+    if not taken:
+      continue
+    curve = np.mean(taken[max(taken)], axis=0)
+    edges = np.unique(np.geomspace(1, len(curve), BINS).astype(int))
+    line = {'position': np.sqrt(edges[:-1] * edges[1:]),
+            'y': [curve[a:b].mean() for a, b in zip(edges, edges[1:])]}
+    series.append({'name': point if name == point else f'{point}: {name}',
+                   'base': False, 'mean': {'loss': _numbers(line)}})
+  length = max((entry['length'] for entry in found.values()), default=0)
+  return {'id': 'extrapolation', 'title': 'loss by position', 'log': True,
+          'x': {'position': 'position in tokens'},
+          'y': {'loss': 'held-out loss'},
+          'rule': {'x': length, 'label': 'training length'}, 'series': series}
+
+
+def _line(curve: curves.Curve) -> dict:
+  """A curve with at most MOST points, its last one kept."""
+  n = len(curve.step)
+  keep = np.unique(np.linspace(0, n - 1, min(n, MOST)).round().astype(int))
+  return _numbers({name: getattr(curve, name)[keep] for name in curves.AXES}
+                  | {'y': curve.loss[keep]})
+
+
+def _numbers(line: dict) -> dict:
+  """Plain numbers of six digits; what is unknown or not finite is None."""
+  return {name: [_number(x) for x in values]
+          for name, values in line.items()}
+
+
+def _number(x) -> float | None:
+  return None if x is None or not math.isfinite(x) else float(f'{x:.6g}')
+
+
+def forest(rows, width: int = 900) -> str:
+  """Draws the differences from the base and their intervals, as SVG."""
+  from html import escape
+  rows = [r for r in rows if r.difference is not None]
+  ends = [e for r in rows for e in (r.difference.mean, r.difference.low,
+                                    r.difference.high) if e is not None]
+  low, high = min([0.0, *ends]), max([0.0, *ends])
+  room = (high - low) * 0.05 or 0.01
+  low, high = low - room, high + room
+  left, height = 200, 26 * len(rows) + 56
+  at = lambda v: left + (v - low) / (high - low) * (width - left - 20)
+  parts = [f'<svg class="forest" viewBox="0 0 {width} {height}" role="img" '
+           'aria-label="differences from the base">']
+  for tick in _ticks(low, high):
+    parts.append(
+        f'<line class="grid" x1="{at(tick):.1f}" x2="{at(tick):.1f}" y1="8" '
+        f'y2="{height - 44}"/><text x="{at(tick):.1f}" y="{height - 28}" '
+        f'text-anchor="middle">{tick:+.4g}</text>')
+  parts.append(f'<line class="rule" x1="{at(0):.1f}" x2="{at(0):.1f}" y1="8" '
+               f'y2="{height - 44}"/>')
+  for i, row in enumerate(rows):
+    d, y = row.difference, 22 + 26 * i
+    span = '' if not d.known else (
+        f'<line x1="{at(d.low):.1f}" x2="{at(d.high):.1f}" y1="{y}" y2="{y}" '
+        'stroke="currentColor" stroke-width="2"/>')
+    says = f'{d.mean:+.4f}' + (
+        f' [{d.low:+.4f}, {d.high:+.4f}]' if d.known else '')
+    name = escape(row.point.name)
+    parts.append(
+        f'<g class="{row.verdict}"><title>{name}: {says}</title>{span}'
+        f'<circle cx="{at(d.mean):.1f}" cy="{y}" r="4.5" fill="currentColor"/>'
+        f'<text x="{left - 12}" y="{y + 4}" text-anchor="end">{name}</text>'
+        '</g>')
+  parts.append(f'<text x="{(width + left) / 2}" y="{height - 6}" '
+               'text-anchor="middle">held-out loss minus the base, nats per '
+               'token</text></svg>')
+  return ''.join(parts)
+
+
+def _ticks(low: float, high: float) -> list[float]:
+  raw = (high - low) / 6
+  power = 10 ** math.floor(math.log10(raw))
+  step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw)
+  return [i * step for i in range(math.ceil(low / step),
+                                  math.floor(high / step) + 1)]

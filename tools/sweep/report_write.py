@@ -1,0 +1,124 @@
+"""Writes report.html and report.csv, and the outcome for a terminal."""
+
+import csv
+from html import escape
+import pathlib
+
+from tools.sweep import report_extras as extras
+from tools.sweep import report_page as page
+from tools.sweep import report_plots as plots
+from tools.sweep import report_tables as tables
+from tools.sweep.curves import Sweep
+
+
+def write(sweep: Sweep, workdir) -> tuple[pathlib.Path, pathlib.Path]:
+  """Writes report.html and report.csv; returns their paths."""
+  rows = tables.outcomes(sweep)
+  html, sheet = (pathlib.Path(workdir) / f'report.{x}' for x in ('html', 'csv'))
+  html.write_text(_html(sweep, rows))
+  with sheet.open('w', newline='') as file:
+    writer = csv.DictWriter(file, list(_record(sweep, rows[0])))
+    writer.writeheader()
+    writer.writerows(_record(sweep, row) for row in rows)
+  return html, sheet
+
+
+def text(sweep: Sweep) -> str:
+  """Returns the outcome for a terminal, with its notes and what is missing."""
+  table = tables.outcome_table(sweep, tables.outcomes(sweep))
+  missing = tables.missing(sweep)
+  lines = [table.text(), *(f'- {note}' for note in table.notes)]
+  if missing.rows:
+    lines += ['', f'failed or not done: {len(missing.rows)} runs',
+              missing.text()]
+  return '\n'.join(lines)
+
+
+def _record(sweep: Sweep, row: tables.Outcome) -> dict:
+  """One line of the sheet: figures in full, empty where not known."""
+  point, d, x = row.point, row.difference, row.speed_up
+  seeds = sorted({seed for p in sweep.points for seed in p.runs})
+  known = d is not None and d.known
+  return {
+      'variant': point.name,
+      'changes': tables.changes(point),
+      'loss': tables.mean_loss(point),
+      'difference': d.mean if d else None,
+      'low': d.low if known else None, 'high': d.high if known else None,
+      'pairs': d.seeds if d else None,
+      'verdict': 'base' if point is sweep.base else tables.WORDS[row.verdict],
+      'speed_up': x.mean if x else None,
+      'speed_up_low': x.low if x else None,
+      'speed_up_high': x.high if x else None,
+      'fit_error': row.fit_error,
+      'params': point.params, 'active_params': point.active_params,
+      'flops_per_token': point.flops_per_token, 'tokens': point.tokens,
+      'seeds_done': len(point.finals), 'seeds_asked': len(point.runs),
+  } | {f'loss_seed_{seed}': point.finals.get(seed) for seed in seeds}
+
+
+def _html(sweep: Sweep, rows) -> str:
+  drawn, sections = [], []
+
+  def section(heading: str, *parts: str) -> None:
+    sections.append((heading, '\n'.join(parts)))
+
+  def draw(plot: dict, caption: str) -> str:
+    drawn.append(plot)
+    return page.figure(plot['id'], caption)
+
+  section('Beside the base',
+          page.table('outcome', tables.outcome_table(sweep, rows)),
+          _forest(rows))
+  curves = plots.losses(sweep)
+  section('Loss curves', draw(
+      curves, 'Means over the seeds that are done. Seconds are of training '
+      'steps on the machine that ran them, without compiling, evaluating and '
+      'saving.') if curves['series'] else '<p>No run is done.</p>')
+  groups = extras.rates(sweep)
+  if groups:
+    section('Sensitivity to the learning rate',
+            page.table('rates-table', extras.rate_table(groups)),
+            draw(plots.rates(groups), 'Bars: 95 % intervals over seeds.'))
+  health = extras.health_table(sweep)
+  if health.rows:
+    section('Health of the routers', page.table('health-table', health),
+            draw(plots.health(sweep), 'Means over layers and seeds.'))
+  found = extras.extrapolation(sweep)
+  if found:
+    section('Past the training length',
+            page.table('extrapolation-table',
+                       extras.extrapolation_table(found)),
+            draw(plots.extrapolation(found), 'At the longest text that each '
+                 'encoding takes; means over seeds and over bins of '
+                 'positions.'))
+  missing = tables.missing(sweep)
+  if missing.rows:
+    section('Failed or not done', page.table('missing', missing))
+  return page.page(sweep.name, _about(sweep), sections, drawn)
+
+
+def _forest(rows) -> str:
+  if not any(row.difference for row in rows):
+    return ''
+  return ('<figure>' + plots.forest(rows) + '<figcaption>Left of the line is '
+          'better. Bars: 95 % intervals over paired seeds; grey ones hold 0.'
+          '</figcaption></figure>')
+
+
+def _about(sweep: Sweep) -> str:
+  done = sum(run.state == 'done' for p in sweep.points
+             for run in p.runs.values())
+  asked = sum(len(p.runs) for p in sweep.points)
+  matched = (f'every point costs as many {escape(sweep.match)} as the base'
+             if sweep.match else 'sizes are not matched')
+  paired = ('seed by seed, every point sees the same data in the same order'
+            if sweep.paired else 'points differ in their data, so that seeds '
+            'pair less than they do elsewhere')
+  warning = '' if done == asked else (
+      f'<p class="warn">{asked - done} of {asked} runs failed or are not '
+      'done: they are listed at the end of this page.</p>')
+  return (f'<p class="about"><code>{escape(sweep.file)}</code>: '
+          f'{len(sweep.points)} points, {done} of {asked} runs done; base '
+          f'<b>{escape(sweep.base.name)}</b>; {matched}; {paired}.</p>'
+          + warning)

@@ -1,0 +1,147 @@
+"""What may be said of a difference: intervals over paired seeds, and fits.
+
+Seeds are paired: seed s of every variant sees the same data in the same order,
+so the differences of a pair vary less than the runs themselves, and their
+spread is the noise that a difference must leave behind.
+"""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import math
+
+import numpy as np
+
+CONFIDENCE = 0.95
+MIN_SEEDS = 3  # with fewer, the spread itself is not known
+MIN_POINTS = 6  # of a curve whose three constants are fitted
+
+
+@dataclasses.dataclass(frozen=True)
+class Interval:
+  """A mean over seeds; low and high are None where there are too few."""
+  mean: float
+  low: float | None
+  high: float | None
+  seeds: int
+
+  @property
+  def known(self) -> bool:
+    return self.low is not None
+
+  def holds(self, value: float) -> bool:
+    return self.known and self.low <= value <= self.high
+
+
+def interval(values: Sequence[float], confidence: float = CONFIDENCE
+             ) -> Interval:
+  """Returns the mean and Student's interval around it."""
+  n = len(values)
+  if not n:
+    raise ValueError('a mean of no values')
+  mean = float(np.mean(values))
+  if n < MIN_SEEDS:
+    return Interval(mean, None, None, n)
+  from scipy.special import stdtrit
+  half = float(stdtrit(n - 1, (1 + confidence) / 2)
+               * np.std(values, ddof=1) / math.sqrt(n))
+  return Interval(mean, mean - half, mean + half, n)
+
+
+def paired(ours: Mapping[int, float], theirs: Mapping[int, float]
+           ) -> Interval | None:
+  """Returns ours - theirs over the seeds that both have; None: none."""
+  seeds = sorted(ours.keys() & theirs.keys())
+  return interval([ours[s] - theirs[s] for s in seeds]) if seeds else None
+
+
+def verdict(difference: Interval | None) -> str:
+  """What a difference in loss says: better, worse, noise, unknown or n/a."""
+  if difference is None:
+    return 'n/a'
+  if not difference.known:
+    return 'unknown'
+  if difference.holds(0.0):
+    return 'noise'
+  return 'better' if difference.mean < 0 else 'worse'
+
+
+@dataclasses.dataclass(frozen=True)
+class PowerLaw:
+  """loss(C) = floor + scale / C^exponent, fitted between `first` and `last`.
+
+  Attributes:
+    rms: of the residuals, in nats.
+  """
+  floor: float
+  scale: float
+  exponent: float
+  first: float
+  last: float
+  rms: float
+
+  def loss(self, compute):
+    return self.floor + self.scale * np.asarray(compute) ** -self.exponent
+
+  def compute(self, loss: float) -> float | None:
+    """Returns where the curve reaches `loss`; None outside what was fitted."""
+    end, start = self.loss(self.last), self.loss(self.first)
+    slack = 1e-9 * abs(start)  # of the arithmetic: the ends are inside
+    if not end - slack <= loss <= start + slack:
+      return None
+    return float((self.scale / (loss - self.floor)) ** (1 / self.exponent))
+
+
+def power_law(compute: Sequence[float], loss: Sequence[float]
+              ) -> PowerLaw | None:
+  """Fits a saturating power law by least squares; None where it cannot.
+
+  For each exponent the two other constants are a linear fit (floor >= 0), so
+  one exponent is all there is to search, and no start has to be guessed.
+  """
+  x, y = np.asarray(compute, float), np.asarray(loss, float)
+  good = np.isfinite(x) & np.isfinite(y) & (x > 0)
+  x, y = x[good], y[good]
+  if len(x) < MIN_POINTS or np.ptp(x) == 0:
+    return None
+  unit = np.exp(np.mean(np.log(x)))
+  from scipy.optimize import minimize_scalar
+  tried = np.geomspace(0.01, 5.0, 60)
+  costs = [_linear(a, x / unit, y)[2] for a in tried]
+  i = int(np.argmin(costs))
+  bounds = tried[max(i - 1, 0)], tried[min(i + 1, len(tried) - 1)]
+  best = minimize_scalar(lambda a: _linear(a, x / unit, y)[2], bounds=bounds,
+                         method='bounded', options={'xatol': 1e-10})
+  floor, scale, cost = _linear(best.x, x / unit, y)
+  if scale <= 0:  # the loss did not fall
+    return None
+  return PowerLaw(floor, scale * unit ** best.x, float(best.x),
+                  float(x.min()), float(x.max()), math.sqrt(cost / len(x)))
+
+
+def _linear(exponent: float, x, y) -> tuple[float, float, float]:
+  """Returns floor >= 0, scale and the squared error for this exponent."""
+  z = x ** -exponent
+  centred = z - z.mean()
+  scale = float(centred @ y / (centred @ centred))
+  floor = float(y.mean() - scale * z.mean())
+  if floor < 0:
+    floor, scale = 0.0, float(z @ y / (z @ z))
+  return floor, scale, float(np.sum((floor + scale * z - y) ** 2))
+
+
+def speed_up(ours: PowerLaw | None, theirs: PowerLaw | None) -> float | None:
+  """Returns how many times the compute of `ours` the other curve needs to
+  reach the same loss: the worse of the two at their ends, which both have
+  reached, so that neither curve is read where it was not measured."""
+  if ours is None or theirs is None:
+    return None
+  level = max(float(law.loss(law.last)) for law in (ours, theirs))
+  needed, base = ours.compute(level), theirs.compute(level)
+  return None if needed is None or base is None else base / needed
+
+
+def over_seeds(ratios: Sequence[float]) -> Interval:
+  """Returns the geometric mean of ratios and its interval."""
+  logs = interval(np.log(ratios))
+  ends = [None if x is None else math.exp(x) for x in (logs.low, logs.high)]
+  return Interval(math.exp(logs.mean), *ends, logs.seeds)
