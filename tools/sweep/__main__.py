@@ -4,6 +4,8 @@ r"""Sweeps over a config: checked, run, watched and reported.
   python -m tools.sweep run configs/sweeps/parts.py --workdir runs/parts \
       --match=params --parallel=2
   python -m tools.sweep status --workdir runs/parts
+  python -m tools.sweep report --workdir runs/parts
+  python -m tools.sweep fit runs/ladder --budgets=1e15,1e16
 
 A sweep is a file of configs/sweeps/: a base config, and points that change
 some of its fields. Every point has the same seeds, so that point by point they
@@ -22,6 +24,8 @@ from training import cli
 COMMANDS = {
     'check': ('tools.sweep.check', 'what every point changes and costs'),
     'run': ('tools.sweep.run', 'train what is not done yet'),
+    'report': ('tools.sweep.report', 'report.html and report.csv'),
+    'fit': ('tools.sweep.fit', 'the scaling law of a ladder'),
 }
 
 
