@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 import math
+import re
 
 import flax.linen as nn
 import jax
@@ -9,8 +10,9 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
-from architectures.parts.config import ModelConfig, require
+from architectures.parts.config import ModelConfig, one_of, require
 from configs import sharding as tables
+
 
 def mesh_shape(sizes: Mapping[str, int], num_devices: int) -> dict[str, int]:
   """Returns the size of each mesh axis; one may be -1: what the others leave.
@@ -34,6 +36,25 @@ def mesh_shape(sizes: Mapping[str, int], num_devices: int) -> dict[str, int]:
   for axis in free:
     shape[axis] = num_devices // fixed
   return shape
+
+
+def parse_mesh(text: str, num_devices: int) -> dict[str, int]:
+  """Returns the mesh that a tool's --mesh names: data=2,fsdp=8 (an axis that
+  is not named has size 1, and `data` what the others leave), or a preset.
+
+  Raises:
+    ValueError: for an unknown axis, or sizes that do not fit.
+  """
+  if text in tables.PRESETS:
+    return mesh_shape(tables.PRESETS[text], num_devices)
+  sizes = dict.fromkeys(tables.MESH_AXES, 1) | {'data': -1}
+  for part in text.split(','):
+    axis, _, size = part.strip().partition('=')
+    one_of('axis in --mesh', axis, (*tables.MESH_AXES, *tables.PRESETS))
+    require(re.fullmatch(r'-?\d+', size) is not None,
+            f'--mesh has {part!r}: write it as {axis}=8')
+    sizes[axis] = int(size)
+  return mesh_shape(sizes, num_devices)
 
 
 def check(model: ModelConfig, batch_size: int, grad_accumulation: int,
@@ -81,19 +102,17 @@ def make_mesh(shape: Mapping[str, int], devices=None, slices: int = 0) -> Mesh:
   """
   devices = jax.devices() if devices is None else list(devices)
   groups = by_slice(devices, slices)
-  types = (AxisType.Auto,) * len(shape)
-  if len(groups) == 1:
-    return jax.make_mesh(tuple(shape.values()), tuple(shape),
-                         axis_types=types, devices=devices)
   axis, size = next(iter(shape.items()))
   assert axis == 'data', shape
   require(size % len(groups) == 0, f'mesh.data is {size}, which the '
           f'{len(groups)} slices do not divide: only `data` goes over the '
           f'network between slices, so choose a multiple of {len(groups)}')
   within = (size // len(groups), *list(shape.values())[1:])
-  return Mesh(np.concatenate([
-      mesh_utils.create_device_mesh(within, group) for group in groups]),
-      tuple(shape), axis_types=types)
+  placed = np.concatenate([
+      mesh_utils.create_device_mesh(
+          within, group, allow_split_physical_axes=True)  # 8 x 8 on 4 x 4 x 4
+      for group in groups])
+  return Mesh(placed, tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
 
 
 def slice_index(device) -> int:

@@ -84,3 +84,26 @@ def check(config) -> None:
         'data.document_mask has no meaning with objective '
         f'{config.objective!r}, whose rows are no packed documents or see '
         f'across them: set it to False, or choose from {", ".join(apart)}.')
+
+
+def shapes(config) -> dict[str, tuple[tuple[int, ...], type]]:
+  """Returns the shape and dtype of each array of a batch, by its key."""
+  B, L = config.data.batch_size, config.data.length
+  row = ((B, L), np.int32)
+  if config.objective in ('span', 'seq2seq'):
+    M, L = pairs.lengths(config) if config.objective == 'seq2seq' else (
+        spans.lengths(config))
+    source, target = ((B, M), np.int32), ((B, L), np.int32)
+    return dict(tokens=source, segment_ids=source, decoder_tokens=target,
+                decoder_segment_ids=target, targets=target,
+                weights=((B, L), np.float32))
+  batch = dict(tokens=row, targets=row, weights=((B, L), np.float32))
+  more = {
+      'mlm': dict(segment_ids=row),
+      'mlm_nsp': dict(types=row, segment_ids=row, nsp_targets=((B,), np.int32)),
+      'prefix': dict(prefix=((B,), np.int32)),
+  }
+  batch |= more[config.objective] if config.objective in more else {}
+  if config.data.document_mask:
+    batch |= dict(segment_ids=row, positions=row)
+  return batch

@@ -61,7 +61,7 @@ def span(window: packing.Window, rng: np.random.Generator, config,
   length = config.data.length
   if length < 2:
     raise ValueError(f'data.length={length}: a span is cut out of 2 or more.')
-  most_cut, most_spans = sizes(length, density, mean)
+  _, most_spans = sizes(length, density, mean)
   sentinels = np.asarray(tokenizer.sentinel_ids, np.int32)
   if most_spans > len(sentinels):
     raise ValueError(
@@ -77,6 +77,12 @@ def span(window: packing.Window, rng: np.random.Generator, config,
   else:
     source, target = corrupt(ids, draw(n, density, mean, rng), sentinels)
     source, target = np.append(source, end), np.append(target, end)
-  return pairs.lay_out(
-      source, target, length - most_cut + most_spans + 1,
-      most_cut + most_spans + 1, pairs.start_id(tokenizer))
+  return pairs.lay_out(source, target, *lengths(config),
+                       pairs.start_id(tokenizer))
+
+
+def lengths(config) -> tuple[int, int]:
+  """Tokens of a source and of a target: M and L."""
+  length, span_ = config.data.length, config.span
+  cut, spans = sizes(length, span_.noise_density, span_.mean_length)
+  return length - cut + spans + 1, cut + spans + 1

@@ -1,0 +1,84 @@
+"""The training step of a tiny model, compiled for TPUs that are not there."""
+
+import importlib.util
+import os
+
+from configs import gpt, mixtral
+from configs import sharding as tables
+import pytest
+
+os.environ |= {'ALLOW_MULTIPLE_LIBTPU_LOAD': '1', 'TPU_LOG_DIR': 'disabled',
+               'TPU_SKIP_MDS_QUERY': '1', 'TPU_WORKER_HOSTNAMES': 'localhost'}
+
+from tools.plan import analyse, chips, collectives, compile as compiling
+from tools.plan.compile import DoesNotFit
+
+pytestmark = [
+    pytest.mark.plan, pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec('libtpu') is None,
+        reason="libtpu is not installed: pip install -e '.[plan]'")]
+
+
+def run_on(topology, mesh, config):
+  config.model.dtype = 'bfloat16'
+  return analyse.start(config, topology, mesh)
+
+
+def compiled(run, topology):
+  what = compiling.program(run, 'train')
+  return compiling.build(run, what, *compiling.lower(run, what),
+                         topology.chip.hbm).executable
+
+
+@pytest.mark.parametrize('preset', list(tables.PRESETS))
+def test_experts_cross_by_all_to_all_and_tokens_are_not_gathered(preset):
+  topology = chips.parse('v5p:2x2x2')
+  config = mixtral.get_config()
+  config.model.update(num_layers=2, d_model=256, d_ff=128, num_kv_heads=4)
+  config.model.moe.num_experts = 8
+  run = run_on(topology, preset, config)
+  found = collectives.read(
+      compiled(run, topology).as_text(), run.mesh.shape,
+      host_of=analyse.hosts(run, topology),
+      ragged_rows=analyse.ragged_rows(run, 'train'))
+  crossings = [c for c in found if c.kind == 'ragged-all-to-all']
+  if run.mesh.shape['expert'] > 1:
+    # There and back, forward and backward, in each of the 2 layers.
+    assert sum(c.runs for c in crossings) == 2 * 4
+    assert {c.axes for c in crossings} == {('expert',)}
+    tokens = 32 * 256 // (8 // run.mesh.shape['tensor'])
+    assert all(c.payload == tokens * 2 * 256 * 2 for c in crossings)
+  else:
+    assert not crossings
+  gathered = [c for c in found if c.kind == 'all-gather' and 'expert' in c.axes]
+  assert not [c for c in gathered if c.dtype == 'bf16']
+
+
+def test_what_does_not_fit_is_refused_by_the_compiler():
+  topology = chips.parse('v5e:2x2')
+  config = gpt.get_config()
+  config.data.update(batch_size=4 * 64, length=4096)
+  config.model.update(max_len=4096, num_heads=64, d_model=512)
+  with pytest.raises(DoesNotFit, match='train does not fit.*HBM'):
+    compiled(run_on(topology, 'data=4', config), topology)
+
+
+def test_the_peak_is_near_the_estimate():
+  from tools.plan import memory
+  topology = chips.parse('v5p:2x2x1')
+  config = gpt.get_config()
+  config.model.update(d_model=1024, num_heads=16, num_layers=8, remat='full')
+  run = run_on(topology, 'fsdp=4', config)
+  peak = compiled(run, topology).memory_analysis().peak_memory_in_bytes
+  assert 0.5 < memory.analytic(run)['peak'] / peak < 2
+
+
+def test_two_slices_send_over_the_network_between_them(tmp_path, monkeypatch):
+  monkeypatch.setenv('ARCHETYPE_CACHE', str(tmp_path))
+  topology = chips.parse('v5p:2x2x1', 2)
+  run = run_on(topology, 'data=2,fsdp=4', gpt.get_config())
+  report = analyse.analyse(run, topology, 'train')
+  assert set(analyse.hosts(run, topology)) == {0, 1}
+  outside = report['roofline']['seconds']['network_outside']
+  assert outside > report['roofline']['seconds']['network']

@@ -1,0 +1,299 @@
+"""Plans: names of topologies, the readers of compiled programs, arithmetic,
+and the estimate without a compiler. Texts are cut from real programs."""
+
+import json
+import subprocess
+import sys
+
+from configs import gpt, mixtral
+from configs import sharding as tables
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import pytest
+
+from tools.plan import analyse, chips, collectives, flops, hlo, memory
+from tools.plan import report, roofline, topology
+from tools.plan.compile import DoesNotFit
+from training import devices, peaks
+
+
+def test_names_say_chips_devices_and_what_is_together():
+  cases = {'v5p:4x4x8': (128, 128, 128), 'v5e:4x8': (32, 32, 32),
+           'tpu7x:2x2x1': (4, 8, 8), 'h100:1x8x8': (64, 64, 8)}
+  for name, figures in cases.items():
+    t = chips.parse(name)
+    assert (t.chips, t.devices, t.together) == figures, name
+  t = chips.parse('v5p:2x2x2', 2)
+  assert (t.chips, t.together) == (16, 8)
+
+
+@pytest.mark.parametrize('name, slices, words', [
+    ('v5q:4x4x4', 1, "Did you mean 'v5"), ('v5p', 1, 'v5p:4x4x8'),
+    ('v5e:32x32', 1, 'choose from 1x1, 2x2'), ('v5p:4x4', 1, 'v5p:4x4x8'),
+    ('v5p:3x4x4', 1, '4ix4jx4k in rising order'),
+    ('v5p:16x16x32', 1, '6,144 chips at most'),
+    ('h100:1x8x8', 2, 'SLICESxHOSTSxGPUS'), ('v4:2x2x1', 0, 'must be >= 1')])
+def test_wrong_names_are_refused_with_choices(name, slices, words):
+  with pytest.raises(ValueError, match=words):
+    chips.parse(name, slices)
+
+
+def test_every_chip_has_a_published_peak():
+  for name, chip in chips.CHIPS.items():
+    assert peaks.flops(chip.kind, 'bfloat16', chip.cores), name
+  v5p = chips.parse('v5p:2x2x1')
+  assert roofline.peak_flops(v5p, 'bfloat16') == 459e12
+  assert 2 * roofline.peak_flops(
+      chips.parse('tpu7x:2x2x1'), 'bfloat16') == 2307e12
+
+
+@pytest.mark.parametrize('text, members', [
+    ('replica_groups={{0,2},{1,3}}, x', [[0, 2], [1, 3]]),
+    ('replica_groups=[2,2]<=[4], x', [[0, 1], [2, 3]]),
+    ('replica_groups=[4,2]<=[2,2,2]T(2,1,0), x',
+     [[0, 4], [2, 6], [1, 5], [3, 7]]),
+    ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}, use",
+     [[0, 4], [1, 5], [2, 6], [3, 7]]),
+    ("replica_groups=mesh['a'=1,'b'=2,'c'=2] {'c','b'}", [[0, 2, 1, 3]]),
+    ("replica_groups=mesh['a'=2,'b'=2], device_ids=([4]<=[2,2]T(1,0)) {'b'}",
+     [[0, 2], [1, 3]]),
+    ('source_target_pairs={{0,1},{1,0}}', [[0, 1], [1, 0]]),
+    ('channel_id=3', None)])
+def test_groups_in_every_syntax(text, members):
+  got = collectives.groups(text)
+  assert (got.tolist() if got is not None else None) == members
+
+
+def test_axes_are_those_along_which_a_group_differs():
+  mesh = dict(data=1, fsdp=2, expert=2, tensor=2)
+  axes = lambda *rows: collectives.axes_of(np.array(rows), mesh)
+  assert axes([0, 4], [1, 5]) == ('fsdp',)
+  assert axes([0, 2], [1, 3]) == ('expert',)
+  assert axes([0, 1, 4, 5]) == ('fsdp', 'tensor')
+
+
+# What libtpu 0.0.50 and XLA's CPU and GPU backends write, shortened.
+PROGRAM = """HloModule jit_step, is_scheduled=true
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%all-reduce-scatter.1.clone (input.1: bf16[64,8]) -> bf16[16,8] {
+  %input.1 = bf16[64,8]{1,0:T(8,128)(2,1)} parameter(0)
+  %all-reduce.1 = bf16[64,8]{1,0:T(8,128)(2,1)} all-reduce(%input.1), \
+replica_groups={{0,2,4,6},{1,3,5,7}}, to_apply=%add
+  ROOT %slice.1 = bf16[16,8]{1,0} dynamic-slice(%all-reduce.1), x={16,8}
+}
+
+%condition.7 (p: (s32[], bf16[16,8])) -> pred[] {
+  %constant.4 = s32[]{:T(128)} constant(4)
+  %p = (s32[]{:T(128)}, bf16[16,8]{1,0}) parameter(0)
+  %gte = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%gte, %constant.4), direction=LT, m={}
+}
+
+%body.7 (p.1: (s32[], bf16[16,8])) -> (s32[], bf16[16,8]) {
+  %p.1 = (s32[]{:T(128)}, /*index=1*/bf16[16,8]{1,0:T(8,128)}) parameter(0)
+  %ag = (bf16[16,8]{1,0}, bf16[64,8]{1,0}) all-gather-start(%x), \
+replica_groups=[2,4]<=[4,2]T(1,0), dimensions={0}, metadata={op_name="go/on"}
+  %agd = bf16[64,8]{1,0} all-gather-done(%ag)
+  %ragged = bf16[80,2,8]{2,1,0:T(2,128)} ragged-all-to-all(%x, %y, %z), \
+replica_groups=mesh['fsdp'=4,'tensor'=2] {'tensor'}, channel_id=1
+  %fused = bf16[16,8]{1,0} fusion(%agd), kind=kCustom, \
+calls=%all-reduce-scatter.1.clone
+  %w = (s32[], f32[4]) while(%t), condition=%data.1, body=%inner.1
+  ROOT %out = (s32[], bf16[16,8]) tuple(%i, %fused)
+}
+
+%data.1 (q: (s32[], f32[4])) -> pred[] {
+  %q = (s32[], f32[4]) parameter(0)
+  ROOT %ne = pred[] compare(%a, %b), direction=NE
+}
+
+%inner.1 (r: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %r = (s32[], f32[4]) parameter(0)
+  %permute = f32[4] collective-permute(%v), source_target_pairs={{0,1},{1,0}}
+  ROOT %o = (s32[], f32[4]) tuple(%i, %permute)
+}
+
+ENTRY %main (arg: bf16[16,8]) -> f32[4] {
+  %arg = bf16[16,8]{1,0} parameter(0)
+  %while.1 = (s32[], bf16[16,8]) while(%t), condition=%condition.7, \
+body=%body.7
+  %while.2 = (s32[], f32[4]) while(%t), condition=%data.1, body=%inner.1, \
+backend_config={"known_trip_count":{"n":"3"}}
+  %both = (f32[4], f32[6]) all-reduce(%a, %b), replica_groups=[1,8]<=[8]
+  %alone = f32[9] all-reduce(%a), replica_groups=[8,1]<=[8], to_apply=%add
+  ROOT %gte = f32[4] get-tuple-element(%both), index=0
+}
+"""
+MESH = dict(data=1, fsdp=4, expert=1, tensor=2)
+
+
+def test_every_collective_is_read_with_its_runs_and_bytes():
+  found = collectives.read(PROGRAM, MESH, host_of=np.zeros(8, int),
+                           ragged_rows=20)
+  rows = {(c.kind, c.axes, c.runs, c.known): c for c in found}
+  assert len(rows) == len(found)
+  sent = {key: c.sent for key, c in rows.items()}
+  one = 64 * 8 * 2  # bytes of the whole bf16[64,8]
+  assert sent == {
+      ('all-gather', ('fsdp',), 4, True): one * 3 / 4,
+      ('ragged-all-to-all', ('tensor',), 4, True): 20 * 16 * 2 / 2,
+      ('reduce-scatter', ('fsdp',), 4, True): one * 3 / 4,
+      ('collective-permute', ('tensor',), 4, False): 16,
+      ('collective-permute', ('tensor',), 3, True): 16,
+      ('all-reduce', ('fsdp', 'tensor'), 1, True): 2 * 7 / 8 * 40}
+  assert next(c for c in found if c.kind == 'all-gather').source == 'go/on'
+  table = collectives.table(found)
+  permutes = next(r for r in table if r['kind'] == 'collective-permute')
+  assert permutes['runs_per_step'] == 7 and not permutes['exact']
+  assert permutes['bytes_sent_per_device'] == 7 * 16
+
+
+def test_bytes_between_hosts_are_at_best_those_of_rings_over_hosts():
+  def one(kind, payload):
+    return collectives.Collective(kind, ('fsdp',), 8, 2, 'f32', 1, payload, 1,
+                                  True, '')
+  # Two hosts of four: half of the result enters each, by four adapters.
+  assert one('all-gather', 800).sent_outside == 800 / 2 / 4
+  assert one('reduce-scatter', 100).sent_outside == 800 / 2 / 4
+  assert one('all-reduce', 800).sent_outside == 2 * 800 / 2 / 4
+  assert one('all-to-all', 800).sent_outside == 400
+  assert one('all-gather', 800)._replace(hosts=1).sent_outside == 0
+
+
+def test_trip_counts_and_dtypes():
+  computations = hlo.parse(PROGRAM)
+  loops = [i for i in computations['main'].instructions if i.op == 'while']
+  assert [hlo.trip_count(i, computations) for i in loops] == [4, 3]
+  inner = [i for i in computations['body.7'].instructions if i.op == 'while']
+  assert hlo.trip_count(inner[0], computations) is None
+  assert hlo.arrays('(pred[3]{0}, f8e4m3fn[2,2], s4[8], u32[])') == [
+      ('pred', 3, 3), ('f8e4m3fn', 4, 4), ('s4', 8, 4), ('u32', 1, 4)]
+
+
+def test_products_are_counted_through_loops_branches_and_shards():
+  x, key = jnp.ones((4, 8)), 2.0 * 4 * 8 * 8
+  w = jnp.ones((8, 8))
+  count = lambda f, *a, **k: flops.count(jax.make_jaxpr(f)(*a), 'tpu',
+                                         **k).flops
+
+  def scanned(x):
+    return jax.lax.scan(lambda x, _: (jnp.tanh(x @ w), None), x, None, 5)[0]
+
+  assert count(scanned, x) == 5 * key
+  remade = jax.value_and_grad(lambda x: jax.checkpoint(scanned)(x).sum())
+  assert count(remade, x) == 5 * 3 * key  # forward, again, of x
+  assert count(lambda x: ((x @ w), x)[1], x) == 0  # dead
+  assert count(lambda x: jax.lax.platform_dependent(
+      x, cpu=lambda x: x, default=lambda x: x @ w), x) == key
+  mesh = devices.make_mesh(tables.PRESETS['tp'])
+  with jax.set_mesh(mesh):
+    shard = jax.shard_map(lambda x: x @ w, in_specs=P('data'),
+                          out_specs=P('data'))
+    assert count(shard, jnp.ones((8, 8))) == 8 * key  # on tensor alike
+  ragged = lambda x: jax.lax.ragged_dot(x, jnp.ones((2, 8, 8)),
+                                        jnp.array([1, 1]))
+  assert count(ragged, x) == key
+  assert count(ragged, x, ragged_rows=2) == key / 2
+
+
+def test_the_slowest_of_compute_memory_and_network_bounds_a_step():
+  figures = dict(flops=2 * 459e12, hbm_bytes=2765e9, sent=60e9,
+                 sent_outside=0.0, model_flops=459e12)
+  t = chips.parse('v5p:2x2x1')
+  times = roofline.times(t, 'bfloat16', **figures)
+  assert times['seconds'] == pytest.approx(
+      {'compute': 2.0, 'hbm': 1.0, 'network': 0.1})
+  assert (times['bound'], times['highest_mfu']) == ('compute', 0.5)
+  figures['sent_outside'] = 62.5e9
+  times = roofline.times(t, 'bfloat16', **figures)
+  assert times['bound'] == 'network_outside' and times['step_seconds'] == 10
+  v4 = roofline.times(chips.parse('v4:2x2x1', 2), 'bfloat16', **figures)
+  assert v4['unknown'] == ['network_outside'] and v4['bound'] == 'compute'
+
+
+@pytest.fixture
+def no_compiler(monkeypatch, tmp_path):
+  monkeypatch.setattr(topology, 'compiler', lambda topology: '')
+  monkeypatch.setenv('ARCHETYPE_CACHE', str(tmp_path))
+
+
+def small(config):
+  config.model.update(d_model=32, num_layers=2, num_heads=2, num_kv_heads=2,
+                      d_ff=64, max_len=32)
+  config.data.update(length=32, batch_size=16)
+  return config
+
+
+def test_without_a_compiler_every_figure_is_an_estimate(no_compiler):
+  t = chips.parse('v5p:2x2x2')
+  config = small(mixtral.get_config())
+  run = analyse.start(config, t, 'ep_fsdp_tp')
+  plan = analyse.describe(run, t) | analyse.active_parameters(run)
+  one = analyse.analyse(run, t, 'train')
+  plan['programs'] = [one]
+  assert plan['estimate'] and one['estimate']
+  assert one['memory']['peak'] > one['memory']['parameters'] > 0
+  kinds = {row['kind'] for row in one['collectives']}
+  assert 'all-to-all' in kinds
+  text = report.text(plan)
+  figures = [line for line in text.splitlines() if 'GiB' in line
+             and any(c.isdigit() for c in line)]
+  assert figures and all('~' in line for line in figures)
+  assert analyse.analyse(run, t, 'train') == one  # kept
+  json.dumps(plan)
+
+
+def test_what_does_not_fit_is_refused_with_figures(no_compiler, monkeypatch):
+  t = chips.parse('v5p:2x2x2')
+  tight = t._replace(chip=t.chip._replace(hbm=2 ** 16))
+  run = analyse.start(small(gpt.get_config()), t, 'fsdp')
+  with pytest.raises(DoesNotFit, match=r'about .* GiB, and a device has 0.00'):
+    analyse.analyse(run, tight, 'train')
+  nothing = t._replace(chip=t.chip._replace(hbm=2 ** 10))
+  with pytest.raises(DoesNotFit, match='parameters 0.0 GiB, optimizer 0.0'):
+    analyse.analyse(run, nothing, 'train')
+
+
+def test_state_on_a_device_and_what_is_held_alike(no_compiler):
+  t = chips.parse('v5p:2x2x2')
+  alone = analyse.start(small(gpt.get_config()), t, 'dp')
+  spread = analyse.start(small(gpt.get_config()), t, 'fsdp')
+  params = 4 * analyse.active_parameters(alone)['parameters']
+  assert memory.state(alone)['parameters'] == params
+  assert memory.state(alone)['optimizer'] == 2 * params + 8  # two counters
+  row, = memory.replicated(alone)
+  assert row['axis'] == 'data'
+  held = sum(memory.state(alone).values()) - sum(memory.state(spread).values())
+  assert row['bytes_saved'] == pytest.approx(held, rel=0.02)
+  assert memory.replicated(spread)[0]['bytes_saved'] < 0.03 * params
+
+
+@pytest.mark.parametrize('text, words', [
+    ('fdsp=8', "Did you mean 'fsdp'"), ('tensor', 'write it as tensor=8'),
+    ('fsdp=3', 'does not divide')])
+def test_wrong_meshes_are_refused(text, words):
+  with pytest.raises(ValueError, match=words):
+    devices.parse_mesh(text, 8)
+
+
+def test_meshes_by_name_and_by_axes():
+  assert devices.parse_mesh('ep', 8) == tables.PRESETS['ep']
+  assert devices.parse_mesh('fsdp=2,expert=2', 8) == dict(
+      data=2, fsdp=2, expert=2, tensor=1)
+
+
+def test_an_unknown_topology_is_one_sentence_and_exit_code_2():
+  words = [sys.executable, '-m', 'tools.plan', '--config', 'configs/gpt.py',
+           '--topology', 'v9:2x2']
+  done = subprocess.run(words, capture_output=True, text=True)
+  assert done.returncode == 2
+  assert 'choose from v4, v5e, v5p' in done.stderr
+  assert done.stderr.count('\n') == 1

@@ -1,0 +1,62 @@
+"""What a pod would make of a config, before a pod is touched.
+
+  python -m tools.plan --config configs/mixtral.py:8x7b --topology v5p:4x4x4 \\
+      --mesh fsdp=8,expert=8 --config.data.batch_size=256
+
+Compiles the real training step for a TPU (v4 v5e v5p v6e tpu7x, extra `plan`)
+or GPUs (a100 h100 h200 b200, with jax-cuda13-plugin and jax-cuda13-pjrt) that
+are not there, and prints: bytes a device, what is replicated, every
+collective, FLOPs, and the shortest step and highest MFU that published figures
+allow. What does not fit is a sentence and exit code 2. Without a compiler for
+the topology, the same by an estimate. Reports are kept by content under
+$ARCHETYPE_CACHE (~/.cache/archetype) in plans/.
+"""
+
+import json
+import os
+
+from absl import flags
+from ml_collections import config_flags
+
+from training import cli
+
+config_flags.DEFINE_config_file(
+    'config', help_string='A file of configs/ and its size, FILE.py:SIZE; any '
+    'field is a flag: --config.model.remat=full.')
+flags.DEFINE_string('topology', '', 'v5p:4x4x8 (chips), h100:1x8x8 (slices x '
+                    'hosts x GPUs of a host).')
+flags.DEFINE_integer('slices', 1, 'Slices of that shape; TPUs only.')
+flags.DEFINE_string('mesh', '', "data=2,fsdp=8,expert=8; '': config.mesh.")
+flags.DEFINE_list('programs', ['train'], 'Of train, prefill, decode.')
+flags.DEFINE_bool('fresh', False, 'Compile although a report is kept.')
+flags.DEFINE_bool('json', False, 'Print JSON.')
+
+
+def main():
+  cli.parse(__doc__)
+  args = flags.FLAGS
+  if args.config is None or not args.topology:
+    raise ValueError('pass both --config FILE.py:SIZE and --topology, such as '
+                     'v5p:4x4x8')
+  os.environ['JAX_PLATFORMS'] = 'cpu'  # before jax is imported
+  from tools.plan import chips, topology as topologies
+  topology = chips.parse(args.topology, args.slices)
+  topologies.environment(topology)
+
+  from tools.plan import analyse, compile as compiling, report
+  run = analyse.start(args.config, topology, args.mesh)
+  plan = analyse.describe(run, topology) | analyse.active_parameters(run)
+  try:
+    plan['programs'] = [analyse.analyse(run, topology, name, args.fresh)
+                        for name in args.programs]
+  except compiling.DoesNotFit as error:
+    if args.json:
+      print(json.dumps(plan | dict(fits=False, reason=str(error)), indent=2))
+    raise
+  print(json.dumps(plan | dict(fits=True), indent=2) if args.json
+        else report.text(plan))
+  return 0
+
+
+if __name__ == '__main__':
+  cli.run(main)

@@ -1,0 +1,211 @@
+"""From a config and a topology to a report: a dict that JSON can hold."""
+
+import importlib.metadata
+import math
+import time
+
+import numpy as np
+
+from architectures.parts.config import require
+from tools.plan import cache, chips, collectives, compile as compiling
+from tools.plan import flops as work
+from tools.plan import memory, roofline, topology as topologies
+from training import costs, devices, examples, flops, runs, tokenizers
+
+GIB = chips.GIB
+
+
+def start(config, topology: chips.Topology, mesh: str) -> runs.Run:
+  """Returns the run on the topology's devices; nothing is computed.
+
+  Args:
+    config: of the run; its mesh is replaced by `mesh`, where that is given.
+    topology: whose devices.
+    mesh: as devices.parse_mesh reads it; '': config.mesh.
+
+  Raises:
+    ValueError: for anything that the run could not honour.
+  """
+  runs.check(config)
+  shape = (devices.parse_mesh(mesh, topology.devices) if mesh else
+           devices.mesh_shape(config.mesh, topology.devices))
+  model, _ = runs.resolve(config, tokenizers.load(config.data.tokenizer))
+  require(config.mesh.slices in (0, topology.slices), 'mesh.slices is '
+          f'{config.mesh.slices}, but --slices is {topology.slices}: leave '
+          'the first at 0')
+  placed = devices.make_mesh(shape, topologies.devices(topology),
+                             topology.slices)
+  return runs.start(config, model, placed)
+
+
+def describe(run: runs.Run, topology: chips.Topology) -> dict:
+  """Returns what the plan is of."""
+  c, config = run.model, run.config
+  compiler = topologies.compiler(topology)
+  rows = math.prod(run.mesh.shape[a] for a in ('data', 'fsdp', 'expert'))
+  return dict(
+      model=c.arch, topology=topology.name, slices=topology.slices,
+      chips=topology.chips, devices=topology.devices,
+      mesh=dict(run.mesh.shape), rules=config.mesh.rules,
+      compiler=compiler or 'virtual CPU devices', estimate=not compiler,
+      jax=importlib.metadata.version('jax'), batch_size=config.data.batch_size,
+      length=config.data.length, sequences_per_device=(
+          config.data.batch_size / rows / config.train.grad_accumulation),
+      grad_accumulation=config.train.grad_accumulation, remat=c.remat,
+      optimizer=config.optim.name)
+
+
+def check_state(run: runs.Run, topology: chips.Topology) -> dict[str, int]:
+  """Returns the bytes of a device's state.
+
+  Raises:
+    DoesNotFit: where they alone are more than a device has.
+  """
+  state = memory.state(run)
+  total = sum(state.values())
+  if total > topology.chip.hbm:
+    parts = ', '.join(f'{name} {n / GIB:,.1f} GiB' for name, n in state.items())
+    raise compiling.DoesNotFit(
+        f'the state does not fit a device of {topology.name}: {parts}, and a '
+        f'device has {topology.chip.hbm / GIB:,.2f} GiB. Shard it over more '
+        'devices (mesh.fsdp, mesh.expert, mesh.tensor), or take more of them')
+  return state
+
+
+def analyse(run: runs.Run, topology: chips.Topology, name: str,
+            fresh: bool = False) -> dict:
+  """Returns the report of one program.
+
+  Args:
+    run: on the topology's devices.
+    topology: these.
+    name: of compile.PROGRAMS.
+    fresh: compile even where a report of the same content is kept.
+
+  Raises:
+    DoesNotFit: with figures, where a device has too little memory.
+  """
+  state = check_state(run, topology)
+  what = compiling.program(run, name)
+  jaxpr, lowered = compiling.lower(run, what)
+  key = cache.key(lowered.as_text(), describe(run, topology))
+  kept = None if fresh else cache.load(key)
+  if kept:
+    if 'refused' in kept:
+      raise compiling.DoesNotFit(kept['refused'])
+    return kept
+  try:
+    report = _compiled(run, topology, what, jaxpr, lowered, state)
+  except compiling.DoesNotFit as error:
+    cache.save(key, {'refused': str(error)})
+    raise
+  cache.save(key, report)
+  return report
+
+
+def _compiled(run, topology, what, jaxpr, lowered, state) -> dict:
+  estimate = not topologies.compiler(topology)
+  begun = time.monotonic()
+  built = compiling.build(run, what, jaxpr, lowered,
+                          math.inf if estimate else topology.chip.hbm)
+  stats = built.executable.memory_analysis()
+  sizes = dict(hbm=int(topology.chip.hbm), **state,
+               arguments=stats.argument_size_in_bytes,
+               temporaries=stats.temp_size_in_bytes,
+               peak=stats.peak_memory_in_bytes)
+  if estimate and what.name == 'train':
+    sizes |= memory.analytic(run)
+    del sizes['temporaries']
+    if sizes['peak'] > topology.chip.hbm:
+      raise compiling.DoesNotFit(
+          f'by an estimate, {what.name} does not fit a device: it needs about '
+          f'{sizes["peak"] / GIB:,.1f} GiB, and a device has '
+          f'{topology.chip.hbm / GIB:,.2f} GiB')
+  found = collectives.read(
+      built.executable.as_text(), run.mesh.shape,
+      host_of=hosts(run, topology), ragged_rows=ragged_rows(run, what.name))
+  platform = 'cpu' if estimate else topology.chip.platform
+  total = work.count(jaxpr, platform, ragged_rows(run, what.name))
+  return dict(
+      program=what.name, estimate=estimate, fits=True,
+      compile_seconds=round(time.monotonic() - begun, 1), memory=sizes,
+      replicated=memory.replicated(run),
+      collectives=collectives.table(found),
+      **_performance(run, topology, what.name, total, found, state))
+
+
+def _performance(run, topology, name, total, found, state) -> dict:
+  """FLOPs and the roofline."""
+  count, dtype = topology.devices, run.model.dtype
+  needed = model_flops(run, name)
+  sent = sum(c.sent * c.runs for c in found)
+  outside = sum(c.sent_outside * c.runs for c in found)
+  bounds = roofline.times(
+      topology, dtype, flops=total.flops / count,
+      hbm_bytes=roofline.hbm_bytes(run, total.nbytes, state, name == 'train'),
+      sent=sent - outside, sent_outside=outside,
+      model_flops=sum(needed.values()) / count)
+  return dict(
+      flops=dict(
+          per_device=total.flops / count,
+          model_per_device=sum(needed.values()) / count,
+          weights_per_device=needed['weights'] / count,
+          attention_per_device=needed['attention'] / count,
+          ratio=total.flops / sum(needed.values()),
+          loops_counted_once=total.loops),
+      roofline=bounds)
+
+
+def model_flops(run: runs.Run, name: str) -> dict[str, float]:
+  """Returns what the model needs for a step, of all devices: `weights`, which
+  is 6 N_active T in training, N_active the weights that a token is multiplied
+  with, and `attention`, as the mask has it."""
+  config, c = run.config, run.model
+  sides = lengths(config)
+  if flops.STACKS[c.arch] == 'encoder-decoder':
+    parts = flops.forward_flops(c, *sides)
+  else:
+    parts = flops.forward_flops(c, sides[0])
+  if name == 'train':
+    parts = {part: 3 * n for part, n in parts.items()}
+  if name == 'decode':  # the prompt, and a token at a time after it
+    tokens = compiling.DECODED
+    parts = flops.forward_flops(c, sides[0] - tokens)
+    for i in range(tokens - 1):
+      for part, n in flops.decode_flops(c, sides[0] - tokens + i + 1).items():
+        parts[part] += n
+  attention = parts.pop('attention')
+  return {'weights': config.data.batch_size * sum(parts.values()),
+          'attention': config.data.batch_size * attention}
+
+
+def lengths(config) -> list[int]:
+  """Tokens of a row, for each stack of the model."""
+  shapes = examples.shapes(config)
+  return [shapes[key][0][1] for key in ('tokens', 'decoder_tokens')
+          if key in shapes]
+
+
+def ragged_rows(run: runs.Run, name: str) -> int:
+  """Rows that a device sends to experts in a layer, in even load."""
+  if run.model.ffn != 'moe' or name == 'decode':
+    return 0
+  shards = math.prod(run.mesh.shape[a] for a in ('data', 'fsdp', 'expert'))
+  parts = run.config.train.grad_accumulation if name == 'train' else 1
+  tokens = run.config.data.batch_size * max(lengths(run.config))
+  return math.ceil(tokens * run.model.moe.top_k / shards / parts)
+
+
+def hosts(run: runs.Run, topology: chips.Topology) -> np.ndarray:
+  """Returns the slice (TPU) or host (GPU) of each device, in mesh order."""
+  placed = run.mesh.devices.reshape(-1)
+  if topology.slices > 1:  # `data` goes over the slices, and comes first
+    return np.arange(placed.size) // topology.together
+  order = {id_: i for i, id_ in enumerate(sorted(d.id for d in placed))}
+  return np.array([order[d.id] // topology.together for d in placed])
+
+
+def active_parameters(run: runs.Run) -> dict:
+  """Returns parameters in all, and those at work for one token."""
+  figures = costs.count(run.config, model=run.model)
+  return {name: figures[name] for name in ('parameters', 'active_parameters')}

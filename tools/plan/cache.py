@@ -1,0 +1,38 @@
+"""Reports by content: of the lowered program, the devices, the compiler and
+the code of this tool. (JAX's own cache cannot be read for absent devices.)"""
+
+import hashlib
+import json
+import os
+import pathlib
+from typing import Optional
+
+from training import token_cache
+
+
+def key(lowered_text: str, *facts) -> str:
+  """Returns the name of a report."""
+  digest = hashlib.sha256(lowered_text.encode())
+  digest.update(json.dumps(facts, default=str).encode())
+  for name in ('XLA_FLAGS', 'LIBTPU_INIT_ARGS', 'JAX_OPTIMIZATION_LEVEL'):
+    digest.update(os.environ.get(name, '').encode())
+  for path in sorted(pathlib.Path(__file__).parent.glob('*.py')):
+    digest.update(path.read_bytes())
+  return digest.hexdigest()[:32]
+
+
+def _path(name: str) -> pathlib.Path:
+  return token_cache.default_dir() / 'plans' / f'{name}.json'
+
+
+def load(name: str) -> Optional[dict]:
+  path = _path(name)
+  return json.loads(path.read_text()) if path.exists() else None
+
+
+def save(name: str, report: dict) -> None:
+  path = _path(name)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  partial = path.with_suffix(f'.{os.getpid()}')
+  partial.write_text(json.dumps(report))
+  partial.replace(path)

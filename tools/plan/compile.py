@@ -1,0 +1,120 @@
+"""The programs of a run, compiled for devices that are not there."""
+
+from collections.abc import Callable
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from architectures.parts.config import one_of, require
+from training import examples, generate, objectives, runs
+from training.step import make_train_step
+
+DECODED = 64  # tokens that `decode` adds to each prompt
+
+
+class Program(NamedTuple):
+  """Something a run does, as jax.jit would be given it."""
+  name: str
+  function: Callable
+  args: tuple
+  options: dict
+
+
+class Compiled(NamedTuple):
+  """A program's compiled form, and the jaxpr that it came from."""
+  program: Program
+  jaxpr: Any
+  executable: Any
+  seconds: float
+
+
+class DoesNotFit(ValueError):
+  """Says by how much a program is too large for a device."""
+
+
+def program(run: runs.Run, name: str) -> Program:
+  """Returns the training step, or a generation, of a run.
+
+  Raises:
+    ValueError: for a program that the run's model does not have.
+  """
+  one_of('program', name, PROGRAMS)
+  return PROGRAMS[name](run)
+
+
+def _train(run: runs.Run) -> Program:
+  """As training/loop.py compiles it."""
+  batch = {key: jax.ShapeDtypeStruct(shape, dtype, sharding=run.place)
+           for key, (shape, dtype) in examples.shapes(run.config).items()}
+  return Program(
+      'train', make_train_step(run.module, run.tx, run.config),
+      (run.abstract, batch),
+      dict(donate_argnums=0, out_shardings=(run.shardings, None)))
+
+
+def _prefill(run: runs.Run) -> Program:
+  return _generation(run, 'prefill', 1)
+
+
+def _decode(run: runs.Run) -> Program:
+  return _generation(run, 'decode', DECODED)
+
+
+def _generation(run: runs.Run, name: str, tokens: int) -> Program:
+  """`tokens` more after prompts that, with them, are data.length long."""
+  data = run.config.data
+  objective = objectives.OBJECTIVES[run.config.objective]
+  require(objective.generates and 'decoder_tokens' not in objective.inputs,
+          f'--programs has {name!r}, but a plan of generation is for decoders, '
+          f'and model.arch is {run.model.arch!r}: choose train')
+  require(data.length > tokens, f'data.length is {data.length}: {name} needs '
+          f'more than {tokens}')
+  length = data.length - tokens
+  whole = NamedSharding(run.mesh, PartitionSpec())
+  shape = lambda size, place: jax.ShapeDtypeStruct(
+      size, jnp.int32, sharding=place)
+  def function(params, prompts_BL, lengths_B, seed):
+    return generate.generate(run.module, params, prompts_BL, lengths_B,
+                             jax.random.key(seed), max_new_tokens=tokens)
+  args = (run.abstract.params, shape((data.batch_size, length), run.place),
+          shape((data.batch_size,), run.place), shape((), whole))
+  return Program(name, function, args, {})
+
+
+PROGRAMS = {'train': _train, 'prefill': _prefill, 'decode': _decode}
+
+
+def lower(run: runs.Run, what: Program):
+  """Returns (jaxpr, lowered); both are quick."""
+  with run.context():
+    traced = jax.jit(what.function, **what.options).trace(*what.args)
+    return traced.jaxpr, traced.lower()
+
+
+def build(run: runs.Run, what: Program, jaxpr, lowered, hbm: float
+          ) -> Compiled:
+  """Compiles.
+
+  Raises:
+    DoesNotFit: with the compiler's figures, or with ours where it lets a
+      program pass that the device has no room for (GPUs).
+  """
+  begun = time.monotonic()
+  try:
+    with run.context():
+      executable = lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    if 'RESOURCE_EXHAUSTED' not in str(error):
+      raise
+    reason = str(error).split('RESOURCE_EXHAUSTED: ')[-1].splitlines()[0]
+    raise DoesNotFit(f'{what.name} does not fit a device: {reason}') from error
+  stats = executable.memory_analysis()
+  peak = stats.peak_memory_in_bytes
+  if peak > hbm:
+    raise DoesNotFit(
+        f'{what.name} does not fit a device: it needs {peak / 2 ** 30:.2f} GiB '
+        f'at its peak, and a device has {hbm / 2 ** 30:.2f} GiB')
+  return Compiled(what, jaxpr, executable, time.monotonic() - begun)

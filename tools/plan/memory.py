@@ -1,0 +1,110 @@
+"""What lies on a device, from shapes and shardings alone."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from training import paths, runs
+
+
+def _items(tree) -> dict:
+  return {path: (x.shape, x.sharding, jnp.dtype(x.dtype).itemsize)
+          for path, x in paths.flatten(tree).items()}
+
+
+def on_device(tree) -> int:
+  """Returns the bytes of one device's shards of abstract arrays."""
+  return sum(math.prod(x.sharding.shard_shape(x.shape))
+             * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
+
+
+def state(run: runs.Run) -> dict[str, int]:
+  """Returns bytes of a device: its parameters and optimiser state."""
+  return {'parameters': on_device(run.abstract.params),
+          'optimizer': on_device(run.abstract.opt_state)}
+
+
+def replicated(run: runs.Run) -> list[dict]:
+  """Returns, for each mesh axis, what each of its devices holds alike: bytes
+  of state that sharding over it too would save a device, and the parameters
+  that most of it is."""
+  trees = (run.abstract.params, run.abstract.opt_state)
+  rows = []
+  for axis, size in run.mesh.shape.items():
+    if size == 1:
+      continue
+    saved = sum(_saved(x, axis, size)
+                for tree in trees for x in jax.tree.leaves(tree))
+    largest = sorted(
+        ((path, _saved(x, axis, size))
+         for path, x in paths.flatten(run.abstract.params).items()),
+        key=lambda item: -item[1])[:3]
+    rows.append(dict(axis=axis, devices=size, bytes_saved=saved,
+                     largest=[path for path, n in largest if n]))
+  return sorted(rows, key=lambda row: -row['bytes_saved'])
+
+
+def _saved(x, axis: str, size: int) -> int:
+  used = {name for entry in x.sharding.spec if entry
+          for name in ((entry,) if isinstance(entry, str) else entry)}
+  if axis in used:
+    return 0
+  shard = x.sharding.shard_shape(x.shape)
+  if not any(n % size == 0 for n in shard):
+    return 0
+  nbytes = math.prod(shard) * jnp.dtype(x.dtype).itemsize
+  return nbytes - nbytes // size
+
+
+def analytic(run: runs.Run) -> dict[str, int]:
+  """Estimates a training step's peak, without a compiler.
+
+  State, gradients, what the backward pass keeps by the config's remat policy
+  (traced, not guessed; what has the batch's rows is cut up over its shards),
+  and the largest thing of one layer: scores, or the widest hidden units and
+  the gathered weights.
+  """
+  c, shape = run.model, run.mesh.shape
+  parts = state(run)
+  parts['gradients'] = parts['parameters']
+  parts['kept_for_backward'] = _kept(run)
+  rows = run.config.data.batch_size // run.config.train.grad_accumulation
+  rows = rows // math.prod(shape[a] for a in ('data', 'fsdp', 'expert'))
+  length, width = run.config.data.length, c.compute_dtype.itemsize
+  heads = c.num_heads // shape['tensor']
+  hidden = rows * length * (c.moe.d_ff * c.moe.top_k if c.ffn == 'moe'
+                            else c.d_ff) // shape['tensor']
+  layer = max((x.size // x.shape[0] for path, x in paths.flatten(
+      run.abstract.params).items() if '/layers/' in path), default=0)
+  parts['one_layer'] = max(
+      2 * 4 * rows * heads * length * length, 3 * width * hidden) + (
+          2 * width * layer // (shape['tensor'] * shape['expert']))
+  parts['peak'] = sum(parts.values())
+  return parts
+
+
+def _kept(run: runs.Run) -> int:
+  """Bytes a device keeps between the passes: the residuals of jax.vjp."""
+  from training import examples, objectives
+  config = run.config
+  objective = objectives.OBJECTIVES[config.objective]
+  batch = {key: jax.ShapeDtypeStruct(size, dtype) for key, (size, dtype)
+           in examples.shapes(config).items()}
+
+  def residuals(params, batch):
+    keys = {name: jax.random.key(0) for name in ('dropout', 'router')}
+    loss = lambda p: objective.loss(objective.apply(
+        run.module, p, batch, deterministic=False, rngs=keys), batch,
+        config)[0]
+    return jax.vjp(loss, params)[1]
+
+  with run.context():
+    kept = jax.eval_shape(residuals, run.abstract.params, batch)
+  weights = {x.shape for x in jax.tree.leaves(run.abstract.params)}
+  shards = math.prod(run.mesh.shape[a] for a in ('data', 'fsdp', 'expert'))
+  total = sum(x.size * jnp.dtype(x.dtype).itemsize
+              for x in jax.tree.leaves(kept)
+              if x.shape not in weights and hasattr(x, 'size')
+              and not jnp.issubdtype(x.dtype, jax.dtypes.extended))
+  return total // shards // config.train.grad_accumulation

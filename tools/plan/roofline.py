@@ -1,0 +1,59 @@
+"""The least time a step can take: by its products, by memory, by the network.
+
+Each of the three alone, at the published peak and perfectly overlapped with
+the others, so the largest is a bound from below, and the model FLOPs
+utilisation (MFU) at that time one from above. Real steps take longer.
+"""
+
+import math
+
+from training import peaks, runs
+from tools.plan.chips import Topology
+
+
+def peak_flops(topology: Topology, dtype: str) -> float:
+  """Returns the published FLOP/s of one device, as jax multiplies `dtype`."""
+  return peaks.flops(topology.chip.kind, dtype, topology.chip.cores)
+
+
+def times(topology: Topology, dtype: str, *, flops: float, hbm_bytes: float,
+          sent: float, sent_outside: float, model_flops: float) -> dict:
+  """Returns seconds a step, the bound and the highest MFU.
+
+  Args:
+    topology: whose figures to take.
+    dtype: of the products.
+    flops: of one device, recomputation included.
+    hbm_bytes: that one device reads and writes.
+    sent: bytes that a device sends within its slice or host.
+    sent_outside: likewise between slices or hosts.
+    model_flops: of one device, what the model needs and no more.
+  """
+  chip, peak = topology.chip, peak_flops(topology, dtype)
+  seconds = {'compute': flops / peak, 'hbm': hbm_bytes / chip.hbm_rate,
+             'network': sent / chip.links}
+  if sent_outside and chip.outside:
+    seconds['network_outside'] = sent_outside / chip.outside
+  bound = max(seconds, key=seconds.get)
+  step = seconds[bound]
+  return dict(
+      seconds=seconds, bound=bound, step_seconds=step,
+      highest_mfu=model_flops / peak / step if step else 0.0,
+      peak_flops=peak,
+      unknown=['network_outside'] if sent_outside and not chip.outside else [])
+
+
+def hbm_bytes(run: runs.Run, products: float, state: dict[str, int],
+              training: bool) -> float:
+  """Returns bytes that a device moves to and from its memory, at least: the
+  operands and results of its products once each, the weights (gathered) once
+  a pass, and in training the state read and written."""
+  c, shape = run.model, run.mesh.shape
+  passes = 1
+  if training:
+    passes = (2 + (c.remat == 'full')) * run.config.train.grad_accumulation
+  gathered = state['parameters'] / 4 * c.compute_dtype.itemsize * shape['fsdp']
+  moved = products / math.prod(shape.values()) + passes * gathered
+  if training:
+    moved += 2 * (state['parameters'] + state['optimizer'])
+  return moved
