@@ -39,10 +39,12 @@ class BERT(nn.Module):
                keep_layers: bool = False) -> Output:
     c = self.config
     chex.assert_rank(tokens_BL, 2)
+    in_order = positions_BL is None or segment_ids_BL is not None
     if positions_BL is None:
       positions_BL = jnp.arange(tokens_BL.shape[1])[None]
     ctx = Context(positions_BL, segment_ids_BL, tokens_BL=tokens_BL,
-                  deterministic=deterministic, keep_layers=keep_layers)
+                  in_order=in_order, deterministic=deterministic,
+                  keep_layers=keep_layers)
     x_BLD, table_DV = Embed(c, name='embed')(
         tokens_BL, positions_BL, type_ids_BL=type_ids_BL,
         deterministic=deterministic)

@@ -113,6 +113,9 @@ def _model() -> dict:
       block='pre_norm',  # pre_norm post_norm parallel sandwich
       # A pattern repeated over the layers, of: global banded.
       attention='global',
+      # Of whole sequences; decoding with a cache is always xla. auto: splash on
+      # TPU, cudnn on GPU, where they can. auto xla splash cudnn.
+      attention_kernel='auto',
       sliding_window=0,  # keys a banded layer sees, itself included
       attention_softcap=0.0,  # 0: none
       qk_norm=False,

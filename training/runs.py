@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 import ml_collections
 
 import architectures
-from architectures.parts import sharding
+from architectures.parts import kernels, sharding
 from architectures.parts.config import ModelConfig, one_of, require
 from architectures.parts.encoder_decoder import EncoderDecoder
 from architectures.parts.skeletons import Decoder
@@ -159,6 +159,7 @@ def start(config: ml_collections.ConfigDict, model: ModelConfig,
         slices=config.mesh.slices)
   devices.check(model, config.data.batch_size, config.train.grad_accumulation,
                 mesh.shape)
+  kernels.check(model, mesh.devices.flat[0].platform)
   module = architectures.build(model)
   tx = state_lib.optimizer(module, config.optim, config.train.steps)
   return Run(config, model, module, mesh, tx,

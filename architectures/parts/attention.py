@@ -15,6 +15,7 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
+from architectures.parts import kernels
 from architectures.parts import linear
 from architectures.parts import norms
 from architectures.parts import positions
@@ -38,6 +39,7 @@ class Context:
   memory_segment_ids_BM: Optional[jax.Array] = None
   tokens_BL: Optional[jax.Array] = None  # ids, for routers that hash them
   prefix_B: Optional[jax.Array] = None  # keys before it are seen by all
+  in_order: bool = struct.field(pytree_node=False, default=True)
   deterministic: bool = struct.field(pytree_node=False, default=True)
   keep_layers: bool = struct.field(pytree_node=False, default=False)
 
@@ -137,33 +139,13 @@ class Attention(nn.Module):
     if rotary:
       q_BLHK = positions.rotate(q_BLHK, ctx.positions_BL, c)
       k_BMJK = positions.rotate(k_BMJK, ctx.positions_BL, c)
-    k_positions_BM, k_segments_BM = ctx.positions_BL, ctx.segment_ids_BL
+    k_positions_BM = ctx.positions_BL
     if cache is not None and not self.cross:
       cache = cache.write(k_BMJK, v_BMJK, ctx.positions_BL)
       k_BMJK, v_BMJK = cache.key_BMJK, cache.value_BMJK
       k_positions_BM = jnp.arange(k_BMJK.shape[1])[None]
-    mask_BLM, bias_BHLM = None, ctx.bias_BHLM
-    if self.cross:
-      bias_BHLM = None
-      if ctx.memory_segment_ids_BM is not None:
-        ids_BL = ctx.segment_ids_BL
-        ids_BL = jnp.ones((1, 1), jnp.int32) if ids_BL is None else ids_BL
-        mask_BLM = ids_BL[:, :, None] == ctx.memory_segment_ids_BM[:, None]
-    else:
-      mask_BLM = visible(self.kind, c.sliding_window, ctx.positions_BL,
-                         k_positions_BM, ctx.segment_ids_BL, k_segments_BM,
-                         ctx.prefix_B)
-      if c.position == 'alibi':
-        bias_BHLM = positions.alibi(ctx.positions_BL, k_positions_BM,
-                                    c.num_heads)
-    sink_H = (linear.bias(self, 'sink', (c.num_heads,), ('heads',))
-              if c.attention_sinks else None)
-    # Scores are worked out again for the gradient: to keep them takes longer.
-    weigh = jax.checkpoint(
-        functools.partial(attend, scale=c.attention_scale,
-                          softcap=c.attention_softcap), prevent_cse=False)
-    o_BLHK = weigh(q_BLHK, k_BMJK, v_BMJK, mask_BLM=mask_BLM,
-                   bias_BHLM=bias_BHLM, sink_H=sink_H)
+    o_BLHK = self._weigh(q_BLHK, k_BMJK, v_BMJK, k_positions_BM, ctx,
+                         cached=cache is not None)
     o_BLHK = sharding.constrain(o_BLHK, 'batch', 'length', 'heads', 'head')
     out_HKD = linear.weight(self, 'out', (c.num_heads, c.head_dim, c.d_model),
                             ('heads', 'head', 'embed'), in_axes=(0, 1),
@@ -173,6 +155,54 @@ class Attention(nn.Module):
       y_BLD = linear.add_bias(
           y_BLD, linear.bias(self, 'out_bias', (c.d_model,), ('embed',)))
     return y_BLD, cache
+
+  def _weigh(self, q_BLHK, k_BMJK, v_BMJK, k_positions_BM, ctx, *, cached):
+    """Returns the weighted values, by the kernel that the config asks for."""
+    c = self.config
+    mask, seen_BLM, bias_BHLM = self._mask(k_positions_BM, ctx)
+    sink_H = (linear.bias(self, 'sink', (c.num_heads,), ('heads',))
+              if c.attention_sinks else None)
+    kernel = 'xla'
+    if not (cached or self.is_initializing()):
+      kernel = kernels.choose(c, mask, q_BLHK.shape[1], k_BMJK.shape[1])
+    if kernel == 'splash':
+      return kernels.splash(q_BLHK, k_BMJK, v_BMJK, mask, sink_H=sink_H,
+                            scale=c.attention_scale,
+                            softcap=c.attention_softcap)
+    if kernel == 'cudnn':
+      return kernels.cudnn(q_BLHK, k_BMJK, v_BMJK, mask, seen_BLM,
+                           scale=c.attention_scale)
+    # Scores are worked out again for the gradient: to keep them takes longer.
+    weigh = jax.checkpoint(
+        functools.partial(attend, scale=c.attention_scale,
+                          softcap=c.attention_softcap), prevent_cse=False)
+    return weigh(q_BLHK, k_BMJK, v_BMJK, mask_BLM=seen_BLM,
+                 bias_BHLM=bias_BHLM, sink_H=sink_H)
+
+  def _mask(self, k_positions_BM, ctx):
+    """Returns the mask as a kernel takes it and written out, and the bias."""
+    c, ids_BL = self.config, ctx.segment_ids_BL
+    if self.cross:
+      k_ids_BM, seen_BLM = ctx.memory_segment_ids_BM, None
+      if k_ids_BM is None:
+        ids_BL = None
+      else:
+        ids_BL = jnp.ones((1, 1), jnp.int32) if ids_BL is None else ids_BL
+        seen_BLM = ids_BL[:, :, None] == k_ids_BM[:, None]
+      return kernels.Mask(ids_BL, k_ids_BM), seen_BLM, None
+    seen_BLM = visible(self.kind, c.sliding_window, ctx.positions_BL,
+                       k_positions_BM, ids_BL, ids_BL, ctx.prefix_B)
+    bias_BHLM = ctx.bias_BHLM
+    if c.position == 'alibi':
+      bias_BHLM = positions.alibi(ctx.positions_BL, k_positions_BM,
+                                  c.num_heads)
+    banded = self.kind.attention == 'banded'
+    mask = kernels.Mask(
+        ids_BL, ids_BL, causal=self.kind.causal, in_order=ctx.in_order,
+        window=c.sliding_window if banded else 0,
+        prefix=self.kind.causal and ctx.prefix_B is not None,
+        bias=bias_BHLM is not None)
+    return mask, seen_BLM, bias_BHLM
 
   def _keys(self, x_BMD):
     """Returns keys and values of what is attended to."""

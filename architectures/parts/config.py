@@ -22,6 +22,7 @@ ATTENTIONS = ('global', 'banded')
 SINUSOIDS = ('interleaved', 'halves', 'fairseq')
 ROPE_SCALINGS = ('none', 'linear', 'ntk', 'llama3', 'yarn')
 INITS = ('normal', 'scaled_normal', 'fan_in')
+KERNELS = ('auto', 'xla', 'splash', 'cudnn')
 REMATS = ('none', 'full', 'dots')
 DTYPES = ('float32', 'bfloat16')
 ROUTERS = ('topk', 'switch', 'gshard', 'expert_choice', 'sigmoid', 'sinkhorn',
@@ -124,6 +125,7 @@ class ModelConfig:
   ffn: str
   block: str
   attention: str
+  attention_kernel: str
   sliding_window: int
   attention_softcap: float
   qk_norm: bool
@@ -227,6 +229,7 @@ def _validate(c: ModelConfig) -> None:
   one_of('model.block', c.block, BLOCKS)
   for kind in c.attention_pattern:
     one_of('model.attention', kind, ATTENTIONS)
+  one_of('model.attention_kernel', c.attention_kernel, KERNELS)
   one_of('model.rope.scaling', c.rope.scaling, ROPE_SCALINGS)
   one_of('model.init', c.init, INITS)
   one_of('model.remat', c.remat, REMATS)

@@ -73,11 +73,13 @@ class EncoderDecoder(nn.Module):
              keep_layers: bool = False) -> tuple[jax.Array, dict]:
     """Returns the memory [B, M, D] and aux."""
     chex.assert_rank(tokens_BM, 2)
+    in_order = positions_BM is None or segment_ids_BM is not None
     if positions_BM is None:
       positions_BM = jnp.arange(tokens_BM.shape[1])[None]
     x_BMD, _ = self.embed(tokens_BM, positions_BM, deterministic=deterministic)
     ctx = Context(positions_BM, segment_ids_BM, tokens_BL=tokens_BM,
-                  deterministic=deterministic, keep_layers=keep_layers)
+                  in_order=in_order, deterministic=deterministic,
+                  keep_layers=keep_layers)
     memory_BMD, _, aux = self.encoder(x_BMD, ctx)
     return memory_BMD, aux
 
@@ -94,14 +96,15 @@ class EncoderDecoder(nn.Module):
             'cache that was filled with one')
     require(cache is None or segment_ids_BL is None,
             'a cache holds one target a row: pass no decoder segment ids')
+    in_order = positions_BL is None or segment_ids_BL is not None
     if positions_BL is None:
       positions_BL = jnp.arange(tokens_BL.shape[1])[None]
     x_BLD, table_DV = self.embed(tokens_BL, positions_BL,
                                  deterministic=deterministic)
     ctx = Context(positions_BL, segment_ids_BL, memory_BMD=memory,
                   memory_segment_ids_BM=memory_segment_ids_BM,
-                  tokens_BL=tokens_BL, deterministic=deterministic,
-                  keep_layers=keep_layers)
+                  tokens_BL=tokens_BL, in_order=in_order,
+                  deterministic=deterministic, keep_layers=keep_layers)
     x_BLD, cache, aux = self.decoder(x_BLD, ctx, cache)
     return Output(x_BLD, self.head(table_DV), cache, aux, memory=memory)
 

@@ -34,16 +34,27 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   return nn.with_logical_constraint(x, axes)
 
 
-def shards(axis: str, size: int) -> int:
-  """Returns how many shards the mesh cuts `size` places of a logical axis
-  into; 1 without a mesh, or where it does not divide them."""
+def mesh_axes(axis: str) -> tuple[str, ...]:
+  """The mesh axes, of more than one device, that a logical axis lies on."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or not nn.get_logical_axis_rules():
-    return 1
+    return ()
   names = nn.logical_to_mesh_axes(check((axis,)))[0] or ()
   names = (names,) if isinstance(names, str) else names
-  count = math.prod(mesh.shape[name] for name in names)
-  return count if size % count == 0 else 1
+  return tuple(name for name in names if mesh.shape[name] > 1)
+
+
+def size(names: tuple[str, ...]) -> int:
+  """How many devices lie along mesh axes."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return math.prod(mesh.shape[name] for name in names)
+
+
+def shards(axis: str, places: int) -> int:
+  """Returns how many shards the mesh cuts `places` of a logical axis into; 1
+  without a mesh, or where it does not divide them."""
+  count = size(mesh_axes(axis))
+  return count if places % count == 0 else 1
 
 
 def constrain_if(x: jax.Array, *axes: str | None) -> jax.Array:

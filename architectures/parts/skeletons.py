@@ -256,11 +256,12 @@ class Decoder(nn.Module):
     chex.assert_rank(tokens_BL, 2)
     require(cache is None or segment_ids_BL is None,
             'a cache holds one document a row: pass no segment ids with it')
+    in_order = positions_BL is None or segment_ids_BL is not None
     if positions_BL is None:
       positions_BL = jnp.arange(tokens_BL.shape[1])[None]
     ctx = Context(positions_BL, segment_ids_BL, tokens_BL=tokens_BL,
-                  prefix_B=prefix_B, deterministic=deterministic,
-                  keep_layers=keep_layers)
+                  prefix_B=prefix_B, in_order=in_order,
+                  deterministic=deterministic, keep_layers=keep_layers)
     x_BLD, table_DV = Embed(c, name='embed')(
         tokens_BL, positions_BL, deterministic=deterministic)
     x_BLD, cache, aux = Stack(c, c.layer_pattern(), c.num_layers,
