@@ -30,3 +30,11 @@ os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '-1')
 os.environ['JAX_NUMPY_RANK_PROMOTION'] = 'raise'
 # Tokenised text: kept from one run of the tests to the next.
 os.environ.setdefault('ARCHETYPE_CACHE', str(_CACHE / 'archetype'))
+
+
+def pytest_collection_modifyitems(config, items):
+  """What is marked `product` takes half an hour: only where it is asked for."""
+  if 'product' not in config.option.markexpr:
+    left = [item for item in items if item.get_closest_marker('product')]
+    config.hook.pytest_deselected(items=left)
+    items[:] = [item for item in items if item not in left]
