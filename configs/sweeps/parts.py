@@ -20,7 +20,7 @@ def base():
   c.data.update(length=128, batch_size=16)
   c.train.steps = 300
   c.optim.update(lr=4e-3, warmup_steps=30)
-  c.eval.update(every_steps=100, batches=16)
+  c.eval.update(every_steps=25, batches=16)
   c.checkpoint.update(every_steps=150, keep=1)
   return c
 
