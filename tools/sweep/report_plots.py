@@ -115,7 +115,8 @@ def forest(rows, width: int = 900) -> str:
   low, high = min([0.0, *ends]), max([0.0, *ends])
   room = (high - low) * 0.05 or 0.01
   low, high = low - room, high + room
-  left, height = 200, 26 * len(rows) + 56
+  left = 24 + min(7 * max(len(r.point.name) for r in rows), width // 2)
+  height = 26 * len(rows) + 56
   at = lambda v: left + (v - low) / (high - low) * (width - left - 20)
   parts = [f'<svg class="forest" viewBox="0 0 {width} {height}" role="img" '
            'aria-label="differences from the base">']
