@@ -53,7 +53,8 @@ def initialize(coordinator: str = '', num_processes: int = 0,
         coordinator, num_processes, process_id,
         cluster_detection_method='deactivate',
         # JAX's default listens on every interface.
-        coordinator_bind_address=coordinator if process_id == 0 else None,
+        coordinator_bind_address=os.environ.get(
+            'JAX_COORDINATOR_BIND_ADDRESS', coordinator),
         heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
   _watch()
 

@@ -60,10 +60,21 @@ def check(config: ml_collections.ConfigDict) -> None:
   one_of('mesh.rules', config.mesh.rules, tables.RULES)
   optimizers.check(config.optim)
   metrics.check(config.log)
+  _check_objective(config.objective,
+                   architectures.build(_without_tokenizer(config)))
+
+
+def resolve_alone(config: ml_collections.ConfigDict) -> ModelConfig:
+  """Returns the model config where the tokenizer is not at hand: all but its
+  vocabulary is as in the run."""
+  return architectures.resolve(_without_tokenizer(config))
+
+
+def _without_tokenizer(config) -> dict[str, Any]:
   model = config.model.to_dict()
   for name in DERIVED:  # stand-ins: the real ones come with the tokenizer
     model[name] = model[name] or max(config.data.length, 1)
-  _check_objective(config.objective, architectures.build(model))
+  return model
 
 
 def _check_objective(name: str, module: nn.Module) -> None:

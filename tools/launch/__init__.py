@@ -1,1 +1,1 @@
-"""Starting a run on a cluster, each with --dry_run."""
+"""Starting a run as several processes: here, or on a cluster."""

@@ -1,0 +1,72 @@
+"""One process of a test of several: runs train.py's main once or more.
+
+  python -m tests.pod_worker JSON: {"runs": [[words of train.py], ...],
+      "faults": [{"folder": F, "process": 1, "step": 4, "kind": "kill"}, ...]}
+
+Several runs in one process save what costs most in a test: the imports. A
+fault happens at the end of its step, once: a file in its folder says so, and
+holds the time. While a run goes on, prints how often the processes have
+exchanged figures.
+"""
+
+import json
+import os
+import pathlib
+import signal
+import sys
+import time
+
+from absl import flags
+import jax
+
+import train
+from training import processes, signals, watch
+
+
+def _fault(fault: dict) -> None:
+  marker = pathlib.Path(fault['folder']) / f'fault-{fault["kind"]}'
+  if fault['process'] != jax.process_index() or marker.exists():
+    return
+  marker.write_text(str(time.time()))
+  if fault['kind'] == 'raise':
+    raise RuntimeError('raised on purpose')
+  os.kill(os.getpid(), {'kill': signal.SIGKILL, 'term': signal.SIGTERM}[
+      fault['kind']])
+
+
+def _watch_steps(faults: list[dict]) -> None:
+  """Lets each fault happen, and counts exchanges, at the end of each step."""
+  agreed, slowest = signals.Stop.agreed, watch.slowest
+  exchanges = []
+
+  def count(figures, *args):
+    exchanges.append(1)
+    return slowest(figures, *args)
+
+  def at_step(stop, step):
+    print(f'exchanges before the end of step {step}: {len(exchanges)}')
+    for fault in faults:
+      if (fault['step'], fault['workdir']) == (step, flags.FLAGS.workdir):
+        _fault(fault)
+    return agreed(stop, step)
+
+  watch.slowest, signals.Stop.agreed = count, at_step
+
+
+def main():
+  given = json.loads(sys.argv[1])
+  _watch_steps(given['faults'])
+  for words in given['runs']:
+    flags.FLAGS.unparse_flags()
+    sys.argv = ['train.py', *words]
+    code = train.main()
+    print(f'exit code {code}', flush=True)
+    # Joined for good.
+    processes.initialize = lambda *_: None
+    processes.meet = lambda: None
+  return 0
+
+
+if __name__ == '__main__':
+  from training import cli
+  cli.run(main)

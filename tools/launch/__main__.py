@@ -1,0 +1,53 @@
+r"""Starts a run as several processes: here, on SLURM, GKE or TPU VMs.
+
+  python -m tools.launch local --processes=2 \
+      --config configs/gpt.py --workdir runs/a
+  python -m tools.launch slurm --nodes=4 --gpus=8 \
+      --config configs/gpt.py:gpt2 --workdir runs/b --dry_run
+  python -m tools.launch gke --topology=v5e:4x4 --slices=2 --image=IMAGE \
+      --queue=QUEUE --config configs/mixtral.py:8x7b --workdir gs://BUCKET/c
+  python -m tools.launch tpu_vm --tpu=POD --zone=ZONE \
+      --config configs/gpt.py:gpt2 --workdir gs://BUCKET/d
+
+What is not a flag of the place goes to train.py. The config and its mesh are
+checked here, against the devices there, before anything is started; --dry_run
+prints what would be. A place's own flags: `python -m tools.launch local
+--help`.
+
+A run that was stopped by a signal (a preemption, a time limit) has saved; it
+exits with 75 there (train.py --stopped_exit_code), and is started again, as
+often as it takes. One that failed is, --max_restarts times; one that was a
+wrong request (exit code 2) never. Ctrl-C here, scancel or kubectl delete end
+it for good.
+"""
+
+import importlib
+import sys
+
+from absl import flags
+
+from training import cli
+
+PLACES = ('local', 'slurm', 'gke', 'tpu_vm')
+
+
+def main():
+  place = sys.argv[1] if len(sys.argv) > 1 else ''
+  if place in ('', '--help', '-h'):
+    print(__doc__.strip())
+    return 0 if place else 2
+  if place not in PLACES:
+    raise ValueError(f'{place!r} is no place to launch on: choose from '
+                     f'{", ".join(PLACES)}')
+  module = importlib.import_module(f'tools.launch.{place}')
+  from tools.launch import job
+  job.define(module.FLAGS)
+  flags.adopt_module_key_flags(job)
+  argv = [sys.argv[0], *sys.argv[2:]]
+  cli.parse(module.__doc__, argv)
+  args = flags.FLAGS
+  return module.launch(job.make(argv, *module.size(args)), args)
+
+
+if __name__ == '__main__':
+  cli.run(main)

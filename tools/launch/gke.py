@@ -1,0 +1,205 @@
+r"""Starts a run on GKE: a JobSet, queued by Kueue, shows process 0.
+
+  python -m tools.launch gke --topology=v5e:4x4 --slices=2 --image=IMAGE \
+      --queue=QUEUE --config configs/mixtral.py:8x7b --workdir gs://BUCKET/a
+  python -m tools.launch gke --gpu=nvidia-h100-mega-80gb:8 --nodes=4 \
+      --image=IMAGE --pvc=CLAIM:/data --config configs/gpt.py --workdir /data/a
+
+The image holds this repository in its working directory. Needs JobSet 0.10 or
+later, which can tell one exit code from another. A preempted run is started
+again as a whole, and so is a failed one, --max_restarts times.
+"""
+
+import math
+import subprocess
+
+from tools.launch import job as job_lib
+
+# (kind, name, default, what it says).
+FLAGS = (
+    ('string', 'topology', '', 'TPU:AxB or TPU:AxBxC, as v5p:4x4x8.'),
+    ('integer', 'slices', 1, 'Of this topology.'),
+    ('integer', 'chips_per_host', 0,
+     'Default: 4, or all of a smaller topology.'),
+    ('string', 'gpu', '',
+     'GKE\'s name of the GPU, and how many a node has: nvidia-h100-80gb:8.'),
+    ('integer', 'nodes', 1, 'Of GPUs.'),
+    ('string', 'image', '', 'The container image.'),
+    ('string', 'queue', '', 'Kueue\'s local queue; none: not queued.'),
+    ('string', 'priority', '', 'Kueue\'s workload priority class.'),
+    ('string', 'namespace', 'default', 'Of Kubernetes.'),
+    ('string', 'pvc', '', 'CLAIM:/PATH, a volume that all pods mount.'),
+    ('bool', 'spot', False, 'On spot nodes.'),
+    ('integer', 'grace_seconds', 300, 'Between SIGTERM and SIGKILL.'),
+    ('bool', 'tail', True, 'Show the output of process 0.'),
+)
+
+# https://cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus:
+# the name of the node label, and the devices that JAX sees of a chip.
+TPUS = {
+    'v4': ('tpu-v4-podslice', 1),
+    'v5e': ('tpu-v5-lite-podslice', 1),
+    'v5p': ('tpu-v5p-slice', 1),
+    'v6e': ('tpu-v6e-slice', 1),
+    'tpu7x': ('tpu7x', 2),
+}
+PORT = 8476
+CONTAINER = 'train'
+
+
+def size(args) -> tuple[int, int]:
+  """Returns the number of devices, and of slices."""
+  if bool(args.topology) == bool(args.gpu):
+    raise ValueError('pass one of --topology (TPUs) and --gpu')
+  if not args.image:
+    raise ValueError('pass --image, a container image with this repository as '
+                     'its working directory')
+  job_lib.positive(args, 'slices', 'nodes', 'grace_seconds')
+  if args.gpu:
+    return args.nodes * _gpu(args)[1], 1
+  kind, shape = _topology(args)
+  return math.prod(shape) * args.slices * TPUS[kind][1], args.slices
+
+
+def launch(job: job_lib.Job, args) -> int:
+  import yaml
+  text = yaml.safe_dump(jobset(job, args), sort_keys=False)
+  if job.dry_run:
+    print(text + '# would be given to: kubectl apply -f -')
+    return 0
+  subprocess.run(['kubectl', 'apply', '-f', '-'], input=text, text=True,
+                 check=True)
+  print(f'to end it: kubectl delete jobset {job.name} -n {args.namespace}',
+        flush=True)
+  if args.tail:
+    which = ','.join((f'jobset.sigs.k8s.io/jobset-name={job.name}',
+                      'jobset.sigs.k8s.io/job-index=0',
+                      'batch.kubernetes.io/job-completion-index=0'))
+    where = ['-n', args.namespace, '-l', which]
+    subprocess.run(['kubectl', 'wait', 'pod', '--for=condition=Ready',
+                    '--timeout=-1s', *where], check=True)
+    subprocess.run(['kubectl', 'logs', '-f', *where], check=False)
+  return 0
+
+
+def _topology(args) -> tuple[str, list[int]]:
+  text = args.topology
+  kind, _, shape = text.partition(':')
+  if kind not in TPUS or not all(n.isdecimal() for n in shape.split('x')):
+    raise ValueError(f'--topology is {text!r}: choose {", ".join(TPUS)} with '
+                     'its chips, as v5e:4x4 or v5p:4x4x8')
+  return kind, [int(n) for n in shape.split('x')]
+
+
+def _gpu(args) -> tuple[str, int]:
+  text = args.gpu
+  kind, _, count = text.partition(':')
+  if not kind or not count.isdecimal() or not int(count):
+    raise ValueError(f'--gpu is {text!r}: choose GKE\'s name of it and how '
+                     'many a node has, as nvidia-h100-80gb:8')
+  return kind, int(count)
+
+
+def jobset(job: job_lib.Job, args) -> dict:
+  """Returns the manifest."""
+  job_lib.require_shared(job, 'a bucket (gs://BUCKET/NAME), or a path under '
+                         'that of --pvc')
+  labels = {}
+  if args.queue:
+    labels['kueue.x-k8s.io/queue-name'] = args.queue
+  if args.priority:
+    labels['kueue.x-k8s.io/priority-class'] = args.priority
+  return {
+      'apiVersion': 'jobset.x-k8s.io/v1alpha2', 'kind': 'JobSet',
+      'metadata': {
+          'name': job.name, 'namespace': args.namespace, 'labels': labels,
+          # Each slice has a node pool for itself.
+          'annotations': {} if args.gpu else {
+              'alpha.jobset.sigs.k8s.io/exclusive-topology':
+                  'cloud.google.com/gke-nodepool'}},
+      'spec': {
+          'failurePolicy': {
+              'maxRestarts': job.max_restarts, 'rules': _jobset_rules()},
+          'network': {'enableDNSHostnames': True,
+                      'publishNotReadyAddresses': True},
+          'replicatedJobs': [{
+              'name': 'slice', 'replicas': 1 if args.gpu else args.slices,
+              'template': {'spec': _job_spec(job, args)}}]}}
+
+
+# Of a Job, by exit code; what no rule matches is a failure like any other.
+_POD_RULES = (
+    {'action': 'FailJob', 'onExitCodes': {
+        'containerName': CONTAINER, 'operator': 'In', 'values': [2]}},
+    {'action': 'FailJob', 'onExitCodes': {
+        'containerName': CONTAINER, 'operator': 'In',
+        'values': [job_lib.STOPPED]}},
+    {'action': 'FailJob', 'onPodConditions': [
+        {'type': 'DisruptionTarget', 'status': 'True'}]},
+)
+
+
+def _jobset_rules() -> list[dict]:
+  """Returns what a failed Job means, told by the rule above that matched."""
+  return [
+      {'name': 'wrongRequest', 'action': 'FailJobSet',
+       'onJobFailureReasons': ['PodFailurePolicy'],
+       'onJobFailureMessagePatterns': ['matching FailJob rule at index 0$']},
+      {'name': 'preempted', 'action': 'RestartJobSetAndIgnoreMaxRestarts',
+       'onJobFailureReasons': ['PodFailurePolicy'],
+       'onJobFailureMessagePatterns': [
+           'matching FailJob rule at index [12]$']}]
+
+
+def _job_spec(job: job_lib.Job, args) -> dict:
+  if args.gpu:
+    kind, per_host = _gpu(args)
+    hosts, resource = args.nodes, 'nvidia.com/gpu'
+    nodes = {'cloud.google.com/gke-accelerator': kind}
+  else:
+    kind, shape = _topology(args)
+    chips, resource = math.prod(shape), 'google.com/tpu'
+    per_host = args.chips_per_host or min(4, chips)
+    if chips % per_host:
+      raise ValueError(f'--chips_per_host is {per_host}, which does not divide '
+                       f'the {chips} chips of --topology {args.topology}')
+    hosts = chips // per_host
+    nodes = {'cloud.google.com/gke-tpu-accelerator': TPUS[kind][0],
+             'cloud.google.com/gke-tpu-topology': 'x'.join(map(str, shape))}
+  if args.spot:
+    nodes['cloud.google.com/gke-spot'] = 'true'
+  pod = {
+      'restartPolicy': 'Never', 'nodeSelector': nodes,
+      'terminationGracePeriodSeconds': args.grace_seconds,
+      'containers': [{
+          'name': CONTAINER, 'image': args.image,
+          # Not through a shell: SIGTERM is for train.py.
+          'command': [*job.words, *([] if args.gpu else ['--cluster'])],
+          'env': [{'name': k, 'value': v} for k, v in job.env.items()]
+                 + (_gpu_env(job, hosts) if args.gpu else []),
+          'resources': {'limits': {resource: per_host}}}]}
+  if args.pvc:
+    claim, _, path = args.pvc.partition(':')
+    pod['volumes'] = [{'name': 'shared',
+                       'persistentVolumeClaim': {'claimName': claim}}]
+    pod['containers'][0]['volumeMounts'] = [
+        {'name': 'shared', 'mountPath': path}]
+  return {'parallelism': hosts, 'completions': hosts,
+          'completionMode': 'Indexed', 'backoffLimit': 0,
+          'podFailurePolicy': {'rules': list(_POD_RULES)},
+          'template': {'spec': pod}}
+
+
+def _gpu_env(job: job_lib.Job, hosts: int) -> list[dict]:
+  """Returns who a pod is; TPU pods hear it from GKE (--cluster)."""
+  def field(name, path):
+    return {'name': name, 'valueFrom': {'fieldRef': {'fieldPath': path}}}
+  return [
+      field('POD_IP', 'status.podIP'),
+      field('JAX_PROCESS_ID', "metadata.annotations['batch.kubernetes.io/"
+            "job-completion-index']"),
+      {'name': 'JAX_NUM_PROCESSES', 'value': str(hosts)},
+      {'name': 'JAX_COORDINATOR_ADDRESS',
+       'value': f'{job.name}-slice-0-0.{job.name}:{PORT}'},
+      # Its own name may not be known yet when process 0 listens on it.
+      {'name': 'JAX_COORDINATOR_BIND_ADDRESS', 'value': f'$(POD_IP):{PORT}'}]

@@ -1,0 +1,150 @@
+"""What every place starts: train.py's words, checked, and its environment."""
+
+import dataclasses
+import pathlib
+import re
+import shlex
+
+from absl import flags
+from ml_collections import config_flags
+
+from training import cli
+
+STOPPED = 75  # the exit code of a run that has more to do
+
+config_flags.DEFINE_config_file(
+    'config', help_string='A file of configs/ and its size, FILE.py:SIZE; any '
+    'field is a flag: --config.optim.lr=3e-4.')
+cli.define_workdir()
+flags.DEFINE_string('profile_steps', '', 'See train.py.')
+flags.DEFINE_bool('allow_config_change', False, 'See train.py.')
+flags.DEFINE_bool('dry_run', False, 'Print what would be done; do nothing.')
+flags.DEFINE_integer('max_restarts', 3, 'After failures; a run that was '
+                     'preempted is always started again.')
+flags.DEFINE_string('compile_cache', '', 'Where compiled programs are kept, '
+                    'for all processes; default: jax_cache beside the workdir.')
+flags.DEFINE_string('logs', '', 'Where the output of each process goes; '
+                    'default: logs in the workdir.')
+
+# Of the flags, those that are train.py's own.
+_OF_TRAIN = ('config', 'workdir', 'profile_steps', 'allow_config_change')
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """A run to launch.
+
+  Attributes:
+    name: of letters, digits and dashes.
+    words: the command: python, train.py and its flags.
+    workdir: of the run.
+    logs: the folder of the processes' output.
+    env: what each process finds in its environment, beside who it is.
+    max_restarts: after failures.
+    dry_run: only print.
+  """
+  name: str
+  words: tuple[str, ...]
+  workdir: str
+  logs: str
+  env: dict[str, str]
+  max_restarts: int
+  dry_run: bool
+
+  @property
+  def command(self) -> str:
+    return shlex.join(self.words)
+
+
+def make(argv: list[str], num_devices: int, slices: int = 1) -> Job:
+  """Returns the job that the flags describe.
+
+  Args:
+    argv: the command line, parsed already.
+    num_devices: of all processes; 0: not known here.
+    slices: of them.
+
+  Raises:
+    ValueError: where train.py would refuse it, as far as can be seen here.
+  """
+  args = flags.FLAGS
+  if args.config is None or not args.workdir:
+    raise ValueError('pass both --config FILE.py:SIZE and --workdir DIR')
+  if args.max_restarts < 0:
+    raise ValueError(f'--max_restarts is {args.max_restarts}: choose 0 or more')
+  _check(args.config, num_devices, slices)
+  workdir = args.workdir.rstrip('/')
+  parent = workdir.rpartition('/')[0] or '.'
+  return Job(
+      name=_name(workdir.rpartition('/')[2]),
+      words=('python', '-u', 'train.py', *_train_words(argv),
+             f'--stopped_exit_code={STOPPED}'),
+      workdir=workdir, logs=args.logs or f'{workdir}/logs',
+      env={
+          'JAX_COMPILATION_CACHE_DIR':
+              args.compile_cache or f'{parent}/jax_cache',
+          # JAX leaves out what compiles within a second.
+          'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'},
+      max_restarts=args.max_restarts, dry_run=args.dry_run)
+
+
+def _name(text: str) -> str:
+  """Returns what every place takes as a name: a DNS label."""
+  name = re.sub('[^a-z0-9]+', '-', text.lower()).strip('-')[:40].strip('-')
+  return name if name[:1].isalpha() else f'run-{name}'.rstrip('-')
+
+
+def _check(config, num_devices: int, slices: int) -> None:
+  """Refuses a config that cannot run, and a mesh that does not fit."""
+  from training import devices, runs
+  runs.check(config)
+  if not num_devices:
+    return
+  shape = devices.mesh_shape(config.mesh, num_devices)
+  devices.check(runs.resolve_alone(config), config.data.batch_size,
+                config.train.grad_accumulation, shape)
+  if shape['data'] % slices:
+    raise ValueError(f'mesh.data is {shape["data"]}, which the {slices} slices '
+                     f'do not divide: choose a multiple of {slices}')
+
+
+def _train_words(argv: list[str]) -> list[str]:
+  """Returns the words of the command line that are train.py's, each as
+  --name=value."""
+  words, rest = [], list(argv[1:])
+  while rest:
+    name, equals, value = rest.pop(0).lstrip('-').partition('=')
+    flag = flags.FLAGS[name] if name in flags.FLAGS else None
+    if not equals and flag is not None and not flag.boolean:
+      equals, value = '=', rest.pop(0)
+    if name.split('.')[0].removeprefix('no') in _OF_TRAIN:
+      words.append(f'--{name}{equals}{value}')
+  return words
+
+
+def require_shared(job: Job, places: str) -> None:
+  """Raises ValueError where the hosts would each have their own workdir."""
+  if '://' not in job.workdir and not pathlib.PurePath(
+      job.workdir).is_absolute():
+    raise ValueError(f'--workdir is {job.workdir!r}, and every host must find '
+                     f'it at the same place: choose {places}')
+
+
+def exports(env: dict[str, str]) -> str:
+  """Returns the environment as lines of a shell script."""
+  return '\n'.join(f'export {name}={shlex.quote(value)}'
+                   for name, value in env.items())
+
+
+def define(table, args: flags.FlagValues = flags.FLAGS) -> None:
+  """Defines the flags of a place: only of the one that is launched on, since
+  some of them have flags of the same name."""
+  for kind, name, default, text in table:
+    getattr(flags, f'DEFINE_{kind}')(name, default, text, flag_values=args)
+
+
+def positive(args: flags.FlagValues, *names: str) -> None:
+  """Raises ValueError where one of these flags is below 1."""
+  for name in names:
+    if args[name].value < 1:
+      raise ValueError(f'--{name} is {args[name].value}: choose 1 or more')

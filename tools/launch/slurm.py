@@ -1,0 +1,140 @@
+r"""Starts a run on SLURM: writes a batch script, submits it, shows process 0.
+
+  python -m tools.launch slurm --nodes=4 --setup='. .venv/bin/activate' \
+      --sbatch='--partition=a100 --time=24:00:00 --mem=0' \
+      --config configs/gpt.py:gpt2-xl --workdir runs/a --dry_run
+
+One process a node by default, with all of its GPUs; --per_gpu: one a GPU.
+Before the time limit, and at a preemption, the run saves and its job is queued
+again. The workdir must be on storage that all nodes share. The script lies in
+WORKDIR/logs, with the output of each process.
+"""
+
+import os
+import pathlib
+import shlex
+import subprocess
+import sys
+
+from tools.launch import job as job_lib
+
+# (kind, name, default, what it says).
+FLAGS = (
+    ('integer', 'nodes', 1, 'How many.'),
+    ('integer', 'gpus', 8, 'GPUs of each node; 0: run on its CPU.'),
+    ('bool', 'per_gpu', False, 'One process for each GPU.'),
+    ('integer', 'grace_seconds', 300,
+     'The run is told to save so long before the time limit.'),
+    ('string', 'setup', '', 'A line of shell that each node runs first.'),
+    ('string', 'sbatch', '', 'More options of sbatch, in one string.'),
+    ('bool', 'tail', True, 'Show the output of process 0.'),
+)
+
+# The port follows from the job's number, so that two jobs may share a node.
+_SCRIPT = r'''#!/bin/bash
+{directives}
+
+# Written by python -m tools.launch slurm.
+cd {folder} || exit 1
+logs={logs}
+mkdir -p "$logs"
+{setup}
+{exports}
+nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+port=$((61000 + SLURM_JOB_ID % 4000))
+export JAX_COORDINATOR_ADDRESS="${{nodes%%$'\n'*}}:$port"
+export JAX_NUM_PROCESSES={processes}
+
+# SIGTERM is for the processes, who save; this script must outlive them.
+trap 'echo "SIGTERM: the processes save and leave"' TERM
+# --kill-on-bad-exit=0: the processes end each other, with a sentence, and what
+# has not joined them yet is ended by --wait.
+# shellcheck disable=SC2016 # the variables are those of each process
+srun --kill-on-bad-exit=0 --wait=60 --output="$logs/process-%t.log" \
+  bash -c 'export JAX_PROCESS_ID=$SLURM_PROCID{local_devices}; exec "$@"' \
+  process {command} &
+step=$!
+while true; do
+  wait "$step"
+  code=$?
+  kill -0 "$step" 2>/dev/null || break
+done
+
+failures=$(cat "$logs/failures" 2>/dev/null || echo 0)
+case $code in
+  0)
+    echo 'complete'
+    rm -f "$logs/failures"
+    ;;
+  {stopped})
+    echo 'stopped before the last step: queued again'
+    scontrol requeue "$SLURM_JOB_ID"
+    ;;
+  2)
+    echo "a wrong request: see $logs/process-0.log"
+    ;;
+  *)
+    echo $((failures + 1)) >"$logs/failures"
+    if [ "$failures" -lt {max_restarts} ]; then
+      echo "failed with exit code $code: queued again"
+      scontrol requeue "$SLURM_JOB_ID"
+    else
+      echo "failed with exit code $code: giving up"
+    fi
+    ;;
+esac
+exit "$code"
+'''
+
+
+def size(args) -> tuple[int, int]:
+  """Returns the number of devices, and of slices."""
+  job_lib.positive(args, 'nodes', 'grace_seconds')
+  if args.gpus < 0:
+    raise ValueError(f'--gpus is {args.gpus}: choose 0 or more')
+  if args.per_gpu and not args.gpus:
+    raise ValueError('--per_gpu asks for a process for each GPU, and --gpus '
+                     'is 0: choose 1 or more')
+  return args.nodes * max(args.gpus, 1), 1
+
+
+def launch(job: job_lib.Job, args) -> int:
+  text = script(job, args)
+  path = pathlib.Path(job.logs) / 'job.sh'
+  if job.dry_run:
+    print(text + f'\n# would be written to {path}, and then: sbatch {path}')
+    return 0
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(text)
+  log = path.with_name('process-0.log')
+  log.touch()
+  number = subprocess.run(['sbatch', '--parsable', path], check=True,
+                          stdout=subprocess.PIPE, text=True).stdout.strip()
+  print(f'job {number}; its output: {path.parent}; to end it: '
+        f'scancel {number}', flush=True)
+  if args.tail:
+    try:
+      subprocess.run(['tail', '-n', '0', '-F', log], check=False)
+    except KeyboardInterrupt:
+      print(f'job {number} goes on', file=sys.stderr)
+  return 0
+
+
+def script(job: job_lib.Job, args) -> str:
+  """Returns the batch script."""
+  per_node = args.gpus if args.per_gpu else 1
+  directives = [
+      f'--job-name={job.name}', f'--nodes={args.nodes}',
+      f'--ntasks-per-node={per_node}',
+      *([f'--gpus-per-node={args.gpus}'] if args.gpus else []),
+      f'--signal=TERM@{args.grace_seconds}', '--requeue', '--open-mode=append',
+      f'--output={os.path.abspath(job.logs)}/job.log',
+      *shlex.split(args.sbatch)]
+  return _SCRIPT.format(
+      directives='\n'.join(f'#SBATCH {option}' for option in directives),
+      folder=shlex.quote(os.getcwd()), logs=shlex.quote(job.logs),
+      setup=args.setup, exports=job_lib.exports(job.env),
+      processes=args.nodes * per_node,
+      local_devices=' JAX_LOCAL_DEVICE_IDS=$SLURM_LOCALID' * args.per_gpu,
+      command=job.command, stopped=job_lib.STOPPED,
+      max_restarts=job.max_restarts)
