@@ -12,7 +12,6 @@ import time
 
 from absl import flags
 import pytest
-import yaml
 
 from tools.launch import gke, job, local, slurm, tpu_vm
 
@@ -46,8 +45,8 @@ def args_of(module, *words):
   return args
 
 
-@pytest.fixture(name='a_job')
-def _a_job(tmp_path):
+@pytest.fixture
+def a_job(tmp_path):
   def make(codes, workdir=None, **changes):
     (tmp_path / 'program.py').write_text(textwrap.dedent(PROGRAM))
     (tmp_path / 'codes').write_text(codes)
@@ -313,117 +312,6 @@ def test_one_slice_has_no_megascale(tpu_run, tmp_path):
       tmp_path / 'gcloud').read_text()
 
 
-# GKE.
-
-
-# What the API has, of what we use: a tuple is a list of such, a set the words
-# that a string may be, dict[str] any names. After the CRD of JobSet 0.10 and
-# Kubernetes' batch/v1 and core/v1.
-_ENV = dict(name=str, value=str,
-            valueFrom=dict(fieldRef=dict(fieldPath=str)))
-_POD = dict(
-    restartPolicy={'Never'}, nodeSelector={str: str},
-    terminationGracePeriodSeconds=int,
-    volumes=(dict(name=str, persistentVolumeClaim=dict(claimName=str)),),
-    containers=(dict(
-        name=str, image=str, command=(str,), env=(_ENV,),
-        resources=dict(limits={str: int}),
-        volumeMounts=(dict(name=str, mountPath=str),)),))
-_RULE = dict(
-    action={'FailJob', 'Ignore', 'Count', 'FailIndex'},
-    onExitCodes=dict(containerName=str, operator={'In', 'NotIn'},
-                     values=(int,)),
-    onPodConditions=(dict(type=str, status={'True', 'False', 'Unknown'}),))
-SCHEMA = dict(
-    apiVersion={'jobset.x-k8s.io/v1alpha2'}, kind={'JobSet'},
-    metadata=dict(name=str, namespace=str, labels={str: str},
-                  annotations={str: str}),
-    spec=dict(
-        failurePolicy=dict(maxRestarts=int, rules=(dict(
-            name=str, action={'FailJobSet', 'RestartJobSet',
-                              'RestartJobSetAndIgnoreMaxRestarts'},
-            onJobFailureReasons=(str,), onJobFailureMessagePatterns=(str,)),)),
-        network=dict(enableDNSHostnames=bool, publishNotReadyAddresses=bool),
-        replicatedJobs=(dict(name=str, replicas=int, template=dict(spec=dict(
-            parallelism=int, completions=int, completionMode={'Indexed'},
-            backoffLimit=int, podFailurePolicy=dict(rules=(_RULE,)),
-            template=dict(spec=_POD)))),)))
-
-
-def valid(value, schema, where=''):
-  if isinstance(schema, dict):
-    assert isinstance(value, dict), where
-    for key, inner in value.items():
-      assert isinstance(key, str) and (key in schema or str in schema), (
-          f'{where}.{key}')
-      valid(inner, schema.get(key, schema.get(str)), f'{where}.{key}')
-  elif isinstance(schema, tuple):
-    assert isinstance(value, list), where
-    for i, inner in enumerate(value):
-      valid(inner, schema[0], f'{where}[{i}]')
-  elif isinstance(schema, set):
-    assert value in schema, f'{where}: {value!r}'
-  else:
-    assert type(value) is schema, f'{where}: {value!r}'
-
-
-def manifest(a_job, *words, **changes):
-  args = args_of(gke, '--image=i:1', *words)
-  gke.size(args)
-  made = gke.jobset(a_job('0', **dict(workdir='gs://b/run') | changes), args)
-  read = yaml.safe_load(yaml.safe_dump(made))
-  assert read == made
-  valid(read, SCHEMA)
-  return read
-
-
-def test_gke_slices_of_tpus(a_job):
-  made = manifest(a_job, '--topology=v5e:4x4', '--slices=2', '--queue=q')
-  assert made['metadata']['labels'] == {'kueue.x-k8s.io/queue-name': 'q'}
-  [slices] = made['spec']['replicatedJobs']
-  assert slices['replicas'] == 2
-  spec = slices['template']['spec']
-  assert spec['parallelism'] == spec['completions'] == 4  # hosts of 4 chips
-  pod = spec['template']['spec']
-  assert pod['nodeSelector'] == {
-      'cloud.google.com/gke-tpu-accelerator': 'tpu-v5-lite-podslice',
-      'cloud.google.com/gke-tpu-topology': '4x4'}
-  [container] = pod['containers']
-  assert container['resources'] == {'limits': {'google.com/tpu': 4}}
-  assert container['command'][-1] == '--cluster'
-
-
-def test_gke_gpus_are_told_who_they_are(a_job):
-  made = manifest(a_job, '--gpu=nvidia-h100-80gb:8', '--nodes=3', '--spot',
-                  '--pvc=claim:/data', workdir='/data/run')
-  spec = made['spec']['replicatedJobs'][0]['template']['spec']
-  assert spec['parallelism'] == 3
-  pod = spec['template']['spec']
-  assert pod['volumes'][0]['persistentVolumeClaim'] == {'claimName': 'claim'}
-  env = {e['name']: e.get('value') for e in pod['containers'][0]['env']}
-  assert env['JAX_COORDINATOR_ADDRESS'] == 'a-run-slice-0-0.a-run:8476'
-  assert env['JAX_NUM_PROCESSES'] == '3' and 'JAX_PROCESS_ID' in env
-  assert '--cluster' not in pod['containers'][0]['command']
-
-
-@pytest.mark.parametrize('code, action', [
-    (2, 'FailJobSet'), (75, 'RestartJobSetAndIgnoreMaxRestarts'), (1, None)])
-def test_gke_tells_exit_codes_apart(a_job, code, action):
-  """As Kubernetes does: the first rule that matches is named in the message,
-  which JobSet's rules read."""
-  made = manifest(a_job, '--topology=v6e:2x2')
-  job_spec = made['spec']['replicatedJobs'][0]['template']['spec']
-  index = next((i for i, r in enumerate(job_spec['podFailurePolicy']['rules'])
-                if code in r.get('onExitCodes', {}).get('values', [])), None)
-  assert (index is None) == (action is None)
-  message = (f'Container train for pod default/a failed with exit code {code} '
-             f'matching FailJob rule at index {index}')
-  found = [r['action'] for r in made['spec']['failurePolicy']['rules']
-           if any(re.search(p, message)
-                  for p in r['onJobFailureMessagePatterns'])]
-  assert found[:1] == ([action] if action else [])
-
-
 # Before anything is started.
 
 
@@ -440,11 +328,6 @@ def test_what_no_place_has_is_refused(module, words, parts):
   with pytest.raises(ValueError) as error:
     module.size(args_of(module, *words))
   assert all(part in str(error.value) for part in parts), error.value
-
-
-def test_a_workdir_that_hosts_do_not_share_is_refused(a_job):
-  with pytest.raises(ValueError, match="'runs/a'.*bucket"):
-    manifest(a_job, '--topology=v5e:4x4', workdir='runs/a')
 
 
 def launch(*words, code=0):
