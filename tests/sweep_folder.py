@@ -72,6 +72,8 @@ def _write_run(folder, p, seed, done):
       train = dict(step=step, split='train', loss=at + 0.1, step_seconds=0.5,
                    **{f'health/{name}': [value, value]
                       for name, value in p.get('health', {}).items()})
+      if 'together' in p:
+        train['runs_at_once'] = p['together']
       for row in (train, dict(step=step, split='eval', loss=at)):
         file.write(json.dumps(row) + '\n')
   if 'extrapolation' in p:

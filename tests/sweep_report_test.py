@@ -103,6 +103,14 @@ def test_curves_stand_at_what_was_spent(sweep):
   assert curve.seconds[0] == pytest.approx(0.5 * sweep_folder.EVERY)
 
 
+def test_runs_that_train_together_share_the_seconds(tmp_path):
+  sweep_folder.write(tmp_path, [point('base', together=2), point('alone')])
+  seconds = [p.mean_curve('eval').seconds[-1]
+             for p in curves.load(tmp_path).points]
+  assert seconds == pytest.approx([0.25 * sweep_folder.STEPS,
+                                   0.5 * sweep_folder.STEPS])
+
+
 def test_text_says_what_is_not_known(sweep):
   said = report_write.text(sweep)
   assert 'fewer than 3 seeds no noise can be stated' in said

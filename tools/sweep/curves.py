@@ -186,13 +186,15 @@ def _run(folder: pathlib.Path, seed: int, state: str, error: str) -> Run:
 
 
 def _seconds(rows, step: np.ndarray) -> np.ndarray:
-  """Seconds of training up to each of `step`, from the rows' step_seconds."""
+  """Seconds of training up to each of `step`, from the rows' step_seconds; of
+  runs that trained as one program, each one's share."""
   laps = [row for row in rows if row['split'] == 'train']
   if not laps or any(row.get('step_seconds') is None for row in laps):
     return np.full(len(step), np.nan)
   ends = np.array([row['step'] for row in laps], float)
   spent = np.cumsum(np.diff(ends, prepend=0.0)
-                    * [row['step_seconds'] for row in laps])
+                    * [row['step_seconds'] / row.get('runs_at_once', 1)
+                       for row in laps])
   return np.interp(step, [0.0, *ends], [0.0, *spent])
 
 
