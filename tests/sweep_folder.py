@@ -36,14 +36,16 @@ def write(root, points, match='', states=None):
     states: (state, error) by (point, seed), where it is not done.
   """
   root, states = pathlib.Path(root), dict(states or {})
-  rows = [dict(name=p['name'], changes=p['changes'], params=p['params'],
+  rows = [dict(name=p['name'], changes=p['changes'],
+               matched=p.get('matched', []), params=p['params'],
                active_params=p['params'],
                flops_per_token=p.get('flops', FLOPS),
                tokens=p.get('tokens', TOKENS), seeds=list(p['seeds']))
           for p in points]
   layout.save(root, dict(
       name='synthetic', file='configs/sweeps/synthetic.py', match=match,
-      paired=True, base=points[0]['name'], points=rows))
+      paired=True, base=points[0]['name'],
+      base_config=run_config.to_json(base.base()), points=rows))
   with ledger_lib.Ledger(root) as ledger:
     ledger.add((p['name'], seed, ()) for p in points for seed in p['seeds'])
     runner = ledger.register()

@@ -103,6 +103,13 @@ def test_curves_stand_at_what_was_spent(sweep):
   assert curve.seconds[0] == pytest.approx(0.5 * sweep_folder.EVERY)
 
 
+def test_what_a_point_leaves_as_it_is_is_no_change(tmp_path):
+  sweep_folder.write(tmp_path, [point('base'), point(
+      'other', {'model.norm': 'layernorm', 'model.block': 'parallel'})])
+  other = curves.load(tmp_path).points[1]
+  assert report_tables.changes(other) == 'model.block=parallel'
+
+
 def test_runs_that_train_together_share_the_seconds(tmp_path):
   sweep_folder.write(tmp_path, [point('base', together=2), point('alone')])
   seconds = [p.mean_curve('eval').seconds[-1]
@@ -126,6 +133,28 @@ def test_a_base_without_runs_compares_nothing(tmp_path):
   assert 'The base base has no finished run' in report_write.text(sweep)
   html, _ = report_write.write(sweep, tmp_path)
   assert 'no memory' in html.read_text()
+
+
+def test_each_change_over_all_settings_of_the_others(tmp_path):
+  norm, block = {'model.norm': 'rmsnorm'}, {'model.block': 'parallel'}
+  wide = {'model.d_ff': 99}  # solved for, so no change of its own
+  flat = {s: 0.5 for s in range(3)}
+  sweep_folder.write(tmp_path, [
+      point('base', shift=flat),
+      point('norm', norm, shift={0: .6, 1: .7, 2: .8}),
+      point('block', {**block, **wide}, matched=['model.d_ff'], shift=flat),
+      point('both', norm | block, shift={0: .2, 1: .3, 2: .4})])
+  rows = {row[0].text: row for row in report_extras.effects_table(
+      curves.load(tmp_path)).rows}
+  assert list(rows) == ['model.norm=rmsnorm', 'model.block=parallel']
+  # norm: +0.1, +0.2, +0.3 alone and -0.3, -0.2, -0.1 with block.
+  norm = rows['model.norm=rmsnorm']
+  assert norm[1].value == pytest.approx(0, abs=1e-9)
+  assert norm[2].value == 'noise' and norm[4].value == 2
+  assert norm[3].text == '-0.2000 to +0.2000'
+  # block: 0, 0, 0 alone and -0.4 each with norm: -0.2 each seed.
+  assert rows['model.block=parallel'][1].text == (
+      '-0.2000 [-0.2000, -0.2000]')
 
 
 def test_sensitivity_to_the_learning_rate(sweep):

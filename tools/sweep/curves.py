@@ -76,9 +76,15 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-  """A variant: what it changes, what it costs, its runs by seed."""
+  """A variant: what it changes, what it costs, its runs by seed.
+
+  Attributes:
+    changes: the fields in which it differs from the base, by dotted name.
+    matched: of these, the ones that were solved for to match a cost.
+  """
   name: str
   changes: Mapping[str, Any]
+  matched: tuple[str, ...]
   params: int
   active_params: int
   flops_per_token: float
@@ -155,19 +161,24 @@ def read(workdir, description: Mapping[str, Any],
     description: what sweep.json holds.
     states: the ledger's (state, error) by point and seed.
   """
-  points = tuple(_point(workdir, row, states) for row in description['points'])
+  base_config = run_config.flatten_dict(description['base_config'])
+  points = tuple(_point(workdir, row, base_config, states)
+                 for row in description['points'])
   base = next(p for p in points if p.name == description['base'])
   return Sweep(description['name'], description['file'], description['match'],
                description['paired'], base, points)
 
 
-def _point(workdir, row: Mapping[str, Any], states) -> Point:
+def _point(workdir, row: Mapping[str, Any], base: Mapping[str, Any], states
+           ) -> Point:
   runs = {}
   for seed in row['seeds']:
     folder = layout.run_folder(workdir, row['name'], seed)
     state, error = states.get((row['name'], seed), ('not run', ''))
     runs[seed] = _run(folder, seed, state, error)
-  return Point(row['name'], row['changes'], row['params'],
+  changes = {key: value for key, value in row['changes'].items()
+             if value != base[key]}
+  return Point(row['name'], changes, tuple(row['matched']), row['params'],
                row['active_params'], row['flops_per_token'], row['tokens'],
                runs)
 

@@ -1,4 +1,5 @@
-"""What a report says of learning rates, of routers and of longer texts."""
+"""What a report says of single changes, learning rates, routers and longer
+texts."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -9,7 +10,7 @@ import numpy as np
 from tools.sweep import curves
 from tools.sweep import statistics
 from tools.sweep.curves import Point, Sweep
-from tools.sweep.report_tables import Cell, Table, plain
+from tools.sweep.report_tables import Cell, Table, WORDS, difference, plain
 
 # Of the experts' panel: name in metrics.jsonl, heading. Over a window of steps
 # where there is one: an expert is unused if no step of the window used it.
@@ -20,6 +21,55 @@ HEALTH = {
     'health/window_unused': 'unused experts',
     'health/confidence': 'confidence',
     'health/router_entropy': 'router entropy'}
+def effects_table(sweep: Sweep) -> Table:
+  """Each change alone: the mean over all pairs of points that differ in it and
+  in nothing else, what was matched aside; none where no change has 2 pairs."""
+  rows = []
+  for (key, value), pairs in _pairs(sweep).items():
+    by_seed: dict[int, list[float]] = {}
+    means = []
+    for ours, theirs in pairs:
+      seeds = ours.finals.keys() & theirs.finals.keys()
+      found = {s: ours.finals[s] - theirs.finals[s] for s in seeds}
+      means += [float(np.mean(list(found.values())))] if found else []
+      for seed, x in found.items():
+        by_seed.setdefault(seed, []).append(x)
+    # Seeds that only some pairs have would weigh these pairs alone.
+    whole = [float(np.mean(x)) for x in by_seed.values()
+             if len(x) == len(means)]
+    if len(means) < 2 or not whole:
+      continue
+    x = statistics.interval(whole)
+    verdict = statistics.verdict(x)
+    text = f'{key}={plain(value)}'
+    rows.append((
+        Cell(text, text), difference(x), Cell(WORDS[verdict], verdict, verdict),
+        Cell(f'{min(means):+.4f} to {max(means):+.4f}', min(means)),
+        Cell(str(len(means)), len(means))))
+  return Table((
+      ('change', 'of the base\'s value, whatever the other fields are'),
+      ('loss', 'mean difference over the pairs, and its 95 % interval over '
+       'seeds'),
+      ('verdict', 'inside the noise: the interval holds 0'),
+      ('from pair to pair', 'the least and the greatest: far apart, the change '
+       'does not work alone'),
+      ('pairs', 'of points that differ in this alone')), rows)
+
+
+def _pairs(sweep: Sweep) -> dict[tuple, list[tuple[Point, Point]]]:
+  """Returns (with, without) each change, by key and value."""
+  declared = {p.name: {k: v for k, v in p.changes.items()
+                       if k not in p.matched} for p in sweep.points}
+  found: dict[tuple, list[tuple[Point, Point]]] = {}
+  for ours in sweep.points:
+    for key, value in declared[ours.name].items():
+      rest = {k: v for k, v in declared[ours.name].items() if k != key}
+      found.setdefault((key, value), []).extend(
+          (ours, theirs) for theirs in sweep.points
+          if declared[theirs.name] == rest)
+  return found
+
+
 LR = 'optim.lr'
 
 

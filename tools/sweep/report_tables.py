@@ -94,7 +94,7 @@ def outcome_table(sweep: Sweep, rows: Sequence[Outcome]) -> Table:
     body.append((
         Cell(point.name, point.name), Cell(changes(point), changes(point)),
         _loss(point),
-        Cell('base', 0.0) if is_base else _difference(row.difference),
+        Cell('base', 0.0) if is_base else difference(row.difference),
         Cell('base') if is_base else Cell(
             WORDS[row.verdict], row.verdict, row.verdict),
         Cell('1', 1.0) if is_base else _speed_up(row),
@@ -160,7 +160,7 @@ def _loss(point: Point) -> Cell:
   return Cell(f'{mean:.4f} ± {np.std(losses, ddof=1):.4f}', mean)
 
 
-def _difference(x: Interval | None) -> Cell:
+def difference(x: Interval | None) -> Cell:
   if x is None:
     return Cell('n/a')
   if not x.known:

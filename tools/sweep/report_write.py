@@ -28,6 +28,9 @@ def text(sweep: Sweep) -> str:
   table = tables.outcome_table(sweep, tables.outcomes(sweep))
   missing = tables.missing(sweep)
   lines = [table.text(), *(f'- {note}' for note in table.notes)]
+  effects = extras.effects_table(sweep)
+  if effects.rows:
+    lines += ['', effects.text()]
   if missing.rows:
     lines += ['', f'failed or not done: {len(missing.rows)} runs',
               missing.text()]
@@ -70,6 +73,9 @@ def _html(sweep: Sweep, rows) -> str:
   section('Beside the base',
           page.table('outcome', tables.outcome_table(sweep, rows)),
           _forest(rows))
+  effects = extras.effects_table(sweep)
+  if effects.rows:
+    section('Each change, whatever the others', page.table('effects', effects))
   curves = plots.losses(sweep)
   section('Loss curves', draw(
       curves, 'Means over the seeds that are done. Seconds are of training '
