@@ -10,11 +10,12 @@ import pytest
 
 from tests import chromium
 from tests import sweep_folder
+from tests.sweep_folder import point
+from tools.sweep import __main__ as command
 from tools.sweep import curves
 from tools.sweep import report_extras
 from tools.sweep import report_tables
 from tools.sweep import report_write
-from tests.sweep_folder import point
 
 SHIFT = {0: 0.01, 1: -0.02, 2: 0.015}
 HEALTH = {'dropped': 0.1, 'unserved': 0.02, 'window_load_max': 1.4,
@@ -196,6 +197,26 @@ def test_csv_holds_every_point(written, outcomes):
       float(sweep_folder.loss(sweep_folder.STEPS)) + 0.03)
 
 
+def _main(monkeypatch, *words):
+  monkeypatch.setattr('sys.argv', ['sweep', 'report', *map(str, words)])
+  return command.main()
+
+
+def test_command_writes_beside_the_runs(folder, monkeypatch, capsys):
+  assert _main(monkeypatch, '--workdir', folder) == 0
+  said = capsys.readouterr().out
+  for name in ('report.html', 'report.csv'):
+    assert (folder / name).exists() and str(folder / name) in said
+
+
+def test_command_refuses_the_folder_of_another_sweep(folder, monkeypatch):
+  with pytest.raises(ValueError, match='holds the sweep .*synthetic.py, not'):
+    _main(monkeypatch, 'configs/sweeps/parts.py', '--workdir', folder)
+  with pytest.raises(ValueError, match='sweep.json is missing'):
+    _main(monkeypatch, '--workdir', folder / 'none')
+  assert not (folder / 'none').exists()
+
+
 @pytest.fixture(scope='module')
 def page(written, tmp_path_factory):
   if chromium.PROGRAM is None:
@@ -226,9 +247,9 @@ def test_page_shows_every_section_and_fetches_nothing(page, written):
 def test_tables_sort(page, sweep):
   means = {p.name: np.mean(list(p.finals.values())) for p in sweep.points}
   rising = sorted(means, key=means.get)
-  page.click('#outcome th:nth-child(3) button')
+  page.click('#outcome th:nth-child(2) button')
   assert [means[n] for n in _column(page, 0)] == [means[n] for n in rising]
-  page.click('#outcome th:nth-child(3) button')
+  page.click('#outcome th:nth-child(2) button')
   assert [means[n] for n in _column(page, 0)] == [
       means[n] for n in reversed(rising)]
   page.click('#outcome th:nth-child(1) button')

@@ -76,7 +76,7 @@ def outcomes(sweep: Sweep) -> list[Outcome]:
 def outcome_table(sweep: Sweep, rows: Sequence[Outcome]) -> Table:
   """Final losses, differences from the base, speed-ups and costs."""
   columns = (
-      ('variant', 'name of the point'), ('changes', 'from the base'),
+      ('variant', 'name of the point'),
       ('held-out loss', 'nats per token after the last step: mean over seeds, '
        'and their standard deviation'),
       ('minus base', 'mean over paired seeds, and its 95 % interval '
@@ -86,21 +86,21 @@ def outcome_table(sweep: Sweep, rows: Sequence[Outcome]) -> Table:
        'to the same loss; ~ where the curves\' fit errs by more than the '
        'difference'),
       ('parameters', ''), ('FLOPs a token', 'of training'),
-      ('seeds', 'done of those asked for'))
+      ('seeds', 'done of those asked for'), ('changes', 'from the base'))
   body = []
   for row in rows:
     point, base = row.point, sweep.base
     is_base = point is base
     body.append((
-        Cell(point.name, point.name), Cell(changes(point), changes(point)),
-        _loss(point),
+        Cell(point.name, point.name), _loss(point),
         Cell('base', 0.0) if is_base else difference(row.difference),
         Cell('base') if is_base else Cell(
             WORDS[row.verdict], row.verdict, row.verdict),
         Cell('1', 1.0) if is_base else _speed_up(row),
         _cost(point.params, base.params, is_base),
         _cost(point.flops_per_token, base.flops_per_token, is_base),
-        Cell(f'{len(point.finals)}/{len(point.runs)}', len(point.finals))))
+        Cell(f'{len(point.finals)}/{len(point.runs)}', len(point.finals)),
+        Cell(changes(point), changes(point))))
   return Table(columns, body, _notes(sweep, rows))
 
 

@@ -116,7 +116,7 @@ def _about(sweep: Sweep) -> str:
   done = sum(run.state == 'done' for p in sweep.points
              for run in p.runs.values())
   asked = sum(len(p.runs) for p in sweep.points)
-  matched = (f'every point costs as many {escape(sweep.match)} as the base'
+  matched = (f'{escape(sweep.match)} matched to the base\'s within 1 %'
              if sweep.match else 'sizes are not matched')
   paired = ('seed by seed, every point sees the same data in the same order'
             if sweep.paired else 'points differ in their data, so that seeds '
