@@ -26,6 +26,7 @@ COMMANDS = {
     'run': ('tools.sweep.run', 'train what is not done yet'),
     'report': ('tools.sweep.report', 'report.html and report.csv'),
     'fit': ('tools.sweep.fit', 'the scaling law of a ladder'),
+    'status': ('tools.sweep.status', 'how far each point is'),
 }
 
 

@@ -35,6 +35,7 @@ CREATE TABLE IF NOT EXISTS runs (
   state TEXT NOT NULL DEFAULT 'pending',
   runner TEXT NOT NULL DEFAULT '',
   attempts INTEGER NOT NULL DEFAULT 0,
+  seconds REAL NOT NULL DEFAULT 0,
   started REAL,
   ended REAL,
   error TEXT NOT NULL DEFAULT '',
@@ -51,8 +52,9 @@ CREATE TABLE IF NOT EXISTS runners (
 class Run(NamedTuple):
   """One row: a point with one seed.
 
-  `tasks` are the evaluations that it owes once trained; `started` and `ended`
-  are of the last attempt, in seconds since 1970; `error` says why it failed.
+  `tasks` are the evaluations that it owes once trained; `seconds` is what all
+  attempts took together; `started` and `ended` are of the last, in seconds
+  since 1970; `error` says why it failed.
   """
   id: int
   point: str
@@ -61,6 +63,7 @@ class Run(NamedTuple):
   state: str
   runner: str
   attempts: int
+  seconds: float
   started: float | None
   ended: float | None
   error: str
@@ -149,9 +152,9 @@ class Ledger:
     """Writes how a claimed run ended; False if the claim was lost meanwhile.
     """
     return self._db.execute(
-        "UPDATE runs SET state = ?, error = ?, ended = ?, runner = '' "
-        'WHERE id = ? AND runner = ?',
-        (state, error, _now(now), id, runner)).rowcount == 1
+        "UPDATE runs SET state = ?, error = ?, ended = ?, runner = '', "
+        'seconds = seconds + ? - started WHERE id = ? AND runner = ?',
+        (state, error, _now(now), _now(now), id, runner)).rowcount == 1
 
   def adopt(self, id: int, old: str, new: str) -> bool:
     """Moves a run that nobody holds from one state to another."""

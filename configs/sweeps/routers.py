@@ -1,0 +1,42 @@
+"""Router x capacity of a small mixture of experts, beside its dense twin.
+
+Lab note. The base is dense. Each mixture has 4 experts in every layer, of a
+width that makes a token cost what it costs the base: half of d_ff where a
+token has two experts, all of it where it has one. So what differs is the
+parameters that do not work for a token, and who chooses. Capacity 0 drops
+nothing; evaluation never does. expert_choice is left out: in a decoder its
+choice for a token depends on later ones. Each run owes the task of routing.
+One run takes about a minute on one CPU core.
+"""
+
+from configs import gpt
+
+TASKS = ('routing',)
+CAPACITIES = (0.0, 1.0)
+# Router: experts of a token.
+ROUTERS = {'topk': 2, 'sigmoid': 2, 'sinkhorn': 2, 'switch': 1, 'hash': 1}
+
+
+def base():
+  c = gpt.get_config('tiny')
+  c.model.update(d_model=64, max_len=128, d_ff=256)
+  c.model.moe.update(num_experts=4, ffn='gelu_tanh')
+  c.data.update(length=128, batch_size=16)
+  c.train.steps = 400
+  c.optim.update(lr=4e-3, warmup_steps=40)
+  c.eval.update(every_steps=100, batches=32)
+  c.checkpoint.update(every_steps=200, keep=1)
+  return c
+
+
+get_config = base
+
+
+def sweep(add):
+  add('dense')
+  for router, experts in ROUTERS.items():
+    for capacity in CAPACITIES:
+      add(f'{router}-{f"capacity={capacity}" if capacity else "dropless"}', **{
+          'model.ffn': 'moe', 'model.moe.router': router,
+          'model.moe.top_k': experts, 'model.moe.d_ff': 256 // experts,
+          'model.moe.capacity_factor': capacity})
