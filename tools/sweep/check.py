@@ -211,11 +211,15 @@ def _ratio(point, base, figure: str) -> str:
 def _differences(description, point) -> str:
   from training import run_config
   base = run_config.flatten_dict(description['base_config'])
-  told = [f'{key}={value}' + ' (matched)' * (key in point['matched'])
+  told = [f'{key}={_short(value)}' + ' (matched)' * (key in point['matched'])
           for key, value in point['changes'].items() if value != base[key]]
-  told += [f'so {key} {old} -> {new}'
+  told += [f'so {key} {_short(old)} -> {_short(new)}'
            for key, (old, new) in point['follows'].items()]
   return ', '.join(told)
+
+
+def _short(value) -> str:
+  return f'{value:g}' if isinstance(value, float) else str(value)
 
 
 def _plan_line(plan: dict) -> str:

@@ -58,21 +58,27 @@ def bytes_per_device(config, devices: int = 0) -> int:
   """
   import jax
   from jax.sharding import AbstractMesh, AxisType
+  import architectures
+  from configs import sharding as tables
   from training import devices as devices_lib
-  from training import runs
+  from training import runs, state
   runs.check(config)
-  least = math.prod(max(size, 1) for axis, size in config.mesh.items()
-                    if axis != 'rules')
+  least = math.prod(max(config.mesh[axis], 1) for axis in tables.MESH_AXES)
   shape = devices_lib.mesh_shape(config.mesh, devices or least)
   mesh = AbstractMesh(tuple(shape.values()), tuple(shape),
                       axis_types=(AxisType.Auto,) * len(shape))
-  run = runs.start(config, _resolved(config), mesh)
+  model = _resolved(config)
+  devices_lib.check(model, config.data.batch_size,
+                    config.train.grad_accumulation, shape)
+  module = architectures.build(model)
+  tx = state.optimizer(module, config.optim, config.train.steps)
+  abstract = state.abstract(module, tx, mesh, config.mesh.rules)
 
   def nbytes(tree) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
                for x in jax.tree.leaves(tree))
 
-  return nbytes(run.abstract) + nbytes(run.abstract.params)
+  return nbytes(abstract) + nbytes(abstract.params)
 
 
 def _resolved(config):

@@ -77,10 +77,19 @@ def is_evaluated(folder: pathlib.Path, tasks: list[str]) -> bool:
   return set(tasks) <= set(figures)
 
 
+def log(folder: pathlib.Path, line: str) -> None:
+  """Adds a line to what a run printed."""
+  folder.mkdir(parents=True, exist_ok=True)
+  with (folder / 'log.txt').open('a') as file:
+    print(line, file=file)
+
+
 def error(folder: pathlib.Path) -> str:
-  """Returns the sentence that a failed run's log ends with."""
+  """Returns the sentence that a failed run's log gives, or ends with."""
   path = folder / 'log.txt'
   lines = [line.strip() for line in path.read_text(
       errors='replace').splitlines() if line.strip()]
-  told = [line for line in lines if line.startswith('error: ')]
+  start = max((i for i, line in enumerate(lines) if line.startswith('$ ')),
+              default=0)  # of the last attempt
+  told = [line for line in lines[start:] if line.startswith('error: ')]
   return (told or lines or ['it printed nothing'])[-1].removeprefix('error: ')

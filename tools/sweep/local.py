@@ -129,9 +129,11 @@ class Runner:
                              first.seed)
     slot = min(set(range(self._parallel)) - {job.slot for job in self._jobs})
     folder = self._folder(first)
-    folder.mkdir(parents=True, exist_ok=True)
+    for run in runs:
+      layout.log(self._folder(run), f'$ {shlex.join(["python", *words])}')
+    for run in runs[1:]:
+      layout.log(self._folder(run), f'What it printed: {folder / "log.txt"}')
     with (folder / 'log.txt').open('a') as log:
-      print('$', shlex.join(['python', *words]), file=log, flush=True)
       # A session of its own: Ctrl-C reaches it through _stop alone.
       process = subprocess.Popen(
           [sys.executable, TETHER, str(os.getpid()),
@@ -159,10 +161,9 @@ class Runner:
     if wrong:
       job.process.kill()
       job.process.wait()
-      with (folder / 'log.txt').open('a') as log:
-        print('error: this run has another config than sweep.json says, in '
-              f'{", ".join(wrong)}: {self._description["file"]} was changed '
-              'since the sweep began', file=log)
+      layout.log(folder, 'error: this run has another config than sweep.json '
+                 f'says, in {", ".join(wrong)}: {self._description["file"]} '
+                 'was changed since the sweep began')
 
   def _settle(self, job: Job) -> None:
     """Writes into the ledger how a job ended, run by run."""
@@ -188,8 +189,7 @@ class Runner:
     if code < 0:
       name = signal.Signals(-code).name
       return ledger_lib.FAILED, f'{layout.error(folder)} (killed by {name})'
-    said = layout.error(self._folder(job.runs[0]))
-    return ledger_lib.FAILED, f'{said} (exit code {code})'
+    return ledger_lib.FAILED, f'{layout.error(folder)} (exit code {code})'
 
 
 def _cores(slot: int, parallel: int) -> str:

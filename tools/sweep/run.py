@@ -18,10 +18,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                       help=f'of {", ".join(LAUNCHERS)} (%(default)s)')
   parser.add_argument('--parallel', type=int, default=1,
                       help='processes at once, of local (%(default)s)')
-  parser.add_argument('--vectorised', action='store_true', help='train runs '
-                      'that differ only in numbers as one program')
+  parser.add_argument('--vectorised', action='store_true', default=True,
+                      help='train runs that differ only in numbers as one '
+                      'program (default)')
   parser.add_argument('--novectorised', dest='vectorised',
-                      action='store_false', help='each as its own (default)')
+                      action='store_false', help='each as its own')
   parser.add_argument('--group', type=int, default=8, help='how many runs one '
                       'such program holds at most (%(default)s)')
   parser.add_argument('--retry', action='store_true',

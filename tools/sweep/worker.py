@@ -8,7 +8,7 @@ import argparse
 from training import cli
 
 
-def main() -> None:
+def main() -> int:
   parser = argparse.ArgumentParser(
       prog='python -m tools.sweep.worker', description=__doc__,
       formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -20,9 +20,15 @@ def main() -> None:
   description = layout.load(args.workdir)
   runs = [(point, int(seed)) for point, seed in (
       run.split('/') for run in args.runs.split(','))]
-  vectorised.train(
-      [layout.config(description, *run) for run in runs],
-      [layout.run_folder(args.workdir, *run) for run in runs])
+  folders = [layout.run_folder(args.workdir, *run) for run in runs]
+  try:
+    vectorised.train([layout.config(description, *run) for run in runs],
+                     folders)
+  except vectorised.Unfinished as unfinished:
+    for place, sentence in unfinished.sentences.items():
+      layout.log(folders[place], f'error: {sentence}')
+    return 1
+  return 0
 
 
 if __name__ == '__main__':

@@ -1,0 +1,213 @@
+"""Sweeps as described: helpers, points, matching, and what check refuses."""
+
+import json
+import types
+
+from absl import flags
+from ml_collections import config_flags
+import pytest
+
+from configs.sweeps import helpers
+from tests import sweeps
+from tools.sweep import check, commands, cost, layout, matching, spec
+
+
+def described(file, **options):
+  args = types.SimpleNamespace(
+      file=file, seeds=0, match='', match_field=matching.FIELD, devices=0)
+  vars(args).update(options)
+  return check.check(args)
+
+
+def points(description):
+  return {point['name']: point for point in description['points']}
+
+
+def test_grid_is_every_combination():
+  made = list(helpers.grid({'model.norm': ('a', 'b'), 'optim.lr': (1, 2)}))
+  assert [name for name, _ in made] == ['a-lr=1', 'a-lr=2', 'b-lr=1', 'b-lr=2']
+  assert made[1][1] == {'model.norm': 'a', 'optim.lr': 2}
+
+
+def test_zip_goes_side_by_side():
+  made = list(helpers.zip({'model.d_model': (32, 64), 'optim.lr': (2, 1)}))
+  assert made[1] == ('d_model=64-lr=1', {'model.d_model': 64, 'optim.lr': 1})
+  with pytest.raises(ValueError, match='model.d_model 2, optim.lr 1'):
+    list(helpers.zip({'model.d_model': (32, 64), 'optim.lr': (2,)}))
+
+
+def test_one_at_a_time_changes_one():
+  made = dict(helpers.one_at_a_time({'model.norm': ('a', 'b'), 'seed': (1,)}))
+  assert made == {'a': {'model.norm': 'a'}, 'b': {'model.norm': 'b'},
+                  'seed=1': {'seed': 1}}
+
+
+def test_leave_one_out_takes_back_one():
+  made = dict(helpers.leave_one_out({'model.norm': 'a', 'model.ffn': 'b'}))
+  assert made == {'all': {'model.norm': 'a', 'model.ffn': 'b'},
+                  'without_norm': {'model.ffn': 'b'},
+                  'without_ffn': {'model.norm': 'a'}}
+
+
+@pytest.mark.parametrize('point, parts', [
+    ("add('a', **{'model.nrom': 'rmsnorm'})", ['nrom', "'model.norm'"]),
+    ("add('a', **{'model.d_model': 'wide'})", ['d_model', 'wide', 'int']),
+    ("add('a', **{'model.moe': 1})", ['group of fields']),
+    ("add('a', seed=1)", ["'a'", 'seed']),
+    ("add('a/b', **{'optim.lr': 1.0})", ['a/b', 'folder']),
+    ("add('a', **{'optim.lr': 1.0})\n  add('b', **{'optim.lr': 1.0})",
+     ["'a' and 'b'", 'same config']),
+    ("add('a')", ['nothing but the base']),
+])
+def test_a_wrong_point_is_a_sentence(point, parts, tmp_path):
+  with pytest.raises(ValueError) as error:
+    spec.load(sweeps.write(tmp_path, f'  {point}\n'))
+  for part in parts:
+    assert part in str(error.value)
+
+
+def test_the_base_is_a_point(tmp_path):
+  sweep = spec.load(sweeps.write(tmp_path))
+  assert sweep.base_name == 'base'
+  assert [point.name for point in sweep.points] == ['base', 'rms', 'swiglu']
+  (tmp_path / 'own').mkdir()
+  sweep = spec.load(sweeps.write(
+      tmp_path / 'own', "  add('mine', **{'model.norm': 'layernorm'})\n"
+      "  add('rms', **{'model.norm': 'rmsnorm'})\n"))
+  assert sweep.base_name == 'mine' and len(sweep.points) == 2
+
+
+def test_a_base_that_changes_is_refused(tmp_path):
+  file = sweeps.write(tmp_path)
+  with open(file, 'a') as source:
+    source.write('\nimport random\nold = base\ndef base():\n  c = old()\n'
+                 '  c.optim.lr = random.random()\n  return c\n')
+  with pytest.raises(ValueError, match='another config each time'):
+    spec.load(file)
+
+
+@pytest.mark.parametrize('what', matching.WHAT)
+def test_matched_points_cost_what_the_base_costs(what, tmp_path):
+  description = described(sweeps.write(tmp_path), match=what)
+  made = points(description)
+  target = made['base'][what]
+  for point in made.values():
+    assert abs(point[what] / target - 1) <= 0.01, point
+  assert made['swiglu']['matched'] == ['model.d_ff']
+  assert made['swiglu']['changes']['model.d_ff'] < 128
+  assert made['rms']['matched'] == [] or what != 'flops_per_token'
+  assert '(matched)' in check.table(description)
+
+
+def test_matching_by_the_width_keeps_the_heads_whole(tmp_path):
+  file = sweeps.write(tmp_path, "  add('deep', **{'model.num_layers': 4})\n")
+  made = points(described(file, match='params', match_field='model.d_model'))
+  assert made['deep']['changes']['model.d_model'] % 4 == 0
+
+
+@pytest.mark.parametrize('point, parts', [
+    ("add('big', **{'model.num_layers': 40})", ['cannot be matched', 'd_ff=']),
+    ("add('set', **{'model.d_ff': 999})", ['sets model.d_ff', 'match_field']),
+    ("add('moe', **{'model.ffn': 'moe', 'model.moe.d_ff': 64})",
+     ['cannot be matched']),
+])
+def test_what_cannot_be_matched_is_refused(point, parts, tmp_path):
+  with pytest.raises(ValueError) as error:
+    described(sweeps.write(tmp_path, f'  {point}\n'), match='params')
+  for part in [*parts, 'point ']:
+    assert part in str(error.value)
+
+
+def test_the_first_bad_point_stops_the_check(tmp_path):
+  file = sweeps.write(tmp_path, (
+      "  add('good', **{'model.norm': 'rmsnorm'})\n"
+      "  add('heads', **{'model.num_heads': 5})\n"
+      "  add('worse', **{'model.norm': 'none'})\n"))
+  with pytest.raises(ValueError, match="point 'heads': .*num_heads is 5"):
+    described(file)
+
+
+def test_the_mesh_is_checked_without_devices(tmp_path):
+  file = sweeps.write(tmp_path)
+  one, four = (points(described(file, devices=n))['base'] for n in (1, 4))
+  assert one['bytes_per_device'] == four['bytes_per_device']  # data alone
+  file = sweeps.write(tmp_path, "  add('fsdp', **{'mesh.fsdp': 4})\n")
+  made = points(described(file))
+  share = made['fsdp']['bytes_per_device'] / made['base']['bytes_per_device']
+  assert 0.25 <= share < 0.3
+  with pytest.raises(ValueError, match="point 'fsdp': .*mesh.fsdp=4"):
+    described(file, devices=2)
+
+
+def test_only_declared_keys_differ(tmp_path):
+  description = described(sweeps.write(tmp_path))
+  assert description['paired']
+  points(description)['rms']['changes'].clear()
+  description['base_config']['optim']['lr'] = 1.0  # of all points: the same
+  check._check_differences(description)
+  file = sweeps.write(tmp_path, "  add('long', **{'data.length': 8})\n")
+  long = described(file)
+  assert not long['paired'] and 'same batches' in check.table(long)
+  assert points(long)['long']['tokens'] == 12 * 8 * 8
+
+
+def test_derived_fields_are_told(tmp_path):
+  file = sweeps.write(tmp_path, "  add('wide', **{'model.d_model': 64})\n")
+  description = described(file)
+  assert points(description)['wide']['follows']['model.d_ff'] == [128, 256]
+  assert 'so model.d_ff 128 -> 256' in check.table(description)
+
+
+def test_costs_are_those_of_the_counter(tmp_path):
+  sweep = spec.load(sweeps.write(tmp_path))
+  from training import costs, runs, tokenizers
+  model, _ = runs.resolve(sweep.base, tokenizers.load('bytes'))
+  figures = costs.count(sweep.base, 16, model)
+  ours = cost.of(sweep.base)
+  assert ours.params == figures['parameters']
+  assert ours.flops_per_token == figures['flops_per_token']['training']
+  # Parameters and their gradients in float32, Adam's two moments.
+  assert cost.bytes_per_device(sweep.base) >= 16 * ours.params
+
+
+def test_another_sweep_in_the_workdir_is_refused(tmp_path):
+  file, workdir = sweeps.write(tmp_path), tmp_path / 'w'
+  check.save(workdir, described(file))
+  check.save(workdir, described(file, seeds=3))
+  assert points(layout.load(workdir))['rms']['seeds'] == [0, 1, 2]
+  with pytest.raises(ValueError, match="match was '' and is 'params'"):
+    check.save(workdir, described(file, match='params'))
+  changed = sweeps.write(tmp_path, sweeps.POINTS.replace('rmsnorm', 'layernorm')
+                         + "  add('pre', **{'model.block': 'parallel'})\n")
+  with pytest.raises(ValueError, match="no longer has|point 'rms' was"):
+    check.save(workdir, described(changed))
+  text = open(file).read().replace('train.steps = 12', 'train.steps = 13')
+  open(file, 'w').write(text)
+  with pytest.raises(ValueError, match='base, in train.steps'):
+    check.save(workdir, described(file))
+
+
+def parsed(words):
+  """The config that train.py would read of a command's words."""
+  values = flags.FlagValues()
+  config_flags.DEFINE_config_file('config', flag_values=values)
+  flags.DEFINE_string('workdir', '', '', flag_values=values)
+  values(words)
+  return values
+
+
+def test_printed_commands_give_the_configs_of_the_sweep(tmp_path):
+  file = sweeps.write(tmp_path, """
+  add('many', **{
+      'model.norm': 'rmsnorm', 'optim.lr': 3e-4, 'train.z_loss': 1,
+      'model.attention_bias': False, 'data.tokenizer': 'bytes',
+      'optim.decay_mask': (('.*norm.*', 0), ('.*', 1)),
+      'data.source': 'text:a b/*.txt'})
+""")
+  description = json.loads(json.dumps(described(file)))
+  for point in points(description):
+    words = commands.train(description, tmp_path / 'w', point, 1)
+    values = parsed(words)
+    expected = layout.config(description, point, 1)
+    assert values.config.to_dict() == expected.to_dict()
+    assert values.workdir == str(tmp_path / f'w/points/{point}/seed-1')
