@@ -1,8 +1,8 @@
 """Norm x position x feed-forward x block of a small GPT: 16 points.
 
 Lab note. The base is GPT-2's wiring at 4 layers of width 64; each other point
-swaps one to four parts for LLaMA's or GPT-NeoX's. 300 steps of 16 x 128 bytes
-are 0.6M tokens, a fraction of an epoch of the default text: enough to rank
+swaps one to four parts for LLaMA's or GPT-NeoX's. 250 steps of 16 x 128 bytes
+are 0.5M tokens, a fraction of an epoch of the default text: enough to rank
 what learns faster, no claim about larger models. One run takes about 20
 seconds on one CPU core. swiglu has three matrices where gelu has two, so make
 the sizes equal:
@@ -18,10 +18,10 @@ def base():
   c = gpt.get_config('tiny')
   c.model.update(d_model=64, max_len=128)
   c.data.update(length=128, batch_size=16)
-  c.train.steps = 300
-  c.optim.update(lr=4e-3, warmup_steps=30)
+  c.train.steps = 250
+  c.optim.update(lr=4e-3, warmup_steps=25)
   c.eval.update(every_steps=25, batches=16)
-  c.checkpoint.update(every_steps=150, keep=1)
+  c.checkpoint.update(every_steps=125, keep=1)
   return c
 
 
