@@ -43,11 +43,27 @@ def build(model: ModelConfig | Mapping[str, Any]) -> nn.Module:
     ValueError: a sentence with the field, its value and the choices.
   """
   config = resolve(model)
-  return getattr(page(config.arch), ARCHITECTURES[config.arch][1])(config)
+  return _class(config.arch)(config)
+
+
+def _class(arch: str) -> type[nn.Module]:
+  return getattr(page(arch), ARCHITECTURES[arch][1])
 
 
 def init_cache(model: ModelConfig | Mapping[str, Any], batch: int,
                length: int):
-  """Returns an empty key-value cache for `batch` rows of `length` tokens."""
-  from architectures.parts import skeletons
-  return skeletons.init_cache(resolve(model), batch, length)
+  """Returns an empty key-value cache for `batch` rows of `length` tokens.
+
+  Raises:
+    ValueError: for an encoder, which writes no text.
+  """
+  from architectures.parts import encoder_decoder, skeletons
+  config = resolve(model)
+  writers = skeletons.Decoder, encoder_decoder.EncoderDecoder
+  choices = [arch for arch in ARCHITECTURES
+             if issubclass(_class(arch), writers)]
+  model_config.require(
+      config.arch in choices, f'model.arch {config.arch} is an encoder: it '
+      'writes no text and has no cache; those that have one are '
+      f'{", ".join(choices)}')
+  return skeletons.init_cache(config, batch, length)

@@ -98,6 +98,11 @@ def test_a_wrong_sampling_is_refused(wrong):
     generate.Sampling(**wrong)
 
 
+def test_an_encoder_has_no_cache():
+  with pytest.raises(ValueError, match='model.arch bert is an encoder.*gpt, '):
+    architectures.init_cache(models.config('bert'), 1, 8)
+
+
 def test_past_the_learned_positions_is_refused(prompts):
   with pytest.raises(ValueError, match='13 tokens is longer than the 8'):
     greedy((architectures.build(models.config(max_len=8)), None), prompts)
