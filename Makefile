@@ -11,8 +11,8 @@ WORKDIR ?= runs/tiny
 TEST_FLAGS ?= -n 2
 
 run = $(VENV)/bin/python
-test_extras = test,demo,data,tensorboard,plot,bleu
-locked_extras = $(test_extras),verify,hf,slurm,wandb
+test_extras = test,demo,data,tensorboard,plot,bleu,slurm
+locked_extras = $(test_extras),verify,hf,wandb
 
 .DELETE_ON_ERROR:
 .PHONY: train test test-fast verify lint lock clean

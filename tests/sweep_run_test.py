@@ -22,8 +22,8 @@ with ledger.Ledger(sys.argv[1]) as book:
   me = book.register()
   print('ready', flush=True)
   sys.stdin.readline()
-  for run in book.runs('pending'):
-    print(*book.claim([run.id], me), flush=True)
+  print(*(id for run in book.runs('pending')
+          for id in book.claim([run.id], me)), flush=True)
   sys.stdin.readline()
 '''
 
@@ -77,14 +77,14 @@ def test_two_processes_never_share_a_run(book, tmp_path):
   for process in claimers:
     process.stdin.write('go\n')
     process.stdin.flush()
-  got = [[p.stdout.readline().split() for _ in range(200)] for p in claimers]
-  taken = [int(x) for lines in got for words in lines for x in words]
-  assert sorted(taken) == [r.id for r in sorted(book.runs())]
+  got = [process.stdout.readline().split() for process in claimers]
+  assert sorted(int(x) for taken in got for x in taken) == sorted(
+      row.id for row in book.runs())
   assert book.recover() == []  # both live
   claimers[0].kill()
   claimers[0].wait()
   freed = book.recover()
-  assert len(freed) == sum(map(bool, got[0])) == len(book.runs('pending'))
+  assert len(freed) == len(got[0]) == len(book.runs('pending'))
   claimers[1].communicate('end\n')
   book.recover()
   assert len(book.runs('pending')) == 200

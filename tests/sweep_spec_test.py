@@ -1,6 +1,7 @@
 """Sweeps as described: helpers, points, matching, and what check refuses."""
 
 import json
+import sys
 import types
 
 from absl import flags
@@ -177,18 +178,23 @@ def test_another_sweep_in_the_workdir_is_refused(tmp_path):
   assert points(layout.load(workdir))['rms']['seeds'] == [0, 1, 2]
   with pytest.raises(ValueError, match="match was '' and is 'params'"):
     check.save(workdir, described(file, match='params'))
-  changed = sweeps.write(tmp_path, sweeps.POINTS.replace('rmsnorm', 'layernorm')
-                         + "  add('pre', **{'model.block': 'parallel'})\n")
-  with pytest.raises(ValueError, match="no longer has|point 'rms' was"):
-    check.save(workdir, described(changed))
+  sweeps.write(tmp_path, sweeps.POINTS.replace(
+      "'rmsnorm'", "'rmsnorm', 'optim.lr': 2e-3"))
+  with pytest.raises(ValueError, match="point 'rms' was .* and is .*0.002"):
+    check.save(workdir, described(file))
+  sweeps.write(tmp_path, sweeps.POINTS.replace("'rms'", "'root'"))
+  with pytest.raises(ValueError, match="a point 'rms', which the sweep no"):
+    check.save(workdir, described(file))
+  sweeps.write(tmp_path)
   text = open(file).read().replace('train.steps = 12', 'train.steps = 13')
   open(file, 'w').write(text)
   with pytest.raises(ValueError, match='base, in train.steps'):
     check.save(workdir, described(file))
 
 
-def parsed(words):
+def parsed(words, monkeypatch):
   """The config that train.py would read of a command's words."""
+  monkeypatch.setattr(sys, 'argv', words)  # config_flags looks there
   values = flags.FlagValues()
   config_flags.DEFINE_config_file('config', flag_values=values)
   flags.DEFINE_string('workdir', '', '', flag_values=values)
@@ -196,7 +202,8 @@ def parsed(words):
   return values
 
 
-def test_printed_commands_give_the_configs_of_the_sweep(tmp_path):
+def test_printed_commands_give_the_configs_of_the_sweep(
+    tmp_path, monkeypatch):
   file = sweeps.write(tmp_path, """
   add('many', **{
       'model.norm': 'rmsnorm', 'optim.lr': 3e-4, 'train.z_loss': 1,
@@ -207,7 +214,7 @@ def test_printed_commands_give_the_configs_of_the_sweep(tmp_path):
   description = json.loads(json.dumps(described(file)))
   for point in points(description):
     words = commands.train(description, tmp_path / 'w', point, 1)
-    values = parsed(words)
+    values = parsed(words, monkeypatch)
     expected = layout.config(description, point, 1)
     assert values.config.to_dict() == expected.to_dict()
     assert values.workdir == str(tmp_path / f'w/points/{point}/seed-1')

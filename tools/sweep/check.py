@@ -130,14 +130,15 @@ def save(workdir, description: dict) -> None:
         raise ValueError(f'{workdir} holds a point {name!r}, which the sweep '
                          'no longer has: take another --workdir')
       _same(workdir, f'point {name!r}', point['changes'],
-            json.loads(json.dumps(points[name]['changes'])))
+            points[name]['changes'])
       points[name]['seeds'] = sorted({*point['seeds'],
                                       *points[name]['seeds']})
   layout.save(workdir, description)
 
 
 def _same(workdir, what: str, old, new) -> None:
-  if json.dumps(old) == json.dumps(new):
+  new = json.loads(json.dumps(new))  # as the old: lists for tuples
+  if old == new:
     return
   if what == 'base_config':
     from training import run_config
@@ -223,5 +224,11 @@ def _short(value) -> str:
 
 
 def _plan_line(plan: dict) -> str:
-  return ', '.join(f'{key} {value}' for key, value in plan.items()
-                   if isinstance(value, (int, float, str, bool)))
+  """What tools.plan found, in a line; --json has all of it."""
+  told = [f'fits {plan["topology"]}']
+  for program in plan['programs']:
+    memory = program['memory']
+    peak, hbm = memory['peak'] / 2**30, memory['hbm'] / 2**30
+    told.append(f'{program["program"]} peaks at {peak:.2f} of {hbm:.2f} GiB a '
+                'device' + ', by estimate' * program['estimate'])
+  return ', '.join(told)

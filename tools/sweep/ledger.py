@@ -90,13 +90,9 @@ class Ledger:
   @contextlib.contextmanager
   def _transaction(self):
     """All inside happens at once, or not at all."""
-    self._db.execute('BEGIN IMMEDIATE')
-    try:
+    with self._db:  # commits, or takes back
+      self._db.execute('BEGIN IMMEDIATE')
       yield
-    except BaseException:
-      self._db.execute('ROLLBACK')
-      raise
-    self._db.execute('COMMIT')
 
   def add(self, rows: Iterable[tuple[str, int, Sequence[str]]]) -> None:
     """Adds (point, seed, tasks) where missing; a run that is done and owes a
