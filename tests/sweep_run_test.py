@@ -248,6 +248,10 @@ def test_cores_are_shared_out(monkeypatch):
                       raising=False)
   assert [local._cores(i, 2) for i in range(2)] == ['1,5', '2,7']
   assert local._cores(5, 6) == ''  # more runs than cores
+  monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '4,5,6')
+  assert [local._environment(i, 2)['CUDA_VISIBLE_DEVICES']
+          for i in range(2)] == ['4,6', '5']
+  assert local._environment(3, 4)['CUDA_VISIBLE_DEVICES'] == '4,5,6'
 
 
 def test_slurm_runs_the_runner_as_an_array(tmp_path):
@@ -291,6 +295,9 @@ def test_status_tells_states_losses_and_errors(tmp_path, monkeypatch, capsys):
   assert rows['bad'][1:4] == ['2', 'failed', '8%']
   assert '8 runs: 2 failed, 6 done' in lines
   assert 'failed: bad, seed 0: this point is bad (exit code 1)' in lines
+  status._live(layout.load(workdir), workdir)  # ends, as all has ended
+  text = capsys.readouterr().out
+  assert '+0.2500' in text and '8 runs: 2 failed, 6 done' in text
 
 
 def test_status_of_no_sweep_is_a_sentence(tmp_path):

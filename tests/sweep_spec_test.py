@@ -128,6 +128,13 @@ def test_the_first_bad_point_stops_the_check(tmp_path):
     described(file)
 
 
+def test_a_source_that_is_not_there_is_found(tmp_path):
+  file = sweeps.write(
+      tmp_path, "  add('far', **{'data.source': 'text:/no/such/*.txt'})\n")
+  with pytest.raises(ValueError, match="point 'far': .*no/such.*no file"):
+    described(file)
+
+
 def test_the_mesh_is_checked_without_devices(tmp_path):
   file = sweeps.write(tmp_path)
   one, four = (points(described(file, devices=n))['base'] for n in (1, 4))
@@ -204,12 +211,14 @@ def parsed(words, monkeypatch):
 
 def test_printed_commands_give_the_configs_of_the_sweep(
     tmp_path, monkeypatch):
-  file = sweeps.write(tmp_path, """
-  add('many', **{
+  (tmp_path / 'a b').mkdir()
+  (tmp_path / 'a b/0.txt').write_text('Quoted where a shell reads it.')
+  file = sweeps.write(tmp_path, f"""
+  add('many', **{{
       'model.norm': 'rmsnorm', 'optim.lr': 3e-4, 'train.z_loss': 1,
       'model.attention_bias': False, 'data.tokenizer': 'bytes',
       'optim.decay_mask': (('.*norm.*', 0), ('.*', 1)),
-      'data.source': 'text:a b/*.txt'})
+      'data.source': 'text:{tmp_path}/a b/*.txt'}})
 """)
   description = json.loads(json.dumps(described(file)))
   for point in points(description):

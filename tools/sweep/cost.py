@@ -61,8 +61,10 @@ def bytes_per_device(config, devices: int = 0) -> int:
   import architectures
   from configs import sharding as tables
   from training import devices as devices_lib
-  from training import runs, state
+  from training import runs, sources, state
   runs.check(config)
+  for source in filter(None, (config.data.source, config.data.eval_source)):
+    sources.parse(source)
   least = math.prod(max(config.mesh[axis], 1) for axis in tables.MESH_AXES)
   shape = devices_lib.mesh_shape(config.mesh, devices or least)
   mesh = AbstractMesh(tuple(shape.values()), tuple(shape),

@@ -1,7 +1,9 @@
 """What lies where in a sweep's folder, and what can be read of a run there."""
 
 import json
+import os
 import pathlib
+import tempfile
 
 from tools.sweep import spec
 
@@ -14,9 +16,12 @@ def save(workdir, description: dict) -> None:
   """Writes sweep.json, whole or not at all."""
   path = pathlib.Path(workdir) / 'sweep.json'
   path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(path.name + '.partial')
-  partial.write_text(json.dumps(description, indent=2) + '\n')
-  partial.replace(path)
+  # A name of its own: several runners may start at once.
+  with tempfile.NamedTemporaryFile(
+      'w', dir=path.parent, prefix='sweep.json.', delete=False) as partial:
+    partial.write(json.dumps(description, indent=2) + '\n')
+  os.chmod(partial.name, 0o644)
+  os.replace(partial.name, path)
 
 
 def load(workdir) -> dict:

@@ -15,6 +15,7 @@ from tools.sweep import ledger as ledger_lib
 
 POLL_SECONDS = 0.2
 BEAT_SECONDS = 10
+GPUS = 'CUDA_VISIBLE_DEVICES'
 TETHER = str(pathlib.Path(__file__).with_name('tether.py'))
 
 
@@ -139,7 +140,7 @@ class Runner:
           [sys.executable, TETHER, str(os.getpid()),
            _cores(slot, self._parallel), sys.executable, *words],
           stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-          start_new_session=True)
+          start_new_session=True, env=_environment(slot, self._parallel))
     self._jobs.append(Job(runs, state, process, slot))
 
   def _folder(self, run) -> pathlib.Path:
@@ -199,6 +200,15 @@ def _cores(slot: int, parallel: int) -> str:
     return ''
   cores = sorted(os.sched_getaffinity(0))[slot::parallel]
   return ','.join(map(str, cores))
+
+
+def _environment(slot: int, parallel: int) -> dict[str, str]:
+  """The environment of one slot: of the GPUs that CUDA_VISIBLE_DEVICES names,
+  its share; all where there are fewer than slots."""
+  gpus = [gpu for gpu in os.environ.get(GPUS, '').split(',') if gpu]
+  share = {GPUS: ','.join(gpus[slot::parallel])} if len(
+      gpus) >= parallel else {}
+  return os.environ | share
 
 
 def _say(text: str) -> None:
