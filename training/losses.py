@@ -120,6 +120,8 @@ def _loss_sum_fwd(settings, *args):
   hidden_BLD, head, targets_BL, weights_BL = jax.tree.map(
       lambda x: x.value, args)
   kernel_DV = _kernel(head, hidden_BLD)
+  # Both products read the kernel along its rows: one copy for all chunks.
+  kernel_VD = jax.lax.optimization_barrier(kernel_DV.T)
 
   def of_chunk(d_head, chunk):
     x_GBCD, targets_GBC, weights_GBC = chunk
@@ -135,15 +137,15 @@ def _loss_sum_fwd(settings, *args):
       # In this order: the other one XLA turns, for a tied kernel, into a
       # bfloat16 product that its CPU backend does not have.
       d_kernel += linear.einsum('GBCV,GBCD->GVD', d_GBCV, x_GBCD, x_GBCD.dtype,
-                                jnp.float32).swapaxes(1, 2)
+                                jnp.float32)
     dx_GBCD = None
     if ask_hidden:
-      dx_GBCD = linear.einsum('GBCV,DV->GBCD', d_GBCV, kernel_DV,
+      dx_GBCD = linear.einsum('GBCV,VD->GBCD', d_GBCV, kernel_VD,
                               x_GBCD.dtype)
     return (d_kernel, d_bias), (losses, dx_GBCD)
 
   ask_bias = head.bias_V is not None and ask_head.bias_V
-  zeros = (_zeros(settings, ask_head.kernel_DV, head.kernel_DV),
+  zeros = (_zeros(settings, ask_head.kernel_DV, head.kernel_DV.T),
            _zeros(settings, ask_bias, head.bias_V))
   (d_kernel, d_bias), (losses, dx_GBCD) = jax.lax.scan(
       of_chunk, zeros, _cut(settings, (hidden_BLD, targets_BL, weights_BL)))
@@ -253,7 +255,7 @@ def _zeros(settings, asked, x):
   """What a gradient of x adds up in: a copy for each shard of the batch."""
   if not asked:
     return None
-  axes = (None,) * (x.ndim - 1) + ('vocab',)
+  axes = ('vocab',) + (None,) * (x.ndim - 1)
   return sharding.constrain_if(
       jnp.zeros((settings.shards, *x.shape), jnp.float32), 'batch', *axes)
 
@@ -262,4 +264,4 @@ def _whole(d, x, *axes):
   """The shards' gradients of x, added up and laid out as x is."""
   if d is None:
     return None
-  return sharding.constrain_if(d.sum(0), *axes).astype(x.dtype)
+  return sharding.constrain_if(d.sum(0).T, *axes).astype(x.dtype)
