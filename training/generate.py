@@ -16,6 +16,11 @@ import jax.numpy as jnp
 
 import architectures
 from architectures.parts.config import require
+from architectures.parts.skeletons import one_by_one
+
+# So many layers a token goes through one by one, which is faster; deeper
+# stacks are scanned, or the program would grow with them.
+UNROLLED_LAYERS = 48
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,17 +101,17 @@ def generate(module: nn.Module, params, prompts_BL: jax.Array,
   cache = architectures.init_cache(module.config, B, L + max_new_tokens)
   if source_BM is None:
     positions = 'positions_BL'
-    apply = functools.partial(module.apply, {'params': params})
-    output = apply(prompts_BL, cache=cache)
+    apply = module.apply
+    output = apply({'params': params}, prompts_BL, cache=cache)
   else:
     positions = 'decoder_positions_BL'
     ids_BM = (jnp.arange(source_BM.shape[1])[None]
               < source_lengths_B[:, None]).astype(jnp.int32)
-    apply = functools.partial(module.apply, {'params': params}, None,
-                              segment_ids_BM=ids_BM)
+    apply = lambda variables, tokens_BL, **kwargs: module.apply(
+        variables, None, tokens_BL, segment_ids_BM=ids_BM, **kwargs)
     memory, _ = module.apply({'params': params}, source_BM,
                              segment_ids_BM=ids_BM, method='encode')
-    output = apply(prompts_BL, cache=cache, memory=memory)
+    output = apply({'params': params}, prompts_BL, cache=cache, memory=memory)
   last_B1D = jnp.take_along_axis(
       output.hidden, (lengths_B - 1)[:, None, None], axis=1)
 
@@ -126,7 +131,7 @@ def generate(module: nn.Module, params, prompts_BL: jax.Array,
   def step(carry):
     t, tokens_BT, done_B, cache = carry
     token_B1 = jax.lax.dynamic_slice_in_dim(tokens_BT, t - 1, 1, 1)
-    output = apply(token_B1, cache=cache,
+    output = apply({'params': params}, token_B1, cache=cache,
                    **{positions: (lengths_B + t - 1)[:, None]})
     new_B = draw(output, output.hidden, t)
     if stop_token is not None:
@@ -136,6 +141,9 @@ def generate(module: nn.Module, params, prompts_BL: jax.Array,
 
   if stop_token is not None:  # what an early end leaves
     tokens_BT = tokens_BT.at[:, 1:].set(stop_token)
+  cache = output.cache
+  if module.config.num_decoder_layers <= UNROLLED_LAYERS:
+    params, cache = one_by_one(params, cache)
   return jax.lax.while_loop(
       unfinished, step, (jnp.ones((), jnp.int32), tokens_BT, done_B,
-                         output.cache))[1]
+                         cache))[1]

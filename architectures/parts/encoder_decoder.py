@@ -14,7 +14,8 @@ import jax.numpy as jnp
 
 from architectures.parts.attention import Context
 from architectures.parts.config import ModelConfig, require
-from architectures.parts.skeletons import Embed, Output, Stack, Unembed
+from architectures.parts.skeletons import (
+    Embed, Output, Stack, Unembed, first_cache)
 
 
 class EncoderDecoder(nn.Module):
@@ -91,7 +92,8 @@ class EncoderDecoder(nn.Module):
     the cache has been given it."""
     chex.assert_rank(tokens_BL, 2)
     require(memory is not None or (
-        cache is not None and cache[0].memory_key_BMJK is not None),
+        cache is not None
+        and first_cache(cache).memory_key_BMJK is not None),
             'a decoder attends to a memory: pass the source, `memory`, or a '
             'cache that was filled with one')
     require(cache is None or segment_ids_BL is None,

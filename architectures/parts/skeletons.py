@@ -156,7 +156,9 @@ REMAT = {
 class Stack(nn.Module):
   """num_layers layers, then the final norm where the wiring needs one.
 
-  (x_BLD, context, cache) -> (x_BLD, cache, aux).
+  (x_BLD, context, cache) -> (x_BLD, cache, aux). With parameters and cache of
+  `one_by_one` the layers follow one another in the program, and each updates
+  its own slots in place; a scan copies weights and slots in and out.
   """
   config: ModelConfig
   pattern: tuple[LayerKind, ...]
@@ -169,6 +171,17 @@ class Stack(nn.Module):
       ctx = ctx.replace(bias_BHLM=RelativeBias(
           c, self.pattern[0].causal, name='relative_bias')(
               ctx.positions_BL, cache))
+    run = self._one_by_one if isinstance(cache, list) else self._scan
+    x_BLD, (cache, auxes, kept) = run(x_BLD, cache, ctx)
+    if c.block != 'post_norm':
+      x_BLD = norm(c, 'final_norm')(x_BLD)
+    aux = gather_aux(auxes)
+    if ctx.keep_layers:
+      aux = aux | {'layers': jnp.stack(kept, 1).reshape(-1, *x_BLD.shape)}
+    return x_BLD, cache, aux
+
+  def _scan(self, x_BLD, cache, ctx):
+    c = self.config
     periods = self.num_layers // len(self.pattern)
     scan = nn.scan(
         Period, variable_axes={'params': 0},
@@ -176,14 +189,18 @@ class Stack(nn.Module):
         in_axes=(0, nn.broadcast), length=periods,
         unroll=1 if c.scan_layers else periods,
         metadata_params={nn.PARTITION_NAME: 'layers'})
-    x_BLD, (cache, auxes, kept) = scan(c, self.pattern, name='layers')(
-        x_BLD, cache, ctx)
-    if c.block != 'post_norm':
-      x_BLD = norm(c, 'final_norm')(x_BLD)
-    aux = gather_aux(auxes)
-    if ctx.keep_layers:
-      aux = aux | {'layers': jnp.stack(kept, 1).reshape(-1, *x_BLD.shape)}
-    return x_BLD, cache, aux
+    return scan(c, self.pattern, name='layers')(x_BLD, cache, ctx)
+
+  def _one_by_one(self, x_BLD, cache, ctx):
+    params = self.get_variable('params', 'layers')
+    period = Period(self.config, self.pattern, parent=None)
+    caches, others = [], []
+    for i, entry in enumerate(cache):
+      x_BLD, (entry, *other) = period.apply(
+          {'params': params[str(i)]}, x_BLD, entry, ctx)
+      caches.append(entry)
+      others.append(other)
+    return x_BLD, (caches, *jax.tree.map(lambda *xs: jnp.stack(xs), *others))
 
 
 def gather_aux(auxes: tuple[dict, ...]) -> dict:
@@ -216,7 +233,8 @@ class RelativeBias(nn.Module):
         (c.relative.buckets, c.num_heads), c.param_dtype)
     k_positions_BM = q_positions_BL
     if cache is not None:
-      k_positions_BM = jnp.arange(cache[0].key_BMJK.shape[2])[None]
+      slots = first_cache(cache).key_BMJK.shape[-3]
+      k_positions_BM = jnp.arange(slots)[None]
     bucket_BLM = positions.relative_bucket(
         k_positions_BM[:, None] - q_positions_BL[:, :, None],
         bidirectional=not self.causal, buckets=c.relative.buckets,
@@ -282,3 +300,26 @@ def init_cache(config: ModelConfig, batch: int, length: int):
            config.num_kv_heads, config.head_dim)
   return tuple(Cache(jnp.zeros(shape, config.compute_dtype),
                      jnp.zeros(shape, config.compute_dtype)) for _ in pattern)
+
+
+def first_cache(cache) -> Cache:
+  """The entry of the first block: [N / period, B, M, J, K] each, or of the
+  first layer alone, without the leading axis."""
+  return cache[0][0] if isinstance(cache, list) else cache[0]
+
+
+def one_by_one(params, cache):
+  """Returns what a loop over single tokens takes instead of both arguments:
+  the decoder's layers apart, and a list of their slots.
+
+  On CPU these are copies of the layers' weights, made once: XLA would make
+  them at every turn of the loop. Elsewhere it reads them where they lie.
+  """
+  stacked = params['decoder']['layers'], cache
+  periods = jax.tree.leaves(cache)[0].shape[0]
+  layers, slots = zip(*(
+      jax.tree.map(lambda x: x[i], stacked) for i in range(periods)))
+  layers = jax.lax.platform_dependent(
+      {str(i): layer for i, layer in enumerate(layers)},
+      cpu=jax.lax.optimization_barrier, default=lambda x: x)
+  return params | {'decoder': params['decoder'] | {'layers': layers}}, [*slots]
