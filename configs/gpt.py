@@ -65,9 +65,9 @@ def get_config(size: str = 'tiny'):
                  ffn='gelu_tanh', block='pre_norm', tie_embeddings=True)
   c.data.length = c.model.max_len
   if size == 'tiny':
-    c.data.batch_size = 16
-    c.train.steps = 500
-    c.optim.update(lr=2e-3, warmup_steps=50)
+    c.data.batch_size = 4  # many small steps: the text is 12 MB
+    c.train.steps = 2400
+    c.optim.update(lr=2e-3, warmup_steps=100)
     return c
   c.model.vocab_size = 50257
   c.model.dtype = 'bfloat16'
