@@ -11,13 +11,10 @@ Ctrl-C or SIGTERM: the step is finished, saved, and the exit code is 0, or what
 import pathlib
 
 from absl import flags
-from ml_collections import config_flags
 
 from training import cli
 
-config_flags.DEFINE_config_file(
-    'config', help_string='A file of configs/ and its size, FILE.py:SIZE; any '
-    'field is a flag: --config.optim.lr=3e-4.')
+cli.define_config()
 cli.define_workdir()
 flags.DEFINE_bool('allow_config_change', False,
                   'Go on although the config differs from the run\'s.')

@@ -18,7 +18,6 @@ import pathlib
 import statistics
 
 from absl import flags
-from ml_collections import config_flags
 
 from benchmarks.worker import Worker
 from training import cli
@@ -27,8 +26,7 @@ SECTIONS = ('step', 'generate', 'loop', 'compile')
 # What PyTorch may run: in bfloat16, with float32 parameters or without.
 RIVALS = {'float32': ('float32',), 'bfloat16': ('autocast', 'bfloat16')}
 
-config_flags.DEFINE_config_file(
-    'config', help_string='A file of configs/ and its size; default: GPT with '
+cli.define_config('A file of configs/ and its size; default: GPT with '
     'd_model 512, 6 layers, 8 heads, vocabulary 32,000, batch 8 x 256.')
 flags.DEFINE_enum('dtype', 'float32', tuple(RIVALS), 'Of the computation.')
 flags.DEFINE_enum('compare', '', ('', 'pytorch'),

@@ -15,12 +15,10 @@ import json
 import pathlib
 
 from absl import flags
-from ml_collections import config_flags
 
 from training import cli
 
-config_flags.DEFINE_config_file(
-    'config', help_string='A file of configs/ and its size, FILE.py:SIZE.')
+cli.define_config()
 flags.DEFINE_bool('all', False, 'One table of every size of every system.')
 flags.DEFINE_integer('length', 0, 'Tokens of a sequence; 0: data.length.')
 flags.DEFINE_bool('json', False, 'Print JSON.')

@@ -11,6 +11,7 @@ import re
 import sys
 
 from absl import flags
+from ml_collections import config_flags
 
 flags.disclaim_key_flags()  # what is defined here belongs to who calls
 
@@ -39,9 +40,16 @@ def run(main: Callable[[], int | None]) -> None:
   sys.exit(code)
 
 
-def define_workdir() -> None:
-  """Defines --workdir for the program that calls; once, so that one process
+def define_config(text: str = 'A file of configs/ and its size, FILE.py:SIZE; '
+                  'any field is a flag: --config.optim.lr=3e-4.') -> None:
+  """Defines --config for the program that calls; once, so that one process
   may import several programs."""
+  if 'config' not in flags.FLAGS:
+    config_flags.DEFINE_config_file('config', help_string=text)
+
+
+def define_workdir() -> None:
+  """Defines --workdir, likewise."""
   if 'workdir' not in flags.FLAGS:
     flags.DEFINE_string('workdir', '', 'The folder of the run.')
 

@@ -6,6 +6,7 @@ layer n stand in row n // period of `layers/block_{n % period}`, whether or
 not `scan_layers` unrolls the scan.
 """
 
+import operator
 from typing import Any, Optional
 
 import chex
@@ -318,7 +319,7 @@ def one_by_one(params, cache):
   stacked = params['decoder']['layers'], cache
   periods = jax.tree.leaves(cache)[0].shape[0]
   layers, slots = zip(*(
-      jax.tree.map(lambda x: x[i], stacked) for i in range(periods)))
+      jax.tree.map(operator.itemgetter(i), stacked) for i in range(periods)))
   layers = jax.lax.platform_dependent(
       {str(i): layer for i, layer in enumerate(layers)},
       cpu=jax.lax.optimization_barrier, default=lambda x: x)

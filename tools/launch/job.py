@@ -6,15 +6,12 @@ import re
 import shlex
 
 from absl import flags
-from ml_collections import config_flags
 
 from training import cli
 
 STOPPED = 75  # the exit code of a run that has more to do
 
-config_flags.DEFINE_config_file(
-    'config', help_string='A file of configs/ and its size, FILE.py:SIZE; any '
-    'field is a flag: --config.optim.lr=3e-4.')
+cli.define_config()
 cli.define_workdir()
 flags.DEFINE_string('profile_steps', '', 'See train.py.')
 flags.DEFINE_bool('allow_config_change', False, 'See train.py.')

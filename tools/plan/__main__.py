@@ -16,13 +16,10 @@ import json
 import os
 
 from absl import flags
-from ml_collections import config_flags
 
 from training import cli
 
-config_flags.DEFINE_config_file(
-    'config', help_string='A file of configs/ and its size, FILE.py:SIZE; any '
-    'field is a flag: --config.model.remat=full.')
+cli.define_config()
 flags.DEFINE_string('topology', '', 'v5p:4x4x8 (chips), h100:1x8x8 (slices x '
                     'hosts x GPUs of a host).')
 flags.DEFINE_integer('slices', 1, 'Slices of that shape; TPUs only.')
