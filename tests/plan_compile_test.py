@@ -10,6 +10,7 @@ import pytest
 os.environ |= {'ALLOW_MULTIPLE_LIBTPU_LOAD': '1', 'TPU_LOG_DIR': 'disabled',
                'TPU_SKIP_MDS_QUERY': '1', 'TPU_WORKER_HOSTNAMES': 'localhost'}
 
+from tools.explain_sharding import arrays, predict
 from tools.plan import analyse, chips, collectives, compile as compiling
 from tools.plan.compile import DoesNotFit
 
@@ -49,6 +50,11 @@ def test_experts_cross_by_all_to_all_and_tokens_are_not_gathered(preset):
     assert {c.axes for c in crossings} == {('expert',)}
     tokens = 32 * 256 // (8 // run.mesh.shape['tensor'])
     assert all(c.payload == tokens * 2 * 256 * 2 for c in crossings)
+    rows = predict.collectives(run, arrays.parameters(run))
+    foretold = next(r for r in rows if r['kind'] == 'all-to-all')
+    assert foretold['runs_per_step'] == 8
+    assert foretold['bytes_sent_per_device'] == sum(
+        c.sent * c.runs for c in crossings)
   else:
     assert not crossings
   gathered = [c for c in found if c.kind == 'all-gather' and 'expert' in c.axes]

@@ -39,14 +39,16 @@ def mesh_shape(sizes: Mapping[str, int], num_devices: int) -> dict[str, int]:
 
 
 def parse_mesh(text: str, num_devices: int) -> dict[str, int]:
-  """Returns the mesh that a tool's --mesh names: data=2,fsdp=8 (an axis that
-  is not named has size 1, and `data` what the others leave), or a preset.
+  """Returns the mesh that a tool's --mesh names: data=2,fsdp=8, or a preset.
+
+  An axis that is not named has size 1, and `data` what the others leave of
+  `num_devices`; 0: as many devices as the mesh that is named.
 
   Raises:
     ValueError: for an unknown axis, or sizes that do not fit.
   """
   if text in tables.PRESETS:
-    return mesh_shape(tables.PRESETS[text], num_devices)
+    return mesh_shape(tables.PRESETS[text], num_devices or 8)
   sizes = dict.fromkeys(tables.MESH_AXES, 1) | {'data': -1}
   for part in text.split(','):
     axis, _, size = part.strip().partition('=')
@@ -54,7 +56,7 @@ def parse_mesh(text: str, num_devices: int) -> dict[str, int]:
     require(re.fullmatch(r'-?\d+', size) is not None,
             f'--mesh has {part!r}: write it as {axis}=8')
     sizes[axis] = int(size)
-  return mesh_shape(sizes, num_devices)
+  return mesh_shape(sizes, num_devices or abs(math.prod(sizes.values())))
 
 
 def check(model: ModelConfig, batch_size: int, grad_accumulation: int,

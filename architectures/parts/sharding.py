@@ -14,6 +14,8 @@ import jax
 
 from architectures.parts.config import one_of
 
+AXES = 'axes'  # the scope that names a constraint's logical axes
+
 
 def check(axes) -> tuple[str | None, ...]:
   """Returns `axes`; raises ValueError for one that the legend lacks."""
@@ -29,9 +31,13 @@ def init(fn, *axes: str | None):
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-  """Constrains `x` to the mesh axes of its logical ones; no mesh, no effect."""
-  check(axes)
-  return nn.with_logical_constraint(x, axes)
+  """Constrains `x` to the mesh axes of its logical ones; no mesh, no effect.
+
+  The logical axes are part of the operation's name, for explain_sharding.
+  """
+  names = ','.join(str(axis) for axis in check(axes))
+  with jax.named_scope(f'{AXES}({names})'):
+    return nn.with_logical_constraint(x, axes)
 
 
 def mesh_axes(axis: str) -> tuple[str, ...]:

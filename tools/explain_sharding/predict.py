@@ -1,0 +1,121 @@
+"""The collectives that the rules lead to, before anything is compiled.
+
+A weight whose dimension lies on a mesh axis of the batch is gathered over it
+before use, and its gradient scattered over it; over the batch's other axes
+the gradient is summed. A product over a dimension that lies on `tensor` is
+summed over it. Tokens cross `expert` and come back. XLA may choose otherwise:
+python -m tools.plan says what it chose.
+"""
+
+import math
+
+from architectures.parts import dispatch
+from configs import sharding as tables
+import jax.numpy as jnp
+from training import examples
+
+PASSES = {'full': 3, 'dots': 2, 'none': 2}  # that use a weight, by remat
+
+
+def collectives(run, parameters: list[dict]) -> list[dict]:
+  """Returns rows of kind, mesh axes, why, times a step, and bytes that a
+  device sends in it.
+
+  Args:
+    run: a runs.Run.
+    parameters: rows of rules.row.
+  """
+  mesh = {k: n for k, n in run.mesh.shape.items() if n > 1}
+  table = dict(tables.RULES[run.config.mesh.rules])
+  batch = [axis for axis in table['batch'] if axis in mesh]
+  rows = []
+  for one in parameters:
+    rows += _of_weight(run, one, batch, mesh)
+  rows += _of_activations(run, parameters, mesh)
+  return _sum(rows)
+
+
+def _of_weight(run, one: dict, batch: list, mesh: dict) -> list[dict]:
+  """A parameter's gathers and its gradient's reductions."""
+  own = [axis for d in one['dimensions'] for axis in d['mesh']]
+  times = run.config.train.grad_accumulation
+  width = run.model.compute_dtype.itemsize / 4  # it is cast before it is sent
+  rows = []
+  for axis in own:
+    n = mesh[axis]
+    if axis in batch and not _stays(one, axis):
+      whole = one['bytes_per_device'] * n
+      sent = whole * (n - 1) / n * width
+      passes = PASSES[run.model.remat] * times
+      rows.append(_row('all-gather', [axis], 'weights before use', passes,
+                       sent * passes))
+      rows.append(_row('reduce-scatter', [axis], 'gradients of weights',
+                       times, sent * times))
+  rest = [axis for axis in batch if axis not in own]
+  if rest:
+    n = math.prod(mesh[axis] for axis in rest)
+    sent = 2 * one['bytes_per_device'] * (n - 1) / n * width
+    rows.append(_row('all-reduce', rest, 'gradients of weights', times,
+                     sent * times))
+  return rows
+
+
+def _stays(one: dict, axis: str) -> bool:
+  """Experts stay where they are: tokens come to them."""
+  return any(d['axis'] == 'experts' and axis in d['mesh']
+             for d in one['dimensions'])
+
+
+def _of_activations(run, parameters, mesh) -> list[dict]:
+  """Sums over `tensor`, and the crossings of tokens."""
+  c, config = run.model, run.config
+  shapes = examples.shapes(config)
+  longest = max(shape[1] for shape, _ in shapes.values() if len(shape) > 1)
+  tokens = config.data.batch_size * longest // math.prod(
+      run.mesh.shape[axis] for axis in ('data', 'fsdp', 'expert'))
+  one = tokens * c.d_model * jnp.dtype(c.dtype).itemsize
+  rows = []
+  for row in parameters:
+    dims = row['dimensions']
+    layers = math.prod(d['size'] for d in dims if d['axis'] == 'layers')
+    if 'layers' not in row['axes']:
+      continue
+    summed = [d for d in dims if d['axis'] in ('heads', 'mlp')
+              and 'tensor' in d['mesh']]
+    if summed and row['axes'][-1] == 'embed' and len(dims) > 2:
+      # Forward, backward of what went in, and again where it is remade.
+      runs = layers * PASSES[c.remat]
+      n = mesh['tensor']
+      rows.append(_row('all-reduce', ['tensor'], 'products summed over heads '
+                       'or mlp', runs, 2 * one * (n - 1) / n * runs))
+    if 'expert' in mesh and row['name'].endswith('/ffn/down') and any(
+        d['axis'] == 'experts' for d in dims):
+      runs = layers * 2 * PASSES[c.remat]
+      n = mesh['expert']
+      rows.append(_row(
+          'all-to-all', ['expert'], 'tokens to their experts and back', runs,
+          one * _rows_a_token(c) * (n - 1) / n * runs))
+  return rows
+
+
+def _rows_a_token(c) -> float:
+  """Rows of the dispatched array for a token, in even load."""
+  m = c.moe
+  way = dispatch.way(m, m.capacity_factor)
+  return m.top_k if way == 'dropless' else m.top_k * m.capacity_factor
+
+
+def _row(kind, axes, why, times, sent) -> dict:
+  return dict(kind=kind, axes=list(axes), why=why, runs_per_step=times,
+              bytes_sent_per_device=sent)
+
+
+def _sum(rows: list[dict]) -> list[dict]:
+  total: dict = {}
+  for row in rows:
+    key = row['kind'], tuple(row['axes']), row['why']
+    into = total.setdefault(key, row | dict(runs_per_step=0,
+                                            bytes_sent_per_device=0.0))
+    for name in ('runs_per_step', 'bytes_sent_per_device'):
+      into[name] += row[name]
+  return sorted(total.values(), key=lambda r: -r['bytes_sent_per_device'])
