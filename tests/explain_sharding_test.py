@@ -114,7 +114,8 @@ def test_two_meshes_side_by_side():
 
 def test_the_program_makes_the_devices_of_its_mesh():
   words = [sys.executable, '-m', 'tools.explain_sharding', '--config',
-           'configs/gpt.py', '--json']
+           'configs/gpt.py', '--json',
+           '--config.data.batch_size=32']
   done = subprocess.run(words + ['--mesh', 'fsdp=32,tensor=4'],
                         capture_output=True, text=True)
   assert done.returncode == 0, done.stderr

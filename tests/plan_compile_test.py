@@ -1,4 +1,4 @@
-"""The training step of a tiny model, compiled for TPUs that are not there."""
+"""A tiny model's training step, compiled for TPUs and GPUs not there."""
 
 import importlib.util
 import os
@@ -7,18 +7,24 @@ from configs import gpt, mixtral
 from configs import sharding as tables
 import pytest
 
-os.environ |= {'ALLOW_MULTIPLE_LIBTPU_LOAD': '1', 'TPU_LOG_DIR': 'disabled',
-               'TPU_SKIP_MDS_QUERY': '1', 'TPU_WORKER_HOSTNAMES': 'localhost'}
+os.environ |= {
+    'ALLOW_MULTIPLE_LIBTPU_LOAD': '1', 'TPU_LOG_DIR': 'disabled',
+    'TPU_SKIP_MDS_QUERY': '1', 'TPU_WORKER_HOSTNAMES': 'localhost',
+    'JAX_SKIP_CUDA_CONSTRAINTS_CHECK': '1'}
 
 from tools.explain_sharding import arrays, predict
 from tools.plan import analyse, chips, collectives, compile as compiling
+from tools.plan import topology as topologies
 from tools.plan.compile import DoesNotFit
 
-pytestmark = [
-    pytest.mark.plan, pytest.mark.slow,
-    pytest.mark.skipif(
-        importlib.util.find_spec('libtpu') is None,
-        reason="libtpu is not installed: pip install -e '.[plan]'")]
+pytestmark = [pytest.mark.plan, pytest.mark.slow]
+tpu = pytest.mark.skipif(
+    importlib.util.find_spec('libtpu') is None,
+    reason="libtpu is not installed: pip install -e '.[plan]'")
+gpu = pytest.mark.skipif(
+    not topologies.compiler(chips.parse('h100:1x2x8')),
+    reason='jax-cuda13-plugin and jax-cuda13-pjrt are not installed, or are '
+    'not of the release of jax that is')
 
 
 def run_on(topology, mesh, config):
@@ -32,6 +38,7 @@ def compiled(run, topology):
                          topology.chip.hbm).executable
 
 
+@tpu
 @pytest.mark.parametrize('preset', list(tables.PRESETS))
 def test_experts_cross_by_all_to_all_and_tokens_are_not_gathered(preset):
   topology = chips.parse('v5p:2x2x2')
@@ -61,6 +68,7 @@ def test_experts_cross_by_all_to_all_and_tokens_are_not_gathered(preset):
   assert not [c for c in gathered if c.dtype == 'bf16']
 
 
+@tpu
 def test_what_does_not_fit_is_refused_by_the_compiler():
   topology = chips.parse('v5e:2x2')
   config = gpt.get_config()
@@ -70,6 +78,7 @@ def test_what_does_not_fit_is_refused_by_the_compiler():
     compiled(run_on(topology, 'data=4', config), topology)
 
 
+@tpu
 def test_the_peak_is_near_the_estimate():
   from tools.plan import memory
   topology = chips.parse('v5p:2x2x1')
@@ -80,6 +89,7 @@ def test_the_peak_is_near_the_estimate():
   assert 0.5 < memory.analytic(run)['peak'] / peak < 2
 
 
+@tpu
 def test_two_slices_send_over_the_network_between_them(tmp_path, monkeypatch):
   monkeypatch.setenv('ARCHETYPE_CACHE', str(tmp_path))
   topology = chips.parse('v5p:2x2x1', 2)
@@ -88,3 +98,22 @@ def test_two_slices_send_over_the_network_between_them(tmp_path, monkeypatch):
   assert set(analyse.hosts(run, topology)) == {0, 1}
   outside = report['roofline']['seconds']['network_outside']
   assert outside > report['roofline']['seconds']['network']
+
+
+@gpu
+def test_gpus_of_two_hosts(tmp_path, monkeypatch):
+  monkeypatch.setenv('ARCHETYPE_CACHE', str(tmp_path))
+  topology = chips.parse('h100:1x2x8')
+  config = mixtral.get_config()
+  config.model.attention_kernel = 'xla'
+  run = run_on(topology, 'data=2,fsdp=4,expert=2', config)
+  assert set(analyse.hosts(run, topology)) == {0, 1}
+  report = analyse.analyse(run, topology, 'train')
+  assert report['memory']['peak'] > report['memory']['parameters'] > 0
+  kinds = {(row['kind'], tuple(row['axes'])) for row in report['collectives']}
+  assert any('all-to-all' in kind and axes == ('expert',)
+             for kind, axes in kinds), kinds
+  assert report['roofline']['seconds']['network_outside'] > 0
+  tight = topology._replace(chip=topology.chip._replace(hbm=2 ** 21))
+  with pytest.raises(DoesNotFit, match='GiB at its peak, and a device has'):
+    analyse.analyse(run, tight, 'train', fresh=True)

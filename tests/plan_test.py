@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from tools.plan import analyse, chips, collectives, flops, hlo, memory
-from tools.plan import report, roofline, topology
+from tools.plan import report, roofline, search, topology
 from tools.plan.compile import DoesNotFit
 from training import devices, peaks
 
@@ -274,6 +274,26 @@ def test_state_on_a_device_and_what_is_held_alike(no_compiler):
   held = sum(memory.state(alone).values()) - sum(memory.state(spread).values())
   assert row['bytes_saved'] == pytest.approx(held, rel=0.02)
   assert memory.replicated(spread)[0]['bytes_saved'] < 0.03 * params
+
+
+def test_a_search_ranks_what_fits(no_compiler):
+  t = chips.parse('v5p:2x2x2')
+  config = small(gpt.get_config())
+  listed = search.candidates(config, t)
+  assert listed == sorted(listed, key=lambda one: one.step_seconds)
+  assert {one.remat for one in listed} == {'none', 'dots', 'full'}
+  assert {one.mesh['data'] for one in listed} >= {1, 8}
+  assert all(one.peak_bytes < t.chip.hbm for one in listed)
+  whole = memory.state(analyse.start(config, t, 'dp'))
+  tight = t._replace(chip=t.chip._replace(hbm=1.1 * sum(whole.values())))
+  for one in search.candidates(config, tight):  # no state lies whole
+    assert one.mesh['fsdp'] * one.mesh['tensor'] > 1
+  found = search.search(config, t, 2)
+  assert len(found['plans']) == 2 and '--mesh' in found['plans'][0]['flags']
+  assert search.text(found).count('~') >= 6
+  nothing = t._replace(chip=t.chip._replace(hbm=2 ** 10))
+  with pytest.raises(DoesNotFit, match='no mesh, remat policy'):
+    search.search(config, nothing, 1)
 
 
 @pytest.mark.parametrize('text, words', [

@@ -9,7 +9,9 @@ are not there, and prints: bytes a device, what is replicated, every
 collective, FLOPs, and the shortest step and highest MFU that published figures
 allow. What does not fit is a sentence and exit code 2. Without a compiler for
 the topology, the same by an estimate. Reports are kept by content under
-$ARCHETYPE_CACHE (~/.cache/archetype) in plans/.
+$ARCHETYPE_CACHE (~/.cache/archetype) in plans/. --search=3 lists the three best
+of all meshes, remat policies and accumulations that fit.
+JAX_OPTIMIZATION_LEVEL=O1 halves the time of compiling.
 """
 
 import json
@@ -25,6 +27,8 @@ flags.DEFINE_string('topology', '', 'v5p:4x4x8 (chips), h100:1x8x8 (slices x '
 flags.DEFINE_integer('slices', 1, 'Slices of that shape; TPUs only.')
 flags.DEFINE_string('mesh', '', "data=2,fsdp=8,expert=8; '': config.mesh.")
 flags.DEFINE_list('programs', ['train'], 'Of train, prefill, decode.')
+flags.DEFINE_integer('search', 0, 'Search meshes, remat and accumulation: '
+                     'the best N plans that fit.')
 flags.DEFINE_bool('fresh', False, 'Compile although a report is kept.')
 flags.DEFINE_bool('json', False, 'Print JSON.')
 
@@ -41,6 +45,11 @@ def main():
   topologies.environment(topology)
 
   from tools.plan import analyse, compile as compiling, report
+  if args.search:
+    from tools.plan import search
+    found = search.search(args.config, topology, args.search)
+    print(json.dumps(found, indent=2) if args.json else search.text(found))
+    return 0
   run = analyse.start(args.config, topology, args.mesh)
   plan = analyse.describe(run, topology) | analyse.active_parameters(run)
   try:

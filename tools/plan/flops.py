@@ -1,7 +1,8 @@
 """FLOPs and bytes of a program's products, from its jaxpr: loops multiplied,
 recomputation included, whatever XLA makes of it.
 
-A kernel (Pallas) counts with the estimate that it carries.
+Splash attention is known by its name; another kernel counts with the estimate
+that it carries.
 """
 
 import math
@@ -68,9 +69,7 @@ def _equation(eqn, platform, rows) -> Work:
     share = min(1.0, rows / there) if rows else 1.0
     return Work(2.0 * lhs.size * out.shape[-1] * share, _nbytes(eqn) * share)
   if name == 'pallas_call':
-    cost = eqn.params['cost_estimate']
-    calls = Work() if cost is None else Work(cost.flops, cost.bytes_accessed)
-    return calls
+    return _kernel(eqn)
   if name == 'scan':
     return inner(eqn.params['jaxpr']).times(eqn.params['length'])
   if name == 'while':
@@ -84,6 +83,33 @@ def _equation(eqn, platform, rows) -> Work:
   for jaxpr in jex.jaxprs_in_params(eqn.params):
     total += inner(jaxpr)
   return total
+
+
+# Products of scores' size in a call: q k and p v; and in the backward passes
+# the scores again, dv, dp, and dk or dq.
+_SPLASH = {'splash_mha_fwd': 2, 'splash_mha_dkv': 4, 'splash_mha_dq': 3}
+
+
+def _kernel(eqn) -> Work:
+  name = str(next(eqn.params[key] for key in ('name', 'name_and_src_info')
+                  if key in eqn.params))
+  products = [n for key, n in _SPLASH.items() if name.startswith(key)]
+  cost = eqn.params['cost_estimate']
+  if not products:
+    return Work() if cost is None else Work(cost.flops, cost.bytes_accessed)
+  # [heads or 1, blocks of queries, blocks of keys]: what the mask hides of
+  # all queries is not in the grid, and a causal kernel, which is given the
+  # places of the queries, skips half of it.
+  blocks = next(v.aval.shape for v in eqn.invars if v.aval.ndim >= 3)[-2:]
+  side = max(blocks)
+  share = math.prod(blocks) / side ** 2
+  places = [v for v in eqn.invars if v.aval.ndim == 2
+            and v.aval.dtype == jax.numpy.int32]
+  if share == 1 and places:
+    share = (side + 1) / (2 * side)
+  q, k = [v.aval.shape for v in eqn.invars if v.aval.ndim >= 3
+          and jax.numpy.issubdtype(v.aval.dtype, jax.numpy.floating)][:2]
+  return Work(products[0] * 2.0 * math.prod(q) * k[-2] * share, _nbytes(eqn))
 
 
 def _branch(eqn, platform, inner) -> Work:

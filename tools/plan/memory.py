@@ -45,10 +45,14 @@ def replicated(run: runs.Run) -> list[dict]:
   return sorted(rows, key=lambda row: -row['bytes_saved'])
 
 
-def _saved(x, axis: str, size: int) -> int:
-  used = {name for entry in x.sharding.spec if entry
+def axes(sharding) -> set[str]:
+  """Returns the mesh axes that an array's sharding names."""
+  return {name for entry in sharding.spec if entry
           for name in ((entry,) if isinstance(entry, str) else entry)}
-  if axis in used:
+
+
+def _saved(x, axis: str, size: int) -> int:
+  if axis in axes(x.sharding):
     return 0
   shard = x.sharding.shard_shape(x.shape)
   if not any(n % size == 0 for n in shard):
@@ -57,20 +61,25 @@ def _saved(x, axis: str, size: int) -> int:
   return nbytes - nbytes // size
 
 
-def analytic(run: runs.Run) -> dict[str, int]:
+def analytic(run: runs.Run, kept_in_all: int = 0) -> dict[str, int]:
   """Estimates a training step's peak, without a compiler.
 
   State, gradients, what the backward pass keeps by the config's remat policy
   (traced, not guessed; what has the batch's rows is cut up over its shards),
   and the largest thing of one layer: scores, or the widest hidden units and
   the gathered weights.
+
+  Args:
+    run: on any devices.
+    kept_in_all: what `kept` returns, where it is known; 0: trace it.
   """
   c, shape = run.model, run.mesh.shape
   parts = state(run)
   parts['gradients'] = parts['parameters']
-  parts['kept_for_backward'] = _kept(run)
-  rows = run.config.data.batch_size // run.config.train.grad_accumulation
-  rows = rows // math.prod(shape[a] for a in ('data', 'fsdp', 'expert'))
+  shards = run.config.train.grad_accumulation * math.prod(
+      shape[a] for a in ('data', 'fsdp', 'expert'))
+  parts['kept_for_backward'] = (kept_in_all or kept(run)) // shards
+  rows = run.config.data.batch_size // shards
   length, width = run.config.data.length, c.compute_dtype.itemsize
   heads = c.num_heads // shape['tensor']
   hidden = rows * length * (c.moe.d_ff * c.moe.top_k if c.ffn == 'moe'
@@ -84,8 +93,9 @@ def analytic(run: runs.Run) -> dict[str, int]:
   return parts
 
 
-def _kept(run: runs.Run) -> int:
-  """Bytes a device keeps between the passes: the residuals of jax.vjp."""
+def kept(run: runs.Run) -> int:
+  """Bytes that all devices keep between the passes, of a whole batch without
+  accumulation: the residuals of jax.vjp, weights apart."""
   from training import examples, objectives
   config = run.config
   objective = objectives.OBJECTIVES[config.objective]
@@ -100,11 +110,9 @@ def _kept(run: runs.Run) -> int:
     return jax.vjp(loss, params)[1]
 
   with run.context():
-    kept = jax.eval_shape(residuals, run.abstract.params, batch)
+    found = jax.eval_shape(residuals, run.abstract.params, batch)
   weights = {x.shape for x in jax.tree.leaves(run.abstract.params)}
-  shards = math.prod(run.mesh.shape[a] for a in ('data', 'fsdp', 'expert'))
-  total = sum(x.size * jnp.dtype(x.dtype).itemsize
-              for x in jax.tree.leaves(kept)
-              if x.shape not in weights and hasattr(x, 'size')
-              and not jnp.issubdtype(x.dtype, jax.dtypes.extended))
-  return total // shards // config.train.grad_accumulation
+  return sum(x.size * jnp.dtype(x.dtype).itemsize
+             for x in jax.tree.leaves(found)
+             if x.shape not in weights
+             and not jnp.issubdtype(x.dtype, jax.dtypes.extended))

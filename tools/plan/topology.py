@@ -34,6 +34,10 @@ def compiler(topology: Topology) -> str:
     versions = [importlib.metadata.version(name) for name in names]
   except importlib.metadata.PackageNotFoundError:
     return ''
+  # libtpu's interface is stable; the plugin loads only with its own jax.
+  jax_version = importlib.metadata.version('jax')
+  if names[0] != 'libtpu' and versions[0] != jax_version:
+    return ''
   return f'{names[0]} {versions[0]}'
 
 

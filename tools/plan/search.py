@@ -1,0 +1,191 @@
+"""Plans that fit, best first: over mesh shapes, remat and micro-batches.
+
+A candidate is scored without compiling, by the same bounds as a report: FLOPs
+by formula with what its remat policy adds, the bytes that its sharding must
+send, and memory.py's estimate of the peak. The best are then compiled, where a
+compiler is there, until as many fit as were asked for.
+"""
+
+import dataclasses
+import itertools
+import math
+from typing import NamedTuple
+
+import jax
+
+from tools.plan import analyse, chips, compile as compiling, memory, roofline
+from tools.plan import topology as topologies
+from training import devices, flops, runs, tokenizers
+
+REMATS = ('none', 'dots', 'full')
+# Forward passes in a step, the one that remat adds included: 'dots' repeats
+# what is cheap, and attention, which is not counted here.
+FORWARDS = {'none': 3, 'dots': 3, 'full': 4}
+
+
+class Candidate(NamedTuple):
+  """One plan and its bounds."""
+  mesh: dict
+  remat: str
+  grad_accumulation: int
+  step_seconds: float
+  highest_mfu: float
+  bound: str
+  peak_bytes: int
+
+  def flags(self) -> str:
+    """Returns the flags of this plan."""
+    mesh = ','.join(f'{a}={n}' for a, n in self.mesh.items() if n > 1)
+    return (f'--mesh {mesh or "data=1"} --config.model.remat={self.remat} '
+            f'--config.train.grad_accumulation={self.grad_accumulation}')
+
+
+def meshes(config, model, topology: chips.Topology):
+  """Yields every mesh that the model and the batch allow, `tensor` within
+  what the fast network joins and 16 at most."""
+  count = topology.devices
+  sides = [n for n in range(1, count + 1) if count % n == 0]
+  for expert, tensor in itertools.product(sides, [n for n in sides if n <= 16]):
+    if count % (expert * tensor) or tensor > topology.together:
+      continue
+    rest = count // (expert * tensor)
+    for fsdp in (n for n in sides if rest % n == 0):
+      shape = dict(data=rest // fsdp, fsdp=fsdp, expert=expert, tensor=tensor)
+      if topology.slices > 1 and shape['data'] % topology.slices:
+        continue
+      try:
+        devices.check(model, config.data.batch_size, 1, shape)
+      except ValueError:  # what does not divide is no candidate
+        continue
+      yield shape
+
+
+def sent(run: runs.Run) -> float:
+  """Returns bytes that a device sends in a step: weights gathered, gradients
+  reduced, products summed over `tensor`, tokens to experts and back."""
+  c, shape, accumulation = (run.model, run.mesh.shape,
+                            run.config.train.grad_accumulation)
+  itemsize, passes = c.compute_dtype.itemsize, 2 + (c.remat == 'full')
+  batch = ('data', 'fsdp', 'expert')
+  total = 0.0
+  for x in jax.tree.leaves(run.abstract.params):
+    used = memory.axes(x.sharding)
+    shard = math.prod(x.sharding.shard_shape(x.shape)) * itemsize
+    n = shape['fsdp'] if 'fsdp' in used else 1
+    rest = math.prod(shape[a] for a in batch if a not in used)
+    total += accumulation * shard * (
+        (passes + 1) * (n - 1) + 2 * (rest - 1) / rest)
+  tokens = run.config.data.batch_size * sum(analyse.lengths(run.config))
+  one = tokens * c.d_model * itemsize / math.prod(shape[a] for a in batch)
+  both = flops.STACKS[c.arch] == 'encoder-decoder'
+  layers = c.num_layers + both * c.num_decoder_layers
+  share = lambda axis: (shape[axis] - 1) / shape[axis]
+  total += 2 * passes * layers * 2 * one * share('tensor')
+  if c.ffn == 'moe':
+    total += 2 * passes * layers / c.moe.every * c.moe.top_k * one * share(
+        'expert')
+  return total
+
+
+def candidates(config, topology: chips.Topology) -> list[Candidate]:
+  """Returns every plan whose estimate fits, shortest step first."""
+  runs.check(config)
+  model, _ = runs.resolve(config, tokenizers.load(config.data.tokenizer))
+  placed = topologies.devices(topology)
+  found, kept = [], {}
+  for shape in meshes(config, model, topology):
+    run = runs.start(config, model,
+                     devices.make_mesh(shape, placed, topology.slices))
+    if sum(memory.state(run).values()) > topology.chip.hbm:
+      continue
+    for remat in REMATS:
+      variant = _variant(run, remat, 1)
+      if remat not in kept:
+        kept[remat] = memory.kept(variant)
+      each = config.data.batch_size // math.prod(
+          shape[a] for a in ('data', 'fsdp', 'expert'))
+      for parts in (2 ** i for i in range(12) if each % 2 ** i == 0):
+        one = _score(_variant(run, remat, parts), topology, kept[remat])
+        if one.peak_bytes < topology.chip.hbm:
+          found.append(one)
+          break  # more accumulation only sends more
+  return sorted(found, key=lambda one: (one.step_seconds, one.peak_bytes))
+
+
+def _variant(run: runs.Run, remat: str, accumulation: int) -> runs.Run:
+  config = run.config.copy_and_resolve_references()
+  config.model.remat = remat
+  config.train.grad_accumulation = accumulation
+  model = dataclasses.replace(run.model, remat=remat)
+  return dataclasses.replace(run, config=config, model=model,
+                             module=run.module.clone(config=model))
+
+
+def _score(run: runs.Run, topology: chips.Topology, kept: int) -> Candidate:
+  c = run.model
+  needed = sum(analyse.model_flops(run, 'train').values()) / topology.devices
+  bounds = roofline.times(
+      topology, c.dtype, flops=needed * FORWARDS[c.remat] / 3,
+      hbm_bytes=roofline.hbm_bytes(run, 0.0, memory.state(run), True),
+      sent=sent(run), sent_outside=0.0, model_flops=needed)
+  return Candidate(dict(run.mesh.shape), c.remat,
+                   run.config.train.grad_accumulation, bounds['step_seconds'],
+                   bounds['highest_mfu'], bounds['bound'],
+                   memory.analytic(run, kept)['peak'])
+
+
+def search(config, topology: chips.Topology, wanted: int) -> dict:
+  """Returns the `wanted` best plans, compiled where that is possible.
+
+  Raises:
+    DoesNotFit: where no candidate does.
+  """
+  listed = candidates(config, topology)
+  if not listed:
+    raise compiling.DoesNotFit(
+        f'no mesh, remat policy and accumulation of {topology.name} fits '
+        f'data.batch_size {config.data.batch_size}, by an estimate: take more '
+        'chips, or a batch with more divisors')
+  plans, refused = [], []
+  for one in listed[:4 * wanted]:
+    if len(plans) == wanted:
+      break
+    row = one._asdict() | dict(flags=one.flags(), estimate=True)
+    if topologies.compiler(topology):
+      try:
+        row |= _compiled(config, topology, one)
+      except compiling.DoesNotFit as error:
+        refused.append(row | dict(reason=str(error)))
+        continue
+    plans.append(row)
+  return dict(topology=topology.name, candidates=len(listed), refused=refused,
+              plans=sorted(plans, key=lambda row: row['step_seconds']))
+
+
+def _compiled(config, topology, one: Candidate) -> dict:
+  config = config.copy_and_resolve_references()
+  config.model.remat = one.remat
+  config.train.grad_accumulation = one.grad_accumulation
+  mesh = ','.join(f'{axis}={n}' for axis, n in one.mesh.items())
+  run = analyse.start(config, topology, mesh)
+  report = analyse.analyse(run, topology, 'train')
+  bounds = report['roofline']
+  return dict(estimate=False, peak_bytes=report['memory']['peak'],
+              **{name: bounds[name] for name in (
+                  'step_seconds', 'highest_mfu', 'bound')})
+
+
+def text(found: dict) -> str:
+  """Returns the plans as a table."""
+  lines = [f'{found["topology"]}: {found["candidates"]} plans fit by an '
+           'estimate; best first, by the shortest step that published figures '
+           'allow (~: not compiled)']
+  for row in found['plans']:
+    m = '~' if row['estimate'] else ''
+    lines.append(
+        f'  {m}{row["step_seconds"]:.3g} s a step, highest MFU {m}'
+        f'{row["highest_mfu"]:.1%}, bound by {row["bound"]}, {m}'
+        f'{row["peak_bytes"] / chips.GIB:.1f} GiB  {row["flags"]}')
+  for row in found['refused']:
+    lines.append(f'  refused: {row["flags"]}: {row["reason"]}')
+  return '\n'.join(lines)
