@@ -84,6 +84,20 @@ def parse(doc: str, argv: Sequence[str] | None = None) -> None:
     _refuse(f'unexpected argument {rest[0]!r}: every setting is a --flag')
 
 
+def words(argv: Sequence[str], names: Sequence[str]) -> list[str]:
+  """Returns the words of a command line that set the flags `names`, or, for
+  'config', one of its fields; each as --name=value. After `parse`."""
+  found, rest = [], list(argv[1:])
+  while rest:
+    name, equals, value = rest.pop(0).lstrip('-').partition('=')
+    flag = flags.FLAGS[name] if name in flags.FLAGS else None
+    if not equals and flag is not None and not flag.boolean:
+      equals, value = '=', rest.pop(0)
+    if {name, name.split('.')[0], name.removeprefix('no')} & set(names):
+      found.append(f'--{name}{equals}{value}')
+  return found
+
+
 def _refuse(sentence: str):
   print(f'error: {sentence}', file=sys.stderr, flush=True)
   sys.exit(2)

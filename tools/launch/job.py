@@ -74,7 +74,7 @@ def make(argv: list[str], num_devices: int, slices: int = 1) -> Job:
   parent = workdir.rpartition('/')[0] or '.'
   return Job(
       name=_name(workdir.rpartition('/')[2]),
-      words=('python', '-u', 'train.py', *_train_words(argv),
+      words=('python', '-u', 'train.py', *cli.words(argv, _OF_TRAIN),
              f'--stopped_exit_code={STOPPED}'),
       workdir=workdir, logs=args.logs or f'{workdir}/logs',
       env={
@@ -103,20 +103,6 @@ def _check(config, num_devices: int, slices: int) -> None:
   if shape['data'] % slices:
     raise ValueError(f'mesh.data is {shape["data"]}, which the {slices} slices '
                      f'do not divide: choose a multiple of {slices}')
-
-
-def _train_words(argv: list[str]) -> list[str]:
-  """Returns the words of the command line that are train.py's, each as
-  --name=value."""
-  words, rest = [], list(argv[1:])
-  while rest:
-    name, equals, value = rest.pop(0).lstrip('-').partition('=')
-    flag = flags.FLAGS[name] if name in flags.FLAGS else None
-    if not equals and flag is not None and not flag.boolean:
-      equals, value = '=', rest.pop(0)
-    if name.split('.')[0].removeprefix('no') in _OF_TRAIN:
-      words.append(f'--{name}{equals}{value}')
-  return words
 
 
 def require_shared(job: Job, places: str) -> None:

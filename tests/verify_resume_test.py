@@ -1,0 +1,79 @@
+"""The tool that kills and reshapes a run: what it says of a sound one, and of
+one that differs."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests import train_test
+from tools.verify_resume import runs
+
+texts = train_test.texts
+pytestmark = pytest.mark.slow
+
+
+def verify(*words, code=0):
+  result = subprocess.run(
+      [sys.executable, '-m', 'tools.verify_resume', *words],
+      cwd=train_test.ROOT, capture_output=True, text=True, timeout=280)
+  assert result.returncode == code, result.stdout + result.stderr
+  return result
+
+
+@pytest.fixture(scope='module')
+def done(tmp_path_factory, texts):
+  """(folder, findings, output) of a run that resumes."""
+  folder = tmp_path_factory.mktemp('verify_resume')
+  small = [f for f in train_test.SMALL if '.mesh.' not in f]
+  result = verify(
+      '--config', 'configs/gpt.py', *small, texts, '--steps=6', '--devices=2',
+      '--config.model.dropout', '0.1', f'--folder={folder}',
+      f'--json={folder}/found.json')
+  return folder, json.loads((folder / 'found.json').read_text()), result.stdout
+
+
+def test_a_sound_run_resumes(done):
+  folder, found, output = done
+  assert found['resumes'] and found['killed_after'] == 3
+  assert found['devices'] == 2
+  same, other = found['comparisons']
+  assert same['ok'] and same['mesh'] == 'data=2'
+  assert '6 losses and' in same['found']
+  assert other['ok'] and other['mesh'] == 'fsdp=2'
+  assert other['largest_difference'] <= 1e-5
+  assert output.strip().endswith('it resumes')
+  # It was killed for real, before its end, and went on where it was.
+  steps = [row['step'] for row in train_test.rows(folder / 'killed')]
+  assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_what_differs_is_named(done, tmp_path):
+  folder, _, _ = done
+  copy = tmp_path / 'killed'
+  shutil.copytree(folder / 'killed', copy)
+  lines = (copy / 'metrics.jsonl').read_text().splitlines()
+  rows = [json.loads(line) for line in lines]
+  rows[4]['loss'] *= 1 + 1e-6
+  (copy / 'metrics.jsonl').write_text(
+      '\n'.join(json.dumps(row) for row in rows) + '\n')
+  mesh = dict(data=2)
+  row = runs.bits(mesh, folder / 'whole', copy, 6)
+  assert not row['ok'] and row['differing'] == ['loss of step 5']
+  # Another state: that of the mesh on which sums are in another order.
+  row = runs.bits(mesh, folder / 'whole', folder / 'reshaped-0', 6)
+  assert any('params' in name for name in row['differing'])
+  assert runs.numbers(mesh, folder / 'whole', copy, 3, 6, 1e-5)['ok']
+  assert not runs.numbers(mesh, folder / 'whole', copy, 3, 6, 1e-7)['ok']
+
+
+@pytest.mark.parametrize('words, parts', [
+    (['--config=configs/gpt.py', '--steps=2'], ['--steps is 2']),
+    (['--config=configs/gpt.py', '--mesh=date=2'], ["'date=2'", 'data']),
+    (['--config=configs/gpt.py', '--devices=1'], ['no other mesh of 1 device']),
+])
+def test_what_cannot_be_verified_is_refused(words, parts):
+  error = verify(*words, code=2).stderr
+  assert all(part in error for part in parts), error

@@ -1,0 +1,184 @@
+"""The runs of verify_resume, and what is compared of them."""
+
+import json
+import math
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+
+from configs import sharding as tables
+from training import devices, restoring, runs
+
+AXES = tables.MESH_AXES
+
+
+def verify(config, words: list[str], folder: pathlib.Path, steps: int,
+           meshes: list[str], virtual: int, tolerance: float) -> dict:
+  """Returns what was found, to be printed or written as JSON.
+
+  Args:
+    config: the user's.
+    words: the flags of train.py that make it.
+    folder: for the runs' workdirs, which must not be there yet.
+    steps: of each run.
+    meshes: others to go on with, as 'data=2,fsdp=2'; none: one that fits.
+    virtual: devices on a CPU.
+    tolerance: relative, of a loss on another mesh.
+
+  Raises:
+    ValueError: for what train.py refuses, and meshes that do not fit.
+    RuntimeError: a run failed.
+  """
+  runs.check(config)
+  middle = steps // 2
+  env = _environment(folder, virtual)
+  count = _count_devices(env)
+  own = devices.mesh_shape(config.mesh, count)
+  others = [_parse(text, count) for text in meshes] or _another(
+      config, own, count)
+  words = [*words, *_settings(steps, middle)]
+  whole, killed = folder / 'whole', folder / 'killed'
+  for workdir in (whole, killed):
+    if workdir.exists():
+      raise ValueError(f'{workdir} is there already: choose another --folder')
+  _train(env, words, whole)
+  _train(env, words, killed, kill_after=middle)
+  _train(env, words, killed)
+  comparisons = [bits(own, whole, killed, steps)]
+  for i, mesh in enumerate(others):
+    copy = folder / f'reshaped-{i}'
+    shutil.copytree(whole, copy)
+    shutil.rmtree(copy / 'checkpoints' / str(steps))
+    _train(env, [*words, *(f'--config.mesh.{axis}={size}'
+                           for axis, size in mesh.items())], copy)
+    comparisons.append(numbers(mesh, whole, copy, middle, steps, tolerance))
+  return dict(steps=steps, killed_after=middle, devices=count,
+              comparisons=comparisons,
+              resumes=all(row['ok'] for row in comparisons))
+
+
+def _settings(steps: int, middle: int) -> list[str]:
+  return [f'--config.{setting}' for setting in (
+      f'train.steps={steps}', f'checkpoint.every_steps={middle}',
+      'checkpoint.every_minutes=0.0', 'checkpoint.keep=2',
+      'checkpoint.keep_every=0', 'log.every_steps=1', 'eval.every_steps=0',
+      'log.tensorboard=False', 'log.wandb=False')]
+
+
+def _environment(folder: pathlib.Path, virtual: int) -> dict[str, str]:
+  """Returns that of the runs: they share what they compile."""
+  env = dict(os.environ)
+  env.setdefault('JAX_COMPILATION_CACHE_DIR', str(folder / 'jax_cache'))
+  name = '--xla_force_host_platform_device_count'
+  kept = [f for f in env.get('XLA_FLAGS', '').split() if name not in f]
+  env['XLA_FLAGS'] = ' '.join([*kept, f'{name}={virtual}'])
+  return env
+
+
+def _count_devices(env) -> int:
+  """Asks another process: this one must leave an accelerator to the runs."""
+  result = subprocess.run(
+      [sys.executable, '-c', 'import jax; print(jax.device_count())'], env=env,
+      check=True, stdout=subprocess.PIPE, text=True)
+  return int(result.stdout)
+
+
+def _parse(text: str, count: int) -> dict[str, int]:
+  sizes = dict.fromkeys(AXES, 1)
+  for part in text.split(','):
+    axis, _, size = part.partition('=')
+    if axis not in AXES or not size.lstrip('-').isdecimal():
+      raise ValueError(f'--mesh is {text!r}: choose sizes for '
+                       f'{", ".join(AXES)}, as data=2,fsdp=2')
+    sizes[axis] = int(size)
+  return devices.mesh_shape(sizes, count)
+
+
+def _another(config, own: dict[str, int], count: int) -> list[dict[str, int]]:
+  """Returns the first mesh other than `own` that fits the model and batch."""
+  model = runs.resolve_alone(config)
+  for inner in ('fsdp', 'tensor', 'expert', 'data'):
+    for size in range(count, 0, -1):
+      if count % size:
+        continue
+      mesh = dict.fromkeys(AXES, 1)
+      mesh['data'] = count // size
+      mesh[inner] *= size
+      if mesh == own or math.prod(mesh.values()) != count:
+        continue
+      try:
+        devices.check(model, config.data.batch_size,
+                      config.train.grad_accumulation, mesh)
+      except ValueError:
+        continue
+      return [mesh]
+  raise ValueError(
+      f'no other mesh of {count} device{"s" * (count > 1)} fits this model and '
+      'batch: on a CPU, choose more with --devices')
+
+
+def _train(env, words, workdir: pathlib.Path, kill_after: int = 0) -> None:
+  program = (['-m', 'tools.verify_resume.worker', str(kill_after)]
+             if kill_after else ['train.py'])
+  print(f'{workdir.name}: {"to be killed" if kill_after else "training"} ...',
+        flush=True)
+  result = subprocess.run(
+      [sys.executable, *program, *words, f'--workdir={workdir}'],
+      env=env, capture_output=True, text=True)
+  if kill_after:
+    failed = result.returncode != -signal.SIGKILL
+  else:
+    failed = result.returncode != 0
+  if failed:
+    last = (result.stderr.strip() or result.stdout.strip()).splitlines()[-1]
+    sentence = last.removeprefix('error: ')
+    if result.returncode == 2:
+      raise ValueError(sentence)
+    raise RuntimeError(f'{workdir.name} ended with exit code '
+                       f'{result.returncode}: {sentence}')
+
+
+def _losses(workdir: pathlib.Path) -> dict[int, float]:
+  rows = [json.loads(line) for line in
+          (workdir / 'metrics.jsonl').read_text().splitlines()]
+  return {row['step']: row['loss'] for row in rows if row['split'] == 'train'}
+
+
+def bits(mesh, whole, killed, steps: int) -> dict:
+  """Compares every loss, and every array of the last checkpoint, bit for bit.
+  """
+  one, two = _losses(whole), _losses(killed)
+  arrays, others = (restoring.arrays(restoring.directory(w), steps)
+                    for w in (whole, killed))
+  wrong = [f'loss of step {n}' for n in sorted(one) if one[n] != two.get(n)]
+  wrong += [name for name in arrays
+            if arrays[name]['checksum'] != others[name]['checksum']]
+  found = (f'{len(one)} losses and {len(arrays)} arrays, bit for bit'
+           if not wrong else f'first: {wrong[0]}; {len(wrong)} in all')
+  return dict(what='resumed', mesh=_name(mesh), ok=not wrong, found=found,
+              differing=wrong)
+
+
+def numbers(mesh, whole, reshaped, middle: int, steps: int,
+             tolerance: float) -> dict:
+  """Compares the losses after the checkpoint."""
+  one, two = _losses(whole), _losses(reshaped)
+  worst = max(_difference(one[n], two.get(n))
+              for n in range(middle + 1, steps + 1))
+  return dict(what='reshaped', mesh=_name(mesh), ok=worst <= tolerance,
+              found=f'losses differ by {worst:.1e}, {tolerance:.0e} allowed',
+              largest_difference=worst, tolerance=tolerance)
+
+
+def _difference(a: float | None, b: float | None) -> float:
+  if a is None or b is None:  # not finite, or no such step
+    return math.inf
+  return abs(a - b) / abs(a)
+
+
+def _name(mesh) -> str:
+  return ' '.join(f'{axis}={size}' for axis, size in mesh.items() if size > 1
+                  ) or 'one device'
