@@ -8,7 +8,7 @@ PYTHON ?= python3
 VENV ?= .venv
 WORKDIR ?= runs/tiny
 # Two workers nearly halve the time of compiling; more only wait for cores.
-TEST_FLAGS ?= -n 2
+TEST_FLAGS ?= -n 2 --dist loadgroup
 
 run = $(VENV)/bin/python
 test_extras = test,demo,data,tensorboard,plot,bleu,slurm

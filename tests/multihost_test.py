@@ -17,7 +17,9 @@ from tests import train_test
 from tools.launch import local
 
 texts = train_test.texts
-pytestmark = [pytest.mark.multihost, pytest.mark.slow]
+# One group: the workers of a parallel run would each launch it all.
+pytestmark = [pytest.mark.multihost, pytest.mark.slow,
+              pytest.mark.xdist_group('pods')]
 STEPS = 6
 EXPERTS = ('--config.model.moe.num_experts=4', '--config.model.moe.d_ff=32',
            '--config.model.num_kv_heads=2', '--config.mesh.expert=4')
@@ -164,8 +166,8 @@ def test_a_lost_process_ends_all_and_the_run_goes_on(alone, two, texts,
   fault = dict(folder=str(where), workdir=str(alone / 'stopped'))
   code, (log,) = launch(
       where, 2, 4, [words(alone / 'stopped', texts, fsdp=4, data=2)],
-      faults=[fault | dict(process=1, step=4, kind='kill'),
-              fault | dict(process=0, step=5, kind='raise')], max_restarts=2)
+      faults=[fault | dict(process=1, step=5, kind='kill'),
+              fault | dict(process=0, step=6, kind='raise')], max_restarts=2)
   said = capfd.readouterr()
   assert code == 0, said.err
   assert [codes for _, codes in ends] == [[1, -9], [1, 1], [0, 0]]

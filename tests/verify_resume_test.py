@@ -12,7 +12,7 @@ from tests import train_test
 from tools.verify_resume import runs
 
 texts = train_test.texts
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group('verify_resume')]
 
 
 def verify(*words, code=0):
@@ -62,8 +62,10 @@ def test_what_differs_is_named(done, tmp_path):
   mesh = dict(data=2)
   row = runs.bits(mesh, folder / 'whole', copy, 6)
   assert not row['ok'] and row['differing'] == ['loss of step 5']
-  # Another state: that of the mesh on which sums are in another order.
-  row = runs.bits(mesh, folder / 'whole', folder / 'reshaped-0', 6)
+  # Another state: that of half-way.
+  shutil.rmtree(copy / 'checkpoints/6')
+  shutil.copytree(folder / 'whole/checkpoints/3', copy / 'checkpoints/6')
+  row = runs.bits(mesh, folder / 'whole', copy, 6)
   assert any('params' in name for name in row['differing'])
   assert runs.numbers(mesh, folder / 'whole', copy, 3, 6, 1e-5)['ok']
   assert not runs.numbers(mesh, folder / 'whole', copy, 3, 6, 1e-7)['ok']
@@ -71,9 +73,14 @@ def test_what_differs_is_named(done, tmp_path):
 
 @pytest.mark.parametrize('words, parts', [
     (['--config=configs/gpt.py', '--steps=2'], ['--steps is 2']),
-    (['--config=configs/gpt.py', '--mesh=date=2'], ["'date=2'", 'data']),
     (['--config=configs/gpt.py', '--devices=1'], ['no other mesh of 1 device']),
 ])
 def test_what_cannot_be_verified_is_refused(words, parts):
   error = verify(*words, code=2).stderr
   assert all(part in error for part in parts), error
+
+
+def test_a_mesh_of_unknown_axes_is_refused():
+  with pytest.raises(ValueError, match="'date=2': choose sizes for data"):
+    runs.parse('date=2', 2)
+  assert runs.parse('fsdp=-1', 2)['fsdp'] == 2

@@ -37,7 +37,7 @@ def verify(config, words: list[str], folder: pathlib.Path, steps: int,
   env = _environment(folder, virtual)
   count = _count_devices(env)
   own = devices.mesh_shape(config.mesh, count)
-  others = [_parse(text, count) for text in meshes] or _another(
+  others = [parse(text, count) for text in meshes] or _another(
       config, own, count)
   words = [*words, *_settings(steps, middle)]
   whole, killed = folder / 'whole', folder / 'killed'
@@ -86,7 +86,7 @@ def _count_devices(env) -> int:
   return int(result.stdout)
 
 
-def _parse(text: str, count: int) -> dict[str, int]:
+def parse(text: str, count: int) -> dict[str, int]:
   sizes = dict.fromkeys(AXES, 1)
   for part in text.split(','):
     axis, _, size = part.partition('=')
