@@ -53,11 +53,18 @@ def _watch_steps(faults: list[dict]) -> None:
   watch.slowest, signals.Stop.agreed = count, at_step
 
 
+def _forget_flags() -> None:
+  flags.FLAGS.unparse_flags()
+  for name in list(flags.FLAGS):
+    if name.startswith('config.'):  # defined by the command line before
+      delattr(flags.FLAGS, name)
+
+
 def main():
   given = json.loads(sys.argv[1])
   _watch_steps(given['faults'])
   for words in given['runs']:
-    flags.FLAGS.unparse_flags()
+    _forget_flags()
     sys.argv = ['train.py', *words]
     code = train.main()
     print(f'exit code {code}', flush=True)
