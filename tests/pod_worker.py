@@ -20,7 +20,7 @@ from absl import flags
 import jax
 
 import train
-from training import processes, signals, watch
+from training import host, processes, signals, watch
 
 
 def _fault(fault: dict) -> None:
@@ -68,7 +68,8 @@ def main():
     sys.argv = ['train.py', *words]
     code = train.main()
     print(f'exit code {code}', flush=True)
-    # Joined for good.
+    # Joined and settled for good.
+    host.settle = lambda: None
     processes.initialize = lambda *_: None
     processes.meet = lambda: None
   return 0
