@@ -64,7 +64,7 @@ def base() -> ml_collections.ConfigDict:
           eps=1e-8,
           momentum=0.9,  # sgd, muon
       ),
-      mesh=dict(data=-1, fsdp=1, expert=1, tensor=1, rules='default',
+      mesh=dict(data=-1, fsdp=1, expert=1, context=1, tensor=1, rules='default',
                 slices=0),  # over which `data` goes; 0: what the devices say
       checkpoint=dict(
           every_steps=500,

@@ -5,14 +5,16 @@ serves one dimension of an array at most, so `embed` is sharded over `fsdp` in
 a weight and not in an activation, whose batch took `fsdp` first.
 """
 
-MESH_AXES = ('data', 'fsdp', 'expert', 'tensor')
+MESH_AXES = ('data', 'fsdp', 'expert', 'context', 'tensor')
 
-LOGICAL_AXES = ('batch', 'length', 'embed', 'heads', 'kv_heads', 'head', 'mlp',
-                'vocab', 'experts', 'layers', 'capacity')
+# 'tokens' are batch and length in one axis.
+LOGICAL_AXES = ('batch', 'length', 'tokens', 'embed', 'heads', 'kv_heads',
+                'head', 'mlp', 'vocab', 'experts', 'layers', 'capacity')
 
 RULES = {
     # Weights in shards over fsdp (ZeRO-3), heads and mlp over tensor
-    # (Megatron), experts over expert; the batch over all that is left.
+    # (Megatron), experts over expert, a sequence over context; the batch over
+    # all that is left.
     'default': (
         ('batch', ('data', 'fsdp', 'expert')),
         ('experts', ('expert',)),
@@ -21,7 +23,8 @@ RULES = {
         ('heads', ('tensor',)),
         ('kv_heads', ('tensor',)),
         ('embed', ('fsdp',)),
-        ('length', ()),
+        ('length', ('context',)),
+        ('tokens', ('data', 'fsdp', 'expert', 'context')),
         ('head', ()),
         ('capacity', ()),
         ('layers', ()),
@@ -35,7 +38,8 @@ RULES = {
         ('heads', ('tensor',)),
         ('kv_heads', ('tensor',)),
         ('embed', ()),
-        ('length', ()),
+        ('length', ('context',)),
+        ('tokens', ('data', 'fsdp', 'expert', 'context')),
         ('head', ()),
         ('capacity', ()),
         ('layers', ()),
@@ -44,10 +48,13 @@ RULES = {
 
 # Mesh shapes by name, for tests, docs and `--mesh` of the tools: 8 devices.
 PRESETS = {
-    'dp': dict(data=8, fsdp=1, expert=1, tensor=1),
-    'fsdp': dict(data=1, fsdp=8, expert=1, tensor=1),
-    'tp': dict(data=2, fsdp=1, expert=1, tensor=4),
-    'fsdp_tp': dict(data=1, fsdp=4, expert=1, tensor=2),
-    'ep': dict(data=2, fsdp=1, expert=4, tensor=1),
-    'ep_fsdp_tp': dict(data=1, fsdp=2, expert=2, tensor=2),
+    'dp': dict(data=8, fsdp=1, expert=1, context=1, tensor=1),
+    'fsdp': dict(data=1, fsdp=8, expert=1, context=1, tensor=1),
+    'tp': dict(data=2, fsdp=1, expert=1, context=1, tensor=4),
+    'fsdp_tp': dict(data=1, fsdp=4, expert=1, context=1, tensor=2),
+    'ep': dict(data=2, fsdp=1, expert=4, context=1, tensor=1),
+    'cp': dict(data=2, fsdp=1, expert=1, context=4, tensor=1),
+    'cp_fsdp_tp': dict(data=1, fsdp=2, expert=1, context=2, tensor=2),
+    'ep_cp': dict(data=1, fsdp=1, expert=4, context=2, tensor=1),
+    'ep_fsdp_tp': dict(data=1, fsdp=2, expert=2, context=1, tensor=2),
 }

@@ -8,7 +8,7 @@ import pytest
 
 from training import devices, processes
 
-SHAPE = dict(data=4, fsdp=2, expert=1, tensor=1)
+SHAPE = dict(data=4, fsdp=2, expert=1, context=1, tensor=1)
 
 
 @dataclasses.dataclass(frozen=True)

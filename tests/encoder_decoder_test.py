@@ -90,7 +90,7 @@ def test_sharded_equals_single(system):
     return jnp.square(out.logits).mean() + sum(
         out.aux.get('losses', {}).values())
   single = jax.jit(jax.value_and_grad(loss))(params, batch)
-  shape = dict(data=1, fsdp=2, expert=2, tensor=2)
+  shape = dict(data=1, fsdp=2, expert=2, context=1, tensor=2)
   mesh = devices.make_mesh(shape)
   with jax.set_mesh(mesh), sharding.rules('default'):
     place = devices.batch_sharding(mesh, 'default')

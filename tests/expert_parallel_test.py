@@ -148,7 +148,8 @@ def test_equals_one_device_by_all_to_all(preset, way, reference):
     # Counts, for the capacity, are integers; nothing else goes to everybody.
     assert dtype != 'f32' or not along(members, shape, 'expert')
   if shape['expert'] > 1:
-    n, shards = shape['expert'], math.prod(shape[a] for a in BATCH)
+    n = shape['expert']
+    shards = math.prod(shape[a] for a in (*BATCH, 'context'))
     tokens = B * L // shards
     slots = min(tokens, B * L * X // E)
     rows = (n * min(X, E // n) if way == 'dropless' else E * slots / tokens)
@@ -171,9 +172,9 @@ def trace_on(shape, c):
     (dict(router='expert_choice'), 'expert_choice needs whole groups on each'),
 ])
 def test_refuses_what_does_not_divide(fields, words):
-  shape = dict(data=1, fsdp=1, expert=4, tensor=2)
+  shape = dict(data=1, fsdp=1, expert=4, context=1, tensor=2)
   if 'group_size' in fields:  # 16 groups of 4, on shards of 64 / 3 tokens
-    shape = dict(data=3, fsdp=1, expert=2, tensor=1)
+    shape = dict(data=3, fsdp=1, expert=2, context=1, tensor=1)
   with pytest.raises(ValueError) as error:
     trace_on(shape, config(**fields))
   assert words in str(error.value)

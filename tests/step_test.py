@@ -199,6 +199,7 @@ def test_a_mesh_that_does_not_fit_is_refused(name):
     (dict(model__num_heads=2, mesh__tensor=4), 'model.num_heads 2: choose'),
     (dict(mesh__expert=2), 'has no experts: set mesh.expert=1'),
     (dict(train__grad_accumulation=3), 'grad_accumulation 3 do not divide'),
+    (dict(mesh__context=8, data__length=12), 'mesh.context is 8, which does'),
 ])
 def test_a_mesh_that_does_not_divide_is_refused(changes, sentence):
   c = config(**changes)
@@ -207,7 +208,8 @@ def test_a_mesh_that_does_not_divide_is_refused(changes, sentence):
 
 
 def test_every_mesh_shape_multiplies_to_its_devices():
-  for sizes in itertools.product((1, 2, -1), repeat=4):
+  for sizes in itertools.product(
+      (1, 2, -1), repeat=len(tables.MESH_AXES)):
     if sizes.count(-1) == 1:
       shape = devices.mesh_shape(dict(zip(tables.MESH_AXES, sizes)), 8)
       assert np.prod(list(shape.values())) == 8

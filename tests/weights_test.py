@@ -185,7 +185,7 @@ def test_old_names_and_tied_copies(gpt, tmp_path):
 
 def test_each_shard_is_read_where_it_lies(gpt):
   module, params, folder = gpt
-  mesh = devices.make_mesh(dict(data=1, fsdp=4, expert=1, tensor=2))
+  mesh = devices.make_mesh(dict(data=1, fsdp=4, expert=1, context=1, tensor=2))
   boxed = state.abstract_params(module)
   shardings = devices.param_shardings(boxed, mesh, 'default')
   like = jax.tree.map(

@@ -11,7 +11,7 @@ taken in the forward pass, while a chunk's logits are there, and turned at once
 into gradients of the hidden states and of the head: no [B, L, V] array ever
 lives, and no logit is computed twice.
 
-Beside the legend's axes, G is the shards of the batch and C the positions of
+Beside the legend's axes, G is the shards of the tokens and C the positions of
 a chunk. Each shard adds up its own gradient of the head, which the devices
 exchange once, after the last chunk.
 """
@@ -49,7 +49,8 @@ class TokenLosses(NamedTuple):
 class _Settings(NamedTuple):
   z_loss: float
   label_smoothing: float
-  shards: int  # G
+  rows: int  # shards of the batch
+  lengths: int  # shards of the length; G = rows * lengths
   positions: int  # C
 
 
@@ -103,7 +104,7 @@ def _token_losses(settings, hidden_BLD, head, targets_BL) -> TokenLosses:
 
   _, losses = jax.lax.scan(
       of_chunk, None, _cut(settings, (hidden_BLD, targets_BL)))
-  return _join(losses, targets_BL.shape)
+  return _join(settings, losses, targets_BL.shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -149,7 +150,8 @@ def _loss_sum_fwd(settings, *args):
            _zeros(settings, ask_bias, head.bias_V))
   (d_kernel, d_bias), (losses, dx_GBCD) = jax.lax.scan(
       of_chunk, zeros, _cut(settings, (hidden_BLD, targets_BL, weights_BL)))
-  tokens, d_hidden = _join((losses, dx_GBCD), targets_BL.shape)
+  tokens, d_hidden = _join(
+      settings, (losses, dx_GBCD), targets_BL.shape)
   d_head = head.replace(
       kernel_DV=_whole(d_kernel, head.kernel_DV, 'embed', 'vocab'),
       bias_V=_whole(d_bias, head.bias_V, 'vocab'))
@@ -212,35 +214,47 @@ def _settings(hidden_BLD, head, z_loss, label_smoothing, chunk) -> _Settings:
   """How the tokens are cut up: shards of the batch, and of the length chunks
   as even as can be."""
   batch, length, _ = hidden_BLD.shape
-  shards = sharding.shards('batch', batch)
+  rows, lengths = (sharding.shards('batch', batch),
+                   sharding.shards('length', length))
   tokens = chunk or max(AUTO_TOKENS, AUTO_LOGITS // head.kernel_DV.shape[1])
-  most = max(1, tokens * shards // batch)
+  most = max(1, tokens * rows // batch)
+  length //= lengths
   chunks = -(-length // most)
-  return _Settings(z_loss, label_smoothing, shards, -(-length // chunks))
+  return _Settings(z_loss, label_smoothing, rows, lengths,
+                   -(-length // chunks))
 
 
 def _cut(settings, arrays):
-  """[B, L, ...] -> [chunks, G, B / G, C, ...], the length padded with zeros;
-  the weight of a padded token is one of them."""
+  """[B, L, ...] -> [chunks, G, B / rows, C, ...], the length of a shard padded
+  with zeros; the weight of a padded token is one of them."""
+  rows, lengths, C = settings.rows, settings.lengths, settings.positions
+
   def cut(x):
-    batch, length = x.shape[:2]
-    chunks = -(-length // settings.positions)
-    pad = chunks * settings.positions - length
+    batch, length = x.shape[0] // rows, x.shape[1] // lengths
+    chunks = -(-length // C)
+    x = x.reshape(rows, batch, lengths, length, *x.shape[2:])
+    pad = chunks * C - length
     if pad:
-      x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
-    x = x.reshape(settings.shards, batch // settings.shards, chunks,
-                  settings.positions, *x.shape[2:])
-    x = jnp.moveaxis(x, 2, 0)
-    return sharding.constrain_if(x, None, 'batch', *(None,) * (x.ndim - 2))
+      x = jnp.pad(x, ((0, 0),) * 3 + ((0, pad),) + ((0, 0),) * (x.ndim - 4))
+    x = x.reshape(rows, batch, lengths, chunks, C, *x.shape[4:])
+    x = jnp.moveaxis(x, (3, 2), (0, 2))
+    x = x.reshape(chunks, rows * lengths, batch, *x.shape[4:])
+    return sharding.constrain_if(x, None, 'tokens', *(None,) * (x.ndim - 2))
 
   return jax.tree.map(cut, arrays)
 
 
-def _join(arrays, shape):
-  """[chunks, G, B / G, C, ...] -> [B, L, ...]: `_cut` undone."""
+def _join(settings, arrays, shape):
+  """[chunks, G, B / rows, C, ...] -> [B, L, ...]: `_cut` undone."""
+  rows, lengths = settings.rows, settings.lengths
+
   def join(x):
-    x = jnp.moveaxis(x, 0, 2)
-    return x.reshape(shape[0], -1, *x.shape[4:])[:, :shape[1]]
+    chunks, _, batch, C = x.shape[:4]
+    x = x.reshape(chunks, rows, lengths, batch, C, *x.shape[4:])
+    x = jnp.moveaxis(x, (0, 2), (3, 2))
+    x = x.reshape(rows, batch, lengths, chunks * C, *x.shape[5:])
+    x = x[:, :, :, :shape[1] // lengths]
+    return x.reshape(*shape, *x.shape[4:])
 
   return jax.tree.map(join, arrays)
 
@@ -252,12 +266,13 @@ def _kernel(head, hidden_BLD):
 
 
 def _zeros(settings, asked, x):
-  """What a gradient of x adds up in: a copy for each shard of the batch."""
+  """What a gradient of x adds up in: a copy for each shard of the tokens."""
   if not asked:
     return None
   axes = ('vocab',) + (None,) * (x.ndim - 1)
   return sharding.constrain_if(
-      jnp.zeros((settings.shards, *x.shape), jnp.float32), 'batch', *axes)
+      jnp.zeros((settings.rows * settings.lengths, *x.shape), jnp.float32),
+      'tokens', *axes)
 
 
 def _whole(d, x, *axes):

@@ -170,12 +170,20 @@ def start(config: ml_collections.ConfigDict, model: ModelConfig,
         slices=config.mesh.slices)
   devices.check(model, config.data.batch_size, config.train.grad_accumulation,
                 mesh.shape)
+  _check_context(config, mesh.shape['context'])
   kernels.check(model, mesh.devices.flat[0].platform)
   module = architectures.build(model)
   tx = state_lib.optimizer(module, config.optim, config.train.steps)
   return Run(config, model, module, mesh, tx,
              state_lib.abstract(module, tx, mesh, config.mesh.rules),
              devices.batch_sharding(mesh, config.mesh.rules))
+
+
+def _check_context(config, context: int) -> None:
+  for name in ('length', 'target_length'):
+    size = config.data[name]
+    require(size % context == 0, f'mesh.context is {context}, which does not '
+            f'divide data.{name} {size}: choose a multiple of it')
 
 
 def restore_or_create(run: Run, saved) -> tuple[state_lib.TrainState, int]:
@@ -208,7 +216,8 @@ def for_this_machine(config: ml_collections.ConfigDict
     require(count == jax.device_count(),
             f'data.batch_size {config.data.batch_size} does not divide over '
             f'the {jax.device_count()} devices there are')
-    config.mesh.update(data=-1, fsdp=1, expert=1, tensor=1, slices=0)
+    config.mesh.update(data=-1, fsdp=1, expert=1, context=1, tensor=1,
+                       slices=0)
     print('the run\'s mesh does not fit this machine: evaluating on '
           f'mesh.data={jax.device_count()}')
     return config

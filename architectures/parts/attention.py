@@ -144,6 +144,9 @@ class Attention(nn.Module):
       cache = cache.write(k_BMJK, v_BMJK, ctx.positions_BL)
       k_BMJK, v_BMJK = cache.key_BMJK, cache.value_BMJK
       k_positions_BM = jnp.arange(k_BMJK.shape[1])[None]
+    # Queries may be split over the mesh along the length; each sees all keys.
+    k_BMJK, v_BMJK = (sharding.constrain(x, 'batch', None, 'kv_heads', 'head')
+                      for x in (k_BMJK, v_BMJK))
     o_BLHK = self._weigh(q_BLHK, k_BMJK, v_BMJK, k_positions_BM, ctx,
                          cached=cache is not None)
     o_BLHK = sharding.constrain(o_BLHK, 'batch', 'length', 'heads', 'head')

@@ -1,7 +1,7 @@
 """Where the experts are computed: on this device, or spread over the mesh.
 
 On a mesh, `shard_map` hands each device its tokens (split over the axes of
-'batch') and its experts (over the axis of 'experts'). Assignments are sorted
+'tokens') and its experts (over the axis of 'experts'). Assignments are sorted
 by the device of their expert, cross with one all-to-all, pass through the
 expert, and return with a second; the backward pass has the same two. Once
 dispatched, the batch is off the expert axis. Weights are gathered over the
@@ -21,10 +21,8 @@ On TPU and GPU dropless sends only the rows that are full
 """
 
 import functools
-import math
 from typing import Optional
 
-import flax.linen as nn
 from flax import struct
 import jax
 from jax.sharding import PartitionSpec
@@ -40,35 +38,22 @@ from architectures.parts.config import MoEConfig, require
 @struct.dataclass
 class Axes:
   """The mesh axes of more than one device, by what lies on them."""
-  batch: tuple[str, ...] = struct.field(pytree_node=False, default=())
+  tokens: tuple[str, ...] = struct.field(pytree_node=False, default=())
   experts: tuple[str, ...] = struct.field(pytree_node=False, default=())
   mlp: tuple[str, ...] = struct.field(pytree_node=False, default=())
   embed: tuple[str, ...] = struct.field(pytree_node=False, default=())
 
 
-def size(axes: tuple[str, ...]) -> int:
-  """How many devices lie along `axes`."""
-  mesh = jax.sharding.get_abstract_mesh()
-  return math.prod(mesh.shape[name] for name in axes)
-
-
 def mesh_axes() -> Optional[Axes]:
   """Where the installed rules put things; None: all on each device."""
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.size == 1 or not nn.get_logical_axis_rules():
-    return None
-  def names(axis):
-    found = nn.logical_to_mesh_axes(sharding.check((axis,)))[0] or ()
-    found = (found,) if isinstance(found, str) else found
-    return tuple(name for name in found if mesh.shape[name] > 1)
-  axes = Axes(*(names(a) for a in ('batch', 'experts', 'mlp', 'embed')))
-  return axes if any((axes.batch, axes.experts, axes.mlp, axes.embed)) else None
+  names = [sharding.mesh_axes(a) for a in ('tokens', 'experts', 'mlp', 'embed')]
+  return Axes(*names) if any(names) else None
 
 
 def expert_shards() -> int:
   """Over how many devices the experts are spread."""
   axes = mesh_axes()
-  return size(axes.experts) if axes else 1
+  return sharding.size(axes.experts) if axes else 1
 
 
 def way(m: MoEConfig, factor: float) -> str:
@@ -87,10 +72,10 @@ def experts(m: MoEConfig, x_TD: jax.Array, routed: routing.Routing,
   compute = functools.partial(_compute, m, factor, T, groups)
   if axes is None:
     return compute(Axes(), x_TD, routed, w, dropout)
-  shards = size(axes.batch)
+  shards = sharding.size(axes.tokens)
   _check_groups(T, groups, shards, bool(routed.choices))
   x_TD, routed = _pad(x_TD, routed, -T % shards)
-  tokens, rows = PartitionSpec(axes.batch or None), routed.expert_A.shape[0]
+  tokens, rows = PartitionSpec(axes.tokens or None), routed.expert_A.shape[0]
   y_TD, kept_A = jax.shard_map(
       functools.partial(compute, axes),
       in_specs=(tokens, jax.tree.map(lambda _: tokens, routed), _specs(w, axes),
@@ -125,8 +110,8 @@ def _compute(m: MoEConfig, factor: float, tokens: int, groups: int, axes: Axes,
              x_TD, routed, w, dropout):
   """One device's share. `tokens`: of all devices, padding apart."""
   T, E, X = x_TD.shape[0], m.num_experts, routed.choices
-  shards = size(axes.batch) if axes.batch else 1
-  index = jax.lax.axis_index(axes.batch) if axes.batch else 0
+  shards = sharding.size(axes.tokens) if axes.tokens else 1
+  index = jax.lax.axis_index(axes.tokens) if axes.tokens else 0
   if X:
     token_A = jnp.arange(T * X, dtype=jnp.int32) // X
   else:
@@ -146,7 +131,7 @@ def _compute(m: MoEConfig, factor: float, tokens: int, groups: int, axes: Axes,
         first_row=index * routed.expert_A.shape[0],
         first_unit=(jax.lax.axis_index(axes.mlp) * w.up_EDF.shape[2]
                     if axes.mlp else 0))
-  devices = size(axes.experts)
+  devices = sharding.size(axes.experts)
   bound = (T * min(X, E // devices) if X else
            routed.expert_A.shape[0] // devices)
   run = here.Local(_gather(w, axes), dropout, m.ffn,
@@ -176,9 +161,9 @@ def _gather(w: here.Weights, axes: Axes) -> here.Weights:
 def _earlier(axes: Axes, groups: int):
   """For routing.limit: a group that goes over several shards."""
   def earlier(count_1XE):
-    shards = size(axes.batch)
-    count_SXE = jax.lax.all_gather(count_1XE[0], axes.batch)
-    index_S, index = jnp.arange(shards), jax.lax.axis_index(axes.batch)
+    shards = sharding.size(axes.tokens)
+    count_SXE = jax.lax.all_gather(count_1XE[0], axes.tokens)
+    index_S, index = jnp.arange(shards), jax.lax.axis_index(axes.tokens)
     span = shards // groups
     same_S = index_S // span == index // span
     total = lambda mask_S: (count_SXE * mask_S[:, None, None]).sum(0)[None]
@@ -195,7 +180,7 @@ class Spread:
 
   @property
   def devices(self) -> int:
-    return size((self.axis,))
+    return sharding.size((self.axis,))
 
   def ids(self, assignment_R):
     return self.local.ids(assignment_R)
@@ -252,20 +237,21 @@ def check(m: MoEConfig, d_model: int) -> None:
   axes = mesh_axes()
   if axes is None:
     return
-  E, n = m.num_experts, size(axes.experts)
+  E, n = m.num_experts, sharding.size(axes.experts)
   require(len(axes.experts) <= 1, "the rules put 'experts' on the mesh axes "
           f'{", ".join(axes.experts)}: put them on one')
-  require(set(axes.experts) <= set(axes.batch),
-          f"the rules put 'experts' on the mesh axis {axes.experts} and 'batch'"
-          f" on {axes.batch}: tokens must be split over the experts' axis too")
+  require(set(axes.experts) <= set(axes.tokens),
+          f"the rules put 'experts' on the mesh axis {axes.experts} and "
+          f"'tokens' on {axes.tokens}: they must be split over the experts' "
+          'axis too')
   divisors = ', '.join(str(d) for d in range(1, E + 1) if E % d == 0)
   require(E % n == 0,
           f'model.moe.num_experts is {E}, which mesh.expert {n} does not '
           f'divide: choose {_multiples(E, n)} experts, or mesh.expert among '
           f'{divisors}')
   for name, value, axis, by in (
-      ('model.moe.d_ff', m.d_ff, 'tensor', size(axes.mlp)),
-      ('model.d_model', d_model, 'fsdp', size(axes.embed))):
+      ('model.moe.d_ff', m.d_ff, 'tensor', sharding.size(axes.mlp)),
+      ('model.d_model', d_model, 'fsdp', sharding.size(axes.embed))):
     require(value % by == 0, f'{name} is {value}, which mesh.{axis} {by} does '
             f'not divide: choose {_multiples(value, by)}')
 

@@ -170,8 +170,12 @@ def splash(q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array,
   """attention.attend by Pallas' splash attention; `interpret`: on CPU."""
   B, L, H, _ = q_BLHK.shape
   M, at = k_BMJK.shape[1], _Places(q_BLHK, k_BMJK)
-  kernel = _splash_kernel(mask, H // sharding.size(at.heads), L, M,
-                          sharding.size(at.length), softcap, interpret)
+  # A mask that differs from query to query is cut up with them.
+  cut = at.length if mask.causal or mask.window else ()
+  kernel = _splash_kernel(
+      mask, H // sharding.size(at.heads),
+      L if cut else L // sharding.size(at.length), M, sharding.size(cut),
+      softcap, interpret)
   q_ids_BL, k_ids_BM = mask.q_ids_BL, mask.k_ids_BM
   if q_ids_BL is not None:
     q_ids_BL = jnp.broadcast_to(q_ids_BL, (B, L))
@@ -187,7 +191,7 @@ def splash(q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array,
 
   mesh = jax.sharding.get_abstract_mesh()
   of_kernel = None if mesh.empty else kernel.manual_sharding_spec(
-      NamedSharding(mesh, at.spec((), at.length)))
+      NamedSharding(mesh, at.spec((), cut)))
   return at.map(local, (
       of_kernel, at.queries, at.keys, at.keys, at.spec(at.rows, at.length),
       at.spec(at.rows), at.spec(at.heads)))(

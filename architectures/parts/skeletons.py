@@ -240,7 +240,8 @@ class RelativeBias(nn.Module):
         k_positions_BM[:, None] - q_positions_BL[:, :, None],
         bidirectional=not self.causal, buckets=c.relative.buckets,
         max_distance=c.relative.max_distance)
-    return jnp.moveaxis(table[bucket_BLM], -1, 1).astype(jnp.float32)
+    bias_BHLM = jnp.moveaxis(table[bucket_BLM], -1, 1).astype(jnp.float32)
+    return sharding.constrain(bias_BHLM, None, 'heads', 'length', None)
 
 
 class Unembed(nn.Module):
