@@ -210,6 +210,6 @@ def test_a_mesh_that_does_not_divide_is_refused(changes, sentence):
 def test_every_mesh_shape_multiplies_to_its_devices():
   for sizes in itertools.product(
       (1, 2, -1), repeat=len(tables.MESH_AXES)):
-    if sizes.count(-1) == 1:
+    if sizes.count(-1) == 1 and sizes.count(2) <= 3:
       shape = devices.mesh_shape(dict(zip(tables.MESH_AXES, sizes)), 8)
       assert np.prod(list(shape.values())) == 8
