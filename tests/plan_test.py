@@ -307,7 +307,7 @@ def test_wrong_meshes_are_refused(text, words):
 def test_meshes_by_name_and_by_axes():
   assert devices.parse_mesh('ep', 8) == tables.PRESETS['ep']
   assert devices.parse_mesh('fsdp=2,expert=2', 8) == dict(
-      data=2, fsdp=2, expert=2, tensor=1)
+      data=2, fsdp=2, expert=2, context=1, tensor=1)
 
 
 def test_an_unknown_topology_is_one_sentence_and_exit_code_2():

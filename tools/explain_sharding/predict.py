@@ -27,7 +27,7 @@ def collectives(run, parameters: list[dict]) -> list[dict]:
   """
   mesh = {k: n for k, n in run.mesh.shape.items() if n > 1}
   table = dict(tables.RULES[run.config.mesh.rules])
-  batch = [axis for axis in table['batch'] if axis in mesh]
+  batch = [axis for axis in table['tokens'] if axis in mesh]
   rows = []
   for one in parameters:
     rows += _of_weight(run, one, batch, mesh)
@@ -72,7 +72,7 @@ def _of_activations(run, parameters, mesh) -> list[dict]:
   shapes = examples.shapes(config)
   longest = max(shape[1] for shape, _ in shapes.values() if len(shape) > 1)
   tokens = config.data.batch_size * longest // math.prod(
-      run.mesh.shape[axis] for axis in ('data', 'fsdp', 'expert'))
+      run.mesh.shape[axis] for axis in ('data', 'fsdp', 'expert', 'context'))
   one = tokens * c.d_model * jnp.dtype(c.dtype).itemsize
   rows = []
   for row in parameters:
@@ -88,6 +88,15 @@ def _of_activations(run, parameters, mesh) -> list[dict]:
       n = mesh['tensor']
       rows.append(_row('all-reduce', ['tensor'], 'products summed over heads '
                        'or mlp', runs, 2 * one * (n - 1) / n * runs))
+    if 'context' in mesh and row['name'].endswith(
+        ('/attention/key', '/attention/value')):
+      runs = layers * PASSES[c.remat]
+      width = math.prod(d['size'] // math.prod(mesh[a] for a in d['mesh'])
+                        for d in dims if d['axis'] in ('kv_heads', 'head'))
+      rows.append(_row(
+          'all-gather', ['context'], 'keys and values, and their gradients',
+          runs, tokens * width * jnp.dtype(c.dtype).itemsize * runs
+          * (mesh['context'] - 1)))
     if 'expert' in mesh and row['name'].endswith('/ffn/down') and any(
         d['axis'] == 'experts' for d in dims):
       runs = layers * 2 * PASSES[c.remat]

@@ -50,7 +50,8 @@ def meshes(config, model, topology: chips.Topology):
       continue
     rest = count // (expert * tensor)
     for fsdp in (n for n in sides if rest % n == 0):
-      shape = dict(data=rest // fsdp, fsdp=fsdp, expert=expert, tensor=tensor)
+      shape = dict(data=rest // fsdp, fsdp=fsdp, expert=expert, context=1,
+                   tensor=tensor)
       if topology.slices > 1 and shape['data'] % topology.slices:
         continue
       try:
