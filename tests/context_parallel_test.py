@@ -6,7 +6,7 @@ import re
 
 import flax.linen as nn
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 import jax.numpy as jnp
 import pytest
 
