@@ -50,7 +50,7 @@ def test_specs_are_those_of_a_run(preset, table, make):
 
 
 def test_each_reason_is_given():
-  mesh = dict(data=2, fsdp=2, expert=1, tensor=2)
+  mesh = dict(data=2, fsdp=2, expert=1, context=1, tensor=2)
   why = lambda shape, axes: [d.why for d in rules.explain(
       shape, axes, mesh, 'default')]
   assert why((4, 6), ('embed', 'mlp')) == ['', '']
@@ -58,7 +58,7 @@ def test_each_reason_is_given():
       '50,257 does not divide over the 2 devices of tensor',
       'it has no logical axis']
   assert why((4, 8, 6), ('batch', 'length', 'embed')) == [
-      'expert has one device', 'the rule for length names no mesh axis',
+      'expert has one device', 'context has one device',
       'fsdp already shards dimension 0 (batch)']
   assert why((4,), ('experts',)) == ['expert has one device']
   found = rules.explain((8, 6), ('batch', 'embed'), mesh, 'default')
