@@ -11,7 +11,8 @@ import time
 import pytest
 
 from tests import sweeps
-from tools.sweep import layout, ledger, local, run, slurm, status
+from tools.sweep import check, layout, ledger, local, run, slurm, spec, status
+from training import run_config
 
 ROOT = pathlib.Path(__file__).parents[1]
 ROWS = [('a', 0, ()), ('a', 1, ()), ('b', 0, ('routing',))]
@@ -204,6 +205,24 @@ def test_a_signal_stops_and_the_next_runner_goes_on(tmp_path):
   assert set(states(workdir).values()) == {'pending'}
 
 
+def test_a_file_changed_under_the_sweep_is_found_out(tmp_path, monkeypatch):
+  sweeps.fake(monkeypatch)
+  file, workdir = sweeps.write(tmp_path, seeds=1), tmp_path / 'w'
+  folder = layout.run_folder(workdir, 'rms', 0)
+  args = sweeps.arguments(file, f'--workdir={workdir}')
+  description = check.check(args)
+  other = spec.changed(layout.config(description, 'rms', 0),
+                       {'optim.lr': 1.0}, 'a test')
+  run_config.save(folder, other)
+  monkeypatch.setattr(sweeps, 'SCRIPT', sweeps.SCRIPT.replace(
+      "== 'bad'", "== 'rms' and time.sleep(60)"))
+  assert run.main(args) == 1
+  with ledger.Ledger(workdir) as opened:
+    failed, = opened.runs(ledger.FAILED)
+  assert failed.point == 'rms'
+  assert 'another config' in failed.error and 'optim.lr' in failed.error
+
+
 def test_what_is_done_on_disk_is_adopted(tmp_path, monkeypatch):
   sweeps.fake(monkeypatch)
   file, workdir = sweeps.write(tmp_path), tmp_path / 'w'
@@ -234,7 +253,8 @@ def test_a_wrong_request_is_a_sentence(tmp_path):
   for words, part in (
       (['--launcher=slrum'], "Did you mean 'slurm'"),
       (['--parallel=0'], '--parallel is 0'),
-      (['--seeds=-1'], '-1 seeds')):
+      (['--seeds=-1'], '-1 seeds'),
+      (['--workdir=gs://bucket/w'], 'gs://bucket/w')):
     with pytest.raises(ValueError, match=part):
       run.main(sweeps.arguments(file, f'--workdir={tmp_path}', *words))
   with pytest.raises(ValueError, match='no sweep .* choose from .*parts.py'):

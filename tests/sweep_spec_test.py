@@ -147,12 +147,20 @@ def test_the_mesh_is_checked_without_devices(tmp_path):
     described(file, devices=2)
 
 
-def test_only_declared_keys_differ(tmp_path):
-  description = described(sweeps.write(tmp_path))
-  assert description['paired']
-  points(description)['rms']['changes'].clear()
-  description['base_config']['optim']['lr'] = 1.0  # of all points: the same
-  check._check_differences(description)
+def test_only_declared_keys_differ(tmp_path, monkeypatch):
+  file, config = sweeps.write(tmp_path), layout.config
+
+  def altered(description, point, seed):
+    return spec.changed(config(description, point, seed),
+                        {'optim.clip_norm': 2.0} if point == 'rms' else {}, '')
+
+  monkeypatch.setattr(layout, 'config', altered)
+  with pytest.raises(ValueError, match="'rms' differs .* optim.clip_norm, whi"):
+    described(file)
+
+
+def test_other_data_are_no_pairs(tmp_path):
+  assert described(sweeps.write(tmp_path))['paired']
   file = sweeps.write(tmp_path, "  add('long', **{'data.length': 8})\n")
   long = described(file)
   assert not long['paired'] and 'same batches' in check.table(long)

@@ -26,7 +26,8 @@ class Job:
   state: str  # that they were claimed in
   process: subprocess.Popen
   slot: int
-  checked: bool = False  # that train.py got the config of the sweep
+  checked: bool = False  # whether train.py got the config of the sweep
+  wrong: bool = False  # it did not
 
 
 class Runner:
@@ -58,14 +59,14 @@ class Runner:
     try:
       while True:
         self._beat()
+        for job in self._jobs:
+          self._check_config(job)
         for job in [j for j in self._jobs if j.process.poll() is not None]:
           self._jobs.remove(job)
           self._settle(job)
         while not self._signals and len(self._jobs) < self._parallel:
           if not self._start():
             break
-        for job in self._jobs:
-          self._check_config(job)
         if not self._jobs:
           return not self._signals
         time.sleep(POLL_SECONDS)
@@ -160,6 +161,7 @@ class Runner:
         layout.config(self._description, run.point, run.seed))
     wrong = [key for key in got if got[key] != expected.get(key)]
     if wrong:
+      job.wrong = True
       job.process.kill()
       job.process.wait()
       layout.log(folder, 'error: this run has another config than sweep.json '
@@ -178,6 +180,8 @@ class Runner:
   def _outcome(self, job: Job, run, code: int) -> tuple[str, str]:
     tasks = run.tasks.split(',') if run.tasks else []
     folder = self._folder(run)
+    if job.wrong:
+      return ledger_lib.FAILED, layout.error(folder)
     if job.state == ledger_lib.PENDING:
       steps = layout.config(
           self._description, run.point, run.seed).train.steps

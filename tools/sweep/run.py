@@ -38,6 +38,9 @@ def main(args) -> int:
   for name in ('parallel', 'group'):
     if getattr(args, name) < 1:
       raise ValueError(f'--{name} is {getattr(args, name)}: it must be >= 1')
+  if '://' in args.workdir:
+    raise ValueError(f'--workdir is {args.workdir!r}: the ledger of a sweep '
+                     'needs a folder of this machine, or one that is mounted')
   description = check.check(args)
   check.save(args.workdir, description)
   with ledger_lib.Ledger(args.workdir) as ledger:
