@@ -124,11 +124,16 @@ def _model() -> dict:
       attention_bias=True,
       ffn_bias=True,
       tie_embeddings=True,
-      embed_scale=1.0,  # 0, derived: d_model ** 0.5
-      logits_scale=1.0,  # 0, derived: d_model ** -0.5
+      embed_scale=1.0,  # 0, derived: d_model ** 0.5 (mup: of the base)
+      logits_scale=1.0,  # 0, derived: d_model ** -0.5 (mup: of the base)
       logits_softcap=0.0,
       logits_bias=False,
       dropout=0.0,
+      # How sizes and rates change with width: standard, or mup (docs/mup.md),
+      # which equals standard at the base width.
+      parametrization='standard',
+      mup_base_width=0,  # the d_model of the base; mup needs it
+      mup_base_head_dim=0,  # derived: as many heads at the base
       init='scaled_normal',  # normal scaled_normal fan_in
       init_stddev=0.02,
       init_scale=1.0,  # fan_in: the variance is this / fan_in

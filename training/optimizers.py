@@ -119,22 +119,25 @@ def check(optim) -> None:
   schedules.refuse_unread(optim, 'name', READS)
 
 
-def make(optim, steps: int, params) -> optax.GradientTransformation:
+def make(optim, steps: int, params, rates=None) -> optax.GradientTransformation:
   """Builds the optimiser of a run.
 
   Args:
     optim: config.optim.
     steps: train.steps, the length of the schedule.
     params: the parameters, unboxed; shapes (jax.eval_shape) are enough.
+    rates: what each parameter's learning rate is multiplied by, its decay
+      apart (training/mup.py); None: 1.
 
   Raises:
     ValueError: a sentence with the field, its value and the choices.
   """
   check(optim)
-  return chain(optim, steps, params)
+  return chain(optim, steps, params, rates)
 
 
-def chain(optim, steps: int, params) -> optax.GradientTransformation:
+def chain(optim, steps: int, params, rates=None
+          ) -> optax.GradientTransformation:
   """`make` without its checks: lr, warmup_steps and weight_decay may be
   traced, as where several runs train as one (training/vectorised.py)."""
   decays = jax.tree.map(bool, paths.match(
@@ -144,9 +147,23 @@ def chain(optim, steps: int, params) -> optax.GradientTransformation:
   return optax.chain(
       clip_by_global_norm(optim.clip_norm) if optim.clip_norm
       else optax.identity(),
-      OPTIMIZERS[optim.name](optim, params),
+      with_rates(OPTIMIZERS[optim.name](optim, params), rates),
       add_decay(optim.weight_decay, decays),
       optax.scale_by_learning_rate(schedules.rate(optim, steps)))
+
+
+def with_rates(tx: optax.GradientTransformation, rates
+               ) -> optax.GradientTransformation:
+  """Multiplies the updates of `tx` by the leaves of `rates`. Its state stays
+  as it is: a checkpoint is one whether there are rates or not."""
+  if rates is None:
+    return tx
+
+  def update(grads, state, params=None):
+    updates, state = tx.update(grads, state, params)
+    return jax.tree.map(lambda u, rate: u * rate, updates, rates), state
+
+  return optax.GradientTransformation(tx.init, update)
 
 
 def add_decay(weight_decay, decays) -> optax.GradientTransformation:

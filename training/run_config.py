@@ -56,7 +56,7 @@ CLASSES: tuple[tuple[str, str | Callable, str], ...] = (
      'another regularisation'),
     (r'model\.(norm_eps|sinusoid|learned_stretch|rope\..*|relative\.max_distance'
      r'|sliding_window|attention_(softcap|scale)|embed_scale|logits_scale'
-     r'|logits_softcap|parametrization|dtype'
+     r'|logits_softcap|parametrization|mup_base_(width|head_dim)|dtype'
      r'|moe\.(top_k|dispatch|capacity_factor|normalize_gates|group_size))',
      OPTIMISATION, 'the same parameters in another function'),
     (r'model\.(arch|norm|embed_norm|position|ffn|block|attention|qk_norm'

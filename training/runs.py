@@ -18,7 +18,7 @@ from architectures.parts.encoder_decoder import EncoderDecoder
 from architectures.parts.skeletons import Decoder
 from configs import base
 from configs import sharding as tables
-from training import checkpoints, devices, metrics, optimizers, starting
+from training import checkpoints, devices, metrics, mup, optimizers, starting
 from training import state as state_lib
 
 # What may be left at 0 in config.model, and the run fills in.
@@ -60,8 +60,9 @@ def check(config: ml_collections.ConfigDict) -> None:
   one_of('mesh.rules', config.mesh.rules, tables.RULES)
   optimizers.check(config.optim)
   metrics.check(config.log)
-  _check_objective(config.objective,
-                   architectures.build(_without_tokenizer(config)))
+  module = architectures.build(_without_tokenizer(config))
+  mup.check(module.config, config.optim.name)
+  _check_objective(config.objective, module)
 
 
 def resolve_alone(config: ml_collections.ConfigDict) -> ModelConfig:

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import optax
 
 from training import devices
+from training import mup
 from training import optimizers
 
 
@@ -41,7 +42,9 @@ def abstract_params(module: nn.Module):
 def optimizer(module: nn.Module, optim, steps: int
               ) -> optax.GradientTransformation:
   """Returns config.optim's optimiser for the parameters of `module`."""
-  return optimizers.make(optim, steps, nn.meta.unbox(abstract_params(module)))
+  params = nn.meta.unbox(abstract_params(module))
+  return optimizers.make(optim, steps, params,
+                         mup.rates(module.config, optim.name, params))
 
 
 def abstract(module: nn.Module, tx: optax.GradientTransformation, mesh: Mesh,

@@ -21,7 +21,8 @@ import numpy as np
 
 from architectures.parts.config import require
 from configs import sharding as tables
-from training import checkpoints, data, devices, optimizers, run_config, runs
+from training import checkpoints, data, devices, mup, optimizers, run_config
+from training import runs
 from training import state as state_lib
 from training import tokenizers
 from training.step import make_eval_step, make_train_step
@@ -265,7 +266,8 @@ class Group:
 
   def _step(self, state, batch, values):
     config = with_values(self.config, values)
-    tx = optimizers.chain(config.optim, config.train.steps, state.params)
+    rates = mup.rates(self.run.model, config.optim.name, state.params)
+    tx = optimizers.chain(config.optim, config.train.steps, state.params, rates)
     return make_train_step(self.run.module, tx, config)(state, batch)
 
   def eval_step(self):

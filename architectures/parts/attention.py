@@ -219,7 +219,7 @@ class Attention(nn.Module):
   def _project(self, name, x_BLD, heads, axis):
     c = self.config
     # What the scores are not scaled by, the query's weights are (T5).
-    gain = (c.head_dim ** -0.5 / c.attention_scale
+    gain = (c.mup_base_head_dim ** -0.5 / (c.attention_scale * c.head_widening)
             if name == 'query' and c.init == 'fan_in' else 1.0)
     w_DHK = linear.weight(self, name, (c.d_model, heads, c.head_dim),
                           ('embed', axis, 'head'), gain=gain)

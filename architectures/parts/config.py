@@ -23,6 +23,9 @@ SINUSOIDS = ('interleaved', 'halves', 'fairseq')
 ROPE_SCALINGS = ('none', 'linear', 'ntk', 'llama3', 'yarn')
 INITS = ('normal', 'scaled_normal', 'fan_in')
 KERNELS = ('auto', 'xla', 'splash', 'cudnn')
+PARAMETRIZATIONS = ('standard', 'mup')
+# Whose parameters training/mup.py has rules for: the decoders.
+MUP_ARCHS = ('bloom', 'gpt', 'gpt4-rumoured', 'gpt_neox', 'llama', 'mixtral')
 REMATS = ('none', 'full', 'dots')
 DTYPES = ('float32', 'bfloat16')
 ROUTERS = ('topk', 'switch', 'gshard', 'expert_choice', 'sigmoid', 'sinkhorn',
@@ -139,6 +142,9 @@ class ModelConfig:
   logits_softcap: float
   logits_bias: bool
   dropout: float
+  parametrization: str
+  mup_base_width: int
+  mup_base_head_dim: int
   init: str
   init_stddev: float
   init_scale: float
@@ -154,6 +160,16 @@ class ModelConfig:
   @property
   def compute_dtype(self):
     return jnp.dtype(self.dtype)
+
+  @property
+  def widening(self) -> float:
+    """How many times as wide as muP's base; 1 in the standard form."""
+    return self.d_model / self.mup_base_width
+
+  @property
+  def head_widening(self) -> float:
+    """The same of a head."""
+    return self.head_dim / self.mup_base_head_dim
 
   @property
   def attention_pattern(self) -> tuple[str, ...]:
@@ -204,10 +220,13 @@ def make(fields: Mapping[str, Any]) -> ModelConfig:
   fields['num_kv_heads'] = fields['num_kv_heads'] or heads
   fields['head_dim'] = fields['head_dim'] or fields['d_model'] // heads
   fields['d_ff'] = fields['d_ff'] or 4 * fields['d_model']
-  fields['attention_scale'] = (
-      fields['attention_scale'] or fields['head_dim'] ** -0.5)
-  fields['embed_scale'] = fields['embed_scale'] or fields['d_model'] ** 0.5
-  fields['logits_scale'] = fields['logits_scale'] or fields['d_model'] ** -0.5
+  _resolve_base(fields)
+  width, head_dim = fields['mup_base_width'], fields['mup_base_head_dim']
+  # muP: as 1 / head_dim (Yang et al. 2022, definition 4.1).
+  fields['attention_scale'] = (fields['attention_scale'] or head_dim ** -0.5
+                               ) * (head_dim / fields['head_dim'])
+  fields['embed_scale'] = fields['embed_scale'] or width ** 0.5
+  fields['logits_scale'] = fields['logits_scale'] or width ** -0.5
   rope, moe = dict(fields['rope']), dict(fields['moe'])
   rope['original_len'] = rope['original_len'] or fields['max_len']
   moe['d_ff'] = moe['d_ff'] or fields['d_ff']
@@ -216,9 +235,36 @@ def make(fields: Mapping[str, Any]) -> ModelConfig:
   return ModelConfig(**fields)
 
 
+def _resolve_base(fields: dict) -> None:
+  """Fills in the base of muP; the standard form is its own base."""
+  name, arch = fields['parametrization'], fields['arch']
+  one_of('model.parametrization', name, PARAMETRIZATIONS)
+  bases = ('mup_base_width', 'mup_base_head_dim')
+  if name == 'standard':
+    for base in bases:
+      require(not fields[base], f'model.{base} is {fields[base]}, which '
+              "model.parametrization 'standard' does not read: set it to 0, or "
+              "choose 'mup'")
+    fields.update(zip(bases, (fields['d_model'], fields['head_dim'])))
+    return
+  require(arch in MUP_ARCHS, f"model.parametrization is 'mup', which has no "
+          f'rules for model.arch {arch!r}: choose from {", ".join(MUP_ARCHS)}')
+  width = fields['mup_base_width']
+  require(width > 0, "model.parametrization is 'mup', but model.mup_base_width "
+          'is 0: set it to the d_model at which mup equals standard')
+  if not fields['mup_base_head_dim']:
+    head_dim, rest = divmod(width * fields['head_dim'], fields['d_model'])
+    require(head_dim > 0 and rest == 0,
+            f'model.mup_base_width is {width}, at which a head would have '
+            f'{width * fields["head_dim"] / fields["d_model"]:g} features: '
+            'choose another, or set model.mup_base_head_dim')
+    fields['mup_base_head_dim'] = head_dim
+
+
 _COUNTS = ('d_model', 'num_layers', 'num_decoder_layers', 'num_heads',
            'num_kv_heads', 'head_dim', 'd_ff', 'vocab_size', 'max_len',
-           'type_vocab_size', 'sliding_window')
+           'type_vocab_size', 'sliding_window', 'mup_base_width',
+           'mup_base_head_dim')
 
 
 def _validate(c: ModelConfig) -> None:

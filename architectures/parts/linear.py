@@ -16,7 +16,7 @@ PRODUCT = 'product'  # the name of a product's result that remat 'dots' keeps
 def weight(module: nn.Module, name: str, shape: tuple[int, ...],
            axes: tuple[str, ...], *, in_axes: tuple[int, ...] = (0,),
            batch_axes: tuple[int, ...] = (), residual: bool = False,
-           gain: float = 1.0):
+           output: bool = False, gain: float = 1.0):
   """Declares a weight of `module` by the config's initialisation.
 
   Args:
@@ -27,21 +27,25 @@ def weight(module: nn.Module, name: str, shape: tuple[int, ...],
     in_axes: the dimensions that a product sums over (the fan-in).
     batch_axes: dimensions that hold separate matrices (experts).
     residual: whether the product is added to the residual stream.
+    output: whether the product's size is no width: logits, a router's too.
     gain: of the standard deviation, with fan_in.
   """
   config = module.config
   return module.param(
       name, sharding.init(_initializer(config, in_axes, batch_axes, residual,
-                                       len(shape), gain), *axes),
+                                       output, len(shape), gain), *axes),
       shape, config.param_dtype)
 
 
-def _initializer(config: ModelConfig, in_axes, batch_axes, residual, ndim,
-                 gain):
+def _initializer(config: ModelConfig, in_axes, batch_axes, residual, output,
+                 ndim, gain):
   """normal: N(0, stddev); scaled_normal: and residual products by
   1 / sqrt(2N) (GPT-2, section 2.3); fan_in: truncated, variance
-  init_scale / fan_in (Switch, section 2.4)."""
+  init_scale / fan_in (Switch, section 2.4). In muP the variance of a hidden
+  weight falls as 1 / fan_in from the base on, that of an output's is the
+  base's (Yang et al. 2022, table 8); at the base, `widening` is 1."""
   if config.init == 'fan_in':
+    gain *= config.widening ** 0.5 if output else 1.0
     out_axes = tuple(i for i in range(ndim)
                      if i not in in_axes and i not in batch_axes)
     return nn.initializers.variance_scaling(
@@ -50,6 +54,8 @@ def _initializer(config: ModelConfig, in_axes, batch_axes, residual, ndim,
   stddev = config.init_stddev
   if config.init == 'scaled_normal' and residual:
     stddev /= (2 * config.num_layers) ** 0.5
+  if not output:
+    stddev /= config.widening ** 0.5
   return nn.initializers.normal(stddev)
 
 

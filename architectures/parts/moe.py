@@ -55,13 +55,14 @@ class MoE(nn.Module):
     if not routing.ROUTERS[m.router][1]:
       return None
     router_DE = linear.weight(self, 'router', (x_TD.shape[1], m.num_experts),
-                              ('embed', None))
+                              ('embed', None), output=True)
     x_TD = x_TD.astype(jnp.float32)
     key = self._noise_key(m.jitter, ctx)
     if key is not None:  # Switch, section 2.4: multiplicative jitter
       x_TD = x_TD * jax.random.uniform(key, x_TD.shape, jnp.float32,
                                        1 - m.jitter, 1 + m.jitter)
     logits_TE = linear.einsum('TD,DE->TE', x_TD, router_DE, jnp.float32)
+    logits_TE = logits_TE / self.config.widening  # muP's output multiplier
     key = self._noise_key(m.logit_noise, ctx)
     if key is not None:
       logits_TE += m.logit_noise * jax.random.normal(key, logits_TE.shape)

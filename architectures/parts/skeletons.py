@@ -228,7 +228,7 @@ class RelativeBias(nn.Module):
   @nn.compact
   def __call__(self, q_positions_BL: jax.Array, cache):
     c = self.config
-    stddev = c.d_model ** -0.5 if c.init == 'fan_in' else c.init_stddev
+    stddev = c.mup_base_width ** -0.5 if c.init == 'fan_in' else c.init_stddev
     table = self.param(
         'table', sharding.init(nn.initializers.normal(stddev), None, 'heads'),
         (c.relative.buckets, c.num_heads), c.param_dtype)
@@ -253,10 +253,13 @@ class Unembed(nn.Module):
     c = self.config
     if not c.tie_embeddings:
       table_DV = linear.weight(self, 'kernel', (c.d_model, c.vocab_size),
-                               ('embed', 'vocab'))
+                               ('embed', 'vocab'), output=True)
     bias_V = (linear.bias(self, 'bias', (c.vocab_size,), ('vocab',))
               if c.logits_bias else None)
-    return Head(table_DV, bias_V, c.logits_scale, c.logits_softcap)
+    # muP's output multiplier, of a tied table too; the bias makes up for it by
+    # its learning rate.
+    return Head(table_DV, bias_V, c.logits_scale / c.widening,
+                c.logits_softcap)
 
 
 class Decoder(nn.Module):

@@ -1,0 +1,49 @@
+"""The coordinate check tells muP from the standard form."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tools import coord_check
+
+WIDTHS = [32, 128]
+
+
+@pytest.fixture(scope='module')
+def rows():
+  return {name: coord_check.check('gpt', name, WIDTHS, 'adamw', 2e-3, 4, 2)
+          for name in ('standard', 'mup')}
+
+
+def test_flat_in_mup_and_growing_in_the_standard_form(rows):
+  assert rows['mup']['outputs'] == ['block 0', 'block 1', 'logits']
+  for slope in rows['mup']['slopes'][:2]:
+    assert abs(slope) < 0.1
+  assert abs(rows['mup']['slopes'][2]) < 0.25  # at first they shrink
+  for slope in rows['standard']['slopes']:
+    assert slope > 0.3
+  # At the base the two are one.
+  assert rows['mup']['sizes'][0] == pytest.approx(rows['standard']['sizes'][0])
+
+
+def test_what_is_drawn_and_printed(rows, tmp_path):
+  pytest.importorskip('matplotlib')
+  coord_check.plot(list(rows.values()), str(tmp_path / 'sizes.png'))
+  assert (tmp_path / 'sizes.png').read_bytes()[:4] == b'\x89PNG'
+  printed = coord_check.text(rows['standard'])
+  assert 'gpt, standard' in printed and printed.count('growing') == 3
+  assert len(json.dumps(rows['mup'])) > 100
+
+
+@pytest.mark.parametrize('flag, word', [
+    ('--systems=t5', "unknown --systems 't5'"),
+    ('--optimizer=muon', "unknown --optimizer 'muon'"),
+    ('--widths=64', '--widths is 64'),
+    ('--steps=0', '--steps is 0'),
+])
+def test_a_wrong_request_is_one_sentence(flag, word):
+  result = subprocess.run([sys.executable, '-m', 'tools.coord_check', flag],
+                          capture_output=True, text=True)
+  assert result.returncode == 2 and word in result.stderr

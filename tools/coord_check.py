@@ -1,0 +1,198 @@
+"""Checks how activations grow with width: in muP they should stay flat.
+
+  python -m tools.coord_check
+  python -m tools.coord_check --systems=gpt --optimizer=sgd --plot=sgd.png
+
+Each system is trained for a few steps on one batch, the bytes of this text, at
+each width with the same learning rate. Printed is the mean |x| of what each
+block returns and of the logits, and its slope over width on logarithmic axes:
+0 is flat, 1 grows as the width does. The base of muP is the least width, where
+the two forms are one (Yang et al. 2022, appendix D.1).
+"""
+
+import importlib
+import json
+import pathlib
+
+from absl import flags
+
+from training import cli
+
+# The decoders; a file of configs/ each.
+SYSTEMS = ('gpt', 'gpt_neox', 'bloom', 'llama', 'mixtral', 'gpt4')
+# A rate at which a few steps move the model visibly at every width.
+LRS = {'adamw': 1e-3, 'lion': 1e-3, 'sgd': 0.03}
+FLAT = 0.1  # a slope up to this is called flat; twice as much, growing
+
+flags.DEFINE_list('systems', list(SYSTEMS), 'Of ' + ', '.join(SYSTEMS) + '.')
+flags.DEFINE_list('widths', ['64', '128', '256', '512'],
+                  'Values of model.d_model, the base first.')
+flags.DEFINE_integer('steps', 6, 'Training steps.')
+flags.DEFINE_integer('seeds', 2, 'Initialisations that are averaged.')
+flags.DEFINE_string('optimizer', 'adamw', 'Of ' + ', '.join(LRS) + '.')
+flags.DEFINE_float('lr', None, 'Learning rate; default: '
+                   + ', '.join(f'{k} {v:g}' for k, v in LRS.items()) + '.')
+flags.DEFINE_string('plot', '', 'A PNG to draw the sizes to.')
+flags.DEFINE_string('json', '', 'A file to write the figures to.')
+
+LAYERS, LENGTH, BATCH = 2, 32, 4
+TEXT = __doc__  # its bytes are the batch
+
+
+def main():
+  cli.parse(__doc__)
+  args = flags.FLAGS
+  from architectures.parts.config import one_of, require
+  for system in args.systems:
+    one_of('--systems', system, SYSTEMS)
+  one_of('--optimizer', args.optimizer, LRS)
+  require(all(w.isdigit() for w in args.widths) and len(args.widths) > 1,
+          f'--widths is {",".join(args.widths)}: give two numbers or more')
+  widths = sorted(int(w) for w in args.widths)
+  require(args.steps > 0 and args.seeds > 0,
+          f'--steps is {args.steps} and --seeds {args.seeds}: both must be > 0')
+  if args.plot:
+    _pyplot()
+  lr = LRS[args.optimizer] if args.lr is None else args.lr
+  rows = []
+  for system in args.systems:
+    for name in ('standard', 'mup'):
+      rows.append(check(system, name, widths, args.optimizer, lr, args.steps,
+                        args.seeds))
+      print(text(rows[-1]), flush=True)
+  if args.json:
+    pathlib.Path(args.json).write_text(json.dumps(rows, indent=1) + '\n')
+  if args.plot:
+    plot(rows, args.plot)
+    print(f'drawn: {args.plot}')
+  return 0
+
+
+def config(system: str, parametrization: str, width: int, base: int,
+           optimizer: str, lr: float, steps: int):
+  """Returns the system's `tiny`, two layers deep, at `width`."""
+  from configs import base as base_config
+  c = importlib.import_module(f'configs.{system}').get_config('tiny')
+  c.optim = base_config.base().optim
+  c.optim.update(name=optimizer, lr=lr, warmup_steps=0, schedule='constant',
+                 weight_decay=0.0, clip_norm=0.0)
+  c.train.steps = steps
+  wider = width / c.model.d_model
+  c.model.update(num_layers=LAYERS, vocab_size=256, max_len=LENGTH,
+                 parametrization=parametrization,
+                 d_model=width, d_ff=round(c.model.d_ff * wider),
+                 mup_base_width=base if parametrization == 'mup' else 0)
+  c.model.moe.d_ff = round(c.model.moe.d_ff * wider)
+  return c
+
+
+def check(system: str, parametrization: str, widths, optimizer: str, lr: float,
+          steps: int, seeds: int) -> dict:
+  """Returns the sizes of one system's outputs, by width, step and output."""
+  import numpy as np
+  sizes = []
+  for width in widths:
+    c = config(system, parametrization, width, widths[0], optimizer, lr, steps)
+    sizes.append(np.asarray(measure(c, steps, seeds), np.float64))
+  last = np.log2([s[-1] for s in sizes])
+  slopes = np.polyfit(np.log2(widths), last, 1)[0]
+  return dict(
+      system=system, parametrization=parametrization, widths=list(widths),
+      optimizer=optimizer, lr=lr, steps=steps,
+      outputs=[f'block {i}' for i in range(LAYERS)] + ['logits'],
+      sizes=[s.tolist() for s in sizes], slopes=slopes.tolist())
+
+
+def measure(c, steps: int, seeds: int):
+  """Returns mean |x| before each step and after the last, [steps + 1, outputs].
+  """
+  import jax
+  import jax.numpy as jnp
+  import numpy as np
+  import architectures
+  from training import state as state_lib
+  from training.step import make_train_step
+  module = architectures.build(c.model)
+  tx = state_lib.optimizer(module, c.optim, steps)
+  step = make_train_step(module, tx, c)
+  text_BL = np.frombuffer(TEXT.encode()[:BATCH * (LENGTH + 1)], np.uint8)
+  text_BL = text_BL.reshape(BATCH, LENGTH + 1).astype(np.int32)
+  batch = dict(tokens=text_BL[:, :-1], targets=text_BL[:, 1:],
+               weights=jnp.ones((BATCH, LENGTH)))
+
+  def look(params):
+    output = module.apply({'params': params}, batch['tokens'],
+                          keep_layers=True)
+    blocks = jnp.abs(output.aux['layers']).mean((1, 2, 3))
+    return jnp.append(blocks, jnp.abs(output.logits).mean())
+
+  def one(key):
+    def body(state, _):
+      return step(state, batch)[0], look(state.params)
+    state, sizes = jax.lax.scan(
+        body, state_lib.init(module, tx, key), length=steps)
+    return jnp.concatenate([sizes, look(state.params)[None]])
+
+  keys = jax.random.split(jax.random.key(1), seeds)
+  return jax.jit(lambda keys: jax.vmap(one)(keys).mean(0))(keys)
+
+
+def verdict(slope: float) -> str:
+  """What a slope is called."""
+  return ('flat' if abs(slope) <= FLAT else 'growing' if slope >= 2 * FLAT
+          else 'falling' if slope <= -2 * FLAT else 'unclear')
+
+
+def text(row: dict) -> str:
+  """Renders one system's figures for a terminal."""
+  lines = [f'{row["system"]}, {row["parametrization"]}: mean |x| after '
+           f'{row["steps"]} steps of {row["optimizer"]} at lr {row["lr"]:g}',
+           f'  {"width":10}' + ''.join(f'{w:>9}' for w in row['widths'])
+           + '    slope']
+  for i, name in enumerate(row['outputs']):
+    sizes = ''.join(f'{s[-1][i]:9.3g}' for s in row['sizes'])
+    slope = row['slopes'][i]
+    lines.append(f'  {name:10}{sizes}{slope:+9.2f}  {verdict(slope)}')
+  return '\n'.join(lines)
+
+
+def plot(rows: list[dict], path: str) -> None:
+  """Draws sizes over width: a row of panels for each system and form, a panel
+  for each output, a line for each step."""
+  pyplot = _pyplot()
+  outputs = rows[0]['outputs']
+  figure, panels = pyplot.subplots(
+      len(rows), len(outputs), squeeze=False, sharey='col',
+      figsize=(3.2 * len(outputs), 2.3 * len(rows)), layout='constrained')
+  for row, line in zip(rows, panels):
+    for i, (name, panel) in enumerate(zip(outputs, line)):
+      for n in range(row['steps'] + 1):
+        panel.loglog(row['widths'], [s[n][i] for s in row['sizes']],
+                     marker='.', label=f'step {n}',
+                     color=pyplot.cm.viridis(n / (row['steps'] + 0.5)))
+      panel.set_xticks(row['widths'], row['widths'])
+      panel.minorticks_off()
+      panel.set_title(f'{row["system"]}, {row["parametrization"]}: {name}',
+                      fontsize=9)
+      panel.grid(alpha=0.3)
+    line[0].set_ylabel('mean |x|')
+  for panel in panels[-1]:
+    panel.set_xlabel('model.d_model')
+  panels[0][0].legend(fontsize=7)
+  figure.savefig(path, dpi=110)
+  pyplot.close(figure)
+
+
+def _pyplot():
+  try:
+    import matplotlib
+  except ImportError as error:
+    raise ValueError("--plot needs matplotlib: pip install -e '.[plot]'"
+                     ) from error
+  matplotlib.use('Agg')
+  from matplotlib import pyplot
+  return pyplot
+
+
+if __name__ == '__main__':
+  cli.run(main)
