@@ -1,6 +1,7 @@
 """Sweeps as described: helpers, points, matching, and what check refuses."""
 
 import json
+import pathlib
 import sys
 import types
 
@@ -235,3 +236,28 @@ def test_printed_commands_give_the_configs_of_the_sweep(
     expected = layout.config(description, point, 1)
     assert values.config.to_dict() == expected.to_dict()
     assert values.workdir == str(tmp_path / f'w/points/{point}/seed-1')
+
+
+WORKED = sorted(path.stem for path in pathlib.Path(
+    __file__).parents[1].glob(
+    'configs/sweeps/*.py') if path.stem not in ('__init__', 'helpers'))
+
+
+@pytest.mark.parametrize('name', WORKED)
+def test_a_worked_sweep_is_small_and_whole(name):
+  sweep = spec.load(f'configs/sweeps/{name}.py')
+  assert len(sweep.points) >= 5
+  for point in sweep.points:
+    figures = cost.of(sweep.config(point))
+    # About a minute on one CPU core.
+    assert figures.flops_per_token * figures.tokens < 4e12, point.name
+  assert sweep.owed(sweep.points[-1]) == sweep.tasks
+
+
+def test_the_dense_twin_owes_no_routing():
+  sweep = spec.load('configs/sweeps/routers.py')
+  assert sweep.base_name == 'dense' and sweep.owed(sweep.points[0]) == ()
+  base = cost.of(sweep.base)
+  for point in sweep.points:
+    figures = cost.of(sweep.config(point))
+    assert abs(figures.active_params / base.active_params - 1) < 0.01
