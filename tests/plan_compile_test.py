@@ -80,7 +80,7 @@ def test_what_does_not_fit_is_refused_by_the_compiler():
 
 @tpu
 def test_the_peak_is_near_the_estimate():
-  from tools.plan import memory
+  from training import memory
   topology = chips.parse('v5p:2x2x1')
   config = gpt.get_config()
   config.model.update(d_model=1024, num_heads=16, num_layers=8, remat='full')

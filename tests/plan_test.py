@@ -13,10 +13,10 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
-from tools.plan import analyse, chips, collectives, flops, hlo, memory
+from tools.plan import analyse, chips, collectives, flops, hlo
 from tools.plan import report, roofline, search, topology
 from tools.plan.compile import DoesNotFit
-from training import devices, peaks
+from training import devices, memory, peaks
 
 
 def test_names_say_chips_devices_and_what_is_together():

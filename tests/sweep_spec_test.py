@@ -139,11 +139,14 @@ def test_a_source_that_is_not_there_is_found(tmp_path):
 def test_the_mesh_is_checked_without_devices(tmp_path):
   file = sweeps.write(tmp_path)
   one, four = (points(described(file, devices=n))['base'] for n in (1, 4))
-  assert one['bytes_per_device'] == four['bytes_per_device']  # data alone
+  one, four = one['bytes_by_part'], four['bytes_by_part']
+  assert one['optimizer'] == four['optimizer']  # the mesh is data alone
+  assert one['kept_for_backward'] == 4 * four['kept_for_backward'] > 0
   file = sweeps.write(tmp_path, "  add('fsdp', **{'mesh.fsdp': 4})\n")
   made = points(described(file))
-  share = made['fsdp']['bytes_per_device'] / made['base']['bytes_per_device']
-  assert 0.25 <= share < 0.3
+  sizes = [made[name]['bytes_by_part']['parameters'] / made['base']['params']
+           for name in ('base', 'fsdp')]
+  assert sizes[0] == 4 and 1 <= sizes[1] < 1.2
   with pytest.raises(ValueError, match="point 'fsdp': .*mesh.fsdp=4"):
     described(file, devices=2)
 
@@ -184,7 +187,10 @@ def test_costs_are_those_of_the_counter(tmp_path):
   assert ours.params == figures['parameters']
   assert ours.flops_per_token == figures['flops_per_token']['training']
   # Parameters and their gradients in float32, Adam's two moments.
-  assert cost.bytes_per_device(sweep.base) >= 16 * ours.params
+  parts = cost.bytes_per_device(sweep.base)
+  assert parts['parameters'] + parts['gradients'] == 8 * ours.params
+  assert parts['optimizer'] == 8 * ours.params + 8  # and two counters
+  assert parts['peak'] > 16 * ours.params
 
 
 def test_another_sweep_in_the_workdir_is_refused(tmp_path):

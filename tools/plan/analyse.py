@@ -9,8 +9,8 @@ import numpy as np
 from architectures.parts.config import require
 from tools.plan import cache, chips, collectives, compile as compiling
 from tools.plan import flops as work
-from tools.plan import memory, roofline, topology as topologies
-from training import costs, devices, examples, flops, runs, tokenizers
+from tools.plan import roofline, topology as topologies
+from training import costs, devices, examples, flops, memory, runs, tokenizers
 
 GIB = chips.GIB
 

@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import jax
 
-from tools.plan import analyse, chips, compile as compiling, memory, roofline
+from tools.plan import analyse, chips, compile as compiling, roofline
 from tools.plan import topology as topologies
-from training import devices, flops, runs, tokenizers
+from training import devices, flops, memory, runs, tokenizers
 
 REMATS = ('none', 'dots', 'full')
 # Forward passes in a step, the one that remat adds included: 'dots' repeats

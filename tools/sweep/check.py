@@ -84,7 +84,7 @@ def _row(sweep, point, base: cost.Cost, devices: int) -> dict:
       'follows': _follows(point, figures, base),
       'params': figures.params, 'active_params': figures.active_params,
       'flops_per_token': figures.flops_per_token, 'tokens': figures.tokens,
-      'bytes_per_device': nbytes,
+      'bytes_per_device': nbytes['peak'], 'bytes_by_part': nbytes,
       'seeds': list(sweep.seeds), 'tasks': list(sweep.owed(point))}
 
 
@@ -174,7 +174,8 @@ COLUMNS = (
     ('FLOPs/token', lambda p, base: f'{p["flops_per_token"]:,.0f}'),
     ('vs base', lambda p, base: _ratio(p, base, 'flops_per_token')),
     ('tokens', lambda p, base: f'{p["tokens"]:,}'),
-    ('state/device', lambda p, base: f'{p["bytes_per_device"] / 2**20:,.1f} M'),
+    ('est. MiB/device', lambda p, base:
+     f'{p["bytes_per_device"] / 2**20:,.1f}'),
 )
 
 

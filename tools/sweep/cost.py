@@ -5,6 +5,7 @@ laid over a mesh that is only described."""
 import dataclasses
 import functools
 import math
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +46,10 @@ def of(config) -> Cost:
       run_config.flatten_dict({'model': dataclasses.asdict(model)}))
 
 
-def bytes_per_device(config, devices: int = 0) -> int:
-  """Returns the bytes of parameters, gradients and optimiser state on each
-  device; activations are what `check --topology` compiles for.
+def bytes_per_device(config, devices: int = 0) -> dict[str, int]:
+  """Estimates the bytes on each device: parameters, gradients, optimiser, what
+  the backward pass keeps, the largest layer, and the peak, their sum. `check
+  --topology` compiles for the true one.
 
   Args:
     config: a run's.
@@ -56,31 +58,51 @@ def bytes_per_device(config, devices: int = 0) -> int:
   Raises:
     ValueError: for whatever a run would refuse before it starts.
   """
-  import jax
-  from jax.sharding import AbstractMesh, AxisType
-  import architectures
   from configs import sharding as tables
   from training import devices as devices_lib
-  from training import runs, sources, state
+  from training import memory, runs, sources
   runs.check(config)
   for source in filter(None, (config.data.source, config.data.eval_source)):
     sources.parse(source)
   least = math.prod(max(config.mesh[axis], 1) for axis in tables.MESH_AXES)
   shape = devices_lib.mesh_shape(config.mesh, devices or least)
+  return memory.analytic(_laid_over(config, shape), _kept(config))
+
+
+def _laid_over(config, shape) -> Any:
+  """Returns the run on a mesh that is only described."""
+  import architectures
+  from jax.sharding import AbstractMesh, AxisType
+  from training import devices, runs, state
   mesh = AbstractMesh(tuple(shape.values()), tuple(shape),
                       axis_types=(AxisType.Auto,) * len(shape))
   model = _resolved(config)
-  devices_lib.check(model, config.data.batch_size,
-                    config.train.grad_accumulation, shape)
+  devices.check(model, config.data.batch_size, config.train.grad_accumulation,
+                shape)
   module = architectures.build(model)
   tx = state.optimizer(module, config.optim, config.train.steps)
-  abstract = state.abstract(module, tx, mesh, config.mesh.rules)
+  return runs.Run(config, model, module, mesh, tx,
+                  state.abstract(module, tx, mesh, config.mesh.rules),
+                  devices.batch_sharding(mesh, config.mesh.rules))
 
-  def nbytes(tree) -> int:
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-               for x in jax.tree.leaves(tree))
 
-  return nbytes(abstract) + nbytes(abstract.params)
+def _kept(config) -> int:
+  """Bytes that a whole batch keeps for the backward pass, whatever the mesh:
+  traced on one CPU device, once for points that differ in numbers alone."""
+  from configs import sharding as tables
+  from training import memory, run_config, runs
+  key = tuple((name, value) for name, value in run_config.flatten(
+      config).items() if not name.startswith(('optim.', 'mesh.', 'seed')))
+  if key not in _KEPT:
+    import jax
+    from training import devices
+    alone = devices.make_mesh(dict.fromkeys(tables.MESH_AXES, 1),
+                              jax.devices()[:1])
+    _KEPT[key] = memory.kept(runs.start(config, _resolved(config), alone))
+  return _KEPT[key]
+
+
+_KEPT: dict[tuple, int] = {}
 
 
 def _resolved(config):
