@@ -100,6 +100,24 @@ def test_two_slices_send_over_the_network_between_them(tmp_path, monkeypatch):
   assert outside > report['roofline']['seconds']['network']
 
 
+@tpu
+def test_generation_holds_weights_and_cache(tmp_path, monkeypatch):
+  monkeypatch.setenv('ARCHETYPE_CACHE', str(tmp_path))
+  topology = chips.parse('v5p:2x2x1')
+  config = gpt.get_config()
+  run = run_on(topology, 'fsdp=4', config)
+  prefill = analyse.analyse(run, topology, 'prefill')
+  decode = analyse.analyse(run, topology, 'decode')
+  cache = (2 * config.model.num_layers * config.data.batch_size // 4
+           * config.data.length * config.model.d_model * 2)
+  for report in (prefill, decode):
+    sizes = report['memory']
+    assert sizes['peak'] > sizes['parameters'] + cache
+    assert report['flops']['loops_counted_once'] == 0
+    assert 0.9 < report['flops']['ratio'] < 3
+  assert all(row['exact'] for row in decode['collectives'])
+
+
 @gpu
 def test_gpus_of_two_hosts(tmp_path, monkeypatch):
   monkeypatch.setenv('ARCHETYPE_CACHE', str(tmp_path))

@@ -150,6 +150,9 @@ def test_every_collective_is_read_with_its_runs_and_bytes():
       ('collective-permute', ('tensor',), 3, True): 16,
       ('all-reduce', ('fsdp', 'tensor'), 1, True): 2 * 7 / 8 * 40}
   assert next(c for c in found if c.kind == 'all-gather').source == 'go/on'
+  told = collectives.read(PROGRAM, MESH, host_of=np.zeros(8, int), passes=6)
+  assert all(c.known for c in told)
+  assert {c.runs for c in told if c.kind == 'collective-permute'} == {24, 3}
   table = collectives.table(found)
   permutes = next(r for r in table if r['kind'] == 'collective-permute')
   assert permutes['runs_per_step'] == 7 and not permutes['exact']
@@ -193,6 +196,9 @@ def test_products_are_counted_through_loops_branches_and_shards():
   assert count(lambda x: ((x @ w), x)[1], x) == 0  # dead
   assert count(lambda x: jax.lax.platform_dependent(
       x, cpu=lambda x: x, default=lambda x: x @ w), x) == key
+  until = lambda x: jax.lax.while_loop(
+      lambda x: x.sum() < 9, lambda x: x @ w, x)
+  assert count(until, x) == key and count(until, x, passes=7) == 7 * key
   mesh = devices.make_mesh(tables.PRESETS['tp'])
   with jax.set_mesh(mesh):
     shard = jax.shard_map(lambda x: x @ w, in_specs=P('data'),

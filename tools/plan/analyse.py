@@ -121,11 +121,13 @@ def _compiled(run, topology, what, jaxpr, lowered, state) -> dict:
           f'by an estimate, {what.name} does not fit a device: it needs about '
           f'{sizes["peak"] / GIB:,.1f} GiB, and a device has '
           f'{topology.chip.hbm / GIB:,.2f} GiB')
+  # Generation ends early where all rows have drawn a stop token: here none do.
+  rows, passes = ragged_rows(run, what.name), what.passes
   found = collectives.read(
       built.executable.as_text(), run.mesh.shape,
-      host_of=hosts(run, topology), ragged_rows=ragged_rows(run, what.name))
+      host_of=hosts(run, topology), ragged_rows=rows, passes=passes)
   platform = 'cpu' if estimate else topology.chip.platform
-  total = work.count(jaxpr, platform, ragged_rows(run, what.name))
+  total = work.count(jaxpr, platform, rows, passes)
   return dict(
       program=what.name, estimate=estimate, fits=True,
       compile_seconds=round(time.monotonic() - begun, 1), memory=sizes,

@@ -124,7 +124,7 @@ def axes_of(members: np.ndarray, mesh: Mapping[str, int]) -> tuple[str, ...]:
 
 
 def read(text: str, mesh: Mapping[str, int], *, host_of: np.ndarray,
-         ragged_rows: int = 0) -> list[Collective]:
+         ragged_rows: int = 0, passes: int = 0) -> list[Collective]:
   """Returns every collective of a compiled program.
 
   Args:
@@ -133,10 +133,11 @@ def read(text: str, mesh: Mapping[str, int], *, host_of: np.ndarray,
     host_of: for each device in that order, its slice (TPU) or host (GPU).
     ragged_rows: rows that a device sends in a ragged all-to-all, in even
       load; the array has room for the worst. 0: count all of the array.
+    passes: as of hlo.walk.
   """
   computations = hlo.parse(text)
   found = []
-  for place in hlo.walk(computations):
+  for place in hlo.walk(computations, passes):
     one = _collective(place, mesh, host_of, ragged_rows)
     if one is not None and one.size > 1:
       found.append(one)

@@ -16,11 +16,20 @@ DECODED = 64  # tokens that `decode` adds to each prompt
 
 
 class Program(NamedTuple):
-  """Something a run does, as jax.jit would be given it."""
+  """Something a run does, as jax.jit would be given it.
+
+  Attributes:
+    name: of PROGRAMS.
+    function: to be jitted.
+    args: of it, as shapes with shardings.
+    options: of jax.jit.
+    passes: of a loop in it whose end depends on data; 0: there is none.
+  """
   name: str
   function: Callable
   args: tuple
   options: dict
+  passes: int = 0
 
 
 class Compiled(NamedTuple):
@@ -81,7 +90,7 @@ def _generation(run: runs.Run, name: str, tokens: int) -> Program:
                              jax.random.key(seed), max_new_tokens=tokens)
   args = (run.abstract.params, shape((data.batch_size, length), run.place),
           shape((data.batch_size,), run.place), shape((), whole))
-  return Program(name, function, args, {})
+  return Program(name, function, args, {}, tokens - 1)
 
 
 PROGRAMS = {'train': _train, 'prefill': _prefill, 'decode': _decode}

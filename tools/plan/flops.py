@@ -31,7 +31,8 @@ class Work(NamedTuple):
     return Work(self.flops * n, self.nbytes * n, self.loops)
 
 
-def count(jaxpr, platform: str, ragged_rows: int = 0) -> Work:
+def count(jaxpr, platform: str, ragged_rows: int = 0,
+          passes: int = 0) -> Work:
   """Returns the work of a jaxpr.
 
   Args:
@@ -39,6 +40,7 @@ def count(jaxpr, platform: str, ragged_rows: int = 0) -> Work:
     platform: whose branch runs, where the code has one for each.
     ragged_rows: rows of a grouped product on a device in even load, whose
       array has room for the worst; 0: count all of the array.
+    passes: of a loop that depends on data, where they are known otherwise.
   """
   jaxpr = getattr(jaxpr, 'jaxpr', jaxpr)
   total, live = Work(), {v for v in jaxpr.outvars if _is_var(v)}
@@ -46,7 +48,7 @@ def count(jaxpr, platform: str, ragged_rows: int = 0) -> Work:
     if not any(v in live for v in eqn.outvars) and not eqn.effects:
       continue  # dead: XLA drops it
     live |= {v for v in eqn.invars if _is_var(v)}
-    total += _equation(eqn, platform, ragged_rows)
+    total += _equation(eqn, platform, ragged_rows, passes)
   return total
 
 
@@ -54,9 +56,9 @@ def _is_var(v) -> bool:
   return not isinstance(v, jex.Literal)
 
 
-def _equation(eqn, platform, rows) -> Work:
+def _equation(eqn, platform, rows, passes) -> Work:
   name = eqn.primitive.name
-  inner = lambda jaxpr: count(jaxpr, platform, rows)
+  inner = lambda jaxpr: count(jaxpr, platform, rows, passes)
   if name == 'dot_general':
     (contract, _), _ = eqn.params['dimension_numbers']
     lhs, out = eqn.invars[0].aval, eqn.outvars[0].aval
@@ -74,6 +76,8 @@ def _equation(eqn, platform, rows) -> Work:
     return inner(eqn.params['jaxpr']).times(eqn.params['length'])
   if name == 'while':
     body = inner(eqn.params['body_jaxpr'])
+    if passes:
+      return body.times(passes)
     return body._replace(loops=body.loops + bool(body.flops))
   if name == 'cond':
     return _branch(eqn, platform, inner)

@@ -86,10 +86,15 @@ def trip_count(instruction: Instruction,
   return None
 
 
-def walk(computations: dict[str, Computation]):
+def walk(computations: dict[str, Computation], passes: int = 0):
   """Yields a Place for each instruction that a step reaches.
 
   Of a conditional, every branch is walked: which of them runs is not known.
+
+  Args:
+    computations: by name.
+    passes: of a loop that depends on data, where they are known otherwise;
+      0: they are not, and one is counted.
   """
   entry = next(c for c in computations.values() if c.entry)
 
@@ -98,8 +103,8 @@ def walk(computations: dict[str, Computation]):
       yield Place(name, instruction, runs, known)
       times, sure = 1, True
       if instruction.op == 'while':
-        trips = trip_count(instruction, computations)
-        times, sure = trips or 1, trips is not None
+        trips = trip_count(instruction, computations) or passes
+        times, sure = trips or 1, bool(trips)
       for callee in called(instruction):
         if callee in computations:
           yield from visit(callee, runs * times, known and sure)
