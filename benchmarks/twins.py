@@ -4,9 +4,10 @@
 
 Every run is train.py on the default text, by a command that is printed; run
 again, what is complete is only read. A twin differs in nothing but its
-feed-forward network, which is as wide as the experts that a token sees. The
-remedies are tried on the mixture of 8 experts, without a balancing loss but
-where it says so.
+feed-forward network, which is as wide as the experts that a token sees. What a
+step takes is measured afterwards, the twins taking turns, so that a busy
+machine slows them alike. The remedies are tried on the mixture of 8 experts,
+without a balancing loss but where it says so.
 """
 
 import argparse
@@ -14,8 +15,10 @@ import importlib
 import json
 import pathlib
 import shlex
+import statistics
 import subprocess
 import sys
+import time
 
 import numpy as np
 
@@ -44,6 +47,7 @@ REMEDIES = {name: ('mixtral', _ALONE | changes) for name, changes in {
                       'model.moe.eval_capacity_factor': 1.25},
 }.items()}
 GROUPS = {'twins': TWINS, 'remedies': REMEDIES}
+TURNS = 15  # of each twin, to measure its step
 PARTS = 5  # of a run, at whose ends it is evaluated
 PANEL = {'load_max': 'max/mean', 'window_unused': 'unused',
          'load_entropy': 'load entropy', 'dropped': 'dropped',
@@ -73,25 +77,62 @@ def run(words: list[str]) -> list[dict]:
   return [json.loads(line) for line in lines]
 
 
-def curve(rows: list[dict], row) -> dict:
-  """Returns of a run: parameters, and its held-out loss by step, by seconds
-  of training (without compiling and evaluating) and by FLOPs."""
-  from training import costs, flops, spans
+def config_of(row):
+  """Returns the config of a row, as its command has it."""
   system, changes = row
   config = importlib.import_module(f'configs.{system}').get_config()
   config.update_from_flattened_dict(changes)
+  return config
+
+
+def curve(rows: list[dict], row) -> dict:
+  """Returns of a run: parameters, FLOPs, and its held-out loss by step."""
+  from training import costs, flops, spans
+  config = config_of(row)
   figures = costs.count(config)
-  train = [r for r in rows if r['split'] == 'train']
   evals = [r for r in rows if r['split'] == 'eval']
-  step_seconds = float(np.median([r['step_seconds'] for r in train]))
   sides = (spans.lengths(config) if config.objective == 'span' else
            (config.data.length,))
   per_step = config.data.batch_size * sum(sides) * (
       flops.training_flops_per_token(costs.resolved(config), *sides))
   return dict(
       parameters=figures['parameters'], active=figures['active_parameters'],
-      step_seconds=step_seconds, flops_per_step=per_step,
-      steps=[r['step'] for r in evals], loss=[r['loss'] for r in evals])
+      flops_per_step=per_step, steps=[r['step'] for r in evals],
+      loss=[r['loss'] for r in evals])
+
+
+def stepper(row):
+  """Returns a function that takes one training step of a row's run."""
+  import jax
+
+  from training import data, devices, runs, state, step, tokenizers
+  config = config_of(row)
+  tokenizer = tokenizers.load(config.data.tokenizer)
+  job = runs.start(config, runs.resolve(config, tokenizer)[0])
+  batch = devices.put(data.load(config, tokenizer).batch(0), job.place)
+  with job.context():
+    held = [state.create(job.module, job.tx, job.abstract, config.seed)]
+    compiled = jax.jit(step.make_train_step(job.module, job.tx, config),
+                       donate_argnums=0).lower(held[0], batch).compile()
+
+  def take():
+    held[0], _ = compiled(held[0], batch)
+    jax.block_until_ready(held[0])
+
+  return take
+
+
+def step_seconds(table: dict) -> dict[str, float]:
+  """Returns the median time of a step of each row, taking turns."""
+  takes = {name: stepper(row) for name, row in table.items()}
+  times = {name: [] for name in takes}
+  for turn in range(1 + TURNS):
+    for name, take in takes.items():
+      start = time.perf_counter()
+      take()
+      if turn:  # the first one warms up
+        times[name].append(time.perf_counter() - start)
+  return {name: statistics.median(t) for name, t in times.items()}
 
 
 def twins_table(curves: dict[str, dict]) -> str:
@@ -152,6 +193,9 @@ def main():
       rows = run(command(args.workdir / group, name, row, args.steps))
       of[name] = curve(rows, row) if group == 'twins' else (
           panel(rows))
+    if group == 'twins':
+      for name, seconds in step_seconds(GROUPS[group]).items():
+        of[name]['step_seconds'] = seconds
     print(twins_table(of) if group == 'twins' else remedies_table(of))
     found[group] = of
   if args.json:
