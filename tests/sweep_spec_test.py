@@ -1,7 +1,9 @@
 """Sweeps as described: helpers, points, matching, and what check refuses."""
 
+import argparse
 import json
 import pathlib
+import subprocess
 import sys
 import types
 
@@ -267,3 +269,30 @@ def test_the_dense_twin_owes_no_routing():
   for point in sweep.points:
     figures = cost.of(sweep.config(point))
     assert abs(figures.active_params / base.active_params - 1) < 0.01
+
+
+def test_a_topology_is_asked_of_the_plan(tmp_path, monkeypatch, capsys):
+  asked = []
+
+  def plan(words, **options):
+    asked.append(words)
+    if '--config.model.norm=rmsnorm' in words:
+      return subprocess.CompletedProcess(
+          words, 2, '{"fits": false}', 'error: peak 17 GiB of 15.75\n')
+    memory = {'peak': 2 ** 30, 'hbm': 2 ** 34}
+    return subprocess.CompletedProcess(words, 0, json.dumps(dict(
+        topology='v5e:2x2', programs=[dict(program='train', memory=memory,
+                                           estimate=False)])), '')
+
+  monkeypatch.setattr(check.subprocess, 'run', plan)
+  parser = argparse.ArgumentParser()
+  check.add_arguments(parser)
+  file = sweeps.write(tmp_path, "  add('wide', **{'model.d_model': 64})\n")
+  assert check.main(parser.parse_args([file, '--topology=v5e:2x2'])) == 0
+  assert 'wide: fits v5e:2x2, train peaks at 1.00 of 16.00 GiB a device' in (
+      capsys.readouterr().out)
+  assert asked[1][1:] == ['-m', 'tools.plan', '--json', '--topology=v5e:2x2',
+                          '--config', file, '--config.model.d_model=64']
+  file = sweeps.write(tmp_path)
+  with pytest.raises(ValueError, match="point 'rms', tools.plan: peak 17 GiB"):
+    check.main(parser.parse_args([file, '--topology=v5e:2x2']))
