@@ -20,6 +20,10 @@ def run_on(config, mesh):
   return runs.start(config, model, devices.make_mesh(mesh))
 
 
+def tokens(config):
+  return config.data.batch_size * config.data.length
+
+
 def odd():
   config = gpt.get_config()
   config.model.vocab_size = 50257
@@ -67,12 +71,13 @@ def test_each_reason_is_given():
 
 
 def test_activations_stand_where_the_program_puts_them():
-  run = run_on(mixtral.get_config(), tables.PRESETS['ep_fsdp_tp'])
+  config = mixtral.get_config()
+  run = run_on(config, tables.PRESETS['ep_fsdp_tp'])
   rows = {(r['name'], tuple(r['axes'])): r for r in arrays.activations(run)}
   stream = rows['decoder/layers/block_0', ('batch', 'length', 'embed')]
   assert stream['times'] == 4
   assert stream['spec'] == "P(('fsdp', 'expert'))"
-  assert stream['bytes_per_device'] == 32 * 256 * 128 * 4 // 4
+  assert stream['bytes_per_device'] == tokens(config) * 128 * 4 // 4
   q = rows['decoder/layers/block_0/attention',
            ('batch', 'length', 'heads', 'head')]
   assert q['spec'] == "P(('fsdp', 'expert'), None, 'tensor')"
@@ -80,10 +85,11 @@ def test_activations_stand_where_the_program_puts_them():
 
 
 def test_collectives_follow_from_the_rules():
-  run = run_on(mixtral.get_config(), tables.PRESETS['ep_fsdp_tp'])
+  config = mixtral.get_config()
+  run = run_on(config, tables.PRESETS['ep_fsdp_tp'])
   rows = predict.collectives(run, arrays.parameters(run))
   found = {(r['kind'], tuple(r['axes'])): r for r in rows}
-  one = 32 * 256 // 4 * 128 * 4  # of a device's tokens
+  one = tokens(config) // 4 * 128 * 4  # of a device's tokens
   assert found['all-to-all', ('expert',)]['bytes_sent_per_device'] == (
       4 * 4 * 2 * one / 2)  # layers, crossings, choices
   assert found['all-reduce', ('tensor',)]['bytes_sent_per_device'] == (

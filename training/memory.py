@@ -5,6 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from architectures.parts import kernels
 from training import paths, runs
 
 
@@ -61,7 +62,8 @@ def _saved(x, axis: str, size: int) -> int:
   return nbytes - nbytes // size
 
 
-def analytic(run: runs.Run, kept_in_all: int = 0) -> dict[str, int]:
+def analytic(run: runs.Run, kept_in_all: int = 0,
+             platform: str = 'cpu') -> dict[str, int]:
   """Estimates a training step's peak, without a compiler.
 
   State, gradients, what the backward pass keeps by the config's remat policy
@@ -72,6 +74,8 @@ def analytic(run: runs.Run, kept_in_all: int = 0) -> dict[str, int]:
   Args:
     run: on any devices.
     kept_in_all: what `kept` returns, where it is known; 0: trace it.
+    platform: tpu, where splash attention writes no scores, if it can do this
+      model's; elsewhere they are counted.
   """
   c, shape = run.model, run.mesh.shape
   parts = state(run)
@@ -86,9 +90,12 @@ def analytic(run: runs.Run, kept_in_all: int = 0) -> dict[str, int]:
                             else c.d_ff) // shape['tensor']
   layer = max((x.size // x.shape[0] for path, x in paths.flatten(
       run.abstract.params).items() if '/layers/' in path), default=0)
-  parts['one_layer'] = max(
-      2 * 4 * rows * heads * length * length, 3 * width * hidden) + (
-          2 * width * layer // (shape['tensor'] * shape['expert']))
+  mask = kernels.Mask(causal=True, bias=c.position in ('alibi', 'relative'))
+  fused = c.attention_kernel != 'xla' and not kernels.refusal(
+      'splash', c, mask, length, length, platform)
+  scores = 0 if fused else 2 * 4 * rows * heads * length * length
+  parts['one_layer'] = max(scores, 3 * width * hidden) + (
+      2 * width * layer // (shape['tensor'] * shape['expert']))
   parts['peak'] = sum(parts.values())
   return parts
 

@@ -114,7 +114,7 @@ def _compiled(run, topology, what, jaxpr, lowered, state) -> dict:
                temporaries=stats.temp_size_in_bytes,
                peak=stats.peak_memory_in_bytes)
   if estimate and what.name == 'train':
-    sizes |= memory.analytic(run)
+    sizes |= memory.analytic(run, platform=topology.chip.platform)
     del sizes['temporaries']
     if sizes['peak'] > topology.chip.hbm:
       raise compiling.DoesNotFit(

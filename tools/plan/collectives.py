@@ -124,7 +124,8 @@ def axes_of(members: np.ndarray, mesh: Mapping[str, int]) -> tuple[str, ...]:
 
 
 def read(text: str, mesh: Mapping[str, int], *, host_of: np.ndarray,
-         ragged_rows: int = 0, passes: int = 0) -> list[Collective]:
+         ragged_rows: int = 0, passes: int | None = None
+         ) -> list[Collective]:
   """Returns every collective of a compiled program.
 
   Args:
@@ -139,7 +140,7 @@ def read(text: str, mesh: Mapping[str, int], *, host_of: np.ndarray,
   found = []
   for place in hlo.walk(computations, passes):
     one = _collective(place, mesh, host_of, ragged_rows)
-    if one is not None and one.size > 1:
+    if one is not None and one.size > 1 and one.runs:
       found.append(one)
   return found
 

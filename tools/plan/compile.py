@@ -23,13 +23,13 @@ class Program(NamedTuple):
     function: to be jitted.
     args: of it, as shapes with shardings.
     options: of jax.jit.
-    passes: of a loop in it whose end depends on data; 0: there is none.
+    passes: of a loop in it whose end depends on data; None: there is none.
   """
   name: str
   function: Callable
   args: tuple
   options: dict
-  passes: int = 0
+  passes: int | None = None
 
 
 class Compiled(NamedTuple):

@@ -32,7 +32,7 @@ class Work(NamedTuple):
 
 
 def count(jaxpr, platform: str, ragged_rows: int = 0,
-          passes: int = 0) -> Work:
+          passes: int | None = None) -> Work:
   """Returns the work of a jaxpr.
 
   Args:
@@ -76,7 +76,7 @@ def _equation(eqn, platform, rows, passes) -> Work:
     return inner(eqn.params['jaxpr']).times(eqn.params['length'])
   if name == 'while':
     body = inner(eqn.params['body_jaxpr'])
-    if passes:
+    if passes is not None:
       return body.times(passes)
     return body._replace(loops=body.loops + bool(body.flops))
   if name == 'cond':

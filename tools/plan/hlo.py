@@ -86,7 +86,7 @@ def trip_count(instruction: Instruction,
   return None
 
 
-def walk(computations: dict[str, Computation], passes: int = 0):
+def walk(computations: dict[str, Computation], passes: Optional[int] = None):
   """Yields a Place for each instruction that a step reaches.
 
   Of a conditional, every branch is walked: which of them runs is not known.
@@ -94,7 +94,7 @@ def walk(computations: dict[str, Computation], passes: int = 0):
   Args:
     computations: by name.
     passes: of a loop that depends on data, where they are known otherwise;
-      0: they are not, and one is counted.
+      None: they are not, and one is counted.
   """
   entry = next(c for c in computations.values() if c.entry)
 
@@ -103,8 +103,9 @@ def walk(computations: dict[str, Computation], passes: int = 0):
       yield Place(name, instruction, runs, known)
       times, sure = 1, True
       if instruction.op == 'while':
-        trips = trip_count(instruction, computations) or passes
-        times, sure = trips or 1, bool(trips)
+        trips = trip_count(instruction, computations)
+        trips = passes if trips is None else trips
+        times, sure = (1, False) if trips is None else (trips, True)
       for callee in called(instruction):
         if callee in computations:
           yield from visit(callee, runs * times, known and sure)

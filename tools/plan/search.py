@@ -132,7 +132,8 @@ def _score(run: runs.Run, topology: chips.Topology, kept: int) -> Candidate:
   return Candidate(dict(run.mesh.shape), c.remat,
                    run.config.train.grad_accumulation, bounds['step_seconds'],
                    bounds['highest_mfu'], bounds['bound'],
-                   memory.analytic(run, kept)['peak'])
+                   memory.analytic(run, kept,
+                                   topology.chip.platform)['peak'])
 
 
 def search(config, topology: chips.Topology, wanted: int) -> dict:
