@@ -4,6 +4,7 @@ import os
 import pathlib
 import shlex
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -66,6 +67,18 @@ def test_a_new_task_is_owed_by_what_is_done(book):
   book.add([('a', 0, ('extrapolation',))])
   assert [(r.point, r.tasks) for r in book.runs(ledger.OWED)] == [
       ('a', 'extrapolation')]
+
+
+def test_a_ledger_of_an_earlier_version_is_read(tmp_path):
+  old = ledger.SCHEMA.replace('  seconds REAL NOT NULL DEFAULT 0,\n', '')
+  assert old != ledger.SCHEMA
+  with sqlite3.connect(tmp_path / 'ledger.sqlite') as made:
+    made.executescript(old)
+    made.execute("INSERT INTO runs (point, seed, tasks) VALUES ('a', 0, '')")
+  made.close()
+  for _ in range(2):
+    with ledger.Ledger(tmp_path) as opened:
+      assert [(r.point, r.seconds) for r in opened.runs()] == [('a', 0)]
 
 
 def test_two_processes_never_share_a_run(book, tmp_path):

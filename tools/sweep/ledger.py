@@ -80,6 +80,10 @@ class Ledger:
     with self._transaction():
       for statement in SCHEMA.split(';\n'):
         self._db.execute(statement)
+      columns = {row[1] for row in self._db.execute('PRAGMA table_info(runs)')}
+      if 'seconds' not in columns:  # a ledger of an earlier version
+        self._db.execute(
+            'ALTER TABLE runs ADD COLUMN seconds REAL NOT NULL DEFAULT 0')
 
   def __enter__(self) -> 'Ledger':
     return self
