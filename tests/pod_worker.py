@@ -29,7 +29,7 @@ def _fault(fault: dict) -> None:
     return
   marker.write_text(str(time.time()))
   if fault['kind'] == 'raise':
-    raise RuntimeError('raised on purpose')
+    raise KeyError('raised on purpose')
   os.kill(os.getpid(), {'kill': signal.SIGKILL, 'term': signal.SIGTERM}[
       fault['kind']])
 
