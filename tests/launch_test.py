@@ -39,8 +39,7 @@ PROGRAM = '''
 
 def args_of(module, *words):
   args = flags.FlagValues()
-  job.define(module.FLAGS, args)
-  flags.DEFINE_string('logs', '', '', flag_values=args)
+  job.define(job.FLAGS + module.FLAGS, args)
   args(['launch', *words])
   return args
 
@@ -342,8 +341,9 @@ def launch(*words, code=0):
 def test_the_command_line(tmp_path):
   dry = launch('local', '--processes', '2', '--config', 'configs/gpt.py',
                '--workdir', f'{tmp_path}/run', '--dry_run', '--devices=4',
-               '--config.optim.lr', '3e-4', '--allow_config_change').stdout
-  assert '--config.optim.lr=3e-4 --allow_config_change --stopped_exit' in dry
+               '--config.optim.lr', '3e-4', '--config.data.batch_size=8',
+               '--allow_config_change').stdout
+  assert '--config.optim.lr=3e-4 --config.data.batch_size=8 --allow' in dry
   assert '--processes' not in dry and len(dry.splitlines()) == 2
   assert not (tmp_path / 'run').exists()
   error = launch('gke', '--topology=v5e:4x4', '--slices=2', '--image=i',

@@ -41,7 +41,9 @@ def main():
                      f'{", ".join(PLACES)}')
   module = importlib.import_module(f'tools.launch.{place}')
   from tools.launch import job
-  job.define(module.FLAGS)
+  cli.define_config()
+  cli.define_workdir()
+  job.define(job.FLAGS + module.FLAGS)
   flags.adopt_module_key_flags(job)
   argv = [sys.argv[0], *sys.argv[2:]]
   cli.parse(module.__doc__, argv)

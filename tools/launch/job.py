@@ -11,18 +11,19 @@ from training import cli
 
 STOPPED = 75  # the exit code of a run that has more to do
 
-cli.define_config()
-cli.define_workdir()
-flags.DEFINE_string('profile_steps', '', 'See train.py.')
-flags.DEFINE_bool('allow_config_change', False, 'See train.py.')
-flags.DEFINE_bool('dry_run', False, 'Print what would be done; do nothing.')
-flags.DEFINE_integer('max_restarts', 3, 'After failures; a run that was '
-                     'preempted is always started again.')
-flags.DEFINE_string('compile_cache', '', 'Where compiled programs are kept, '
-                    'for all processes; default: jax_cache beside the workdir.')
-flags.DEFINE_string('logs', '', 'Where the output of each process goes; '
-                    'default: logs in the workdir.')
-
+# (kind, name, default, what it says): flags of every place. They are defined
+# by the program alone, for train.py has some of the same name.
+FLAGS = (
+    ('string', 'profile_steps', '', 'See train.py.'),
+    ('bool', 'allow_config_change', False, 'See train.py.'),
+    ('bool', 'dry_run', False, 'Print what would be done; do nothing.'),
+    ('integer', 'max_restarts', 3, 'After failures; a run that was preempted '
+     'is always started again.'),
+    ('string', 'compile_cache', '', 'Where compiled programs are kept, for all '
+     'processes; default: jax_cache beside the workdir.'),
+    ('string', 'logs', '', 'Where the output of each process goes; default: '
+     'logs in the workdir.'),
+)
 # Of the flags, those that are train.py's own.
 _OF_TRAIN = ('config', 'workdir', 'profile_steps', 'allow_config_change')
 

@@ -1,7 +1,7 @@
 r"""Starts a run as several processes on this machine.
 
-  python -m tools.launch local --processes=2 --devices=4 --platform=cpu \
-      --config configs/gpt.py --workdir runs/a --config.mesh.fsdp=4
+  python -m tools.launch local --processes=2 --devices=2 --platform=cpu \
+      --config configs/gpt.py --workdir runs/a --config.mesh.fsdp=2
 
 On a CPU each process has --devices virtual devices; on GPUs, process i has the
 GPUs i x devices to (i + 1) x devices - 1. Process 0 writes here, the others to

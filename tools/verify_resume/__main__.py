@@ -17,13 +17,10 @@ import sys
 import tempfile
 
 from absl import flags
-from ml_collections import config_flags
 
 from training import cli
 
-config_flags.DEFINE_config_file(
-    'config', help_string='A file of configs/ and its size, FILE.py:SIZE; any '
-    'field is a flag: --config.optim.lr=3e-4.')
+cli.define_config()
 flags.DEFINE_integer('steps', 8, 'Of each run; it is killed half-way.')
 flags.DEFINE_multi_string('mesh', [], 'Another mesh, data=2,fsdp=2; axes that '
                           'are not named are 1. Default: one that fits.')
