@@ -1,0 +1,37 @@
+"""The best learning rate by width, in the standard form and in muP.
+
+Lab note. GPT-2's wiring, 2 layers, widths 64 and 256 with 4 heads, 250 steps
+of 8 x 64 bytes of the default text; rates in powers of 2. muP's base is width
+64, where the two forms are one: three series of 7 rates, each one program.
+What came out, and what it does not show: docs/mup.md. About 20 minutes on one
+CPU core:
+  python -m tools.sweep run configs/sweeps/mup.py --workdir runs/mup --seeds=1
+"""
+
+from configs import gpt
+
+RATES = tuple(2.0 ** n for n in range(-11, -4))
+
+
+def base():
+  c = gpt.get_config('tiny')
+  c.model.update(d_model=64, num_layers=2, max_len=64)
+  c.data.update(length=64, batch_size=8)
+  c.train.steps = 250
+  c.optim.update(lr=2.0 ** -9, warmup_steps=25, weight_decay=0.0)
+  c.eval.update(every_steps=250, batches=64)
+  c.checkpoint.update(every_steps=250, keep=1)
+  return c
+
+
+get_config = base
+
+
+def sweep(add):
+  for lr in RATES:
+    rate = {'optim.lr': lr}
+    add(f'width=64-lr={lr:.2g}', **rate)
+    wide = rate | {'model.d_model': 256}
+    add(f'standard-width=256-lr={lr:.2g}', **wide)
+    add(f'mup-width=256-lr={lr:.2g}', **wide, **{
+        'model.parametrization': 'mup', 'model.mup_base_width': 64})
