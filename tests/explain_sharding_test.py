@@ -24,8 +24,14 @@ def tokens(config):
   return config.data.batch_size * config.data.length
 
 
-def odd():
+def plain():
   config = gpt.get_config()
+  config.data.batch_size = 16
+  return config
+
+
+def odd():
+  config = plain()
   config.model.vocab_size = 50257
   return config
 
@@ -95,7 +101,7 @@ def test_collectives_follow_from_the_rules():
   assert found['all-reduce', ('tensor',)]['bytes_sent_per_device'] == (
       4 * 2 * 2 * one)
   assert ('all-gather', ('fsdp',)) in found
-  alone = run_on(gpt.get_config(), tables.PRESETS['dp'])
+  alone = run_on(plain(), tables.PRESETS['dp'])
   rows = predict.collectives(alone, arrays.parameters(alone))
   size = sum(x.size for x in jax.tree.leaves(alone.abstract.params))
   assert [(r['kind'], r['axes']) for r in rows] == [('all-reduce', ['data'])]
@@ -103,7 +109,7 @@ def test_collectives_follow_from_the_rules():
 
 
 def test_two_meshes_side_by_side():
-  config = gpt.get_config()
+  config = plain()
   one = report.explain(config, tables.PRESETS['fsdp'])
   two = report.explain(config, tables.PRESETS['fsdp_tp'])
   assert not report.diff(one, one)['parameters']
