@@ -14,14 +14,17 @@ UNCOUNTED of its parameters, which PUBLISHED leaves out.
 RoBERTa (Liu et al. 2019) leaves the second task out and fills its rows with
 text: `--config.objective=mlm`. The pooler and the NSP head then learn nothing.
 
-`tiny` learns masked bytes and whether two passages follow one another, on 2
-CPU cores in about 4 minutes.
+`tiny` learns masked bytes and whether two passages follow one another: 3,000
+steps of 8 rows of 64 bytes, 1.5M in all, a few minutes of one CPU core by
+their number; not yet run to the end. 400 steps of 32 rows of 128 bytes, at a
+rate of 2e-3, had learned how frequent bytes are and no more (2.77 nats, 24 %
+right), and nothing of the second task (50 %).
 """
 
 from configs import base
 
 SIZES = {
-    'tiny': dict(num_layers=4, d_model=128, num_heads=4, max_len=128),
+    'tiny': dict(num_layers=4, d_model=128, num_heads=4, max_len=64),
     'base': dict(num_layers=12, d_model=768, num_heads=12, max_len=512,
                  vocab_size=30522),
     'large': dict(num_layers=24, d_model=1024, num_heads=16, max_len=512,
@@ -45,6 +48,8 @@ def get_config(size: str = 'tiny'):
                  logits_bias=True, init='normal')
   c.data.length = c.model.max_len
   if size == 'tiny':
+    c.data.batch_size = 8
+    c.train.steps = 3000
     return c
   c.model.dropout = 0.1
   c.model.dtype = 'bfloat16'

@@ -8,7 +8,9 @@ checkpoints are called small (60M), base (220M), large (770M), 3b and 11b. v1.1
 xxl are its 3b and 11b. The rate here rises to 0.01 over the first 10,000
 steps, which the paper's holds at 0.01.
 
-`tiny` trains on 2 CPU cores in minutes.
+`tiny` reads 0.9M bytes of the default text in rows of 64; not yet run to the
+end. 300 steps of 16 rows of 256 bytes, at a rate of 3e-3, took 5 minutes of one
+busy CPU core and reached 2.58 nats a byte of the spans.
 """
 
 from configs import base
@@ -53,6 +55,10 @@ def get_config(size: str = 'tiny'):
       attention_bias=False, ffn_bias=False, tie_embeddings=not gated,
       logits_scale=1.0 if gated else 0.0, init='fan_in', init_stddev=1.0)
   if size == 'tiny':
+    c.data.length = 64
+    c.data.batch_size = 8
+    c.train.steps = 1800
+    c.optim.update(lr=2e-3, warmup_steps=100)
     return c
   c.model.vocab_size = 32128
   c.model.dtype = 'bfloat16'
