@@ -122,6 +122,16 @@ def test_what_cannot_be_matched_is_refused(point, parts, tmp_path):
     assert part in str(error.value)
 
 
+@pytest.mark.parametrize('options, part', [
+    (dict(match='params', match_field='model.dff'), 'mean .model.d_ff'),
+    (dict(match='params', match_field='model.norm'), 'holds .layernorm'),
+    (dict(match_field='model.d_model'), 'nothing is matched'),
+])
+def test_a_wrong_field_to_match_is_a_sentence(options, part, tmp_path):
+  with pytest.raises(ValueError, match=f'--match_field .*{part}'):
+    described(sweeps.write(tmp_path), **options)
+
+
 def test_the_first_bad_point_stops_the_check(tmp_path):
   file = sweeps.write(tmp_path, (
       "  add('good', **{'model.norm': 'rmsnorm'})\n"

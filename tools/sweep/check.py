@@ -54,6 +54,9 @@ def check(args) -> dict:
   from training import run_config
   cost.off_devices()
   sweep = spec.load(args.file, args.seeds)
+  if args.match_field != matching.FIELD and not args.match:
+    raise ValueError(f'--match_field is {args.match_field}, but nothing is '
+                     f'matched: pass --match, of {", ".join(matching.WHAT)}')
   if args.match:
     sweep = matching.match(sweep, args.match, args.match_field,
                            lambda config: getattr(cost.of(config), args.match))

@@ -32,6 +32,7 @@ def match(sweep: spec.Sweep, what: str, field: str,
   Raises:
     ValueError: naming the point that cannot be matched, and why.
   """
+  spec.changed(sweep.base, {field: STEP}, '--match_field')  # it is an integer
   target = cost(sweep.base)
   points = []
   for point in sweep.points:
