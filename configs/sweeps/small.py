@@ -1,0 +1,39 @@
+"""Position encodings and block parts, one at a time, in a very small GPT.
+
+Lab note. The base is GPT-2's wiring at 2 layers of width 32 and 64 bytes of
+context, 40 thousand parameters; 300 steps of 32 x 64 bytes are 0.6M tokens.
+Each run owes the task of extrapolation. The sweep that docs/sweeps.md reports:
+  python -m tools.sweep run configs/sweeps/small.py --workdir runs/small \
+      --match=params
+A group of three seeds takes about 20 seconds on one free CPU core, and the
+evaluation of each run as long.
+"""
+
+from configs import gpt
+from configs.sweeps import helpers
+
+TASKS = ('extrapolation',)
+
+
+def base():
+  c = gpt.get_config('tiny')
+  c.model.update(d_model=32, num_layers=2, num_heads=2, max_len=64)
+  c.data.update(length=64, batch_size=32)
+  c.train.steps = 300
+  c.optim.update(lr=4e-3, warmup_steps=30)
+  c.eval.update(every_steps=25, batches=16)
+  c.checkpoint.update(every_steps=150, keep=1)
+  return c
+
+
+get_config = base
+
+
+def sweep(add):
+  add('learned')
+  for name, changes in helpers.one_at_a_time({
+      'model.position': ('sinusoidal', 'rope', 'alibi', 'relative', 'none'),
+      'model.norm': ('rmsnorm',),
+      'model.ffn': ('swiglu',),
+      'model.block': ('parallel', 'post_norm', 'sandwich')}):
+    add(name, **changes)
