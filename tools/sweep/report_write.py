@@ -80,7 +80,7 @@ def _html(sweep: Sweep, rows) -> str:
   section('Loss curves', draw(
       curves, 'Means over the seeds that are done. Seconds are of training '
       'steps on the machine that ran them, without compiling, evaluating and '
-      'saving.') if curves['series'] else '<p>No run is done.</p>')
+      'saving; where several runs trained as one program, each one\'s share.') if curves['series'] else '<p>No run is done.</p>')
   groups = extras.rates(sweep)
   if groups:
     section('Sensitivity to the learning rate',
