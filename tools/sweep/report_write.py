@@ -10,6 +10,11 @@ from tools.sweep import report_plots as plots
 from tools.sweep import report_tables as tables
 from tools.sweep.curves import Sweep
 
+CURVES = (
+    'Means over the seeds that are done. Seconds are of training steps on the '
+    'machine that ran them, without compiling, evaluating and saving; where '
+    "several runs trained as one program, each one's share.")
+
 
 def write(sweep: Sweep, workdir) -> tuple[pathlib.Path, pathlib.Path]:
   """Writes report.html and report.csv; returns their paths."""
@@ -77,10 +82,8 @@ def _html(sweep: Sweep, rows) -> str:
   if effects.rows:
     section('Each change, whatever the others', page.table('effects', effects))
   curves = plots.losses(sweep)
-  section('Loss curves', draw(
-      curves, 'Means over the seeds that are done. Seconds are of training '
-      'steps on the machine that ran them, without compiling, evaluating and '
-      'saving; where several runs trained as one program, each one\'s share.') if curves['series'] else '<p>No run is done.</p>')
+  section('Loss curves', draw(curves, CURVES) if curves['series']
+          else '<p>No run is done.</p>')
   groups = extras.rates(sweep)
   if groups:
     section('Sensitivity to the learning rate',
