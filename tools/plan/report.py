@@ -83,6 +83,10 @@ def _performance(p: dict, m: str) -> list[str]:
                  'data are counted as one pass')
   lines.append('  seconds a step, at the least: ' + ', '.join(
       f'{names[k]} {m}{s:.3g}' for k, s in r['seconds'].items()))
+  if not all(row['exact'] for row in p['collectives']):
+    lines.append('  the network takes longer than that: loops whose trip count '
+                 'the program does not tell (>=) are counted as one pass, so '
+                 'the bound and the MFU below may be too good')
   if r['unknown']:
     lines.append('  the network between slices has no published figure: it '
                  'is left out')
