@@ -65,8 +65,8 @@ def get_config(size: str = 'tiny'):
                  ffn='gelu_tanh', block='pre_norm', tie_embeddings=True)
   c.data.length = c.model.max_len
   if size == 'tiny':
-    c.data.batch_size = 4  # many small steps: the text is 12 MB
-    c.train.steps = 2400
+    c.data.batch_size = 8
+    c.train.steps = 1200
     c.optim.update(lr=2e-3, warmup_steps=100)
     return c
   c.model.vocab_size = 50257

@@ -111,6 +111,7 @@ def system_of(name) -> str:
   return name.split(':')[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('system', sorted({system_of(n) for n, *_ in rows()}))
 def test_rows_of_a_system(system):
   for name, titles, cells in rows():

@@ -169,6 +169,7 @@ def train_router(remedy: str, seed: int = 0, steps: int = 100) -> dict:
           for when, panel in run(params).items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('remedy', REMEDIES)
 def test_what_evens_out_the_load(remedy):
   panel = train_router(remedy)

@@ -111,6 +111,7 @@ def _batch(vocab, rows):
               decoder_segment_ids=jnp.ones((rows, 8), jnp.int32))
 
 
+@pytest.mark.slow
 def test_causality_and_padding_by_gradient():
   module, params = _make('t5')
   ids = jnp.array([[1, 1, 1, 1, 0, 0]])

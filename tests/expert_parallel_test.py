@@ -180,6 +180,7 @@ def test_refuses_what_does_not_divide(fields, words):
   assert words in str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('fields', [
     dict(router='expert_choice', group_size=8),
     dict(router='gshard', capacity_factor=1.0, group_size=32),

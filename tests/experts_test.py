@@ -76,6 +76,7 @@ def test_ways_agree_where_experts_choose():
     assert_close(got, want)
 
 
+@pytest.mark.slow
 def test_ways_agree_with_padding_and_drop_it_from_the_rest():
   ids = jnp.ones((B, L), int).at[:, L // 2:].set(0)
   want, *others = (run(config(dispatch=way, capacity_factor=1.0,
@@ -145,6 +146,7 @@ def grouped_case(counts, rows=64):
           inside_R1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('even', [8, 64])
 def test_grouped_product_equals_a_loop_over_experts(even):
 
@@ -204,6 +206,7 @@ def shapes(jaxpr):
           yield from shapes(inner)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('way', ['einsum', 'sorted', 'dropless'])
 def test_no_array_grows_as_tokens_times_experts_times_width(way):
   wide, many, tokens = 96, 16, B * 128

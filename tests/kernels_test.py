@@ -125,6 +125,7 @@ PROGRAMS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.plan
 @pytest.mark.parametrize('name', PROGRAMS)
 def test_auto_is_splash_in_a_tpu_program(name):
@@ -144,6 +145,7 @@ def _gpu(monkeypatch):
                       lambda: 91000)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('changes, call', [
     (dict(), '__cudnn$fmhaSoftmax'),
     (dict(attention='banded', sliding_window=40, num_kv_heads=2),

@@ -73,6 +73,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('chunk', [0, 8, 40])  # one; a position; uneven
 @pytest.mark.parametrize('name', OPTIONS)
 def test_value_and_gradients_equal_the_equations(name, chunk):

@@ -213,6 +213,7 @@ def test_an_objective_that_does_not_fit_is_refused(system, objective):
     runs.check(config)
 
 
+@pytest.mark.slow
 def test_bert_is_judged_by_both_its_tasks():
   module, params = models.make('bert')
   tokens = models.tokens(2, 8)

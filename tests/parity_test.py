@@ -41,6 +41,7 @@ def test_equals_transformers(path):
   assert not wrong, wrong
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('path', FILES, ids=lambda p: p.stem)
 def test_export_is_the_import(path, tmp_path):
   case = _load(path)

@@ -238,6 +238,7 @@ def small(config):
   return config
 
 
+@pytest.mark.slow
 def test_without_a_compiler_every_figure_is_an_estimate(no_compiler):
   t = chips.parse('v5p:2x2x2')
   config = small(mixtral.get_config())

@@ -57,6 +57,7 @@ def test_resumed_equals_straight_bit_for_bit(run):
   toy_run.assert_bitwise(state, states[20])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('shape', [(8, 1), (2, 4), (1, 1)])
 def test_another_mesh_gets_the_same_bits(run, shape):
   workdir, states = run

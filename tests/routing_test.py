@@ -248,6 +248,7 @@ def model(**changes):
                      **changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('remat', ['none', 'full'])
 def test_losses_are_summed_over_layers_and_have_gradient(remat):
   def run(scan):

@@ -97,6 +97,7 @@ def test_accumulation_equals_the_whole_batch(single):
   models.close(single[2][1], metrics[1], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_golden_step(single):
   """One AdamW step from the gradient alone, by numpy (Loshchilov and Hutter
   2019, algorithm 2); the gradient by finite differences of the loss."""
@@ -165,6 +166,7 @@ def test_loss_falls_on_one_batch():
   assert losses[-1] < losses[0] - 0.5, losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('tied', [True, False])
 def test_bfloat16_keeps_float32_parameters(tied):
   single = train(config(model__tie_embeddings=tied), one_device())

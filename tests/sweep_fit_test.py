@@ -25,6 +25,7 @@ def ladder(law, noise=0.0, seed=0, sizes=4, lengths=4):
   return params, tokens, losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('law', [CHINCHILLA, STEEP])
 def test_constants_are_found(law):
   got = scaling.fit(*ladder(law))
@@ -32,6 +33,7 @@ def test_constants_are_found(law):
     assert getattr(got, name) == pytest.approx(getattr(law, name), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_noise_moves_constants_little_and_an_outlier_not_at_all():
   params, tokens, losses = ladder(CHINCHILLA, noise=5e-4)
   losses[5] *= 1.3  # a run that went wrong: Huber's loss does not follow it
@@ -123,6 +125,7 @@ def _main(*words):
   return fit.main(parser.parse_args(list(map(str, words))))
 
 
+@pytest.mark.slow
 def test_a_folder_is_fitted(tmp_path, capsys):
   _folder(tmp_path)
   assert _main(tmp_path, '--budgets=1e15,1e19', '--draws=40', '--json') == 0

@@ -177,6 +177,7 @@ def _running(workdir):
   return found
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != 'linux', reason='prctl is of Linux')
 def test_kill_in_the_middle_then_two_runners_redo_nothing(tmp_path):
   file, workdir = sweeps.write(tmp_path), tmp_path / 'w'

@@ -55,6 +55,7 @@ def each_changed(tokens_L):
 
 # GPT against BERT.
 
+@pytest.mark.slow
 @pytest.mark.parametrize('system', DECODERS)
 def test_a_decoder_sees_only_the_past(system):
   module, params = small(system)
@@ -69,6 +70,7 @@ def test_bert_sees_all():
   assert changed_by_each(logits[1:], logits[0]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('system', ['transformer', 't5'])
 def test_an_encoder_decoder_sees_all_of_the_source_and_the_past(system):
   module, params = small(system)
@@ -94,6 +96,7 @@ def test_bert_is_as_wide_at_one_end_as_gpt_at_the_other():
 
 # Positions.
 
+@pytest.mark.slow
 def test_without_positions_order_reaches_only_causal_attention():
   tokens, order = models.tokens(1, 8), jnp.array([3, 0, 7, 5, 1, 2, 6, 4])
   for system, equivariant in (('bert', True), ('gpt', False)):
@@ -104,6 +107,7 @@ def test_without_positions_order_reaches_only_causal_attention():
     assert not np.allclose(plain, permuted, atol=1e-4)  # not invariant
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('position, moved', [
     ('learned', True), ('sinusoidal', True), ('rope', False),
     ('alibi', False), ('relative', False), ('none', False)])
@@ -288,6 +292,7 @@ def test_swiglus_gate():
 BLOCKS = ('pre_norm', 'parallel', 'sandwich', 'post_norm')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('block', BLOCKS)
 def test_what_a_block_does_whose_parts_return_nothing(block):
   """Pre-norm leaves x alone; post-norm stands in its way."""

@@ -75,6 +75,7 @@ def straight(tmp_path_factory, texts):
   return workdir
 
 
+@pytest.mark.slow
 def test_the_loss_falls_and_is_written(straight):
   seen = losses(straight)
   assert sorted(seen) == list(range(1, 21))
@@ -185,6 +186,7 @@ def test_another_config_is_shown_and_needs_a_flag(straight, texts, tmp_path):
   assert 'is complete' in run(command(tmp_path / 'run', texts, *more)).stdout
 
 
+@pytest.mark.slow
 def test_eval_reports_and_samples(straight):
   target = straight / 'eval.json'
   result = evaluate(straight, '--samples=3', '--prompt=It is', '--json',

@@ -99,6 +99,7 @@ def trained(texts, tmp_path_factory):
   return configs, workdirs, [folder / f'alone{i}' for i in range(3)]
 
 
+@pytest.mark.slow
 def test_each_run_equals_its_own(trained):
   _, workdirs, singles = trained
   for workdir, single in zip(workdirs, singles):
@@ -112,6 +113,7 @@ def test_each_run_equals_its_own(trained):
   assert len({round(x, 3) for x in losses}) == 3  # and they do differ
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_alone_and_joins_again(trained, tmp_path):
   configs, workdirs, singles = trained
   copies = [tmp_path / str(i) for i in range(3)]
@@ -217,6 +219,7 @@ def test_a_workdir_of_another_run_is_refused(trained):
     vectorised.train(configs[:2], [workdirs[0], workdirs[0]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', optimizers.OPTIMIZERS)
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_every_optimizer_takes_traced_fields(name, dtype):

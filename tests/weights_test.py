@@ -44,6 +44,7 @@ def _edit(folder, tmp_path, **changes):
   return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('system', SYSTEMS)
 def test_import_of_an_export_is_the_model(system, tmp_path):
   module, params = models.make(system, d_ff=128)
@@ -146,6 +147,7 @@ def test_rope_scaling_that_is_not_known_is_refused(tmp_path):
   assert (rope.theta, rope.scaling, rope.factor) == (5e5, 'linear', 4.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('changes, words', [
     (dict(position='rope'), 'model.position'),
     (dict(ffn='swiglu'), "'swiglu' has no counterpart"),
