@@ -118,7 +118,9 @@ def test_two_processes_save_pass_over_damage_and_one_reads(tmp_path):
       process.kill()
   assert [process.returncode for process in processes] == [0, 0]
   for out in outs:
-    assert [line for line in out if '[Gloo]' not in line] == [
+    # Gloo writes between them, and not always by whole lines.
+    assert [line for line in out
+            if line.startswith(('saved', 'restored'))] == [
         'saved 6', 'saved 12', 'restored 6 1', 'saved 12']
   folder, states = restoring.directory(tmp_path), []
   for shape in ((8, 1), (1, 1)):

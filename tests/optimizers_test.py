@@ -241,7 +241,6 @@ def test_muon_orthogonalises_each_layer_with_its_heads_joined():
     np.testing.assert_allclose(np.abs(u), 1.0, rtol=1e-3)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('name, field', [
     (name, field) for name, fields in optimizers.READS.items()
     for field in (*fields, 'lr')])

@@ -33,7 +33,8 @@ flags.DEFINE_string('optimizer', 'adamw', 'Of ' + ', '.join(LRS) + '.')
 flags.DEFINE_float('lr', None, 'Learning rate; default: '
                    + ', '.join(f'{k} {v:g}' for k, v in LRS.items()) + '.')
 flags.DEFINE_string('plot', '', 'A PNG to draw the sizes to.')
-flags.DEFINE_string('json', '', 'A file to write the figures to.')
+if 'json' not in flags.FLAGS:  # one process may import several programs
+  flags.DEFINE_string('json', '', 'A file to write the figures to.')
 
 LAYERS, LENGTH, BATCH = 2, 32, 4
 TEXT = __doc__  # its bytes are the batch

@@ -19,6 +19,9 @@ SAVE_SECONDS = 600
 
 
 def main():
+  if '--help' in sys.argv:
+    print(__doc__.strip())
+    return
   step = int(sys.argv.pop(1))
   agreed = signals.Stop.agreed
 
