@@ -18,6 +18,7 @@ def rows():
           for name in ('standard', 'mup')}
 
 
+@pytest.mark.slow
 def test_flat_in_mup_and_growing_in_the_standard_form(rows):
   assert rows['mup']['outputs'] == ['block 0', 'block 1', 'logits']
   for slope in rows['mup']['slopes'][:2]:
@@ -30,6 +31,7 @@ def test_flat_in_mup_and_growing_in_the_standard_form(rows):
                              rows['standard']['sizes'][0], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_is_drawn_and_printed(rows, tmp_path):
   pytest.importorskip('matplotlib')
   coord_check.plot(list(rows.values()), str(tmp_path / 'sizes.png'))
