@@ -30,7 +30,8 @@ def words(workdir, texts, *flags, config='configs/gpt.py', **mesh):
   mesh = dict(data=1, fsdp=1, expert=1, tensor=1) | mesh
   return [f'--config={config}', f'--workdir={workdir}', texts,
           *train_test.SMALL, f'--config.train.steps={STEPS}',
-          '--config.checkpoint.every_steps=3', '--config.eval.every_steps=0',
+          '--config.checkpoint.every_steps=3', '--config.checkpoint.keep=4',
+          '--config.eval.every_steps=0',
           *(f'--config.mesh.{axis}={size}' for axis, size in mesh.items()),
           *flags]
 
@@ -58,6 +59,7 @@ def saved_at(folder, name, step):
   for path in (copy / 'checkpoints').iterdir():
     if path.name.isdigit() and int(path.name) > step:
       shutil.rmtree(path)
+  assert (copy / 'checkpoints' / str(step)).exists()
   return copy
 
 
