@@ -68,7 +68,8 @@ def main():
 
 def _joint(args) -> int:
   from configs import gpt
-  from training import vectorised
+  from training import host, vectorised
+  host.settle()
   configs = []
   for run in range(args.runs):
     config = gpt.get_config('tiny')

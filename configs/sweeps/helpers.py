@@ -10,7 +10,25 @@ import itertools
 import re
 from typing import Any
 
+import ml_collections
+
+from configs import gpt
+
 Points = Iterator[tuple[str, dict[str, Any]]]
+
+
+def small_gpt(steps: int) -> ml_collections.ConfigDict:
+  """The base of most worked sweeps: GPT-2's wiring at 4 layers of width 64,
+  trained on 16 x 128 bytes a step; its evaluations are often enough to fit a
+  curve to."""
+  c = gpt.get_config('tiny')
+  c.model.update(d_model=64, max_len=128)
+  c.data.update(length=128, batch_size=16)
+  c.train.steps = steps
+  c.optim.update(lr=4e-3, warmup_steps=steps // 10)
+  c.eval.update(every_steps=steps // 10, batches=16)
+  c.checkpoint.update(every_steps=steps // 2, keep=1)
+  return c
 
 
 def grid(values: Mapping[str, Sequence]) -> Points:

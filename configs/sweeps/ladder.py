@@ -7,20 +7,16 @@ of the widest model takes about a minute on one CPU core. The fit:
   python -m tools.sweep run configs/sweeps/ladder.py --workdir runs/ladder
 """
 
-from configs import gpt
+from configs.sweeps import helpers
 
 WIDTHS = (24, 32, 48, 64, 96)
 STEPS = (125, 250, 500)
 
 
 def base():
-  c = gpt.get_config('tiny')
-  c.model.update(d_model=64, max_len=128)
-  c.data.update(length=128, batch_size=16)
-  c.train.steps = 500
-  c.optim.update(lr=4e-3, warmup_steps=25)
+  c = helpers.small_gpt(steps=500)
+  c.optim.warmup_steps = 25  # the shortest run has 125 steps
   c.eval.update(every_steps=125, batches=32)
-  c.checkpoint.update(every_steps=250, keep=1)
   return c
 
 

@@ -8,21 +8,13 @@ also are 8,192 parameters that the others have not, so make the sizes equal:
 One run takes about 20 seconds on one CPU core, and its evaluation as long.
 """
 
-from configs import gpt
 from configs.sweeps import helpers
 
 TASKS = ('extrapolation',)
 
 
 def base():
-  c = gpt.get_config('tiny')
-  c.model.update(d_model=64, max_len=128)
-  c.data.update(length=128, batch_size=16)
-  c.train.steps = 250
-  c.optim.update(lr=4e-3, warmup_steps=25)
-  c.eval.update(every_steps=25, batches=16)
-  c.checkpoint.update(every_steps=125, keep=1)
-  return c
+  return helpers.small_gpt(steps=250)
 
 
 get_config = base

@@ -9,7 +9,7 @@ choice for a token depends on later ones. Each run owes the task of routing.
 One run takes about a minute on one CPU core.
 """
 
-from configs import gpt
+from configs.sweeps import helpers
 
 TASKS = ('routing',)
 CAPACITIES = (0.0, 1.0)
@@ -18,14 +18,10 @@ ROUTERS = {'topk': 2, 'sigmoid': 2, 'sinkhorn': 2, 'switch': 1, 'hash': 1}
 
 
 def base():
-  c = gpt.get_config('tiny')
-  c.model.update(d_model=64, max_len=128, d_ff=256)
+  c = helpers.small_gpt(steps=400)
+  c.model.d_ff = 256
   c.model.moe.update(num_experts=4, ffn='gelu_tanh')
-  c.data.update(length=128, batch_size=16)
-  c.train.steps = 400
-  c.optim.update(lr=4e-3, warmup_steps=40)
   c.eval.update(every_steps=100, batches=32)
-  c.checkpoint.update(every_steps=200, keep=1)
   return c
 
 

@@ -16,7 +16,8 @@ def main() -> int:
   parser.add_argument('--runs', required=True, help='POINT/SEED,POINT/SEED')
   args = parser.parse_args()
   from tools.sweep import layout
-  from training import vectorised
+  from training import host, vectorised
+  host.settle()
   description = layout.load(args.workdir)
   runs = [(point, int(seed)) for point, seed in (
       run.split('/') for run in args.runs.split(','))]
