@@ -16,7 +16,7 @@ CPU cores in about 3 minutes.
 from configs import base
 
 SIZES = {
-    'tiny': dict(num_layers=4, d_model=128, num_heads=4, max_len=256),
+    'tiny': dict(num_layers=4, d_model=128, num_heads=4, max_len=128),
     'gpt2': dict(num_layers=12, d_model=768, num_heads=12, max_len=1024),
     'gpt2-medium': dict(num_layers=24, d_model=1024, num_heads=16,
                         max_len=1024),
@@ -66,8 +66,8 @@ def get_config(size: str = 'tiny'):
   c.data.length = c.model.max_len
   if size == 'tiny':
     c.data.batch_size = 8
-    c.train.steps = 1200
-    c.optim.update(lr=2e-3, warmup_steps=100)
+    c.train.steps = 3000
+    c.optim.update(lr=3e-3, warmup_steps=100)
     return c
   c.model.vocab_size = 50257
   c.model.dtype = 'bfloat16'
