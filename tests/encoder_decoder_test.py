@@ -127,6 +127,7 @@ def test_causality_and_padding_by_gradient():
                      'xxxx..xxxx.', 'xxxx..xxxxx']
 
 
+@pytest.mark.slow
 def test_generation_equals_asking_again_for_each_token():
   module, params = _make('transformer')
   source, lengths = models.tokens(2, 9), jnp.array([9, 6])
@@ -144,6 +145,7 @@ def test_generation_equals_asking_again_for_each_token():
   np.testing.assert_array_equal(new, target[:, 1:])
 
 
+@pytest.mark.slow
 def test_the_memory_is_projected_once():
   """With a filled cache, no product has the memory's features in it."""
   module, params = _make('t5')
@@ -199,6 +201,7 @@ def test_published_sizes(system, size):
     assert abs(count / published - 1) <= limit
 
 
+@pytest.mark.slow
 def test_t5_is_born_with_scores_of_variance_one():
   """Unscaled scores: the query's weights are smaller by sqrt(head_dim)."""
   module = architectures.build(models.config('t5', d_model=256, head_dim=64))

@@ -192,6 +192,7 @@ def test_routers_route_alike_on_a_mesh(fields):
   assert_equal(step(*args), one_device(config(**fields)), 4)
 
 
+@pytest.mark.slow
 def test_accelerators_send_only_full_rows():
   loss, params, x_BLD, _ = setup(config())
   with jax.set_mesh(mesh_of(tables.PRESETS['ep'])), sharding.rules('default'):

@@ -96,12 +96,14 @@ def test_bfloat16_is_near_float32():
     assert_close(y_BLD, want[0], 0.03)
 
 
+@pytest.mark.slow
 def test_capacity_of_evaluation_is_its_own():
   c = config(capacity_factor=0.5, eval_capacity_factor=0.0)
   assert run(c)[1]['health']['dropped'] > 0
   assert run(c, train=False)[1]['health']['dropped'] == 0
 
 
+@pytest.mark.slow
 def test_one_expert_is_the_dense_network_and_shared_ones_add_to_it():
   c = config(num_experts=1, top_k=1, ffn='swiglu', shared_experts=2)
   x_BLD, ctx = jnp.ones((B, L, D)) * 0.3, Context(jnp.arange(L)[None])
@@ -116,6 +118,7 @@ def test_one_expert_is_the_dense_network_and_shared_ones_add_to_it():
                want_BLD + shared_BLD)
 
 
+@pytest.mark.slow
 def test_dropout_is_of_its_rate_and_of_training_alone():
   drop = experts.Dropout(jnp.uint32(7), rate=0.25)
   mask_RF = np.array(drop.mask(jnp.arange(400), 300))

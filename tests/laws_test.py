@@ -118,6 +118,7 @@ def _picture(mask):
   return [''.join('x' if seen else '.' for seen in row) for row in mask[0]]
 
 
+@pytest.mark.slow
 def test_packed_documents_do_not_see_each_other():
   module, params = models.make(position='rope')
   a, b = models.tokens(1, 7, seed=4), models.tokens(1, 9, seed=5)
@@ -130,6 +131,7 @@ def test_packed_documents_do_not_see_each_other():
   models.close(apart, packed)
 
 
+@pytest.mark.slow
 def test_learned_positions_end_and_stretch():
   module = architectures.build(models.config(max_len=8))
   params = nn.meta.unbox(module.init(jax.random.key(0), models.tokens(1, 8)))

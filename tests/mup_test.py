@@ -124,6 +124,7 @@ def test_multipliers():
     assert module.apply(variables, tokens).head.scale == 0.75
 
 
+@pytest.mark.slow
 def test_a_router_has_the_multiplier_of_logits():
   module = scaled('mixtral', 4 * BASE, num_layers=1)
   variables = jax.jit(module.init)(jax.random.key(0), models.tokens())
@@ -138,6 +139,7 @@ def test_a_router_has_the_multiplier_of_logits():
   np.testing.assert_allclose(*hidden, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_optimizer_multiplies_the_update_and_not_the_decay():
   module = scaled('gpt', 4 * BASE)
   params = jax.tree.map(jnp.ones_like, nn.meta.unbox(jax.jit(module.init)(

@@ -283,6 +283,7 @@ def test_state_on_a_device_and_what_is_held_alike(no_compiler):
   assert memory.replicated(spread)[0]['bytes_saved'] < 0.03 * params
 
 
+@pytest.mark.slow
 def test_a_search_ranks_what_fits(no_compiler):
   t = chips.parse('v5p:2x2x2')
   config = small(gpt.get_config())

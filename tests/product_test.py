@@ -98,9 +98,8 @@ def check_laws(parts):
   np.testing.assert_allclose(scan, loop, atol=1e-5 * np.abs(scan).max())
 
 
-@pytest.mark.parametrize('row', [
-    row if row == 'rope-pre_norm' else pytest.param(row, marks=pytest.mark.slow)
-    for row in _rows(TRIPLES)])
+@pytest.mark.slow
+@pytest.mark.parametrize('row', _rows(TRIPLES))
 def test_laws_of_positions_blocks_and_attentions(row):
   for parts in _rows(TRIPLES)[row]:
     try:

@@ -118,6 +118,7 @@ _PROCESS = '''
     '''
 
 
+@pytest.mark.slow
 @pytest.mark.multihost
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_one_process_stops_both_at_the_same_step(start, number):

@@ -118,6 +118,7 @@ def test_a_silent_runner_of_another_host_is_dead(book, monkeypatch):
   assert book.beat(other) == set()  # and the runner finds out
 
 
+@pytest.mark.slow
 def test_a_failing_point_is_recorded_and_the_others_go_on(
     tmp_path, monkeypatch, capsys):
   sweeps.fake(monkeypatch)

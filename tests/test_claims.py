@@ -64,6 +64,7 @@ def test_a_decoder_sees_only_the_past(system):
   np.testing.assert_array_equal(changed, np.triu(np.ones((6, 6), bool)))
 
 
+@pytest.mark.slow
 def test_bert_sees_all():
   module, params = small('bert')
   logits = models.logits(module, params, each_changed(models.tokens(1, 6)[0]))

@@ -89,12 +89,14 @@ def test_the_loss_falls_and_is_written(straight):
   assert first['mfu'] is None  # no peak is known for this CPU
 
 
+@pytest.mark.slow
 def test_a_complete_run_says_how_to_go_on(straight, texts):
   result = run(command(straight, texts))
   assert 'is complete: 20 steps of 20' in result.stdout
   assert 'eval.py' in result.stdout and 'train.steps' in result.stdout
 
 
+@pytest.mark.slow
 def test_resume_is_bitwise(straight, texts, tmp_path):
   """20 straight steps = 10 + restart + 10: parameters and optimiser alike."""
   shutil.copytree(straight, tmp_path / 'run')

@@ -15,6 +15,8 @@ from tests import models
 from training import checkpoints, data, devices, loop, optimizers, run_config
 from training import runs, schedules, signals, tokenizers, vectorised
 
+pytestmark = pytest.mark.slow
+
 STEPS = 8
 TEXT = 'It is a law of nature that what is sown is reaped. ' * 10
 
@@ -99,7 +101,6 @@ def trained(texts, tmp_path_factory):
   return configs, workdirs, [folder / f'alone{i}' for i in range(3)]
 
 
-@pytest.mark.slow
 def test_each_run_equals_its_own(trained):
   _, workdirs, singles = trained
   for workdir, single in zip(workdirs, singles):
@@ -113,7 +114,6 @@ def test_each_run_equals_its_own(trained):
   assert len({round(x, 3) for x in losses}) == 3  # and they do differ
 
 
-@pytest.mark.slow
 def test_a_run_goes_on_alone_and_joins_again(trained, tmp_path):
   configs, workdirs, singles = trained
   copies = [tmp_path / str(i) for i in range(3)]
@@ -141,7 +141,6 @@ def test_paired_runs_see_one_stream(texts, tmp_path):
   assert_same(tmp_path / '1', tmp_path / 'alone')
 
 
-@pytest.mark.slow
 def test_experts_too(texts, tmp_path):
   moe = dict(num_experts=4, d_ff=32, jitter=0.1, dispatch='sorted',
              capacity_factor=1.0, eval_capacity_factor=2.0)
@@ -219,7 +218,6 @@ def test_a_workdir_of_another_run_is_refused(trained):
     vectorised.train(configs[:2], [workdirs[0], workdirs[0]])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('name', optimizers.OPTIMIZERS)
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_every_optimizer_takes_traced_fields(name, dtype):
