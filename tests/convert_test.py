@@ -45,8 +45,9 @@ def _check_same_logits(module, params, run, mixture):
   models.close(a, b, rtol=3e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('system', [
-    pytest.param(name, marks=pytest.mark.slow) if name != 'gpt' else name
+    name
     for name in MIXTURES])
 def test_a_mixture_starts_as_its_dense_model(system):
   module, params, run, mixture = _upcycled(
@@ -144,6 +145,7 @@ def _start(imported, **changes):
   return run, starting.create(run, config.init_from)
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_a_workdir(imported):
   _, params = models.make('llama', vocab_size=384)
   _, state = _start(imported)

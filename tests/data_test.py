@@ -209,6 +209,7 @@ def test_iterating_from_n_is_batch_n_onwards(folder, start):
   assert not list(loader.iterate(start, start))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('split', ['train', 'eval'])
 def test_worker_processes_change_nothing(folder, split):
   plain, workers = (load(folder, split, workers=n, length=7) for n in (0, 2))

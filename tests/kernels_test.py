@@ -28,6 +28,7 @@ CASES = {  # (banded, causal, segment ids, softcap, sinks, queries' rows)
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', [
     'causal', *(pytest.param(n, marks=pytest.mark.slow)
                 for n in CASES if n != 'causal')])

@@ -37,6 +37,7 @@ def test_the_systems_are_the_decoders():
   assert {models.config(s).arch for s in SYSTEMS} == set(MUP_ARCHS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('system', SYSTEMS)
 def test_at_the_base_all_is_as_in_the_standard_form(system):
   plain, ours = built(system), scaled(system)
@@ -87,6 +88,7 @@ def test_rates_by_path_agree_with_the_shapes(system, parts):
     assert got == [adam, adam, sgd], path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('init', ['normal', 'scaled_normal', 'fan_in'])
 def test_initial_sizes_by_path(init):
   r = 4

@@ -93,7 +93,7 @@ def test_a_process_that_leaves_in_order_ends_no_other(three):
 def test_a_stranger_ends_nobody(start):
   first, address = start(0)
   stranger, ready = start(1, address.split()[0] + ' no-token')
-  assert ready == 'ready'
+  assert ready in ('ready', '')  # it may be turned away before it says so
   stranger.kill()
   _say(first, 'still here')
   assert first.stdout.readline() == 'still here\n'

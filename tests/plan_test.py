@@ -258,6 +258,7 @@ def test_without_a_compiler_every_figure_is_an_estimate(no_compiler):
   json.dumps(plan)
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_refused_with_figures(no_compiler, monkeypatch):
   t = chips.parse('v5p:2x2x2')
   tight = t._replace(chip=t.chip._replace(hbm=2 ** 16))

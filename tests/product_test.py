@@ -124,6 +124,7 @@ def test_every_pair_of_parts_meets():
     assert met == set(itertools.product(PARTS[a], PARTS[b])), (a, b)
 
 
+@pytest.mark.slow
 def test_the_laws_can_fail(monkeypatch):
   """A model that sees what comes later, and one whose cache forgets."""
   from architectures.parts import attention

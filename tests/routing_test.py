@@ -275,6 +275,7 @@ def test_losses_are_summed_over_layers_and_have_gradient(remat):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_noise_is_drawn_in_training_alone():
   m = dict(num_experts=E, jitter=0.3, logit_noise=0.5, dispatch='einsum')
   module, params = models.make('gpt', ffn='moe', moe=m)

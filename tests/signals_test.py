@@ -129,6 +129,7 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(start, number):
   assert [process.returncode for process in processes] == [0, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.multihost
 def test_a_second_sigterm_ends_a_process_once_the_step_is_agreed(start):
   processes = _start_two(start, 'stay')

@@ -238,6 +238,7 @@ def test_a_file_changed_under_the_sweep_is_found_out(tmp_path, monkeypatch):
   assert 'another config' in failed.error and 'optim.lr' in failed.error
 
 
+@pytest.mark.slow
 def test_what_is_done_on_disk_is_adopted(tmp_path, monkeypatch):
   sweeps.fake(monkeypatch)
   file, workdir = sweeps.write(tmp_path), tmp_path / 'w'
@@ -311,6 +312,7 @@ def test_a_job_runs_what_we_were_asked_less_the_launcher():
       ) == ['run', 'f.py', '--workdir', 'w', '--match=params']
 
 
+@pytest.mark.slow
 def test_status_tells_states_losses_and_errors(tmp_path, monkeypatch, capsys):
   sweeps.fake(monkeypatch)
   file = sweeps.write(tmp_path, sweeps.POINTS

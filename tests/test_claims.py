@@ -85,6 +85,7 @@ def test_an_encoder_decoder_sees_all_of_the_source_and_the_past(system):
   np.testing.assert_array_equal(changed, np.triu(np.ones((6, 6), bool)))
 
 
+@pytest.mark.slow
 def test_bert_is_as_wide_at_one_end_as_gpt_at_the_other():
   """Both end in logits over the vocabulary; BERT has its pooled text too."""
   tokens = models.tokens(1, 6)

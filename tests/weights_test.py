@@ -202,6 +202,7 @@ def test_each_shard_is_read_where_it_lies(gpt):
   _equal(found, params)
 
 
+@pytest.mark.slow
 def test_tensors_come_one_by_one(tmp_path):
   module, params = models.make('gpt', num_layers=8, d_model=128, d_ff=512)
   weights.to_hf(module, params, tmp_path)
