@@ -14,6 +14,7 @@ import pytest
 from configs.sweeps import helpers
 from tests import sweeps
 from tools.sweep import check, commands, cost, layout, matching, spec
+from tools.sweep import statistics
 
 
 def described(file, **options):
@@ -270,6 +271,15 @@ def test_a_worked_sweep_is_small_and_whole(name):
     # About a minute on one CPU core.
     assert figures.flops_per_token * figures.tokens < 4e12, point.name
   assert sweep.owed(sweep.points[-1]) == sweep.tasks
+
+
+@pytest.mark.parametrize('name', [n for n in WORKED if n != 'mup'])
+def test_a_worked_sweep_evaluates_often_enough_for_a_speed_up(name):
+  config = spec.load(f'configs/sweeps/{name}.py').base
+  steps = {*range(0, config.train.steps, config.eval.every_steps),
+           config.train.steps}  # and the last step is always evaluated
+  after = [n for n in steps if n >= config.optim.warmup_steps]
+  assert len(after) >= statistics.MIN_POINTS
 
 
 def test_the_dense_twin_owes_no_routing():

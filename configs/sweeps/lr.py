@@ -10,7 +10,7 @@ from configs.sweeps import helpers
 
 def base():
   c = helpers.small_gpt(steps=500)
-  c.eval.update(every_steps=100, batches=32)
+  c.eval.update(every_steps=50, batches=32)
   return c
 
 

@@ -6,7 +6,7 @@ token has two experts, all of it where it has one. So what differs is the
 parameters that do not work for a token, and who chooses. Capacity 0 drops
 nothing; evaluation never does. expert_choice is left out: in a decoder its
 choice for a token depends on later ones. Each run owes the task of routing.
-One run takes about a minute on one CPU core.
+One run takes a good minute on one CPU core.
 """
 
 from configs.sweeps import helpers
@@ -21,7 +21,7 @@ def base():
   c = helpers.small_gpt(steps=400)
   c.model.d_ff = 256
   c.model.moe.update(num_experts=4, ffn='gelu_tanh')
-  c.eval.update(every_steps=100, batches=32)
+  c.eval.update(every_steps=50, batches=32)
   return c
 
 

@@ -2,7 +2,10 @@
 
 Lab note. The base is GPT-2's wiring at 2 layers of width 32 and 64 bytes of
 context, 40 thousand parameters; 300 steps of 32 x 64 bytes are 0.6M tokens.
-Each run owes the task of extrapolation. The sweep that docs/sweeps.md reports:
+Sinusoids are tried twice: as large as they are beside embeddings that begin at
+0.02, and with the embeddings times the root of the width, as in the
+Transformer. Each run owes the task of extrapolation. The sweep that
+docs/sweeps.md reports:
   python -m tools.sweep run configs/sweeps/small.py --workdir runs/small \
       --match=params
 A group of three seeds takes about 20 seconds on one free CPU core, and the
@@ -37,3 +40,5 @@ def sweep(add):
       'model.ffn': ('swiglu',),
       'model.block': ('parallel', 'post_norm', 'sandwich')}):
     add(name, **changes)
+  add('sinusoidal-scaled', **{
+      'model.position': 'sinusoidal', 'model.embed_scale': 0.0})
