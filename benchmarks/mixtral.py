@@ -21,45 +21,19 @@ EXPERTS = ('eager', 'grouped_mm')
 
 
 def ours():
-  """A function that trains for a step and returns the loss."""
-  import flax.linen as nn
-  import jax
-  import jax.numpy as jnp
-  import optax
-
-  import architectures
+  """A function that trains for a step, train.py's own, and returns the loss."""
+  from benchmarks.ours import Trainer
   from configs import mixtral
-  from training import host
+  from training import host, run_config
   host.settle()
-  model = mixtral.get_config('tiny').model
-  model.update(d_model=512, num_layers=4, num_heads=8, num_kv_heads=2,
-               head_dim=0, d_ff=1024, vocab_size=VOCAB, max_len=LENGTH,
-               dtype='float32')
-  model.moe.update(num_experts=8, top_k=2, d_ff=0)
-  module, tx = architectures.build(model), optax.adamw(1e-4)
-  tokens = jax.random.randint(jax.random.key(1), (BATCH, LENGTH), 0, VOCAB)
-  params = nn.meta.unbox(jax.jit(module.init)(jax.random.key(0), tokens))
-
-  def loss_fn(params):
-    out = module.apply(params, tokens[:, :-1], deterministic=False,
-                       rngs={'router': jax.random.key(2)})
-    nll = optax.softmax_cross_entropy_with_integer_labels(
-        out.logits, tokens[:, 1:])
-    return nll.mean() + sum(out.aux['losses'].values())
-
-  def step(params, opt):
-    loss, grads = jax.value_and_grad(loss_fn)(params)
-    updates, opt = tx.update(grads, opt, params)
-    return optax.apply_updates(params, updates), opt, jnp.asarray(loss)
-
-  step = jax.jit(step, donate_argnums=(0, 1))
-  state = [params, tx.init(params)]
-  del params
-
-  def run():
-    *state[:], loss = step(*state)
-    return float(loss)
-  return run
+  config = mixtral.get_config('tiny')
+  config.model.update(d_model=512, num_layers=4, num_heads=8, num_kv_heads=2,
+                      d_ff=1024, vocab_size=VOCAB, max_len=LENGTH)
+  config.model.moe.update(num_experts=8, top_k=2)
+  config.data.update(batch_size=BATCH, length=LENGTH)
+  trainer = Trainer(run_config.to_json(config))
+  trainer.create()
+  return trainer.step
 
 
 def theirs(experts: str):
