@@ -13,7 +13,7 @@ import sys
 
 from absl import flags
 
-from training import cli
+from training import cli, interrupts
 
 cli.define_workdir()
 flags.DEFINE_integer('step', None, 'Which checkpoint; default: the newest.')
@@ -69,4 +69,4 @@ def main():
 
 
 if __name__ == '__main__':
-  cli.run(main)
+  cli.run(main, interrupts.EndAtOnce())

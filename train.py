@@ -5,14 +5,15 @@
       --config.optim.lr=3e-4 --config.data.source=text:my/*.txt
 
 Ctrl-C or SIGTERM: the step is finished, saved, and the exit code is 0, or what
---stopped_exit_code says. Exit code 2: a wrong request; 1: a failure.
+--stopped_exit_code says; before the first step the run just ends, with that or
+128 + the signal. Exit code 2: a wrong request; 1: a failure.
 """
 
 import pathlib
 
 from absl import flags
 
-from training import cli
+from training import cli, interrupts
 
 cli.define_config()
 cli.define_workdir()
@@ -86,4 +87,5 @@ def main():
 
 
 if __name__ == '__main__':
-  cli.run(main)
+  cli.run(main, interrupts.EndAtOnce(
+      lambda: flags.FLAGS.is_parsed() and flags.FLAGS.stopped_exit_code))

@@ -3,6 +3,7 @@
 import os
 import pathlib
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -99,6 +100,28 @@ def test_a_wrong_request_is_one_sentence(name, tmp_path):
 ])
 def test_a_wrong_config_is_one_sentence(config, parts, tmp_path):
   _refused(train(tmp_path / 'run', config=config), parts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('seconds', [0, 1, 3])
+def test_ctrl_c_while_a_run_starts_ends_it(seconds, tmp_path):
+  process = subprocess.Popen(
+      [sys.executable, 'train.py', '--config', 'configs/gpt.py',
+       f'--workdir={tmp_path}/run', '--stopped_exit_code=75'], cwd=ROOT,
+      stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+  while not _handles(process.pid, signal.SIGTERM):
+    time.sleep(0.01)
+  time.sleep(seconds)
+  process.send_signal(signal.SIGINT)
+  _, err = process.communicate(timeout=100)
+  assert 'SIGINT: ' in err and 'Traceback' not in err
+  assert process.returncode in (75, 130), err
+
+
+def _handles(pid, number):
+  """Whether the process has a handler of its own for a signal (Linux)."""
+  status = pathlib.Path(f'/proc/{pid}/status').read_text()
+  return int(re.search(r'SigCgt:\s*(\w+)', status)[1], 16) >> number - 1 & 1
 
 
 def test_no_workdir_is_one_sentence():

@@ -87,6 +87,77 @@ def test_second_signal_ends_even_a_main_thread_deep_in_c(start):
   assert process.returncode == 130
 
 
+_START = '''
+    import gc, hashlib, sys
+    from training import cli, interrupts
+    def main():
+      print('ready', flush=True)
+      {then}
+    cli.run(main, interrupts.EndAtOnce(lambda: {code}))
+    '''
+_DEEP_IN_C = "hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"
+# JAX has one such callback: what is raised there is printed and forgotten.
+_IN_A_CALLBACK = (
+    'gc.callbacks.append(lambda *_: [None for _ in range(10 ** 6)])\n'
+    '      while True: gc.collect()')
+
+
+@pytest.mark.parametrize('then', [_DEEP_IN_C, _IN_A_CALLBACK])
+@pytest.mark.parametrize('number, asked, code', [
+    (signal.SIGINT, 0, 130), (signal.SIGTERM, 0, 143),
+    (signal.SIGTERM, 75, 75)])
+def test_before_the_loop_a_signal_ends_at_once(start, then, number, asked,
+                                               code):
+  process = start(_START.format(then=then, code=asked))
+  assert process.stdout.readline() == 'ready\n'
+  process.send_signal(number)
+  _, err = process.communicate(timeout=60)
+  assert err == (f'\n{number.name}: ending at once: there is nothing to save '
+                 'yet\n')
+  assert process.returncode == code
+
+
+def test_the_loop_takes_the_signals_over_and_gives_them_back(start):
+  process = start('''
+      import time
+      from training import cli, interrupts, signals
+      def main():
+        with signals.Stop() as stop:
+          print('loop', flush=True)
+          while not stop.at_once:
+            time.sleep(0.01)
+        print('after', flush=True)
+        time.sleep(600)
+      cli.run(main, interrupts.EndAtOnce())
+      ''')
+  for line, said in (('loop', 'finishing this step'), ('after', 'at once')):
+    assert process.stdout.readline() == f'{line}\n'
+    process.send_signal(signal.SIGTERM)
+    process.stderr.readline()
+    assert said in process.stderr.readline()
+  process.communicate(timeout=60)
+  assert process.returncode == 143
+
+
+def test_a_handler_of_another_library_is_left_alone(start):
+  process = start('''
+      import signal, time
+      from training import cli, interrupts
+      def main():
+        try:
+          signal.signal(signal.SIGINT, signal.default_int_handler)
+          print('ready', flush=True)
+          time.sleep(600)
+        except KeyboardInterrupt:
+          print('theirs', flush=True)
+      cli.run(main, interrupts.EndAtOnce())
+      ''')
+  assert process.stdout.readline() == 'ready\n'
+  process.send_signal(signal.SIGINT)
+  out, _ = process.communicate(timeout=60)
+  assert out == 'theirs\n' and process.returncode == 0
+
+
 def test_handlers_come_back_and_no_thread_stays():
   before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
   with signals.Stop() as stop:

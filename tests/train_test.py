@@ -129,12 +129,17 @@ def test_a_signal_saves_and_exits_cleanly(kind, straight, texts, tmp_path):
   process = _start(command(tmp_path / 'run', texts,
                            '--config.checkpoint.every_steps=0'))
   _wait_for_step(tmp_path / 'run', 2)
+  process.send_signal(signal.SIGSTOP)  # or it may be done before the signal
   process.send_signal(kind)
+  process.send_signal(signal.SIGCONT)
   out, err = process.communicate(timeout=120)
   assert process.returncode == 0, out + err
-  if 'saved: the same command goes on' in out:  # else it was done already
-    assert len(list((tmp_path / 'run/checkpoints').iterdir())) == 1
-  run(command(tmp_path / 'run', texts, '--config.checkpoint.every_steps=0'))
+  assert 'saved: the same command goes on' in out
+  [saved] = (tmp_path / 'run/checkpoints').iterdir()
+  assert int(saved.name) < 20
+  result = run(command(tmp_path / 'run', texts,
+                       '--config.checkpoint.every_steps=0'))
+  assert f'going on from step {saved.name}' in result.stdout
   assert state(tmp_path / 'run') == state(straight)
 
 
@@ -143,11 +148,14 @@ def test_a_signal_saves_and_exits_cleanly(kind, straight, texts, tmp_path):
 def test_kill_at_a_random_moment_then_resume(seed, straight, texts, tmp_path):
   process = _start(command(tmp_path / 'run', texts,
                            '--config.checkpoint.every_steps=1'))
-  _wait_for_step(tmp_path / 'run', 1)
-  time.sleep(random.Random(seed).uniform(0, 1.5))
+  _wait_for_step(tmp_path / 'run', random.Random(seed).randint(1, 17))
   process.kill()
   process.communicate()
-  run(command(tmp_path / 'run', texts, '--config.checkpoint.every_steps=1'))
+  assert process.returncode == -signal.SIGKILL
+  assert max(losses(tmp_path / 'run')) < 20
+  result = run(command(tmp_path / 'run', texts,
+                       '--config.checkpoint.every_steps=1'))
+  assert 'is complete' not in result.stdout
   assert state(tmp_path / 'run') == state(straight)
   assert losses(tmp_path / 'run') == losses(straight)
 
@@ -219,16 +227,37 @@ def test_a_wrong_eval_is_one_sentence(straight, flags, parts):
 
 
 @pytest.mark.slow
+def test_a_signal_ends_an_evaluation_too(texts, tmp_path):
+  (tmp_path / 'long.txt').write_text(TEXT * 2000)  # minutes of evaluation
+  flags = [f'--config.data.eval_source=text:{tmp_path}/long.txt',
+           '--config.eval.batches=0', '--config.checkpoint.every_steps=0']
+  process = _start(command(tmp_path / 'run', texts, *flags))
+  _wait_for_step(tmp_path / 'run', 10)
+  time.sleep(3)
+  process.send_signal(signal.SIGTERM)
+  out, err = process.communicate(timeout=30)
+  assert process.returncode == 0, out + err
+  assert 'stopped after step 10, saved' in out
+  assert {r['split'] for r in rows(tmp_path / 'run')} == {'train'}
+
+
+@pytest.mark.slow
 def test_too_many_bad_steps_end_the_run(texts, tmp_path):
-  result = run(command(
-      tmp_path / 'run', texts, '--config.optim.lr=1e30',
-      '--config.optim.name=sgd', '--config.optim.clip_norm=0',
-      '--config.optim.weight_decay=0', '--config.train.max_bad_steps=3',
-      '--config.eval.every_steps=0', '--config.optim.warmup_steps=0'), code=1)
-  assert '3 steps in a row' in result.stdout
-  assert 'saved as step' in result.stdout
+  flags = ['--config.optim.lr=1e30', '--config.optim.name=sgd',
+           '--config.optim.clip_norm=0', '--config.optim.weight_decay=0',
+           '--config.train.max_bad_steps=3', '--config.eval.every_steps=0',
+           '--config.optim.warmup_steps=0']
+  result = run(command(tmp_path / 'run', texts, *flags), code=1)
   bad = rows(tmp_path / 'run')[-1]
-  assert bad['bad_in_row'] >= 1 and bad['loss'] is None
+  assert bad['bad_in_row'] >= 3 and bad['loss'] is None
+  # The last step of a run is read when all is done, and counts as well.
+  third = next(r['step'] for r in rows(tmp_path / 'run')
+               if r['bad_in_row'] == 3)
+  last = run(command(tmp_path / 'last', texts, *flags,
+                     f'--config.train.steps={third}'), code=1)
+  for stderr in (result.stderr, last.stderr):
+    assert 'error: ' in stderr and '3 steps in a row' in stderr
+    assert 'saved as step' in stderr
 
 
 @pytest.mark.slow

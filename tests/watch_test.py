@@ -196,13 +196,13 @@ def test_the_meter_by_hand():
     clock.now += 1.5
   with meter.paused():
     clock.now += 99
-  assert meter.lap(4) == pytest.approx(dict(
+  assert meter.lap(4, meter.now()) == pytest.approx(dict(
       step_seconds=2.0, tokens_per_second=500.0, data_seconds=0.5, mfu=0.3,
       compile_seconds=30.0))
   clock.now += 8
   with meter.compiling():
     clock.now += 7
-  assert meter.lap(6) == pytest.approx(dict(
+  assert meter.lap(6, meter.now()) == pytest.approx(dict(
       step_seconds=4.0, tokens_per_second=250.0, data_seconds=0.0, mfu=0.15,
       compile_seconds=7.0))
 
@@ -211,16 +211,16 @@ def test_without_a_peak_there_is_no_mfu():
   clock = Clock()
   meter = watch.Meter(1000, 6e9, None, clock)
   clock.now += 1
-  assert meter.lap(1)['mfu'] is None
+  assert meter.lap(1, meter.now())['mfu'] is None
 
 
 def test_figures_come_one_step_late():
-  held = watch.Deferred()
+  held = watch.Deferred(lambda: 'now')
   assert held.flush() is None
   assert held.push(1, {'loss': jnp.float32(1.5)}) is None
   assert held.push(2, {'loss': jnp.float32(2.5), 'load': jnp.arange(2)}) == (
-      1, {'loss': 1.5})
-  assert held.flush() == (2, {'loss': 2.5, 'load': [0, 1]})
+      1, {'loss': 1.5}, 'now')
+  assert held.flush() == (2, {'loss': 2.5, 'load': [0, 1]}, 'now')
   assert held.flush() is None
 
 
@@ -233,6 +233,9 @@ class Result:
   def copy_to_host_async(self):
     self.asked.append(f'copy {self.name}')
 
+  def is_ready(self):
+    return False
+
   def __array__(self, dtype=None, copy=None):
     self.asked.append(f'wait {self.name}')
     return np.float32(1.0)
@@ -240,12 +243,54 @@ class Result:
 
 def test_no_result_is_waited_for_before_the_next_step_is_dispatched():
   asked = []
-  held = watch.Deferred()
+  held = watch.Deferred(Clock())
   held.push(1, {'loss': Result('loss 1', asked)})
   assert asked == ['copy loss 1']
   held.push(2, {'loss': Result('loss 2', asked)})
   assert [call for call in asked if 'wait' in call] == ['wait loss 1']
   assert asked.index('copy loss 2') < asked.index('wait loss 1')
+
+
+class Timed:
+  """A result that is there when its step is done."""
+
+  def __init__(self, clock, done):
+    self.clock, self.done = clock, done
+
+  def copy_to_host_async(self):
+    pass
+
+  def is_ready(self):
+    return self.clock.now >= self.done
+
+  def __array__(self, dtype=None, copy=None):
+    self.clock.now = max(self.clock.now, self.done)
+    return np.float32(0)
+
+
+@pytest.mark.parametrize('waits', [False, True])
+def test_each_step_has_its_own_seconds_around_what_flushes(waits):
+  """Whether dispatch waits for the step, as on CPU, or not: saving and
+  evaluating, which flush, neither lengthen nor shorten a step."""
+  clock = Clock()
+  meter = watch.Meter(1000, 6e9, None, clock)
+  held = watch.Deferred(meter.now)
+  seen, done = {}, clock.now
+
+  def report(read):
+    if read:
+      seen[read.step] = meter.lap(read.step, read.done)['step_seconds']
+
+  for n in range(1, 10):
+    done = max(done, clock.now) + n  # step n takes n seconds
+    clock.now = done if waits else clock.now
+    report(held.push(n, {'loss': Timed(clock, done)}))
+    if n in (3, 4, 7):
+      report(held.flush())
+      with meter.paused():
+        clock.now += 100
+  report(held.flush())
+  assert seen == {n: pytest.approx(n) for n in range(1, 10)}
 
 
 def test_one_process_is_its_own_slowest():
@@ -263,10 +308,10 @@ jax.distributed.initialize(
 mesh = jax.make_mesh((2,), ('data',),
                      axis_types=(jax.sharding.AxisType.Auto,))
 whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-held = watch.Deferred()
+held = watch.Deferred(lambda: 0)
 held.push(1, jax.jit(lambda: {'loss': jnp.float32(2.5)},
                      out_shardings=whole)())
-step, figures = held.flush()
+step, figures, _ = held.flush()
 print(step, watch.slowest({**figures, 'data_seconds': rank + 0.5}), flush=True)
 jax.distributed.shutdown()
 """

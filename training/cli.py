@@ -1,13 +1,15 @@
 """What the programs share at the command line: flags, errors, exit codes.
 
-Exit codes: 0 done or cleanly stopped, 2 a wrong request, 1 a failure. A wrong
-request is a ValueError, printed as one sentence.
+Exit codes: 0 done or cleanly stopped, 2 a wrong request, 1 a failure, 128 + n
+ended by signal n. A wrong request is a ValueError, printed as one sentence.
 """
 
 from collections.abc import Callable, Sequence
+import contextlib
 import difflib
 import pathlib
 import re
+import signal
 import sys
 
 from absl import flags
@@ -20,11 +22,18 @@ flags.disclaim_key_flags()  # what is defined here belongs to who calls
 at_failure: list[Callable[[str, int], None]] = []
 
 
-def run(main: Callable[[], int | None]) -> None:
+def run(main: Callable[[], int | None],
+        around=contextlib.nullcontext()) -> None:
   """Calls main() and exits: a ValueError becomes `error: ...` and code 2, a
-  RuntimeError of ours (no checkpoint is whole, ...) the same and code 1."""
+  RuntimeError of ours (no checkpoint is whole, ...) the same and code 1.
+
+  Args:
+    main: the program; returns its exit code, or None for 0.
+    around: a context for it, such as interrupts.EndAtOnce().
+  """
   try:
-    code = main() or 0
+    with around:
+      code = main() or 0
   except ValueError as error:
     _tell(error, 2)
     _refuse(str(error))
@@ -34,6 +43,9 @@ def run(main: Callable[[], int | None]) -> None:
     _tell(error, 1)
     print(f'error: {error}', file=sys.stderr, flush=True)
     code = 1
+  except KeyboardInterrupt:
+    print('\nSIGINT: ended', file=sys.stderr, flush=True)
+    code = 128 + signal.SIGINT
   except BrokenPipeError:  # `| head` has read enough
     sys.stderr.close()
     code = 0

@@ -1,6 +1,7 @@
 """The training loop: step n is dispatched before step n-1 is read."""
 
 import pathlib
+import sys
 
 import jax
 import numpy as np
@@ -46,23 +47,28 @@ def train(run: runs.Run, state, start: int, train_data, eval_data, saved,
     devices.sync('compiled')
     bar = watch.progress(steps, start, devices.primary())
     profiler = profile.Profiler(profile_steps, workdir)
-    held = watch.Deferred()
+    held = watch.Deferred(meter.now)
     loads = []  # of the experts, since the last report
+    bad = 0  # steps in a row, as far as read
 
-    def report(read) -> dict:
+    def report(read) -> None:
       """Shows and writes the figures of a step, where they are due."""
+      nonlocal bad
       if read is None:
-        return {'bad_in_row': 0}
-      n, figures = read
+        return
+      n, figures, done = read
+      bad = bad if too_many() else figures['bad_in_row']
       if 'health/load_E' in figures:
         loads.append(figures['health/load_E'])
       if n % config.log.every_steps == 0 or n == steps:
-        figures |= watch.slowest(meter.lap(n)) | over_window(loads)
+        figures |= watch.slowest(meter.lap(n, done)) | over_window(loads)
         loads.clear()
         for writer in writers:
           writer.write(n, 'train', figures)
         bar.update(n, figures)
-      return figures
+
+    def too_many() -> bool:
+      return bad >= config.train.max_bad_steps
 
     def save(n, state):
       report(held.flush())
@@ -72,8 +78,12 @@ def train(run: runs.Run, state, start: int, train_data, eval_data, saved,
     def evaluate(n, state):
       report(held.flush())
       with meter.paused():
-        figures = runs.evaluate(eval_fn, state.params, eval_data,
-                                config.eval.batches, run.place)
+        # The last evaluation is what the run was for: it is finished.
+        figures = runs.evaluate(
+            eval_fn, state.params, eval_data, config.eval.batches, run.place,
+            stop=lambda: stop.at_once and n < steps)
+      if figures is None:
+        return
       for writer in writers:
         writer.write(n, 'eval', figures)
       bar.say(f'step {n}  held-out ' + '  '.join(
@@ -81,7 +91,7 @@ def train(run: runs.Run, state, start: int, train_data, eval_data, saved,
           for name, value in figures.items()))
 
     meter.begin(start)
-    n, code, stopped = start, 0, False
+    n, stopped = start, False
     while True:
       profiler.before(n, state)
       with profiler.annotate(n):
@@ -91,17 +101,15 @@ def train(run: runs.Run, state, start: int, train_data, eval_data, saved,
       with meter.waiting():
         if n < steps:
           batch = devices.put(next(batches), run.place)
-      bad = report(held.push(n, figures))['bad_in_row']
-      if bad >= config.train.max_bad_steps:
-        code = _end_bad(bar, saved, save, n, state, bad)
-        break
+      report(held.push(n, figures))
       stopped = stop.agreed(n)
       if config.eval.every_steps and (
           n % config.eval.every_steps == 0 or n == steps) and not stopped:
         evaluate(n, state)
-      if n == steps or stopped or saved.due(n):
+        stopped = stop.at_once
+      if n == steps or stopped or saved.due(n) or too_many():
         save(n, state)
-      if n == steps or stopped:
+      if n == steps or stopped or too_many():
         break
     batches.close()
     profiler.close(state)
@@ -109,11 +117,15 @@ def train(run: runs.Run, state, start: int, train_data, eval_data, saved,
     bar.close()
     for writer in writers:
       writer.close()
-  if stopped and n < steps and not code:
+  if too_many():
+    if devices.primary():
+      print(f'error: {bad_sentence(n, bad)}', file=sys.stderr)
+    return 1
+  if stopped and n < steps:
     if devices.primary():
       print(f'stopped after step {n}, saved: the same command goes on from it.')
     return STOPPED
-  return code
+  return 0
 
 
 def over_window(loads) -> dict:
@@ -129,12 +141,6 @@ def lengths(batch) -> tuple[int, ...]:
   """Tokens of a row, the decoder's apart where there is an encoder too."""
   return tuple(batch[name].shape[1] for name in ('tokens', 'decoder_tokens')
                if name in batch)
-
-
-def _end_bad(bar, saved, save, n, state, bad) -> int:
-  save(n, state)
-  bar.say(f'error: {bad_sentence(n, bad)}')
-  return 1
 
 
 def bad_sentence(n: int, bad: int) -> str:

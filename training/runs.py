@@ -101,8 +101,9 @@ def count(params) -> int:
   return sum(x.size for x in jax.tree.leaves(nn.meta.unbox(params)))
 
 
-def evaluate(step, params, loader, batches: int, place) -> dict[str, float]:
-  """Returns the weighted means of one pass over a loader.
+def evaluate(step, params, loader, batches: int, place,
+             stop=lambda: False) -> dict[str, float] | None:
+  """Returns the weighted means of one pass over a loader; None if stopped.
 
   Args:
     step: the compiled evaluation step.
@@ -110,9 +111,12 @@ def evaluate(step, params, loader, batches: int, place) -> dict[str, float]:
     loader: an 'eval' loader.
     batches: how many of its batches; 0: all, each token exactly once.
     place: the sharding of a batch.
+    stop: asked before each batch, whether to leave it at that.
   """
   total: dict[str, float] = {}
   for batch in loader.iterate(0, batches or None):
+    if stop():
+      return None
     sums = jax.device_get(step(params, devices.put(batch, place)))
     for name, value in sums.items():
       total[name] = total.get(name, 0.0) + float(value)

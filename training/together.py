@@ -39,7 +39,8 @@ class _Loop:
     self.live = dict(enumerate(group.members))  # by row of the joint arrays
     self.ended = {}
     self.loads = {row: [] for row in self.live}
-    self.held = watch.Deferred()
+    self.bad_in_row = {}
+    self.held = watch.Deferred(self.meter.now)
 
   def run(self, stop) -> dict[int, str]:
     config, group, meter = self.config, self.group, self.meter
@@ -60,7 +61,8 @@ class _Loop:
       with meter.waiting():
         if n < steps:
           batch = group.batch([next(stream) for stream in streams])
-      self._end_bad(n, state, self._report(self.held.push(n, figures)))
+      self._report(self.held.push(n, figures))
+      self._end_bad(n, state)
       stopped = stop.agreed(n)
       if config.eval.every_steps and (
           n % config.eval.every_steps == 0 or n == steps) and not stopped:
@@ -68,6 +70,7 @@ class _Loop:
       # The same answer for all: their clocks began together.
       if n == steps or stopped or group.members[0].saved.due(n):
         self._save(n, state, self.live)
+        self._end_bad(n, state)
       if n == steps or stopped:
         break
     self._close(streams)
@@ -77,19 +80,18 @@ class _Loop:
                      for m in self.live.values()}
     return self.ended
 
-  def _report(self, read) -> dict[int, int]:
-    """Writes the figures of a step where they are due; returns how many
-    steps in a row were bad, by run."""
+  def _report(self, read) -> None:
+    """Writes the figures of a step where they are due."""
     if read is None:
-      return {}
-    n, figures = read
+      return
+    n, figures, done = read
     each = {row: {name: x[row] for name, x in figures.items()}
             for row in self.live}
     for row, own in each.items():
       if 'health/load_E' in own:
         self.loads[row].append(own['health/load_E'])
     if n % self.config.log.every_steps == 0 or n == self.config.train.steps:
-      lap = self.meter.lap(n) | {'runs_at_once': len(self.group.members)}
+      lap = self.meter.lap(n, done) | {'runs_at_once': len(self.group.members)}
       for row, own in each.items():
         self._write(row, n, 'train', own | lap | loop.over_window(
             self.loads[row]))
@@ -97,12 +99,12 @@ class _Loop:
       if each:
         self.bar.update(n, lap | {'loss': float(np.mean(
             [own['loss'] for own in each.values()]))})
-    return {row: own['bad_in_row'] for row, own in each.items()}
+    self.bad_in_row = {row: own['bad_in_row'] for row, own in each.items()}
 
-  def _end_bad(self, n, state, bad_in_row) -> None:
+  def _end_bad(self, n, state) -> None:
     """Ends the runs whose loss was not finite for too long."""
-    bad = {row: count for row, count in bad_in_row.items()
-           if count >= self.config.train.max_bad_steps}
+    bad = {row: count for row, count in self.bad_in_row.items()
+           if row in self.live and count >= self.config.train.max_bad_steps}
     if bad:
       self._save(n, state, bad)
     for row, count in bad.items():

@@ -4,10 +4,17 @@ from collections.abc import Mapping
 import contextlib
 import sys
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+
+
+class Read(NamedTuple):
+  """What a step has come to: its figures, and when it was done."""
+  step: int
+  figures: dict[str, Any]
+  done: Any
 
 
 class Deferred:
@@ -17,19 +24,27 @@ class Deferred:
   the host formats, logs and fetches the next batch.
   """
 
-  def __init__(self):
+  def __init__(self, now):
+    """Args:
+      now: Meter.now, or what else tells when a step was done.
+    """
     self._held = None
+    self._now = now
 
-  def push(self, step: int, metrics: Mapping[str, jax.Array]):
-    """Takes the metrics of `step`; returns (step, figures) of the last one.
+  def push(self, step: int, metrics: Mapping[str, jax.Array]) -> Read | None:
+    """Takes the metrics of `step`; returns those of the last one.
 
     Call it when `step` has been dispatched. None at the first call.
     """
-    for value in jax.tree.leaves(metrics):
+    leaves = jax.tree.leaves(metrics)
+    for value in leaves:
       value.copy_to_host_async()
-    return self._swap((step, metrics))
+    # A CPU computes in the thread that dispatches (training/host.py): there
+    # the step is done by now, and not when it is read, a step later.
+    done = self._now() if all(x.is_ready() for x in leaves) else None
+    return self._swap((step, metrics, done))
 
-  def flush(self):
+  def flush(self) -> Read | None:
     """Returns what is held, or None: before evaluating, saving and ending."""
     return self._swap(None)
 
@@ -37,8 +52,9 @@ class Deferred:
     held, self._held = self._held, new
     if held is None:
       return None
-    step, metrics = held
-    return step, jax.tree.map(_host, jax.device_get(dict(metrics)))
+    step, metrics, done = held
+    figures = jax.tree.map(_host, jax.device_get(dict(metrics)))
+    return Read(step, figures, done or self._now())
 
 
 class Meter:
@@ -57,13 +73,18 @@ class Meter:
     self._peak = peak_flops
     self._clock = clock
     self._once = {}
-    self._step = 0
+    self._paused = 0.0
     self._waited = 0.0
-    self._start = clock()
+    self.begin(0)
+
+  def now(self) -> tuple[float, float]:
+    """Returns (seconds so far, less the paused; those of them that waited)."""
+    return self._clock() - self._paused, self._waited
 
   @contextlib.contextmanager
   def compiling(self):
-    """Around compilation: its seconds come once, in the next lap."""
+    """Around the compilation of the training step, alone of all that a run
+    compiles: its seconds come once, in the next lap."""
     start = self._clock()
     with self.paused():
       yield
@@ -81,25 +102,28 @@ class Meter:
     """Around what is no training step."""
     start = self._clock()
     yield
-    self._start += self._clock() - start
+    self._paused += self._clock() - start
 
   def begin(self, step: int) -> None:
     """Starts the clock: `step` steps are done, the next one comes."""
-    self._step, self._waited, self._start = step, 0.0, self._clock()
+    self._step, self._since = step, self.now()
 
-  def lap(self, step: int) -> dict[str, float | None]:
-    """Returns the figures since the last lap, now that `step` are done."""
-    steps, seconds = step - self._step, self._clock() - self._start
+  def lap(self, step: int, done: tuple[float, float]
+          ) -> dict[str, float | None]:
+    """Returns the figures since the last lap; `done` is what `now` was when
+    `step` was done."""
+    steps = step - self._step
+    seconds, waited = (y - x for x, y in zip(self._since, done))
     each = seconds / steps
     figures = {
         'step_seconds': each,
         'tokens_per_second': self._tokens / each,
-        'data_seconds': self._waited / steps,
+        'data_seconds': waited / steps,
         'mfu': self._flops / each / self._peak if self._peak else None,
         **self._once,
     }
     self._once = {}
-    self.begin(step)
+    self._step, self._since = step, done
     return figures
 
 

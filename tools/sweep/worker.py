@@ -5,7 +5,7 @@
 
 import argparse
 
-from training import cli
+from training import cli, interrupts
 
 
 def main() -> int:
@@ -33,4 +33,4 @@ def main() -> int:
 
 
 if __name__ == '__main__':
-  cli.run(main)
+  cli.run(main, interrupts.EndAtOnce())

@@ -1,0 +1,91 @@
+"""SIGTERM and Ctrl-C as they arrive, and what they do before a run's loop.
+
+A Python signal handler runs between two bytecodes of the main thread, which a
+compilation or a wait for a device can keep away from them for minutes; and a
+KeyboardInterrupt that is raised where a library calls back is printed and
+forgotten. So the signals are read by a thread of their own, from the pipe that
+the interpreter writes each one to as it arrives (signal.set_wakeup_fd).
+"""
+
+from collections.abc import Callable
+import os
+import signal
+import threading
+
+NUMBERS = (signal.SIGINT, signal.SIGTERM)
+_END = b'\0'  # no signal has the number 0
+_STDERR = 2
+
+
+class Listener:
+  """Calls heard(number), in a thread, for each signal that `handle` names
+  while its `with` block runs. Must be entered in the main thread; the inner
+  of two hears alone."""
+
+  def __enter__(self):
+    self._old_handlers = {}
+    self._reader, self._writer = os.pipe()
+    os.set_blocking(self._writer, False)
+    self._old_fd = signal.set_wakeup_fd(
+        self._writer, warn_on_full_buffer=False)
+    self._thread = threading.Thread(
+        target=self._listen, name='signals', daemon=True)
+    self._thread.start()
+    return self
+
+  def __exit__(self, *error):
+    for number, handler in self._old_handlers.items():
+      signal.signal(number, handler)
+    signal.set_wakeup_fd(self._old_fd)
+    os.write(self._writer, _END)  # a closed pipe may live on in a fork
+    self._thread.join()
+    os.close(self._writer)
+    os.close(self._reader)
+
+  def handle(self, number: int) -> None:
+    """Takes over a signal. Python writes to the pipe only for those that have
+    a handler of its own; this one is called later, with nothing left to do."""
+    old = signal.signal(number, _nothing)
+    # None: not from Python, and Python cannot put it back.
+    self._old_handlers[number] = signal.SIG_DFL if old is None else old
+
+  def heard(self, number: int) -> None:
+    raise NotImplementedError
+
+  def _listen(self):
+    while (byte := os.read(self._reader, 1)) != _END:
+      # Another library may have taken a signal over, or want another one.
+      if byte[0] in NUMBERS and signal.getsignal(byte[0]) is _nothing:
+        self.heard(byte[0])
+
+
+class EndAtOnce(Listener):
+  """Ends the process with a sentence: where no step is under way, as when a
+  run starts, there is nothing to save.
+
+  Args:
+    code: returns the exit code; 0 or none: 128 + the signal's number.
+  """
+
+  def __init__(self, code: Callable[[], int] = lambda: 0):
+    self._code = code
+
+  def __enter__(self):
+    super().__enter__()
+    for number in NUMBERS:
+      self.handle(number)
+    return self
+
+  def heard(self, number: int) -> None:
+    say(f'{signal.Signals(number).name}: ending at once: there is '
+        'nothing to save yet')
+    os._exit(self._code() or 128 + number)
+
+
+def say(text: str) -> None:
+  """Prints to stderr from a thread: the main one may hold print's lock."""
+  os.write(_STDERR, f'\n{text}\n'.encode())
+
+
+def _nothing(number, frame):
+  pass
