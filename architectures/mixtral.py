@@ -3,7 +3,8 @@ al. 2024, section 2.1).
 
   y = sum over the 2 chosen experts of softmax(top2(W_r x))_e * SwiGLU_e(x)
 
-No expert has a capacity: no token is dropped. The gates are renormalised over
+No expert has a capacity: no token is dropped (what is trained with one, and
+evaluated without, is exported too). The gates are renormalised over
 the two choices, which equals a softmax over their two logits alone. A sliding
 window (Mistral 7B) is an option: `model.attention=banded`.
 """
@@ -62,9 +63,8 @@ def from_hf_config(hf) -> dict:
 
 def to_hf_config(c) -> dict:
   """Returns what a mixtral config.json says of the config `c`."""
-  require(c.ffn == 'moe' and c.moe.capacity_factor == 0,
-          f'model.moe.capacity_factor is {c.moe.capacity_factor}: a mixtral '
-          'config.json can only say dropless, 0')
+  require(c.ffn == 'moe', f'model.ffn is {c.ffn!r}: a mixtral config.json can '
+          'only say moe')
   return dict(
       hidden_size=c.d_model, num_hidden_layers=c.num_layers,
       num_attention_heads=c.num_heads, num_key_value_heads=c.num_kv_heads,

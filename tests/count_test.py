@@ -3,11 +3,11 @@
 import importlib
 import json
 
-from configs import gpt
+from configs import gpt, mixtral
 import pytest
 
 from tools import count
-from training import costs
+from training import costs, flops
 
 EXACT = {
     'gpt:gpt2': 124_439_808,
@@ -38,6 +38,28 @@ def test_every_size_is_near_its_published_figure():
     name = name.split(' ')[0]
     note = importlib.import_module(f'configs.{system}').__doc__.lower()
     assert name in note, size
+
+
+@pytest.mark.parametrize('fields, active', [
+    # Two layers of 3 x 128 x 172 an expert: 8, of which 2 are at work.
+    (dict(), 2), (dict(shared_experts=2), 4), (dict(router='hash'), 2),
+    (dict(router='expert_choice'), 2),
+    (dict(router='expert_choice', capacity_factor=1.5), 3)])
+def test_the_experts_at_work_for_a_token(fields, active):
+  config = mixtral.get_config('tiny')
+  config.model.moe.update(fields)
+  model = costs.resolved(config)
+  one = 3 * model.d_model * model.moe.d_ff * model.num_layers
+  figures = costs.count(config)
+  every = model.moe.num_experts + model.moe.shared_experts
+  assert figures['by_part']['ffn'] == every * one
+  assert figures['active_by_part']['ffn'] == active * one
+  assert figures['active_parameters'] == (
+      figures['parameters'] - (every - active) * one)
+  assert costs.parameters(model) == (figures['parameters'],
+                                     figures['active_parameters'])
+  # And so many products: two FLOPs a parameter at work.
+  assert flops.forward_flops(model, 8)['experts'] == 2 * 8 * active * one
 
 
 def test_parts_add_up_and_costs_are_gpt2s():

@@ -170,6 +170,47 @@ def test_what_has_no_counterpart_is_not_exported(tmp_path):
     weights.to_hf(module, params, tmp_path)
 
 
+@pytest.mark.parametrize('system, moe', [
+    ('switch', dict(eval_capacity_factor=2.0)),
+    ('gshard', dict(eval_capacity_factor=0.5, group_size=16)),
+    ('mixtral', dict(eval_capacity_factor=1.0)),
+])
+def test_experts_that_drop_tokens_are_not_exported_as_if_they_did_not(system,
+                                                                      moe):
+  moe = dict(num_experts=8, capacity_factor=1.0) | moe
+  read = lambda **fields: architectures.resolve(
+      models.config(system, head_dim=8, moe=moe | fields))
+  with pytest.raises(ValueError, match='eval_capacity_factor.*--dropless'):
+    hf_config.write(read())
+  hf_config.write(read(eval_capacity_factor=0.0))
+  most = 8.0 if system == 'switch' else 4.0  # room for every token
+  hf_config.write(read(eval_capacity_factor=most))
+
+
+@pytest.mark.slow
+def test_an_export_drops_the_tokens_that_the_run_drops(tmp_path):
+  """A router that sends most tokens to one expert, evaluated as the run does,
+  and as what it was exported to does."""
+  def make(**moe):
+    return models.make('switch', head_dim=8, moe=dict(
+        num_experts=4, eval_capacity_factor=1.0) | moe)
+  module, params = make(group_size=16)
+  params = jax.tree_util.tree_map_with_path(
+      lambda path, x: x.at[..., 0].set(5 * jnp.sign(x[..., 0]))
+      if 'router' in str(path[-1]) else x, params)
+  tokens = models.tokens(), models.tokens()
+  run = lambda module, params: jax.jit(
+      lambda p: module.apply({'params': p}, *tokens).logits)(params)
+  own, every = run(module, params), run(
+      make(eval_capacity_factor=0.0)[0], params)
+  assert np.abs(own - every).max() > 0.1
+  weights.to_hf(module, params, tmp_path)
+  models.close(own, run(*weights.from_hf(tmp_path)))
+  other, _ = make(group_size=0)  # by the batch: not for their config.json
+  with pytest.raises(ValueError, match='eval_capacity_factor'):
+    weights.to_hf(other, params, tmp_path)
+
+
 def test_old_names_and_tied_copies(gpt, tmp_path):
   module, params, folder = gpt
   _edit(folder, tmp_path)

@@ -2,7 +2,8 @@ r"""Weights from Hugging Face's format into a workdir, and back; and a mixture
 of experts from a dense model.
 
   python -m tools.convert import DIR_OR_FILE WORKDIR
-  python -m tools.convert export WORKDIR DIR [--step=N] [--dtype=bfloat16]
+  python -m tools.convert export WORKDIR DIR [--step=N] [--dtype=bfloat16] \
+      [--dropless]
   python -m tools.convert upcycle WORKDIR_OR_DIR WORKDIR \
       [--moe num_experts=8 top_k=2 every=2 ...]
 
@@ -17,6 +18,7 @@ lists them. Tokenizer files go along both ways.
 """
 
 import argparse
+import dataclasses
 import importlib
 import pathlib
 import shlex
@@ -80,10 +82,19 @@ def upcycle(source: pathlib.Path, workdir: pathlib.Path, *, moe: list[str],
 
 
 def export(workdir: pathlib.Path, folder: pathlib.Path, *, step: int | None,
-           dtype: str, shard_bytes: int) -> None:
-  """Writes a checkpoint of `workdir` to `folder` in Hugging Face's format."""
+           dtype: str, shard_bytes: int, dropless: bool = False) -> None:
+  """Writes a checkpoint of `workdir` to `folder` in Hugging Face's format.
+
+  `dropless` writes the model that drops no token, whatever the run's own
+  evaluation does: where config.json cannot say that.
+  """
+  import architectures
   from training import weights
   config, module, params = _from_workdir(workdir, step)
+  if dropless:
+    c = module.config
+    module = architectures.build(dataclasses.replace(c, moe=dataclasses.replace(
+        c.moe, eval_capacity_factor=0.0, dispatch='dropless')))
   weights.to_hf(module, params, folder, dtype=dtype, shard_bytes=shard_bytes)
   path = pathlib.Path(config.data.tokenizer)
   if path.is_dir():
@@ -209,6 +220,9 @@ def main():
   out.add_argument('--step', type=int, help='of the checkpoint; the newest')
   out.add_argument('--dtype', default='', choices=(
       '', 'float32', 'bfloat16', 'float16'), help="the parameters' own")
+  out.add_argument('--dropless', action='store_true', help='as a model whose '
+                   "experts take every token, where the run's evaluation drops "
+                   'some that config.json cannot tell')
   out.add_argument('--shard_bytes', type=int, default=5 * 10**9,
                    help='no file is larger, unless one tensor is')
   up = commands.add_parser('upcycle', help='a dense model to experts')
@@ -226,7 +240,7 @@ def main():
             seed=args.seed)
   else:
     export(args.workdir, args.folder, step=args.step, dtype=args.dtype,
-           shard_bytes=args.shard_bytes)
+           shard_bytes=args.shard_bytes, dropless=args.dropless)
 
 
 if __name__ == '__main__':

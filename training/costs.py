@@ -1,7 +1,7 @@
 """What a model costs, from its shapes alone: nothing is computed.
 
-Parameters by part, total and active (a token's own: with experts, the router
-and top_k of them), FLOPs, and bytes. tools/count.py prints them, a sweep
+Parameters by part, total and active (a token's own: with experts, the router,
+those that it goes through and the shared ones), FLOPs, and bytes. tools/count.py prints them, a sweep
 matches its points by them.
 """
 
@@ -78,12 +78,14 @@ def _sizes(model, params) -> tuple[dict, dict]:
 
 
 def _active_share(path: str, model) -> float:
-  """Which share of a parameter one token uses."""
-  expert = '/ffn/' in path and model.ffn == 'moe' and path.rsplit('/', 1)[
-      -1].split('_')[0] in ('up', 'gate', 'down')
+  """Which share of a parameter one token uses: all of the router's, and of
+  what stands in ffn/shared, through which every token goes."""
+  folder, _, name = path.rpartition('/')
+  expert = (model.ffn == 'moe' and folder.endswith('/ffn')
+            and name.split('_')[0] in ('up', 'gate', 'down'))
   if not expert or not _in_moe_block(path, model):
     return 1.0
-  return model.moe.top_k / model.moe.num_experts
+  return flops.active_experts(model.moe) / model.moe.num_experts
 
 
 def _in_moe_block(path: str, model) -> bool:

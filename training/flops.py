@@ -11,7 +11,8 @@ A backward pass costs twice the forward: the gradient of both factors.
 
 import architectures
 from architectures.parts import routing
-from architectures.parts.config import DENSE_FFNS, LayerKind, one_of, require
+from architectures.parts.config import DENSE_FFNS, LayerKind, MoEConfig
+from architectures.parts.config import one_of, require
 
 # What an architecture stacks: decoder (causal), encoder, or both.
 STACKS = {
@@ -131,15 +132,20 @@ def _ffn(c, kind, tokens):
   if kind.ffn != 'moe':
     return {'ffn': tokens * _dense(kind.ffn, c.d_model, c.d_ff)}
   m = c.moe
-  active = m.top_k
-  if m.router == 'expert_choice':  # as many as the experts take
-    active = min(active * (m.capacity_factor or 1.0), m.num_experts)
-  active += m.shared_experts
+  active = active_experts(m) + m.shared_experts
   _, has_weight = routing.ROUTERS[m.router]
   return {
       'experts': tokens * active * _dense(m.ffn, c.d_model, m.d_ff),
       'router': 2.0 * tokens * c.d_model * m.num_experts * has_weight,
   }
+
+
+def active_experts(m: MoEConfig) -> float:
+  """Returns how many of the routed experts a token goes through, in the mean.
+  """
+  if m.router == 'expert_choice':  # as many as the experts take
+    return min(m.top_k * (m.capacity_factor or 1.0), m.num_experts)
+  return m.top_k
 
 
 def _dense(kind, d_model, d_ff):

@@ -17,6 +17,7 @@ import ml_collections
 
 import architectures
 from architectures.parts import config as model_config
+from architectures.parts import routing
 from architectures.parts.config import ModelConfig, require
 
 # Fields without a bearing on what a trained model computes.
@@ -38,6 +39,7 @@ NEUTRAL = re.compile('|'.join((
     'cross_attention_hidden_size')))
 
 # Fields of ours that say how a model is trained or computed, not what it is.
+# (What an expert has room for in evaluation: `_room`.)
 RUN_ONLY = re.compile('|'.join((
     'dropout', 'init', 'init_stddev', 'init_scale', 'dtype', 'param_dtype',
     'scan_layers', 'remat', 'learned_stretch', r'attention_kernel.*',
@@ -146,9 +148,30 @@ def write(config: ModelConfig) -> dict[str, Any]:
 
 
 def check_same(ours: ModelConfig, theirs: ModelConfig, why: str) -> None:
-  """Raises ValueError naming a field in which two models differ."""
+  """Raises ValueError naming a field in which two models differ, or that they
+  drop other tokens when they are evaluated."""
   different = differences(ours, theirs)
+  if _room(ours) != _room(theirs):
+    m, other = ours.moe, theirs.moe
+    different.append(
+        f'model.moe.eval_capacity_factor is {m.eval_capacity_factor:g} with '
+        f'model.moe.group_size {m.group_size}, not '
+        f'{other.eval_capacity_factor:g} with {other.group_size} '
+        '(`tools.convert export --dropless` writes the first as 0)')
   require(not different, f'{"; ".join(different)}: {why}')
+
+
+def _room(config: ModelConfig) -> tuple | None:
+  """How many tokens of how many an expert takes in evaluation, or which share
+  of a batch; None: all that choose it."""
+  m = config.moe
+  share = m.eval_capacity_factor * m.top_k / m.num_experts
+  if config.ffn != 'moe' or not 0 < share < 1:
+    return None
+  if not m.group_size:
+    return 0, round(share, 6)
+  return m.group_size, routing.capacity(m.eval_capacity_factor, m.group_size,
+                                        m.top_k, m.num_experts)
 
 
 def differences(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
