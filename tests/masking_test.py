@@ -20,8 +20,8 @@ SPECIAL = (BYTES.cls_id, BYTES.sep_id)
 def _config(source, objective, length=64, **changes):
   c = base.base()
   c.objective = objective
-  c.data.update(source=source, length=length, batch_size=4, holdout_every=0,
-                **changes)
+  c.data.update(dict(source=source, length=length, batch_size=4,
+                     holdout_every=0) | changes)
   return c
 
 
@@ -106,6 +106,8 @@ def test_masked_rows_are_full_of_text(texts):
       sum(1 + (i + j) % 5 for j in range(300)) for i in range(6))
   for row in rows:
     real = row['segment_ids'] == 1
+    if not real.any():  # what fills up the last batch
+      continue
     assert row['targets'][0] == BYTES.cls_id
     assert row['targets'][real][-1] == BYTES.sep_id
     assert not row['weights'][(row['targets'] >= 256) | ~real].any()
@@ -192,6 +194,97 @@ def test_only_what_the_assistant_says_counts(talks):
   assert batch['tokens'][0, 0] == BYTES.separator_id
 
 
+RECORDS = [
+    dict(instruction='Add.', input='1 and 2', output='3', text='ignored'),
+    dict(instruction='Sing!', input='', output='La la'), dict(
+        instruction='Sing!', output='La')]
+# Of tatsu-lab/stanford_alpaca, train.py.
+LAID_OUT = [
+    'Below is an instruction that describes a task, paired with an input that '
+    'provides further context. Write a response that appropriately completes '
+    'the request.\n\n### Instruction:\nAdd.\n\n### Input:\n1 and 2\n\n'
+    '### Response:', *2 * [
+        'Below is an instruction that describes a task. Write a response that '
+        'appropriately completes the request.\n\n### Instruction:\nSing!\n\n'
+        '### Response:']]
+
+
+@pytest.mark.parametrize('kind', ['json', 'jsonl'])
+def test_alpacas_records_are_laid_out_by_its_template(kind, tmp_path):
+  path = tmp_path / f'alpaca.{kind}'
+  path.write_text(json.dumps(RECORDS) if kind == 'json' else
+                  '\n'.join(map(json.dumps, RECORDS)) + '\n')
+  config = _config(f'alpaca:{path}', 'chat', length=300, batch_size=3,
+                   holdout_every=0, cache_dir=str(tmp_path))
+  batch = data.load(config, BYTES).batch(0)
+  end, found = BYTES.separator_id, set()
+  for tokens, targets, weights, valid in zip(*(
+      batch[k] for k in ('tokens', 'targets', 'weights', 'valid'))):
+    told = np.flatnonzero(weights)
+    prompt, answer = tokens[:told[0] + 1], targets[told]
+    assert prompt[0] == answer[-1] == end
+    assert valid.sum() == len(prompt) + len(answer) and valid[0]
+    assert (np.diff(valid) <= 0).all()  # and then no more
+    found.add((BYTES.decode(prompt), BYTES.decode(answer)))
+  assert found == {(text, record['output'])
+                   for text, record in zip(LAID_OUT, RECORDS)}
+  asked = conversations.question('Sing!', config, BYTES)
+  assert asked[0] == end and BYTES.decode(asked) == LAID_OUT[1]
+
+
+@pytest.mark.parametrize('text, words', [
+    ('[{"instruction": "a"}]', 'record 1, has no text'),
+    ('[{"instruction": "a", "output": "b", "input": 3}]', 'record 1'),
+    ('{"instruction": "a"}', 'no list of records'), ('[', 'broken JSON')])
+def test_what_is_no_alpaca_record_is_refused(text, words, tmp_path):
+  (tmp_path / 'x.json').write_text(text)
+  with pytest.raises(ValueError, match=words):
+    list(conversations.read_alpaca(str(tmp_path / 'x.json')))
+
+
+def test_a_question_is_the_start_of_a_conversation(talks):
+  config = _config(f'{talks}:messages', 'chat')
+  row = data.load(config, BYTES).batch(0)['tokens'][0]
+  asked = conversations.question('Hi?', config, BYTES)
+  np.testing.assert_array_equal(asked, row[:len(asked)])
+  assert BYTES.decode(asked).endswith('ASSISTANT: ')
+  assert BYTES.decode(row[len(asked):]).startswith('Yes.')
+  assert conversations.question('', config, BYTES).tolist() == [row[0]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('objective', ['causal', 'prefix', 'chat'])
+def test_padding_takes_no_expert(objective):
+  """A row of padding goes first, and the tokens after it have the routers'
+  losses, load and room that they have alone."""
+  def apply(factor, tokens, valid):
+    module, params = models.make('mixtral', num_layers=1, moe=dict(
+        num_experts=4, eval_capacity_factor=factor))
+    batch = dict(tokens=tokens, prefix=jnp.ones(len(tokens), jnp.int32),
+                 weights=valid, valid=valid)
+    return jax.jit(lambda batch: objectives.OBJECTIVES[objective].apply(
+        module, params, batch))(batch).aux
+  tokens = models.tokens(2, 12)
+  valid = jnp.ones((2, 12)).at[0].set(0.0).at[1, 9:].set(0.0)
+  padded = apply(0.5, tokens, valid)  # 6 places an expert, as below
+  alone = apply(4 / 3, tokens[1:, :9], valid[1:, :9])
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4),
+               padded, alone)
+  assert alone['health']['dropped'].max() > 0
+
+
+def test_rows_that_fill_up_an_evaluation_are_padding(texts):
+  for objective in ('causal', 'prefix'):
+    config = _config(texts, objective, batch_size=4, eval_source=texts)
+    loader = data.load(config, BYTES, 'eval')
+    rows = [loader.batch(n) for n in range(loader.num_batches)]
+    key = 'valid' if objective == 'prefix' else 'weights'
+    valid = np.concatenate([b[key] for b in rows])
+    assert valid[:loader.num_windows].any(1).all()
+    assert len(valid) > loader.num_windows
+    assert not valid[loader.num_windows:].any()
+
+
 def test_a_turn_without_a_role_is_refused(talks):
   with pytest.raises(ValueError, match="role 'x'.*choose from"):
     data.load(_config(f'{talks}:bad', 'chat'), BYTES)
@@ -257,4 +350,5 @@ def test_a_prefix_sees_itself_whole_and_nothing_later():
 
 def test_every_example_reads_a_view():
   assert {e.view for e in examples.EXAMPLES.values()} <= set(packing.VIEWS)
-  assert set(conversations.HEADERS) == set(conversations.ROLES.values())
+  assert set(conversations.ROLES.values()) | {'prompt', 'response'} == (
+      set(conversations.HEADERS)) == set(conversations.TAILS)

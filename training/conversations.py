@@ -8,9 +8,15 @@ that ends it, counts in the loss:
   A system text.
   USER: a question
   ASSISTANT: an answer<separator>
+
+A record of `alpaca:GLOB`, {"instruction": ..., "input": ..., "output": ...},
+is laid out by Alpaca's (Taori et al. 2023, train.py), PROMPT or with an input
+PROMPT_INPUT, right after which comes the output<separator>, which counts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+import json
+import pathlib
 
 import numpy as np
 
@@ -18,7 +24,23 @@ import numpy as np
 ROLES = {'system': 'system', 'user': 'user', 'human': 'user',
          'prompter': 'user', 'assistant': 'assistant', 'gpt': 'assistant',
          'chatgpt': 'assistant', 'bot': 'assistant'}
-HEADERS = {'system': '', 'user': 'USER: ', 'assistant': 'ASSISTANT: '}
+# What stands before a part of a kind, and after it; None: the separator, and
+# the part counts in the loss.
+HEADERS = {'system': '', 'user': 'USER: ', 'assistant': 'ASSISTANT: ',
+           'prompt': '', 'response': ''}
+TAILS = {'system': '\n', 'user': '\n', 'assistant': None, 'prompt': '',
+         'response': None}
+
+PROMPT = (
+    'Below is an instruction that describes a task. Write a response that '
+    'appropriately completes the request.\n\n'
+    '### Instruction:\n{instruction}\n\n### Response:')
+PROMPT_INPUT = (
+    'Below is an instruction that describes a task, paired with an input that '
+    'provides further context. Write a response that appropriately completes '
+    'the request.\n\n'
+    '### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n'
+    '### Response:')
 
 
 def parse(turns: Sequence, where: str) -> list[tuple[str, str]]:
@@ -43,13 +65,58 @@ def parse(turns: Sequence, where: str) -> list[tuple[str, str]]:
   return parts
 
 
+def read_alpaca(path: str) -> Iterator[list[tuple[str, str]]]:
+  """Yields the parts of each record of a file: one JSON list, or in a .jsonl
+  an object a line.
+
+  Raises:
+    ValueError: naming the record that is none.
+  """
+  try:
+    text = pathlib.Path(path).read_text(encoding='utf-8')
+    records = ([json.loads(line) for line in text.splitlines() if line.strip()]
+               if path.endswith('.jsonl') else json.loads(text))
+  except ValueError as error:  # of UTF-8 or of JSON
+    raise ValueError(f'{path} is broken JSON: {error}.') from error
+  if not isinstance(records, list):
+    raise ValueError(f'{path} is no list of records: name it .jsonl if it has '
+                     'one a line.')
+  for number, record in enumerate(records, 1):
+    told = [record.get(name, '' if name == 'input' else None)
+            if isinstance(record, dict) else None
+            for name in ('instruction', 'input', 'output')]
+    if not all(isinstance(text, str) for text in told):
+      raise ValueError(f'{path}, record {number}, has no text under '
+                       'instruction and output, or an input that is none.')
+    yield [('prompt', _prompt(*told[:2])), ('response', told[2])]
+
+
+def _prompt(instruction: str, given: str = '') -> str:
+  return (PROMPT_INPUT if given else PROMPT).format(
+      instruction=instruction, input=given)
+
+
+def question(text: str, config, tokenizer) -> np.ndarray:
+  """Returns the ids after which the model answers `text`, by the template of
+  the run's data; of no text, a conversation's start."""
+  if not text:
+    return np.array([tokenizer.separator_id], np.int32)
+  if 'alpaca:' in config.data.source:
+    parts = [('prompt', _prompt(text)), ('response', '')]
+  else:
+    parts = [('user', text), ('assistant', '')]
+  ids, _ = layout([(kind, tokenizer.encode(part)) for kind, part in parts],
+                  tokenizer)
+  return ids[:-1]  # the answer has yet to end
+
+
 def chat(parts: list[tuple[str, np.ndarray]], rng: np.random.Generator,
          config, tokenizer) -> dict[str, np.ndarray]:
   """Lays out one conversation, cut off at data.length.
 
   Returns:
     tokens, targets [L] int32, weights [L] float32: 1 where the target is the
-    assistant's.
+    assistant's; valid [L] float32: 0 on padding.
   """
   del rng
   ids, told = layout(parts, tokenizer)
@@ -58,19 +125,21 @@ def chat(parts: list[tuple[str, np.ndarray]], rng: np.random.Generator,
   pad = size - len(ids)
   ids = np.pad(ids, (0, pad), constant_values=tokenizer.separator_id)
   told = np.pad(told, (0, pad))
+  valid = np.arange(size - 1) < size - pad
   return dict(tokens=ids[:-1], targets=ids[1:],
-              weights=told[1:].astype(np.float32))
+              weights=told[1:].astype(np.float32),
+              valid=valid.astype(np.float32))
 
 
 def layout(parts, tokenizer) -> tuple[np.ndarray, np.ndarray]:
-  """Returns the ids [T] of a conversation, and which the assistant says."""
+  """Returns the ids [T] of a conversation, and which the model is to say."""
   end = np.array([tokenizer.separator_id], np.int32)
   ids, told = [end], [np.zeros(1, bool)]
   for kind, text in parts:
+    says = TAILS[kind] is None
     header = tokenizer.encode(HEADERS[kind])
-    tail = end if kind == 'assistant' else tokenizer.encode('\n')
-    for piece, counts in ((header, False), (text, kind == 'assistant'),
-                          (tail, kind == 'assistant')):
+    tail = end if says else tokenizer.encode(TAILS[kind])
+    for piece, counts in ((header, False), (text, says), (tail, says)):
       ids.append(np.asarray(piece, np.int32))
       told.append(np.full(len(piece), counts))
   return np.concatenate(ids), np.concatenate(told)

@@ -1,8 +1,8 @@
 """What a model costs, from its shapes alone: nothing is computed.
 
 Parameters by part, total and active (a token's own: with experts, the router,
-those that it goes through and the shared ones), FLOPs, and bytes. tools/count.py prints them, a sweep
-matches its points by them.
+those that it goes through and the shared ones), FLOPs, and bytes.
+tools/count.py prints them, a sweep matches its points by them.
 """
 
 import flax.linen as nn

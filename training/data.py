@@ -120,9 +120,9 @@ class Loader:
     example = self._make(self._dataset[0 if padding else g],
                          np.random.default_rng([seed, g]),
                          self._config, self._tokenizer)
-    if padding:
+    if padding:  # which counts nothing and takes no expert's room
       example |= {key: np.zeros_like(value) for key, value in example.items()
-                  if key.endswith('weights')}
+                  if key.endswith(('weights', 'segment_ids', 'valid'))}
     return example
 
 

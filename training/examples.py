@@ -4,8 +4,9 @@ Each function takes (raw, rng, config, tokenizer), where `raw` is an item of
 the view that its entry in EXAMPLES names (see packing.VIEWS) and `rng` is
 drawn from (seed, the row's place in the whole run): masks, too, repeat on any
 number of hosts and workers. It returns a dict of arrays, all of a fixed
-shape. Every loss weight stands under a key that ends in 'weights': in the
-padding rows of an evaluation they are set to zero. To add an objective, write
+shape. Every loss weight stands under a key that ends in 'weights', and what
+tells tokens from padding under 'segment_ids' or 'valid': in the padding rows of
+an evaluation they are set to zero. To add an objective, write
 its function and list it; what it feeds the loss is in objectives.py.
 """
 
@@ -56,13 +57,15 @@ def prefix(window: packing.Window, rng: np.random.Generator, config,
   place see each other; those from there on are predicted.
 
   Returns:
-    as `causal`, and prefix [] int32: how many tokens the prefix has.
+    as `causal`, and prefix [] int32: how many tokens the prefix has; valid [L]
+    float32: 0 on padding.
   """
   example = causal(window, rng, config, tokenizer)
+  valid = example['weights']
   size = int(rng.integers(1, config.data.length))
   told = np.arange(config.data.length) >= size - 1
-  example['weights'] = example['weights'] * told
-  return example | dict(prefix=np.int32(size))
+  return example | dict(weights=valid * told, valid=valid,
+                        prefix=np.int32(size))
 
 
 EXAMPLES = {
@@ -101,7 +104,8 @@ def shapes(config) -> dict[str, tuple[tuple[int, ...], type]]:
   more = {
       'mlm': dict(segment_ids=row),
       'mlm_nsp': dict(types=row, segment_ids=row, nsp_targets=((B,), np.int32)),
-      'prefix': dict(prefix=((B,), np.int32)),
+      'prefix': dict(prefix=((B,), np.int32), valid=((B, L), np.float32)),
+      'chat': dict(valid=((B, L), np.float32)),
   }
   batch |= more[config.objective] if config.objective in more else {}
   if config.data.document_mask:

@@ -74,7 +74,7 @@ def generate(module: nn.Module, params, prompts_BL: jax.Array,
              lengths_B: jax.Array, key: jax.Array, *, max_new_tokens: int,
              sampling: Sampling = Sampling(),
              stop_token: Optional[int] = None, source_BM=None,
-             source_lengths_B=None) -> jax.Array:
+             source_lengths_B=None, prefix_B=None) -> jax.Array:
   """Continues each prompt by up to `max_new_tokens` tokens.
 
   Args:
@@ -89,6 +89,8 @@ def generate(module: nn.Module, params, prompts_BL: jax.Array,
     source_BM: what an encoder-decoder reads, padded on the right. It is
       encoded once; the prompts are the beginnings of the targets.
     source_lengths_B: how many of each row are its source.
+    prefix_B: of a decoder, how many tokens of each prompt see each other, at
+      most all of them (a prefix LM: its whole prompt); None: none.
 
   Returns:
     [B, T] new tokens.
@@ -102,8 +104,11 @@ def generate(module: nn.Module, params, prompts_BL: jax.Array,
   if source_BM is None:
     positions = 'positions_BL'
     apply = module.apply
-    output = apply({'params': params}, prompts_BL, cache=cache)
+    output = apply({'params': params}, prompts_BL, cache=cache,
+                   prefix_B=prefix_B)
   else:
+    require(prefix_B is None, 'prefix_B is for a decoder: an encoder-decoder '
+            'reads its source in both directions')
     positions = 'decoder_positions_BL'
     ids_BM = (jnp.arange(source_BM.shape[1])[None]
               < source_lengths_B[:, None]).astype(jnp.int32)

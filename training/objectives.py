@@ -70,13 +70,16 @@ ENCODER_DECODER = Objective(
     given_token, generates=True)
 
 OBJECTIVES = {
+    # Every token of a window but its padding is one to predict from.
     'causal': Objective(
         ('tokens',),
-        {'positions': 'positions_BL', 'segment_ids': 'segment_ids_BL'},
-        given_token, generates=True),
-    'prefix': Objective(('tokens',), {'prefix': 'prefix_B'}, given_token,
-                        generates=True),
-    'chat': Objective(('tokens',), {}, given_token, generates=True),
+        {'positions': 'positions_BL', 'segment_ids': 'segment_ids_BL',
+         'weights': 'valid_BL'}, given_token, generates=True),
+    'prefix': Objective(
+        ('tokens',), {'prefix': 'prefix_B', 'valid': 'valid_BL'}, given_token,
+        generates=True),
+    'chat': Objective(('tokens',), {'valid': 'valid_BL'}, given_token,
+                      generates=True),
     'span': ENCODER_DECODER,
     'seq2seq': ENCODER_DECODER,
     'mlm': Objective(

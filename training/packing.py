@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from training import pairs, sources, token_cache
+from training import conversations, pairs, sources, token_cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,12 +184,12 @@ class Conversations:
 
   def __init__(self, corpus: Corpus):
     self._cache, self._ids = corpus.cache, corpus.document_ids
-    told = [sources.KINDS.index(k) for k in ('system', 'user', 'assistant')]
+    told = [sources.KINDS.index(kind) for kind in conversations.HEADERS]
     if not np.isin(self._cache.kinds, told).all():
       raise ValueError(
           f'objective {corpus.config.objective!r} reads conversations, but '
           f'data source {corpus.name!r} holds other documents: it must name a '
-          'JSONL field with a list of turns.')
+          'JSONL field with a list of turns, or be alpaca:GLOB.')
     bounds = self._cache.documents
     parts = self._cache.parts
     self.num_tokens = int(np.sum(parts[bounds[self._ids + 1]]

@@ -1,7 +1,7 @@
 """Where text comes from: data.source, parsed into files and their documents.
 
 A source is named by a prefix: `sotu`, `text:GLOB`, `jsonl:GLOB:FIELD`,
-`parquet:GLOB:FIELD`, `arrayrecord:GLOB`, `parallel:GLOB`,
+`parquet:GLOB:FIELD`, `arrayrecord:GLOB`, `parallel:GLOB`, `alpaca:GLOB`,
 `hf:NAME[:CONFIG[:SPLIT[:FIELD]]]`; a weighted mixture is written
 '0.7*A,0.3*B'. To add one, write a function that takes the text after the
 prefix, and list it in SOURCES.
@@ -25,7 +25,8 @@ import re
 from training import conversations, pairs
 
 Document = str | list[tuple[str, str]]
-KINDS = ('text', 'source', 'target', 'system', 'user', 'assistant')
+KINDS = ('text', 'source', 'target', 'system', 'user', 'assistant', 'prompt',
+         'response')
 
 _WEIGHTED = re.compile(r'\s*(?:([0-9.eE+-]+)\*)?(.*\S)\s*')
 
@@ -235,6 +236,12 @@ def _parallel(name: str, pattern: str) -> Source:
   return Source(name, 'parallel', _files(name, pattern), pairs.read)
 
 
+def _alpaca(name: str, pattern: str) -> Source:
+  """Instructions and their answers, in .json or .jsonl."""
+  return Source(name, 'alpaca', _files(name, pattern),
+                conversations.read_alpaca)
+
+
 # By prefix. Each takes the source's whole name and what follows the colon.
 SOURCES = {
     'sotu': _sotu,
@@ -244,6 +251,7 @@ SOURCES = {
     'arrayrecord': _arrayrecord,
     'hf': _hf,
     'parallel': _parallel,
+    'alpaca': _alpaca,
 }
 USAGE = {
     'sotu': 'sotu',
@@ -253,6 +261,7 @@ USAGE = {
     'arrayrecord': 'arrayrecord:GLOB',
     'hf': 'hf:NAME[:CONFIG[:SPLIT[:FIELD]]]',
     'parallel': 'parallel:GLOB',
+    'alpaca': 'alpaca:GLOB',
 }
 
 

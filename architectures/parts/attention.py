@@ -39,6 +39,7 @@ class Context:
   memory_segment_ids_BM: Optional[jax.Array] = None
   tokens_BL: Optional[jax.Array] = None  # ids, for routers that hash them
   prefix_B: Optional[jax.Array] = None  # keys before it are seen by all
+  valid_BL: Optional[jax.Array] = None  # 0: padding, which takes no expert
   in_order: bool = struct.field(pytree_node=False, default=True)
   deterministic: bool = struct.field(pytree_node=False, default=True)
   keep_layers: bool = struct.field(pytree_node=False, default=False)

@@ -31,6 +31,8 @@ class MoE(nn.Module):
     valid_BL = jnp.ones((B, L), bool)
     if ctx.segment_ids_BL is not None:
       valid_BL = jnp.broadcast_to(ctx.segment_ids_BL != 0, (B, L))
+    if ctx.valid_BL is not None:
+      valid_BL &= ctx.valid_BL != 0
     valid_T = valid_BL.reshape(-1)
     x_TD = x_BLD.reshape(-1, D)
     inputs = routing.Inputs(

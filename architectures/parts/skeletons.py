@@ -266,14 +266,16 @@ class Decoder(nn.Module):
   """A decoder-only language model (GPT, LLaMA, ...).
 
   tokens [B, L] -> Output. `positions_BL` default to 0..L-1; with a cache they
-  are where the tokens go. `segment_ids_BL` keep packed documents apart.
+  are where the tokens go. `segment_ids_BL` keep packed documents apart. The
+  first `prefix_B` tokens of a row see each other. `valid_BL` is 0 on padding,
+  where that is all a row's end: it is unseen, and takes no room of an expert.
   """
   config: ModelConfig
 
   @nn.compact
   def __call__(self, tokens_BL: jax.Array, *, positions_BL=None,
-               segment_ids_BL=None, prefix_B=None, cache=None,
-               deterministic: bool = True,
+               segment_ids_BL=None, prefix_B=None, valid_BL=None,
+               cache=None, deterministic: bool = True,
                keep_layers: bool = False) -> Output:
     c = self.config
     chex.assert_rank(tokens_BL, 2)
@@ -283,7 +285,7 @@ class Decoder(nn.Module):
     if positions_BL is None:
       positions_BL = jnp.arange(tokens_BL.shape[1])[None]
     ctx = Context(positions_BL, segment_ids_BL, tokens_BL=tokens_BL,
-                  prefix_B=prefix_B, in_order=in_order,
+                  prefix_B=prefix_B, valid_BL=valid_BL, in_order=in_order,
                   deterministic=deterministic, keep_layers=keep_layers)
     x_BLD, table_DV = Embed(c, name='embed')(
         tokens_BL, positions_BL, deterministic=deterministic)

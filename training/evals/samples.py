@@ -6,6 +6,7 @@ import numpy as np
 
 from architectures.parts.config import require
 from architectures.parts.encoder_decoder import EncoderDecoder
+from training import conversations
 from training import generate
 from training import objectives
 from training import pairs
@@ -15,15 +16,13 @@ def run(evaluation) -> dict:
   """Prints --samples continuations of --prompt (or of several, by '|||');
   of an encoder-decoder, what it writes when it has read the prompt."""
   options, model = evaluation.options, evaluation.run.model
-  require(objectives.OBJECTIVES[evaluation.run.config.objective].generates,
-          f'objective {evaluation.run.config.objective!r} does not write text: '
-          'leave samples out of --tasks')
+  objective = evaluation.run.config.objective
+  require(objectives.OBJECTIVES[objective].generates,
+          f'objective {objective!r} does not write text: leave samples out of '
+          '--tasks')
   texts = options.prompt.split('|||')
   rows = [text for text in texts for _ in range(options.samples)]
-  prompts, lengths, sources = *encode(rows, evaluation.tokenizer), {}
-  if isinstance(evaluation.run.module, EncoderDecoder):
-    prompts, lengths, sources = as_source(prompts, lengths,
-                                          evaluation.tokenizer)
+  prompts, lengths, more = _shown(rows, evaluation)
   room = model.max_len - prompts.shape[1]
   count = options.max_new_tokens or min(256, room)
   require(count > 0, f'the prompt fills all {model.max_len} positions of the '
@@ -34,19 +33,38 @@ def run(evaluation) -> dict:
       evaluation.run.module, evaluation.params, prompts, lengths,
       jax.random.key(options.sample_seed), max_new_tokens=count,
       sampling=sampling, stop_token=evaluation.tokenizer.separator_id,
-      **sources))
+      **more))
   written = [evaluation.tokenizer.decode(_until(
       row, evaluation.tokenizer.separator_id)) for row in tokens]
+  gap = '\n' if objective == 'chat' else ''
   for i, (prompt, text) in enumerate(zip(rows, written)):
-    print(f'sample {i + 1} of {len(rows)}:\n{prompt}{text}\n')
+    print(f'sample {i + 1} of {len(rows)}:\n{prompt}{gap}{text}\n')
   return {'samples': [{'prompt': p, 'text': t}
                       for p, t in zip(rows, written)]}
 
 
+def _shown(rows, evaluation):
+  """Returns what the model is shown, as its objective lays it out: prompts,
+  their lengths, and further arguments of generate."""
+  tokenizer, config = evaluation.tokenizer, evaluation.run.config
+  if config.objective == 'chat':
+    ids = [conversations.question(text, config, tokenizer) for text in rows]
+    return *_padded(ids), {}
+  prompts, lengths = encode(rows, tokenizer)
+  if isinstance(evaluation.run.module, EncoderDecoder):
+    return as_source(prompts, lengths, tokenizer)
+  if config.objective == 'prefix':
+    return prompts, lengths, dict(prefix_B=lengths)
+  return prompts, lengths, {}
+
+
 def encode(texts, tokenizer) -> tuple[jax.Array, jax.Array]:
   """Returns prompts [B, L], a document's start before each, and lengths."""
-  rows = [np.concatenate([[tokenizer.separator_id], ids])
-          for ids in tokenizer.encode_batch(texts)]
+  return _padded([np.concatenate([[tokenizer.separator_id], ids])
+                  for ids in tokenizer.encode_batch(texts)])
+
+
+def _padded(rows):
   lengths = np.array([len(row) for row in rows], np.int32)
   prompts = np.zeros((len(rows), lengths.max()), np.int32)
   for row, ids in zip(prompts, rows):
