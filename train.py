@@ -44,6 +44,7 @@ def main():
   # 1. The config: everything wrong in it is said before any device work.
   runs.check(config)
   profile.parse(args.profile_steps)
+  data.check_sources(config)
   tokenizer = tokenizers.load(config.data.tokenizer)
   model, derived = runs.resolve(config, tokenizer)
   if run_config.exists(workdir):

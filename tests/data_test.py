@@ -249,9 +249,9 @@ def test_mixture_weights_are_honoured(folder):
 
 @pytest.mark.parametrize('fields, message', [
     (dict(count=3), 'data.batch_size=8 is not divisible by the 3 processes'),
-    (dict(seed=-1), 'seed=-1 is negative'),
-    (dict(length=0), 'data.length=0 is not positive'),
-    (dict(workers=-1), 'data.workers=-1 is negative'),
+    (dict(seed=-1), 'seed is -1: it must be >= 0'),
+    (dict(length=0), 'data.length is 0: it must be >= 1'),
+    (dict(workers=-1), 'data.workers is -1: it must be >= 0'),
     (dict(length=5000), r'has 729 training tokens, fewer than .*length=5000'),
     (dict(holdout_every=0, split='eval'),
      'has 12 document.s., of which data.holdout_every=0 leaves none for eval'),

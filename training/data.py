@@ -16,7 +16,8 @@ import sys
 from absl import flags
 import numpy as np
 
-from training import batch_workers, examples, packing, sources, token_cache
+from training import batch_workers, examples, limits, packing, sources
+from training import token_cache
 
 SPLITS = ('train', 'eval')
 EVAL_SEED = 0  # One order of evaluation for all runs, whatever their seed.
@@ -168,18 +169,19 @@ def load(config, tokenizer, split: str = 'train', process_index: int = 0,
 
 
 def _check(config, process_count: int):
-  data = config.data
-  if config.seed < 0:
-    raise ValueError(f'seed={config.seed} is negative.')
-  for field in ('length', 'batch_size'):
-    if data[field] < 1:
-      raise ValueError(f'data.{field}={data[field]} is not positive.')
-  for field in ('workers', 'tokenize_workers', 'holdout_every'):
-    if data[field] < 0:
-      raise ValueError(f'data.{field}={data[field]} is negative.')
-  if data.batch_size % process_count:
-    raise ValueError(f'data.batch_size={data.batch_size} is not divisible by '
-                     f'the {process_count} processes.')
+  limits.ranges(config, 'seed', 'data', 'span')
+  size = config.data.batch_size
+  if size % process_count:
+    raise ValueError(f'data.batch_size={size} is not divisible by the '
+                     f'{process_count} processes.')
+
+
+def check_sources(config) -> None:
+  """Raises ValueError for a source that is unknown or not there; reads none
+  of its text."""
+  for spec in (config.data.source, config.data.eval_source):
+    if spec:
+      sources.parse(spec)
 
 
 def _corpora(config, tokenizer, split: str):

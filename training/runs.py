@@ -18,7 +18,8 @@ from architectures.parts.encoder_decoder import EncoderDecoder
 from architectures.parts.skeletons import Decoder
 from configs import base
 from configs import sharding as tables
-from training import checkpoints, devices, metrics, mup, optimizers, starting
+from training import checkpoints, devices, limits, metrics, mup, optimizers
+from training import starting
 from training import state as state_lib
 
 # What may be left at 0 in config.model, and the run fills in.
@@ -52,11 +53,8 @@ def check(config: ml_collections.ConfigDict) -> None:
   from training import examples, objectives
   one_of('objective', config.objective, objectives.OBJECTIVES)
   examples.check(config)
-  require(config.train.steps > 0,
-          f'train.steps is {config.train.steps}: it must be > 0')
-  for name in ('length', 'batch_size'):
-    require(config.data[name] > 0,
-            f'data.{name} is {config.data[name]}: it must be > 0')
+  limits.ranges(config)
+  limits.refuse_unread(config)
   one_of('mesh.rules', config.mesh.rules, tables.RULES)
   optimizers.check(config.optim)
   metrics.check(config.log)

@@ -54,10 +54,6 @@ def span(window: packing.Window, rng: np.random.Generator, config,
     what `pairs.lay_out` does; both rows end with the separator.
   """
   density, mean = config.span.noise_density, config.span.mean_length
-  if not 0 < density < 1 or mean < 1:
-    raise ValueError(
-        f'span.noise_density={density} and span.mean_length={mean}: choose '
-        'the first in (0, 1), the second >= 1.')
   length = config.data.length
   if length < 2:
     raise ValueError(f'data.length={length}: a span is cut out of 2 or more.')
