@@ -24,6 +24,7 @@ BATCH = ('data', 'fsdp', 'expert')
 
 def config(**moe):
   fields = base.base().model
+  fields.arch = 'bert'  # in a decoder experts may not choose
   fields.update(d_model=D, d_ff=F, num_heads=2, num_layers=1, vocab_size=11,
                 max_len=L, ffn='moe')
   fields.moe.update(dict(num_experts=E, top_k=X) | moe)

@@ -21,6 +21,7 @@ B, L, D, F, E = 2, 16, 8, 12, 4
 
 def config(*, dtype='float32', bias=True, d_model=D, **moe):
   fields = base.base().model
+  fields.arch = 'bert'  # in a decoder experts may not choose
   fields.update(d_model=d_model, d_ff=F, num_heads=1, vocab_size=9, max_len=L,
                 ffn='moe', dtype=dtype, ffn_bias=bias)
   fields.moe.update(dict(num_experts=E) | moe)

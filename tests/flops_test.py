@@ -158,7 +158,7 @@ def test_routers_by_hand():
   """A hash has no weight; expert choice takes by capacity, not by top_k."""
   moe = dict(num_experts=4, top_k=2, d_ff=16)
   of = lambda **fields: flops.forward_flops(
-      model(ffn='moe', moe=moe | fields), 10)
+      model(arch='bert', ffn='moe', moe=moe | fields), 10)
   plain = of()
   assert of(router='hash')['router'] == 0 < plain['router']
   assert of(router='expert_choice')['experts'] == plain['experts']

@@ -155,23 +155,3 @@ def test_dropout_draws_only_in_training():
   a, b = [models.logits(module, params, tokens, deterministic=False,
                         rngs={'dropout': jax.random.key(i)}) for i in (0, 1)]
   assert not np.allclose(a, b) and not np.allclose(a, plain)
-
-
-WRONG = {
-    'norm': (dict(norm='batchnorm'), 'layernorm, rmsnorm'),
-    'heads': (dict(num_heads=5), 'does not divide model.d_model 32'),
-    'grouped': (dict(num_kv_heads=3), 'model.num_kv_heads is 3'),
-    'band': (dict(attention='banded'), 'sliding_window is 0'),
-    'window': (dict(sliding_window=4), 'has no banded layer'),
-    'period': (dict(attention='global,banded', sliding_window=4,
-                    num_layers=3), 'no multiple of the 2 layers'),
-    'rope': (dict(position='rope', rope=dict(fraction=0.4)), 'must be even'),
-    'stretch': (dict(position='rope', learned_stretch=2.0), 'no meaning'),
-}
-
-
-@pytest.mark.parametrize('name', WRONG)
-def test_a_meaningless_model_is_refused(name):
-  changes, sentence = WRONG[name]
-  with pytest.raises(ValueError, match=sentence):
-    architectures.build(models.config(**changes))

@@ -18,6 +18,7 @@ E, T = 4, 24
 def moe(**fields):
   model = base.base().model
   model.update(vocab_size=5, max_len=8, ffn='moe')
+  model.arch = 'bert'  # in a decoder experts may not choose
   model.moe.update(dict(num_experts=E) | fields)
   return model_config.make(model).moe
 

@@ -24,8 +24,11 @@ ROPE_SCALINGS = ('none', 'linear', 'ntk', 'llama3', 'yarn')
 INITS = ('normal', 'scaled_normal', 'fan_in')
 KERNELS = ('auto', 'xla', 'splash', 'cudnn')
 PARAMETRIZATIONS = ('standard', 'mup')
-# Whose parameters training/mup.py has rules for: the decoders.
-MUP_ARCHS = ('bloom', 'gpt', 'gpt4-rumoured', 'gpt_neox', 'llama', 'mixtral')
+DECODER_ARCHS = ('bloom', 'gpt', 'gpt4-rumoured', 'gpt_neox', 'llama',
+                 'mixtral')
+ENCODER_ARCHS = ('bert',)
+ENCODER_DECODER_ARCHS = ('gshard', 'switch', 't5', 'transformer')
+MUP_ARCHS = DECODER_ARCHS  # whose parameters training/mup.py has rules for
 REMATS = ('none', 'full', 'dots')
 DTYPES = ('float32', 'bfloat16')
 ROUTERS = ('topk', 'switch', 'gshard', 'expert_choice', 'sigmoid', 'sinkhorn',
@@ -155,7 +158,8 @@ class ModelConfig:
   moe: MoEConfig
 
   def __post_init__(self):
-    _validate(self)
+    from architectures.parts import checks  # which reads this file
+    checks.check(self)
 
   @property
   def compute_dtype(self):
@@ -265,95 +269,6 @@ _COUNTS = ('d_model', 'num_layers', 'num_decoder_layers', 'num_heads',
            'num_kv_heads', 'head_dim', 'd_ff', 'vocab_size', 'max_len',
            'type_vocab_size', 'sliding_window', 'mup_base_width',
            'mup_base_head_dim')
-
-
-def _validate(c: ModelConfig) -> None:
-  one_of('model.norm', c.norm, NORMS)
-  one_of('model.position', c.position, POSITIONS)
-  one_of('model.sinusoid', c.sinusoid, SINUSOIDS)
-  one_of('model.ffn', c.ffn, DENSE_FFNS + ('moe',))
-  one_of('model.block', c.block, BLOCKS)
-  for kind in c.attention_pattern:
-    one_of('model.attention', kind, ATTENTIONS)
-  one_of('model.attention_kernel', c.attention_kernel, KERNELS)
-  one_of('model.rope.scaling', c.rope.scaling, ROPE_SCALINGS)
-  one_of('model.init', c.init, INITS)
-  one_of('model.remat', c.remat, REMATS)
-  one_of('model.dtype', c.dtype, DTYPES)
-  one_of('model.param_dtype', c.param_dtype, DTYPES)
-  require(c.num_heads % c.num_kv_heads == 0,
-          f'model.num_kv_heads is {c.num_kv_heads}, which does not divide '
-          f'model.num_heads {c.num_heads}')
-  require('banded' not in c.attention_pattern or c.sliding_window > 0,
-          'model.attention has a banded layer, but model.sliding_window is 0: '
-          'set it to the number of keys that such a layer sees')
-  require('banded' in c.attention_pattern or c.sliding_window == 0,
-          f'model.sliding_window is {c.sliding_window}, but model.attention '
-          f'{c.attention!r} has no banded layer: add one, or set it to 0')
-  require(0 <= c.dropout < 1, f'model.dropout is {c.dropout}: choose it in '
-          '[0, 1)')
-  require(0 < c.rope.fraction <= 1,
-          f'model.rope.fraction is {c.rope.fraction}: choose it in (0, 1]')
-  require(c.position != 'rope' or rotary_dim(c) % 2 == 0,
-          f'model.rope.fraction {c.rope.fraction} of model.head_dim '
-          f'{c.head_dim} is {rotary_dim(c)}: rotary positions turn pairs, so '
-          'it must be even')
-  require(c.rope.scaling != 'ntk' or rotary_dim(c) > 2,
-          f'model.rope.scaling is ntk, but only {rotary_dim(c)} features of a '
-          'head are rotated: it needs 4 or more')
-  require(c.position not in ('sinusoidal',) or c.d_model % 2 == 0,
-          f'model.d_model is {c.d_model}: sinusoidal positions need it even')
-  require(c.learned_stretch >= 1,
-          f'model.learned_stretch is {c.learned_stretch}: it must be >= 1')
-  require(c.learned_stretch == 1 or c.position == 'learned',
-          f'model.learned_stretch has no meaning with model.position '
-          f'{c.position!r}: it stretches learned positions')
-  for name in ('num_layers', 'num_decoder_layers'):
-    _whole_periods(f'model.{name}', getattr(c, name), c)
-  if c.ffn == 'moe':
-    _validate_moe(c)
-
-
-def _validate_moe(c: ModelConfig) -> None:
-  m = c.moe
-  one_of('model.moe.ffn', m.ffn, DENSE_FFNS)
-  one_of('model.moe.router', m.router, ROUTERS)
-  one_of('model.moe.dispatch', m.dispatch, DISPATCHES)
-  one_of('model.moe.balance_loss', m.balance_loss, BALANCE_LOSSES)
-  require(m.num_experts > 0,
-          f'model.moe.num_experts is {m.num_experts}: it must be > 0')
-  require(0 < m.top_k <= m.num_experts,
-          f'model.moe.top_k is {m.top_k}: choose 1 to model.moe.num_experts '
-          f'{m.num_experts}')
-  for router, choices in (('switch', 1), ('gshard', 2)):
-    require(m.router != router or m.top_k == choices,
-            f'model.moe.top_k is {m.top_k}, but model.moe.router {router} '
-            f'chooses {choices}: set it to {choices}, or choose router topk')
-  for name in ('every', 'd_ff'):
-    value = getattr(m, name)
-    require(value > 0, f'model.moe.{name} is {value}: it must be > 0')
-  for name in ('shared_experts', 'group_size', 'capacity_factor',
-               'eval_capacity_factor', 'logit_noise', 'balance_weight',
-               'z_loss_weight', 'bias_rate'):
-    value = getattr(m, name)
-    require(value >= 0, f'model.moe.{name} is {value}: it must be >= 0')
-  for name in ('jitter', 'expert_dropout'):
-    value = getattr(m, name)
-    require(0 <= value < 1,
-            f'model.moe.{name} is {value}: choose it in [0, 1)')
-  for name in ('capacity_factor', 'eval_capacity_factor'):
-    require(m.dispatch != 'sorted' or m.router == 'expert_choice'
-            or getattr(m, name) > 0,
-            f'model.moe.{name} is 0, but model.moe.dispatch sorted pads every '
-            'expert to its capacity: set it, or choose dispatch dropless')
-
-
-def _whole_periods(name: str, layers: int, c: ModelConfig) -> None:
-  period = len(c.layer_pattern())
-  require(layers % period == 0,
-          f'{name} is {layers}, which is no multiple of the {period} layers of '
-          f'the pattern (model.attention {c.attention!r}, model.moe.every '
-          f'{c.moe.every})')
 
 
 def rotary_dim(c: ModelConfig) -> int:

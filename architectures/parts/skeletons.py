@@ -118,7 +118,11 @@ class Embed(nn.Module):
 
 
 def check_length(c: ModelConfig, length: int) -> None:
-  """Raises ValueError where learned positions do not reach `length`."""
+  """Raises ValueError where learned positions do not reach `length`.
+
+  `positions_BL` that are passed in are values on the device, which a compiled
+  program cannot refuse: there a row past the table is the table's last.
+  """
   reach = int(c.max_len * c.learned_stretch)
   require(c.position != 'learned' or length <= reach,
           f'a sequence of {length} tokens is longer than the {reach} positions '
