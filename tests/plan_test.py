@@ -8,6 +8,7 @@ import sys
 from configs import gpt, mixtral
 from configs import sharding as tables
 import jax
+import jax.extend.core as jex
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 import numpy as np
@@ -16,7 +17,8 @@ import pytest
 from tools.plan import analyse, chips, collectives, flops, hlo
 from tools.plan import report, roofline, search, topology
 from tools.plan.compile import DoesNotFit
-from training import devices, memory, peaks
+from training import devices, examples, memory, objectives, peaks, runs
+from training import tokenizers
 
 
 def test_names_say_chips_devices_and_what_is_together():
@@ -184,8 +186,8 @@ def test_trip_counts_and_dtypes():
 def test_products_are_counted_through_loops_branches_and_shards():
   x, key = jnp.ones((4, 8)), 2.0 * 4 * 8 * 8
   w = jnp.ones((8, 8))
-  count = lambda f, *a, **k: flops.count(jax.make_jaxpr(f)(*a), 'tpu',
-                                         **k).flops
+  count = lambda f, *a, **k: flops.count(
+      jax.make_jaxpr(f)(*a), flops.Place('tpu', **k)).flops
 
   def scanned(x):
     return jax.lax.scan(lambda x, _: (jnp.tanh(x @ w), None), x, None, 5)[0]
@@ -207,7 +209,14 @@ def test_products_are_counted_through_loops_branches_and_shards():
   ragged = lambda x: jax.lax.ragged_dot(x, jnp.ones((2, 8, 8)),
                                         jnp.array([1, 1]))
   assert count(ragged, x) == key
-  assert count(ragged, x, ragged_rows=2) == key / 2
+  assert count(ragged, x, rows=2) == key / 2
+  # Forward again, and a gradient each of the rows and of both matrices.
+  both = jax.grad(lambda x, w: (jax.lax.ragged_dot(
+      x, w, jnp.array([1, 1])) ** 2).sum(), (0, 1))
+  args = x, jnp.ones((2, 8, 8))
+  assert count(both, *args) == 3 * key
+  for n, kind in enumerate(flops.GROUPED, 1):
+    assert count(both, *args, dense=flops.GROUPED[:n]) == (3 + n) * key, kind
 
 
 def test_the_slowest_of_compute_memory_and_network_bounds_a_step():
@@ -232,10 +241,50 @@ def no_compiler(monkeypatch, tmp_path):
 
 
 def small(config):
-  config.model.update(d_model=32, num_layers=2, num_heads=2, num_kv_heads=2,
+  config.model.update(d_model=32, num_layers=2, num_heads=4, num_kv_heads=4,
                       d_ff=64, max_len=32)
   config.data.update(length=32, batch_size=16)
   return config
+
+
+def run_on_cpu(config, preset):
+  model, _ = runs.resolve(config, tokenizers.load('bytes'))
+  return runs.start(config, model, devices.make_mesh(tables.PRESETS[preset]))
+
+
+def grouped_rows(jaxpr) -> set[int]:
+  """Rows of the arrays that go into grouped products, wherever they are."""
+  found = {eqn.invars[0].aval.shape[0] for eqn in jaxpr.eqns
+           if eqn.primitive.name == 'ragged_dot_general'}
+  return found.union(*(grouped_rows(inner) for eqn in jaxpr.eqns
+                       for inner in jex.jaxprs_in_params(eqn.params)))
+
+
+@pytest.mark.parametrize('preset', list(tables.PRESETS))
+def test_rows_in_even_load_are_those_of_the_model_s_own_buffer(preset):
+  config = small(mixtral.get_config())
+  config.model.moe.num_experts = 8
+  run = run_on_cpu(config, preset)
+  batch = {key: jax.ShapeDtypeStruct(shape, dtype) for key, (shape, dtype)
+           in examples.shapes(config).items()}
+  objective = objectives.OBJECTIVES[config.objective]
+  with run.context():
+    jaxpr = jax.make_jaxpr(lambda params, batch: objective.apply(
+        run.module, params, batch, deterministic=True).hidden)(
+            run.abstract.params, batch)
+  # With 2 experts of each device at least, a buffer has room for all rows of
+  # every device that the experts are spread over.
+  rows = analyse.ragged_rows(run, 'train') * run.mesh.shape['expert']
+  assert grouped_rows(jaxpr.jaxpr) == {rows}
+
+
+@pytest.mark.parametrize('preset', list(tables.PRESETS))
+def test_an_estimate_cuts_up_what_tokens_leave(preset):
+  run, alone = (run_on_cpu(small(mixtral.get_config()), p)
+                for p in (preset, 'dp'))
+  ours, all_data = (memory.analytic(r, 2 ** 20) for r in (run, alone))
+  tensor = run.mesh.shape['tensor']
+  assert ours['kept_for_backward'] == tensor * all_data['kept_for_backward']
 
 
 @pytest.mark.slow
@@ -248,6 +297,9 @@ def test_without_a_compiler_every_figure_is_an_estimate(no_compiler):
   plan['programs'] = [one]
   assert plan['estimate'] and one['estimate']
   assert one['memory']['peak'] > one['memory']['parameters'] > 0
+  work = one['flops']
+  assert work['ratio'] >= 1 and work['loops_counted_once'] == 0
+  assert 0 < one['roofline']['highest_mfu'] <= 1
   kinds = {row['kind'] for row in one['collectives']}
   assert 'all-to-all' in kinds
   text = report.text(plan)

@@ -164,6 +164,11 @@ def _fits(axes, size: int, mesh: Mesh):
       mesh.shape[name] for name in names) == 0 else None
 
 
+def shards(axis: str, shape: Mapping[str, int], rules: str) -> int:
+  """Returns into how many parts a mesh of this shape cuts a logical axis."""
+  return math.prod(shape[name] for name in dict(tables.RULES[rules])[axis])
+
+
 def batch_sharding(mesh: Mesh, rules: str) -> NamedSharding:
   """Returns how the rows of a batch lie on the mesh."""
   return NamedSharding(mesh, PartitionSpec(

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from architectures.parts import kernels
-from training import paths, runs
+from training import devices, paths, runs
 
 
 def _items(tree) -> dict:
@@ -67,7 +67,7 @@ def analytic(run: runs.Run, kept_in_all: int = 0,
   """Estimates a training step's peak, without a compiler.
 
   State, gradients, what the backward pass keeps by the config's remat policy
-  (traced, not guessed; what has the batch's rows is cut up over its shards),
+  (traced, not guessed; it is cut up as the tokens are, over rows and length),
   and the largest thing of one layer: scores, or the widest hidden units and
   the gathered weights.
 
@@ -77,23 +77,23 @@ def analytic(run: runs.Run, kept_in_all: int = 0,
     platform: tpu, where splash attention writes no scores, if it can do this
       model's; elsewhere they are counted.
   """
-  c, shape = run.model, run.mesh.shape
+  c, shape, rules = run.model, run.mesh.shape, run.config.mesh.rules
   parts = state(run)
   parts['gradients'] = parts['parameters']
-  shards = run.config.train.grad_accumulation * math.prod(
-      shape[a] for a in ('data', 'fsdp', 'expert'))
+  micro = run.config.train.grad_accumulation
+  shards = micro * devices.shards('tokens', shape, rules)
   parts['kept_for_backward'] = (kept_in_all or kept(run)) // shards
-  rows = run.config.data.batch_size // shards
   length, width = run.config.data.length, c.compute_dtype.itemsize
+  tokens = run.config.data.batch_size * length // shards
   heads = c.num_heads // shape['tensor']
-  hidden = rows * length * (c.moe.d_ff * c.moe.top_k if c.ffn == 'moe'
-                            else c.d_ff) // shape['tensor']
+  hidden = tokens * (c.moe.d_ff * c.moe.top_k if c.ffn == 'moe'
+                     else c.d_ff) // shape['tensor']
   layer = max((x.size // x.shape[0] for path, x in paths.flatten(
       run.abstract.params).items() if '/layers/' in path), default=0)
   mask = kernels.Mask(causal=True, bias=c.position in ('alibi', 'relative'))
   fused = c.attention_kernel != 'xla' and not kernels.refusal(
       'splash', c, mask, length, length, platform)
-  scores = 0 if fused else 2 * 4 * rows * heads * length * length
+  scores = 0 if fused else 2 * 4 * tokens * heads * length
   parts['one_layer'] = max(scores, 3 * width * hidden) + (
       2 * width * layer // (shape['tensor'] * shape['expert']))
   parts['peak'] = sum(parts.values())

@@ -42,7 +42,7 @@ def describe(run: runs.Run, topology: chips.Topology) -> dict:
   """Returns what the plan is of."""
   c, config = run.model, run.config
   compiler = topologies.compiler(topology)
-  rows = math.prod(run.mesh.shape[a] for a in ('data', 'fsdp', 'expert'))
+  rows = devices.shards('batch', run.mesh.shape, config.mesh.rules)
   return dict(
       model=c.arch, topology=topology.name, slices=topology.slices,
       chips=topology.chips, devices=topology.devices,
@@ -126,17 +126,17 @@ def _compiled(run, topology, what, jaxpr, lowered, state) -> dict:
   found = collectives.read(
       built.executable.as_text(), run.mesh.shape,
       host_of=hosts(run, topology), ragged_rows=rows, passes=passes)
-  platform = 'cpu' if estimate else topology.chip.platform
-  total = work.count(jaxpr, platform, rows, passes)
+  total = work.count(jaxpr, work.Place(
+      topology.chip.platform, rows, passes, topologies.dense(topology)))
   return dict(
       program=what.name, estimate=estimate, fits=True,
       compile_seconds=round(time.monotonic() - begun, 1), memory=sizes,
       replicated=memory.replicated(run),
       collectives=collectives.table(found),
-      **_performance(run, topology, what.name, total, found, state))
+      **_performance(run, topology, what.name, total, found))
 
 
-def _performance(run, topology, name, total, found, state) -> dict:
+def _performance(run, topology, name, total, found) -> dict:
   """FLOPs and the roofline."""
   count, dtype = topology.devices, run.model.dtype
   needed = model_flops(run, name)
@@ -144,7 +144,7 @@ def _performance(run, topology, name, total, found, state) -> dict:
   outside = sum(c.sent_outside * c.runs for c in found)
   bounds = roofline.times(
       topology, dtype, flops=total.flops / count,
-      hbm_bytes=roofline.hbm_bytes(run, total.nbytes, state, name == 'train'),
+      hbm_bytes=roofline.hbm_bytes(run, total.nbytes, name == 'train'),
       sent=sent - outside, sent_outside=outside,
       model_flops=sum(needed.values()) / count)
   return dict(
@@ -154,7 +154,8 @@ def _performance(run, topology, name, total, found, state) -> dict:
           weights_per_device=needed['weights'] / count,
           attention_per_device=needed['attention'] / count,
           ratio=total.flops / sum(needed.values()),
-          loops_counted_once=total.loops),
+          loops_counted_once=total.loops,
+          all_groups_per_device=total.dense / count),
       roofline=bounds)
 
 
@@ -192,7 +193,7 @@ def ragged_rows(run: runs.Run, name: str) -> int:
   """Rows that a device sends to experts in a layer, in even load."""
   if run.model.ffn != 'moe' or name == 'decode':
     return 0
-  shards = math.prod(run.mesh.shape[a] for a in ('data', 'fsdp', 'expert'))
+  shards = devices.shards('tokens', run.mesh.shape, run.config.mesh.rules)
   parts = run.config.train.grad_accumulation if name == 'train' else 1
   tokens = run.config.data.batch_size * max(lengths(run.config))
   return math.ceil(tokens * run.model.moe.top_k / shards / parts)

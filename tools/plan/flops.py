@@ -12,6 +12,28 @@ import jax
 import jax.extend.core as jex
 
 
+class Place(NamedTuple):
+  """Where a program runs, as far as its work depends on that.
+
+  Attributes:
+    platform: whose branch runs, where the code has one for each.
+    rows: of a grouped product on a device in even load, whose array has room
+      for the worst; 0: count all of the array.
+    passes: of a loop that depends on data, where they are known otherwise.
+    dense: of GROUPED, those that the compiler makes of all rows and all
+      groups, and masks.
+  """
+  platform: str
+  rows: int = 0
+  passes: int | None = None
+  dense: tuple[str, ...] = ()
+
+
+# Grouped products: rows by their group's matrix, by its transpose (as for the
+# gradient of the rows), and the gradient of the matrices.
+GROUPED = ('forward', 'transposed', 'weights')
+
+
 class Work(NamedTuple):
   """Of all devices together.
 
@@ -19,36 +41,29 @@ class Work(NamedTuple):
     flops: of the products; 2abc for [a, b] by [b, c].
     nbytes: of their operands and results, once each.
     loops: loops whose number of passes depends on data, counted as one.
+    dense: the FLOPs of grouped products that are made of all groups.
   """
   flops: float = 0.0
   nbytes: float = 0.0
   loops: int = 0
+  dense: float = 0.0
 
   def __add__(self, other):
     return Work(*(a + b for a, b in zip(self, other)))
 
   def times(self, n: float):
-    return Work(self.flops * n, self.nbytes * n, self.loops)
+    return Work(self.flops * n, self.nbytes * n, self.loops, self.dense * n)
 
 
-def count(jaxpr, platform: str, ragged_rows: int = 0,
-          passes: int | None = None) -> Work:
-  """Returns the work of a jaxpr.
-
-  Args:
-    jaxpr: open or closed.
-    platform: whose branch runs, where the code has one for each.
-    ragged_rows: rows of a grouped product on a device in even load, whose
-      array has room for the worst; 0: count all of the array.
-    passes: of a loop that depends on data, where they are known otherwise.
-  """
+def count(jaxpr, place: Place) -> Work:
+  """Returns the work of a jaxpr, open or closed."""
   jaxpr = getattr(jaxpr, 'jaxpr', jaxpr)
   total, live = Work(), {v for v in jaxpr.outvars if _is_var(v)}
   for eqn in reversed(jaxpr.eqns):
     if not any(v in live for v in eqn.outvars) and not eqn.effects:
       continue  # dead: XLA drops it
     live |= {v for v in eqn.invars if _is_var(v)}
-    total += _equation(eqn, platform, ragged_rows, passes)
+    total += _equation(eqn, place)
   return total
 
 
@@ -56,37 +71,52 @@ def _is_var(v) -> bool:
   return not isinstance(v, jex.Literal)
 
 
-def _equation(eqn, platform, rows, passes) -> Work:
+def _equation(eqn, place: Place) -> Work:
   name = eqn.primitive.name
-  inner = lambda jaxpr: count(jaxpr, platform, rows, passes)
+  inner = lambda jaxpr: count(jaxpr, place)
   if name == 'dot_general':
     (contract, _), _ = eqn.params['dimension_numbers']
     lhs, out = eqn.invars[0].aval, eqn.outvars[0].aval
     return Work(2.0 * out.size * math.prod(lhs.shape[i] for i in contract),
                 _nbytes(eqn))
   if name == 'ragged_dot_general':
-    lhs, out = eqn.invars[0].aval, eqn.outvars[0].aval
-    dims = eqn.params['ragged_dot_dimension_numbers']
-    there = lhs.shape[dims.lhs_ragged_dimensions[0]]
-    share = min(1.0, rows / there) if rows else 1.0
-    return Work(2.0 * lhs.size * out.shape[-1] * share, _nbytes(eqn) * share)
+    return _grouped(eqn, place)
   if name == 'pallas_call':
     return _kernel(eqn)
   if name == 'scan':
     return inner(eqn.params['jaxpr']).times(eqn.params['length'])
   if name == 'while':
     body = inner(eqn.params['body_jaxpr'])
-    if passes is not None:
-      return body.times(passes)
+    if place.passes is not None:
+      return body.times(place.passes)
     return body._replace(loops=body.loops + bool(body.flops))
   if name == 'cond':
-    return _branch(eqn, platform, inner)
+    return _branch(eqn, place.platform, inner)
   if name == 'shard_map':
     return inner(eqn.params['jaxpr']).times(eqn.params['mesh'].size)
   total = Work()
   for jaxpr in jex.jaxprs_in_params(eqn.params):
     total += inner(jaxpr)
   return total
+
+
+def _grouped(eqn, place: Place) -> Work:
+  lhs, rhs, counts = (v.aval for v in eqn.invars)
+  dims = eqn.params['ragged_dot_dimension_numbers']
+  flops = 2.0 * lhs.size * eqn.outvars[0].aval.shape[-1]
+  (_, contracted), _ = dims.dot_dimension_numbers
+  if not dims.rhs_group_dimensions:
+    kind = 'weights'
+  else:
+    kind = 'transposed' if contracted == (rhs.ndim - 1,) else 'forward'
+  if kind in place.dense:
+    flops *= counts.shape[-1]
+    return Work(flops, _nbytes(eqn), dense=flops)
+  there = lhs.shape[dims.lhs_ragged_dimensions[0]]
+  share = min(1.0, place.rows / there) if place.rows else 1.0
+  return Work(flops * share, sum(
+      _size(v.aval) * (share if v.aval.shape[0] == there else 1)
+      for v in (*eqn.invars, *eqn.outvars)))
 
 
 # Products of scores' size in a call: q k and p v; and in the backward passes
@@ -127,6 +157,9 @@ def _branch(eqn, platform, inner) -> Work:
 
 
 def _nbytes(eqn) -> float:
-  arrays = [v.aval for v in (*eqn.invars, *eqn.outvars)]
-  return float(sum(a.size * jax.numpy.dtype(a.dtype).itemsize
-                   for a in arrays if hasattr(a, 'dtype')))
+  return float(sum(_size(v.aval) for v in (*eqn.invars, *eqn.outvars)
+                   if hasattr(v.aval, 'dtype')))
+
+
+def _size(aval) -> int:
+  return aval.size * jax.numpy.dtype(aval.dtype).itemsize

@@ -81,6 +81,10 @@ def _performance(p: dict, m: str) -> list[str]:
   if f['loops_counted_once']:
     lines.append(f'  {f["loops_counted_once"]} loops whose passes depend on '
                  'data are counted as one pass')
+  if f['all_groups_per_device']:
+    lines.append(f'  {tera(f["all_groups_per_device"])} of it are products of '
+                 'every row with every expert here: this compiler masks the '
+                 'rest instead of skipping it')
   lines.append('  seconds a step, at the least: ' + ', '.join(
       f'{names[k]} {m}{s:.3g}' for k, s in r['seconds'].items()))
   if not all(row['exact'] for row in p['collectives']):

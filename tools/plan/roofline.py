@@ -7,7 +7,9 @@ utilisation (MFU) at that time one from above. Real steps take longer.
 
 import math
 
-from training import peaks, runs
+import jax
+
+from training import memory, peaks, runs
 from tools.plan.chips import Topology
 
 
@@ -43,8 +45,7 @@ def times(topology: Topology, dtype: str, *, flops: float, hbm_bytes: float,
       unknown=['network_outside'] if sent_outside and not chip.outside else [])
 
 
-def hbm_bytes(run: runs.Run, products: float, state: dict[str, int],
-              training: bool) -> float:
+def hbm_bytes(run: runs.Run, products: float, training: bool) -> float:
   """Returns bytes that a device moves to and from its memory, at least: the
   operands and results of its products once each, the weights (gathered) once
   a pass, and in training the state read and written."""
@@ -52,8 +53,12 @@ def hbm_bytes(run: runs.Run, products: float, state: dict[str, int],
   passes = 1
   if training:
     passes = (2 + (c.remat == 'full')) * run.config.train.grad_accumulation
-  gathered = state['parameters'] / 4 * c.compute_dtype.itemsize * shape['fsdp']
+  gathered = sum(
+      math.prod(x.sharding.shard_shape(x.shape))
+      * (shape['fsdp'] if 'fsdp' in memory.axes(x.sharding) else 1)
+      * c.compute_dtype.itemsize
+      for x in jax.tree.leaves(run.abstract.params))
   moved = products / math.prod(shape.values()) + passes * gathered
   if training:
-    moved += 2 * (state['parameters'] + state['optimizer'])
+    moved += 2 * sum(memory.state(run).values())
   return moved

@@ -127,7 +127,7 @@ def _score(run: runs.Run, topology: chips.Topology, kept: int) -> Candidate:
   needed = sum(analyse.model_flops(run, 'train').values()) / topology.devices
   bounds = roofline.times(
       topology, c.dtype, flops=needed * FORWARDS[c.remat] / 3,
-      hbm_bytes=roofline.hbm_bytes(run, 0.0, memory.state(run), True),
+      hbm_bytes=roofline.hbm_bytes(run, 0.0, True),
       sent=sent(run), sent_outside=0.0, model_flops=needed)
   return Candidate(dict(run.mesh.shape), c.remat,
                    run.config.train.grad_accumulation, bounds['step_seconds'],

@@ -41,6 +41,17 @@ def compiler(topology: Topology) -> str:
   return f'{names[0]} {versions[0]}'
 
 
+def dense(topology: Topology) -> tuple[str, ...]:
+  """Returns those of flops.GROUPED, jax.lax.ragged_dot's products, that the
+  compiler makes of all rows and all groups: on GPU each; on TPU, what jax 0.10
+  with libtpu 0.0.45 has no kernel for on the chips of one core."""
+  if topology.chip.platform == 'cuda':
+    return ('forward', 'transposed', 'weights')
+  release = importlib.metadata.version('jax').split('.')
+  old = tuple(int(part) for part in release[:2]) < (0, 12)
+  return ('forward', 'weights') if old and topology.chip.cores == 1 else ()
+
+
 def environment(topology: Topology) -> None:
   """Sets what libtpu, the CUDA plugin and XLA read when they load.
 
