@@ -4,6 +4,9 @@
   python eval.py --workdir runs/tiny --tasks=loss,samples --samples=3 \
       --prompt="Fellow citizens" --temperature=0.8 --json runs/tiny/eval.json
 
+--prompt is given to the model as it was trained: to a chat run as a question,
+to a prefix LM as the prefix, to an encoder-decoder as the source.
+
 Exit code 2: a wrong request; 1: a failure.
 """
 
@@ -18,8 +21,9 @@ from training import cli, interrupts
 cli.define_workdir()
 flags.DEFINE_integer('step', None, 'Which checkpoint; default: the newest.')
 flags.DEFINE_list('tasks', ['loss'], 'Comma-separated, of loss, samples, '
-                  'extrapolation, routing; --samples or --prompt adds samples.'
-                  )
+                  'extrapolation, routing, exact (held-out targets written '
+                  'right), translation (BLEU as well); --samples or --prompt '
+                  'adds samples.')
 flags.DEFINE_string('json', '', 'A file to write all figures to.')
 flags.DEFINE_integer('samples', 1, 'Texts to write for each prompt.')
 flags.DEFINE_string('prompt', '', "What a text begins with; several: 'A|||B'.")

@@ -96,6 +96,7 @@ def from_hf_config(hf) -> dict:
           f'drops tokens, moe_eval_capacity_token_fraction {fraction}: gates '
           'are normalised before that here')
   layers, d_model = hf('encoder_layers', 12), hf('d_model', 1024)
+  hf.must(num_hidden_layers=layers)
   experts = hf('num_experts', 128)
   return dict(
       vocab_size=hf('vocab_size', 128112), d_model=d_model, num_heads=heads,

@@ -56,6 +56,9 @@ def from_hf_config(hf) -> dict:
   hf.must(router_bias=False, router_dtype='float32')
   hf('router_ignore_padding_tokens', False)  # the reference does not read it
   hf('add_router_probs', False)
+  # Published files have these; the reference reads none of them any more.
+  hf.must(feed_forward_proj=hf('dense_act_fn', 'relu'), is_gated_act=False,
+          router_type='tokens_masked', batch_prioritized_routing=False)
   experts, ffn = hf('num_experts', 8), hf.choose('dense_act_fn', 'relu', FFNS)
   slots, group = hf('expert_capacity', 64), hf('moe_group_size', 0)
   factor = slots * experts / (group or fields['max_len'])

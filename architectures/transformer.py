@@ -23,7 +23,7 @@ Where transformers' Marian deviates from the paper, and what is done here:
 - tables of its own for source and target are not known here.
 """
 
-from architectures.parts.config import require
+from architectures.parts import hf as common
 from architectures.parts.encoder_decoder import EncoderDecoder
 
 
@@ -79,7 +79,6 @@ HF_TIED = {'model.encoder.embed_tokens.weight': 'model.shared.weight',
            'lm_head.weight': 'model.shared.weight'}
 HF_IGNORED = (r'model\.(en|de)coder\.embed_positions\.weight',)  # sinusoids
 HF_NAMES = _names()
-FFNS = {'relu': 'relu', 'gelu': 'gelu', 'gelu_new': 'gelu_tanh'}
 
 
 def from_hf_config(hf) -> dict:
@@ -94,32 +93,31 @@ def from_hf_config(hf) -> dict:
   hf.must(normalize_before=False, normalize_embedding=False,
           add_final_layer_norm=False, add_bias_logits=False,
           static_position_embeddings=True)
-  hf('is_decoder', False), hf('num_hidden_layers', 12)  # of the stacks
+  hf('is_decoder', False)  # of the stacks
   hf('extra_pos_embeddings', 0)
   layers = hf('encoder_layers', 12)
+  hf.must(num_hidden_layers=layers)
   d_model = hf('d_model', 1024)
   return dict(
       vocab_size=vocab_size, d_model=d_model, num_heads=heads, d_ff=d_ff,
       num_layers=layers, num_decoder_layers=hf('decoder_layers', layers),
       max_len=hf('max_position_embeddings', 1024), norm_eps=1e-5,
       position='sinusoidal', sinusoid='halves', block='post_norm',
-      ffn=hf.choose('activation_function', 'gelu', FFNS),
+      ffn=hf.choose('activation_function', 'gelu', common.FFNS),
       embed_scale=d_model ** 0.5 if hf('scale_embedding', False) else 1.0,
       logits_bias=hf('final_logits_bias', True))
 
 
 def to_hf_config(c) -> dict:
   """Returns what a marian config.json says of the config `c`."""
-  names = {ours: theirs for theirs, ours in FFNS.items()}
-  require(c.ffn in names, f'model.ffn is {c.ffn!r}: a marian config.json '
-          f'knows {", ".join(names)}')
   return dict(
       vocab_size=c.vocab_size, decoder_vocab_size=c.vocab_size,
       d_model=c.d_model, encoder_layers=c.num_layers,
       decoder_layers=c.num_decoder_layers,
       encoder_attention_heads=c.num_heads, decoder_attention_heads=c.num_heads,
       encoder_ffn_dim=c.d_ff, decoder_ffn_dim=c.d_ff,
-      max_position_embeddings=c.max_len, activation_function=names[c.ffn],
+      max_position_embeddings=c.max_len, activation_function=common.theirs(
+          common.FFNS, c.ffn),
       scale_embedding=c.embed_scale != 1, tie_word_embeddings=c.tie_embeddings,
       # Ours: whether the bias is there; transformers takes zeros where not.
       final_logits_bias=c.logits_bias, is_encoder_decoder=True,

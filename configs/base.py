@@ -109,7 +109,7 @@ def _model() -> dict:
           beta_slow=1.0,  # yarn
       ),
       relative=dict(buckets=32, max_distance=128),  # T5's bias
-      ffn='gelu',  # relu gelu gelu_tanh geglu geglu_tanh swiglu moe
+      ffn='gelu',  # relu gelu gelu_tanh silu geglu geglu_tanh swiglu moe
       block='pre_norm',  # pre_norm post_norm parallel sandwich
       # A pattern repeated over the layers, of: global banded.
       attention='global',

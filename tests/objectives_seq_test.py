@@ -2,6 +2,9 @@
 purity in (seed, index), pairs from files and from plain text, refusals."""
 
 import json
+import pathlib
+import sys
+import types
 
 import jax
 import numpy as np
@@ -9,6 +12,7 @@ import pytest
 
 from configs import base
 from training import data
+from training import evals
 from training import examples
 from training import objectives
 from training import packing
@@ -16,6 +20,7 @@ from training import pairs
 from training import runs
 from training import spans
 from training import tokenizers
+from training.evals import exact
 
 TOKENIZER = tokenizers.load('bytes')
 END, START = TOKENIZER.separator_id, pairs.start_id(TOKENIZER)
@@ -194,16 +199,42 @@ def test_every_example_feeds_its_loss():
 
 
 def test_translation_counts_pairs_and_reads_to_the_end(monkeypatch):
-  from training.evals import translation
   batch = dict(
       tokens=np.zeros((3, 4), np.int32), segment_ids=np.ones((3, 4), np.int32),
       targets=np.array([[65, 66, END, START]] * 3),
       weights=np.array([[1, 1, 1, 0], [1, 1, 1, 0], [0, 0, 0, 0]]))
   written = np.array([[65, 66, END, END], [65, 67, END, END], [1, 1, 1, 1]])
-  monkeypatch.setattr(translation.generate, 'generate',
+  monkeypatch.setattr(exact.generate, 'generate',
                       lambda *args, **kwargs: written)
-  assert translation.translate(None, None, batch, TOKENIZER) == [
+  assert exact.translate(None, None, batch, TOKENIZER) == [
       ('AB', 'AB', True), ('AC', 'AB', False)]
+
+
+@pytest.mark.parametrize('objective', ['seq2seq', 'span'])
+def test_sequence_accuracy_is_of_whole_targets(objective, monkeypatch):
+  """A model that spells every target but the last token of each second row."""
+  monkeypatch.setitem(sys.modules, 'sacrebleu', None)
+  config = _config(objective)
+  config.eval.batches = 1
+  batch = data.load(config, TOKENIZER, 'eval').batch(0)
+  told = batch['targets'].copy()
+  for row in told[1::2]:
+    row[int(np.flatnonzero(row != START)[-1])] ^= 1
+  monkeypatch.setattr(exact.generate, 'generate', lambda *args, **kwargs: told)
+  run = types.SimpleNamespace(config=config, module=None)
+  asked = types.SimpleNamespace(run=run, params=None, tokenizer=TOKENIZER)
+  rows = int(batch['weights'].any(1).sum())
+  assert evals.task('exact')(asked) == dict(
+      exact=-(-rows // 2) / rows, targets=rows)
+  config.objective = 'causal'
+  with pytest.raises(ValueError, match='leave exact out'):
+    evals.task('exact')(asked)
+
+
+def test_help_names_every_task():
+  text = (pathlib.Path(__file__).parents[1] / 'eval.py').read_text()
+  told = text.partition("DEFINE_list('tasks'")[2].partition('flags.')[0]
+  assert all(name in told for name in evals.TASKS)
 
 
 def test_bleu_is_sacrebleus():

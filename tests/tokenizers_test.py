@@ -122,6 +122,30 @@ def test_gpt2_pair_equals_the_algorithm_and_hugging_face(pair, trained):
   assert ours.special_ids == original.special_ids == {'eos': 0}
 
 
+@pytest.mark.parametrize('cased', [False, True])
+def test_a_vocabulary_of_words_alone_equals_hugging_face(cased, trained,
+                                                         tmp_path):
+  """BERT's vocab.txt, and what tokenizer_config.json says of case."""
+  theirs = hf.Tokenizer.from_file(trained['wordpiece'])
+  words = sorted(theirs.get_vocab(), key=theirs.token_to_id)
+  (tmp_path / 'vocab.txt').write_text('\n'.join(words) + '\n', 'utf-8')
+  if cased:
+    (tmp_path / 'tokenizer_config.json').write_text(
+        json.dumps({'do_lower_case': False}))
+  ours = tokenizers.load(str(tmp_path))
+  theirs = hf.BertWordPieceTokenizer(str(tmp_path / 'vocab.txt'),
+                                     lowercase=not cased)
+  for text in SAMPLES:
+    assert ours.encode(text).tolist() == theirs.encode(
+        text, add_special_tokens=False).ids
+  original = tokenizers.load(trained['wordpiece'])
+  assert ours.special_ids == original.special_ids
+  assert (ours.encode(TEXT).tolist() != original.encode(TEXT).tolist()) == cased
+  (tmp_path / 'vocab.txt').write_text('a\nb\n')
+  with pytest.raises(ValueError, match=r'no WordPiece vocabulary'):
+    tokenizers.load(str(tmp_path))
+
+
 def test_fingerprint_tells_tokenizers_apart(trained, pair):
   prints = [tokenizers.load(spec).fingerprint
             for spec in ('bytes', *trained.values())]

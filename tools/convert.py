@@ -27,11 +27,11 @@ import sys
 
 from training import cli
 
-TOKENIZER_FILES = (
-    'tokenizer.json', 'tokenizer.model', 'spiece.model', 'vocab.json',
-    'merges.txt', 'vocab.txt', 'tokenizer_config.json',
-    'special_tokens_map.json', 'added_tokens.json')
-LOADED = ('tokenizer.json', 'tokenizer.model', 'spiece.model', 'vocab.json')
+# What goes along beside the files that training/tokenizers.py reads: Marian's
+# and NLLB's, whose numbers are not the pieces' own, are kept for the way out.
+MORE_FILES = ('tokenizer_config.json', 'special_tokens_map.json',
+              'added_tokens.json', 'source.spm', 'target.spm', 'vocab.json',
+              'sentencepiece.bpe.model')
 
 
 def import_(source: pathlib.Path, workdir: pathlib.Path, *, partial: bool,
@@ -40,12 +40,11 @@ def import_(source: pathlib.Path, workdir: pathlib.Path, *, partial: bool,
   _check_new(workdir)
   config, module, params = _from_hf(source, partial, seed)
   folder = source.parent if source.is_file() else source
-  copied = _copy_tokenizer(folder, workdir / 'tokenizer')
-  if any(name in LOADED for name in copied):
-    config.data.tokenizer = str((workdir / 'tokenizer').absolute())
-  else:
-    print(f'warning: {folder} has no tokenizer: data.tokenizer is '
-          f'{config.data.tokenizer!r}', file=sys.stderr)
+  copied = _take_tokenizer(folder, workdir, config)
+  if config.data.tokenizer == 'bytes':
+    print(f'warning: {folder} has no tokenizer that is read here'
+          + (f', though {", ".join(copied)}' if copied else '')
+          + ": data.tokenizer is 'bytes'", file=sys.stderr)
   _save(workdir, config, params)
   print(f'{workdir}: {_count(params):,} parameters of {module.config.arch}')
   print(f'to go on: {_command(workdir, config)}')
@@ -63,9 +62,7 @@ def upcycle(source: pathlib.Path, workdir: pathlib.Path, *, moe: list[str],
       raise ValueError(f'{source} is no workdir: it has no step {step}')
     config, _, params = _from_hf(source, False, seed)
   folder = source.parent if source.is_file() else source
-  if any(name in LOADED for name in _copy_tokenizer(
-      folder, workdir / 'tokenizer')):
-    config.data.tokenizer = str((workdir / 'tokenizer').absolute())
+  _take_tokenizer(folder, workdir, config)
   config.model = upcycling.config(config.model, _fields(moe, config.model.moe))
   config.init_from = ''
   model, derived = _resolved(config)
@@ -97,7 +94,9 @@ def export(workdir: pathlib.Path, folder: pathlib.Path, *, step: int | None,
         c.moe, eval_capacity_factor=0.0, dispatch='dropless')))
   weights.to_hf(module, params, folder, dtype=dtype, shard_bytes=shard_bytes)
   path = pathlib.Path(config.data.tokenizer)
-  if path.is_dir():
+  if config.data.tokenizer == 'bytes':
+    _copy_tokenizer(workdir / 'tokenizer', folder)
+  elif path.is_dir():
     _copy_tokenizer(path, folder)
   elif path.is_file():
     shutil.copyfile(path, folder / ('tokenizer.json' if path.suffix == '.json'
@@ -189,8 +188,22 @@ def _fields(words: list[str], like) -> dict:
   return fields
 
 
+def _take_tokenizer(folder: pathlib.Path, workdir: pathlib.Path,
+                    config) -> list[str]:
+  """Copies a folder's tokenizer, and takes it where it can be read."""
+  from training import tokenizers
+  target = workdir / 'tokenizer'
+  copied = _copy_tokenizer(folder, target)
+  if tokenizers.found_in(target):
+    config.data.tokenizer = str(target.absolute())
+  return copied
+
+
 def _copy_tokenizer(source: pathlib.Path, target: pathlib.Path) -> list[str]:
-  found = [name for name in TOKENIZER_FILES if (source / name).is_file()]
+  from training import tokenizers
+  read = (name for names in tokenizers.FOLDERS for name in names)
+  found = [name for name in dict.fromkeys((*read, *MORE_FILES))
+           if (source / name).is_file()]
   if found:
     target.mkdir(parents=True, exist_ok=True)
   for name in found:

@@ -1,8 +1,9 @@
 """Tokenizers behind one small interface: text to ids, and back.
 
 `load(spec)` takes data.tokenizer: `bytes`, a Hugging Face tokenizer.json, a
-folder (GPT-2's encoder.json + vocab.bpe, vocab.json + merges.txt, or one that
-holds a tokenizer.json or a sentencepiece model), or a sentencepiece `.model`.
+folder (GPT-2's encoder.json + vocab.bpe, vocab.json + merges.txt, BERT's
+vocab.txt, or one that holds a tokenizer.json or a sentencepiece model), or a
+sentencepiece `.model`.
 
 No tokenizer adds special tokens by itself, and none reads them out of plain
 text: '<|endoftext|>' typed inside a document is spelt, not obeyed. Whoever
@@ -17,16 +18,8 @@ import pathlib
 
 import numpy as np
 
-# Where a file's own tokenizer_config.json says nothing, the special tokens
-# are the first of these that the vocabulary holds.
-SPECIAL_NAMES = {
-    'bos': ('<|begin_of_text|>', '<s>', '<bos>', '<|startoftext|>'),
-    'eos': ('<|end_of_text|>', '<|endoftext|>', '</s>', '<eos>'),
-    'pad': ('[PAD]', '<pad>', '<|pad|>', '<|finetune_right_pad_id|>'),
-    'mask': ('[MASK]', '<mask>', '<|mask|>'),
-    'cls': ('[CLS]', '<cls>'),
-    'sep': ('[SEP]', '<sep>'),
-}
+from training import tokenizer_files
+
 SENTINELS = 100  # T5's <extra_id_0> to <extra_id_99>
 
 
@@ -172,7 +165,7 @@ class SentencePiece(Tokenizer):
     known = {model.id_to_piece(i): i for i in range(self.vocab_size)}
     ids = {'bos': model.bos_id(), 'eos': model.eos_id(),
            'pad': model.pad_id()}
-    self.special_ids = _named_specials(known.get)
+    self.special_ids = tokenizer_files.named_specials(known.get)
     self.special_ids |= {name: i for name, i in ids.items() if i >= 0}
     self.sentinel_ids = _sentinels(known.get)
     self.fingerprint = _digest(data)
@@ -199,9 +192,8 @@ def load(spec: str) -> Tokenizer:
     return Bytes()
   path = pathlib.Path(spec).expanduser()
   if path.is_dir():
-    for names, read in FOLDERS.items():
-      if all((path / name).is_file() for name in names):
-        return read(spec, *(path / name for name in names))
+    if names := found_in(path):
+      return FOLDERS[names](spec, *(path / name for name in names))
     wanted = '; '.join(' + '.join(names) for names in FOLDERS)
     raise ValueError(
         f'tokenizer folder {spec!r} holds none of: {wanted}.')
@@ -213,65 +205,14 @@ def load(spec: str) -> Tokenizer:
       + ('.' if path.exists() else '; there is no such file or folder.'))
 
 
-def _read_json(spec: str, path: pathlib.Path) -> HuggingFace:
-  """Reads a tokenizer.json, and the tokenizer_config.json beside it."""
-  import tokenizers
-  try:
-    tokenizer = tokenizers.Tokenizer.from_file(str(path))
-  except Exception as error:  # tokenizers raises bare Exception.
-    raise ValueError(
-        f'tokenizer {spec!r} is not a Hugging Face tokenizer.json: '
-        f'{error}.') from error
-  added = {token.content: i for i, token
-           in tokenizer.get_added_tokens_decoder().items() if token.special}
-  special_ids = _named_specials(added.get)
-  config = path.parent / 'tokenizer_config.json'
-  if config.is_file():
-    described = json.loads(config.read_text(encoding='utf-8'))
-    for name in SPECIAL_NAMES:
-      token = described.get(f'{name}_token')
-      token = token.get('content') if isinstance(token, dict) else token
-      if token and tokenizer.token_to_id(token) is not None:
-        special_ids[name] = tokenizer.token_to_id(token)
-  return HuggingFace(spec, tokenizer, special_ids)
-
-
-def _read_gpt2(spec: str, encoder: pathlib.Path,
-               merges: pathlib.Path) -> HuggingFace:
-  """Reads GPT-2's pair of files (Radford et al., 2019, encoder.py)."""
-  import tokenizers
-  try:
-    vocab = json.loads(encoder.read_text(encoding='utf-8'))
-    lines = merges.read_text(encoding='utf-8').split('\n')
-    lines = lines[1:] if lines[0].startswith('#version') else lines
-    pairs = [tuple(line.split()) for line in lines if line.strip()]
-    model = tokenizers.models.BPE(vocab, pairs)
-  except Exception as error:  # tokenizers raises bare Exception.
-    raise ValueError(
-        f'tokenizer {spec!r}: {encoder.name} and {merges.name} are not a '
-        f'byte-level BPE vocabulary and its merges: {error}.') from error
-  tokenizer = tokenizers.Tokenizer(model)
-  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
-      add_prefix_space=False)
-  tokenizer.decoder = tokenizers.decoders.ByteLevel()
-  special_ids = _named_specials(vocab.get)
-  token_of = {i: token for token, i in vocab.items()}
-  tokenizer.add_special_tokens([token_of[i] for i in special_ids.values()])
-  return HuggingFace(spec, tokenizer, special_ids)
+def found_in(folder: pathlib.Path) -> tuple[str, ...]:
+  """Returns the files by which `load` reads a folder; () if it does not."""
+  return next((names for names in FOLDERS
+               if all((folder / name).is_file() for name in names)), ())
 
 
 def _digest(data: bytes) -> str:
   return hashlib.blake2b(data, digest_size=16).hexdigest()
-
-
-def _named_specials(id_of) -> dict[str, int]:
-  """Returns the special tokens that a vocabulary has by their usual names."""
-  found = {}
-  for kind, names in SPECIAL_NAMES.items():
-    ids = [id_of(name) for name in names if id_of(name) is not None]
-    if ids:
-      found[kind] = ids[0]
-  return found
 
 
 def _sentinels(id_of) -> tuple[int, ...]:
@@ -302,15 +243,20 @@ def _byte_level_table(tokenizer, vocab) -> dict[int, bytes] | None:
   return table
 
 
+def _hugging_face(read):
+  return lambda spec, *files: HuggingFace(spec, *read(spec, *files))
+
+
 # What a folder may hold; the first that it holds entirely wins.
 FOLDERS = {
-    ('tokenizer.json',): _read_json,
-    ('encoder.json', 'vocab.bpe'): _read_gpt2,
-    ('vocab.json', 'merges.txt'): _read_gpt2,
+    ('tokenizer.json',): _hugging_face(tokenizer_files.read_json),
+    ('encoder.json', 'vocab.bpe'): _hugging_face(tokenizer_files.read_gpt2),
+    ('vocab.json', 'merges.txt'): _hugging_face(tokenizer_files.read_gpt2),
+    ('vocab.txt',): _hugging_face(tokenizer_files.read_wordpiece),
     ('tokenizer.model',): lambda _, path: SentencePiece(path),
     ('spiece.model',): lambda _, path: SentencePiece(path),
 }
 FILES = {
-    '.json': _read_json,
+    '.json': FOLDERS['tokenizer.json',],
     '.model': lambda _, path: SentencePiece(path),
 }

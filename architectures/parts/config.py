@@ -16,7 +16,8 @@ import jax.numpy as jnp
 
 NORMS = ('layernorm', 'rmsnorm')
 POSITIONS = ('learned', 'sinusoidal', 'rope', 'alibi', 'relative', 'none')
-DENSE_FFNS = ('relu', 'gelu', 'gelu_tanh', 'geglu', 'geglu_tanh', 'swiglu')
+DENSE_FFNS = ('relu', 'gelu', 'gelu_tanh', 'silu', 'geglu', 'geglu_tanh',
+              'swiglu')
 BLOCKS = ('pre_norm', 'post_norm', 'parallel', 'sandwich')
 ATTENTIONS = ('global', 'banded')
 SINUSOIDS = ('interleaved', 'halves', 'fairseq')

@@ -21,6 +21,7 @@ ACTIVATIONS = {
     'relu': (jax.nn.relu, False),
     'gelu': (gelu, False),
     'gelu_tanh': (gelu_tanh, False),
+    'silu': (jax.nn.silu, False),
     'geglu': (gelu, True),
     'geglu_tanh': (gelu_tanh, True),
     'swiglu': (jax.nn.silu, True),

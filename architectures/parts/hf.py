@@ -8,7 +8,8 @@ from architectures.parts.config import ModelConfig, require, rotary_dim
 # hidden_act: our ffn. Where two names mean one function, export takes the
 # first. gelu_fast and gelu_new are the same tanh approximation.
 FFNS = {'gelu': 'gelu', 'gelu_new': 'gelu_tanh', 'gelu_fast': 'gelu_tanh',
-        'gelu_pytorch_tanh': 'gelu_tanh', 'relu': 'relu'}
+        'gelu_pytorch_tanh': 'gelu_tanh', 'relu': 'relu', 'silu': 'silu',
+        'swish': 'silu'}
 GATED = {'silu': 'swiglu', 'gelu': 'geglu', 'gelu_new': 'geglu_tanh',
          'gelu_pytorch_tanh': 'geglu_tanh'}
 SCALINGS = {'default': 'none', 'linear': 'linear', 'llama3': 'llama3',

@@ -110,6 +110,11 @@ SYSTEMS = {
                               decoder_attention_heads=3, decoder_layers=1,
                               activation_function='gelu',
                               scale_embedding=False),
+            # As the OPUS-MT models have it.
+            'swish': dict(d_model=8, encoder_ffn_dim=12, decoder_ffn_dim=12,
+                          encoder_attention_heads=2, encoder_layers=1,
+                          decoder_attention_heads=2, decoder_layers=1,
+                          activation_function='swish'),
         }),
     't5': System(
         'T5Config', 'T5ForConditionalGeneration', 'encoder_decoder',

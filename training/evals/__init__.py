@@ -34,6 +34,7 @@ class Evaluation:
 
 # name: the module whose run(evaluation) does it.
 TASKS = {
+    'exact': 'training.evals.exact',
     'extrapolation': 'training.evals.extrapolation',
     'loss': 'training.evals.loss',
     'routing': 'training.evals.routing',

@@ -1,0 +1,59 @@
+"""Held-out targets that the model writes right to their end, each token: the
+share of pairs, or of rows of cut-out spans (sequence accuracy)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from architectures.parts.config import require
+from training import data
+from training import generate
+from training import pairs
+
+
+def run(evaluation) -> dict:
+  """Writes the targets of eval.batches batches, greedily."""
+  found = written(evaluation, 'exact')
+  share = float(np.mean([same for _, _, same in found]))
+  print(f'{len(found)} held-out targets: exact {share:.4f}')
+  return dict(exact=share, targets=len(found))
+
+
+def written(evaluation, task: str) -> list[tuple]:
+  """Returns what `translate` does of the held-out rows."""
+  run, config = evaluation.run, evaluation.run.config
+  require(config.objective in ('seq2seq', 'span'),
+          f'objective {config.objective!r} has no targets to write: leave '
+          f'{task} out of --tasks')
+  loader = data.load(config, evaluation.tokenizer, 'eval')
+  found = []
+  for batch in loader.iterate(0, config.eval.batches or None):
+    found += translate(run.module, evaluation.params, batch,
+                       evaluation.tokenizer)
+  return found
+
+
+def translate(module, params, batch, tokenizer) -> list[tuple]:
+  """Returns (hypothesis, reference, whether their tokens are the same) of
+  each pair of a batch; rows without a weight are no pairs."""
+  start = jnp.full((len(batch['tokens']), 1), pairs.start_id(tokenizer))
+  end = tokenizer.separator_id
+  tokens = jax.device_get(generate.generate(
+      module, params, start, jnp.ones(len(start), jnp.int32),
+      jax.random.key(0), max_new_tokens=batch['targets'].shape[1],
+      sampling=generate.Sampling(temperature=0), stop_token=end,
+      source_BM=jnp.asarray(batch['tokens']),
+      source_lengths_B=jnp.asarray(batch['segment_ids'].sum(1))))
+  found = []
+  for row, target, weights in zip(tokens, batch['targets'], batch['weights']):
+    size = int((weights > 0).sum())
+    if size:
+      same = np.array_equal(row[:size], target[:size])
+      found.append((_text(row, end, tokenizer),
+                    _text(target[:size], end, tokenizer), same))
+  return found
+
+
+def _text(ids, end: int, tokenizer) -> str:
+  ends = np.flatnonzero(ids == end)
+  return tokenizer.decode(ids[:ends[0]] if ends.size else ids)

@@ -1,0 +1,109 @@
+"""Files of tokenizers that Hugging Face's library runs, read: each function
+returns the pipeline and {kind: id} of its special tokens."""
+
+import json
+import pathlib
+
+# Where a file's own tokenizer_config.json says nothing, the special tokens
+# are the first of these that the vocabulary holds.
+SPECIAL_NAMES = {
+    'bos': ('<|begin_of_text|>', '<s>', '<bos>', '<|startoftext|>'),
+    'eos': ('<|end_of_text|>', '<|endoftext|>', '</s>', '<eos>'),
+    'pad': ('[PAD]', '<pad>', '<|pad|>', '<|finetune_right_pad_id|>'),
+    'mask': ('[MASK]', '<mask>', '<|mask|>'),
+    'cls': ('[CLS]', '<cls>'),
+    'sep': ('[SEP]', '<sep>'),
+}
+
+
+def read_json(spec: str, path: pathlib.Path):
+  """Reads a tokenizer.json, and the tokenizer_config.json beside it."""
+  import tokenizers
+  try:
+    tokenizer = tokenizers.Tokenizer.from_file(str(path))
+  except Exception as error:  # tokenizers raises bare Exception.
+    raise ValueError(
+        f'tokenizer {spec!r} is not a Hugging Face tokenizer.json: '
+        f'{error}.') from error
+  added = {token.content: i for i, token
+           in tokenizer.get_added_tokens_decoder().items() if token.special}
+  special_ids = named_specials(added.get) | _described_specials(
+      _described(path), tokenizer)
+  return tokenizer, special_ids
+
+
+def _described(path: pathlib.Path) -> dict:
+  """Returns the tokenizer_config.json beside `path`, if any."""
+  config = path.parent / 'tokenizer_config.json'
+  return (json.loads(config.read_text(encoding='utf-8')) if config.is_file()
+          else {})
+
+
+def _described_specials(described: dict, tokenizer) -> dict[str, int]:
+  found = {}
+  for name in SPECIAL_NAMES:
+    token = described.get(f'{name}_token')
+    token = token.get('content') if isinstance(token, dict) else token
+    if token and tokenizer.token_to_id(token) is not None:
+      found[name] = tokenizer.token_to_id(token)
+  return found
+
+
+def read_wordpiece(spec: str, path: pathlib.Path):
+  """Reads BERT's vocab.txt, a token a line (Devlin et al., tokenization.py);
+  the tokenizer_config.json beside it says whether case counts."""
+  import tokenizers
+  try:
+    model = tokenizers.models.WordPiece.from_file(str(path), unk_token='[UNK]')
+  except Exception as error:  # tokenizers raises bare Exception.
+    raise ValueError(f'tokenizer {spec!r}: {path.name} is no WordPiece '
+                     f'vocabulary: {error}.') from error
+  tokenizer = tokenizers.Tokenizer(model)
+  if tokenizer.token_to_id('[UNK]') is None:
+    raise ValueError(f'tokenizer {spec!r}: {path.name} is no WordPiece '
+                     'vocabulary: it has no [UNK].')
+  told = _described(path)
+  tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(
+      lowercase=told.get('do_lower_case', True),
+      strip_accents=told.get('strip_accents'),
+      handle_chinese_chars=told.get('tokenize_chinese_chars', True))
+  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+  tokenizer.decoder = tokenizers.decoders.WordPiece()
+  special_ids = named_specials(tokenizer.token_to_id) | _described_specials(
+      told, tokenizer)
+  tokenizer.add_special_tokens(
+      [tokenizer.id_to_token(i) for i in special_ids.values()])
+  return tokenizer, special_ids
+
+
+def read_gpt2(spec: str, encoder: pathlib.Path, merges: pathlib.Path):
+  """Reads GPT-2's pair of files (Radford et al., 2019, encoder.py)."""
+  import tokenizers
+  try:
+    vocab = json.loads(encoder.read_text(encoding='utf-8'))
+    lines = merges.read_text(encoding='utf-8').split('\n')
+    lines = lines[1:] if lines[0].startswith('#version') else lines
+    pairs = [tuple(line.split()) for line in lines if line.strip()]
+    model = tokenizers.models.BPE(vocab, pairs)
+  except Exception as error:  # tokenizers raises bare Exception.
+    raise ValueError(
+        f'tokenizer {spec!r}: {encoder.name} and {merges.name} are not a '
+        f'byte-level BPE vocabulary and its merges: {error}.') from error
+  tokenizer = tokenizers.Tokenizer(model)
+  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+      add_prefix_space=False)
+  tokenizer.decoder = tokenizers.decoders.ByteLevel()
+  special_ids = named_specials(vocab.get)
+  token_of = {i: token for token, i in vocab.items()}
+  tokenizer.add_special_tokens([token_of[i] for i in special_ids.values()])
+  return tokenizer, special_ids
+
+
+def named_specials(id_of) -> dict[str, int]:
+  """Returns the special tokens that a vocabulary has by their usual names."""
+  found = {}
+  for kind, names in SPECIAL_NAMES.items():
+    ids = [id_of(name) for name in names if id_of(name) is not None]
+    if ids:
+      found[kind] = ids[0]
+  return found
