@@ -1,5 +1,5 @@
 # make train: a GPT on real text, in about three minutes on two CPU cores.
-# make test, test-fast, verify, lint; make lock; make clean.
+# make test, test-fast, plan-test, verify, lint; make lock; make clean.
 #
 # PYTHON names the interpreter that .venv is made with, VENV another folder:
 #   make test PYTHON=python3.12 VENV=.venv312
@@ -12,10 +12,11 @@ TEST_FLAGS ?= -n 2 --dist loadgroup
 
 run = $(VENV)/bin/python
 test_extras = test,demo,data,tensorboard,plot,bleu,slurm
-locked_extras = $(test_extras),verify,hf,wandb
+plan_extras = $(test_extras),plan,plan_gpu
+locked_extras = $(plan_extras),verify,hf,wandb
 
 .DELETE_ON_ERROR:
-.PHONY: train test test-fast verify lint lock clean
+.PHONY: train test test-fast plan-test verify lint lock clean
 train: $(VENV)/.demo
 	$(run) train.py --config configs/gpt.py --workdir $(WORKDIR)
 	$(run) eval.py --workdir $(WORKDIR) --tasks=loss,samples
@@ -25,6 +26,10 @@ test: $(VENV)/.test
 
 test-fast: $(VENV)/.test
 	$(run) -m pytest $(TEST_FLAGS) -m 'not slow'
+
+# What compiles for TPUs and GPUs that are not there; some 4 minutes of one core.
+plan-test: $(VENV)/.plan
+	$(run) -m pytest $(TEST_FLAGS) -m plan
 
 verify: $(VENV)/.verify
 	$(run) -m tools.verify
@@ -48,9 +53,10 @@ locks = requirements/py311.txt requirements/py312.txt
 
 $(VENV)/.demo: extras = demo
 $(VENV)/.test: extras = $(test_extras)
+$(VENV)/.plan: extras = $(plan_extras)
 $(VENV)/.verify: extras = verify
 
-$(VENV)/.demo $(VENV)/.test $(VENV)/.verify: setup.cfg $(locks) | $(VENV)/.made
+$(VENV)/.demo $(VENV)/.test $(VENV)/.plan $(VENV)/.verify: setup.cfg $(locks) | $(VENV)/.made
 	@echo "Installing archetype[$(extras)] into $(VENV) with $(lock):" \
 	  "some minutes the first time."
 	@$(run) -m pip install --quiet --constraint $(lock) -e '.[$(extras)]'

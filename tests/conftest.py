@@ -33,8 +33,11 @@ os.environ.setdefault('ARCHETYPE_CACHE', str(_CACHE / 'archetype'))
 
 
 def pytest_collection_modifyitems(config, items):
-  """What is marked `product` takes half an hour: only where it is asked for."""
-  if 'product' not in config.option.markexpr:
-    left = [item for item in items if item.get_closest_marker('product')]
+  """What is marked `product` (half an hour) or `plan` (needs libtpu) runs only
+  where it is asked for."""
+  for marker in ('product', 'plan'):
+    if marker in config.option.markexpr:
+      continue
+    left = [item for item in items if item.get_closest_marker(marker)]
     config.hook.pytest_deselected(items=left)
     items[:] = [item for item in items if item not in left]
