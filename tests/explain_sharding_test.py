@@ -108,6 +108,23 @@ def test_collectives_follow_from_the_rules():
   assert rows[0]['bytes_sent_per_device'] == 2 * 4 * size * 7 / 8
 
 
+def test_micro_batches_repeat_collectives_and_send_tokens_once():
+  config = mixtral.get_config()
+  config.data.batch_size = 32
+  mesh = tables.PRESETS['ep_fsdp_tp']
+  def found():
+    run = run_on(config, mesh)
+    return {(r['kind'], *r['axes'], r['why']): r
+            for r in predict.collectives(run, arrays.parameters(run))}
+  once = found()
+  config.train.grad_accumulation = 4
+  for key, row in found().items():
+    assert row['runs_per_step'] == 4 * once[key]['runs_per_step'], key
+    more = 4 if 'weights' in key[-1] else 1
+    assert row['bytes_sent_per_device'] == pytest.approx(
+        more * once[key]['bytes_sent_per_device']), key
+
+
 def test_two_meshes_side_by_side():
   config = plain()
   one = report.explain(config, tables.PRESETS['fsdp'])

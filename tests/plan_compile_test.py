@@ -2,9 +2,12 @@
 
 import importlib.util
 import os
+import re
 
 from configs import gpt, mixtral
 from configs import sharding as tables
+import jax
+from jax.experimental import pallas
 import pytest
 
 os.environ |= {
@@ -14,6 +17,7 @@ os.environ |= {
 
 from tools.explain_sharding import arrays, predict
 from tools.plan import analyse, chips, collectives, compile as compiling
+from tools.plan import flops
 from tools.plan import topology as topologies
 from tools.plan.compile import DoesNotFit
 
@@ -23,8 +27,8 @@ tpu = pytest.mark.skipif(
     reason="libtpu is not installed: pip install -e '.[plan]'")
 gpu = pytest.mark.skipif(
     not topologies.compiler(chips.parse('h100:1x2x8')),
-    reason='jax-cuda13-plugin and jax-cuda13-pjrt are not installed, or are '
-    'not of the release of jax that is')
+    reason="the CUDA plugin of jax's own release is not installed: "
+    "pip install -e '.[plan_gpu]'")
 
 
 def run_on(topology, mesh, config):
@@ -66,8 +70,10 @@ def test_experts_cross_by_all_to_all_and_tokens_are_not_gathered(preset):
         c.sent * c.runs for c in crossings)
   else:
     assert not crossings
-  gathered = [c for c in found if c.kind == 'all-gather' and 'expert' in c.axes]
-  assert not [c for c in gathered if c.dtype == 'bf16']
+  # Whatever their dtype: the router has them in float32.
+  a_device = config.data.batch_size * config.data.length * 256 // 8
+  assert not [c for c in found if c.kind == 'all-gather'
+              and 'expert' in c.axes and c.elements >= a_device]
 
 
 @tpu
@@ -78,6 +84,42 @@ def test_what_does_not_fit_is_refused_by_the_compiler():
   config.model.update(max_len=4096, num_heads=64, d_model=512)
   with pytest.raises(DoesNotFit, match='train does not fit.*HBM'):
     compiled(run_on(topology, 'data=4', config), topology)
+
+
+@tpu
+def test_a_kernel_too_large_for_the_chip_is_no_lack_of_hbm():
+  topology = chips.parse('v5e:2x2')
+  run = run_on(topology, 'data=4', gpt.get_config())
+  def double(x):
+    return pallas.pallas_call(
+        lambda x, out: out.__setitem__(..., 2 * x[...]), out_shape=x)(x)
+  x = jax.ShapeDtypeStruct((8192, 8192), jax.numpy.float32,
+                           sharding=jax.sharding.SingleDeviceSharding(
+                               run.mesh.devices.flat[0]))
+  what = compiling.Program('double', double, (x,), {})
+  with pytest.raises(RuntimeError, match='double cannot be compiled.*on-chip'):
+    compiling.build(run, what, None, jax.jit(double).lower(x), 2 ** 40)
+
+
+@tpu
+@pytest.mark.parametrize('name', ['v4:2x2x1', 'v5e:2x2', 'v5p:2x2x1',
+                                  'v6e:2x2', 'tpu7x:2x2x1'])
+def test_grouped_products_are_counted_as_the_compiler_makes_them(name):
+  topology = chips.parse(name)
+  one = jax.sharding.SingleDeviceSharding(topologies.devices(topology)[0])
+  shape = lambda *size, dtype='bfloat16': jax.ShapeDtypeStruct(
+      size, dtype, sharding=one)
+  def products(x_RK, w_EKN, counts_E, d_RN):
+    product = lambda x, w: jax.lax.ragged_dot(x, w, counts_E)
+    y_RN, back = jax.vjp(product, x_RK, w_EKN)
+    return y_RN, back(d_RN)
+  traced = jax.jit(products).trace(
+      shape(512, 256), shape(4, 256, 128), shape(4, dtype='int32'),
+      shape(512, 128))
+  place = flops.Place('tpu', dense=topologies.dense(topology))
+  counted = flops.count(traced.jaxpr, place).flops
+  made = traced.lower().compile().cost_analysis()['flops']
+  assert counted == pytest.approx(made, rel=0.1)
 
 
 @tpu
@@ -118,6 +160,20 @@ def test_generation_holds_weights_and_cache(tmp_path, monkeypatch):
     assert report['flops']['loops_counted_once'] == 0
     assert 0.9 < report['flops']['ratio'] < 3
   assert all(row['exact'] for row in decode['collectives'])
+
+
+@gpu
+@pytest.mark.parametrize('name', ['a100', 'h100', 'h200', 'b200'])
+def test_every_gpu_compiles_and_makes_grouped_products_of_all_groups(name):
+  topology = chips.parse(f'{name}:1x1x1')
+  config = mixtral.get_config()
+  config.model.update(num_layers=1, attention_kernel='xla')
+  config.data.update(batch_size=16, length=64)
+  run = run_on(topology, 'data=1', config)
+  text = compiled(run, topology).as_text()
+  m, rows = config.model.moe, 16 * 64 * config.model.moe.top_k
+  side_by_side = rf'bf16\[{rows},{m.num_experts * config.model.d_model}\]'
+  assert re.search(side_by_side, text) and 'ragged' not in text
 
 
 @gpu

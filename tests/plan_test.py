@@ -14,11 +14,11 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
-from tools.plan import analyse, chips, collectives, flops, hlo
+from tools.plan import analyse, cache, chips, collectives, flops, hlo
 from tools.plan import report, roofline, search, topology
 from tools.plan.compile import DoesNotFit
 from training import devices, examples, memory, objectives, peaks, runs
-from training import tokenizers
+from training import paths, tokenizers
 
 
 def test_names_say_chips_devices_and_what_is_together():
@@ -36,7 +36,9 @@ def test_names_say_chips_devices_and_what_is_together():
     ('v5e:32x32', 1, 'choose from 1x1, 2x2'), ('v5p:4x4', 1, 'v5p:4x4x8'),
     ('v5p:3x4x4', 1, '4ix4jx4k in rising order'),
     ('v5p:16x16x32', 1, '6,144 chips at most'),
-    ('h100:1x8x8', 2, 'SLICESxHOSTSxGPUS'), ('v4:2x2x1', 0, 'must be >= 1')])
+    ('h100:1x8x8', 2, 'SLICESxHOSTSxGPUS'), ('h100:3x5x7', 1, 'h100:1x15x7'),
+    ('h100:1x1x64', 1, 'choose from 1, 2, 4, 8'),
+    ('v4:2x2x1', 0, 'must be >= 1')])
 def test_wrong_names_are_refused_with_choices(name, slices, words):
   with pytest.raises(ValueError, match=words):
     chips.parse(name, slices)
@@ -249,7 +251,8 @@ def small(config):
 
 def run_on_cpu(config, preset):
   model, _ = runs.resolve(config, tokenizers.load('bytes'))
-  return runs.start(config, model, devices.make_mesh(tables.PRESETS[preset]))
+  shape = tables.PRESETS[preset] if isinstance(preset, str) else preset
+  return runs.start(config, model, devices.make_mesh(shape))
 
 
 def grouped_rows(jaxpr) -> set[int]:
@@ -261,7 +264,7 @@ def grouped_rows(jaxpr) -> set[int]:
 
 
 @pytest.mark.parametrize('preset', list(tables.PRESETS))
-def test_rows_in_even_load_are_those_of_the_model_s_own_buffer(preset):
+def test_tokens_are_cut_up_over_every_axis_of_theirs(preset):
   config = small(mixtral.get_config())
   config.model.moe.num_experts = 8
   run = run_on_cpu(config, preset)
@@ -278,13 +281,9 @@ def test_rows_in_even_load_are_those_of_the_model_s_own_buffer(preset):
   assert grouped_rows(jaxpr.jaxpr) == {rows}
 
 
-@pytest.mark.parametrize('preset', list(tables.PRESETS))
-def test_an_estimate_cuts_up_what_tokens_leave(preset):
-  run, alone = (run_on_cpu(small(mixtral.get_config()), p)
-                for p in (preset, 'dp'))
-  ours, all_data = (memory.analytic(r, 2 ** 20) for r in (run, alone))
-  tensor = run.mesh.shape['tensor']
-  assert ours['kept_for_backward'] == tensor * all_data['kept_for_backward']
+  # Nor does an estimate keep more: all axes but tensor cut up the tokens.
+  assert memory.analytic(run, 2 ** 20)['kept_for_backward'] == (
+      2 ** 20 // 8 * run.mesh.shape['tensor'])
 
 
 @pytest.mark.slow
@@ -355,6 +354,64 @@ def test_a_search_ranks_what_fits(no_compiler):
   nothing = t._replace(chip=t.chip._replace(hbm=2 ** 10))
   with pytest.raises(DoesNotFit, match='no mesh, remat policy'):
     search.search(config, nothing, 1)
+
+
+def test_bytes_between_hosts_count_in_a_search():
+  for mesh, gathers in ((dict(data=2, fsdp=4), False), (dict(data=8), False),
+                        (dict(data=1, fsdp=8), True)):
+    run = run_on_cpu(small(gpt.get_config()), tables.PRESETS['dp'] | mesh)
+    found = search.sent(run, np.arange(8) // 4)
+    kinds = {one.kind for one in found if one.sent_outside}
+    assert 'all-reduce' in kinds and ('all-gather' in kinds) == gathers, mesh
+    assert sum(one.sent for one in found) > sum(
+        one.sent_outside for one in found)
+
+
+@pytest.mark.parametrize('rules, mesh', [
+    ('default', 'fsdp'), ('replicated', 'fsdp'), ('default', 'ep')])
+def test_weights_are_read_whole_once_a_pass(rules, mesh):
+  config = small(mixtral.get_config())
+  config.model.moe.num_experts = 8
+  config.mesh.rules = rules
+  for dtype in ('float32', 'bfloat16'):
+    config.model.update(param_dtype=dtype, dtype='bfloat16')
+    run = run_on_cpu(config, mesh)
+    shards = run.mesh.shape['expert']
+    whole = sum(x.size * 2 // (shards if '/ffn/' in path and x.ndim == 4 else 1)
+                for path, x in paths.flatten(run.abstract.params).items())
+    assert roofline.hbm_bytes(run, 0.0, False) == whole, dtype
+
+
+def test_a_report_is_of_the_code_that_made_it(monkeypatch, tmp_path):
+  monkeypatch.setattr(cache, '_ROOT', tmp_path)
+  names = [cache.key('program')]
+  for place in ('tools/plan', 'training', 'architectures/parts'):
+    (tmp_path / place).mkdir(parents=True)
+    (tmp_path / place / 'flops.py').write_text('PEAK = 1')
+    names.append(cache.key('program'))
+  assert len(set(names)) == 4
+
+
+def test_every_program_that_does_not_fit_is_told(monkeypatch):
+  def analysed(run, topology, name, fresh):
+    if name != 'prefill':
+      raise DoesNotFit(f'{name} does not fit')
+    return name
+  monkeypatch.setattr(analyse, 'analyse', analysed)
+  assert analyse.programs(None, None, ['train', 'prefill', 'decode']) == dict(
+      programs=['prefill'], fits=False,
+      reasons=['train does not fit', 'decode does not fit'])
+
+
+@pytest.mark.parametrize('words, told', [
+    (['--search=-1'], 'how many plans to list'),
+    (['--search=2', '--mesh=fsdp=8'], 'pass one of them'),
+    (['--search=2', '--programs=train,decode'], 'for train alone')])
+def test_a_search_refuses_what_it_would_ignore(words, told):
+  done = subprocess.run(
+      [sys.executable, '-m', 'tools.plan', '--config', 'configs/gpt.py',
+       '--topology', 'v5p:2x2x2', *words], capture_output=True, text=True)
+  assert done.returncode == 2 and told in done.stderr
 
 
 @pytest.mark.parametrize('text, words', [

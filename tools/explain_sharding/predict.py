@@ -12,7 +12,7 @@ import math
 from architectures.parts import dispatch
 from configs import sharding as tables
 import jax.numpy as jnp
-from training import examples
+from training import devices, examples
 
 PASSES = {'full': 3, 'dots': 2, 'none': 2}  # that use a weight, by remat
 
@@ -39,7 +39,9 @@ def _of_weight(run, one: dict, batch: list, mesh: dict) -> list[dict]:
   """A parameter's gathers and its gradient's reductions."""
   own = [axis for d in one['dimensions'] for axis in d['mesh']]
   times = run.config.train.grad_accumulation
-  width = run.model.compute_dtype.itemsize / 4  # it is cast before it is sent
+  # It is cast before it is sent.
+  width = (run.model.compute_dtype.itemsize
+           / jnp.dtype(run.model.param_dtype).itemsize)
   rows = []
   for axis in own:
     n = mesh[axis]
@@ -71,8 +73,9 @@ def _of_activations(run, parameters, mesh) -> list[dict]:
   c, config = run.model, run.config
   shapes = examples.shapes(config)
   longest = max(shape[1] for shape, _ in shapes.values() if len(shape) > 1)
-  tokens = config.data.batch_size * longest // math.prod(
-      run.mesh.shape[axis] for axis in ('data', 'fsdp', 'expert', 'context'))
+  micro = config.train.grad_accumulation
+  tokens = config.data.batch_size * longest // micro // devices.shards(
+      'tokens', run.mesh.shape, config.mesh.rules)
   one = tokens * c.d_model * jnp.dtype(c.dtype).itemsize
   rows = []
   for row in parameters:
@@ -84,13 +87,13 @@ def _of_activations(run, parameters, mesh) -> list[dict]:
               and 'tensor' in d['mesh']]
     if summed and row['axes'][-1] == 'embed' and len(dims) > 2:
       # Forward, backward of what went in, and again where it is remade.
-      runs = layers * PASSES[c.remat]
+      runs = layers * PASSES[c.remat] * micro
       n = mesh['tensor']
       rows.append(_row('all-reduce', ['tensor'], 'products summed over heads '
                        'or mlp', runs, 2 * one * (n - 1) / n * runs))
     if 'context' in mesh and row['name'].endswith(
         ('/attention/key', '/attention/value')):
-      runs = layers * PASSES[c.remat]
+      runs = layers * PASSES[c.remat] * micro
       width = math.prod(d['size'] // math.prod(mesh[a] for a in d['mesh'])
                         for d in dims if d['axis'] in ('kv_heads', 'head'))
       rows.append(_row(
@@ -99,7 +102,7 @@ def _of_activations(run, parameters, mesh) -> list[dict]:
           * (mesh['context'] - 1)))
     if 'expert' in mesh and row['name'].endswith('/ffn/down') and any(
         d['axis'] == 'experts' for d in dims):
-      runs = layers * 2 * PASSES[c.remat]
+      runs = layers * 2 * PASSES[c.remat] * micro
       n = mesh['expert']
       rows.append(_row(
           'all-to-all', ['expert'], 'tokens to their experts and back', runs,

@@ -4,13 +4,13 @@
       --mesh fsdp=8,expert=8 --config.data.batch_size=256
 
 Compiles the real training step for a TPU (v4 v5e v5p v6e tpu7x, extra `plan`)
-or GPUs (a100 h100 h200 b200, with jax-cuda13-plugin and jax-cuda13-pjrt) that
-are not there, and prints: bytes a device, what is replicated, every
-collective, FLOPs, and the shortest step and highest MFU that published figures
-allow. What does not fit is a sentence and exit code 2. Without a compiler for
-the topology, the same by an estimate. Reports are kept by content under
-$ARCHETYPE_CACHE (~/.cache/archetype) in plans/. --search=3 lists the three best
-of all meshes, remat policies and accumulations that fit.
+or GPUs (a100 h100 h200 b200, extra `plan_gpu`) that are not there, and prints:
+bytes a device, what is replicated, every collective, FLOPs, and the shortest
+step and highest MFU that published figures allow. What does not fit is a
+sentence and exit code 2. Without a compiler for the topology, the same by an
+estimate. Reports are kept by content in plans/ of $ARCHETYPE_CACHE
+(~/.cache/archetype). --search=3 lists the three best of all meshes (data, fsdp,
+expert and tensor; context stays 1), remat policies and accumulations that fit.
 JAX_OPTIMIZATION_LEVEL=O1 halves the time of compiling.
 """
 
@@ -39,6 +39,7 @@ def main():
   if args.config is None or not args.topology:
     raise ValueError('pass both --config FILE.py:SIZE and --topology, such as '
                      'v5p:4x4x8')
+  _check_search(args)
   os.environ['JAX_PLATFORMS'] = 'cpu'  # before jax is imported
   from tools.plan import chips, topology as topologies
   topology = chips.parse(args.topology, args.slices)
@@ -47,21 +48,31 @@ def main():
   from tools.plan import analyse, compile as compiling, report
   if args.search:
     from tools.plan import search
-    found = search.search(args.config, topology, args.search)
+    found = search.search(args.config, topology, args.search, args.fresh)
     print(json.dumps(found, indent=2) if args.json else search.text(found))
     return 0
   run = analyse.start(args.config, topology, args.mesh)
   plan = analyse.describe(run, topology) | analyse.active_parameters(run)
-  try:
-    plan['programs'] = [analyse.analyse(run, topology, name, args.fresh)
-                        for name in args.programs]
-  except compiling.DoesNotFit as error:
-    if args.json:
-      print(json.dumps(plan | dict(fits=False, reason=str(error)), indent=2))
-    raise
-  print(json.dumps(plan | dict(fits=True), indent=2) if args.json
-        else report.text(plan))
+  plan |= analyse.programs(run, topology, args.programs, args.fresh)
+  if args.json:
+    print(json.dumps(plan, indent=2))
+  elif plan['programs']:
+    print(report.text(plan))
+  if not plan['fits']:
+    raise compiling.DoesNotFit('; '.join(plan['reasons']))
   return 0
+
+
+def _check_search(args) -> None:
+  if args.search < 0:
+    raise ValueError(f'--search is {args.search}: pass how many plans to list, '
+                     'or 0 for the plan of one mesh')
+  if args.search and args.mesh:
+    raise ValueError(f'--search chooses the mesh, and --mesh is {args.mesh!r}: '
+                     'pass one of them')
+  if args.search and args.programs != ['train']:
+    raise ValueError('--search is for train alone, and --programs is '
+                     f'{",".join(args.programs)}: leave it out')
 
 
 if __name__ == '__main__':

@@ -103,6 +103,19 @@ def analyse(run: runs.Run, topology: chips.Topology, name: str,
   return report
 
 
+def programs(run: runs.Run, topology: chips.Topology, names: list[str],
+             fresh: bool = False) -> dict:
+  """Returns the reports of those that fit, whether all do, and why not."""
+  reports, reasons = [], []
+  for name in names:
+    try:
+      reports.append(analyse(run, topology, name, fresh))
+    except compiling.DoesNotFit as error:
+      reasons.append(str(error))
+  return dict(programs=reports, fits=not reasons,
+              reasons=list(dict.fromkeys(reasons)))
+
+
 def _compiled(run, topology, what, jaxpr, lowered, state) -> dict:
   estimate = not topologies.compiler(topology)
   begun = time.monotonic()
@@ -203,9 +216,9 @@ def hosts(run: runs.Run, topology: chips.Topology) -> np.ndarray:
   """Returns the slice (TPU) or host (GPU) of each device, in mesh order."""
   placed = run.mesh.devices.reshape(-1)
   if topology.slices > 1:  # `data` goes over the slices, and comes first
-    return np.arange(placed.size) // topology.together
+    return np.arange(placed.size, dtype=np.int64) // topology.together
   order = {id_: i for i, id_ in enumerate(sorted(d.id for d in placed))}
-  return np.array([order[d.id] // topology.together for d in placed])
+  return np.array([order[d.id] // topology.together for d in placed], np.int64)
 
 
 def active_parameters(run: runs.Run) -> dict:

@@ -1,5 +1,6 @@
 """Reports by content: of the lowered program, the devices, the compiler and
-the code of this tool. (JAX's own cache cannot be read for absent devices.)"""
+the code that figures come from. (JAX's own cache cannot be read for absent
+devices.)"""
 
 import hashlib
 import json
@@ -9,6 +10,12 @@ from typing import Optional
 
 from training import token_cache
 
+_ROOT = pathlib.Path(__file__).parents[2]
+# What reports depend on, besides the program.
+CODE = ('tools/plan/*.py', 'training/costs.py', 'training/devices.py',
+        'training/examples.py', 'training/flops.py', 'training/memory.py',
+        'training/peaks.py', 'architectures/**/*.py')
+
 
 def key(lowered_text: str, *facts) -> str:
   """Returns the name of a report."""
@@ -16,8 +23,9 @@ def key(lowered_text: str, *facts) -> str:
   digest.update(json.dumps(facts, default=str).encode())
   for name in ('XLA_FLAGS', 'LIBTPU_INIT_ARGS', 'JAX_OPTIMIZATION_LEVEL'):
     digest.update(os.environ.get(name, '').encode())
-  for path in sorted(pathlib.Path(__file__).parent.glob('*.py')):
-    digest.update(path.read_bytes())
+  for pattern in CODE:
+    for path in sorted(_ROOT.glob(pattern)):
+      digest.update(path.read_bytes())
   return digest.hexdigest()[:32]
 
 

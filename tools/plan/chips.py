@@ -119,7 +119,19 @@ def parse(name: str, slices: int = 1) -> Topology:
           f'{kind}:SLICESxHOSTSxGPUS')
   if chip.platform == 'tpu':
     _check_pod(name, kind, chip, text, shape)
+  else:
+    _check_hosts(name, kind, shape)
   return Topology(name, chip, shape, slices)
+
+
+def _check_hosts(name, kind, shape) -> None:
+  """The plugin accepts any shape; NVLink joins 8 GPUs of a machine at most."""
+  slices, hosts, gpus = shape
+  require(slices == 1, f'--topology is {name!r}: GPUs of several slices are '
+          f'not planned for; write all hosts in one, {kind}:1x'
+          f'{slices * hosts}x{gpus}')
+  require(gpus in (1, 2, 4, 8), f'--topology is {name!r}, whose hosts would '
+          f'have {gpus} GPUs: choose from 1, 2, 4, 8')
 
 
 def _check_pod(name, kind, chip, text, shape) -> None:

@@ -110,6 +110,7 @@ def build(run: runs.Run, what: Program, jaxpr, lowered, hbm: float
   Raises:
     DoesNotFit: with the compiler's figures, or with ours where it lets a
       program pass that the device has no room for (GPUs).
+    RuntimeError: where a kernel needs more on-chip memory than there is.
   """
   begun = time.monotonic()
   try:
@@ -119,6 +120,9 @@ def build(run: runs.Run, what: Program, jaxpr, lowered, hbm: float
     if 'RESOURCE_EXHAUSTED' not in str(error):
       raise
     reason = str(error).split('RESOURCE_EXHAUSTED: ')[-1].splitlines()[0]
+    if 'hbm' not in reason.lower():  # as VMEM, which no sharding relieves
+      raise RuntimeError(f'{what.name} cannot be compiled: a kernel takes more '
+                         f'on-chip memory than there is: {reason}') from error
     raise DoesNotFit(f'{what.name} does not fit a device: {reason}') from error
   stats = executable.memory_analysis()
   peak = stats.peak_memory_in_bytes

@@ -7,13 +7,16 @@ compiler is there, until as many fit as were asked for.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from typing import NamedTuple
 
 import jax
+import numpy as np
 
-from tools.plan import analyse, chips, compile as compiling, roofline
+from tools.plan import analyse, chips, collectives, compile as compiling
+from tools.plan import roofline
 from tools.plan import topology as topologies
 from training import devices, flops, memory, runs, tokenizers
 
@@ -61,31 +64,55 @@ def meshes(config, model, topology: chips.Topology):
       yield shape
 
 
-def sent(run: runs.Run) -> float:
-  """Returns bytes that a device sends in a step: weights gathered, gradients
-  reduced, products summed over `tensor`, tokens to experts and back."""
+def sent(run: runs.Run, host_of: np.ndarray) -> list[collectives.Collective]:
+  """Returns what a step must send: weights gathered, gradients reduced,
+  products summed over `tensor`, tokens to experts and back.
+
+  Args:
+    run: on the topology's devices.
+    host_of: as of collectives.read.
+  """
   c, shape, accumulation = (run.model, run.mesh.shape,
                             run.config.train.grad_accumulation)
   itemsize, passes = c.compute_dtype.itemsize, 2 + (c.remat == 'full')
   batch = ('data', 'fsdp', 'expert')
-  total = 0.0
+  found = []
+
+  def add(kind, axes, payload, times):
+    size, hosts = _group(tuple(shape.items()), axes, host_of.tobytes())
+    if size > 1:
+      found.append(collectives.Collective(
+          kind, axes, size, hosts, c.dtype, 0, payload, times, True, ''))
+
   for x in jax.tree.leaves(run.abstract.params):
     used = memory.axes(x.sharding)
     shard = math.prod(x.sharding.shard_shape(x.shape)) * itemsize
-    n = shape['fsdp'] if 'fsdp' in used else 1
-    rest = math.prod(shape[a] for a in batch if a not in used)
-    total += accumulation * shard * (
-        (passes + 1) * (n - 1) + 2 * (rest - 1) / rest)
+    if 'fsdp' in used:
+      add('all-gather', ('fsdp',), shard * shape['fsdp'],
+          passes * accumulation)
+      add('reduce-scatter', ('fsdp',), shard, accumulation)
+    rest = tuple(a for a in batch if a not in used)
+    add('all-reduce', rest, shard, accumulation)
   tokens = run.config.data.batch_size * sum(analyse.lengths(run.config))
   one = tokens * c.d_model * itemsize / math.prod(shape[a] for a in batch)
   both = flops.STACKS[c.arch] == 'encoder-decoder'
   layers = c.num_layers + both * c.num_decoder_layers
-  share = lambda axis: (shape[axis] - 1) / shape[axis]
-  total += 2 * passes * layers * 2 * one * share('tensor')
+  add('all-reduce', ('tensor',), one, 2 * passes * layers)
   if c.ffn == 'moe':
-    total += 2 * passes * layers / c.moe.every * c.moe.top_k * one * share(
-        'expert')
-  return total
+    add('all-to-all', ('expert',), c.moe.top_k * one,
+        2 * passes * layers / c.moe.every)
+  return found
+
+
+@functools.lru_cache
+def _group(shape: tuple, axes: tuple[str, ...], host_of: bytes):
+  """Returns (devices, hosts) of a group along some axes of a mesh."""
+  names, sizes = zip(*shape)
+  at = [names.index(axis) for axis in axes]
+  hosts = np.frombuffer(host_of, np.int64).reshape(sizes)
+  count = math.prod(sizes[i] for i in at)
+  rows = np.moveaxis(hosts, at, range(-len(at), 0)).reshape(-1, count)
+  return count, max(len(set(row)) for row in rows.tolist())
 
 
 def candidates(config, topology: chips.Topology) -> list[Candidate]:
@@ -125,10 +152,13 @@ def _variant(run: runs.Run, remat: str, accumulation: int) -> runs.Run:
 def _score(run: runs.Run, topology: chips.Topology, kept: int) -> Candidate:
   c = run.model
   needed = sum(analyse.model_flops(run, 'train').values()) / topology.devices
+  found = sent(run, analyse.hosts(run, topology))
+  outside = sum(one.sent_outside * one.runs for one in found)
   bounds = roofline.times(
       topology, c.dtype, flops=needed * FORWARDS[c.remat] / 3,
       hbm_bytes=roofline.hbm_bytes(run, 0.0, True),
-      sent=sent(run), sent_outside=0.0, model_flops=needed)
+      sent=sum(one.sent * one.runs for one in found) - outside,
+      sent_outside=outside, model_flops=needed)
   return Candidate(dict(run.mesh.shape), c.remat,
                    run.config.train.grad_accumulation, bounds['step_seconds'],
                    bounds['highest_mfu'], bounds['bound'],
@@ -136,7 +166,8 @@ def _score(run: runs.Run, topology: chips.Topology, kept: int) -> Candidate:
                                    topology.chip.platform)['peak'])
 
 
-def search(config, topology: chips.Topology, wanted: int) -> dict:
+def search(config, topology: chips.Topology, wanted: int,
+           fresh: bool = False) -> dict:
   """Returns the `wanted` best plans, compiled where that is possible.
 
   Raises:
@@ -155,7 +186,7 @@ def search(config, topology: chips.Topology, wanted: int) -> dict:
     row = one._asdict() | dict(flags=one.flags(), estimate=True)
     if topologies.compiler(topology):
       try:
-        row |= _compiled(config, topology, one)
+        row |= _compiled(config, topology, one, fresh)
       except compiling.DoesNotFit as error:
         refused.append(row | dict(reason=str(error)))
         continue
@@ -164,13 +195,13 @@ def search(config, topology: chips.Topology, wanted: int) -> dict:
               plans=sorted(plans, key=lambda row: row['step_seconds']))
 
 
-def _compiled(config, topology, one: Candidate) -> dict:
+def _compiled(config, topology, one: Candidate, fresh: bool) -> dict:
   config = config.copy_and_resolve_references()
   config.model.remat = one.remat
   config.train.grad_accumulation = one.grad_accumulation
   mesh = ','.join(f'{axis}={n}' for axis, n in one.mesh.items())
   run = analyse.start(config, topology, mesh)
-  report = analyse.analyse(run, topology, 'train')
+  report = analyse.analyse(run, topology, 'train', fresh)
   bounds = report['roofline']
   return dict(estimate=False, peak_bytes=report['memory']['peak'],
               **{name: bounds[name] for name in (
