@@ -4,20 +4,25 @@ safetensors are mapped into memory, sharded ones through their index. A .bin
 is a pickle, from which PyTorch takes tensors and refuses code (weights_only).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 import json
+import math
 import pathlib
+from typing import NamedTuple
 import zipfile
 
 import numpy as np
 
 from architectures.parts.config import require
 
+# As safetensors has them.
+DTYPES = {'float32': 'F32', 'bfloat16': 'BF16', 'float16': 'F16'}
 SAFE, BIN = 'model.safetensors', 'pytorch_model.bin'
 
 
 class Files:
-  """The tensors of a folder or a file: `name in files`, files[name]."""
+  """The tensors of a folder or a file: `name in files`, files[name], and
+  files.cut(name, slices), which reads no more than that."""
 
   def __init__(self, path: pathlib.Path):
     self._open = {}
@@ -38,6 +43,13 @@ class Files:
     if file.suffix == '.bin':
       return _numpy(tensors[name])
     return tensors.get_tensor(name)
+
+  def cut(self, name: str, slices: tuple[slice, ...]) -> np.ndarray:
+    """Returns files[name][slices]."""
+    file, tensors = self._holder(name)
+    if file.suffix == '.bin':
+      return _numpy(tensors[name][slices])
+    return tensors.get_slice(name)[slices]
 
   def shape(self, name: str) -> tuple[int, ...]:
     """Returns a tensor's shape, of which nothing else is read."""
@@ -124,17 +136,27 @@ def _indexed(index: pathlib.Path):
   return [(index.parent / file, found) for file, found in by_file.items()]
 
 
-def write(folder: pathlib.Path, sizes: dict[str, int], tensors: Iterable,
+class Kind(NamedTuple):
+  """What is known of a tensor before it is there."""
+  shape: tuple[int, ...]
+  dtype: np.dtype
+
+  @property
+  def nbytes(self) -> int:
+    return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write(folder: pathlib.Path, kinds: dict[str, Kind], tensors: Iterable,
           shard_bytes: int) -> None:
   """Writes `tensors`, pairs (name, array), as safetensors of `shard_bytes`.
 
   Args:
     folder: where to.
-    sizes: bytes by name, in the order in which `tensors` come.
-    tensors: computed one by one; a shard's stay in memory.
+    kinds: by name, in the order in which `tensors` come.
+    tensors: computed one by one, and written before the next.
     shard_bytes: no file is larger, unless one tensor is.
   """
-  from safetensors.numpy import save_file
+  sizes = {name: kind.nbytes for name, kind in kinds.items()}
   shards = [[]]
   used = 0
   for name, size in sizes.items():
@@ -149,11 +171,29 @@ def write(folder: pathlib.Path, sizes: dict[str, int], tensors: Iterable,
   for i, names in enumerate(shards, 1):
     file = SAFE if len(shards) == 1 else (
         f'{stem}-{i:05d}-of-{len(shards):05d}.{suffix}')
-    shard = dict(next(tensors) for _ in names)
-    assert list(shard) == names
-    save_file(shard, folder / file, metadata={'format': 'pt'})
+    _write_file(folder / file, {name: kinds[name] for name in names}, tensors)
     index.update(dict.fromkeys(names, file))
   if len(shards) > 1:
     (folder / f'{SAFE}.index.json').write_text(json.dumps(
         dict(metadata=dict(total_size=sum(sizes.values())),
              weight_map=index), indent=2, sort_keys=True) + '\n')
+
+
+def _write_file(path: pathlib.Path, kinds: dict[str, Kind],
+                tensors: Iterator) -> None:
+  """Writes one file: the header's length, the header, the tensors' bytes
+  (https://github.com/safetensors/safetensors, "Format"; its own writer wants
+  all tensors at once)."""
+  header, end = {'__metadata__': {'format': 'pt'}}, 0
+  for name, kind in kinds.items():
+    start, end = end, end + kind.nbytes
+    header[name] = dict(dtype=DTYPES[kind.dtype.name], shape=kind.shape,
+                        data_offsets=[start, end])
+  data = json.dumps(header, separators=(',', ':')).encode()
+  data += b' ' * (-len(data) % 8)
+  with path.open('wb') as file:
+    file.write(len(data).to_bytes(8, 'little') + data)
+    for name, kind in kinds.items():
+      found, x = next(tensors)
+      assert (found, x.shape, x.dtype) == (name, *kind), name
+      file.write(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data)

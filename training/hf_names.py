@@ -13,7 +13,7 @@ counted through the blocks of the period. {e} is an expert: axis E of ours.
 ffn/up may both have one.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import math
 from typing import NamedTuple
 
@@ -44,15 +44,36 @@ class Tensor(NamedTuple):
     return tuple(math.prod(self.sizes[a] for a in dim)
                  for dim in self.axes.split())
 
-  def split(self, theirs: np.ndarray) -> list[np.ndarray]:
-    """Returns what `theirs` holds for each of `paths`."""
+  def part(self, cut: Callable[[tuple[slice, ...]], np.ndarray], which: int,
+           ranges: Mapping[str, tuple[int, int]]) -> np.ndarray:
+    """Returns what theirs holds for paths[which], by our axes.
+
+    Args:
+      cut: returns a slice of theirs; as little is asked for as one slice can.
+      which: of `paths`.
+      ranges: (start, stop) of our axes, by letter.
+    """
+    slices, shape, rest = [], [], []
+    for dim in self.axes.split():
+      start, size, narrow = 0, math.prod(self.sizes[a] for a in dim), True
+      for a in dim:
+        first, last = (which, which + 1) if a.isdigit() else ranges[a]
+        if narrow:  # each axis before has one index: the slice narrows on
+          size //= self.sizes[a]
+          start += first * size
+          shape.append(last - first)
+          rest.append(slice(None))
+          narrow = last - first == 1
+          stop = start + (last - first) * size
+        else:
+          shape.append(self.sizes[a])
+          rest.append(slice(first, last))
+      slices.append(slice(start, stop))
+    x = cut(tuple(slices)).reshape(shape)[tuple(rest)]
     letters = self.axes.replace(' ', '')
-    x = theirs.reshape([self.sizes[a] for a in letters])
-    fused = [a for a in letters if a.isdigit()]
-    parts = np.moveaxis(x, letters.index(fused[0]), 0) if fused else x[None]
-    letters = ''.join(a for a in letters if not a.isdigit())
-    return [part.transpose([letters.index(a) for a in self.ours])
-            for part in parts]
+    x = x.squeeze(tuple(i for i, a in enumerate(letters) if a.isdigit()))
+    plain = ''.join(a for a in letters if not a.isdigit())
+    return x.transpose([plain.index(a) for a in self.ours])
 
   def join(self, ours: Sequence[np.ndarray]) -> np.ndarray:
     """Returns theirs, made of one array for each of `paths`."""

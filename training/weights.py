@@ -3,13 +3,16 @@
   module, params = weights.from_hf(folder)
   weights.to_hf(module, params, folder)
 
-Tensors come one by one: host memory holds the largest of them, and the shard
-of a parameter that it goes into. Nothing is left out in silence: a tensor or
+In: the parameters are made one by one, each device's shard by itself, and of a
+tensor is read what falls into the shard: host memory holds no more than the
+largest tensor and a shard, or two while one is handed over. Out: tensor by tensor, of which host memory holds
+one and its rearranged copies. Nothing is left out in silence: a tensor or
 parameter without a counterpart is an error or, with `partial`, listed.
 """
 
 from collections.abc import Mapping
 import dataclasses
+import functools
 import json
 import pathlib
 import re
@@ -29,6 +32,7 @@ from training import paths
 from training import state as state_lib
 
 SHARD_BYTES = 5 * 10**9
+PART_BYTES = 2 ** 24  # of two tensors that are compared
 
 
 class Loaded(NamedTuple):
@@ -97,7 +101,7 @@ def load(module: nn.Module, source: Mapping[str, np.ndarray], *, like=None,
 
   Args:
     module: the model.
-    source: the tensors; only `in`, iteration and [] are asked of it.
+    source: the tensors: hf_files.Files, or arrays by name.
     like: the parameters' shapes with shardings, as in TrainState; none: on
       one device.
     partial, seed: as for from_hf.
@@ -138,8 +142,22 @@ class _Names:
                     if usual in s]
     return next((s for s in spellings if s in self._source), name)
 
-  def read(self, name: str) -> np.ndarray:
-    return self._source[self.find(name)]
+  def cut(self, name: str, slices: tuple[slice, ...]) -> np.ndarray:
+    name = self.find(name)
+    if isinstance(self._source, hf_files.Files):
+      return self._source.cut(name, slices)
+    return self._source[name][slices]
+
+  def _same(self, one: str, other: str) -> bool:
+    """Whether two tensors are equal, of which parts are read."""
+    shape = self._shape(self.find(one))
+    if shape != self._shape(self.find(other)):
+      return False
+    rows = max(1, PART_BYTES // max(1, 4 * int(np.prod(shape[1:]))))
+    parts = [(slice(i, min(i + rows, shape[0])),)
+             for i in range(0, shape[0], rows)]
+    return all(np.array_equal(self.cut(one, part), self.cut(other, part))
+               for part in parts)
 
   def _shape(self, name: str) -> tuple[int, ...]:
     if isinstance(self._source, hf_files.Files):  # without reading it
@@ -166,31 +184,42 @@ class _Names:
         continue
       if name not in tied:
         lines.append(f'{name} of the files has no place in the model')
-      elif not np.array_equal(self._source[name], self.read(tied[name])):
+      elif not self._same(name, tied[name]):
         lines.append(f'{name} of the files differs from {tied[name]}, to which '
                      'the model ties it')
     return lines
 
 
 def _fill(leaf, fills, names: _Names) -> jax.Array:
-  """Returns one parameter, each shard read where it lies."""
-
-  def read(slices) -> np.ndarray:
-    starts, stops = zip(*(s.indices(n)[:2] for s, n in zip(
-        slices, leaf.shape))) if leaf.shape else ((), ())
-    shard = np.empty([b - a for a, b in zip(starts, stops)], leaf.dtype)
-    for tensor, part in fills:
-      lead = len(tensor.index)
-      if all(a <= i < b for i, a, b in zip(tensor.index, starts, stops)):
-        value = tensor.split(names.read(tensor.name))[part]
-        place = tuple(i - a for i, a in zip(tensor.index, starts))
-        shard[place] = value[tuple(slices[lead:])]
-    return shard
-
+  """Returns one parameter, each shard read where it lies, one at a time."""
   sharding = getattr(leaf, 'sharding', None)
   if sharding is None:
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  return jax.make_array_from_callback(leaf.shape, sharding, read)
+  devices: dict[tuple, list] = {}
+  for device, slices in sharding.addressable_devices_indices_map(
+      leaf.shape).items():
+    ranges = tuple(s.indices(n)[:2] for s, n in zip(slices, leaf.shape))
+    devices.setdefault(ranges, []).append(device)
+  placed = []
+  for ranges, same in devices.items():
+    shard = _shard(leaf.dtype, ranges, fills, names)
+    placed += jax.block_until_ready(
+        [jax.device_put(shard, device) for device in same])
+    del shard  # before the next one
+  return jax.make_array_from_single_device_arrays(leaf.shape, sharding, placed)
+
+
+def _shard(dtype, ranges, fills, names: _Names) -> np.ndarray:
+  """Returns the part of a parameter that lies in `ranges`, (start, stop)s."""
+  shard = np.empty([stop - start for start, stop in ranges], dtype)
+  for tensor, which in fills:
+    lead = len(tensor.index)
+    if all(a <= i < b for i, (a, b) in zip(tensor.index, ranges)):
+      place = tuple(i - a for i, (a, _) in zip(tensor.index, ranges))
+      shard[place] = tensor.part(
+          functools.partial(names.cut, tensor.name), which,
+          dict(zip(tensor.ours, ranges[lead:])))
+  return shard
 
 
 def draw(module, like, wanted, seed: int) -> dict[str, jax.Array]:
@@ -228,14 +257,13 @@ def to_hf(module: nn.Module, params, folder, *, dtype: str = '',
                             {path: leaf.shape for path, leaf in flat.items()})
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
-  to = {tensor.name: np.dtype(dtype or flat[tensor.paths[0]].dtype)
-        for tensor in tensors}
-  sizes = {tensor.name: int(np.prod(tensor.shape)) * to[tensor.name].itemsize
+  kinds = {tensor.name: hf_files.Kind(
+      tensor.shape, np.dtype(dtype or flat[tensor.paths[0]].dtype))
            for tensor in tensors}
   hf_files.write(
-      folder, sizes,
-      ((t.name, _theirs(t, flat).astype(to[t.name])) for t in tensors),
-      shard_bytes)
+      folder, kinds,
+      ((t.name, _theirs(t, flat).astype(kinds[t.name].dtype, copy=False))
+       for t in tensors), shard_bytes)
   tree['dtype'] = dtype or config.param_dtype
   (folder / 'config.json').write_text(json.dumps(tree, indent=2) + '\n')
 
