@@ -5,9 +5,10 @@
 
 In: the parameters are made one by one, each device's shard by itself, and of a
 tensor is read what falls into the shard: host memory holds no more than the
-largest tensor and a shard, or two while one is handed over. Out: tensor by tensor, of which host memory holds
-one and its rearranged copies. Nothing is left out in silence: a tensor or
-parameter without a counterpart is an error or, with `partial`, listed.
+largest tensor and a shard, or two while one is handed over. Out: tensor by
+tensor, of which host memory holds one and its rearranged copies. Nothing is
+left out in silence: a tensor or parameter without a counterpart is an error or,
+with `partial`, listed.
 """
 
 from collections.abc import Mapping
