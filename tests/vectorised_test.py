@@ -88,17 +88,47 @@ DIFFERENT = (
 
 
 @pytest.fixture(scope='module')
-def trained(texts, tmp_path_factory):
-  """(configs, workdirs, the first one's run alone), with dropout."""
-  folder = tmp_path_factory.mktemp('runs')
+def singles(texts, tmp_path_factory):
+  """(configs, workdirs) of three runs, each alone, with dropout."""
+  folder = tmp_path_factory.mktemp('alone')
   configs = [config(texts, model__dropout=0.1, **fields)
              for fields in DIFFERENT]
   assert vectorised.groups(configs) == [[0, 1, 2]]
   workdirs = [folder / str(i) for i in range(3)]
-  vectorised.train(configs, workdirs)
-  for i, c in enumerate(configs):
-    alone(c, folder / f'alone{i}')
-  return configs, workdirs, [folder / f'alone{i}' for i in range(3)]
+  for c, workdir in zip(configs, workdirs):
+    alone(c, workdir)
+  return configs, workdirs
+
+
+# By devices, the shape of the joint arrays: (devices in use, rows on each). On
+# two there is a row that only fills up.
+SHAPES = {1: (1, 3), 2: (2, 2), 8: (3, 1)}
+
+
+@pytest.fixture(scope='module', params=SHAPES, ids='{} devices'.format)
+def trained(request, singles, tmp_path_factory):
+  """(configs, workdirs, those of the runs alone), trained as a group."""
+  configs, alone = singles
+  folder = tmp_path_factory.mktemp('runs')
+  workdirs = [folder / str(i) for i in range(3)]
+  shapes, of = set(), vectorised.Group.state
+
+  def state(group):
+    joint = of(group)
+    used, = group.mesh.devices.shape
+    shapes.add((used, len(joint.step) // used))
+    return joint
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(jax, 'device_count', lambda: request.param)
+    patch.setattr(vectorised.Group, 'state', state)
+    vectorised.train(configs, workdirs)
+    assert shapes == {SHAPES[request.param]}
+    yield configs, workdirs, alone
+
+
+two_devices = pytest.mark.parametrize(
+    'trained', [2], indirect=True, ids='{} devices'.format)
 
 
 def test_each_run_equals_its_own(trained):
@@ -114,6 +144,7 @@ def test_each_run_equals_its_own(trained):
   assert len({round(x, 3) for x in losses}) == 3  # and they do differ
 
 
+@two_devices
 def test_a_run_goes_on_alone_and_joins_again(trained, tmp_path):
   configs, workdirs, singles = trained
   copies = [tmp_path / str(i) for i in range(3)]
@@ -175,6 +206,7 @@ def test_a_run_that_blows_up_ends_alone(texts, tmp_path):
   assert last < STEPS and (workdirs[1] / f'checkpoints/{last}').exists()
 
 
+@two_devices
 def test_a_signal_saves_all(trained, tmp_path, monkeypatch):
   configs, _, singles = trained
   workdirs = [tmp_path / str(i) for i in range(3)]
@@ -210,6 +242,7 @@ def test_what_is_no_group_is_refused(fields, words, texts, tmp_path):
   assert not list(tmp_path.iterdir())
 
 
+@two_devices
 def test_a_workdir_of_another_run_is_refused(trained):
   configs, workdirs, _ = trained
   with pytest.raises(ValueError, match='seed'):
