@@ -85,6 +85,7 @@ def compare(rounds: int) -> dict[str, float]:
 def main() -> None:
   parser = argparse.ArgumentParser(
       prog='python -m benchmarks.mixtral', description=__doc__,
+      allow_abbrev=False,
       formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--rounds', type=int, default=7,
                       help='how many turns each contender takes')

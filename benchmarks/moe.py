@@ -76,6 +76,7 @@ def layers(rounds: int, d_model: int, d_ff: int) -> dict[str, float]:
 def main() -> None:
   parser = argparse.ArgumentParser(
       prog='python -m benchmarks.moe', description=__doc__,
+      allow_abbrev=False,
       formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--rounds', type=int, default=11,
                       help='how many turns each contender takes')

@@ -178,6 +178,7 @@ def remedies_table(panels: dict[str, dict]) -> str:
 def main():
   parser = argparse.ArgumentParser(
       prog='python -m benchmarks.twins', description=__doc__,
+      allow_abbrev=False,
       formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--workdir', type=pathlib.Path, required=True)
   parser.add_argument('--steps', type=int, default=150)

@@ -156,3 +156,14 @@ def test_no_path_of_one_machine():
   wrong = [f'{_name(p)}: {line}' for p in files
            for line in p.read_text().splitlines() if home.search(line)]
   assert not wrong, '\n'.join(wrong)
+
+
+def test_no_command_line_takes_the_beginning_of_a_flag():
+  """--launch for --launcher would pass by who looks for the whole word."""
+  for path in SOURCES:
+    for node in ast.walk(ast.parse(path.read_text())):
+      if (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+          and node.func.attr in ('ArgumentParser', 'add_parser')
+          and _room(_name(path))):
+        given = {k.arg: getattr(k.value, 'value', None) for k in node.keywords}
+        assert given.get('allow_abbrev') is False, f'{_name(path)}'

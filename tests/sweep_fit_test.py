@@ -150,6 +150,12 @@ def test_what_is_no_ladder_is_refused(tmp_path):
   _folder(tmp_path / 'a', **{'model.norm': 'rmsnorm'})
   with pytest.raises(ValueError, match='model.norm=rmsnorm'):
     _main(tmp_path / 'a')
+  size = sweep_folder.point('base'), sweep_folder.point(
+      'fast', {'optim.lr': 3e-3})
+  sweep_folder.write(tmp_path / 'c', size)
+  with pytest.raises(ValueError, match="'base' and 'fast' have both 50,000 "
+                     'params and 1,000,000 tokens, and differ in optim.lr'):
+    _main(tmp_path / 'c')
   sweep_folder.write(tmp_path / 'b', [sweep_folder.point('base')])
   with pytest.raises(ValueError, match='1 different pairs'):
     _main(tmp_path / 'b')

@@ -42,10 +42,13 @@ def write(root, points, match='', states=None):
                flops_per_token=p.get('flops', FLOPS),
                tokens=p.get('tokens', TOKENS), seeds=list(p['seeds']))
           for p in points]
-  layout.save(root, dict(
+  config = base.base()
+  config.train.steps, config.optim.warmup_steps = STEPS, 20
+  description = dict(
       name='synthetic', file='configs/sweeps/synthetic.py', match=match,
       paired=True, base=points[0]['name'],
-      base_config=run_config.to_json(base.base()), points=rows))
+      base_config=run_config.to_json(config), points=rows)
+  layout.save(root, description)
   with ledger_lib.Ledger(root) as ledger:
     ledger.add((p['name'], seed, ()) for p in points for seed in p['seeds'])
     runner = ledger.register()
@@ -55,17 +58,12 @@ def write(root, points, match='', states=None):
         ledger.claim([run.id], runner)
         ledger.settle(run.id, runner, state, error)
         p = next(p for p in points if p['name'] == run.point)
-        _write_run(layout.run_folder(root, run.point, run.seed), p, run.seed,
-                   state == ledger_lib.DONE)
+        folder = layout.run_folder(root, run.point, run.seed)
+        run_config.save(folder, layout.config(description, run.point, run.seed))
+        _write_run(folder, p, run.seed, state == ledger_lib.DONE)
 
 
 def _write_run(folder, p, seed, done):
-  config = base.base()
-  config.seed = seed
-  config.train.steps, config.optim.warmup_steps = STEPS, 20
-  config.optim.lr = p['changes'].get('optim.lr', config.optim.lr)
-  folder.mkdir(parents=True)
-  run_config.save(folder, config, {})
   with (folder / 'metrics.jsonl').open('w') as file:
     for step in range(EVERY, (STEPS if done else STEPS // 2) + 1, EVERY):
       # The same at the end, less known before it.

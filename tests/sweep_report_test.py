@@ -1,6 +1,8 @@
 """The report: what it says of known runs, and that a browser can show it."""
 
 import csv
+import dataclasses
+import json
 import math
 import re
 import shutil
@@ -13,9 +15,12 @@ from tests import sweep_folder
 from tests.sweep_folder import point
 from tools.sweep import __main__ as command
 from tools.sweep import curves
+from tools.sweep import layout
 from tools.sweep import report_extras
 from tools.sweep import report_tables
 from tools.sweep import report_write
+from tools.sweep import spec
+from training import run_config
 
 SHIFT = {0: 0.01, 1: -0.02, 2: 0.015}
 HEALTH = {'dropped': 0.1, 'unserved': 0.02, 'window_load_max': 1.4,
@@ -132,8 +137,55 @@ def test_a_base_without_runs_compares_nothing(tmp_path):
   sweep_folder.write(tmp_path, POINTS[:2], states=states)
   sweep = curves.load(tmp_path)
   assert 'The base base has no finished run' in report_write.text(sweep)
-  html, _ = report_write.write(sweep, tmp_path)
+  html, *_ = report_write.write(sweep, tmp_path)
   assert 'no memory' in html.read_text()
+
+
+def _notes(folder):
+  sweep = curves.load(folder)
+  return '\n'.join(report_tables.outcome_table(
+      sweep, report_tables.outcomes(sweep)).notes)
+
+
+def test_a_verdict_over_survivors_is_told(tmp_path):
+  norm = {'model.norm': 'rmsnorm'}
+  points = [point('base', seeds=range(4)), point('norm', norm, seeds=range(4))]
+  sweep_folder.write(tmp_path / 'all', points)
+  assert 'ended alone' not in _notes(tmp_path / 'all')
+  sweep_folder.write(tmp_path / 'some', points, states={
+      ('norm', 2): ('failed', 'the loss was not finite')})
+  assert 'over the seeds that ended alone: norm 3 of 4' in _notes(
+      tmp_path / 'some')
+
+
+def test_figures_that_were_not_matched_are_told(tmp_path):
+  position = {'model.position': 'rope'}
+  sweep_folder.write(tmp_path, [
+      point('base'), point('near', {'model.norm': 'rmsnorm'}),
+      point('far', position, flops=1.05 * sweep_folder.FLOPS)], match='params')
+  note, = [line for line in _notes(tmp_path).splitlines() if 'matched' in line]
+  assert note == ('Only params was matched: by more than 1 %, in FLOPs a token '
+                  'differ far.')
+
+
+def test_a_speed_up_of_noise_is_bracketed(sweep, outcomes):
+  rows = {row[0].text: row for row in report_tables.outcome_table(
+      sweep, list(outcomes.values())).rows}
+  assert re.fullmatch(r'\(.*\d\.\d\d \[.*\]\)', rows['same'][4].text)
+  assert rows['same'][4].mark == 'noise'
+  assert re.fullmatch(r'1\.2\d \[.*\]', rows['better'][4].text)
+
+
+def test_a_run_of_another_config_is_told(tmp_path, capsys):
+  sweep_folder.write(tmp_path, [
+      point('base'), point('norm', {'model.norm': 'rmsnorm'})])
+  assert 'config' not in _notes(tmp_path) + capsys.readouterr().err
+  folder = layout.run_folder(tmp_path, 'norm', 1)
+  run_config.save(folder, spec.changed(
+      run_config.load(folder), {'optim.b1': 0.5}, 'a test'))
+  assert 'figures: norm, seed 1 (optim.b1).' in _notes(tmp_path)
+  assert 'warning: not of the config that sweep.json says: norm, seed 1' in (
+      capsys.readouterr().err)
 
 
 def test_each_change_over_all_settings_of_the_others(tmp_path):
@@ -164,7 +216,7 @@ def test_sensitivity_to_the_learning_rate(sweep):
   done = group.done
   row, = report_extras.rate_table([group]).rows
   assert row[1].value == 1e-3 and row[2].value == done[1e-3]
-  assert row[3].value == pytest.approx(
+  assert row[4].value == pytest.approx(
       np.mean(list(done.values())) - done[1e-3])
 
 
@@ -175,6 +227,27 @@ def test_the_edge_of_the_learning_rates_is_told(tmp_path):
       report_extras.rates(curves.load(tmp_path)))
   assert 'at the edge' in table.rows[0][1].text
   assert 'may lie outside' in table.notes[0]
+
+
+def test_the_best_learning_rate_is_told_from_its_neighbours(tmp_path):
+  sweep_folder.write(tmp_path, [
+      point('base', shift=SHIFT),
+      point('half', {'optim.lr': 5e-4}, shift={s: x + 0.1 + s / 1e3
+                                               for s, x in SHIFT.items()}),
+      point('twice', {'optim.lr': 2e-3}, factor=1.4, shift=SHIFT),
+      point('less', {'optim.lr': 1e-4}, shift={s: x + 0.01
+                                               for s, x in SHIFT.items()})])
+  group, = report_extras.rates(curves.load(tmp_path))
+  row, = report_extras.rate_table([group]).rows
+  assert [lr for lr in group.points] == [1e-4, 5e-4, 1e-3, 2e-3]
+  twice = float(sweep_folder.loss(200, 1.4) - sweep_folder.loss(200))
+  assert 0.05 < twice < 0.1  # less than the half's; `less` is no neighbour
+  assert row[1].value == 1e-3 and row[3].text.startswith(
+      f'0.002: {twice:+.4f} [{twice:+.4f}') and row[3].mark == ''
+  few = report_extras.Rates('few', {lr: dataclasses.replace(
+      p, runs={0: p.runs[0]}) for lr, p in group.points.items()})
+  row, = report_extras.rate_table([few]).rows
+  assert row[3].text == f'0.002: {twice:+.4f}' and row[3].mark == 'unknown'
 
 
 def test_health_and_extrapolation(sweep):
@@ -197,6 +270,19 @@ def test_csv_holds_every_point(written, outcomes):
       float(sweep_folder.loss(sweep_folder.STEPS)) + 0.03)
 
 
+def test_csv_holds_every_curve(written, sweep):
+  rows = list(csv.DictReader(written[2].open()))
+  each = sweep_folder.STEPS // sweep_folder.EVERY
+  runs = sum(len(p['seeds']) for p in POINTS)
+  # Of each split; the failed run went half-way, the pending one nowhere.
+  assert len(rows) == 2 * each * (runs - 1) - each
+  curve = sweep.points[1].curve(2, 'eval')
+  for name in (*curves.AXES, 'step', 'loss'):
+    assert [float(r[name]) for r in rows
+            if (r['variant'], r['seed'], r['split']) == ('better', '2', 'eval')
+            ] == pytest.approx(list(getattr(curve, name)))
+
+
 def _main(monkeypatch, *words):
   monkeypatch.setattr('sys.argv', ['sweep', 'report', *map(str, words)])
   return command.main()
@@ -205,8 +291,14 @@ def _main(monkeypatch, *words):
 def test_command_writes_beside_the_runs(folder, monkeypatch, capsys):
   assert _main(monkeypatch, '--workdir', folder) == 0
   said = capsys.readouterr().out
-  for name in ('report.html', 'report.csv'):
+  for name in ('report.html', 'report.csv', 'curves.csv'):
     assert (folder / name).exists() and str(folder / name) in said
+  assert _main(monkeypatch, '--workdir', folder, '--json') == 0
+  said = json.loads(capsys.readouterr().out)
+  assert [p['variant'] for p in said['points']] == [p['name'] for p in POINTS]
+  assert said['points'][1]['verdict'] == 'better' and said['notes']
+  assert {row['why'] for row in said['missing']} == {
+      'the loss was not finite', ''}
 
 
 def test_command_refuses_the_folder_of_another_sweep(folder, monkeypatch):
@@ -264,6 +356,42 @@ def _points(page, plot):
       '.map(p => p.getAttribute("d").split(/[ML]/).length - 1)')
 
 
+def _measured(page):
+  """The first line of the curves, measured against the labels of the axes."""
+  drawn = page.evaluate('''(() => {
+      const labels = [...document.querySelectorAll("#curves svg text")].map(
+        t => ["x", "y", "text-anchor"].map(a => t.getAttribute(a)).concat(
+          t.textContent));
+      const d = document.querySelector("#curves path.line").getAttribute("d");
+      return [labels, d.split(/[ML]/).slice(1).map(p => p.split(" "))]; })()''')
+  labels = [(float(x), float(y), anchor, number) for x, y, anchor, text
+            in drawn[0] if (number := _number(text)) is not None]
+  fits = []
+  for i, wanted in ((0, 'middle'), (1, 'end')):
+    at, value = np.array([(label[i], label[3]) for label in labels
+                          if label[2] == wanted]).T
+    at -= 4 * i  # a label stands below its line
+    fits.append(np.polyfit(at, value, 1))
+    np.testing.assert_allclose(np.polyval(fits[-1], at), value, atol=1e-6)
+  pixels = np.array(drawn[1], float)
+  return [np.polyval(fit, pixels[:, i]) for i, fit in enumerate(fits)]
+
+
+def _number(text):
+  """What report.js's format(x) is of; None for another text."""
+  found = re.fullmatch(r'([\d.]+)([kMGT]?)', text)
+  return found and float(found[1]) * {
+      '': 1, 'k': 1e3, 'M': 1e6, 'G': 1e9, 'T': 1e12}[found[2]]
+
+
+def test_lines_are_where_the_axes_say(page, sweep):
+  x, y = _measured(page)
+  curve = sweep.base.mean_curve('eval')
+  # To a tenth of a pixel, of some hundreds.
+  np.testing.assert_allclose(x, curve.tokens, atol=2e-4 * np.ptp(x))
+  np.testing.assert_allclose(y, curve.loss, atol=4e-4 * np.ptp(y))
+
+
 def test_plots_have_the_points(page):
   rows = sweep_folder.STEPS // sweep_folder.EVERY
   assert _points(page, 'curves') == [rows] * len(POINTS)
@@ -305,7 +433,7 @@ def test_plots_follow_their_controls(page):
   assert not page.errors
 
 
-def test_a_point_says_its_figures(page):
+def test_a_point_says_its_figures(page, sweep):
   x, y = page.evaluate('''(() => {
       const c = document.querySelector("#curves circle");
       c.scrollIntoView({block: "center"});
@@ -313,4 +441,5 @@ def test_a_point_says_its_figures(page):
       return [b.x + b.width / 2, b.y + b.height / 2]; })()''')
   page.move(x, y)
   said = page.evaluate('document.querySelector("#curves .tip").textContent')
-  assert re.fullmatch(r'.+: \d\.\d{4} at 50k tokens', said)
+  first = sweep.base.mean_curve('eval').loss[0]
+  assert said == f'base: {first:.4f} at 50k tokens'

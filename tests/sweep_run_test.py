@@ -1,5 +1,6 @@
 """Sweeps as they run: the ledger, kills, failures, launchers, status."""
 
+import json
 import os
 import pathlib
 import shlex
@@ -8,10 +9,12 @@ import sqlite3
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 
 from tests import sweeps
+from tools.sweep import __main__ as command
 from tools.sweep import check, layout, ledger, local, run, slurm, spec, status
 from training import run_config
 
@@ -70,15 +73,18 @@ def test_a_new_task_is_owed_by_what_is_done(book):
 
 
 def test_a_ledger_of_an_earlier_version_is_read(tmp_path):
-  old = ledger.SCHEMA.replace('  seconds REAL NOT NULL DEFAULT 0,\n', '')
-  assert old != ledger.SCHEMA
+  old = ledger.SCHEMA
+  for name, kind in ledger.LATER.items():
+    assert (column := f'  {name} {kind},\n') in old
+    old = old.replace(column, '')
   with sqlite3.connect(tmp_path / 'ledger.sqlite') as made:
     made.executescript(old)
     made.execute("INSERT INTO runs (point, seed, tasks) VALUES ('a', 0, '')")
   made.close()
   for _ in range(2):
     with ledger.Ledger(tmp_path) as opened:
-      assert [(r.point, r.seconds) for r in opened.runs()] == [('a', 0)]
+      assert [(r.point, r.seconds, r.alone) for r in opened.runs()] == [
+          ('a', 0, 0)]
 
 
 def test_two_processes_never_share_a_run(book, tmp_path):
@@ -183,35 +189,34 @@ def _running(workdir):
 def test_kill_in_the_middle_then_two_runners_redo_nothing(tmp_path):
   file, workdir = sweeps.write(tmp_path), tmp_path / 'w'
   workdir.mkdir()
+  (workdir / 'hold-seed-1').touch()
   runner = _start(file, workdir, '--parallel=2')
-  _wait(lambda: (workdir / 'ledger.sqlite').exists() and
-        sum(s == 'done' for s in states(workdir).values()) >= 2)
-  (workdir / 'hold').touch()
-  # The finished ones make room for two that hang.
-  if 'running' in states(workdir).values():
-    _wait(lambda: _running(workdir))
+  _wait(lambda: len(_running(workdir)) == 2 and
+        sum(s == 'done' for s in states(workdir).values()) == 3)
   runner.kill()
   runner.communicate()
   _wait(lambda: not _running(workdir))  # its children died with it
-  done = {k for k, v in states(workdir).items() if v == 'done'}
-  before = {p: p.stat().st_mtime_ns
-            for name, seed in done
-            for p in layout.run_folder(workdir, name, seed).glob('*')}
-  (workdir / 'hold').unlink()
+  before = {p: p.stat().st_mtime_ns for name in ('base', 'rms', 'swiglu')
+            for p in layout.run_folder(workdir, name, 0).glob('*')}
+  assert len(before) == 3 * 4
   runners = [_start(file, workdir) for _ in range(2)]
+  _wait(lambda: list(states(workdir).values()).count('running') == 2)
+  (workdir / 'hold-seed-1').unlink()
   said = [process.communicate(timeout=100)[0] for process in runners]
   assert [p.returncode for p in runners] == [0, 0], said
   assert set(states(workdir).values()) == {'done'}
   assert before == {p: p.stat().st_mtime_ns for p in before}
-  ended = [line for text in said for line in text.splitlines()
-           if line.endswith(': done')]
-  assert len(ended) == len(set(ended)) == 6 - len(done)
+  ended = [[line for line in text.splitlines() if line.endswith(': done')]
+           for text in said]
+  assert sorted(sum(ended, [])) == [
+      f'{name}, seed 1: done' for name in ('base', 'rms', 'swiglu')]
+  assert all(ended)  # each had its share
 
 
 def test_a_signal_stops_and_the_next_runner_goes_on(tmp_path):
   file, workdir = sweeps.write(tmp_path, seeds=1), tmp_path / 'w'
   workdir.mkdir()
-  (workdir / 'hold').touch()
+  (workdir / 'hold-seed-0').touch()
   runner = _start(file, workdir)
   _wait(lambda: (workdir / 'ledger.sqlite').exists() and _running(workdir))
   runner.send_signal(signal.SIGTERM)
@@ -249,6 +254,178 @@ def test_what_is_done_on_disk_is_adopted(tmp_path, monkeypatch):
   assert run.main(args) == 0
   assert set(states(workdir).values()) == {'done'}
   assert before == {p: p.stat().st_mtime_ns for p in before}
+
+
+@pytest.mark.slow
+def test_a_run_of_another_config_on_disk_is_not_adopted(tmp_path, monkeypatch):
+  sweeps.fake(monkeypatch)
+  file, workdir = sweeps.write(tmp_path, seeds=1), tmp_path / 'w'
+  args = sweeps.arguments(file, f'--workdir={workdir}')
+  assert run.main(args) == 0
+  (workdir / 'ledger.sqlite').unlink()
+  description = layout.load(workdir)
+  run_config.save(layout.run_folder(workdir, 'rms', 0), spec.changed(
+      layout.config(description, 'rms', 0),
+      {'optim.lr': 1.0, 'eval.batches': 3}, 'a test'))
+  (layout.run_folder(workdir, 'swiglu', 0) / 'config.json').unlink()
+  assert run.main(args) == 1
+  with ledger.Ledger(workdir) as opened:
+    errors = {r.point: r.error for r in opened.runs(ledger.FAILED)}
+  assert errors.keys() == {'rms', 'swiglu'}
+  assert 'another config' in errors['rms']
+  assert 'in eval.batches, optim.lr:' in errors['rms']
+  assert 'config.json is missing' in errors['swiglu']
+
+
+@pytest.mark.slow
+def test_a_runner_takes_up_what_another_lost_meanwhile(tmp_path, monkeypatch):
+  """And not only when it happens to look at the heartbeats."""
+  sweeps.fake(monkeypatch)
+  file, workdir = sweeps.write(tmp_path, seeds=1), tmp_path / 'w'
+  args = sweeps.arguments(file, f'--workdir={workdir}')
+  with ledger.Ledger(workdir) as book:
+    book.add([('rms', 0, ()), ('swiglu', 0, ())])
+  other = subprocess.Popen(
+      [sys.executable, '-c', CLAIM, str(workdir)], cwd=ROOT, text=True,
+      stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+  assert other.stdout.readline() == 'ready\n'
+  other.stdin.write('go\n')
+  other.stdin.flush()
+  assert other.stdout.readline() == '1 2\n'
+  train = sweeps.commands.train
+
+  def kill_and_train(*words):
+    other.kill()
+    other.wait()
+    return train(*words)
+
+  monkeypatch.setattr(sweeps.commands, 'train', kill_and_train)
+  assert run.main(args) == 0
+  assert set(states(workdir).values()) == {'done'}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('end', ['is alive', 'beats again', 'goes stale'])
+def test_a_runner_waits_for_another_that_may_be_dead(
+    end, tmp_path, monkeypatch, capsys):
+  sweeps.fake(monkeypatch)
+  file, workdir = sweeps.write(tmp_path, seeds=1), tmp_path / 'w'
+  monkeypatch.setattr(ledger, 'STALE_SECONDS', 10_000)
+  silence = 1000 if end != 'is alive' else -1000
+  with ledger.Ledger(workdir) as book, monkeypatch.context() as elsewhere:
+    elsewhere.setattr(ledger, '_host', lambda: 'elsewhere')
+    book.add([('rms', 0, ())])
+    other = book.register(now=time.time() - silence)
+    book.claim([1], other)
+  say = local._say
+
+  def heard(text):
+    say(text)
+    if 'waiting' in text and end == 'goes stale':
+      monkeypatch.setattr(ledger, 'STALE_SECONDS', 500)
+    elif 'waiting' in text:
+      with ledger.Ledger(workdir) as book:
+        book.beat(other)
+
+  monkeypatch.setattr(local, '_say', heard)
+  assert run.main(sweeps.arguments(file, f'--workdir={workdir}')) == 0
+  told = capsys.readouterr()
+  assert told.out.count('waiting: the runner of rms, seed 0 is silent') == (
+      end != 'is alive')
+  if end == 'goes stale':
+    assert set(states(workdir).values()) == {'done'}
+  else:  # we leave, and say so
+    assert states(workdir)['rms', 0] == 'running'
+    assert '1 running, 2 done' in told.err
+    assert '1 runs are with other runners: elsewhere:' in told.err
+
+
+@pytest.mark.slow
+def test_a_group_that_falls_lets_each_go_on_alone(
+    tmp_path, monkeypatch, capsys):
+  sweeps.fake(monkeypatch)
+  file = sweeps.write(tmp_path, "  add('bad', **{'optim.lr': 1.0})\n"
+                      "  add('fast', **{'optim.lr': 2e-3})\n", seeds=1)
+  workdir = tmp_path / 'w'
+  args = sweeps.arguments(file, f'--workdir={workdir}', '--vectorised')
+  assert run.main(args) == 1
+  assert states(workdir) == {
+      ('base', 0): 'done', ('bad', 0): 'failed', ('fast', 0): 'done'}
+  told = capsys.readouterr()
+  assert told.out.count('goes on alone, since its group failed') == 3
+  assert 'base, seed 0: goes on alone, since its group failed: one of us' in (
+      told.out)
+  assert 'failed: bad, seed 0: this point is bad (exit code 1)' in told.err
+
+
+@pytest.mark.slow
+def test_a_task_that_is_added_is_not_lost(tmp_path, monkeypatch):
+  """While a run trains, while it evaluates, and once it is done."""
+  sweeps.fake(monkeypatch)
+  file, workdir = sweeps.write(tmp_path, seeds=1), tmp_path / 'w'
+  evaluated = lambda: {
+      point: layout.is_evaluated(layout.run_folder(workdir, point, 0), tasks)
+      for point in ('base', 'rms', 'swiglu')}
+
+  def adding(name, task):
+    of = getattr(sweeps.commands, name)
+    def act(*words):
+      with ledger.Ledger(workdir) as book:
+        book.add((p, 0, task) for p in ('base', 'rms', 'swiglu'))
+      return of(*words)
+    monkeypatch.setattr(sweeps.commands, name, act)
+
+  tasks = ['loss', 'extrapolation']
+  adding('train', ['loss'])
+  adding('evaluate', tasks)
+  assert run.main(sweeps.arguments(file, f'--workdir={workdir}')) == 0
+  assert evaluated() == dict.fromkeys(evaluated(), True)
+  assert set(states(workdir).values()) == {'done'}
+  # A runner of an earlier version settled it as done, its task left behind.
+  (layout.run_folder(workdir, 'rms', 0) / 'eval.json').unlink()
+  with ledger.Ledger(workdir) as book:
+    run.adopt(workdir, book)
+  assert states(workdir) == {
+      ('base', 0): 'done', ('rms', 0): 'owed', ('swiglu', 0): 'done'}
+
+
+def test_two_that_add_to_a_sweep_do_so_in_turn(tmp_path, monkeypatch):
+  """Else the later one's sweep.json would lack what the earlier one added."""
+  file, workdir = sweeps.write(tmp_path), tmp_path / 'w'
+  description = check.check(sweeps.arguments(file, f'--workdir={workdir}'))
+  merge = check._merge
+
+  def busy(*args):
+    with sqlite3.connect(workdir / 'ledger.sqlite', timeout=0) as other:
+      with pytest.raises(sqlite3.OperationalError, match='locked'):
+        other.execute('BEGIN IMMEDIATE')
+    other.close()
+    merge(*args)
+
+  monkeypatch.setattr(check, '_merge', busy)
+  check.save(workdir, description)
+  assert layout.load(workdir)['name'] == 'mini'
+
+
+@pytest.mark.slow
+def test_a_point_that_is_added_while_a_runner_runs_is_trained(
+    tmp_path, monkeypatch):
+  sweeps.fake(monkeypatch)
+  file, workdir = sweeps.write(tmp_path, seeds=1), tmp_path / 'w'
+  args = sweeps.arguments(file, f'--workdir={workdir}')
+  train = sweeps.commands.train
+
+  def add_and_train(*words):
+    sweeps.write(tmp_path, sweeps.POINTS
+                 + "  add('late', **{'optim.lr': 1.0})\n", seeds=1)
+    check.save(workdir, check.check(args))
+    with ledger.Ledger(workdir) as book:
+      book.add([('late', 0, ())])
+    return train(*words)
+
+  monkeypatch.setattr(sweeps.commands, 'train', add_and_train)
+  assert run.main(args) == 0
+  assert states(workdir)['late', 0] == 'done'
 
 
 def test_print_gives_a_line_a_run_and_runs_none(tmp_path, capsys):
@@ -305,6 +482,33 @@ def test_slurm_runs_the_runner_as_an_array(tmp_path):
     slurm.submit(words, tmp_path, 1, 'gpus=1', 'local')
 
 
+@pytest.mark.parametrize('words', [
+    ['--launcher=slurm', '--jobs=2', '--slurm=timeout_min=2'],
+    ['--launcher', 'slurm', '--retry', '--slurm', 'timeout_min=2']])
+def test_the_array_is_of_local_runners(words, tmp_path, monkeypatch):
+  file, workdir, submitted = sweeps.write(tmp_path), tmp_path / 'w', []
+  monkeypatch.setattr(slurm, 'submit', lambda *args: submitted.append(args))
+  monkeypatch.setattr(sys, 'argv', [
+      'sweep', 'run', file, f'--workdir={workdir}', '--match=params', *words])
+  assert command.main() == 0
+  (job, folder, jobs, options), = submitted
+  assert job == [sys.executable, '-m', 'tools.sweep', 'run', file,
+                 f'--workdir={workdir}', '--match=params']
+  assert (folder, options) == (workdir / 'slurm', 'timeout_min=2')
+  assert jobs == (2 if '--jobs=2' in words else 6)
+
+
+@pytest.mark.parametrize('word', ['--launch=slurm', '--job=2', '--slur=a=b'])
+def test_the_beginning_of_a_flag_is_no_flag(word, tmp_path, monkeypatch,
+                                            capsys):
+  """Each job of the array would submit an array itself."""
+  monkeypatch.setattr(sys, 'argv', [
+      'sweep', 'run', 'f.py', f'--workdir={tmp_path}', word])
+  with pytest.raises(SystemExit):
+    command.main()
+  assert f'unrecognized arguments: {word}' in capsys.readouterr().err
+
+
 def test_a_job_runs_what_we_were_asked_less_the_launcher():
   assert run._as_local(
       ['run', 'f.py', '--workdir', 'w', '--launcher', 'slurm', '--retry',
@@ -323,7 +527,7 @@ def test_status_tells_states_losses_and_errors(tmp_path, monkeypatch, capsys):
   path = layout.run_folder(workdir, 'rms', 1) / 'metrics.jsonl'
   path.write_text(path.read_text().replace('"eval", "loss": 1.0',
                                            '"eval", "loss": 1.5') + '{"st')
-  args = type('Args', (), dict(workdir=workdir, once=True))
+  args = types.SimpleNamespace(workdir=workdir, file='', once=True, json=False)
   assert status.main(args) == 0
   lines = capsys.readouterr().out.splitlines()
   rows = {line.split()[0]: line.split() for line in lines if line}
@@ -332,6 +536,15 @@ def test_status_tells_states_losses_and_errors(tmp_path, monkeypatch, capsys):
   assert rows['bad'][1:4] == ['2', 'failed', '8%']
   assert '8 runs: 2 failed, 6 done' in lines
   assert 'failed: bad, seed 0: this point is bad (exit code 1)' in lines
+  args.json, args.file = True, file
+  assert status.main(args) == 0
+  said = json.loads(capsys.readouterr().out)
+  assert said['points'][0]['held-out loss'] == '1.0000'
+  assert {(r['point'], r['state']) for r in said['runs']} == {
+      ('bad', 'failed'), *((p, 'done') for p in ('base', 'rms', 'swiglu'))}
+  args.file = 'configs/sweeps/parts.py'
+  with pytest.raises(ValueError, match='holds the sweep .*mini.py, not'):
+    status.main(args)
   status._live(layout.load(workdir), workdir)  # ends, as all has ended
   text = capsys.readouterr().out
   assert '+0.2500' in text and '8 runs: 2 failed, 6 done' in text
@@ -339,7 +552,7 @@ def test_status_tells_states_losses_and_errors(tmp_path, monkeypatch, capsys):
 
 def test_status_of_no_sweep_is_a_sentence(tmp_path):
   with pytest.raises(ValueError, match='sweep.json is missing'):
-    status.main(type('Args', (), dict(workdir=tmp_path, once=True)))
+    status.main(types.SimpleNamespace(workdir=tmp_path, file='', json=True))
 
 
 @pytest.mark.slow

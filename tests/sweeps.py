@@ -6,6 +6,7 @@ import pathlib
 import sys
 
 from tools.sweep import commands, layout, run
+from training import run_config
 
 FILE = '''
 from configs import gpt
@@ -49,11 +50,12 @@ def write(folder: pathlib.Path, points: str = POINTS, seeds: int = 2,
 def arguments(*words: str) -> argparse.Namespace:
   parser = argparse.ArgumentParser()
   run.add_arguments(parser)
-  return parser.parse_args([*words, '--novectorised'])
+  alone = [] if '--vectorised' in words else ['--novectorised']
+  return parser.parse_args([*words, *alone])
 
 
 # Writes what a finished run leaves. A seed of the point `bad` fails; with a
-# file `hold` beside the sweep's folder, it hangs half-way.
+# file `hold-seed-1` in the sweep's folder, that seed hangs half-way.
 SCRIPT = '''
 import json, pathlib, sys, time
 folder, steps = pathlib.Path(sys.argv[1]), int(sys.argv[2])
@@ -61,7 +63,7 @@ with (folder / 'metrics.jsonl').open('a') as file:
   print(json.dumps(dict(step=1, split='train', loss=2.0)), file=file)
 if folder.parent.name == 'bad':
   sys.exit('error: this point is bad')
-while (folder.parents[2] / 'hold').exists():
+while (folder.parents[2] / f'hold-{folder.name}').exists():
   time.sleep(0.05)
 with (folder / 'metrics.jsonl').open('a') as file:
   for split in 'train', 'eval':
@@ -75,6 +77,8 @@ def fake(monkeypatch) -> None:
 
   def train(description, workdir, point, seed):
     folder = layout.run_folder(workdir, point, seed)
+    if not run_config.exists(folder):
+      run_config.save(folder, layout.config(description, point, seed))
     steps = layout.config(description, point, seed).train.steps
     return ['-c', SCRIPT, str(folder), str(steps)]
 
@@ -85,7 +89,13 @@ def fake(monkeypatch) -> None:
             'pathlib.Path(sys.argv[1]).write_text(sys.argv[2])', str(path),
             figures]
 
+  def train_together(workdir, runs):
+    # As a program that ends in an error of one of its runs.
+    return ['-c', 'import sys; sys.exit("error: one of us is bad")',
+            *(f'{workdir}/points/{point}' for point, _ in runs)]
+
   monkeypatch.setattr(commands, 'train', train)
+  monkeypatch.setattr(commands, 'train_together', train_together)
   monkeypatch.setattr(commands, 'evaluate', evaluate)
 
 

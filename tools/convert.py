@@ -219,15 +219,18 @@ def _count(params) -> int:
 def main():
   parser = argparse.ArgumentParser(
       prog='python -m tools.convert', description=__doc__,
+      allow_abbrev=False,
       formatter_class=argparse.RawDescriptionHelpFormatter)
   commands = parser.add_subparsers(dest='command', required=True)
-  into = commands.add_parser('import', help='Hugging Face to a workdir')
+  into = commands.add_parser(
+      'import', help='Hugging Face to a workdir', allow_abbrev=False)
   into.add_argument('source', type=pathlib.Path)
   into.add_argument('workdir', type=pathlib.Path)
   into.add_argument('--partial', action='store_true',
                     help='draw what the files lack, pass over what is extra')
   into.add_argument('--seed', type=int, default=0, help='of what is drawn')
-  out = commands.add_parser('export', help='a workdir to Hugging Face')
+  out = commands.add_parser(
+      'export', help='a workdir to Hugging Face', allow_abbrev=False)
   out.add_argument('workdir', type=pathlib.Path)
   out.add_argument('folder', type=pathlib.Path)
   out.add_argument('--step', type=int, help='of the checkpoint; the newest')
@@ -238,7 +241,8 @@ def main():
                    'some that config.json cannot tell')
   out.add_argument('--shard_bytes', type=int, default=5 * 10**9,
                    help='no file is larger, unless one tensor is')
-  up = commands.add_parser('upcycle', help='a dense model to experts')
+  up = commands.add_parser(
+      'upcycle', help='a dense model to experts', allow_abbrev=False)
   up.add_argument('source', type=pathlib.Path)
   up.add_argument('workdir', type=pathlib.Path)
   up.add_argument('--moe', nargs='*', default=[], metavar='FIELD=VALUE',

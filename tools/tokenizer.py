@@ -132,10 +132,12 @@ def _texts(spec: str, holdout_every: int) -> Iterator[str]:
 def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
       prog='python -m tools.tokenizer', description=__doc__,
+      allow_abbrev=False,
       formatter_class=argparse.RawDescriptionHelpFormatter)
   commands = parser.add_subparsers(dest='command', required=True)
 
-  trainer = commands.add_parser('train', help='train one and write its file')
+  trainer = commands.add_parser(
+      'train', help='train one and write its file', allow_abbrev=False)
   trainer.add_argument('--kind', choices=KINDS, default='bpe')
   trainer.add_argument('--source', default='sotu',
                        help=', '.join(sources.USAGE.values()))
@@ -149,10 +151,12 @@ def _parser() -> argparse.ArgumentParser:
                        help="add T5's <extra_id_0> to <extra_id_N-1> "
                        '(default: 100 for unigram, else 0)')
 
-  info = commands.add_parser('info', help='vocabulary and special tokens')
+  info = commands.add_parser(
+      'info', help='vocabulary and special tokens', allow_abbrev=False)
   info.add_argument('--source', default='',
                     help='also count the tokens and bytes of its documents')
-  encoder = commands.add_parser('encode', help='the ids of a text')
+  encoder = commands.add_parser(
+      'encode', help='the ids of a text', allow_abbrev=False)
   encoder.add_argument('--text', help='default: what is on standard input')
   for command in info, encoder:
     command.add_argument('--tokenizer', required=True,

@@ -7,6 +7,11 @@ import subprocess
 import sys
 
 from tools.sweep import commands, cost, layout, matching, spec
+from tools.sweep import ledger as ledger_lib
+
+
+# Fields by which a batch is made: points that differ in one share no batches.
+BATCHES = ('data.', 'objective', 'span.')
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,11 +71,11 @@ def check(args) -> dict:
       'match_field': args.match_field if args.match else '',
       'base': sweep.base_name,
       'base_config': run_config.to_json(sweep.base),
-      'paired': not any(key.startswith('data.') for point in sweep.points
+      'paired': not any(key.startswith(BATCHES) for point in sweep.points
                         for key in point.changes),
       'points': [_row(sweep, point, base, args.devices)
                  for point in sweep.points]}
-  _check_differences(description)
+  _check_differences(sweep, description)
   return description
 
 
@@ -101,16 +106,20 @@ def _follows(point, figures: cost.Cost, base: cost.Cost) -> dict:
                or figures.model['model.ffn'] == 'moe')}
 
 
-def _check_differences(description: dict) -> None:
-  """Raises ValueError where a point, as its runs will get it, differs from
-  the base in a key that it did not declare."""
+def _check_differences(sweep, description: dict) -> None:
+  """Raises ValueError where a point, as its runs will get it out of JSON, is
+  not what the file made of it, or differs from the base in a key that it did
+  not declare: mistakes of this program alone. What a declared change makes of
+  fields that were left open is no such difference: `follows` tells it."""
   from training import run_config
   base = run_config.flatten(run_config.from_json(description['base_config']))
-  for point in description['points']:
+  description = json.loads(json.dumps(description))
+  for made, point in zip(sweep.points, description['points'], strict=True):
     config = run_config.flatten(
         layout.config(description, point['name'], base['seed']))
-    undeclared = [key for key in config if config[key] != base[key]
-                  and key not in point['changes']]
+    made = run_config.flatten(sweep.config(made))
+    undeclared = [key for key in config if config[key] != made[key] or (
+        config[key] != base[key] and key not in point['changes'])]
     if undeclared:
       raise ValueError(f'point {point["name"]!r} differs from the base in '
                        f'{", ".join(undeclared)}, which it does not declare')
@@ -122,6 +131,14 @@ def save(workdir, description: dict) -> None:
   Raises:
     ValueError: where the workdir holds another sweep.
   """
+  # Another `run` may add to it at the same time: one after the other.
+  with ledger_lib.Ledger(workdir) as ledger, ledger.transaction():
+    _merge(workdir, description)
+    layout.save(workdir, description)
+
+
+def _merge(workdir, description: dict) -> None:
+  """Adds to the description the seeds that sweep.json has beyond it."""
   if (pathlib.Path(workdir) / 'sweep.json').exists():
     old = layout.load(workdir)
     for key in ('base', 'base_config', 'match', 'match_field'):
@@ -136,7 +153,6 @@ def save(workdir, description: dict) -> None:
             points[name]['changes'])
       points[name]['seeds'] = sorted({*point['seeds'],
                                       *points[name]['seeds']})
-  layout.save(workdir, description)
 
 
 def _same(workdir, what: str, old, new) -> None:
@@ -199,10 +215,12 @@ def table(description: dict) -> str:
   seeds = points[0]['seeds']
   lines += ['', f'{len(points)} points, {len(seeds)} seed'
             f'{"s" * (len(seeds) != 1)} each: '
-            f'{sum(len(p["seeds"]) for p in points)} runs']
+            f'{sum(len(p["seeds"]) for p in points)} runs',
+            'est. MiB/device is of one run: runs that train as one program '
+            'need it each, up to --group of them on a device']
   if not description['paired']:
-    lines.append('warning: points differ in data.*, so a seed does not give '
-                 'all of them the same batches')
+    lines.append('warning: points differ in data.*, objective or span.*, so a '
+                 'seed does not give all of them the same batches')
   for point in points:
     if 'plan' in point:
       lines.append(f'{point["name"]}: {_plan_line(point["plan"])}')

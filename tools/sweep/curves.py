@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import dataclasses
 import functools
 import json
-import pathlib
+import sys
 from typing import Any
 
 import numpy as np
@@ -51,6 +51,7 @@ class Run:
     config: by dotted name; empty where the run never started.
     rows: of its metrics.jsonl.
     evaluations: of its evaluation JSON, by task.
+    strange: the fields in which its config is not the sweep's.
   """
   seed: int
   state: str
@@ -58,6 +59,7 @@ class Run:
   config: Mapping[str, Any]
   rows: tuple[Mapping[str, Any], ...]
   evaluations: Mapping[str, Any]
+  strange: tuple[str, ...] = ()
 
   @property
   def final(self) -> float | None:
@@ -138,6 +140,13 @@ class Sweep:
   base: Point
   points: tuple[Point, ...]
 
+  @property
+  def strangers(self) -> list[str]:
+    """The runs that had another config than the sweep says, in words."""
+    return [f'{point.name}, seed {seed} ({", ".join(run.strange)})'
+            for point in self.points for seed, run in point.runs.items()
+            if run.strange]
+
 
 def load(workdir) -> Sweep:
   """Returns the sweep of a folder, its states from the ledger there.
@@ -149,7 +158,11 @@ def load(workdir) -> Sweep:
   with ledger_lib.Ledger(workdir) as ledger:
     states = {(run.point, run.seed): (run.state, run.error)
               for run in ledger.runs()}
-  return read(workdir, description, states)
+  sweep = read(workdir, description, states)
+  for stranger in sweep.strangers:
+    print(f'warning: not of the config that sweep.json says: {stranger}',
+          file=sys.stderr)
+  return sweep
 
 
 def read(workdir, description: Mapping[str, Any],
@@ -162,20 +175,19 @@ def read(workdir, description: Mapping[str, Any],
     states: the ledger's (state, error) by point and seed.
   """
   base_config = run_config.flatten_dict(description['base_config'])
-  points = tuple(_point(workdir, row, base_config, states)
+  points = tuple(_point(workdir, description, row, base_config, states)
                  for row in description['points'])
   base = next(p for p in points if p.name == description['base'])
   return Sweep(description['name'], description['file'], description['match'],
                description['paired'], base, points)
 
 
-def _point(workdir, row: Mapping[str, Any], base: Mapping[str, Any], states
-           ) -> Point:
+def _point(workdir, description, row: Mapping[str, Any],
+           base: Mapping[str, Any], states) -> Point:
   runs = {}
   for seed in row['seeds']:
-    folder = layout.run_folder(workdir, row['name'], seed)
     state, error = states.get((row['name'], seed), ('not run', ''))
-    runs[seed] = _run(folder, seed, state, error)
+    runs[seed] = _run(workdir, description, row['name'], seed, state, error)
   changes = {key: value for key, value in row['changes'].items()
              if value != base[key]}
   return Point(row['name'], changes, tuple(row['matched']), row['params'],
@@ -183,7 +195,9 @@ def _point(workdir, row: Mapping[str, Any], base: Mapping[str, Any], states
                runs)
 
 
-def _run(folder: pathlib.Path, seed: int, state: str, error: str) -> Run:
+def _run(workdir, description, point: str, seed: int, state: str, error: str
+         ) -> Run:
+  folder = layout.run_folder(workdir, point, seed)
   started = (folder / 'config.json').exists()
   file = folder / 'metrics.jsonl'
   evaluations = {}
@@ -193,7 +207,9 @@ def _run(folder: pathlib.Path, seed: int, state: str, error: str) -> Run:
   return Run(
       seed, state, error,
       run_config.flatten(run_config.load(folder)) if started else {},
-      tuple(metrics.read(file)) if file.exists() else (), evaluations)
+      tuple(metrics.read(file)) if file.exists() else (), evaluations,
+      tuple(layout.differing(description, workdir, point, seed))
+      if started else ())
 
 
 def _seconds(rows, step: np.ndarray) -> np.ndarray:

@@ -33,6 +33,7 @@ def main(args) -> int:
   points = curves.load(args.workdir).points
   for point in points:
     _check_ladder(point)
+  _check_rungs(points, args.count)
   rows = [(getattr(point, args.count), point.tokens, loss,
            point.flops_per_token)
           for point in points for loss in point.finals.values()]
@@ -51,6 +52,22 @@ def _check_ladder(point) -> None:
     raise ValueError(
         f'point {point.name!r} sets {", ".join(kinds)}: a law is fitted to '
         'sizes and lengths of one model, as in configs/sweeps/ladder.py')
+
+
+def _check_rungs(points, count: str) -> None:
+  """Raises ValueError for two points of one size and length: what else they
+  differ in, the law does not know."""
+  rungs = {}
+  for point in points:
+    size = getattr(point, count), point.tokens
+    other = rungs.setdefault(size, point)
+    if other is not point:
+      keys = [key for key in {**other.changes, **point.changes}
+              if other.changes.get(key) != point.changes.get(key)]
+      raise ValueError(
+          f'points {other.name!r} and {point.name!r} have both {size[0]:,} '
+          f'{count} and {size[1]:,} tokens, and differ in {", ".join(keys)}: '
+          'a law is fitted to one point of each size and length')
 
 
 def _budgets(text: str) -> list[float]:

@@ -24,17 +24,25 @@ def save(workdir, description: dict) -> None:
   os.replace(partial.name, path)
 
 
-def load(workdir) -> dict:
+def load(workdir, file: str = '') -> dict:
   """Returns what `save` wrote.
 
+  Args:
+    workdir: W.
+    file: that the sweep must be of, where it is given.
+
   Raises:
-    ValueError: where no sweep was started.
+    ValueError: where no sweep was started, or another one.
   """
   path = pathlib.Path(workdir) / 'sweep.json'
   if not path.is_file():
     raise ValueError(f'{path} is missing: no sweep was checked or run in this '
                      'workdir')
-  return json.loads(path.read_text())
+  description = json.loads(path.read_text())
+  if file and file != description['file']:
+    raise ValueError(f'{workdir} holds the sweep {description["file"]}, not '
+                     f'{file}: leave the file out or name another --workdir')
+  return description
 
 
 def config(description: dict, point: str, seed: int):
@@ -45,6 +53,21 @@ def config(description: dict, point: str, seed: int):
   row = next(p for p in description['points'] if p['name'] == point)
   return spec.changed(base, {**row['changes'], 'seed': seed},
                       f'point {point!r}')
+
+
+def differing(description: dict, workdir, point: str, seed: int
+              ) -> list[str]:
+  """Returns the fields in which the run on disk is not the sweep's.
+
+  Raises:
+    ValueError: where its config.json is missing or damaged.
+  """
+  from training import run_config
+  got = run_config.flatten(run_config.load(run_folder(workdir, point, seed)))
+  expected = run_config.flatten(config(description, point, seed))
+  return [name for name in {**expected, **got}
+          if got.get(name, run_config.MISSING)
+          != expected.get(name, run_config.MISSING)]
 
 
 def metrics(folder: pathlib.Path, split: str) -> list[dict]:

@@ -25,6 +25,8 @@ STATES = (PENDING, RUNNING, OWED, EVALUATING, DONE, FAILED)
 CLAIMED = {PENDING: RUNNING, OWED: EVALUATING}
 BUSY_SECONDS = 60  # how long a writer waits for the others
 STALE_SECONDS = 120  # another host's runner counts as dead after so long
+BEAT_SECONDS = 10  # between two heartbeats
+SILENT_SECONDS = 3 * BEAT_SECONDS  # and may be dead after so long
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS runs (
@@ -36,6 +38,7 @@ CREATE TABLE IF NOT EXISTS runs (
   runner TEXT NOT NULL DEFAULT '',
   attempts INTEGER NOT NULL DEFAULT 0,
   seconds REAL NOT NULL DEFAULT 0,
+  alone INTEGER NOT NULL DEFAULT 0,
   started REAL,
   ended REAL,
   error TEXT NOT NULL DEFAULT '',
@@ -47,6 +50,9 @@ CREATE TABLE IF NOT EXISTS runners (
   born TEXT NOT NULL,
   heartbeat REAL NOT NULL);
 """
+# Columns that ledgers of earlier versions lack.
+LATER = {'seconds': 'REAL NOT NULL DEFAULT 0',
+         'alone': 'INTEGER NOT NULL DEFAULT 0'}
 
 
 class Run(NamedTuple):
@@ -54,7 +60,8 @@ class Run(NamedTuple):
 
   `tasks` are the evaluations that it owes once trained; `seconds` is what all
   attempts took together; `started` and `ended` are of the last, in seconds
-  since 1970; `error` says why it failed.
+  since 1970; `alone` that it trains beside no other, since a program that held
+  it and others ended in an error; `error` says why it failed.
   """
   id: int
   point: str
@@ -64,6 +71,7 @@ class Run(NamedTuple):
   runner: str
   attempts: int
   seconds: float
+  alone: int
   started: float | None
   ended: float | None
   error: str
@@ -77,13 +85,13 @@ class Ledger:
     path.parent.mkdir(parents=True, exist_ok=True)
     self._db = sqlite3.connect(path, timeout=BUSY_SECONDS,
                                isolation_level=None)
-    with self._transaction():
+    with self.transaction():
       for statement in SCHEMA.split(';\n'):
         self._db.execute(statement)
       columns = {row[1] for row in self._db.execute('PRAGMA table_info(runs)')}
-      if 'seconds' not in columns:  # a ledger of an earlier version
-        self._db.execute(
-            'ALTER TABLE runs ADD COLUMN seconds REAL NOT NULL DEFAULT 0')
+      for name, kind in LATER.items():
+        if name not in columns:
+          self._db.execute(f'ALTER TABLE runs ADD COLUMN {name} {kind}')
 
   def __enter__(self) -> 'Ledger':
     return self
@@ -92,8 +100,8 @@ class Ledger:
     self._db.close()
 
   @contextlib.contextmanager
-  def _transaction(self):
-    """All inside happens at once, or not at all."""
+  def transaction(self):
+    """All inside happens at once, or not at all, and one such at a time."""
     with self._db:  # commits, or takes back
       self._db.execute('BEGIN IMMEDIATE')
       yield
@@ -101,7 +109,7 @@ class Ledger:
   def add(self, rows: Iterable[tuple[str, int, Sequence[str]]]) -> None:
     """Adds (point, seed, tasks) where missing; a run that is done and owes a
     task which it did not owe before is owed again."""
-    with self._transaction():
+    with self.transaction():
       for point, seed, tasks in rows:
         tasks = ','.join(tasks)
         self._db.execute(
@@ -148,19 +156,34 @@ class Ledger:
     return sorted(row[0] for row in rows)
 
   def settle(self, id: int, runner: str, state: str, error: str = '',
-             now: float | None = None) -> bool:
+             alone: bool = False, now: float | None = None) -> bool:
     """Writes how a claimed run ended; False if the claim was lost meanwhile.
+
+    Args:
+      id: of the run.
+      runner: as `register` named it.
+      state: that it goes into.
+      error: why it failed.
+      alone: it trains beside no other from now on.
+      now: tests' own clock.
     """
     return self._db.execute(
         "UPDATE runs SET state = ?, error = ?, ended = ?, runner = '', "
-        'seconds = seconds + ? - started WHERE id = ? AND runner = ?',
-        (state, error, _now(now), _now(now), id, runner)).rowcount == 1
+        'alone = max(alone, ?), seconds = seconds + ? - started '
+        'WHERE id = ? AND runner = ?',
+        (state, error, _now(now), alone, _now(now), id, runner)).rowcount == 1
 
-  def adopt(self, id: int, old: str, new: str) -> bool:
+  def tasks(self, id: int) -> list[str]:
+    """Returns what a run owes by now: tasks may have come since its claim."""
+    told, = self._db.execute('SELECT tasks FROM runs WHERE id = ?',
+                             (id,)).fetchone()
+    return told.split(',') if told else []
+
+  def adopt(self, id: int, old: str, new: str, error: str = '') -> bool:
     """Moves a run that nobody holds from one state to another."""
     return self._db.execute(
-        "UPDATE runs SET state = ?, error = '' WHERE id = ? AND state = ?",
-        (new, id, old)).rowcount == 1
+        'UPDATE runs SET state = ?, error = ? WHERE id = ? AND state = ?',
+        (new, error, id, old)).rowcount == 1
 
   def beat(self, runner: str, now: float | None = None) -> set[int]:
     """Says that the runner lives; returns the runs that are still its own."""
@@ -185,6 +208,15 @@ class Ledger:
             'AND state = ? RETURNING point, seed',
             (state, name, claimed)).fetchall()
     return [f'{point}, seed {seed}' for point, seed in freed]
+
+  def doubtful(self, now: float | None = None) -> list[str]:
+    """Returns 'point, seed S' of the runs that runners of other hosts hold
+    which have missed three heartbeats: alive or dead, nobody knows yet."""
+    rows = self._db.execute(
+        'SELECT point, seed FROM runs JOIN runners ON runner = name '
+        'WHERE host != ? AND heartbeat <= ? ORDER BY runs.id',
+        (_host(), _now(now) - SILENT_SECONDS)).fetchall()
+    return [f'{point}, seed {seed}' for point, seed in rows]
 
 
 def _now(now: float | None) -> float:

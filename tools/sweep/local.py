@@ -10,11 +10,10 @@ import subprocess
 import sys
 import time
 
-from tools.sweep import commands, layout
+from tools.sweep import commands, layout, worker
 from tools.sweep import ledger as ledger_lib
 
 POLL_SECONDS = 0.2
-BEAT_SECONDS = 10
 GPUS = 'CUDA_VISIBLE_DEVICES'
 TETHER = str(pathlib.Path(__file__).with_name('tether.py'))
 
@@ -28,6 +27,7 @@ class Job:
   slot: int
   checked: bool = False  # whether train.py got the config of the sweep
   wrong: bool = False  # it did not
+  told: int = 0  # signals that were passed on to it
 
 
 class Runner:
@@ -51,6 +51,7 @@ class Runner:
     self._jobs: list[Job] = []
     self._signals = 0
     self._beaten = 0.0
+    self._waiting = False
 
   def run(self) -> bool:
     """Returns whether it came to the end, and was not told to stop."""
@@ -60,6 +61,7 @@ class Runner:
       while True:
         self._beat()
         for job in self._jobs:
+          self._pass_on(job)
           self._check_config(job)
         for job in [j for j in self._jobs if j.process.poll() is not None]:
           self._jobs.remove(job)
@@ -67,7 +69,7 @@ class Runner:
         while not self._signals and len(self._jobs) < self._parallel:
           if not self._start():
             break
-        if not self._jobs:
+        if not self._jobs and (self._signals or not self._left()):
           return not self._signals
         time.sleep(POLL_SECONDS)
     finally:
@@ -77,28 +79,50 @@ class Runner:
         signal.signal(number, handler)
 
   def _stop(self, number, frame) -> None:
-    """The first signal lets the runs save and end; the second kills them."""
+    """Counts alone: it may come while a job is being started."""
     self._signals += 1
-    for job in self._jobs:
-      if job.process.poll() is None:
-        job.process.send_signal(
-            signal.SIGTERM if self._signals == 1 else signal.SIGKILL)
+
+  def _pass_on(self, job: Job) -> None:
+    """The first signal lets a run save and end; the second kills it."""
+    if job.told < self._signals and job.process.poll() is None:
+      job.process.send_signal(
+          signal.SIGTERM if self._signals == 1 else signal.SIGKILL)
+    job.told = self._signals
+
+  def _left(self) -> bool:
+    """Whether there is something to wait for, all jobs of ours being done:
+    what a dead runner held, and what one holds that may be dead."""
+    freed = self._recover()
+    doubtful = [] if freed else self._ledger.doubtful()
+    if doubtful and not self._waiting:
+      _say(f'waiting: the runner of {"; ".join(doubtful)} is silent; after '
+           f'{ledger_lib.STALE_SECONDS} s it counts as dead')
+    self._waiting = bool(doubtful)
+    return bool(freed or doubtful)
+
+  def _recover(self) -> list[str]:
+    freed = self._ledger.recover()
+    for run in freed:
+      _say(f'{run}: its runner died; it goes on here')
+    return freed
 
   def _beat(self) -> None:
-    if time.monotonic() - self._beaten < BEAT_SECONDS:
+    if time.monotonic() - self._beaten < ledger_lib.BEAT_SECONDS:
       return
     self._beaten = time.monotonic()
     ours = self._ledger.beat(self._name)
     for job in self._jobs:
       if not ours & {run.id for run in job.runs}:
         job.process.kill()  # we were taken for dead; another has them
-    for run in self._ledger.recover():
-      _say(f'{run}: its runner died; it goes on here')
+    self._recover()
 
   def _start(self) -> bool:
     """Starts one more job; returns whether there was one to take."""
     for state in (ledger_lib.OWED, ledger_lib.PENDING):
       waiting = self._ledger.runs(state)
+      if not {run.point for run in waiting} <= {
+          point['name'] for point in self._description['points']}:
+        self._description = layout.load(self._workdir)  # points were added
       for group in self._groups(waiting, state):
         claimed = self._ledger.claim([run.id for run in group], self._name,
                                      state)
@@ -112,11 +136,13 @@ class Runner:
     if state == ledger_lib.OWED or self._group == 1:
       return [[run] for run in waiting]
     from training import vectorised
+    alone = [[run] for run in waiting if run.alone]
+    waiting = [run for run in waiting if not run.alone]
     configs = [layout.config(self._description, run.point, run.seed)
                for run in waiting]
     return [[waiting[i] for i in indices[at:at + self._group]]
             for indices in vectorised.groups(configs)
-            for at in range(0, len(indices), self._group)]
+            for at in range(0, len(indices), self._group)] + alone
 
   def _spawn(self, runs: list, state: str) -> None:
     first = runs[0]
@@ -151,15 +177,14 @@ class Runner:
     """Ends a run whose config is not the sweep's: its file was edited since
     the sweep began."""
     from training import run_config
-    folder = self._folder(job.runs[0])
-    if job.checked or not run_config.exists(folder):
+    run = job.runs[0]
+    folder = self._folder(run)
+    # What trains as a group gets its configs of sweep.json.
+    if job.checked or len(job.runs) > 1 or not run_config.exists(folder):
       return
     job.checked = True
-    run = job.runs[0]
-    got = run_config.flatten(run_config.load(folder))
-    expected = run_config.flatten(
-        layout.config(self._description, run.point, run.seed))
-    wrong = [key for key in got if got[key] != expected.get(key)]
+    wrong = layout.differing(self._description, self._workdir, run.point,
+                             run.seed)
     if wrong:
       job.wrong = True
       job.process.kill()
@@ -171,14 +196,26 @@ class Runner:
   def _settle(self, job: Job) -> None:
     """Writes into the ledger how a job ended, run by run."""
     code = job.process.returncode
+    # A group that none of its runs ended, but an error of all.
+    fell = (len(job.runs) > 1 and code not in (0, worker.UNFINISHED)
+            and not self._signals)
     for run in job.runs:
-      state, error = self._outcome(job, run, code)
-      if self._ledger.settle(run.id, self._name, state, error):
-        _say(f'{run.point}, seed {run.seed}: {state}'
+      # Tasks may be added at any moment but between these two.
+      with self._ledger.transaction():
+        state, error = self._outcome(
+            job, run, code, self._ledger.tasks(run.id))
+        alone = fell and state == ledger_lib.FAILED
+        settled = self._ledger.settle(
+            run.id, self._name, ledger_lib.PENDING if alone else state,
+            '' if alone else error, alone)
+      if settled:
+        _say(f'{run.point}, seed {run.seed}: '
+             + ('goes on alone, since its group failed' if alone else state)
              + (f': {error}' if error else ''))
 
-  def _outcome(self, job: Job, run, code: int) -> tuple[str, str]:
-    tasks = run.tasks.split(',') if run.tasks else []
+  def _outcome(self, job: Job, run, code: int, tasks: list[str]
+               ) -> tuple[str, str]:
+    """Returns the state of a run that ended, and why it failed."""
     folder = self._folder(run)
     if job.wrong:
       return ledger_lib.FAILED, layout.error(folder)
@@ -189,6 +226,8 @@ class Runner:
         return (ledger_lib.OWED if tasks else ledger_lib.DONE), ''
     elif code == 0 and layout.is_evaluated(folder, tasks):
       return ledger_lib.DONE, ''
+    elif code == 0 and layout.is_evaluated(folder, run.tasks.split(',')):
+      return ledger_lib.OWED, ''  # a task was added meanwhile
     if self._signals:  # it saved and left, or had nothing to save yet
       return job.state, ''
     if code < 0:

@@ -1,4 +1,4 @@
-"""report: W/report.html and W/report.csv, and their main table printed.
+"""report: W/report.html, W/report.csv and W/curves.csv; prints the main table.
 
 The page says what each variant's final loss is beside the base's and whether
 the difference stands outside the noise over seeds; it draws the loss curves by
@@ -8,21 +8,23 @@ failed or is not done is listed.
 """
 
 import argparse
+import json
+import sys
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('file', nargs='?', default='',
                       help='the sweep that --workdir must be of')
   parser.add_argument('--workdir', required=True, help='of the whole sweep')
+  parser.add_argument('--json', action='store_true', help='print JSON')
 
 
 def main(args) -> int:
-  from tools.sweep import curves, report_write
+  from tools.sweep import curves, layout, report_write
+  layout.load(args.workdir, args.file)
   sweep = curves.load(args.workdir)
-  if args.file and args.file != sweep.file:
-    raise ValueError(f'{args.workdir} holds the sweep {sweep.file}, not '
-                     f'{args.file}: leave the file out or name another '
-                     '--workdir')
-  print(report_write.text(sweep))
-  print(*report_write.write(sweep, args.workdir), sep='\n')
+  print(json.dumps(report_write.figures(sweep), indent=2) if args.json
+        else report_write.text(sweep))
+  print(*report_write.write(sweep, args.workdir), sep='\n',
+        file=sys.stderr if args.json else sys.stdout)
   return 0

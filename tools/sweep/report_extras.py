@@ -21,6 +21,8 @@ HEALTH = {
     'health/window_unused': 'unused experts',
     'health/confidence': 'confidence',
     'health/router_entropy': 'router entropy'}
+
+
 def effects_table(sweep: Sweep) -> Table:
   """Each change alone: the mean over all pairs of points that differ in it and
   in nothing else, what was matched aside; none where no change has 2 pairs."""
@@ -114,7 +116,7 @@ def rate_table(groups: Sequence[Rates]) -> Table:
     done = group.done
     failed = len(group.points) - len(done)
     if not done:
-      rows.append((Cell(group.name, group.name), *(Cell('n/a'),) * 3,
+      rows.append((Cell(group.name, group.name), *(Cell('n/a'),) * 4,
                    Cell(str(failed), failed)))
       continue
     best = min(done, key=done.get)
@@ -123,7 +125,8 @@ def rate_table(groups: Sequence[Rates]) -> Table:
     rows.append((
         Cell(group.name, group.name),
         Cell(f'{best:g}' + (' (at the edge)' if edge else ''), best),
-        Cell(f'{done[best]:.4f}', done[best]), Cell(f'{cost:.4f}', cost),
+        Cell(f'{done[best]:.4f}', done[best]), _neighbour(group, best),
+        Cell(f'{cost:.4f}', cost),
         Cell(str(failed), failed)))
     if edge:
       notes.append(f'{group.name}: the best learning rate is at the edge of '
@@ -131,9 +134,28 @@ def rate_table(groups: Sequence[Rates]) -> Table:
   return Table((
       ('group', 'points that differ in the learning rate alone'),
       ('best', 'learning rate'), ('loss there', ''),
+      ('next to it', 'the better one of its neighbours, less the best: mean '
+       'over paired seeds and its 95 % interval; one that holds 0 cannot be '
+       'told from the best'),
       ('sensitivity', 'mean loss over the learning rates, less the best '
        '(Wortsman et al. 2023); runs that failed are not in it'),
       ('failed', 'learning rates without a finished run')), rows, notes)
+
+
+def _neighbour(group: Rates, best: float) -> Cell:
+  """How far the better neighbour of the best learning rate is behind it."""
+  done = list(group.done)
+  i = done.index(best)
+  beside = done[max(i - 1, 0):i] + done[i + 1:i + 2]
+  if not beside:
+    return Cell('n/a')
+  lr = min(beside, key=group.done.get)
+  x = statistics.paired(group.points[lr].finals, group.points[best].finals)
+  cell = difference(x)
+  verdict = statistics.verdict(x)
+  return dataclasses.replace(
+      cell, text=f'{lr:g}: {cell.text}',
+      mark=verdict if verdict in ('noise', 'unknown') else '')
 
 
 def health_table(sweep: Sweep) -> Table:
@@ -188,13 +210,13 @@ def extrapolation_table(found: dict) -> Table:
         cells.append(Cell('refused'))
         continue
       x = statistics.interval([c.mean() for c in taken])
-      half = f' ± {x.high - x.mean:.3f}' if x.known else ''
-      cells.append(Cell(f'{x.mean:.3f}{half}', x.mean))
+      ends = f' [{x.low:.3f}, {x.high:.3f}]' if x.known else ''
+      cells.append(Cell(f'{x.mean:.3f}{ends}', x.mean))
     rows.append((Cell(point, point), Cell(name, name), *cells))
   return Table((
       ('variant', ''), ('encoding', 'as the evaluation used it'),
-      *((f'{m} × length', 'nats per token over all positions; ± half a 95 % '
-         'interval over seeds') for m in multiples)), rows)
+      *((f'{m} × length', 'nats per token over all positions: mean over '
+         'seeds, and its 95 % interval') for m in multiples)), rows)
 
 
 def health_curve(point: Point, name: str) -> curves.Curve | None:

@@ -39,6 +39,11 @@ class Table:
         text.ljust(width) for text, width in zip(row, widths)).rstrip()
                      for row in rows)
 
+  def plain(self) -> list[dict]:
+    """Returns its rows as JSON takes them: what is shown, by heading."""
+    return [{heading: cell.text for (heading, _), cell in zip(
+        self.columns, row)} for row in self.rows]
+
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
@@ -84,7 +89,8 @@ def outcome_table(sweep: Sweep, rows: Sequence[Outcome]) -> Table:
       ('verdict', 'inside the noise: the interval holds 0'),
       ('speed-up', 'compute that the base needs over compute that this needs, '
        'to the same loss; ~ where the curves\' fit errs by more than the '
-       'difference'),
+       'difference; in brackets where the losses differ by noise, or the noise '
+       'is not known'),
       ('parameters', ''), ('FLOPs a token', 'of training'),
       ('seeds', 'done of those asked for'), ('changes', 'from the base'))
   body = []
@@ -122,12 +128,10 @@ def _notes(sweep: Sweep, rows: Sequence[Outcome]) -> list[str]:
         'of them would stand outside the noise.')
   if any(p.tokens != sweep.base.tokens for p in sweep.points):
     notes.append('Not all points see as many tokens as the base.')
-  far = [p.name for p in sweep.points if not sweep.match and max(
-      abs(p.params / sweep.base.params - 1),
-      abs(p.flops_per_token / sweep.base.flops_per_token - 1)) > 0.01]
-  if far:
-    notes.append('Sizes were not matched: by more than 1 % in parameters or '
-                 f'FLOPs differ {", ".join(far)}.')
+  notes += _survivors(sweep, compared) + _unmatched(sweep)
+  if sweep.strangers:
+    notes.append('Not of the config that sweep.json says, though in these '
+                 f'figures: {"; ".join(sweep.strangers)}.')
   if any(r.speed_up for r in rows):
     notes.append(
         'Speed-ups read each run\'s own held-out curve, a saturating power '
@@ -135,6 +139,31 @@ def _notes(sweep: Sweep, rows: Sequence[Outcome]) -> list[str]:
         'would have lowered its learning rate sooner, so they compare curves '
         'under this schedule, not best runs at each budget.')
   return notes
+
+
+def _survivors(sweep: Sweep, compared: Sequence[Outcome]) -> list[str]:
+  """Who fails at some seeds is compared at the others, which flatters it."""
+  few = [f'{r.point.name} {r.difference.seeds} of {asked}' for r in compared
+         if r.difference.seeds < (asked := len({*r.point.runs}
+                                               | {*sweep.base.runs}))]
+  return [f'Compared over the seeds that ended alone: {", ".join(few)}. What '
+          'failed or is not done is in no verdict.'] if few else []
+
+
+def _unmatched(sweep: Sweep) -> list[str]:
+  """The figures that nobody made equal, and who is off by them."""
+  told = []
+  for name, words in (('params', 'parameters'),
+                      ('active_params', 'parameters at work for a token'),
+                      ('flops_per_token', 'FLOPs a token')):
+    base = getattr(sweep.base, name)
+    far = [p.name for p in sweep.points
+           if abs(getattr(p, name) / base - 1) > 0.01]
+    if far and name != sweep.match:
+      told.append(f'in {words} differ {", ".join(far)}')
+  what = f'Only {sweep.match} was' if sweep.match else 'Sizes were not'
+  return [f'{what} matched: by more than 1 %, {"; ".join(told)}.'
+          ] if told else []
 
 
 def changes(point: Point) -> str:
@@ -174,8 +203,11 @@ def _speed_up(row: Outcome) -> Cell:
     return Cell('n/a')
   unsure = '~' if abs(row.difference.mean) < row.fit_error else ''
   text = f'{unsure}{x.mean:.2f}'
-  return Cell(f'{text} [{x.low:.2f}, {x.high:.2f}]' if x.known else text,
-              x.mean)
+  if x.known:
+    text += f' [{x.low:.2f}, {x.high:.2f}]'
+  if row.verdict in ('noise', 'unknown'):
+    return Cell(f'({text})', x.mean, row.verdict)
+  return Cell(text, x.mean)
 
 
 def _cost(ours: float, base: float, is_base: bool) -> Cell:

@@ -1,14 +1,17 @@
-"""Writes report.html and report.csv, and the outcome for a terminal."""
+"""Writes report.html, report.csv and curves.csv, and the outcome for a terminal
+or a program."""
 
 import csv
 from html import escape
 import pathlib
 
+import numpy as np
+
 from tools.sweep import report_extras as extras
 from tools.sweep import report_page as page
 from tools.sweep import report_plots as plots
 from tools.sweep import report_tables as tables
-from tools.sweep.curves import Sweep
+from tools.sweep.curves import AXES, SPLITS, Sweep
 
 CURVES = (
     'Means over the seeds that are done. Seconds are of training steps on the '
@@ -16,16 +19,42 @@ CURVES = (
     "several runs trained as one program, each one's share.")
 
 
-def write(sweep: Sweep, workdir) -> tuple[pathlib.Path, pathlib.Path]:
-  """Writes report.html and report.csv; returns their paths."""
+def write(sweep: Sweep, workdir) -> list[pathlib.Path]:
+  """Writes report.html, report.csv (the outcome) and curves.csv (every loss);
+  returns their paths."""
   rows = tables.outcomes(sweep)
-  html, sheet = (pathlib.Path(workdir) / f'report.{x}' for x in ('html', 'csv'))
+  html, outcome, losses = (pathlib.Path(workdir) / name for name in (
+      'report.html', 'report.csv', 'curves.csv'))
   html.write_text(_html(sweep, rows))
-  with sheet.open('w', newline='') as file:
-    writer = csv.DictWriter(file, list(_record(sweep, rows[0])))
+  _sheet(outcome, [_record(sweep, row) for row in rows])
+  _sheet(losses, _losses(sweep))
+  return [html, outcome, losses]
+
+
+def _sheet(path: pathlib.Path, records: list[dict]) -> None:
+  with path.open('w', newline='') as file:
+    writer = csv.DictWriter(file, list(records[0]))
     writer.writeheader()
-    writer.writerows(_record(sweep, row) for row in rows)
-  return html, sheet
+    writer.writerows(records)
+
+
+def _losses(sweep: Sweep) -> list[dict]:
+  """A line for each loss of each run, also of what is not done; empty where a
+  figure is not known. One empty line where no run has begun."""
+  known = lambda x: x if np.isfinite(x) else None
+  records = []
+  for point in sweep.points:
+    for seed in point.runs:
+      for split in SPLITS:
+        curve = point.curve(seed, split)
+        records += [
+            {'variant': point.name, 'seed': seed, 'split': split,
+             'step': int(step)} | {
+                 name: known(getattr(curve, name)[i])
+                 for name in (*AXES, 'loss')}
+            for i, step in enumerate(curve.step)]
+  return records or [dict.fromkeys(
+      ('variant', 'seed', 'split', 'step', *AXES, 'loss'))]
 
 
 def text(sweep: Sweep) -> str:
@@ -40,6 +69,17 @@ def text(sweep: Sweep) -> str:
     lines += ['', f'failed or not done: {len(missing.rows)} runs',
               missing.text()]
   return '\n'.join(lines)
+
+
+def figures(sweep: Sweep) -> dict:
+  """Returns what `text` says, as JSON takes it."""
+  rows = tables.outcomes(sweep)
+  return {'sweep': sweep.name, 'file': sweep.file, 'match': sweep.match,
+          'base': sweep.base.name,
+          'points': [_record(sweep, row) for row in rows],
+          'notes': list(tables.outcome_table(sweep, rows).notes),
+          'effects': extras.effects_table(sweep).plain(),
+          'missing': tables.missing(sweep).plain()}
 
 
 def _record(sweep: Sweep, row: tables.Outcome) -> dict:

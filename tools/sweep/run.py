@@ -42,6 +42,8 @@ def main(args) -> int:
     raise ValueError(f'--workdir is {args.workdir!r}: the ledger of a sweep '
                      'needs a folder of this machine, or one that is mounted')
   description = check.check(args)
+  if args.match:
+    print(check.table(description), file=sys.stderr)
   check.save(args.workdir, description)
   with ledger_lib.Ledger(args.workdir) as ledger:
     ledger.add((point['name'], seed, point['tasks'])
@@ -51,26 +53,46 @@ def main(args) -> int:
     if args.retry:
       for run in ledger.runs(ledger_lib.FAILED):
         ledger.adopt(run.id, ledger_lib.FAILED, ledger_lib.PENDING)
-    adopt(description, args.workdir, ledger)
+    adopt(args.workdir, ledger)
     if not LAUNCHERS[args.launcher](args, description, ledger):
       print('stopped: the same command goes on')
       return 0
     return _summary(args, ledger)
 
 
-def adopt(description: dict, workdir, ledger) -> None:
+def adopt(workdir, ledger) -> None:
   """Marks as trained or done what is so on disk and the ledger has not seen:
-  runs of a printed command, or of a ledger that was lost."""
-  steps = {point['name']: layout.config(description, point['name'], 0)
-           .train.steps for point in description['points']}
-  for run in ledger.runs(ledger_lib.PENDING):
+  runs of a printed command, or of a ledger that was lost; as failed, what was
+  trained there by another config; and as owed, what was done before a task of
+  it was added."""
+  waiting = ledger.runs(ledger_lib.PENDING)
+  description = layout.load(workdir)  # read later: it has all of these points
+  for run in waiting:
     folder = layout.run_folder(workdir, run.point, run.seed)
-    if layout.is_trained(folder, steps[run.point]):
-      ledger.adopt(run.id, ledger_lib.PENDING, ledger_lib.OWED)
-  for run in ledger.runs(ledger_lib.OWED):
-    folder = layout.run_folder(workdir, run.point, run.seed)
-    if layout.is_evaluated(folder, run.tasks.split(',') if run.tasks else []):
-      ledger.adopt(run.id, ledger_lib.OWED, ledger_lib.DONE)
+    steps = layout.config(description, run.point, run.seed).train.steps
+    if layout.is_trained(folder, steps):
+      error = _stranger(description, workdir, run)
+      ledger.adopt(run.id, ledger_lib.PENDING,
+                   ledger_lib.FAILED if error else ledger_lib.OWED, error)
+  for old, new in ((ledger_lib.OWED, ledger_lib.DONE),
+                   (ledger_lib.DONE, ledger_lib.OWED)):
+    for run in ledger.runs(old):
+      folder = layout.run_folder(workdir, run.point, run.seed)
+      tasks = run.tasks.split(',') if run.tasks else []
+      if layout.is_evaluated(folder, tasks) == (new == ledger_lib.DONE):
+        ledger.adopt(run.id, old, new)
+
+
+def _stranger(description: dict, workdir, run) -> str:
+  """Returns why what was trained in a run's folder is not that run, or ''."""
+  try:
+    wrong = layout.differing(description, workdir, run.point, run.seed)
+  except ValueError as error:
+    return str(error)
+  return '' if not wrong else (
+      f'{layout.run_folder(workdir, run.point, run.seed)} holds a run of '
+      f'another config than sweep.json says, in {", ".join(wrong)}: move it '
+      'away, and --retry')
 
 
 def _local(args, description, ledger) -> bool:
@@ -130,4 +152,9 @@ def _summary(args, ledger) -> int:
           file=sys.stderr)
   if failed:
     print('--retry takes up again what failed', file=sys.stderr)
+  held = [run for run in runs if run.runner]
+  if held:
+    print(f'{len(held)} runs are with other runners: '
+          + ', '.join(sorted({run.runner for run in held}))
+          + '; the same command takes up what they leave', file=sys.stderr)
   return 1 if failed else 0

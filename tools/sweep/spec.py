@@ -117,16 +117,14 @@ def changed(base: ml_collections.ConfigDict, changes: Mapping[str, Any],
   config = base.copy_and_resolve_references()
   for key, value in changes.items():
     *parents, last = key.split('.')
-    at = config
+    at, old = None, config
     for part in [*parents, last]:
-      if not hasattr(at, 'keys') or part not in at:
+      if not hasattr(old, 'keys') or part not in old:
         keys = _keys(base)
         near = difflib.get_close_matches(key, keys, n=1)
         hint = f': did you mean {near[0]!r}?' if near else ''
         raise ValueError(f'{who} sets {key!r}, which is no config field{hint}')
-      if part is not last:
-        at = at[part]
-    old = at[last]
+      at, old = old, old[part]
     if hasattr(old, 'keys'):
       raise ValueError(f'{who} sets {key!r}, a group of fields: set '
                        f'{key}.{next(iter(old))} and so on')

@@ -3,6 +3,7 @@ date on a terminal, and as plain text elsewhere."""
 
 import argparse
 import collections
+import json
 import sys
 import time
 
@@ -15,14 +16,21 @@ HEADINGS = ('point', 'runs', 'trained', 'held-out loss', 'vs base')
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('file', nargs='?', default='',
-                      help='of the sweep; the workdir knows it')
+                      help='the sweep that --workdir must be of')
   parser.add_argument('--workdir', required=True, help='of the sweep')
   parser.add_argument('--once', action='store_true',
                       help='print the table once, and leave')
+  parser.add_argument('--json', action='store_true',
+                      help='print every run as JSON, and leave')
 
 
 def main(args) -> int:
-  description = layout.load(args.workdir)
+  description = layout.load(args.workdir, args.file)
+  if args.json:
+    with ledger_lib.Ledger(args.workdir) as ledger:
+      print(json.dumps(figures(description, args.workdir, ledger.runs()),
+                       indent=2))
+    return 0
   if args.once or not sys.stdout.isatty():
     with ledger_lib.Ledger(args.workdir) as ledger:
       print(plain(description, args.workdir, ledger.runs()))
@@ -32,6 +40,14 @@ def main(args) -> int:
   except KeyboardInterrupt:
     pass
   return 0
+
+
+def figures(description: dict, workdir, runs: list) -> dict:
+  """Returns the table, and every run as the ledger has it."""
+  return {'sweep': description['name'], 'file': description['file'],
+          'points': [dict(zip(HEADINGS, row)) for row in rows(
+              description, workdir, runs)],
+          'runs': [run._asdict() for run in runs]}
 
 
 def rows(description: dict, workdir, runs: list) -> list[tuple[str, ...]]:

@@ -7,10 +7,13 @@ import argparse
 
 from training import cli, interrupts
 
+UNFINISHED = 3  # exit code: the log of each run that did not end says why
+
 
 def main() -> int:
   parser = argparse.ArgumentParser(
       prog='python -m tools.sweep.worker', description=__doc__,
+      allow_abbrev=False,
       formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--workdir', required=True, help='of the sweep')
   parser.add_argument('--runs', required=True, help='POINT/SEED,POINT/SEED')
@@ -28,7 +31,7 @@ def main() -> int:
   except vectorised.Unfinished as unfinished:
     for place, sentence in unfinished.sentences.items():
       layout.log(folders[place], f'error: {sentence}')
-    return 1
+    return UNFINISHED
   return 0
 
 
