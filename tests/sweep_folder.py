@@ -79,3 +79,35 @@ def _write_run(folder, p, seed, done):
   if 'extrapolation' in p:
     (folder / 'eval.json').write_text(json.dumps(
         {'step': STEPS, 'extrapolation': p['extrapolation']}))
+
+
+# A sweep that has all that a report shows.
+SHIFT = {0: 0.01, 1: -0.02, 2: 0.015}
+HEALTH = {'dropped': 0.1, 'unserved': 0.02, 'window_load_max': 1.4,
+          'window_load_entropy': 0.95, 'window_unused': 0.0,
+          'confidence': 0.4, 'router_entropy': 0.8}
+
+
+def _extrapolation(slope, refused=False):
+  return {'length': 64, 'curves': {'alibi': {
+      str(m): None if refused and m > 1 else
+      [2 + slope * i / 512 for i in range(64 * m)] for m in (1, 2, 4, 8)}}}
+
+
+POINTS = [
+    point('base', shift=SHIFT, extrapolation=_extrapolation(0.1)),
+    # 0.8 of the compute, then shifts of their own.
+    point('better', {'model.norm': 'rmsnorm'}, factor=0.8,
+          shift={0: 0.012, 1: -0.021, 2: 0.014},
+          extrapolation=_extrapolation(1.0, refused=True)),
+    point('worse', {'model.position': 'none'}, factor=1.2, shift=SHIFT),
+    point('same', {'model.block': 'parallel'},
+          shift={0: 0.02, 1: -0.04, 2: 0.03}),
+    point('moe', {'model.ffn': 'moe'}, shift=SHIFT, params=80000,
+          health=HEALTH),
+    point('</script><b>', {'model.ffn': 'geglu'}, seeds=(0, 1), shift=SHIFT),
+    point('low', {'optim.lr': 1e-4}, factor=1.3, shift=SHIFT),
+    point('high', {'optim.lr': 3e-3}, factor=1.1, shift=SHIFT),
+]
+LOST = {('worse', 1): ('failed', 'the loss was not finite'),
+        ('high', 2): ('pending', '')}

@@ -1,6 +1,7 @@
 """Sweeps as described: helpers, points, matching, and what check refuses."""
 
 import argparse
+import importlib.util
 import json
 import pathlib
 import subprocess
@@ -291,6 +292,25 @@ def test_the_dense_twin_owes_no_routing():
   for point in sweep.points:
     figures = cost.of(sweep.config(point))
     assert abs(figures.active_params / base.active_params - 1) < 0.01
+
+
+@pytest.mark.plan
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec('libtpu') is None,
+    reason="libtpu is not installed: pip install -e '.[plan]'")
+def test_every_point_is_compiled_for_a_topology(tmp_path, capsys):
+  parser = argparse.ArgumentParser()
+  check.add_arguments(parser)
+  file = sweeps.write(tmp_path, "  add('narrow', **{'model.d_ff': 64})\n")
+  assert check.main(parser.parse_args(
+      [file, '--topology=v5e:1x1', '--json'])) == 0
+  plans = [point['plan'] for point in json.loads(
+      capsys.readouterr().out)['points']]
+  for plan in plans:
+    assert plan['topology'] == 'v5e:1x1' and not plan['programs'][0]['estimate']
+  base, narrow = (plan['programs'][0]['memory']['peak'] for plan in plans)
+  assert 0 < narrow < base < 2 ** 30
 
 
 def test_a_topology_is_asked_of_the_plan(tmp_path, monkeypatch, capsys):

@@ -5,7 +5,7 @@ import json
 import pathlib
 import sys
 
-from tools.sweep import commands, layout, run
+from tools.sweep import commands, layout, ledger, run
 from training import run_config
 
 FILE = '''
@@ -97,6 +97,25 @@ def fake(monkeypatch) -> None:
   monkeypatch.setattr(commands, 'train', train)
   monkeypatch.setattr(commands, 'train_together', train_together)
   monkeypatch.setattr(commands, 'evaluate', evaluate)
+
+
+# Claims what is pending in the ledger of a folder; says so, and lives on.
+CLAIM = '''
+import sys
+from tools.sweep import ledger
+with ledger.Ledger(sys.argv[1]) as book:
+  me = book.register()
+  print('ready', flush=True)
+  sys.stdin.readline()
+  print(*(id for run in book.runs('pending')
+          for id in book.claim([run.id], me)), flush=True)
+  sys.stdin.readline()
+'''
+
+
+def states(workdir) -> dict:
+  with ledger.Ledger(workdir) as opened:
+    return {(r.point, r.seed): r.state for r in opened.runs()}
 
 
 def main() -> None:

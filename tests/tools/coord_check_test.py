@@ -12,6 +12,16 @@ from tools import coord_check
 WIDTHS = [32, 128]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('system', coord_check.SYSTEMS)
+def test_every_decoder_is_flat_in_mup_alone(system):
+  slopes = {name: coord_check.check(
+      system, name, [64, 256], 'adamw', coord_check.LRS['adamw'], 6, 2
+      )['slopes'] for name in ('standard', 'mup')}
+  assert set(map(coord_check.verdict, slopes['mup'])) == {'flat'}, slopes
+  assert set(map(coord_check.verdict, slopes['standard'])) == {'growing'}, slopes
+
+
 @pytest.fixture(scope='module')
 def rows():
   return {name: coord_check.check('gpt', name, WIDTHS, 'adamw', 2e-3, 4, 2)

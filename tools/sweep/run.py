@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--jobs', type=int, default=0, help='of slurm: runners '
                       'in the array; default: one a run that waits')
   parser.add_argument('--slurm', default='', help='of slurm: what submitit '
-                      'is told, as partition=gpu,timeout_min=60')
+                      'is told, as slurm_partition=gpu,timeout_min=60')
 
 
 def main(args) -> int:

@@ -31,7 +31,7 @@ def submit(words: list[str], folder: pathlib.Path, jobs: int, options: str,
     words: the command of a runner.
     folder: for the scripts and logs of the jobs.
     jobs: how many.
-    options: of submitit's executor, as partition=gpu,timeout_min=60.
+    options: of submitit's executor, as slurm_partition=gpu,timeout_min=60.
     cluster: 'slurm'; tests run 'local'.
 
   Raises:
@@ -45,7 +45,7 @@ def submit(words: list[str], folder: pathlib.Path, jobs: int, options: str,
   try:
     executor = submitit.AutoExecutor(folder, cluster=cluster or 'slurm')
     executor.update_parameters(name='sweep', **_parsed(options))
-  except (NameError, RuntimeError, TypeError) as error:
+  except (AssertionError, NameError, RuntimeError, TypeError) as error:
     raise ValueError(f'--launcher=slurm: {error}') from error
   with executor.batch():
     submitted = [executor.submit(Work(words)) for _ in range(jobs)]
