@@ -4,12 +4,13 @@ from collections.abc import Mapping
 import shlex
 from typing import Any
 
-from tools.sweep import layout
+from tools.sweep import layout, spec
 
 
 def flags(changes: Mapping[str, Any]) -> list[str]:
   """Returns the changes of a point as train.py's flags."""
-  return [f'--config.{key}={value}' for key, value in changes.items()]
+  return [f'--config.{key}={spec.tuples(value)}'
+          for key, value in changes.items()]
 
 
 def train(description: dict, workdir, point: str, seed: int) -> list[str]:

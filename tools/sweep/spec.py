@@ -130,14 +130,19 @@ def changed(base: ml_collections.ConfigDict, changes: Mapping[str, Any],
                        f'{key}.{next(iter(old))} and so on')
     if isinstance(old, float) and type(value) is int:
       value = float(value)
-    if isinstance(value, list):
-      value = tuple(value)
+    value = tuples(value)
     if type(value) is not type(old):
       raise ValueError(
           f'{who} sets {key} to {value!r}, a {type(value).__name__}: it holds '
           f'{old!r}, a {type(old).__name__}')
     at[last] = value
   return config.lock()
+
+
+def tuples(value):
+  """Sequences in a config are tuples; JSON, where changes stand, has lists."""
+  return (tuple(map(tuples, value)) if isinstance(value, list | tuple)
+          else value)
 
 
 def _keys(config, prefix: str = '') -> list[str]:
