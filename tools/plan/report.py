@@ -83,8 +83,8 @@ def _performance(p: dict, m: str) -> list[str]:
                  'data are counted as one pass')
   if f['all_groups_per_device']:
     lines.append(f'  {tera(f["all_groups_per_device"])} of it are products of '
-                 'every row with every expert here: this compiler masks the '
-                 'rest instead of skipping it')
+                 'every row that buffers have room for with every expert here, '
+                 'which this compiler masks instead of skipping')
   lines.append('  seconds a step, at the least: ' + ', '.join(
       f'{names[k]} {m}{s:.3g}' for k, s in r['seconds'].items()))
   if not all(row['exact'] for row in p['collectives']):
