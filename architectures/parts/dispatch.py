@@ -13,11 +13,16 @@ Bytes that a device sends for each of its tokens, in each of the 4 crossings:
   r * D * itemsize * (n - 1) / n
 
 with n the devices along the expert axis and r the rows of the buffer a token:
-  sorted, einsum   E * C / T    C a device's slots of an expert
+  sorted, einsum   E * C / T    C a device's slots of an expert, see `slots`
   dropless         n * min(X, E / n), the bound that no routing exceeds
 
 On TPU and GPU dropless sends only the rows that are full
 (`ragged_all_to_all`): X * (n - 1) / n of them in even load.
+
+A capacity bounds what an expert takes of a group. A group of many devices may
+fill an expert from one of them, so padding keeps the whole group's slots on
+each: the work of a device would not fall with their number. `auto` pads only
+where that costs little, and is dropless, which has the same drops, elsewhere.
 """
 
 import functools
@@ -33,6 +38,9 @@ from architectures.parts import exchange
 from architectures.parts import routing
 from architectures.parts import sharding
 from architectures.parts.config import MoEConfig, require
+
+
+PADDING = 2
 
 
 @struct.dataclass
@@ -56,11 +64,33 @@ def expert_shards() -> int:
   return sharding.size(axes.experts) if axes else 1
 
 
-def way(m: MoEConfig, factor: float) -> str:
-  """The way of `auto`: a batch of padded experts, or groups without a bound."""
+def slots(m: MoEConfig, factor: float, tokens: int, groups: int,
+          shards: int) -> int:
+  """C: a device's slots of an expert that T tokens of it may choose.
+
+  Args:
+    factor: of capacity; 0: none, so that all may come.
+    tokens: of all devices, in `groups` groups.
+    shards: devices that the tokens are split over.
+  """
+  T = -(-tokens // shards)
+  if not factor:
+    return T
+  one = routing.capacity(factor, tokens // groups, m.top_k, m.num_experts)
+  return min(T, max(1, groups // shards) * one)
+
+
+def way(m: MoEConfig, factor: float, tokens: int, groups: int,
+        shards: int) -> str:
+  """The way of `auto`: a batch of padded experts where their slots are at most
+  PADDING times a device's assignments, or groups without a bound."""
   if m.dispatch != 'auto':
     return m.dispatch
-  return 'sorted' if factor or m.router == 'expert_choice' else 'dropless'
+  if m.router == 'expert_choice':  # fills its slots, all of them
+    return 'sorted'
+  rows = m.num_experts * slots(m, factor, tokens, groups, shards)
+  fits = rows <= PADDING * m.top_k * -(-tokens // shards)
+  return 'sorted' if factor and fits else 'dropless'
 
 
 def experts(m: MoEConfig, x_TD: jax.Array, routed: routing.Routing,
@@ -118,14 +148,10 @@ def _compute(m: MoEConfig, factor: float, tokens: int, groups: int, axes: Axes,
     token_A = routed.token_A - index * T
   routed = routed.replace(token_A=token_A)
   if X and factor:
-    slots = routing.capacity(factor, tokens // groups, X, E)
-    local = max(1, groups // shards)
     routed = routed.replace(expert_A=routing.limit(
-        routed.expert_A, choices=X, groups=local, slots=slots, experts=E,
+        routed.expert_A, choices=X, groups=max(1, groups // shards),
+        slots=routing.capacity(factor, tokens // groups, X, E), experts=E,
         earlier=_earlier(axes, groups) if groups < shards else None))
-    slots = min(T, local * slots)
-  else:
-    slots = T if X else routed.expert_A.shape[0] // E
   if dropout is not None:
     dropout = dropout.replace(
         first_row=index * routed.expert_A.shape[0],
@@ -135,10 +161,13 @@ def _compute(m: MoEConfig, factor: float, tokens: int, groups: int, axes: Axes,
   bound = (T * min(X, E // devices) if X else
            routed.expert_A.shape[0] // devices)
   run = here.Local(_gather(w, axes), dropout, m.ffn,
-                   max(1, tokens * m.top_k // E), E)
+                   max(1, T * devices * m.top_k // E), E)
   if axes.experts:
     run = Spread(run, axes.experts[0], bound)
-  y_TD = here.WAYS[way(m, factor)](x_TD, routed, run, slots)
+  room = (slots(m, factor, tokens, groups, shards) if X else
+          routed.expert_A.shape[0] // E)
+  y_TD = here.WAYS[way(m, factor, tokens, groups, shards)](
+      x_TD, routed, run, room)
   if axes.mlp:
     y_TD = jax.lax.psum(y_TD, axes.mlp)
   return y_TD, routed.expert_A < E

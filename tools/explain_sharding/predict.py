@@ -10,6 +10,7 @@ python -m tools.plan says what it chose.
 import math
 
 from architectures.parts import dispatch
+from architectures.parts.moe import routing_groups
 from configs import sharding as tables
 import jax.numpy as jnp
 from training import devices, examples
@@ -106,15 +107,22 @@ def _of_activations(run, parameters, mesh) -> list[dict]:
       n = mesh['expert']
       rows.append(_row(
           'all-to-all', ['expert'], 'tokens to their experts and back', runs,
-          one * _rows_a_token(c) * (n - 1) / n * runs))
+          one * _rows_a_token(run, tokens) * (n - 1) / n * runs))
   return rows
 
 
-def _rows_a_token(c) -> float:
-  """Rows of the dispatched array for a token, in even load."""
-  m = c.moe
-  way = dispatch.way(m, m.capacity_factor)
-  return m.top_k if way == 'dropless' else m.top_k * m.capacity_factor
+def _rows_a_token(run, tokens: int) -> float:
+  """Rows that cross for a token of a device's `tokens`, in even load."""
+  m, shards = run.model.moe, math.prod(
+      run.mesh.shape[axis] for axis in ('data', 'fsdp', 'expert', 'context'))
+  tokens = tokens // run.config.train.grad_accumulation * shards
+  groups = routing_groups(m.group_size, tokens)
+  laid_out = m.capacity_factor, tokens, groups, shards
+  if m.router == 'expert_choice':
+    return m.top_k * (m.capacity_factor or 1.0)
+  if dispatch.way(m, *laid_out) == 'dropless':
+    return m.top_k
+  return m.num_experts * dispatch.slots(m, *laid_out) / (tokens / shards)
 
 
 def _row(kind, axes, why, times, sent) -> dict:
