@@ -91,8 +91,10 @@ def test_ways_agree_with_padding_and_drop_it_from_the_rest():
 @pytest.mark.slow
 def test_bfloat16_is_near_float32():
   want = run(config(), train=False)
-  for way in ('einsum', 'dropless'):
-    y_BLD, _, _ = run(config(dispatch=way, dtype='bfloat16'), train=False)
+  for way in ('einsum', 'sorted', 'dropless'):
+    y_BLD, _, _ = run(config(dispatch=way, dtype='bfloat16',
+                             capacity_factor=E, eval_capacity_factor=E),
+                      train=False)
     assert y_BLD.dtype == jnp.bfloat16
     assert_close(y_BLD, want[0], 0.03)
 
@@ -198,16 +200,16 @@ def test_work_follows_the_rows(counts):
   assert sum(counts) <= work <= 1.1 * sum(counts)
 
 
-def shapes(jaxpr):
-  """The shapes of all arrays in a jaxpr, inner ones included."""
+def equations(jaxpr):
+  """All equations of a jaxpr, inner ones included."""
   for eqn in jaxpr.eqns:
-    yield from (v.aval.shape for v in eqn.outvars)
+    yield eqn
     for value in eqn.params.values():
       for inner in jax.tree.leaves(
           value, is_leaf=lambda v: hasattr(v, 'eqns') or hasattr(v, 'jaxpr')):
         inner = getattr(inner, 'jaxpr', inner)
         if hasattr(inner, 'eqns'):
-          yield from shapes(inner)
+          yield from equations(inner)
 
 
 @pytest.mark.slow
@@ -221,13 +223,37 @@ def test_no_array_grows_as_tokens_times_experts_times_width(way):
   params = nn.meta.unbox(module.init(jax.random.key(0), x_BLD, ctx))
   jaxpr = jax.make_jaxpr(jax.grad(
       lambda p, x: module.apply(p, x, ctx)[0].sum(), (0, 1)))(params, x_BLD)
-  largest = max(math.prod(shape) for shape in shapes(jaxpr.jaxpr))
+  largest = max(math.prod(v.aval.shape) for eqn in equations(jaxpr.jaxpr)
+                for v in eqn.outvars)
   slots = tokens * c.moe.top_k // many
   # What may be: rows of assignments, and the experts' weights.
   bound = max(tokens * c.moe.top_k * wide, many * wide * F)
   assert (largest <= bound) == (way != 'einsum')
   if way == 'einsum':
     assert largest >= tokens * many * slots
+
+
+def test_the_router_multiplies_float32_whatever_the_model_does():
+  """By its z-loss, against numpy; and on a TPU, in all the digits."""
+  c = config(dtype='bfloat16')
+  module, ctx = MoE(c), Context(jnp.arange(L)[None])
+  x_BLD = jax.random.normal(jax.random.key(0), (B, L, D)).astype(jnp.bfloat16)
+  params = nn.meta.unbox(module.init(jax.random.key(1), x_BLD, ctx))
+  # Digits that bfloat16 has not got.
+  params['params']['router'] = 40 * params['params']['router'] + 1
+  router_DE = np.array(params['params']['router'], np.float64)
+  logits_TE = np.array(x_BLD, np.float64).reshape(-1, D) @ router_DE
+  z = (np.log(np.exp(logits_TE).sum(-1)) ** 2).mean()
+  def loss(params, x_BLD):
+    health = module.apply(params, x_BLD, ctx)[1]['health']
+    return health['z_loss'], health
+  got, _ = loss(params, x_BLD)
+  np.testing.assert_allclose(got, z, rtol=1e-5)
+  text = jax.jit(loss).trace(params, x_BLD).lower(
+      lowering_platforms=('tpu',)).as_text()
+  router = [line for line in text.splitlines() if 'dot_general' in line
+            and f'tensor<{B * L}x{D}xf32>, tensor<{D}x{E}xf32>' in line]
+  assert len(router) == 1 and 'precision = [HIGHEST, HIGHEST]' in router[0]
 
 
 @pytest.mark.slow

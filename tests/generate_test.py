@@ -124,3 +124,28 @@ def test_an_encoder_has_no_cache():
 def test_past_the_learned_positions_is_refused(prompts):
   with pytest.raises(ValueError, match='13 tokens is longer than the 8'):
     greedy((architectures.build(models.config(max_len=8)), None), prompts)
+
+
+@pytest.mark.slow
+def test_experts_serve_a_row_whatever_its_neighbours():
+  """GShard with the capacity of its evaluation, all tokens after the same two
+  experts: a forward pass of the batch drops most."""
+  module, params = models.make('gshard', moe=dict(num_experts=8))
+  for stack in ('encoder', 'decoder'):
+    block = params[stack]['layers']['block_1']
+    block['ffn_norm']['bias'] += 3
+    block['ffn']['router'] = block['ffn']['router'].at[..., :2].add(1)
+  source, lengths = models.tokens(3, 7), jnp.array([7, 3, 5])
+  out = module.apply({'params': params}, source, source)
+  assert (out.aux['health']['dropped'] > 0.4).all()
+
+  def write(rows):
+    return np.asarray(generate.generate(
+        module, params, source[rows, :1], jnp.ones(len(rows), int),
+        jax.random.key(0), max_new_tokens=NEW,
+        sampling=generate.Sampling(temperature=0), source_BM=source[rows],
+        source_lengths_B=lengths[rows]))
+
+  together = write(jnp.arange(3))
+  for i in range(3):
+    np.testing.assert_array_equal(write(jnp.array([i])), together[i:i + 1])

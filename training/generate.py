@@ -2,7 +2,8 @@
 
 Prompts of different lengths stand in one batch, padded on the right: a cache's
 slot is its token's position, so a row goes on where its own prompt ends, and
-overwrites the padding's slots before it can see them.
+overwrites the padding's slots before it can see them. Experts have no capacity
+here, so that a row's text does not depend on the others.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 
 import architectures
 from architectures.parts.config import require
+from architectures.parts.moe import without_capacity
 from architectures.parts.skeletons import one_by_one
 
 # So many layers a token goes through one by one, which is faster; deeper
@@ -100,6 +102,7 @@ def generate(module: nn.Module, params, prompts_BL: jax.Array,
   """
   chex.assert_rank([prompts_BL, lengths_B], [2, 1])
   B, L = prompts_BL.shape
+  module = module.clone(config=without_capacity(module.config))
   cache = architectures.init_cache(module.config, B, L + max_new_tokens)
   if source_BM is None:
     positions = 'positions_BL'

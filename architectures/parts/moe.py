@@ -2,12 +2,17 @@
 
 y = shared(x) + sum over the chosen experts of gate * FFN_e(x)
 
-The router runs in float32 (Switch, section 2.4). Shared experts (DeepSeekMoE:
-Dai et al. 2024) are one dense network, `shared_experts` times as wide.
+The router runs in float32 (Switch, section 2.4), on TPU and GPU too, which
+multiply float32 arrays in fewer digits unless told. Shared experts
+(DeepSeekMoE: Dai et al. 2024) are one dense network, `shared_experts` times as
+wide.
 """
+
+import dataclasses
 
 import flax.linen as nn
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from architectures.parts import dispatch
@@ -63,7 +68,9 @@ class MoE(nn.Module):
     if key is not None:  # Switch, section 2.4: multiplicative jitter
       x_TD = x_TD * jax.random.uniform(key, x_TD.shape, jnp.float32,
                                        1 - m.jitter, 1 + m.jitter)
-    logits_TE = linear.einsum('TD,DE->TE', x_TD, router_DE, jnp.float32)
+    logits_TE = checkpoint_name(jnp.einsum(
+        'TD,DE->TE', x_TD, router_DE.astype(jnp.float32),
+        precision=jax.lax.Precision.HIGHEST), linear.PRODUCT)
     logits_TE = logits_TE / self.config.widening  # muP's output multiplier
     key = self._noise_key(m.logit_noise, ctx)
     if key is not None:
@@ -116,6 +123,19 @@ class MoE(nn.Module):
         weights['gate_bias_EF'] = bias('gate_bias', F, 'mlp')
       weights['down_bias_ED'] = bias('down_bias', D, 'embed')
     return Weights(**weights)
+
+
+def without_capacity(c: ModelConfig) -> ModelConfig:
+  """The config to write text by, a token at a time.
+
+  Over the tokens of one step a capacity would be one or two, and whether a row
+  is served would hang on who else is in the batch, padding included.
+  """
+  if c.moe.router == 'expert_choice':  # whose capacity is what it chooses
+    return c
+  way = 'dropless' if c.moe.dispatch == 'sorted' else c.moe.dispatch
+  return dataclasses.replace(c, moe=dataclasses.replace(
+      c.moe, eval_capacity_factor=0.0, dispatch=way))
 
 
 def routing_groups(size: int, tokens: int) -> int:
