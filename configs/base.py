@@ -150,7 +150,9 @@ def _model() -> dict:
           every=1,  # 1: all layers have experts; 2: every other; ...
           d_ff=0,  # of one expert; derived: model.d_ff
           shared_experts=0,  # as a dense network, this many times moe.d_ff
-          dispatch='auto',  # auto einsum sorted dropless
+          # auto (sorted where a capacity pads little, else dropless) einsum
+          # sorted dropless
+          dispatch='auto',
           capacity_factor=0.0,  # in training; 0: dropless
           eval_capacity_factor=0.0,  # 0: dropless
           normalize_gates=True,  # of topk, sigmoid, sinkhorn; from top_k 2 on

@@ -10,6 +10,8 @@ import pytest
 from architectures.parts import config as model_config
 from architectures.parts import health
 from architectures.parts import routing
+from architectures.parts.attention import Context
+from architectures.parts.moe import MoE
 from tests import models
 
 E, T = 4, 24
@@ -91,11 +93,16 @@ def test_gshard_keeps_the_second_expert_by_twice_its_gate():
   np.testing.assert_allclose(gates(r)[:, :2], [[0.8, 0.2]] * T, atol=1e-6)
 
 
-def test_expert_choice_fills_every_expert_with_its_best_tokens_of_a_group():
-  x = inputs(groups=2)
-  _, r = route('expert_choice', x)
+@pytest.mark.parametrize('factor, slots', [(0.0, 6), (0.5, 3), (9.0, 12)])
+@pytest.mark.parametrize('train', [True, False])
+def test_expert_choice_fills_every_expert_with_its_best_tokens_of_a_group(
+    factor, slots, train):
+  """12 tokens of a group, two experts each, are 6 of each of 4 experts."""
+  x = inputs(groups=2, train=train)
+  _, r = route('expert_choice', x, **{
+      'capacity_factor' if train else 'eval_capacity_factor': factor})
   probs = softmax(np.array(x.logits_TE)).reshape(2, T // 2, E)
-  mask = best(probs.swapaxes(1, 2), T // 2 * 2 // E).swapaxes(1, 2)
+  mask = best(probs.swapaxes(1, 2), slots).swapaxes(1, 2)
   np.testing.assert_allclose(gates(r), (probs * mask).reshape(T, E), atol=1e-6)
 
 
@@ -160,7 +167,12 @@ def test_capacity_serves_first_choices_first_then_by_position():
   assert kept.tolist() == [0, 3, 0, 3, 1, 3, 1, 2]
   by_group = routing.limit(expert_A, choices=2, groups=2, slots=1, experts=3)
   assert by_group.tolist() == [0, 1, 3, 3, 1, 0, 3, 2]
+
+
+def test_capacity_is_exact():
   assert routing.capacity(1.25, 16, 2, 8) == 5
+  assert routing.capacity(1.1, 100, 1, 10) == 11  # in floats a hair above
+  assert routing.capacity(0.1, 4, 1, 8) == 1
 
 
 def report(r, m, x, kept_A=None, shards=2):
@@ -243,48 +255,86 @@ def test_refuses_in_a_sentence(fields, words):
   assert words in str(error.value)
 
 
-def model(**changes):
+def one_logit(**fields):
+  """Returns key -> the router's one logit of an input of 1; its weight is 7."""
+  fields = dict(num_experts=1, top_k=1, dispatch='einsum') | fields
+  model = base.base().model
+  model.update(vocab_size=5, max_len=1, ffn='moe', d_model=1, num_heads=1,
+               d_ff=1)
+  model.moe.update(fields)
+  module, x_BLD = MoE(model_config.make(model)), jnp.ones((1, 1, 1))
+  params = nn.meta.unbox(module.init(
+      jax.random.key(0), x_BLD, Context(jnp.zeros((1, 1), int))))['params']
+  params['router'] = jnp.full((1, 1), 7.0)
+  def logit(key):
+    ctx = Context(jnp.zeros((1, 1), int), deterministic=key is None)
+    rngs = {} if key is None else {'router': key}
+    aux = module.apply({'params': params}, x_BLD, ctx, rngs=rngs)[1]
+    return jnp.sqrt(aux['health']['z_loss'])
+  return logit
+
+
+def draws(logit):
+  return np.array(jax.jit(jax.vmap(logit))(
+      jax.random.split(jax.random.key(1), 4000)))
+
+
+def test_jitter_multiplies_the_input_by_up_to_itself():
+  drawn = draws(one_logit(jitter=0.3)) / 7
+  assert 0.7 <= drawn.min() < 0.71 and 1.29 < drawn.max() <= 1.3
+  assert abs(drawn.mean() - 1) < 0.01  # sd 0.17: 4 standard errors
+  assert abs(drawn.std() - 0.3 / 3 ** 0.5) < 0.01
+
+
+def test_noise_is_added_to_the_logit_with_its_standard_deviation():
+  drawn = draws(one_logit(logit_noise=0.5)) - 7
+  assert abs(drawn.mean()) < 0.035 and abs(drawn.std() - 0.5) < 0.025
+
+
+def test_evaluation_draws_nothing():
+  assert one_logit(jitter=0.3, logit_noise=0.5)(None) == 7
+
+
+def model(balance='switch', **changes):
   return models.make('gpt', ffn='moe', num_layers=4, moe=dict(
-      num_experts=E, every=2, z_loss_weight=0.1, d_ff=8, dispatch='einsum'),
-                     **changes)
+      num_experts=E, every=2, z_loss_weight=0.1, d_ff=8, dispatch='einsum',
+      balance_loss=balance), **changes)
+
+
+def losses_of(*args, **kwargs):
+  """(aux, the gradient of each loss) of a model."""
+  module, params = model(*args, **kwargs)
+  def losses(params):
+    aux = module.apply({'params': params}, models.tokens()).aux
+    return aux['losses'], aux
+  grads, aux = jax.jit(jax.jacrev(losses, has_aux=True))(params)
+  return aux, grads
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('remat', ['none', 'full'])
-def test_losses_are_summed_over_layers_and_have_gradient(remat):
-  def run(scan):
-    module, params = model(scan_layers=scan, remat=remat)
-    tokens = models.tokens()
-    def loss(params):
-      aux = module.apply({'params': params}, tokens).aux
-      return sum(aux['losses'].values()), aux
-    return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
-  (total, aux), grads = run(True)
+@pytest.mark.parametrize('balance', ['switch', 'importance'])
+@pytest.mark.parametrize('remat', ['none', 'full', 'dots'])
+def test_each_loss_is_summed_over_layers_and_has_gradient(remat, balance):
+  aux, grads = losses_of(balance, remat=remat)
   raw = aux['health']
   assert raw['load_E'].shape == (2, E)
-  np.testing.assert_allclose(aux['losses']['balance'],
-                             0.01 * raw['balance_loss'].sum(), rtol=1e-5)
+  name = {'switch': 'balance_loss', 'importance': 'importance_loss'}[balance]
+  np.testing.assert_allclose(aux['losses']['balance'], 0.01 * raw[name].sum(),
+                             rtol=1e-5)
   np.testing.assert_allclose(aux['losses']['router_z'],
                              0.1 * raw['z_loss'].sum(), rtol=1e-5)
-  assert total > 0
-  router = grads['decoder']['layers']['block_1']['ffn']['router']
-  assert (np.abs(router).max((1, 2)) > 0).all()
-  (loop_total, _), loop_grads = run(False)
-  np.testing.assert_allclose(loop_total, total, rtol=1e-6)
-  for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(loop_grads),
-                  strict=True):
-    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7)
+  assert aux['losses'].keys() == grads.keys()
+  for loss in grads:
+    assert aux['losses'][loss] > 0
+    router = grads[loss]['decoder']['layers']['block_1']['ffn']['router']
+    assert (np.abs(router).max((1, 2)) > 0).all(), loss
 
 
 @pytest.mark.slow
-def test_noise_is_drawn_in_training_alone():
-  m = dict(num_experts=E, jitter=0.3, logit_noise=0.5, dispatch='einsum')
-  module, params = models.make('gpt', ffn='moe', moe=m)
-  apply = jax.jit(lambda key: module.apply(
-      {'params': params}, models.tokens(), deterministic=False,
-      rngs={'router': key}).hidden)
-  first, again, other = (apply(jax.random.key(i)) for i in (0, 0, 1))
-  np.testing.assert_array_equal(first, again)
-  assert np.abs(first - other).max() > 1e-3
-  assert nn.meta.unbox(params)['decoder']['layers']['block_0']['ffn'][
-      'router'].shape == (2, 32, E)
+def test_losses_of_a_scan_are_those_of_a_loop():
+  (aux, grads), (loop_aux, loop_grads) = (
+      losses_of(scan_layers=scan) for scan in (True, False))
+  for a, b in zip(jax.tree.leaves((aux['losses'], grads)),
+                  jax.tree.leaves((loop_aux['losses'], loop_grads)),
+                  strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7)

@@ -9,8 +9,10 @@ switch      E sum_i f_i P_i     (Fedus et al. 2021, equation 4; GShard counts
 importance  E sum_i I_i^2       (Shazeer et al. 2017's CV^2, plus 1).
 router z    mean_t logsumexp(logits_t)^2   (ST-MoE: Zoph et al. 2022).
 
-Means run over all tokens but padding, over all of the batch: a value does not
-depend on groups or on shards.
+Means run over all tokens but padding of what goes through the model at once:
+a value does not depend on groups or on shards. With `train.grad_accumulation`
+that is a micro-batch, and the step takes the mean of theirs: a balance loss, no
+mean over tokens itself, then asks each micro-batch to be even.
 """
 
 from typing import Optional

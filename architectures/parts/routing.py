@@ -25,6 +25,8 @@ uniform        tokens dealt in turn, in perfect balance: for benchmarks.
 With X = 1 a gate is never normalised: it would be 1 and teach nothing.
 """
 
+import fractions
+import math
 from typing import Optional
 
 from flax import struct
@@ -217,8 +219,10 @@ def uniform(m: MoEConfig, x: Inputs) -> Routing:
 
 
 def capacity(factor: float, tokens: int, choices: int, experts: int) -> int:
-  """Tokens an expert takes of a group: ceil(factor * S * X / E)."""
-  return max(1, -int(-factor * tokens * choices // experts))
+  """Tokens an expert takes of a group: ceil(factor * S * X / E), of the factor
+  as it is written: 1.1 is 11/10, and not the binary number a hair above."""
+  return max(1, math.ceil(
+      fractions.Fraction(str(factor)) * tokens * choices / experts))
 
 
 def ranks(key_A: jax.Array, keys: int) -> jax.Array:

@@ -5,7 +5,8 @@ width that makes a token cost what it costs the base: half of d_ff where a
 token has two experts, all of it where it has one. So what differs is the
 parameters that do not work for a token, and who chooses. Capacity 0 drops
 nothing; evaluation never does. expert_choice is left out: in a decoder its
-choice for a token depends on later ones. Each run owes the task of routing.
+choice for a token depends on later ones. sigmoid balances by its bias alone,
+topk, sinkhorn and switch by Switch's loss. Each run owes the task of routing.
 One run takes a good minute on one CPU core.
 """
 
@@ -35,4 +36,6 @@ def sweep(add):
       add(f'{router}-{f"capacity={capacity}" if capacity else "dropless"}', **{
           'model.ffn': 'moe', 'model.moe.router': router,
           'model.moe.top_k': experts, 'model.moe.d_ff': 256 // experts,
-          'model.moe.capacity_factor': capacity})
+          'model.moe.capacity_factor': capacity,
+          'model.moe.balance_loss': (
+              'none' if router in ('sigmoid', 'hash') else 'switch')})
