@@ -8,13 +8,20 @@ dispatched, the batch is off the expert axis. Weights are gathered over the
 axes of 'embed' (ZeRO-3), and with 'mlp' over tensor the halves of a result
 are summed after they have returned, when there are fewest.
 
-Bytes that a device sends for each of its tokens, in each of the 4 crossings:
+Where remat remakes a layer, 'dots' included, the two forward crossings run
+again: 6. To keep what has crossed would take room for the worst routing, n
+times the rows that are there, and the hidden units' several times that.
+
+Bytes that a device sends for each of its tokens, in each crossing:
 
   r * D * itemsize * (n - 1) / n
 
 with n the devices along the expert axis and r the rows of the buffer a token:
   sorted, einsum   E * C / T    C a device's slots of an expert, see `slots`
   dropless         n * min(X, E / n), the bound that no routing exceeds
+
+Forward go besides, as int32: the id of each row, where experts have dropout,
+and in dropless how many rows are for each of the E experts.
 
 On TPU and GPU dropless sends only the rows that are full
 (`ragged_all_to_all`): X * (n - 1) / n of them in even load.

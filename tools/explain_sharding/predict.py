@@ -103,7 +103,8 @@ def _of_activations(run, parameters, mesh) -> list[dict]:
           * (mesh['context'] - 1)))
     if 'expert' in mesh and row['name'].endswith('/ffn/down') and any(
         d['axis'] == 'experts' for d in dims):
-      runs = layers * 2 * PASSES[c.remat] * micro
+      # Experts are remade by 'dots' too: see parts/dispatch.py.
+      runs = layers * 2 * (2 if c.remat == 'none' else 3) * micro
       n = mesh['expert']
       rows.append(_row(
           'all-to-all', ['expert'], 'tokens to their experts and back', runs,
@@ -113,16 +114,15 @@ def _of_activations(run, parameters, mesh) -> list[dict]:
 
 def _rows_a_token(run, tokens: int) -> float:
   """Rows that cross for a token of a device's `tokens`, in even load."""
-  m, shards = run.model.moe, math.prod(
-      run.mesh.shape[axis] for axis in ('data', 'fsdp', 'expert', 'context'))
-  tokens = tokens // run.config.train.grad_accumulation * shards
-  groups = routing_groups(m.group_size, tokens)
-  laid_out = m.capacity_factor, tokens, groups, shards
+  m = run.model.moe
+  shards = devices.shards('tokens', run.mesh.shape, run.config.mesh.rules)
+  groups = routing_groups(m.group_size, tokens * shards)
+  laid_out = m.capacity_factor, tokens * shards, groups, shards
   if m.router == 'expert_choice':
     return m.top_k * (m.capacity_factor or 1.0)
   if dispatch.way(m, *laid_out) == 'dropless':
     return m.top_k
-  return m.num_experts * dispatch.slots(m, *laid_out) / (tokens / shards)
+  return m.num_experts * dispatch.slots(m, *laid_out) / tokens
 
 
 def _row(kind, axes, why, times, sent) -> dict:

@@ -99,8 +99,9 @@ def sent(run: runs.Run, host_of: np.ndarray) -> list[collectives.Collective]:
   layers = c.num_layers + both * c.num_decoder_layers
   add('all-reduce', ('tensor',), one, 2 * passes * layers)
   if c.ffn == 'moe':
+    crossings = 4 if c.remat == 'none' else 6  # see parts/dispatch.py
     add('all-to-all', ('expert',), c.moe.top_k * one,
-        2 * passes * layers / c.moe.every)
+        crossings * layers / c.moe.every)
   return found
 
 
