@@ -173,7 +173,7 @@ def test_every_gpu_compiles_and_makes_grouped_products_of_all_groups(name):
   text = compiled(run, topology).as_text()
   m, rows = config.model.moe, 16 * 64 * config.model.moe.top_k
   side_by_side = rf'bf16\[{rows},{m.num_experts * config.model.d_model}\]'
-  assert re.search(side_by_side, text) and 'ragged' not in text
+  assert re.search(side_by_side, text) and 'ragged-dot(' not in text
 
 
 @gpu

@@ -108,6 +108,9 @@ replica_groups=[2,4]<=[4,2]T(1,0), dimensions={0}, metadata={op_name="go/on"}
   %agd = bf16[64,8]{1,0} all-gather-done(%ag)
   %ragged = bf16[80,2,8]{2,1,0:T(2,128)} ragged-all-to-all(%x, %y, %z), \
 replica_groups=mesh['fsdp'=4,'tensor'=2] {'tensor'}, channel_id=1
+  %rs = ((bf16[80,2,8]{2,1,0:T(2,128)(2,1)}, s32[4]{0}), \
+bf16[80,2,8]{2,1,0:T(2,128)(2,1)}, u32[]{:S(2)}, u32[]{:S(2)}) \
+ragged-all-to-all-start(%x, %y), replica_groups=[2,4]<=[4,2]T(1,0)
   %fused = bf16[16,8]{1,0} fusion(%agd), kind=kCustom, \
 calls=%all-reduce-scatter.1.clone
   %w = (s32[], f32[4]) while(%t), condition=%data.1, body=%inner.1
@@ -149,6 +152,7 @@ def test_every_collective_is_read_with_its_runs_and_bytes():
   assert sent == {
       ('all-gather', ('fsdp',), 4, True): one * 3 / 4,
       ('ragged-all-to-all', ('tensor',), 4, True): 20 * 16 * 2 / 2,
+      ('ragged-all-to-all', ('fsdp',), 4, True): 20 * 16 * 2 * 3 / 4,
       ('reduce-scatter', ('fsdp',), 4, True): one * 3 / 4,
       ('collective-permute', ('tensor',), 4, False): 16,
       ('collective-permute', ('tensor',), 3, True): 16,

@@ -154,7 +154,10 @@ def _collective(place: hlo.Place, mesh, host_of, ragged_rows):
   scattered = kind == 'all-reduce' and place.computation.startswith(
       'all-reduce-scatter')
   parts = hlo.arrays(shape)
-  if start and kind in ('all-gather', 'collective-permute'):
+  if start and shape.startswith('(('):  # (operands), results, u32[] contexts
+    shape = _after_operands(shape)
+    parts = [p for p in hlo.arrays(shape) if p[:2] != ('u32', 1)]
+  elif start and kind in ('all-gather', 'collective-permute'):
     parts = parts[len(parts) // 2:] if kind == 'all-gather' else parts[1:2]
   if kind == 'send':
     parts = parts[:1]
@@ -175,6 +178,13 @@ def _collective(place: hlo.Place, mesh, host_of, ragged_rows):
   return Collective(kind, axes_of(members, mesh), size, hosts, dtype,
                     sum(part[1] for part in parts), payload, place.runs,
                     place.known, source[1] if source else '')
+
+
+def _after_operands(shape: str) -> str:
+  """Returns what follows the first tuple within a tuple."""
+  depth = np.cumsum([(a == '(') - (a == ')') for a in shape])
+  closed = next(i for i, a in enumerate(shape) if a == ')' and depth[i] == 1)
+  return shape[closed + 1:]
 
 
 def table(found: list[Collective]) -> list[dict]:
