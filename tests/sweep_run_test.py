@@ -1,5 +1,6 @@
 """Sweeps as they run: kills, failures, what others leave or add."""
 
+import os
 import pathlib
 import signal
 import sqlite3
@@ -11,8 +12,8 @@ import pytest
 
 from tests import sweeps
 from tests.sweeps import states
-from tools.sweep import check, layout, ledger, local, run, spec
-from training import run_config
+from tools.sweep import check, layout, ledger, local, run, spec, worker
+from training import run_config, vectorised
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -249,6 +250,72 @@ def test_a_group_that_falls_lets_each_go_on_alone(
   assert 'base, seed 0: goes on alone, since its group failed: one of us' in (
       told.out)
   assert 'failed: bad, seed 0: this point is bad (exit code 1)' in told.err
+
+
+TOGETHER = '''
+import pathlib, sys
+for folder in map(pathlib.Path, sys.argv[2:]):
+  if folder.parent.name == 'bad':
+    with (folder / 'log.txt').open('a') as log:
+      print('error: the loss was not finite', file=log)
+  else:
+    (folder / 'checkpoints/12').mkdir(parents=True)
+    (folder / 'metrics.jsonl').write_text('{"step": 12, "split": "train"}')
+sys.exit(int(sys.argv[1]))
+'''
+
+
+@pytest.mark.slow
+def test_a_group_of_which_one_blew_up_is_not_tried_again(
+    tmp_path, monkeypatch):
+  sweeps.fake(monkeypatch)
+  monkeypatch.setattr(sweeps.commands, 'train_together', lambda workdir, runs: [
+      '-c', TOGETHER, str(worker.UNFINISHED),
+      *(str(layout.run_folder(workdir, *each)) for each in runs)])
+  file = sweeps.write(tmp_path, "  add('bad', **{'optim.lr': 1.0})\n", seeds=2)
+  workdir = tmp_path / 'w'
+  args = sweeps.arguments(file, f'--workdir={workdir}', '--vectorised')
+  assert run.main(args) == 1
+  with ledger.Ledger(workdir) as book:
+    ended = [(r.point, r.state, r.attempts, r.error) for r in book.runs()]
+  error = f'the loss was not finite (exit code {worker.UNFINISHED})'
+  assert ended == 2 * [('base', 'done', 1, ''), ('bad', 'failed', 1, error)]
+
+
+def test_the_worker_says_which_runs_did_not_end(tmp_path, monkeypatch):
+  workdir = tmp_path / 'w'
+  check.save(workdir, check.check(sweeps.arguments(
+      sweeps.write(tmp_path), f'--workdir={workdir}')))
+
+  def train(configs, folders):
+    raise vectorised.Unfinished({1: 'not finite'}, folders)
+
+  monkeypatch.setattr(vectorised, 'train', train)
+  monkeypatch.setattr(sys, 'argv', [
+      'worker', f'--workdir={workdir}', '--runs=rms/0,swiglu/1'])
+  assert worker.main() == worker.UNFINISHED
+  logs = {path.parents[1].name: path.read_text()
+          for path in workdir.rglob('log.txt')}
+  assert logs == {'swiglu': 'error: not finite\n'}
+
+
+def test_a_signal_reaches_a_job_that_is_just_being_started(
+    tmp_path, monkeypatch, capsys):
+  sweeps.fake(monkeypatch)
+  file, workdir = sweeps.write(tmp_path, seeds=1), tmp_path / 'w'
+  workdir.mkdir()
+  (workdir / 'hold-seed-0').touch()
+  start = subprocess.Popen
+
+  def signalled(*args, **options):
+    process = start(*args, **options)
+    os.kill(os.getpid(), signal.SIGTERM)
+    return process
+
+  monkeypatch.setattr(local.subprocess, 'Popen', signalled)
+  assert run.main(sweeps.arguments(file, f'--workdir={workdir}')) == 0
+  assert 'the same command goes on' in capsys.readouterr().out
+  assert set(states(workdir).values()) == {'pending'}
 
 
 @pytest.mark.slow
