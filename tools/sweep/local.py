@@ -84,10 +84,11 @@ class Runner:
 
   def _pass_on(self, job: Job) -> None:
     """The first signal lets a run save and end; the second kills it."""
-    if job.told < self._signals and job.process.poll() is None:
+    signals = self._signals  # one more may come any moment
+    if job.told < signals and job.process.poll() is None:
       job.process.send_signal(
-          signal.SIGTERM if self._signals == 1 else signal.SIGKILL)
-    job.told = self._signals
+          signal.SIGTERM if signals == 1 else signal.SIGKILL)
+    job.told = signals
 
   def _left(self) -> bool:
     """Whether there is something to wait for, all jobs of ours being done:
