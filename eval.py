@@ -11,7 +11,6 @@ Exit code 2: a wrong request; 1: a failure.
 """
 
 import json
-import pathlib
 import sys
 
 from absl import flags
@@ -44,8 +43,10 @@ def main():
     raise ValueError('pass --workdir DIR, the folder of a run')
 
   # Imported late: `--help` and a wrong flag answer at once.
-  from training import evals, host, restoring, run_config, runs, tokenizers
-  workdir = pathlib.Path(args.workdir)
+  from training import evals, host, restoring, run_config, runs, storage
+  from training import tokenizers
+  workdir = storage.path(args.workdir)
+  json_file = storage.path(args.json, '--json') if args.json else None
   asked = args['samples'].present or args['prompt'].present
   names = args.tasks + ['samples'] * (asked and 'samples' not in args.tasks)
   tasks = {name: evals.task(name) for name in names}
@@ -68,8 +69,8 @@ def main():
   with run.context():
     for name, task in tasks.items():
       figures[name] = task(evaluation)
-  if args.json:
-    pathlib.Path(args.json).write_text(json.dumps(figures, indent=2) + '\n')
+  if json_file:
+    storage.write(json_file, json.dumps(figures, indent=2) + '\n')
 
 
 if __name__ == '__main__':

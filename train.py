@@ -9,8 +9,6 @@ Ctrl-C or SIGTERM: the step is finished, saved, and the exit code is 0, or what
 128 + the signal. Exit code 2: a wrong request; 1: a failure.
 """
 
-import pathlib
-
 from absl import flags
 
 from training import cli, interrupts
@@ -38,8 +36,8 @@ def main():
 
   # Imported late: `--help` and a wrong flag answer at once.
   from training import checkpoints, data, devices, host, processes
-  from training import profile, run_config, runs, tokenizers
-  config, workdir = args.config, pathlib.Path(args.workdir)
+  from training import profile, run_config, runs, storage, tokenizers
+  config, workdir = args.config, storage.path(args.workdir)
 
   # 1. The config: everything wrong in it is said before any device work.
   runs.check(config)

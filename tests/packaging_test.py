@@ -15,11 +15,11 @@ ROOMS = ('architectures', 'benchmarks', 'configs', 'tools', 'training')
 # What is imported under another name than it is installed by.
 DISTRIBUTION = {
     'PIL': 'pillow', 'absl': 'absl-py', 'orbax': 'orbax-checkpoint',
-    'yaml': 'PyYAML',
+    'yaml': 'PyYAML', 'fsspec': 'gcsfs',
     'array_record': 'array_record', 'ml_dtypes': 'jax', 'jaxlib': 'jax',
     'huggingface_hub': 'transformers'}
-# Chosen by machine or by the release of jax, so left to their ranges.
-UNPINNED_EXTRAS = {'plan', 'tpu', 'cuda', 'lm_eval'}
+# Chosen by machine or by the release of jax or fsspec, so left to their ranges.
+UNPINNED_EXTRAS = {'plan', 'tpu', 'cuda', 'gcs', 'lm_eval'}
 
 
 def _setup():

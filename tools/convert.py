@@ -14,7 +14,8 @@ copies the dense network of a layer to all of its experts and draws a router
 (training/upcycling.py); --moe takes fields of config.model.moe.
 A config.json that says something which no architecture here honours is
 refused by name; --partial draws parameters that the files lack at random, and
-lists them. Tokenizer files go along both ways.
+lists them. Tokenizer files go along both ways, except into a bucket (a WORKDIR
+like gs://BUCKET/NAME), since they are read from disk only.
 """
 
 import argparse
@@ -25,7 +26,9 @@ import shlex
 import shutil
 import sys
 
-from training import cli
+from etils import epath
+
+from training import cli, storage
 
 # What goes along beside the files that training/tokenizers.py reads: Marian's
 # and NLLB's, whose numbers are not the pieces' own, are kept for the way out.
@@ -34,7 +37,7 @@ MORE_FILES = ('tokenizer_config.json', 'special_tokens_map.json',
               'sentencepiece.bpe.model')
 
 
-def import_(source: pathlib.Path, workdir: pathlib.Path, *, partial: bool,
+def import_(source: pathlib.Path, workdir: epath.Path, *, partial: bool,
             seed: int) -> None:
   """Makes `workdir` of the weights in `source`, as a run at step 0."""
   _check_new(workdir)
@@ -50,7 +53,7 @@ def import_(source: pathlib.Path, workdir: pathlib.Path, *, partial: bool,
   print(f'to go on: {_command(workdir, config)}')
 
 
-def upcycle(source: pathlib.Path, workdir: pathlib.Path, *, moe: list[str],
+def upcycle(source: epath.Path, workdir: epath.Path, *, moe: list[str],
             step: int | None, seed: int) -> None:
   """Makes `workdir` of a dense model, as a mixture of experts at step 0."""
   from training import restoring, runs, upcycling
@@ -78,7 +81,7 @@ def upcycle(source: pathlib.Path, workdir: pathlib.Path, *, moe: list[str],
   print(f'to go on: {_command(workdir, config)}')
 
 
-def export(workdir: pathlib.Path, folder: pathlib.Path, *, step: int | None,
+def export(workdir: epath.Path, folder: pathlib.Path, *, step: int | None,
            dtype: str, shard_bytes: int, dropless: bool = False) -> None:
   """Writes a checkpoint of `workdir` to `folder` in Hugging Face's format.
 
@@ -104,7 +107,7 @@ def export(workdir: pathlib.Path, folder: pathlib.Path, *, step: int | None,
   print(f'{folder}: {_count(params):,} parameters of {workdir}')
 
 
-def _check_new(workdir: pathlib.Path):
+def _check_new(workdir: epath.Path):
   from training import run_config
   if run_config.exists(workdir):
     raise ValueError(f'{workdir} holds a run already: choose another WORKDIR')
@@ -128,7 +131,7 @@ def _from_hf(source: pathlib.Path, partial: bool, seed: int):
   return config, module, loaded.params
 
 
-def _from_workdir(workdir: pathlib.Path, step: int | None):
+def _from_workdir(workdir: epath.Path, step: int | None):
   """Returns (config, module, parameters) of a run's checkpoint."""
   from training import restoring, run_config, runs
   config = runs.for_this_machine(
@@ -148,7 +151,7 @@ def _resolved(config):
   return runs.resolve(config, tokenizers.load(config.data.tokenizer))
 
 
-def _save(workdir: pathlib.Path, config, params, derived=()) -> None:
+def _save(workdir: epath.Path, config, params, derived=()) -> None:
   from training import checkpoints, run_config
   run_config.save(workdir, config, dict(derived))
   with checkpoints.Checkpoints(workdir, every_steps=0, every_minutes=0.0,
@@ -156,7 +159,7 @@ def _save(workdir: pathlib.Path, config, params, derived=()) -> None:
     saved.save(0, {'params': params}, next_batch=0, tokens=0, config=config)
 
 
-def _command(workdir: pathlib.Path, config) -> str:
+def _command(workdir: epath.Path, config) -> str:
   """Returns the command that trains in `workdir` with this very config."""
   import architectures
   from training import run_config
@@ -188,12 +191,16 @@ def _fields(words: list[str], like) -> dict:
   return fields
 
 
-def _take_tokenizer(folder: pathlib.Path, workdir: pathlib.Path,
+def _take_tokenizer(folder: epath.Path, workdir: epath.Path,
                     config) -> list[str]:
   """Copies a folder's tokenizer, and takes it where it can be read."""
   from training import tokenizers
-  target = workdir / 'tokenizer'
-  copied = _copy_tokenizer(folder, target)
+  if storage.in_bucket(folder):  # a run's: its config names the tokenizer
+    return []
+  target, copied = folder, []
+  if not storage.in_bucket(workdir):
+    target = workdir / 'tokenizer'
+    copied = _copy_tokenizer(folder, target)
   if tokenizers.found_in(target):
     config.data.tokenizer = str(target.absolute())
   return copied
@@ -208,7 +215,6 @@ def _copy_tokenizer(source: pathlib.Path, target: pathlib.Path) -> list[str]:
     target.mkdir(parents=True, exist_ok=True)
   for name in found:
     shutil.copyfile(source / name, target / name)
-  return found
 
 
 def _count(params) -> int:
@@ -225,13 +231,13 @@ def main():
   into = commands.add_parser(
       'import', help='Hugging Face to a workdir', allow_abbrev=False)
   into.add_argument('source', type=pathlib.Path)
-  into.add_argument('workdir', type=pathlib.Path)
+  into.add_argument('workdir')
   into.add_argument('--partial', action='store_true',
                     help='draw what the files lack, pass over what is extra')
   into.add_argument('--seed', type=int, default=0, help='of what is drawn')
   out = commands.add_parser(
       'export', help='a workdir to Hugging Face', allow_abbrev=False)
-  out.add_argument('workdir', type=pathlib.Path)
+  out.add_argument('workdir')
   out.add_argument('folder', type=pathlib.Path)
   out.add_argument('--step', type=int, help='of the checkpoint; the newest')
   out.add_argument('--dtype', default='', choices=(
@@ -250,11 +256,12 @@ def main():
   up.add_argument('--step', type=int, help='of the checkpoint; the newest')
   up.add_argument('--seed', type=int, default=0, help='of the routers')
   args = parser.parse_args()
+  args.workdir = storage.path(args.workdir, 'WORKDIR')
   if args.command == 'import':
     import_(args.source, args.workdir, partial=args.partial, seed=args.seed)
   elif args.command == 'upcycle':
-    upcycle(args.source, args.workdir, moe=args.moe, step=args.step,
-            seed=args.seed)
+    upcycle(storage.path(args.source, 'SOURCE'), args.workdir, moe=args.moe,
+            step=args.step, seed=args.seed)
   else:
     export(args.workdir, args.folder, step=args.step, dtype=args.dtype,
            shard_bytes=args.shard_bytes, dropless=args.dropless)

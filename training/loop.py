@@ -1,8 +1,8 @@
 """The training loop: step n is dispatched before step n-1 is read."""
 
-import pathlib
 import sys
 
+from etils import epath
 import jax
 import numpy as np
 
@@ -20,7 +20,7 @@ from training.step import make_eval_step, make_train_step
 STOPPED = 75  # what train() returns after a signal, before the last step
 
 def train(run: runs.Run, state, start: int, train_data, eval_data, saved,
-          workdir: pathlib.Path, profile_steps: str = '') -> int:
+          workdir: epath.Path, profile_steps: str = '') -> int:
   """Trains from step `start` to train.steps; returns the exit code.
 
   Order of a resumed run: (1) the state is restored, (2) metrics.jsonl loses
@@ -72,6 +72,8 @@ def train(run: runs.Run, state, start: int, train_data, eval_data, saved,
 
     def save(n, state):
       report(held.flush())
+      for writer in writers:
+        writer.flush()
       with meter.paused():
         saved.save(n, state, next_batch=n, tokens=n * tokens, config=config)
 

@@ -1,8 +1,9 @@
 """Where a run's figures go: metrics.jsonl always, TensorBoard and W&B as asked.
 
-A writer has write(step, split, figures) and close(); `split` is train, eval or
-another set, `figures` maps names to numbers, lists of numbers or None. After a
-resume no writer holds a step twice.
+A writer has write(step, split, figures), flush(), called before a checkpoint
+is saved, and close(); `split` is train, eval or another set, `figures` maps
+names to numbers, lists of numbers or None. After a resume no writer holds a
+step twice.
 """
 
 from collections.abc import Mapping
@@ -12,9 +13,12 @@ import math
 import os
 import pathlib
 import secrets
+import time
 from typing import Any
 
 import numpy as np
+
+from training import storage
 
 
 class JsonlWriter:
@@ -25,7 +29,7 @@ class JsonlWriter:
   """
 
   def __init__(self, workdir, resumed_step: int):
-    path = pathlib.Path(workdir) / 'metrics.jsonl'
+    path = pathlib.Path(workdir) / METRICS
     path.parent.mkdir(parents=True, exist_ok=True)
     _drop_after(path, resumed_step)
     self._file = path.open('a', encoding='utf-8')
@@ -36,6 +40,9 @@ class JsonlWriter:
     # One call a line: what is read while the run goes on is whole.
     self._file.write(json.dumps(row, allow_nan=False) + '\n')
     self._file.flush()
+
+  def flush(self) -> None:
+    """Nothing: every line is on disk."""
 
   def close(self) -> None:
     self._file.close()
@@ -49,13 +56,12 @@ class TensorboardWriter:
     from tensorboard.compat.proto import event_pb2, summary_pb2
     from tensorboard.summary.writer import event_file_writer
     self._event, self._summary = event_pb2.Event, summary_pb2.Summary
-    folder = pathlib.Path(workdir) / 'tensorboard'
-    again = any(folder.glob('events.out.tfevents.*'))
-    self._file = event_file_writer.EventFileWriter(str(folder))
-    if again:  # TensorBoard forgets what an earlier file has from here on
-      start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-      self._file.add_event(event_pb2.Event(
-          wall_time=_now(), step=resumed_step + 1, session_log=start))
+    self._file = event_file_writer.EventFileWriter(
+        str(pathlib.Path(workdir) / 'tensorboard'))
+    # TensorBoard forgets what an earlier file has from here on.
+    start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    self._file.add_event(event_pb2.Event(
+        wall_time=time.time(), step=resumed_step + 1, session_log=start))
 
   def write(self, step: int, split: str, figures: Mapping[str, Any]) -> None:
     values = [self._summary.Value(tag=f'{split}/{name}', simple_value=value)
@@ -64,8 +70,11 @@ class TensorboardWriter:
         value, self._summary.Image))
                for name, value in figures.items() if _is_matrix(value)]
     self._file.add_event(self._event(
-        wall_time=_now(), step=step, summary=self._summary(value=values)))
+        wall_time=time.time(), step=step, summary=self._summary(value=values)))
     self._file.flush()
+
+  def flush(self) -> None:
+    """Nothing: every event is on disk."""
 
   def close(self) -> None:
     self._file.close()
@@ -74,15 +83,15 @@ class TensorboardWriter:
 class WandbWriter:
   """Scalars as split/name, in the W&B run whose id the workdir remembers."""
 
-  def __init__(self, workdir, config: Mapping[str, Any]):
+  def __init__(self, workdir, config: Mapping[str, Any], local=None):
     import wandb
-    path = pathlib.Path(workdir) / 'wandb_id'
+    workdir = storage.path(workdir)
+    path = workdir / 'wandb_id'
     if not path.exists():
-      path.parent.mkdir(parents=True, exist_ok=True)
-      path.write_text(secrets.token_hex(4))
+      storage.write(path, secrets.token_hex(4))
     self._run = wandb.init(
         project=config['log']['wandb_project'], id=path.read_text().strip(),
-        name=pathlib.Path(workdir).resolve().name, dir=str(workdir),
+        name=workdir.absolute().name, dir=str(local or workdir),
         config=dict(config), resume='allow')
     # Our own step is the axis: W&B's only grows, and a resume goes back.
     self._run.define_metric('step')
@@ -92,10 +101,36 @@ class WandbWriter:
     row = {f'{split}/{name}': x for name, x in scalars(figures).items()}
     self._run.log({'step': step, **row})
 
+  def flush(self) -> None:
+    """Nothing: W&B sends what it has by itself."""
+
   def close(self) -> None:
     self._run.finish()
 
 
+class UploadWriter:
+  """Copies what the writers before it have written into the bucket: once a
+  minute, and before a checkpoint is saved, so that none lacks its figures."""
+
+  def __init__(self, uploads: storage.Uploads, clock=time.monotonic):
+    self._uploads = uploads
+    self._clock = clock
+    self._last = clock()
+
+  def write(self, step: int, split: str, figures: Mapping[str, Any]) -> None:
+    if self._clock() - self._last >= UPLOAD_SECONDS:
+      self.flush()
+
+  def flush(self) -> None:
+    self._uploads.push()
+    self._last = self._clock()
+
+  def close(self) -> None:
+    self.flush()
+
+
+METRICS = 'metrics.jsonl'
+UPLOAD_SECONDS = 60
 EXTRAS = ('tensorboard', 'wandb')
 
 
@@ -122,11 +157,15 @@ def writers(workdir, config: Mapping[str, Any], resumed_step: int = 0,
   check(log)
   if not primary:
     return []
-  result = [JsonlWriter(workdir, resumed_step)]
+  uploads = storage.Uploads(storage.path(workdir))
+  uploads.fetch(METRICS)
+  result = [JsonlWriter(uploads.local, resumed_step)]
   if log['tensorboard']:
-    result.append(TensorboardWriter(workdir, resumed_step))
+    result.append(TensorboardWriter(uploads.local, resumed_step))
   if log['wandb']:
-    result.append(WandbWriter(workdir, config))
+    result.append(WandbWriter(workdir, config, uploads.local))
+  if storage.in_bucket(workdir):
+    result.append(UploadWriter(uploads))
   return result
 
 
@@ -208,8 +247,3 @@ def _parse(line: bytes) -> dict[str, Any] | None:
   except ValueError:  # cut short: UnicodeDecodeError, JSONDecodeError
     return None
   return row if isinstance(row, dict) and 'step' in row else None
-
-
-def _now() -> float:
-  import time
-  return time.time()

@@ -4,10 +4,11 @@ The trace is xprof's: pip install xprof, then xprof --logdir WORKDIR/profile,
 or TensorBoard's profile plugin.
 """
 
-import pathlib
 import re
 
 import jax
+
+from training import storage
 
 
 def parse(steps: str) -> tuple[int, int] | None:
@@ -34,7 +35,7 @@ class Profiler:
 
   def __init__(self, steps: str, workdir):
     self._range = parse(steps)
-    self._folder = pathlib.Path(workdir) / 'profile'
+    self._files = storage.Uploads(storage.path(workdir) / 'profile')
     self._on = False
 
   def before(self, step: int, state) -> None:
@@ -47,7 +48,7 @@ class Profiler:
     # A run that resumes inside the range traces what is left of it.
     elif not self._on and start <= step < stop:
       jax.block_until_ready(state)  # no work of earlier steps in the trace
-      jax.profiler.start_trace(str(self._folder))
+      jax.profiler.start_trace(str(self._files.local))
       self._on = True
 
   def annotate(self, step: int):
@@ -59,4 +60,5 @@ class Profiler:
     if self._on:
       jax.block_until_ready(state)
       jax.profiler.stop_trace()
+      self._files.push()
       self._on = False

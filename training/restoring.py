@@ -19,7 +19,7 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-from training import checksums, paths
+from training import checksums, paths, storage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +48,9 @@ class _Damaged(Exception):
 
 
 def directory(workdir):
-  from etils import epath
-  return epath.Path(workdir).absolute() / 'checkpoints'
+  path = storage.path(workdir)
+  # Orbax wants it so; a bucket's paths are, and epath would prepend the folder.
+  return (path if storage.in_bucket(path) else path.absolute()) / 'checkpoints'
 
 
 def steps(folder) -> list[int]:

@@ -13,6 +13,8 @@ from typing import Any
 import jax
 import ml_collections
 
+from training import storage
+
 SAFE = 'safe'
 OPTIMISATION = 'changes the optimisation'
 INCOMPATIBLE = 'incompatible'
@@ -98,13 +100,9 @@ def save(workdir, config: ml_collections.ConfigDict,
       raise ValueError(f'derived value for {name!r}: no such config field')
   if jax.process_index() != 0:
     return
-  path = _path(workdir)
-  path.parent.mkdir(parents=True, exist_ok=True)
   text = json.dumps({**tree, _DERIVED: dict(derived or {})}, indent=2,
                     allow_nan=False)
-  partial = path.with_name(path.name + '.partial')
-  partial.write_text(text + '\n')
-  partial.replace(path)
+  storage.write(_path(workdir), text + '\n')
 
 
 def load(workdir) -> ml_collections.ConfigDict:
@@ -228,8 +226,7 @@ _DERIVED = 'derived'
 
 
 def _path(workdir):
-  from etils import epath
-  return epath.Path(workdir) / 'config.json'
+  return storage.path(workdir) / 'config.json'
 
 
 def _load(workdir) -> dict[str, Any]:

@@ -5,14 +5,13 @@ of the same function; with init_partial what fits is taken, the rest is as it
 was drawn, and every difference is listed.
 """
 
-import pathlib
-
 from architectures.parts import config as model_config
 from architectures.parts.config import require
 from training import paths
 from training import restoring
 from training import run_config
 from training import state as state_lib
+from training import storage
 
 
 def create(run, source) -> state_lib.TrainState:
@@ -29,13 +28,14 @@ def create(run, source) -> state_lib.TrainState:
     state = state_lib.create(run.module, run.tx, run.abstract, run.config.seed)
   if not str(source):
     return state
-  params, skipped = _read(run, pathlib.Path(source), state.params)
+  params, skipped = _read(run, storage.path(source, 'init_from'),
+                          state.params)
   for line in skipped:
     print(f'skipped: {line}')
   return state.replace(params=params)
 
 
-def _read(run, source: pathlib.Path, drawn):
+def _read(run, source, drawn):
   """Returns (parameters, a line for each thing that was skipped)."""
   partial = run.config.init_partial
   require(source.exists(), f'init_from is {str(source)!r}: no such folder or '
@@ -48,7 +48,7 @@ def _read(run, source: pathlib.Path, drawn):
                          partial=partial, seed=run.config.seed)
 
 
-def from_workdir(run, source: pathlib.Path, drawn, partial: bool):
+def from_workdir(run, source, drawn, partial: bool):
   """Returns (parameters, skipped) of the newest good checkpoint there."""
   from training import weights
   folder = restoring.directory(source)
@@ -66,7 +66,7 @@ def from_workdir(run, source: pathlib.Path, drawn, partial: bool):
   return restoring.nest(flat | found)['params'], skipped
 
 
-def _model(workdir: pathlib.Path) -> model_config.ModelConfig:
+def _model(workdir) -> model_config.ModelConfig:
   from training import runs  # which imports this file
   config = runs.with_new_fields(run_config.load(workdir))
   fields = config.model.to_dict()

@@ -134,6 +134,8 @@ class _Loop:
       states = self.group.split(state)
       for row in rows:
         member = self.group.members[row]
+        for writer in self.writers[row]:
+          writer.flush()
         member.saved.save(n, jax.tree.map(jnp.asarray, states[row]),
                           next_batch=n, tokens=n * self.tokens,
                           config=member.config)

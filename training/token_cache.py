@@ -111,6 +111,9 @@ def load(source: sources.Source, tokenizer, cache_dir: str = '',
   Raises:
     ValueError: if a document cannot be read, naming the file and line.
   """
+  if '://' in cache_dir:
+    raise ValueError(f'data.cache_dir is {cache_dir!r}: tokens are mapped into '
+                     'memory, so it must be a folder on disk')
   root = pathlib.Path(cache_dir).expanduser() if cache_dir else default_dir()
   stats = _stat(source.files)
   manifest = root / 'manifests' / f'{_name(source)}.json'

@@ -7,7 +7,7 @@ import shlex
 
 from absl import flags
 
-from training import cli
+from training import cli, storage
 
 STOPPED = 75  # the exit code of a run that has more to do
 
@@ -21,8 +21,8 @@ FLAGS = (
      'is always started again.'),
     ('string', 'compile_cache', '', 'Where compiled programs are kept, for all '
      'processes; default: jax_cache beside the workdir.'),
-    ('string', 'logs', '', 'Where the output of each process goes; default: '
-     'logs in the workdir.'),
+    ('string', 'logs', '', 'Where the output of each process goes, on disk; '
+     'default: logs in the workdir, or logs/NAME here for one in a bucket.'),
 )
 # Of the flags, those that are train.py's own.
 _OF_TRAIN = ('config', 'workdir', 'profile_steps', 'allow_config_change')
@@ -70,14 +70,19 @@ def make(argv: list[str], num_devices: int, slices: int = 1) -> Job:
     raise ValueError('pass both --config FILE.py:SIZE and --workdir DIR')
   if args.max_restarts < 0:
     raise ValueError(f'--max_restarts is {args.max_restarts}: choose 0 or more')
+  storage.check(args.workdir)
+  if storage.in_bucket(args.logs):
+    raise ValueError(f'--logs is {args.logs!r}: choose a folder on disk')
   _check(args.config, num_devices, slices)
   workdir = args.workdir.rstrip('/')
   parent = workdir.rpartition('/')[0] or '.'
+  name = _name(workdir.rpartition('/')[2])
+  logs = (f'logs/{name}' if storage.in_bucket(workdir) else f'{workdir}/logs')
   return Job(
-      name=_name(workdir.rpartition('/')[2]),
+      name=name,
       words=('python', '-u', 'train.py', *cli.words(argv, _OF_TRAIN),
              f'--stopped_exit_code={STOPPED}'),
-      workdir=workdir, logs=args.logs or f'{workdir}/logs',
+      workdir=workdir, logs=args.logs or logs,
       env={
           'JAX_COMPILATION_CACHE_DIR':
               args.compile_cache or f'{parent}/jax_cache',
@@ -108,7 +113,7 @@ def _check(config, num_devices: int, slices: int) -> None:
 
 def require_shared(job: Job, places: str) -> None:
   """Raises ValueError where the hosts would each have their own workdir."""
-  if '://' not in job.workdir and not pathlib.PurePath(
+  if not storage.in_bucket(job.workdir) and not pathlib.PurePath(
       job.workdir).is_absolute():
     raise ValueError(f'--workdir is {job.workdir!r}, and every host must find '
                      f'it at the same place: choose {places}')

@@ -7,8 +7,9 @@ strings that go into --json, after it has printed them for a reader.
 from collections.abc import Callable
 import dataclasses
 import importlib
-import pathlib
 from typing import Any
+
+from etils import epath
 
 from architectures.parts.config import one_of
 
@@ -29,7 +30,7 @@ class Evaluation:
   step: int
   tokenizer: Any
   options: Any
-  workdir: pathlib.Path
+  workdir: epath.Path
 
 
 # name: the module whose run(evaluation) does it.

@@ -154,5 +154,6 @@ def plot(curves: dict, length: int, path) -> None:
            xscale='log')
   axes.grid(alpha=0.3)
   axes.legend()
-  figure.savefig(path, dpi=150)
+  with path.open('wb') as file:
+    figure.savefig(file, dpi=150, format='png')
   pyplot.close(figure)

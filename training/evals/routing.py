@@ -77,5 +77,6 @@ def plot(load_NE: np.ndarray, path) -> None:
   if experts <= 32:
     axes.set_xticks(range(experts))
   figure.colorbar(image, ax=axes, extend='max')
-  figure.savefig(path, dpi=150)
+  with path.open('wb') as file:
+    figure.savefig(file, dpi=150, format='png')
   pyplot.close(figure)
