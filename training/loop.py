@@ -43,7 +43,9 @@ def train(run: runs.Run, state, start: int, train_data, eval_data, saved,
       step_fn = jax.jit(
           make_train_step(run.module, run.tx, config), donate_argnums=0,
           out_shardings=(run.shardings, None)).lower(state, batch).compile()
-      eval_fn = jax.jit(make_eval_step(run.module, config))
+      if config.eval.every_steps:
+        eval_fn = jax.jit(make_eval_step(run.module, config)).lower(
+            state.params, devices.put(eval_data.batch(0), run.place)).compile()
     devices.sync('compiled')
     bar = watch.progress(steps, start, devices.primary())
     profiler = profile.Profiler(profile_steps, workdir)
@@ -72,9 +74,9 @@ def train(run: runs.Run, state, start: int, train_data, eval_data, saved,
 
     def save(n, state):
       report(held.flush())
-      for writer in writers:
-        writer.flush()
       with meter.paused():
+        for writer in writers:
+          writer.flush()
         saved.save(n, state, next_batch=n, tokens=n * tokens, config=config)
 
     def evaluate(n, state):
