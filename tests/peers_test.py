@@ -1,6 +1,7 @@
 """A process that fails, is killed, or leaves: what the others do."""
 
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -97,3 +98,14 @@ def test_a_stranger_ends_nobody(start):
   stranger.kill()
   _say(first, 'still here')
   assert first.stdout.readline() == 'still here\n'
+
+
+@pytest.mark.parametrize('line', [b'[1]', b'"token"', b'3', b'{}', b'\xff', b''])
+def test_what_is_no_message_of_ours_is_turned_away(start, line):
+  first, address = start(0)
+  with socket.create_connection(
+      ('127.0.0.1', int(address.split()[0])), 15) as stranger:
+    stranger.sendall(line + b'\n')
+    assert stranger.recv(1) == b''  # closed
+  _say(first, 'bye')
+  assert _ended(first) == (0, '')  # and no trace

@@ -147,8 +147,10 @@ def _send(connection: socket.socket, message: dict):
 
 
 def _receive(lines) -> dict | None:
-  """Returns the next message, or None where the connection has broken."""
+  """Returns the next message, or None where the connection has broken, or
+  what came is none of ours."""
   try:
-    return json.loads(lines.readline())
+    message = json.loads(lines.readline())
   except (OSError, ValueError):
     return None
+  return message if isinstance(message, dict) else None
