@@ -100,7 +100,8 @@ def test_a_stranger_ends_nobody(start):
   assert first.stdout.readline() == 'still here\n'
 
 
-@pytest.mark.parametrize('line', [b'[1]', b'"token"', b'3', b'{}', b'\xff', b''])
+@pytest.mark.parametrize(
+    'line', [b'[1]', b'"token"', b'3', b'{}', b'\xff', b''])
 def test_what_is_no_message_of_ours_is_turned_away(start, line):
   first, address = start(0)
   with socket.create_connection(
