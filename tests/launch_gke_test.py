@@ -18,7 +18,8 @@ _ENV = dict(name=str, value=str,
 _POD = dict(
     restartPolicy={'Never'}, nodeSelector={str: str},
     terminationGracePeriodSeconds=int,
-    volumes=(dict(name=str, persistentVolumeClaim=dict(claimName=str)),),
+    volumes=(dict(name=str, persistentVolumeClaim=dict(claimName=str),
+                  emptyDir=dict(medium={'Memory'})),),
     containers=(dict(
         name=str, image=str, command=(str,), env=(_ENV,),
         resources=dict(limits={str: int}),
@@ -44,9 +45,17 @@ SCHEMA = dict(
             template=dict(spec=_POD)))),)))
 
 
+# What must be there wherever the API has it.
+REQUIRED = {'apiVersion', 'kind', 'metadata', 'spec', 'name', 'replicatedJobs',
+            'template', 'containers', 'action', 'operator', 'values', 'type',
+            'status', 'claimName', 'mountPath', 'fieldPath'}
+
+
 def valid(value, schema, where=''):
   if isinstance(schema, dict):
     assert isinstance(value, dict), where
+    missing = (REQUIRED & schema.keys()) - value.keys()
+    assert not missing, f'{where} lacks {missing}'
     for key, inner in value.items():
       assert isinstance(key, str) and (key in schema or str in schema), (
           f'{where}.{key}')
@@ -93,7 +102,13 @@ def test_gke_gpus_are_told_who_they_are(a_job):
   spec = made['spec']['replicatedJobs'][0]['template']['spec']
   assert spec['parallelism'] == 3
   pod = spec['template']['spec']
-  assert pod['volumes'][0]['persistentVolumeClaim'] == {'claimName': 'claim'}
+  assert {v['name']: v for v in pod['volumes']} == {
+      'shared': {'name': 'shared',
+                 'persistentVolumeClaim': {'claimName': 'claim'}},
+      'shm': {'name': 'shm', 'emptyDir': {'medium': 'Memory'}}}
+  assert pod['containers'][0]['volumeMounts'] == [
+      {'name': 'shm', 'mountPath': '/dev/shm'},
+      {'name': 'shared', 'mountPath': '/data'}]
   env = {e['name']: e.get('value') for e in pod['containers'][0]['env']}
   assert env['JAX_COORDINATOR_ADDRESS'] == 'a-run-slice-0-0.a-run:8476'
   assert env['JAX_NUM_PROCESSES'] == '3' and 'JAX_PROCESS_ID' in env
@@ -121,3 +136,42 @@ def test_gke_tells_exit_codes_apart(a_job, code, action):
 def test_a_workdir_that_hosts_do_not_share_is_refused(a_job):
   with pytest.raises(ValueError, match="'runs/a'.*bucket"):
     manifest(a_job, '--topology=v5e:4x4', workdir='runs/a')
+
+
+@pytest.mark.parametrize('path', [
+    'metadata/name', 'spec/replicatedJobs', 'spec/failurePolicy/rules/0/action',
+    'spec/replicatedJobs/0/template/spec/template/spec/containers'])
+def test_a_manifest_that_lacks_something_is_found_out(a_job, path):
+  made = manifest(a_job, '--topology=v5e:4x4')
+  *parents, last = path.split('/')
+  at = made
+  for name in parents:
+    at = at[int(name) if name.isdigit() else name]
+  del at[last]
+  with pytest.raises(AssertionError, match=f'lacks .*{last}'):
+    valid(made, SCHEMA)
+
+
+def test_gke_shows_every_start_once_until_the_end(a_job, tmp_path, monkeypatch,
+                                                  capfd):
+  """Pod b comes after a; its container is late, and JobSet too at the end."""
+  monkeypatch.setattr(gke, 'POLL_SECONDS', 0)
+  env = launch_test.stand_in(tmp_path, 'kubectl', f'''\
+      #!/bin/bash
+      echo "$*" >>{tmp_path}/asked
+      count=$(grep -c terminalState {tmp_path}/asked)
+      case "$*" in
+        apply*) cat >{tmp_path}/applied ;;
+        *terminalState*) if [ "$count" = 5 ]; then echo -n Completed; fi ;;
+        "get pod"*) [ "$count" -lt 2 ] && echo pod/a || echo pod/b ;;
+        logs*pod/b) [ "$count" -ge 3 ] && echo output of b ;;
+        logs*) echo "output of ${{*: -1}}" ;;
+      esac
+      ''')
+  monkeypatch.setenv('PATH', env['PATH'])
+  args = launch_test.args_of(gke, '--image=i:1', '--topology=v5e:4x4')
+  assert gke.launch(a_job('0', 'gs://b/run'), args) == 0
+  out = capfd.readouterr().out
+  assert out.count('output of') == 2 and out.count('output of b') == 1
+  assert out.endswith('a-run: Completed\n')
+  valid(yaml.safe_load((tmp_path / 'applied').read_text()), SCHEMA)

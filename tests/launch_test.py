@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,6 @@ import pytest
 from tools.launch import gke, job, local, slurm, tpu_vm
 
 ROOT = pathlib.Path(__file__).parents[1]
-SHELLCHECK = ['/usr/bin/shellcheck', '/usr/local/bin/shellcheck']
 # A run that notes its environment, and ends with the codes that a file lists,
 # a word for each start: 75, 1, ... or `wait`, for SIGTERM.
 PROGRAM = '''
@@ -72,12 +72,34 @@ def stand_in(tmp_path, name, text):
   return {'PATH': f'{path.parent}:{os.environ["PATH"]}'}
 
 
-def check_shell(path):
-  subprocess.run(['bash', '-n', path], check=True)
-  found = [p for p in SHELLCHECK if os.path.exists(p)]
-  if found:
-    result = subprocess.run([found[0], path], capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout
+@pytest.mark.skipif(not shutil.which('shellcheck'),
+                    reason='shellcheck is not installed')
+@pytest.mark.parametrize('module, words', [
+    (slurm, ['--per_gpu', '--setup=. .venv/bin/activate']),
+    (tpu_vm, ['--tpu=a,b'])])
+def test_scripts_pass_shellcheck(a_job, tmp_path, module, words):
+  path = tmp_path / 'script.sh'
+  path.write_text(module.script(a_job('0', 'gs://b/run' if module is tpu_vm
+                                      else None), args_of(module, *words)))
+  result = subprocess.run(['shellcheck', path], capture_output=True, text=True)
+  assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize('module, words, part', [
+    (local, ['--processes=2', '--platform=cpu'], 'JAX_PROCESS_ID=1'),
+    (slurm, ['--nodes=2'], '#SBATCH --nodes=2'),
+    (gke, ['--topology=v5e:4x4', '--image=i'], 'kind: JobSet'),
+    (tpu_vm, ['--tpu=a', '--zone=z'], 'gcloud compute tpus')])
+def test_a_dry_run_only_prints(a_job, tmp_path, monkeypatch, capsys, module,
+                               words, part):
+  j = a_job('0', 'gs://b/run', dry_run=True)
+  there = sorted(tmp_path.rglob('*'))
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(subprocess, 'Popen', None)
+  monkeypatch.setattr(os, 'execvp', None)
+  assert module.launch(j, args_of(module, *words)) == 0
+  assert part in capsys.readouterr().out
+  assert sorted(tmp_path.rglob('*')) == there
 
 
 def wait_for(path):
@@ -143,6 +165,26 @@ def test_local_passes_a_signal_on_once_and_does_not_start_again(a_job,
   assert len(starts(tmp_path)) == 1
 
 
+@pytest.mark.parametrize('when', ['between', 'starting'])
+def test_local_loses_no_signal(a_job, tmp_path, monkeypatch, when):
+  """That comes when no process is there to pass it on to."""
+  j = a_job('75 0' if when == 'between' else 'wait wait')
+  popen, say = subprocess.Popen, local._say
+  def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
+  def start(*args, **options):
+    process = popen(*args, **options)
+    wait_for(tmp_path / 'starts-0-0')
+    interrupt()
+    return process
+  if when == 'starting':
+    monkeypatch.setattr(local.subprocess, 'Popen', start)
+  else:
+    monkeypatch.setattr(local, '_say', lambda text: (say(text), interrupt()))
+  assert local.supervise(list(j.words), j.env, 1, 1, 'cpu', j.logs, 1) == 0
+  assert len(starts(tmp_path)) == 1
+
+
 def test_local_gives_each_process_its_gpus():
   envs = local.environments({}, 2, 2, 'gpu', 'host:1')
   assert [e['JAX_LOCAL_DEVICE_IDS'] for e in envs] == ['0,1', '2,3']
@@ -182,7 +224,6 @@ def _slurm_job(a_job, tmp_path):
     text = slurm.script(a_job(codes, **changes), args_of(slurm, *words))
     path = tmp_path / 'job.sh'
     path.write_text(text)
-    check_shell(path)
     return subprocess.Popen(
         ['bash', path], text=True, stdout=subprocess.PIPE,
         env=os.environ | env | {
@@ -199,8 +240,8 @@ def requeued(tmp_path):
 
 @pytest.mark.parametrize('per_gpu', [False, True])
 def test_slurm_tells_each_process_who_it_is(slurm_job, tmp_path, per_gpu):
-  process = slurm_job('0', '--nodes=2', '--gpus=2', '--setup=export JAX_X=1',
-                      *['--per_gpu'] * per_gpu)
+  process = slurm_job('0', '--nodes=2', '--gpus=2', *['--per_gpu'] * per_gpu,
+                      "--setup=export JAX_X='a b'")
   out, _ = process.communicate(timeout=60)
   assert process.returncode == 0 and 'complete' in out
   count = 4 if per_gpu else 2
@@ -208,7 +249,7 @@ def test_slurm_tells_each_process_who_it_is(slurm_job, tmp_path, per_gpu):
     [env] = starts(tmp_path, f'0-{i}')
     assert env['JAX_COORDINATOR_ADDRESS'] == 'node-7:61100'
     assert env['JAX_NUM_PROCESSES'] == str(count)
-    assert env['JAX_PROCESS_ID'] == str(i) and env['JAX_X'] == '1'
+    assert env['JAX_PROCESS_ID'] == str(i) and env['JAX_X'] == 'a b'
     assert env.get('JAX_LOCAL_DEVICE_IDS') == (str(i % 2) if per_gpu else None)
     assert env['argv'] == ["'"]  # quoted all the way
     log = tmp_path / f'run/logs/process-{i}.log'
@@ -244,6 +285,28 @@ def test_slurm_outlives_the_signal_that_its_processes_get(slurm_job, tmp_path):
   assert process.returncode == 75 and requeued(tmp_path) == ['requeue 4100']
 
 
+def test_slurm_shows_process_0_until_the_job_has_left_the_queue(
+    a_job, tmp_path, monkeypatch, capfd):
+  monkeypatch.setattr(slurm, 'POLL_SECONDS', 0.1)
+  j = a_job('0')
+  stand_in(tmp_path, 'sbatch', '#!/bin/bash\necho "4100;cluster"\n')
+  env = stand_in(tmp_path, 'squeue', f'''\
+      #!/bin/bash
+      echo "$@" >>{tmp_path}/squeue
+      case $(wc -l <{tmp_path}/squeue) in
+        2) echo "nobody answers" >&2; exit 1 ;;
+        20) echo "Invalid job id specified" >&2; exit 1 ;;
+        *) echo output of a step >>{j.logs}/process-0.log; echo 4100 RUNNING ;;
+      esac
+      ''')
+  monkeypatch.setenv('PATH', env['PATH'])
+  assert slurm.launch(j, args_of(slurm)) == 0
+  assert len((tmp_path / 'squeue').read_text().splitlines()) == 20
+  assert '--jobs=4100\n' in (tmp_path / 'squeue').read_text()
+  assert 'output of a step' in capfd.readouterr().out
+  assert (tmp_path / 'run/logs/job.sh').exists()
+
+
 # TPU VMs.
 
 
@@ -276,7 +339,6 @@ def _tpu_run(a_job, tmp_path, monkeypatch):
     args = args_of(tpu_vm, '--zone=z', f'--logs={tmp_path}/logs', *words)
     path = tmp_path / 'launch.sh'
     path.write_text(tpu_vm.script(a_job(codes, 'gs://bucket/run'), args))
-    check_shell(path)
     return subprocess.Popen(['bash', path], text=True, env=os.environ | env,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
   return start

@@ -12,6 +12,8 @@ again as a whole, and so is a failed one, --max_restarts times.
 
 import math
 import subprocess
+import sys
+import time
 
 from tools.launch import job as job_lib
 
@@ -44,6 +46,7 @@ TPUS = {
     'tpu7x': ('tpu7x', 2),
 }
 PORT = 8476
+POLL_SECONDS = 10
 CONTAINER = 'train'
 
 
@@ -71,15 +74,39 @@ def launch(job: job_lib.Job, args) -> int:
                  check=True)
   print(f'to end it: kubectl delete jobset {job.name} -n {args.namespace}',
         flush=True)
-  if args.tail:
-    which = ','.join((f'jobset.sigs.k8s.io/jobset-name={job.name}',
-                      'jobset.sigs.k8s.io/job-index=0',
-                      'batch.kubernetes.io/job-completion-index=0'))
-    where = ['-n', args.namespace, '-l', which]
-    subprocess.run(['kubectl', 'wait', 'pod', '--for=condition=Ready',
-                    '--timeout=-1s', *where], check=True)
-    subprocess.run(['kubectl', 'logs', '-f', *where], check=False)
-  return 0
+  return _follow(job, args.namespace) if args.tail else 0
+
+
+def _follow(job: job_lib.Job, namespace: str) -> int:
+  """Shows process 0, over all starts, until the JobSet has ended or is deleted;
+  returns 0 if it is complete."""
+  which = ','.join((f'jobset.sigs.k8s.io/jobset-name={job.name}',
+                    'jobset.sigs.k8s.io/job-index=0',
+                    'batch.kubernetes.io/job-completion-index=0'))
+  shown = set()  # each start has a pod of another name
+  while True:
+    _, pods = _kubectl('get', 'pod', '-n', namespace, '-l', which, '-o', 'name')
+    for pod in pods.split():
+      if pod not in shown and subprocess.run(
+          ['kubectl', 'logs', '-f', '-n', namespace, pod],
+          check=False).returncode == 0:
+        shown.add(pod)
+    is_there, state = _kubectl('get', 'jobset', job.name, '-n', namespace, '-o',
+                               'jsonpath={.status.terminalState}')
+    if state or not is_there:
+      print(f'{job.name}: {state or "deleted"}')
+      return 0 if state == 'Completed' else 1
+    time.sleep(POLL_SECONDS)
+
+
+def _kubectl(*words: str) -> tuple[bool, str]:
+  """Returns whether what was asked for is there, and the answer."""
+  result = subprocess.run(['kubectl', *words], capture_output=True, text=True,
+                          check=False)
+  is_there = 'NotFound' not in result.stderr
+  if result.returncode and is_there:
+    print(result.stderr, end='', file=sys.stderr)
+  return is_there, result.stdout.strip()
 
 
 def _topology(args) -> tuple[str, list[int]]:
@@ -178,12 +205,18 @@ def _job_spec(job: job_lib.Job, args) -> dict:
           'env': [{'name': k, 'value': v} for k, v in job.env.items()]
                  + (_gpu_env(job, hosts) if args.gpu else []),
           'resources': {'limits': {resource: per_host}}}]}
+  volumes = {}  # by the path that they are mounted at
+  if args.gpu:  # Docker gives 64 MiB, of which NCCL needs more
+    volumes['/dev/shm'] = {'name': 'shm', 'emptyDir': {'medium': 'Memory'}}
   if args.pvc:
     claim, _, path = args.pvc.partition(':')
-    pod['volumes'] = [{'name': 'shared',
-                       'persistentVolumeClaim': {'claimName': claim}}]
+    volumes[path] = {'name': 'shared',
+                     'persistentVolumeClaim': {'claimName': claim}}
+  if volumes:
+    pod['volumes'] = list(volumes.values())
     pod['containers'][0]['volumeMounts'] = [
-        {'name': 'shared', 'mountPath': path}]
+        {'name': volume['name'], 'mountPath': path}
+        for path, volume in volumes.items()]
   return {'parallelism': hosts, 'completions': hosts,
           'completionMode': 'Indexed', 'backoffLimit': 0,
           'podFailurePolicy': {'rules': list(_POD_RULES)},

@@ -95,6 +95,8 @@ def supervise(words: list[str], env: dict[str, str], processes: int,
   failures = 0
   with Forwarding() as forwarding:
     while True:
+      if forwarding.count:  # between two runs
+        return 0
       codes = run(words, environments(env, processes, devices, kind,
                                       f'127.0.0.1:{free_port()}'),
                   pathlib.Path(logs), forwarding)
@@ -127,7 +129,7 @@ def run(words, envs, logs: pathlib.Path, forwarding) -> list[int]:
         start_new_session=True))  # so that Ctrl-C is passed on only once
     if out:
       out.close()
-  forwarding.to = running
+  forwarding.start(running)
   deadline = None
   while any(p.poll() is None for p in running):
     time.sleep(POLL_SECONDS)
@@ -157,15 +159,24 @@ class Forwarding:
   def __init__(self):
     self.to = []
     self.count = 0
+    self._told = False
+
+  def start(self, processes):
+    """Passes signals on to `processes`, and what came while they started."""
+    self.to = processes
+    self._pass_on()
 
   def _handle(self, number, frame):
     self.count += 1
-    if self.count == 1:
-      for process in self.to[:1]:
-        process.send_signal(signal.SIGTERM)
-    else:
+    self._pass_on()
+
+  def _pass_on(self):
+    if self.count > 1:
       for process in self.to:
         process.kill()
+    elif self.count and self.to and not self._told:
+      self._told = True
+      self.to[0].send_signal(signal.SIGTERM)
 
   def __enter__(self):
     self._old = {number: signal.signal(number, self._handle)

@@ -15,6 +15,7 @@ import pathlib
 import shlex
 import subprocess
 import sys
+import time
 
 from tools.launch import job as job_lib
 
@@ -25,11 +26,12 @@ FLAGS = (
     ('bool', 'per_gpu', False, 'One process for each GPU.'),
     ('integer', 'grace_seconds', 300,
      'The run is told to save so long before the time limit.'),
-    ('string', 'setup', '', 'A line of shell that each node runs first.'),
+    ('string', 'setup', '', 'A line of shell that each process runs first.'),
     ('string', 'sbatch', '', 'More options of sbatch, in one string.'),
     ('bool', 'tail', True, 'Show the output of process 0.'),
 )
 
+POLL_SECONDS = 10
 # The port follows from the job's number, so that two jobs may share a node.
 _SCRIPT = r'''#!/bin/bash
 {directives}
@@ -38,7 +40,6 @@ _SCRIPT = r'''#!/bin/bash
 cd {folder} || exit 1
 logs={logs}
 mkdir -p "$logs"
-{setup}
 {exports}
 nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 port=$((61000 + SLURM_JOB_ID % 4000))
@@ -51,8 +52,7 @@ trap 'echo "SIGTERM: the processes save and leave"' TERM
 # has not joined them yet is ended by --wait.
 # shellcheck disable=SC2016 # the variables are those of each process
 srun --kill-on-bad-exit=0 --wait=60 --output="$logs/process-%t.log" \
-  bash -c 'export JAX_PROCESS_ID=$SLURM_PROCID{local_devices}; exec "$@"' \
-  process {command} &
+  bash -c {process} process {command} &
 step=$!
 while true; do
   wait "$step"
@@ -109,15 +109,34 @@ def launch(job: job_lib.Job, args) -> int:
   log = path.with_name('process-0.log')
   log.touch()
   number = subprocess.run(['sbatch', '--parsable', path], check=True,
-                          stdout=subprocess.PIPE, text=True).stdout.strip()
+                          stdout=subprocess.PIPE, text=True).stdout
+  number = number.strip().partition(';')[0]  # what follows is the cluster
   print(f'job {number}; its output: {path.parent}; to end it: '
         f'scancel {number}', flush=True)
   if args.tail:
-    try:
-      subprocess.run(['tail', '-n', '0', '-F', log], check=False)
-    except KeyboardInterrupt:
-      print(f'job {number} goes on', file=sys.stderr)
+    _show(log, number)
   return 0
+
+
+def _show(log: pathlib.Path, number: str) -> None:
+  """Shows the log, over all starts, until the job has left the queue."""
+  tail = subprocess.Popen(['tail', '-n', '0', '-F', log])
+  try:
+    while _is_queued(number):
+      time.sleep(POLL_SECONDS)
+  except KeyboardInterrupt:
+    print(f'job {number} goes on', file=sys.stderr)
+  finally:
+    tail.terminate()
+    tail.wait()
+
+
+def _is_queued(number: str) -> bool:
+  result = subprocess.run(['squeue', '--noheader', f'--jobs={number}'],
+                          capture_output=True, text=True, check=False)
+  if result.returncode:  # an old number, or nobody has answered
+    return 'Invalid job id' not in result.stderr
+  return bool(result.stdout.strip())
 
 
 def script(job: job_lib.Job, args) -> str:
@@ -130,11 +149,15 @@ def script(job: job_lib.Job, args) -> str:
       f'--signal=TERM@{args.grace_seconds}', '--requeue', '--open-mode=append',
       f'--output={os.path.abspath(job.logs)}/job.log',
       *shlex.split(args.sbatch)]
+  who = ['JAX_PROCESS_ID=$SLURM_PROCID']
+  if args.per_gpu:
+    who.append('JAX_LOCAL_DEVICE_IDS=$SLURM_LOCALID')
+  process = '\n'.join([*([args.setup] if args.setup else []),
+                       f'export {" ".join(who)}; exec "$@"'])
   return _SCRIPT.format(
       directives='\n'.join(f'#SBATCH {option}' for option in directives),
       folder=shlex.quote(os.getcwd()), logs=shlex.quote(job.logs),
-      setup=args.setup, exports=job_lib.exports(job.env),
+      process=shlex.quote(process), exports=job_lib.exports(job.env),
       processes=args.nodes * per_node,
-      local_devices=' JAX_LOCAL_DEVICE_IDS=$SLURM_LOCALID' * args.per_gpu,
       command=job.command, stopped=job_lib.STOPPED,
       max_restarts=job.max_restarts)

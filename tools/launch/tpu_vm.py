@@ -6,15 +6,16 @@ r"""Starts a run on all workers of one or more TPU VMs, over ssh.
       --config configs/mixtral.py:8x7b --workdir gs://BUCKET/b
 
 Several names are the slices of one run, in their order. --folder is where this
-repository lies on each worker. Runs from here, through a script that is kept
-in --logs: Ctrl-C lets the run save and leave. A slice that is preempted is
-waited for, then the run is started again.
+repository lies on each worker. Runs from here, through a script: Ctrl-C lets
+the run save and leave. A slice that is preempted is waited for, then the run is
+started again. The script and what each slice has shown here are kept in --logs
+(default: logs/NAME here); the other workers write process-SLICE-WORKER.log in
+--folder.
 """
 
 import os
 import pathlib
 import shlex
-import tempfile
 
 from tools.launch import job as job_lib
 
@@ -138,12 +139,16 @@ def launch(job: job_lib.Job, args) -> int:
   if job.dry_run:
     print(text)
     return 0
-  folder = pathlib.Path(args.logs or tempfile.mkdtemp(prefix='launch-'))
+  folder = _logs(job, args)
   folder.mkdir(parents=True, exist_ok=True)
   path = folder / 'launch.sh'
   path.write_text(text)
   print(f'running {path}', flush=True)
   os.execvp('bash', ['bash', str(path)])
+
+
+def _logs(job: job_lib.Job, args) -> pathlib.Path:
+  return pathlib.Path(args.logs or f'logs/{job.name}')
 
 
 def script(job: job_lib.Job, args) -> str:
@@ -157,6 +162,6 @@ def script(job: job_lib.Job, args) -> str:
       command=job.command)
   return _SCRIPT.format(
       names=shlex.join(args.tpu), where=shlex.join(where),
-      logs=shlex.quote(args.logs or '.'), remote=remote, folder=args.folder,
-      port=_MEGASCALE_PORT, wait=WAIT_SECONDS, stopped=job_lib.STOPPED,
-      max_restarts=job.max_restarts)
+      logs=shlex.quote(str(_logs(job, args))), remote=remote,
+      folder=args.folder, port=_MEGASCALE_PORT, wait=WAIT_SECONDS,
+      stopped=job_lib.STOPPED, max_restarts=job.max_restarts)
