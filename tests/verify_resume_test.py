@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group('verify_resume')]
 def verify(*words, code=0):
   result = subprocess.run(
       [sys.executable, '-m', 'tools.verify_resume', *words],
-      cwd=train_test.ROOT, capture_output=True, text=True, timeout=280)
+      cwd=train_test.ROOT, capture_output=True, text=True, timeout=560)
   assert result.returncode == code, result.stdout + result.stderr
   return result
 
@@ -29,7 +29,8 @@ def done(tmp_path_factory, texts):
   folder = tmp_path_factory.mktemp('verify_resume')
   small = [f for f in train_test.SMALL if '.mesh.' not in f]
   result = verify(
-      '--config', 'configs/gpt.py', *small, texts, '--steps=6', '--devices=2',
+      '--config', 'configs/gpt.py', *small, texts, '--steps=7', '--devices=2',
+      '--processes=2',
       '--config.model.dropout', '0.1', f'--folder={folder}',
       f'--json={folder}/found.json')
   return folder, json.loads((folder / 'found.json').read_text()), result.stdout
@@ -38,16 +39,20 @@ def done(tmp_path_factory, texts):
 def test_a_sound_run_resumes(done):
   folder, found, output = done
   assert found['resumes'] and found['killed_after'] == 3
-  assert found['devices'] == 2
+  assert found['devices'] == found['processes'] == 2
+  assert (folder / 'reshaped-0/logs/process-1.log').exists()
   same, other = found['comparisons']
   assert same['ok'] and same['mesh'] == 'data=2'
-  assert '6 losses and' in same['found']
+  assert '7 losses and' in same['found']
   assert other['ok'] and other['mesh'] == 'fsdp=2'
   assert other['largest_difference'] <= 1e-5
   assert output.strip().endswith('it resumes')
   # It was killed for real, before its end, and went on where it was.
   steps = [row['step'] for row in train_test.rows(folder / 'killed')]
-  assert steps == [1, 2, 3, 4, 5, 6]
+  assert steps == [1, 2, 3, 4, 5, 6, 7]
+  # Half-way is kept, though a later checkpoint lies before the end.
+  assert {p.name for p in (folder / 'reshaped-0/checkpoints').iterdir()} >= {
+      '3', '6', '7'}
 
 
 def test_what_differs_is_named(done, tmp_path):
@@ -60,20 +65,41 @@ def test_what_differs_is_named(done, tmp_path):
   (copy / 'metrics.jsonl').write_text(
       '\n'.join(json.dumps(row) for row in rows) + '\n')
   mesh = dict(data=2)
-  row = runs.bits(mesh, folder / 'whole', copy, 6)
+  row = runs.bits(mesh, folder / 'whole', copy, 7)
   assert not row['ok'] and row['differing'] == ['loss of step 5']
   # Another state: that of half-way.
-  shutil.rmtree(copy / 'checkpoints/6')
-  shutil.copytree(folder / 'whole/checkpoints/3', copy / 'checkpoints/6')
-  row = runs.bits(mesh, folder / 'whole', copy, 6)
+  shutil.rmtree(copy / 'checkpoints/7')
+  shutil.copytree(folder / 'whole/checkpoints/3', copy / 'checkpoints/7')
+  row = runs.bits(mesh, folder / 'whole', copy, 7)
   assert any('params' in name for name in row['differing'])
-  assert runs.numbers(mesh, folder / 'whole', copy, 3, 6, 1e-5)['ok']
-  assert not runs.numbers(mesh, folder / 'whole', copy, 3, 6, 1e-7)['ok']
+  assert runs.numbers(mesh, folder / 'whole', copy, 3, 7, 1e-5)['ok']
+  assert not runs.numbers(mesh, folder / 'whole', copy, 3, 7, 1e-7)['ok']
+
+
+def test_nothing_is_not_the_same(tmp_path, monkeypatch):
+  """No arrays, other names, or losses that are not finite: no proof."""
+  saved = {'one': {}, 'two': {}}
+  monkeypatch.setattr(runs.restoring, 'arrays',
+                      lambda folder, step: saved[folder.parent.name])
+  folders = [tmp_path / name for name in saved]
+  def differing(losses=(1.0, 2.0), **arrays):
+    for name, folder in zip(saved, folders):
+      folder.mkdir(exist_ok=True)
+      saved[name] = {n: dict(checksum=1) for n in arrays.get(name, 'w')}
+      (folder / 'metrics.jsonl').write_text('\n'.join(json.dumps(dict(
+          step=i + 1, split='train', loss=x)) for i, x in enumerate(losses)))
+    return runs.bits({}, *folders, 2)['differing']
+  assert differing() == []
+  assert differing(one='', two='') == ['no array is saved in step 2']
+  assert differing(two='') == ['w'] and differing(two='wx') == ['x']
+  assert differing(losses=(1.0, None)) == ['loss of step 2']
+  assert differing(losses=(1.0,)) == ['loss of step 2']
 
 
 @pytest.mark.parametrize('words, parts', [
     (['--config=configs/gpt.py', '--steps=2'], ['--steps is 2']),
     (['--config=configs/gpt.py', '--devices=1'], ['no other mesh of 1 device']),
+    (['--config=configs/gpt.py', '--processes=3'], ['--processes is 3']),
 ])
 def test_what_cannot_be_verified_is_refused(words, parts):
   error = verify(*words, code=2).stderr

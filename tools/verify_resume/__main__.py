@@ -8,7 +8,8 @@ Trains a few steps in one go; again, killed with SIGKILL half-way and resumed,
 which must give the same bits: every loss, every array of the last checkpoint;
 and from the half-way checkpoint on another mesh, which must give the same
 losses to --tolerance. On the devices of this machine; on a CPU, on --devices
-virtual ones. Exit code 1: it does not resume so.
+virtual ones. --processes=2: what goes on on another mesh does so as so many
+processes, which share the devices. Exit code 1: it does not resume so.
 """
 
 import json
@@ -25,6 +26,7 @@ flags.DEFINE_integer('steps', 8, 'Of each run; it is killed half-way.')
 flags.DEFINE_multi_string('mesh', [], 'Another mesh, data=2,fsdp=2; axes that '
                           'are not named are 1. Default: one that fits.')
 flags.DEFINE_integer('devices', 4, 'Virtual devices, on a CPU.')
+flags.DEFINE_integer('processes', 1, 'Of the runs on another mesh.')
 flags.DEFINE_float('tolerance', 1e-5, 'Of a loss on another mesh, relative.')
 flags.DEFINE_string('folder', '', 'Keep the runs here; default: a temporary '
                     'folder that is removed.')
@@ -44,7 +46,8 @@ def main():
     folder = pathlib.Path(args.folder or temporary)
     findings = runs.verify(
         args.config, cli.words(sys.argv, ['config']),
-        folder, args.steps, args.mesh, args.devices, args.tolerance)
+        folder, args.steps, args.mesh, args.devices, args.tolerance,
+        args.processes)
   print(_text(args, findings))
   if args.json:
     pathlib.Path(args.json).write_text(json.dumps(findings, indent=2) + '\n')

@@ -16,7 +16,8 @@ AXES = tables.MESH_AXES
 
 
 def verify(config, words: list[str], folder: pathlib.Path, steps: int,
-           meshes: list[str], virtual: int, tolerance: float) -> dict:
+           meshes: list[str], virtual: int, tolerance: float,
+           processes: int = 1) -> dict:
   """Returns what was found, to be printed or written as JSON.
 
   Args:
@@ -27,6 +28,7 @@ def verify(config, words: list[str], folder: pathlib.Path, steps: int,
     meshes: others to go on with, as 'data=2,fsdp=2'; none: one that fits.
     virtual: devices on a CPU.
     tolerance: relative, of a loss on another mesh.
+    processes: of the runs on other meshes; they share the devices.
 
   Raises:
     ValueError: for what train.py refuses, and meshes that do not fit.
@@ -39,6 +41,9 @@ def verify(config, words: list[str], folder: pathlib.Path, steps: int,
   own = devices.mesh_shape(config.mesh, count)
   others = [parse(text, count) for text in meshes] or _another(
       config, own, count)
+  if processes < 1 or count % processes:
+    raise ValueError(f'--processes is {processes}, which does not divide the '
+                     f'{count} devices')
   words = [*words, *_settings(steps, middle)]
   whole, killed = folder / 'whole', folder / 'killed'
   for workdir in (whole, killed):
@@ -46,16 +51,21 @@ def verify(config, words: list[str], folder: pathlib.Path, steps: int,
       raise ValueError(f'{workdir} is there already: choose another --folder')
   _train(env, words, whole)
   _train(env, words, killed, kill_after=middle)
-  _train(env, words, killed)
+  _train(env, words, killed, middle)
   comparisons = [bits(own, whole, killed, steps)]
   for i, mesh in enumerate(others):
     copy = folder / f'reshaped-{i}'
     shutil.copytree(whole, copy)
-    shutil.rmtree(copy / 'checkpoints' / str(steps))
+    for path in (copy / 'checkpoints').iterdir():
+      if path.name.isdigit() and int(path.name) > middle:
+        shutil.rmtree(path)
     _train(env, [*words, *(f'--config.mesh.{axis}={size}'
-                           for axis, size in mesh.items())], copy)
+                           for axis, size in mesh.items())], copy, middle,
+           launch=[] if processes == 1 else [
+               f'--processes={processes}', f'--devices={count // processes}'])
     comparisons.append(numbers(mesh, whole, copy, middle, steps, tolerance))
   return dict(steps=steps, killed_after=middle, devices=count,
+              processes=processes,
               comparisons=comparisons,
               resumes=all(row['ok'] for row in comparisons))
 
@@ -63,7 +73,7 @@ def verify(config, words: list[str], folder: pathlib.Path, steps: int,
 def _settings(steps: int, middle: int) -> list[str]:
   return [f'--config.{setting}' for setting in (
       f'train.steps={steps}', f'checkpoint.every_steps={middle}',
-      'checkpoint.every_minutes=0.0', 'checkpoint.keep=2',
+      'checkpoint.every_minutes=0.0', f'checkpoint.keep={steps}',
       'checkpoint.keep_every=0', 'log.every_steps=1', 'eval.every_steps=0',
       'log.tensorboard=False', 'log.wandb=False')]
 
@@ -120,9 +130,13 @@ def _another(config, own: dict[str, int], count: int) -> list[dict[str, int]]:
       'batch: on a CPU, choose more with --devices')
 
 
-def _train(env, words, workdir: pathlib.Path, kill_after: int = 0) -> None:
+def _train(env, words, workdir: pathlib.Path, begin: int = 0, *,
+           kill_after: int = 0, launch=()) -> None:
+  """Trains to the end, or to be killed; from step `begin`, or else fails."""
   program = (['-m', 'tools.verify_resume.worker', str(kill_after)]
              if kill_after else ['train.py'])
+  if launch:
+    program = ['-m', 'tools.launch', 'local', '--max_restarts=0', *launch]
   print(f'{workdir.name}: {"to be killed" if kill_after else "training"} ...',
         flush=True)
   result = subprocess.run(
@@ -139,6 +153,9 @@ def _train(env, words, workdir: pathlib.Path, kill_after: int = 0) -> None:
       raise ValueError(sentence)
     raise RuntimeError(f'{workdir.name} ended with exit code '
                        f'{result.returncode}: {sentence}')
+  if begin and f'going on from step {begin}\n' not in result.stdout:
+    raise RuntimeError(f'{workdir.name} did not go on from step {begin}, so '
+                       'there is nothing to compare')
 
 
 def _losses(workdir: pathlib.Path) -> dict[int, float]:
@@ -153,20 +170,28 @@ def bits(mesh, whole, killed, steps: int) -> dict:
   one, two = _losses(whole), _losses(killed)
   arrays, others = (restoring.arrays(restoring.directory(w), steps)
                     for w in (whole, killed))
-  wrong = [f'loss of step {n}' for n in sorted(one) if one[n] != two.get(n)]
-  wrong += [name for name in arrays
-            if arrays[name]['checksum'] != others[name]['checksum']]
+  wrong = [f'loss of step {n}' for n in range(1, steps + 1)
+           if one.get(n) is None or one[n] != two.get(n)]  # None: not finite
+  wrong += [name for name in sorted(arrays.keys() | others.keys())
+            if _checksum(arrays, name) is None
+            or _checksum(arrays, name) != _checksum(others, name)]
+  if not arrays:
+    wrong.append(f'no array is saved in step {steps}')
   found = (f'{len(one)} losses and {len(arrays)} arrays, bit for bit'
            if not wrong else f'first: {wrong[0]}; {len(wrong)} in all')
   return dict(what='resumed', mesh=_name(mesh), ok=not wrong, found=found,
               differing=wrong)
 
 
+def _checksum(arrays: dict, name: str) -> int | None:
+  return arrays.get(name, {}).get('checksum')
+
+
 def numbers(mesh, whole, reshaped, middle: int, steps: int,
              tolerance: float) -> dict:
   """Compares the losses after the checkpoint."""
   one, two = _losses(whole), _losses(reshaped)
-  worst = max(_difference(one[n], two.get(n))
+  worst = max(_difference(one.get(n), two.get(n))
               for n in range(middle + 1, steps + 1))
   return dict(what='reshaped', mesh=_name(mesh), ok=worst <= tolerance,
               found=f'losses differ by {worst:.1e}, {tolerance:.0e} allowed',
