@@ -15,7 +15,7 @@ from training import cli, devices, peers
 # After so long without one, JAX counts a process as lost. It is the second
 # line of defence, behind training/peers.py: so it need not be short, and a
 # host that pages or is starved for some seconds does not end the run.
-HEARTBEAT_SECONDS = 30
+HEARTBEAT_SECONDS = 100
 LOOKUP_MS = 60_000
 MOST_ROWS = 64  # of the table
 
