@@ -249,8 +249,8 @@ def main():
                    help='no file is larger, unless one tensor is')
   up = commands.add_parser(
       'upcycle', help='a dense model to experts', allow_abbrev=False)
-  up.add_argument('source', type=pathlib.Path)
-  up.add_argument('workdir', type=pathlib.Path)
+  up.add_argument('source')
+  up.add_argument('workdir')
   up.add_argument('--moe', nargs='*', default=[], metavar='FIELD=VALUE',
                   help='of config.model.moe')
   up.add_argument('--step', type=int, help='of the checkpoint; the newest')
