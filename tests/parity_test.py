@@ -3,6 +3,7 @@
 tools/verify compares live, and writes the recordings.
 """
 
+import dataclasses
 import json
 import pathlib
 
@@ -36,7 +37,8 @@ FIRST = {f'{system}-{next(iter(row.cases))}'
                  marks=[] if p.stem in FIRST else pytest.mark.slow)
     for p in FILES])
 def test_equals_transformers(path):
-  findings = compare.check(_load(path))
+  system, _, case = path.stem.partition('-')
+  findings = compare.check(_load(path), cases.OUR_ROPE.get((system, case)))
   assert {'logits', 'grads'} <= {f.what for f in findings}
   wrong = [f for f in findings if not f.ok]
   assert not wrong, wrong
@@ -79,6 +81,34 @@ def test_every_architecture_with_a_reference_is_compared():
 def test_recordings_are_small():
   assert sum(p.stat().st_size for p in FOLDER.parent.rglob('*')
              if p.is_file()) < 2_000_000
+
+
+def test_a_nan_and_a_missing_array_are_noticed():
+  ones, nan = np.ones(3), np.full(3, np.nan)
+  for wrong in (dict(a=ones, b=nan), dict(a=nan, b=ones)):
+    assert not compare.Finding('', compare._grad_error(
+        wrong, dict(a=ones, b=ones)), 1.0).ok
+    assert not compare.Finding('', compare.error(
+        wrong['a'], wrong['b']), 1.0).ok
+  for ours in (dict(a=ones), dict(a=ones, b=ones, c=ones)):
+    with pytest.raises(AssertionError):
+      compare._grad_error(ours, dict(a=ones, b=ones))
+  with pytest.raises(AssertionError):
+    compare.error(np.ones(1), ones)
+
+
+def test_every_layer_and_embedding_is_compared():
+  case = _load(FOLDER / 't5-v1.1.safetensors')  # 2 layers and 1
+  rows, length = case.inputs['tokens'].shape
+  case = dataclasses.replace(case, greedy={}, layers=[
+      np.ones((rows, length, case.config['d_model']), np.float32)] * 5)
+  found = [f for f in compare.check(case) if f.what not in case.outputs]
+  assert [f.what for f in found] == [
+      'grads', 'encoder embedding', 'encoder layer 0', 'encoder layer 1',
+      'decoder embedding', 'decoder layer 0']
+  assert found[0].ok and not any(f.ok for f in found[1:])
+  with pytest.raises(ValueError, match='shorter'):
+    compare.check(dataclasses.replace(case, layers=case.layers[:4]))
 
 
 def test_a_wrong_weight_is_noticed():

@@ -308,7 +308,8 @@ def test_what_a_block_does_whose_parts_return_nothing(block):
            + params['embed']['positions'][None, :6])
   layers_NBLD = module.apply({'params': params}, tokens,
                              keep_layers=True).aux['layers']
-  for got_BLD in layers_NBLD:
+  np.testing.assert_allclose(layers_NBLD[0], x_BLD, atol=1e-6)
+  for got_BLD in layers_NBLD[1:]:
     if block == 'post_norm':
       for _ in range(2):  # after attention, and after the feed-forward
         x_BLD = norms.layernorm(x_BLD, jnp.ones(32), jnp.zeros(32), 1e-5)

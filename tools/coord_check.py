@@ -128,7 +128,7 @@ def measure(c, steps: int, seeds: int):
   def look(params):
     output = module.apply({'params': params}, batch['tokens'],
                           keep_layers=True)
-    blocks = jnp.abs(output.aux['layers']).mean((1, 2, 3))
+    blocks = jnp.abs(output.aux['layers'][1:]).mean((1, 2, 3))
     return jnp.append(blocks, jnp.abs(output.logits).mean())
 
   def one(key):

@@ -53,7 +53,8 @@ class EncoderDecoder(nn.Module):
       cache: of the decoder; see architectures.init_cache.
       memory: the encoder's output, where it is known.
       deterministic: whether nothing is drawn (no dropout, no router noise).
-      keep_layers: whether aux['layers'] holds what each layer returns.
+      keep_layers: whether aux['layers'] holds what the first layer of each
+        stack is given and what each layer returns.
     """
     aux = {}
     if memory is None and tokens_BM is not None:

@@ -57,7 +57,8 @@ class Output:
     head: the output projection.
     cache: keys and values of every layer, where a cache went in.
     aux: {'losses': scalars summed over layers, 'health': arrays by layer},
-      and with keep_layers 'layers': [N, B, L, D], what each layer returns.
+      and with keep_layers 'layers': [N + 1, B, L, D], what the first layer is
+      given and what each returns.
     memory: [B, M, D] the encoder's output, of an encoder-decoder.
     extra: what one system alone returns, by name.
   """
@@ -177,12 +178,14 @@ class Stack(nn.Module):
           c, self.pattern[0].causal, name='relative_bias')(
               ctx.positions_BL, cache))
     run = self._one_by_one if isinstance(cache, list) else self._scan
+    given_BLD = x_BLD
     x_BLD, (cache, auxes, kept) = run(x_BLD, cache, ctx)
     if c.block != 'post_norm':
       x_BLD = norm(c, 'final_norm')(x_BLD)
     aux = gather_aux(auxes)
     if ctx.keep_layers:
-      aux = aux | {'layers': jnp.stack(kept, 1).reshape(-1, *x_BLD.shape)}
+      kept = jnp.stack(kept, 1).reshape(-1, *x_BLD.shape)
+      aux = aux | {'layers': jnp.concatenate([given_BLD[None], kept])}
     return x_BLD, cache, aux
 
   def _scan(self, x_BLD, cache, ctx):

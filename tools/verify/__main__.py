@@ -70,7 +70,7 @@ def _findings(system: str, case: str, args):
         FOLDER / f'{system}-{case}.safetensors')
   if not args.layers:
     reference_run.layers = []
-  yield from compare.check(reference_run)
+  yield from compare.check(reference_run, cases.OUR_ROPE.get((system, case)))
   module, params = compare.load(reference_run)
   with tempfile.TemporaryDirectory() as folder:
     weights.to_hf(module, params, folder)
@@ -91,7 +91,7 @@ def _real(assets, args) -> list:
 
 
 def _print(system: str, case: str, finding) -> dict:
-  print(f'{system:<12} {case:<16} {finding.what:<12} {finding.error:9.1e} '
+  print(f'{system:<12} {case:<16} {finding.what:<17} {finding.error:9.1e} '
         f'(limit {finding.limit:.0e}) {"ok" if finding.ok else "WRONG"}')
   sys.stdout.flush()
   return dict(system=system, case=case, what=finding.what,

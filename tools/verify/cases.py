@@ -60,6 +60,9 @@ SYSTEMS = {
             'yarn': dict(ROPE, rope_parameters=dict(
                 rope_type='yarn', rope_theta=1e4, factor=4.0,
                 original_max_position_embeddings=20)),
+            # A config.json has no name for it: theta factor ** (K / (K - 2)).
+            'ntk': dict(ROPE, rope_parameters=dict(
+                rope_type='default', rope_theta=1e4 * 4 ** (16 / 14))),
         }),
     'gpt_neox': System(
         'GPTNeoXConfig', 'GPTNeoXForCausalLM', 'decoder',
@@ -92,6 +95,8 @@ SYSTEMS = {
         {
             'plain': {},
             'window': dict(sliding_window=5, num_local_experts=5,
+                           num_attention_heads=3, num_key_value_heads=1,
+                           head_dim=6,
                            num_experts_per_tok=3, num_hidden_layers=1,
                            tie_word_embeddings=True),
         }),
@@ -141,7 +146,7 @@ SYSTEMS = {
         {
             'plain': {},
             'all_layers': dict(num_layers=1, num_decoder_layers=1,
-                               num_experts=4,
+                               num_experts=4, num_heads=3,
                                dense_act_fn='gelu_new'),
             # Two tokens of a sequence of twelve go to an expert.
             'capacity': dict(expert_capacity=2, moe_group_size=12),
@@ -158,6 +163,8 @@ SYSTEMS = {
             'plain': {},
             'all_layers': dict(encoder_sparse_step=1, decoder_sparse_step=1,
                                encoder_layers=1, decoder_layers=1,
+                               encoder_attention_heads=3,
+                               decoder_attention_heads=3,
                                num_experts=5, scale_embedding=False),
             # A quarter of the tokens of the batch go to an expert.
             'capacity': dict(moe_eval_capacity_token_fraction=0.25,
@@ -176,6 +183,8 @@ SYSTEMS = {
 }
 
 
+# What model.rope says in its own words, in place of the config.json's.
+OUR_ROPE = {('llama', 'ntk'): dict(scaling='ntk', theta=1e4, factor=4.0)}
 # Where a capacity counts the tokens of a batch, one by one is another batch.
 NO_GREEDY = (('switch', 'capacity'), ('gshard', 'capacity'))
 

@@ -1,6 +1,7 @@
 """Our side of the comparison: outputs, gradients, greedy tokens, layers."""
 
 from collections.abc import Callable
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import architectures
+from architectures.parts.config import ENCODER_DECODER_ARCHS
 from tools.verify.recording import Recording
 from training import generate
 from training import hf_config
@@ -30,19 +32,25 @@ class Finding(NamedTuple):
 
 
 def error(ours, theirs) -> float:
-  """The largest difference over the largest value."""
+  """The largest difference over the largest value; NaN where one is."""
+  # A file has a scalar as [1].
+  ours, theirs = np.squeeze(ours), np.squeeze(theirs)
+  assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
   return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
 
 
-def load(recording: Recording):
-  """Returns (module, params) of a recording."""
-  module = architectures.build(hf_config.read(recording.config))
+def load(recording: Recording, rope: dict | None = None):
+  """Returns (module, params) of a recording; `rope` changes model.rope."""
+  config = hf_config.read(recording.config)
+  config = dataclasses.replace(
+      config, rope=dataclasses.replace(config.rope, **rope or {}))
+  module = architectures.build(config)
   return module, weights.load(module, recording.weights).params
 
 
-def check(recording: Recording) -> list[Finding]:
+def check(recording: Recording, rope: dict | None = None) -> list[Finding]:
   """Returns every comparison of our model with a recording."""
-  module, params = load(recording)
+  module, params = load(recording, rope)
   call = KINDS[recording.kind]
   inputs = {k: jnp.asarray(v) for k, v in recording.inputs.items()}
 
@@ -60,11 +68,24 @@ def check(recording: Recording) -> list[Finding]:
   if recording.greedy:
     found.append(Finding('greedy', _greedy(module, params, recording),
                          LIMITS['greedy']))
-  for n, (mine, value) in enumerate(zip(layers, recording.layers)):
-    found.append(Finding(f'layer {n}', error(
+  if not recording.layers:
+    return found
+  names = layer_names(module.config)
+  for name, mine, value in zip(names, layers, recording.layers, strict=True):
+    found.append(Finding(name, error(
         _seen(mine, inputs, 'logits'),
         _seen(value, recording.inputs, 'logits')), LIMITS['layer']))
   return found
+
+
+def layer_names(c) -> list[str]:
+  """Returns what _decoder, ... give for each layer: of each stack, what comes
+  out of the embedding and what each layer returns."""
+  stacks = [('', c.num_layers)]
+  if c.arch in ENCODER_DECODER_ARCHS:
+    stacks = [('encoder ', c.num_layers), ('decoder ', c.num_decoder_layers)]
+  return [f'{stack}{name}' for stack, layers in stacks
+          for name in ('embedding', *(f'layer {n}' for n in range(layers)))]
 
 
 def inputs(kind: str, config: dict) -> dict[str, np.ndarray]:
@@ -117,10 +138,12 @@ def _grad_error(ours, theirs) -> float:
   largest |gradient| where the parameter's own is zero but for rounding."""
   mine = {k: np.asarray(v) for k, v in paths.flatten(ours).items()}
   other = {k: np.asarray(v) for k, v in paths.flatten(theirs).items()}
-  largest = max(np.linalg.norm(v) for v in other.values())
-  return max(np.linalg.norm(mine[k] - v) / max(np.linalg.norm(v),
-                                               1e-3 * largest)
-             for k, v in other.items())
+  largest = np.max([np.linalg.norm(v) for v in other.values()])
+  assert mine.keys() == other.keys(), mine.keys() ^ other.keys()
+  # Not max(), which passes over a NaN that is not the first.
+  return float(np.max([
+      np.linalg.norm(mine[k] - v) / max(np.linalg.norm(v), 1e-3 * largest)
+      for k, v in other.items()]))
 
 
 def _greedy(module, params, recording: Recording) -> float:
@@ -169,7 +192,7 @@ def _encoder_decoder(module, params, inputs):
       {'params': params}, inputs['tokens'], inputs['decoder_tokens'],
       segment_ids_BM=inputs['mask'],
       decoder_segment_ids_BL=inputs['decoder_mask'], keep_layers=True)
-  split = module.config.num_layers
+  split = module.config.num_layers + 1
   encoder, decoder = out.aux['layers'][:split], out.aux['layers'][split:]
   layers = [x * inputs['mask'][..., None] for x in (*encoder[:-1], out.memory)]
   layers += [*decoder[:-1], out.hidden]  # theirs end normalised
@@ -184,7 +207,7 @@ def _encoder_decoder(module, params, inputs):
   return outputs, layers
 
 
-# kind: (module, params, inputs) -> (outputs by name, what each layer returns)
+# kind: (module, params, inputs) -> (outputs by name, the layers' results)
 KINDS = {
     'decoder': _decoder,
     'bert': _bert,

@@ -22,7 +22,8 @@ class Recording:
     outputs: what the reference makes of them, by name.
     grads: of compare.objective, by Hugging Face name.
     greedy: {row: the tokens that follow that row's prompt}; may be empty.
-    layers: what each layer returns; empty in a file.
+    layers: what each stack's embedding gives and each layer returns; empty
+      in a file.
   """
   kind: str
   config: dict

@@ -136,10 +136,10 @@ def _layers(model, kind: str, inputs) -> list[np.ndarray]:
     out = _call(model, kind, inputs, output_hidden_states=True)
   if kind == 'encoder_decoder':
     mask = torch.as_tensor(inputs['mask'])[..., None]
-    states = [state * mask for state in out.encoder_hidden_states[1:]]
-    states += out.decoder_hidden_states[1:]
+    states = [state * mask for state in out.encoder_hidden_states]
+    states += out.decoder_hidden_states
   else:
-    states = out.hidden_states[1:]
+    states = out.hidden_states
   return [state.numpy() for state in states]
 
 
