@@ -35,13 +35,13 @@ def main():
     raise ValueError('pass both --config FILE.py:SIZE and --workdir DIR')
 
   # Imported late: `--help` and a wrong flag answer at once.
-  from training import checkpoints, data, devices, host, processes
+  from training import checkpoints, data, devices, host, lock, processes
   from training import profile, run_config, runs, storage, tokenizers
   config, workdir = args.config, storage.path(args.workdir)
 
   # 1. The config: everything wrong in it is said before any device work.
   runs.check(config)
-  profile.parse(args.profile_steps)
+  profile.parse(args.profile_steps, config.train.steps)
   data.check_sources(config)
   tokenizer = tokenizers.load(config.data.tokenizer)
   model, derived = runs.resolve(config, tokenizer)
@@ -59,6 +59,8 @@ def main():
   host.settle()
   processes.meet()
   run = runs.start(config, model)
+  if devices.primary():
+    runs.warn_of_unused_ids(model, tokenizer)
 
   # 3. The data.
   index, count = devices.batch_shard(run.place, config.data.batch_size)
@@ -66,6 +68,7 @@ def main():
   eval_data = data.load(config, tokenizer, 'eval', index, count)
 
   # 4. The state: restored from the newest good checkpoint, or new.
+  lock.hold(workdir, devices.primary())
   with checkpoints.Checkpoints(workdir, **config.checkpoint,
                                agree_every=config.log.every_steps) as saved:
     state, start = runs.restore_or_create(run, saved)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from training import data
 from training import devices
 from training import generate
 from training import host
@@ -18,6 +19,7 @@ from training import loop
 from training import run_config
 from training import runs
 from training import state as state_lib
+from training import tokenizers
 from training.step import make_train_step
 
 
@@ -29,12 +31,12 @@ class Trainer:
     model = self.config.model.to_dict()
     model['max_len'] = model['max_len'] or self.config.data.length
     self.run = runs.start(self.config, runs.architectures.resolve(model))
-    data, vocab = self.config.data, self.run.model.vocab_size
+    sizes, vocab = self.config.data, self.run.model.vocab_size
     tokens = np.random.default_rng(0).integers(
-        0, vocab, (data.batch_size, data.length + 1), dtype=np.int32)
+        0, vocab, (sizes.batch_size, sizes.length + 1), dtype=np.int32)
     self.host_batch = dict(
         tokens=tokens[:, :-1], targets=tokens[:, 1:],
-        weights=np.ones((data.batch_size, data.length), np.float32))
+        weights=np.ones((sizes.batch_size, sizes.length), np.float32))
     self.batch = devices.put(self.host_batch, self.run.place)
 
   def create(self):
@@ -75,7 +77,8 @@ class Trainer:
     config.train.steps = count
     config.eval.every_steps = 0
     run = runs.start(config, self.run.model, self.run.mesh)
-    batches, saves = _Batches(self.host_batch), _NoSaves()
+    batches, saves = _Batches(data.load(
+        config, tokenizers.load(config.data.tokenizer))), _NoSaves()
     with run.context():
       state = state_lib.create(run.module, run.tx, run.abstract, 0)
     with tempfile.TemporaryDirectory() as folder:
@@ -86,18 +89,16 @@ class Trainer:
 
 
 class _Batches:
-  """One batch again and again; notes when each was asked for."""
+  """Those of a loader; notes when each was asked for."""
 
-  def __init__(self, batch):
-    self.only, self.times = batch, []
-
-  def batch(self, n):
-    return self.only
+  def __init__(self, loader):
+    self.batch, self._loader, self.times = loader.batch, loader, []
 
   def iterate(self, start, stop):
+    batches = self._loader.iterate(start, stop)
     for _ in range(start, stop):
       self.times.append(time.perf_counter())
-      yield self.only
+      yield next(batches)
 
 
 class _NoSaves:

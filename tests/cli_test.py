@@ -73,7 +73,9 @@ def train(workdir, *flags, config='configs/gpt.py'):
 
 
 REFUSALS = {
-    'flag': (['--wrokdir=x'], ['wrokdir', 'workdir']),
+    'flag': (['--wrokdir=x'], ['wrokdir', 'Did you mean --workdir?']),
+    'no such flag': (['--zzz=1'], ['--zzz', 'choose from', 'profile_steps']),
+    'profile': (['--profile_steps=5000:5010'], ['5000:5010', 'train.steps']),
     'key': (['--config.optim.rl=1'], ['rl', 'lr']),
     'value': (['--config.optim.lr=fast'], ['lr', 'fast']),
     'part': (['--config.model.norm=layernrom'],
@@ -97,6 +99,7 @@ def test_a_wrong_request_is_one_sentence(name, tmp_path):
 @pytest.mark.parametrize('config, parts', [
     ('configs/gpt.py:gpt3', ["'gpt3'", 'gpt2', 'Did you mean']),
     ('configs/gtp.py', ['configs/gtp.py', 'configs/gpt.py']),
+    ('configs/base.py', ['configs/base.py', 'get_config', 'configs/gpt.py']),
 ])
 def test_a_wrong_config_is_one_sentence(config, parts, tmp_path):
   _refused(train(tmp_path / 'run', config=config), parts)

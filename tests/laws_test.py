@@ -50,8 +50,8 @@ def test_laws_of_a_variant(parts):
   changed = apply(tokens.at[:, 9].set((tokens[:, 9] + 1) % models.VOCAB))
   np.testing.assert_array_equal(logits[:, :9], changed[:, :9])
   assert not np.allclose(logits[:, 9:], changed[:, 9:])
-  # Scan = loop, on the same parameters; remat = plain, gradients too.
-  other, _ = models.make(**changes | dict(scan_layers=False, remat='full'))
+  # Scan = loop, on the same parameters, gradients too.
+  other, _ = models.make(**changes | dict(scan_layers=False))
   def loss(module, params):
     return jnp.square(models.logits(module, params, tokens)).mean()
   models.close(jax.jit(jax.value_and_grad(
@@ -70,6 +70,30 @@ def test_laws_of_a_variant(parts):
     _, rest = jax.lax.scan(step, out.cache, jnp.arange(8, 16))
     return jnp.concatenate([out.logits, jnp.swapaxes(rest, 0, 1)], 1)
   models.close(logits, decode(params, tokens), rtol=3e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('scan_layers', [True, False])
+@pytest.mark.parametrize('parts', [
+    dict(), dict(position='rope', block='sandwich', ffn='moe')])
+def test_remat_equals_plain_and_computes_again_what_it_says(parts,
+                                                            scan_layers):
+  """In training, where dropout draws: the same loss and gradients; `full`
+  takes every product of a layer again in the backward pass, `dots` none."""
+  tokens, found, products = models.tokens(), {}, {}
+  for remat in ('none', 'full', 'dots'):
+    module, params = models.make(dropout=0.1, scan_layers=scan_layers,
+                                 remat=remat, **parts)
+    def loss(p, module=module):
+      rngs = {name: jax.random.key(3) for name in ('dropout', 'router')}
+      return jnp.square(models.logits(module, p, tokens, deterministic=False,
+                                      rngs=rngs)).mean()
+    lowered = jax.jit(jax.value_and_grad(loss)).lower(params)
+    found[remat] = lowered.compile()(params)
+    products[remat] = lowered.as_text().count('dot_general')
+  for remat in ('full', 'dots'):
+    models.close(found['none'], found[remat], rtol=3e-5)
+  assert products['full'] > products['dots'], products
 
 
 @pytest.mark.slow

@@ -30,7 +30,10 @@ def config(**changes):
   c.train.steps = 10
   for name, value in changes.items():
     section, field = name.split('__')
-    c[section][field] = value
+    if isinstance(value, dict):
+      c[section][field].update(value)
+    else:
+      c[section][field] = value
   return c
 
 
@@ -200,6 +203,8 @@ def test_a_mesh_that_does_not_fit_is_refused(name):
     (dict(data__batch_size=12), 'batch_size is 12, which the 8 batch shards'),
     (dict(model__num_heads=2, mesh__tensor=4), 'model.num_heads 2: choose'),
     (dict(mesh__expert=2), 'has no experts: set mesh.expert=1'),
+    (dict(model__ffn='moe', model__moe=dict(num_experts=4, d_ff=6),
+          mesh__tensor=4), 'mesh.tensor is 4, .* model.moe.d_ff 6: choose'),
     (dict(train__grad_accumulation=3), 'grad_accumulation 3 do not divide'),
     (dict(mesh__context=8, data__length=12), 'mesh.context is 8, which does'),
 ])

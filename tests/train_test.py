@@ -218,6 +218,8 @@ def test_eval_reports_and_samples(straight):
     (['--step=7'], ['7', '10, 15, 20']),
     (['--tasks=los'], ["'los'", 'loss']),
     (['--samples=1', '--top_p=2'], ['top_p is 2']),
+    (['--samples=0'], ['--samples is 0']),
+    (['--samples=1', '--max_new_tokens=-5'], ['--max_new_tokens is -5']),
     (['--samples=1', '--prompt=' + 'x' * 40], ['32 positions']),
 ])
 def test_a_wrong_eval_is_one_sentence(straight, flags, parts):
@@ -258,6 +260,21 @@ def test_too_many_bad_steps_end_the_run(texts, tmp_path):
   for stderr in (result.stderr, last.stderr):
     assert 'error: ' in stderr and '3 steps in a row' in stderr
     assert 'saved as step' in stderr
+
+
+@pytest.mark.slow
+def test_a_second_run_in_the_workdir_is_refused(texts, tmp_path):
+  with subprocess.Popen(
+      [sys.executable, '-c', 'import sys; from training import lock; lock.hold('
+       'sys.argv[1]); print("held", flush=True); sys.stdin.read()',
+       str(tmp_path / 'run')], cwd=ROOT, text=True, stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE) as first:
+    assert first.stdout.readline() == 'held\n'
+    result = run(command(tmp_path / 'run', texts), code=2)
+    assert 'another process trains in' in result.stderr
+    assert not list((tmp_path / 'run').glob('checkpoints/*'))
+    first.kill()
+  run(command(tmp_path / 'run', texts, '--config.train.steps=2'))
 
 
 @pytest.mark.slow

@@ -120,7 +120,8 @@ class Checkpoints:
     """Returns the newest good checkpoint, or None where a run begins.
 
     Later steps, damaged or left behind by a `step` from before them, are set
-    aside (renamed): the run is about to write these steps anew.
+    aside, as STEP.aside: the run is about to write these steps anew. No later
+    save removes them: who has looked at them may.
 
     Args:
       abstract: the state as ShapeDtypeStructs with shardings.

@@ -81,13 +81,14 @@ def parse(doc: str, argv: Sequence[str] | None = None) -> None:
   argv = list(sys.argv if argv is None else argv)
   if {'--help', '-h', '-help', '--helpfull'} & set(argv[1:]):
     print(doc.strip(), '\n\nflags:')
-    for name in sorted(f.name for f in flags.FLAGS.get_key_flags_for_module(
-        sys.modules['__main__'])):
+    for name in _own_flags():
       print(f'  --{name}: {flags.FLAGS[name].help}')
     sys.exit(0)
   _check_config_file(argv)
   try:
     rest = flags.FLAGS(argv)[1:]
+  except flags.UnrecognizedFlagError as error:
+    _refuse(_unknown_flag(error))
   except flags.Error as error:
     _refuse(_cause(error))
   except (AttributeError, KeyError, OSError, TypeError) as error:
@@ -123,17 +124,34 @@ def _cause(error: BaseException) -> str:
   return str(at or error).splitlines()[0]
 
 
+def _own_flags() -> list[str]:
+  """The flags that the program itself defines."""
+  return sorted(f.name for f in flags.FLAGS.get_key_flags_for_module(
+      sys.modules['__main__']))
+
+
+def _unknown_flag(error) -> str:
+  near = difflib.get_close_matches(error.flagname, _own_flags(), n=1)
+  hint = f' Did you mean --{near[0]}?' if near else ''
+  return (f'unknown flag --{error.flagname}: choose from '
+          f'{", ".join(_own_flags())}.{hint}')
+
+
 def _check_config_file(argv: Sequence[str]) -> None:
   """Refuses a --config whose file is not there, which absl finds out late."""
   given = [a.partition('=')[2] or b for a, b in zip(argv, argv[1:] + [''])
            if re.fullmatch(r'--?config(=.*)?', a)]
   for file in (value.split(':')[0] for value in given):
-    if not pathlib.Path(file).is_file():
+    path = pathlib.Path(file)
+    if not path.is_file() or 'get_config' not in path.read_text():
       files = sorted(str(p) for p in pathlib.Path('configs').glob('*.py')
                      if p.stem not in ('__init__', 'base', 'sharding'))
       near = difflib.get_close_matches(file, files, n=1)
       hint = f' Did you mean {near[0]!r}?' if near else ''
-      _refuse(f'no config file {file!r}: choose from {", ".join(files)}.{hint}')
+      what = ('is no config: it has no get_config()' if path.is_file()
+              else 'is no file')
+      _refuse(f'--config {file!r} {what}; choose from '
+              f'{", ".join(files)}.{hint}')
 
 
 def _config_error(argv, error) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 import math
+import operator
 import re
 
 import flax.linen as nn
@@ -72,8 +73,10 @@ def check(model: ModelConfig, batch_size: int, grad_accumulation: int,
           f'{rows * grad_accumulation}')
   held = [('tensor', 'num_heads'), ('tensor', 'num_kv_heads'),
           ('tensor', 'd_ff'), ('fsdp', 'd_model')]
+  if model.ffn == 'moe':
+    held.append(('tensor', 'moe.d_ff'))
   for axis, field in held:
-    size = getattr(model, field)
+    size = operator.attrgetter(field)(model)
     fits = [n for n in range(1, size + 1) if size % n == 0][:12]
     require(size % shape[axis] == 0,
             f'mesh.{axis} is {shape[axis]}, which does not divide '

@@ -4,6 +4,7 @@ The trace is xprof's: pip install xprof, then xprof --logdir WORKDIR/profile,
 or TensorBoard's profile plugin.
 """
 
+import math
 import re
 
 import jax
@@ -11,8 +12,8 @@ import jax
 from training import storage
 
 
-def parse(steps: str) -> tuple[int, int] | None:
-  """Parses 'START:STOP', as a slice of steps; '' is no profile.
+def parse(steps: str, total: float = math.inf) -> tuple[int, int] | None:
+  """Parses 'START:STOP', as a slice of a run's `total` steps; '': no profile.
 
   Raises:
     ValueError: a sentence, for anything else.
@@ -27,6 +28,9 @@ def parse(steps: str) -> tuple[int, int] | None:
   if start >= stop:
     raise ValueError(f'--profile_steps is {steps!r}, which holds no step: STOP '
                      'must be greater than START')
+  if start >= total:
+    raise ValueError(f'--profile_steps is {steps!r}, but the last of the '
+                     f'{total} steps (train.steps) is number {total - 1}')
   return start, stop
 
 

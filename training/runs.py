@@ -63,6 +63,15 @@ def check(config: ml_collections.ConfigDict) -> None:
   _check_objective(config.objective, module)
 
 
+def warn_of_unused_ids(model: ModelConfig, tokenizer) -> None:
+  """Says so where most rows of the vocabulary are no token of the text."""
+  if model.vocab_size > 2 * tokenizer.vocab_size:
+    print(f'warning: model.vocab_size is {model.vocab_size}, of which the '
+          f'tokenizer {tokenizer.name!r} uses {tokenizer.vocab_size}: set '
+          'data.tokenizer to one of that size, or model.vocab_size=0 to take '
+          'this one\'s', file=sys.stderr)
+
+
 def resolve_alone(config: ml_collections.ConfigDict) -> ModelConfig:
   """Returns the model config where the tokenizer is not at hand: all but its
   vocabulary is as in the run."""
@@ -210,11 +219,12 @@ def for_this_machine(config: ml_collections.ConfigDict
                      ) -> ml_collections.ConfigDict:
   """Returns the config with a mesh of this machine's devices: all in `data`
   where the run's own mesh does not fit them, to evaluate it elsewhere."""
+  config = config.copy_and_resolve_references()
+  config.train.grad_accumulation = 1  # an evaluation takes whole batches
   try:
     devices.mesh_shape(config.mesh, jax.device_count())
     return config
   except ValueError:
-    config = config.copy_and_resolve_references()
     count = math.gcd(jax.device_count(), config.data.batch_size)
     require(count == jax.device_count(),
             f'data.batch_size {config.data.batch_size} does not divide over '

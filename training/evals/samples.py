@@ -20,6 +20,10 @@ def run(evaluation) -> dict:
   require(objectives.OBJECTIVES[objective].generates,
           f'objective {objective!r} does not write text: leave samples out of '
           '--tasks')
+  require(options.samples >= 1,
+          f'--samples is {options.samples}: it must be >= 1')
+  require(options.max_new_tokens >= 0, f'--max_new_tokens is '
+          f'{options.max_new_tokens}: it must be >= 0; 0: what fits')
   texts = options.prompt.split('|||')
   rows = [text for text in texts for _ in range(options.samples)]
   prompts, lengths, more = _shown(rows, evaluation)
