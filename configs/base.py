@@ -153,6 +153,8 @@ def _model() -> dict:
           # auto (sorted where a capacity pads little, else dropless) einsum
           # sorted dropless
           dispatch='auto',
+          # The product of dropless. auto: megablox on TPU. auto xla megablox.
+          grouped_kernel='auto',
           capacity_factor=0.0,  # in training; 0: dropless
           eval_capacity_factor=0.0,  # 0: dropless
           normalize_gates=True,  # of topk, sigmoid, sinkhorn; from top_k 2 on

@@ -44,7 +44,7 @@ RUN_ONLY = re.compile('|'.join((
     'dropout', 'init', 'init_stddev', 'init_scale', 'dtype', 'param_dtype',
     'scan_layers', 'remat', 'learned_stretch', r'attention_kernel.*',
     r'rope\.original_len',
-    r'moe\.(dispatch|jitter|logit_noise|balance_.*|z_loss_weight'
+    r'moe\.(dispatch|grouped_kernel|jitter|logit_noise|balance_.*|z_loss_weight'
     r'|expert_dropout|group_size|.*capacity.*)')))
 
 

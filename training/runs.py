@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 import ml_collections
 
 import architectures
-from architectures.parts import kernels, sharding
+from architectures.parts import grouped_kernels, kernels, sharding
 from architectures.parts.config import ModelConfig, one_of, require
 from architectures.parts.encoder_decoder import EncoderDecoder
 from architectures.parts.skeletons import Decoder
@@ -183,7 +183,10 @@ def start(config: ml_collections.ConfigDict, model: ModelConfig,
   devices.check(model, config.data.batch_size, config.train.grad_accumulation,
                 mesh.shape)
   _check_context(config, mesh.shape['context'])
-  kernels.check(model, mesh.devices.flat[0].platform)
+  platform = mesh.devices.flat[0].platform
+  kernels.check(model, platform)
+  if model.ffn == 'moe':
+    grouped_kernels.check(model.moe, platform)
   module = architectures.build(model)
   tx = state_lib.optimizer(module, config.optim, config.train.steps)
   return Run(config, model, module, mesh, tx,

@@ -28,6 +28,7 @@ NAMES = {
     'moe.ffn': choices.DENSE_FFNS,
     'moe.router': choices.ROUTERS,
     'moe.dispatch': choices.DISPATCHES,
+    'moe.grouped_kernel': choices.GROUPED_KERNELS,
     'moe.balance_loss': choices.BALANCE_LOSSES,
 }
 # What a number must be: (in words, its test, the fields).
@@ -61,6 +62,7 @@ def unread(c: ModelConfig) -> tuple[tuple[str, Any, str, tuple], ...]:
       ('num_decoder_layers', c.num_layers, 'arch',
        choices.ENCODER_DECODER_ARCHS),
   ) + (() if c.ffn != 'moe' else (
+      ('moe.grouped_kernel', 'auto', 'moe.dispatch', ('auto', 'dropless')),
       # The gates of the other routers sum to 1 whatever it says.
       ('moe.normalize_gates', True, 'moe.router',
        ('topk', 'sigmoid', 'sinkhorn', 'switch', 'expert_choice')),

@@ -24,6 +24,7 @@ SINUSOIDS = ('interleaved', 'halves', 'fairseq')
 ROPE_SCALINGS = ('none', 'linear', 'ntk', 'llama3', 'yarn')
 INITS = ('normal', 'scaled_normal', 'fan_in')
 KERNELS = ('auto', 'xla', 'splash', 'cudnn')
+GROUPED_KERNELS = ('auto', 'xla', 'megablox')
 PARAMETRIZATIONS = ('standard', 'mup')
 DECODER_ARCHS = ('bloom', 'gpt', 'gpt4-rumoured', 'gpt_neox', 'llama',
                  'mixtral')
@@ -85,6 +86,7 @@ class MoEConfig:
   d_ff: int
   shared_experts: int
   dispatch: str
+  grouped_kernel: str
   capacity_factor: float
   eval_capacity_factor: float
   normalize_gates: bool

@@ -42,6 +42,7 @@ import jax.numpy as jnp
 
 from architectures.parts import experts as here
 from architectures.parts import exchange
+from architectures.parts import grouped_kernels
 from architectures.parts import routing
 from architectures.parts import sharding
 from architectures.parts.config import MoEConfig, require
@@ -168,7 +169,8 @@ def _compute(m: MoEConfig, factor: float, tokens: int, groups: int, axes: Axes,
   bound = (T * min(X, E // devices) if X else
            routed.expert_A.shape[0] // devices)
   run = here.Local(_gather(w, axes), dropout, m.ffn,
-                   max(1, T * devices * m.top_k // E), E)
+                   max(1, T * devices * m.top_k // E),
+                   grouped_kernels.choose(m), E)
   if axes.experts:
     run = Spread(run, axes.experts[0], bound)
   room = (slots(m, factor, tokens, groups, shards) if X else

@@ -189,6 +189,7 @@ class Local:
   dropout: Optional[Dropout]
   kind: str = struct.field(pytree_node=False)
   even: int = struct.field(pytree_node=False)  # an expert's rows, evenly
+  kernel: str = struct.field(pytree_node=False)  # of the grouped product
   experts: int = struct.field(pytree_node=False)  # of all devices
 
   def padded(self, rows_ECD, id_EC):
@@ -206,7 +207,7 @@ class Local:
   def grouped(self, rows_RD, count_E, id_R):
     """Rows sorted by expert."""
     return grouped.ffn(rows_RD, count_E, self.w, self._mask(id_R), self.kind,
-                       self.even)
+                       self.even, self.kernel)
 
   def ids(self, assignment_R):
     """The ids that dropout knows assignments by, on any device."""

@@ -1,11 +1,11 @@
 """Grouped feed-forward: rows sorted by expert, each through its own network.
 
-On TPU and GPU its products are `jax.lax.ragged_dot`, whose place another
-kernel of the same signature may take (`PRODUCT`). XLA on CPU expands that to
-every expert for every row, so there a loop goes over blocks of rows instead.
-A block belongs to one expert and passes through the whole network while it is
-in cache; its weight gradient is added in place. Block sizes are static and
-the number of blocks of each size is not: the work follows the rows.
+On TPU and GPU its products are those of parts/grouped_kernels.py. XLA on CPU
+expands `ragged_dot` to every expert for every row, so there a loop goes over
+blocks of rows instead. A block belongs to one expert and passes through the
+whole network while it is in cache; its weight gradient is added in place. Block
+sizes are static and the number of blocks of each size is not: the work follows
+the rows.
 """
 
 import functools
@@ -15,8 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from architectures.parts import ffn as dense
-
-PRODUCT: Callable = jax.lax.ragged_dot  # (rows [R, K], [E, K, N], counts)
+from architectures.parts.grouped_kernels import product
 
 # Sizes of blocks, relative to the rows an even load gives an expert: dense
 # around it, since a block that its rows do not fill wastes the rest.
@@ -24,9 +23,9 @@ SIZES = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 7 / 8, 1, 17 / 16, 9 / 8, 5 / 4, 3 / 2, 2)
 LARGEST = 1024
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def ffn(rows_RD: jax.Array, count_E: jax.Array, w: Any, mask_RF, kind: str,
-        even: int) -> jax.Array:
+        even: int, kernel: str) -> jax.Array:
   """FFN_e of each row; rows past the counts are unspecified, but finite.
 
   Args:
@@ -36,31 +35,40 @@ def ffn(rows_RD: jax.Array, count_E: jax.Array, w: Any, mask_RF, kind: str,
     mask_RF: multiplies the hidden units, for dropout; or None.
     kind: of the network, a name of ffn.ACTIVATIONS.
     even: the rows an expert has in even load: the blocks are sized for it.
+    kernel: of the products, a name of grouped_kernels; on CPU xla is blocks.
   """
-  return _forward(rows_RD, count_E, w, mask_RF, kind, even)[0]
+  return _forward(rows_RD, count_E, w, mask_RF, kind, even, kernel)[0]
 
 
-def _ffn_fwd(rows_RD, count_E, w, mask_RF, kind, even):
-  y_RD, hidden = _forward(rows_RD, count_E, w, mask_RF, kind, even)
+def _ffn_fwd(rows_RD, count_E, w, mask_RF, kind, even, kernel):
+  y_RD, hidden = _forward(rows_RD, count_E, w, mask_RF, kind, even, kernel)
   return y_RD, (rows_RD, count_E, w, mask_RF, hidden)
 
 
-def _ffn_bwd(kind, even, saved, dy_RD):
-  dx_RD, dw = jax.lax.platform_dependent(
-      *saved, dy_RD, cpu=functools.partial(_blocks_backward, kind, even),
-      default=functools.partial(_ragged_backward, kind))
+def _ffn_bwd(kind, even, kernel, saved, dy_RD):
+  dx_RD, dw = _on_platform(
+      kernel, functools.partial(_blocks_backward, kind, even),
+      functools.partial(_whole_backward, product(kernel, even), kind),
+      *saved, dy_RD)
   return dx_RD, None, dw, None
 
 
 ffn.defvjp(_ffn_fwd, _ffn_bwd)
 
 
-def _forward(rows_RD, count_E, w, mask_RF, kind, even):
+def _forward(rows_RD, count_E, w, mask_RF, kind, even, kernel):
   """Returns (y_RD, what goes into the activation: (up,) or (up, gate))."""
-  return jax.lax.platform_dependent(
-      rows_RD, count_E, w, mask_RF,
-      cpu=functools.partial(_blocks_forward, kind, even),
-      default=functools.partial(_ragged_forward, kind))
+  return _on_platform(
+      kernel, functools.partial(_blocks_forward, kind, even),
+      functools.partial(_whole_forward, product(kernel, even), kind),
+      rows_RD, count_E, w, mask_RF)
+
+
+def _on_platform(kernel: str, blocks: Callable, whole: Callable, *args):
+  """XLA's product is not for CPU; another was chosen by its platform."""
+  if kernel != 'xla':
+    return whole(*args)
+  return jax.lax.platform_dependent(*args, cpu=blocks, default=whole)
 
 
 def _activation(kind: str, mask_RF):
@@ -89,8 +97,8 @@ def _like(w, into: list, out: tuple):
 # The whole array at once, on TPU and GPU.
 
 
-def _ragged_affine(count_E, x_RK, m_EKN, b_EN):
-  y_RN = PRODUCT(x_RK, m_EKN, count_E)
+def _whole_affine(times, count_E, x_RK, m_EKN, b_EN):
+  y_RN = times(x_RK, m_EKN, count_E)
   if b_EN is None:
     return y_RN
   expert_R = jnp.searchsorted(jnp.cumsum(count_E), jnp.arange(x_RK.shape[0]),
@@ -98,18 +106,20 @@ def _ragged_affine(count_E, x_RK, m_EKN, b_EN):
   return y_RN + b_EN.at[expert_R].get(mode='fill', fill_value=0)
 
 
-def _ragged_forward(kind, rows_RD, count_E, w, mask_RF):
-  pre = tuple(_ragged_affine(count_E, rows_RD, *pair) for pair in _into(w))
+def _whole_forward(times, kind, rows_RD, count_E, w, mask_RF):
+  affine = functools.partial(_whole_affine, times, count_E)
+  pre = tuple(affine(rows_RD, *pair) for pair in _into(w))
   h_RF = _activation(kind, mask_RF)(pre)
-  return _ragged_affine(count_E, h_RF, w.down_EFD, w.down_bias_ED), pre
+  return affine(h_RF, w.down_EFD, w.down_bias_ED), pre
 
 
-def _ragged_backward(kind, rows_RD, count_E, w, mask_RF, pre, dy_RD):
+def _whole_backward(times, kind, rows_RD, count_E, w, mask_RF, pre, dy_RD):
   h_RF, act_vjp = jax.vjp(_activation(kind, mask_RF), pre)
   inside_R = jnp.arange(rows_RD.shape[0]) < count_E.sum()
   dy_RD = jnp.where(inside_R[:, None], dy_RD, 0)
+  affine = functools.partial(_whole_affine, times, count_E)
   def vjp(x, pair, dy):  # of a product; its forward half is dead code
-    return jax.vjp(functools.partial(_ragged_affine, count_E), x, *pair)[1](dy)
+    return jax.vjp(affine, x, *pair)[1](dy)
   dh_RF, *out = vjp(h_RF, (w.down_EFD, w.down_bias_ED), dy_RD)
   dx_RD, into = jnp.zeros_like(rows_RD), []
   for pair, d_RF in zip(_into(w), act_vjp(dh_RF)[0]):

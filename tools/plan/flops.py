@@ -81,6 +81,8 @@ def _equation(eqn, place: Place) -> Work:
                 _nbytes(eqn))
   if name == 'ragged_dot_general':
     return _grouped(eqn, place)
+  if eqn.params.get('name') in ('gmm', 'tgmm'):  # megablox
+    return _megablox(eqn, place)
   if name == 'pallas_call':
     return _kernel(eqn)
   if name == 'scan':
@@ -112,10 +114,21 @@ def _grouped(eqn, place: Place) -> Work:
   if kind in place.dense:
     flops *= counts.shape[-1]
     return Work(flops, _nbytes(eqn), dense=flops)
-  there = lhs.shape[dims.lhs_ragged_dimensions[0]]
+  return _rows(eqn, place, flops, lhs.shape[dims.lhs_ragged_dimensions[0]])
+
+
+def _megablox(eqn, place: Place) -> Work:
+  """gmm: [R, K] by [E, K, N] or [E, N, K]; tgmm: [K, R] by [R, N]."""
+  lhs, rhs = (v.aval for v in eqn.invars[:2])
+  return _rows(eqn, place, 2.0 * lhs.size * eqn.outvars[0].aval.shape[-1],
+               (rhs if eqn.params['name'] == 'tgmm' else lhs).shape[0])
+
+
+def _rows(eqn, place: Place, flops: float, there: int) -> Work:
+  """Of the rows in even load, where the array has room for `there`."""
   share = min(1.0, place.rows / there) if place.rows else 1.0
   return Work(flops * share, sum(
-      _size(v.aval) * (share if v.aval.shape[0] == there else 1)
+      _size(v.aval) * (share if len(v.aval.shape) == 2 else 1)  # rows
       for v in (*eqn.invars, *eqn.outvars)))
 
 
