@@ -5,10 +5,14 @@ import re
 import pytest
 import yaml
 
-from tests import launch_test
+from tests import launching
 from tools.launch import gke
 
-a_job = launch_test.a_job
+
+@pytest.fixture(name='a_job')
+def _a_job(tmp_path):
+  return launching.maker(tmp_path)
+
 
 # What the API has, of what we use: a tuple is a list of such, a set the words
 # that a string may be, dict[str] any names. After the CRD of JobSet 0.10 and
@@ -71,7 +75,7 @@ def valid(value, schema, where=''):
 
 
 def manifest(a_job, *words, **changes):
-  args = launch_test.args_of(gke, '--image=i:1', *words)
+  args = launching.args_of(gke, '--image=i:1', *words)
   gke.size(args)
   made = gke.jobset(a_job('0', **dict(workdir='gs://b/run') | changes), args)
   read = yaml.safe_load(yaml.safe_dump(made))
@@ -156,7 +160,7 @@ def test_gke_shows_every_start_once_until_the_end(a_job, tmp_path, monkeypatch,
                                                   capfd):
   """Pod b comes after a; its container is late, and JobSet too at the end."""
   monkeypatch.setattr(gke, 'POLL_SECONDS', 0)
-  env = launch_test.stand_in(tmp_path, 'kubectl', f'''\
+  env = launching.stand_in(tmp_path, 'kubectl', f'''\
       #!/bin/bash
       echo "$*" >>{tmp_path}/asked
       count=$(grep -c terminalState {tmp_path}/asked)
@@ -169,7 +173,7 @@ def test_gke_shows_every_start_once_until_the_end(a_job, tmp_path, monkeypatch,
       esac
       ''')
   monkeypatch.setenv('PATH', env['PATH'])
-  args = launch_test.args_of(gke, '--image=i:1', '--topology=v5e:4x4')
+  args = launching.args_of(gke, '--image=i:1', '--topology=v5e:4x4')
   assert gke.launch(a_job('0', 'gs://b/run'), args) == 0
   out = capfd.readouterr().out
   assert out.count('output of') == 2 and out.count('output of b') == 1

@@ -215,6 +215,7 @@ def _copy_tokenizer(source: pathlib.Path, target: pathlib.Path) -> list[str]:
     target.mkdir(parents=True, exist_ok=True)
   for name in found:
     shutil.copyfile(source / name, target / name)
+  return found
 
 
 def _count(params) -> int:

@@ -8,6 +8,7 @@ the interpreter writes each one to as it arrives (signal.set_wakeup_fd).
 """
 
 from collections.abc import Callable
+import abc
 import os
 import signal
 import threading
@@ -17,7 +18,7 @@ _END = b'\0'  # no signal has the number 0
 _STDERR = 2
 
 
-class Listener:
+class Listener(abc.ABC):
   """Calls heard(number), in a thread, for each signal that `handle` names
   while its `with` block runs. Must be entered in the main thread; the inner
   of two hears alone."""
@@ -49,8 +50,9 @@ class Listener:
     # None: not from Python, and Python cannot put it back.
     self._old_handlers[number] = signal.SIG_DFL if old is None else old
 
+  @abc.abstractmethod
   def heard(self, number: int) -> None:
-    raise NotImplementedError
+    """Called in the thread, with the signal's number."""
 
   def _listen(self):
     while (byte := os.read(self._reader, 1)) != _END:

@@ -1,0 +1,72 @@
+"""A run to launch, and stand-ins for what a cluster has."""
+
+import json
+import os
+import sys
+import textwrap
+import time
+
+from absl import flags
+
+from tools.launch import job
+
+# A run that notes its environment, and ends with the codes that a file lists,
+# a word for each start: 75, 1, ... or `wait`, for SIGTERM.
+PROGRAM = '''
+    import json, os, pathlib, signal, sys, time
+    folder, me = pathlib.Path(__file__).parent, os.environ.get(
+        'JAX_PROCESS_ID', os.environ.get('WORKER', '0'))
+    starts = folder / f'starts-{os.environ.get("slice", "0")}-{me}'
+    n = len(starts.read_text().splitlines()) if starts.exists() else 0
+    note = {k: v for k, v in os.environ.items() if k.startswith(
+        ('JAX', 'XLA', 'MEGASCALE'))} | {'argv': sys.argv[1:]}
+    code = (folder / 'codes').read_text().split()[n]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+    with open(starts, 'a') as file:
+      print(json.dumps(note), file=file)
+    print('output of', me, flush=True)
+    time.sleep(60 if code == 'wait' else 0)
+    sys.exit(int(code))
+    '''
+
+
+def args_of(module, *words):
+  args = flags.FlagValues()
+  job.define(job.FLAGS + module.FLAGS, args)
+  args(['launch', *words])
+  return args
+
+
+def maker(tmp_path):
+  """Returns a function that makes a job which ends with the given codes."""
+  def make(codes, workdir=None, **changes):
+    (tmp_path / 'program.py').write_text(textwrap.dedent(PROGRAM))
+    (tmp_path / 'codes').write_text(codes)
+    return job.Job(**dict(
+        name='a-run', words=(sys.executable, str(tmp_path / 'program.py'), "'"),
+        workdir=workdir or str(tmp_path / 'run'),
+        logs=str(tmp_path / 'run/logs'),
+        env={'JAX_COMPILATION_CACHE_DIR': str(tmp_path / 'a cache')},
+        max_restarts=1, dry_run=False) | changes)
+  return make
+
+
+def starts(tmp_path, who='0-0'):
+  path = tmp_path / f'starts-{who}'
+  return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def stand_in(tmp_path, name, text):
+  """An executable of the cluster, that the script finds first."""
+  path = tmp_path / 'bin' / name
+  path.parent.mkdir(exist_ok=True)
+  path.write_text(textwrap.dedent(text))
+  path.chmod(0o755)
+  return {'PATH': f'{path.parent}:{os.environ["PATH"]}'}
+
+
+def wait_for(path):
+  until = time.monotonic() + 30
+  while not path.exists():
+    assert time.monotonic() < until, f'no {path}'
+    time.sleep(0.02)
