@@ -17,7 +17,7 @@ plan_extras = $(test_extras),plan,plan_gpu
 locked_extras = $(plan_extras),verify,hf,wandb
 
 .DELETE_ON_ERROR:
-.PHONY: train test test-fast plan-test product assets verify lint lock clean
+.PHONY: train test test-fast test-long plan-test product assets verify lint lock clean
 train: $(VENV)/.demo
 	$(run) train.py --config configs/gpt.py --workdir $(WORKDIR)
 	$(run) eval.py --workdir $(WORKDIR) --tasks=loss,samples
@@ -27,6 +27,10 @@ test: $(VENV)/.test
 
 test-fast: $(VENV)/.test
 	$(run) -m pytest $(TEST_FLAGS) -m 'not slow'
+
+# More of what `make test` does: other blocks, systems and meshes.
+test-long: $(VENV)/.test
+	$(run) -m pytest $(TEST_FLAGS) -m long
 
 # What compiles for TPUs and GPUs that are not there; some 4 minutes of one core.
 plan-test: $(VENV)/.plan

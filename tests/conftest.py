@@ -33,9 +33,9 @@ os.environ.setdefault('ARCHETYPE_CACHE', str(_CACHE / 'archetype'))
 
 
 def pytest_collection_modifyitems(config, items):
-  """What is marked `product` (half an hour) or `plan` (needs libtpu) runs only
-  where it is asked for."""
-  for marker in ('product', 'plan'):
+  """What is marked `product` (half an hour), `long` (more of what other tests
+  do) or `plan` (needs libtpu) runs only where it is asked for."""
+  for marker in ('product', 'long', 'plan'):
     if marker in config.option.markexpr:
       continue
     left = [item for item in items if item.get_closest_marker(marker)]

@@ -150,7 +150,8 @@ def crossed(hlo: str, shape: dict):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('way', ['einsum', 'sorted', 'dropless'])
+@pytest.mark.parametrize('way', [
+    pytest.param('einsum', marks=pytest.mark.long), 'sorted', 'dropless'])
 @pytest.mark.parametrize('preset', list(tables.PRESETS))
 def test_equals_one_device_by_all_to_all(preset, way, reference):
   shape = tables.PRESETS[preset]

@@ -73,7 +73,9 @@ def check_encoder_decoder(parts):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('check', [check_encoder, check_encoder_decoder])
-@pytest.mark.parametrize('block', BLOCKS)
+@pytest.mark.parametrize('block', [
+    pytest.param(block, marks=[pytest.mark.long] * (block != 'parallel'))
+    for block in BLOCKS])
 def test_laws_of_positions_and_attentions(block, check):
   for parts in ROWS:
     if parts['block'] == block:

@@ -106,8 +106,15 @@ def check_laws(parts, **moe):
   np.testing.assert_allclose(scan, loop, atol=1e-5 * np.abs(scan).max())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('row', _rows(TRIPLES))
+def _some(rows):
+  """Each position with one block, each block with one position or more; the
+  others are `long`."""
+  return [pytest.param(row, marks=[
+      pytest.mark.slow, *[pytest.mark.long] * (i % 4 != i // 4 % 4)])
+          for i, row in enumerate(rows)]
+
+
+@pytest.mark.parametrize('row', _some(_rows(TRIPLES)))
 def test_laws_of_positions_blocks_and_attentions(row):
   for parts in _rows(TRIPLES)[row]:
     try:

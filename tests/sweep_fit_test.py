@@ -51,6 +51,7 @@ def test_the_gradient_is_that_of_the_objective():
                              approx_fprime(theta, value, 1e-7), rtol=1e-3)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_intervals_hold_the_truth_about_as_often_as_they_say():
   held = []

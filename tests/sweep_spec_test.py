@@ -183,7 +183,7 @@ def test_other_data_are_no_pairs(tmp_path):
   long = described(file)
   assert not long['paired'] and 'same batches' in check.table(long)
   assert points(long)['long']['tokens'] == 12 * 8 * 8
-  file = sweeps.write(tmp_path, "  add('spans', **{'span.mean_length': 5.0})\n")
+  file = sweeps.write(tmp_path, "  add('prefix', **{'objective': 'prefix'})\n")
   assert not described(file)['paired']
 
 

@@ -12,6 +12,7 @@ from training import runs, tokenizers
 
 SYSTEMS = ('bert', 'bloom', 'gpt', 'gpt4', 'gpt_neox', 'gshard', 'llama',
            'mixtral', 'switch', 't5', 'transformer')
+SOME = ('bert', 'gpt', 'gshard')  # the others are `long`
 # system: what its figures have beside the loss; all: what each has.
 MEASURES = {'bert': {'mlm_accuracy', 'nsp_accuracy', 'mlm_loss', 'nsp_loss'},
             'all': {'loss', 'perplexity'}}
@@ -60,7 +61,9 @@ def trained(config, workdir):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('system', SYSTEMS)
+@pytest.mark.parametrize('system', [
+    pytest.param(name, marks=[pytest.mark.long] * (name not in SOME))
+    for name in SYSTEMS])
 def test_a_system_learns_and_is_judged(system, tmp_path):
   config = small(system)
   evaluation, lines = trained(config, tmp_path)

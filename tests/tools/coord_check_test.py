@@ -12,7 +12,9 @@ from tools import coord_check
 WIDTHS = [32, 128]
 
 
-@pytest.fixture(scope='module', params=coord_check.SYSTEMS)
+@pytest.fixture(scope='module', params=[
+    pytest.param(name, marks=[pytest.mark.long] * (name != 'gpt'))
+    for name in coord_check.SYSTEMS])
 def rows(request):
   return {name: coord_check.check(request.param, name, WIDTHS, 'adamw', 2e-3,
                                   8, 2) for name in ('standard', 'mup')}
