@@ -13,9 +13,10 @@ LENGTHS = (3, 7, 5)
 NEW = 6
 
 
-@pytest.fixture(scope='module')
-def model():
-  return models.make(position='rope')
+@pytest.fixture(scope='module', params=['rope', pytest.param(
+    'learned', marks=pytest.mark.slow)])
+def model(request):
+  return models.make(position=request.param)
 
 
 @pytest.fixture(scope='module')

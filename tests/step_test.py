@@ -2,6 +2,7 @@
 the golden step against numpy."""
 
 import itertools
+import re
 
 from configs import base
 from configs import sharding as tables
@@ -73,7 +74,8 @@ def single():
                  marks=[pytest.mark.slow] * (name != 'fsdp_tp'))
     for name, shape in tables.PRESETS.items()
     if shape['expert'] == 1] + [
-        pytest.param('fsdp_tp', 'replicated', marks=pytest.mark.slow)])
+        pytest.param(name, 'replicated', marks=pytest.mark.slow)
+        for name in ('dp', 'fsdp_tp')])
 def test_sharded_equals_single_device(preset, rules, single, capfd):
   shape = tables.PRESETS[preset]
   c = config(mesh__rules=rules)
@@ -121,17 +123,24 @@ def test_golden_step(single):
   norm = np.sqrt(sum(np.square(g).sum() for g in jax.tree.leaves(grads)))
   np.testing.assert_allclose(single[2][0]['grad_norm'], norm, rtol=1e-4)
   _, after, metrics = train(c, one_device(), steps=1)
-  path = ('decoder', 'layers', 'block_0', 'ffn', 'up')
-  p, g, new = [_at(tree, path) for tree in (before.params, grads,
-                                            after.params)]
-  g = np.float64(g) * min(1.0, c.optim.clip_norm / norm)
-  m, v = (1 - c.optim.b1) * g, (1 - c.optim.b2) * g ** 2
-  direction = (m / (1 - c.optim.b1)) / (
-      np.sqrt(v / (1 - c.optim.b2)) + c.optim.eps)
   rate = metrics[0]['learning_rate']
-  np.testing.assert_allclose(
-      new, p - rate * (direction + c.optim.weight_decay * p), rtol=1e-3,
-      atol=1e-6)
+
+  def check(path, p, g, new):
+    name = jax.tree_util.keystr(path)
+    decay = 0 if re.search('norm|bias|embed', name) else c.optim.weight_decay
+    g = np.float64(g) * min(1.0, c.optim.clip_norm / norm)
+    m, v = (1 - c.optim.b1) * g, (1 - c.optim.b2) * g ** 2
+    direction = (m / (1 - c.optim.b1)) / (
+        np.sqrt(v / (1 - c.optim.b2)) + c.optim.eps)
+    expected = p - rate * (direction + decay * p)
+    # Adam makes a step of what is rounding alone, such as the keys' bias.
+    sure = np.abs(g) > 1e-6
+    np.testing.assert_allclose(new[sure], expected[sure], rtol=1e-3, atol=1e-5,
+                               err_msg=name)
+    return sure.any()
+
+  assert sum(jax.tree.leaves(jax.tree_util.tree_map_with_path(
+      check, before.params, jax.device_get(grads), after.params))) > 10
   # The gradient itself, along a random direction.
   key = jax.random.key(5)
   d = jax.tree.map(lambda x: jax.random.normal(key, x.shape), before.params)
