@@ -7,6 +7,7 @@ import re
 from configs import base
 from configs import sharding as tables
 import jax
+from jax.extend.core import jaxprs_in_params
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -156,6 +157,25 @@ def _at(tree, path):
   for name in path:
     tree = tree[name]
   return np.asarray(tree)
+
+
+def sizes(jaxpr):
+  """Elements of every array of a program, inner ones included."""
+  for eqn in jaxpr.eqns:
+    yield from (v.aval.size for v in eqn.outvars)
+    for inner in jaxprs_in_params(eqn.params):
+      yield from sizes(inner)
+
+
+def test_a_step_never_holds_all_logits():
+  """No array is as large as [B, L, V], in the loss, its gradient or after."""
+  vocab = 1000
+  c = config(model__vocab_size=vocab, train__loss_chunk=4)
+  run = runs.start(c, model_config.make(c.model), mesh=one_device())
+  with run.context():
+    traced = jax.make_jaxpr(make_train_step(run.module, run.tx, c))(
+        run.abstract, batch())
+  assert max(sizes(traced.jaxpr)) < BATCH * LENGTH * vocab
 
 
 def test_a_bad_step_changes_nothing_and_is_counted():
