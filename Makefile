@@ -13,7 +13,7 @@ TEST_FLAGS ?= -n 2 --dist loadgroup
 
 run = $(VENV)/bin/python
 test_extras = test,demo,data,tensorboard,plot,bleu,slurm
-plan_extras = $(test_extras),plan,plan_gpu
+plan_extras = $(test_extras),plan,plan-gpu
 locked_extras = $(plan_extras),verify,hf,wandb
 
 .DELETE_ON_ERROR:

@@ -1,6 +1,6 @@
 """Compilers for devices that are not here, kept out of what runs here.
 
-The extras `plan` and `plan_gpu` bring libtpu and a CUDA plugin, to compile for
+The extras `plan` and `plan-gpu` bring libtpu and a CUDA plugin, to compile for
 a TPU or GPU that is not there. JAX takes each for a device that it should find,
 searches, and complains. Where this machine shows neither chip, it is told to
 look for the CPU alone.

@@ -4,7 +4,7 @@
       --mesh fsdp=8,expert=8 --config.data.batch_size=256
 
 Compiles the real training step for a TPU (v4 v5e v5p v6e tpu7x, extra `plan`)
-or GPUs (a100 h100 h200 b200, extra `plan_gpu`) that are not there, and prints:
+or GPUs (a100 h100 h200 b200, extra `plan-gpu`) that are not there, and prints:
 bytes a device, what is replicated, every collective, FLOPs, and the shortest
 step and highest MFU that published figures allow. What does not fit is a
 sentence and exit code 2. Without a compiler for the topology, the same by an

@@ -21,7 +21,7 @@ def text(plan: dict) -> str:
       f'by {plan["compiler"]}, jax {plan["jax"]}']
   if plan['estimate']:
     lines.append('An estimate: no compiler for these devices is installed '
-                 "(pip install -e '.[plan,plan_gpu]'), so this is the same "
+                 "(pip install -e '.[plan,plan-gpu]'), so this is the same "
                  'program compiled for as many virtual CPU devices, with '
                  'memory by formula. Every figure of it has a ~.')
   for program in plan['programs']:
