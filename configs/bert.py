@@ -15,10 +15,12 @@ RoBERTa (Liu et al. 2019) leaves the second task out and fills its rows with
 text: `--config.objective=mlm`. The pooler and the NSP head then learn nothing.
 
 `tiny` learns masked bytes and whether two passages follow one another: 3,000
-steps of 8 rows of 64 bytes, 1.5M in all, a few minutes of one CPU core by
-their number; not yet run to the end. 400 steps of 32 rows of 128 bytes, at a
-rate of 2e-3, had learned how frequent bytes are and no more (2.77 nats, 24 %
-right), and nothing of the second task (50 %).
+steps of 8 rows of 64 bytes, 1.5M in all, a few minutes of one CPU core. It ends
+at 2.73 nats and 25 % right of the masked bytes, which is how frequent bytes are
+and those that stayed as they were, and at 50 % of the second task: the plateau that
+a BERT begins with. Twice the rows, 30 % masked, an initial deviation of
+0.05, and with these a rate of 3e-4 after 500 steps of warm-up, were no further
+after 1,250 steps.
 """
 
 from configs import base
