@@ -17,8 +17,8 @@ text: `--config.objective=mlm`. The pooler and the NSP head then learn nothing.
 `tiny` learns masked bytes and whether two passages follow one another: 3,000
 steps of 8 rows of 64 bytes, 1.5M in all, a few minutes of one CPU core. It ends
 at 2.73 nats and 25 % right of the masked bytes, which is how frequent bytes are
-and those that stayed as they were, and at 50 % of the second task: the plateau that
-a BERT begins with. Twice the rows, 30 % masked, an initial deviation of
+and those that stayed as they were, and at 50 % of the second task: the plateau
+that a BERT begins with. Twice the rows, 30 % masked, an initial deviation of
 0.05, and with these a rate of 3e-4 after 500 steps of warm-up, were no further
 after 1,250 steps.
 """
