@@ -1,4 +1,4 @@
-"""The report: what it says of known runs, and that a browser can show it."""
+"""The report: what it says of known runs."""
 
 import csv
 import dataclasses
@@ -19,6 +19,7 @@ from tools.sweep import report_tables
 from tools.sweep import report_write
 from tools.sweep import spec
 from training import run_config
+
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
