@@ -50,7 +50,9 @@ class Trainer:
           out_shardings=(run.shardings, None)).lower(self.state, self.batch)
       traced = time.perf_counter()
       self.compiled = lowered.compile()
-    return traced - start, time.perf_counter() - traced
+      compiled = time.perf_counter()
+    host.trim()
+    return traced - start, compiled - traced
 
   def step(self) -> float:
     self.state, metrics = self.compiled(self.state, self.batch)

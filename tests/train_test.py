@@ -99,6 +99,20 @@ def test_a_complete_run_says_how_to_go_on(straight, texts):
 @pytest.mark.slow
 def test_resume_is_bitwise(straight, texts, tmp_path):
   """20 straight steps = 10 + restart + 10: parameters and optimiser alike."""
+  _resumed_is(straight, texts, tmp_path)
+
+
+@pytest.mark.long
+def test_resume_is_bitwise_as_users_compile(texts, tmp_path, monkeypatch):
+  """Without the compiler's options of tests/conftest.py, but for devices."""
+  flags = os.environ['XLA_FLAGS'].split()
+  monkeypatch.setenv('XLA_FLAGS', ' '.join(
+      flag for flag in flags if 'optimization_level' not in flag))
+  run(command(tmp_path / 'straight', texts))
+  _resumed_is(tmp_path / 'straight', texts, tmp_path)
+
+
+def _resumed_is(straight, texts, tmp_path):
   shutil.copytree(straight, tmp_path / 'run')
   for step in (15, 20):
     shutil.rmtree(tmp_path / f'run/checkpoints/{step}')

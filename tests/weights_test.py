@@ -309,7 +309,8 @@ def test_host_memory_of_an_import_is_a_shard_and_of_an_export_a_tensor(
       jax, 'device_put', lambda x, to: put(x, to, may_alias=False))
   weights.load(module, _Counted(tmp_path), like=like)  # what JAX keeps: once
   used, loaded = peak(lambda: weights.load(module, files, like=like))
-  assert used < 2 * stacked / 8 + tensor + slack < stacked / 2
+  # The shard being filled, and two that JAX lets go of at a later call.
+  assert used < 3 * stacked / 8 + tensor + slack < stacked / 2
   assert files.read == sum(
       4 * np.prod(files.shape(name)) for name in files)
   _equal(loaded.params, params)

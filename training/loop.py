@@ -9,6 +9,7 @@ import numpy as np
 from architectures.parts import health
 from training import devices
 from training import flops
+from training import host
 from training import metrics
 from training import peaks
 from training import profile
@@ -46,6 +47,7 @@ def train(run: runs.Run, state, start: int, train_data, eval_data, saved,
       if config.eval.every_steps:
         eval_fn = jax.jit(make_eval_step(run.module, config)).lower(
             state.params, devices.put(eval_data.batch(0), run.place)).compile()
+    host.trim()
     devices.sync('compiled')
     bar = watch.progress(steps, start, devices.primary())
     profiler = profile.Profiler(profile_steps, workdir)
