@@ -54,6 +54,7 @@ def base() -> ml_collections.ConfigDict:
           schedule='cosine',  # cosine linear rsqrt wsd constant
           warmup_steps=100,
           final_fraction=0.1,  # of lr, at the end of the schedule
+          decay_steps=0,  # cosine, linear: arrive there; 0: at train.steps
           decay_fraction=0.2,  # wsd: the share of steps that decay
           weight_decay=0.1,
           # Patterns over parameter paths, first match wins: 1 decays, 0 not.

@@ -4,10 +4,9 @@ Lab note. GPT-2 (Radford et al. 2019): sizes of table 2, 1,024 tokens, batch
 512, WebText; learning rate untold. The published checkpoints are called 124M,
 355M, 774M and 1.5B. GPT-3 (Brown et al. 2020): sizes, batch and learning rate
 of table 2.1, 2,048 tokens, Adam b2 0.95, clipping 1.0, decay 0.1, cosine to
-10 % over 260B tokens after a warm-up of 375M; 300B tokens in all (here the
-cosine takes all of them). GPT-3's
-dense and locally banded layers alternate; the width of the band is not given,
-256 is taken here (the paper's reference, Child et al. 2019, uses 128 to 256).
+10 % at 260B tokens after a warm-up of 375M; 300B tokens in all. GPT-3's dense
+and locally banded layers alternate; the width of the band is not given, 256 is
+taken here (the paper's reference, Child et al. 2019, uses 128 to 256).
 Two rows of the table contradict themselves and are read as their neighbours:
 1.3B has 24 heads of 128 at d_model 2,048 (16 are taken), and 13B has d_model
 5,140, which 40 heads of 128 do not fill (5,120 is taken).
@@ -90,4 +89,5 @@ def get_config(size: str = 'tiny'):
     c.data.batch_size = max(int(tokens / 2048 / 16) * 16, 16)
     c.train.steps = int(300e9 / (c.data.batch_size * 2048))
     c.optim.warmup_steps = int(375e6 / (c.data.batch_size * 2048))
+    c.optim.decay_steps = int(260e9 / (c.data.batch_size * 2048))
   return c

@@ -129,6 +129,13 @@ def test_more_steps_are_safe_where_the_schedule_has_no_end(schedule, kind):
   assert change.kind == kind
 
 
+def test_more_steps_are_safe_where_the_schedule_ends_before():
+  old = _config(optim__decay_steps=500)
+  change, = run_config.compare(
+      old, _config(optim__decay_steps=500, train__steps=5000))
+  assert change.kind == SAFE
+
+
 def test_a_derived_value_is_what_is_compared():
   zero, explicit = _config(), _config(model__d_ff=512)
   same = run_config.compare(

@@ -24,6 +24,9 @@ def _steps(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, str]:
   schedules = old['optim.schedule'], new['optim.schedule']
   if all(name in ('constant', 'rsqrt') for name in schedules):
     return SAFE, 'this schedule does not depend on the last step'
+  if old['optim.decay_steps'] and old['optim.decay_steps'] == new[
+      'optim.decay_steps']:
+    return SAFE, 'the schedule ends at optim.decay_steps'
   return OPTIMISATION, 'the schedule is drawn out to the last step'
 
 

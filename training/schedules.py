@@ -3,7 +3,8 @@
 At update t (the first is t = 1) of T the rate is
   lr * min(t / warmup_steps, shape(t)),
 and stays at shape(T) from there on. The shape is 1 until the warm-up ends, so
-the two parts meet. Cosine, linear and wsd arrive at final_fraction at t = T.
+the two parts meet. Cosine, linear and wsd arrive at final_fraction at t = T,
+cosine and linear at t = decay_steps where that is set.
 """
 
 import math
@@ -54,8 +55,8 @@ SCHEDULES = {
 
 # The fields that a shape reads; another one set is refused, not ignored.
 READS = {
-    'cosine': ('final_fraction',),
-    'linear': ('final_fraction',),
+    'cosine': ('final_fraction', 'decay_steps'),
+    'linear': ('final_fraction', 'decay_steps'),
     'rsqrt': (),
     'wsd': ('final_fraction', 'decay_fraction'),
     'constant': (),
@@ -80,6 +81,7 @@ def rate(optim, steps: int) -> optax.Schedule:
   """`make` without its checks: optim.lr and optim.warmup_steps may be traced,
   as where several runs train as one program (training/vectorised.py)."""
   shape = SCHEDULES[optim.schedule]
+  steps = optim.decay_steps or steps
 
   def schedule(count):
     t = jnp.asarray(count, jnp.float32) + 1
@@ -98,6 +100,9 @@ def check(optim) -> None:
   require(0 <= optim.final_fraction <= 1,
           f'optim.final_fraction is {optim.final_fraction}: choose it in '
           '[0, 1]')
+  require(optim.decay_steps == 0 or optim.decay_steps > optim.warmup_steps,
+          f'optim.decay_steps is {optim.decay_steps} and optim.warmup_steps '
+          f'{optim.warmup_steps}: choose more than these, or 0 for train.steps')
   require(0 < optim.decay_fraction <= 1,
           f'optim.decay_fraction is {optim.decay_fraction}: choose it in '
           '(0, 1]')
