@@ -11,9 +11,9 @@ serves all layers of a stack, and cross-attention has none. Weights are born
 with variance 1 / fan_in (truncated; the paper's code draws normally), those of
 the query by 1 / sqrt(head_dim) smaller, embeddings with variance 1.
 
-The paper's code drops out attention weights, hidden units of the FFN and the
-outputs of both stacks as well; here dropout acts on the embedding and on what
-each part adds to the residual stream.
+The paper's code drops the outputs of both stacks too; here dropout acts on the
+embedding, on what each part adds to the residual stream, and with
+attention_dropout and ffn_dropout on attention weights and hidden units.
 """
 
 from architectures.parts.config import require

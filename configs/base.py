@@ -129,7 +129,9 @@ def _model() -> dict:
       logits_scale=1.0,  # 0, derived: d_model ** -0.5 (mup: of the base)
       logits_softcap=0.0,
       logits_bias=False,
-      dropout=0.0,
+      dropout=0.0,  # of the embedding and of what a part adds
+      attention_dropout=0.0,  # of attention weights
+      ffn_dropout=0.0,  # of hidden units; those of experts: moe.expert_dropout
       # How sizes and rates change with width: standard, or mup (docs/mup.md),
       # which equals standard at the base width.
       parametrization='standard',

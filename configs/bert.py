@@ -53,7 +53,7 @@ def get_config(size: str = 'tiny'):
     c.data.batch_size = 8
     c.train.steps = 3000
     return c
-  c.model.dropout = 0.1
+  c.model.dropout = c.model.attention_dropout = 0.1
   c.model.dtype = 'bfloat16'
   c.model.remat = 'dots'
   c.data.batch_size = 256

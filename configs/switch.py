@@ -74,7 +74,8 @@ def get_config(size: str = 'tiny'):
   c.model.vocab_size = 32128
   c.model.dtype = 'bfloat16'
   c.model.remat = 'dots'
-  c.model.dropout = 0.1
+  for field in ('dropout', 'attention_dropout', 'ffn_dropout'):
+    c.model[field] = 0.1
   c.data.length = 512
   c.data.batch_size = 2048
   c.train.steps = 550_000

@@ -194,6 +194,8 @@ def test_a_named_kernel_that_cannot_is_refused(monkeypatch):
     kernels.choose(c, kernels.Mask(causal=True, in_order=False), 128, 128)
   with pytest.raises(ValueError, match='a prefix that all tokens see'):
     kernels.choose(c, kernels.Mask(causal=True, prefix=True), 128, 128)
+  with pytest.raises(ValueError, match='drops no weights'):
+    kernels.choose(c, kernels.Mask(causal=True, dropout=True), 128, 128)
   with pytest.raises(ValueError, match='runs on tpu, and this program is for'):
     kernels.check(c, 'cpu')
 

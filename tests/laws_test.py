@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import architectures
-from architectures.parts.attention import visible
+from architectures.parts.attention import attend, visible
 from architectures.parts.config import LayerKind
 from tests import models
 
@@ -172,10 +172,25 @@ def test_learned_positions_end_and_stretch():
   assert np.isfinite(models.logits(stretched, params, models.tokens())).all()
 
 
-def test_dropout_draws_only_in_training():
-  module, params = models.make(dropout=0.5)
+@pytest.mark.parametrize('field', [
+    'dropout', 'attention_dropout', 'ffn_dropout'])
+def test_dropout_draws_only_in_training(field):
+  module, params = models.make(**{field: 0.5})
   tokens = models.tokens()
   plain = models.logits(module, params, tokens)
   a, b = [models.logits(module, params, tokens, deterministic=False,
                         rngs={'dropout': jax.random.key(i)}) for i in (0, 1)]
   assert not np.allclose(a, b) and not np.allclose(a, plain)
+
+
+def test_a_dropped_weight_is_zero_and_the_others_make_up_for_it():
+  """Queries of zero weigh M keys alike; values of one give the weights back."""
+  B, M, H, rate = 4, 32, 4, 0.25
+  q = jnp.zeros((B, M, H, M))
+  v = jnp.broadcast_to(jnp.eye(M)[:, None], (B, M, H, M))
+  weights = attend(q, q, v, scale=1.0, dropout=rate,
+                             key=jax.random.key(0))
+  models.close(jnp.unique(weights), jnp.array([0, 1 / M / (1 - rate)]))
+  assert abs(jnp.mean(weights == 0) - rate) < 0.02  # sd 0.003
+  models.close(attend(q, q, v, scale=1.0, dropout=rate),
+               jnp.full(q.shape, 1 / M))

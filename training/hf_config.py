@@ -41,9 +41,9 @@ NEUTRAL = re.compile('|'.join((
 # Fields of ours that say how a model is trained or computed, not what it is.
 # (What an expert has room for in evaluation: `_room`.)
 RUN_ONLY = re.compile('|'.join((
-    'dropout', 'init', 'init_stddev', 'init_scale', 'dtype', 'param_dtype',
-    'scan_layers', 'remat', 'learned_stretch', r'attention_kernel.*',
-    r'rope\.original_len',
+    r'(attention_|ffn_)?dropout', 'init', 'init_stddev', 'init_scale', 'dtype',
+    'param_dtype', 'scan_layers', 'remat', 'learned_stretch',
+    r'attention_kernel.*', r'rope\.original_len',
     r'moe\.(dispatch|grouped_kernel|jitter|logit_noise|balance_.*|z_loss_weight'
     r'|expert_dropout|group_size|.*capacity.*)')))
 

@@ -56,7 +56,7 @@ CLASSES: tuple[tuple[str, str | Callable, str], ...] = (
     (r'data\..*', OPTIMISATION, 'other batches from here on'),
     (r'optim\.name', INCOMPATIBLE, 'another optimizer state'),
     (r'optim\..*', OPTIMISATION, 'other updates'),
-    (r'model\.(dropout|moe\.(jitter|logit_noise|expert_dropout'
+    (r'model\.((attention_|ffn_)?dropout|moe\.(jitter|logit_noise|expert_dropout'
      r'|balance_loss|balance_weight|z_loss_weight|bias_rate))', OPTIMISATION,
      'another regularisation'),
     (r'model\.(norm_eps|sinusoid|learned_stretch|rope\..*|relative\.max_distance'

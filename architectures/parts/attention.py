@@ -93,8 +93,11 @@ def visible(kind: LayerKind, window: int, q_positions_BL: jax.Array,
 
 def attend(q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array, *,
            scale: float, mask_BLM=None, bias_BHLM=None, softcap: float = 0.0,
-           sink_H=None) -> jax.Array:
-  """Weighted values [B, L, H, K]; the softmax is taken in float32."""
+           sink_H=None, dropout: float = 0.0, key=None) -> jax.Array:
+  """Weighted values [B, L, H, K]; the softmax is taken in float32.
+
+  Given a key, a share `dropout` of the weights is dropped, the others grow.
+  """
   B, L, H, K = q_BLHK.shape
   M, J = k_BMJK.shape[1:3]
   chex.assert_shape([k_BMJK, v_BMJK], (B, M, J, K))
@@ -114,6 +117,9 @@ def attend(q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array, *,
     sink = jnp.broadcast_to(sink, (*s_BJRLM.shape[:-1], 1))
     p_BJRLM = jax.nn.softmax(jnp.concatenate([s_BJRLM, sink], -1), -1)
     p_BJRLM = p_BJRLM[..., :-1]
+  if key is not None:
+    kept = jax.random.bernoulli(key, 1 - dropout, p_BJRLM.shape)
+    p_BJRLM = jnp.where(kept, p_BJRLM / (1 - dropout), 0)
   o_BLJRK = linear.einsum('BJRLM,BMJK->BLJRK', p_BJRLM, v_BMJK, v_BMJK.dtype)
   return o_BLJRK.reshape(B, L, H, K)
 
@@ -164,6 +170,9 @@ class Attention(nn.Module):
     """Returns the weighted values, by the kernel that the config asks for."""
     c = self.config
     mask, seen_BLM, bias_BHLM = self._mask(k_positions_BM, ctx)
+    key = None
+    if c.attention_dropout and not ctx.deterministic:
+      key, mask = self.make_rng('dropout'), mask.replace(dropout=True)
     sink_H = (linear.bias(self, 'sink', (c.num_heads,), ('heads',))
               if c.attention_sinks else None)
     kernel = 'xla'
@@ -179,9 +188,10 @@ class Attention(nn.Module):
     # Scores are worked out again for the gradient: to keep them takes longer.
     weigh = jax.checkpoint(
         functools.partial(attend, scale=c.attention_scale,
-                          softcap=c.attention_softcap), prevent_cse=False)
+                          softcap=c.attention_softcap,
+                          dropout=c.attention_dropout), prevent_cse=False)
     return weigh(q_BLHK, k_BMJK, v_BMJK, mask_BLM=seen_BLM,
-                 bias_BHLM=bias_BHLM, sink_H=sink_H)
+                 bias_BHLM=bias_BHLM, sink_H=sink_H, key=key)
 
   def _mask(self, k_positions_BM, ctx):
     """Returns the mask as a kernel takes it and written out, and the bias."""

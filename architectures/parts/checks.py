@@ -45,7 +45,8 @@ RANGES = (
         'moe.z_loss_weight', 'moe.bias_rate')),
     ('it must be >= 1', lambda x: x >= 1, ('learned_stretch', 'rope.factor')),
     ('choose it in [0, 1)', lambda x: 0 <= x < 1, (
-        'dropout', 'moe.jitter', 'moe.expert_dropout')),
+        'dropout', 'attention_dropout', 'ffn_dropout', 'moe.jitter',
+        'moe.expert_dropout')),
     ('choose it in (0, 1]', lambda x: 0 < x <= 1, ('rope.fraction',)),
 )
 SCALINGS = tuple(s for s in choices.ROPE_SCALINGS if s != 'none')

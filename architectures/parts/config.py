@@ -148,6 +148,8 @@ class ModelConfig:
   logits_softcap: float
   logits_bias: bool
   dropout: float
+  attention_dropout: float
+  ffn_dropout: float
   parametrization: str
   mup_base_width: int
   mup_base_head_dim: int

@@ -41,7 +41,6 @@ class FFN(nn.Module):
 
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx):
-    del ctx  # experts need it
     c, F = self.config, self.width or self.config.d_ff
     act, gated = ACTIVATIONS[self.kind]
     up_DF = linear.weight(self, 'up', (c.d_model, F), ('embed', 'mlp'))
@@ -61,6 +60,7 @@ class FFN(nn.Module):
       h_BLF = recomputed(lambda g, h: act(g) * h)(g_BLF, h_BLF)
     else:
       h_BLF = recomputed(act)(h_BLF)
+    h_BLF = nn.Dropout(c.ffn_dropout)(h_BLF, deterministic=ctx.deterministic)
     h_BLF = sharding.constrain(h_BLF, 'batch', 'length', 'mlp')
     y_BLD = linear.einsum('BLF,FD->BLD', h_BLF, down_FD, c.compute_dtype)
     if c.ffn_bias:

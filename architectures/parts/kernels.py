@@ -38,6 +38,7 @@ class Mask:
     in_order: whether places in the array are the tokens' order.
     prefix: whether keys at the start are seen by all.
     bias: whether the scores have a bias.
+    dropout: whether weights are dropped.
   """
   q_ids_BL: Optional[jax.Array] = None
   k_ids_BM: Optional[jax.Array] = None
@@ -46,6 +47,7 @@ class Mask:
   in_order: bool = struct.field(pytree_node=False, default=True)
   prefix: bool = struct.field(pytree_node=False, default=False)
   bias: bool = struct.field(pytree_node=False, default=False)
+  dropout: bool = struct.field(pytree_node=False, default=False)
 
 
 def platform() -> str:
@@ -97,6 +99,9 @@ def refusal(name: str, c: ModelConfig, mask: Mask, q_length: int,
   if mask.bias:
     return ('which adds no bias to the scores, as model.position '
             f'{c.position} does')
+  if mask.dropout:
+    return ('which drops no weights, as model.attention_dropout '
+            f'{c.attention_dropout} does')
   return _elsewhere(name, device) or _REFUSALS[name](
       c, mask, q_length, k_length)
 
