@@ -8,8 +8,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 WORKDIR ?= runs/tiny
-# Two workers nearly halve the time of compiling; more only wait for cores.
-TEST_FLAGS ?= -n 2 --dist loadgroup
+# Two workers nearly halve the time of compiling; more only wait for cores. A
+# file's tests share fixtures and compiled programs, so one worker takes it.
+TEST_FLAGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 run = $(VENV)/bin/python
 test_extras = test,demo,data,tensorboard,plot,bleu,slurm

@@ -18,9 +18,7 @@ from tests import train_test
 from tools.launch import local
 
 texts = train_test.texts
-# One group: the workers of a parallel run would each launch it all.
-pytestmark = [pytest.mark.multihost, pytest.mark.slow,
-              pytest.mark.xdist_group('pods')]
+pytestmark = [pytest.mark.multihost, pytest.mark.slow]
 STEPS = 12
 LOST = 9  # the step that a process is lost in; a stop is agreed on before
 EVAL = '--config.eval.every_steps=6'

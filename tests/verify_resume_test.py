@@ -12,7 +12,7 @@ from tests import train_test
 from tools.verify_resume import runs
 
 texts = train_test.texts
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group('verify_resume')]
+pytestmark = pytest.mark.slow
 
 
 def verify(*words, code=0):
