@@ -32,7 +32,9 @@ def _apply(module, params, source, target, **kwargs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('system', SYSTEMS)
+@pytest.mark.parametrize('system', [
+    pytest.param(name, marks=[pytest.mark.long] * (name == 'gshard'))
+    for name in SYSTEMS])
 def test_laws_of_a_system(system):
   module, params = _make(system)
   source, target = models.tokens(2, 12), models.tokens(2, 10, seed=2)

@@ -72,10 +72,10 @@ def check_encoder_decoder(parts):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('check', [check_encoder, check_encoder_decoder])
-@pytest.mark.parametrize('block', [
-    pytest.param(block, marks=[pytest.mark.long] * (block != 'parallel'))
-    for block in BLOCKS])
+@pytest.mark.parametrize('block, check', [
+    pytest.param(block, check, marks=[pytest.mark.long] * (
+        (block, check) != ('parallel', check_encoder)))
+    for block in BLOCKS for check in (check_encoder, check_encoder_decoder)])
 def test_laws_of_positions_and_attentions(block, check):
   for parts in ROWS:
     if parts['block'] == block:

@@ -147,7 +147,7 @@ def test_status_of_no_sweep_is_a_sentence(tmp_path):
     status.main(types.SimpleNamespace(workdir=tmp_path, file='', json=True))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_sweep_of_real_runs(tmp_path):
   """Trained alone and as a group, evaluated, and with paired seeds."""
   file = sweeps.write(tmp_path, "  add('slow', **{'optim.lr': 1e-4})\n",

@@ -172,6 +172,7 @@ def test_paired_runs_see_one_stream(texts, tmp_path):
   assert_same(tmp_path / '1', tmp_path / 'alone')
 
 
+@pytest.mark.long
 def test_experts_too(texts, tmp_path):
   moe = dict(num_experts=4, d_ff=32, jitter=0.1, dispatch='sorted',
              capacity_factor=1.0, eval_capacity_factor=2.0)
