@@ -12,6 +12,7 @@ import pytest
 
 import architectures
 from architectures.parts import attention, kernels, sharding
+from architectures.parts import xla_attention
 from architectures.parts.config import LayerKind
 from configs import sharding as tables
 from tests import models
@@ -50,7 +51,7 @@ def test_splash_equals_xla(name):
   options = dict(scale=K ** -0.5, softcap=softcap)
 
   def ours(q, k, v, sink_H=None):
-    return (w * attention.attend(q, k, v, mask_BLM=seen_BLM, sink_H=sink_H,
+    return (w * xla_attention.attend(q, k, v, mask_BLM=seen_BLM, sink_H=sink_H,
                                  **options)).sum()
 
   def splash(q, k, v, sink_H=None):

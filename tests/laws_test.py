@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import architectures
-from architectures.parts.attention import attend, visible
+from architectures.parts.attention import visible
+from architectures.parts.xla_attention import attend
 from architectures.parts.config import LayerKind
 from tests import models
 

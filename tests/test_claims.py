@@ -13,7 +13,8 @@ import pytest
 import architectures
 from architectures.parts import norms
 from architectures.parts import positions
-from architectures.parts.attention import attend, Context
+from architectures.parts.attention import Context
+from architectures.parts.xla_attention import attend
 from architectures.parts.ffn import FFN
 from tests import models
 

@@ -6,10 +6,8 @@ keys), capped (softcap * tanh(score / softcap), Gemma 2), have normalised
 queries and keys (QK-norm) and a learned sink per head in the denominator.
 """
 
-import functools
 from typing import Optional
 
-import chex
 import flax.linen as nn
 from flax import struct
 import jax
@@ -20,9 +18,8 @@ from architectures.parts import linear
 from architectures.parts import norms
 from architectures.parts import positions
 from architectures.parts import sharding
+from architectures.parts import xla_attention
 from architectures.parts.config import LayerKind, ModelConfig
-
-MASKED = -1e30  # finite, so that a row that sees nothing is no NaN
 
 
 @struct.dataclass
@@ -91,39 +88,6 @@ def visible(kind: LayerKind, window: int, q_positions_BL: jax.Array,
   return mask
 
 
-def attend(q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array, *,
-           scale: float, mask_BLM=None, bias_BHLM=None, softcap: float = 0.0,
-           sink_H=None, dropout: float = 0.0, key=None) -> jax.Array:
-  """Weighted values [B, L, H, K]; the softmax is taken in float32.
-
-  Given a key, a share `dropout` of the weights is dropped, the others grow.
-  """
-  B, L, H, K = q_BLHK.shape
-  M, J = k_BMJK.shape[1:3]
-  chex.assert_shape([k_BMJK, v_BMJK], (B, M, J, K))
-  q_BLJRK = q_BLHK.reshape(B, L, J, H // J, K) * scale
-  s_BJRLM = linear.einsum('BLJRK,BMJK->BJRLM', q_BLJRK, k_BMJK,
-                          q_BLHK.dtype, jnp.float32)
-  if softcap:
-    s_BJRLM = softcap * jnp.tanh(s_BJRLM / softcap)
-  if bias_BHLM is not None:
-    s_BJRLM += bias_BHLM.reshape(-1, J, H // J, *bias_BHLM.shape[2:])
-  if mask_BLM is not None:
-    s_BJRLM = jnp.where(mask_BLM[:, None, None], s_BJRLM, MASKED)
-  if sink_H is None:
-    p_BJRLM = jax.nn.softmax(s_BJRLM, -1)
-  else:
-    sink = sink_H.astype(jnp.float32).reshape(1, J, H // J, 1, 1)
-    sink = jnp.broadcast_to(sink, (*s_BJRLM.shape[:-1], 1))
-    p_BJRLM = jax.nn.softmax(jnp.concatenate([s_BJRLM, sink], -1), -1)
-    p_BJRLM = p_BJRLM[..., :-1]
-  if key is not None:
-    kept = jax.random.bernoulli(key, 1 - dropout, p_BJRLM.shape)
-    p_BJRLM = jnp.where(kept, p_BJRLM / (1 - dropout), 0)
-  o_BLJRK = linear.einsum('BJRLM,BMJK->BLJRK', p_BJRLM, v_BMJK, v_BMJK.dtype)
-  return o_BLJRK.reshape(B, L, H, K)
-
-
 class Attention(nn.Module):
   """(x_BLD, context, cache) -> (y_BLD, cache), over x itself or the memory."""
   config: ModelConfig
@@ -185,13 +149,13 @@ class Attention(nn.Module):
     if kernel == 'cudnn':
       return kernels.cudnn(q_BLHK, k_BMJK, v_BMJK, mask, seen_BLM,
                            scale=c.attention_scale)
-    # Scores are worked out again for the gradient: to keep them takes longer.
-    weigh = jax.checkpoint(
-        functools.partial(attend, scale=c.attention_scale,
-                          softcap=c.attention_softcap,
-                          dropout=c.attention_dropout), prevent_cse=False)
-    return weigh(q_BLHK, k_BMJK, v_BMJK, mask_BLM=seen_BLM,
-                 bias_BHLM=bias_BHLM, sink_H=sink_H, key=key)
+    causal = (mask.causal and mask.in_order and not (mask.prefix or cached)
+              and sharding.shards('length', q_BLHK.shape[1]) == 1)
+    return xla_attention.attend(
+        q_BLHK, k_BMJK, v_BMJK, mask_BLM=seen_BLM, bias_BHLM=bias_BHLM,
+        sink_H=sink_H, key=key, scale=c.attention_scale,
+        softcap=c.attention_softcap, dropout=c.attention_dropout,
+        causal=causal, window=mask.window)
 
   def _mask(self, k_positions_BM, ctx):
     """Returns the mask as a kernel takes it and written out, and the bias."""

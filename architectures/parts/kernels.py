@@ -1,6 +1,6 @@
 """Fused attention: kernels that never write the scores [B, H, L, M] to memory.
 
-xla     attention.attend, as the compiler makes of it; anywhere, any mask
+xla     xla_attention.attend, as the compiler makes of it; anywhere, any mask
 splash  Pallas' splash attention on TPU: skips the blocks that a mask hides
 cudnn   cuDNN's flash attention on GPU (Dao et al. 2022)
 
@@ -172,7 +172,7 @@ class _Places:
 def splash(q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array,
            mask: Mask, *, scale: float, softcap: float = 0.0, sink_H=None,
            interpret: bool = False) -> jax.Array:
-  """attention.attend by Pallas' splash attention; `interpret`: on CPU."""
+  """xla_attention.attend by Pallas' splash attention; `interpret`: on CPU."""
   B, L, H, _ = q_BLHK.shape
   M, at = k_BMJK.shape[1], _Places(q_BLHK, k_BMJK)
   # A mask that differs from query to query is cut up with them.
@@ -229,8 +229,8 @@ def _splash_kernel(mask: Mask, heads: int, L: int, M: int, shards: int,
 def cudnn(q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array,
           mask: Mask, seen_BLM: Optional[jax.Array], *,
           scale: float) -> jax.Array:
-  """attention.attend by cuDNN, in bfloat16; `seen_BLM`: the mask, written out,
-  for what is not a causal, banded or whole one of cuDNN's own."""
+  """xla_attention.attend by cuDNN, in bfloat16; `seen_BLM`: the mask, written
+  out, for what is not a causal, banded or whole one of cuDNN's own."""
   (B, L), M, at = q_BLHK.shape[:2], k_BMJK.shape[1], _Places(q_BLHK, k_BMJK)
   own = (mask.in_order and not mask.prefix and mask.q_ids_BL is None
          and not at.length and (mask.causal or not mask.window))

@@ -1,0 +1,155 @@
+"""Attention of plain products, for any mask: what XLA makes a program of.
+
+The gradient is written out: as FlashAttention's (Dao et al. 2022, appendix B)
+it works the scores [B, H, L, M] out again rather than keep them. Under a causal
+mask queries go block by block, and meet only the keys that one of them may see.
+"""
+
+import functools
+from typing import NamedTuple
+
+import chex
+import jax
+from jax.ad_checkpoint import checkpoint_name
+import jax.numpy as jnp
+
+from architectures.parts import linear
+
+MASKED = -1e30  # finite, so that a row that sees nothing is no NaN
+BLOCKS = 4  # of queries under a causal mask, which spare 3 of 8 scores; but
+QUERIES = 128  # a block has no fewer
+
+
+class _How(NamedTuple):
+  scale: float
+  softcap: float
+  dropout: float
+  causal: bool
+  window: int
+
+  def blocks(self, L: int, M: int):
+    """Yields (queries, the keys that they meet), as slices."""
+    count = max(1, min(BLOCKS, L // QUERIES)) if self.causal else 1
+    for i in range(count):
+      start, stop = i * L // count, (i + 1) * L // count
+      if not self.causal:
+        yield slice(start, stop), slice(0, M)
+      elif self.window:
+        yield slice(start, stop), slice(max(0, start - self.window + 1), stop)
+      else:
+        yield slice(start, stop), slice(0, stop)
+
+
+def attend(q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array, *,
+           scale: float, mask_BLM=None, bias_BHLM=None, softcap: float = 0.0,
+           sink_H=None, dropout: float = 0.0, key=None, causal: bool = False,
+           window: int = 0) -> jax.Array:
+  """Weighted values [B, L, H, K]; the softmax is taken in float32.
+
+  Args:
+    q_BLHK: queries.
+    k_BMJK: keys, each shared by H / J heads.
+    v_BMJK: values.
+    scale: multiplies the products of queries and keys.
+    mask_BLM: bool, which keys a query sees; None: all.
+    bias_BHLM: added to the scores.
+    softcap: the scores' bound, softcap * tanh(score / softcap); 0: none.
+    sink_H: the score of a key with no value, which all see.
+    dropout: the share of weights that is dropped, given a key; others grow.
+    key: of random numbers.
+    causal: whether the mask shows query l no key after the l-th.
+    window: and, if given, none before the `window` last of those.
+  """
+  B, L, H, K = q_BLHK.shape
+  M, J = k_BMJK.shape[1:3]
+  chex.assert_shape([k_BMJK, v_BMJK], (B, M, J, K))
+  q_BLJRK = q_BLHK.reshape(B, L, J, H // J, K)
+  if bias_BHLM is not None:
+    bias_BHLM = bias_BHLM.reshape(-1, J, H // J, *bias_BHLM.shape[2:])
+  if sink_H is not None:
+    sink_H = sink_H.astype(jnp.float32).reshape(1, J, H // J, 1, 1)
+  o_BLJRK = _attend(_How(scale, softcap, dropout, causal, window), q_BLJRK,
+                    k_BMJK, v_BMJK, bias_BHLM, sink_H, mask_BLM, key)
+  return o_BLJRK.reshape(B, L, H, K)
+
+
+def _scores(how, rows, keys, mask_BLM, q_BLJRK, k_BMJK, bias_BJRLM):
+  s_BJRLM = linear.einsum(
+      'BLJRK,BMJK->BJRLM', q_BLJRK[:, rows] * how.scale, k_BMJK[:, keys],
+      q_BLJRK.dtype, jnp.float32)
+  if how.softcap:
+    s_BJRLM = how.softcap * jnp.tanh(s_BJRLM / how.softcap)
+  if bias_BJRLM is not None:
+    s_BJRLM += bias_BJRLM[..., rows, keys]
+  if mask_BLM is not None:
+    s_BJRLM = jnp.where(mask_BLM[:, None, None, rows, keys], s_BJRLM, MASKED)
+  return s_BJRLM
+
+
+def _weigh(how, rows, keys, key, p_BJRLM, v_BMJK):
+  if key is not None:
+    kept = jax.random.bernoulli(jax.random.fold_in(key, rows.start),
+                                1 - how.dropout, p_BJRLM.shape)
+    p_BJRLM = jnp.where(kept, p_BJRLM / (1 - how.dropout), 0)
+  return linear.einsum('BJRLM,BMJK->BLJRK', p_BJRLM, v_BMJK[:, keys],
+                       v_BMJK.dtype, jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(how, q_BLJRK, k_BMJK, v_BMJK, bias_BJRLM, sink_1JR11, mask_BLM,
+            key):
+  return _attend_fwd(how, q_BLJRK, k_BMJK, v_BMJK, bias_BJRLM, sink_1JR11,
+                     mask_BLM, key)[0]
+
+
+def _attend_fwd(how, q_BLJRK, k_BMJK, v_BMJK, bias_BJRLM, sink_1JR11, mask_BLM,
+                key):
+  outs, tops, sums = [], [], []
+  for rows, keys in how.blocks(q_BLJRK.shape[1], k_BMJK.shape[1]):
+    s_BJRLM = _scores(how, rows, keys, mask_BLM, q_BLJRK, k_BMJK, bias_BJRLM)
+    top_BJRL1 = s_BJRLM.max(-1, keepdims=True)
+    if sink_1JR11 is not None:
+      top_BJRL1 = jnp.maximum(top_BJRL1, sink_1JR11)
+    e_BJRLM = jnp.exp(s_BJRLM - top_BJRL1)
+    sum_BJRL1 = e_BJRLM.sum(-1, keepdims=True)
+    if sink_1JR11 is not None:
+      sum_BJRL1 += jnp.exp(sink_1JR11 - top_BJRL1)
+    o_BLJRK = (_weigh(how, rows, keys, key, e_BJRLM, v_BMJK)
+               / jnp.moveaxis(sum_BJRL1, 3, 1))
+    outs.append(o_BLJRK.astype(v_BMJK.dtype))
+    tops.append(top_BJRL1)
+    sums.append(sum_BJRL1)
+  # Where remat keeps products, it keeps what the gradient needs of these.
+  o_BLJRK, top_BJRL1, sum_BJRL1 = checkpoint_name(
+      (jnp.concatenate(outs, 1), jnp.concatenate(tops, 3),
+       jnp.concatenate(sums, 3)), linear.PRODUCT)
+  return o_BLJRK, (q_BLJRK, k_BMJK, v_BMJK, bias_BJRLM, sink_1JR11, mask_BLM,
+                   key, top_BJRL1, sum_BJRL1)
+
+
+def _attend_bwd(how, saved, d_BLJRK):
+  (q_BLJRK, k_BMJK, v_BMJK, bias_BJRLM, sink_1JR11, mask_BLM, key, top_BJRL1,
+   sum_BJRL1) = saved
+  d_BLJRK, blocks = d_BLJRK.astype(jnp.float32), []
+  for rows, keys in how.blocks(q_BLJRK.shape[1], k_BMJK.shape[1]):
+    s_BJRLM, of_scores = jax.vjp(
+        functools.partial(_scores, how, rows, keys, mask_BLM), q_BLJRK, k_BMJK,
+        bias_BJRLM)
+    top, total = top_BJRL1[..., rows, :], sum_BJRL1[..., rows, :]
+    p_BJRLM = jnp.exp(s_BJRLM - top) / total
+    _, of_weighing = jax.vjp(
+        functools.partial(_weigh, how, rows, keys, key), p_BJRLM, v_BMJK)
+    dp_BJRLM, dv_BMJK = of_weighing(d_BLJRK[:, rows])
+    mean_BJRL1 = (p_BJRLM * dp_BJRLM).sum(-1, keepdims=True)
+    ds_BJRLM = p_BJRLM * (dp_BJRLM - mean_BJRL1)
+    d_sink = None
+    if sink_1JR11 is not None:
+      p_BJRL1 = jnp.exp(sink_1JR11 - top) / total
+      d_sink = -(p_BJRL1 * mean_BJRL1).sum((0, 3), keepdims=True)
+    blocks.append((*of_scores(ds_BJRLM), dv_BMJK, d_sink))
+  d_q, d_k, d_bias, d_v, d_sink = jax.tree.map(
+      lambda *parts: sum(parts), *blocks)
+  return d_q, d_k, d_v, d_bias, d_sink, None, None
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
