@@ -44,7 +44,7 @@ assets: $(VENV)/.test
 
 # Every combination of parts through the laws; some half an hour.
 product: $(VENV)/.test
-	$(run) -m pytest $(TEST_FLAGS) -m product
+	$(run) -m pytest -n 2 -m product
 
 verify: $(VENV)/.verify
 	$(run) -m tools.verify

@@ -15,6 +15,7 @@ from training import checkpoints
 from training import restoring
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('keep, keep_every, left', [
     (1, 0, [9]), (2, 0, [8, 9]), (2, 4, [4, 8, 9]), (1, 3, [3, 6, 9])])
 def test_keeps_the_newest_and_every_nth(tmp_path, keep, keep_every, left):

@@ -79,6 +79,7 @@ def test_another_function_is_told(changes):
   assert not upcycling.is_the_same_function(architectures.resolve(model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('words, sentence', [
     (['num_expert=4'], 'write FIELD=VALUE, of the fields'),
     (['num_experts'], 'write FIELD=VALUE'),
@@ -153,6 +154,7 @@ def test_a_run_starts_from_a_workdir(imported):
     _start(imported, model=dict(position='alibi'))
 
 
+@pytest.mark.slow
 def test_what_fits_is_taken_and_the_rest_listed(imported, capsys):
   _, params = models.make('llama', vocab_size=384)
   old = paths.flatten(params)
@@ -172,6 +174,7 @@ def test_what_fits_is_taken_and_the_rest_listed(imported, capsys):
   assert any("model.norm is 'layernorm', not 'rmsnorm'" in x for x in lines)
 
 
+@pytest.mark.slow
 def test_nothing_that_fits_is_an_error(imported):
   with pytest.raises(ValueError, match='nothing fits'):
     _start(imported, init_partial=True,

@@ -221,6 +221,7 @@ def test_worker_processes_change_nothing(folder, split):
     same(one, two)
 
 
+@pytest.mark.slow
 def test_mixture_weights_are_honoured(folder):
   for name in 'bc':
     (folder / name).mkdir()

@@ -180,6 +180,7 @@ def trace_on(shape, c):
     return jax.eval_shape(loss, params, x_BLD)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('fields, words', [
     (dict(num_experts=6), '4 or 8 experts, or mesh.expert among 1, 2, 3, 6'),
     (dict(d_ff=33), 'model.moe.d_ff is 33, which mesh.tensor 2'),
@@ -216,6 +217,7 @@ def test_tokens_that_do_not_fill_the_shards_and_shared_experts():
   assert_equal(step(*args), one_device(c), 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('shape', [
     dict(data=8, fsdp=1, expert=1, context=1, tensor=1),
     dict(data=2, fsdp=1, expert=4, context=1, tensor=1)],
@@ -237,6 +239,7 @@ def test_work_of_a_device_follows_its_tokens(shape):
   assert largest == max(n * tokens, many // n * D) * F < tokens * many * D
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('remat, times', [('none', 4), ('dots', 6),
                                           ('full', 6)])
 def test_accelerators_send_only_full_rows(remat, times):

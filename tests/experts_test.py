@@ -240,6 +240,7 @@ def test_no_array_grows_as_tokens_times_experts_times_width(way):
     assert largest >= tokens * many * slots
 
 
+@pytest.mark.slow
 def test_the_router_multiplies_float32_whatever_the_model_does():
   """By its z-loss, against numpy; and on a TPU, in all the digits."""
   c = config(dtype='bfloat16')

@@ -76,6 +76,7 @@ def test_each_reason_is_given():
   assert rules.shards(found, mesh) == 4
 
 
+@pytest.mark.slow
 def test_activations_stand_where_the_program_puts_them():
   config = mixtral.get_config()
   run = run_on(config, tables.PRESETS['ep_fsdp_tp'])
@@ -141,6 +142,7 @@ def test_two_meshes_side_by_side():
   json.dumps([one, both])
 
 
+@pytest.mark.slow
 def test_the_program_makes_the_devices_of_its_mesh():
   words = [sys.executable, '-m', 'tools.explain_sharding', '--config',
            'configs/gpt.py', '--json',

@@ -106,6 +106,7 @@ def test_a_plan_counts_the_rows_of_an_even_load():
     assert count('megablox', rows) == count('xla', rows)
 
 
+@pytest.mark.slow
 def test_a_kernel_that_cannot_is_refused(monkeypatch):
   named = dict(moe=dict(grouped_kernel='megablox'))
   module, params = models.make('mixtral')

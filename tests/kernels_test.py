@@ -179,6 +179,7 @@ def _refused(sentence, **changes):
     models.logits(module, params, models.tokens())
 
 
+@pytest.mark.slow
 def test_a_named_kernel_that_cannot_is_refused(monkeypatch):
   _refused('splash, which runs on tpu, and this program is for cpu',
            attention_kernel='splash')
@@ -201,6 +202,7 @@ def test_a_named_kernel_that_cannot_is_refused(monkeypatch):
     kernels.check(c, 'cpu')
 
 
+@pytest.mark.slow
 def test_decoding_and_a_mesh_of_cpus_are_xla():
   """A program's platform is its mesh's; a cache has no kernel."""
   with jax.set_mesh(_mesh(jax.devices()[:1])):

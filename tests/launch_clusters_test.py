@@ -113,6 +113,7 @@ def test_slurm_outlives_the_signal_that_its_processes_get(slurm_job, tmp_path):
   assert process.returncode == 75 and requeued(tmp_path) == ['requeue 4100']
 
 
+@pytest.mark.slow
 def test_slurm_shows_process_0_until_the_job_has_left_the_queue(
     a_job, tmp_path, monkeypatch, capfd):
   monkeypatch.setattr(slurm, 'POLL_SECONDS', 0.1)

@@ -107,6 +107,7 @@ def test_initial_sizes_by_path(init):
     assert large[path] / x == pytest.approx(ratio, rel=0.06), path
 
 
+@pytest.mark.slow
 def test_multipliers():
   narrow, wide = scaled('gpt'), scaled('gpt', 4 * BASE)
   assert narrow.config.attention_scale == pytest.approx(8 ** -0.5)

@@ -173,6 +173,7 @@ def test_a_stack_learns_as_its_layers_do(name):
         tree, layer(stacked, i))
 
 
+@pytest.mark.slow
 def test_muon_orthogonalises_each_layer_with_its_heads_joined():
   config = optim(name='muon', lr=1.0, warmup_steps=0, schedule='constant',
                  weight_decay=0.0, clip_norm=0.0, momentum=0.95)

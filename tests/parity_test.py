@@ -97,6 +97,7 @@ def test_a_nan_and_a_missing_array_are_noticed():
     compare.error(np.ones(1), ones)
 
 
+@pytest.mark.slow
 def test_every_layer_and_embedding_is_compared():
   case = _load(FOLDER / 't5-v1.1.safetensors')  # 2 layers and 1
   rows, length = case.inputs['tokens'].shape

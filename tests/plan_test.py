@@ -131,6 +131,7 @@ def grouped_rows(jaxpr) -> set[int]:
                        for inner in jex.jaxprs_in_params(eqn.params)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('preset', list(tables.PRESETS))
 def test_tokens_are_cut_up_over_every_axis_of_theirs(preset):
   config = small(mixtral.get_config())

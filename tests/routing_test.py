@@ -279,6 +279,7 @@ def draws(logit):
       jax.random.split(jax.random.key(1), 4000)))
 
 
+@pytest.mark.slow
 def test_jitter_multiplies_the_input_by_up_to_itself():
   drawn = draws(one_logit(jitter=0.3)) / 7
   assert 0.7 <= drawn.min() < 0.71 and 1.29 < drawn.max() <= 1.3
@@ -286,6 +287,7 @@ def test_jitter_multiplies_the_input_by_up_to_itself():
   assert abs(drawn.std() - 0.3 / 3 ** 0.5) < 0.01
 
 
+@pytest.mark.slow
 def test_noise_is_added_to_the_logit_with_its_standard_deviation():
   drawn = draws(one_logit(logit_noise=0.5)) - 7
   assert abs(drawn.mean()) < 0.035 and abs(drawn.std() - 0.5) < 0.025

@@ -32,6 +32,7 @@ def test_a_bucket_needs_gcsfs(monkeypatch):
   assert str(storage.path('runs/a')) == 'runs/a'
 
 
+@pytest.mark.slow
 def test_programs_refuse_an_unknown_scheme(tmp_path):
   for program, *words in (['train.py', '--config=configs/gpt.py'], ['eval.py']):
     error = train_test.run([sys.executable, program, *words,

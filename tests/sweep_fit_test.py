@@ -147,6 +147,7 @@ def test_a_folder_is_fitted(tmp_path, capsys):
   assert 'parameters and tokens beyond the ladder' in beyond
 
 
+@pytest.mark.slow
 def test_what_is_no_ladder_is_refused(tmp_path):
   _folder(tmp_path / 'a', **{'model.norm': 'rmsnorm'})
   with pytest.raises(ValueError, match='model.norm=rmsnorm'):

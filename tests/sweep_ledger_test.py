@@ -63,6 +63,7 @@ def test_a_ledger_of_an_earlier_version_is_read(tmp_path):
           ('a', 0, 0)]
 
 
+@pytest.mark.slow
 def test_two_processes_never_share_a_run(book, tmp_path):
   book.add(('p', seed, ()) for seed in range(200))
   claimers = [subprocess.Popen(

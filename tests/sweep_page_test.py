@@ -12,6 +12,8 @@ from tests.sweep_folder import LOST, POINTS
 from tools.sweep import curves
 from tools.sweep import report_write
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):

@@ -107,6 +107,7 @@ def test_kill_in_the_middle_then_two_runners_redo_nothing(tmp_path):
   assert all(ended)  # each had its share
 
 
+@pytest.mark.slow
 def test_a_signal_stops_and_the_next_runner_goes_on(tmp_path):
   file, workdir = sweeps.write(tmp_path, seeds=1), tmp_path / 'w'
   workdir.mkdir()
@@ -119,6 +120,7 @@ def test_a_signal_stops_and_the_next_runner_goes_on(tmp_path):
   assert set(states(workdir).values()) == {'pending'}
 
 
+@pytest.mark.slow
 def test_a_file_changed_under_the_sweep_is_found_out(tmp_path, monkeypatch):
   sweeps.fake(monkeypatch)
   file, workdir = sweeps.write(tmp_path, seeds=1), tmp_path / 'w'
@@ -282,6 +284,7 @@ def test_a_group_of_which_one_blew_up_is_not_tried_again(
   assert ended == 2 * [('base', 'done', 1, ''), ('bad', 'failed', 1, error)]
 
 
+@pytest.mark.slow
 def test_the_worker_says_which_runs_did_not_end(tmp_path, monkeypatch):
   workdir = tmp_path / 'w'
   check.save(workdir, check.check(sweeps.arguments(
@@ -299,6 +302,7 @@ def test_the_worker_says_which_runs_did_not_end(tmp_path, monkeypatch):
   assert logs == {'swiglu': 'error: not finite\n'}
 
 
+@pytest.mark.slow
 def test_a_signal_reaches_a_job_that_is_just_being_started(
     tmp_path, monkeypatch, capsys):
   sweeps.fake(monkeypatch)

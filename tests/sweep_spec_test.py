@@ -92,6 +92,7 @@ def test_a_base_that_changes_is_refused(tmp_path):
     spec.load(file)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('what', matching.WHAT)
 def test_matched_points_cost_what_the_base_costs(what, tmp_path):
   description = described(sweeps.write(tmp_path), match=what)
@@ -105,6 +106,7 @@ def test_matched_points_cost_what_the_base_costs(what, tmp_path):
   assert '(matched)' in check.table(description)
 
 
+@pytest.mark.slow
 def test_matching_by_the_width_keeps_the_heads_whole(tmp_path):
   file = sweeps.write(tmp_path, "  add('deep', **{'model.num_layers': 4})\n")
   made = points(described(file, match='params', match_field='model.d_model'))
@@ -177,6 +179,7 @@ def test_only_declared_keys_differ(tmp_path, monkeypatch):
     described(file)
 
 
+@pytest.mark.slow
 def test_other_data_are_no_pairs(tmp_path):
   assert described(sweeps.write(tmp_path))['paired']
   file = sweeps.write(tmp_path, "  add('long', **{'data.length': 8})\n")
@@ -209,6 +212,7 @@ def test_costs_are_those_of_the_counter(tmp_path):
   assert parts['peak'] > 16 * ours.params
 
 
+@pytest.mark.slow
 def test_another_sweep_in_the_workdir_is_refused(tmp_path):
   file, workdir = sweeps.write(tmp_path), tmp_path / 'w'
   check.save(workdir, described(file))
@@ -265,6 +269,7 @@ WORKED = sorted(path.stem for path in pathlib.Path(
     'configs/sweeps/*.py') if path.stem not in ('__init__', 'helpers'))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', WORKED)
 def test_a_worked_sweep_is_small_and_whole(name):
   sweep = spec.load(f'configs/sweeps/{name}.py')
@@ -314,6 +319,7 @@ def test_every_point_is_compiled_for_a_topology(tmp_path, capsys):
   assert wide - base > 0.9 * 2 * 2 * 32 * (8192 - 128) * 16
 
 
+@pytest.mark.slow
 def test_a_topology_is_asked_of_the_plan(tmp_path, monkeypatch, capsys):
   asked = []
 

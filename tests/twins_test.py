@@ -21,6 +21,7 @@ def curves():
           for i, (name, row) in enumerate(twins.TWINS.items())}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('system', ['mixtral', 'switch'])
 def test_twins_cost_the_same(curves, system):
   dense = curves[f'{system}, dense']
@@ -32,6 +33,7 @@ def test_twins_cost_the_same(curves, system):
       assert figures['parameters'] > 1.2 * dense['parameters']
 
 
+@pytest.mark.slow
 def test_losses_are_read_at_the_same_time(curves):
   lines = twins.twins_table(curves).splitlines()
   assert len(lines) == 1 + len(curves)

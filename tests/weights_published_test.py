@@ -12,6 +12,7 @@ from training import hf_config, hf_files
 from training import run_config, tokenizers, weights
 
 
+@pytest.mark.slow
 def test_a_workdir_is_exported_as_it_was_imported(tmp_path):
   module, params = models.make('llama', vocab_size=384)
   weights.to_hf(module, params, tmp_path / 'in')
@@ -23,6 +24,7 @@ def test_a_workdir_is_exported_as_it_was_imported(tmp_path):
         tmp_path / 'out' / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_tokenizer_that_is_not_read_goes_along(tmp_path, capsys):
   """Marian's numbers its pieces by vocab.json, without merges."""
   module, params = models.make('llama', vocab_size=384)
