@@ -45,7 +45,7 @@ def main():
   data.check_sources(config)
   tokenizer = tokenizers.load(config.data.tokenizer)
   model, derived = runs.resolve(config, tokenizer)
-  if run_config.exists(workdir):
+  if run_config.has_begun(workdir):
     changes = run_config.compare(
         run_config.load(workdir), config,
         run_config.load_derived(workdir), derived)

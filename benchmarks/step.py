@@ -29,7 +29,8 @@ RIVALS = {'float32': ('float32',), 'bfloat16': ('autocast', 'bfloat16')}
 
 cli.define_config('A file of configs/ and its size; default: GPT with '
     'd_model 512, 6 layers, 8 heads, vocabulary 32,000, batch 8 x 256.')
-flags.DEFINE_enum('dtype', 'float32', tuple(RIVALS), 'Of the computation.')
+flags.DEFINE_enum('dtype', '', ('', *RIVALS), "Of the computation; '': the "
+                  "config's.")
 flags.DEFINE_enum('compare', '', ('', 'pytorch'),
                   'The other side; it needs the extra `verify`.')
 flags.DEFINE_bool('torch_compile', bool(shutil.which('c++') or
@@ -61,7 +62,7 @@ def main():
     runs.one_of('--sections', name, SECTIONS)
   config = args.config or default_config()
   config = config.copy_and_resolve_references().unlock()
-  config.model.dtype = args.dtype
+  config.model.dtype = args.dtype = args.dtype or config.model.dtype
   if not config.model.vocab_size:
     config.model.vocab_size = 384  # as many ids as the bytes tokenizer has
   if args.compare and config.model.arch != 'gpt':

@@ -16,6 +16,7 @@ ROPE = dict(position='rope')
 RELATIVE = dict(position='relative')
 # system: (what is changed, what the sentence says).
 WRONG = [
+    ('mixtral', dict(moe=dict(bias_rate=0.5)), 'bias_rate 0.5 has no meaning'),
     ('gpt', dict(norm='batchnorm'), "unknown model.norm 'batchnorm'.*rmsnorm"),
     ('gpt', dict(num_heads=5), 'does not divide model.d_model 32'),
     ('gpt', dict(num_kv_heads=3), 'model.num_kv_heads is 3'),

@@ -36,6 +36,7 @@ def test_every_size_is_near_its_published_figure():
   inexact = [r['size'] for r in rows
              if isinstance(r['published'], int) and r['difference']]
   assert not inexact  # a whole number is a checkpoint's own count
+  assert all(r['active_parameters'] <= r['parameters'] for r in rows)
   far = {r['size']: r['difference'] for r in rows
          if r['difference'] is not None and abs(r['difference']) > 0.02}
   assert far == pytest.approx(EXPLAINED, abs=1e-4)

@@ -201,11 +201,14 @@ def test_refuses_what_does_not_divide(fields, words):
     dict(router='expert_choice', group_size=8),
     dict(router='gshard', capacity_factor=1.0, group_size=32),
     dict(router='sinkhorn', ffn='swiglu', dispatch='dropless'),
+    dict(router='sigmoid', balance_loss='importance', balance_weight=0.1),
 ], ids=lambda fields: fields['router'])
 def test_routers_route_alike_on_a_mesh(fields):
   fields = fields | dict(jitter=0.1, logit_noise=0.1)
   step, args = compile_on(tables.PRESETS['ep'], config(**fields))
   assert_equal(step(*args), one_device(config(**fields)), 4)
+  crossings = crossed(step.as_text(), tables.PRESETS['ep'])
+  assert len([sizes for sizes in crossings if 'f32' in sizes]) == 4
 
 
 @pytest.mark.slow

@@ -101,6 +101,23 @@ def test_slurm_queues_again_by_exit_code(slurm_job, tmp_path, codes, queued):
   assert ('giving up' in out) == (codes == '1 1')
 
 
+@pytest.mark.parametrize('state, codes', [
+    ('COMPLETING', '75'), ('CANCELLED', '75'), ('COMPLETING', '1')])
+def test_slurm_queues_no_job_again_that_was_cancelled(slurm_job, tmp_path,
+                                                      state, codes):
+  stand_in(tmp_path, 'squeue', f'#!/bin/bash\necho {state}\n')
+  out, _ = slurm_job(codes, '--gpus=0').communicate(timeout=60)
+  assert ': cancelled' in out and not requeued(tmp_path)
+
+
+def test_slurm_counts_the_failures_of_one_job(slurm_job, tmp_path):
+  logs = tmp_path / 'run/logs'
+  logs.mkdir(parents=True)
+  (logs / 'failures-4099').write_text('7')
+  slurm_job('1', '--gpus=0').communicate(timeout=60)
+  assert requeued(tmp_path) == ['requeue 4100']
+
+
 def test_slurm_outlives_the_signal_that_its_processes_get(slurm_job, tmp_path):
   process = slurm_job('wait', '--gpus=0')
   wait_for(tmp_path / 'starts-0-0')

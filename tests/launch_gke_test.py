@@ -74,10 +74,14 @@ def valid(value, schema, where=''):
     assert type(value) is schema, f'{where}: {value!r}'
 
 
+IN_BUCKET = dict(workdir='gs://b/run',
+                 env={'JAX_COMPILATION_CACHE_DIR': 'gs://b/jax_cache'})
+
+
 def manifest(a_job, *words, **changes):
   args = launching.args_of(gke, '--image=i:1', *words)
   gke.size(args)
-  made = gke.jobset(a_job('0', **dict(workdir='gs://b/run') | changes), args)
+  made = gke.jobset(a_job('0', **IN_BUCKET | changes), args)
   read = yaml.safe_load(yaml.safe_dump(made))
   assert read == made
   valid(read, SCHEMA)
@@ -137,9 +141,28 @@ def test_gke_tells_exit_codes_apart(a_job, code, action):
   assert found[:1] == ([action] if action else [])
 
 
-def test_a_workdir_that_hosts_do_not_share_is_refused(a_job):
-  with pytest.raises(ValueError, match="'runs/a'.*bucket"):
-    manifest(a_job, '--topology=v5e:4x4', workdir='runs/a')
+def test_a_folder_that_hosts_do_not_share_is_refused(a_job):
+  pvc = '--pvc=claim:/data'
+  for words, folder in (((), 'runs/a'), ((), '/data/a'), ((pvc,), '/date/a'),
+                        ((pvc,), 'data/a')):
+    with pytest.raises(ValueError, match=f"--workdir is '{folder}'.*bucket"):
+      manifest(a_job, '--topology=v5e:4x4', *words, workdir=folder)
+    with pytest.raises(ValueError, match=f"--compile_cache is '{folder}'"):
+      manifest(a_job, '--topology=v5e:4x4', *words,
+               env={'JAX_COMPILATION_CACHE_DIR': folder})
+  manifest(a_job, '--topology=v5e:4x4', pvc, workdir='/data/a',
+           env={'JAX_COMPILATION_CACHE_DIR': '/data/jax_cache'})
+
+
+@pytest.mark.parametrize('words, told', [
+    (['--topology=v5e:3x7'], 'a shape that no v5e slice has'),
+    (['--topology=v5e:4x4x4'], 'write the shape of a v5e as v5e:4x8'),
+    (['--topology=h100:1x8x8'], 'choose v4, v5e, .*; GPUs have --gpu'),
+    (['--topology=v5e:4x4', '--pvc=/data'], "'/data': write CLAIM:/PATH"),
+    (['--topology=v5e:4x4', '--logs=logs'], '--logs is .* kubectl logs')])
+def test_gke_refuses(a_job, words, told):
+  with pytest.raises(ValueError, match=told):
+    manifest(a_job, *words)
 
 
 @pytest.mark.parametrize('path', [
@@ -174,7 +197,7 @@ def test_gke_shows_every_start_once_until_the_end(a_job, tmp_path, monkeypatch,
       ''')
   monkeypatch.setenv('PATH', env['PATH'])
   args = launching.args_of(gke, '--image=i:1', '--topology=v5e:4x4')
-  assert gke.launch(a_job('0', 'gs://b/run'), args) == 0
+  assert gke.launch(a_job('0', **IN_BUCKET), args) == 0
   out = capfd.readouterr().out
   assert out.count('output of') == 2 and out.count('output of b') == 1
   assert out.endswith('a-run: Completed\n')

@@ -41,7 +41,8 @@ def test_scripts_pass_shellcheck(a_job, tmp_path, module, words):
     (tpu_vm, ['--tpu=a', '--zone=z'], 'gcloud compute tpus')])
 def test_a_dry_run_only_prints(a_job, tmp_path, monkeypatch, capsys, module,
                                words, part):
-  j = a_job('0', 'gs://b/run', dry_run=True)
+  j = a_job('0', 'gs://b/run', dry_run=True,
+            env={'JAX_COMPILATION_CACHE_DIR': 'gs://b/jax_cache'})
   there = sorted(tmp_path.rglob('*'))
   monkeypatch.chdir(tmp_path)
   monkeypatch.setattr(subprocess, 'Popen', None)
@@ -136,7 +137,7 @@ def test_local_gives_each_process_its_gpus():
 
 
 @pytest.mark.parametrize('module, words, parts', [
-    (gke, ['--topology=v5e:4by4', '--image=i'], ["'v5e:4by4'", 'v6e']),
+    (gke, ['--topology=v5e:4by4', '--image=i'], ["'v5e:4by4'", 'v5e:4x8']),
     (gke, ['--image=i'], ['--topology', '--gpu']),
     (gke, ['--gpu=h100', '--image=i'], ["'h100'", ':8']),
     (slurm, ['--nodes=0'], ['--nodes is 0']),

@@ -55,6 +55,8 @@ def test_what_is_out_of_its_range_is_refused(name, value):
     (dict(data__target_length=8), "'causal' does not read .*by seq2seq"),
     (dict(data__mask_rate=0.3), "'causal' does not read .*by mlm, mlm_nsp"),
     (dict(data__whole_words=True), "'causal' does not read .*by mlm, mlm_nsp"),
+    (dict(data__eval_source='sotu', data__holdout_every=7),
+     'data.holdout_every is 7, which is not read where data.eval_source'),
 ])
 def test_what_nothing_reads_is_refused(fields, sentence):
   with pytest.raises(ValueError, match=sentence):
@@ -64,7 +66,7 @@ def test_what_nothing_reads_is_refused(fields, sentence):
 @pytest.mark.slow
 @pytest.mark.parametrize('flag', [
     'data.source=text:no/such/*.txt', 'data.workers=-1', 'log.every_steps=0',
-    'model.norm=layernrom', 'data.eval_source=sotuu'])
+    'model.norm=layernrom', 'data.eval_source=sotuu', 'data.length=256'])
 def test_a_refusal_comes_before_any_device_work(flag, tmp_path):
   """At the end of a refused run no backend of JAX has been started."""
   result = subprocess.run(

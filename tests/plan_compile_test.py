@@ -17,7 +17,7 @@ os.environ |= {
 
 from tools.explain_sharding import arrays, predict
 from tools.plan import analyse, chips, collectives, compile as compiling
-from tools.plan import flops
+from tools.plan import flops, search
 from tools.plan import topology as topologies
 from tools.plan.compile import DoesNotFit
 
@@ -142,6 +142,30 @@ def test_two_slices_send_over_the_network_between_them(tmp_path, monkeypatch):
   assert set(analyse.hosts(run, topology)) == {0, 1}
   outside = report['roofline']['seconds']['network_outside']
   assert outside > report['roofline']['seconds']['network']
+
+
+@tpu
+def test_a_search_compiles_the_best_and_goes_on_where_one_is_refused(
+    tmp_path, monkeypatch):
+  monkeypatch.setenv('ARCHETYPE_CACHE', str(tmp_path))
+  topology, config = chips.parse('v5p:2x2x1'), gpt.get_config()
+  real, asked = analyse.analyse, []
+  def one_is_refused(run, *args):
+    asked.append(run)
+    if len(asked) == 1:
+      raise DoesNotFit('too large')
+    return real(run, *args)
+  monkeypatch.setattr(analyse, 'analyse', one_is_refused)
+  found = search.search(config, topology, 1)
+  [plan], [refused] = found['plans'], found['refused']
+  assert not plan['estimate'] and plan['flags'] != refused['flags']
+  assert refused['reason'] == 'too large'
+  assert 'refused: --mesh' in search.text(found)
+  def all_are(run, *args):
+    raise DoesNotFit('too large')
+  monkeypatch.setattr(analyse, 'analyse', all_are)
+  with pytest.raises(DoesNotFit, match='the best 4: .*too large'):
+    search.search(config, topology, 1)
 
 
 @tpu

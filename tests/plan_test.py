@@ -225,6 +225,22 @@ def test_a_search_ranks_what_fits(no_compiler):
     search.search(config, nothing, 1)
 
 
+def test_a_generation_needs_no_room_for_an_optimiser(no_compiler):
+  t = chips.parse('v5p:2x2x2')
+  run = analyse.start(small(gpt.get_config()), t, 'dp')
+  sizes = memory.state(run)
+  between = t._replace(chip=t.chip._replace(
+      hbm=sizes['parameters'] + sizes['optimizer'] // 2))
+  with pytest.raises(DoesNotFit, match='parameters .*, optimizer'):
+    analyse.check_state(run, between, 'train')
+  assert analyse.check_state(run, between, 'prefill') == {
+      'parameters': sizes['parameters']}
+  # The estimate of a generation is refused too.
+  tight = t._replace(chip=t.chip._replace(hbm=sizes['parameters'] + 1))
+  plan = analyse.programs(run, tight, ['prefill'])
+  assert not plan['fits'] and 'prefill does not fit' in plan['reasons'][0]
+
+
 def test_bytes_between_hosts_count_in_a_search():
   for mesh, gathers in ((dict(data=2, fsdp=4), False), (dict(data=8), False),
                         (dict(data=1, fsdp=8), True)):

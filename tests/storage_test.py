@@ -16,8 +16,9 @@ texts = train_test.texts
 @pytest.mark.parametrize('text, parts', [
     ('s3://bucket/a', ['s3://', 'gs://BUCKET/NAME']),
     ('fake://a', ['fake://']),
-    ('gs://', ['no bucket']),
-    ('gs:///', ['no bucket']),
+    ('gs://', ['no folder of a bucket']),
+    ('gs:///', ['no folder of a bucket']),
+    ('gs://bucket/', ['no folder of a bucket', 'gs://BUCKET/NAME']),
 ])
 def test_what_is_no_place_is_refused(text, parts):
   with pytest.raises(ValueError) as error:

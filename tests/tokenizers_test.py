@@ -217,6 +217,7 @@ def test_info_and_encode(trained, corpus, capsys):
 
 @pytest.mark.parametrize('spec, message', [
     ('byte', "unknown tokenizer 'byte': choose bytes, .* no such file"),
+    ('byts', "no such file or folder. Did you mean 'bytes'"),
     ('{}/none.json', 'no such file or folder'),
     ('{}', 'holds none of: tokenizer.json; encoder.json \\+ vocab.bpe; '),
     ('{}/broken.json', 'is not a Hugging Face tokenizer.json: '),

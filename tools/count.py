@@ -48,13 +48,13 @@ def everything() -> list[dict]:
     for size in getattr(module, 'SIZES', {}):
       figures = costs.count(module.get_config(size))
       published = module.PUBLISHED.get(size)
-      counted = figures['parameters'] - getattr(module, 'UNCOUNTED', {}).get(
-          size, 0)
+      uncounted = getattr(module, 'UNCOUNTED', {}).get(size, 0)
+      counted = figures['parameters'] - uncounted
       rows.append({
           'size': f'{path.stem}:{size}' + (
               ' (rumoured)' if figures['rumoured'] else ''),
           'parameters': counted,
-          'active_parameters': figures['active_parameters'],
+          'active_parameters': figures['active_parameters'] - uncounted,
           'published': published,
           'difference': counted / published - 1 if published else None,
           'training_flops_per_token': figures['flops_per_token']['training'],
@@ -78,6 +78,9 @@ def _text(f: dict) -> str:
   if f['kv_cache_bytes_per_token'] is not None:
     lines.append(f'{"KV-cache bytes per token":<28}'
                  f'{f["kv_cache_bytes_per_token"]:>20,}')
+  if f['memory_cache_bytes_per_token'] is not None:
+    lines.append(f'{"  per token of the source":<28}'
+                 f'{f["memory_cache_bytes_per_token"]:>20,}')
   for name in ('parameter', 'optimizer', 'checkpoint'):
     lines.append(f'{name + " bytes":<28}{f[name + "_bytes"]:>20,}')
   return '\n'.join(lines)

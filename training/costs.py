@@ -50,6 +50,9 @@ def count(config, length: int = 0, model=None) -> dict:
                     if decodes else None,
       },
       'kv_cache_bytes_per_token': _cache_bytes(model) if decodes else None,
+      # What a decoder keeps of the source is as large, for each token of it.
+      'memory_cache_bytes_per_token': _cache_bytes(model) if (
+          flops.STACKS[model.arch] == 'encoder-decoder') else None,
       'parameter_bytes': nbytes(params),
       'optimizer_bytes': nbytes(opt_state),
       'checkpoint_bytes': nbytes(params) + nbytes(opt_state),

@@ -42,8 +42,7 @@ NEUTRAL = re.compile('|'.join((
 # (What an expert has room for in evaluation: `_room`.)
 RUN_ONLY = re.compile('|'.join((
     r'(attention_|ffn_)?dropout', 'init', 'init_stddev', 'init_scale', 'dtype',
-    'param_dtype', 'scan_layers', 'remat', 'learned_stretch',
-    r'attention_kernel.*', r'rope\.original_len',
+    'param_dtype', 'scan_layers', 'remat', r'attention_kernel.*',
     r'moe\.(dispatch|grouped_kernel|jitter|logit_noise|balance_.*|z_loss_weight'
     r'|expert_dropout|group_size|.*capacity.*)')))
 
@@ -196,6 +195,8 @@ def _flat(config: ModelConfig) -> dict[str, Any]:
   if config.position == 'rope' and config.rope.scaling == 'none':
     flat = {k: v for k, v in flat.items()
             if k in ('rope.theta', 'rope.fraction') or k[:5] != 'rope.'}
+  if config.rope.scaling not in ('llama3', 'yarn'):  # the others' is not read
+    flat.pop('rope.original_len', None)
   return flat
 
 

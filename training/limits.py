@@ -79,6 +79,11 @@ def refuse_unread(config) -> None:
             f'{config.objective!r} does not read (it is read by '
             f'{", ".join(readers)}): leave it at {default}, or choose one of '
             'these')
+  default = defaults.data.holdout_every
+  require(not config.data.eval_source or config.data.holdout_every == default,
+          f'data.holdout_every is {config.data.holdout_every}, which is not '
+          'read where data.eval_source names other documents: leave it at '
+          f'{default}, or data.eval_source empty')
   require(not config.init_partial or config.init_from,
           'init_partial is True, but init_from names nothing to take weights '
           'from: set it, or leave init_partial at False')

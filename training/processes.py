@@ -20,6 +20,13 @@ LOOKUP_MS = 60_000
 MOST_ROWS = 64  # of the table
 
 
+def _number(variable: str, default: int) -> int:
+  text = os.environ.get(variable, '').strip() or str(default)
+  require(text.removeprefix('-').isdecimal(),
+          f'${variable} is {text!r}: it must be a number')
+  return int(text)
+
+
 def initialize(coordinator: str = '', num_processes: int = 0,
                process_id: int = -1, cluster: bool = False) -> None:
   """Joins the processes of a run, if it was launched as several.
@@ -34,9 +41,9 @@ def initialize(coordinator: str = '', num_processes: int = 0,
     ValueError: where only some of the three are given.
   """
   coordinator = coordinator or os.environ.get('JAX_COORDINATOR_ADDRESS', '')
-  num_processes = num_processes or int(os.environ.get('JAX_NUM_PROCESSES', 0))
+  num_processes = num_processes or _number('JAX_NUM_PROCESSES', 0)
   if process_id < 0:
-    process_id = int(os.environ.get('JAX_PROCESS_ID', -1))
+    process_id = _number('JAX_PROCESS_ID', -1)
   given = bool(coordinator), bool(num_processes), process_id >= 0
   if not any(given) and not cluster:
     return

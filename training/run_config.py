@@ -124,6 +124,13 @@ def exists(workdir) -> bool:
   return _path(workdir).exists()
 
 
+def has_begun(workdir) -> bool:
+  """Whether there is something to go on with: a config and a checkpoint."""
+  folder = storage.path(workdir) / 'checkpoints'
+  return exists(workdir) and folder.exists() and any(
+      path.name.isdigit() for path in folder.iterdir())
+
+
 def compare(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict,
             old_derived: Mapping[str, Any] | None = None,
             new_derived: Mapping[str, Any] | None = None) -> list[Change]:

@@ -60,7 +60,21 @@ def check(config: ml_collections.ConfigDict) -> None:
   metrics.check(config.log)
   module = architectures.build(_without_tokenizer(config))
   mup.check(module.config, config.optim.name)
+  _check_reach(config, module.config)
   _check_objective(config.objective, module)
+
+
+def _check_reach(config, c: ModelConfig) -> None:
+  """Raises ValueError for rows that learned positions do not reach over."""
+  from training import examples
+  rows = examples.shapes(config)
+  longest = max(rows[name][0][1] for name in ('tokens', 'decoder_tokens')
+                if name in rows)
+  reach = int(c.max_len * c.learned_stretch)
+  require(c.position != 'learned' or longest <= reach,
+          f'model.max_len is {c.max_len}, and rows of {longest} tokens '
+          '(data.length, or data.target_length) are longer than these learned '
+          f'positions: set it to {longest}, or to 0 for as many as rows need')
 
 
 def warn_of_unused_ids(model: ModelConfig, tokenizer) -> None:

@@ -13,6 +13,7 @@ kinds of KINDS: what a pair of sentences or a conversation is made of.
 from collections.abc import Callable, Iterator
 from concurrent import futures
 import dataclasses
+import difflib
 import glob
 import hashlib
 import importlib
@@ -117,7 +118,10 @@ def _source(name: str) -> Source:
   prefix, colon, rest = name.partition(':')
   if prefix not in SOURCES or (prefix == 'sotu') == bool(colon):
     usage = ', '.join(USAGE.values())
-    raise ValueError(f'unknown data source {name!r}: choose from {usage}.')
+    near = difflib.get_close_matches(prefix, set(SOURCES) - {prefix}, n=1)
+    hint = f' Did you mean {near[0]!r}?' if near else ''
+    raise ValueError(
+        f'unknown data source {name!r}: choose from {usage}.{hint}')
   return SOURCES[prefix](name, rest)
 
 

@@ -22,8 +22,10 @@ def check(text, name: str = '--workdir') -> None:
   require(not remote or scheme == 'gs', f'{name} is {str(text)!r}, of which '
           f'{scheme}:// is not known: choose a folder on disk, or a bucket as '
           'gs://BUCKET/NAME')
-  require(not remote or rest.strip('/'), f'{name} is {str(text)!r}, which '
-          'names no bucket: write gs://BUCKET/NAME')
+  bucket, _, folder = rest.partition('/')
+  require(not remote or bucket and folder.strip('/'), f'{name} is '
+          f'{str(text)!r}, which names no folder of a bucket: write '
+          'gs://BUCKET/NAME')
 
 
 def path(text, name: str = '--workdir') -> epath.Path:

@@ -67,8 +67,9 @@ class _Loop:
       if config.eval.every_steps and (
           n % config.eval.every_steps == 0 or n == steps) and not stopped:
         self._evaluate(n, state)
-      # The same answer for all: their clocks began together.
-      if n == steps or stopped or group.members[0].saved.due(n):
+      # The same answer for all that still save: their clocks began together.
+      due = any(m.saved.due(n) for m in self.live.values())
+      if n == steps or stopped or due:
         self._save(n, state, self.live)
         self._end_bad(n, state)
       if n == steps or stopped:

@@ -12,6 +12,7 @@ lays out a sequence (packing, objectives, generation) places the special ids.
 
 import abc
 from collections.abc import Iterable, Sequence
+import difflib
 import hashlib
 import json
 import pathlib
@@ -202,7 +203,9 @@ def load(spec: str) -> Tokenizer:
   raise ValueError(
       f'unknown tokenizer {spec!r}: choose bytes, a tokenizer.json, a '
       'sentencepiece .model, or a folder with encoder.json + vocab.bpe'
-      + ('.' if path.exists() else '; there is no such file or folder.'))
+      + ('.' if path.exists() else '; there is no such file or folder.'
+         + " Did you mean 'bytes'?" * bool(
+             difflib.get_close_matches(spec, ['bytes']))))
 
 
 def found_in(folder: pathlib.Path) -> tuple[str, ...]:

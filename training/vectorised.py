@@ -176,7 +176,7 @@ def _check(configs, workdirs) -> None:
 
 def _check_workdir(config, workdir, derived) -> None:
   """As train.py does: a workdir of another config is refused."""
-  if run_config.exists(workdir):
+  if run_config.has_begun(workdir):
     changes = run_config.compare(
         run_config.load(workdir), config,
         run_config.load_derived(workdir), derived)

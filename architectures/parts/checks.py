@@ -67,6 +67,7 @@ def unread(c: ModelConfig) -> tuple[tuple[str, Any, str, tuple], ...]:
       # The gates of the other routers sum to 1 whatever it says.
       ('moe.normalize_gates', True, 'moe.router',
        ('topk', 'sigmoid', 'sinkhorn', 'switch', 'expert_choice')),
+      ('moe.bias_rate', 0.001, 'moe.router', ('sigmoid',)),
       # The other routers have no logits.
       ('moe.logit_noise', 0, 'moe.router', tuple(
           r for r in choices.ROUTERS if r not in ('hash', 'uniform'))),

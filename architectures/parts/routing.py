@@ -17,7 +17,8 @@ sigmoid        scores sigmoid(logits); the X best of score + router_bias, which
                `update_bias` moves against the load (DeepSeek-V3, 2024).
 sinkhorn       in training, the X best of the logits balanced over tokens and
                experts by Sinkhorn's iteration; in evaluation, of the logits
-               (BASE: Lewis et al. 2021; S-BASE: Clark et al. 2022).
+               (BASE: Lewis et al. 2021; S-BASE: Clark et al. 2022). So in
+               training, a choice depends on later tokens of the group too.
 hash           a fixed hash of the token id (Roller et al. 2021). No router
                weight, hence no loss.
 uniform        tokens dealt in turn, in perfect balance: for benchmarks.

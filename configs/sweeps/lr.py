@@ -1,8 +1,8 @@
 """The learning rate of a small GPT: five, each twice the one before.
 
-Lab note. The points differ in a number alone, so that with --vectorised they
-and their seeds train as one program. One run takes about 40 seconds on one CPU
-core.
+Lab note. The points differ in a number alone, so that they and their seeds
+train as programs of 8 runs at most (`--group=15`: all as one). One run takes
+about 40 seconds on one CPU core.
 """
 
 from configs.sweeps import helpers

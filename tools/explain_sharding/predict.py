@@ -3,7 +3,9 @@
 A weight whose dimension lies on a mesh axis of the batch is gathered over it
 before use, and its gradient scattered over it; over the batch's other axes
 the gradient is summed. A product over a dimension that lies on `tensor` is
-summed over it. Tokens cross `expert` and come back. XLA may choose otherwise:
+summed over it. Tokens cross `expert` and come back. Left out are the sums over
+a vocabulary that lies on `tensor`: of embeddings, of the loss, and of the last
+hidden state's gradient, once a micro-batch each. XLA may choose otherwise:
 python -m tools.plan says what it chose.
 """
 

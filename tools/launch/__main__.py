@@ -10,8 +10,9 @@ r"""Starts a run as several processes: here, on SLURM, GKE or TPU VMs.
       --config configs/gpt.py:gpt2 --workdir gs://BUCKET/d
 
 What is not a flag of the place goes to train.py. The config and its mesh are
-checked here, against the devices there, before anything is started; --dry_run
-prints what would be. A place's own flags: `python -m tools.launch local
+checked here, against the devices there, before anything is started (of tpu_vm,
+whose devices only the TPU knows, by train.py there); --dry_run prints what
+would be. A place's own flags: `python -m tools.launch local
 --help`.
 
 A run that was stopped by a signal (a preemption, a time limit) has saved; it

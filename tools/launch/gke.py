@@ -16,6 +16,7 @@ import sys
 import time
 
 from tools.launch import job as job_lib
+from tools.plan import chips
 
 # (kind, name, default, what it says).
 FLAGS = (
@@ -57,6 +58,9 @@ def size(args) -> tuple[int, int]:
   if not args.image:
     raise ValueError('pass --image, a container image with this repository as '
                      'its working directory')
+  if args.logs:
+    raise ValueError(f'--logs is {args.logs!r}, but Kubernetes keeps the '
+                     'output of each pod: leave it out, and see kubectl logs')
   job_lib.positive(args, 'slices', 'nodes', 'grace_seconds')
   if args.gpu:
     return args.nodes * _gpu(args)[1], 1
@@ -109,13 +113,22 @@ def _kubectl(*words: str) -> tuple[bool, str]:
   return is_there, result.stdout.strip()
 
 
-def _topology(args) -> tuple[str, list[int]]:
-  text = args.topology
-  kind, _, shape = text.partition(':')
-  if kind not in TPUS or not all(n.isdecimal() for n in shape.split('x')):
-    raise ValueError(f'--topology is {text!r}: choose {", ".join(TPUS)} with '
-                     'its chips, as v5e:4x4 or v5p:4x4x8')
-  return kind, [int(n) for n in shape.split('x')]
+def _topology(args) -> tuple[str, tuple[int, ...]]:
+  """Returns the kind of TPU and the shape, of those that a slice can have."""
+  kind = args.topology.partition(':')[0]
+  if kind not in TPUS:
+    raise ValueError(f'--topology is {args.topology!r}: choose '
+                     f'{", ".join(TPUS)} with its chips, as v5e:4x4 or '
+                     'v5p:4x4x8; GPUs have --gpu')
+  return kind, chips.parse(args.topology, args.slices).shape
+
+
+def _mount(args) -> str:
+  """Returns the path of --pvc; '': there is none."""
+  claim, _, path = args.pvc.partition(':')
+  if args.pvc and not (claim and path.startswith('/')):
+    raise ValueError(f'--pvc is {args.pvc!r}: write CLAIM:/PATH')
+  return path
 
 
 def _gpu(args) -> tuple[str, int]:
@@ -130,7 +143,7 @@ def _gpu(args) -> tuple[str, int]:
 def jobset(job: job_lib.Job, args) -> dict:
   """Returns the manifest."""
   job_lib.require_shared(job, 'a bucket (gs://BUCKET/NAME), or a path under '
-                         'that of --pvc')
+                         'that of --pvc', _mount(args))
   labels = {}
   if args.queue:
     labels['kueue.x-k8s.io/queue-name'] = args.queue
@@ -185,12 +198,12 @@ def _job_spec(job: job_lib.Job, args) -> dict:
     nodes = {'cloud.google.com/gke-accelerator': kind}
   else:
     kind, shape = _topology(args)
-    chips, resource = math.prod(shape), 'google.com/tpu'
-    per_host = args.chips_per_host or min(4, chips)
-    if chips % per_host:
+    count, resource = math.prod(shape), 'google.com/tpu'
+    per_host = args.chips_per_host or min(4, count)
+    if count % per_host:
       raise ValueError(f'--chips_per_host is {per_host}, which does not divide '
-                       f'the {chips} chips of --topology {args.topology}')
-    hosts = chips // per_host
+                       f'the {count} chips of --topology {args.topology}')
+    hosts = count // per_host
     nodes = {'cloud.google.com/gke-tpu-accelerator': TPUS[kind][0],
              'cloud.google.com/gke-tpu-topology': 'x'.join(map(str, shape))}
   if args.spot:
@@ -209,9 +222,9 @@ def _job_spec(job: job_lib.Job, args) -> dict:
   if args.gpu:  # Docker gives 64 MiB, of which NCCL needs more
     volumes['/dev/shm'] = {'name': 'shm', 'emptyDir': {'medium': 'Memory'}}
   if args.pvc:
-    claim, _, path = args.pvc.partition(':')
-    volumes[path] = {'name': 'shared',
-                     'persistentVolumeClaim': {'claimName': claim}}
+    claim = args.pvc.partition(':')[0]
+    volumes[_mount(args)] = {'name': 'shared',
+                             'persistentVolumeClaim': {'claimName': claim}}
   if volumes:
     pod['volumes'] = list(volumes.values())
     pod['containers'][0]['volumeMounts'] = [

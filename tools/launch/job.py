@@ -111,12 +111,16 @@ def _check(config, num_devices: int, slices: int) -> None:
                      f'do not divide: choose a multiple of {slices}')
 
 
-def require_shared(job: Job, places: str) -> None:
-  """Raises ValueError where the hosts would each have their own workdir."""
-  if not storage.in_bucket(job.workdir) and not pathlib.PurePath(
-      job.workdir).is_absolute():
-    raise ValueError(f'--workdir is {job.workdir!r}, and every host must find '
-                     f'it at the same place: choose {places}')
+def require_shared(job: Job, places: str, mount: str = '') -> None:
+  """Raises ValueError where the hosts would each have a workdir, or compiled
+  programs, of their own: both belong into a bucket, or under `mount`."""
+  for name, folder in (
+      ('--workdir', job.workdir),
+      ('--compile_cache', job.env['JAX_COMPILATION_CACHE_DIR'])):
+    under = mount and pathlib.PurePath(folder).is_relative_to(mount)
+    if not storage.in_bucket(folder) and not under:
+      raise ValueError(f'{name} is {folder!r}, and every host must find it at '
+                       f'the same place: choose {places}')
 
 
 def exports(env: dict[str, str]) -> str:

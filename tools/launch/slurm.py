@@ -60,24 +60,32 @@ while true; do
   kill -0 "$step" 2>/dev/null || break
 done
 
-failures=$(cat "$logs/failures" 2>/dev/null || echo 0)
+# After scancel, which ends it for good, the job is COMPLETING.
+again() {{
+  case $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T 2>/dev/null) in
+    COMPLETING|CANCELLED) echo "$1: cancelled" ;;
+    *) echo "$1: queued again"; scontrol requeue "$SLURM_JOB_ID" ;;
+  esac
+}}
+
+# The number of a job outlives its being queued again.
+failed="$logs/failures-$SLURM_JOB_ID"
+failures=$(cat "$failed" 2>/dev/null || echo 0)
 case $code in
   0)
     echo 'complete'
-    rm -f "$logs/failures"
+    rm -f "$failed"
     ;;
   {stopped})
-    echo 'stopped before the last step: queued again'
-    scontrol requeue "$SLURM_JOB_ID"
+    again 'stopped before the last step'
     ;;
   2)
     echo "a wrong request: see $logs/process-0.log"
     ;;
   *)
-    echo $((failures + 1)) >"$logs/failures"
+    echo $((failures + 1)) >"$failed"
     if [ "$failures" -lt {max_restarts} ]; then
-      echo "failed with exit code $code: queued again"
-      scontrol requeue "$SLURM_JOB_ID"
+      again "failed with exit code $code"
     else
       echo "failed with exit code $code: giving up"
     fi

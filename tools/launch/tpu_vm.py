@@ -153,7 +153,8 @@ def _logs(job: job_lib.Job, args) -> pathlib.Path:
 
 def script(job: job_lib.Job, args) -> str:
   """Returns the script that runs here."""
-  job_lib.require_shared(job, 'a bucket, gs://BUCKET/NAME')
+  job_lib.require_shared(job, 'a bucket (gs://BUCKET/NAME), or a whole path '
+                         'that all of them mount', '/')
   where = [f'--zone={args.zone}']
   if args.project:
     where.append(f'--project={args.project}')

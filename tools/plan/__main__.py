@@ -40,6 +40,9 @@ def main():
     raise ValueError('pass both --config FILE.py:SIZE and --topology, such as '
                      'v5p:4x4x8')
   _check_search(args)
+  if not args.programs:
+    raise ValueError('--programs names none: choose from train, prefill, '
+                     'decode')
   os.environ['JAX_PLATFORMS'] = 'cpu'  # before jax is imported
   from tools.plan import chips, topology as topologies
   topology = chips.parse(args.topology, args.slices)

@@ -55,13 +55,17 @@ def describe(run: runs.Run, topology: chips.Topology) -> dict:
       optimizer=config.optim.name)
 
 
-def check_state(run: runs.Run, topology: chips.Topology) -> dict[str, int]:
-  """Returns the bytes of a device's state.
+def check_state(run: runs.Run, topology: chips.Topology, name: str
+                ) -> dict[str, int]:
+  """Returns the bytes of a device's state that a program is given: a
+  generation has no optimiser.
 
   Raises:
     DoesNotFit: where they alone are more than a device has.
   """
   state = memory.state(run)
+  if name != 'train':
+    state = {'parameters': state['parameters']}
   total = sum(state.values())
   if total > topology.chip.hbm:
     parts = ', '.join(f'{name} {n / GIB:,.1f} GiB' for name, n in state.items())
@@ -85,7 +89,7 @@ def analyse(run: runs.Run, topology: chips.Topology, name: str,
   Raises:
     DoesNotFit: with figures, where a device has too little memory.
   """
-  state = check_state(run, topology)
+  state = check_state(run, topology, name)
   what = compiling.program(run, name)
   jaxpr, lowered = compiling.lower(run, what)
   key = cache.key(lowered.as_text(), describe(run, topology))
@@ -129,11 +133,11 @@ def _compiled(run, topology, what, jaxpr, lowered, state) -> dict:
   if estimate and what.name == 'train':
     sizes |= memory.analytic(run, platform=topology.chip.platform)
     del sizes['temporaries']
-    if sizes['peak'] > topology.chip.hbm:
-      raise compiling.DoesNotFit(
-          f'by an estimate, {what.name} does not fit a device: it needs about '
-          f'{sizes["peak"] / GIB:,.1f} GiB, and a device has '
-          f'{topology.chip.hbm / GIB:,.2f} GiB')
+  if estimate and sizes['peak'] > topology.chip.hbm:
+    raise compiling.DoesNotFit(
+        f'by an estimate, {what.name} does not fit a device: it needs about '
+        f'{sizes["peak"] / GIB:,.1f} GiB, and a device has '
+        f'{topology.chip.hbm / GIB:,.2f} GiB')
   # Generation ends early where all rows have drawn a stop token: here none do.
   rows, passes = ragged_rows(run, what.name), what.passes
   found = collectives.read(

@@ -192,6 +192,11 @@ def search(config, topology: chips.Topology, wanted: int,
         refused.append(row | dict(reason=str(error)))
         continue
     plans.append(row)
+  if not plans:
+    raise compiling.DoesNotFit(
+        f'of the {len(listed)} plans that fit {topology.name} by an estimate, '
+        f'the compiler refused the best {len(refused)}: take more chips. The '
+        f'last: {refused[-1]["reason"]}')
   return dict(topology=topology.name, candidates=len(listed), refused=refused,
               plans=sorted(plans, key=lambda row: row['step_seconds']))
 

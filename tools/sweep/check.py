@@ -37,11 +37,12 @@ def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args) -> int:
   description = check(args)
-  if args.workdir:
+  plans = {point['name']: _plan(description, point, args.topology)
+           for point in description['points'] if args.topology}
+  if args.workdir:  # only once all is well
     save(args.workdir, description)
-  if args.topology:
-    for point in description['points']:
-      point['plan'] = _plan(description, point, args.topology)
+  for point in description['points'] if plans else ():
+    point['plan'] = plans[point['name']]
   print(json.dumps(description, indent=2) if args.json
         else table(description))
   return 0
@@ -193,6 +194,7 @@ COLUMNS = (
     ('FLOPs/token', lambda p, base: f'{p["flops_per_token"]:,.0f}'),
     ('vs base', lambda p, base: _ratio(p, base, 'flops_per_token')),
     ('tokens', lambda p, base: f'{p["tokens"]:,}'),
+    ('FLOPs', lambda p, base: f'{p["tokens"] * p["flops_per_token"]:.3g}'),
     ('est. MiB/device', lambda p, base:
      f'{p["bytes_per_device"] / 2**20:,.1f}'),
 )

@@ -57,6 +57,11 @@ def _solved(sweep, point, what, field, cost, target) -> spec.Point:
     raise ValueError(
         f'it sets {field}, which --match={what} would solve: '
         'name another field with --match_field, or leave it out of the point')
+  if sweep.config(point).model.parametrization == 'mup':
+    raise ValueError(
+        f'it is in muP, whose widths go together, and --match={what} would '
+        f'change {field} alone: match by the number of layers '
+        '(--match_field=model.num_layers), or not at all')
   best = None
   for step, enough in ((STEP, NEAR), (1, TOLERANCE)):
     step = _step(sweep, point, field, step)
