@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from architectures.parts import xla_attention
+from tests import models
 
 B, L, J, R, K = 2, 8, 2, 3, 4
 DROPOUT = 0.3
@@ -102,3 +103,29 @@ def test_a_row_that_sees_nothing_is_finite_and_so_is_its_gradient():
       o, jnp.broadcast_to(jnp.repeat(v, R, 2).mean(1, keepdims=True), o.shape),
       rtol=1e-5, atol=1e-6)
   assert all(np.isfinite(g).all() for g in vjp(o))
+
+
+IDS_L = jnp.repeat(jnp.array([1, 2, 3, 0]), jnp.array([5, 7, 6, 2]))[None]
+MODELS = {
+    'causal': ('gpt', dict(), dict()),
+    'packed, banded': ('llama', dict(attention='banded', sliding_window=4),
+                       dict(segment_ids_BL=IDS_L)),
+    'alibi, packed': ('bloom', dict(), dict(segment_ids_BL=IDS_L)),
+    'prefix': ('gpt', dict(), dict(prefix_B=jnp.array([7, 0]))),
+    'out of order': ('gpt', dict(), dict(
+        positions_BL=jnp.arange(20)[None, ::-1])),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', MODELS)
+def test_a_model_is_the_same_by_blocks(name, monkeypatch):
+  system, changes, inputs = MODELS[name]
+  module, params = models.make(system, **changes)
+  tokens = models.tokens(length=20)
+  def both(params):
+    logits = models.logits(module, params, tokens, **inputs)
+    return jnp.sin(logits).sum(), logits
+  want = jax.grad(both, has_aux=True)(params)
+  monkeypatch.setattr(xla_attention, 'QUERIES', 4)
+  models.close(jax.grad(both, has_aux=True)(params), want, 2e-5)

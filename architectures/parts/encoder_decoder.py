@@ -90,7 +90,8 @@ class EncoderDecoder(nn.Module):
              segment_ids_BL=None, cache=None, deterministic: bool = True,
              keep_layers: bool = False) -> Output:
     """Returns what follows each target token; `memory` may be left out where
-    the cache has been given it."""
+    the cache has been given it. Positions with segment ids are a promise, as
+    skeletons.Decoder says."""
     chex.assert_rank(tokens_BL, 2)
     require(memory is not None or (
         cache is not None
