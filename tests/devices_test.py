@@ -83,3 +83,10 @@ def test_the_table_of_processes():
   assert table[0].split() == ['process', 'host', 'pid', 'devices', 'slice']
   assert table[2].split() == ['1', 'node-1', '101', '4', 'x', 'TPU', 'v5p', '1']
   assert table[3] == '2 processes, 8 devices'
+
+
+@pytest.mark.parametrize('variable', ['JAX_NUM_PROCESSES', 'JAX_PROCESS_ID'])
+def test_a_variable_that_is_no_number_is_named(variable, monkeypatch):
+  monkeypatch.setenv(variable, 'two')
+  with pytest.raises(ValueError, match=rf"\${variable} is 'two'"):
+    processes.initialize()

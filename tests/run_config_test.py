@@ -115,6 +115,15 @@ def test_one_change_is_found_and_classed(name, value, kind):
     assert f'{dotted} ' in str(error.value) and kind in str(error.value)
 
 
+def test_a_run_has_begun_with_its_first_checkpoint(tmp_path):
+  assert not run_config.has_begun(tmp_path)
+  run_config.save(tmp_path, _config())
+  (tmp_path / 'checkpoints/5.partial').mkdir(parents=True)
+  assert not run_config.has_begun(tmp_path)
+  (tmp_path / 'checkpoints/5').mkdir()
+  assert run_config.has_begun(tmp_path)
+
+
 def test_equal_configs_have_no_changes():
   assert run_config.compare(_config(), _config()) == []
 

@@ -118,6 +118,9 @@ def test_matching_by_the_width_keeps_the_heads_whole(tmp_path):
     ("add('set', **{'model.d_ff': 999})", ['sets model.d_ff', 'match_field']),
     ("add('moe', **{'model.ffn': 'moe', 'model.moe.d_ff': 64})",
      ['cannot be matched']),
+    ("add('mup', **{'model.parametrization': 'mup', 'model.num_layers': 4, "
+     "'model.mup_base_width': 32, 'model.init': 'fan_in'})",
+     ['muP', 'change model.d_ff alone']),
 ])
 def test_what_cannot_be_matched_is_refused(point, parts, tmp_path):
   with pytest.raises(ValueError) as error:

@@ -192,19 +192,27 @@ def test_experts_too(texts, tmp_path):
                                theirs[-1]['health/load_E'], atol=1e-6)
 
 
-def test_a_run_that_blows_up_ends_alone(texts, tmp_path):
+@pytest.mark.parametrize('bad', [0, 1])
+def test_a_run_that_blows_up_ends_alone(texts, tmp_path, bad, monkeypatch):
+  asked, due = {}, checkpoints.Checkpoints.due
+  def spy(self, step):
+    asked[self.directory.parent.name] = step
+    return due(self, step)
+  monkeypatch.setattr(checkpoints.Checkpoints, 'due', spy)
   configs = [config(texts, optim__name='sgd', optim__clip_norm=0.0,
                     train__max_bad_steps=2, optim__weight_decay=0.0,
                     optim__warmup_steps=0, optim__lr=lr)
-             for lr in (1e-2, 1e30)]
+             for lr in ((1e30, 1e-2), (1e-2, 1e30))[bad]]
   workdirs = [tmp_path / '0', tmp_path / '1']
   with pytest.raises(vectorised.Unfinished, match='2 steps in a row') as error:
     vectorised.train(configs, workdirs)
-  assert list(error.value.sentences) == [1]
-  assert rows(workdirs[0])[-1]['step'] == STEPS
-  assert rows(workdirs[1])[-1]['loss'] is None
-  last = rows(workdirs[1])[-1]['step']
-  assert last < STEPS and (workdirs[1] / f'checkpoints/{last}').exists()
+  assert list(error.value.sentences) == [bad]
+  assert rows(workdirs[1 - bad])[-1]['step'] == STEPS
+  assert rows(workdirs[bad])[-1]['loss'] is None
+  last = rows(workdirs[bad])[-1]['step']
+  assert last < STEPS and (workdirs[bad] / f'checkpoints/{last}').exists()
+  # Its clock stands still: it is not to say when the others save.
+  assert asked.get(str(bad), 0) <= last
 
 
 @two_devices

@@ -343,6 +343,16 @@ def test_a_start_from_another_function_is_refused(gpt):
     weights.start(gpt[2], other)
 
 
+def test_how_positions_stretch_is_of_the_function():
+  made = lambda *args, **kw: architectures.resolve(models.config(*args, **kw))
+  with pytest.raises(ValueError, match='model.learned_stretch is 2.0'):
+    hf_config.write(made('gpt', learned_stretch=2.0))
+  ours, theirs = (made('llama', rope=dict(scaling='yarn', factor=4.0,
+                                          original_len=n)) for n in (8, 16))
+  [line] = hf_config.differences(ours, theirs)
+  assert 'model.rope.original_len is 8, not 16' in line
+
+
 def test_a_pickle_needs_pytorch(gpt, tmp_path, monkeypatch):
   _edit(gpt[2], tmp_path)
   (tmp_path / hf_files.SAFE).unlink()

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from training import storage
+from training import restoring, storage
 
 SAFE = 'safe'
 OPTIMISATION = 'changes the optimisation'
@@ -126,7 +126,7 @@ def exists(workdir) -> bool:
 
 def has_begun(workdir) -> bool:
   """Whether there is something to go on with: a config and a checkpoint."""
-  folder = storage.path(workdir) / 'checkpoints'
+  folder = restoring.directory(workdir)
   return exists(workdir) and folder.exists() and any(
       path.name.isdigit() for path in folder.iterdir())
 

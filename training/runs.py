@@ -74,7 +74,7 @@ def _check_reach(config, c: ModelConfig) -> None:
   require(c.position != 'learned' or longest <= reach,
           f'model.max_len is {c.max_len}, and rows of {longest} tokens '
           '(data.length, or data.target_length) are longer than these learned '
-          f'positions: set it to {longest}, or to 0 for as many as rows need')
+          f'positions: set it to {longest} or more')
 
 
 def warn_of_unused_ids(model: ModelConfig, tokenizer) -> None:

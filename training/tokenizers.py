@@ -200,12 +200,13 @@ def load(spec: str) -> Tokenizer:
         f'tokenizer folder {spec!r} holds none of: {wanted}.')
   if path.is_file() and path.suffix in FILES:
     return FILES[path.suffix](spec, path)
+  missing = '' if path.exists() else '; there is no such file or folder'
+  near = difflib.get_close_matches(spec, ['bytes'])
+  hint = " Did you mean 'bytes'?" if near else ''
   raise ValueError(
       f'unknown tokenizer {spec!r}: choose bytes, a tokenizer.json, a '
       'sentencepiece .model, or a folder with encoder.json + vocab.bpe'
-      + ('.' if path.exists() else '; there is no such file or folder.'
-         + " Did you mean 'bytes'?" * bool(
-             difflib.get_close_matches(spec, ['bytes']))))
+      f'{missing}.{hint}')
 
 
 def found_in(folder: pathlib.Path) -> tuple[str, ...]:

@@ -275,9 +275,9 @@ class Decoder(nn.Module):
   tokens [B, L] -> Output. `positions_BL` default to 0..L-1; with a cache they
   are where the tokens go. `segment_ids_BL` keep packed documents apart; passed
   with positions, they promise that each document lies in one piece and in
-  order, and attention skips keys by it. The
-  first `prefix_B` tokens of a row see each other. `valid_BL` is 0 on padding,
-  where that is all a row's end: it is unseen, and takes no room of an expert.
+  order, and attention skips keys by it. The first `prefix_B` tokens of a row
+  see each other. `valid_BL` is 0 on padding, where that is all a row's end: it
+  is unseen, and takes no room of an expert.
   """
   config: ModelConfig
 

@@ -32,12 +32,10 @@ class _How(NamedTuple):
     count = max(1, min(BLOCKS, L // QUERIES)) if self.causal else 1
     for i in range(count):
       start, stop = i * L // count, (i + 1) * L // count
-      if not self.causal:
-        yield slice(start, stop), slice(0, M)
-      elif self.window:
-        yield slice(start, stop), slice(max(0, start - self.window + 1), stop)
-      else:
-        yield slice(start, stop), slice(0, stop)
+      first, last = 0, stop if self.causal else M
+      if self.causal and self.window:
+        first = max(0, start - self.window + 1)
+      yield slice(start, stop), slice(first, last)
 
 
 def attend(q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array, *,

@@ -37,12 +37,13 @@ def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args) -> int:
   description = check(args)
-  plans = {point['name']: _plan(description, point, args.topology)
-           for point in description['points'] if args.topology}
-  if args.workdir:  # only once all is well
+  points = description['points']
+  plans = ([_plan(description, point, args.topology) for point in points]
+           if args.topology else [])
+  if args.workdir:  # only once all is well; the plans are not kept
     save(args.workdir, description)
-  for point in description['points'] if plans else ():
-    point['plan'] = plans[point['name']]
+  for point, plan in zip(points, plans):
+    point['plan'] = plan
   print(json.dumps(description, indent=2) if args.json
         else table(description))
   return 0

@@ -57,7 +57,8 @@ def _solved(sweep, point, what, field, cost, target) -> spec.Point:
     raise ValueError(
         f'it sets {field}, which --match={what} would solve: '
         'name another field with --match_field, or leave it out of the point')
-  if sweep.config(point).model.parametrization == 'mup':
+  if (sweep.config(point).model.parametrization == 'mup'
+      and not field.endswith('layers')):
     raise ValueError(
         f'it is in muP, whose widths go together, and --match={what} would '
         f'change {field} alone: match by the number of layers '
