@@ -148,8 +148,8 @@ def plot(curves: dict, length: int, path) -> None:
               label=name)
   axes.axvline(length, color='grey', linestyle='--', linewidth=1)
   axes.annotate('training length', (length, 1), xycoords=('data',
-                'axes fraction'), xytext=(4, -12), textcoords='offset points',
-                color='grey')
+                'axes fraction'), xytext=(-4, -12), textcoords='offset points',
+                ha='right', color='grey')
   axes.set(xlabel='position in tokens', ylabel='loss in nats per token',
            xscale='log')
   axes.grid(alpha=0.3)
