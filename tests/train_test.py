@@ -247,7 +247,8 @@ def test_a_wrong_eval_is_one_sentence(straight, flags, parts):
 def test_a_signal_ends_an_evaluation_too(texts, tmp_path):
   (tmp_path / 'long.txt').write_text(TEXT * 2000)  # minutes of evaluation
   flags = [f'--config.data.eval_source=text:{tmp_path}/long.txt',
-           '--config.eval.batches=0', '--config.checkpoint.every_steps=0']
+           '--config.data.holdout_every=0', '--config.eval.batches=0',
+           '--config.checkpoint.every_steps=0']
   process = _start(command(tmp_path / 'run', texts, *flags))
   _wait_for_step(tmp_path / 'run', 10)
   time.sleep(3)

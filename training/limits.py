@@ -80,7 +80,8 @@ def refuse_unread(config) -> None:
             f'{", ".join(readers)}): leave it at {default}, or choose one of '
             'these')
   default = defaults.data.holdout_every
-  require(not config.data.eval_source or config.data.holdout_every == default,
+  require(not config.data.eval_source
+          or config.data.holdout_every in (0, default),  # 0: as it is then
           f'data.holdout_every is {config.data.holdout_every}, which is not '
           'read where data.eval_source names other documents: leave it at '
           f'{default}, or data.eval_source empty')
