@@ -44,6 +44,7 @@ class Trainer:
     run = self.run
     with run.context():
       self.state = state_lib.create(run.module, run.tx, run.abstract, 0)
+      host.trim()
       start = time.perf_counter()
       lowered = jax.jit(
           make_train_step(run.module, run.tx, run.config), donate_argnums=0,

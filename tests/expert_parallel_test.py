@@ -1,6 +1,7 @@
 """Experts over a mesh: the same numbers as one device, by all-to-all alone."""
 
 import collections
+import dataclasses
 import math
 import re
 
@@ -37,6 +38,16 @@ def config(**moe):
 def mesh_of(shape):
   return jax.make_mesh(tuple(shape.values()), tuple(shape),
                        axis_types=(AxisType.Auto,) * len(shape))
+
+
+def expected_rows(shape, way: str) -> tuple[int, float]:
+  """(A device's tokens, rows of its buffer a token), by the formula in
+  parts/dispatch.py."""
+  n = shape['expert']
+  tokens = B * L // math.prod(shape[a] for a in (*BATCH, 'context'))
+  slots = min(tokens, B * L * X // E)
+  return tokens, (n * min(X, E // n) if way == 'dropless'
+                  else E * slots / tokens)
 
 
 def setup(c, length=L):
@@ -158,19 +169,32 @@ def test_equals_one_device_by_all_to_all(preset, way, reference):
   step, args = compile_on(shape, config(dispatch=way, **COMMON))
   assert_equal(step(*args), reference, shape['expert'])
   crossings = crossed(step.as_text(), shape)
-  n = shape['expert']
-  if n == 1:
+  if shape['expert'] == 1:
     assert not crossings
     return
-  # By the formula in parts/dispatch.py.
-  tokens = B * L // math.prod(shape[a] for a in (*BATCH, 'context'))
-  slots = min(tokens, B * L * X // E)
-  rows = (n * min(X, E // n) if way == 'dropless' else E * slots / tokens)
+  tokens, rows = expected_rows(shape, way)
   floats = [sizes['f32'] for sizes in crossings if sizes['f32']]
   assert floats == [rows * tokens * D] * 4
   whole = [sizes['s32'] for sizes in crossings if sizes['s32']]
   assert sorted(whole) == sorted(
       [rows * tokens] + ([E] if way == 'dropless' else []))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('way', ['sorted', 'dropless'])
+def test_bfloat16_crosses_in_two_bytes(way):
+  """By the jaxpr: XLA's CPU backend would send it as float32."""
+  shape = tables.PRESETS['ep']
+  c = dataclasses.replace(config(dispatch=way, **COMMON), dtype='bfloat16')
+  loss, params, x_BLD, _ = setup(c)
+  with jax.set_mesh(mesh_of(shape)), sharding.rules('default'):
+    jaxpr = jax.make_jaxpr(jax.grad(loss, (0, 1), has_aux=True))(
+        params, x_BLD.astype(jnp.bfloat16))
+  sent = [eqn.invars[0].aval for eqn in equations(jaxpr.jaxpr)
+          if eqn.primitive.name == 'all_to_all']
+  floats = [x.size * x.dtype.itemsize for x in sent if x.dtype.kind != 'i']
+  tokens, rows = expected_rows(shape, way)
+  assert floats == [rows * tokens * D * 2] * 4
 
 
 def trace_on(shape, c):

@@ -30,8 +30,9 @@ def settle() -> None:
 
 
 def trim() -> None:
-  """Gives the kernel back what is free: after compiling, hundreds of MiB that
-  settle() would keep, in pieces that a step's large arrays don't fit into."""
+  """Gives the kernel back what is free: after making the state and after
+  compiling, hundreds of MiB that settle() would keep, in pieces that a step's
+  large arrays don't fit into."""
   malloc_trim = getattr(ctypes.CDLL(None), 'malloc_trim', None)
   if jax.default_backend() == 'cpu' and malloc_trim is not None:
     malloc_trim(0)

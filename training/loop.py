@@ -40,6 +40,7 @@ def train(run: runs.Run, state, start: int, train_data, eval_data, saved,
   with run.context(), signals.Stop() as stop:
     batches = train_data.iterate(start, steps)
     batch = devices.put(next(batches), run.place)
+    host.trim()
     with meter.compiling():
       step_fn = jax.jit(
           make_train_step(run.module, run.tx, config), donate_argnums=0,

@@ -19,6 +19,7 @@ Bytes that a device sends for each of its tokens, in each crossing:
 with n the devices along the expert axis and r the rows of the buffer a token:
   sorted, einsum   E * C / T    C a device's slots of an expert, see `slots`
   dropless         n * min(X, E / n), the bound that no routing exceeds
+(XLA's CPU backend has no all-to-all of bfloat16, and sends it as float32.)
 
 Forward go besides, as int32: the id of each row, where experts have dropout,
 and in dropless how many rows are for each of the E experts.
