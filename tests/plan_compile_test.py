@@ -28,7 +28,7 @@ tpu = pytest.mark.skipif(
 gpu = pytest.mark.skipif(
     not topologies.compiler(chips.parse('h100:1x2x8')),
     reason="the CUDA plugin of jax's own release is not installed: "
-    "pip install -e '.[plan-gpu]'")
+    "pip install -e '.[plan-gpu]', with Python 3.12 or later")
 
 
 def run_on(topology, mesh, config):

@@ -70,8 +70,7 @@ def _check_reach(config, c: ModelConfig) -> None:
   rows = examples.shapes(config)
   longest = max(rows[name][0][1] for name in ('tokens', 'decoder_tokens')
                 if name in rows)
-  reach = int(c.max_len * c.learned_stretch)
-  require(c.position != 'learned' or longest <= reach,
+  require(longest <= c.reach,
           f'model.max_len is {c.max_len}, and rows of {longest} tokens '
           '(data.length, or data.target_length) are longer than these learned '
           f'positions: set it to {longest} or more')

@@ -171,6 +171,12 @@ class ModelConfig:
     return jnp.dtype(self.dtype)
 
   @property
+  def reach(self) -> float:
+    """How many positions there are, stretched; learned ones end."""
+    return (int(self.max_len * self.learned_stretch)
+            if self.position == 'learned' else math.inf)
+
+  @property
   def widening(self) -> float:
     """How many times as wide as muP's base; 1 in the standard form."""
     return self.d_model / self.mup_base_width

@@ -124,10 +124,9 @@ def check_length(c: ModelConfig, length: int) -> None:
   `positions_BL` that are passed in are values on the device, which a compiled
   program cannot refuse: there a row past the table is the table's last.
   """
-  reach = int(c.max_len * c.learned_stretch)
-  require(c.position != 'learned' or length <= reach,
-          f'a sequence of {length} tokens is longer than the {reach} positions '
-          'that this model has learned: shorten it, or set '
+  require(length <= c.reach,
+          f'a sequence of {length} tokens is longer than the {c.reach} '
+          'positions that this model has learned: shorten it, or set '
           f'model.learned_stretch to {-(-length // c.max_len)} to interpolate')
 
 

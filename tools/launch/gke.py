@@ -123,12 +123,12 @@ def _topology(args) -> tuple[str, tuple[int, ...]]:
   return kind, chips.parse(args.topology, args.slices).shape
 
 
-def _mount(args) -> str:
-  """Returns the path of --pvc; '': there is none."""
+def _volume(args) -> tuple[str, str]:
+  """Returns the claim of --pvc and where it is mounted; '': there is none."""
   claim, _, path = args.pvc.partition(':')
   if args.pvc and not (claim and path.startswith('/')):
     raise ValueError(f'--pvc is {args.pvc!r}: write CLAIM:/PATH')
-  return path
+  return claim, path
 
 
 def _gpu(args) -> tuple[str, int]:
@@ -143,7 +143,7 @@ def _gpu(args) -> tuple[str, int]:
 def jobset(job: job_lib.Job, args) -> dict:
   """Returns the manifest."""
   job_lib.require_shared(job, 'a bucket (gs://BUCKET/NAME), or a path under '
-                         'that of --pvc', _mount(args))
+                         'that of --pvc', _volume(args)[1])
   labels = {}
   if args.queue:
     labels['kueue.x-k8s.io/queue-name'] = args.queue
@@ -222,9 +222,9 @@ def _job_spec(job: job_lib.Job, args) -> dict:
   if args.gpu:  # Docker gives 64 MiB, of which NCCL needs more
     volumes['/dev/shm'] = {'name': 'shm', 'emptyDir': {'medium': 'Memory'}}
   if args.pvc:
-    claim = args.pvc.partition(':')[0]
-    volumes[_mount(args)] = {'name': 'shared',
-                             'persistentVolumeClaim': {'claimName': claim}}
+    claim, path = _volume(args)
+    volumes[path] = {'name': 'shared',
+                     'persistentVolumeClaim': {'claimName': claim}}
   if volumes:
     pod['volumes'] = list(volumes.values())
     pod['containers'][0]['volumeMounts'] = [

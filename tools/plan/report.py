@@ -21,9 +21,10 @@ def text(plan: dict) -> str:
       f'by {plan["compiler"]}, jax {plan["jax"]}']
   if plan['estimate']:
     lines.append('An estimate: no compiler for these devices is installed '
-                 "(pip install -e '.[plan,plan-gpu]'), so this is the same "
-                 'program compiled for as many virtual CPU devices, with '
-                 'memory by formula. Every figure of it has a ~.')
+                 "(pip install -e '.[plan,plan-gpu]', for GPUs with Python "
+                 '3.12 or later), so this is the same program compiled for as '
+                 'many virtual CPU devices, with memory by formula. Every '
+                 'figure of it has a ~.')
   for program in plan['programs']:
     lines += ['', *_program(program)]
   return '\n'.join(lines)
