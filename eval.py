@@ -15,6 +15,7 @@ import sys
 
 from absl import flags
 
+from configs.errors import RequestError
 from training import cli, interrupts
 
 cli.define_workdir()
@@ -40,7 +41,7 @@ def main():
   cli.parse(__doc__)
   args = flags.FLAGS
   if not args.workdir:
-    raise ValueError('pass --workdir DIR, the folder of a run')
+    raise RequestError('pass --workdir DIR, the folder of a run')
 
   # Imported late: `--help` and a wrong flag answer at once.
   from training import evals, host, restoring, run_config, runs, storage

@@ -11,6 +11,7 @@ Ctrl-C or SIGTERM: the step is finished, saved, and the exit code is 0, or what
 
 from absl import flags
 
+from configs.errors import RequestError
 from training import cli, interrupts
 
 cli.define_config()
@@ -32,7 +33,7 @@ def main():
   cli.parse(__doc__)
   args = flags.FLAGS
   if args.config is None or not args.workdir:
-    raise ValueError('pass both --config FILE.py:SIZE and --workdir DIR')
+    raise RequestError('pass both --config FILE.py:SIZE and --workdir DIR')
 
   # Imported late: `--help` and a wrong flag answer at once.
   from training import checkpoints, data, devices, host, lock, processes

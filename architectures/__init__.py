@@ -8,6 +8,7 @@ import flax.linen as nn
 
 from architectures.parts import config as model_config
 from architectures.parts.config import ModelConfig
+from configs.errors import one_of, require
 
 # arch: (page, its module)
 ARCHITECTURES = {
@@ -32,7 +33,7 @@ def resolve(model: ModelConfig | Mapping[str, Any]) -> ModelConfig:
 
 def page(arch: str):
   """Returns the page of `arch`: a module under architectures/."""
-  model_config.one_of('model.arch', arch, ARCHITECTURES)
+  one_of('model.arch', arch, ARCHITECTURES)
   return importlib.import_module(f'architectures.{ARCHITECTURES[arch][0]}')
 
 
@@ -62,7 +63,7 @@ def init_cache(model: ModelConfig | Mapping[str, Any], batch: int,
   writers = skeletons.Decoder, encoder_decoder.EncoderDecoder
   choices = [arch for arch in ARCHITECTURES
              if issubclass(_class(arch), writers)]
-  model_config.require(
+  require(
       config.arch in choices, f'model.arch {config.arch} is an encoder: it '
       'writes no text and has no cache; those that have one are '
       f'{", ".join(choices)}')

@@ -26,9 +26,9 @@ Where transformers' NLLB-MoE deviates from the paper, and what is done here:
 - moe_token_dropout scales expert outputs down in evaluation. Refused.
 """
 
-from architectures.parts.config import require
 from architectures.parts.encoder_decoder import EncoderDecoder
 from architectures.transformer import attention_names, norm_names
+from configs.errors import require
 
 
 class GShard(EncoderDecoder):

@@ -11,8 +11,8 @@ window (Mistral 7B) is an option: `model.attention=banded`.
 
 from architectures import llama
 from architectures.parts import hf as common
-from architectures.parts.config import require
 from architectures.parts.skeletons import Decoder
+from configs.errors import require
 
 
 class Mixtral(Decoder):

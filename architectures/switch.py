@@ -21,8 +21,8 @@ Where transformers deviates from the paper, and what is done here:
 """
 
 from architectures import t5
-from architectures.parts.config import require
 from architectures.parts.encoder_decoder import EncoderDecoder
+from configs.errors import require
 
 
 class Switch(EncoderDecoder):

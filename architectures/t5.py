@@ -16,8 +16,8 @@ embedding, on what each part adds to the residual stream, and with
 attention_dropout and ffn_dropout on attention weights and hidden units.
 """
 
-from architectures.parts.config import require
 from architectures.parts.encoder_decoder import EncoderDecoder
+from configs.errors import require
 
 
 class T5(EncoderDecoder):

@@ -20,6 +20,7 @@ import statistics
 
 from absl import flags
 
+from configs.errors import RequestError
 from benchmarks.worker import Worker
 from training import cli
 
@@ -66,8 +67,8 @@ def main():
   if not config.model.vocab_size:
     config.model.vocab_size = 384  # as many ids as the bytes tokenizer has
   if args.compare and config.model.arch != 'gpt':
-    raise ValueError(f'--compare=pytorch runs GPT-2: model.arch is '
-                     f'{config.model.arch!r}')
+    raise RequestError(f'--compare=pytorch runs GPT-2: model.arch is '
+                       f'{config.model.arch!r}')
   request = dict(kind='step', config=run_config.to_json(config), count=20,
                  prompt=args.prompt, new=args.new)
   figures = {'dtype': args.dtype}

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 
+from configs.errors import EnvironmentFailure, RequestError
 from training import cli
 
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
@@ -66,7 +67,7 @@ def main():
   if args.joint:
     return _joint(args)
   if min(args.runs, args.steps, args.at_once) < 1:
-    raise ValueError('--runs, --steps and --at_once must be at least 1')
+    raise RequestError('--runs, --steps and --at_once must be at least 1')
   with tempfile.TemporaryDirectory() as folder:
     folder = pathlib.Path(folder)
     together = _timed([_joint_command(args, folder)], 1)
@@ -121,8 +122,9 @@ def _timed(commands: list[list[str]], at_once: int) -> float:
     for process in done:
       going.remove(process)
       if process.returncode:
-        raise RuntimeError(f'{" ".join(process.args)} ended with exit code '
-                           f'{process.returncode}: {process.stderr.read()}')
+        raise EnvironmentFailure(
+            f'{" ".join(process.args)} ended with exit code '
+            f'{process.returncode}: {process.stderr.read()}')
     time.sleep(0.02)
   return time.perf_counter() - start
 

@@ -23,6 +23,7 @@ import time
 
 import numpy as np
 
+from configs.errors import EnvironmentFailure, RequestError
 from training import cli
 
 _SHORT = {'data.length': 128}
@@ -76,7 +77,7 @@ def run(words: list[str]) -> list[dict]:
   print(shlex.join(['python', *words[1:]]), flush=True)
   result = subprocess.run(words, capture_output=True, text=True)
   if result.returncode:
-    raise RuntimeError(result.stdout + result.stderr)
+    raise EnvironmentFailure(result.stdout + result.stderr)
   workdir = next(w.partition('=')[2] for w in words if 'workdir=' in w)
   lines = (pathlib.Path(workdir) / 'metrics.jsonl').read_text().splitlines()
   return [json.loads(line) for line in lines]
@@ -191,7 +192,7 @@ def main():
   parser.add_argument('--json', type=pathlib.Path, help='a file of figures')
   args = parser.parse_args()
   if args.steps < PARTS:
-    raise ValueError(f'--steps is {args.steps}: it must be {PARTS} or more')
+    raise RequestError(f'--steps is {args.steps}: it must be {PARTS} or more')
   found = {}
   for group in [args.only] if args.only else GROUPS:
     of = {}

@@ -11,6 +11,8 @@ import subprocess
 import sys
 import time
 
+from configs.errors import EnvironmentFailure
+
 
 class Worker:
   """Starts a side and hands it jobs; a context that ends it."""
@@ -48,7 +50,7 @@ class Worker:
     for line in self.process.stdout:
       if line.startswith('{'):
         return json.loads(line)
-    raise RuntimeError(
+    raise EnvironmentFailure(
         f'the {self.side} side ended with exit code {self.process.wait()}')
 
 

@@ -9,6 +9,8 @@ import difflib
 
 import ml_collections
 
+from configs.errors import RequestError
+
 
 def base() -> ml_collections.ConfigDict:
   """Returns a config with every field of a run at its default."""
@@ -183,6 +185,6 @@ def sized(size: str, sizes: dict[str, dict]) -> dict:
   if size not in sizes:
     near = difflib.get_close_matches(size, sizes, n=1)
     hint = f' Did you mean {near[0]!r}?' if near else ''
-    raise ValueError(
+    raise RequestError(
         f'unknown size {size!r}: choose from {", ".join(sizes)}.{hint}')
   return sizes[size]

@@ -28,6 +28,7 @@ import sys
 
 from etils import epath
 
+from configs.errors import RequestError
 from training import cli, storage
 
 # What goes along beside the files that training/tokenizers.py reads: Marian's
@@ -62,7 +63,7 @@ def upcycle(source: epath.Path, workdir: epath.Path, *, moe: list[str],
     config, _, params = _from_workdir(source, step)
   else:
     if step is not None:
-      raise ValueError(f'{source} is no workdir: it has no step {step}')
+      raise RequestError(f'{source} is no workdir: it has no step {step}')
     config, _, params = _from_hf(source, False, seed)
   folder = source.parent if source.is_file() else source
   _take_tokenizer(folder, workdir, config)
@@ -110,7 +111,7 @@ def export(workdir: epath.Path, folder: pathlib.Path, *, step: int | None,
 def _check_new(workdir: epath.Path):
   from training import run_config
   if run_config.exists(workdir):
-    raise ValueError(f'{workdir} holds a run already: choose another WORKDIR')
+    raise RequestError(f'{workdir} holds a run already: choose another WORKDIR')
 
 
 def _from_hf(source: pathlib.Path, partial: bool, seed: int):
@@ -179,15 +180,15 @@ def _fields(words: list[str], like) -> dict:
   for word in words:
     name, equals, text = word.partition('=')
     if not equals or name not in like:
-      raise ValueError(f'--moe {word!r}: write FIELD=VALUE, of the fields '
-                       f'{", ".join(sorted(like))} of config.model.moe')
+      raise RequestError(f'--moe {word!r}: write FIELD=VALUE, of the fields '
+                         f'{", ".join(sorted(like))} of config.model.moe')
     kind = type(like[name])
     try:
       fields[name] = ({'True': True, 'False': False}[text] if kind is bool
                       else kind(text))
     except (KeyError, ValueError) as error:
-      raise ValueError(f'--moe {word!r}: {text!r} is no {kind.__name__}'
-                       ) from error
+      raise RequestError(f'--moe {word!r}: {text!r} is no {kind.__name__}'
+                         ) from error
   return fields
 
 

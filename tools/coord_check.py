@@ -16,6 +16,7 @@ import pathlib
 
 from absl import flags
 
+from configs.errors import RequestError, one_of, require
 from training import cli
 
 # The decoders; a file of configs/ each.
@@ -47,7 +48,6 @@ TEXT = (
 def main():
   cli.parse(__doc__)
   args = flags.FLAGS
-  from architectures.parts.config import one_of, require
   for system in args.systems:
     one_of('--systems', system, SYSTEMS)
   one_of('--optimizer', args.optimizer, LRS)
@@ -192,8 +192,8 @@ def _pyplot():
   try:
     import matplotlib
   except ImportError as error:
-    raise ValueError("--plot needs matplotlib: pip install -e '.[plot]'"
-                     ) from error
+    raise RequestError("--plot needs matplotlib: pip install -e '.[plot]'"
+                       ) from error
   matplotlib.use('Agg')
   from matplotlib import pyplot
   return pyplot

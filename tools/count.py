@@ -16,6 +16,7 @@ import pathlib
 
 from absl import flags
 
+from configs.errors import RequestError
 from training import cli
 
 cli.define_config()
@@ -32,7 +33,7 @@ def main():
     print(json.dumps(rows, indent=2) if args.json else _table(rows))
     return 0
   if args.config is None:
-    raise ValueError('pass --config FILE.py:SIZE, or --all')
+    raise RequestError('pass --config FILE.py:SIZE, or --all')
   from training import costs
   figures = costs.count(args.config, args.length)
   print(json.dumps(figures, indent=2) if args.json else _text(figures))

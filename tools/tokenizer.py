@@ -16,6 +16,7 @@ import os
 import sys
 
 from configs import base
+from configs.errors import RequestError
 from training import cli, sources, tokenizers
 
 
@@ -68,21 +69,21 @@ def train(kind: str, source: str, vocab_size: int, out: str,
   specials = [*SPECIALS[kind], *extra_specials]
   tokenizer, trainer, options = KINDS[kind]()
   if vocab_size <= len(specials):
-    raise ValueError(f'--vocab_size={vocab_size} does not hold the '
-                     f'{len(specials)} special tokens.')
+    raise RequestError(f'--vocab_size={vocab_size} does not hold the '
+                       f'{len(specials)} special tokens.')
   texts = _texts(source, holdout_every)
   try:
     tokenizer.train_from_iterator(texts, trainer(
         vocab_size=vocab_size, special_tokens=specials, show_progress=False,
         **options))
-  except ValueError:
+  except RequestError:
     raise  # Of the source: it says itself what is wrong.
   except Exception as error:  # tokenizers raises bare Exception.
-    raise ValueError(f'training {kind} on {source!r} failed: {error}.'
-                     ) from error
+    raise RequestError(f'training {kind} on {source!r} failed: {error}.'
+                       ) from error
   made = tokenizer.get_vocab_size(with_added_tokens=True)
   if made > vocab_size:
-    raise ValueError(
+    raise RequestError(
         f'--vocab_size={vocab_size} is too small: the special tokens and the '
         f'alphabet of {source!r} alone are {made}.')
   temporary = f'{out}.{os.getpid()}'
@@ -174,7 +175,7 @@ def main(argv: list[str] | None = None):
   args = _parser().parse_args(argv)
   if args.command == 'train':
     if not args.out.endswith('.json'):
-      raise ValueError(f'--out={args.out} must end in .json.')
+      raise RequestError(f'--out={args.out} must end in .json.')
     count = args.sentinels
     if count is None:
       count = tokenizers.SENTINELS if args.kind == 'unigram' else 0

@@ -18,6 +18,7 @@ from absl import logging
 import jax
 import numpy as np
 
+from configs.errors import RequestError
 from training import checksums, paths, restoring, run_config
 
 
@@ -44,8 +45,8 @@ class Checkpoints:
     _check_nonnegative(every_steps=every_steps, every_minutes=every_minutes,
                        keep_every=keep_every)
     if keep < 1:
-      raise ValueError(f'checkpoint.keep={keep}: at least 1 must be kept, or '
-                       'the run cannot be resumed')
+      raise RequestError(f'checkpoint.keep={keep}: at least 1 must be kept, or '
+                         'the run cannot be resumed')
     self._every_steps = every_steps
     self._every_seconds = 60 * every_minutes
     self._agree_every = max(1, agree_every)
@@ -172,7 +173,7 @@ class Checkpoints:
 def _check_nonnegative(**fields):
   for name, value in fields.items():
     if value < 0:
-      raise ValueError(
+      raise RequestError(
           f'checkpoint.{name}={value}: must be positive, or 0 for never')
 
 

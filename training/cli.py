@@ -1,7 +1,9 @@
 """What the programs share at the command line: flags, errors, exit codes.
 
-Exit codes: 0 done or cleanly stopped, 2 a wrong request, 1 a failure, 128 + n
-ended by signal n. A wrong request is a ValueError, printed as one sentence.
+Exit codes: 0 done or cleanly stopped; 2 a wrong request (RequestError, printed
+as one sentence); 1 a failure, either of the environment (EnvironmentFailure or
+OSError, one sentence) or a bug (any other exception, with its traceback);
+128 + n ended by signal n.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,6 +17,8 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
+from configs.errors import EnvironmentFailure, RequestError
+
 flags.disclaim_key_flags()  # what is defined here belongs to who calls
 
 # Called with the sentence and the exit code before a program ends in failure:
@@ -24,8 +28,8 @@ at_failure: list[Callable[[str, int], None]] = []
 
 def run(main: Callable[[], int | None],
         around=contextlib.nullcontext()) -> None:
-  """Calls main() and exits: a ValueError becomes `error: ...` and code 2, a
-  RuntimeError of ours (no checkpoint is whole, ...) the same and code 1.
+  """Calls main() and exits with its code, or with that of its failure: see
+  the head of this file.
 
   Args:
     main: the program; returns its exit code, or None for 0.
@@ -34,21 +38,19 @@ def run(main: Callable[[], int | None],
   try:
     with around:
       code = main() or 0
-  except ValueError as error:
+  except RequestError as error:
     _tell(error, 2)
     _refuse(str(error))
-  except RuntimeError as error:
-    if type(error) is not RuntimeError:  # JAX's own: its trace is needed
-      raise
+  except BrokenPipeError:  # `| head` has read enough
+    sys.stderr.close()
+    code = 0
+  except (EnvironmentFailure, OSError) as error:
     _tell(error, 1)
     print(f'error: {error}', file=sys.stderr, flush=True)
     code = 1
   except KeyboardInterrupt:
     print('\nSIGINT: ended', file=sys.stderr, flush=True)
     code = 128 + signal.SIGINT
-  except BrokenPipeError:  # `| head` has read enough
-    sys.stderr.close()
-    code = 0
   sys.exit(code)
 
 
@@ -144,8 +146,9 @@ def _check_config_file(argv: Sequence[str]) -> None:
   for file in (value.split(':')[0] for value in given):
     path = pathlib.Path(file)
     if not path.is_file() or 'get_config' not in path.read_text():
+      shared = '__init__', 'base', 'errors', 'sharding'
       files = sorted(str(p) for p in pathlib.Path('configs').glob('*.py')
-                     if p.stem not in ('__init__', 'base', 'sharding'))
+                     if p.stem not in shared)
       near = difflib.get_close_matches(file, files, n=1)
       hint = f' Did you mean {near[0]!r}?' if near else ''
       what = ('is no config: it has no get_config()' if path.is_file()

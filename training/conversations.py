@@ -20,6 +20,8 @@ import pathlib
 
 import numpy as np
 
+from configs.errors import RequestError
+
 # Who speaks, as files spell it: our kind of part.
 ROLES = {'system': 'system', 'user': 'user', 'human': 'user',
          'prompter': 'user', 'assistant': 'assistant', 'gpt': 'assistant',
@@ -52,15 +54,15 @@ def parse(turns: Sequence, where: str) -> list[tuple[str, str]]:
   parts = []
   for turn in turns:
     if not isinstance(turn, dict):
-      raise ValueError(f'{where} holds a {type(turn).__name__}, not a turn: an '
-                       'object with role and content, or from and value.')
+      raise RequestError(f'{where} holds a {type(turn).__name__}, not a turn: '
+                         'an object with role and content, or from and value.')
     role = turn.get('role', turn.get('from'))
     text = turn.get('content', turn.get('value'))
     if role not in ROLES:
-      raise ValueError(f'{where} has the role {role!r}: choose from '
-                       f'{", ".join(ROLES)}.')
+      raise RequestError(f'{where} has the role {role!r}: choose from '
+                         f'{", ".join(ROLES)}.')
     if not isinstance(text, str):
-      raise ValueError(f'{where} has a turn of {role!r} without text.')
+      raise RequestError(f'{where} has a turn of {role!r} without text.')
     parts.append((ROLES[role], text))
   return parts
 
@@ -77,17 +79,17 @@ def read_alpaca(path: str) -> Iterator[list[tuple[str, str]]]:
     records = ([json.loads(line) for line in text.splitlines() if line.strip()]
                if path.endswith('.jsonl') else json.loads(text))
   except ValueError as error:  # of UTF-8 or of JSON
-    raise ValueError(f'{path} is broken JSON: {error}.') from error
+    raise RequestError(f'{path} is broken JSON: {error}.') from error
   if not isinstance(records, list):
-    raise ValueError(f'{path} is no list of records: name it .jsonl if it has '
-                     'one a line.')
+    raise RequestError(f'{path} is no list of records: name it .jsonl if it '
+                       'has one a line.')
   for number, record in enumerate(records, 1):
     told = [record.get(name, '' if name == 'input' else None)
             if isinstance(record, dict) else None
             for name in ('instruction', 'input', 'output')]
     if not all(isinstance(text, str) for text in told):
-      raise ValueError(f'{path}, record {number}, has no text under '
-                       'instruction and output, or an input that is none.')
+      raise RequestError(f'{path}, record {number}, has no text under '
+                         'instruction and output, or an input that is none.')
     yield [('prompt', _prompt(*told[:2])), ('response', told[2])]
 
 

@@ -16,6 +16,7 @@ import sys
 from absl import flags
 import numpy as np
 
+from configs.errors import RequestError
 from training import batch_workers, examples, limits, packing, sources
 from training import token_cache
 
@@ -146,8 +147,8 @@ def load(config, tokenizer, split: str = 'train', process_index: int = 0,
   if split not in SPLITS:
     raise ValueError(f'unknown split {split!r}: choose from train, eval.')
   if config.objective not in examples.EXAMPLES:
-    raise ValueError(f'unknown objective {config.objective!r}: choose from '
-                     f'{", ".join(examples.EXAMPLES)}.')
+    raise RequestError(f'unknown objective {config.objective!r}: choose from '
+                       f'{", ".join(examples.EXAMPLES)}.')
   examples.check(config)
   _check(config, process_count)
   view = packing.VIEWS[examples.EXAMPLES[config.objective].view]
@@ -172,8 +173,8 @@ def _check(config, process_count: int):
   limits.ranges(config, 'seed', 'data', 'span')
   size = config.data.batch_size
   if size % process_count:
-    raise ValueError(f'data.batch_size={size} is not divisible by the '
-                     f'{process_count} processes.')
+    raise RequestError(f'data.batch_size={size} is not divisible by the '
+                       f'{process_count} processes.')
 
 
 def check_sources(config) -> None:
@@ -197,7 +198,7 @@ def _corpora(config, tokenizer, split: str):
       held_out = sources.held_out(ids, data.holdout_every)
       ids = ids[held_out == (split == 'eval')]
     if not len(ids):
-      raise ValueError(
+      raise RequestError(
           f'data source {source.name!r} has {len(cache)} document(s), of which '
           f'data.holdout_every={data.holdout_every} leaves none for {split}: '
           'set data.eval_source or another data.holdout_every.')

@@ -11,8 +11,9 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
-from architectures.parts.config import ModelConfig, one_of, require
+from architectures.parts.config import ModelConfig
 from configs import sharding as tables
+from configs.errors import one_of, require
 
 
 def mesh_shape(sizes: Mapping[str, int], num_devices: int) -> dict[str, int]:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from configs.errors import RequestError
 from training import conversations, masking, packing, pairs, spans
 
 
@@ -83,7 +84,7 @@ def check(config) -> None:
   """Raises ValueError for fields of config.data that an objective ignores."""
   if config.data.document_mask and not EXAMPLES[config.objective].documents:
     apart = [name for name, row in EXAMPLES.items() if row.documents]
-    raise ValueError(
+    raise RequestError(
         'data.document_mask has no meaning with objective '
         f'{config.objective!r}, whose rows are no packed documents or see '
         f'across them: set it to False, or choose from {", ".join(apart)}.')

@@ -12,7 +12,7 @@ A backward pass costs twice the forward: the gradient of both factors.
 import architectures
 from architectures.parts import routing
 from architectures.parts.config import DENSE_FFNS, LayerKind, MoEConfig
-from architectures.parts.config import one_of, require
+from configs.errors import one_of, require
 
 # What an architecture stacks: decoder (causal), encoder, or both.
 STACKS = {

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 
 import architectures
-from architectures.parts.config import require
 from architectures.parts.moe import without_capacity
 from architectures.parts.skeletons import one_by_one
+from configs.errors import require
 
 # So many layers a token goes through one by one, which is faster; deeper
 # stacks are scanned, or the program would grow with them.

@@ -16,9 +16,9 @@ from configs import base
 import ml_collections
 
 import architectures
-from architectures.parts import config as model_config
 from architectures.parts import routing
-from architectures.parts.config import ModelConfig, require
+from architectures.parts.config import ModelConfig
+from configs.errors import RequestError, one_of, require
 
 # Fields without a bearing on what a trained model computes.
 NEUTRAL = re.compile('|'.join((
@@ -122,7 +122,7 @@ def fields(tree: dict[str, Any]) -> ml_collections.ConfigDict:
   """
   hf = Reader(tree)
   known = pages()
-  model_config.one_of('model_type of config.json', hf.model_type, known)
+  one_of('model_type of config.json', hf.model_type, known)
   found = architectures.page(known[hf.model_type]).from_hf_config(hf)
   hf.finish()
   model = base.base().model
@@ -207,6 +207,6 @@ def load(folder: pathlib.Path) -> dict[str, Any]:
   try:
     tree = json.loads(path.read_text())
   except ValueError as error:
-    raise ValueError(f'{path} is damaged: {error}') from error
+    raise RequestError(f'{path} is damaged: {error}') from error
   require(isinstance(tree, dict), f'{path} is damaged: it holds no object')
   return tree

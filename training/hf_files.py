@@ -13,7 +13,8 @@ import zipfile
 
 import numpy as np
 
-from architectures.parts.config import require
+from configs.errors import RequestError, require
+
 
 # As safetensors has them.
 DTYPES = {'float32': 'F32', 'bfloat16': 'BF16', 'float16': 'F16'}
@@ -77,22 +78,23 @@ def _open_safetensors(file):
   try:
     return safetensors.safe_open(file, 'numpy')
   except (safetensors.SafetensorError, OSError) as error:
-    raise ValueError(f'{file} is no whole safetensors file: {error}') from error
+    raise RequestError(
+        f'{file} is no whole safetensors file: {error}') from error
 
 
 def _open_bin(file):
   try:
     import torch
   except ImportError as error:
-    raise ValueError(
+    raise RequestError(
         f'{file} is a pickle, which PyTorch reads: pip install '
         "'archetype[verify]', or have it as safetensors") from error
   try:
     return torch.load(file, map_location='cpu', weights_only=True,
                       mmap=zipfile.is_zipfile(file))
   except Exception as error:  # torch raises several kinds of its own
-    raise ValueError(f'{file} holds more than tensors, or is damaged: '
-                     f'{str(error).splitlines()[0]}') from error
+    raise RequestError(f'{file} holds more than tensors, or is damaged: '
+                       f'{str(error).splitlines()[0]}') from error
 
 
 def _numpy(tensor) -> np.ndarray:
@@ -116,15 +118,15 @@ def _find(path: pathlib.Path):
       return _indexed(index)
     if (path / name).is_file():
       return [(path / name, None)]
-  raise ValueError(f'{path} has no weights: looked for {SAFE}, {BIN}, and '
-                   'either of them with .index.json')
+  raise RequestError(f'{path} has no weights: looked for {SAFE}, {BIN}, and '
+                     'either of them with .index.json')
 
 
 def _indexed(index: pathlib.Path):
   try:
     names = json.loads(index.read_text())['weight_map']
   except (ValueError, KeyError, TypeError) as error:
-    raise ValueError(f'{index} is damaged: {error!r}') from error
+    raise RequestError(f'{index} is damaged: {error!r}') from error
   by_file = {}
   for name, file in names.items():
     require(pathlib.PurePath(file).name == file,

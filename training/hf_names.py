@@ -19,6 +19,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from configs.errors import RequestError
+
 
 class Tensor(NamedTuple):
   """One tensor of theirs, and the places of ours that it fills.
@@ -110,7 +112,7 @@ def expand(rows: Sequence[tuple[str, str, str, str]],
                       _period(paths[0], shapes))
   covered = {path for tensor in tensors for path in tensor.paths}
   if bare := sorted(set(shapes) - covered):
-    raise ValueError(
+    raise RequestError(
         f'no Hugging Face name for {", ".join(bare)}: this combination of '
         'parts is none that transformers has under this architecture')
   return tensors

@@ -7,8 +7,8 @@ optimiser or a schedule in its own file.
 import math
 import operator
 
-from architectures.parts.config import require
 from configs import base
+from configs.errors import require
 
 # Of each field, the bounds.
 LEAST_0, LEAST_1 = (('>=', 0),), (('>=', 1),)

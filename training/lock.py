@@ -3,7 +3,8 @@
 import fcntl
 import pathlib
 
-from architectures.parts.config import require
+from configs.errors import require
+
 
 _held = []  # open files, whose locks end with the process, however it ends
 

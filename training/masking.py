@@ -16,6 +16,7 @@ import functools
 
 import numpy as np
 
+from configs.errors import RequestError
 from training import packing
 
 
@@ -142,7 +143,7 @@ def _words(tokenizer) -> tuple[np.ndarray, np.ndarray]:
   begins = np.array([piece[:1].isspace() for piece in pieces])
   ends = np.array([piece[-1:].isspace() for piece in pieces])
   if not (begins | ends)[[i not in special for i in range(len(pieces))]].any():
-    raise ValueError(
+    raise RequestError(
         f'data.whole_words: tokenizer {tokenizer.name!r} does not show where a '
         'word begins. Set it to False, or take WordPiece, bytes or a '
         'byte-level BPE.')

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from configs.errors import RequestError
 from training import storage
 
 
@@ -138,7 +139,7 @@ def check(log) -> None:
   """Raises ValueError where config.log asks for an extra that is missing."""
   for name in EXTRAS:
     if log[name] and importlib.util.find_spec(name) is None:
-      raise ValueError(
+      raise RequestError(
           f'log.{name} is True, but the package {name} is not installed: run '
           f"pip install -e '.[{name}]', or set log.{name}=False")
 

@@ -19,7 +19,8 @@ Initial variances and multipliers are architectures/parts/linear.py,
 skeletons.py and moe.py; the rates are here.
 """
 
-from architectures.parts.config import ModelConfig, one_of
+from architectures.parts.config import ModelConfig
+from configs.errors import one_of
 from training import paths
 
 # What a parameter is, by its path.

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from architectures.parts.config import one_of, require
+from configs.errors import one_of, require
 from training import adafactor, matrices, paths, schedules
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from configs.errors import RequestError
 from training import conversations, pairs, sources, token_cache
 
 
@@ -40,7 +41,7 @@ def _check_plain(corpus: Corpus) -> None:
   kinds = corpus.cache.kinds
   if kinds.any():
     names = ', '.join(sources.KINDS[k] for k in np.unique(kinds))
-    raise ValueError(
+    raise RequestError(
         f'objective {corpus.config.objective!r} reads plain text, but data '
         f'source {corpus.name!r} holds parts of the kinds {names}.')
 
@@ -79,7 +80,7 @@ class Windows:
     full, rest = divmod(self.num_tokens, self.length)
     self._len = full + (rest > 0 and corpus.split == 'eval')
     if not self._len:
-      raise ValueError(
+      raise RequestError(
           f'data source {corpus.name!r} has {self.num_tokens} training '
           f'tokens, fewer than one sequence of data.length={self.length}.')
 
@@ -110,8 +111,8 @@ class Passages(Windows):
   def __init__(self, corpus: Corpus):
     room = corpus.config.data.length - 2
     if room < 1:
-      raise ValueError(f'data.length={corpus.config.data.length}: a row of '
-                       '[CLS], text and [SEP] needs at least 3.')
+      raise RequestError(f'data.length={corpus.config.data.length}: a row of '
+                         '[CLS], text and [SEP] needs at least 3.')
     super().__init__(corpus, room)
 
 
@@ -140,15 +141,15 @@ class Stretches:
     _check_plain(corpus)
     self.room = corpus.config.data.length - 3  # [CLS] and twice [SEP]
     if self.room < self.MIN:
-      raise ValueError(f'data.length={corpus.config.data.length}: pairs of '
-                       f'texts need at least {self.MIN + 3}.')
+      raise RequestError(f'data.length={corpus.config.data.length}: pairs of '
+                         f'texts need at least {self.MIN + 3}.')
     self._tokens = cache.tokens
     first = cache.parts[cache.documents[ids]]
     sizes = cache.parts[cache.documents[ids + 1]] - first
     enough = sizes >= self.MIN
     self._first, self._sizes = first[enough], sizes[enough]
     if len(self._first) < 2:
-      raise ValueError(
+      raise RequestError(
           f'data source {corpus.name!r} has {len(self._first)} document(s) of '
           f'{self.MIN} tokens or more in the split {corpus.split!r}: pairs '
           'need two, to take a second text from another document.')
@@ -186,7 +187,7 @@ class Conversations:
     self._cache, self._ids = corpus.cache, corpus.document_ids
     told = [sources.KINDS.index(kind) for kind in conversations.HEADERS]
     if not np.isin(self._cache.kinds, told).all():
-      raise ValueError(
+      raise RequestError(
           f'objective {corpus.config.objective!r} reads conversations, but '
           f'data source {corpus.name!r} holds other documents: it must name a '
           'JSONL field with a list of turns, or be alpaca:GLOB.')
@@ -221,7 +222,7 @@ class Pairs:
       self.num_bytes = round(self._windows.num_bytes * share)
       return
     if self._cache.kinds.tolist() != told * len(self._cache):
-      raise ValueError(f'data source {corpus.name!r} holds more than pairs.')
+      raise RequestError(f'data source {corpus.name!r} holds more than pairs.')
     targets = 2 * self._ids + 1
     parts = self._cache.parts
     self.num_tokens = int(np.sum(parts[targets + 1] - parts[targets] + 1))

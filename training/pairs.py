@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from configs.errors import RequestError
+
 KINDS = ('source', 'target')
 
 
@@ -39,7 +41,7 @@ def read(path: str) -> Iterator[list[tuple[str, str]]]:
       try:
         text = line.decode('utf-8').rstrip('\r\n')
       except UnicodeDecodeError as error:
-        raise ValueError(f'{where} is not UTF-8: {error}.') from error
+        raise RequestError(f'{where} is not UTF-8: {error}.') from error
       if text.strip():
         yield list(zip(KINDS, split(text, where)))
 
@@ -47,8 +49,8 @@ def read(path: str) -> Iterator[list[tuple[str, str]]]:
 def _from_tsv(line: str, where: str) -> list[str]:
   fields = line.split('\t')
   if len(fields) != 2:
-    raise ValueError(f'{where} has {len(fields)} fields: a pair is a source, '
-                     'one tab and a target.')
+    raise RequestError(f'{where} has {len(fields)} fields: a pair is a source, '
+                       'one tab and a target.')
   return fields
 
 
@@ -56,11 +58,11 @@ def _from_json(line: str, where: str) -> list[str]:
   try:
     record = json.loads(line)
   except ValueError as error:
-    raise ValueError(f'{where} is broken JSON: {error}.') from error
+    raise RequestError(f'{where} is broken JSON: {error}.') from error
   texts = [record.get(kind) if isinstance(record, dict) else None
            for kind in KINDS]
   if not all(isinstance(text, str) for text in texts):
-    raise ValueError(f'{where} is no pair: an object with source and target.')
+    raise RequestError(f'{where} is no pair: an object with source and target.')
   return texts
 
 

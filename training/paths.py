@@ -13,6 +13,8 @@ from typing import Any
 
 import jax
 
+from configs.errors import RequestError
+
 
 def join(key_path) -> str:
   """Returns a jax key path as its '/'-joined string."""
@@ -38,11 +40,11 @@ def first_match(patterns: Sequence[tuple[str, Any]], path: str,
     try:
       matched = re.fullmatch(pattern, path)
     except re.error as error:
-      raise ValueError(f'{name} has the pattern {pattern!r}, which is no '
-                       f'regular expression: {error}') from error
+      raise RequestError(f'{name} has the pattern {pattern!r}, which is no '
+                         f'regular expression: {error}') from error
     if matched:
       return value
-  raise ValueError(
+  raise RequestError(
       f'{name} has no pattern for the parameter {path!r}: it has '
       f'{", ".join(repr(p) for p, _ in patterns) or "none"}; end it with '
       "('.*', VALUE) for all the others")

@@ -9,7 +9,7 @@ import traceback
 
 import jax
 
-from architectures.parts.config import require
+from configs.errors import require
 from training import cli, devices, peers
 
 # After so long without one, JAX counts a process as lost. It is the second

@@ -9,6 +9,7 @@ import re
 
 import jax
 
+from configs.errors import RequestError
 from training import storage
 
 
@@ -22,15 +23,15 @@ def parse(steps: str, total: float = math.inf) -> tuple[int, int] | None:
     return None
   match = re.fullmatch(r'(\d+):(\d+)', steps)
   if not match:
-    raise ValueError(f'--profile_steps is {steps!r}: write START:STOP, such as '
-                     '10:13 for steps 10, 11 and 12')
+    raise RequestError(f'--profile_steps is {steps!r}: write START:STOP, such '
+                       'as 10:13 for steps 10, 11 and 12')
   start, stop = int(match[1]), int(match[2])
   if start >= stop:
-    raise ValueError(f'--profile_steps is {steps!r}, which holds no step: STOP '
-                     'must be greater than START')
+    raise RequestError(f'--profile_steps is {steps!r}, which holds no step: '
+                       'STOP must be greater than START')
   if start >= total:
-    raise ValueError(f'--profile_steps is {steps!r}, but the last of the '
-                     f'{total} steps (train.steps) is number {total - 1}')
+    raise RequestError(f'--profile_steps is {steps!r}, but the last of the '
+                       f'{total} steps (train.steps) is number {total - 1}')
   return start, stop
 
 

@@ -19,6 +19,7 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
+from configs.errors import EnvironmentFailure, RequestError
 from training import checksums, paths, storage
 
 
@@ -39,7 +40,7 @@ class Restored:
   damaged: tuple[str, ...]
 
 
-class Mismatch(ValueError):
+class Mismatch(RequestError):
   """The checkpoint is sound, and of another model or optimizer."""
 
 
@@ -90,10 +91,10 @@ def restore(folder, abstract: Any, step: int | None = None, *,
   """
   available = steps(folder)
   if not available:
-    raise ValueError(f'no checkpoint in {folder}')
+    raise RequestError(f'no checkpoint in {folder}')
   if step is not None and step not in available:
-    raise ValueError(f'no checkpoint of step {step} in {folder}: there are '
-                     f'{", ".join(map(str, available))}')
+    raise RequestError(f'no checkpoint of step {step} in {folder}: there are '
+                       f'{", ".join(map(str, available))}')
   damaged = []
   for candidate in [step] if step is not None else available[::-1]:
     try:
@@ -105,7 +106,7 @@ def restore(folder, abstract: Any, step: int | None = None, *,
                for sentence in damaged]
     return Restored(candidate, state, record, tuple(damaged))
   others = [s for s in available if step is not None and s != step]
-  raise RuntimeError('; '.join(damaged) + (
+  raise EnvironmentFailure('; '.join(damaged) + (
       f'; there are also {", ".join(map(str, others))}' if others else
       '; there is no other'))
 

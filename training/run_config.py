@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import ml_collections
 
+from configs.errors import RequestError
 from training import restoring, storage
 
 SAFE = 'safe'
@@ -177,7 +178,7 @@ def check(changes: list[Change], allow_config_change: bool):
   """Raises ValueError where changes need --allow_config_change and lack it."""
   grave = [change for change in changes if change.kind != SAFE]
   if grave and not allow_config_change:
-    raise ValueError(
+    raise RequestError(
         f'the config differs from that of the run in this workdir in '
         f'{len(grave)} field{"s" * (len(grave) > 1)} that matter:\n'
         f'{table(changes)}\n'
@@ -242,13 +243,13 @@ def _path(workdir):
 def _load(workdir) -> dict[str, Any]:
   path = _path(workdir)
   if not path.exists():
-    raise ValueError(f'{path} is missing: no run was started in this workdir')
+    raise RequestError(f'{path} is missing: no run was started in this workdir')
   try:
     tree = json.loads(path.read_text())
   except ValueError as error:
-    raise ValueError(f'{path} is damaged: {error}') from error
+    raise RequestError(f'{path} is damaged: {error}') from error
   if not isinstance(tree, dict) or _DERIVED not in tree:
-    raise ValueError(f'{path} is damaged: it has no {_DERIVED!r}')
+    raise RequestError(f'{path} is damaged: it has no {_DERIVED!r}')
   return tree
 
 
@@ -266,6 +267,6 @@ def _check_plain(name: str, value):
     for item in value:
       _check_plain(name, item)
   elif value is not None and type(value) not in (bool, int, float, str):
-    raise ValueError(
+    raise RequestError(
         f'config field {name} holds {value!r}, a {type(value).__name__}: '
         'choose from bool, int, float, str, None, and tuples of them')

@@ -13,11 +13,12 @@ import ml_collections
 
 import architectures
 from architectures.parts import grouped_kernels, kernels, sharding
-from architectures.parts.config import ModelConfig, one_of, require
+from architectures.parts.config import ModelConfig
 from architectures.parts.encoder_decoder import EncoderDecoder
 from architectures.parts.skeletons import Decoder
 from configs import base
 from configs import sharding as tables
+from configs.errors import RequestError, one_of, require
 from training import checkpoints, devices, limits, metrics, mup, optimizers
 from training import starting
 from training import state as state_lib
@@ -240,7 +241,7 @@ def for_this_machine(config: ml_collections.ConfigDict
   try:
     devices.mesh_shape(config.mesh, jax.device_count())
     return config
-  except ValueError:
+  except RequestError:
     count = math.gcd(jax.device_count(), config.data.batch_size)
     require(count == jax.device_count(),
             f'data.batch_size {config.data.batch_size} does not divide over '

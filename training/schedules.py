@@ -12,8 +12,8 @@ import math
 import jax.numpy as jnp
 import optax
 
-from architectures.parts.config import one_of, require
 from configs import base as base_config
+from configs.errors import RequestError, one_of, require
 
 
 def _cosine(t, steps, optim):
@@ -120,7 +120,7 @@ def refuse_unread(optim, selector: str, reads: dict[str, tuple]) -> None:
     if field in reads[choice] or optim[field] == defaults[field]:
       continue
     readers = ', '.join(n for n, fields in reads.items() if field in fields)
-    raise ValueError(
+    raise RequestError(
         f'optim.{field} is {optim[field]}, which optim.{selector} {choice!r} '
         f'does not read (it is read by {readers}): leave it at '
         f'{defaults[field]}, or choose one of these')

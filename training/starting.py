@@ -6,7 +6,7 @@ was drawn, and every difference is listed.
 """
 
 from architectures.parts import config as model_config
-from architectures.parts.config import require
+from configs.errors import require
 from training import paths
 from training import restoring
 from training import run_config

@@ -13,7 +13,8 @@ import tempfile
 
 from etils import epath
 
-from architectures.parts.config import require
+from configs.errors import require
+
 
 
 def check(text, name: str = '--workdir') -> None:

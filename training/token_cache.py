@@ -34,6 +34,7 @@ import uuid
 
 import numpy as np
 
+from configs.errors import RequestError
 from training import sources, token_workers
 
 FORMAT = 1  # Part of the key: raise it when the layout changes.
@@ -112,8 +113,8 @@ def load(source: sources.Source, tokenizer, cache_dir: str = '',
     ValueError: if a document cannot be read, naming the file and line.
   """
   if '://' in cache_dir:
-    raise ValueError(f'data.cache_dir is {cache_dir!r}: tokens are mapped into '
-                     'memory, so it must be a folder on disk')
+    raise RequestError(f'data.cache_dir is {cache_dir!r}: tokens are mapped '
+                       'into memory, so it must be a folder on disk')
   root = pathlib.Path(cache_dir).expanduser() if cache_dir else default_dir()
   stats = _stat(source.files)
   manifest = root / 'manifests' / f'{_name(source)}.json'
@@ -181,7 +182,7 @@ def _build(source: sources.Source, tokenizer, workers: int, stats,
   try:
     total = _write(source, tokenizer, workers, temporary)
     if _stat(source.files) != stats:
-      raise ValueError(
+      raise RequestError(
           f'data source {source.name!r} changed while it was being read: '
           'start again when its files are complete.')
     try:
@@ -220,7 +221,7 @@ def _write(source: sources.Source, tokenizer, workers: int,
     os.fsync(file.fileno())
   parts = _bounds(np.concatenate(lengths))
   if not parts[-1]:
-    raise ValueError(
+    raise RequestError(
         f'data source {source.name!r} is empty: its text has no tokens.')
   np.save(folder / 'parts.npy', parts)
   np.save(folder / 'kinds.npy', np.array(kinds, np.uint8))

@@ -21,6 +21,8 @@ import sys
 
 import numpy as np
 
+from configs.errors import EnvironmentFailure, RequestError
+
 Encoded = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
@@ -98,11 +100,11 @@ def _ask(worker: subprocess.Popen, chunk: list[str]) -> Encoded:
     worker.stdin.flush()
     answer = pickle.load(worker.stdout)
   except (EOFError, OSError, pickle.UnpicklingError) as error:
-    raise RuntimeError(
+    raise EnvironmentFailure(
         f'a tokenizer process ended early (exit code {worker.poll()}): it was '
         'killed, perhaps for memory.') from error
   if isinstance(answer, str):
-    raise ValueError(answer)
+    raise RequestError(answer)
   return answer
 
 

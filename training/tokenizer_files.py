@@ -4,6 +4,8 @@ returns the pipeline and {kind: id} of its special tokens."""
 import json
 import pathlib
 
+from configs.errors import RequestError
+
 # Where a file's own tokenizer_config.json says nothing, the special tokens
 # are the first of these that the vocabulary holds.
 SPECIAL_NAMES = {
@@ -22,7 +24,7 @@ def read_json(spec: str, path: pathlib.Path):
   try:
     tokenizer = tokenizers.Tokenizer.from_file(str(path))
   except Exception as error:  # tokenizers raises bare Exception.
-    raise ValueError(
+    raise RequestError(
         f'tokenizer {spec!r} is not a Hugging Face tokenizer.json: '
         f'{error}.') from error
   added = {token.content: i for i, token
@@ -56,12 +58,12 @@ def read_wordpiece(spec: str, path: pathlib.Path):
   try:
     model = tokenizers.models.WordPiece.from_file(str(path), unk_token='[UNK]')
   except Exception as error:  # tokenizers raises bare Exception.
-    raise ValueError(f'tokenizer {spec!r}: {path.name} is no WordPiece '
-                     f'vocabulary: {error}.') from error
+    raise RequestError(f'tokenizer {spec!r}: {path.name} is no WordPiece '
+                       f'vocabulary: {error}.') from error
   tokenizer = tokenizers.Tokenizer(model)
   if tokenizer.token_to_id('[UNK]') is None:
-    raise ValueError(f'tokenizer {spec!r}: {path.name} is no WordPiece '
-                     'vocabulary: it has no [UNK].')
+    raise RequestError(f'tokenizer {spec!r}: {path.name} is no WordPiece '
+                       'vocabulary: it has no [UNK].')
   told = _described(path)
   tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(
       lowercase=told.get('do_lower_case', True),
@@ -86,7 +88,7 @@ def read_gpt2(spec: str, encoder: pathlib.Path, merges: pathlib.Path):
     pairs = [tuple(line.split()) for line in lines if line.strip()]
     model = tokenizers.models.BPE(vocab, pairs)
   except Exception as error:  # tokenizers raises bare Exception.
-    raise ValueError(
+    raise RequestError(
         f'tokenizer {spec!r}: {encoder.name} and {merges.name} are not a '
         f'byte-level BPE vocabulary and its merges: {error}.') from error
   tokenizer = tokenizers.Tokenizer(model)

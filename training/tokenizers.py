@@ -19,6 +19,7 @@ import pathlib
 
 import numpy as np
 
+from configs.errors import RequestError
 from training import tokenizer_files
 
 SENTINELS = 100  # T5's <extra_id_0> to <extra_id_99>
@@ -72,7 +73,7 @@ class Tokenizer(abc.ABC):
       ValueError: if the vocabulary has none, naming those that it has.
     """
     if name not in self.special_ids:
-      raise ValueError(
+      raise RequestError(
           f'tokenizer {self.name!r} has no {name!r} token: '
           f'it has {", ".join(self.special_ids) or "none"}.')
     return self.special_ids[name]
@@ -151,14 +152,14 @@ class SentencePiece(Tokenizer):
     try:
       import sentencepiece
     except ImportError as error:
-      raise ValueError(
+      raise RequestError(
           f'tokenizer {str(path)!r} needs the package sentencepiece: '
           "pip install 'archetype[data]'.") from error
     data = path.read_bytes()
     try:
       model = sentencepiece.SentencePieceProcessor(model_proto=data)
     except RuntimeError as error:
-      raise ValueError(
+      raise RequestError(
           f'tokenizer {str(path)!r} is not a sentencepiece model.') from error
     self.name = str(path)
     self._model = model
@@ -196,14 +197,14 @@ def load(spec: str) -> Tokenizer:
     if names := found_in(path):
       return FOLDERS[names](spec, *(path / name for name in names))
     wanted = '; '.join(' + '.join(names) for names in FOLDERS)
-    raise ValueError(
+    raise RequestError(
         f'tokenizer folder {spec!r} holds none of: {wanted}.')
   if path.is_file() and path.suffix in FILES:
     return FILES[path.suffix](spec, path)
   missing = '' if path.exists() else '; there is no such file or folder'
   near = difflib.get_close_matches(spec, ['bytes'])
   hint = " Did you mean 'bytes'?" if near else ''
-  raise ValueError(
+  raise RequestError(
       f'unknown tokenizer {spec!r}: choose bytes, a tokenizer.json, a '
       'sentencepiece .model, or a folder with encoder.json + vocab.bpe'
       f'{missing}.{hint}')

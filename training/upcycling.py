@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from architectures.parts.config import ModelConfig, one_of, require
+from architectures.parts.config import ModelConfig
+from configs.errors import one_of, require
 from training import paths
 from training import weights
 

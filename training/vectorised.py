@@ -19,8 +19,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import ml_collections
 import numpy as np
 
-from architectures.parts.config import require
 from configs import sharding as tables
+from configs.errors import EnvironmentFailure, require
 from training import checkpoints, data, devices, mup, optimizers, run_config
 from training import runs
 from training import state as state_lib
@@ -42,7 +42,7 @@ RUNS = 'runs'  # the mesh axis, and the leading axis of every array
 _EACH, _ALL = PartitionSpec(RUNS), PartitionSpec()
 
 
-class Unfinished(RuntimeError):
+class Unfinished(EnvironmentFailure):
   """Some runs of a group did not reach their last step; the others did.
 
   Attributes:

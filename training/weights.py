@@ -25,7 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import architectures
-from architectures.parts.config import ModelConfig, require
+from architectures.parts.config import ModelConfig
+from configs.errors import require
 from training import hf_config
 from training import hf_files
 from training import hf_names

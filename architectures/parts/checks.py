@@ -10,7 +10,8 @@ jitter with a router that has no weights.
 from typing import Any
 
 from architectures.parts import config as choices
-from architectures.parts.config import ModelConfig, one_of, require, rotary_dim
+from architectures.parts.config import ModelConfig, rotary_dim
+from configs.errors import one_of, require
 
 # field: the choices.
 NAMES = {

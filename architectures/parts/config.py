@@ -8,11 +8,12 @@ X experts of a token, A assignments of a token to an expert (= T*X).
 """
 
 import dataclasses
-import difflib
 import math
 from typing import Any, Mapping
 
 import jax.numpy as jnp
+
+from configs.errors import one_of, require
 
 NORMS = ('layernorm', 'rmsnorm')
 POSITIONS = ('learned', 'sinusoidal', 'rope', 'alibi', 'relative', 'none')
@@ -37,21 +38,6 @@ ROUTERS = ('topk', 'switch', 'gshard', 'expert_choice', 'sigmoid', 'sinkhorn',
            'hash', 'uniform')
 DISPATCHES = ('auto', 'einsum', 'sorted', 'dropless')
 BALANCE_LOSSES = ('switch', 'importance', 'none')
-
-
-def one_of(name: str, value: str, choices) -> None:
-  """Raises ValueError unless `value` is one of `choices`."""
-  if value not in choices:
-    near = difflib.get_close_matches(str(value), list(choices), n=1)
-    hint = f' Did you mean {near[0]!r}?' if near else ''
-    raise ValueError(
-        f'unknown {name} {value!r}: choose from {", ".join(choices)}.{hint}')
-
-
-def require(condition: bool, sentence: str) -> None:
-  """Raises ValueError with `sentence` unless `condition` holds."""
-  if not condition:
-    raise ValueError(sentence)
 
 
 @dataclasses.dataclass(frozen=True)

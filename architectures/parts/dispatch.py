@@ -46,7 +46,8 @@ from architectures.parts import exchange
 from architectures.parts import grouped_kernels
 from architectures.parts import routing
 from architectures.parts import sharding
-from architectures.parts.config import MoEConfig, require
+from architectures.parts.config import MoEConfig
+from configs.errors import require
 
 
 PADDING = 2

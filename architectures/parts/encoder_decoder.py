@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from architectures.parts.attention import Context
-from architectures.parts.config import ModelConfig, require
+from architectures.parts.config import ModelConfig
 from architectures.parts.skeletons import (
     Embed, Output, Stack, Unembed, first_cache)
+from configs.errors import require
 
 
 class EncoderDecoder(nn.Module):

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from architectures.parts import kernels
-from architectures.parts.config import GROUPED_KERNELS, MoEConfig, require
+from architectures.parts.config import GROUPED_KERNELS, MoEConfig
+from configs.errors import require
 
 PLATFORMS = {'megablox': 'tpu'}
 # Of megablox, in order of choice. A tile that two experts share is computed

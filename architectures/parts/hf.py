@@ -3,7 +3,8 @@
 from typing import Any
 
 from architectures.parts import positions
-from architectures.parts.config import ModelConfig, require, rotary_dim
+from architectures.parts.config import ModelConfig, rotary_dim
+from configs.errors import RequestError, require
 
 # hidden_act: our ffn. Where two names mean one function, export takes the
 # first. gelu_fast and gelu_new are the same tanh approximation.
@@ -74,7 +75,7 @@ def write_rope(c: ModelConfig) -> dict:
   require(c.position == 'rope', f'model.position is {c.position!r}: this '
           "config.json can only say 'rope'")
   if r.scaling == 'ntk':
-    raise ValueError(
+    raise RequestError(
         "model.rope.scaling is 'ntk', which config.json has not: it is the "
         'same as scaling none with model.rope.theta '
         f'{positions.ntk_theta(r, rotary_dim(c))!r}')

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 
 from architectures.parts import linear
 from architectures.parts import sharding
-from architectures.parts.config import KERNELS, ModelConfig, require
+from architectures.parts.config import KERNELS, ModelConfig
+from configs.errors import require
 
 PLATFORMS = {'splash': 'tpu', 'cudnn': 'gpu'}
 TILE = 128  # lanes of a TPU: the lengths that splash takes are multiples

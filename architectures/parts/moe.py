@@ -20,8 +20,9 @@ from architectures.parts import ffn as dense
 from architectures.parts import health
 from architectures.parts import linear
 from architectures.parts import routing
-from architectures.parts.config import ModelConfig, require
+from architectures.parts.config import ModelConfig
 from architectures.parts.experts import Dropout, Weights
+from configs.errors import require
 
 
 class MoE(nn.Module):

@@ -12,7 +12,8 @@ from configs import sharding as tables
 import flax.linen as nn
 import jax
 
-from architectures.parts.config import one_of
+from configs.errors import one_of
+
 
 AXES = 'axes'  # the scope that names a constraint's logical axes
 

@@ -20,8 +20,9 @@ from architectures.parts import positions
 from architectures.parts import sharding
 from architectures.parts.attention import Cache, Context
 from architectures.parts.blocks import BLOCKS
-from architectures.parts.config import LayerKind, ModelConfig, require
+from architectures.parts.config import LayerKind, ModelConfig
 from architectures.parts.norms import norm
+from configs.errors import require
 
 
 @struct.dataclass

@@ -13,6 +13,7 @@ from typing import Any
 import ml_collections
 
 from configs import gpt
+from configs.errors import RequestError
 
 Points = Iterator[tuple[str, dict[str, Any]]]
 
@@ -44,7 +45,7 @@ def zip(values: Mapping[str, Sequence]) -> Points:
   lengths = {key: len(choices) for key, choices in values.items()}
   if len(set(lengths.values())) > 1:
     told = ', '.join(f'{key} {n}' for key, n in lengths.items())
-    raise ValueError(f'zip needs as many values of each key, not {told}')
+    raise RequestError(f'zip needs as many values of each key, not {told}')
   for i in range(max(lengths.values(), default=0)):
     changes = {key: choices[i] for key, choices in values.items()}
     yield name(changes), changes

@@ -19,6 +19,7 @@ import os
 from absl import flags
 from ml_collections import config_flags
 
+from configs.errors import RequestError
 from training import cli
 
 config_flags.DEFINE_config_file(
@@ -34,7 +35,7 @@ def main():
   cli.parse(__doc__)
   args = flags.FLAGS
   if args.config is None:
-    raise ValueError('pass --config FILE.py:SIZE')
+    raise RequestError('pass --config FILE.py:SIZE')
   os.environ['JAX_PLATFORMS'] = 'cpu'  # before jax is imported
   from configs import sharding as tables
   from training import devices

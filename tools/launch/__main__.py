@@ -27,6 +27,7 @@ import sys
 
 from absl import flags
 
+from configs.errors import RequestError
 from training import cli
 
 PLACES = ('local', 'slurm', 'gke', 'tpu_vm')
@@ -38,8 +39,8 @@ def main():
     print(__doc__.strip())
     return 0 if place else 2
   if place not in PLACES:
-    raise ValueError(f'{place!r} is no place to launch on: choose from '
-                     f'{", ".join(PLACES)}')
+    raise RequestError(f'{place!r} is no place to launch on: choose from '
+                       f'{", ".join(PLACES)}')
   module = importlib.import_module(f'tools.launch.{place}')
   from tools.launch import job
   cli.define_config()

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 
+from configs.errors import RequestError
 from tools.launch import job as job_lib
 from tools.plan import chips
 
@@ -54,13 +55,13 @@ CONTAINER = 'train'
 def size(args) -> tuple[int, int]:
   """Returns the number of devices, and of slices."""
   if bool(args.topology) == bool(args.gpu):
-    raise ValueError('pass one of --topology (TPUs) and --gpu')
+    raise RequestError('pass one of --topology (TPUs) and --gpu')
   if not args.image:
-    raise ValueError('pass --image, a container image with this repository as '
-                     'its working directory')
+    raise RequestError('pass --image, a container image with this repository '
+                       'as its working directory')
   if args.logs:
-    raise ValueError(f'--logs is {args.logs!r}, but Kubernetes keeps the '
-                     'output of each pod: leave it out, and see kubectl logs')
+    raise RequestError(f'--logs is {args.logs!r}, but Kubernetes keeps the '
+                       'output of each pod: leave it out, and see kubectl logs')
   job_lib.positive(args, 'slices', 'nodes', 'grace_seconds')
   if args.gpu:
     return args.nodes * _gpu(args)[1], 1
@@ -117,9 +118,9 @@ def _topology(args) -> tuple[str, tuple[int, ...]]:
   """Returns the kind of TPU and the shape, of those that a slice can have."""
   kind = args.topology.partition(':')[0]
   if kind not in TPUS:
-    raise ValueError(f'--topology is {args.topology!r}: choose '
-                     f'{", ".join(TPUS)} with its chips, as v5e:4x4 or '
-                     'v5p:4x4x8; GPUs have --gpu')
+    raise RequestError(f'--topology is {args.topology!r}: choose '
+                       f'{", ".join(TPUS)} with its chips, as v5e:4x4 or '
+                       'v5p:4x4x8; GPUs have --gpu')
   return kind, chips.parse(args.topology, args.slices).shape
 
 
@@ -127,7 +128,7 @@ def _volume(args) -> tuple[str, str]:
   """Returns the claim of --pvc and where it is mounted; '': there is none."""
   claim, _, path = args.pvc.partition(':')
   if args.pvc and not (claim and path.startswith('/')):
-    raise ValueError(f'--pvc is {args.pvc!r}: write CLAIM:/PATH')
+    raise RequestError(f'--pvc is {args.pvc!r}: write CLAIM:/PATH')
   return claim, path
 
 
@@ -135,8 +136,8 @@ def _gpu(args) -> tuple[str, int]:
   text = args.gpu
   kind, _, count = text.partition(':')
   if not kind or not count.isdecimal() or not int(count):
-    raise ValueError(f'--gpu is {text!r}: choose GKE\'s name of it and how '
-                     'many a node has, as nvidia-h100-80gb:8')
+    raise RequestError(f'--gpu is {text!r}: choose GKE\'s name of it and how '
+                       'many a node has, as nvidia-h100-80gb:8')
   return kind, int(count)
 
 
@@ -201,8 +202,9 @@ def _job_spec(job: job_lib.Job, args) -> dict:
     count, resource = math.prod(shape), 'google.com/tpu'
     per_host = args.chips_per_host or min(4, count)
     if count % per_host:
-      raise ValueError(f'--chips_per_host is {per_host}, which does not divide '
-                       f'the {count} chips of --topology {args.topology}')
+      raise RequestError(
+          f'--chips_per_host is {per_host}, which does not divide the {count} '
+          f'chips of --topology {args.topology}')
     hosts = count // per_host
     nodes = {'cloud.google.com/gke-tpu-accelerator': TPUS[kind][0],
              'cloud.google.com/gke-tpu-topology': 'x'.join(map(str, shape))}

@@ -7,6 +7,7 @@ import shlex
 
 from absl import flags
 
+from configs.errors import RequestError
 from training import cli, storage
 
 STOPPED = 75  # the exit code of a run that has more to do
@@ -67,12 +68,13 @@ def make(argv: list[str], num_devices: int, slices: int = 1) -> Job:
   """
   args = flags.FLAGS
   if args.config is None or not args.workdir:
-    raise ValueError('pass both --config FILE.py:SIZE and --workdir DIR')
+    raise RequestError('pass both --config FILE.py:SIZE and --workdir DIR')
   if args.max_restarts < 0:
-    raise ValueError(f'--max_restarts is {args.max_restarts}: choose 0 or more')
+    raise RequestError(
+        f'--max_restarts is {args.max_restarts}: choose 0 or more')
   storage.check(args.workdir)
   if storage.in_bucket(args.logs):
-    raise ValueError(f'--logs is {args.logs!r}: choose a folder on disk')
+    raise RequestError(f'--logs is {args.logs!r}: choose a folder on disk')
   _check(args.config, num_devices, slices)
   workdir = args.workdir.rstrip('/')
   parent = workdir.rpartition('/')[0] or '.'
@@ -107,8 +109,8 @@ def _check(config, num_devices: int, slices: int) -> None:
   devices.check(runs.resolve_alone(config), config.data.batch_size,
                 config.train.grad_accumulation, shape)
   if shape['data'] % slices:
-    raise ValueError(f'mesh.data is {shape["data"]}, which the {slices} slices '
-                     f'do not divide: choose a multiple of {slices}')
+    raise RequestError(f'mesh.data is {shape["data"]}, which the {slices} '
+                       f'slices do not divide: choose a multiple of {slices}')
 
 
 def require_shared(job: Job, places: str, mount: str = '') -> None:
@@ -119,8 +121,8 @@ def require_shared(job: Job, places: str, mount: str = '') -> None:
       ('--compile_cache', job.env['JAX_COMPILATION_CACHE_DIR'])):
     under = mount and pathlib.PurePath(folder).is_relative_to(mount)
     if not storage.in_bucket(folder) and not under:
-      raise ValueError(f'{name} is {folder!r}, and every host must find it at '
-                       f'the same place: choose {places}')
+      raise RequestError(f'{name} is {folder!r}, and every host must find it '
+                         f'at the same place: choose {places}')
 
 
 def exports(env: dict[str, str]) -> str:
@@ -140,4 +142,4 @@ def positive(args: flags.FlagValues, *names: str) -> None:
   """Raises ValueError where one of these flags is below 1."""
   for name in names:
     if args[name].value < 1:
-      raise ValueError(f'--{name} is {args[name].value}: choose 1 or more')
+      raise RequestError(f'--{name} is {args[name].value}: choose 1 or more')

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 
+from configs.errors import RequestError
 from tools.launch import job as job_lib
 
 # (kind, name, default, what it says).
@@ -41,7 +42,7 @@ def size(args) -> tuple[int, int]:
 def _platform(given: str) -> str:
   given = given or os.environ.get('JAX_PLATFORMS', '')
   if given not in ('', 'cpu', 'gpu', 'cuda', 'rocm'):
-    raise ValueError(f'--platform is {given!r}: choose cpu or gpu')
+    raise RequestError(f'--platform is {given!r}: choose cpu or gpu')
   if given:
     return 'cpu' if given == 'cpu' else 'gpu'
   return 'gpu' if os.path.exists('/dev/nvidia0') else 'cpu'

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 
+from configs.errors import RequestError
 from tools.launch import job as job_lib
 
 # (kind, name, default, what it says).
@@ -99,10 +100,10 @@ def size(args) -> tuple[int, int]:
   """Returns the number of devices, and of slices."""
   job_lib.positive(args, 'nodes', 'grace_seconds')
   if args.gpus < 0:
-    raise ValueError(f'--gpus is {args.gpus}: choose 0 or more')
+    raise RequestError(f'--gpus is {args.gpus}: choose 0 or more')
   if args.per_gpu and not args.gpus:
-    raise ValueError('--per_gpu asks for a process for each GPU, and --gpus '
-                     'is 0: choose 1 or more')
+    raise RequestError('--per_gpu asks for a process for each GPU, and --gpus '
+                       'is 0: choose 1 or more')
   return args.nodes * max(args.gpus, 1), 1
 
 

@@ -17,6 +17,7 @@ import os
 import pathlib
 import shlex
 
+from configs.errors import RequestError
 from tools.launch import job as job_lib
 
 # (kind, name, default, what it says).
@@ -129,8 +130,8 @@ WAIT_SECONDS = 30
 def size(args) -> tuple[int, int]:
   """Returns the number of devices, which only the TPU knows: 0, and slices."""
   if not args.tpu or not args.zone:
-    raise ValueError('pass --tpu, the name of the TPU VM (or of each slice), '
-                     'and --zone')
+    raise RequestError('pass --tpu, the name of the TPU VM (or of each slice), '
+                       'and --zone')
   return 0, len(args.tpu)
 
 

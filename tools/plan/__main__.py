@@ -19,6 +19,7 @@ import os
 
 from absl import flags
 
+from configs.errors import RequestError
 from training import cli
 
 cli.define_config()
@@ -37,12 +38,12 @@ def main():
   cli.parse(__doc__)
   args = flags.FLAGS
   if args.config is None or not args.topology:
-    raise ValueError('pass both --config FILE.py:SIZE and --topology, such as '
-                     'v5p:4x4x8')
+    raise RequestError('pass both --config FILE.py:SIZE and --topology, such '
+                       'as v5p:4x4x8')
   _check_search(args)
   if not args.programs:
-    raise ValueError('--programs names none: choose from train, prefill, '
-                     'decode')
+    raise RequestError('--programs names none: choose from train, prefill, '
+                       'decode')
   os.environ['JAX_PLATFORMS'] = 'cpu'  # before jax is imported
   from tools.plan import chips, topology as topologies
   topology = chips.parse(args.topology, args.slices)
@@ -68,14 +69,14 @@ def main():
 
 def _check_search(args) -> None:
   if args.search < 0:
-    raise ValueError(f'--search is {args.search}: pass how many plans to list, '
-                     'or 0 for the plan of one mesh')
+    raise RequestError(f'--search is {args.search}: pass how many plans to '
+                       'list, or 0 for the plan of one mesh')
   if args.search and args.mesh:
-    raise ValueError(f'--search chooses the mesh, and --mesh is {args.mesh!r}: '
-                     'pass one of them')
+    raise RequestError('--search chooses the mesh, and --mesh is '
+                       f'{args.mesh!r}: pass one of them')
   if args.search and args.programs != ['train']:
-    raise ValueError('--search is for train alone, and --programs is '
-                     f'{",".join(args.programs)}: leave it out')
+    raise RequestError('--search is for train alone, and --programs is '
+                       f'{",".join(args.programs)}: leave it out')
 
 
 if __name__ == '__main__':

@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 
-from architectures.parts.config import require
+from configs.errors import require
 from tools.plan import cache, chips, collectives, compile as compiling
 from tools.plan import flops as work
 from tools.plan import roofline, topology as topologies

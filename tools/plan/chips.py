@@ -12,7 +12,8 @@ Gb/s adapter a GPU of a DGX A100, H100, H200 or B200.
 
 from typing import NamedTuple, Optional
 
-from architectures.parts.config import one_of, require
+from configs.errors import one_of, require
+
 
 GIB = 2 ** 30
 _GB = 1e9

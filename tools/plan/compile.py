@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from architectures.parts.config import one_of, require
+from configs.errors import EnvironmentFailure, RequestError, one_of, require
 from training import examples, generate, objectives, runs
 from training.step import make_train_step
 
@@ -40,7 +40,7 @@ class Compiled(NamedTuple):
   seconds: float
 
 
-class DoesNotFit(ValueError):
+class DoesNotFit(RequestError):
   """Says by how much a program is too large for a device."""
 
 
@@ -121,8 +121,9 @@ def build(run: runs.Run, what: Program, jaxpr, lowered, hbm: float
       raise
     reason = str(error).split('RESOURCE_EXHAUSTED: ')[-1].splitlines()[0]
     if 'hbm' not in reason.lower():  # as VMEM, which no sharding relieves
-      raise RuntimeError(f'{what.name} cannot be compiled: a kernel takes more '
-                         f'on-chip memory than there is: {reason}') from error
+      raise EnvironmentFailure(
+          f'{what.name} cannot be compiled: a kernel takes more on-chip memory '
+          f'than there is: {reason}') from error
     raise DoesNotFit(f'{what.name} does not fit a device: {reason}') from error
   stats = executable.memory_analysis()
   peak = stats.peak_memory_in_bytes

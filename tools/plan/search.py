@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from configs.errors import RequestError
 from tools.plan import analyse, chips, collectives, compile as compiling
 from tools.plan import roofline
 from tools.plan import topology as topologies
@@ -59,7 +60,7 @@ def meshes(config, model, topology: chips.Topology):
         continue
       try:
         devices.check(model, config.data.batch_size, 1, shape)
-      except ValueError:  # what does not divide is no candidate
+      except RequestError:  # what does not divide is no candidate
         continue
       yield shape
 

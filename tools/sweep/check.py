@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 
+from configs.errors import RequestError
 from tools.sweep import commands, cost, layout, matching, spec
 from tools.sweep import ledger as ledger_lib
 
@@ -62,8 +63,8 @@ def check(args) -> dict:
   cost.off_devices()
   sweep = spec.load(args.file, args.seeds)
   if args.match_field != matching.FIELD and not args.match:
-    raise ValueError(f'--match_field is {args.match_field}, but nothing is '
-                     f'matched: pass --match, of {", ".join(matching.WHAT)}')
+    raise RequestError(f'--match_field is {args.match_field}, but nothing is '
+                       f'matched: pass --match, of {", ".join(matching.WHAT)}')
   if args.match:
     sweep = matching.match(sweep, args.match, args.match_field,
                            lambda config: getattr(cost.of(config), args.match))
@@ -86,8 +87,8 @@ def _row(sweep, point, base: cost.Cost, devices: int) -> dict:
   try:
     figures = cost.of(config)
     nbytes = cost.bytes_per_device(config, devices)
-  except ValueError as error:
-    raise ValueError(f'point {point.name!r}: {error}') from error
+  except RequestError as error:
+    raise RequestError(f'point {point.name!r}: {error}') from error
   return {
       'name': point.name, 'changes': dict(point.changes),
       'matched': list(point.matched),
@@ -123,8 +124,8 @@ def _check_differences(sweep, description: dict) -> None:
     undeclared = [key for key in config if config[key] != made[key] or (
         config[key] != base[key] and key not in point['changes'])]
     if undeclared:
-      raise ValueError(f'point {point["name"]!r} differs from the base in '
-                       f'{", ".join(undeclared)}, which it does not declare')
+      raise RequestError(f'point {point["name"]!r} differs from the base in '
+                         f'{", ".join(undeclared)}, which it does not declare')
 
 
 def save(workdir, description: dict) -> None:
@@ -149,8 +150,8 @@ def _merge(workdir, description: dict) -> None:
     for point in old['points']:
       name = point['name']
       if name not in points:
-        raise ValueError(f'{workdir} holds a point {name!r}, which the sweep '
-                         'no longer has: take another --workdir')
+        raise RequestError(f'{workdir} holds a point {name!r}, which the sweep '
+                           'no longer has: take another --workdir')
       _same(workdir, f'point {name!r}', point['changes'],
             points[name]['changes'])
       points[name]['seeds'] = sorted({*point['seeds'],
@@ -169,8 +170,8 @@ def _same(workdir, what: str, old, new) -> None:
     told = 'differs'
   else:
     told = f'was {old!r} and is {new!r}'
-  raise ValueError(f'{workdir} holds another sweep: {what} {told}; take '
-                   'another --workdir')
+  raise RequestError(f'{workdir} holds another sweep: {what} {told}; take '
+                     'another --workdir')
 
 
 def _plan(description: dict, point: dict, topology: str) -> dict:
@@ -181,8 +182,8 @@ def _plan(description: dict, point: dict, topology: str) -> dict:
   result = subprocess.run(command, capture_output=True, text=True)
   if result.returncode:
     said = result.stderr.strip().splitlines() or ['it said nothing']
-    raise ValueError(f'point {point["name"]!r}, tools.plan: '
-                     f'{said[-1].removeprefix("error: ")}')
+    raise RequestError(f'point {point["name"]!r}, tools.plan: '
+                       f'{said[-1].removeprefix("error: ")}')
   return json.loads(result.stdout[result.stdout.index('{'):])
 
 

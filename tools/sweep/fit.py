@@ -10,6 +10,7 @@ import operator
 
 import numpy as np
 
+from configs.errors import RequestError
 from tools.sweep import scaling
 
 
@@ -28,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args) -> int:
   from tools.sweep import curves
   if args.draws < 40:
-    raise ValueError(f'--draws is {args.draws}: an interval needs 40 or more')
+    raise RequestError(f'--draws is {args.draws}: an interval needs 40 or more')
   budgets = _budgets(args.budgets)
   points = curves.load(args.workdir).points
   for point in points:
@@ -38,7 +39,7 @@ def main(args) -> int:
            point.flops_per_token)
           for point in points for loss in point.finals.values()]
   if not rows:
-    raise ValueError(f'{args.workdir} has no finished run')
+    raise RequestError(f'{args.workdir} has no finished run')
   figures = report(*map(np.array, zip(*rows)), budgets, args.draws)
   print(json.dumps(figures, indent=2) if args.json else text(figures))
   return 0
@@ -49,7 +50,7 @@ def _check_ladder(point) -> None:
   kinds = [f'{key}={value}' for key, value in point.changes.items()
            if isinstance(value, str | bool)]
   if kinds:
-    raise ValueError(
+    raise RequestError(
         f'point {point.name!r} sets {", ".join(kinds)}: a law is fitted to '
         'sizes and lengths of one model, as in configs/sweeps/ladder.py')
 
@@ -64,7 +65,7 @@ def _check_rungs(points, count: str) -> None:
     if other is not point:
       keys = [key for key in {**other.changes, **point.changes}
               if other.changes.get(key) != point.changes.get(key)]
-      raise ValueError(
+      raise RequestError(
           f'points {other.name!r} and {point.name!r} have both {size[0]:,} '
           f'{count} and {size[1]:,} tokens, and differ in {", ".join(keys)}: '
           'a law is fitted to one point of each size and length')
@@ -74,10 +75,10 @@ def _budgets(text: str) -> list[float]:
   try:
     budgets = [float(word) for word in text.split(',') if word]
   except ValueError as error:
-    raise ValueError(f'--budgets is {text!r}: write numbers of FLOPs, as '
-                     '1e15,1e16') from error
+    raise RequestError(f'--budgets is {text!r}: write numbers of FLOPs, as '
+                       '1e15,1e16') from error
   if any(not 0 < budget < math.inf for budget in budgets):
-    raise ValueError(f'--budgets is {text!r}: a budget must be > 0')
+    raise RequestError(f'--budgets is {text!r}: a budget must be > 0')
   return budgets
 
 

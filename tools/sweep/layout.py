@@ -5,6 +5,7 @@ import os
 import pathlib
 import tempfile
 
+from configs.errors import RequestError
 from tools.sweep import spec
 
 
@@ -36,12 +37,12 @@ def load(workdir, file: str = '') -> dict:
   """
   path = pathlib.Path(workdir) / 'sweep.json'
   if not path.is_file():
-    raise ValueError(f'{path} is missing: no sweep was checked or run in this '
-                     'workdir')
+    raise RequestError(f'{path} is missing: no sweep was checked or run in '
+                       'this workdir')
   description = json.loads(path.read_text())
   if file and file != description['file']:
-    raise ValueError(f'{workdir} holds the sweep {description["file"]}, not '
-                     f'{file}: leave the file out or name another --workdir')
+    raise RequestError(f'{workdir} holds the sweep {description["file"]}, not '
+                       f'{file}: leave the file out or name another --workdir')
   return description
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import dataclasses
 import math
 
+from configs.errors import RequestError
 from tools.sweep import spec
 
 # --match: the figure of a point (cost.Cost) that is made equal.
@@ -38,8 +39,8 @@ def match(sweep: spec.Sweep, what: str, field: str,
   for point in sweep.points:
     try:
       points.append(_solved(sweep, point, what, field, cost, target))
-    except ValueError as error:
-      raise ValueError(f'point {point.name!r}: {error}') from error
+    except RequestError as error:
+      raise RequestError(f'point {point.name!r}: {error}') from error
   return dataclasses.replace(sweep, points=tuple(points), match=what)
 
 
@@ -54,12 +55,12 @@ def _solved(sweep, point, what, field, cost, target) -> spec.Point:
   if abs(cost(sweep.config(point)) / target - 1) <= NEAR:
     return point
   if field in point.changes:
-    raise ValueError(
+    raise RequestError(
         f'it sets {field}, which --match={what} would solve: '
         'name another field with --match_field, or leave it out of the point')
   if (sweep.config(point).model.parametrization == 'mup'
       and not field.endswith('layers')):
-    raise ValueError(
+    raise RequestError(
         f'it is in muP, whose widths go together, and --match={what} would '
         f'change {field} alone: match by the number of layers '
         '(--match_field=model.num_layers), or not at all')
@@ -71,7 +72,7 @@ def _solved(sweep, point, what, field, cost, target) -> spec.Point:
       return spec.Point(point.name, {**point.changes, field: best}, (field,))
   near = '' if best is None else (
       f': {field}={best} comes nearest, at {figure(best):,.0f}')
-  raise ValueError(
+  raise RequestError(
       f'it cannot be matched: no {field} gives it the {what} '
       f'of the base, {target:,.0f}, within {TOLERANCE:.0%}{near}. Match '
       f'something else of {", ".join(WHAT)}, or by another --match_field')

@@ -6,7 +6,7 @@ import pathlib
 import shlex
 import sys
 
-from architectures.parts.config import one_of
+from configs.errors import RequestError, one_of
 from tools.sweep import check, commands, layout
 from tools.sweep import ledger as ledger_lib
 
@@ -37,10 +37,10 @@ def main(args) -> int:
   one_of('--launcher', args.launcher, LAUNCHERS)
   for name in ('parallel', 'group'):
     if getattr(args, name) < 1:
-      raise ValueError(f'--{name} is {getattr(args, name)}: it must be >= 1')
+      raise RequestError(f'--{name} is {getattr(args, name)}: it must be >= 1')
   if '://' in args.workdir:
-    raise ValueError(f'--workdir is {args.workdir!r}: the ledger of a sweep '
-                     'needs a folder of this machine, or one that is mounted')
+    raise RequestError(f'--workdir is {args.workdir!r}: the ledger of a sweep '
+                       'needs a folder of this machine, or one that is mounted')
   description = check.check(args)
   if args.match:
     print(check.table(description), file=sys.stderr)
@@ -87,7 +87,7 @@ def _stranger(description: dict, workdir, run) -> str:
   """Returns why what was trained in a run's folder is not that run, or ''."""
   try:
     wrong = layout.differing(description, workdir, run.point, run.seed)
-  except ValueError as error:
+  except RequestError as error:
     return str(error)
   return '' if not wrong else (
       f'{layout.run_folder(workdir, run.point, run.seed)} holds a run of '

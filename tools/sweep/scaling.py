@@ -18,6 +18,8 @@ import math
 
 import numpy as np
 
+from configs.errors import RequestError
+
 DELTA = 1e-3
 CONSTANTS = ('E', 'A', 'B', 'a', 'b')
 MIN_RUNS, MIN_SIZES, MIN_LENGTHS = 6, 3, 3
@@ -65,13 +67,13 @@ def check(params: Sequence[float], tokens: Sequence[float]) -> None:
       (sizes, MIN_SIZES, 'numbers of parameters'),
       (lengths, MIN_LENGTHS, 'numbers of tokens')):
     if have < least:
-      raise ValueError(
+      raise RequestError(
           f'the ladder has {have} different {what}: the five constants of the '
           f'law need {least}; add points that vary the model\'s size and '
           'train.steps')
   correlation = float(np.corrcoef(x, y)[0, 1])
   if abs(correlation) > MAX_CORRELATION:
-    raise ValueError(
+    raise RequestError(
         f'tokens rise with parameters (correlation {correlation:.3f} of their '
         f'logarithms, at most {MAX_CORRELATION}): what each contributes cannot '
         'be told apart; add points that vary train.steps at one size')

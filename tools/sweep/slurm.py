@@ -4,6 +4,8 @@ import ast
 import pathlib
 import subprocess
 
+from configs.errors import RequestError
+
 
 class Work:
   """What one job of the array does: be a runner, until nothing is pending.
@@ -40,13 +42,13 @@ def submit(words: list[str], folder: pathlib.Path, jobs: int, options: str,
   try:
     import submitit
   except ImportError as error:
-    raise ValueError('--launcher=slurm needs submitit: pip install -e '
-                     "'.[slurm]'") from error
+    raise RequestError('--launcher=slurm needs submitit: pip install -e '
+                       "'.[slurm]'") from error
   try:
     executor = submitit.AutoExecutor(folder, cluster=cluster or 'slurm')
     executor.update_parameters(name='sweep', **_parsed(options))
   except (AssertionError, NameError, RuntimeError, TypeError) as error:
-    raise ValueError(f'--launcher=slurm: {error}') from error
+    raise RequestError(f'--launcher=slurm: {error}') from error
   with executor.batch():
     submitted = [executor.submit(Work(words)) for _ in range(jobs)]
   print(f'{jobs} job{"s" * (jobs != 1)}:',
@@ -60,7 +62,7 @@ def _parsed(options: str) -> dict:
   for option in filter(None, options.split(',')):
     name, equals, value = option.partition('=')
     if not equals:
-      raise ValueError(f'--slurm has {option!r}: write it as NAME=VALUE')
+      raise RequestError(f'--slurm has {option!r}: write it as NAME=VALUE')
     try:
       parsed[name] = ast.literal_eval(value)
     except (SyntaxError, ValueError):

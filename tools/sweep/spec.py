@@ -17,6 +17,8 @@ from typing import Any
 
 import ml_collections
 
+from configs.errors import RequestError
+
 SEEDS = 3
 BASE = 'base'  # what the point that changes nothing is called by default
 # Which points owe a task of TASKS: what it measures, others do not have.
@@ -81,30 +83,30 @@ def load(file: str, seeds: int = 0) -> Sweep:
   module = _module(file)
   base = module.base()
   if module.base().to_json_best_effort() != base.to_json_best_effort():
-    raise ValueError(f'{file}: base() returns another config each time it is '
-                     'called, so no two points would share it')
+    raise RequestError(f'{file}: base() returns another config each time it is '
+                       'called, so no two points would share it')
   points: dict[str, Point] = {}
 
   def add(name: str, **changes):
     if not re.fullmatch(r'[\w.=+-]+', name) or name.startswith('.'):
-      raise ValueError(f'{file}: a point is called {name!r}: choose letters, '
-                       'digits and . _ = + - alone, since it names a folder')
+      raise RequestError(f'{file}: a point is called {name!r}: choose letters, '
+                         'digits and . _ = + - alone, since it names a folder')
     if name in points:
-      raise ValueError(f'{file}: two points are called {name!r}')
+      raise RequestError(f'{file}: two points are called {name!r}')
     if 'seed' in changes:
-      raise ValueError(f'{file}: point {name!r} sets seed: every point has the '
-                       'same seeds, those of SEEDS or --seeds')
+      raise RequestError(f'{file}: point {name!r} sets seed: every point has '
+                         'the same seeds, those of SEEDS or --seeds')
     points[name] = Point(name, changes)
 
   module.sweep(add)
   tasks = tuple(getattr(module, 'TASKS', ()))
   for task in tasks:
     if task not in OWES:
-      raise ValueError(f'{file}: unknown task {task!r} in TASKS: choose from '
-                       f'{", ".join(OWES)}')
+      raise RequestError(f'{file}: unknown task {task!r} in TASKS: choose from '
+                         f'{", ".join(OWES)}')
   seeds = seeds or getattr(module, 'SEEDS', SEEDS)
   if seeds < 1:
-    raise ValueError(f'{seeds} seeds: a sweep needs 1 or more')
+    raise RequestError(f'{seeds} seeds: a sweep needs 1 or more')
   sweep = Sweep(pathlib.Path(file).stem, file, base.lock(),
                 tuple(points.values()), '', tuple(range(seeds)), tasks)
   return _with_base(sweep)
@@ -123,16 +125,17 @@ def changed(base: ml_collections.ConfigDict, changes: Mapping[str, Any],
         keys = _keys(base)
         near = difflib.get_close_matches(key, keys, n=1)
         hint = f': did you mean {near[0]!r}?' if near else ''
-        raise ValueError(f'{who} sets {key!r}, which is no config field{hint}')
+        raise RequestError(
+            f'{who} sets {key!r}, which is no config field{hint}')
       at, old = old, old[part]
     if hasattr(old, 'keys'):
-      raise ValueError(f'{who} sets {key!r}, a group of fields: set '
-                       f'{key}.{next(iter(old))} and so on')
+      raise RequestError(f'{who} sets {key!r}, a group of fields: set '
+                         f'{key}.{next(iter(old))} and so on')
     if isinstance(old, float) and type(value) is int:
       value = float(value)
     value = tuples(value)
     if type(value) is not type(old):
-      raise ValueError(
+      raise RequestError(
           f'{who} sets {key} to {value!r}, a {type(value).__name__}: it holds '
           f'{old!r}, a {type(old).__name__}')
     at[last] = value
@@ -158,8 +161,8 @@ def _module(file: str):
   if not path.is_file():
     files = sorted(str(p) for p in pathlib.Path('configs/sweeps').glob('*.py')
                    if p.stem not in ('__init__', 'helpers'))
-    raise ValueError(f'no sweep {file!r}: choose from {", ".join(files)}, or '
-                     'write one')
+    raise RequestError(f'no sweep {file!r}: choose from {", ".join(files)}, or '
+                       'write one')
   spec = importlib.util.spec_from_file_location(f'sweep_{path.stem}', path)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
@@ -167,7 +170,7 @@ def _module(file: str):
                      ('sweep', 'def sweep(add): ...'),
                      ('get_config', 'get_config = base')):
     if not callable(getattr(module, name, None)):
-      raise ValueError(f'{file} has no {name}: add `{line}`')
+      raise RequestError(f'{file} has no {name}: add `{line}`')
   return module
 
 
@@ -182,15 +185,15 @@ def _with_base(sweep: Sweep) -> Sweep:
       base_name = base_name or point.name
     same = next((name for other, name in seen if other == config), '')
     if same:
-      raise ValueError(f'{sweep.file}: points {same!r} and {point.name!r} are '
-                       'the same config')
+      raise RequestError(f'{sweep.file}: points {same!r} and {point.name!r} '
+                         'are the same config')
     seen.append((config, point.name))
   points = sweep.points
   if not base_name:
     if BASE in (point.name for point in points):
-      raise ValueError(f'{sweep.file}: the point called {BASE!r} changes the '
-                       'base: call it otherwise')
+      raise RequestError(f'{sweep.file}: the point called {BASE!r} changes the '
+                         'base: call it otherwise')
     base_name, points = BASE, (Point(BASE, {}), *points)
   if len(points) < 2:
-    raise ValueError(f'{sweep.file}: sweep(add) adds nothing but the base')
+    raise RequestError(f'{sweep.file}: sweep(add) adds nothing but the base')
   return dataclasses.replace(sweep, points=points, base_name=base_name)

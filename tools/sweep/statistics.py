@@ -11,6 +11,7 @@ import math
 
 import numpy as np
 
+
 CONFIDENCE = 0.95
 MIN_SEEDS = 3  # with fewer, the spread itself is not known
 MIN_POINTS = 6  # of a curve whose three constants are fitted

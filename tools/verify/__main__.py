@@ -31,15 +31,15 @@ flags.DEFINE_string('json', '', 'A file to write the findings to.')
 def main():
   cli.parse(__doc__)
   args = flags.FLAGS
-  from architectures.parts.config import one_of
+  from configs.errors import RequestError, one_of
   from tools.verify import assets, cases
   for system in args.systems:
     one_of('system', system, (*cases.SYSTEMS, 'minilm'))
   try:
     import transformers
   except ImportError as error:
-    raise ValueError('transformers or PyTorch is not installed: '
-                     "pip install 'archetype[verify]'") from error
+    raise RequestError('transformers or PyTorch is not installed: '
+                       "pip install 'archetype[verify]'") from error
   print(f'transformers {transformers.__version__}')
   rows = []
   for system, case in cases.all_cases():

@@ -6,6 +6,7 @@ import tempfile
 
 import numpy as np
 
+from configs.errors import RequestError
 from tools.verify import compare
 from tools.verify.cases import NO_GREEDY, SYSTEMS
 from tools.verify.mend import mend
@@ -171,7 +172,7 @@ def loads_our_export(system: str, case: str, folder) -> float:
       dtype=torch.float32)
   wrong = {key: value for key, value in info.items() if value}
   if wrong:
-    raise ValueError(f'{system} {case}: transformers says {wrong}')
+    raise RequestError(f'{system} {case}: transformers says {wrong}')
   kind = SYSTEMS[system].kind
   inputs = compare.inputs(kind, model.config.to_dict())
   mend(again)

@@ -19,6 +19,7 @@ import tempfile
 
 from absl import flags
 
+from configs.errors import RequestError
 from training import cli
 
 cli.define_config()
@@ -37,10 +38,10 @@ def main():
   cli.parse(__doc__)
   args = flags.FLAGS
   if args.config is None:
-    raise ValueError('pass --config FILE.py:SIZE')
+    raise RequestError('pass --config FILE.py:SIZE')
   if args.steps < 4:
-    raise ValueError(f'--steps is {args.steps}: at least 4 are needed, two '
-                     'before the checkpoint and two after')
+    raise RequestError(f'--steps is {args.steps}: at least 4 are needed, two '
+                       'before the checkpoint and two after')
   from tools.verify_resume import runs
   with tempfile.TemporaryDirectory() as temporary:
     folder = pathlib.Path(args.folder or temporary)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 from configs import sharding as tables
+from configs.errors import EnvironmentFailure, RequestError
 from training import devices, restoring, runs
 
 AXES = tables.MESH_AXES
@@ -42,13 +43,13 @@ def verify(config, words: list[str], folder: pathlib.Path, steps: int,
   others = [parse(text, count) for text in meshes] or _another(
       config, own, count)
   if processes < 1 or count % processes:
-    raise ValueError(f'--processes is {processes}, which does not divide the '
-                     f'{count} devices')
+    raise RequestError(f'--processes is {processes}, which does not divide the '
+                       f'{count} devices')
   words = [*words, *_settings(steps, middle)]
   whole, killed = folder / 'whole', folder / 'killed'
   for workdir in (whole, killed):
     if workdir.exists():
-      raise ValueError(f'{workdir} is there already: choose another --folder')
+      raise RequestError(f'{workdir} is there already: choose another --folder')
   _train(env, words, whole)
   _train(env, words, killed, kill_after=middle)
   _train(env, words, killed, middle)
@@ -101,8 +102,8 @@ def parse(text: str, count: int) -> dict[str, int]:
   for part in text.split(','):
     axis, _, size = part.partition('=')
     if axis not in AXES or not size.lstrip('-').isdecimal():
-      raise ValueError(f'--mesh is {text!r}: choose sizes for '
-                       f'{", ".join(AXES)}, as data=2,fsdp=2')
+      raise RequestError(f'--mesh is {text!r}: choose sizes for '
+                         f'{", ".join(AXES)}, as data=2,fsdp=2')
     sizes[axis] = int(size)
   return devices.mesh_shape(sizes, count)
 
@@ -122,10 +123,10 @@ def _another(config, own: dict[str, int], count: int) -> list[dict[str, int]]:
       try:
         devices.check(model, config.data.batch_size,
                       config.train.grad_accumulation, mesh)
-      except ValueError:
+      except RequestError:
         continue
       return [mesh]
-  raise ValueError(
+  raise RequestError(
       f'no other mesh of {count} device{"s" * (count > 1)} fits this model and '
       'batch: on a CPU, choose more with --devices')
 
@@ -150,12 +151,12 @@ def _train(env, words, workdir: pathlib.Path, begin: int = 0, *,
     last = (result.stderr.strip() or result.stdout.strip()).splitlines()[-1]
     sentence = last.removeprefix('error: ')
     if result.returncode == 2:
-      raise ValueError(sentence)
-    raise RuntimeError(f'{workdir.name} ended with exit code '
-                       f'{result.returncode}: {sentence}')
+      raise RequestError(sentence)
+    raise EnvironmentFailure(f'{workdir.name} ended with exit code '
+                             f'{result.returncode}: {sentence}')
   if begin and f'going on from step {begin}\n' not in result.stdout:
-    raise RuntimeError(f'{workdir.name} did not go on from step {begin}, so '
-                       'there is nothing to compare')
+    raise EnvironmentFailure(f'{workdir.name} did not go on from step {begin}, '
+                             'so there is nothing to compare')
 
 
 def _losses(workdir: pathlib.Path) -> dict[int, float]:

@@ -13,6 +13,7 @@ import time
 
 from absl import flags
 
+from configs.errors import EnvironmentFailure
 from training import restoring, signals
 
 SAVE_SECONDS = 600
@@ -41,8 +42,8 @@ def _wait_for_checkpoint(step: int) -> None:
   until = time.monotonic() + SAVE_SECONDS
   while step not in restoring.steps(folder):
     if time.monotonic() > until:
-      raise RuntimeError(f'checkpoint {step} is not on disk after '
-                         f'{SAVE_SECONDS} s')
+      raise EnvironmentFailure(f'checkpoint {step} is not on disk after '
+                               f'{SAVE_SECONDS} s')
     time.sleep(0.01)
 
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from etils import epath
 
-from architectures.parts.config import one_of
+from configs.errors import one_of
+
 
 
 @dataclasses.dataclass(frozen=True)

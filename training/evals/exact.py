@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from architectures.parts.config import require
+from configs.errors import require
 from training import data
 from training import generate
 from training import pairs

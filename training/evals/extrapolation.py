@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import architectures
-from architectures.parts.config import ROPE_SCALINGS, require
+from architectures.parts.config import ROPE_SCALINGS
+from configs.errors import RequestError, require
 from training import data
 from training import devices
 from training import losses
@@ -132,8 +133,8 @@ def plot(curves: dict, length: int, path) -> None:
   try:
     import matplotlib
   except ImportError as error:
-    raise ValueError("the picture needs matplotlib: pip install -e '.[plot]'"
-                     ) from error
+    raise RequestError("the picture needs matplotlib: pip install -e '.[plot]'"
+                       ) from error
   matplotlib.use('Agg')
   from matplotlib import pyplot
   figure, axes = pyplot.subplots(figsize=(8, 4.5), layout='constrained')

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from architectures.parts import health
-from architectures.parts.config import require
+from configs.errors import RequestError, require
 from training import data
 from training import devices
 from training import objectives
@@ -62,8 +62,8 @@ def plot(load_NE: np.ndarray, path) -> None:
   try:
     import matplotlib
   except ImportError as error:
-    raise ValueError("the picture needs matplotlib: pip install -e '.[plot]'"
-                     ) from error
+    raise RequestError("the picture needs matplotlib: pip install -e '.[plot]'"
+                       ) from error
   matplotlib.use('Agg')
   from matplotlib import pyplot
   layers, experts = load_NE.shape

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from architectures.parts.config import require
 from architectures.parts.encoder_decoder import EncoderDecoder
+from configs.errors import require
 from training import conversations
 from training import generate
 from training import objectives

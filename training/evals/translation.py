@@ -8,7 +8,7 @@ to its end.
 
 import numpy as np
 
-from architectures.parts.config import require
+from configs.errors import RequestError, require
 from training.evals import exact
 
 
@@ -33,7 +33,7 @@ def make_bleu():
   try:
     from sacrebleu.metrics import BLEU
   except ImportError as error:
-    raise ValueError("task translation needs the package sacrebleu: "
-                     "pip install 'archetype[bleu]'; exact does without"
-                     ) from error
+    raise RequestError("task translation needs the package sacrebleu: "
+                       "pip install 'archetype[bleu]'; exact does without"
+                       ) from error
   return BLEU()

@@ -1,0 +1,38 @@
+"""The two kinds of failure that are no bug, and how they are raised.
+
+A program that fails ends in one of three ways (training/cli.py):
+
+* `RequestError`: what was asked for is wrong. One sentence, exit code 2, before
+  any work; to run the same command again changes nothing.
+* `EnvironmentFailure`: the request is right, and the machine could not do it: a
+  full disk, a lost process, a damaged checkpoint. One sentence, exit code 1,
+  and the same command may be run again.
+* any other exception: a bug of ours. A traceback, exit code 1.
+"""
+
+import difflib
+
+
+class RequestError(ValueError):
+  """The user's request is wrong; the message is a sentence for the user, with
+  the name, the value and the choices."""
+
+
+class EnvironmentFailure(RuntimeError):
+  """The environment failed; the message is a sentence for the user, and says
+  how to go on."""
+
+
+def one_of(name: str, value: str, choices) -> None:
+  """Raises RequestError unless `value` is one of `choices`."""
+  if value not in choices:
+    near = difflib.get_close_matches(str(value), list(choices), n=1)
+    hint = f' Did you mean {near[0]!r}?' if near else ''
+    raise RequestError(
+        f'unknown {name} {value!r}: choose from {", ".join(choices)}.{hint}')
+
+
+def require(condition: bool, sentence: str) -> None:
+  """Raises RequestError with `sentence` unless `condition` holds."""
+  if not condition:
+    raise RequestError(sentence)
