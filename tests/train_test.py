@@ -213,7 +213,7 @@ def test_another_config_is_shown_and_needs_a_flag(straight, texts, tmp_path):
 
 
 @pytest.mark.slow
-def test_eval_reports_and_samples(straight):
+def test_eval_reports_and_samples(straight, texts):
   target = straight / 'eval.json'
   result = evaluate(straight, '--samples=3', '--prompt=It is', '--json',
                     str(target), '--max_new_tokens=8')
@@ -223,6 +223,11 @@ def test_eval_reports_and_samples(straight):
   assert figures['step'] == 20 and len(figures['samples']['samples']) == 3
   assert abs(np.log(figures['loss']['perplexity'])
              - figures['loss']['loss']) < 1e-5
+  # The same two documents, named: the figures of one and the same text.
+  held_out = texts.partition('=')[2].replace('*', '[04]')
+  evaluate(straight, f'--text={held_out}', f'--json={target}')
+  named = json.loads(target.read_text())['loss']
+  assert named == figures['loss'] | {'text': held_out}
   greedy = [evaluate(straight, '--temperature=0', '--tasks=samples',
                      '--step=10').stdout for _ in range(2)]
   assert greedy[0] == greedy[1] and 'step 10' in greedy[0]
@@ -232,6 +237,7 @@ def test_eval_reports_and_samples(straight):
 @pytest.mark.parametrize('flags, parts', [
     (['--step=7'], ['7', '10, 15, 20']),
     (['--tasks=los'], ["'los'", 'loss']),
+    (['--text=text:none/*.txt'], ['text:none/*.txt', 'matches no file']),
     (['--samples=1', '--top_p=2'], ['top_p is 2']),
     (['--samples=0'], ['--samples is 0']),
     (['--samples=1', '--max_new_tokens=-5'], ['--max_new_tokens is -5']),

@@ -346,7 +346,7 @@ def test_plain_lines_without_a_terminal():
   lines.say('saved step 20')
   lines.close()
   assert out.getvalue().splitlines() == [
-      'step 10/1000  loss 3.1416  12.3k tokens/s  MFU n/a  1:06:00 left',
+      'step 10/1000  loss 3.1416  12.3k tokens/s  1:06:00 left',
       'step 20/1000  loss 3.0000  MFU 43.2%',
       'saved step 20']
 

@@ -17,7 +17,7 @@ import sys
 
 from configs import base
 from configs.errors import RequestError
-from training import cli, sources, tokenizers
+from training import cli, holdout, sources, tokenizers
 
 
 def _bpe():
@@ -122,8 +122,9 @@ def encode(name: str, text: str) -> dict:
 
 def _texts(spec: str, holdout_every: int) -> Iterator[str]:
   for _, source in sources.parse(spec):
-    for i, document in enumerate(source.documents()):
-      if not sources.held_out(i, holdout_every):
+    documents = holdout.split(source, holdout_every).documents()
+    for i, document in enumerate(documents):
+      if not holdout.held_out(i, holdout_every):
         if isinstance(document, str):
           yield document
         else:
@@ -165,7 +166,7 @@ def _parser() -> argparse.ArgumentParser:
   for command in trainer, info:
     command.add_argument(
         '--holdout_every', type=int, default=base.base().data.holdout_every,
-        help='leave out every n-th document, as data.holdout_every does')
+        help='leave out what data.holdout_every holds out of training')
   for command in trainer, info, encoder:
     command.add_argument('--json', action='store_true', help='print one object')
   return parser

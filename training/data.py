@@ -17,8 +17,8 @@ from absl import flags
 import numpy as np
 
 from configs.errors import RequestError
-from training import batch_workers, examples, limits, packing, sources
-from training import token_cache
+from training import batch_workers, examples, holdout, limits, packing
+from training import sources, token_cache
 
 SPLITS = ('train', 'eval')
 EVAL_SEED = 0  # One order of evaluation for all runs, whatever their seed.
@@ -191,11 +191,13 @@ def _corpora(config, tokenizer, split: str):
   own = bool(data.eval_source)  # Then nothing of `source` is held out.
   spec = data.eval_source if own and split == 'eval' else data.source
   for weight, source in sources.parse(spec):
+    if not own:
+      source = holdout.split(source, data.holdout_every)
     cache = token_cache.load(source, tokenizer, data.cache_dir,
                              data.tokenize_workers)
     ids = np.arange(len(cache))
     if not own:
-      held_out = sources.held_out(ids, data.holdout_every)
+      held_out = holdout.held_out(ids, data.holdout_every)
       ids = ids[held_out == (split == 'eval')]
     if not len(ids):
       raise RequestError(

@@ -96,14 +96,6 @@ def parse(spec: str) -> list[tuple[float, Source]]:
   return parsed
 
 
-def held_out(n, every: int):
-  """Tells whether document n, a number or an array, is kept for evaluation.
-
-  It is the first of each `every` documents; none if that is 0.
-  """
-  return n % every == 0 if every else n < 0
-
-
 def _weight(text: str | None, name: str) -> float:
   try:
     weight = 1.0 if text is None else float(text)

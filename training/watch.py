@@ -233,15 +233,14 @@ def progress(total: int, first: int = 0, primary: bool = True, stream=None):
 
 
 def _text(step: int, total: int, figures: Mapping[str, Any]) -> str:
-  """loss 3.1416  12.3k tokens/s  MFU n/a  1:02:03 left, as far as known."""
+  """loss 3.1416  12.3k tokens/s  MFU 43.2%  1:02:03 left, as far as known."""
   parts = []
   if 'loss' in figures:
     parts.append(f'loss {figures["loss"]:.4f}')
   if 'tokens_per_second' in figures:
     parts.append(f'{_short(figures["tokens_per_second"])} tokens/s')
-  if 'mfu' in figures:
-    mfu = figures['mfu']
-    parts.append('MFU n/a' if mfu is None else f'MFU {mfu:.1%}')
+  if figures.get('mfu') is not None:  # no peak is known of a CPU
+    parts.append(f'MFU {figures["mfu"]:.1%}')
   if 'step_seconds' in figures:
     parts.append(_duration((total - step) * figures['step_seconds']) + ' left')
   return '  '.join(parts)
