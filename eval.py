@@ -1,4 +1,4 @@
-"""Evaluates a run's checkpoint; the run remembers its config.
+r"""Evaluates a run's checkpoint; the run remembers its config.
 
   python eval.py --workdir runs/tiny
   python eval.py --workdir runs/tiny --tasks=loss,samples --samples=3 \

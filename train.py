@@ -1,4 +1,4 @@
-"""Trains what a config file describes; run again, it goes on.
+r"""Trains what a config file describes; run again, it goes on.
 
   python train.py --config configs/gpt.py --workdir runs/tiny
   python train.py --config configs/gpt.py:gpt2 --workdir runs/a \

@@ -83,10 +83,11 @@ def compare(rounds: int) -> dict[str, float]:
 
 
 def main() -> None:
+  from training import cli
   parser = argparse.ArgumentParser(
       prog='python -m benchmarks.mixtral', description=__doc__,
       allow_abbrev=False,
-      formatter_class=argparse.RawDescriptionHelpFormatter)
+      formatter_class=cli.HelpFormatter)
   parser.add_argument('--rounds', type=int, default=7,
                       help='how many turns each contender takes')
   parser.add_argument('--alone', default='', metavar='NAME',

@@ -18,7 +18,7 @@ from architectures.parts.attention import Context
 from architectures.parts.ffn import FFN
 from architectures.parts.moe import MoE
 from configs import base
-from training import host
+from training import cli, host
 
 TOP_K = 2
 
@@ -77,7 +77,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(
       prog='python -m benchmarks.moe', description=__doc__,
       allow_abbrev=False,
-      formatter_class=argparse.RawDescriptionHelpFormatter)
+      formatter_class=cli.HelpFormatter)
   parser.add_argument('--rounds', type=int, default=11,
                       help='how many turns each contender takes')
   parser.add_argument('--d_model', type=int, default=512)

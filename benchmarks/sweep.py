@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
       prog='python -m benchmarks.sweep', description=__doc__,
       allow_abbrev=False,
-      formatter_class=argparse.RawDescriptionHelpFormatter)
+      formatter_class=cli.HelpFormatter)
   parser.add_argument('--runs', type=int, default=8, help='how many')
   parser.add_argument('--steps', type=int, default=200, help='of each run')
   parser.add_argument('--at_once', type=int, default=1,

@@ -185,7 +185,7 @@ def main():
   parser = argparse.ArgumentParser(
       prog='python -m benchmarks.twins', description=__doc__,
       allow_abbrev=False,
-      formatter_class=argparse.RawDescriptionHelpFormatter)
+      formatter_class=cli.HelpFormatter)
   parser.add_argument('--workdir', type=pathlib.Path, required=True)
   parser.add_argument('--steps', type=int, default=150)
   parser.add_argument('--only', choices=GROUPS, help='one of the tables')

@@ -10,6 +10,9 @@ import time
 
 import pytest
 
+from configs import errors
+from training import config_files
+
 ROOT = pathlib.Path(__file__).parents[1]
 # Imported by a run that asks for them, never by `--help`.
 HEAVY = ('orbax', 'grain', 'tensorboard', 'tensorflow', 'wandb', 'torch',
@@ -48,6 +51,7 @@ def test_help_takes_under_three_seconds(program):
     seconds.append(time.monotonic() - start)
     assert result.returncode == 0, result.stderr
     assert '--workdir' in result.stdout
+    _shows_its_examples(program, result.stdout)
   assert min(seconds) <= 3, seconds
 
 
@@ -66,6 +70,25 @@ def test_each_tool_has_help(tool):
   assert result.returncode == 0, result.stderr
   assert 'Traceback' not in result.stderr
   assert len(result.stdout.splitlines()) > 2
+  path = tool.replace('.', '/')
+  file = f'{path}/__main__.py' if (ROOT / path).is_dir() else f'{path}.py'
+  _shows_its_examples(file, result.stdout)
+
+
+def _shows_its_examples(file, stdout):
+  """Whether --help has each line of the examples as the source has it."""
+  text = (ROOT / file).read_text().split('"""')[1]
+  for line in text.splitlines():
+    if line.startswith('  python') or line.endswith('\\'):
+      assert line in stdout.splitlines(), line
+
+
+def test_help_shows_defaults():
+  result = run('eval.py', '--help')
+  assert re.search(r'--temperature: .* \(default: 1.0\)', result.stdout)
+  assert '--[no]interpolate' in result.stdout
+  result = run('-m', 'tools.tokenizer', 'train', '--help')
+  assert '(default: bpe)' in result.stdout
 
 
 def train(workdir, *flags, config='configs/gpt.py'):
@@ -77,6 +100,12 @@ REFUSALS = {
     'no such flag': (['--zzz=1'], ['--zzz', 'choose from', 'profile_steps']),
     'profile': (['--profile_steps=5000:5010'], ['5000:5010', 'train.steps']),
     'key': (['--config.optim.rl=1'], ['rl', 'lr']),
+    'key beside a longer one': (
+        ['--config.train.steps=2', '--config.train.step=3'],
+        ["--config.train.step: no config field 'step'",
+         "Did you mean 'steps'?"]),
+    'group': (['--config.train=2'], ['--config.train', 'train.steps']),
+    'field of a field': (['--config.seed.x=2'], ['seed is one value']),
     'value': (['--config.optim.lr=fast'], ['lr', 'fast']),
     'part': (['--config.model.norm=layernrom'],
              ["'layernrom'", 'rmsnorm', "Did you mean 'layernorm'?"]),
@@ -103,6 +132,53 @@ def test_a_wrong_request_is_one_sentence(name, tmp_path):
 ])
 def test_a_wrong_config_is_one_sentence(config, parts, tmp_path):
   _refused(train(tmp_path / 'run', config=config), parts)
+
+
+# What a user's file may do, and what is said of it.
+BAD_FILES = {
+    'def get_config(:': 'line 1: SyntaxError',
+    'def get_config():\n  return 1 / 0': 'line 2: ZeroDivisionError: division',
+    'import nosuch\nget_config = 1': "line 1: ModuleNotFoundError: No module "
+                                     "named 'nosuch'",
+    'def get_config():\n  return get_config()': 'line 2: RecursionError',
+    'def get_config():\n  raise SystemExit(0)': 'line 2: SystemExit: 0',
+    'def get_config():\n  pass': 'returned None, which is no ConfigDict',
+    '# get_config': 'has no function get_config()',
+    'import ml_collections\nget_config = ml_collections.ConfigDict':
+        'the field checkpoint is missing',
+    'from configs import base\ndef get_config():\n  c = base.base()\n'
+    '  c.optim.rl = 1\n  return c': 'optim.rl is no config field',
+    'from configs import base\ndef get_config():\n  c = base.base()\n'
+    '  c.seed = None\n  return c': 'seed is None, of type NoneType',
+    'from configs import base\ndef get_config():\n  c = base.base()\n'
+    '  c.optim.lr = "a"\n  return c': 'line 4: TypeError',
+}
+
+
+@pytest.mark.parametrize('text', BAD_FILES)
+def test_an_error_in_a_config_file_has_its_file_and_line(text, tmp_path):
+  file = tmp_path / 'mine.py'
+  file.write_text(text)
+  with pytest.raises(errors.RequestError) as error:
+    config_files.load(str(file))
+  assert str(error.value).startswith(str(file))
+  assert BAD_FILES[text] in str(error.value)
+  assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('file, sentence', [
+    ('/dev/null', 'is no file'), ('x' * 300 + '.py', 'is no file'),
+    ('configs', 'is no file'), ('tests/cli_test.py', 'no function get_config'),
+])
+def test_what_is_no_config_file_is_refused(file, sentence):
+  with pytest.raises(errors.RequestError, match=sentence):
+    config_files.load(file)
+
+
+def test_an_error_in_a_config_file_is_a_wrong_request(tmp_path):
+  file = tmp_path / 'mine.py'
+  file.write_text('def get_config():\n  return 1 / 0\n')
+  _refused(train(tmp_path / 'run', config=str(file)), [f'{file}, line 2: '])
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from absl import flags
 from ml_collections import config_flags
 import pytest
 
+from configs.errors import RequestError
 from configs.sweeps import helpers
 from tests import sweeps
 from tools.sweep import check, commands, cost, layout, matching, spec
@@ -90,6 +91,31 @@ def test_a_base_that_changes_is_refused(tmp_path):
                  '  c.optim.lr = random.random()\n  return c\n')
   with pytest.raises(ValueError, match='another config each time'):
     spec.load(file)
+
+
+# What a user's file may do in its base or its sweep, and what is said of it.
+BASE = 'from configs import base as b\nbase = b.base\n'
+PYTHON_ERRORS = {
+    'def base(:': 'line 1: SyntaxError',
+    'def base():\n  return 1 / 0': 'line 2: ZeroDivisionError',
+    'def base():\n  pass': 'base() returned None, which is no ConfigDict',
+    f'{BASE}def sweep(add):\n  add(x)': "line 4: NameError: name 'x'",
+    f'{BASE}def sweep(add):\n  add(3)': 'a point is called 3',
+    f'{BASE}TASKS = 5': 'TASKS is 5',
+    f'{BASE}SEEDS = "2"': "SEEDS or --seeds is '2'",
+    f'{BASE}SEEDS = 10**20': '1 to 10,000',
+}
+
+
+@pytest.mark.parametrize('text', PYTHON_ERRORS)
+def test_an_error_in_a_sweep_file_has_its_file_and_line(text, tmp_path):
+  file = tmp_path / 'mine.py'
+  rest = '' if 'sweep(' in text else '\ndef sweep(add):\n  pass'
+  file.write_text(f'{text}{rest}\nget_config = base\n')
+  with pytest.raises(RequestError) as error:
+    spec.load(str(file))
+  assert PYTHON_ERRORS[text] in str(error.value)
+  assert str(error.value).startswith((str(file), 'SEEDS'))
 
 
 @pytest.mark.slow

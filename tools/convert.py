@@ -228,17 +228,19 @@ def main():
   parser = argparse.ArgumentParser(
       prog='python -m tools.convert', description=__doc__,
       allow_abbrev=False,
-      formatter_class=argparse.RawDescriptionHelpFormatter)
+      formatter_class=cli.HelpFormatter)
   commands = parser.add_subparsers(dest='command', required=True)
   into = commands.add_parser(
-      'import', help='Hugging Face to a workdir', allow_abbrev=False)
+      'import', help='Hugging Face to a workdir', allow_abbrev=False,
+      formatter_class=cli.HelpFormatter)
   into.add_argument('source', type=pathlib.Path)
   into.add_argument('workdir')
   into.add_argument('--partial', action='store_true',
                     help='draw what the files lack, pass over what is extra')
   into.add_argument('--seed', type=int, default=0, help='of what is drawn')
   out = commands.add_parser(
-      'export', help='a workdir to Hugging Face', allow_abbrev=False)
+      'export', help='a workdir to Hugging Face', allow_abbrev=False,
+      formatter_class=cli.HelpFormatter)
   out.add_argument('workdir')
   out.add_argument('folder', type=pathlib.Path)
   out.add_argument('--step', type=int, help='of the checkpoint; the newest')
@@ -250,7 +252,8 @@ def main():
   out.add_argument('--shard_bytes', type=int, default=5 * 10**9,
                    help='no file is larger, unless one tensor is')
   up = commands.add_parser(
-      'upcycle', help='a dense model to experts', allow_abbrev=False)
+      'upcycle', help='a dense model to experts', allow_abbrev=False,
+      formatter_class=cli.HelpFormatter)
   up.add_argument('source')
   up.add_argument('workdir')
   up.add_argument('--moe', nargs='*', default=[], metavar='FIELD=VALUE',

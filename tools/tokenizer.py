@@ -135,17 +135,20 @@ def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
       prog='python -m tools.tokenizer', description=__doc__,
       allow_abbrev=False,
-      formatter_class=argparse.RawDescriptionHelpFormatter)
+      formatter_class=cli.HelpFormatter)
   commands = parser.add_subparsers(dest='command', required=True)
 
   trainer = commands.add_parser(
-      'train', help='train one and write its file', allow_abbrev=False)
-  trainer.add_argument('--kind', choices=KINDS, default='bpe')
+      'train', help='train one and write its file', allow_abbrev=False,
+      formatter_class=cli.HelpFormatter)
+  trainer.add_argument('--kind', choices=KINDS, default='bpe',
+                       help='the algorithm')
   trainer.add_argument('--source', default='sotu',
                        help=', '.join(sources.USAGE.values()))
   trainer.add_argument('--vocab_size', type=int, required=True,
                        help='special tokens included')
-  trainer.add_argument('--out', required=True, metavar='FILE.json')
+  trainer.add_argument('--out', required=True, metavar='FILE.json',
+                       help='the file to write')
   trainer.add_argument('--special', action='append', default=[],
                        metavar='TOKEN', help='one more special token, such '
                        'as [MASK]; may be repeated')
@@ -154,11 +157,13 @@ def _parser() -> argparse.ArgumentParser:
                        '(default: 100 for unigram, else 0)')
 
   info = commands.add_parser(
-      'info', help='vocabulary and special tokens', allow_abbrev=False)
+      'info', help='vocabulary and special tokens', allow_abbrev=False,
+      formatter_class=cli.HelpFormatter)
   info.add_argument('--source', default='',
                     help='also count the tokens and bytes of its documents')
   encoder = commands.add_parser(
-      'encode', help='the ids of a text', allow_abbrev=False)
+      'encode', help='the ids of a text', allow_abbrev=False,
+      formatter_class=cli.HelpFormatter)
   encoder.add_argument('--text', help='default: what is on standard input')
   for command in info, encoder:
     command.add_argument('--tokenizer', required=True,

@@ -7,17 +7,19 @@ OSError, one sentence) or a bug (any other exception, with its traceback);
 """
 
 from collections.abc import Callable, Sequence
+import argparse
 import contextlib
 import difflib
-import pathlib
 import re
 import signal
 import sys
+import textwrap
 
 from absl import flags
 from ml_collections import config_flags
 
-from configs.errors import EnvironmentFailure, RequestError
+from configs.errors import EnvironmentFailure, RequestError, require
+from training import config_files
 
 flags.disclaim_key_flags()  # what is defined here belongs to who calls
 
@@ -59,13 +61,28 @@ def define_config(text: str = 'A file of configs/ and its size, FILE.py:SIZE; '
   """Defines --config for the program that calls; once, so that one process
   may import several programs."""
   if 'config' not in flags.FLAGS:
-    config_flags.DEFINE_config_file('config', help_string=text)
+    try:  # which reads any --flagfile at once
+      config_flags.DEFINE_config_file('config', help_string=text)
+    except flags.Error as error:
+      _refuse(str(error).splitlines()[0].removeprefix('ERROR:: '))
 
 
 def define_workdir() -> None:
   """Defines --workdir, likewise."""
   if 'workdir' not in flags.FLAGS:
     flags.DEFINE_string('workdir', '', 'The folder of the run.')
+
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter,
+                    argparse.ArgumentDefaultsHelpFormatter):
+  """--help of a program with subcommands: the text keeps its layout, and each
+  flag shows its default."""
+
+  def _get_help_string(self, action):
+    if action.nargs == 0 or action.default in (None, '', []):
+      return action.help
+    return super()._get_help_string(action)
 
 
 def _tell(error: Exception, code: int):
@@ -84,17 +101,17 @@ def parse(doc: str, argv: Sequence[str] | None = None) -> None:
   if {'--help', '-h', '-help', '--helpfull'} & set(argv[1:]):
     print(doc.strip(), '\n\nflags:')
     for name in _own_flags():
-      print(f'  --{name}: {flags.FLAGS[name].help}')
+      print(_described(flags.FLAGS[name]))
     sys.exit(0)
-  _check_config_file(argv)
   try:
+    _check_config(flags.FLAGS.read_flags_from_files(argv, force_gnu=False))
     rest = flags.FLAGS(argv)[1:]
+  except RequestError as error:
+    _refuse(str(error))
   except flags.UnrecognizedFlagError as error:
     _refuse(_unknown_flag(error))
   except flags.Error as error:
-    _refuse(_cause(error))
-  except (AttributeError, KeyError, OSError, TypeError) as error:
-    _refuse(_config_error(argv, error))
+    _refuse(str(error).splitlines()[0].removeprefix('ERROR:: '))
   if rest:
     _refuse(f'unexpected argument {rest[0]!r}: every setting is a --flag')
 
@@ -118,14 +135,6 @@ def _refuse(sentence: str):
   sys.exit(2)
 
 
-def _cause(error: BaseException) -> str:
-  """The sentence of the error that a config file raised, or absl's own."""
-  at = error
-  while at is not None and 'parsing config file' in str(at):
-    at = at.__context__
-  return str(at or error).splitlines()[0]
-
-
 def _own_flags() -> list[str]:
   """The flags that the program itself defines."""
   return sorted(f.name for f in flags.FLAGS.get_key_flags_for_module(
@@ -139,44 +148,26 @@ def _unknown_flag(error) -> str:
           f'{", ".join(_own_flags())}.{hint}')
 
 
-def _check_config_file(argv: Sequence[str]) -> None:
-  """Refuses a --config whose file is not there, which absl finds out late."""
+def _described(flag) -> str:
+  """The lines of --help for one flag, with its default."""
+  name = f'[no]{flag.name}' if flag.boolean else flag.name
+  default = (','.join(flag.default) if isinstance(flag.default, list)
+             else str(flag.default))
+  default = '' if flag.default in (None, '', []) else f' (default: {default})'
+  return textwrap.fill(f'--{name}: {flag.help}{default}', 80,
+                       initial_indent='  ', subsequent_indent='      ',
+                       break_long_words=False, break_on_hyphens=False)
+
+
+def _check_config(argv: Sequence[str]) -> None:
+  """Raises RequestError for a --config whose file is not to be used, and for
+  a --config.FIELD that it has not."""
+  if 'config' not in flags.FLAGS:
+    return
   given = [a.partition('=')[2] or b for a, b in zip(argv, argv[1:] + [''])
            if re.fullmatch(r'--?config(=.*)?', a)]
-  for file in (value.split(':')[0] for value in given):
-    path = pathlib.Path(file)
-    if not path.is_file() or 'get_config' not in path.read_text():
-      shared = '__init__', 'base', 'errors', 'sharding'
-      files = sorted(str(p) for p in pathlib.Path('configs').glob('*.py')
-                     if p.stem not in shared)
-      near = difflib.get_close_matches(file, files, n=1)
-      hint = f' Did you mean {near[0]!r}?' if near else ''
-      what = ('is no config: it has no get_config()' if path.is_file()
-              else 'is no file')
-      _refuse(f'--config {file!r} {what}; choose from '
-              f'{", ".join(files)}.{hint}')
-
-
-def _config_error(argv, error) -> str:
-  """A sentence for a --config.key that is not there."""
-  config = flags.FLAGS['config'].value if 'config' in flags.FLAGS else None
-  key = re.search(r"'(\w+)'", str(error).replace('\\', ''))
-  if key and 'onfig' not in key[1]:
-    name = key[1]
-    flag = next((a.split('=')[0] for a in argv if f'.{name}' in a), name)
-    return (f'{flag}: no config field {name!r}. '
-            f'{_near_field(config, flag, name)}')
-  return str(error).strip('"\'').splitlines()[0]
-
-
-def _near_field(config, flag: str, name: str) -> str:
-  """The fields beside the one that `flag` misspells."""
-  from configs import base
-  at = config if config is not None else base.base()
-  for part in flag.removeprefix('--config.').split('.'):
-    if part not in at:
-      break
-    at = at[part]
-  near = difflib.get_close_matches(name, list(at), n=1)
-  hint = f'Did you mean {near[0]!r}? ' if near else ''
-  return f'{hint}There are {", ".join(sorted(at))}.'
+  fields = [a for a in argv if re.match(r'--?(no)?config\.', a)]
+  require(bool(given) or not fields, f'pass --config FILE.py:SIZE before '
+          f'{fields and fields[0].partition("=")[0]}')
+  for spec in given:
+    config_files.check_keys(config_files.load(spec), argv)

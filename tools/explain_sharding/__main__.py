@@ -1,4 +1,4 @@
-"""Which rule of configs/sharding.py put each array where it is.
+r"""Which rule of configs/sharding.py put each array where it is.
 
   python -m tools.explain_sharding --config configs/mixtral.py:8x7b \\
       --mesh fsdp=8,expert=8
@@ -17,14 +17,11 @@ import math
 import os
 
 from absl import flags
-from ml_collections import config_flags
 
 from configs.errors import RequestError
 from training import cli
 
-config_flags.DEFINE_config_file(
-    'config', help_string='A file of configs/ and its size, FILE.py:SIZE; any '
-    'field is a flag.')
+cli.define_config()
 flags.DEFINE_string('mesh', '', 'fsdp=8,expert=8 (others: 1), or a preset of '
                     "configs/sharding.py; '': config.mesh, where -1 is 1.")
 flags.DEFINE_string('diff', '', 'Another mesh, or a table of rules.')

@@ -1,4 +1,4 @@
-"""What a pod would make of a config, before a pod is touched.
+r"""What a pod would make of a config, before a pod is touched.
 
   python -m tools.plan --config configs/mixtral.py:8x7b --topology v5p:4x4x4 \\
       --mesh fsdp=8,expert=8 --config.data.batch_size=256

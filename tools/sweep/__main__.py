@@ -34,12 +34,13 @@ def main() -> int:
   parser = argparse.ArgumentParser(
       prog='python -m tools.sweep', description=__doc__,
       allow_abbrev=False,
-      formatter_class=argparse.RawDescriptionHelpFormatter)
+      formatter_class=cli.HelpFormatter)
   commands = parser.add_subparsers(dest='command', required=True)
   for name, (module, told) in COMMANDS.items():
     importlib.import_module(module).add_arguments(
         commands.add_parser(
-            name, help=told, description=told, allow_abbrev=False))
+            name, help=told, description=told, allow_abbrev=False,
+            formatter_class=cli.HelpFormatter))
   args = parser.parse_args()
   module, _ = COMMANDS[args.command]
   return importlib.import_module(module).main(args)

@@ -10,7 +10,7 @@ may stand beside them.
 from collections.abc import Mapping
 import dataclasses
 import difflib
-import importlib.util
+import os
 import pathlib
 import re
 from typing import Any
@@ -18,8 +18,10 @@ from typing import Any
 import ml_collections
 
 from configs.errors import RequestError
+from training import config_files
 
 SEEDS = 3
+MOST_SEEDS = 10_000
 BASE = 'base'  # what the point that changes nothing is called by default
 # Which points owe a task of TASKS: what it measures, others do not have.
 OWES = {
@@ -81,14 +83,16 @@ def load(file: str, seeds: int = 0) -> Sweep:
     ValueError: for what no sweep can be made of.
   """
   module = _module(file)
-  base = module.base()
-  if module.base().to_json_best_effort() != base.to_json_best_effort():
+  base, again = (config_files.call(file, module.base) for _ in range(2))
+  config_files.check(base, f'{file}: base()')
+  if again.to_json_best_effort() != base.to_json_best_effort():
     raise RequestError(f'{file}: base() returns another config each time it is '
                        'called, so no two points would share it')
   points: dict[str, Point] = {}
 
   def add(name: str, **changes):
-    if not re.fullmatch(r'[\w.=+-]+', name) or name.startswith('.'):
+    if not isinstance(name, str) or not re.fullmatch(
+        r'[\w=+-][\w.=+-]*', name):
       raise RequestError(f'{file}: a point is called {name!r}: choose letters, '
                          'digits and . _ = + - alone, since it names a folder')
     if name in points:
@@ -98,17 +102,20 @@ def load(file: str, seeds: int = 0) -> Sweep:
                          'the same seeds, those of SEEDS or --seeds')
     points[name] = Point(name, changes)
 
-  module.sweep(add)
-  tasks = tuple(getattr(module, 'TASKS', ()))
+  config_files.call(file, module.sweep, add)
+  tasks = getattr(module, 'TASKS', ())
+  if not isinstance(tasks, tuple | list):
+    raise RequestError(f'{file}: TASKS is {tasks!r}: write a tuple of names')
   for task in tasks:
     if task not in OWES:
       raise RequestError(f'{file}: unknown task {task!r} in TASKS: choose from '
                          f'{", ".join(OWES)}')
   seeds = seeds or getattr(module, 'SEEDS', SEEDS)
-  if seeds < 1:
-    raise RequestError(f'{seeds} seeds: a sweep needs 1 or more')
+  if type(seeds) is not int or not 1 <= seeds <= MOST_SEEDS:
+    raise RequestError(f'SEEDS or --seeds is {seeds!r}: choose a whole number '
+                       f'from 1 to {MOST_SEEDS:,}')
   sweep = Sweep(pathlib.Path(file).stem, file, base.lock(),
-                tuple(points.values()), '', tuple(range(seeds)), tasks)
+                tuple(points.values()), '', tuple(range(seeds)), tuple(tasks))
   return _with_base(sweep)
 
 
@@ -158,14 +165,12 @@ def _keys(config, prefix: str = '') -> list[str]:
 
 def _module(file: str):
   path = pathlib.Path(file)
-  if not path.is_file():
+  if not os.path.isfile(path):  # which is False for a name that is too long
     files = sorted(str(p) for p in pathlib.Path('configs/sweeps').glob('*.py')
                    if p.stem not in ('__init__', 'helpers'))
     raise RequestError(f'no sweep {file!r}: choose from {", ".join(files)}, or '
                        'write one')
-  spec = importlib.util.spec_from_file_location(f'sweep_{path.stem}', path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
+  module = config_files.run(file)
   for name, line in (('base', 'def base(): ...'),
                      ('sweep', 'def sweep(add): ...'),
                      ('get_config', 'get_config = base')):

@@ -14,7 +14,7 @@ def main() -> int:
   parser = argparse.ArgumentParser(
       prog='python -m tools.sweep.worker', description=__doc__,
       allow_abbrev=False,
-      formatter_class=argparse.RawDescriptionHelpFormatter)
+      formatter_class=cli.HelpFormatter)
   parser.add_argument('--workdir', required=True, help='of the sweep')
   parser.add_argument('--runs', required=True, help='POINT/SEED,POINT/SEED')
   args = parser.parse_args()

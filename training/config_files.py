@@ -1,0 +1,165 @@
+"""Config files as a user writes them: loaded, and refused with file and line.
+
+ml_collections loads a config file by itself, but it reports an error in the
+file as a traceback inside a message, and a misspelt field as whatever exception
+the first access raises. So a program checks the file, what it returns, and the
+fields that the command line names before it lets ml_collections parse them.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+import difflib
+import importlib.machinery
+import importlib.util
+import os
+import pathlib
+import re
+import traceback
+import types
+
+import ml_collections
+
+from configs import base
+from configs.errors import RequestError, require
+
+# Files of configs/ that hold no config of their own.
+SHARED = ('__init__', 'base', 'errors', 'sharding')
+
+
+def load(spec: str) -> ml_collections.ConfigDict:
+  """Returns the config that FILE.py:SIZE describes.
+
+  Raises:
+    RequestError: where the file is missing, fails, or returns no config; the
+      message gives the file and the line.
+  """
+  file, colon, size = spec.partition(':')
+  if not os.path.isfile(file) or b'get_config' not in _bytes(file):
+    files = sorted(str(p) for p in pathlib.Path('configs').glob('*.py')
+                   if p.stem not in SHARED)
+    what = ('is no config: it has no get_config()' if os.path.isfile(file)
+            else 'is no file')
+    raise RequestError(f'--config {file!r} {what}; choose from '
+                       f'{", ".join(files)}.{_hint(file, files)}')
+  module = run(file)
+  require(callable(getattr(module, 'get_config', None)),
+          f'{file} has no function get_config(): define one that returns a '
+          'config')
+  config = call(file, module.get_config, *([size] if colon else []))
+  check(config, f'{file}: get_config()')
+  return config
+
+
+def run(file: str) -> types.ModuleType:
+  """Returns the module that a Python file of the user defines.
+
+  Raises:
+    RequestError: where the file fails, with the line.
+  """
+  loader = importlib.machinery.SourceFileLoader('of_user', file)
+  spec = importlib.util.spec_from_loader(loader.name, loader)
+  module = importlib.util.module_from_spec(spec)
+  call(file, spec.loader.exec_module, module)
+  return module
+
+
+def call(file: str, function: Callable, *args):
+  """Calls a function of a user's file.
+
+  Raises:
+    RequestError: where it fails, with the file, the line and the reason.
+  """
+  try:
+    return function(*args)
+  except RequestError:
+    raise  # which is a sentence already
+  except (Exception, SystemExit) as error:  # whatever the user's code raises
+    raise RequestError(_sentence(file, error)) from error
+
+
+def _sentence(file: str, error: BaseException) -> str:
+  if isinstance(error, SyntaxError) and error.filename:
+    at, line, text = error.filename, error.lineno, error.msg
+  else:
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if frame.filename == file]
+    at, line = file, own[-1].lineno if own else None
+    text = str(error).strip()
+  first = (text.splitlines() or ['no message'])[0]
+  return (f'{at}{f", line {line}" if line else ""}: {type(error).__name__}: '
+          f'{first}')
+
+
+def check(config, who: str) -> None:
+  """Raises RequestError unless `config` has the fields of configs/base.py, each
+  of the type that it has there."""
+  require(isinstance(config, ml_collections.ConfigDict),
+          f'{who} returned {_short(config)}, which is no ConfigDict: end it '
+          'with `return c`, where c began as base.base()')
+  _check_group(config, base.base(), who, '')
+
+
+def _check_group(group: Mapping, expected: Mapping, who: str, prefix: str):
+  for name in expected:
+    require(name in group, f'{who}: the field {prefix}{name} is missing: begin '
+            'with base.base() of configs/base.py, which has every field')
+  for name, value in group.items():
+    field = f'{prefix}{name}'
+    require(name in expected, f'{who}: {field} is no config field, so nothing '
+            f'would read it; there are {", ".join(sorted(expected))}.'
+            f'{_hint(str(name), list(expected))}')
+    check_type(value, expected[name], f'{who}: {field}')
+    if isinstance(expected[name], ml_collections.ConfigDict):
+      _check_group(value, expected[name], who, f'{field}.')
+
+
+def check_type(value, default, who: str) -> None:
+  """Raises RequestError unless `value` is of the type that a field's default
+  has; an integer does where a float is expected."""
+  kind = type(default)
+  fits = (isinstance(value, Mapping | ml_collections.ConfigDict)
+          if isinstance(default, ml_collections.ConfigDict) else
+          type(value) is kind or kind is float and type(value) is int)
+  what = ('a group of fields' if isinstance(default, ml_collections.ConfigDict)
+          else f'of type {kind.__name__}, as its default {default!r} is')
+  require(fits, f'{who} is {_short(value)}, of type {type(value).__name__}: it '
+          f'must be {what}')
+
+
+def check_keys(config: ml_collections.ConfigDict, argv: Sequence[str]) -> None:
+  """Raises RequestError for a word --config.FIELD of a command line whose
+  field is not there, or is a group of fields."""
+  for word in argv:
+    found = re.match(r'--?(?:no)?config\.([^=]*)', word)
+    if found:
+      _check_key(config, word.partition('=')[0], found[1])
+
+
+def _check_key(config, flag: str, name: str) -> None:
+  at, parents = config, []
+  for part in name.split('.'):
+    require(isinstance(at, ml_collections.ConfigDict),
+            f'{flag}: {".".join(parents)} is one value and has no fields')
+    require(part in at, f'{flag}: no config field {part!r}.'
+            f'{_hint(part, list(at))} There are {", ".join(sorted(at))}.')
+    at, parents = at[part], [*parents, part]
+  if isinstance(at, ml_collections.ConfigDict):
+    raise RequestError(f'{flag}: {name} is a group of fields: set one of them, '
+                       f'{", ".join(f"{name}.{field}" for field in at)}')
+
+
+def _bytes(file: str) -> bytes:
+  try:
+    return pathlib.Path(file).read_bytes()
+  except OSError as error:
+    raise RequestError(f'--config {file!r} cannot be read: {error.strerror}'
+                       ) from error
+
+
+def _hint(word: str, choices: Sequence[str]) -> str:
+  near = difflib.get_close_matches(word, choices, n=1)
+  return f' Did you mean {near[0]!r}?' if near else ''
+
+
+def _short(value) -> str:
+  text = repr(value)
+  return text if len(text) <= 60 else text[:57] + '...'
