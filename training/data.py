@@ -30,6 +30,7 @@ class Loader:
   """The batches of one split for one process.
 
   Attributes:
+    text: whose tokens these are, in words.
     num_windows: examples in one pass over the split.
     num_batches: batches in one pass. An 'eval' loader ends there, its last
       batch filled up with rows of weight zero, so that each token counts
@@ -39,10 +40,12 @@ class Loader:
     bytes_per_token: bits per byte = nats per token / (ln 2 x this).
     rows: rows of a batch that this process holds.
     objective: the run's.
+    num_sources: of which the text comes, mixed.
   """
 
-  def __init__(self, dataset, views, config, tokenizer, split: str,
+  def __init__(self, text: str, dataset, views, config, tokenizer, split: str,
                process_index: int, process_count: int):
+    self.text = text
     self._dataset = dataset
     self._config = config
     self._tokenizer = tokenizer
@@ -50,6 +53,7 @@ class Loader:
     self._make = examples.EXAMPLES[config.objective].make
     self._batch_size = config.data.batch_size
     self.objective = config.objective
+    self.num_sources = len(views)
     self.rows = self._batch_size // process_count
     self._first_row = process_index * self.rows
     self.num_windows = sum(len(view) for view in views)
@@ -165,7 +169,8 @@ def load(config, tokenizer, split: str = 'train', process_index: int = 0,
              for v, seed in zip(views, seeds)]
     dataset = (parts[0] if len(parts) == 1 else
                grain.MapDataset.mix(parts, weights))
-  return Loader(dataset, views, config, tokenizer, split, process_index,
+  text = ' and '.join(corpus.text for corpus in corpora)
+  return Loader(text, dataset, views, config, tokenizer, split, process_index,
                 process_count)
 
 
@@ -204,5 +209,15 @@ def _corpora(config, tokenizer, split: str):
           f'data source {source.name!r} has {len(cache)} document(s), of which '
           f'data.holdout_every={data.holdout_every} leaves none for {split}: '
           'set data.eval_source or another data.holdout_every.')
-    yield weight, packing.Corpus(source.name, cache, ids, split, tokenizer,
-                                 config)
+    text = _words(source, data.holdout_every, split, len(ids), len(cache))
+    yield weight, packing.Corpus(source.name, text, cache, ids, split,
+                                 tokenizer, config)
+
+
+def _words(source, every: int, split: str, taken: int, of: int) -> str:
+  """What of a source is in a split: `taken` of its documents."""
+  if source.tail:
+    but = '' if split == 'eval' else 'all but '
+    return f'{but}the last 1/{every} of {source.name}'
+  return source.name if taken == of else (
+      f'{taken:,} of {of:,} documents of {source.name}')

@@ -10,7 +10,6 @@ import dataclasses
 
 from training import sources
 
-
 def held_out(number, every: int):
   """Tells whether a document is kept for evaluation.
 
@@ -21,11 +20,6 @@ def held_out(number, every: int):
   return number % every == 0 if every else number < 0
 
 
-def has_tail(source: sources.Source, every: int) -> bool:
-  """Whether `split` cuts the source: it is a single file of text."""
-  return every > 1 and source.reader == 'text' and len(source.files) == 1
-
-
 def split(source: sources.Source, every: int) -> sources.Source:
   """Returns the source, with documents that `held_out` tells apart.
 
@@ -33,7 +27,7 @@ def split(source: sources.Source, every: int) -> sources.Source:
   and rounded up, which is document 0 and so the one that is held out, and all
   that comes before it. Any other source is returned as it is.
   """
-  if not has_tail(source, every):
+  if every < 2 or source.reader != 'text' or len(source.files) != 1:
     return source
 
   def read(path: str) -> Iterator[str]:
@@ -43,4 +37,5 @@ def split(source: sources.Source, every: int) -> sources.Source:
 
   # The reader is part of what names the tokens in the cache.
   return dataclasses.replace(
-      source, reader=f'{source.reader}, the last 1/{every} first', read=read)
+      source, reader=f'{source.reader}, the last 1/{every} first', read=read,
+      tail=True)

@@ -11,6 +11,7 @@ from training import devices
 from training import flops
 from training import host
 from training import metrics
+from training import outline
 from training import peaks
 from training import profile
 from training import runs
@@ -37,11 +38,13 @@ def train(run: runs.Run, state, start: int, train_data, eval_data, saved,
       peaks.total(run.mesh.devices.flat, run.model.dtype))
   writers = metrics.writers(workdir, config.to_dict(), start,
                             devices.primary())
+  if devices.primary():
+    print(outline.text(run, start, tokens, train_data, eval_data))
   with run.context(), signals.Stop() as stop:
     batches = train_data.iterate(start, steps)
     batch = devices.put(next(batches), run.place)
     host.trim()
-    with meter.compiling():
+    with meter.compiling(), watch.compiling(devices.primary()):
       step_fn = jax.jit(
           make_train_step(run.module, run.tx, config), donate_argnums=0,
           out_shardings=(run.shardings, None)).lower(state, batch).compile()

@@ -22,6 +22,7 @@ class Corpus:
 
   Attributes:
     name: the source, for messages.
+    text: what of the source this is, in words.
     cache: the tokens of all documents of the source.
     document_ids: int64 [N], the documents of this split.
     split: 'train' or 'eval'.
@@ -30,6 +31,7 @@ class Corpus:
   """
 
   name: str
+  text: str
   cache: token_cache.TokenCache
   document_ids: np.ndarray
   split: str

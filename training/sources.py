@@ -44,6 +44,8 @@ class Source:
     files: whose bytes are the documents' content; () if `content` says it.
     read: yields the documents of one file (of '' if there are no files).
     content: a fingerprint that stands in for the files' bytes.
+    tail: whether it was one document, and is now its tail, then the rest
+      (training/holdout.py).
   """
 
   name: str
@@ -51,6 +53,7 @@ class Source:
   files: tuple[str, ...]
   read: Callable[[str], Iterator[Document]]
   content: str = ''
+  tail: bool = False
 
   def documents(self) -> Iterator[Document]:
     """Yields every document that is not empty, in order."""

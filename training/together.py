@@ -5,7 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from training import flops, loop, metrics, peaks, runs, signals, watch
+from training import flops, loop, metrics, outline, peaks, runs, signals
+from training import watch
 
 
 def train(group, tokenizer) -> dict[int, str]:
@@ -34,6 +35,9 @@ class _Loop:
         self.tokens, count * self.tokens * flops.training_flops_per_token(
             group.run.model, *sides),
         peaks.total(group.mesh.devices.flat, group.run.model.dtype))
+    print(f'{count} runs at once, each of them:')
+    print(outline.text(group.run, start, self.tokens, self.loaders[0],
+                       self.eval_data))
     self.writers = [metrics.writers(m.workdir, m.config.to_dict(), start)
                     for m in group.members]
     self.live = dict(enumerate(group.members))  # by row of the joint arrays
@@ -47,7 +51,7 @@ class _Loop:
     steps, n = config.train.steps, group.start
     streams = [loader.iterate(n, steps) for loader in self.loaders]
     batch = group.batch([next(stream) for stream in streams])
-    with meter.compiling():
+    with meter.compiling(), watch.compiling():
       state = group.state()
       step_fn = jax.jit(group.train_step(), donate_argnums=0).lower(
           state, batch, group.values).compile()

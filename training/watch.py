@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from training import progress as terminal
+
 
 class Read(NamedTuple):
   """What a step has come to: its figures, and when it was done."""
@@ -167,13 +169,15 @@ class _Bar:
   """On a terminal: step, loss, tokens/s, time left, redrawn in place."""
 
   def __init__(self, total: int, first: int, stream):
-    from rich import console, progress
+    from rich import progress as rich_progress
     self._total = total
     # No thread of its own: it would take time from the host's two cores.
-    self._bar = progress.Progress(
-        progress.TextColumn('step'), progress.MofNCompleteColumn(),
-        progress.BarColumn(bar_width=None), progress.TextColumn('{task.fields'
-        '[text]}'), console=console.Console(file=stream), auto_refresh=False)
+    self._bar = rich_progress.Progress(
+        rich_progress.TextColumn('step'), rich_progress.MofNCompleteColumn(),
+        rich_progress.BarColumn(bar_width=None), rich_progress.TextColumn(
+            '{task.fields[text]}'), console=terminal.console(stream),
+        auto_refresh=False,
+        redirect_stderr=sys.stderr.isatty())
     self._task = self._bar.add_task('', total=total, completed=first, text='')
     self._drawn = 0.0
     self._bar.start()
@@ -230,6 +234,20 @@ def progress(total: int, first: int = 0, primary: bool = True, stream=None):
     return _Silent()
   return (_Bar(total, first, stream) if stream.isatty()
           else _Lines(total, stream))
+
+
+@contextlib.contextmanager
+def compiling(primary: bool = True):
+  """Around what is compiled before the first step: says so, and how long it
+  took."""
+  if not primary:
+    yield
+    return
+  start = time.monotonic()
+  print('compiling', flush=True)
+  with terminal.during('compiling'):
+    yield
+  print(f'compiled in {time.monotonic() - start:.1f} s', flush=True)
 
 
 def _text(step: int, total: int, figures: Mapping[str, Any]) -> str:

@@ -17,10 +17,8 @@ def run(evaluation) -> dict:
   step = jax.jit(make_eval_step(evaluation.run.module, config))
   figures = runs.evaluate(step, evaluation.params, loader, 0,
                           evaluation.run.place)
-  data_ = config.data
-  text = data_.eval_source or f'held out of {data_.source}'
-  print(f'{text}, {loader.num_tokens:,} tokens of '
+  print(f'{loader.text}, {loader.num_tokens:,} tokens of '
         f'{loader.bytes_per_token:.2f} bytes:')
   for name, value in figures.items():
     print(f'  {name.replace("_", " "):<16} {value:.4f}')
-  return figures | {'tokens': loader.num_tokens, 'text': text}
+  return figures | {'tokens': loader.num_tokens, 'text': loader.text}

@@ -1,0 +1,47 @@
+"""What a run is about to do, in a few lines, before it does it."""
+
+from training import costs, runs
+
+
+def text(run: runs.Run, start: int, tokens: int, train_data, eval_data) -> str:
+  """Returns the lines.
+
+  Args:
+    run: the run.
+    start: how many steps of it are done.
+    tokens: of a step, padding included.
+    train_data: its loader.
+    eval_data: that of what is held out.
+  """
+  config, model, steps = run.config, run.model, run.config.train.steps
+  active = '' if model.ffn != 'moe' else (
+      f', of which each token uses {costs.parameters(model)[1]:,}')
+  devices = run.mesh.devices
+  mesh = ','.join(f'{axis}={n}' for axis, n in run.mesh.shape.items() if n > 1)
+  parts = config.train.grad_accumulation
+  rows = f'{config.data.batch_size:,} rows' + (
+      f' in {parts} micro-batches' if parts > 1 else '')
+  source = train_data.text
+  if train_data.num_sources == 1:
+    passes = steps * config.data.batch_size / train_data.num_windows
+    source = f'{passes:.3g} passes over {source}'
+  return '\n'.join([
+      f'model: {model.arch}, {runs.count(run.abstract.params):,} parameters'
+      f'{active}; parameters in {model.param_dtype}, computed in {model.dtype}',
+      f'devices: {devices.size} of the kind {devices.flat[0].device_kind}, '
+      f'mesh {mesh or "data=1"}',
+      f'step: {rows}, {tokens:,} tokens',
+      f'training: steps {start + 1:,} to {steps:,}, {steps * tokens:,} tokens '
+      f'in all: {source}',
+      f'held out: {eval_data.text}, {eval_data.num_tokens:,} tokens'
+      + _evaluations(config, eval_data)])
+
+
+def _evaluations(config, eval_data) -> str:
+  every = config.eval.every_steps
+  if not every:
+    return ', not evaluated while training'
+  batches = min(config.eval.batches or eval_data.num_batches,
+                eval_data.num_batches)
+  return (f'; {batches:,} of its {eval_data.num_batches:,} batches are '
+          f'evaluated every {every:,} steps')
