@@ -70,6 +70,7 @@ HF_TIED = {'model.encoder.embed_tokens.weight': 'model.shared.weight',
            'lm_head.weight': 'model.shared.weight'}
 HF_IGNORED = (r'model\.(en|de)coder\.embed_positions\.weights?',)  # sinusoids
 HF_NAMES = _names()
+HF_FIXED = ('pad_token_id',)  # positions there count from it
 FFNS = {'relu': 'relu', 'gelu': 'gelu', 'gelu_new': 'gelu_tanh'}
 ROUTERS = {'random': 'gshard', 'all': 'topk'}
 

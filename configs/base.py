@@ -33,7 +33,8 @@ def base() -> ml_collections.ConfigDict:
           # n: every n-th document is held out of training; of a single text
           # file, its last n-th part. 0: nothing.
           holdout_every=20,
-          tokenizer='bytes',  # bytes | a tokenizer.json | a folder | a .model
+          # bytes | bytes:N (in N ids) | a tokenizer.json | a folder | a .model
+          tokenizer='bytes',
           length=256,  # tokens a sequence (of the source, with seq2seq)
           target_length=0,  # seq2seq; derived: length
           batch_size=32,  # global, in sequences

@@ -14,7 +14,8 @@ import architectures
 from configs import base
 from tests import models, train_test
 from tools import convert
-from training import checkpoints, paths, run_config, runs, starting
+from training import checkpoints, hf_generation, paths, run_config, runs
+from training import starting
 from training import upcycling, weights
 
 texts = train_test.texts
@@ -123,6 +124,7 @@ def test_eval_reads_an_import_and_train_goes_on_in_a_mixture(
   assert 'bits per byte' in train_test.evaluate(imported).stdout
   convert.upcycle(imported, tmp_path / 'moe', moe=['num_experts=4'],
                   step=None, seed=0)
+  assert hf_generation.kept(tmp_path / 'moe') == hf_generation.kept(imported)
   said = capsys.readouterr().out.strip().splitlines()[-1]
   words = shlex.split(said.removeprefix('to go on: '))
   assert words[:2] == ['python', 'train.py']

@@ -94,6 +94,30 @@ def test_bytes_are_the_ids():
   assert tokenizer.decode([72, 258, 105, 383]) == 'Hi'
 
 
+@pytest.mark.parametrize('size', [8, 10, 22, 61, 261, 262, 300])
+def test_bytes_are_spelt_in_fewer_ids(size):
+  tokenizer = tokenizers.load(f'bytes:{size}')
+  every = bytes(range(128)).decode()
+  for text in (*SAMPLES, every):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text and ids.max(initial=0) < size
+    digits = len(ids) / max(1, len(text.encode()))
+    assert digits in (0, 1, 2, 4, 8)
+  special = [*tokenizer.special_ids.values(), *tokenizer.sentinel_ids]
+  assert len(set(special)) == len(special) and max(special) == size - 1 or (
+      not tokenizer.sentinel_ids)
+  assert not set(special) & set(tokenizer.encode(every).tolist())
+  # What a model writes need not be whole bytes.
+  assert tokenizer.decode([0, special[0], *tokenizer.encode('ab')])[-2:] == 'ab'
+
+
+def test_the_usual_bytes_are_384():
+  usual, sized = tokenizers.load('bytes'), tokenizers.load('bytes:384')
+  assert usual.fingerprint == sized.fingerprint
+  assert usual.special_ids == sized.special_ids
+  assert usual.sentinel_ids == sized.sentinel_ids
+
+
 @pytest.mark.parametrize('kind', ['bytes', 'bpe', 'pair'])
 def test_round_trip(kind, trained, pair):
   tokenizer = tokenizers.load(
@@ -216,6 +240,8 @@ def test_info_and_encode(trained, corpus, capsys):
 
 
 @pytest.mark.parametrize('spec, message', [
+    ('bytes:7', 'choose from bytes:8 to bytes:384'),
+    ('bytes:385', 'choose from bytes:8 to bytes:384'),
     ('byte', "unknown tokenizer 'byte': choose bytes, .* no such file"),
     ('byts', "no such file or folder. Did you mean 'bytes'"),
     ('{}/none.json', 'no such file or folder'),

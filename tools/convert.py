@@ -14,8 +14,11 @@ copies the dense network of a layer to all of its experts and draws a router
 (training/upcycling.py); --moe takes fields of config.model.moe.
 A config.json that says something which no architecture here honours is
 refused by name; --partial draws parameters that the files lack at random, and
-lists them. Tokenizer files go along both ways, except into a bucket (a WORKDIR
-like gs://BUCKET/NAME), since they are read from disk only.
+lists them. Tokenizer files and the chat template go along both ways, except
+into a bucket (a WORKDIR like gs://BUCKET/NAME), since they are read from disk
+only. What generation needs, the ids of the tokens that begin, end and pad a
+text and generation_config.json, is kept from import to export; of a run of our
+own it is written from its tokenizer.
 """
 
 import argparse
@@ -23,7 +26,6 @@ import dataclasses
 import importlib
 import pathlib
 import shlex
-import shutil
 import sys
 
 from etils import epath
@@ -31,24 +33,21 @@ from etils import epath
 from configs.errors import RequestError
 from training import cli, storage
 
-# What goes along beside the files that training/tokenizers.py reads: Marian's
-# and NLLB's, whose numbers are not the pieces' own, are kept for the way out.
-MORE_FILES = ('tokenizer_config.json', 'special_tokens_map.json',
-              'added_tokens.json', 'source.spm', 'target.spm', 'vocab.json',
-              'sentencepiece.bpe.model')
-
 
 def import_(source: pathlib.Path, workdir: epath.Path, *, partial: bool,
             seed: int) -> None:
   """Makes `workdir` of the weights in `source`, as a run at step 0."""
+  from training import hf_generation, hf_tokenizer
   _check_new(workdir)
   config, module, params = _from_hf(source, partial, seed)
   folder = source.parent if source.is_file() else source
-  copied = _take_tokenizer(folder, workdir, config)
-  if config.data.tokenizer == 'bytes':
+  copied = hf_tokenizer.take(folder, workdir, config)
+  if hf_tokenizer.is_stand_in(config.data.tokenizer):
     print(f'warning: {folder} has no tokenizer that is read here'
           + (f', though {", ".join(copied)}' if copied else '')
-          + ": data.tokenizer is 'bytes'", file=sys.stderr)
+          + f': data.tokenizer is {config.data.tokenizer!r}, whose ids mean '
+          'something else than those of its training', file=sys.stderr)
+  hf_generation.keep(workdir, hf_generation.of_folder(folder))
   _save(workdir, config, params)
   print(f'{workdir}: {_count(params):,} parameters of {module.config.arch}')
   print(f'to go on: {_command(workdir, config)}')
@@ -57,21 +56,27 @@ def import_(source: pathlib.Path, workdir: epath.Path, *, partial: bool,
 def upcycle(source: epath.Path, workdir: epath.Path, *, moe: list[str],
             step: int | None, seed: int) -> None:
   """Makes `workdir` of a dense model, as a mixture of experts at step 0."""
-  from training import restoring, runs, upcycling
+  from training import hf_generation, hf_tokenizer, restoring, runs
+  from training import upcycling
   _check_new(workdir)
   if restoring.directory(source).exists():
-    config, _, params = _from_workdir(source, step)
+    config, _, params, _ = _from_workdir(source, step)
+    generation = hf_generation.kept(source)
   else:
     if step is not None:
       raise RequestError(f'{source} is no workdir: it has no step {step}')
     config, _, params = _from_hf(source, False, seed)
+    generation = hf_generation.of_folder(
+        source.parent if source.is_file() else source)
   folder = source.parent if source.is_file() else source
-  _take_tokenizer(folder, workdir, config)
+  hf_tokenizer.take(folder, workdir, config)
   config.model = upcycling.config(config.model, _fields(moe, config.model.moe))
   config.init_from = ''
   model, derived = _resolved(config)
   run = runs.start(config, model)
   made = upcycling.params(run.module, run.abstract.params, params, seed)
+  if generation is not None:
+    hf_generation.keep(workdir, generation)
   _save(workdir, config, made, derived)
   print(f'{workdir}: {_count(made):,} parameters of {run.model.arch}, from the '
         f'{_count(params):,} of {source}')
@@ -90,22 +95,34 @@ def export(workdir: epath.Path, folder: pathlib.Path, *, step: int | None,
   evaluation does: where config.json cannot say that.
   """
   import architectures
-  from training import weights
-  config, module, params = _from_workdir(workdir, step)
+  from training import hf_tokenizer, weights
+  config, module, params, step = _from_workdir(workdir, step)
   if dropless:
     c = module.config
     module = architectures.build(dataclasses.replace(c, moe=dataclasses.replace(
         c.moe, eval_capacity_factor=0.0, dispatch='dropless')))
-  weights.to_hf(module, params, folder, dtype=dtype, shard_bytes=shard_bytes)
-  path = pathlib.Path(config.data.tokenizer)
-  if config.data.tokenizer == 'bytes':
-    _copy_tokenizer(workdir / 'tokenizer', folder)
-  elif path.is_dir():
-    _copy_tokenizer(path, folder)
-  elif path.is_file():
-    shutil.copyfile(path, folder / ('tokenizer.json' if path.suffix == '.json'
-                                    else path.name))
+  weights.to_hf(
+      module, params, folder, dtype=dtype, shard_bytes=shard_bytes,
+      generation=_generation(workdir, config, module.config, step))
+  hf_tokenizer.give(workdir, config.data.tokenizer, folder, step)
   print(f'{folder}: {_count(params):,} parameters of {workdir}')
+
+
+def _generation(workdir, config, model, step: int):
+  """Returns what an export says of generation; None: nothing is known."""
+  from training import hf_generation, hf_tokenizer, restoring, starting
+  from training import tokenizers
+  # What an import kept holds until training has given the ids of a tokenizer
+  # that was not read another meaning.
+  standing_in = hf_tokenizer.is_stand_in(config.data.tokenizer)
+  if step == 0 or not standing_in:
+    if kept := hf_generation.kept(workdir):
+      return kept
+  if standing_in and starting.has_parameters_alone(
+      restoring.directory(workdir)):
+    return None  # an import of an earlier version, which did not keep it
+  return hf_generation.of_run(config, model,
+                              tokenizers.load(config.data.tokenizer))
 
 
 def _check_new(workdir: epath.Path):
@@ -117,7 +134,7 @@ def _check_new(workdir: epath.Path):
 def _from_hf(source: pathlib.Path, partial: bool, seed: int):
   """Returns (a run's config, module, parameters) of Hugging Face weights."""
   import architectures
-  from training import hf_config, hf_files, weights
+  from training import hf_config, hf_files, hf_tokenizer, weights
   folder = source.parent if source.is_file() else source
   model = hf_config.fields(hf_config.load(folder))
   module = architectures.build(model)
@@ -125,6 +142,7 @@ def _from_hf(source: pathlib.Path, partial: bool, seed: int):
   config = importlib.import_module(f'configs.{page}').get_config('tiny')
   config.model = model
   config.data.length = min(model.max_len, 1024)
+  config.data.tokenizer = hf_tokenizer.stand_in(model.vocab_size)
   loaded = weights.load(module, hf_files.Files(source), partial=partial,
                         seed=seed)
   for line in loaded.skipped:
@@ -133,18 +151,18 @@ def _from_hf(source: pathlib.Path, partial: bool, seed: int):
 
 
 def _from_workdir(workdir: epath.Path, step: int | None):
-  """Returns (config, module, parameters) of a run's checkpoint."""
-  from training import restoring, run_config, runs
+  """Returns (config, module, parameters, step) of a run's checkpoint."""
+  from training import restoring, run_config, runs, starting
   config = runs.for_this_machine(
       runs.with_new_fields(run_config.load(workdir)))
-  run = runs.start(config, _resolved(config)[0])
+  run = runs.start(config, starting.model(workdir))
   restored = restoring.restore(
       restoring.directory(workdir), {'params': run.abstract.params}, step,
       partial=True)
   for sentence in restored.damaged:
     print(f'warning: {sentence}', file=sys.stderr)
   print(f'{workdir}, step {restored.step}')
-  return config, run.module, restored.state['params']
+  return config, run.module, restored.state['params'], restored.step
 
 
 def _resolved(config):
@@ -190,33 +208,6 @@ def _fields(words: list[str], like) -> dict:
       raise RequestError(f'--moe {word!r}: {text!r} is no {kind.__name__}'
                          ) from error
   return fields
-
-
-def _take_tokenizer(folder: epath.Path, workdir: epath.Path,
-                    config) -> list[str]:
-  """Copies a folder's tokenizer, and takes it where it can be read."""
-  from training import tokenizers
-  if storage.in_bucket(folder):  # a run's: its config names the tokenizer
-    return []
-  target, copied = folder, []
-  if not storage.in_bucket(workdir):
-    target = workdir / 'tokenizer'
-    copied = _copy_tokenizer(folder, target)
-  if tokenizers.found_in(target):
-    config.data.tokenizer = str(target.absolute())
-  return copied
-
-
-def _copy_tokenizer(source: pathlib.Path, target: pathlib.Path) -> list[str]:
-  from training import tokenizers
-  read = (name for names in tokenizers.FOLDERS for name in names)
-  found = [name for name in dict.fromkeys((*read, *MORE_FILES))
-           if (source / name).is_file()]
-  if found:
-    target.mkdir(parents=True, exist_ok=True)
-  for name in found:
-    shutil.copyfile(source / name, target / name)
-  return found
 
 
 def _count(params) -> int:

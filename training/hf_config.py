@@ -20,23 +20,27 @@ from architectures.parts import routing
 from architectures.parts.config import ModelConfig
 from configs.errors import RequestError, one_of, require
 
-# Fields without a bearing on what a trained model computes.
-NEUTRAL = re.compile('|'.join((
-    r'_.*', 'architectures', 'model_type', 'torch_dtype', 'dtype',
-    'transformers_version', r'.*_token_ids?', r'.*dropout.*', r'.*_pdrop',
-    r'initializer_.*', 'init_std', 'use_cache', 'gradient_checkpointing',
-    'pretraining_tp',
-    'task_specific_params', r'summary_.*', r'output_.*', r'return_dict.*',
-    'id2label', 'label2id', 'finetuning_task', 'problem_type', 'torchscript',
-    'use_bfloat16', 'attn_implementation', 'tokenizer_class', 'prefix',
+# Fields by which text is generated: an export writes those of its import.
+GENERATION = re.compile('|'.join((
+    r'.*_token_ids?', 'task_specific_params', 'prefix', 'tokenizer_class',
     'max_length', 'min_length', 'do_sample', 'early_stopping', 'num_beams',
     'temperature', 'top_k', 'top_p', 'typical_p', 'repetition_penalty',
     'length_penalty', 'no_repeat_ngram_size', 'num_return_sequences',
-    'chunk_size_feed_forward', 'n_ctx', 'num_beam_groups', 'bad_words_ids',
-    'diversity_penalty', 'encoder_no_repeat_ngram_size',
-    'begin_suppress_tokens', 'suppress_tokens', 'remove_invalid_values',
-    'exponential_decay_length_penalty', 'pruned_heads', 'tf_legacy_loss',
-    'cross_attention_hidden_size')))
+    'num_beam_groups', 'bad_words_ids', 'diversity_penalty',
+    'encoder_no_repeat_ngram_size', 'begin_suppress_tokens',
+    'suppress_tokens', 'remove_invalid_values',
+    'exponential_decay_length_penalty')))
+
+# Fields without a bearing on what a trained model computes.
+NEUTRAL = re.compile('|'.join((
+    GENERATION.pattern,
+    r'_.*', 'architectures', 'model_type', 'torch_dtype', 'dtype',
+    'transformers_version', r'.*dropout.*', r'.*_pdrop',
+    r'initializer_.*', 'init_std', 'use_cache', 'gradient_checkpointing',
+    'pretraining_tp', r'summary_.*', r'output_.*', r'return_dict.*',
+    'id2label', 'label2id', 'finetuning_task', 'problem_type', 'torchscript',
+    'use_bfloat16', 'attn_implementation', 'chunk_size_feed_forward', 'n_ctx',
+    'pruned_heads', 'tf_legacy_loss', 'cross_attention_hidden_size')))
 
 # Fields of ours that say how a model is trained or computed, not what it is.
 # (What an expert has room for in evaluation: `_room`.)

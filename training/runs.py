@@ -43,7 +43,8 @@ def resolve(config: ml_collections.ConfigDict, tokenizer
   require(model['vocab_size'] >= tokenizer.vocab_size,
           f'model.vocab_size is {model["vocab_size"]}, but the tokenizer '
           f'{config.data.tokenizer!r} has {tokenizer.vocab_size} ids: set it '
-          'to 0 (the tokenizer\'s) or to more')
+          'to 0 (the tokenizer\'s) or to more, or data.tokenizer to bytes:N, '
+          'with N ids')
   resolved = architectures.resolve(model)
   derived = {f'model.{name}': model[name] for name in DERIVED}
   return resolved, derived

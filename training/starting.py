@@ -53,7 +53,7 @@ def from_workdir(run, source, drawn, partial: bool):
   from training import weights
   folder = restoring.directory(source)
   skipped = weights.other_function(
-      run.model, _model(source), source, partial)
+      run.model, model(source), source, partial)
   wanted = {'params': run.abstract.params}
   saved = restoring.arrays(folder)
   if partial and saved:
@@ -66,7 +66,8 @@ def from_workdir(run, source, drawn, partial: bool):
   return restoring.nest(flat | found)['params'], skipped
 
 
-def _model(workdir) -> model_config.ModelConfig:
+def model(workdir) -> model_config.ModelConfig:
+  """Returns the model of a run, for which its tokenizer need not be there."""
   from training import runs  # which imports this file
   config = runs.with_new_fields(run_config.load(workdir))
   fields = config.model.to_dict()

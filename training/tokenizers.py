@@ -1,9 +1,9 @@
 """Tokenizers behind one small interface: text to ids, and back.
 
-`load(spec)` takes data.tokenizer: `bytes`, a Hugging Face tokenizer.json, a
-folder (GPT-2's encoder.json + vocab.bpe, vocab.json + merges.txt, BERT's
-vocab.txt, or one that holds a tokenizer.json or a sentencepiece model), or a
-sentencepiece `.model`.
+`load(spec)` takes data.tokenizer: `bytes`, `bytes:N`, a Hugging Face
+tokenizer.json, a folder (GPT-2's encoder.json + vocab.bpe, vocab.json +
+merges.txt, BERT's vocab.txt, or one that holds a tokenizer.json or a
+sentencepiece model), or a sentencepiece `.model`.
 
 No tokenizer adds special tokens by itself, and none reads them out of plain
 text: '<|endoftext|>' typed inside a document is spelt, not obeyed. Whoever
@@ -16,6 +16,7 @@ import difflib
 import hashlib
 import json
 import pathlib
+import re
 
 import numpy as np
 
@@ -98,22 +99,41 @@ class Bytes(Tokenizer):
   256 to 261 are pad, bos, eos, mask, cls and sep, 262 to 283 are free, and
   the last hundred are the sentinels. A multiple of 128 keeps the embedding
   and the logits divisible on every mesh; ByT5 has 384 for the same reason.
+
+  `bytes:N` does with N ids, for weights of a small vocabulary that came
+  without a tokenizer: where 256 and the six do not fit, a byte is spelt in
+  2, 4 or 8 digits of base 16, 4 or 2, and the sentinels are what is left.
   """
 
-  def __init__(self):
-    self.name = 'bytes'
-    self.vocab_size = 384
-    names = ('pad', 'bos', 'eos', 'mask', 'cls', 'sep')
-    self.special_ids = {name: 256 + i for i, name in enumerate(names)}
-    self.sentinel_ids = tuple(range(384 - SENTINELS, 384))
-    self.fingerprint = 'bytes-384'
+  SPECIAL = ('pad', 'bos', 'eos', 'mask', 'cls', 'sep')
+  LEAST, USUAL = 8, 384
+
+  def __init__(self, size: int = USUAL):
+    self.name = 'bytes' if size == self.USUAL else f'bytes:{size}'
+    self.vocab_size = size
+    bits = max(b for b in (1, 2, 4, 8) if 2 ** b + len(self.SPECIAL) <= size)
+    self.special_ids = {name: 2 ** bits + i
+                        for i, name in enumerate(self.SPECIAL)}
+    left = size - 2 ** bits - len(self.SPECIAL)
+    self.sentinel_ids = tuple(range(size - min(SENTINELS, left), size))
+    self.fingerprint = f'bytes-{size}'
+    self._base = 2 ** bits
+    # The highest digit comes first.
+    self._shifts = np.arange(8 - bits, -1, -bits).astype(np.uint8)
 
   def encode_batch(self, texts):
-    return [np.frombuffer(text.encode('utf-8'), np.uint8).astype(np.int32)
-            for text in texts]
+    rows = [np.frombuffer(text.encode('utf-8'), np.uint8) for text in texts]
+    return [(row[:, None] >> self._shifts & self._base - 1).reshape(-1).astype(
+        np.int32) for row in rows]
 
   def decode_bytes(self, ids):
-    return bytes(int(i) for i in ids if i < 256)
+    spelt, digits = bytearray(), []
+    for i in ids:
+      digits = [*digits, int(i)] if i < self._base else []
+      if len(digits) == len(self._shifts):
+        spelt.append(sum(d << int(s) for d, s in zip(digits, self._shifts)))
+        digits = []
+    return bytes(spelt)
 
 
 class HuggingFace(Tokenizer):
@@ -190,8 +210,12 @@ def load(spec: str) -> Tokenizer:
   Raises:
     ValueError: if there is no such file, or it is not a tokenizer.
   """
-  if spec == 'bytes':
-    return Bytes()
+  if re.fullmatch(r'bytes(:\d{1,3})?', spec):
+    size = int(spec.partition(':')[2] or Bytes.USUAL)
+    if not Bytes.LEAST <= size <= Bytes.USUAL:
+      raise RequestError(f'tokenizer {spec!r}: choose from bytes:{Bytes.LEAST} '
+                         f'to bytes:{Bytes.USUAL}')
+    return Bytes(size)
   path = pathlib.Path(spec).expanduser()
   if path.is_dir():
     if names := found_in(path):
@@ -205,7 +229,7 @@ def load(spec: str) -> Tokenizer:
   near = difflib.get_close_matches(spec, ['bytes'])
   hint = " Did you mean 'bytes'?" if near else ''
   raise RequestError(
-      f'unknown tokenizer {spec!r}: choose bytes, a tokenizer.json, a '
+      f'unknown tokenizer {spec!r}: choose bytes, bytes:N, a tokenizer.json, a '
       'sentencepiece .model, or a folder with encoder.json + vocab.bpe'
       f'{missing}.{hint}')
 

@@ -29,6 +29,7 @@ from architectures.parts.config import ModelConfig
 from configs.errors import require
 from training import hf_config
 from training import hf_files
+from training import hf_generation
 from training import hf_names
 from training import paths
 from training import state as state_lib
@@ -238,7 +239,8 @@ def draw(module, like, wanted, seed: int) -> dict[str, jax.Array]:
 
 
 def to_hf(module: nn.Module, params, folder, *, dtype: str = '',
-          shard_bytes: int = SHARD_BYTES) -> None:
+          shard_bytes: int = SHARD_BYTES,
+          generation: hf_generation.Generation | None = None) -> None:
   """Writes config.json and safetensors, which transformers loads.
 
   Args:
@@ -247,12 +249,16 @@ def to_hf(module: nn.Module, params, folder, *, dtype: str = '',
     folder: where to; made if it isn't there.
     dtype: of the tensors written; '': that of each parameter.
     shard_bytes: no file is larger, unless one tensor is.
+    generation: token ids and options; none: of those that transformers must
+      have, any that are in the vocabulary.
 
   Raises:
     ValueError: naming a part of the model that transformers does not have.
   """
   config: ModelConfig = module.config
   tree = hf_config.write(config)
+  if generation is not None:
+    tree |= generation.fields
   flat = paths.flatten(nn.meta.unbox(params))
   page = architectures.page(config.arch)
   tensors = hf_names.expand(hf_names.rows(page, config),
@@ -268,6 +274,9 @@ def to_hf(module: nn.Module, params, folder, *, dtype: str = '',
        for t in tensors), shard_bytes)
   tree['dtype'] = dtype or config.param_dtype
   (folder / 'config.json').write_text(json.dumps(tree, indent=2) + '\n')
+  if generation is not None and generation.options is not None:
+    (folder / hf_generation.FILE).write_text(
+        json.dumps(generation.options, indent=2) + '\n')
 
 
 def _theirs(tensor: hf_names.Tensor, flat) -> np.ndarray:
