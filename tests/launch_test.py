@@ -7,10 +7,11 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 
 import pytest
 
-from tests.launching import args_of, maker, starts, wait_for
+from tests.launching import args_of, is_running, maker, starts, wait_for
 from tools.launch import gke, local, slurm, tpu_vm
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -93,15 +94,33 @@ def test_local_ends_those_who_wait_for_one_that_failed(a_job, tmp_path,
   assert 'failed 1 times (--max_restarts=0): giving up' in said
 
 
-def test_local_passes_a_signal_on_once_and_does_not_start_again(a_job,
-                                                                tmp_path):
-  j = a_job('wait wait')
+def started(j, processes):
+  """Returns a launcher as a process of its own."""
   code = textwrap.dedent(f'''
       import sys
       from tools.launch import local
-      sys.exit(local.supervise({list(j.words)!r}, {{}}, 1, 1, 'cpu',
+      sys.exit(local.supervise({list(j.words)!r}, {{}}, {processes}, 1, 'cpu',
                                {j.logs!r}, 1))''')
-  launcher = subprocess.Popen([sys.executable, '-c', code], cwd=ROOT)
+  return subprocess.Popen([sys.executable, '-c', code], cwd=ROOT)
+
+
+def test_a_local_launcher_that_is_killed_leaves_no_process(a_job, tmp_path):
+  launcher = started(a_job('wait wait'), 2)
+  for who in ('0-0', '0-1'):
+    wait_for(tmp_path / f'starts-{who}')
+  pids = [starts(tmp_path, who)[0]['pid'] for who in ('0-0', '0-1')]
+  assert all(map(is_running, pids))
+  launcher.kill()
+  launcher.wait()
+  until = time.monotonic() + 15
+  while any(map(is_running, pids)) and time.monotonic() < until:
+    time.sleep(0.05)
+  assert not any(map(is_running, pids))
+
+
+def test_local_passes_a_signal_on_once_and_does_not_start_again(a_job,
+                                                                tmp_path):
+  launcher = started(a_job('wait wait'), 1)
   wait_for(tmp_path / 'starts-0-0')
   launcher.send_signal(signal.SIGINT)
   assert launcher.wait(30) == 0

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import sys
 import textwrap
 import time
@@ -19,7 +20,8 @@ PROGRAM = '''
     starts = folder / f'starts-{os.environ.get("slice", "0")}-{me}'
     n = len(starts.read_text().splitlines()) if starts.exists() else 0
     note = {k: v for k, v in os.environ.items() if k.startswith(
-        ('JAX', 'XLA', 'MEGASCALE'))} | {'argv': sys.argv[1:]}
+        ('JAX', 'XLA', 'MEGASCALE'))} | {
+            'argv': sys.argv[1:], 'pid': os.getpid()}
     code = (folder / 'codes').read_text().split()[n]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
     with open(starts, 'a') as file:
@@ -56,6 +58,15 @@ def starts(tmp_path, who='0-0'):
   return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def is_running(pid):
+  """Whether a process is there, and not merely waited for by nobody."""
+  path = pathlib.Path(f'/proc/{pid}/stat')
+  try:
+    return path.read_text().rpartition(')')[2].split()[0] != 'Z'
+  except (FileNotFoundError, ProcessLookupError):
+    return False
+
+
 def stand_in(tmp_path, name, text):
   """An executable of the cluster, that the script finds first."""
   path = tmp_path / 'bin' / name
@@ -66,7 +77,8 @@ def stand_in(tmp_path, name, text):
 
 
 def wait_for(path):
+  """Waits until a file holds something."""
   until = time.monotonic() + 30
-  while not path.exists():
+  while not path.exists() or not path.stat().st_size:
     assert time.monotonic() < until, f'no {path}'
     time.sleep(0.02)

@@ -2,11 +2,12 @@
 
 Left alone, a process whose peer has raised waits for it in a collective, for
 minutes, and JAX's own heartbeat ends it without a word on whose fault it was.
-So each process keeps a connection to process 0. A process that fails says so
-on it; one that is killed is betrayed by the kernel, which closes the
-connection at once; and a host that is lost by TCP's keep-alive. Process 0
-passes it on, and all end with a sentence that names the process. Nothing here
-knows of JAX.
+So each process keeps a connection to process 0, and sends a beat on it. A
+process that fails says so; one that is killed is betrayed by the kernel, which
+closes the connection at once; a host that is lost by TCP's keep-alive; and a
+process that hangs, as when it is stopped, by its silence. Process 0 passes it
+on, and all end with a sentence that names the process. Nothing here knows of
+JAX.
 """
 
 from collections.abc import Callable
@@ -19,9 +20,19 @@ import sys
 import threading
 import time
 
-# A silent host is asked after 4 s, and given up on after 4 questions: 12 s.
-KEEP_ALIVE = {'TCP_KEEPIDLE': 4, 'TCP_KEEPINTVL': 2, 'TCP_KEEPCNT': 4}
+from training import greeting
+
+# A host is lost once what was sent to it, or the question whether it is there,
+# has gone unanswered for so long.
+LOST_SECONDS = 12
+KEEP_ALIVE = {'TCP_KEEPIDLE': 4, 'TCP_KEEPINTVL': 2, 'TCP_KEEPCNT': 4,
+              'TCP_USER_TIMEOUT': 1000 * LOST_SECONDS}
+BEAT_SECONDS = 2.0
+# Without a beat for so long, a process hangs. A host that pages, or is starved
+# for some seconds, does not end a run.
+SILENT_SECONDS = 40.0
 CONNECT_SECONDS = 20
+MOST_BYTES = 2 ** 16  # of a message
 # An error of this process may only be the echo of another's end, word of
 # which is then on its way.
 GRACE_SECONDS = 1.0
@@ -50,21 +61,20 @@ class Peers:
     self._index = index
     self._leave = leave
     self._connections = {}
+    self._heard = {}  # by process: when, by `_now`
+    self._absent = 0.0  # seconds in which this process did not listen
     self._ending = threading.Lock()  # taken once, and never given back
     if index == 0:
-      self._server = _listen(host)
-      self._token = secrets.token_hex(8)
-      self.address = f'{self._server.getsockname()[1]} {self._token}'
-      _thread(self._accept)
+      server = greeting.listen(host)
+      token = secrets.token_hex(8)
+      self.address = f'{server.getsockname()[1]} {token}'
+      _thread(greeting.Door(server, token, self._admit).serve)
     else:
       self.address = address
       port, token = address.split()
-      connection = socket.create_connection((host, int(port)), CONNECT_SECONDS)
-      connection.settimeout(None)
-      _keep_alive(connection)
-      _send(connection, dict(index=index, token=token))
-      self._connections[0] = connection
-      _thread(self._read, connection, connection.makefile('rb'), 0)
+      self._admit(greeting.enter(host, int(port), token, index,
+                                 CONNECT_SECONDS), 0)
+    _thread(self._watch)
 
   def fail(self, why: str, code: int = 1) -> None:
     """Tells the others that this process has failed, and ends it."""
@@ -76,28 +86,48 @@ class Peers:
     for connection in list(self._connections.values()):
       _send(connection, dict(bye=True))
 
-  def _accept(self):
-    while True:
-      connection, _ = self._server.accept()
-      _keep_alive(connection)
-      _thread(self._greet, connection)
+  def _admit(self, connection: socket.socket, index: int):
+    """Takes up a connection to a process that knows the token."""
+    connection.settimeout(None)
+    _keep_alive(connection)
+    self._heard[index] = self._now()
+    self._connections[index] = connection
+    _thread(self._read, connection, index)
 
-  def _greet(self, connection):
+  def _read(self, connection, index: int):
     lines = connection.makefile('rb')
-    hello = _receive(lines)
-    if hello is None or hello.get('token') != self._token:
-      connection.close()  # a stranger
-      return
-    self._connections[hello['index']] = connection
-    self._read(connection, lines, hello['index'])
+    while True:
+      message = _receive(lines)
+      if message is None:
+        self._end(dict(index=index, code=1, why='is gone: it was killed, or '
+                       'its host was lost'))
+        return
+      if 'bye' in message:
+        del self._heard[index]
+        return
+      if 'beat' not in message:
+        self._end(message)
+        return
+      self._heard[index] = self._now()
 
-  def _read(self, connection, lines, index: int):
-    message = _receive(lines)
-    if message is None:
-      self._end(dict(index=index, code=1, why='is gone: it was killed, or its '
-                     'host was lost'))
-    elif 'bye' not in message:
-      self._end(message)
+  def _now(self) -> float:
+    return time.monotonic() - self._absent
+
+  def _watch(self):
+    """Sends the beat, and ends the run when another's does not come."""
+    while True:
+      before = time.monotonic()
+      for connection in list(self._connections.values()):
+        _send(connection, dict(beat=True))
+      time.sleep(BEAT_SECONDS)
+      late = time.monotonic() - before - BEAT_SECONDS
+      if late > BEAT_SECONDS:  # this process itself was stopped, or starved
+        self._absent += late
+      for index, heard in list(self._heard.items()):
+        silent = self._now() - heard
+        if silent > SILENT_SECONDS:
+          self._end(dict(index=index, code=1, why='hangs: nothing was heard of '
+                         f'it for {silent:.0f} s'))
 
   def _end(self, failure: dict):
     """Says which process failed, here and to the others, and ends."""
@@ -125,15 +155,6 @@ def _thread(target, *args) -> threading.Thread:
   return thread
 
 
-def _listen(host: str) -> socket.socket:
-  try:
-    family, *_, address = socket.getaddrinfo(host, 0,
-                                             type=socket.SOCK_STREAM)[0]
-    return socket.create_server(address[:2], family=family, backlog=1024)
-  except OSError:  # the name of a gateway, not of this host
-    return socket.create_server(('', 0), backlog=1024)
-
-
 def _keep_alive(connection: socket.socket):
   connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
   for name, value in KEEP_ALIVE.items():
@@ -150,7 +171,7 @@ def _receive(lines) -> dict | None:
   """Returns the next message, or None where the connection has broken, or
   what came is none of ours."""
   try:
-    message = json.loads(lines.readline())
+    message = json.loads(lines.readline(MOST_BYTES))
   except (OSError, ValueError):
     return None
   return message if isinstance(message, dict) else None

@@ -10,7 +10,7 @@ import traceback
 import jax
 
 from configs.errors import require
-from training import cli, devices, peers
+from training import cli, devices, greeting, peers
 
 # After so long without one, JAX counts a process as lost. It is the second
 # line of defence, behind training/peers.py: so it need not be short, and a
@@ -59,11 +59,17 @@ def initialize(coordinator: str = '', num_processes: int = 0,
     jax.distributed.initialize(
         coordinator, num_processes, process_id,
         cluster_detection_method='deactivate',
-        # JAX's default listens on every interface.
         coordinator_bind_address=os.environ.get(
-            'JAX_COORDINATOR_BIND_ADDRESS', coordinator),
+            'JAX_COORDINATOR_BIND_ADDRESS', _bind(coordinator)),
         heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
   _watch()
+
+
+def _bind(coordinator: str) -> str | None:
+  """Returns what JAX's service listens on, on process 0; None: everywhere,
+  which is also JAX's default."""
+  host = coordinator.rpartition(':')[0].strip('[]')
+  return coordinator if greeting.interface(host) else None
 
 
 def meet() -> None:

@@ -6,7 +6,8 @@ r"""Starts a run as several processes on this machine.
 On a CPU each process has --devices virtual devices; on GPUs, process i has the
 GPUs i x devices to (i + 1) x devices - 1. Process 0 writes here, the others to
 WORKDIR/logs. Ctrl-C or SIGTERM: all finish the step, save and leave, and the
-exit code is 0; once more ends them at once.
+exit code is 0; once more ends them at once. Where this program is killed
+(SIGKILL), so are they, on Linux.
 """
 
 import os
@@ -19,6 +20,7 @@ import sys
 import time
 
 from configs.errors import RequestError
+from tools import tether
 from tools.launch import job as job_lib
 
 # (kind, name, default, what it says).
@@ -126,7 +128,7 @@ def run(words, envs, logs: pathlib.Path, forwarding) -> list[int]:
   for i, env in enumerate(envs):
     out = None if i == 0 else open(logs / f'process-{i}.log', 'ab')
     running.append(subprocess.Popen(
-        words, env=os.environ | env, stdout=out, stderr=out,
+        tether.words(words), env=os.environ | env, stdout=out, stderr=out,
         start_new_session=True))  # so that Ctrl-C is passed on only once
     if out:
       out.close()

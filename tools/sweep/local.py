@@ -10,12 +10,12 @@ import subprocess
 import sys
 import time
 
+from tools import tether
 from tools.sweep import commands, layout, worker
 from tools.sweep import ledger as ledger_lib
 
 POLL_SECONDS = 0.2
 GPUS = 'CUDA_VISIBLE_DEVICES'
-TETHER = str(pathlib.Path(__file__).with_name('tether.py'))
 
 
 @dataclasses.dataclass
@@ -165,8 +165,7 @@ class Runner:
     with (folder / 'log.txt').open('a') as log:
       # A session of its own: Ctrl-C reaches it through _stop alone.
       process = subprocess.Popen(
-          [sys.executable, TETHER, str(os.getpid()),
-           _cores(slot, self._parallel), sys.executable, *words],
+          tether.words([sys.executable, *words], _cores(slot, self._parallel)),
           stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
           start_new_session=True, env=_environment(slot, self._parallel))
     self._jobs.append(Job(runs, state, process, slot))
