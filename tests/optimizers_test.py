@@ -262,6 +262,24 @@ def test_update_if(name, dtype):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', optimizers.OPTIMIZERS)
+def test_parameters_in_bfloat16_are_updated_in_float32(name):
+  """Moments and updates are those of the same numbers in float32."""
+  tree = params(jnp.bfloat16)
+  grads = gradients(tree)
+  wide = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+  tx = optimizers.make(optim(name=name, warmup_steps=0), 10, tree)
+
+  @jax.jit
+  def twice(grads, tree):
+    updates, state = tx.update(grads, tx.init(tree), tree)
+    return updates, tx.update(grads, state, tree)
+
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5),
+               twice(grads, tree), twice(wide(grads), wide(tree)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', optimizers.OPTIMIZERS)
 def test_state_lies_where_the_parameters_lie(name):
   mesh = jax.make_mesh((2, 4), ('fsdp', 'tensor'),
                        axis_types=(jax.sharding.AxisType.Auto,) * 2)

@@ -79,7 +79,9 @@ def analytic(run: runs.Run, kept_in_all: int = 0,
   """
   c, shape, rules = run.model, run.mesh.shape, run.config.mesh.rules
   parts = state(run)
-  parts['gradients'] = parts['parameters']
+  parts['gradients'] = on_device(jax.tree.map(  # in float32, as they add up
+      lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32,
+                                     sharding=x.sharding), run.abstract.params))
   micro = run.config.train.grad_accumulation
   shards = micro * devices.shards('tokens', shape, rules)
   parts['kept_for_backward'] = (kept_in_all or kept(run)) // shards

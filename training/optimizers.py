@@ -4,8 +4,10 @@
 
 Weight decay is decoupled and multiplied by the learning rate for every one of
 them (Loshchilov and Hutter 2019, as in optax and PyTorch), on the parameters
-that optim.decay_mask selects. A field of config.optim that the chosen
-optimiser does not read has to stay at its default: setting it is refused.
+that optim.decay_mask selects. Moments are kept and updates are computed in
+float32, whatever model.param_dtype is; a parameter is rounded once, when the
+update is added. A field of config.optim that the chosen optimiser does not
+read has to stay at its default: setting it is refused.
 """
 
 import jax
@@ -144,12 +146,32 @@ def chain(optim, steps: int, params, rates=None
       optim.decay_mask, params, 'optim.decay_mask'))
   # All four always stand in the chain, so that the state's tree does not
   # depend on numbers that a resumed run may change.
-  return optax.chain(
+  return in_float32(optax.chain(
       clip_by_global_norm(optim.clip_norm) if optim.clip_norm
       else optax.identity(),
       with_rates(OPTIMIZERS[optim.name](optim, params), rates),
       add_decay(optim.weight_decay, decays),
-      optax.scale_by_learning_rate(schedules.rate(optim, steps)))
+      optax.scale_by_learning_rate(schedules.rate(optim, steps))))
+
+
+def in_float32(tx: optax.GradientTransformation
+               ) -> optax.GradientTransformation:
+  """Gives `tx` the gradients and the parameters in float32.
+
+  In bfloat16 a second moment with b2 = 0.999 would never fall: a thousandth
+  of it is less than half of its last digit.
+  """
+
+  def cast(tree):
+    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+  def init(params):
+    return tx.init(cast(params))
+
+  def update(grads, state, params):
+    return tx.update(cast(grads), state, cast(params))
+
+  return optax.GradientTransformation(init, update)
 
 
 def with_rates(tx: optax.GradientTransformation, rates
@@ -168,13 +190,11 @@ def with_rates(tx: optax.GradientTransformation, rates
 
 def add_decay(weight_decay, decays) -> optax.GradientTransformation:
   """Adds weight_decay * p to the updates of the parameters that `decays`
-  selects. optax's own rounds otherwise where weight_decay is traced and p is
-  bfloat16."""
+  selects. optax's own, given a mask, has another tree of states."""
 
   def add(updates, params):
-    return jax.tree.map(
-        lambda u, p, decay: u + jnp.asarray(weight_decay, p.dtype) * p
-        if decay else u, updates, params, decays)
+    return jax.tree.map(lambda u, p, decay: u + weight_decay * p
+                        if decay else u, updates, params, decays)
 
   return optax.stateless(add)
 

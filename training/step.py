@@ -70,7 +70,7 @@ def make_train_step(module: nn.Module, tx: optax.GradientTransformation,
     bad_in_row = jnp.where(ok, 0, state.bad_in_row + 1)
     bad_steps = state.bad_steps + jnp.where(ok, 0, 1)
     metrics |= dict(
-        grad_norm=grad_norm, param_norm=optax.tree.norm(params),
+        grad_norm=grad_norm, param_norm=_norm(params),
         learning_rate=schedule(state.step - state.bad_steps),
         bad_steps=bad_steps, bad_in_row=bad_in_row)
     return TrainState(state.step + 1, params, opt_state, bad_steps,
@@ -79,10 +79,17 @@ def make_train_step(module: nn.Module, tx: optax.GradientTransformation,
   return step
 
 
+def _norm(tree) -> jax.Array:
+  """The joint norm of all leaves, in float32 whatever they are in."""
+  return optax.tree.norm(
+      jax.tree.map(lambda x: x.astype(jnp.float32), tree))
+
+
 def _accumulate(grad_fn, params, batch, key, parts: int):
   """Sums gradients and figures over `parts` micro-batches, by a scan.
 
   Micro-batch i takes rows i, i + parts, ...: each device cuts up its own.
+  Gradients in bfloat16 add up in float32.
   """
   if parts == 1:
     grads, (sums, health) = grad_fn(params, batch, key)
@@ -100,7 +107,7 @@ def _accumulate(grad_fn, params, batch, key, parts: int):
   micros = jax.tree.map(cut, batch)
   first = jax.tree.map(lambda x: x[0], micros)
   zeros = jax.tree.map(
-      lambda x: jnp.zeros(x.shape, x.dtype),
+      lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)),
       jax.eval_shape(grad_fn, params, first, key))
   (grads, (sums, health)), _ = jax.lax.scan(
       add, zeros, (jnp.arange(parts), micros))
