@@ -20,7 +20,8 @@ from configs.errors import RequestError
 from training import cli, interrupts
 
 cli.define_workdir()
-flags.DEFINE_integer('step', None, 'Which checkpoint; default: the newest.')
+flags.DEFINE_integer('step', None, 'Which checkpoint; default: the newest.',
+                     lower_bound=0, upper_bound=2**31 - 1)
 flags.DEFINE_list('tasks', ['loss'], 'Comma-separated, of loss, samples, '
                   'extrapolation, routing, exact (held-out targets written '
                   'right), translation (BLEU as well); --samples or --prompt '
@@ -29,14 +30,18 @@ flags.DEFINE_string('text', '', 'What to evaluate on, written as data.source '
                     "is, such as 'text:other/*.txt', all of it; default: what "
                     'the run holds out.')
 flags.DEFINE_string('json', '', 'A file to write all figures to.')
-flags.DEFINE_integer('samples', 1, 'Texts to write for each prompt.')
+flags.DEFINE_integer('samples', 1, 'Texts to write for each prompt.',
+                     lower_bound=1, upper_bound=10_000)
 flags.DEFINE_string('prompt', '', "What a text begins with; several: 'A|||B'.")
 flags.DEFINE_integer('max_new_tokens', 0,
-                     'Tokens to write; 0: what fits, 256 at most.')
+                     'Tokens to write; 0: what fits, 256 at most.',
+                     lower_bound=0, upper_bound=2**24)
 flags.DEFINE_float('temperature', 1.0, '0: the likeliest token.')
-flags.DEFINE_integer('top_k', 0, 'Draw of the k likeliest tokens; 0: all.')
+flags.DEFINE_integer('top_k', 0, 'Draw of the k likeliest tokens; 0: all.',
+                     lower_bound=0, upper_bound=2**26)
 flags.DEFINE_float('top_p', 1.0, 'Draw of the likeliest that reach p.')
-flags.DEFINE_integer('sample_seed', 0, 'Of the draws.')
+flags.DEFINE_integer('sample_seed', 0, 'Of the draws.', lower_bound=0,
+                     upper_bound=2**32 - 1)
 flags.DEFINE_bool('interpolate', False, 'extrapolation: stretch learned '
                   'positions past max_len.')
 

@@ -21,12 +21,15 @@ flags.DEFINE_bool('allow_config_change', False,
 flags.DEFINE_string('profile_steps', '',
                     'Trace steps FIRST:LAST into workdir/profile, as 10:13.')
 flags.DEFINE_string('coordinator', '', 'host:port of process 0.')
-flags.DEFINE_integer('num_processes', 0, 'Processes of all hosts.')
-flags.DEFINE_integer('process_id', -1, 'Which of them this is.')
+flags.DEFINE_integer('num_processes', 0, 'Processes of all hosts.',
+                     lower_bound=0, upper_bound=2**16)
+flags.DEFINE_integer('process_id', -1, 'Which of them this is.',
+                     lower_bound=-1, upper_bound=2**16)
 flags.DEFINE_bool('cluster', False,
                   'Ask the cluster (SLURM, TPU, GKE) for these three.')
 flags.DEFINE_integer('stopped_exit_code', 0, 'After a signal, before the last '
-                     'step: by it a launcher knows that there is more to do.')
+                     'step: by it a launcher knows that there is more to do.',
+                     lower_bound=0, upper_bound=255)
 
 
 def main():
@@ -42,6 +45,8 @@ def main():
 
   # 1. The config: everything wrong in it is said before any device work.
   runs.check(config)
+  several = processes.check(args.coordinator, args.num_processes,
+                            args.process_id, args.cluster)
   profile.parse(args.profile_steps, config.train.steps)
   data.check_sources(config)
   tokenizer = tokenizers.load(config.data.tokenizer)
@@ -55,8 +60,7 @@ def main():
       print(run_config.table(changes))
 
   # 2. The devices and their mesh.
-  processes.initialize(args.coordinator, args.num_processes,
-                       args.process_id, args.cluster)
+  processes.initialize(several)
   host.settle()
   processes.meet()
   run = runs.start(config, model)

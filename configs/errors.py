@@ -36,3 +36,12 @@ def require(condition: bool, sentence: str) -> None:
   """Raises RequestError with `sentence` unless `condition` holds."""
   if not condition:
     raise RequestError(sentence)
+
+
+def short(value) -> str:
+  """Returns a value as a message shows it, cut where it is long."""
+  if type(value) is int and value.bit_length() > 80:
+    # Python does not write out integers of thousands of digits.
+    return f'a number of about {value.bit_length() * 3 // 10} digits'
+  text = repr(value)
+  return text if len(text) <= 60 else text[:57] + '...'

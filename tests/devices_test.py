@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from configs import errors
 from training import devices, processes
 
 SHAPE = dict(data=4, fsdp=2, expert=1, context=1, tensor=1)
@@ -89,4 +90,24 @@ def test_the_table_of_processes():
 def test_a_variable_that_is_no_number_is_named(variable, monkeypatch):
   monkeypatch.setenv(variable, 'two')
   with pytest.raises(ValueError, match=rf"\${variable} is 'two'"):
-    processes.initialize()
+    processes.check()
+
+
+@pytest.mark.parametrize('coordinator, number, index, sentence', [
+    ('nonsense', 2, 0, "is 'nonsense': write HOST:PORT"),
+    (':123', 2, 0, 'write HOST:PORT'),
+    ('here:99999', 2, 0, 'with a port from 1 to 65535'),
+    ('here:123', 2, 7, '--process_id is 7 of --num_processes 2'),
+])
+def test_a_coordinator_that_is_none_is_refused(coordinator, number, index,
+                                               sentence):
+  with pytest.raises(errors.RequestError, match=sentence):
+    processes.check(coordinator, number, index)
+
+
+def test_how_a_process_joins_the_others(monkeypatch):
+  assert processes.check() is None
+  monkeypatch.setenv('JAX_COORDINATOR_ADDRESS', '[::1]:1234')
+  monkeypatch.setenv('JAX_NUM_PROCESSES', '2')
+  monkeypatch.setenv('JAX_PROCESS_ID', '1')
+  assert processes.check() == ('[::1]:1234', 2, 1, False)

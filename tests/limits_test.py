@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from configs import base
+from configs import errors
 from training import limits
 from training import run_config
 from training import runs
@@ -35,6 +36,26 @@ def test_what_is_below_its_range_is_refused(name):
   config = config_with(**{name: -1 if name != 'span.mean_length' else 0.5})
   with pytest.raises(ValueError, match=f'^{name} is -?[0-9.]+: it must be >'):
     runs.check(config)
+
+
+NUMBERS = {name: value for name, value in run_config.flatten(
+    base.base()).items() if type(value) in (int, float)}
+
+
+@pytest.mark.parametrize('name', NUMBERS)
+def test_every_number_has_an_upper_bound(name):
+  """Whichever check refuses it: its range, or what it has to divide."""
+  value = 10**20 if type(NUMBERS[name]) is int else 1e35
+  config = config_with(**{name: value})
+  with pytest.raises(errors.RequestError, match=name):
+    runs.check(config)
+
+
+@pytest.mark.parametrize('name', [
+    name for name, value in NUMBERS.items() if type(value) is int])
+def test_a_number_of_5000_digits_is_not_written_out(name):
+  with pytest.raises(errors.RequestError, match='of about [0-9]+ digits'):
+    runs.check(config_with(**{name: 10**5000}))
 
 
 @pytest.mark.parametrize('name, value', [

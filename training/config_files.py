@@ -19,7 +19,7 @@ import types
 import ml_collections
 
 from configs import base
-from configs.errors import RequestError, require
+from configs.errors import RequestError, require, short
 
 # Files of configs/ that hold no config of their own.
 SHARED = ('__init__', 'base', 'errors', 'sharding')
@@ -93,7 +93,7 @@ def check(config, who: str) -> None:
   """Raises RequestError unless `config` has the fields of configs/base.py, each
   of the type that it has there."""
   require(isinstance(config, ml_collections.ConfigDict),
-          f'{who} returned {_short(config)}, which is no ConfigDict: end it '
+          f'{who} returned {short(config)}, which is no ConfigDict: end it '
           'with `return c`, where c began as base.base()')
   _check_group(config, base.base(), who, '')
 
@@ -121,7 +121,7 @@ def check_type(value, default, who: str) -> None:
           type(value) is kind or kind is float and type(value) is int)
   what = ('a group of fields' if isinstance(default, ml_collections.ConfigDict)
           else f'of type {kind.__name__}, as its default {default!r} is')
-  require(fits, f'{who} is {_short(value)}, of type {type(value).__name__}: it '
+  require(fits, f'{who} is {short(value)}, of type {type(value).__name__}: it '
           f'must be {what}')
 
 
@@ -159,7 +159,3 @@ def _hint(word: str, choices: Sequence[str]) -> str:
   near = difflib.get_close_matches(word, choices, n=1)
   return f' Did you mean {near[0]!r}?' if near else ''
 
-
-def _short(value) -> str:
-  text = repr(value)
-  return text if len(text) <= 60 else text[:57] + '...'

@@ -78,20 +78,24 @@ def check(model: ModelConfig, batch_size: int, grad_accumulation: int,
     held.append(('tensor', 'moe.d_ff'))
   for axis, field in held:
     size = operator.attrgetter(field)(model)
-    fits = [n for n in range(1, size + 1) if size % n == 0][:12]
     require(size % shape[axis] == 0,
             f'mesh.{axis} is {shape[axis]}, which does not divide '
-            f'model.{field} {size}: choose from {", ".join(map(str, fits))}')
+            f'model.{field} {size}: choose from {_divisors(size)}')
   if model.ffn == 'moe':
     experts = model.moe.num_experts
-    fits = [n for n in range(1, experts + 1) if experts % n == 0]
     require(experts % shape['expert'] == 0,
             f'mesh.expert is {shape["expert"]}, which does not divide '
             f'model.moe.num_experts {experts}: choose mesh.expert from '
-            f'{", ".join(map(str, fits))}, or num_experts a multiple of it')
+            f'{_divisors(experts)}, or num_experts a multiple of it')
   else:
     require(shape['expert'] == 1, f'mesh.expert is {shape["expert"]}, but '
             f'model.ffn {model.ffn!r} has no experts: set mesh.expert=1')
+
+
+def _divisors(size: int) -> str:
+  """The smaller divisors of a size, which a mesh axis may have."""
+  return ', '.join(str(n) for n in range(1, min(size, 256) + 1)
+                   if size % n == 0)
 
 
 def make_mesh(shape: Mapping[str, int], devices=None, slices: int = 0) -> Mesh:

@@ -7,36 +7,48 @@ optimiser or a schedule in its own file.
 import math
 import operator
 
+from architectures.parts.fields import MOST_FLOAT
 from configs import base
-from configs.errors import require
+from configs.errors import require, short
 
-# Of each field, the bounds.
-LEAST_0, LEAST_1 = (('>=', 0),), (('>=', 1),)
+# A step, a row and a token are counted in int32 on a device.
+MOST = 2**31 - 1
+MOST_PROCESSES = 512  # of one host, that prepare batches or tokens
+MOST_TOKENS = 2**24  # of a row, and rows of a batch
+
+
+def _between(least: float, most: float) -> tuple:
+  return ('>=', least), ('<=', most)
+
+
+# Of each field, the bounds. Every number of a config has an upper one: those
+# without a row here are held by MOST and MOST_FLOAT.
+FROM_0, FROM_1 = _between(0, MOST), _between(1, MOST)
 LIMITS = {
-    'seed': LEAST_0,
+    'seed': _between(0, 2**32 - 1),
     'span.noise_density': (('>', 0), ('<', 1)),
-    'span.mean_length': LEAST_1,
-    'data.length': LEAST_1,
-    'data.target_length': LEAST_0,
-    'data.batch_size': LEAST_1,
-    'data.holdout_every': LEAST_0,
+    'span.mean_length': _between(1, MOST_TOKENS),
+    'data.length': _between(1, MOST_TOKENS),
+    'data.target_length': _between(0, MOST_TOKENS),
+    'data.batch_size': _between(1, MOST_TOKENS),
+    'data.holdout_every': FROM_0,
     'data.mask_rate': (('>', 0), ('<=', 1)),
-    'data.workers': LEAST_0,
-    'data.tokenize_workers': LEAST_0,
-    'train.steps': LEAST_1,
-    'train.grad_accumulation': LEAST_1,
-    'train.max_bad_steps': LEAST_1,
-    'train.z_loss': LEAST_0,
+    'data.workers': _between(0, MOST_PROCESSES),
+    'data.tokenize_workers': _between(0, MOST_PROCESSES),
+    'train.steps': FROM_1,
+    'train.grad_accumulation': _between(1, MOST_TOKENS),
+    'train.max_bad_steps': FROM_1,
+    'train.z_loss': _between(0, MOST_FLOAT),
     'train.label_smoothing': (('>=', 0), ('<', 1)),
-    'train.loss_chunk': LEAST_0,
-    'mesh.slices': LEAST_0,
-    'checkpoint.every_steps': LEAST_0,
-    'checkpoint.every_minutes': LEAST_0,
-    'checkpoint.keep': LEAST_1,
-    'checkpoint.keep_every': LEAST_0,
-    'eval.every_steps': LEAST_0,
-    'eval.batches': LEAST_0,
-    'log.every_steps': LEAST_1,
+    'train.loss_chunk': FROM_0,
+    'mesh.slices': FROM_0,
+    'checkpoint.every_steps': FROM_0,
+    'checkpoint.every_minutes': _between(0, 1e6),
+    'checkpoint.keep': _between(1, 10_000),
+    'checkpoint.keep_every': FROM_0,
+    'eval.every_steps': FROM_0,
+    'eval.batches': FROM_0,
+    'log.every_steps': FROM_1,
 }
 SIGNS = {'>=': operator.ge, '>': operator.gt, '<=': operator.le,
          '<': operator.lt}
@@ -52,24 +64,44 @@ READS = {
 
 
 def ranges(config, *sections: str) -> None:
-  """Raises ValueError for a number that cannot be honoured.
+  """Raises RequestError for a number that cannot be honoured.
 
   Args:
     config: a run's.
     *sections: of it, such as 'data'; default: all.
   """
-  for name, bounds in LIMITS.items():
-    if sections and name.split('.')[0] not in sections:
+  for name, value in _numbers(config):
+    section = name.split('.')[0]
+    # Those of a model: architectures/parts/fields.py, where it is built.
+    if section == 'model' or sections and section not in sections:
       continue
-    value = get(config, name)
-    fits = math.isfinite(value) and all(
-        SIGNS[sign](value, bound) for sign, bound in bounds)
-    text = ' and '.join(f'{sign} {bound}' for sign, bound in bounds)
-    require(fits, f'{name} is {value}: it must be {text}')
+    if name in LIMITS:
+      number(name, value, LIMITS[name])
+    else:
+      most = MOST if type(value) is int else MOST_FLOAT
+      number(name, value, _between(-most, most))
+
+
+def number(name: str, value, bounds: tuple) -> None:
+  """Raises RequestError unless a number is finite and within its bounds."""
+  fits = all(SIGNS[sign](value, bound) for sign, bound in bounds)
+  text = ' and '.join(f'{sign} {bound:,}' if type(bound) is int else
+                      f'{sign} {bound:g}' for sign, bound in bounds)
+  require(fits and -math.inf < value < math.inf,
+          f'{name} is {short(value)}: it must be {text}')
+
+
+def _numbers(config, prefix: str = ''):
+  """Yields (dotted name, value) of each int and float of a config."""
+  for name, value in config.items():
+    if hasattr(value, 'items'):
+      yield from _numbers(value, f'{prefix}{name}.')
+    elif type(value) in (int, float):
+      yield prefix + name, value
 
 
 def refuse_unread(config) -> None:
-  """Raises ValueError for a field that was set, differing from its default in
+  """Raises RequestError for a field that was set, differing from its default in
   configs/base.py, and that nothing will read."""
   defaults = base.base()
   for name, readers in READS.items():

@@ -3,9 +3,11 @@
 import atexit
 import json
 import os
+import re
 import socket
 import sys
 import traceback
+from typing import NamedTuple
 
 import jax
 
@@ -17,6 +19,7 @@ from training import cli, devices, greeting, peers
 # host that pages or is starved for some seconds does not end the run.
 HEARTBEAT_SECONDS = 100
 LOOKUP_MS = 60_000
+MOST_PROCESSES = 2**16
 MOST_ROWS = 64  # of the table
 
 
@@ -27,9 +30,24 @@ def _number(variable: str, default: int) -> int:
   return int(text)
 
 
-def initialize(coordinator: str = '', num_processes: int = 0,
-               process_id: int = -1, cluster: bool = False) -> None:
-  """Joins the processes of a run, if it was launched as several.
+class Several(NamedTuple):
+  """How this process joins the others of a run.
+
+  Attributes:
+    coordinator: host:port of process 0.
+    num_processes: of all hosts.
+    process_id: this one's.
+    cluster: whether JAX asks the cluster for these three.
+  """
+  coordinator: str
+  num_processes: int
+  process_id: int
+  cluster: bool
+
+
+def check(coordinator: str = '', num_processes: int = 0, process_id: int = -1,
+          cluster: bool = False) -> Several | None:
+  """Returns how to join the processes of a run; None where it is alone.
 
   Args:
     coordinator: host:port of process 0; '': $JAX_COORDINATOR_ADDRESS.
@@ -38,7 +56,8 @@ def initialize(coordinator: str = '', num_processes: int = 0,
     cluster: let JAX ask the cluster (SLURM, TPU metadata, GKE) for all three.
 
   Raises:
-    ValueError: where only some of the three are given.
+    RequestError: where only some of the three are given, or one is no such
+      thing.
   """
   coordinator = coordinator or os.environ.get('JAX_COORDINATOR_ADDRESS', '')
   num_processes = num_processes or _number('JAX_NUM_PROCESSES', 0)
@@ -46,21 +65,38 @@ def initialize(coordinator: str = '', num_processes: int = 0,
     process_id = _number('JAX_PROCESS_ID', -1)
   given = bool(coordinator), bool(num_processes), process_id >= 0
   if not any(given) and not cluster:
-    return
+    return None
   if cluster:
     require(not any(given), '--cluster asks the cluster for the coordinator: '
             'pass no --coordinator, --num_processes or --process_id with it')
+    return Several('', 0, -1, True)
+  require(all(given), 'a run of several processes needs --coordinator, '
+          '--num_processes and --process_id (or JAX_COORDINATOR_ADDRESS, '
+          f'JAX_NUM_PROCESSES, JAX_PROCESS_ID); given: coordinator '
+          f'{coordinator!r}, {num_processes} processes, id {process_id}')
+  host, _, port = coordinator.rpartition(':')
+  require(bool(host) and bool(re.fullmatch('[0-9]{1,5}', port))
+          and 0 < int(port) < 2**16, f'--coordinator is {coordinator!r}: write '
+          'HOST:PORT of process 0, with a port from 1 to 65535')
+  require(process_id < num_processes <= MOST_PROCESSES,
+          f'--process_id is {process_id} of --num_processes {num_processes}: '
+          f'choose an id below the number of processes, which is at most '
+          f'{MOST_PROCESSES:,}')
+  return Several(coordinator, num_processes, process_id, False)
+
+
+def initialize(several: Several | None) -> None:
+  """Joins the processes of a run, if it was launched as several."""
+  if several is None:
+    return
+  if several.cluster:
     jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
   else:
-    require(all(given), 'a run of several processes needs --coordinator, '
-            '--num_processes and --process_id (or JAX_COORDINATOR_ADDRESS, '
-            f'JAX_NUM_PROCESSES, JAX_PROCESS_ID); given: coordinator '
-            f'{coordinator!r}, {num_processes} processes, id {process_id}')
     jax.distributed.initialize(
-        coordinator, num_processes, process_id,
+        several.coordinator, several.num_processes, several.process_id,
         cluster_detection_method='deactivate',
         coordinator_bind_address=os.environ.get(
-            'JAX_COORDINATOR_BIND_ADDRESS', _bind(coordinator)),
+            'JAX_COORDINATOR_BIND_ADDRESS', _bind(several.coordinator)),
         heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
   _watch()
 

@@ -13,6 +13,7 @@ from typing import Any, Mapping
 
 import jax.numpy as jnp
 
+from architectures.parts import fields as field_checks
 from configs.errors import one_of, require
 
 NORMS = ('layernorm', 'rmsnorm')
@@ -202,10 +203,7 @@ def make(fields: Mapping[str, Any]) -> ModelConfig:
     ValueError: a sentence that names the field, its value and the choices.
   """
   fields = fields.to_dict() if hasattr(fields, 'to_dict') else dict(fields)
-  for name, value in fields.items():
-    if name in _COUNTS:
-      require(isinstance(value, int) and value >= 0,
-              f'model.{name} is {value!r}: it must be an integer >= 0')
+  field_checks.check(fields, ModelConfig)
   for name in ('d_model', 'num_layers', 'num_heads', 'vocab_size', 'max_len'):
     require(fields[name] > 0, f'model.{name} is {fields[name]}: it must be > 0'
             + (' (derived from data.length at the start of a run)'
@@ -260,12 +258,6 @@ def _resolve_base(fields: dict) -> None:
             f'{width * fields["head_dim"] / fields["d_model"]:g} features: '
             'choose another, or set model.mup_base_head_dim')
     fields['mup_base_head_dim'] = head_dim
-
-
-_COUNTS = ('d_model', 'num_layers', 'num_decoder_layers', 'num_heads',
-           'num_kv_heads', 'head_dim', 'd_ff', 'vocab_size', 'max_len',
-           'type_vocab_size', 'sliding_window', 'mup_base_width',
-           'mup_base_head_dim')
 
 
 def rotary_dim(c: ModelConfig) -> int:

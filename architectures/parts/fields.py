@@ -1,0 +1,75 @@
+"""Whether the fields of a model config are there, of their type, and in range.
+
+This is what any source of a config has to pass: a file under configs/, a run's
+config.json, or the config.json of a Hugging Face folder. What the fields mean
+together is checked in checks.py.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+from typing import Any
+
+from configs.errors import require, short
+
+# Of each count, the largest that is not a slip of the keyboard.
+MOST = {
+    'd_model': 2**20,
+    'num_layers': 2**12,
+    'num_decoder_layers': 2**12,
+    'num_heads': 2**14,
+    'num_kv_heads': 2**14,
+    'head_dim': 2**16,
+    'd_ff': 2**24,
+    'vocab_size': 2**26,
+    'max_len': 2**26,
+    'type_vocab_size': 2**16,
+    'sliding_window': 2**31 - 1,
+    'mup_base_width': 2**20,
+    'mup_base_head_dim': 2**16,
+    'rope.original_len': 2**26,
+    'relative.buckets': 2**16,
+    'relative.max_distance': 2**31 - 1,
+    'moe.num_experts': 2**16,
+    'moe.top_k': 2**16,
+    'moe.every': 2**12,
+    'moe.d_ff': 2**24,
+    'moe.shared_experts': 2**10,
+    'moe.group_size': 2**31 - 1,
+}
+MOST_FLOAT = 1e30  # float32 ends at 3.4e38; its square should be finite too
+
+
+def check(fields: Mapping[str, Any], group: type, prefix: str = '') -> None:
+  """Raises RequestError unless `fields` are those of a dataclass, each of the
+  type that it says and within its range.
+
+  Args:
+    fields: values by name; a group of them is a mapping.
+    group: the dataclass.
+    prefix: of the dotted names, below `model.`.
+  """
+  kinds = {field.name: field.type for field in dataclasses.fields(group)}
+  for name in kinds:
+    require(name in fields, f'model.{prefix}{name} is missing')
+  for name, value in fields.items():
+    require(name in kinds, f'model.{prefix}{name} is no field of a model: '
+            f'choose from {", ".join(kinds)}')
+    if dataclasses.is_dataclass(kinds[name]):
+      require(isinstance(value, Mapping), f'model.{prefix}{name} is a '
+              f'{type(value).__name__}: it must be a group of fields')
+      check(value, kinds[name], f'{prefix}{name}.')
+    elif not hasattr(value, 'dtype'):  # traced, where runs train as one
+      _check_value(prefix + name, value, kinds[name])
+
+
+def _check_value(name: str, value, kind: type) -> None:
+  require(type(value) is kind or kind is float and type(value) is int,
+          f'model.{name} is {short(value)}, of type {type(value).__name__}: it '
+          f'must be of type {kind.__name__}')
+  if kind is int:
+    require(0 <= value <= MOST[name], f'model.{name} is {short(value)}: it '
+            f'must be an integer >= 0 and <= {MOST[name]:,}')
+  elif kind is float:
+    require(-MOST_FLOAT <= value <= MOST_FLOAT, f'model.{name} is '
+            f'{short(value)}: it must be a number between {-MOST_FLOAT:g} and '
+            f'{MOST_FLOAT:g}')
