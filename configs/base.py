@@ -40,6 +40,9 @@ def base() -> ml_collections.ConfigDict:
           batch_size=32,  # global, in sequences
           document_mask=False,  # attention and positions stop at documents
           cache_dir='',  # '': $ARCHETYPE_CACHE, else ~/.cache/archetype
+          # Of chat. published: Vicuna's v1.1, of alpaca: Alpaca's. earlier:
+          # as runs began before this field was there.
+          chat_template='published',
           mask_rate=0.15,  # of the tokens that mlm and mlm_nsp mask
           whole_words=False,  # ... all tokens of a word, or none
           workers=0,  # processes that prepare batches; 0: threads

@@ -1,8 +1,7 @@
-"""Masked words with next sentences, prefixes and conversations."""
+"""Masked words with next sentences, and prefixes."""
 
 import importlib
 import itertools
-import json
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,7 @@ import pytest
 
 from configs import base
 from tests import models
-from training import conversations, data, examples, masking, packing
+from training import data, examples, masking, packing
 from training import objectives, runs, tokenizers
 
 BYTES = tokenizers.load('bytes')
@@ -200,90 +199,6 @@ def test_a_mask_of_documents_that_are_none_is_refused(texts, name):
     runs.check(config)
 
 
-TALK = [{'role': 'user', 'content': 'Hi?'},
-        {'role': 'assistant', 'content': 'Yes.'},
-        {'from': 'human', 'value': 'Bye'}, {'from': 'gpt', 'value': 'So long'}]
-
-
-@pytest.fixture
-def talks(tmp_path, monkeypatch):
-  monkeypatch.setenv('ARCHETYPE_CACHE', str(tmp_path / 'cache'))
-  path = tmp_path / 'talks.jsonl'
-  path.write_text(''.join(json.dumps({'messages': TALK, 'bad': [{'role': 'x'}]})
-                          + '\n' for _ in range(8)))
-  return f'jsonl:{path}'
-
-
-def test_only_what_the_assistant_says_counts(talks):
-  config = _config(f'{talks}:messages', 'chat')
-  batch = data.load(config, BYTES).batch(0)
-  row, told = batch['targets'][0], batch['weights'][0] == 1
-  text = bytes(row[row < 256].astype(np.uint8)).decode()
-  assert text == 'USER: Hi?\nASSISTANT: Yes.USER: Bye\nASSISTANT: So long'
-  spoken = row[told]
-  assert bytes(spoken[spoken < 256].astype(np.uint8)) == b'Yes.So long'
-  assert (spoken >= 256).sum() == 2  # and where it ends
-  assert batch['tokens'][0, 0] == BYTES.separator_id
-
-
-RECORDS = [
-    dict(instruction='Add.', input='1 and 2', output='3', text='ignored'),
-    dict(instruction='Sing!', input='', output='La la'), dict(
-        instruction='Sing!', output='La')]
-# Of tatsu-lab/stanford_alpaca, train.py.
-LAID_OUT = [
-    'Below is an instruction that describes a task, paired with an input that '
-    'provides further context. Write a response that appropriately completes '
-    'the request.\n\n### Instruction:\nAdd.\n\n### Input:\n1 and 2\n\n'
-    '### Response:', *2 * [
-        'Below is an instruction that describes a task. Write a response that '
-        'appropriately completes the request.\n\n### Instruction:\nSing!\n\n'
-        '### Response:']]
-
-
-@pytest.mark.parametrize('kind', ['json', 'jsonl'])
-def test_alpacas_records_are_laid_out_by_its_template(kind, tmp_path):
-  path = tmp_path / f'alpaca.{kind}'
-  path.write_text(json.dumps(RECORDS) if kind == 'json' else
-                  '\n'.join(map(json.dumps, RECORDS)) + '\n')
-  config = _config(f'alpaca:{path}', 'chat', length=300, batch_size=3,
-                   holdout_every=0, cache_dir=str(tmp_path))
-  batch = data.load(config, BYTES).batch(0)
-  end, found = BYTES.separator_id, set()
-  for tokens, targets, weights, valid in zip(*(
-      batch[k] for k in ('tokens', 'targets', 'weights', 'valid'))):
-    told = np.flatnonzero(weights)
-    prompt, answer = tokens[:told[0] + 1], targets[told]
-    assert prompt[0] == answer[-1] == end
-    assert valid.sum() == len(prompt) + len(answer) and valid[0]
-    assert (np.diff(valid) <= 0).all()  # and then no more
-    found.add((BYTES.decode(prompt), BYTES.decode(answer)))
-  assert found == {(text, record['output'])
-                   for text, record in zip(LAID_OUT, RECORDS)}
-  asked = conversations.question('Sing!', config, BYTES)
-  assert asked[0] == end and BYTES.decode(asked) == LAID_OUT[1]
-
-
-@pytest.mark.parametrize('text, words', [
-    ('[{"instruction": "a"}]', 'record 1, has no text'),
-    ('[{"instruction": "a", "output": "b", "input": 3}]', 'record 1'),
-    ('{"instruction": "a"}', 'no list of records'), ('[', 'broken JSON')])
-def test_what_is_no_alpaca_record_is_refused(text, words, tmp_path):
-  (tmp_path / 'x.json').write_text(text)
-  with pytest.raises(ValueError, match=words):
-    list(conversations.read_alpaca(str(tmp_path / 'x.json')))
-
-
-def test_a_question_is_the_start_of_a_conversation(talks):
-  config = _config(f'{talks}:messages', 'chat')
-  row = data.load(config, BYTES).batch(0)['tokens'][0]
-  asked = conversations.question('Hi?', config, BYTES)
-  np.testing.assert_array_equal(asked, row[:len(asked)])
-  assert BYTES.decode(asked).endswith('ASSISTANT: ')
-  assert BYTES.decode(row[len(asked):]).startswith('Yes.')
-  assert conversations.question('', config, BYTES).tolist() == [row[0]]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize('objective', ['causal', 'prefix', 'chat'])
 def test_padding_takes_no_expert(objective):
@@ -315,18 +230,6 @@ def test_rows_that_fill_up_an_evaluation_are_padding(texts):
     assert valid[:loader.num_windows].any(1).all()
     assert len(valid) > loader.num_windows
     assert not valid[loader.num_windows:].any()
-
-
-def test_a_turn_without_a_role_is_refused(talks):
-  with pytest.raises(ValueError, match="role 'x'.*choose from"):
-    data.load(_config(f'{talks}:bad', 'chat'), BYTES)
-
-
-def test_conversations_are_no_plain_text(talks, texts):
-  with pytest.raises(ValueError, match='plain text'):
-    data.load(_config(f'{talks}:messages', 'causal'), BYTES)
-  with pytest.raises(ValueError, match='list of turns'):
-    data.load(_config(texts, 'chat'), BYTES)
 
 
 @pytest.mark.parametrize('system, objective', [
@@ -382,5 +285,3 @@ def test_a_prefix_sees_itself_whole_and_nothing_later():
 
 def test_every_example_reads_a_view():
   assert {e.view for e in examples.EXAMPLES.values()} <= set(packing.VIEWS)
-  assert set(conversations.ROLES.values()) | {'prompt', 'response'} == (
-      set(conversations.HEADERS)) == set(conversations.TAILS)

@@ -1,17 +1,23 @@
-"""Conversations: prompt-masked fine-tuning, as Alpaca and Vicuna were made.
+"""Conversations: prompt-masked fine-tuning, as Vicuna and Alpaca were made.
 
 A JSONL field with a list of turns, {"role": "user", "content": ...} or
 ShareGPT's {"from": "human", "value": ...}, is a conversation. It is laid out
-by Vicuna's template, and only what the assistant says, with the separator
-that ends it, counts in the loss:
+by Vicuna's template, version 1.1 (lm-sys/FastChat, conversation.py), where
+</s> is the tokenizer's separator:
 
-  A system text.
-  USER: a question
-  ASSISTANT: an answer<separator>
+  SYSTEM USER: a question ASSISTANT: an answer</s>USER: a question ...
 
 A record of `alpaca:GLOB`, {"instruction": ..., "input": ..., "output": ...},
-is laid out by Alpaca's (Taori et al. 2023, train.py), PROMPT or with an input
-PROMPT_INPUT, right after which comes the output<separator>, which counts.
+is laid out by Alpaca's (tatsu-lab/stanford_alpaca, train.py), PROMPT or with an
+input PROMPT_INPUT, right after which come the output and the separator.
+
+Only what the assistant says, with the separator that ends it, counts in the
+loss: from the space after `ASSISTANT:` on, or after `### Response:`. What is
+asked and its answer are tokenised as one text, as both published codes do.
+
+`data.chat_template=earlier` lays out as this project did before it had that
+field: turns end with a line break, no system text is added, and `ASSISTANT: `
+ends with a space. A run of that time goes on with it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,13 +32,19 @@ from configs.errors import RequestError
 ROLES = {'system': 'system', 'user': 'user', 'human': 'user',
          'prompter': 'user', 'assistant': 'assistant', 'gpt': 'assistant',
          'chatgpt': 'assistant', 'bot': 'assistant'}
+TEMPLATES = ('published', 'earlier')
 # What stands before a part of a kind, and after it; None: the separator, and
-# the part counts in the loss.
-HEADERS = {'system': '', 'user': 'USER: ', 'assistant': 'ASSISTANT: ',
-           'prompt': '', 'response': ''}
-TAILS = {'system': '\n', 'user': '\n', 'assistant': None, 'prompt': '',
-         'response': None}
+# the part counts in the loss. The published templates make questions and
+# answers of the turns; the others are parts as the earlier one has them.
+HEADERS = {'question': '', 'answer': '', 'system': '', 'user': 'USER: ',
+           'assistant': 'ASSISTANT: ', 'prompt': '', 'response': ''}
+TAILS = {'question': '', 'answer': None, 'system': '\n', 'user': '\n',
+         'assistant': None, 'prompt': '', 'response': None}
 
+SYSTEM = (
+    'A chat between a curious user and an artificial intelligence assistant. '
+    "The assistant gives helpful, detailed, and polite answers to the user's "
+    'questions.')
 PROMPT = (
     'Below is an instruction that describes a task. Write a response that '
     'appropriately completes the request.\n\n'
@@ -65,6 +77,41 @@ def parse(turns: Sequence, where: str) -> list[tuple[str, str]]:
       raise RequestError(f'{where} has a turn of {role!r} without text.')
     parts.append((ROLES[role], text))
   return parts
+
+
+def published(document):
+  """Returns a document as the published templates lay it out.
+
+  Args:
+    document: parts by `parse` or read_alpaca; plain text is returned as it
+      is.
+
+  Returns:
+    (kind, text) parts, the kinds `question` and `answer`. Joined, with the
+    separator after each answer, they are the template's text.
+  """
+  if isinstance(document, str) or not any(text for _, text in document):
+    return document
+  if document[0][0] in ROLES.values():
+    return _vicuna(document)
+  names = {'prompt': 'question', 'response': 'answer'}
+  return [(names[kind], text) for kind, text in document]
+
+
+def _vicuna(turns: list[tuple[str, str]]) -> list[tuple[str, str]]:
+  parts = []
+  asked = '' if turns[0][0] == 'system' else f'{SYSTEM} '
+  for kind, text in turns:
+    if kind == 'system':
+      asked += f'{text} '
+    elif not text:  # FastChat writes neither the space nor the separator.
+      asked += f'{kind.upper()}:'
+    elif kind == 'user':
+      asked += f'USER: {text} '
+    else:
+      parts += [('question', f'{asked}ASSISTANT:'), ('answer', f' {text}')]
+      asked = ''
+  return parts + [('question', asked)] * bool(asked)
 
 
 def read_alpaca(path: str) -> Iterator[list[tuple[str, str]]]:
@@ -103,10 +150,14 @@ def question(text: str, config, tokenizer) -> np.ndarray:
   the run's data; of no text, a conversation's start."""
   if not text:
     return np.array([tokenizer.separator_id], np.int32)
-  if 'alpaca:' in config.data.source:
-    parts = [('prompt', _prompt(text)), ('response', '')]
+  alpaca = 'alpaca:' in config.data.source
+  if config.data.chat_template == 'earlier':
+    parts = ([('prompt', _prompt(text)), ('response', '')] if alpaca else
+             [('user', text), ('assistant', '')])
+  elif alpaca:
+    parts = [('question', _prompt(text)), ('answer', '')]
   else:
-    parts = [('user', text), ('assistant', '')]
+    parts = [*_vicuna([('user', text), ('assistant', '')]), ('answer', '')]
   ids, _ = layout([(kind, tokenizer.encode(part)) for kind, part in parts],
                   tokenizer)
   return ids[:-1]  # the answer has yet to end

@@ -195,7 +195,7 @@ def _corpora(config, tokenizer, split: str):
   data = config.data
   own = bool(data.eval_source)  # Then nothing of `source` is held out.
   spec = data.eval_source if own and split == 'eval' else data.source
-  for weight, source in sources.parse(spec):
+  for weight, source in sources.parse(spec, data.chat_template):
     if not own:
       source = holdout.split(source, data.holdout_every)
     cache = token_cache.load(source, tokenizer, data.cache_dir,

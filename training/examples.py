@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from configs.errors import RequestError
+from configs.errors import RequestError, one_of, require
 from training import conversations, masking, packing, pairs, spans
 
 
@@ -82,6 +82,11 @@ EXAMPLES = {
 
 def check(config) -> None:
   """Raises ValueError for fields of config.data that an objective ignores."""
+  template = config.data.chat_template
+  one_of('data.chat_template', template, conversations.TEMPLATES)
+  require(template == 'published' or config.objective == 'chat',
+          f'data.chat_template is {template!r}, which objective '
+          f"{config.objective!r} does not read: leave it at 'published'")
   if config.data.document_mask and not EXAMPLES[config.objective].documents:
     apart = [name for name, row in EXAMPLES.items() if row.documents]
     raise RequestError(

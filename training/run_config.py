@@ -53,6 +53,8 @@ CLASSES: tuple[tuple[str, str | Callable, str], ...] = (
      'read only where a run begins: a resumed run ignores it'),
     (r'objective', INCOMPATIBLE, 'another task, maybe with other heads'),
     (r'span\..*', OPTIMISATION, 'another difficulty of the task'),
+    (r'data\.chat_template', OPTIMISATION, 'another layout of conversations: '
+     'data.chat_template=earlier is that of a run begun without this field'),
     (r'data\.tokenizer', INCOMPATIBLE, 'token numbers mean something else'),
     (r'data\..*', OPTIMISATION, 'other batches from here on'),
     (r'optim\.name', INCOMPATIBLE, 'another optimizer state'),
@@ -110,9 +112,15 @@ def save(workdir, config: ml_collections.ConfigDict,
 
 
 def load(workdir) -> ml_collections.ConfigDict:
-  """Returns the config that `save` wrote, locked, tuples as tuples."""
+  """Returns the config that `save` wrote, locked, tuples as tuples.
+
+  A field that was not there yet has the value by which the run was begun.
+  """
   tree = _load(workdir)
   del tree[_DERIVED]
+  if 'data' in tree and 'chat_template' not in tree['data']:
+    tree['data']['chat_template'] = (
+        'earlier' if tree.get('objective') == 'chat' else 'published')
   return from_json(tree)
 
 

