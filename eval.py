@@ -56,7 +56,7 @@ def main():
   from training import evals, host, restoring, run_config, runs, sources
   from training import storage, tokenizers
   workdir = storage.path(args.workdir)
-  json_file = storage.path(args.json, '--json') if args.json else None
+  json_file = storage.output(args.json, '--json')
   asked = args['samples'].present or args['prompt'].present
   names = args.tasks + ['samples'] * (asked and 'samples' not in args.tasks)
   tasks = {name: evals.task(name) for name in names}

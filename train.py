@@ -44,6 +44,7 @@ def main():
   config, workdir = args.config, storage.path(args.workdir)
 
   # 1. The config: everything wrong in it is said before any device work.
+  runs.try_workdir(workdir)
   runs.check(config)
   several = processes.check(args.coordinator, args.num_processes,
                             args.process_id, args.cluster)

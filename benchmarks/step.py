@@ -14,7 +14,6 @@ the layers against as many as the config has).
 """
 
 import json
-import pathlib
 import shutil
 import statistics
 
@@ -58,7 +57,8 @@ def default_config():
 def main():
   cli.parse(__doc__)
   args = flags.FLAGS
-  from training import run_config, runs
+  from training import run_config, runs, storage
+  json_file = storage.output(args.json, '--json')
   for name in args.sections:
     runs.one_of('--sections', name, SECTIONS)
   config = args.config or default_config()
@@ -74,8 +74,8 @@ def main():
   figures = {'dtype': args.dtype}
   for name in args.sections:
     figures[name] = globals()[f'_{name}'](request, args)
-  if args.json:
-    pathlib.Path(args.json).write_text(json.dumps(figures, indent=1) + '\n')
+  if json_file:
+    storage.write(json_file, json.dumps(figures, indent=1) + '\n')
 
 
 def _step(request, args):

@@ -20,7 +20,7 @@ import tempfile
 import time
 
 from configs.errors import EnvironmentFailure, RequestError
-from training import cli
+from training import cli, storage
 
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 FIRST = 20  # steps after which losses have hardly drifted apart
@@ -68,6 +68,7 @@ def main():
     return _joint(args)
   if min(args.runs, args.steps, args.at_once) < 1:
     raise RequestError('--runs, --steps and --at_once must be at least 1')
+  json_file = storage.output(args.json, '--json')
   with tempfile.TemporaryDirectory() as folder:
     folder = pathlib.Path(folder)
     together = _timed([_joint_command(args, folder)], 1)
@@ -83,8 +84,8 @@ def main():
         f'alone, {args.at_once} at a time, {alone:.1f} s: '
         f'{together / alone:.2f} x. Their losses differ by {first:.1e} at '
         f'most in the first {FIRST} steps, by {differ:.1e} in all.')
-  if args.json:
-    pathlib.Path(args.json).write_text(json.dumps(figures, indent=1) + '\n')
+  if json_file:
+    storage.write(json_file, json.dumps(figures, indent=1) + '\n')
   return 0
 
 

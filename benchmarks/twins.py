@@ -24,7 +24,7 @@ import time
 import numpy as np
 
 from configs.errors import EnvironmentFailure, RequestError
-from training import cli
+from training import cli, storage
 
 _SHORT = {'data.length': 128}
 # name: (config, what is changed in it)
@@ -189,10 +189,12 @@ def main():
   parser.add_argument('--workdir', type=pathlib.Path, required=True)
   parser.add_argument('--steps', type=int, default=150)
   parser.add_argument('--only', choices=GROUPS, help='one of the tables')
-  parser.add_argument('--json', type=pathlib.Path, help='a file of figures')
+  parser.add_argument('--json', default='', help='a file of figures')
   args = parser.parse_args()
   if args.steps < PARTS:
     raise RequestError(f'--steps is {args.steps}: it must be {PARTS} or more')
+  storage.try_folder(args.workdir)
+  json_file = storage.output(args.json, '--json')
   found = {}
   for group in [args.only] if args.only else GROUPS:
     of = {}
@@ -205,8 +207,8 @@ def main():
         of[name]['step_seconds'] = seconds
     print(twins_table(of) if group == 'twins' else remedies_table(of))
     found[group] = of
-  if args.json:
-    args.json.write_text(json.dumps(found, indent=2) + '\n')
+  if json_file:
+    storage.write(json_file, json.dumps(found, indent=2) + '\n')
 
 
 if __name__ == '__main__':

@@ -253,6 +253,10 @@ def main():
   up.add_argument('--seed', type=int, default=0, help='of the routers')
   args = parser.parse_args()
   args.workdir = storage.path(args.workdir, 'WORKDIR')
+  if args.command == 'export':
+    storage.try_folder(args.folder, 'FOLDER')
+  else:
+    storage.try_folder(args.workdir, 'WORKDIR')
   if args.command == 'import':
     import_(args.source, args.workdir, partial=args.partial, seed=args.seed)
   elif args.command == 'upcycle':

@@ -12,12 +12,11 @@ the two forms are one (Yang et al. 2022, appendix D.1).
 
 import importlib
 import json
-import pathlib
 
 from absl import flags
 
 from configs.errors import RequestError, one_of, require
-from training import cli
+from training import cli, storage
 
 # The decoders; a file of configs/ each.
 SYSTEMS = ('gpt', 'gpt_neox', 'bloom', 'llama', 'mixtral', 'gpt4')
@@ -56,7 +55,9 @@ def main():
   widths = sorted(int(w) for w in args.widths)
   require(args.steps > 0 and args.seeds > 0,
           f'--steps is {args.steps} and --seeds {args.seeds}: both must be > 0')
+  json_file = storage.output(args.json, '--json')
   if args.plot:
+    storage.try_file(args.plot, '--plot')
     _pyplot()
   lr = LRS[args.optimizer] if args.lr is None else args.lr
   rows = []
@@ -65,8 +66,8 @@ def main():
       rows.append(check(system, name, widths, args.optimizer, lr, args.steps,
                         args.seeds))
       print(text(rows[-1]), flush=True)
-  if args.json:
-    pathlib.Path(args.json).write_text(json.dumps(rows, indent=1) + '\n')
+  if json_file:
+    storage.write(json_file, json.dumps(rows, indent=1) + '\n')
   if args.plot:
     plot(rows, args.plot)
     print(f'drawn: {args.plot}')

@@ -17,7 +17,7 @@ import sys
 
 from configs import base
 from configs.errors import RequestError
-from training import cli, holdout, sources, tokenizers
+from training import cli, holdout, sources, storage, tokenizers
 
 
 def _bpe():
@@ -71,6 +71,7 @@ def train(kind: str, source: str, vocab_size: int, out: str,
   if vocab_size <= len(specials):
     raise RequestError(f'--vocab_size={vocab_size} does not hold the '
                        f'{len(specials)} special tokens.')
+  storage.try_file(out, '--out')
   texts = _texts(source, holdout_every)
   try:
     tokenizer.train_from_iterator(texts, trainer(

@@ -183,8 +183,9 @@ def _check(config, process_count: int):
 
 
 def check_sources(config) -> None:
-  """Raises ValueError for a source that is unknown or not there; reads none
-  of its text."""
+  """Raises RequestError for a source that is unknown or not there, or a cache
+  that cannot be written; reads no text."""
+  token_cache.check(config.data.cache_dir)
   for spec in (config.data.source, config.data.eval_source):
     if spec:
       sources.parse(spec)

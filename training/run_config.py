@@ -13,8 +13,9 @@ from typing import Any
 import jax
 import ml_collections
 
-from configs.errors import RequestError
-from training import restoring, storage
+from configs import base
+from configs.errors import RequestError, require, short
+from training import config_files, restoring, storage
 
 SAFE = 'safe'
 OPTIMISATION = 'changes the optimisation'
@@ -108,7 +109,7 @@ def save(workdir, config: ml_collections.ConfigDict,
     return
   text = json.dumps({**tree, _DERIVED: dict(derived or {})}, indent=2,
                     allow_nan=False)
-  storage.write(_path(workdir), text + '\n')
+  storage.write(file(workdir), text + '\n')
 
 
 def load(workdir) -> ml_collections.ConfigDict:
@@ -130,7 +131,7 @@ def load_derived(workdir) -> dict[str, Any]:
 
 
 def exists(workdir) -> bool:
-  return _path(workdir).exists()
+  return file(workdir).exists()
 
 
 def has_begun(workdir) -> bool:
@@ -244,21 +245,44 @@ def flatten_dict(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
 _DERIVED = 'derived'
 
 
-def _path(workdir):
+def file(workdir):
+  """Returns where the config of a run lies."""
   return storage.path(workdir) / 'config.json'
 
 
 def _load(workdir) -> dict[str, Any]:
-  path = _path(workdir)
-  if not path.exists():
-    raise RequestError(f'{path} is missing: no run was started in this workdir')
+  path = file(workdir)
+  require(path.exists(), f'{path} is missing: no run was started in this '
+          'workdir')
   try:
-    tree = json.loads(path.read_text())
-  except ValueError as error:
+    tree = _tuples(json.loads(path.read_text()))
+  except (ValueError, RecursionError) as error:
     raise RequestError(f'{path} is damaged: {error}') from error
-  if not isinstance(tree, dict) or _DERIVED not in tree:
-    raise RequestError(f'{path} is damaged: it has no {_DERIVED!r}')
+  require(isinstance(tree, dict) and _DERIVED in tree,
+          f'{path} is damaged: it has no {_DERIVED!r}')
+  require(isinstance(tree[_DERIVED], dict),
+          f'{path} is damaged: {_DERIVED!r} is no group of fields')
+  defaults = base.base()
+  _check_group({k: v for k, v in tree.items() if k != _DERIVED}, defaults,
+               f'{path} is damaged: ')
+  known = flatten(defaults)
+  for name, value in tree[_DERIVED].items():
+    if name in known:
+      config_files.check_type(
+          value, known[name], f'{path} is damaged: {_DERIVED} {name}')
   return tree
+
+
+def _check_group(group: Mapping, expected: Mapping, who: str) -> None:
+  """Raises RequestError for a field of another type than it has now. One that
+  is missing is newer than the run, one that is not expected is older."""
+  for name, value in group.items():
+    require(re.fullmatch(r'\w+', name) is not None,
+            f'{who}{short(name)} is no name of a field')
+    if name in expected:
+      config_files.check_type(value, expected[name], who + name)
+      if isinstance(value, dict):
+        _check_group(value, expected[name], f'{who}{name}.')
 
 
 def _tuples(value):

@@ -20,8 +20,10 @@ from configs import base
 from configs import sharding as tables
 from configs.errors import RequestError, one_of, require
 from training import checkpoints, devices, limits, metrics, mup, optimizers
+from training import restoring, run_config
 from training import starting
 from training import state as state_lib
+from training import storage
 
 # What may be left at 0 in config.model, and the run fills in.
 DERIVED = ('vocab_size', 'max_len')
@@ -48,6 +50,14 @@ def resolve(config: ml_collections.ConfigDict, tokenizer
   resolved = architectures.resolve(model)
   derived = {f'model.{name}': model[name] for name in DERIVED}
   return resolved, derived
+
+
+def try_workdir(workdir) -> None:
+  """Raises RequestError where a run could not write what it has to."""
+  for folder in (workdir, restoring.directory(workdir)):
+    storage.try_folder(folder)
+  for file in (run_config.file(workdir), workdir / metrics.METRICS):
+    storage.try_file(file, '--workdir')
 
 
 def check(config: ml_collections.ConfigDict) -> None:

@@ -6,6 +6,8 @@ is written on disk, and copied into the bucket from time to time. The arrays of
 checkpoints go there without a detour, by TensorStore.
 """
 
+import contextlib
+import errno
 import importlib.util
 import pathlib
 import shutil
@@ -13,8 +15,7 @@ import tempfile
 
 from etils import epath
 
-from configs.errors import require
-
+from configs.errors import RequestError, require
 
 
 def check(text, name: str = '--workdir') -> None:
@@ -62,9 +63,102 @@ def write(file: epath.Path, text: str) -> None:
   if in_bucket(file):
     file.write_text(text)
     return
-  partial = file.with_name(file.name + '.partial')
+  partial = _partial(file)
   partial.write_text(text)
   partial.replace(file)
+
+
+# What is wrong with the machine, and not with the name that was given.
+_OF_THE_MACHINE = (
+    errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT,
+    errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EBUSY, errno.EAGAIN)
+
+
+def try_folder(folder, name: str = '--workdir') -> None:
+  """Raises RequestError unless files can be written in a folder, which need not
+  be there and is not made. A bucket is not tried.
+
+  Args:
+    folder: on disk, or in a bucket.
+    name: of the flag or field that holds it.
+
+  Raises:
+    OSError: where the machine is at fault: a full disk, too many open files.
+  """
+  if in_bucket(folder):
+    return
+  with _refusing(folder, name):
+    _try_writing(pathlib.Path(folder))
+
+
+def try_file(file, name: str) -> None:
+  """Raises RequestError unless a file can be written, or written anew. The
+  rest is as in try_folder."""
+  if in_bucket(file):
+    return
+  file = pathlib.Path(file)
+  with _refusing(file, name):
+    _try_writing(file.parent)
+    for path in (file, _partial(file)):
+      require(not _is_there(path) or path.is_file(),
+              f'{name} is {str(file)!r}, but {path} is there and is no file')
+
+
+def output(text: str, name: str) -> epath.Path | None:
+  """Returns the file that a flag names, once it is known that it can be
+  written; None where the flag is ''."""
+  if not text:
+    return None
+  file = path(text, name)
+  try_file(file, name)
+  return file
+
+
+def _try_writing(folder: pathlib.Path) -> None:
+  """Writes in a folder, or where it would be made. Nothing stays, and no folder
+  is made, so that all processes of a run may try at once."""
+  nearest = folder.absolute()
+  while not _is_there(nearest):
+    nearest = nearest.parent
+  with tempfile.TemporaryFile(dir=nearest):
+    pass
+
+
+def _is_there(path: pathlib.Path) -> bool:
+  """Whether there is something, even a broken link; other than in
+  os.path.lexists, a name that is too long is an error."""
+  try:
+    path.lstat()
+    return True
+  except FileNotFoundError:
+    return False
+
+
+@contextlib.contextmanager
+def _refusing(path, name: str):
+  """Turns an error about a path into a sentence with its name and flag."""
+  try:
+    yield
+  except OSError as error:
+    if error.errno in _OF_THE_MACHINE:
+      raise
+    reason = (error.strerror or str(error)).lower()
+    raise RequestError(f'{name} is {_shown(path)}, where nothing can be '
+                       f'written: {reason}') from error
+  except ValueError as error:
+    if isinstance(error, RequestError):
+      raise
+    raise RequestError(f'{name} is {_shown(path)}, which is no path: '
+                       f'{error}') from error  # a NUL in it
+
+
+def _shown(path) -> str:
+  text = repr(str(path))
+  return text if len(text) <= 240 else text[:100] + '...'
+
+
+def _partial(file):
+  return file.with_name(file.name + '.partial')
 
 
 class Uploads:

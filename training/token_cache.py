@@ -35,7 +35,7 @@ import uuid
 import numpy as np
 
 from configs.errors import RequestError
-from training import sources, token_workers
+from training import sources, storage, token_workers
 
 FORMAT = 1  # Part of the key: raise it when the layout changes.
 CHUNK_CHARS = 1 << 20
@@ -99,6 +99,25 @@ def default_dir() -> pathlib.Path:
                       or '~/.cache/archetype').expanduser()
 
 
+def folder(cache_dir: str) -> pathlib.Path:
+  """Returns where the entries lie; '' stands for default_dir()."""
+  if '://' in cache_dir:
+    raise RequestError(f'data.cache_dir is {cache_dir!r}: tokens are mapped '
+                       'into memory, so it must be a folder on disk')
+  try:
+    return (pathlib.Path(cache_dir).expanduser() if cache_dir
+            else default_dir())
+  except RuntimeError as error:  # ~ of a user who has no home
+    raise RequestError(f'data.cache_dir is {cache_dir!r}: {error}') from error
+
+
+def check(cache_dir: str) -> None:
+  """Raises RequestError where no entry can be written; one that has entries is
+  not tried, since all that a run needs may be there."""
+  if not os.path.isdir(folder(cache_dir) / 'tokens'):
+    storage.try_folder(folder(cache_dir), 'data.cache_dir')
+
+
 def load(source: sources.Source, tokenizer, cache_dir: str = '',
          workers: int = 0) -> TokenCache:
   """Returns the source's tokens, tokenising them if no entry has them.
@@ -112,15 +131,13 @@ def load(source: sources.Source, tokenizer, cache_dir: str = '',
   Raises:
     ValueError: if a document cannot be read, naming the file and line.
   """
-  if '://' in cache_dir:
-    raise RequestError(f'data.cache_dir is {cache_dir!r}: tokens are mapped '
-                       'into memory, so it must be a folder on disk')
-  root = pathlib.Path(cache_dir).expanduser() if cache_dir else default_dir()
+  root = folder(cache_dir)
   stats = _stat(source.files)
   manifest = root / 'manifests' / f'{_name(source)}.json'
   digest = _remembered(manifest, stats)
   path = root / 'tokens' / _key(digest, tokenizer)
   if digest is None or not path.is_dir():
+    storage.try_folder(root, 'data.cache_dir')
     with _one_at_a_time(root, source):
       digest = _remembered(manifest, stats) or _digest(source, stats, manifest)
       path = root / 'tokens' / _key(digest, tokenizer)

@@ -75,6 +75,7 @@ def make(argv: list[str], num_devices: int, slices: int = 1) -> Job:
   storage.check(args.workdir)
   if storage.in_bucket(args.logs):
     raise RequestError(f'--logs is {args.logs!r}: choose a folder on disk')
+  storage.try_folder(args.logs or '.', '--logs')
   _check(args.config, num_devices, slices)
   workdir = args.workdir.rstrip('/')
   parent = workdir.rpartition('/')[0] or '.'

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pathlib
+import sys
 from typing import Optional
 
 from training import token_cache
@@ -35,7 +36,14 @@ def _path(name: str) -> pathlib.Path:
 
 def load(name: str) -> Optional[dict]:
   path = _path(name)
-  return json.loads(path.read_text()) if path.exists() else None
+  if not path.exists():
+    return None
+  try:
+    return json.loads(path.read_text())
+  except ValueError as error:
+    print(f'warning: {path} is damaged ({error}): compiling anew',
+          file=sys.stderr)
+    return None
 
 
 def save(name: str, report: dict) -> None:

@@ -37,6 +37,8 @@ def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args) -> int:
+  if args.workdir:
+    layout.try_folder(args.workdir)
   description = check(args)
   points = description['points']
   plans = ([_plan(description, point, args.topology) for point in points]

@@ -5,8 +5,19 @@ import os
 import pathlib
 import tempfile
 
-from configs.errors import RequestError
+from configs.errors import RequestError, require
 from tools.sweep import spec
+from training import storage
+
+
+def try_folder(workdir) -> None:
+  """Raises RequestError where no sweep can be kept: before anything is run."""
+  require('://' not in str(workdir), f'--workdir is {str(workdir)!r}: the '
+          'ledger of a sweep needs a folder of this machine, or one that is '
+          'mounted')
+  storage.try_folder(workdir)
+  for name in ('sweep.json', 'ledger.sqlite'):
+    storage.try_file(pathlib.Path(workdir) / name, '--workdir')
 
 
 def run_folder(workdir, point: str, seed: int) -> pathlib.Path:

@@ -9,6 +9,7 @@ failed or is not done is listed.
 
 import argparse
 import json
+import pathlib
 import sys
 
 
@@ -21,7 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args) -> int:
   from tools.sweep import curves, layout, report_write
+  from training import storage
   layout.load(args.workdir, args.file)
+  for file in report_write.FILES:
+    storage.try_file(pathlib.Path(args.workdir) / file, '--workdir')
   sweep = curves.load(args.workdir)
   print(json.dumps(report_write.figures(sweep), indent=2) if args.json
         else report_write.text(sweep))

@@ -13,6 +13,7 @@ from tools.sweep import report_plots as plots
 from tools.sweep import report_tables as tables
 from tools.sweep.curves import AXES, SPLITS, Sweep
 
+FILES = ('report.html', 'report.csv', 'curves.csv')
 CURVES = (
     'Means over the seeds that are done. Seconds are of training steps on the '
     'machine that ran them, without compiling, evaluating and saving; where '
@@ -23,8 +24,7 @@ def write(sweep: Sweep, workdir) -> list[pathlib.Path]:
   """Writes report.html, report.csv (the outcome) and curves.csv (every loss);
   returns their paths."""
   rows = tables.outcomes(sweep)
-  html, outcome, losses = (pathlib.Path(workdir) / name for name in (
-      'report.html', 'report.csv', 'curves.csv'))
+  html, outcome, losses = (pathlib.Path(workdir) / name for name in FILES)
   html.write_text(_html(sweep, rows))
   _sheet(outcome, [_record(sweep, row) for row in rows])
   _sheet(losses, _losses(sweep))

@@ -38,9 +38,7 @@ def main(args) -> int:
   for name in ('parallel', 'group'):
     if getattr(args, name) < 1:
       raise RequestError(f'--{name} is {getattr(args, name)}: it must be >= 1')
-  if '://' in args.workdir:
-    raise RequestError(f'--workdir is {args.workdir!r}: the ledger of a sweep '
-                       'needs a folder of this machine, or one that is mounted')
+  layout.try_folder(args.workdir)
   description = check.check(args)
   if args.match:
     print(check.table(description), file=sys.stderr)

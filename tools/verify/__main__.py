@@ -20,7 +20,7 @@ import tempfile
 
 from absl import flags
 
-from training import cli
+from training import cli, storage
 
 FOLDER = pathlib.Path(__file__).parents[2] / 'tests' / 'data' / 'parity'
 flags.DEFINE_list('systems', [], 'Which systems; none: all.')
@@ -34,6 +34,7 @@ def main():
   args = flags.FLAGS
   from configs.errors import RequestError, one_of
   from tools.verify import assets, cases
+  json_file = storage.output(args.json, '--json')
   for system in args.systems:
     one_of('system', system, (*cases.SYSTEMS, 'minilm'))
   try:
@@ -50,8 +51,8 @@ def main():
   if not args.systems or 'minilm' in args.systems:
     rows += [_print('minilm', 'real weights', finding)
              for finding in _real(assets, args)]
-  if args.json:
-    pathlib.Path(args.json).write_text(json.dumps(rows, indent=2) + '\n')
+  if json_file:
+    storage.write(json_file, json.dumps(rows, indent=2) + '\n')
   wrong = sum(not row['ok'] for row in rows)
   print(f'{len(rows) - wrong} of {len(rows)} comparisons hold')
   return 1 if wrong else 0

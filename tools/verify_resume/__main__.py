@@ -43,6 +43,10 @@ def main():
     raise RequestError(f'--steps is {args.steps}: at least 4 are needed, two '
                        'before the checkpoint and two after')
   from tools.verify_resume import runs
+  from training import storage
+  json_file = storage.output(args.json, '--json')
+  if args.folder:
+    storage.try_folder(args.folder, '--folder')
   with tempfile.TemporaryDirectory() as temporary:
     folder = pathlib.Path(args.folder or temporary)
     findings = runs.verify(
@@ -50,8 +54,8 @@ def main():
         folder, args.steps, args.mesh, args.devices, args.tolerance,
         args.processes)
   print(_text(args, findings))
-  if args.json:
-    pathlib.Path(args.json).write_text(json.dumps(findings, indent=2) + '\n')
+  if json_file:
+    storage.write(json_file, json.dumps(findings, indent=2) + '\n')
   return 0 if findings['resumes'] else 1
 
 
