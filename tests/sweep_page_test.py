@@ -157,6 +157,40 @@ def test_plots_follow_their_controls(page):
   assert not page.errors
 
 
+def test_a_variant_keeps_its_colour_in_all_figures(page):
+  found = {}
+  for plot in ('curves', 'rates', 'health', 'extrapolation'):
+    for name, colour in page.evaluate(
+        f'[...document.querySelectorAll("#{plot} .legend button")].map('
+        'b => [b.textContent, getComputedStyle(b.querySelector("line")).stroke]'
+        ')'):
+      found.setdefault(name.partition(':')[0], set()).add(colour)
+  for name, colour in page.evaluate(
+      '[...document.querySelectorAll("svg.forest g")].map(g => ['
+      'g.querySelector("text").textContent, getComputedStyle('
+      'g.querySelector("line.line")).stroke])'):
+    found[name].add(colour)
+  assert found.keys() == {p['name'] for p in POINTS}
+  assert all(len(colours) == 1 for colours in found.values()), found
+  few = [found[p['name']].copy().pop() for p in POINTS[:7]]
+  assert len(set(few)) == 7  # the base is ink, and six have colours
+  # A line is drawn as its legend says.
+  assert page.evaluate(
+      'getComputedStyle(document.querySelector("#health path.line")).stroke'
+  ) in found['moe']
+
+
+def test_a_page_of_1100_pixels_shows_all_columns(written, tmp_path):
+  if chromium.PROGRAM is None:
+    pytest.skip('no chromium on the path (Debian package chromium)')
+  with chromium.Page(written[0].as_uri(), tmp_path, size=(1100, 900)) as page:
+    assert page.evaluate('innerWidth') <= 1100
+    assert page.evaluate(
+        '[...document.querySelectorAll(".scroll")].filter('
+        's => s.scrollWidth > s.clientWidth).length') == 0
+  shutil.rmtree(tmp_path, ignore_errors=True)
+
+
 def test_a_point_says_its_figures(page, sweep):
   x, y = page.evaluate('''(() => {
       const c = document.querySelector("#curves circle");

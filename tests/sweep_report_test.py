@@ -100,6 +100,27 @@ def test_text_says_what_is_not_known(sweep):
   assert 'differ moe' in said  # its parameters
 
 
+def test_two_seeds_show_their_spread_and_no_interval(tmp_path):
+  points = [point('base', seeds=(0, 1), shift={0: 0.1, 1: -0.1}),
+            point('other', {'optim.lr': 3e-3}, seeds=(0, 1),
+                  shift={0: 0.14, 1: -0.12})]
+  sweep_folder.write(tmp_path, points)
+  sweep = curves.load(tmp_path)
+  low, high = sorted(sweep.points[1].finals.values())
+  said = report_write.text(sweep)
+  assert f'({low:.4f} to {high:.4f})' in said
+  assert '+0.0100 (-0.0200 to +0.0400)' in said
+  html = report_write.write(sweep, tmp_path)[0].read_text()
+  # The forest and the learning rates: bars, and captions that say what of.
+  assert html.count('Bars: from one seed to the other') == 2
+  assert 'Bars: 95 %' not in html
+  bars, = re.findall(r'<svg class="forest".*?</svg>', html)
+  assert bars.count('stroke-width="1"') == 1 and 'stroke-width="2"' not in bars
+  sweep_folder.write(tmp_path / 'one', [dict(p, seeds=(0,)) for p in points])
+  html = report_write.write(curves.load(tmp_path / 'one'), tmp_path)[0]
+  assert html.read_text().count('One seed: no bars.') == 2
+
+
 def test_a_base_without_runs_compares_nothing(tmp_path):
   states = {('base', s): ('failed', 'no memory') for s in range(3)}
   sweep_folder.write(tmp_path, POINTS[:2], states=states)

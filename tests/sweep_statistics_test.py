@@ -39,6 +39,7 @@ def test_few_seeds_know_no_noise(seeds):
   got = statistics.interval([0.0, 1.0][:seeds])
   assert not got.known and not got.holds(got.mean)
   assert statistics.verdict(got) == 'unknown'
+  assert got.bar == (None if seeds == 1 else (0.0, 1.0))  # what is drawn
 
 
 @pytest.mark.parametrize('values, word', [

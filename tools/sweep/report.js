@@ -2,11 +2,6 @@
 // Sorts the tables and draws the plots of the page. All figures stand in
 // #data; nothing is fetched.
 
-// Okabe and Ito's colours, which the colour-blind tell apart, less yellow,
-// which is faint on white; then the same with dashes. The base is ink.
-const COLOURS = ['#0072b2', '#e69f00', '#009e73', '#d55e00', '#56b4e9',
-                 '#cc79a7'];
-const DASHES = ['', '7 4', '2 3', '9 3 2 3'];
 const WIDTH = 900, HEIGHT = 420;
 const EDGE = {left: 64, right: 16, top: 12, bottom: 46};
 
@@ -44,14 +39,6 @@ function sortable(table) {
       });
       table.tBodies[0].append(...rows);
     }));
-}
-
-function style(all, series) {
-  if (series.base) return {stroke: 'currentColor', 'stroke-dasharray': ''};
-  const index = all.filter(s => !s.base).indexOf(series);
-  return {stroke: COLOURS[index % COLOURS.length],
-          'stroke-dasharray':
-            DASHES[Math.floor(index / COLOURS.length) % DASHES.length]};
 }
 
 // Numbers as a reader wants them: 1.5M, 0.0003, 2.31.
@@ -97,7 +84,9 @@ function logTicks(low, high) {
       if (x >= low && x <= high) ticks.push(x);
     }
   }
-  return ticks.length >= 2 ? ticks : linearTicks(low, high);
+  if (ticks.length < 2) return linearTicks(low, high);
+  return ticks.length <= 14 ? ticks  // more would stand in each other's way
+    : ticks.filter(x => Number.isInteger(Math.log10(x)));
 }
 
 // The value of a line at x, between its points; null outside.
@@ -165,7 +154,7 @@ class Plot {
     const box = element('div', {class: 'legend'});
     this.spec.series.forEach((series, i) => {
       const line = element('line', {x1: 0, y1: 6, x2: 30, y2: 6,
-                                    'stroke-width': 2.5, ...this.look(series)});
+                                    class: `line ${series.look}`});
       const button = element(
         'button', {type: 'button', 'aria-pressed': 'true'},
         element('svg', {viewBox: '0 0 30 12'}, line), series.name);
@@ -178,10 +167,6 @@ class Plot {
       box.append(button);
     });
     return box;
-  }
-
-  look(series) {
-    return style(this.spec.series, series);
   }
 
   set(field, value) {
@@ -221,9 +206,9 @@ class Plot {
       for (const [seed, line] of Object.entries(
         c.seeds && series.seeds || {})) {
         found.push({name: `${series.name}, seed ${seed}`, kind: 'seed',
-                    look: this.look(series), points: this.points(line, base)});
+                    look: series.look, points: this.points(line, base)});
       }
-      found.push({name: series.name, kind: 'line', look: this.look(series),
+      found.push({name: series.name, kind: 'line', look: series.look,
                   points: this.points(series.mean, base)});
     });
     return found.filter(line => line.points.length);
@@ -282,18 +267,18 @@ class Plot {
   line({name, kind, look, points}, x, y) {
     const d = points.map((p, i) => `${i ? 'L' : 'M'}${x(p.x).toFixed(1)} ${
       y(p.y).toFixed(1)}`).join('');
-    this.canvas.append(element('path', {class: kind, d, ...look}));
+    this.canvas.append(element('path', {class: `${kind} ${look}`, d}));
     for (const p of points) {
       this.dots.push({name, ...p, px: x(p.x), py: y(p.y)});
       if (kind === 'seed') continue;
       if (p.low != null) {
         this.canvas.append(element('line', {
-          x1: x(p.x), x2: x(p.x), y1: y(p.low), y2: y(p.high),
-          stroke: look.stroke, 'stroke-width': 1.5}));
+          class: `bar ${look}`, x1: x(p.x), x2: x(p.x), y1: y(p.low),
+          y2: y(p.high)}));
       }
       this.canvas.append(element('circle', {
-        cx: x(p.x), cy: y(p.y), r: points.length > 60 ? 1.2 : 2.6,
-        fill: look.stroke}));
+        class: `dot ${look}`, cx: x(p.x), cy: y(p.y),
+        r: points.length > 60 ? 1.2 : 2.6}));
     }
   }
 

@@ -51,7 +51,7 @@ def effects_table(sweep: Sweep) -> Table:
   return Table((
       ('change', 'of the base\'s value, whatever the other fields are'),
       ('loss', 'mean difference over the pairs, and its 95 % interval over '
-       'seeds'),
+       'seeds; of two seeds, from one to the other'),
       ('verdict', 'inside the noise: the interval holds 0'),
       ('from pair to pair', 'the least and the greatest: far apart, the change '
        'does not work alone'),
@@ -210,13 +210,15 @@ def extrapolation_table(found: dict) -> Table:
         cells.append(Cell('refused'))
         continue
       x = statistics.interval([c.mean() for c in taken])
-      ends = f' [{x.low:.3f}, {x.high:.3f}]' if x.known else ''
+      ends = (f' [{x.low:.3f}, {x.high:.3f}]' if x.known else
+              f' ({x.least:.3f} to {x.most:.3f})' if x.seeds == 2 else '')
       cells.append(Cell(f'{x.mean:.3f}{ends}', x.mean))
     rows.append((Cell(point, point), Cell(name, name), *cells))
   return Table((
       ('variant', ''), ('encoding', 'as the evaluation used it'),
       *((f'{m} × length', 'nats per token over all positions: mean over '
-         'seeds, and its 95 % interval') for m in multiples)), rows)
+         'seeds, and its 95 % interval; of two seeds, from one to the other')
+        for m in multiples)), rows)
 
 
 def health_curve(point: Point, name: str) -> curves.Curve | None:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 import json
 import pathlib
+import re
 
 from tools.sweep.report_tables import Cell, Table
 
@@ -65,9 +66,14 @@ def table(name: str, table: Table) -> str:
 def _cell(cell: Cell) -> str:
   value = '' if cell.value is None else f' data-value="{escape(_key(cell))}"'
   classes = ' '.join(filter(None, (
-      cell.mark.replace('/', ''), 'long' if len(cell.text) > 34 else '')))
+      cell.mark.replace('/', ''),
+      'words' if isinstance(cell.value, str) else '',
+      'long' if len(cell.text) > 34 else '')))
   mark = f' class="{classes}"' if classes else ''
-  return f'<td{mark}{value}>{escape(cell.text)}</td>'
+  # A spread stands below its mean, so that a page of 1,100 pixels shows the
+  # last column too.
+  text = re.sub(r' (?=[\[(])', ' <br>', escape(cell.text), count=1)
+  return f'<td{mark}{value}>{text}</td>'
 
 
 def _key(cell: Cell) -> str:

@@ -2,7 +2,8 @@
 
 A plot is {id, title, x, y, log, series}: `x` and `y` name the axes and the
 measures that a reader can choose from, and a series holds, for each measure,
-its points by axis: {'eval': {'tokens': [...], 'y': [...]}}.
+its points by axis: {'eval': {'tokens': [...], 'y': [...]}}. `look` is the class
+of report.css that gives a series its colour and dashes.
 """
 
 from collections.abc import Sequence
@@ -14,9 +15,20 @@ from tools.sweep import curves
 from tools.sweep import report_extras
 from tools.sweep import statistics
 from tools.sweep.curves import Sweep
+from tools.sweep.report_tables import difference
 
 MOST = 300  # points of a line; longer ones are thinned
 BINS = 40  # of the positions of a long text
+COLOURS, DASHES = 6, 4  # of report.css
+
+
+def looks(sweep: Sweep) -> dict[str, str]:
+  """Returns the look of each variant, the same in all figures. The base is
+  ink; the others take the colours in turn, and then the colours dashed."""
+  others = [p.name for p in sweep.points if p is not sweep.base]
+  return {sweep.base.name: 'ink'} | {
+      name: f'c{i % COLOURS} d{i // COLOURS % DASHES}'
+      for i, name in enumerate(others)}
 
 
 def losses(sweep: Sweep) -> dict:
@@ -27,6 +39,7 @@ def losses(sweep: Sweep) -> dict:
       continue
     series.append({
         'name': point.name, 'base': point is sweep.base,
+        'look': looks(sweep)[point.name],
         'mean': {s: _line(point.mean_curve(s)) for s in curves.SPLITS},
         'seeds': {seed: {s: _line(point.curve(seed, s))
                          for s in curves.SPLITS} for seed in point.finals}})
@@ -34,17 +47,22 @@ def losses(sweep: Sweep) -> dict:
           'x': curves.AXES, 'y': curves.SPLITS, 'series': series}
 
 
-def rates(groups: Sequence[report_extras.Rates]) -> dict:
-  """Final loss by learning rate, with its interval over seeds."""
-  series = []
+def rates(sweep: Sweep, groups: Sequence[report_extras.Rates]) -> dict:
+  """Final loss by learning rate, with its interval over seeds; a group looks as
+  the first of its points."""
+  series, look = [], looks(sweep)
+  order = [point.name for point in sweep.points]
   for group in groups:
     found = {lr: statistics.interval(list(point.finals.values()))
              for lr, point in group.points.items() if point.finals}
+    bars = [x.bar or (None, None) for x in found.values()]
     line = {'lr': list(found), 'y': [x.mean for x in found.values()],
-            'low': [x.low for x in found.values()],
-            'high': [x.high for x in found.values()]}
+            'low': [low for low, _ in bars], 'high': [high for _, high in bars]}
+    names = [point.name for point in group.points.values()]
+    first = sweep.base.name if sweep.base.name in names else min(
+        names, key=order.index)
     if found:
-      series.append({'name': group.name, 'base': False,
+      series.append({'name': group.name, 'base': False, 'look': look[first],
                      'mean': {'loss': _numbers(line)}})
   return {'id': 'rates', 'title': 'loss by learning rate', 'log': True,
           'x': {'lr': 'learning rate'}, 'y': {'loss': 'final held-out loss'},
@@ -62,15 +80,16 @@ def health(sweep: Sweep) -> dict:
         mean[name] = _line(curve)
     if mean:
       series.append({'name': point.name, 'base': point is sweep.base,
-                     'mean': mean})
+                     'look': looks(sweep)[point.name], 'mean': mean})
   return {'id': 'health', 'title': 'health of the routers', 'curves': True,
           'log': False, 'x': curves.AXES, 'y': report_extras.HEALTH,
           'series': series}
 
 
-def extrapolation(found: dict) -> dict:
-  """Loss by position at the longest text that each encoding takes."""
-  series = []
+def extrapolation(sweep: Sweep, found: dict) -> dict:
+  """Loss by position at the longest text that each encoding takes; those of one
+  variant have its colour, in dashes of their own."""
+  series, drawn = [], {}
   for (point, name), entry in found.items():
     taken = {m: c for m, c in entry['curves'].items() if c}
     if not taken:
@@ -79,8 +98,13 @@ def extrapolation(found: dict) -> dict:
     edges = np.unique(np.geomspace(1, len(curve), BINS).astype(int))
     line = {'position': np.sqrt(edges[:-1] * edges[1:]),
             'y': [curve[a:b].mean() for a, b in zip(edges, edges[1:])]}
+    colour, *dashes = looks(sweep)[point].split()
+    drawn[point] = drawn.get(point, -1) + 1
+    if drawn[point]:
+      dashes = [f'd{drawn[point] % DASHES}']
     series.append({'name': point if name == point else f'{point}: {name}',
-                   'base': False, 'mean': {'loss': _numbers(line)}})
+                   'base': False, 'look': ' '.join([colour, *dashes]),
+                   'mean': {'loss': _numbers(line)}})
   length = max((entry['length'] for entry in found.values()), default=0)
   return {'id': 'extrapolation', 'title': 'loss by position', 'log': True,
           'x': {'position': 'position in tokens'},
@@ -106,16 +130,16 @@ def _number(x) -> float | None:
   return None if x is None or not math.isfinite(x) else float(f'{x:.6g}')
 
 
-def forest(rows, width: int = 900) -> str:
+def forest(rows, look: dict[str, str], width: int = 900) -> str:
   """Draws the differences from the base and their intervals, as SVG."""
   from html import escape
   rows = [r for r in rows if r.difference is not None]
-  ends = [e for r in rows for e in (r.difference.mean, r.difference.low,
-                                    r.difference.high) if e is not None]
+  ends = [e for r in rows for e in (r.difference.mean,
+                                    *(r.difference.bar or ()))]
   low, high = min([0.0, *ends]), max([0.0, *ends])
   room = (high - low) * 0.05 or 0.01
   low, high = low - room, high + room
-  left = 24 + min(7 * max(len(r.point.name) for r in rows), width // 2)
+  left = 60 + min(7 * max(len(r.point.name) for r in rows), width // 2)
   height = 26 * len(rows) + 56
   at = lambda v: left + (v - low) / (high - low) * (width - left - 20)
   parts = [f'<svg class="forest" viewBox="0 0 {width} {height}" role="img" '
@@ -129,21 +153,36 @@ def forest(rows, width: int = 900) -> str:
                f'y2="{height - 44}"/>')
   for i, row in enumerate(rows):
     d, y = row.difference, 22 + 26 * i
-    span = '' if not d.known else (
-        f'<line x1="{at(d.low):.1f}" x2="{at(d.high):.1f}" y1="{y}" y2="{y}" '
-        'stroke="currentColor" stroke-width="2"/>')
-    says = f'{d.mean:+.4f}' + (
-        f' [{d.low:+.4f}, {d.high:+.4f}]' if d.known else '')
+    span = '' if d.bar is None else (
+        f'<line x1="{at(d.bar[0]):.1f}" x2="{at(d.bar[1]):.1f}" y1="{y}" '
+        f'y2="{y}" stroke="currentColor" '
+        f'stroke-width="{2 if d.known else 1}"/>')
+    says = difference(d).text
     name = escape(row.point.name)
     parts.append(
         f'<g class="{row.verdict}"><title>{name}: {says}</title>{span}'
         f'<circle cx="{at(d.mean):.1f}" cy="{y}" r="4.5" fill="currentColor"/>'
-        f'<text x="{left - 12}" y="{y + 4}" text-anchor="end">{name}</text>'
+        f'<text x="{left - 48}" y="{y + 4}" text-anchor="end">{name}</text>'
+        f'<line class="line {look[row.point.name]}" x1="{left - 40}" '
+        f'x2="{left - 12}" y1="{y}" y2="{y}"/>'
         '</g>')
   parts.append(f'<text x="{(width + left) / 2}" y="{height - 6}" '
                'text-anchor="middle">held-out loss minus the base, nats per '
                'token</text></svg>')
   return ''.join(parts)
+
+
+def bars(numbers: Sequence[int], paired: bool = False) -> str:
+  """Says what the bars of a figure are, by its means' numbers of seeds."""
+  what = 'paired seeds' if paired else 'seeds'
+  many = any(n >= statistics.MIN_SEEDS for n in numbers)
+  two = 2 in numbers
+  if many:
+    return (f'Bars: 95 % intervals over {what}'
+            + (', grey ones hold 0' if paired else '')
+            + ('; of two seeds, from one to the other.' if two else '.'))
+  return ('Bars: from one seed to the other, since two give no interval.' if two
+          else 'One seed: no bars.')
 
 
 def _ticks(low: float, high: float) -> list[float]:

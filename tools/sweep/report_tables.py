@@ -83,9 +83,9 @@ def outcome_table(sweep: Sweep, rows: Sequence[Outcome]) -> Table:
   columns = (
       ('variant', 'name of the point'),
       ('held-out loss', 'nats per token after the last step: mean over seeds, '
-       'and their standard deviation'),
+       'and their standard deviation; of two seeds, from one to the other'),
       ('minus base', 'mean over paired seeds, and its 95 % interval '
-       '(Student\'s t)'),
+       '(Student\'s t); of two pairs, from one to the other'),
       ('verdict', 'inside the noise: the interval holds 0'),
       ('speed-up', 'compute that the base needs over compute that this needs, '
        'to the same loss; ~ where the curves\' fit errs by more than the '
@@ -184,17 +184,20 @@ def _loss(point: Point) -> Cell:
   if not point.finals:
     return Cell('n/a')
   losses, mean = list(point.finals.values()), mean_loss(point)
-  if len(losses) < statistics.MIN_SEEDS:
+  if len(losses) == 1:
     return Cell(f'{mean:.4f}', mean)
+  if len(losses) == 2:
+    return Cell(f'{mean:.4f} ({min(losses):.4f} to {max(losses):.4f})', mean)
   return Cell(f'{mean:.4f} ± {np.std(losses, ddof=1):.4f}', mean)
 
 
 def difference(x: Interval | None) -> Cell:
   if x is None:
     return Cell('n/a')
-  if not x.known:
-    return Cell(f'{x.mean:+.4f}', x.mean)
-  return Cell(f'{x.mean:+.4f} [{x.low:+.4f}, {x.high:+.4f}]', x.mean)
+  if x.known:
+    return Cell(f'{x.mean:+.4f} [{x.low:+.4f}, {x.high:+.4f}]', x.mean)
+  both = f' ({x.least:+.4f} to {x.most:+.4f})' * (x.seeds == 2)
+  return Cell(f'{x.mean:+.4f}{both}', x.mean)
 
 
 def _speed_up(row: Outcome) -> Cell:

@@ -117,7 +117,7 @@ def _html(sweep: Sweep, rows) -> str:
 
   section('Beside the base',
           page.table('outcome', tables.outcome_table(sweep, rows)),
-          _forest(rows))
+          _forest(sweep, rows))
   effects = extras.effects_table(sweep)
   if effects.rows:
     section('Each change, whatever the others', page.table('effects', effects))
@@ -128,7 +128,8 @@ def _html(sweep: Sweep, rows) -> str:
   if groups:
     section('Sensitivity to the learning rate',
             page.table('rates-table', extras.rate_table(groups)),
-            draw(plots.rates(groups), 'Bars: 95 % intervals over seeds.'))
+            draw(plots.rates(sweep, groups), plots.bars(
+                [len(p.finals) for g in groups for p in g.points.values()])))
   health = extras.health_table(sweep)
   if health.rows:
     section('Health of the routers', page.table('health-table', health),
@@ -138,8 +139,8 @@ def _html(sweep: Sweep, rows) -> str:
     section('Past the training length',
             page.table('extrapolation-table',
                        extras.extrapolation_table(found)),
-            draw(plots.extrapolation(found), 'At the longest text that each '
-                 'encoding takes; means over seeds and over bins of '
+            draw(plots.extrapolation(sweep, found), 'At the longest text that '
+                 'each encoding takes; means over seeds and over bins of '
                  'positions.'))
   missing = tables.missing(sweep)
   if missing.rows:
@@ -147,12 +148,13 @@ def _html(sweep: Sweep, rows) -> str:
   return page.page(sweep.name, _about(sweep), sections, drawn)
 
 
-def _forest(rows) -> str:
-  if not any(row.difference for row in rows):
+def _forest(sweep: Sweep, rows) -> str:
+  seeds = [row.difference.seeds for row in rows if row.difference]
+  if not seeds:
     return ''
-  return ('<figure>' + plots.forest(rows) + '<figcaption>Left of the line is '
-          'better. Bars: 95 % intervals over paired seeds; grey ones hold 0.'
-          '</figcaption></figure>')
+  return ('<figure>' + plots.forest(rows, plots.looks(sweep))
+          + '<figcaption>Left of the line is better. '
+          f'{plots.bars(seeds, paired=True)}</figcaption></figure>')
 
 
 def _about(sweep: Sweep) -> str:

@@ -19,15 +19,32 @@ MIN_POINTS = 6  # of a curve whose three constants are fitted
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-  """A mean over seeds; low and high are None where there are too few."""
+  """A mean over seeds.
+
+  Attributes:
+    mean: the mean.
+    low, high: of the interval; None where there are too few seeds.
+    seeds: how many.
+    least, most: of the seeds' own values.
+  """
   mean: float
   low: float | None
   high: float | None
   seeds: int
+  least: float
+  most: float
 
   @property
   def known(self) -> bool:
     return self.low is not None
+
+  @property
+  def bar(self) -> tuple[float, float] | None:
+    """What a figure draws: the interval; of two seeds, from one to the other;
+    of one, nothing."""
+    if self.known:
+      return self.low, self.high
+    return (self.least, self.most) if self.seeds == 2 else None
 
   def holds(self, value: float) -> bool:
     return self.known and self.low <= value <= self.high
@@ -39,13 +56,13 @@ def interval(values: Sequence[float], confidence: float = CONFIDENCE
   n = len(values)
   if not n:
     raise ValueError('a mean of no values')
-  mean = float(np.mean(values))
+  mean, ends = float(np.mean(values)), (float(min(values)), float(max(values)))
   if n < MIN_SEEDS:
-    return Interval(mean, None, None, n)
+    return Interval(mean, None, None, n, *ends)
   from scipy.special import stdtrit
   half = float(stdtrit(n - 1, (1 + confidence) / 2)
                * np.std(values, ddof=1) / math.sqrt(n))
-  return Interval(mean, mean - half, mean + half, n)
+  return Interval(mean, mean - half, mean + half, n, *ends)
 
 
 def paired(ours: Mapping[int, float], theirs: Mapping[int, float]
@@ -145,4 +162,5 @@ def over_seeds(ratios: Sequence[float]) -> Interval:
   """Returns the geometric mean of ratios and its interval."""
   logs = interval(np.log(ratios))
   ends = [None if x is None else math.exp(x) for x in (logs.low, logs.high)]
-  return Interval(math.exp(logs.mean), *ends, logs.seeds)
+  return Interval(math.exp(logs.mean), *ends, logs.seeds,
+                  float(min(ratios)), float(max(ratios)))
