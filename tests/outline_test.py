@@ -38,8 +38,10 @@ def test_the_outline_says_what_the_run_does(tmp_path):
       f'steps 11 to 30, 3,840 tokens in all: {passes:.3g} passes over all but '
       f'the last 1/4 of {source}')
   assert said['held out'] == (
-      f'the last 1/4 of {source}, {len(WORDS) * 10 + 1} tokens; 2 of its '
-      f'{-(-len(WORDS) * 10 // 128)} batches are evaluated every 10 steps')
+      f'the last 1/4 of {source}, {len(WORDS) * 10 + 1} tokens')
+  assert said['evaluation'] == (
+      f'every 10 steps, on 2 of the {-(-len(WORDS) * 10 // 128)} batches held '
+      'out')
 
 
 def test_documents_and_mixtures_are_counted(tmp_path):
@@ -52,7 +54,7 @@ def test_documents_and_mixtures_are_counted(tmp_path):
       f'in all: 3 of 5 documents of {many} and all but the last 1/4 of {one}')
   assert said['held out'].startswith(
       f'2 of 5 documents of {many} and the last 1/4 of {one}, ')
-  assert said['held out'].endswith('not evaluated while training')
+  assert said['evaluation'] == 'none while training'
   *_, said = _said(tmp_path, **{'data.source': many, 'data.eval_source': one})
   assert f'passes over {many}' in said['training']
   assert said['held out'].startswith(f'{one}, {len(WORDS) * 9 + 1} tokens')

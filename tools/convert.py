@@ -31,7 +31,7 @@ import sys
 from etils import epath
 
 from configs.errors import RequestError
-from training import cli, storage
+from training import cli, progress, storage
 
 
 def import_(source: pathlib.Path, workdir: epath.Path, *, partial: bool,
@@ -173,8 +173,8 @@ def _resolved(config):
 def _save(workdir: epath.Path, config, params, derived=()) -> None:
   from training import checkpoints, run_config
   run_config.save(workdir, config, dict(derived))
-  with checkpoints.Checkpoints(workdir, every_steps=0, every_minutes=0.0,
-                               keep=1, keep_every=0) as saved:
+  with progress.during('saving'), checkpoints.Checkpoints(
+      workdir, every_steps=0, every_minutes=0.0, keep=1, keep_every=0) as saved:
     saved.save(0, {'params': params}, next_batch=0, tokens=0, config=config)
 
 

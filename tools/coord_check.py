@@ -16,7 +16,7 @@ import json
 from absl import flags
 
 from configs.errors import RequestError, one_of, require
-from training import cli, storage
+from training import cli, progress, storage
 
 # The decoders; a file of configs/ each.
 SYSTEMS = ('gpt', 'gpt_neox', 'bloom', 'llama', 'mixtral', 'gpt4')
@@ -97,7 +97,7 @@ def check(system: str, parametrization: str, widths, optimizer: str, lr: float,
   """Returns the sizes of one system's outputs, by width, step and output."""
   import numpy as np
   sizes = []
-  for width in widths:
+  for width in progress.each(widths, f'{system}, {parametrization}: widths'):
     c = config(system, parametrization, width, widths[0], optimizer, lr, steps)
     sizes.append(np.asarray(measure(c, steps, seeds), np.float64))
   last = np.log2([s[-1] for s in sizes])

@@ -17,7 +17,8 @@ import sys
 
 from configs import base
 from configs.errors import RequestError
-from training import cli, holdout, sources, storage, tokenizers
+from training import cli, holdout, progress, sources, storage
+from training import tokenizers
 
 
 def _bpe():
@@ -74,9 +75,10 @@ def train(kind: str, source: str, vocab_size: int, out: str,
   storage.try_file(out, '--out')
   texts = _texts(source, holdout_every)
   try:
-    tokenizer.train_from_iterator(texts, trainer(
-        vocab_size=vocab_size, special_tokens=specials, show_progress=False,
-        **options))
+    with progress.during(f'training {kind}'):
+      tokenizer.train_from_iterator(texts, trainer(
+          vocab_size=vocab_size, special_tokens=specials, show_progress=False,
+          **options))
   except RequestError:
     raise  # Of the source: it says itself what is wrong.
   except Exception as error:  # tokenizers raises bare Exception.
@@ -105,7 +107,7 @@ def describe(name: str, source: str = '', holdout_every: int = 0) -> dict:
       fingerprint=tokenizer.fingerprint)
   if source:
     tokens = num_bytes = 0
-    for text in _texts(source, holdout_every):
+    for text in progress.each(_texts(source, holdout_every), 'texts encoded'):
       tokens += len(tokenizer.encode(text))
       num_bytes += len(text.encode('utf-8'))
     described |= dict(source=source, tokens=tokens, bytes=num_bytes,

@@ -33,15 +33,15 @@ def text(run: runs.Run, start: int, tokens: int, train_data, eval_data) -> str:
       f'step: {rows}, {tokens:,} tokens',
       f'training: steps {start + 1:,} to {steps:,}, {steps * tokens:,} tokens '
       f'in all: {source}',
-      f'held out: {eval_data.text}, {eval_data.num_tokens:,} tokens'
-      + _evaluations(config, eval_data)])
+      f'held out: {eval_data.text}, {eval_data.num_tokens:,} tokens',
+      f'evaluation: {_evaluations(config, eval_data)}'])
 
 
 def _evaluations(config, eval_data) -> str:
   every = config.eval.every_steps
   if not every:
-    return ', not evaluated while training'
+    return 'none while training'
   batches = min(config.eval.batches or eval_data.num_batches,
                 eval_data.num_batches)
-  return (f'; {batches:,} of its {eval_data.num_batches:,} batches are '
-          f'evaluated every {every:,} steps')
+  return (f'every {every:,} steps, on {batches:,} of the '
+          f'{eval_data.num_batches:,} batches held out')

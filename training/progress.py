@@ -5,7 +5,7 @@ stderr is no terminal nothing is drawn at all, so a log, a pipe and --json hold
 what the program prints and no more.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 import contextlib
 import sys
 from typing import TypeVar
@@ -36,13 +36,15 @@ def during(text: str, total: int | None = None
   if outermost:
     _bar = _make()
     _bar.start()
-  task = _bar.add_task(text, total=total, parts='')
+  task = _bar.add_task(text, total=total,
+                       parts='' if total is None else f'0/{total}')
   done = 0
 
   def advance() -> None:
     nonlocal done
     done += 1
-    _bar.update(task, completed=done, parts=f'{done}/{total}')
+    of = '' if total is None else f'/{total}'
+    _bar.update(task, completed=done, parts=f'{done}{of}')
 
   try:
     yield advance
@@ -55,9 +57,16 @@ def during(text: str, total: int | None = None
 
 def each(items: Iterable[Item], text: str, total: int | None = None
          ) -> Iterator[Item]:
-  """Yields `items`, and shows how many of them are done; `total` is how many
-  there are, where len() does not tell."""
-  with during(text, len(items) if total is None else total) as advance:
+  """Yields `items`, and shows how many of them are done.
+
+  Args:
+    items: any.
+    text: what is being done with them.
+    total: how many there are; None: as len() says, if it does.
+  """
+  if total is None and isinstance(items, Sized):
+    total = len(items)
+  with during(text, total) as advance:
     for item in items:
       yield item
       advance()

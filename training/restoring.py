@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 import numpy as np
 
 from configs.errors import EnvironmentFailure, RequestError
-from training import checksums, paths, storage
+from training import checksums, paths, progress, storage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +98,8 @@ def restore(folder, abstract: Any, step: int | None = None, *,
   damaged = []
   for candidate in [step] if step is not None else available[::-1]:
     try:
-      state, record = _read(folder / str(candidate), abstract, partial)
+      with progress.during(f'restoring step {candidate}'):
+        state, record = _read(folder / str(candidate), abstract, partial)
     except _Damaged as error:
       damaged.append(f'checkpoint {candidate} in {folder} is damaged: {error}')
       continue

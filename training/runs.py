@@ -134,7 +134,8 @@ def count(params) -> int:
 
 
 def evaluate(step, params, loader, batches: int, place,
-             stop=lambda: False) -> dict[str, float] | None:
+             stop=lambda: False, show=lambda batches: batches
+             ) -> dict[str, float] | None:
   """Returns the weighted means of one pass over a loader; None if stopped.
 
   Args:
@@ -144,9 +145,10 @@ def evaluate(step, params, loader, batches: int, place,
     batches: how many of its batches; 0: all, each token exactly once.
     place: the sharding of a batch.
     stop: asked before each batch, whether to leave it at that.
+    show: yields the batches that it is given, and shows how far it is.
   """
   total: dict[str, float] = {}
-  for batch in loader.iterate(0, batches or None):
+  for batch in show(loader.iterate(0, batches or None)):
     if stop():
       return None
     sums = jax.device_get(step(params, devices.put(batch, place)))

@@ -244,7 +244,8 @@ def compiling(primary: bool = True):
     yield
     return
   start = time.monotonic()
-  print('compiling', flush=True)
+  if not sys.stderr.isatty():  # where `during` shows nothing
+    print('compiling', flush=True)
   with terminal.during('compiling'):
     yield
   print(f'compiled in {time.monotonic() - start:.1f} s', flush=True)

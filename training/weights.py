@@ -32,6 +32,7 @@ from training import hf_files
 from training import hf_generation
 from training import hf_names
 from training import paths
+from training import progress
 from training import state as state_lib
 
 SHARD_BYTES = 5 * 10**9
@@ -126,9 +127,15 @@ def load(module: nn.Module, source: Mapping[str, np.ndarray], *, like=None,
           + '\n  '.join(skipped[:20])
           + ('\n  ...' if len(skipped) > 20 else ''))
   drawn = draw(module, like, bad, seed) if bad else {}
-  params = jax.tree_util.tree_map_with_path(
-      lambda key, leaf: drawn[paths.join(key)] if paths.join(key) in bad else
-      _fill(leaf, fills[paths.join(key)], names), like)
+  with progress.during('reading parameters', len(shapes)) as advance:
+
+    def read(key, leaf):
+      path = paths.join(key)
+      x = drawn[path] if path in bad else _fill(leaf, fills[path], names)
+      advance()
+      return x
+
+    params = jax.tree_util.tree_map_with_path(read, like)
   return Loaded(params, skipped)
 
 
@@ -271,7 +278,7 @@ def to_hf(module: nn.Module, params, folder, *, dtype: str = '',
   hf_files.write(
       folder, kinds,
       ((t.name, _theirs(t, flat).astype(kinds[t.name].dtype, copy=False))
-       for t in tensors), shard_bytes)
+       for t in progress.each(tensors, 'writing tensors')), shard_bytes)
   tree['dtype'] = dtype or config.param_dtype
   (folder / 'config.json').write_text(json.dumps(tree, indent=2) + '\n')
   if generation is not None and generation.options is not None:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from configs.errors import EnvironmentFailure, RequestError, one_of, require
-from training import examples, generate, objectives, runs
+from training import examples, generate, objectives, progress, runs
 from training.step import make_train_step
 
 DECODED = 64  # tokens that `decode` adds to each prompt
@@ -114,7 +114,7 @@ def build(run: runs.Run, what: Program, jaxpr, lowered, hbm: float
   """
   begun = time.monotonic()
   try:
-    with run.context():
+    with run.context(), progress.during(f'compiling {what.name}'):
       executable = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
     if 'RESOURCE_EXHAUSTED' not in str(error):

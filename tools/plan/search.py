@@ -19,7 +19,7 @@ from configs.errors import RequestError
 from tools.plan import analyse, chips, collectives, compile as compiling
 from tools.plan import roofline
 from tools.plan import topology as topologies
-from training import devices, flops, memory, runs, tokenizers
+from training import devices, flops, memory, progress, runs, tokenizers
 
 REMATS = ('none', 'dots', 'full')
 # Forward passes in a step, the one that remat adds included: 'dots' repeats
@@ -123,7 +123,8 @@ def candidates(config, topology: chips.Topology) -> list[Candidate]:
   model, _ = runs.resolve(config, tokenizers.load(config.data.tokenizer))
   placed = topologies.devices(topology)
   found, kept = [], {}
-  for shape in meshes(config, model, topology):
+  for shape in progress.each(list(meshes(config, model, topology)),
+                             'meshes estimated'):
     run = runs.start(config, model,
                      devices.make_mesh(shape, placed, topology.slices))
     if sum(memory.state(run).values()) > topology.chip.hbm:

@@ -9,6 +9,7 @@ import sys
 from configs.errors import RequestError
 from tools.sweep import commands, cost, layout, matching, spec
 from tools.sweep import ledger as ledger_lib
+from training import progress
 
 
 # Fields by which a batch is made: points that differ in one share no batches.
@@ -79,7 +80,7 @@ def check(args) -> dict:
       'paired': not any(key.startswith(BATCHES) for point in sweep.points
                         for key in point.changes),
       'points': [_row(sweep, point, base, args.devices)
-                 for point in sweep.points]}
+                 for point in progress.each(sweep.points, 'points checked')]}
   _check_differences(sweep, description)
   return description
 

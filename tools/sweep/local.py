@@ -13,6 +13,7 @@ import time
 from tools import tether
 from tools.sweep import commands, layout, worker
 from tools.sweep import ledger as ledger_lib
+from training import progress
 
 POLL_SECONDS = 0.2
 GPUS = 'CUDA_VISIBLE_DEVICES'
@@ -55,6 +56,12 @@ class Runner:
 
   def run(self) -> bool:
     """Returns whether it came to the end, and was not told to stop."""
+    waiting = [run for state in (ledger_lib.PENDING, ledger_lib.OWED)
+               for run in self._ledger.runs(state)]
+    with progress.during('runs', len(waiting)) as self._advance:
+      return self._run()
+
+  def _run(self) -> bool:
     old = {number: signal.signal(number, self._stop)
            for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -158,7 +165,9 @@ class Runner:
                              first.seed)
     slot = min(set(range(self._parallel)) - {job.slot for job in self._jobs})
     folder = self._folder(first)
+    doing = 'evaluating' if state == ledger_lib.OWED else 'training'
     for run in runs:
+      _say(f'{run.point}, seed {run.seed}: {doing}')
       layout.log(self._folder(run), f'$ {shlex.join(["python", *words])}')
     for run in runs[1:]:
       layout.log(self._folder(run), f'What it printed: {folder / "log.txt"}')
@@ -209,6 +218,8 @@ class Runner:
             run.id, self._name, ledger_lib.PENDING if alone else state,
             '' if alone else error, alone)
       if settled:
+        if state in (ledger_lib.DONE, ledger_lib.FAILED) and not alone:
+          self._advance()
         _say(f'{run.point}, seed {run.seed}: '
              + ('goes on alone, since its group failed' if alone else state)
              + (f': {error}' if error else ''))

@@ -9,6 +9,7 @@ from configs.errors import require
 from training import data
 from training import generate
 from training import pairs
+from training import progress
 
 
 def run(evaluation) -> dict:
@@ -27,7 +28,9 @@ def written(evaluation, task: str) -> list[tuple]:
           f'{task} out of --tasks')
   loader = data.load(config, evaluation.tokenizer, 'eval')
   found = []
-  for batch in loader.iterate(0, config.eval.batches or None):
+  batches = min(config.eval.batches or loader.num_batches, loader.num_batches)
+  for batch in progress.each(loader.iterate(0, batches),
+                             'writing targets', batches):
     found += translate(run.module, evaluation.params, batch,
                        evaluation.tokenizer)
   return found

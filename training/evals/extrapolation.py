@@ -20,6 +20,7 @@ from training import data
 from training import devices
 from training import losses
 from training import objectives
+from training import progress
 
 MULTIPLES = (1, 2, 4, 8)
 TOKENS = 2 ** 17  # at each length, at least
@@ -97,7 +98,8 @@ def _by_position(evaluation, model, batches) -> np.ndarray:
     return jnp.sum(loss_BL * weights_BL, 0), weights_BL.sum(0)
 
   total = None
-  for batch in batches:
+  rows = f'evaluating rows of {batches[0]["tokens"].shape[1]:,} tokens'
+  for batch in progress.each(batches, rows):
     sums = jax.device_get(step(evaluation.params, devices.put(
         batch, evaluation.run.place)))
     total = sums if total is None else jax.tree.map(np.add, total, sums)

@@ -4,6 +4,7 @@ import jax
 
 from training import data
 from training import devices
+from training import progress
 from training import runs
 from training.step import make_eval_step
 
@@ -15,8 +16,10 @@ def run(evaluation) -> dict:
                                      config.data.batch_size)
   loader = data.load(config, evaluation.tokenizer, 'eval', index, count)
   step = jax.jit(make_eval_step(evaluation.run.module, config))
-  figures = runs.evaluate(step, evaluation.params, loader, 0,
-                          evaluation.run.place)
+  figures = runs.evaluate(
+      step, evaluation.params, loader, 0, evaluation.run.place,
+      show=lambda batches: progress.each(batches, 'evaluating',
+                                         loader.num_batches))
   print(f'{loader.text}, {loader.num_tokens:,} tokens of '
         f'{loader.bytes_per_token:.2f} bytes:')
   for name, value in figures.items():

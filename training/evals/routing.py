@@ -8,6 +8,7 @@ from configs.errors import RequestError, require
 from training import data
 from training import devices
 from training import objectives
+from training import progress
 
 BATCHES = 16
 # What the table shows, and its heading; parts/health.py says what each means.
@@ -34,7 +35,9 @@ def run(evaluation) -> dict:
     return objective.apply(run_.module, params, batch).aux['health']
 
   batches = [jax.device_get(step(evaluation.params, devices.put(
-      batch, run_.place))) for batch in loader.iterate(0, BATCHES)]
+      batch, run_.place))) for batch in progress.each(
+          loader.iterate(0, BATCHES), 'evaluating',
+          min(BATCHES, loader.num_batches))]
   panels = jax.tree.map(lambda *xs: np.stack(xs), *batches)
   figures = {name: x.mean(0) for name, x in panels.items()}
   # An expert is unused if no batch of them all used it.

@@ -10,6 +10,7 @@ from training import conversations
 from training import generate
 from training import objectives
 from training import pairs
+from training import progress
 
 
 def run(evaluation) -> dict:
@@ -33,11 +34,12 @@ def run(evaluation) -> dict:
           'model: shorten it')
   sampling = generate.Sampling(options.temperature, options.top_k,
                                options.top_p)
-  tokens = jax.device_get(generate.generate(
-      evaluation.run.module, evaluation.params, prompts, lengths,
-      jax.random.key(options.sample_seed), max_new_tokens=count,
-      sampling=sampling, stop_token=evaluation.tokenizer.separator_id,
-      **more))
+  with progress.during('writing'):
+    tokens = jax.device_get(generate.generate(
+        evaluation.run.module, evaluation.params, prompts, lengths,
+        jax.random.key(options.sample_seed), max_new_tokens=count,
+        sampling=sampling, stop_token=evaluation.tokenizer.separator_id,
+        **more))
   written = [evaluation.tokenizer.decode(_until(
       row, evaluation.tokenizer.separator_id)) for row in tokens]
   gap = '\n' if objective == 'chat' else ''
