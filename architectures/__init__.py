@@ -51,6 +51,12 @@ def _class(arch: str) -> type[nn.Module]:
   return getattr(page(arch), ARCHITECTURES[arch][1])
 
 
+def stack(model: ModelConfig | Mapping[str, Any]) -> str:
+  """Returns what the model stacks: 'decoder' (which is causal), 'encoder', or
+  'encoder-decoder'."""
+  return _class(resolve(model).arch).STACK
+
+
 def init_cache(model: ModelConfig | Mapping[str, Any], batch: int,
                length: int):
   """Returns an empty key-value cache for `batch` rows of `length` tokens.
@@ -58,11 +64,10 @@ def init_cache(model: ModelConfig | Mapping[str, Any], batch: int,
   Raises:
     ValueError: for an encoder, which writes no text.
   """
-  from architectures.parts import encoder_decoder, skeletons
+  from architectures.parts import skeletons
   config = resolve(model)
-  writers = skeletons.Decoder, encoder_decoder.EncoderDecoder
   choices = [arch for arch in ARCHITECTURES
-             if issubclass(_class(arch), writers)]
+             if _class(arch).STACK != 'encoder']
   require(
       config.arch in choices, f'model.arch {config.arch} is an encoder: it '
       'writes no text and has no cache; those that have one are '

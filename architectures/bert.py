@@ -30,6 +30,7 @@ class BERT(nn.Module):
   """tokens [B, L] -> Output: `logits` of the masked words, and in `extra`
   hidden [B, L, D] of the encoder, pooled [B, D] and nsp_logits [B, 2]
   (0: the second text follows the first, 1: it does not)."""
+  STACK = 'encoder'
   config: ModelConfig
 
   @nn.compact

@@ -16,7 +16,6 @@ import pytest
 
 import architectures
 from training import costs
-from training import flops
 from training import paths
 
 DOC = pathlib.Path(__file__).parents[1] / 'docs/architectures.md'
@@ -43,7 +42,7 @@ def billions(n) -> str:
 
 
 def stacks(name) -> str:
-  return flops.STACKS[model(name).arch]
+  return architectures.stack(model(name))
 
 
 def experts(name) -> str:

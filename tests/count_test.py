@@ -6,6 +6,7 @@ import json
 from configs import bert, gpt, mixtral
 import pytest
 
+from tests import flops_formulas as formulas
 from tools import count
 from training import costs, flops
 
@@ -65,7 +66,10 @@ def test_the_experts_at_work_for_a_token(fields, active):
   assert costs.parameters(model) == (figures['parameters'],
                                      figures['active_parameters'])
   # And so many products: two FLOPs a parameter at work.
-  assert flops.forward_flops(model, 8)['experts'] == 2 * 8 * active * one
+  experts = formulas.forward_flops(model, 8)['experts']
+  assert experts == 2 * 8 * active * one
+  assert sum(flops.forward_flops(model, 8).values()) == pytest.approx(
+      sum(formulas.forward_flops(model, 8).values()))
 
 
 def test_parts_add_up_and_costs_are_gpt2s():

@@ -1,16 +1,17 @@
-"""Model FLOPs against what a traced forward pass multiplies, and by hand."""
+"""Model FLOPs, counted in the traced program, against closed formulas and by
+hand."""
 
-import math
-
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
 
 import architectures
-from architectures.parts import attention
+from architectures.parts import attention, blocks, ffn, linear
 from architectures.parts.config import LayerKind
 from configs import base
-from training import flops, peaks
+from tests import flops_formulas as formulas
+from training import flops, peaks, traced
 
 LENGTH = 24
 
@@ -23,57 +24,98 @@ def model(**fields):
   return config
 
 
-def products(jaxpr) -> float:
-  """The FLOPs of every dot_general in a jaxpr, loops unrolled."""
-  total = 0.0
-  for eqn in jaxpr.eqns:
-    if eqn.primitive.name == 'dot_general':
-      (contracted, _), _ = eqn.params['dimension_numbers']
-      left = eqn.invars[0].aval.shape
-      total += 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(
-          left[i] for i in contracted)
-    times = eqn.params['length'] if eqn.primitive.name == 'scan' else 1
-    for value in eqn.params.values():
-      inner = getattr(value, 'jaxpr', value)
-      if hasattr(inner, 'eqns'):
-        total += times * products(inner)
-  return total
-
-
-def traced(config, function) -> float:
-  module = architectures.build(config)
-  tokens = jax.ShapeDtypeStruct((1, LENGTH), jnp.int32)
-  params = jax.eval_shape(module.init, jax.random.key(0), tokens)
-  return products(jax.make_jaxpr(
-      lambda p, t: function(module.apply(p, t)))(params, tokens).jaxpr)
+def assert_counts(counted, oracle):
+  """By the two parts of a count: attention, and products with weights."""
+  oracle = dict(oracle)
+  attention = oracle.pop('attention')
+  assert counted['attention'] == pytest.approx(attention, rel=1e-12)
+  assert counted['weights'] == pytest.approx(sum(oracle.values()), rel=1e-12)
 
 
 @pytest.mark.parametrize('fields', [
     dict(),
     dict(num_kv_heads=2, head_dim=16, ffn='swiglu', d_ff=40),
-    dict(block='parallel', position='rope', ffn='geglu'),
+    dict(block='parallel', position='rope', ffn='geglu', remat='full'),
     dict(tie_embeddings=False, attention='global,banded', sliding_window=5,
          position='alibi'),
-    dict(scan_layers=False, norm='rmsnorm', position='none'),
+    dict(scan_layers=False, norm='rmsnorm', position='none', dtype='bfloat16'),
+    dict(ffn='moe', moe=dict(num_experts=8, top_k=2, every=2,
+                             shared_experts=1, capacity_factor=1.25)),
 ])
-def test_the_formula_is_what_a_forward_pass_multiplies(fields, monkeypatch):
-  """With every key counted, since a plain product computes them all."""
-  monkeypatch.setattr(flops, 'mean_keys', lambda kind, window, length: length)
+def test_the_program_multiplies_what_the_formula_says(fields):
   config = model(**fields)
-  parts = flops.forward_flops(config, LENGTH)
-  assert traced(config, lambda out: out.logits) == sum(parts.values())
-  assert traced(config, lambda out: out.hidden) == (
-      sum(parts.values()) - parts['head'])
+  assert_counts(flops.forward_flops(config, LENGTH),
+                formulas.forward_flops(config, LENGTH))
+  assert_counts(flops.decode_flops(config, LENGTH),
+                formulas.decode_flops(config, LENGTH))
 
 
 @pytest.mark.parametrize('arch', architectures.ARCHITECTURES)
-def test_the_formula_of_every_architecture(arch, monkeypatch):
-  monkeypatch.setattr(flops, 'mean_keys', lambda kind, window, length: length)
+def test_the_formula_of_every_architecture(arch):
   config = model(arch=arch)
-  both = flops.STACKS[arch] == 'encoder-decoder'
-  parts = flops.forward_flops(config, LENGTH, LENGTH if both else 0)
-  everything = lambda out: (out.logits, out.extra)
-  assert traced(config, everything) == sum(parts.values())
+  stack = architectures.stack(config)
+  other = 7 if stack == 'encoder-decoder' else 0
+  assert_counts(flops.forward_flops(config, LENGTH, other),
+                formulas.forward_flops(config, LENGTH, other))
+  if stack != 'encoder':
+    assert_counts(flops.decode_flops(config, 7, other and LENGTH),
+                  formulas.decode_flops(config, 7, other and LENGTH))
+
+
+def test_rows_long_enough_for_blocks_of_keys_count_by_the_mask():
+  """Where attention is computed block by block, it skips what no query of a
+  block sees, and multiplies half of each block on the diagonal in vain."""
+  config = model(max_len=1024, attention='global,banded', sliding_window=300)
+  assert_counts(flops.forward_flops(config, 1024),
+                formulas.forward_flops(config, 1024))
+
+
+def test_a_feed_forward_that_is_added_is_counted(monkeypatch):
+  """With no line that says how much it multiplies."""
+  monkeypatch.setitem(ffn.ACTIVATIONS, 'silu',
+                      (lambda x: jax.nn.relu(x) ** 2, True))
+  # Another config than elsewhere, of which no count is kept.
+  count = lambda kind: flops.forward_flops(
+      model(ffn=kind, norm_eps=1e-7), LENGTH)
+  assert count('silu') == count('swiglu') != count('relu')
+
+
+def test_an_attention_gate_that_is_added_is_counted(monkeypatch):
+  class Gated(attention.Attention):
+
+    @nn.compact
+    def __call__(self, x_BLD, ctx, cache):
+      y_BLD, cache = super().__call__(x_BLD, ctx, cache)
+      gate_DD = linear.weight(self, 'gate', (32, 32), ('embed', 'mlp'))
+      return y_BLD * jax.nn.sigmoid(x_BLD @ gate_DD), cache
+
+  plain = flops.forward_flops(model(num_layers=2), LENGTH)
+  monkeypatch.setattr(blocks, 'Attention', Gated)
+  config = model(num_layers=2, norm_eps=1e-8)  # of which no count is kept
+  gated = flops.forward_flops(config, LENGTH)
+  assert gated['attention'] == plain['attention']
+  assert gated['weights'] - plain['weights'] == 2 * LENGTH * 2 * 32 * 32
+
+
+def test_what_cannot_be_counted_is_no_guess():
+  """A loop whose length hangs on data has no FLOPs that can be told."""
+  def loop(x, w):
+    return jax.lax.while_loop(lambda x: x.sum() < 9, lambda x: x @ w, x)
+  eye = jnp.eye(3)
+  work = traced.count(jax.make_jaxpr(loop)(eye, eye),
+                      traced.Place('gpu', useful=True))
+  assert work.loops == 1
+
+
+def test_a_convolution_counts_its_window():
+  """Depthwise, of 4 places: 8 products and sums for each feature."""
+  def short(x_BLD, w_4D):
+    return jax.lax.conv_general_dilated(
+        x_BLD, w_4D[:, None], (1,), [(3, 0)], feature_group_count=16,
+        dimension_numbers=('NWC', 'WIO', 'NWC'))
+  args = jnp.ones((2, LENGTH, 16)), jnp.ones((4, 16))
+  work = traced.count(jax.make_jaxpr(short)(*args), traced.Place('gpu'))
+  assert work.flops == 2 * 4 * 2 * LENGTH * 16
 
 
 @pytest.mark.parametrize('kind', [
@@ -87,17 +129,17 @@ def test_keys_are_counted_as_the_mask_has_them(kind, window):
   at = jnp.arange(LENGTH)[None]
   mask = attention.visible(kind, window, at, at)
   seen = LENGTH**2 if mask is None else int(mask.sum())
-  assert flops.mean_keys(kind, window, LENGTH) == seen / LENGTH
+  assert attention.pairs(kind, window, LENGTH, LENGTH) == seen
 
 
 def test_decoding_a_sequence_is_its_forward_pass():
   """Token by token with a cache: the same products, in the sum."""
   config = model(attention='global,banded', sliding_window=5, ffn='moe',
                  moe=dict(num_experts=8, top_k=2, every=2, shared_experts=1))
-  whole = flops.forward_flops(config, LENGTH)
+  whole = flops.forward_flops(config, 7)
   for part in whole:
     assert sum(flops.decode_flops(config, keys)[part]
-               for keys in range(1, LENGTH + 1)) == pytest.approx(whole[part])
+               for keys in range(1, 8)) == pytest.approx(whole[part])
 
 
 def test_mixture_of_experts_by_hand():
@@ -105,12 +147,13 @@ def test_mixture_of_experts_by_hand():
   config = model(d_model=8, num_heads=2, num_layers=2, d_ff=16, ffn='moe',
                  moe=dict(num_experts=4, top_k=2, ffn='swiglu', every=2))
   parts = flops.forward_flops(config, 10)
-  assert parts['ffn'] == 10 * 768  # layer 0
-  assert parts['experts'] == 10 * 2 * 768  # layer 1: two of four
-  assert parts['router'] == 10 * 2 * 8 * 4
-  assert parts['projections'] == 2 * 10 * 4 * 2 * 8 * 8
   assert parts['attention'] == 2 * 4 * 8 * 55  # 1 + 2 + ... + 10 keys
-  assert parts['head'] == 10 * 2 * 8 * 96
+  assert parts['weights'] == (
+      10 * 768  # layer 0
+      + 10 * 2 * 768  # layer 1: two of four
+      + 10 * 2 * 8 * 4  # the router
+      + 2 * 10 * 4 * 2 * 8 * 8  # projections
+      + 10 * 2 * 8 * 96)  # the head
 
 
 def test_an_encoder_decoder_by_hand():
@@ -118,16 +161,17 @@ def test_an_encoder_decoder_by_hand():
   config = model(arch='t5', d_model=8, num_heads=2, num_layers=1, d_ff=16,
                  ffn='relu', num_decoder_layers=2)
   parts = flops.forward_flops(config, 6, 3)
-  assert parts['projections'] == 2 * 64 * (
-      4 * 6 + 2 * (4 * 3) + 2 * (2 * 3 + 2 * 6))
   assert parts['attention'] == 4 * 8 * (6 * 6 + 2 * 6 + 2 * 3 * 6)
-  assert parts['ffn'] == 2 * 2 * 8 * 16 * (6 + 2 * 3)
-  assert parts['head'] == 2 * 3 * 8 * 96
+  assert parts['weights'] == (
+      2 * 64 * (4 * 6 + 2 * (4 * 3) + 2 * (2 * 3 + 2 * 6))  # projections
+      + 2 * 2 * 8 * 16 * (6 + 2 * 3)  # feed-forwards
+      + 2 * 3 * 8 * 96)  # the head
   per_token = flops.forward_flops_per_token(config, 6, 3)
   assert per_token == pytest.approx(sum(parts.values()) / 9)
   token = flops.decode_flops(config, 3, memory=6)
   assert token['attention'] == 4 * 8 * 2 * (3 + 6)
-  assert token['projections'] == 2 * 64 * 2 * (4 + 2)
+  assert token['weights'] == (
+      2 * 64 * 2 * (4 + 2) + 2 * 2 * 8 * 16 * 2 + 2 * 8 * 96)
 
 
 def test_gpt3_as_published():
@@ -136,7 +180,8 @@ def test_gpt3_as_published():
   config = model(d_model=12288, num_layers=96, num_heads=96, vocab_size=50257,
                  max_len=2048)
   parts = flops.forward_flops(config, 2048)
-  mine = 3 * (parts['projections'] + parts['ffn']) / 2048 * 300e9
+  head = 2 * 2048 * 12288 * 50257
+  mine = 3 * (parts['weights'] - head) / 2048 * 300e9
   assert mine == pytest.approx(3.14e23, rel=0.01)
   assert flops.training_flops_per_token(config, 2048) * 2048 == pytest.approx(
       3 * sum(parts.values()))
@@ -158,12 +203,12 @@ def test_routers_by_hand():
   """A hash has no weight; expert choice takes by capacity, not by top_k."""
   moe = dict(num_experts=4, top_k=2, d_ff=16)
   of = lambda **fields: flops.forward_flops(
-      model(arch='bert', ffn='moe', moe=moe | fields), 10)
-  plain = of()
-  assert of(router='hash')['router'] == 0 < plain['router']
-  assert of(router='expert_choice')['experts'] == plain['experts']
-  assert of(router='expert_choice', capacity_factor=1.5)['experts'] == (
-      1.5 * plain['experts'])
+      model(arch='bert', ffn='moe', moe=moe | fields), 10)['weights']
+  router = 4 * 10 * 2 * 32 * 4  # of 4 layers
+  chosen = 4 * 10 * 2 * 2 * (2 * 32 * 16)  # 2 experts of 2 matrices
+  assert of(router='hash') == of() - router
+  assert of(router='expert_choice') == of()
+  assert of(router='expert_choice', capacity_factor=1.5) == of() + chosen / 2
 
 
 class Device:

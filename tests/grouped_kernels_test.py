@@ -14,7 +14,8 @@ from architectures.parts import experts, grouped, grouped_kernels, kernels
 from architectures.parts import moe, sharding
 from architectures.parts.attention import Context
 from tests import kernels_test, models
-from tools.plan import flops
+from training import traced
+
 
 COUNTS = {  # of 300 rows, in tiles of 128 and by the even load of 256
     'uneven': [5, 0, 129, 90], 'none': [0, 0, 0, 0], 'all': [0, 300, 0, 0],
@@ -99,8 +100,8 @@ def test_a_plan_counts_the_rows_of_an_even_load():
   def count(kernel, rows):
     loss = lambda x_RD, w: grouped.ffn(
         x_RD, jnp.full(4, 8), w, None, 'swiglu', 64, kernel).sum()
-    return flops.count(jax.make_jaxpr(jax.value_and_grad(loss, (0, 1)))(
-        jnp.ones((128, 8)), w), flops.Place('tpu', rows))
+    return traced.count(jax.make_jaxpr(jax.value_and_grad(loss, (0, 1)))(
+        jnp.ones((128, 8)), w), traced.Place('tpu', rows))
   assert count('megablox', 32).flops == 9 * 2 * 32 * 8 * 6
   for rows in (0, 32):
     assert count('megablox', rows) == count('xla', rows)

@@ -17,9 +17,10 @@ os.environ |= {
 
 from tools.explain_sharding import arrays, predict
 from tools.plan import analyse, chips, collectives, compile as compiling
-from tools.plan import flops, search
+from tools.plan import search
 from tools.plan import topology as topologies
 from tools.plan.compile import DoesNotFit
+from training import traced as work
 
 pytestmark = [pytest.mark.plan, pytest.mark.slow]
 tpu = pytest.mark.skipif(
@@ -116,8 +117,8 @@ def test_grouped_products_are_counted_as_the_compiler_makes_them(name):
   traced = jax.jit(products).trace(
       shape(512, 256), shape(4, 256, 128), shape(4, dtype='int32'),
       shape(512, 128))
-  place = flops.Place('tpu', dense=topologies.dense(topology))
-  counted = flops.count(traced.jaxpr, place).flops
+  place = work.Place('tpu', dense=topologies.dense(topology))
+  counted = work.count(traced.jaxpr, place).flops
   made = traced.lower().compile().cost_analysis()['flops']
   assert counted == pytest.approx(made, rel=0.1)
 

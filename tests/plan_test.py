@@ -14,11 +14,11 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
-from tools.plan import analyse, cache, chips, flops
+from tools.plan import analyse, cache, chips
 from tools.plan import report, roofline, search, topology
 from tools.plan.compile import DoesNotFit
 from training import devices, examples, memory, objectives, peaks, runs
-from training import paths, tokenizers
+from training import paths, tokenizers, traced
 
 
 def test_names_say_chips_devices_and_what_is_together():
@@ -56,8 +56,8 @@ def test_every_chip_has_a_published_peak():
 def test_products_are_counted_through_loops_branches_and_shards():
   x, key = jnp.ones((4, 8)), 2.0 * 4 * 8 * 8
   w = jnp.ones((8, 8))
-  count = lambda f, *a, **k: flops.count(
-      jax.make_jaxpr(f)(*a), flops.Place('tpu', **k)).flops
+  count = lambda f, *a, **k: traced.count(
+      jax.make_jaxpr(f)(*a), traced.Place('tpu', **k)).flops
 
   def scanned(x):
     return jax.lax.scan(lambda x, _: (jnp.tanh(x @ w), None), x, None, 5)[0]
@@ -85,8 +85,8 @@ def test_products_are_counted_through_loops_branches_and_shards():
       x, w, jnp.array([1, 1])) ** 2).sum(), (0, 1))
   args = x, jnp.ones((2, 8, 8))
   assert count(both, *args) == 3 * key
-  for n, kind in enumerate(flops.GROUPED, 1):
-    assert count(both, *args, dense=flops.GROUPED[:n]) == (3 + n) * key, kind
+  for n, kind in enumerate(traced.GROUPED, 1):
+    assert count(both, *args, dense=traced.GROUPED[:n]) == (3 + n) * key, kind
 
 
 def test_the_slowest_of_compute_memory_and_network_bounds_a_step():

@@ -30,11 +30,11 @@ def count(config, length: int = 0, model=None) -> dict:
   opt_state = jax.eval_shape(tx.init, params)
   sizes, active = _sizes(model, params)
   length = length or config.data.length
-  both = flops.STACKS[model.arch] == 'encoder-decoder'
+  both = architectures.stack(model) == 'encoder-decoder'
   other = length if both else 0
   nbytes = lambda tree: int(sum(
       x.size * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree)))
-  decodes = flops.STACKS[model.arch] != 'encoder'
+  decodes = architectures.stack(model) != 'encoder'
   return {
       'model': model.arch,
       'rumoured': model.arch.startswith('gpt4'),
@@ -51,8 +51,7 @@ def count(config, length: int = 0, model=None) -> dict:
       },
       'kv_cache_bytes_per_token': _cache_bytes(model) if decodes else None,
       # What a decoder keeps of the source is as large, for each token of it.
-      'memory_cache_bytes_per_token': _cache_bytes(model) if (
-          flops.STACKS[model.arch] == 'encoder-decoder') else None,
+      'memory_cache_bytes_per_token': _cache_bytes(model) if both else None,
       'parameter_bytes': nbytes(params),
       'optimizer_bytes': nbytes(opt_state),
       'checkpoint_bytes': nbytes(params) + nbytes(opt_state),

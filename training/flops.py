@@ -1,62 +1,52 @@
-"""Model FLOPs by formula: what a forward pass must multiply, and no more.
+"""Model FLOPs: what a forward pass must multiply, and no more.
 
-A product of [a, b] and [b, c] is 2abc. Only products count. A causal query at
-position i attends to its i + 1 keys, a banded one to its window, so attention
-is counted as the mask has it, and the work that an implementation wastes on
-masked keys, padding, idle expert slots or recomputation lowers utilisation
-(MFU, Chowdhery et al. 2022, appendix B; theirs counts all keys). A token
-counts with the experts that its router chooses, whether or not they have room.
-A backward pass costs twice the forward: the gradient of both factors.
+They are counted in the traced program (training/traced.py), so that a part is
+counted without being described a second time. A product of [a, b] and [b, c] is
+2abc. The program that is traced pads no expert and skips no masked block, and
+attention declares which share of its products the mask shows
+(`linear.useful`). So the work that an implementation wastes on masked keys,
+padding, idle expert slots or recomputation lowers utilisation (MFU, Chowdhery
+et al. 2022, appendix B; theirs counts all keys). A token counts with the
+experts that its router chooses, whether or not they have room. A backward pass
+costs twice the forward: the gradient of both factors.
 """
 
-import architectures
-from architectures.parts import routing
-from architectures.parts.config import DENSE_FFNS, LayerKind, MoEConfig
-from configs.errors import one_of, require
+import dataclasses
+import functools
 
-# What an architecture stacks: decoder (causal), encoder, or both.
-STACKS = {
-    'gpt': 'decoder',
-    'gpt_neox': 'decoder',
-    'bloom': 'decoder',
-    'llama': 'decoder',
-    'mixtral': 'decoder',
-    'gpt4-rumoured': 'decoder',
-    'bert': 'encoder',
-    'transformer': 'encoder-decoder',
-    't5': 'encoder-decoder',
-    'switch': 'encoder-decoder',
-    'gshard': 'encoder-decoder',
-}
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+import architectures
+from architectures.parts.config import MoEConfig, ModelConfig
+from configs.errors import require
+from training import state, traced
+
+# Parts of a count: the products of which a mask hides a part, and the others.
+ATTENTION, WEIGHTS = 'attention', 'weights'
 
 
 def forward_flops(model, length: int,
                   decoder_length: int = 0) -> dict[str, float]:
-  """Returns the FLOPs of a forward pass over one sequence, by part.
+  """Returns the FLOPs of a forward pass over one sequence: of `attention`'s
+  scores and weighted values, and of products with `weights`.
 
   Args:
     model: config.model, or the frozen ModelConfig.
     length: tokens; of the encoder, for an encoder-decoder.
     decoder_length: tokens of the decoder, for an encoder-decoder.
+
+  Raises:
+    RequestError: for a decoder_length that the model does not have.
   """
   c = architectures.resolve(model)
-  one_of('model.arch', c.arch, STACKS)
-  stacks = STACKS[c.arch]
-  require((stacks == 'encoder-decoder') == bool(decoder_length),
+  both = architectures.stack(c) == 'encoder-decoder'
+  require(both == bool(decoder_length),
           f'decoder_length is {decoder_length} for model.arch {c.arch!r}: an '
           'encoder-decoder needs it, and nothing else has it')
-  if stacks == 'encoder-decoder':
-    return _sum(
-        _stack(c, c.layer_pattern(causal=False), c.num_layers, length),
-        _stack(c, c.layer_pattern(cross=True), c.num_decoder_layers,
-               decoder_length, length),
-        {'head': _head(c, decoder_length)})
-  causal = stacks == 'decoder'
-  head = _head(c, length)
-  if c.arch == 'bert':  # the transform, the pooler, and the next sentence
-    head += 2.0 * c.d_model * (c.d_model * (length + 1) + 2)
-  return _sum(_stack(c, c.layer_pattern(causal=causal), c.num_layers, length),
-              {'head': head})
+  return dict(_forward(_countable(c, max(length, decoder_length)), length,
+                       decoder_length))
 
 
 def forward_flops_per_token(model, length: int,
@@ -79,65 +69,17 @@ def decode_flops(model, keys: int, memory: int = 0) -> dict[str, float]:
     model: config.model, of a system with a decoder.
     keys: its position plus one.
     memory: tokens of the encoder, whose keys and values are kept.
+
+  Raises:
+    RequestError: for an encoder, or a memory that the model does not have.
   """
   c = architectures.resolve(model)
-  one_of('model.arch', c.arch, STACKS)
-  require(STACKS[c.arch] != 'encoder', f'model.arch {c.arch!r} has no decoder')
-  cross = STACKS[c.arch] == 'encoder-decoder'
-  require(cross == bool(memory), f'memory is {memory} for model.arch '
-          f'{c.arch!r}: an encoder-decoder needs it, and nothing else has it')
-  layers = c.num_decoder_layers if cross else c.num_layers
-  parts = [{'head': _head(c, 1)}]
-  for kind in _layers(c.layer_pattern(cross=cross), layers):
-    seen = min(keys, c.sliding_window) if kind.attention == 'banded' else keys
-    parts += [_attention(c, 1, 1, seen), _ffn(c, kind, 1)]
-    if cross:
-      parts.append(_attention(c, 1, 0, memory))
-  return _sum(*parts)
-
-
-def mean_keys(kind: LayerKind, window: int, length: int) -> float:
-  """Returns how many keys a query sees, in the mean over a sequence."""
-  reach = min(window, length) if kind.attention == 'banded' else length
-  # Of the i + 1 keys up to its own a query sees `reach` at most; so in both
-  # directions, its own once.
-  one_way = (reach * (reach + 1) / 2 + (length - reach) * reach) / length
-  return one_way if kind.causal else 2 * one_way - 1
-
-
-def _stack(c, pattern, num_layers, length, memory=0):
-  parts = []
-  for kind in _layers(pattern, num_layers):
-    keys = mean_keys(kind, c.sliding_window, length)
-    parts += [_attention(c, length, length, keys), _ffn(c, kind, length)]
-    if kind.cross:
-      parts.append(_attention(c, length, memory, memory))
-  return _sum(*parts)
-
-
-def _layers(pattern, num_layers):
-  return pattern * (num_layers // len(pattern))
-
-
-def _attention(c, queries, sources, keys):
-  """`queries` tokens look at `keys` keys each, projected from `sources`."""
-  heads, kv_heads = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-  return {
-      'projections': 4.0 * c.d_model * (heads * queries + kv_heads * sources),
-      'attention': 4.0 * heads * queries * keys,
-  }
-
-
-def _ffn(c, kind, tokens):
-  if kind.ffn != 'moe':
-    return {'ffn': tokens * _dense(kind.ffn, c.d_model, c.d_ff)}
-  m = c.moe
-  active = active_experts(m) + m.shared_experts
-  _, has_weight = routing.ROUTERS[m.router]
-  return {
-      'experts': tokens * active * _dense(m.ffn, c.d_model, m.d_ff),
-      'router': 2.0 * tokens * c.d_model * m.num_experts * has_weight,
-  }
+  stack = architectures.stack(c)
+  require(stack != 'encoder', f'model.arch {c.arch!r} has no decoder')
+  require((stack == 'encoder-decoder') == bool(memory), f'memory is {memory} '
+          f'for model.arch {c.arch!r}: an encoder-decoder needs it, and '
+          'nothing else has it')
+  return dict(_decode(_countable(c, max(keys, memory)), keys, memory))
 
 
 def active_experts(m: MoEConfig) -> float:
@@ -148,20 +90,79 @@ def active_experts(m: MoEConfig) -> float:
   return m.top_k
 
 
-def _dense(kind, d_model, d_ff):
-  one_of('model.ffn', kind, DENSE_FFNS)
-  matrices = 3 if kind in ('geglu', 'geglu_tanh', 'swiglu') else 2
-  return 2.0 * matrices * d_model * d_ff
+def _countable(c: ModelConfig, reach: int) -> ModelConfig:
+  """The same function for `reach` tokens, whose program multiplies no more than
+  the model must: experts have as many slots as tokens come in even load, and no
+  layer is made again."""
+  m = c.moe
+  factor = active_experts(m) / m.top_k
+  moe = dataclasses.replace(
+      m, dispatch='sorted', grouped_kernel='auto', group_size=0,
+      capacity_factor=factor, eval_capacity_factor=factor)
+  return dataclasses.replace(
+      c, moe=moe, attention_kernel='xla', remat='none', scan_layers=True,
+      max_len=max(c.max_len, reach))
 
 
-def _head(c, tokens):
-  return 2.0 * tokens * c.d_model * c.vocab_size
+def _rows(c: ModelConfig) -> int:
+  """Of the batch that is traced: tokens divide evenly over experts."""
+  return c.moe.num_experts if c.ffn == 'moe' else 1
 
 
-def _sum(*parts):
-  """Adds dicts key by key."""
-  total = {}
-  for part in parts:
-    for name, value in part.items():
-      total[name] = total.get(name, 0.0) + value
-  return total
+@functools.lru_cache(maxsize=4096)
+def _forward(c: ModelConfig, length: int, decoder_length: int) -> tuple:
+  rows = _rows(c)
+  # With positions of their own, tokens may stand in any order: no block of
+  # keys is skipped, and all of them are there to take a share of.
+  place = lambda n: jnp.arange(n)[None]
+  if decoder_length:
+    return _count(c, rows, lambda module, params, source, target: module.apply(
+        params, source, decoder_tokens_BL=target, positions_BM=place(length),
+        decoder_positions_BL=place(decoder_length)),
+        _tokens(rows, length), _tokens(rows, decoder_length))
+  return _count(c, rows, lambda module, params, tokens: module.apply(
+      params, tokens, positions_BL=place(length)), _tokens(rows, length))
+
+
+@functools.lru_cache(maxsize=4096)
+def _decode(c: ModelConfig, keys: int, memory: int) -> tuple:
+  rows = _rows(c)
+  cache = jax.eval_shape(lambda: architectures.init_cache(c, rows, keys))
+  if memory:
+    cache = tuple(entry.replace(
+        memory_key_BMJK=_with_length(entry.key_BMJK, memory),
+        memory_value_BMJK=_with_length(entry.value_BMJK, memory))
+                  for entry in cache)
+  method = 'decode' if memory else '__call__'
+  return _count(c, rows, lambda module, params, token, cache: module.apply(
+      params, token, positions_BL=jnp.full((1, 1), keys - 1), cache=cache,
+      method=method), _tokens(rows, 1), cache)
+
+
+def _tokens(rows: int, length: int):
+  return jax.ShapeDtypeStruct((rows, length), jnp.int32)
+
+
+def _with_length(slots, length: int):
+  shape = (*slots.shape[:-3], length, *slots.shape[-2:])
+  return jax.ShapeDtypeStruct(shape, slots.dtype)
+
+
+def _count(c: ModelConfig, rows: int, program, *args) -> tuple:
+  """Counts what a row's logits, and what else a model returns, are made of."""
+  module = architectures.build(c)
+
+  def outputs(params, *args):
+    out = program(module, params, *args)
+    return out.logits, out.extra
+
+  params = {'params': nn.meta.unbox(state.abstract_params(module))}
+  work = traced.count(jax.make_jaxpr(outputs)(params, *args),
+                      traced.Place('gpu', useful=True))
+  if work.loops or work.kernels:
+    raise ValueError(
+        f'the FLOPs of model.arch {c.arch!r} cannot be counted: it has '
+        f'{work.loops} loops whose length depends on data, and {work.kernels} '
+        'kernels without an estimate')
+  return ((ATTENTION, work.masked / rows),
+          (WEIGHTS, (work.flops - work.masked) / rows))

@@ -14,8 +14,6 @@ import ml_collections
 import architectures
 from architectures.parts import grouped_kernels, kernels, sharding
 from architectures.parts.config import ModelConfig
-from architectures.parts.encoder_decoder import EncoderDecoder
-from architectures.parts.skeletons import Decoder
 from configs import base
 from configs import sharding as tables
 from configs.errors import RequestError, one_of, require
@@ -119,8 +117,7 @@ def _check_objective(name: str, module: nn.Module) -> None:
       return 'encoder-decoder'
     return 'decoder' if row.generates else 'encoder'
 
-  ours = ('encoder-decoder' if isinstance(module, EncoderDecoder) else
-          'decoder' if isinstance(module, Decoder) else 'encoder')
+  ours = architectures.stack(module.config)
   choices = [n for n, row in objectives.OBJECTIVES.items()
              if shape(row) == ours]
   require(name in choices,

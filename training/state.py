@@ -33,6 +33,7 @@ class TrainState:
   bad_in_row: jax.Array
 
 
+@functools.lru_cache(maxsize=64)  # a program asks for the same ones often
 def abstract_params(module: nn.Module):
   """Returns the boxed parameters' shapes; nothing is computed."""
   tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)

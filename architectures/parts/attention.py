@@ -88,6 +88,26 @@ def visible(kind: LayerKind, window: int, q_positions_BL: jax.Array,
   return mask
 
 
+def pairs(kind: LayerKind, window: int, queries: int, keys: int) -> int:
+  """Returns how many pairs of a query and a key the mask of self-attention
+  shows; with fewer queries than keys, the queries are the last."""
+  reach = min(window, keys) if kind.attention == 'banded' else keys
+  first = keys - queries  # keys before the first query's own
+  # Of the keys up to its own, and of those from its own on, a query sees
+  # `reach` at most.
+  one_way = sum_of_least(first + 1, keys, reach)
+  if kind.causal:
+    return one_way
+  return one_way + sum_of_least(1, queries, reach) - queries
+
+
+def sum_of_least(first: int, last: int, most: int) -> int:
+  """Returns the sum of min(i, most) over i = first ... last."""
+  upto = lambda n: (n * (n + 1) // 2 if n <= most else
+                    most * (most + 1) // 2 + (n - most) * most)
+  return upto(last) - upto(first - 1)
+
+
 class Attention(nn.Module):
   """(x_BLD, context, cache) -> (y_BLD, cache), over x itself or the memory."""
   config: ModelConfig
@@ -118,8 +138,11 @@ class Attention(nn.Module):
     # Queries may be split over the mesh along the length; each sees all keys.
     k_BMJK, v_BMJK = (sharding.constrain(x, 'batch', None, 'kv_heads', 'head')
                       for x in (k_BMJK, v_BMJK))
-    o_BLHK = self._weigh(q_BLHK, k_BMJK, v_BMJK, k_positions_BM, ctx,
-                         cached=cache is not None)
+    L, M = q_BLHK.shape[1], k_BMJK.shape[1]
+    seen = L * M if self.cross else pairs(self.kind, c.sliding_window, L, M)
+    with linear.useful(seen, L * M):
+      o_BLHK = self._weigh(q_BLHK, k_BMJK, v_BMJK, k_positions_BM, ctx,
+                           cached=cache is not None)
     o_BLHK = sharding.constrain(o_BLHK, 'batch', 'length', 'heads', 'head')
     out_HKD = linear.weight(self, 'out', (c.num_heads, c.head_dim, c.d_model),
                             ('heads', 'head', 'embed'), in_axes=(0, 1),

@@ -27,6 +27,7 @@ class EncoderDecoder(nn.Module):
   and the memory, then token by token with the cache alone, which holds the
   keys and values of the memory from then on.
   """
+  STACK = 'encoder-decoder'
   config: ModelConfig
 
   def setup(self):

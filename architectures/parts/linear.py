@@ -123,6 +123,15 @@ def _product_bwd(spec, out_dtype, operands, d):
 _product.defvjp(_product_fwd, _product_bwd)
 
 
+USEFUL = 'useful_{}_of_{}'
+
+
+def useful(part: int, whole: int):
+  """A scope whose products count as part / whole of themselves where a model's
+  FLOPs are counted (training/flops.py): a mask hides the rest."""
+  return jax.named_scope(USEFUL.format(part, whole))
+
+
 def add_bias(x: jax.Array, b: jax.Array) -> jax.Array:
   """x[..., *b.shape] + b, in x's dtype.
 

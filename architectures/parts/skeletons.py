@@ -279,6 +279,7 @@ class Decoder(nn.Module):
   see each other. `valid_BL` is 0 on padding, where that is all a row's end: it
   is unseen, and takes no room of an expert.
   """
+  STACK = 'decoder'
   config: ModelConfig
 
   @nn.compact

@@ -8,9 +8,9 @@ import numpy as np
 
 from configs.errors import require
 from tools.plan import cache, chips, collectives, compile as compiling
-from tools.plan import flops as work
 from tools.plan import roofline, topology as topologies
 from training import costs, devices, examples, flops, memory, runs, tokenizers
+from training import traced
 
 GIB = chips.GIB
 
@@ -143,7 +143,7 @@ def _compiled(run, topology, what, jaxpr, lowered, state) -> dict:
   found = collectives.read(
       built.executable.as_text(), run.mesh.shape,
       host_of=hosts(run, topology), ragged_rows=rows, passes=passes)
-  total = work.count(jaxpr, work.Place(
+  total = traced.count(jaxpr, traced.Place(
       topology.chip.platform, rows, passes, topologies.dense(topology)))
   return dict(
       program=what.name, estimate=estimate, fits=True,
@@ -182,21 +182,13 @@ def model_flops(run: runs.Run, name: str) -> dict[str, float]:
   with, and `attention`, as the mask has it."""
   config, c = run.config, run.model
   sides = lengths(config)
-  if flops.STACKS[c.arch] == 'encoder-decoder':
-    parts = flops.forward_flops(c, *sides)
-  else:
-    parts = flops.forward_flops(c, sides[0])
-  if name == 'train':
-    parts = {part: 3 * n for part, n in parts.items()}
-  if name == 'decode':  # the prompt, and a token at a time after it
-    tokens = compiling.DECODED
-    parts = flops.forward_flops(c, sides[0] - tokens)
-    for i in range(tokens - 1):
-      for part, n in flops.decode_flops(c, sides[0] - tokens + i + 1).items():
-        parts[part] += n
-  attention = parts.pop('attention')
-  return {'weights': config.data.batch_size * sum(parts.values()),
-          'attention': config.data.batch_size * attention}
+  if name == 'decode':
+    # The prompt and, one at a time, all tokens after it but the last, which is
+    # not read: in the sum, a forward pass over them.
+    sides = [sides[0] - 1]
+  times = config.data.batch_size * (3 if name == 'train' else 1)
+  return {part: times * n for part, n in
+          flops.forward_flops(c, *sides).items()}
 
 
 def lengths(config) -> list[int]:

@@ -15,7 +15,7 @@ _ROOT = pathlib.Path(__file__).parents[2]
 # What reports depend on, besides the program.
 CODE = ('tools/plan/*.py', 'training/costs.py', 'training/devices.py',
         'training/examples.py', 'training/flops.py', 'training/memory.py',
-        'training/peaks.py', 'architectures/**/*.py')
+        'training/peaks.py', 'training/traced.py', 'architectures/**/*.py')
 
 
 def key(lowered_text: str, *facts) -> str:

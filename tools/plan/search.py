@@ -15,11 +15,12 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+import architectures
 from configs.errors import RequestError
 from tools.plan import analyse, chips, collectives, compile as compiling
 from tools.plan import roofline
 from tools.plan import topology as topologies
-from training import devices, flops, memory, progress, runs, tokenizers
+from training import devices, memory, progress, runs, tokenizers
 
 REMATS = ('none', 'dots', 'full')
 # Forward passes in a step, the one that remat adds included: 'dots' repeats
@@ -96,7 +97,7 @@ def sent(run: runs.Run, host_of: np.ndarray) -> list[collectives.Collective]:
     add('all-reduce', rest, shard, accumulation)
   tokens = run.config.data.batch_size * sum(analyse.lengths(run.config))
   one = tokens * c.d_model * itemsize / math.prod(shape[a] for a in batch)
-  both = flops.STACKS[c.arch] == 'encoder-decoder'
+  both = architectures.stack(c) == 'encoder-decoder'
   layers = c.num_layers + both * c.num_decoder_layers
   add('all-reduce', ('tensor',), one, 2 * passes * layers)
   if c.ffn == 'moe':

@@ -42,7 +42,7 @@ def compiler(topology: Topology) -> str:
 
 
 def dense(topology: Topology) -> tuple[str, ...]:
-  """Returns those of flops.GROUPED, jax.lax.ragged_dot's products, that the
+  """Returns those of traced.GROUPED, jax.lax.ragged_dot's products, that the
   compiler makes of all rows and all groups: on GPU each; on TPU, what jax 0.10
   with libtpu 0.0.45 has no kernel for on the chips of one core."""
   if topology.chip.platform == 'cuda':

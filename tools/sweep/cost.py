@@ -34,10 +34,11 @@ def off_devices() -> None:
 
 def of(config) -> Cost:
   """Returns what a run of `config` costs; ValueError for a bad model."""
+  import architectures
   from training import flops, run_config
   model = _resolved(config)
   length = config.data.length
-  both = flops.STACKS[model.arch] == 'encoder-decoder'
+  both = architectures.stack(model) == 'encoder-decoder'
   other = (config.data.target_length or length) if both else 0
   params, active = _parameters(model)
   return Cost(

@@ -1,15 +1,18 @@
 """FLOPs and bytes of a program's products, from its jaxpr: loops multiplied,
 recomputation included, whatever XLA makes of it.
 
-Splash attention is known by its name; another kernel counts with the estimate
-that it carries.
+Only matrix products and convolutions count. Splash attention is known by its
+name; another kernel counts with the estimate that it carries.
 """
 
 import math
+import re
 from typing import NamedTuple
 
 import jax
 import jax.extend.core as jex
+
+from architectures.parts import linear
 
 
 class Place(NamedTuple):
@@ -22,11 +25,14 @@ class Place(NamedTuple):
     passes: of a loop that depends on data, where they are known otherwise.
     dense: of GROUPED, those that the compiler makes of all rows and all
       groups, and masks.
+    useful: whether products count as the shares that linear.useful declares,
+      instead of as they are computed.
   """
   platform: str
   rows: int = 0
   passes: int | None = None
   dense: tuple[str, ...] = ()
+  useful: bool = False
 
 
 # Grouped products: rows by their group's matrix, by its transpose (as for the
@@ -42,17 +48,22 @@ class Work(NamedTuple):
     nbytes: of their operands and results, once each.
     loops: loops whose number of passes depends on data, counted as one.
     dense: the FLOPs of grouped products that are made of all groups.
+    masked: the FLOPs of products of which a mask hides a part: attention's.
+    kernels: kernels that carry no estimate, and count as nothing.
   """
   flops: float = 0.0
   nbytes: float = 0.0
   loops: int = 0
   dense: float = 0.0
+  masked: float = 0.0
+  kernels: int = 0
 
   def __add__(self, other):
     return Work(*(a + b for a, b in zip(self, other)))
 
   def times(self, n: float):
-    return Work(self.flops * n, self.nbytes * n, self.loops, self.dense * n)
+    return Work(self.flops * n, self.nbytes * n, self.loops, self.dense * n,
+                self.masked * n, self.kernels)
 
 
 def count(jaxpr, place: Place) -> Work:
@@ -63,8 +74,16 @@ def count(jaxpr, place: Place) -> Work:
     if not any(v in live for v in eqn.outvars) and not eqn.effects:
       continue  # dead: XLA drops it
     live |= {v for v in eqn.invars if _is_var(v)}
-    total += _equation(eqn, place)
+    work = _equation(eqn, place)
+    if place.useful and work.flops:
+      for part, whole in _DECLARED.findall(str(eqn.source_info.name_stack)):
+        flops = work.flops * int(part) / int(whole)
+        work = work._replace(flops=flops, masked=flops)
+    total += work
   return total
+
+
+_DECLARED = re.compile(linear.USEFUL.format(r'(\d+)', r'(\d+)'))
 
 
 def _is_var(v) -> bool:
@@ -79,6 +98,10 @@ def _equation(eqn, place: Place) -> Work:
     lhs, out = eqn.invars[0].aval, eqn.outvars[0].aval
     return Work(2.0 * out.size * math.prod(lhs.shape[i] for i in contract),
                 _nbytes(eqn))
+  if name == 'conv_general_dilated':
+    kernel, numbers = eqn.invars[1].aval, eqn.params['dimension_numbers']
+    each = kernel.size / kernel.shape[numbers.rhs_spec[0]]  # of one output
+    return Work(2.0 * eqn.outvars[0].aval.size * each, _nbytes(eqn))
   if name == 'ragged_dot_general':
     return _grouped(eqn, place)
   if eqn.params.get('name') in ('gmm', 'tgmm'):  # megablox
@@ -147,7 +170,9 @@ def _kernel(eqn) -> Work:
   products = [n for key, n in _SPLASH.items() if name.startswith(key)]
   cost = eqn.params['cost_estimate']
   if not products:
-    return Work() if cost is None else Work(cost.flops, cost.bytes_accessed)
+    if cost is None:
+      return Work(kernels=1)
+    return Work(cost.flops, cost.bytes_accessed)
   # [heads or 1, blocks of queries, blocks of keys]: what the mask hides of
   # all queries is not in the grid, and a causal kernel, which is given the
   # places of the queries, skips half of it.
