@@ -133,6 +133,9 @@ def from_hf_config(hf) -> dict:
   """Returns the fields of config.model that a bert config.json gives."""
   hf.must(position_embedding_type='absolute', is_decoder=False,
           add_cross_attention=False, tie_word_embeddings=True)
+  # The files of 2018 have these, for a pooler that they do not describe.
+  hf.passes('directionality', 'pooler_fc_size', 'pooler_num_attention_heads',
+            'pooler_num_fc_layers', 'pooler_size_per_head', 'pooler_type')
   return dict(
       d_model=hf('hidden_size', 768), num_layers=hf('num_hidden_layers', 12),
       num_heads=hf('num_attention_heads', 12),

@@ -59,10 +59,10 @@ HF_NAMES = (
 def from_hf_config(hf) -> dict:
   """Returns the fields of config.model that a bloom config.json gives."""
   hf.must(apply_residual_connection_post_layernorm=False)
-  for same in ('slow_but_exact', 'offset_alibi', 'skip_bias_add',
-               'skip_bias_add_qkv', 'attention_softmax_in_fp32',
-               'bias_dropout_fusion', 'masked_softmax_fusion', 'unk_token_id'):
-    hf(same, None)  # how it was computed; the result is one
+  # How it was computed; the result is one.
+  hf.passes('slow_but_exact', 'offset_alibi', 'skip_bias_add',
+            'skip_bias_add_qkv', 'attention_softmax_in_fp32',
+            'bias_dropout_fusion', 'masked_softmax_fusion')
   return dict(
       d_model=hf('hidden_size', hf('n_embed', 64)),
       num_layers=hf('n_layer', hf('num_hidden_layers', 2)),

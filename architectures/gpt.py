@@ -61,7 +61,7 @@ def from_hf_config(hf) -> dict:
   """Returns the fields of config.model that a gpt2 config.json gives."""
   hf.must(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False,
           add_cross_attention=False)
-  hf('reorder_and_upcast_attn', False)  # ours always takes it in float32
+  hf.passes('reorder_and_upcast_attn')  # ours always takes it in float32
   d_model = hf('n_embd', 768)
   return dict(
       d_model=d_model, num_layers=hf('n_layer', 12),

@@ -55,8 +55,12 @@ HF_NAMES = (
 def from_hf_config(hf) -> dict:
   """Returns the fields of config.model that a gpt_neox config.json gives."""
   hf.must(attention_bias=True)
-  hf('is_decoder', True)  # it has no other way to be
+  hf.passes('is_decoder')  # it has no other way to be
   parallel = hf('use_parallel_residual', True)
+  rope = common.read_rope(hf, theta=('rotary_emb_base', 10000.0),
+                          fraction=('rotary_pct', 0.25))
+  # Some versions wrote both under other names as well, which none reads.
+  hf.must(rope_theta=rope['theta'], partial_rotary_factor=rope['fraction'])
   return dict(
       d_model=hf('hidden_size', 6144), num_layers=hf('num_hidden_layers', 44),
       num_heads=hf('num_attention_heads', 64),
@@ -64,7 +68,7 @@ def from_hf_config(hf) -> dict:
       vocab_size=hf('vocab_size', 50432),
       max_len=hf('max_position_embeddings', 2048),
       norm_eps=hf('layer_norm_eps', 1e-5), position='rope',
-      rope=common.read_rope(hf, fraction=0.25),
+      rope=rope,
       ffn=hf.choose('hidden_act', 'gelu', common.FFNS),
       block='parallel' if parallel else 'pre_norm',
       tie_embeddings=hf('tie_word_embeddings', False))
@@ -72,7 +76,7 @@ def from_hf_config(hf) -> dict:
 
 def to_hf_config(c) -> dict:
   """Returns what a gpt_neox config.json says of the config `c`."""
-  rope = common.write_rope(c) | dict(partial_rotary_factor=c.rope.fraction)
+  rope = common.write_rope(c, whole_heads=False)
   return dict(
       hidden_size=c.d_model, num_hidden_layers=c.num_layers,
       num_attention_heads=c.num_heads, intermediate_size=c.d_ff,

@@ -87,8 +87,8 @@ def from_hf_config(hf) -> dict:
   require(hf('moe_token_dropout', 0.2) == 0,
           f'config.json has moe_token_dropout {hf("moe_token_dropout", 0.2)}, '
           'which scales the experts in evaluation too: only 0 is known here')
-  hf('encoder_layerdrop', 0.05), hf('decoder_layerdrop', 0.05)  # in training
-  hf('expert_capacity', 64), hf('router_z_loss_coef', 0.0)  # not read there
+  hf.passes('encoder_layerdrop', 'decoder_layerdrop')  # in training
+  hf.passes('expert_capacity', 'router_z_loss_coef', 'router_type')  # unread
   fraction = hf('moe_eval_capacity_token_fraction', 1.0)
   require(0 < fraction <= 1, 'config.json has moe_eval_capacity_token_fraction '
           f'{fraction}: choose it in (0, 1]')

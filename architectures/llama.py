@@ -13,6 +13,7 @@ Longer contexts: `model.rope.scaling` linear, ntk, llama3 or yarn, by
 
 from architectures.parts import hf as common
 from architectures.parts.skeletons import Decoder
+from configs.errors import require
 
 
 class LLaMA(Decoder):
@@ -66,6 +67,8 @@ HF_NAMES = HF_ATTENTION + (
 
 def from_hf_config(hf) -> dict:
   """Returns the fields of config.model that a llama config.json gives."""
+  hf.must(rope_interleaved=False)
+  hf.passes('is_llama_config')  # of SmolLM2
   heads = hf('num_attention_heads', 32)
   d_model = hf('hidden_size', 4096)
   return dict(
@@ -85,6 +88,9 @@ def from_hf_config(hf) -> dict:
 
 def to_hf_config(c) -> dict:
   """Returns what a llama config.json says of the config `c`."""
+  require(c.d_model % c.num_heads == 0,
+          f'model.num_heads is {c.num_heads}, which does not divide '
+          f'model.d_model {c.d_model}: transformers refuses such a llama')
   return dict(
       hidden_size=c.d_model, num_hidden_layers=c.num_layers,
       num_attention_heads=c.num_heads, num_key_value_heads=c.num_kv_heads,

@@ -50,7 +50,7 @@ def from_hf_config(hf) -> dict:
       vocab_size=hf('vocab_size', 32000),
       max_len=hf('max_position_embeddings', 131072), norm='rmsnorm',
       norm_eps=hf('rms_norm_eps', 1e-5), position='rope',
-      rope=common.read_rope(hf, theta=1e6), ffn='moe',
+      rope=common.read_rope(hf, theta=('rope_theta', 1e6)), ffn='moe',
       **common.read_window(hf), attention_bias=False, ffn_bias=False,
       tie_embeddings=hf('tie_word_embeddings', False),
       moe=dict(num_experts=hf('num_local_experts', 8),

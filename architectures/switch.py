@@ -13,7 +13,8 @@ Where transformers deviates from the paper, and what is done here:
 - its capacity is `expert_capacity` tokens of one sequence, however long, in
   evaluation too. The paper's grows with the group. An import drops nothing in
   evaluation, unless config.json has `moe_group_size` as our exports do: the
-  length of the sequences, for which both are then the same.
+  length of the sequences, for which both are then the same. tools.convert says
+  so when it imports a file without that field.
 - its balance loss means f and P over all layers of a stack before it
   multiplies them. Here each layer has its own, as in the paper; they add up.
 - it weighs that loss by 0.001. The paper by 0.01, the default here.
@@ -54,20 +55,26 @@ def from_hf_config(hf) -> dict:
           'config.json has experts in another share of the decoder\'s layers '
           'than of the encoder\'s: only equal shares are known here')
   hf.must(router_bias=False, router_dtype='float32')
-  hf('router_ignore_padding_tokens', False)  # the reference does not read it
-  hf('add_router_probs', False)
+  # The reference does not read these.
+  hf.passes('router_ignore_padding_tokens', 'add_router_probs')
   # Published files have these; the reference reads none of them any more.
   hf.must(feed_forward_proj=hf('dense_act_fn', 'relu'), is_gated_act=False,
           router_type='tokens_masked', batch_prioritized_routing=False)
   experts, ffn = hf('num_experts', 8), hf.choose('dense_act_fn', 'relu', FFNS)
   slots, group = hf('expert_capacity', 64), hf('moe_group_size', 0)
   factor = slots * experts / (group or fields['max_len'])
+  if not group and slots < ANY_CAPACITY:
+    hf.notes.append(
+        f'config.json has expert_capacity {slots}: transformers drops what more'
+        f' than {slots} tokens of a sequence send to one expert, in evaluation '
+        'too, and this import drops nothing. The two compute the same for '
+        f'sequences of up to {slots} tokens, and may differ for longer ones')
   tied = hf('tie_word_embeddings', True)
   return fields | dict(
       ffn='moe', tie_embeddings=tied,
       logits_scale=fields['d_model'] ** -0.5 if tied else 1.0,
       moe=dict(router='switch', top_k=1, num_experts=experts, every=every,
-               ffn=ffn, jitter=float(hf('router_jitter_noise', 0.01)),
+               ffn=ffn, jitter=hf('router_jitter_noise', 0.01),
                group_size=group, capacity_factor=factor,
                eval_capacity_factor=factor if group else 0.0,
                balance_weight=hf('router_aux_loss_coef', 0.001),
@@ -76,7 +83,7 @@ def from_hf_config(hf) -> dict:
 
 def _every(hf, stack: str, layers: int) -> int:
   sparse = hf(f'num_sparse_{stack}_layers', 3)
-  hf(f'{stack}_sparse_step', 0)  # derived
+  hf.passes(f'{stack}_sparse_step')  # derived
   every = layers // sparse if sparse else 0
   require(every in (1, 2), f'config.json has num_sparse_{stack}_layers '
           f'{sparse} of {layers}: all or every other are known here')

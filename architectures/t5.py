@@ -83,7 +83,7 @@ def hf_names(c):
 def shared_fields(hf) -> dict:
   """Returns the fields of config.model that T5 and Switch have alike."""
   hf.must(is_encoder_decoder=True)
-  hf('is_decoder', False), hf('add_cross_attention', False)  # of the stacks
+  hf.passes('is_decoder', 'add_cross_attention')  # of the stacks
   layers = hf('num_layers', 6)
   return dict(
       vocab_size=hf('vocab_size', 32128), d_model=hf('d_model', 512),
@@ -100,7 +100,7 @@ def shared_fields(hf) -> dict:
 def from_hf_config(hf) -> dict:
   """Returns the fields of config.model that a t5 config.json gives."""
   ffn = hf.choose('feed_forward_proj', 'relu', FFNS)
-  hf('dense_act_fn', ''), hf('is_gated_act', False)  # derived from it
+  hf.passes('dense_act_fn', 'is_gated_act')  # derived from it
   # transformers ties v1.1 in name, and tells it by the missing scale.
   scaled = hf('scale_decoder_outputs', hf('tie_word_embeddings', True))
   fields = shared_fields(hf)

@@ -89,12 +89,12 @@ def from_hf_config(hf) -> dict:
   heads = hf('encoder_attention_heads', 16)
   d_ff = hf('encoder_ffn_dim', 4096)
   hf.must(decoder_attention_heads=heads, decoder_ffn_dim=d_ff)
-  hf('encoder_layerdrop', 0.0), hf('decoder_layerdrop', 0.0)  # in training
+  hf.passes('encoder_layerdrop', 'decoder_layerdrop')  # in training
   hf.must(normalize_before=False, normalize_embedding=False,
           add_final_layer_norm=False, add_bias_logits=False,
           static_position_embeddings=True)
-  hf('is_decoder', False)  # of the stacks
-  hf('extra_pos_embeddings', 0)
+  hf.passes('is_decoder')  # of the stacks
+  hf.passes('extra_pos_embeddings')
   layers = hf('encoder_layers', 12)
   hf.must(num_hidden_layers=layers)
   d_model = hf('d_model', 1024)

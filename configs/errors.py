@@ -28,8 +28,8 @@ def one_of(name: str, value: str, choices) -> None:
   if value not in choices:
     near = difflib.get_close_matches(str(value), list(choices), n=1)
     hint = f' Did you mean {near[0]!r}?' if near else ''
-    raise RequestError(
-        f'unknown {name} {value!r}: choose from {", ".join(choices)}.{hint}')
+    raise RequestError(f'unknown {name} {short(value)}: choose from '
+                       f'{", ".join(choices)}.{hint}')
 
 
 def require(condition: bool, sentence: str) -> None:

@@ -136,7 +136,9 @@ def _from_hf(source: pathlib.Path, partial: bool, seed: int):
   import architectures
   from training import hf_config, hf_files, hf_tokenizer, weights
   folder = source.parent if source.is_file() else source
-  model = hf_config.fields(hf_config.load(folder))
+  model, notes = hf_config.fields_and_notes(hf_config.load(folder))
+  for note in notes:
+    print(f'warning: {note}', file=sys.stderr)
   module = architectures.build(model)
   page, _ = architectures.ARCHITECTURES[model.arch]
   config = importlib.import_module(f'configs.{page}').get_config('tiny')

@@ -2,11 +2,13 @@
 
 A page's from_hf_config(hf) asks for each field that it honours, and says of
 others which value alone it knows. What is left must be a field that never
-changes what a model computes; any other is refused by name.
+changes what a model computes; any other is refused by name. The default with
+which a page asks for a field says of what type its value must be.
 """
 
+from collections.abc import Mapping
 import dataclasses
-import json
+import math
 import pathlib
 import re
 from typing import Any
@@ -18,7 +20,8 @@ import ml_collections
 import architectures
 from architectures.parts import routing
 from architectures.parts.config import ModelConfig
-from configs.errors import RequestError, one_of, require
+from configs.errors import one_of, require, short
+from training import hf_files
 
 # Fields by which text is generated: an export writes those of its import.
 GENERATION = re.compile('|'.join((
@@ -53,41 +56,62 @@ RUN_ONLY = re.compile('|'.join((
 
 class Reader:
   """config.json, which remembers what was asked of it. A null is a default,
-  and so is what the file leaves out."""
+  and so is what the file leaves out.
 
-  def __init__(self, tree: dict[str, Any], name: str = ''):
+  Attributes:
+    notes: sentences of the page on what the file says and this import does
+      not do.
+  """
+
+  def __init__(self, tree: Mapping[str, Any], name: str = ''):
+    self.notes = []
     self._tree = tree
     self._name = name
     self._asked = set()
     self._parts = []
 
   def __call__(self, name: str, default: Any) -> Any:
-    """Returns the field `name`, or transformers' default for it."""
+    """Returns the field `name`, or transformers' default for it.
+
+    Raises:
+      RequestError: if the field is of another type than the default, or a
+        number below 1 where the default is none.
+    """
     self._asked.add(name)
     value = self._tree.get(name)
-    return default if value is None else value
+    if value is None:
+      return default
+    return _typed(f'config.json has {self._full(name)}', value, default)
+
+  def passes(self, *names: str) -> None:
+    """Says that what these fields hold does not change the model."""
+    self._asked.update(names)
 
   def __bool__(self) -> bool:
     return bool(self._tree)
 
   def section(self, name: str) -> 'Reader':
     """Returns the object `name`, empty if there is none."""
-    part = Reader(self(name, {}), name)
+    part = Reader(self(name, {}), self._full(name))
     self._parts.append(part)
     return part
 
   def must(self, **only: Any) -> None:
-    """Raises ValueError where a field is not its default, which `only` has."""
+    """Raises RequestError where a field is not its default, which `only` has.
+    """
     for name, value in only.items():
-      found = self(name, value)
-      require(found == value, f'config.json has {self._name} {name} {found!r}:'
-              f' only {value!r} is known here')
+      self._asked.add(name)
+      found = self._tree.get(name)
+      require(found is None or (found == value and (
+          isinstance(found, bool) == isinstance(value, bool))),
+              f'config.json has {self._full(name)} {short(found)}: only '
+              f'{value!r} is known here')
 
   def choose(self, name: str, default: str, choices: dict[str, Any]) -> Any:
     """Returns what `choices` has for the field `name`."""
     found = self(name, default)
-    require(found in choices, f'config.json has {name} {found!r}: choose from '
-            f'{", ".join(choices)}')
+    require(found in choices, f'config.json has {self._full(name)} '
+            f'{short(found)}: choose from {", ".join(choices)}')
     return choices[found]
 
   @property
@@ -95,15 +119,47 @@ class Reader:
     return self('model_type', '')
 
   def finish(self) -> None:
-    """Raises ValueError for a field that was not asked for and may matter."""
+    """Raises RequestError for a field that was not asked for and may matter.
+    """
     left = {name: value for name, value in self._tree.items()
             if name not in self._asked and not NEUTRAL.fullmatch(name)
             and value is not None}
     for part in self._parts:
       part.finish()
+    more = f' and {len(left) - 9} more' if len(left) > 9 else ''
     require(not left, 'config.json has fields that this architecture does not '
-            f'know, {", ".join(f"{k} {v!r}" for k, v in left.items())}: '
-            'remove those that do not change what the model computes')
+            'know, ' + ', '.join(
+                f'{self._full(k) if k.isidentifier() else short(k)} {short(v)}'
+                for k, v in list(left.items())[:9])
+            + f'{more}: remove those that do not change what the model '
+            'computes')
+
+  def _full(self, name: str) -> str:
+    return f'{self._name}.{name}' if self._name else name
+
+
+# The types that a default stands for: (its type, in words, the test).
+MOST = 2**31 - 1  # what an index of 32 bits counts
+TYPES = (
+    (bool, 'true or false', lambda v: isinstance(v, bool)),
+    (int, f'an integer from 0 to {MOST}',
+     lambda v: type(v) is int and 0 <= v <= MOST),
+    (float, 'a number', lambda v: type(v) in (int, float) and (
+        abs(v) < 1e30 and math.isfinite(v))),
+    (str, 'a string', lambda v: isinstance(v, str)),
+    (dict, 'an object', lambda v: isinstance(v, dict)),
+)
+
+
+def _typed(what: str, value: Any, default: Any) -> Any:
+  """Returns a value of the type of `default`, or raises RequestError."""
+  kind, words, test = next(row for row in TYPES if type(default) is row[0])
+  require(test(value), f'{what} {short(value)}: it must be {words}')
+  if kind is float:
+    return float(value)
+  require(kind is not int or value or not default,
+          f'{what} {short(value)}: it must be 1 or more')
+  return value
 
 
 def pages() -> dict[str, str]:
@@ -122,8 +178,15 @@ def fields(tree: dict[str, Any]) -> ml_collections.ConfigDict:
   """Returns config.model as a config.json has it.
 
   Raises:
-    ValueError: naming what it has that no page honours.
+    RequestError: naming what it has that no page honours.
   """
+  return fields_and_notes(tree)[0]
+
+
+def fields_and_notes(tree: dict[str, Any]
+                     ) -> tuple[ml_collections.ConfigDict, list[str]]:
+  """Returns `fields`, and a sentence for each thing that the file says and an
+  import does not do."""
   hf = Reader(tree)
   known = pages()
   one_of('model_type of config.json', hf.model_type, known)
@@ -131,7 +194,7 @@ def fields(tree: dict[str, Any]) -> ml_collections.ConfigDict:
   hf.finish()
   model = base.base().model
   model.update(arch=known[hf.model_type], **found)
-  return model
+  return model, hf.notes
 
 
 def write(config: ModelConfig) -> dict[str, Any]:
@@ -208,9 +271,4 @@ def load(folder: pathlib.Path) -> dict[str, Any]:
   """Returns the config.json of `folder` as a dict."""
   path = folder / 'config.json'
   require(path.is_file(), f'{path} is missing: it says what the weights are')
-  try:
-    tree = json.loads(path.read_text())
-  except ValueError as error:
-    raise RequestError(f'{path} is damaged: {error}') from error
-  require(isinstance(tree, dict), f'{path} is damaged: it holds no object')
-  return tree
+  return hf_files.read_object(path)

@@ -2,6 +2,7 @@
 
 safetensors are mapped into memory, sharded ones through their index. A .bin
 is a pickle, from which PyTorch takes tensors and refuses code (weights_only).
+Whatever is wrong with a file is a RequestError that names it.
 """
 
 from collections.abc import Iterable, Iterator
@@ -16,7 +17,8 @@ import numpy as np
 from configs.errors import RequestError, require
 
 
-# As safetensors has them.
+# The types of weights that are read and written, and their names in
+# safetensors.
 DTYPES = {'float32': 'F32', 'bfloat16': 'BF16', 'float16': 'F16'}
 SAFE, BIN = 'model.safetensors', 'pytorch_model.bin'
 
@@ -59,6 +61,15 @@ class Files:
       return tuple(tensors[name].shape)
     return tuple(tensors.get_slice(name).get_shape())
 
+  def dtype(self, name: str) -> str:
+    """Returns a tensor's type: a name of numpy's, if it is one of DTYPES."""
+    file, tensors = self._holder(name)
+    if file.suffix == '.bin':
+      return str(tensors[name].dtype).removeprefix('torch.')
+    found = tensors.get_slice(name).get_dtype()
+    return next((ours for ours, theirs in DTYPES.items() if theirs == found),
+                found)
+
   def _holder(self, name: str):
     file = self._file_of[name]
     tensors = self._tensors(file)
@@ -90,11 +101,17 @@ def _open_bin(file):
         f'{file} is a pickle, which PyTorch reads: pip install '
         "'archetype[verify]', or have it as safetensors") from error
   try:
-    return torch.load(file, map_location='cpu', weights_only=True,
-                      mmap=zipfile.is_zipfile(file))
+    found = torch.load(file, map_location='cpu', weights_only=True,
+                       mmap=zipfile.is_zipfile(file))
   except Exception as error:  # torch raises several kinds of its own
+    said = str(error).splitlines() or [type(error).__name__]
     raise RequestError(f'{file} holds more than tensors, or is damaged: '
-                       f'{str(error).splitlines()[0]}') from error
+                       f'{said[0]}') from error
+  require(isinstance(found, dict) and all(
+      isinstance(name, str) and isinstance(x, torch.Tensor)
+      and x.layout == torch.strided for name, x in found.items()),
+          f'{file} is no table of tensors by name')
+  return found
 
 
 def _numpy(tensor) -> np.ndarray:
@@ -123,19 +140,36 @@ def _find(path: pathlib.Path):
 
 
 def _indexed(index: pathlib.Path):
-  try:
-    names = json.loads(index.read_text())['weight_map']
-  except (ValueError, KeyError, TypeError) as error:
-    raise RequestError(f'{index} is damaged: {error!r}') from error
+  names = read_object(index).get('weight_map')
+  require(isinstance(names, dict) and all(
+      isinstance(file, str) for file in names.values()),
+          f'{index} is damaged: it has no weight_map from names to files')
+  suffix = pathlib.Path(index.name.removesuffix('.index.json')).suffix
   by_file = {}
   for name, file in names.items():
     require(pathlib.PurePath(file).name == file,
             f'{index} names the file {file!r}: it must lie in that folder')
+    require(pathlib.PurePath(file).suffix == suffix,
+            f'{index} names the file {file!r}: it must be a {suffix}')
     by_file.setdefault(file, []).append(name)
   for file in by_file:
     require((index.parent / file).is_file(),
             f'{index.parent / file} is missing, though the index names it')
   return [(index.parent / file, found) for file, found in by_file.items()]
+
+
+def read_object(path) -> dict:
+  """Returns the object that a JSON file holds.
+
+  Raises:
+    RequestError: if it holds none.
+  """
+  try:
+    tree = json.loads(path.read_text())
+  except (ValueError, RecursionError) as error:
+    raise RequestError(f'{path} is damaged: {error}') from error
+  require(isinstance(tree, dict), f'{path} is damaged: it holds no object')
+  return tree
 
 
 class Kind(NamedTuple):

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import architectures
 from architectures.parts.config import ModelConfig
 from architectures.parts.encoder_decoder import EncoderDecoder
-from configs.errors import RequestError, require
-from training import hf_config, objectives, pairs, storage
+from configs.errors import require
+from training import hf_config, hf_files, objectives, pairs, storage
 
 KEPT = 'generation.json'  # in a workdir
 FILE = 'generation_config.json'  # in a Hugging Face folder
@@ -37,7 +37,8 @@ def of_folder(folder: pathlib.Path) -> Generation:
   fields = {name: value for name, value in hf_config.load(folder).items()
             if hf_config.GENERATION.fullmatch(name)}
   path = folder / FILE
-  return Generation(fields, _object(path) if path.is_file() else None)
+  return Generation(
+      fields, hf_files.read_object(path) if path.is_file() else None)
 
 
 def of_run(config, model: ModelConfig, tokenizer) -> Generation:
@@ -76,13 +77,9 @@ def keep(workdir, generation: Generation) -> None:
 def kept(workdir) -> Generation | None:
   """Returns what `keep` wrote; None in the workdir of any other run."""
   path = storage.path(workdir) / KEPT
-  return Generation(**_object(path)) if path.exists() else None
-
-
-def _object(path) -> dict[str, Any]:
-  try:
-    tree = json.loads(path.read_text())
-  except ValueError as error:
-    raise RequestError(f'{path} is damaged: {error}') from error
-  require(isinstance(tree, dict), f'{path} is damaged: it holds no object')
-  return tree
+  if not path.exists():
+    return None
+  tree = hf_files.read_object(path)
+  require(set(tree) == set(Generation._fields), f'{path} is damaged: it must '
+          f'have {" and ".join(Generation._fields)}')
+  return Generation(**tree)

@@ -100,22 +100,39 @@ def expand(rows: Sequence[tuple[str, str, str, str]],
     ValueError: naming the parameters for which the table has no row.
   """
   tensors = []
-  for ours, axes, theirs, their_axes in rows:
-    paths = _paths(ours)
-    for layer, block in _layers(paths[0], shapes):
-      placed = tuple(p.replace('/layers/', f'/layers/block_{block}/')
-                     for p in paths)
-      shape = shapes.get(placed[0])
-      if shape is None or len(shape) != len(axes) + (layer is not None):
-        continue
-      tensors += _one(axes, theirs, their_axes, placed, shape, layer, block,
-                      _period(paths[0], shapes))
+  for (ours, axes, theirs, their_axes), placed, layer, block in _placed(
+      rows, shapes):
+    tensors += _one(axes, theirs, their_axes, placed, shapes[placed[0]], layer,
+                    block, _period(_paths(ours)[0], shapes))
   covered = {path for tensor in tensors for path in tensor.paths}
   if bare := sorted(set(shapes) - covered):
     raise RequestError(
         f'no Hugging Face name for {", ".join(bare)}: this combination of '
         'parts is none that transformers has under this architecture')
   return tensors
+
+
+def count(rows: Sequence[tuple[str, str, str, str]],
+          shapes: Mapping[str, tuple[int, ...]]) -> int:
+  """Returns how many tensors `expand` has, without making them."""
+  return sum(
+      (shapes[placed[0]][0] if layer is not None else 1)
+      * (shapes[placed[0]][axes.index('E') + (layer is not None)]
+         if '{e}' in theirs else 1)
+      for (_, axes, theirs, _), placed, layer, _ in _placed(rows, shapes))
+
+
+def _placed(rows, shapes):
+  """Yields (row, paths, first layer or None, block) for each row of the table
+  and each block of the period in which it has a parameter."""
+  for row in rows:
+    paths = _paths(row[0])
+    for layer, block in _layers(paths[0], shapes):
+      placed = tuple(p.replace('/layers/', f'/layers/block_{block}/')
+                     for p in paths)
+      shape = shapes.get(placed[0])
+      if shape is not None and len(shape) == len(row[1]) + (layer is not None):
+        yield row, placed, layer, block
 
 
 def _one(axes, theirs, their_axes, paths, shape, layer, block, period):

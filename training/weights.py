@@ -114,8 +114,11 @@ def load(module: nn.Module, source: Mapping[str, np.ndarray], *, like=None,
   like = nn.meta.unbox(like or state_lib.abstract_params(module))
   shapes = {path: leaf.shape for path, leaf in paths.flatten(like).items()}
   names = _Names(page, source)
-  tensors = hf_names.expand(hf_names.rows(page, module.config), shapes)
+  rows = hf_names.rows(page, module.config)
+  _check_number(hf_names.count(rows, shapes), source, partial)
+  tensors = hf_names.expand(rows, shapes)
   fills: dict[str, list] = {path: [] for path in shapes}
+  names.check_types(tensors)
   skipped, bad = names.unused(tensors), set()
   for tensor in tensors:
     if wrong := names.wrong(tensor):
@@ -137,6 +140,15 @@ def load(module: nn.Module, source: Mapping[str, np.ndarray], *, like=None,
 
     params = jax.tree_util.tree_map_with_path(read, like)
   return Loaded(params, skipped)
+
+
+def _check_number(needed: int, source, partial: bool) -> None:
+  """Raises RequestError where the model has another size altogether than the
+  files, before each of its tensors is looked for."""
+  held = len(list(source))
+  require(partial or needed <= 2 * held + 100,
+          f'config.json is of a model of {needed:,} tensors, of which the '
+          f'files hold {held:,}')
 
 
 class _Names:
@@ -173,6 +185,16 @@ class _Names:
     if isinstance(self._source, hf_files.Files):  # without reading it
       return self._source.shape(name)
     return self._source[name].shape
+
+  def check_types(self, tensors) -> None:
+    """Raises RequestError naming a tensor that is no array of weights: one of
+    whole numbers, or of a type that a quantisation has left."""
+    for name in (self.find(tensor.name) for tensor in tensors):
+      if name in self._source:
+        found = (self._source.dtype(name) if isinstance(
+            self._source, hf_files.Files) else self._source[name].dtype.name)
+        require(found in hf_files.DTYPES, f'{name} is of type {found}: weights '
+                f'are read from {", ".join(hf_files.DTYPES)}')
 
   def wrong(self, tensor: hf_names.Tensor) -> str:
     """Returns what stands against reading `tensor`, or ''."""
@@ -226,10 +248,18 @@ def _shard(dtype, ranges, fills, names: _Names) -> np.ndarray:
     lead = len(tensor.index)
     if all(a <= i < b for i, (a, b) in zip(tensor.index, ranges)):
       place = tuple(i - a for i, (a, _) in zip(tensor.index, ranges))
-      shard[place] = tensor.part(
-          functools.partial(names.cut, tensor.name), which,
-          dict(zip(tensor.ours, ranges[lead:])))
+      part = tensor.part(functools.partial(names.cut, tensor.name), which,
+                         dict(zip(tensor.ours, ranges[lead:])))
+      require(np.isfinite(_largest(part)), f'{names.find(tensor.name)} has a '
+              'value that is no finite number')
+      shard[place] = part
   return shard
+
+
+def _largest(x: np.ndarray) -> float:
+  """The largest |value|, NaN where one is NaN, without a copy of `x`."""
+  with np.errstate(invalid='ignore'):  # NumPy's warning of a NaN
+    return float(max(x.max(), -x.min(), key=abs)) if x.size else 0.0
 
 
 def draw(module, like, wanted, seed: int) -> dict[str, jax.Array]:
@@ -270,11 +300,19 @@ def to_hf(module: nn.Module, params, folder, *, dtype: str = '',
   page = architectures.page(config.arch)
   tensors = hf_names.expand(hf_names.rows(page, config),
                             {path: leaf.shape for path, leaf in flat.items()})
-  folder = pathlib.Path(folder)
-  folder.mkdir(parents=True, exist_ok=True)
   kinds = {tensor.name: hf_files.Kind(
       tensor.shape, np.dtype(dtype or flat[tensor.paths[0]].dtype))
            for tensor in tensors}
+  for tensor in tensors:
+    most = float(jnp.finfo(kinds[tensor.name].dtype).max)
+    largest = _largest(_theirs(tensor, flat))
+    require(np.isfinite(largest), f'{" and ".join(tensor.paths)} has a value '
+            'that is no finite number: export another step')
+    require(largest <= most, f'{" and ".join(tensor.paths)} has the value '
+            f'{largest:g}, and {kinds[tensor.name].dtype.name} ends at '
+            f'{most:g}: export it as another --dtype')
+  folder = pathlib.Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
   hf_files.write(
       folder, kinds,
       ((t.name, _theirs(t, flat).astype(kinds[t.name].dtype, copy=False))
