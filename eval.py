@@ -68,6 +68,8 @@ def main():
   config = runs.for_this_machine(config)
   if args.text:
     config.data.eval_source = args.text
+  for task in tasks.values():
+    task.check(args, config, workdir)
   tokenizer = tokenizers.load(config.data.tokenizer)
   model, _ = runs.resolve(config, tokenizer)
   run = runs.start(config, model)
@@ -82,7 +84,7 @@ def main():
                                 tokenizer, args, workdir)
   with run.context():
     for name, task in tasks.items():
-      figures[name] = task(evaluation)
+      figures[name] = task.run(evaluation)
   if json_file:
     storage.write(json_file, json.dumps(figures, indent=2) + '\n')
 

@@ -224,11 +224,11 @@ def test_sequence_accuracy_is_of_whole_targets(objective, monkeypatch):
   run = types.SimpleNamespace(config=config, module=None)
   asked = types.SimpleNamespace(run=run, params=None, tokenizer=TOKENIZER)
   rows = int(batch['weights'].any(1).sum())
-  assert evals.task('exact')(asked) == dict(
+  assert evals.task('exact').run(asked) == dict(
       exact=-(-rows // 2) / rows, targets=rows)
   config.objective = 'causal'
   with pytest.raises(ValueError, match='leave exact out'):
-    evals.task('exact')(asked)
+    evals.task('exact').check(None, config, None)
 
 
 def test_help_names_every_task():

@@ -46,7 +46,7 @@ def write(root, points, match='', states=None):
   config.train.steps, config.optim.warmup_steps = STEPS, 20
   description = dict(
       name='synthetic', file='configs/sweeps/synthetic.py', match=match,
-      paired=True, base=points[0]['name'],
+      match_field='', paired=True, base=points[0]['name'],
       base_config=run_config.to_json(config), points=rows)
   layout.save(root, description)
   with ledger_lib.Ledger(root) as ledger:

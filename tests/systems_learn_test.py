@@ -73,7 +73,7 @@ def test_a_system_learns_and_is_judged(system, tmp_path):
   assert MEASURES['all'] | MEASURES.get(system, set()) <= held_out.keys()
   with evaluation.run.context():
     for name in MORE.get(system, ()):
-      figures = evals.task(name)(evaluation)
+      figures = evals.task(name).run(evaluation)
       CHECKS[name](figures, config)
 
 

@@ -239,8 +239,8 @@ def test_eval_reports_and_samples(straight, texts):
     (['--tasks=los'], ["'los'", 'loss']),
     (['--text=text:none/*.txt'], ['text:none/*.txt', 'matches no file']),
     (['--samples=1', '--top_p=2'], ['top_p is 2']),
-    (['--samples=0'], ['--samples is 0']),
-    (['--samples=1', '--max_new_tokens=-5'], ['--max_new_tokens is -5']),
+    (['--samples=0'], ['--samples=0', 'range [1, 10000]']),
+    (['--samples=1', '--max_new_tokens=-5'], ['_tokens=-5', 'range [0, ']),
     (['--samples=1', '--prompt=' + 'x' * 40], ['32 positions']),
 ])
 def test_a_wrong_eval_is_one_sentence(straight, flags, parts):

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from configs.errors import RequestError
-from training import storage
+from training import schema, storage
 
 
 class JsonlWriter:
@@ -131,6 +131,8 @@ class UploadWriter:
 
 
 METRICS = 'metrics.jsonl'
+ROW = {'step': int, 'split': str, 'loss': schema.MAYBE}
+FIGURES = {'step_seconds', 'runs_at_once'}  # more that tools calculate with
 UPLOAD_SECONDS = 60
 EXTRAS = ('tensorboard', 'wandb')
 
@@ -171,12 +173,23 @@ def writers(workdir, config: Mapping[str, Any], resumed_step: int = 0,
 
 
 def read(path) -> list[dict[str, Any]]:
-  """Returns the rows of a metrics.jsonl, less a line that a kill cut short."""
+  """Returns the rows of a metrics.jsonl, less a last line that a kill cut
+  short, or that is being written.
+
+  Raises:
+    RequestError: for a line that is no row.
+  """
+  lines = pathlib.Path(path).read_bytes().splitlines(keepends=True)
+  if lines and (not lines[-1].endswith(b'\n') or _parse(lines[-1]) is None):
+    lines.pop()
   rows = []
-  for line in pathlib.Path(path).read_bytes().splitlines():
-    row = _parse(line)
-    if row is not None:
-      rows.append(row)
+  for number, line in enumerate(lines, 1):
+    who = f'{path}, line {number},'
+    row = schema.parse(line, who)
+    schema.check(row, ROW, who)
+    for name in FIGURES & row.keys():
+      schema.check(row[name], schema.MAYBE, f'{who} {name}')
+    rows.append(row)
   return rows
 
 
@@ -245,6 +258,7 @@ def _drop_after(path: pathlib.Path, step: int) -> None:
 def _parse(line: bytes) -> dict[str, Any] | None:
   try:
     row = json.loads(line)
-  except ValueError:  # cut short: UnicodeDecodeError, JSONDecodeError
+  except (ValueError, RecursionError):  # cut short, or damaged
     return None
-  return row if isinstance(row, dict) and 'step' in row else None
+  return row if isinstance(row, dict) and type(
+      row.get('step')) is int else None

@@ -15,7 +15,7 @@ import ml_collections
 
 from configs import base
 from configs.errors import RequestError, require, short
-from training import config_files, restoring, storage
+from training import config_files, restoring, schema, storage
 
 SAFE = 'safe'
 OPTIMISATION = 'changes the optimisation'
@@ -23,6 +23,9 @@ INCOMPATIBLE = 'incompatible'
 
 
 def _steps(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, str]:
+  read = ('optim.schedule', 'optim.decay_steps')
+  if any(name not in fields for fields in (old, new) for name in read):
+    return OPTIMISATION, 'the schedule may depend on the last step'
   schedules = old['optim.schedule'], new['optim.schedule']
   if all(name in ('constant', 'rsqrt') for name in schedules):
     return SAFE, 'this schedule does not depend on the last step'
@@ -126,7 +129,7 @@ def load(workdir) -> ml_collections.ConfigDict:
 
 
 def load_derived(workdir) -> dict[str, Any]:
-  return {name: _tuples(value)
+  return {name: tuples(value)
           for name, value in _load(workdir)[_DERIVED].items()}
 
 
@@ -223,7 +226,31 @@ def to_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 def from_json(tree: Mapping[str, Any]) -> ml_collections.ConfigDict:
   """Returns the config, locked, as config_flags locks what it parses."""
-  return ml_collections.ConfigDict(_tuples(tree)).lock()
+  return ml_collections.ConfigDict(tuples(tree)).lock()
+
+
+def filled(config: ml_collections.ConfigDict) -> list[str]:
+  """Gives a run's config the fields that were added to configs/base.py after it
+  was written, at their defaults; returns their dotted names."""
+  added = []
+
+  def fill(old, new, prefix):
+    for name in new:
+      if name not in old:
+        added.append(prefix + name)
+        old[name] = new[name]
+      elif isinstance(new[name], ml_collections.ConfigDict):
+        fill(old[name], new[name], f'{prefix}{name}.')
+
+  with config.unlocked():
+    fill(config, base.base(), '')
+  return added
+
+
+def check_fields(tree: Mapping[str, Any], who: str) -> None:
+  """Raises RequestError for a field of another type than it has by now. One
+  that is missing is newer than the run, one that is not expected is older."""
+  _check_group(tree, base.base(), who)
 
 
 def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -254,18 +281,14 @@ def _load(workdir) -> dict[str, Any]:
   path = file(workdir)
   require(path.exists(), f'{path} is missing: no run was started in this '
           'workdir')
-  try:
-    tree = _tuples(json.loads(path.read_text()))
-  except (ValueError, RecursionError) as error:
-    raise RequestError(f'{path} is damaged: {error}') from error
+  tree = tuples(schema.parse(path.read_bytes(), str(path)))
   require(isinstance(tree, dict) and _DERIVED in tree,
           f'{path} is damaged: it has no {_DERIVED!r}')
   require(isinstance(tree[_DERIVED], dict),
           f'{path} is damaged: {_DERIVED!r} is no group of fields')
-  defaults = base.base()
-  _check_group({k: v for k, v in tree.items() if k != _DERIVED}, defaults,
+  check_fields({k: v for k, v in tree.items() if k != _DERIVED},
                f'{path} is damaged: ')
-  known = flatten(defaults)
+  known = flatten(base.base())
   for name, value in tree[_DERIVED].items():
     if name in known:
       config_files.check_type(
@@ -274,8 +297,6 @@ def _load(workdir) -> dict[str, Any]:
 
 
 def _check_group(group: Mapping, expected: Mapping, who: str) -> None:
-  """Raises RequestError for a field of another type than it has now. One that
-  is missing is newer than the run, one that is not expected is older."""
   for name, value in group.items():
     require(re.fullmatch(r'\w+', name) is not None,
             f'{who}{short(name)} is no name of a field')
@@ -285,12 +306,12 @@ def _check_group(group: Mapping, expected: Mapping, who: str) -> None:
         _check_group(value, expected[name], f'{who}{name}.')
 
 
-def _tuples(value):
-  """Sequences in a config are tuples; JSON knows lists only."""
+def tuples(value):
+  """Returns a value out of JSON with tuples for its lists, as configs have."""
   if isinstance(value, (list, tuple)):
-    return tuple(_tuples(item) for item in value)
+    return tuple(tuples(item) for item in value)
   if isinstance(value, dict):
-    return {name: _tuples(item) for name, item in value.items()}
+    return {name: tuples(item) for name, item in value.items()}
   return value
 
 

@@ -14,7 +14,6 @@ import ml_collections
 import architectures
 from architectures.parts import grouped_kernels, kernels, sharding
 from architectures.parts.config import ModelConfig
-from configs import base
 from configs import sharding as tables
 from configs.errors import RequestError, one_of, require
 from training import checkpoints, devices, limits, metrics, mup, optimizers
@@ -267,17 +266,8 @@ def with_new_fields(config: ml_collections.ConfigDict
                     ) -> ml_collections.ConfigDict:
   """Returns a run's config with the fields that were added to configs/base.py
   after it was written, at their defaults."""
-  full = base.base()
-
-  def fill(old, new, prefix):
-    for name in new:
-      if name not in old:
-        print(f'config field {prefix}{name} is newer than this run: '
-              f'taken as {new[name]!r}')
-        old[name] = new[name]
-      elif isinstance(new[name], ml_collections.ConfigDict):
-        fill(old[name], new[name], f'{prefix}{name}.')
-
-  with config.unlocked():
-    fill(config, full, '')
+  for name in run_config.filled(config):
+    print(f'config field {name} is newer than this run: taken as '
+          f'{limits.get(config, name)!r}')
+  limits.ranges(config)
   return config

@@ -15,7 +15,7 @@ def flags(changes: Mapping[str, Any]) -> list[str]:
 
 def train(description: dict, workdir, point: str, seed: int) -> list[str]:
   """Returns the words that train one run, from `train.py` on."""
-  row = next(p for p in description['points'] if p['name'] == point)
+  row = layout.row_of(description, point)
   return ['train.py', '--config', description['file'], '--workdir',
           str(layout.run_folder(workdir, point, seed)),
           *flags(row['changes']), f'--config.seed={seed}']

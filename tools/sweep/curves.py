@@ -7,7 +7,6 @@ W/points/NAME/seed-S are plain workdirs.
 from collections.abc import Mapping
 import dataclasses
 import functools
-import json
 import sys
 from typing import Any
 
@@ -201,12 +200,15 @@ def _run(workdir, description, point: str, seed: int, state: str, error: str
   started = (folder / 'config.json').exists()
   file = folder / 'metrics.jsonl'
   evaluations = {}
-  path = folder / 'eval.json'
-  if path.exists() and layout.is_evaluated(folder, []):  # whole, that is
-    evaluations = json.loads(path.read_text())
+  if (folder / 'eval.json').exists():
+    evaluations = layout.evaluation(folder)
+  config = {}
+  if started:
+    loaded = run_config.load(folder)
+    run_config.filled(loaded)
+    config = run_config.flatten(loaded)
   return Run(
-      seed, state, error,
-      run_config.flatten(run_config.load(folder)) if started else {},
+      seed, state, error, config,
       tuple(metrics.read(file)) if file.exists() else (), evaluations,
       tuple(layout.differing(description, workdir, point, seed))
       if started else ())

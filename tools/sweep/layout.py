@@ -7,7 +7,21 @@ import tempfile
 
 from configs.errors import RequestError, require
 from tools.sweep import spec
-from training import storage
+from training import schema, storage
+
+
+# What is read of a point, of sweep.json, and of the evaluations.
+POINT = {
+    'name': str, 'changes': schema.Each((int, float, str, bool, list)),
+    'matched': [str], 'params': int, 'active_params': int,
+    'flops_per_token': schema.NUMBER, 'tokens': schema.NUMBER,
+    'seeds': [int]}
+DESCRIPTION = {
+    'name': str, 'file': str, 'match': str, 'match_field': str, 'base': str,
+    'base_config': {}, 'paired': bool, 'points': [POINT]}
+EXTRAPOLATION = {
+    'length': int, 'curves': schema.Each(schema.Each((list, type(None)),
+                                                     '[0-9]{1,9}'))}
 
 
 def try_folder(workdir) -> None:
@@ -50,11 +64,44 @@ def load(workdir, file: str = '') -> dict:
   if not path.is_file():
     raise RequestError(f'{path} is missing: no sweep was checked or run in '
                        'this workdir')
-  description = json.loads(path.read_text())
+  description = schema.parse(path.read_bytes(), str(path))
+  _check(description, str(path))
   if file and file != description['file']:
     raise RequestError(f'{workdir} holds the sweep {description["file"]}, not '
                        f'{file}: leave the file out or name another --workdir')
   return description
+
+
+def _check(description: dict, who: str) -> None:
+  """Raises RequestError for what is no description of a sweep; fills in config
+  fields that are newer than it."""
+  schema.check(description, DESCRIPTION, who)
+  points = {row['name'] for row in description['points']}
+  require(len(points) == len(description['points']),
+          f'{who} is damaged: two points have one name')
+  require(description['base'] in points, f'{who} is damaged: its base '
+          f'{description["base"]!r} is none of its points')
+  from training import limits, run_config
+  tree = run_config.tuples(description['base_config'])
+  run_config.check_fields(tree, f'{who} is damaged: base_config: ')
+  base = run_config.from_json(tree)
+  run_config.filled(base)
+  limits.ranges(base)
+  description['base_config'] = run_config.to_json(base)
+  for row in description['points']:
+    parts = pathlib.PurePath(row['name']).parts
+    require(parts and '..' not in parts and parts[0] != '/',
+            f'{who} is damaged: a point is called {row["name"]!r}')
+    spec.changed(base, row['changes'], f'{who}, point {row["name"]!r},')
+
+
+def row_of(description: dict, point: str) -> dict:
+  """Returns what sweep.json says of a point; RequestError where it has none,
+  which a ledger of another sweep may name."""
+  rows = [row for row in description['points'] if row['name'] == point]
+  require(rows, f'sweep.json has no point {point!r}, which the ledger has: '
+          'they are of different sweeps')
+  return rows[0]
 
 
 def config(description: dict, point: str, seed: int):
@@ -62,7 +109,7 @@ def config(description: dict, point: str, seed: int):
   file says by now."""
   from training import run_config
   base = run_config.from_json(description['base_config'])
-  row = next(p for p in description['points'] if p['name'] == point)
+  row = row_of(description, point)
   return spec.changed(base, {**row['changes'], 'seed': seed},
                       f'point {point!r}')
 
@@ -88,15 +135,8 @@ def metrics(folder: pathlib.Path, split: str) -> list[dict]:
   path = folder / 'metrics.jsonl'
   if not path.is_file():
     return []
-  rows = []
-  for line in path.read_text().splitlines():
-    try:
-      row = json.loads(line)
-    except ValueError:  # it is being written
-      continue
-    if row['split'] == split:
-      rows.append(row)
-  return rows
+  from training import metrics as metrics_lib
+  return [row for row in metrics_lib.read(path) if row['split'] == split]
 
 
 def is_trained(folder: pathlib.Path, steps: int) -> bool:
@@ -105,16 +145,28 @@ def is_trained(folder: pathlib.Path, steps: int) -> bool:
       row['step'] == steps for row in metrics(folder, 'train'))
 
 
+def evaluation(folder: pathlib.Path) -> dict:
+  """Returns what a run's eval.json holds, which was written in one piece.
+
+  Raises:
+    RequestError: where it is damaged.
+  """
+  path = folder / 'eval.json'
+  who = f'{path} (which can be removed: the evaluation is then done again)'
+  figures = schema.parse(path.read_bytes(), who)
+  schema.check(figures, {}, who)
+  if 'extrapolation' in figures:
+    schema.check(figures['extrapolation'], EXTRAPOLATION,
+                 f'{path}: extrapolation')
+  return figures
+
+
 def is_evaluated(folder: pathlib.Path, tasks: list[str]) -> bool:
   """Whether eval.json holds every task."""
   path = folder / 'eval.json'
   if not path.is_file():
     return not tasks
-  try:
-    figures = json.loads(path.read_text())
-  except ValueError:  # a kill in the middle of writing
-    return False
-  return set(tasks) <= set(figures)
+  return set(tasks) <= set(evaluation(folder))
 
 
 def log(folder: pathlib.Path, line: str) -> None:

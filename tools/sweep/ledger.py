@@ -14,9 +14,10 @@ import contextlib
 import os
 import pathlib
 import socket
-import sqlite3
 import time
 from typing import NamedTuple
+
+from tools.sweep import database
 
 PENDING, RUNNING, OWED = 'pending', 'running', 'owed'
 EVALUATING, DONE, FAILED = 'evaluating', 'done', 'failed'
@@ -83,15 +84,14 @@ class Ledger:
   def __init__(self, workdir):
     path = pathlib.Path(workdir) / 'ledger.sqlite'
     path.parent.mkdir(parents=True, exist_ok=True)
-    self._db = sqlite3.connect(path, timeout=BUSY_SECONDS,
-                               isolation_level=None)
+    self._db = database.Database(path, BUSY_SECONDS)
     with self.transaction():
       for statement in SCHEMA.split(';\n'):
-        self._db.execute(statement)
-      columns = {row[1] for row in self._db.execute('PRAGMA table_info(runs)')}
+        self._db.change(statement)
+      columns = {row[1] for row in self._db.rows('PRAGMA table_info(runs)')}
       for name, kind in LATER.items():
         if name not in columns:
-          self._db.execute(f'ALTER TABLE runs ADD COLUMN {name} {kind}')
+          self._db.change(f'ALTER TABLE runs ADD COLUMN {name} {kind}')
 
   def __enter__(self) -> 'Ledger':
     return self
@@ -102,8 +102,7 @@ class Ledger:
   @contextlib.contextmanager
   def transaction(self):
     """All inside happens at once, or not at all, and one such at a time."""
-    with self._db:  # commits, or takes back
-      self._db.execute('BEGIN IMMEDIATE')
+    with self._db.transaction():
       yield
 
   def add(self, rows: Iterable[tuple[str, int, Sequence[str]]]) -> None:
@@ -112,10 +111,10 @@ class Ledger:
     with self.transaction():
       for point, seed, tasks in rows:
         tasks = ','.join(tasks)
-        self._db.execute(
+        self._db.change(
             'INSERT OR IGNORE INTO runs (point, seed, tasks) VALUES (?, ?, ?)',
             (point, seed, tasks))
-        self._db.execute(
+        self._db.change(
             'UPDATE runs SET tasks = ?, state = CASE WHEN state = ? AND ? '
             'THEN ? ELSE state END WHERE point = ? AND seed = ? '
             'AND tasks != ?',
@@ -124,16 +123,24 @@ class Ledger:
   def runs(self, state: str = '') -> list[Run]:
     """Every run, or those in one state, by seed and then in file order."""
     where, values = (' WHERE state = ?', (state,)) if state else ('', ())
-    rows = self._db.execute(
+    rows = self._db.rows(
         f'SELECT {", ".join(Run._fields)} FROM runs{where} ORDER BY seed, id',
         values)
-    return [Run(*row) for row in rows]
+    return [self._checked(Run(*row)) for row in rows]
+
+  def _checked(self, run: Run) -> Run:
+    """Raises RequestError for a row that this program cannot have written."""
+    for name, value in run._asdict().items():
+      if not isinstance(value, Run.__annotations__[name]) or (
+          name == 'state' and value not in STATES):
+        raise self._db.damaged(f'{name} of a run is {value!r}')
+    return run
 
   def register(self, now: float | None = None) -> str:
     """Adds this process as a runner; returns its name."""
     host, pid, born = _host(), os.getpid(), _born(os.getpid())
     name = f'{host}:{pid}:{born}'
-    self._db.execute('INSERT OR REPLACE INTO runners VALUES (?, ?, ?, ?, ?)',
+    self._db.change('INSERT OR REPLACE INTO runners VALUES (?, ?, ?, ?, ?)',
                      (name, host, pid, born, _now(now)))
     return name
 
@@ -148,11 +155,11 @@ class Ledger:
       now: tests' own clock.
     """
     marks = ', '.join('?' * len(ids))
-    rows = self._db.execute(
+    rows = self._db.rows(
         f'UPDATE runs SET state = ?, runner = ?, started = ?, ended = NULL, '
         f"error = '', attempts = attempts + 1 "
         f'WHERE state = ? AND id IN ({marks}) RETURNING id',
-        (CLAIMED[state], runner, _now(now), state, *ids)).fetchall()
+        (CLAIMED[state], runner, _now(now), state, *ids))
     return sorted(row[0] for row in rows)
 
   def settle(self, id: int, runner: str, state: str, error: str = '',
@@ -167,55 +174,56 @@ class Ledger:
       alone: it trains beside no other from now on.
       now: tests' own clock.
     """
-    return self._db.execute(
+    return self._db.change(
         "UPDATE runs SET state = ?, error = ?, ended = ?, runner = '', "
         'alone = max(alone, ?), seconds = seconds + ? - started '
         'WHERE id = ? AND runner = ?',
-        (state, error, _now(now), alone, _now(now), id, runner)).rowcount == 1
+        (state, error, _now(now), alone, _now(now), id, runner)) == 1
 
   def tasks(self, id: int) -> list[str]:
     """Returns what a run owes by now: tasks may have come since its claim."""
-    told, = self._db.execute('SELECT tasks FROM runs WHERE id = ?',
-                             (id,)).fetchone()
+    told, = self._db.rows('SELECT tasks FROM runs WHERE id = ?', (id,))[0]
     return told.split(',') if told else []
 
   def adopt(self, id: int, old: str, new: str, error: str = '') -> bool:
     """Moves a run that nobody holds from one state to another."""
-    return self._db.execute(
+    return self._db.change(
         'UPDATE runs SET state = ?, error = ? WHERE id = ? AND state = ?',
-        (new, error, id, old)).rowcount == 1
+        (new, error, id, old)) == 1
 
   def beat(self, runner: str, now: float | None = None) -> set[int]:
     """Says that the runner lives; returns the runs that are still its own."""
-    self._db.execute('UPDATE runners SET heartbeat = ? WHERE name = ?',
+    self._db.change('UPDATE runners SET heartbeat = ? WHERE name = ?',
                      (_now(now), runner))
-    rows = self._db.execute(
-        'SELECT id FROM runs WHERE runner = ?', (runner,)).fetchall()
+    rows = self._db.rows(
+        'SELECT id FROM runs WHERE runner = ?', (runner,))
     return {row[0] for row in rows}
 
   def recover(self, now: float | None = None) -> list[str]:
     """Frees what dead runners hold; returns 'point, seed S' of each run."""
-    rows = self._db.execute(
+    rows = self._db.rows(
         "SELECT name, host, pid, born, heartbeat FROM runners WHERE name IN "
-        "(SELECT DISTINCT runner FROM runs WHERE runner != '')").fetchall()
+        "(SELECT DISTINCT runner FROM runs WHERE runner != '')")
     freed = []
     for name, host, pid, born, heartbeat in rows:
+      if not isinstance(heartbeat, int | float):
+        raise self._db.damaged(f'the heartbeat of a runner is {heartbeat!r}')
       if _alive(host, pid, born, _now(now) - heartbeat):
         continue
       for claimed, state in ((b, a) for a, b in CLAIMED.items()):
-        freed += self._db.execute(
+        freed += self._db.rows(
             "UPDATE runs SET state = ?, runner = '' WHERE runner = ? "
             'AND state = ? RETURNING point, seed',
-            (state, name, claimed)).fetchall()
+            (state, name, claimed))
     return [f'{point}, seed {seed}' for point, seed in freed]
 
   def doubtful(self, now: float | None = None) -> list[str]:
     """Returns 'point, seed S' of the runs that runners of other hosts hold
     which have missed three heartbeats: alive or dead, nobody knows yet."""
-    rows = self._db.execute(
+    rows = self._db.rows(
         'SELECT point, seed FROM runs JOIN runners ON runner = name '
         'WHERE host != ? AND heartbeat <= ? ORDER BY runs.id',
-        (_host(), _now(now) - SILENT_SECONDS)).fetchall()
+        (_host(), _now(now) - SILENT_SECONDS))
     return [f'{point}, seed {seed}' for point, seed in rows]
 
 

@@ -168,11 +168,15 @@ def health_table(sweep: Sweep) -> Table:
       continue
     cells = []
     for name in HEALTH:
-      values = [np.mean(f[name]) for f in figures if name in f]
+      values = [_mean(f[name]) for f in figures if name in f]
       mean = float(np.mean(values)) if values else math.nan
       cells.append(Cell(f'{mean:.4f}', mean) if values else Cell('n/a'))
     rows.append((Cell(point.name, point.name), *cells))
   return Table((('variant', ''), *((h, n) for n, h in HEALTH.items())), rows)
+
+
+def _mean(figure) -> float:
+  return float(np.mean(np.asarray(figure, float)))  # null is not finite: NaN
 
 
 def _last_health(run: curves.Run) -> dict:
@@ -229,7 +233,7 @@ def health_curve(point: Point, name: str) -> curves.Curve | None:
   """
   steps, values = None, []
   for seed in point.finals:
-    by_step = {r['step']: float(np.mean(r[name]))
+    by_step = {r['step']: _mean(r[name])
                for r in point.runs[seed].rows
                if r['split'] == 'train' and name in r}
     steps = set(by_step) if steps is None else steps & set(by_step)

@@ -4,14 +4,16 @@ A task takes an Evaluation and returns figures: a dict of numbers, lists and
 strings that go into --json, after it has printed them for a reader.
 """
 
-from collections.abc import Callable
 import dataclasses
 import importlib
+import importlib.util
+import types
 from typing import Any
 
 from etils import epath
 
-from configs.errors import one_of
+from configs.errors import one_of, require
+from training import storage
 
 
 
@@ -34,7 +36,8 @@ class Evaluation:
   workdir: epath.Path
 
 
-# name: the module whose run(evaluation) does it.
+# name: the module whose run(evaluation) does it, and whose check(options,
+# config, workdir) raises RequestError for what it could not do.
 TASKS = {
     'exact': 'training.evals.exact',
     'extrapolation': 'training.evals.extrapolation',
@@ -45,7 +48,14 @@ TASKS = {
 }
 
 
-def task(name: str) -> Callable[[Evaluation], dict]:
-  """Returns the task `name`; ValueError for one that is not there."""
+def task(name: str) -> types.ModuleType:
+  """Returns the module of the task `name`; RequestError where there is none."""
   one_of('--tasks', name, TASKS)
-  return importlib.import_module(TASKS[name]).run
+  return importlib.import_module(TASKS[name])
+
+
+def needs_plot(file: epath.Path) -> None:
+  """Raises RequestError where a picture could not be drawn or written."""
+  require(importlib.util.find_spec('matplotlib') is not None, 'the picture '
+          "needs matplotlib: pip install -e '.[plot]'")
+  storage.try_file(file, '--workdir')

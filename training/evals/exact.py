@@ -12,20 +12,23 @@ from training import pairs
 from training import progress
 
 
+def check(options, config, workdir, task: str = 'exact') -> None:
+  require(config.objective in ('seq2seq', 'span'),
+          f'objective {config.objective!r} has no targets to write: leave '
+          f'{task} out of --tasks')
+
+
 def run(evaluation) -> dict:
   """Writes the targets of eval.batches batches, greedily."""
-  found = written(evaluation, 'exact')
+  found = written(evaluation)
   share = float(np.mean([same for _, _, same in found]))
   print(f'{len(found)} held-out targets: exact {share:.4f}')
   return dict(exact=share, targets=len(found))
 
 
-def written(evaluation, task: str) -> list[tuple]:
+def written(evaluation) -> list[tuple]:
   """Returns what `translate` does of the held-out rows."""
   run, config = evaluation.run, evaluation.run.config
-  require(config.objective in ('seq2seq', 'span'),
-          f'objective {config.objective!r} has no targets to write: leave '
-          f'{task} out of --tasks')
   loader = data.load(config, evaluation.tokenizer, 'eval')
   found = []
   batches = min(config.eval.batches or loader.num_batches, loader.num_batches)

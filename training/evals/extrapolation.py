@@ -15,23 +15,29 @@ import numpy as np
 
 import architectures
 from architectures.parts.config import ROPE_SCALINGS
-from configs.errors import RequestError, require
+from configs.errors import require
 from training import data
 from training import devices
+from training import evals
 from training import losses
 from training import objectives
 from training import progress
 
+FILE = 'extrapolation.png'
 MULTIPLES = (1, 2, 4, 8)
 TOKENS = 2 ** 17  # at each length, at least
 BUCKETS = 8  # of the positions of the longest, in the table
 
 
+def check(options, config, workdir) -> None:
+  require(config.objective == 'causal', f'objective {config.objective!r}: '
+          'extrapolation is measured for next-token prediction')
+  evals.needs_plot(workdir / FILE)
+
+
 def run(evaluation) -> dict:
   """Prints the table; writes extrapolation.png into the workdir."""
   config = evaluation.run.config
-  require(config.objective == 'causal', f'objective {config.objective!r}: '
-          'extrapolation is measured for next-token prediction')
   length = config.data.length
   curves = {}
   for multiple in MULTIPLES:
@@ -41,7 +47,7 @@ def run(evaluation) -> dict:
       curves.setdefault(name, {})[multiple] = None if model is None else (
           _by_position(evaluation, model, batches))
   print(table(curves, length))
-  path = evaluation.workdir / 'extrapolation.png'
+  path = evaluation.workdir / FILE
   plot(curves, length, path)
   print(f'loss by position: {path}')
   return {'length': length, 'curves': {
@@ -132,11 +138,7 @@ def _mean(curve) -> str:
 
 def plot(curves: dict, length: int, path) -> None:
   """Draws the loss by position at the longest length that each one takes."""
-  try:
-    import matplotlib
-  except ImportError as error:
-    raise RequestError("the picture needs matplotlib: pip install -e '.[plot]'"
-                       ) from error
+  import matplotlib
   matplotlib.use('Agg')
   from matplotlib import pyplot
   figure, axes = pyplot.subplots(figsize=(8, 4.5), layout='constrained')

@@ -4,12 +4,14 @@ import jax
 import numpy as np
 
 from architectures.parts import health
-from configs.errors import RequestError, require
+from configs.errors import require
 from training import data
 from training import devices
+from training import evals
 from training import objectives
 from training import progress
 
+FILE = 'routing.png'
 BATCHES = 16
 # What the table shows, and its heading; parts/health.py says what each means.
 COLUMNS = {
@@ -21,11 +23,15 @@ COLUMNS = {
 }
 
 
+def check(options, config, workdir) -> None:
+  require(config.model.ffn == 'moe', f'model.ffn is {config.model.ffn!r}: '
+          'routing is evaluated for a mixture of experts')
+  evals.needs_plot(workdir / FILE)
+
+
 def run(evaluation) -> dict:
   """Prints the table; writes routing.png into the workdir."""
   run_, config = evaluation.run, evaluation.run.config
-  require(run_.model.ffn == 'moe', f'model.ffn is {run_.model.ffn!r}: routing '
-          'is evaluated for a mixture of experts')
   objective = objectives.OBJECTIVES[config.objective]
   index, count = devices.batch_shard(run_.place, config.data.batch_size)
   loader = data.load(config, evaluation.tokenizer, 'eval', index, count)
@@ -44,7 +50,7 @@ def run(evaluation) -> dict:
   over = {name: np.asarray(x)
           for name, x in health.window(panels['load_E']).items()}
   print(table(figures | over))
-  path = evaluation.workdir / 'routing.png'
+  path = evaluation.workdir / FILE
   plot(figures['load_E'], path)
   print(f'load by layer and expert: {path}')
   return {name: x.tolist() for name, x in (figures | over).items()}
@@ -62,11 +68,7 @@ def table(figures: dict) -> str:
 
 def plot(load_NE: np.ndarray, path) -> None:
   """Draws the load of each expert, 1 where it is even."""
-  try:
-    import matplotlib
-  except ImportError as error:
-    raise RequestError("the picture needs matplotlib: pip install -e '.[plot]'"
-                       ) from error
+  import matplotlib
   matplotlib.use('Agg')
   from matplotlib import pyplot
   layers, experts = load_NE.shape

@@ -13,18 +13,22 @@ from training import pairs
 from training import progress
 
 
+def check(options, config, workdir) -> None:
+  require(objectives.OBJECTIVES[config.objective].generates,
+          f'objective {config.objective!r} does not write text: leave samples '
+          'out of --tasks')
+  _sampling(options)
+
+
+def _sampling(options) -> generate.Sampling:
+  return generate.Sampling(options.temperature, options.top_k, options.top_p)
+
+
 def run(evaluation) -> dict:
   """Prints --samples continuations of --prompt (or of several, by '|||');
   of an encoder-decoder, what it writes when it has read the prompt."""
   options, model = evaluation.options, evaluation.run.model
   objective = evaluation.run.config.objective
-  require(objectives.OBJECTIVES[objective].generates,
-          f'objective {objective!r} does not write text: leave samples out of '
-          '--tasks')
-  require(options.samples >= 1,
-          f'--samples is {options.samples}: it must be >= 1')
-  require(options.max_new_tokens >= 0, f'--max_new_tokens is '
-          f'{options.max_new_tokens}: it must be >= 0; 0: what fits')
   texts = options.prompt.split('|||')
   rows = [text for text in texts for _ in range(options.samples)]
   prompts, lengths, more = _shown(rows, evaluation)
@@ -32,13 +36,12 @@ def run(evaluation) -> dict:
   count = options.max_new_tokens or min(256, room)
   require(count > 0, f'the prompt fills all {model.max_len} positions of the '
           'model: shorten it')
-  sampling = generate.Sampling(options.temperature, options.top_k,
-                               options.top_p)
   with progress.during('writing'):
     tokens = jax.device_get(generate.generate(
         evaluation.run.module, evaluation.params, prompts, lengths,
         jax.random.key(options.sample_seed), max_new_tokens=count,
-        sampling=sampling, stop_token=evaluation.tokenizer.separator_id,
+        sampling=_sampling(options),
+        stop_token=evaluation.tokenizer.separator_id,
         **more))
   written = [evaluation.tokenizer.decode(_until(
       row, evaluation.tokenizer.separator_id)) for row in tokens]

@@ -12,14 +12,17 @@ from configs.errors import RequestError, require
 from training.evals import exact
 
 
+def check(options, config, workdir) -> None:
+  require(config.objective == 'seq2seq',
+          f'objective {config.objective!r} has no pairs to translate: leave '
+          'translation out of --tasks')
+  make_bleu()
+
+
 def run(evaluation) -> dict:
   """Translates eval.batches batches of held-out pairs, greedily."""
-  objective = evaluation.run.config.objective
-  require(objective == 'seq2seq',
-          f'objective {objective!r} has no pairs to translate: leave '
-          'translation out of --tasks')
   bleu = make_bleu()
-  hypotheses, references, same = zip(*exact.written(evaluation, 'translation'))
+  hypotheses, references, same = zip(*exact.written(evaluation))
   score = bleu.corpus_score(hypotheses, [references])
   figures = dict(bleu=score.score, exact=float(np.mean(same)),
                  pairs=len(same), signature=str(bleu.get_signature()))
