@@ -9,6 +9,8 @@ Ctrl-C or SIGTERM: the step is finished, saved, and the exit code is 0, or what
 128 + the signal. Exit code 2: a wrong request; 1: a failure.
 """
 
+import json
+
 from absl import flags
 
 from configs.errors import RequestError
@@ -16,6 +18,8 @@ from training import cli, interrupts
 
 cli.define_config()
 cli.define_workdir()
+flags.DEFINE_bool('print_config', False, 'Print the config as JSON, what is '
+                  'derived filled in, and end; needs no --workdir.')
 flags.DEFINE_bool('allow_config_change', False,
                   'Go on although the config differs from the run\'s.')
 flags.DEFINE_string('profile_steps', '',
@@ -35,13 +39,17 @@ flags.DEFINE_integer('stopped_exit_code', 0, 'After a signal, before the last '
 def main():
   cli.parse(__doc__)
   args = flags.FLAGS
-  if args.config is None or not args.workdir:
+  if args.config is None or not (args.workdir or args.print_config):
     raise RequestError('pass both --config FILE.py:SIZE and --workdir DIR')
 
   # Imported late: `--help` and a wrong flag answer at once.
   from training import checkpoints, data, devices, host, lock, processes
   from training import profile, run_config, runs, storage, tokenizers
-  config, workdir = args.config, storage.path(args.workdir)
+  config = args.config
+  if args.print_config:
+    print(json.dumps(runs.printable(config), indent=2))
+    return 0
+  workdir = storage.path(args.workdir)
 
   # 1. The config: everything wrong in it is said before any device work.
   runs.try_workdir(workdir)

@@ -1,5 +1,6 @@
 """The programs as a user meets them: help, start-up time, refusals."""
 
+import json
 import os
 import pathlib
 import re
@@ -219,3 +220,11 @@ def _refused(result, parts):
   assert len(lines) == 1, result.stderr
   for part in parts:
     assert part in lines[0], lines[0]
+
+
+@pytest.mark.slow
+def test_print_config_prints_json_alone():
+  result = run('train.py', '--config', 'configs/gpt.py', '--print_config',
+               '--config.optim.lr=0.5')
+  config = json.loads(result.stdout)
+  assert config['optim']['lr'] == 0.5 and config['model']['d_ff'] == 4 * 128

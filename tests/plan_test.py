@@ -163,6 +163,7 @@ def test_without_a_compiler_every_figure_is_an_estimate(no_compiler):
   plan = analyse.describe(run, t) | analyse.active_parameters(run)
   one = analyse.analyse(run, t, 'train')
   plan['programs'] = [one]
+  plan['advice'] = report.advice(plan)
   assert plan['estimate'] and one['estimate']
   assert one['memory']['peak'] > one['memory']['parameters'] > 0
   work = one['flops']
@@ -176,6 +177,22 @@ def test_without_a_compiler_every_figure_is_an_estimate(no_compiler):
   assert figures and all('~' in line for line in figures)
   assert analyse.analyse(run, t, 'train') == one  # kept
   json.dumps(plan)
+
+
+def test_fsdp_alone_with_all_reduces_is_advised_against():
+  rows = [dict(kind='all-reduce', axes=['fsdp'],
+               bytes_sent_per_device=3 * 2 ** 30),
+          dict(kind='all-gather', axes=['fsdp'],
+               bytes_sent_per_device=2 ** 30)]
+  mesh = dict(data=1, fsdp=64, expert=1, context=1, tensor=1)
+  plan = dict(mesh=mesh, estimate=False, programs=[dict(collectives=rows)])
+  [sentence] = report.advice(plan)
+  assert '3.000 GiB' in sentence and '--mesh data=2,fsdp=32' in sentence
+  for others in (
+      dict(estimate=True), dict(mesh=mesh | dict(data=2)),
+      dict(mesh=mesh | dict(fsdp=1, tensor=64)),
+      dict(programs=[dict(collectives=rows[1:])])):
+    assert not report.advice(plan | others)
 
 
 @pytest.mark.slow

@@ -1,12 +1,14 @@
 """config.json gives the config back; each field has its class of change."""
 
+import importlib
 import json
 
 import ml_collections
 import pytest
 
+import architectures
 from configs import base
-from training import run_config
+from training import run_config, runs, tokenizers
 from training.run_config import INCOMPATIBLE, OPTIMISATION, SAFE
 
 
@@ -180,3 +182,18 @@ def test_table_puts_the_worst_first_in_even_columns():
   assert lines[1][column:].startswith(INCOMPATIBLE)
   assert lines[2][column:].startswith(OPTIMISATION)
   assert lines[3][column:].startswith(SAFE)
+
+
+@pytest.mark.parametrize('system', sorted(
+    {page for page, _ in architectures.ARCHITECTURES.values()}))
+def test_what_print_config_prints_is_that_config(system):
+  """The derived fields are filled in, and the model is the same."""
+  config = importlib.import_module(f'configs.{system}').get_config('tiny')
+  printed = json.loads(json.dumps(runs.printable(config)))
+  model, _ = runs.resolve(config, tokenizers.load('bytes'))
+  assert architectures.resolve(printed['model']) == model
+  assert printed['model']['vocab_size'] == 384
+  assert printed['model']['head_dim'] == (
+      config.model.head_dim or config.model.d_model // config.model.num_heads)
+  flat = run_config.flatten(config)
+  assert run_config.flatten_dict(printed).keys() == flat.keys()

@@ -21,6 +21,7 @@ from training import restoring, run_config
 from training import starting
 from training import state as state_lib
 from training import storage
+from training import tokenizers
 
 # What may be left at 0 in config.model, and the run fills in.
 DERIVED = ('vocab_size', 'max_len')
@@ -55,6 +56,17 @@ def try_workdir(workdir) -> None:
     storage.try_folder(folder)
   for file in (run_config.file(workdir), workdir / metrics.METRICS):
     storage.try_file(file, '--workdir')
+
+
+def printable(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """Returns the config as a run reads it: checked, and with every field of
+  the model that is derived filled in."""
+  check(config)
+  model, _ = resolve(config, tokenizers.load(config.data.tokenizer))
+  fields = dataclasses.asdict(model)
+  if model.parametrization == 'standard':  # which is its own base
+    fields.update(mup_base_width=0, mup_base_head_dim=0)
+  return run_config.to_json(config) | {'model': fields}
 
 
 def check(config: ml_collections.ConfigDict) -> None:

@@ -58,6 +58,7 @@ def main():
   run = analyse.start(args.config, topology, args.mesh)
   plan = analyse.describe(run, topology) | analyse.active_parameters(run)
   plan |= analyse.programs(run, topology, args.programs, args.fresh)
+  plan['advice'] = report.advice(plan)
   if args.json:
     print(json.dumps(plan, indent=2))
   elif plan['programs']:

@@ -27,7 +27,30 @@ def text(plan: dict) -> str:
                  'figure of it has a ~.')
   for program in plan['programs']:
     lines += ['', *_program(program)]
+  lines += [f'\nadvice: {sentence}' for sentence in plan['advice']]
   return '\n'.join(lines)
+
+
+def advice(plan: dict) -> list[str]:
+  """Returns what the figures of a plan speak for, a sentence each.
+
+  Where `fsdp` is the only axis of more than one device, the TPU's compiler
+  gathers weights by all-reduces of arrays that are mostly zeros, from about 64
+  chips on (docs/plans.md). Virtual CPU devices say nothing of that.
+  """
+  size = plan['mesh']['fsdp']
+  alone = [n for n in plan['mesh'].values() if n > 1] == [size]
+  sent = {kind: sum(row['bytes_sent_per_device'] for p in plan['programs']
+                    for row in p['collectives']
+                    if row['kind'] == kind and row['axes'] == ['fsdp'])
+          for kind in ('all-reduce', 'all-gather')}
+  if plan['estimate'] or not alone or size % 2 or (
+      sent['all-reduce'] <= sent['all-gather']):
+    return []
+  return [f'fsdp is the only axis of more than one device, and the compiler '
+          f'sends {sent["all-reduce"] / GIB:.3f} GiB in all-reduces over it, '
+          'twice the bytes of the all-gathers that it chooses beside another '
+          f'axis: try --mesh data=2,fsdp={size // 2}']
 
 
 def _program(p: dict) -> list[str]:
