@@ -1,5 +1,6 @@
 """The launchers: what they refuse, print, and start here."""
 
+import dataclasses
 import os
 import pathlib
 import shutil
@@ -11,8 +12,9 @@ import time
 
 import pytest
 
+from configs.errors import EnvironmentFailure, RequestError
 from tests.launching import args_of, is_running, maker, starts, wait_for
-from tools.launch import gke, local, slurm, tpu_vm
+from tools.launch import gke, local, programs, slurm, tpu_vm
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -192,3 +194,24 @@ def test_the_command_line(tmp_path):
                  '--config.mesh.fsdp=3', '--dry_run', code=2).stderr
   assert 'mesh.fsdp=3' in error and '32 devices' in error
   assert "choose from local" in launch('moon', code=2).stderr
+
+
+@pytest.mark.parametrize('module, words', [
+    (slurm, []), (gke, ['--topology=v5e:2x2', '--image=i']),
+    (tpu_vm, ['--tpu=a', '--zone=b'])])
+def test_a_cluster_whose_programs_are_missing(a_job, tmp_path, monkeypatch,
+                                              module, words):
+  monkeypatch.setenv('PATH', str(tmp_path))
+  monkeypatch.chdir(tmp_path)
+  job = a_job('0', 'gs://b/run' if module is not slurm else None)
+  with pytest.raises(RequestError, match='is not on the PATH .*--dry_run'):
+    module.launch(dataclasses.replace(job, env={
+        'JAX_COMPILATION_CACHE_DIR': 'gs://b/cache'}),
+                  args_of(module, *words))
+  assert not list(tmp_path.glob('logs/*'))
+
+
+def test_what_a_cluster_refuses_is_the_environments_failure():
+  with pytest.raises(EnvironmentFailure, match='^sh ended .* code 3: no, a$'):
+    programs.ask(['sh', '-c', 'echo no, $(cat) >&2; exit 3'], 'a')
+  assert programs.ask(['cat'], 'a') == 'a'

@@ -17,6 +17,7 @@ import time
 
 from configs.errors import RequestError
 from tools.launch import job as job_lib
+from tools.launch import programs
 from tools.plan import chips
 
 # (kind, name, default, what it says).
@@ -75,8 +76,8 @@ def launch(job: job_lib.Job, args) -> int:
   if job.dry_run:
     print(text + '# would be given to: kubectl apply -f -')
     return 0
-  subprocess.run(['kubectl', 'apply', '-f', '-'], input=text, text=True,
-                 check=True)
+  programs.need('kubectl')
+  print(programs.ask(['kubectl', 'apply', '-f', '-'], text), end='')
   print(f'to end it: kubectl delete jobset {job.name} -n {args.namespace}',
         flush=True)
   return _follow(job, args.namespace) if args.tail else 0

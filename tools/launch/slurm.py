@@ -19,6 +19,7 @@ import time
 
 from configs.errors import RequestError
 from tools.launch import job as job_lib
+from tools.launch import programs
 
 # (kind, name, default, what it says).
 FLAGS = (
@@ -113,12 +114,12 @@ def launch(job: job_lib.Job, args) -> int:
   if job.dry_run:
     print(text + f'\n# would be written to {path}, and then: sbatch {path}')
     return 0
+  programs.need('sbatch', 'squeue')
   path.parent.mkdir(parents=True, exist_ok=True)
   path.write_text(text)
   log = path.with_name('process-0.log')
   log.touch()
-  number = subprocess.run(['sbatch', '--parsable', path], check=True,
-                          stdout=subprocess.PIPE, text=True).stdout
+  number = programs.ask(['sbatch', '--parsable', str(path)])
   number = number.strip().partition(';')[0]  # what follows is the cluster
   print(f'job {number}; its output: {path.parent}; to end it: '
         f'scancel {number}', flush=True)

@@ -19,6 +19,7 @@ import shlex
 
 from configs.errors import RequestError
 from tools.launch import job as job_lib
+from tools.launch import programs
 
 # (kind, name, default, what it says).
 FLAGS = (
@@ -140,6 +141,7 @@ def launch(job: job_lib.Job, args) -> int:
   if job.dry_run:
     print(text)
     return 0
+  programs.need('gcloud', 'bash')
   folder = _logs(job, args)
   folder.mkdir(parents=True, exist_ok=True)
   path = folder / 'launch.sh'

@@ -4,7 +4,7 @@ import ast
 import pathlib
 import subprocess
 
-from configs.errors import RequestError
+from configs.errors import EnvironmentFailure, RequestError
 
 
 class Work:
@@ -49,8 +49,12 @@ def submit(words: list[str], folder: pathlib.Path, jobs: int, options: str,
     executor.update_parameters(name='sweep', **_parsed(options))
   except (AssertionError, NameError, RuntimeError, TypeError) as error:
     raise RequestError(f'--launcher=slurm: {error}') from error
-  with executor.batch():
-    submitted = [executor.submit(Work(words)) for _ in range(jobs)]
+  try:
+    with executor.batch():
+      submitted = [executor.submit(Work(words)) for _ in range(jobs)]
+  except submitit.core.utils.FailedJobError as error:  # sbatch refuses
+    raise EnvironmentFailure(f'sbatch: {" ".join(str(error).split())}'
+                             ) from error
   print(f'{jobs} job{"s" * (jobs != 1)}:',
         ' '.join(job.job_id for job in submitted))
   return submitted
