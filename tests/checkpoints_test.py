@@ -63,6 +63,13 @@ def test_wrong_numbers_are_refused(tmp_path, field, value):
     toy_run.open_store(tmp_path, **{field: value})
 
 
+def test_what_differs_from_the_environment_of_a_run_is_said():
+  now = checkpoints.environment()
+  earlier = {'environment': now | dict(jax='0.1', processes=2)}
+  assert checkpoints.environment_changes(earlier) == [
+      f'jax: 0.1 -> {now["jax"]}', 'processes: 2 -> 1']
+
+
 _PROCESS = '''
     import os, pathlib, sys, traceback
     port, index, workdir = sys.argv[1], int(sys.argv[2]), sys.argv[3]

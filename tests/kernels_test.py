@@ -63,6 +63,32 @@ def test_splash_equals_xla(name):
                jax.jit(jax.value_and_grad(splash, wrt))(*args))
 
 
+@pytest.mark.parametrize('ids', [False, True])
+@pytest.mark.parametrize('in_order', [True, False])
+@pytest.mark.parametrize('banded, causal', [
+    ('global', True), ('global', False), ('banded', True), ('banded', False)])
+def test_cudnn_is_asked_for_the_same_function(banded, causal, in_order, ids,
+                                              monkeypatch):
+  """By JAX's own reading of what cuDNN is given: XLA takes the same call."""
+  ask = jax.nn.dot_product_attention
+  monkeypatch.setattr(jax.nn, 'dot_product_attention',
+                      lambda *args, implementation, **kwargs: ask(
+                          *args, implementation='xla', **kwargs))
+  length, kind = 24, LayerKind(banded, 'gelu', causal)
+  window = 5 if banded == 'banded' else 0
+  at_BL = jnp.arange(length)[None] if in_order else (
+      jnp.arange(length)[None, ::-1])
+  ids_BL = (jnp.arange(length)[None] > 9).astype(int) if ids else None
+  mask = kernels.Mask(ids_BL, ids_BL, causal=causal, window=window,
+                      in_order=in_order)
+  seen_BLM = attention.visible(kind, window, at_BL, at_BL, ids_BL, ids_BL)
+  q, k, v = (jax.random.normal(jax.random.key(i), (B, length, H, K))
+             for i in range(3))
+  models.close(
+      xla_attention.attend(q, k, v, mask_BLM=seen_BLM, scale=0.2),
+      kernels.cudnn(q, k, v, mask, seen_BLM, scale=0.2))
+
+
 @pytest.mark.slow
 def test_splash_on_a_mesh_equals_one_device():
   """Rows over data, heads over tensor; the shards' kernel masks alike."""

@@ -115,6 +115,8 @@ def test_pairs_of_plain_text_follow_each_other():
   config = _config('seq2seq', target_length=32)
   loader = data.load(config, TOKENIZER)
   batch = loader.batch(0)
+  # A third of the tokens of each window is predicted.
+  assert 0 <= loader.num_tokens - 32 * loader.num_windows <= 32
   assert batch['tokens'].shape == (8, 64) and batch['targets'].shape == (8, 32)
   config = _config('causal', holdout_every=20)
   config.data.length = 96
@@ -191,11 +193,26 @@ def test_refusals():
 
 
 def test_every_example_feeds_its_loss():
-  for name in ('span', 'seq2seq'):
-    row = data.load(_config(name), TOKENIZER).batch(0)
-    objective = objectives.OBJECTIVES[name]
+  """Nothing that an example holds is left unread, and the reverse."""
+  talk = [('user', TOKENIZER.encode('a')), ('assistant', TOKENIZER.encode('b'))]
+  for name, objective in objectives.OBJECTIVES.items():
+    config = _config(name)
+    row = (examples.EXAMPLES['chat'].make(talk, None, config, TOKENIZER)
+           if name == 'chat' else data.load(config, TOKENIZER).batch(0))
+    if examples.EXAMPLES[name].documents:
+      config.data.document_mask = True
+      row |= data.load(config, TOKENIZER).batch(0)
     assert set(row) == {*objective.inputs, *objective.options, 'targets',
-                        'weights'}
+                        'weights', *['nsp_targets'] * (name == 'mlm_nsp')}
+
+
+def test_a_target_shows_what_it_is_and_no_more():
+  row = pairs.lay_out(np.array([7, 8]), np.array([4, 5, 6]), 4, 5, 9)
+  shown = {name: x.tolist() for name, x in row.items()}
+  assert shown == dict(
+      tokens=[7, 8, 9, 9], segment_ids=[1, 1, 0, 0],
+      decoder_tokens=[9, 4, 5, 9, 9], decoder_segment_ids=[1, 1, 1, 0, 0],
+      targets=[4, 5, 6, 9, 9], weights=[1, 1, 1, 0, 0])
 
 
 def test_translation_counts_pairs_and_reads_to_the_end(monkeypatch):

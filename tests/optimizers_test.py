@@ -145,6 +145,15 @@ def test_adafactor_equals_optax_on_plain_matrices():
   assert not np.allclose(ours['wide'], tree['wide'])
 
 
+def test_adafactor_moves_a_parameter_that_starts_at_zero():
+  """epsilon_2: as if its root mean square were 1e-3."""
+  tree = {'bias': jnp.zeros(300)}
+  config = optim(name='adafactor', lr=0.5, warmup_steps=0, clip_norm=0.0,
+                 weight_decay=0.0, schedule='constant')
+  after = run(optimizers.make(config, 10, tree), tree, steps=1)
+  np.testing.assert_allclose(np.abs(after['bias']), 0.5e-3, rtol=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('name', optimizers.OPTIMIZERS)
 def test_a_stack_learns_as_its_layers_do(name):

@@ -133,41 +133,6 @@ def test_sinkhorn_balances_what_argmax_would_not():
   np.testing.assert_allclose(balanced.sum(0), T / E, rtol=0.1)
 
 
-def sinkhorn_by_hand(logits, steps=8):
-  """The iteration on the matrix itself, in float64."""
-  tokens, experts = logits.shape
-  m = np.exp(np.float64(logits))
-  for _ in range(steps):
-    m *= tokens / experts / m.sum(0, keepdims=True)
-    m /= m.sum(1, keepdims=True)
-  return m
-
-
-def test_sinkhorn_is_the_iteration_of_each_group_without_its_padding():
-  """A group of 12 tokens is balanced by itself, and padding weighs nothing:
-  what stands in it does not matter."""
-  logits = np.array(inputs(3).logits_TE) + np.array([[2.0, 0, 0, 0]])
-  valid = np.ones(T, bool)
-  valid[[3, 4, 13, 20, 23]] = False
-  chosen = np.zeros((T, E), bool)
-  for group in (np.arange(12), np.arange(12, 24)):
-    rows = group[valid[group]]
-    want = sinkhorn_by_hand(logits[rows])
-    chosen[rows] = best(want, 2)
-    padded = np.where(valid[group][:, None], logits[group], 9.0)
-    got = np.exp(routing.balanced(jnp.array(padded, jnp.float32),
-                                  jnp.array(valid[group])))
-    np.testing.assert_allclose(got[valid[group]], want, rtol=1e-4)
-  for filler in (-9.0, 9.0):
-    padded = np.where(valid[:, None], logits, [[filler, 0, 0, 0]])
-    _, r = route('sinkhorn', inputs(
-        logits_TE=jnp.array(padded, jnp.float32), valid_T=jnp.array(valid),
-        groups=2, train=True))
-    np.testing.assert_array_equal(gates(r) > 0, chosen)
-  alone = best(sinkhorn_by_hand(logits[valid]), 2)
-  assert (alone != chosen[valid]).any()  # one group of all chooses otherwise
-
-
 def test_hash_goes_by_the_token_id_alone():
   first, second = inputs(0), inputs(1)
   table = {}
@@ -184,6 +149,19 @@ def test_hash_goes_by_the_token_id_alone():
 def test_uniform_is_in_perfect_balance():
   _, r = route('uniform')
   assert (np.bincount(np.array(r.expert_A)) == T * 2 // E).all()
+  # Of two tokens with two experts each, no expert has more than one.
+  few = inputs(logits_TE=jnp.zeros((2, E)), valid_T=jnp.ones(2, bool))
+  assert sorted(route('uniform', few)[1].expert_A.tolist()) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize('router', list(routing.ROUTERS))
+def test_beliefs_and_full_gates_are_shares(router):
+  """Of each token: they add up to 1, where experts do not choose."""
+  _, r = route(router, inputs(), **(
+      dict(normalize_gates=True) if router != 'switch' else {}))
+  np.testing.assert_allclose(np.array(r.probs_TE).sum(1), 1, rtol=1e-5)
+  if router not in ('switch', 'expert_choice'):
+    np.testing.assert_allclose(gates(r).sum(1), 1, rtol=1e-5)
 
 
 @pytest.mark.parametrize('router', list(routing.ROUTERS))
@@ -236,6 +214,15 @@ def test_losses_by_hand():
                              0.01 * raw['importance_loss'], rtol=1e-6)
   m, r = route('topk', x, balance_loss='none')
   assert report(r, m, x)['losses'] == {}
+
+
+def test_gshards_balance_counts_first_choices_alone():
+  x = inputs()
+  m, r = route('gshard', x)
+  first = np.bincount(np.array(x.logits_TE).argmax(1), minlength=E) / T
+  want = E * (first * softmax(np.array(x.logits_TE)).mean(0)).sum()
+  np.testing.assert_allclose(report(r, m, x)['health']['balance_loss'], want,
+                             rtol=1e-5)
 
 
 def test_panel_by_hand():
