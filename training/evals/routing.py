@@ -13,6 +13,7 @@ from training import progress
 
 FILE = 'routing.png'
 BATCHES = 16
+TICKS = 24  # of an axis of the picture, each with its number
 # What the table shows, and its heading; parts/health.py says what each means.
 COLUMNS = {
     'dropped': 'dropped', 'unserved': 'unserved', 'load_max': 'max/mean',
@@ -70,17 +71,20 @@ def plot(load_NE: np.ndarray, path) -> None:
   """Draws the load of each expert, 1 where it is even."""
   import matplotlib
   matplotlib.use('Agg')
-  from matplotlib import pyplot
+  from matplotlib import pyplot, ticker
   layers, experts = load_NE.shape
   figure, axes = pyplot.subplots(
       figsize=(max(4, min(12, experts / 2)), max(2, min(10, 1 + layers / 3))),
       layout='constrained')
   image = axes.imshow(load_NE * experts, aspect='auto', vmin=0, vmax=2,
                       cmap='RdBu_r')
-  axes.set(xlabel='expert', ylabel='layer of experts', yticks=range(layers),
+  axes.set(xlabel='expert', ylabel='layer of experts',
            title='load of an expert over the mean')
-  if experts <= 32:
-    axes.set_xticks(range(experts))
+  for axis, count in ((axes.xaxis, experts), (axes.yaxis, layers)):
+    if count <= TICKS:  # more labels would stand in each other's way
+      axis.set_ticks(range(count))
+    else:
+      axis.set_major_locator(ticker.MaxNLocator(10, integer=True))
   figure.colorbar(image, ax=axes, extend='max')
   with path.open('wb') as file:
     figure.savefig(file, dpi=150, format='png')

@@ -1,0 +1,74 @@
+"""Pictures have titles, and no label stands in another's way."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from tools import coord_check
+from training.evals import extrapolation, routing
+
+figure = pytest.importorskip('matplotlib.figure', reason='no matplotlib')
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+  """The figures that are saved, instead of their files."""
+  found = []
+  monkeypatch.setattr(figure.Figure, 'savefig',
+                      lambda self, *args, **kwargs: found.append(self))
+  return found
+
+
+def _check(picture):
+  picture.canvas.draw()
+  panels = [axes for axes in picture.axes if axes.get_label() != '<colorbar>']
+  for axes in panels:
+    assert axes.get_title()
+  for axes in picture.axes:
+    for axis in (axes.xaxis, axes.yaxis):
+      boxes = [label.get_window_extent() for label in axis.get_ticklabels(
+          which='both') if label.get_visible() and label.get_text()]
+      for a, b in itertools.combinations(boxes, 2):
+        assert not a.overlaps(b), (axes.get_title(), axis)
+  for axes in panels:
+    low, high = sorted(axes.get_ylim())
+    told = [t for t in axes.get_yticks() if low <= t <= high]
+    assert len(told) >= min(2, len(axes.images[0].get_array())
+                            if axes.images else 2), axes.get_title()
+  titles = [axes.title.get_window_extent() for axes in panels]
+  for a, b in itertools.combinations(titles, 2):
+    assert not a.overlaps(b)
+  whole = picture.bbox
+  for box in titles:
+    assert whole.x0 - 1 <= box.x0 and box.x1 <= whole.x1 + 1
+
+
+@pytest.mark.parametrize('layers, experts', [
+    (1, 2), (12, 64), (96, 8), (40, 32)])
+def test_routing(layers, experts, drawn, tmp_path):
+  load = np.random.default_rng(0).dirichlet(np.ones(experts), size=layers)
+  routing.plot(load, tmp_path / 'routing.png')
+  _check(drawn[0])
+
+
+@pytest.mark.parametrize('length', [16, 8192])
+def test_extrapolation(length, drawn, tmp_path):
+  by = {m: 2 + np.arange(length * m) / length for m in extrapolation.MULTIPLES}
+  extrapolation.plot({'rope': by, 'rope, a long name': by, 'learned': {
+      m: by[m] if m == 1 else None for m in by}}, length, tmp_path / 'e.png')
+  _check(drawn[0])
+
+
+@pytest.mark.parametrize('widths, count', [
+    ((64, 128), 1), ((64, 128, 256, 512, 1024, 2048), 3), ((64, 80, 96), 2)])
+def test_coord_check(widths, count, drawn):
+  outputs = ['block 0', 'block 1', 'logits']
+  spread = np.array([0.1, 0.5, 1.0])  # also less than a decade
+  size = np.exp(spread * np.random.default_rng(0).normal(size=(7, 3)))
+  rows = [dict(system='gpt_neox', parametrization='standard', outputs=outputs,
+               steps=6, widths=list(widths),
+               sizes=[size * (1 + 1e-3 * w) for w in widths])
+          for _ in range(count)]
+  coord_check.plot(rows, 'c.png')
+  _check(drawn[0])
