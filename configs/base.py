@@ -11,6 +11,10 @@ import ml_collections
 
 from configs.errors import RequestError
 
+# No float of a config is larger: float32 ends at 3.4e38, and what is computed
+# of it should be finite too.
+MOST_FLOAT = 1e30
+
 
 def base() -> ml_collections.ConfigDict:
   """Returns a config with every field of a run at its default."""

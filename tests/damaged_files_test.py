@@ -113,10 +113,14 @@ def test_a_damaged_point_is_refused(change, sweep):
 
 @pytest.mark.parametrize('text', ['{', '3', '{"extrapolation": 3}',
                                   '{"extrapolation": {"length": 1}}'])
-def test_a_damaged_evaluation_is_refused(text, tmp_path):
-  (tmp_path / 'eval.json').write_text(text)
-  with pytest.raises(RequestError, match='eval.json.* is damaged'):
-    layout.evaluation(tmp_path)
+def test_a_damaged_evaluation_is_refused(text, sweep):
+  file = layout.run_folder(sweep, 'base', 0) / 'eval.json'
+  try:
+    file.write_text(text)
+    with pytest.raises(RequestError, match='eval.json.* is damaged'):
+      curves.load(sweep)
+  finally:
+    file.unlink()
 
 
 @pytest.mark.parametrize('statement', [

@@ -36,7 +36,7 @@ def test_a_wrong_request_is_a_sentence(tmp_path):
   for words, part in (
       (['--launcher=slrum'], "Did you mean 'slurm'"),
       (['--parallel=0'], '--parallel is 0'),
-      (['--seeds=-1'], '-1 seeds'),
+      (['--seeds=-1'], '--seeds is -1'),
       (['--workdir=gs://bucket/w'], 'gs://bucket/w')):
     with pytest.raises(ValueError, match=part):
       run.main(sweeps.arguments(file, f'--workdir={tmp_path}', *words))

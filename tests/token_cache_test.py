@@ -12,6 +12,7 @@ import time
 import numpy as np
 import pytest
 
+from configs.errors import EnvironmentFailure
 from training import sources, token_cache, token_workers, tokenizers
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -159,7 +160,8 @@ def test_a_damaged_entry_is_named(folder):
   cache = cached(folder)
   with open(cache.path / 'tokens.bin', 'r+b') as file:
     file.truncate(100)
-  with pytest.raises(ValueError, match=f'{cache.path.name}.* is damaged'):
+  with pytest.raises(EnvironmentFailure,
+                     match=f'{cache.path.name}.* is damaged'):
     cached(folder)
 
 

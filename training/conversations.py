@@ -21,12 +21,12 @@ ends with a space. A run of that time goes on with it.
 """
 
 from collections.abc import Iterator, Sequence
-import json
 import pathlib
 
 import numpy as np
 
 from configs.errors import RequestError
+from training import texts
 
 # Who speaks, as files spell it: our kind of part.
 ROLES = {'system': 'system', 'user': 'user', 'human': 'user',
@@ -70,12 +70,12 @@ def parse(turns: Sequence, where: str) -> list[tuple[str, str]]:
                          'an object with role and content, or from and value.')
     role = turn.get('role', turn.get('from'))
     text = turn.get('content', turn.get('value'))
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
       raise RequestError(f'{where} has the role {role!r}: choose from '
                          f'{", ".join(ROLES)}.')
     if not isinstance(text, str):
       raise RequestError(f'{where} has a turn of {role!r} without text.')
-    parts.append((ROLES[role], text))
+    parts.append((ROLES[role], texts.checked(text, where)))
   return parts
 
 
@@ -121,12 +121,10 @@ def read_alpaca(path: str) -> Iterator[list[tuple[str, str]]]:
   Raises:
     ValueError: naming the record that is none.
   """
-  try:
-    text = pathlib.Path(path).read_text(encoding='utf-8')
-    records = ([json.loads(line) for line in text.splitlines() if line.strip()]
-               if path.endswith('.jsonl') else json.loads(text))
-  except ValueError as error:  # of UTF-8 or of JSON
-    raise RequestError(f'{path} is broken JSON: {error}.') from error
+  text = texts.decoded(pathlib.Path(path).read_bytes(), path)
+  records = ([texts.parsed(line, path) for line in text.splitlines()
+              if line.strip()]
+             if path.endswith('.jsonl') else texts.parsed(text, path))
   if not isinstance(records, list):
     raise RequestError(f'{path} is no list of records: name it .jsonl if it '
                        'has one a line.')
@@ -137,6 +135,7 @@ def read_alpaca(path: str) -> Iterator[list[tuple[str, str]]]:
     if not all(isinstance(text, str) for text in told):
       raise RequestError(f'{path}, record {number}, has no text under '
                          'instruction and output, or an input that is none.')
+    told = [texts.checked(text, f'{path}, record {number},') for text in told]
     yield [('prompt', _prompt(*told[:2])), ('response', told[2])]
 
 

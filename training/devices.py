@@ -55,7 +55,7 @@ def parse_mesh(text: str, num_devices: int) -> dict[str, int]:
   for part in text.split(','):
     axis, _, size = part.strip().partition('=')
     one_of('axis in --mesh', axis, (*tables.MESH_AXES, *tables.PRESETS))
-    require(re.fullmatch(r'-?\d+', size) is not None,
+    require(re.fullmatch('-?[0-9]{1,9}', size) is not None,
             f'--mesh has {part!r}: write it as {axis}=8')
     sizes[axis] = int(size)
   return mesh_shape(sizes, num_devices or abs(math.prod(sizes.values())))

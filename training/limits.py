@@ -7,8 +7,8 @@ optimiser or a schedule in its own file.
 import math
 import operator
 
-from architectures.parts.fields import MOST_FLOAT
 from configs import base
+from configs.base import MOST_FLOAT
 from configs.errors import require, short
 
 # A step, a row and a token are counted in int32 on a device.

@@ -8,12 +8,12 @@ default corpus, where it learns to go on with a text.
 """
 
 from collections.abc import Iterator
-import json
 from typing import NamedTuple
 
 import numpy as np
 
 from configs.errors import RequestError
+from training import texts
 
 KINDS = ('source', 'target')
 
@@ -38,10 +38,7 @@ def read(path: str) -> Iterator[list[tuple[str, str]]]:
   with open(path, 'rb') as file:
     for number, line in enumerate(file, 1):
       where = f'{path}, line {number},'
-      try:
-        text = line.decode('utf-8').rstrip('\r\n')
-      except UnicodeDecodeError as error:
-        raise RequestError(f'{where} is not UTF-8: {error}.') from error
+      text = texts.decoded(line, where).rstrip('\r\n')
       if text.strip():
         yield list(zip(KINDS, split(text, where)))
 
@@ -55,15 +52,12 @@ def _from_tsv(line: str, where: str) -> list[str]:
 
 
 def _from_json(line: str, where: str) -> list[str]:
-  try:
-    record = json.loads(line)
-  except ValueError as error:
-    raise RequestError(f'{where} is broken JSON: {error}.') from error
-  texts = [record.get(kind) if isinstance(record, dict) else None
-           for kind in KINDS]
-  if not all(isinstance(text, str) for text in texts):
+  record = texts.parsed(line, where)
+  pair = [record.get(kind) if isinstance(record, dict) else None
+          for kind in KINDS]
+  if not all(isinstance(text, str) for text in pair):
     raise RequestError(f'{where} is no pair: an object with source and target.')
-  return texts
+  return [texts.checked(text, where) for text in pair]
 
 
 def start_id(tokenizer) -> int:

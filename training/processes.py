@@ -25,7 +25,7 @@ MOST_ROWS = 64  # of the table
 
 def _number(variable: str, default: int) -> int:
   text = os.environ.get(variable, '').strip() or str(default)
-  require(text.removeprefix('-').isdecimal(),
+  require(re.fullmatch('-?[0-9]{1,9}', text) is not None,
           f'${variable} is {text!r}: it must be a number')
   return int(text)
 

@@ -21,7 +21,7 @@ def parse(steps: str, total: float = math.inf) -> tuple[int, int] | None:
   """
   if not steps:
     return None
-  match = re.fullmatch(r'(\d+):(\d+)', steps)
+  match = re.fullmatch('([0-9]{1,9}):([0-9]{1,9})', steps)
   if not match:
     raise RequestError(f'--profile_steps is {steps!r}: write START:STOP, such '
                        'as 10:13 for steps 10, 11 and 12')

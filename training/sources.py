@@ -23,8 +23,8 @@ import os
 import pathlib
 import re
 
-from configs.errors import RequestError
-from training import conversations, pairs
+from configs.errors import EnvironmentFailure, RequestError
+from training import conversations, pairs, texts
 
 Document = str | list[tuple[str, str]]
 KINDS = ('text', 'source', 'target', 'system', 'user', 'assistant', 'prompt',
@@ -163,12 +163,7 @@ def _jsonl(name: str, rest: str) -> Source:
         if not line.strip():
           continue
         where = f'{path}, line {number}'
-        try:
-          record = json.loads(line.decode('utf-8'))
-        except UnicodeDecodeError as error:
-          raise RequestError(f'{where}, is not UTF-8: {error}.') from error
-        except ValueError as error:
-          raise RequestError(f'{where}, is broken JSON: {error}.') from error
+        record = texts.parsed(line, f'{where},')
         if not isinstance(record, dict):
           raise RequestError(f'{where}, is not a JSON object.')
         if field not in record:
@@ -197,7 +192,9 @@ def _parquet(name: str, rest: str) -> Source:
         for text in batch.column(0).to_pylist():
           row += 1
           yield _checked(text, f'{path}, row {row}, field {field!r},')
-    except (arrow.ArrowException, OSError) as error:
+    except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
+      if isinstance(error, OSError) and error.errno:
+        raise  # of the disk, not of what is in the file
       raise RequestError(f'{path} is not a parquet file: {error}.') from error
 
   return Source(name, f'parquet:{field}', _files(name, pattern), read)
@@ -219,7 +216,7 @@ def _arrayrecord(name: str, pattern: str) -> Source:
       except RuntimeError as error:
         raise RequestError(f'{path} is damaged: {error}.') from error
       for row, record in enumerate(records, start + 1):
-        yield _decoded(record, f'{path}, record {row},')
+        yield texts.decoded(record, f'{path}, record {row},')
 
   return Source(name, 'arrayrecord', _files(name, pattern), read)
 
@@ -233,8 +230,9 @@ def _hf(name: str, rest: str) -> Source:
     dataset = datasets.load_dataset(dataset_name, config or None, split=split)
   except Exception as error:  # Whatever the network or the hub raises.
     first = str(error).strip().partition('\n')[0].rstrip('.')
-    raise RequestError(f'data source {name!r} cannot be loaded: {first}.'
-                       ) from error
+    kind = (EnvironmentFailure if isinstance(
+        error, (ConnectionError, TimeoutError)) else RequestError)
+    raise kind(f'data source {name!r} cannot be loaded: {first}.') from error
   if field not in dataset.column_names:
     raise _missing(name, field, dataset.column_names)
 
@@ -300,31 +298,16 @@ def _field(name: str, rest: str) -> tuple[str, str]:
 
 
 def _read_text(path: str) -> Iterator[str]:
-  yield _decoded(pathlib.Path(path).read_bytes(), path)
-
-
-def _decoded(data: bytes, where: str) -> str:
-  try:
-    return data.decode('utf-8')
-  except UnicodeDecodeError as error:
-    raise RequestError(f'{where} is not UTF-8: {error}.') from error
+  yield texts.decoded(pathlib.Path(path).read_bytes(), path)
 
 
 def _checked(text, where: str) -> str:
   """Returns the text of a field; None (a null) is an empty document."""
-  if text is None:
-    return ''
-  if not isinstance(text, str):
-    raise RequestError(f'{where} is {type(text).__name__}, not a string.')
-  try:
-    text.encode('utf-8')
-  except UnicodeEncodeError as error:
-    raise RequestError(f'{where} is not text: {error}.') from error
-  return text
+  return '' if text is None else texts.checked(text, where)
 
 
-def _missing(where: str, field: str, fields) -> ValueError:
-  return ValueError(
+def _missing(where: str, field: str, fields) -> RequestError:
+  return RequestError(
       f'{where} has no field {field!r}: it has {", ".join(fields)}.')
 
 

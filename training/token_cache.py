@@ -34,7 +34,7 @@ import uuid
 
 import numpy as np
 
-from configs.errors import RequestError
+from configs.errors import EnvironmentFailure, RequestError
 from training import sources, storage, token_workers
 
 FORMAT = 1  # Part of the key: raise it when the layout changes.
@@ -65,13 +65,16 @@ class TokenCache:
       self.tokens = np.memmap(self.path / 'tokens.bin', meta['dtype'],
                               mode='r').view(np.ndarray)
       whole = len(self.tokens) == self.parts[-1] == meta['tokens']
-    except (OSError, ValueError, KeyError) as error:
+      whole &= len(self.documents) > 0 and self.documents[-1] == len(
+          self.kinds) == len(self.num_bytes) == len(self.parts) - 1
+    except (OSError, EOFError, ValueError, KeyError, IndexError, TypeError
+            ) as error:
       raise self._damaged() from error
     if not whole:
       raise self._damaged()
 
-  def _damaged(self) -> ValueError:
-    return ValueError(
+  def _damaged(self) -> EnvironmentFailure:
+    return EnvironmentFailure(
         f'the token cache entry {str(self.path)!r} is damaged: delete it, and '
         'it will be made again.')
 
@@ -174,7 +177,7 @@ def _remembered(manifest: pathlib.Path, stats) -> str | None:
   try:
     kept = json.loads(manifest.read_text())
     return kept['content'] if kept['files'] == stats else None
-  except (OSError, ValueError, KeyError):
+  except (OSError, ValueError, KeyError, TypeError, RecursionError):
     return None  # None yet, or one that a killed machine left torn.
 
 
@@ -199,7 +202,7 @@ def _build(source: sources.Source, tokenizer, workers: int, stats,
   try:
     total = _write(source, tokenizer, workers, temporary)
     if _stat(source.files) != stats:
-      raise RequestError(
+      raise EnvironmentFailure(
           f'data source {source.name!r} changed while it was being read: '
           'start again when its files are complete.')
     try:

@@ -5,6 +5,7 @@ import json
 import pathlib
 
 from configs.errors import RequestError
+from training import schema
 
 # Where a file's own tokenizer_config.json says nothing, the special tokens
 # are the first of these that the vocabulary holds.
@@ -37,8 +38,14 @@ def read_json(spec: str, path: pathlib.Path):
 def _described(path: pathlib.Path) -> dict:
   """Returns the tokenizer_config.json beside `path`, if any."""
   config = path.parent / 'tokenizer_config.json'
-  return (json.loads(config.read_text(encoding='utf-8')) if config.is_file()
-          else {})
+  if not config.is_file():
+    return {}
+  described = schema.parse(config.read_bytes(), str(config))
+  schema.check(described, {}, str(config))
+  for name in ('do_lower_case', 'strip_accents', 'tokenize_chinese_chars'):
+    if name in described:
+      schema.check(described[name], (bool, type(None)), f'{config}: {name}')
+  return described
 
 
 def _described_specials(described: dict, tokenizer) -> dict[str, int]:
@@ -46,7 +53,7 @@ def _described_specials(described: dict, tokenizer) -> dict[str, int]:
   for name in SPECIAL_NAMES:
     token = described.get(f'{name}_token')
     token = token.get('content') if isinstance(token, dict) else token
-    if token and tokenizer.token_to_id(token) is not None:
+    if isinstance(token, str) and tokenizer.token_to_id(token) is not None:
       found[name] = tokenizer.token_to_id(token)
   return found
 

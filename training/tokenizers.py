@@ -15,12 +15,13 @@ from collections.abc import Iterable, Sequence
 import difflib
 import hashlib
 import json
+import os
 import pathlib
 import re
 
 import numpy as np
 
-from configs.errors import RequestError
+from configs.errors import RequestError, require
 from training import tokenizer_files
 
 SENTINELS = 100  # T5's <extra_id_0> to <extra_id_99>
@@ -146,6 +147,7 @@ class HuggingFace(Tokenizer):
     self.name = name
     self._tokenizer = tokenizer
     vocab = tokenizer.get_vocab(with_added_tokens=True)
+    require(bool(vocab), f'tokenizer {name!r} has an empty vocabulary')
     self.vocab_size = 1 + max(vocab.values())
     self.special_ids = special_ids
     self.sentinel_ids = _sentinels(vocab.get)
@@ -216,16 +218,16 @@ def load(spec: str) -> Tokenizer:
       raise RequestError(f'tokenizer {spec!r}: choose from bytes:{Bytes.LEAST} '
                          f'to bytes:{Bytes.USUAL}')
     return Bytes(size)
-  path = pathlib.Path(spec).expanduser()
-  if path.is_dir():
+  path = pathlib.Path(os.path.expanduser(spec))
+  if os.path.isdir(path):
     if names := found_in(path):
       return FOLDERS[names](spec, *(path / name for name in names))
     wanted = '; '.join(' + '.join(names) for names in FOLDERS)
     raise RequestError(
         f'tokenizer folder {spec!r} holds none of: {wanted}.')
-  if path.is_file() and path.suffix in FILES:
+  if os.path.isfile(path) and path.suffix in FILES:
     return FILES[path.suffix](spec, path)
-  missing = '' if path.exists() else '; there is no such file or folder'
+  missing = '' if os.path.exists(path) else '; there is no such file or folder'
   near = difflib.get_close_matches(spec, ['bytes'])
   hint = " Did you mean 'bytes'?" if near else ''
   raise RequestError(

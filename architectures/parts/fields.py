@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
+from configs.base import MOST_FLOAT
 from configs.errors import require, short
 
 # Of each count, the largest that is not a slip of the keyboard.
@@ -36,7 +37,6 @@ MOST = {
     'moe.shared_experts': 2**10,
     'moe.group_size': 2**31 - 1,
 }
-MOST_FLOAT = 1e30  # float32 ends at 3.4e38; its square should be finite too
 
 
 def check(fields: Mapping[str, Any], group: type, prefix: str = '') -> None:

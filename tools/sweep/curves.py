@@ -17,6 +17,7 @@ from tools.sweep import ledger as ledger_lib
 from tools.sweep import statistics
 from training import metrics
 from training import run_config
+from training import schema
 
 # What a curve can be drawn against: field of Curve, and its name to a reader.
 AXES = {'tokens': 'tokens', 'flops': 'FLOPs of the model',
@@ -202,6 +203,9 @@ def _run(workdir, description, point: str, seed: int, state: str, error: str
   evaluations = {}
   if (folder / 'eval.json').exists():
     evaluations = layout.evaluation(folder)
+    if 'extrapolation' in evaluations:
+      schema.check(evaluations['extrapolation'], layout.EXTRAPOLATION,
+                   f'{folder / "eval.json"}: extrapolation')
   config = {}
   if started:
     loaded = run_config.load(folder)

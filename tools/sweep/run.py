@@ -9,6 +9,7 @@ import sys
 from configs.errors import RequestError, one_of
 from tools.sweep import check, commands, layout
 from tools.sweep import ledger as ledger_lib
+from training import limits
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,9 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args) -> int:
   one_of('--launcher', args.launcher, LAUNCHERS)
-  for name in ('parallel', 'group'):
-    if getattr(args, name) < 1:
-      raise RequestError(f'--{name} is {getattr(args, name)}: it must be >= 1')
+  for name, least, most in (('parallel', 1, 512), ('group', 1, 100_000),
+                            ('jobs', 0, 100_000)):
+    limits.number(f'--{name}', getattr(args, name),
+                  (('>=', least), ('<=', most)))
   layout.try_folder(args.workdir)
   description = check.check(args)
   if args.match:
