@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from configs import base
-from training import data, holdout, packing, sources, tokenizers
+from training import data, holdout, sources, tokenizers
 
 ROOT = pathlib.Path(__file__).parents[1]
 BYTES = tokenizers.load('bytes')
@@ -267,11 +267,6 @@ def test_mixture_weights_are_honoured(folder):
          if not {ord('B'), ord('C')} & set(row)]
   size = load(folder).num_windows
   assert len(set(own[:size])) == len(set(own)) == size
-
-
-def test_joined_views_stand_one_after_the_other():
-  joined = packing.Joined(['abc', '', 'd', 'ef'])
-  assert [joined[i] for i in range(len(joined))] == list('abcdef')
 
 
 # Refusals.

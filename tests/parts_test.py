@@ -212,6 +212,7 @@ def test_a_sink_takes_weight_and_gives_no_value():
   np.testing.assert_allclose(run(-1e3), attend(params, x), rtol=1e-5)
   for high in (1e2, 1e4):  # the softmax holds on to the highest score
     np.testing.assert_allclose(run(high), bias, rtol=1e-5)
+    assert np.isfinite(jax.grad(lambda sink: run(sink).sum())(high))
   assert not np.allclose(run(0.0), bias, atol=1e-2)
 
 

@@ -171,6 +171,7 @@ def test_padding_takes_no_expert(router):
   given = np.array(r.expert_A) < E
   assert given.any() and np.array(valid_T)[np.array(r.token_A)[given]].all()
   assert (gates(r)[~np.array(valid_T)] == 0).all()
+  assert not np.array(r.gate_A)[~given].any()
 
 
 def test_capacity_serves_first_choices_first_then_by_position():
