@@ -53,8 +53,8 @@ def main():
     raise RequestError('pass --workdir DIR, the folder of a run')
 
   # Imported late: `--help` and a wrong flag answer at once.
-  from training import evals, host, restoring, run_config, runs, sources
-  from training import storage, tokenizers
+  from training import evals, host, metrics, restoring, run_config, runs
+  from training import sources, storage, tokenizers
   workdir = storage.path(args.workdir)
   json_file = storage.output(args.json, '--json')
   asked = args['samples'].present or args['prompt'].present
@@ -86,7 +86,8 @@ def main():
     for name, task in tasks.items():
       figures[name] = task.run(evaluation)
   if json_file:
-    storage.write(json_file, json.dumps(figures, indent=2) + '\n')
+    storage.write(json_file, json.dumps(
+        metrics.plain(figures), indent=2, allow_nan=False) + '\n')
 
 
 if __name__ == '__main__':

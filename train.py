@@ -78,8 +78,8 @@ def main():
 
   # 3. The data.
   index, count = devices.batch_shard(run.place, config.data.batch_size)
-  train_data = data.load(config, tokenizer, 'train', index, count)
-  eval_data = data.load(config, tokenizer, 'eval', index, count)
+  train_data = data.load(config, tokenizer, index, count)
+  eval_data = data.held_out(config, tokenizer, index, count)
 
   # 4. The state: restored from the newest good checkpoint, or new.
   lock.hold(workdir, devices.primary())

@@ -33,7 +33,9 @@ def base() -> ml_collections.ConfigDict:
           # arrayrecord:GLOB | hf:NAME | parallel:GLOB (seq2seq) |
           # alpaca:GLOB (chat); several, weighted: '0.7*A,0.3*B'.
           source='sotu',
-          eval_source='',  # '': what is held out of `source`
+          # '': what is held out of `source`. The loss of a mixture is the mean
+          # of its sources' own by weight.
+          eval_source='',
           # n: every n-th document is held out of training; of a single text
           # file, its last n-th part. 0: nothing.
           holdout_every=20,
@@ -85,7 +87,8 @@ def base() -> ml_collections.ConfigDict:
           keep=3,  # the newest k
           keep_every=0,  # and every n-th step; 0: none
       ),
-      eval=dict(every_steps=250, batches=16),  # 0 batches: all of them
+      # Batches of each source; 0: all of them.
+      eval=dict(every_steps=250, batches=16),
       log=dict(every_steps=10, tensorboard=False, wandb=False,
                wandb_project='archetype'),
   ))

@@ -7,7 +7,7 @@ import pytest
 
 import architectures
 from tests import models
-from training.evals import extrapolation
+from training.evals import by_position, extrapolation
 
 
 def variants(multiple, interpolate=False, **changes):
@@ -42,13 +42,29 @@ def test_rope_is_tried_with_each_scaling():
 
 
 def test_the_table_and_the_picture(tmp_path):
+  """Half of the longest rows is not reached, and one token reaches the last
+  position that is: it counts as one."""
   curves = {'rope': {m: np.full(32 * m, float(m)) for m in (1, 2, 4, 8)},
             'learned': {1: np.ones(32), 2: None, 4: None, 8: None}}
-  lines = extrapolation.table(curves, 32).splitlines()
-  rows = [line.split() for line in lines if line.startswith(('rope', 'learn'))]
-  assert rows[0][1:] == ['1.000', '2.000', '4.000', '8.000']
+  tokens = {m: np.full(32 * m, 9) for m in (1, 2, 4, 8)}
+  tokens[8][127:] = 0
+  tokens[8][126] = 1
+  curves['rope'][8][126] = 27.0
+  curves['rope'][8][127:] = np.nan
+  texts = {m: by_position.Text(n, n / n.sum()) for m, n in tokens.items()}
+  lines = extrapolation.table(curves, texts, 32).splitlines()
+  rows = [line.split() for line in lines
+          if line.startswith(('rope', 'learn', 'tok'))]
+  all_, last = 126 * 9 + 1, 30 * 9 + 1
+  assert rows[0][1:] == ['1.000', '2.000', '4.000',
+                         f'{(126 * 9 * 8 + 27) / all_:.3f}']
   assert rows[1][1:] == ['1.000', 'refused', 'refused', 'refused']
-  extrapolation.plot(curves, 32, tmp_path / 'plot.png')
+  assert rows[2][1:] == ['288', '576', '1,152', f'{all_:,}']
+  assert rows[3][1:5] == ['8.000'] * 3 + [
+      f'{(30 * 9 * 8 + 27) / last:.3f}']
+  assert rows[3][5:] == ['no', 'text'] * 4
+  assert rows[5][1:] == ['288'] * 3 + [f'{last}'] + ['0'] * 4
+  extrapolation.plot(curves, texts, 32, tmp_path / 'plot.png')
   assert (tmp_path / 'plot.png').read_bytes().startswith(b'\x89PNG')
 
 

@@ -90,7 +90,9 @@ def test_masks_repeat(texts):
 
 
 def _rows(texts, split='train', **changes):
-  loader = data.load(_config(texts, 'mlm', **changes), BYTES, split)
+  config = _config(texts, 'mlm', **changes)
+  loader = (data.load(config, BYTES) if split == 'train'
+            else data.held_out(config, BYTES)[0])
   return [{key: x[b] for key, x in loader.batch(n).items()}
           for n in range(loader.num_batches) for b in range(4)]
 
@@ -191,7 +193,7 @@ def test_padding_takes_no_expert(objective):
 def test_rows_that_fill_up_an_evaluation_are_padding(texts):
   for objective in ('causal', 'prefix'):
     config = _config(texts, objective, batch_size=4, eval_source=texts)
-    loader = data.load(config, BYTES, 'eval')
+    loader, = data.held_out(config, BYTES)
     rows = [loader.batch(n) for n in range(loader.num_batches)]
     key = 'valid' if objective == 'prefix' else 'weights'
     valid = np.concatenate([b[key] for b in rows])
@@ -211,28 +213,37 @@ def test_an_objective_that_does_not_fit_is_refused(system, objective):
 
 @pytest.mark.slow
 def test_bert_is_judged_by_both_its_tasks():
+  """By hand: words are a mean over the masked ones, the other over rows, of
+  which the last is padding; the rows have 3, 1 and 2 words masked."""
   module, params = models.make('bert')
-  tokens = models.tokens(2, 8)
-  batch = dict(tokens=tokens, targets=tokens, types=jnp.zeros((2, 8), int),
-               segment_ids=jnp.ones((2, 8), int),
-               weights=jnp.zeros((2, 8)).at[0, :3].set(1.0).at[1, 2].set(1.0),
-               nsp_targets=jnp.array([0, 1]))
+  tokens = models.tokens(4, 8)
+  words = [(0, 0), (0, 1), (0, 2), (1, 2), (2, 0), (2, 5)]
+  batch = dict(tokens=tokens, targets=tokens, types=jnp.zeros((4, 8), int),
+               segment_ids=jnp.ones((4, 8), int).at[3].set(0),
+               weights=jnp.zeros((4, 8)).at[tuple(zip(*words))].set(1.0),
+               nsp_targets=jnp.array([0, 1, 1, 0]))
   config = base.base()
   objective = objectives.OBJECTIVES['mlm_nsp']
   output = objective.apply(module, params, batch)
-  loss, figures = objective.loss(output, batch, config)
+  share, figures = objective.loss(output, batch, config)
+  values = objective.means(figures)
   nll = -jax.nn.log_softmax(output.logits)
-  mlm = sum(float(nll[b, i, tokens[b, i]]) for b, i in (
-      (0, 0), (0, 1), (0, 2), (1, 2)))
-  nsp = -jax.nn.log_softmax(output.extra['nsp_logits'])
-  nsp = 3 * float(nsp[0, 0]) + 1 * float(nsp[1, 1])  # by their masked words
-  np.testing.assert_allclose(loss, mlm + nsp, rtol=1e-5)
-  np.testing.assert_allclose(figures['mlm_loss'], mlm, rtol=1e-5)
-  assert figures['weight'] == 4 and 0 <= figures['nsp_accuracy'] <= 4
-  alone, words = objectives.OBJECTIVES['mlm'].loss(output, batch, config)
-  np.testing.assert_allclose(alone, mlm, rtol=1e-5)
-  right = (jnp.argmax(output.logits, -1) == tokens) * batch['weights']
-  assert words['accuracy'] == figures['mlm_accuracy'] == right.sum()
+  mlm = np.mean([nll[b, i, tokens[b, i]] for b, i in words])
+  logits = np.asarray(output.extra['nsp_logits'])
+  nsp = -jax.nn.log_softmax(logits)
+  nsp = np.mean([nsp[0, 0], nsp[1, 1], nsp[2, 1]])
+  right = np.mean([logits[0, 0] > logits[0, 1], logits[1, 1] > logits[1, 0],
+                   logits[2, 1] > logits[2, 0]])
+  said = np.mean([jnp.argmax(output.logits[b, i]) == tokens[b, i]
+                  for b, i in words])
+  for name, value in dict(loss=mlm + nsp, mlm_loss=mlm, nsp_loss=nsp,
+                          nsp_accuracy=right, mlm_accuracy=said).items():
+    np.testing.assert_allclose(values[name], value, rtol=1e-5, err_msg=name)
+  np.testing.assert_allclose(share, 6 * (mlm + nsp), rtol=1e-5)
+  alone = objectives.OBJECTIVES['mlm']
+  words = alone.means(alone.figures(output, batch, config))
+  assert words == {'loss': values['mlm_loss'],
+                   'accuracy': values['mlm_accuracy']}
 
 
 def test_a_prefix_sees_itself_whole_and_nothing_later():

@@ -101,7 +101,7 @@ def test_rates_of_spans():
 def test_masks_are_pure_in_seed_and_index():
   config = _config('span', batch_size=4)
   whole = data.load(config, TOKENIZER)
-  halves = [data.load(config, TOKENIZER, 'train', i, 2) for i in range(2)]
+  halves = [data.load(config, TOKENIZER, i, 2) for i in range(2)]
   for n in (0, 3):
     joined = jax.tree.map(lambda *x: np.concatenate(x),
                           *[half.batch(n) for half in halves])
@@ -143,7 +143,7 @@ def test_pairs_of_a_file(kind, tmp_path):
           dict(zip(pairs.KINDS, pair))) for pair in texts) + '\n')
   config = _config('seq2seq', source=f'parallel:{path}',
                    eval_source=f'parallel:{path}')
-  loader = data.load(config, TOKENIZER, 'eval')
+  loader, = data.held_out(config, TOKENIZER)
   batch = loader.batch(0)
   assert loader.num_windows == 3 and loader.num_bytes == 7 + 3 + 80
   assert loader.num_tokens == 90 + 3
@@ -233,7 +233,8 @@ def test_sequence_accuracy_is_of_whole_targets(objective, monkeypatch):
   monkeypatch.setitem(sys.modules, 'sacrebleu', None)
   config = _config(objective)
   config.eval.batches = 1
-  batch = data.load(config, TOKENIZER, 'eval').batch(0)
+  loader, = data.held_out(config, TOKENIZER)
+  batch = loader.batch(0)
   told = batch['targets'].copy()
   for row in told[1::2]:
     row[int(np.flatnonzero(row != START)[-1])] ^= 1

@@ -17,7 +17,7 @@ def _said(tmp_path, start=0, **fields):
   config.update_from_flattened_dict(fields)
   tokenizer = tokenizers.load('bytes')
   run = runs.start(config, runs.resolve(config, tokenizer)[0])
-  loaders = [data.load(config, tokenizer, split) for split in data.SPLITS]
+  loaders = data.load(config, tokenizer), data.held_out(config, tokenizer)
   lines = outline.text(run, start, 128, *loaders).splitlines()
   return run, loaders, dict(line.split(': ', 1) for line in lines)
 
@@ -25,7 +25,8 @@ def _said(tmp_path, start=0, **fields):
 def test_the_outline_says_what_the_run_does(tmp_path):
   (tmp_path / 'one.txt').write_text(WORDS * 40)
   source = f'text:{tmp_path}/one.txt'
-  run, (train, held_out), said = _said(tmp_path, 10, **{'data.source': source})
+  run, (train, (held_out,)), said = _said(
+      tmp_path, 10, **{'data.source': source})
   d, v, length = 16, run.model.vocab_size, run.model.max_len
   # GPT's by hand: embeddings, two blocks, the last norm.
   block = 4 * (d * d + d) + 2 * 4 * d * d + 5 * d + 4 * d

@@ -244,9 +244,12 @@ def test_panel_by_hand():
 
 def test_window_tells_experts_unused_throughout():
   load_SNE = jnp.array([[[1.0, 0, 0, 0]], [[0, 1.0, 0, 0]]])
-  got = health.window(load_SNE)
+  got = health.window(load_SNE, jnp.ones(2))
   assert got['unused'].tolist() == [0.5]
   np.testing.assert_allclose(got['load_max'], [2])
+  # A step counts by its tokens.
+  got = health.window(load_SNE, jnp.array([30.0, 10.0]))
+  np.testing.assert_allclose(got['load_max'], [3])
 
 
 def test_bias_moves_against_the_load_in_the_order_of_layers():

@@ -89,9 +89,15 @@ HEALTH = {'dropped': 0.1, 'unserved': 0.02, 'window_load_max': 1.4,
 
 
 def _extrapolation(slope, refused=False):
-  return {'length': 64, 'curves': {'alibi': {
-      str(m): None if refused and m > 1 else
-      [2 + slope * i / 512 for i in range(64 * m)] for m in (1, 2, 4, 8)}}}
+  """No token reaches the last place, and half as many every second one."""
+  tokens = {m: [2 - i % 2 for i in range(64 * m - 1)] + [0]
+            for m in (1, 2, 4, 8)}
+  return {'length': 64, 'texts': {
+      str(m): dict(tokens=n, weights=[x / sum(n) for x in n])
+      for m, n in tokens.items()}, 'curves': {'alibi': {
+          str(m): None if refused and m > 1 else
+          [2 + slope * (i % 2) for i in range(64 * m - 1)] + [None]
+          for m in tokens}}}
 
 
 POINTS = [

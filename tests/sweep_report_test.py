@@ -247,7 +247,7 @@ def test_health_and_extrapolation(sweep):
   rows = report_extras.extrapolation_table(
       report_extras.extrapolation(sweep)).rows
   assert [c.text for c in rows[1]][3:] == ['refused'] * 3
-  assert rows[0][5].value == pytest.approx(2 + 0.1 * 511 / 2 / 512)
+  assert rows[0][5].value == pytest.approx(2 + 0.1 * 255 / (2 * 256 + 255))
 
 
 def test_csv_holds_every_point(written, outcomes):

@@ -43,8 +43,8 @@ def trained(config, workdir):
   tokenizer = tokenizers.load(config.data.tokenizer)
   run = runs.start(config, runs.resolve(config, tokenizer)[0])
   rows = devices.batch_shard(run.place, config.data.batch_size)
-  texts = [data.load(config, tokenizer, split, *rows)
-           for split in ('train', 'eval')]
+  texts = [data.load(config, tokenizer, *rows),
+           data.held_out(config, tokenizer, *rows)]
   with checkpoints.Checkpoints(
       workdir, **config.checkpoint,
       agree_every=config.log.every_steps) as saved:

@@ -57,9 +57,8 @@ def alone(c, workdir):
   with checkpoints.Checkpoints(workdir, **c.checkpoint) as saved:
     state, start = runs.restore_or_create(run, saved)
     run_config.save(workdir, c, derived)
-    loop.train(run, state, start, *[data.load(c, tokenizer, split)
-                                    for split in ('train', 'eval')],
-               saved, workdir)
+    loop.train(run, state, start, data.load(c, tokenizer),
+               data.held_out(c, tokenizer), saved, workdir)
 
 
 def rows(workdir, split='train'):

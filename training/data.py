@@ -20,7 +20,6 @@ from configs.errors import RequestError
 from training import batch_workers, examples, holdout, limits, packing
 from training import sources, token_cache
 
-SPLITS = ('train', 'eval')
 EVAL_SEED = 0  # One order of evaluation for all runs, whatever their seed.
 THREADS = 2  # With workers=0; more only contend for the interpreter's lock.
 PREFETCH = 4  # Batches prepared ahead.
@@ -30,12 +29,14 @@ class Loader:
   """The batches of one split for one process.
 
   Attributes:
+    name: the source or sources, as written in the config.
+    share: what it counts in the mean over the sources that are held out.
     text: whose tokens these are, in words.
     num_windows: examples in one pass over the split.
     num_batches: batches in one pass. An 'eval' loader ends there, its last
       batch filled up with rows of weight zero, so that each token counts
       exactly once; a 'train' loader never ends.
-    num_tokens: tokens predicted in one pass over the whole split.
+    num_tokens: tokens of the text that one pass reads.
     num_bytes: UTF-8 bytes of that text.
     bytes_per_token: bits per byte = nats per token / (ln 2 x this).
     rows: rows of a batch that this process holds.
@@ -43,8 +44,11 @@ class Loader:
     num_sources: of which the text comes, mixed.
   """
 
-  def __init__(self, text: str, dataset, views, config, tokenizer, split: str,
-               process_index: int, process_count: int):
+  def __init__(self, name: str, share: float, text: str, dataset, views,
+               config, tokenizer, split: str, process_index: int,
+               process_count: int):
+    self.name = name
+    self.share = share
     self.text = text
     self._dataset = dataset
     self._config = config
@@ -61,6 +65,10 @@ class Loader:
     self.num_tokens = sum(view.num_tokens for view in views)
     self.num_bytes = sum(view.num_bytes for view in views)
     self.bytes_per_token = self.num_bytes / self.num_tokens
+
+  def first(self, batches: int) -> int:
+    """Returns how many batches of a pass `batches` are; 0: all."""
+    return min(batches or self.num_batches, self.num_batches)
 
   def batch(self, n: int) -> dict[str, np.ndarray]:
     """Returns this process's rows of global batch n, each array [rows, ...].
@@ -132,15 +140,13 @@ class Loader:
     return example
 
 
-def load(config, tokenizer, split: str = 'train', process_index: int = 0,
-         process_count: int = 1) -> Loader:
-  """Returns the loader of one split, tokenising its sources if need be.
+def load(config, tokenizer, process_index: int = 0, process_count: int = 1
+         ) -> Loader:
+  """Returns the endless loader of training, tokenising its sources if need be.
 
   Args:
     config: a run's config; read are seed, objective and data.
     tokenizer: see tokenizers.load.
-    split: 'train' (endless) or 'eval' (one pass, in an order of its own, so
-      that its first batches are a fair sample of all).
     process_index: of this process.
     process_count: must divide data.batch_size.
 
@@ -148,8 +154,41 @@ def load(config, tokenizer, split: str = 'train', process_index: int = 0,
     ValueError: for a source that is missing, empty or unreadable.
   """
   import grain
-  if split not in SPLITS:
-    raise ValueError(f'unknown split {split!r}: choose from train, eval.')
+  weights, corpora, views = _views(config, tokenizer, 'train', process_count)
+  # Grain permutes epoch e by seed + e. Hashed seeds keep the second epoch
+  # of seed 0 from being the first of seed 1.
+  seeds = np.random.SeedSequence(config.seed).generate_state(len(views))
+  parts = [grain.MapDataset.source(v).shuffle(seed=int(seed)).repeat()
+           for v, seed in zip(views, seeds)]
+  dataset = (parts[0] if len(parts) == 1 else
+             grain.MapDataset.mix(parts, weights))
+  return Loader(config.data.source, 1.0,
+                ' and '.join(corpus.text for corpus in corpora), dataset,
+                views, config, tokenizer, 'train', process_index,
+                process_count)
+
+
+def held_out(config, tokenizer, process_index: int = 0,
+             process_count: int = 1) -> list[Loader]:
+  """Returns a loader of each source that is held out, of one pass each.
+
+  A figure of the whole is the mean of the sources' own by their `share`, the
+  weights of data.eval_source or data.source: of text drawn as training draws
+  it, however much of each is held out. A source's order is its own, the same
+  for all runs, so that its first batches are a fair sample of all.
+
+  Args and raises: as `load`.
+  """
+  import grain
+  weights, corpora, views = _views(config, tokenizer, 'eval', process_count)
+  return [Loader(corpus.name, weight / sum(weights), corpus.text,
+                 grain.MapDataset.source(view).shuffle(seed=EVAL_SEED), [view],
+                 config, tokenizer, 'eval', process_index, process_count)
+          for weight, corpus, view in zip(weights, corpora, views)]
+
+
+def _views(config, tokenizer, split: str, process_count: int):
+  """Returns the weights, corpora and views of a split's sources."""
   if config.objective not in examples.EXAMPLES:
     raise RequestError(f'unknown objective {config.objective!r}: choose from '
                        f'{", ".join(examples.EXAMPLES)}.')
@@ -157,21 +196,7 @@ def load(config, tokenizer, split: str = 'train', process_index: int = 0,
   _check(config, process_count)
   view = packing.VIEWS[examples.EXAMPLES[config.objective].view]
   weights, corpora = zip(*_corpora(config, tokenizer, split))
-  views = [view(corpus) for corpus in corpora]
-  if split == 'eval':
-    dataset = grain.MapDataset.source(packing.Joined(views)).shuffle(
-        seed=EVAL_SEED)
-  else:
-    # Grain permutes epoch e by seed + e. Hashed seeds keep the second epoch
-    # of seed 0 from being the first of seed 1.
-    seeds = np.random.SeedSequence(config.seed).generate_state(len(views))
-    parts = [grain.MapDataset.source(v).shuffle(seed=int(seed)).repeat()
-             for v, seed in zip(views, seeds)]
-    dataset = (parts[0] if len(parts) == 1 else
-               grain.MapDataset.mix(parts, weights))
-  text = ' and '.join(corpus.text for corpus in corpora)
-  return Loader(text, dataset, views, config, tokenizer, split, process_index,
-                process_count)
+  return weights, corpora, [view(corpus) for corpus in corpora]
 
 
 def _check(config, process_count: int):

@@ -8,6 +8,7 @@ import numpy as np
 
 from architectures.parts import health
 from training import devices
+from training import evaluating
 from training import flops
 from training import host
 from training import metrics
@@ -50,7 +51,8 @@ def train(run: runs.Run, state, start: int, train_data, eval_data, saved,
           out_shardings=(run.shardings, None)).lower(state, batch).compile()
       if config.eval.every_steps:
         eval_fn = jax.jit(make_eval_step(run.module, config)).lower(
-            state.params, devices.put(eval_data.batch(0), run.place)).compile()
+            state.params,
+            devices.put(eval_data[0].batch(0), run.place)).compile()
     host.trim()
     devices.sync('compiled')
     bar = watch.progress(steps, start, devices.primary())
@@ -67,7 +69,7 @@ def train(run: runs.Run, state, start: int, train_data, eval_data, saved,
       n, figures, done = read
       bad = bad if too_many() else figures['bad_in_row']
       if 'health/load_E' in figures:
-        loads.append(figures['health/load_E'])
+        loads.append((figures['health/load_E'], figures['health/tokens']))
       if n % config.log.every_steps == 0 or n == steps:
         figures |= watch.slowest(meter.lap(n, done)) | over_window(loads)
         loads.clear()
@@ -89,7 +91,7 @@ def train(run: runs.Run, state, start: int, train_data, eval_data, saved,
       report(held.flush())
       with meter.paused():
         # The last evaluation is what the run was for: it is finished.
-        figures = runs.evaluate(
+        figures = evaluating.evaluate(
             eval_fn, state.params, eval_data, config.eval.batches, run.place,
             stop=lambda: stop.at_once and n < steps)
       if figures is None:
@@ -97,7 +99,7 @@ def train(run: runs.Run, state, start: int, train_data, eval_data, saved,
       for writer in writers:
         writer.write(n, 'eval', figures)
       bar.say(f'step {n}  held-out ' + '  '.join(
-          f'{name.replace("_", " ")} {value:.4f}'
+          f'{name.replace("_", " ")} {evaluating.shown(value)}'
           for name, value in figures.items()))
 
     meter.begin(start)
@@ -139,10 +141,11 @@ def train(run: runs.Run, state, start: int, train_data, eval_data, saved,
 
 
 def over_window(loads) -> dict:
-  """Returns the experts' panel over the steps since the last report."""
+  """Returns the experts' panel over the steps since the last report, given
+  (load, tokens) of each."""
   if not loads:
     return {}
-  figures = health.window(np.asarray(loads, np.float32))
+  figures = health.window(*(np.asarray(x, np.float32) for x in zip(*loads)))
   return {f'health/window_{name}': np.asarray(x).tolist()
           for name, x in figures.items()}
 
@@ -156,7 +159,8 @@ def lengths(batch) -> tuple[int, ...]:
 def bad_sentence(n: int, bad: int) -> str:
   """Why a run ends after step `n`, the last `bad` of them not finite."""
   return (
-      f'the loss or a gradient was not finite in {bad} steps in a row '
-      '(train.max_bad_steps); no update was made in them. The parameters '
+      'the loss or a gradient was not finite, or there was nothing to '
+      f'predict, in {bad} steps in a row (train.max_bad_steps); no update was '
+      'made in them. The parameters '
       f'before them are saved as step {n}. Try a smaller optim.lr, a longer '
       'optim.warmup_steps, optim.clip_norm=1, or model.dtype=float32.')

@@ -194,13 +194,15 @@ def read(path) -> list[dict[str, Any]]:
 
 
 def plain(value: Any) -> Any:
-  """Returns a figure as JSON has it: a number, a string, a list or None."""
+  """Returns a figure as JSON has it: what is not finite is None."""
   if value is None or isinstance(value, str | bool | int):
     return value
   if isinstance(value, float):
     return value if math.isfinite(value) else None
   if isinstance(value, list | tuple):
     return [plain(x) for x in value]
+  if isinstance(value, Mapping):
+    return {name: plain(x) for name, x in value.items()}
   return plain(np.asarray(value).tolist())
 
 

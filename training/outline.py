@@ -11,7 +11,7 @@ def text(run: runs.Run, start: int, tokens: int, train_data, eval_data) -> str:
     start: how many steps of it are done.
     tokens: of a step, padding included.
     train_data: its loader.
-    eval_data: that of what is held out.
+    eval_data: those of what is held out.
   """
   config, model, steps = run.config, run.model, run.config.train.steps
   active = '' if model.ffn != 'moe' else (
@@ -33,7 +33,8 @@ def text(run: runs.Run, start: int, tokens: int, train_data, eval_data) -> str:
       f'step: {rows}, {tokens:,} tokens',
       f'training: steps {start + 1:,} to {steps:,}, {steps * tokens:,} tokens '
       f'in all: {source}',
-      f'held out: {eval_data.text}, {eval_data.num_tokens:,} tokens',
+      f'held out: {" and ".join(loader.text for loader in eval_data)}, '
+      f'{sum(loader.num_tokens for loader in eval_data):,} tokens',
       f'evaluation: {_evaluations(config, eval_data)}'])
 
 
@@ -41,7 +42,7 @@ def _evaluations(config, eval_data) -> str:
   every = config.eval.every_steps
   if not every:
     return 'none while training'
-  batches = min(config.eval.batches or eval_data.num_batches,
-                eval_data.num_batches)
-  return (f'every {every:,} steps, on {batches:,} of the '
-          f'{eval_data.num_batches:,} batches held out')
+  there = [loader.num_batches for loader in eval_data]
+  taken = [loader.first(config.eval.batches) for loader in eval_data]
+  return (f'every {every:,} steps, on {sum(taken):,} of the {sum(there):,} '
+          'batches held out')

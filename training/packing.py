@@ -2,7 +2,7 @@
 
 A view is a sequence: `len(view)` raw items and `view[i]` in constant time,
 so an item is read wherever the order of a run puts it. It also says how much
-text one pass sees: `num_tokens` predicted and `num_bytes` of text. To give an
+text one pass sees: `num_tokens` and `num_bytes` of it. To give an
 objective other material (documents, pairs, conversations), write a class
 that takes a Corpus, and list it in VIEWS.
 """
@@ -240,21 +240,6 @@ class Pairs:
       return pairs.Pair(ids[:M], ids[M:], False)
     parts = dict(self._cache.document_parts(int(self._ids[i])))
     return pairs.Pair(parts['source'], parts['target'], True)
-
-
-class Joined:
-  """Several views of one kind, one after the other."""
-
-  def __init__(self, views):
-    self._views = views
-    self._starts = np.cumsum([0] + [len(view) for view in views])
-
-  def __len__(self) -> int:
-    return int(self._starts[-1])
-
-  def __getitem__(self, i: int):
-    which = int(np.searchsorted(self._starts, i, side='right')) - 1
-    return self._views[which][i - int(self._starts[which])]
 
 
 VIEWS = {

@@ -25,9 +25,6 @@ from training import tokenizers
 
 # What may be left at 0 in config.model, and the run fills in.
 DERIVED = ('vocab_size', 'max_len')
-# Objectives that predict each token of the text once: their loss is one of
-# the text, in bits per byte, whatever the tokenizer.
-EVERY_TOKEN = ('causal',)
 
 
 def resolve(config: ml_collections.ConfigDict, tokenizer
@@ -139,42 +136,6 @@ def _check_objective(name: str, module: nn.Module) -> None:
 def count(params) -> int:
   """Returns the number of parameters."""
   return sum(x.size for x in jax.tree.leaves(nn.meta.unbox(params)))
-
-
-def evaluate(step, params, loader, batches: int, place,
-             stop=lambda: False, show=lambda batches: batches
-             ) -> dict[str, float] | None:
-  """Returns the weighted means of one pass over a loader; None if stopped.
-
-  Args:
-    step: the compiled evaluation step.
-    params: the parameters.
-    loader: an 'eval' loader.
-    batches: how many of its batches; 0: all, each token exactly once.
-    place: the sharding of a batch.
-    stop: asked before each batch, whether to leave it at that.
-    show: yields the batches that it is given, and shows how far it is.
-  """
-  total: dict[str, float] = {}
-  for batch in show(loader.iterate(0, batches or None)):
-    if stop():
-      return None
-    sums = jax.device_get(step(params, devices.put(batch, place)))
-    for name, value in sums.items():
-      total[name] = total.get(name, 0.0) + float(value)
-  return means(total, loader)
-
-
-def means(total: dict[str, float], loader) -> dict[str, float]:
-  """Returns the figures of an evaluation from its sums over all batches."""
-  weight = max(total['weight'], 1e-9)
-  names = sorted(total.keys() - {'weight'}, key=lambda n: (n != 'loss', n))
-  figures = {name: total[name] / weight for name in names}
-  figures['perplexity'] = math.exp(min(figures['loss'], 700.0))
-  if loader.objective in EVERY_TOKEN:
-    figures['bits_per_byte'] = figures['loss'] / (
-        math.log(2) * loader.bytes_per_token)
-  return figures
 
 
 @dataclasses.dataclass(frozen=True)

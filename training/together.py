@@ -5,8 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from training import flops, loop, metrics, outline, peaks, runs, signals
-from training import watch
+from training import data, evaluating, flops, loop, metrics, outline, peaks
+from training import signals, watch
 
 
 def train(group, tokenizer) -> dict[int, str]:
@@ -25,9 +25,9 @@ class _Loop:
   def __init__(self, group, tokenizer):
     config, start = group.config, group.start
     self.group, self.config = group, config
-    self.loaders = [group.load(tokenizer, 'train', seed)
+    self.loaders = [data.load(group.seeded(seed), tokenizer)
                     for seed in group.seeds]
-    self.eval_data = group.load(tokenizer, 'eval', group.seeds[0])
+    self.eval_data = data.held_out(config, tokenizer)
     sides = loop.lengths(self.loaders[0].batch(start))
     count = len(group.members)
     self.tokens = config.data.batch_size * sum(sides)
@@ -94,7 +94,7 @@ class _Loop:
             for row in self.live}
     for row, own in each.items():
       if 'health/load_E' in own:
-        self.loads[row].append(own['health/load_E'])
+        self.loads[row].append((own['health/load_E'], own['health/tokens']))
     if n % self.config.log.every_steps == 0 or n == self.config.train.steps:
       lap = self.meter.lap(n, done) | {'runs_at_once': len(self.group.members)}
       for row, own in each.items():
@@ -120,18 +120,20 @@ class _Loop:
   def _evaluate(self, n, state) -> None:
     self._report(self.held.flush())
     with self.meter.paused():
-      total = {}
-      for batch in self.eval_data.iterate(0, self.config.eval.batches or None):
-        sums = jax.device_get(
-            self.eval_fn(state.params, self.group.batch([batch])))
-        for name, value in sums.items():
-          total[name] = total.get(name, 0.0) + value.astype(np.float64)
+      sums = []
+      for loader in self.eval_data:
+        total = None
+        for batch in loader.iterate(
+            0, loader.first(self.config.eval.batches)):
+          total = evaluating.add(total, self.eval_fn(
+              state.params, self.group.batch([batch])))
+        sums.append(total)
     for row, member in self.live.items():
-      figures = runs.means({name: float(x[row]) for name, x in total.items()},
-                           self.eval_data)
+      figures = evaluating.means(
+          jax.tree.map(lambda x, row=row: x[row], sums), self.eval_data)
       self._write(row, n, 'eval', figures)
-      self.bar.say(f'step {n}  held-out loss {figures["loss"]:.4f}  '
-                   f'{member.workdir}')
+      loss = evaluating.shown(figures['loss'])
+      self.bar.say(f'step {n}  held-out loss {loss}  {member.workdir}')
 
   def _save(self, n, state, rows) -> None:
     self._report(self.held.flush())

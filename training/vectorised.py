@@ -21,7 +21,7 @@ import numpy as np
 
 from configs import sharding as tables
 from configs.errors import EnvironmentFailure, require
-from training import checkpoints, data, devices, mup, optimizers, run_config
+from training import checkpoints, devices, mup, optimizers, run_config
 from training import runs
 from training import state as state_lib
 from training import tokenizers
@@ -227,12 +227,12 @@ class Group:
   def _put(self, tree, spec=_EACH):
     return jax.device_put(tree, NamedSharding(self.mesh, spec))
 
-  def load(self, tokenizer, split: str, seed: int) -> data.Loader:
-    """Returns the loader of one seed."""
+  def seeded(self, seed: int) -> ml_collections.ConfigDict:
+    """Returns the config with one of the group's seeds."""
     config = self.config.copy_and_resolve_references()
     with config.unlocked():
       config.seed = seed
-    return data.load(config, tokenizer, split)
+    return config
 
   def batch(self, batches: Sequence[dict]) -> dict:
     """Puts the batches of `seeds`: one for all runs, or each run its own."""

@@ -11,8 +11,9 @@ router z    mean_t logsumexp(logits_t)^2   (ST-MoE: Zoph et al. 2022).
 
 Means run over all tokens but padding of what goes through the model at once:
 a value does not depend on groups or on shards. With `train.grad_accumulation`
-that is a micro-batch, and the step takes the mean of theirs: a balance loss, no
-mean over tokens itself, then asks each micro-batch to be even.
+that is a micro-batch, and the step takes the mean of theirs, weighted by their
+tokens: a balance loss, no mean over tokens itself, then asks each micro-batch
+to be even.
 """
 
 from typing import Optional
@@ -119,13 +120,15 @@ def _served(routing: Routing, kept_A, tokens: int) -> jax.Array:
       kept_A.astype(jnp.int32))
 
 
-def window(load_SNE) -> dict:
+def window(load_SNE, tokens_S) -> dict:
   """The panel over a window of steps: {name: [N] by layer}.
 
   Args:
     load_SNE: `load_E` of each step and layer.
+    tokens_S: how much each step counts.
   """
-  load_NE = load_SNE.mean(0)
+  share_S = tokens_S / tokens_S.sum()
+  load_NE = jnp.einsum('SNE,S->NE', load_SNE, share_S)
   return dict(
       load_max=load_NE.shape[1] * load_NE.max(1) / load_NE.sum(1),
       unused=(load_NE == 0).mean(1),

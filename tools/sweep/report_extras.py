@@ -11,6 +11,7 @@ from tools.sweep import curves
 from tools.sweep import statistics
 from tools.sweep.curves import Point, Sweep
 from tools.sweep.report_tables import Cell, Table, WORDS, difference, plain
+from training.evals.by_position import Text, loss_at
 
 # Of the experts' panel: name in metrics.jsonl, heading. Over a window of steps
 # where there is one: an expert is unused if no step of the window used it.
@@ -187,7 +188,8 @@ def _last_health(run: curves.Run) -> dict:
 
 def extrapolation(sweep: Sweep) -> dict[tuple[str, str], dict]:
   """Returns {(variant, encoding): {'length': L, 'curves': {multiple:
-  [curves by position, one a seed]}}}; a refused length has none."""
+  [(losses by position, the Text they are of), one a seed]}}}; a refused length
+  has none."""
   found: dict[tuple[str, str], dict] = {}
   for point in sweep.points:
     for run in point.runs.values():
@@ -198,8 +200,18 @@ def extrapolation(sweep: Sweep) -> dict[tuple[str, str], dict]:
         for multiple, curve in by.items():
           taken = entry['curves'].setdefault(int(multiple), [])
           if curve is not None:
-            taken.append(np.asarray(curve, float))
+            taken.append(_with_text(np.asarray(curve, float),
+                                  task.get('texts', {}).get(multiple)))
   return found
+
+
+def _with_text(curve: np.ndarray, text: dict | None):
+  """Returns the curve and its Text. An evaluation of before there were texts
+  wrote a loss of 0 where there were no tokens."""
+  if text is None:
+    there = curve != 0
+    return curve, Text(there.astype(int), there.astype(float))
+  return curve, Text(*(np.asarray(text[name]) for name in Text._fields))
 
 
 def extrapolation_table(found: dict) -> Table:
@@ -213,14 +225,14 @@ def extrapolation_table(found: dict) -> Table:
       if not taken:
         cells.append(Cell('refused'))
         continue
-      x = statistics.interval([c.mean() for c in taken])
+      x = statistics.interval([loss_at(*c, slice(None)) for c in taken])
       ends = (f' [{x.low:.3f}, {x.high:.3f}]' if x.known else
               f' ({x.least:.3f} to {x.most:.3f})' if x.seeds == 2 else '')
       cells.append(Cell(f'{x.mean:.3f}{ends}', x.mean))
     rows.append((Cell(point, point), Cell(name, name), *cells))
   return Table((
       ('variant', ''), ('encoding', 'as the evaluation used it'),
-      *((f'{m} × length', 'nats per token over all positions: mean over '
+      *((f'{m} × length', 'nats per token over all tokens: mean over '
          'seeds, and its 95 % interval; of two seeds, from one to the other')
         for m in multiples)), rows)
 

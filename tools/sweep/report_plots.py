@@ -16,6 +16,7 @@ from tools.sweep import report_extras
 from tools.sweep import statistics
 from tools.sweep.curves import Sweep
 from tools.sweep.report_tables import difference
+from training.evals.by_position import loss_at
 
 MOST = 300  # points of a line; longer ones are thinned
 BINS = 40  # of the positions of a long text
@@ -94,10 +95,11 @@ def extrapolation(sweep: Sweep, found: dict) -> dict:
     taken = {m: c for m, c in entry['curves'].items() if c}
     if not taken:
       continue
-    curve = np.mean(taken[max(taken)], axis=0)
-    edges = np.unique(np.geomspace(1, len(curve), BINS).astype(int))
+    seeds = taken[max(taken)]
+    edges = np.unique(np.geomspace(1, len(seeds[0][0]), BINS).astype(int))
     line = {'position': np.sqrt(edges[:-1] * edges[1:]),
-            'y': [curve[a:b].mean() for a, b in zip(edges, edges[1:])]}
+            'y': [np.mean([loss_at(*seed, slice(a, b)) for seed in seeds])
+                  for a, b in zip(edges, edges[1:])]}
     colour, *dashes = looks(sweep)[point].split()
     drawn[point] = drawn.get(point, -1) + 1
     if drawn[point]:

@@ -7,6 +7,7 @@ import numpy as np
 
 from configs.errors import require
 from training import data
+from training import evaluating
 from training import generate
 from training import pairs
 from training import progress
@@ -20,23 +21,38 @@ def check(options, config, workdir, task: str = 'exact') -> None:
 
 def run(evaluation) -> dict:
   """Writes the targets of eval.batches batches, greedily."""
-  found = written(evaluation)
-  share = float(np.mean([same for _, _, same in found]))
-  print(f'{len(found)} held-out targets: exact {share:.4f}')
-  return dict(exact=share, targets=len(found))
+  loaders, found = written(evaluation)
+  each = [share(own) for own in found]
+  for loader, own, exact in zip(loaders, found, each):
+    print(f'{loader.text}: {len(own)} held-out targets: exact {exact:.4f}')
+  figures = dict(exact=evaluating.mix(each, loaders),
+                 targets=sum(map(len, found)))
+  if len(loaders) > 1:
+    print(f'the mean by weight: exact {figures["exact"]:.4f}')
+    figures |= {f'exact/{loader.name}': exact
+                for loader, exact in zip(loaders, each)}
+  return figures
 
 
-def written(evaluation) -> list[tuple]:
-  """Returns what `translate` does of the held-out rows."""
+def share(own) -> float:
+  """Returns the share of one source's targets that were written right."""
+  return float(np.mean([same for _, _, same in own]))
+
+
+def written(evaluation) -> tuple[list, list[list[tuple]]]:
+  """Returns the loaders of what is held out, and of each what `translate`
+  does of its rows."""
   run, config = evaluation.run, evaluation.run.config
-  loader = data.load(config, evaluation.tokenizer, 'eval')
+  loaders = data.held_out(config, evaluation.tokenizer)
   found = []
-  batches = min(config.eval.batches or loader.num_batches, loader.num_batches)
-  for batch in progress.each(loader.iterate(0, batches),
-                             'writing targets', batches):
-    found += translate(run.module, evaluation.params, batch,
-                       evaluation.tokenizer)
-  return found
+  for loader in loaders:
+    found.append([])
+    batches = loader.first(config.eval.batches)
+    for batch in progress.each(loader.iterate(0, batches),
+                               'writing targets', batches):
+      found[-1] += translate(run.module, evaluation.params, batch,
+                             evaluation.tokenizer)
+  return loaders, found
 
 
 def translate(module, params, batch, tokenizer) -> list[tuple]:

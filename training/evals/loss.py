@@ -1,11 +1,15 @@
-"""Held-out loss in nats per token, perplexity, and bits per byte of text."""
+"""Held-out loss in nats per token, perplexity, and bits per byte of text.
+
+Of several sources the figures are means by the weights of data.eval_source,
+or of data.source, and each source's own stand beside them.
+"""
 
 import jax
 
 from training import data
 from training import devices
+from training import evaluating
 from training import progress
-from training import runs
 from training.step import make_eval_step
 
 
@@ -15,17 +19,30 @@ def check(options, config, workdir) -> None:
 
 def run(evaluation) -> dict:
   """Evaluates every held-out token once."""
-  config = evaluation.run.config
-  index, count = devices.batch_shard(evaluation.run.place,
-                                     config.data.batch_size)
-  loader = data.load(config, evaluation.tokenizer, 'eval', index, count)
+  config, place = evaluation.run.config, evaluation.run.place
+  loaders = data.held_out(config, evaluation.tokenizer, *devices.batch_shard(
+      place, config.data.batch_size))
   step = jax.jit(make_eval_step(evaluation.run.module, config))
-  figures = runs.evaluate(
-      step, evaluation.params, loader, 0, evaluation.run.place,
-      show=lambda batches: progress.each(batches, 'evaluating',
-                                         loader.num_batches))
-  print(f'{loader.text}, {loader.num_tokens:,} tokens of '
-        f'{loader.bytes_per_token:.2f} bytes:')
+  sums = [evaluating.sums(
+      step, evaluation.params, progress.each(
+          loader.iterate(), 'evaluating', loader.num_batches), place)
+          for loader in loaders]
+  own = {}
+  for loader, total in zip(loaders, sums):
+    own[loader.name] = _told(loader.text, [total], [loader])
+  if len(loaders) == 1:
+    return own[loaders[0].name]
+  shares = ', '.join(f'{loader.share:.3g} {loader.name}' for loader in loaders)
+  return _told(f'the mean by weight, {shares}', sums, loaders) | {
+      'sources': own}
+
+
+def _told(text: str, sums, loaders) -> dict:
+  """Prints and returns the figures of some sources together."""
+  figures = evaluating.means(sums, loaders)
+  tokens = sum(loader.num_tokens for loader in loaders)
+  size = evaluating.mix([loader.bytes_per_token for loader in loaders], loaders)
+  print(f'{text}, {tokens:,} tokens of {size:.2f} bytes:')
   for name, value in figures.items():
-    print(f'  {name.replace("_", " "):<16} {value:.4f}')
-  return figures | {'tokens': loader.num_tokens, 'text': loader.text}
+    print(f'  {name.replace("_", " "):<16} {evaluating.shown(value)}')
+  return figures | {'tokens': tokens, 'text': text}

@@ -1,4 +1,7 @@
-"""How a mixture of experts routes held-out text: the health panel by layer."""
+"""How a mixture of experts routes held-out text: the health panel by layer.
+
+Each figure is a mean over batches, by their tokens, and over sources, by
+their weights."""
 
 import jax
 import numpy as np
@@ -34,22 +37,27 @@ def run(evaluation) -> dict:
   """Prints the table; writes routing.png into the workdir."""
   run_, config = evaluation.run, evaluation.run.config
   objective = objectives.OBJECTIVES[config.objective]
-  index, count = devices.batch_shard(run_.place, config.data.batch_size)
-  loader = data.load(config, evaluation.tokenizer, 'eval', index, count)
 
   @jax.jit
   def step(params, batch):
-    return objective.apply(run_.module, params, batch).aux['health']
+    health = objective.apply(run_.module, params, batch).aux['health']
+    return health, objective.tokens(batch)
 
-  batches = [jax.device_get(step(evaluation.params, devices.put(
-      batch, run_.place))) for batch in progress.each(
-          loader.iterate(0, BATCHES), 'evaluating',
-          min(BATCHES, loader.num_batches))]
-  panels = jax.tree.map(lambda *xs: np.stack(xs), *batches)
-  figures = {name: x.mean(0) for name, x in panels.items()}
+  panels, weights_S = [], []
+  for loader in data.held_out(config, evaluation.tokenizer,
+                              *devices.batch_shard(
+                                  run_.place, config.data.batch_size)):
+    found, tokens_S = zip(*[jax.device_get(step(evaluation.params, devices.put(
+        batch, run_.place))) for batch in progress.each(
+            loader.iterate(0, BATCHES), 'evaluating', loader.first(BATCHES))])
+    panels += found
+    weights_S += [loader.share * n / sum(tokens_S) for n in tokens_S]
+  weights_S = np.array(weights_S, np.float32)
+  panels = jax.tree.map(lambda *xs: np.stack(xs), *panels)
+  figures = {name: np.average(x, 0, weights_S) for name, x in panels.items()}
   # An expert is unused if no batch of them all used it.
-  over = {name: np.asarray(x)
-          for name, x in health.window(panels['load_E']).items()}
+  over = {name: np.asarray(x) for name, x in health.window(
+      panels['load_E'], weights_S).items()}
   print(table(figures | over))
   path = evaluation.workdir / FILE
   plot(figures['load_E'], path)

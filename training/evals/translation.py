@@ -6,9 +6,8 @@ share of sources for which the likeliest tokens, one by one, spell the target
 to its end.
 """
 
-import numpy as np
-
 from configs.errors import RequestError, require
+from training import evaluating
 from training.evals import exact
 
 
@@ -22,12 +21,24 @@ def check(options, config, workdir) -> None:
 def run(evaluation) -> dict:
   """Translates eval.batches batches of held-out pairs, greedily."""
   bleu = make_bleu()
-  hypotheses, references, same = zip(*exact.written(evaluation))
-  score = bleu.corpus_score(hypotheses, [references])
-  figures = dict(bleu=score.score, exact=float(np.mean(same)),
-                 pairs=len(same), signature=str(bleu.get_signature()))
-  print(f'{len(same)} held-out pairs: BLEU {score.score:.2f}, exact '
-        f'{figures["exact"]:.4f}\n  {figures["signature"]}')
+  loaders, found = exact.written(evaluation)
+  scores, shares = [], []
+  for loader, own in zip(loaders, found):
+    hypotheses, references, _ = zip(*own)
+    scores.append(bleu.corpus_score(hypotheses, [references]).score)
+    shares.append(exact.share(own))
+    print(f'{loader.text}: {len(own)} held-out pairs: BLEU {scores[-1]:.2f}, '
+          f'exact {shares[-1]:.4f}')
+  figures = dict(bleu=evaluating.mix(scores, loaders),
+                 exact=evaluating.mix(shares, loaders),
+                 pairs=sum(map(len, found)),
+                 signature=str(bleu.get_signature()))
+  if len(loaders) > 1:
+    print(f'the mean by weight: BLEU {figures["bleu"]:.2f}, exact '
+          f'{figures["exact"]:.4f}')
+    figures |= {f'bleu/{loader.name}': score
+                for loader, score in zip(loaders, scores)}
+  print(f'  {figures["signature"]}')
   return figures
 
 

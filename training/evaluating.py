@@ -1,0 +1,94 @@
+"""The figures of what is held out, from sums over its batches.
+
+A figure of several sources is the mean of their own by `Loader.share`: of
+text drawn as training draws it, whatever length of each is held out. Bits per
+byte are the mean loss over the mean bytes of a token.
+"""
+
+import math
+
+import jax
+import numpy as np
+
+from training import devices, objectives
+
+# Objectives that predict each token of the text once: their loss is one of
+# the text, in bits per byte, whatever the tokenizer.
+EVERY_TOKEN = ('causal',)
+
+
+def evaluate(step, params, loaders, batches: int, place,
+             stop=lambda: False) -> dict[str, float] | None:
+  """Returns the figures of what is held out; None if stopped.
+
+  Args:
+    step: the compiled evaluation step.
+    params: the parameters.
+    loaders: of data.held_out.
+    batches: how many of each source; 0: all, each token exactly once.
+    place: the sharding of a batch.
+    stop: asked before each batch, whether to leave it at that.
+  """
+  found = []
+  for loader in loaders:
+    found.append(sums(step, params, loader.iterate(0, loader.first(batches)),
+                      place, stop))
+    if found[-1] is None:
+      return None
+  return means(found, loaders)
+
+
+def sums(step, params, batches, place, stop=lambda: False):
+  """Returns {figure: objectives.Mean} of some batches; see `evaluate`."""
+  total = None
+  for batch in batches:
+    if stop():
+      return None
+    total = add(total, step(params, devices.put(batch, place)))
+  return total
+
+
+def add(total, more):
+  """Returns the sums of one more step, added to a total, on the host."""
+  more = jax.tree.map(np.float64, jax.device_get(more))
+  return more if total is None else jax.tree.map(np.add, total, more)
+
+
+def means(found, loaders) -> dict[str, float]:
+  """Returns the figures of an evaluation: means over the sources by share.
+
+  Args:
+    found: `sums` of each loader.
+    loaders: of data.held_out.
+
+  Returns:
+    The objective's figures, nan where there is nothing to average; the
+    perplexity of a token; with EVERY_TOKEN bits per byte; and of several
+    sources each one's own loss, as loss/NAME.
+  """
+  objective = objectives.OBJECTIVES[loaders[0].objective]
+  with np.errstate(divide='ignore', invalid='ignore'):
+    each = [objective.means(own) for own in found]
+  names = sorted(each[0], key=lambda name: (name != 'loss', name))
+  figures = {name: mix([own[name] for own in each], loaders)
+             for name in names}
+  with np.errstate(over='ignore'):
+    figures['perplexity'] = float(np.exp(figures[objective.main]))
+  if loaders[0].objective in EVERY_TOKEN:
+    figures['bits_per_byte'] = figures['loss'] / (math.log(2) * mix(
+        [loader.bytes_per_token for loader in loaders], loaders))
+  if len(loaders) > 1:
+    figures |= {f'loss/{loader.name}': float(own['loss'])
+                for loader, own in zip(loaders, each)}
+  return figures
+
+
+def shown(value: float) -> str:
+  """Returns a figure as it is printed; n/a: there was nothing to average."""
+  return 'n/a' if math.isnan(value) else f'{value:.4f}'
+
+
+def mix(values, loaders) -> float:
+  """Returns the mean of the sources' values, by their share."""
+  shares = [loader.share for loader in loaders]
+  return float(np.dot(shares, values) / sum(shares))
