@@ -5,8 +5,9 @@ import re
 import pytest
 import yaml
 
+from configs.errors import EnvironmentFailure
 from tests import launching
-from tools.launch import gke
+from tools.launch import gke, jobset
 
 
 @pytest.fixture(name='a_job')
@@ -20,13 +21,13 @@ def _a_job(tmp_path):
 _ENV = dict(name=str, value=str,
             valueFrom=dict(fieldRef=dict(fieldPath=str)))
 _POD = dict(
-    restartPolicy={'Never'}, nodeSelector={str: str},
+    restartPolicy={'Never'}, nodeSelector={str: str}, serviceAccountName=str,
     terminationGracePeriodSeconds=int,
     volumes=(dict(name=str, persistentVolumeClaim=dict(claimName=str),
                   emptyDir=dict(medium={'Memory'})),),
     containers=(dict(
         name=str, image=str, command=(str,), env=(_ENV,),
-        resources=dict(limits={str: int}),
+        resources=dict(limits={str: int}, requests={str: str}),
         volumeMounts=(dict(name=str, mountPath=str),)),))
 _RULE = dict(
     action={'FailJob', 'Ignore', 'Count', 'FailIndex'},
@@ -81,7 +82,7 @@ IN_BUCKET = dict(workdir='gs://b/run',
 def manifest(a_job, *words, **changes):
   args = launching.args_of(gke, '--image=i:1', *words)
   gke.size(args)
-  made = gke.jobset(a_job('0', **IN_BUCKET | changes), args)
+  made = jobset.jobset(a_job('0', **IN_BUCKET | changes), args)
   read = yaml.safe_load(yaml.safe_dump(made))
   assert read == made
   valid(read, SCHEMA)
@@ -121,6 +122,67 @@ def test_gke_gpus_are_told_who_they_are(a_job):
   assert env['JAX_COORDINATOR_ADDRESS'] == 'a-run-slice-0-0.a-run:8476'
   assert env['JAX_NUM_PROCESSES'] == '3' and 'JAX_PROCESS_ID' in env
   assert '--cluster' not in pod['containers'][0]['command']
+
+
+def pod_of(made):
+  job_spec = made['spec']['replicatedJobs'][0]['template']['spec']
+  return job_spec['template']['spec']
+
+
+def expanded(text, variables):
+  """What Kubernetes makes of a command's word or a variable's value (core/v1:
+  $$ is a dollar, $(NAME) a variable where there is one of that name)."""
+  return re.sub(
+      r'\$\$|\$\((\w+)\)', lambda m: '$' if m[0] == '$$' else
+      variables.get(m[1], m[0]), text)
+
+
+def test_gke_passes_on_what_kubernetes_would_put_variables_into(a_job):
+  told = '$(X) $$(X) $X $ $$ $'
+  made = manifest(a_job, '--gpu=nvidia-h100-80gb:8', words=('python', told),
+                  env=IN_BUCKET['env'] | {'X': 'x', 'Y': told})
+  pod = pod_of(made)
+  [container] = pod['containers']
+  assert expanded(container['command'][1], {'X': 'x'}) == told
+  env = {e['name']: e['value'] for e in container['env'] if 'value' in e}
+  assert expanded(env['Y'], {'X': 'x'}) == told
+  assert expanded(env['JAX_COORDINATOR_BIND_ADDRESS'],
+                  {'POD_IP': '10.0.0.5'}) == '10.0.0.5:8476'
+
+
+def test_gke_asks_for_cores_memory_and_an_account(a_job):
+  made = manifest(a_job, '--topology=v5e:4x4', '--cpu=96', '--memory=400Gi',
+                  '--service_account=trainer')
+  pod = pod_of(made)
+  assert pod['serviceAccountName'] == 'trainer'
+  assert pod['containers'][0]['resources'] == {
+      'limits': {'google.com/tpu': 4},
+      'requests': {'cpu': '96', 'memory': '400Gi'}}
+
+
+@pytest.mark.parametrize('words, memory', [
+    (['--topology=tpu7x:2x2x1'], 94.75 * 2 ** 30),
+    (['--gpu=nvidia-h100-mega-80gb:8'], 84.9e9),
+    (['--gpu=nvidia-l4:8'], None)])
+def test_gke_knows_what_a_device_has(words, memory, capfd):
+  *count, chip = gke.size(launching.args_of(gke, '--image=i', *words))
+  assert count == [8, 1] and (chip and chip.hbm) == memory
+  assert ('the memory of nvidia-l4 is not known' in capfd.readouterr().err) == (
+      memory is None)
+
+
+def test_gke_leaves_a_jobset_alone_that_is_there(a_job, tmp_path, monkeypatch):
+  env = launching.stand_in(tmp_path, 'kubectl', f'''\
+      #!/bin/bash
+      echo "$1" >>{tmp_path}/asked
+      echo 'Error from server (AlreadyExists)' >&2
+      exit 1
+      ''')
+  monkeypatch.setenv('PATH', env['PATH'])
+  args = launching.args_of(gke, '--image=i:1', '--topology=v5e:4x4')
+  with pytest.raises(EnvironmentFailure, match='kubectl delete jobset a-run'):
+    gke.launch(a_job('0', **IN_BUCKET), args)
+  assert (tmp_path / 'asked').read_text() == 'create\n'
 
 
 @pytest.mark.parametrize('code, action', [
@@ -188,7 +250,7 @@ def test_gke_shows_every_start_once_until_the_end(a_job, tmp_path, monkeypatch,
       echo "$*" >>{tmp_path}/asked
       count=$(grep -c terminalState {tmp_path}/asked)
       case "$*" in
-        apply*) cat >{tmp_path}/applied ;;
+        create*) cat >{tmp_path}/applied ;;
         *terminalState*) if [ "$count" = 5 ]; then echo -n Completed; fi ;;
         "get pod"*) [ "$count" -lt 2 ] && echo pod/a || echo pod/b ;;
         logs*pod/b) [ "$count" -ge 3 ] && echo output of b ;;

@@ -3,6 +3,8 @@
 import dataclasses
 import os
 import pathlib
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -14,7 +16,7 @@ import pytest
 
 from configs.errors import EnvironmentFailure, RequestError
 from tests.launching import args_of, is_running, maker, starts, wait_for
-from tools.launch import gke, local, programs, slurm, tpu_vm
+from tools.launch import gke, job, local, programs, slurm, tpu_vm
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -157,12 +159,53 @@ def test_local_gives_each_process_its_gpus():
 # Before anything is started.
 
 
+@pytest.mark.slow
+def test_what_is_documented_for_gke_fits():
+  """Of the places, gke alone knows the memory of a device."""
+  commands = set()
+  for page in (ROOT / 'README.md', ROOT / 'docs/pods.md',
+               *ROOT.glob('tools/launch/*.py')):
+    text = re.sub(r'\\\n\s*', ' ', page.read_text())
+    for command in re.findall(r'python -m tools.launch (gke +--.*)', text):
+      commands.add(re.sub('gs://BUCKET/[^ ]*', 'gs://b/a', command).strip())
+  assert len(commands) >= 2
+  for command in commands:
+    assert 'a device needs at least' in launch(
+        *shlex.split(command), '--dry_run').stderr
+
+
+@pytest.mark.parametrize('one, other', [
+    ('gs://alice/runs/a', 'gs://bob/runs/a'), ('/alice/runs/a', 'runs/a'),
+    ('gs://b/a.b', 'gs://b/a-b'), ('gs://b/' + 60 * 'a', 'gs://b/' + 61 * 'a')])
+def test_two_workdirs_have_two_names(one, other):
+  names = [job.named(one), job.named(other)]
+  assert names[0] != names[1] and names[0] == job.named(one + '/')
+  # Pods are named NAME-slice-0-0-12345, in 63 characters.
+  assert all(re.fullmatch('[a-z][a-z0-9-]{,39}', name) for name in names)
+  assert job.named('/data/a', 'claim') != job.named('/data/a', 'claim-2')
+
+
+@pytest.mark.parametrize('env, told', [
+    ('A', "--env is 'A': write NAME=VALUE"), ('a b=c', 'write NAME=VALUE'),
+    ('JAX_PROCESS_ID=0', 'JAX_PROCESS_ID, which the launcher sets itself'),
+    ('JAX_COMPILATION_CACHE_DIR=x', 'use --compile_cache')])
+def test_an_environment_that_is_none_is_refused(env, told):
+  with pytest.raises(ValueError, match=told):
+    job.environment(args_of(local, f'--env={env}'), '')
+  args = args_of(local, '--env=A=b=c', '--env=D=')
+  assert {'A': 'b=c', 'D': ''}.items() <= job.environment(args, '').items()
+
+
 @pytest.mark.parametrize('module, words, parts', [
     (gke, ['--topology=v5e:4by4', '--image=i'], ["'v5e:4by4'", 'v5e:4x8']),
     (gke, ['--image=i'], ['--topology', '--gpu']),
     (gke, ['--gpu=h100', '--image=i'], ["'h100'", ':8']),
     (slurm, ['--nodes=0'], ['--nodes is 0']),
     (slurm, ['--gpus=0', '--per_gpu'], ['--per_gpu', '--gpus is 0']),
+    (slurm, ['--cpus_per_task=-1'], ['--cpus_per_task is -1']),
+    (slurm, ['--grace_seconds=100000'], ['--grace_seconds is 100000', '65535']),
+    (gke, ['--topology=v5e:4x4', '--image=i', '--cpu=many'], ["'many'", '96']),
+    (gke, ['--topology=v5e:4x4', '--image=i', '--memory=4GB'], ['400Gi']),
     (tpu_vm, ['--tpu=a'], ['--zone']),
     (local, ['--devices=0'], ['--devices is 0']),
 ])
@@ -189,10 +232,15 @@ def test_the_command_line(tmp_path):
   assert '--config.optim.lr=3e-4 --config.data.batch_size=8 --allow' in dry
   assert '--processes' not in dry and len(dry.splitlines()) == 2
   assert not (tmp_path / 'run').exists()
-  error = launch('gke', '--topology=v5e:4x4', '--slices=2', '--image=i',
-                 '--config=configs/gpt.py', '--workdir=gs://b/run',
-                 '--config.mesh.fsdp=3', '--dry_run', code=2).stderr
+  gke_words = ('gke', '--topology=v5e:4x4', '--slices=2', '--image=i',
+               '--workdir=gs://b/run', '--dry_run')
+  error = launch(*gke_words, '--config=configs/gpt.py',
+                 '--config.mesh.fsdp=3', code=2).stderr
   assert 'mesh.fsdp=3' in error and '32 devices' in error
+  # 12 bytes of each of 46.7 billion parameters, and 4 of its gradient.
+  error = launch(*gke_words, '--config=configs/mixtral.py:8x7b', code=2).stderr
+  assert 'parameters 174.0 GiB, optimizer 348.0 GiB, gradients 174.0' in error
+  assert 'TPU v5 lite has 15.8 GiB' in error
   assert "choose from local" in launch('moon', code=2).stderr
 
 

@@ -53,6 +53,22 @@ def maker(tmp_path):
   return make
 
 
+# What a shell, sbatch, ssh or a here-document would take for its own.
+HOSTILE = """a b'\\"$(touch {0})`touch {0}`;touch {0} # %j ~ $HOME
+touch {0}
+REMOTE
+touch {0}
+"""
+
+
+def hostile_job(tmp_path):
+  """Returns the changes of a job whose every word is hostile, and the words."""
+  told = HOSTILE.format(tmp_path / 'executed')
+  return told, dict(
+      words=(sys.executable, str(tmp_path / 'program.py'), told, '--x=' + told),
+      env={'JAX_X': told, 'JAX_COMPILATION_CACHE_DIR': told})
+
+
 def starts(tmp_path, who='0-0'):
   path = tmp_path / f'starts-{who}'
   return [json.loads(line) for line in path.read_text().splitlines()]

@@ -124,7 +124,7 @@ def test_grouped_products_are_counted_as_the_compiler_makes_them(name):
 
 
 @tpu
-def test_the_peak_is_near_the_estimate():
+def test_the_peak_is_near_the_estimate_and_above_the_least():
   from training import memory
   topology = chips.parse('v5p:2x2x1')
   config = gpt.get_config()
@@ -132,6 +132,9 @@ def test_the_peak_is_near_the_estimate():
   run = run_on(topology, 'fsdp=4', config)
   peak = compiled(run, topology).memory_analysis().peak_memory_in_bytes
   assert 0.5 < memory.analytic(run, platform='tpu')['peak'] / peak < 2
+  assert 0.25 < memory.least(run)['peak'] / peak <= 1
+  described = memory.described(config, run.model, dict(run.mesh.shape))
+  assert memory.least(described) == memory.least(run)
 
 
 @tpu

@@ -4,9 +4,12 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType
 
+import architectures
 from architectures.parts import kernels
 from training import devices, paths, runs
+from training import state as state_lib
 
 
 def _items(tree) -> dict:
@@ -60,6 +63,50 @@ def _saved(x, axis: str, size: int) -> int:
     return 0
   nbytes = math.prod(shard) * jnp.dtype(x.dtype).itemsize
   return nbytes - nbytes // size
+
+
+def least(run: runs.Run) -> dict[str, int]:
+  """Returns bytes of a device that no compiler can save: the state, one
+  gradient of each parameter, and what enters each block, which every remat
+  policy keeps. Nothing is traced, so that it takes no time.
+
+  Args:
+    run: on any mesh, one that is only described too.
+  """
+  from training import examples
+  config, c = run.config, run.model
+  parts = state(run)
+  parts['gradients'] = parts['parameters']
+  shapes = examples.shapes(config)
+  layers = {'tokens': c.num_layers, 'decoder_tokens': c.num_decoder_layers}
+  inputs = sum(math.prod(shapes[name][0][:2]) * count
+               for name, count in layers.items() if name in shapes)
+  shards = config.train.grad_accumulation * devices.shards(
+      'tokens', run.mesh.shape, config.mesh.rules)
+  parts['block_inputs'] = (
+      inputs * c.d_model * c.compute_dtype.itemsize // shards)
+  parts['peak'] = sum(parts.values())
+  return parts
+
+
+def described(config, model, shape) -> runs.Run:
+  """Returns the run on a mesh that is only described: nothing can be computed
+  on it, and no device is looked for.
+
+  Args:
+    config: the run's.
+    model: its model, resolved.
+    shape: the size of each mesh axis.
+  """
+  mesh = AbstractMesh(tuple(shape.values()), tuple(shape),
+                      axis_types=(AxisType.Auto,) * len(shape))
+  devices.check(model, config.data.batch_size, config.train.grad_accumulation,
+                shape)
+  module = architectures.build(model)
+  tx = state_lib.optimizer(module, config.optim, config.train.steps)
+  return runs.Run(config, model, module, mesh, tx,
+                  state_lib.abstract(module, tx, mesh, config.mesh.rules),
+                  devices.batch_sharding(mesh, config.mesh.rules))
 
 
 def analytic(run: runs.Run, kept_in_all: int = 0,

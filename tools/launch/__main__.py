@@ -4,16 +4,17 @@ r"""Starts a run as several processes: here, on SLURM, GKE or TPU VMs.
       --config configs/gpt.py --workdir runs/a
   python -m tools.launch slurm --nodes=4 --gpus=8 \
       --config configs/gpt.py:gpt2 --workdir runs/b --dry_run
-  python -m tools.launch gke --topology=v5e:4x4 --slices=2 --image=IMAGE \
-      --queue=QUEUE --config configs/mixtral.py:8x7b --workdir gs://BUCKET/c
+  python -m tools.launch gke --topology=v5p:4x4x4 --slices=2 --image=IMAGE \
+      --queue=QUEUE --config configs/mixtral.py:8x7b --workdir gs://BUCKET/c \
+      --config.mesh.fsdp=8 --config.mesh.expert=8 --config.data.batch_size=256
   python -m tools.launch tpu_vm --tpu=POD --zone=ZONE \
       --config configs/gpt.py:gpt2 --workdir gs://BUCKET/d
 
 What is not a flag of the place goes to train.py. The config and its mesh are
 checked here, against the devices there, before anything is started (of tpu_vm,
-whose devices only the TPU knows, by train.py there); --dry_run prints what
-would be. A place's own flags: `python -m tools.launch local
---help`.
+whose devices only the TPU knows, by train.py there), and for gke whether the
+state fits their memory; --dry_run prints what would be. A place's own flags:
+`python -m tools.launch local --help`.
 
 A run that was stopped by a signal (a preemption, a time limit) has saved; it
 exits with 75 there (train.py --stopped_exit_code), and is started again, as

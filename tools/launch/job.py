@@ -1,13 +1,17 @@
 """What every place starts: train.py's words, checked, and its environment."""
 
 import dataclasses
+import hashlib
+import os
 import pathlib
 import re
 import shlex
+import sys
 
 from absl import flags
 
-from configs.errors import RequestError
+from configs.errors import RequestError, require
+from tools.plan import chips
 from training import cli, storage
 
 STOPPED = 75  # the exit code of a run that has more to do
@@ -22,9 +26,15 @@ FLAGS = (
      'is always started again.'),
     ('string', 'compile_cache', '', 'Where compiled programs are kept, for all '
      'processes; default: jax_cache beside the workdir.'),
+    ('multi_string', 'env', [], 'NAME=VALUE, for the environment of each '
+     'process; may be given more than once.'),
     ('string', 'logs', '', 'Where the output of each process goes, on disk; '
      'default: logs in the workdir, or logs/NAME here for one in a bucket.'),
 )
+# What tells a process who it is.
+_OF_THE_LAUNCHER = (
+    'JAX_PROCESS_ID', 'JAX_NUM_PROCESSES', 'JAX_COORDINATOR_ADDRESS',
+    'JAX_COORDINATOR_BIND_ADDRESS', 'JAX_LOCAL_DEVICE_IDS')
 # Of the flags, those that are train.py's own.
 _OF_TRAIN = ('config', 'workdir', 'profile_steps', 'allow_config_change')
 
@@ -55,13 +65,15 @@ class Job:
     return shlex.join(self.words)
 
 
-def make(argv: list[str], num_devices: int, slices: int = 1) -> Job:
+def make(argv: list[str], num_devices: int, slices: int = 1,
+         chip: chips.Chip | None = None) -> Job:
   """Returns the job that the flags describe.
 
   Args:
     argv: the command line, parsed already.
     num_devices: of all processes; 0: not known here.
     slices: of them.
+    chip: what each device is; None: not known here.
 
   Raises:
     ValueError: where train.py would refuse it, as far as can be seen here.
@@ -76,42 +88,100 @@ def make(argv: list[str], num_devices: int, slices: int = 1) -> Job:
   if storage.in_bucket(args.logs):
     raise RequestError(f'--logs is {args.logs!r}: choose a folder on disk')
   storage.try_folder(args.logs or '.', '--logs')
-  _check(args.config, num_devices, slices)
+  _check(args.config, num_devices, slices, chip)
   workdir = args.workdir.rstrip('/')
   parent = workdir.rpartition('/')[0] or '.'
-  name = _name(workdir.rpartition('/')[2])
+  name = named(workdir)
   logs = (f'logs/{name}' if storage.in_bucket(workdir) else f'{workdir}/logs')
   return Job(
       name=name,
       words=('python', '-u', 'train.py', *cli.words(argv, _OF_TRAIN),
              f'--stopped_exit_code={STOPPED}'),
       workdir=workdir, logs=args.logs or logs,
-      env={
-          'JAX_COMPILATION_CACHE_DIR':
-              args.compile_cache or f'{parent}/jax_cache',
-          # JAX leaves out what compiles within a second.
-          'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'},
+      env=environment(args, f'{parent}/jax_cache'),
       max_restarts=args.max_restarts, dry_run=args.dry_run)
 
 
-def _name(text: str) -> str:
-  """Returns what every place takes as a name: a DNS label."""
-  name = re.sub('[^a-z0-9]+', '-', text.lower()).strip('-')[:40].strip('-')
-  return name if name[:1].isalpha() else f'run-{name}'.rstrip('-')
+def environment(args, compile_cache: str) -> dict[str, str]:
+  """Returns what each process finds in its environment.
+
+  Args:
+    args: the flags.
+    compile_cache: where compiled programs are kept, unless a flag says so.
+
+  Raises:
+    ValueError: for an --env that is none, or that the launcher sets itself.
+  """
+  env = {
+      'JAX_COMPILATION_CACHE_DIR': args.compile_cache or compile_cache,
+      # JAX leaves out what compiles within a second.
+      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
+  for text in args.env:
+    name, equals, value = text.partition('=')
+    require(bool(equals) and re.fullmatch('[A-Za-z_][A-Za-z0-9_]*', name)
+            is not None, f'--env is {text!r}: write NAME=VALUE')
+    require(name not in (*env, *_OF_THE_LAUNCHER), f'--env sets {name}, which '
+            'the launcher sets itself: leave it out'
+            + ', and use --compile_cache' * name.endswith('CACHE_DIR'))
+    env[name] = value
+  return env
 
 
-def _check(config, num_devices: int, slices: int) -> None:
-  """Refuses a config that cannot run, and a mesh that does not fit."""
+def named(workdir: str, volume: str = '') -> str:
+  """Returns the name of the job that trains in a workdir: a DNS label, which
+  every place takes. Two workdirs, which may both end in runs/a, have two names,
+  and one workdir has one, so that a cluster refuses to train in it twice.
+
+  Args:
+    workdir: of the run.
+    volume: that the workdir lies on, where its path does not say so.
+  """
+  workdir = workdir.rstrip('/')
+  if not storage.in_bucket(workdir):
+    workdir = os.path.abspath(workdir)
+  text = workdir.rpartition('/')[2].lower()
+  label = re.sub('[^a-z0-9]+', '-', text).strip('-')[:30].strip('-')
+  if not label[:1].isalpha():
+    label = f'run-{label}'.rstrip('-')
+  digest = hashlib.sha256(f'{volume}:{workdir}'.encode()).hexdigest()
+  return f'{label}-{digest[:8]}'
+
+
+def _check(config, num_devices: int, slices: int,
+           chip: chips.Chip | None) -> None:
+  """Refuses a config that cannot run, a mesh that does not fit, and a state
+  that is too large."""
   from training import devices, runs
   runs.check(config)
   if not num_devices:
     return
   shape = devices.mesh_shape(config.mesh, num_devices)
-  devices.check(runs.resolve_alone(config), config.data.batch_size,
-                config.train.grad_accumulation, shape)
+  model = runs.resolve_alone(config)
+  devices.check(model, config.data.batch_size, config.train.grad_accumulation,
+                shape)
   if shape['data'] % slices:
     raise RequestError(f'mesh.data is {shape["data"]}, which the {slices} '
                        f'slices do not divide: choose a multiple of {slices}')
+  if chip is not None:
+    _check_memory(config, model, shape, chip)
+
+
+def _check_memory(config, model, shape, chip: chips.Chip) -> None:
+  """Refuses what needs more than a device has, whatever the compiler does."""
+  from training import memory
+  needed = memory.least(memory.described(config, model, shape))
+  total = needed.pop('peak')
+  gib = lambda n: f'{n / chips.GIB:,.1f} GiB'
+  parts = ', '.join(f'{name.replace("_", " ")} {gib(n)}'
+                    for name, n in needed.items())
+  require(total <= chip.hbm, f'a device would need at least {gib(total)} '
+          f'({parts}), and a {chip.kind} has {gib(chip.hbm)}: shard the state '
+          'over more devices (mesh.fsdp, mesh.expert, mesh.tensor; '
+          f'now {", ".join(f"{a}={n}" for a, n in shape.items())}), or take a '
+          'smaller batch; python -m tools.plan --search=3 looks for what fits')
+  print(f'a device needs at least {gib(total)} ({parts}) of its '
+        f'{gib(chip.hbm)}; python -m tools.plan says how much it will need',
+        file=sys.stderr, flush=True)
 
 
 def require_shared(job: Job, places: str, mount: str = '') -> None:

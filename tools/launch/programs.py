@@ -14,12 +14,13 @@ def need(*names: str) -> None:
             'or only look at what would be done with --dry_run')
 
 
-def ask(words: list[str], text: str = '') -> str:
+def ask(words: list[str], text: str = '', hint: str = '') -> str:
   """Returns what a program prints.
 
   Args:
     words: the command.
     text: what it reads on its standard input.
+    hint: how to go on where it refuses.
 
   Raises:
     EnvironmentFailure: where it refuses, with what it said.
@@ -29,5 +30,6 @@ def ask(words: list[str], text: str = '') -> str:
   if result.returncode:
     said = ' '.join(result.stderr.split()) or 'it said nothing'
     raise EnvironmentFailure(f'{words[0]} ended with exit code '
-                             f'{result.returncode}: {said}')
+                             f'{result.returncode}: {said}'
+                             + (f'; {hint}' if hint else ''))
   return result.stdout

@@ -17,15 +17,17 @@ import subprocess
 import sys
 import time
 
-from configs.errors import RequestError
+from configs.errors import RequestError, require
 from tools.launch import job as job_lib
-from tools.launch import programs
+from tools.launch import programs, sbatch
 
 # (kind, name, default, what it says).
 FLAGS = (
     ('integer', 'nodes', 1, 'How many.'),
     ('integer', 'gpus', 8, 'GPUs of each node; 0: run on its CPU.'),
     ('bool', 'per_gpu', False, 'One process for each GPU.'),
+    ('integer', 'cpus_per_task', 0, 'CPU cores of each process; 0: what SLURM '
+     'gives it, often a single one.'),
     ('integer', 'grace_seconds', 300,
      'The run is told to save so long before the time limit.'),
     ('string', 'setup', '', 'A line of shell that each process runs first.'),
@@ -34,6 +36,7 @@ FLAGS = (
 )
 
 POLL_SECONDS = 10
+MOST_GRACE_SECONDS = 65535  # that --signal takes
 # The port follows from the job's number, so that two jobs may share a node.
 _SCRIPT = r'''#!/bin/bash
 {directives}
@@ -48,12 +51,21 @@ port=$((61000 + SLURM_JOB_ID % 4000))
 export JAX_COORDINATOR_ADDRESS="${{nodes%%$'\n'*}}:$port"
 export JAX_NUM_PROCESSES={processes}
 
+# A limit that is the partition's own is known only here.
+limit=$((${{SLURM_JOB_END_TIME:-0}} - ${{SLURM_JOB_START_TIME:-0}}))
+if [ "$limit" -gt 0 ] && [ "$limit" -lt {least_seconds} ]; then
+  echo "the time limit is $limit s, and the run is told to save {grace} s" \
+    "before its end (--grace_seconds): choose {least_seconds} s or more"
+  exit 2
+fi
+
 # SIGTERM is for the processes, who save; this script must outlive them.
 trap 'echo "SIGTERM: the processes save and leave"' TERM
 # --kill-on-bad-exit=0: the processes end each other, with a sentence, and what
 # has not joined them yet is ended by --wait.
 # shellcheck disable=SC2016 # the variables are those of each process
-srun --kill-on-bad-exit=0 --wait=60 --output="$logs/process-%t.log" \
+srun --kill-on-bad-exit=0 --wait=60{cores} \
+  --output="${{logs//%/%%}}/process-%t.log" \
   bash -c {process} process {command} &
 step=$!
 while true; do
@@ -100,6 +112,10 @@ exit "$code"
 def size(args) -> tuple[int, int]:
   """Returns the number of devices, and of slices."""
   job_lib.positive(args, 'nodes', 'grace_seconds')
+  require(args.grace_seconds <= MOST_GRACE_SECONDS, '--grace_seconds is '
+          f'{args.grace_seconds}: choose {MOST_GRACE_SECONDS} or less')
+  require(args.cpus_per_task >= 0, '--cpus_per_task is '
+          f'{args.cpus_per_task}: choose 0 or more')
   if args.gpus < 0:
     raise RequestError(f'--gpus is {args.gpus}: choose 0 or more')
   if args.per_gpu and not args.gpus:
@@ -110,9 +126,10 @@ def size(args) -> tuple[int, int]:
 
 def launch(job: job_lib.Job, args) -> int:
   text = script(job, args)
-  path = pathlib.Path(job.logs) / 'job.sh'
+  path = pathlib.Path(job.logs).absolute() / 'job.sh'
   if job.dry_run:
-    print(text + f'\n# would be written to {path}, and then: sbatch {path}')
+    print(f'{text}\n# would be written to {path}, and then: sbatch '
+          + shlex.quote(str(path)))
     return 0
   programs.need('sbatch', 'squeue')
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -152,20 +169,30 @@ def _is_queued(number: str) -> bool:
 def script(job: job_lib.Job, args) -> str:
   """Returns the batch script."""
   per_node = args.gpus if args.per_gpu else 1
+  extra = sbatch.options(args.sbatch)
+  sbatch.check_time(extra, args.grace_seconds)
+  log = sbatch.file_name(f'{os.path.abspath(job.logs)}/job.log')
+  cores = ([f'--cpus-per-task={args.cpus_per_task}'] if args.cpus_per_task
+           else [])
   directives = [
       f'--job-name={job.name}', f'--nodes={args.nodes}',
-      f'--ntasks-per-node={per_node}',
+      f'--ntasks-per-node={per_node}', *cores,
       *([f'--gpus-per-node={args.gpus}'] if args.gpus else []),
       f'--signal=TERM@{args.grace_seconds}', '--requeue', '--open-mode=append',
-      f'--output={os.path.abspath(job.logs)}/job.log',
-      *shlex.split(args.sbatch)]
+      f'--output={log}']
+  lines = [*map(sbatch.line, directives),
+           *(sbatch.line(*option.words) for option in extra)]
   who = ['JAX_PROCESS_ID=$SLURM_PROCID']
   if args.per_gpu:
     who.append('JAX_LOCAL_DEVICE_IDS=$SLURM_LOCALID')
   process = '\n'.join([*([args.setup] if args.setup else []),
                        f'export {" ".join(who)}; exec "$@"'])
   return _SCRIPT.format(
-      directives='\n'.join(f'#SBATCH {option}' for option in directives),
+      directives='\n'.join(lines),
+      # Since SLURM 22.05 srun does not take it from the job.
+      cores=''.join(f' {option}' for option in cores),
+      least_seconds=sbatch.least_seconds(args.grace_seconds),
+      grace=args.grace_seconds,
       folder=shlex.quote(os.getcwd()), logs=shlex.quote(job.logs),
       process=shlex.quote(process), exports=job_lib.exports(job.env),
       processes=args.nodes * per_node,

@@ -3,7 +3,8 @@ r"""Starts a run on all workers of one or more TPU VMs, over ssh.
   python -m tools.launch tpu_vm --tpu=POD --zone=ZONE --folder=archetype \
       --config configs/gpt.py:gpt2 --workdir gs://BUCKET/a
   python -m tools.launch tpu_vm --tpu=POD-0,POD-1 --zone=ZONE --dry_run \
-      --config configs/mixtral.py:8x7b --workdir gs://BUCKET/b
+      --config configs/mixtral.py:8x7b --workdir gs://BUCKET/b \
+      --config.mesh.fsdp=8 --config.mesh.expert=8 --config.data.batch_size=256
 
 Several names are the slices of one run, in their order. --folder is where this
 repository lies on each worker. Runs from here, through a script: Ctrl-C lets
@@ -17,7 +18,7 @@ import os
 import pathlib
 import shlex
 
-from configs.errors import RequestError
+from configs.errors import RequestError, require
 from tools.launch import job as job_lib
 from tools.launch import programs
 
@@ -26,7 +27,8 @@ FLAGS = (
     ('list', 'tpu', [], 'The name of the TPU VM; several: of each slice.'),
     ('string', 'zone', '', 'Of Google Cloud.'),
     ('string', 'project', '', 'Of Google Cloud; default: gcloud\'s.'),
-    ('string', 'folder', 'archetype', 'Of the repository, on the workers.'),
+    ('string', 'folder', 'archetype', 'Of the repository, on the workers; from '
+     'the home folder.'),
     ('string', 'setup', '', 'A line of shell that each worker runs first.'),
 )
 
@@ -53,8 +55,10 @@ names=({names})
 where=({where})
 logs={logs}
 mkdir -p "$logs"
-read -r -d '' remote <<'REMOTE'
-{remote}REMOTE
+# shellcheck disable=SC2016 # the variables are those of each worker
+remote={remote}
+# shellcheck disable=SC2016
+tell={tell}
 
 on() {{  # NAME WORKER COMMAND
   gcloud compute tpus tpu-vm ssh "$1" "${{where[@]}}" --worker="$2" \
@@ -69,7 +73,7 @@ stopping=0
 stop() {{
   stopping=1
   echo 'the run saves and leaves'
-  on "${{names[0]}}" 0 "kill -TERM \$(cat {folder}/train.pid)"
+  on "${{names[0]}}" 0 "$tell"
 }}
 trap stop INT TERM
 
@@ -147,11 +151,20 @@ def launch(job: job_lib.Job, args) -> int:
   path = folder / 'launch.sh'
   path.write_text(text)
   print(f'running {path}', flush=True)
-  os.execvp('bash', ['bash', str(path)])
+  os.execvp('bash', ['bash', str(path.absolute())])
 
 
 def _logs(job: job_lib.Job, args) -> pathlib.Path:
   return pathlib.Path(args.logs or f'logs/{job.name}')
+
+
+def _folder(text: str) -> str:
+  """Returns --folder without a ~/ in front, which quotes would keep from being
+  the home folder: that is where a worker's shell begins anyway."""
+  folder = text.removeprefix('~/')
+  require(bool(folder) and not folder.startswith(('~', '-')), f'--folder is '
+          f'{text!r}: choose a whole path, or one from the home folder')
+  return folder
 
 
 def script(job: job_lib.Job, args) -> str:
@@ -161,11 +174,13 @@ def script(job: job_lib.Job, args) -> str:
   where = [f'--zone={args.zone}']
   if args.project:
     where.append(f'--project={args.project}')
+  folder = _folder(args.folder)
   remote = _REMOTE.format(
-      folder=args.folder, setup=args.setup, exports=job_lib.exports(job.env),
-      command=job.command)
+      folder=shlex.quote(folder), setup=args.setup,
+      exports=job_lib.exports(job.env), command=job.command)
   return _SCRIPT.format(
       names=shlex.join(args.tpu), where=shlex.join(where),
-      logs=shlex.quote(str(_logs(job, args))), remote=remote,
-      folder=args.folder, port=_MEGASCALE_PORT, wait=WAIT_SECONDS,
+      logs=shlex.quote(str(_logs(job, args))), remote=shlex.quote(remote),
+      tell=shlex.quote(f'kill -TERM "$(cat {shlex.quote(folder)}/train.pid)"'),
+      port=_MEGASCALE_PORT, wait=WAIT_SECONDS,
       stopped=job_lib.STOPPED, max_restarts=job.max_restarts)

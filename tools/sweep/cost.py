@@ -5,7 +5,6 @@ laid over a mesh that is only described."""
 import dataclasses
 import functools
 import math
-from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,24 +66,8 @@ def bytes_per_device(config, devices: int = 0) -> dict[str, int]:
     sources.parse(source)
   least = math.prod(max(config.mesh[axis], 1) for axis in tables.MESH_AXES)
   shape = devices_lib.mesh_shape(config.mesh, devices or least)
-  return memory.analytic(_laid_over(config, shape), _kept(config))
-
-
-def _laid_over(config, shape) -> Any:
-  """Returns the run on a mesh that is only described."""
-  import architectures
-  from jax.sharding import AbstractMesh, AxisType
-  from training import devices, runs, state
-  mesh = AbstractMesh(tuple(shape.values()), tuple(shape),
-                      axis_types=(AxisType.Auto,) * len(shape))
-  model = _resolved(config)
-  devices.check(model, config.data.batch_size, config.train.grad_accumulation,
-                shape)
-  module = architectures.build(model)
-  tx = state.optimizer(module, config.optim, config.train.steps)
-  return runs.Run(config, model, module, mesh, tx,
-                  state.abstract(module, tx, mesh, config.mesh.rules),
-                  devices.batch_sharding(mesh, config.mesh.rules))
+  return memory.analytic(
+      memory.described(config, _resolved(config), shape), _kept(config))
 
 
 def _kept(config) -> int:

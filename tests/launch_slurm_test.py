@@ -1,16 +1,22 @@
-"""The scripts of clusters are run here, on stand-ins for their programs."""
+"""The batch script of SLURM: what it holds, and how it runs on stand-ins for
+SLURM's programs."""
 
+import math
 import os
+import pathlib
 import re
 import signal
 import subprocess
 import sys
 import time
 
+import hypothesis
+from hypothesis import strategies as st
 import pytest
 
-from tests.launching import args_of, maker, stand_in, starts, wait_for
-from tools.launch import slurm, tpu_vm
+from tests.launching import args_of, hostile_job, maker, stand_in, starts
+from tests.launching import wait_for
+from tools.launch import sbatch, slurm
 
 
 @pytest.fixture(name='a_job')
@@ -18,18 +24,17 @@ def _a_job(tmp_path):
   return maker(tmp_path)
 
 
-# SLURM.
-
-
 SRUN = '''\
     #!{python}
-    import os, subprocess, sys
+    import os, re, subprocess, sys
     words = sys.argv[1:]
     output = next(w for w in words if w.startswith('--output='))[9:]
     command = words[[w.startswith('--') for w in words].index(False):]
     tasks = int(os.environ['TASKS'])
+    def log(i):
+      return re.sub('%(.)', lambda m: {{'t': str(i), '%': '%'}}[m[1]], output)
     running = [subprocess.Popen(
-        command, stdout=open(output.replace('%t', str(i)), 'ab'),
+        command, stdout=open(log(i), 'ab'),
         env=os.environ | {{'SLURM_PROCID': str(i),
                            'SLURM_LOCALID': str(i % 2)}})
         for i in range(tasks)]
@@ -153,67 +158,103 @@ def test_slurm_shows_process_0_until_the_job_has_left_the_queue(
   assert (tmp_path / 'run/logs/job.sh').exists()
 
 
-# TPU VMs.
-
-
-@pytest.fixture(name='tpu_run')
-def _tpu_run(a_job, tmp_path, monkeypatch):
-  """Returns a function that runs the script on slices of two workers."""
-  monkeypatch.setattr(tpu_vm, 'WAIT_SECONDS', 0.1)
-  env = stand_in(tmp_path, 'curl', '#!/bin/bash\necho "$WORKER"\n')
-  env |= stand_in(tmp_path, 'gcloud', f'''\
-      #!/bin/bash
-      echo "$@" >>{tmp_path}/gcloud
-      case "$4 $*" in
-        describe*networkEndpoints*) echo 10.0.0.5 ;;
-        describe*) echo READY ;;
-        ssh*--worker=all*)
-          for WORKER in 0 1; do
-            export WORKER
-            (cd {tmp_path}; bash -c "${{@: -1:1}}" || true) 2>&1 \\
-              | sed "s/^/from $5: /" &
-          done 2>/dev/null
-          wait ;;
-      esac
-      ''')
-  # The command is the last word, as --command=...
-  path = tmp_path / 'bin/gcloud'
-  path.write_text(path.read_text().replace(
-      'bash -c "${@: -1:1}"', 'last="${@: -1:1}"; bash -c "${last#*=}"'))
-  (tmp_path / 'archetype').mkdir()
-  def start(codes, *words):
-    args = args_of(tpu_vm, '--zone=z', f'--logs={tmp_path}/logs', *words)
-    path = tmp_path / 'launch.sh'
-    path.write_text(tpu_vm.script(a_job(codes, 'gs://bucket/run'), args))
-    return subprocess.Popen(['bash', path], text=True, env=os.environ | env,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-  return start
-
-
-@pytest.mark.parametrize('codes, code, count', [
-    ('0', 0, 1), ('75 1 0', 0, 3), ('1 1 0', 1, 2), ('2', 2, 1)])
-def test_tpu_vm_runs_all_workers_and_starts_again(tpu_run, tmp_path, codes,
-                                                  code, count):
-  process = tpu_run(codes, '--tpu=a,b')
+def test_slurm_passes_on_what_a_shell_would_execute(slurm_job, tmp_path):
+  told, changes = hostile_job(tmp_path)
+  logs = tmp_path / "lo gs '$(touch executed)%j%%;#"
+  process = slurm_job('0', '--gpus=0', logs=str(logs), **changes)
   out, _ = process.communicate(timeout=60)
-  assert process.returncode == code, out
-  for slice_ in (0, 1):
-    for worker in (0, 1):
-      notes = starts(tmp_path, f'{slice_}-{worker}')
-      assert len(notes) == count
-      assert notes[0]['argv'] == ["'", '--cluster']
-      assert notes[0]['MEGASCALE_SLICE_ID'] == str(slice_)
-      assert notes[0]['MEGASCALE_NUM_SLICES'] == '2'
-      assert notes[0]['MEGASCALE_COORDINATOR_ADDRESS'] == '10.0.0.5:8081'
-      assert notes[0]['JAX_COMPILATION_CACHE_DIR'].endswith('a cache')
-  # Process 0 is shown, and only it.
-  assert out.count('output of') == out.count('from a: output of 0') == count
-  kept = tmp_path / 'archetype/process-1-0.log'
-  assert 'output of 0' in kept.read_text()
+  assert process.returncode == 0, out
+  [env] = starts(tmp_path)
+  assert env['argv'] == [told, '--x=' + told]
+  assert env['JAX_X'] == env['JAX_COMPILATION_CACHE_DIR'] == told
+  assert (logs / 'process-0.log').exists()
+  assert not (tmp_path / 'executed').exists()
+  assert not pathlib.Path('executed').exists()
 
 
-def test_one_slice_has_no_megascale(tpu_run, tmp_path):
-  tpu_run('0', '--tpu=a', '--project=p').communicate(timeout=60)
-  assert not any('MEGASCALE' in k for k in starts(tmp_path, '0-0')[0])
-  assert '--zone=z --project=p --worker=all' in (
-      tmp_path / 'gcloud').read_text()
+def sbatch_words(line):
+  """Returns what sbatch 24.11 was seen to make of a #SBATCH line."""
+  words, word, quote = [], None, ''
+  rest = iter(line.removeprefix('#SBATCH'))
+  for c in rest:
+    if c == '\\':
+      word = (word or '') + next(rest)
+    elif quote:
+      word, quote = word + c * (c != quote), '' if c == quote else quote
+    elif c in '"\'':
+      word, quote = word or '', c
+    elif c.isspace() or c == '#':
+      words.append(word)
+      word = None
+      if c == '#':
+        break
+    else:
+      word = (word or '') + c
+  return [word for word in (*words, word) if word is not None]
+
+
+@hypothesis.given(st.lists(st.text(' \t"\'\\#%$`;=-,é\x0bab', min_size=1),
+                           min_size=1))
+def test_an_sbatch_line_holds_its_words(words):
+  line = sbatch.line(*words)
+  assert sbatch_words(line) == words and '\n' not in line
+
+
+def directives(a_job, *words, **changes):
+  text = slurm.script(a_job('0', **changes), args_of(slurm, *words))
+  lines = text.splitlines()
+  return [sbatch_words(line) for line in lines if line.startswith('#SBATCH')]
+
+
+def test_the_directives_of_slurm(a_job, tmp_path):
+  found = directives(
+      a_job, '--cpus_per_task=12',
+      "--sbatch=--partition big --comment='two words' --mem=0 -t 30",
+      logs=f'{tmp_path}/a b%j')
+  assert [f'--output={tmp_path}/a b%%j/job.log'] in found
+  assert ['--cpus-per-task=12'] in found
+  assert found[-4:] == [['--partition', 'big'], ['--comment=two words'],
+                        ['--mem=0'], ['-t', '30']]
+
+
+@pytest.mark.parametrize('words, changes, told', [
+    ([], dict(logs='/a\ntouch x'), "'--output=/a.*holds a line break"),
+    ([], dict(logs='/a\\b'), 'holds a backslash'),
+    (['--sbatch=--comment="a\nb"'], {}, 'holds a line break'),
+    (['--sbatch=--comment="a'], {}, 'No closing quotation'),
+    (['--sbatch=gpu'], {}, "'gpu', which is no option: write --NAME=VALUE"),
+    (['--sbatch=--nodes=3'], {}, 'use its flag --nodes'),
+    (['--sbatch=-N3'], {}, 'use its flag --nodes'),
+    (['--sbatch=--mem=0 --sig=TERM@9'], {}, 'use its flag --grace_seconds'),
+    (['--sbatch=--no-requeue'], {}, 'leave it out'),
+    (['--sbatch=-c 8'], {}, 'use its flag --cpus_per_task'),
+    (['--sbatch=--time=5'], {}, 'stopped and queued again for ever; choose 7'),
+    (['--sbatch=-t 0:6:59'], {}, 'choose 7 minutes or more'),
+    (['--sbatch=--time 1', '--grace_seconds=20'], {}, 'choose 3 minutes')])
+def test_slurm_refuses(a_job, words, changes, told):
+  with pytest.raises(ValueError, match=told):
+    directives(a_job, *words, **changes)
+
+
+@pytest.mark.parametrize('limit', ['7', '0', 'UNLIMITED', '1-0', '0:7:0'])
+def test_slurm_takes_a_limit_that_leaves_time(a_job, limit):
+  assert [f'--time={limit}'] in directives(a_job, f'--sbatch=--time={limit}')
+
+
+@pytest.mark.parametrize('text, seconds', [  # the forms that sbatch(1) lists
+    ('90', 5400), ('90:30', 5430), ('2:03:04', 7384), ('1-2', 93600),
+    ('1-2:03', 93780), ('1-2:03:04', 93784), ('0', math.inf),
+    ('infinite', math.inf), ('soon', math.inf)])
+def test_the_forms_of_a_time_limit(text, seconds):
+  assert sbatch.seconds(text) == seconds
+
+
+@pytest.mark.parametrize('limit, code', [(300, 2), (419, 2), (420, 0)])
+def test_slurm_ends_where_the_limit_of_its_partition_is_too_short(
+    slurm_job, tmp_path, monkeypatch, limit, code):
+  monkeypatch.setenv('SLURM_JOB_START_TIME', '1700000000')
+  monkeypatch.setenv('SLURM_JOB_END_TIME', str(1700000000 + limit))
+  process = slurm_job('0', '--gpus=0')
+  out, _ = process.communicate(timeout=60)
+  assert process.returncode == code and not requeued(tmp_path)
+  assert ('choose 420 s or more' in out) == bool(code)
