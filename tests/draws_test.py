@@ -156,7 +156,7 @@ def test_the_masks_of_an_evaluation_do_not_go_by_the_seed(texts):
   def batch(seed):
     config = config_of(texts, 'mlm', eval_source=texts)
     config.seed = seed
-    return data.load(config, BYTES, 'eval').batch(0)
+    return data.held_out(config, BYTES)[0].batch(0)
   for key, value in batch(0).items():
     np.testing.assert_array_equal(value, batch(1)[key])
 
@@ -171,7 +171,7 @@ def test_what_is_told_is_hidden(texts):
 
 def test_the_padding_of_a_prefix_row_is_not_predicted(texts):
   config = config_of(texts, 'prefix', eval_source=texts, batch_size=1)
-  loader = data.load(config, BYTES, 'eval')
+  loader, = data.held_out(config, BYTES)
   short = 0
   for batch in loader.iterate():
     assert (batch['weights'] <= batch['valid']).all()
