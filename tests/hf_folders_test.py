@@ -68,7 +68,7 @@ def test_every_field_is_of_its_type_or_refused(system, monkeypatch):
   monkeypatch.setattr(hf_config.Reader, '__init__', remember)
   hf_config.read(tree)
   monkeypatch.undo()
-  fields = [(r._name, name) for r in readers for name in sorted(r._asked)]
+  fields = [(r._name, name) for r in readers for name in sorted(r.asked)]
   assert len(fields) > 8
   refused = 0
   for section, name in fields:

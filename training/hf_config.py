@@ -59,6 +59,7 @@ class Reader:
   and so is what the file leaves out.
 
   Attributes:
+    asked: the names of the fields that were asked for.
     notes: sentences of the page on what the file says and this import does
       not do.
   """
@@ -67,7 +68,7 @@ class Reader:
     self.notes = []
     self._tree = tree
     self._name = name
-    self._asked = set()
+    self.asked = set()
     self._parts = []
 
   def __call__(self, name: str, default: Any) -> Any:
@@ -77,7 +78,7 @@ class Reader:
       RequestError: if the field is of another type than the default, or a
         number below 1 where the default is none.
     """
-    self._asked.add(name)
+    self.asked.add(name)
     value = self._tree.get(name)
     if value is None:
       return default
@@ -85,7 +86,7 @@ class Reader:
 
   def passes(self, *names: str) -> None:
     """Says that what these fields hold does not change the model."""
-    self._asked.update(names)
+    self.asked.update(names)
 
   def __bool__(self) -> bool:
     return bool(self._tree)
@@ -100,7 +101,7 @@ class Reader:
     """Raises RequestError where a field is not its default, which `only` has.
     """
     for name, value in only.items():
-      self._asked.add(name)
+      self.asked.add(name)
       found = self._tree.get(name)
       require(found is None or (found == value and (
           isinstance(found, bool) == isinstance(value, bool))),
@@ -122,7 +123,7 @@ class Reader:
     """Raises RequestError for a field that was not asked for and may matter.
     """
     left = {name: value for name, value in self._tree.items()
-            if name not in self._asked and not NEUTRAL.fullmatch(name)
+            if name not in self.asked and not NEUTRAL.fullmatch(name)
             and value is not None}
     for part in self._parts:
       part.finish()
@@ -242,12 +243,12 @@ def _room(config: ModelConfig) -> tuple | None:
 
 def differences(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
   """Returns a line for each field that makes them different functions."""
-  mine, other = _flat(ours), _flat(theirs)
+  mine, other = flat(ours), flat(theirs)
   return [f'model.{name} is {value!r}, not {other.get(name)!r}'
           for name, value in mine.items() if other.get(name) != value]
 
 
-def _flat(config: ModelConfig) -> dict[str, Any]:
+def flat(config: ModelConfig) -> dict[str, Any]:
   """The fields that tell what is computed, by dotted name."""
   unused = [part for part, used in (
       ('rope', config.position == 'rope'), ('moe', config.ffn == 'moe'),

