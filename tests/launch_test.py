@@ -5,7 +5,6 @@ import os
 import pathlib
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -26,16 +25,19 @@ def _a_job(tmp_path):
   return maker(tmp_path)
 
 
-@pytest.mark.skipif(not shutil.which('shellcheck'),
-                    reason='shellcheck is not installed')
+# The extra `test` installs it beside Python.
+SHELLCHECK = pathlib.Path(sys.executable).with_name('shellcheck')
+
+
 @pytest.mark.parametrize('module, words', [
     (slurm, ['--per_gpu', '--setup=. .venv/bin/activate']),
-    (tpu_vm, ['--tpu=a,b'])])
+    (slurm, ['--cpus_per_task=4', '--gpus=0']),
+    (tpu_vm, ['--tpu=a,b', "--folder=a b'"])])
 def test_scripts_pass_shellcheck(a_job, tmp_path, module, words):
   path = tmp_path / 'script.sh'
   path.write_text(module.script(a_job('0', 'gs://b/run' if module is tpu_vm
                                       else None), args_of(module, *words)))
-  result = subprocess.run(['shellcheck', path], capture_output=True, text=True)
+  result = subprocess.run([SHELLCHECK, path], capture_output=True, text=True)
   assert result.returncode == 0, result.stdout
 
 
