@@ -99,7 +99,7 @@ def test_real_weights_give_transformers_embeddings(tmp_path):
   folder, recorded = _minilm()
   # It has no head for masked words, which is drawn.
   convert.import_(folder, tmp_path / 'run', partial=True, seed=0)
-  config, module, params = convert._from_workdir(tmp_path / 'run', None)
+  config, module, params, _ = convert._from_workdir(tmp_path / 'run', None)
   assert config.data.tokenizer == str(tmp_path / 'run/tokenizer')
   found = assets.ours(module, params, recorded)
   theirs_BD = recorded['embeddings']
