@@ -47,13 +47,14 @@ def main():
   from training import profile, run_config, runs, storage, tokenizers
   config = args.config
   if args.print_config:
-    print(json.dumps(runs.printable(config), indent=2))
+    print(json.dumps(runs.printable(config, cli.overrides()), indent=2))
     return 0
   workdir = storage.path(args.workdir)
 
   # 1. The config: everything wrong in it is said before any device work.
   runs.try_workdir(workdir)
-  runs.check(config)
+  # A run that has begun goes on with what an earlier version let pass.
+  runs.check(config, () if run_config.has_begun(workdir) else cli.overrides())
   several = processes.check(args.coordinator, args.num_processes,
                             args.process_id, args.cluster)
   profile.parse(args.profile_steps, config.train.steps)

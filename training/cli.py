@@ -116,6 +116,12 @@ def parse(doc: str, argv: Sequence[str] | None = None) -> None:
     _refuse(f'unexpected argument {rest[0]!r}: every setting is a --flag')
 
 
+def overrides() -> tuple[str, ...]:
+  """Returns the fields that --config.FIELD flags set, by dotted name. After
+  `parse`."""
+  return tuple(flags.FLAGS['config'].override_values)
+
+
 def words(argv: Sequence[str], names: Sequence[str]) -> list[str]:
   """Returns the words of a command line that set the flags `names`, or, for
   'config', one of its fields; each as --name=value. After `parse`."""

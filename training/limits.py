@@ -7,6 +7,7 @@ optimiser or a schedule in its own file.
 import math
 import operator
 
+from architectures.parts import unread as fields_unread
 from configs import base
 from configs.base import MOST_FLOAT
 from configs.errors import require, short
@@ -117,9 +118,43 @@ def refuse_unread(config) -> None:
           f'data.holdout_every is {config.data.holdout_every}, which is not '
           'read where data.eval_source names other documents: leave it at '
           f'{default}, or data.eval_source empty')
+  project = defaults.log.wandb_project
+  require(config.log.wandb or config.log.wandb_project == project,
+          f'log.wandb_project is {config.log.wandb_project!r}, which is not '
+          f'read while log.wandb is False: leave it at {project!r}, or set '
+          'log.wandb=True')
   require(not config.init_partial or config.init_from,
           'init_partial is True, but init_from names nothing to take weights '
           'from: set it, or leave init_partial at False')
+
+
+def unread(config, model) -> dict[str, fields_unread.Row]:
+  """Returns the fields of config.model that were set, differing from their
+  defaults in configs/base.py, and that the model does not read.
+
+  Args:
+    config: a run's.
+    model: its resolved ModelConfig.
+  """
+  defaults = base.base()
+  found = {f'model.{name}': row
+           for name, row in fields_unread.unread(model).items()}
+  return {name: row for name, row in found.items()
+          if get(config, name) != get(defaults, name)}
+
+
+def refuse_unread_of(names, config, model) -> None:
+  """Raises RequestError for a field of `names`, which were set by hand, that
+  the model does not read. A field that was set together with one that decides
+  whether it is read is let pass: a grid of a sweep has such points."""
+  names = frozenset(names)
+  defaults = base.base()
+  for name, row in unread(config, model).items():
+    decided_by = {f'model.{field}' for field in row.decided_by}
+    require(name not in names or decided_by & names,
+            f'{name} is {get(config, name)}, which this model does not read: '
+            f'it is read where {row.where}. Leave it at '
+            f'{get(defaults, name)}, or set {" or ".join(sorted(decided_by))}')
 
 
 def get(config, name: str):

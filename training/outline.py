@@ -1,6 +1,6 @@
 """What a run is about to do, in a few lines, before it does it."""
 
-from training import costs, runs
+from training import costs, limits, runs
 
 
 def text(run: runs.Run, start: int, tokens: int, train_data, eval_data) -> str:
@@ -35,7 +35,18 @@ def text(run: runs.Run, start: int, tokens: int, train_data, eval_data) -> str:
       f'in all: {source}',
       f'held out: {" and ".join(loader.text for loader in eval_data)}, '
       f'{sum(loader.num_tokens for loader in eval_data):,} tokens',
-      f'evaluation: {_evaluations(config, eval_data)}'])
+      f'evaluation: {_evaluations(config, eval_data)}',
+      *_unread(config, model)])
+
+
+def _unread(config, model) -> list[str]:
+  """A line for each condition under which fields that are set would be read.
+  """
+  names: dict[str, list[str]] = {}
+  for name, row in limits.unread(config, model).items():
+    names.setdefault(row.where, []).append(f'{name}={limits.get(config, name)}')
+  return [f'not read: {", ".join(fields)}, unless {where}'
+          for where, fields in names.items()]
 
 
 def _evaluations(config, eval_data) -> str:

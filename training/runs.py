@@ -55,10 +55,11 @@ def try_workdir(workdir) -> None:
     storage.try_file(file, '--workdir')
 
 
-def printable(config: ml_collections.ConfigDict) -> dict[str, Any]:
+def printable(config: ml_collections.ConfigDict, by_hand=()
+              ) -> dict[str, Any]:
   """Returns the config as a run reads it: checked, and with every field of
-  the model that is derived filled in."""
-  check(config)
+  the model that is derived filled in; `by_hand` is as for `check`."""
+  check(config, by_hand)
   model, _ = resolve(config, tokenizers.load(config.data.tokenizer))
   fields = dataclasses.asdict(model)
   if model.parametrization == 'standard':  # which is its own base
@@ -66,8 +67,14 @@ def printable(config: ml_collections.ConfigDict) -> dict[str, Any]:
   return run_config.to_json(config) | {'model': fields}
 
 
-def check(config: ml_collections.ConfigDict) -> None:
-  """Raises ValueError for what can be seen wrong without data or devices."""
+def check(config: ml_collections.ConfigDict, by_hand=()) -> None:
+  """Raises ValueError for what can be seen wrong without data or devices.
+
+  Args:
+    config: a run's.
+    by_hand: the fields that were set on the command line, or by the point of a
+      sweep: one that the model does not read is refused.
+  """
   from training import examples, objectives
   one_of('objective', config.objective, objectives.OBJECTIVES)
   examples.check(config)
@@ -77,6 +84,7 @@ def check(config: ml_collections.ConfigDict) -> None:
   optimizers.check(config.optim)
   metrics.check(config.log)
   module = architectures.build(_without_tokenizer(config))
+  limits.refuse_unread_of(by_hand, config, module.config)
   mup.check(module.config, config.optim.name)
   _check_reach(config, module.config)
   _check_objective(config.objective, module)

@@ -86,8 +86,10 @@ def check(args) -> dict:
 
 
 def _row(sweep, point, base: cost.Cost, devices: int) -> dict:
+  from training import limits, runs
   config = sweep.config(point)
   try:
+    limits.refuse_unread_of(point.changes, config, runs.resolve_alone(config))
     figures = cost.of(config)
     nbytes = cost.bytes_per_device(config, devices)
   except RequestError as error:
