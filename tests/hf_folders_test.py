@@ -125,13 +125,13 @@ def test_a_model_of_another_size_altogether_is_told_before_it_is_read(
 DAMAGES = {
     'no JSON': ('config.json', '{"a": ', 'config.json is damaged'),
     'deep': ('config.json', '[' * 100_000, 'config.json is damaged'),
-    'a list': ('config.json', '[]', 'it holds no object'),
+    'a list': ('config.json', '[]', 'must be an object'),
     'no text': ('config.json', b'\xff\xfe\x00', 'config.json is damaged'),
     'empty': ('config.json', '', 'config.json is damaged'),
-    'index a list': (INDEX, '[]', 'it holds no object'),
-    'index empty': (INDEX, '{}', 'no weight_map from names to files'),
-    'index null': (INDEX, '{"weight_map": null}', 'no weight_map'),
-    'index to numbers': (INDEX, '{"weight_map": {"a": 1}}', 'no weight_map'),
+    'index a list': (INDEX, '[]', 'must be an object'),
+    'index empty': (INDEX, '{}', "it has no 'weight_map'"),
+    'index null': (INDEX, '{"weight_map": null}', 'must be an object'),
+    'index to numbers': (INDEX, '{"weight_map": {"a": 1}}', 'weight_map.a'),
     'index to nothing': (INDEX, '{"weight_map": {"a": ""}}', 'must be a'),
     'index to a text': (INDEX, '{"weight_map": {"a": "config.json"}}',
                         'must be a .safetensors'),
@@ -295,6 +295,20 @@ def test_a_published_field_that_would_change_something_is_refused():
            'rope_interleaved True')
   _refused(lambda: hf_config.read(SMOLLM2 | {
       f'field_{i}': 'x' * 1000 for i in range(100)}), 'and 91 more')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('file', [
+    'tokenizer.json', 'vocab.txt', 'tokenizer.model', 'generation_config.json'])
+def test_a_damaged_file_beside_the_weights_is_told_before_work(file,
+                                                               tmp_path):
+  if file == 'tokenizer.model':
+    pytest.importorskip('sentencepiece')
+  folder = _write(tmp_path / 'in', 'gpt', vocab_size=384)
+  (folder / file).write_text('')
+  _refused(lambda: convert.import_(
+      folder, tmp_path / 'run', partial=False, seed=0))
+  assert not (tmp_path / 'run').exists()
 
 
 @pytest.mark.slow

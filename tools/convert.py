@@ -41,13 +41,14 @@ def import_(source: pathlib.Path, workdir: epath.Path, *, partial: bool,
   _check_new(workdir)
   config, module, params = _from_hf(source, partial, seed)
   folder = source.parent if source.is_file() else source
+  generation = hf_generation.of_folder(folder)
   copied = hf_tokenizer.take(folder, workdir, config)
   if hf_tokenizer.is_stand_in(config.data.tokenizer):
     print(f'warning: {folder} has no tokenizer that is read here'
           + (f', though {", ".join(copied)}' if copied else '')
           + f': data.tokenizer is {config.data.tokenizer!r}, whose ids mean '
           'something else than those of its training', file=sys.stderr)
-  hf_generation.keep(workdir, hf_generation.of_folder(folder))
+  hf_generation.keep(workdir, generation)
   _save(workdir, config, params)
   print(f'{workdir}: {_count(params):,} parameters of {module.config.arch}')
   print(f'to go on: {_command(workdir, config)}')

@@ -15,6 +15,7 @@ import zipfile
 import numpy as np
 
 from configs.errors import RequestError, require
+from training import schema
 
 
 # The types of weights that are read and written, and their names in
@@ -140,10 +141,9 @@ def _find(path: pathlib.Path):
 
 
 def _indexed(index: pathlib.Path):
-  names = read_object(index).get('weight_map')
-  require(isinstance(names, dict) and all(
-      isinstance(file, str) for file in names.values()),
-          f'{index} is damaged: it has no weight_map from names to files')
+  tree = read_object(index)
+  schema.check(tree, {'weight_map': schema.Each(str)}, str(index))
+  names = tree['weight_map']
   suffix = pathlib.Path(index.name.removesuffix('.index.json')).suffix
   by_file = {}
   for name, file in names.items():
@@ -164,11 +164,8 @@ def read_object(path) -> dict:
   Raises:
     RequestError: if it holds none.
   """
-  try:
-    tree = json.loads(path.read_text())
-  except (ValueError, RecursionError) as error:
-    raise RequestError(f'{path} is damaged: {error}') from error
-  require(isinstance(tree, dict), f'{path} is damaged: it holds no object')
+  tree = schema.parse(path.read_bytes(), str(path))
+  schema.check(tree, {}, str(path))
   return tree
 
 

@@ -23,6 +23,8 @@ def take(folder, workdir, config) -> list[str]:
   it can be read; returns the names of what was copied."""
   if storage.in_bucket(folder):  # a run's: its config names the tokenizer
     return []
+  if tokenizers.found_in(folder):
+    tokenizers.load(str(folder))  # before anything is written
   target, copied = folder, []
   if not storage.in_bucket(workdir):
     target = workdir / 'tokenizer'

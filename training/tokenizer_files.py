@@ -4,7 +4,7 @@ returns the pipeline and {kind: id} of its special tokens."""
 import json
 import pathlib
 
-from configs.errors import RequestError
+from configs.errors import RequestError, short
 from training import schema
 
 # Where a file's own tokenizer_config.json says nothing, the special tokens
@@ -27,7 +27,7 @@ def read_json(spec: str, path: pathlib.Path):
   except Exception as error:  # tokenizers raises bare Exception.
     raise RequestError(
         f'tokenizer {spec!r} is not a Hugging Face tokenizer.json: '
-        f'{error}.') from error
+        f'{_said(error)}.') from error
   added = {token.content: i for i, token
            in tokenizer.get_added_tokens_decoder().items() if token.special}
   special_ids = named_specials(added.get) | _described_specials(
@@ -66,7 +66,7 @@ def read_wordpiece(spec: str, path: pathlib.Path):
     model = tokenizers.models.WordPiece.from_file(str(path), unk_token='[UNK]')
   except Exception as error:  # tokenizers raises bare Exception.
     raise RequestError(f'tokenizer {spec!r}: {path.name} is no WordPiece '
-                       f'vocabulary: {error}.') from error
+                       f'vocabulary: {_said(error)}.') from error
   tokenizer = tokenizers.Tokenizer(model)
   if tokenizer.token_to_id('[UNK]') is None:
     raise RequestError(f'tokenizer {spec!r}: {path.name} is no WordPiece '
@@ -97,7 +97,7 @@ def read_gpt2(spec: str, encoder: pathlib.Path, merges: pathlib.Path):
   except Exception as error:  # tokenizers raises bare Exception.
     raise RequestError(
         f'tokenizer {spec!r}: {encoder.name} and {merges.name} are not a '
-        f'byte-level BPE vocabulary and its merges: {error}.') from error
+        f'byte-level BPE vocabulary and its merges: {_said(error)}.') from error
   tokenizer = tokenizers.Tokenizer(model)
   tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
       add_prefix_space=False)
@@ -106,6 +106,11 @@ def read_gpt2(spec: str, encoder: pathlib.Path, merges: pathlib.Path):
   token_of = {i: token for token, i in vocab.items()}
   tokenizer.add_special_tokens([token_of[i] for i in special_ids.values()])
   return tokenizer, special_ids
+
+
+def _said(error: Exception) -> str:
+  """What a library has against a file, in one line."""
+  return short(' '.join(str(error).split()))
 
 
 def named_specials(id_of) -> dict[str, int]:

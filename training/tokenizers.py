@@ -178,11 +178,12 @@ class SentencePiece(Tokenizer):
           f'tokenizer {str(path)!r} needs the package sentencepiece: '
           "pip install 'archetype[data]'.") from error
     data = path.read_bytes()
+    refused = f'tokenizer {str(path)!r} is not a sentencepiece model.'
+    require(bool(data), refused)
     try:
       model = sentencepiece.SentencePieceProcessor(model_proto=data)
     except RuntimeError as error:
-      raise RequestError(
-          f'tokenizer {str(path)!r} is not a sentencepiece model.') from error
+      raise RequestError(refused) from error
     self.name = str(path)
     self._model = model
     self.vocab_size = model.vocab_size()
