@@ -30,14 +30,14 @@ def test_the_outline_says_what_the_run_does(tmp_path):
   d, v, length = 16, run.model.vocab_size, run.model.max_len
   # GPT's by hand: embeddings, two blocks, the last norm.
   block = 4 * (d * d + d) + 2 * 4 * d * d + 5 * d + 4 * d
-  assert f' {v * d + length * d + 2 * block + 2 * d:,} parameters;' in (
+  assert f' {v * d + length * d + 2 * block + 2 * d:,} parameters in ' in (
       said['model'])
   assert said['devices'] == '8 of the kind cpu, mesh data=4,fsdp=2'
   assert said['step'] == '16 rows in 2 micro-batches, 128 tokens'
   passes = 30 * 16 / train.num_windows
-  assert said['training'] == (
-      f'steps 11 to 30, 3,840 tokens in all: {passes:.3g} passes over all but '
-      f'the last 1/4 of {source}')
+  assert said['training'] == 'steps 11 to 30, 3,840 tokens in all'
+  assert said['data'] == (
+      f'{passes:.3g} passes over all but the last 1/4 of {source}')
   assert said['held out'] == (
       f'the last 1/4 of {source}, {len(WORDS) * 10 + 1} tokens')
   assert said['evaluation'] == (
@@ -51,11 +51,11 @@ def test_documents_and_mixtures_are_counted(tmp_path):
   many, one = f'text:{tmp_path}/?.txt', f'text:{tmp_path}/1.txt'
   *_, said = _said(tmp_path, **{'data.source': f'1*{many},2*{one}',
                                 'eval.every_steps': 0})
-  assert said['training'].endswith(
-      f'in all: 3 of 5 documents of {many} and all but the last 1/4 of {one}')
+  assert said['data'] == (
+      f'3 of 5 documents of {many} and all but the last 1/4 of {one}')
   assert said['held out'].startswith(
       f'2 of 5 documents of {many} and the last 1/4 of {one}, ')
   assert said['evaluation'] == 'none while training'
   *_, said = _said(tmp_path, **{'data.source': many, 'data.eval_source': one})
-  assert f'passes over {many}' in said['training']
+  assert f'passes over {many}' in said['data']
   assert said['held out'].startswith(f'{one}, {len(WORDS) * 9 + 1} tokens')

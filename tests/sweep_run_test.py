@@ -117,6 +117,7 @@ def test_a_signal_stops_and_the_next_runner_goes_on(tmp_path):
   runner.send_signal(signal.SIGTERM)
   text, _ = runner.communicate(timeout=60)
   assert runner.returncode == 0 and 'the same command goes on' in text
+  assert text.count('stopping: what is under way is saved first') == 1
   assert set(states(workdir).values()) == {'pending'}
 
 

@@ -26,13 +26,14 @@ def text(run: runs.Run, start: int, tokens: int, train_data, eval_data) -> str:
     passes = steps * config.data.batch_size / train_data.num_windows
     source = f'{passes:.3g} passes over {source}'
   return '\n'.join([
-      f'model: {model.arch}, {runs.count(run.abstract.params):,} parameters'
-      f'{active}; parameters in {model.param_dtype}, computed in {model.dtype}',
+      f'model: {model.arch}, {runs.count(run.abstract.params):,} parameters in '
+      f'{model.param_dtype}{active}; computed in {model.dtype}',
       f'devices: {devices.size} of the kind {devices.flat[0].device_kind}, '
       f'mesh {mesh or "data=1"}',
       f'step: {rows}, {tokens:,} tokens',
       f'training: steps {start + 1:,} to {steps:,}, {steps * tokens:,} tokens '
-      f'in all: {source}',
+      'in all',
+      f'data: {source}',
       f'held out: {" and ".join(loader.text for loader in eval_data)}, '
       f'{sum(loader.num_tokens for loader in eval_data):,} tokens',
       f'evaluation: {_evaluations(config, eval_data)}',

@@ -17,6 +17,8 @@ from training import progress
 
 POLL_SECONDS = 0.2
 GPUS = 'CUDA_VISIBLE_DEVICES'
+STOPPING = ('stopping: what is under way is saved first; once more ends it at '
+            'once')
 
 
 @dataclasses.dataclass
@@ -64,9 +66,13 @@ class Runner:
   def _run(self) -> bool:
     old = {number: signal.signal(number, self._stop)
            for number in (signal.SIGINT, signal.SIGTERM)}
+    stopping = False
     try:
       while True:
         self._beat()
+        if self._signals and not stopping:
+          stopping = True
+          _say(STOPPING)
         for job in self._jobs:
           self._pass_on(job)
           self._check_config(job)
