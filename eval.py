@@ -11,13 +11,10 @@ to a prefix LM as the prefix, to an encoder-decoder as the source.
 Exit code 2: a wrong request; 1: a failure.
 """
 
-import json
-import sys
-
 from absl import flags
 
 from configs.errors import RequestError
-from training import cli, interrupts
+from training import cli, eval_flags, interrupts
 
 cli.define_workdir()
 flags.DEFINE_integer('step', None, 'Which checkpoint; default: the newest.',
@@ -30,20 +27,7 @@ flags.DEFINE_string('text', '', 'What to evaluate on, written as data.source '
                     "is, such as 'text:other/*.txt', all of it; default: what "
                     'the run holds out.')
 flags.DEFINE_string('json', '', 'A file to write all figures to.')
-flags.DEFINE_integer('samples', 1, 'Texts to write for each prompt.',
-                     lower_bound=1, upper_bound=10_000)
-flags.DEFINE_string('prompt', '', "What a text begins with; several: 'A|||B'.")
-flags.DEFINE_integer('max_new_tokens', 0,
-                     'Tokens to write; 0: what fits, 256 at most.',
-                     lower_bound=0, upper_bound=2**24)
-flags.DEFINE_float('temperature', 1.0, '0: the likeliest token.')
-flags.DEFINE_integer('top_k', 0, 'Draw of the k likeliest tokens; 0: all.',
-                     lower_bound=0, upper_bound=2**26)
-flags.DEFINE_float('top_p', 1.0, 'Draw of the likeliest that reach p.')
-flags.DEFINE_integer('sample_seed', 0, 'Of the draws.', lower_bound=0,
-                     upper_bound=2**32 - 1)
-flags.DEFINE_bool('interpolate', False, 'extrapolation: stretch learned '
-                  'positions past max_len.')
+eval_flags.define()
 
 
 def main():
@@ -53,8 +37,8 @@ def main():
     raise RequestError('pass --workdir DIR, the folder of a run')
 
   # Imported late: `--help` and a wrong flag answer at once.
-  from training import evals, host, metrics, restoring, run_config, runs
-  from training import sources, storage, tokenizers
+  from training import evals, host, sources, storage
+  from training.evals import checkpoint
   workdir = storage.path(args.workdir)
   json_file = storage.output(args.json, '--json')
   asked = args['samples'].present or args['prompt'].present
@@ -64,30 +48,10 @@ def main():
     sources.parse(args.text)
 
   host.settle()
-  config = runs.with_new_fields(run_config.load(workdir))
-  config = runs.for_this_machine(config)
-  if args.text:
-    config.data.eval_source = args.text
-  for task in tasks.values():
-    task.check(args, config, workdir)
-  tokenizer = tokenizers.load(config.data.tokenizer)
-  model, _ = runs.resolve(config, tokenizer)
-  run = runs.start(config, model)
-  restored = restoring.restore(
-      restoring.directory(workdir), {'params': run.abstract.params},
-      args.step, partial=True)
-  for sentence in restored.damaged:
-    print(f'warning: {sentence}', file=sys.stderr)
-  print(f'{workdir}, step {restored.step}')
-  figures = {'step': restored.step}
-  evaluation = evals.Evaluation(run, restored.state['params'], restored.step,
-                                tokenizer, args, workdir)
-  with run.context():
-    for name, task in tasks.items():
-      figures[name] = task.run(evaluation)
+  figures = checkpoint.evaluate(workdir, tasks, args, step=args.step,
+                                text=args.text, programs={})
   if json_file:
-    storage.write(json_file, json.dumps(
-        metrics.plain(figures), indent=2, allow_nan=False) + '\n')
+    checkpoint.write(json_file, figures)
 
 
 if __name__ == '__main__':

@@ -70,8 +70,10 @@ def _source(target):
   """Returns the program's source: its own, and the flags it shares."""
   file = ROOT / target
   files = [file] if file.suffix == '.py' else sorted(file.glob('*.py'))
-  shared = ROOT / 'training/cli.py'
-  return ''.join(f.read_text() for f in files + [shared] * shared.exists())
+  shared = [ROOT / 'training/cli.py']
+  if target == 'eval.py':
+    shared.append(ROOT / 'training/eval_flags.py')
+  return ''.join(f.read_text() for f in files + shared)
 
 
 def _program(words):

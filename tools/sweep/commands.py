@@ -35,6 +35,12 @@ def evaluate(workdir, point: str, seed: int, tasks: list[str]) -> list[str]:
           '--json', str(folder / 'eval.json')]
 
 
+def evaluate_together(workdir, runs: list[tuple[str, int]], tasks: list[str]
+                      ) -> list[str]:
+  """Returns the words that do in one process what several runs owe."""
+  return [*train_together(workdir, runs), f'--evaluate={",".join(tasks)}']
+
+
 def line(description: dict, workdir, run) -> str:
   """Returns one line for a shell: all that a run still needs."""
   words = [train(description, workdir, run.point, run.seed)]

@@ -132,7 +132,8 @@ class Runner:
 
   def _start(self) -> bool:
     """Starts one more job; returns whether there was one to take."""
-    for state in (ledger_lib.OWED, ledger_lib.PENDING):
+    # What is owed comes last, so that many are evaluated in one process.
+    for state in (ledger_lib.PENDING, ledger_lib.OWED):
       waiting = self._ledger.runs(state)
       if not {run.point for run in waiting} <= {
           point['name'] for point in self._description['points']}:
@@ -147,25 +148,40 @@ class Runner:
     return False
 
   def _groups(self, waiting: list, state: str) -> list[list]:
-    if state == ledger_lib.OWED or self._group == 1:
+    if self._group == 1:
       return [[run] for run in waiting]
-    from training import vectorised
     alone = [[run] for run in waiting if run.alone]
     waiting = [run for run in waiting if not run.alone]
+    if state == ledger_lib.OWED:
+      return self._alike(waiting) + alone
+    from training import vectorised
     configs = [layout.config(self._description, run.point, run.seed)
                for run in waiting]
     return [[waiting[i] for i in indices[at:at + self._group]]
             for indices in vectorised.groups(configs)
             for at in range(0, len(indices), self._group)] + alone
 
+  def _alike(self, waiting: list) -> list[list]:
+    """Returns the runs that owe the same tasks together, as many as leave
+    something for each of the processes."""
+    by_tasks = {}
+    for run in waiting:
+      by_tasks.setdefault(run.tasks, []).append(run)
+    size = min(self._group, -(-len(waiting) // self._parallel) or 1)
+    return [runs[at:at + size] for runs in by_tasks.values()
+            for at in range(0, len(runs), size)]
+
   def _spawn(self, runs: list, state: str) -> None:
     first = runs[0]
-    if state == ledger_lib.OWED:
-      words = commands.evaluate(self._workdir, first.point, first.seed,
+    names = [(run.point, run.seed) for run in runs]
+    if state == ledger_lib.OWED and len(runs) > 1:
+      words = commands.evaluate_together(self._workdir, names,
+                                         first.tasks.split(','))
+    elif state == ledger_lib.OWED:
+      words = commands.evaluate(self._workdir, *names[0],
                                 first.tasks.split(','))
     elif len(runs) > 1:
-      words = commands.train_together(
-          self._workdir, [(run.point, run.seed) for run in runs])
+      words = commands.train_together(self._workdir, names)
     else:
       words = commands.train(self._description, self._workdir, first.point,
                              first.seed)
@@ -176,7 +192,8 @@ class Runner:
       _say(f'{run.point}, seed {run.seed}: {doing}')
       layout.log(self._folder(run), f'$ {shlex.join(["python", *words])}')
     for run in runs[1:]:
-      layout.log(self._folder(run), f'What it printed: {folder / "log.txt"}')
+      if state == ledger_lib.PENDING:  # evaluations print into their own logs
+        layout.log(self._folder(run), f'What it printed: {folder / "log.txt"}')
     with (folder / 'log.txt').open('a') as log:
       # A session of its own: Ctrl-C reaches it through _stop alone.
       process = subprocess.Popen(
@@ -221,7 +238,7 @@ class Runner:
             job, run, code, self._ledger.tasks(run.id))
         alone = fell and state == ledger_lib.FAILED
         settled = self._ledger.settle(
-            run.id, self._name, ledger_lib.PENDING if alone else state,
+            run.id, self._name, job.state if alone else state,
             '' if alone else error, alone)
       if settled:
         if state in (ledger_lib.DONE, ledger_lib.FAILED) and not alone:
@@ -234,6 +251,8 @@ class Runner:
                ) -> tuple[str, str]:
     """Returns the state of a run that ended, and why it failed."""
     folder = self._folder(run)
+    # Of several that were evaluated, each has a file as soon as it is done.
+    ended = code == 0 or len(job.runs) > 1
     if job.wrong:
       return ledger_lib.FAILED, layout.error(folder)
     if job.state == ledger_lib.PENDING:
@@ -241,9 +260,9 @@ class Runner:
           self._description, run.point, run.seed).train.steps
       if layout.is_trained(folder, steps):
         return (ledger_lib.OWED if tasks else ledger_lib.DONE), ''
-    elif code == 0 and layout.is_evaluated(folder, tasks):
+    elif ended and layout.is_evaluated(folder, tasks):
       return ledger_lib.DONE, ''
-    elif code == 0 and layout.is_evaluated(folder, run.tasks.split(',')):
+    elif ended and layout.is_evaluated(folder, run.tasks.split(',')):
       return ledger_lib.OWED, ''  # a task was added meanwhile
     if self._signals:  # it saved and left, or had nothing to save yet
       return job.state, ''

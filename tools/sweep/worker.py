@@ -1,10 +1,14 @@
-"""Trains several runs of a sweep as one program; the runner starts it.
+"""Trains several runs of a sweep as one program, or evaluates them in one
+process; the runner starts it.
 
   python -m tools.sweep.worker --workdir W --runs=NAME/0,NAME/1
+  python -m tools.sweep.worker --workdir W --runs=NAME/0,NAME/1 --evaluate=loss
 """
 
 import argparse
+import contextlib
 
+from configs.errors import EnvironmentFailure, RequestError
 from training import cli, interrupts
 
 UNFINISHED = 3  # exit code: the log of each run that did not end says why
@@ -17,6 +21,8 @@ def main() -> int:
       formatter_class=cli.HelpFormatter)
   parser.add_argument('--workdir', required=True, help='of the sweep')
   parser.add_argument('--runs', required=True, help='POINT/SEED,POINT/SEED')
+  parser.add_argument('--evaluate', default='', metavar='TASK,TASK',
+                      help='what to evaluate instead of training')
   args = parser.parse_args()
   from tools.sweep import layout
   from training import host, vectorised
@@ -25,6 +31,8 @@ def main() -> int:
   runs = [(point, int(seed)) for point, seed in (
       run.split('/') for run in args.runs.split(','))]
   folders = [layout.run_folder(args.workdir, *run) for run in runs]
+  if args.evaluate:
+    return _evaluate(folders, args.evaluate.split(','))
   try:
     vectorised.train([layout.config(description, *run) for run in runs],
                      folders)
@@ -33,6 +41,30 @@ def main() -> int:
       layout.log(folders[place], f'error: {sentence}')
     return UNFINISHED
   return 0
+
+
+def _evaluate(folders, tasks: list[str]) -> int:
+  """Evaluates runs one after the other, each into its own log; those of one
+  model and data share what was compiled."""
+  from absl import flags
+  from training import eval_flags, evals, storage
+  from training.evals import checkpoint
+  eval_flags.define()
+  flags.FLAGS(['worker'])  # the defaults of eval.py
+  code, programs = 0, {}
+  for folder in folders:
+    with (folder / 'log.txt').open('a') as log, contextlib.redirect_stdout(
+        log), contextlib.redirect_stderr(log):
+      try:
+        figures = checkpoint.evaluate(
+            storage.path(folder), {name: evals.task(name) for name in tasks},
+            flags.FLAGS, step=None, text='', programs=programs)
+      except (RequestError, EnvironmentFailure, OSError) as error:
+        print(f'error: {error}')  # of this run: the others go on
+        code = UNFINISHED
+      else:
+        checkpoint.write(storage.path(folder / 'eval.json'), figures)
+  return code
 
 
 if __name__ == '__main__':

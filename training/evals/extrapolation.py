@@ -122,13 +122,13 @@ def _by_position(evaluation, model, sources, text: Text) -> np.ndarray:
   module = architectures.build(model)
   objective = objectives.OBJECTIVES['causal']
 
-  @jax.jit
-  def step(params, batch):
+  def sums_of(params, batch):
     output = objective.apply(module, params, batch)
     loss_BL = losses.token_losses(output.hidden, output.head,
                                   batch['targets']).loss
     return jnp.sum(loss_BL * batch['weights'], 0)
 
+  step = evaluation.program(lambda: sums_of, 'extrapolation', model)
   total = sum(each * _sum(lambda batch: step(evaluation.params, batch),
                           batches) for each, batches in sources)
   return np.divide(total, text.weights, where=text.tokens > 0,

@@ -4,8 +4,6 @@ Of several sources the figures are means by the weights of data.eval_source,
 or of data.source, and each source's own stand beside them.
 """
 
-import jax
-
 from training import data
 from training import devices
 from training import evaluating
@@ -22,7 +20,8 @@ def run(evaluation) -> dict:
   config, place = evaluation.run.config, evaluation.run.place
   loaders = data.held_out(config, evaluation.tokenizer, *devices.batch_shard(
       place, config.data.batch_size))
-  step = jax.jit(make_eval_step(evaluation.run.module, config))
+  step = evaluation.program(
+      lambda: make_eval_step(evaluation.run.module, config), 'loss')
   sums = [evaluating.sums(
       step, evaluation.params, progress.each(
           loader.iterate(), 'evaluating', loader.num_batches), place)

@@ -38,10 +38,11 @@ def run(evaluation) -> dict:
   run_, config = evaluation.run, evaluation.run.config
   objective = objectives.OBJECTIVES[config.objective]
 
-  @jax.jit
-  def step(params, batch):
+  def told(params, batch):
     health = objective.apply(run_.module, params, batch).aux['health']
     return health, objective.tokens(batch)
+
+  step = evaluation.program(lambda: told, 'routing')
 
   panels, weights_S = [], []
   for loader in data.held_out(config, evaluation.tokenizer,
