@@ -11,6 +11,7 @@ import sys
 
 from configs import sharding as tables
 from configs.errors import EnvironmentFailure, RequestError
+from tools import tether
 from training import devices, restoring, runs
 
 AXES = tables.MESH_AXES
@@ -141,7 +142,7 @@ def _train(env, words, workdir: pathlib.Path, begin: int = 0, *,
   print(f'{workdir.name}: {"to be killed" if kill_after else "training"} ...',
         flush=True)
   result = subprocess.run(
-      [sys.executable, *program, *words, f'--workdir={workdir}'],
+      tether.words([sys.executable, *program, *words, f'--workdir={workdir}']),
       env=env, capture_output=True, text=True)
   if kill_after:
     failed = result.returncode != -signal.SIGKILL
