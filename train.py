@@ -6,14 +6,15 @@ r"""Trains what a config file describes; run again, it goes on.
 
 Ctrl-C or SIGTERM: the step is finished, saved, and the exit code is 0, or what
 --stopped_exit_code says; before the first step the run just ends, with that or
-128 + the signal. Exit code 2: a wrong request; 1: a failure.
+128 + the signal. Exit code 2: a wrong request, or a loss that is not finite:
+the same command would end in the same way; 1: a failure.
 """
 
 import json
 
 from absl import flags
 
-from configs.errors import RequestError
+from configs.errors import RequestError, require
 from training import cli, interrupts
 
 cli.define_config()
@@ -61,6 +62,7 @@ def main():
   data.check_sources(config)
   tokenizer = tokenizers.load(config.data.tokenizer)
   model, derived = runs.resolve(config, tokenizer)
+  changes = []
   if run_config.has_begun(workdir):
     changes = run_config.compare(
         run_config.load(workdir), config,
@@ -87,6 +89,9 @@ def main():
   with checkpoints.Checkpoints(workdir, **config.checkpoint,
                                agree_every=config.log.every_steps) as saved:
     state, start = runs.restore_or_create(run, saved)
+    from training import loop
+    require(changes or not loop.ended_badly(state, config),
+            f'{workdir}: {loop.ended_badly(state, config)}')
     run_config.save(workdir, config, derived)
     if start >= config.train.steps:
       if devices.primary():
@@ -97,7 +102,6 @@ def main():
       return 0
 
     # 5. The loop.
-    from training import loop
     code = loop.train(run, state, start, train_data, eval_data, saved, workdir,
                       args.profile_steps)
   return args.stopped_exit_code if code == loop.STOPPED else code

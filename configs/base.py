@@ -84,7 +84,7 @@ def base() -> ml_collections.ConfigDict:
       checkpoint=dict(
           every_steps=500,
           every_minutes=0.0,  # 0: not by time
-          keep=3,  # the newest k
+          keep=3,  # the newest k good ones (docs/pods.md)
           keep_every=0,  # and every n-th step; 0: none
       ),
       # Batches of each source; 0: all of them.

@@ -67,7 +67,8 @@ while (folder.parents[2] / f'hold-{folder.name}').exists():
   time.sleep(0.05)
 with (folder / 'metrics.jsonl').open('a') as file:
   for split in 'train', 'eval':
-    print(json.dumps(dict(step=steps, split=split, loss=1.0)), file=file)
+    print(json.dumps(dict(step=steps, split=split, loss=1.0, bad_in_row=0)),
+          file=file)
 (folder / 'checkpoints' / str(steps)).mkdir(parents=True)
 '''
 

@@ -1,5 +1,7 @@
 """A small run with all that a state holds, and ways to damage its files."""
 
+import json
+
 import jax
 from jax.sharding import AxisType
 from jax.sharding import NamedSharding
@@ -76,9 +78,16 @@ def open_store(workdir, **changes):
   return checkpoints.Checkpoints(workdir, **{**options, **changes})
 
 
-def save(store, step, state):
+def save(store, step, state, **changes):
   return store.save(step, state, next_batch=step, tokens=64 * step,
-                    config=CONFIG)
+                    config=CONFIG, **changes)
+
+
+def edit_record(path, edit):
+  """Changes a record as somebody would who knows how it is sealed."""
+  record = json.loads(path.read_text())['record']
+  edit(record)
+  path.write_text(json.dumps(restoring.seal(record)))
 
 
 def host(state):

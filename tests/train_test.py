@@ -271,17 +271,56 @@ def test_too_many_bad_steps_end_the_run(texts, tmp_path):
            '--config.optim.clip_norm=0', '--config.optim.weight_decay=0',
            '--config.train.max_bad_steps=3', '--config.eval.every_steps=0',
            '--config.optim.warmup_steps=0']
-  result = run(command(tmp_path / 'run', texts, *flags), code=1)
+  result = run(command(tmp_path / 'run', texts, *flags), code=2)
   bad = rows(tmp_path / 'run')[-1]
   assert bad['bad_in_row'] >= 3 and bad['loss'] is None
   # The last step of a run is read when all is done, and counts as well.
   third = next(r['step'] for r in rows(tmp_path / 'run')
                if r['bad_in_row'] == 3)
   last = run(command(tmp_path / 'last', texts, *flags,
-                     f'--config.train.steps={third}'), code=1)
+                     f'--config.train.steps={third}'), code=2)
   for stderr in (result.stderr, last.stderr):
     assert 'error: ' in stderr and '3 steps in a row' in stderr
-    assert 'saved as step' in stderr
+  # This update made the parameters too large to be of use: none are saved.
+  assert bad['param_norm'] is None
+  assert not list((tmp_path / 'run/checkpoints').iterdir())
+  assert 'there is no checkpoint' in result.stderr
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_leaves_the_good_checkpoints(texts, tmp_path):
+  """No launcher starts such a run again, and nor does the same command; a
+  change of the config does, from where it was."""
+  good = ['--config.train.steps=7', '--config.checkpoint.keep=2',
+          '--config.checkpoint.every_steps=1', '--config.eval.every_steps=0']
+  # So large that the norm of the gradients is infinite.
+  bad = ['--config.train.z_loss=1e30', '--config.train.max_bad_steps=5',
+         '--config.train.steps=20']
+  kept = {path.name for path in _checkpoints(tmp_path, texts, good)}
+  assert kept == {'6', '7'}
+  launched = subprocess.run(
+      [sys.executable, '-m', 'tools.launch', 'local', '--processes=1',
+       '--devices=8', '--platform=cpu', '--max_restarts=3',
+       *command(tmp_path / 'run', texts, *good, *bad,
+                '--allow_config_change')[2:]], cwd=ROOT, text=True,
+      capture_output=True)
+  assert launched.returncode == 2, launched.stdout + launched.stderr
+  assert 'starting it again' not in launched.stderr
+  assert 'saved as step 12, beside the last good' in launched.stderr
+  folder = tmp_path / 'run/checkpoints'
+  assert {path.name for path in folder.iterdir()} == {*kept, '12'}
+  again = run(command(tmp_path / 'run', texts, *good, *bad), code=2)
+  assert 'ended at step 12' in again.stderr
+  assert len(again.stderr.splitlines()) == 1
+  assert {path.name for path in folder.iterdir()} == {*kept, '12'}
+  run(command(tmp_path / 'run', texts, *good, '--config.train.steps=13',
+              '--allow_config_change'))
+  assert {path.name for path in folder.iterdir()} == {'7', '13'}
+
+
+def _checkpoints(tmp_path, texts, flags):
+  run(command(tmp_path / 'run', texts, *flags))
+  return (tmp_path / 'run/checkpoints').iterdir()
 
 
 @pytest.mark.slow

@@ -209,9 +209,41 @@ def test_a_run_that_blows_up_ends_alone(texts, tmp_path, bad, monkeypatch):
   assert rows(workdirs[1 - bad])[-1]['step'] == STEPS
   assert rows(workdirs[bad])[-1]['loss'] is None
   last = rows(workdirs[bad])[-1]['step']
-  assert last < STEPS and (workdirs[bad] / f'checkpoints/{last}').exists()
+  assert last < STEPS
+  # Its parameters are past use, and not saved.
+  assert rows(workdirs[bad])[-1]['param_norm'] is None
+  assert not (workdirs[bad] / f'checkpoints/{last}').exists()
   # Its clock stands still: it is not to say when the others save.
   assert asked.get(str(bad), 0) <= last
+
+
+def test_a_run_in_a_bad_stretch_is_not_gone_on_with(
+    texts, tmp_path, monkeypatch):
+  """Of two, the one whose steps are bad: it is saved beside its good
+  checkpoints, and says so at once when it is taken up again; the other goes
+  on."""
+  make = vectorised.make_train_step
+  def failing(module, tx, values):
+    step = make(module, tx, values)
+    def bad(state, batch):
+      new, figures = step(state, batch)
+      in_row = jnp.where((values.seed == 1) & (state.step >= 4),
+                         state.bad_in_row + 1, 0)
+      return new.replace(bad_in_row=in_row), figures | {'bad_in_row': in_row}
+    return bad
+  monkeypatch.setattr(vectorised, 'make_train_step', failing)
+  configs = [config(texts, seed=seed, train__max_bad_steps=3,
+                    checkpoint__every_steps=1, checkpoint__keep=2)
+             for seed in (0, 1)]
+  workdirs = [tmp_path / '0', tmp_path / '1']
+  for _ in range(3):
+    with pytest.raises(vectorised.Unfinished) as error:
+      vectorised.train(configs, workdirs)
+    (place, sentence), = error.value.sentences.items()
+    assert place == 1 and '3 steps in a row' in sentence
+    left = {int(p.name) for p in (tmp_path / '1/checkpoints').iterdir()}
+    assert {3, 4} < left and len(left) == 3
+  assert rows(workdirs[0])[-1]['step'] == STEPS
 
 
 @two_devices

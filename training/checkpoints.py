@@ -9,6 +9,7 @@ Orbax (the v0 API: v1 is experimental, and drops a save while one is under
 way) is imported where a run first needs it.
 """
 
+import contextlib
 import importlib.metadata
 import platform
 import time
@@ -18,8 +19,9 @@ from absl import logging
 import jax
 import numpy as np
 
-from configs.errors import RequestError
-from training import checksums, paths, restoring, run_config
+from configs.errors import EnvironmentFailure, RequestError
+from training import checksums, keeping, orbax_noise, paths, restoring
+from training import run_config, step_folders, writing
 
 
 class Checkpoints:
@@ -29,7 +31,9 @@ class Checkpoints:
     workdir: the folder of the run; gs:// paths work as well.
     every_steps: a save is due at each multiple of it; 0: not by step.
     every_minutes: and once so much time has passed since the last; 0: not.
-    keep: how many of the newest are kept; at least 1.
+    keep: how many of the newest good ones are kept; at least 1. One that was
+      saved in a stretch of bad steps is kept beside them, while it is the
+      newest of all.
     keep_every: a step that is a multiple of it is kept for good; 0: none.
     agree_every: with several processes, time is looked at only at multiples
       of so many steps, since process 0 has to tell the others.
@@ -40,7 +44,6 @@ class Checkpoints:
                keep: int, keep_every: int, agree_every: int = 1,
                clock=time.monotonic):
     import orbax.checkpoint as ocp
-    from orbax.checkpoint.checkpoint_managers import preservation_policy
 
     _check_nonnegative(every_steps=every_steps, every_minutes=every_minutes,
                        keep_every=keep_every)
@@ -54,20 +57,31 @@ class Checkpoints:
     self._last_time = clock()
     self._last_step = None  # the one on disk that equals the live state
     self.directory = restoring.directory(workdir)
-    kept = [preservation_policy.LatestN(keep)]
-    if keep_every:
-      kept.append(preservation_policy.EveryNSteps(keep_every))
-    self._manager = ocp.CheckpointManager(
-        self.directory,
-        options=ocp.CheckpointManagerOptions(
-            preservation_policy=preservation_policy.AnyPreservationPolicy(
-                kept),
-            cleanup_tmp_directories=True,  # what a killed save has left
-            lightweight_initialize=True),  # trust no file before it is checked
-        item_handlers=dict(
-            # Weights do not compress: zstd gains 8 % and costs a core.
-            state=ocp.PyTreeCheckpointHandler(use_compression=False),
-            record=ocp.JsonCheckpointHandler()))
+    self._good = {}  # by step: whether it is of no bad step
+    orbax_noise.silence()
+    with writing.to(self.directory):
+      self._manager = ocp.CheckpointManager(
+          self.directory,
+          options=ocp.CheckpointManagerOptions(
+              preservation_policy=keeping.Policy(
+                  keep, keep_every, self._is_good),
+              step_name_format=step_folders.Names(),
+              cleanup_tmp_directories=True,  # what a killed save has left
+              # Else, where a folder cannot be made, the threads that wait for
+              # it keep the process from ending for some 20 minutes.
+              async_options=ocp.options.AsyncOptions(
+                  create_directories_asynchronously=False),
+              # Trust no file before it is checked.
+              lightweight_initialize=True),
+          item_handlers=dict(
+              # Weights do not compress: zstd gains 8 % and costs a core.
+              state=ocp.PyTreeCheckpointHandler(use_compression=False),
+              record=ocp.JsonCheckpointHandler()))
+
+  @property
+  def newest(self) -> int | None:
+    """The step that was saved or restored last; None: none was."""
+    return self._last_step
 
   def due(self, step: int) -> bool:
     """Whether to save after `step`. Every process gets the same answer."""
@@ -82,8 +96,13 @@ class Checkpoints:
       return False
     return bool(restoring.from_process_0(np.int32(is_time)))
 
+  def _is_good(self, step: int) -> bool:
+    if step not in self._good:
+      self._good[step] = restoring.is_good(self.directory, step)
+    return self._good[step]
+
   def save(self, step: int, state: Any, *, next_batch: int, tokens: int,
-           config) -> bool:
+           config, good: bool = True) -> bool:
     """Starts to save; returns once `state` may be donated to the next step.
 
     Waits for the save before it, whose failure is raised here.
@@ -94,6 +113,8 @@ class Checkpoints:
       next_batch: the index of the first global batch not yet trained on.
       tokens: the number of tokens trained on.
       config: the run's ConfigDict.
+      good: whether the step was good: its loss, its gradients and what they
+        made of the parameters were finite.
 
     Returns:
       False if this very state is on disk already, else True.
@@ -105,13 +126,17 @@ class Checkpoints:
     arrays = restoring.plain(state)
     record = dict(
         step=step, next_batch=next_batch, tokens=tokens,
-        config=run_config.to_json(config), environment=environment(),
+        good=good, config=run_config.to_json(config),
+        environment=environment(),
         arrays=_describe(paths.flatten(state), checksums.of(state), arrays))
-    self._manager.save(
-        step, force=True,
-        args=ocp.args.Composite(
-            state=ocp.args.PyTreeSave(restoring.nest(arrays)),
-            record=ocp.args.JsonSave(restoring.seal(record))))
+    self.wait()
+    self._good[step] = good
+    with self._writing(step):
+      self._manager.save(
+          step, force=True,
+          args=ocp.args.Composite(
+              state=ocp.args.PyTreeSave(restoring.nest(arrays)),
+              record=ocp.args.JsonSave(restoring.seal(record))))
     self._last_step = step
     self._last_time = self._clock()
     return True
@@ -151,12 +176,26 @@ class Checkpoints:
 
   def wait(self):
     """Returns once all saves are on disk."""
-    self._manager.wait_until_finished()
-    self._manager.check_for_errors()
+    with self._writing(self._last_step):
+      self._manager.wait_until_finished()
+      self._manager.check_for_errors()
+
+  def _writing(self, step: int):
+    """Around a save, whose failure says what the run will go on from."""
+    def then() -> str:
+      try:
+        left = [s for s in step_folders.finished(self.directory) if s != step]
+      except OSError:  # the storage is gone, and with it the list
+        return writing.again()
+      return f'{writing.again()} from ' + (
+          f'step {left[-1]}' if left else 'the beginning')
+    return writing.to(f'checkpoint {step} in {self.directory}', then)
 
   def close(self):
-    self.wait()
-    self._manager.close()
+    try:
+      self.wait()
+    finally:
+      self._manager.close()
 
   def __enter__(self):
     return self
@@ -167,7 +206,9 @@ class Checkpoints:
     if error is None:
       self.close()
     elif jax.process_count() == 1:
-      self._manager.close()
+      # Its own failure would hide the first one, and may be the same.
+      with contextlib.suppress(EnvironmentFailure):
+        self.close()
 
 
 def _check_nonnegative(**fields):

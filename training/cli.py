@@ -1,9 +1,9 @@
 """What the programs share at the command line: flags, errors, exit codes.
 
 Exit codes: 0 done or cleanly stopped; 2 a wrong request (RequestError, printed
-as one sentence); 1 a failure, either of the environment (EnvironmentFailure or
-OSError, one sentence) or a bug (any other exception, with its traceback);
-128 + n ended by signal n.
+as one sentence; of train.py also a loss that is not finite); 1 a failure,
+either of the environment (EnvironmentFailure or OSError, one sentence) or a bug
+(any other exception, with its traceback); 128 + n ended by signal n.
 """
 
 from collections.abc import Callable, Sequence

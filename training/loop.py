@@ -1,5 +1,6 @@
 """The training loop: step n is dispatched before step n-1 is read."""
 
+import math
 import sys
 
 from etils import epath
@@ -21,6 +22,11 @@ from training import watch
 from training.step import make_eval_step, make_train_step
 
 STOPPED = 75  # what train() returns after a signal, before the last step
+# And after too many bad steps: as for a wrong request, since the same command
+# would end in the same way, and no launcher is to start it again.
+DIVERGED = 2
+BAD = ('the loss or a gradient was not finite, or there was nothing to '
+       'predict')
 
 def train(run: runs.Run, state, start: int, train_data, eval_data, saved,
           workdir: epath.Path, profile_steps: str = '') -> int:
@@ -60,14 +66,16 @@ def train(run: runs.Run, state, start: int, train_data, eval_data, saved,
     held = watch.Deferred(meter.now)
     loads = []  # of the experts, since the last report
     bad = 0  # steps in a row, as far as read
+    read_last = {}  # the figures of the last step that was read
 
     def report(read) -> None:
       """Shows and writes the figures of a step, where they are due."""
-      nonlocal bad
+      nonlocal bad, read_last
       if read is None:
         return
       n, figures, done = read
       bad = bad if too_many() else figures['bad_in_row']
+      read_last = figures
       if 'health/load_E' in figures:
         loads.append((figures['health/load_E'], figures['health/tokens']))
       if n % config.log.every_steps == 0 or n == steps:
@@ -80,12 +88,19 @@ def train(run: runs.Run, state, start: int, train_data, eval_data, saved,
     def too_many() -> bool:
       return bad >= config.train.max_bad_steps
 
+    def diverged() -> bool:
+      return too_many() or n == steps and not is_sound(read_last)
+
     def save(n, state):
       report(held.flush())
+      if not is_sound(read_last):
+        bar.say(f'step {n} is not saved: its parameters are not finite')
+        return
       with meter.paused():
         for writer in writers:
           writer.flush()
-        saved.save(n, state, next_batch=n, tokens=n * tokens, config=config)
+        saved.save(n, state, next_batch=n, tokens=n * tokens, config=config,
+                   good=not read_last['bad_in_row'])
 
     def evaluate(n, state):
       report(held.flush())
@@ -129,13 +144,13 @@ def train(run: runs.Run, state, start: int, train_data, eval_data, saved,
     bar.close()
     for writer in writers:
       writer.close()
-  if too_many():
+  if diverged():
     if devices.primary():
-      print(f'error: {bad_sentence(n, bad)}', file=sys.stderr)
-    return 1
+      print(f'error: {bad_sentence(n, bad, saved.newest)}', file=sys.stderr)
+    return DIVERGED
   if stopped and n < steps:
     if devices.primary():
-      print(f'stopped after step {n}, saved: the same command goes on from it.')
+      print(f'stopped after step {n}, {saved_as(n, saved.newest)}')
     return STOPPED
   return 0
 
@@ -156,11 +171,48 @@ def lengths(batch) -> tuple[int, ...]:
                if name in batch)
 
 
-def bad_sentence(n: int, bad: int) -> str:
-  """Why a run ends after step `n`, the last `bad` of them not finite."""
-  return (
-      'the loss or a gradient was not finite, or there was nothing to '
-      f'predict, in {bad} steps in a row (train.max_bad_steps); no update was '
-      'made in them. The parameters '
-      f'before them are saved as step {n}. Try a smaller optim.lr, a longer '
-      'optim.warmup_steps, optim.clip_norm=1, or model.dtype=float32.')
+def is_sound(figures) -> bool:
+  """Whether the parameters are finite after a step. Where they are not, no
+  later step can mend them, and they are not saved."""
+  return math.isfinite(figures['param_norm'])
+
+
+def saved_as(n: int, newest: int | None) -> str:
+  """Says what a run that was stopped after step `n` goes on from."""
+  if newest == n:
+    return 'saved: the same command goes on from it.'
+  return ('not saved: the same command goes on from '
+          + ('the beginning.' if newest is None else f'step {newest}.'))
+
+
+def ended_badly(state, config) -> str:
+  """Returns why a run is not gone on with from `state` unless its config is
+  another: it ended there after too many bad steps. '': it did not."""
+  bad, step = int(state.bad_in_row), int(state.step)
+  if bad < config.train.max_bad_steps:
+    return ''
+  return (f'the run in this workdir ended at step {step}: {BAD}, in {bad} '
+          'steps in a row (train.max_bad_steps), and the same config would end '
+          'in the same way. Change what made it so, such as a smaller '
+          'optim.lr, with --allow_config_change; raise train.max_bad_steps to '
+          'go on '
+          'unchanged; or move the latest folders out of checkpoints to go on '
+          'from an earlier step.')
+
+
+def bad_sentence(n: int, bad: int, newest: int | None) -> str:
+  """Why a run ends after step `n`, the last `bad` of them not finite; `newest`
+  is the checkpoint that it has."""
+  what = (f'{BAD}, in {bad} steps in a row (train.max_bad_steps); no update '
+          'was made in them' if bad else
+          f'the parameters are not finite after the last step, {n}')
+  if newest == n:
+    kept = (f'The parameters before them are saved as step {n}, beside the '
+            'last good checkpoints')
+  else:
+    kept = ('Parameters that are not finite are not saved: '
+            + ('there is no checkpoint' if newest is None else
+               f'the newest checkpoint is of step {newest}'))
+  return (f'{what}. {kept}. Try a smaller optim.lr, a longer '
+          'optim.warmup_steps, optim.clip_norm=1, or model.dtype=float32, with '
+          '--allow_config_change.')

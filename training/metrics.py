@@ -8,18 +8,20 @@ step twice.
 
 from collections.abc import Mapping
 import importlib.util
+import itertools
 import json
 import math
 import os
 import pathlib
 import secrets
+import socket
 import time
 from typing import Any
 
 import numpy as np
 
 from configs.errors import RequestError
-from training import schema, storage
+from training import schema, storage, writing
 
 
 class JsonlWriter:
@@ -31,16 +33,14 @@ class JsonlWriter:
 
   def __init__(self, workdir, resumed_step: int):
     path = pathlib.Path(workdir) / METRICS
-    path.parent.mkdir(parents=True, exist_ok=True)
     _drop_after(path, resumed_step)
-    self._file = path.open('a', encoding='utf-8')
+    self._file = writing.File(path)
 
   def write(self, step: int, split: str, figures: Mapping[str, Any]) -> None:
     row = {'step': int(step), 'split': split}
     row.update((name, plain(value)) for name, value in figures.items())
     # One call a line: what is read while the run goes on is whole.
-    self._file.write(json.dumps(row, allow_nan=False) + '\n')
-    self._file.flush()
+    self._file.write((json.dumps(row, allow_nan=False) + '\n').encode())
 
   def flush(self) -> None:
     """Nothing: every line is on disk."""
@@ -55,14 +55,22 @@ class TensorboardWriter:
 
   def __init__(self, workdir, resumed_step: int):
     from tensorboard.compat.proto import event_pb2, summary_pb2
-    from tensorboard.summary.writer import event_file_writer
+    from tensorboard.summary.writer import record_writer
     self._event, self._summary = event_pb2.Event, summary_pb2.Summary
-    self._file = event_file_writer.EventFileWriter(
-        str(pathlib.Path(workdir) / 'tensorboard'))
+    # The name that TensorBoard looks for. Its own EventFileWriter writes in a
+    # thread, which prints what it also raises.
+    name = (f'events.out.tfevents.{time.time():010.0f}.{socket.gethostname()}.'
+            f'{os.getpid()}.{next(_FILES)}')
+    self._file = record_writer.RecordWriter(
+        writing.File(pathlib.Path(workdir) / 'tensorboard' / name))
+    self._add(file_version='brain.Event:2')
     # TensorBoard forgets what an earlier file has from here on.
     start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-    self._file.add_event(event_pb2.Event(
-        wall_time=time.time(), step=resumed_step + 1, session_log=start))
+    self._add(step=resumed_step + 1, session_log=start)
+
+  def _add(self, **fields) -> None:
+    event = self._event(wall_time=time.time(), **fields)
+    self._file.write(event.SerializeToString())
 
   def write(self, step: int, split: str, figures: Mapping[str, Any]) -> None:
     values = [self._summary.Value(tag=f'{split}/{name}', simple_value=value)
@@ -70,9 +78,7 @@ class TensorboardWriter:
     values += [self._summary.Value(tag=f'{split}/{name}', image=_heat_map(
         value, self._summary.Image))
                for name, value in figures.items() if _is_matrix(value)]
-    self._file.add_event(self._event(
-        wall_time=time.time(), step=step, summary=self._summary(value=values)))
-    self._file.flush()
+    self._add(step=step, summary=self._summary(value=values))
 
   def flush(self) -> None:
     """Nothing: every event is on disk."""
@@ -133,6 +139,7 @@ class UploadWriter:
 METRICS = 'metrics.jsonl'
 ROW = {'step': int, 'split': str, 'loss': schema.MAYBE}
 FIGURES = {'step_seconds', 'runs_at_once'}  # more that tools calculate with
+_FILES = itertools.count()  # of TensorBoard, by this process
 UPLOAD_SECONDS = 60
 EXTRAS = ('tensorboard', 'wandb')
 
@@ -250,11 +257,12 @@ def _drop_after(path: pathlib.Path, step: int) -> None:
   if kept == lines:
     return
   new = path.with_suffix('.jsonl.new')
-  with new.open('wb') as file:
-    file.writelines(kept)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(new, path)
+  with writing.to(path):
+    with new.open('wb') as file:
+      file.writelines(kept)
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(new, path)
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

@@ -20,7 +20,8 @@ from jax.experimental import multihost_utils
 import numpy as np
 
 from configs.errors import EnvironmentFailure, RequestError
-from training import checksums, paths, progress, storage
+from training import checksums, orbax_noise, paths, progress, step_folders
+from training import storage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +33,8 @@ class Restored:
     state: the pytree that was asked for.
     record: the JSON object beside it: next_batch, tokens, config,
       environment, arrays.
-    damaged: a sentence for each later step that was passed over.
+    damaged: a sentence for each later step that was passed over, and for each
+      folder whose name only looks like a step's.
   """
   step: int
   state: Any
@@ -56,13 +58,7 @@ def directory(workdir):
 
 def steps(folder) -> list[int]:
   """Returns the finished steps in `folder`, ascending, as process 0 sees it."""
-  import orbax.checkpoint as ocp
-
-  found = []
-  if jax.process_index() == 0 and folder.exists():
-    found = sorted(
-        int(path.name) for path in folder.iterdir()
-        if path.name.isdigit() and ocp.utils.is_checkpoint_finalized(path))
+  found = step_folders.finished(folder) if jax.process_index() == 0 else []
   if jax.process_count() > 1:
     padded = np.full(_MOST_STEPS, -1, np.int32)
     padded[:len(found[-_MOST_STEPS:])] = found[-_MOST_STEPS:]
@@ -103,9 +99,10 @@ def restore(folder, abstract: Any, step: int | None = None, *,
     except _Damaged as error:
       damaged.append(f'checkpoint {candidate} in {folder} is damaged: {error}')
       continue
-    damaged = [f'{sentence}; using {candidate} instead'
-               for sentence in damaged]
-    return Restored(candidate, state, record, tuple(damaged))
+    warnings = [f'{sentence}; using {candidate} instead'
+                for sentence in damaged]
+    return Restored(candidate, state, record,
+                    (*warnings, *step_folders.strangers(folder)))
   others = [s for s in available if step is not None and s != step]
   raise EnvironmentFailure('; '.join(damaged) + (
       f'; there are also {", ".join(map(str, others))}' if others else
@@ -138,8 +135,12 @@ def _read(folder, abstract, partial: bool):
     arrays = _read_arrays(folder, record, wanted)
   except Exception as error:  # Orbax and TensorStore raise many types.
     reason = _reason(error)
-    if isinstance(error, Mismatch) or any(
-        word in reason for word in _NOT_DAMAGE):
+    if any(word in reason for word in _ENVIRONMENT):
+      raise EnvironmentFailure(
+          f'cannot read checkpoint {folder.name} in {folder.parent}, which may '
+          f'be sound: {reason}; once that is mended, run the same command again'
+      ) from error
+    if isinstance(error, Mismatch) or any(word in reason for word in _OURS):
       raise
   if not _all_processes(reason is None):
     raise _Damaged(reason or 'another process cannot read it')
@@ -152,9 +153,11 @@ def _read(folder, abstract, partial: bool):
   return state, record
 
 
-# An error that says so is no fault of the files: it is raised as it is.
-_NOT_DAMAGE = ('RESOURCE_EXHAUSTED', 'PERMISSION_DENIED', 'PermissionError',
-               'MemoryError', 'more bytes than we reserved')
+# An error that says so is no fault of the files, but of their storage or of
+# this machine; or it is one of this program, and raised as it is.
+_ENVIRONMENT = ('DEADLINE_EXCEEDED', 'PERMISSION_DENIED', 'PermissionError',
+                'RESOURCE_EXHAUSTED', 'UNAUTHENTICATED', 'UNAVAILABLE')
+_OURS = ('MemoryError', 'more bytes than we reserved')
 
 
 def _read_record(folder) -> dict[str, Any]:
@@ -166,7 +169,11 @@ def _read_record(folder) -> dict[str, Any]:
     raise _Damaged('its record is missing') from error
   except ValueError as error:  # of JSON, or of UTF-8
     raise _Damaged('its record is not JSON') from error
-  return unseal(sealed)
+  record = unseal(sealed)
+  if str(record['step']) != folder.name:
+    raise _Damaged(f'it holds step {record["step"]}: its folder was renamed or '
+                   'copied')
+  return record
 
 
 def seal(record: dict[str, Any]) -> dict[str, Any]:
@@ -185,9 +192,19 @@ def _digest(record) -> str:
   return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
+def is_good(folder, step: int) -> bool:
+  """Whether the record of a step can be read, and is of no bad step."""
+  try:
+    record = _read_record(folder / str(step))
+  except _Damaged:
+    return False
+  return record.get('good', True)  # earlier versions did not say
+
+
 def _read_arrays(folder, record, wanted) -> dict[str, jax.Array]:
   import orbax.checkpoint as ocp
 
+  orbax_noise.silence()
   handler = ocp.PyTreeCheckpointHandler(
       restore_concurrent_gb=_read_limit_gb(record, wanted))
   nested = nest(wanted)

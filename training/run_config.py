@@ -15,7 +15,8 @@ import ml_collections
 
 from configs import base
 from configs.errors import RequestError, require, short
-from training import config_files, restoring, schema, storage
+from training import config_files, restoring, schema, step_folders
+from training import storage
 
 SAFE = 'safe'
 OPTIMISATION = 'changes the optimisation'
@@ -138,10 +139,11 @@ def exists(workdir) -> bool:
 
 
 def has_begun(workdir) -> bool:
-  """Whether there is something to go on with: a config and a checkpoint."""
+  """Whether there is a checkpoint to go on from; its config is there as well,
+  or `load` says that it is lost."""
   folder = restoring.directory(workdir)
-  return exists(workdir) and folder.exists() and any(
-      path.name.isdigit() for path in folder.iterdir())
+  return folder.exists() and any(
+      step_folders.number(path.name) is not None for path in folder.iterdir())
 
 
 def compare(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict,
@@ -279,8 +281,10 @@ def file(workdir):
 
 def _load(workdir) -> dict[str, Any]:
   path = file(workdir)
-  require(path.exists(), f'{path} is missing: no run was started in this '
-          'workdir')
+  require(path.exists(), f'{path} is missing, although the workdir has '
+          'checkpoints: put it back, or take another --workdir'
+          if has_begun(workdir) else
+          f'{path} is missing: no run was started in this workdir')
   tree = tuples(schema.parse(path.read_bytes(), str(path)))
   require(isinstance(tree, dict) and _DERIVED in tree,
           f'{path} is damaged: it has no {_DERIVED!r}')

@@ -16,6 +16,7 @@ import tempfile
 from etils import epath
 
 from configs.errors import RequestError, require
+from training import writing
 
 
 def check(text, name: str = '--workdir') -> None:
@@ -58,14 +59,19 @@ def _see_what_others_write() -> None:
 
 
 def write(file: epath.Path, text: str) -> None:
-  """Writes a file whole or not at all."""
-  file.parent.mkdir(parents=True, exist_ok=True)
-  if in_bucket(file):
-    file.write_text(text)
-    return
-  partial = _partial(file)
-  partial.write_text(text)
-  partial.replace(file)
+  """Writes a file whole or not at all.
+
+  Raises:
+    EnvironmentFailure: where it cannot be written.
+  """
+  with writing.to(file):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if in_bucket(file):
+      file.write_text(text)
+      return
+    partial = _partial(file)
+    partial.write_text(text)
+    partial.replace(file)
 
 
 # What is wrong with the machine, and not with the name that was given.
@@ -192,7 +198,8 @@ class Uploads:
       if self._sent.get(file) == state:
         continue
       target = self._folder / str(file.relative_to(self.local))
-      target.parent.mkdir(parents=True, exist_ok=True)
-      with file.open('rb') as source, target.open('wb') as sink:
-        shutil.copyfileobj(source, sink, 2**20)
+      with writing.to(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with file.open('rb') as source, target.open('wb') as sink:
+          shutil.copyfileobj(source, sink, 2**20)
       self._sent[file] = state

@@ -44,6 +44,7 @@ class _Loop:
     self.ended = {}
     self.loads = {row: [] for row in self.live}
     self.bad_in_row = {}
+    self.read_last = {}  # by row: the figures of the last step that was read
     self.held = watch.Deferred(self.meter.now)
 
   def run(self, stop) -> dict[int, str]:
@@ -80,8 +81,9 @@ class _Loop:
         break
     self._close(streams)
     if n < steps and self.live:
-      print(f'stopped after step {n}, saved: the same request goes on from it.')
-      self.ended |= {m.place: f'stopped after step {n} of {steps}, saved'
+      print(f'stopped after step {n}: the same request goes on.')
+      self.ended |= {m.place: f'stopped after step {n} of {steps}, '
+                     + loop.saved_as(n, m.saved.newest)
                      for m in self.live.values()}
     return self.ended
 
@@ -105,16 +107,22 @@ class _Loop:
         self.bar.update(n, lap | {'loss': float(np.mean(
             [own['loss'] for own in each.values()]))})
     self.bad_in_row = {row: own['bad_in_row'] for row, own in each.items()}
+    self.read_last = each
 
   def _end_bad(self, n, state) -> None:
-    """Ends the runs whose loss was not finite for too long."""
+    """Ends the runs whose loss was not finite for too long, or whose last
+    parameters are not."""
+    last = n == self.config.train.steps
     bad = {row: count for row, count in self.bad_in_row.items()
-           if row in self.live and count >= self.config.train.max_bad_steps}
+           if row in self.live and (
+               count >= self.config.train.max_bad_steps
+               or last and not loop.is_sound(self.read_last[row]))}
     if bad:
       self._save(n, state, bad)
     for row, count in bad.items():
       member = self.live.pop(row)
-      self.ended[member.place] = loop.bad_sentence(n, count)
+      self.ended[member.place] = loop.bad_sentence(
+          n, count, member.saved.newest)
       self.bar.say(f'{member.workdir}: {self.ended[member.place]}')
 
   def _evaluate(self, n, state) -> None:
@@ -141,11 +149,16 @@ class _Loop:
       states = self.group.split(state)
       for row in rows:
         member = self.group.members[row]
+        if not loop.is_sound(self.read_last[row]):
+          self.bar.say(f'{member.workdir}: step {n} is not saved: its '
+                       'parameters are not finite')
+          continue
         for writer in self.writers[row]:
           writer.flush()
         member.saved.save(n, jax.tree.map(jnp.asarray, states[row]),
                           next_batch=n, tokens=n * self.tokens,
-                          config=member.config)
+                          config=member.config,
+                          good=not self.read_last[row]['bad_in_row'])
 
   def _write(self, row, n, split, figures) -> None:
     for writer in self.writers[row]:

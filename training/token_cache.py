@@ -35,7 +35,7 @@ import uuid
 import numpy as np
 
 from configs.errors import EnvironmentFailure, RequestError
-from training import sources, storage, token_workers
+from training import sources, storage, token_workers, writing
 
 FORMAT = 1  # Part of the key: raise it when the layout changes.
 CHUNK_CHARS = 1 << 20
@@ -162,8 +162,10 @@ def _one_at_a_time(root: pathlib.Path, source: sources.Source):
   """Lets one process at a time read the text of a source. The lock ends with
   the process that holds it, however that ends."""
   folder = root / 'locks'
-  folder.mkdir(parents=True, exist_ok=True)
-  with open(folder / _name(source), 'w') as file:
+  with _writing(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / _name(source), 'w')
+  with file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX)
     except OSError as error:
@@ -184,33 +186,47 @@ def _remembered(manifest: pathlib.Path, stats) -> str | None:
 def _digest(source: sources.Source, stats, manifest: pathlib.Path) -> str:
   """Returns the hash of the content, and writes it down."""
   digest = source.digest()
-  manifest.parent.mkdir(parents=True, exist_ok=True)
-  temporary = manifest.with_suffix(f'.{uuid.uuid4().hex}')
-  temporary.write_text(json.dumps({'files': stats, 'content': digest}))
-  os.replace(temporary, manifest)
+  with _writing(manifest):
+    manifest.parent.mkdir(parents=True, exist_ok=True)
+    temporary = manifest.with_suffix(f'.{uuid.uuid4().hex}')
+    temporary.write_text(json.dumps({'files': stats, 'content': digest}))
+    os.replace(temporary, manifest)
   return digest
+
+
+def _writing(path: pathlib.Path):
+  """Around what writes to the cache, and not around what reads the text: of
+  that, an error says more by itself."""
+  return writing.to(path, _elsewhere)
+
+
+def _elsewhere() -> str:
+  return ('the tokens are kept there: make room, or name another folder with '
+          '--config.data.cache_dir')
 
 
 def _build(source: sources.Source, tokenizer, workers: int, stats,
            path: pathlib.Path):
   """Tokenises the source into `path`, which appears whole or not at all."""
   started = time.monotonic()
-  path.parent.mkdir(parents=True, exist_ok=True)
-  _sweep(path.parent)
   temporary = path.parent / f'.building-{uuid.uuid4().hex}'
-  temporary.mkdir()
+  with _writing(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(path.parent)
+    temporary.mkdir()
   try:
     total = _write(source, tokenizer, workers, temporary)
     if _stat(source.files) != stats:
       raise EnvironmentFailure(
           f'data source {source.name!r} changed while it was being read: '
           'start again when its files are complete.')
-    try:
-      os.rename(temporary, path)
-    except OSError:
-      if not path.is_dir():
-        raise
-      # Another process was first, and its entry is the same.
+    with _writing(path):
+      try:
+        os.rename(temporary, path)
+      except OSError:
+        if not path.is_dir():
+          raise
+        # Another process was first, and its entry is the same.
   finally:
     shutil.rmtree(temporary, ignore_errors=True)
   print(f'tokenised {source.name}: {total:,} tokens in '
@@ -225,11 +241,11 @@ def _write(source: sources.Source, tokenizer, workers: int,
   kinds, counts, lengths, num_bytes = [], [], [], []
   chunks = _chunks(source.documents(), kinds, counts)
   told, done = time.monotonic(), 0
-  with open(folder / 'tokens.bin', 'wb') as file:
+  with writing.File(folder / 'tokens.bin', _elsewhere) as file:
     for ids_T, lengths_P, bytes_P in token_workers.encode_chunks(
         tokenizer, chunks, workers):
       assert ids_T.max(initial=0) < tokenizer.vocab_size
-      file.write(ids_T.astype(dtype).data)
+      file.write(ids_T.astype(dtype).tobytes())
       lengths.append(lengths_P)
       num_bytes.append(bytes_P)
       done += int(bytes_P.sum())
@@ -237,20 +253,19 @@ def _write(source: sources.Source, tokenizer, workers: int,
         told = time.monotonic()
         print(f'tokenising {source.name}: {done / 1e6:,.0f} MB so far',
               file=sys.stderr)
-    file.flush()
-    os.fsync(file.fileno())
   parts = _bounds(np.concatenate(lengths))
   if not parts[-1]:
     raise RequestError(
         f'data source {source.name!r} is empty: its text has no tokens.')
-  np.save(folder / 'parts.npy', parts)
-  np.save(folder / 'kinds.npy', np.array(kinds, np.uint8))
-  np.save(folder / 'bytes.npy', np.concatenate(num_bytes))
-  np.save(folder / 'documents.npy', _bounds(np.array(counts, np.int64)))
-  (folder / 'meta.json').write_text(json.dumps({
-      'source': source.name, 'tokenizer': tokenizer.name,
-      'fingerprint': tokenizer.fingerprint, 'dtype': np.dtype(dtype).name,
-      'documents': len(counts), 'tokens': int(parts[-1])}, indent=1))
+  with _writing(folder):
+    np.save(folder / 'parts.npy', parts)
+    np.save(folder / 'kinds.npy', np.array(kinds, np.uint8))
+    np.save(folder / 'bytes.npy', np.concatenate(num_bytes))
+    np.save(folder / 'documents.npy', _bounds(np.array(counts, np.int64)))
+    (folder / 'meta.json').write_text(json.dumps({
+        'source': source.name, 'tokenizer': tokenizer.name,
+        'fingerprint': tokenizer.fingerprint, 'dtype': np.dtype(dtype).name,
+        'documents': len(counts), 'tokens': int(parts[-1])}, indent=1))
   return int(parts[-1])
 
 

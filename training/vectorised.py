@@ -128,8 +128,8 @@ def train(configs: Sequence[ml_collections.ConfigDict],
   config = configs[0]
   tokenizer = tokenizers.load(config.data.tokenizer)
   resolved = [runs.resolve(c, tokenizer) for c in configs]
-  for c, workdir, (_, derived) in zip(configs, workdirs, resolved):
-    _check_workdir(c, workdir, derived)
+  changed = [bool(_changes(c, workdir, derived))
+             for c, workdir, (_, derived) in zip(configs, workdirs, resolved)]
   mesh = devices.make_mesh(dict.fromkeys(tables.MESH_AXES, 1),
                            jax.devices()[:1])
   run = runs.start(config, resolved[0][0], mesh)
@@ -141,8 +141,11 @@ def train(configs: Sequence[ml_collections.ConfigDict],
           workdir, **c.checkpoint, agree_every=c.log.every_steps))
       members.append(_restored(run, Member(c, workdir, i, saved)))
       run_config.save(workdir, c, derived)
-    from training import together
-    sentences = {}
+    from training import loop, together
+    sentences = {m.place: sentence for m in members
+                 if m.state is not None and not changed[m.place]
+                 and (sentence := loop.ended_badly(m.state, m.config))}
+    members = [m for m in members if m.place not in sentences]
     for start in sorted({m.start for m in members}):
       part = [m for m in members if m.start == start]
       if start >= config.train.steps:
@@ -174,13 +177,16 @@ def _check(configs, workdirs) -> None:
             f'{", ".join(FIELDS)} may')
 
 
-def _check_workdir(config, workdir, derived) -> None:
-  """As train.py does: a workdir of another config is refused."""
-  if run_config.has_begun(workdir):
-    changes = run_config.compare(
-        run_config.load(workdir), config,
-        run_config.load_derived(workdir), derived)
-    run_config.check(changes, allow_config_change=False)
+def _changes(config, workdir, derived) -> list[run_config.Change]:
+  """Returns what differs from the run in a workdir, if there is one, as far as
+  that changes no figure: else it is refused, as by train.py."""
+  if not run_config.has_begun(workdir):
+    return []
+  changes = run_config.compare(
+      run_config.load(workdir), config,
+      run_config.load_derived(workdir), derived)
+  run_config.check(changes, allow_config_change=False)
+  return changes
 
 
 def _restored(run: runs.Run, member: Member) -> Member:

@@ -19,8 +19,8 @@ state fits their memory; --dry_run prints what would be. A place's own flags:
 A run that was stopped by a signal (a preemption, a time limit) has saved; it
 exits with 75 there (train.py --stopped_exit_code), and is started again, as
 often as it takes. One that failed is, --max_restarts times; one that was a
-wrong request (exit code 2) never. Ctrl-C here, scancel or kubectl delete end
-it for good.
+wrong request, or whose loss was not finite (exit code 2), never. Ctrl-C here,
+scancel or kubectl delete end it for good.
 """
 
 import importlib

@@ -92,8 +92,9 @@ def supervise(words: list[str], env: dict[str, str], processes: int,
   """Runs the processes, again where they were preempted or failed.
 
   Returns:
-    0: complete, or stopped by a signal to this process; 2: a wrong request;
-    1: failed once more than max_restarts.
+    0: complete, or stopped by a signal to this process; 2: a wrong request, or
+    a loss that was not finite: it would end so again; 1: failed once more than
+    max_restarts.
   """
   failures = 0
   with Forwarding() as forwarding:

@@ -94,7 +94,7 @@ case $code in
     again 'stopped before the last step'
     ;;
   2)
-    echo "a wrong request: see $logs/process-0.log"
+    echo "it would end so again: see $logs/process-0.log"
     ;;
   *)
     echo $((failures + 1)) >"$failed"

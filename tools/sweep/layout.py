@@ -140,10 +140,13 @@ def metrics(folder: pathlib.Path, split: str) -> list[dict]:
   return [row for row in metrics_lib.read(path) if row['split'] == split]
 
 
-def is_trained(folder: pathlib.Path, steps: int) -> bool:
-  """Whether the run took its last step and saved it."""
+def is_trained(folder: pathlib.Path, train) -> bool:
+  """Whether the run took its last step and saved it, and did not end there
+  after too many bad ones; `train` is config.train of the run."""
+  steps = train.steps
   return (folder / 'checkpoints' / str(steps)).is_dir() and any(
-      row['step'] == steps for row in metrics(folder, 'train'))
+      row['step'] == steps and row['bad_in_row'] < train.max_bad_steps
+      for row in metrics(folder, 'train'))
 
 
 def evaluation(folder: pathlib.Path) -> dict:

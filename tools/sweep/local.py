@@ -256,9 +256,8 @@ class Runner:
     if job.wrong:
       return ledger_lib.FAILED, layout.error(folder)
     if job.state == ledger_lib.PENDING:
-      steps = layout.config(
-          self._description, run.point, run.seed).train.steps
-      if layout.is_trained(folder, steps):
+      config = layout.config(self._description, run.point, run.seed)
+      if layout.is_trained(folder, config.train):
         return (ledger_lib.OWED if tasks else ledger_lib.DONE), ''
     elif ended and layout.is_evaluated(folder, tasks):
       return ledger_lib.DONE, ''

@@ -69,8 +69,8 @@ def adopt(workdir, ledger) -> None:
   description = layout.load(workdir)  # read later: it has all of these points
   for run in waiting:
     folder = layout.run_folder(workdir, run.point, run.seed)
-    steps = layout.config(description, run.point, run.seed).train.steps
-    if layout.is_trained(folder, steps):
+    config = layout.config(description, run.point, run.seed)
+    if layout.is_trained(folder, config.train):
       error = _stranger(description, workdir, run)
       ledger.adopt(run.id, ledger_lib.PENDING,
                    ledger_lib.FAILED if error else ledger_lib.OWED, error)

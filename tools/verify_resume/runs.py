@@ -12,7 +12,7 @@ import sys
 from configs import sharding as tables
 from configs.errors import EnvironmentFailure, RequestError
 from tools import tether
-from training import devices, restoring, runs
+from training import devices, restoring, runs, step_folders
 
 AXES = tables.MESH_AXES
 
@@ -58,9 +58,9 @@ def verify(config, words: list[str], folder: pathlib.Path, steps: int,
   for i, mesh in enumerate(others):
     copy = folder / f'reshaped-{i}'
     shutil.copytree(whole, copy)
-    for path in (copy / 'checkpoints').iterdir():
-      if path.name.isdigit() and int(path.name) > middle:
-        shutil.rmtree(path)
+    for step in step_folders.finished(copy / 'checkpoints'):
+      if step > middle:
+        shutil.rmtree(copy / 'checkpoints' / str(step))
     _train(env, [*words, *(f'--config.mesh.{axis}={size}'
                            for axis, size in mesh.items())], copy, middle,
            launch=[] if processes == 1 else [

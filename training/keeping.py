@@ -1,0 +1,39 @@
+"""Which checkpoints are kept: never a stretch of bad steps instead of the last
+good ones."""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+  """Orbax asks it after each save; what it does not keep is deleted.
+
+  Attributes:
+    keep: how many of the newest good checkpoints are kept.
+    keep_every: a step that is a multiple of it is kept for good; 0: none.
+    is_good: whether the checkpoint of a step is of no bad step.
+  """
+  keep: int
+  keep_every: int
+  is_good: Callable[[int], bool]
+
+  def should_preserve(self, checkpoints: Sequence, *, context) -> list[bool]:
+    """Returns, for each checkpoint in ascending order of its step, whether to
+    keep it."""
+    del context
+    kept = self.kept([checkpoint.step for checkpoint in checkpoints])
+    return [checkpoint.step in kept for checkpoint in checkpoints]
+
+  def kept(self, steps: Sequence[int]) -> set[int]:
+    """Returns those of `steps` to keep: the newest, since the run goes on from
+    it; the newest `keep` good ones; and each multiple of keep_every."""
+    good = []
+    for step in sorted(steps, reverse=True):
+      if len(good) == self.keep:
+        break  # older records need not be read
+      if self.is_good(step):
+        good.append(step)
+    forever = [step for step in steps
+               if self.keep_every and step % self.keep_every == 0]
+    return {*good, *forever, *sorted(steps)[-1:]}

@@ -1,0 +1,55 @@
+"""The names of step folders, read alike by us and by Orbax.
+
+A step's folder is its number as Python writes it. Anything else in the folder
+of the checkpoints, such as 0020 or a superscript 2, is somebody else's: it is
+neither read nor deleted.
+"""
+
+from collections.abc import Iterator
+
+MOST = 2**31 - 1  # what the counter of a state can hold
+
+
+def number(name: str) -> int | None:
+  """Returns the step that a folder of this name holds; None: it holds none."""
+  if not (name.isascii() and name.isdecimal()) or len(name) > len(str(MOST)):
+    return None
+  step = int(name)
+  return step if name == str(step) and step <= MOST else None
+
+
+def finished(folder) -> list[int]:
+  """Returns the steps in `folder` that were saved whole, ascending."""
+  import orbax.checkpoint as ocp
+  if not folder.is_dir():
+    return []
+  return sorted(
+      number(path.name) for path in folder.iterdir()
+      if number(path.name) is not None
+      and ocp.utils.is_checkpoint_finalized(path))
+
+
+def strangers(folder) -> list[str]:
+  """Returns a sentence for each name that looks like a step's and is none."""
+  names = sorted(path.name for path in folder.iterdir()
+                 if path.name.isdigit() and number(path.name) is None)
+  return [f'{name!r} in {folder} is not how the folder of a step is named, as '
+          '20 is; it is left alone' for name in names]
+
+
+class Names:
+  """These names as Orbax asks for them (its NameFormat)."""
+
+  def build_name(self, step: int) -> str:
+    return str(step)
+
+  def find_all(self, base_path) -> Iterator:
+    import orbax.checkpoint as ocp
+    for step in finished(base_path):
+      yield ocp.path.step.Metadata(step=step, path=base_path / str(step))
+
+  def find_step(self, base_path, step: int):
+    for found in self.find_all(base_path):
+      if found.step == step:
+        return found
+    raise ValueError(f'no step {step} in {base_path}')
