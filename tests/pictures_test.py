@@ -55,8 +55,11 @@ def test_routing(layers, experts, drawn, tmp_path):
 @pytest.mark.parametrize('length', [16, 8192])
 def test_extrapolation(length, drawn, tmp_path):
   by = {m: 2 + np.arange(length * m) / length for m in extrapolation.MULTIPLES}
+  texts = {m: extrapolation.Text(np.ones(length * m, int), np.ones(length * m))
+           for m in by}
   extrapolation.plot({'rope': by, 'rope, a long name': by, 'learned': {
-      m: by[m] if m == 1 else None for m in by}}, length, tmp_path / 'e.png')
+      m: by[m] if m == 1 else None for m in by}}, texts, length,
+                     tmp_path / 'e.png')
   _check(drawn[0])
 
 
