@@ -75,6 +75,7 @@ def test_what_is_out_of_its_range_is_refused(name, value):
     (dict(span__mean_length=2.0), "'causal' does not read .*by span"),
     (dict(data__target_length=8), "'causal' does not read .*by seq2seq"),
     (dict(data__mask_rate=0.3), "'causal' does not read .*by mlm, mlm_nsp"),
+    (dict(log__wandb_project='mine'), "'mine', which is not read while log.w"),
     (dict(data__whole_words=True), "'causal' does not read .*by mlm, mlm_nsp"),
     (dict(data__eval_source='sotu', data__holdout_every=7),
      'data.holdout_every is 7, which is not read where data.eval_source'),

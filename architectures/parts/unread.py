@@ -62,6 +62,11 @@ ROWS = (
          'moe.z_loss_weight'), 'model.moe.router has logits, as '
         f'{" and ".join(_WITHOUT_LOGITS)} have not', ('moe.router',),
         lambda c: c.moe.router not in _WITHOUT_LOGITS),
+    Row(('moe.group_size',), 'an expert has a capacity, or model.moe.router is '
+        'sinkhorn or expert_choice', ('moe.router', 'moe.capacity_factor',
+                                      'moe.eval_capacity_factor'),
+        lambda c: c.moe.router in ('sinkhorn', 'expert_choice')
+        or max(c.moe.capacity_factor, c.moe.eval_capacity_factor) > 0),
     Row(('moe.balance_weight',), 'model.moe.balance_loss is not none',
         ('moe.balance_loss',), lambda c: c.moe.balance_loss != 'none'),
 )
