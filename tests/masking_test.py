@@ -190,6 +190,21 @@ def test_padding_takes_no_expert(objective):
   assert alone['health']['dropped'].max() > 0
 
 
+@pytest.mark.parametrize('objective', ['prefix', 'mlm', 'mlm_nsp', 'span'])
+def test_no_padding_is_predicted(texts, objective):
+  """In a pass whose last rows are short, or padding altogether."""
+  config = _config(texts, objective, batch_size=4, eval_source=texts)
+  loader, = data.held_out(config, BYTES)
+  batch = {key: np.concatenate([b[key] for b in loader.iterate()])
+           for key in loader.batch(0)}
+  seen = batch[objectives.OBJECTIVES[objective].seen[-1]] != 0
+  assert (seen.any(1) & ~seen.all(1)).any()
+  assert not batch['weights'][~seen].any()
+  if objective == 'prefix':
+    told = np.maximum(seen.sum(1) - (batch['prefix'] - 1), 0)
+    assert batch['weights'].sum(1).tolist() == told.tolist()
+
+
 def test_rows_that_fill_up_an_evaluation_are_padding(texts):
   for objective in ('causal', 'prefix'):
     config = _config(texts, objective, batch_size=4, eval_source=texts)

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from architectures.parts import config as model_config
+from architectures.parts import sharding
 from tests.step_test import batch, config, one_device, train
 from training import optimizers, runs
 from training import state as state_lib
-from training.step import make_train_step
+from training.step import _accumulate, make_train_step
 
 
 @pytest.mark.slow
@@ -48,6 +49,18 @@ def test_a_step_returns_a_state_of_the_same_types(name):
         jnp.dtype('bfloat16')}
     assert {n for n, x in metrics.items() if x.dtype != jnp.float32} == {
         'bad_steps', 'bad_in_row'}
+
+
+def test_micro_batches_add_up_in_float32():
+  """In bfloat16 256 + 1 is 256."""
+  def grad_fn(params, micro, key, whole):
+    del params, key, whole
+    return {'w': micro['x'].sum().astype(jnp.bfloat16)}, ({}, {})
+
+  batch = {'x': np.array([256, 1, 1, 1], np.float32)}
+  with jax.set_mesh(one_device()), sharding.rules('default'):
+    grads, _ = _accumulate(grad_fn, {}, batch, jax.random.key(0), {}, 4)
+  assert grads['w'] == 259
 
 
 @pytest.mark.slow
