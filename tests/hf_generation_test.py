@@ -10,8 +10,8 @@ import architectures
 from configs import base
 from tests import models, train_test
 from tools import convert
-from training import data, hf_config, hf_generation, hf_tokenizer, restoring
-from training import run_config, tokenizers, weights
+from training import conversations, data, hf_config, hf_generation
+from training import hf_tokenizer, restoring, run_config, tokenizers, weights
 
 GIVEN = dict(
     fields=dict(bos_token_id=3, eos_token_id=[4, 5], pad_token_id=None,
@@ -140,6 +140,23 @@ def test_a_run_of_our_own_says_what_its_sequences_look_like(
   assert hf_config.read(tree | fields) == hf_config.read(tree)
   used = {v for v in (*fields.values(), *options.values()) if v is not None}
   assert max(used) < tokenizer.vocab_size
+
+
+def test_a_run_that_learned_to_chat_gives_its_template(tmp_path):
+  """tools.verify compares what transformers makes of it."""
+  config = base.base()
+  config.data.tokenizer = _vocabulary(tmp_path, ['</s>'])
+  (tmp_path / 'out').mkdir()
+  file = tmp_path / 'out' / 'chat_template.jinja'
+  hf_tokenizer.give(tmp_path, config, tmp_path / 'out', step=5)
+  assert not file.exists()
+  config.objective = 'chat'
+  for source, words in (('jsonl:x:y', 'ASSISTANT:'), ('alpaca:x', 'Response:')):
+    config.data.source = source
+    hf_tokenizer.give(tmp_path, config, tmp_path / 'out', step=5)
+    assert words in file.read_text() and '{{ eos_token }}' in file.read_text()
+  config.data.chat_template = 'earlier'
+  assert conversations.jinja(config, tokenizers.load('bytes')) is None
 
 
 def test_a_damaged_file_of_generation_is_named(tmp_path):

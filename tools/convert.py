@@ -18,7 +18,8 @@ lists them. Tokenizer files and the chat template go along both ways, except
 into a bucket (a WORKDIR like gs://BUCKET/NAME), since they are read from disk
 only. What generation needs, the ids of the tokens that begin, end and pad a
 text and generation_config.json, is kept from import to export; of a run of our
-own it is written from its tokenizer.
+own it is written from its tokenizer, and of one that learned to chat the
+template of its conversations too.
 """
 
 import argparse
@@ -105,7 +106,7 @@ def export(workdir: epath.Path, folder: pathlib.Path, *, step: int | None,
   weights.to_hf(
       module, params, folder, dtype=dtype, shard_bytes=shard_bytes,
       generation=_generation(workdir, config, module.config, step))
-  hf_tokenizer.give(workdir, config.data.tokenizer, folder, step)
+  hf_tokenizer.give(workdir, config, folder, step)
   print(f'{folder}: {_count(params):,} parameters of {workdir}')
 
 

@@ -162,6 +162,33 @@ def question(text: str, config, tokenizer) -> np.ndarray:
   return ids[:-1]  # the answer has yet to end
 
 
+def jinja(config, tokenizer) -> str | None:
+  """Returns the published template of a run's data as transformers takes one,
+  a Jinja template; None where the run has none.
+
+  Alpaca's has no place for an input, which a chat of transformers does not
+  have either.
+  """
+  if config.objective != 'chat' or config.data.chat_template == 'earlier':
+    return None
+  kind = next(name for name in ('sep', 'eos')
+              if tokenizer.special_ids.get(name) == tokenizer.separator_id)
+  end = f'{{{{ {kind}_token }}}}'
+  said = "{% elif m.role == 'assistant' %}"
+  if 'alpaca:' in config.data.source:
+    return (end + "{% for m in messages %}{% if m.role == 'user' %}"
+            + PROMPT.format(instruction='{{ m.content }}')
+            + said + '{{ m.content }}' + end + '{% endif %}{% endfor %}')
+  return (
+      end + "{% if messages[0].role == 'system' %}{{ messages[0].content }}"
+      f"{{% else %}}{SYSTEM}{{% endif %}}{{{{ ' ' }}}}"
+      "{% for m in messages %}{% if m.role == 'user' %}"
+      "USER: {{ m.content }}{{ ' ' }}"
+      + said + 'ASSISTANT: {{ m.content }}' + end
+      + "{% elif not loop.first %}{{ m.content }}{{ ' ' }}{% endif %}"
+      '{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}')
+
+
 def chat(parts: list[tuple[str, np.ndarray]], rng: np.random.Generator,
          config, tokenizer) -> dict[str, np.ndarray]:
   """Lays out one conversation, cut off at data.length.

@@ -8,14 +8,14 @@ and exported, and its ids mean something else than those of its training.
 import pathlib
 import shutil
 
-from training import storage, tokenizers
+from training import conversations, storage, tokenizers
 
+TEMPLATE = 'chat_template.jinja'
 # What goes along beside the files that training/tokenizers.py reads: Marian's
 # and NLLB's, whose numbers are not the pieces' own, are kept for the way out.
 MORE_FILES = ('tokenizer_config.json', 'special_tokens_map.json',
               'added_tokens.json', 'source.spm', 'target.spm', 'vocab.json',
-              'sentencepiece.bpe.model', 'chat_template.jinja',
-              'chat_template.json')
+              'sentencepiece.bpe.model', TEMPLATE, 'chat_template.json')
 
 
 def take(folder, workdir, config) -> list[str]:
@@ -45,18 +45,24 @@ def is_stand_in(tokenizer: str) -> bool:
   return tokenizer.partition(':')[0] == 'bytes'
 
 
-def give(workdir, tokenizer: str, folder: pathlib.Path, step: int) -> None:
-  """Copies the tokenizer of a run's checkpoint into a Hugging Face folder."""
-  path = pathlib.Path(tokenizer)
-  if is_stand_in(tokenizer):
+def give(workdir, config, folder: pathlib.Path, step: int) -> None:
+  """Copies the tokenizer of a run's checkpoint into a Hugging Face folder; of
+  a run that learned to chat, with the template that it learned."""
+  path = pathlib.Path(config.data.tokenizer)
+  if is_stand_in(config.data.tokenizer):
     # An import's own, until training has given the ids another meaning.
     if step == 0 and not storage.in_bucket(workdir):
       copy(workdir / 'tokenizer', folder)
-  elif path.is_dir():
+    return
+  if path.is_dir():
     copy(path, folder)
   elif path.is_file():
     shutil.copyfile(path, folder / ('tokenizer.json' if path.suffix == '.json'
                                     else path.name))
+
+  template = conversations.jinja(config, tokenizers.load(config.data.tokenizer))
+  if template is not None:
+    (folder / TEMPLATE).write_text(template)
 
 
 def copy(source, target) -> list[str]:

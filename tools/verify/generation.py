@@ -1,12 +1,17 @@
-"""Whether transformers reads from an export what it wrote of generation."""
+"""Whether transformers reads from an export what it wrote of generation, and
+lays out a chat as a run of ours was taught."""
 
 import pathlib
 import tempfile
 
 from tools.verify import reference
 from tools.verify.cases import SYSTEMS
-from training import hf_generation, weights
+from training import conversations, hf_generation, hf_tokenizer
+from training import tokenizers, weights
 
+CHAT = [dict(role='user', content='Hello!'),
+        dict(role='assistant', content='Hi!'),
+        dict(role='user', content='How are you?')]
 IDS = dict(bos_token_id=3, eos_token_id=[4, 5])
 
 
@@ -31,3 +36,48 @@ def lost(system: str, case: str) -> float:
   if model.can_generate():
     wrong += again.generation_config != model.generation_config
   return float(wrong)
+
+
+def template_differs(source: str) -> float:
+  """Returns how many ids of a chat transformers and data of ours lay out
+  otherwise.
+
+  Args:
+    source: data.source: whose template it is.
+  """
+  import tokenizers as library
+  import transformers
+  from configs import base
+  letters = {chr(i): i for i in range(128)}
+  tokenizer = library.Tokenizer(library.models.WordLevel(letters, '?'))
+  tokenizer.pre_tokenizer = library.pre_tokenizers.Split('', 'isolated')
+  tokenizer.add_special_tokens(['</s>'])
+  config = base.base()
+  with tempfile.TemporaryDirectory() as folder:
+    given, out = pathlib.Path(folder, 'in'), pathlib.Path(folder, 'out')
+    out.mkdir()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token='</s>').save_pretrained(given)
+    config.objective, config.data.source = 'chat', source
+    config.data.tokenizer = str(given)
+    hf_tokenizer.give(pathlib.Path(folder), config, out, step=1)
+    theirs = transformers.AutoTokenizer.from_pretrained(out)
+    ours = tokenizers.load(str(given))
+  wrong = 0
+  for messages in (CHAT[:1], CHAT if 'alpaca:' not in source else CHAT[:1]):
+    got = theirs.apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=False)
+    wrong += got != _laid_out(messages, config, ours)
+  return float(wrong)
+
+
+def _laid_out(messages, config, tokenizer) -> list[int]:
+  """Returns the ids before the answer to the last message."""
+  if len(messages) == 1:
+    return conversations.question(
+        messages[0]['content'], config, tokenizer).tolist()
+  parts = conversations.published([
+      *conversations.parse(messages, 'the chat'), ('assistant', 'x')])
+  ids, _ = conversations.layout(
+      [(kind, tokenizer.encode(text)) for kind, text in parts], tokenizer)
+  return ids.tolist()[:-3]  # a space, x, the separator
