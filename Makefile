@@ -1,6 +1,6 @@
 # make train: a GPT on real text, in about three minutes on two CPU cores.
-# make test, test-fast, plan-test, product, assets, verify, lint; make lock,
-# clean.
+# make test, test-fast, plan-test, product, mutants, assets, verify, lint; make
+# lock, clean.
 #
 # PYTHON names the interpreter that .venv is made with, VENV another folder:
 #   make test PYTHON=python3.12 VENV=.venv312
@@ -23,7 +23,8 @@ plan_extras = $(test_extras),plan,plan-gpu
 locked_extras = $(plan_extras),verify,hf,wandb
 
 .DELETE_ON_ERROR:
-.PHONY: train test test-fast test-long plan-test product assets verify lint lock clean
+.PHONY: train test test-fast test-long plan-test product mutants assets verify \
+  lint lock clean
 train: $(VENV)/.demo
 	$(run) train.py --config configs/gpt.py --workdir $(WORKDIR)
 	$(run) eval.py --workdir $(WORKDIR) --tasks=loss,samples
@@ -50,6 +51,10 @@ assets: $(VENV)/.test
 # Every combination of parts through the laws; some half an hour.
 product: $(VENV)/.test
 	$(run) -m pytest -n 2 -m product
+
+# Single faults in the source, which the tests must notice: docs/testing.md.
+mutants: $(VENV)/.test
+	$(run) -m tests.mutants
 
 verify: $(VENV)/.verify
 	$(run) -m tools.verify

@@ -131,6 +131,8 @@ def test_dropout_is_of_its_rate_and_of_training_alone():
   assert abs((mask_RF == 0).mean() - 0.25) < 0.01
   assert (mask_RF[0] != mask_RF[1]).any() and (
       mask_RF[:, 0] != mask_RF[:, 1]).any()
+  other = drop.replace(seed=jnp.uint32(8)).mask(jnp.arange(400), 300)
+  assert 0.3 < (mask_RF != np.array(other)).mean() < 0.45  # 2 x 0.25 x 0.75
   still = [run(config(dispatch='einsum', expert_dropout=rate), train=False)[0]
            for rate in (0.0, 0.5)]
   np.testing.assert_array_equal(*still)

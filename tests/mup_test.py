@@ -118,8 +118,9 @@ def test_multipliers():
   heads = scaled('gpt', 4 * BASE, num_heads=16, mup_base_head_dim=8)
   assert heads.config.attention_scale == pytest.approx(8 ** -0.5)
   assert wide.config.embed_scale == 1
-  assert scaled('gpt', 4 * BASE, embed_scale=0.0
-                ).config.embed_scale == BASE ** 0.5
+  unset = scaled('gpt', 4 * BASE, embed_scale=0.0, logits_scale=0.0).config
+  assert unset.embed_scale == BASE ** 0.5
+  assert unset.logits_scale == BASE ** -0.5
   for changes in (dict(tie_embeddings=True), dict(tie_embeddings=False)):
     module = scaled('gpt', 4 * BASE, logits_scale=3.0, **changes)
     tokens = models.tokens()

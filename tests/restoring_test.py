@@ -75,8 +75,10 @@ def test_the_host_memory_of_reading_is_bounded_by_a_shard():
   def limit_gb(shape, saved, spec):
     place = NamedSharding(toy_run.make_mesh(4, 2), spec)
     x = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)
-    record = {'arrays': {'x': {'shard': saved}}}
-    return restoring._read_limit_gb(record, {'x': x})
+    least = jax.ShapeDtypeStruct(
+        (1, 1), jnp.float32, sharding=NamedSharding(place.mesh, P()))
+    record = {'arrays': {'x': {'shard': saved}, 'least': {'shard': [1, 1]}}}
+    return restoring._read_limit_gb(record, {'x': x, 'least': least})
   n = 2**15  # n x n is 4.3 GB
   assert limit_gb((n, n), [n, n], P()) == 1 + 4
   assert limit_gb((n, n), [n // 8, n], P('fsdp')) == 1 + 2

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from architectures.parts import config as model_config
-from tests import step_test
-from training import devices, losses, runs
+from configs import base
+from tests import models, step_test
+from training import devices, losses, objectives, runs
 from training import state as state_lib
 from training.step import make_train_step
 
@@ -85,3 +86,31 @@ def test_auxiliary_losses_are_reported_and_learned_from():
   router = lambda state: state.params['decoder']['layers']['block_0']['ffn'][
       'router']
   assert np.abs(router(after) - router(other)).max() > 1e-3
+
+
+@pytest.mark.slow
+def test_what_is_differentiated_is_what_is_reported():
+  """BERT's loss is a mean over masked words plus one over rows, each by its
+  own number: a row with padding counts as a row, one that is all padding does
+  not."""
+  module, params = models.make('bert')
+  tokens, config = models.tokens(3, 8), base.base()
+  batch = dict(tokens=tokens, targets=tokens, types=jnp.zeros((3, 8), int),
+               segment_ids=jnp.ones((3, 8), int).at[1, 5:].set(0).at[2].set(0),
+               weights=jnp.zeros((3, 8)).at[0, :3].set(1.0).at[1, 2:4].set(1.0),
+               nsp_targets=jnp.array([0, 1, 0]))
+  objective = objectives.OBJECTIVES['mlm_nsp']
+  def values(params):
+    output = objective.apply(module, params, batch)
+    share, figures = objective.loss(output, batch, config)
+    log_p = jax.nn.log_softmax(output.logits)
+    told = jnp.take_along_axis(log_p, tokens[..., None], -1)[..., 0]
+    nsp_B2 = jax.nn.log_softmax(output.extra['nsp_logits'])
+    return (share / objective.weights(batch)[objective.main],
+            objective.means(figures)['loss'],
+            -(told * batch['weights']).sum() / 5
+            - (nsp_B2[0, 0] + nsp_B2[1, 1]) / 2)
+  share, reported, by_hand = values(params)
+  np.testing.assert_allclose([share, reported], by_hand, rtol=1e-5)
+  models.close(*[jax.grad(lambda p, i=i: values(p)[i])(params)
+                 for i in (0, 2)])
