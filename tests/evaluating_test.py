@@ -48,7 +48,8 @@ def evaluation_of(c, workdir):
   run = run_of(c)
   state = state_lib.create(run.module, run.tx, run.abstract, c.seed)
   return evals.Evaluation(run, state.params, 0, BYTES,
-                          types.SimpleNamespace(interpolate=False), workdir)
+                          types.SimpleNamespace(interpolate=False), workdir,
+                          {})
 
 
 def judged(c, loss_of):

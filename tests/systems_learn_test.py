@@ -57,7 +57,7 @@ def trained(config, workdir):
   options = types.SimpleNamespace(interpolate=False)
   return evals.Evaluation(
       run, restored.state['params'], restored.step, tokenizer, options,
-      workdir), [json.loads(line) for line in lines]
+      workdir, {}), [json.loads(line) for line in lines]
 
 
 @pytest.mark.slow
