@@ -117,15 +117,9 @@ def save(workdir, config: ml_collections.ConfigDict,
 
 
 def load(workdir) -> ml_collections.ConfigDict:
-  """Returns the config that `save` wrote, locked, tuples as tuples.
-
-  A field that was not there yet has the value by which the run was begun.
-  """
+  """Returns the config that `save` wrote; see from_json."""
   tree = _load(workdir)
   del tree[_DERIVED]
-  if 'data' in tree and 'chat_template' not in tree['data']:
-    tree['data']['chat_template'] = (
-        'earlier' if tree.get('objective') == 'chat' else 'published')
   return from_json(tree)
 
 
@@ -227,8 +221,16 @@ def to_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 
 def from_json(tree: Mapping[str, Any]) -> ml_collections.ConfigDict:
-  """Returns the config, locked, as config_flags locks what it parses."""
-  return ml_collections.ConfigDict(tuples(tree)).lock()
+  """Returns the config, locked, as config_flags locks what it parses.
+
+  A run without data.chat_template is older than that field, and was begun with
+  the layout of conversations that there was then.
+  """
+  tree = tuples(tree)
+  if 'data' in tree and 'chat_template' not in tree['data']:
+    tree['data']['chat_template'] = (
+        'earlier' if tree.get('objective') == 'chat' else 'published')
+  return ml_collections.ConfigDict(tree).lock()
 
 
 def filled(config: ml_collections.ConfigDict) -> list[str]:
