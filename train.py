@@ -45,7 +45,8 @@ def main():
 
   # Imported late: `--help` and a wrong flag answer at once.
   from training import checkpoints, data, devices, host, lock, processes
-  from training import profile, run_config, runs, storage, tokenizers
+  from training import profile, provenance, run_config, runs, storage
+  from training import tokenizers
   config = args.config
   if args.print_config:
     print(json.dumps(runs.printable(config, cli.overrides()), indent=2))
@@ -70,6 +71,8 @@ def main():
     run_config.check(changes, args.allow_config_change)
     if changes:
       print(run_config.table(changes))
+    for line in provenance.changes(run_config.starts(workdir)):
+      print(line)
 
   # 2. The devices and their mesh.
   processes.initialize(several)

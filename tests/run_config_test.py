@@ -112,9 +112,12 @@ def test_one_change_is_found_and_classed(name, value, kind):
   if kind == SAFE:
     run_config.check([change], allow_config_change=False)
   else:
-    with pytest.raises(ValueError, match='--allow_config_change') as error:
+    with pytest.raises(ValueError, match='another --workdir') as error:
       run_config.check([change], allow_config_change=False)
     assert f'{dotted} ' in str(error.value) and kind in str(error.value)
+    # What the run could not go on with anyway is not offered.
+    assert ('--allow_config_change' in str(error.value)) == (
+        kind == OPTIMISATION)
 
 
 def test_a_run_has_begun_with_its_first_checkpoint(tmp_path):

@@ -198,7 +198,7 @@ def is_good(folder, step: int) -> bool:
     record = _read_record(folder / str(step))
   except _Damaged:
     return False
-  return record.get('good', True)  # earlier versions did not say
+  return 'good' not in record or record['good']  # earlier ones do not say
 
 
 def _read_arrays(folder, record, wanted) -> dict[str, jax.Array]:

@@ -1,7 +1,8 @@
 """The config of a run on disk, and what changing it half-way would do.
 
-WORKDIR/config.json is the config tree as it is, plus one more key, `derived`:
-the value that each field left at 0 or '' was resolved to, by its dotted name.
+WORKDIR/config.json is the config tree as it is, plus two more keys: `derived`,
+the value that each field left at 0 or '' was resolved to, by its dotted name;
+and `starts`, the code and the command of each start (training/provenance.py).
 """
 
 from collections.abc import Callable, Mapping
@@ -15,7 +16,7 @@ import ml_collections
 
 from configs import base
 from configs.errors import RequestError, require, short
-from training import config_files, restoring, schema, step_folders
+from training import config_files, provenance, restoring, schema, step_folders
 from training import storage
 
 SAFE = 'safe'
@@ -111,21 +112,32 @@ def save(workdir, config: ml_collections.ConfigDict,
       raise ValueError(f'derived value for {name!r}: no such config field')
   if jax.process_index() != 0:
     return
-  text = json.dumps({**tree, _DERIVED: dict(derived or {})}, indent=2,
-                    allow_nan=False)
+  before, now = starts(workdir), provenance.start()
+  if before[-1:] != [now]:
+    before.append(now)
+  text = json.dumps({**tree, _DERIVED: dict(derived or {}), _STARTS: before},
+                    indent=2, allow_nan=False)
   storage.write(file(workdir), text + '\n')
 
 
 def load(workdir) -> ml_collections.ConfigDict:
   """Returns the config that `save` wrote; see from_json."""
   tree = _load(workdir)
-  del tree[_DERIVED]
+  del tree[_DERIVED], tree[_STARTS]
   return from_json(tree)
 
 
 def load_derived(workdir) -> dict[str, Any]:
   return {name: tuples(value)
           for name, value in _load(workdir)[_DERIVED].items()}
+
+
+def starts(workdir) -> list[dict[str, Any]]:
+  """Returns what is remembered of each start of a run that has begun, the last
+  start last; a start that equals the one before it counts once."""
+  if not (exists(workdir) and has_begun(workdir)):
+    return []
+  return list(_load(workdir)[_STARTS])
 
 
 def exists(workdir) -> bool:
@@ -189,8 +201,17 @@ def check(changes: list[Change], allow_config_change: bool):
     raise RequestError(
         f'the config differs from that of the run in this workdir in '
         f'{len(grave)} field{"s" * (len(grave) > 1)} that matter:\n'
-        f'{table(changes)}\n'
-        'Take another --workdir, or pass --allow_config_change to go on')
+        f'{table(changes)}\n' + _way_on(grave))
+
+
+def _way_on(grave: list[Change]) -> str:
+  names = [c.name for c in grave if c.kind == INCOMPATIBLE]
+  if not names:
+    return 'Take another --workdir, or pass --allow_config_change to go on'
+  return (f'Take another --workdir: a run cannot go on with another '
+          f'{", ".join(names)}. A new run can begin with what fits of this '
+          "one's parameters, by --config.init_from=WORKDIR and "
+          '--config.init_partial=True')
 
 
 def table(changes: list[Change]) -> str:
@@ -274,6 +295,9 @@ def flatten_dict(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
 
 
 _DERIVED = 'derived'
+_STARTS = 'starts'
+_START = {'commit': (str, type(None)), 'diff': (str, type(None)),
+          'command': str}
 
 
 def file(workdir):
@@ -292,7 +316,11 @@ def _load(workdir) -> dict[str, Any]:
           f'{path} is damaged: it has no {_DERIVED!r}')
   require(isinstance(tree[_DERIVED], dict),
           f'{path} is damaged: {_DERIVED!r} is no group of fields')
-  check_fields({k: v for k, v in tree.items() if k != _DERIVED},
+  tree = {_STARTS: (), **tree}  # runs of earlier versions have none
+  starts_here = tree[_STARTS]
+  schema.check(list(starts_here) if isinstance(starts_here, tuple)
+               else starts_here, [_START], f'{path}: {_STARTS}')
+  check_fields({k: v for k, v in tree.items() if k not in (_DERIVED, _STARTS)},
                f'{path} is damaged: ')
   known = flatten(base.base())
   for name, value in tree[_DERIVED].items():

@@ -139,6 +139,7 @@ class Sweep:
   paired: bool  # every point sees the same data in the same order
   base: Point
   points: tuple[Point, ...]
+  codes: tuple[str, ...]  # that trained them, as far as they are known
 
   @property
   def strangers(self) -> list[str]:
@@ -178,8 +179,9 @@ def read(workdir, description: Mapping[str, Any],
   points = tuple(_point(workdir, description, row, base_config, states)
                  for row in description['points'])
   base = next(p for p in points if p.name == description['base'])
+  codes = layout.codes(workdir, [(p.name, s) for p in points for s in p.runs])
   return Sweep(description['name'], description['file'], description['match'],
-               description['paired'], base, points)
+               description['paired'], base, points, tuple(codes))
 
 
 def _point(workdir, description, row: Mapping[str, Any],

@@ -1,5 +1,6 @@
 """What lies where in a sweep's folder, and what can be read of a run there."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -130,6 +131,24 @@ def differing(description: dict, workdir, point: str, seed: int
           != expected.get(name, run_config.MISSING)]
 
 
+def codes(workdir, runs) -> list[str]:
+  """Returns the different codes that trained the (point, seed) of a sweep, as
+  far as they are known."""
+  from training import provenance, run_config
+  starts = []
+  for point, seed in runs:
+    # A config that is damaged is reported where the run is looked at.
+    with contextlib.suppress(RequestError):
+      starts += run_config.starts(run_folder(workdir, point, seed))
+  return provenance.codes(starts)
+
+
+def codes_note(found: list[str]) -> str:
+  """Says that the code of a sweep changed in the middle of it."""
+  return ('The code changed in the middle of this sweep, so that its runs may '
+          f'not be compared: {"; ".join(found)}.')
+
+
 def metrics(folder: pathlib.Path, split: str) -> list[dict]:
   """Returns the lines of a run's metrics.jsonl of one split, as far as they
   are whole."""
@@ -144,9 +163,10 @@ def is_trained(folder: pathlib.Path, train) -> bool:
   """Whether the run took its last step and saved it, and did not end there
   after too many bad ones; `train` is config.train of the run."""
   steps = train.steps
-  return (folder / 'checkpoints' / str(steps)).is_dir() and any(
-      row['step'] == steps and row['bad_in_row'] < train.max_bad_steps
-      for row in metrics(folder, 'train'))
+  last = [row for row in metrics(folder, 'train') if row['step'] == steps]
+  return (folder / 'checkpoints' / str(steps)).is_dir() and bool(last) and not (
+      'bad_in_row' in last[-1]
+      and last[-1]['bad_in_row'] >= train.max_bad_steps)
 
 
 def evaluation(folder: pathlib.Path) -> dict:

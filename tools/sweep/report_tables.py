@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 
-from tools.sweep import statistics
+from tools.sweep import layout, statistics
 from tools.sweep.curves import Point, Sweep
 from tools.sweep.statistics import Interval
 
@@ -129,6 +129,8 @@ def _notes(sweep: Sweep, rows: Sequence[Outcome]) -> list[str]:
   if any(p.tokens != sweep.base.tokens for p in sweep.points):
     notes.append('Not all points see as many tokens as the base.')
   notes += _survivors(sweep, compared) + _unmatched(sweep)
+  if len(sweep.codes) > 1:
+    notes.append(layout.codes_note(sweep.codes))
   if sweep.strangers:
     notes.append('Not of the config that sweep.json says, though in these '
                  f'figures: {"; ".join(sweep.strangers)}.')
