@@ -5,9 +5,9 @@ r"""Trains what a config file describes; run again, it goes on.
       --config.optim.lr=3e-4 --config.data.source=text:my/*.txt
 
 Ctrl-C or SIGTERM: the step is finished, saved, and the exit code is 0, or what
---stopped_exit_code says; before the first step the run just ends, with that or
-128 + the signal. Exit code 2: a wrong request, or a loss that is not finite:
-the same command would end in the same way; 1: a failure.
+--stopped_exit_code says; before the run compiles its step it just ends, with
+that or 128 + the signal. Exit code 2: a wrong request, or a loss that is not
+finite: the same command would end in the same way; 1: a failure.
 """
 
 import json
