@@ -22,7 +22,8 @@ import pathlib, sys
 for folder in map(pathlib.Path, sys.argv[1:]):
   (folder / 'checkpoints/12').mkdir(parents=True)
   (folder / 'metrics.jsonl').write_text(
-      '{"step": 12, "split": "train", "loss": 1.0}\\n')
+      '{"step": 12, "split": "train", "loss": 1.0, '
+      '"bad_in_row": 0}\\n')
 '''
 # Evaluates all but a point `bad`, and ends as argv says.
 EVALUATED = '''
