@@ -20,7 +20,9 @@ Where transformers' NLLB-MoE deviates from the paper, and what is done here:
   (normalize_router_prob_before_dropping=False). Here before, as in the
   paper; the same where nothing is dropped, and refused where something is.
 - the second expert may be always used (second_expert_policy all): that is
-  router=topk here; random is the paper's, router=gshard.
+  router=topk here. random is the paper's, router=gshard, but draws in
+  evaluation too. Here in training alone: an export says all, which is what it
+  computes in evaluation, and random in a field of our own.
 - its balance loss counts second choices too, and means over all layers of a
   stack before it multiplies. Here first choices, and layer by layer.
 - moe_token_dropout scales expert outputs down in evaluation. Refused.
@@ -28,7 +30,7 @@ Where transformers' NLLB-MoE deviates from the paper, and what is done here:
 
 from architectures.parts.encoder_decoder import EncoderDecoder
 from architectures.transformer import attention_names, norm_names
-from configs.errors import require
+from configs.errors import one_of, require
 
 
 class GShard(EncoderDecoder):
@@ -73,6 +75,7 @@ HF_NAMES = _names()
 HF_FIXED = ('pad_token_id',)  # positions there count from it
 FFNS = {'relu': 'relu', 'gelu': 'gelu', 'gelu_new': 'gelu_tanh'}
 ROUTERS = {'random': 'gshard', 'all': 'topk'}
+IN_TRAINING = 'second_expert_policy_in_training'  # a field of our own
 
 
 def from_hf_config(hf) -> dict:
@@ -99,6 +102,13 @@ def from_hf_config(hf) -> dict:
   layers, d_model = hf('encoder_layers', 12), hf('d_model', 1024)
   hf.must(num_hidden_layers=layers)
   experts = hf('num_experts', 128)
+  policy = hf('second_expert_policy', 'all')
+  one_of('second_expert_policy of config.json', policy, ROUTERS)
+  if policy == 'random':
+    hf.notes.append(
+        "config.json has second_expert_policy 'random': transformers leaves "
+        'the second expert of a token out by chance, in evaluation too, and '
+        'this import in training alone')
   return dict(
       vocab_size=hf('vocab_size', 128112), d_model=d_model, num_heads=heads,
       d_ff=d_ff, num_layers=layers,
@@ -107,7 +117,7 @@ def from_hf_config(hf) -> dict:
       position='sinusoidal', sinusoid='fairseq', block='pre_norm', ffn='moe',
       embed_scale=d_model ** 0.5 if hf('scale_embedding', True) else 1.0,
       moe=dict(
-          router=hf.choose('second_expert_policy', 'all', ROUTERS), top_k=2,
+          router=hf.choose(IN_TRAINING, policy, ROUTERS), top_k=2,
           num_experts=experts, every=every,
           ffn=hf.choose('activation_function', 'relu', FFNS),
           capacity_factor=1.0,
@@ -125,7 +135,9 @@ def to_hf_config(c) -> dict:
           f'model.moe.router {m.router!r}: an nllb-moe config.json knows moe '
           f'with {", ".join(ffns)} and {", ".join(policies)}')
   factor = m.eval_capacity_factor
-  return dict(
+  in_training = {} if m.router == 'topk' else {
+      IN_TRAINING: policies[m.router]}
+  return in_training | dict(
       vocab_size=c.vocab_size, d_model=c.d_model, encoder_layers=c.num_layers,
       decoder_layers=c.num_decoder_layers,
       encoder_attention_heads=c.num_heads, decoder_attention_heads=c.num_heads,
@@ -133,7 +145,7 @@ def to_hf_config(c) -> dict:
       max_position_embeddings=c.max_len, activation_function=ffns[m.ffn],
       scale_embedding=c.embed_scale != 1, tie_word_embeddings=c.tie_embeddings,
       num_experts=m.num_experts, encoder_sparse_step=m.every,
-      decoder_sparse_step=m.every, second_expert_policy=policies[m.router],
+      decoder_sparse_step=m.every, second_expert_policy='all',
       normalize_router_prob_before_dropping=True,
       moe_eval_capacity_token_fraction=min(
           1.0, 2 * factor / m.num_experts) if factor else 1.0,

@@ -324,3 +324,16 @@ def test_an_import_says_that_it_drops_nothing(tmp_path, capsys):
   said = capsys.readouterr().err
   assert 'config.json has expert_capacity 2' in said
   assert 'this import drops nothing' in said
+
+
+def test_an_export_of_gshard_says_what_it_is_in_evaluation():
+  """transformers draws the second expert of `random` in evaluation too."""
+  tree = hf_config.write(architectures.resolve(_model('gshard')))
+  assert tree['second_expert_policy'] == 'all'
+  model, notes = hf_config.fields_and_notes(tree)
+  assert (model.moe.router, notes) == ('gshard', [])
+  model, [note] = hf_config.fields_and_notes(
+      tree | dict(second_expert_policy='random'))
+  assert model.moe.router == 'gshard' and 'in evaluation too' in note
+  _refused(lambda: hf_config.read(tree | dict(
+      second_expert_policy='sampling')), "config.json 'sampling'")
