@@ -156,7 +156,7 @@ def _model() -> dict:
       init_stddev=0.02,
       init_scale=1.0,  # fan_in: the variance is this / fan_in
       dtype='float32',  # of the computation: float32 bfloat16
-      param_dtype='float32',
+      param_dtype='float32',  # bfloat16: what the optimiser keeps is float32
       scan_layers=True,
       remat='none',  # none full dots
       moe=dict(
