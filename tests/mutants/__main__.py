@@ -248,7 +248,9 @@ def main() -> int:
             f'    {said or result.by}', flush=True)
   print(f'{bad} not as they should be, in '
         f'{(time.monotonic() - start) / 60:.0f} minutes')
-  PAGE.write_text(update(PAGE.read_text(), results))
+  before = PAGE.read_text()
+  if (after := update(before, results)) != before:
+    PAGE.write_text(after)
   return 1 if bad else 0
 
 
