@@ -4,7 +4,8 @@ Where a read or a save fails, Orbax closes its event loop while TensorStore
 still works on the other arrays. Each of those then finds the loop closed, and
 prints a traceback: hundreds of lines around the one sentence that says what
 happened, and, by sys.excepthook, the end of a process of several. Orbax's
-threads log the same exception once each, on its way to whoever waits for them.
+threads log the same exception once each, on its way to whoever waits for them,
+and asyncio logs those of the arrays that failed after the first.
 """
 
 import asyncio
@@ -12,6 +13,8 @@ import functools
 import logging
 import os
 import warnings
+
+from training import writing
 
 
 class _Loop(asyncio.SelectorEventLoop):
@@ -30,6 +33,14 @@ class _Loop(asyncio.SelectorEventLoop):
     if self.is_closed():  # TensorStore is done with an array nobody waits for
       return None
     return super().call_soon_threadsafe(callback, *args, context=context)
+
+
+  def call_exception_handler(self, context):
+    # Of the arrays that failed, Orbax waits for the first, and raises that.
+    if context['message'].endswith('was never retrieved') and (
+        _ORBAX in repr(context) or writing.reason(context['exception'])):
+      return
+    super().call_exception_handler(context)
 
 
 class _Policy(asyncio.DefaultEventLoopPolicy):
