@@ -5,6 +5,8 @@ of the same function; with init_partial what fits is taken, the rest is as it
 was drawn, and every difference is listed.
 """
 
+import sys
+
 from architectures.parts import config as model_config
 from configs.errors import require
 from training import paths
@@ -61,7 +63,10 @@ def from_workdir(run, source, drawn, partial: bool):
     skipped += more
     require(wanted, f'init_from is {str(source)!r}, of which nothing fits this '
             'model')
-  found = paths.flatten(restoring.restore(folder, wanted, partial=True).state)
+  restored = restoring.restore(folder, wanted, partial=True)
+  for sentence in restored.damaged:
+    print(f'warning: {sentence}', file=sys.stderr)
+  found = paths.flatten(restored.state)
   flat = {f'params/{path}': x for path, x in paths.flatten(drawn).items()}
   return restoring.nest(flat | found)['params'], skipped
 
