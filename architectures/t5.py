@@ -100,7 +100,11 @@ def shared_fields(hf) -> dict:
 def from_hf_config(hf) -> dict:
   """Returns the fields of config.model that a t5 config.json gives."""
   ffn = hf.choose('feed_forward_proj', 'relu', FFNS)
-  hf.passes('dense_act_fn', 'is_gated_act')  # derived from it
+  # Derived from it where a file has neither; where it has, they count.
+  name = hf('feed_forward_proj', 'relu')
+  hf.must(dense_act_fn='gelu_new' if ffn == 'geglu_tanh'
+          else name.removeprefix('gated-'),
+          is_gated_act=name.startswith('gated-'))
   # transformers ties v1.1 in name, and tells it by the missing scale.
   scaled = hf('scale_decoder_outputs', hf('tie_word_embeddings', True))
   fields = shared_fields(hf)

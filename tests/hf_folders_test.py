@@ -337,3 +337,15 @@ def test_an_export_of_gshard_says_what_it_is_in_evaluation():
   assert model.moe.router == 'gshard' and 'in evaluation too' in note
   _refused(lambda: hf_config.read(tree | dict(
       second_expert_policy='sampling')), "config.json 'sampling'")
+
+
+def test_a_t5_is_of_the_activation_that_transformers_takes():
+  """dense_act_fn counts there, whatever feed_forward_proj says."""
+  tree = hf_config.write(architectures.resolve(_model('t5')))
+  flan = dict(feed_forward_proj='gated-gelu', dense_act_fn='gelu_new',
+              is_gated_act=True)
+  assert hf_config.read(tree | flan).ffn == 'geglu_tanh'
+  _refused(lambda: hf_config.read(tree | flan | dict(dense_act_fn='silu')),
+           "dense_act_fn 'silu': only 'gelu_new'")
+  _refused(lambda: hf_config.read(tree | flan | dict(is_gated_act=False)),
+           'is_gated_act False')
