@@ -212,3 +212,10 @@ def test_the_reader_of_commands_sees_what_is_wrong():
     with pytest.raises((AssertionError, ValueError)):
       _check(command)
   _check('python train.py --config configs/gpt.py --config.optim.lr=1e-3')
+
+
+@pytest.mark.parametrize('path', PAGES, ids=_name)
+def test_python_on_a_page_runs(path):
+  for code in re.findall(r'^```python\n(.*?)^```', path.read_text(),
+                         re.M | re.S):
+    exec(compile(code, _name(path), 'exec'), {'__name__': 'page'})
