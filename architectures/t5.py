@@ -106,6 +106,9 @@ def from_hf_config(hf) -> dict:
           else name.removeprefix('gated-'),
           is_gated_act=name.startswith('gated-'))
   # transformers ties v1.1 in name, and tells it by the missing scale.
+  require(not hf.is_null('scale_decoder_outputs'),
+          'config.json has scale_decoder_outputs null, which transformers '
+          'takes for false: write true or false')
   scaled = hf('scale_decoder_outputs', hf('tie_word_embeddings', True))
   fields = shared_fields(hf)
   return fields | dict(

@@ -349,3 +349,5 @@ def test_a_t5_is_of_the_activation_that_transformers_takes():
            "dense_act_fn 'silu': only 'gelu_new'")
   _refused(lambda: hf_config.read(tree | flan | dict(is_gated_act=False)),
            'is_gated_act False')
+  _refused(lambda: hf_config.read(tree | dict(scale_decoder_outputs=None)),
+           'scale_decoder_outputs null')

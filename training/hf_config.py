@@ -84,6 +84,10 @@ class Reader:
       return default
     return _typed(f'config.json has {self._full(name)}', value, default)
 
+  def is_null(self, name: str) -> bool:
+    """Whether the field `name` is there and null."""
+    return name in self._tree and self._tree[name] is None
+
   def passes(self, *names: str) -> None:
     """Says that what these fields hold does not change the model."""
     self.asked.update(names)
