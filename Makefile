@@ -1,6 +1,6 @@
 # make train: a GPT on real text, in about three minutes on two CPU cores.
-# make test, test-fast, plan-test, product, mutants, assets, verify, lint; make
-# lock, clean.
+# make test, test-fast, plan-test, product, fuzz, mutants, assets, verify, lint;
+# make lock, clean.
 #
 # PYTHON names the interpreter that .venv is made with, VENV another folder:
 #   make test PYTHON=python3.12 VENV=.venv312
@@ -23,8 +23,8 @@ plan_extras = $(test_extras),plan,plan-gpu
 locked_extras = $(plan_extras),verify,hf,wandb
 
 .DELETE_ON_ERROR:
-.PHONY: train test test-fast test-long plan-test product mutants assets verify \
-  lint lock clean
+.PHONY: train test test-fast test-long plan-test product fuzz mutants assets \
+  verify lint lock clean
 train: $(VENV)/.demo
 	$(run) train.py --config configs/gpt.py --workdir $(WORKDIR)
 	$(run) eval.py --workdir $(WORKDIR) --tasks=loss,samples
@@ -47,6 +47,11 @@ plan-test: $(VENV)/.plan
 assets: $(VENV)/.test
 	@$(bring_assets)
 	$(run) -m pytest -m assets
+
+# 2,000 wrong requests, other ones each time; some ten minutes of one core.
+fuzz: $(VENV)/.test
+	FUZZ_CASES=2000 $(run) -m pytest tests/fuzz_test.py \
+	  --hypothesis-show-statistics
 
 # Every combination of parts through the laws; some half an hour.
 product: $(VENV)/.test

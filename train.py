@@ -45,8 +45,8 @@ def main():
 
   # Imported late: `--help` and a wrong flag answer at once.
   from training import checkpoints, data, devices, host, lock, processes
-  from training import profile, provenance, run_config, runs, storage
-  from training import tokenizers
+  from training import profile, provenance, run_config, runs, starting
+  from training import storage, tokenizers
   config = args.config
   if args.print_config:
     print(json.dumps(runs.printable(config, cli.overrides()), indent=2))
@@ -61,6 +61,7 @@ def main():
                             args.process_id, args.cluster)
   profile.parse(args.profile_steps, config.train.steps)
   data.check_sources(config)
+  starting.check(config.init_from)
   tokenizer = tokenizers.load(config.data.tokenizer)
   model, derived = runs.resolve(config, tokenizer)
   changes = []

@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 
-from configs.errors import EnvironmentFailure, RequestError
+from configs.errors import EnvironmentFailure, require
 from training import cli, storage
 
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
@@ -66,8 +66,9 @@ def main():
   args = _parser().parse_args()
   if args.joint:
     return _joint(args)
-  if min(args.runs, args.steps, args.at_once) < 1:
-    raise RequestError('--runs, --steps and --at_once must be at least 1')
+  for name, most in (('runs', 1000), ('steps', 10**6), ('at_once', 512)):
+    require(1 <= getattr(args, name) <= most, f'--{name} is '
+            f'{getattr(args, name)}: choose 1 to {most:,}')
   json_file = storage.output(args.json, '--json')
   with tempfile.TemporaryDirectory() as folder:
     folder = pathlib.Path(folder)

@@ -12,7 +12,7 @@ import time
 import pytest
 
 from configs import errors
-from training import config_files
+from training import cli, config_files
 
 ROOT = pathlib.Path(__file__).parents[1]
 # Imported by a run that asks for them, never by `--help`.
@@ -202,6 +202,34 @@ def _handles(pid, number):
   """Whether the process has a handler of its own for a signal (Linux)."""
   status = pathlib.Path(f'/proc/{pid}/status').read_text()
   return int(re.search(r'SigCgt:\s*(\w+)', status)[1], 16) >> number - 1 & 1
+
+
+@pytest.mark.parametrize('error, code, words', [
+    (errors.RequestError('no a'), 2, 'error: no a\n'),
+    (errors.EnvironmentFailure('no b'), 1, 'error: no b\n'),
+    (OSError(28, 'No space left'), 1, 'error: [Errno 28] No space left\n'),
+    (MemoryError('of the host'), 1, 'no memory left')])
+def test_each_kind_of_failure_has_its_exit_code(error, code, words, capsys):
+  def fail():
+    raise error
+  with pytest.raises(SystemExit) as exit_:
+    cli.run(fail)
+  told = capsys.readouterr().err
+  assert exit_.value.code == code and words in told
+  assert 'Traceback' not in told and told.count('\n') == 1
+
+
+def test_a_full_device_is_one_sentence(capsys):
+  import jax.numpy as jnp
+  with pytest.raises(SystemExit) as exit_:
+    cli.run(lambda: jnp.zeros(2**46, 'int8') and 0)
+  assert exit_.value.code == 1
+  assert 'a device has no memory left' in capsys.readouterr().err
+
+
+def test_a_bug_keeps_its_traceback():
+  with pytest.raises(ValueError, match='of ours'):
+    cli.run(lambda: int('of ours'))
 
 
 def test_no_workdir_is_one_sentence():

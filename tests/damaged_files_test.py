@@ -97,7 +97,8 @@ def test_a_damaged_description_is_refused(change, sweep):
 @pytest.mark.parametrize('change', [
     dict(changes=3), dict(changes={'optim.rl': 1}), dict(seeds=['a']),
     dict(changes={'optim.lr': 'a'}), dict(name='../x'), dict(params=1e400),
-    dict(tokens=None)])
+    dict(params=10**400),
+    dict(tokens=None), dict(params=0), dict(flops_per_token=0.0)])
 def test_a_damaged_point_is_refused(change, sweep):
   file = sweep / 'sweep.json'
   before = file.read_text()

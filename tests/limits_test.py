@@ -69,6 +69,11 @@ def test_what_is_out_of_its_range_is_refused(name, value):
     runs.check(config_with(**{name: value}))
 
 
+def test_a_batch_of_too_many_tokens_is_refused():
+  with pytest.raises(errors.RequestError, match='a batch of 4,294,967,296 tok'):
+    runs.check(config_with(data__batch_size=2**24, data__length=2**8))
+
+
 @pytest.mark.parametrize('fields, sentence', [
     (dict(init_partial=True), 'init_partial is True, but init_from names no'),
     (dict(span__noise_density=0.3), "'causal' does not read .*by span"),

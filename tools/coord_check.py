@@ -27,8 +27,9 @@ FLAT = 0.1  # a slope up to this is called flat; twice as much, growing
 flags.DEFINE_list('systems', list(SYSTEMS), 'Of ' + ', '.join(SYSTEMS) + '.')
 flags.DEFINE_list('widths', ['64', '128', '256', '512'],
                   'Values of model.d_model, the base first.')
-flags.DEFINE_integer('steps', 6, 'Training steps.')
-flags.DEFINE_integer('seeds', 2, 'Initialisations that are averaged.')
+flags.DEFINE_integer('steps', 6, 'Training steps.', upper_bound=10**6)
+flags.DEFINE_integer('seeds', 2, 'Initialisations that are averaged.',
+                     upper_bound=10_000)
 flags.DEFINE_string('optimizer', 'adamw', 'Of ' + ', '.join(LRS) + '.')
 flags.DEFINE_float('lr', None, 'Learning rate; default: '
                    + ', '.join(f'{k} {v:g}' for k, v in LRS.items()) + '.')

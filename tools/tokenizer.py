@@ -17,8 +17,8 @@ import sys
 
 from configs import base
 from configs.errors import RequestError
-from training import cli, holdout, progress, sources, storage
-from training import tokenizers
+from training import cli, holdout, limits, progress, sources, storage
+from training import texts, tokenizers
 
 
 def _bpe():
@@ -73,13 +73,13 @@ def train(kind: str, source: str, vocab_size: int, out: str,
     raise RequestError(f'--vocab_size={vocab_size} does not hold the '
                        f'{len(specials)} special tokens.')
   storage.try_file(out, '--out')
-  texts = _texts(source, holdout_every)
+  documents = _texts(source, holdout_every)
   try:
     with progress.during(f'training {kind}'):
-      tokenizer.train_from_iterator(texts, trainer(
+      tokenizer.train_from_iterator(documents, trainer(
           vocab_size=vocab_size, special_tokens=specials, show_progress=False,
           **options))
-  except RequestError:
+  except (RequestError, OSError):
     raise  # Of the source: it says itself what is wrong.
   except Exception as error:  # tokenizers raises bare Exception.
     raise RequestError(f'training {kind} on {source!r} failed: {error}.'
@@ -182,19 +182,25 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None):
   args = _parser().parse_args(argv)
+  if args.command != 'encode':
+    limits.number('--holdout_every', args.holdout_every, limits.FROM_0)
   if args.command == 'train':
     if not args.out.endswith('.json'):
       raise RequestError(f'--out={args.out} must end in .json.')
+    limits.number('--vocab_size', args.vocab_size,
+                  (('>=', 1), ('<=', 2**26)))
     count = args.sentinels
     if count is None:
       count = tokenizers.SENTINELS if args.kind == 'unigram' else 0
+    limits.number('--sentinels', count, (('>=', 0), ('<=', 10_000)))
     specials = args.special + [f'<extra_id_{i}>' for i in range(count)]
     result = train(args.kind, args.source, args.vocab_size, args.out,
                    args.holdout_every, specials)
   elif args.command == 'info':
     result = describe(args.tokenizer, args.source, args.holdout_every)
   else:
-    text = sys.stdin.read() if args.text is None else args.text
+    text = (texts.decoded(sys.stdin.buffer.read(), 'standard input')
+            if args.text is None else texts.checked(args.text, '--text'))
     result = encode(args.tokenizer, text)
   if args.json:
     print(json.dumps(result))

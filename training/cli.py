@@ -50,6 +50,15 @@ def run(main: Callable[[], int | None],
     _tell(error, 1)
     print(f'error: {error}', file=sys.stderr, flush=True)
     code = 1
+  except Exception as error:
+    if not _is_out_of_memory(error):
+      raise
+    sentence = ('a device has no memory left: take a smaller data.batch_size, '
+                'a larger train.grad_accumulation, or more devices over which '
+                f'mesh.fsdp cuts the state ({str(error).splitlines()[0]})')
+    _tell(EnvironmentFailure(sentence), 1)
+    print(f'error: {sentence}', file=sys.stderr, flush=True)
+    code = 1
   except KeyboardInterrupt:
     print('\nSIGINT: ended', file=sys.stderr, flush=True)
     code = 128 + signal.SIGINT
@@ -83,6 +92,15 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter,
     if action.nargs == 0 or action.default in (None, '', []):
       return action.help
     return super()._get_help_string(action)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+  """Whether XLA could not have the memory that it asked for."""
+  if isinstance(error, MemoryError):
+    return True
+  jax = sys.modules.get('jax')  # not imported for this alone
+  return (jax is not None and isinstance(error, jax.errors.JaxRuntimeError)
+          and 'RESOURCE_EXHAUSTED' in str(error))
 
 
 def _tell(error: Exception, code: int):

@@ -16,6 +16,7 @@ from configs.errors import require, short
 MOST = 2**31 - 1
 MOST_PROCESSES = 512  # of one host, that prepare batches or tokens
 MOST_TOKENS = 2**24  # of a row, and rows of a batch
+MOST_OF_A_BATCH = 2**28  # tokens: a hundred times the largest that is published
 
 
 def _between(least: float, most: float) -> tuple:
@@ -81,6 +82,16 @@ def ranges(config, *sections: str) -> None:
     else:
       most = MOST if type(value) is int else MOST_FLOAT
       number(name, value, _between(-most, most))
+  if not sections or 'data' in sections:
+    _check_batch(config.data)
+
+
+def _check_batch(data) -> None:
+  tokens = data.batch_size * max(data.length, data.target_length)
+  require(tokens <= MOST_OF_A_BATCH, f'data.batch_size is '
+          f'{data.batch_size} and data.length {data.length}: a batch of '
+          f'{tokens:,} tokens is more than the {MOST_OF_A_BATCH:,} that are '
+          'taken')
 
 
 def number(name: str, value, bounds: tuple) -> None:

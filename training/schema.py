@@ -1,12 +1,12 @@
 """The types of what a JSON file holds, checked once, where it is read.
 
 A shape is a type or a tuple of types; [shape], a list; {name: shape}, an object
-that has at least these fields; or Each(shape), an object of any names.
+that has at least these fields; Each(shape), an object of any names; or
+Positive(shape), a number.
 """
 
 import dataclasses
 import json
-import math
 import re
 from typing import Any
 
@@ -30,6 +30,16 @@ class Each:
   """
   shape: Any
   name: str = '.*'
+
+
+@dataclasses.dataclass(frozen=True)
+class Positive:
+  """A number above 0.
+
+  Attributes:
+    shape: its type, or types.
+  """
+  shape: Any
 
 
 def parse(text: str | bytes, who: str) -> Any:
@@ -62,6 +72,9 @@ def check(value: Any, shape: Any, who: str) -> None:
       require(re.fullmatch(shape.name, name) is not None,
               f'{who} has the field {short(name)}, which is no name here')
       check(item, shape.shape, f'{who}.{name}')
+  elif isinstance(shape, Positive):
+    check(value, shape.shape, who)
+    require(value > 0, f'{who} is damaged: it is {value}, and must be above 0')
   elif isinstance(shape, dict):
     _kind(value, dict, who)
     for name, inner in shape.items():
@@ -75,7 +88,8 @@ def _scalar(value, kinds: tuple[type, ...], who: str) -> None:
   require(type(value) in kinds, f'{who} is damaged: it is {short(value)}, and '
           f'must be {" or ".join(WORDS[kind] for kind in kinds)}')
   if type(value) in NUMBER:
-    require(math.isnan(value) or abs(value) <= MOST,
+    # NaN is neither more nor less; math.isnan cannot take a long integer.
+    require(value != value or abs(value) <= MOST,
             f'{who} is damaged: it is {short(value)}, which is out of range')
 
 

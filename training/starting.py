@@ -5,6 +5,7 @@ of the same function; with init_partial what fits is taken, the rest is as it
 was drawn, and every difference is listed.
 """
 
+import os
 import sys
 
 from architectures.parts import config as model_config
@@ -14,6 +15,14 @@ from training import restoring
 from training import run_config
 from training import state as state_lib
 from training import storage
+
+
+def check(source: str) -> None:
+  """Raises RequestError where config.init_from names nothing that is there."""
+  if source:
+    path = storage.path(source, 'init_from')
+    require(storage.in_bucket(source) or os.path.exists(path),
+            f'init_from is {source!r}: no such folder or file')
 
 
 def create(run, source) -> state_lib.TrainState:
@@ -40,8 +49,7 @@ def create(run, source) -> state_lib.TrainState:
 def _read(run, source, drawn):
   """Returns (parameters, a line for each thing that was skipped)."""
   partial = run.config.init_partial
-  require(source.exists(), f'init_from is {str(source)!r}: no such folder or '
-          'file')
+  check(str(source))
   if restoring.directory(source).exists():
     return from_workdir(run, source, drawn, partial)
   from training import weights

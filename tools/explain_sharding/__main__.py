@@ -18,7 +18,7 @@ import os
 
 from absl import flags
 
-from configs.errors import RequestError
+from configs.errors import RequestError, require
 from training import cli
 
 cli.define_config()
@@ -26,6 +26,7 @@ flags.DEFINE_string('mesh', '', 'fsdp=8,expert=8 (others: 1), or a preset of '
                     "configs/sharding.py; '': config.mesh, where -1 is 1.")
 flags.DEFINE_string('diff', '', 'Another mesh, or a table of rules.')
 flags.DEFINE_bool('json', False, 'Print JSON.')
+MOST_DEVICES = 2**14
 
 
 def main():
@@ -45,6 +46,8 @@ def main():
   elif args.diff:
     other = devices.parse_mesh(args.diff, 0)
   count = max(math.prod(mesh.values()), math.prod(other.values()))
+  require(count <= MOST_DEVICES, f'the mesh is of {count:,} devices: choose '
+          f'{MOST_DEVICES:,} or fewer, each of which is made here')
   os.environ['XLA_FLAGS'] = (
       os.environ.get('XLA_FLAGS', '')
       + f' --xla_force_host_platform_device_count={count}')

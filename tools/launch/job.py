@@ -87,7 +87,6 @@ def make(argv: list[str], num_devices: int, slices: int = 1,
   storage.check(args.workdir)
   if storage.in_bucket(args.logs):
     raise RequestError(f'--logs is {args.logs!r}: choose a folder on disk')
-  storage.try_folder(args.logs or '.', '--logs')
   _check(args.config, num_devices, slices, chip)
   workdir = args.workdir.rstrip('/')
   parent = workdir.rpartition('/')[0] or '.'
@@ -182,6 +181,13 @@ def _check_memory(config, model, shape, chip: chips.Chip) -> None:
   print(f'a device needs at least {gib(total)} ({parts}) of its '
         f'{gib(chip.hbm)}; python -m tools.plan says how much it will need',
         file=sys.stderr, flush=True)
+
+
+def require_here(job: Job) -> None:
+  """Raises RequestError where this machine, which writes them, cannot write the
+  workdir or the logs."""
+  storage.try_folder(job.workdir)
+  storage.try_folder(job.logs, '--logs')
 
 
 def require_shared(job: Job, places: str, mount: str = '') -> None:

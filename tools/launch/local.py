@@ -51,6 +51,7 @@ def _platform(given: str) -> str:
 
 
 def launch(job: job_lib.Job, args) -> int:
+  job_lib.require_here(job)
   kind = _platform(args.platform)
   words = [sys.executable, *job.words[1:]]
   if job.dry_run:

@@ -125,6 +125,7 @@ def size(args) -> tuple[int, int]:
 
 
 def launch(job: job_lib.Job, args) -> int:
+  job_lib.require_here(job)
   text = script(job, args)
   path = pathlib.Path(job.logs).absolute() / 'job.sh'
   if job.dry_run:

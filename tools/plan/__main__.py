@@ -25,7 +25,8 @@ from training import cli
 cli.define_config()
 flags.DEFINE_string('topology', '', 'v5p:4x4x8 (chips), h100:1x8x8 (slices x '
                     'hosts x GPUs of a host).')
-flags.DEFINE_integer('slices', 1, 'Slices of that shape; TPUs only.')
+flags.DEFINE_integer('slices', 1, 'Slices of that shape; TPUs only.',
+                     upper_bound=1024)
 flags.DEFINE_string('mesh', '', "data=2,fsdp=8,expert=8; '': config.mesh.")
 flags.DEFINE_list('programs', ['train'], 'Of train, prefill, decode.')
 flags.DEFINE_integer('search', 0, 'Search meshes, remat and accumulation: '

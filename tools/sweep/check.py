@@ -6,7 +6,7 @@ import pathlib
 import subprocess
 import sys
 
-from configs.errors import RequestError
+from configs.errors import EnvironmentFailure, RequestError
 from tools.sweep import commands, cost, layout, matching, spec
 from tools.sweep import ledger as ledger_lib
 from training import progress
@@ -187,8 +187,9 @@ def _plan(description: dict, point: dict, topology: str) -> dict:
   result = subprocess.run(command, capture_output=True, text=True)
   if result.returncode:
     said = result.stderr.strip().splitlines() or ['it said nothing']
-    raise RequestError(f'point {point["name"]!r}, tools.plan: '
-                       f'{said[-1].removeprefix("error: ")}')
+    kind = RequestError if result.returncode == 2 else EnvironmentFailure
+    raise kind(f'point {point["name"]!r}, tools.plan: '
+               f'{said[-1].removeprefix("error: ")}')
   return json.loads(result.stdout[result.stdout.index('{'):])
 
 

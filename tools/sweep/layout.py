@@ -14,8 +14,10 @@ from training import schema, storage
 # What is read of a point, of sweep.json, and of the evaluations.
 POINT = {
     'name': str, 'changes': schema.Each((int, float, str, bool, list)),
-    'matched': [str], 'params': int, 'active_params': int,
-    'flops_per_token': schema.NUMBER, 'tokens': schema.NUMBER,
+    'matched': [str], 'params': schema.Positive(int),
+    'active_params': schema.Positive(int),
+    'flops_per_token': schema.Positive(schema.NUMBER),
+    'tokens': schema.Positive(schema.NUMBER),
     'seeds': [int]}
 DESCRIPTION = {
     'name': str, 'file': str, 'match': str, 'match_field': str, 'base': str,

@@ -19,15 +19,18 @@ import tempfile
 
 from absl import flags
 
-from configs.errors import RequestError
+from configs.errors import RequestError, require
 from training import cli
 
 cli.define_config()
-flags.DEFINE_integer('steps', 8, 'Of each run; it is killed half-way.')
+flags.DEFINE_integer('steps', 8, 'Of each run; it is killed half-way.',
+                     upper_bound=2**31 - 1)
 flags.DEFINE_multi_string('mesh', [], 'Another mesh, data=2,fsdp=2; axes that '
                           'are not named are 1. Default: one that fits.')
-flags.DEFINE_integer('devices', 4, 'Virtual devices, on a CPU.')
-flags.DEFINE_integer('processes', 1, 'Of the runs on another mesh.')
+flags.DEFINE_integer('devices', 4, 'Virtual devices, on a CPU.',
+                     lower_bound=1, upper_bound=1024)
+flags.DEFINE_integer('processes', 1, 'Of the runs on another mesh.',
+                     lower_bound=1, upper_bound=1024)
 flags.DEFINE_float('tolerance', 1e-5, 'Of a loss on another mesh, relative.')
 flags.DEFINE_string('folder', '', 'Keep the runs here; default: a temporary '
                     'folder that is removed.')
@@ -42,6 +45,8 @@ def main():
   if args.steps < 4:
     raise RequestError(f'--steps is {args.steps}: at least 4 are needed, two '
                        'before the checkpoint and two after')
+  require(args.tolerance >= 0, f'--tolerance is {args.tolerance}: it must be '
+          '>= 0')
   from tools.verify_resume import runs
   from training import storage
   json_file = storage.output(args.json, '--json')
