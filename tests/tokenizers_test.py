@@ -262,7 +262,9 @@ def test_what_is_no_tokenizer_is_refused(spec, message, tmp_path):
 
 @pytest.mark.parametrize('words, message', [
     (['--vocab_size', '100', '--out', 'x.json'], 'vocab_size=100 is too small'),
-    (['--vocab_size', '0', '--out', 'x.json'], 'vocab_size=0 does not hold'),
+    (['--vocab_size', '0', '--out', 'x.json'], 'vocab_size is 0: it must be'),
+    (['--vocab_size', '1', '--out', 'x.json', '--sentinels', '9'],
+     'vocab_size=1 does not hold'),
     (['--vocab_size', '300', '--out', 'x.txt'], 'must end in .json'),
     (['--vocab_size', '300', '--out', 'x.json', '--source', 'text:{}/no*'],
      'matches no file'),

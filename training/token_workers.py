@@ -138,8 +138,8 @@ def _work():
   while True:
     try:
       chunk = pickle.load(requests)
-    except EOFError:
-      return
+    except (EOFError, pickle.UnpicklingError):
+      return  # The parent has ended, perhaps in the middle of a chunk.
     try:
       answer = encode_chunk(tokenizer, chunk)
     except Exception as error:  # To be raised again by the parent.

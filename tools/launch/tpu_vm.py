@@ -43,8 +43,9 @@ worker=$(curl -s -H 'Metadata-Flavor: Google' \
   http://metadata.google.internal/computeMetadata/v1/instance/attributes/agent-worker-number)
 if [ "$slice-$worker" != 0-0 ]; then exec >"process-$slice-$worker.log" 2>&1; fi
 {command} --cluster &
-echo $! >train.pid
-wait $!
+pid=$!
+echo $pid >train.pid.new && mv train.pid.new train.pid  # never half written
+wait $pid
 code=$?
 echo "slice $slice, worker $worker: exit code $code"
 exit $code
