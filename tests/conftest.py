@@ -7,6 +7,7 @@ which tests start inherit them. A GPU's own run: ARCHETYPE_TEST_PLATFORM=gpu.
 import importlib.metadata
 import os
 import pathlib
+import signal
 import sys
 
 _CACHE = pathlib.Path(__file__).parents[1] / '.cache'
@@ -38,6 +39,10 @@ os.environ.setdefault('ARCHETYPE_CACHE', str(_CACHE / 'archetype'))
 
 
 def pytest_configure(config):
+  # What a shell starts in the background ignores Ctrl-C, and so would the
+  # programs that tests start and interrupt.
+  if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
   if (importlib.metadata.version('jaxlib').startswith('0.10.')
       and 'plan' not in config.option.markexpr):
     os.environ['XLA_FLAGS'] += ' ' + _FLAGS_OF_0_10
