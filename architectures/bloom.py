@@ -63,10 +63,12 @@ def from_hf_config(hf) -> dict:
   hf.passes('slow_but_exact', 'offset_alibi', 'skip_bias_add',
             'skip_bias_add_qkv', 'attention_softmax_in_fp32',
             'bias_dropout_fusion', 'masked_softmax_fusion')
+  # Of two names for one thing, the first here is the one that transformers
+  # follows where both are given.
   return dict(
-      d_model=hf('hidden_size', hf('n_embed', 64)),
-      num_layers=hf('n_layer', hf('num_hidden_layers', 2)),
-      num_heads=hf('n_head', hf('num_attention_heads', 8)),
+      d_model=hf('n_embed', hf('hidden_size', 64)),
+      num_layers=hf('num_hidden_layers', hf('n_layer', 2)),
+      num_heads=hf('num_attention_heads', hf('n_head', 8)),
       vocab_size=hf('vocab_size', 250880), max_len=hf('seq_length', 2048),
       norm_eps=hf('layer_norm_epsilon', 1e-5), embed_norm=True,
       position='alibi', ffn='gelu_tanh',

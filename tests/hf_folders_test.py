@@ -351,3 +351,14 @@ def test_a_t5_is_of_the_activation_that_transformers_takes():
            'is_gated_act False')
   _refused(lambda: hf_config.read(tree | dict(scale_decoder_outputs=None)),
            'scale_decoder_outputs null')
+
+
+@pytest.mark.parametrize('extra, read', [
+    (dict(), (64, 2, 4)), (dict(num_attention_heads=8), (64, 2, 8)),
+    (dict(num_hidden_layers=3), (64, 3, 4)), (dict(n_embed=32), (32, 2, 4)),
+    (dict(n_embed=None), (64, 2, 4))])
+def test_of_two_names_for_one_thing_transformers_own_counts(extra, read):
+  """BloomConfig: its attribute_map, and n_embed in its __post_init__."""
+  c = hf_config.read(dict(model_type='bloom', hidden_size=64, n_layer=2,
+                          n_head=4) | extra)
+  assert (c.d_model, c.num_layers, c.num_heads) == read
