@@ -48,7 +48,7 @@ assets: $(VENV)/.test
 	@$(bring_assets)
 	$(run) -m pytest -m assets
 
-# 2,000 wrong requests, other ones each time; some ten minutes of one core.
+# 2,000 wrong requests, other ones each time; some two minutes of one core.
 fuzz: $(VENV)/.test
 	FUZZ_CASES=2000 $(run) -m pytest tests/fuzz_test.py \
 	  --hypothesis-show-statistics
