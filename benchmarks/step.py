@@ -38,9 +38,10 @@ flags.DEFINE_bool('torch_compile', bool(shutil.which('c++') or
                   'A rival more: what torch.compile makes of the other side; '
                   'default: where there is a C++ compiler.')
 flags.DEFINE_list('sections', ['step'], 'Of ' + ', '.join(SECTIONS) + '.')
-flags.DEFINE_integer('pairs', 7, 'Jobs of each side.')
-flags.DEFINE_integer('prompt', 128, 'Tokens that a generation starts from.')
-flags.DEFINE_integer('new', 64, 'Tokens that a generation adds.')
+flags.DEFINE_integer('pairs', 7, 'Jobs of each side.', 1, 1000)
+flags.DEFINE_integer('prompt', 128, 'Tokens that a generation starts from.',
+                     1, 10**6)
+flags.DEFINE_integer('new', 64, 'Tokens that a generation adds.', 1, 10**6)
 flags.DEFINE_string('json', '', 'Write the figures to this file.')
 
 

@@ -98,7 +98,7 @@ def test_a_kernel_too_large_for_the_chip_is_no_lack_of_hbm():
                            sharding=jax.sharding.SingleDeviceSharding(
                                run.mesh.devices.flat[0]))
   what = compiling.Program('double', double, (x,), {})
-  with pytest.raises(RuntimeError, match='double cannot be compiled.*on-chip'):
+  with pytest.raises(ValueError, match='double cannot be compiled.*on-chip'):
     compiling.build(run, what, None, jax.jit(double).lower(x), 2 ** 40)
 
 

@@ -256,6 +256,12 @@ def main():
   up.add_argument('--step', type=int, help='of the checkpoint; the newest')
   up.add_argument('--seed', type=int, default=0, help='of the routers')
   args = parser.parse_args()
+  from training import limits  # imported late: --help answers at once
+  if args.command == 'export':
+    limits.number('--shard_bytes', args.shard_bytes,
+                  (('>=', 1), ('<=', 2**50)))
+  else:
+    limits.number('--seed', args.seed, limits.LIMITS['seed'])
   args.workdir = storage.path(args.workdir, 'WORKDIR')
   if args.command == 'export':
     storage.try_folder(args.folder, 'FOLDER')

@@ -81,9 +81,9 @@ def make(argv: list[str], num_devices: int, slices: int = 1,
   args = flags.FLAGS
   if args.config is None or not args.workdir:
     raise RequestError('pass both --config FILE.py:SIZE and --workdir DIR')
-  if args.max_restarts < 0:
+  if not 0 <= args.max_restarts <= 1_000_000:
     raise RequestError(
-        f'--max_restarts is {args.max_restarts}: choose 0 or more')
+        f'--max_restarts is {args.max_restarts}: choose 0 to 1,000,000')
   storage.check(args.workdir)
   if storage.in_bucket(args.logs):
     raise RequestError(f'--logs is {args.logs!r}: choose a folder on disk')

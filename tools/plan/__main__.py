@@ -30,7 +30,7 @@ flags.DEFINE_integer('slices', 1, 'Slices of that shape; TPUs only.',
 flags.DEFINE_string('mesh', '', "data=2,fsdp=8,expert=8; '': config.mesh.")
 flags.DEFINE_list('programs', ['train'], 'Of train, prefill, decode.')
 flags.DEFINE_integer('search', 0, 'Search meshes, remat and accumulation: '
-                     'the best N plans that fit.')
+                     'the best N plans that fit.', upper_bound=1000)
 flags.DEFINE_bool('fresh', False, 'Compile although a report is kept.')
 flags.DEFINE_bool('json', False, 'Print JSON.')
 

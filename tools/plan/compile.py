@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from configs.errors import EnvironmentFailure, RequestError, one_of, require
+from configs.errors import RequestError, one_of, require
 from training import examples, generate, objectives, progress, runs
 from training.step import make_train_step
 
@@ -110,7 +110,7 @@ def build(run: runs.Run, what: Program, jaxpr, lowered, hbm: float
   Raises:
     DoesNotFit: with the compiler's figures, or with ours where it lets a
       program pass that the device has no room for (GPUs).
-    RuntimeError: where a kernel needs more on-chip memory than there is.
+    RequestError: where a kernel needs more on-chip memory than there is.
   """
   begun = time.monotonic()
   try:
@@ -121,7 +121,7 @@ def build(run: runs.Run, what: Program, jaxpr, lowered, hbm: float
       raise
     reason = str(error).split('RESOURCE_EXHAUSTED: ')[-1].splitlines()[0]
     if 'hbm' not in reason.lower():  # as VMEM, which no sharding relieves
-      raise EnvironmentFailure(
+      raise RequestError(
           f'{what.name} cannot be compiled: a kernel takes more on-chip memory '
           f'than there is: {reason}') from error
     raise DoesNotFit(f'{what.name} does not fit a device: {reason}') from error

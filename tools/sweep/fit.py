@@ -28,8 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args) -> int:
   from tools.sweep import curves
-  if args.draws < 40:
-    raise RequestError(f'--draws is {args.draws}: an interval needs 40 or more')
+  from training import limits
+  # An interval needs 40 or more.
+  limits.number('--draws', args.draws, (('>=', 40), ('<=', 1_000_000)))
   budgets = _budgets(args.budgets)
   points = curves.load(args.workdir).points
   for point in points:
