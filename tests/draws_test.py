@@ -7,32 +7,15 @@ import types
 import numpy as np
 import pytest
 
-from configs import base
-from training import data, masking, packing, tokenizers
+from tests import letters
+from training import data, masking, packing
 
-BYTES = tokenizers.load('bytes')
-
-
-def config_of(source, objective, length=64, **changes):
-  c = base.base()
-  c.objective = objective
-  c.data.update(dict(source=source, length=length, batch_size=4,
-                     holdout_every=0) | changes)
-  return c
+BYTES = letters.BYTES
 
 
-@pytest.fixture
-def texts(tmp_path, monkeypatch):
-  monkeypatch.setenv('ARCHETYPE_CACHE', str(tmp_path / 'cache'))
-  for i, letter in enumerate('abcdef'):
-    words = [letter * (1 + (i + j) % 5) for j in range(300)]
-    (tmp_path / f'{letter}.txt').write_text(' '.join(words))
-  return f'text:{tmp_path}/*.txt'
-
-
-def pairs(texts, **changes):
-  loader = data.load(config_of(texts, 'mlm_nsp', **changes), BYTES)
-  return [loader.batch(n) for n in range(20)]
+@pytest.fixture(name='texts')
+def _texts(tmp_path, monkeypatch):
+  return letters.write(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize('objective', ['mlm', 'mlm_nsp'])
@@ -40,7 +23,7 @@ def test_no_part_of_a_rows_frame_is_masked(texts, objective):
   """[CLS], the [SEP] between two texts and at the end, the separators of
   documents, and padding."""
   frame = (BYTES.cls_id, BYTES.sep_id, BYTES.pad_id, BYTES.separator_id)
-  config = config_of(texts, objective, mask_rate=0.9)
+  config = letters.config(texts, objective, mask_rate=0.9)
   loader, ends = data.load(config, BYTES), 0
   for batch in map(loader.batch, range(20)):
     ends += (batch['targets'] == BYTES.separator_id).sum()
@@ -58,7 +41,7 @@ def test_each_draw_of_a_row_is_a_new_one(texts, objective):
   """The masks of one text differ from epoch to epoch and from seed to seed."""
   shown = {}  # of each text: (seed, all that its row holds), each time
   for seed in (0, 1):
-    config = config_of(texts, objective, batch_size=1)
+    config = letters.config(texts, objective, batch_size=1)
     config.seed = seed
     loader = data.load(config, BYTES)
     for n in range(2 * loader.num_windows):
@@ -77,7 +60,7 @@ def test_one_window_is_drawn_anew_by_the_seed_and_in_each_epoch(tmp_path):
   (tmp_path / 'one.txt').write_text('a few words of one text ' * 3)
   shown = []
   for seed in range(3):
-    config = config_of(f'text:{tmp_path}/one.txt', 'mlm', batch_size=1,
+    config = letters.config(f'text:{tmp_path}/one.txt', 'mlm', batch_size=1,
                        cache_dir=str(tmp_path))
     config.seed = seed
     loader = data.load(config, BYTES)
@@ -133,7 +116,7 @@ def test_stretches_hold_each_document_once():
   view = packing.Stretches(packing.Corpus(
       name='x', text='all of it', cache=cache, document_ids=np.arange(5),
       split='train', tokenizer=BYTES,
-      config=config_of('', 'mlm_nsp', length)))
+      config=letters.config('', 'mlm_nsp', length)))
   got = [view[i].tokens.tolist() for i in range(len(view))]
   want = []
   for first, size in zip(parts, sizes):
@@ -154,7 +137,7 @@ def test_stretches_hold_each_document_once():
 
 def test_the_masks_of_an_evaluation_do_not_go_by_the_seed(texts):
   def batch(seed):
-    config = config_of(texts, 'mlm', eval_source=texts)
+    config = letters.config(texts, 'mlm', eval_source=texts)
     config.seed = seed
     return data.held_out(config, BYTES)[0].batch(0)
   for key, value in batch(0).items():
@@ -163,14 +146,14 @@ def test_the_masks_of_an_evaluation_do_not_go_by_the_seed(texts):
 
 def test_what_is_told_is_hidden(texts):
   """The model is shown the mask, and told the word."""
-  for batch in pairs(texts):
+  for batch in letters.pairs(texts):
     told = batch['weights'] == 1
     assert (batch['tokens'][told] == BYTES.mask_id).mean() > 0.5
     assert not (batch['targets'] == BYTES.mask_id).any()
 
 
 def test_the_padding_of_a_prefix_row_is_not_predicted(texts):
-  config = config_of(texts, 'prefix', eval_source=texts, batch_size=1)
+  config = letters.config(texts, 'prefix', eval_source=texts, batch_size=1)
   loader, = data.held_out(config, BYTES)
   short = 0
   for batch in loader.iterate():

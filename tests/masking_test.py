@@ -8,38 +8,21 @@ import numpy as np
 import pytest
 
 from configs import base
-from tests import models
+from tests import letters, models
 from training import data, examples, masking, packing
-from training import objectives, runs, tokenizers
+from training import objectives, runs
 
-BYTES = tokenizers.load('bytes')
+BYTES = letters.BYTES
 SPECIAL = (BYTES.cls_id, BYTES.sep_id)
 
 
-def _config(source, objective, length=64, **changes):
-  c = base.base()
-  c.objective = objective
-  c.data.update(dict(source=source, length=length, batch_size=4,
-                     holdout_every=0) | changes)
-  return c
-
-
-@pytest.fixture
-def texts(tmp_path, monkeypatch):
-  monkeypatch.setenv('ARCHETYPE_CACHE', str(tmp_path / 'cache'))
-  for i, letter in enumerate('abcdef'):
-    words = [letter * (1 + (i + j) % 5) for j in range(300)]
-    (tmp_path / f'{letter}.txt').write_text(' '.join(words))
-  return f'text:{tmp_path}/*.txt'
-
-
-def _pairs(texts, **changes):
-  loader = data.load(_config(texts, 'mlm_nsp', **changes), BYTES)
-  return [loader.batch(n) for n in range(20)]
+@pytest.fixture(name='texts')
+def _texts(tmp_path, monkeypatch):
+  return letters.write(tmp_path, monkeypatch)
 
 
 def test_pairs_are_laid_out_as_bert_has_them(texts):
-  batches = _pairs(texts)
+  batches = letters.pairs(texts)
   tokens = np.concatenate([b['targets'] for b in batches])
   types = np.concatenate([b['types'] for b in batches])
   real = np.concatenate([b['segment_ids'] for b in batches]) == 1
@@ -55,15 +38,15 @@ def test_pairs_are_laid_out_as_bert_has_them(texts):
 
 def test_next_sentence_labels_say_where_the_second_text_is_from(texts):
   labels = []
-  for batch in _pairs(texts):
+  for batch in letters.pairs(texts):
     for row, types, label, real in zip(batch['targets'], batch['types'],
                                        batch['nsp_targets'],
                                        batch['segment_ids']):
-      letters = [set(bytes(row[(types == t) & (real == 1) & (row < 256)]
+      sources = [set(bytes(row[(types == t) & (real == 1) & (row < 256)]
                            .astype(np.uint8)).decode()) - {' '}
                  for t in (0, 1)]
-      if all(letters):
-        assert (letters[0] != letters[1]) == bool(label)
+      if all(sources):
+        assert (sources[0] != sources[1]) == bool(label)
         labels.append(label)
   assert 0.3 < np.mean(labels) < 0.7
 
@@ -83,14 +66,14 @@ def test_fifteen_percent_are_told_eighty_ten_ten(texts):
 
 
 def test_masks_repeat(texts):
-  a, b = (data.load(_config(texts, 'mlm_nsp'), BYTES).batch(3)
+  a, b = (data.load(letters.config(texts, 'mlm_nsp'), BYTES).batch(3)
           for _ in range(2))
   for key in a:
     np.testing.assert_array_equal(a[key], b[key])
 
 
 def _rows(texts, split='train', **changes):
-  config = _config(texts, 'mlm', **changes)
+  config = letters.config(texts, 'mlm', **changes)
   loader = (data.load(config, BYTES) if split == 'train'
             else data.held_out(config, BYTES)[0])
   return [{key: x[b] for key, x in loader.batch(n).items()}
@@ -149,11 +132,11 @@ def test_one_document_makes_no_pairs(tmp_path, monkeypatch):
   monkeypatch.setenv('ARCHETYPE_CACHE', str(tmp_path / 'cache'))
   (tmp_path / 'a.txt').write_text('all alone ' * 50)
   with pytest.raises(ValueError, match='another document'):
-    data.load(_config(f'text:{tmp_path}/a.txt', 'mlm_nsp'), BYTES)
+    data.load(letters.config(f'text:{tmp_path}/a.txt', 'mlm_nsp'), BYTES)
 
 
 def test_a_prefix_is_not_predicted(texts):
-  batch = data.load(_config(texts, 'prefix', length=32), BYTES).batch(0)
+  batch = data.load(letters.config(texts, 'prefix', length=32), BYTES).batch(0)
   for size, weights in zip(batch['prefix'], batch['weights']):
     assert 1 <= size < 32
     np.testing.assert_array_equal(weights, np.arange(32) >= size - 1)
@@ -162,7 +145,7 @@ def test_a_prefix_is_not_predicted(texts):
 @pytest.mark.parametrize('name', [
     name for name, row in examples.EXAMPLES.items() if not row.documents])
 def test_a_mask_of_documents_that_are_none_is_refused(texts, name):
-  config = _config(texts, name, document_mask=True)
+  config = letters.config(texts, name, document_mask=True)
   with pytest.raises(ValueError, match='document_mask .*from causal, mlm'):
     data.load(config, BYTES)
   with pytest.raises(ValueError, match='document_mask'):
@@ -193,7 +176,7 @@ def test_padding_takes_no_expert(objective):
 @pytest.mark.parametrize('objective', ['prefix', 'mlm', 'mlm_nsp', 'span'])
 def test_no_padding_is_predicted(texts, objective):
   """In a pass whose last rows are short, or padding altogether."""
-  config = _config(texts, objective, batch_size=4, eval_source=texts)
+  config = letters.config(texts, objective, batch_size=4, eval_source=texts)
   loader, = data.held_out(config, BYTES)
   batch = {key: np.concatenate([b[key] for b in loader.iterate()])
            for key in loader.batch(0)}
@@ -207,7 +190,7 @@ def test_no_padding_is_predicted(texts, objective):
 
 def test_rows_that_fill_up_an_evaluation_are_padding(texts):
   for objective in ('causal', 'prefix'):
-    config = _config(texts, objective, batch_size=4, eval_source=texts)
+    config = letters.config(texts, objective, batch_size=4, eval_source=texts)
     loader, = data.held_out(config, BYTES)
     rows = [loader.batch(n) for n in range(loader.num_batches)]
     key = 'valid' if objective == 'prefix' else 'weights'
