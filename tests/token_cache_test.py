@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import pickle
 import signal
 import subprocess
 import sys
@@ -172,3 +173,17 @@ def test_the_manifest_survives_being_torn(folder):
   manifest.write_text(whole[:20])
   cached(folder)
   assert json.loads(manifest.read_text()) == json.loads(whole)
+
+
+@pytest.mark.parametrize('sent', [0, 1, 2])
+def test_a_worker_ends_quietly_when_its_parent_is_gone(sent):
+  """Before it has the tokenizer, before the first chunk, and before the answer
+  is read: the last is what Ctrl-C leaves behind."""
+  worker = subprocess.Popen(
+      [sys.executable, '-m', 'training.token_workers'], cwd=ROOT,
+      stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+  worker.stdout.close()
+  for message in ['byte', ['a text'] * 1000][:sent]:
+    pickle.dump(message, worker.stdin)
+  worker.stdin.close()
+  assert (worker.stderr.read(), worker.wait(100)) == (b'', 0)

@@ -18,6 +18,7 @@ import queue
 import signal
 import subprocess
 import sys
+from typing import BinaryIO
 
 import numpy as np
 
@@ -129,17 +130,23 @@ def _ask(worker: subprocess.Popen, chunk: list) -> Encoded:
 
 def _work():
   """What a worker does: chunks in on stdin, ids out on stdout."""
-  from training import tokenizers
   signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's.
   answers = os.fdopen(os.dup(1), 'wb')
   os.dup2(2, 1)  # Nothing printed may mix with the answers.
-  requests = sys.stdin.buffer
+  try:
+    _answer(sys.stdin.buffer, answers)
+  except (EOFError, pickle.UnpicklingError, BrokenPipeError):
+    # The parent has ended, perhaps in the middle of a chunk. What `answers`
+    # still holds has nowhere to go, so the interpreter must not flush it.
+    os._exit(0)
+
+
+def _answer(requests: BinaryIO, answers: BinaryIO):
+  """Reads a tokenizer's name, then encodes chunk after chunk until the end."""
+  from training import tokenizers
   tokenizer = tokenizers.load(pickle.load(requests))
   while True:
-    try:
-      chunk = pickle.load(requests)
-    except (EOFError, pickle.UnpicklingError):
-      return  # The parent has ended, perhaps in the middle of a chunk.
+    chunk = pickle.load(requests)
     try:
       answer = encode_chunk(tokenizer, chunk)
     except Exception as error:  # To be raised again by the parent.
