@@ -183,7 +183,7 @@ def test_a_worker_ends_quietly_when_its_parent_is_gone(sent):
       [sys.executable, '-m', 'training.token_workers'], cwd=ROOT,
       stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
   worker.stdout.close()
-  for message in ['byte', ['a text'] * 1000][:sent]:
+  for message in ['bytes', ['a text'] * 1000][:sent]:
     pickle.dump(message, worker.stdin)
   worker.stdin.close()
   assert (worker.stderr.read(), worker.wait(100)) == (b'', 0)
