@@ -14,7 +14,9 @@ Exit code 2: a wrong request; 1: a failure.
 from absl import flags
 
 from configs.errors import RequestError
-from training import cli, eval_flags, interrupts
+from training import cli
+from training.distributed import interrupts
+from training.evals import flags as eval_flags
 
 cli.define_workdir()
 flags.DEFINE_integer('step', None, 'Which checkpoint; default: the newest.',
@@ -37,7 +39,10 @@ def main():
     raise RequestError('pass --workdir DIR, the folder of a run')
 
   # Imported late: `--help` and a wrong flag answer at once.
-  from training import evals, host, sources, storage
+  from training import evals
+  from training.data import sources
+  from training.distributed import malloc
+  from training.workdir import storage
   from training.evals import checkpoint
   workdir = storage.path(args.workdir)
   json_file = storage.output(args.json, '--json')
@@ -47,7 +52,7 @@ def main():
   if args.text:
     sources.parse(args.text)
 
-  host.settle()
+  malloc.settle()
   figures = checkpoint.evaluate(workdir, tasks, args, step=args.step,
                                 text=args.text, programs={})
   if json_file:

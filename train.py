@@ -15,7 +15,8 @@ import json
 from absl import flags
 
 from configs.errors import RequestError, require
-from training import cli, interrupts
+from training import cli
+from training.distributed import interrupts
 
 cli.define_config()
 cli.define_workdir()
@@ -44,9 +45,13 @@ def main():
     raise RequestError('pass both --config FILE.py:SIZE and --workdir DIR')
 
   # Imported late: `--help` and a wrong flag answer at once.
-  from training import checkpoints, data, devices, host, lock, processes
-  from training import profile, provenance, run_config, runs, starting
-  from training import storage, tokenizers
+  from training.data import pipeline
+  from training.distributed import devices, malloc, processes
+  from training.workdir import checkpoints, lock
+  from training import profile, runs, starting
+  from training.workdir import provenance, run_config
+  from training.data import tokenizers
+  from training.workdir import storage
   config = args.config
   if args.print_config:
     print(json.dumps(runs.printable(config, cli.overrides()), indent=2))
@@ -60,7 +65,7 @@ def main():
   several = processes.check(args.coordinator, args.num_processes,
                             args.process_id, args.cluster)
   profile.parse(args.profile_steps, config.train.steps)
-  data.check_sources(config)
+  pipeline.check_sources(config)
   starting.check(config.init_from)
   tokenizer = tokenizers.load(config.data.tokenizer)
   model, derived = runs.resolve(config, tokenizer)
@@ -77,7 +82,7 @@ def main():
 
   # 2. The devices and their mesh.
   processes.initialize(several)
-  host.settle()
+  malloc.settle()
   processes.meet()
   run = runs.start(config, model)
   if devices.primary():
@@ -85,8 +90,8 @@ def main():
 
   # 3. The data.
   index, count = devices.batch_shard(run.place, config.data.batch_size)
-  train_data = data.load(config, tokenizer, index, count)
-  eval_data = data.held_out(config, tokenizer, index, count)
+  train_data = pipeline.load(config, tokenizer, index, count)
+  eval_data = pipeline.held_out(config, tokenizer, index, count)
 
   # 4. The state: restored from the newest good checkpoint, or new.
   lock.hold(workdir, devices.primary())

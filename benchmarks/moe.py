@@ -16,9 +16,10 @@ import jax.numpy as jnp
 from architectures.parts import config as model_config
 from architectures.parts.attention import Context
 from architectures.parts.ffn import FFN
-from architectures.parts.moe import MoE
+from architectures.parts.moe.layer import MoE
 from configs import base
-from training import cli, host
+from training import cli
+from training.distributed import malloc
 
 TOP_K = 2
 
@@ -84,7 +85,7 @@ def main() -> None:
   parser.add_argument('--d_ff', type=int, default=1024)
   parser.add_argument('--json', action='store_true', help='print one object')
   args = parser.parse_args()
-  host.settle()
+  malloc.settle()
   result = layers(args.rounds, args.d_model, args.d_ff)
   if args.json:
     print(json.dumps(result))

@@ -11,16 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from training import data
-from training import devices
 from training import generate
-from training import host
 from training import loop
-from training import run_config
 from training import runs
 from training import state as state_lib
-from training import tokenizers
+from training.data import pipeline
+from training.data import tokenizers
+from training.distributed import devices
+from training.distributed import malloc
 from training.step import make_train_step
+from training.workdir import run_config
 
 
 class Trainer:
@@ -44,7 +44,7 @@ class Trainer:
     run = self.run
     with run.context():
       self.state = state_lib.create(run.module, run.tx, run.abstract, 0)
-      host.trim()
+      malloc.trim()
       start = time.perf_counter()
       lowered = jax.jit(
           make_train_step(run.module, run.tx, run.config), donate_argnums=0,
@@ -52,7 +52,7 @@ class Trainer:
       traced = time.perf_counter()
       self.compiled = lowered.compile()
       compiled = time.perf_counter()
-    host.trim()
+    malloc.trim()
     return traced - start, compiled - traced
 
   def step(self) -> float:
@@ -80,7 +80,7 @@ class Trainer:
     config.train.steps = count
     config.eval.every_steps = 0
     run = runs.start(config, self.run.model, self.run.mesh)
-    batches, saves = _Batches(data.load(
+    batches, saves = _Batches(pipeline.load(
         config, tokenizers.load(config.data.tokenizer))), _NoSaves()
     with run.context():
       state = state_lib.create(run.module, run.tx, run.abstract, 0)
@@ -121,7 +121,7 @@ class _NoSaves:
 
 def jobs(request):
   """Returns what a worker can be asked to do, by name."""
-  host.settle()
+  malloc.settle()
   trainer = Trainer(request['config'])
   if request['kind'] == 'compile':
     return {'compile': trainer.create}

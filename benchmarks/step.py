@@ -19,8 +19,8 @@ import statistics
 
 from absl import flags
 
-from configs.errors import RequestError
 from benchmarks.worker import Worker
+from configs.errors import RequestError
 from training import cli
 
 SECTIONS = ('step', 'generate', 'loop', 'compile')
@@ -58,7 +58,8 @@ def default_config():
 def main():
   cli.parse(__doc__)
   args = flags.FLAGS
-  from training import run_config, runs, storage
+  from training import runs
+  from training.workdir import run_config, storage
   json_file = storage.output(args.json, '--json')
   for name in args.sections:
     runs.one_of('--sections', name, SECTIONS)

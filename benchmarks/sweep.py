@@ -20,7 +20,8 @@ import tempfile
 import time
 
 from configs.errors import EnvironmentFailure, require
-from training import cli, storage
+from training import cli
+from training.workdir import storage
 
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 FIRST = 20  # steps after which losses have hardly drifted apart
@@ -91,8 +92,9 @@ def main():
 
 
 def _joint(args) -> int:
-  from training import host, vectorised
-  host.settle()
+  from training import vectorised
+  from training.distributed import malloc
+  malloc.settle()
   vectorised.train(configs(args.runs, args.steps), [
       pathlib.Path(args.joint) / str(run) for run in range(args.runs)])
   return 0

@@ -24,7 +24,8 @@ import time
 import numpy as np
 
 from configs.errors import EnvironmentFailure, RequestError
-from training import cli, storage
+from training import cli
+from training.workdir import storage
 
 _SHORT = {'data.length': 128}
 # name: (config, what is changed in it)
@@ -93,14 +94,15 @@ def config_of(row):
 
 def curve(rows: list[dict], row) -> dict:
   """Returns of a run: parameters, FLOPs, and its held-out loss by step."""
-  from training import costs, flops, spans
+  from training.costs import totals, flops
+  from training.data import spans
   config = config_of(row)
-  figures = costs.count(config)
+  figures = totals.count(config)
   evals = [r for r in rows if r['split'] == 'eval']
   sides = (spans.lengths(config) if config.objective == 'span' else
            (config.data.length,))
   per_step = config.data.batch_size * sum(sides) * (
-      flops.training_flops_per_token(costs.resolved(config), *sides))
+      flops.training_flops_per_token(totals.resolved(config), *sides))
   return dict(
       parameters=figures['parameters'], active=figures['active_parameters'],
       flops_per_step=per_step, steps=[r['step'] for r in evals],
@@ -111,11 +113,13 @@ def stepper(row):
   """Returns a function that takes one training step of a row's run."""
   import jax
 
-  from training import data, devices, runs, state, step, tokenizers
+  from training import runs, state, step
+  from training.data import pipeline, tokenizers
+  from training.distributed import devices
   config = config_of(row)
   tokenizer = tokenizers.load(config.data.tokenizer)
   job = runs.start(config, runs.resolve(config, tokenizer)[0])
-  batch = devices.put(data.load(config, tokenizer).batch(0), job.place)
+  batch = devices.put(pipeline.load(config, tokenizer).batch(0), job.place)
   with job.context():
     held = [state.create(job.module, job.tx, job.abstract, config.seed)]
     compiled = jax.jit(step.make_train_step(job.module, job.tx, config),

@@ -13,7 +13,7 @@ of the published checkpoints.
 held-out loss of 1.644 nats a byte (2.37 bits).
 
 Prompt-masked fine-tuning, as Alpaca and Vicuna were made of LLaMA, by their
-published templates (training/conversations.py):
+published templates (training/data/conversations.py):
   python train.py --config configs/llama.py --workdir runs/chat \
       --config.objective=chat --config.data.source=jsonl:talks.jsonl:messages
 (or alpaca:alpaca_data.json), and what it answers:

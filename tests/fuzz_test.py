@@ -18,12 +18,17 @@ import pytest
 import architectures
 from configs import base
 from configs.errors import RequestError
-from tests import fuzzing, models, sweep_folder
-from tests.fuzzing import each, runs_or_refuses
-from tools.sweep import curves, layout, report_write, status
+from tests.helpers import fuzzing, models, sweep_folder
+from tests.helpers.fuzzing import each, runs_or_refuses
+from tools.sweep import layout, status
 from tools.sweep import ledger as ledger_lib
-from training import checkpoints, config_files, hf_files, metrics, processes
-from training import restoring, run_config, runs, state, weights
+from tools.sweep.report import curves, write
+from training import config_files
+from training import runs, state, weights
+from training.distributed import processes
+from training.hf import files as hf_files
+from training.workdir import checkpoints, metrics
+from training.workdir import restoring, run_config
 
 FIELDS = {name: type(value) for name, value in sorted(
     run_config.flatten(base.base()).items())}
@@ -246,7 +251,7 @@ def test_ledgers_and_runs(sweep, tmp_path_factory, data):
     with ledger_lib.Ledger(workdir) as ledger:
       ledger.recover()
       status.plain(description, workdir, ledger.runs())
-    report_write.figures(curves.load(workdir))
+    write.figures(curves.load(workdir))
 
   runs_or_refuses(look)
   if run.joinpath('config.json').exists():

@@ -11,7 +11,7 @@ What `import` and `upcycle` make, eval.py reads like any run's workdir; train.py
 goes on in it, given its config, and a new run starts from it with
 --config.init_from=WORKDIR. What `export` writes, transformers loads. `upcycle`
 copies the dense network of a layer to all of its experts and draws a router
-(training/upcycling.py); --moe takes fields of config.model.moe.
+(training/hf/upcycling.py); --moe takes fields of config.model.moe.
 A config.json that says something which no architecture here honours is
 refused by name; --partial draws parameters that the files lack at random, and
 lists them. Tokenizer files and the chat template go along both ways, except
@@ -32,13 +32,15 @@ import sys
 from etils import epath
 
 from configs.errors import RequestError
-from training import cli, progress, storage
+from training import cli, progress
+from training.workdir import storage
 
 
 def import_(source: pathlib.Path, workdir: epath.Path, *, partial: bool,
             seed: int) -> None:
   """Makes `workdir` of the weights in `source`, as a run at step 0."""
-  from training import hf_generation, hf_tokenizer
+  from training.hf import generation as hf_generation
+  from training.hf import tokenizer as hf_tokenizer
   _check_new(workdir)
   config, module, params = _from_hf(source, partial, seed)
   folder = source.parent if source.is_file() else source
@@ -58,8 +60,11 @@ def import_(source: pathlib.Path, workdir: epath.Path, *, partial: bool,
 def upcycle(source: epath.Path, workdir: epath.Path, *, moe: list[str],
             step: int | None, seed: int) -> None:
   """Makes `workdir` of a dense model, as a mixture of experts at step 0."""
-  from training import hf_generation, hf_tokenizer, restoring, runs
-  from training import upcycling
+  from training import runs
+  from training.hf import generation as hf_generation
+  from training.hf import tokenizer as hf_tokenizer
+  from training.workdir import restoring
+  from training.hf import upcycling
   _check_new(workdir)
   if restoring.directory(source).exists():
     config, _, params, _ = _from_workdir(source, step)
@@ -97,7 +102,8 @@ def export(workdir: epath.Path, folder: pathlib.Path, *, step: int | None,
   evaluation does: where config.json cannot say that.
   """
   import architectures
-  from training import hf_tokenizer, weights
+  from training import weights
+  from training.hf import tokenizer as hf_tokenizer
   config, module, params, step = _from_workdir(workdir, step)
   if dropless:
     c = module.config
@@ -112,8 +118,11 @@ def export(workdir: epath.Path, folder: pathlib.Path, *, step: int | None,
 
 def _generation(workdir, config, model, step: int):
   """Returns what an export says of generation; None: nothing is known."""
-  from training import hf_generation, hf_tokenizer, restoring, starting
-  from training import tokenizers
+  from training import starting
+  from training.hf import generation as hf_generation
+  from training.hf import tokenizer as hf_tokenizer
+  from training.workdir import restoring
+  from training.data import tokenizers
   # What an import kept holds until training has given the ids of a tokenizer
   # that was not read another meaning.
   standing_in = hf_tokenizer.is_stand_in(config.data.tokenizer)
@@ -128,7 +137,7 @@ def _generation(workdir, config, model, step: int):
 
 
 def _check_new(workdir: epath.Path):
-  from training import run_config
+  from training.workdir import run_config
   if run_config.exists(workdir):
     raise RequestError(f'{workdir} holds a run already: choose another WORKDIR')
 
@@ -136,7 +145,10 @@ def _check_new(workdir: epath.Path):
 def _from_hf(source: pathlib.Path, partial: bool, seed: int):
   """Returns (a run's config, module, parameters) of Hugging Face weights."""
   import architectures
-  from training import hf_config, hf_files, hf_tokenizer, weights
+  from training import weights
+  from training.hf import config as hf_config
+  from training.hf import files as hf_files
+  from training.hf import tokenizer as hf_tokenizer
   folder = source.parent if source.is_file() else source
   model, notes = hf_config.fields_and_notes(hf_config.load(folder))
   for note in notes:
@@ -156,7 +168,8 @@ def _from_hf(source: pathlib.Path, partial: bool, seed: int):
 
 def _from_workdir(workdir: epath.Path, step: int | None):
   """Returns (config, module, parameters, step) of a run's checkpoint."""
-  from training import restoring, run_config, runs, starting
+  from training import runs, starting
+  from training.workdir import restoring, run_config
   config = runs.for_this_machine(
       runs.with_new_fields(run_config.load(workdir)))
   run = runs.start(config, starting.model(workdir))
@@ -170,12 +183,13 @@ def _from_workdir(workdir: epath.Path, step: int | None):
 
 
 def _resolved(config):
-  from training import runs, tokenizers
+  from training import runs
+  from training.data import tokenizers
   return runs.resolve(config, tokenizers.load(config.data.tokenizer))
 
 
 def _save(workdir: epath.Path, config, params, derived=()) -> None:
-  from training import checkpoints, run_config
+  from training.workdir import checkpoints, run_config
   run_config.save(workdir, config, dict(derived))
   with progress.during('saving'), checkpoints.Checkpoints(
       workdir, every_steps=0, every_minutes=0.0, keep=1, keep_every=0) as saved:
@@ -185,7 +199,7 @@ def _save(workdir: epath.Path, config, params, derived=()) -> None:
 def _command(workdir: epath.Path, config) -> str:
   """Returns the command that trains in `workdir` with this very config."""
   import architectures
-  from training import run_config
+  from training.workdir import run_config
   page, _ = architectures.ARCHITECTURES[config.model.arch]
   usual = run_config.flatten(
       importlib.import_module(f'configs.{page}').get_config('tiny'))

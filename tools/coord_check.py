@@ -16,7 +16,8 @@ import json
 from absl import flags
 
 from configs.errors import RequestError, one_of, require
-from training import cli, progress, storage
+from training import cli, progress
+from training.workdir import storage
 
 # The decoders; a file of configs/ each.
 SYSTEMS = ('gpt', 'gpt_neox', 'bloom', 'llama', 'mixtral', 'gpt4')

@@ -35,20 +35,20 @@ def main():
     return 0
   if args.config is None:
     raise RequestError('pass --config FILE.py:SIZE, or --all')
-  from training import costs
-  figures = costs.count(args.config, args.length)
+  from training.costs import totals
+  figures = totals.count(args.config, args.length)
   print(json.dumps(figures, indent=2) if args.json else _text(figures))
   return 0
 
 
 def everything() -> list[dict]:
   """Returns a row for each size of each system in configs/."""
-  from training import costs
+  from training.costs import totals
   rows = []
   for path in sorted(pathlib.Path('configs').glob('*.py')):
     module = importlib.import_module(f'configs.{path.stem}')
     for size in getattr(module, 'SIZES', {}):
-      figures = costs.count(module.get_config(size))
+      figures = totals.count(module.get_config(size))
       published = module.PUBLISHED.get(size)
       uncounted = getattr(module, 'UNCOUNTED', {}).get(size, 0)
       counted = figures['parameters'] - uncounted

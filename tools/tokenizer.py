@@ -17,8 +17,10 @@ import sys
 
 from configs import base
 from configs.errors import RequestError
-from training import cli, holdout, limits, progress, sources, storage
-from training import texts, tokenizers
+from training import cli, limits, progress
+from training.data import holdout, sources
+from training.data import texts, tokenizers
+from training.workdir import storage
 
 
 def _bpe():

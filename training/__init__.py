@@ -1,5 +1,5 @@
 """How a run goes: devices, data, objectives, optimiser, step, checkpoints."""
 
-from training import backends
+from training.distributed import backends
 
 backends.settle()  # here, so that no program forgets it

@@ -10,7 +10,8 @@ import math
 import jax
 import numpy as np
 
-from training import devices, objectives
+from training import objectives
+from training.distributed import devices
 
 # Objectives that predict each token of the text once: their loss is one of
 # the text, in bits per byte, whatever the tokenizer.

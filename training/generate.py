@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 import architectures
-from architectures.parts.moe import without_capacity
+from architectures.parts.moe.layer import without_capacity
 from architectures.parts.skeletons import one_by_one
 from configs.errors import require
 

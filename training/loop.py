@@ -7,19 +7,19 @@ from etils import epath
 import jax
 import numpy as np
 
-from architectures.parts import health
-from training import devices
+from architectures.parts.moe import health
 from training import evaluating
-from training import flops
-from training import host
-from training import metrics
 from training import outline
-from training import peaks
 from training import profile
 from training import runs
-from training import signals
 from training import watch
+from training.costs import flops
+from training.costs import peaks
+from training.distributed import devices
+from training.distributed import malloc
+from training.distributed import signals
 from training.step import make_eval_step, make_train_step
+from training.workdir import metrics
 
 STOPPED = 75  # what train() returns after a signal, before the last step
 # And after too many bad steps: as for a wrong request, since the same command
@@ -50,7 +50,7 @@ def train(run: runs.Run, state, start: int, train_data, eval_data, saved,
   with run.context(), signals.Stop() as stop:
     batches = train_data.iterate(start, steps)
     batch = devices.put(next(batches), run.place)
-    host.trim()
+    malloc.trim()
     with meter.compiling(), watch.compiling(devices.primary()):
       step_fn = jax.jit(
           make_train_step(run.module, run.tx, config), donate_argnums=0,
@@ -59,7 +59,7 @@ def train(run: runs.Run, state, start: int, train_data, eval_data, saved,
         eval_fn = jax.jit(make_eval_step(run.module, config)).lower(
             state.params,
             devices.put(eval_data[0].batch(0), run.place)).compile()
-    host.trim()
+    malloc.trim()
     devices.sync('compiled')
     bar = watch.progress(steps, start, devices.primary())
     profiler = profile.Profiler(profile_steps, workdir)

@@ -4,7 +4,7 @@ A loss is a mean, or for BERT a sum of two, each over what it is of: tokens to
 predict, or rows. `Objective.figures` returns every figure as a Mean, a sum and
 its weight, because micro-batches, batches and hosts add up: a figure is
 sum(total) / sum(weight), however its batch was cut. Of nothing it is nan, not
-0. The numpy side, which makes the batch, is training/examples.py.
+0. The numpy side, which makes the batch, is training/data/examples.py.
 """
 
 from collections.abc import Callable, Mapping

@@ -1,6 +1,7 @@
 """What a run is about to do, in a few lines, before it does it."""
 
-from training import costs, limits, runs
+from training import limits, runs
+from training.costs import totals
 
 
 def text(run: runs.Run, start: int, tokens: int, train_data, eval_data) -> str:
@@ -15,7 +16,7 @@ def text(run: runs.Run, start: int, tokens: int, train_data, eval_data) -> str:
   """
   config, model, steps = run.config, run.model, run.config.train.steps
   active = '' if model.ffn != 'moe' else (
-      f', of which each token uses {costs.parameters(model)[1]:,}')
+      f', of which each token uses {totals.parameters(model)[1]:,}')
   devices = run.mesh.devices
   mesh = ','.join(f'{axis}={n}' for axis, n in run.mesh.shape.items() if n > 1)
   parts = config.train.grad_accumulation

@@ -10,7 +10,7 @@ import re
 import jax
 
 from configs.errors import RequestError
-from training import storage
+from training.workdir import storage
 
 
 def parse(steps: str, total: float = math.inf) -> tuple[int, int] | None:

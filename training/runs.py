@@ -12,16 +12,20 @@ from jax.sharding import Mesh
 import ml_collections
 
 import architectures
-from architectures.parts import grouped_kernels, kernels, sharding
+from architectures.parts import kernels, sharding
 from architectures.parts.config import ModelConfig
+from architectures.parts.moe import grouped_kernels
 from configs import sharding as tables
 from configs.errors import RequestError, one_of, require
-from training import checkpoints, devices, limits, metrics, mup, optimizers
-from training import restoring, run_config
+from training import limits
 from training import starting
 from training import state as state_lib
-from training import storage
-from training import tokenizers
+from training.data import tokenizers
+from training.distributed import devices
+from training.optim import mup, optimizers
+from training.workdir import checkpoints, metrics
+from training.workdir import restoring, run_config
+from training.workdir import storage
 
 # What may be left at 0 in config.model, and the run fills in.
 DERIVED = ('vocab_size', 'max_len')
@@ -75,7 +79,8 @@ def check(config: ml_collections.ConfigDict, by_hand=()) -> None:
     by_hand: the fields that were set on the command line, or by the point of a
       sweep: one that the model does not read is refused.
   """
-  from training import examples, objectives
+  from training import objectives
+  from training.data import examples
   one_of('objective', config.objective, objectives.OBJECTIVES)
   examples.check(config)
   limits.ranges(config)
@@ -92,7 +97,7 @@ def check(config: ml_collections.ConfigDict, by_hand=()) -> None:
 
 def _check_reach(config, c: ModelConfig) -> None:
   """Raises ValueError for rows that learned positions do not reach over."""
-  from training import examples
+  from training.data import examples
   rows = examples.shapes(config)
   longest = max(rows[name][0][1] for name in ('tokens', 'decoder_tokens')
                 if name in rows)

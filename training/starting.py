@@ -11,10 +11,10 @@ import sys
 from architectures.parts import config as model_config
 from configs.errors import require
 from training import paths
-from training import restoring
-from training import run_config
 from training import state as state_lib
-from training import storage
+from training.workdir import restoring
+from training.workdir import run_config
+from training.workdir import storage
 
 
 def check(source: str) -> None:

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import optax
 
-from training import devices
-from training import mup
-from training import optimizers
+from training.distributed import devices
+from training.optim import mup
+from training.optim import optimizers
 
 
 @struct.dataclass

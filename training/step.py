@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from architectures.parts import routing
 from architectures.parts import sharding
+from architectures.parts.moe import routing
 from training import objectives
-from training import optimizers
-from training import schedules
+from training.optim import optimizers
+from training.optim import schedules
 from training.state import TrainState
 
 STREAMS = ('dropout', 'router')  # what a model draws at random

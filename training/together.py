@@ -5,8 +5,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from training import data, evaluating, flops, loop, metrics, outline, peaks
-from training import signals, watch
+from training import evaluating, loop, outline
+from training import watch
+from training.costs import flops, peaks
+from training.data import pipeline
+from training.distributed import signals
+from training.workdir import metrics
 
 
 def train(group, tokenizer) -> dict[int, str]:
@@ -25,9 +29,9 @@ class _Loop:
   def __init__(self, group, tokenizer):
     config, start = group.config, group.start
     self.group, self.config = group, config
-    self.loaders = [data.load(group.seeded(seed), tokenizer)
+    self.loaders = [pipeline.load(group.seeded(seed), tokenizer)
                     for seed in group.seeds]
-    self.eval_data = data.held_out(config, tokenizer)
+    self.eval_data = pipeline.held_out(config, tokenizer)
     sides = loop.lengths(self.loaders[0].batch(start))
     count = len(group.members)
     self.tokens = config.data.batch_size * sum(sides)

@@ -21,11 +21,13 @@ import numpy as np
 
 from configs import sharding as tables
 from configs.errors import EnvironmentFailure, require
-from training import checkpoints, devices, mup, optimizers, run_config
 from training import runs
 from training import state as state_lib
-from training import tokenizers
+from training.data import tokenizers
+from training.distributed import devices
+from training.optim import mup, optimizers
 from training.step import make_eval_step, make_train_step
+from training.workdir import checkpoints, run_config
 
 # What the runs of a group may differ in, and what a step is given it as.
 DTYPES = {

@@ -41,8 +41,8 @@ class Deferred:
     leaves = jax.tree.leaves(metrics)
     for value in leaves:
       value.copy_to_host_async()
-    # A CPU computes in the thread that dispatches (training/host.py): there
-    # the step is done by now, and not when it is read, a step later.
+    # A CPU computes in the thread that dispatches (distributed/malloc.py):
+    # there the step is done by now, and not when it is read, a step later.
     done = self._now() if all(x.is_ready() for x in leaves) else None
     return self._swap((step, metrics, done))
 
@@ -66,8 +66,8 @@ class Meter:
                peak_flops: float | None, clock=time.perf_counter):
     """Args:
       tokens_per_step: the global batch's tokens.
-      flops_per_step: model FLOPs of a training step (training/flops.py).
-      peak_flops: of all devices together (training/peaks.py), or None.
+      flops_per_step: model FLOPs of a training step (training/costs/flops.py).
+      peak_flops: of all devices together (training/costs/peaks.py), or None.
       clock: seconds, for tests.
     """
     self._tokens = tokens_per_step

@@ -27,13 +27,13 @@ import numpy as np
 import architectures
 from architectures.parts.config import ModelConfig
 from configs.errors import require
-from training import hf_config
-from training import hf_files
-from training import hf_generation
-from training import hf_names
 from training import paths
 from training import progress
 from training import state as state_lib
+from training.hf import config as hf_config
+from training.hf import files as hf_files
+from training.hf import generation as hf_generation
+from training.hf import names as hf_names
 
 SHARD_BYTES = 5 * 10**9
 PART_BYTES = 2 ** 24  # of two tensors that are compared

@@ -32,7 +32,7 @@ DECODER_ARCHS = ('bloom', 'gpt', 'gpt4-rumoured', 'gpt_neox', 'llama',
                  'mixtral')
 ENCODER_ARCHS = ('bert',)
 ENCODER_DECODER_ARCHS = ('gshard', 'switch', 't5', 'transformer')
-MUP_ARCHS = DECODER_ARCHS  # whose parameters training/mup.py has rules for
+MUP_ARCHS = DECODER_ARCHS  # those that training/optim/mup.py has rules for
 REMATS = ('none', 'full', 'dots')
 DTYPES = ('float32', 'bfloat16')
 ROUTERS = ('topk', 'switch', 'gshard', 'expert_choice', 'sigmoid', 'sinkhorn',

@@ -72,6 +72,7 @@ class FFN(nn.Module):
 def ffn(config: ModelConfig, kind: str) -> nn.Module:
   """The feed-forward part `kind`, its parameters under 'ffn'."""
   if kind == 'moe':
-    from architectures.parts import moe  # which has this file's networks
+    # Late, for it has this file's networks.
+    from architectures.parts.moe import layer as moe
     return moe.MoE(config, name='ffn')
   return FFN(config, kind, name='ffn')

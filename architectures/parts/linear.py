@@ -128,7 +128,7 @@ USEFUL = 'useful_{}_of_{}'
 
 def useful(part: int, whole: int):
   """A scope whose products count as part / whole of themselves where a model's
-  FLOPs are counted (training/flops.py): a mask hides the rest."""
+  FLOPs are counted (training/costs/flops.py): a mask hides the rest."""
   return jax.named_scope(USEFUL.format(part, whole))
 
 

@@ -25,7 +25,7 @@ class Mutant(NamedTuple):
     old: a piece of its text, which stands there once.
     new: what stands there instead.
     tests: 'FILE ...' or 'FILE ...: EXPRESSION', with FILE for
-      tests/FILE_test.py or tests/FILE.py, and pytest's expression after -k.
+      FILE_test.py in a room of tests/, and pytest's expression after -k.
     reason: why no test can notice; empty: the tests must.
   """
   file: str
@@ -51,11 +51,8 @@ class Mutant(NamedTuple):
   @property
   def test_files(self) -> list[str]:
     """The paths of the files of tests."""
-    files = []
-    for name in self.tests.partition(':')[0].split():
-      path = f'tests/{name}_test.py'
-      files.append(path if (ROOT / path).exists() else f'tests/{name}.py')
-    return files
+    return [_test_files()[name]
+            for name in self.tests.partition(':')[0].split()]
 
   @property
   def expression(self) -> str:
@@ -69,6 +66,12 @@ class Mutant(NamedTuple):
 
   def __str__(self):
     return f'{self.file}: {self.old!r} -> {self.new!r}'
+
+
+@functools.cache
+def _test_files() -> dict[str, str]:
+  return {path.stem.removesuffix('_test'): str(path.relative_to(ROOT))
+          for path in sorted((ROOT / 'tests').rglob('*_test.py'))}
 
 
 @functools.lru_cache

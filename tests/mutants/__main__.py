@@ -205,7 +205,7 @@ def update(page: str, results: dict[mutants.Mutant, Verdict]) -> str:
 
 def _row(file: str, results: dict[mutants.Mutant, Verdict]) -> str:
   by = collections.Counter(
-      re.sub(r'^tests/(.*?)(_test)?\.py.*', r'\1', result.by)
+      re.sub(r'^tests/(?:.*/)?(\w+?)(_test)?\.py.*', r'\1', result.by)
       for mutant, result in results.items() if not mutant.reason)
   equal = sum(bool(mutant.reason) for mutant in results)
   seconds = sum(result.seconds for result in results.values())

@@ -22,7 +22,7 @@ MUTANTS = {
          'parts: qk_norm'),
         ('k_BMJK = positions.rotate(k_BMJK, ctx.positions_BL, c)',
          'k_BMJK = positions.rotate(k_BMJK, ctx.positions_BL + 1, c)',
-         'test_claims: rope_turns'),
+         'claims: rope_turns'),
         ("if name == 'query' and c.init == 'fan_in'", 'if False',
          'encoder_decoder: variance_one'),
         ('key=key, scale=c.attention_scale', 'key=key, scale=1.0',

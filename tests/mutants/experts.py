@@ -1,7 +1,7 @@
 """Mutants of routers and experts: who goes where, and what it costs."""
 
 MUTANTS = {
-    'architectures/parts/routing.py': [
+    'architectures/parts/moe/routing.py': [
         ('return max(1, math.ceil(', 'return max(1, math.floor(',
          'routing: exact'),
         ('fractions.Fraction(str(factor))', 'factor', 'routing: exact'),
@@ -74,7 +74,7 @@ MUTANTS = {
         ("for stack in ('encoder', 'decoder'):",
          "for stack in ('decoder', 'encoder'):", 'routing: bias_moves'),
     ],
-    'architectures/parts/moe.py': [
+    'architectures/parts/moe/layer.py': [
         ('ctx.segment_ids_BL != 0', 'ctx.segment_ids_BL >= 0',
          'experts: padding'),
         ('valid_BL &= ctx.valid_BL != 0', 'valid_BL &= ctx.valid_BL >= 0',
@@ -100,7 +100,7 @@ MUTANTS = {
          "(E, D, F), ('experts', 'embed', 'mlp'), in_axes=(0,)",
          'mup: initial_sizes and fan_in'),
     ],
-    'architectures/parts/dispatch.py': [
+    'architectures/parts/moe/dispatch.py': [
         ('m.capacity_factor if train else m.eval_capacity_factor',
          'm.capacity_factor', 'experts: evaluation_is'),
         ('y_TD = jax.lax.psum(y_TD, axes.mlp)', 'pass',
@@ -126,7 +126,7 @@ MUTANTS = {
         ('start_n[device_A]', '0', 'expert_parallel: equals and dropless and '
          'ep_fsdp_tp'),
     ],
-    'architectures/parts/experts.py': [
+    'architectures/parts/moe/experts.py': [
         ('return keep_RF / (1 - self.rate)', 'return keep_RF * 1.0',
          'experts: training_alone'),
         ('keep_RF = bits_RF >= jnp', 'keep_RF = bits_RF < jnp',
@@ -163,7 +163,7 @@ MUTANTS = {
         ('h_ECF * mask_ECF.astype(h_ECF.dtype)', 'h_ECF',
          'experts: ways_agree and 8.0 and gated'),
     ],
-    'architectures/parts/grouped.py': [
+    'architectures/parts/moe/grouped.py': [
         ('jnp.minimum(first + size, offset_E[e] + count_E[e])',
          'first + size', 'experts: loop'),
         ('(row >= first) & (row < stop)', 'row < stop', 'experts: loop'),
@@ -182,7 +182,7 @@ MUTANTS = {
         ('rest_E > 0, jnp', 'rest_E >= 0, jnp', 'experts: follows'),
         ('a.at[e].add(b)', 'a.at[e].set(b)', 'experts: loop'),
     ],
-    'architectures/parts/health.py': [
+    'architectures/parts/moe/health.py': [
         ('return E * (share(counts', 'return (share(counts',
          'routing: by_hand'),
         ('return mean_probs_E.shape[0] * jnp', 'return jnp',
@@ -218,7 +218,7 @@ MUTANTS = {
         ("losses['router_z'] = m.z_loss_weight * z", "losses['router_z'] = z",
          'routing: by_hand'),
     ],
-    'architectures/parts/exchange.py': [
+    'architectures/parts/moe/exchange.py': [
         ('return exchange(d, receive_n, send_n, axis)',
          'return exchange(d, send_n, receive_n, axis)',
          'expert_parallel: accelerators_exchange'),

@@ -1,7 +1,7 @@
 """Mutants of checkpoints: what is saved, when, and what is read back."""
 
 MUTANTS = {
-    'training/restoring.py': [
+    'training/workdir/restoring.py': [
         ("if sums[name] != record['arrays'][name]['checksum']]",
          "if sums[name] is None]", 'restoring: every_array'),
         ("sealed['sha256'] != _digest(sealed['record'])", 'False',
@@ -37,7 +37,7 @@ MUTANTS = {
          'global_shape=x.shape, dtype=x.dtype), nested)',
          'restoring: another_mesh'),
     ],
-    'training/keeping.py': [
+    'training/workdir/keeping.py': [
         ('if len(good) == self.keep:', 'if len(good) > self.keep:',
          'keeping: kept'),
         ('      if self.is_good(step):', '      if True:', 'keeping: kept'),
@@ -46,12 +46,12 @@ MUTANTS = {
         ('*sorted(steps)[-1:]}', '}', 'keeping: kept'),
         ('sorted(steps, reverse=True)', 'sorted(steps)', 'keeping: kept'),
     ],
-    'training/step_folders.py': [
+    'training/workdir/step_folders.py': [
         ('step if name == str(step) and', 'step if', 'step_folders'),
         ('name.isascii() and name.isdecimal()', 'name.isdigit()',
          'step_folders'),
     ],
-    'training/checkpoints.py': [
+    'training/workdir/checkpoints.py': [
         ('step % self._every_steps == 0', 'step % self._every_steps == 1',
          'checkpoints: due'),
         ('self._last_time >= self._every_seconds',
@@ -75,7 +75,7 @@ MUTANTS = {
         ('    if keep < 1:\n', '    if keep < 0:\n', 'checkpoints: wrong'),
         ('    if value < 0:\n', '    if value < -9:\n', 'checkpoints: wrong'),
     ],
-    'training/checksums.py': [
+    'training/workdir/checksums.py': [
         ('jax.lax.axis_index(name) == 0', 'jax.lax.axis_index(name) >= 0',
          'restoring: another_mesh'),
         ('np.uint32(0x85EBCA6B)', 'np.uint32(0x85EBCA69)',

@@ -1,7 +1,7 @@
 """Mutants of the way from text to batches: packing, masking, order."""
 
 MUTANTS = {
-    'training/masking.py': [
+    'training/data/masking.py': [
         ('draw < 0.8)', 'draw < 0.7)', 'masking: eighty'),
         ('(draw >= 0.8) & (draw < 0.9)', '(draw >= 0.8)', 'masking: eighty'),
         ('other = rng.integers(0, tokenizer.vocab_size, len(ids))',
@@ -34,7 +34,7 @@ MUTANTS = {
         ("pad = tokenizer.special_ids.get('pad', tokenizer.sep_id)",
          'pad = 0', 'masking: bert_has'),
     ],
-    'training/packing.py': [
+    'training/data/packing.py': [
         ('np.cumsum(sizes + 1)]', 'np.cumsum(sizes)]', 'data: stream'),
         ("(rest > 0 and corpus.split == 'eval')", '0', 'data: held_out'),
         ("(rest > 0 and corpus.split == 'eval')", '(rest > 0)', 'data: stream'),
@@ -67,7 +67,7 @@ MUTANTS = {
         ("room = corpus.config.data.length - 2\n",
          'room = corpus.config.data.length - 3\n', 'masking: full_of_text'),
     ],
-    'training/data.py': [
+    'training/data/pipeline.py': [
         ('default_rng([seed, g])', 'default_rng([seed])', 'draws: new_one'),
         ('default_rng([seed, g])', 'default_rng([g])', 'draws: epoch'),
         ('default_rng([seed, g])',
@@ -101,7 +101,7 @@ MUTANTS = {
          'data: ignores_the_seed'),
         ('weight / sum(weights)', '1 / len(weights)', 'evaluating: mixture'),
     ],
-    'training/pairs.py': [
+    'training/data/pairs.py': [
         ('np.concatenate([[start], target[:-1]])', 'target',
          'objectives_seq: holds_the_text'),
         ('weights=real(len(target), L)', 'weights=real(len(target) - 1, L)',
@@ -118,7 +118,7 @@ MUTANTS = {
         ('config.data.target_length or config.data.length',
          'config.data.length', 'objectives_seq: follow'),
     ],
-    'training/spans.py': [
+    'training/data/spans.py': [
         ('round(n * density)', 'int(n * density)', 'objectives_seq: rates'),
         ('return cut, min(max(round(', 'return cut, min(max(int(',
          'objectives_seq: rates'),
@@ -132,7 +132,7 @@ MUTANTS = {
         ('cut + spans + 1\n', 'cut + spans\n',
          'objectives_seq: holds_the_text'),
     ],
-    'training/examples.py': [
+    'training/data/examples.py': [
         ('index_L < window.size - 1', 'index_L < window.size',
          'data: held_out'),
         ('window.tokens[:-1], window.tokens[1:]',
@@ -143,7 +143,7 @@ MUTANTS = {
         ('rng.integers(1, config.data.length)', '1 + 0 * config.data.length',
          'draws: new_one'),
     ],
-    'training/conversations.py': [
+    'training/data/conversations.py': [
         ('weights=told[1:]', 'weights=told[:-1]', 'conversations: turns'),
         ('(text, says), (tail, says))', '(text, says), (tail, False))',
          'conversations: turns'),

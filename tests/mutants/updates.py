@@ -114,7 +114,7 @@ MUTANTS = {
         ('(batch[key] != 0).astype', '(batch[key] >= 0).astype',
          'step: micro_batch'),
     ],
-    'training/optimizers.py': [
+    'training/optim/optimizers.py': [
         ('optax.scale_by_adam(optim.b1, optim.b2, optim.eps)',
          'optax.scale_by_adam(optim.b2, optim.b1, optim.eps)',
          'optimizers: adamw_by'),
@@ -150,7 +150,7 @@ MUTANTS = {
         ("schedules.refuse_unread(optim, 'name', READS)", 'pass',
          'optimizers: honoured'),
     ],
-    'training/adafactor.py': [
+    'training/optim/adafactor.py': [
         ('_EPS = 1e-30', '_EPS = 1e-3', 'optimizers: equals_optax'),
         ('_DECAY = 0.8', '_DECAY = 0.9', 'optimizers: equals_optax'),
         ('_CLIP = 1.0', '_CLIP = 100.0', 'optimizers: equals_optax'),
@@ -166,7 +166,7 @@ MUTANTS = {
         ('decay * full + (1 - decay) * square', 'square',
          'optimizers: equals_optax'),
     ],
-    'training/matrices.py': [
+    'training/optim/matrices.py': [
         ("('.*attention/out', (2, 1))", "('.*attention/out', (1, 2))",
          'optimizers: picture'),
         ("_bias', (2, 0))", "_bias', (1, 0))", 'optimizers: picture'),
@@ -174,7 +174,7 @@ MUTANTS = {
          'optimizers: picture'),
         ('tuple(range(split - inputs)),', '(),', 'optimizers: picture'),
     ],
-    'training/mup.py': [
+    'training/optim/mup.py': [
         ("'hidden': lambda r, head: 1 / r", "'hidden': lambda r, head: 1.0",
          'mup: agree and plain and gpt'),
         ("'vector': lambda r, head: r,", "'vector': lambda r, head: 1.0,",
@@ -188,7 +188,7 @@ MUTANTS = {
         ("('.*/router', 'vector')", "('.*/router', 'hidden')",
          'mup: agree and plain and mixtral'),
     ],
-    'training/schedules.py': [
+    'training/optim/schedules.py': [
         ('jnp.asarray(count, jnp.float32) + 1',
          'jnp.asarray(count, jnp.float32)', 'schedules: by_hand'),
         ('low + (1 - low) * 0.5 *', 'low + 0.5 *', 'schedules: by_hand'),

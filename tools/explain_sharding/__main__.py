@@ -36,7 +36,7 @@ def main():
     raise RequestError('pass --config FILE.py:SIZE')
   os.environ['JAX_PLATFORMS'] = 'cpu'  # before jax is imported
   from configs import sharding as tables
-  from training import devices
+  from training.distributed import devices
   config = args.config
   mesh = (devices.parse_mesh(args.mesh, 0) if args.mesh else
           {axis: abs(config.mesh[axis]) for axis in tables.MESH_AXES})

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from architectures.parts import sharding
 from tools.explain_sharding import rules
-from training import examples, objectives, paths, state
+from training import objectives, paths, state
+from training.data import examples
 
 _SCOPE = re.compile(rf'{sharding.AXES}\(([^()]*)\)')
 

@@ -11,11 +11,12 @@ python -m tools.plan says what it chose.
 
 import math
 
-from architectures.parts import dispatch
-from architectures.parts.moe import routing_groups
+from architectures.parts.moe import dispatch
+from architectures.parts.moe.layer import routing_groups
 from configs import sharding as tables
 import jax.numpy as jnp
-from training import devices, examples
+from training.data import examples
+from training.distributed import devices
 
 PASSES = {'full': 3, 'dots': 2, 'none': 2}  # that use a weight, by remat
 

@@ -5,7 +5,9 @@ import math
 import jax
 
 from tools.explain_sharding import arrays, predict
-from training import devices, runs, tokenizers
+from training import runs
+from training.data import tokenizers
+from training.distributed import devices
 
 MIB = 2 ** 20
 

@@ -12,7 +12,8 @@ from absl import flags
 
 from configs.errors import RequestError, require
 from tools.plan import chips
-from training import cli, storage
+from training import cli
+from training.workdir import storage
 
 STOPPED = 75  # the exit code of a run that has more to do
 
@@ -150,7 +151,8 @@ def _check(config, num_devices: int, slices: int,
            chip: chips.Chip | None) -> None:
   """Refuses a config that cannot run, a mesh that does not fit, and a state
   that is too large."""
-  from training import devices, runs
+  from training import runs
+  from training.distributed import devices
   runs.check(config)
   if not num_devices:
     return
@@ -167,7 +169,7 @@ def _check(config, num_devices: int, slices: int,
 
 def _check_memory(config, model, shape, chip: chips.Chip) -> None:
   """Refuses what needs more than a device has, whatever the compiler does."""
-  from training import memory
+  from training.costs import memory
   needed = memory.least(memory.described(config, model, shape))
   total = needed.pop('peak')
   gib = lambda n: f'{n / chips.GIB:,.1f} GiB'

@@ -9,8 +9,11 @@ import numpy as np
 from configs.errors import require
 from tools.plan import cache, chips, collectives, compile as compiling
 from tools.plan import roofline, topology as topologies
-from training import costs, devices, examples, flops, memory, runs, tokenizers
-from training import traced
+from training import runs
+from training.costs import totals, flops, memory
+from training.costs import traced
+from training.data import examples, tokenizers
+from training.distributed import devices
 
 GIB = chips.GIB
 
@@ -219,5 +222,5 @@ def hosts(run: runs.Run, topology: chips.Topology) -> np.ndarray:
 
 def active_parameters(run: runs.Run) -> dict:
   """Returns parameters in all, and those at work for one token."""
-  figures = costs.count(run.config, model=run.model)
+  figures = totals.count(run.config, model=run.model)
   return {name: figures[name] for name in ('parameters', 'active_parameters')}

@@ -9,13 +9,12 @@ import pathlib
 import sys
 from typing import Optional
 
-from training import token_cache
+from training.data import token_cache
 
 _ROOT = pathlib.Path(__file__).parents[2]
 # What reports depend on, besides the program.
-CODE = ('tools/plan/*.py', 'training/costs.py', 'training/devices.py',
-        'training/examples.py', 'training/flops.py', 'training/memory.py',
-        'training/peaks.py', 'training/traced.py', 'architectures/**/*.py')
+CODE = ('tools/plan/*.py', 'training/costs/*.py', 'architectures/**/*.py',
+        'training/distributed/devices.py', 'training/data/examples.py')
 
 
 def key(lowered_text: str, *facts) -> str:

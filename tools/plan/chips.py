@@ -2,12 +2,13 @@
 
 Every figure is of one jax device. TPUs: docs.cloud.google.com/tpu/docs, the
 pages v4, v5e, v5p, v6e and tpu7x (tables 'key specifications' and
-'configurations'); compute peaks are training/peaks.py's, with its sources.
-`hbm` is what the TPU compiler lets a program use, which is a little less than
-the chip has. `links` is the sum of a device's links in one direction: half of
-the 'bidirectional' bandwidth. GPUs: datasheets of A100, H100, H200 and HGX
-B200 at nvidia.com, NVLink likewise halved; `outside` is the one 200 or 400
-Gb/s adapter a GPU of a DGX A100, H100, H200 or B200.
+'configurations'); compute peaks are those of
+training/costs/peaks.py, with its sources. `hbm` is what the TPU compiler lets a
+program use, which is a little less than the chip has. `links` is the sum of a
+device's links in one direction: half of the 'bidirectional' bandwidth. GPUs:
+datasheets of A100, H100, H200 and HGX B200 at nvidia.com, NVLink likewise
+halved; `outside` is the one 200 or 400 Gb/s adapter a GPU of a DGX A100, H100,
+H200 or B200.
 """
 
 from typing import NamedTuple, Optional
@@ -24,7 +25,7 @@ class Chip(NamedTuple):
 
   Attributes:
     platform: tpu or cuda.
-    kind: its name in training/peaks.py.
+    kind: its name in training/costs/peaks.py.
     cores: TensorCores of one device; TPUs only.
     devices: jax devices a chip.
     hbm: bytes that a program may use.

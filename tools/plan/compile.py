@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from configs.errors import RequestError, one_of, require
-from training import examples, generate, objectives, progress, runs
+from training import generate, objectives, progress, runs
+from training.data import examples
 from training.step import make_train_step
 
 DECODED = 64  # tokens that `decode` adds to each prompt

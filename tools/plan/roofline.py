@@ -9,8 +9,9 @@ import math
 
 import jax
 
-from training import memory, peaks, runs
 from tools.plan.chips import Topology
+from training import runs
+from training.costs import memory, peaks
 
 
 def peak_flops(topology: Topology, dtype: str) -> float:

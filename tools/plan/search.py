@@ -20,7 +20,10 @@ from configs.errors import RequestError
 from tools.plan import analyse, chips, collectives, compile as compiling
 from tools.plan import roofline
 from tools.plan import topology as topologies
-from training import devices, memory, progress, runs, tokenizers
+from training import progress, runs
+from training.costs import memory
+from training.data import tokenizers
+from training.distributed import devices
 
 REMATS = ('none', 'dots', 'full')
 # Forward passes in a step, the one that remat adds included: 'dots' repeats

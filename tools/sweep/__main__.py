@@ -24,7 +24,7 @@ from training import cli
 COMMANDS = {
     'check': ('tools.sweep.check', 'what every point changes and costs'),
     'run': ('tools.sweep.run', 'train what is not done yet'),
-    'report': ('tools.sweep.report', 'report.html and report.csv'),
+    'report': ('tools.sweep.report.command', 'report.html and report.csv'),
     'fit': ('tools.sweep.fit', 'the scaling law of a ladder'),
     'status': ('tools.sweep.status', 'how far each point is'),
 }

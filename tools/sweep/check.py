@@ -62,7 +62,7 @@ def check(args) -> dict:
   Raises:
     ValueError: for the first bad point.
   """
-  from training import run_config
+  from training.workdir import run_config
   cost.off_devices()
   sweep = spec.load(args.file, args.seeds)
   if args.match_field != matching.FIELD and not args.match:
@@ -119,7 +119,7 @@ def _check_differences(sweep, description: dict) -> None:
   not what the file made of it, or differs from the base in a key that it did
   not declare: mistakes of this program alone. What a declared change makes of
   fields that were left open is no such difference: `follows` tells it."""
-  from training import run_config
+  from training.workdir import run_config
   base = run_config.flatten(run_config.from_json(description['base_config']))
   description = json.loads(json.dumps(description))
   for made, point in zip(sweep.points, description['points'], strict=True):
@@ -168,7 +168,7 @@ def _same(workdir, what: str, old, new) -> None:
   if old == new:
     return
   if what == 'base_config':
-    from training import run_config
+    from training.workdir import run_config
     old, new = run_config.flatten_dict(old), run_config.flatten_dict(new)
     what = 'the base, in ' + ', '.join(
         key for key in {**old, **new} if old.get(key) != new.get(key))
@@ -242,7 +242,7 @@ def _ratio(point, base, figure: str) -> str:
 
 
 def _differences(description, point) -> str:
-  from training import run_config
+  from training.workdir import run_config
   base = run_config.flatten_dict(description['base_config'])
   told = [f'{key}={_short(value)}' + ' (matched)' * (key in point['matched'])
           for key, value in point['changes'].items() if value != base[key]]

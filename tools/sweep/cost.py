@@ -34,7 +34,8 @@ def off_devices() -> None:
 def of(config) -> Cost:
   """Returns what a run of `config` costs; ValueError for a bad model."""
   import architectures
-  from training import flops, run_config
+  from training.costs import flops
+  from training.workdir import run_config
   model = _resolved(config)
   length = config.data.length
   both = architectures.stack(model) == 'encoder-decoder'
@@ -59,8 +60,10 @@ def bytes_per_device(config, devices: int = 0) -> dict[str, int]:
     ValueError: for whatever a run would refuse before it starts.
   """
   from configs import sharding as tables
-  from training import devices as devices_lib
-  from training import memory, runs, sources
+  from training.distributed import devices as devices_lib
+  from training import runs
+  from training.costs import memory
+  from training.data import sources
   runs.check(config)
   for source in filter(None, (config.data.source, config.data.eval_source)):
     sources.parse(source)
@@ -74,12 +77,14 @@ def _kept(config) -> int:
   """Bytes that a whole batch keeps for the backward pass, whatever the mesh:
   traced on one CPU device, once for points that differ in numbers alone."""
   from configs import sharding as tables
-  from training import memory, run_config, runs
+  from training import runs
+  from training.costs import memory
+  from training.workdir import run_config
   key = tuple((name, value) for name, value in run_config.flatten(
       config).items() if not name.startswith(('optim.', 'mesh.', 'seed')))
   if key not in _KEPT:
     import jax
-    from training import devices
+    from training.distributed import devices
     alone = devices.make_mesh(dict.fromkeys(tables.MESH_AXES, 1),
                               jax.devices()[:1])
     _KEPT[key] = memory.kept(runs.start(config, _resolved(config), alone))
@@ -97,12 +102,12 @@ def _resolved(config):
 
 @functools.cache
 def _tokenizer(name: str):
-  from training import tokenizers
+  from training.data import tokenizers
   return tokenizers.load(name)
 
 
 @functools.cache
 def _parameters(model) -> tuple[int, int]:
   """Sweeps of the optimiser ask for the same model many times."""
-  from training import costs
-  return costs.parameters(model)
+  from training.costs import totals
+  return totals.parameters(model)

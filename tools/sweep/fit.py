@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args) -> int:
-  from tools.sweep import curves
+  from tools.sweep.report import curves
   from training import limits
   # An interval needs 40 or more.
   limits.number('--draws', args.draws, (('>=', 40), ('<=', 1_000_000)))

@@ -8,7 +8,8 @@ import tempfile
 
 from configs.errors import RequestError, require
 from tools.sweep import spec
-from training import schema, storage
+from training import schema
+from training.workdir import storage
 
 
 # What is read of a point, of sweep.json, and of the evaluations.
@@ -84,7 +85,8 @@ def _check(description: dict, who: str) -> None:
           f'{who} is damaged: two points have one name')
   require(description['base'] in points, f'{who} is damaged: its base '
           f'{description["base"]!r} is none of its points')
-  from training import limits, run_config
+  from training import limits
+  from training.workdir import run_config
   tree = run_config.tuples(description['base_config'])
   run_config.check_fields(tree, f'{who} is damaged: base_config: ')
   base = run_config.from_json(tree)
@@ -111,7 +113,7 @@ def row_of(description: dict, point: str) -> dict:
 def config(description: dict, point: str, seed: int):
   """Returns the config of a run as sweep.json has it, whatever the sweep's
   file says by now."""
-  from training import run_config
+  from training.workdir import run_config
   base = run_config.from_json(description['base_config'])
   row = row_of(description, point)
   return spec.changed(base, {**row['changes'], 'seed': seed},
@@ -125,7 +127,7 @@ def differing(description: dict, workdir, point: str, seed: int
   Raises:
     ValueError: where its config.json is missing or damaged.
   """
-  from training import run_config
+  from training.workdir import run_config
   got = run_config.flatten(run_config.load(run_folder(workdir, point, seed)))
   expected = run_config.flatten(config(description, point, seed))
   return [name for name in {**expected, **got}
@@ -136,7 +138,7 @@ def differing(description: dict, workdir, point: str, seed: int
 def codes(workdir, runs) -> list[str]:
   """Returns the different codes that trained the (point, seed) of a sweep, as
   far as they are known."""
-  from training import provenance, run_config
+  from training.workdir import provenance, run_config
   starts = []
   for point, seed in runs:
     # A config that is damaged is reported where the run is looked at.
@@ -157,7 +159,7 @@ def metrics(folder: pathlib.Path, split: str) -> list[dict]:
   path = folder / 'metrics.jsonl'
   if not path.is_file():
     return []
-  from training import metrics as metrics_lib
+  from training.workdir import metrics as metrics_lib
   return [row for row in metrics_lib.read(path) if row['split'] == split]
 
 

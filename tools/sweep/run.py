@@ -96,7 +96,7 @@ def _stranger(description: dict, workdir, run) -> str:
 
 
 def _local(args, description, ledger) -> bool:
-  from tools.sweep import local
+  from tools.sweep.launchers import local
   return local.Runner(description, args.workdir, ledger, args.parallel,
                       args.group if args.vectorised else 1).run()
 
@@ -109,7 +109,7 @@ def _print(args, description, ledger) -> bool:
 
 
 def _slurm(args, description, ledger) -> bool:
-  from tools.sweep import slurm
+  from tools.sweep.launchers import slurm
   waiting = len(ledger.runs(ledger_lib.PENDING) + ledger.runs(ledger_lib.OWED))
   if waiting:
     folder = pathlib.Path(args.workdir) / 'slurm'

@@ -9,7 +9,8 @@ import argparse
 import contextlib
 
 from configs.errors import EnvironmentFailure, RequestError
-from training import cli, interrupts
+from training import cli
+from training.distributed import interrupts
 
 UNFINISHED = 3  # exit code: the log of each run that did not end says why
 
@@ -25,8 +26,9 @@ def main() -> int:
                       help='what to evaluate instead of training')
   args = parser.parse_args()
   from tools.sweep import layout
-  from training import host, vectorised
-  host.settle()
+  from training import vectorised
+  from training.distributed import malloc
+  malloc.settle()
   description = layout.load(args.workdir)
   runs = [(point, int(seed)) for point, seed in (
       run.split('/') for run in args.runs.split(','))]
@@ -47,7 +49,9 @@ def _evaluate(folders, tasks: list[str]) -> int:
   """Evaluates runs one after the other, each into its own log; those of one
   model and data share what was compiled."""
   from absl import flags
-  from training import eval_flags, evals, storage
+  from training import evals
+  from training.evals import flags as eval_flags
+  from training.workdir import storage
   from training.evals import checkpoint
   eval_flags.define()
   flags.FLAGS(['worker'])  # the defaults of eval.py

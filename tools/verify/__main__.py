@@ -24,7 +24,8 @@ import tempfile
 
 from absl import flags
 
-from training import cli, storage
+from training import cli
+from training.workdir import storage
 
 FOLDER = pathlib.Path(__file__).parents[2] / 'tests' / 'data' / 'parity'
 flags.DEFINE_list('systems', [], 'Which systems; none: all.')

@@ -12,9 +12,9 @@ import architectures
 from architectures.parts.config import ENCODER_DECODER_ARCHS
 from tools.verify.recording import Recording
 from training import generate
-from training import hf_config
 from training import paths
 from training import weights
+from training.hf import config as hf_config
 
 NEW_TOKENS = 64
 LIMITS = dict(output=1e-5, grads=1e-4, layer=1e-5, greedy=0.0, export=1e-6)

@@ -21,8 +21,9 @@ from architectures.parts import checks
 from architectures.parts.config import ModelConfig
 from configs.errors import RequestError
 from tools.verify import cases, compare, reference
-from training import hf_config, paths, weights
+from training import paths, weights
 from training import state as state_lib
+from training.hf import config as hf_config
 
 # What every system is made to before it is changed.
 SIZES = dict(d_model=32, num_layers=2, num_heads=4, head_dim=0, d_ff=0,

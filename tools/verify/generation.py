@@ -6,8 +6,11 @@ import tempfile
 
 from tools.verify import reference
 from tools.verify.cases import SYSTEMS
-from training import conversations, hf_generation, hf_tokenizer
-from training import tokenizers, weights
+from training import weights
+from training.data import conversations
+from training.data import tokenizers
+from training.hf import generation as hf_generation
+from training.hf import tokenizer as hf_tokenizer
 
 CHAT = [dict(role='user', content='Hello!'),
         dict(role='assistant', content='Hi!'),

@@ -17,7 +17,9 @@ from typing import Any
 import architectures
 from configs.errors import RequestError
 from tools.verify import cases, compare, exports, reference
-from training import hf_config, hf_files, weights
+from training import weights
+from training.hf import config as hf_config
+from training.hf import files as hf_files
 
 # Other values of a field that holds a name.
 NAMES = {

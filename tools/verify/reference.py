@@ -11,7 +11,7 @@ from tools.verify import compare
 from tools.verify.cases import NO_GREEDY, SYSTEMS
 from tools.verify.mend import mend
 from tools.verify.recording import HALF, Recording
-from training import hf_files
+from training.hf import files as hf_files
 
 
 def run(system: str, case: str, *, greedy: bool = True) -> Recording:

@@ -48,7 +48,7 @@ def main():
   require(args.tolerance >= 0, f'--tolerance is {args.tolerance}: it must be '
           '>= 0')
   from tools.verify_resume import runs
-  from training import storage
+  from training.workdir import storage
   json_file = storage.output(args.json, '--json')
   if args.folder:
     storage.try_folder(args.folder, '--folder')

@@ -12,7 +12,9 @@ import sys
 from configs import sharding as tables
 from configs.errors import EnvironmentFailure, RequestError
 from tools import tether
-from training import devices, restoring, runs, step_folders
+from training import runs
+from training.distributed import devices
+from training.workdir import restoring, step_folders
 
 AXES = tables.MESH_AXES
 

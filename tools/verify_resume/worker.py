@@ -14,7 +14,8 @@ import time
 from absl import flags
 
 from configs.errors import EnvironmentFailure
-from training import restoring, signals
+from training.distributed import signals
+from training.workdir import restoring
 
 SAVE_SECONDS = 600
 

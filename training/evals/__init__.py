@@ -14,7 +14,7 @@ from typing import Any
 from etils import epath
 
 from configs.errors import one_of, require
-from training import run_config, storage
+from training.workdir import run_config, storage
 
 
 

@@ -3,8 +3,9 @@
 import json
 import sys
 
-from training import evals, metrics, restoring, run_config, runs, storage
-from training import tokenizers
+from training import evals, runs
+from training.data import tokenizers
+from training.workdir import metrics, restoring, run_config, storage
 
 
 def evaluate(workdir, tasks: dict, options, *, step: int | None, text: str,

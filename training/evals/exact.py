@@ -6,11 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs.errors import require
-from training import data
 from training import evaluating
 from training import generate
-from training import pairs
 from training import progress
+from training.data import pairs
+from training.data import pipeline
 
 
 def check(options, config, workdir, task: str = 'exact') -> None:
@@ -43,7 +43,7 @@ def written(evaluation) -> tuple[list, list[list[tuple]]]:
   """Returns the loaders of what is held out, and of each what `translate`
   does of its rows."""
   run, config = evaluation.run, evaluation.run.config
-  loaders = data.held_out(config, evaluation.tokenizer)
+  loaders = pipeline.held_out(config, evaluation.tokenizer)
   found = []
   for loader in loaders:
     found.append([])

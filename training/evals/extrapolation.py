@@ -20,12 +20,12 @@ import numpy as np
 import architectures
 from architectures.parts.config import ROPE_SCALINGS
 from configs.errors import require
-from training import data
-from training import devices
 from training import evals
 from training import losses
 from training import objectives
 from training import progress
+from training.data import pipeline
+from training.distributed import devices
 from training.evals.by_position import Text, loss_at
 
 FILE = 'extrapolation.png'
@@ -94,7 +94,7 @@ def _sources(evaluation, length: int, multiple: int):
   shards = math.prod(evaluation.run.mesh.shape.values())
   rows = max(config.data.batch_size // multiple // shards, 1) * shards
   config.data.update(length=length, batch_size=rows)
-  loaders = data.held_out(config, evaluation.tokenizer,
+  loaders = pipeline.held_out(config, evaluation.tokenizer,
                           *devices.batch_shard(evaluation.run.place, rows))
   for loader in loaders:
     batches = [devices.put(batch, evaluation.run.place)

@@ -4,10 +4,10 @@ Of several sources the figures are means by the weights of data.eval_source,
 or of data.source, and each source's own stand beside them.
 """
 
-from training import data
-from training import devices
 from training import evaluating
 from training import progress
+from training.data import pipeline
+from training.distributed import devices
 from training.step import make_eval_step
 
 
@@ -18,8 +18,9 @@ def check(options, config, workdir) -> None:
 def run(evaluation) -> dict:
   """Evaluates every held-out token once."""
   config, place = evaluation.run.config, evaluation.run.place
-  loaders = data.held_out(config, evaluation.tokenizer, *devices.batch_shard(
-      place, config.data.batch_size))
+  loaders = pipeline.held_out(
+      config, evaluation.tokenizer,
+      *devices.batch_shard(place, config.data.batch_size))
   step = evaluation.program(
       lambda: make_eval_step(evaluation.run.module, config), 'loss')
   sums = [evaluating.sums(

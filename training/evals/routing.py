@@ -6,13 +6,13 @@ their weights."""
 import jax
 import numpy as np
 
-from architectures.parts import health
+from architectures.parts.moe import health
 from configs.errors import require
-from training import data
-from training import devices
 from training import evals
 from training import objectives
 from training import progress
+from training.data import pipeline
+from training.distributed import devices
 
 FILE = 'routing.png'
 BATCHES = 16
@@ -45,7 +45,7 @@ def run(evaluation) -> dict:
   step = evaluation.program(lambda: told, 'routing')
 
   panels, weights_S = [], []
-  for loader in data.held_out(config, evaluation.tokenizer,
+  for loader in pipeline.held_out(config, evaluation.tokenizer,
                               *devices.batch_shard(
                                   run_.place, config.data.batch_size)):
     found, tokens_S = zip(*[jax.device_get(step(evaluation.params, devices.put(

@@ -6,11 +6,11 @@ import numpy as np
 
 from architectures.parts.encoder_decoder import EncoderDecoder
 from configs.errors import require
-from training import conversations
 from training import generate
 from training import objectives
-from training import pairs
 from training import progress
+from training.data import conversations
+from training.data import pairs
 
 
 def check(options, config, workdir) -> None:

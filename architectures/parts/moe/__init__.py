@@ -1,0 +1,1 @@
+"""The mixture of experts: routers, experts, and how tokens reach them."""

@@ -1,0 +1,312 @@
+"""Where the experts are computed: on this device, or spread over the mesh.
+
+On a mesh, `shard_map` hands each device its tokens (split over the axes of
+'tokens') and its experts (over the axis of 'experts'). Assignments are sorted
+by the device of their expert, cross with one all-to-all, pass through the
+expert, and return with a second; the backward pass has the same two. Once
+dispatched, the batch is off the expert axis. Weights are gathered over the
+axes of 'embed' (ZeRO-3), and with 'mlp' over tensor the halves of a result
+are summed after they have returned, when there are fewest.
+
+Where remat remakes a layer, 'dots' included, the two forward crossings run
+again: 6. To keep what has crossed would take room for the worst routing, n
+times the rows that are there, and the hidden units' several times that.
+
+Bytes that a device sends for each of its tokens, in each crossing:
+
+  r * D * itemsize * (n - 1) / n
+
+with n the devices along the expert axis and r the rows of the buffer a token:
+  sorted, einsum   E * C / T    C a device's slots of an expert, see `slots`
+  dropless         n * min(X, E / n), the bound that no routing exceeds
+(XLA's CPU backend has no all-to-all of bfloat16, and sends it as float32.)
+
+Forward go besides, as int32: the id of each row, where experts have dropout,
+and in dropless how many rows are for each of the E experts.
+
+On TPU and GPU dropless sends only the rows that are full
+(`ragged_all_to_all`): X * (n - 1) / n of them in even load.
+
+A capacity bounds what an expert takes of a group. A group of many devices may
+fill an expert from one of them, so padding keeps the whole group's slots on
+each: the work of a device would not fall with their number. `auto` pads only
+where that costs little, and is dropless, which has the same drops, elsewhere.
+"""
+
+import functools
+from typing import Optional
+
+from flax import struct
+import jax
+from jax.sharding import PartitionSpec
+import jax.numpy as jnp
+
+from architectures.parts import sharding
+from architectures.parts.config import MoEConfig
+from architectures.parts.moe import exchange
+from architectures.parts.moe import experts as here
+from architectures.parts.moe import grouped_kernels
+from architectures.parts.moe import routing
+from configs.errors import require
+
+
+PADDING = 2
+
+
+@struct.dataclass
+class Axes:
+  """The mesh axes of more than one device, by what lies on them."""
+  tokens: tuple[str, ...] = struct.field(pytree_node=False, default=())
+  experts: tuple[str, ...] = struct.field(pytree_node=False, default=())
+  mlp: tuple[str, ...] = struct.field(pytree_node=False, default=())
+  embed: tuple[str, ...] = struct.field(pytree_node=False, default=())
+
+
+def mesh_axes() -> Optional[Axes]:
+  """Where the installed rules put things; None: all on each device."""
+  names = [sharding.mesh_axes(a) for a in ('tokens', 'experts', 'mlp', 'embed')]
+  return Axes(*names) if any(names) else None
+
+
+def expert_shards() -> int:
+  """Over how many devices the experts are spread."""
+  axes = mesh_axes()
+  return sharding.size(axes.experts) if axes else 1
+
+
+def slots(m: MoEConfig, factor: float, tokens: int, groups: int,
+          shards: int) -> int:
+  """C: a device's slots of an expert that T tokens of it may choose.
+
+  Args:
+    factor: of capacity; 0: none, so that all may come.
+    tokens: of all devices, in `groups` groups.
+    shards: devices that the tokens are split over.
+  """
+  T = -(-tokens // shards)
+  if not factor:
+    return T
+  one = routing.capacity(factor, tokens // groups, m.top_k, m.num_experts)
+  return min(T, max(1, groups // shards) * one)
+
+
+def way(m: MoEConfig, factor: float, tokens: int, groups: int,
+        shards: int) -> str:
+  """The way of `auto`: a batch of padded experts where their slots are at most
+  PADDING times a device's assignments, or groups without a bound."""
+  if m.dispatch != 'auto':
+    return m.dispatch
+  if m.router == 'expert_choice':  # fills its slots, all of them
+    return 'sorted'
+  rows = m.num_experts * slots(m, factor, tokens, groups, shards)
+  fits = rows <= PADDING * m.top_k * -(-tokens // shards)
+  return 'sorted' if factor and fits else 'dropless'
+
+
+def experts(m: MoEConfig, x_TD: jax.Array, routed: routing.Routing,
+            w: here.Weights, groups: int, dropout: Optional[here.Dropout], *,
+            train: bool):
+  """Returns (y_TD, kept_A: the assignments that found room)."""
+  factor = m.capacity_factor if train else m.eval_capacity_factor
+  T, axes = x_TD.shape[0], mesh_axes()
+  compute = functools.partial(_compute, m, factor, T, groups)
+  if axes is None:
+    return compute(Axes(), x_TD, routed, w, dropout)
+  shards = sharding.size(axes.tokens)
+  _check_groups(T, groups, shards, bool(routed.choices))
+  x_TD, routed = _pad(x_TD, routed, -T % shards)
+  tokens, rows = PartitionSpec(axes.tokens or None), routed.expert_A.shape[0]
+  y_TD, kept_A = jax.shard_map(
+      functools.partial(compute, axes),
+      in_specs=(tokens, jax.tree.map(lambda _: tokens, routed), _specs(w, axes),
+                PartitionSpec()),
+      out_specs=(tokens, tokens), check_vma=False)(x_TD, routed, w, dropout)
+  return y_TD[:T], kept_A[:rows - routed.choices * (-T % shards)]
+
+
+def _specs(w: here.Weights, axes: Axes) -> here.Weights:
+  e, f, d = (a or None for a in (axes.experts, axes.mlp, axes.embed))
+  specs = here.Weights(
+      PartitionSpec(e, d, f), PartitionSpec(e, f, d), PartitionSpec(e, d, f),
+      PartitionSpec(e, f), PartitionSpec(e, f), PartitionSpec(e, d))
+  return jax.tree.map(lambda spec, x: None if x is None else spec, specs, w,
+                      is_leaf=lambda x: isinstance(x, PartitionSpec))
+
+
+def _pad(x_TD, routed, more: int):
+  """Adds tokens that go nowhere, to fill the shards."""
+  if not more:
+    return x_TD, routed
+  E, rows = routed.probs_TE.shape[1], more * routed.choices
+  add = lambda x, n, value=0: jnp.pad(
+      x, ((0, n),) + ((0, 0),) * (x.ndim - 1), constant_values=value)
+  return add(x_TD, more), routed.replace(
+      expert_A=add(routed.expert_A, rows, E), gate_A=add(routed.gate_A, rows),
+      token_A=add(routed.token_A, rows),  # void, so any token will do
+      probs_TE=add(routed.probs_TE, more))
+
+
+def _compute(m: MoEConfig, factor: float, tokens: int, groups: int, axes: Axes,
+             x_TD, routed, w, dropout):
+  """One device's share. `tokens`: of all devices, padding apart."""
+  T, E, X = x_TD.shape[0], m.num_experts, routed.choices
+  shards = sharding.size(axes.tokens) if axes.tokens else 1
+  index = jax.lax.axis_index(axes.tokens) if axes.tokens else 0
+  if X:
+    token_A = jnp.arange(T * X, dtype=jnp.int32) // X
+  else:
+    token_A = routed.token_A - index * T
+  routed = routed.replace(token_A=token_A)
+  if X and factor:
+    routed = routed.replace(expert_A=routing.limit(
+        routed.expert_A, choices=X, groups=max(1, groups // shards),
+        slots=routing.capacity(factor, tokens // groups, X, E), experts=E,
+        earlier=_earlier(axes, groups) if groups < shards else None))
+  if dropout is not None:
+    dropout = dropout.replace(
+        first_row=index * routed.expert_A.shape[0],
+        first_unit=(jax.lax.axis_index(axes.mlp) * w.up_EDF.shape[2]
+                    if axes.mlp else 0))
+  devices = sharding.size(axes.experts)
+  bound = (T * min(X, E // devices) if X else
+           routed.expert_A.shape[0] // devices)
+  run = here.Local(_gather(w, axes), dropout, m.ffn,
+                   max(1, T * devices * m.top_k // E),
+                   grouped_kernels.choose(m), E)
+  if axes.experts:
+    run = Spread(run, axes.experts[0], bound)
+  room = (slots(m, factor, tokens, groups, shards) if X else
+          routed.expert_A.shape[0] // E)
+  y_TD = here.WAYS[way(m, factor, tokens, groups, shards)](
+      x_TD, routed, run, room)
+  if axes.mlp:
+    y_TD = jax.lax.psum(y_TD, axes.mlp)
+  return y_TD, routed.expert_A < E
+
+
+def _gather(w: here.Weights, axes: Axes) -> here.Weights:
+  """Whole weights of this device's experts, but for the share of 'mlp'."""
+  if axes.embed:
+    gather = lambda x, axis: None if x is None else jax.lax.all_gather(
+        x, axes.embed, axis=axis, tiled=True)
+    w = w.replace(
+        up_EDF=gather(w.up_EDF, 1), gate_EDF=gather(w.gate_EDF, 1),
+        down_EFD=gather(w.down_EFD, 2), down_bias_ED=gather(w.down_bias_ED, 1))
+  if axes.mlp and w.down_bias_ED is not None:  # once, not once a shard
+    first = jax.lax.axis_index(axes.mlp) == 0
+    w = w.replace(down_bias_ED=jnp.where(first, w.down_bias_ED, 0))
+  return w
+
+
+def _earlier(axes: Axes, groups: int):
+  """For routing.limit: a group that goes over several shards."""
+  def earlier(count_1XE):
+    shards = sharding.size(axes.tokens)
+    count_SXE = jax.lax.all_gather(count_1XE[0], axes.tokens)
+    index_S, index = jnp.arange(shards), jax.lax.axis_index(axes.tokens)
+    span = shards // groups
+    same_S = index_S // span == index // span
+    total = lambda mask_S: (count_SXE * mask_S[:, None, None]).sum(0)[None]
+    return total(same_S & (index_S < index)), total(same_S)
+  return earlier
+
+
+@struct.dataclass
+class Spread:
+  """`experts.Local` whose experts lie along a mesh axis of n devices."""
+  local: here.Local
+  axis: str = struct.field(pytree_node=False)
+  bound: int = struct.field(pytree_node=False)  # rows for one device
+
+  @property
+  def devices(self) -> int:
+    return sharding.size((self.axis,))
+
+  def ids(self, assignment_R):
+    return self.local.ids(assignment_R)
+
+  def _cross(self, x, send_n=None, receive_n=None):
+    return exchange.exchange(x, send_n, receive_n, self.axis)
+
+  def padded(self, rows_ECD, id_EC):
+    n, (E, C, D) = self.devices, rows_ECD.shape
+    def to_experts(x):  # [E, C, ...] -> [E / n, n * C, ...]
+      x = self._cross(x.reshape(n, E // n, C, *x.shape[2:]))
+      return x.swapaxes(0, 1).reshape(E // n, n * C, *x.shape[3:])
+    if self.local.dropout is not None:
+      id_EC = to_experts(id_EC)
+    y_ECD = self.local.padded(to_experts(rows_ECD), id_EC)
+    y_ECD = self._cross(y_ECD.reshape(E // n, n, C, D).swapaxes(0, 1))
+    return y_ECD.reshape(E, C, D)
+
+  def place(self, expert_A):
+    """Rows for device d stand from d * bound on, sorted by expert."""
+    n, E = self.devices, self.local.experts
+    row_A, count_E = here.place_sorted(expert_A, E)
+    count_n = count_E.reshape(n, -1).sum(1)
+    device_A = expert_A // (E // n)  # n for a void one
+    start_n = jnp.append(jnp.cumsum(count_n) - count_n, 0)
+    row_A = device_A * self.bound + row_A - start_n[device_A]
+    row_A = jnp.where(expert_A < E, row_A, n * self.bound)
+    return row_A, n * self.bound, count_E
+
+  def grouped(self, rows_RD, count_E, id_R):
+    n, R = self.devices, rows_RD.shape[0]
+    send_nE = count_E.reshape(n, -1)  # for the experts of each device
+    got_nE = self._cross(send_nE)  # from each device, for those of this one
+    send_n, got_n = send_nE.sum(1), got_nE.sum(1)
+    cross = lambda x, a, b: self._cross(
+        x.reshape(n, self.bound, *x.shape[1:]), a, b).reshape(x.shape)
+    expert_R = jax.vmap(
+        lambda ends_E: jnp.searchsorted(ends_E, jnp.arange(self.bound),
+                                        side='right')
+    )(jnp.cumsum(got_nE, 1)).reshape(-1)
+    row_R, count_E = here.place_sorted(expert_R, send_nE.shape[1])
+    from_R = here.inverse(row_R, R)
+    if self.local.dropout is not None:
+      id_R = cross(id_R, send_n, got_n).at[from_R].get(
+          mode='fill', fill_value=0)
+    rows_RD = here.take(cross(rows_RD, send_n, got_n), from_R, row_R, 1)
+    y_RD = self.local.grouped(rows_RD, count_E, id_R)
+    return cross(here.take(y_RD, row_R, from_R, 1), got_n, send_n)
+
+
+def check(m: MoEConfig, d_model: int) -> None:
+  """Raises ValueError, with sizes that do, where the mesh does not divide the
+  experts; to be called before their weights are made on it."""
+  axes = mesh_axes()
+  if axes is None:
+    return
+  E, n = m.num_experts, sharding.size(axes.experts)
+  require(len(axes.experts) <= 1, "the rules put 'experts' on the mesh axes "
+          f'{", ".join(axes.experts)}: put them on one')
+  require(set(axes.experts) <= set(axes.tokens),
+          f"the rules put 'experts' on the mesh axis {axes.experts} and "
+          f"'tokens' on {axes.tokens}: they must be split over the experts' "
+          'axis too')
+  divisors = ', '.join(str(d) for d in range(1, E + 1) if E % d == 0)
+  require(E % n == 0,
+          f'model.moe.num_experts is {E}, which mesh.expert {n} does not '
+          f'divide: choose {_multiples(E, n)} experts, or mesh.expert among '
+          f'{divisors}')
+  for name, value, axis, by in (
+      ('model.moe.d_ff', m.d_ff, 'tensor', sharding.size(axes.mlp)),
+      ('model.d_model', d_model, 'fsdp', sharding.size(axes.embed))):
+    require(value % by == 0, f'{name} is {value}, which mesh.{axis} {by} does '
+            f'not divide: choose {_multiples(value, by)}')
+
+
+def _multiples(value: int, of: int) -> str:
+  """The nearest multiples, in words."""
+  below, above = value // of * of, -(-value // of) * of
+  return f'{below} or {above}' if below else str(above)
+
+
+def _check_groups(T: int, groups: int, shards: int, chooses: bool) -> None:
+  fits = (T % shards == 0 and groups % shards == 0) or (
+      chooses and (groups == 1 or (T % shards == 0 and shards % groups == 0)))
+  require(fits, f'{groups} routing groups of {T // groups} tokens do not fit '
+          f'on {shards} shards of the batch'
+          + ('' if chooses
+             else ', and expert_choice needs whole groups on each')
+          + f': set model.moe.group_size to a divisor of {max(1, T // shards)}')

@@ -1,0 +1,259 @@
+"""Computing the experts: one definition, three ways.
+
+y_t = sum over the assignments (t, e, g) of g * FFN_e(x_t)
+
+einsum    one-hot [T, E, C] products (GShard, section 3.2): the oracle of the
+          tests, whose cost grows as T * E * C.
+sorted    rows are gathered to [E, C, D] and multiplied as a batch.
+dropless  rows are sorted by expert and multiplied in groups, without padding
+          (MegaBlocks: Gale et al. 2022); parts/grouped.py has the product.
+
+The three agree, drops included. Rows move by gathers both ways: forward by
+the token of a row, backward by the rows of a token.
+"""
+
+import functools
+from typing import Optional
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+
+from architectures.parts import ffn as dense
+from architectures.parts.moe import grouped
+from architectures.parts.moe.routing import mix, ranks, Routing
+
+
+@struct.dataclass
+class Weights:
+  """The experts' parameters; what a kind of network lacks is None."""
+  up_EDF: jax.Array
+  down_EFD: jax.Array
+  gate_EDF: Optional[jax.Array] = None
+  up_bias_EF: Optional[jax.Array] = None
+  gate_bias_EF: Optional[jax.Array] = None
+  down_bias_ED: Optional[jax.Array] = None
+
+
+@struct.dataclass
+class Dropout:
+  """Expert dropout on the hidden units (Switch, section 2.4).
+
+  The mask is a hash of (seed, assignment, unit): the same however the rows
+  are ordered, and wherever they are computed.
+  """
+  seed: jax.Array  # uint32 scalar
+  first_row: jax.Array | int = 0  # of this device's assignments
+  first_unit: jax.Array | int = 0  # of this device's hidden units
+  rate: float = struct.field(pytree_node=False, default=0.0)
+
+  def mask(self, id_R: jax.Array, units: int) -> jax.Array:
+    """float32 [R, units]: 0 or 1 / (1 - rate)."""
+    unit_F = (jnp.arange(units) + self.first_unit).astype(jnp.uint32)
+    row_R = mix(id_R.astype(jnp.uint32) ^ self.seed)
+    bits_RF = mix(row_R[:, None] + unit_F[None] * jnp.uint32(0x9e3779b9))
+    keep_RF = bits_RF >= jnp.uint32(int(self.rate * 2 ** 32))
+    return keep_RF / (1 - self.rate)
+
+
+def _batched_product(spec: str, x: jax.Array, m: jax.Array) -> jax.Array:
+  """In x's dtype; on CPU XLA has no batched product of bfloat16."""
+  def wide(x, m):
+    return jnp.einsum(spec, x.astype(jnp.float32), m.astype(jnp.float32)
+                      ).astype(x.dtype)
+  def narrow(x, m):
+    return jnp.einsum(spec, x, m)
+  if x.dtype == jnp.float32:
+    return narrow(x, m)
+  return jax.lax.platform_dependent(x, m, cpu=wide, default=narrow)
+
+
+def batched(rows_ECD: jax.Array, w: Weights, kind: str,
+            mask_ECF=None) -> jax.Array:
+  """Every expert on its own C rows."""
+  act, gated = dense.ACTIVATIONS[kind]
+  add = lambda x, b: x if b is None else x + b[:, None]
+  product = _batched_product
+  h_ECF = add(product('ECD,EDF->ECF', rows_ECD, w.up_EDF), w.up_bias_EF)
+  if gated:
+    g_ECF = add(product('ECD,EDF->ECF', rows_ECD, w.gate_EDF), w.gate_bias_EF)
+    h_ECF = act(g_ECF) * h_ECF
+  else:
+    h_ECF = act(h_ECF)
+  if mask_ECF is not None:
+    h_ECF = h_ECF * mask_ECF.astype(h_ECF.dtype)
+  return add(product('ECF,EFD->ECD', h_ECF, w.down_EFD), w.down_bias_ED)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def take(x_TD, token_R, row_A, choices: int):
+  """Row r gets token token_R[r]; T there gives zeros.
+
+  `row_A` is the inverse, R where an assignment has no row: with it, the
+  gradient is a gather. Without `choices`, it is a scatter.
+  """
+  del row_A, choices
+  return x_TD.at[token_R].get(mode='fill', fill_value=0)
+
+
+def _take_fwd(x_TD, token_R, row_A, choices):
+  return take(x_TD, token_R, row_A, choices), (token_R, row_A, x_TD.shape[0])
+
+
+def _take_bwd(choices, saved, d_RD):
+  token_R, row_A, T = saved
+  if not choices:
+    zeros_TD = jnp.zeros((T, d_RD.shape[1]), d_RD.dtype)
+    return zeros_TD.at[token_R].add(d_RD, mode='drop'), None, None
+  d_AD = d_RD.at[row_A].get(mode='fill', fill_value=0)
+  d_TD = d_AD.reshape(T, choices, -1).sum(1, dtype=jnp.float32)
+  return d_TD.astype(d_RD.dtype), None, None
+
+
+take.defvjp(_take_fwd, _take_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def combine(y_RD, gate_A, token_A, row_A, assignment_R, tokens, choices):
+  """y_T = the sum of gate * row over the assignments of a token.
+
+  `assignment_R` is the inverse of `row_A`; A where a row has none.
+  """
+  del assignment_R
+  y_AD = y_RD.at[row_A].get(mode='fill', fill_value=0)
+  y_AD = y_AD * gate_A[:, None].astype(y_AD.dtype)
+  if choices:
+    y_TD = y_AD.reshape(tokens, choices, -1).sum(1, dtype=jnp.float32)
+    return y_TD.astype(y_RD.dtype)
+  return jnp.zeros((tokens, y_AD.shape[1]), y_AD.dtype).at[token_A].add(y_AD)
+
+
+def _combine_fwd(y_RD, gate_A, token_A, row_A, assignment_R, tokens, choices):
+  y_TD = combine(y_RD, gate_A, token_A, row_A, assignment_R, tokens, choices)
+  return y_TD, (y_RD, gate_A, token_A, row_A, assignment_R)
+
+
+def _combine_bwd(tokens, choices, saved, d_TD):
+  del tokens, choices
+  y_RD, gate_A, token_A, row_A, assignment_R = saved
+  fill = dict(mode='fill', fill_value=0)
+  token_R = token_A.at[assignment_R].get(mode='fill', fill_value=d_TD.shape[0])
+  d_RD = d_TD.at[token_R].get(**fill)
+  d_gate_R = (d_RD.astype(jnp.float32) * y_RD.astype(jnp.float32)).sum(1)
+  d_gate_A = d_gate_R.at[row_A].get(**fill).astype(gate_A.dtype)
+  gate_R = gate_A.at[assignment_R].get(**fill)
+  return d_RD * gate_R[:, None].astype(d_RD.dtype), d_gate_A, None, None, None
+
+
+combine.defvjp(_combine_fwd, _combine_bwd)
+
+
+def inverse(row_A: jax.Array, rows: int) -> jax.Array:
+  """assignment_R of row_A; A for a row that nobody has."""
+  A = row_A.shape[0]
+  return jnp.full(rows, A, jnp.int32).at[row_A].set(
+      jnp.arange(A, dtype=jnp.int32), mode='drop', unique_indices=True)
+
+
+def place_padded(expert_A, experts: int, slots: int) -> jax.Array:
+  """The row of each assignment in [E, C]; E * C for a void one."""
+  row_A = expert_A * slots + ranks(expert_A, experts + 1)
+  return jnp.where(expert_A < experts, row_A, experts * slots)
+
+
+def place_sorted(expert_A, experts: int) -> tuple[jax.Array, jax.Array]:
+  """(the row of each assignment in [A], sorted by expert; rows by expert)."""
+  order_A = jnp.argsort(expert_A, stable=True)
+  row_A = jnp.zeros_like(order_A).at[order_A].set(
+      jnp.arange(order_A.shape[0]), unique_indices=True)
+  ends_E = jnp.searchsorted(expert_A[order_A], jnp.arange(experts),
+                            side='right')
+  count_E = jnp.diff(ends_E, prepend=0).astype(jnp.int32)
+  return jnp.where(expert_A < experts, row_A, expert_A.shape[0]), count_E
+
+
+def move(x_TD, r: Routing, row_A, rows: int):
+  """Returns (rows [R, D], their assignment ids, combine: rows -> y_TD)."""
+  T = x_TD.shape[0]
+  assignment_R = inverse(row_A, rows)
+  token_R = r.token_A.at[assignment_R].get(mode='fill', fill_value=T)
+  back = lambda y_RD: combine(y_RD, r.gate_A, r.token_A, row_A, assignment_R,
+                              T, r.choices)
+  return take(x_TD, token_R, row_A, r.choices), assignment_R, back
+
+
+@struct.dataclass
+class Local:
+  """This device's experts, which rows may be handed to in two layouts."""
+  w: Weights
+  dropout: Optional[Dropout]
+  kind: str = struct.field(pytree_node=False)
+  even: int = struct.field(pytree_node=False)  # an expert's rows, evenly
+  kernel: str = struct.field(pytree_node=False)  # of the grouped product
+  experts: int = struct.field(pytree_node=False)  # of all devices
+
+  def padded(self, rows_ECD, id_EC):
+    """C rows an expert, with the ids of their assignments."""
+    mask_ECF = self._mask(id_EC.reshape(-1))
+    if mask_ECF is not None:
+      mask_ECF = mask_ECF.reshape(*id_EC.shape, -1)
+    return batched(rows_ECD, self.w, self.kind, mask_ECF)
+
+  def place(self, expert_A):
+    """(the row of each assignment, how many rows, rows of each expert)."""
+    row_A, count_E = place_sorted(expert_A, self.experts)
+    return row_A, expert_A.shape[0], count_E
+
+  def grouped(self, rows_RD, count_E, id_R):
+    """Rows sorted by expert."""
+    return grouped.ffn(rows_RD, count_E, self.w, self._mask(id_R), self.kind,
+                       self.even, self.kernel)
+
+  def ids(self, assignment_R):
+    """The ids that dropout knows assignments by, on any device."""
+    return assignment_R + (self.dropout.first_row if self.dropout else 0)
+
+  def _mask(self, id_R):
+    if self.dropout is None:
+      return None
+    return self.dropout.mask(id_R, self.w.up_EDF.shape[2])
+
+
+def by_einsum(x_TD, r: Routing, run, slots: int) -> jax.Array:
+  """The oracle."""
+  T, E = x_TD.shape[0], r.probs_TE.shape[1]
+  slot_A = ranks(r.expert_A, E + 1)
+  hot = jax.nn.one_hot  # in float32, all of it
+  hot_AEC = hot(r.expert_A, E)[:, :, None] * hot(slot_A, slots)[:, None]
+  hot_AT = hot(r.token_A, T)
+  gate_A11 = r.gate_A[:, None, None]
+  dispatch_TEC = jnp.einsum('AT,AEC->TEC', hot_AT, hot_AEC)
+  combine_TEC = jnp.einsum('AT,AEC->TEC', hot_AT, hot_AEC * gate_A11)
+  id_EC = jnp.einsum('AEC,A->EC', hot_AEC.astype(jnp.int32),
+                     run.ids(jnp.arange(slot_A.shape[0])))
+  rows_ECD = jnp.einsum('TEC,TD->ECD', dispatch_TEC, x_TD.astype(jnp.float32))
+  y_ECD = run.padded(rows_ECD.astype(x_TD.dtype), id_EC).astype(jnp.float32)
+  return jnp.einsum('TEC,ECD->TD', combine_TEC, y_ECD).astype(x_TD.dtype)
+
+
+def by_sorted(x_TD, r: Routing, run, slots: int) -> jax.Array:
+  E, D = r.probs_TE.shape[1], x_TD.shape[1]
+  rows_RD, assignment_R, back = move(
+      x_TD, r, place_padded(r.expert_A, E, slots), E * slots)
+  y_ECD = run.padded(rows_RD.reshape(E, slots, D),
+                     run.ids(assignment_R).reshape(E, slots))
+  return back(y_ECD.reshape(E * slots, D))
+
+
+def by_dropless(x_TD, r: Routing, run, slots: int) -> jax.Array:
+  del slots  # what has no room is void already
+  row_A, rows, count_E = run.place(r.expert_A)
+  rows_RD, assignment_R, back = move(x_TD, r, row_A, rows)
+  return back(run.grouped(rows_RD, count_E, run.ids(assignment_R)))
+
+
+WAYS = {
+    'einsum': by_einsum,
+    'sorted': by_sorted,
+    'dropless': by_dropless,
+}

@@ -1,0 +1,238 @@
+"""Grouped feed-forward: rows sorted by expert, each through its own network.
+
+On TPU and GPU its products are those of parts/grouped_kernels.py. XLA on CPU
+expands `ragged_dot` to every expert for every row, so there a loop goes over
+blocks of rows instead. A block belongs to one expert and passes through the
+whole network while it is in cache; its weight gradient is added in place. Block
+sizes are static and the number of blocks of each size is not: the work follows
+the rows.
+"""
+
+import functools
+from typing import Any, Callable
+
+import jax
+import jax.numpy as jnp
+
+from architectures.parts import ffn as dense
+from architectures.parts.moe.grouped_kernels import product
+
+# Sizes of blocks, relative to the rows an even load gives an expert: dense
+# around it, since a block that its rows do not fill wastes the rest.
+SIZES = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 7 / 8, 1, 17 / 16, 9 / 8, 5 / 4, 3 / 2, 2)
+LARGEST = 1024
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def ffn(rows_RD: jax.Array, count_E: jax.Array, w: Any, mask_RF, kind: str,
+        even: int, kernel: str) -> jax.Array:
+  """FFN_e of each row; rows past the counts are unspecified, but finite.
+
+  Args:
+    rows_RD: expert 0's rows, then expert 1's, ...; sum(count_E) <= R.
+    count_E: int32, the rows of each expert.
+    w: experts.Weights, in the dtype of the rows.
+    mask_RF: multiplies the hidden units, for dropout; or None.
+    kind: of the network, a name of ffn.ACTIVATIONS.
+    even: the rows an expert has in even load: the blocks are sized for it.
+    kernel: of the products, a name of grouped_kernels; on CPU xla is blocks.
+  """
+  return _forward(rows_RD, count_E, w, mask_RF, kind, even, kernel)[0]
+
+
+def _ffn_fwd(rows_RD, count_E, w, mask_RF, kind, even, kernel):
+  y_RD, hidden = _forward(rows_RD, count_E, w, mask_RF, kind, even, kernel)
+  return y_RD, (rows_RD, count_E, w, mask_RF, hidden)
+
+
+def _ffn_bwd(kind, even, kernel, saved, dy_RD):
+  dx_RD, dw = _on_platform(
+      kernel, functools.partial(_blocks_backward, kind, even),
+      functools.partial(_whole_backward, product(kernel, even), kind),
+      *saved, dy_RD)
+  return dx_RD, None, dw, None
+
+
+ffn.defvjp(_ffn_fwd, _ffn_bwd)
+
+
+def _forward(rows_RD, count_E, w, mask_RF, kind, even, kernel):
+  """Returns (y_RD, what goes into the activation: (up,) or (up, gate))."""
+  return _on_platform(
+      kernel, functools.partial(_blocks_forward, kind, even),
+      functools.partial(_whole_forward, product(kernel, even), kind),
+      rows_RD, count_E, w, mask_RF)
+
+
+def _on_platform(kernel: str, blocks: Callable, whole: Callable, *args):
+  """XLA's product is not for CPU; another was chosen by its platform."""
+  if kernel != 'xla':
+    return whole(*args)
+  return jax.lax.platform_dependent(*args, cpu=blocks, default=whole)
+
+
+def _activation(kind: str, mask_RF):
+  """(up,) or (up, gate) -> the hidden units."""
+  act, gated = dense.ACTIVATIONS[kind]
+  def hidden(pre):
+    h_RF = act(pre[1]) * pre[0] if gated else act(pre[0])
+    return h_RF if mask_RF is None else h_RF * mask_RF.astype(h_RF.dtype)
+  return hidden
+
+
+def _into(w) -> tuple:
+  """The (weight, bias) pairs that lead to the hidden units."""
+  pairs = ((w.up_EDF, w.up_bias_EF), (w.gate_EDF, w.gate_bias_EF))
+  return pairs if w.gate_EDF is not None else pairs[:1]
+
+
+def _like(w, into: list, out: tuple):
+  """Gradients of `_into(w)` and of (down, its bias), as Weights."""
+  (up, up_bias), (gate, gate_bias) = (into + [(None, None)])[:2]
+  return w.replace(up_EDF=up, up_bias_EF=up_bias, gate_EDF=gate,
+                   gate_bias_EF=gate_bias, down_EFD=out[0],
+                   down_bias_ED=out[1])
+
+
+# The whole array at once, on TPU and GPU.
+
+
+def _whole_affine(times, count_E, x_RK, m_EKN, b_EN):
+  y_RN = times(x_RK, m_EKN, count_E)
+  if b_EN is None:
+    return y_RN
+  expert_R = jnp.searchsorted(jnp.cumsum(count_E), jnp.arange(x_RK.shape[0]),
+                              side='right')
+  return y_RN + b_EN.at[expert_R].get(mode='fill', fill_value=0)
+
+
+def _whole_forward(times, kind, rows_RD, count_E, w, mask_RF):
+  affine = functools.partial(_whole_affine, times, count_E)
+  pre = tuple(affine(rows_RD, *pair) for pair in _into(w))
+  h_RF = _activation(kind, mask_RF)(pre)
+  return affine(h_RF, w.down_EFD, w.down_bias_ED), pre
+
+
+def _whole_backward(times, kind, rows_RD, count_E, w, mask_RF, pre, dy_RD):
+  h_RF, act_vjp = jax.vjp(_activation(kind, mask_RF), pre)
+  inside_R = jnp.arange(rows_RD.shape[0]) < count_E.sum()
+  dy_RD = jnp.where(inside_R[:, None], dy_RD, 0)
+  affine = functools.partial(_whole_affine, times, count_E)
+  def vjp(x, pair, dy):  # of a product; its forward half is dead code
+    return jax.vjp(affine, x, *pair)[1](dy)
+  dh_RF, *out = vjp(h_RF, (w.down_EFD, w.down_bias_ED), dy_RD)
+  dx_RD, into = jnp.zeros_like(rows_RD), []
+  for pair, d_RF in zip(_into(w), act_vjp(dh_RF)[0]):
+    more_RD, *grads = vjp(rows_RD, pair, d_RF)
+    dx_RD, into = dx_RD + more_RD, into + [tuple(grads)]
+  return dx_RD, _like(w, into, tuple(out))
+
+
+# Block by block, on CPU.
+
+
+def sizes(rows: int, even: int) -> tuple[int, ...]:
+  """The static sizes of blocks, ascending: multiples of 16, at most `rows`."""
+  even = min(even, LARGEST / SIZES[-1])
+  return tuple(sorted({min(rows, -int(-even * s // 16) * 16) for s in SIZES}))
+
+
+def _for_blocks(rows: int, even: int, count_E: jax.Array, body: Callable,
+                carry):
+  """carry = body(carry, size, expert, start, first, stop) for every block.
+
+  Block: the `size` rows from `start`, of which `first` to `stop` are the
+  expert's. An expert has as many blocks of the largest size as it fills, and
+  one of the smallest size that holds the rest.
+  """
+  choice = sizes(rows, even)
+  largest = choice[-1]
+  offset_E = jnp.cumsum(count_E) - count_E
+  full_E = count_E // largest
+  rest_E = count_E - full_E * largest
+  fits_E = jnp.where(rest_E > 0, jnp.searchsorted(
+      jnp.array(choice), rest_E).astype(jnp.int32), len(choice))
+  for i, size in enumerate(choice):
+    blocks_E = (fits_E == i).astype(jnp.int32)
+    first_E = offset_E + full_E * largest
+    if size == largest:
+      blocks_E, first_E = blocks_E + full_E, offset_E
+    ends_E = jnp.cumsum(blocks_E)
+    def step(j, carry, size=size, ends_E=ends_E, blocks_E=blocks_E,
+             first_E=first_E):
+      e = jnp.searchsorted(ends_E, j, side='right').astype(jnp.int32)
+      first = first_E[e] + (j - ends_E[e] + blocks_E[e]) * size
+      stop = jnp.minimum(first + size, offset_E[e] + count_E[e])
+      return body(carry, size, e, jnp.minimum(first, rows - size), first, stop)
+    carry = jax.lax.fori_loop(0, ends_E[-1], step, carry)
+  return carry
+
+
+def _read(x_R, start, size):
+  """`size` rows from `start`, in float32: bfloat16 is slow on CPU."""
+  x = jax.lax.dynamic_slice_in_dim(x_R, start, size)
+  return x.astype(jnp.float32)
+
+
+def _write(x_R, new, start, inside):
+  """Puts the rows that are `inside` a block where they belong."""
+  old = jax.lax.dynamic_slice_in_dim(x_R, start, new.shape[0])
+  new = jnp.where(inside[:, None], new.astype(x_R.dtype), old)
+  return jax.lax.dynamic_update_slice_in_dim(x_R, new, start, 0)
+
+
+def _inside(size, start, first, stop):
+  row = start + jnp.arange(size)
+  return (row >= first) & (row < stop)
+
+
+def _weights(w, e):
+  """Expert e's own, in float32."""
+  return jax.tree.map(lambda x: x[e].astype(jnp.float32), w)
+
+
+def _affine(x, m, b):
+  return x @ m if b is None else x @ m + b[None]
+
+
+def _blocks_forward(kind, even, rows_RD, count_E, w, mask_RF):
+  R, F = rows_RD.shape[0], w.up_EDF.shape[2]
+
+  def body(carry, size, e, start, first, stop):
+    y_RD, pre_RF = carry
+    x, own = _read(rows_RD, start, size), _weights(w, e)
+    mask = None if mask_RF is None else _read(mask_RF, start, size)
+    pre = [_affine(x, *pair) for pair in _into(own)]
+    y = _affine(_activation(kind, mask)(pre), own.down_EFD, own.down_bias_ED)
+    inside = _inside(size, start, first, stop)
+    return (_write(y_RD, y, start, inside),
+            tuple(_write(p_RF, p, start, inside)
+                  for p_RF, p in zip(pre_RF, pre)))
+
+  zeros = tuple(jnp.zeros((R, F), rows_RD.dtype) for _ in _into(w))
+  return _for_blocks(R, even, count_E, body, (jnp.zeros_like(rows_RD), zeros))
+
+
+def _blocks_backward(kind, even, rows_RD, count_E, w, mask_RF, pre_RF,
+                     dy_RD):
+
+  def body(carry, size, e, start, first, stop):
+    dx_RD, dw = carry
+    x, own = _read(rows_RD, start, size), _weights(w, e)
+    inside = _inside(size, start, first, stop)
+    dy = jnp.where(inside[:, None], _read(dy_RD, start, size), 0)
+    mask = None if mask_RF is None else _read(mask_RF, start, size)
+    h, act_vjp = jax.vjp(_activation(kind, mask),
+                         tuple(_read(p_RF, start, size) for p_RF in pre_RF))
+    d_pre = act_vjp(dy @ own.down_EFD.T)[0]
+    grads = lambda x, dy, b: (x.T @ dy, None if b is None else dy.sum(0))
+    new = _like(w, [grads(x, d, b) for d, (_, b) in zip(d_pre, _into(own))],
+                grads(h, dy, own.down_bias_ED))
+    dx = sum(d @ m.T for d, (m, _) in zip(d_pre, _into(own)))
+    return (_write(dx_RD, dx, start, inside),
+            jax.tree.map(lambda a, b: a.at[e].add(b), dw, new))
+
+  zeros = jax.tree.map(lambda m: jnp.zeros(m.shape, jnp.float32), w)
+  dx_RD, dw = _for_blocks(rows_RD.shape[0], even, count_E, body,
+                          (jnp.zeros_like(rows_RD), zeros))
+  return dx_RD, jax.tree.map(lambda d, m: d.astype(m.dtype), dw, w)

@@ -1,0 +1,150 @@
+"""The mixture of experts, as a feed-forward part: a router and E networks.
+
+y = shared(x) + sum over the chosen experts of gate * FFN_e(x)
+
+The router runs in float32 (Switch, section 2.4), on TPU and GPU too, which
+multiply float32 arrays in fewer digits unless told. Shared experts
+(DeepSeekMoE: Dai et al. 2024) are one dense network, `shared_experts` times as
+wide.
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+from jax.ad_checkpoint import checkpoint_name
+import jax.numpy as jnp
+
+from architectures.parts import ffn as dense
+from architectures.parts import linear
+from architectures.parts.config import ModelConfig
+from architectures.parts.moe import dispatch
+from architectures.parts.moe import health
+from architectures.parts.moe import routing
+from architectures.parts.moe.experts import Dropout, Weights
+from configs.errors import require
+
+
+class MoE(nn.Module):
+  """(x_BLD, context) -> (y_BLD, {'losses': weighted, 'health': raw})."""
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x_BLD: jax.Array, ctx):
+    c, m = self.config, self.config.moe
+    B, L, D = x_BLD.shape
+    dispatch.check(m, D)
+    valid_BL = jnp.ones((B, L), bool)
+    if ctx.segment_ids_BL is not None:
+      valid_BL = jnp.broadcast_to(ctx.segment_ids_BL != 0, (B, L))
+    if ctx.valid_BL is not None:
+      valid_BL &= ctx.valid_BL != 0
+    valid_T = valid_BL.reshape(-1)
+    x_TD = x_BLD.reshape(-1, D)
+    inputs = routing.Inputs(
+        self._logits(x_TD, ctx), valid_T, self._tokens(ctx, (B, L)),
+        self._bias(), self._noise_key(m.router == 'gshard', ctx),
+        routing_groups(m.group_size, B * L), not ctx.deterministic)
+    routed = routing.ROUTERS[m.router][0](m, inputs)
+    y_TD, kept_A = dispatch.experts(
+        m, x_TD.astype(c.compute_dtype), routed, self._weights(),
+        inputs.groups, self._dropout(ctx), train=inputs.train)
+    aux = health.report(m, routed, inputs.logits_TE, valid_T, kept_A,
+                        dispatch.expert_shards())
+    y_BLD = y_TD.reshape(B, L, D)
+    if m.shared_experts:
+      shared_BLD, _ = dense.FFN(
+          c, m.ffn, width=m.shared_experts * m.d_ff, name='shared')(x_BLD, ctx)
+      y_BLD = y_BLD + shared_BLD
+    return y_BLD, aux
+
+  def _logits(self, x_TD, ctx):
+    m = self.config.moe
+    if not routing.ROUTERS[m.router][1]:
+      return None
+    router_DE = linear.weight(self, 'router', (x_TD.shape[1], m.num_experts),
+                              ('embed', None), output=True)
+    x_TD = x_TD.astype(jnp.float32)
+    key = self._noise_key(m.jitter, ctx)
+    if key is not None:  # Switch, section 2.4: multiplicative jitter
+      x_TD = x_TD * jax.random.uniform(key, x_TD.shape, jnp.float32,
+                                       1 - m.jitter, 1 + m.jitter)
+    logits_TE = checkpoint_name(jnp.einsum(
+        'TD,DE->TE', x_TD, router_DE.astype(jnp.float32),
+        precision=jax.lax.Precision.HIGHEST), linear.PRODUCT)
+    logits_TE = logits_TE / self.config.widening  # muP's output multiplier
+    key = self._noise_key(m.logit_noise, ctx)
+    if key is not None:
+      logits_TE += m.logit_noise * jax.random.normal(key, logits_TE.shape)
+    return logits_TE
+
+  def _noise_key(self, wanted, ctx):
+    return self.make_rng('router') if wanted and not ctx.deterministic else None
+
+  def _tokens(self, ctx, shape):
+    if self.config.moe.router != 'hash':
+      return None
+    require(ctx.tokens_BL is not None,
+            'model.moe.router hash needs the token ids, which this '
+            'architecture does not hand to its layers: choose another router')
+    return jnp.broadcast_to(ctx.tokens_BL, shape).reshape(-1)
+
+  def _bias(self):
+    """DeepSeek-V3's bias: no gradient moves it, `routing.update_bias` does."""
+    if self.config.moe.router != 'sigmoid':
+      return None
+    return self.param('router_bias', nn.with_logical_partitioning(
+        nn.initializers.zeros, (None,)), (self.config.moe.num_experts,),
+                      jnp.float32)
+
+  def _dropout(self, ctx):
+    rate = self.config.moe.expert_dropout
+    if not rate or ctx.deterministic:
+      return None
+    return Dropout(jax.random.bits(self.make_rng('dropout')), rate=rate)
+
+  def _weights(self) -> Weights:
+    c, m = self.config, self.config.moe
+    E, D, F = m.num_experts, c.d_model, m.d_ff
+    gated = dense.ACTIVATIONS[m.ffn][1]
+    into = lambda name: linear.weight(
+        self, name, (E, D, F), ('experts', 'embed', 'mlp'), in_axes=(1,),
+        batch_axes=(0,)).astype(c.compute_dtype)
+    bias = lambda name, size, axis: linear.bias(
+        self, name, (E, size), ('experts', axis)).astype(c.compute_dtype)
+    weights = dict(up_EDF=into('up'))
+    if gated:
+      weights['gate_EDF'] = into('gate')
+    weights['down_EFD'] = linear.weight(
+        self, 'down', (E, F, D), ('experts', 'mlp', 'embed'), in_axes=(1,),
+        batch_axes=(0,), residual=True).astype(c.compute_dtype)
+    if c.ffn_bias:
+      weights['up_bias_EF'] = bias('up_bias', F, 'mlp')
+      if gated:
+        weights['gate_bias_EF'] = bias('gate_bias', F, 'mlp')
+      weights['down_bias_ED'] = bias('down_bias', D, 'embed')
+    return Weights(**weights)
+
+
+def without_capacity(c: ModelConfig) -> ModelConfig:
+  """The config to write text by, a token at a time.
+
+  Over the tokens of one step a capacity would be one or two, and whether a row
+  is served would hang on who else is in the batch, padding included.
+  """
+  if c.moe.router == 'expert_choice':  # whose capacity is what it chooses
+    return c
+  way = 'dropless' if c.moe.dispatch == 'sorted' else c.moe.dispatch
+  return dataclasses.replace(c, moe=dataclasses.replace(
+      c.moe, eval_capacity_factor=0.0, dispatch=way))
+
+
+def routing_groups(size: int, tokens: int) -> int:
+  """How many groups of `size` tokens; 0: one of all. Fewer tokens than a
+  group (in decoding) are one group."""
+  if not size or tokens <= size:
+    return 1
+  require(tokens % size == 0,
+          f'model.moe.group_size is {size}, which does not divide the {tokens} '
+          'tokens of a batch: choose a divisor, or 0 for one group')
+  return tokens // size

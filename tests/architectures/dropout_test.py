@@ -1,0 +1,150 @@
+"""Dropout stands in every place that it is meant for, and no draw repeats.
+
+Where everything is dropped, a part returns what it would if it computed
+nothing: that tells each place apart, in every wiring of a block.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import architectures
+from architectures.parts import norms
+from architectures.parts.attention import Attention, Context
+from architectures.parts.blocks import BLOCKS
+from architectures.parts.config import LayerKind
+from architectures.parts.ffn import FFN
+from architectures.parts.skeletons import Embed
+from tests.helpers import models
+from tests.training import step_test
+from training import objectives
+
+ALL = 1 - 1e-7  # the greatest rate that a config takes: 1 is refused
+
+
+def resolved(**changes):
+  return architectures.resolve(models.config(**changes))
+
+
+def run(module, *args, **kwargs):
+  """Returns (parameters off their initial values, module's output in training
+  and in evaluation)."""
+  rngs = {name: jax.random.key(0) for name in ('params', 'dropout')}
+  params = nn.meta.unbox(module.init(rngs, *args, **kwargs))
+  params = jax.tree.map(lambda x: x + 0.1, params)
+  def call(deterministic):
+    with_ctx = [a.replace(deterministic=deterministic)
+                if isinstance(a, Context) else a for a in args]
+    more = ({'deterministic': deterministic} if 'deterministic' in kwargs
+            else {})
+    return module.apply(params, *with_ctx, rngs=rngs, **kwargs | more)
+  return params['params'], call(False), call(True)
+
+
+def inputs(B=2, L=6, D=32):
+  x_BLD = jax.random.normal(jax.random.key(1), (B, L, D))
+  memory_BMD = jax.random.normal(jax.random.key(2), (B, L + 1, D))
+  return x_BLD, Context(jnp.arange(L)[None], memory_BMD=memory_BMD)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('cross', [False, True])
+@pytest.mark.parametrize('block', BLOCKS)
+def test_a_block_that_drops_all_that_its_parts_return_passes_x_on(block, cross):
+  x_BLD, ctx = inputs()
+  kind = LayerKind('global', 'gelu', cross=cross)
+  module = BLOCKS[block](resolved(block=block, dropout=ALL), kind)
+  params, (dropped_BLD, *_), (whole_BLD, *_) = run(module, x_BLD, ctx, None)
+  want_BLD = x_BLD
+  if block == 'post_norm':  # which normalises its input after each part
+    names = ('attention_norm', *['cross_norm'] * cross, 'ffn_norm')
+    for name in names:
+      p = params[name]
+      want_BLD = norms.layernorm(want_BLD, p['scale'], p['bias'], 1e-5)
+  np.testing.assert_allclose(dropped_BLD, want_BLD, atol=1e-5)
+  assert not np.allclose(whole_BLD, want_BLD, atol=1e-2)
+
+
+def test_an_embedding_that_drops_all_is_zero():
+  tokens = models.tokens(2, 6)
+  _, dropped, whole = run(Embed(resolved(dropout=ALL)), tokens,
+                          jnp.arange(6)[None], deterministic=True)
+  assert not dropped[0].any() and whole[0].all()
+
+
+@pytest.mark.parametrize('kind', ['gelu', 'swiglu'])
+def test_a_feed_forward_that_drops_its_hidden_units_is_its_bias(kind):
+  x_BLD, ctx = inputs()
+  params, (y_BLD, _), (whole_BLD, _) = run(
+      FFN(resolved(ffn_dropout=ALL), kind), x_BLD, ctx)
+  np.testing.assert_allclose(
+      y_BLD, jnp.broadcast_to(params['down_bias'], y_BLD.shape), rtol=1e-6)
+  assert not np.allclose(y_BLD, whole_BLD)
+
+
+def test_attention_that_drops_its_weights_is_its_bias():
+  x_BLD, ctx = inputs()
+  module = Attention(resolved(attention_dropout=ALL),
+                     LayerKind('global', 'gelu'))
+  params, (y_BLD, _), (whole_BLD, _) = run(module, x_BLD, ctx, None)
+  np.testing.assert_allclose(
+      y_BLD, jnp.broadcast_to(params['out_bias'], y_BLD.shape), rtol=1e-6)
+  assert not np.allclose(y_BLD, whole_BLD)
+
+
+@pytest.mark.parametrize('scan_layers', [True, False])
+def test_each_layer_drops_by_a_draw_of_its_own(scan_layers):
+  """Two layers alike that keep what one draw keeps would drop alike."""
+  module, params = models.make(dropout=0.5, scan_layers=scan_layers)
+  # A feed-forward whose output is a bias of ones shows the mask: 0 or 2.
+  def one(path, x):
+    name = path[-1].key
+    if 'decoder' not in {k.key for k in path} or 'norm' in str(path):
+      return x
+    return jnp.ones_like(x) if name == 'down_bias' else jnp.zeros_like(x)
+  params = jax.tree_util.tree_map_with_path(one, params)
+  layers_NBLD = module.apply(
+      {'params': params}, models.tokens(), deterministic=False,
+      keep_layers=True, rngs={'dropout': jax.random.key(0)}).aux['layers']
+  masks = np.diff(np.asarray(layers_NBLD), axis=0) > 1
+  assert 0.4 < masks.mean() < 0.6
+  assert 0.4 < (masks[0] != masks[1]).mean() < 0.6
+
+
+# The key of a draw: of the seed, the step, the micro-batch and the stream.
+
+
+def train(seed=0, parts=1, steps=1, dropout=0.5):
+  """Returns the metrics of steps that change no parameter, on one batch."""
+  c = step_test.config(model__dropout=dropout, optim__lr=0.0,
+                       train__grad_accumulation=parts)
+  c.seed = seed
+  _, _, metrics = step_test.train(c, step_test.one_device(), steps,
+                                  [step_test.batch()] * steps)
+  return metrics
+
+
+@pytest.mark.slow
+def test_no_two_draws_of_a_run_share_a_key(monkeypatch):
+  """Of two seeds, steps, micro-batches and streams: 16 keys."""
+  keys, apply = [], objectives.Objective.apply
+
+  def recorded(self, *args, rngs, **kwargs):
+    for key in rngs.values():
+      jax.debug.callback(lambda data: keys.append(tuple(data.tolist())),
+                         jax.random.key_data(key))
+    return apply(self, *args, rngs=rngs, **kwargs)
+
+  monkeypatch.setattr(objectives.Objective, 'apply', recorded)
+  for seed in (0, 1):
+    train(seed, parts=2, steps=2)
+  jax.effects_barrier()
+  assert len(keys) == len(set(keys)) == 16
+
+
+@pytest.mark.slow
+def test_a_step_of_training_drops_and_repeats():
+  losses = [float(train(dropout=rate)[0]['loss']) for rate in (0.0, 0.5, 0.5)]
+  assert losses[0] != losses[1] == losses[2]

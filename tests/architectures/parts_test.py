@@ -1,0 +1,337 @@
+"""Each part alone against its equation: how weights are born, what a product
+rounds, norms, positions, attention's options, the wiring of a block, and the
+order in which a model reports on its layers."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import architectures
+from architectures.parts import linear, norms, positions
+from architectures.parts.attention import Attention, Context
+from architectures.parts.blocks import BLOCKS
+from architectures.parts.config import LayerKind
+from architectures.parts.ffn import FFN
+from architectures.parts.norms import NORMS
+from tests.helpers import models
+from training import paths
+
+D = 32
+KIND = LayerKind('global', 'gelu')
+
+
+def resolved(system='gpt', **changes):
+  return architectures.resolve(models.config(system, **changes))
+
+
+def normal(seed, *shape):
+  return jax.random.normal(jax.random.key(seed), shape)
+
+
+def born(module, *args, seed=0):
+  """Parameters off their initial values: biases, norms and sinks count."""
+  params = nn.meta.unbox(module.init(jax.random.key(seed), *args))['params']
+  leaves, tree = jax.tree.flatten(params)
+  return jax.tree.unflatten(tree, [
+      x + 0.3 * normal(i, *x.shape) for i, x in enumerate(leaves)])
+
+
+def context(L=6, **fields):
+  return Context(jnp.arange(L)[None], **fields)
+
+
+# Weights and products.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('init', ['normal', 'scaled_normal', 'fan_in'])
+def test_weights_are_born_with_the_size_that_the_init_says(init):
+  """GPT-2, section 2.3, and Switch, section 2.4; `down` has 4 x the fan-in."""
+  N, d, F = 8, 64, 256
+  module = architectures.build(models.config(
+      d_model=d, d_ff=F, num_layers=N, init=init, init_stddev=0.05,
+      init_scale=0.5, tie_embeddings=False, vocab_size=200, num_heads=4))
+  params = paths.flatten(nn.meta.unbox(jax.jit(module.init)(
+      jax.random.key(0), models.tokens())['params']))
+  residual = 0.05 / (2 * N) ** 0.5 if init == 'scaled_normal' else 0.05
+  layer = 'decoder/layers/block_0/'
+  sizes = {'attention/query': (d, 0.05), 'attention/out': (d, residual),
+           'ffn/up': (d, 0.05), 'ffn/down': (F, residual)}
+  for name, (fan_in, stddev) in sizes.items():
+    want = (0.5 / fan_in) ** 0.5 if init == 'fan_in' else stddev
+    got = float(params[layer + name].std())
+    assert got == pytest.approx(want, rel=0.03), name
+  want = (0.5 / d) ** 0.5 if init == 'fan_in' else 0.05
+  assert float(params['head/kernel'].std()) == pytest.approx(want, rel=0.03)
+
+
+def test_a_product_in_bfloat16_rounds_its_operands_alone():
+  """Its gradients too: each near that of float32, and of its operand's type."""
+  x, w, d = normal(0, 64, 48), normal(1, 48, 40), normal(2, 64, 40)
+  def value_and_grads(dtype):
+    y, vjp = jax.vjp(lambda x, w: linear.einsum(
+        'AB,BC->AC', x, w, dtype, jnp.float32), x, w)
+    return y, *vjp(d)
+  for got, want in zip(*map(value_and_grads, (jnp.bfloat16, jnp.float32))):
+    assert got.dtype == want.dtype == jnp.float32
+    assert jnp.abs(got - want).max() < 0.02 * jnp.abs(want).max()
+
+
+# Norms.
+
+
+@pytest.mark.parametrize('name', NORMS)
+def test_a_constant_row_has_a_norm_that_is_finite(name):
+  """epsilon keeps a row of zeros, whose variance is 0, from being NaN."""
+  module = NORMS[name](resolved(norm_eps=1e-5))
+  params = module.init(jax.random.key(0), jnp.ones((1, D)))
+  run = lambda x: module.apply(params, x)
+  np.testing.assert_array_equal(run(jnp.zeros((2, D))), jnp.zeros((2, D)))
+  assert np.isfinite(jax.grad(lambda x: run(x).sum())(jnp.zeros((2, D)))).all()
+  # And a small row comes out smaller, by the equation.
+  small = 1e-3 * normal(0, 2, D)
+  size = np.square(small - small.mean(-1, keepdims=True) * (
+      name == 'layernorm')).mean(-1)
+  got = np.square(run(small)).mean(-1)
+  np.testing.assert_allclose(got, size / (size + 1e-5), rtol=1e-4)
+
+
+@pytest.mark.parametrize('name', NORMS)
+def test_a_norm_rounds_its_result_alone(name):
+  """Of bfloat16, it computes in float32: an offset costs no digits."""
+  x = (10 + normal(0, 4, D)).astype(jnp.bfloat16)
+  one, zero = jnp.ones(D), jnp.zeros(D)
+  run = lambda x: (norms.layernorm(x, one, zero, 1e-6) if name == 'layernorm'
+                   else norms.rmsnorm(x, one, 1e-6))
+  got, want = run(x), run(x.astype(jnp.float32))
+  assert got.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(got, want.astype(jnp.bfloat16))
+
+
+# Positions.
+
+
+def test_stretched_positions_lie_between_two_rows():
+  table_LD = normal(0, 4, D)
+  got = positions.learned(table_LD, jnp.array([0, 1, 2, 3, 7]), 2.0)
+  want = [table_LD[0], (table_LD[0] + table_LD[1]) / 2, table_LD[1],
+          (table_LD[1] + table_LD[2]) / 2, table_LD[3]]
+  np.testing.assert_allclose(got, want, rtol=1e-6)
+  quarter = positions.learned(table_LD, jnp.array([1]), 4.0)[0]
+  np.testing.assert_allclose(quarter, 0.75 * table_LD[0] + 0.25 * table_LD[1],
+                             rtol=1e-6)
+
+
+def rope(scaling, **fields):
+  c = resolved(position='rope', head_dim=128, max_len=32768, rope=dict(
+      scaling=scaling, theta=5e5, original_len=8192) | fields)
+  frequency, factor = positions.rope_frequencies(c)
+  return np.float64(frequency), factor, 5e5 ** (-np.arange(0, 128, 2) / 128)
+
+
+def test_llama3_keeps_short_waves_stretches_long_ones_and_blends_between():
+  """As Meta's own apply_scaling has it, by wavelengths."""
+  got, factor, plain = rope('llama3', factor=8.0, low_freq_factor=1.0,
+                            high_freq_factor=4.0)
+  want = []
+  for frequency in plain:
+    wave = 2 * np.pi / frequency
+    smooth = (8192 / wave - 1) / (4 - 1)
+    want.append(frequency if wave < 8192 / 4 else
+                frequency / 8 if wave > 8192 else
+                (1 - smooth) * frequency / 8 + smooth * frequency)
+  np.testing.assert_allclose(got, want, rtol=1e-5)
+  assert factor == 1
+  kinds = np.isclose(got, plain, rtol=1e-6), np.isclose(got, plain / 8, 1e-6)
+  assert all(5 < k.sum() < 50 for k in kinds)
+
+
+def test_yarn_keeps_what_turns_often_and_stretches_what_turns_seldom():
+  """Peng et al. 2023, section 3.2: a ramp between the dimensions that turn
+  beta_fast and beta_slow times in the training length, rounded outwards."""
+  got, factor, plain = rope('yarn', factor=4.0, beta_fast=32.0, beta_slow=1.0)
+  turns = lambda d: 8192 * 5e5 ** (-2 * d / 128) / (2 * np.pi)
+  dims = np.arange(0, 64, 0.001)
+  low = np.floor(dims[turns(dims) >= 32].max())
+  high = np.ceil(dims[turns(dims) >= 1].max())
+  stretched = np.clip((np.arange(64) - low) / (high - low), 0, 1)
+  np.testing.assert_allclose(
+      got, plain * (1 - stretched) + plain / 4 * stretched, rtol=1e-5)
+  assert factor == pytest.approx(0.1 * np.log(4) + 1)
+  assert 0 < low < high < 63
+
+
+def test_alibi_knows_the_distance_on_either_side():
+  at = jnp.arange(5)[None]
+  bias_HLM = positions.alibi(at, at, 4)[0]
+  np.testing.assert_array_equal(bias_HLM, jnp.swapaxes(bias_HLM, 1, 2))
+  assert (np.diff(bias_HLM[:, 0]) < 0).all()
+
+
+# Attention's options.
+
+
+def attend(params, x, changes=None, **options):
+  """Attention of x [2, 6, D] with the parameters changed by name."""
+  module = Attention(resolved(**options), KIND)
+  return module.apply({'params': params | (changes or {})}, x, context(),
+                      None)[0]
+
+
+@pytest.mark.parametrize('name', ['query', 'key'])
+def test_qk_norm_takes_the_length_of_queries_and_keys_away(name):
+  x, module = normal(0, 2, 6, D), Attention(
+      resolved(qk_norm=True, norm_eps=1e-12), KIND)
+  params = born(module, x, context(), None)
+  run = lambda by, **options: attend(params, x, {
+      n: by * params[n] for n in (name, f'{name}_bias')}, **options)
+  options = dict(qk_norm=True, norm_eps=1e-12)
+  np.testing.assert_allclose(run(1, **options), run(9, **options), rtol=1e-4,
+                             atol=1e-6)
+  assert not np.allclose(run(1), run(9), atol=1e-2)
+
+
+def test_a_low_cap_on_the_scores_weighs_all_keys_alike():
+  x = normal(0, 2, 6, D)
+  params = born(Attention(resolved(), KIND), x, context(), None)
+  capped = attend(params, x, attention_softcap=1e-4)
+  flat = attend(params, x, {n: 0 * params[n] for n in ('query', 'query_bias')})
+  np.testing.assert_allclose(capped, flat, atol=1e-3)
+  assert not np.allclose(attend(params, x), flat, atol=1e-2)
+
+
+def test_a_sink_takes_weight_and_gives_no_value():
+  x = normal(0, 2, 6, D)
+  params = born(Attention(resolved(attention_sinks=True), KIND), x, context(),
+                None)
+  run = lambda sink: attend(params, x, {'sink': jnp.full(4, sink)},
+                            attention_sinks=True)
+  bias = jnp.broadcast_to(params['out_bias'], x.shape)
+  np.testing.assert_allclose(run(-1e3), attend(params, x), rtol=1e-5)
+  for high in (1e2, 1e4):  # the softmax holds on to the highest score
+    np.testing.assert_allclose(run(high), bias, rtol=1e-5)
+    assert np.isfinite(jax.grad(lambda sink: run(sink).sum())(high))
+  assert not np.allclose(run(0.0), bias, atol=1e-2)
+
+
+def test_cross_attention_does_not_know_where_in_the_memory_a_token_stands():
+  x, memory = normal(0, 2, 6, D), normal(1, 2, 6, D)
+  module = Attention(resolved(position='rope'), KIND, cross=True)
+  run = lambda params, memory: module.apply(
+      {'params': params}, x, context(memory_BMD=memory), None)[0]
+  params = born(module, x, context(memory_BMD=memory), None)
+  order = jnp.array([3, 5, 1, 0, 2, 4])
+  np.testing.assert_allclose(run(params, memory),
+                             run(params, memory[:, order]), rtol=1e-4,
+                             atol=1e-6)
+
+
+# Blocks: the equations at the head of parts/blocks.py.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('cross', [False, True])
+@pytest.mark.parametrize('block', BLOCKS)
+def test_a_block_follows_its_equations(block, cross):
+  c, x = resolved(block=block, norm='layernorm'), normal(0, 2, 6, D)
+  ctx = context(memory_BMD=normal(1, 2, 7, D))
+  module = BLOCKS[block](c, LayerKind('global', 'gelu', cross=cross))
+  params = born(module, x, ctx, None)
+  got = module.apply({'params': params}, x, ctx, None)[0]
+  def n(name, x):
+    p = params[f'{name}_norm']
+    return norms.layernorm(x, p['scale'], p['bias'], c.norm_eps)
+  A = lambda x: Attention(c, KIND).apply(
+      {'params': params['attention']}, x, ctx, None)[0]
+  C = lambda x: Attention(c, KIND, cross=True).apply(
+      {'params': params['cross_attention']}, x, ctx, None)[0]
+  F = lambda x: FFN(c, 'gelu').apply({'params': params['ffn']}, x, ctx)[0]
+  if block == 'pre_norm':
+    x = x + A(n('attention', x))
+    x = x + C(n('cross', x)) if cross else x
+    want = x + F(n('ffn', x))
+  elif block == 'post_norm':
+    x = n('attention', x + A(x))
+    x = n('cross', x + C(x)) if cross else x
+    want = n('ffn', x + F(x))
+  elif block == 'parallel':
+    want = (x + A(n('attention', x)) + F(n('ffn', x))
+            + (C(n('cross', x)) if cross else 0))
+  else:
+    x = x + n('attention_out', A(n('attention', x)))
+    x = x + n('cross_out', C(n('cross', x))) if cross else x
+    want = x + n('ffn_out', F(n('ffn', x)))
+  np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+# Models.
+
+
+@pytest.mark.slow
+def test_a_text_without_types_is_all_of_the_first_type():
+  module, params = models.make('bert')
+  tokens = models.tokens()
+  run = lambda **types: models.logits(module, params, tokens, **types)
+  np.testing.assert_array_equal(
+      run(), run(type_ids_BL=jnp.zeros_like(tokens)))
+  assert not np.allclose(run(), run(type_ids_BL=jnp.ones_like(tokens)))
+
+
+MOE = dict(num_experts=4, every=1, d_ff=8, dispatch='einsum',
+           z_loss_weight=0.1)
+
+
+@pytest.mark.slow
+def test_losses_and_health_stand_in_the_order_of_layers():
+  """A period of two kinds of layer with experts in both: the first layers of
+  a deep model report what a shallower one's do."""
+  def aux(N):
+    module, _ = models.make(ffn='moe', moe=MOE, num_layers=N, sliding_window=3,
+                            attention='global,banded')
+    few = jax.tree.map(lambda x: x[:N // 2], params['decoder']['layers'])
+    cut = params | {'decoder': params['decoder'] | {'layers': few}}
+    return module.apply({'params': cut}, models.tokens(), keep_layers=True).aux
+  _, params = models.make(ffn='moe', moe=MOE, num_layers=4, sliding_window=3,
+                          attention='global,banded')
+  deep, shallow = aux(4), aux(2)
+  for name, figures in deep['health'].items():
+    assert len(figures) == 4
+    np.testing.assert_allclose(figures[:2], shallow['health'][name], rtol=1e-5)
+  assert len(np.unique(deep['health']['z_loss'])) == 4
+  np.testing.assert_allclose(deep['layers'][:3], shallow['layers'], rtol=1e-4,
+                             atol=1e-5)
+  for total in (deep, shallow):
+    np.testing.assert_allclose(total['losses']['router_z'],
+                               0.1 * total['health']['z_loss'].sum(), rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_encoders_layers_come_first_and_all_losses_add_up():
+  module, params = models.make('t5', ffn='moe', moe=MOE)
+  tokens = models.tokens()
+  out = module.apply({'params': params}, tokens, tokens, keep_layers=True)
+  _, encoder = module.apply({'params': params}, tokens, keep_layers=True,
+                            method='encode')
+  assert len(out.aux['layers']) == 6  # what each stack is given, and 2 layers
+  np.testing.assert_array_equal(np.stack(out.aux['layers'])[:3],
+                                encoder['layers'])
+  for name, figures in out.aux['health'].items():
+    assert len(figures) == 4
+    np.testing.assert_allclose(figures[:2], encoder['health'][name], rtol=1e-5)
+  np.testing.assert_allclose(out.aux['losses']['router_z'],
+                             0.1 * out.aux['health']['z_loss'].sum(), rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_decoder_has_its_own_number_of_decoder_layers():
+  module, params = models.make('t5', num_layers=2, num_decoder_layers=3)
+  depth = {stack: jax.tree.leaves(params[stack]['layers'])[0].shape[0]
+           for stack in ('encoder', 'decoder')}
+  assert depth == {'encoder': 2, 'decoder': 3}
+  # And without a target, it is shown the source.
+  tokens = models.tokens()
+  np.testing.assert_array_equal(models.logits(module, params, tokens),
+                                models.logits(module, params, tokens,
+                                              decoder_tokens_BL=tokens))

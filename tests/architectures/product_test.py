@@ -1,0 +1,160 @@
+"""The product of all parts through the laws: causality, scan = loop, decode =
+forward; every wiring with every position encoding and kind of attention, and
+on request all of it with every norm and feed-forward network too:
+
+  make product
+
+These are decoders; product_encoders_test.py has the other skeletons.
+
+To compile each law of each variant would take hours. So the model is compiled
+once a variant, as a scan over its layers. Decoding through the cache is run
+operation by operation, whose small programs all variants share; there the
+layers are a loop, so that one comparison is of two laws.
+"""
+
+import itertools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import architectures
+from tests.helpers import models
+
+POSITIONS = ('learned', 'sinusoidal', 'rope', 'alibi', 'relative', 'none')
+BLOCKS = ('pre_norm', 'post_norm', 'parallel', 'sandwich')
+NORMS = ('layernorm', 'rmsnorm')
+FFNS = ('relu', 'gelu', 'geglu', 'swiglu', 'moe')
+ATTENTIONS = {
+    'global': {},
+    'grouped': dict(num_kv_heads=2),
+    'banded': dict(attention='banded', sliding_window=3),
+    'capped': dict(attention_softcap=5.0),
+    'qk_norm': dict(qk_norm=True),
+    'sinks': dict(attention_sinks=True),
+}
+PARTS = dict(position=POSITIONS, block=BLOCKS, attention=tuple(ATTENTIONS),
+             norm=NORMS, ffn=FFNS)
+WHOLE = [dict(zip(PARTS, values))
+         for values in itertools.product(*PARTS.values())]
+# Each position with each block and each attention; norms and networks turn
+# round them.
+TRIPLES = [
+    dict(position=p, block=b, attention=a, norm=NORMS[(i + j + k) % 2],
+         ffn=FFNS[(i + 2 * j + 3 * k + i // 5) % 5])
+    for (i, p), (j, b), (k, a) in itertools.product(
+        enumerate(POSITIONS), enumerate(BLOCKS), enumerate(ATTENTIONS))]
+LENGTH, CHANGED = 8, 5  # the token that a twin of each row has otherwise
+
+
+# Of the others, expert_choice is refused in a decoder, and uniform deals tokens
+# by their place in the batch, so to decode is to deal otherwise.
+ROUTERS = {'switch': dict(top_k=1), 'gshard': {}, 'sigmoid': {},
+           'sinkhorn': {}, 'hash': {}}
+
+
+def _rows(product):
+  """Returns {position and block: its variants}."""
+  rows = {}
+  for parts in product:
+    rows.setdefault(f'{parts["position"]}-{parts["block"]}', []).append(parts)
+  return rows
+
+
+def variant(parts, system='gpt', **moe):
+  """Returns (module, parameters all off their tidy initial values)."""
+  changes = dict(d_model=16, d_ff=24, max_len=LENGTH) | parts
+  changes |= dict(attention='global') | ATTENTIONS[changes.pop('attention')]
+  if parts['ffn'] == 'moe':
+    changes['moe'] = dict(num_experts=3, top_k=2, d_ff=12, ffn='swiglu') | moe
+  module = architectures.build(models.config(system, **changes))
+  with jax.disable_jit():
+    shapes = nn.meta.unbox(jax.eval_shape(
+        module.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
+  rng = np.random.default_rng(0)
+  return module, jax.tree.map(lambda x: jnp.asarray(
+      0.3 * rng.normal(size=x.shape), x.dtype), shapes['params'])
+
+
+def _decode(module, params, tokens):
+  """Logits by the cache: six tokens at once, then one and one."""
+  cache = architectures.init_cache(module.config, len(tokens), LENGTH)
+  logits = []
+  for first, end in ((0, 6), (6, 7), (7, 8)):
+    out = module.apply(
+        {'params': params}, tokens[:, first:end], cache=cache,
+        positions_BL=jnp.arange(first, end)[None])
+    cache = out.cache
+    logits.append(out.logits)
+  return jnp.concatenate(logits, 1)
+
+
+def check_laws(parts, **moe):
+  module, params = variant(parts, **moe)
+  row = models.tokens(1, LENGTH)
+  twin = row.at[:, CHANGED].set((row[:, CHANGED] + 1) % models.VOCAB)
+  tokens = jnp.concatenate([row, twin])
+  scan = jax.jit(lambda p: models.logits(module, p, tokens))(params)
+  # Causality: a later token does not change an earlier prediction.
+  scan = np.asarray(scan)
+  np.testing.assert_allclose(scan[0, :CHANGED], scan[1, :CHANGED], atol=1e-5)
+  assert not np.allclose(scan[0, CHANGED:], scan[1, CHANGED:], atol=1e-3)
+  with jax.disable_jit():  # where lax.scan is a loop
+    loop = np.asarray(_decode(module, params, tokens))
+  np.testing.assert_allclose(scan, loop, atol=1e-5 * np.abs(scan).max())
+
+
+def _some(rows):
+  """Each position with one block, each block with one position or more; the
+  others are `long`."""
+  return [pytest.param(row, marks=[
+      pytest.mark.slow, *[pytest.mark.long] * (i % 4 != i // 4 % 4)])
+          for i, row in enumerate(rows)]
+
+
+@pytest.mark.parametrize('row', _some(_rows(TRIPLES)))
+def test_laws_of_positions_blocks_and_attentions(row):
+  for parts in _rows(TRIPLES)[row]:
+    try:
+      check_laws(parts)
+    except Exception as error:
+      raise AssertionError(f'{parts}: {error}') from error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('router', ROUTERS)
+def test_laws_of_routers(router):
+  check_laws(dict(position='rope', block='pre_norm', attention='global',
+                  norm='rmsnorm', ffn='moe'), router=router, **ROUTERS[router])
+
+
+@pytest.mark.product
+@pytest.mark.parametrize('row', _rows(WHOLE))
+def test_laws_of_the_whole_product(row):
+  for parts in _rows(WHOLE)[row]:
+    try:
+      check_laws(parts)
+    except Exception as error:
+      raise AssertionError(f'{parts}: {error}') from error
+
+
+def test_every_pair_of_parts_meets():
+  for a, b in itertools.combinations(PARTS, 2):
+    met = {(parts[a], parts[b]) for parts in TRIPLES}
+    assert met == set(itertools.product(PARTS[a], PARTS[b])), (a, b)
+
+
+@pytest.mark.slow
+def test_the_laws_can_fail(monkeypatch):
+  """A model that sees what comes later, and one whose cache forgets."""
+  from architectures.parts import attention
+  parts = TRIPLES[0]
+  with monkeypatch.context() as patch:
+    patch.setattr(attention, 'visible', lambda *args: None)
+    with pytest.raises(AssertionError):
+      check_laws(parts)
+  monkeypatch.setattr(attention.Cache, 'write', lambda self, *args: self)
+  with pytest.raises(AssertionError):
+    check_laws(parts)

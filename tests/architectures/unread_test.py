@@ -1,0 +1,148 @@
+"""Fields that a model does not read: which they are, and who is told."""
+
+import importlib
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import architectures
+from architectures.parts import unread
+from configs import base
+from configs.errors import RequestError
+from tests.helpers import models
+from training import limits, outline, runs
+
+# A value of each field that is neither its default nor what a system sets.
+OTHER = {
+    'sinusoid': 'fairseq', 'rope.theta': 500.0, 'rope.fraction': 0.5,
+    'rope.original_len': 9, 'rope.low_freq_factor': 1.5,
+    'rope.high_freq_factor': 5.0, 'rope.beta_fast': 2.0,
+    'rope.beta_slow': 8.0, 'relative.buckets': 16,
+    'relative.max_distance': 99, 'init_scale': 2.0, 'ffn_dropout': 0.3,
+    'moe.num_experts': 6, 'moe.top_k': 3, 'moe.router': 'sinkhorn',
+    'moe.ffn': 'relu', 'moe.every': 2, 'moe.d_ff': 40,
+    'moe.shared_experts': 2, 'moe.dispatch': 'einsum',
+    'moe.grouped_kernel': 'xla', 'moe.capacity_factor': 1.1,
+    'moe.eval_capacity_factor': 1.2, 'moe.normalize_gates': False,
+    'moe.jitter': 0.1, 'moe.logit_noise': 0.2,
+    'moe.balance_loss': 'importance', 'moe.balance_weight': 0.5,
+    'moe.z_loss_weight': 0.1, 'moe.expert_dropout': 0.2, 'moe.group_size': 8,
+    'moe.bias_rate': 0.5,
+}
+# Read by a kernel of a TPU, or by the optimiser's step.
+NOT_IN_THE_PROGRAM = ('moe.grouped_kernel', 'moe.bias_rate')
+HASH = dict(ffn='moe', moe=dict(router='hash', capacity_factor=1.0))
+ROPE = dict(position='rope')
+MODELS = [
+    ('gpt', {}), ('gpt', dict(position='sinusoidal')), ('gpt', HASH),
+    ('llama', {}),
+    ('llama', dict(rope=dict(scaling='yarn', factor=2.0))),
+    ('llama', dict(rope=dict(scaling='llama3', factor=2.0))),
+    ('gpt', dict(position='relative')), ('mixtral', {}),
+    ('mixtral', dict(moe=dict(balance_loss='none'))),
+]
+
+
+def _with(config, fields):
+  config = config.copy_and_resolve_references()
+  config.update_from_flattened_dict(fields)
+  return config
+
+
+def _program(config):
+  """All that a model computes: its parameters, and its outputs and losses with
+  and without what is drawn."""
+  module = architectures.build(config)
+
+  def function(key, tokens_BL):
+    params = nn.meta.unbox(module.init(key, tokens_BL)['params'])
+    outputs = [module.apply({'params': params}, tokens_BL, deterministic=d,
+                            rngs=dict(dropout=key, router=key))
+               for d in (True, False)]
+    return params, [(o.logits, o.aux and o.aux['losses']) for o in outputs]
+
+  traced = jax.make_jaxpr(function)(
+      jax.random.key(0), jnp.zeros((2, 16), jnp.int32))
+  return str(traced), [np.asarray(x).tobytes() for x in traced.consts]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('system, changes', MODELS)
+def test_what_is_listed_changes_nothing(system, changes):
+  config = models.config(system, num_layers=1, **changes)
+  listed = unread.unread(architectures.resolve(config))
+  assert listed.keys() <= OTHER.keys()
+  refused = ('moe.grouped_kernel', 'moe.bias_rate')  # by parts/checks.py
+  fields = {name: OTHER[name] for name in listed if config.ffn == 'moe'
+            or name not in refused}
+  assert _program(_with(config, fields)) == _program(config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('fields, system, changes', [
+    (('rope.theta', 'rope.fraction'), 'llama', {}),
+    (('rope.original_len', 'rope.beta_fast', 'rope.beta_slow'), 'llama',
+     dict(rope=dict(scaling='yarn', factor=2.0, original_len=4096))),
+    (('rope.low_freq_factor', 'rope.high_freq_factor'), 'llama',
+     dict(rope=dict(scaling='llama3', factor=2.0))),
+    (('sinusoid',), 'gpt', dict(position='sinusoidal')),
+    (('relative.buckets', 'relative.max_distance'), 'gpt',
+     dict(position='relative')),
+    (('init_scale', 'ffn_dropout'), 'llama', dict(init='fan_in')),
+    pytest.param(tuple(name for name in OTHER if name.startswith('moe.')
+                       and name not in NOT_IN_THE_PROGRAM), 'mixtral',
+                 dict(moe=dict(eval_capacity_factor=1.0)),
+                 marks=pytest.mark.long),
+    (('moe.group_size',), 'mixtral', dict(moe=dict(router='sinkhorn'))),
+    (('ffn_dropout',), 'mixtral', dict(moe=dict(shared_experts=1))),
+])
+def test_what_is_not_listed_changes_something(fields, system, changes):
+  config = models.config(system, **changes)
+  assert not unread.unread(architectures.resolve(config)).keys() & set(fields)
+  before = _program(config)
+  for name in fields:
+    assert _program(_with(config, {name: OTHER[name]})) != before, name
+
+
+def test_every_field_of_the_experts_is_unread_without_them():
+  listed = unread.unread(architectures.resolve(models.config('gpt')))
+  fields = {f'moe.{name}' for name in base.base().model.moe}
+  assert fields <= listed.keys()
+  assert {row.where for name, row in listed.items() if name in fields} == {
+      'model.ffn is moe'}
+
+
+def _config(system='gpt', **fields):
+  config = importlib.import_module(f'configs.{system}').get_config('tiny')
+  return _with(config, {k.replace('__', '.'): v for k, v in fields.items()})
+
+
+@pytest.mark.parametrize('name, value, where', [
+    ('model.rope.theta', 5e5, 'model.position is rope'),
+    ('model.moe.top_k', 1, 'model.ffn is moe'),
+    ('model.init_scale', 2.0, 'model.init is fan_in'),
+])
+def test_what_is_set_by_hand_and_not_read_is_refused(name, value, where):
+  config = _config(**{name.replace('.', '__'): value})
+  runs.check(config)  # of a config file: a part may have been swapped away
+  refusal = f'^{name} is {value}, .* {where}. Leave it at'
+  with pytest.raises(RequestError, match=refusal):
+    runs.check(config, [name])
+  runs.check(_config(), [name])  # at its default
+  # A grid over the part and its field has points without the part.
+  decided_by = 'model.position' if 'rope' in name else (
+      'model.ffn' if 'moe' in name else 'model.init')
+  runs.check(config, [name, decided_by])
+
+
+def test_a_run_says_what_it_does_not_read():
+  config = _config('mixtral', model__ffn='gelu')
+  model = runs.resolve_alone(config)
+  [line] = outline._unread(config, model)
+  assert line.startswith('not read: model.moe.num_experts=4, ')
+  assert line.endswith(', unless model.ffn is moe')
+  config = _config('mixtral')
+  assert not limits.unread(config, runs.resolve_alone(config))

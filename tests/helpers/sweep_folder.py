@@ -1,0 +1,119 @@
+"""Writes the folder of a sweep whose figures are known, without training."""
+
+import json
+import pathlib
+
+import numpy as np
+
+from configs import base
+from tools.sweep import layout
+from tools.sweep import ledger as ledger_lib
+from training.workdir import run_config
+
+STEPS, EVERY = 200, 10
+TOKENS, PARAMS, FLOPS = 1_000_000, 50_000, 4e5
+
+
+def loss(step, factor: float = 1.0, floor: float = 1.5):
+  """A power law of the steps; `factor` times the compute for as much."""
+  return floor + 4 * (np.asarray(step, float) / factor) ** -0.5
+
+
+def point(name, changes=None, factor=1.0, seeds=(0, 1, 2), shift=None,
+          params=PARAMS, **more):
+  """Describes a point: `shift` is what each seed adds to its losses."""
+  return dict(name=name, changes=changes or {}, factor=factor, seeds=seeds,
+              shift=shift or {}, params=params, **more)
+
+
+def write(root, points, match='', states=None):
+  """Writes sweep.json, the ledger and the workdirs.
+
+  Args:
+    root: W.
+    points: of point(); the first is the base.
+    match: what sizes were matched by.
+    states: (state, error) by (point, seed), where it is not done.
+  """
+  root, states = pathlib.Path(root), dict(states or {})
+  rows = [dict(name=p['name'], changes=p['changes'],
+               matched=p.get('matched', []), params=p['params'],
+               active_params=p['params'],
+               flops_per_token=p.get('flops', FLOPS),
+               tokens=p.get('tokens', TOKENS), seeds=list(p['seeds']))
+          for p in points]
+  config = base.base()
+  config.train.steps, config.optim.warmup_steps = STEPS, 20
+  description = dict(
+      name='synthetic', file='configs/sweeps/synthetic.py', match=match,
+      match_field='', paired=True, base=points[0]['name'],
+      base_config=run_config.to_json(config), points=rows)
+  layout.save(root, description)
+  with ledger_lib.Ledger(root) as ledger:
+    ledger.add((p['name'], seed, ()) for p in points for seed in p['seeds'])
+    runner = ledger.register()
+    for run in ledger.runs():
+      state, error = states.get((run.point, run.seed), (ledger_lib.DONE, ''))
+      if state != ledger_lib.PENDING:
+        ledger.claim([run.id], runner)
+        ledger.settle(run.id, runner, state, error)
+        p = next(p for p in points if p['name'] == run.point)
+        folder = layout.run_folder(root, run.point, run.seed)
+        run_config.save(folder, layout.config(description, run.point, run.seed))
+        _write_run(folder, p, run.seed, state == ledger_lib.DONE)
+
+
+def _write_run(folder, p, seed, done):
+  with (folder / 'metrics.jsonl').open('w') as file:
+    for step in range(EVERY, (STEPS if done else STEPS // 2) + 1, EVERY):
+      # The same at the end, less known before it.
+      wave = 0.01 * np.sin(step + seed) * (step < STEPS)
+      at = float(loss(step, p['factor']) + wave + p['shift'].get(seed, 0.0))
+      train = dict(step=step, split='train', loss=at + 0.1, step_seconds=0.5,
+                   **{f'health/{name}': [value, value]
+                      for name, value in p.get('health', {}).items()})
+      if 'together' in p:
+        train['runs_at_once'] = p['together']
+      for row in (train, dict(step=step, split='eval', loss=at)):
+        file.write(json.dumps(row) + '\n')
+  if 'extrapolation' in p:
+    (folder / 'eval.json').write_text(json.dumps(
+        {'step': STEPS, 'extrapolation': p['extrapolation']}))
+
+
+# A sweep that has all that a report shows.
+SHIFT = {0: 0.01, 1: -0.02, 2: 0.015}
+HEALTH = {'dropped': 0.1, 'unserved': 0.02, 'window_load_max': 1.4,
+          'window_load_entropy': 0.95, 'window_unused': 0.0,
+          'confidence': 0.4, 'router_entropy': 0.8}
+
+
+def _extrapolation(slope, refused=False):
+  """No token reaches the last place, and half as many every second one."""
+  tokens = {m: [2 - i % 2 for i in range(64 * m - 1)] + [0]
+            for m in (1, 2, 4, 8)}
+  return {'length': 64, 'texts': {
+      str(m): dict(tokens=n, weights=[x / sum(n) for x in n])
+      for m, n in tokens.items()}, 'curves': {'alibi': {
+          str(m): None if refused and m > 1 else
+          [2 + slope * (i % 2) for i in range(64 * m - 1)] + [None]
+          for m in tokens}}}
+
+
+POINTS = [
+    point('base', shift=SHIFT, extrapolation=_extrapolation(0.1)),
+    # 0.8 of the compute, then shifts of their own.
+    point('better', {'model.norm': 'rmsnorm'}, factor=0.8,
+          shift={0: 0.012, 1: -0.021, 2: 0.014},
+          extrapolation=_extrapolation(1.0, refused=True)),
+    point('worse', {'model.position': 'none'}, factor=1.2, shift=SHIFT),
+    point('same', {'model.block': 'parallel'},
+          shift={0: 0.02, 1: -0.04, 2: 0.03}),
+    point('moe', {'model.ffn': 'moe'}, shift=SHIFT, params=80000,
+          health=HEALTH),
+    point('</script><b>', {'model.ffn': 'geglu'}, seeds=(0, 1), shift=SHIFT),
+    point('low', {'optim.lr': 1e-4}, factor=1.3, shift=SHIFT),
+    point('high', {'optim.lr': 3e-3}, factor=1.1, shift=SHIFT),
+]
+LOST = {('worse', 1): ('failed', 'the loss was not finite'),
+        ('high', 2): ('pending', '')}

@@ -1,0 +1,131 @@
+"""A small sweep for tests, and a train.py that takes no time."""
+
+import argparse
+import json
+import pathlib
+import sys
+
+from tools.sweep import commands, layout, ledger, run
+from training.workdir import run_config
+
+FILE = '''
+from configs import gpt
+
+def base():
+  c = gpt.get_config('tiny')
+  c.model.update(d_model=32, num_layers=2, num_heads=2, max_len=16)
+  c.data.update(length=16, batch_size=8, source='text:{texts}/*.txt')
+  c.data.holdout_every = 4
+  c.train.steps = 12
+  c.optim.warmup_steps = 2
+  c.eval.update(every_steps=6, batches=1)
+  c.log.every_steps = 1
+  c.checkpoint.update(every_steps=4, keep=1)
+  return c
+
+get_config = base
+SEEDS = {seeds}
+TASKS = {tasks}
+
+def sweep(add):
+{points}
+'''
+POINTS = """
+  add('rms', **{'model.norm': 'rmsnorm'})
+  add('swiglu', **{'model.ffn': 'swiglu'})
+"""
+
+
+def write(folder: pathlib.Path, points: str = POINTS, seeds: int = 2,
+          tasks=()) -> str:
+  """Writes a sweep's file and the text that it trains on; returns its path."""
+  for i in range(8):
+    (folder / f'{i}.txt').write_text(f'Document {i}. ' + 'As is said. ' * 40)
+  path = folder / 'mini.py'
+  path.write_text(FILE.format(texts=folder, points=points, seeds=seeds,
+                              tasks=tasks))
+  return str(path)
+
+
+def arguments(*words: str) -> argparse.Namespace:
+  parser = argparse.ArgumentParser()
+  run.add_arguments(parser)
+  alone = [] if '--vectorised' in words else ['--novectorised']
+  return parser.parse_args([*words, *alone])
+
+
+# Writes what a finished run leaves. A seed of the point `bad` fails; with a
+# file `hold-seed-1` in the sweep's folder, that seed hangs half-way.
+SCRIPT = '''
+import json, pathlib, sys, time
+folder, steps = pathlib.Path(sys.argv[1]), int(sys.argv[2])
+with (folder / 'metrics.jsonl').open('a') as file:
+  print(json.dumps(dict(step=1, split='train', loss=2.0)), file=file)
+if folder.parent.name == 'bad':
+  sys.exit('error: this point is bad')
+while (folder.parents[2] / f'hold-{folder.name}').exists():
+  time.sleep(0.05)
+with (folder / 'metrics.jsonl').open('a') as file:
+  for split in 'train', 'eval':
+    print(json.dumps(dict(step=steps, split=split, loss=1.0, bad_in_row=0)),
+          file=file)
+(folder / 'checkpoints' / str(steps)).mkdir(parents=True)
+'''
+
+
+def fake(monkeypatch) -> None:
+  """Lets every training be SCRIPT, and every evaluation write its file."""
+
+  def train(description, workdir, point, seed):
+    folder = layout.run_folder(workdir, point, seed)
+    if not run_config.exists(folder):
+      run_config.save(folder, layout.config(description, point, seed))
+    steps = layout.config(description, point, seed).train.steps
+    return ['-c', SCRIPT, str(folder), str(steps)]
+
+  def evaluate(workdir, point, seed, tasks):
+    path = layout.run_folder(workdir, point, seed) / 'eval.json'
+    figures = json.dumps(dict.fromkeys(tasks, 1))
+    return ['-c', 'import pathlib, sys; '
+            'pathlib.Path(sys.argv[1]).write_text(sys.argv[2])', str(path),
+            figures]
+
+  def train_together(workdir, runs):
+    # As a program that ends in an error of one of its runs.
+    return ['-c', 'import sys; sys.exit("error: one of us is bad")',
+            *(f'{workdir}/points/{point}' for point, _ in runs)]
+
+  monkeypatch.setattr(commands, 'train', train)
+  monkeypatch.setattr(commands, 'train_together', train_together)
+  monkeypatch.setattr(commands, 'evaluate', evaluate)
+
+
+# Claims what is pending in the ledger of a folder; says so, and lives on.
+CLAIM = '''
+import sys
+from tools.sweep import ledger
+with ledger.Ledger(sys.argv[1]) as book:
+  me = book.register()
+  print('ready', flush=True)
+  sys.stdin.readline()
+  print(*(id for run in book.runs('pending')
+          for id in book.claim([run.id], me)), flush=True)
+  sys.stdin.readline()
+'''
+
+
+def states(workdir) -> dict:
+  with ledger.Ledger(workdir) as opened:
+    return {(r.point, r.seed): r.state for r in opened.runs()}
+
+
+def main() -> None:
+  """A runner of the fake, for tests that kill it: its words are run's."""
+  import pytest
+  with pytest.MonkeyPatch.context() as monkeypatch:
+    fake(monkeypatch)
+    sys.exit(run.main(arguments(*sys.argv[1:])))
+
+
+if __name__ == '__main__':
+  main()

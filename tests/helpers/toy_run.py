@@ -1,0 +1,133 @@
+"""A small run with all that a state holds, and ways to damage its files."""
+
+import json
+
+import jax
+from jax.sharding import AxisType
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from configs import base
+from training.workdir import checkpoints
+from training.workdir import restoring
+
+OPTIMIZER = optax.adamw(1e-2)
+CONFIG = base.base().lock()
+
+
+def make_mesh(*shape):
+  names = ('fsdp', 'tensor')
+  return jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * 2)
+
+
+def init(key):
+  """A state as a run has it: float32 and bfloat16, counters, a key.
+
+  Each shard has more than the 1 KB up to which values stand, compressed, in
+  the index of the files.
+  """
+  w1, w2, b = jax.random.split(key, 3)
+  params = {
+      'up': {'kernel': jax.random.normal(w1, (64, 512)),
+             'bias': jax.random.normal(b, (512,))},
+      'down': {'kernel': jax.random.normal(w2, (512, 64), jnp.bfloat16)}}
+  return {'params': params, 'opt_state': OPTIMIZER.init(params),
+          'step': jnp.int32(0), 'key': key, 'is_good': jnp.array([True, False])}
+
+
+def abstract(*mesh_shape):
+  """ShapeDtypeStructs with shardings; matrices over both axes of the mesh."""
+  mesh = make_mesh(*mesh_shape)
+  def sharded(x):
+    spec = P('fsdp', 'tensor') if x.ndim == 2 else P()
+    return jax.ShapeDtypeStruct(
+        x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+  return jax.tree.map(sharded, jax.eval_shape(init, jax.random.key(0)))
+
+
+def born(*mesh_shape):
+  shardings = jax.tree.map(lambda x: x.sharding, abstract(*mesh_shape))
+  return jax.jit(init, out_shardings=shardings)(jax.random.key(3))
+
+
+def update(state):
+  key, use = jax.random.split(state['key'])
+  x_BD = jax.random.normal(use, (8, 64))
+  def loss(params):
+    up, down = params['up'], params['down']
+    h_BF = jax.nn.gelu(x_BD @ up['kernel'] + up['bias'][None])
+    y_BD = h_BF @ down['kernel'].astype(jnp.float32)
+    return jnp.mean((y_BD - x_BD) ** 2)
+  grads = jax.grad(loss)(state['params'])
+  updates, opt_state = OPTIMIZER.update(
+      grads, state['opt_state'], state['params'])
+  return dict(state, params=optax.apply_updates(state['params'], updates),
+              opt_state=opt_state, step=state['step'] + 1, key=key)
+
+
+def trainer(*mesh_shape):
+  shardings = jax.tree.map(lambda x: x.sharding, abstract(*mesh_shape))
+  return jax.jit(update, donate_argnums=0, out_shardings=shardings)
+
+
+def open_store(workdir, **changes):
+  options = dict(every_steps=10, every_minutes=0.0, keep=3, keep_every=0)
+  return checkpoints.Checkpoints(workdir, **{**options, **changes})
+
+
+def save(store, step, state, **changes):
+  return store.save(step, state, next_batch=step, tokens=64 * step,
+                    config=CONFIG, **changes)
+
+
+def edit_record(path, edit):
+  """Changes a record as somebody would who knows how it is sealed."""
+  record = json.loads(path.read_text())['record']
+  edit(record)
+  path.write_text(json.dumps(restoring.seal(record)))
+
+
+def host(state):
+  """Copies: a view would see what the next donated step writes."""
+  return {name: np.array(x) for name, x in restoring.plain(state).items()}
+
+
+def assert_bitwise(state, expected):
+  got = host(state)
+  assert got.keys() == expected.keys()
+  for name, x in got.items():
+    assert x.dtype == expected[name].dtype, name
+    assert x.tobytes() == expected[name].tobytes(), name
+
+
+def run(workdir):
+  """Returns {step: state on the host} of a run saved at 10, 20 and 30."""
+  state, train_step, states = born(4, 2), trainer(4, 2), {}
+  with open_store(workdir) as store:
+    for step in range(1, 31):
+      state = train_step(state)
+      if store.due(step):
+        states[step] = host(state)
+        assert save(store, step, state)
+  return states
+
+
+def data_files(step_dir):
+  """The files that hold arrays, largest first."""
+  files = [path for path in (step_dir / 'state').rglob('*')
+           if path.parent.name == 'd']
+  return sorted(files, key=lambda path: -path.stat().st_size)
+
+
+def flip_in_largest(step_dir):
+  path = data_files(step_dir)[0]
+  flip(path, path.stat().st_size // 2)
+
+
+def flip(path, place, bit=4):
+  content = bytearray(path.read_bytes())
+  content[place] ^= 1 << bit
+  path.write_bytes(content)

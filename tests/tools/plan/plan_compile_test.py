@@ -1,0 +1,224 @@
+"""A tiny model's training step, compiled for TPUs and GPUs not there."""
+
+import importlib.util
+import os
+import re
+
+from configs import gpt, mixtral
+from configs import sharding as tables
+import jax
+from jax.experimental import pallas
+import pytest
+
+os.environ |= {
+    'ALLOW_MULTIPLE_LIBTPU_LOAD': '1', 'TPU_LOG_DIR': 'disabled',
+    'TPU_SKIP_MDS_QUERY': '1', 'TPU_WORKER_HOSTNAMES': 'localhost',
+    'JAX_SKIP_CUDA_CONSTRAINTS_CHECK': '1'}
+
+from tools.explain_sharding import arrays, predict
+from tools.plan import analyse, chips, collectives, compile as compiling
+from tools.plan import search
+from tools.plan import topology as topologies
+from tools.plan.compile import DoesNotFit
+from training.costs import traced as work
+
+pytestmark = [pytest.mark.plan, pytest.mark.slow]
+tpu = pytest.mark.skipif(
+    importlib.util.find_spec('libtpu') is None,
+    reason="libtpu is not installed: pip install -e '.[plan]'")
+gpu = pytest.mark.skipif(
+    not topologies.compiler(chips.parse('h100:1x2x8')),
+    reason="the CUDA plugin of jax's own release is not installed: "
+    "pip install -e '.[plan-gpu]', with Python 3.12 or later")
+
+
+def run_on(topology, mesh, config):
+  config.data.batch_size = max(config.data.batch_size, 16)
+  config.model.dtype = 'bfloat16'
+  return analyse.start(config, topology, mesh)
+
+
+def compiled(run, topology):
+  what = compiling.program(run, 'train')
+  return compiling.build(run, what, *compiling.lower(run, what),
+                         topology.chip.hbm).executable
+
+
+@tpu
+@pytest.mark.parametrize('preset', list(tables.PRESETS))
+def test_experts_cross_by_all_to_all_and_tokens_are_not_gathered(preset):
+  topology = chips.parse('v5p:2x2x2')
+  config = mixtral.get_config()
+  config.model.update(num_layers=2, d_model=256, d_ff=128, num_kv_heads=4)
+  config.model.moe.num_experts = 8
+  run = run_on(topology, preset, config)
+  found = collectives.read(
+      compiled(run, topology).as_text(), run.mesh.shape,
+      host_of=analyse.hosts(run, topology),
+      ragged_rows=analyse.ragged_rows(run, 'train'))
+  crossings = [c for c in found if c.kind == 'ragged-all-to-all']
+  if run.mesh.shape['expert'] > 1:
+    # There and back, forward and backward, in each of the 2 layers.
+    assert sum(c.runs for c in crossings) == 2 * 4
+    assert {c.axes for c in crossings} == {('expert',)}
+    tokens = config.data.batch_size * config.data.length // (
+        8 // run.mesh.shape['tensor'])
+    assert all(c.payload == tokens * 2 * 256 * 2 for c in crossings)
+    rows = predict.collectives(run, arrays.parameters(run))
+    foretold = next(r for r in rows if r['kind'] == 'all-to-all')
+    assert foretold['runs_per_step'] == 8
+    assert foretold['bytes_sent_per_device'] == sum(
+        c.sent * c.runs for c in crossings)
+  else:
+    assert not crossings
+  # Whatever their dtype: the router has them in float32.
+  a_device = config.data.batch_size * config.data.length * 256 // 8
+  assert not [c for c in found if c.kind == 'all-gather'
+              and 'expert' in c.axes and c.elements >= a_device]
+
+
+@tpu
+def test_what_does_not_fit_is_refused_by_the_compiler():
+  topology = chips.parse('v5e:2x2')
+  config = gpt.get_config()
+  config.data.update(batch_size=4 * 64, length=4096)
+  config.model.update(max_len=4096, num_heads=64, d_model=512)
+  with pytest.raises(DoesNotFit, match='train does not fit.*HBM'):
+    compiled(run_on(topology, 'data=4', config), topology)
+
+
+@tpu
+def test_a_kernel_too_large_for_the_chip_is_no_lack_of_hbm():
+  topology = chips.parse('v5e:2x2')
+  run = run_on(topology, 'data=4', gpt.get_config())
+  def double(x):
+    return pallas.pallas_call(
+        lambda x, out: out.__setitem__(..., 2 * x[...]), out_shape=x)(x)
+  x = jax.ShapeDtypeStruct((8192, 8192), jax.numpy.float32,
+                           sharding=jax.sharding.SingleDeviceSharding(
+                               run.mesh.devices.flat[0]))
+  what = compiling.Program('double', double, (x,), {})
+  with pytest.raises(ValueError, match='double cannot be compiled.*on-chip'):
+    compiling.build(run, what, None, jax.jit(double).lower(x), 2 ** 40)
+
+
+@tpu
+@pytest.mark.parametrize('name', ['v4:2x2x1', 'v5e:2x2', 'v5p:2x2x1',
+                                  'v6e:2x2', 'tpu7x:2x2x1'])
+def test_grouped_products_are_counted_as_the_compiler_makes_them(name):
+  topology = chips.parse(name)
+  one = jax.sharding.SingleDeviceSharding(topologies.devices(topology)[0])
+  shape = lambda *size, dtype='bfloat16': jax.ShapeDtypeStruct(
+      size, dtype, sharding=one)
+  def products(x_RK, w_EKN, counts_E, d_RN):
+    product = lambda x, w: jax.lax.ragged_dot(x, w, counts_E)
+    y_RN, back = jax.vjp(product, x_RK, w_EKN)
+    return y_RN, back(d_RN)
+  traced = jax.jit(products).trace(
+      shape(512, 256), shape(4, 256, 128), shape(4, dtype='int32'),
+      shape(512, 128))
+  place = work.Place('tpu', dense=topologies.dense(topology))
+  counted = work.count(traced.jaxpr, place).flops
+  made = traced.lower().compile().cost_analysis()['flops']
+  assert counted == pytest.approx(made, rel=0.1)
+
+
+@tpu
+def test_the_peak_is_near_the_estimate_and_above_the_least():
+  from training.costs import memory
+  topology = chips.parse('v5p:2x2x1')
+  config = gpt.get_config()
+  config.model.update(d_model=1024, num_heads=16, num_layers=8, remat='full')
+  run = run_on(topology, 'fsdp=4', config)
+  peak = compiled(run, topology).memory_analysis().peak_memory_in_bytes
+  assert 0.5 < memory.analytic(run, platform='tpu')['peak'] / peak < 2
+  assert 0.25 < memory.least(run)['peak'] / peak <= 1
+  described = memory.described(config, run.model, dict(run.mesh.shape))
+  assert memory.least(described) == memory.least(run)
+
+
+@tpu
+def test_two_slices_send_over_the_network_between_them(tmp_path, monkeypatch):
+  monkeypatch.setenv('ARCHETYPE_CACHE', str(tmp_path))
+  topology = chips.parse('v5p:2x2x1', 2)
+  run = run_on(topology, 'data=2,fsdp=4', gpt.get_config())
+  report = analyse.analyse(run, topology, 'train')
+  assert set(analyse.hosts(run, topology)) == {0, 1}
+  outside = report['roofline']['seconds']['network_outside']
+  assert outside > report['roofline']['seconds']['network']
+
+
+@tpu
+def test_a_search_compiles_the_best_and_goes_on_where_one_is_refused(
+    tmp_path, monkeypatch):
+  monkeypatch.setenv('ARCHETYPE_CACHE', str(tmp_path))
+  topology, config = chips.parse('v5p:2x2x1'), gpt.get_config()
+  real, asked = analyse.analyse, []
+  def one_is_refused(run, *args):
+    asked.append(run)
+    if len(asked) == 1:
+      raise DoesNotFit('too large')
+    return real(run, *args)
+  monkeypatch.setattr(analyse, 'analyse', one_is_refused)
+  found = search.search(config, topology, 1)
+  [plan], [refused] = found['plans'], found['refused']
+  assert not plan['estimate'] and plan['flags'] != refused['flags']
+  assert refused['reason'] == 'too large'
+  assert 'refused: --mesh' in search.text(found)
+  def all_are(run, *args):
+    raise DoesNotFit('too large')
+  monkeypatch.setattr(analyse, 'analyse', all_are)
+  with pytest.raises(DoesNotFit, match='the best 4: .*too large'):
+    search.search(config, topology, 1)
+
+
+@tpu
+def test_generation_holds_weights_and_cache(tmp_path, monkeypatch):
+  monkeypatch.setenv('ARCHETYPE_CACHE', str(tmp_path))
+  topology = chips.parse('v5p:2x2x1')
+  config = gpt.get_config()
+  run = run_on(topology, 'fsdp=4', config)
+  prefill = analyse.analyse(run, topology, 'prefill')
+  decode = analyse.analyse(run, topology, 'decode')
+  cache = (2 * config.model.num_layers * config.data.batch_size // 4
+           * config.data.length * config.model.d_model * 2)
+  for report in (prefill, decode):
+    sizes = report['memory']
+    assert sizes['peak'] > sizes['parameters'] + cache
+    assert report['flops']['loops_counted_once'] == 0
+    assert 0.9 < report['flops']['ratio'] < 3
+  assert all(row['exact'] for row in decode['collectives'])
+
+
+@gpu
+@pytest.mark.parametrize('name', ['a100', 'h100', 'h200', 'b200'])
+def test_every_gpu_compiles_and_makes_grouped_products_of_all_groups(name):
+  topology = chips.parse(f'{name}:1x1x1')
+  config = mixtral.get_config()
+  config.model.update(num_layers=1, attention_kernel='xla')
+  config.data.update(batch_size=16, length=64)
+  run = run_on(topology, 'data=1', config)
+  text = compiled(run, topology).as_text()
+  m, rows = config.model.moe, 16 * 64 * config.model.moe.top_k
+  side_by_side = rf'bf16\[{rows},{m.num_experts * config.model.d_model}\]'
+  assert re.search(side_by_side, text) and 'ragged-dot(' not in text
+
+
+@gpu
+def test_gpus_of_two_hosts(tmp_path, monkeypatch):
+  monkeypatch.setenv('ARCHETYPE_CACHE', str(tmp_path))
+  topology = chips.parse('h100:1x2x8')
+  config = mixtral.get_config()
+  config.model.attention_kernel = 'xla'
+  run = run_on(topology, 'data=2,fsdp=4,expert=2', config)
+  assert set(analyse.hosts(run, topology)) == {0, 1}
+  report = analyse.analyse(run, topology, 'train')
+  assert report['memory']['peak'] > report['memory']['parameters'] > 0
+  kinds = {(row['kind'], tuple(row['axes'])) for row in report['collectives']}
+  assert any('all-to-all' in kind and axes == ('expert',)
+             for kind, axes in kinds), kinds
+  assert report['roofline']['seconds']['network_outside'] > 0
+  held = 1.1 * report['memory']['arguments']
+  tight = topology._replace(chip=topology.chip._replace(hbm=held))
+  with pytest.raises(DoesNotFit, match='GiB at its peak, and a device has'):
+    analyse.analyse(run, tight, 'train', fresh=True)

@@ -1,0 +1,344 @@
+"""Plans: names of topologies, arithmetic, and the estimate without a
+compiler."""
+
+import json
+import subprocess
+import sys
+
+from configs import gpt, mixtral
+from configs import sharding as tables
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import pytest
+
+from tools.plan import analyse, cache, chips
+from tools.plan import report, roofline, search, topology
+from tools.plan.compile import DoesNotFit
+from training import objectives, runs
+from training import paths
+from training.costs import memory, peaks
+from training.costs import traced
+from training.data import examples
+from training.data import tokenizers
+from training.distributed import devices
+
+
+def test_names_say_chips_devices_and_what_is_together():
+  cases = {'v5p:4x4x8': (128, 128, 128), 'v5e:4x8': (32, 32, 32),
+           'tpu7x:2x2x1': (4, 8, 8), 'h100:1x8x8': (64, 64, 8)}
+  for name, figures in cases.items():
+    t = chips.parse(name)
+    assert (t.chips, t.devices, t.together) == figures, name
+  t = chips.parse('v5p:2x2x2', 2)
+  assert (t.chips, t.together) == (16, 8)
+
+
+@pytest.mark.parametrize('name, slices, words', [
+    ('v5q:4x4x4', 1, "Did you mean 'v5"), ('v5p', 1, 'v5p:4x4x8'),
+    ('v5e:32x32', 1, 'choose from 1x1, 2x2'), ('v5p:4x4', 1, 'v5p:4x4x8'),
+    ('v5p:3x4x4', 1, '4ix4jx4k in rising order'),
+    ('v5p:16x16x32', 1, '6,144 chips at most'),
+    ('h100:1x8x8', 2, 'SLICESxHOSTSxGPUS'), ('h100:3x5x7', 1, 'h100:1x15x7'),
+    ('h100:1x1x64', 1, 'choose from 1, 2, 4, 8'),
+    ('v4:2x2x1', 0, 'must be >= 1')])
+def test_wrong_names_are_refused_with_choices(name, slices, words):
+  with pytest.raises(ValueError, match=words):
+    chips.parse(name, slices)
+
+
+def test_every_chip_has_a_published_peak():
+  for name, chip in chips.CHIPS.items():
+    assert peaks.flops(chip.kind, 'bfloat16', chip.cores), name
+  v5p = chips.parse('v5p:2x2x1')
+  assert roofline.peak_flops(v5p, 'bfloat16') == 459e12
+  assert 2 * roofline.peak_flops(
+      chips.parse('tpu7x:2x2x1'), 'bfloat16') == 2307e12
+
+
+def test_products_are_counted_through_loops_branches_and_shards():
+  x, key = jnp.ones((4, 8)), 2.0 * 4 * 8 * 8
+  w = jnp.ones((8, 8))
+  count = lambda f, *a, **k: traced.count(
+      jax.make_jaxpr(f)(*a), traced.Place('tpu', **k)).flops
+
+  def scanned(x):
+    return jax.lax.scan(lambda x, _: (jnp.tanh(x @ w), None), x, None, 5)[0]
+
+  assert count(scanned, x) == 5 * key
+  remade = jax.value_and_grad(lambda x: jax.checkpoint(scanned)(x).sum())
+  assert count(remade, x) == 5 * 3 * key  # forward, again, of x
+  assert count(lambda x: ((x @ w), x)[1], x) == 0  # dead
+  assert count(lambda x: jax.lax.platform_dependent(
+      x, cpu=lambda x: x, default=lambda x: x @ w), x) == key
+  until = lambda x: jax.lax.while_loop(
+      lambda x: x.sum() < 9, lambda x: x @ w, x)
+  assert count(until, x) == key and count(until, x, passes=7) == 7 * key
+  mesh = devices.make_mesh(tables.PRESETS['tp'])
+  with jax.set_mesh(mesh):
+    shard = jax.shard_map(lambda x: x @ w, in_specs=P('data'),
+                          out_specs=P('data'))
+    assert count(shard, jnp.ones((8, 8))) == 8 * key  # on tensor alike
+  ragged = lambda x: jax.lax.ragged_dot(x, jnp.ones((2, 8, 8)),
+                                        jnp.array([1, 1]))
+  assert count(ragged, x) == key
+  assert count(ragged, x, rows=2) == key / 2
+  # Forward again, and a gradient each of the rows and of both matrices.
+  both = jax.grad(lambda x, w: (jax.lax.ragged_dot(
+      x, w, jnp.array([1, 1])) ** 2).sum(), (0, 1))
+  args = x, jnp.ones((2, 8, 8))
+  assert count(both, *args) == 3 * key
+  for n, kind in enumerate(traced.GROUPED, 1):
+    assert count(both, *args, dense=traced.GROUPED[:n]) == (3 + n) * key, kind
+
+
+def test_the_slowest_of_compute_memory_and_network_bounds_a_step():
+  figures = dict(flops=2 * 459e12, hbm_bytes=2765e9, sent=60e9,
+                 sent_outside=0.0, model_flops=459e12)
+  t = chips.parse('v5p:2x2x1')
+  times = roofline.times(t, 'bfloat16', **figures)
+  assert times['seconds'] == pytest.approx(
+      {'compute': 2.0, 'hbm': 1.0, 'network': 0.1})
+  assert (times['bound'], times['highest_mfu']) == ('compute', 0.5)
+  figures['sent_outside'] = 62.5e9
+  times = roofline.times(t, 'bfloat16', **figures)
+  assert times['bound'] == 'network_outside' and times['step_seconds'] == 10
+  v4 = roofline.times(chips.parse('v4:2x2x1', 2), 'bfloat16', **figures)
+  assert v4['unknown'] == ['network_outside'] and v4['bound'] == 'compute'
+
+
+@pytest.fixture
+def no_compiler(monkeypatch, tmp_path):
+  monkeypatch.setattr(topology, 'compiler', lambda topology: '')
+  monkeypatch.setenv('ARCHETYPE_CACHE', str(tmp_path))
+
+
+def small(config):
+  config.model.update(d_model=32, num_layers=2, num_heads=4, num_kv_heads=4,
+                      d_ff=64, max_len=32)
+  config.data.update(length=32, batch_size=16)
+  return config
+
+
+def run_on_cpu(config, preset):
+  model, _ = runs.resolve(config, tokenizers.load('bytes'))
+  shape = tables.PRESETS[preset] if isinstance(preset, str) else preset
+  return runs.start(config, model, devices.make_mesh(shape))
+
+
+def grouped_rows(jaxpr) -> set[int]:
+  """Rows of the arrays that go into grouped products, wherever they are."""
+  found = {eqn.invars[0].aval.shape[0] for eqn in jaxpr.eqns
+           if eqn.primitive.name == 'ragged_dot_general'}
+  return found.union(*(grouped_rows(inner) for eqn in jaxpr.eqns
+                       for inner in jex.jaxprs_in_params(eqn.params)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('preset', list(tables.PRESETS))
+def test_tokens_are_cut_up_over_every_axis_of_theirs(preset):
+  config = small(mixtral.get_config())
+  config.model.moe.num_experts = 8
+  run = run_on_cpu(config, preset)
+  batch = {key: jax.ShapeDtypeStruct(shape, dtype) for key, (shape, dtype)
+           in examples.shapes(config).items()}
+  objective = objectives.OBJECTIVES[config.objective]
+  with run.context():
+    jaxpr = jax.make_jaxpr(lambda params, batch: objective.apply(
+        run.module, params, batch, deterministic=True).hidden)(
+            run.abstract.params, batch)
+  # With 2 experts of each device at least, a buffer has room for all rows of
+  # every device that the experts are spread over.
+  rows = analyse.ragged_rows(run, 'train') * run.mesh.shape['expert']
+  assert grouped_rows(jaxpr.jaxpr) == {rows}
+
+
+  # Nor does an estimate keep more: all axes but tensor cut up the tokens.
+  assert memory.analytic(run, 2 ** 20)['kept_for_backward'] == (
+      2 ** 20 // 8 * run.mesh.shape['tensor'])
+
+
+@pytest.mark.slow
+def test_without_a_compiler_every_figure_is_an_estimate(no_compiler):
+  t = chips.parse('v5p:2x2x2')
+  config = small(mixtral.get_config())
+  run = analyse.start(config, t, 'ep_fsdp_tp')
+  plan = analyse.describe(run, t) | analyse.active_parameters(run)
+  one = analyse.analyse(run, t, 'train')
+  plan['programs'] = [one]
+  plan['advice'] = report.advice(plan)
+  assert plan['estimate'] and one['estimate']
+  assert one['memory']['peak'] > one['memory']['parameters'] > 0
+  work = one['flops']
+  assert work['ratio'] >= 1 and work['loops_counted_once'] == 0
+  assert 0 < one['roofline']['highest_mfu'] <= 1
+  kinds = {row['kind'] for row in one['collectives']}
+  assert 'all-to-all' in kinds
+  text = report.text(plan)
+  figures = [line for line in text.splitlines() if 'GiB' in line
+             and any(c.isdigit() for c in line)]
+  assert figures and all('~' in line for line in figures)
+  assert analyse.analyse(run, t, 'train') == one  # kept
+  json.dumps(plan)
+
+
+def test_fsdp_alone_with_all_reduces_is_advised_against():
+  rows = [dict(kind='all-reduce', axes=['fsdp'],
+               bytes_sent_per_device=3 * 2 ** 30),
+          dict(kind='all-gather', axes=['fsdp'],
+               bytes_sent_per_device=2 ** 30)]
+  mesh = dict(data=1, fsdp=64, expert=1, context=1, tensor=1)
+  plan = dict(mesh=mesh, estimate=False, programs=[dict(collectives=rows)])
+  [sentence] = report.advice(plan)
+  assert '3.000 GiB' in sentence and '--mesh data=2,fsdp=32' in sentence
+  for others in (
+      dict(estimate=True), dict(mesh=mesh | dict(data=2)),
+      dict(mesh=mesh | dict(fsdp=1, tensor=64)),
+      dict(programs=[dict(collectives=rows[1:])])):
+    assert not report.advice(plan | others)
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_is_refused_with_figures(no_compiler, monkeypatch):
+  t = chips.parse('v5p:2x2x2')
+  tight = t._replace(chip=t.chip._replace(hbm=2 ** 16))
+  run = analyse.start(small(gpt.get_config()), t, 'fsdp')
+  with pytest.raises(DoesNotFit, match=r'about .* GiB, and a device has 0.00'):
+    analyse.analyse(run, tight, 'train')
+  nothing = t._replace(chip=t.chip._replace(hbm=2 ** 10))
+  with pytest.raises(DoesNotFit, match='parameters 0.0 GiB, optimizer 0.0'):
+    analyse.analyse(run, nothing, 'train')
+
+
+def test_state_on_a_device_and_what_is_held_alike(no_compiler):
+  t = chips.parse('v5p:2x2x2')
+  alone = analyse.start(small(gpt.get_config()), t, 'dp')
+  spread = analyse.start(small(gpt.get_config()), t, 'fsdp')
+  params = 4 * analyse.active_parameters(alone)['parameters']
+  assert memory.state(alone)['parameters'] == params
+  assert memory.state(alone)['optimizer'] == 2 * params + 8  # two counters
+  row, = memory.replicated(alone)
+  assert row['axis'] == 'data'
+  held = sum(memory.state(alone).values()) - sum(memory.state(spread).values())
+  assert row['bytes_saved'] == pytest.approx(held, rel=0.02)
+  assert memory.replicated(spread)[0]['bytes_saved'] < 0.03 * params
+
+
+@pytest.mark.slow
+def test_a_search_ranks_what_fits(no_compiler):
+  t = chips.parse('v5p:2x2x2')
+  config = small(gpt.get_config())
+  listed = search.candidates(config, t)
+  assert listed == sorted(listed, key=lambda one: one.step_seconds)
+  assert {one.remat for one in listed} == {'none', 'dots', 'full'}
+  assert {one.mesh['data'] for one in listed} >= {1, 8}
+  assert all(one.peak_bytes < t.chip.hbm for one in listed)
+  whole = memory.state(analyse.start(config, t, 'dp'))
+  tight = t._replace(chip=t.chip._replace(hbm=1.1 * sum(whole.values())))
+  for one in search.candidates(config, tight):  # no state lies whole
+    assert one.mesh['fsdp'] * one.mesh['tensor'] > 1
+  found = search.search(config, t, 2)
+  assert len(found['plans']) == 2 and '--mesh' in found['plans'][0]['flags']
+  assert search.text(found).count('~') >= 6
+  nothing = t._replace(chip=t.chip._replace(hbm=2 ** 10))
+  with pytest.raises(DoesNotFit, match='no mesh, remat policy'):
+    search.search(config, nothing, 1)
+
+
+def test_a_generation_needs_no_room_for_an_optimiser(no_compiler):
+  t = chips.parse('v5p:2x2x2')
+  run = analyse.start(small(gpt.get_config()), t, 'dp')
+  sizes = memory.state(run)
+  between = t._replace(chip=t.chip._replace(
+      hbm=sizes['parameters'] + sizes['optimizer'] // 2))
+  with pytest.raises(DoesNotFit, match='parameters .*, optimizer'):
+    analyse.check_state(run, between, 'train')
+  assert analyse.check_state(run, between, 'prefill') == {
+      'parameters': sizes['parameters']}
+  # The estimate of a generation is refused too.
+  tight = t._replace(chip=t.chip._replace(hbm=sizes['parameters'] + 1))
+  plan = analyse.programs(run, tight, ['prefill'])
+  assert not plan['fits'] and 'prefill does not fit' in plan['reasons'][0]
+
+
+def test_bytes_between_hosts_count_in_a_search():
+  for mesh, gathers in ((dict(data=2, fsdp=4), False), (dict(data=8), False),
+                        (dict(data=1, fsdp=8), True)):
+    run = run_on_cpu(small(gpt.get_config()), tables.PRESETS['dp'] | mesh)
+    found = search.sent(run, np.arange(8) // 4)
+    kinds = {one.kind for one in found if one.sent_outside}
+    assert 'all-reduce' in kinds and ('all-gather' in kinds) == gathers, mesh
+    assert sum(one.sent for one in found) > sum(
+        one.sent_outside for one in found)
+
+
+@pytest.mark.parametrize('rules, mesh', [
+    ('default', 'fsdp'), ('replicated', 'fsdp'), ('default', 'ep')])
+def test_weights_are_read_whole_once_a_pass(rules, mesh):
+  config = small(mixtral.get_config())
+  config.model.moe.num_experts = 8
+  config.mesh.rules = rules
+  for dtype in ('float32', 'bfloat16'):
+    config.model.update(param_dtype=dtype, dtype='bfloat16')
+    run = run_on_cpu(config, mesh)
+    shards = run.mesh.shape['expert']
+    whole = sum(x.size * 2 // (shards if '/ffn/' in path and x.ndim == 4 else 1)
+                for path, x in paths.flatten(run.abstract.params).items())
+    assert roofline.hbm_bytes(run, 0.0, False) == whole, dtype
+
+
+def test_a_report_is_of_the_code_that_made_it(monkeypatch, tmp_path):
+  monkeypatch.setattr(cache, '_ROOT', tmp_path)
+  names = [cache.key('program')]
+  for place in ('tools/plan', 'training/costs', 'architectures/parts'):
+    (tmp_path / place).mkdir(parents=True)
+    (tmp_path / place / 'flops.py').write_text('PEAK = 1')
+    names.append(cache.key('program'))
+  assert len(set(names)) == 4
+
+
+def test_every_program_that_does_not_fit_is_told(monkeypatch):
+  def analysed(run, topology, name, fresh):
+    if name != 'prefill':
+      raise DoesNotFit(f'{name} does not fit')
+    return name
+  monkeypatch.setattr(analyse, 'analyse', analysed)
+  assert analyse.programs(None, None, ['train', 'prefill', 'decode']) == dict(
+      programs=['prefill'], fits=False,
+      reasons=['train does not fit', 'decode does not fit'])
+
+
+@pytest.mark.parametrize('words, told', [
+    (['--search=-1'], 'how many plans to list'),
+    (['--search=2', '--mesh=fsdp=8'], 'pass one of them'),
+    (['--search=2', '--programs=train,decode'], 'for train alone')])
+def test_a_search_refuses_what_it_would_ignore(words, told):
+  done = subprocess.run(
+      [sys.executable, '-m', 'tools.plan', '--config', 'configs/gpt.py',
+       '--topology', 'v5p:2x2x2', *words], capture_output=True, text=True)
+  assert done.returncode == 2 and told in done.stderr
+
+
+@pytest.mark.parametrize('text, words', [
+    ('fdsp=8', "Did you mean 'fsdp'"), ('tensor', 'write it as tensor=8'),
+    ('fsdp=3', 'does not divide')])
+def test_wrong_meshes_are_refused(text, words):
+  with pytest.raises(ValueError, match=words):
+    devices.parse_mesh(text, 8)
+
+
+def test_meshes_by_name_and_by_axes():
+  assert devices.parse_mesh('ep', 8) == tables.PRESETS['ep']
+  assert devices.parse_mesh('fsdp=2,expert=2', 8) == dict(
+      data=2, fsdp=2, expert=2, context=1, tensor=1)
+
+
+def test_an_unknown_topology_is_one_sentence_and_exit_code_2():
+  words = [sys.executable, '-m', 'tools.plan', '--config', 'configs/gpt.py',
+           '--topology', 'v9:2x2']
+  done = subprocess.run(words, capture_output=True, text=True)
+  assert done.returncode == 2
+  assert 'choose from v4, v5e, v5p' in done.stderr
+  assert done.stderr.count('\n') == 1

@@ -1,0 +1,259 @@
+"""The programs as a user meets them: help, start-up time, refusals."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from configs import errors
+from training import cli, config_files
+
+ROOT = pathlib.Path(__file__).parents[2]
+# Imported by a run that asks for them, never by `--help`.
+HEAVY = ('orbax', 'grain', 'tensorboard', 'tensorflow', 'wandb', 'torch',
+         'transformers', 'datasets', 'tokenizers', 'sentencepiece', 'pyarrow',
+         'array_record', 'matplotlib', 'pandas', 'scipy.stats')
+
+
+def _module(path):
+  return '.'.join(path.relative_to(ROOT).with_suffix('').parts).removesuffix(
+      '.__main__')
+
+
+def _is_program(path):
+  """Whether the file is run by people: it has a main guard, and flags."""
+  text = path.read_text()
+  return '__main__' in text and re.search(r'argparse|import flags', text)
+
+
+TOOLS = sorted(
+    _module(path) for room in ('tools', 'benchmarks')
+    for path in ROOT.glob(f'{room}/**/*.py') if _is_program(path))
+
+
+def run(*words, **environment):
+  return subprocess.run(
+      [sys.executable, *words], cwd=ROOT, env=os.environ | environment,
+      capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize('program', ['train.py', 'eval.py'])
+def test_help_takes_under_three_seconds(program):
+  seconds = []
+  while len(seconds) < 3 and min(seconds, default=9) > 3:
+    start = time.monotonic()
+    result = run(program, '--help')
+    seconds.append(time.monotonic() - start)
+    assert result.returncode == 0, result.stderr
+    assert '--workdir' in result.stdout
+    _shows_its_examples(program, result.stdout)
+  assert min(seconds) <= 3, seconds
+
+
+@pytest.mark.parametrize('module', ['train', 'eval'])
+def test_start_up_imports_nothing_heavy(module):
+  result = run(
+      '-c', f'import sys, {module}; '
+      f'print([m for m in {HEAVY} if m in sys.modules])')
+  assert result.stdout.strip() == '[]', result.stdout + result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('tool', TOOLS)
+def test_each_tool_has_help(tool):
+  result = run('-m', tool, '--help')
+  assert result.returncode == 0, result.stderr
+  assert 'Traceback' not in result.stderr
+  assert len(result.stdout.splitlines()) > 2
+  path = tool.replace('.', '/')
+  file = f'{path}/__main__.py' if (ROOT / path).is_dir() else f'{path}.py'
+  _shows_its_examples(file, result.stdout)
+
+
+def _shows_its_examples(file, stdout):
+  """Whether --help has each line of the examples as the source has it."""
+  text = (ROOT / file).read_text().split('"""')[1]
+  for line in text.splitlines():
+    if line.startswith('  python') or line.endswith('\\'):
+      assert line in stdout.splitlines(), line
+
+
+def test_help_shows_defaults():
+  result = run('eval.py', '--help')
+  assert re.search(r'--temperature: .* \(default: 1.0\)', result.stdout)
+  assert '--[no]interpolate' in result.stdout
+  result = run('-m', 'tools.tokenizer', 'train', '--help')
+  assert '(default: bpe)' in result.stdout
+
+
+def train(workdir, *flags, config='configs/gpt.py'):
+  return run('train.py', '--config', config, f'--workdir={workdir}', *flags)
+
+
+REFUSALS = {
+    'flag': (['--wrokdir=x'], ['wrokdir', 'Did you mean --workdir?']),
+    'no such flag': (['--zzz=1'], ['--zzz', 'choose from', 'profile_steps']),
+    'profile': (['--profile_steps=5000:5010'], ['5000:5010', 'train.steps']),
+    'key': (['--config.optim.rl=1'], ['rl', 'lr']),
+    'key beside a longer one': (
+        ['--config.train.steps=2', '--config.train.step=3'],
+        ["--config.train.step: no config field 'step'",
+         "Did you mean 'steps'?"]),
+    'group': (['--config.train=2'], ['--config.train', 'train.steps']),
+    'field of a field': (['--config.seed.x=2'], ['seed is one value']),
+    'value': (['--config.optim.lr=fast'], ['lr', 'fast']),
+    'part': (['--config.model.norm=layernrom'],
+             ["'layernrom'", 'rmsnorm', "Did you mean 'layernorm'?"]),
+    'optimizer': (['--config.optim.name=adam'], ["'adam'", 'adamw', 'lion']),
+    'mesh': (['--config.mesh.tensor=3'], ['mesh', '3', '8']),
+    'heads': (['--config.model.num_heads=5'], ['num_heads', '5']),
+    'source': (['--config.data.source=text:no/such/*.txt'], ['no/such/*.txt']),
+    'objective': (['--config.objective=casual'], ["'casual'", 'causal']),
+}
+
+
+@pytest.mark.parametrize('name', REFUSALS)
+def test_a_wrong_request_is_one_sentence(name, tmp_path):
+  flags, parts = REFUSALS[name]
+  result = train(tmp_path / 'run', *flags)
+  _refused(result, parts)
+  assert not list(tmp_path.glob('run/checkpoints/*'))
+
+
+@pytest.mark.parametrize('config, parts', [
+    ('configs/gpt.py:gpt3', ["'gpt3'", 'gpt2', 'Did you mean']),
+    ('configs/gtp.py', ['configs/gtp.py', 'configs/gpt.py']),
+    ('configs/base.py', ['configs/base.py', 'get_config', 'configs/gpt.py']),
+])
+def test_a_wrong_config_is_one_sentence(config, parts, tmp_path):
+  _refused(train(tmp_path / 'run', config=config), parts)
+
+
+# What a user's file may do, and what is said of it.
+BAD_FILES = {
+    'def get_config(:': 'line 1: SyntaxError',
+    'def get_config():\n  return 1 / 0': 'line 2: ZeroDivisionError: division',
+    'import nosuch\nget_config = 1': "line 1: ModuleNotFoundError: No module "
+                                     "named 'nosuch'",
+    'def get_config():\n  return get_config()': 'line 2: RecursionError',
+    'def get_config():\n  raise SystemExit(0)': 'line 2: SystemExit: 0',
+    'def get_config():\n  pass': 'returned None, which is no ConfigDict',
+    '# get_config': 'has no function get_config()',
+    'import ml_collections\nget_config = ml_collections.ConfigDict':
+        'the field checkpoint is missing',
+    'from configs import base\ndef get_config():\n  c = base.base()\n'
+    '  c.optim.rl = 1\n  return c': 'optim.rl is no config field',
+    'from configs import base\ndef get_config():\n  c = base.base()\n'
+    '  c.seed = None\n  return c': 'seed is None, of type NoneType',
+    'from configs import base\ndef get_config():\n  c = base.base()\n'
+    '  c.optim.lr = "a"\n  return c': 'line 4: TypeError',
+}
+
+
+@pytest.mark.parametrize('text', BAD_FILES)
+def test_an_error_in_a_config_file_has_its_file_and_line(text, tmp_path):
+  file = tmp_path / 'mine.py'
+  file.write_text(text)
+  with pytest.raises(errors.RequestError) as error:
+    config_files.load(str(file))
+  assert str(error.value).startswith(str(file))
+  assert BAD_FILES[text] in str(error.value)
+  assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('file, sentence', [
+    ('/dev/null', 'is no file'), ('x' * 300 + '.py', 'is no file'),
+    ('configs', 'is no file'),
+    ('tests/training/cli_test.py', 'no function get_config'),
+])
+def test_what_is_no_config_file_is_refused(file, sentence):
+  with pytest.raises(errors.RequestError, match=sentence):
+    config_files.load(file)
+
+
+def test_an_error_in_a_config_file_is_a_wrong_request(tmp_path):
+  file = tmp_path / 'mine.py'
+  file.write_text('def get_config():\n  return 1 / 0\n')
+  _refused(train(tmp_path / 'run', config=str(file)), [f'{file}, line 2: '])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('seconds', [0, 1, 3])
+def test_ctrl_c_while_a_run_starts_ends_it(seconds, tmp_path):
+  process = subprocess.Popen(
+      [sys.executable, 'train.py', '--config', 'configs/gpt.py',
+       f'--workdir={tmp_path}/run', '--stopped_exit_code=75'], cwd=ROOT,
+      stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+  while not _handles(process.pid, signal.SIGTERM):
+    time.sleep(0.01)
+  time.sleep(seconds)
+  process.send_signal(signal.SIGINT)
+  _, err = process.communicate(timeout=100)
+  assert 'SIGINT: ' in err and 'Traceback' not in err
+  assert process.returncode in (75, 130), err
+
+
+def _handles(pid, number):
+  """Whether the process has a handler of its own for a signal (Linux)."""
+  status = pathlib.Path(f'/proc/{pid}/status').read_text()
+  return int(re.search(r'SigCgt:\s*(\w+)', status)[1], 16) >> number - 1 & 1
+
+
+@pytest.mark.parametrize('error, code, words', [
+    (errors.RequestError('no a'), 2, 'error: no a\n'),
+    (errors.EnvironmentFailure('no b'), 1, 'error: no b\n'),
+    (OSError(28, 'No space left'), 1, 'error: [Errno 28] No space left\n'),
+    (MemoryError('of the host'), 1, 'no memory left')])
+def test_each_kind_of_failure_has_its_exit_code(error, code, words, capsys):
+  def fail():
+    raise error
+  with pytest.raises(SystemExit) as exit_:
+    cli.run(fail)
+  told = capsys.readouterr().err
+  assert exit_.value.code == code and words in told
+  assert 'Traceback' not in told and told.count('\n') == 1
+
+
+def test_a_full_device_is_one_sentence(capsys):
+  import jax.numpy as jnp
+  with pytest.raises(SystemExit) as exit_:
+    cli.run(lambda: jnp.zeros(2**46, 'int8') and 0)
+  assert exit_.value.code == 1
+  assert 'a device has no memory left' in capsys.readouterr().err
+
+
+def test_a_bug_keeps_its_traceback():
+  with pytest.raises(ValueError, match='of ours'):
+    cli.run(lambda: int('of ours'))
+
+
+def test_no_workdir_is_one_sentence():
+  _refused(run('train.py', '--config', 'configs/gpt.py'), ['workdir'])
+
+
+def test_eval_of_no_run_is_one_sentence(tmp_path):
+  missing = tmp_path / 'none'
+  _refused(run('eval.py', f'--workdir={missing}'), [str(missing)])
+
+
+def _refused(result, parts):
+  assert result.returncode == 2, result.stderr
+  assert 'Traceback' not in result.stdout + result.stderr
+  lines = [x for x in result.stderr.splitlines() if x.startswith('error: ')]
+  assert len(lines) == 1, result.stderr
+  for part in parts:
+    assert part in lines[0], lines[0]
+
+
+@pytest.mark.slow
+def test_print_config_prints_json_alone():
+  result = run('train.py', '--config', 'configs/gpt.py', '--print_config',
+               '--config.optim.lr=0.5')
+  config = json.loads(result.stdout)
+  assert config['optim']['lr'] == 0.5 and config['model']['d_ff'] == 4 * 128

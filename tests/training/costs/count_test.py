@@ -1,0 +1,86 @@
+"""Parameter counts and costs against published figures and hand sums."""
+
+import importlib
+import json
+
+from configs import bert, gpt, mixtral
+import pytest
+
+from tests.helpers import flops_formulas as formulas
+from tools import count
+from training.costs import totals, flops
+
+EXACT = {
+    'gpt:gpt2': 124_439_808,
+    'gpt:gpt2-medium': 354_823_168,
+    'gpt:gpt2-large': 774_030_080,
+    'gpt:gpt2-xl': 1_557_611_200,
+}
+# Over 2 %, as the lab notes explain.
+EXPLAINED = {
+    'gshard:600b': 0.0328, 'gshard:150b': 0.0369, 'gshard:37b': 0.0676,
+    'switch:base-16': -0.0251, 'transformer:base': -0.0295,
+}
+
+
+@pytest.mark.parametrize('name', EXACT)
+def test_exact_parameter_counts(name):
+  system, size = name.split(':')
+  config = importlib.import_module(f'configs.{system}').get_config(size)
+  assert totals.count(config)['parameters'] == EXACT[name]
+
+
+@pytest.mark.slow
+def test_every_size_is_near_its_published_figure():
+  rows = count.everything()
+  assert len(rows) > 10
+  inexact = [r['size'] for r in rows
+             if isinstance(r['published'], int) and r['difference']]
+  assert not inexact  # a whole number is a checkpoint's own count
+  assert all(r['active_parameters'] <= r['parameters'] for r in rows)
+  far = {r['size']: r['difference'] for r in rows
+         if r['difference'] is not None and abs(r['difference']) > 0.02}
+  assert far == pytest.approx(EXPLAINED, abs=1e-4)
+
+
+@pytest.mark.parametrize('fields, active', [
+    # Two layers of 3 x 128 x 172 an expert: 8, of which 2 are at work.
+    (dict(), 2), (dict(shared_experts=2), 4), (dict(router='hash'), 2),
+    (dict(router='expert_choice'), 2),
+    (dict(router='expert_choice', capacity_factor=1.5), 3)])
+def test_the_experts_at_work_for_a_token(fields, active):
+  config = mixtral.get_config('tiny')
+  if fields.get('router') == 'expert_choice':  # not in a decoder
+    config = bert.get_config('tiny')
+    config.model.update(ffn='moe', ffn_bias=False)
+    fields = fields | {'ffn': 'swiglu'}
+  config.model.moe.update(fields)
+  model = totals.resolved(config)
+  one = 3 * model.d_model * model.moe.d_ff * model.num_layers
+  figures = totals.count(config)
+  every = model.moe.num_experts + model.moe.shared_experts
+  assert figures['by_part']['ffn'] == every * one
+  assert figures['active_by_part']['ffn'] == active * one
+  assert figures['active_parameters'] == (
+      figures['parameters'] - (every - active) * one)
+  assert totals.parameters(model) == (figures['parameters'],
+                                     figures['active_parameters'])
+  # And so many products: two FLOPs a parameter at work.
+  experts = formulas.forward_flops(model, 8)['experts']
+  assert experts == 2 * 8 * active * one
+  assert sum(flops.forward_flops(model, 8).values()) == pytest.approx(
+      sum(formulas.forward_flops(model, 8).values()))
+
+
+def test_parts_add_up_and_costs_are_gpt2s():
+  figures = totals.count(gpt.get_config('gpt2'), 1024)
+  assert sum(figures['by_part'].values()) == figures['parameters']
+  assert figures['active_parameters'] == figures['parameters']
+  assert figures['kv_cache_bytes_per_token'] == 2 * 12 * 768 * 2
+  # 24 D^2 a layer and token for weights, 4 D keys for attention, the head.
+  keys = (1024 + 1) / 2
+  forward = 12 * (24 * 768 ** 2 + 4 * 768 * keys) + 2 * 768 * 50257
+  assert figures['flops_per_token']['prefill'] == pytest.approx(forward)
+  assert figures['flops_per_token']['training'] == pytest.approx(3 * forward)
+  assert figures['parameter_bytes'] == 4 * figures['parameters']
+  json.dumps(figures)

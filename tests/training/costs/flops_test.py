@@ -1,0 +1,239 @@
+"""Model FLOPs, counted in the traced program, against closed formulas and by
+hand."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+
+import architectures
+from architectures.parts import attention, blocks, ffn, linear
+from architectures.parts.config import LayerKind
+from configs import base
+from tests.helpers import flops_formulas as formulas
+from training.costs import flops, peaks, traced
+
+LENGTH = 24
+
+
+def model(**fields):
+  config = base.base().model
+  config.update(dict(d_model=32, num_layers=4, num_heads=4, vocab_size=96,
+                     max_len=64))
+  config.update(fields)
+  return config
+
+
+def assert_counts(counted, oracle):
+  """By the two parts of a count: attention, and products with weights."""
+  oracle = dict(oracle)
+  attention = oracle.pop('attention')
+  assert counted['attention'] == pytest.approx(attention, rel=1e-12)
+  assert counted['weights'] == pytest.approx(sum(oracle.values()), rel=1e-12)
+
+
+@pytest.mark.parametrize('fields', [
+    dict(),
+    dict(num_kv_heads=2, head_dim=16, ffn='swiglu', d_ff=40),
+    dict(block='parallel', position='rope', ffn='geglu', remat='full'),
+    dict(tie_embeddings=False, attention='global,banded', sliding_window=5,
+         position='alibi'),
+    dict(scan_layers=False, norm='rmsnorm', position='none', dtype='bfloat16'),
+    dict(ffn='moe', moe=dict(num_experts=8, top_k=2, every=2,
+                             shared_experts=1, capacity_factor=1.25)),
+])
+def test_the_program_multiplies_what_the_formula_says(fields):
+  config = model(**fields)
+  assert_counts(flops.forward_flops(config, LENGTH),
+                formulas.forward_flops(config, LENGTH))
+  assert_counts(flops.decode_flops(config, LENGTH),
+                formulas.decode_flops(config, LENGTH))
+
+
+@pytest.mark.parametrize('arch', architectures.ARCHITECTURES)
+def test_the_formula_of_every_architecture(arch):
+  config = model(arch=arch)
+  stack = architectures.stack(config)
+  other = 7 if stack == 'encoder-decoder' else 0
+  assert_counts(flops.forward_flops(config, LENGTH, other),
+                formulas.forward_flops(config, LENGTH, other))
+  if stack != 'encoder':
+    assert_counts(flops.decode_flops(config, 7, other and LENGTH),
+                  formulas.decode_flops(config, 7, other and LENGTH))
+
+
+def test_rows_long_enough_for_blocks_of_keys_count_by_the_mask():
+  """Where attention is computed block by block, it skips what no query of a
+  block sees, and multiplies half of each block on the diagonal in vain."""
+  config = model(max_len=1024, attention='global,banded', sliding_window=300)
+  assert_counts(flops.forward_flops(config, 1024),
+                formulas.forward_flops(config, 1024))
+
+
+def test_a_feed_forward_that_is_added_is_counted(monkeypatch):
+  """With no line that says how much it multiplies."""
+  monkeypatch.setitem(ffn.ACTIVATIONS, 'silu',
+                      (lambda x: jax.nn.relu(x) ** 2, True))
+  # Another config than elsewhere, of which no count is kept.
+  count = lambda kind: flops.forward_flops(
+      model(ffn=kind, norm_eps=1e-7), LENGTH)
+  assert count('silu') == count('swiglu') != count('relu')
+
+
+def test_an_attention_gate_that_is_added_is_counted(monkeypatch):
+  class Gated(attention.Attention):
+
+    @nn.compact
+    def __call__(self, x_BLD, ctx, cache):
+      y_BLD, cache = super().__call__(x_BLD, ctx, cache)
+      gate_DD = linear.weight(self, 'gate', (32, 32), ('embed', 'mlp'))
+      return y_BLD * jax.nn.sigmoid(x_BLD @ gate_DD), cache
+
+  plain = flops.forward_flops(model(num_layers=2), LENGTH)
+  monkeypatch.setattr(blocks, 'Attention', Gated)
+  config = model(num_layers=2, norm_eps=1e-8)  # of which no count is kept
+  gated = flops.forward_flops(config, LENGTH)
+  assert gated['attention'] == plain['attention']
+  assert gated['weights'] - plain['weights'] == 2 * LENGTH * 2 * 32 * 32
+
+
+def test_what_cannot_be_counted_is_no_guess():
+  """A loop whose length hangs on data has no FLOPs that can be told."""
+  def loop(x, w):
+    return jax.lax.while_loop(lambda x: x.sum() < 9, lambda x: x @ w, x)
+  eye = jnp.eye(3)
+  work = traced.count(jax.make_jaxpr(loop)(eye, eye),
+                      traced.Place('gpu', useful=True))
+  assert work.loops == 1
+
+
+def test_a_convolution_counts_its_window():
+  """Depthwise, of 4 places: 8 products and sums for each feature."""
+  def short(x_BLD, w_4D):
+    return jax.lax.conv_general_dilated(
+        x_BLD, w_4D[:, None], (1,), [(3, 0)], feature_group_count=16,
+        dimension_numbers=('NWC', 'WIO', 'NWC'))
+  args = jnp.ones((2, LENGTH, 16)), jnp.ones((4, 16))
+  work = traced.count(jax.make_jaxpr(short)(*args), traced.Place('gpu'))
+  assert work.flops == 2 * 4 * 2 * LENGTH * 16
+
+
+@pytest.mark.parametrize('kind', [
+    LayerKind('global', 'gelu', causal=True),
+    LayerKind('global', 'gelu', causal=False),
+    LayerKind('banded', 'gelu', causal=True),
+    LayerKind('banded', 'gelu', causal=False),
+])
+@pytest.mark.parametrize('window', [1, 3, 24, 99])
+def test_keys_are_counted_as_the_mask_has_them(kind, window):
+  at = jnp.arange(LENGTH)[None]
+  mask = attention.visible(kind, window, at, at)
+  seen = LENGTH**2 if mask is None else int(mask.sum())
+  assert attention.pairs(kind, window, LENGTH, LENGTH) == seen
+
+
+def test_decoding_a_sequence_is_its_forward_pass():
+  """Token by token with a cache: the same products, in the sum."""
+  config = model(attention='global,banded', sliding_window=5, ffn='moe',
+                 moe=dict(num_experts=8, top_k=2, every=2, shared_experts=1))
+  whole = flops.forward_flops(config, 7)
+  for part in whole:
+    assert sum(flops.decode_flops(config, keys)[part]
+               for keys in range(1, 8)) == pytest.approx(whole[part])
+
+
+def test_mixture_of_experts_by_hand():
+  """d 8, d_ff 16: SwiGLU is 3 * 2 * 8 * 16 = 768 a token and expert."""
+  config = model(d_model=8, num_heads=2, num_layers=2, d_ff=16, ffn='moe',
+                 moe=dict(num_experts=4, top_k=2, ffn='swiglu', every=2))
+  parts = flops.forward_flops(config, 10)
+  assert parts['attention'] == 2 * 4 * 8 * 55  # 1 + 2 + ... + 10 keys
+  assert parts['weights'] == (
+      10 * 768  # layer 0
+      + 10 * 2 * 768  # layer 1: two of four
+      + 10 * 2 * 8 * 4  # the router
+      + 2 * 10 * 4 * 2 * 8 * 8  # projections
+      + 10 * 2 * 8 * 96)  # the head
+
+
+def test_an_encoder_decoder_by_hand():
+  """Cross-attention projects its keys from the encoder's tokens."""
+  config = model(arch='t5', d_model=8, num_heads=2, num_layers=1, d_ff=16,
+                 ffn='relu', num_decoder_layers=2)
+  parts = flops.forward_flops(config, 6, 3)
+  assert parts['attention'] == 4 * 8 * (6 * 6 + 2 * 6 + 2 * 3 * 6)
+  assert parts['weights'] == (
+      2 * 64 * (4 * 6 + 2 * (4 * 3) + 2 * (2 * 3 + 2 * 6))  # projections
+      + 2 * 2 * 8 * 16 * (6 + 2 * 3)  # feed-forwards
+      + 2 * 3 * 8 * 96)  # the head
+  per_token = flops.forward_flops_per_token(config, 6, 3)
+  assert per_token == pytest.approx(sum(parts.values()) / 9)
+  token = flops.decode_flops(config, 3, memory=6)
+  assert token['attention'] == 4 * 8 * 2 * (3 + 6)
+  assert token['weights'] == (
+      2 * 64 * 2 * (4 + 2) + 2 * 2 * 8 * 16 * 2 + 2 * 8 * 96)
+
+
+def test_gpt3_as_published():
+  """3.14e23 FLOPs for 300B tokens (Brown et al. 2020, table D.1), which
+  leaves attention and the head out."""
+  config = model(d_model=12288, num_layers=96, num_heads=96, vocab_size=50257,
+                 max_len=2048)
+  parts = flops.forward_flops(config, 2048)
+  head = 2 * 2048 * 12288 * 50257
+  mine = 3 * (parts['weights'] - head) / 2048 * 300e9
+  assert mine == pytest.approx(3.14e23, rel=0.01)
+  assert flops.training_flops_per_token(config, 2048) * 2048 == pytest.approx(
+      3 * sum(parts.values()))
+
+
+@pytest.mark.parametrize('call, words', [
+    (lambda: flops.forward_flops(model(), 8, 4), 'decoder_length is 4'),
+    (lambda: flops.forward_flops(model(arch='t5'), 8), 'decoder_length is 0'),
+    (lambda: flops.forward_flops(model(arch='gtp'), 8), 'unknown model.arch'),
+    (lambda: flops.decode_flops(model(arch='bert'), 8), 'no decoder'),
+    (lambda: flops.decode_flops(model(arch='t5'), 8), 'memory is 0'),
+])
+def test_what_has_no_meaning_is_refused(call, words):
+  with pytest.raises(ValueError, match=words):
+    call()
+
+
+def test_routers_by_hand():
+  """A hash has no weight; expert choice takes by capacity, not by top_k."""
+  moe = dict(num_experts=4, top_k=2, d_ff=16)
+  of = lambda **fields: flops.forward_flops(
+      model(arch='bert', ffn='moe', moe=moe | fields), 10)['weights']
+  router = 4 * 10 * 2 * 32 * 4  # of 4 layers
+  chosen = 4 * 10 * 2 * 2 * (2 * 32 * 16)  # 2 experts of 2 matrices
+  assert of(router='hash') == of() - router
+  assert of(router='expert_choice') == of()
+  assert of(router='expert_choice', capacity_factor=1.5) == of() + chosen / 2
+
+
+class Device:
+
+  def __init__(self, kind, platform='gpu', cores=1):
+    self.device_kind, self.platform, self.num_cores = kind, platform, cores
+
+
+def test_peaks():
+  h100 = Device('NVIDIA H100 80GB HBM3')
+  assert peaks.total([h100] * 2, 'bfloat16') == pytest.approx(2 * 989.4e12)
+  assert peaks.total([h100], 'float32') == pytest.approx(494.7e12)
+  # A v4 device is the whole chip, unless its two cores are two devices.
+  assert peaks.total([Device('TPU v4', 'tpu', 2)], 'bfloat16') == 275e12
+  assert peaks.total([Device('TPU v4', 'tpu')] * 2, 'bfloat16') == 275e12
+  assert peaks.total([Device('TPU7x', 'tpu')] * 2, 'bfloat16') == 2307e12
+
+
+def test_an_unknown_peak_is_none_and_no_guess():
+  for kind in ('cpu', 'NVIDIA H100', 'NVIDIA A100', 'TPU v99', ''):
+    assert peaks.flops(kind, 'bfloat16') is None
+  assert peaks.total(jax.devices(), 'float32') is None
+  mixed = [Device('NVIDIA H200'), Device('NVIDIA H999')]
+  assert peaks.total(mixed, 'bfloat16') is None
+  assert peaks.flops('NVIDIA H200', 'float64') is None
+  with jax.default_matmul_precision('highest'):
+    assert peaks.flops('NVIDIA H200', 'float32') is None
+    assert peaks.flops('NVIDIA H200', 'bfloat16') is not None

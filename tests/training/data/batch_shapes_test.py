@@ -1,0 +1,31 @@
+"""The shapes that a plan takes for a batch are those of the loader's."""
+
+import json
+
+import pytest
+
+from configs import base
+from training.data import pipeline, examples, tokenizers
+
+
+@pytest.mark.parametrize('objective, fields', [
+    ('causal', {}), ('causal', dict(document_mask=True)), ('prefix', {}),
+    ('mlm', {}), ('mlm', dict(document_mask=True)), ('mlm_nsp', {}),
+    ('span', {}), ('seq2seq', dict(target_length=24)), ('chat', {})])
+def test_shapes_are_the_loaders(objective, fields, tmp_path):
+  text = ' '.join('abcdefg'[i % 7] * (1 + i % 5) for i in range(900))
+  for name in 'ab':
+    (tmp_path / f'{name}.txt').write_text(text)
+  (tmp_path / 'b.jsonl').write_text(json.dumps({'messages': [
+      {'role': 'user', 'content': text[:40]},
+      {'role': 'assistant', 'content': text[:60]}]}) + '\n')
+  config = base.base()
+  config.objective = objective
+  config.data.update(dict(
+      source=(f'jsonl:{tmp_path}/b.jsonl:messages' if objective == 'chat'
+              else f'text:{tmp_path}/*.txt'),
+      cache_dir=str(tmp_path / 'cache'), length=64, batch_size=4,
+      holdout_every=0, tokenize_workers=1) | fields)
+  batch = pipeline.load(config, tokenizers.load('bytes')).batch(0)
+  got = {key: (x.shape, x.dtype) for key, x in batch.items()}
+  assert got == examples.shapes(config)

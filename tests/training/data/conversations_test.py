@@ -1,0 +1,235 @@
+"""Conversations are laid out as Vicuna's and Alpaca's published code does."""
+
+import json
+
+import numpy as np
+import pytest
+import tokenizers as hf
+
+from configs import base
+from tests import train_test
+from training import runs
+from training.data import conversations, pipeline, examples, sources
+from training.data import tokenizers
+from training.workdir import run_config
+
+texts = train_test.texts
+BYTES = tokenizers.load('bytes')
+TALK = [{'role': 'user', 'content': 'Hello!'},
+        {'role': 'assistant', 'content': 'Hi!'},
+        {'from': 'human', 'value': 'How are you?'},
+        {'from': 'gpt', 'value': 'I am good.'}]
+# What lm-sys/FastChat makes of it: get_conv_template('vicuna_v1.1'), of
+# fastchat/conversation.py, and get_prompt().
+SYSTEM = ('A chat between a curious user and an artificial intelligence '
+          'assistant. The assistant gives helpful, detailed, and polite '
+          "answers to the user's questions.")
+VICUNA = (f'{SYSTEM} USER: Hello! ASSISTANT: Hi!</s>'
+          'USER: How are you? ASSISTANT: I am good.</s>')
+
+
+def _config(source, **changes):
+  c = base.base()
+  c.objective = 'chat'
+  c.data.update(dict(source=source, length=350, batch_size=4,
+                     holdout_every=0) | changes)
+  return c
+
+
+@pytest.fixture
+def talks(tmp_path, monkeypatch):
+  monkeypatch.setenv('ARCHETYPE_CACHE', str(tmp_path / 'cache'))
+  path = tmp_path / 'talks.jsonl'
+  path.write_text(''.join(json.dumps({'messages': TALK, 'bad': [{'role': 'x'}]})
+                          + '\n' for _ in range(8)))
+  return f'jsonl:{path}'
+
+
+def _text(ids, tokenizer=BYTES) -> str:
+  """The text of a row, and </s> for the separator."""
+  ends = [-1, *np.flatnonzero(np.asarray(ids) == tokenizer.separator_id)]
+  pieces = [tokenizer.decode(ids[a + 1:b])
+            for a, b in zip(ends, [*ends[1:], len(ids)])]
+  return '</s>'.join(pieces)
+
+
+def test_turns_are_laid_out_by_vicunas_template(talks):
+  batch = pipeline.load(_config(f'{talks}:messages'), BYTES).batch(0)
+  tokens, targets, weights, valid = (
+      batch[k][0] for k in ('tokens', 'targets', 'weights', 'valid'))
+  assert _text(tokens[valid == 1]) == f'</s>{VICUNA}'
+  # The loss counts the answers, from the space on, and what ends them.
+  assert _text(targets[weights == 1]) == ' Hi!</s> I am good.</s>'
+
+
+def _get_prompt(system, messages):
+  """FastChat's ADD_COLON_TWO, with vicuna_v1.1's separators."""
+  seps, roles = (' ', '</s>'), ('USER', 'ASSISTANT')
+  text = system + seps[0]
+  for i, message in enumerate(messages):
+    text += (f'{roles[i % 2]}: {message}{seps[i % 2]}' if message
+             else f'{roles[i % 2]}:')
+  return text
+
+
+@pytest.mark.parametrize('system', [None, 'You are a pirate.'])
+@pytest.mark.parametrize('messages', [
+    ['Hello!', 'Hi!', 'How are you?', ''], ['Hello!', ''], ['a', 'b'],
+    ['a', '', 'c', 'd'], ['', 'b', 'c'], [' a\n', '\nb ', 'c', 'd']])
+def test_the_published_parts_are_fastchats_text(system, messages):
+  turns = [] if system is None else [('system', system)]
+  turns += [(('user', 'assistant')[i % 2], m) for i, m in enumerate(messages)]
+  parts = conversations.published(turns)
+  text = ''.join(text + '</s>' * (kind == 'answer') for kind, text in parts)
+  assert text == _get_prompt(SYSTEM if system is None else system, messages)
+  assert conversations.published([('user', ''), ('assistant', '')]) == [
+      ('user', ''), ('assistant', '')]  # of no text, which is left out
+
+
+def test_a_question_is_the_start_of_a_conversation(talks):
+  config = _config(f'{talks}:messages')
+  row = pipeline.load(config, BYTES).batch(0)['tokens'][0]
+  asked = conversations.question('Hello!', config, BYTES)
+  np.testing.assert_array_equal(asked, row[:len(asked)])
+  assert _text(asked) == f'</s>{SYSTEM} USER: Hello! ASSISTANT:'
+  assert BYTES.decode(row[len(asked):]).startswith(' Hi!')
+  assert conversations.question('', config, BYTES).tolist() == [row[0]]
+
+
+def _llama_like(tmp_path):
+  """A BPE whose texts begin with a space of their own, as LLaMA's do."""
+  tokenizer = hf.Tokenizer(hf.models.BPE(unk_token='<unk>'))
+  tokenizer.normalizer = hf.normalizers.Sequence([
+      hf.normalizers.Prepend('▁'), hf.normalizers.Replace(' ', '▁')])
+  tokenizer.decoder = hf.decoders.Sequence([
+      hf.decoders.Replace('▁', ' '), hf.decoders.Fuse(),
+      hf.decoders.Strip(' ', 1, 0)])
+  trainer = hf.trainers.BpeTrainer(
+      vocab_size=200, special_tokens=['<unk>', '<s>', '</s>', ':'])
+  tokenizer.train_from_iterator(
+      [text.replace(':', '') for text in (VICUNA, *LAID_OUT)], trainer)
+  tokenizer.save(str(tmp_path / 'tokenizer.json'))
+  return tokenizers.load(str(tmp_path / 'tokenizer.json'))
+
+
+def test_a_question_and_its_answer_are_tokenised_as_one(talks, tmp_path):
+  """As in both published codes: an answer alone would begin otherwise."""
+  tokenizer = _llama_like(tmp_path)
+  batch = pipeline.load(_config(f'{talks}:messages'), tokenizer).batch(0)
+  targets, weights = batch['targets'][0], batch['weights'][0]
+  turns = VICUNA.split('</s>')[:2]
+  expected = [i for turn in turns
+              for i in [*tokenizer.encode(turn), tokenizer.separator_id]]
+  assert targets[:len(expected)].tolist() == expected
+  alone = tokenizer.encode(' Hi!').tolist()
+  assert alone not in [expected[i:i + len(alone)]
+                       for i in range(len(expected))]
+  asked = conversations.question('Hello!', _config('jsonl:x:y'), tokenizer)
+  assert asked[1:].tolist() == expected[:len(asked) - 1]
+  assert not weights[:len(asked) - 1].any() and weights[len(asked) - 1]
+
+
+RECORDS = [
+    dict(instruction='Add.', input='1 and 2', output='3', text='ignored'),
+    dict(instruction='Sing!', input='', output='La la'), dict(
+        instruction='Sing!', output='La')]
+# Of tatsu-lab/stanford_alpaca, train.py, PROMPT_DICT.
+LAID_OUT = [
+    'Below is an instruction that describes a task, paired with an input that '
+    'provides further context. Write a response that appropriately completes '
+    'the request.\n\n### Instruction:\nAdd.\n\n### Input:\n1 and 2\n\n'
+    '### Response:', *2 * [
+        'Below is an instruction that describes a task. Write a response that '
+        'appropriately completes the request.\n\n### Instruction:\nSing!\n\n'
+        '### Response:']]
+
+
+@pytest.mark.parametrize('template', conversations.TEMPLATES)
+@pytest.mark.parametrize('kind', ['json', 'jsonl'])
+def test_alpacas_records_are_laid_out_by_its_template(kind, template, tmp_path):
+  path = tmp_path / f'alpaca.{kind}'
+  path.write_text(json.dumps(RECORDS) if kind == 'json' else
+                  '\n'.join(map(json.dumps, RECORDS)) + '\n')
+  config = _config(f'alpaca:{path}', length=300, batch_size=3,
+                   cache_dir=str(tmp_path), chat_template=template)
+  batch = pipeline.load(config, BYTES).batch(0)
+  end, found = BYTES.separator_id, set()
+  for tokens, targets, weights, valid in zip(*(
+      batch[k] for k in ('tokens', 'targets', 'weights', 'valid'))):
+    told = np.flatnonzero(weights)
+    prompt, answer = tokens[:told[0] + 1], targets[told]
+    assert prompt[0] == answer[-1] == end
+    assert valid.sum() == len(prompt) + len(answer) and valid[0]
+    assert (np.diff(valid) <= 0).all()  # and then no more
+    found.add((BYTES.decode(prompt), BYTES.decode(answer)))
+  assert found == {(text, record['output'])
+                   for text, record in zip(LAID_OUT, RECORDS)}
+  asked = conversations.question('Sing!', config, BYTES)
+  assert asked[0] == end and BYTES.decode(asked) == LAID_OUT[1]
+
+
+@pytest.mark.parametrize('text, words', [
+    ('[{"instruction": "a"}]', 'record 1, has no text'),
+    ('[{"instruction": "a", "output": "b", "input": 3}]', 'record 1'),
+    ('{"instruction": "a"}', 'no list of records'), ('[', 'broken JSON')])
+def test_what_is_no_alpaca_record_is_refused(text, words, tmp_path):
+  (tmp_path / 'x.json').write_text(text)
+  with pytest.raises(ValueError, match=words):
+    list(conversations.read_alpaca(str(tmp_path / 'x.json')))
+
+
+def test_a_run_of_the_earlier_template_goes_on_with_it(talks, tmp_path):
+  """A config.json without data.chat_template is of that time."""
+  config = _config(f'{talks}:messages', length=64)
+  run_config.save(tmp_path, config)
+  tree = json.loads((tmp_path / 'config.json').read_text())
+  del tree['data']['chat_template']
+  (tmp_path / 'config.json').write_text(json.dumps(tree))
+  old = runs.with_new_fields(run_config.load(tmp_path))
+  batch = pipeline.load(old, BYTES).batch(0)
+  row, told = batch['targets'][0], batch['weights'][0] == 1
+  assert _text(row[batch['valid'][0] == 1]).startswith(
+      'USER: Hello!\nASSISTANT: Hi!</s>USER: How are you?\nASSISTANT: I am')
+  assert _text(row[told]).startswith('Hi!</s>I am')
+  assert _text(conversations.question('Hello!', old, BYTES)) == (
+      '</s>USER: Hello!\nASSISTANT: ')
+  # To go on by the published one must be asked for.
+  with pytest.raises(ValueError, match='data.chat_template=earlier'):
+    run_config.check(run_config.compare(run_config.load(tmp_path), config),
+                     allow_config_change=False)
+  tree['objective'] = 'causal'
+  (tmp_path / 'config.json').write_text(json.dumps(tree))
+  config.objective = 'causal'
+  assert not run_config.compare(run_config.load(tmp_path), config)
+
+
+@pytest.mark.parametrize('objective, template, words', [
+    ('chat', 'vicuna', 'choose from published, earlier'),
+    ('causal', 'earlier', 'does not read')])
+def test_a_template_that_is_none_or_not_read_is_refused(objective, template,
+                                                        words):
+  config = _config('sotu', chat_template=template)
+  config.objective = objective
+  with pytest.raises(ValueError, match=words):
+    examples.check(config)
+
+
+def test_a_turn_without_a_role_is_refused(talks):
+  with pytest.raises(ValueError, match="role 'x'.*choose from"):
+    pipeline.load(_config(f'{talks}:bad'), BYTES)
+
+
+def test_conversations_are_no_plain_text(talks, texts):
+  config = _config(f'{talks}:messages')
+  config.objective = 'causal'
+  with pytest.raises(ValueError, match='plain text'):
+    pipeline.load(config, BYTES)
+  with pytest.raises(ValueError, match='list of turns'):
+    pipeline.load(_config(texts.partition('=')[2]), BYTES)
+
+
+def test_every_kind_of_part_has_its_place():
+  assert set(conversations.ROLES.values()) | {
+      'prompt', 'response', 'question', 'answer'} == (
+          set(conversations.HEADERS)) == set(conversations.TAILS)
+  assert set(conversations.HEADERS) < set(sources.KINDS)

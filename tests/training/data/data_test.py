@@ -1,0 +1,313 @@
+"""Data: tokenised once, packed without loss, in an order fixed by the seed."""
+
+import itertools
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+
+from configs import base
+from training.data import pipeline, holdout, sources, tokenizers
+
+ROOT = pathlib.Path(__file__).parents[3]
+BYTES = tokenizers.load('bytes')
+EOS = BYTES.eos_id
+OPENED = []  # The files that this process opens.
+sys.addaudithook(
+    lambda event, args: event == 'open' and OPENED.append(str(args[0])))
+
+
+def text_of(i, size):
+  return ''.join(chr(97 + (7 * i + k * k) % 26) for k in range(size))
+
+
+@pytest.fixture
+def folder(tmp_path):
+  """A folder of 12 documents of 20 to 130 bytes, and an empty cache."""
+  (tmp_path / 'a').mkdir()
+  for i in range(12):
+    (tmp_path / 'a' / f'{i:02}.txt').write_text(text_of(i, 20 + 10 * i))
+  return tmp_path
+
+
+def config_of(folder, **fields):
+  config = base.base()
+  config.seed = fields.pop('seed', 0)
+  config.data.update(dict(
+      source=f'text:{folder}/a/*.txt', cache_dir=str(folder / 'cache'),
+      length=16, batch_size=8, holdout_every=4, tokenize_workers=1) | fields)
+  return config
+
+
+def load(folder, split='train', index=0, count=1, **fields):
+  config = config_of(folder, **fields)
+  if split == 'train':
+    return pipeline.load(config, BYTES, index, count)
+  loader, = pipeline.held_out(config, BYTES, index, count)
+  return loader
+
+
+def stream(numbers):
+  """EOS, document, EOS, ... document, EOS, by hand."""
+  ids = [EOS]
+  for i in numbers:
+    ids += [*text_of(i, 20 + 10 * i).encode(), EOS]
+  return ids
+
+
+def windows(batches):
+  """Each row's tokens and last target, as one tuple."""
+  return [(*row, last[-1]) for batch in batches
+          for row, last in zip(batch['tokens'].tolist(),
+                               batch['targets'].tolist())]
+
+
+def same(one, two):
+  assert one.keys() == two.keys()
+  for key in one:
+    np.testing.assert_array_equal(one[key], two[key])
+
+
+def test_second_start_reads_no_text(folder):
+  def texts_opened():
+    return {name for name in OPENED if name.startswith(str(folder / 'a'))}
+
+  OPENED.clear()
+  load(folder).batch(0)
+  assert len(texts_opened()) == 12
+  OPENED.clear()
+  load(folder).batch(0)
+  load(folder, 'eval').batch(0)
+  assert OPENED and not texts_opened()
+
+
+# Packing.
+
+
+def test_windows_hold_the_stream_each_token_a_target_once(folder):
+  train = stream(i for i in range(12) if i % 4)
+  loader = load(folder)
+  assert loader.num_tokens == len(train) - 1
+  assert loader.num_windows == (len(train) - 1) // 16
+  expected = [tuple(train[16 * i:16 * i + 17])
+              for i in range(loader.num_windows)]
+  batches = [loader.batch(n) for n in range(loader.num_batches)]
+  assert sorted(windows(batches)[:loader.num_windows]) == sorted(expected)
+  assert all((batch['weights'] == 1).all() for batch in batches)
+  np.testing.assert_array_equal(batches[0]['tokens'][:, 1:],
+                                batches[0]['targets'][:, :-1])
+
+
+@pytest.mark.parametrize('count', [1, 2])
+@pytest.mark.parametrize('length', [7, 16, 1000])
+def test_eval_counts_every_held_out_token_once(folder, count, length):
+  loaders = [load(folder, 'eval', p, count, length=length)
+             for p in range(count)]
+  targets = []
+  for loader in loaders:
+    batches = list(loader.iterate())
+    assert len(batches) == loader.num_batches == -(-loader.num_windows // 8)
+    for batch in batches:
+      assert batch['tokens'].shape == (8 // count, length)
+      targets += batch['targets'][batch['weights'] > 0].tolist()
+  held_out = stream([0, 4, 8])[1:]
+  assert sorted(targets) == sorted(held_out)
+  assert loader.num_tokens == len(held_out)
+  assert loader.num_bytes == len(held_out) - 3
+  assert loader.bytes_per_token == (len(held_out) - 3) / len(held_out)
+
+
+def test_eval_source_leaves_nothing_held_out(folder):
+  (folder / 'other.txt').write_text('other words')
+  other = f'text:{folder}/other.txt'
+  assert load(folder, eval_source=other).num_tokens == len(
+      stream(range(12))) - 1
+  batch = load(folder, 'eval', eval_source=other, batch_size=1).batch(0)
+  assert BYTES.decode(batch['tokens'][0]) == 'other words'
+  assert batch['weights'][0].tolist() == [1] * 12 + [0] * 4
+
+
+def test_of_a_single_file_the_tail_is_held_out(folder):
+  text = text_of(3, 59) + 'é'
+  (folder / 'one.txt').write_text(text)
+  one = dict(source=f'text:{folder}/one.txt', batch_size=1, length=8)
+  for every, tail in (4, 15), (7, 9), (60, 1):
+    train, held_out = (load(folder, split, holdout_every=every, **one)
+                       for split in ('train', 'eval'))
+    assert held_out.num_bytes == tail + 1
+    assert train.num_bytes + held_out.num_bytes == 61
+    targets = [t for batch in held_out.iterate() for t in batch['targets'][
+        batch['weights'] > 0].tolist()]
+    assert sorted(targets) == sorted([*text[-tail:].encode(), EOS])
+    whole = [EOS, *text[:-tail].encode(), EOS]
+    assert sorted(windows([train.batch(n) for n in range(train.num_batches)])
+                  ) == sorted(tuple(whole[i:i + 9]) for i in range(
+                      0, len(whole) - 8, 8))
+  assert load(folder, eval_source=one['source'], **one).num_bytes == 61
+
+
+def test_held_out_is_the_first_of_every_n():
+  assert [n for n in range(7) if holdout.held_out(n, 3)] == [0, 3, 6]
+  assert not any(holdout.held_out(n, 0) for n in range(7))
+
+
+def test_eval_order_ignores_the_seed_and_samples_fairly(folder):
+  one, two = (load(folder, 'eval', seed=seed, length=2) for seed in (0, 1))
+  same(one.batch(0), two.batch(0))
+  held_out = stream([0, 4, 8])
+  first = [tuple(held_out[2 * i:2 * i + 3]) for i in range(8)]
+  assert windows([one.batch(0)]) != first
+
+
+def test_document_mask_as_a_picture(folder):
+  (folder / 'a' / '01.txt').write_text('abc')
+  (folder / 'a' / '02.txt').write_text('de')
+  (folder / 'a' / '03.txt').write_text('fghij')
+  loader = load(folder, length=7, batch_size=1, document_mask=True)
+  rows = [loader.batch(n) for n in range(loader.num_windows)]
+  shown = {}
+  for row in rows:
+    tokens, segments, positions = (
+        row[key][0].tolist() for key in ('tokens', 'segment_ids', 'positions'))
+    text = ''.join('|' if i == EOS else chr(i) for i in tokens)
+    shown[text] = (''.join(map(str, segments)), ''.join(map(str, positions)))
+  assert shown['|abc|de'] == ('2222333', '0123012')
+  assert shown['|fghij|'] == ('2222223', '0123450')
+  assert {'segment_ids', 'positions'} & load(folder).batch(0).keys() == set()
+
+
+# Order.
+
+
+@pytest.mark.parametrize('count', [2, 8])
+@pytest.mark.parametrize('split', ['train', 'eval'])
+def test_global_batch_is_the_same_on_any_number_of_processes(
+    folder, split, count):
+  alone = load(folder, split)
+  shares = [load(folder, split, p, count) for p in range(count)]
+  for n in range(alone.num_batches):
+    parts = [share.batch(n) for share in shares]
+    assert all(len(part['tokens']) == 8 // count for part in parts)
+    same(alone.batch(n), {key: np.concatenate([part[key] for part in parts])
+                          for key in parts[0]})
+
+
+def test_a_process_loads_only_its_rows(folder, monkeypatch):
+  loader = load(folder, index=1, count=4)
+  read = []
+  monkeypatch.setattr(loader, '_dataset', type('Spy', (), {
+      '__getitem__': lambda _, g, real=loader._dataset: (
+          read.append(g), real[g])[1]})())
+  loader.batch(5)
+  assert read == [5 * 8 + 2, 5 * 8 + 3]
+
+
+def test_each_window_once_an_epoch_in_another_order(folder):
+  loader = load(folder, batch_size=1)
+  size = loader.num_windows
+  seen = windows(loader.batch(n) for n in range(3 * size))
+  epochs = [tuple(seen[e * size:(e + 1) * size]) for e in range(3)]
+  assert len(set(epochs)) == 3
+  assert len({tuple(sorted(epoch)) for epoch in epochs}) == 1
+  assert len(set(epochs[0])) == size
+  # A seed's second epoch is not the next seed's first.
+  other = load(folder, batch_size=1, seed=1)
+  assert tuple(windows(other.batch(n) for n in range(size))) not in epochs
+
+
+def test_order_stays_from_version_to_version(folder):
+  """A run that is resumed after an upgrade must see the same batches."""
+  loader = load(folder)
+  train = stream(i for i in range(12) if i % 4)
+  place = {tuple(train[16 * i:16 * i + 17]): i
+           for i in range(loader.num_windows)}
+  assert [[place[w] for w in windows([loader.batch(n)])] for n in (0, 9)] == [
+      [18, 35, 16, 7, 20, 13, 24, 0], [20, 44, 39, 29, 23, 7, 0, 11]]
+
+
+@pytest.mark.parametrize('start', [0, 1, 13])
+def test_iterating_from_n_is_batch_n_onwards(folder, start):
+  loader = load(folder)
+  batches = list(itertools.islice(loader.iterate(start), 12))
+  assert len(batches) == 12
+  for n, batch in enumerate(batches, start):
+    same(batch, loader.batch(n))
+  assert len(list(loader.iterate(start, start + 3))) == 3
+  assert not list(loader.iterate(start, start))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('split', ['train', 'eval'])
+def test_worker_processes_change_nothing(folder, split):
+  plain, workers = (load(folder, split, workers=n, length=7) for n in (0, 2))
+  stop = min(plain.num_batches, 7)
+  pairs = list(itertools.zip_longest(
+      plain.iterate(1, stop), workers.iterate(1, stop)))
+  assert len(pairs) == stop - 1
+  for one, two in pairs:
+    same(one, two)
+
+
+@pytest.mark.slow
+def test_mixture_weights_are_honoured(folder):
+  for name in 'bc':
+    (folder / name).mkdir()
+    for i in range(2):
+      (folder / name / f'{i}.txt').write_text(name.upper() * 400)
+  mixture = ','.join(f'{weight}*text:{folder}/{name}/*.txt' for weight, name
+                     in ((0.7, 'a'), (0.2, 'b'), (0.1, 'c')))
+  loader = load(folder, source=mixture)
+  assert loader.num_tokens == len(stream(
+      i for i in range(12) if i % 4)) - 1 + 401 + 401
+  rows = np.concatenate([loader.batch(n)['tokens'] for n in range(250)])
+  share = [(rows == ord(letter)).any(axis=1).mean() for letter in 'BC']
+  np.testing.assert_allclose(share, [0.2, 0.1], atol=1e-3)
+  # And in every stretch, not only in the long run.
+  share = (rows[:100] == ord('B')).any(axis=1).mean()
+  np.testing.assert_allclose(share, 0.2, atol=0.02)
+  # A component keeps its own epochs.
+  own = [row for row in windows(loader.batch(n) for n in range(250))
+         if not {ord('B'), ord('C')} & set(row)]
+  size = load(folder).num_windows
+  assert len(set(own[:size])) == len(set(own)) == size
+
+
+# Refusals.
+
+
+@pytest.mark.parametrize('fields, message', [
+    (dict(count=3), 'data.batch_size=8 is not divisible by the 3 processes'),
+    (dict(seed=-1), 'seed is -1: it must be >= 0'),
+    (dict(length=0), 'data.length is 0: it must be >= 1'),
+    (dict(workers=-1), 'data.workers is -1: it must be >= 0'),
+    (dict(length=5000), r'has 729 training tokens, fewer than .*length=5000'),
+    (dict(holdout_every=0, split='eval'),
+     'has 12 document.s., of which data.holdout_every=0 leaves none for eval'),
+    (dict(holdout_every=1), 'data.holdout_every=1 leaves none for train'),
+])
+def test_what_cannot_be_loaded_is_refused(folder, fields, message):
+  with pytest.raises(ValueError, match=message):
+    load(folder, **fields)
+
+
+def test_unknown_objective_is_refused(folder):
+  config = config_of(folder)
+  config.objective = 'casual'
+  with pytest.raises(ValueError, match="'casual': choose from causal"):
+    pipeline.load(config, BYTES)
+
+
+def test_pairs_are_no_windows(folder, monkeypatch):
+  monkeypatch.setitem(sources.SOURCES, 'pairs', lambda name, _: sources.Source(
+      name, 'pairs', (), lambda _: iter([[('source', 'a'), ('target', 'b')]]),
+      content='2'))
+  with pytest.raises(ValueError, match='holds parts of the kinds source, targ'):
+    load(folder, source='pairs:x', holdout_every=0)
+
+
+def test_a_run_without_eos_is_refused(folder):
+  tokenizer = tokenizers.Bytes()
+  tokenizer.special_ids = {'pad': 256}
+  with pytest.raises(ValueError, match="no 'eos' token: it has pad"):
+    pipeline.load(config_of(folder), tokenizer)

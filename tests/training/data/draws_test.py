@@ -1,0 +1,162 @@
+"""What is drawn of a text, row by row: masks, second texts, prefixes, and the
+stretches that pairs are cut from."""
+
+import itertools
+import types
+
+import numpy as np
+import pytest
+
+from tests.helpers import letters
+from training.data import pipeline, masking, packing
+
+BYTES = letters.BYTES
+
+
+@pytest.fixture(name='texts')
+def _texts(tmp_path, monkeypatch):
+  return letters.write(tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize('objective', ['mlm', 'mlm_nsp'])
+def test_no_part_of_a_rows_frame_is_masked(texts, objective):
+  """[CLS], the [SEP] between two texts and at the end, the separators of
+  documents, and padding."""
+  frame = (BYTES.cls_id, BYTES.sep_id, BYTES.pad_id, BYTES.separator_id)
+  config = letters.config(texts, objective, mask_rate=0.9)
+  loader, ends = pipeline.load(config, BYTES), 0
+  for batch in map(loader.batch, range(20)):
+    ends += (batch['targets'] == BYTES.separator_id).sum()
+    held = np.isin(batch['targets'], frame)
+    assert held.any(1).all() and not batch['weights'][held].any()
+    np.testing.assert_array_equal(batch['tokens'][held],
+                                  batch['targets'][held])
+    told = batch['weights'] == 1
+    assert (batch['tokens'][~told] == batch['targets'][~told]).all()
+  assert bool(ends) == (objective == 'mlm')
+
+
+@pytest.mark.parametrize('objective', ['mlm', 'mlm_nsp', 'prefix', 'span'])
+def test_each_draw_of_a_row_is_a_new_one(texts, objective):
+  """The masks of one text differ from epoch to epoch and from seed to seed."""
+  shown = {}  # of each text: (seed, all that its row holds), each time
+  for seed in (0, 1):
+    config = letters.config(texts, objective, batch_size=1)
+    config.seed = seed
+    loader = pipeline.load(config, BYTES)
+    for n in range(2 * loader.num_windows):
+      text, row = loader._dataset[n].tokens.tobytes(), loader.batch(n)
+      whole = b''.join(row[key].tobytes() for key in sorted(row))
+      shown.setdefault(text, []).append((seed, whole))
+  for within_a_seed in (True, False):
+    alike = [a == b for rows in shown.values()
+             for (s, a), (t, b) in itertools.combinations(rows, 2)
+             if (s == t) == within_a_seed]
+    assert len(alike) >= loader.num_windows and np.mean(alike) < 0.1
+
+
+def test_one_window_is_drawn_anew_by_the_seed_and_in_each_epoch(tmp_path):
+  """Of one window there is one order, which tells no rows apart."""
+  (tmp_path / 'one.txt').write_text('a few words of one text ' * 3)
+  shown = []
+  for seed in range(3):
+    config = letters.config(f'text:{tmp_path}/one.txt', 'mlm', batch_size=1,
+                       cache_dir=str(tmp_path))
+    config.seed = seed
+    loader = pipeline.load(config, BYTES)
+    assert loader.num_windows == 1
+    shown += [loader.batch(n)['tokens'].tobytes() for n in range(3)]
+  assert len(set(shown)) == 9
+
+
+def test_a_word_begins_at_a_space_and_after_it():
+  ids = np.frombuffer(b'ab c  de', np.uint8).astype(np.int32)
+  starts = masking._starts(ids, BYTES)
+  assert starts.tolist() == [c in '|x' for c in 'x.|x||x.']
+
+
+@pytest.mark.parametrize('whole_words', [False, True])
+def test_every_token_is_told_as_often_as_any_other(whole_words):
+  ids, special = np.array([*b'ab cde f gh ijkl m no pq'], np.int32), np.zeros(
+      24, bool)
+  told = np.mean([
+      masking.mask(ids, special, np.random.default_rng(seed), BYTES, rate=0.25,
+                   whole_words=whole_words)[1] for seed in range(3000)], 0)
+  spread = 0.04 if whole_words else 5 * (0.25 * 0.75 / 3000) ** 0.5
+  assert np.ptp(told) < 2 * spread, told
+
+
+def test_at_least_one_token_is_told():
+  ids, rng = np.full(5, 97, np.int32), np.random.default_rng(0)
+  special = np.array([True, False, False, False, True])
+  for whole_words in (False, True):
+    _, chosen = masking.mask(ids, special, rng, BYTES, rate=0.01,
+                             whole_words=whole_words)
+    assert chosen.any() and not (chosen & special).any()
+
+
+def test_what_is_special_is_never_masked_with_a_word():
+  """One that stands inside a word, as [CLS] does where a text is cut there."""
+  ids = np.array([BYTES.cls_id, *b'going on', BYTES.sep_id], np.int32)
+  special = np.zeros(len(ids), bool)
+  special[[0, 3, -1]] = True
+  for seed in range(20):
+    _, chosen = masking.mask(ids, special, np.random.default_rng(seed), BYTES,
+                             rate=0.5, whole_words=True)
+    assert chosen.any() and not (chosen & special).any()
+
+
+def test_stretches_hold_each_document_once():
+  """But for a rest of fewer than MIN tokens, and documents as short."""
+  sizes, length = [5, 8, 40, 61, 123], 23  # stretches of 20 tokens
+  parts = np.cumsum([0, *sizes])
+  cache = types.SimpleNamespace(
+      tokens=np.arange(parts[-1]), parts=parts, kinds=np.zeros(5, int),
+      documents=np.arange(6), num_bytes=np.array(sizes))
+  view = packing.Stretches(packing.Corpus(
+      name='x', text='all of it', cache=cache, document_ids=np.arange(5),
+      split='train', tokenizer=BYTES,
+      config=letters.config('', 'mlm_nsp', length)))
+  got = [view[i].tokens.tolist() for i in range(len(view))]
+  want = []
+  for first, size in zip(parts, sizes):
+    cut = [list(range(first + i, first + min(i + 20, size)))
+           for i in range(0, size, 20)]
+    want += [tokens for tokens in cut if len(tokens) >= packing.Stretches.MIN]
+  assert got == want
+  assert view.num_tokens == sum(sizes[1:])
+  # What is from elsewhere is of another document, and begins anywhere in it.
+  rng, begins = np.random.default_rng(0), set()
+  for _ in range(400):
+    tokens = view.other(3, rng, 30)
+    assert (np.diff(tokens) == 1).all() and tokens.max() < parts[4]
+    begins.add(int(tokens[0]))
+  assert {parts[1], *range(parts[2], parts[2] + 11)} < begins
+  assert max(begins) == parts[4] - 30
+
+
+def test_the_masks_of_an_evaluation_do_not_go_by_the_seed(texts):
+  def batch(seed):
+    config = letters.config(texts, 'mlm', eval_source=texts)
+    config.seed = seed
+    return pipeline.held_out(config, BYTES)[0].batch(0)
+  for key, value in batch(0).items():
+    np.testing.assert_array_equal(value, batch(1)[key])
+
+
+def test_what_is_told_is_hidden(texts):
+  """The model is shown the mask, and told the word."""
+  for batch in letters.pairs(texts):
+    told = batch['weights'] == 1
+    assert (batch['tokens'][told] == BYTES.mask_id).mean() > 0.5
+    assert not (batch['targets'] == BYTES.mask_id).any()
+
+
+def test_the_padding_of_a_prefix_row_is_not_predicted(texts):
+  config = letters.config(texts, 'prefix', eval_source=texts, batch_size=1)
+  loader, = pipeline.held_out(config, BYTES)
+  short = 0
+  for batch in loader.iterate():
+    assert (batch['weights'] <= batch['valid']).all()
+    short += not batch['valid'].all()
+  assert short

@@ -1,0 +1,265 @@
+"""Masked words with next sentences, and prefixes."""
+
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import base
+from tests.helpers import letters, models
+from training import objectives, runs
+from training.data import pipeline, examples, masking, packing
+
+BYTES = letters.BYTES
+SPECIAL = (BYTES.cls_id, BYTES.sep_id)
+
+
+@pytest.fixture(name='texts')
+def _texts(tmp_path, monkeypatch):
+  return letters.write(tmp_path, monkeypatch)
+
+
+def test_pairs_are_laid_out_as_bert_has_them(texts):
+  batches = letters.pairs(texts)
+  tokens = np.concatenate([b['targets'] for b in batches])
+  types = np.concatenate([b['types'] for b in batches])
+  real = np.concatenate([b['segment_ids'] for b in batches]) == 1
+  assert (tokens[:, 0] == BYTES.cls_id).all()
+  for row, kind, mask in zip(tokens, types, real):
+    seps = np.flatnonzero(row == BYTES.sep_id)
+    assert len(seps) == 2 and mask.sum() == seps[1] + 1
+    assert (kind[:seps[0] + 1] == 0).all()
+    assert (kind[seps[0] + 1:seps[1] + 1] == 1).all()
+    assert (kind[~mask] == 0).all()
+    assert (row[~mask] == BYTES.pad_id).all()
+
+
+def test_next_sentence_labels_say_where_the_second_text_is_from(texts):
+  labels = []
+  for batch in letters.pairs(texts):
+    for row, types, label, real in zip(batch['targets'], batch['types'],
+                                       batch['nsp_targets'],
+                                       batch['segment_ids']):
+      sources = [set(bytes(row[(types == t) & (real == 1) & (row < 256)]
+                           .astype(np.uint8)).decode()) - {' '}
+                 for t in (0, 1)]
+      if all(sources):
+        assert (sources[0] != sources[1]) == bool(label)
+        labels.append(label)
+  assert 0.3 < np.mean(labels) < 0.7
+
+
+def test_fifteen_percent_are_told_eighty_ten_ten(texts):
+  rng = np.random.default_rng(0)
+  ids = rng.integers(97, 123, 20000).astype(np.int32)
+  special = np.zeros(len(ids), bool)
+  special[:1000] = True
+  masked, chosen = masking.mask(ids, special, rng, BYTES, rate=0.15,
+                                whole_words=False)
+  assert not chosen[:1000].any() and chosen.sum() == round(0.15 * 19000)
+  assert (masked[~chosen] == ids[~chosen]).all()
+  shares = [(masked[chosen] == BYTES.mask_id).mean(),
+            (masked[chosen] == ids[chosen]).mean()]
+  np.testing.assert_allclose(shares, [0.8, 0.1], atol=0.02)
+
+
+def test_masks_repeat(texts):
+  a, b = (pipeline.load(letters.config(texts, 'mlm_nsp'), BYTES).batch(3)
+          for _ in range(2))
+  for key in a:
+    np.testing.assert_array_equal(a[key], b[key])
+
+
+def _rows(texts, split='train', **changes):
+  config = letters.config(texts, 'mlm', **changes)
+  loader = (pipeline.load(config, BYTES) if split == 'train'
+            else pipeline.held_out(config, BYTES)[0])
+  return [{key: x[b] for key, x in loader.batch(n).items()}
+          for n in range(loader.num_batches) for b in range(4)]
+
+
+def test_masked_rows_are_full_of_text(texts):
+  rows = _rows(texts, eval_source=texts, split='eval')
+  text = np.concatenate([
+      row['targets'][row['segment_ids'] == 1][1:-1] for row in rows
+      if row['weights'].any()])
+  # Each document stands there once, whole, and its end is never asked for.
+  assert sorted(np.bincount(text[text < 256])[list(b'abcdef')]) == sorted(
+      sum(1 + (i + j) % 5 for j in range(300)) for i in range(6))
+  for row in rows:
+    real = row['segment_ids'] == 1
+    if not real.any():  # what fills up the last batch
+      continue
+    assert row['targets'][0] == BYTES.cls_id
+    assert row['targets'][real][-1] == BYTES.sep_id
+    assert not row['weights'][(row['targets'] >= 256) | ~real].any()
+  rows = [row for row in rows if row['weights'].any()]  # not the padding
+  full = [row for row in rows if (row['segment_ids'] == 1).all()]
+  assert len(full) >= len(rows) - 1
+  assert {row['weights'].sum() for row in full} <= {8, 9}  # 15 % of 59 to 62
+
+
+def test_masked_documents_are_kept_apart(texts):
+  rows = _rows(texts, document_mask=True)
+  mixed = [row for row in rows if row['segment_ids'].max() > 1]
+  assert mixed
+  for row in mixed:
+    starts = row['targets'] == BYTES.separator_id
+    np.testing.assert_array_equal(
+        row['segment_ids'], 1 + np.cumsum(starts))
+    assert not row['positions'][starts].any()
+    assert (np.diff(row['positions'])[~starts[1:]] == 1).all()
+  assert 'positions' not in _rows(texts)[0]
+
+
+def test_whole_words_are_masked_whole():
+  text = 'some plain words of unequal length, and a few more of them'
+  ids = BYTES.encode(text)
+  special = np.zeros(len(ids), bool)
+  _, chosen = masking.mask(ids, special, np.random.default_rng(1), BYTES,
+                           rate=0.3, whole_words=True)
+  assert 0 < chosen.sum() < len(ids)
+  place = 0
+  for word in text.split(' '):
+    letters = chosen[place:place + len(word)]
+    assert letters.all() or not letters.any(), word
+    place += len(word) + 1
+
+
+def test_one_document_makes_no_pairs(tmp_path, monkeypatch):
+  monkeypatch.setenv('ARCHETYPE_CACHE', str(tmp_path / 'cache'))
+  (tmp_path / 'a.txt').write_text('all alone ' * 50)
+  with pytest.raises(ValueError, match='another document'):
+    pipeline.load(letters.config(f'text:{tmp_path}/a.txt', 'mlm_nsp'), BYTES)
+
+
+def test_a_prefix_is_not_predicted(texts):
+  batch = pipeline.load(
+      letters.config(texts, 'prefix', length=32), BYTES).batch(0)
+  for size, weights in zip(batch['prefix'], batch['weights']):
+    assert 1 <= size < 32
+    np.testing.assert_array_equal(weights, np.arange(32) >= size - 1)
+
+
+@pytest.mark.parametrize('name', [
+    name for name, row in examples.EXAMPLES.items() if not row.documents])
+def test_a_mask_of_documents_that_are_none_is_refused(texts, name):
+  config = letters.config(texts, name, document_mask=True)
+  with pytest.raises(ValueError, match='document_mask .*from causal, mlm'):
+    pipeline.load(config, BYTES)
+  with pytest.raises(ValueError, match='document_mask'):
+    runs.check(config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('objective', ['causal', 'prefix', 'chat'])
+def test_padding_takes_no_expert(objective):
+  """A row of padding goes first, and the tokens after it have the routers'
+  losses, load and room that they have alone."""
+  def apply(factor, tokens, valid):
+    module, params = models.make('mixtral', num_layers=1, moe=dict(
+        num_experts=4, eval_capacity_factor=factor))
+    batch = dict(tokens=tokens, prefix=jnp.ones(len(tokens), jnp.int32),
+                 weights=valid, valid=valid)
+    return jax.jit(lambda batch: objectives.OBJECTIVES[objective].apply(
+        module, params, batch))(batch).aux
+  tokens = models.tokens(2, 12)
+  valid = jnp.ones((2, 12)).at[0].set(0.0).at[1, 9:].set(0.0)
+  padded = apply(0.5, tokens, valid)  # 6 places an expert, as below
+  alone = apply(4 / 3, tokens[1:, :9], valid[1:, :9])
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4),
+               padded, alone)
+  assert alone['health']['dropped'].max() > 0
+
+
+@pytest.mark.parametrize('objective', ['prefix', 'mlm', 'mlm_nsp', 'span'])
+def test_no_padding_is_predicted(texts, objective):
+  """In a pass whose last rows are short, or padding altogether."""
+  config = letters.config(texts, objective, batch_size=4, eval_source=texts)
+  loader, = pipeline.held_out(config, BYTES)
+  batch = {key: np.concatenate([b[key] for b in loader.iterate()])
+           for key in loader.batch(0)}
+  seen = batch[objectives.OBJECTIVES[objective].seen[-1]] != 0
+  assert (seen.any(1) & ~seen.all(1)).any()
+  assert not batch['weights'][~seen].any()
+  if objective == 'prefix':
+    told = np.maximum(seen.sum(1) - (batch['prefix'] - 1), 0)
+    assert batch['weights'].sum(1).tolist() == told.tolist()
+
+
+def test_rows_that_fill_up_an_evaluation_are_padding(texts):
+  for objective in ('causal', 'prefix'):
+    config = letters.config(texts, objective, batch_size=4, eval_source=texts)
+    loader, = pipeline.held_out(config, BYTES)
+    rows = [loader.batch(n) for n in range(loader.num_batches)]
+    key = 'valid' if objective == 'prefix' else 'weights'
+    valid = np.concatenate([b[key] for b in rows])
+    assert valid[:loader.num_windows].any(1).all()
+    assert len(valid) > loader.num_windows
+    assert not valid[loader.num_windows:].any()
+
+
+@pytest.mark.parametrize('system, objective', [
+    ('bert', 'causal'), ('gpt', 'mlm_nsp'), ('llama', 'mlm'), ('t5', 'prefix')])
+def test_an_objective_that_does_not_fit_is_refused(system, objective):
+  config = importlib.import_module(f'configs.{system}').get_config()
+  config.objective = objective
+  with pytest.raises(ValueError, match=f'{objective!r}.* {system} .*choose'):
+    runs.check(config)
+
+
+@pytest.mark.slow
+def test_bert_is_judged_by_both_its_tasks():
+  """By hand: words are a mean over the masked ones, the other over rows, of
+  which the last is padding; the rows have 3, 1 and 2 words masked."""
+  module, params = models.make('bert')
+  tokens = models.tokens(4, 8)
+  words = [(0, 0), (0, 1), (0, 2), (1, 2), (2, 0), (2, 5)]
+  batch = dict(tokens=tokens, targets=tokens, types=jnp.zeros((4, 8), int),
+               segment_ids=jnp.ones((4, 8), int).at[3].set(0),
+               weights=jnp.zeros((4, 8)).at[tuple(zip(*words))].set(1.0),
+               nsp_targets=jnp.array([0, 1, 1, 0]))
+  config = base.base()
+  objective = objectives.OBJECTIVES['mlm_nsp']
+  output = objective.apply(module, params, batch)
+  share, figures = objective.loss(output, batch, config)
+  values = objective.means(figures)
+  nll = -jax.nn.log_softmax(output.logits)
+  mlm = np.mean([nll[b, i, tokens[b, i]] for b, i in words])
+  logits = np.asarray(output.extra['nsp_logits'])
+  nsp = -jax.nn.log_softmax(logits)
+  nsp = np.mean([nsp[0, 0], nsp[1, 1], nsp[2, 1]])
+  right = np.mean([logits[0, 0] > logits[0, 1], logits[1, 1] > logits[1, 0],
+                   logits[2, 1] > logits[2, 0]])
+  said = np.mean([jnp.argmax(output.logits[b, i]) == tokens[b, i]
+                  for b, i in words])
+  for name, value in dict(loss=mlm + nsp, mlm_loss=mlm, nsp_loss=nsp,
+                          nsp_accuracy=right, mlm_accuracy=said).items():
+    np.testing.assert_allclose(values[name], value, rtol=1e-5, err_msg=name)
+  np.testing.assert_allclose(share, 6 * (mlm + nsp), rtol=1e-5)
+  alone = objectives.OBJECTIVES['mlm']
+  words = alone.means(alone.figures(output, batch, config))
+  assert words == {'loss': values['mlm_loss'],
+                   'accuracy': values['mlm_accuracy']}
+
+
+def test_a_prefix_sees_itself_whole_and_nothing_later():
+  module, params = models.make('gpt')
+  tokens = models.tokens(1, 8)
+
+  def logits(changed):
+    out = module.apply({'params': params}, tokens.at[0, changed].add(1) % 60,
+                       prefix_B=jnp.array([4]))
+    return out.logits[0]
+
+  plain = module.apply({'params': params}, tokens % 60,
+                       prefix_B=jnp.array([4])).logits[0]
+  inside, after = logits(3) != plain, logits(5) != plain
+  assert inside.any(1).tolist() == [True] * 8
+  assert after.any(1).tolist() == [False] * 5 + [True] * 3
+
+
+def test_every_example_reads_a_view():
+  assert {e.view for e in examples.EXAMPLES.values()} <= set(packing.VIEWS)

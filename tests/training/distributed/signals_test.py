@@ -1,0 +1,221 @@
+"""Both signals, once and twice, in real processes."""
+
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+
+import pytest
+
+from training.distributed import signals
+
+_LOOP = '''
+    import itertools, time
+    from training import signals
+    with signals.Stop() as stop:
+      print('ready', flush=True)
+      for step in itertools.count(1):
+        time.sleep(0.01)  # the step, which is always finished
+        if stop.agreed(step):
+          print('saved', flush=True)
+          {then}
+          break
+    '''
+
+
+def _start(code, *args):
+  return subprocess.Popen(
+      [sys.executable, '-c', textwrap.dedent(code), *map(str, args)],
+      stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture(name='start')
+def _start_and_clean_up():
+  processes = []
+  def start(code, *args):
+    processes.append(_start(code, *args))
+    return processes[-1]
+  yield start
+  for process in processes:
+    process.kill()
+    process.communicate()
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_one_signal_finishes_saves_and_exits_0(start, number):
+  process = start(_LOOP.format(then='pass'))
+  assert process.stdout.readline() == 'ready\n'
+  process.send_signal(number)
+  out, err = process.communicate(timeout=60)
+  assert out == 'saved\n'
+  assert f'{number.name}: finishing this step, saving, and leaving' in err
+  assert process.returncode == 0
+
+
+@pytest.mark.parametrize('first, second, code', [
+    (signal.SIGTERM, signal.SIGTERM, 143),
+    (signal.SIGINT, signal.SIGINT, 130),
+    (signal.SIGTERM, signal.SIGINT, 130)])
+def test_second_signal_ends_at_once(start, first, second, code):
+  process = start(_LOOP.format(then='time.sleep(600)'))
+  assert process.stdout.readline() == 'ready\n'
+  process.send_signal(first)
+  assert process.stdout.readline() == 'saved\n'
+  process.send_signal(second)
+  _, err = process.communicate(timeout=60)
+  assert f'{second.name}: ending at once' in err
+  assert process.returncode == code
+
+
+def test_second_signal_ends_even_a_main_thread_deep_in_c(start):
+  """As in a compilation, where Python's own handlers are never called."""
+  process = start('''
+      import hashlib
+      from training import signals
+      with signals.Stop():
+        print('ready', flush=True)
+        hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)
+      ''')
+  assert process.stdout.readline() == 'ready\n'
+  process.send_signal(signal.SIGINT)
+  process.stderr.readline()
+  assert 'finishing this step' in process.stderr.readline()
+  process.send_signal(signal.SIGINT)
+  process.communicate(timeout=60)
+  assert process.returncode == 130
+
+
+_START = '''
+    import gc, hashlib, sys
+    from training import cli, interrupts
+    def main():
+      print('ready', flush=True)
+      {then}
+    cli.run(main, interrupts.EndAtOnce(lambda: {code}))
+    '''
+_DEEP_IN_C = "hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"
+# JAX has one such callback: what is raised there is printed and forgotten.
+_IN_A_CALLBACK = (
+    'gc.callbacks.append(lambda *_: [None for _ in range(10 ** 6)])\n'
+    '      while True: gc.collect()')
+
+
+@pytest.mark.parametrize('then', [_DEEP_IN_C, _IN_A_CALLBACK])
+@pytest.mark.parametrize('number, asked, code', [
+    (signal.SIGINT, 0, 130), (signal.SIGTERM, 0, 143),
+    (signal.SIGTERM, 75, 75)])
+def test_before_the_loop_a_signal_ends_at_once(start, then, number, asked,
+                                               code):
+  process = start(_START.format(then=then, code=asked))
+  assert process.stdout.readline() == 'ready\n'
+  process.send_signal(number)
+  _, err = process.communicate(timeout=60)
+  assert err == (f'\n{number.name}: ending at once: there is nothing to save '
+                 'yet\n')
+  assert process.returncode == code
+
+
+def test_the_loop_takes_the_signals_over_and_gives_them_back(start):
+  process = start('''
+      import time
+      from training import cli, interrupts, signals
+      def main():
+        with signals.Stop() as stop:
+          print('loop', flush=True)
+          while not stop.at_once:
+            time.sleep(0.01)
+        print('after', flush=True)
+        time.sleep(600)
+      cli.run(main, interrupts.EndAtOnce())
+      ''')
+  for line, said in (('loop', 'finishing this step'), ('after', 'at once')):
+    assert process.stdout.readline() == f'{line}\n'
+    process.send_signal(signal.SIGTERM)
+    process.stderr.readline()
+    assert said in process.stderr.readline()
+  process.communicate(timeout=60)
+  assert process.returncode == 143
+
+
+def test_a_handler_of_another_library_is_left_alone(start):
+  process = start('''
+      import signal, time
+      from training import cli, interrupts
+      def main():
+        try:
+          signal.signal(signal.SIGINT, signal.default_int_handler)
+          print('ready', flush=True)
+          time.sleep(600)
+        except KeyboardInterrupt:
+          print('theirs', flush=True)
+      cli.run(main, interrupts.EndAtOnce())
+      ''')
+  assert process.stdout.readline() == 'ready\n'
+  process.send_signal(signal.SIGINT)
+  out, _ = process.communicate(timeout=60)
+  assert out == 'theirs\n' and process.returncode == 0
+
+
+def test_handlers_come_back_and_no_thread_stays():
+  before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+  with signals.Stop() as stop:
+    assert signal.getsignal(signal.SIGTERM) is not before[1]
+    assert not stop.stop_requested and not stop.agreed(1)
+  assert before == (
+      signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+  assert signal.set_wakeup_fd(-1) == -1
+  assert 'signals' not in [thread.name for thread in threading.enumerate()]
+
+
+_PROCESS = '''
+    import sys, time
+    import jax
+    from training import signals
+    port, index = sys.argv[1], int(sys.argv[2])
+    jax.distributed.initialize(
+        f'127.0.0.1:{port}', 2, index, cluster_detection_method='deactivate',
+        coordinator_bind_address=f'127.0.0.1:{port}')
+    with signals.Stop() as stop:
+      print('ready', flush=True)
+      step = 0
+      while not stop.agreed(step):
+        step += 1
+        time.sleep(0.01 * (1 + index))  # they are never at the same step
+      print('saved', step, flush=True)
+      if sys.argv[3] == 'stay':
+        time.sleep(600)
+    '''
+
+
+@pytest.mark.slow
+@pytest.mark.multihost
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_one_process_stops_both_at_the_same_step(start, number):
+  processes = _start_two(start, 'leave')
+  processes[1].send_signal(number)
+  outs = [process.communicate(timeout=120)[0] for process in processes]
+  assert outs[0].startswith('saved ') and outs[0] == outs[1]
+  assert [process.returncode for process in processes] == [0, 0]
+
+
+@pytest.mark.slow
+@pytest.mark.multihost
+def test_a_second_sigterm_ends_a_process_once_the_step_is_agreed(start):
+  processes = _start_two(start, 'stay')
+  processes[1].send_signal(signal.SIGTERM)
+  assert processes[1].stdout.readline().startswith('saved')
+  processes[1].send_signal(signal.SIGTERM)
+  processes[1].communicate(timeout=60)
+  assert processes[1].returncode == 143
+
+
+def _start_two(start, then):
+  with socket.socket() as probe:
+    probe.bind(('127.0.0.1', 0))
+    port = probe.getsockname()[1]
+  processes = [start(_PROCESS, port, index, then) for index in range(2)]
+  for process in processes:
+    assert process.stdout.readline() == 'ready\n'
+  return processes

@@ -1,0 +1,155 @@
+"""What is held out of several sources, and figures over unequal batches."""
+
+import math
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from configs import base
+from configs import sharding as tables
+from tests.helpers import models
+from training import evals, evaluating, objectives, runs
+from training import state as state_lib
+from training.data import pipeline
+from training.data import tokenizers
+from training.distributed import devices
+from training.evals import extrapolation
+
+BYTES = tokenizers.load('bytes')
+
+
+@pytest.fixture
+def folder(tmp_path):
+  """Text of a's alone, of b's, three times as long, and of many letters."""
+  (tmp_path / 'a.txt').write_text('a' * 40)
+  (tmp_path / 'b.txt').write_text('b' * 120)
+  (tmp_path / 'c.txt').write_text(
+      ''.join(chr(97 + k * k % 26) for k in range(60)))
+  return tmp_path
+
+
+def config_of(folder, source, **fields):
+  c = base.base()
+  c.model = models.config(**fields)
+  c.model.vocab_size = 0
+  c.data.update(source=source.format(folder), holdout_every=0, length=16,
+                eval_source=source.format(folder), batch_size=4,
+                cache_dir=str(folder / 'cache'), tokenize_workers=1)
+  return c
+
+
+def run_of(c):
+  mesh = devices.make_mesh(dict.fromkeys(tables.MESH_AXES, 1),
+                           jax.devices()[:1])
+  return runs.start(c, runs.resolve(c, BYTES)[0], mesh)
+
+
+def evaluation_of(c, workdir):
+  run = run_of(c)
+  state = state_lib.create(run.module, run.tx, run.abstract, c.seed)
+  return evals.Evaluation(run, state.params, 0, BYTES,
+                          types.SimpleNamespace(interpolate=False), workdir,
+                          {})
+
+
+def judged(c, loss_of):
+  """The figures where the loss of a target is `loss_of` its id."""
+  def step(_, batch):
+    weights = batch['weights']
+    return {'loss': objectives.Mean(
+        (loss_of(batch['targets']) * weights).sum(), weights.sum())}
+  loaders = pipeline.held_out(c, BYTES)
+  return evaluating.evaluate(step, None, loaders, 0, run_of(c).place)
+
+
+@pytest.mark.parametrize('a, b', [(0.9, 0.1), (1, 999)])
+def test_the_loss_of_a_mixture_is_the_mean_of_its_sources(folder, a, b):
+  """By its weights, however long each source is; 40 a's, 120 b's and an end
+  each."""
+  c = config_of(folder, f'{a}*text:{{0}}/a.txt,{b}*text:{{0}}/b.txt')
+  figures = judged(c, lambda ids: ids * (ids < 256))
+  own = [40 * 97 / 41, 120 * 98 / 121]
+  assert figures[f'loss/text:{folder}/a.txt'] == pytest.approx(own[0])
+  assert figures[f'loss/text:{folder}/b.txt'] == pytest.approx(own[1])
+  assert figures['loss'] == pytest.approx(np.average(own, weights=[a, b]))
+  size = np.average([40 / 41, 120 / 121], weights=[a, b])
+  assert figures['bits_per_byte'] == pytest.approx(
+      figures['loss'] / math.log(2) / size)
+
+
+def test_bits_per_byte_are_the_bits_of_the_text_over_its_bytes(folder):
+  """A token that is a toss of a coin, of ln 2 nats, is one bit."""
+  figures = judged(config_of(folder, 'text:{0}/a.txt'),
+                   lambda ids: math.log(2))
+  assert figures.keys() == {'loss', 'perplexity', 'bits_per_byte'}
+  assert figures['bits_per_byte'] == pytest.approx(41 / 40)
+  assert figures['perplexity'] == pytest.approx(2)
+
+
+def test_the_perplexity_is_of_tokens_alone():
+  mean = objectives.Mean
+  sums = {'mlm_loss': mean(6 * math.log(3), 6.0), 'nsp_loss': mean(8.0, 4.0),
+          'nsp_accuracy': mean(3.0, 4.0)}
+  loader = types.SimpleNamespace(objective='mlm_nsp', share=1.0)
+  figures = evaluating.means([sums], [loader])
+  assert figures == pytest.approx(dict(
+      loss=math.log(3) + 2, mlm_loss=math.log(3), nsp_loss=2.0,
+      nsp_accuracy=0.75, perplexity=3))
+
+
+def test_of_nothing_there_is_no_figure():
+  nothing = objectives.Mean(np.float64(0), np.float64(0))
+  loader = types.SimpleNamespace(objective='chat', share=1.0)
+  figures = evaluating.means([{'loss': nothing, 'accuracy': nothing}], [loader])
+  assert {evaluating.shown(x) for x in figures.values()} == {'n/a'}
+
+
+@pytest.mark.slow
+def test_extrapolation_counts_the_tokens_that_there_are(folder, capsys):
+  """61 tokens at 16 to 128 a row: each length's figure is the mean loss of
+  these tokens, and past the 61st there is none."""
+  c = config_of(folder, 'text:{0}/c.txt', position='none', num_layers=1)
+  evaluation = evaluation_of(c, folder)
+  with evaluation.run.context():
+    found = extrapolation.run(evaluation)
+  end = BYTES.separator_id
+  ids = np.array([end, *(folder / 'c.txt').read_bytes(), end])
+  rows = {line.split()[0]: line.split()[1:]
+          for line in capsys.readouterr().out.splitlines()[2:4]}
+  assert rows['tokens'] == ['61'] * 4
+  for place, multiple in enumerate(extrapolation.MULTIPLES):
+    tokens = found['texts'][str(multiple)]['tokens']
+    length = 16 * multiple
+    assert sum(tokens) == 61 and (np.array(tokens) > 0).sum() == min(length, 61)
+    curve = np.array(found['curves']['none'][str(multiple)])
+    assert (np.isnan(curve) == (np.array(tokens) == 0)).all()
+    if multiple in (1, 8):
+      loss = []
+      for start in range(0, 61, length):
+        row = ids[start:start + length + 1]
+        logits = models.logits(evaluation.run.module, evaluation.params,
+                               row[None, :-1])[0]
+        loss += [-jax.nn.log_softmax(logits)[i, target]
+                 for i, target in enumerate(row[1:])]
+      assert float(rows['none'][place]) == pytest.approx(
+          np.mean(loss), abs=6e-4)
+
+
+@pytest.mark.slow
+def test_routing_weighs_batches_by_their_tokens(folder, capsys):
+  """A mean over tokens is the same however they are cut into batches, of
+  which the last one is short."""
+  found = {}
+  for rows in (1, 3):
+    c = config_of(folder, '1*text:{0}/a.txt,3*text:{0}/c.txt',
+                  system='mixtral', num_kv_heads=2, num_layers=1,
+                  moe=dict(num_experts=4, d_ff=24))
+    c.data.batch_size = rows
+    evaluation = evaluation_of(c, folder)
+    with evaluation.run.context():
+      found[rows] = evals.task('routing').run(evaluation)
+  for name in ('load_E', 'z_loss', 'confidence', 'router_entropy'):
+    np.testing.assert_allclose(found[1][name], found[3][name], rtol=1e-4,
+                               err_msg=name)

@@ -1,0 +1,152 @@
+"""Generation: equal to the plain forward pass, row by row, and its filters."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import architectures
+from tests.helpers import models
+from training import generate
+
+LENGTHS = (3, 7, 5)
+NEW = 6
+
+
+@pytest.fixture(scope='module', params=['rope', pytest.param(
+    'learned', marks=pytest.mark.slow)])
+def model(request):
+  return models.make(position=request.param)
+
+
+@pytest.fixture(scope='module')
+def prompts():
+  tokens = models.tokens(3, 7)
+  padding = jnp.arange(7)[None] >= jnp.array(LENGTHS)[:, None]
+  return jnp.where(padding, 60, tokens)
+
+
+def greedy(model, prompts, **kwargs):
+  return np.asarray(generate.generate(
+      *model, prompts, jnp.array(LENGTHS), jax.random.key(0),
+      max_new_tokens=NEW, sampling=generate.Sampling(temperature=0), **kwargs))
+
+
+def test_greedy_equals_the_forward_pass_row_by_row(model, prompts):
+  written = greedy(model, prompts)
+  apply = jax.jit(lambda t: models.logits(*model, t))
+  for row, length, new in zip(prompts, LENGTHS, written):
+    tokens = np.zeros((1, 7 + NEW), np.int32)  # causal: what follows is unseen
+    tokens[0, :length] = row[:length]
+    for t in range(NEW):
+      tokens[0, length + t] = apply(tokens)[0, length + t - 1].argmax()
+    np.testing.assert_array_equal(new, tokens[0, length:length + NEW])
+
+
+@pytest.mark.slow
+def test_a_prefix_lm_reads_its_prompt_in_both_directions(prompts):
+  module, params = models.make(position='rope', tie_embeddings=False)
+  model = module, jax.tree.map(lambda x: 4 * x, params)  # attention counts
+  lengths = jnp.array(LENGTHS)
+  written = greedy(model, prompts, prefix_B=lengths)
+  assert (written != greedy(model, prompts)).any()
+  # What training computes, whose prefix is the prompt.
+  apply = jax.jit(lambda t: models.logits(*model, t, prefix_B=lengths))
+  tokens = np.pad(prompts, ((0, 0), (0, NEW)))
+  for row, new in zip(range(len(LENGTHS)), written):
+    tokens[row, LENGTHS[row]:LENGTHS[row] + NEW] = new
+  best = np.asarray(apply(jnp.asarray(tokens)).argmax(-1))
+  for row, length in enumerate(LENGTHS):
+    np.testing.assert_array_equal(best[row, length - 1:length + NEW - 1],
+                                  written[row])
+
+
+def test_a_row_that_stops_stays_stopped(model, prompts):
+  plain = greedy(model, prompts)
+  stop = int(plain[1, 2])
+  stopped = greedy(model, prompts, stop_token=stop)
+  for row, free in zip(stopped, plain):
+    ends = np.flatnonzero(free == stop)
+    end = ends[0] if ends.size else NEW
+    np.testing.assert_array_equal(row[:end + 1], free[:end + 1])
+    assert (row[end:] == stop).all()
+
+
+def test_one_key_one_text(model, prompts):
+  def draw(seed):
+    return np.asarray(generate.generate(
+        *model, prompts, jnp.array(LENGTHS), jax.random.key(seed),
+        max_new_tokens=NEW))
+  np.testing.assert_array_equal(draw(0), draw(0))
+  assert (draw(0) != draw(1)).any()
+
+
+LOGITS = jnp.log(jnp.array([[0.5, 0.25, 0.15, 0.1]]))
+
+
+@pytest.mark.parametrize('sampling, kept', [
+    (dict(), [1, 1, 1, 1]),
+    (dict(top_k=2), [1, 1, 0, 0]),
+    (dict(top_k=9), [1, 1, 1, 1]),
+    (dict(top_p=0.5), [1, 0, 0, 0]),
+    (dict(top_p=0.6), [1, 1, 0, 0]),
+    (dict(top_p=0.95), [1, 1, 1, 1]),
+    (dict(top_k=3, top_p=0.8), [1, 1, 0, 0]),
+])
+def test_filters(sampling, kept):
+  logits = generate.Sampling(**sampling).filter(LOGITS)
+  np.testing.assert_array_equal(np.isfinite(logits[0]), np.array(kept, bool))
+
+
+def test_temperature_scales():
+  np.testing.assert_allclose(
+      generate.Sampling(temperature=0.5).filter(LOGITS), 2 * LOGITS)
+
+
+def test_draws_follow_the_distribution():
+  keys = jax.random.split(jax.random.key(0), 4000)
+  drawn = jax.vmap(lambda k: generate.Sampling()(LOGITS, k)[0])(keys)
+  share = np.bincount(drawn, minlength=4) / 4000
+  np.testing.assert_allclose(share, np.exp(LOGITS[0]), atol=0.03)
+
+
+@pytest.mark.parametrize('wrong', [
+    dict(temperature=-1.0), dict(top_k=-1), dict(top_p=0.0), dict(top_p=1.5)])
+def test_a_wrong_sampling_is_refused(wrong):
+  with pytest.raises(ValueError, match=next(iter(wrong))):
+    generate.Sampling(**wrong)
+
+
+def test_an_encoder_has_no_cache():
+  with pytest.raises(ValueError, match='model.arch bert is an encoder.*gpt, '):
+    architectures.init_cache(models.config('bert'), 1, 8)
+
+
+def test_past_the_learned_positions_is_refused(prompts):
+  with pytest.raises(ValueError, match='13 tokens is longer than the 8'):
+    greedy((architectures.build(models.config(max_len=8)), None), prompts)
+
+
+@pytest.mark.slow
+def test_experts_serve_a_row_whatever_its_neighbours():
+  """GShard with the capacity of its evaluation, all tokens after the same two
+  experts: a forward pass of the batch drops most."""
+  module, params = models.make('gshard', moe=dict(num_experts=8))
+  for stack in ('encoder', 'decoder'):
+    block = params[stack]['layers']['block_1']
+    block['ffn_norm']['bias'] += 3
+    block['ffn']['router'] = block['ffn']['router'].at[..., :2].add(1)
+  source, lengths = models.tokens(3, 7), jnp.array([7, 3, 5])
+  out = module.apply({'params': params}, source, source)
+  assert (out.aux['health']['dropped'] > 0.4).all()
+
+  def write(rows):
+    return np.asarray(generate.generate(
+        module, params, source[rows, :1], jnp.ones(len(rows), int),
+        jax.random.key(0), max_new_tokens=NEW,
+        sampling=generate.Sampling(temperature=0), source_BM=source[rows],
+        source_lengths_B=lengths[rows]))
+
+  together = write(jnp.arange(3))
+  for i in range(3):
+    np.testing.assert_array_equal(write(jnp.array([i])), together[i:i + 1])

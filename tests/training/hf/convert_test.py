@@ -1,0 +1,198 @@
+"""Weights that a run starts from: imported, upcycled, or taken in part."""
+
+import json
+import pathlib
+import shlex
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import architectures
+from configs import base
+from tests import train_test
+from tests.helpers import models
+from tools import convert
+from training import paths, runs
+from training import starting
+from training import weights
+from training.hf import generation as hf_generation
+from training.hf import upcycling
+from training.workdir import checkpoints, run_config
+
+texts = train_test.texts
+# A dense system, and what becomes of it: layers with experts alone or between
+# dense ones, with biases or without, gated or not, in one stack or in two.
+MIXTURES = {
+    'llama': dict(num_experts=4, top_k=2),
+    'gpt': dict(num_experts=3, top_k=3, every=2, router='sigmoid'),
+    'gpt_neox': dict(num_experts=2, top_k=1, router='hash'),
+    't5': dict(num_experts=4, top_k=2, every=2, capacity_factor=1.0),
+}
+
+
+def _upcycled(system, changes, **dense):
+  old = models.config(system, **dense)
+  module, params = models.make(system, **dense)
+  config = base.base()
+  config.model = upcycling.config(old, changes)
+  run = runs.start(config, architectures.resolve(config.model))
+  return module, params, run, upcycling.params(
+      run.module, run.abstract.params, params, seed=0)
+
+
+def _check_same_logits(module, params, run, mixture):
+  tokens = models.tokens()
+  a, b = (jax.jit(lambda p, m=m: models.logits(m, p, tokens))(p)
+          for m, p in ((module, params), (run.module, mixture)))
+  models.close(a, b, rtol=3e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('system', MIXTURES)
+def test_a_mixture_starts_as_its_dense_model(system):
+  module, params, run, mixture = _upcycled(
+      system, MIXTURES[system], num_layers=4, num_decoder_layers=4)
+  assert run.model.ffn == 'moe' and upcycling.is_the_same_function(run.model)
+  assert jax.tree.structure(mixture) == jax.tree.structure(run.abstract.params)
+  _check_same_logits(module, params, run, mixture)
+  flat = paths.flatten(mixture)
+  routers = [x for path, x in flat.items() if path.endswith('ffn/router')]
+  assert system == 'gpt_neox' or routers
+  for x in routers:
+    assert (jnp.std(x, axis=(1, 2)) > 0).all()
+
+
+@pytest.mark.slow
+def test_layers_keep_their_order_in_another_period():
+  # Global and banded layers in turn, of which every fourth gets experts.
+  module, params, run, mixture = _upcycled(
+      'gpt', dict(num_experts=2, every=4), num_layers=4,
+      attention='global,banded', sliding_window=5)
+  assert [kind.ffn for kind in run.model.layer_pattern()] == [
+      'gelu_tanh'] * 3 + ['moe']
+  _check_same_logits(module, params, run, mixture)
+
+
+@pytest.mark.parametrize('changes', [
+    dict(top_k=1), dict(normalize_gates=False), dict(eval_capacity_factor=1.0),
+    dict(shared_experts=1)])
+def test_another_function_is_told(changes):
+  model = upcycling.config(models.config('llama'), changes)
+  assert not upcycling.is_the_same_function(architectures.resolve(model))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('words, sentence', [
+    (['num_expert=4'], 'write FIELD=VALUE, of the fields'),
+    (['num_experts'], 'write FIELD=VALUE'),
+    (['num_experts=few'], "'few' is no int"),
+    (['normalize_gates=no'], "'no' is no bool"),
+    (['ffn=relu'], "unknown field of model.moe 'ffn'"),
+])
+def test_a_wrong_mixture_is_refused(words, sentence, tmp_path):
+  module, params = models.make('llama', vocab_size=384)
+  weights.to_hf(module, params, tmp_path / 'in')
+  with pytest.raises(ValueError, match=sentence):
+    convert.upcycle(tmp_path / 'in', tmp_path / 'out', moe=words, step=None,
+                    seed=0)
+  assert not run_config.exists(tmp_path / 'out')
+
+
+def test_experts_are_not_upcycled_again():
+  with pytest.raises(ValueError, match='has experts already'):
+    upcycling.config(models.config('mixtral'), {})
+
+
+@pytest.fixture(scope='module')
+def imported(tmp_path_factory, texts):
+  """A workdir of Hugging Face's weights, with a text and a length of ours."""
+  folder = tmp_path_factory.mktemp('imported')
+  module, params = models.make('llama', vocab_size=384)
+  weights.to_hf(module, params, folder / 'in')
+  convert.import_(folder / 'in', folder / 'run', partial=False, seed=0)
+  file = folder / 'run/config.json'
+  tree = json.loads(file.read_text())
+  tree['data'].update(source=texts.partition('=')[2], length=16, batch_size=8,
+                      holdout_every=4)
+  tree['train']['steps'], tree['eval']['batches'] = 2, 1
+  file.write_text(json.dumps(tree))
+  return folder / 'run'
+
+
+@pytest.mark.slow
+def test_eval_reads_an_import_and_train_goes_on_in_a_mixture(
+    imported, tmp_path, capsys):
+  assert 'bits per byte' in train_test.evaluate(imported).stdout
+  convert.upcycle(imported, tmp_path / 'moe', moe=['num_experts=4'],
+                  step=None, seed=0)
+  assert hf_generation.kept(tmp_path / 'moe') == hf_generation.kept(imported)
+  said = capsys.readouterr().out.strip().splitlines()[-1]
+  words = shlex.split(said.removeprefix('to go on: '))
+  assert words[:2] == ['python', 'train.py']
+  result = train_test.run([sys.executable, *words[1:]])
+  assert 'starting from the parameters in this workdir' in result.stdout
+  assert [r['step'] for r in train_test.rows(tmp_path / 'moe')
+          if r['split'] == 'eval'] == [2]
+
+
+def _start(imported, **changes):
+  """Returns (run, state, what was drawn) of a run that starts from a workdir.
+  """
+  config = run_config.load(imported).copy_and_resolve_references()
+  with config.unlocked():
+    config.init_from = str(imported)
+    config.model.update(changes.pop('model', {}))
+    config.update(changes)
+  run = runs.start(config, architectures.resolve(config.model))
+  return run, starting.create(run, config.init_from)
+
+
+@pytest.mark.slow
+def test_a_run_starts_from_a_workdir(imported):
+  _, params = models.make('llama', vocab_size=384)
+  _, state = _start(imported)
+  jax.tree.map(np.testing.assert_array_equal, state.params, params)
+  with pytest.raises(ValueError, match=r"position is 'alibi', not 'rope'.*"
+                     'init_partial=True'):
+    _start(imported, model=dict(position='alibi'))
+
+
+@pytest.mark.slow
+def test_what_fits_is_taken_and_the_rest_listed(imported, capsys):
+  _, params = models.make('llama', vocab_size=384)
+  old = paths.flatten(params)
+  _, state = _start(imported, init_partial=True,
+                    model=dict(d_ff=96, norm='layernorm'))
+  lines = [line.removeprefix('skipped: ') for line in
+           capsys.readouterr().out.splitlines() if 'skipped: ' in line]
+  new = paths.flatten(state.params)
+  same = {path for path in new
+          if path in old and new[path].shape == old[path].shape
+          and (new[path] == old[path]).all()}
+  assert set(new) - same == {
+      path for path in new if '/ffn/' in path or path.endswith('norm/bias')}
+  for path in set(new) - same:
+    assert any(line.startswith(f'params/{path} is ') for line in lines), path
+  assert len(lines) == len(set(new) - same) + 2  # and model.d_ff, model.norm
+  assert any("model.norm is 'layernorm', not 'rmsnorm'" in x for x in lines)
+
+
+@pytest.mark.slow
+def test_nothing_that_fits_is_an_error(imported):
+  with pytest.raises(ValueError, match='nothing fits'):
+    _start(imported, init_partial=True,
+           model=dict(d_model=64, head_dim=4, num_heads=2, vocab_size=400))
+
+
+def test_weights_without_an_optimiser_are_told_apart(imported, tmp_path):
+  folder = pathlib.Path(imported) / 'checkpoints'
+  assert starting.has_parameters_alone(folder)
+  assert not starting.has_parameters_alone(tmp_path / 'checkpoints')
+  with checkpoints.Checkpoints(tmp_path, every_steps=0, every_minutes=0.0,
+                               keep=1, keep_every=0) as saved:
+    saved.save(0, {'params': jnp.zeros(2), 'opt_state': jnp.zeros(2)},
+               next_batch=0, tokens=0, config=base.base())
+  assert not starting.has_parameters_alone(tmp_path / 'checkpoints')

@@ -1,0 +1,180 @@
+"""What generation needs goes along with the weights."""
+
+import json
+
+import numpy as np
+import pytest
+import tokenizers as hf
+
+import architectures
+from configs import base
+from tests import train_test
+from tests.helpers import models
+from tools import convert
+from training import weights
+from training.data import conversations, pipeline
+from training.data import tokenizers
+from training.hf import config as hf_config
+from training.hf import generation as hf_generation
+from training.hf import tokenizer as hf_tokenizer
+from training.workdir import restoring, run_config
+
+GIVEN = dict(
+    fields=dict(bos_token_id=3, eos_token_id=[4, 5], pad_token_id=None,
+                task_specific_params=dict(chat=dict(max_length=50))),
+    options=dict(bos_token_id=3, eos_token_id=[4, 5, 7], do_sample=True,
+                 temperature=0.6, transformers_version='4.40.0'))
+TEMPLATE = '{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}'
+
+
+@pytest.fixture(scope='module')
+def imported(tmp_path_factory):
+  """A workdir of weights with 61 ids, a chat template and no tokenizer."""
+  folder = tmp_path_factory.mktemp('generation')
+  module, params = models.make('llama', vocab_size=61)
+  weights.to_hf(module, params, folder / 'in',
+                generation=hf_generation.Generation(**GIVEN))
+  (folder / 'in/chat_template.jinja').write_text(TEMPLATE)
+  convert.import_(folder / 'in', folder / 'run', partial=False, seed=0)
+  return folder / 'run'
+
+
+def _exported(workdir, out):
+  convert.export(workdir, out, step=None, dtype='', shard_bytes=10**9)
+  return {path.name: path.read_text() for path in out.iterdir()
+          if path.suffix != '.safetensors'}
+
+
+@pytest.mark.slow
+def test_an_import_is_exported_with_what_generation_needs(imported, tmp_path):
+  files = _exported(imported, tmp_path / 'out')
+  given = imported.parent / 'in'
+  assert files == {name: (given / name).read_text() for name in (
+      'config.json', 'generation_config.json', 'chat_template.jinja')}
+  tree = json.loads(files['config.json'])
+  assert {k: tree[k] for k in GIVEN['fields']} == GIVEN['fields']
+
+
+@pytest.mark.slow
+def test_an_import_without_a_tokenizer_is_evaluated(imported):
+  config = run_config.load(imported)
+  assert config.data.tokenizer == 'bytes:61'
+  (imported / 'a.txt').write_text('Any text, such as: ünïcödé. ' * 60)
+  file = imported / 'config.json'
+  tree = json.loads(file.read_text())
+  tree['data'] |= dict(source=f'text:{imported}/a.txt', length=16, batch_size=8)
+  file.write_text(json.dumps(tree))
+  said = train_test.evaluate(imported, '--prompt=Hi').stdout
+  assert 'bits per byte' in said and 'Hi' in said
+
+
+@pytest.mark.slow
+def test_training_gives_the_ids_another_meaning(imported, monkeypatch):
+  """Of the first step on, a model of 61 ids writes bytes, and its export says
+  so; one that has its own tokenizer keeps its own."""
+  config = run_config.load(imported)
+  model = architectures.resolve(config.model)
+  kept = hf_generation.kept(imported)
+  assert convert._generation(imported, config, model, 0) == kept
+  assert restoring.directory(imported).exists()
+  monkeypatch.setattr('training.starting.has_parameters_alone',
+                      lambda folder: False)
+  ids = tokenizers.load('bytes:61').special_ids
+  assert convert._generation(imported, config, model, 9).fields == {
+      f'{name}_token_id': ids[name] for name in ('bos', 'eos', 'pad')}
+  with config.unlocked():
+    config.data.tokenizer = 'a/tokenizer.json'
+  assert convert._generation(imported, config, model, 9) == kept
+
+
+def _vocabulary(tmp_path, specials):
+  """A tokenizer.json of letters, and these special tokens."""
+  words = {letter: i for i, letter in enumerate('?abcdefghijklmnop ')}
+  tokenizer = hf.Tokenizer(hf.models.WordLevel(words, unk_token='?'))
+  tokenizer.pre_tokenizer = hf.pre_tokenizers.Split('', 'isolated')
+  tokenizer.add_special_tokens(specials)
+  tokenizer.save(str(tmp_path / 'tokenizer.json'))
+  return str(tmp_path / 'tokenizer.json')
+
+
+SPECIALS = {'llama': ['<s>', '</s>'], 'gpt': ['<|endoftext|>'],
+            'bert': ['[PAD]', '[CLS]', '[SEP]', '[MASK]'],
+            't5': ['<pad>', '</s>'], 'transformer': ['</s>', '<pad>'],
+            'gshard': ['<s>', '<pad>', '</s>']}
+OBJECTIVES = {'bert': 'mlm', 't5': 'seq2seq', 'transformer': 'seq2seq',
+              'gshard': 'seq2seq'}
+
+
+@pytest.mark.parametrize('kind', ['bytes', 'own'])
+@pytest.mark.parametrize('system', SPECIALS)
+def test_a_run_of_our_own_says_what_its_sequences_look_like(
+    system, kind, tmp_path):
+  spec = 'bytes' if kind == 'bytes' else _vocabulary(tmp_path,
+                                                     SPECIALS[system])
+  tokenizer = tokenizers.load(spec)
+  for i in range(12):
+    (tmp_path / f'{i}.txt').write_text('a bad cab ')
+  config = base.base()
+  config.objective = OBJECTIVES[system] if system in OBJECTIVES else 'causal'
+  config.data.update(source=f'text:{tmp_path}/*.txt', tokenizer=spec, length=24,
+                     batch_size=4, holdout_every=0, cache_dir=str(tmp_path))
+  model = architectures.resolve(models.config(
+      system, vocab_size=tokenizer.vocab_size, head_dim=8,
+      moe=dict(eval_capacity_factor=0.0)))
+  fields, options = hf_generation.of_run(config, model, tokenizer)
+  batch = pipeline.load(config, tokenizer).batch(0)
+  for name in ('bos', 'pad'):
+    if name in tokenizer.special_ids and f'{name}_token_id' in fields:
+      assert fields[f'{name}_token_id'] == tokenizer.special_ids[name]
+  if system == 'bert':
+    assert options is None  # it writes nothing
+    return
+  if system == 'gshard':  # whose positions count from it
+    assert 'pad_token_id' not in fields
+  text = set(tokenizer.encode('a bad cab ').tolist())
+  if config.objective == 'seq2seq':
+    start = options['decoder_start_token_id']
+    assert fields['decoder_start_token_id'] == start
+    assert (batch['decoder_tokens'][:, 0] == start).all()
+    assert (set(np.unique(batch['tokens'])) - text - {start}
+            <= {options['eos_token_id']})
+  else:
+    other = set(np.unique(batch['tokens'])) - text
+    assert other == {options['bos_token_id']} == {options['eos_token_id']}
+  assert fields['eos_token_id'] == options['eos_token_id']
+  tree = hf_config.write(model)
+  assert hf_config.read(tree | fields) == hf_config.read(tree)
+  used = {v for v in (*fields.values(), *options.values()) if v is not None}
+  assert max(used) < tokenizer.vocab_size
+
+
+def test_a_run_that_learned_to_chat_gives_its_template(tmp_path):
+  """tools.verify compares what transformers makes of it."""
+  config = base.base()
+  config.data.tokenizer = _vocabulary(tmp_path, ['</s>'])
+  (tmp_path / 'out').mkdir()
+  file = tmp_path / 'out' / 'chat_template.jinja'
+  hf_tokenizer.give(tmp_path, config, tmp_path / 'out', step=5)
+  assert not file.exists()
+  config.objective = 'chat'
+  for source, words in (('jsonl:x:y', 'ASSISTANT:'), ('alpaca:x', 'Response:')):
+    config.data.source = source
+    hf_tokenizer.give(tmp_path, config, tmp_path / 'out', step=5)
+    assert words in file.read_text() and '{{ eos_token }}' in file.read_text()
+  config.data.chat_template = 'earlier'
+  assert conversations.jinja(config, tokenizers.load('bytes')) is None
+
+
+def test_a_damaged_file_of_generation_is_named(tmp_path):
+  (tmp_path / 'config.json').write_text('{}')
+  (tmp_path / 'generation_config.json').write_text('[1]')
+  with pytest.raises(ValueError, match='generation_config.json is damaged'):
+    hf_generation.of_folder(tmp_path)
+
+
+@pytest.mark.parametrize('size', [5, 8, 61, 384, 32000])
+def test_a_stand_in_has_no_more_ids_than_the_model(size):
+  name = hf_tokenizer.stand_in(size)
+  assert hf_tokenizer.is_stand_in(name)
+  assert tokenizers.load(name).vocab_size == max(8, min(size, 384))
+  assert size < 384 or name == 'bytes'

@@ -1,0 +1,121 @@
+"""Equality with transformers, by recordings of it: no PyTorch is needed.
+
+tools/verify compares live, and writes the recordings.
+"""
+
+import dataclasses
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+import architectures
+from tools.verify import cases
+from tools.verify import compare
+from tools.verify import recording
+from training import weights
+from training.hf import config as hf_config
+from training.hf import files as hf_files
+
+FOLDER = pathlib.Path(__file__).parents[2] / 'data' / 'parity'
+FILES = sorted(FOLDER.glob('*.safetensors'))
+
+
+def _load(path):
+  return recording.load(path)
+
+
+# The first case of each system without experts is run every time.
+FIRST = {f'{system}-{next(iter(row.cases))}'
+         for system, row in cases.SYSTEMS.items()
+         if system not in ('gshard', 'mixtral', 'switch')}
+
+
+@pytest.mark.parametrize('path', [
+    pytest.param(p, id=p.stem,
+                 marks=[] if p.stem in FIRST else pytest.mark.slow)
+    for p in FILES])
+def test_equals_transformers(path):
+  system, _, case = path.stem.partition('-')
+  findings = compare.check(_load(path), cases.OUR_ROPE.get((system, case)))
+  assert {'logits', 'grads'} <= {f.what for f in findings}
+  wrong = [f for f in findings if not f.ok]
+  assert not wrong, wrong
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('path', FILES, ids=lambda p: p.stem)
+def test_export_is_the_import(path, tmp_path):
+  case = _load(path)
+  module, params = compare.load(case)
+  weights.to_hf(module, params, tmp_path)
+  files = hf_files.Files(tmp_path)
+  assert set(files) == set(case.weights)
+  for name, value in case.weights.items():
+    np.testing.assert_array_equal(files[name], value, name)
+  again, _ = weights.from_hf(tmp_path)
+  hf_config.check_same(module.config, again.config, 'read back')
+  written = json.loads((tmp_path / 'config.json').read_text())
+  assert written['architectures'] == case.config['architectures']
+  # The sizes that transformers wrote and we write are the same ones.
+  differ = {key: (value, case.config[key]) for key, value in written.items()
+            if type(case.config.get(key)) in (int, float)
+            and not hf_config.NEUTRAL.fullmatch(key)
+            and key != 'expert_capacity'  # of a dropless model: more than all
+            and case.config[key] != value}
+  assert not differ
+
+
+def test_every_case_is_recorded():
+  assert {p.stem for p in FILES} == {
+      f'{system}-{case}' for system, case in cases.all_cases()}
+
+
+def test_every_architecture_with_a_reference_is_compared():
+  with_reference = {arch for arch in architectures.ARCHITECTURES
+                    if hasattr(architectures.page(arch), 'HF_MODEL')}
+  assert with_reference == set(cases.SYSTEMS)
+
+
+def test_recordings_are_small():
+  assert sum(p.stat().st_size for p in FOLDER.parent.rglob('*')
+             if p.is_file()) < 2_000_000
+
+
+def test_a_nan_and_a_missing_array_are_noticed():
+  ones, nan = np.ones(3), np.full(3, np.nan)
+  for wrong in (dict(a=ones, b=nan), dict(a=nan, b=ones)):
+    assert not compare.Finding('', compare._grad_error(
+        wrong, dict(a=ones, b=ones)), 1.0).ok
+    assert not compare.Finding('', compare.error(
+        wrong['a'], wrong['b']), 1.0).ok
+  for ours in (dict(a=ones), dict(a=ones, b=ones, c=ones)):
+    with pytest.raises(AssertionError):
+      compare._grad_error(ours, dict(a=ones, b=ones))
+  with pytest.raises(AssertionError):
+    compare.error(np.ones(1), ones)
+
+
+@pytest.mark.slow
+def test_every_layer_and_embedding_is_compared():
+  case = _load(FOLDER / 't5-v1.1.safetensors')  # 2 layers and 1
+  rows, length = case.inputs['tokens'].shape
+  case = dataclasses.replace(case, greedy={}, layers=[
+      np.ones((rows, length, case.config['d_model']), np.float32)] * 5)
+  found = [f for f in compare.check(case) if f.what not in case.outputs]
+  assert [f.what for f in found] == [
+      'grads', 'encoder embedding', 'encoder layer 0', 'encoder layer 1',
+      'decoder embedding', 'decoder layer 0']
+  assert found[0].ok and not any(f.ok for f in found[1:])
+  with pytest.raises(ValueError, match='shorter'):
+    compare.check(dataclasses.replace(case, layers=case.layers[:4]))
+
+
+def test_a_wrong_weight_is_noticed():
+  case = _load(FOLDER / 'gpt-plain.safetensors')
+  name = 'transformer.h.1.attn.c_attn.weight'
+  case.weights[name] = case.weights[name].copy()
+  case.weights[name][0, 0] += 0.05
+  assert not all(f.ok for f in compare.check(case)
+                 if f.what in ('logits', 'grads'))

@@ -1,0 +1,400 @@
+"""Weights in Hugging Face's format: what goes in comes out, or is refused."""
+
+import gc
+import json
+import sys
+import tracemalloc
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import architectures
+from tests.helpers import models
+from tools import convert
+from training import paths, state, weights
+from training.distributed import devices
+from training.hf import config as hf_config, files as hf_files
+from training.hf import names as hf_names
+from training.workdir import run_config
+
+SYSTEMS = ('gpt', 'llama', 'gpt_neox', 'bloom', 'mixtral', 'bert',
+           'transformer', 't5', 'switch', 'gshard')
+
+
+def _equal(a, b):
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.fixture(scope='module')
+def gpt(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('gpt')
+  module, params = models.make('gpt', num_layers=3)
+  weights.to_hf(module, params, folder)
+  return module, params, folder
+
+
+def _edit(folder, tmp_path, **changes):
+  """Returns a copy of `folder` whose config.json has other fields."""
+  tree = json.loads((folder / 'config.json').read_text()) | changes
+  (tmp_path / 'config.json').write_text(json.dumps(tree))
+  (tmp_path / hf_files.SAFE).write_bytes((folder / hf_files.SAFE).read_bytes())
+  return tmp_path
+
+
+def _random(module):
+  """Parameters without an initialisation, which would have to be compiled."""
+  draw = np.random.default_rng(0)
+  return jax.tree.map(
+      lambda x: jnp.asarray(draw.random(x.shape, np.float32)),
+      nn.meta.unbox(state.abstract_params(module)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('system', SYSTEMS)
+def test_import_of_an_export_is_the_model(system, tmp_path):
+  module = architectures.build(models.config(
+      system, d_ff=128, head_dim=8, moe=dict(eval_capacity_factor=0.0)))
+  params = _random(module)
+  weights.to_hf(module, params, tmp_path)
+  again, found = weights.from_hf(tmp_path)
+  _equal(found, params)
+  hf_config.check_same(module.config, again.config, 'read back')
+
+
+def test_rows_count_through_the_blocks_of_a_period():
+  shapes = {f'decoder/layers/block_{b}/attention_norm/scale': (3, 8)
+            for b in range(2)}
+  rows = (('decoder/layers/attention_norm/scale', 'D', 'h.{n}.ln', 'D'),)
+  found = {(t.paths[0], t.index[0]): t.name
+           for t in hf_names.expand(rows, shapes)}
+  assert found == {
+      (f'decoder/layers/block_{n % 2}/attention_norm/scale', n // 2):
+      f'h.{n}.ln' for n in range(6)}
+
+
+@pytest.mark.parametrize('axes, read', [
+    ('H3K D', 3), ('3HK D', 3), ('HK3 D', 9)])
+def test_axes_split_and_join(axes, read):
+  sizes = {'H': 2, 'K': 3, 'D': 4, '3': 3}
+  tensor = hf_names.Tensor('x', axes, ('q', 'k', 'v'), 'DHK', (), sizes)
+  theirs = np.arange(72).reshape(18, 4)
+  whole = {a: (0, n) for a, n in sizes.items()}
+  q, k, v = (tensor.part(lambda at: theirs[at], i, whole) for i in range(3))
+  assert q.shape == (4, 2, 3)
+  row = {'H3K D': 1 * 9 + 1 * 3 + 2, '3HK D': 1 * 6 + 1 * 3 + 2,
+         'HK3 D': 1 * 9 + 2 * 3 + 1}[axes]
+  assert k[1, 1, 2] == theirs[row, 1]  # head 1, key, feature 2
+  np.testing.assert_array_equal(tensor.join([q, k, v]), theirs)
+  # Of one head and half of D, only its rows and columns are asked for.
+  asked = []
+  def cut(at):
+    asked.append(theirs[at].shape)
+    return theirs[at]
+  np.testing.assert_array_equal(
+      tensor.part(cut, 1, whole | dict(H=(1, 2), D=(2, 4))), k[2:, 1:])
+  assert asked == [(read, 2)]
+
+
+def test_shards_are_written_and_read(gpt, tmp_path):
+  module, params, _ = gpt
+  weights.to_hf(module, params, tmp_path, shard_bytes=20_000)
+  files = list(tmp_path.glob('model-*.safetensors'))
+  assert len(files) > 2
+  assert all(sum(x.nbytes for x in load_file(f).values()) <= 20_000
+             or len(load_file(f)) == 1 for f in files)
+  _equal(weights.from_hf(tmp_path)[1], params)
+  files[0].unlink()
+  with pytest.raises(ValueError, match=f'{files[0].name} is missing'):
+    weights.from_hf(tmp_path)
+
+
+def test_an_index_may_not_point_elsewhere(gpt, tmp_path):
+  _edit(gpt[2], tmp_path)
+  (tmp_path / f'{hf_files.SAFE}.index.json').write_text(
+      json.dumps({'weight_map': {'a': '../a.safetensors'}}))
+  with pytest.raises(ValueError, match='must lie in that folder'):
+    weights.from_hf(tmp_path)
+
+
+def test_a_damaged_file_is_refused(gpt, tmp_path):
+  _edit(gpt[2], tmp_path)
+  data = (tmp_path / hf_files.SAFE).read_bytes()
+  (tmp_path / hf_files.SAFE).write_bytes(data[:len(data) // 2])
+  with pytest.raises(ValueError, match='no whole safetensors file'):
+    weights.from_hf(tmp_path)
+
+
+def test_precision(gpt, tmp_path):
+  module, params, _ = gpt
+  weights.to_hf(module, params, tmp_path, dtype='bfloat16')
+  assert json.loads((tmp_path / 'config.json').read_text())['dtype'] == (
+      'bfloat16')
+  found = weights.from_hf(tmp_path)[1]
+  _equal(found, jax.tree.map(
+      lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), params))
+
+
+@pytest.mark.parametrize('changes, words', [
+    (dict(activation_function='mish'), "activation_function 'mish'.*gelu"),
+    (dict(scale_attn_by_inverse_layer_idx=True), 'only False is known'),
+    (dict(rotary_dim=64), 'rotary_dim 64'),
+    (dict(model_type='rwkv'), "'rwkv'.*choose from"),
+    (dict(n_embd=64), r'is \(61, 32\) in the files and \(61, 64\)'),
+    (dict(n_layer=2), 'h.2.* has no place in the model'),
+    (dict(n_layer=4), 'the files have no transformer.h.3'),
+])
+def test_what_cannot_be_honoured_is_refused_by_name(gpt, tmp_path, changes,
+                                                    words):
+  with pytest.raises(ValueError, match=words):
+    weights.from_hf(_edit(gpt[2], tmp_path, **changes))
+
+
+def test_rope_scaling_that_is_not_known_is_refused(tmp_path):
+  module, params = models.make('llama')
+  weights.to_hf(module, params, tmp_path)
+  tree = json.loads((tmp_path / 'config.json').read_text())
+  for rope, words in (
+      (dict(rope_type='longrope', factor=2.0), 'longrope'),
+      (dict(rope_type='dynamic', factor=2.0), 'cached keys'),
+      (dict(rope_type='yarn', factor=2.0, attention_factor=3.0),
+       'attention_factor 3.0'),
+      (dict(rope_type='linear', factor=2.0, wobble=1), 'wobble')):
+    with pytest.raises(ValueError, match=words):
+      hf_config.read(tree | dict(rope_parameters=rope))
+  old = {k: v for k, v in tree.items() if k != 'rope_parameters'}
+  old |= dict(rope_theta=5e5, rope_scaling=dict(type='linear', factor=4.0))
+  rope = hf_config.read(old).rope
+  assert (rope.theta, rope.scaling, rope.factor) == (5e5, 'linear', 4.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('changes, words', [
+    (dict(position='rope'), 'model.position'),
+    (dict(ffn='swiglu'), "'swiglu' has no counterpart"),
+    (dict(attention='global,banded', sliding_window=4), 'model.attention'),
+    (dict(norm='rmsnorm'), 'model.norm'),
+    (dict(block='sandwich'), 'model.block'),
+    (dict(num_kv_heads=2), 'model.num_kv_heads'),
+])
+def test_a_part_that_transformers_lacks_is_not_exported(changes, words,
+                                                        tmp_path):
+  module, params = models.make('gpt', **changes)
+  with pytest.raises(ValueError, match=words):
+    weights.to_hf(module, params, tmp_path)
+  assert not list(tmp_path.iterdir())
+
+
+def test_what_has_no_counterpart_is_not_exported(tmp_path):
+  module, params = models.make('gpt4')
+  with pytest.raises(ValueError, match='gpt4-rumoured'):
+    weights.to_hf(module, params, tmp_path)
+
+
+@pytest.mark.parametrize('system, moe', [
+    ('switch', dict(eval_capacity_factor=2.0)),
+    ('gshard', dict(eval_capacity_factor=0.5, group_size=16)),
+    ('mixtral', dict(eval_capacity_factor=1.0)),
+])
+def test_experts_that_drop_tokens_are_not_exported_as_if_they_did_not(system,
+                                                                      moe):
+  moe = dict(num_experts=8, capacity_factor=1.0) | moe
+  read = lambda **fields: architectures.resolve(
+      models.config(system, head_dim=8, moe=moe | fields))
+  with pytest.raises(ValueError, match='eval_capacity_factor.*--dropless'):
+    hf_config.write(read())
+  hf_config.write(read(eval_capacity_factor=0.0))
+  most = 8.0 if system == 'switch' else 4.0  # room for every token
+  hf_config.write(read(eval_capacity_factor=most))
+
+
+@pytest.mark.slow
+def test_an_export_drops_the_tokens_that_the_run_drops(tmp_path):
+  """A router that sends most tokens to one expert, evaluated as the run does,
+  and as what it was exported to does."""
+  def make(**moe):
+    return models.make('switch', head_dim=8, moe=dict(
+        num_experts=4, eval_capacity_factor=1.0) | moe)
+  module, params = make(group_size=16)
+  params = jax.tree_util.tree_map_with_path(
+      lambda path, x: x.at[..., 0].set(5 * jnp.sign(x[..., 0]))
+      if 'router' in str(path[-1]) else x, params)
+  tokens = models.tokens(), models.tokens()
+  run = lambda module, params: jax.jit(
+      lambda p: module.apply({'params': p}, *tokens).logits)(params)
+  own, every = run(module, params), run(
+      make(eval_capacity_factor=0.0)[0], params)
+  assert np.abs(own - every).max() > 0.1
+  weights.to_hf(module, params, tmp_path)
+  models.close(own, run(*weights.from_hf(tmp_path)))
+  other, _ = make(group_size=0)  # by the batch: not for their config.json
+  with pytest.raises(ValueError, match='eval_capacity_factor'):
+    weights.to_hf(other, params, tmp_path)
+
+
+def test_old_names_and_tied_copies(gpt, tmp_path):
+  module, params, folder = gpt
+  _edit(folder, tmp_path)
+  tensors = {name.removeprefix('transformer.'): value for name, value in
+             load_file(tmp_path / hf_files.SAFE).items()}
+  tensors['h.0.attn.bias'] = np.ones((1, 1, 32, 32), np.float32)
+  tensors['lm_head.weight'] = tensors['wte.weight']
+  save_file(tensors, tmp_path / hf_files.SAFE)
+  _equal(weights.from_hf(tmp_path)[1], params)
+  tensors['lm_head.weight'] = tensors['wte.weight'] + 1
+  save_file(tensors, tmp_path / hf_files.SAFE)
+  with pytest.raises(ValueError, match='lm_head.weight .*differs'):
+    weights.from_hf(tmp_path)
+
+
+def test_each_shard_is_read_where_it_lies(gpt):
+  module, params, folder = gpt
+  mesh = devices.make_mesh(dict(data=1, fsdp=4, expert=1, context=1, tensor=2))
+  boxed = state.abstract_params(module)
+  shardings = devices.param_shardings(boxed, mesh, 'default')
+  like = jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      nn.meta.unbox(boxed), shardings)
+  found = weights.load(module, hf_files.Files(folder), like=like).params
+  jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim) or 1 / 0,
+               found, shardings)
+  assert any(leaf.sharding.spec != PartitionSpec()
+             and not leaf.is_fully_replicated
+             for leaf in jax.tree.leaves(found))
+  _equal(found, params)
+
+
+class _Counted(hf_files.Files):
+  """Files that count the bytes they are asked for."""
+  read = 0
+
+  def cut(self, name, slices):
+    found = super().cut(name, slices)
+    self.read += found.nbytes
+    return found
+
+
+@pytest.mark.slow
+def test_host_memory_of_an_import_is_a_shard_and_of_an_export_a_tensor(
+    tmp_path, monkeypatch):
+  """Layers times experts in one parameter, over eight devices whose memory is
+  not the host's; every byte is read once."""
+  module = architectures.build(models.config(
+      'mixtral', d_model=128, d_ff=512, num_layers=4, vocab_size=384,
+      moe=dict(num_experts=8, d_ff=512)))
+  params = _random(module)
+  total = sum(x.nbytes for x in jax.tree.leaves(params))
+  stacked = max(x.nbytes for x in jax.tree.leaves(params))
+
+  def peak(function):
+    tracemalloc.start()
+    result = function()
+    found = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return found, result
+
+  used, _ = peak(lambda: weights.to_hf(module, params, tmp_path))
+  files = _Counted(tmp_path)
+  tensor = max(4 * np.prod(files.shape(name)) for name in files)
+  assert 8 * tensor <= stacked < total / 3
+  slack = 600_000  # of names, headers, jax's own
+  assert used < 3 * tensor + slack < stacked
+  mesh = devices.make_mesh(dict(data=1, fsdp=8, expert=1, context=1, tensor=1))
+  boxed = state.abstract_params(module)
+  like = jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      nn.meta.unbox(boxed), devices.param_shardings(boxed, mesh, 'default'))
+  put = jax.device_put
+  def put_and_let_go(x, to):
+    y = jax.block_until_ready(put(x, to, may_alias=False))
+    gc.collect(0)  # JAX lets go of the shard before then
+    return y
+  monkeypatch.setattr(jax, 'device_put', put_and_let_go)
+  weights.load(module, _Counted(tmp_path), like=like)  # what JAX keeps: once
+  used, loaded = peak(lambda: weights.load(module, files, like=like))
+  # The shard being filled, and up to three that JAX has not let go of.
+  assert used < 5 * stacked / 8 + tensor + slack < stacked
+  assert files.read == sum(
+      4 * np.prod(files.shape(name)) for name in files)
+  _equal(loaded.params, params)
+
+
+def test_partial_lists_what_it_skips(gpt, tmp_path):
+  module, params, folder = gpt
+  _edit(folder, tmp_path)
+  tensors = load_file(tmp_path / hf_files.SAFE)
+  del tensors['transformer.ln_f.bias']
+  save_file(tensors | {'score': np.ones(3, np.float32)},
+            tmp_path / hf_files.SAFE)
+  loaded = weights.start(tmp_path, module, partial=True)
+  assert len(loaded.skipped) == 2
+  assert any('score' in line for line in loaded.skipped)
+  assert any('decoder/final_norm/bias' in line for line in loaded.skipped)
+  flat, old = paths.flatten(loaded.params), paths.flatten(params)
+  assert not flat.pop('decoder/final_norm/bias').any()
+  old.pop('decoder/final_norm/bias')
+  _equal(flat, old)
+
+
+def test_a_start_from_another_function_is_refused(gpt):
+  other, _ = models.make('gpt', num_layers=3, num_heads=8)
+  with pytest.raises(ValueError, match='model.num_heads is 8, not 4'):
+    weights.start(gpt[2], other)
+
+
+def test_how_positions_stretch_is_of_the_function():
+  made = lambda *args, **kw: architectures.resolve(models.config(*args, **kw))
+  with pytest.raises(ValueError, match='model.learned_stretch is 2.0'):
+    hf_config.write(made('gpt', learned_stretch=2.0))
+  ours, theirs = (made('llama', rope=dict(scaling='yarn', factor=4.0,
+                                          original_len=n)) for n in (8, 16))
+  [line] = hf_config.differences(ours, theirs)
+  assert 'model.rope.original_len is 8, not 16' in line
+
+
+def test_a_pickle_needs_pytorch(gpt, tmp_path, monkeypatch):
+  _edit(gpt[2], tmp_path)
+  (tmp_path / hf_files.SAFE).unlink()
+  (tmp_path / hf_files.BIN).write_bytes(b'')
+  monkeypatch.setitem(sys.modules, 'torch', None)
+  with pytest.raises(ValueError, match=r'archetype\[verify\]'):
+    weights.from_hf(tmp_path)
+
+
+class _Code:
+  def __reduce__(self):
+    return print, ('code of a pickle was run',)
+
+
+def test_a_pickle_gives_tensors_and_runs_no_code(gpt, tmp_path, capsys):
+  torch = pytest.importorskip('torch')
+  _edit(gpt[2], tmp_path)
+  tensors = load_file(tmp_path / hf_files.SAFE)
+  (tmp_path / hf_files.SAFE).unlink()
+  torch.save({k: torch.as_tensor(v) for k, v in tensors.items()},
+             tmp_path / hf_files.BIN)
+  _equal(weights.from_hf(tmp_path)[1], gpt[1])
+  torch.save({'x': _Code()}, tmp_path / hf_files.BIN)
+  with pytest.raises(ValueError, match='holds more than tensors'):
+    weights.from_hf(tmp_path)
+  assert 'was run' not in capsys.readouterr().out
+
+
+def test_convert_there_and_back(gpt, tmp_path):
+  _, _, folder = gpt
+  tree = json.loads((folder / 'config.json').read_text())
+  source = _edit(folder, _folder(tmp_path / 'in'), **tree)
+  convert.import_(source, tmp_path / 'run', partial=False, seed=0)
+  config = run_config.load(tmp_path / 'run')
+  assert architectures.resolve(config.model).num_layers == 3
+  with pytest.raises(ValueError, match='holds a run already'):
+    convert.import_(source, tmp_path / 'run', partial=False, seed=0)
+
+
+def _folder(path):
+  path.mkdir()
+  return path

@@ -1,0 +1,276 @@
+"""The chunked cross-entropy: its value, its gradients, and what it holds."""
+
+import math
+import re
+
+from configs import sharding as tables
+import flax.linen as nn
+import jax
+from jax.extend.core import jaxprs_in_params
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from architectures.parts import sharding
+from architectures.parts.skeletons import Head
+from training import losses
+from training.distributed import devices
+
+B, L, D, V = 8, 12, 16, 50
+
+
+def make(seed=0, *, vocab=V, bias=True, scale=1.0, softcap=0.0, length=L,
+         dtype=jnp.float32):
+  """Returns (hidden, head, targets, weights), a third of the weights 0."""
+  keys = jax.random.split(jax.random.key(seed), 5)
+  hidden_BLD = jax.random.normal(keys[0], (B, length, D)).astype(dtype)
+  head = Head(jax.random.normal(keys[1], (D, vocab)),
+              jax.random.normal(keys[2], (vocab,)) if bias else None,
+              scale, softcap)
+  targets_BL = jax.random.randint(keys[3], (B, length), 0, vocab)
+  weights_BL = jax.random.choice(
+      keys[4], jnp.array([0.0, 0.5, 1.0]), (B, length))
+  return hidden_BLD, head, targets_BL, weights_BL
+
+
+def oracle(hidden_BLD, head, targets_BL, weights_BL, z_loss=0.0,
+           label_smoothing=0.0):
+  """The equations in numpy's float64, all logits at once: the loss, and its
+  gradients in the hidden states, the kernel and the bias."""
+  x, w, bias, weights = (
+      np.zeros(V) if a is None else np.asarray(a, np.float64)
+      for a in (hidden_BLD, head.kernel_DV, head.bias_V, weights_BL))
+  bare = head.scale * (x @ w + bias)
+  cap = head.softcap
+  logits = cap * np.tanh(bare / cap) if cap else bare
+  top = logits.max(-1, keepdims=True)
+  log_z = top + np.log(np.exp(logits - top).sum(-1, keepdims=True))
+  q = ((1 - label_smoothing) * np.eye(w.shape[1])[np.asarray(targets_BL)]
+       + label_smoothing / w.shape[1])
+  loss = (log_z - (q * logits).sum(-1, keepdims=True)
+          + z_loss * log_z ** 2)[..., 0]
+  d = (1 + 2 * z_loss * log_z) * np.exp(logits - log_z) - q
+  d = d * weights[..., None] * head.scale
+  if cap:
+    d = d * (1 - (logits / cap) ** 2)
+  return {
+      'sum': (weights * loss).sum(), 'loss': loss,
+      'correct': logits.argmax(-1) == np.asarray(targets_BL),
+      'z_loss': (weights * z_loss * log_z[..., 0] ** 2).sum(),
+      'hidden': d @ w.T, 'kernel': np.einsum('bld,blv->dv', x, d),
+      'bias': d.sum((0, 1)), 'weights': loss}
+
+
+OPTIONS = {
+    'plain': ({}, {}),
+    'z_loss': ({}, dict(z_loss=0.1)),
+    'smoothing': ({}, dict(label_smoothing=0.2)),
+    'scale': (dict(scale=0.3), {}),
+    'softcap': (dict(softcap=2.0), {}),
+    'no_bias': (dict(bias=False), {}),
+    'all': (dict(scale=0.7, softcap=3.0),
+            dict(z_loss=0.01, label_smoothing=0.1)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('chunk', [0, 8, 40])  # one; a position; uneven
+@pytest.mark.parametrize('name', OPTIONS)
+def test_value_and_gradients_equal_the_equations(name, chunk):
+  of_head, options = OPTIONS[name]
+  hidden, head, targets, weights = make(**of_head)
+  expected = oracle(hidden, head, targets, weights, **options)
+
+  def loss(hidden, head, weights):
+    return losses.cross_entropy(hidden, head, targets, weights, chunk=chunk,
+                                **options)
+
+  (value, sums), (d_hidden, d_head, d_weights) = jax.value_and_grad(
+      loss, (0, 1, 2), has_aux=True)(hidden, head, weights)
+  plain, plain_sums = loss(hidden, head, weights)
+  np.testing.assert_allclose(value, expected['sum'], rtol=1e-5)
+  np.testing.assert_allclose(plain, expected['sum'], rtol=1e-5)
+  assert sums.keys() == plain_sums.keys()
+  np.testing.assert_allclose(sums['weight'], np.sum(weights))
+  np.testing.assert_allclose(
+      sums['accuracy'], (expected['correct'] * weights).sum())
+  if 'z_loss' in options:
+    np.testing.assert_allclose(sums['z_loss'], expected['z_loss'], rtol=1e-5)
+  near = dict(rtol=2e-5, atol=2e-5)
+  np.testing.assert_allclose(d_hidden, expected['hidden'], **near)
+  np.testing.assert_allclose(d_head.kernel_DV, expected['kernel'], **near)
+  np.testing.assert_allclose(d_weights, expected['weights'], **near)
+  if head.bias_V is not None:
+    np.testing.assert_allclose(d_head.bias_V, expected['bias'], **near)
+
+
+@pytest.mark.parametrize('chunk', [0, 40])
+def test_token_losses_equal_the_equations(chunk):
+  hidden, head, targets, weights = make(scale=0.7, softcap=3.0)
+  tokens = losses.token_losses(hidden, head, targets, chunk=chunk)
+  expected = oracle(hidden, head, targets, weights)
+  np.testing.assert_allclose(tokens.loss, expected['loss'], rtol=1e-5)
+  np.testing.assert_array_equal(tokens.correct, expected['correct'])
+
+
+def test_a_gradient_follows_the_scale_of_the_loss():
+  """As where a loss is one of several, or divided by its weight."""
+  hidden, head, targets, weights = make()
+  def grads(scale):
+    return jax.grad(lambda x, h: scale * losses.cross_entropy(
+        x, h, targets, weights)[0], (0, 1))(hidden, head)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(
+      a, -3 * b, rtol=1e-5, atol=1e-6), grads(-3.0), grads(1.0))
+
+
+def test_a_tie_is_no_right_answer_nor_is_the_second_best():
+  hidden, head, targets, weights = make(bias=False)
+  best_BLV = jnp.argsort(-(hidden @ head.kernel_DV), -1)
+  for place, right in ((0, weights.sum()), (1, 0.0), (2, 0.0)):
+    _, sums = losses.cross_entropy(hidden, head, best_BLV[..., place], weights)
+    np.testing.assert_allclose(sums['accuracy'], right)
+  _, sums = losses.cross_entropy(0 * hidden, head, targets, weights)
+  assert sums['accuracy'] == 0
+
+
+def test_bfloat16_products_add_up_in_float32():
+  hidden, head, targets, weights = make(dtype=jnp.bfloat16)
+  rounded = head.replace(kernel_DV=head.kernel_DV.astype(jnp.bfloat16))
+  expected = oracle(hidden, rounded, targets, weights)
+  value, (d_hidden, d_head) = jax.value_and_grad(
+      lambda x, h: losses.cross_entropy(x, h, targets, weights, chunk=8)[0],
+      (0, 1))(hidden, head)
+  np.testing.assert_allclose(value, expected['sum'], rtol=1e-5)
+  assert d_hidden.dtype == jnp.bfloat16
+  assert d_head.kernel_DV.dtype == jnp.float32
+  # The gradient of the logits is rounded once, to 8 bits, before its products.
+  for got, name in ((d_hidden, 'hidden'), (d_head.kernel_DV, 'kernel')):
+    error = np.abs(np.asarray(got, np.float64) - expected[name])
+    assert error.max() < 0.01 * np.abs(expected[name]).max()
+
+
+def test_large_logits_stay_finite_and_nan_shows():
+  hidden, head, targets, weights = make(scale=1e4)
+  value, grads = jax.value_and_grad(
+      lambda x: losses.cross_entropy(x, head, targets, weights)[0])(hidden)
+  assert np.isfinite(value) and np.isfinite(grads).all()
+  value, _ = losses.cross_entropy(hidden.at[0, 0, 0].set(jnp.nan), head,
+                                  targets, jnp.ones_like(weights))
+  assert np.isnan(value)
+
+
+def equations(jaxpr):
+  """Yields every equation of a jaxpr, those of its inner ones included."""
+  for equation in jaxpr.eqns:
+    yield equation
+    for inner in jaxprs_in_params(equation.params):
+      yield from equations(inner)
+
+
+def products(fn, *args):
+  """Returns how many matrix products stand in fn's program."""
+  text = jax.jit(fn).lower(*args).as_text()
+  return len(re.findall(r'dot_general', text))
+
+
+def test_only_the_gradients_asked_for_are_computed():
+  hidden, head, targets, weights = make()
+
+  def loss(hidden, head):
+    return losses.cross_entropy(hidden, head, targets, weights, chunk=8)[0]
+
+  assert products(loss, hidden, head) == 1
+  assert products(jax.grad(loss, 0), hidden, head) == 2
+  assert products(jax.grad(loss, 1), hidden, head) == 2
+  assert products(jax.grad(loss, (0, 1)), hidden, head) == 3
+
+  def of_bias(bias_V):
+    return loss(hidden, head.replace(bias_V=bias_V))
+  assert products(jax.grad(of_bias), head.bias_V) == 1
+
+
+@pytest.mark.parametrize('differentiate', [False, True])
+def test_no_array_of_all_logits_is_held(differentiate):
+  vocab, length, chunk = 512, 64, 32  # 8 x 4 positions at once
+  hidden, head, targets, weights = make(vocab=vocab, length=length)
+
+  def loss(hidden, head):
+    return losses.cross_entropy(hidden, head, targets, weights, chunk=chunk)[0]
+
+  fn = jax.grad(loss, (0, 1)) if differentiate else loss
+  sizes = [math.prod(v.aval.shape)
+           for e in equations(jax.make_jaxpr(fn)(hidden, head).jaxpr)
+           for v in e.outvars]
+  assert max(sizes) == chunk * vocab
+  stats = jax.jit(fn).lower(hidden, head).compile().memory_analysis()
+  all_logits = 4 * B * length * vocab
+  assert stats.temp_size_in_bytes < all_logits / 2
+
+
+def on_mesh(name, fn, args):
+  """Runs fn(hidden, head, targets, weights) sharded; returns (its results,
+  the program's text)."""
+  mesh = devices.make_mesh(tables.PRESETS[name])
+  hidden, head, targets, weights = args
+  with jax.set_mesh(mesh), sharding.rules('default'):
+    def put(x, *axes):
+      spec = nn.logical_to_mesh_axes(axes)
+      return jax.device_put(x, jax.NamedSharding(mesh, spec))
+    head = head.replace(kernel_DV=put(head.kernel_DV, 'embed', 'vocab'),
+                        bias_V=put(head.bias_V, 'vocab'))
+    compiled = jax.jit(fn).lower(
+        put(hidden, 'batch', None, None), head, put(targets, 'batch', None),
+        put(weights, 'batch', None)).compile()
+    return compiled(put(hidden, 'batch', None, None), head,
+                    put(targets, 'batch', None),
+                    put(weights, 'batch', None)), compiled.as_text()
+
+
+def collectives(text):
+  """Yields (kind, whether inside the loop over chunks, the shapes' sizes)."""
+  entry = False
+  for line in text.splitlines():
+    if line and not line.startswith(' '):
+      entry = line.startswith('ENTRY')
+    found = re.search(r'= (.*?) (all-gather|all-reduce|reduce-scatter|'
+                      r'all-to-all|collective-permute)(-start)?\(', line)
+    if found:
+      yield found[2], not entry, [
+          math.prod(int(n) for n in dims.split(',') if n)
+          for dims in re.findall(r'\[([\d,]*)\]', found[1])]
+
+
+@pytest.mark.parametrize('name', tables.PRESETS)
+def test_sharded_equals_one_device_and_gathers_no_batch(name):
+  args = make(vocab=96)
+  shards = 8 // tables.PRESETS[name]['tensor']
+
+  def grads(hidden, head, targets, weights):
+    return jax.value_and_grad(
+        lambda x, h: losses.cross_entropy(
+            x, h, targets, weights, z_loss=0.1, label_smoothing=0.1,
+            chunk=3 * B // shards), (0, 1), has_aux=True)(hidden, head)
+
+  got, text = on_mesh(name, grads, args)
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(grads(*args))):
+    np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+  chunk_hidden = 3 * B // shards * D
+  whole_kernel = D * 96 // tables.PRESETS[name]['tensor']
+  for kind, in_loop, sizes in collectives(text):
+    if in_loop:  # the vocabulary's shards agree; the kernel stays where it is
+      assert kind == 'all-reduce' and tables.PRESETS[name]['tensor'] > 1
+      assert max(sizes) <= chunk_hidden < whole_kernel
+    elif kind == 'all-gather':  # the kernel, over fsdp
+      assert sizes == [whole_kernel] and tables.PRESETS[name]['fsdp'] > 1
+
+
+def test_a_vocabulary_and_batch_that_the_mesh_does_not_divide():
+  args = [x[:6] if i != 1 else x for i, x in enumerate(make(vocab=49))]
+  mesh = devices.make_mesh(tables.PRESETS['tp'])
+
+  def loss(hidden, head, targets, weights):
+    return losses.cross_entropy(hidden, head, targets, weights, chunk=4)[0]
+
+  with jax.set_mesh(mesh), sharding.rules('default'):
+    got = jax.jit(jax.grad(loss))(*args)
+  np.testing.assert_allclose(got, jax.grad(loss)(*args), rtol=2e-5, atol=2e-5)

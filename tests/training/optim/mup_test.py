@@ -1,0 +1,200 @@
+"""muP: the standard form at the base, and by shape the rules at every width."""
+
+from configs import base
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import architectures
+from architectures.parts.config import MUP_ARCHS
+from tests.helpers import models
+from training import paths, runs
+from training import state as state_lib
+from training.optim import mup, optimizers
+from training.workdir import run_config
+
+SYSTEMS = ('bloom', 'gpt', 'gpt4', 'gpt_neox', 'llama', 'mixtral')
+BASE = 32  # models.config's d_model
+
+
+def built(system, width=BASE, **changes):
+  wider = width // BASE
+  return architectures.build(models.config(
+      system, d_model=width, d_ff=48 * wider, moe=dict(d_ff=24 * wider),
+      **changes))
+
+
+def scaled(system, width=BASE, **changes):
+  return built(system, width, parametrization='mup', mup_base_width=BASE,
+               **changes)
+
+
+def flat(module):
+  return paths.flatten(nn.meta.unbox(state_lib.abstract_params(module)))
+
+
+def test_the_systems_are_the_decoders():
+  assert {models.config(s).arch for s in SYSTEMS} == set(MUP_ARCHS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('system', SYSTEMS)
+def test_at_the_base_all_is_as_in_the_standard_form(system):
+  plain, ours = built(system), scaled(system)
+  key, tokens = jax.random.key(0), models.tokens()
+  def logits(module):
+    def run(key):
+      variables = module.init(key, tokens)
+      return variables, module.apply(variables, tokens).logits
+    return jax.jit(run)(key)
+  jax.tree.map(np.testing.assert_array_equal, logits(plain), logits(ours))
+  for name in mup.RATES:
+    rates = mup.rates(ours.config, name, nn.meta.unbox(
+        state_lib.abstract_params(ours)))
+    assert set(jax.tree.leaves(rates)) == {1.0}
+
+
+# Every part of a decoder that has parameters of its own.
+PARTS = dict(qk_norm=True, attention_sinks=True, logits_bias=True,
+             position='relative', attention_bias=True, ffn_bias=True)
+
+
+@pytest.mark.parametrize('parts', [dict(), PARTS], ids=['plain', 'parts'])
+@pytest.mark.parametrize('system', SYSTEMS)
+def test_rates_by_path_agree_with_the_shapes(system, parts):
+  """Which axes are widths is seen by comparing two models, as the authors'
+  package does; table 8 goes by how many of them a parameter has."""
+  if system in ('gpt4', 'mixtral') and parts:
+    parts = parts | dict(moe=dict(router='sigmoid', shared_experts=1))
+  r = 4
+  moe = parts.get('moe', {}) if parts else {}
+  parts = {k: v for k, v in parts.items() if k != 'moe'}
+  def make(width):
+    c = models.config(system, d_model=width, d_ff=48 * width // BASE,
+                      parametrization='mup', mup_base_width=BASE,
+                      moe=dict(moe, d_ff=24 * width // BASE), **parts)
+    return architectures.build(c)
+  narrow, wide = make(BASE), make(BASE * r)
+  small, large = flat(narrow), flat(wide)
+  trees = {name: paths.flatten(mup.rates(wide.config, name, nn.meta.unbox(
+      state_lib.abstract_params(wide)))) for name in mup.RATES}
+  for path, x in large.items():
+    widths = [b // a for a, b in zip(small[path].shape, x.shape) if a != b]
+    assert set(widths) <= {r} and len(widths) <= 2
+    adam, sgd = {0: (1, 1), 1: (1, r), 2: (1 / r, 1)}[len(widths)]
+    if path == 'head/bias':  # behind the multiplier of the logits
+      adam, sgd = r, r * r
+    got = [trees[name][path] for name in ('adamw', 'lion', 'sgd')]
+    assert got == [adam, adam, sgd], path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('init', ['normal', 'scaled_normal', 'fan_in'])
+def test_initial_sizes_by_path(init):
+  r = 4
+  def stddevs(module):
+    params = nn.meta.unbox(jax.jit(module.init)(
+        jax.random.key(0), models.tokens())['params'])
+    return {path: float(x.std()) for path, x in paths.flatten(params).items()
+            if x.size > 500 and x.ndim > 1 and float(x.std())}
+  changes = dict(init=init, vocab_size=200)
+  small = stddevs(scaled('mixtral', **changes))
+  large = stddevs(scaled('mixtral', BASE * r, **changes))
+  assert {p.split('/')[-1] for p in small} > {'kernel', 'query', 'down'}
+  for path, x in small.items():
+    hidden = path.split('/')[-1] not in ('kernel', 'tokens', 'router')
+    ratio = r ** -0.5 if hidden else 1.0
+    assert large[path] / x == pytest.approx(ratio, rel=0.06), path
+
+
+@pytest.mark.slow
+def test_multipliers():
+  narrow, wide = scaled('gpt'), scaled('gpt', 4 * BASE)
+  assert narrow.config.attention_scale == pytest.approx(8 ** -0.5)
+  assert wide.config.attention_scale == pytest.approx(8 ** -0.5 / 4)
+  assert scaled('gpt', 4 * BASE, attention_scale=1.0).config.attention_scale \
+      == 0.25
+  # As wide by more heads, not by wider ones.
+  heads = scaled('gpt', 4 * BASE, num_heads=16, mup_base_head_dim=8)
+  assert heads.config.attention_scale == pytest.approx(8 ** -0.5)
+  assert wide.config.embed_scale == 1
+  unset = scaled('gpt', 4 * BASE, embed_scale=0.0, logits_scale=0.0).config
+  assert unset.embed_scale == BASE ** 0.5
+  assert unset.logits_scale == BASE ** -0.5
+  for changes in (dict(tie_embeddings=True), dict(tie_embeddings=False)):
+    module = scaled('gpt', 4 * BASE, logits_scale=3.0, **changes)
+    tokens = models.tokens()
+    variables = jax.jit(module.init)(jax.random.key(0), tokens)
+    assert module.apply(variables, tokens).head.scale == 0.75
+
+
+@pytest.mark.slow
+def test_a_router_has_the_multiplier_of_logits():
+  module = scaled('mixtral', 4 * BASE, num_layers=1)
+  variables = jax.jit(module.init)(jax.random.key(0), models.tokens())
+  plain = built('mixtral', 4 * BASE, num_layers=1,
+                attention_scale=module.config.attention_scale)
+  router = variables['params']['decoder']['layers']['block_0']['ffn']['router']
+  router = router.replace(value=router.value / 4)
+  same = jax.tree.map(lambda x: x, variables)
+  same['params']['decoder']['layers']['block_0']['ffn']['router'] = router
+  hidden = [m.apply(v, models.tokens()).hidden
+            for m, v in ((module, variables), (plain, same))]
+  np.testing.assert_allclose(*hidden, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_the_optimizer_multiplies_the_update_and_not_the_decay():
+  module = scaled('gpt', 4 * BASE)
+  params = jax.tree.map(jnp.ones_like, nn.meta.unbox(jax.jit(module.init)(
+      jax.random.key(0), models.tokens())['params']))
+  optim = base.base().optim
+  optim.update(lr=1.0, warmup_steps=0, schedule='constant', clip_norm=0.0)
+  def updates(rates, decay):
+    optim.weight_decay = decay
+    tx = optimizers.make(optim, 10, params, rates)
+    return paths.flatten(tx.update(params, tx.init(params), params)[0])
+  rates = mup.rates(module.config, 'adamw', params)
+  plain, ours, decayed = (updates(None, 0.0), updates(rates, 0.0),
+                          updates(rates, 0.5))
+  path = 'decoder/layers/block_0/ffn/up'
+  np.testing.assert_allclose(ours[path], plain[path] / 4, rtol=1e-6)
+  np.testing.assert_allclose(decayed[path], ours[path] - 0.5, rtol=1e-6)
+  path = 'embed/tokens'
+  np.testing.assert_allclose(ours[path], plain[path], rtol=1e-6)
+
+
+@pytest.mark.parametrize('changes, words', [
+    (dict(parametrization='mu'), "unknown model.parametrization 'mu'"),
+    (dict(parametrization='mup', mup_base_width=0), 'mup_base_width is 0'),
+    (dict(parametrization='standard'), "'standard' does not read"),
+    (dict(mup_base_width=30), '7.5 features'),
+    (dict(arch='bert'), "no rules for model.arch 'bert': choose from bloom"),
+])
+def test_what_is_not_covered_is_refused(changes, words):
+  fields = dict(parametrization='mup', mup_base_width=BASE) | changes
+  with pytest.raises(ValueError, match=words):
+    architectures.build(models.config('gpt', **fields))
+
+
+@pytest.mark.parametrize('name', sorted(
+    optimizers.OPTIMIZERS.keys() - mup.RATES.keys()))
+def test_an_optimizer_without_rules_is_refused(name):
+  c = base.base()
+  c.model.update(parametrization='mup', mup_base_width=64)
+  c.optim.name = name
+  with pytest.raises(ValueError, match=f"'{name}': choose from adamw, lion"):
+    runs.check(c)
+
+
+def test_a_parameter_without_a_rule_is_an_error():
+  with pytest.raises(ValueError, match="parameter 'decoder/new'"):
+    mup.rates(scaled('gpt').config, 'adamw',
+              {'decoder': {'new': jnp.zeros((2, 2))}})
+
+
+def test_a_change_of_the_base_is_no_other_shape():
+  for field in ('parametrization', 'mup_base_width', 'mup_base_head_dim'):
+    assert run_config.row(f'model.{field}')[1] == run_config.OPTIMISATION

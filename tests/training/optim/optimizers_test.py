@@ -1,0 +1,385 @@
+"""Optimisers and path patterns, against numbers worked by hand."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import architectures
+from configs import base
+from training import paths, state
+from training.optim import matrices, optimizers
+
+
+def optim(**fields):
+  config = base.base().optim
+  config.update(fields)
+  return config
+
+
+def params(dtype=jnp.float32):
+  """A small tree with every kind of parameter that a shape rule must tell."""
+  shapes = {
+      'embed': {'tokens': (160, 128)},
+      'layers': {'block_0': {
+          'attention': {'query': (2, 128, 4, 40), 'query_bias': (2, 4, 40),
+                        'out': (2, 4, 40, 128)},
+          'ffn': {'up': (2, 128, 256)},
+          'norm': {'scale': (2, 128)}},
+                 'block_1': {'ffn': {'up': (2, 3, 128, 136),
+                                     'up_bias': (2, 3, 136)}}},
+      'head': {'kernel': (128, 160)},
+  }
+  keys = iter(jax.random.split(jax.random.key(0), 99))
+  return jax.tree.map(
+      lambda shape: 0.1 * jax.random.normal(next(keys), shape, dtype), shapes,
+      is_leaf=lambda x: isinstance(x, tuple))
+
+
+def gradients(tree, seed=1):
+  keys = iter(jax.random.split(jax.random.key(seed), 99))
+  return jax.tree.map(
+      lambda x: jax.random.normal(next(keys), x.shape, x.dtype), tree)
+
+
+def run(tx, tree, steps=3):
+  state = tx.init(tree)
+  step = jax.jit(tx.update)
+  for i in range(steps):
+    updates, state = step(gradients(tree, i), state, tree)
+    tree = optax.apply_updates(tree, updates)
+  return tree
+
+
+@pytest.mark.parametrize('fields, words', [
+    (dict(name='adamv'), ("unknown optim.name 'adamv'", 'muon',
+                          "Did you mean 'adamw'")),
+    (dict(momentum=0.5), ('optim.momentum is 0.5', 'muon, sgd')),
+    (dict(name='lion', eps=1e-6), ('optim.eps', 'adamw, muon')),
+    (dict(name='sgd', b1=0.5), ('optim.b1', 'adamw, lion, muon')),
+    (dict(name='adafactor', b2=0.5), ('optim.b2', 'adamw')),
+    (dict(clip_norm=-1.0), ('optim.clip_norm',)),
+    (dict(b2=1.0), ('optim.b2 is 1.0',)),
+    (dict(eps=0.0), ('optim.eps',)),
+    (dict(decay_mask=(('.*', 2),)), ('optim.decay_mask has 2',)),
+    (dict(decay_mask=(('.*bias', 1),)), ("parameter 'embed/tokens'", '.*bias')),
+    (dict(decay_mask=(('(', 1),)), ("'('", 'regular expression')),
+])
+def test_what_cannot_be_honoured_is_refused(fields, words):
+  with pytest.raises(ValueError) as error:
+    optimizers.make(optim(**fields), 10, params())
+  for word in words:
+    assert word in str(error.value)
+
+
+def test_first_pattern_wins():
+  mask = paths.match((('.*bias', 0), ('layers/.*', 1), ('.*', 2)), params(),
+                     'test')
+  values = paths.flatten(mask)
+  assert values['layers/block_0/attention/query_bias'] == 0
+  assert values['layers/block_0/attention/query'] == 1
+  assert values['head/kernel'] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', optimizers.OPTIMIZERS)
+def test_decay_is_decoupled_and_masked(name):
+  """With a gradient of zero, p becomes p * (1 - lr * decay), or stays."""
+  config = optim(name=name, lr=0.5, warmup_steps=0, schedule='constant',
+                 weight_decay=0.1)
+  tree = params()
+  tx = optimizers.make(config, 10, tree)
+  updates, _ = tx.update(jax.tree.map(jnp.zeros_like, tree), tx.init(tree),
+                         tree)
+  after = paths.flatten(optax.apply_updates(tree, updates))
+  for path, before in paths.flatten(tree).items():
+    factor = 1.0 if any(w in path for w in ('norm', 'bias', 'embed')) else 0.95
+    np.testing.assert_allclose(after[path], before * factor, rtol=1e-6,
+                               err_msg=path)
+
+
+def test_adamw_by_hand():
+  config = optim(lr=0.1, warmup_steps=0, schedule='constant', b1=0.8, b2=0.9,
+                 weight_decay=0.2, clip_norm=0.5)
+  p, m, v = np.float64([1.0, -2.0]), 0.0, 0.0
+  tree = {'kernel': jnp.asarray(p, jnp.float32)}
+  tx = optimizers.make(config, 10, tree)
+  state = tx.init(tree)
+  for t, g in enumerate(([3.0, 4.0], [0.1, -0.1]), start=1):
+    updates, state = tx.update({'kernel': jnp.float32(g)}, state, tree)
+    tree = optax.apply_updates(tree, updates)
+    g = np.float64(g) * min(1.0, 0.5 / np.linalg.norm(g))
+    m, v = 0.8 * m + 0.2 * g, 0.9 * v + 0.1 * g * g
+    u = (m / (1 - 0.8**t)) / (np.sqrt(v / (1 - 0.9**t)) + 1e-8)
+    p = p - 0.1 * (u + 0.2 * p)
+    np.testing.assert_allclose(tree['kernel'], p, rtol=1e-5)
+
+
+def test_lion_and_sgd_by_hand():
+  flat = dict(lr=0.1, warmup_steps=0, schedule='constant', weight_decay=0.0,
+              clip_norm=0.0)
+  g = {'kernel': jnp.float32([3.0, -0.5])}
+  tree = {'kernel': jnp.float32([1.0, 1.0])}
+  # Lion: the sign alone, so the size of the gradient is lost.
+  tx = optimizers.make(optim(name='lion', **flat), 10, tree)
+  updates, _ = tx.update(g, tx.init(tree), tree)
+  np.testing.assert_allclose(updates['kernel'], [-0.1, 0.1], rtol=1e-6)
+  # SGD: m = g + momentum * m, without clipping.
+  tx = optimizers.make(optim(name='sgd', momentum=0.5, **flat), 10, tree)
+  first, state = tx.update(g, tx.init(tree), tree)
+  second, _ = tx.update(g, state, tree)
+  np.testing.assert_allclose(first['kernel'], [-0.3, 0.05], rtol=1e-6)
+  np.testing.assert_allclose(second['kernel'], [-0.45, 0.075], rtol=1e-6)
+
+
+def test_adafactor_equals_optax_on_plain_matrices():
+  tree = {'wide': params()['embed']['tokens'], 'small': jnp.ones((4, 200)),
+          'vector': jnp.linspace(0.1, 1.0, 300)}
+  config = optim(name='adafactor', lr=0.01, warmup_steps=0, clip_norm=0.0,
+                 weight_decay=0.0, schedule='constant')
+  ours = run(optimizers.make(config, 10, tree), tree)
+  theirs = run(optax.adafactor(0.01), tree)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(
+      a, b, rtol=2e-5, atol=1e-8), ours, theirs)
+  assert not np.allclose(ours['wide'], tree['wide'])
+
+
+def test_adafactor_moves_a_parameter_that_starts_at_zero():
+  """epsilon_2: as if its root mean square were 1e-3."""
+  tree = {'bias': jnp.zeros(300)}
+  config = optim(name='adafactor', lr=0.5, warmup_steps=0, clip_norm=0.0,
+                 weight_decay=0.0, schedule='constant')
+  after = run(optimizers.make(config, 10, tree), tree, steps=1)
+  np.testing.assert_allclose(np.abs(after['bias']), 0.5e-3, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', optimizers.OPTIMIZERS)
+def test_a_stack_learns_as_its_layers_do(name):
+  """Layers (and experts) in one array move as each would on its own."""
+  config = optim(name=name, lr=0.01, warmup_steps=0, clip_norm=0.0)
+  whole = params()
+  # Layers of unlike sizes: a statistic taken over all of them would show.
+  whole['layers'] = jax.tree.map(
+      lambda x: x * jnp.arange(1.0, 3.0).reshape((-1,) + (1,) * (x.ndim - 1)),
+      whole['layers'])
+  stacked = run(optimizers.make(config, 10, whole), whole)
+
+  def layer(tree, i):
+    return {'layers': jax.tree.map(lambda x: x[i:i + 1], tree['layers'])}
+
+  for i in range(2):
+    tree = layer(whole, i)
+    tx = optimizers.make(config, 10, tree)
+    state = tx.init(tree)
+    for step in range(3):
+      g = layer(gradients(whole, step), i)
+      updates, state = jax.jit(tx.update)(g, state, tree)
+      tree = optax.apply_updates(tree, updates)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+        tree, layer(stacked, i))
+
+
+@pytest.mark.slow
+def test_muon_orthogonalises_each_layer_with_its_heads_joined():
+  config = optim(name='muon', lr=1.0, warmup_steps=0, schedule='constant',
+                 weight_decay=0.0, clip_norm=0.0, momentum=0.95)
+  tree = params()
+  tx = optimizers.make(config, 10, tree)
+  updates, _ = tx.update(gradients(tree), tx.init(tree), tree)
+  block = updates['layers']['block_0']
+  for u, shape in ((block['attention']['query'], (2, 128, 160)),
+                   (block['attention']['out'], (2, 160, 128)),
+                   (updates['layers']['block_1']['ffn']['up'], (6, 128, 136)),
+                   (block['ffn']['up'], (2, 128, 256))):
+    u = np.asarray(u).reshape(shape)
+    size = 0.2 * max(shape[1:])**0.5
+    values = np.linalg.svd(u, compute_uv=False) / size
+    assert values.min() > 0.3 and values.max() < 1.3
+    # Adam's usual size, whatever the shape.
+    assert 0.15 < np.sqrt(np.mean(u * u)) < 0.22
+  # The rest goes by Adam, whose first step is the sign.
+  for u in (updates['embed']['tokens'], updates['head']['kernel'],
+            block['attention']['query_bias'], block['norm']['scale']):
+    np.testing.assert_allclose(np.abs(u), 1.0, rtol=1e-3)
+
+
+@pytest.mark.parametrize('name, field', [
+    (name, field) for name, fields in optimizers.READS.items()
+    for field in (*fields, 'lr')])
+def test_every_field_that_is_read_has_an_effect(name, field):
+  tree = {'kernel': params()['embed']['tokens'], 'bias': jnp.ones(8)}
+  other = dict(b1=0.5, b2=0.5, eps=1.0, momentum=0.5, lr=0.5)
+  before, after = (
+      run(optimizers.make(optim(name=name, **fields), 10, tree), tree)
+      for fields in (dict(), {field: other[field]}))
+  assert not all(jax.tree.leaves(jax.tree.map(
+      np.array_equal, before, after)))
+
+
+def test_axes_as_a_picture():
+  shapes = {p: x.ndim for p, x in paths.flatten(params()).items()}
+  got = {p: tuple(matrices.axes(p, n)) for p, n in shapes.items()}
+  assert got == {
+      'embed/tokens': ((), (0,), (1,)),
+      'layers/block_0/attention/query': ((0,), (1,), (2, 3)),
+      'layers/block_0/attention/query_bias': ((0,), (1, 2), ()),
+      'layers/block_0/attention/out': ((0,), (1, 2), (3,)),
+      'layers/block_1/ffn/up': ((0, 1), (2,), (3,)),
+      'layers/block_1/ffn/up_bias': ((0, 1), (2,), ()),
+      'layers/block_0/ffn/up': ((0,), (1,), (2,)),
+      'layers/block_0/norm/scale': ((0,), (1,), ()),
+      'head/kernel': ((), (0,), (1,)),
+  }
+  assert tuple(matrices.axes('of/any/name', 1)) == ((), (0,), ())
+
+
+def test_clipping():
+  clip = optimizers.clip_by_global_norm(1.0)
+  large = {'a': jnp.full((3,), 3.0), 'b': jnp.full((2, 2), 1.5)}
+  small = jax.tree.map(lambda x: x / 100, large)
+  for g in (large, small, jax.tree.map(jnp.zeros_like, large)):
+    ours, _ = clip.update(g, clip.init(g))
+    theirs, _ = optax.clip_by_global_norm(1.0).update(g, optax.EmptyState())
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), ours, theirs)
+  assert float(optax.tree.norm(clip.update(large, None)[0])) == (
+      pytest.approx(1.0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize('name', optimizers.OPTIMIZERS)
+def test_update_if(name, dtype):
+  """Not ok: every bit stays. ok: all move, and no type or shape changes."""
+  tree = params(dtype)
+  tx = optimizers.make(optim(name=name, warmup_steps=0, lr=0.1), 10, tree)
+  step = jax.jit(lambda ok, *args: optimizers.update_if(ok, tx, *args))
+  g = gradients(tree)
+  state = tx.init(tree)
+  kept, kept_state = step(False, g, state, tree)
+  jax.tree.map(np.testing.assert_array_equal, (kept, kept_state),
+               (tree, state))
+  moved, moved_state = step(True, g, state, tree)
+  shapes = lambda x: jax.tree.map(lambda a: (a.shape, a.dtype), x)
+  assert shapes((moved, moved_state)) == shapes((tree, state))
+  for path, value in paths.flatten(moved).items():
+    assert bool(jnp.all(jnp.isfinite(value))), path
+    assert not np.array_equal(value, paths.flatten(tree)[path]), path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', optimizers.OPTIMIZERS)
+def test_parameters_in_bfloat16_are_updated_in_float32(name):
+  """Moments and updates are those of the same numbers in float32."""
+  tree = params(jnp.bfloat16)
+  grads = gradients(tree)
+  wide = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+  tx = optimizers.make(optim(name=name, warmup_steps=0), 10, tree)
+
+  @jax.jit
+  def twice(grads, tree):
+    updates, state = tx.update(grads, tx.init(tree), tree)
+    return updates, tx.update(grads, state, tree)
+
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5),
+               twice(grads, tree), twice(wide(grads), wide(tree)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', optimizers.OPTIMIZERS)
+def test_state_lies_where_the_parameters_lie(name):
+  mesh = jax.make_mesh((2, 4), ('fsdp', 'tensor'),
+                       axis_types=(jax.sharding.AxisType.Auto,) * 2)
+  tree = params()
+  sharding = lambda *spec: jax.sharding.NamedSharding(
+      mesh, jax.sharding.PartitionSpec(*spec))
+  where = jax.tree.map(lambda x: sharding(*[None] * (x.ndim - 1), 'fsdp'),
+                       tree)
+  where['layers']['block_0']['attention']['query'] = sharding(
+      None, 'fsdp', 'tensor')
+  shapes = jax.eval_shape(lambda: tree)
+  tx = optimizers.make(optim(name=name, clip_norm=0.0), 10, shapes)
+  state = optimizers.opt_state_shardings(tx, shapes, where)
+  placed = jax.device_put(tree, where)
+  born = jax.jit(tx.init, out_shardings=state)(placed)
+  wanted = paths.flatten(where)
+  moments = 0
+  for path, leaf in paths.flatten(born).items():
+    spec = tuple(leaf.sharding.spec) + (None,) * leaf.ndim
+    match = [p for p in wanted if path.endswith(p)]
+    if not match:
+      assert leaf.sharding.is_fully_replicated, path
+      continue
+    moments += 1
+    own = tuple(wanted[match[0]].spec) + (None,) * leaf.ndim
+    for axis, size in enumerate(leaf.shape):
+      assert spec[axis] == (own[axis] if size > 1 else None), path
+  assert moments >= len(wanted)
+  # One step on the mesh equals one on a single device.
+  updates, after = jax.jit(tx.update, out_shardings=(where, state))(
+      jax.device_put(gradients(tree), where), born, placed)
+  alone, _ = jax.jit(tx.update)(gradients(tree), tx.init(tree), tree)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(
+      a, b, rtol=2e-4, atol=1e-7), updates, alone)
+  assert jax.tree.map(lambda x: x.sharding, after) == state
+
+
+@pytest.mark.parametrize('name, lr', [
+    ('adamw', 0.05), ('adafactor', 0.3), ('lion', 0.02), ('muon', 0.05),
+    ('sgd', 0.5)])
+def test_every_optimiser_fits_a_linear_map(name, lr):
+  key = jax.random.key(0)
+  x, wanted = jax.random.normal(key, (64, 16)), jnp.eye(16)
+  tree = {'kernel': jnp.zeros((16, 16)) + 0.01 * jax.random.normal(
+      key, (16, 16))}
+  loss = lambda p: jnp.mean((x @ p['kernel'] - x @ wanted)**2)
+  tx = optimizers.make(optim(name=name, lr=lr, warmup_steps=0,
+                             weight_decay=0.0), 200, tree)
+
+  @jax.jit
+  def step(_, carry):
+    tree, state = carry
+    updates, state = tx.update(jax.grad(loss)(tree), state, tree)
+    return optax.apply_updates(tree, updates), state
+
+  after, _ = jax.lax.fori_loop(0, 200, step, (tree, tx.init(tree)))
+  assert loss(after) < 0.05 * loss(tree)
+
+
+@pytest.mark.parametrize('arch', architectures.ARCHITECTURES)
+@pytest.mark.parametrize('fields', [
+    dict(),
+    dict(ffn='swiglu', tie_embeddings=False, qk_norm=True, logits_bias=True,
+         attention_sinks=True, position='relative', num_kv_heads=2),
+    dict(ffn='moe', moe=dict(router='sigmoid', shared_experts=1, every=2,
+                             ffn='swiglu'))])
+def test_a_models_own_axis_names_agree(arch, fields):
+  """What a path says of its axes is what the model says of them."""
+  config = base.base().model
+  config.update(dict(arch=arch, vocab_size=64, max_len=16, **fields))
+  boxed = state.abstract_params(architectures.build(config))
+  is_boxed = lambda x: isinstance(x, nn.LogicallyPartitioned)
+  leaves, _ = jax.tree_util.tree_flatten_with_path(boxed, is_leaf=is_boxed)
+  matrix = 0
+  for path, leaf in leaves:
+    path, names = paths.join(path), leaf.names
+    axes = matrices.axes(path, len(names))
+    named = lambda roles, names=names: [names[i] for i in roles]
+    assert named(axes.batch) == [
+        n for n in names if n in ('layers', 'experts')], path
+    if axes.matrix:
+      matrix += 1
+      # Heads and what they hold are one side of a matrix.
+      for side in (axes.inputs, axes.outputs):
+        assert ('head' in named(side)) == bool(
+            {'heads', 'kv_heads'} & set(named(side))), path
+    else:
+      assert any(w in path for w in ('norm', 'bias', 'sink')), path
+  assert matrix >= 6
+  # The optimisers take every path of it.
+  for name in optimizers.OPTIMIZERS:
+    optimizers.make(optim(name=name), 10, nn.meta.unbox(boxed))

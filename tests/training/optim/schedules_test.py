@@ -1,0 +1,71 @@
+"""Learning rates by hand, and what a schedule refuses."""
+
+import numpy as np
+import pytest
+
+from configs import base
+from training.optim import schedules
+
+
+def optim(**fields):
+  config = base.base().optim
+  config.update(fields)
+  return config
+
+
+# Rate at updates 1, 5, 10, 55, 100 and past the end, of 100, lr 2, warm-up 10.
+@pytest.mark.parametrize('fields, rates', [
+    (dict(schedule='constant'), (0.2, 1.0, 2.0, 2.0, 2.0, 2.0)),
+    (dict(schedule='linear', final_fraction=0.0),
+     (0.2, 1.0, 2.0, 1.0, 0.0, 0.0)),
+    (dict(schedule='linear', final_fraction=0.5),
+     (0.2, 1.0, 2.0, 1.5, 1.0, 1.0)),
+    (dict(schedule='cosine', final_fraction=0.1),
+     (0.2, 1.0, 2.0, 1.1, 0.2, 0.2)),
+    (dict(schedule='cosine', final_fraction=0.1, decay_steps=55),
+     (0.2, 1.0, 2.0, 0.2, 0.2, 0.2)),
+    (dict(schedule='rsqrt'),
+     (0.2, 1.0, 2.0, 0.852803, 0.632456, 0.447214)),
+    (dict(schedule='wsd', decay_fraction=0.9, final_fraction=0.0),
+     (0.2, 1.0, 2.0, 1.0, 0.0, 0.0)),
+    (dict(schedule='wsd', decay_fraction=0.45, final_fraction=0.1),
+     (0.2, 1.0, 2.0, 2.0, 0.2, 0.2)),
+])
+def test_schedules_by_hand(fields, rates):
+  rate = schedules.make(optim(lr=2.0, warmup_steps=10, **fields), 100)
+  got = [float(rate(t - 1)) for t in (1, 5, 10, 55, 100, 200)]
+  np.testing.assert_allclose(got, rates, rtol=1e-5, atol=1e-7)
+
+
+def test_schedules_between_the_ends():
+  quarter = schedules.make(optim(lr=1.0, warmup_steps=0, schedule='cosine',
+                                 final_fraction=0.0), 100)
+  assert float(quarter(24)) == pytest.approx(0.8535534)  # (1 + cos 45) / 2
+  decay = schedules.make(optim(lr=1.0, warmup_steps=0, schedule='wsd',
+                               decay_fraction=0.2, final_fraction=0.0), 100)
+  assert float(decay(79)) == 1.0
+  assert float(decay(89)) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize('name', schedules.SCHEDULES)
+def test_without_warmup_the_first_update_has_the_full_rate(name):
+  rate = schedules.make(optim(lr=2.0, warmup_steps=0, schedule=name), 1000)
+  assert float(rate(0)) == pytest.approx(2.0, rel=5e-3)
+
+
+@pytest.mark.parametrize('fields, words', [
+    (dict(schedule='cosin'), ('optim.schedule', "Did you mean 'cosine'")),
+    (dict(decay_fraction=0.3), ('optim.decay_fraction is 0.3', 'wsd')),
+    (dict(schedule='rsqrt', final_fraction=0.5), ('optim.final_fraction',)),
+    (dict(schedule='wsd', decay_fraction=0.0), ('(0, 1]',)),
+    (dict(schedule='wsd', decay_steps=500), ('optim.decay_steps', 'linear')),
+    (dict(decay_steps=100), ('optim.decay_steps is 100', 'warmup_steps 100')),
+    (dict(final_fraction=1.5), ('[0, 1]',)),
+    (dict(lr=-1.0), ('optim.lr is -1.0',)),
+    (dict(warmup_steps=-1), ('optim.warmup_steps',)),
+])
+def test_what_cannot_be_honoured_is_refused(fields, words):
+  with pytest.raises(ValueError) as error:
+    schedules.make(optim(**fields), 1000)
+  for word in words:
+    assert word in str(error.value)

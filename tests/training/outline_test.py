@@ -1,0 +1,63 @@
+"""What a run says that it will do, against what it then does."""
+
+from configs import base
+from training import outline, runs
+from training.data import pipeline, tokenizers
+
+WORDS = 'What is sown is reaped. '
+
+
+def _said(tmp_path, start=0, **fields):
+  config = base.base()
+  config.model.update(d_model=16, num_layers=2, num_heads=2)
+  config.data.update(length=8, batch_size=16, holdout_every=4,
+                     cache_dir=str(tmp_path), tokenize_workers=1)
+  config.train.update(steps=30, grad_accumulation=2)
+  config.eval.update(every_steps=10, batches=2)
+  config.mesh.fsdp = 2
+  config.update_from_flattened_dict(fields)
+  tokenizer = tokenizers.load('bytes')
+  run = runs.start(config, runs.resolve(config, tokenizer)[0])
+  loaders = (pipeline.load(config, tokenizer),
+             pipeline.held_out(config, tokenizer))
+  lines = outline.text(run, start, 128, *loaders).splitlines()
+  return run, loaders, dict(line.split(': ', 1) for line in lines)
+
+
+def test_the_outline_says_what_the_run_does(tmp_path):
+  (tmp_path / 'one.txt').write_text(WORDS * 40)
+  source = f'text:{tmp_path}/one.txt'
+  run, (train, (held_out,)), said = _said(
+      tmp_path, 10, **{'data.source': source})
+  d, v, length = 16, run.model.vocab_size, run.model.max_len
+  # GPT's by hand: embeddings, two blocks, the last norm.
+  block = 4 * (d * d + d) + 2 * 4 * d * d + 5 * d + 4 * d
+  assert f' {v * d + length * d + 2 * block + 2 * d:,} parameters in ' in (
+      said['model'])
+  assert said['devices'] == '8 of the kind cpu, mesh data=4,fsdp=2'
+  assert said['step'] == '16 rows in 2 micro-batches, 128 tokens'
+  passes = 30 * 16 / train.num_windows
+  assert said['training'] == 'steps 11 to 30, 3,840 tokens in all'
+  assert said['data'] == (
+      f'{passes:.3g} passes over all but the last 1/4 of {source}')
+  assert said['held out'] == (
+      f'the last 1/4 of {source}, {len(WORDS) * 10 + 1} tokens')
+  assert said['evaluation'] == (
+      f'every 10 steps, on 2 of the {-(-len(WORDS) * 10 // 128)} batches held '
+      'out')
+
+
+def test_documents_and_mixtures_are_counted(tmp_path):
+  for i in range(5):
+    (tmp_path / f'{i}.txt').write_text(WORDS * 9)
+  many, one = f'text:{tmp_path}/?.txt', f'text:{tmp_path}/1.txt'
+  *_, said = _said(tmp_path, **{'data.source': f'1*{many},2*{one}',
+                                'eval.every_steps': 0})
+  assert said['data'] == (
+      f'3 of 5 documents of {many} and all but the last 1/4 of {one}')
+  assert said['held out'].startswith(
+      f'2 of 5 documents of {many} and the last 1/4 of {one}, ')
+  assert said['evaluation'] == 'none while training'
+  *_, said = _said(tmp_path, **{'data.source': many, 'data.eval_source': one})
+  assert f'passes over {many}' in said['data']
+  assert said['held out'].startswith(f'{one}, {len(WORDS) * 9 + 1} tokens')

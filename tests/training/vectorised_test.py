@@ -1,0 +1,335 @@
+"""Runs as one program equal the runs alone: losses, files, going on."""
+
+import json
+import shutil
+
+from configs import base
+from configs import mixtral
+from configs import sharding as tables
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.helpers import models
+from training import loop
+from training import runs, vectorised
+from training.data import pipeline
+from training.data import tokenizers
+from training.distributed import devices
+from training.distributed import signals
+from training.optim import optimizers
+from training.optim import schedules
+from training.workdir import checkpoints, run_config
+
+pytestmark = pytest.mark.slow
+
+STEPS = 8
+TEXT = 'It is a law of nature that what is sown is reaped. ' * 10
+
+
+@pytest.fixture(scope='module')
+def texts(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('texts')
+  for i in range(8):
+    (folder / f'{i}.txt').write_text(f'Document {i}. {TEXT}')
+  return f'text:{folder}/*.txt'
+
+
+def config(texts, **changes):
+  c = base.base()
+  c.model.update(d_model=16, num_layers=2, num_heads=2, init='fan_in')
+  c.data.update(source=texts, length=16, batch_size=4, holdout_every=4)
+  c.train.steps = STEPS
+  c.optim.warmup_steps = 2
+  c.eval.update(every_steps=4, batches=2)
+  c.log.every_steps = 1
+  c.checkpoint.every_steps = 4
+  for name, value in changes.items():
+    *parents, field = name.split('__')
+    at = c
+    for parent in parents:
+      at = at[parent]
+    at[field] = value
+  return c.lock()
+
+
+def alone(c, workdir):
+  """The run as train.py does it, on one device."""
+  tokenizer = tokenizers.load(c.data.tokenizer)
+  model, derived = runs.resolve(c, tokenizer)
+  mesh = devices.make_mesh(dict.fromkeys(tables.MESH_AXES, 1),
+                           jax.devices()[:1])
+  run = runs.start(c, model, mesh)
+  with checkpoints.Checkpoints(workdir, **c.checkpoint) as saved:
+    state, start = runs.restore_or_create(run, saved)
+    run_config.save(workdir, c, derived)
+    loop.train(run, state, start, pipeline.load(c, tokenizer),
+               pipeline.held_out(c, tokenizer), saved, workdir)
+
+
+def rows(workdir, split='train'):
+  lines = (workdir / 'metrics.jsonl').read_text().splitlines()
+  return [row for row in map(json.loads, lines) if row['split'] == split]
+
+
+def assert_same(workdir, other, rtol=2e-6):
+  for split, names in (('train', ('loss', 'grad_norm', 'learning_rate')),
+                       ('eval', ('loss', 'bits_per_byte'))):
+    ours, theirs = rows(workdir, split), rows(other, split)
+    assert [r['step'] for r in ours] == [r['step'] for r in theirs]
+    for name in names:
+      np.testing.assert_allclose([r[name] for r in ours],
+                                 [r[name] for r in theirs], rtol=rtol)
+
+
+# Each differs from the others in everything that it may.
+DIFFERENT = (
+    dict(seed=0, optim__lr=1e-3, optim__weight_decay=0.0,
+         optim__warmup_steps=0, model__init_stddev=0.02, model__init_scale=1.0),
+    dict(seed=1, optim__lr=1e-2, optim__weight_decay=1.0,
+         optim__warmup_steps=2, model__init_stddev=0.05, model__init_scale=2.0),
+    dict(seed=7, optim__lr=3e-2, optim__weight_decay=0.1,
+         optim__warmup_steps=5, model__init_stddev=0.01, model__init_scale=0.5))
+
+
+@pytest.fixture(scope='module')
+def singles(texts, tmp_path_factory):
+  """(configs, workdirs) of three runs, each alone, with dropout."""
+  folder = tmp_path_factory.mktemp('alone')
+  configs = [config(texts, model__dropout=0.1, **fields)
+             for fields in DIFFERENT]
+  assert vectorised.groups(configs) == [[0, 1, 2]]
+  workdirs = [folder / str(i) for i in range(3)]
+  for c, workdir in zip(configs, workdirs):
+    alone(c, workdir)
+  return configs, workdirs
+
+
+# By devices, the shape of the joint arrays: (devices in use, rows on each). On
+# two there is a row that only fills up.
+SHAPES = {1: (1, 3), 2: (2, 2), 8: (3, 1)}
+
+
+@pytest.fixture(scope='module', params=SHAPES, ids='{} devices'.format)
+def trained(request, singles, tmp_path_factory):
+  """(configs, workdirs, those of the runs alone), trained as a group."""
+  configs, alone = singles
+  folder = tmp_path_factory.mktemp('runs')
+  workdirs = [folder / str(i) for i in range(3)]
+  shapes, of = set(), vectorised.Group.state
+
+  def state(group):
+    joint = of(group)
+    used, = group.mesh.devices.shape
+    shapes.add((used, len(joint.step) // used))
+    return joint
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(jax, 'device_count', lambda: request.param)
+    patch.setattr(vectorised.Group, 'state', state)
+    vectorised.train(configs, workdirs)
+    assert shapes == {SHAPES[request.param]}
+    yield configs, workdirs, alone
+
+
+two_devices = pytest.mark.parametrize(
+    'trained', [2], indirect=True, ids='{} devices'.format)
+
+
+def test_each_run_equals_its_own(trained):
+  _, workdirs, singles = trained
+  for workdir, single in zip(workdirs, singles):
+    assert_same(workdir, single)
+    ours, theirs = rows(workdir)[0], rows(single)[0]
+    assert ours.keys() - theirs.keys() == {'runs_at_once'}
+    assert not theirs.keys() - ours.keys()
+    assert (workdir / 'config.json').read_text() == (
+        single / 'config.json').read_text()
+  losses = [rows(workdir)[-1]['loss'] for workdir in workdirs]
+  assert len({round(x, 3) for x in losses}) == 3  # and they do differ
+
+
+@two_devices
+def test_a_run_goes_on_alone_and_joins_again(trained, tmp_path):
+  configs, workdirs, singles = trained
+  copies = [tmp_path / str(i) for i in range(3)]
+  for source, copy in zip(workdirs, copies):
+    shutil.copytree(source, copy)
+  shutil.rmtree(copies[0] / 'checkpoints/8')
+  alone(configs[0], copies[0])  # from what the group has saved
+  assert_same(copies[0], singles[0])
+  # Killed in the middle of a save: one is done, two are not.
+  for i in (1, 2):
+    shutil.rmtree(copies[i] / 'checkpoints/8')
+  vectorised.train(configs, copies)
+  for copy, single in zip(copies, singles):
+    assert_same(copy, single)
+
+
+def test_paired_runs_see_one_stream(texts, tmp_path):
+  """And with a seed in common, which is no input then, dropout is the same."""
+  configs = [config(texts, model__dropout=0.1, optim__lr=lr)
+             for lr in (1e-3, 1e-2)]
+  vectorised.train(configs, [tmp_path / '0', tmp_path / '1'])
+  first = [rows(tmp_path / i)[0]['loss'] for i in '01']
+  assert first[0] == first[1]  # the rate has done nothing yet
+  alone(configs[1], tmp_path / 'alone')
+  assert_same(tmp_path / '1', tmp_path / 'alone')
+
+
+@pytest.mark.long
+def test_experts_too(texts, tmp_path):
+  moe = dict(num_experts=4, d_ff=32, jitter=0.1, dispatch='sorted',
+             capacity_factor=1.0, eval_capacity_factor=2.0)
+  configs = []
+  for seed in range(2):
+    c = config(texts, seed=seed, model__arch='mixtral').unlock()
+    c.model.update(ffn='moe', num_layers=1, position='rope')
+    c.model.moe = mixtral.get_config('tiny').model.moe
+    c.model.moe.update(**moe)
+    configs.append(c.lock())
+  vectorised.train(configs, [tmp_path / '0', tmp_path / '1'])
+  for i, c in enumerate(configs):
+    alone(c, tmp_path / f'alone{i}')
+    assert_same(tmp_path / str(i), tmp_path / f'alone{i}', rtol=1e-5)
+    ours, theirs = rows(tmp_path / str(i)), rows(tmp_path / f'alone{i}')
+    np.testing.assert_allclose(ours[-1]['health/load_E'],
+                               theirs[-1]['health/load_E'], atol=1e-6)
+
+
+@pytest.mark.parametrize('bad', [0, 1])
+def test_a_run_that_blows_up_ends_alone(texts, tmp_path, bad, monkeypatch):
+  asked, due = {}, checkpoints.Checkpoints.due
+  def spy(self, step):
+    asked[self.directory.parent.name] = step
+    return due(self, step)
+  monkeypatch.setattr(checkpoints.Checkpoints, 'due', spy)
+  configs = [config(texts, optim__name='sgd', optim__clip_norm=0.0,
+                    train__max_bad_steps=2, optim__weight_decay=0.0,
+                    optim__warmup_steps=0, optim__lr=lr)
+             for lr in ((1e30, 1e-2), (1e-2, 1e30))[bad]]
+  workdirs = [tmp_path / '0', tmp_path / '1']
+  with pytest.raises(vectorised.Unfinished, match='2 steps in a row') as error:
+    vectorised.train(configs, workdirs)
+  assert list(error.value.sentences) == [bad]
+  assert rows(workdirs[1 - bad])[-1]['step'] == STEPS
+  assert rows(workdirs[bad])[-1]['loss'] is None
+  last = rows(workdirs[bad])[-1]['step']
+  assert last < STEPS
+  # Its parameters are past use, and not saved.
+  assert rows(workdirs[bad])[-1]['param_norm'] is None
+  assert not (workdirs[bad] / f'checkpoints/{last}').exists()
+  # Its clock stands still: it is not to say when the others save.
+  assert asked.get(str(bad), 0) <= last
+
+
+def test_a_run_in_a_bad_stretch_is_not_gone_on_with(
+    texts, tmp_path, monkeypatch):
+  """Of two, the one whose steps are bad: it is saved beside its good
+  checkpoints, and says so at once when it is taken up again; the other goes
+  on."""
+  make = vectorised.make_train_step
+  def failing(module, tx, values):
+    step = make(module, tx, values)
+    def bad(state, batch):
+      new, figures = step(state, batch)
+      in_row = jnp.where((values.seed == 1) & (state.step >= 4),
+                         state.bad_in_row + 1, 0)
+      return new.replace(bad_in_row=in_row), figures | {'bad_in_row': in_row}
+    return bad
+  monkeypatch.setattr(vectorised, 'make_train_step', failing)
+  configs = [config(texts, seed=seed, train__max_bad_steps=3,
+                    checkpoint__every_steps=1, checkpoint__keep=2)
+             for seed in (0, 1)]
+  workdirs = [tmp_path / '0', tmp_path / '1']
+  for _ in range(3):
+    with pytest.raises(vectorised.Unfinished) as error:
+      vectorised.train(configs, workdirs)
+    (place, sentence), = error.value.sentences.items()
+    assert place == 1 and '3 steps in a row' in sentence
+    left = {int(p.name) for p in (tmp_path / '1/checkpoints').iterdir()}
+    assert {3, 4} < left and len(left) == 3
+  assert rows(workdirs[0])[-1]['step'] == STEPS
+
+
+@two_devices
+def test_a_signal_saves_all(trained, tmp_path, monkeypatch):
+  configs, _, singles = trained
+  workdirs = [tmp_path / str(i) for i in range(3)]
+  with monkeypatch.context() as patch:
+    patch.setattr(signals.Stop, 'agreed', lambda self, step: step == 3)
+    with pytest.raises(vectorised.Unfinished, match='after step 3 of 8'):
+      vectorised.train(configs, workdirs)
+  assert [r['step'] for r in rows(workdirs[2])] == [1, 2, 3]
+  vectorised.train(configs, workdirs)
+  for workdir, single in zip(workdirs, singles):
+    assert_same(workdir, single)
+
+
+def test_groups_are_of_runs_that_differ_in_the_fields_alone(texts):
+  configs = [config(texts), config(texts, optim__lr=0.5),
+             config(texts, model__num_layers=1), config(texts, seed=3),
+             config(texts, init_from='runs/a'), config(texts, mesh__fsdp=2),
+             config(texts, mesh__data=1)]
+  assert vectorised.groups(configs) == [[0, 1, 3], [2], [4], [5], [6]]
+
+
+@pytest.mark.parametrize('fields, words', [
+    (dict(mesh__tensor=2), 'mesh.tensor is 2'),
+    (dict(init_from='runs/a'), 'init_from is'),
+    (dict(log__wandb=True), 'wandb'),
+    (dict(optim__b1=0.5), 'differ in optim.b1: only seed, optim.lr'),
+    (dict(optim__lr=-1.0), 'optim.lr is -1.0'),
+])
+def test_what_is_no_group_is_refused(fields, words, texts, tmp_path):
+  with pytest.raises(ValueError, match=words):
+    vectorised.train([config(texts), config(texts, **fields)],
+                     [tmp_path / '0', tmp_path / '1'])
+  assert not list(tmp_path.iterdir())
+
+
+@two_devices
+def test_a_workdir_of_another_run_is_refused(trained):
+  configs, workdirs, _ = trained
+  with pytest.raises(ValueError, match='seed'):
+    vectorised.train(configs[:2], [workdirs[0], workdirs[2]])
+  with pytest.raises(ValueError, match='same workdir'):
+    vectorised.train(configs[:2], [workdirs[0], workdirs[0]])
+
+
+@pytest.mark.parametrize('name', optimizers.OPTIMIZERS)
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_every_optimizer_takes_traced_fields(name, dtype):
+  module, params = models.make('gpt', num_layers=1)
+  params = jax.tree.map(lambda x: x.astype(dtype), params)
+  grads = jax.tree.map(lambda x: (0.1 * jnp.cos(7 * x)).astype(dtype), params)
+  optim = base.base().optim
+  optim.update(name=name, warmup_steps=3)
+
+  def update(optim):
+    tx = optimizers.chain(optim, 10, params)
+    return tx.update(grads, tx.init(params), params)[0]
+
+  traced = jax.jit(jax.vmap(lambda values: update(
+      vectorised.with_values(optim, values))))(
+          {'lr': jnp.array([1e-3, 2e-2], jnp.float32),
+           'weight_decay': jnp.array([0.1, 0.3], jnp.float32)})
+  optim.update(lr=2e-2, weight_decay=0.3)
+  models.close(jax.jit(lambda: update(optim))(),
+               jax.tree.map(lambda x: x[1], traced),
+               rtol=1e-5 if dtype == 'float32' else 1e-2)
+
+
+@pytest.mark.parametrize('name', schedules.SCHEDULES)
+def test_every_schedule_takes_traced_fields(name):
+  optim = base.base().optim
+  optim.schedule = name
+  counts = jnp.arange(20)
+  for warmup in (0, 4):
+    optim.update(warmup_steps=warmup, lr=0.3)
+    expected = jax.vmap(schedules.make(optim, 16))(counts)
+    values = {'lr': jnp.float32(0.3), 'warmup_steps': jnp.float32(warmup)}
+    got = jax.jit(lambda v: jax.vmap(schedules.rate(
+        vectorised.with_values(optim, v), 16))(counts))(values)
+    np.testing.assert_allclose(got, expected, rtol=1e-6)

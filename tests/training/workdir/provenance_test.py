@@ -1,0 +1,120 @@
+"""A run remembers its code and its command, and a sweep that they changed."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from configs import base
+from tests.helpers import sweep_folder
+from tools.sweep import layout
+from tools.sweep.report import curves
+from tools.sweep.report import tables
+from training.workdir import provenance
+from training.workdir import run_config
+
+
+@pytest.fixture(name='repository')
+def _repository(tmp_path):
+  if shutil.which('git') is None:
+    pytest.skip('the program git is not installed')
+  root = tmp_path / 'code'
+  root.mkdir()
+  (root / 'a.py').write_text('a = 1\n')
+  for words in (['init', '-q'], ['add', 'a.py'],
+                ['-c', 'user.name=A', '-c', 'user.email=a@b', 'commit', '-qm',
+                 'first']):
+    subprocess.run(['git', '-C', root, *words], check=True)
+  return root
+
+
+def code(root):
+  provenance._code.cache_clear()
+  return provenance._code(root)
+
+
+def test_commit_and_what_differs_from_it(repository):
+  clean = code(repository)
+  assert len(clean['commit']) == 40 and clean['diff'] == ''
+  (repository / 'notes.txt').write_text('No code.')
+  assert code(repository) == clean
+  (repository / 'a.py').write_text('a = 2\n')
+  changed = code(repository)
+  (repository / 'b.py').write_text('b = 1\n')
+  new = code(repository)
+  (repository / 'b.py').write_text('b = 2\n')
+  diffs = {clean['diff'], changed['diff'], new['diff'],
+           code(repository)['diff']}
+  assert len(diffs) == 4
+  assert changed['commit'] == clean['commit']
+  (repository / 'b.py').unlink()
+  (repository / 'a.py').write_text('a = 1\n')
+  assert code(repository) == clean
+
+
+def test_unknown_is_null(repository, monkeypatch):
+  nothing = dict(commit=None, diff=None)
+  with monkeypatch.context() as patch:
+    patch.setenv('PATH', '')
+    assert code(repository) == nothing
+  inner = repository / 'installed'  # below another repository
+  inner.mkdir()
+  assert code(inner) == nothing
+  assert provenance.codes([nothing, dict(commit='1' * 40, diff='')]) == [
+      'commit 111111111111']
+
+
+def _saved(folder, monkeypatch, *starts):
+  (folder / 'checkpoints/1').mkdir(parents=True, exist_ok=True)
+  for start in starts:
+    monkeypatch.setattr(provenance, 'start', lambda start=start: start)
+    run_config.save(folder, base.base())
+  return run_config.starts(folder)
+
+
+def test_config_json_remembers_each_start(tmp_path, monkeypatch):
+  one = dict(commit='1' * 40, diff='', command='train.py --workdir a')
+  two = dict(one, diff='ab')
+  assert _saved(tmp_path, monkeypatch, one, one, two) == [one, two]
+  assert run_config.load(tmp_path) == base.base().lock()
+  assert provenance.changes([one]) == [
+      'the code has changed since this run was last started: commit '
+      '111111111111 -> commit 111111111111 with changes ab']
+  assert provenance.changes([one, two]) == []
+  # A run of an earlier version still loads, and remembers from now on.
+  path = tmp_path / 'config.json'
+  tree = json.loads(path.read_text())
+  del tree['starts']
+  path.write_text(json.dumps(tree))
+  assert run_config.load(tmp_path) == base.base().lock()
+  assert _saved(tmp_path, monkeypatch) == []
+  assert _saved(tmp_path, monkeypatch, two) == [two]
+  for wrong in ([{'commit': 3}], 3, [3]):
+    path.write_text(json.dumps(tree | {'starts': wrong}))
+    with pytest.raises(ValueError, match='config.json: starts.* is damaged'):
+      run_config.load(tmp_path)
+
+
+def test_a_start_is_the_command_as_it_was_typed(monkeypatch):
+  monkeypatch.setattr(sys, 'argv', ['train.py', '--workdir', 'a b'])
+  assert provenance.start()['command'] == "train.py --workdir 'a b'"
+
+
+def test_a_sweep_whose_code_changed_says_so(tmp_path, monkeypatch):
+  sweep_folder.write(tmp_path, [sweep_folder.point('base'),
+                                sweep_folder.point('other')])
+  one = dict(commit='1' * 40, diff='', command='train.py')
+  for seed, start in enumerate((one, one, dict(one, diff='cd'))):
+    folder = layout.run_folder(tmp_path, 'other', seed)
+    (folder / 'checkpoints/1').mkdir(parents=True)
+    path = folder / 'config.json'
+    path.write_text(json.dumps(
+        json.loads(path.read_text()) | {'starts': [start]}))
+  sweep = curves.load(tmp_path)
+  assert sweep.codes == ('commit 111111111111',
+                         'commit 111111111111 with changes cd')
+  notes = tables.outcome_table(
+      sweep, tables.outcomes(sweep)).notes
+  assert [n for n in notes if 'code changed in the middle' in n]

@@ -1,0 +1,204 @@
+"""config.json gives the config back; each field has its class of change."""
+
+import importlib
+import json
+
+import ml_collections
+import pytest
+
+import architectures
+from configs import base
+from training import runs
+from training.data import tokenizers
+from training.workdir import run_config
+from training.workdir.run_config import INCOMPATIBLE, OPTIMISATION, SAFE
+
+
+def _config(**changes) -> ml_collections.ConfigDict:
+  config = base.base()
+  config.update_from_flattened_dict(
+      {name.replace('__', '.'): value for name, value in changes.items()})
+  return config.lock()
+
+
+def test_round_trip_is_equal_tuples_and_floats_too(tmp_path):
+  config = _config(optim__lr=0.1 + 0.2, data__source='0.7*a,0.3*b')
+  run_config.save(tmp_path / 'run', config)
+  loaded = run_config.load(tmp_path / 'run')
+  assert loaded == config
+  assert isinstance(loaded.optim.decay_mask[0], tuple)
+  assert loaded.optim.lr == 0.1 + 0.2
+  with pytest.raises(AttributeError):  # locked: no misspelt field slips in
+    loaded.optim.learning_rate = 1.0
+
+
+def test_config_json_is_the_tree_itself_and_what_was_derived(tmp_path):
+  run_config.save(tmp_path, _config(), {'model.d_ff': 512})
+  tree = json.loads((tmp_path / 'config.json').read_text())
+  assert tree['model']['d_model'] == base.base().model.d_model
+  assert tree['derived'] == {'model.d_ff': 512}
+  assert run_config.load_derived(tmp_path) == {'model.d_ff': 512}
+  assert [p.name for p in tmp_path.iterdir()] == ['config.json']
+
+
+@pytest.mark.parametrize('value', [[1, 2], {1, 2}, object(), ([1],)])
+def test_what_json_cannot_give_back_is_refused(tmp_path, value):
+  config = base.base()
+  config.data.source = ml_collections.FieldReference(
+      value, field_type=object)
+  with pytest.raises(ValueError, match=r'data\.source holds .*choose from'):
+    run_config.save(tmp_path, config)
+  assert not run_config.exists(tmp_path)
+
+
+def test_derived_names_must_be_fields(tmp_path):
+  with pytest.raises(ValueError, match="'model.width': no such config field"):
+    run_config.save(tmp_path, _config(), {'model.width': 1})
+
+
+@pytest.mark.parametrize('text, sentence', [
+    (None, 'is missing: no run was started'), ('{"seed": 0', 'is damaged'),
+    ('[]', 'is damaged'), ('{"seed": 0}', 'is damaged')])
+def test_unreadable_config_json(tmp_path, text, sentence):
+  if text is not None:
+    (tmp_path / 'config.json').write_text(text)
+  with pytest.raises(ValueError, match=f'config.json {sentence}'):
+    run_config.load(tmp_path)
+
+
+def test_every_field_of_base_has_a_class():
+  flat = run_config.flatten(base.base())
+  for name in flat:
+    kind, why = run_config.classify(name, flat, flat)
+    assert kind in (SAFE, OPTIMISATION, INCOMPATIBLE) and why, name
+
+
+def test_every_row_is_reached_by_a_field_of_base():
+  """A row of a field that is gone, or below one that takes all, is dead."""
+  flat = run_config.flatten(base.base())
+  reached = {run_config.row(name) for name in flat}
+  dead = [row[0] for row in run_config.CLASSES if row not in reached]
+  assert not dead
+
+
+@pytest.mark.parametrize('name, value, kind', [
+    ('log__every_steps', 3, SAFE),
+    ('checkpoint__keep', 9, SAFE),
+    ('eval__batches', 1, SAFE),
+    ('mesh__tensor', 2, SAFE),
+    ('data__workers', 2, SAFE),
+    ('data__cache_dir', '/tmp/x', SAFE),
+    ('model__remat', 'full', SAFE),
+    ('seed', 1, OPTIMISATION),
+    ('data__batch_size', 64, OPTIMISATION),
+    ('data__source', 'text:a', OPTIMISATION),
+    ('optim__lr', 1.0, OPTIMISATION),
+    ('train__steps', 2000, OPTIMISATION),
+    ('model__dropout', 0.1, OPTIMISATION),
+    ('model__dtype', 'bfloat16', OPTIMISATION),
+    ('model__moe__top_k', 1, OPTIMISATION),
+    ('init_from', 'x', OPTIMISATION),
+    ('optim__name', 'lion', INCOMPATIBLE),
+    ('model__d_model', 256, INCOMPATIBLE),
+    ('model__param_dtype', 'bfloat16', INCOMPATIBLE),
+    ('model__moe__num_experts', 4, INCOMPATIBLE),
+    ('model__ffn', 'swiglu', INCOMPATIBLE),
+    ('data__tokenizer', 'gpt2.json', INCOMPATIBLE)])
+def test_one_change_is_found_and_classed(name, value, kind):
+  old, new = _config(), _config(**{name: value})
+  change, = run_config.compare(old, new)
+  dotted = name.replace('__', '.')
+  assert change.name == dotted
+  assert (change.kind, change.new) == (kind, value)
+  run_config.check([change], allow_config_change=True)
+  if kind == SAFE:
+    run_config.check([change], allow_config_change=False)
+  else:
+    with pytest.raises(ValueError, match='another --workdir') as error:
+      run_config.check([change], allow_config_change=False)
+    assert f'{dotted} ' in str(error.value) and kind in str(error.value)
+    # What the run could not go on with anyway is not offered.
+    assert ('--allow_config_change' in str(error.value)) == (
+        kind == OPTIMISATION)
+
+
+def test_a_run_has_begun_with_its_first_checkpoint(tmp_path):
+  assert not run_config.has_begun(tmp_path)
+  run_config.save(tmp_path, _config())
+  (tmp_path / 'checkpoints/5.partial').mkdir(parents=True)
+  assert not run_config.has_begun(tmp_path)
+  (tmp_path / 'checkpoints/5').mkdir()
+  assert run_config.has_begun(tmp_path)
+
+
+def test_equal_configs_have_no_changes():
+  assert run_config.compare(_config(), _config()) == []
+
+
+@pytest.mark.parametrize('schedule, kind', [
+    ('cosine', OPTIMISATION), ('linear', OPTIMISATION), ('wsd', OPTIMISATION),
+    ('constant', SAFE), ('rsqrt', SAFE)])
+def test_more_steps_are_safe_where_the_schedule_has_no_end(schedule, kind):
+  old = _config(optim__schedule=schedule)
+  new = _config(optim__schedule=schedule, train__steps=5000)
+  change, = run_config.compare(old, new)
+  assert change.kind == kind
+
+
+def test_more_steps_are_safe_where_the_schedule_ends_before():
+  old = _config(optim__decay_steps=500)
+  change, = run_config.compare(
+      old, _config(optim__decay_steps=500, train__steps=5000))
+  assert change.kind == SAFE
+
+
+def test_a_derived_value_is_what_is_compared():
+  zero, explicit = _config(), _config(model__d_ff=512)
+  same = run_config.compare(
+      zero, explicit, {'model.d_ff': 512}, {})
+  assert same == []
+  other, = run_config.compare(
+      zero, zero, {'model.vocab_size': 256}, {'model.vocab_size': 300})
+  assert (other.kind, other.old, other.new) == (INCOMPATIBLE, 256, 300)
+
+
+def test_an_uncovered_field_is_an_error_that_says_where_to_add_it():
+  new = base.base()
+  new.model.wibble = 1
+  with pytest.raises(ValueError, match="'model.wibble' has no row in CLASSES"):
+    run_config.compare(base.base(), new)
+
+
+def test_a_field_that_is_gone_is_shown():
+  old = base.base()
+  old.model.wibble = 1
+  change, = run_config.compare(old, base.base())
+  assert change.name == 'model.wibble' and change.kind == OPTIMISATION
+  assert '(none)' in run_config.table([change])
+
+
+def test_table_puts_the_worst_first_in_even_columns():
+  changes = run_config.compare(
+      _config(), _config(log__every_steps=1, optim__lr=0.5, model__d_model=64))
+  lines = run_config.table(changes).splitlines()
+  assert [line.split()[0] for line in lines] == [
+      'field', 'model.d_model', 'optim.lr', 'log.every_steps']
+  column = lines[0].index('class')
+  assert lines[1][column:].startswith(INCOMPATIBLE)
+  assert lines[2][column:].startswith(OPTIMISATION)
+  assert lines[3][column:].startswith(SAFE)
+
+
+@pytest.mark.parametrize('system', sorted(
+    {page for page, _ in architectures.ARCHITECTURES.values()}))
+def test_what_print_config_prints_is_that_config(system):
+  """The derived fields are filled in, and the model is the same."""
+  config = importlib.import_module(f'configs.{system}').get_config('tiny')
+  printed = json.loads(json.dumps(runs.printable(config)))
+  model, _ = runs.resolve(config, tokenizers.load('bytes'))
+  assert architectures.resolve(printed['model']) == model
+  assert printed['model']['vocab_size'] == 384
+  assert printed['model']['head_dim'] == (
+      config.model.head_dim or config.model.d_model // config.model.num_heads)
+  flat = run_config.flatten(config)
+  assert run_config.flatten_dict(printed).keys() == flat.keys()

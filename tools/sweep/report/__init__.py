@@ -1,0 +1,1 @@
+"""A sweep's report: its figures, tables, plots and page."""

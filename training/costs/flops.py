@@ -1,0 +1,169 @@
+"""Model FLOPs: what a forward pass must multiply, and no more.
+
+They are counted in the traced program (traced.py), so that a part is
+counted without being described a second time. A product of [a, b] and [b, c] is
+2abc. The program that is traced pads no expert and skips no masked block, and
+attention declares which share of its products the mask shows
+(`linear.useful`). So the work that an implementation wastes on masked keys,
+padding, idle expert slots or recomputation lowers utilisation (MFU, Chowdhery
+et al. 2022, appendix B; theirs counts all keys). A token counts with the
+experts that its router chooses, whether or not they have room. A backward pass
+costs twice the forward: the gradient of both factors.
+"""
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+import architectures
+from architectures.parts.config import MoEConfig, ModelConfig
+from configs.errors import require
+from training import state
+from training.costs import traced
+
+# Parts of a count: the products of which a mask hides a part, and the others.
+ATTENTION, WEIGHTS = 'attention', 'weights'
+
+
+def forward_flops(model, length: int,
+                  decoder_length: int = 0) -> dict[str, float]:
+  """Returns the FLOPs of a forward pass over one sequence: of `attention`'s
+  scores and weighted values, and of products with `weights`.
+
+  Args:
+    model: config.model, or the frozen ModelConfig.
+    length: tokens; of the encoder, for an encoder-decoder.
+    decoder_length: tokens of the decoder, for an encoder-decoder.
+
+  Raises:
+    RequestError: for a decoder_length that the model does not have.
+  """
+  c = architectures.resolve(model)
+  both = architectures.stack(c) == 'encoder-decoder'
+  require(both == bool(decoder_length),
+          f'decoder_length is {decoder_length} for model.arch {c.arch!r}: an '
+          'encoder-decoder needs it, and nothing else has it')
+  return dict(_forward(_countable(c, max(length, decoder_length)), length,
+                       decoder_length))
+
+
+def forward_flops_per_token(model, length: int,
+                            decoder_length: int = 0) -> float:
+  """Returns the mean over a sequence's tokens, both sides counted."""
+  total = sum(forward_flops(model, length, decoder_length).values())
+  return total / (length + decoder_length)
+
+
+def training_flops_per_token(model, length: int,
+                             decoder_length: int = 0) -> float:
+  """Forward and backward: three times the forward pass."""
+  return 3 * forward_flops_per_token(model, length, decoder_length)
+
+
+def decode_flops(model, keys: int, memory: int = 0) -> dict[str, float]:
+  """Returns the FLOPs of one token that sees `keys` keys, itself included.
+
+  Args:
+    model: config.model, of a system with a decoder.
+    keys: its position plus one.
+    memory: tokens of the encoder, whose keys and values are kept.
+
+  Raises:
+    RequestError: for an encoder, or a memory that the model does not have.
+  """
+  c = architectures.resolve(model)
+  stack = architectures.stack(c)
+  require(stack != 'encoder', f'model.arch {c.arch!r} has no decoder')
+  require((stack == 'encoder-decoder') == bool(memory), f'memory is {memory} '
+          f'for model.arch {c.arch!r}: an encoder-decoder needs it, and '
+          'nothing else has it')
+  return dict(_decode(_countable(c, max(keys, memory)), keys, memory))
+
+
+def active_experts(m: MoEConfig) -> float:
+  """Returns how many of the routed experts a token goes through, in the mean.
+  """
+  if m.router == 'expert_choice':  # as many as the experts take
+    return min(m.top_k * (m.capacity_factor or 1.0), m.num_experts)
+  return m.top_k
+
+
+def _countable(c: ModelConfig, reach: int) -> ModelConfig:
+  """The same function for `reach` tokens, whose program multiplies no more than
+  the model must: experts have as many slots as tokens come in even load, and no
+  layer is made again."""
+  m = c.moe
+  factor = active_experts(m) / m.top_k
+  moe = dataclasses.replace(
+      m, dispatch='sorted', grouped_kernel='auto', group_size=0,
+      capacity_factor=factor, eval_capacity_factor=factor)
+  return dataclasses.replace(
+      c, moe=moe, attention_kernel='xla', remat='none', scan_layers=True,
+      max_len=max(c.max_len, reach))
+
+
+def _rows(c: ModelConfig) -> int:
+  """Of the batch that is traced: tokens divide evenly over experts."""
+  return c.moe.num_experts if c.ffn == 'moe' else 1
+
+
+@functools.lru_cache(maxsize=4096)
+def _forward(c: ModelConfig, length: int, decoder_length: int) -> tuple:
+  rows = _rows(c)
+  # With positions of their own, tokens may stand in any order: no block of
+  # keys is skipped, and all of them are there to take a share of.
+  place = lambda n: jnp.arange(n)[None]
+  if decoder_length:
+    return _count(c, rows, lambda module, params, source, target: module.apply(
+        params, source, decoder_tokens_BL=target, positions_BM=place(length),
+        decoder_positions_BL=place(decoder_length)),
+        _tokens(rows, length), _tokens(rows, decoder_length))
+  return _count(c, rows, lambda module, params, tokens: module.apply(
+      params, tokens, positions_BL=place(length)), _tokens(rows, length))
+
+
+@functools.lru_cache(maxsize=4096)
+def _decode(c: ModelConfig, keys: int, memory: int) -> tuple:
+  rows = _rows(c)
+  cache = jax.eval_shape(lambda: architectures.init_cache(c, rows, keys))
+  if memory:
+    cache = tuple(entry.replace(
+        memory_key_BMJK=_with_length(entry.key_BMJK, memory),
+        memory_value_BMJK=_with_length(entry.value_BMJK, memory))
+                  for entry in cache)
+  method = 'decode' if memory else '__call__'
+  return _count(c, rows, lambda module, params, token, cache: module.apply(
+      params, token, positions_BL=jnp.full((1, 1), keys - 1), cache=cache,
+      method=method), _tokens(rows, 1), cache)
+
+
+def _tokens(rows: int, length: int):
+  return jax.ShapeDtypeStruct((rows, length), jnp.int32)
+
+
+def _with_length(slots, length: int):
+  shape = (*slots.shape[:-3], length, *slots.shape[-2:])
+  return jax.ShapeDtypeStruct(shape, slots.dtype)
+
+
+def _count(c: ModelConfig, rows: int, program, *args) -> tuple:
+  """Counts what a row's logits, and what else a model returns, are made of."""
+  module = architectures.build(c)
+
+  def outputs(params, *args):
+    out = program(module, params, *args)
+    return out.logits, out.extra
+
+  params = {'params': nn.meta.unbox(state.abstract_params(module))}
+  work = traced.count(jax.make_jaxpr(outputs)(params, *args),
+                      traced.Place('gpu', useful=True))
+  if work.loops or work.kernels:
+    raise ValueError(
+        f'the FLOPs of model.arch {c.arch!r} cannot be counted: it has '
+        f'{work.loops} loops whose length depends on data, and {work.kernels} '
+        'kernels without an estimate')
+  return ((ATTENTION, work.masked / rows),
+          (WEIGHTS, (work.flops - work.masked) / rows))

@@ -1,0 +1,176 @@
+"""What lies on a device, from shapes and shardings alone."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType
+
+import architectures
+from architectures.parts import kernels
+from training import paths, runs
+from training import state as state_lib
+from training.distributed import devices
+
+
+def _items(tree) -> dict:
+  return {path: (x.shape, x.sharding, jnp.dtype(x.dtype).itemsize)
+          for path, x in paths.flatten(tree).items()}
+
+
+def on_device(tree) -> int:
+  """Returns the bytes of one device's shards of abstract arrays."""
+  return sum(math.prod(x.sharding.shard_shape(x.shape))
+             * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
+
+
+def state(run: runs.Run) -> dict[str, int]:
+  """Returns bytes of a device: its parameters and optimiser state."""
+  return {'parameters': on_device(run.abstract.params),
+          'optimizer': on_device(run.abstract.opt_state)}
+
+
+def replicated(run: runs.Run) -> list[dict]:
+  """Returns, for each mesh axis, what each of its devices holds alike: bytes
+  of state that sharding over it too would save a device, and the parameters
+  that most of it is."""
+  trees = (run.abstract.params, run.abstract.opt_state)
+  rows = []
+  for axis, size in run.mesh.shape.items():
+    if size == 1:
+      continue
+    saved = sum(_saved(x, axis, size)
+                for tree in trees for x in jax.tree.leaves(tree))
+    largest = sorted(
+        ((path, _saved(x, axis, size))
+         for path, x in paths.flatten(run.abstract.params).items()),
+        key=lambda item: -item[1])[:3]
+    rows.append(dict(axis=axis, devices=size, bytes_saved=saved,
+                     largest=[path for path, n in largest if n]))
+  return sorted(rows, key=lambda row: -row['bytes_saved'])
+
+
+def axes(sharding) -> set[str]:
+  """Returns the mesh axes that an array's sharding names."""
+  return {name for entry in sharding.spec if entry
+          for name in ((entry,) if isinstance(entry, str) else entry)}
+
+
+def _saved(x, axis: str, size: int) -> int:
+  if axis in axes(x.sharding):
+    return 0
+  shard = x.sharding.shard_shape(x.shape)
+  if not any(n % size == 0 for n in shard):
+    return 0
+  nbytes = math.prod(shard) * jnp.dtype(x.dtype).itemsize
+  return nbytes - nbytes // size
+
+
+def least(run: runs.Run) -> dict[str, int]:
+  """Returns bytes of a device that no compiler can save: the state, one
+  gradient of each parameter, and what enters each block, which every remat
+  policy keeps. Nothing is traced, so that it takes no time.
+
+  Args:
+    run: on any mesh, one that is only described too.
+  """
+  from training.data import examples
+  config, c = run.config, run.model
+  parts = state(run)
+  parts['gradients'] = parts['parameters']
+  shapes = examples.shapes(config)
+  layers = {'tokens': c.num_layers, 'decoder_tokens': c.num_decoder_layers}
+  inputs = sum(math.prod(shapes[name][0][:2]) * count
+               for name, count in layers.items() if name in shapes)
+  shards = config.train.grad_accumulation * devices.shards(
+      'tokens', run.mesh.shape, config.mesh.rules)
+  parts['block_inputs'] = (
+      inputs * c.d_model * c.compute_dtype.itemsize // shards)
+  parts['peak'] = sum(parts.values())
+  return parts
+
+
+def described(config, model, shape) -> runs.Run:
+  """Returns the run on a mesh that is only described: nothing can be computed
+  on it, and no device is looked for.
+
+  Args:
+    config: the run's.
+    model: its model, resolved.
+    shape: the size of each mesh axis.
+  """
+  mesh = AbstractMesh(tuple(shape.values()), tuple(shape),
+                      axis_types=(AxisType.Auto,) * len(shape))
+  devices.check(model, config.data.batch_size, config.train.grad_accumulation,
+                shape)
+  module = architectures.build(model)
+  tx = state_lib.optimizer(module, config.optim, config.train.steps)
+  return runs.Run(config, model, module, mesh, tx,
+                  state_lib.abstract(module, tx, mesh, config.mesh.rules),
+                  devices.batch_sharding(mesh, config.mesh.rules))
+
+
+def analytic(run: runs.Run, kept_in_all: int = 0,
+             platform: str = 'cpu') -> dict[str, int]:
+  """Estimates a training step's peak, without a compiler.
+
+  State, gradients, what the backward pass keeps by the config's remat policy
+  (traced, not guessed; it is cut up as the tokens are, over rows and length),
+  and the largest thing of one layer: scores, or the widest hidden units and
+  the gathered weights.
+
+  Args:
+    run: on any devices.
+    kept_in_all: what `kept` returns, where it is known; 0: trace it.
+    platform: tpu, where splash attention writes no scores, if it can do this
+      model's; elsewhere they are counted.
+  """
+  c, shape, rules = run.model, run.mesh.shape, run.config.mesh.rules
+  parts = state(run)
+  parts['gradients'] = on_device(jax.tree.map(  # in float32, as they add up
+      lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32,
+                                     sharding=x.sharding), run.abstract.params))
+  micro = run.config.train.grad_accumulation
+  shards = micro * devices.shards('tokens', shape, rules)
+  parts['kept_for_backward'] = (kept_in_all or kept(run)) // shards
+  length, width = run.config.data.length, c.compute_dtype.itemsize
+  tokens = run.config.data.batch_size * length // shards
+  heads = c.num_heads // shape['tensor']
+  hidden = tokens * (c.moe.d_ff * c.moe.top_k if c.ffn == 'moe'
+                     else c.d_ff) // shape['tensor']
+  layer = max((x.size // x.shape[0] for path, x in paths.flatten(
+      run.abstract.params).items() if '/layers/' in path), default=0)
+  mask = kernels.Mask(causal=True, bias=c.position in ('alibi', 'relative'))
+  fused = c.attention_kernel != 'xla' and not kernels.refusal(
+      'splash', c, mask, length, length, platform)
+  scores = 0 if fused else 2 * 4 * tokens * heads * length
+  parts['one_layer'] = max(scores, 3 * width * hidden) + (
+      2 * width * layer // (shape['tensor'] * shape['expert']))
+  parts['peak'] = sum(parts.values())
+  return parts
+
+
+def kept(run: runs.Run) -> int:
+  """Bytes that all devices keep between the passes, of a whole batch without
+  accumulation: the residuals of jax.vjp, weights apart."""
+  from training import objectives
+  from training.data import examples
+  config = run.config
+  objective = objectives.OBJECTIVES[config.objective]
+  batch = {key: jax.ShapeDtypeStruct(size, dtype) for key, (size, dtype)
+           in examples.shapes(config).items()}
+
+  def residuals(params, batch):
+    keys = {name: jax.random.key(0) for name in ('dropout', 'router')}
+    loss = lambda p: objective.loss(objective.apply(
+        run.module, p, batch, deterministic=False, rngs=keys), batch,
+        config)[0]
+    return jax.vjp(loss, params)[1]
+
+  with run.context():
+    found = jax.eval_shape(residuals, run.abstract.params, batch)
+  weights = {x.shape for x in jax.tree.leaves(run.abstract.params)}
+  return sum(x.size * jnp.dtype(x.dtype).itemsize
+             for x in jax.tree.leaves(found)
+             if x.shape not in weights
+             and not jnp.issubdtype(x.dtype, jax.dtypes.extended))

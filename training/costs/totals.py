@@ -1,0 +1,117 @@
+"""What a model costs, from its shapes alone: nothing is computed.
+
+Parameters by part, total and active (a token's own: with experts, the router,
+those that it goes through and the shared ones), FLOPs, and bytes.
+tools/count.py prints them, a sweep matches its points by them.
+"""
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+import architectures
+from training import paths, state
+from training.costs import flops
+
+STAND_IN_VOCAB = 384  # of the byte tokenizer, where a size leaves it open
+
+
+def count(config, length: int = 0, model=None) -> dict:
+  """Returns every figure of one config, as a dict for JSON.
+
+  Args:
+    config: a run's.
+    length: tokens of a sequence; 0: data.length.
+    model: its model, resolved; None: as `resolved` fills it in.
+  """
+  model = model or resolved(config)
+  module = architectures.build(model)
+  tx = state.optimizer(module, config.optim, config.train.steps)
+  params = nn.meta.unbox(state.abstract_params(module))
+  opt_state = jax.eval_shape(tx.init, params)
+  sizes, active = _sizes(model, params)
+  length = length or config.data.length
+  both = architectures.stack(model) == 'encoder-decoder'
+  other = length if both else 0
+  nbytes = lambda tree: int(sum(
+      x.size * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree)))
+  decodes = architectures.stack(model) != 'encoder'
+  return {
+      'model': model.arch,
+      'rumoured': model.arch.startswith('gpt4'),
+      'parameters': sum(sizes.values()),
+      'active_parameters': round(sum(active.values())),
+      'by_part': _by_part(sizes),
+      'active_by_part': {k: round(v) for k, v in _by_part(active).items()},
+      'length': length,
+      'flops_per_token': {
+          'training': flops.training_flops_per_token(model, length, other),
+          'prefill': flops.forward_flops_per_token(model, length, other),
+          'decode': sum(flops.decode_flops(model, length, other).values())
+                    if decodes else None,
+      },
+      'kv_cache_bytes_per_token': _cache_bytes(model) if decodes else None,
+      # What a decoder keeps of the source is as large, for each token of it.
+      'memory_cache_bytes_per_token': _cache_bytes(model) if both else None,
+      'parameter_bytes': nbytes(params),
+      'optimizer_bytes': nbytes(opt_state),
+      'checkpoint_bytes': nbytes(params) + nbytes(opt_state),
+  }
+
+
+def parameters(model) -> tuple[int, int]:
+  """Returns the parameters of a resolved model, and the active ones."""
+  params = nn.meta.unbox(state.abstract_params(architectures.build(model)))
+  sizes, active = _sizes(model, params)
+  return sum(sizes.values()), round(sum(active.values()))
+
+
+def resolved(config):
+  """Returns the model config, open fields filled as a run would by default."""
+  model = config.model.to_dict()
+  model['vocab_size'] = model['vocab_size'] or STAND_IN_VOCAB
+  model['max_len'] = model['max_len'] or config.data.length
+  return architectures.resolve(model)
+
+
+def _sizes(model, params) -> tuple[dict, dict]:
+  sizes = {path: x.size for path, x in paths.flatten(params).items()}
+  return sizes, {path: size * _active_share(path, model)
+                 for path, size in sizes.items()}
+
+
+def _active_share(path: str, model) -> float:
+  """Which share of a parameter one token uses: all of the router's, and of
+  what stands in ffn/shared, through which every token goes."""
+  folder, _, name = path.rpartition('/')
+  expert = (model.ffn == 'moe' and folder.endswith('/ffn')
+            and name.split('_')[0] in ('up', 'gate', 'down'))
+  if not expert or not _in_moe_block(path, model):
+    return 1.0
+  return flops.active_experts(model.moe) / model.moe.num_experts
+
+
+def _in_moe_block(path: str, model) -> bool:
+  block = int(path.split('block_')[1].split('/')[0])
+  return model.layer_pattern()[block].ffn == 'moe'
+
+
+def _by_part(sizes: dict) -> dict:
+  """Sums by part: embed, attention, ffn, norms, head, ..."""
+  parts: dict = {}
+  for path, size in sizes.items():
+    names = path.split('/')
+    part = next((n for n in names if n in ('cross_attention', 'attention',
+                                           'ffn')), None)
+    if part is None:
+      part = 'norms' if any('norm' in n for n in names) else names[0]
+    if part == 'ffn' and names[-1].startswith('router'):
+      part = 'router'
+    parts[part] = parts.get(part, 0) + size
+  return parts
+
+
+def _cache_bytes(model) -> int:
+  """Keys and values of every decoder layer, of one token."""
+  return (2 * model.num_decoder_layers * model.num_kv_heads * model.head_dim
+          * model.compute_dtype.itemsize)

@@ -1,0 +1,250 @@
+"""Batches: from data.source to dicts of arrays, in an order fixed by the seed.
+
+Which tokens are in global batch n is a pure function of (seed, n). Row r of
+batch n is example g = n B + r of one endless sequence: a permutation of all
+windows, then another one, and so on, or for a mixture such sequences
+interleaved by weight. Process p of P takes rows p B/P to (p+1) B/P and loads
+only those. So a run may stop at any n and go on with any number of processes
+or workers, and the state of the data is n.
+"""
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+import gc
+import sys
+
+from absl import flags
+import numpy as np
+
+from configs.errors import RequestError
+from training import limits
+from training.data import batch_workers, examples, holdout, packing
+from training.data import sources, token_cache
+
+EVAL_SEED = 0  # One order of evaluation for all runs, whatever their seed.
+THREADS = 2  # With workers=0; more only contend for the interpreter's lock.
+PREFETCH = 4  # Batches prepared ahead.
+
+
+class Loader:
+  """The batches of one split for one process.
+
+  Attributes:
+    name: the source or sources, as written in the config.
+    share: what it counts in the mean over the sources that are held out.
+    text: whose tokens these are, in words.
+    num_windows: examples in one pass over the split.
+    num_batches: batches in one pass. An 'eval' loader ends there, its last
+      batch filled up with rows of weight zero, so that each token counts
+      exactly once; a 'train' loader never ends.
+    num_tokens: tokens of the text that one pass reads.
+    num_bytes: UTF-8 bytes of that text.
+    bytes_per_token: bits per byte = nats per token / (ln 2 x this).
+    rows: rows of a batch that this process holds.
+    objective: the run's.
+    num_sources: of which the text comes, mixed.
+  """
+
+  def __init__(self, name: str, share: float, text: str, dataset, views,
+               config, tokenizer, split: str, process_index: int,
+               process_count: int):
+    self.name = name
+    self.share = share
+    self.text = text
+    self._dataset = dataset
+    self._config = config
+    self._tokenizer = tokenizer
+    self._split = split
+    self._make = examples.EXAMPLES[config.objective].make
+    self._batch_size = config.data.batch_size
+    self.objective = config.objective
+    self.num_sources = len(views)
+    self.rows = self._batch_size // process_count
+    self._first_row = process_index * self.rows
+    self.num_windows = sum(len(view) for view in views)
+    self.num_batches = -(-self.num_windows // self._batch_size)
+    self.num_tokens = sum(view.num_tokens for view in views)
+    self.num_bytes = sum(view.num_bytes for view in views)
+    self.bytes_per_token = self.num_bytes / self.num_tokens
+
+  def first(self, batches: int) -> int:
+    """Returns how many batches of a pass `batches` are; 0: all."""
+    return min(batches or self.num_batches, self.num_batches)
+
+  def batch(self, n: int) -> dict[str, np.ndarray]:
+    """Returns this process's rows of global batch n, each array [rows, ...].
+    """
+    n = int(n)
+    if not 0 <= n < self._stop:
+      raise IndexError(f'batch {n} of {self._stop}')
+    first = n * self._batch_size + self._first_row
+    rows = [self._example(g) for g in range(first, first + self.rows)]
+    return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+
+  def iterate(self, start: int = 0, stop: int | None = None
+              ) -> Iterator[dict[str, np.ndarray]]:
+    """Yields batch(start), ..., batch(stop - 1), prepared ahead.
+
+    data.workers processes prepare them, or threads if it is 0. Worker
+    processes import the main module again, which needs a main guard. Give
+    `stop` where it is known: batches that no one takes are work for nothing.
+    """
+    import grain
+    stop = self._stop if stop is None else min(stop, self._stop)
+    if start >= stop:
+      return
+    batches = grain.MapDataset.range(start, stop).map(self.batch)
+    workers = self._config.data.workers
+    if workers:
+      if not flags.FLAGS.is_parsed():  # In a notebook or a test: Grain asks.
+        flags.FLAGS.mark_as_parsed()
+      ahead = max(1, PREFETCH // workers)
+      dataset = batches.to_iter_dataset(
+          grain.ReadOptions(num_threads=1, prefetch_buffer_size=ahead)
+      ).mp_prefetch(grain.MultiprocessingOptions(
+          num_workers=workers, per_worker_buffer_size=ahead),
+          worker_init_fn=batch_workers.begin)
+      # Out of the workers' shared memory, which is then free again at once.
+      dataset = dataset.map(
+          lambda batch: {key: np.array(batch[key]) for key in batch})
+    else:
+      dataset = batches.to_iter_dataset(grain.ReadOptions(
+          num_threads=THREADS, prefetch_buffer_size=PREFETCH))
+    iterator = iter(dataset)
+    try:
+      with batch_workers.deaf_to_signals() if workers else nullcontext():
+        first = next(iterator)  # which starts the workers
+      yield first
+      yield from iterator
+    finally:
+      iterator.close()
+      if workers:
+        # Grain's threads end in exceptions whose tracebacks keep the last
+        # batches, and so their shared memory, in reference cycles.
+        del iterator, dataset
+        gc.collect()
+
+  @property
+  def _stop(self) -> int:
+    return self.num_batches if self._split == 'eval' else (
+        sys.maxsize // self._batch_size)
+
+  def _example(self, g: int) -> dict[str, np.ndarray]:
+    padding = self._split == 'eval' and g >= self.num_windows
+    seed = EVAL_SEED if self._split == 'eval' else self._config.seed
+    example = self._make(self._dataset[0 if padding else g],
+                         np.random.default_rng([seed, g]),
+                         self._config, self._tokenizer)
+    if padding:  # which counts nothing and takes no expert's room
+      example |= {key: np.zeros_like(value) for key, value in example.items()
+                  if key.endswith(('weights', 'segment_ids', 'valid'))}
+    return example
+
+
+def load(config, tokenizer, process_index: int = 0, process_count: int = 1
+         ) -> Loader:
+  """Returns the endless loader of training, tokenising its sources if need be.
+
+  Args:
+    config: a run's config; read are seed, objective and data.
+    tokenizer: see tokenizers.load.
+    process_index: of this process.
+    process_count: must divide data.batch_size.
+
+  Raises:
+    ValueError: for a source that is missing, empty or unreadable.
+  """
+  import grain
+  weights, corpora, views = _views(config, tokenizer, 'train', process_count)
+  # Grain permutes epoch e by seed + e. Hashed seeds keep the second epoch
+  # of seed 0 from being the first of seed 1.
+  seeds = np.random.SeedSequence(config.seed).generate_state(len(views))
+  parts = [grain.MapDataset.source(v).shuffle(seed=int(seed)).repeat()
+           for v, seed in zip(views, seeds)]
+  dataset = (parts[0] if len(parts) == 1 else
+             grain.MapDataset.mix(parts, weights))
+  return Loader(config.data.source, 1.0,
+                ' and '.join(corpus.text for corpus in corpora), dataset,
+                views, config, tokenizer, 'train', process_index,
+                process_count)
+
+
+def held_out(config, tokenizer, process_index: int = 0,
+             process_count: int = 1) -> list[Loader]:
+  """Returns a loader of each source that is held out, of one pass each.
+
+  A figure of the whole is the mean of the sources' own by their `share`, the
+  weights of data.eval_source or data.source: of text drawn as training draws
+  it, however much of each is held out. A source's order is its own, the same
+  for all runs, so that its first batches are a fair sample of all.
+
+  Args and raises: as `load`.
+  """
+  import grain
+  weights, corpora, views = _views(config, tokenizer, 'eval', process_count)
+  return [Loader(corpus.name, weight / sum(weights), corpus.text,
+                 grain.MapDataset.source(view).shuffle(seed=EVAL_SEED), [view],
+                 config, tokenizer, 'eval', process_index, process_count)
+          for weight, corpus, view in zip(weights, corpora, views)]
+
+
+def _views(config, tokenizer, split: str, process_count: int):
+  """Returns the weights, corpora and views of a split's sources."""
+  if config.objective not in examples.EXAMPLES:
+    raise RequestError(f'unknown objective {config.objective!r}: choose from '
+                       f'{", ".join(examples.EXAMPLES)}.')
+  examples.check(config)
+  _check(config, process_count)
+  view = packing.VIEWS[examples.EXAMPLES[config.objective].view]
+  weights, corpora = zip(*_corpora(config, tokenizer, split))
+  return weights, corpora, [view(corpus) for corpus in corpora]
+
+
+def _check(config, process_count: int):
+  limits.ranges(config, 'seed', 'data', 'span')
+  size = config.data.batch_size
+  if size % process_count:
+    raise RequestError(f'data.batch_size={size} is not divisible by the '
+                       f'{process_count} processes.')
+
+
+def check_sources(config) -> None:
+  """Raises RequestError for a source that is unknown or not there, or a cache
+  that cannot be written; reads no text."""
+  token_cache.check(config.data.cache_dir)
+  for spec in (config.data.source, config.data.eval_source):
+    if spec:
+      sources.parse(spec)
+
+
+def _corpora(config, tokenizer, split: str):
+  """Yields (weight, packing.Corpus) of each source of the split."""
+  data = config.data
+  own = bool(data.eval_source)  # Then nothing of `source` is held out.
+  spec = data.eval_source if own and split == 'eval' else data.source
+  for weight, source in sources.parse(spec, data.chat_template):
+    if not own:
+      source = holdout.split(source, data.holdout_every)
+    cache = token_cache.load(source, tokenizer, data.cache_dir,
+                             data.tokenize_workers)
+    ids = np.arange(len(cache))
+    if not own:
+      held_out = holdout.held_out(ids, data.holdout_every)
+      ids = ids[held_out == (split == 'eval')]
+    if not len(ids):
+      raise RequestError(
+          f'data source {source.name!r} has {len(cache)} document(s), of which '
+          f'data.holdout_every={data.holdout_every} leaves none for {split}: '
+          'set data.eval_source or another data.holdout_every.')
+    text = _words(source, data.holdout_every, split, len(ids), len(cache))
+    yield weight, packing.Corpus(source.name, text, cache, ids, split,
+                                 tokenizer, config)
+
+
+def _words(source, every: int, split: str, taken: int, of: int) -> str:
+  """What of a source is in a split: `taken` of its documents."""
+  if source.tail:
+    but = '' if split == 'eval' else 'all but '
+    return f'{but}the last 1/{every} of {source.name}'
+  return source.name if taken == of else (
+      f'{taken:,} of {of:,} documents of {source.name}')

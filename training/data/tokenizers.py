@@ -1,0 +1,294 @@
+"""Tokenizers behind one small interface: text to ids, and back.
+
+`load(spec)` takes data.tokenizer: `bytes`, `bytes:N`, a Hugging Face
+tokenizer.json, a folder (GPT-2's encoder.json + vocab.bpe, vocab.json +
+merges.txt, BERT's vocab.txt, or one that holds a tokenizer.json or a
+sentencepiece model), or a sentencepiece `.model`.
+
+No tokenizer adds special tokens by itself, and none reads them out of plain
+text: '<|endoftext|>' typed inside a document is spelt, not obeyed. Whoever
+lays out a sequence (packing, objectives, generation) places the special ids.
+"""
+
+import abc
+from collections.abc import Iterable, Sequence
+import difflib
+import hashlib
+import json
+import os
+import pathlib
+import re
+
+import numpy as np
+
+from configs.errors import RequestError, require
+from training.data import tokenizer_files
+
+SENTINELS = 100  # T5's <extra_id_0> to <extra_id_99>
+
+
+class Tokenizer(abc.ABC):
+  """What the rest of the project knows of a tokenizer.
+
+  Attributes:
+    name: the spec that it was loaded from.
+    vocab_size: one more than the highest id. model.vocab_size=0 takes it.
+    special_ids: {'bos' | 'eos' | 'pad' | 'mask' | 'cls' | 'sep': id}, of the
+      special tokens that this vocabulary has.
+    sentinel_ids: ids of <extra_id_0>, <extra_id_1>, ... in that order.
+    fingerprint: changes when any text could be encoded otherwise.
+  """
+
+  name: str
+  vocab_size: int
+  special_ids: dict[str, int]
+  sentinel_ids: tuple[int, ...] = ()
+  fingerprint: str
+
+  def __reduce__(self):
+    return load, (self.name,)  # To a worker goes the name alone.
+
+  @abc.abstractmethod
+  def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    """Returns one int32 [T] array for each text."""
+
+  def encode(self, text: str) -> np.ndarray:
+    """Returns the int32 [T] ids of one text."""
+    return self.encode_batch([text])[0]
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """Returns the text; special tokens spell nothing."""
+    return self.decode_bytes(ids).decode('utf-8', errors='replace')
+
+  @abc.abstractmethod
+  def decode_bytes(self, ids: Iterable[int]) -> bytes:
+    """Returns the UTF-8 bytes of the text, perhaps cut inside a character."""
+
+  def num_bytes(self, ids: Iterable[int]) -> int:
+    """Returns how many bytes of text the ids spell, for bits per byte."""
+    return len(self.decode_bytes(ids))
+
+  def special(self, name: str) -> int:
+    """Returns the id of a special token.
+
+    Raises:
+      ValueError: if the vocabulary has none, naming those that it has.
+    """
+    if name not in self.special_ids:
+      raise RequestError(
+          f'tokenizer {self.name!r} has no {name!r} token: '
+          f'it has {", ".join(self.special_ids) or "none"}.')
+    return self.special_ids[name]
+
+  @property
+  def separator_id(self) -> int:
+    """The id between documents, which also starts each: eos, or BERT's sep."""
+    return self.special('eos' if 'sep' not in self.special_ids
+                        or 'eos' in self.special_ids else 'sep')
+
+  bos_id = property(lambda self: self.special('bos'))
+  eos_id = property(lambda self: self.special('eos'))
+  pad_id = property(lambda self: self.special('pad'))
+  mask_id = property(lambda self: self.special('mask'))
+  cls_id = property(lambda self: self.special('cls'))
+  sep_id = property(lambda self: self.special('sep'))
+
+
+class Bytes(Tokenizer):
+  """UTF-8 bytes as ids 0 to 255, then 128 special ids: 384 = 3 x 128 in all.
+
+  256 to 261 are pad, bos, eos, mask, cls and sep, 262 to 283 are free, and
+  the last hundred are the sentinels. A multiple of 128 keeps the embedding
+  and the logits divisible on every mesh; ByT5 has 384 for the same reason.
+
+  `bytes:N` does with N ids, for weights of a small vocabulary that came
+  without a tokenizer: where 256 and the six do not fit, a byte is spelt in
+  2, 4 or 8 digits of base 16, 4 or 2, and the sentinels are what is left.
+  """
+
+  SPECIAL = ('pad', 'bos', 'eos', 'mask', 'cls', 'sep')
+  LEAST, USUAL = 8, 384
+
+  def __init__(self, size: int = USUAL):
+    self.name = 'bytes' if size == self.USUAL else f'bytes:{size}'
+    self.vocab_size = size
+    bits = max(b for b in (1, 2, 4, 8) if 2 ** b + len(self.SPECIAL) <= size)
+    self.special_ids = {name: 2 ** bits + i
+                        for i, name in enumerate(self.SPECIAL)}
+    left = size - 2 ** bits - len(self.SPECIAL)
+    self.sentinel_ids = tuple(range(size - min(SENTINELS, left), size))
+    self.fingerprint = f'bytes-{size}'
+    self._base = 2 ** bits
+    # The highest digit comes first.
+    self._shifts = np.arange(8 - bits, -1, -bits).astype(np.uint8)
+
+  def encode_batch(self, texts):
+    rows = [np.frombuffer(text.encode('utf-8'), np.uint8) for text in texts]
+    return [(row[:, None] >> self._shifts & self._base - 1).reshape(-1).astype(
+        np.int32) for row in rows]
+
+  def decode_bytes(self, ids):
+    spelt, digits = bytearray(), []
+    for i in ids:
+      digits = [*digits, int(i)] if i < self._base else []
+      if len(digits) == len(self._shifts):
+        spelt.append(sum(d << int(s) for d, s in zip(digits, self._shifts)))
+        digits = []
+    return bytes(spelt)
+
+
+class HuggingFace(Tokenizer):
+  """A `tokenizers` pipeline: BPE, unigram or WordPiece."""
+
+  def __init__(self, name: str, tokenizer, special_ids: dict[str, int]):
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    tokenizer.encode_special_tokens = True
+    self.name = name
+    self._tokenizer = tokenizer
+    vocab = tokenizer.get_vocab(with_added_tokens=True)
+    require(bool(vocab), f'tokenizer {name!r} has an empty vocabulary')
+    self.vocab_size = 1 + max(vocab.values())
+    self.special_ids = special_ids
+    self.sentinel_ids = _sentinels(vocab.get)
+    described = json.dumps([tokenizer.to_str(), special_ids])
+    self.fingerprint = _digest(described.encode('utf-8'))
+    self._bytes_of_id = _byte_level_table(tokenizer, vocab)
+
+  def encode_batch(self, texts):
+    encodings = self._tokenizer.encode_batch_fast(
+        list(texts), add_special_tokens=False)
+    return [np.asarray(encoding.ids, np.int32) for encoding in encodings]
+
+  def decode_bytes(self, ids):
+    ids = [int(i) for i in ids]
+    if self._bytes_of_id is not None:
+      return b''.join(self._bytes_of_id.get(i, b'') for i in ids)
+    return self._tokenizer.decode(ids).encode('utf-8')
+
+
+class SentencePiece(Tokenizer):
+  """A sentencepiece model, such as LLaMA's tokenizer.model."""
+
+  def __init__(self, path: pathlib.Path):
+    try:
+      import sentencepiece
+    except ImportError as error:
+      raise RequestError(
+          f'tokenizer {str(path)!r} needs the package sentencepiece: '
+          "pip install 'archetype[data]'.") from error
+    data = path.read_bytes()
+    refused = f'tokenizer {str(path)!r} is not a sentencepiece model.'
+    require(bool(data), refused)
+    try:
+      model = sentencepiece.SentencePieceProcessor(model_proto=data)
+    except RuntimeError as error:
+      raise RequestError(refused) from error
+    self.name = str(path)
+    self._model = model
+    self.vocab_size = model.vocab_size()
+    known = {model.id_to_piece(i): i for i in range(self.vocab_size)}
+    ids = {'bos': model.bos_id(), 'eos': model.eos_id(),
+           'pad': model.pad_id()}
+    self.special_ids = tokenizer_files.named_specials(known.get)
+    self.special_ids |= {name: i for name, i in ids.items() if i >= 0}
+    self.sentinel_ids = _sentinels(known.get)
+    self.fingerprint = _digest(data)
+    self._hidden = set(self.special_ids.values()) | {
+        i for i in known.values() if model.is_control(i)}
+
+  def encode_batch(self, texts):
+    return [np.asarray(ids, np.int32)
+            for ids in self._model.encode(list(texts))]
+
+  def decode_bytes(self, ids):
+    ids = [int(i) for i in ids]
+    shown = [i for i in ids if i not in self._hidden]
+    return self._model.decode(shown).encode('utf-8')
+
+
+def load(spec: str) -> Tokenizer:
+  """Returns the tokenizer that data.tokenizer names.
+
+  Raises:
+    ValueError: if there is no such file, or it is not a tokenizer.
+  """
+  if re.fullmatch(r'bytes(:\d{1,3})?', spec):
+    size = int(spec.partition(':')[2] or Bytes.USUAL)
+    if not Bytes.LEAST <= size <= Bytes.USUAL:
+      raise RequestError(f'tokenizer {spec!r}: choose from bytes:{Bytes.LEAST} '
+                         f'to bytes:{Bytes.USUAL}')
+    return Bytes(size)
+  path = pathlib.Path(os.path.expanduser(spec))
+  if os.path.isdir(path):
+    if names := found_in(path):
+      return FOLDERS[names](spec, *(path / name for name in names))
+    wanted = '; '.join(' + '.join(names) for names in FOLDERS)
+    raise RequestError(
+        f'tokenizer folder {spec!r} holds none of: {wanted}.')
+  if os.path.isfile(path) and path.suffix in FILES:
+    return FILES[path.suffix](spec, path)
+  missing = '' if os.path.exists(path) else '; there is no such file or folder'
+  near = difflib.get_close_matches(spec, ['bytes'])
+  hint = " Did you mean 'bytes'?" if near else ''
+  raise RequestError(
+      f'unknown tokenizer {spec!r}: choose bytes, bytes:N, a tokenizer.json, a '
+      'sentencepiece .model, or a folder with encoder.json + vocab.bpe'
+      f'{missing}.{hint}')
+
+
+def found_in(folder: pathlib.Path) -> tuple[str, ...]:
+  """Returns the files by which `load` reads a folder; () if it does not."""
+  return next((names for names in FOLDERS
+               if all((folder / name).is_file() for name in names)), ())
+
+
+def _digest(data: bytes) -> str:
+  return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def _sentinels(id_of) -> tuple[int, ...]:
+  ids = [id_of(f'<extra_id_{i}>') for i in range(SENTINELS)]
+  return tuple(i for i in ids if i is not None)
+
+
+def _byte_level_table(tokenizer, vocab) -> dict[int, bytes] | None:
+  """Returns {id: the bytes it spells} of a byte-level BPE, or None.
+
+  Such a vocabulary writes each byte as one printable character, so a token's
+  bytes are known exactly even where a window cuts a character in two.
+  """
+  import tokenizers
+  if not isinstance(tokenizer.decoder, tokenizers.decoders.ByteLevel):
+    return None
+  printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+  others = [b for b in range(256) if b not in set(printable)]
+  byte_of = {chr(b): b for b in printable}
+  byte_of |= {chr(256 + i): b for i, b in enumerate(others)}
+  table = {}
+  added = tokenizer.get_added_tokens_decoder()
+  for token, i in vocab.items():
+    if i in added:
+      table[i] = b'' if added[i].special else token.encode('utf-8')
+    elif byte_of.keys() >= set(token):
+      table[i] = bytes(byte_of[c] for c in token)
+  return table
+
+
+def _hugging_face(read):
+  return lambda spec, *files: HuggingFace(spec, *read(spec, *files))
+
+
+# What a folder may hold; the first that it holds entirely wins.
+FOLDERS = {
+    ('tokenizer.json',): _hugging_face(tokenizer_files.read_json),
+    ('encoder.json', 'vocab.bpe'): _hugging_face(tokenizer_files.read_gpt2),
+    ('vocab.json', 'merges.txt'): _hugging_face(tokenizer_files.read_gpt2),
+    ('vocab.txt',): _hugging_face(tokenizer_files.read_wordpiece),
+    ('tokenizer.model',): lambda _, path: SentencePiece(path),
+    ('spiece.model',): lambda _, path: SentencePiece(path),
+}
+FILES = {
+    '.json': FOLDERS['tokenizer.json',],
+    '.model': lambda _, path: SentencePiece(path),
+}

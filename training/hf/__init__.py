@@ -1,0 +1,1 @@
+"""Weights and tokenizers in Hugging Face's format, in and out."""

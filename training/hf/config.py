@@ -1,0 +1,279 @@
+"""Hugging Face's config.json: read field by field, nothing passed over.
+
+A page's from_hf_config(hf) asks for each field that it honours, and says of
+others which value alone it knows. What is left must be a field that never
+changes what a model computes; any other is refused by name. The default with
+which a page asks for a field says of what type its value must be.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import math
+import pathlib
+import re
+from typing import Any
+
+from configs import base
+
+import ml_collections
+
+import architectures
+from architectures.parts.config import ModelConfig
+from architectures.parts.moe import routing
+from configs.errors import one_of, require, short
+from training.hf import files as hf_files
+
+# Fields by which text is generated: an export writes those of its import.
+GENERATION = re.compile('|'.join((
+    r'.*_token_ids?', 'task_specific_params', 'prefix', 'tokenizer_class',
+    'max_length', 'min_length', 'do_sample', 'early_stopping', 'num_beams',
+    'temperature', 'top_k', 'top_p', 'typical_p', 'repetition_penalty',
+    'length_penalty', 'no_repeat_ngram_size', 'num_return_sequences',
+    'num_beam_groups', 'bad_words_ids', 'diversity_penalty',
+    'encoder_no_repeat_ngram_size', 'begin_suppress_tokens',
+    'suppress_tokens', 'remove_invalid_values',
+    'exponential_decay_length_penalty')))
+
+# Fields without a bearing on what a trained model computes.
+NEUTRAL = re.compile('|'.join((
+    GENERATION.pattern,
+    r'_.*', 'architectures', 'model_type', 'torch_dtype', 'dtype',
+    'transformers_version', r'.*dropout.*', r'.*_pdrop',
+    r'initializer_.*', 'init_std', 'use_cache', 'gradient_checkpointing',
+    'pretraining_tp', r'summary_.*', r'output_.*', r'return_dict.*',
+    'id2label', 'label2id', 'finetuning_task', 'problem_type', 'torchscript',
+    'use_bfloat16', 'attn_implementation', 'chunk_size_feed_forward', 'n_ctx',
+    'pruned_heads', 'tf_legacy_loss', 'cross_attention_hidden_size')))
+
+# Fields of ours that say how a model is trained or computed, not what it is.
+# (What an expert has room for in evaluation: `_room`.)
+RUN_ONLY = re.compile('|'.join((
+    r'(attention_|ffn_)?dropout', 'init', 'init_stddev', 'init_scale', 'dtype',
+    'param_dtype', 'scan_layers', 'remat', r'attention_kernel.*',
+    r'moe\.(dispatch|grouped_kernel|jitter|logit_noise|balance_.*|z_loss_weight'
+    r'|expert_dropout|group_size|.*capacity.*)')))
+
+
+class Reader:
+  """config.json, which remembers what was asked of it. A null is a default,
+  and so is what the file leaves out.
+
+  Attributes:
+    asked: the names of the fields that were asked for.
+    notes: sentences of the page on what the file says and this import does
+      not do.
+  """
+
+  def __init__(self, tree: Mapping[str, Any], name: str = ''):
+    self.notes = []
+    self._tree = tree
+    self._name = name
+    self.asked = set()
+    self._parts = []
+
+  def __call__(self, name: str, default: Any) -> Any:
+    """Returns the field `name`, or transformers' default for it.
+
+    Raises:
+      RequestError: if the field is of another type than the default, or a
+        number below 1 where the default is none.
+    """
+    self.asked.add(name)
+    value = self._tree.get(name)
+    if value is None:
+      return default
+    return _typed(f'config.json has {self._full(name)}', value, default)
+
+  def is_null(self, name: str) -> bool:
+    """Whether the field `name` is there and null."""
+    return name in self._tree and self._tree[name] is None
+
+  def passes(self, *names: str) -> None:
+    """Says that what these fields hold does not change the model."""
+    self.asked.update(names)
+
+  def __bool__(self) -> bool:
+    return bool(self._tree)
+
+  def section(self, name: str) -> 'Reader':
+    """Returns the object `name`, empty if there is none."""
+    part = Reader(self(name, {}), self._full(name))
+    self._parts.append(part)
+    return part
+
+  def must(self, **only: Any) -> None:
+    """Raises RequestError where a field is not its default, which `only` has.
+    """
+    for name, value in only.items():
+      self.asked.add(name)
+      found = self._tree.get(name)
+      require(found is None or (found == value and (
+          isinstance(found, bool) == isinstance(value, bool))),
+              f'config.json has {self._full(name)} {short(found)}: only '
+              f'{value!r} is known here')
+
+  def choose(self, name: str, default: str, choices: dict[str, Any]) -> Any:
+    """Returns what `choices` has for the field `name`."""
+    found = self(name, default)
+    require(found in choices, f'config.json has {self._full(name)} '
+            f'{short(found)}: choose from {", ".join(choices)}')
+    return choices[found]
+
+  @property
+  def model_type(self) -> str:
+    return self('model_type', '')
+
+  def finish(self) -> None:
+    """Raises RequestError for a field that was not asked for and may matter.
+    """
+    left = {name: value for name, value in self._tree.items()
+            if name not in self.asked and not NEUTRAL.fullmatch(name)
+            and value is not None}
+    for part in self._parts:
+      part.finish()
+    more = f' and {len(left) - 9} more' if len(left) > 9 else ''
+    require(not left, 'config.json has fields that this architecture does not '
+            'know, ' + ', '.join(
+                f'{self._full(k) if k.isidentifier() else short(k)} {short(v)}'
+                for k, v in list(left.items())[:9])
+            + f'{more}: remove those that do not change what the model '
+            'computes')
+
+  def _full(self, name: str) -> str:
+    return f'{self._name}.{name}' if self._name else name
+
+
+# The types that a default stands for: (its type, in words, the test).
+MOST = 2**31 - 1  # what an index of 32 bits counts
+TYPES = (
+    (bool, 'true or false', lambda v: isinstance(v, bool)),
+    (int, f'an integer from 0 to {MOST}',
+     lambda v: type(v) is int and 0 <= v <= MOST),
+    (float, 'a number', lambda v: type(v) in (int, float) and (
+        abs(v) < 1e30 and math.isfinite(v))),
+    (str, 'a string', lambda v: isinstance(v, str)),
+    (dict, 'an object', lambda v: isinstance(v, dict)),
+)
+
+
+def _typed(what: str, value: Any, default: Any) -> Any:
+  """Returns a value of the type of `default`, or raises RequestError."""
+  kind, words, test = next(row for row in TYPES if type(default) is row[0])
+  require(test(value), f'{what} {short(value)}: it must be {words}')
+  if kind is float:
+    return float(value)
+  require(kind is not int or value or not default,
+          f'{what} {short(value)}: it must be 1 or more')
+  return value
+
+
+def pages() -> dict[str, str]:
+  """Returns {model_type of config.json: arch}."""
+  return {architectures.page(arch).HF_MODEL[0]: arch
+          for arch in architectures.ARCHITECTURES
+          if hasattr(architectures.page(arch), 'HF_MODEL')}
+
+
+def read(tree: dict[str, Any]) -> ModelConfig:
+  """Returns the model that a config.json describes; see `fields`."""
+  return architectures.resolve(fields(tree))
+
+
+def fields(tree: dict[str, Any]) -> ml_collections.ConfigDict:
+  """Returns config.model as a config.json has it.
+
+  Raises:
+    RequestError: naming what it has that no page honours.
+  """
+  return fields_and_notes(tree)[0]
+
+
+def fields_and_notes(tree: dict[str, Any]
+                     ) -> tuple[ml_collections.ConfigDict, list[str]]:
+  """Returns `fields`, and a sentence for each thing that the file says and an
+  import does not do."""
+  hf = Reader(tree)
+  known = pages()
+  one_of('model_type of config.json', hf.model_type, known)
+  found = architectures.page(known[hf.model_type]).from_hf_config(hf)
+  hf.finish()
+  model = base.base().model
+  model.update(arch=known[hf.model_type], **found)
+  return model, hf.notes
+
+
+def write(config: ModelConfig) -> dict[str, Any]:
+  """Returns the config.json of `config`, which `read` reads back as it was.
+
+  Raises:
+    ValueError: naming a field that a config.json cannot say.
+  """
+  page = architectures.page(config.arch)
+  require(hasattr(page, 'HF_MODEL'),
+          f'model.arch {config.arch!r} has no counterpart in transformers')
+  model_type, name = page.HF_MODEL
+  tree = dict(model_type=model_type, architectures=[name],
+              **page.to_hf_config(config))
+  check_same(config, read(tree), f'a {model_type} config.json cannot say that')
+  return tree
+
+
+def check_same(ours: ModelConfig, theirs: ModelConfig, why: str) -> None:
+  """Raises ValueError naming a field in which two models differ, or that they
+  drop other tokens when they are evaluated."""
+  different = differences(ours, theirs)
+  if _room(ours) != _room(theirs):
+    m, other = ours.moe, theirs.moe
+    different.append(
+        f'model.moe.eval_capacity_factor is {m.eval_capacity_factor:g} with '
+        f'model.moe.group_size {m.group_size}, not '
+        f'{other.eval_capacity_factor:g} with {other.group_size} '
+        '(`tools.convert export --dropless` writes the first as 0)')
+  require(not different, f'{"; ".join(different)}: {why}')
+
+
+def _room(config: ModelConfig) -> tuple | None:
+  """How many tokens of how many an expert takes in evaluation, or which share
+  of a batch; None: all that choose it."""
+  m = config.moe
+  share = m.eval_capacity_factor * m.top_k / m.num_experts
+  if config.ffn != 'moe' or not 0 < share < 1:
+    return None
+  if not m.group_size:
+    return 0, round(share, 6)
+  return m.group_size, routing.capacity(m.eval_capacity_factor, m.group_size,
+                                        m.top_k, m.num_experts)
+
+
+def differences(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
+  """Returns a line for each field that makes them different functions."""
+  mine, other = flat(ours), flat(theirs)
+  return [f'model.{name} is {value!r}, not {other.get(name)!r}'
+          for name, value in mine.items() if other.get(name) != value]
+
+
+def flat(config: ModelConfig) -> dict[str, Any]:
+  """The fields that tell what is computed, by dotted name."""
+  unused = [part for part, used in (
+      ('rope', config.position == 'rope'), ('moe', config.ffn == 'moe'),
+      ('relative', config.position == 'relative')) if not used]
+  flat = {}
+  for name, value in dataclasses.asdict(config).items():
+    items = value if isinstance(value, dict) else {'': value}
+    for key, item in items.items():
+      full = f'{name}.{key}' if key else name
+      if name not in unused and not RUN_ONLY.fullmatch(full):
+        flat[full] = item
+  if config.position == 'rope' and config.rope.scaling == 'none':
+    flat = {k: v for k, v in flat.items()
+            if k in ('rope.theta', 'rope.fraction') or k[:5] != 'rope.'}
+  if config.rope.scaling not in ('llama3', 'yarn'):  # the others' is not read
+    flat.pop('rope.original_len', None)
+  return flat
+
+
+def load(folder: pathlib.Path) -> dict[str, Any]:
+  """Returns the config.json of `folder` as a dict."""
+  path = folder / 'config.json'
+  require(path.is_file(), f'{path} is missing: it says what the weights are')
+  return hf_files.read_object(path)

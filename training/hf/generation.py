@@ -1,0 +1,89 @@
+"""What generation needs besides the weights: which tokens begin, end and pad a
+text, how transformers is to draw, and the chat template.
+
+An import keeps what its folder says, in WORKDIR/generation.json, and an export
+writes that again. A run of our own says it by its tokenizer.
+"""
+
+import json
+import pathlib
+from typing import Any, NamedTuple
+
+import architectures
+from architectures.parts.config import ModelConfig
+from architectures.parts.encoder_decoder import EncoderDecoder
+from configs.errors import require
+from training import objectives
+from training.data import pairs
+from training.hf import config as hf_config
+from training.hf import files as hf_files
+from training.workdir import storage
+
+KEPT = 'generation.json'  # in a workdir
+FILE = 'generation_config.json'  # in a Hugging Face folder
+
+
+class Generation(NamedTuple):
+  """Attributes:
+    fields: of config.json: token ids, and generation options of older files.
+    options: the content of generation_config.json; None: there is no such file.
+  """
+  fields: dict[str, Any]
+  options: dict[str, Any] | None
+
+
+def of_folder(folder: pathlib.Path) -> Generation:
+  """Returns what a Hugging Face folder says.
+
+  Raises:
+    RequestError: if one of its files is no JSON object.
+  """
+  fields = {name: value for name, value in hf_config.load(folder).items()
+            if hf_config.GENERATION.fullmatch(name)}
+  path = folder / FILE
+  return Generation(
+      fields, hf_files.read_object(path) if path.is_file() else None)
+
+
+def of_run(config, model: ModelConfig, tokenizer) -> Generation:
+  """Returns what a run of our own says, by the tokenizer that it reads.
+
+  In config.json stand the tokenizer's own ids. Text begins after
+  generation_config.json's bos_token_id: that is the id with which every
+  sequence of the run begins, the one between documents.
+  """
+  special = tokenizer.special_ids
+  ids = {f'{name}_token_id': special.get(name)
+         for name in ('bos', 'eos', 'pad')}
+  fixed = getattr(architectures.page(model.arch), 'HF_FIXED', ())
+  if not objectives.OBJECTIVES[config.objective].generates:
+    return Generation(_without(ids, fixed), None)
+  end = tokenizer.separator_id
+  ids['eos_token_id'] = end
+  if special.get('bos') is None:
+    ids['bos_token_id'] = end
+  if isinstance(architectures.build(model), EncoderDecoder):
+    ids['decoder_start_token_id'] = pairs.start_id(tokenizer)
+  options = {name: value for name, value in ids.items() if value is not None}
+  return Generation(_without(ids, fixed), options | dict(bos_token_id=end))
+
+
+def _without(ids: dict[str, Any], fixed) -> dict[str, Any]:
+  return {name: value for name, value in ids.items() if name not in fixed}
+
+
+def keep(workdir, generation: Generation) -> None:
+  """Writes what an import's folder says into its workdir."""
+  storage.write(storage.path(workdir) / KEPT,
+                json.dumps(generation._asdict(), indent=2) + '\n')
+
+
+def kept(workdir) -> Generation | None:
+  """Returns what `keep` wrote; None in the workdir of any other run."""
+  path = storage.path(workdir) / KEPT
+  if not path.exists():
+    return None
+  tree = hf_files.read_object(path)
+  require(set(tree) == set(Generation._fields), f'{path} is damaged: it must '
+          f'have {" and ".join(Generation._fields)}')
+  return Generation(**tree)

@@ -1,0 +1,1 @@
+"""Optimisers, their schedules, and the rules of muP."""

@@ -1,0 +1,361 @@
+"""The config of a run on disk, and what changing it half-way would do.
+
+WORKDIR/config.json is the config tree as it is, plus two more keys: `derived`,
+the value that each field left at 0 or '' was resolved to, by its dotted name;
+and `starts`, the code and the command of each start (provenance.py).
+"""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+import json
+import re
+from typing import Any
+
+import jax
+import ml_collections
+
+from configs import base
+from configs.errors import RequestError, require, short
+from training import config_files, schema
+from training.workdir import provenance, restoring, step_folders
+from training.workdir import storage
+
+SAFE = 'safe'
+OPTIMISATION = 'changes the optimisation'
+INCOMPATIBLE = 'incompatible'
+
+
+def _steps(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, str]:
+  read = ('optim.schedule', 'optim.decay_steps')
+  if any(name not in fields for fields in (old, new) for name in read):
+    return OPTIMISATION, 'the schedule may depend on the last step'
+  schedules = old['optim.schedule'], new['optim.schedule']
+  if all(name in ('constant', 'rsqrt') for name in schedules):
+    return SAFE, 'this schedule does not depend on the last step'
+  if old['optim.decay_steps'] and old['optim.decay_steps'] == new[
+      'optim.decay_steps']:
+    return SAFE, 'the schedule ends at optim.decay_steps'
+  return OPTIMISATION, 'the schedule is drawn out to the last step'
+
+
+# What a change of a field does to a run that is resumed: (pattern over the
+# dotted name, class, why), first match wins. A field that no row covers is an
+# error, so a new one is never classed by accident.
+CLASSES: tuple[tuple[str, str | Callable, str], ...] = (
+    (r'(log|checkpoint|eval)\..*', SAFE, 'only what is written, and when'),
+    (r'mesh\..*', SAFE, 'same sums in another order: equal to about 1e-5'),
+    (r'data\.(cache_dir|workers|tokenize_workers)', SAFE,
+     'batches do not depend on it'),
+    (r'train\.max_bad_steps', SAFE, 'only when a failing run ends'),
+    (r'train\.loss_chunk', SAFE, 'same sums in another order'),
+    (r'model\.(remat|scan_layers|attention_kernel|moe\.grouped_kernel)', SAFE,
+     'the same function, computed another way'),
+    (r'model\.moe\.eval_capacity_factor', SAFE, 'only evaluation'),
+    (r'train\.steps', _steps, ''),
+    (r'train\.(z_loss|label_smoothing)', OPTIMISATION, 'another loss'),
+    (r'train\.grad_accumulation', OPTIMISATION,
+     'dropout and expert capacity see other micro-batches'),
+    (r'seed', OPTIMISATION, 'another order of the data, another dropout'),
+    (r'init_from|init_partial|model\.init(_stddev|_scale)?', OPTIMISATION,
+     'read only where a run begins: a resumed run ignores it'),
+    (r'objective', INCOMPATIBLE, 'another task, maybe with other heads'),
+    (r'span\..*', OPTIMISATION, 'another difficulty of the task'),
+    (r'data\.chat_template', OPTIMISATION, 'another layout of conversations: '
+     'data.chat_template=earlier is that of a run begun without this field'),
+    (r'data\.tokenizer', INCOMPATIBLE, 'token numbers mean something else'),
+    (r'data\..*', OPTIMISATION, 'other batches from here on'),
+    (r'optim\.name', INCOMPATIBLE, 'another optimizer state'),
+    (r'optim\..*', OPTIMISATION, 'other updates'),
+    (r'model\.((attention_|ffn_)?dropout|moe\.(jitter|logit_noise|expert_dropout'
+     r'|balance_loss|balance_weight|z_loss_weight|bias_rate))', OPTIMISATION,
+     'another regularisation'),
+    (r'model\.(norm_eps|sinusoid|learned_stretch|rope\..*|relative\.max_distance'
+     r'|sliding_window|attention_(softcap|scale)|embed_scale|logits_scale'
+     r'|logits_softcap|parametrization|mup_base_(width|head_dim)|dtype'
+     r'|moe\.(top_k|dispatch|capacity_factor|normalize_gates|group_size))',
+     OPTIMISATION, 'the same parameters in another function'),
+    (r'model\.(arch|norm|embed_norm|position|ffn|block|attention|qk_norm'
+     r'|attention_sinks|attention_bias|ffn_bias|tie_embeddings|logits_bias'
+     r'|moe\.(router|ffn|every|shared_experts))', INCOMPATIBLE,
+     'other parameters'),
+    (r'model\.(d_model|num_layers|num_decoder_layers|num_heads|num_kv_heads'
+     r'|head_dim|d_ff|vocab_size|max_len|type_vocab_size|param_dtype'
+     r'|relative\.buckets|moe\.(num_experts|d_ff))', INCOMPATIBLE,
+     'parameters of another shape or dtype'),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+  """One field that differs; a field that one side lacks is MISSING there."""
+  name: str
+  old: Any
+  new: Any
+  kind: str
+  why: str
+
+
+MISSING = '(none)'
+
+
+def save(workdir, config: ml_collections.ConfigDict,
+         derived: Mapping[str, Any] | None = None):
+  """Writes config.json, from process 0, whole or not at all.
+
+  Args:
+    workdir: a folder, which is made if it isn't there.
+    config: the run's config.
+    derived: the resolved value of fields left at 0 or '', by dotted name.
+  """
+  tree = to_json(config)
+  for name in derived or {}:
+    if name not in flatten(config):
+      raise ValueError(f'derived value for {name!r}: no such config field')
+  if jax.process_index() != 0:
+    return
+  before, now = starts(workdir), provenance.start()
+  if before[-1:] != [now]:
+    before.append(now)
+  text = json.dumps({**tree, _DERIVED: dict(derived or {}), _STARTS: before},
+                    indent=2, allow_nan=False)
+  storage.write(file(workdir), text + '\n')
+
+
+def load(workdir) -> ml_collections.ConfigDict:
+  """Returns the config that `save` wrote; see from_json."""
+  tree = _load(workdir)
+  del tree[_DERIVED], tree[_STARTS]
+  return from_json(tree)
+
+
+def load_derived(workdir) -> dict[str, Any]:
+  return {name: tuples(value)
+          for name, value in _load(workdir)[_DERIVED].items()}
+
+
+def starts(workdir) -> list[dict[str, Any]]:
+  """Returns what is remembered of each start of a run that has begun, the last
+  start last; a start that equals the one before it counts once."""
+  if not (exists(workdir) and has_begun(workdir)):
+    return []
+  return list(_load(workdir)[_STARTS])
+
+
+def exists(workdir) -> bool:
+  return file(workdir).exists()
+
+
+def has_begun(workdir) -> bool:
+  """Whether there is a checkpoint to go on from; its config is there as well,
+  or `load` says that it is lost."""
+  folder = restoring.directory(workdir)
+  return folder.exists() and any(
+      step_folders.number(path.name) is not None for path in folder.iterdir())
+
+
+def compare(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict,
+            old_derived: Mapping[str, Any] | None = None,
+            new_derived: Mapping[str, Any] | None = None) -> list[Change]:
+  """Returns the fields that differ, worst class first.
+
+  With the derived values, 0 is the same as the value that it stands for, and
+  a derived value that changes with another field is a change too.
+  A field that this version of the code no longer has is one as well.
+
+  Raises:
+    ValueError: for a changed field that no row of CLASSES covers.
+  """
+  olds = {**flatten(old), **(old_derived or {})}
+  news = {**flatten(new), **(new_derived or {})}
+  changes = []
+  for name in dict.fromkeys([*olds, *news]):
+    before, after = olds.get(name, MISSING), news.get(name, MISSING)
+    if type(before) is type(after) and before == after:
+      continue
+    kind, why = (classify(name, olds, news) if name in news else
+                 (OPTIMISATION, 'this version has no such field'))
+    changes.append(Change(name, before, after, kind, why))
+  order = (INCOMPATIBLE, OPTIMISATION, SAFE)
+  return sorted(changes, key=lambda change: order.index(change.kind))
+
+
+def classify(name: str, old: Mapping[str, Any],
+             new: Mapping[str, Any]) -> tuple[str, str]:
+  """Returns (class, why) for a change of the field `name`."""
+  _, kind, why = row(name)
+  return kind(old, new) if callable(kind) else (kind, why)
+
+
+def row(name: str) -> tuple[str, str | Callable, str]:
+  for pattern, kind, why in CLASSES:
+    if re.fullmatch(pattern, name):
+      return pattern, kind, why
+  raise ValueError(
+      f'config field {name!r} has no row in CLASSES of '
+      f'training/workdir/run_config.py: add one that says {SAFE!r}, '
+      f'{OPTIMISATION!r} or {INCOMPATIBLE!r}')
+
+
+def check(changes: list[Change], allow_config_change: bool):
+  """Raises ValueError where changes need --allow_config_change and lack it."""
+  grave = [change for change in changes if change.kind != SAFE]
+  if grave and not allow_config_change:
+    raise RequestError(
+        f'the config differs from that of the run in this workdir in '
+        f'{len(grave)} field{"s" * (len(grave) > 1)} that matter:\n'
+        f'{table(changes)}\n' + _way_on(grave))
+
+
+def _way_on(grave: list[Change]) -> str:
+  names = [c.name for c in grave if c.kind == INCOMPATIBLE]
+  if not names:
+    return 'Take another --workdir, or pass --allow_config_change to go on'
+  return (f'Take another --workdir: a run cannot go on with another '
+          f'{", ".join(names)}. A new run can begin with what fits of this '
+          "one's parameters, by --config.init_from=WORKDIR and "
+          '--config.init_partial=True')
+
+
+def table(changes: list[Change]) -> str:
+  """Renders changes for a terminal: field, old, new, class, why."""
+  rows = [('field', 'old', 'new', 'class', 'why')]
+  rows += [(c.name, _short(c.old), _short(c.new), c.kind, c.why)
+           for c in changes]
+  widths = [max(map(len, column)) for column in zip(*rows)]
+  return '\n'.join(
+      '  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
+      for row in rows)
+
+
+def _short(value) -> str:
+  text = value if value is MISSING else repr(value)
+  return text if len(text) <= 32 else text[:29] + '...'
+
+
+def to_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """Returns the config as plain dicts and lists.
+
+  Raises:
+    ValueError: for a value that JSON cannot give back as it was.
+  """
+  for name, value in flatten(config).items():
+    _check_plain(name, value)
+  return config.to_dict()
+
+
+def from_json(tree: Mapping[str, Any]) -> ml_collections.ConfigDict:
+  """Returns the config, locked, as config_flags locks what it parses.
+
+  A run without data.chat_template is older than that field, and was begun with
+  the layout of conversations that there was then.
+  """
+  tree = tuples(tree)
+  if 'data' in tree and 'chat_template' not in tree['data']:
+    tree['data']['chat_template'] = (
+        'earlier' if tree.get('objective') == 'chat' else 'published')
+  return ml_collections.ConfigDict(tree).lock()
+
+
+def filled(config: ml_collections.ConfigDict) -> list[str]:
+  """Gives a run's config the fields that were added to configs/base.py after it
+  was written, at their defaults; returns their dotted names."""
+  added = []
+
+  def fill(old, new, prefix):
+    for name in new:
+      if name not in old:
+        added.append(prefix + name)
+        old[name] = new[name]
+      elif isinstance(new[name], ml_collections.ConfigDict):
+        fill(old[name], new[name], f'{prefix}{name}.')
+
+  with config.unlocked():
+    fill(config, base.base(), '')
+  return added
+
+
+def check_fields(tree: Mapping[str, Any], who: str) -> None:
+  """Raises RequestError for a field of another type than it has by now. One
+  that is missing is newer than the run, one that is not expected is older."""
+  _check_group(tree, base.base(), who)
+
+
+def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """Returns {'model.d_model': 128, ...}."""
+  return flatten_dict(config.to_dict())
+
+
+def flatten_dict(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+  """Returns the leaves of nested dicts by their dotted names."""
+  flat = {}
+  for name, value in tree.items():
+    if isinstance(value, dict):
+      flat |= flatten_dict(value, f'{prefix}{name}.')
+    else:
+      flat[prefix + name] = value
+  return flat
+
+
+_DERIVED = 'derived'
+_STARTS = 'starts'
+_START = {'commit': (str, type(None)), 'diff': (str, type(None)),
+          'command': str}
+
+
+def file(workdir):
+  """Returns where the config of a run lies."""
+  return storage.path(workdir) / 'config.json'
+
+
+def _load(workdir) -> dict[str, Any]:
+  path = file(workdir)
+  require(path.exists(), f'{path} is missing, although the workdir has '
+          'checkpoints: put it back, or take another --workdir'
+          if has_begun(workdir) else
+          f'{path} is missing: no run was started in this workdir')
+  tree = tuples(schema.parse(path.read_bytes(), str(path)))
+  require(isinstance(tree, dict) and _DERIVED in tree,
+          f'{path} is damaged: it has no {_DERIVED!r}')
+  require(isinstance(tree[_DERIVED], dict),
+          f'{path} is damaged: {_DERIVED!r} is no group of fields')
+  tree = {_STARTS: (), **tree}  # runs of earlier versions have none
+  starts_here = tree[_STARTS]
+  schema.check(list(starts_here) if isinstance(starts_here, tuple)
+               else starts_here, [_START], f'{path}: {_STARTS}')
+  check_fields({k: v for k, v in tree.items() if k not in (_DERIVED, _STARTS)},
+               f'{path} is damaged: ')
+  known = flatten(base.base())
+  for name, value in tree[_DERIVED].items():
+    if name in known:
+      config_files.check_type(
+          value, known[name], f'{path} is damaged: {_DERIVED} {name}')
+  return tree
+
+
+def _check_group(group: Mapping, expected: Mapping, who: str) -> None:
+  for name, value in group.items():
+    require(re.fullmatch(r'\w+', name) is not None,
+            f'{who}{short(name)} is no name of a field')
+    if name in expected:
+      config_files.check_type(value, expected[name], who + name)
+      if isinstance(value, dict):
+        _check_group(value, expected[name], f'{who}{name}.')
+
+
+def tuples(value):
+  """Returns a value out of JSON with tuples for its lists, as configs have."""
+  if isinstance(value, (list, tuple)):
+    return tuple(tuples(item) for item in value)
+  if isinstance(value, dict):
+    return {name: tuples(item) for name, item in value.items()}
+  return value
+
+
+def _check_plain(name: str, value):
+  if isinstance(value, tuple):
+    for item in value:
+      _check_plain(name, item)
+  elif value is not None and type(value) not in (bool, int, float, str):
+    raise RequestError(
+        f'config field {name} holds {value!r}, a {type(value).__name__}: '
+        'choose from bool, int, float, str, None, and tuples of them')

@@ -1,0 +1,205 @@
+"""A run's folder, on disk or in a bucket (gs://), behind one kind of path.
+
+A bucket knows whole objects: nothing is appended to one, and none is seen half
+written. So what grows (metrics.jsonl, TensorBoard's and the profiler's files)
+is written on disk, and copied into the bucket from time to time. The arrays of
+checkpoints go there without a detour, by TensorStore.
+"""
+
+import contextlib
+import errno
+import importlib.util
+import pathlib
+import shutil
+import tempfile
+
+from etils import epath
+
+from configs.errors import RequestError, require
+from training.workdir import writing
+
+
+def check(text, name: str = '--workdir') -> None:
+  """Raises ValueError for what is neither a folder on disk nor in a bucket."""
+  scheme, remote, rest = str(text).partition('://')
+  require(not remote or scheme == 'gs', f'{name} is {str(text)!r}, of which '
+          f'{scheme}:// is not known: choose a folder on disk, or a bucket as '
+          'gs://BUCKET/NAME')
+  bucket, _, folder = rest.partition('/')
+  require(not remote or bucket and folder.strip('/'), f'{name} is '
+          f'{str(text)!r}, which names no folder of a bucket: write '
+          'gs://BUCKET/NAME')
+
+
+def path(text, name: str = '--workdir') -> epath.Path:
+  """Returns a folder or file, which need not be there, as a path.
+
+  Args:
+    text: a path on disk, or gs://BUCKET/NAME.
+    name: of the flag or field that holds it, for what is refused.
+  """
+  check(text, name)
+  if in_bucket(text):
+    require(importlib.util.find_spec('gcsfs') is not None, f'{name} is '
+            f"{str(text)!r}, and gcsfs is not installed: run pip install -e "
+            "'.[gcs]', or choose a folder on disk")
+    _see_what_others_write()
+  return epath.Path(text)
+
+
+def in_bucket(text) -> bool:
+  return '://' in str(text)
+
+
+def _see_what_others_write() -> None:
+  """Listings are cached, else, and other processes write into the bucket; so
+  does TensorStore in this one."""
+  import fsspec
+  fsspec.config.conf.setdefault('gs', {})['use_listings_cache'] = False
+
+
+def write(file: epath.Path, text: str) -> None:
+  """Writes a file whole or not at all.
+
+  Raises:
+    EnvironmentFailure: where it cannot be written.
+  """
+  with writing.to(file):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if in_bucket(file):
+      file.write_text(text)
+      return
+    partial = _partial(file)
+    partial.write_text(text)
+    partial.replace(file)
+
+
+# What is wrong with the machine, and not with the name that was given.
+_OF_THE_MACHINE = (
+    errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT,
+    errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EBUSY, errno.EAGAIN)
+
+
+def try_folder(folder, name: str = '--workdir') -> None:
+  """Raises RequestError unless files can be written in a folder, which need not
+  be there and is not made. A bucket is not tried.
+
+  Args:
+    folder: on disk, or in a bucket.
+    name: of the flag or field that holds it.
+
+  Raises:
+    OSError: where the machine is at fault: a full disk, too many open files.
+  """
+  if in_bucket(folder):
+    return
+  with _refusing(folder, name):
+    _try_writing(pathlib.Path(folder))
+
+
+def try_file(file, name: str) -> None:
+  """Raises RequestError unless a file can be written, or written anew. The
+  rest is as in try_folder."""
+  if in_bucket(file):
+    return
+  file = pathlib.Path(file)
+  with _refusing(file, name):
+    _try_writing(file.parent)
+    for path in (file, _partial(file)):
+      require(not _is_there(path) or path.is_file(),
+              f'{name} is {str(file)!r}, but {path} is there and is no file')
+
+
+def output(text: str, name: str) -> epath.Path | None:
+  """Returns the file that a flag names, once it is known that it can be
+  written; None where the flag is ''."""
+  if not text:
+    return None
+  file = path(text, name)
+  try_file(file, name)
+  return file
+
+
+def _try_writing(folder: pathlib.Path) -> None:
+  """Writes in a folder, or where it would be made. Nothing stays, and no folder
+  is made, so that all processes of a run may try at once."""
+  nearest = folder.absolute()
+  while not _is_there(nearest):
+    nearest = nearest.parent
+  with tempfile.TemporaryFile(dir=nearest):
+    pass
+
+
+def _is_there(path: pathlib.Path) -> bool:
+  """Whether there is something, even a broken link; other than in
+  os.path.lexists, a name that is too long is an error."""
+  try:
+    path.lstat()
+    return True
+  except FileNotFoundError:
+    return False
+
+
+@contextlib.contextmanager
+def _refusing(path, name: str):
+  """Turns an error about a path into a sentence with its name and flag."""
+  try:
+    yield
+  except OSError as error:
+    if error.errno in _OF_THE_MACHINE:
+      raise
+    reason = (error.strerror or str(error)).lower()
+    raise RequestError(f'{name} is {_shown(path)}, where nothing can be '
+                       f'written: {reason}') from error
+  except ValueError as error:
+    if isinstance(error, RequestError):
+      raise
+    raise RequestError(f'{name} is {_shown(path)}, which is no path: '
+                       f'{error}') from error  # a NUL in it
+
+
+def _shown(path) -> str:
+  text = repr(str(path))
+  return text if len(text) <= 240 else text[:100] + '...'
+
+
+def _partial(file):
+  return file.with_name(file.name + '.partial')
+
+
+class Uploads:
+  """Files that grow, and belong into a folder that may be in a bucket.
+
+  Attributes:
+    local: the folder to write them to; that on disk itself, if it is there.
+  """
+
+  def __init__(self, folder: epath.Path):
+    self._folder = folder
+    self._sent = {}  # by file: what it was like
+    self.local = folder
+    if in_bucket(folder):
+      self._temporary = tempfile.TemporaryDirectory(prefix='archetype-')
+      self.local = epath.Path(self._temporary.name)
+
+  def fetch(self, name: str) -> None:
+    """Brings a file from the bucket, to be gone on with."""
+    if in_bucket(self._folder) and (self._folder / name).exists():
+      (self.local / name).write_bytes((self._folder / name).read_bytes())
+
+  def push(self) -> None:
+    """Copies into the bucket what has changed since the last time."""
+    if not in_bucket(self._folder):
+      return
+    for file in sorted(pathlib.Path(self.local).rglob('*')):
+      if not file.is_file():
+        continue
+      state = file.stat().st_size, file.stat().st_mtime_ns
+      if self._sent.get(file) == state:
+        continue
+      target = self._folder / str(file.relative_to(self.local))
+      with writing.to(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with file.open('rb') as source, target.open('wb') as sink:
+          shutil.copyfileobj(source, sink, 2**20)
+      self._sent[file] = state
