@@ -1,60 +1,85 @@
-"""What a model is: one page a system, built from `config.model`."""
+"""What a model is: one page a system, built from `config.model`.
+
+A system is found by its file: a page NAME.py in this folder, which has one
+class with a `STACK` (its skeleton), and configs/NAME.py, which sets
+`model.arch` to NAME or to what the class calls itself (`ARCH`).
+"""
 
 from collections.abc import Mapping
+import functools
 import importlib
+import pkgutil
+import types
 from typing import Any
 
 import flax.linen as nn
 
+from architectures.parts import checks, skeletons
 from architectures.parts import config as model_config
 from architectures.parts.config import ModelConfig
 from configs.errors import one_of, require
 
-# arch: (page, its module)
-ARCHITECTURES = {
-    'bert': ('bert', 'BERT'),
-    'bloom': ('bloom', 'BLOOM'),
-    'gpt': ('gpt', 'GPT'),
-    'gpt4-rumoured': ('gpt4', 'RumouredGPT4'),
-    'gpt_neox': ('gpt_neox', 'GPTNeoX'),
-    'gshard': ('gshard', 'GShard'),
-    'llama': ('llama', 'LLaMA'),
-    'mixtral': ('mixtral', 'Mixtral'),
-    'switch': ('switch', 'Switch'),
-    't5': ('t5', 'T5'),
-    'transformer': ('transformer', 'Transformer'),
-}
+
+@functools.cache
+def systems() -> dict[str, type[nn.Module]]:
+  """Returns {model.arch: the class of its page}, of every page in this folder.
+  """
+  found = {}
+  for file in pkgutil.iter_modules(__path__, f'{__name__}.'):
+    if not file.ispkg:
+      page = importlib.import_module(file.name)
+      [module] = [x for x in vars(page).values() if hasattr(x, 'STACK')
+                  and x.__module__ == page.__name__]
+      found[getattr(module, 'ARCH', file.name.rpartition('.')[2])] = module
+  return found
+
+
+def page(arch: str) -> types.ModuleType:
+  """Returns the page of `arch`: a module under architectures/."""
+  one_of('model.arch', arch, systems())
+  return importlib.import_module(systems()[arch].__module__)
+
+
+def file_name(arch: str) -> str:
+  """Returns what a system's page and its file of configs/ are called."""
+  return page(arch).__name__.rpartition('.')[2]
+
+
+def files(stack: str = '') -> list[str]:
+  """Returns the `file_name` of every system, or of those of one stack."""
+  return [file_name(arch) for arch, module in systems().items()
+          if stack in ('', module.STACK)]
 
 
 def resolve(model: ModelConfig | Mapping[str, Any]) -> ModelConfig:
-  """Returns the frozen, validated config of `config.model`."""
-  return model if isinstance(model, ModelConfig) else model_config.make(model)
+  """Returns the frozen, validated config of `config.model`.
 
-
-def page(arch: str):
-  """Returns the page of `arch`: a module under architectures/."""
-  one_of('model.arch', arch, ARCHITECTURES)
-  return importlib.import_module(f'architectures.{ARCHITECTURES[arch][0]}')
+  Raises:
+    RequestError: a sentence with the field, its value and the choices.
+  """
+  if isinstance(model, ModelConfig):
+    return model
+  config = model_config.make(model)
+  one_of('model.arch', config.arch, systems())
+  checks.check_stack(
+      config, {arch: module.STACK for arch, module in systems().items()})
+  return config
 
 
 def build(model: ModelConfig | Mapping[str, Any]) -> nn.Module:
   """Returns the module that `config.model` describes.
 
   Raises:
-    ValueError: a sentence with the field, its value and the choices.
+    RequestError: as `resolve`.
   """
   config = resolve(model)
-  return _class(config.arch)(config)
-
-
-def _class(arch: str) -> type[nn.Module]:
-  return getattr(page(arch), ARCHITECTURES[arch][1])
+  return systems()[config.arch](config)
 
 
 def stack(model: ModelConfig | Mapping[str, Any]) -> str:
   """Returns what the model stacks: 'decoder' (which is causal), 'encoder', or
   'encoder-decoder'."""
-  return _class(resolve(model).arch).STACK
+  return systems()[resolve(model).arch].STACK
 
 
 def init_cache(model: ModelConfig | Mapping[str, Any], batch: int,
@@ -62,12 +87,11 @@ def init_cache(model: ModelConfig | Mapping[str, Any], batch: int,
   """Returns an empty key-value cache for `batch` rows of `length` tokens.
 
   Raises:
-    ValueError: for an encoder, which writes no text.
+    RequestError: for an encoder, which writes no text.
   """
-  from architectures.parts import skeletons
   config = resolve(model)
-  choices = [arch for arch in ARCHITECTURES
-             if _class(arch).STACK != 'encoder']
+  choices = [arch for arch, module in systems().items()
+             if module.STACK != 'encoder']
   require(
       config.arch in choices, f'model.arch {config.arch} is an encoder: it '
       'writes no text and has no cache; those that have one are '

@@ -14,3 +14,4 @@ from architectures.parts.skeletons import Decoder
 
 class RumouredGPT4(Decoder):
   """tokens [B, L] -> Output; see Decoder."""
+  ARCH = 'gpt4-rumoured'

@@ -154,8 +154,7 @@ def _from_hf(source: pathlib.Path, partial: bool, seed: int):
   for note in notes:
     print(f'warning: {note}', file=sys.stderr)
   module = architectures.build(model)
-  page, _ = architectures.ARCHITECTURES[model.arch]
-  config = importlib.import_module(f'configs.{page}').get_config('tiny')
+  config = _usual(model.arch)
   config.model = model
   config.data.length = min(model.max_len, 1024)
   config.data.tokenizer = hf_tokenizer.stand_in(model.vocab_size)
@@ -200,14 +199,21 @@ def _command(workdir: epath.Path, config) -> str:
   """Returns the command that trains in `workdir` with this very config."""
   import architectures
   from training.workdir import run_config
-  page, _ = architectures.ARCHITECTURES[config.model.arch]
-  usual = run_config.flatten(
-      importlib.import_module(f'configs.{page}').get_config('tiny'))
+  arch = config.model.arch
+  usual = run_config.flatten(_usual(arch))
   changes = [f'--config.{name}={value}'
              for name, value in run_config.flatten(config).items()
              if value != usual[name]]
-  return shlex.join(['python', 'train.py', '--config', f'configs/{page}.py',
+  return shlex.join(['python', 'train.py', '--config',
+                     f'configs/{architectures.file_name(arch)}.py',
                      f'--workdir={workdir}', *changes])
+
+
+def _usual(arch: str):
+  """Returns the `tiny` of a system's file of configs/."""
+  import architectures
+  return importlib.import_module(
+      f'configs.{architectures.file_name(arch)}').get_config('tiny')
 
 
 def _fields(words: list[str], like) -> dict:

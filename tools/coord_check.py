@@ -19,13 +19,11 @@ from configs.errors import RequestError, one_of, require
 from training import cli, progress
 from training.workdir import storage
 
-# The decoders; a file of configs/ each.
-SYSTEMS = ('gpt', 'gpt_neox', 'bloom', 'llama', 'mixtral', 'gpt4')
 # A rate at which a few steps move the model visibly at every width.
 LRS = {'adamw': 1e-3, 'lion': 1e-3, 'sgd': 0.03}
 FLAT = 0.1  # a slope up to this is called flat; twice as much, growing
 
-flags.DEFINE_list('systems', list(SYSTEMS), 'Of ' + ', '.join(SYSTEMS) + '.')
+flags.DEFINE_list('systems', [], 'Which decoders; none: all.')
 flags.DEFINE_list('widths', ['64', '128', '256', '512'],
                   'Values of model.d_model, the base first.')
 flags.DEFINE_integer('steps', 6, 'Training steps.', upper_bound=10**6)
@@ -49,8 +47,10 @@ TEXT = (
 def main():
   cli.parse(__doc__)
   args = flags.FLAGS
+  import architectures
+  decoders = architectures.files('decoder')  # those that muP has rules for
   for system in args.systems:
-    one_of('--systems', system, SYSTEMS)
+    one_of('--systems', system, decoders)
   one_of('--optimizer', args.optimizer, LRS)
   require(all(w.isdigit() for w in args.widths) and len(args.widths) > 1,
           f'--widths is {",".join(args.widths)}: give two numbers or more')
@@ -63,7 +63,7 @@ def main():
     _pyplot()
   lr = LRS[args.optimizer] if args.lr is None else args.lr
   rows = []
-  for system in args.systems:
+  for system in args.systems or decoders:
     for name in ('standard', 'mup'):
       rows.append(check(system, name, widths, args.optimizer, lr, args.steps,
                         args.seeds))

@@ -49,7 +49,7 @@ def everything() -> list[dict]:
     module = importlib.import_module(f'configs.{path.stem}')
     for size in getattr(module, 'SIZES', {}):
       figures = totals.count(module.get_config(size))
-      published = module.PUBLISHED.get(size)
+      published = getattr(module, 'PUBLISHED', {}).get(size)
       uncounted = getattr(module, 'UNCOUNTED', {}).get(size, 0)
       counted = figures['parameters'] - uncounted
       rows.append({

@@ -8,7 +8,8 @@ was drawn, and every difference is listed.
 import os
 import sys
 
-from architectures.parts import config as model_config
+import architectures
+from architectures.parts.config import ModelConfig
 from configs.errors import require
 from training import paths
 from training import state as state_lib
@@ -79,14 +80,14 @@ def from_workdir(run, source, drawn, partial: bool):
   return restoring.nest(flat | found)['params'], skipped
 
 
-def model(workdir) -> model_config.ModelConfig:
+def model(workdir) -> ModelConfig:
   """Returns the model of a run, for which its tokenizer need not be there."""
   from training import runs  # which imports this file
   config = runs.with_new_fields(run_config.load(workdir))
   fields = config.model.to_dict()
   for name, value in run_config.load_derived(workdir).items():
     fields[name.removeprefix('model.')] = value
-  return model_config.make(fields)
+  return architectures.resolve(fields)
 
 
 def _fitting(wanted, saved) -> tuple[dict, list[str]]:

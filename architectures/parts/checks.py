@@ -7,6 +7,7 @@ gelu` (its dense twin), GShard's `sinusoid` with rotary positions, Switch's
 jitter with a router that has no weights.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from architectures.parts import config as choices
@@ -60,9 +61,6 @@ def unread(c: ModelConfig) -> tuple[tuple[str, Any, str, tuple], ...]:
       ('learned_stretch', 1, 'position', ('learned',)),
       ('rope.scaling', 'none', 'position', ('rope',)),
       ('rope.factor', 1, 'rope.scaling', SCALINGS),
-      ('type_vocab_size', 0, 'arch', choices.ENCODER_ARCHS),
-      ('num_decoder_layers', c.num_layers, 'arch',
-       choices.ENCODER_DECODER_ARCHS),
   ) + (() if c.ffn != 'moe' else (
       ('moe.grouped_kernel', 'auto', 'moe.dispatch', ('auto', 'dropless')),
       # The gates of the other routers sum to 1 whatever it says.
@@ -124,8 +122,6 @@ def _check_attention(c: ModelConfig) -> None:
 def _check_positions(c: ModelConfig) -> None:
   if c.position == 'rope':
     _check_rope(c)
-  if c.position == 'relative':
-    _check_relative(c)
   if c.position == 'sinusoidal':
     least = 4 if c.sinusoid == 'fairseq' else 2  # it divides by D/2 - 1
     require(c.d_model % 2 == 0 and c.d_model >= least,
@@ -150,12 +146,42 @@ def _check_rope(c: ModelConfig) -> None:
           f'{r.theta} above 1')
 
 
-def _check_relative(c: ModelConfig) -> None:
+def check_stack(c: ModelConfig, stacks: Mapping[str, str]) -> None:
+  """Raises RequestError for what the stack of `c` has no use for.
+
+  Args:
+    c: the config.
+    stacks: 'decoder', 'encoder' or 'encoder-decoder' of every model.arch.
+  """
+  stack = stacks[c.arch]
+  archs = {kind: ', '.join(arch for arch in stacks if stacks[arch] == kind)
+           for kind in stacks.values()}
+  for field, rest, kind in (
+      ('type_vocab_size', 0, 'encoder'),
+      ('num_decoder_layers', c.num_layers, 'encoder-decoder')):
+    require(_get(c, field) == rest or stack == kind,
+            f'model.{field} {_get(c, field)!r} has no meaning with model.arch '
+            f'{c.arch!r}, which does not read it: set it to {rest!r}, or '
+            f'choose model.arch from {archs[kind]}')
+  # training/optim/mup.py has rules for the parameters of these.
+  require(c.parametrization != 'mup' or stack == 'decoder',
+          "model.parametrization is 'mup', which has no rules for model.arch "
+          f'{c.arch!r}: choose from {archs["decoder"]}')
+  require((c.ffn, c.moe.router) != ('moe', 'expert_choice')
+          or stack == 'encoder',
+          'model.moe.router expert_choice has no meaning in the decoder of '
+          f'model.arch {c.arch}: which tokens an expert takes depends on later '
+          'ones, which a prediction must not see; choose another router, or '
+          f'an encoder ({archs["encoder"]})')
+  if c.position == 'relative':
+    _check_relative(c, stack)
+
+
+def _check_relative(c: ModelConfig, stack: str) -> None:
   """A quarter of an encoder's buckets, half of a decoder's, is exact; the
   others grow from there to max_distance."""
-  least = 2 if c.arch in choices.DECODER_ARCHS else 4
-  exact = c.relative.buckets // (
-      4 if c.arch in choices.ENCODER_ARCHS else 2)
+  least = 2 if stack == 'decoder' else 4
+  exact = c.relative.buckets // (4 if stack == 'encoder' else 2)
   require(c.relative.buckets >= least and c.relative.buckets % 2 == 0,
           f'model.relative.buckets is {c.relative.buckets}: model.arch '
           f'{c.arch} needs an even number, {least} or more')
@@ -172,11 +198,6 @@ def _check_experts(c: ModelConfig) -> None:
           f'{m.num_experts}')
   if c.ffn != 'moe':
     return
-  require(m.router != 'expert_choice' or c.arch in choices.ENCODER_ARCHS,
-          'model.moe.router expert_choice has no meaning in the decoder of '
-          f'model.arch {c.arch}: which tokens an expert takes depends on later '
-          'ones, which a prediction must not see; choose another router, or '
-          f'an encoder ({", ".join(choices.ENCODER_ARCHS)})')
   for router, number in (('switch', 1), ('gshard', 2)):
     require(m.router != router or m.top_k == number,
             f'model.moe.top_k is {m.top_k}, but model.moe.router {router} '

@@ -28,11 +28,6 @@ INITS = ('normal', 'scaled_normal', 'fan_in')
 KERNELS = ('auto', 'xla', 'splash', 'cudnn')
 GROUPED_KERNELS = ('auto', 'xla', 'megablox')
 PARAMETRIZATIONS = ('standard', 'mup')
-DECODER_ARCHS = ('bloom', 'gpt', 'gpt4-rumoured', 'gpt_neox', 'llama',
-                 'mixtral')
-ENCODER_ARCHS = ('bert',)
-ENCODER_DECODER_ARCHS = ('gshard', 'switch', 't5', 'transformer')
-MUP_ARCHS = DECODER_ARCHS  # those that training/optim/mup.py has rules for
 REMATS = ('none', 'full', 'dots')
 DTYPES = ('float32', 'bfloat16')
 ROUTERS = ('topk', 'switch', 'gshard', 'expert_choice', 'sigmoid', 'sinkhorn',
@@ -236,7 +231,7 @@ def make(fields: Mapping[str, Any]) -> ModelConfig:
 
 def _resolve_base(fields: dict) -> None:
   """Fills in the base of muP; the standard form is its own base."""
-  name, arch = fields['parametrization'], fields['arch']
+  name = fields['parametrization']
   one_of('model.parametrization', name, PARAMETRIZATIONS)
   bases = ('mup_base_width', 'mup_base_head_dim')
   if name == 'standard':
@@ -246,8 +241,6 @@ def _resolve_base(fields: dict) -> None:
               "choose 'mup'")
     fields.update(zip(bases, (fields['d_model'], fields['head_dim'])))
     return
-  require(arch in MUP_ARCHS, f"model.parametrization is 'mup', which has no "
-          f'rules for model.arch {arch!r}: choose from {", ".join(MUP_ARCHS)}')
   width = fields['mup_base_width']
   require(width > 0, "model.parametrization is 'mup', but model.mup_base_width "
           'is 0: set it to the d_model at which mup equals standard')

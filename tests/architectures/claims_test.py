@@ -18,7 +18,6 @@ from architectures.parts.ffn import FFN
 from architectures.parts.xla_attention import attend
 from tests.helpers import models
 
-DECODERS = ('gpt', 'gpt_neox', 'bloom', 'llama', 'mixtral', 'gpt4')
 POSITIONS = ('learned', 'sinusoidal', 'rope', 'alibi', 'relative', 'none')
 normal = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape)
 
@@ -57,7 +56,7 @@ def each_changed(tokens_L):
 # GPT against BERT.
 
 @pytest.mark.slow
-@pytest.mark.parametrize('system', DECODERS)
+@pytest.mark.parametrize('system', models.DECODERS)
 def test_a_decoder_sees_only_the_past(system):
   module, params = small(system)
   logits = models.logits(module, params, each_changed(models.tokens(1, 6)[0]))

@@ -18,7 +18,7 @@ from training import objectives
 from training import state as state_lib
 from training.distributed import devices
 
-SYSTEMS = ('transformer', 't5', 'switch', 'gshard')
+SYSTEMS = architectures.files('encoder-decoder')
 DROPLESS = dict(capacity_factor=0.0, eval_capacity_factor=0.0, num_experts=4)
 
 

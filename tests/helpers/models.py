@@ -9,6 +9,11 @@ import jax.numpy as jnp
 import architectures
 
 VOCAB = 61
+SYSTEMS = architectures.files()
+DECODERS = architectures.files('decoder')
+# Those that transformers has too.
+PUBLISHED = [architectures.file_name(arch) for arch in architectures.systems()
+             if hasattr(architectures.page(arch), 'HF_MODEL')]
 
 
 def config(system: str = 'gpt', **changes):

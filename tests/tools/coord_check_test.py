@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 
+import architectures
 from tools import coord_check
 
 WIDTHS = [32, 128]
@@ -14,7 +15,7 @@ WIDTHS = [32, 128]
 
 @pytest.fixture(scope='module', params=[
     pytest.param(name, marks=[pytest.mark.long] * (name != 'gpt'))
-    for name in coord_check.SYSTEMS])
+    for name in architectures.files('decoder')])
 def rows(request):
   return {name: coord_check.check(request.param, name, WIDTHS, 'adamw', 2e-3,
                                   8, 2) for name in ('standard', 'mup')}

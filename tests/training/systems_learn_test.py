@@ -7,6 +7,7 @@ import types
 
 import pytest
 
+import architectures
 from training import evals, loop
 from training import runs
 from training.data import pipeline
@@ -14,8 +15,6 @@ from training.data import tokenizers
 from training.distributed import devices
 from training.workdir import checkpoints, restoring
 
-SYSTEMS = ('bert', 'bloom', 'gpt', 'gpt4', 'gpt_neox', 'gshard', 'llama',
-           'mixtral', 'switch', 't5', 'transformer')
 SOME = ('bert', 'gpt', 'mixtral')  # the others are `long`
 # system: what its figures have beside the loss; all: what each has.
 MEASURES = {'bert': {'mlm_accuracy', 'nsp_accuracy', 'mlm_loss', 'nsp_loss'},
@@ -67,7 +66,7 @@ def trained(config, workdir):
 @pytest.mark.slow
 @pytest.mark.parametrize('system', [
     pytest.param(name, marks=[pytest.mark.long] * (name not in SOME))
-    for name in SYSTEMS])
+    for name in architectures.files()])
 def test_a_system_learns_and_is_judged(system, tmp_path):
   config = small(system)
   evaluation, lines = trained(config, tmp_path)
@@ -108,9 +107,3 @@ def _routing(figures, config):
 
 CHECKS = {'extrapolation': _extrapolation, 'translation': _translation,
           'exact': _exact, 'routing': _routing}
-
-
-def test_every_system_is_tried():
-  import architectures
-  assert sorted(SYSTEMS) == sorted(
-      page for page, _ in architectures.ARCHITECTURES.values())

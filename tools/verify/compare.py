@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 
 import architectures
-from architectures.parts.config import ENCODER_DECODER_ARCHS
 from tools.verify.recording import Recording
 from training import generate
 from training import paths
@@ -91,7 +90,7 @@ def layer_names(c) -> list[str]:
   """Returns what _decoder, ... give for each layer: of each stack, what comes
   out of the embedding and what each layer returns."""
   stacks = [('', c.num_layers)]
-  if c.arch in ENCODER_DECODER_ARCHS:
+  if architectures.stack(c) == 'encoder-decoder':
     stacks = [('encoder ', c.num_layers), ('decoder ', c.num_decoder_layers)]
   return [f'{stack}{name}' for stack, layers in stacks
           for name in ('embedding', *(f'layer {n}' for n in range(layers)))]

@@ -65,8 +65,8 @@ CHANGES = (
 
 def config(system: str):
   """Returns config.model of a system, small and without a capacity."""
-  page, _ = architectures.ARCHITECTURES[system]
-  model = importlib.import_module(f'configs.{page}').get_config('tiny').model
+  file = architectures.file_name(system)
+  model = importlib.import_module(f'configs.{file}').get_config('tiny').model
   model.update(SIZES)
   if model.num_decoder_layers:
     model.num_decoder_layers = SIZES['num_layers']

@@ -170,7 +170,7 @@ def _typed(what: str, value: Any, default: Any) -> Any:
 def pages() -> dict[str, str]:
   """Returns {model_type of config.json: arch}."""
   return {architectures.page(arch).HF_MODEL[0]: arch
-          for arch in architectures.ARCHITECTURES
+          for arch in architectures.systems()
           if hasattr(architectures.page(arch), 'HF_MODEL')}
 
 

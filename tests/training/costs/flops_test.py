@@ -50,7 +50,7 @@ def test_the_program_multiplies_what_the_formula_says(fields):
                 formulas.decode_flops(config, LENGTH))
 
 
-@pytest.mark.parametrize('arch', architectures.ARCHITECTURES)
+@pytest.mark.parametrize('arch', architectures.systems())
 def test_the_formula_of_every_architecture(arch):
   config = model(arch=arch)
   stack = architectures.stack(config)

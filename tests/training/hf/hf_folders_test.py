@@ -20,8 +20,6 @@ from training import paths, state, weights
 from training.hf import config as hf_config
 from training.hf import files as hf_files
 
-SYSTEMS = ('gpt', 'llama', 'gpt_neox', 'bloom', 'mixtral', 'bert',
-           'transformer', 't5', 'switch', 'gshard')
 INDEX = f'{hf_files.SAFE}.index.json'
 # What a field may hold by mistake, of every type that JSON has.
 WRONG = (
@@ -60,7 +58,7 @@ def _refused(call, *words):
   assert time.process_time() - start < 5, said
 
 
-@pytest.mark.parametrize('system', SYSTEMS)
+@pytest.mark.parametrize('system', models.PUBLISHED)
 def test_every_field_is_of_its_type_or_refused(system, monkeypatch):
   tree = hf_config.write(architectures.resolve(_model(system)))
   readers, make = [], hf_config.Reader.__init__

@@ -22,9 +22,6 @@ from training.hf import config as hf_config, files as hf_files
 from training.hf import names as hf_names
 from training.workdir import run_config
 
-SYSTEMS = ('gpt', 'llama', 'gpt_neox', 'bloom', 'mixtral', 'bert',
-           'transformer', 't5', 'switch', 'gshard')
-
 
 def _equal(a, b):
   jax.tree.map(np.testing.assert_array_equal, a, b)
@@ -55,7 +52,7 @@ def _random(module):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('system', SYSTEMS)
+@pytest.mark.parametrize('system', models.PUBLISHED)
 def test_import_of_an_export_is_the_model(system, tmp_path):
   module = architectures.build(models.config(
       system, d_ff=128, head_dim=8, moe=dict(eval_capacity_factor=0.0)))

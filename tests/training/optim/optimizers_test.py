@@ -350,7 +350,7 @@ def test_every_optimiser_fits_a_linear_map(name, lr):
   assert loss(after) < 0.05 * loss(tree)
 
 
-@pytest.mark.parametrize('arch', architectures.ARCHITECTURES)
+@pytest.mark.parametrize('arch', architectures.systems())
 @pytest.mark.parametrize('fields', [
     dict(),
     dict(ffn='swiglu', tie_embeddings=False, qk_norm=True, logits_bias=True,
