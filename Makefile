@@ -1,6 +1,6 @@
 # make train: a GPT on real text, in about three minutes on two CPU cores.
 # make test, test-fast, plan-test, product, fuzz, mutants, assets, verify, lint;
-# make lock, clean.
+# make docs, lock, clean.
 #
 # PYTHON names the interpreter that .venv is made with, VENV another folder:
 #   make test PYTHON=python3.12 VENV=.venv312
@@ -20,11 +20,11 @@ bring_assets = $(run) -m pip install --quiet --no-deps $(assets_package) || \
   echo "$(assets_package) cannot be had: the tests that want it are skipped"
 test_extras = test,demo,data,tensorboard,plot,bleu,slurm
 plan_extras = $(test_extras),plan,plan-gpu
-locked_extras = $(plan_extras),verify,hf,wandb
+locked_extras = $(plan_extras),verify,hf,wandb,docs
 
 .DELETE_ON_ERROR:
 .PHONY: train test test-fast test-long plan-test product fuzz mutants assets \
-  verify lint lock clean
+  verify lint docs lock clean
 train: $(VENV)/.demo
 	$(run) train.py --config configs/gpt.py --workdir $(WORKDIR)
 	$(run) eval.py --workdir $(WORKDIR) --tasks=loss,samples
@@ -67,6 +67,10 @@ verify: $(VENV)/.verify
 lint: $(VENV)/.test
 	$(run) -m ruff check .
 
+# The documentation site, in site/: open site/index.html.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(run) -m mkdocs build --strict --quiet
+
 # Writes the constraints file of this Python: once with 3.11, once with 3.12.
 lock: $(VENV)/.made
 	$(run) -m pip install --quiet --dry-run --ignore-installed \
@@ -74,7 +78,7 @@ lock: $(VENV)/.made
 	$(run) requirements/lock.py $(VENV)/report.json $(lock)
 
 clean:
-	rm -rf $(VENV) .cache .pytest_cache .ruff_cache build *.egg-info
+	rm -rf $(VENV) .cache .pytest_cache .ruff_cache build site *.egg-info
 
 # Each stamp says that the packages of some extras are in $(VENV).
 version = $(shell $(run) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
@@ -85,8 +89,9 @@ $(VENV)/.demo: extras = demo
 $(VENV)/.test: extras = $(test_extras)
 $(VENV)/.plan: extras = $(plan_extras)
 $(VENV)/.verify: extras = verify
+$(VENV)/.docs: extras = docs
 
-$(VENV)/.demo $(VENV)/.test $(VENV)/.plan $(VENV)/.verify: setup.cfg $(locks) | $(VENV)/.made
+$(VENV)/.demo $(VENV)/.test $(VENV)/.plan $(VENV)/.verify $(VENV)/.docs: setup.cfg $(locks) | $(VENV)/.made
 	@echo "Installing archetype[$(extras)] into $(VENV) with $(lock):" \
 	  "some minutes the first time."
 	@$(run) -m pip install --quiet --constraint $(lock) -e '.[$(extras)]'

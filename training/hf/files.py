@@ -49,7 +49,7 @@ class Files:
     return tensors.get_tensor(name)
 
   def cut(self, name: str, slices: tuple[slice, ...]) -> np.ndarray:
-    """Returns files[name][slices]."""
+    """Returns `files[name][slices]`."""
     file, tensors = self._holder(name)
     if file.suffix == '.bin':
       return _numpy(tensors[name][slices])

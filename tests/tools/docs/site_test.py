@@ -1,0 +1,124 @@
+"""The documentation site: its links, its generated pages, and the navigation.
+
+`make docs` builds it, and fails on a warning."""
+
+import json
+import pathlib
+import re
+
+import pytest
+
+from configs import base
+from tools.docs import notebooks
+from tools.docs import reference
+from tools.docs import rewriting
+
+ROOT = pathlib.Path(__file__).parents[3]
+
+
+@pytest.mark.parametrize('text, folder, page, expected', [
+    ('[a](docs/mup.md)', '', 'index.md', '[a](mup.md)'),
+    ('[a](docs/mup.md#the-check)', '', 'index.md', '[a](mup.md#the-check)'),
+    ('[a](../README.md)', 'docs', 'mup.md', '[a](index.md)'),
+    ('[a](../sweeps.md)', 'docs/tutorials', 'tutorials/compare.md',
+     '[a](../sweeps.md)'),
+    ('[a](first.ipynb)', 'docs/tutorials', 'tutorials/train.md',
+     '[a](first.md)'),
+    ('[a](../../train.py)', 'docs/tutorials', 'tutorials/train.md',
+     '[a](../source/train.py.md)'),
+    ('![a](docs/small.png)', '', 'index.md', '![a](small.png)'),
+    ('[a](#here)', 'docs', 'mup.md', '[a](#here)'),
+    ('[a](https://arxiv.org/abs/1)', '', 'index.md',
+     '[a](https://arxiv.org/abs/1)'),
+])
+def test_links_lead_to_pages_of_the_site(text, folder, page, expected):
+  assert rewriting.links(text, folder, page) == expected
+
+
+def test_code_is_left_alone():
+  text = '```sh\n[a](docs/mup.md) <!-- b -->\n```\n'
+  assert rewriting.links(text, '', 'index.md') == text
+  assert rewriting.without_comments(text) == text
+
+
+def test_comments_are_left_out():
+  text = 'is 0.02<!-- = [a][b] -\n [c][d] -->.\n\n<!-- rows of x -->\n\n| a |\n'
+  assert rewriting.without_comments(text) == (
+      'is 0.02.\n\n\n\n| a |\n')
+
+
+def test_what_a_page_fetches_is_found():
+  html = ('<a href="https://example.org">x</a><img src="a.png">'
+          '<script src="https://example.org/x.js"></script>'
+          '<link rel=stylesheet href=//example.org/y.css>')
+  assert rewriting.fetched(html) == [
+      'https://example.org/x.js', '//example.org/y.css']
+
+
+def test_a_notebook_is_a_page_with_its_outputs():
+  cells = [
+      {'cell_type': 'markdown', 'source': ['# Title\n', 'text']},
+      {'cell_type': 'code', 'source': '1 + 1', 'outputs': [
+          {'output_type': 'stream', 'text': ['printed\n']},
+          {'output_type': 'execute_result', 'data': {'text/plain': ['2']}},
+          {'output_type': 'display_data', 'data': {
+              'image/png': 'AAAA\n', 'text/plain': '<Figure>'}}]}]
+  assert notebooks.markdown(json.dumps({'cells': cells})) == '\n\n'.join([
+      '# Title\ntext', '```python\n1 + 1\n```', '```text\nprinted\n```',
+      '```text\n2\n```', '![](data:image/png;base64,AAAA)'])
+
+
+def _flat(config, prefix=''):
+  for name, value in config.items():
+    if hasattr(value, 'items'):
+      yield from _flat(value, f'{prefix}{name}.')
+    else:
+      yield prefix + name, value
+
+
+def test_the_table_of_fields_has_every_field_with_its_default():
+  rows = dict(re.findall(r'^\| `(\S+)` \| `(.*?)` \|',
+                         reference.config_fields(), re.M))
+  defaults = dict(_flat(base.base()))
+  assert set(rows) == set(defaults)
+  for name, text in rows.items():
+    assert eval(text) == defaults[name], name
+
+
+def test_notes_of_fields_are_the_comments_above_and_beside():
+  text = reference.config_fields()
+  assert re.search(r'`model.d_ff` \| `0` \| derived: 4 d\\_model \|', text)
+  assert re.search(r'`init_from` .* whose weights the run starts from', text)
+
+
+def test_the_programs_are_those_whose_docstring_shows_a_call():
+  found = [' '.join(words) for words in reference.programs(ROOT)]
+  assert found[:2] == ['python train.py', 'python eval.py']
+  assert {'python -m tools.sweep', 'python -m tools.count',
+          'python -m tools.plan'} < set(found)
+  assert 'python -m tools.sweep.worker' not in found
+
+
+def test_subcommands_are_read_from_a_help():
+  help_text = 'usage: x\n\npositional arguments:\n  {check,run}\n    check  a\n'
+  assert reference.subcommands(help_text) == ['check', 'run']
+  assert reference.subcommands('usage: x\n\nflags:\n  --a: {b}\n') == []
+
+
+def test_packages_are_those_of_the_tree():
+  found = reference.packages(ROOT)
+  modules = {name for names in found.values() for name in names}
+  assert {'architectures.gpt', 'architectures.parts.norms',
+          'training.weights'} < modules
+  assert all(package in found[package] for package in found)
+
+
+def _navigation(text):
+  return set(re.findall(r'[\w/]+\.md', text[text.index('\nnav:'):]))
+
+
+def test_every_page_of_docs_is_in_the_navigation():
+  pages = {path.relative_to(ROOT / 'docs').with_suffix('.md').as_posix()
+           for kind in ('md', 'ipynb') for path in ROOT.glob(
+               f'docs/**/*.{kind}')}
+  assert pages <= _navigation((ROOT / 'mkdocs.yml').read_text())
