@@ -73,7 +73,7 @@ def define_config(text: str = 'A file of configs/ and its size, FILE.py:SIZE; '
     try:  # which reads any --flagfile at once
       config_flags.DEFINE_config_file('config', help_string=text)
     except flags.Error as error:
-      _refuse(str(error).splitlines()[0].removeprefix('ERROR:: '))
+      _refuse_flags(error)
 
 
 def define_workdir() -> None:
@@ -129,7 +129,7 @@ def parse(doc: str, argv: Sequence[str] | None = None) -> None:
   except flags.UnrecognizedFlagError as error:
     _refuse(_unknown_flag(error))
   except flags.Error as error:
-    _refuse(str(error).splitlines()[0].removeprefix('ERROR:: '))
+    _refuse_flags(error)
   if rest:
     _refuse(f'unexpected argument {rest[0]!r}: every setting is a --flag')
 
@@ -157,6 +157,11 @@ def words(argv: Sequence[str], names: Sequence[str]) -> list[str]:
 def _refuse(sentence: str):
   print(f'error: {sentence}', file=sys.stderr, flush=True)
   sys.exit(2)
+
+
+def _refuse_flags(error: flags.Error) -> None:
+  """Refuses in absl's words; the lines after the first repeat the usage."""
+  _refuse(str(error).splitlines()[0].removeprefix('ERROR:: '))
 
 
 def _own_flags() -> list[str]:

@@ -132,6 +132,8 @@ def generate(module: nn.Module, params, prompts_BL: jax.Array,
   done_B = first_B == stop_token if stop_token is not None else jnp.zeros(
       B, bool)
 
+  apart = module.config.num_decoder_layers <= UNROLLED_LAYERS
+
   def unfinished(carry):
     t, _, done_B, _ = carry
     return (t < max_new_tokens) & ~jnp.all(done_B)
@@ -139,7 +141,7 @@ def generate(module: nn.Module, params, prompts_BL: jax.Array,
   def step(carry):
     t, tokens_BT, done_B, cache = carry
     token_B1 = jax.lax.dynamic_slice_in_dim(tokens_BT, t - 1, 1, 1)
-    output = apply({'params': params}, token_B1, cache=cache,
+    output = apply({'params': params}, token_B1, cache=cache, one_by_one=apart,
                    **{positions: (lengths_B + t - 1)[:, None]})
     new_B = draw(output, output.hidden, t)
     if stop_token is not None:
@@ -150,7 +152,7 @@ def generate(module: nn.Module, params, prompts_BL: jax.Array,
   if stop_token is not None:  # what an early end leaves
     tokens_BT = tokens_BT.at[:, 1:].set(stop_token)
   cache = output.cache
-  if module.config.num_decoder_layers <= UNROLLED_LAYERS:
+  if apart:
     params, cache = one_by_one(params, cache)
   return jax.lax.while_loop(
       unfinished, step, (jnp.ones((), jnp.int32), tokens_BT, done_B,

@@ -40,6 +40,8 @@ class Context:
   in_order: bool = struct.field(pytree_node=False, default=True)
   deterministic: bool = struct.field(pytree_node=False, default=True)
   keep_layers: bool = struct.field(pytree_node=False, default=False)
+  # The layers follow one another in the program: see skeletons.one_by_one.
+  one_by_one: bool = struct.field(pytree_node=False, default=False)
 
 
 @struct.dataclass

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from architectures.parts.attention import Context
 from architectures.parts.config import ModelConfig
 from architectures.parts.skeletons import (
-    Embed, Output, Stack, Unembed, first_cache)
+    Embed, Output, Stack, Unembed, any_cache)
 from configs.errors import require
 
 
@@ -42,7 +42,7 @@ class EncoderDecoder(nn.Module):
                positions_BM=None, segment_ids_BM=None,
                decoder_positions_BL=None, decoder_segment_ids_BL=None,
                cache=None, memory=None, deterministic: bool = True,
-               keep_layers: bool = False) -> Output:
+               keep_layers: bool = False, one_by_one: bool = False) -> Output:
     """Runs both stacks, or the decoder alone.
 
     Args:
@@ -57,6 +57,8 @@ class EncoderDecoder(nn.Module):
       deterministic: whether nothing is drawn (no dropout, no router noise).
       keep_layers: whether aux['layers'] holds what the first layer of each
         stack is given and what each layer returns.
+      one_by_one: whether parameters and cache are those that
+        skeletons.one_by_one returns.
     """
     aux = {}
     if memory is None and tokens_BM is not None:
@@ -69,7 +71,8 @@ class EncoderDecoder(nn.Module):
         decoder_tokens_BL, memory=memory, memory_segment_ids_BM=segment_ids_BM,
         positions_BL=decoder_positions_BL,
         segment_ids_BL=decoder_segment_ids_BL, cache=cache,
-        deterministic=deterministic, keep_layers=keep_layers)
+        deterministic=deterministic, keep_layers=keep_layers,
+        one_by_one=one_by_one)
     return output.replace(aux=join_aux(aux, output.aux))
 
   def encode(self, tokens_BM: jax.Array, *, positions_BM=None,
@@ -90,14 +93,14 @@ class EncoderDecoder(nn.Module):
   def decode(self, tokens_BL: jax.Array, *, memory=None,
              memory_segment_ids_BM=None, positions_BL=None,
              segment_ids_BL=None, cache=None, deterministic: bool = True,
-             keep_layers: bool = False) -> Output:
+             keep_layers: bool = False, one_by_one: bool = False) -> Output:
     """Returns what follows each target token; `memory` may be left out where
     the cache has been given it. Positions with segment ids are a promise, as
     skeletons.Decoder says."""
     chex.assert_rank(tokens_BL, 2)
     require(memory is not None or (
         cache is not None
-        and first_cache(cache).memory_key_BMJK is not None),
+        and any_cache(cache).memory_key_BMJK is not None),
             'a decoder attends to a memory: pass the source, `memory`, or a '
             'cache that was filled with one')
     require(cache is None or segment_ids_BL is None,
@@ -110,7 +113,8 @@ class EncoderDecoder(nn.Module):
     ctx = Context(positions_BL, segment_ids_BL, memory_BMD=memory,
                   memory_segment_ids_BM=memory_segment_ids_BM,
                   tokens_BL=tokens_BL, in_order=in_order,
-                  deterministic=deterministic, keep_layers=keep_layers)
+                  deterministic=deterministic, keep_layers=keep_layers,
+                  one_by_one=one_by_one)
     x_BLD, cache, aux = self.decoder(x_BLD, ctx, cache)
     return Output(x_BLD, self.head(table_DV), cache, aux, memory=memory)
 

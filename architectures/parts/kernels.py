@@ -10,6 +10,7 @@ program compiled ahead of time for a TPU has the TPU's kernel. One that is
 asked for by name and cannot do it is refused.
 """
 
+from collections.abc import Callable
 from typing import Optional
 
 from flax import struct
@@ -162,8 +163,10 @@ class _Places:
   def spec(self, *names: tuple[str, ...]) -> PartitionSpec:
     return PartitionSpec(*(n or None for n in names))
 
-  def map(self, local, in_specs):
-    """`local` on each device's share."""
+  def map(self, local: Callable[..., jax.Array],
+          in_specs: tuple[Optional[PartitionSpec], ...]
+          ) -> Callable[..., jax.Array]:
+    """Returns `local`, applied on each device to its share."""
     if not self.rows + self.length + self.heads:
       return local
     return jax.shard_map(local, in_specs=in_specs, out_specs=self.queries,
@@ -198,10 +201,11 @@ def splash(q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array,
   mesh = jax.sharding.get_abstract_mesh()
   of_kernel = None if mesh.empty else kernel.manual_sharding_spec(
       NamedSharding(mesh, at.spec((), cut)))
-  return at.map(local, (
+  on_each_device = at.map(local, (
       of_kernel, at.queries, at.keys, at.keys, at.spec(at.rows, at.length),
-      at.spec(at.rows), at.spec(at.heads)))(
-          kernel, q_BLHK, k_BMJK, v_BMJK, q_ids_BL, k_ids_BM, sink_H)
+      at.spec(at.rows), at.spec(at.heads)))
+  return on_each_device(kernel, q_BLHK, k_BMJK, v_BMJK, q_ids_BL, k_ids_BM,
+                        sink_H)
 
 
 def _splash_kernel(mask: Mask, heads: int, L: int, M: int, shards: int,
@@ -247,6 +251,6 @@ def cudnn(q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array,
         mask=None if seen_BLM is None else seen_BLM[:, None],
         is_causal=own and mask.causal, local_window_size=window)
 
-  return at.map(local, (at.queries, at.keys, at.keys,
-                        at.spec(at.rows, at.length)))(
-                            q_BLHK, k_BMJK, v_BMJK, seen_BLM)
+  on_each_device = at.map(
+      local, (at.queries, at.keys, at.keys, at.spec(at.rows, at.length)))
+  return on_each_device(q_BLHK, k_BMJK, v_BMJK, seen_BLM)

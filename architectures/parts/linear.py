@@ -80,8 +80,9 @@ def einsum(spec: str, x: jax.Array, w: jax.Array, dtype,
   out_dtype = jnp.dtype(out_dtype or dtype)
   ins, out = spec.split('->')
   shared = set.intersection(*map(set, (*ins.split(','), out))) - {'.'}
-  if '...' in spec:
-    spec = spec.replace('...', 'ZYXW'[:x.ndim + 3 - ins.index(',')])
+  if '...' in spec:  # x's leading axes, which get letters of their own
+    named = ins.index(',') - len('...')
+    spec = spec.replace('...', 'ZYXW'[:x.ndim - named])
   x, w = x.astype(dtype), w.astype(dtype)
   if x.dtype == out_dtype == jnp.float32:
     y = jnp.einsum(spec, x, w)

@@ -162,9 +162,10 @@ REMAT = {
 class Stack(nn.Module):
   """num_layers layers, then the final norm where the wiring needs one.
 
-  (x_BLD, context, cache) -> (x_BLD, cache, aux). With parameters and cache of
-  `one_by_one` the layers follow one another in the program, and each updates
-  its own slots in place; a scan copies weights and slots in and out.
+  (x_BLD, context, cache) -> (x_BLD, cache, aux). With context.one_by_one the
+  layers follow one another in the program, and each updates its own slots in
+  place; a scan copies weights and slots in and out. Parameters and cache are
+  then those that the function `one_by_one` returns.
   """
   config: ModelConfig
   pattern: tuple[LayerKind, ...]
@@ -177,7 +178,7 @@ class Stack(nn.Module):
       ctx = ctx.replace(bias_BHLM=RelativeBias(
           c, self.pattern[0].causal, name='relative_bias')(
               ctx.positions_BL, cache))
-    run = self._one_by_one if isinstance(cache, list) else self._scan
+    run = self._one_by_one if ctx.one_by_one else self._scan
     given_BLD = x_BLD
     x_BLD, (cache, auxes, kept) = run(x_BLD, cache, ctx)
     if c.block != 'post_norm':
@@ -241,7 +242,7 @@ class RelativeBias(nn.Module):
         (c.relative.buckets, c.num_heads), c.param_dtype)
     k_positions_BM = q_positions_BL
     if cache is not None:
-      slots = first_cache(cache).key_BMJK.shape[-3]
+      slots = any_cache(cache).key_BMJK.shape[-3]
       k_positions_BM = jnp.arange(slots)[None]
     bucket_BLM = positions.relative_bucket(
         k_positions_BM[:, None] - q_positions_BL[:, :, None],
@@ -277,7 +278,8 @@ class Decoder(nn.Module):
   with positions, they promise that each document lies in one piece and in
   order, and attention skips keys by it. The first `prefix_B` tokens of a row
   see each other. `valid_BL` is 0 on padding, where that is all a row's end: it
-  is unseen, and takes no room of an expert.
+  is unseen, and takes no room of an expert. `one_by_one` says that parameters
+  and cache are those that the function of that name returns.
   """
   STACK = 'decoder'
   config: ModelConfig
@@ -286,7 +288,7 @@ class Decoder(nn.Module):
   def __call__(self, tokens_BL: jax.Array, *, positions_BL=None,
                segment_ids_BL=None, prefix_B=None, valid_BL=None,
                cache=None, deterministic: bool = True,
-               keep_layers: bool = False) -> Output:
+               keep_layers: bool = False, one_by_one: bool = False) -> Output:
     c = self.config
     chex.assert_rank(tokens_BL, 2)
     require(cache is None or segment_ids_BL is None,
@@ -296,7 +298,8 @@ class Decoder(nn.Module):
       positions_BL = jnp.arange(tokens_BL.shape[1])[None]
     ctx = Context(positions_BL, segment_ids_BL, tokens_BL=tokens_BL,
                   prefix_B=prefix_B, valid_BL=valid_BL, in_order=in_order,
-                  deterministic=deterministic, keep_layers=keep_layers)
+                  deterministic=deterministic, keep_layers=keep_layers,
+                  one_by_one=one_by_one)
     x_BLD, table_DV = Embed(c, name='embed')(
         tokens_BL, positions_BL, deterministic=deterministic)
     x_BLD, cache, aux = Stack(c, c.layer_pattern(), c.num_layers,
@@ -319,15 +322,16 @@ def init_cache(config: ModelConfig, batch: int, length: int):
                      jnp.zeros(shape, config.compute_dtype)) for _ in pattern)
 
 
-def first_cache(cache) -> Cache:
-  """The entry of the first block: [N / period, B, M, J, K] each, or of the
-  first layer alone, without the leading axis."""
-  return cache[0][0] if isinstance(cache, list) else cache[0]
+def any_cache(cache: Any) -> Cache:
+  """Returns one entry of a cache, in which all entries are of one shape:
+  [N / period, B, M, J, K], or [B, M, J, K] where the layers are apart."""
+  return jax.tree.leaves(cache, is_leaf=lambda x: isinstance(x, Cache))[0]
 
 
-def one_by_one(params, cache):
-  """Returns what a loop over single tokens takes instead of both arguments:
-  the decoder's layers apart, and a list of their slots.
+def one_by_one(params: Any, cache: Any) -> tuple[Any, list]:
+  """Returns what a loop over single tokens takes instead of both arguments,
+  with `one_by_one=True` in each call of the model: the decoder's layers apart,
+  and a list of their slots.
 
   On CPU these are copies of the layers' weights, made once: XLA would make
   them at every turn of the loop. Elsewhere it reads them where they lie.

@@ -116,12 +116,12 @@ MUTANTS = {
          'expert_parallel: equals and sorted and ep_fsdp_tp'),
         ('same_S = index_S // span == index // span', 'same_S = index_S >= 0',
          'expert_parallel: alike and gshard'),
-        ('token_A = routed.token_A - index * T', 'token_A = routed.token_A',
+        ('token_A=routed.token_A - index * T', 'token_A=routed.token_A',
          'expert_parallel: alike and expert_choice'),
         ('expert_A=add(routed.expert_A, rows, E)',
          'expert_A=add(routed.expert_A, rows, 0)',
          'expert_parallel: do_not_fill'),
-        ('min(X, E // devices) if X', '1 if X',
+        ('min(routed.choices, E // devices)', '1',
          'expert_parallel: equals and dropless and ep_fsdp_tp'),
         ('start_n[device_A]', '0', 'expert_parallel: equals and dropless and '
          'ep_fsdp_tp'),
@@ -164,7 +164,7 @@ MUTANTS = {
          'experts: ways_agree and 8.0 and gated'),
     ],
     'architectures/parts/moe/grouped.py': [
-        ('jnp.minimum(first + size, offset_E[e] + count_E[e])',
+        ('jnp.minimum(first + size, stop_E[e])',
          'first + size', 'experts: loop'),
         ('(row >= first) & (row < stop)', 'row < stop', 'experts: loop'),
         ('dy = jnp.where(inside[:, None], _read(dy_RD, start, size), 0)',

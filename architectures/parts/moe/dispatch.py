@@ -44,9 +44,10 @@ import jax.numpy as jnp
 from architectures.parts import sharding
 from architectures.parts.config import MoEConfig
 from architectures.parts.moe import exchange
-from architectures.parts.moe import experts as here
 from architectures.parts.moe import grouped_kernels
 from architectures.parts.moe import routing
+from architectures.parts.moe.experts import (
+    Dropout, Local, WAYS, Weights, inverse, place_sorted, take)
 from configs.errors import require
 
 
@@ -104,7 +105,7 @@ def way(m: MoEConfig, factor: float, tokens: int, groups: int,
 
 
 def experts(m: MoEConfig, x_TD: jax.Array, routed: routing.Routing,
-            w: here.Weights, groups: int, dropout: Optional[here.Dropout], *,
+            w: Weights, groups: int, dropout: Optional[Dropout], *,
             train: bool):
   """Returns (y_TD, kept_A: the assignments that found room)."""
   factor = m.capacity_factor if train else m.eval_capacity_factor
@@ -113,7 +114,7 @@ def experts(m: MoEConfig, x_TD: jax.Array, routed: routing.Routing,
   if axes is None:
     return compute(Axes(), x_TD, routed, w, dropout)
   shards = sharding.size(axes.tokens)
-  _check_groups(T, groups, shards, bool(routed.choices))
+  _check_groups(T, groups, shards, routed.experts_choose)
   x_TD, routed = _pad(x_TD, routed, -T % shards)
   tokens, rows = PartitionSpec(axes.tokens or None), routed.expert_A.shape[0]
   y_TD, kept_A = jax.shard_map(
@@ -124,9 +125,9 @@ def experts(m: MoEConfig, x_TD: jax.Array, routed: routing.Routing,
   return y_TD[:T], kept_A[:rows - routed.choices * (-T % shards)]
 
 
-def _specs(w: here.Weights, axes: Axes) -> here.Weights:
+def _specs(w: Weights, axes: Axes) -> Weights:
   e, f, d = (a or None for a in (axes.experts, axes.mlp, axes.embed))
-  specs = here.Weights(
+  specs = Weights(
       PartitionSpec(e, d, f), PartitionSpec(e, f, d), PartitionSpec(e, d, f),
       PartitionSpec(e, f), PartitionSpec(e, f), PartitionSpec(e, d))
   return jax.tree.map(lambda spec, x: None if x is None else spec, specs, w,
@@ -149,42 +150,52 @@ def _pad(x_TD, routed, more: int):
 def _compute(m: MoEConfig, factor: float, tokens: int, groups: int, axes: Axes,
              x_TD, routed, w, dropout):
   """One device's share. `tokens`: of all devices, padding apart."""
-  T, E, X = x_TD.shape[0], m.num_experts, routed.choices
+  T, E = x_TD.shape[0], m.num_experts
   shards = sharding.size(axes.tokens) if axes.tokens else 1
   index = jax.lax.axis_index(axes.tokens) if axes.tokens else 0
-  if X:
-    token_A = jnp.arange(T * X, dtype=jnp.int32) // X
+  devices = sharding.size(axes.experts)
+  if routed.experts_choose:
+    routed = routed.replace(token_A=routed.token_A - index * T)
+    room = routed.expert_A.shape[0] // E
+    bound = routed.expert_A.shape[0] // devices
   else:
-    token_A = routed.token_A - index * T
-  routed = routed.replace(token_A=token_A)
-  if X and factor:
-    routed = routed.replace(expert_A=routing.limit(
-        routed.expert_A, choices=X, groups=max(1, groups // shards),
-        slots=routing.capacity(factor, tokens // groups, X, E), experts=E,
-        earlier=_earlier(axes, groups) if groups < shards else None))
+    routed = _within_capacity(m, factor, tokens, groups, axes, T, routed)
+    room = slots(m, factor, tokens, groups, shards)
+    bound = T * min(routed.choices, E // devices)
   if dropout is not None:
     dropout = dropout.replace(
         first_row=index * routed.expert_A.shape[0],
         first_unit=(jax.lax.axis_index(axes.mlp) * w.up_EDF.shape[2]
                     if axes.mlp else 0))
-  devices = sharding.size(axes.experts)
-  bound = (T * min(X, E // devices) if X else
-           routed.expert_A.shape[0] // devices)
-  run = here.Local(_gather(w, axes), dropout, m.ffn,
-                   max(1, T * devices * m.top_k // E),
-                   grouped_kernels.choose(m), E)
+  run = Local(_gather(w, axes), dropout, m.ffn,
+              max(1, T * devices * m.top_k // E), grouped_kernels.choose(m), E)
   if axes.experts:
     run = Spread(run, axes.experts[0], bound)
-  room = (slots(m, factor, tokens, groups, shards) if X else
-          routed.expert_A.shape[0] // E)
-  y_TD = here.WAYS[way(m, factor, tokens, groups, shards)](
-      x_TD, routed, run, room)
+  compute = WAYS[way(m, factor, tokens, groups, shards)]
+  y_TD = compute(x_TD, routed, run, room)
   if axes.mlp:
     y_TD = jax.lax.psum(y_TD, axes.mlp)
   return y_TD, routed.expert_A < E
 
 
-def _gather(w: here.Weights, axes: Axes) -> here.Weights:
+def _within_capacity(m: MoEConfig, factor: float, tokens: int, groups: int,
+                     axes: Axes, T: int, routed: routing.Routing
+                     ) -> routing.Routing:
+  """The choices of this device's T tokens, void where they exceed what an
+  expert takes of a group."""
+  E, X = m.num_experts, routed.choices
+  shards = sharding.size(axes.tokens) if axes.tokens else 1
+  routed = routed.replace(
+      token_A=jnp.arange(T * X, dtype=jnp.int32) // X)
+  if not factor:
+    return routed
+  return routed.replace(expert_A=routing.limit(
+      routed.expert_A, choices=X, groups=max(1, groups // shards),
+      slots=routing.capacity(factor, tokens // groups, X, E), experts=E,
+      earlier=_earlier(axes, groups) if groups < shards else None))
+
+
+def _gather(w: Weights, axes: Axes) -> Weights:
   """Whole weights of this device's experts, but for the share of 'mlp'."""
   if axes.embed:
     gather = lambda x, axis: None if x is None else jax.lax.all_gather(
@@ -214,7 +225,7 @@ def _earlier(axes: Axes, groups: int):
 @struct.dataclass
 class Spread:
   """`experts.Local` whose experts lie along a mesh axis of n devices."""
-  local: here.Local
+  local: Local
   axis: str = struct.field(pytree_node=False)
   bound: int = struct.field(pytree_node=False)  # rows for one device
 
@@ -242,7 +253,7 @@ class Spread:
   def place(self, expert_A):
     """Rows for device d stand from d * bound on, sorted by expert."""
     n, E = self.devices, self.local.experts
-    row_A, count_E = here.place_sorted(expert_A, E)
+    row_A, count_E = place_sorted(expert_A, E)
     count_n = count_E.reshape(n, -1).sum(1)
     device_A = expert_A // (E // n)  # n for a void one
     start_n = jnp.append(jnp.cumsum(count_n) - count_n, 0)
@@ -261,14 +272,14 @@ class Spread:
         lambda ends_E: jnp.searchsorted(ends_E, jnp.arange(self.bound),
                                         side='right')
     )(jnp.cumsum(got_nE, 1)).reshape(-1)
-    row_R, count_E = here.place_sorted(expert_R, send_nE.shape[1])
-    from_R = here.inverse(row_R, R)
+    row_R, count_E = place_sorted(expert_R, send_nE.shape[1])
+    from_R = inverse(row_R, R)
     if self.local.dropout is not None:
       id_R = cross(id_R, send_n, got_n).at[from_R].get(
           mode='fill', fill_value=0)
-    rows_RD = here.take(cross(rows_RD, send_n, got_n), from_R, row_R, 1)
+    rows_RD = take(cross(rows_RD, send_n, got_n), from_R, row_R, 1)
     y_RD = self.local.grouped(rows_RD, count_E, id_R)
-    return cross(here.take(y_RD, row_R, from_R, 1), got_n, send_n)
+    return cross(take(y_RD, row_R, from_R, 1), got_n, send_n)
 
 
 def check(m: MoEConfig, d_model: int) -> None:
@@ -302,11 +313,13 @@ def _multiples(value: int, of: int) -> str:
   return f'{below} or {above}' if below else str(above)
 
 
-def _check_groups(T: int, groups: int, shards: int, chooses: bool) -> None:
+def _check_groups(T: int, groups: int, shards: int,
+                  experts_choose: bool) -> None:
   fits = (T % shards == 0 and groups % shards == 0) or (
-      chooses and (groups == 1 or (T % shards == 0 and shards % groups == 0)))
+      not experts_choose and (
+          groups == 1 or (T % shards == 0 and shards % groups == 0)))
   require(fits, f'{groups} routing groups of {T // groups} tokens do not fit '
           f'on {shards} shards of the batch'
-          + ('' if chooses
-             else ', and expert_choice needs whole groups on each')
+          + (', and expert_choice needs whole groups on each'
+             if experts_choose else '')
           + f': set model.moe.group_size to a divisor of {max(1, T // shards)}')

@@ -138,7 +138,7 @@ def sizes(rows: int, even: int) -> tuple[int, ...]:
 
 
 def _for_blocks(rows: int, even: int, count_E: jax.Array, body: Callable,
-                carry):
+                carry: Any) -> Any:
   """carry = body(carry, size, expert, start, first, stop) for every block.
 
   Block: the `size` rows from `start`, of which `first` to `stop` are the
@@ -157,15 +157,25 @@ def _for_blocks(rows: int, even: int, count_E: jax.Array, body: Callable,
     first_E = offset_E + full_E * largest
     if size == largest:
       blocks_E, first_E = blocks_E + full_E, offset_E
-    ends_E = jnp.cumsum(blocks_E)
-    def step(j, carry, size=size, ends_E=ends_E, blocks_E=blocks_E,
-             first_E=first_E):
-      e = jnp.searchsorted(ends_E, j, side='right').astype(jnp.int32)
-      first = first_E[e] + (j - ends_E[e] + blocks_E[e]) * size
-      stop = jnp.minimum(first + size, offset_E[e] + count_E[e])
-      return body(carry, size, e, jnp.minimum(first, rows - size), first, stop)
-    carry = jax.lax.fori_loop(0, ends_E[-1], step, carry)
+    carry = _for_blocks_of(size, rows, blocks_E, first_E, offset_E + count_E,
+                           body, carry)
   return carry
+
+
+def _for_blocks_of(size: int, rows: int, blocks_E: jax.Array,
+                   first_E: jax.Array, stop_E: jax.Array, body: Callable,
+                   carry: Any) -> Any:
+  """`_for_blocks` of one size: each expert has blocks_E of them, from row
+  first_E on, and its rows end before row stop_E."""
+  ends_E = jnp.cumsum(blocks_E)
+
+  def step(j, carry):
+    e = jnp.searchsorted(ends_E, j, side='right').astype(jnp.int32)
+    first = first_E[e] + (j - ends_E[e] + blocks_E[e]) * size
+    stop = jnp.minimum(first + size, stop_E[e])
+    return body(carry, size, e, jnp.minimum(first, rows - size), first, stop)
+
+  return jax.lax.fori_loop(0, ends_E[-1], step, carry)
 
 
 def _read(x_R, start, size):

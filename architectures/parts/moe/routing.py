@@ -62,13 +62,18 @@ class Routing:
     token_A: int32, the token.
     probs_TE: float32, the router's belief, which the losses and the panel
       read; the choice itself where there is no router weight.
-    choices: X, or 0 where a token's assignments do not stand together.
+    choices: X where tokens choose, whose assignments stand together; 0 where
+      the experts choose.
   """
   expert_A: jax.Array
   gate_A: jax.Array
   token_A: jax.Array
   probs_TE: jax.Array
   choices: int = struct.field(pytree_node=False, default=0)
+
+  @property
+  def experts_choose(self) -> bool:
+    return self.choices == 0
 
 
 def _best(scores_TE: jax.Array, choices: int) -> jax.Array:
