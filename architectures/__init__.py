@@ -17,6 +17,7 @@ import flax.linen as nn
 from architectures.parts import checks, skeletons
 from architectures.parts import config as model_config
 from architectures.parts.config import ModelConfig
+from architectures.parts.hf import HuggingFace
 from configs.errors import one_of, require
 
 
@@ -38,6 +39,17 @@ def page(arch: str) -> types.ModuleType:
   """Returns the page of `arch`: a module under architectures/."""
   one_of('model.arch', arch, systems())
   return importlib.import_module(systems()[arch].__module__)
+
+
+def hugging_face(arch: str) -> HuggingFace:
+  """Returns the record that the page of `arch` has for Hugging Face's format.
+
+  Raises:
+    RequestError: where transformers has no such system.
+  """
+  require(hasattr(page(arch), 'HF'),
+          f'model.arch {arch!r} has no counterpart in transformers')
+  return page(arch).HF
 
 
 def file_name(arch: str) -> str:

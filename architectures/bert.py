@@ -17,7 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from architectures.parts import hf as common
+from architectures.parts import hf
 from architectures.parts import linear
 from architectures.parts.attention import Context
 from architectures.parts.config import ModelConfig
@@ -31,6 +31,9 @@ class BERT(nn.Module):
   hidden [B, L, D] of the encoder, pooled [B, D] and nsp_logits [B, 2]
   (0: the second text follows the first, 1: it does not)."""
   STACK = 'encoder'
+  PARTS = dict(position='learned', norm='layernorm', embed_norm=True,
+               block='post_norm', attention='global', ffn='gelu',
+               tie_embeddings=True, logits_bias=True)
   config: ModelConfig
 
   @nn.compact
@@ -68,90 +71,52 @@ class BERT(nn.Module):
                                           (None,)))
 
 
-HF_MODEL = 'bert', 'BertForPreTraining'
-HF_SPELLINGS = (('bert.', ''), ('LayerNorm.weight', 'LayerNorm.gamma'),
-                ('LayerNorm.bias', 'LayerNorm.beta'))
-HF_TIED = {
-    'cls.predictions.decoder.weight': 'bert.embeddings.word_embeddings.weight',
-    'cls.predictions.decoder.bias': 'cls.predictions.bias'}
-HF_IGNORED = (r'(bert\.)?embeddings\.position_ids',)
-HF_NAMES = (
-    ('embed/tokens', 'VD', 'bert.embeddings.word_embeddings.weight', 'V D'),
-    ('embed/positions', 'LD', 'bert.embeddings.position_embeddings.weight',
-     'L D'),
-    ('embed/types', 'TD', 'bert.embeddings.token_type_embeddings.weight',
-     'T D'),
-    ('embed/norm/scale', 'D', 'bert.embeddings.LayerNorm.weight', 'D'),
-    ('embed/norm/bias', 'D', 'bert.embeddings.LayerNorm.bias', 'D'),
-    ('encoder/layers/attention/query', 'DHK',
-     'bert.encoder.layer.{n}.attention.self.query.weight', 'HK D'),
-    ('encoder/layers/attention/query_bias', 'HK',
-     'bert.encoder.layer.{n}.attention.self.query.bias', 'HK'),
-    ('encoder/layers/attention/key', 'DHK',
-     'bert.encoder.layer.{n}.attention.self.key.weight', 'HK D'),
-    ('encoder/layers/attention/key_bias', 'HK',
-     'bert.encoder.layer.{n}.attention.self.key.bias', 'HK'),
-    ('encoder/layers/attention/value', 'DHK',
-     'bert.encoder.layer.{n}.attention.self.value.weight', 'HK D'),
-    ('encoder/layers/attention/value_bias', 'HK',
-     'bert.encoder.layer.{n}.attention.self.value.bias', 'HK'),
-    ('encoder/layers/attention/out', 'HKD',
-     'bert.encoder.layer.{n}.attention.output.dense.weight', 'D HK'),
-    ('encoder/layers/attention/out_bias', 'D',
-     'bert.encoder.layer.{n}.attention.output.dense.bias', 'D'),
-    ('encoder/layers/attention_norm/scale', 'D',
-     'bert.encoder.layer.{n}.attention.output.LayerNorm.weight', 'D'),
-    ('encoder/layers/attention_norm/bias', 'D',
-     'bert.encoder.layer.{n}.attention.output.LayerNorm.bias', 'D'),
-    ('encoder/layers/ffn/up', 'DF',
-     'bert.encoder.layer.{n}.intermediate.dense.weight', 'F D'),
-    ('encoder/layers/ffn/up_bias', 'F',
-     'bert.encoder.layer.{n}.intermediate.dense.bias', 'F'),
-    ('encoder/layers/ffn/down', 'FD',
-     'bert.encoder.layer.{n}.output.dense.weight', 'D F'),
-    ('encoder/layers/ffn/down_bias', 'D',
-     'bert.encoder.layer.{n}.output.dense.bias', 'D'),
-    ('encoder/layers/ffn_norm/scale', 'D',
-     'bert.encoder.layer.{n}.output.LayerNorm.weight', 'D'),
-    ('encoder/layers/ffn_norm/bias', 'D',
-     'bert.encoder.layer.{n}.output.LayerNorm.bias', 'D'),
-    ('pooler', 'DX', 'bert.pooler.dense.weight', 'X D'),
-    ('pooler_bias', 'D', 'bert.pooler.dense.bias', 'D'),
-    ('transform', 'DX', 'cls.predictions.transform.dense.weight', 'X D'),
-    ('transform_bias', 'D', 'cls.predictions.transform.dense.bias', 'D'),
-    ('transform_norm/scale', 'D',
-     'cls.predictions.transform.LayerNorm.weight', 'D'),
-    ('transform_norm/bias', 'D',
-     'cls.predictions.transform.LayerNorm.bias', 'D'),
-    ('head/bias', 'V', 'cls.predictions.bias', 'V'),
-    ('nsp', 'DX', 'cls.seq_relationship.weight', 'X D'),
-    ('nsp_bias', 'X', 'cls.seq_relationship.bias', 'X'),
-)
-
-
-def from_hf_config(hf) -> dict:
-  """Returns the fields of config.model that a bert config.json gives."""
-  hf.must(position_embedding_type='absolute', is_decoder=False,
-          add_cross_attention=False, tie_word_embeddings=True)
-  # The files of 2018 have these, for a pooler that they do not describe.
-  hf.passes('directionality', 'pooler_fc_size', 'pooler_num_attention_heads',
-            'pooler_num_fc_layers', 'pooler_size_per_head', 'pooler_type')
-  return dict(
-      d_model=hf('hidden_size', 768), num_layers=hf('num_hidden_layers', 12),
-      num_heads=hf('num_attention_heads', 12),
-      d_ff=hf('intermediate_size', 3072), vocab_size=hf('vocab_size', 30522),
-      max_len=hf('max_position_embeddings', 512),
-      type_vocab_size=hf('type_vocab_size', 2), embed_norm=True,
-      norm_eps=hf('layer_norm_eps', 1e-12), block='post_norm',
-      ffn=hf.choose('hidden_act', 'gelu', common.FFNS), logits_bias=True)
-
-
-def to_hf_config(c) -> dict:
-  """Returns what a bert config.json says of the config `c`."""
-  return dict(
-      hidden_size=c.d_model, num_hidden_layers=c.num_layers,
-      num_attention_heads=c.num_heads, intermediate_size=c.d_ff,
-      vocab_size=c.vocab_size, max_position_embeddings=c.max_len,
-      type_vocab_size=c.type_vocab_size, layer_norm_eps=c.norm_eps,
-      hidden_act=common.theirs(common.FFNS, c.ffn),
-      tie_word_embeddings=c.tie_embeddings)
+HF = hf.HuggingFace(
+    'bert', 'BertForPreTraining',
+    names=(
+        *hf.under(
+            'embed', 'bert.embeddings',
+            ('tokens', 'VD', 'word_embeddings.weight', 'V D'),
+            ('positions', 'LD', 'position_embeddings.weight', 'L D'),
+            ('types', 'UD', 'token_type_embeddings.weight', 'U D'),
+            *hf.norm('norm', 'LayerNorm')),
+        *hf.under(
+            'encoder/layers', 'bert.encoder.layer.{n}',
+            *hf.dense('attention/query', 'DHK', 'attention.self.query',
+                      'HK D'),
+            *hf.dense('attention/key', 'DHK', 'attention.self.key', 'HK D'),
+            *hf.dense('attention/value', 'DHK', 'attention.self.value',
+                      'HK D'),
+            *hf.dense('attention/out', 'HKD', 'attention.output.dense',
+                      'D HK'),
+            *hf.norm('attention_norm', 'attention.output.LayerNorm'),
+            *hf.dense('ffn/up', 'DF', 'intermediate.dense', 'F D'),
+            *hf.dense('ffn/down', 'FD', 'output.dense', 'D F'),
+            *hf.norm('ffn_norm', 'output.LayerNorm')),
+        *hf.dense('pooler', 'DU', 'bert.pooler.dense', 'U D'),
+        *hf.dense('transform', 'DU', 'cls.predictions.transform.dense', 'U D'),
+        *hf.norm('transform_norm', 'cls.predictions.transform.LayerNorm'),
+        ('head/bias', 'V', 'cls.predictions.bias', 'V'),
+        *hf.dense('nsp', 'DU', 'cls.seq_relationship', 'U D')),
+    fields={
+        'd_model': ('hidden_size', 768),
+        'num_layers': ('num_hidden_layers', 12),
+        'num_heads': ('num_attention_heads', 12),
+        'd_ff': ('intermediate_size', 3072),
+        'vocab_size': ('vocab_size', 30522),
+        'max_len': ('max_position_embeddings', 512),
+        'type_vocab_size': ('type_vocab_size', 2),
+        'norm_eps': ('layer_norm_eps', 1e-12),
+        'ffn': ('hidden_act', 'gelu', hf.FFNS)},
+    only=dict(position_embedding_type='absolute', is_decoder=False,
+              add_cross_attention=False, tie_word_embeddings=True),
+    # The files of 2018 have these, for a pooler that they do not describe.
+    unread=('directionality', 'pooler_fc_size', 'pooler_num_attention_heads',
+            'pooler_num_fc_layers', 'pooler_size_per_head', 'pooler_type'),
+    write=lambda c: dict(tie_word_embeddings=c.tie_embeddings),
+    tied={'cls.predictions.decoder.weight':
+          'bert.embeddings.word_embeddings.weight',
+          'cls.predictions.decoder.bias': 'cls.predictions.bias'},
+    spellings=(('bert.', ''), ('LayerNorm.weight', 'LayerNorm.gamma'),
+               ('LayerNorm.bias', 'LayerNorm.beta')),
+    ignored=(r'(bert\.)?embeddings\.position_ids',))

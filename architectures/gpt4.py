@@ -15,3 +15,6 @@ from architectures.parts.skeletons import Decoder
 class RumouredGPT4(Decoder):
   """tokens [B, L] -> Output; see Decoder."""
   ARCH = 'gpt4-rumoured'
+  PARTS = dict(position='learned', norm='layernorm', block='pre_norm',
+               attention='global', ffn='moe', tie_embeddings=True,
+               moe=dict(router='topk', top_k=2, ffn='gelu_tanh', every=1))

@@ -28,126 +28,99 @@ Where transformers' NLLB-MoE deviates from the paper, and what is done here:
 - moe_token_dropout scales expert outputs down in evaluation. Refused.
 """
 
+from architectures import transformer
+from architectures.parts import hf
+from architectures.parts.config import ModelConfig
 from architectures.parts.encoder_decoder import EncoderDecoder
-from architectures.transformer import attention_names, norm_names
 from configs.errors import one_of, require
 
 
 class GShard(EncoderDecoder):
   """source [B, M], target [B, L] -> Output; see EncoderDecoder."""
+  PARTS = dict(position='sinusoidal', sinusoid='fairseq', embed_scale=0.0,
+               norm='layernorm', block='pre_norm', attention='global',
+               ffn='moe', tie_embeddings=True,
+               moe=dict(router='gshard', top_k=2, ffn='relu', every=2))
 
 
-def _names():
-  rows = [('embed/tokens', 'VD', 'model.shared.weight', 'V D')]
-  for stack in ('encoder', 'decoder'):
-    theirs = f'model.{stack}.layers.{{n}}'
-    ours = f'{stack}/layers'
-    rows += attention_names(stack, 'attention', 'self_attn')
-    rows += norm_names(f'{ours}/attention_norm',
-                       f'{theirs}.self_attn_layer_norm')
-    rows += norm_names(f'{ours}/ffn_norm', f'{theirs}.ff_layer_norm')
-    rows += norm_names(f'{stack}/final_norm', f'model.{stack}.layer_norm')
-    rows.append((f'{ours}/ffn/router', 'DE',
-                 f'{theirs}.ffn.router.classifier.weight', 'E D'))
-    for expert, where in (('', 'ffn'), ('E', 'ffn.experts.expert_{e}')):
-      rows += [
-          (f'{ours}/ffn/up', f'{expert}DF', f'{theirs}.{where}.fc1.weight',
-           'F D'),
-          (f'{ours}/ffn/up_bias', f'{expert}F', f'{theirs}.{where}.fc1.bias',
-           'F'),
-          (f'{ours}/ffn/down', f'{expert}FD', f'{theirs}.{where}.fc2.weight',
-           'D F'),
-          (f'{ours}/ffn/down_bias', f'{expert}D',
-           f'{theirs}.{where}.fc2.bias', 'D')]
-  rows += attention_names('decoder', 'cross_attention', 'cross_attention')
-  rows += norm_names('decoder/layers/cross_norm',
-                     'model.decoder.layers.{n}.cross_attention_layer_norm')
-  return tuple(rows)
-
-
-HF_MODEL = 'nllb-moe', 'NllbMoeForConditionalGeneration'
-HF_SPELLINGS = (('model.', ''),)
-HF_TIED = {'model.encoder.embed_tokens.weight': 'model.shared.weight',
-           'model.decoder.embed_tokens.weight': 'model.shared.weight',
-           'lm_head.weight': 'model.shared.weight'}
-HF_IGNORED = (r'model\.(en|de)coder\.embed_positions\.weights?',)  # sinusoids
-HF_NAMES = _names()
-HF_FIXED = ('pad_token_id',)  # positions there count from it
 FFNS = {'relu': 'relu', 'gelu': 'gelu', 'gelu_new': 'gelu_tanh'}
 ROUTERS = {'random': 'gshard', 'all': 'topk'}
 IN_TRAINING = 'second_expert_policy_in_training'  # a field of our own
 
 
-def from_hf_config(hf) -> dict:
-  """Returns the fields of config.model that an nllb-moe config.json gives."""
-  heads, d_ff = hf('encoder_attention_heads', 16), hf('encoder_ffn_dim', 4096)
-  every = hf('encoder_sparse_step', 4)
-  hf.must(is_encoder_decoder=True, tie_word_embeddings=True,
-          decoder_attention_heads=heads, decoder_ffn_dim=d_ff,
-          decoder_sparse_step=every, router_bias=False, router_dtype='float32',
-          router_ignore_padding_tokens=False, pad_token_id=1,
-          batch_prioritized_routing=False)
-  require(hf('moe_token_dropout', 0.2) == 0,
-          f'config.json has moe_token_dropout {hf("moe_token_dropout", 0.2)}, '
+def _read(reader: hf.Reader, fields: dict) -> dict:
+  reader.must(decoder_sparse_step=fields['moe.every'])
+  dropout = reader('moe_token_dropout', 0.2)
+  require(dropout == 0, f'config.json has moe_token_dropout {dropout}, '
           'which scales the experts in evaluation too: only 0 is known here')
-  hf.passes('encoder_layerdrop', 'decoder_layerdrop')  # in training
-  hf.passes('expert_capacity', 'router_z_loss_coef', 'router_type')  # unread
-  fraction = hf('moe_eval_capacity_token_fraction', 1.0)
+  fraction = reader('moe_eval_capacity_token_fraction', 1.0)
   require(0 < fraction <= 1, 'config.json has moe_eval_capacity_token_fraction '
           f'{fraction}: choose it in (0, 1]')
-  require(hf('normalize_router_prob_before_dropping', False) or fraction == 1,
+  first = reader('normalize_router_prob_before_dropping', False)
+  require(first or fraction == 1,
           'config.json has normalize_router_prob_before_dropping False and '
           f'drops tokens, moe_eval_capacity_token_fraction {fraction}: gates '
           'are normalised before that here')
-  layers, d_model = hf('encoder_layers', 12), hf('d_model', 1024)
-  hf.must(num_hidden_layers=layers)
-  experts = hf('num_experts', 128)
-  policy = hf('second_expert_policy', 'all')
+  policy = reader('second_expert_policy', 'all')
   one_of('second_expert_policy of config.json', policy, ROUTERS)
   if policy == 'random':
-    hf.notes.append(
+    reader.notes.append(
         "config.json has second_expert_policy 'random': transformers leaves "
         'the second expert of a token out by chance, in evaluation too, and '
         'this import in training alone')
-  return dict(
-      vocab_size=hf('vocab_size', 128112), d_model=d_model, num_heads=heads,
-      d_ff=d_ff, num_layers=layers,
-      num_decoder_layers=hf('decoder_layers', layers),
-      max_len=hf('max_position_embeddings', 1024), norm_eps=1e-5,
-      position='sinusoidal', sinusoid='fairseq', block='pre_norm', ffn='moe',
-      embed_scale=d_model ** 0.5 if hf('scale_embedding', True) else 1.0,
-      moe=dict(
-          router=hf.choose(IN_TRAINING, policy, ROUTERS), top_k=2,
-          num_experts=experts, every=every,
-          ffn=hf.choose('activation_function', 'relu', FFNS),
-          capacity_factor=1.0,
-          eval_capacity_factor=0.0 if fraction == 1 else fraction * experts / 2,
-          balance_weight=hf('router_aux_loss_coef', 0.001)))
+  room = fraction * fields['moe.num_experts'] / 2
+  return transformer.read_stacks(reader, fields, scaled=True) | dict(moe=dict(
+      router=reader.choose(IN_TRAINING, policy, ROUTERS), capacity_factor=1.0,
+      eval_capacity_factor=0.0 if fraction == 1 else room))
 
 
-def to_hf_config(c) -> dict:
-  """Returns what an nllb-moe config.json says of the config `c`."""
+def _write(c: ModelConfig) -> dict:
   m = c.moe
-  ffns = {ours: theirs for theirs, ours in FFNS.items()}
   policies = {ours: theirs for theirs, ours in ROUTERS.items()}
-  require(c.ffn == 'moe' and m.ffn in ffns and m.router in policies,
-          f'model.ffn is {c.ffn!r} with model.moe.ffn {m.ffn!r} and '
-          f'model.moe.router {m.router!r}: an nllb-moe config.json knows moe '
-          f'with {", ".join(ffns)} and {", ".join(policies)}')
-  factor = m.eval_capacity_factor
-  in_training = {} if m.router == 'topk' else {
-      IN_TRAINING: policies[m.router]}
-  return in_training | dict(
-      vocab_size=c.vocab_size, d_model=c.d_model, encoder_layers=c.num_layers,
-      decoder_layers=c.num_decoder_layers,
-      encoder_attention_heads=c.num_heads, decoder_attention_heads=c.num_heads,
-      encoder_ffn_dim=c.d_ff, decoder_ffn_dim=c.d_ff,
-      max_position_embeddings=c.max_len, activation_function=ffns[m.ffn],
-      scale_embedding=c.embed_scale != 1, tie_word_embeddings=c.tie_embeddings,
-      num_experts=m.num_experts, encoder_sparse_step=m.every,
+  require(c.ffn == 'moe' and m.router in policies,
+          f'model.ffn is {c.ffn!r} with model.moe.router {m.router!r}: an '
+          f'nllb-moe config.json knows moe with {", ".join(policies)}')
+  fraction = 2 * m.eval_capacity_factor / m.num_experts
+  in_training = {} if m.router == 'topk' else {IN_TRAINING: policies[m.router]}
+  return transformer.write_stacks(c) | in_training | dict(
       decoder_sparse_step=m.every, second_expert_policy='all',
       normalize_router_prob_before_dropping=True,
-      moe_eval_capacity_token_fraction=min(
-          1.0, 2 * factor / m.num_experts) if factor else 1.0,
-      moe_token_dropout=0.0, router_aux_loss_coef=m.balance_weight,
-      is_encoder_decoder=True, pad_token_id=1)
+      moe_eval_capacity_token_fraction=min(1.0, fraction) or 1.0,
+      moe_token_dropout=0.0, pad_token_id=1)
+
+
+LAYER = (*transformer.attention('attention', 'self_attn'),
+         *hf.norm('attention_norm', 'self_attn_layer_norm'),
+         *hf.norm('ffn_norm', 'ff_layer_norm'),
+         *hf.dense('ffn/up', 'DF', 'ffn.fc1', 'F D'),
+         *hf.dense('ffn/down', 'FD', 'ffn.fc2', 'D F'),
+         ('ffn/router', 'DE', 'ffn.router.classifier.weight', 'E D'),
+         *hf.dense('ffn/up', 'EDF', 'ffn.experts.expert_{e}.fc1', 'F D'),
+         *hf.dense('ffn/down', 'EFD', 'ffn.experts.expert_{e}.fc2', 'D F'))
+
+HF = hf.HuggingFace(
+    'nllb-moe', 'NllbMoeForConditionalGeneration',
+    names=(
+        ('embed/tokens', 'VD', 'model.shared.weight', 'V D'),
+        *transformer.layers('encoder', *LAYER),
+        *hf.norm('encoder/final_norm', 'model.encoder.layer_norm'),
+        *transformer.layers(
+            'decoder', *LAYER,
+            *transformer.attention('cross_attention', 'cross_attention'),
+            *hf.norm('cross_norm', 'cross_attention_layer_norm')),
+        *hf.norm('decoder/final_norm', 'model.decoder.layer_norm')),
+    fields=transformer.FIELDS | {
+        'vocab_size': ('vocab_size', 128112),
+        'moe.ffn': ('activation_function', 'relu', FFNS),
+        'moe.num_experts': ('num_experts', 128),
+        'moe.every': ('encoder_sparse_step', 4),
+        'moe.balance_weight': ('router_aux_loss_coef', 0.001)},
+    only=dict(is_encoder_decoder=True, tie_word_embeddings=True,
+              router_bias=False, router_dtype='float32',
+              router_ignore_padding_tokens=False, pad_token_id=1,
+              batch_prioritized_routing=False),
+    unread=(*transformer.LAYERDROP, 'expert_capacity', 'router_z_loss_coef',
+            'router_type'),
+    read=_read, write=_write, tied=transformer.HF.tied,
+    spellings=transformer.HF.spellings, ignored=transformer.HF.ignored,
+    fixed=('pad_token_id',))  # positions there count from it

@@ -11,92 +11,70 @@ Longer contexts: `model.rope.scaling` linear, ntk, llama3 or yarn, by
 `model.rope.factor`.
 """
 
-from architectures.parts import hf as common
+from architectures.parts import hf
+from architectures.parts.config import ModelConfig
 from architectures.parts.skeletons import Decoder
 from configs.errors import require
 
 
 class LLaMA(Decoder):
   """tokens [B, L] -> Output; see Decoder."""
+  PARTS = dict(position='rope', norm='rmsnorm', block='pre_norm',
+               attention='global', attention_bias=False,
+               ffn='swiglu', ffn_bias=False, tie_embeddings=False)
 
 
-HF_MODEL = 'llama', 'LlamaForCausalLM'
-HF_SPELLINGS = (('model.', ''),)
-HF_TIED = {'lm_head.weight': 'model.embed_tokens.weight'}
-HF_IGNORED = (r'.*\.rotary_emb\.inv_freq',)
-HF_ATTENTION = (
-    ('embed/tokens', 'VD', 'model.embed_tokens.weight', 'V D'),
-    ('decoder/layers/attention_norm/scale', 'D',
-     'model.layers.{n}.input_layernorm.weight', 'D'),
-    ('decoder/layers/attention/query', 'DHK',
-     'model.layers.{n}.self_attn.q_proj.weight', 'HK D'),
-    ('decoder/layers/attention/query_bias', 'HK',
-     'model.layers.{n}.self_attn.q_proj.bias', 'HK'),
-    ('decoder/layers/attention/key', 'DJK',
-     'model.layers.{n}.self_attn.k_proj.weight', 'JK D'),
-    ('decoder/layers/attention/key_bias', 'JK',
-     'model.layers.{n}.self_attn.k_proj.bias', 'JK'),
-    ('decoder/layers/attention/value', 'DJK',
-     'model.layers.{n}.self_attn.v_proj.weight', 'JK D'),
-    ('decoder/layers/attention/value_bias', 'JK',
-     'model.layers.{n}.self_attn.v_proj.bias', 'JK'),
-    ('decoder/layers/attention/out', 'HKD',
-     'model.layers.{n}.self_attn.o_proj.weight', 'D HK'),
-    ('decoder/layers/attention/out_bias', 'D',
-     'model.layers.{n}.self_attn.o_proj.bias', 'D'),
-    ('decoder/layers/ffn_norm/scale', 'D',
-     'model.layers.{n}.post_attention_layernorm.weight', 'D'),
-    ('decoder/final_norm/scale', 'D', 'model.norm.weight', 'D'),
-    ('head/kernel', 'DV', 'lm_head.weight', 'V D'),
-)
-HF_NAMES = HF_ATTENTION + (
-    ('decoder/layers/ffn/gate', 'DF', 'model.layers.{n}.mlp.gate_proj.weight',
-     'F D'),
-    ('decoder/layers/ffn/gate_bias', 'F',
-     'model.layers.{n}.mlp.gate_proj.bias', 'F'),
-    ('decoder/layers/ffn/up', 'DF', 'model.layers.{n}.mlp.up_proj.weight',
-     'F D'),
-    ('decoder/layers/ffn/up_bias', 'F', 'model.layers.{n}.mlp.up_proj.bias',
-     'F'),
-    ('decoder/layers/ffn/down', 'FD', 'model.layers.{n}.mlp.down_proj.weight',
-     'D F'),
-    ('decoder/layers/ffn/down_bias', 'D',
-     'model.layers.{n}.mlp.down_proj.bias', 'D'),
-)
+def _read(reader: hf.Reader, fields: dict) -> dict:
+  return dict(rope=hf.read_rope(reader))
 
 
-def from_hf_config(hf) -> dict:
-  """Returns the fields of config.model that a llama config.json gives."""
-  hf.must(rope_interleaved=False)
-  hf.passes('is_llama_config')  # of SmolLM2
-  heads = hf('num_attention_heads', 32)
-  d_model = hf('hidden_size', 4096)
-  return dict(
-      d_model=d_model, num_layers=hf('num_hidden_layers', 32),
-      num_heads=heads, num_kv_heads=hf('num_key_value_heads', heads),
-      head_dim=hf('head_dim', d_model // heads),
-      d_ff=hf('intermediate_size', 11008),
-      vocab_size=hf('vocab_size', 32000),
-      max_len=hf('max_position_embeddings', 2048), norm='rmsnorm',
-      norm_eps=hf('rms_norm_eps', 1e-6), position='rope',
-      rope=common.read_rope(hf),
-      ffn=hf.choose('hidden_act', 'silu', common.GATED),
-      attention_bias=hf('attention_bias', False),
-      ffn_bias=hf('mlp_bias', False),
-      tie_embeddings=hf('tie_word_embeddings', False))
-
-
-def to_hf_config(c) -> dict:
-  """Returns what a llama config.json says of the config `c`."""
+def _write(c: ModelConfig) -> dict:
   require(c.d_model % c.num_heads == 0,
           f'model.num_heads is {c.num_heads}, which does not divide '
           f'model.d_model {c.d_model}: transformers refuses such a llama')
-  return dict(
-      hidden_size=c.d_model, num_hidden_layers=c.num_layers,
-      num_attention_heads=c.num_heads, num_key_value_heads=c.num_kv_heads,
-      head_dim=c.head_dim, intermediate_size=c.d_ff, vocab_size=c.vocab_size,
-      max_position_embeddings=c.max_len, rms_norm_eps=c.norm_eps,
-      rope_parameters=common.write_rope(c),
-      hidden_act=common.theirs(common.GATED, c.ffn),
-      attention_bias=c.attention_bias, mlp_bias=c.ffn_bias,
-      tie_word_embeddings=c.tie_embeddings)
+  return dict(rope_parameters=hf.write_rope(c))
+
+
+# All but the feed-forward networks, as Mixtral has them too.
+NAMES = (
+    ('embed/tokens', 'VD', 'model.embed_tokens.weight', 'V D'),
+    *hf.under(
+        'decoder/layers', 'model.layers.{n}',
+        ('attention_norm/scale', 'D', 'input_layernorm.weight', 'D'),
+        *hf.dense('attention/query', 'DHK', 'self_attn.q_proj', 'HK D'),
+        *hf.dense('attention/key', 'DJK', 'self_attn.k_proj', 'JK D'),
+        *hf.dense('attention/value', 'DJK', 'self_attn.v_proj', 'JK D'),
+        *hf.dense('attention/out', 'HKD', 'self_attn.o_proj', 'D HK'),
+        ('ffn_norm/scale', 'D', 'post_attention_layernorm.weight', 'D')),
+    ('decoder/final_norm/scale', 'D', 'model.norm.weight', 'D'),
+    ('head/kernel', 'DV', 'lm_head.weight', 'V D'))
+
+HF = hf.HuggingFace(
+    'llama', 'LlamaForCausalLM',
+    names=NAMES + hf.under(
+        'decoder/layers/ffn', 'model.layers.{n}.mlp',
+        *hf.dense('gate', 'DF', 'gate_proj', 'F D'),
+        *hf.dense('up', 'DF', 'up_proj', 'F D'),
+        *hf.dense('down', 'FD', 'down_proj', 'D F')),
+    fields={
+        'd_model': ('hidden_size', 4096),
+        'num_layers': ('num_hidden_layers', 32),
+        'num_heads': ('num_attention_heads', 32),
+        'num_kv_heads': ('num_key_value_heads',
+                         lambda fields: fields['num_heads']),
+        'head_dim': ('head_dim',
+                     lambda fields: fields['d_model'] // fields['num_heads']),
+        'd_ff': ('intermediate_size', 11008),
+        'vocab_size': ('vocab_size', 32000),
+        'max_len': ('max_position_embeddings', 2048),
+        'norm_eps': ('rms_norm_eps', 1e-6),
+        'ffn': ('hidden_act', 'silu', hf.GATED),
+        'attention_bias': ('attention_bias', False),
+        'ffn_bias': ('mlp_bias', False),
+        'tie_embeddings': ('tie_word_embeddings', False)},
+    only=dict(rope_interleaved=False),
+    unread=('is_llama_config',),  # of SmolLM2
+    read=_read, write=_write,
+    tied={'lm_head.weight': 'model.embed_tokens.weight'},
+    spellings=(('model.', ''),),
+    ignored=(r'.*\.rotary_emb\.inv_freq',))

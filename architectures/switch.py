@@ -22,88 +22,85 @@ Where transformers deviates from the paper, and what is done here:
 """
 
 from architectures import t5
+from architectures.parts import hf
+from architectures.parts.config import ModelConfig
 from architectures.parts.encoder_decoder import EncoderDecoder
 from configs.errors import require
 
 
 class Switch(EncoderDecoder):
   """source [B, M], target [B, L] -> Output; see EncoderDecoder."""
+  PARTS = dict(position='relative', norm='rmsnorm', block='pre_norm',
+               attention='global', attention_bias=False, attention_scale=1.0,
+               ffn='moe', ffn_bias=False, tie_embeddings=True,
+               logits_scale=0.0,
+               moe=dict(router='switch', top_k=1, ffn='relu', every=2))
 
 
-HF_MODEL = 'switch_transformers', 'SwitchTransformersForConditionalGeneration'
-HF_SPELLINGS = ()
-HF_TIED = t5.HF_TIED
-HF_IGNORED = t5.HF_IGNORED
-HF_NAMES = t5.shared_names() + tuple(
-    (f'{stack}/layers/ffn/{ours}', axes,
-     f'{stack}.block.{{n}}.layer.{last}.mlp.{theirs}.weight', their_axes)
-    for stack, last in (('encoder', 1), ('decoder', 2))
-    for ours, axes, theirs, their_axes in (
-        ('up', 'DF', 'wi', 'F D'), ('down', 'FD', 'wo', 'D F'),
-        ('router', 'DE', 'router.classifier', 'E D'),
-        ('up', 'EDF', 'experts.expert_{e}.wi', 'F D'),
-        ('down', 'EFD', 'experts.expert_{e}.wo', 'D F')))
 FFNS = {'relu': 'relu', 'gelu_new': 'gelu_tanh', 'gelu': 'gelu'}
 ANY_CAPACITY = 2 ** 20  # an expert_capacity that no sequence fills
 
 
-def from_hf_config(hf) -> dict:
-  """Returns the fields of config.model that a switch config.json gives."""
-  fields = t5.shared_fields(hf)
-  every = _every(hf, 'encoder', fields['num_layers'])
-  require(every == _every(hf, 'decoder', fields['num_decoder_layers']),
+def _read(reader: hf.Reader, fields: dict) -> dict:
+  every = _every(reader, 'encoder', fields['num_layers'])
+  require(every == _every(reader, 'decoder', fields['num_decoder_layers']),
           'config.json has experts in another share of the decoder\'s layers '
           'than of the encoder\'s: only equal shares are known here')
-  hf.must(router_bias=False, router_dtype='float32')
-  # The reference does not read these.
-  hf.passes('router_ignore_padding_tokens', 'add_router_probs')
-  # Published files have these; the reference reads none of them any more.
-  hf.must(feed_forward_proj=hf('dense_act_fn', 'relu'), is_gated_act=False,
-          router_type='tokens_masked', batch_prioritized_routing=False)
-  experts, ffn = hf('num_experts', 8), hf.choose('dense_act_fn', 'relu', FFNS)
-  slots, group = hf('expert_capacity', 64), hf('moe_group_size', 0)
-  factor = slots * experts / (group or fields['max_len'])
+  reader.must(feed_forward_proj=reader('dense_act_fn', 'relu'))
+  slots, group = reader('expert_capacity', 64), reader('moe_group_size', 0)
+  factor = slots * fields['moe.num_experts'] / (group or fields['max_len'])
   if not group and slots < ANY_CAPACITY:
-    hf.notes.append(
+    reader.notes.append(
         f'config.json has expert_capacity {slots}: transformers drops what more'
         f' than {slots} tokens of a sequence send to one expert, in evaluation '
         'too, and this import drops nothing. The two compute the same for '
         f'sequences of up to {slots} tokens, and may differ for longer ones')
-  tied = hf('tie_word_embeddings', True)
-  return fields | dict(
-      ffn='moe', tie_embeddings=tied,
-      logits_scale=fields['d_model'] ** -0.5 if tied else 1.0,
-      moe=dict(router='switch', top_k=1, num_experts=experts, every=every,
-               ffn=ffn, jitter=hf('router_jitter_noise', 0.01),
-               group_size=group, capacity_factor=factor,
-               eval_capacity_factor=factor if group else 0.0,
-               balance_weight=hf('router_aux_loss_coef', 0.001),
-               z_loss_weight=hf('router_z_loss_coef', 0.001)))
+  return t5.head(fields, fields['tie_embeddings']) | dict(moe=dict(
+      every=every, group_size=group, capacity_factor=factor,
+      eval_capacity_factor=factor if group else 0.0))
 
 
-def _every(hf, stack: str, layers: int) -> int:
-  sparse = hf(f'num_sparse_{stack}_layers', 3)
-  hf.passes(f'{stack}_sparse_step')  # derived
+def _every(reader: hf.Reader, stack: str, layers: int) -> int:
+  sparse = reader(f'num_sparse_{stack}_layers', 3)
+  reader.passes(f'{stack}_sparse_step')  # derived
   every = layers // sparse if sparse else 0
   require(every in (1, 2), f'config.json has num_sparse_{stack}_layers '
           f'{sparse} of {layers}: all or every other are known here')
   return every
 
 
-def to_hf_config(c) -> dict:
-  """Returns what a switch config.json says of the config `c`."""
+def _write(c: ModelConfig) -> dict:
   m = c.moe
-  names = {ours: theirs for theirs, ours in FFNS.items()}
-  require(c.ffn == 'moe' and m.ffn in names,
-          f'model.ffn is {c.ffn!r} with model.moe.ffn {m.ffn!r}: a switch '
-          f'config.json knows moe with {", ".join(names)}')
+  require(c.ffn == 'moe', f'model.ffn is {c.ffn!r}: a switch config.json can '
+          'only say moe')
   factor = m.eval_capacity_factor
   slots = -int(-factor * m.group_size // m.num_experts) if factor else 0
-  tree = t5.shared_hf_config(c) | dict(
-      num_experts=m.num_experts, dense_act_fn=names[m.ffn],
+  return t5.write(c) | dict(
       num_sparse_encoder_layers=c.num_layers // m.every,
       num_sparse_decoder_layers=c.num_decoder_layers // m.every,
-      expert_capacity=slots or ANY_CAPACITY, router_jitter_noise=m.jitter,
-      router_aux_loss_coef=m.balance_weight,
-      router_z_loss_coef=m.z_loss_weight)
-  return tree | (dict(moe_group_size=m.group_size) if slots else {})
+      expert_capacity=slots or ANY_CAPACITY) | (
+          dict(moe_group_size=m.group_size) if slots else {})
+
+
+HF = hf.HuggingFace(
+    'switch_transformers', 'SwitchTransformersForConditionalGeneration',
+    names=t5.names(*hf.under(
+        'ffn', 'mlp', ('up', 'DF', 'wi.weight', 'F D'),
+        ('down', 'FD', 'wo.weight', 'D F'),
+        ('router', 'DE', 'router.classifier.weight', 'E D'),
+        ('up', 'EDF', 'experts.expert_{e}.wi.weight', 'F D'),
+        ('down', 'EFD', 'experts.expert_{e}.wo.weight', 'D F'))),
+    fields=t5.FIELDS | {
+        'moe.ffn': ('dense_act_fn', 'relu', FFNS),
+        'moe.num_experts': ('num_experts', 8),
+        'moe.jitter': ('router_jitter_noise', 0.01),
+        'moe.balance_weight': ('router_aux_loss_coef', 0.001),
+        'moe.z_loss_weight': ('router_z_loss_coef', 0.001)},
+    # Published files have the last three; the reference does not read them.
+    only=dict(is_encoder_decoder=True, router_bias=False,
+              router_dtype='float32', is_gated_act=False,
+              router_type='tokens_masked', batch_prioritized_routing=False),
+    # The reference does not read the last two.
+    unread=('is_decoder', 'add_cross_attention',
+            'router_ignore_padding_tokens', 'add_router_probs'),
+    read=_read, write=_write, tied=t5.HF.tied, ignored=t5.HF.ignored)

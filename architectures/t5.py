@@ -16,121 +16,112 @@ embedding, on what each part adds to the residual stream, and with
 attention_dropout and ffn_dropout on attention weights and hidden units.
 """
 
+from architectures.parts import hf
+from architectures.parts.config import ModelConfig
 from architectures.parts.encoder_decoder import EncoderDecoder
 from configs.errors import require
 
 
 class T5(EncoderDecoder):
   """source [B, M], target [B, L] -> Output; see EncoderDecoder."""
+  PARTS = dict(position='relative', norm='rmsnorm', block='pre_norm',
+               attention='global', attention_bias=False, attention_scale=1.0,
+               ffn='relu', ffn_bias=False, tie_embeddings=True,
+               logits_scale=0.0)
 
 
-def attention_names(stack: str, layer: int, part: str, ours: str):
-  """Rows of one attention and of the norm before it."""
-  theirs = f'{stack}.block.{{n}}.layer.{layer}'
-  norm = ours.replace('attention', 'norm') if 'cross' in ours else (
-      f'{ours}_norm')
+def layers(stack: str, *ffn: hf.Row) -> tuple[hf.Row, ...]:
+  """Returns the rows of a stack, of which `ffn` are the feed-forward
+  network's; Switch has the others too."""
+  def attention(layer: int, part: str, ours: str, norm: str):
+    return hf.under(
+        f'{stack}/layers', f'{stack}.block.{{n}}.layer.{layer}',
+        *hf.under(ours, part, ('query', 'DHK', 'q.weight', 'HK D'),
+                  ('key', 'DHK', 'k.weight', 'HK D'),
+                  ('value', 'DHK', 'v.weight', 'HK D'),
+                  ('out', 'HKD', 'o.weight', 'D HK')),
+        (f'{norm}/scale', 'D', 'layer_norm.weight', 'D'))
+  last = 1 if stack == 'encoder' else 2
+  cross = () if stack == 'encoder' else attention(
+      1, 'EncDecAttention', 'cross_attention', 'cross_norm')
   return (
-      *((f'{stack}/layers/{ours}/{name}', 'DHK',
-         f'{theirs}.{part}.{letter}.weight', 'HK D')
-        for name, letter in (('query', 'q'), ('key', 'k'), ('value', 'v'))),
-      (f'{stack}/layers/{ours}/out', 'HKD', f'{theirs}.{part}.o.weight',
-       'D HK'),
-      (f'{stack}/layers/{norm}/scale', 'D', f'{theirs}.layer_norm.weight',
+      (f'{stack}/relative_bias/table', 'UH', f'{stack}.block.0.layer.0.'
+       'SelfAttention.relative_attention_bias.weight', 'U H'),
+      *attention(0, 'SelfAttention', 'attention', 'attention_norm'), *cross,
+      *hf.under(f'{stack}/layers', f'{stack}.block.{{n}}.layer.{last}',
+                ('ffn_norm/scale', 'D', 'layer_norm.weight', 'D'), *ffn),
+      (f'{stack}/final_norm/scale', 'D', f'{stack}.final_layer_norm.weight',
        'D'))
 
 
-def shared_names():
-  """Rows of all but the feed-forward networks, as Switch has them too."""
-  rows = [('embed/tokens', 'VD', 'shared.weight', 'V D'),
-          ('head/kernel', 'DV', 'lm_head.weight', 'V D')]
-  for stack, last in (('encoder', 1), ('decoder', 2)):
-    rows += [
-        (f'{stack}/relative_bias/table', 'UH', f'{stack}.block.0.layer.0.'
-         'SelfAttention.relative_attention_bias.weight', 'U H'),
-        *attention_names(stack, 0, 'SelfAttention', 'attention'),
-        (f'{stack}/layers/ffn_norm/scale', 'D',
-         f'{stack}.block.{{n}}.layer.{last}.layer_norm.weight', 'D'),
-        (f'{stack}/final_norm/scale', 'D', f'{stack}.final_layer_norm.weight',
-         'D')]
-  rows += attention_names('decoder', 1, 'EncDecAttention', 'cross_attention')
-  return tuple(rows)
+def names(*ffn: hf.Row) -> tuple[hf.Row, ...]:
+  """Returns the rows of both stacks, and of the embedding and the head."""
+  return (('embed/tokens', 'VD', 'shared.weight', 'V D'),
+          ('head/kernel', 'DV', 'lm_head.weight', 'V D'),
+          *layers('encoder', *ffn), *layers('decoder', *ffn))
 
 
-HF_MODEL = 't5', 'T5ForConditionalGeneration'
-HF_SPELLINGS = ()
-HF_TIED = {'encoder.embed_tokens.weight': 'shared.weight',
-           'decoder.embed_tokens.weight': 'shared.weight',
-           'lm_head.weight': 'shared.weight'}
-# Old files hold a table that the reference does not use either.
-HF_IGNORED = (r'decoder\.block\.0\.layer\.1\.EncDecAttention\.'
-              r'relative_attention_bias\.weight',)
+def _names(c: ModelConfig) -> tuple[hf.Row, ...]:
+  gated = c.ffn in ('geglu_tanh', 'swiglu')
+  return names(*hf.under(
+      'ffn', 'DenseReluDense', ('gate', 'DF', 'wi_0.weight', 'F D'),
+      ('up', 'DF', f'{"wi_1" if gated else "wi"}.weight', 'F D'),
+      ('down', 'FD', 'wo.weight', 'D F')))
+
+
 FFNS = {'relu': 'relu', 'gated-gelu': 'geglu_tanh', 'gated-silu': 'swiglu'}
+FIELDS = {
+    'vocab_size': ('vocab_size', 32128),
+    'd_model': ('d_model', 512),
+    'head_dim': ('d_kv', 64),
+    'd_ff': ('d_ff', 2048),
+    'num_layers': ('num_layers', 6),
+    'num_decoder_layers': ('num_decoder_layers',
+                           lambda fields: fields['num_layers']),
+    'num_heads': ('num_heads', 8),
+    'max_len': ('n_positions', 512),
+    'norm_eps': ('layer_norm_epsilon', 1e-6),
+    'relative.buckets': ('relative_attention_num_buckets', 32),
+    'relative.max_distance': ('relative_attention_max_distance', 128),
+    'tie_embeddings': ('tie_word_embeddings', True),
+}
 
 
-def hf_names(c):
-  """Returns the name table: a gated network's has other names."""
-  up = 'wi_1' if c.ffn in ('geglu_tanh', 'swiglu') else 'wi'
-  return shared_names() + tuple(
-      (f'{stack}/layers/ffn/{ours}', axes,
-       f'{stack}.block.{{n}}.layer.{last}.DenseReluDense.{theirs}.weight',
-       their_axes)
-      for stack, last in (('encoder', 1), ('decoder', 2))
-      for ours, axes, theirs, their_axes in (
-          ('gate', 'DF', 'wi_0', 'F D'), ('up', 'DF', up, 'F D'),
-          ('down', 'FD', 'wo', 'D F')))
+def head(fields: dict, tied: bool) -> dict:
+  """Returns the fields of a head that is scaled where it is tied."""
+  return dict(tie_embeddings=tied,
+              logits_scale=fields['d_model'] ** -0.5 if tied else 1.0)
 
 
-def shared_fields(hf) -> dict:
-  """Returns the fields of config.model that T5 and Switch have alike."""
-  hf.must(is_encoder_decoder=True)
-  hf.passes('is_decoder', 'add_cross_attention')  # of the stacks
-  layers = hf('num_layers', 6)
-  return dict(
-      vocab_size=hf('vocab_size', 32128), d_model=hf('d_model', 512),
-      head_dim=hf('d_kv', 64), d_ff=hf('d_ff', 2048), num_layers=layers,
-      num_decoder_layers=hf('num_decoder_layers', layers),
-      num_heads=hf('num_heads', 8), max_len=hf('n_positions', 512),
-      norm='rmsnorm', norm_eps=hf('layer_norm_epsilon', 1e-6),
-      position='relative',
-      relative=dict(buckets=hf('relative_attention_num_buckets', 32),
-                    max_distance=hf('relative_attention_max_distance', 128)),
-      attention_scale=1.0, attention_bias=False, ffn_bias=False)
-
-
-def from_hf_config(hf) -> dict:
-  """Returns the fields of config.model that a t5 config.json gives."""
-  ffn = hf.choose('feed_forward_proj', 'relu', FFNS)
+def _read(reader: hf.Reader, fields: dict) -> dict:
   # Derived from it where a file has neither; where it has, they count.
-  name = hf('feed_forward_proj', 'relu')
-  hf.must(dense_act_fn='gelu_new' if ffn == 'geglu_tanh'
-          else name.removeprefix('gated-'),
-          is_gated_act=name.startswith('gated-'))
+  name = hf.theirs(FFNS, fields['ffn'], 'ffn')
+  reader.must(dense_act_fn='gelu_new' if name == 'gated-gelu'
+              else name.removeprefix('gated-'),
+              is_gated_act=name.startswith('gated-'))
   # transformers ties v1.1 in name, and tells it by the missing scale.
-  require(not hf.is_null('scale_decoder_outputs'),
+  require(not reader.is_null('scale_decoder_outputs'),
           'config.json has scale_decoder_outputs null, which transformers '
           'takes for false: write true or false')
-  scaled = hf('scale_decoder_outputs', hf('tie_word_embeddings', True))
-  fields = shared_fields(hf)
-  return fields | dict(
-      ffn=ffn, tie_embeddings=scaled,
-      logits_scale=fields['d_model'] ** -0.5 if scaled else 1.0)
+  return head(fields, reader('scale_decoder_outputs',
+                             fields['tie_embeddings']))
 
 
-def shared_hf_config(c) -> dict:
-  """Returns what config.json says of T5 and Switch alike."""
-  return dict(
-      vocab_size=c.vocab_size, d_model=c.d_model, d_kv=c.head_dim, d_ff=c.d_ff,
-      num_layers=c.num_layers, num_decoder_layers=c.num_decoder_layers,
-      num_heads=c.num_heads, n_positions=c.max_len,
-      relative_attention_num_buckets=c.relative.buckets,
-      relative_attention_max_distance=c.relative.max_distance,
-      layer_norm_epsilon=c.norm_eps, tie_word_embeddings=c.tie_embeddings,
-      is_encoder_decoder=True, decoder_start_token_id=0, pad_token_id=0)
+def write(c: ModelConfig) -> dict:
+  """Returns what every T5 or Switch says."""
+  return dict(is_encoder_decoder=True, decoder_start_token_id=0,
+              pad_token_id=0)
 
 
-def to_hf_config(c) -> dict:
-  """Returns what a t5 config.json says of the config `c`."""
-  names = {ours: theirs for theirs, ours in FFNS.items()}
-  require(c.ffn in names, f'model.ffn is {c.ffn!r}: a t5 config.json knows '
-          f'{", ".join(names)}')
-  return shared_hf_config(c) | dict(feed_forward_proj=names[c.ffn])
+HF = hf.HuggingFace(
+    't5', 'T5ForConditionalGeneration', names=_names,
+    fields=FIELDS | {'ffn': ('feed_forward_proj', 'relu', FFNS)},
+    only=dict(is_encoder_decoder=True),
+    unread=('is_decoder', 'add_cross_attention'),  # of the stacks
+    read=_read, write=write,
+    tied={'encoder.embed_tokens.weight': 'shared.weight',
+          'decoder.embed_tokens.weight': 'shared.weight',
+          'lm_head.weight': 'shared.weight'},
+    # Old files hold a table that the reference does not use either.
+    ignored=(r'decoder\.block\.0\.layer\.1\.EncDecAttention\.'
+             r'relative_attention_bias\.weight',))

@@ -110,11 +110,11 @@ def load(module: nn.Module, source: Mapping[str, np.ndarray], *, like=None,
       one device.
     partial, seed: as for from_hf.
   """
-  page = architectures.page(module.config.arch)
+  page = architectures.hugging_face(module.config.arch)
   like = nn.meta.unbox(like or state_lib.abstract_params(module))
   shapes = {path: leaf.shape for path, leaf in paths.flatten(like).items()}
   names = _Names(page, source)
-  rows = hf_names.rows(page, module.config)
+  rows = page.rows(module.config)
   _check_number(hf_names.count(rows, shapes), source, partial)
   tensors = hf_names.expand(rows, shapes)
   fills: dict[str, list] = {path: [] for path in shapes}
@@ -159,7 +159,7 @@ class _Names:
 
   def find(self, name: str) -> str:
     spellings = [name]
-    for usual, other in self._page.HF_SPELLINGS:
+    for usual, other in self._page.spellings:
       spellings += [s.replace(usual, other, 1) for s in spellings
                     if usual in s]
     return next((s for s in spellings if s in self._source), name)
@@ -208,11 +208,11 @@ class _Names:
   def unused(self, tensors) -> list[str]:
     """Returns a line for each tensor of the files that has no place."""
     used = {self.find(tensor.name) for tensor in tensors}
-    tied = {self.find(name): twin for name, twin in self._page.HF_TIED.items()}
+    tied = {self.find(name): twin for name, twin in self._page.tied.items()}
     lines = []
     for name in self._source:
       if name in used or any(re.fullmatch(pattern, name)
-                             for pattern in self._page.HF_IGNORED):
+                             for pattern in self._page.ignored):
         continue
       if name not in tied:
         lines.append(f'{name} of the files has no place in the model')
@@ -297,8 +297,8 @@ def to_hf(module: nn.Module, params, folder, *, dtype: str = '',
   if generation is not None:
     tree |= generation.fields
   flat = paths.flatten(nn.meta.unbox(params))
-  page = architectures.page(config.arch)
-  tensors = hf_names.expand(hf_names.rows(page, config),
+  page = architectures.hugging_face(config.arch)
+  tensors = hf_names.expand(page.rows(config),
                             {path: leaf.shape for path, leaf in flat.items()})
   kinds = {tensor.name: hf_files.Kind(
       tensor.shape, np.dtype(dtype or flat[tensor.paths[0]].dtype))

@@ -1,10 +1,103 @@
-"""What several pages say alike of a Hugging Face config.json."""
+"""What a page says of its system in the Hugging Face format, in one record.
 
-from typing import Any
+A page ends with `HF = HuggingFace(...)`; of a page, training/weights.py and
+training/hf/ read that record and nothing else. A system that transformers does
+not have has no `HF`. tests/architectures/pages_test.py checks every record.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+import re
+from typing import Any, NamedTuple
 
 from architectures.parts import positions
 from architectures.parts.config import ModelConfig, rotary_dim
 from configs.errors import RequestError, require
+
+# The path of a parameter, its axes, the name of the tensor in a file, its axes.
+Row = tuple[str, str, str, str]
+Reader = Any  # of a config.json: training/hf/config.py, a room above
+
+
+class HuggingFace(NamedTuple):
+  """How a system's config and weights stand in a Hugging Face folder.
+
+  A row of `names` is (our path, our axes, their name, their axes):
+
+    ('decoder/layers/attention/query', 'DHK',
+     'model.layers.{n}.self_attn.q_proj.weight', 'HK D')
+
+  Axes are letters of the legend, or U where it has none, of which only the
+  order and the grouping count: a blank ends a dimension of theirs, and HK is
+  one dimension of size H*K. {n} is the layer, counted through the blocks of
+  the period. {e} is an expert, axis E of ours. 'query|key|value' are several
+  parameters of ours in one tensor of theirs, along its axis 3. A row is passed
+  over where the model has no such parameter with as many axes, so that a dense
+  and an expert ffn/up may both have one.
+
+  The import starts from the system's PARTS, then reads `fields`, then `read`;
+  the export writes `fields`, then `write`.
+
+  Attributes:
+    model_type: of config.json, which tells whose weights a folder holds.
+    architecture: of config.json, the name of transformers' class.
+    names: the rows, or a function of the ModelConfig that returns them.
+    fields: {field of config.model: (field of config.json, default)}, or with
+      {their word: ours} as a third item. Of 'a|b' the import takes the first
+      that is there, and the export writes the last. A default is what
+      transformers takes where the field is missing; it may be a function of
+      the fields that were read before it.
+    only: {field of config.json: the one value that is known here}.
+    unread: fields of config.json that do not change what is computed.
+    read: (the Reader, the fields that were read) -> further fields of ours.
+    write: ModelConfig -> further fields of config.json.
+    tied: {tensor: the tensor whose values it must have}.
+    spellings: (part of a name, what some files have in its place).
+    ignored: patterns of the names of tensors that hold no weights.
+    fixed: token ids that an export writes as `write` has them, whatever the
+      tokenizer of the run says.
+  """
+  model_type: str
+  architecture: str
+  names: Sequence[Row] | Callable[[ModelConfig], Sequence[Row]]
+  fields: Mapping[str, tuple]
+  only: Mapping[str, Any] = {}
+  unread: Sequence[str] = ()
+  read: Callable[[Reader, dict], dict] = lambda hf, fields: {}
+  write: Callable[[ModelConfig], dict] = lambda c: {}
+  tied: Mapping[str, str] = {}
+  spellings: Sequence[tuple[str, str]] = ()
+  ignored: Sequence[str] = ()
+  fixed: Sequence[str] = ()
+
+  def rows(self, c: ModelConfig) -> Sequence[Row]:
+    """Returns the rows of `names` for the config `c`."""
+    return self.names(c) if callable(self.names) else self.names
+
+
+def under(ours: str, theirs: str, *rows: Row) -> tuple[Row, ...]:
+  """Returns the rows with a folder of ours and a prefix of theirs before each.
+  """
+  return tuple((f'{ours}/{row[0]}', row[1], f'{theirs}.{row[2]}', row[3])
+               for row in rows)
+
+
+def norm(ours: str, theirs: str) -> tuple[Row, Row]:
+  """Returns the rows of a LayerNorm's scale and bias."""
+  return ((f'{ours}/scale', 'D', f'{theirs}.weight', 'D'),
+          (f'{ours}/bias', 'D', f'{theirs}.bias', 'D'))
+
+
+def dense(ours: str, axes: str, theirs: str, their_axes: str
+          ) -> tuple[Row, Row]:
+  """Returns the rows of a matrix and of its bias, which has the axes of the
+  output: the last ones of ours."""
+  out = next(dim for dim in their_axes.split()
+             if axes.endswith(re.sub(r'\d', '', dim)))
+  experts = 'E' if '{e}' in theirs else ''
+  biases = '|'.join(f'{name}_bias' for name in ours.split('|'))
+  return ((ours, axes, f'{theirs}.weight', their_axes),
+          (biases, experts + re.sub(r'\d', '', out), f'{theirs}.bias', out))
+
 
 # hidden_act: our ffn. Where two names mean one function, export takes the
 # first. gelu_fast and gelu_new are the same tanh approximation.
@@ -17,19 +110,20 @@ SCALINGS = {'default': 'none', 'linear': 'linear', 'llama3': 'llama3',
             'yarn': 'yarn'}
 
 
-def theirs(choices: dict[str, str], ours: str) -> str:
-  """Returns the first of their names for `ours`.
+def theirs(choices: Mapping[str, str], ours: str, field: str) -> str:
+  """Returns the first of their words for `ours`, the value of model.`field`.
 
   Raises:
-    ValueError: naming `ours` where they have none.
+    RequestError: where they have none.
   """
-  names = [name for name, value in choices.items() if value == ours]
-  require(names, f'{ours!r} has no counterpart in this config.json: choose '
-          f'from {", ".join(dict.fromkeys(choices.values()))}')
-  return names[0]
+  words = [word for word, value in choices.items() if value == ours]
+  known = ', '.join(dict.fromkeys(choices.values()))
+  require(words, f'model.{field} is {ours!r}, which has no counterpart in this '
+          f'config.json: choose from {known}')
+  return words[0]
 
 
-def read_rope(hf, *, theta: tuple[str, float] = ('rope_theta', 10000.0),
+def read_rope(hf: Reader, *, theta: tuple[str, float] = ('rope_theta', 10000.0),
               fraction: tuple[str, float] | None = None) -> dict:
   """Returns model.rope, of a new config.json (rope_parameters) or an old one
   (rope_theta, rope_scaling).
@@ -74,7 +168,8 @@ def read_rope(hf, *, theta: tuple[str, float] = ('rope_theta', 10000.0),
   return rope
 
 
-def _fraction(hf, rope, named: tuple[str, float] | None) -> float:
+def _fraction(hf: Reader, rope: Reader, named: tuple[str, float] | None
+              ) -> float:
   if named:
     return rope('partial_rotary_factor', hf(*named))
   for where in (rope, hf):
@@ -104,7 +199,8 @@ def write_rope(c: ModelConfig, *, whole_heads: bool = True) -> dict:
         "model.rope.scaling is 'ntk', which config.json has not: it is the "
         'same as scaling none with model.rope.theta '
         f'{positions.ntk_theta(r, rotary_dim(c))!r}')
-  rope = dict(rope_type=theirs(SCALINGS, r.scaling), rope_theta=r.theta)
+  rope = dict(rope_type=theirs(SCALINGS, r.scaling, 'rope.scaling'),
+              rope_theta=r.theta)
   if not whole_heads:
     rope['partial_rotary_factor'] = r.fraction
   if r.scaling != 'none':
@@ -117,15 +213,3 @@ def write_rope(c: ModelConfig, *, whole_heads: bool = True) -> dict:
   if r.scaling in ('llama3', 'yarn'):
     rope['original_max_position_embeddings'] = r.original_len
   return rope
-
-
-def read_window(hf, default: int = 0) -> dict:
-  """Returns the fields for a sliding window on every layer, or on none."""
-  window = hf('sliding_window', default)
-  return dict(sliding_window=window,
-              attention='banded' if window else 'global')
-
-
-def write_window(c: ModelConfig) -> int | None:
-  """Returns sliding_window, null where all layers see everything."""
-  return c.sliding_window or None

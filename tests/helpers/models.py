@@ -13,7 +13,7 @@ SYSTEMS = architectures.files()
 DECODERS = architectures.files('decoder')
 # Those that transformers has too.
 PUBLISHED = [architectures.file_name(arch) for arch in architectures.systems()
-             if hasattr(architectures.page(arch), 'HF_MODEL')]
+             if hasattr(architectures.page(arch), 'HF')]
 
 
 def config(system: str = 'gpt', **changes):

@@ -100,7 +100,7 @@ def _theirs(system: str, folder, inputs):
 def asked(tree: dict[str, Any]) -> set[str]:
   """Returns the names of all fields that our page asks for."""
   hf = hf_config.Reader(tree)
-  architectures.page(hf_config.pages()[hf.model_type]).from_hf_config(hf)
+  hf_config.model_of(hf)
   return hf.asked
 
 

@@ -1,14 +1,15 @@
 """Hugging Face's config.json: read field by field, nothing passed over.
 
-A page's from_hf_config(hf) asks for each field that it honours, and says of
-others which value alone it knows. What is left must be a field that never
-changes what a model computes; any other is refused by name. The default with
-which a page asks for a field says of what type its value must be.
+The record of a page (architectures/parts/hf.py) asks for each field that it
+honours, and says of others which value alone it knows. What is left must be a
+field that never changes what a model computes; any other is refused by name.
+The default with which a field is asked for says of what type it must be.
 """
 
 from collections.abc import Mapping
 import dataclasses
 import math
+import operator
 import pathlib
 import re
 from typing import Any
@@ -18,6 +19,7 @@ from configs import base
 import ml_collections
 
 import architectures
+from architectures.parts import hf as page_record
 from architectures.parts.config import ModelConfig
 from architectures.parts.moe import routing
 from configs.errors import one_of, require, short
@@ -167,13 +169,6 @@ def _typed(what: str, value: Any, default: Any) -> Any:
   return value
 
 
-def pages() -> dict[str, str]:
-  """Returns {model_type of config.json: arch}."""
-  return {architectures.page(arch).HF_MODEL[0]: arch
-          for arch in architectures.systems()
-          if hasattr(architectures.page(arch), 'HF_MODEL')}
-
-
 def read(tree: dict[str, Any]) -> ModelConfig:
   """Returns the model that a config.json describes; see `fields`."""
   return architectures.resolve(fields(tree))
@@ -193,13 +188,38 @@ def fields_and_notes(tree: dict[str, Any]
   """Returns `fields`, and a sentence for each thing that the file says and an
   import does not do."""
   hf = Reader(tree)
-  known = pages()
-  one_of('model_type of config.json', hf.model_type, known)
-  found = architectures.page(known[hf.model_type]).from_hf_config(hf)
+  model = model_of(hf)
   hf.finish()
-  model = base.base().model
-  model.update(arch=known[hf.model_type], **found)
   return model, hf.notes
+
+
+def model_of(hf: Reader) -> ml_collections.ConfigDict:
+  """Returns config.model as the page of its model_type reads a config.json."""
+  archs = {architectures.hugging_face(arch).model_type: arch
+           for arch in architectures.systems()
+           if hasattr(architectures.page(arch), 'HF')}
+  one_of('model_type of config.json', hf.model_type, archs)
+  arch = archs[hf.model_type]
+  page = architectures.hugging_face(arch)
+  found: dict[str, Any] = {}
+  for name, row in page.fields.items():
+    found[name] = _field(hf, found, *row)
+  hf.must(**page.only)
+  hf.passes(*page.unread)
+  model = base.base().model
+  model.update(architectures.systems()[arch].PARTS, arch=arch)
+  model.update_from_flattened_dict(found)
+  model.update(page.read(hf, found))
+  return model
+
+
+def _field(hf: Reader, found: dict[str, Any], names: str, default: Any,
+           *choices: dict[str, str]) -> Any:
+  """Returns what config.json has for one of the page's `fields`."""
+  value = default(found) if callable(default) else default
+  for name in reversed(names.split('|')):
+    value = (hf.choose if choices else hf)(name, value, *choices)
+  return value
 
 
 def write(config: ModelConfig) -> dict[str, Any]:
@@ -208,13 +228,15 @@ def write(config: ModelConfig) -> dict[str, Any]:
   Raises:
     ValueError: naming a field that a config.json cannot say.
   """
-  page = architectures.page(config.arch)
-  require(hasattr(page, 'HF_MODEL'),
-          f'model.arch {config.arch!r} has no counterpart in transformers')
-  model_type, name = page.HF_MODEL
-  tree = dict(model_type=model_type, architectures=[name],
-              **page.to_hf_config(config))
-  check_same(config, read(tree), f'a {model_type} config.json cannot say that')
+  page = architectures.hugging_face(config.arch)
+  tree = dict(model_type=page.model_type, architectures=[page.architecture])
+  for ours, (names, _, *choices) in page.fields.items():
+    value = operator.attrgetter(ours)(config)
+    tree[names.split('|')[-1]] = (
+        page_record.theirs(*choices, value, ours) if choices else value)
+  tree |= page.write(config)
+  check_same(config, read(tree),
+             f'a {page.model_type} config.json cannot say that')
   return tree
 
 

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import architectures
 from architectures.parts.config import ModelConfig
-from architectures.parts.encoder_decoder import EncoderDecoder
 from configs.errors import require
 from training import objectives
 from training.data import pairs
@@ -55,14 +54,14 @@ def of_run(config, model: ModelConfig, tokenizer) -> Generation:
   special = tokenizer.special_ids
   ids = {f'{name}_token_id': special.get(name)
          for name in ('bos', 'eos', 'pad')}
-  fixed = getattr(architectures.page(model.arch), 'HF_FIXED', ())
+  fixed = architectures.hugging_face(model.arch).fixed
   if not objectives.OBJECTIVES[config.objective].generates:
     return Generation(_without(ids, fixed), None)
   end = tokenizer.separator_id
   ids['eos_token_id'] = end
   if special.get('bos') is None:
     ids['bos_token_id'] = end
-  if isinstance(architectures.build(model), EncoderDecoder):
+  if architectures.stack(model) == 'encoder-decoder':
     ids['decoder_start_token_id'] = pairs.start_id(tokenizer)
   options = {name: value for name, value in ids.items() if value is not None}
   return Generation(_without(ids, fixed), options | dict(bos_token_id=end))

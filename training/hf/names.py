@@ -1,24 +1,18 @@
 """Name tables: where a parameter of ours stands in a Hugging Face file.
 
-A page's HF_NAMES has rows (ours, our axes, theirs, their axes):
-
-  ('decoder/layers/attention/query', 'DHK',
-   'model.layers.{n}.self_attn.q_proj.weight', 'HK D')
-
-Axes are letters of the legend, only their order and grouping count: a blank
-ends a dimension of theirs, and HK is one of size H*K. {n} is the layer,
-counted through the blocks of the period. {e} is an expert: axis E of ours.
-'query|key|value' are several of ours in one of theirs, along its axis 3 (or
-2). A row holds for parameters of as many axes, so that a dense and an expert
-ffn/up may both have one.
+The rows of a page, as architectures/parts/hf.py describes them, become one
+Tensor for each tensor of the files, which cuts our parameters out of theirs
+and joins them again.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
 import math
 from typing import NamedTuple
 
 import numpy as np
 
+from architectures.parts.hf import Row
 from configs.errors import RequestError
 
 
@@ -55,27 +49,33 @@ class Tensor(NamedTuple):
       which: of `paths`.
       ranges: (start, stop) of our axes, by letter.
     """
-    slices, shape, rest = [], [], []
-    for dim in self.axes.split():
-      start, size, narrow = 0, math.prod(self.sizes[a] for a in dim), True
-      for a in dim:
-        first, last = (which, which + 1) if a.isdigit() else ranges[a]
-        if narrow:  # each axis before has one index: the slice narrows on
-          size //= self.sizes[a]
-          start += first * size
-          shape.append(last - first)
-          rest.append(slice(None))
-          narrow = last - first == 1
-          stop = start + (last - first) * size
-        else:
-          shape.append(self.sizes[a])
-          rest.append(slice(first, last))
-      slices.append(slice(start, stop))
-    x = cut(tuple(slices)).reshape(shape)[tuple(rest)]
+    wanted = {**ranges, str(len(self.paths)): (which, which + 1)}
+    slices, shapes, indices = zip(*(
+        self._narrow(dim, wanted) for dim in self.axes.split()))
+    x = cut(slices).reshape(sum(shapes, ()))[sum(indices, ())]
     letters = self.axes.replace(' ', '')
-    x = x.squeeze(tuple(i for i, a in enumerate(letters) if a.isdigit()))
-    plain = ''.join(a for a in letters if not a.isdigit())
-    return x.transpose([plain.index(a) for a in self.ours])
+    fused = [a for a in letters if a.isdigit()]
+    x = x.transpose([letters.index(a) for a in (*self.ours, *fused)])
+    return x[..., 0] if fused else x
+
+  def _narrow(self, dim: str, ranges: Mapping[str, tuple[int, int]]
+              ) -> tuple[slice, tuple[int, ...], tuple[slice, ...]]:
+    """Returns the shortest slice of a dimension of theirs that holds `ranges`
+    of its axes, the shape of that slice by axis, and what to take of it.
+
+    The slice can be narrow in the axes of a single index and in the one after
+    them; of the axes that follow it holds all.
+    """
+    several = (i for i, a in enumerate(dim) if ranges[a][1] - ranges[a][0] != 1)
+    end = next(several, len(dim) - 1) + 1
+    narrow, whole = dim[:end], dim[end:]
+    first = int(np.ravel_multi_index([ranges[a][0] for a in narrow],
+                                     [self.sizes[a] for a in narrow]))
+    spans = tuple(ranges[a][1] - ranges[a][0] for a in narrow)
+    size = math.prod(self.sizes[a] for a in whole)
+    return (slice(first * size, (first + spans[-1]) * size),
+            spans + tuple(self.sizes[a] for a in whole),
+            (slice(None),) * end + tuple(slice(*ranges[a]) for a in whole))
 
   def join(self, ours: Sequence[np.ndarray]) -> np.ndarray:
     """Returns theirs, made of one array for each of `paths`."""
@@ -87,23 +87,22 @@ class Tensor(NamedTuple):
     return np.ascontiguousarray(x.reshape(self.shape))
 
 
-def rows(page, config) -> Sequence[tuple[str, str, str, str]]:
-  """Returns a page's table: HF_NAMES, or hf_names(config) where it varies."""
-  return page.hf_names(config) if hasattr(page, 'hf_names') else page.HF_NAMES
-
-
-def expand(rows: Sequence[tuple[str, str, str, str]],
+def expand(rows: Sequence[Row],
            shapes: Mapping[str, tuple[int, ...]]) -> list[Tensor]:
   """Returns every tensor of theirs for parameters of these shapes, by path.
 
   Raises:
-    ValueError: naming the parameters for which the table has no row.
+    RequestError: naming the parameters for which the table has no row.
   """
   tensors = []
-  for (ours, axes, theirs, their_axes), placed, layer, block in _placed(
+  for (_, axes, theirs, their_axes), paths, layers, experts in places(
       rows, shapes):
-    tensors += _one(axes, theirs, their_axes, placed, shapes[placed[0]], layer,
-                    block, _period(_paths(ours)[0], shapes))
+    sizes = dict(zip(axes, shapes[paths[0]][-len(axes):]))
+    inner = axes.replace('E', '') if '{e}' in theirs else axes
+    for (row, n), e in itertools.product(enumerate(layers), experts):
+      index = (() if n is None else (row,)) + (() if e is None else (e,))
+      tensors.append(Tensor(theirs.format(n=n, e=e), their_axes, paths, inner,
+                            index, sizes | {str(len(paths)): len(paths)}))
   covered = {path for tensor in tensors for path in tensor.paths}
   if bare := sorted(set(shapes) - covered):
     raise RequestError(
@@ -112,59 +111,33 @@ def expand(rows: Sequence[tuple[str, str, str, str]],
   return tensors
 
 
-def count(rows: Sequence[tuple[str, str, str, str]],
+def count(rows: Sequence[Row],
           shapes: Mapping[str, tuple[int, ...]]) -> int:
   """Returns how many tensors `expand` has, without making them."""
-  return sum(
-      (shapes[placed[0]][0] if layer is not None else 1)
-      * (shapes[placed[0]][axes.index('E') + (layer is not None)]
-         if '{e}' in theirs else 1)
-      for (_, axes, theirs, _), placed, layer, _ in _placed(rows, shapes))
+  return sum(len(layers) * len(experts)
+             for *_, layers, experts in places(rows, shapes))
 
 
-def _placed(rows, shapes):
-  """Yields (row, paths, first layer or None, block) for each row of the table
-  and each block of the period in which it has a parameter."""
+def places(rows: Sequence[Row], shapes: Mapping[str, tuple[int, ...]]
+           ) -> Iterator[tuple[Row, tuple[str, ...], Sequence, Sequence]]:
+  """Yields (row, our paths, layers, experts) for each row of the table and
+  each block of the period in which it has a parameter: which layers and which
+  experts have a tensor each, or (None,) where one tensor holds all."""
   for row in rows:
-    paths = _paths(row[0])
-    for layer, block in _layers(paths[0], shapes):
-      placed = tuple(p.replace('/layers/', f'/layers/block_{block}/')
-                     for p in paths)
-      shape = shapes.get(placed[0])
-      if shape is not None and len(shape) == len(row[1]) + (layer is not None):
-        yield row, placed, layer, block
-
-
-def _one(axes, theirs, their_axes, paths, shape, layer, block, period):
-  """Yields the tensors of one row in one block of the period."""
-  shape = list(shape)
-  rows = shape.pop(0) if layer is not None else 1
-  sizes = dict(zip(axes, shape)) | {str(len(paths)): len(paths)}
-  experts = range(sizes['E']) if '{e}' in theirs else (None,)
-  inner = axes.replace('E', '') if '{e}' in theirs else axes
-  for row in range(rows):
-    for e in experts:
-      index = ((row,) if layer is not None else ()) + (
-          (e,) if e is not None else ())
-      yield Tensor(theirs.format(n=row * period + block, e=e), their_axes,
-                   paths, inner, index, sizes)
-
-
-def _paths(ours: str) -> tuple[str, ...]:
-  """'a/query|key' -> ('a/query', 'a/key')."""
-  folder, _, names = ours.rpartition('/')
-  return tuple(f'{folder}/{name}'.lstrip('/') for name in names.split('|'))
-
-
-def _layers(path: str, shapes):
-  """Returns (first layer, block) for each block of the path's stack."""
-  if '/layers/' not in path:
-    return [(None, 0)]
-  return [(block, block) for block in range(_period(path, shapes))]
-
-
-def _period(path: str, shapes) -> int:
-  stack = path.partition('/layers/')[0] + '/layers/block_'
-  blocks = {p[len(stack):].partition('/')[0] for p in shapes
-            if p.startswith(stack)}
-  return len(blocks)
+    ours, axes, theirs, _ = row
+    folder, _, names = ours.rpartition('/')
+    stack, stacked, _ = ours.partition('/layers/')
+    period = len({path.split('/')[2] for path in shapes
+                  if path.startswith(f'{stack}/layers/')}) if stacked else 1
+    for block in range(period):
+      paths = tuple(
+          f'{folder}/{name}'.lstrip('/').replace(
+              '/layers/', f'/layers/block_{block}/')
+          for name in names.split('|'))
+      shape = shapes.get(paths[0], ())
+      if len(shape) == len(axes) + bool(stacked):
+        yield (row, paths,
+               range(block, block + period * shape[0], period) if stacked
+               else (None,),
+               range(shape[bool(stacked) + axes.index('E')])
+               if '{e}' in theirs else (None,))

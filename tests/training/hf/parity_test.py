@@ -74,7 +74,7 @@ def test_every_case_is_recorded():
 
 def test_every_architecture_with_a_reference_is_compared():
   with_reference = {arch for arch in architectures.systems()
-                    if hasattr(architectures.page(arch), 'HF_MODEL')}
+                    if hasattr(architectures.page(arch), 'HF')}
   assert with_reference == set(cases.SYSTEMS)
 
 

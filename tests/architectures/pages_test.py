@@ -1,0 +1,107 @@
+"""What a page says of its system: its parts are those that its config sets, and
+its record of Hugging Face's format names what there is."""
+
+import importlib
+import re
+
+import flax.linen as nn
+import pytest
+
+import architectures
+from configs import base
+from tests.helpers import models
+from training import paths, state
+from training.hf import config as hf_config, names as hf_names
+from training.workdir import run_config
+
+# What every page says, and what it says where that is not the usual.
+ALWAYS = {'position', 'norm', 'block', 'attention', 'ffn', 'tie_embeddings'}
+OF_EXPERTS = {'moe.router', 'moe.top_k', 'moe.ffn', 'moe.every'}
+SCALES = {'attention_scale', 'embed_scale', 'logits_scale', 'rope.fraction'}
+# The axes by which a sharding rule knows a parameter, and their letters.
+LETTERS = {'vocab': 'V', 'embed': 'D', 'heads': 'H', 'kv_heads': 'JH',
+           'head': 'K', 'mlp': 'F', 'experts': 'E', None: 'UDHEL'}
+# Models of a system that together have every parameter of its names.
+VARIANTS = (dict(), dict(tie_embeddings=False), dict(logits_bias=True),
+            dict(attention_bias=True, ffn_bias=True), dict(moe=dict(every=2)),
+            dict(ffn='geglu_tanh'))
+
+
+def config(system):
+  return importlib.import_module(f'configs.{system}').get_config('tiny').model
+
+
+@pytest.mark.parametrize('system', models.SYSTEMS)
+def test_a_page_names_the_parts_that_its_config_has(system):
+  model = run_config.flatten(config(system))
+  usual = run_config.flatten(base.base().model)
+  parts = run_config.flatten_dict(architectures.systems()[model['arch']].PARTS)
+  assert parts == {name: model[name] for name in parts}
+  changed = {
+      name for name, value in model.items() if value != usual[name]
+      and not hf_config.RUN_ONLY.fullmatch(name) and name != 'arch'
+      and (isinstance(value, (str, bool)) or name in SCALES)}
+  wanted = ALWAYS | changed | (OF_EXPERTS if model['ffn'] == 'moe' else set())
+  assert not wanted - parts.keys()
+
+
+@pytest.mark.parametrize('system', models.SYSTEMS)
+def test_a_system_is_its_page_and_its_config(system):
+  arch = config(system).arch
+  assert architectures.file_name(arch) == system
+  assert architectures.page(arch).__doc__.count('\n') > 4
+
+
+def _parameters(system):
+  """Yields the config of each of VARIANTS, and the logical axes and the shapes
+  of its parameters by path; of those in layers, the axes of one layer."""
+  for changes in VARIANTS:
+    module = architectures.build(models.config(system, **changes))
+    boxes = state.abstract_params(module)
+    axes = paths.flatten(nn.get_partition_spec(boxes))
+    shapes = paths.flatten(nn.meta.unbox(boxes))
+    yield module.config, {
+        path: (*spec, *[None] * (len(shapes[path].shape) - len(spec)))[
+            '/layers/' in path:] for path, spec in axes.items()}, {
+                path: x.shape for path, x in shapes.items()}
+
+
+@pytest.mark.parametrize('system', models.PUBLISHED)
+def test_names_are_of_parameters_and_axes_of_the_legend(system):
+  record = architectures.hugging_face(config(system).arch)
+  rows, used = set(), set()
+  for c, axes, shapes in _parameters(system):
+    table = record.rows(c)
+    sizes = dict(V=c.vocab_size, D=c.d_model, H=c.num_heads, J=c.num_kv_heads,
+                 K=c.head_dim, F=c.d_ff, E=c.moe.num_experts, L=c.max_len)
+    rows |= set(table)
+    for row, found, *_ in hf_names.places(table, shapes):
+      used.add(row)
+      _, ours, name, theirs = row
+      expert = {'E'} if '{e}' in name else set()
+      assert {a for a in theirs if a.isalpha()} == set(ours) - expert, row
+      for path in found:
+        assert len(ours) == len(axes[path]), row
+        for letter, axis, size in zip(
+            ours, axes[path], shapes[path][-len(ours):]):
+          assert letter in LETTERS[axis], (row, axis)
+          assert size == sizes.get(letter, size), (row, letter)
+  assert not rows - used
+
+
+@pytest.mark.parametrize('system', models.PUBLISHED)
+def test_a_record_names_nothing_that_is_not_there(system):
+  module = architectures.build(models.config(system))
+  c, page = module.config, architectures.hugging_face(config(system).arch)
+  names = {name.format(n=0, e=0) for *_, name, _ in page.rows(c)}
+  known = [name for names, *_ in page.fields.values()
+           for name in names.split('|')]
+  asked = [*known, *page.only, *page.unread]
+  assert len(asked) == len(set(asked))
+  fields = run_config.flatten(base.base().model)
+  assert not page.fields.keys() - fields.keys()
+  assert set(page.tied.values()) <= names
+  assert all(any(part in name for name in names) for part, _ in page.spellings)
+  assert not [name for name in names for pattern in page.ignored
+              if re.fullmatch(pattern, name)]
+  assert set(page.fixed) <= page.write(c).keys()
