@@ -98,9 +98,9 @@ def main():
   with checkpoints.Checkpoints(workdir, **config.checkpoint,
                                agree_every=config.log.every_steps) as saved:
     state, start = runs.restore_or_create(run, saved)
-    from training import loop
-    require(changes or not loop.ended_badly(state, config),
-            f'{workdir}: {loop.ended_badly(state, config)}')
+    from training import loop, members
+    require(changes or not members.ended_badly(state, config),
+            f'{workdir}: {members.ended_badly(state, config)}')
     run_config.save(workdir, config, derived)
     if start >= config.train.steps:
       if devices.primary():
@@ -113,7 +113,7 @@ def main():
     # 5. The loop.
     code = loop.train(run, state, start, train_data, eval_data, saved, workdir,
                       args.profile_steps)
-  return args.stopped_exit_code if code == loop.STOPPED else code
+  return args.stopped_exit_code if code == members.STOPPED else code
 
 
 if __name__ == '__main__':

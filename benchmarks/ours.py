@@ -19,7 +19,6 @@ from training.data import pipeline
 from training.data import tokenizers
 from training.distributed import devices
 from training.distributed import malloc
-from training.step import make_train_step
 from training.workdir import run_config
 
 
@@ -46,9 +45,7 @@ class Trainer:
       self.state = state_lib.create(run.module, run.tx, run.abstract, 0)
       malloc.trim()
       start = time.perf_counter()
-      lowered = jax.jit(
-          make_train_step(run.module, run.tx, run.config), donate_argnums=0,
-          out_shardings=(run.shardings, None)).lower(self.state, self.batch)
+      lowered = run.train_step().lower(self.state, self.batch)
       traced = time.perf_counter()
       self.compiled = lowered.compile()
       compiled = time.perf_counter()
@@ -80,13 +77,15 @@ class Trainer:
     config.train.steps = count
     config.eval.every_steps = 0
     run = runs.start(config, self.run.model, self.run.mesh)
-    batches, saves = _Batches(pipeline.load(
-        config, tokenizers.load(config.data.tokenizer))), _NoSaves()
+    tokenizer = tokenizers.load(config.data.tokenizer)
+    batches = _Batches(pipeline.load(config, tokenizer))
+    held_out, saves = pipeline.held_out(config, tokenizer), _NoSaves()
     with run.context():
       state = state_lib.create(run.module, run.tx, run.abstract, 0)
     with tempfile.TemporaryDirectory() as folder:
       with contextlib.redirect_stdout(io.StringIO()):
-        loop.train(run, state, 0, batches, None, saves, pathlib.Path(folder))
+        loop.train(run, state, 0, batches, held_out, saves,
+                   pathlib.Path(folder))
     # A batch is fetched once its predecessor's step has been dispatched.
     return (saves.called - batches.times[2]) / (count - 2)
 
@@ -95,7 +94,10 @@ class _Batches:
   """Those of a loader; notes when each was asked for."""
 
   def __init__(self, loader):
-    self.batch, self._loader, self.times = loader.batch, loader, []
+    self._loader, self.times = loader, []
+
+  def __getattr__(self, name):
+    return getattr(self._loader, name)
 
   def iterate(self, start, stop):
     batches = self._loader.iterate(start, stop)

@@ -113,7 +113,7 @@ def stepper(row):
   """Returns a function that takes one training step of a row's run."""
   import jax
 
-  from training import runs, state, step
+  from training import runs, state
   from training.data import pipeline, tokenizers
   from training.distributed import devices
   config = config_of(row)
@@ -122,8 +122,7 @@ def stepper(row):
   batch = devices.put(pipeline.load(config, tokenizer).batch(0), job.place)
   with job.context():
     held = [state.create(job.module, job.tx, job.abstract, config.seed)]
-    compiled = jax.jit(step.make_train_step(job.module, job.tx, config),
-                       donate_argnums=0).lower(held[0], batch).compile()
+    compiled = job.train_step().lower(held[0], batch).compile()
 
   def take():
     held[0], _ = compiled(held[0], batch)

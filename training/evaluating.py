@@ -5,62 +5,63 @@ text drawn as training draws it, whatever length of each is held out. Bits per
 byte are the mean loss over the mean bytes of a token.
 """
 
+from collections.abc import Callable, Iterable, Sequence
 import math
 
 import jax
 import numpy as np
 
 from training import objectives
-from training.distributed import devices
+from training.data import pipeline
 
 # Objectives that predict each token of the text once: their loss is one of
 # the text, in bits per byte, whatever the tokenizer.
 EVERY_TOKEN = ('causal',)
 
 
-def evaluate(step, params, loaders, batches: int, place,
-             stop=lambda: False) -> dict[str, float] | None:
-  """Returns the figures of what is held out; None if stopped.
+def evaluate(step: Callable, params, loaders: Sequence[pipeline.Loader],
+             batches: int, put: Callable, stop: Callable[[], bool]
+             ) -> list[dict[str, objectives.Mean]] | None:
+  """Returns the `sums` of what is held out, for `means`; None if stopped.
 
   Args:
     step: the compiled evaluation step.
     params: the parameters.
-    loaders: of data.held_out.
+    loaders: of pipeline.held_out.
     batches: how many of each source; 0: all, each token exactly once.
-    place: the sharding of a batch.
+    put: puts a batch on the devices.
     stop: asked before each batch, whether to leave it at that.
   """
   found = []
   for loader in loaders:
     found.append(sums(step, params, loader.iterate(0, loader.first(batches)),
-                      place, stop))
+                      put, stop))
     if found[-1] is None:
       return None
-  return means(found, loaders)
+  return found
 
 
-def sums(step, params, batches, place, stop=lambda: False):
-  """Returns {figure: objectives.Mean} of some batches; see `evaluate`."""
+def sums(step: Callable, params, batches: Iterable, put: Callable,
+         stop: Callable[[], bool] = lambda: False
+         ) -> dict[str, objectives.Mean] | None:
+  """Returns {figure: objectives.Mean} of some batches, on the host; see
+  `evaluate`."""
   total = None
   for batch in batches:
     if stop():
       return None
-    total = add(total, step(params, devices.put(batch, place)))
+    more = jax.tree.map(np.float64, jax.device_get(step(params, put(batch))))
+    total = more if total is None else jax.tree.map(np.add, total, more)
   return total
 
 
-def add(total, more):
-  """Returns the sums of one more step, added to a total, on the host."""
-  more = jax.tree.map(np.float64, jax.device_get(more))
-  return more if total is None else jax.tree.map(np.add, total, more)
-
-
-def means(found, loaders) -> dict[str, float]:
+def means(found: Sequence[dict[str, objectives.Mean]],
+          loaders: Sequence[pipeline.Loader]) -> dict[str, float]:
   """Returns the figures of an evaluation: means over the sources by share.
 
   Args:
     found: `sums` of each loader.
-    loaders: of data.held_out.
+    loaders: of pipeline.held_out.
 
   Returns:
     The objective's figures, nan where there is nothing to average; the
@@ -89,7 +90,7 @@ def shown(value: float) -> str:
   return 'n/a' if math.isnan(value) else f'{value:.4f}'
 
 
-def mix(values, loaders) -> float:
+def mix(values: Sequence[float], loaders: Sequence[pipeline.Loader]) -> float:
   """Returns the mean of the sources' values, by their share."""
   shares = [loader.share for loader in loaders]
   return float(np.dot(shares, values) / sum(shares))

@@ -1,5 +1,6 @@
 """What train.py, eval.py and the tools do alike with a run's config."""
 
+from collections.abc import Mapping, Sequence
 import contextlib
 import dataclasses
 import math
@@ -10,6 +11,7 @@ import flax.linen as nn
 import jax
 from jax.sharding import Mesh
 import ml_collections
+import numpy as np
 
 import architectures
 from architectures.parts import kernels, sharding
@@ -20,9 +22,11 @@ from configs.errors import RequestError, one_of, require
 from training import limits
 from training import starting
 from training import state as state_lib
-from training.data import tokenizers
+from training.costs import totals
+from training.data import pipeline, tokenizers
 from training.distributed import devices
 from training.optim import mup, optimizers
+from training.step import make_eval_step, make_train_step
 from training.workdir import checkpoints, metrics
 from training.workdir import restoring, run_config
 from training.workdir import storage
@@ -171,6 +175,90 @@ class Run:
     """The mesh and the axis rules, for whatever is traced inside."""
     with jax.set_mesh(self.mesh), sharding.rules(self.config.mesh.rules):
       yield
+
+  # What the loop needs besides: see loop.Program.
+
+  @property
+  def devices(self) -> list[jax.Device]:
+    return list(self.mesh.devices.flat)
+
+  @property
+  def figures(self) -> dict[str, Any]:
+    return {}
+
+  def describe(self, start: int, tokens: int, train_data: pipeline.Loader,
+               eval_data: Sequence[pipeline.Loader]) -> str:
+    """Returns what the run is about to do, in some lines.
+
+    Args:
+      start: how many steps of it are done.
+      tokens: of a step, padding included.
+      train_data: its batches.
+      eval_data: those of what is held out.
+    """
+    config, model, steps = self.config, self.model, self.config.train.steps
+    active = '' if model.ffn != 'moe' else (
+        f', of which each token uses {totals.parameters(model)[1]:,}')
+    mesh = ','.join(
+        f'{axis}={n}' for axis, n in self.mesh.shape.items() if n > 1)
+    parts = config.train.grad_accumulation
+    rows = f'{config.data.batch_size:,} rows' + (
+        f' in {parts} micro-batches' if parts > 1 else '')
+    source = train_data.text
+    if train_data.num_sources == 1:
+      passes = steps * config.data.batch_size / train_data.num_windows
+      source = f'{passes:.3g} passes over {source}'
+    return '\n'.join([
+        f'model: {model.arch}, {count(self.abstract.params):,} parameters in '
+        f'{model.param_dtype}{active}; computed in {model.dtype}',
+        f'devices: {self.mesh.size} of the kind '
+        f'{self.devices[0].device_kind}, mesh {mesh or "data=1"}',
+        f'step: {rows}, {tokens:,} tokens',
+        f'training: steps {start + 1:,} to {steps:,}, {steps * tokens:,} '
+        'tokens in all',
+        f'data: {source}',
+        f'held out: {" and ".join(loader.text for loader in eval_data)}, '
+        f'{sum(loader.num_tokens for loader in eval_data):,} tokens',
+        f'evaluation: {_evaluations(config, eval_data)}',
+        *_unread(config, model)])
+
+  def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    return devices.put(batch, self.place)
+
+  def train_step(self):
+    return jax.jit(make_train_step(self.module, self.tx, self.config),
+                   donate_argnums=0, out_shardings=(self.shardings, None))
+
+  def eval_step(self):
+    return jax.jit(make_eval_step(self.module, self.config))
+
+  def split(self, state: state_lib.TrainState) -> list[state_lib.TrainState]:
+    return [state]
+
+  def part(self, figures, row: int):
+    return figures
+
+
+def _unread(config: ml_collections.ConfigDict, model: ModelConfig
+            ) -> list[str]:
+  """A line for each condition under which fields that are set would be read.
+  """
+  names: dict[str, list[str]] = {}
+  for name, row in limits.unread(config, model).items():
+    names.setdefault(row.where, []).append(f'{name}={limits.get(config, name)}')
+  return [f'not read: {", ".join(fields)}, unless {where}'
+          for where, fields in names.items()]
+
+
+def _evaluations(config: ml_collections.ConfigDict,
+                 eval_data: Sequence[pipeline.Loader]) -> str:
+  every = config.eval.every_steps
+  if not every:
+    return 'none while training'
+  there = [loader.num_batches for loader in eval_data]
+  taken = [loader.first(config.eval.batches) for loader in eval_data]
+  return (f'every {every:,} steps, on {sum(taken):,} of the {sum(there):,} '
+          'batches held out')
 
 
 def start(config: ml_collections.ConfigDict, model: ModelConfig,

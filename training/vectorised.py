@@ -8,24 +8,27 @@ those of the run alone to float32 rounding, and either goes on where the other
 stopped.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import dataclasses
 import pathlib
 import sys
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import ml_collections
 import numpy as np
 
+from architectures.parts.config import ModelConfig
 from configs import sharding as tables
 from configs.errors import EnvironmentFailure, require
-from training import runs
+from training import loop, members, runs
 from training import state as state_lib
-from training.data import tokenizers
+from training.data import pipeline, tokenizers
 from training.distributed import devices
 from training.optim import mup, optimizers
+from training.state import TrainState
 from training.step import make_eval_step, make_train_step
 from training.workdir import checkpoints, run_config
 
@@ -91,23 +94,17 @@ def _shared(config) -> tuple:
       config).items() if name not in FIELDS)
 
 
-@dataclasses.dataclass
-class Member:
+@dataclasses.dataclass(eq=False)
+class Member(members.Member):
   """One run of the group.
 
   Attributes:
-    config: its config.
-    workdir: its folder.
     place: its place in the group.
-    saved: its checkpoints.
     state: what it goes on from; None where it begins.
     start: the index of its next batch.
   """
-  config: ml_collections.ConfigDict
-  workdir: pathlib.Path
-  place: int
-  saved: checkpoints.Checkpoints
-  state: state_lib.TrainState | None = None
+  place: int = 0
+  state: TrainState | None = None
   start: int = 0
 
 
@@ -136,29 +133,44 @@ def train(configs: Sequence[ml_collections.ConfigDict],
                            jax.devices()[:1])
   run = runs.start(config, resolved[0][0], mesh)
   with contextlib.ExitStack() as stack:
-    members = []
+    found = []
     for i, (c, workdir, (_, derived)) in enumerate(
         zip(configs, map(pathlib.Path, workdirs), resolved)):
       saved = stack.enter_context(checkpoints.Checkpoints(
           workdir, **c.checkpoint, agree_every=c.log.every_steps))
-      members.append(_restored(run, Member(c, workdir, i, saved)))
+      found.append(_restored(run, Member(c, workdir, saved, str(workdir),
+                                         place=i)))
       run_config.save(workdir, c, derived)
-    from training import loop, together
-    sentences = {m.place: sentence for m in members
-                 if m.state is not None and not changed[m.place]
-                 and (sentence := loop.ended_badly(m.state, m.config))}
-    members = [m for m in members if m.place not in sentences]
-    for start in sorted({m.start for m in members}):
-      part = [m for m in members if m.start == start]
-      if start >= config.train.steps:
-        print(f'{len(part)} of {len(members)} runs are complete: {start} '
-              f'steps of {config.train.steps}')
-      elif any('stopped' in sentence for sentence in sentences.values()):
-        sentences |= {m.place: f'stopped before step {start}' for m in part}
-      else:
-        sentences |= together.train(Group(run, part), tokenizer)
+    for m in found:
+      if m.state is not None and not changed[m.place]:
+        m.sentence = members.ended_badly(m.state, m.config)
+    going = [m for m in found if not m.sentence]
+    for start in sorted({m.start for m in going}):
+      _train_part(run, [m for m in going if m.start == start], tokenizer,
+                  going)
+  sentences = {m.place: m.sentence for m in found if m.sentence}
   if sentences:
     raise Unfinished(sentences, workdirs)
+
+
+def _train_part(run: runs.Run, part: list[Member], tokenizer,
+                going: list[Member]) -> None:
+  """Trains those of the runs that are `going` on that are at one step."""
+  start, steps = part[0].start, run.config.train.steps
+  if start >= steps:
+    print(f'{len(part)} of {len(going)} runs are complete: {start} steps of '
+          f'{steps}')
+  elif any(m.code == members.STOPPED for m in going):
+    for m in part:
+      m.sentence = f'stopped before step {start}'
+  else:
+    group = Group(run, part)
+    n = loop.train_all(
+        group, part, group.state(), start,
+        [pipeline.load(group.seeded(seed), tokenizer) for seed in group.seeds],
+        pipeline.held_out(group.config, tokenizer))
+    if any(m.code == members.STOPPED for m in part):
+      print(f'stopped after step {n}: the same request goes on.')
 
 
 def _check(configs, workdirs) -> None:
@@ -225,12 +237,27 @@ class Group:
         for name in differ or FIELDS[:1]})
 
   @property
-  def config(self):
+  def config(self) -> ml_collections.ConfigDict:
     return self.members[0].config
 
   @property
-  def start(self) -> int:
-    return self.members[0].start
+  def model(self) -> ModelConfig:
+    return self.run.model
+
+  @property
+  def devices(self) -> list[jax.Device]:
+    return list(self.mesh.devices.flat)
+
+  @property
+  def figures(self) -> dict[str, int]:
+    return {'runs_at_once': len(self.members)}
+
+  def context(self):
+    return contextlib.nullcontext()  # each run is on one device
+
+  def describe(self, *args) -> str:
+    return (f'{len(self.members)} runs at once, each of them:\n'
+            + self.run.describe(*args))
 
   def _put(self, tree, spec=_EACH):
     return jax.device_put(tree, NamedSharding(self.mesh, spec))
@@ -242,14 +269,15 @@ class Group:
       config.seed = seed
     return config
 
-  def batch(self, batches: Sequence[dict]) -> dict:
-    """Puts the batches of `seeds`: one for all runs, or each run its own."""
+  def put(self, *batches: dict[str, np.ndarray]) -> tuple[dict, dict]:
+    """Returns (batch, values), what a step takes beside the state: of one
+    batch for all runs, or of those of `seeds`, for each run its own."""
     if len(batches) == 1:
-      return self._put(batches[0], _ALL)
+      return self._put(batches[0], _ALL), self.values
     of = {seed: batch for seed, batch in zip(self.seeds, batches, strict=True)}
     rows = [of[self.members[i].config.seed] for i in self._rows]
     return self._put({name: np.stack([row[name] for row in rows])
-                      for name in rows[0]})
+                      for name in rows[0]}), self.values
 
   def state(self):
     """Returns the joint state: new, or of what was restored."""
@@ -267,33 +295,37 @@ class Group:
     return state_lib.init(module, self.run.tx, jax.random.key(config.seed))
 
   def train_step(self):
-    """Returns step(state, batch, values) -> (state, metrics), to be jitted
-    with the state donated."""
     batch_axis = 0 if len(self.seeds) > 1 else None
-    return self._over_runs(self._step, (0, batch_axis, 0))
+    return jax.jit(self._over_runs(self._step, (0, (batch_axis, 0))),
+                   donate_argnums=0)
 
-  def _step(self, state, batch, values):
+  def _step(self, state: TrainState, given: tuple[dict, dict]):
+    batch, values = given
     config = with_values(self.config, values)
     rates = mup.rates(self.run.model, config.optim.name, state.params)
     tx = optimizers.chain(config.optim, config.train.steps, state.params, rates)
     return make_train_step(self.run.module, tx, config)(state, batch)
 
   def eval_step(self):
-    """Returns step(params, batch) -> sums; the batch is the same for all."""
-    return self._over_runs(make_eval_step(self.run.module, self.config),
-                           (0, None))
+    step = make_eval_step(self.run.module, self.config)
+    return jax.jit(self._over_runs(
+        lambda params, given: step(params, given[0]), (0, (None, 0))))
 
-  def _over_runs(self, fn, in_axes):
+  def _over_runs(self, fn: Callable, in_axes: tuple) -> Callable:
     """`fn` over the runs, on each device over those that it holds."""
-    specs = tuple(_ALL if axis is None else _EACH for axis in in_axes)
+    specs = jax.tree.map(lambda axis: _ALL if axis is None else _EACH, in_axes,
+                         is_leaf=lambda axis: axis is None)
     return jax.shard_map(jax.vmap(fn, in_axes), mesh=self.mesh,
                          in_specs=specs, out_specs=_EACH, check_vma=False)
 
-  def split(self, tree) -> list:
-    """Returns each member's part of an array tree, on the host."""
-    host = jax.device_get(tree)
-    return [jax.tree.map(lambda x, i=i: x[i], host)
-            for i in range(len(self.members))]
+  def split(self, state: TrainState) -> Iterator[TrainState]:
+    host = jax.device_get(state)
+    for row in range(len(self.members)):
+      yield jax.tree.map(jnp.asarray, self.part(host, row))
+
+  def part(self, figures, row: int):
+    return jax.tree.map(lambda x: x[row], figures,
+                        is_leaf=lambda x: isinstance(x, list))
 
 
 def with_values(config: ml_collections.ConfigDict, values

@@ -17,16 +17,16 @@ def check(options, config, workdir) -> None:
 
 def run(evaluation) -> dict:
   """Evaluates every held-out token once."""
-  config, place = evaluation.run.config, evaluation.run.place
+  config = evaluation.run.config
   loaders = pipeline.held_out(
       config, evaluation.tokenizer,
-      *devices.batch_shard(place, config.data.batch_size))
+      *devices.batch_shard(evaluation.run.place, config.data.batch_size))
   step = evaluation.program(
       lambda: make_eval_step(evaluation.run.module, config), 'loss')
   sums = [evaluating.sums(
       step, evaluation.params, progress.each(
-          loader.iterate(), 'evaluating', loader.num_batches), place)
-          for loader in loaders]
+          loader.iterate(), 'evaluating', loader.num_batches),
+      evaluation.run.put) for loader in loaders]
   own = {}
   for loader, total in zip(loaders, sums):
     own[loader.name] = _told(loader.text, [total], [loader])

@@ -1,7 +1,7 @@
 """What a run says that it will do, against what it then does."""
 
 from configs import base
-from training import outline, runs
+from training import runs
 from training.data import pipeline, tokenizers
 
 WORDS = 'What is sown is reaped. '
@@ -20,7 +20,7 @@ def _said(tmp_path, start=0, **fields):
   run = runs.start(config, runs.resolve(config, tokenizer)[0])
   loaders = (pipeline.load(config, tokenizer),
              pipeline.held_out(config, tokenizer))
-  lines = outline.text(run, start, 128, *loaders).splitlines()
+  lines = run.describe(start, 128, *loaders).splitlines()
   return run, loaders, dict(line.split(': ', 1) for line in lines)
 
 
