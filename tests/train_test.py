@@ -326,7 +326,8 @@ def _checkpoints(tmp_path, texts, flags):
 @pytest.mark.slow
 def test_a_second_run_in_the_workdir_is_refused(texts, tmp_path):
   with subprocess.Popen(
-      [sys.executable, '-c', 'import sys; from training import lock; lock.hold('
+      [sys.executable, '-c', 'import sys; '
+       'from training.workdir import lock; lock.hold('
        'sys.argv[1]); print("held", flush=True); sys.stdin.read()',
        str(tmp_path / 'run')], cwd=ROOT, text=True, stdin=subprocess.PIPE,
       stdout=subprocess.PIPE) as first:

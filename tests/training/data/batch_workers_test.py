@@ -20,7 +20,7 @@ _PROGRAM = '''
 
     def main():
       from configs import base
-      from training import data, tokenizers
+      from training.data import pipeline, tokenizers
       got = []
       for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: got.append(number))
@@ -28,7 +28,8 @@ _PROGRAM = '''
       config.data.update(
           source='text:{folder}/*.txt', cache_dir='{folder}/cache', length=16,
           batch_size=8, holdout_every=4, tokenize_workers=1, workers=2)
-      batches = data.load(config, tokenizers.load('bytes')).iterate(0, 10_000)
+      batches = pipeline.load(
+          config, tokenizers.load("bytes")).iterate(0, 10_000)
       print('starting', flush=True)
       for _ in range(8):
         next(batches)

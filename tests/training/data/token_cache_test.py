@@ -111,7 +111,7 @@ def script(folder, workers, after=''):
   return textwrap.dedent(f"""
       import sys
       sys.path.insert(0, {str(ROOT)!r})
-      from training import sources, token_cache, tokenizers
+      from training.data import sources, token_cache, tokenizers
       token_cache.CHUNK_CHARS = 100
       {after}
       [(_, source)] = sources.parse('text:{folder}/a/*.txt')

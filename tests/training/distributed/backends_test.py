@@ -65,7 +65,9 @@ def test_without_such_a_compiler_nothing_is_set(machine, monkeypatch):
 
 @pytest.mark.plan
 def test_beside_libtpu_a_program_starts_without_a_word():
-  program = 'from training import devices; import jax; print(jax.devices())'
+  program = (
+      'from training.distributed import devices; import jax; '
+      'print(jax.devices())')
   done = subprocess.run([sys.executable, '-c', program], env=CLEAN,
                         capture_output=True, text=True)
   assert 'Cpu' in done.stdout and not done.stderr, done

@@ -19,7 +19,7 @@ from training.distributed import greeting
 
 _PROCESS = '''
     import sys
-    from training import peers
+    from training.distributed import peers
     peers.BEAT_SECONDS, peers.SILENT_SECONDS = 0.1, 1.5
     peers.CONNECT_SECONDS = 5
     index = int(sys.argv[1])

@@ -13,7 +13,7 @@ from training.distributed import signals
 
 _LOOP = '''
     import itertools, time
-    from training import signals
+    from training.distributed import signals
     with signals.Stop() as stop:
       print('ready', flush=True)
       for step in itertools.count(1):
@@ -73,7 +73,7 @@ def test_second_signal_ends_even_a_main_thread_deep_in_c(start):
   """As in a compilation, where Python's own handlers are never called."""
   process = start('''
       import hashlib
-      from training import signals
+      from training.distributed import signals
       with signals.Stop():
         print('ready', flush=True)
         hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)
@@ -89,7 +89,8 @@ def test_second_signal_ends_even_a_main_thread_deep_in_c(start):
 
 _START = '''
     import gc, hashlib, sys
-    from training import cli, interrupts
+    from training import cli
+    from training.distributed import interrupts
     def main():
       print('ready', flush=True)
       {then}
@@ -120,7 +121,8 @@ def test_before_the_loop_a_signal_ends_at_once(start, then, number, asked,
 def test_the_loop_takes_the_signals_over_and_gives_them_back(start):
   process = start('''
       import time
-      from training import cli, interrupts, signals
+      from training import cli
+      from training.distributed import interrupts, signals
       def main():
         with signals.Stop() as stop:
           print('loop', flush=True)
@@ -142,7 +144,8 @@ def test_the_loop_takes_the_signals_over_and_gives_them_back(start):
 def test_a_handler_of_another_library_is_left_alone(start):
   process = start('''
       import signal, time
-      from training import cli, interrupts
+      from training import cli
+      from training.distributed import interrupts
       def main():
         try:
           signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -172,7 +175,7 @@ def test_handlers_come_back_and_no_thread_stays():
 _PROCESS = '''
     import sys, time
     import jax
-    from training import signals
+    from training.distributed import signals
     port, index = sys.argv[1], int(sys.argv[2])
     jax.distributed.initialize(
         f'127.0.0.1:{port}', 2, index, cluster_detection_method='deactivate',

@@ -81,8 +81,8 @@ _PROCESS = '''
     jax.distributed.initialize(
         f'127.0.0.1:{port}', 2, index, cluster_detection_method='deactivate',
         coordinator_bind_address=f'127.0.0.1:{port}')
-    from training import checkpoints
-    from tests import toy_run as here
+    from training.workdir import checkpoints
+    from tests.helpers import toy_run as here
     now = [0.0]
     state, train_step = here.born(4, 2), here.trainer(4, 2)
     with here.open_store(workdir, every_steps=0, every_minutes=5, agree_every=2,
@@ -142,7 +142,7 @@ def test_two_processes_save_pass_over_damage_and_one_reads(tmp_path):
 
 _LOOP = '''
     import sys
-    from tests import toy_run as here
+    from tests.helpers import toy_run as here
     state, train_step = here.born(4, 2), here.trainer(4, 2)
     with here.open_store(sys.argv[1], keep=1) as store:
       for step in range(1, 10**6):

@@ -52,7 +52,8 @@ def test_loading_takes_the_largest_read_and_a_gib(tmp_path):
   flags = '--xla_force_host_platform_device_count=2'
   for what in ('_save', '_load'):
     result = subprocess.run(
-        [sys.executable, '-c', 'import sys; from tests import host_memory_test;'
+        [sys.executable, '-c', 'import sys; '
+         'from tests.training.workdir import host_memory_test;'
          f'host_memory_test.{what}(sys.argv[1])', tmp_path], text=True,
         cwd=train_test.ROOT, env=os.environ | {'XLA_FLAGS': flags}, check=True,
         stdout=subprocess.PIPE)

@@ -93,8 +93,8 @@ def test_a_config_that_was_lost_is_asked_for(copy):
 _READ = '''
     import sys
     import jax
-    from tests import step_folders_test as here
-    from training import restoring
+    from tests.training.workdir import step_folders_test as here
+    from training.workdir import restoring
     restored = restoring.restore(
         restoring.directory(sys.argv[1]), here.many(jax.ShapeDtypeStruct))
     print(restored.step, len(restored.damaged))
