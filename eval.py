@@ -41,7 +41,7 @@ def main():
   # Imported late: `--help` and a wrong flag answer at once.
   from training import evals
   from training.data import sources
-  from training.distributed import malloc
+  from training.distributed import cpu_memory
   from training.workdir import storage
   from training.evals import checkpoint
   workdir = storage.path(args.workdir)
@@ -52,7 +52,7 @@ def main():
   if args.text:
     sources.parse(args.text)
 
-  malloc.settle()
+  cpu_memory.reuse()
   figures = checkpoint.evaluate(workdir, tasks, args, step=args.step,
                                 text=args.text, programs={})
   if json_file:

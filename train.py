@@ -46,9 +46,9 @@ def main():
 
   # Imported late: `--help` and a wrong flag answer at once.
   from training.data import pipeline
-  from training.distributed import devices, malloc, processes
+  from training.distributed import devices, cpu_memory, processes
   from training.workdir import checkpoints, lock
-  from training import profile, runs, starting
+  from training import profile, runs, initial_state
   from training.workdir import provenance, run_config
   from training.data import tokenizers
   from training.workdir import storage
@@ -66,7 +66,7 @@ def main():
                             args.process_id, args.cluster)
   profile.parse(args.profile_steps, config.train.steps)
   pipeline.check_sources(config)
-  starting.check(config.init_from)
+  initial_state.check_source(config.init_from)
   tokenizer = tokenizers.load(config.data.tokenizer)
   model, derived = runs.resolve(config, tokenizer)
   changes = []
@@ -82,9 +82,9 @@ def main():
 
   # 2. The devices and their mesh.
   processes.initialize(several)
-  malloc.settle()
+  cpu_memory.reuse()
   processes.meet()
-  run = runs.start(config, model)
+  run = runs.build(config, model)
   if devices.primary():
     runs.warn_of_unused_ids(model, tokenizer)
 
@@ -97,7 +97,7 @@ def main():
   lock.hold(workdir, devices.primary())
   with checkpoints.Checkpoints(workdir, **config.checkpoint,
                                agree_every=config.log.every_steps) as saved:
-    state, start = runs.restore_or_create(run, saved)
+    state, start = initial_state.restore_or_create(run, saved)
     from training import loop, members
     require(changes or not members.ended_badly(state, config),
             f'{workdir}: {members.ended_badly(state, config)}')

@@ -14,11 +14,10 @@ import numpy as np
 from training import generate
 from training import loop
 from training import runs
-from training import state as state_lib
 from training.data import pipeline
 from training.data import tokenizers
 from training.distributed import devices
-from training.distributed import malloc
+from training.distributed import cpu_memory
 from training.workdir import run_config
 
 
@@ -29,7 +28,7 @@ class Trainer:
     self.config = run_config.from_json(tree)
     model = self.config.model.to_dict()
     model['max_len'] = model['max_len'] or self.config.data.length
-    self.run = runs.start(self.config, runs.architectures.resolve(model))
+    self.run = runs.build(self.config, runs.architectures.resolve(model))
     sizes, vocab = self.config.data, self.run.model.vocab_size
     tokens = np.random.default_rng(0).integers(
         0, vocab, (sizes.batch_size, sizes.length + 1), dtype=np.int32)
@@ -42,14 +41,14 @@ class Trainer:
     """Makes the state and compiles the step; returns the seconds of each."""
     run = self.run
     with run.context():
-      self.state = state_lib.create(run.module, run.tx, run.abstract, 0)
-      malloc.trim()
+      self.state = run.new_state(0)
+      cpu_memory.trim()
       start = time.perf_counter()
       lowered = run.train_step().lower(self.state, self.batch)
       traced = time.perf_counter()
       self.compiled = lowered.compile()
       compiled = time.perf_counter()
-    malloc.trim()
+    cpu_memory.trim()
     return traced - start, compiled - traced
 
   def step(self) -> float:
@@ -76,12 +75,12 @@ class Trainer:
     config = self.config.copy_and_resolve_references().unlock()
     config.train.steps = count
     config.eval.every_steps = 0
-    run = runs.start(config, self.run.model, self.run.mesh)
+    run = runs.build(config, self.run.model, self.run.mesh)
     tokenizer = tokenizers.load(config.data.tokenizer)
     batches = _Batches(pipeline.load(config, tokenizer))
     held_out, saves = pipeline.held_out(config, tokenizer), _NoSaves()
     with run.context():
-      state = state_lib.create(run.module, run.tx, run.abstract, 0)
+      state = run.new_state(0)
     with tempfile.TemporaryDirectory() as folder:
       with contextlib.redirect_stdout(io.StringIO()):
         loop.train(run, state, 0, batches, held_out, saves,
@@ -123,7 +122,7 @@ class _NoSaves:
 
 def jobs(request):
   """Returns what a worker can be asked to do, by name."""
-  malloc.settle()
+  cpu_memory.reuse()
   trainer = Trainer(request['config'])
   if request['kind'] == 'compile':
     return {'compile': trainer.create}

@@ -113,15 +113,15 @@ def stepper(row):
   """Returns a function that takes one training step of a row's run."""
   import jax
 
-  from training import runs, state
+  from training import runs
   from training.data import pipeline, tokenizers
   from training.distributed import devices
   config = config_of(row)
   tokenizer = tokenizers.load(config.data.tokenizer)
-  job = runs.start(config, runs.resolve(config, tokenizer)[0])
+  job = runs.build(config, runs.resolve(config, tokenizer)[0])
   batch = devices.put(pipeline.load(config, tokenizer).batch(0), job.place)
   with job.context():
-    held = [state.create(job.module, job.tx, job.abstract, config.seed)]
+    held = [job.new_state(config.seed)]
     compiled = job.train_step().lower(held[0], batch).compile()
 
   def take():

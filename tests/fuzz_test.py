@@ -24,7 +24,8 @@ from tools.sweep import layout, status
 from tools.sweep import ledger as ledger_lib
 from tools.sweep.report import curves, write
 from training import config_files
-from training import runs, state, weights
+from training import runs, weights
+from training.step import abstract_params
 from training.distributed import processes
 from training.hf import files as hf_files
 from training.workdir import checkpoints, metrics
@@ -66,7 +67,7 @@ def _program(tmp_path_factory):
       raise RequestError('see stderr') from error
     except Ready:
       config = flags.FLAGS.config
-      runs.start(config, runs.resolve_alone(config))
+      runs.build(config, runs.resolve_alone(config))
 
   yield run
   patch.undo()
@@ -152,7 +153,7 @@ def _folders(tmp_path_factory):
     # Without an initialisation, which would have to be compiled.
     params = jax.tree.map(
         lambda x: jax.numpy.asarray(draw.random(x.shape, np.float32)),
-        nn.meta.unbox(state.abstract_params(module)))
+        nn.meta.unbox(abstract_params(module)))
     weights.to_hf(module, params, root / system)
   return root
 

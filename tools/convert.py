@@ -80,7 +80,7 @@ def upcycle(source: epath.Path, workdir: epath.Path, *, moe: list[str],
   config.model = upcycling.config(config.model, _fields(moe, config.model.moe))
   config.init_from = ''
   model, derived = _resolved(config)
-  run = runs.start(config, model)
+  run = runs.build(config, model)
   made = upcycling.params(run.module, run.abstract.params, params, seed)
   if generation is not None:
     hf_generation.keep(workdir, generation)
@@ -118,7 +118,7 @@ def export(workdir: epath.Path, folder: pathlib.Path, *, step: int | None,
 
 def _generation(workdir, config, model, step: int):
   """Returns what an export says of generation; None: nothing is known."""
-  from training import starting
+  from training import initial_state
   from training.hf import generation as hf_generation
   from training.hf import tokenizer as hf_tokenizer
   from training.workdir import restoring
@@ -129,7 +129,7 @@ def _generation(workdir, config, model, step: int):
   if step == 0 or not standing_in:
     if kept := hf_generation.kept(workdir):
       return kept
-  if standing_in and starting.has_parameters_alone(
+  if standing_in and initial_state.has_parameters_alone(
       restoring.directory(workdir)):
     return None  # an import of an earlier version, which did not keep it
   return hf_generation.of_run(config, model,
@@ -167,11 +167,11 @@ def _from_hf(source: pathlib.Path, partial: bool, seed: int):
 
 def _from_workdir(workdir: epath.Path, step: int | None):
   """Returns (config, module, parameters, step) of a run's checkpoint."""
-  from training import runs, starting
+  from training import runs
   from training.workdir import restoring, run_config
   config = runs.for_this_machine(
       runs.with_new_fields(run_config.load(workdir)))
-  run = runs.start(config, starting.model(workdir))
+  run = runs.build(config, runs.model_of(workdir))
   restored = restoring.restore(
       restoring.directory(workdir), {'params': run.abstract.params}, step,
       partial=True)

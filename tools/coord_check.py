@@ -118,10 +118,9 @@ def measure(c, steps: int, seeds: int):
   import jax.numpy as jnp
   import numpy as np
   import architectures
-  from training import state as state_lib
-  from training.step import make_train_step
+  from training.step import init_state, make_train_step, optimizer
   module = architectures.build(c.model)
-  tx = state_lib.optimizer(module, c.optim, steps)
+  tx = optimizer(module, c.optim, steps)
   step = make_train_step(module, tx, c)
   text_BL = np.frombuffer(TEXT.encode()[:BATCH * (LENGTH + 1)], np.uint8)
   text_BL = text_BL.reshape(BATCH, LENGTH + 1).astype(np.int32)
@@ -138,7 +137,7 @@ def measure(c, steps: int, seeds: int):
     def body(state, _):
       return step(state, batch)[0], look(state.params)
     state, sizes = jax.lax.scan(
-        body, state_lib.init(module, tx, key), length=steps)
+        body, init_state(module, tx, key), length=steps)
     return jnp.concatenate([sizes, look(state.params)[None]])
 
   keys = jax.random.split(jax.random.key(1), seeds)

@@ -2,4 +2,4 @@
 
 from training.distributed import backends
 
-backends.settle()  # here, so that no program forgets it
+backends.hide_absent_devices()  # here, so that no program forgets it

@@ -17,15 +17,16 @@ import numpy as np
 from architectures.parts.config import ModelConfig
 from training import evaluating
 from training import profile
-from training import watch
+from training import progress
+from training import timing
 from training.costs import flops
 from training.costs import peaks
 from training.data import pipeline
 from training.distributed import devices
-from training.distributed import malloc
+from training.distributed import cpu_memory
 from training.distributed import signals
-from training.state import TrainState
 from training.members import DIVERGED, STOPPED, Member
+from training.step import TrainState
 from training.workdir import checkpoints
 
 
@@ -118,7 +119,7 @@ def train_all(program: Program, members: Sequence[Member], state: TrainState,
   """
   sides = _lengths(loaders[0].batch(start))
   tokens = program.config.data.batch_size * sum(sides)
-  meter = watch.Meter(
+  meter = timing.Meter(
       tokens, len(members) * tokens * flops.training_flops_per_token(
           program.model, *sides),
       peaks.total(program.devices, program.model.dtype))
@@ -137,13 +138,13 @@ class _Loop:
 
   def __init__(self, program: Program, members: Sequence[Member],
                eval_data: Sequence[pipeline.Loader], tokens: int,
-               meter: watch.Meter, profiler: profile.Profiler,
+               meter: timing.Meter, profiler: profile.Profiler,
                stop: signals.Stop):
     self.program, self.members, self.eval_data = program, members, eval_data
     self.tokens = tokens  # of a step, of each member
     self.meter, self.profiler, self.stop = meter, profiler, stop
     self.steps = program.config.train.steps
-    self.held = watch.Deferred(meter.now)
+    self.held = timing.Deferred(meter.now)
 
   def run(self, state: TrainState, n: int,
           loaders: Sequence[pipeline.Loader]) -> int:
@@ -151,7 +152,7 @@ class _Loop:
     streams = [loader.iterate(n, self.steps) for loader in loaders]
     batch = self._next(streams)
     step = self._compile(state, batch)
-    self.bar = watch.progress(self.steps, n, devices.primary())
+    self.bar = progress.bar(self.steps, n, devices.primary())
     self.meter.begin(n)
     ends = False
     while self.live and not ends:
@@ -187,18 +188,18 @@ class _Loop:
 
   def _compile(self, state: TrainState, batch):
     """Returns the compiled training step, once all processes have it."""
-    malloc.trim()
-    with self.meter.compiling(), watch.compiling(devices.primary()):
+    cpu_memory.trim()
+    with self.meter.compiling(), progress.compiling(devices.primary()):
       step = self.program.train_step().lower(state, batch).compile()
       if self.program.config.eval.every_steps:
         self.eval_step = self.program.eval_step().lower(
             state.params, self.program.put(self.eval_data[0].batch(0))
             ).compile()
-    malloc.trim()
+    cpu_memory.trim()
     devices.sync('compiled')
     return step
 
-  def _report(self, read: watch.Read | None) -> None:
+  def _report(self, read: timing.Read | None) -> None:
     """Takes the figures of a step; shows and writes them where they are due.
     """
     if read is None:
@@ -209,7 +210,7 @@ class _Loop:
       member.read(self.program.part(figures, row))
     if n % self.program.config.log.every_steps and n != self.steps:
       return
-    lap = watch.slowest(self.meter.lap(n, done)) | self.program.figures
+    lap = timing.slowest(self.meter.lap(n, done)) | self.program.figures
     for member in live.values():
       member.report(n, lap)
     if live:

@@ -10,7 +10,7 @@ import numpy as np
 
 from architectures.parts.moe import health
 from training.distributed import devices
-from training.state import TrainState
+from training.step import TrainState
 from training.workdir import checkpoints, metrics
 
 STOPPED = 75  # how a run ends after a signal, before its last step

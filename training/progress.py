@@ -5,10 +5,11 @@ stderr is no terminal nothing is drawn at all, so a log, a pipe and --json hold
 what the program prints and no more.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 import contextlib
 import sys
-from typing import TypeVar
+import time
+from typing import Any, TypeVar
 
 Item = TypeVar('Item')
 _DRAWN_A_SECOND = 2  # by a thread, which takes time from the host's cores
@@ -94,3 +95,137 @@ def _make():
       transient=True, refresh_per_second=_DRAWN_A_SECOND,
       # What rich redirects goes to its console: to stderr.
       redirect_stdout=sys.stdout.isatty())
+
+
+class _Lines:
+  """Where there is no terminal: one plain line for each update."""
+
+  def __init__(self, total: int, stream):
+    self._total, self._stream = total, stream
+
+  def step(self, step: int) -> None:
+    """Nothing: a line comes with figures."""
+
+  def update(self, step: int, figures: Mapping[str, Any]) -> None:
+    self.say(f'step {step}/{self._total}  {_text(step, self._total, figures)}')
+
+  def say(self, text: str) -> None:
+    print(text, file=self._stream, flush=True)
+
+  def close(self) -> None:
+    self._stream.flush()
+
+
+class _Bar:
+  """On a terminal: step, loss, tokens/s, time left, redrawn in place."""
+
+  def __init__(self, total: int, first: int, stream):
+    from rich import progress
+    self._total = total
+    # No thread of its own: it would take time from the host's two cores.
+    self._bar = progress.Progress(
+        progress.TextColumn('step'), progress.MofNCompleteColumn(),
+        progress.BarColumn(bar_width=None), progress.TextColumn(
+            '{task.fields[text]}'), console=console(stream),
+        auto_refresh=False,
+        redirect_stderr=sys.stderr.isatty())
+    self._task = self._bar.add_task('', total=total, completed=first, text='')
+    self._drawn = 0.0
+    self._bar.start()
+
+  def step(self, step: int) -> None:
+    self._bar.update(self._task, completed=step)
+    if time.monotonic() - self._drawn > 0.25:
+      self._draw()
+
+  def update(self, step: int, figures: Mapping[str, Any]) -> None:
+    self._bar.update(self._task, completed=step,
+                     text=_text(step, self._total, figures))
+    self._draw()
+
+  def say(self, text: str) -> None:
+    self._bar.console.print(text, markup=False, highlight=False)
+
+  def close(self) -> None:
+    self._draw()
+    self._bar.stop()
+
+  def _draw(self):
+    self._drawn = time.monotonic()
+    self._bar.refresh()
+
+
+class _Silent:
+  """On every process but the first."""
+
+  def step(self, step: int) -> None:
+    pass
+
+  def update(self, step: int, figures: Mapping[str, Any]) -> None:
+    pass
+
+  def say(self, text: str) -> None:
+    pass
+
+  def close(self) -> None:
+    pass
+
+
+def bar(total: int, first: int = 0, primary: bool = True, stream=None):
+  """Returns what shows a run's progress: step(), update(), say(), close().
+
+  Args:
+    total: train.steps.
+    first: the step that the run starts or resumes at.
+    primary: whether this is process 0; the others print nothing.
+    stream: where to; stdout by default.
+  """
+  stream = stream or sys.stdout
+  if not primary:
+    return _Silent()
+  return (_Bar(total, first, stream) if stream.isatty()
+          else _Lines(total, stream))
+
+
+@contextlib.contextmanager
+def compiling(primary: bool = True):
+  """Around what is compiled before the first step: says so, and how long it
+  took."""
+  if not primary:
+    yield
+    return
+  start = time.monotonic()
+  if not sys.stderr.isatty():  # where `during` shows nothing
+    print('compiling', flush=True)
+  with during('compiling'):
+    yield
+  print(f'compiled in {time.monotonic() - start:.1f} s', flush=True)
+
+
+def _text(step: int, total: int, figures: Mapping[str, Any]) -> str:
+  """loss 3.1416  12.3k tokens/s  MFU 43.2%  1:02:03 left, as far as known."""
+  parts = []
+  if 'loss' in figures:
+    parts.append(f'loss {figures["loss"]:.4f}')
+  if 'tokens_per_second' in figures:
+    parts.append(f'{_short(figures["tokens_per_second"])} tokens/s')
+  if figures.get('mfu') is not None:  # no peak is known of a CPU
+    parts.append(f'MFU {figures["mfu"]:.1%}')
+  if 'step_seconds' in figures:
+    parts.append(_duration((total - step) * figures['step_seconds']) + ' left')
+  return '  '.join(parts)
+
+
+def _short(x: float) -> str:
+  for unit in ('', 'k', 'M'):
+    if x < 1000:
+      return f'{x:.3g}{unit}'
+    x /= 1000
+  return f'{x:.3g}G'
+
+
+def _duration(seconds: float) -> str:
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  return (f'{hours}:{minutes:02}:{seconds:02}' if hours
+          else f'{minutes}:{seconds:02}')

@@ -3,13 +3,15 @@
 from collections.abc import Mapping, Sequence
 import contextlib
 import dataclasses
+import functools
 import math
 import sys
 from typing import Any
 
+from etils import epath
 import flax.linen as nn
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 import ml_collections
 import numpy as np
 
@@ -20,15 +22,13 @@ from architectures.parts.moe import grouped_kernels
 from configs import sharding as tables
 from configs.errors import RequestError, one_of, require
 from training import limits
-from training import starting
-from training import state as state_lib
 from training.costs import totals
 from training.data import pipeline, tokenizers
 from training.distributed import devices
 from training.optim import mup, optimizers
+from training.step import TrainState, abstract_state, init_state, optimizer
 from training.step import make_eval_step, make_train_step
-from training.workdir import checkpoints, metrics
-from training.workdir import restoring, run_config
+from training.workdir import metrics, restoring, run_config
 from training.workdir import storage
 
 # What may be left at 0 in config.model, and the run fills in.
@@ -163,8 +163,18 @@ class Run:
   module: nn.Module
   mesh: Mesh
   tx: Any
-  abstract: state_lib.TrainState  # shapes and shardings
-  place: Any  # the sharding of a batch's rows
+  abstract: TrainState  # shapes and shardings
+  place: NamedSharding  # of a batch's rows
+
+  @classmethod
+  def of(cls, config: ml_collections.ConfigDict, model: ModelConfig,
+         mesh: Mesh) -> 'Run':
+    """Returns the run on a mesh that fits it; see `build`."""
+    module = architectures.build(model)
+    tx = optimizer(module, config.optim, config.train.steps)
+    return cls(config, model, module, mesh, tx,
+               abstract_state(module, tx, mesh, config.mesh.rules),
+               devices.batch_sharding(mesh, config.mesh.rules))
 
   @property
   def shardings(self):
@@ -175,6 +185,17 @@ class Run:
     """The mesh and the axis rules, for whatever is traced inside."""
     with jax.set_mesh(self.mesh), sharding.rules(self.config.mesh.rules):
       yield
+
+  def new_state(self, seed: int | None = None) -> TrainState:
+    """Returns a state before its first step, each shard drawn where it lies.
+
+    Args:
+      seed: what to draw by; None: config.seed.
+    """
+    init = functools.partial(init_state, self.module, self.tx)
+    seed = self.config.seed if seed is None else seed
+    with self.context():
+      return jax.jit(init, out_shardings=self.shardings)(jax.random.key(seed))
 
   # What the loop needs besides: see loop.Program.
 
@@ -232,7 +253,7 @@ class Run:
   def eval_step(self):
     return jax.jit(make_eval_step(self.module, self.config))
 
-  def split(self, state: state_lib.TrainState) -> list[state_lib.TrainState]:
+  def split(self, state: TrainState) -> list[TrainState]:
     return [state]
 
   def part(self, figures, row: int):
@@ -261,9 +282,9 @@ def _evaluations(config: ml_collections.ConfigDict,
           'batches held out')
 
 
-def start(config: ml_collections.ConfigDict, model: ModelConfig,
+def build(config: ml_collections.ConfigDict, model: ModelConfig,
           mesh: Mesh | None = None) -> Run:
-  """Builds mesh, module and optimiser; nothing is computed.
+  """Builds a run's mesh, module and optimiser; nothing is computed.
 
   Args:
     config: the run's.
@@ -284,11 +305,7 @@ def start(config: ml_collections.ConfigDict, model: ModelConfig,
   kernels.check(model, platform)
   if model.ffn == 'moe':
     grouped_kernels.check(model.moe, platform)
-  module = architectures.build(model)
-  tx = state_lib.optimizer(module, config.optim, config.train.steps)
-  return Run(config, model, module, mesh, tx,
-             state_lib.abstract(module, tx, mesh, config.mesh.rules),
-             devices.batch_sharding(mesh, config.mesh.rules))
+  return Run.of(config, model, mesh)
 
 
 def _check_context(config, context: int) -> None:
@@ -296,23 +313,6 @@ def _check_context(config, context: int) -> None:
     size = config.data[name]
     require(size % context == 0, f'mesh.context is {context}, which does not '
             f'divide data.{name} {size}: choose a multiple of it')
-
-
-def restore_or_create(run: Run, saved) -> tuple[state_lib.TrainState, int]:
-  """Returns the state and the index of the next batch."""
-  if starting.has_parameters_alone(saved.directory):
-    print('starting from the parameters in this workdir')
-    return starting.create(run, saved.directory.parent), 0
-  restored = saved.restore(run.abstract)
-  if restored is not None:
-    if devices.primary():
-      for sentence in restored.damaged:
-        print(f'warning: {sentence}', file=sys.stderr)
-      print(f'going on from step {restored.step}')
-      for change in checkpoints.environment_changes(restored.record):
-        print(f'not bit for bit, since this has changed: {change}')
-    return restored.state, restored.record['next_batch']
-  return starting.create(run, run.config.init_from), 0
 
 
 def for_this_machine(config: ml_collections.ConfigDict
@@ -345,3 +345,12 @@ def with_new_fields(config: ml_collections.ConfigDict
           f'{limits.get(config, name)!r}')
   limits.ranges(config)
   return config
+
+
+def model_of(workdir: epath.Path) -> ModelConfig:
+  """Returns the model of a run, for which its tokenizer need not be there."""
+  config = with_new_fields(run_config.load(workdir))
+  fields = config.model.to_dict()
+  for name, value in run_config.load_derived(workdir).items():
+    fields[name.removeprefix('model.')] = value
+  return architectures.resolve(fields)

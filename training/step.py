@@ -1,4 +1,4 @@
-"""One training step and one evaluation step, each a single jit.
+"""The state of a run, and its training and evaluation steps.
 
 The loss of a batch is the weighted mean over all of its tokens (of BERT's
 second task, over its rows), however many micro-batches or devices they are
@@ -9,21 +9,87 @@ counted.
 """
 
 from collections.abc import Callable
+import functools
 from typing import Any
 
+from flax import struct
 import flax.linen as nn
 import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import jax.numpy as jnp
+import ml_collections
 import optax
 
 from architectures.parts import sharding
 from architectures.parts.moe import routing
 from training import objectives
-from training.optim import optimizers
-from training.optim import schedules
-from training.state import TrainState
+from training.distributed import devices
+from training.optim import mup, optimizers, schedules
 
 STREAMS = ('dropout', 'router')  # what a model draws at random
+
+
+@struct.dataclass
+class TrainState:
+  """What a checkpoint holds.
+
+  Attributes:
+    step: steps taken, skipped ones included: the index of the next batch.
+    params: the parameters.
+    opt_state: the optimiser's state.
+    bad_steps: steps skipped because a loss or gradient was not finite.
+    bad_in_row: of these, the ones since the last good step.
+  """
+  step: jax.Array
+  params: Any
+  opt_state: Any
+  bad_steps: jax.Array
+  bad_in_row: jax.Array
+
+
+@functools.lru_cache(maxsize=64)  # a program asks for the same ones often
+def abstract_params(module: nn.Module):
+  """Returns the boxed parameters' shapes; nothing is computed."""
+  tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+  return jax.eval_shape(module.init, jax.random.key(0), tokens)['params']
+
+
+def optimizer(module: nn.Module, optim: ml_collections.ConfigDict,
+              steps: int) -> optax.GradientTransformation:
+  """Returns config.optim's optimiser for the parameters of `module`."""
+  params = nn.meta.unbox(abstract_params(module))
+  return optimizers.make(optim, steps, params,
+                         mup.rates(module.config, optim.name, params))
+
+
+def abstract_state(module: nn.Module, tx: optax.GradientTransformation,
+                   mesh: Mesh, rules: str) -> TrainState:
+  """Returns the state's shapes with their shardings: to plan, to make and to
+  restore it."""
+  boxed = abstract_params(module)
+  params = nn.meta.unbox(boxed)
+  shardings = devices.param_shardings(boxed, mesh, rules)
+  whole = NamedSharding(mesh, PartitionSpec())
+  shapes = jax.eval_shape(lambda p: _make(p, tx), params)
+  places = TrainState(
+      whole, shardings,
+      optimizers.opt_state_shardings(tx, params, shardings), whole, whole)
+  return jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      shapes, places)
+
+
+def init_state(module: nn.Module, tx: optax.GradientTransformation,
+               key: jax.Array) -> TrainState:
+  """Returns a new state, a pure function of its key."""
+  tokens = jnp.zeros((1, 1), jnp.int32)
+  return _make(nn.meta.unbox(module.init(key, tokens)['params']), tx)
+
+
+def _make(params, tx) -> TrainState:
+  # Arrays of their own each: donated, a shared one would be freed twice.
+  return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params),
+                    jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
 
 def make_train_step(module: nn.Module, tx: optax.GradientTransformation,

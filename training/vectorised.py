@@ -24,11 +24,10 @@ from architectures.parts.config import ModelConfig
 from configs import sharding as tables
 from configs.errors import EnvironmentFailure, require
 from training import loop, members, runs
-from training import state as state_lib
 from training.data import pipeline, tokenizers
 from training.distributed import devices
 from training.optim import mup, optimizers
-from training.state import TrainState
+from training.step import TrainState, init_state
 from training.step import make_eval_step, make_train_step
 from training.workdir import checkpoints, run_config
 
@@ -131,7 +130,7 @@ def train(configs: Sequence[ml_collections.ConfigDict],
              for c, workdir, (_, derived) in zip(configs, workdirs, resolved)]
   mesh = devices.make_mesh(dict.fromkeys(tables.MESH_AXES, 1),
                            jax.devices()[:1])
-  run = runs.start(config, resolved[0][0], mesh)
+  run = runs.build(config, resolved[0][0], mesh)
   with contextlib.ExitStack() as stack:
     found = []
     for i, (c, workdir, (_, derived)) in enumerate(
@@ -292,7 +291,7 @@ class Group:
     module = self.run.module.clone(config=dataclasses.replace(
         self.run.model, init_stddev=config.model.init_stddev,
         init_scale=config.model.init_scale))
-    return state_lib.init(module, self.run.tx, jax.random.key(config.seed))
+    return init_state(module, self.run.tx, jax.random.key(config.seed))
 
   def train_step(self):
     batch_axis = 0 if len(self.seeds) > 1 else None

@@ -29,7 +29,7 @@ from architectures.parts.config import ModelConfig
 from configs.errors import require
 from training import paths
 from training import progress
-from training import state as state_lib
+from training.step import abstract_params
 from training.hf import config as hf_config
 from training.hf import files as hf_files
 from training.hf import generation as hf_generation
@@ -111,7 +111,7 @@ def load(module: nn.Module, source: Mapping[str, np.ndarray], *, like=None,
     partial, seed: as for from_hf.
   """
   page = architectures.hugging_face(module.config.arch)
-  like = nn.meta.unbox(like or state_lib.abstract_params(module))
+  like = nn.meta.unbox(like or abstract_params(module))
   shapes = {path: leaf.shape for path, leaf in paths.flatten(like).items()}
   names = _Names(page, source)
   rows = page.rows(module.config)

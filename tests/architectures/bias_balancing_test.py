@@ -9,7 +9,6 @@ from architectures.parts import config as model_config
 from tests.helpers import models
 from tests.training import step_test
 from training import runs
-from training import state as state_lib
 from training.distributed import devices
 from training.step import make_train_step
 
@@ -35,9 +34,9 @@ def _biases(params):
 @pytest.mark.slow
 def test_the_bias_moves_against_the_load_and_evens_it_out():
   c = _config(grad_accumulation=2)
-  run = runs.start(c, model_config.make(c.model))
+  run = runs.build(c, model_config.make(c.model))
   with run.context():
-    state = state_lib.create(run.module, run.tx, run.abstract, c.seed)
+    state = run.new_state(c.seed)
     # It begins collapsed: expert 0 is every token's, in both layers.
     ffn = state.params['decoder']['layers']['block_0']['ffn']
     ffn['router_bias'] = jax.device_put(
@@ -61,9 +60,9 @@ def test_the_bias_moves_against_the_load_and_evens_it_out():
 @pytest.mark.slow
 def test_a_bad_step_moves_no_bias():
   c = _config()
-  run = runs.start(c, model_config.make(c.model))
+  run = runs.build(c, model_config.make(c.model))
   with run.context():
-    state = state_lib.create(run.module, run.tx, run.abstract, c.seed)
+    state = run.new_state(c.seed)
     batch = step_test.batch()
     batch['weights'][0, 0] = np.nan
     after, metrics = jax.jit(make_train_step(run.module, run.tx, c))(

@@ -15,7 +15,7 @@ from architectures.parts import sharding
 from tests.helpers import models
 from training import generate
 from training import objectives
-from training import state as state_lib
+from training.step import abstract_params
 from training.distributed import devices
 
 SYSTEMS = architectures.files('encoder-decoder')
@@ -97,7 +97,7 @@ def test_sharded_equals_single(system):
   with jax.set_mesh(mesh), sharding.rules('default'):
     place = devices.batch_sharding(mesh, 'default')
     shardings = nn.logical_to_mesh_sharding(
-        nn.get_partition_spec(state_lib.abstract_params(module)), mesh,
+        nn.get_partition_spec(abstract_params(module)), mesh,
         nn.get_logical_axis_rules())
     placed = jax.device_put(params, shardings)
     found = jax.jit(jax.value_and_grad(loss))(
@@ -193,7 +193,7 @@ def test_published_sizes(system, size):
   config = importlib.import_module(f'configs.{system}')
   model = config.get_config(size).model
   model.max_len = 512
-  params = state_lib.abstract_params(architectures.build(model))
+  params = abstract_params(architectures.build(model))
   count = sum(x.size for x in jax.tree.leaves(nn.meta.unbox(params)))
   published = config.PUBLISHED[size]
   if isinstance(published, int):

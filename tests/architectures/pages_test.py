@@ -10,7 +10,8 @@ import pytest
 import architectures
 from configs import base
 from tests.helpers import models
-from training import paths, state
+from training import paths
+from training.step import abstract_params
 from training.hf import config as hf_config, names as hf_names
 from training.workdir import run_config
 
@@ -57,7 +58,7 @@ def _parameters(system):
   of its parameters by path; of those in layers, the axes of one layer."""
   for changes in VARIANTS:
     module = architectures.build(models.config(system, **changes))
-    boxes = state.abstract_params(module)
+    boxes = abstract_params(module)
     axes = paths.flatten(nn.get_partition_spec(boxes))
     shapes = paths.flatten(nn.meta.unbox(boxes))
     yield module.config, {

@@ -22,7 +22,7 @@ import jax
 from jax.experimental import multihost_utils
 
 import train
-from training.distributed import malloc, processes, signals
+from training.distributed import cpu_memory, processes, signals
 
 
 def _fault(fault: dict) -> None:
@@ -77,7 +77,7 @@ def main():
     if code:
       return code
     # Joined and settled for good.
-    malloc.settle = lambda: None
+    cpu_memory.reuse = lambda: None
     processes.initialize = lambda *_: None
     processes.meet = lambda: None
   return 0

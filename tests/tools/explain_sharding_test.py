@@ -19,7 +19,7 @@ BYTES = tokenizers.load('bytes')
 
 def run_on(config, mesh):
   model, _ = runs.resolve(config, BYTES)
-  return runs.start(config, model, devices.make_mesh(mesh))
+  return runs.build(config, model, devices.make_mesh(mesh))
 
 
 def tokens(config):

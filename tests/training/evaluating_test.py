@@ -11,7 +11,6 @@ from configs import base
 from configs import sharding as tables
 from tests.helpers import models
 from training import evals, evaluating, objectives, runs
-from training import state as state_lib
 from training.data import pipeline
 from training.data import tokenizers
 from training.distributed import devices
@@ -43,12 +42,12 @@ def config_of(folder, source, **fields):
 def run_of(c):
   mesh = devices.make_mesh(dict.fromkeys(tables.MESH_AXES, 1),
                            jax.devices()[:1])
-  return runs.start(c, runs.resolve(c, BYTES)[0], mesh)
+  return runs.build(c, runs.resolve(c, BYTES)[0], mesh)
 
 
 def evaluation_of(c, workdir):
   run = run_of(c)
-  state = state_lib.create(run.module, run.tx, run.abstract, c.seed)
+  state = run.new_state(c.seed)
   return evals.Evaluation(run, state.params, 0, BYTES,
                           types.SimpleNamespace(interpolate=False), workdir,
                           {})

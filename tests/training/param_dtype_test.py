@@ -11,7 +11,6 @@ from architectures.parts import config as model_config
 from architectures.parts import sharding
 from tests.training.step_test import batch, config, one_device, train
 from training import runs
-from training import state as state_lib
 from training.optim import optimizers
 from training.step import _accumulate, make_train_step
 
@@ -41,7 +40,7 @@ def test_a_step_returns_a_state_of_the_same_types(name):
     c = config(optim__name=name, model__param_dtype='bfloat16',
                model__dtype=dtype, model__num_layers=1,
                train__grad_accumulation=parts)
-    run = runs.start(c, model_config.make(c.model), mesh=one_device())
+    run = runs.build(c, model_config.make(c.model), mesh=one_device())
     with run.context():
       after, metrics = jax.eval_shape(
           make_train_step(run.module, run.tx, c), run.abstract, batch())
@@ -78,7 +77,7 @@ def test_bfloat16_parameters_train(name):
       model__param_dtype='bfloat16', train__grad_accumulation=4, **changes),
                       one_device(), 4, batches)
   with run.context():
-    born = state_lib.create(run.module, run.tx, run.abstract, first.seed)
+    born = run.new_state(first.seed)
   exact = train(config(**changes), one_device(), 4, batches, jax.tree.map(
       lambda x: x.astype(jnp.float32), born.params))[2]
   assert {x.dtype for x in jax.tree.leaves(state.params)} == {

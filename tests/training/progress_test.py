@@ -71,3 +71,50 @@ def test_an_error_leaves_no_bar_behind(streams):
     for n in progress.each([1, 0], 'dividing'):
       _ = 1 / n
   assert progress._bar is None
+
+
+def test_plain_lines_without_a_terminal():
+  out = io.StringIO()
+  lines = progress.bar(1000, first=0, stream=out)
+  lines.step(9)
+  lines.update(10, {'loss': 3.14159, 'tokens_per_second': 12345.0,
+                    'step_seconds': 4.0, 'mfu': None})
+  lines.update(20, {'loss': 3.0, 'mfu': 0.4321})
+  lines.say('saved step 20')
+  lines.close()
+  assert out.getvalue().splitlines() == [
+      'step 10/1000  loss 3.1416  12.3k tokens/s  1:06:00 left',
+      'step 20/1000  loss 3.0000  MFU 43.2%',
+      'saved step 20']
+
+
+def test_a_bar_on_a_terminal(monkeypatch):
+  monkeypatch.setenv('TERM', 'xterm')
+  monkeypatch.setenv('COLUMNS', '100')
+  out = Terminal()
+  bar = progress.bar(1000, first=500, stream=out)
+  bar.step(509)
+  bar.update(510, {'loss': 3.14159, 'tokens_per_second': 950.0,
+                   'step_seconds': 0.5})
+  bar.say('saved [bold]step[/bold] 510')
+  bar.close()
+  text = out.getvalue()
+  for wanted in ('510/1000', 'loss 3.1416', '950 tokens/s', '4:05 left',
+                 'saved [bold]step[/bold] 510'):
+    assert wanted in text, text
+  assert '\x1b[?25l' not in text  # a killed run could not show the cursor again
+
+
+def test_a_missing_loss_is_shown_as_such():
+  out = io.StringIO()
+  progress.bar(10, stream=out).update(1, {'loss': float('nan')})
+  assert 'loss nan' in out.getvalue()
+
+
+def test_only_the_first_process_shows_progress():
+  out = io.StringIO()
+  quiet = progress.bar(10, primary=False, stream=out)
+  quiet.update(1, {'loss': 1.0})
+  quiet.say('hello')
+  quiet.close()
+  assert not out.getvalue()

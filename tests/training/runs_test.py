@@ -17,7 +17,7 @@ def _said(tmp_path, start=0, **fields):
   config.mesh.fsdp = 2
   config.update_from_flattened_dict(fields)
   tokenizer = tokenizers.load('bytes')
-  run = runs.start(config, runs.resolve(config, tokenizer)[0])
+  run = runs.build(config, runs.resolve(config, tokenizer)[0])
   loaders = (pipeline.load(config, tokenizer),
              pipeline.held_out(config, tokenizer))
   lines = run.describe(start, 128, *loaders).splitlines()

@@ -10,16 +10,15 @@ from configs import base
 from tests.helpers import models
 from tests.training import step_test
 from training import losses, objectives, runs
-from training import state as state_lib
 from training.distributed import devices
 from training.step import make_train_step
 
 
 def one_step(c, batch=None):
   """Returns (module, state before, state after, metrics) of one step."""
-  run = runs.start(c, model_config.make(c.model), mesh=step_test.one_device())
+  run = runs.build(c, model_config.make(c.model), mesh=step_test.one_device())
   with run.context():
-    state = state_lib.create(run.module, run.tx, run.abstract, c.seed)
+    state = run.new_state(c.seed)
     before = jax.device_get(state)
     after, metrics = jax.jit(make_train_step(run.module, run.tx, c))(
         state, devices.put(batch or step_test.batch(), run.place))

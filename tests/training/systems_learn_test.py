@@ -9,7 +9,7 @@ import pytest
 
 import architectures
 from training import evals, loop
-from training import runs
+from training import initial_state, runs
 from training.data import pipeline
 from training.data import tokenizers
 from training.distributed import devices
@@ -44,14 +44,14 @@ def trained(config, workdir):
   """Runs what train.py does; returns (Evaluation, the figures' lines)."""
   runs.check(config)
   tokenizer = tokenizers.load(config.data.tokenizer)
-  run = runs.start(config, runs.resolve(config, tokenizer)[0])
+  run = runs.build(config, runs.resolve(config, tokenizer)[0])
   rows = devices.batch_shard(run.place, config.data.batch_size)
   texts = [pipeline.load(config, tokenizer, *rows),
            pipeline.held_out(config, tokenizer, *rows)]
   with checkpoints.Checkpoints(
       workdir, **config.checkpoint,
       agree_every=config.log.every_steps) as saved:
-    state, start = runs.restore_or_create(run, saved)
+    state, start = initial_state.restore_or_create(run, saved)
     assert loop.train(run, state, start, *texts, saved, workdir) == 0
   restored = restoring.restore(restoring.directory(workdir),
                                {'params': run.abstract.params}, None,

@@ -13,7 +13,7 @@ import pytest
 
 from tests.helpers import models
 from training import loop
-from training import runs, vectorised
+from training import initial_state, runs, vectorised
 from training.data import pipeline
 from training.data import tokenizers
 from training.distributed import devices
@@ -60,9 +60,9 @@ def alone(c, workdir):
   model, derived = runs.resolve(c, tokenizer)
   mesh = devices.make_mesh(dict.fromkeys(tables.MESH_AXES, 1),
                            jax.devices()[:1])
-  run = runs.start(c, model, mesh)
+  run = runs.build(c, model, mesh)
   with checkpoints.Checkpoints(workdir, **c.checkpoint) as saved:
-    state, start = runs.restore_or_create(run, saved)
+    state, start = initial_state.restore_or_create(run, saved)
     run_config.save(workdir, c, derived)
     loop.train(run, state, start, pipeline.load(c, tokenizer),
                pipeline.held_out(c, tokenizer), saved, workdir)

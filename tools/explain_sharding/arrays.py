@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from architectures.parts import sharding
 from tools.explain_sharding import rules
-from training import objectives, paths, state
+from training import objectives, paths
+from training.step import abstract_params
 from training.data import examples
 
 _SCOPE = re.compile(rf'{sharding.AXES}\(([^()]*)\)')
@@ -16,7 +17,7 @@ _SCOPE = re.compile(rf'{sharding.AXES}\(([^()]*)\)')
 
 def parameters(run) -> list[dict]:
   """Returns a row of rules.row for each parameter."""
-  boxed = state.abstract_params(run.module)
+  boxed = abstract_params(run.module)
   leaves = jax.tree_util.tree_flatten_with_path(
       boxed, is_leaf=lambda x: hasattr(x, 'names'))[0]
   found = []

@@ -17,7 +17,7 @@ def explain(config, mesh: dict[str, int]) -> dict:
   runs.check(config)
   model, _ = runs.resolve(config, tokenizers.load(config.data.tokenizer))
   count = math.prod(mesh.values())
-  run = runs.start(config, model,
+  run = runs.build(config, model,
                    devices.make_mesh(mesh, jax.devices()[:count]))
   params = arrays.parameters(run)
   return dict(

@@ -38,7 +38,7 @@ def start(config, topology: chips.Topology, mesh: str) -> runs.Run:
           'the first at 0')
   placed = devices.make_mesh(shape, topologies.devices(topology),
                              topology.slices)
-  return runs.start(config, model, placed)
+  return runs.build(config, model, placed)
 
 
 def describe(run: runs.Run, topology: chips.Topology) -> dict:

@@ -129,7 +129,7 @@ def candidates(config, topology: chips.Topology) -> list[Candidate]:
   found, kept = [], {}
   for shape in progress.each(list(meshes(config, model, topology)),
                              'meshes estimated'):
-    run = runs.start(config, model,
+    run = runs.build(config, model,
                      devices.make_mesh(shape, placed, topology.slices))
     if sum(memory.state(run).values()) > topology.chip.hbm:
       continue

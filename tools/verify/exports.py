@@ -22,7 +22,7 @@ from architectures.parts.config import ModelConfig
 from configs.errors import RequestError
 from tools.verify import cases, compare, reference
 from training import paths, weights
-from training import state as state_lib
+from training.step import abstract_params
 from training.hf import config as hf_config
 
 # What every system is made to before it is changed.
@@ -152,7 +152,7 @@ def _error(system: str, module: nn.Module) -> tuple[float, str]:
 def random(module: nn.Module):
   """Returns parameters that all matter, without compiling their making."""
   draw = np.random.default_rng(0)
-  like = nn.meta.unbox(state_lib.abstract_params(module))
+  like = nn.meta.unbox(abstract_params(module))
   return jax.tree_util.tree_map_with_path(
       lambda path, x: jnp.asarray(
           paths.join(path).endswith('scale')

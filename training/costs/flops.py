@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import architectures
 from architectures.parts.config import MoEConfig, ModelConfig
 from configs.errors import require
-from training import state
+from training.step import abstract_params
 from training.costs import traced
 
 # Parts of a count: the products of which a mask hides a part, and the others.
@@ -157,7 +157,7 @@ def _count(c: ModelConfig, rows: int, program, *args) -> tuple:
     out = program(module, params, *args)
     return out.logits, out.extra
 
-  params = {'params': nn.meta.unbox(state.abstract_params(module))}
+  params = {'params': nn.meta.unbox(abstract_params(module))}
   work = traced.count(jax.make_jaxpr(outputs)(params, *args),
                       traced.Place('gpu', useful=True))
   if work.loops or work.kernels:

@@ -6,10 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
-import architectures
 from architectures.parts import kernels
 from training import paths, runs
-from training import state as state_lib
 from training.distributed import devices
 
 
@@ -103,11 +101,7 @@ def described(config, model, shape) -> runs.Run:
                       axis_types=(AxisType.Auto,) * len(shape))
   devices.check(model, config.data.batch_size, config.train.grad_accumulation,
                 shape)
-  module = architectures.build(model)
-  tx = state_lib.optimizer(module, config.optim, config.train.steps)
-  return runs.Run(config, model, module, mesh, tx,
-                  state_lib.abstract(module, tx, mesh, config.mesh.rules),
-                  devices.batch_sharding(mesh, config.mesh.rules))
+  return runs.Run.of(config, model, mesh)
 
 
 def analytic(run: runs.Run, kept_in_all: int = 0,

@@ -10,7 +10,8 @@ import jax
 import numpy as np
 
 import architectures
-from training import paths, state
+from training import paths
+from training.step import abstract_params, optimizer
 from training.costs import flops
 
 STAND_IN_VOCAB = 384  # of the byte tokenizer, where a size leaves it open
@@ -26,8 +27,8 @@ def count(config, length: int = 0, model=None) -> dict:
   """
   model = model or resolved(config)
   module = architectures.build(model)
-  tx = state.optimizer(module, config.optim, config.train.steps)
-  params = nn.meta.unbox(state.abstract_params(module))
+  tx = optimizer(module, config.optim, config.train.steps)
+  params = nn.meta.unbox(abstract_params(module))
   opt_state = jax.eval_shape(tx.init, params)
   sizes, active = _sizes(model, params)
   length = length or config.data.length
@@ -61,7 +62,7 @@ def count(config, length: int = 0, model=None) -> dict:
 
 def parameters(model) -> tuple[int, int]:
   """Returns the parameters of a resolved model, and the active ones."""
-  params = nn.meta.unbox(state.abstract_params(architectures.build(model)))
+  params = nn.meta.unbox(abstract_params(architectures.build(model)))
   sizes, active = _sizes(model, params)
   return sum(sizes.values()), round(sum(active.values()))
 

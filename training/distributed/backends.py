@@ -23,7 +23,7 @@ _NAMED = ('JAX_PLATFORMS', 'JAX_FORCE_TPU_INIT', 'PJRT_DEVICE', 'TPU_NAME',
           'TPU_WORKER_ID', 'TPU_ACCELERATOR_TYPE')
 
 
-def settle() -> None:
+def hide_absent_devices() -> None:
   """Sets JAX_PLATFORMS=cpu where only compilers of absent devices are here."""
   here = any(importlib.util.find_spec(name) for name in (
       'libtpu', 'jax_cuda13_plugin'))

@@ -31,7 +31,7 @@ def evaluate(workdir, tasks: dict, options, *, step: int | None, text: str,
     task.check(options, config, workdir)
   tokenizer = tokenizers.load(config.data.tokenizer)
   model, _ = runs.resolve(config, tokenizer)
-  run = runs.start(config, model)
+  run = runs.build(config, model)
   restored = restoring.restore(
       restoring.directory(workdir), {'params': run.abstract.params}, step,
       partial=True)

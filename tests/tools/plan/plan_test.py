@@ -125,7 +125,7 @@ def small(config):
 def run_on_cpu(config, preset):
   model, _ = runs.resolve(config, tokenizers.load('bytes'))
   shape = tables.PRESETS[preset] if isinstance(preset, str) else preset
-  return runs.start(config, model, devices.make_mesh(shape))
+  return runs.build(config, model, devices.make_mesh(shape))
 
 
 def grouped_rows(jaxpr) -> set[int]:

@@ -12,7 +12,7 @@ import architectures
 from tests.helpers import sweeps
 from tests.helpers.sweeps import states
 from tools.sweep import check, commands, layout, ledger, run, worker
-from training import state as state_lib
+from training.step import abstract_params
 from training.evals import checkpoint
 from training.workdir import checkpoints, run_config
 
@@ -111,7 +111,7 @@ def test_seeds_of_a_point_compile_once_and_have_their_own_figures(
     run_config.save(folders[-1], config)
     with config.unlocked():
       config.model.vocab_size = 384
-    shapes = nn.meta.unbox(state_lib.abstract_params(
+    shapes = nn.meta.unbox(abstract_params(
         architectures.build(config.model)))
     wave = jnp.sin(jnp.arange(2 ** 14) * (seed + 1.7))
     params = jax.tree.map(

@@ -33,7 +33,7 @@ def machine(monkeypatch, tmp_path):
 
 
 def chosen() -> str:
-  backends.settle()
+  backends.hide_absent_devices()
   return os.environ.get('JAX_PLATFORMS', '')
 
 

@@ -16,7 +16,7 @@ from tests import train_test
 from tests.helpers import models
 from tools import convert
 from training import paths, runs
-from training import starting
+from training import initial_state
 from training import weights
 from training.hf import generation as hf_generation
 from training.hf import upcycling
@@ -38,7 +38,7 @@ def _upcycled(system, changes, **dense):
   module, params = models.make(system, **dense)
   config = base.base()
   config.model = upcycling.config(old, changes)
-  run = runs.start(config, architectures.resolve(config.model))
+  run = runs.build(config, architectures.resolve(config.model))
   return module, params, run, upcycling.params(
       run.module, run.abstract.params, params, seed=0)
 
@@ -146,8 +146,8 @@ def _start(imported, **changes):
     config.init_from = str(imported)
     config.model.update(changes.pop('model', {}))
     config.update(changes)
-  run = runs.start(config, architectures.resolve(config.model))
-  return run, starting.create(run, config.init_from)
+  run = runs.build(config, architectures.resolve(config.model))
+  return run, initial_state.create(run, config.init_from)
 
 
 @pytest.mark.slow
@@ -189,10 +189,10 @@ def test_nothing_that_fits_is_an_error(imported):
 
 def test_weights_without_an_optimiser_are_told_apart(imported, tmp_path):
   folder = pathlib.Path(imported) / 'checkpoints'
-  assert starting.has_parameters_alone(folder)
-  assert not starting.has_parameters_alone(tmp_path / 'checkpoints')
+  assert initial_state.has_parameters_alone(folder)
+  assert not initial_state.has_parameters_alone(tmp_path / 'checkpoints')
   with checkpoints.Checkpoints(tmp_path, every_steps=0, every_minutes=0.0,
                                keep=1, keep_every=0) as saved:
     saved.save(0, {'params': jnp.zeros(2), 'opt_state': jnp.zeros(2)},
                next_batch=0, tokens=0, config=base.base())
-  assert not starting.has_parameters_alone(tmp_path / 'checkpoints')
+  assert not initial_state.has_parameters_alone(tmp_path / 'checkpoints')

@@ -16,7 +16,8 @@ import architectures
 from configs.errors import RequestError
 from tests.helpers import models
 from tools import convert
-from training import paths, state, weights
+from training import paths, weights
+from training.step import abstract_params
 from training.hf import config as hf_config
 from training.hf import files as hf_files
 
@@ -37,7 +38,7 @@ def _random(module):
   draw = np.random.default_rng(0)
   return jax.tree.map(
       lambda x: jnp.asarray(draw.random(x.shape, np.float32)),
-      nn.meta.unbox(state.abstract_params(module)))
+      nn.meta.unbox(abstract_params(module)))
 
 
 def _write(folder, system, **changes):

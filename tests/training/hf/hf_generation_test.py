@@ -77,7 +77,7 @@ def test_training_gives_the_ids_another_meaning(imported, monkeypatch):
   kept = hf_generation.kept(imported)
   assert convert._generation(imported, config, model, 0) == kept
   assert restoring.directory(imported).exists()
-  monkeypatch.setattr('training.starting.has_parameters_alone',
+  monkeypatch.setattr('training.initial_state.has_parameters_alone',
                       lambda folder: False)
   ids = tokenizers.load('bytes:61').special_ids
   assert convert._generation(imported, config, model, 9).fields == {

@@ -16,7 +16,8 @@ from safetensors.numpy import load_file, save_file
 import architectures
 from tests.helpers import models
 from tools import convert
-from training import paths, state, weights
+from training import paths, weights
+from training.step import abstract_params
 from training.distributed import devices
 from training.hf import config as hf_config, files as hf_files
 from training.hf import names as hf_names
@@ -48,7 +49,7 @@ def _random(module):
   draw = np.random.default_rng(0)
   return jax.tree.map(
       lambda x: jnp.asarray(draw.random(x.shape, np.float32)),
-      nn.meta.unbox(state.abstract_params(module)))
+      nn.meta.unbox(abstract_params(module)))
 
 
 @pytest.mark.slow
@@ -251,7 +252,7 @@ def test_old_names_and_tied_copies(gpt, tmp_path):
 def test_each_shard_is_read_where_it_lies(gpt):
   module, params, folder = gpt
   mesh = devices.make_mesh(dict(data=1, fsdp=4, expert=1, context=1, tensor=2))
-  boxed = state.abstract_params(module)
+  boxed = abstract_params(module)
   shardings = devices.param_shardings(boxed, mesh, 'default')
   like = jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
@@ -301,7 +302,7 @@ def test_host_memory_of_an_import_is_a_shard_and_of_an_export_a_tensor(
   slack = 600_000  # of names, headers, jax's own
   assert used < 3 * tensor + slack < stacked
   mesh = devices.make_mesh(dict(data=1, fsdp=8, expert=1, context=1, tensor=1))
-  boxed = state.abstract_params(module)
+  boxed = abstract_params(module)
   like = jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
       nn.meta.unbox(boxed), devices.param_shardings(boxed, mesh, 'default'))

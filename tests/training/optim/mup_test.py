@@ -10,7 +10,7 @@ import pytest
 import architectures
 from tests.helpers import models
 from training import paths, runs
-from training import state as state_lib
+from training.step import abstract_params
 from training.optim import mup, optimizers
 from training.workdir import run_config
 
@@ -30,7 +30,7 @@ def scaled(system, width=BASE, **changes):
 
 
 def flat(module):
-  return paths.flatten(nn.meta.unbox(state_lib.abstract_params(module)))
+  return paths.flatten(nn.meta.unbox(abstract_params(module)))
 
 
 @pytest.mark.slow
@@ -46,7 +46,7 @@ def test_at_the_base_all_is_as_in_the_standard_form(system):
   jax.tree.map(np.testing.assert_array_equal, logits(plain), logits(ours))
   for name in mup.RATES:
     rates = mup.rates(ours.config, name, nn.meta.unbox(
-        state_lib.abstract_params(ours)))
+        abstract_params(ours)))
     assert set(jax.tree.leaves(rates)) == {1.0}
 
 
@@ -73,7 +73,7 @@ def test_rates_by_path_agree_with_the_shapes(system, parts):
   narrow, wide = make(BASE), make(BASE * r)
   small, large = flat(narrow), flat(wide)
   trees = {name: paths.flatten(mup.rates(wide.config, name, nn.meta.unbox(
-      state_lib.abstract_params(wide)))) for name in mup.RATES}
+      abstract_params(wide)))) for name in mup.RATES}
   for path, x in large.items():
     widths = [b // a for a, b in zip(small[path].shape, x.shape) if a != b]
     assert set(widths) <= {r} and len(widths) <= 2

@@ -9,7 +9,8 @@ import pytest
 
 import architectures
 from configs import base
-from training import paths, state
+from training import paths
+from training.step import abstract_params
 from training.optim import matrices, optimizers
 
 
@@ -361,7 +362,7 @@ def test_a_models_own_axis_names_agree(arch, fields):
   """What a path says of its axes is what the model says of them."""
   config = base.base().model
   config.update(dict(arch=arch, vocab_size=64, max_len=16, **fields))
-  boxed = state.abstract_params(architectures.build(config))
+  boxed = abstract_params(architectures.build(config))
   is_boxed = lambda x: isinstance(x, nn.LogicallyPartitioned)
   leaves, _ = jax.tree_util.tree_flatten_with_path(boxed, is_leaf=is_boxed)
   matrix = 0

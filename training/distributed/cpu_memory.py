@@ -17,7 +17,7 @@ _SETTINGS = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1), (_ARENA_MAX, 1),
              (_TOP_PAD, 64 << 20))
 
 
-def settle() -> None:
+def reuse() -> None:
   """Lets a CPU compute in the thread that calls it, and this process keep
   what it frees; nothing changes where the device is another one, or the C
   library has no mallopt. Call it once, after jax.distributed.initialize and
@@ -31,7 +31,7 @@ def settle() -> None:
 
 def trim() -> None:
   """Gives the kernel back what is free: after making the state and after
-  compiling, hundreds of MiB that settle() would keep, in pieces that a step's
+  compiling, hundreds of MiB that reuse() would keep, in pieces that a step's
   large arrays don't fit into."""
   malloc_trim = getattr(ctypes.CDLL(None), 'malloc_trim', None)
   if jax.default_backend() == 'cpu' and malloc_trim is not None:

@@ -1,15 +1,12 @@
-"""Watching a run: the clock, figures read a step late, the progress bar."""
+"""The times of training steps, whose figures are read a step late."""
 
 from collections.abc import Mapping
 import contextlib
-import sys
 import time
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-
-from training import progress as terminal
 
 
 class Read(NamedTuple):
@@ -41,7 +38,7 @@ class Deferred:
     leaves = jax.tree.leaves(metrics)
     for value in leaves:
       value.copy_to_host_async()
-    # A CPU computes in the thread that dispatches (distributed/malloc.py):
+    # A CPU computes in the thread that dispatches (distributed/cpu_memory.py):
     # there the step is done by now, and not when it is read, a step later.
     done = self._now() if all(x.is_ready() for x in leaves) else None
     return self._swap((step, metrics, done))
@@ -144,140 +141,6 @@ def slowest(figures: Mapping[str, Any],
     worst = multihost_utils.process_allgather(own).max(axis=0)
     figures.update(zip(names, worst.tolist()))
   return figures
-
-
-class _Lines:
-  """Where there is no terminal: one plain line for each update."""
-
-  def __init__(self, total: int, stream):
-    self._total, self._stream = total, stream
-
-  def step(self, step: int) -> None:
-    """Nothing: a line comes with figures."""
-
-  def update(self, step: int, figures: Mapping[str, Any]) -> None:
-    self.say(f'step {step}/{self._total}  {_text(step, self._total, figures)}')
-
-  def say(self, text: str) -> None:
-    print(text, file=self._stream, flush=True)
-
-  def close(self) -> None:
-    self._stream.flush()
-
-
-class _Bar:
-  """On a terminal: step, loss, tokens/s, time left, redrawn in place."""
-
-  def __init__(self, total: int, first: int, stream):
-    from rich import progress as rich_progress
-    self._total = total
-    # No thread of its own: it would take time from the host's two cores.
-    self._bar = rich_progress.Progress(
-        rich_progress.TextColumn('step'), rich_progress.MofNCompleteColumn(),
-        rich_progress.BarColumn(bar_width=None), rich_progress.TextColumn(
-            '{task.fields[text]}'), console=terminal.console(stream),
-        auto_refresh=False,
-        redirect_stderr=sys.stderr.isatty())
-    self._task = self._bar.add_task('', total=total, completed=first, text='')
-    self._drawn = 0.0
-    self._bar.start()
-
-  def step(self, step: int) -> None:
-    self._bar.update(self._task, completed=step)
-    if time.monotonic() - self._drawn > 0.25:
-      self._draw()
-
-  def update(self, step: int, figures: Mapping[str, Any]) -> None:
-    self._bar.update(self._task, completed=step,
-                     text=_text(step, self._total, figures))
-    self._draw()
-
-  def say(self, text: str) -> None:
-    self._bar.console.print(text, markup=False, highlight=False)
-
-  def close(self) -> None:
-    self._draw()
-    self._bar.stop()
-
-  def _draw(self):
-    self._drawn = time.monotonic()
-    self._bar.refresh()
-
-
-class _Silent:
-  """On every process but the first."""
-
-  def step(self, step: int) -> None:
-    pass
-
-  def update(self, step: int, figures: Mapping[str, Any]) -> None:
-    pass
-
-  def say(self, text: str) -> None:
-    pass
-
-  def close(self) -> None:
-    pass
-
-
-def progress(total: int, first: int = 0, primary: bool = True, stream=None):
-  """Returns what shows a run's progress: step(), update(), say(), close().
-
-  Args:
-    total: train.steps.
-    first: the step that the run starts or resumes at.
-    primary: whether this is process 0; the others print nothing.
-    stream: where to; stdout by default.
-  """
-  stream = stream or sys.stdout
-  if not primary:
-    return _Silent()
-  return (_Bar(total, first, stream) if stream.isatty()
-          else _Lines(total, stream))
-
-
-@contextlib.contextmanager
-def compiling(primary: bool = True):
-  """Around what is compiled before the first step: says so, and how long it
-  took."""
-  if not primary:
-    yield
-    return
-  start = time.monotonic()
-  if not sys.stderr.isatty():  # where `during` shows nothing
-    print('compiling', flush=True)
-  with terminal.during('compiling'):
-    yield
-  print(f'compiled in {time.monotonic() - start:.1f} s', flush=True)
-
-
-def _text(step: int, total: int, figures: Mapping[str, Any]) -> str:
-  """loss 3.1416  12.3k tokens/s  MFU 43.2%  1:02:03 left, as far as known."""
-  parts = []
-  if 'loss' in figures:
-    parts.append(f'loss {figures["loss"]:.4f}')
-  if 'tokens_per_second' in figures:
-    parts.append(f'{_short(figures["tokens_per_second"])} tokens/s')
-  if figures.get('mfu') is not None:  # no peak is known of a CPU
-    parts.append(f'MFU {figures["mfu"]:.1%}')
-  if 'step_seconds' in figures:
-    parts.append(_duration((total - step) * figures['step_seconds']) + ' left')
-  return '  '.join(parts)
-
-
-def _short(x: float) -> str:
-  for unit in ('', 'k', 'M'):
-    if x < 1000:
-      return f'{x:.3g}{unit}'
-    x /= 1000
-  return f'{x:.3g}G'
-
-
-def _duration(seconds: float) -> str:
-  minutes, seconds = divmod(round(seconds), 60)
-  hours, minutes = divmod(minutes, 60)
-  return (f'{hours}:{minutes:02}:{seconds:02}' if hours
-          else f'{minutes}:{seconds:02}')
 
 
 def _host(x: np.ndarray):

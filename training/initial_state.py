@@ -7,18 +7,36 @@ was drawn, and every difference is listed.
 
 import os
 import sys
+from typing import Any
 
-import architectures
-from architectures.parts.config import ModelConfig
+from etils import epath
+
 from configs.errors import require
-from training import paths
-from training import state as state_lib
-from training.workdir import restoring
-from training.workdir import run_config
-from training.workdir import storage
+from training import paths, runs, weights
+from training.distributed import devices
+from training.step import TrainState
+from training.workdir import checkpoints, restoring, storage
 
 
-def check(source: str) -> None:
+def restore_or_create(run: runs.Run, saved: checkpoints.Checkpoints
+                      ) -> tuple[TrainState, int]:
+  """Returns the state and the index of the next batch."""
+  if has_parameters_alone(saved.directory):
+    print('starting from the parameters in this workdir')
+    return create(run, saved.directory.parent), 0
+  restored = saved.restore(run.abstract)
+  if restored is not None:
+    if devices.primary():
+      for sentence in restored.damaged:
+        print(f'warning: {sentence}', file=sys.stderr)
+      print(f'going on from step {restored.step}')
+      for change in checkpoints.environment_changes(restored.record):
+        print(f'not bit for bit, since this has changed: {change}')
+    return restored.state, restored.record['next_batch']
+  return create(run, run.config.init_from), 0
+
+
+def check_source(source: str) -> None:
   """Raises RequestError where config.init_from names nothing that is there."""
   if source:
     path = storage.path(source, 'init_from')
@@ -26,18 +44,17 @@ def check(source: str) -> None:
             f'init_from is {source!r}: no such folder or file')
 
 
-def create(run, source) -> state_lib.TrainState:
+def create(run: runs.Run, source: str | epath.Path) -> TrainState:
   """Returns the state of a run before its first step.
 
   Args:
-    run: a runs.Run.
+    run: the run.
     source: config.init_from; '' for none.
 
   Raises:
     ValueError: for a source that is none, or of another model.
   """
-  with run.context():
-    state = state_lib.create(run.module, run.tx, run.abstract, run.config.seed)
+  state = run.new_state()
   if not str(source):
     return state
   params, skipped = _read(run, storage.path(source, 'init_from'),
@@ -47,24 +64,24 @@ def create(run, source) -> state_lib.TrainState:
   return state.replace(params=params)
 
 
-def _read(run, source, drawn):
+def _read(run: runs.Run, source: epath.Path, drawn: Any
+          ) -> tuple[Any, list[str]]:
   """Returns (parameters, a line for each thing that was skipped)."""
   partial = run.config.init_partial
-  check(str(source))
+  check_source(str(source))
   if restoring.directory(source).exists():
-    return from_workdir(run, source, drawn, partial)
-  from training import weights
+    return _from_workdir(run, source, drawn, partial)
   with run.context():
     return weights.start(source, run.module, like=run.abstract.params,
                          partial=partial, seed=run.config.seed)
 
 
-def from_workdir(run, source, drawn, partial: bool):
+def _from_workdir(run: runs.Run, source: epath.Path, drawn: Any,
+                  partial: bool) -> tuple[Any, list[str]]:
   """Returns (parameters, skipped) of the newest good checkpoint there."""
-  from training import weights
   folder = restoring.directory(source)
   skipped = weights.other_function(
-      run.model, model(source), source, partial)
+      run.model, runs.model_of(source), source, partial)
   wanted = {'params': run.abstract.params}
   saved = restoring.arrays(folder)
   if partial and saved:
@@ -80,17 +97,7 @@ def from_workdir(run, source, drawn, partial: bool):
   return restoring.nest(flat | found)['params'], skipped
 
 
-def model(workdir) -> ModelConfig:
-  """Returns the model of a run, for which its tokenizer need not be there."""
-  from training import runs  # which imports this file
-  config = runs.with_new_fields(run_config.load(workdir))
-  fields = config.model.to_dict()
-  for name, value in run_config.load_derived(workdir).items():
-    fields[name.removeprefix('model.')] = value
-  return architectures.resolve(fields)
-
-
-def _fitting(wanted, saved) -> tuple[dict, list[str]]:
+def _fitting(wanted: Any, saved: dict[str, dict]) -> tuple[dict, list[str]]:
   """Returns what of `wanted` is in `saved` alike, and a line for the rest."""
   fits, lines = {}, []
   for name, x in paths.flatten(wanted).items():
@@ -109,7 +116,7 @@ def _fitting(wanted, saved) -> tuple[dict, list[str]]:
   return restoring.nest(fits), lines
 
 
-def has_parameters_alone(folder) -> bool:
+def has_parameters_alone(folder: epath.Path) -> bool:
   """Whether a checkpoint folder is what tools.convert makes: weights that no
   optimiser has seen."""
   saved = restoring.arrays(folder)

@@ -1,0 +1,176 @@
+"""The meter, and figures that are read a step late."""
+
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from training import timing
+
+
+class Clock:
+
+  def __init__(self):
+    self.now = 100.0
+
+  def __call__(self):
+    return self.now
+
+
+def test_the_meter_by_hand():
+  clock = Clock()
+  meter = timing.Meter(tokens_per_step=1000, flops_per_step=6e9,
+                      peak_flops=1e10, clock=clock)
+  with meter.compiling():
+    clock.now += 30
+  meter.begin(0)
+  for _ in range(4):
+    with meter.waiting():
+      clock.now += 0.5
+    clock.now += 1.5
+  with meter.paused():
+    clock.now += 99
+  assert meter.lap(4, meter.now()) == pytest.approx(dict(
+      step_seconds=2.0, tokens_per_second=500.0, data_seconds=0.5, mfu=0.3,
+      compile_seconds=30.0))
+  clock.now += 8
+  with meter.compiling():
+    clock.now += 7
+  assert meter.lap(6, meter.now()) == pytest.approx(dict(
+      step_seconds=4.0, tokens_per_second=250.0, data_seconds=0.0, mfu=0.15,
+      compile_seconds=7.0))
+
+
+def test_without_a_peak_there_is_no_mfu():
+  clock = Clock()
+  meter = timing.Meter(1000, 6e9, None, clock)
+  clock.now += 1
+  assert meter.lap(1, meter.now())['mfu'] is None
+
+
+def test_figures_come_one_step_late():
+  held = timing.Deferred(lambda: 'now')
+  assert held.flush() is None
+  assert held.push(1, {'loss': jnp.float32(1.5)}) is None
+  assert held.push(2, {'loss': jnp.float32(2.5), 'load': jnp.arange(2)}) == (
+      1, {'loss': 1.5}, 'now')
+  assert held.flush() == (2, {'loss': 2.5, 'load': [0, 1]}, 'now')
+  assert held.flush() is None
+
+
+class Result:
+  """An array on a device that notes when the host asks for it."""
+
+  def __init__(self, name, asked):
+    self.name, self.asked = name, asked
+
+  def copy_to_host_async(self):
+    self.asked.append(f'copy {self.name}')
+
+  def is_ready(self):
+    return False
+
+  def __array__(self, dtype=None, copy=None):
+    self.asked.append(f'wait {self.name}')
+    return np.float32(1.0)
+
+
+def test_no_result_is_waited_for_before_the_next_step_is_dispatched():
+  asked = []
+  held = timing.Deferred(Clock())
+  held.push(1, {'loss': Result('loss 1', asked)})
+  assert asked == ['copy loss 1']
+  held.push(2, {'loss': Result('loss 2', asked)})
+  assert [call for call in asked if 'wait' in call] == ['wait loss 1']
+  assert asked.index('copy loss 2') < asked.index('wait loss 1')
+
+
+class Timed:
+  """A result that is there when its step is done."""
+
+  def __init__(self, clock, done):
+    self.clock, self.done = clock, done
+
+  def copy_to_host_async(self):
+    pass
+
+  def is_ready(self):
+    return self.clock.now >= self.done
+
+  def __array__(self, dtype=None, copy=None):
+    self.clock.now = max(self.clock.now, self.done)
+    return np.float32(0)
+
+
+@pytest.mark.parametrize('waits', [False, True])
+def test_each_step_has_its_own_seconds_around_what_flushes(waits):
+  """Whether dispatch waits for the step, as on CPU, or not: saving and
+  evaluating, which flush, neither lengthen nor shorten a step."""
+  clock = Clock()
+  meter = timing.Meter(1000, 6e9, None, clock)
+  held = timing.Deferred(meter.now)
+  seen, done = {}, clock.now
+
+  def report(read):
+    if read:
+      seen[read.step] = meter.lap(read.step, read.done)['step_seconds']
+
+  for n in range(1, 10):
+    done = max(done, clock.now) + n  # step n takes n seconds
+    clock.now = done if waits else clock.now
+    report(held.push(n, {'loss': Timed(clock, done)}))
+    if n in (3, 4, 7):
+      report(held.flush())
+      with meter.paused():
+        clock.now += 100
+  report(held.flush())
+  assert seen == {n: pytest.approx(n) for n in range(1, 10)}
+
+
+def test_one_process_is_its_own_slowest():
+  figures = {'loss': 1.0, 'data_seconds': 0.5}
+  assert timing.slowest(figures) == figures
+
+
+_PROCESS = """
+import sys, jax, jax.numpy as jnp
+from training import timing
+rank = int(sys.argv[1])
+jax.distributed.initialize(
+    f'127.0.0.1:{sys.argv[2]}', 2, rank, cluster_detection_method='deactivate',
+    coordinator_bind_address=f'127.0.0.1:{sys.argv[2]}')
+mesh = jax.make_mesh((2,), ('data',),
+                     axis_types=(jax.sharding.AxisType.Auto,))
+whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+held = timing.Deferred(lambda: 0)
+held.push(1, jax.jit(lambda: {'loss': jnp.float32(2.5)},
+                     out_shardings=whole)())
+step, figures, _ = held.flush()
+print(step, timing.slowest({**figures, 'data_seconds': rank + 0.5}), flush=True)
+jax.distributed.shutdown()
+"""
+
+
+@pytest.mark.multihost
+@pytest.mark.slow
+def test_all_processes_report_the_slowest_of_them():
+  with socket.socket() as free:
+    free.bind(('127.0.0.1', 0))
+    port = free.getsockname()[1]
+  root = pathlib.Path(__file__).parents[2]
+  env = {**os.environ, 'PYTHONPATH': str(root), 'XLA_FLAGS':
+         '--xla_force_host_platform_device_count=1'}
+  processes = [
+      subprocess.Popen(
+          [sys.executable, '-c', _PROCESS, str(rank), str(port)], env=env,
+          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+      for rank in range(2)]
+  for process in processes:
+    out, error = process.communicate(timeout=120)
+    assert out.splitlines()[-1:] == [
+        "1 {'loss': 2.5, 'data_seconds': 1.5}"], error

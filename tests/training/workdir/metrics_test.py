@@ -1,0 +1,162 @@
+"""What is written of a run: lines, TensorBoard's events, W&B's."""
+
+import importlib.util
+import json
+import sys
+import types
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import base
+from training.workdir import metrics
+
+
+def log_config(**fields):
+  config = base.base()
+  config.log.update(fields)
+  return config.to_dict()
+
+
+def rows(workdir):
+  text = (workdir / 'metrics.jsonl').read_text()
+  return [json.loads(line) for line in text.splitlines()]
+
+
+def jsonl(workdir, steps, resumed_step=0, **figures):
+  writer = metrics.JsonlWriter(workdir, resumed_step)
+  for step in steps:
+    writer.write(step, 'train', {'loss': float(step), **figures})
+  writer.close()
+
+
+def test_a_line_is_an_object_that_any_json_reader_takes(tmp_path):
+  jsonl(tmp_path, [10], norm=jnp.float32(0.5), bad=float('nan'), mfu=None,
+        over=np.float32(np.inf), load=jnp.arange(3), tokens=7)
+  line = (tmp_path / 'metrics.jsonl').read_text()
+  assert 'NaN' not in line and 'Infinity' not in line
+  assert json.loads(line) == {
+      'step': 10, 'split': 'train', 'loss': 10.0, 'norm': 0.5, 'bad': None,
+      'mfu': None, 'over': None, 'load': [0, 1, 2], 'tokens': 7}
+  assert list(json.loads(line))[:2] == ['step', 'split']
+
+
+def test_a_line_is_on_disk_once_written(tmp_path):
+  writer = metrics.JsonlWriter(tmp_path, 0)
+  writer.write(1, 'train', {'loss': 2.0})
+  assert rows(tmp_path) == [{'step': 1, 'split': 'train', 'loss': 2.0}]
+  writer.close()
+
+
+def test_after_a_resume_no_step_stands_twice(tmp_path):
+  jsonl(tmp_path, [10, 20, 30, 40])
+  jsonl(tmp_path, [30, 40, 50], resumed_step=20)
+  assert [row['step'] for row in rows(tmp_path)] == [10, 20, 30, 40, 50]
+  jsonl(tmp_path, [5], resumed_step=0)  # begun again before any checkpoint
+  assert [row['step'] for row in rows(tmp_path)] == [5]
+
+
+@pytest.mark.parametrize('torn', [
+    b'{"step": 30, "split": "tr', b'{"step": 20, "split": "eval"}', b'\xe2',
+    b'\x00\x00', b'30\n'])
+def test_a_torn_last_line_is_dropped(tmp_path, torn):
+  jsonl(tmp_path, [10, 20])
+  with (tmp_path / 'metrics.jsonl').open('ab') as file:
+    file.write(torn)
+  # A reader of a run that is under way passes over it too.
+  assert [row['step'] for row in metrics.read(tmp_path / 'metrics.jsonl')
+          ][:2] == [10, 20]
+  jsonl(tmp_path, [30], resumed_step=25)
+  assert [row['step'] for row in rows(tmp_path)] == [10, 20, 30]
+
+
+def test_what_need_not_change_is_not_rewritten(tmp_path):
+  jsonl(tmp_path, [10, 20])
+  before = (tmp_path / 'metrics.jsonl').stat().st_ino
+  jsonl(tmp_path, [30], resumed_step=20)
+  assert (tmp_path / 'metrics.jsonl').stat().st_ino == before
+
+
+def read_events(workdir):
+  accumulators = pytest.importorskip(
+      'tensorboard.backend.event_processing.event_accumulator')
+  events = accumulators.EventAccumulator(str(workdir / 'tensorboard'))
+  events.Reload()
+  return {tag: [(e.step, e.value) for e in events.Scalars(tag)]
+          for tag in events.Tags()['scalars']}
+
+
+def test_tensorboards_own_reader_reads_the_file(tmp_path):
+  pytest.importorskip('tensorboard')
+  config = log_config(tensorboard=True)
+  for start, steps in ((0, [10, 20, 30]), (20, [30, 40])):
+    files = metrics.writers(tmp_path, config, resumed_step=start)
+    for step in steps:
+      for writer in files:
+        writer.write(step, 'train', {'loss': step + start, 'mfu': None,
+                                     'load': [0.25, 0.75]})
+    for writer in files:
+      writer.close()
+  scalars = read_events(tmp_path)
+  # Step 30 of the first run is gone, as it is from metrics.jsonl.
+  assert scalars['train/loss'] == [(10, 10), (20, 20), (30, 50), (40, 60)]
+  assert scalars['train/load/1'][-1] == (40, 0.75)
+  assert 'train/mfu' not in scalars
+  assert [row['step'] for row in rows(tmp_path)] == [10, 20, 30, 40]
+
+
+class FakeRun:
+
+  def __init__(self):
+    self.logged, self.axes, self.finished = [], [], False
+
+  def define_metric(self, name, step_metric=None):
+    self.axes.append((name, step_metric))
+
+  def log(self, row):
+    self.logged.append(row)
+
+  def finish(self):
+    self.finished = True
+
+
+def test_wandb_goes_on_in_the_same_run(tmp_path, monkeypatch):
+  calls, runs = [], []
+
+  def init(**kwargs):
+    calls.append(kwargs)
+    runs.append(FakeRun())
+    return runs[-1]
+
+  monkeypatch.setitem(sys.modules, 'wandb', types.SimpleNamespace(
+      init=init, __spec__=importlib.util.spec_from_loader('wandb', None)))
+  config = log_config(wandb=True, wandb_project='p')
+  for step in (10, 20):
+    files = metrics.writers(tmp_path / 'a_run', config, resumed_step=step - 10)
+    files[-1].write(step, 'eval', {'loss': 2.0, 'mfu': None, 'load': [1, 2]})
+    files[-1].close()
+  assert runs[0].logged == [
+      {'step': 10, 'eval/loss': 2.0, 'eval/load/0': 1.0, 'eval/load/1': 2.0}]
+  assert runs[1].logged[0]['step'] == 20
+  assert ('*', 'step') in runs[0].axes and runs[0].finished
+  assert calls[0]['id'] == calls[1]['id']
+  assert calls[0]['project'] == 'p' and calls[0]['name'] == 'a_run'
+  assert calls[0]['config']['optim']['name'] == 'adamw'
+
+
+@pytest.mark.parametrize('name', metrics.EXTRAS)
+def test_a_missing_extra_is_a_sentence(name, monkeypatch, tmp_path):
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+  config = log_config(**{name: True})
+  with pytest.raises(ValueError, match=rf"log\.{name} is True.*pip install"):
+    metrics.check(config['log'])
+  with pytest.raises(ValueError):
+    metrics.writers(tmp_path, config)
+  assert not list(tmp_path.iterdir())
+  metrics.check(log_config()['log'])
+
+
+def test_only_the_first_process_writes(tmp_path):
+  assert metrics.writers(tmp_path, log_config(), primary=False) == []
+  assert not list(tmp_path.iterdir())
