@@ -5,7 +5,10 @@ import itertools
 import numpy as np
 import pytest
 
+from tests.helpers import sweep_folder
 from tools import coord_check
+from tools.sweep.report import curves
+from tools.sweep.report import picture
 from training.evals import extrapolation, routing
 
 figure = pytest.importorskip('matplotlib.figure', reason='no matplotlib')
@@ -75,3 +78,26 @@ def test_coord_check(widths, count, drawn):
           for _ in range(count)]
   coord_check.plot(rows, 'c.png')
   _check(drawn[0])
+
+
+def test_outcome_of_a_sweep(drawn, tmp_path):
+  points = [
+      sweep_folder.point('base', shift={0: 0.01, 1: -0.02, 2: 0.015}),
+      sweep_folder.point('worse', {'model.norm': 'rmsnorm'},
+                         shift={0: 0.11, 1: 0.081, 2: 0.114}),
+      sweep_folder.point('same', {'model.position': 'none'},
+                         shift={0: 0.03, 1: -0.05, 2: 0.02}),
+      sweep_folder.point('better', {'model.position': 'rope'},
+                         shift={0: -0.09, 1: -0.121, 2: -0.086})]
+  sweep_folder.write(tmp_path, points)
+  picture.draw(curves.load(tmp_path), tmp_path / 'p.png')
+  _check(drawn[0])
+  left, right = drawn[0].axes
+  names = [label.get_text() for label in right.get_yticklabels()]
+  assert sorted(names[1:3]) == ['base', 'same']
+  assert (names[0], names[3]) == ('better', 'worse')
+  words = [text.get_text() for text in right.texts]
+  assert words[0] == 'better' and words[3] == 'worse'
+  assert sorted(words[1:3]) == ['inside the noise', 'the base']
+  colours = {name: line.get_color() for name, line in zip(names, left.lines)}
+  assert len(set(colours.values())) == 4 and colours['base'] == 'black'

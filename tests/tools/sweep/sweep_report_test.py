@@ -290,6 +290,14 @@ def test_command_writes_beside_the_runs(folder, monkeypatch, capsys):
       'the loss was not finite', ''}
 
 
+def test_command_draws_a_picture(folder, monkeypatch, capsys, tmp_path):
+  pytest.importorskip('matplotlib', reason='no matplotlib')
+  file = tmp_path / 'small.png'
+  assert _main(monkeypatch, '--workdir', folder,
+               '--plot', file) == 0
+  assert file.read_bytes().startswith(b'\x89PNG')
+
+
 def test_command_refuses_the_folder_of_another_sweep(folder, monkeypatch):
   with pytest.raises(ValueError, match='holds the sweep .*synthetic.py, not'):
     _main(monkeypatch, 'configs/sweeps/parts.py', '--workdir', folder)

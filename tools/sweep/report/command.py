@@ -18,18 +18,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                       help='the sweep that --workdir must be of')
   parser.add_argument('--workdir', required=True, help='of the whole sweep')
   parser.add_argument('--json', action='store_true', help='print JSON')
+  parser.add_argument('--plot', default='',
+                      help='a PNG to draw the outcome to (extra plot)')
 
 
 def main(args) -> int:
   from tools.sweep import layout
-  from tools.sweep.report import curves, write
+  from tools.sweep.report import curves, picture, write
   from training.workdir import storage
   layout.load(args.workdir, args.file)
   for file in write.FILES:
     storage.try_file(pathlib.Path(args.workdir) / file, '--workdir')
+  if args.plot:
+    picture.require_matplotlib()
+    storage.output(args.plot, '--plot')
   sweep = curves.load(args.workdir)
   print(json.dumps(write.figures(sweep), indent=2) if args.json
         else write.text(sweep))
   print(*write.write(sweep, args.workdir), sep='\n',
         file=sys.stderr if args.json else sys.stdout)
+  if args.plot:
+    picture.draw(sweep, args.plot)
   return 0
