@@ -69,7 +69,7 @@ def _words(command):
 def _source(target):
   """Returns the program's source: its own, and the flags it shares."""
   file = ROOT / target
-  files = [file] if file.suffix == '.py' else sorted(file.glob('*.py'))
+  files = [file] if file.suffix == '.py' else sorted(file.glob('**/*.py'))
   shared = [ROOT / 'training/cli.py']
   if target == 'eval.py':
     shared.append(ROOT / 'training/evals/flags.py')
