@@ -69,11 +69,10 @@ def resolve(model: ModelConfig | Mapping[str, Any]) -> ModelConfig:
   Raises:
     RequestError: a sentence with the field, its value and the choices.
   """
-  if isinstance(model, ModelConfig):
-    return model
-  config = model_config.make(model)
+  config = (model if isinstance(model, ModelConfig)
+            else model_config.make(model))
   one_of('model.arch', config.arch, systems())
-  checks.check_stack(
+  checks.check(
       config, {arch: module.STACK for arch, module in systems().items()})
   return config
 

@@ -21,7 +21,7 @@ from architectures.parts import hf
 from architectures.parts import linear
 from architectures.parts.attention import Context
 from architectures.parts.config import ModelConfig
-from architectures.parts.ffn import ACTIVATIONS
+from architectures.parts.ffn import FFNS
 from architectures.parts.norms import norm
 from architectures.parts.skeletons import Embed, Output, Stack, Unembed
 
@@ -56,7 +56,7 @@ class BERT(nn.Module):
                           name='encoder')(x_BLD, ctx)
     pooled_BD = jnp.tanh(self._dense('pooler', x_BLD[:, 0], c.d_model))
     nsp_logits_B2 = self._dense('nsp', pooled_BD, 2)
-    act, _ = ACTIVATIONS[c.moe.ffn if c.ffn == 'moe' else c.ffn]
+    act = FFNS[c.moe.ffn if c.ffn == 'moe' else c.ffn].act
     t_BLD = act(self._dense('transform', x_BLD, c.d_model))
     t_BLD = norm(c, 'transform_norm')(t_BLD)
     return Output(t_BLD, Unembed(c, name='head')(table_DV), aux=aux,

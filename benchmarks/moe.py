@@ -13,7 +13,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from architectures.parts import config as model_config
+import architectures
 from architectures.parts.attention import Context
 from architectures.parts.ffn import FFN
 from architectures.parts.moe.layer import MoE
@@ -33,7 +33,7 @@ def layer(experts: int, tokens: int, d_model: int, d_ff: int):
   fields.update(d_model=d_model, d_ff=d_ff, num_heads=1, vocab_size=1,
                 max_len=tokens, ffn='moe', ffn_bias=False)
   fields.moe.update(num_experts=experts or TOP_K, top_k=TOP_K, ffn='swiglu')
-  c = model_config.make(fields)
+  c = architectures.resolve(fields)
   module = MoE(c) if experts else FFN(c, 'swiglu', width=TOP_K * d_ff)
   x_BLD = jax.random.normal(jax.random.key(0), (1, tokens, d_model))
   ctx = Context(jnp.arange(tokens)[None])

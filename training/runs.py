@@ -16,7 +16,7 @@ import ml_collections
 import numpy as np
 
 import architectures
-from architectures.parts import kernels, sharding
+from architectures.parts import kernels, positions, sharding
 from architectures.parts.config import ModelConfig
 from architectures.parts.moe import grouped_kernels
 from configs import sharding as tables
@@ -69,10 +69,7 @@ def printable(config: ml_collections.ConfigDict, by_hand=()
   the model that is derived filled in; `by_hand` is as for `check`."""
   check(config, by_hand)
   model, _ = resolve(config, tokenizers.load(config.data.tokenizer))
-  fields = dataclasses.asdict(model)
-  if model.parametrization == 'standard':  # which is its own base
-    fields.update(mup_base_width=0, mup_base_head_dim=0)
-  return run_config.to_json(config) | {'model': fields}
+  return run_config.to_json(config) | {'model': dataclasses.asdict(model)}
 
 
 def check(config: ml_collections.ConfigDict, by_hand=()) -> None:
@@ -105,7 +102,7 @@ def _check_reach(config, c: ModelConfig) -> None:
   rows = examples.shapes(config)
   longest = max(rows[name][0][1] for name in ('tokens', 'decoder_tokens')
                 if name in rows)
-  require(longest <= c.reach,
+  require(longest <= positions.reach(c),
           f'model.max_len is {c.max_len}, and rows of {longest} tokens '
           '(data.length, or data.target_length) are longer than these learned '
           f'positions: set it to {longest} or more')

@@ -21,7 +21,7 @@ import ml_collections
 import optax
 
 from architectures.parts import sharding
-from architectures.parts.moe import routing
+from architectures.parts.moe import balancing
 from training import objectives
 from training.distributed import devices
 from training.optim import mup, optimizers, schedules
@@ -139,9 +139,8 @@ def make_train_step(module: nn.Module, tx: optax.GradientTransformation,
     ok = jnp.isfinite(grad_norm) & jnp.isfinite(metrics['loss'])
     params, opt_state = optimizers.update_if(
         ok, tx, grads, state.opt_state, state.params)
-    if config.model.ffn == 'moe' and config.model.moe.router == 'sigmoid':
-      params = routing.update_bias(params, panel['health/load_E'],
-                                   ok * config.model.moe.bias_rate)
+    params = balancing.update(config.model, params,
+                              panel.get('health/load_E'), ok)
     bad_in_row = jnp.where(ok, 0, state.bad_in_row + 1)
     bad_steps = state.bad_steps + jnp.where(ok, 0, 1)
     metrics |= dict(

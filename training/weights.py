@@ -15,6 +15,7 @@ from collections.abc import Mapping
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 import re
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import architectures
+from architectures.parts import positions
 from architectures.parts.config import ModelConfig
 from configs.errors import require
 from training import paths
@@ -89,7 +91,7 @@ def other_function(ours: ModelConfig, theirs: ModelConfig, path,
                    partial: bool) -> list[str]:
   """Returns a line for each field by which the weights in `path` are those of
   another function; unless `partial`, one is a ValueError."""
-  if ours.position == theirs.position != 'learned':
+  if ours.position == theirs.position and math.isinf(positions.reach(ours)):
     theirs = dataclasses.replace(theirs, max_len=ours.max_len)
   different = [f'{line} as in its config.json'
                for line in hf_config.differences(ours, theirs)]

@@ -4,8 +4,13 @@ Heads may share keys and values (grouped heads: Ainslie et al. 2023, num_kv
 heads = 1: Shazeer 2019), be banded (a query sees the last `sliding_window`
 keys), capped (softcap * tanh(score / softcap), Gemma 2), have normalised
 queries and keys (QK-norm) and a learned sink per head in the denominator.
+
+An entry of KINDS, at the end of this file, is all that there is of what the
+queries of a layer see.
 """
 
+from collections.abc import Callable
+import dataclasses
 from typing import Optional
 
 import flax.linen as nn
@@ -20,6 +25,9 @@ from architectures.parts import positions
 from architectures.parts import sharding
 from architectures.parts import xla_attention
 from architectures.parts.config import LayerKind, ModelConfig
+from configs.errors import require
+
+QUERIES = 1024  # whose keys are counted at once
 
 
 @struct.dataclass
@@ -67,10 +75,29 @@ class Cache:
                         value_BMJK=put(self.value_BMJK, value_BLJK))
 
 
-def visible(kind: LayerKind, window: int, q_positions_BL: jax.Array,
+@dataclasses.dataclass(frozen=True)
+class Kind:
+  """Which keys the queries of a layer see, causality and documents apart.
+
+  Attributes:
+    window: config -> n, where these are the keys less than n away; None: the
+      kind has no window.
+    sees: (config, q_positions, k_positions) -> bool, of positions that
+      broadcast: any other rule. Fused kernels have no mask for it.
+    fields: of config.model that no other kind reads.
+    check: config -> None; raises RequestError for fields that do not fit.
+  """
+  window: Optional[Callable[[ModelConfig], int]] = None
+  sees: Optional[Callable] = None
+  fields: tuple[str, ...] = ()
+  check: Callable[[ModelConfig], None] = lambda c: None
+
+
+def visible(kind: LayerKind, c: ModelConfig, q_positions_BL: jax.Array,
             k_positions_BM: jax.Array, q_segments_BL=None,
             k_segments_BM=None, prefix_B=None) -> Optional[jax.Array]:
   """Which keys each query sees: bool [B or 1, L, M]; None: all."""
+  rule = KINDS[kind.attention]
   q, k = q_positions_BL[:, :, None], k_positions_BM[:, None]
   seen = []
   if kind.causal:
@@ -78,8 +105,10 @@ def visible(kind: LayerKind, window: int, q_positions_BL: jax.Array,
     if prefix_B is not None:
       causal |= k < prefix_B[:, None, None]
     seen.append(causal)
-  if kind.attention == 'banded':
-    seen.append(jnp.abs(q - k) < window)
+  if rule.window:
+    seen.append(jnp.abs(q - k) < rule.window(c))
+  if rule.sees:
+    seen.append(rule.sees(c, q, k))
   if q_segments_BL is not None:
     seen.append(q_segments_BL[:, :, None] == k_segments_BM[:, None])
   if not seen:
@@ -90,11 +119,18 @@ def visible(kind: LayerKind, window: int, q_positions_BL: jax.Array,
   return mask
 
 
-def pairs(kind: LayerKind, window: int, queries: int, keys: int) -> int:
+def pairs(kind: LayerKind, c: ModelConfig, queries: int, keys: int) -> int:
   """Returns how many pairs of a query and a key the mask of self-attention
   shows; with fewer queries than keys, the queries are the last."""
-  reach = min(window, keys) if kind.attention == 'banded' else keys
+  rule = KINDS[kind.attention]
   first = keys - queries  # keys before the first query's own
+  if rule.sees:  # count them, some queries at a time
+    with jax.ensure_compile_time_eval():
+      at_1M = jnp.arange(keys)[None]
+      q_1L = at_1M[:, first:]
+      return sum(int(visible(kind, c, q_1L[:, i:i + QUERIES], at_1M).sum())
+                 for i in range(0, queries, QUERIES))
+  reach = min(rule.window(c), keys) if rule.window else keys
   # Of the keys up to its own, and of those from its own on, a query sees
   # `reach` at most.
   one_way = sum_of_least(first + 1, keys, reach)
@@ -119,7 +155,7 @@ class Attention(nn.Module):
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[Cache]):
     c = self.config
-    rotary = c.position == 'rope' and not self.cross
+    rotate = None if self.cross else positions.of(c).rotate
     q_BLHK = self._project('query', x_BLD, c.num_heads, 'heads')
     if c.qk_norm:
       q_BLHK = norms.norm(c, 'query_norm', 'head')(q_BLHK)
@@ -129,9 +165,9 @@ class Attention(nn.Module):
       k_BMJK, v_BMJK = self._keys(ctx.memory_BMD if self.cross else x_BLD)
       if self.cross and cache is not None:
         cache = cache.replace(memory_key_BMJK=k_BMJK, memory_value_BMJK=v_BMJK)
-    if rotary:
-      q_BLHK = positions.rotate(q_BLHK, ctx.positions_BL, c)
-      k_BMJK = positions.rotate(k_BMJK, ctx.positions_BL, c)
+    if rotate:
+      q_BLHK = rotate(q_BLHK, ctx.positions_BL, c)
+      k_BMJK = rotate(k_BMJK, ctx.positions_BL, c)
     k_positions_BM = ctx.positions_BL
     if cache is not None and not self.cross:
       cache = cache.write(k_BMJK, v_BMJK, ctx.positions_BL)
@@ -141,7 +177,7 @@ class Attention(nn.Module):
     k_BMJK, v_BMJK = (sharding.constrain(x, 'batch', None, 'kv_heads', 'head')
                       for x in (k_BMJK, v_BMJK))
     L, M = q_BLHK.shape[1], k_BMJK.shape[1]
-    seen = L * M if self.cross else pairs(self.kind, c.sliding_window, L, M)
+    seen = L * M if self.cross else pairs(self.kind, c, L, M)
     with linear.useful(seen, L * M):
       o_BLHK = self._weigh(q_BLHK, k_BMJK, v_BMJK, k_positions_BM, ctx,
                            cached=cache is not None)
@@ -169,16 +205,16 @@ class Attention(nn.Module):
       kernel = kernels.choose(c, mask, q_BLHK.shape[1], k_BMJK.shape[1])
     if kernel == 'splash':
       return kernels.splash(q_BLHK, k_BMJK, v_BMJK, mask, sink_H=sink_H,
-                            scale=c.attention_scale,
+                            scale=c.score_scale,
                             softcap=c.attention_softcap)
     if kernel == 'cudnn':
       return kernels.cudnn(q_BLHK, k_BMJK, v_BMJK, mask, seen_BLM,
-                           scale=c.attention_scale)
+                           scale=c.score_scale)
     causal = (mask.causal and mask.in_order and not (mask.prefix or cached)
               and sharding.shards('length', q_BLHK.shape[1]) == 1)
     return xla_attention.attend(
         q_BLHK, k_BMJK, v_BMJK, mask_BLM=seen_BLM, bias_BHLM=bias_BHLM,
-        sink_H=sink_H, key=key, scale=c.attention_scale,
+        sink_H=sink_H, key=key, scale=c.score_scale,
         softcap=c.attention_softcap, dropout=c.attention_dropout,
         causal=causal, window=mask.window)
 
@@ -193,16 +229,16 @@ class Attention(nn.Module):
         ids_BL = jnp.ones((1, 1), jnp.int32) if ids_BL is None else ids_BL
         seen_BLM = ids_BL[:, :, None] == k_ids_BM[:, None]
       return kernels.Mask(ids_BL, k_ids_BM), seen_BLM, None
-    seen_BLM = visible(self.kind, c.sliding_window, ctx.positions_BL,
-                       k_positions_BM, ids_BL, ids_BL, ctx.prefix_B)
+    seen_BLM = visible(self.kind, c, ctx.positions_BL, k_positions_BM, ids_BL,
+                       ids_BL, ctx.prefix_B)
     bias_BHLM = ctx.bias_BHLM
-    if c.position == 'alibi':
-      bias_BHLM = positions.alibi(ctx.positions_BL, k_positions_BM,
-                                  c.num_heads)
-    banded = self.kind.attention == 'banded'
+    if positions.of(c).bias:
+      bias_BHLM = positions.of(c).bias(c, ctx.positions_BL, k_positions_BM)
+    rule = KINDS[self.kind.attention]
     mask = kernels.Mask(
         ids_BL, ids_BL, causal=self.kind.causal, in_order=ctx.in_order,
-        window=c.sliding_window if banded else 0,
+        window=rule.window(c) if rule.window else 0,
+        rule=self.kind.attention if rule.sees else '',
         prefix=self.kind.causal and ctx.prefix_B is not None,
         bias=bias_BHLM is not None)
     return mask, seen_BLM, bias_BHLM
@@ -219,7 +255,7 @@ class Attention(nn.Module):
   def _project(self, name, x_BLD, heads, axis):
     c = self.config
     # What the scores are not scaled by, the query's weights are (T5).
-    gain = (c.mup_base_head_dim ** -0.5 / (c.attention_scale * c.head_widening)
+    gain = (c.base_head_dim ** -0.5 / c.attention_scale
             if name == 'query' and c.init == 'fan_in' else 1.0)
     w_DHK = linear.weight(self, name, (c.d_model, heads, c.head_dim),
                           ('embed', axis, 'head'), gain=gain)
@@ -228,3 +264,16 @@ class Attention(nn.Module):
       y_BLHK = linear.add_bias(y_BLHK, linear.bias(
           self, f'{name}_bias', (heads, c.head_dim), (axis, 'head')))
     return sharding.constrain(y_BLHK, 'batch', 'length', axis, 'head')
+
+
+def _check_banded(c: ModelConfig) -> None:
+  require(c.sliding_window > 0,
+          'model.attention has a banded layer, but model.sliding_window is 0: '
+          'set it to the number of keys that such a layer sees')
+
+
+KINDS = {
+    'global': Kind(),
+    'banded': Kind(window=lambda c: c.sliding_window,
+                   fields=('sliding_window',), check=_check_banded),
+}

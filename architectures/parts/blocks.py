@@ -6,6 +6,7 @@ parallel   x + A(n1(x)) + F(n2(x))             (GPT-NeoX)
 sandwich   x + n(A(n(x))); x + n(F(n(x)))      (CogView, Gemma 2)
 
 A is self-attention and, in a decoder with a memory, C follows it wired alike.
+An entry of BLOCKS, at the end of this file, is all that there is of one.
 """
 
 from typing import Optional
@@ -16,12 +17,17 @@ import jax
 from architectures.parts import sharding
 from architectures.parts.attention import Attention, Cache, Context
 from architectures.parts.config import LayerKind, ModelConfig
-from architectures.parts.ffn import ffn
+from architectures.parts.ffn import FFN
+from architectures.parts.moe.layer import MoE
 from architectures.parts.norms import norm
 
 
 class Block(nn.Module):
-  """What the wirings share: their parts by name."""
+  """What the wirings share: their parts by name.
+
+  FINAL_NORM: whether what the last block returns is not normalised yet.
+  """
+  FINAL_NORM = True
   config: ModelConfig
   kind: LayerKind
 
@@ -36,7 +42,9 @@ class Block(nn.Module):
                      name='cross_attention')
 
   def ffn(self) -> nn.Module:
-    return ffn(self.config, self.kind.ffn)
+    if self.kind.ffn == 'moe':
+      return MoE(self.config, name='ffn')
+    return FFN(self.config, self.kind.ffn, name='ffn')
 
   def drop(self, x: jax.Array, ctx: Context) -> jax.Array:
     return nn.Dropout(self.config.dropout)(
@@ -64,6 +72,7 @@ class PreNorm(Block):
 
 
 class PostNorm(Block):
+  FINAL_NORM = False
 
   @nn.compact
   def __call__(self, x_BLD, ctx: Context, cache: Optional[Cache]):

@@ -1,4 +1,7 @@
-"""The model config: one frozen, hashable dataclass that validates itself.
+"""The model config: one frozen, hashable dataclass.
+
+`make` fills in what is derived. What the fields may say together is checked
+above the parts, in checks.py; architectures.resolve does both.
 
 Axis legend, for every array of the project:
 B batch, L length, M memory length (what is attended to), D d_model, H query
@@ -16,24 +19,7 @@ import jax.numpy as jnp
 from architectures.parts import fields as field_checks
 from configs.errors import one_of, require
 
-NORMS = ('layernorm', 'rmsnorm')
-POSITIONS = ('learned', 'sinusoidal', 'rope', 'alibi', 'relative', 'none')
-DENSE_FFNS = ('relu', 'gelu', 'gelu_tanh', 'silu', 'geglu', 'geglu_tanh',
-              'swiglu')
-BLOCKS = ('pre_norm', 'post_norm', 'parallel', 'sandwich')
-ATTENTIONS = ('global', 'banded')
-SINUSOIDS = ('interleaved', 'halves', 'fairseq')
-ROPE_SCALINGS = ('none', 'linear', 'ntk', 'llama3', 'yarn')
-INITS = ('normal', 'scaled_normal', 'fan_in')
-KERNELS = ('auto', 'xla', 'splash', 'cudnn')
-GROUPED_KERNELS = ('auto', 'xla', 'megablox')
 PARAMETRIZATIONS = ('standard', 'mup')
-REMATS = ('none', 'full', 'dots')
-DTYPES = ('float32', 'bfloat16')
-ROUTERS = ('topk', 'switch', 'gshard', 'expert_choice', 'sigmoid', 'sinkhorn',
-           'hash', 'uniform')
-DISPATCHES = ('auto', 'einsum', 'sorted', 'dropless')
-BALANCE_LOSSES = ('switch', 'importance', 'none')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +71,7 @@ class MoEConfig:
 @dataclasses.dataclass(frozen=True)
 class LayerKind:
   """What one layer of the pattern holds."""
-  attention: str  # global | banded
+  attention: str
   ffn: str
   causal: bool = True
   cross: bool = False
@@ -144,29 +130,36 @@ class ModelConfig:
   remat: str
   moe: MoEConfig
 
-  def __post_init__(self):
-    from architectures.parts import checks  # which reads this file
-    checks.check(self)
-
   @property
   def compute_dtype(self):
     return jnp.dtype(self.dtype)
 
   @property
-  def reach(self) -> float:
-    """How many positions there are, stretched; learned ones end."""
-    return (int(self.max_len * self.learned_stretch)
-            if self.position == 'learned' else math.inf)
+  def base_width(self) -> int:
+    """The d_model of muP's base; the standard form is its own."""
+    return self.mup_base_width or self.d_model
+
+  @property
+  def base_head_dim(self) -> int:
+    """The head_dim of muP's base."""
+    return self.mup_base_head_dim or self.head_dim
 
   @property
   def widening(self) -> float:
     """How many times as wide as muP's base; 1 in the standard form."""
-    return self.d_model / self.mup_base_width
+    return self.d_model / self.base_width
 
   @property
   def head_widening(self) -> float:
     """The same of a head."""
-    return self.head_dim / self.mup_base_head_dim
+    return self.head_dim / self.base_head_dim
+
+  @property
+  def score_scale(self) -> float:
+    """What multiplies the products of queries and keys. `attention_scale` is
+    the base's; in muP it falls from there as 1 / head_dim (Yang et al. 2022,
+    definition 4.1)."""
+    return self.attention_scale * (self.base_head_dim / self.head_dim)
 
   @property
   def attention_pattern(self) -> tuple[str, ...]:
@@ -192,10 +185,12 @@ class ModelConfig:
 
 
 def make(fields: Mapping[str, Any]) -> ModelConfig:
-  """Builds the frozen config from `config.model` (a ConfigDict or a dict).
+  """Builds the frozen config from `config.model` (a ConfigDict or a dict),
+  which is left as it is. What it builds, as a dict, builds the same again.
 
   Raises:
-    ValueError: a sentence that names the field, its value and the choices.
+    RequestError: a field that is missing, not of its type or out of range, or
+      one that another is derived from and that does not allow it.
   """
   fields = fields.to_dict() if hasattr(fields, 'to_dict') else dict(fields)
   field_checks.check(fields, ModelConfig)
@@ -205,54 +200,48 @@ def make(fields: Mapping[str, Any]) -> ModelConfig:
                if name == 'max_len' else '')
             + (' (derived from the tokenizer at the start of a run)'
                if name == 'vocab_size' else ''))
-  heads = fields['num_heads']
-  require(fields['head_dim'] or fields['d_model'] % heads == 0,
+  heads, width = fields['num_heads'], fields['d_model']
+  require(fields['head_dim'] or width % heads == 0,
           f'model.num_heads is {heads}, which does not divide model.d_model '
-          f'{fields["d_model"]}: choose a divisor, or set model.head_dim')
-  fields['num_decoder_layers'] = (
-      fields['num_decoder_layers'] or fields['num_layers'])
-  fields['num_kv_heads'] = fields['num_kv_heads'] or heads
-  fields['head_dim'] = fields['head_dim'] or fields['d_model'] // heads
-  fields['d_ff'] = fields['d_ff'] or 4 * fields['d_model']
-  _resolve_base(fields)
-  width, head_dim = fields['mup_base_width'], fields['mup_base_head_dim']
-  # muP: as 1 / head_dim (Yang et al. 2022, definition 4.1).
-  fields['attention_scale'] = (fields['attention_scale'] or head_dim ** -0.5
-                               ) * (head_dim / fields['head_dim'])
-  fields['embed_scale'] = fields['embed_scale'] or width ** 0.5
-  fields['logits_scale'] = fields['logits_scale'] or width ** -0.5
-  rope, moe = dict(fields['rope']), dict(fields['moe'])
-  rope['original_len'] = rope['original_len'] or fields['max_len']
-  moe['d_ff'] = moe['d_ff'] or fields['d_ff']
-  fields.update(rope=RopeConfig(**rope), moe=MoEConfig(**moe),
-                relative=RelativeConfig(**fields['relative']))
-  return ModelConfig(**fields)
+          f'{width}: choose a divisor, or set model.head_dim')
+  head_dim = fields['head_dim'] or width // heads
+  d_ff = fields['d_ff'] or 4 * width
+  base_width, base_head_dim = _base(fields, head_dim)
+  rope, moe = fields['rope'], fields['moe']
+  return ModelConfig(**fields | dict(
+      num_decoder_layers=fields['num_decoder_layers'] or fields['num_layers'],
+      num_kv_heads=fields['num_kv_heads'] or heads,
+      head_dim=head_dim,
+      d_ff=d_ff,
+      mup_base_head_dim=fields['mup_base_width'] and base_head_dim,
+      attention_scale=fields['attention_scale'] or base_head_dim ** -0.5,
+      embed_scale=fields['embed_scale'] or base_width ** 0.5,
+      logits_scale=fields['logits_scale'] or base_width ** -0.5,
+      rope=RopeConfig(**{
+          **rope, 'original_len': rope['original_len'] or fields['max_len']}),
+      moe=MoEConfig(**{**moe, 'd_ff': moe['d_ff'] or d_ff}),
+      relative=RelativeConfig(**fields['relative'])))
 
 
-def _resolve_base(fields: dict) -> None:
-  """Fills in the base of muP; the standard form is its own base."""
+def _base(fields: Mapping[str, Any], head_dim: int) -> tuple[int, int]:
+  """Returns the width of muP's base and of its heads; the standard form is its
+  own base."""
   name = fields['parametrization']
   one_of('model.parametrization', name, PARAMETRIZATIONS)
-  bases = ('mup_base_width', 'mup_base_head_dim')
   if name == 'standard':
-    for base in bases:
+    for base in ('mup_base_width', 'mup_base_head_dim'):
       require(not fields[base], f'model.{base} is {fields[base]}, which '
               "model.parametrization 'standard' does not read: set it to 0, or "
               "choose 'mup'")
-    fields.update(zip(bases, (fields['d_model'], fields['head_dim'])))
-    return
+    return fields['d_model'], head_dim
   width = fields['mup_base_width']
   require(width > 0, "model.parametrization is 'mup', but model.mup_base_width "
           'is 0: set it to the d_model at which mup equals standard')
-  if not fields['mup_base_head_dim']:
-    head_dim, rest = divmod(width * fields['head_dim'], fields['d_model'])
-    require(head_dim > 0 and rest == 0,
-            f'model.mup_base_width is {width}, at which a head would have '
-            f'{width * fields["head_dim"] / fields["d_model"]:g} features: '
-            'choose another, or set model.mup_base_head_dim')
-    fields['mup_base_head_dim'] = head_dim
-
-
-def rotary_dim(c: ModelConfig) -> int:
-  """How many of a head's features are rotated."""
-  return int(c.head_dim * c.rope.fraction)
+  if fields['mup_base_head_dim']:
+    return width, fields['mup_base_head_dim']
+  base, rest = divmod(width * head_dim, fields['d_model'])
+  require(base > 0 and rest == 0,
+          f'model.mup_base_width is {width}, at which a head would have '
+          f'{width * head_dim / fields["d_model"]:g} features: '
+          'choose another, or set model.mup_base_head_dim')
+  return width, base

@@ -2,9 +2,14 @@
 
 FFN(x) = act(x W_up) W_down (Vaswani et al. 2017, section 3.3), and gated:
 FFN(x) = (act(x W_gate) * x W_up) W_down (Shazeer 2020; SwiGLU: act = SiLU).
+
+An entry of FFNS, at the end of this file, is all that there is of one; experts
+are made of the same.
 """
 
+from collections.abc import Callable
 import functools
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -16,16 +21,16 @@ from architectures.parts.config import ModelConfig
 gelu = functools.partial(jax.nn.gelu, approximate=False)
 gelu_tanh = functools.partial(jax.nn.gelu, approximate=True)
 
-# name: (activation, gated)
-ACTIVATIONS = {
-    'relu': (jax.nn.relu, False),
-    'gelu': (gelu, False),
-    'gelu_tanh': (gelu_tanh, False),
-    'silu': (jax.nn.silu, False),
-    'geglu': (gelu, True),
-    'geglu_tanh': (gelu_tanh, True),
-    'swiglu': (jax.nn.silu, True),
-}
+
+class Kind(NamedTuple):
+  """One feed-forward network.
+
+  Attributes:
+    act: the activation.
+    gated: whether it multiplies x W_up, of a second product with x.
+  """
+  act: Callable[[jax.Array], jax.Array]
+  gated: bool = False
 
 
 # What an activation computes on its way is computed again for the gradient: to
@@ -42,7 +47,7 @@ class FFN(nn.Module):
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx):
     c, F = self.config, self.width or self.config.d_ff
-    act, gated = ACTIVATIONS[self.kind]
+    act, gated = FFNS[self.kind]
     up_DF = linear.weight(self, 'up', (c.d_model, F), ('embed', 'mlp'))
     down_FD = linear.weight(self, 'down', (F, c.d_model),
                             ('mlp', 'embed'), residual=True)
@@ -69,10 +74,12 @@ class FFN(nn.Module):
     return y_BLD, {}
 
 
-def ffn(config: ModelConfig, kind: str) -> nn.Module:
-  """The feed-forward part `kind`, its parameters under 'ffn'."""
-  if kind == 'moe':
-    # Late, for it has this file's networks.
-    from architectures.parts.moe import layer as moe
-    return moe.MoE(config, name='ffn')
-  return FFN(config, kind, name='ffn')
+FFNS = {
+    'relu': Kind(jax.nn.relu),
+    'gelu': Kind(gelu),
+    'gelu_tanh': Kind(gelu_tanh),
+    'silu': Kind(jax.nn.silu),
+    'geglu': Kind(gelu, gated=True),
+    'geglu_tanh': Kind(gelu_tanh, gated=True),
+    'swiglu': Kind(jax.nn.silu, gated=True),
+}

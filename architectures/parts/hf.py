@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 import re
 from typing import Any, NamedTuple
 
-from architectures.parts import positions
-from architectures.parts.config import ModelConfig, rotary_dim
+from architectures.parts import rotary
+from architectures.parts.config import ModelConfig
 from configs.errors import RequestError, require
 
 # The path of a parameter, its axes, the name of the tensor in a file, its axes.
@@ -155,7 +155,7 @@ def read_rope(hf: Reader, *, theta: tuple[str, float] = ('rope_theta', 10000.0),
                 high_freq_factor=r('high_freq_factor', 4.0))
   if rope['scaling'] == 'yarn':
     rope.update(beta_fast=r('beta_fast', 32.0), beta_slow=r('beta_slow', 1.0))
-    r.must(truncate=True, attention_factor=positions.yarn_temperature(
+    r.must(truncate=True, attention_factor=rotary.yarn_temperature(
         rope['factor']))
     mscale = r('mscale', 0.0), r('mscale_all_dim', 0.0)
     require(not all(mscale), f'config.json has mscale {mscale[0]} and '
@@ -198,7 +198,7 @@ def write_rope(c: ModelConfig, *, whole_heads: bool = True) -> dict:
     raise RequestError(
         "model.rope.scaling is 'ntk', which config.json has not: it is the "
         'same as scaling none with model.rope.theta '
-        f'{positions.ntk_theta(r, rotary_dim(c))!r}')
+        f'{rotary.ntk_theta(r, rotary.rotary_dim(c))!r}')
   rope = dict(rope_type=theirs(SCALINGS, r.scaling, 'rope.scaling'),
               rope_theta=r.theta)
   if not whole_heads:

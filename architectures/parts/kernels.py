@@ -20,9 +20,10 @@ import jax.numpy as jnp
 
 from architectures.parts import linear
 from architectures.parts import sharding
-from architectures.parts.config import KERNELS, ModelConfig
+from architectures.parts.config import ModelConfig
 from configs.errors import require
 
+KERNELS = ('auto', 'xla', 'splash', 'cudnn')
 PLATFORMS = {'splash': 'tpu', 'cudnn': 'gpu'}
 TILE = 128  # lanes of a TPU: the lengths that splash takes are multiples
 BLOCKS = (512, 256, 128)  # of queries, and of keys, by what divides
@@ -37,6 +38,7 @@ class Mask:
     k_ids_BM: those of the keys.
     causal: a query sees no later key, by their places in the array.
     window: a query sees keys less than this away; 0: any.
+    rule: the kind of attention that hides more keys by a rule of its own.
     in_order: whether places in the array are the tokens' order.
     prefix: whether keys at the start are seen by all.
     bias: whether the scores have a bias.
@@ -46,6 +48,7 @@ class Mask:
   k_ids_BM: Optional[jax.Array] = None
   causal: bool = struct.field(pytree_node=False, default=False)
   window: int = struct.field(pytree_node=False, default=0)
+  rule: str = struct.field(pytree_node=False, default='')
   in_order: bool = struct.field(pytree_node=False, default=True)
   prefix: bool = struct.field(pytree_node=False, default=False)
   bias: bool = struct.field(pytree_node=False, default=False)
@@ -112,6 +115,8 @@ def _refuse_splash(c, mask, q_length, k_length) -> str:
   shards = sharding.shards('length', q_length)
   if mask.prefix:
     return 'which has no mask for a prefix that all tokens see'
+  if mask.rule:
+    return f'which has no mask for model.attention {mask.rule}'
   if not mask.in_order and (mask.causal or mask.window):
     return ('which takes tokens to stand in order, and positions were given '
             'without segment ids')
@@ -237,8 +242,9 @@ def cudnn(q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array,
   """xla_attention.attend by cuDNN, in bfloat16; `seen_BLM`: the mask, written
   out, for what is not a causal, banded or whole one of cuDNN's own."""
   (B, L), M, at = q_BLHK.shape[:2], k_BMJK.shape[1], _Places(q_BLHK, k_BMJK)
-  own = (mask.in_order and not mask.prefix and mask.q_ids_BL is None
-         and not at.length and (mask.causal or not mask.window))
+  own = (mask.in_order and not (mask.prefix or mask.rule)
+         and mask.q_ids_BL is None and not at.length
+         and (mask.causal or not mask.window))
   window = (mask.window - 1, 0) if own and mask.window else None
   if own:
     seen_BLM = None

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from architectures.parts import sharding
 from architectures.parts.config import ModelConfig
 
+INITS = ('normal', 'scaled_normal', 'fan_in')  # see _initializer
 PRODUCT = 'product'  # the name of a product's result that remat 'dots' keeps
 
 

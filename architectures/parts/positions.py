@@ -6,14 +6,93 @@ rope        q and k turned by pos * frequency (Su et al. 2021)
 alibi       scores - slope_h * distance (Press et al. 2022)
 relative    scores + b[h, bucket(distance)] (Raffel et al. 2020, section 2.1)
 none        nothing
+
+An entry of POSITIONS, at the end of this file, is all that there is of one.
 """
 
+from collections.abc import Callable
+import dataclasses
 import math
+from typing import Optional
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from architectures.parts.config import ModelConfig, RopeConfig, rotary_dim
+from architectures.parts import rotary
+from architectures.parts import sharding
+from architectures.parts.config import ModelConfig
+from configs.errors import require
+
+
+def _as_it_is(c: ModelConfig, length: int, multiple: int, interpolate: bool
+              ) -> dict[str, Optional[ModelConfig]]:
+  del interpolate
+  return {c.position: c if length * multiple <= reach(c) else None}
+
+
+@dataclasses.dataclass(frozen=True)
+class Position:
+  """One position encoding; a hook that is None is not called.
+
+  Attributes:
+    embed: (module, x_BLD, positions_BL) -> x_BLD, at the embedding. `module` is
+      the skeleton's Embed: parameters that are declared in it stand beside the
+      table of tokens.
+    rotate: (x_BLHK, positions_BL, config) -> x_BLHK, of queries and of keys.
+    bias: (config, q_positions_BL, k_positions_BM) -> [B, H, L, M], added to the
+      scores, in each layer anew.
+    stack_bias: the same once for all layers of a stack: a module of (config,
+      causal), called with both positions. Its parameters stand in the stack,
+      under the encoding's name and '_bias'.
+    fields: of config.model that no other encoding reads.
+    check: (config, stack) -> None; raises RequestError for fields that do not
+      fit together. `stack` is what architectures.stack returns.
+    reach: config -> how many positions there are; None: no end.
+    longer: (config, length, multiple, interpolate) -> {name: config}, how it
+      is evaluated at a multiple of its training length. A config is None where
+      the model refuses; `interpolate` is whether learned positions may be
+      stretched.
+  """
+  embed: Optional[Callable] = None
+  rotate: Optional[Callable] = None
+  bias: Optional[Callable] = None
+  stack_bias: Optional[type[nn.Module]] = None
+  fields: tuple[str, ...] = ()
+  check: Optional[Callable[[ModelConfig, str], None]] = None
+  reach: Optional[Callable[[ModelConfig], int]] = None
+  longer: Callable = _as_it_is
+
+  @property
+  def has_bias(self) -> bool:
+    """Whether scores have a bias, which fused kernels do not add."""
+    return bool(self.bias or self.stack_bias)
+
+
+def of(c: ModelConfig) -> Position:
+  """Returns the position encoding of a model."""
+  return POSITIONS[c.position]
+
+
+def reach(c: ModelConfig) -> float:
+  """Returns how many positions the model has; infinity where they have no end.
+  """
+  return of(c).reach(c) if of(c).reach else math.inf
+
+
+def check_length(c: ModelConfig, length: int) -> None:
+  """Raises RequestError where the positions do not reach `length`.
+
+  `positions_BL` that are passed in are values on the device, which a compiled
+  program cannot refuse: there a row past the table is the table's last.
+  """
+  if length <= reach(c):
+    return
+  stretch = (', or set model.learned_stretch to '
+             f'{-(-length // c.max_len)} to interpolate'
+             if 'learned_stretch' in of(c).fields else '')
+  require(False, f'a sequence of {length} tokens is longer than the {reach(c)} '
+          f'positions that this model has learned: shorten it{stretch}')
 
 
 def sinusoid(positions: jax.Array, d_model: int,
@@ -36,6 +115,20 @@ def sinusoid(positions: jax.Array, d_model: int,
   return pairs.reshape(*positions.shape, d_model)
 
 
+def _add_sinusoids(module: nn.Module, x_BLD, positions_BL):
+  c = module.config
+  return x_BLD + sinusoid(positions_BL, c.d_model, c.sinusoid).astype(
+      x_BLD.dtype)
+
+
+def _check_sinusoids(c: ModelConfig, stack: str) -> None:
+  del stack
+  least = 4 if c.sinusoid == 'fairseq' else 2  # it divides by D/2 - 1
+  require(c.d_model % 2 == 0 and c.d_model >= least,
+          f'model.d_model is {c.d_model}: sinusoidal positions, '
+          f'{c.sinusoid}, need it even and at least {least}')
+
+
 def learned(table_LD: jax.Array, positions: jax.Array,
             stretch: float) -> jax.Array:
   """Rows of the table at `positions`; between two rows where stretched."""
@@ -48,69 +141,52 @@ def learned(table_LD: jax.Array, positions: jax.Array,
   return table_LD[low] * (1 - part) + table_LD[high] * part
 
 
-def rope_frequencies(config: ModelConfig) -> tuple[jax.Array, float]:
-  """Returns radians per position [K'/2], and the factor on cos and sin.
-
-  linear: positions / factor (Chen et al. 2023). ntk: theta grows so that the
-  slowest wave stretches by factor. llama3: waves longer than original_len /
-  low_freq_factor are stretched, short ones kept, smooth between. yarn: the
-  same by the number of turns, and a temperature (Peng et al. 2023).
-  """
-  r, dim = config.rope, rotary_dim(config)
-  theta = ntk_theta(r, dim) if r.scaling == 'ntk' else r.theta
-  frequency = theta ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
-  if r.scaling == 'linear':
-    return frequency / r.factor, 1.0
-  if r.scaling == 'llama3':
-    return _llama3(frequency, r), 1.0
-  if r.scaling == 'yarn':
-    return _yarn(frequency, r, dim), yarn_temperature(r.factor)
-  return frequency, 1.0
+def _add_learned(module: nn.Module, x_BLD, positions_BL):
+  c = module.config
+  check_length(c, x_BLD.shape[1])
+  table_LD = module.param(
+      'positions', sharding.init(nn.initializers.normal(c.init_stddev), None,
+                                 'embed'), (c.max_len, c.d_model),
+      c.param_dtype)
+  return x_BLD + learned(sharding.constrain(table_LD, None, None),
+                         positions_BL, c.learned_stretch).astype(x_BLD.dtype)
 
 
-def ntk_theta(r: RopeConfig, dim: int) -> float:
-  return r.theta * r.factor ** (dim / (dim - 2))
+def _learned_reach(c: ModelConfig) -> int:
+  return int(c.max_len * c.learned_stretch)
 
 
-def yarn_temperature(factor: float) -> float:
-  """On cos and sin: its square multiplies the scores (YaRN, equation 15)."""
-  return 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+def _longer_learned(c: ModelConfig, length: int, multiple: int,
+                    interpolate: bool):
+  if length * multiple <= _learned_reach(c):
+    return {'learned': c}
+  stretched = dataclasses.replace(
+      c, learned_stretch=length * multiple / c.max_len)
+  return {'learned': None} | (
+      {'learned, interpolated': stretched} if interpolate else {})
 
 
-def _llama3(frequency, r: RopeConfig):
-  turns = r.original_len * frequency / (2 * math.pi)
-  smooth = (turns - r.low_freq_factor) / (
-      r.high_freq_factor - r.low_freq_factor)
-  smooth = jnp.clip(smooth, 0, 1)
-  return (1 - smooth) * frequency / r.factor + smooth * frequency
+def _check_rope(c: ModelConfig, stack: str) -> None:
+  del stack
+  dim = rotary.rotary_dim(c)
+  require(dim % 2 == 0 and dim > 0,
+          f'model.rope.fraction {c.rope.fraction} of model.head_dim '
+          f'{c.head_dim} is {dim}: rotary positions turn pairs, so it must be '
+          'even and > 0')
+  rotary.SCALINGS[c.rope.scaling].check(c.rope, dim)
 
 
-def _yarn(frequency, r: RopeConfig, dim: int):
-  def index(turns):  # of the frequency that makes `turns` in original_len
-    return dim * math.log(r.original_len / (turns * 2 * math.pi)) / (
-        2 * math.log(r.theta))
-  low = max(math.floor(index(r.beta_fast)), 0)
-  high = min(math.ceil(index(r.beta_slow)), dim - 1)
-  ramp = (jnp.arange(dim // 2) - low) / max(high - low, 0.001)
-  keep = 1 - jnp.clip(ramp, 0, 1)
-  return (1 - keep) * frequency / r.factor + keep * frequency
-
-
-def rotate(x_BLHK: jax.Array, positions_BL: jax.Array,
-           config: ModelConfig) -> jax.Array:
-  """Turns the first `rope.fraction` of each head by its position.
-
-  Feature i is paired with i + K'/2, as in GPT-NeoX and Hugging Face; the
-  paper pairs neighbours, which is the same up to a permutation of features.
-  """
-  dim = rotary_dim(config)
-  frequency, factor = rope_frequencies(config)
-  angle = (positions_BL[..., None].astype(jnp.float32)
-           * frequency[None, None])[:, :, None]
-  cos = (jnp.cos(angle) * factor).astype(x_BLHK.dtype)
-  sin = (jnp.sin(angle) * factor).astype(x_BLHK.dtype)
-  a, b, rest = jnp.split(x_BLHK, (dim // 2, dim), axis=-1)
-  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1)
+def _longer_rope(c: ModelConfig, length: int, multiple: int,
+                 interpolate: bool):
+  """As it is and, unless it is stretched already, with each scaling."""
+  del interpolate
+  if c.rope.scaling != 'none':
+    return {f'rope, {c.rope.scaling}': c}
+  scaled = lambda name: c if multiple == 1 else dataclasses.replace(
+      c, rope=dataclasses.replace(c.rope, scaling=name, factor=float(multiple),
+                                  original_len=length))
+  return {'rope': c} | {f'rope, {name}': scaled(name)
+                        for name in rotary.SCALINGS if name != 'none'}
 
 
 def alibi_slopes(num_heads: int) -> list[float]:
@@ -128,6 +204,10 @@ def alibi(q_positions_BL: jax.Array, k_positions_BM: jax.Array,
   distance_BLM = jnp.abs(q_positions_BL[:, :, None] - k_positions_BM[:, None])
   slopes = jnp.array(alibi_slopes(num_heads), jnp.float32)
   return -slopes[None, :, None, None] * distance_BLM[:, None]
+
+
+def _alibi_bias(c: ModelConfig, q_positions_BL, k_positions_BM):
+  return alibi(q_positions_BL, k_positions_BM, c.num_heads)
 
 
 def relative_bucket(offset: jax.Array, *, bidirectional: bool, buckets: int,
@@ -150,3 +230,58 @@ def relative_bucket(offset: jax.Array, *, bidirectional: bool, buckets: int,
       / math.log(max_distance / exact) * (buckets - exact)).astype(jnp.int32)
   far = jnp.minimum(far, buckets - 1)
   return start + jnp.where(distance < exact, distance, far)
+
+
+class RelativeBias(nn.Module):
+  """T5's bias on the scores, [B or 1, H, L, M], shared by all layers."""
+  config: ModelConfig
+  causal: bool
+
+  @nn.compact
+  def __call__(self, q_positions_BL: jax.Array,
+               k_positions_BM: jax.Array) -> jax.Array:
+    c = self.config
+    stddev = c.base_width ** -0.5 if c.init == 'fan_in' else c.init_stddev
+    table = self.param(
+        'table', sharding.init(nn.initializers.normal(stddev), None, 'heads'),
+        (c.relative.buckets, c.num_heads), c.param_dtype)
+    bucket_BLM = relative_bucket(
+        k_positions_BM[:, None] - q_positions_BL[:, :, None],
+        bidirectional=not self.causal, buckets=c.relative.buckets,
+        max_distance=c.relative.max_distance)
+    bias_BHLM = jnp.moveaxis(table[bucket_BLM], -1, 1).astype(jnp.float32)
+    return sharding.constrain(bias_BHLM, None, 'heads', 'length', None)
+
+
+def _check_relative(c: ModelConfig, stack: str) -> None:
+  """A quarter of an encoder's buckets, half of a decoder's, is exact; the
+  others grow from there to max_distance."""
+  least = 2 if stack == 'decoder' else 4
+  exact = c.relative.buckets // (4 if stack == 'encoder' else 2)
+  require(c.relative.buckets >= least and c.relative.buckets % 2 == 0,
+          f'model.relative.buckets is {c.relative.buckets}: model.arch '
+          f'{c.arch} needs an even number, {least} or more')
+  require(c.relative.max_distance > exact,
+          f'model.relative.max_distance is {c.relative.max_distance}: of '
+          f'model.relative.buckets {c.relative.buckets}, {exact} are of one '
+          'distance each, so it must be larger')
+
+
+# model.sinusoid: the layouts that `sinusoid` knows.
+SINUSOIDS = ('interleaved', 'halves', 'fairseq')
+
+POSITIONS = {
+    'learned': Position(
+        embed=_add_learned, fields=('learned_stretch',), reach=_learned_reach,
+        longer=_longer_learned),
+    'sinusoidal': Position(
+        embed=_add_sinusoids, fields=('sinusoid',), check=_check_sinusoids),
+    'rope': Position(
+        rotate=rotary.rotate, check=_check_rope, longer=_longer_rope,
+        fields=('rope.theta', 'rope.fraction', 'rope.scaling')),
+    'alibi': Position(bias=_alibi_bias),
+    'relative': Position(
+        stack_bias=RelativeBias, check=_check_relative,
+        fields=('relative.buckets', 'relative.max_distance')),
+    'none': Position(),
+}

@@ -92,17 +92,8 @@ class Embed(nn.Module):
     x_BLD = whole_VD[tokens_BL].astype(c.compute_dtype)
     if c.embed_scale != 1:
       x_BLD = x_BLD * jnp.asarray(c.embed_scale, x_BLD.dtype)
-    if c.position == 'learned':
-      check_length(c, tokens_BL.shape[1])
-      table_LD = self.param(
-          'positions', sharding.init(self._init(), None, 'embed'),
-          (c.max_len, c.d_model), c.param_dtype)
-      x_BLD = x_BLD + positions.learned(
-          sharding.constrain(table_LD, None, None), positions_BL,
-          c.learned_stretch).astype(x_BLD.dtype)
-    if c.position == 'sinusoidal':
-      x_BLD = x_BLD + positions.sinusoid(
-          positions_BL, c.d_model, c.sinusoid).astype(x_BLD.dtype)
+    if positions.of(c).embed:
+      x_BLD = positions.of(c).embed(self, x_BLD, positions_BL)
     if c.type_vocab_size:
       types_TD = self.param(
           'types', sharding.init(self._init(), None, 'embed'),
@@ -117,18 +108,6 @@ class Embed(nn.Module):
 
   def _init(self):
     return nn.initializers.normal(self.config.init_stddev)
-
-
-def check_length(c: ModelConfig, length: int) -> None:
-  """Raises ValueError where learned positions do not reach `length`.
-
-  `positions_BL` that are passed in are values on the device, which a compiled
-  program cannot refuse: there a row past the table is the table's last.
-  """
-  require(length <= c.reach,
-          f'a sequence of {length} tokens is longer than the {c.reach} '
-          'positions that this model has learned: shorten it, or set '
-          f'model.learned_stretch to {-(-length // c.max_len)} to interpolate')
 
 
 class Period(nn.Module):
@@ -174,14 +153,15 @@ class Stack(nn.Module):
   @nn.compact
   def __call__(self, x_BLD, ctx: Context, cache=None):
     c = self.config
-    if c.position == 'relative':
-      ctx = ctx.replace(bias_BHLM=RelativeBias(
-          c, self.pattern[0].causal, name='relative_bias')(
-              ctx.positions_BL, cache))
+    stack_bias = positions.of(c).stack_bias
+    if stack_bias:
+      ctx = ctx.replace(bias_BHLM=stack_bias(
+          c, self.pattern[0].causal, name=f'{c.position}_bias')(
+              ctx.positions_BL, _key_positions(ctx, cache)))
     run = self._one_by_one if ctx.one_by_one else self._scan
     given_BLD = x_BLD
     x_BLD, (cache, auxes, kept) = run(x_BLD, cache, ctx)
-    if c.block != 'post_norm':
+    if BLOCKS[c.block].FINAL_NORM:
       x_BLD = norm(c, 'final_norm')(x_BLD)
     aux = gather_aux(auxes)
     if ctx.keep_layers:
@@ -212,6 +192,13 @@ class Stack(nn.Module):
     return x_BLD, (caches, *jax.tree.map(lambda *xs: jnp.stack(xs), *others))
 
 
+def _key_positions(ctx: Context, cache) -> jax.Array:
+  """Where the keys stand that queries meet: the slots of a cache, if any."""
+  if cache is None:
+    return ctx.positions_BL
+  return jnp.arange(any_cache(cache).key_BMJK.shape[-3])[None]
+
+
 def gather_aux(auxes: tuple[dict, ...]) -> dict:
   """Sums the layers' losses; stacks their health in the layers' order.
 
@@ -226,30 +213,6 @@ def gather_aux(auxes: tuple[dict, ...]) -> dict:
       lambda *xs: jnp.stack(xs, 1).reshape(-1, *xs[0].shape[1:]),
       *[aux['health'] for aux in auxes])
   return {'losses': losses, 'health': health}
-
-
-class RelativeBias(nn.Module):
-  """T5's bias on the scores, [B or 1, H, L, M], shared by all layers."""
-  config: ModelConfig
-  causal: bool
-
-  @nn.compact
-  def __call__(self, q_positions_BL: jax.Array, cache):
-    c = self.config
-    stddev = c.mup_base_width ** -0.5 if c.init == 'fan_in' else c.init_stddev
-    table = self.param(
-        'table', sharding.init(nn.initializers.normal(stddev), None, 'heads'),
-        (c.relative.buckets, c.num_heads), c.param_dtype)
-    k_positions_BM = q_positions_BL
-    if cache is not None:
-      slots = any_cache(cache).key_BMJK.shape[-3]
-      k_positions_BM = jnp.arange(slots)[None]
-    bucket_BLM = positions.relative_bucket(
-        k_positions_BM[:, None] - q_positions_BL[:, :, None],
-        bidirectional=not self.causal, buckets=c.relative.buckets,
-        max_distance=c.relative.max_distance)
-    bias_BHLM = jnp.moveaxis(table[bucket_BLM], -1, 1).astype(jnp.float32)
-    return sharding.constrain(bias_BHLM, None, 'heads', 'length', None)
 
 
 class Unembed(nn.Module):
@@ -314,7 +277,7 @@ def init_cache(config: ModelConfig, batch: int, length: int):
   Raises:
     ValueError: where learned positions do not reach `length`.
   """
-  check_length(config, length)
+  positions.check_length(config, length)
   pattern = config.layer_pattern()
   shape = (config.num_decoder_layers // len(pattern), batch, length,
            config.num_kv_heads, config.head_dim)

@@ -1,82 +1,114 @@
 """Fields of a model that its parts, as they are chosen, do not read.
 
+An entry of a table of parts says which fields it alone reads (`fields`). A
+field that belongs to entries of which none was chosen is not read.
+
 A file of configs/ sets fields for a part of its system, and they stay where
 that part is swapped away: `moe.*` of Mixtral with `model.ffn=gelu`, its dense
 twin. So such a field is no error by itself. Whoever sets one on the command
 line means something by it, and is told (training/limits.py).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from architectures.parts import config as choices
-from architectures.parts.config import ModelConfig
+from architectures.parts import attention
+from architectures.parts import positions
+from architectures.parts import rotary
+from architectures.parts.config import MoEConfig, ModelConfig
+from architectures.parts.moe import health
+from architectures.parts.moe import routing
+
+# Where a part is chosen: its table. One that is chosen inside of another's
+# fields comes after it.
+TABLES: dict[str, Mapping[str, Any]] = {
+    'position': positions.POSITIONS,
+    'rope.scaling': rotary.SCALINGS,
+    'attention': attention.KINDS,
+    'moe.router': routing.ROUTERS,
+    'moe.balance_loss': health.BALANCE_LOSSES,
+}
 
 
 class Row(NamedTuple):
-  """Fields that are read under one condition.
+  """Why fields are not read, or under which condition they are.
 
   Attributes:
-    fields: the fields, by their dotted names in config.model.
-    where: the condition, in words.
+    where: the condition under which they are read, in words.
     decided_by: the fields that the condition is about.
-    is_read: the condition.
   """
-  fields: tuple[str, ...]
   where: str
   decided_by: tuple[str, ...]
+
+
+class Condition(NamedTuple):
+  """Fields that are read under one condition, which no table holds."""
+  fields: tuple[str, ...]
+  row: Row
   is_read: Callable[[ModelConfig], bool]
 
 
-_WITHOUT_LOGITS = ('hash', 'uniform')  # routers that compute none
-_SCALING = ('position', 'rope.scaling')
-
-# A field that is in several rows is read where all of their conditions hold.
-ROWS = (
-    Row(('sinusoid',), 'model.position is sinusoidal', ('position',),
-        lambda c: c.position == 'sinusoidal'),
-    Row(('rope.theta', 'rope.fraction'), 'model.position is rope',
-        ('position',), lambda c: c.position == 'rope'),
-    Row(('rope.original_len',), 'model.position is rope and model.rope.scaling '
-        'is llama3 or yarn', _SCALING, lambda c: c.position == 'rope'
-        and c.rope.scaling in ('llama3', 'yarn')),
-    Row(('rope.low_freq_factor', 'rope.high_freq_factor'), 'model.position is '
-        'rope and model.rope.scaling is llama3', _SCALING,
-        lambda c: c.position == 'rope' and c.rope.scaling == 'llama3'),
-    Row(('rope.beta_fast', 'rope.beta_slow'), 'model.position is rope and '
-        'model.rope.scaling is yarn', _SCALING,
-        lambda c: c.position == 'rope' and c.rope.scaling == 'yarn'),
-    Row(('relative.buckets', 'relative.max_distance'), 'model.position is '
-        'relative', ('position',), lambda c: c.position == 'relative'),
-    Row(('init_scale',), 'model.init is fan_in', ('init',),
+CONDITIONS = (
+    Condition(
+        ('init_scale',), Row('model.init is fan_in', ('init',)),
         lambda c: c.init == 'fan_in'),
-    Row(('ffn_dropout',), 'model.ffn is dense, model.moe.every is above 1, or '
-        'model.moe.shared_experts above 0',
-        ('ffn', 'moe.every', 'moe.shared_experts'), lambda c: c.ffn != 'moe'
-        or c.moe.every > 1 or c.moe.shared_experts > 0),
-    Row(tuple(f'moe.{field.name}' for field in dataclasses.fields(
-        choices.MoEConfig)), 'model.ffn is moe', ('ffn',),
-        lambda c: c.ffn == 'moe'),
-    Row(('moe.jitter', 'moe.balance_loss', 'moe.balance_weight',
-         'moe.z_loss_weight'), 'model.moe.router has logits, as '
-        f'{" and ".join(_WITHOUT_LOGITS)} have not', ('moe.router',),
-        lambda c: c.moe.router not in _WITHOUT_LOGITS),
-    Row(('moe.group_size',), 'an expert has a capacity, or model.moe.router is '
-        'sinkhorn or expert_choice', ('moe.router', 'moe.capacity_factor',
-                                      'moe.eval_capacity_factor'),
-        lambda c: c.moe.router in ('sinkhorn', 'expert_choice')
+    Condition(
+        tuple(f'moe.{field.name}' for field in dataclasses.fields(MoEConfig)),
+        Row('model.ffn is moe', ('ffn',)), lambda c: c.ffn == 'moe'),
+    Condition(
+        ('ffn_dropout',),
+        Row('model.ffn is dense, model.moe.every is above 1, or '
+            'model.moe.shared_experts above 0',
+            ('ffn', 'moe.every', 'moe.shared_experts')),
+        lambda c: c.ffn != 'moe' or c.moe.every > 1
+        or c.moe.shared_experts > 0),
+    Condition(
+        ('moe.group_size',),
+        Row('an expert has a capacity, or model.moe.router chooses within '
+            'groups', ('moe.router', 'moe.capacity_factor',
+                       'moe.eval_capacity_factor')),
+        lambda c: routing.ROUTERS[c.moe.router].groups
         or max(c.moe.capacity_factor, c.moe.eval_capacity_factor) > 0),
-    Row(('moe.balance_weight',), 'model.moe.balance_loss is not none',
-        ('moe.balance_loss',), lambda c: c.moe.balance_loss != 'none'),
+    Condition(
+        ('moe.grouped_kernel',),
+        Row('model.moe.dispatch is auto or dropless', ('moe.dispatch',)),
+        lambda c: c.moe.dispatch in ('auto', 'dropless')),
 )
 
 
+def get(c: ModelConfig, field: str) -> Any:
+  """Returns a field of the model by its dotted name."""
+  for name in field.split('.'):
+    c = getattr(c, name)
+  return c
+
+
+def chosen(c: ModelConfig, field: str) -> tuple[str, ...]:
+  """Returns the names of the entries that `c` chooses of a table."""
+  return tuple(get(c, field).split(','))
+
+
 def unread(c: ModelConfig) -> dict[str, Row]:
-  """Returns the fields that `c` does not read, and why, by the first row of
-  each that does not hold."""
+  """Returns the fields that `c` does not read and, for each, the first
+  condition that does not hold."""
   found: dict[str, Row] = {}
-  for row in ROWS:
-    if not row.is_read(c):
-      found = dict.fromkeys(row.fields, row) | found
+  for fields, row, is_read in CONDITIONS:
+    if not is_read(c):
+      found = dict.fromkeys(fields, row) | found
+  rows: dict[str, Row] = {}  # of every field of an entry
+  for selector, table in TABLES.items():
+    above = rows.get(selector, Row('', ()))  # a part of a part
+    where = f'{above.where} and ' if above.where else ''
+    for field in dict.fromkeys(f for e in table.values() for f in e.fields):
+      owners = [name for name in table if field in table[name].fields]
+      rows[field] = Row(f'{where}model.{selector} is {_any(owners)}',
+                        (*above.decided_by, selector))
+      if selector in found or not set(owners) & set(chosen(c, selector)):
+        found.setdefault(field, rows[field])
   return found
+
+
+def _any(names: list[str]) -> str:
+  *others, last = names
+  return f'{", ".join(others)} or {last}' if others else last

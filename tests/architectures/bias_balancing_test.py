@@ -5,7 +5,7 @@ import jax
 import numpy as np
 import pytest
 
-from architectures.parts import config as model_config
+import architectures
 from tests.helpers import models
 from tests.training import step_test
 from training import runs
@@ -34,7 +34,7 @@ def _biases(params):
 @pytest.mark.slow
 def test_the_bias_moves_against_the_load_and_evens_it_out():
   c = _config(grad_accumulation=2)
-  run = runs.build(c, model_config.make(c.model))
+  run = runs.build(c, architectures.resolve(c.model))
   with run.context():
     state = run.new_state(c.seed)
     # It begins collapsed: expert 0 is every token's, in both layers.
@@ -60,7 +60,7 @@ def test_the_bias_moves_against_the_load_and_evens_it_out():
 @pytest.mark.slow
 def test_a_bad_step_moves_no_bias():
   c = _config()
-  run = runs.build(c, model_config.make(c.model))
+  run = runs.build(c, architectures.resolve(c.model))
   with run.context():
     state = run.new_state(c.seed)
     batch = step_test.batch()

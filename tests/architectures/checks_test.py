@@ -3,8 +3,7 @@
 import pytest
 
 import architectures
-from architectures.parts import checks
-from architectures.parts import config as model_config
+from architectures.parts import checks, positions
 from configs import base
 from tests.helpers import models
 from training.workdir import run_config
@@ -28,7 +27,7 @@ WRONG = [
     ('t5', dict(type_vocab_size=2), 'type_vocab_size 2 has no meaning'),
     # Attention.
     ('gpt', dict(attention='banded'), 'sliding_window is 0'),
-    ('gpt', dict(sliding_window=4), 'has no banded layer'),
+    ('gpt', dict(sliding_window=4), "meaning with model.attention 'global'"),
     ('gpt', dict(attention='global,banded', sliding_window=4, num_layers=3),
      'no multiple of the 2 layers'),
     ('gpt', dict(attention_softcap=-1.0), 'softcap is -1.0: it must be >= 0'),
@@ -94,7 +93,7 @@ SWAPS = [
     ('switch', dict(moe=dict(router='uniform', top_k=2))),
     ('gpt_neox', dict(position='alibi')),
     ('bert', MOE | dict(moe=dict(router='expert_choice'))),
-] + [(system, dict(position=position)) for position in model_config.POSITIONS
+] + [(system, dict(position=position)) for position in positions.POSITIONS
      for system in ('gshard', 'llama', 't5', 'bert')]
 
 

@@ -13,6 +13,7 @@ import pytest
 import architectures
 from architectures.parts import norms
 from architectures.parts import positions
+from architectures.parts import rotary
 from architectures.parts.attention import Context
 from architectures.parts.ffn import FFN
 from architectures.parts.xla_attention import attend
@@ -155,7 +156,7 @@ def rope_scores(rotate, q_K, k_K, at):
 
 def test_ropes_scores_depend_on_distance_only():
   c, at = resolved(position='rope'), jnp.arange(12)[None]
-  rotate = lambda x, at: positions.rotate(x, at, c)
+  rotate = lambda x, at: rotary.rotate(x, at, c)
   q_K, k_K = normal(0, 8), normal(1, 8)
   s_LM = rope_scores(rotate, q_K, k_K, at)
   np.testing.assert_allclose(s_LM[1:, 1:], s_LM[:-1, :-1], atol=1e-5)
@@ -201,7 +202,7 @@ def test_rope_turns_queries_and_keys_and_no_value():
     caches[position] = jax.tree.map(lambda x: x[0], cache)  # the first layer
   rope, none = caches['rope'], caches['none']
   np.testing.assert_array_equal(rope.value_BMJK, none.value_BMJK)
-  turned = positions.rotate(none.key_BMJK, jnp.arange(8)[None],
+  turned = rotary.rotate(none.key_BMJK, jnp.arange(8)[None],
                             resolved(position='rope'))
   np.testing.assert_allclose(rope.key_BMJK, turned, atol=1e-5)
   assert not np.allclose(rope.key_BMJK[:, 1:], none.key_BMJK[:, 1:])

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from architectures.parts import config as model_config
+import architectures
 from architectures.parts import sharding
 from architectures.parts.attention import Context
 from architectures.parts.moe.layer import MoE
@@ -32,7 +32,7 @@ def config(**moe):
   fields.update(d_model=D, d_ff=F, num_heads=2, num_layers=1, vocab_size=11,
                 max_len=L, ffn='moe')
   fields.moe.update(dict(num_experts=E, top_k=X) | moe)
-  return model_config.make(fields)
+  return architectures.resolve(fields)
 
 
 def mesh_of(shape):

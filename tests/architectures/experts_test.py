@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from architectures.parts import config as model_config
+import architectures
 from architectures.parts import ffn as dense
 from architectures.parts.attention import Context
 from architectures.parts.moe import experts
@@ -27,7 +27,7 @@ def config(*, dtype='float32', bias=True, d_model=D, **moe):
   fields.update(d_model=d_model, d_ff=F, num_heads=1, vocab_size=9, max_len=L,
                 ffn='moe', dtype=dtype, ffn_bias=bias)
   fields.moe.update(dict(num_experts=E) | moe)
-  return model_config.make(fields)
+  return architectures.resolve(fields)
 
 
 def run(c, train=True, length=L, **context):

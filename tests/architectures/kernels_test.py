@@ -2,6 +2,7 @@
 kernel cannot do is refused."""
 
 import os
+from types import SimpleNamespace
 
 import flax.linen as nn
 import jax
@@ -42,7 +43,8 @@ def test_splash_equals_xla(name):
   ids_BL = (jnp.searchsorted(jnp.array([100, 230]), place_L, side='right')
             + 1)[None] % 3 if ids else None
   mask = kernels.Mask(ids_BL, ids_BL, causal=causal, window=window)
-  seen_BLM = attention.visible(kind, window, place_L[None], place_L[None],
+  seen_BLM = attention.visible(kind, SimpleNamespace(sliding_window=window),
+                               place_L[None], place_L[None],
                                ids_BL, ids_BL)
   keys = jax.random.split(jax.random.key(0), 4)
   q, k, v, w = (jax.random.normal(key, (B, L, heads, K))
@@ -81,7 +83,8 @@ def test_cudnn_is_asked_for_the_same_function(banded, causal, in_order, ids,
   ids_BL = (jnp.arange(length)[None] > 9).astype(int) if ids else None
   mask = kernels.Mask(ids_BL, ids_BL, causal=causal, window=window,
                       in_order=in_order)
-  seen_BLM = attention.visible(kind, window, at_BL, at_BL, ids_BL, ids_BL)
+  seen_BLM = attention.visible(kind, SimpleNamespace(sliding_window=window),
+                               at_BL, at_BL, ids_BL, ids_BL)
   q, k, v = (jax.random.normal(jax.random.key(i), (B, length, H, K))
              for i in range(3))
   models.close(

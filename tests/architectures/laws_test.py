@@ -2,6 +2,8 @@
 remat = plain, decode = forward, packed = apart, with gradients; the product of
 all parts is in tests/architectures/product_test.py."""
 
+import types
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -112,6 +114,7 @@ def test_causality_by_gradient():
   np.testing.assert_array_equal(seen, np.tril(np.ones((8, 8), bool)))
 
 
+WINDOW = types.SimpleNamespace(sliding_window=2)  # of a config
 PICTURES = {
     ('global', True): ['x....', 'xx...', 'xxx..', 'xxxx.', 'xxxxx'],
     ('global', False): None,
@@ -123,16 +126,18 @@ PICTURES = {
 @pytest.mark.parametrize('attention, causal', PICTURES)
 def test_masks_as_pictures(attention, causal):
   positions = jnp.arange(5)[None]
-  mask = visible(LayerKind(attention, 'gelu', causal), 2, positions, positions)
+  mask = visible(LayerKind(attention, 'gelu', causal), WINDOW, positions,
+                 positions)
   assert _picture(mask) == PICTURES[attention, causal]
 
 
 def test_masks_of_documents_and_prefixes():
   positions, segments = jnp.arange(5)[None], jnp.array([[1, 1, 2, 2, 2]])
   kind = LayerKind('global', 'gelu')
-  assert _picture(visible(kind, 0, positions, positions, segments, segments)
+  assert _picture(visible(kind, WINDOW, positions, positions, segments,
+                          segments)
                   ) == ['x....', 'xx...', '..x..', '..xx.', '..xxx']
-  assert _picture(visible(kind, 0, positions, positions,
+  assert _picture(visible(kind, WINDOW, positions, positions,
                           prefix_B=jnp.array([3]))
                   ) == ['xxx..', 'xxx..', 'xxx..', 'xxxx.', 'xxxxx']
 

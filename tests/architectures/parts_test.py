@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import architectures
-from architectures.parts import linear, norms, positions
+from architectures.parts import linear, norms, positions, rotary
 from architectures.parts.attention import Attention, Context
 from architectures.parts.blocks import BLOCKS
 from architectures.parts.config import LayerKind
@@ -127,7 +127,7 @@ def test_stretched_positions_lie_between_two_rows():
 def rope(scaling, **fields):
   c = resolved(position='rope', head_dim=128, max_len=32768, rope=dict(
       scaling=scaling, theta=5e5, original_len=8192) | fields)
-  frequency, factor = positions.rope_frequencies(c)
+  frequency, factor = rotary.rope_frequencies(c)
   return np.float64(frequency), factor, 5e5 ** (-np.arange(0, 128, 2) / 128)
 
 

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from architectures.parts import config as model_config
+import architectures
 from architectures.parts.attention import Context
+from architectures.parts.moe import balancing
 from architectures.parts.moe import health
 from architectures.parts.moe import routing
 from architectures.parts.moe.layer import MoE
@@ -22,7 +23,7 @@ def moe(**fields):
   model.update(vocab_size=5, max_len=8, ffn='moe')
   model.arch = 'bert'  # in a decoder experts may not choose
   model.moe.update(dict(num_experts=E) | fields)
-  return model_config.make(model).moe
+  return architectures.resolve(model).moe
 
 
 def inputs(seed=0, **fields):
@@ -35,7 +36,7 @@ def inputs(seed=0, **fields):
 
 def route(router, x=None, **fields):
   m = moe(router=router, **({'switch': dict(top_k=1)}.get(router, {}) | fields))
-  return m, routing.ROUTERS[router][0](m, x or inputs())
+  return m, routing.ROUTERS[router].assign(m, x or inputs())
 
 
 def gates(r):
@@ -261,7 +262,9 @@ def test_bias_moves_against_the_load_in_the_order_of_layers():
             'encoder': {'layers': {'block_0': bias()}}}
   load_NE = jnp.full((6, E), 0.25).at[:, 0].add(
       0.05 * jnp.array([-1, 1, -1, -1, 1, 1]))
-  got = routing.update_bias(params, load_NE, 0.1)
+  c = architectures.resolve(models.config('mixtral', moe=dict(
+      router='sigmoid', bias_rate=0.1)))
+  got = balancing.update(c, params, load_NE, 1)
   first = lambda *path: got[path[0]]['layers'][path[1]]['ffn'][
       'router_bias'][:, 0].tolist()
   np.testing.assert_allclose(first('encoder', 'block_0'), [0.1, -0.1])
@@ -292,7 +295,7 @@ def one_logit(**fields):
   model.update(vocab_size=5, max_len=1, ffn='moe', d_model=1, num_heads=1,
                d_ff=1)
   model.moe.update(fields)
-  module, x_BLD = MoE(model_config.make(model)), jnp.ones((1, 1, 1))
+  module, x_BLD = MoE(architectures.resolve(model)), jnp.ones((1, 1, 1))
   params = nn.meta.unbox(module.init(
       jax.random.key(0), x_BLD, Context(jnp.zeros((1, 1), int))))['params']
   params['router'] = jnp.full((1, 1), 7.0)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import architectures
-from architectures.parts import unread
+from architectures.parts import checks, unread
 from configs import base
 from configs.errors import RequestError
 from tests.helpers import models
@@ -74,10 +74,10 @@ def _program(config):
 def test_what_is_listed_changes_nothing(system, changes):
   config = models.config(system, num_layers=1, **changes)
   listed = unread.unread(architectures.resolve(config))
-  assert listed.keys() <= OTHER.keys()
-  refused = ('moe.grouped_kernel', 'moe.bias_rate')  # by parts/checks.py
-  fields = {name: OTHER[name] for name in listed if config.ffn == 'moe'
-            or name not in refused}
+  assert listed.keys() <= OTHER.keys() | checks.STRICT.keys()
+  # The others are refused by parts/checks.py.
+  fields = {name: OTHER[name] for name in listed
+            if name not in checks.STRICT}
   assert _program(_with(config, fields)) == _program(config)
 
 

@@ -78,7 +78,7 @@ def _ffn(c, kind, tokens):
   chosen = m.top_k
   if m.router == 'expert_choice':  # as many as the experts take
     chosen = min(m.top_k * (m.capacity_factor or 1.0), m.num_experts)
-  _, has_weight = routing.ROUTERS[m.router]
+  has_weight = routing.of(m).logits
   return {
       'experts': tokens * (chosen + m.shared_experts) * _dense(
           m.ffn, c.d_model, m.d_ff),

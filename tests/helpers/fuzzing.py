@@ -8,7 +8,7 @@ import shutil
 from hypothesis import event, settings
 from hypothesis import strategies as st
 
-from architectures.parts import config as choices
+from architectures.parts import checks
 from configs.errors import EnvironmentFailure, RequestError
 
 # Of all tests together: `make fuzz` asks for more.
@@ -31,9 +31,7 @@ WORDS = st.sampled_from([
 
 
 # What a field of a type may well hold; some of it does not go together.
-NAMES = sorted({name for names in vars(choices).values()
-                if isinstance(names, tuple) and all(
-                    isinstance(n, str) for n in names) for name in names}
+NAMES = sorted({name for names in checks.NAMES.values() for name in names}
                | {'adafactor', 'lion', 'sgd', 'linear', 'wsd', 'rsqrt', 'chat',
                   'prefix', 'mlm_nsp', 'replicated', 'banded,global'})
 LIKELY = {

@@ -36,8 +36,6 @@ MUTANTS = {
          'step: bad_step'),
         ('TrainState(state.step + 1,', 'TrainState(state.step + ok,',
          'step: bad_step'),
-        ('ok * config.model.moe.bias_rate', 'config.model.moe.bias_rate',
-         'bias_balancing: bad_step'),
         ('param_norm=_norm(params)', 'param_norm=grad_norm',
          'step_figures: by_hand'),
         ('lambda x: x.astype(jnp.float32), tree', 'lambda x: 2 * x, tree',

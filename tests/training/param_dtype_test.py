@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from architectures.parts import config as model_config
-from architectures.parts import sharding
+import architectures
+from architectures.parts import checks, sharding
 from tests.training.step_test import batch, config, one_device, train
 from training import runs
 from training.optim import optimizers
@@ -36,11 +36,11 @@ def types(tree):
 def test_a_step_returns_a_state_of_the_same_types(name):
   """Else the second step would be another program. Figures are in float32,
   counts apart. (Float32 parameters take a second step in other tests.)"""
-  for dtype, parts in itertools.product(model_config.DTYPES, (1, 2)):
+  for dtype, parts in itertools.product(checks.DTYPES, (1, 2)):
     c = config(optim__name=name, model__param_dtype='bfloat16',
                model__dtype=dtype, model__num_layers=1,
                train__grad_accumulation=parts)
-    run = runs.build(c, model_config.make(c.model), mesh=one_device())
+    run = runs.build(c, architectures.resolve(c.model), mesh=one_device())
     with run.context():
       after, metrics = jax.eval_shape(
           make_train_step(run.module, run.tx, c), run.abstract, batch())

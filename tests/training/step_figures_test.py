@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from architectures.parts import config as model_config
+import architectures
 from configs import base
 from tests.helpers import models
 from tests.training import step_test
@@ -16,7 +16,8 @@ from training.step import make_train_step
 
 def one_step(c, batch=None):
   """Returns (module, state before, state after, metrics) of one step."""
-  run = runs.build(c, model_config.make(c.model), mesh=step_test.one_device())
+  run = runs.build(c, architectures.resolve(c.model),
+                   mesh=step_test.one_device())
   with run.context():
     state = run.new_state(c.seed)
     before = jax.device_get(state)

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 
-from architectures.parts import config as model_config
+import architectures
 from tests.helpers import models
 from training import runs
 from training.distributed import devices
@@ -48,7 +48,7 @@ def batch(seed=0):
 
 def train(c, mesh=None, steps=2, batches=None, params=None):
   """Returns (run, state, [metrics]) after some steps, on the given mesh."""
-  run = runs.build(c, model_config.make(c.model), mesh=mesh)
+  run = runs.build(c, architectures.resolve(c.model), mesh=mesh)
   with run.context():
     state = run.new_state(c.seed)
     if params is not None:
@@ -158,7 +158,7 @@ def test_evaluation_is_the_plain_loss():
   c = config(train__z_loss=0.1, train__label_smoothing=0.2)
   c.model = models.config('mixtral', num_kv_heads=2, dropout=0.2, moe=dict(
       num_experts=4, d_ff=24, balance_weight=1.0))
-  run = runs.build(c, model_config.make(c.model), mesh=one_device())
+  run = runs.build(c, architectures.resolve(c.model), mesh=one_device())
   b = batch(0)
   with run.context():
     params = run.new_state(c.seed).params
@@ -178,7 +178,7 @@ def test_golden_step(single):
   """One AdamW step from the gradient alone, by numpy (Loshchilov and Hutter
   2019, algorithm 2); the gradient by finite differences of the loss."""
   c = config(optim__name='adamw', optim__lr=1e-2)
-  run = runs.build(c, model_config.make(c.model), mesh=one_device())
+  run = runs.build(c, architectures.resolve(c.model), mesh=one_device())
   with run.context():
     before = jax.device_get(run.new_state(c.seed))
     b = batch(0)
@@ -240,7 +240,7 @@ def test_a_step_never_holds_all_logits():
   """No array is as large as [B, L, V], in the loss, its gradient or after."""
   vocab = 1000
   c = config(model__vocab_size=vocab, train__loss_chunk=4)
-  run = runs.build(c, model_config.make(c.model), mesh=one_device())
+  run = runs.build(c, architectures.resolve(c.model), mesh=one_device())
   with run.context():
     traced = jax.make_jaxpr(make_train_step(run.module, run.tx, c))(
         run.abstract, batch())
@@ -322,7 +322,7 @@ def test_a_mesh_that_does_not_fit_is_refused(name):
 def test_a_mesh_that_does_not_divide_is_refused(changes, sentence):
   c = config(**changes)
   with pytest.raises(ValueError, match=sentence):
-    runs.build(c, model_config.make(c.model))
+    runs.build(c, architectures.resolve(c.model))
 
 
 def test_every_mesh_shape_multiplies_to_its_devices():

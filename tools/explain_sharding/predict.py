@@ -12,6 +12,7 @@ python -m tools.plan says what it chose.
 import math
 
 from architectures.parts.moe import dispatch
+from architectures.parts.moe import routing
 from architectures.parts.moe.layer import routing_groups
 from configs import sharding as tables
 import jax.numpy as jnp
@@ -121,7 +122,7 @@ def _rows_a_token(run, tokens: int) -> float:
   shards = devices.shards('tokens', run.mesh.shape, run.config.mesh.rules)
   groups = routing_groups(m.group_size, tokens * shards)
   laid_out = m.capacity_factor, tokens * shards, groups, shards
-  if m.router == 'expert_choice':
+  if routing.of(m).experts_choose:
     return m.top_k * (m.capacity_factor or 1.0)
   if dispatch.way(m, *laid_out) == 'dropless':
     return m.top_k

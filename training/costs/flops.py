@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 
 import architectures
-from architectures.parts.config import MoEConfig, ModelConfig
+from architectures.parts.config import ModelConfig
+from architectures.parts.moe import routing
 from configs.errors import require
 from training.step import abstract_params
 from training.costs import traced
@@ -83,20 +84,12 @@ def decode_flops(model, keys: int, memory: int = 0) -> dict[str, float]:
   return dict(_decode(_countable(c, max(keys, memory)), keys, memory))
 
 
-def active_experts(m: MoEConfig) -> float:
-  """Returns how many of the routed experts a token goes through, in the mean.
-  """
-  if m.router == 'expert_choice':  # as many as the experts take
-    return min(m.top_k * (m.capacity_factor or 1.0), m.num_experts)
-  return m.top_k
-
-
 def _countable(c: ModelConfig, reach: int) -> ModelConfig:
   """The same function for `reach` tokens, whose program multiplies no more than
   the model must: experts have as many slots as tokens come in even load, and no
   layer is made again."""
   m = c.moe
-  factor = active_experts(m) / m.top_k
+  factor = routing.active_experts(m) / m.top_k
   moe = dataclasses.replace(
       m, dispatch='sorted', grouped_kernel='auto', group_size=0,
       capacity_factor=factor, eval_capacity_factor=factor)

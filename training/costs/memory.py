@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
-from architectures.parts import kernels
+from architectures.parts import attention, kernels, positions
 from training import paths, runs
 from training.distributed import devices
 
@@ -134,7 +134,9 @@ def analytic(run: runs.Run, kept_in_all: int = 0,
                      else c.d_ff) // shape['tensor']
   layer = max((x.size // x.shape[0] for path, x in paths.flatten(
       run.abstract.params).items() if '/layers/' in path), default=0)
-  mask = kernels.Mask(causal=True, bias=c.position in ('alibi', 'relative'))
+  mask = kernels.Mask(
+      causal=True, bias=positions.of(c).has_bias, rule=','.join(
+          kind for kind in c.attention_pattern if attention.KINDS[kind].sees))
   fused = c.attention_kernel != 'xla' and not kernels.refusal(
       'splash', c, mask, length, length, platform)
   scores = 0 if fused else 2 * 4 * tokens * heads * length

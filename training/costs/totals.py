@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 import architectures
+from architectures.parts.moe import routing
 from training import paths
 from training.step import abstract_params, optimizer
 from training.costs import flops
@@ -89,7 +90,7 @@ def _active_share(path: str, model) -> float:
             and name.split('_')[0] in ('up', 'gate', 'down'))
   if not expert or not _in_moe_block(path, model):
     return 1.0
-  return flops.active_experts(model.moe) / model.moe.num_experts
+  return routing.active_experts(model.moe) / model.moe.num_experts
 
 
 def _in_moe_block(path: str, model) -> bool:

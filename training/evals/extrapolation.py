@@ -10,7 +10,6 @@ shorter than a row, no token reaches the row's end, and there is no loss. Of
 several sources each token counts by its source's weight.
 """
 
-import dataclasses
 import math
 
 import jax
@@ -18,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import architectures
-from architectures.parts.config import ROPE_SCALINGS
+from architectures.parts import positions
 from configs.errors import require
 from training import evals
 from training import losses
@@ -67,24 +66,7 @@ def run(evaluation) -> dict:
 
 def variants(model, length: int, multiple: int, interpolate: bool) -> dict:
   """Returns {name: model config}, None where the model refuses the length."""
-  if model.position == 'learned':
-    if length * multiple <= model.max_len:
-      return {'learned': model}
-    stretch = length * multiple / model.max_len
-    return {'learned': None} | ({'learned, interpolated': dataclasses.replace(
-        model, learned_stretch=stretch)} if interpolate else {})
-  if model.position != 'rope':
-    return {model.position: model}
-  result = {'rope' + ('' if model.rope.scaling == 'none'
-                      else f', {model.rope.scaling}'): model}
-  if model.rope.scaling == 'none':
-    for scaling in ROPE_SCALINGS:
-      if scaling != 'none':
-        result[f'rope, {scaling}'] = dataclasses.replace(
-            model, rope=dataclasses.replace(
-                model.rope, scaling=scaling, factor=float(multiple),
-                original_len=length)) if multiple > 1 else model
-  return result
+  return positions.of(model).longer(model, length, multiple, interpolate)
 
 
 def _sources(evaluation, length: int, multiple: int):

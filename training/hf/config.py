@@ -20,10 +20,12 @@ import ml_collections
 
 import architectures
 from architectures.parts import hf as page_record
+from architectures.parts import unread
 from architectures.parts.config import ModelConfig
 from architectures.parts.moe import routing
 from configs.errors import one_of, require, short
 from training.hf import files as hf_files
+from training.workdir import run_config
 
 # Fields by which text is generated: an export writes those of its import.
 GENERATION = re.compile('|'.join((
@@ -276,22 +278,10 @@ def differences(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
 
 def flat(config: ModelConfig) -> dict[str, Any]:
   """The fields that tell what is computed, by dotted name."""
-  unused = [part for part, used in (
-      ('rope', config.position == 'rope'), ('moe', config.ffn == 'moe'),
-      ('relative', config.position == 'relative')) if not used]
-  flat = {}
-  for name, value in dataclasses.asdict(config).items():
-    items = value if isinstance(value, dict) else {'': value}
-    for key, item in items.items():
-      full = f'{name}.{key}' if key else name
-      if name not in unused and not RUN_ONLY.fullmatch(full):
-        flat[full] = item
-  if config.position == 'rope' and config.rope.scaling == 'none':
-    flat = {k: v for k, v in flat.items()
-            if k in ('rope.theta', 'rope.fraction') or k[:5] != 'rope.'}
-  if config.rope.scaling not in ('llama3', 'yarn'):  # the others' is not read
-    flat.pop('rope.original_len', None)
-  return flat
+  unused = unread.unread(config)
+  fields = run_config.flatten_dict(dataclasses.asdict(config))
+  return {name: value for name, value in fields.items()
+          if name not in unused and not RUN_ONLY.fullmatch(name)}
 
 
 def load(folder: pathlib.Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from architectures.parts.config import ModelConfig
+from architectures.parts.moe import routing
 from configs.errors import one_of, require
 from training import paths
 from training import weights
@@ -23,9 +24,6 @@ from training import weights
 TWINS = {'llama': 'mixtral', 't5': 'switch'}
 # Fields of model.moe that the dense model gives.
 GIVEN = ('ffn', 'd_ff')
-# Gates that sum to 1 whatever normalize_gates says, or where it is True.
-ALWAYS_WHOLE = ('hash', 'uniform')
-WHOLE_IF_NORMALIZED = ('topk', 'sigmoid', 'sinkhorn')
 
 
 def config(model: ml_collections.ConfigDict, moe: dict
@@ -56,9 +54,8 @@ def is_the_same_function(c: ModelConfig) -> bool:
   """Whether a mixture of equal experts computes what one of them does, in
   evaluation."""
   m = c.moe
-  whole = m.router in ALWAYS_WHOLE or m.router == 'gshard' or (
-      m.router in WHOLE_IF_NORMALIZED and m.normalize_gates and m.top_k > 1)
-  return whole and not m.eval_capacity_factor and not m.shared_experts
+  return (routing.whole_gates(m) and not m.eval_capacity_factor
+          and not m.shared_experts)
 
 
 def params(module: nn.Module, like, dense, seed: int):

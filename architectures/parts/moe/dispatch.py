@@ -97,7 +97,7 @@ def way(m: MoEConfig, factor: float, tokens: int, groups: int,
   PADDING times a device's assignments, or groups without a bound."""
   if m.dispatch != 'auto':
     return m.dispatch
-  if m.router == 'expert_choice':  # fills its slots, all of them
+  if routing.of(m).experts_choose:  # they fill their slots, all of them
     return 'sorted'
   rows = m.num_experts * slots(m, factor, tokens, groups, shards)
   fits = rows <= PADDING * m.top_k * -(-tokens // shards)

@@ -71,7 +71,7 @@ def _batched_product(spec: str, x: jax.Array, m: jax.Array) -> jax.Array:
 def batched(rows_ECD: jax.Array, w: Weights, kind: str,
             mask_ECF=None) -> jax.Array:
   """Every expert on its own C rows."""
-  act, gated = dense.ACTIVATIONS[kind]
+  act, gated = dense.FFNS[kind]
   add = lambda x, b: x if b is None else x + b[:, None]
   product = _batched_product
   h_ECF = add(product('ECD,EDF->ECF', rows_ECD, w.up_EDF), w.up_bias_EF)

@@ -33,7 +33,7 @@ def ffn(rows_RD: jax.Array, count_E: jax.Array, w: Any, mask_RF, kind: str,
     count_E: int32, the rows of each expert.
     w: experts.Weights, in the dtype of the rows.
     mask_RF: multiplies the hidden units, for dropout; or None.
-    kind: of the network, a name of ffn.ACTIVATIONS.
+    kind: of the network, a name of ffn.FFNS.
     even: the rows an expert has in even load: the blocks are sized for it.
     kernel: of the products, a name of grouped_kernels; on CPU xla is blocks.
   """
@@ -73,7 +73,7 @@ def _on_platform(kernel: str, blocks: Callable, whole: Callable, *args):
 
 def _activation(kind: str, mask_RF):
   """(up,) or (up, gate) -> the hidden units."""
-  act, gated = dense.ACTIVATIONS[kind]
+  act, gated = dense.FFNS[kind]
   def hidden(pre):
     h_RF = act(pre[1]) * pre[0] if gated else act(pre[0])
     return h_RF if mask_RF is None else h_RF * mask_RF.astype(h_RF.dtype)

@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 
 from architectures.parts import kernels
-from architectures.parts.config import GROUPED_KERNELS, MoEConfig
+from architectures.parts.config import MoEConfig
 from configs.errors import require
 
+GROUPED_KERNELS = ('auto', 'xla', 'megablox')
 PLATFORMS = {'megablox': 'tpu'}
 # Of megablox, in order of choice. A tile that two experts share is computed
 # for both, so an expert should fill two: fewer rows a tile waste less of the

@@ -14,15 +14,33 @@ a value does not depend on groups or on shards. With `train.grad_accumulation`
 that is a micro-batch, and the step takes the mean of theirs, weighted by their
 tokens: a balance loss, no mean over tokens itself, then asks each micro-batch
 to be even.
+
+An entry of BALANCE_LOSSES, at the end of this file, is all that there is of a
+balance loss.
 """
 
-from typing import Optional
+from collections.abc import Callable
+from typing import NamedTuple, Optional
 
 import jax
 import jax.numpy as jnp
 
 from architectures.parts.config import MoEConfig
-from architectures.parts.moe.routing import Routing, ROUTERS
+from architectures.parts.moe import routing as routers
+from architectures.parts.moe.routing import Routing
+
+
+class Balance(NamedTuple):
+  """A loss that asks for even load.
+
+  Attributes:
+    loss: (expert_A, mean_probs_E) -> scalar; None: there is none.
+    metric: what the panel calls it.
+    fields: of config.model that it reads.
+  """
+  loss: Optional[Callable[[jax.Array, jax.Array], jax.Array]] = None
+  metric: str = ''
+  fields: tuple[str, ...] = ()
 
 
 def counts(expert_A: jax.Array, experts: int) -> jax.Array:
@@ -37,12 +55,12 @@ def share(x_E: jax.Array) -> jax.Array:
   return x_E / jnp.where(total > 0, total, 1.0)
 
 
-def switch_loss(expert_A, mean_probs_E) -> jax.Array:
+def switch_loss(expert_A: jax.Array, mean_probs_E: jax.Array) -> jax.Array:
   E = mean_probs_E.shape[0]
   return E * (share(counts(expert_A, E)) * mean_probs_E).sum()
 
 
-def importance_loss(mean_probs_E) -> jax.Array:
+def importance_loss(mean_probs_E: jax.Array) -> jax.Array:
   return mean_probs_E.shape[0] * jnp.square(share(mean_probs_E)).sum()
 
 
@@ -78,18 +96,17 @@ def report(m: MoEConfig, routing: Routing, logits_TE: Optional[jax.Array],
   probs_TE = routing.probs_TE
   mean_probs_E = (probs_TE * weight_T[:, None]).sum(0)
   load_E = jax.lax.stop_gradient(share(counts(routing.expert_A, E)))
-  counted_A = routing.expert_A[::2] if m.router == 'gshard' else (
-      routing.expert_A)
-  balance = switch_loss(counted_A, mean_probs_E)
-  importance = importance_loss(mean_probs_E)
+  router = routers.of(m)
+  counted_A = (routing.expert_A[::routing.choices] if router.counts_first
+               else routing.expert_A)
+  raw = {name: row.loss(counted_A, mean_probs_E)
+         for name, row in BALANCE_LOSSES.items() if row.loss}
   z = (jnp.zeros(()) if logits_TE is None else
        mean(jnp.square(jax.nn.logsumexp(logits_TE, -1))))
   losses = {}
-  if ROUTERS[m.router][1]:
-    if m.balance_loss == 'switch':
-      losses['balance'] = m.balance_weight * balance
-    if m.balance_loss == 'importance':
-      losses['balance'] = m.balance_weight * importance
+  if router.logits:
+    if m.balance_loss in raw:
+      losses['balance'] = m.balance_weight * raw[m.balance_loss]
     if m.z_loss_weight:
       losses['router_z'] = m.z_loss_weight * z
   assigned = (routing.expert_A < E).sum()
@@ -103,9 +120,8 @@ def report(m: MoEConfig, routing: Routing, logits_TE: Optional[jax.Array],
       confidence=mean(probs_TE.max(-1)),
       router_entropy=mean(entropy(probs_TE)),
       shard_imbalance=shards * load_E.reshape(shards, -1).sum(1).max(),
-      balance_loss=balance,
-      importance_loss=importance,
       z_loss=z,
+      **{BALANCE_LOSSES[name].metric: x for name, x in raw.items()},
   )
   health = {name: jax.lax.stop_gradient(jnp.asarray(x, jnp.float32))
             for name, x in health.items()}
@@ -134,3 +150,12 @@ def window(load_SNE, tokens_S) -> dict:
       unused=(load_NE == 0).mean(1),
       load_entropy=entropy(load_NE / load_NE.sum(1, keepdims=True)),
   )
+
+
+BALANCE_LOSSES = {
+    'switch': Balance(switch_loss, 'balance_loss', ('moe.balance_weight',)),
+    'importance': Balance(
+        lambda expert_A, mean_probs_E: importance_loss(mean_probs_E),
+        'importance_loss', ('moe.balance_weight',)),
+    'none': Balance(),
+}

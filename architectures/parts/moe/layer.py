@@ -43,9 +43,9 @@ class MoE(nn.Module):
     x_TD = x_BLD.reshape(-1, D)
     inputs = routing.Inputs(
         self._logits(x_TD, ctx), valid_T, self._tokens(ctx, (B, L)),
-        self._bias(), self._noise_key(m.router == 'gshard', ctx),
+        self._bias(), self._noise_key(routing.of(m).draws, ctx),
         routing_groups(m.group_size, B * L), not ctx.deterministic)
-    routed = routing.ROUTERS[m.router][0](m, inputs)
+    routed = routing.of(m).assign(m, inputs)
     y_TD, kept_A = dispatch.experts(
         m, x_TD.astype(c.compute_dtype), routed, self._weights(),
         inputs.groups, self._dropout(ctx), train=inputs.train)
@@ -60,7 +60,7 @@ class MoE(nn.Module):
 
   def _logits(self, x_TD, ctx):
     m = self.config.moe
-    if not routing.ROUTERS[m.router][1]:
+    if not routing.of(m).logits:
       return None
     router_DE = linear.weight(self, 'router', (x_TD.shape[1], m.num_experts),
                               ('embed', None), output=True)
@@ -82,16 +82,17 @@ class MoE(nn.Module):
     return self.make_rng('router') if wanted and not ctx.deterministic else None
 
   def _tokens(self, ctx, shape):
-    if self.config.moe.router != 'hash':
+    if not routing.of(self.config.moe).hashes:
       return None
     require(ctx.tokens_BL is not None,
-            'model.moe.router hash needs the token ids, which this '
-            'architecture does not hand to its layers: choose another router')
+            f'model.moe.router {self.config.moe.router} needs the token ids, '
+            'which this architecture does not hand to its layers: choose '
+            'another router')
     return jnp.broadcast_to(ctx.tokens_BL, shape).reshape(-1)
 
   def _bias(self):
-    """DeepSeek-V3's bias: no gradient moves it, `routing.update_bias` does."""
-    if self.config.moe.router != 'sigmoid':
+    """DeepSeek-V3's bias: no gradient moves it, balancing.py does."""
+    if not routing.of(self.config.moe).bias:
       return None
     return self.param('router_bias', nn.with_logical_partitioning(
         nn.initializers.zeros, (None,)), (self.config.moe.num_experts,),
@@ -106,7 +107,7 @@ class MoE(nn.Module):
   def _weights(self) -> Weights:
     c, m = self.config, self.config.moe
     E, D, F = m.num_experts, c.d_model, m.d_ff
-    gated = dense.ACTIVATIONS[m.ffn][1]
+    gated = dense.FFNS[m.ffn].gated
     into = lambda name: linear.weight(
         self, name, (E, D, F), ('experts', 'embed', 'mlp'), in_axes=(1,),
         batch_axes=(0,)).astype(c.compute_dtype)
@@ -132,7 +133,7 @@ def without_capacity(c: ModelConfig) -> ModelConfig:
   Over the tokens of one step a capacity would be one or two, and whether a row
   is served would hang on who else is in the batch, padding included.
   """
-  if c.moe.router == 'expert_choice':  # whose capacity is what it chooses
+  if routing.of(c.moe).experts_choose:  # whose capacity is what they choose
     return c
   way = 'dropless' if c.moe.dispatch == 'sorted' else c.moe.dispatch
   return dataclasses.replace(c, moe=dataclasses.replace(

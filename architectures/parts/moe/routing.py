@@ -14,7 +14,7 @@ expert_choice  an expert takes its ceil(S X / E) best tokens of a group, scaled
                by the capacity factor if any (Zhou et al. 2022). What a token
                gets depends on later tokens: not for decoders that generate.
 sigmoid        scores sigmoid(logits); the X best of score + router_bias, which
-               `update_bias` moves against the load (DeepSeek-V3, 2024).
+               `step_bias` moves against the load (DeepSeek-V3, 2024).
 sinkhorn       in training, the X best of the logits balanced over tokens and
                experts by Sinkhorn's iteration; in evaluation, of the logits
                (BASE: Lewis et al. 2021; S-BASE: Clark et al. 2022). So in
@@ -24,8 +24,12 @@ hash           a fixed hash of the token id (Roller et al. 2021). No router
 uniform        tokens dealt in turn, in perfect balance: for benchmarks.
 
 With X = 1 a gate is never normalised: it would be 1 and teach nothing.
+
+An entry of ROUTERS, at the end of this file, is all that there is of one.
 """
 
+from collections.abc import Callable
+import dataclasses
 import fractions
 import math
 from typing import Optional
@@ -34,7 +38,8 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
-from architectures.parts.config import MoEConfig
+from architectures.parts.config import MoEConfig, ModelConfig
+from configs.errors import require
 
 SINKHORN_STEPS = 8
 NOWHERE = -1e30
@@ -270,45 +275,114 @@ def limit(expert_A: jax.Array, *, choices: int, groups: int, slots: int,
   return jnp.where(slot_A < slots, expert_A, experts)
 
 
-def update_bias(params, load_NE: jax.Array, rate):
-  """Moves each router_bias by `rate` towards the experts with too little load.
+def step_bias(bias_NE: jax.Array, load_NE: jax.Array, rate) -> jax.Array:
+  """Moves a bias by `rate` towards the experts with too little load.
 
-  b_i += rate * sign(mean load - load_i) (Wang et al. 2024, algorithm 1): the
-  training step calls it after the optimiser, whose gradient of b is zero.
+  b_i += rate * sign(mean load - load_i) (Wang et al. 2024, algorithm 1).
+  """
+  return bias_NE + rate * jnp.sign(1 / bias_NE.shape[1] - load_NE)
+
+
+LEARNED = ('moe.jitter', 'moe.logit_noise', 'moe.balance_loss',
+           'moe.balance_weight', 'moe.z_loss_weight')
+
+
+@dataclasses.dataclass(frozen=True)
+class Router:
+  """One way to assign tokens to experts.
+
+  Attributes:
+    assign: (config.moe, Inputs) -> Routing.
+    logits: whether it has a weight, and so logits and losses of them.
+    fields: of config.model that only some routers read; those of LEARNED are
+      read by every router with logits.
+    top_k: how many experts a token has, where no other number is possible.
+    draws: whether it draws in training: Inputs.key.
+    hashes: whether it reads the tokens' ids: Inputs.tokens_T.
+    bias: (bias_NE, load_NE, rate) -> bias_NE, how a step moves a bias on the
+      choice, Inputs.bias_E, against the load; None: it has none.
+    groups: whether tokens of one group compete even without a capacity.
+    experts_choose: whether experts choose tokens. Which they take depends on
+      later tokens, so no decoder may have it, and how many is their capacity.
+    counts_first: whether only a token's first choice counts for `switch`, the
+      balance loss.
+    whole: whether the gates of a token sum to 1, whatever normalize_gates says.
+  """
+  assign: Callable[[MoEConfig, Inputs], Routing]
+  logits: bool = True
+  own_fields: tuple[str, ...] = ()
+  top_k: int = 0
+  draws: bool = False
+  hashes: bool = False
+  bias: Optional[Callable] = None
+  groups: bool = False
+  experts_choose: bool = False
+  counts_first: bool = False
+  whole: bool = False
+
+  @property
+  def fields(self) -> tuple[str, ...]:
+    return self.own_fields + (LEARNED if self.logits else ())
+
+
+def of(m: MoEConfig) -> Router:
+  """Returns the router of a mixture."""
+  return ROUTERS[m.router]
+
+
+def check(c: ModelConfig, stack: str) -> None:
+  """Raises RequestError for what the chosen router cannot do.
 
   Args:
-    params: the model's, arrays without boxes.
-    load_NE: health['load_E'], by layer with experts; an encoder's first.
-    rate: model.moe.bias_rate, or 0 in a step to leave out.
-
-  Returns:
-    params, with new biases.
+    c: the model, with experts.
+    stack: what architectures.stack returns.
   """
-  params, first = dict(params), 0
-  for stack in ('encoder', 'decoder'):
-    layers = dict(params.get(stack, {}).get('layers', {}))
-    blocks = [f'block_{i}' for i in range(len(layers))]
-    blocks = [b for b in blocks if 'router_bias' in layers[b].get('ffn', {})]
-    for i, name in enumerate(blocks):
-      bias_NE = layers[name]['ffn']['router_bias']
-      rows = first + i + len(blocks) * jnp.arange(bias_NE.shape[0])
-      step_NE = jnp.sign(1 / bias_NE.shape[1] - load_NE[rows])
-      ffn = layers[name]['ffn'] | {'router_bias': bias_NE + rate * step_NE}
-      layers[name] = layers[name] | {'ffn': ffn}
-    if blocks:
-      first += len(blocks) * bias_NE.shape[0]
-      params[stack] = params[stack] | {'layers': layers}
-  return params
+  m, router = c.moe, of(c.moe)
+  require(not router.experts_choose or stack == 'encoder',
+          f'model.moe.router {m.router} has no meaning in the decoder of '
+          f'model.arch {c.arch}: which tokens an expert takes depends on later '
+          'ones, which a prediction must not see; choose another router, or an '
+          'encoder')
+  require(router.top_k in (0, m.top_k),
+          f'model.moe.top_k is {m.top_k}, but model.moe.router {m.router} '
+          f'chooses {router.top_k}: set it to {router.top_k}, or choose router '
+          'topk')
+  for name in ('capacity_factor', 'eval_capacity_factor'):
+    require(m.dispatch != 'sorted' or router.experts_choose
+            or getattr(m, name) > 0,
+            f'model.moe.{name} is 0, but model.moe.dispatch sorted pads every '
+            'expert to its capacity: set it, or choose dispatch dropless')
 
 
-# name: (router, whether it has a router weight)
+def whole_gates(m: MoEConfig) -> bool:
+  """Returns whether the gates of each token sum to 1."""
+  router = of(m)
+  return router.whole or not router.experts_choose and (
+      m.normalize_gates and m.top_k > 1)
+
+
+def active_experts(m: MoEConfig) -> float:
+  """Returns how many of the routed experts a token goes through, in the mean.
+  """
+  if of(m).experts_choose:  # as many as the experts take
+    return min(m.top_k * (m.capacity_factor or 1.0), m.num_experts)
+  return m.top_k
+
+
+NORMALIZES = ('moe.normalize_gates',)
+
 ROUTERS = {
-    'topk': (topk, True),
-    'switch': (switch, True),
-    'gshard': (gshard, True),
-    'expert_choice': (expert_choice, True),
-    'sigmoid': (sigmoid, True),
-    'sinkhorn': (sinkhorn, True),
-    'hash': (hash_, False),
-    'uniform': (uniform, False),
+    'topk': Router(topk, own_fields=NORMALIZES),
+    # Of one choice; the flag is accepted, and changes nothing.
+    'switch': Router(switch, own_fields=NORMALIZES, top_k=1),
+    'gshard': Router(gshard, top_k=2, draws=True, counts_first=True,
+                     whole=True),
+    # The flag is accepted, and changes nothing.
+    'expert_choice': Router(expert_choice, own_fields=NORMALIZES, groups=True,
+                            experts_choose=True),
+    'sigmoid': Router(sigmoid, own_fields=(*NORMALIZES, 'moe.bias_rate'),
+                      bias=step_bias),
+    'sinkhorn': Router(sinkhorn, own_fields=NORMALIZES, groups=True),
+    'hash': Router(hash_, logits=False, hashes=True, whole=True),
+    'uniform': Router(uniform, logits=False, whole=True),
 }

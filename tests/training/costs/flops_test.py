@@ -1,6 +1,8 @@
 """Model FLOPs, counted in the traced program, against closed formulas and by
 hand."""
 
+import types
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -72,8 +74,8 @@ def test_rows_long_enough_for_blocks_of_keys_count_by_the_mask():
 
 def test_a_feed_forward_that_is_added_is_counted(monkeypatch):
   """With no line that says how much it multiplies."""
-  monkeypatch.setitem(ffn.ACTIVATIONS, 'silu',
-                      (lambda x: jax.nn.relu(x) ** 2, True))
+  monkeypatch.setitem(ffn.FFNS, 'silu', ffn.Kind(
+      lambda x: jax.nn.relu(x) ** 2, gated=True))
   # Another config than elsewhere, of which no count is kept.
   count = lambda kind: flops.forward_flops(
       model(ffn=kind, norm_eps=1e-7), LENGTH)
@@ -127,9 +129,10 @@ def test_a_convolution_counts_its_window():
 @pytest.mark.parametrize('window', [1, 3, 24, 99])
 def test_keys_are_counted_as_the_mask_has_them(kind, window):
   at = jnp.arange(LENGTH)[None]
-  mask = attention.visible(kind, window, at, at)
+  c = types.SimpleNamespace(sliding_window=window)
+  mask = attention.visible(kind, c, at, at)
   seen = LENGTH**2 if mask is None else int(mask.sum())
-  assert attention.pairs(kind, window, LENGTH, LENGTH) == seen
+  assert attention.pairs(kind, c, LENGTH, LENGTH) == seen
 
 
 def test_decoding_a_sequence_is_its_forward_pass():

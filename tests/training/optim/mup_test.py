@@ -106,13 +106,13 @@ def test_initial_sizes_by_path(init):
 @pytest.mark.slow
 def test_multipliers():
   narrow, wide = scaled('gpt'), scaled('gpt', 4 * BASE)
-  assert narrow.config.attention_scale == pytest.approx(8 ** -0.5)
-  assert wide.config.attention_scale == pytest.approx(8 ** -0.5 / 4)
-  assert scaled('gpt', 4 * BASE, attention_scale=1.0).config.attention_scale \
+  assert narrow.config.score_scale == pytest.approx(8 ** -0.5)
+  assert wide.config.score_scale == pytest.approx(8 ** -0.5 / 4)
+  assert scaled('gpt', 4 * BASE, attention_scale=1.0).config.score_scale \
       == 0.25
   # As wide by more heads, not by wider ones.
   heads = scaled('gpt', 4 * BASE, num_heads=16, mup_base_head_dim=8)
-  assert heads.config.attention_scale == pytest.approx(8 ** -0.5)
+  assert heads.config.score_scale == pytest.approx(8 ** -0.5)
   assert wide.config.embed_scale == 1
   unset = scaled('gpt', 4 * BASE, embed_scale=0.0, logits_scale=0.0).config
   assert unset.embed_scale == BASE ** 0.5
@@ -129,7 +129,7 @@ def test_a_router_has_the_multiplier_of_logits():
   module = scaled('mixtral', 4 * BASE, num_layers=1)
   variables = jax.jit(module.init)(jax.random.key(0), models.tokens())
   plain = built('mixtral', 4 * BASE, num_layers=1,
-                attention_scale=module.config.attention_scale)
+                attention_scale=module.config.score_scale)
   router = variables['params']['decoder']['layers']['block_0']['ffn']['router']
   router = router.replace(value=router.value / 4)
   same = jax.tree.map(lambda x: x, variables)

@@ -1,0 +1,142 @@
+"""Rotary positions (Su et al. 2021), and how they stretch past training.
+
+Queries and keys are turned by pos * frequency, so that a score depends on the
+distance alone. An entry of SCALINGS, at the end of this file, is all that there
+is of one way to stretch.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from architectures.parts.config import ModelConfig, RopeConfig
+from configs.errors import require
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaling:
+  """How rotary positions stretch past their training length.
+
+  Attributes:
+    frequencies: (config.rope, how many features are rotated) -> as
+      `rope_frequencies`.
+    fields: of config.model that it reads.
+    check: of the same arguments; raises RequestError.
+  """
+  frequencies: Callable
+  fields: tuple[str, ...] = ()
+  check: Callable[[RopeConfig, int], None] = lambda r, dim: None
+
+
+def rotary_dim(c: ModelConfig) -> int:
+  """Returns how many of a head's features are rotated."""
+  return int(c.head_dim * c.rope.fraction)
+
+
+def rope_frequencies(config: ModelConfig) -> tuple[jax.Array, float]:
+  """Returns radians per position [K'/2], and the factor on cos and sin.
+
+  linear: positions / factor (Chen et al. 2023). ntk: theta grows so that the
+  slowest wave stretches by factor. llama3: waves longer than original_len /
+  low_freq_factor are stretched, short ones kept, smooth between. yarn: the
+  same by the number of turns, and a temperature (Peng et al. 2023).
+  """
+  r, dim = config.rope, rotary_dim(config)
+  return SCALINGS[r.scaling].frequencies(r, dim)
+
+
+def _unscaled(r: RopeConfig, dim: int, theta: float = 0.0):
+  steps = jnp.arange(0, dim, 2, dtype=jnp.float32)
+  return (theta or r.theta) ** (-steps / dim), 1.0
+
+
+def _linear(r: RopeConfig, dim: int):
+  return _unscaled(r, dim)[0] / r.factor, 1.0
+
+
+def _ntk(r: RopeConfig, dim: int):
+  return _unscaled(r, dim, ntk_theta(r, dim))
+
+
+def ntk_theta(r: RopeConfig, dim: int) -> float:
+  return r.theta * r.factor ** (dim / (dim - 2))
+
+
+def yarn_temperature(factor: float) -> float:
+  """On cos and sin: its square multiplies the scores (YaRN, equation 15)."""
+  return 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def _llama3(r: RopeConfig, dim: int):
+  frequency, _ = _unscaled(r, dim)
+  turns = r.original_len * frequency / (2 * math.pi)
+  smooth = (turns - r.low_freq_factor) / (
+      r.high_freq_factor - r.low_freq_factor)
+  smooth = jnp.clip(smooth, 0, 1)
+  return (1 - smooth) * frequency / r.factor + smooth * frequency, 1.0
+
+
+def _yarn(r: RopeConfig, dim: int):
+  frequency, _ = _unscaled(r, dim)
+  def index(turns):  # of the frequency that makes `turns` in original_len
+    return dim * math.log(r.original_len / (turns * 2 * math.pi)) / (
+        2 * math.log(r.theta))
+  low = max(math.floor(index(r.beta_fast)), 0)
+  high = min(math.ceil(index(r.beta_slow)), dim - 1)
+  ramp = (jnp.arange(dim // 2) - low) / max(high - low, 0.001)
+  keep = 1 - jnp.clip(ramp, 0, 1)
+  return ((1 - keep) * frequency / r.factor + keep * frequency,
+          yarn_temperature(r.factor))
+
+
+def _check_ntk(r: RopeConfig, dim: int) -> None:
+  require(dim > 2, f'model.rope.scaling is ntk, but only {dim} features of a '
+          'head are rotated: it needs 4 or more')
+
+
+def _check_llama3(r: RopeConfig, dim: int) -> None:
+  del dim
+  require(r.high_freq_factor > r.low_freq_factor,
+          f'model.rope.high_freq_factor is {r.high_freq_factor}: llama3 needs '
+          f'it above model.rope.low_freq_factor {r.low_freq_factor}')
+
+
+def _check_yarn(r: RopeConfig, dim: int) -> None:
+  del dim
+  require(r.beta_fast > r.beta_slow and r.theta > 1,
+          f'model.rope.beta_fast is {r.beta_fast}: yarn needs it above '
+          f'model.rope.beta_slow {r.beta_slow}, and model.rope.theta '
+          f'{r.theta} above 1')
+
+
+def rotate(x_BLHK: jax.Array, positions_BL: jax.Array,
+           config: ModelConfig) -> jax.Array:
+  """Turns the first `rope.fraction` of each head by its position.
+
+  Feature i is paired with i + K'/2, as in GPT-NeoX and Hugging Face; the
+  paper pairs neighbours, which is the same up to a permutation of features.
+  """
+  dim = rotary_dim(config)
+  frequency, factor = rope_frequencies(config)
+  angle = (positions_BL[..., None].astype(jnp.float32)
+           * frequency[None, None])[:, :, None]
+  cos = (jnp.cos(angle) * factor).astype(x_BLHK.dtype)
+  sin = (jnp.sin(angle) * factor).astype(x_BLHK.dtype)
+  a, b, rest = jnp.split(x_BLHK, (dim // 2, dim), axis=-1)
+  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1)
+
+
+SCALINGS = {
+    'none': Scaling(_unscaled),
+    'linear': Scaling(_linear, ('rope.factor',)),
+    'ntk': Scaling(_ntk, ('rope.factor',), _check_ntk),
+    'llama3': Scaling(_llama3, (
+        'rope.factor', 'rope.original_len', 'rope.low_freq_factor',
+        'rope.high_freq_factor'), _check_llama3),
+    'yarn': Scaling(_yarn, (
+        'rope.factor', 'rope.original_len', 'rope.beta_fast',
+        'rope.beta_slow'), _check_yarn),
+}
