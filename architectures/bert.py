@@ -55,7 +55,7 @@ class BERT(nn.Module):
     x_BLD, _, aux = Stack(c, c.layer_pattern(causal=False), c.num_layers,
                           name='encoder')(x_BLD, ctx)
     pooled_BD = jnp.tanh(self._dense('pooler', x_BLD[:, 0], c.d_model))
-    nsp_logits_B2 = self._dense('nsp', pooled_BD, 2)
+    nsp_logits_B2 = self._dense('nsp', pooled_BD, 2, output=True)
     act = FFNS[c.moe.ffn if c.ffn == 'moe' else c.ffn].act
     t_BLD = act(self._dense('transform', x_BLD, c.d_model))
     t_BLD = norm(c, 'transform_norm')(t_BLD)
@@ -63,12 +63,13 @@ class BERT(nn.Module):
                   extra=dict(hidden=x_BLD, pooled=pooled_BD,
                              nsp_logits=nsp_logits_B2.astype(jnp.float32)))
 
-  def _dense(self, name: str, x: jax.Array, size: int) -> jax.Array:
+  def _dense(self, name: str, x: jax.Array, size: int, output: bool = False
+             ) -> jax.Array:
     w = linear.weight(self, name, (self.config.d_model, size),
-                      ('embed', None))
+                      ('embed', None), output=output)
     y = linear.einsum('...D,DE->...E', x, w, self.config.compute_dtype)
     return linear.add_bias(y, linear.bias(self, f'{name}_bias', (size,),
-                                          (None,)))
+                                          (None,), output=output))
 
 
 HF = hf.HuggingFace(

@@ -126,6 +126,14 @@ def test_no_default_hides_in_code():
   assert not hidden, '\n'.join(hidden)
 
 
+def test_every_parameter_declares_its_role():
+  """By the one function that makes parameters, which takes the role."""
+  makes = [line for line in _lines(r'\.param\(')
+           if line.startswith('architectures/')]
+  assert [line.partition(':')[0] for line in makes] == [
+      'architectures/parts/roles.py'], makes
+
+
 def test_no_error_is_swallowed():
   swallowed = list(_lines(r'except( Base| )?(Exception)?:\s*(pass)?$'))
   assert not swallowed, '\n'.join(swallowed)

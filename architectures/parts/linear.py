@@ -7,17 +7,17 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
-from architectures.parts import sharding
 from architectures.parts.config import ModelConfig
+from architectures.parts.roles import Role, declare
 
 INITS = ('normal', 'scaled_normal', 'fan_in')  # see _initializer
 PRODUCT = 'product'  # the name of a product's result that remat 'dots' keeps
 
 
 def weight(module: nn.Module, name: str, shape: tuple[int, ...],
-           axes: tuple[str, ...], *, in_axes: tuple[int, ...] = (0,),
+           axes: tuple[str | None, ...], *, in_axes: tuple[int, ...] = (0,),
            batch_axes: tuple[int, ...] = (), residual: bool = False,
-           output: bool = False, gain: float = 1.0):
+           output: bool = False, gain: float = 1.0) -> jax.Array:
   """Declares a weight of `module` by the config's initialisation.
 
   Args:
@@ -31,27 +31,24 @@ def weight(module: nn.Module, name: str, shape: tuple[int, ...],
     output: whether the product's size is no width: logits, a router's too.
     gain: of the standard deviation, with fan_in.
   """
-  config = module.config
-  return module.param(
-      name, sharding.init(_initializer(config, in_axes, batch_axes, residual,
-                                       output, len(shape), gain), *axes),
-      shape, config.param_dtype)
+  role = Role(axes, in_axes, batch_axes, 'logits' if output else 'hidden')
+  return declare(module, name,
+                 _initializer(module.config, role, residual, gain), shape, role)
 
 
-def _initializer(config: ModelConfig, in_axes, batch_axes, residual, output,
-                 ndim, gain):
+def _initializer(config: ModelConfig, role: Role, residual: bool, gain: float):
   """normal: N(0, stddev); scaled_normal: and residual products by
   1 / sqrt(2N) (GPT-2, section 2.3); fan_in: truncated, variance
   init_scale / fan_in (Switch, section 2.4). In muP the variance of a hidden
   weight falls as 1 / fan_in from the base on, that of an output's is the
   base's (Yang et al. 2022, table 8); at the base, `widening` is 1."""
+  output = role.kind == 'logits'
   if config.init == 'fan_in':
     gain *= config.widening ** 0.5 if output else 1.0
-    out_axes = tuple(i for i in range(ndim)
-                     if i not in in_axes and i not in batch_axes)
+    axes = role.split(len(role.axes))
     return nn.initializers.variance_scaling(
         config.init_scale * gain ** 2, 'fan_in', 'truncated_normal',
-        in_axis=in_axes, out_axis=out_axes, batch_axis=batch_axes)
+        in_axis=axes.inputs, out_axis=axes.outputs, batch_axis=axes.batch)
   stddev = config.init_stddev
   if config.init == 'scaled_normal' and residual:
     stddev /= (2 * config.num_layers) ** 0.5
@@ -61,10 +58,22 @@ def _initializer(config: ModelConfig, in_axes, batch_axes, residual, output,
 
 
 def bias(module: nn.Module, name: str, shape: tuple[int, ...],
-         axes: tuple[str, ...]):
-  """Declares a bias of `module`, born zero."""
-  return module.param(name, sharding.init(nn.initializers.zeros, *axes), shape,
-                      module.config.param_dtype)
+         axes: tuple[str | None, ...], *, batch_axes: tuple[int, ...] = (),
+         output: bool = False) -> jax.Array:
+  """Declares a bias of `module`, born zero; arguments are those of `weight`.
+  """
+  role = Role(axes, batch=batch_axes, kind='logits' if output else 'hidden')
+  return declare(module, name, nn.initializers.zeros, shape, role)
+
+
+def embedding(module: nn.Module, name: str, rows: int,
+              axis: str | None = None) -> jax.Array:
+  """Declares a table of `module`, [rows, D], whose rows are looked up; `axis`
+  is the logical axis of its rows."""
+  config = module.config
+  return declare(module, name, nn.initializers.normal(config.init_stddev),
+                 (rows, config.d_model),
+                 Role((axis, 'embed'), inputs=(0,), kind='embedding'))
 
 
 def einsum(spec: str, x: jax.Array, w: jax.Array, dtype,

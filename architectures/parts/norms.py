@@ -11,8 +11,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from architectures.parts import sharding
 from architectures.parts.config import ModelConfig
+from architectures.parts.roles import Role, declare
 
 
 def layernorm(x: jax.Array, scale_D: jax.Array, bias_D: jax.Array,
@@ -50,12 +50,9 @@ class LayerNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    shape = x.shape[-1:]
-    dtype = self.config.param_dtype
-    scale_D = self.param('scale', sharding.init(
-        nn.initializers.ones, self.axis), shape, dtype)
-    bias_D = self.param('bias', sharding.init(
-        nn.initializers.zeros, self.axis), shape, dtype)
+    shape, role = x.shape[-1:], Role((self.axis,))
+    scale_D = declare(self, 'scale', nn.initializers.ones, shape, role)
+    bias_D = declare(self, 'bias', nn.initializers.zeros, shape, role)
     return recomputed(layernorm)(x, scale_D, bias_D, self.config.norm_eps)
 
 
@@ -65,8 +62,8 @@ class RMSNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    scale_D = self.param('scale', sharding.init(
-        nn.initializers.ones, self.axis), x.shape[-1:], self.config.param_dtype)
+    scale_D = declare(self, 'scale', nn.initializers.ones, x.shape[-1:],
+                      Role((self.axis,)))
     return recomputed(rmsnorm)(x, scale_D, self.config.norm_eps)
 
 

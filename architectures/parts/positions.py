@@ -19,9 +19,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from architectures.parts import linear
 from architectures.parts import rotary
 from architectures.parts import sharding
 from architectures.parts.config import ModelConfig
+from architectures.parts.roles import Role, declare
 from configs.errors import require
 
 
@@ -144,10 +146,7 @@ def learned(table_LD: jax.Array, positions: jax.Array,
 def _add_learned(module: nn.Module, x_BLD, positions_BL):
   c = module.config
   check_length(c, x_BLD.shape[1])
-  table_LD = module.param(
-      'positions', sharding.init(nn.initializers.normal(c.init_stddev), None,
-                                 'embed'), (c.max_len, c.d_model),
-      c.param_dtype)
+  table_LD = linear.embedding(module, 'positions', c.max_len)
   return x_BLD + learned(sharding.constrain(table_LD, None, None),
                          positions_BL, c.learned_stretch).astype(x_BLD.dtype)
 
@@ -242,9 +241,8 @@ class RelativeBias(nn.Module):
                k_positions_BM: jax.Array) -> jax.Array:
     c = self.config
     stddev = c.base_width ** -0.5 if c.init == 'fan_in' else c.init_stddev
-    table = self.param(
-        'table', sharding.init(nn.initializers.normal(stddev), None, 'heads'),
-        (c.relative.buckets, c.num_heads), c.param_dtype)
+    table = declare(self, 'table', nn.initializers.normal(stddev),
+                    (c.relative.buckets, c.num_heads), Role((None, 'heads')))
     bucket_BLM = relative_bucket(
         k_positions_BM[:, None] - q_positions_BL[:, :, None],
         bidirectional=not self.causal, buckets=c.relative.buckets,

@@ -26,11 +26,6 @@ def check(axes) -> tuple[str | None, ...]:
   return tuple(axes)
 
 
-def init(fn, *axes: str | None):
-  """Wraps an initializer so that its parameter carries `axes`."""
-  return nn.with_logical_partitioning(fn, check(axes))
-
-
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   """Constrains `x` to the mesh axes of its logical ones; no mesh, no effect.
 

@@ -83,9 +83,7 @@ class Embed(nn.Module):
   def __call__(self, tokens_BL: jax.Array, positions_BL: jax.Array, *,
                type_ids_BL=None, deterministic: bool = True):
     c = self.config
-    table_VD = self.param(
-        'tokens', sharding.init(self._init(), 'vocab', 'embed'),
-        (c.vocab_size, c.d_model), c.param_dtype)
+    table_VD = linear.embedding(self, 'tokens', c.vocab_size, 'vocab')
     # Gathered whole over fsdp first: rows that are split over fsdp would have
     # to move to where the batch is split over it.
     whole_VD = sharding.constrain_if(table_VD, 'vocab', None)
@@ -95,9 +93,7 @@ class Embed(nn.Module):
     if positions.of(c).embed:
       x_BLD = positions.of(c).embed(self, x_BLD, positions_BL)
     if c.type_vocab_size:
-      types_TD = self.param(
-          'types', sharding.init(self._init(), None, 'embed'),
-          (c.type_vocab_size, c.d_model), c.param_dtype)
+      types_TD = linear.embedding(self, 'types', c.type_vocab_size)
       if type_ids_BL is None:
         type_ids_BL = jnp.zeros((1, 1), jnp.int32)
       x_BLD = x_BLD + types_TD[type_ids_BL].astype(x_BLD.dtype)
@@ -105,9 +101,6 @@ class Embed(nn.Module):
       x_BLD = norm(c, 'norm')(x_BLD)
     x_BLD = nn.Dropout(c.dropout)(x_BLD, deterministic=deterministic)
     return (sharding.constrain(x_BLD, 'batch', 'length', 'embed'), table_VD.T)
-
-  def _init(self):
-    return nn.initializers.normal(self.config.init_stddev)
 
 
 class Period(nn.Module):
@@ -225,7 +218,8 @@ class Unembed(nn.Module):
     if not c.tie_embeddings:
       table_DV = linear.weight(self, 'kernel', (c.d_model, c.vocab_size),
                                ('embed', 'vocab'), output=True)
-    bias_V = (linear.bias(self, 'bias', (c.vocab_size,), ('vocab',))
+    bias_V = (linear.bias(self, 'bias', (c.vocab_size,), ('vocab',),
+                          output=True)
               if c.logits_bias else None)
     # muP's output multiplier, of a tied table too; the bias makes up for it by
     # its learning rate.

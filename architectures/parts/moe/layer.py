@@ -22,6 +22,7 @@ from architectures.parts.moe import dispatch
 from architectures.parts.moe import health
 from architectures.parts.moe import routing
 from architectures.parts.moe.experts import Dropout, Weights
+from architectures.parts.roles import Role, declare
 from configs.errors import require
 
 
@@ -94,9 +95,8 @@ class MoE(nn.Module):
     """DeepSeek-V3's bias: no gradient moves it, balancing.py does."""
     if not routing.of(self.config.moe).bias:
       return None
-    return self.param('router_bias', nn.with_logical_partitioning(
-        nn.initializers.zeros, (None,)), (self.config.moe.num_experts,),
-                      jnp.float32)
+    return declare(self, 'router_bias', nn.initializers.zeros,
+                   (self.config.moe.num_experts,), Role((None,)), jnp.float32)
 
   def _dropout(self, ctx):
     rate = self.config.moe.expert_dropout
@@ -112,7 +112,8 @@ class MoE(nn.Module):
         self, name, (E, D, F), ('experts', 'embed', 'mlp'), in_axes=(1,),
         batch_axes=(0,)).astype(c.compute_dtype)
     bias = lambda name, size, axis: linear.bias(
-        self, name, (E, size), ('experts', axis)).astype(c.compute_dtype)
+        self, name, (E, size), ('experts', axis), batch_axes=(0,)
+        ).astype(c.compute_dtype)
     weights = dict(up_EDF=into('up'))
     if gated:
       weights['gate_EDF'] = into('gate')

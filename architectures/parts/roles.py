@@ -1,0 +1,94 @@
+"""What a parameter is, declared where it is made.
+
+Every parameter is made by `declare` (linear.weight and linear.bias call it),
+which keeps its role beside its logical axes. The optimisers read nothing else:
+muP's learning rates, the matrices of Muon and Adafactor, and weight decay
+(training/optim/). No pattern over names has to know a new parameter.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import math
+from typing import NamedTuple
+
+import flax.linen as nn
+from flax import struct
+import jax
+import jax.typing
+
+from architectures.parts import sharding
+
+
+class Axes(NamedTuple):
+  """An array's axes by role."""
+  batch: tuple[int, ...]  # each index holds a parameter of its own
+  inputs: tuple[int, ...]  # what a product sums over; none: a vector
+  outputs: tuple[int, ...]
+
+  def sizes(self, shape: tuple[int, ...]) -> tuple[int, int]:
+    """Returns the rows and the columns of one matrix."""
+    return (math.prod(shape[i] for i in self.inputs),
+            math.prod(shape[i] for i in self.outputs))
+
+
+@dataclasses.dataclass(frozen=True)
+class Role:
+  """What a parameter is; its axes are numbered as its module makes it.
+
+  Attributes:
+    axes: its logical axes.
+    inputs: which of them a product sums over, or, of an embedding, look up.
+      None: a vector, or a table of biases, which is no matrix.
+    batch: which of them hold a matrix or a vector each: experts.
+    kind: 'hidden'; 'logits', whose product is as many numbers at every width
+      and is divided by config.widening (the head's, a router's); 'embedding',
+      a table whose rows are looked up.
+  """
+  axes: tuple[str | None, ...]
+  inputs: tuple[int, ...] = ()
+  batch: tuple[int, ...] = ()
+  kind: str = 'hidden'
+
+  @property
+  def matrix(self) -> bool:
+    return bool(self.inputs)
+
+  def split(self, ndim: int) -> Axes:
+    """Returns the roles of the axes of an array that holds the parameter.
+
+    Axes in front of the declared ones, such as the one over layers that the
+    scan adds, are a batch.
+    """
+    first = ndim - len(self.axes)
+    shift = lambda axes: tuple(first + i for i in axes)
+    rest = (i for i in range(len(self.axes))
+            if i not in self.inputs and i not in self.batch)
+    return Axes((*range(first), *shift(self.batch)), shift(self.inputs),
+                shift(rest))
+
+
+class Declared(nn.LogicallyPartitioned, eq=False):
+  """The box that a parameter is born in: its logical axes and its role."""
+  role: Role | None = struct.field(default=None, pytree_node=False)
+
+
+def declare(module: nn.Module, name: str, init: Callable,
+            shape: tuple[int, ...], role: Role,
+            dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
+  """Makes a parameter of `module`.
+
+  Args:
+    module: the module, with a `config`.
+    name: the parameter's name.
+    init: its initializer, of (key, shape, dtype).
+    shape: its shape.
+    role: what it is.
+    dtype: its type; None: the config's param_dtype.
+
+  Raises:
+    ValueError: for a logical axis that the legend lacks.
+  """
+  axes = sharding.check(role.axes)
+  return module.param(
+      name, lambda *args: Declared(init(*args), axes, role=role), shape,
+      dtype or module.config.param_dtype)
