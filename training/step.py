@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
-from architectures.parts import sharding
+from architectures.parts import roles, sharding
 from architectures.parts.moe import balancing
 from training import objectives
 from training.distributed import devices
@@ -54,12 +54,21 @@ def abstract_params(module: nn.Module):
   return jax.eval_shape(module.init, jax.random.key(0), tokens)['params']
 
 
+def parameter_roles(module: nn.Module):
+  """Returns the Role of each parameter of `module`, as a tree.
+
+  Raises:
+    RequestError: for a parameter that declares none.
+  """
+  return roles.read(abstract_params(module))
+
+
 def optimizer(module: nn.Module, optim: ml_collections.ConfigDict,
               steps: int) -> optax.GradientTransformation:
   """Returns config.optim's optimiser for the parameters of `module`."""
-  params = nn.meta.unbox(abstract_params(module))
-  return optimizers.make(optim, steps, params,
-                         mup.rates(module.config, optim.name, params))
+  tree = parameter_roles(module)
+  return optimizers.make(optim, steps, tree,
+                         mup.rates(module.config, optim.name, tree))
 
 
 def abstract_state(module: nn.Module, tx: optax.GradientTransformation,

@@ -28,7 +28,7 @@ from training.data import pipeline, tokenizers
 from training.distributed import devices
 from training.optim import mup, optimizers
 from training.step import TrainState, init_state
-from training.step import make_eval_step, make_train_step
+from training.step import make_eval_step, make_train_step, parameter_roles
 from training.workdir import checkpoints, run_config
 
 # What the runs of a group may differ in, and what a step is given it as.
@@ -301,8 +301,9 @@ class Group:
   def _step(self, state: TrainState, given: tuple[dict, dict]):
     batch, values = given
     config = with_values(self.config, values)
-    rates = mup.rates(self.run.model, config.optim.name, state.params)
-    tx = optimizers.chain(config.optim, config.train.steps, state.params, rates)
+    roles = parameter_roles(self.run.module)
+    rates = mup.rates(self.run.model, config.optim.name, roles)
+    tx = optimizers.chain(config.optim, config.train.steps, roles, rates)
     return make_train_step(self.run.module, tx, config)(state, batch)
 
   def eval_step(self):

@@ -17,6 +17,7 @@ import jax
 import jax.typing
 
 from architectures.parts import sharding
+from configs.errors import require
 
 
 class Axes(NamedTuple):
@@ -70,6 +71,24 @@ class Role:
 class Declared(nn.LogicallyPartitioned, eq=False):
   """The box that a parameter is born in: its logical axes and its role."""
   role: Role | None = struct.field(default=None, pytree_node=False)
+
+
+def read(boxed):
+  """Returns the Role of each parameter of a tree of boxes.
+
+  Raises:
+    RequestError: for a parameter that declares none.
+  """
+  def role(path, box) -> Role:
+    name = jax.tree_util.keystr(path, simple=True, separator='/')
+    require(isinstance(box, Declared),
+            f'the parameter {name!r} declares no role: make it by weight, bias '
+            'or embedding of architectures/parts/linear.py, or by declare of '
+            'roles.py')
+    return box.role
+
+  return jax.tree_util.tree_map_with_path(
+      role, boxed, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata))
 
 
 def declare(module: nn.Module, name: str, init: Callable,

@@ -20,6 +20,7 @@ from training.distributed import devices
 from training.distributed import signals
 from training.optim import optimizers
 from training.optim import schedules
+from training.step import parameter_roles
 from training.workdir import checkpoints, run_config
 
 pytestmark = pytest.mark.slow
@@ -302,13 +303,14 @@ def test_a_workdir_of_another_run_is_refused(trained):
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_every_optimizer_takes_traced_fields(name, dtype):
   module, params = models.make('gpt', num_layers=1)
+  roles = parameter_roles(module)
   params = jax.tree.map(lambda x: x.astype(dtype), params)
   grads = jax.tree.map(lambda x: (0.1 * jnp.cos(7 * x)).astype(dtype), params)
   optim = base.base().optim
   optim.update(name=name, warmup_steps=3)
 
   def update(optim):
-    tx = optimizers.chain(optim, 10, params)
+    tx = optimizers.chain(optim, 10, roles)
     return tx.update(grads, tx.init(params), params)[0]
 
   traced = jax.jit(jax.vmap(lambda values: update(

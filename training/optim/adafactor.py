@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from architectures.parts.roles import Role
 from training import paths
-from training.optim import matrices
 
 _MIN_SIZE = 128  # a matrix with fewer rows or columns is not factored
 _EPS = 1e-30  # epsilon_1, added to squares
@@ -31,99 +31,89 @@ class FactoredState(NamedTuple):
   full: optax.Params  # the others
 
 
-def scale_by_factored_rms() -> optax.GradientTransformation:
-  """Divides gradients by the root of their factored second moments."""
+def scale_by_factored_rms(roles) -> optax.GradientTransformation:
+  """Divides gradients by the root of their factored second moments.
+
+  Args:
+    roles: the Role of each parameter, as a tree.
+  """
+
+  by_path = paths.flatten(roles)  # for optax gives `init` no tree at times
 
   def init(params):
-    def keep(wanted):
-      return jax.tree_util.tree_map_with_path(
-          lambda path, x: wanted(paths.join(path), x), params)
-    nothing = optax.MaskedNode()
-    return FactoredState(
-        count=jnp.zeros([], jnp.int32),
-        rows=keep(lambda path, x: _zeros_without(x, _axes(path, x).outputs)
-                  if _factored(path, x) else nothing),
-        columns=keep(lambda path, x: _zeros_without(x, _axes(path, x).inputs)
-                     if _factored(path, x) else nothing),
-        full=keep(lambda path, x: nothing if _factored(path, x)
-                  else jnp.zeros(x.shape, jnp.float32)))
+    def moments(path, x):
+      role, nothing = by_path[paths.join(path)], optax.MaskedNode()
+      if not _factored(role, x):
+        return nothing, nothing, jnp.zeros(x.shape, jnp.float32)
+      axes = role.split(x.ndim)
+      return (_zeros_without(x, axes.outputs), _zeros_without(x, axes.inputs),
+              nothing)
+
+    return FactoredState(jnp.zeros([], jnp.int32), *_unzip(
+        jax.tree_util.tree_map_with_path(moments, params), 3))
 
   def update(grads, state, params=None):
     del params
     count = optax.safe_increment(state.count)
     decay = 1 - count.astype(jnp.float32) ** -_DECAY
 
-    def moments(path, g, row, column, full):
-      path = paths.join(path)
-      square = jnp.square(g.astype(jnp.float32)) + _EPS
-      if not _factored(path, g):
-        return row, column, decay * full + (1 - decay) * square
-      axes = _axes(path, g)
-      mean = lambda over: jnp.mean(square, axis=over, keepdims=True)
-      return (decay * row + (1 - decay) * mean(axes.outputs),
-              decay * column + (1 - decay) * mean(axes.inputs), full)
+    def scale(role, g, row, column, full):
+      axes, g = role.split(g.ndim), g.astype(jnp.float32)
+      square = jnp.square(g) + _EPS
+      mean = lambda x, over: jnp.mean(x, axis=over, keepdims=True)
+      if not _factored(role, g):
+        full = decay * full + (1 - decay) * square
+        return jax.lax.rsqrt(full) * g, row, column, full
+      row = decay * row + (1 - decay) * mean(square, axes.outputs)
+      column = decay * column + (1 - decay) * mean(square, axes.inputs)
+      level = mean(row, axes.inputs)
+      factor = jax.lax.rsqrt(row / level) * jax.lax.rsqrt(column)
+      return g * factor, row, column, full
 
-    def scale(path, g, row, column, full):
-      path = paths.join(path)
-      if _factored(path, g):
-        level = jnp.mean(row, axis=_axes(path, g).inputs, keepdims=True)
-        factor = jax.lax.rsqrt(row / level) * jax.lax.rsqrt(column)
-      else:
-        factor = jax.lax.rsqrt(full)
-      return g.astype(jnp.float32) * factor
-
-    rows, columns, full = _unzip(_map(
-        moments, grads, state.rows, state.columns, state.full), 3)
-    updates = _map(scale, grads, rows, columns, full)
-    return updates, FactoredState(count, rows, columns, full)
+    updates, *moments = _unzip(jax.tree.map(
+        scale, roles, grads, state.rows, state.columns, state.full), 4)
+    return updates, FactoredState(count, *moments)
 
   return optax.GradientTransformation(init, update)
 
 
-def clip_by_rms() -> optax.GradientTransformation:
+def clip_by_rms(roles) -> optax.GradientTransformation:
   """Clips the root mean square of each matrix's update at 1."""
 
-  def clip(path, u):
-    return u / jnp.maximum(1.0, _rms(path, u) / _CLIP)
+  def clip(role, u):
+    return u / jnp.maximum(1.0, _rms(role, u) / _CLIP)
 
-  return optax.stateless(lambda updates, params: _map(clip, updates))
+  return optax.stateless(
+      lambda updates, params: jax.tree.map(clip, roles, updates))
 
 
-def scale_by_parameter_rms() -> optax.GradientTransformation:
+def scale_by_parameter_rms(roles) -> optax.GradientTransformation:
   """Multiplies each matrix's update by its parameter's root mean square."""
 
-  def scale(path, u, p):
-    return (u * jnp.maximum(_rms(path, p), _MIN_SCALE)).astype(p.dtype)
+  def scale(role, u, p):
+    return (u * jnp.maximum(_rms(role, p), _MIN_SCALE)).astype(p.dtype)
 
-  return optax.stateless(lambda updates, params: _map(scale, updates, params))
+  return optax.stateless(
+      lambda updates, params: jax.tree.map(scale, roles, updates, params))
 
 
-def _rms(path, x):
-  own = tuple(range(len(_axes(paths.join(path), x).batch), x.ndim))
+def _rms(role: Role, x: jax.Array) -> jax.Array:
+  axes = role.split(x.ndim)
   square = jnp.square(x.astype(jnp.float32))
-  return jnp.sqrt(jnp.mean(square, axis=own, keepdims=True))
+  return jnp.sqrt(jnp.mean(square, axis=axes.inputs + axes.outputs,
+                           keepdims=True))
 
 
-def _axes(path, x):
-  return matrices.axes(path, x.ndim)
+def _factored(role: Role, x) -> bool:
+  return role.matrix and min(role.split(x.ndim).sizes(x.shape)) >= _MIN_SIZE
 
 
-def _factored(path, x) -> bool:
-  axes = _axes(path, x)
-  return axes.matrix and min(axes.sizes(x.shape)) >= _MIN_SIZE
-
-
-def _zeros_without(x, axes):
+def _zeros_without(x, axes: tuple[int, ...]) -> jax.Array:
   shape = tuple(1 if i in axes else n for i, n in enumerate(x.shape))
   return jnp.zeros(shape, jnp.float32)
 
 
-def _map(fn, tree, *rest):
-  """Maps over `tree` with paths; a MaskedNode of `rest` counts as a leaf."""
-  return jax.tree_util.tree_map_with_path(fn, tree, *rest)
-
-
-def _unzip(tree, n):
+def _unzip(tree, n: int) -> tuple:
   """Turns a tree of n-tuples into n trees."""
   is_leaf = lambda x: type(x) is tuple
   pick = lambda i: jax.tree.map(lambda x: x[i], tree, is_leaf=is_leaf)

@@ -1,5 +1,5 @@
-"""muP: learning rates by parameter path, so that the best one is the best at
-every width (Yang et al. 2022, Tensor Programs V).
+"""muP: a learning rate for each parameter by its role, so that the best one is
+the best at every width (Yang et al. 2022, Tensor Programs V).
 
 Table 8 of the paper, in numbers relative to a base width, at which all are 1
 and mup equals the standard form. With r = d_model / mup_base_width, every
@@ -15,52 +15,31 @@ A tied embedding is in the first and the third row, which agree. Attention
 scores are scaled by 1 / head_dim. Weight decay is not multiplied: it stays
 lr * weight_decay at every width, as in the authors' package.
 
+The rates follow from what a parameter declares (architectures/parts/roles.py).
 Initial variances and multipliers are architectures/parts/linear.py,
-skeletons.py and moe.py; the rates are here.
+skeletons.py and moe/layer.py.
 """
 
+import math
+
+import jax
+
 from architectures.parts.config import ModelConfig
+from architectures.parts.roles import Role
 from configs.errors import one_of
-from training import paths
 
-# What a parameter is, by its path.
-_KINDS = (
-    ('embed/(tokens|positions|types)', 'vector'),
-    ('head/kernel', 'vector'),
-    ('head/bias', 'logits_bias'),
-    ('.*/router', 'vector'),
-    ('.*/router_bias', 'fixed'),  # moved by no gradient
-    ('.*/relative_bias/table|.*/sink', 'heads'),
-    ('.*/(query|key)_norm/(scale|bias)', 'head'),
-    ('.*(_bias|/bias|/scale)', 'vector'),
-    ('.*/attention/(query|key|value|out)', 'hidden'),
-    ('.*/ffn/(shared/)?(up|gate|down)', 'hidden'),
-)
-
-# kind: its rate, of r and how many times as wide a head is. One number along
-# the width is `vector`, along the heads `heads`, along a head `head`. The
-# bias of the logits goes through the multiplier 1 / r: Adam's step is to be r
-# times as large; SGD's gradient is 1 / r as well.
-_ADAM = {
-    'vector': lambda r, head: 1.0,
-    'logits_bias': lambda r, head: r,
-    'fixed': lambda r, head: 1.0,
-    'heads': lambda r, head: 1.0,
-    'head': lambda r, head: 1.0,
-    'hidden': lambda r, head: 1 / r,
+# A parameter's rate, of how many times as wide as at the base its inputs and
+# its outputs are, and of what its product is divided by. Adam's step does not
+# depend on the size of the gradient, which SGD's follows: as many times as
+# large as there are outputs, and divided as the product is. Lion's step is as
+# Adam's. Muon and Adafactor size theirs by the matrix, and would need rules
+# of their own.
+_ADAM = lambda inputs, outputs, divisor: divisor / inputs
+RATES = {
+    'adamw': _ADAM,
+    'lion': _ADAM,
+    'sgd': lambda inputs, outputs, divisor: divisor ** 2 * outputs / inputs,
 }
-_SGD = {
-    'vector': lambda r, head: r,
-    'logits_bias': lambda r, head: r * r,
-    'fixed': lambda r, head: 1.0,
-    'heads': lambda r, head: r / head,
-    'head': lambda r, head: head,
-    'hidden': lambda r, head: 1.0,
-}
-
-# Lion's step, like Adam's, does not depend on the size of the gradient. Muon
-# and Adafactor size theirs by the matrix, and would need rules of their own.
-RATES = {'adamw': _ADAM, 'lion': _ADAM, 'sgd': _SGD}
 
 
 def check(config: ModelConfig, optimizer: str) -> None:
@@ -69,22 +48,30 @@ def check(config: ModelConfig, optimizer: str) -> None:
     one_of("optim.name with model.parametrization 'mup'", optimizer, RATES)
 
 
-def rates(config: ModelConfig, optimizer: str, params):
+def rates(config: ModelConfig, optimizer: str, roles):
   """Returns what each parameter's learning rate is multiplied by, as a tree;
   None in the standard form.
 
   Args:
     config: the model's.
     optimizer: optim.name.
-    params: the parameters, or their shapes.
+    roles: the parameters' (training/state.py).
 
   Raises:
-    ValueError: for an optimiser or a parameter without a rule.
+    ValueError: for an optimiser without a rule.
   """
   if config.parametrization == 'standard':
     return None
   check(config, optimizer)
-  numbers = {kind: rate(config.widening, config.head_widening)
-             for kind, rate in RATES[optimizer].items()}
-  return paths.match([(pattern, numbers[kind]) for pattern, kind in _KINDS],
-                     params, 'mup._KINDS')
+  r, head = config.widening, config.head_widening
+  wider = {'embed': r, 'mlp': r, 'heads': r / head, 'kv_heads': r / head,
+           'head': head, 'vocab': 1.0, 'experts': 1.0, None: 1.0}
+
+  def rate(role: Role) -> float:
+    axes = role.split(len(role.axes))
+    inputs, outputs = (math.prod(wider[role.axes[i]] for i in side)
+                       for side in (axes.inputs, axes.outputs))
+    divisor = r if role.kind == 'logits' else 1.0
+    return RATES[optimizer](inputs, outputs, divisor)
+
+  return jax.tree.map(rate, roles)

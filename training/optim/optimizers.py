@@ -16,31 +16,31 @@ import optax
 
 from configs.errors import one_of, require
 from training import paths
-from training.optim import adafactor, matrices, schedules
+from training.optim import adafactor, schedules
 
 
-def _adamw(optim, params):
+def _adamw(optim, roles):
   """Adam (Kingma and Ba 2015), with the decay decoupled."""
-  del params
+  del roles
   return optax.scale_by_adam(optim.b1, optim.b2, optim.eps)
 
 
-def _adafactor(optim, params):
+def _adafactor(optim, roles):
   """Shazeer and Stern 2018, without momentum; lr is relative to a matrix's
   own root mean square, as T5 and PaLM use it."""
-  del optim, params
-  return optax.chain(adafactor.scale_by_factored_rms(),
-                     adafactor.clip_by_rms(),
-                     adafactor.scale_by_parameter_rms())
+  del optim
+  return optax.chain(adafactor.scale_by_factored_rms(roles),
+                     adafactor.clip_by_rms(roles),
+                     adafactor.scale_by_parameter_rms(roles))
 
 
-def _lion(optim, params):
+def _lion(optim, roles):
   """Chen et al. 2023: the sign of an interpolated momentum."""
-  del params
+  del roles
   return optax.scale_by_lion(optim.b1, optim.b2)
 
 
-def _muon(optim, params):
+def _muon(optim, roles):
   """Jordan et al. 2024: orthogonalised momentum for the hidden matrices.
 
   Embeddings, the head, routers, norms and biases go by Adam (b1, b2, eps).
@@ -48,31 +48,32 @@ def _muon(optim, params):
   that one optim.lr serves both (Liu et al. 2025, section 2.2).
   `optim.momentum` is Muon's; 0.95 is its authors' choice.
   """
-  labels = paths.match(_MUON, params, 'optimizers._MUON')
-  labels = jax.tree_util.tree_map_with_path(
-      lambda path, label, p: label if _axes(path, p).matrix else 'adam',
-      labels, params)
+  labels = jax.tree.map(
+      lambda role: 'muon' if role.matrix and role.kind == 'hidden' else 'adam',
+      roles)
+
+  def of_matrices(fn, tree):  # those that are not of Muon are masked
+    return jax.tree.map(
+        lambda role, x: x if isinstance(x, optax.MaskedNode) else
+        fn(role.split(x.ndim), x), roles, tree)
 
   def dimensions(tree):
-    def one(path, x):
-      axes = _axes(path, x)
-      return optax.contrib.MuonDimensionNumbers(axes.inputs, axes.outputs)
-    return jax.tree_util.tree_map_with_path(one, tree)
+    return of_matrices(lambda axes, _: optax.contrib.MuonDimensionNumbers(
+        axes.inputs, axes.outputs), tree)
 
-  def scale(path, u):
-    return 0.2 * max(_axes(path, u).sizes(u.shape)) ** 0.5 * u
+  def scale(axes, u):
+    return 0.2 * max(axes.sizes(u.shape)) ** 0.5 * u
 
   muon = optax.chain(
       optax.contrib.scale_by_muon(
           beta=optim.momentum, weight_dimension_numbers=dimensions),
-      optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(
-          scale, updates)))
-  return optax.partition({'muon': muon, 'adam': _adamw(optim, params)}, labels)
+      optax.stateless(lambda updates, _: of_matrices(scale, updates)))
+  return optax.partition({'muon': muon, 'adam': _adamw(optim, roles)}, labels)
 
 
-def _sgd(optim, params):
+def _sgd(optim, roles):
   """Momentum as Sutskever et al. 2013 without Nesterov's look ahead."""
-  del params
+  del roles
   return optax.trace(optim.momentum) if optim.momentum else optax.identity()
 
 
@@ -92,13 +93,6 @@ READS = {
     'muon': ('b1', 'b2', 'eps', 'momentum'),
     'sgd': ('momentum',),
 }
-
-# Which matrices Muon takes; what is not a matrix goes by Adam in any case.
-_MUON = (
-    ('.*(embed|router|norm).*', 'adam'),
-    ('head/.*|nsp', 'adam'),
-    ('.*', 'muon'),
-)
 
 
 def check(optim) -> None:
@@ -122,13 +116,13 @@ def check(optim) -> None:
   schedules.refuse_unread(optim, 'name', READS)
 
 
-def make(optim, steps: int, params, rates=None) -> optax.GradientTransformation:
+def make(optim, steps: int, roles, rates=None) -> optax.GradientTransformation:
   """Builds the optimiser of a run.
 
   Args:
     optim: config.optim.
     steps: train.steps, the length of the schedule.
-    params: the parameters, unboxed; shapes (jax.eval_shape) are enough.
+    roles: the Role of each parameter, as a tree (training/state.py).
     rates: what each parameter's learning rate is multiplied by, its decay
       apart (training/optim/mup.py); None: 1.
 
@@ -136,21 +130,20 @@ def make(optim, steps: int, params, rates=None) -> optax.GradientTransformation:
     ValueError: a sentence with the field, its value and the choices.
   """
   check(optim)
-  return chain(optim, steps, params, rates)
+  return chain(optim, steps, roles, rates)
 
 
-def chain(optim, steps: int, params, rates=None
-          ) -> optax.GradientTransformation:
+def chain(optim, steps: int, roles, rates=None) -> optax.GradientTransformation:
   """`make` without its checks: lr, warmup_steps and weight_decay may be
   traced, as where several runs train as one (training/vectorised.py)."""
   decays = jax.tree.map(bool, paths.match(
-      optim.decay_mask, params, 'optim.decay_mask'))
+      optim.decay_mask, roles, 'optim.decay_mask'))
   # All four always stand in the chain, so that the state's tree does not
   # depend on numbers that a resumed run may change.
   return in_float32(optax.chain(
       clip_by_global_norm(optim.clip_norm) if optim.clip_norm
       else optax.identity(),
-      with_rates(OPTIMIZERS[optim.name](optim, params), rates),
+      with_rates(OPTIMIZERS[optim.name](optim, roles), rates),
       add_decay(optim.weight_decay, decays),
       optax.scale_by_learning_rate(schedules.rate(optim, steps))))
 
@@ -258,7 +251,3 @@ def opt_state_shardings(tx: optax.GradientTransformation, params, shardings):
   return optax.tree_utils.tree_map_params(
       tx, place, jax.eval_shape(tx.init, params), params, shardings,
       transform_non_params=lambda _: whole, is_leaf=masked)
-
-
-def _axes(path, x) -> matrices.Axes:
-  return matrices.axes(paths.join(path), x.ndim)

@@ -1,17 +1,15 @@
 """Optimisers and path patterns, against numbers worked by hand."""
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-import architectures
+from architectures.parts.roles import Role
 from configs import base
 from training import paths
-from training.step import abstract_params
-from training.optim import matrices, optimizers
+from training.optim import optimizers
 
 
 def optim(**fields):
@@ -37,6 +35,30 @@ def params(dtype=jnp.float32):
   return jax.tree.map(
       lambda shape: 0.1 * jax.random.normal(next(keys), shape, dtype), shapes,
       is_leaf=lambda x: isinstance(x, tuple))
+
+
+def roles():
+  """Of `params`."""
+  up = Role(('embed', 'mlp'), (0,))
+  return {
+      'embed': {'tokens': Role(('vocab', 'embed'), (0,), kind='embedding')},
+      'layers': {'block_0': {
+          'attention': {'query': Role(('embed', 'heads', 'head'), (0,)),
+                        'query_bias': Role(('heads', 'head')),
+                        'out': Role(('heads', 'head', 'embed'), (0, 1))},
+          'ffn': {'up': up},
+          'norm': {'scale': Role(('embed',))}},
+                 'block_1': {'ffn': {
+                     'up': Role(('experts', 'embed', 'mlp'), (1,), (0,)),
+                     'up_bias': Role(('experts', 'mlp'), batch=(0,))}}},
+      'head': {'kernel': Role(('embed', 'vocab'), (0,), kind='logits')},
+  }
+
+
+def plain(tree):
+  """The roles of a tree of hidden matrices, and of vectors."""
+  return jax.tree.map(lambda x: Role(('embed', 'mlp'), (0,)) if x.ndim == 2
+                      else Role(('embed',)), tree)
 
 
 def gradients(tree, seed=1):
@@ -70,7 +92,7 @@ def run(tx, tree, steps=3):
 ])
 def test_what_cannot_be_honoured_is_refused(fields, words):
   with pytest.raises(ValueError) as error:
-    optimizers.make(optim(**fields), 10, params())
+    optimizers.make(optim(**fields), 10, roles())
   for word in words:
     assert word in str(error.value)
 
@@ -91,7 +113,7 @@ def test_decay_is_decoupled_and_masked(name):
   config = optim(name=name, lr=0.5, warmup_steps=0, schedule='constant',
                  weight_decay=0.1)
   tree = params()
-  tx = optimizers.make(config, 10, tree)
+  tx = optimizers.make(config, 10, roles())
   updates, _ = tx.update(jax.tree.map(jnp.zeros_like, tree), tx.init(tree),
                          tree)
   after = paths.flatten(optax.apply_updates(tree, updates))
@@ -106,7 +128,7 @@ def test_adamw_by_hand():
                  weight_decay=0.2, clip_norm=0.5)
   p, m, v = np.float64([1.0, -2.0]), 0.0, 0.0
   tree = {'kernel': jnp.asarray(p, jnp.float32)}
-  tx = optimizers.make(config, 10, tree)
+  tx = optimizers.make(config, 10, plain(tree))
   state = tx.init(tree)
   for t, g in enumerate(([3.0, 4.0], [0.1, -0.1]), start=1):
     updates, state = tx.update({'kernel': jnp.float32(g)}, state, tree)
@@ -124,11 +146,11 @@ def test_lion_and_sgd_by_hand():
   g = {'kernel': jnp.float32([3.0, -0.5])}
   tree = {'kernel': jnp.float32([1.0, 1.0])}
   # Lion: the sign alone, so the size of the gradient is lost.
-  tx = optimizers.make(optim(name='lion', **flat), 10, tree)
+  tx = optimizers.make(optim(name='lion', **flat), 10, plain(tree))
   updates, _ = tx.update(g, tx.init(tree), tree)
   np.testing.assert_allclose(updates['kernel'], [-0.1, 0.1], rtol=1e-6)
   # SGD: m = g + momentum * m, without clipping.
-  tx = optimizers.make(optim(name='sgd', momentum=0.5, **flat), 10, tree)
+  tx = optimizers.make(optim(name='sgd', momentum=0.5, **flat), 10, plain(tree))
   first, state = tx.update(g, tx.init(tree), tree)
   second, _ = tx.update(g, state, tree)
   np.testing.assert_allclose(first['kernel'], [-0.3, 0.05], rtol=1e-6)
@@ -140,7 +162,7 @@ def test_adafactor_equals_optax_on_plain_matrices():
           'vector': jnp.linspace(0.1, 1.0, 300)}
   config = optim(name='adafactor', lr=0.01, warmup_steps=0, clip_norm=0.0,
                  weight_decay=0.0, schedule='constant')
-  ours = run(optimizers.make(config, 10, tree), tree)
+  ours = run(optimizers.make(config, 10, plain(tree)), tree)
   theirs = run(optax.adafactor(0.01), tree)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(
       a, b, rtol=2e-5, atol=1e-8), ours, theirs)
@@ -152,7 +174,7 @@ def test_adafactor_moves_a_parameter_that_starts_at_zero():
   tree = {'bias': jnp.zeros(300)}
   config = optim(name='adafactor', lr=0.5, warmup_steps=0, clip_norm=0.0,
                  weight_decay=0.0, schedule='constant')
-  after = run(optimizers.make(config, 10, tree), tree, steps=1)
+  after = run(optimizers.make(config, 10, plain(tree)), tree, steps=1)
   np.testing.assert_allclose(np.abs(after['bias']), 0.5e-3, rtol=1e-4)
 
 
@@ -166,14 +188,14 @@ def test_a_stack_learns_as_its_layers_do(name):
   whole['layers'] = jax.tree.map(
       lambda x: x * jnp.arange(1.0, 3.0).reshape((-1,) + (1,) * (x.ndim - 1)),
       whole['layers'])
-  stacked = run(optimizers.make(config, 10, whole), whole)
+  stacked = run(optimizers.make(config, 10, roles()), whole)
 
   def layer(tree, i):
     return {'layers': jax.tree.map(lambda x: x[i:i + 1], tree['layers'])}
 
   for i in range(2):
     tree = layer(whole, i)
-    tx = optimizers.make(config, 10, tree)
+    tx = optimizers.make(config, 10, {'layers': roles()['layers']})
     state = tx.init(tree)
     for step in range(3):
       g = layer(gradients(whole, step), i)
@@ -189,7 +211,7 @@ def test_muon_orthogonalises_each_layer_with_its_heads_joined():
   config = optim(name='muon', lr=1.0, warmup_steps=0, schedule='constant',
                  weight_decay=0.0, clip_norm=0.0, momentum=0.95)
   tree = params()
-  tx = optimizers.make(config, 10, tree)
+  tx = optimizers.make(config, 10, roles())
   updates, _ = tx.update(gradients(tree), tx.init(tree), tree)
   block = updates['layers']['block_0']
   for u, shape in ((block['attention']['query'], (2, 128, 160)),
@@ -215,27 +237,10 @@ def test_every_field_that_is_read_has_an_effect(name, field):
   tree = {'kernel': params()['embed']['tokens'], 'bias': jnp.ones(8)}
   other = dict(b1=0.5, b2=0.5, eps=1.0, momentum=0.5, lr=0.5)
   before, after = (
-      run(optimizers.make(optim(name=name, **fields), 10, tree), tree)
+      run(optimizers.make(optim(name=name, **fields), 10, plain(tree)), tree)
       for fields in (dict(), {field: other[field]}))
   assert not all(jax.tree.leaves(jax.tree.map(
       np.array_equal, before, after)))
-
-
-def test_axes_as_a_picture():
-  shapes = {p: x.ndim for p, x in paths.flatten(params()).items()}
-  got = {p: tuple(matrices.axes(p, n)) for p, n in shapes.items()}
-  assert got == {
-      'embed/tokens': ((), (0,), (1,)),
-      'layers/block_0/attention/query': ((0,), (1,), (2, 3)),
-      'layers/block_0/attention/query_bias': ((0,), (1, 2), ()),
-      'layers/block_0/attention/out': ((0,), (1, 2), (3,)),
-      'layers/block_1/ffn/up': ((0, 1), (2,), (3,)),
-      'layers/block_1/ffn/up_bias': ((0, 1), (2,), ()),
-      'layers/block_0/ffn/up': ((0,), (1,), (2,)),
-      'layers/block_0/norm/scale': ((0,), (1,), ()),
-      'head/kernel': ((), (0,), (1,)),
-  }
-  assert tuple(matrices.axes('of/any/name', 1)) == ((), (0,), ())
 
 
 def test_clipping():
@@ -257,7 +262,7 @@ def test_clipping():
 def test_update_if(name, dtype):
   """Not ok: every bit stays. ok: all move, and no type or shape changes."""
   tree = params(dtype)
-  tx = optimizers.make(optim(name=name, warmup_steps=0, lr=0.1), 10, tree)
+  tx = optimizers.make(optim(name=name, warmup_steps=0, lr=0.1), 10, roles())
   step = jax.jit(lambda ok, *args: optimizers.update_if(ok, tx, *args))
   g = gradients(tree)
   state = tx.init(tree)
@@ -279,7 +284,7 @@ def test_parameters_in_bfloat16_are_updated_in_float32(name):
   tree = params(jnp.bfloat16)
   grads = gradients(tree)
   wide = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)
-  tx = optimizers.make(optim(name=name, warmup_steps=0), 10, tree)
+  tx = optimizers.make(optim(name=name, warmup_steps=0), 10, roles())
 
   @jax.jit
   def twice(grads, tree):
@@ -303,7 +308,7 @@ def test_state_lies_where_the_parameters_lie(name):
   where['layers']['block_0']['attention']['query'] = sharding(
       None, 'fsdp', 'tensor')
   shapes = jax.eval_shape(lambda: tree)
-  tx = optimizers.make(optim(name=name, clip_norm=0.0), 10, shapes)
+  tx = optimizers.make(optim(name=name, clip_norm=0.0), 10, roles())
   state = optimizers.opt_state_shardings(tx, shapes, where)
   placed = jax.device_put(tree, where)
   born = jax.jit(tx.init, out_shardings=state)(placed)
@@ -339,7 +344,7 @@ def test_every_optimiser_fits_a_linear_map(name, lr):
       key, (16, 16))}
   loss = lambda p: jnp.mean((x @ p['kernel'] - x @ wanted)**2)
   tx = optimizers.make(optim(name=name, lr=lr, warmup_steps=0,
-                             weight_decay=0.0), 200, tree)
+                             weight_decay=0.0), 200, plain(tree))
 
   @jax.jit
   def step(_, carry):
@@ -349,38 +354,3 @@ def test_every_optimiser_fits_a_linear_map(name, lr):
 
   after, _ = jax.lax.fori_loop(0, 200, step, (tree, tx.init(tree)))
   assert loss(after) < 0.05 * loss(tree)
-
-
-@pytest.mark.parametrize('arch', architectures.systems())
-@pytest.mark.parametrize('fields', [
-    dict(),
-    dict(ffn='swiglu', tie_embeddings=False, qk_norm=True, logits_bias=True,
-         attention_sinks=True, position='relative', num_kv_heads=2),
-    dict(ffn='moe', moe=dict(router='sigmoid', shared_experts=1, every=2,
-                             ffn='swiglu'))])
-def test_a_models_own_axis_names_agree(arch, fields):
-  """What a path says of its axes is what the model says of them."""
-  config = base.base().model
-  config.update(dict(arch=arch, vocab_size=64, max_len=16, **fields))
-  boxed = abstract_params(architectures.build(config))
-  is_boxed = lambda x: isinstance(x, nn.LogicallyPartitioned)
-  leaves, _ = jax.tree_util.tree_flatten_with_path(boxed, is_leaf=is_boxed)
-  matrix = 0
-  for path, leaf in leaves:
-    path, names = paths.join(path), leaf.names
-    axes = matrices.axes(path, len(names))
-    named = lambda roles, names=names: [names[i] for i in roles]
-    assert named(axes.batch) == [
-        n for n in names if n in ('layers', 'experts')], path
-    if axes.matrix:
-      matrix += 1
-      # Heads and what they hold are one side of a matrix.
-      for side in (axes.inputs, axes.outputs):
-        assert ('head' in named(side)) == bool(
-            {'heads', 'kv_heads'} & set(named(side))), path
-    else:
-      assert any(w in path for w in ('norm', 'bias', 'sink')), path
-  assert matrix >= 6
-  # The optimisers take every path of it.
-  for name in optimizers.OPTIMIZERS:
-    optimizers.make(optim(name=name), 10, nn.meta.unbox(boxed))

@@ -1,0 +1,133 @@
+"""Every parameter declares its role, and the optimisers go by it."""
+
+from configs import base
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import architectures
+from architectures.parts import blocks, linear
+from architectures.parts.attention import Attention
+from architectures.parts.roles import Declared, Role
+from tests.helpers import models
+from training import paths
+from training.step import abstract_params, optimizer
+
+GATED = models.config('gpt', norm_eps=1e-9)  # of which nothing is kept
+
+
+def boxes(module) -> dict[str, Declared]:
+  leaves, _ = jax.tree_util.tree_flatten_with_path(
+      abstract_params(module),
+      is_leaf=lambda x: isinstance(x, Declared))
+  return {paths.join(path): box for path, box in leaves}
+
+
+def test_axes_as_a_picture():
+  split = lambda role, ndim: tuple(role.split(ndim))
+  query = Role(('embed', 'heads', 'head'), (0,))
+  assert split(query, 3) == ((), (0,), (1, 2))
+  assert split(query, 4) == ((0,), (1,), (2, 3))  # of every layer
+  out = Role(('heads', 'head', 'embed'), (0, 1))
+  assert split(out, 4) == ((0,), (1, 2), (3,))
+  expert = Role(('experts', 'embed', 'mlp'), (1,), (0,))
+  assert split(expert, 4) == ((0, 1), (2,), (3,))
+  last = Role(('embed', 'mlp', 'experts'), (0,), (2,))
+  assert split(last, 3) == ((2,), (0,), (1,))
+  bias = Role(('experts', 'mlp'), batch=(0,))
+  assert split(bias, 3) == ((0, 1), (), (2,)) and not bias.matrix
+  assert query.split(4).sizes((2, 3, 5, 7)) == (3, 35)
+
+
+@pytest.mark.parametrize('arch', architectures.systems())
+@pytest.mark.parametrize('fields', [
+    dict(),
+    dict(ffn='swiglu', tie_embeddings=False, qk_norm=True, logits_bias=True,
+         attention_sinks=True, position='relative', num_kv_heads=2),
+    dict(ffn='moe', moe=dict(router='sigmoid', shared_experts=1, every=2,
+                             ffn='swiglu'))])
+def test_a_parameters_role_agrees_with_its_name_and_its_axes(arch, fields):
+  config = base.base().model
+  config.update(dict(arch=arch, vocab_size=64, max_len=16, **fields))
+  module = architectures.build(config)
+  matrices = 0
+  for path, box in boxes(module).items():
+    assert len(box.names) == box.value.ndim
+    axes = box.role.split(box.value.ndim)
+    named = lambda side, names=box.names: [names[i] for i in side]
+    assert sorted(sum(axes, ())) == list(range(box.value.ndim)), path
+    assert named(axes.batch) == [
+        n for n in box.names if n in ('layers', 'experts')], path
+    # Heads and what they hold are one side of a matrix.
+    if box.role.matrix:
+      matrices += 1
+      for side in (axes.inputs, axes.outputs):
+        assert ('head' in named(side)) == bool(
+            {'heads', 'kv_heads'} & set(named(side))), path
+    assert box.role.matrix != any(
+        w in path for w in ('norm', 'bias', 'sink')), path
+    assert (box.role.kind == 'embedding') == path.startswith('embed/') or (
+        not box.role.matrix), path
+    assert (box.role.kind == 'logits') == (
+        path.startswith(('head/', 'nsp')) or path.endswith('/router')), path
+  assert matrices >= 6
+
+
+class Gated(Attention):
+  """With a gate for each head, and one for each of its features."""
+
+  @nn.compact
+  def __call__(self, x_BLD, ctx, cache):
+    y_BLD, cache = super().__call__(x_BLD, ctx, cache)
+    c = self.config
+    gate_DH = linear.weight(self, 'gate', (c.d_model, c.num_heads),
+                            ('embed', 'heads'))
+    wide_DHK = linear.weight(
+        self, 'wide', (c.d_model, c.num_heads, c.head_dim),
+        ('embed', 'heads', 'head'))
+    gate_BLHK = jnp.einsum('BLD,DH->BLH', x_BLD, gate_DH)[..., None] + (
+        jnp.einsum('BLD,DHK->BLHK', x_BLD, wide_DHK))
+    return y_BLD * jax.nn.sigmoid(gate_BLHK.reshape(y_BLD.shape)), cache
+
+
+def test_a_gate_of_heads_is_a_matrix_a_layer(monkeypatch):
+  """With no line beside the one that makes it."""
+  monkeypatch.setattr(blocks, 'Attention', Gated)
+  module = architectures.build(GATED)
+  attention = 'decoder/layers/block_0/attention/'
+  found = boxes(module)
+  assert found[attention + 'gate'].value.shape == (2, 32, 4)
+  assert found[attention + 'gate'].role.split(3) == ((0,), (1,), (2,))
+  assert found[attention + 'wide'].role.split(4) == ((0,), (1,), (2, 3))
+  # Muon makes each layer's orthogonal, its heads joined.
+  optim = base.base().optim
+  optim.update(name='muon', lr=1.0, warmup_steps=0, schedule='constant',
+               weight_decay=0.0, clip_norm=0.0)
+  tx = optimizer(module, optim, 10)
+  params = nn.meta.unbox(jax.jit(module.init)(
+      jax.random.key(0), models.tokens())['params'])
+  updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
+  updates = paths.flatten(updates)
+  for name, shape in (('gate', (2, 32, 4)), ('wide', (2, 32, 32))):
+    u = np.asarray(updates[attention + name]).reshape(shape)
+    values = np.linalg.svd(u, compute_uv=False) / (0.2 * 32 ** 0.5)
+    # The least of a square matrix may be too small for five iterations.
+    assert values[:, :-1].min() > 0.3 and values.max() < 1.3, name
+
+
+def test_a_parameter_that_declares_no_role_is_refused(monkeypatch):
+  class Bare(Attention):
+
+    @nn.compact
+    def __call__(self, x_BLD, ctx, cache):
+      y_BLD, cache = super().__call__(x_BLD, ctx, cache)
+      return y_BLD * self.param('gate', nn.with_logical_partitioning(
+          nn.initializers.ones, (None, None, 'embed')), (1, 1, 32)), cache
+
+  monkeypatch.setattr(blocks, 'Attention', Bare)
+  config = models.config('gpt', norm_eps=1e-10)
+  with pytest.raises(ValueError, match="parameter 'decoder/layers/block_0/"
+                     "attention/gate' declares no role"):
+    optimizer(architectures.build(config), base.base().optim, 10)
