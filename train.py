@@ -45,12 +45,10 @@ def main():
     raise RequestError('pass both --config FILE.py:SIZE and --workdir DIR')
 
   # Imported late: `--help` and a wrong flag answer at once.
-  from training.data import pipeline
-  from training.distributed import devices, cpu_memory, processes
-  from training.workdir import checkpoints, lock
-  from training import profile, runs, initial_state
-  from training.workdir import provenance, run_config
-  from training.data import tokenizers
+  from training import initial_state, loop, profile, runs
+  from training.data import pipeline, tokenizers
+  from training.distributed import cpu_memory, devices, processes
+  from training.workdir import checkpoints, lock, provenance, run_config
   from training.workdir import storage
   config = args.config
   if args.print_config:
@@ -69,16 +67,12 @@ def main():
   initial_state.check_source(config.init_from)
   tokenizer = tokenizers.load(config.data.tokenizer)
   model, derived = runs.resolve(config, tokenizer)
-  changes = []
-  if run_config.has_begun(workdir):
-    changes = run_config.compare(
-        run_config.load(workdir), config,
-        run_config.load_derived(workdir), derived)
-    run_config.check(changes, args.allow_config_change)
-    if changes:
-      print(run_config.table(changes))
-    for line in provenance.changes(run_config.starts(workdir)):
-      print(line)
+  changes = run_config.changes(workdir, config, derived)
+  run_config.check(changes, args.allow_config_change)
+  if changes:
+    print(run_config.table(changes))
+  for line in provenance.changes(run_config.starts(workdir)):
+    print(line)
 
   # 2. The devices and their mesh.
   processes.initialize(several)
@@ -98,9 +92,8 @@ def main():
   with checkpoints.Checkpoints(workdir, **config.checkpoint,
                                agree_every=config.log.every_steps) as saved:
     state, start = initial_state.restore_or_create(run, saved)
-    from training import loop, members
-    require(changes or not members.ended_badly(state, config),
-            f'{workdir}: {members.ended_badly(state, config)}')
+    require(changes or not loop.ended_badly(state, config),
+            f'{workdir}: {loop.ended_badly(state, config)}')
     run_config.save(workdir, config, derived)
     if start >= config.train.steps:
       if devices.primary():
@@ -113,7 +106,7 @@ def main():
     # 5. The loop.
     code = loop.train(run, state, start, train_data, eval_data, saved, workdir,
                       args.profile_steps)
-  return args.stopped_exit_code if code == members.STOPPED else code
+  return args.stopped_exit_code if code == loop.STOPPED else code
 
 
 if __name__ == '__main__':

@@ -41,7 +41,7 @@ class Trainer:
     """Makes the state and compiles the step; returns the seconds of each."""
     run = self.run
     with run.context():
-      self.state = run.new_state(0)
+      self.state = run.new_state()
       cpu_memory.trim()
       start = time.perf_counter()
       lowered = run.train_step().lower(self.state, self.batch)
@@ -80,7 +80,7 @@ class Trainer:
     batches = _Batches(pipeline.load(config, tokenizer))
     held_out, saves = pipeline.held_out(config, tokenizer), _NoSaves()
     with run.context():
-      state = run.new_state(0)
+      state = run.new_state()
     with tempfile.TemporaryDirectory() as folder:
       with contextlib.redirect_stdout(io.StringIO()):
         loop.train(run, state, 0, batches, held_out, saves,

@@ -121,7 +121,7 @@ def stepper(row):
   job = runs.build(config, runs.resolve(config, tokenizer)[0])
   batch = devices.put(pipeline.load(config, tokenizer).batch(0), job.place)
   with job.context():
-    held = [job.new_state(config.seed)]
+    held = [job.new_state()]
     compiled = job.train_step().lower(held[0], batch).compile()
 
   def take():

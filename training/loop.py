@@ -1,89 +1,117 @@
 """The training loop, of one run or of several that train as one program.
 
-Step n is dispatched before the figures of step n-1 are read. What the loop
-trains is a runs.Run, or a vectorised.Group of them: both offer the attributes
-and methods of `Program`.
+Step n is dispatched before the figures of step n-1 are read.
 """
 
 from collections.abc import Iterator, Sequence
+import dataclasses
+import math
 import pathlib
 import sys
-from typing import Any, Protocol
+from typing import Any
 
-import jax
 import ml_collections
 import numpy as np
 
-from architectures.parts.config import ModelConfig
-from training import evaluating
-from training import profile
-from training import progress
-from training import timing
-from training.costs import flops
-from training.costs import peaks
+from architectures.parts.moe import health
+from training import evaluating, profile, progress, runs, timing
+from training.costs import flops, peaks
 from training.data import pipeline
-from training.distributed import devices
-from training.distributed import cpu_memory
-from training.distributed import signals
-from training.members import DIVERGED, STOPPED, Member
+from training.distributed import cpu_memory, devices, signals
 from training.step import TrainState
-from training.workdir import checkpoints
+from training.workdir import checkpoints, metrics
+
+STOPPED = 75  # how a run ends after a signal, before its last step
+# And after too many bad steps: as for a wrong request, since the same command
+# would end in the same way, and no launcher is to start it again.
+DIVERGED = 2
+BAD = ('the loss or a gradient was not finite, or there was nothing to '
+       'predict')
 
 
-class Program(Protocol):
-  """What the loop trains. Its members share one compiled step.
+@dataclasses.dataclass(eq=False)
+class Member:
+  """A run that the loop trains, alone or beside others.
 
   Attributes:
-    config: the config; of several members, the first one's.
-    model: the model.
-    devices: all that compute.
-    figures: what each row of training metrics says beside the step's figures.
+    config: its config.
+    workdir: its folder.
+    saved: its checkpoints.
+    label: what its messages name it by; '': it is alone.
+    last: the figures of the last step that was read.
+    bad: how many steps in a row were bad, up to that one.
+    code: how it ended: 0, STOPPED or DIVERGED.
+    sentence: why it did not reach its last step; '': it did.
   """
   config: ml_collections.ConfigDict
-  model: ModelConfig
-  devices: Sequence[jax.Device]
-  figures: dict[str, Any]
+  workdir: pathlib.Path
+  saved: checkpoints.Checkpoints
+  label: str = ''
+  last: dict[str, Any] = dataclasses.field(default_factory=dict)
+  bad: int = 0
+  code: int = 0
+  sentence: str = ''
 
-  def context(self):
-    """Returns the context in which the steps are traced."""
+  def begin(self, start: int) -> None:
+    """Opens its metrics, less the rows after step `start`."""
+    self._writers = metrics.writers(self.workdir, self.config.to_dict(), start,
+                                    devices.primary())
+    self._loads = []  # of the experts, since the last report
 
-  def describe(self, start: int, tokens: int, train_data: pipeline.Loader,
-               eval_data: Sequence[pipeline.Loader]) -> str:
-    """Returns what is about to be done, in some lines."""
+  def read(self, figures: dict[str, Any]) -> None:
+    """Takes the figures of a step."""
+    if not self.too_many_bad:  # else one that was under way: it is too late
+      self.bad = figures['bad_in_row']
+    self.last = figures
+    if 'health/load_E' in figures:
+      self._loads.append((figures['health/load_E'], figures['health/tokens']))
 
-  def put(self, *batches: dict[str, np.ndarray]):
-    """Puts batches on the devices: one for all members, or one a seed."""
+  def report(self, n: int, lap: dict[str, Any]) -> None:
+    """Writes the figures of step `n`, and those of the time it took."""
+    self.write(n, 'train', self.last | lap | _over_window(self._loads))
+    self._loads.clear()
 
-  def train_step(self):
-    """Returns jitted step(state, batch) -> (state, figures); the state is
-    donated."""
+  def write(self, n: int, split: str, figures: dict[str, Any]) -> None:
+    for writer in self._writers:
+      writer.write(n, split, figures)
 
-  def eval_step(self):
-    """Returns jitted step(params, batch) -> sums."""
+  @property
+  def too_many_bad(self) -> bool:
+    return self.bad >= self.config.train.max_bad_steps
 
-  def split(self, state: TrainState) -> Iterator[TrainState]:
-    """Yields the state of each member, to be saved."""
+  @property
+  def sound(self) -> bool:
+    """Whether the parameters are finite. Where they are not, no later step
+    can mend them, and they are not saved."""
+    return math.isfinite(self.last['param_norm'])
 
-  def part(self, figures, row: int):
-    """Returns one member's part of figures, or of sums, on the host."""
+  def save(self, n: int, state: TrainState, tokens: int) -> None:
+    for writer in self._writers:
+      writer.flush()
+    self.saved.save(n, state, next_batch=n, tokens=tokens, config=self.config,
+                    good=not self.last['bad_in_row'])
+
+  def close(self) -> None:
+    for writer in self._writers:
+      writer.close()
+
+  def end(self, code: int, n: int) -> None:
+    """Notes that step `n` was its last one, and why: STOPPED or DIVERGED."""
+    self.code = code
+    if code == DIVERGED:
+      self.sentence = _diverged(n, self.bad, self.saved.newest)
+    else:
+      of = f' of {self.config.train.steps}' if self.label else ''
+      self.sentence = (f'stopped after step {n}{of}, '
+                       f'{_saved_as(n, self.saved.newest)}')
 
 
-def train(run: Program, state: TrainState, start: int,
+def train(run: runs.Run, state: TrainState, start: int,
           train_data: pipeline.Loader, eval_data: Sequence[pipeline.Loader],
           saved: checkpoints.Checkpoints, workdir: pathlib.Path,
           profile_steps: str = '') -> int:
-  """Trains one run to its last step; returns its exit code.
-
-  Args:
-    run: the runs.Run.
-    state: its state after `start` steps.
-    start: the index of the next batch.
-    train_data: the batches of training.
-    eval_data: of each source that is held out.
-    saved: its checkpoints.
-    workdir: its folder.
-    profile_steps: which steps to trace; see profile.parse.
-  """
+  """Trains one run, as `train_all` does; says how it ended, and returns its
+  exit code."""
   member = Member(run.config, workdir, saved)
   train_all(run, [member], state, start, [train_data], eval_data,
             profile_steps)
@@ -95,7 +123,7 @@ def train(run: Program, state: TrainState, start: int,
   return member.code
 
 
-def train_all(program: Program, members: Sequence[Member], state: TrainState,
+def train_all(program: runs.Run, members: Sequence[Member], state: TrainState,
               start: int, loaders: Sequence[pipeline.Loader],
               eval_data: Sequence[pipeline.Loader],
               profile_steps: str = '') -> int:
@@ -106,7 +134,7 @@ def train_all(program: Program, members: Sequence[Member], state: TrainState,
   is compiled, all processes wait for each other, and the clock starts.
 
   Args:
-    program: what trains.
+    program: the run, or a group of them.
     members: its members; `code` and `sentence` of each say how it ended.
     state: the state of all of them.
     start: the index of the next batch.
@@ -117,47 +145,46 @@ def train_all(program: Program, members: Sequence[Member], state: TrainState,
   Returns:
     How many steps are done.
   """
-  sides = _lengths(loaders[0].batch(start))
-  tokens = program.config.data.batch_size * sum(sides)
-  meter = timing.Meter(
-      tokens, len(members) * tokens * flops.training_flops_per_token(
-          program.model, *sides),
-      peaks.total(program.devices, program.model.dtype))
   for member in members:
     member.begin(start)
-  if devices.primary():
-    print(program.describe(start, tokens, loaders[0], eval_data))
+  loop = _Loop(program, members, start, loaders, eval_data)
   with program.context(), signals.Stop() as stop:
-    profiler = profile.Profiler(profile_steps, members[0].workdir)
-    loop = _Loop(program, members, eval_data, tokens, meter, profiler, stop)
-    return loop.run(state, start, loaders)
+    return loop.run(state, stop, profile.Profiler(
+        profile_steps, members[0].workdir))
 
 
 class _Loop:
   """What the loop holds; `run` is the loop."""
 
-  def __init__(self, program: Program, members: Sequence[Member],
-               eval_data: Sequence[pipeline.Loader], tokens: int,
-               meter: timing.Meter, profiler: profile.Profiler,
-               stop: signals.Stop):
-    self.program, self.members, self.eval_data = program, members, eval_data
-    self.tokens = tokens  # of a step, of each member
-    self.meter, self.profiler, self.stop = meter, profiler, stop
-    self.steps = program.config.train.steps
-    self.held = timing.Deferred(meter.now)
+  def __init__(self, program: runs.Run, members: Sequence[Member], start: int,
+               loaders: Sequence[pipeline.Loader],
+               eval_data: Sequence[pipeline.Loader]):
+    self.program, self.members = program, members
+    self.start, self.steps = start, program.config.train.steps
+    self.loaders, self.eval_data = loaders, eval_data
+    sides = _lengths(loaders[0].batch(start))
+    self.tokens = program.config.data.batch_size * sum(sides)  # of each member
+    self.meter = timing.Meter(
+        self.tokens, len(members) * self.tokens *
+        flops.training_flops_per_token(program.model, *sides),
+        peaks.total(program.devices, program.model.dtype))
+    self.held = timing.Deferred(self.meter.now)
+    if devices.primary():
+      print(program.describe(start, self.tokens, loaders[0], eval_data))
 
-  def run(self, state: TrainState, n: int,
-          loaders: Sequence[pipeline.Loader]) -> int:
-    """Trains from step `n`; returns how many steps are done."""
-    streams = [loader.iterate(n, self.steps) for loader in loaders]
+  def run(self, state: TrainState, stop: signals.Stop,
+          profiler: profile.Profiler) -> int:
+    """Trains from `state` on; returns how many steps are done."""
+    n, self.stop = self.start, stop
+    streams = [loader.iterate(n, self.steps) for loader in self.loaders]
     batch = self._next(streams)
     step = self._compile(state, batch)
     self.bar = progress.bar(self.steps, n, devices.primary())
     self.meter.begin(n)
     ends = False
     while self.live and not ends:
-      self.profiler.before(n, state)
-      with self.profiler.annotate(n):
+      profiler.before(n, state)
+      with profiler.annotate(n):
         state, figures = step(state, batch)
       n += 1
       self.bar.step(n)
@@ -174,7 +201,14 @@ class _Loop:
     for member in self.live.values():
       if n < self.steps:
         member.end(STOPPED, n)
-    self._close(streams, state)
+    for stream in streams:
+      stream.close()
+    profiler.close(state)
+    for member in self.members:
+      member.saved.wait()
+    self.bar.close()
+    for member in self.members:
+      member.close()
     return n
 
   @property
@@ -271,18 +305,60 @@ class _Loop:
   def _say(self, member: Member, text: str) -> None:
     self.bar.say(f'{member.label}: {text}' if member.label else text)
 
-  def _close(self, streams: Sequence[Iterator], state: TrainState) -> None:
-    for stream in streams:
-      stream.close()
-    self.profiler.close(state)
-    for member in self.members:
-      member.saved.wait()
-    self.bar.close()
-    for member in self.members:
-      member.close()
-
 
 def _lengths(batch: dict[str, np.ndarray]) -> tuple[int, ...]:
   """Tokens of a row, the decoder's apart where there is an encoder too."""
   return tuple(batch[name].shape[1] for name in ('tokens', 'decoder_tokens')
                if name in batch)
+
+
+def _over_window(loads: list[tuple]) -> dict[str, Any]:
+  """Returns the experts' panel over the steps since the last report, given
+  (load, tokens) of each."""
+  if not loads:
+    return {}
+  figures = health.window(*(np.asarray(x, np.float32) for x in zip(*loads)))
+  return {f'health/window_{name}': np.asarray(x).tolist()
+          for name, x in figures.items()}
+
+
+def _saved_as(n: int, newest: int | None) -> str:
+  """Says what a run that was stopped after step `n` goes on from."""
+  if newest == n:
+    return 'saved: the same command goes on from it.'
+  return ('not saved: the same command goes on from '
+          + ('the beginning.' if newest is None else f'step {newest}.'))
+
+
+def ended_badly(state: TrainState,
+                config: ml_collections.ConfigDict) -> str:
+  """Returns why a run is not gone on with from `state` unless its config is
+  another: it ended there after too many bad steps. '': it did not."""
+  bad, step = int(state.bad_in_row), int(state.step)
+  if bad < config.train.max_bad_steps:
+    return ''
+  return (f'the run in this workdir ended at step {step}: {BAD}, in {bad} '
+          'steps in a row (train.max_bad_steps), and the same config would end '
+          'in the same way. Change what made it so, such as a smaller '
+          'optim.lr, with --allow_config_change; raise train.max_bad_steps to '
+          'go on '
+          'unchanged; or move the latest folders out of checkpoints to go on '
+          'from an earlier step.')
+
+
+def _diverged(n: int, bad: int, newest: int | None) -> str:
+  """Why a run ends after step `n`, the last `bad` of them not finite; `newest`
+  is the checkpoint that it has."""
+  what = (f'{BAD}, in {bad} steps in a row (train.max_bad_steps); no update '
+          'was made in them' if bad else
+          f'the parameters are not finite after the last step, {n}')
+  if newest == n:
+    kept = (f'The parameters before them are saved as step {n}, beside the '
+            'last good checkpoints')
+  else:
+    kept = ('Parameters that are not finite are not saved: '
+            + ('there is no checkpoint' if newest is None else
+               f'the newest checkpoint is of step {newest}'))
+  return (f'{what}. {kept}. Try a smaller optim.lr, a longer '
+          'optim.warmup_steps, optim.clip_norm=1, or model.dtype=float32, with '
+          '--allow_config_change.')

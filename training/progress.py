@@ -155,20 +155,11 @@ class _Bar:
     self._bar.refresh()
 
 
-class _Silent:
+class _Silent(_Lines):
   """On every process but the first."""
 
-  def step(self, step: int) -> None:
-    pass
-
-  def update(self, step: int, figures: Mapping[str, Any]) -> None:
-    pass
-
   def say(self, text: str) -> None:
-    pass
-
-  def close(self) -> None:
-    pass
+    """Nothing."""
 
 
 def bar(total: int, first: int = 0, primary: bool = True, stream=None):
@@ -182,7 +173,7 @@ def bar(total: int, first: int = 0, primary: bool = True, stream=None):
   """
   stream = stream or sys.stdout
   if not primary:
-    return _Silent()
+    return _Silent(total, stream)
   return (_Bar(total, first, stream) if stream.isatty()
           else _Lines(total, stream))
 

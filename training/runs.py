@@ -1,6 +1,6 @@
 """What train.py, eval.py and the tools do alike with a run's config."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import contextlib
 import dataclasses
 import functools
@@ -154,7 +154,11 @@ def count(params) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """A run once its devices are known: what is built of its config."""
+  """A run once its devices are known: what is built of its config.
+
+  It is what the loop trains. So is a vectorised.Group of several members,
+  whose methods take and return what all of them share.
+  """
   config: ml_collections.ConfigDict
   model: ModelConfig
   module: nn.Module
@@ -162,6 +166,8 @@ class Run:
   tx: Any
   abstract: TrainState  # shapes and shardings
   place: NamedSharding  # of a batch's rows
+
+  figures = {}  # what is said of each step beside the step's own figures
 
   @classmethod
   def of(cls, config: ml_collections.ConfigDict, model: ModelConfig,
@@ -183,26 +189,16 @@ class Run:
     with jax.set_mesh(self.mesh), sharding.rules(self.config.mesh.rules):
       yield
 
-  def new_state(self, seed: int | None = None) -> TrainState:
-    """Returns a state before its first step, each shard drawn where it lies.
-
-    Args:
-      seed: what to draw by; None: config.seed.
-    """
-    init = functools.partial(init_state, self.module, self.tx)
-    seed = self.config.seed if seed is None else seed
-    with self.context():
-      return jax.jit(init, out_shardings=self.shardings)(jax.random.key(seed))
-
-  # What the loop needs besides: see loop.Program.
-
   @property
   def devices(self) -> list[jax.Device]:
     return list(self.mesh.devices.flat)
 
-  @property
-  def figures(self) -> dict[str, Any]:
-    return {}
+  def new_state(self) -> TrainState:
+    """Returns a state before its first step, each shard drawn where it lies."""
+    init = functools.partial(init_state, self.module, self.tx)
+    with self.context():
+      return jax.jit(init, out_shardings=self.shardings)(
+          jax.random.key(self.config.seed))
 
   def describe(self, start: int, tokens: int, train_data: pipeline.Loader,
                eval_data: Sequence[pipeline.Loader]) -> str:
@@ -240,20 +236,27 @@ class Run:
         f'evaluation: {_evaluations(config, eval_data)}',
         *_unread(config, model)])
 
-  def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+  def put(self, *batches: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Puts this process's rows of a batch on its devices."""
+    batch, = batches
     return devices.put(batch, self.place)
 
-  def train_step(self):
+  def train_step(self) -> jax.stages.Wrapped:
+    """Returns jitted step(state, batch) -> (state, figures), to which the
+    state is donated."""
     return jax.jit(make_train_step(self.module, self.tx, self.config),
                    donate_argnums=0, out_shardings=(self.shardings, None))
 
-  def eval_step(self):
+  def eval_step(self) -> jax.stages.Wrapped:
+    """Returns jitted step(params, batch) -> {figure: objectives.Mean}."""
     return jax.jit(make_eval_step(self.module, self.config))
 
-  def split(self, state: TrainState) -> list[TrainState]:
+  def split(self, state: TrainState) -> Iterable[TrainState]:
+    """Returns the state of each member, to be saved."""
     return [state]
 
-  def part(self, figures, row: int):
+  def part(self, figures: Any, row: int) -> Any:
+    """Returns one member's part of figures, or of sums, on the host."""
     return figures
 
 

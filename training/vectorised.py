@@ -20,10 +20,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import ml_collections
 import numpy as np
 
-from architectures.parts.config import ModelConfig
 from configs import sharding as tables
 from configs.errors import EnvironmentFailure, require
-from training import loop, members, runs
+from training import loop, runs
 from training.data import pipeline, tokenizers
 from training.distributed import devices
 from training.optim import mup, optimizers
@@ -93,20 +92,6 @@ def _shared(config) -> tuple:
       config).items() if name not in FIELDS)
 
 
-@dataclasses.dataclass(eq=False)
-class Member(members.Member):
-  """One run of the group.
-
-  Attributes:
-    place: its place in the group.
-    state: what it goes on from; None where it begins.
-    start: the index of its next batch.
-  """
-  place: int = 0
-  state: TrainState | None = None
-  start: int = 0
-
-
 def train(configs: Sequence[ml_collections.ConfigDict],
           workdirs: Sequence) -> None:
   """Trains a group of runs, each into its own workdir, or goes on with them.
@@ -126,50 +111,67 @@ def train(configs: Sequence[ml_collections.ConfigDict],
   config = configs[0]
   tokenizer = tokenizers.load(config.data.tokenizer)
   resolved = [runs.resolve(c, tokenizer) for c in configs]
-  changed = [bool(_changes(c, workdir, derived))
+  changes = [run_config.changes(workdir, c, derived)
              for c, workdir, (_, derived) in zip(configs, workdirs, resolved)]
+  for change in changes:
+    run_config.check(change, allow_config_change=False)
   mesh = devices.make_mesh(dict.fromkeys(tables.MESH_AXES, 1),
                            jax.devices()[:1])
   run = runs.build(config, resolved[0][0], mesh)
   with contextlib.ExitStack() as stack:
     found = []
-    for i, (c, workdir, (_, derived)) in enumerate(
-        zip(configs, map(pathlib.Path, workdirs), resolved)):
+    for c, workdir, (_, derived), changed in zip(
+        configs, map(pathlib.Path, workdirs), resolved, changes):
       saved = stack.enter_context(checkpoints.Checkpoints(
           workdir, **c.checkpoint, agree_every=c.log.every_steps))
-      found.append(_restored(run, Member(c, workdir, saved, str(workdir),
-                                         place=i)))
+      member = loop.Member(c, workdir, saved, str(workdir))
+      found.append((member, *_take_up(run, member, bool(changed))))
       run_config.save(workdir, c, derived)
-    for m in found:
-      if m.state is not None and not changed[m.place]:
-        m.sentence = members.ended_badly(m.state, m.config)
-    going = [m for m in found if not m.sentence]
-    for start in sorted({m.start for m in going}):
-      _train_part(run, [m for m in going if m.start == start], tokenizer,
-                  going)
-  sentences = {m.place: m.sentence for m in found if m.sentence}
+    going = [each for each in found if not each[0].sentence]
+    for start in sorted({start for _, _, start in going}):
+      part, states = zip(*[each[:2] for each in going if each[2] == start])
+      if start >= config.train.steps:
+        print(f'{len(part)} of {len(going)} runs are complete: {start} steps '
+              f'of {config.train.steps}')
+      elif any(member.code == loop.STOPPED for member, *_ in going):
+        for member in part:
+          member.sentence = f'stopped before step {start}'
+      else:
+        _train_part(run, part, states, start, tokenizer)
+  sentences = {place: member.sentence
+               for place, (member, *_) in enumerate(found) if member.sentence}
   if sentences:
     raise Unfinished(sentences, workdirs)
 
 
-def _train_part(run: runs.Run, part: list[Member], tokenizer,
-                going: list[Member]) -> None:
-  """Trains those of the runs that are `going` on that are at one step."""
-  start, steps = part[0].start, run.config.train.steps
-  if start >= steps:
-    print(f'{len(part)} of {len(going)} runs are complete: {start} steps of '
-          f'{steps}')
-  elif any(m.code == members.STOPPED for m in going):
-    for m in part:
-      m.sentence = f'stopped before step {start}'
-  else:
-    group = Group(run, part)
-    n = loop.train_all(
-        group, part, group.state(), start,
-        [pipeline.load(group.seeded(seed), tokenizer) for seed in group.seeds],
-        pipeline.held_out(group.config, tokenizer))
-    if any(m.code == members.STOPPED for m in part):
-      print(f'stopped after step {n}: the same request goes on.')
+def _take_up(run: runs.Run, member: loop.Member, changed: bool
+             ) -> tuple[TrainState | None, int]:
+  """Returns the state that a run goes on from, None where it begins, and the
+  index of its next batch; `changed`: whether its config differs from before.
+  """
+  restored = member.saved.restore(run.abstract)
+  if restored is None:
+    return None, 0
+  for sentence in restored.damaged:
+    print(f'warning: {sentence}', file=sys.stderr)
+  print(f'{member.workdir}: going on from step {restored.step}')
+  if not changed:
+    member.sentence = loop.ended_badly(restored.state, member.config)
+  return restored.state, restored.record['next_batch']
+
+
+def _train_part(run: runs.Run, part: Sequence[loop.Member],
+                states: Sequence[TrainState | None], start: int,
+                tokenizer: tokenizers.Tokenizer) -> None:
+  """Trains those of the runs that are at one step."""
+  group = Group(run, part)
+  n = loop.train_all(
+      group, part, group.joined(states) if start else group.new_state(), start,
+      [pipeline.load(with_values(group.config, {'seed': seed}), tokenizer)
+       for seed in group.seeds],
+      pipeline.held_out(group.config, tokenizer))
+  if any(member.code == loop.STOPPED for member in part):
+    print(f'stopped after step {n}: the same request goes on.')
 
 
 def _check(configs, workdirs) -> None:
@@ -190,44 +192,23 @@ def _check(configs, workdirs) -> None:
             f'{", ".join(FIELDS)} may')
 
 
-def _changes(config, workdir, derived) -> list[run_config.Change]:
-  """Returns what differs from the run in a workdir, if there is one, as far as
-  that changes no figure: else it is refused, as by train.py."""
-  if not run_config.has_begun(workdir):
-    return []
-  changes = run_config.compare(
-      run_config.load(workdir), config,
-      run_config.load_derived(workdir), derived)
-  run_config.check(changes, allow_config_change=False)
-  return changes
-
-
-def _restored(run: runs.Run, member: Member) -> Member:
-  restored = member.saved.restore(run.abstract)
-  if restored is None:
-    return member
-  for sentence in restored.damaged:
-    print(f'warning: {sentence}', file=sys.stderr)
-  print(f'{member.workdir}: going on from step {restored.step}')
-  return dataclasses.replace(member, state=restored.state,
-                             start=restored.record['next_batch'])
-
-
-class Group:
+class Group(runs.Run):
   """Runs at one step, as one program: its arrays and its functions.
 
   Arrays have a leading axis of the runs, filled up with copies of the last to
-  a multiple of the devices in use.
+  a multiple of the devices in use. What a step takes beside the state is
+  (batch, values).
   """
 
-  def __init__(self, run: runs.Run, members: Sequence[Member]):
-    self.run = run
+  def __init__(self, run: runs.Run, members: Sequence[loop.Member]):
+    super().__init__(**vars(run))
     self.members = members
+    self.figures = {'runs_at_once': len(members)}
     each = -(-len(members) // jax.device_count())
     used = -(-len(members) // each)
     self._rows = np.minimum(np.arange(each * used), len(members) - 1)
-    self.mesh = jax.make_mesh((used,), (RUNS,), (AxisType.Auto,),
-                              devices=jax.devices()[:used])
+    self.joint = jax.make_mesh((used,), (RUNS,), (AxisType.Auto,),
+                               devices=jax.devices()[:used])
     self.seeds = list(dict.fromkeys(m.config.seed for m in members))
     flat = [run_config.flatten(m.config) for m in members]
     differ = [f for f in FIELDS if len({c[f] for c in flat}) > 1]
@@ -236,41 +217,21 @@ class Group:
         for name in differ or FIELDS[:1]})
 
   @property
-  def config(self) -> ml_collections.ConfigDict:
-    return self.members[0].config
-
-  @property
-  def model(self) -> ModelConfig:
-    return self.run.model
-
-  @property
   def devices(self) -> list[jax.Device]:
-    return list(self.mesh.devices.flat)
-
-  @property
-  def figures(self) -> dict[str, int]:
-    return {'runs_at_once': len(self.members)}
+    return list(self.joint.devices.flat)
 
   def context(self):
     return contextlib.nullcontext()  # each run is on one device
 
   def describe(self, *args) -> str:
     return (f'{len(self.members)} runs at once, each of them:\n'
-            + self.run.describe(*args))
+            + super().describe(*args))
 
   def _put(self, tree, spec=_EACH):
-    return jax.device_put(tree, NamedSharding(self.mesh, spec))
-
-  def seeded(self, seed: int) -> ml_collections.ConfigDict:
-    """Returns the config with one of the group's seeds."""
-    config = self.config.copy_and_resolve_references()
-    with config.unlocked():
-      config.seed = seed
-    return config
+    return jax.device_put(tree, NamedSharding(self.joint, spec))
 
   def put(self, *batches: dict[str, np.ndarray]) -> tuple[dict, dict]:
-    """Returns (batch, values), what a step takes beside the state: of one
-    batch for all runs, or of those of `seeds`, for each run its own."""
+    """One batch is for all runs; else they are those of `seeds`."""
     if len(batches) == 1:
       return self._put(batches[0], _ALL), self.values
     of = {seed: batch for seed, batch in zip(self.seeds, batches, strict=True)}
@@ -278,20 +239,21 @@ class Group:
     return self._put({name: np.stack([row[name] for row in rows])
                       for name in rows[0]}), self.values
 
-  def state(self):
-    """Returns the joint state: new, or of what was restored."""
-    if self.members[0].state is None:
-      return jax.jit(self._over_runs(self._init, (0,)))(self.values)
-    states = [jax.device_get(m.state) for m in self.members]
+  def joined(self, states: Sequence[TrainState]) -> TrainState:
+    """Returns the joint state of those of the members."""
     return self._put(jax.tree.map(
-        lambda *xs: np.stack([xs[i] for i in self._rows]), *states))
+        lambda *xs: np.stack([xs[i] for i in self._rows]),
+        *jax.device_get(list(states))))
 
-  def _init(self, values):
+  def new_state(self) -> TrainState:
+    return jax.jit(self._over_runs(self._init, (0,)))(self.values)
+
+  def _init(self, values: dict[str, jax.Array]) -> TrainState:
     config = with_values(self.config, values)
-    module = self.run.module.clone(config=dataclasses.replace(
-        self.run.model, init_stddev=config.model.init_stddev,
+    module = self.module.clone(config=dataclasses.replace(
+        self.model, init_stddev=config.model.init_stddev,
         init_scale=config.model.init_scale))
-    return init_state(module, self.run.tx, jax.random.key(config.seed))
+    return init_state(module, self.tx, jax.random.key(config.seed))
 
   def train_step(self):
     batch_axis = 0 if len(self.seeds) > 1 else None
@@ -301,13 +263,13 @@ class Group:
   def _step(self, state: TrainState, given: tuple[dict, dict]):
     batch, values = given
     config = with_values(self.config, values)
-    roles = parameter_roles(self.run.module)
-    rates = mup.rates(self.run.model, config.optim.name, roles)
+    roles = parameter_roles(self.module)
+    rates = mup.rates(self.model, config.optim.name, roles)
     tx = optimizers.chain(config.optim, config.train.steps, roles, rates)
-    return make_train_step(self.run.module, tx, config)(state, batch)
+    return make_train_step(self.module, tx, config)(state, batch)
 
   def eval_step(self):
-    step = make_eval_step(self.run.module, self.config)
+    step = make_eval_step(self.module, self.config)
     return jax.jit(self._over_runs(
         lambda params, given: step(params, given[0]), (0, (None, 0))))
 
@@ -315,7 +277,7 @@ class Group:
     """`fn` over the runs, on each device over those that it holds."""
     specs = jax.tree.map(lambda axis: _ALL if axis is None else _EACH, in_axes,
                          is_leaf=lambda axis: axis is None)
-    return jax.shard_map(jax.vmap(fn, in_axes), mesh=self.mesh,
+    return jax.shard_map(jax.vmap(fn, in_axes), mesh=self.joint,
                          in_specs=specs, out_specs=_EACH, check_vma=False)
 
   def split(self, state: TrainState) -> Iterator[TrainState]:
@@ -333,10 +295,5 @@ def with_values(config: ml_collections.ConfigDict, values
   """Returns a copy of `config` that holds traced values in some fields."""
   config = config.copy_and_resolve_references()
   with config.unlocked(), config.ignore_type():
-    for name, value in values.items():
-      *parents, field = name.split('.')
-      at = config
-      for parent in parents:
-        at = at[parent]
-      at[field] = value
+    config.update_from_flattened_dict(values)
   return config

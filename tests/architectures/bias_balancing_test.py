@@ -36,7 +36,7 @@ def test_the_bias_moves_against_the_load_and_evens_it_out():
   c = _config(grad_accumulation=2)
   run = runs.build(c, architectures.resolve(c.model))
   with run.context():
-    state = run.new_state(c.seed)
+    state = run.new_state()
     # It begins collapsed: expert 0 is every token's, in both layers.
     ffn = state.params['decoder']['layers']['block_0']['ffn']
     ffn['router_bias'] = jax.device_put(
@@ -62,7 +62,7 @@ def test_a_bad_step_moves_no_bias():
   c = _config()
   run = runs.build(c, architectures.resolve(c.model))
   with run.context():
-    state = run.new_state(c.seed)
+    state = run.new_state()
     batch = step_test.batch()
     batch['weights'][0, 0] = np.nan
     after, metrics = jax.jit(make_train_step(run.module, run.tx, c))(

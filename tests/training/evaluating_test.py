@@ -47,7 +47,7 @@ def run_of(c):
 
 def evaluation_of(c, workdir):
   run = run_of(c)
-  state = run.new_state(c.seed)
+  state = run.new_state()
   return evals.Evaluation(run, state.params, 0, BYTES,
                           types.SimpleNamespace(interpolate=False), workdir,
                           {})

@@ -19,7 +19,7 @@ def one_step(c, batch=None):
   run = runs.build(c, architectures.resolve(c.model),
                    mesh=step_test.one_device())
   with run.context():
-    state = run.new_state(c.seed)
+    state = run.new_state()
     before = jax.device_get(state)
     after, metrics = jax.jit(make_train_step(run.module, run.tx, c))(
         state, devices.put(batch or step_test.batch(), run.place))

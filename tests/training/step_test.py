@@ -50,7 +50,7 @@ def train(c, mesh=None, steps=2, batches=None, params=None):
   """Returns (run, state, [metrics]) after some steps, on the given mesh."""
   run = runs.build(c, architectures.resolve(c.model), mesh=mesh)
   with run.context():
-    state = run.new_state(c.seed)
+    state = run.new_state()
     if params is not None:
       state = state.replace(params=params)
     step = jax.jit(make_train_step(run.module, run.tx, c), donate_argnums=0)
@@ -161,7 +161,7 @@ def test_evaluation_is_the_plain_loss():
   run = runs.build(c, architectures.resolve(c.model), mesh=one_device())
   b = batch(0)
   with run.context():
-    params = run.new_state(c.seed).params
+    params = run.new_state().params
     figures = jax.jit(make_eval_step(run.module, c))(params, b)
     logits = run.module.apply({'params': params}, b['tokens'],
                               valid_BL=b['weights']).logits
@@ -180,7 +180,7 @@ def test_golden_step(single):
   c = config(optim__name='adamw', optim__lr=1e-2)
   run = runs.build(c, architectures.resolve(c.model), mesh=one_device())
   with run.context():
-    before = jax.device_get(run.new_state(c.seed))
+    before = jax.device_get(run.new_state())
     b = batch(0)
     @jax.jit
     def loss(params):

@@ -118,17 +118,17 @@ def trained(request, singles, tmp_path_factory):
   configs, alone = singles
   folder = tmp_path_factory.mktemp('runs')
   workdirs = [folder / str(i) for i in range(3)]
-  shapes, of = set(), vectorised.Group.state
+  shapes, of = set(), vectorised.Group.new_state
 
   def state(group):
     joint = of(group)
-    used, = group.mesh.devices.shape
+    used, = group.joint.devices.shape
     shapes.add((used, len(joint.step) // used))
     return joint
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(jax, 'device_count', lambda: request.param)
-    patch.setattr(vectorised.Group, 'state', state)
+    patch.setattr(vectorised.Group, 'new_state', state)
     vectorised.train(configs, workdirs)
     assert shapes == {SHAPES[request.param]}
     yield configs, workdirs, alone

@@ -11,6 +11,7 @@ import json
 import re
 from typing import Any
 
+from etils import epath
 import jax
 import ml_collections
 
@@ -177,6 +178,13 @@ def compare(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict,
     changes.append(Change(name, before, after, kind, why))
   order = (INCOMPATIBLE, OPTIMISATION, SAFE)
   return sorted(changes, key=lambda change: order.index(change.kind))
+
+
+def changes(workdir: epath.Path, config: ml_collections.ConfigDict,
+            derived: Mapping[str, Any]) -> list[Change]:
+  """Returns what differs from the run that has begun in a workdir, if any."""
+  return compare(load(workdir), config, load_derived(workdir),
+                 derived) if has_begun(workdir) else []
 
 
 def classify(name: str, old: Mapping[str, Any],
