@@ -94,13 +94,12 @@ def config_of(row):
 
 def curve(rows: list[dict], row) -> dict:
   """Returns of a run: parameters, FLOPs, and its held-out loss by step."""
+  from training import objectives
   from training.costs import totals, flops
-  from training.data import spans
   config = config_of(row)
   figures = totals.count(config)
   evals = [r for r in rows if r['split'] == 'eval']
-  sides = (spans.lengths(config) if config.objective == 'span' else
-           (config.data.length,))
+  sides = objectives.of(config).row_lengths(config)
   per_step = config.data.batch_size * sum(sides) * (
       flops.training_flops_per_token(totals.resolved(config), *sides))
   return dict(

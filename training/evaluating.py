@@ -11,17 +11,13 @@ import math
 import jax
 import numpy as np
 
-from training import objectives
 from training.data import pipeline
-
-# Objectives that predict each token of the text once: their loss is one of
-# the text, in bits per byte, whatever the tokenizer.
-EVERY_TOKEN = ('causal',)
+from training.objectives.record import Mean
 
 
 def evaluate(step: Callable, params, loaders: Sequence[pipeline.Loader],
              batches: int, put: Callable, stop: Callable[[], bool]
-             ) -> list[dict[str, objectives.Mean]] | None:
+             ) -> list[dict[str, Mean]] | None:
   """Returns the `sums` of what is held out, for `means`; None if stopped.
 
   Args:
@@ -43,9 +39,8 @@ def evaluate(step: Callable, params, loaders: Sequence[pipeline.Loader],
 
 def sums(step: Callable, params, batches: Iterable, put: Callable,
          stop: Callable[[], bool] = lambda: False
-         ) -> dict[str, objectives.Mean] | None:
-  """Returns {figure: objectives.Mean} of some batches, on the host; see
-  `evaluate`."""
+         ) -> dict[str, Mean] | None:
+  """Returns {figure: Mean} of some batches, on the host; see `evaluate`."""
   total = None
   for batch in batches:
     if stop():
@@ -55,7 +50,7 @@ def sums(step: Callable, params, batches: Iterable, put: Callable,
   return total
 
 
-def means(found: Sequence[dict[str, objectives.Mean]],
+def means(found: Sequence[dict[str, Mean]],
           loaders: Sequence[pipeline.Loader]) -> dict[str, float]:
   """Returns the figures of an evaluation: means over the sources by share.
 
@@ -65,10 +60,10 @@ def means(found: Sequence[dict[str, objectives.Mean]],
 
   Returns:
     The objective's figures, nan where there is nothing to average; the
-    perplexity of a token; with EVERY_TOKEN bits per byte; and of several
-    sources each one's own loss, as loss/NAME.
+    perplexity of a token; where every token is predicted, bits per byte; and
+    of several sources each one's own loss, as loss/NAME.
   """
-  objective = objectives.OBJECTIVES[loaders[0].objective]
+  objective = loaders[0].objective
   with np.errstate(divide='ignore', invalid='ignore'):
     each = [objective.means(own) for own in found]
   names = sorted(each[0], key=lambda name: (name != 'loss', name))
@@ -76,7 +71,7 @@ def means(found: Sequence[dict[str, objectives.Mean]],
              for name in names}
   with np.errstate(over='ignore'):
     figures['perplexity'] = float(np.exp(figures[objective.main]))
-  if loaders[0].objective in EVERY_TOKEN:
+  if objective.every_token:
     figures['bits_per_byte'] = figures['loss'] / (math.log(2) * mix(
         [loader.bytes_per_token for loader in loaders], loaders))
   if len(loaders) > 1:

@@ -55,15 +55,6 @@ LIMITS = {
 SIGNS = {'>=': operator.ge, '>': operator.gt, '<=': operator.le,
          '<': operator.lt}
 
-# Fields that only some objectives read.
-READS = {
-    'span.noise_density': ('span',),
-    'span.mean_length': ('span',),
-    'data.target_length': ('seq2seq',),
-    'data.mask_rate': ('mlm', 'mlm_nsp'),
-    'data.whole_words': ('mlm', 'mlm_nsp'),
-}
-
 
 def ranges(config, *sections: str) -> None:
   """Raises RequestError for a number that cannot be honoured.
@@ -116,13 +107,6 @@ def refuse_unread(config) -> None:
   """Raises RequestError for a field that was set, differing from its default in
   configs/base.py, and that nothing will read."""
   defaults = base.base()
-  for name, readers in READS.items():
-    default = get(defaults, name)
-    require(config.objective in readers or get(config, name) == default,
-            f'{name} is {get(config, name)}, which objective '
-            f'{config.objective!r} does not read (it is read by '
-            f'{", ".join(readers)}): leave it at {default}, or choose one of '
-            'these')
   default = defaults.data.holdout_every
   require(not config.data.eval_source
           or config.data.holdout_every in (0, default),  # 0: as it is then

@@ -22,6 +22,7 @@ from architectures.parts.moe import grouped_kernels
 from configs import sharding as tables
 from configs.errors import RequestError, one_of, require
 from training import limits
+from training import objectives
 from training.costs import totals
 from training.data import pipeline, tokenizers
 from training.distributed import devices
@@ -80,11 +81,8 @@ def check(config: ml_collections.ConfigDict, by_hand=()) -> None:
     by_hand: the fields that were set on the command line, or by the point of a
       sweep: one that the model does not read is refused.
   """
-  from training import objectives
-  from training.data import examples
-  one_of('objective', config.objective, objectives.OBJECTIVES)
-  examples.check(config)
   limits.ranges(config)
+  objectives.check(config)
   limits.refuse_unread(config)
   one_of('mesh.rules', config.mesh.rules, tables.RULES)
   optimizers.check(config.optim)
@@ -98,10 +96,7 @@ def check(config: ml_collections.ConfigDict, by_hand=()) -> None:
 
 def _check_reach(config, c: ModelConfig) -> None:
   """Raises ValueError for rows that learned positions do not reach over."""
-  from training.data import examples
-  rows = examples.shapes(config)
-  longest = max(rows[name][0][1] for name in ('tokens', 'decoder_tokens')
-                if name in rows)
+  longest = max(objectives.of(config).row_lengths(config))
   require(longest <= positions.reach(c),
           f'model.max_len is {c.max_len}, and rows of {longest} tokens '
           '(data.length, or data.target_length) are longer than these learned '
@@ -131,17 +126,10 @@ def _without_tokenizer(config) -> dict[str, Any]:
 
 
 def _check_objective(name: str, module: nn.Module) -> None:
-  """Raises ValueError where the model has not the shape of the objective."""
-  from training import objectives
-
-  def shape(row) -> str:
-    if 'decoder_tokens' in row.inputs:
-      return 'encoder-decoder'
-    return 'decoder' if row.generates else 'encoder'
-
+  """Raises ValueError where the objective does not train such a model."""
   ours = architectures.stack(module.config)
-  choices = [n for n, row in objectives.OBJECTIVES.items()
-             if shape(row) == ours]
+  choices = [key for key, row in objectives.OBJECTIVES.items()
+             if row.stack == ours]
   require(name in choices,
           f'objective is {name!r}, which does not fit model.arch '
           f'{module.config.arch} ({ours}): choose from {", ".join(choices)}')

@@ -24,6 +24,7 @@ from architectures.parts import roles, sharding
 from architectures.parts.moe import balancing
 from training import objectives
 from training.distributed import devices
+from training.objectives.record import Mean
 from training.optim import mup, optimizers, schedules
 
 STREAMS = ('dropout', 'router')  # what a model draws at random
@@ -111,7 +112,7 @@ def make_train_step(module: nn.Module, tx: optax.GradientTransformation,
   experts each auxiliary loss as aux/NAME, each health figure, by layer, as
   health/NAME, and the tokens that these are means over as health/tokens.
   """
-  objective = objectives.OBJECTIVES[config.objective]
+  objective = objectives.of(config)
   schedule = schedules.rate(config.optim, config.train.steps)
 
   def loss_fn(params, batch, key, whole):
@@ -195,13 +196,13 @@ def _accumulate(grad_fn, params, batch, key, whole, parts: int):
 
 
 def make_eval_step(module: nn.Module, config) -> Callable:
-  """Returns step(params, batch) -> {figure: objectives.Mean}, without label
+  """Returns step(params, batch) -> {figure: Mean}, without label
   smoothing, z-loss or auxiliary losses."""
-  objective = objectives.OBJECTIVES[config.objective]
+  objective = objectives.of(config)
   config = config.copy_and_resolve_references()
   config.train.z_loss = config.train.label_smoothing = 0.0
 
-  def step(params: Any, batch) -> dict[str, objectives.Mean]:
+  def step(params: Any, batch) -> dict[str, Mean]:
     return objective.figures(objective.apply(module, params, batch), batch,
                              config)
 

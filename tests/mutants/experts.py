@@ -82,7 +82,7 @@ MUTANTS = {
         ('ctx.segment_ids_BL != 0', 'ctx.segment_ids_BL >= 0',
          'experts: padding'),
         ('valid_BL &= ctx.valid_BL != 0', 'valid_BL &= ctx.valid_BL >= 0',
-         'masking: takes_no_expert and prefix'),
+         'mlm: takes_no_expert and prefix'),
         ('1 - m.jitter, 1 + m.jitter', '1.0, 1 + m.jitter', 'routing: jitter'),
         ('m.logit_noise * jax.random.normal', 'jax.random.normal',
          'routing: noise'),

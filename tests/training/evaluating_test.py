@@ -15,6 +15,7 @@ from training.data import pipeline
 from training.data import tokenizers
 from training.distributed import devices
 from training.evals import extrapolation
+from training.objectives import record
 
 BYTES = tokenizers.load('bytes')
 
@@ -57,7 +58,7 @@ def judged(c, loss_of):
   """The figures where the loss of a target is `loss_of` its id."""
   def step(_, batch):
     weights = batch['weights']
-    return {'loss': objectives.Mean(
+    return {'loss': record.Mean(
         (loss_of(batch['targets']) * weights).sum(), weights.sum())}
   loaders = pipeline.held_out(c, BYTES)
   return evaluating.means(evaluating.evaluate(
@@ -89,10 +90,11 @@ def test_bits_per_byte_are_the_bits_of_the_text_over_its_bytes(folder):
 
 
 def test_the_perplexity_is_of_tokens_alone():
-  mean = objectives.Mean
+  mean = record.Mean
   sums = {'mlm_loss': mean(6 * math.log(3), 6.0), 'nsp_loss': mean(8.0, 4.0),
           'nsp_accuracy': mean(3.0, 4.0)}
-  loader = types.SimpleNamespace(objective='mlm_nsp', share=1.0)
+  loader = types.SimpleNamespace(
+      objective=objectives.OBJECTIVES['mlm_nsp'], share=1.0)
   figures = evaluating.means([sums], [loader])
   assert figures == pytest.approx(dict(
       loss=math.log(3) + 2, mlm_loss=math.log(3), nsp_loss=2.0,
@@ -100,8 +102,9 @@ def test_the_perplexity_is_of_tokens_alone():
 
 
 def test_of_nothing_there_is_no_figure():
-  nothing = objectives.Mean(np.float64(0), np.float64(0))
-  loader = types.SimpleNamespace(objective='chat', share=1.0)
+  nothing = record.Mean(np.float64(0), np.float64(0))
+  loader = types.SimpleNamespace(
+      objective=objectives.OBJECTIVES['chat'], share=1.0)
   figures = evaluating.means([{'loss': nothing, 'accuracy': nothing}], [loader])
   assert {evaluating.shown(x) for x in figures.values()} == {'n/a'}
 

@@ -10,7 +10,6 @@ from architectures.parts import sharding
 from tools.explain_sharding import rules
 from training import objectives, paths
 from training.step import abstract_params
-from training.data import examples
 
 _SCOPE = re.compile(rf'{sharding.AXES}\(([^()]*)\)')
 
@@ -34,9 +33,9 @@ def parameters(run) -> list[dict]:
 def activations(run) -> list[dict]:
   """Returns a row for each array that the forward pass constrains, and
   `times`: how often, with the layers that are alike counted."""
-  objective = objectives.OBJECTIVES[run.config.objective]
+  objective = objectives.of(run.config)
   batch = {key: jax.ShapeDtypeStruct(shape, dtype) for key, (shape, dtype)
-           in examples.shapes(run.config).items()}
+           in objectives.shapes(run.config).items()}
 
   def loss(params, batch):
     rngs = {name: jax.random.key(0) for name in ('dropout', 'router')}

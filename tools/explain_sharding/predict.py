@@ -16,7 +16,7 @@ from architectures.parts.moe import routing
 from architectures.parts.moe.layer import routing_groups
 from configs import sharding as tables
 import jax.numpy as jnp
-from training.data import examples
+from training import objectives
 from training.distributed import devices
 
 PASSES = {'full': 3, 'dots': 2, 'none': 2}  # that use a weight, by remat
@@ -76,8 +76,7 @@ def _stays(one: dict, axis: str) -> bool:
 def _of_activations(run, parameters, mesh) -> list[dict]:
   """Sums over `tensor`, and the crossings of tokens."""
   c, config = run.model, run.config
-  shapes = examples.shapes(config)
-  longest = max(shape[1] for shape, _ in shapes.values() if len(shape) > 1)
+  longest = max(objectives.of(config).row_lengths(config))
   micro = config.train.grad_accumulation
   tokens = config.data.batch_size * longest // micro // devices.shards(
       'tokens', run.mesh.shape, config.mesh.rules)

@@ -9,10 +9,10 @@ import numpy as np
 from configs.errors import require
 from tools.plan import cache, chips, collectives, compile as compiling
 from tools.plan import roofline, topology as topologies
-from training import runs
+from training import objectives, runs
 from training.costs import totals, flops, memory
 from training.costs import traced
-from training.data import examples, tokenizers
+from training.data import tokenizers
 from training.distributed import devices
 
 GIB = chips.GIB
@@ -184,7 +184,7 @@ def model_flops(run: runs.Run, name: str) -> dict[str, float]:
   is 6 N_active T in training, N_active the weights that a token is multiplied
   with, and `attention`, as the mask has it."""
   config, c = run.config, run.model
-  sides = lengths(config)
+  sides = objectives.of(config).row_lengths(config)
   if name == 'decode':
     # The prompt and, one at a time, all tokens after it but the last, which is
     # not read: in the sum, a forward pass over them.
@@ -194,20 +194,14 @@ def model_flops(run: runs.Run, name: str) -> dict[str, float]:
           flops.forward_flops(c, *sides).items()}
 
 
-def lengths(config) -> list[int]:
-  """Tokens of a row, for each stack of the model."""
-  shapes = examples.shapes(config)
-  return [shapes[key][0][1] for key in ('tokens', 'decoder_tokens')
-          if key in shapes]
-
-
 def ragged_rows(run: runs.Run, name: str) -> int:
   """Rows that a device sends to experts in a layer, in even load."""
   if run.model.ffn != 'moe' or name == 'decode':
     return 0
   shards = devices.shards('tokens', run.mesh.shape, run.config.mesh.rules)
   parts = run.config.train.grad_accumulation if name == 'train' else 1
-  tokens = run.config.data.batch_size * max(lengths(run.config))
+  lengths = objectives.of(run.config).row_lengths(run.config)
+  tokens = run.config.data.batch_size * max(lengths)
   return math.ceil(tokens * run.model.moe.top_k / shards / parts)
 
 

@@ -14,7 +14,7 @@ from training.data import token_cache
 _ROOT = pathlib.Path(__file__).parents[2]
 # What reports depend on, besides the program.
 CODE = ('tools/plan/*.py', 'training/costs/*.py', 'architectures/**/*.py',
-        'training/distributed/devices.py', 'training/data/examples.py')
+        'training/distributed/devices.py', 'training/objectives/*.py')
 
 
 def key(lowered_text: str, *facts) -> str:

@@ -10,7 +10,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from configs.errors import RequestError, one_of, require
 from training import generate, objectives, progress, runs
-from training.data import examples
 from training.step import make_train_step
 
 DECODED = 64  # tokens that `decode` adds to each prompt
@@ -58,7 +57,7 @@ def program(run: runs.Run, name: str) -> Program:
 def _train(run: runs.Run) -> Program:
   """As training/loop.py compiles it."""
   batch = {key: jax.ShapeDtypeStruct(shape, dtype, sharding=run.place)
-           for key, (shape, dtype) in examples.shapes(run.config).items()}
+           for key, (shape, dtype) in objectives.shapes(run.config).items()}
   return Program(
       'train', make_train_step(run.module, run.tx, run.config),
       (run.abstract, batch),
@@ -76,8 +75,8 @@ def _decode(run: runs.Run) -> Program:
 def _generation(run: runs.Run, name: str, tokens: int) -> Program:
   """`tokens` more after prompts that, with them, are data.length long."""
   data = run.config.data
-  objective = objectives.OBJECTIVES[run.config.objective]
-  require(objective.generates and 'decoder_tokens' not in objective.inputs,
+  objective = objectives.of(run.config)
+  require(objective.prompt and objective.stack == 'decoder',
           f'--programs has {name!r}, but a plan of generation is for decoders, '
           f'and model.arch is {run.model.arch!r}: choose train')
   require(data.length > tokens, f'data.length is {data.length}: {name} needs '

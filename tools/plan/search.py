@@ -20,7 +20,7 @@ from configs.errors import RequestError
 from tools.plan import analyse, chips, collectives, compile as compiling
 from tools.plan import roofline
 from tools.plan import topology as topologies
-from training import progress, runs
+from training import objectives, progress, runs
 from training.costs import memory
 from training.data import tokenizers
 from training.distributed import devices
@@ -98,7 +98,8 @@ def sent(run: runs.Run, host_of: np.ndarray) -> list[collectives.Collective]:
       add('reduce-scatter', ('fsdp',), shard, accumulation)
     rest = tuple(a for a in batch if a not in used)
     add('all-reduce', rest, shard, accumulation)
-  tokens = run.config.data.batch_size * sum(analyse.lengths(run.config))
+  tokens = run.config.data.batch_size * sum(
+      objectives.of(run.config).row_lengths(run.config))
   one = tokens * c.d_model * itemsize / math.prod(shape[a] for a in batch)
   both = architectures.stack(c) == 'encoder-decoder'
   layers = c.num_layers + both * c.num_decoder_layers

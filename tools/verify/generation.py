@@ -11,6 +11,7 @@ from training.data import conversations
 from training.data import tokenizers
 from training.hf import generation as hf_generation
 from training.hf import tokenizer as hf_tokenizer
+from training.objectives import chat
 
 CHAT = [dict(role='user', content='Hello!'),
         dict(role='assistant', content='Hi!'),
@@ -77,10 +78,10 @@ def template_differs(source: str) -> float:
 def _laid_out(messages, config, tokenizer) -> list[int]:
   """Returns the ids before the answer to the last message."""
   if len(messages) == 1:
-    return conversations.question(
+    return chat.question(
         messages[0]['content'], config, tokenizer).tolist()
   parts = conversations.published([
       *conversations.parse(messages, 'the chat'), ('assistant', 'x')])
-  ids, _ = conversations.layout(
+  ids, _ = chat.layout(
       [(kind, tokenizer.encode(text)) for kind, text in parts], tokenizer)
   return ids.tolist()[:-3]  # a space, x, the separator

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
 from architectures.parts import attention, kernels, positions
-from training import paths, runs
+from training import objectives, paths, runs
 from training.distributed import devices
 
 
@@ -72,11 +72,10 @@ def least(run: runs.Run) -> dict[str, int]:
   Args:
     run: on any mesh, one that is only described too.
   """
-  from training.data import examples
   config, c = run.config, run.model
   parts = state(run)
   parts['gradients'] = parts['parameters']
-  shapes = examples.shapes(config)
+  shapes = objectives.shapes(config)
   layers = {'tokens': c.num_layers, 'decoder_tokens': c.num_decoder_layers}
   inputs = sum(math.prod(shapes[name][0][:2]) * count
                for name, count in layers.items() if name in shapes)
@@ -149,12 +148,10 @@ def analytic(run: runs.Run, kept_in_all: int = 0,
 def kept(run: runs.Run) -> int:
   """Bytes that all devices keep between the passes, of a whole batch without
   accumulation: the residuals of jax.vjp, weights apart."""
-  from training import objectives
-  from training.data import examples
   config = run.config
-  objective = objectives.OBJECTIVES[config.objective]
+  objective = objectives.of(config)
   batch = {key: jax.ShapeDtypeStruct(size, dtype) for key, (size, dtype)
-           in examples.shapes(config).items()}
+           in objectives.shapes(config).items()}
 
   def residuals(params, batch):
     keys = {name: jax.random.key(0) for name in ('dropout', 'router')}

@@ -1,4 +1,4 @@
-"""Conversations: prompt-masked fine-tuning, as Vicuna and Alpaca were made.
+"""Conversations in files, and the published templates that lay them out.
 
 A JSONL field with a list of turns, {"role": "user", "content": ...} or
 ShareGPT's {"from": "human", "value": ...}, is a conversation. It is laid out
@@ -8,22 +8,17 @@ by Vicuna's template, version 1.1 (lm-sys/FastChat, conversation.py), where
   SYSTEM USER: a question ASSISTANT: an answer</s>USER: a question ...
 
 A record of `alpaca:GLOB`, {"instruction": ..., "input": ..., "output": ...},
-is laid out by Alpaca's (tatsu-lab/stanford_alpaca, train.py), PROMPT or with an
-input PROMPT_INPUT, right after which come the output and the separator.
+is laid out by Alpaca's template (tatsu-lab/stanford_alpaca, train.py): PROMPT,
+or PROMPT_INPUT where there is an input, directly followed by the output and the
+separator.
 
-Only what the assistant says, with the separator that ends it, counts in the
-loss: from the space after `ASSISTANT:` on, or after `### Response:`. What is
-asked and its answer are tokenised as one text, as both published codes do.
-
-`data.chat_template=earlier` lays out as this project did before it had that
-field: turns end with a line break, no system text is added, and `ASSISTANT: `
-ends with a space. A run of that time goes on with it.
+With `data.chat_template=earlier` neither template is used: the turns, or the
+prompt and its response, stay the parts that the file has.
+training/objectives/chat.py makes rows of all of these parts.
 """
 
 from collections.abc import Iterator, Sequence
 import pathlib
-
-import numpy as np
 
 from configs.errors import RequestError
 from training.data import texts
@@ -32,15 +27,11 @@ from training.data import texts
 ROLES = {'system': 'system', 'user': 'user', 'human': 'user',
          'prompter': 'user', 'assistant': 'assistant', 'gpt': 'assistant',
          'chatgpt': 'assistant', 'bot': 'assistant'}
+# The parts that a conversation may be made of: those of the published
+# templates, and those of a file.
+KINDS = ('question', 'answer', 'system', 'user', 'assistant', 'prompt',
+         'response')
 TEMPLATES = ('published', 'earlier')
-# What stands before a part of a kind, and after it; None: the separator, and
-# the part counts in the loss. The published templates make questions and
-# answers of the turns; the others are parts as the earlier one has them.
-HEADERS = {'question': '', 'answer': '', 'system': '', 'user': 'USER: ',
-           'assistant': 'ASSISTANT: ', 'prompt': '', 'response': ''}
-TAILS = {'question': '', 'answer': None, 'system': '\n', 'user': '\n',
-         'assistant': None, 'prompt': '', 'response': None}
-
 SYSTEM = (
     'A chat between a curious user and an artificial intelligence assistant. '
     "The assistant gives helpful, detailed, and polite answers to the user's "
@@ -93,12 +84,13 @@ def published(document):
   if isinstance(document, str) or not any(text for _, text in document):
     return document
   if document[0][0] in ROLES.values():
-    return _vicuna(document)
+    return vicuna(document)
   names = {'prompt': 'question', 'response': 'answer'}
   return [(names[kind], text) for kind, text in document]
 
 
-def _vicuna(turns: list[tuple[str, str]]) -> list[tuple[str, str]]:
+def vicuna(turns: list[tuple[str, str]]) -> list[tuple[str, str]]:
+  """Returns turns, (kind, text) by `parse`, as questions and answers."""
   parts = []
   asked = '' if turns[0][0] == 'system' else f'{SYSTEM} '
   for kind, text in turns:
@@ -136,89 +128,10 @@ def read_alpaca(path: str) -> Iterator[list[tuple[str, str]]]:
       raise RequestError(f'{path}, record {number}, has no text under '
                          'instruction and output, or an input that is none.')
     told = [texts.checked(text, f'{path}, record {number},') for text in told]
-    yield [('prompt', _prompt(*told[:2])), ('response', told[2])]
+    yield [('prompt', alpaca_prompt(*told[:2])), ('response', told[2])]
 
 
-def _prompt(instruction: str, given: str = '') -> str:
+def alpaca_prompt(instruction: str, given: str = '') -> str:
+  """Returns the text before an answer; `given` is the record's input."""
   return (PROMPT_INPUT if given else PROMPT).format(
       instruction=instruction, input=given)
-
-
-def question(text: str, config, tokenizer) -> np.ndarray:
-  """Returns the ids after which the model answers `text`, by the template of
-  the run's data; of no text, a conversation's start."""
-  if not text:
-    return np.array([tokenizer.separator_id], np.int32)
-  alpaca = 'alpaca:' in config.data.source
-  if config.data.chat_template == 'earlier':
-    parts = ([('prompt', _prompt(text)), ('response', '')] if alpaca else
-             [('user', text), ('assistant', '')])
-  elif alpaca:
-    parts = [('question', _prompt(text)), ('answer', '')]
-  else:
-    parts = [*_vicuna([('user', text), ('assistant', '')]), ('answer', '')]
-  ids, _ = layout([(kind, tokenizer.encode(part)) for kind, part in parts],
-                  tokenizer)
-  return ids[:-1]  # the answer has yet to end
-
-
-def jinja(config, tokenizer) -> str | None:
-  """Returns the published template of a run's data as transformers takes one,
-  a Jinja template; None where the run has none.
-
-  Alpaca's has no place for an input, which a chat of transformers does not
-  have either.
-  """
-  if config.objective != 'chat' or config.data.chat_template == 'earlier':
-    return None
-  kind = next(name for name in ('sep', 'eos')
-              if tokenizer.special_ids.get(name) == tokenizer.separator_id)
-  end = f'{{{{ {kind}_token }}}}'
-  said = "{% elif m.role == 'assistant' %}"
-  if 'alpaca:' in config.data.source:
-    return (end + "{% for m in messages %}{% if m.role == 'user' %}"
-            + PROMPT.format(instruction='{{ m.content }}')
-            + said + '{{ m.content }}' + end + '{% endif %}{% endfor %}')
-  return (
-      end + "{% if messages[0].role == 'system' %}{{ messages[0].content }}"
-      f"{{% else %}}{SYSTEM}{{% endif %}}{{{{ ' ' }}}}"
-      "{% for m in messages %}{% if m.role == 'user' %}"
-      "USER: {{ m.content }}{{ ' ' }}"
-      + said + 'ASSISTANT: {{ m.content }}' + end
-      + "{% elif not loop.first %}{{ m.content }}{{ ' ' }}{% endif %}"
-      '{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}')
-
-
-def chat(parts: list[tuple[str, np.ndarray]], rng: np.random.Generator,
-         config, tokenizer) -> dict[str, np.ndarray]:
-  """Lays out one conversation, cut off at data.length.
-
-  Returns:
-    tokens, targets [L] int32, weights [L] float32: 1 where the target is the
-    assistant's; valid [L] float32: 0 on padding.
-  """
-  del rng
-  ids, told = layout(parts, tokenizer)
-  size = config.data.length + 1
-  ids, told = ids[:size], told[:size]
-  pad = size - len(ids)
-  ids = np.pad(ids, (0, pad), constant_values=tokenizer.separator_id)
-  told = np.pad(told, (0, pad))
-  valid = np.arange(size - 1) < size - pad
-  return dict(tokens=ids[:-1], targets=ids[1:],
-              weights=told[1:].astype(np.float32),
-              valid=valid.astype(np.float32))
-
-
-def layout(parts, tokenizer) -> tuple[np.ndarray, np.ndarray]:
-  """Returns the ids [T] of a conversation, and which the model is to say."""
-  end = np.array([tokenizer.separator_id], np.int32)
-  ids, told = [end], [np.zeros(1, bool)]
-  for kind, text in parts:
-    says = TAILS[kind] is None
-    header = tokenizer.encode(HEADERS[kind])
-    tail = end if says else tokenizer.encode(TAILS[kind])
-    for piece, counts in ((header, False), (text, says), (tail, says)):
-      ids.append(np.asarray(piece, np.int32))
-      told.append(np.full(len(piece), counts))
-  return np.concatenate(ids), np.concatenate(told)

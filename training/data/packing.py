@@ -1,19 +1,20 @@
-"""Views: what raw material an objective is fed, by index, from a corpus.
+"""Views: the raw items that an objective makes rows of, cut from a corpus.
 
-A view is a sequence: `len(view)` raw items and `view[i]` in constant time,
-so an item is read wherever the order of a run puts it. It also says how much
-text one pass sees: `num_tokens` and `num_bytes` of it. To give an
-objective other material (documents, pairs, conversations), write a class
-that takes a Corpus, and list it in VIEWS.
+A view is a sequence: it has len(view) items, and view[i] takes the same time
+for every i, so that an item can be read wherever the order of a run puts it.
+`num_tokens` and `num_bytes` say how much text one pass over a view reads. To
+give an objective other items, write a class that takes a Corpus, and name it in
+the objective's record.
 """
 
 import dataclasses
 from typing import Any, NamedTuple
 
+import ml_collections
 import numpy as np
 
 from configs.errors import RequestError
-from training.data import conversations, pairs, sources, token_cache
+from training.data import conversations, sources, token_cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,12 +23,12 @@ class Corpus:
 
   Attributes:
     name: the source, for messages.
-    text: what of the source this is, in words.
+    text: which part of the source this is, in words.
     cache: the tokens of all documents of the source.
     document_ids: int64 [N], the documents of this split.
     split: 'train' or 'eval'.
     tokenizer: see tokenizers.load.
-    config: the run's.
+    config: the run's config.
   """
 
   name: str
@@ -37,6 +38,32 @@ class Corpus:
   split: str
   tokenizer: Any
   config: Any
+
+  @property
+  def bounds(self) -> tuple[np.ndarray, np.ndarray]:
+    """The first part of each document, and the one after its last, int64 [N]:
+    indices into cache.parts and cache.num_bytes."""
+    documents = self.cache.documents
+    return documents[self.document_ids], documents[self.document_ids + 1]
+
+  @property
+  def num_bytes(self) -> int:
+    """The bytes of text in all documents."""
+    first, end = self.bounds
+    total = np.concatenate([[0], np.cumsum(self.cache.num_bytes)])
+    return int(np.sum(total[end] - total[first]))
+
+  def holds(self, kinds: tuple[str, ...]) -> np.ndarray:
+    """Returns for each part of the cache whether it is of one of `kinds`."""
+    return np.isin(self.cache.kinds, [sources.KINDS.index(k) for k in kinds])
+
+
+def documents(starts_L: np.ndarray) -> dict[str, np.ndarray]:
+  """Returns segment_ids and positions [L] of packed documents: one begins
+  wherever starts_L is true, and one at the beginning of the row."""
+  index_L = np.arange(len(starts_L))
+  first_L = np.maximum.accumulate(np.where(starts_L, index_L, 0))
+  return dict(segment_ids=1 + np.cumsum(starts_L), positions=index_L - first_L)
 
 
 def _check_plain(corpus: Corpus) -> None:
@@ -49,7 +76,11 @@ def _check_plain(corpus: Corpus) -> None:
 
 
 class Window(NamedTuple):
-  """A stretch of the stream: tokens [length + 1] int32, the first `size` real.
+  """Consecutive tokens of the text, and the one token that follows them.
+
+  Attributes:
+    tokens: int32 [length + 1].
+    size: how many of them are text; separators fill up the rest.
   """
 
   tokens: np.ndarray
@@ -57,28 +88,31 @@ class Window(NamedTuple):
 
 
 class Windows:
-  """Windows over the stream: separator, document, separator, ... separator.
+  """All documents as one stream of tokens, cut into windows of equal length.
 
-  Window i is stream[i L : i L + L + 1], so each overlaps the next by one
-  token, and each token of the stream except the first separator is a target
-  exactly once. In the 'eval' split the last window may be short, padded with
+  The stream is separator, document, separator, ... document, separator. Window
+  i is stream[i L : i L + L + 1]: it overlaps the next one by a token, and so
+  each token of the stream but the first separator is a target exactly once. In
+  the 'eval' split the last window may be short, and is filled up with
   separators; in 'train' a short last window is left out.
+
+  Args:
+    corpus: of plain text.
+    length: L; 0: data.length.
   """
 
-  def __init__(self, corpus: Corpus, length: int = 0):  # 0: data.length
-    cache, ids = corpus.cache, corpus.document_ids
+  def __init__(self, corpus: Corpus, length: int = 0):
+    cache, (first, end) = corpus.cache, corpus.bounds
     _check_plain(corpus)
     self.length = length or corpus.config.data.length
     self.separator = corpus.tokenizer.separator_id
     self._cache = cache
-    self._first_token = cache.parts[cache.documents[ids]]
-    sizes = cache.parts[cache.documents[ids + 1]] - self._first_token
+    self._first_token = cache.parts[first]
+    sizes = cache.parts[end] - self._first_token
     # Where each document's separator stands in the stream; then the last one.
     self._starts = np.concatenate([[0], np.cumsum(sizes + 1)])
     self.num_tokens = int(self._starts[-1])
-    byte_bounds = np.concatenate([[0], np.cumsum(cache.num_bytes)])
-    self.num_bytes = int(np.sum(byte_bounds[cache.documents[ids + 1]]
-                                - byte_bounds[cache.documents[ids]]))
+    self.num_bytes = corpus.num_bytes
     full, rest = divmod(self.num_tokens, self.length)
     self._len = full + (rest > 0 and corpus.split == 'eval')
     if not self._len:
@@ -108,7 +142,7 @@ class Windows:
 
 
 class Passages(Windows):
-  """Windows of data.length - 2 tokens, for [CLS] and [SEP] round them."""
+  """Windows of data.length - 2 tokens, which leave room for [CLS] and [SEP]."""
 
   def __init__(self, corpus: Corpus):
     room = corpus.config.data.length - 2
@@ -119,7 +153,13 @@ class Passages(Windows):
 
 
 class Stretch(NamedTuple):
-  """Tokens that follow one another in one document, and the way to others."""
+  """Consecutive tokens of one document, and the way to other documents.
+
+  Attributes:
+    tokens: [T], at most data.length - 3.
+    document: which document of the view they are from.
+    view: the view.
+  """
 
   tokens: np.ndarray
   document: int
@@ -131,25 +171,25 @@ class Stretch(NamedTuple):
 
 
 class Stretches:
-  """Each document cut into stretches of data.length - 3 tokens, for pairs.
+  """Each document cut into stretches of data.length - 3 tokens.
 
-  A rest of fewer than MIN tokens is left out: nothing is learnt of it.
+  The three places are for [CLS] and two [SEP], for BERT's pairs of texts. A
+  stretch of fewer than MIN tokens, too short to learn from, is left out.
   """
 
   MIN = 8
 
   def __init__(self, corpus: Corpus):
-    cache, ids = corpus.cache, corpus.document_ids
+    cache, (first, end) = corpus.cache, corpus.bounds
     _check_plain(corpus)
     self.room = corpus.config.data.length - 3  # [CLS] and twice [SEP]
     if self.room < self.MIN:
       raise RequestError(f'data.length={corpus.config.data.length}: pairs of '
                          f'texts need at least {self.MIN + 3}.')
     self._tokens = cache.tokens
-    first = cache.parts[cache.documents[ids]]
-    sizes = cache.parts[cache.documents[ids + 1]] - first
+    sizes = cache.parts[end] - cache.parts[first]
     enough = sizes >= self.MIN
-    self._first, self._sizes = first[enough], sizes[enough]
+    self._first, self._sizes = cache.parts[first][enough], sizes[enough]
     if len(self._first) < 2:
       raise RequestError(
           f'data source {corpus.name!r} has {len(self._first)} document(s) of '
@@ -158,9 +198,7 @@ class Stretches:
     counts = (self._sizes + self.room - self.MIN) // self.room
     self._starts = np.concatenate([[0], np.cumsum(counts)])
     self.num_tokens = int(self._sizes.sum())
-    byte_bounds = np.concatenate([[0], np.cumsum(cache.num_bytes)])
-    self.num_bytes = int(np.sum(byte_bounds[cache.documents[ids + 1]]
-                                - byte_bounds[cache.documents[ids]]))
+    self.num_bytes = corpus.num_bytes
 
   def __len__(self) -> int:
     return int(self._starts[-1])
@@ -172,8 +210,10 @@ class Stretches:
     first = int(self._first[document])
     return Stretch(self._tokens[first + low:first + high], document, self)
 
-  def other(self, document: int, rng, size: int) -> np.ndarray:
-    """Returns tokens of any document but `document`, all alike likely."""
+  def other(self, document: int, rng: np.random.Generator, size: int
+            ) -> np.ndarray:
+    """Returns up to `size` tokens from a random place of a random document
+    other than `document`."""
     other = int(rng.integers(len(self._first) - 1))
     other += other >= document
     size = min(size, int(self._sizes[other]))
@@ -183,23 +223,19 @@ class Stretches:
 
 
 class Conversations:
-  """Documents made of turns: item i is [(kind, ids)] of one conversation."""
+  """Documents made of turns: item i is the [(kind, ids)] parts of one."""
 
   def __init__(self, corpus: Corpus):
-    self._cache, self._ids = corpus.cache, corpus.document_ids
-    told = [sources.KINDS.index(kind) for kind in conversations.HEADERS]
-    if not np.isin(self._cache.kinds, told).all():
+    if not corpus.holds(conversations.KINDS).all():
       raise RequestError(
           f'objective {corpus.config.objective!r} reads conversations, but '
           f'data source {corpus.name!r} holds other documents: it must name a '
           'JSONL field with a list of turns, or be alpaca:GLOB.')
-    bounds = self._cache.documents
-    parts = self._cache.parts
-    self.num_tokens = int(np.sum(parts[bounds[self._ids + 1]]
-                                 - parts[bounds[self._ids]]))
-    byte_bounds = np.concatenate([[0], np.cumsum(self._cache.num_bytes)])
-    self.num_bytes = int(np.sum(byte_bounds[bounds[self._ids + 1]]
-                                - byte_bounds[bounds[self._ids]]))
+    self._cache, self._ids = corpus.cache, corpus.document_ids
+    first, end = corpus.bounds
+    self.num_tokens = int(np.sum(self._cache.parts[end]
+                                 - self._cache.parts[first]))
+    self.num_bytes = corpus.num_bytes
 
   def __len__(self) -> int:
     return len(self._ids)
@@ -208,22 +244,39 @@ class Conversations:
     return self._cache.document_parts(int(self._ids[i]))
 
 
+class Pair(NamedTuple):
+  """A source and its target.
+
+  Attributes:
+    source, target: token ids, of any length.
+    whole: whether both end where a text ends, and not in the middle of it.
+  """
+  source: np.ndarray
+  target: np.ndarray
+  whole: bool
+
+
+def pair_lengths(config: ml_collections.ConfigDict) -> tuple[int, int]:
+  """Returns how many tokens a source and a target may have: M and L."""
+  return config.data.length, config.data.target_length or config.data.length
+
+
 class Pairs:
-  """Pairs of a source and a target, or, of plain text, a stretch and the one
-  that follows it; see pairs.py."""
+  """Pairs of a source and a target, as a file has them. Plain text is cut into
+  stretches of M + L tokens, whose last L are the target."""
 
   def __init__(self, corpus: Corpus):
     self._cache, self._ids = corpus.cache, corpus.document_ids
-    self._lengths = pairs.lengths(corpus.config)
+    self._lengths = pair_lengths(corpus.config)
     self._windows = None
-    told = [sources.KINDS.index(kind) for kind in pairs.KINDS]
-    if not np.isin(self._cache.kinds, told).any():
+    if not corpus.holds(sources.PAIR).any():
       self._windows = Windows(corpus, sum(self._lengths))
       share = self._lengths[1] / sum(self._lengths)
       self.num_tokens = round(self._windows.num_tokens * share)
       self.num_bytes = round(self._windows.num_bytes * share)
       return
-    if self._cache.kinds.tolist() != told * len(self._cache):
+    pair = [sources.KINDS.index(kind) for kind in sources.PAIR]
+    if self._cache.kinds.tolist() != pair * len(self._cache):
       raise RequestError(f'data source {corpus.name!r} holds more than pairs.')
     targets = 2 * self._ids + 1
     parts = self._cache.parts
@@ -233,19 +286,10 @@ class Pairs:
   def __len__(self) -> int:
     return len(self._ids if self._windows is None else self._windows)
 
-  def __getitem__(self, i: int) -> pairs.Pair:
+  def __getitem__(self, i: int) -> Pair:
     if self._windows is not None:
       window, (M, L) = self._windows[i], self._lengths
       ids = window.tokens[:min(window.size, M + L)]
-      return pairs.Pair(ids[:M], ids[M:], False)
+      return Pair(ids[:M], ids[M:], False)
     parts = dict(self._cache.document_parts(int(self._ids[i])))
-    return pairs.Pair(parts['source'], parts['target'], True)
-
-
-VIEWS = {
-    'windows': Windows,
-    'passages': Passages,
-    'stretches': Stretches,
-    'conversations': Conversations,
-    'pairs': Pairs,
-}
+    return Pair(parts['source'], parts['target'], True)

@@ -17,8 +17,8 @@ from absl import flags
 import numpy as np
 
 from configs.errors import RequestError
-from training import limits
-from training.data import batch_workers, examples, holdout, packing
+from training import objectives
+from training.data import batch_workers, holdout, packing
 from training.data import sources, token_cache
 
 EVAL_SEED = 0  # One order of evaluation for all runs, whatever their seed.
@@ -41,7 +41,7 @@ class Loader:
     num_bytes: UTF-8 bytes of that text.
     bytes_per_token: bits per byte = nats per token / (ln 2 x this).
     rows: rows of a batch that this process holds.
-    objective: the run's.
+    objective: the record of the run's objective.
     num_sources: of which the text comes, mixed.
   """
 
@@ -55,9 +55,8 @@ class Loader:
     self._config = config
     self._tokenizer = tokenizer
     self._split = split
-    self._make = examples.EXAMPLES[config.objective].make
     self._batch_size = config.data.batch_size
-    self.objective = config.objective
+    self.objective = objectives.of(config)
     self.num_sources = len(views)
     self.rows = self._batch_size // process_count
     self._first_row = process_index * self.rows
@@ -78,7 +77,7 @@ class Loader:
     if not 0 <= n < self._stop:
       raise IndexError(f'batch {n} of {self._stop}')
     first = n * self._batch_size + self._first_row
-    rows = [self._example(g) for g in range(first, first + self.rows)]
+    rows = [self._row(g) for g in range(first, first + self.rows)]
     return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
 
   def iterate(self, start: int = 0, stop: int | None = None
@@ -129,16 +128,16 @@ class Loader:
     return self.num_batches if self._split == 'eval' else (
         sys.maxsize // self._batch_size)
 
-  def _example(self, g: int) -> dict[str, np.ndarray]:
+  def _row(self, g: int) -> dict[str, np.ndarray]:
     padding = self._split == 'eval' and g >= self.num_windows
     seed = EVAL_SEED if self._split == 'eval' else self._config.seed
-    example = self._make(self._dataset[0 if padding else g],
-                         np.random.default_rng([seed, g]),
-                         self._config, self._tokenizer)
+    row = self.objective.row(self._dataset[0 if padding else g],
+                             np.random.default_rng([seed, g]),
+                             self._config, self._tokenizer)
     if padding:  # which counts nothing and takes no expert's room
-      example |= {key: np.zeros_like(value) for key, value in example.items()
-                  if key.endswith(('weights', 'segment_ids', 'valid'))}
-    return example
+      row |= {key: np.zeros_like(value) for key, value in row.items()
+              if key.endswith(('weights', 'segment_ids', 'valid'))}
+    return row
 
 
 def load(config, tokenizer, process_index: int = 0, process_count: int = 1
@@ -190,22 +189,13 @@ def held_out(config, tokenizer, process_index: int = 0,
 
 def _views(config, tokenizer, split: str, process_count: int):
   """Returns the weights, corpora and views of a split's sources."""
-  if config.objective not in examples.EXAMPLES:
-    raise RequestError(f'unknown objective {config.objective!r}: choose from '
-                       f'{", ".join(examples.EXAMPLES)}.')
-  examples.check(config)
-  _check(config, process_count)
-  view = packing.VIEWS[examples.EXAMPLES[config.objective].view]
-  weights, corpora = zip(*_corpora(config, tokenizer, split))
-  return weights, corpora, [view(corpus) for corpus in corpora]
-
-
-def _check(config, process_count: int):
-  limits.ranges(config, 'seed', 'data', 'span')
   size = config.data.batch_size
   if size % process_count:
     raise RequestError(f'data.batch_size={size} is not divisible by the '
                        f'{process_count} processes.')
+  view = objectives.of(config).view
+  weights, corpora = zip(*_corpora(config, tokenizer, split))
+  return weights, corpora, [view(corpus) for corpus in corpora]
 
 
 def check_sources(config) -> None:

@@ -24,11 +24,12 @@ import pathlib
 import re
 
 from configs.errors import EnvironmentFailure, RequestError
-from training.data import conversations, pairs, texts
+from training.data import conversations, texts
 
 Document = str | list[tuple[str, str]]
 KINDS = ('text', 'source', 'target', 'system', 'user', 'assistant', 'prompt',
-         'response', 'question', 'answer')
+         'response', 'question', 'answer')  # the cache keeps indices into this
+PAIR = ('source', 'target')
 
 _WEIGHTED = re.compile(r'\s*(?:([0-9.eE+-]+)\*)?(.*\S)\s*')
 
@@ -246,8 +247,36 @@ def _hf(name: str, rest: str) -> Source:
 
 
 def _parallel(name: str, pattern: str) -> Source:
-  """Pairs for sequence to sequence, in .tsv or .jsonl; one a line."""
-  return Source(name, 'parallel', _files(name, pattern), pairs.read)
+  """Pairs for sequence to sequence, one a line: source, a tab, target, or in a
+  file that ends in .jsonl an object with `source` and `target`."""
+
+  def read(path: str) -> Iterator[list[tuple[str, str]]]:
+    pair = _pair_of_json if path.endswith('.jsonl') else _pair_of_tsv
+    with open(path, 'rb') as file:
+      for number, line in enumerate(file, 1):
+        where = f'{path}, line {number},'
+        text = texts.decoded(line, where).rstrip('\r\n')
+        if text.strip():
+          yield list(zip(PAIR, pair(text, where)))
+
+  return Source(name, 'parallel', _files(name, pattern), read)
+
+
+def _pair_of_tsv(line: str, where: str) -> list[str]:
+  fields = line.split('\t')
+  if len(fields) != 2:
+    raise RequestError(f'{where} has {len(fields)} fields: a pair is a source, '
+                       'one tab and a target.')
+  return fields
+
+
+def _pair_of_json(line: str, where: str) -> list[str]:
+  record = texts.parsed(line, where)
+  pair = [record.get(kind) if isinstance(record, dict) else None
+          for kind in PAIR]
+  if not all(isinstance(text, str) for text in pair):
+    raise RequestError(f'{where} is no pair: an object with source and target.')
+  return [texts.checked(text, where) for text in pair]
 
 
 def _alpaca(name: str, pattern: str) -> Source:

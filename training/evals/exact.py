@@ -8,13 +8,14 @@ import numpy as np
 from configs.errors import require
 from training import evaluating
 from training import generate
+from training import objectives
 from training import progress
-from training.data import pairs
 from training.data import pipeline
+from training.objectives import seq2seq
 
 
 def check(options, config, workdir, task: str = 'exact') -> None:
-  require(config.objective in ('seq2seq', 'span'),
+  require(objectives.of(config).stack == 'encoder-decoder',
           f'objective {config.objective!r} has no targets to write: leave '
           f'{task} out of --tasks')
 
@@ -58,7 +59,7 @@ def written(evaluation) -> tuple[list, list[list[tuple]]]:
 def translate(module, params, batch, tokenizer) -> list[tuple]:
   """Returns (hypothesis, reference, whether their tokens are the same) of
   each pair of a batch; rows without a weight are no pairs."""
-  start = jnp.full((len(batch['tokens']), 1), pairs.start_id(tokenizer))
+  start = jnp.full((len(batch['tokens']), 1), seq2seq.start_id(tokenizer))
   end = tokenizer.separator_id
   tokens = jax.device_get(generate.generate(
       module, params, start, jnp.ones(len(start), jnp.int32),

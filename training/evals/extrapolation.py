@@ -34,7 +34,7 @@ BUCKETS = 8  # of the positions of the longest, in the table
 
 
 def check(options, config, workdir) -> None:
-  require(config.objective == 'causal', f'objective {config.objective!r}: '
+  require(objectives.of(config).every_token, f'objective {config.objective!r}: '
           'extrapolation is measured for next-token prediction')
   evals.needs_plot(workdir / FILE)
 
@@ -102,7 +102,7 @@ def _text(sources) -> Text:
 def _by_position(evaluation, model, sources, text: Text) -> np.ndarray:
   """Mean loss at each position, [L], in nats; nan where there is no token."""
   module = architectures.build(model)
-  objective = objectives.OBJECTIVES['causal']
+  objective = objectives.of(evaluation.run.config)
 
   def sums_of(params, batch):
     output = objective.apply(module, params, batch)

@@ -36,7 +36,7 @@ def check(options, config, workdir) -> None:
 def run(evaluation) -> dict:
   """Prints the table; writes routing.png into the workdir."""
   run_, config = evaluation.run, evaluation.run.config
-  objective = objectives.OBJECTIVES[config.objective]
+  objective = objectives.of(config)
 
   def told(params, batch):
     health = objective.apply(run_.module, params, batch).aux['health']

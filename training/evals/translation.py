@@ -7,12 +7,12 @@ to its end.
 """
 
 from configs.errors import RequestError, require
-from training import evaluating
+from training import evaluating, objectives
 from training.evals import exact
 
 
 def check(options, config, workdir) -> None:
-  require(config.objective == 'seq2seq',
+  require(objectives.of(config).translates,
           f'objective {config.objective!r} has no pairs to translate: leave '
           'translation out of --tasks')
   make_bleu()

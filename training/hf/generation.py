@@ -13,7 +13,7 @@ import architectures
 from architectures.parts.config import ModelConfig
 from configs.errors import require
 from training import objectives
-from training.data import pairs
+from training.objectives import seq2seq
 from training.hf import config as hf_config
 from training.hf import files as hf_files
 from training.workdir import storage
@@ -55,14 +55,14 @@ def of_run(config, model: ModelConfig, tokenizer) -> Generation:
   ids = {f'{name}_token_id': special.get(name)
          for name in ('bos', 'eos', 'pad')}
   fixed = architectures.hugging_face(model.arch).fixed
-  if not objectives.OBJECTIVES[config.objective].generates:
+  if objectives.of(config).prompt is None:
     return Generation(_without(ids, fixed), None)
   end = tokenizer.separator_id
   ids['eos_token_id'] = end
   if special.get('bos') is None:
     ids['bos_token_id'] = end
   if architectures.stack(model) == 'encoder-decoder':
-    ids['decoder_start_token_id'] = pairs.start_id(tokenizer)
+    ids['decoder_start_token_id'] = seq2seq.start_id(tokenizer)
   options = {name: value for name, value in ids.items() if value is not None}
   return Generation(_without(ids, fixed), options | dict(bos_token_id=end))
 

@@ -8,7 +8,8 @@ and exported, and its ids mean something else than those of its training.
 import pathlib
 import shutil
 
-from training.data import conversations, tokenizers
+from training import objectives
+from training.data import tokenizers
 from training.workdir import storage
 
 TEMPLATE = 'chat_template.jinja'
@@ -62,7 +63,9 @@ def give(workdir, config, folder: pathlib.Path, step: int) -> None:
     shutil.copyfile(path, folder / ('tokenizer.json' if path.suffix == '.json'
                                     else path.name))
 
-  template = conversations.jinja(config, tokenizers.load(config.data.tokenizer))
+  chat_template = objectives.of(config).chat_template
+  template = chat_template and chat_template(
+      config, tokenizers.load(config.data.tokenizer))
   if template is not None:
     (folder / TEMPLATE).write_text(template)
 

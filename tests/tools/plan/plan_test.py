@@ -21,7 +21,6 @@ from training import objectives, runs
 from training import paths
 from training.costs import memory, peaks
 from training.costs import traced
-from training.data import examples
 from training.data import tokenizers
 from training.distributed import devices
 
@@ -143,7 +142,7 @@ def test_tokens_are_cut_up_over_every_axis_of_theirs(preset):
   config.model.moe.num_experts = 8
   run = run_on_cpu(config, preset)
   batch = {key: jax.ShapeDtypeStruct(shape, dtype) for key, (shape, dtype)
-           in examples.shapes(config).items()}
+           in objectives.shapes(config).items()}
   objective = objectives.OBJECTIVES[config.objective]
   with run.context():
     jaxpr = jax.make_jaxpr(lambda params, batch: objective.apply(

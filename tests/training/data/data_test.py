@@ -2,7 +2,9 @@
 
 import itertools
 import pathlib
+import subprocess
 import sys
+import textwrap
 
 import numpy as np
 import pytest
@@ -273,14 +275,28 @@ def test_mixture_weights_are_honoured(folder):
   assert len(set(own[:size])) == len(set(own)) == size
 
 
+def test_making_batches_looks_for_no_device(folder):
+  """Worker processes make them, beside a process that holds the devices."""
+  result = subprocess.run(
+      [sys.executable, '-c', textwrap.dedent(f"""
+          from configs import base
+          from jax._src import xla_bridge
+          from training.data import pipeline, tokenizers
+          config = base.base()
+          config.data.update(
+              source='text:{folder}/a/*.txt', cache_dir='{folder}/cache',
+              length=16, batch_size=8, tokenize_workers=1)
+          pipeline.load(config, tokenizers.load('bytes')).batch(0)
+          print(xla_bridge.backends_are_initialized())""")],
+      cwd=ROOT, capture_output=True, text=True)
+  assert result.stdout.splitlines()[-1:] == ['False'], result.stderr
+
+
 # Refusals.
 
 
 @pytest.mark.parametrize('fields, message', [
     (dict(count=3), 'data.batch_size=8 is not divisible by the 3 processes'),
-    (dict(seed=-1), 'seed is -1: it must be >= 0'),
-    (dict(length=0), 'data.length is 0: it must be >= 1'),
-    (dict(workers=-1), 'data.workers is -1: it must be >= 0'),
     (dict(length=5000), r'has 729 training tokens, fewer than .*length=5000'),
     (dict(holdout_every=0, split='eval'),
      'has 12 document.s., of which data.holdout_every=0 leaves none for eval'),

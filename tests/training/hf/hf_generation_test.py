@@ -12,11 +12,12 @@ from tests import train_test
 from tests.helpers import models
 from tools import convert
 from training import weights
-from training.data import conversations, pipeline
+from training.data import pipeline
 from training.data import tokenizers
 from training.hf import config as hf_config
 from training.hf import generation as hf_generation
 from training.hf import tokenizer as hf_tokenizer
+from training.objectives import chat
 from training.workdir import restoring, run_config
 
 GIVEN = dict(
@@ -162,7 +163,7 @@ def test_a_run_that_learned_to_chat_gives_its_template(tmp_path):
     hf_tokenizer.give(tmp_path, config, tmp_path / 'out', step=5)
     assert words in file.read_text() and '{{ eos_token }}' in file.read_text()
   config.data.chat_template = 'earlier'
-  assert conversations.jinja(config, tokenizers.load('bytes')) is None
+  assert chat.jinja(config, tokenizers.load('bytes')) is None
 
 
 def test_a_damaged_file_of_generation_is_named(tmp_path):

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from configs import base
-from training.data import pipeline, examples, tokenizers
+from training import objectives
+from training.data import pipeline, tokenizers
 
 
 @pytest.mark.parametrize('objective, fields', [
@@ -28,4 +29,4 @@ def test_shapes_are_the_loaders(objective, fields, tmp_path):
       holdout_every=0, tokenize_workers=1) | fields)
   batch = pipeline.load(config, tokenizers.load('bytes')).batch(0)
   got = {key: (x.shape, x.dtype) for key, x in batch.items()}
-  assert got == examples.shapes(config)
+  assert got == objectives.shapes(config)

@@ -8,9 +8,10 @@ import tokenizers as hf
 
 from configs import base
 from tests import train_test
-from training import runs
-from training.data import conversations, pipeline, examples, sources
+from training import objectives, runs
+from training.data import conversations, pipeline, sources
 from training.data import tokenizers
+from training.objectives import chat
 from training.workdir import run_config
 
 texts = train_test.texts
@@ -89,11 +90,11 @@ def test_the_published_parts_are_fastchats_text(system, messages):
 def test_a_question_is_the_start_of_a_conversation(talks):
   config = _config(f'{talks}:messages')
   row = pipeline.load(config, BYTES).batch(0)['tokens'][0]
-  asked = conversations.question('Hello!', config, BYTES)
+  asked = chat.question('Hello!', config, BYTES)
   np.testing.assert_array_equal(asked, row[:len(asked)])
   assert _text(asked) == f'</s>{SYSTEM} USER: Hello! ASSISTANT:'
   assert BYTES.decode(row[len(asked):]).startswith(' Hi!')
-  assert conversations.question('', config, BYTES).tolist() == [row[0]]
+  assert chat.question('', config, BYTES).tolist() == [row[0]]
 
 
 def _llama_like(tmp_path):
@@ -124,7 +125,7 @@ def test_a_question_and_its_answer_are_tokenised_as_one(talks, tmp_path):
   alone = tokenizer.encode(' Hi!').tolist()
   assert alone not in [expected[i:i + len(alone)]
                        for i in range(len(expected))]
-  asked = conversations.question('Hello!', _config('jsonl:x:y'), tokenizer)
+  asked = chat.question('Hello!', _config('jsonl:x:y'), tokenizer)
   assert asked[1:].tolist() == expected[:len(asked) - 1]
   assert not weights[:len(asked) - 1].any() and weights[len(asked) - 1]
 
@@ -164,7 +165,7 @@ def test_alpacas_records_are_laid_out_by_its_template(kind, template, tmp_path):
     found.add((BYTES.decode(prompt), BYTES.decode(answer)))
   assert found == {(text, record['output'])
                    for text, record in zip(LAID_OUT, RECORDS)}
-  asked = conversations.question('Sing!', config, BYTES)
+  asked = chat.question('Sing!', config, BYTES)
   assert asked[0] == end and BYTES.decode(asked) == LAID_OUT[1]
 
 
@@ -191,7 +192,7 @@ def test_a_run_of_the_earlier_template_goes_on_with_it(talks, tmp_path):
   assert _text(row[batch['valid'][0] == 1]).startswith(
       'USER: Hello!\nASSISTANT: Hi!</s>USER: How are you?\nASSISTANT: I am')
   assert _text(row[told]).startswith('Hi!</s>I am')
-  assert _text(conversations.question('Hello!', old, BYTES)) == (
+  assert _text(chat.question('Hello!', old, BYTES)) == (
       '</s>USER: Hello!\nASSISTANT: ')
   # To go on by the published one must be asked for.
   with pytest.raises(ValueError, match='data.chat_template=earlier'):
@@ -211,7 +212,7 @@ def test_a_template_that_is_none_or_not_read_is_refused(objective, template,
   config = _config('sotu', chat_template=template)
   config.objective = objective
   with pytest.raises(ValueError, match=words):
-    examples.check(config)
+    objectives.check(config)
 
 
 def test_a_turn_without_a_role_is_refused(talks):
@@ -231,5 +232,5 @@ def test_conversations_are_no_plain_text(talks, texts):
 def test_every_kind_of_part_has_its_place():
   assert set(conversations.ROLES.values()) | {
       'prompt', 'response', 'question', 'answer'} == (
-          set(conversations.HEADERS)) == set(conversations.TAILS)
-  assert set(conversations.HEADERS) < set(sources.KINDS)
+          set(conversations.KINDS)) == set(chat.HEADERS) == set(chat.TAILS)
+  assert set(conversations.KINDS) < set(sources.KINDS)

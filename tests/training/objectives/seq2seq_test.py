@@ -14,16 +14,16 @@ from configs import base
 from training import evals
 from training import objectives
 from training import runs
-from training.data import examples
 from training.data import packing
-from training.data import pairs
 from training.data import pipeline
-from training.data import spans
+from training.data import sources
 from training.data import tokenizers
 from training.evals import exact
+from training.objectives import seq2seq
+from training.objectives import span as spans
 
 TOKENIZER = tokenizers.load('bytes')
-END, START = TOKENIZER.separator_id, pairs.start_id(TOKENIZER)
+END, START = TOKENIZER.separator_id, seq2seq.start_id(TOKENIZER)
 
 
 def _config(objective, **fields):
@@ -59,7 +59,7 @@ def _text(row):
 def test_a_corrupted_window_holds_the_text(n):
   window = _window(n)
   for seed in range(20):
-    row = examples.EXAMPLES['span'].make(
+    row = objectives.OBJECTIVES['span'].row(
         window, np.random.default_rng(seed), _config('span'), TOKENIZER)
     text, left = _text(row)
     np.testing.assert_array_equal(text, window.tokens[:min(n, 64)])
@@ -140,7 +140,7 @@ def test_pairs_of_a_file(kind, tmp_path):
   path = tmp_path / f'train.{kind}'
   path.write_text('\n'.join(
       '\t'.join(pair) if kind == 'tsv' else json.dumps(
-          dict(zip(pairs.KINDS, pair))) for pair in texts) + '\n')
+          dict(zip(sources.PAIR, pair))) for pair in texts) + '\n')
   config = _config('seq2seq', source=f'parallel:{path}',
                    eval_source=f'parallel:{path}')
   loader, = pipeline.held_out(config, TOKENIZER)
@@ -178,11 +178,12 @@ def test_refusals():
   config = _config('span')
   config.data.length = 4096
   with pytest.raises(ValueError, match='has 100 sentinels'):
-    examples.EXAMPLES['span'].make(_window(length=4096, n=4096),
-                                   np.random.default_rng(0), config, TOKENIZER)
+    objectives.OBJECTIVES['span'].row(
+        _window(length=4096, n=4096), np.random.default_rng(0), config,
+        TOKENIZER)
   config.span.noise_density = 1.5
   with pytest.raises(ValueError, match='noise_density is 1.5'):
-    pipeline.load(config, TOKENIZER)
+    runs.check(config)
   config = base.base()
   config.objective = 'span'
   with pytest.raises(ValueError, match='model.arch gpt .*choose from causal'):
@@ -197,9 +198,9 @@ def test_every_example_feeds_its_loss():
   talk = [('user', TOKENIZER.encode('a')), ('assistant', TOKENIZER.encode('b'))]
   for name, objective in objectives.OBJECTIVES.items():
     config = _config(name)
-    row = (examples.EXAMPLES['chat'].make(talk, None, config, TOKENIZER)
+    row = (objective.row(talk, None, config, TOKENIZER)
            if name == 'chat' else pipeline.load(config, TOKENIZER).batch(0))
-    if examples.EXAMPLES[name].documents:
+    if 'data.document_mask' in objective.reads:
       config.data.document_mask = True
       row |= pipeline.load(config, TOKENIZER).batch(0)
     assert set(row) == {*objective.inputs, *objective.options, 'targets',
@@ -207,7 +208,10 @@ def test_every_example_feeds_its_loss():
 
 
 def test_a_target_shows_what_it_is_and_no_more():
-  row = pairs.lay_out(np.array([7, 8]), np.array([4, 5, 6]), 4, 5, 9)
+  tokenizer = types.SimpleNamespace(special_ids={'pad': 9}, separator_id=3)
+  row = objectives.OBJECTIVES['seq2seq'].row(
+      packing.Pair(np.array([7, 8]), np.array([4, 5, 6]), whole=False), None,
+      _config('seq2seq', length=4, target_length=5), tokenizer)
   shown = {name: x.tolist() for name, x in row.items()}
   assert shown == dict(
       tokens=[7, 8, 9, 9], segment_ids=[1, 1, 0, 0],

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from tests.helpers import letters
-from training.data import pipeline, masking, packing
+from training.data import pipeline, packing
+from training.objectives import mlm
 
 BYTES = letters.BYTES
 
@@ -71,7 +72,7 @@ def test_one_window_is_drawn_anew_by_the_seed_and_in_each_epoch(tmp_path):
 
 def test_a_word_begins_at_a_space_and_after_it():
   ids = np.frombuffer(b'ab c  de', np.uint8).astype(np.int32)
-  starts = masking._starts(ids, BYTES)
+  starts = mlm._starts(ids, BYTES)
   assert starts.tolist() == [c in '|x' for c in 'x.|x||x.']
 
 
@@ -80,7 +81,7 @@ def test_every_token_is_told_as_often_as_any_other(whole_words):
   ids, special = np.array([*b'ab cde f gh ijkl m no pq'], np.int32), np.zeros(
       24, bool)
   told = np.mean([
-      masking.mask(ids, special, np.random.default_rng(seed), BYTES, rate=0.25,
+      mlm.mask(ids, special, np.random.default_rng(seed), BYTES, rate=0.25,
                    whole_words=whole_words)[1] for seed in range(3000)], 0)
   spread = 0.04 if whole_words else 5 * (0.25 * 0.75 / 3000) ** 0.5
   assert np.ptp(told) < 2 * spread, told
@@ -90,7 +91,7 @@ def test_at_least_one_token_is_told():
   ids, rng = np.full(5, 97, np.int32), np.random.default_rng(0)
   special = np.array([True, False, False, False, True])
   for whole_words in (False, True):
-    _, chosen = masking.mask(ids, special, rng, BYTES, rate=0.01,
+    _, chosen = mlm.mask(ids, special, rng, BYTES, rate=0.01,
                              whole_words=whole_words)
     assert chosen.any() and not (chosen & special).any()
 
@@ -101,7 +102,7 @@ def test_what_is_special_is_never_masked_with_a_word():
   special = np.zeros(len(ids), bool)
   special[[0, 3, -1]] = True
   for seed in range(20):
-    _, chosen = masking.mask(ids, special, np.random.default_rng(seed), BYTES,
+    _, chosen = mlm.mask(ids, special, np.random.default_rng(seed), BYTES,
                              rate=0.5, whole_words=True)
     assert chosen.any() and not (chosen & special).any()
 

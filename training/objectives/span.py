@@ -12,11 +12,13 @@ drawn. The figure in the paper ends the target with one sentinel more; its
 code, followed here, doesn't.
 """
 
+import ml_collections
 import numpy as np
 
 from configs.errors import RequestError
 from training.data import packing
-from training.data import pairs
+from training.objectives import seq2seq
+from training.objectives.record import Row, Shape
 
 
 def sizes(n: int, density: float, mean: float) -> tuple[int, int]:
@@ -47,12 +49,12 @@ def corrupt(ids: np.ndarray, cut: np.ndarray,
   return side(cut), side(~cut)
 
 
-def span(window: packing.Window, rng: np.random.Generator, config,
-         tokenizer) -> dict[str, np.ndarray]:
+def span(window: packing.Window, rng: np.random.Generator,
+         config: ml_collections.ConfigDict, tokenizer) -> Row:
   """Corrupts the data.length tokens of a window.
 
   Returns:
-    what `pairs.lay_out` does; both rows end with the separator.
+    as `seq2seq.lay_out`; both rows end with the separator.
   """
   density, mean = config.span.noise_density, config.span.mean_length
   length = config.data.length
@@ -74,12 +76,17 @@ def span(window: packing.Window, rng: np.random.Generator, config,
   else:
     source, target = corrupt(ids, draw(n, density, mean, rng), sentinels)
     source, target = np.append(source, end), np.append(target, end)
-  return pairs.lay_out(source, target, *lengths(config),
-                       pairs.start_id(tokenizer))
+  return seq2seq.lay_out(source, target, tokenizer)
 
 
-def lengths(config) -> tuple[int, int]:
-  """Tokens of a source and of a target: M and L."""
+def _arrays(config: ml_collections.ConfigDict) -> dict[str, Shape]:
   length, span_ = config.data.length, config.span
   cut, spans = sizes(length, span_.noise_density, span_.mean_length)
-  return length - cut + spans + 1, cut + spans + 1
+  return seq2seq.two_rows(length - cut + spans + 1, cut + spans + 1)
+
+
+OBJECTIVES = {
+    'span': seq2seq.ENCODER_DECODER._replace(
+        view=packing.Windows, example=span, arrays=_arrays,
+        reads=('span.noise_density', 'span.mean_length')),
+}

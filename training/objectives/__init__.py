@@ -1,0 +1,49 @@
+"""What a model learns to do: one record an objective, in the table OBJECTIVES.
+
+To add an objective, write its record in a file of this folder and list it in
+that file's table; record.py says what a record holds. Everything else reads
+the table: the data pipeline, the training step, evaluation and sampling, plans
+of memory, exports, and the fields of the config that are refused.
+"""
+
+import ml_collections
+
+from configs import base
+from configs.errors import one_of, require
+from training import limits
+from training.data import conversations
+from training.objectives import causal, chat, mlm, seq2seq, span
+from training.objectives.record import Objective, Shape
+
+OBJECTIVES: dict[str, Objective] = {
+    **causal.OBJECTIVES, **chat.OBJECTIVES, **span.OBJECTIVES,
+    **seq2seq.OBJECTIVES, **mlm.OBJECTIVES}
+
+
+def of(config: ml_collections.ConfigDict) -> Objective:
+  """Returns the record of a run's objective; RequestError if there is none."""
+  one_of('objective', config.objective, OBJECTIVES)
+  return OBJECTIVES[config.objective]
+
+
+def shapes(config: ml_collections.ConfigDict) -> dict[str, Shape]:
+  """Returns the shape and dtype of each array of a run's batches."""
+  return {key: ((config.data.batch_size, *shape), dtype)
+          for key, (shape, dtype) in of(config).arrays(config).items()}
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+  """Raises RequestError for an unknown objective, and for a field that was set,
+  so that it differs from its default, and that the objective does not read."""
+  of(config)
+  one_of('data.chat_template', config.data.chat_template,
+         conversations.TEMPLATES)
+  defaults = base.base()
+  for name in {field: None for row in OBJECTIVES.values()
+               for field in row.reads}:
+    readers = [key for key, row in OBJECTIVES.items() if name in row.reads]
+    value, default = limits.get(config, name), limits.get(defaults, name)
+    require(config.objective in readers or value == default,
+            f'{name} is {value!r}, which objective {config.objective!r} does '
+            f'not read (it is read by {", ".join(readers)}): leave it at '
+            f'{default!r}, or choose one of these')

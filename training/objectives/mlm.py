@@ -1,0 +1,197 @@
+"""Masked words: BERT's examples (Devlin et al. 2019, section 3.1 and appendix
+A.1) and RoBERTa's (Liu et al. 2019, section 4).
+
+  [CLS] first text [SEP] second text [SEP]     mlm_nsp
+  [CLS] text, over documents' ends [SEP]       mlm
+
+With next sentences the second text is, half of the time, what follows the
+first in its document; else it comes from another document. Without them a row
+is full of text: documents one after the other, with a separator between them.
+15 % of the tokens are prediction targets. Of these, 80 % are replaced by
+[MASK], 10 % by a random token, and 10 % stay. Masks are drawn anew in each pass
+over the text, as RoBERTa's are.
+"""
+
+from collections.abc import Mapping
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from architectures.parts.skeletons import Output
+from configs.errors import RequestError
+from training.data import packing
+from training.objectives import record
+from training.objectives.record import Mean, Objective, Row, Shape
+
+
+def mlm(window: packing.Window, rng: np.random.Generator,
+        config: ml_collections.ConfigDict, tokenizer) -> Row:
+  """Returns one masked row of text.
+
+  Returns:
+    tokens, segment_ids (0: padding), targets [L]; weights [L], 1 where a token
+    is to be predicted. With data.document_mask a document is a segment, from
+    its separator on, and positions [L] begin with it.
+  """
+  text = window.tokens[1:window.size]
+  ids = np.concatenate([[tokenizer.cls_id], text, [tokenizer.sep_id]]
+                       ).astype(np.int32)
+  starts = ids == tokenizer.separator_id
+  special = starts.copy()
+  special[[0, -1]] = True
+  apart = dict(segment_ids=np.ones(len(ids)))
+  if config.data.document_mask:
+    starts[-1] = False  # the end of the row begins no document
+    apart = packing.documents(starts)
+  return _masked(ids, special, rng, config, tokenizer) | apart
+
+
+def _mlm_arrays(config: ml_collections.ConfigDict) -> dict[str, Shape]:
+  apart = ('positions',) if config.data.document_mask else ()
+  return record.text_arrays(config, 'segment_ids', *apart)
+
+
+def mlm_nsp(stretch: packing.Stretch, rng: np.random.Generator,
+            config: ml_collections.ConfigDict, tokenizer) -> Row:
+  """Returns one masked pair.
+
+  Returns:
+    tokens, types, segment_ids (0: padding), targets [L]; weights [L], 1 where a
+    token is to be predicted; nsp_targets [], 1: the second text is from
+    elsewhere.
+  """
+  first, second, random = _pair(stretch, rng)
+  cls, sep = tokenizer.cls_id, tokenizer.sep_id
+  ids = np.concatenate([[cls], first, [sep], second, [sep]]).astype(np.int32)
+  special = np.zeros(len(ids), bool)
+  special[[0, 1 + len(first), -1]] = True
+  return _masked(ids, special, rng, config, tokenizer) | dict(
+      types=np.arange(len(ids)) >= len(first) + 2,
+      segment_ids=np.ones(len(ids)), nsp_targets=random)
+
+
+def _nsp_arrays(config: ml_collections.ConfigDict) -> dict[str, Shape]:
+  return record.text_arrays(config, 'types', 'segment_ids') | dict(
+      nsp_targets=((), np.int32))
+
+
+def _masked(ids: np.ndarray, special: np.ndarray, rng: np.random.Generator,
+            config: ml_collections.ConfigDict, tokenizer) -> Row:
+  """Returns tokens, targets and weights of a row."""
+  masked, chosen = mask(ids, special, rng, tokenizer,
+                        rate=config.data.mask_rate,
+                        whole_words=config.data.whole_words)
+  return dict(tokens=masked, targets=ids, weights=chosen)
+
+
+def _pad(tokenizer) -> int:
+  """Returns the token that fills a row up."""
+  return tokenizer.special_ids.get('pad', tokenizer.sep_id)
+
+
+def _pair(stretch: packing.Stretch, rng: np.random.Generator
+          ) -> tuple[np.ndarray, np.ndarray, bool]:
+  """Returns (first text, second text, whether that is from elsewhere)."""
+  tokens = stretch.tokens
+  cut = int(rng.integers(1, len(tokens)))
+  if rng.random() < 0.5:
+    return tokens[:cut], tokens[cut:], False
+  return tokens[:cut], stretch.elsewhere(rng, len(tokens) - cut), True
+
+
+def mask(ids: np.ndarray, special: np.ndarray, rng: np.random.Generator,
+         tokenizer, *, rate: float, whole_words: bool
+         ) -> tuple[np.ndarray, np.ndarray]:
+  """Returns (ids with some masked, which of them are to be predicted).
+
+  Args:
+    ids: int32 [L].
+    special: bool [L], never masked.
+    rng: of the draws.
+    tokenizer: its mask token and vocabulary.
+    rate: the share of tokens that are chosen, at least one of them.
+    whole_words: whether all tokens of a word are chosen, or none.
+  """
+  places = np.flatnonzero(~special)
+  wanted = max(1, round(rate * len(places)))
+  word = np.cumsum(_starts(ids, tokenizer) if whole_words
+                   else np.ones(len(ids), bool))
+  order = rng.permutation(np.unique(word[places]))
+  sizes = np.bincount(word[places], minlength=word[-1] + 1)
+  taken = np.cumsum(sizes[order]) - sizes[order] < wanted
+  chosen = np.isin(word, order[taken]) & ~special
+  draw = rng.random(len(ids))
+  masked = np.where(chosen & (draw < 0.8), tokenizer.mask_id, ids)
+  other = rng.integers(0, tokenizer.vocab_size, len(ids))
+  masked = np.where(chosen & (draw >= 0.8) & (draw < 0.9), other, masked)
+  return masked.astype(np.int32), chosen
+
+
+def _starts(ids: np.ndarray, tokenizer) -> np.ndarray:
+  """Returns bool [L]: whether a word begins at a token."""
+  begins, ends = _words(tokenizer)
+  after = np.concatenate([[True], ends[ids[:-1]]])
+  return begins[ids] | after
+
+
+@functools.lru_cache(maxsize=4)
+def _words(tokenizer) -> tuple[np.ndarray, np.ndarray]:
+  """Returns bool [V] twice: which tokens begin a word, which end one."""
+  special = set(tokenizer.special_ids.values())
+  pieces = [b' ' if i in special else tokenizer.decode_bytes([i])
+            for i in range(tokenizer.vocab_size)]
+  if any(piece.startswith(b'##') and len(piece) > 2 for piece in pieces):
+    begins = np.array([not piece.startswith(b'##') for piece in pieces])
+    return begins, np.zeros(len(pieces), bool)
+  begins = np.array([piece[:1].isspace() for piece in pieces])
+  ends = np.array([piece[-1:].isspace() for piece in pieces])
+  if not (begins | ends)[[i not in special for i in range(len(pieces))]].any():
+    raise RequestError(
+        f'data.whole_words: tokenizer {tokenizer.name!r} does not show where a '
+        'word begins. Set it to False, or take WordPiece, bytes or a '
+        'byte-level BPE.')
+  return begins, ends
+
+
+def rows(batch: Mapping[str, jax.Array]) -> jax.Array:
+  """Returns how many rows are not padding."""
+  return _real_B(batch).sum()
+
+
+def _real_B(batch: Mapping[str, jax.Array]) -> jax.Array:
+  return (batch['segment_ids'] != 0).any(1).astype(jnp.float32)
+
+
+def mlm_and_nsp(output: Output, batch: Mapping[str, jax.Array],
+                config: ml_collections.ConfigDict) -> dict[str, Mean]:
+  """Returns BERT's losses: of the masked words, and of whether the second text
+  follows the first. One is a mean over these words, the other over rows."""
+  figures = record.given_token(output, batch, config)
+  for name in ('loss', 'accuracy'):
+    figures[f'mlm_{name}'] = figures.pop(name)
+  real_B = _real_B(batch)
+  logits_B2 = output.extra['nsp_logits']
+  targets_B1 = batch['nsp_targets'][:, None]
+  nsp_B = -jnp.take_along_axis(
+      jax.nn.log_softmax(logits_B2, -1), targets_B1, 1)[:, 0]
+  right_B = jnp.argmax(logits_B2, -1) == batch['nsp_targets']
+  return figures | {
+      'nsp_loss': Mean((real_B * nsp_B).sum(), real_B.sum()),
+      'nsp_accuracy': Mean((real_B * right_B).sum(), real_B.sum())}
+
+
+_READS = ('data.mask_rate', 'data.whole_words')
+OBJECTIVES = {
+    'mlm': Objective(
+        'encoder', packing.Passages, mlm, _mlm_arrays, ('tokens',),
+        {'positions': 'positions_BL', 'segment_ids': 'segment_ids_BL'},
+        ('segment_ids',), reads=(*_READS, 'data.document_mask'), fill=_pad),
+    'mlm_nsp': Objective(
+        'encoder', packing.Stretches, mlm_nsp, _nsp_arrays, ('tokens',),
+        {'types': 'type_ids_BL', 'segment_ids': 'segment_ids_BL'},
+        ('segment_ids',), reads=_READS, fill=_pad, figures=mlm_and_nsp,
+        terms={'mlm_loss': record.targets, 'nsp_loss': rows}),
+}

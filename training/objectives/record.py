@@ -1,0 +1,225 @@
+"""What an objective is: a record that holds all that others need to know of it.
+
+A batch is a dict of arrays. Every weight of a loss stands under a key that ends
+in 'weights', and what tells tokens from padding under a key that ends in
+'segment_ids' or 'valid': in the rows that fill up the last batch of an
+evaluation these are zero.
+
+A loss is a mean, or for BERT the sum of two means, each over things of its own
+kind: tokens to predict, or rows. `Objective.figures` returns each figure as a
+Mean, a sum and its weight, because these add up over micro-batches, batches and
+hosts: a figure is sum(total) / sum(weight), however its batch was cut. The mean
+of nothing is nan, not 0.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from architectures.parts.skeletons import Output
+from training import losses
+
+Shape = tuple[tuple[int, ...], type]  # of an array, with its dtype
+Row = dict[str, Any]  # arrays and numbers of one row, by key of the batch
+
+
+class Mean(NamedTuple):
+  """A mean that has yet to be taken; both of its numbers add up.
+
+  Attributes:
+    total: the weighted sum.
+    weight: the sum of the weights.
+  """
+  total: jax.Array
+  weight: jax.Array
+
+
+class Prompts(NamedTuple):
+  """Texts as a model is shown them before it writes.
+
+  Attributes:
+    tokens: int32 [B, L], what the written text goes on from, padded on the
+      right.
+    lengths: int32 [B], how many tokens of each row are real.
+    arguments: further arguments of generate.generate.
+    gap: what stands between a prompt and its text when both are printed.
+  """
+  tokens: np.ndarray
+  lengths: np.ndarray
+  arguments: dict[str, np.ndarray] = {}
+  gap: str = ''
+
+
+def targets(batch: Mapping[str, jax.Array]) -> jax.Array:
+  """Returns how many tokens of a batch are to be predicted, by weight."""
+  return batch['weights'].astype(jnp.float32).sum()
+
+
+def given_token(output: Output, batch: Mapping[str, jax.Array],
+                config: ml_collections.ConfigDict) -> dict[str, Mean]:
+  """Returns the cross-entropy of targets [B, L], where weights [B, L] count
+  them: of the next tokens, or of the masked ones."""
+  train = config.train
+  loss_sum, sums = losses.cross_entropy(
+      output.hidden, output.head, batch['targets'], batch['weights'],
+      z_loss=train.z_loss, label_smoothing=train.label_smoothing,
+      chunk=train.loss_chunk)
+  weight = sums.pop('weight')
+  return {name: Mean(total, weight)
+          for name, total in (sums | {'loss': loss_sum}).items()}
+
+
+def separator(tokenizer) -> int:
+  """Returns the token between documents."""
+  return tokenizer.separator_id
+
+
+def text_arrays(config: ml_collections.ConfigDict,
+                *more: str) -> dict[str, Shape]:
+  """Returns the arrays of a row of data.length tokens, each predicted at its
+  own place, and `more` arrays of as many integers."""
+  L = (config.data.length,)
+  return dict(tokens=(L, np.int32), targets=(L, np.int32),
+              weights=(L, np.float32)) | {key: (L, np.int32) for key in more}
+
+
+def padded(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+  """Returns prompts of unequal lengths as [B, L], and their lengths [B]."""
+  lengths = np.array([len(row) for row in rows], np.int32)
+  tokens = np.zeros((len(rows), lengths.max()), np.int32)
+  for row, ids in zip(tokens, rows):
+    row[:len(ids)] = ids
+  return tokens, lengths
+
+
+def after_separator(texts: Sequence[str], config: ml_collections.ConfigDict,
+                    tokenizer) -> Prompts:
+  """Returns texts that a document begins with, for a decoder to go on from."""
+  del config
+  return Prompts(*padded([np.concatenate([[tokenizer.separator_id], ids])
+                          for ids in tokenizer.encode_batch(texts)]))
+
+
+class Objective(NamedTuple):
+  """An objective, from the text that it reads to the figures that it reports.
+
+  Attributes:
+    stack: which models it trains, as architectures.stack names them.
+    view: the class of training/data/packing.py whose items it reads.
+    example: (item, rng, config, tokenizer) -> one row of a batch. `rng` is
+      drawn from the seed and the row's place in the whole run, so that masks
+      too repeat on any number of hosts and workers. See `row`.
+    arrays: config -> {key: (shape, dtype)} of one row: the batch's own, less
+      their first axis.
+    inputs: keys of the batch that are the module's positional arguments.
+    options: {key of the batch, where it is there: keyword of the module}.
+    seen: keys whose entries tell tokens from padding, which is 0.
+    reads: fields of the config that this objective reads and some do not: to
+      set one with an objective that does not read it is refused.
+    fill: tokenizer -> the token that rows are filled up with.
+    figures: (output, batch, config) -> {name: Mean}; losses are in nats.
+    terms: {figure: batch -> what its mean is over}; the loss is the sum of
+      these means. The first one is the mean over the tokens to predict.
+    prompt: (texts, config, tokenizer) -> Prompts, where the model writes text;
+      None: it does not write.
+    every_token: whether each token of the text is predicted once, from those
+      before it. The loss is then one of the text, in bits per byte whatever
+      the tokenizer, and can be measured at longer lengths than in training.
+    translates: whether its rows are pairs of a source text and a target text.
+    chat_template: (config, tokenizer) -> the Jinja template of an export, or
+      None; None: there is never one.
+  """
+  stack: str
+  view: type
+  example: Callable[..., Row]
+  arrays: Callable[[ml_collections.ConfigDict], dict[str, Shape]]
+  inputs: tuple[str, ...]
+  options: dict[str, str]
+  seen: tuple[str, ...]
+  reads: tuple[str, ...] = ()
+  fill: Callable[[Any], int] = separator
+  figures: Callable[..., dict[str, Mean]] = given_token
+  terms: Mapping[str, Callable] = {'loss': targets}
+  prompt: Callable[..., Prompts] | None = None
+  every_token: bool = False
+  translates: bool = False
+  chat_template: Callable[..., str | None] | None = None
+
+  def row(self, item: Any, rng: np.random.Generator,
+          config: ml_collections.ConfigDict, tokenizer
+          ) -> dict[str, np.ndarray]:
+    """Returns one row of a batch: what `example` makes of an item, in the
+    shapes and dtypes of `arrays`. What is shorter is filled up: tokens and
+    targets with `fill`, everything else with zeros."""
+    values = self.example(item, rng, config, tokenizer)
+    arrays = self.arrays(config)
+    assert values.keys() == arrays.keys(), (values.keys(), arrays.keys())
+    row = {}
+    for key, (shape, dtype) in arrays.items():
+      ids = key.endswith(('tokens', 'targets'))
+      row[key] = np.full(shape, self.fill(tokenizer) if ids else 0, dtype)
+      row[key][tuple(map(slice, np.shape(values[key])))] = values[key]
+    return row
+
+  def row_lengths(self, config: ml_collections.ConfigDict) -> tuple[int, ...]:
+    """Returns how many tokens a row has: of an encoder-decoder, those of its
+    source and of its target."""
+    arrays = self.arrays(config)
+    return tuple(arrays[key][0][0] for key in ('tokens', 'decoder_tokens')
+                 if key in arrays)
+
+  def apply(self, module: nn.Module, params: Any,
+            batch: Mapping[str, jax.Array], **kwargs) -> Output:
+    """Runs `module` on what this objective shows it of the batch."""
+    options = {keyword: batch[key] for key, keyword in self.options.items()
+               if key in batch}
+    return module.apply({'params': params},
+                        *[batch[key] for key in self.inputs], **options,
+                        **kwargs)
+
+  @property
+  def main(self) -> str:
+    """The figure that is the loss of a token to predict."""
+    return next(iter(self.terms))
+
+  def weights(self, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Returns what each term of the loss is divided by in this batch."""
+    return {name: of(batch) for name, of in self.terms.items()}
+
+  def tokens(self, batch: Mapping[str, jax.Array]) -> jax.Array:
+    """Returns how many tokens of a batch the model sees, without padding."""
+    return sum((batch[key] != 0).astype(jnp.float32).sum()
+               for key in self.seen)
+
+  def loss(self, output: Output, batch: Mapping[str, jax.Array],
+           config: ml_collections.ConfigDict,
+           whole: Mapping[str, jax.Array] | None = None
+           ) -> tuple[jax.Array, dict[str, Mean]]:
+    """Returns a batch's share in whole[main] times the loss, and its figures.
+
+    The shares of micro-batches add up, and so do their gradients.
+
+    Args:
+      output: the model's.
+      batch: a batch, or a micro-batch.
+      config: the run's.
+      whole: `weights` of the whole batch; None: this is the whole.
+    """
+    figures = self.figures(output, batch, config)
+    whole = self.weights(batch) if whole is None else whole
+    share = figures[self.main].total
+    for name in self.terms:
+      if name != self.main:
+        share += figures[name].total * (whole[self.main] / whole[name])
+    return share, figures
+
+  def means(self, figures: Mapping[str, Mean]) -> dict[str, Any]:
+    """Returns the figures' values, `loss` among them."""
+    values = {name: mean.total / mean.weight
+              for name, mean in figures.items()}
+    return values | {'loss': sum(values[name] for name in self.terms)}
