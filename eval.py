@@ -14,22 +14,19 @@ Exit code 2: a wrong request; 1: a failure.
 from absl import flags
 
 from configs.errors import RequestError
-from training import cli
+from training import cli, evals
 from training.distributed import interrupts
-from training.evals import flags as eval_flags
 
 cli.define_workdir()
 flags.DEFINE_integer('step', None, 'Which checkpoint; default: the newest.',
                      lower_bound=0, upper_bound=2**31 - 1)
-flags.DEFINE_list('tasks', ['loss'], 'Comma-separated, of loss, samples, '
-                  'extrapolation, routing, exact (held-out targets written '
-                  'right), translation (BLEU as well); --samples or --prompt '
-                  'adds samples.')
+flags.DEFINE_list('tasks', ['loss'],
+                  f'Comma-separated. {evals.described()}')
 flags.DEFINE_string('text', '', 'What to evaluate on, written as data.source '
                     "is, such as 'text:other/*.txt', all of it; default: what "
                     'the run holds out.')
 flags.DEFINE_string('json', '', 'A file to write all figures to.')
-eval_flags.define()
+evals.define_flags()
 
 
 def main():
@@ -39,21 +36,18 @@ def main():
     raise RequestError('pass --workdir DIR, the folder of a run')
 
   # Imported late: `--help` and a wrong flag answer at once.
-  from training import evals
   from training.data import sources
   from training.distributed import cpu_memory
   from training.workdir import storage
   from training.evals import checkpoint
   workdir = storage.path(args.workdir)
   json_file = storage.output(args.json, '--json')
-  asked = args['samples'].present or args['prompt'].present
-  names = args.tasks + ['samples'] * (asked and 'samples' not in args.tasks)
-  tasks = {name: evals.task(name) for name in names}
+  names = evals.asked_for(args.tasks, args)
   if args.text:
     sources.parse(args.text)
 
   cpu_memory.reuse()
-  figures = checkpoint.evaluate(workdir, tasks, args, step=args.step,
+  figures = checkpoint.evaluate(workdir, names, args, step=args.step,
                                 text=args.text, programs={})
   if json_file:
     checkpoint.write(json_file, figures)

@@ -168,17 +168,12 @@ def _from_hf(source: pathlib.Path, partial: bool, seed: int):
 def _from_workdir(workdir: epath.Path, step: int | None):
   """Returns (config, module, parameters, step) of a run's checkpoint."""
   from training import runs
-  from training.workdir import restoring, run_config
+  from training.workdir import run_config
   config = runs.for_this_machine(
       runs.with_new_fields(run_config.load(workdir)))
   run = runs.build(config, runs.model_of(workdir))
-  restored = restoring.restore(
-      restoring.directory(workdir), {'params': run.abstract.params}, step,
-      partial=True)
-  for sentence in restored.damaged:
-    print(f'warning: {sentence}', file=sys.stderr)
-  print(f'{workdir}, step {restored.step}')
-  return config, run.module, restored.state['params'], restored.step
+  params, step = runs.restore_params(run, workdir, step)
+  return config, run.module, params, step
 
 
 def _resolved(config):

@@ -303,6 +303,25 @@ def _check_context(config, context: int) -> None:
             f'divide data.{name} {size}: choose a multiple of it')
 
 
+def restore_params(run: Run, workdir, step: int | None = None
+                   ) -> tuple[Any, int]:
+  """Returns the parameters of a checkpoint, and its step; prints which it is,
+  and the checkpoints that were passed over because they are damaged.
+
+  Args:
+    run: the run of `workdir`.
+    workdir: its folder.
+    step: which checkpoint; None: the newest good one.
+  """
+  restored = restoring.restore(
+      restoring.directory(workdir), {'params': run.abstract.params}, step,
+      partial=True)
+  for sentence in restored.damaged:
+    print(f'warning: {sentence}', file=sys.stderr)
+  print(f'{workdir}, step {restored.step}')
+  return restored.state['params'], restored.step
+
+
 def for_this_machine(config: ml_collections.ConfigDict
                      ) -> ml_collections.ConfigDict:
   """Returns the config with a mesh of this machine's devices: all in `data`

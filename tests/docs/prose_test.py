@@ -10,6 +10,7 @@ import shlex
 import pytest
 
 from configs import base
+from training import evals
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGES = sorted([ROOT / 'README.md', *ROOT.glob('docs/**/*.md')])
@@ -70,10 +71,11 @@ def _source(target):
   """Returns the program's source: its own, and the flags it shares."""
   file = ROOT / target
   files = [file] if file.suffix == '.py' else sorted(file.glob('**/*.py'))
-  shared = [ROOT / 'training/cli.py']
+  text = ''.join(f.read_text() for f in [*files, ROOT / 'training/cli.py'])
   if target == 'eval.py':
-    shared.append(ROOT / 'training/evals/flags.py')
-  return ''.join(f.read_text() for f in files + shared)
+    text += repr([flag.name for task in evals.TASKS.values()
+                  for flag in task.flags])
+  return text
 
 
 def _program(words):

@@ -196,7 +196,7 @@ MUTANTS = {
          'evaluating: mixture'),
         ('jax.tree.map(np.add, total, more)', 'more', 'evaluating: mixture'),
     ],
-    'training/evals/extrapolation.py': [
+    'training/evals/lengths.py': [
         ('where=text.tokens > 0,', 'where=text.tokens >= -1,',
          'evaluating: extrapolation', 'nothing over nothing is nan too, but '
          'NumPy warns of it'),

@@ -64,6 +64,17 @@ def test_start_up_imports_nothing_heavy(module):
   assert result.stdout.strip() == '[]', result.stdout + result.stderr
 
 
+def test_the_help_of_eval_has_every_task_and_its_flags():
+  from training import evals
+  shown = ' '.join(run('eval.py', '--help').stdout.split())
+  for name, task in evals.TASKS.items():
+    assert f'{name}: {task.help}' in shown
+    for flag in task.flags:
+      assert re.search(rf'--(\[no\])?{flag.name}: {name}: ', shown)
+  result = run('-c', "import eval, sys; print('jax' in sys.modules)")
+  assert result.stdout.strip() == 'False', result.stdout + result.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('tool', TOOLS)
 def test_each_tool_has_help(tool):

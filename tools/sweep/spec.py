@@ -17,18 +17,12 @@ from typing import Any
 
 import ml_collections
 
-from configs.errors import RequestError
-from training import config_files
+from configs.errors import RequestError, require
+from training import config_files, evals
 
 SEEDS = 3
 MOST_SEEDS = 10_000
 BASE = 'base'  # what the point that changes nothing is called by default
-# Which points owe a task of TASKS: what it measures, others do not have.
-OWES = {
-    'extrapolation': lambda config: config.objective == 'causal',
-    'routing': lambda config: config.model.ffn == 'moe',
-    'loss': lambda config: True,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,9 +61,11 @@ class Sweep:
     return changed(self.base, changes, f'point {point.name!r}')
 
   def owed(self, point: Point) -> tuple[str, ...]:
-    """The evaluations that a run of `point` owes once it is trained."""
+    """The evaluations that a run of `point` owes once it is trained: those of
+    TASKS that measure something of it."""
     config = self.config(point)
-    return tuple(task for task in self.tasks if OWES[task](config))
+    return tuple(task for task in self.tasks
+                 if not evals.TASKS[task].unfit(config))
 
 
 def load(file: str, seeds: int = 0) -> Sweep:
@@ -107,9 +103,8 @@ def load(file: str, seeds: int = 0) -> Sweep:
   if not isinstance(tasks, tuple | list):
     raise RequestError(f'{file}: TASKS is {tasks!r}: write a tuple of names')
   for task in tasks:
-    if task not in OWES:
-      raise RequestError(f'{file}: unknown task {task!r} in TASKS: choose from '
-                         f'{", ".join(OWES)}')
+    require(task in evals.TASKS, f'{file}: unknown task {task!r} in TASKS: '
+            f'choose from {", ".join(evals.TASKS)}')
   seeds = seeds or getattr(module, 'SEEDS', SEEDS)
   if type(seeds) is not int or not 1 <= seeds <= MOST_SEEDS:
     raise RequestError(f'SEEDS or --seeds is {seeds!r}: choose a whole number '

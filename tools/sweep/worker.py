@@ -50,10 +50,9 @@ def _evaluate(folders, tasks: list[str]) -> int:
   model and data share what was compiled."""
   from absl import flags
   from training import evals
-  from training.evals import flags as eval_flags
   from training.workdir import storage
   from training.evals import checkpoint
-  eval_flags.define()
+  evals.define_flags()
   flags.FLAGS(['worker'])  # the defaults of eval.py
   code, programs = 0, {}
   for folder in folders:
@@ -61,8 +60,8 @@ def _evaluate(folders, tasks: list[str]) -> int:
         log), contextlib.redirect_stderr(log):
       try:
         figures = checkpoint.evaluate(
-            storage.path(folder), {name: evals.task(name) for name in tasks},
-            flags.FLAGS, step=None, text='', programs=programs)
+            storage.path(folder), tasks, flags.FLAGS, step=None, text='',
+            programs=programs)
       except (RequestError, EnvironmentFailure, OSError) as error:
         print(f'error: {error}')  # of this run: the others go on
         code = UNFINISHED

@@ -1,84 +1,86 @@
-"""What eval.py can ask of a checkpoint: one file a task, listed in TASKS.
+"""What eval.py can measure of a checkpoint: one record a task, in TASKS.
 
-A task takes an Evaluation and returns figures: a dict of numbers, lists and
-strings that go into --json, after it has printed them for a reader.
+To add a task, write its record in a file of this folder and list it here;
+task.py says what a record holds. eval.py and the sweeps take the names of the
+tasks and their flags from this table.
 """
 
-from collections.abc import Callable
-import dataclasses
-import importlib
-import importlib.util
-import types
+from collections.abc import Iterable
 from typing import Any
 
+from absl import flags
 from etils import epath
+import ml_collections
 
 from configs.errors import one_of, require
-from training.workdir import run_config, storage
+from training.evals import exact, extrapolation, loss, routing, samples
+from training.evals import translation
+from training.evals.task import Task
 
+flags.disclaim_key_flags()  # what is defined here belongs to who calls
 
-
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-  """A run's checkpoint and what was asked about it.
-
-  Attributes:
-    run: the run's config, model and mesh; its params are `params`.
-    step: the checkpoint's step.
-    tokenizer: the run's.
-    options: eval.py's flags by name.
-    workdir: the run's folder; pictures go there.
-    programs: what was compiled, by what it is of; see `program`.
-  """
-  run: Any
-  params: Any
-  step: int
-  tokenizer: Any
-  options: Any
-  workdir: epath.Path
-  programs: dict
-
-  def program(self, make: Callable[[], Callable], *of):
-    """Returns jax.jit of what `make` returns, or the same of an earlier run of
-    this process that differs in nothing that an evaluation reads: so that the
-    seeds of a sweep's point compile once.
-
-    Args:
-      make: makes the function.
-      of: which of the run's functions it is: hashable.
-    """
-    import jax
-    flat = run_config.flatten(self.run.config)
-    key = (*of, self.run.model, *(
-        (name, value) for name, value in flat.items()
-        if not name.startswith(UNREAD)))
-    if key not in self.programs:
-      self.programs[key] = jax.jit(make())
-    return self.programs[key]
-
-
-# Fields that no evaluation reads: `model` stands resolved beside them.
-UNREAD = ('seed', 'init_', 'model.', 'optim.', 'checkpoint.', 'log.')
-# name: the module whose run(evaluation) does it, and whose check(options,
-# config, workdir) raises RequestError for what it could not do.
-TASKS = {
-    'exact': 'training.evals.exact',
-    'extrapolation': 'training.evals.extrapolation',
-    'loss': 'training.evals.loss',
-    'routing': 'training.evals.routing',
-    'samples': 'training.evals.samples',
-    'translation': 'training.evals.translation',
+TASKS: dict[str, Task] = {
+    'loss': loss.TASK,
+    'samples': samples.TASK,
+    'extrapolation': extrapolation.TASK,
+    'routing': routing.TASK,
+    'exact': exact.TASK,
+    'translation': translation.TASK,
 }
 
 
-def task(name: str) -> types.ModuleType:
-  """Returns the module of the task `name`; RequestError where there is none."""
+def task(name: str) -> Task:
+  """Returns the task `name`; RequestError where there is none."""
   one_of('--tasks', name, TASKS)
-  return importlib.import_module(TASKS[name])
+  return TASKS[name]
 
 
-def needs_plot(file: epath.Path) -> None:
-  """Raises RequestError where a picture could not be drawn or written."""
-  require(importlib.util.find_spec('matplotlib') is not None, 'the picture '
-          "needs matplotlib: pip install -e '.[plot]'")
-  storage.try_file(file, '--workdir')
+def define_flags() -> None:
+  """Defines the flags of all tasks."""
+  define = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer,
+            float: flags.DEFINE_float, str: flags.DEFINE_string}
+  for name, row in TASKS.items():
+    for flag in row.flags:
+      bounds = {} if flag.least is None else dict(
+          lower_bound=flag.least, upper_bound=flag.most)
+      define[type(flag.default)](
+          flag.name, flag.default, f'{name}: {flag.help}', **bounds)
+
+
+def described() -> str:
+  """Returns what each task reports, in a sentence for --help."""
+  told = '; '.join(f'{name}: {row.help}' for name, row in TASKS.items())
+  adds = '; '.join(
+      f'{" or ".join(f"--{flag.name}" for flag in row.flags if flag.asks)} '
+      f'adds {name}' for name, row in TASKS.items()
+      if any(flag.asks for flag in row.flags))
+  return f'{told}. {adds}.'
+
+
+def asked_for(names: Iterable[str], values: flags.FlagValues) -> list[str]:
+  """Returns the tasks of --tasks, and those that another flag asks for.
+
+  Raises:
+    RequestError: for a name that is no task's.
+  """
+  names = list(names)
+  for name in names:
+    task(name)
+  return names + [name for name, row in TASKS.items() if name not in names
+                  and any(flag.asks and values[flag.name].present
+                          for flag in row.flags)]
+
+
+def check(name: str, options: Any, config: ml_collections.ConfigDict,
+          workdir: epath.Path) -> None:
+  """Raises RequestError where a task cannot be done of a run.
+
+  Args:
+    name: the task's.
+    options: eval.py's flags by name.
+    config: the run's.
+    workdir: the run's folder.
+  """
+  reason = task(name).unfit(config)
+  require(not reason, f'{reason}: leave {name} out of --tasks')
+  task(name).check(options, workdir)

@@ -1,27 +1,18 @@
-"""Held-out targets that the model writes right to their end, each token: the
-share of pairs, or of rows of cut-out spans (sequence accuracy)."""
+"""Exact-match accuracy: the share of held-out targets, of pairs or of spans
+that were cut out, that the model writes correctly to their end."""
 
-import jax
-import jax.numpy as jnp
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ml_collections
 import numpy as np
 
-from configs.errors import require
-from training import evaluating
-from training import generate
-from training import objectives
-from training import progress
-from training.data import pipeline
-from training.objectives import seq2seq
+from training.evals.task import Evaluation, Task
 
 
-def check(options, config, workdir, task: str = 'exact') -> None:
-  require(objectives.of(config).stack == 'encoder-decoder',
-          f'objective {config.objective!r} has no targets to write: leave '
-          f'{task} out of --tasks')
-
-
-def run(evaluation) -> dict:
+def run(evaluation: Evaluation) -> dict[str, Any]:
   """Writes the targets of eval.batches batches, greedily."""
+  from training import evaluating
   loaders, found = written(evaluation)
   each = [share(own) for own in found]
   for loader, own, exact in zip(loaders, found, each):
@@ -35,14 +26,16 @@ def run(evaluation) -> dict:
   return figures
 
 
-def share(own) -> float:
-  """Returns the share of one source's targets that were written right."""
+def share(own: Sequence[tuple]) -> float:
+  """Returns the share of one source's targets that were written exactly."""
   return float(np.mean([same for _, _, same in own]))
 
 
-def written(evaluation) -> tuple[list, list[list[tuple]]]:
-  """Returns the loaders of what is held out, and of each what `translate`
-  does of its rows."""
+def written(evaluation: Evaluation) -> tuple[list, list[list[tuple]]]:
+  """Returns the loaders of what is held out, and for each of them what
+  `translate` returns of its rows."""
+  from training import progress
+  from training.data import pipeline
   run, config = evaluation.run, evaluation.run.config
   loaders = pipeline.held_out(config, evaluation.tokenizer)
   found = []
@@ -56,9 +49,15 @@ def written(evaluation) -> tuple[list, list[list[tuple]]]:
   return loaders, found
 
 
-def translate(module, params, batch, tokenizer) -> list[tuple]:
+def translate(module: Any, params: Any, batch: Mapping[str, np.ndarray],
+              tokenizer: Any) -> list[tuple[str, str, bool]]:
   """Returns (hypothesis, reference, whether their tokens are the same) of
   each pair of a batch; rows without a weight are no pairs."""
+  import jax
+  import jax.numpy as jnp
+
+  from training import generate
+  from training.objectives import seq2seq
   start = jnp.full((len(batch['tokens']), 1), seq2seq.start_id(tokenizer))
   end = tokenizer.separator_id
   tokens = jax.device_get(generate.generate(
@@ -77,6 +76,16 @@ def translate(module, params, batch, tokenizer) -> list[tuple]:
   return found
 
 
-def _text(ids, end: int, tokenizer) -> str:
+def _text(ids: np.ndarray, end: int, tokenizer: Any) -> str:
   ends = np.flatnonzero(ids == end)
   return tokenizer.decode(ids[:ends[0]] if ends.size else ids)
+
+
+def _unfit(config: ml_collections.ConfigDict) -> str:
+  from training import objectives
+  return '' if objectives.of(config).stack == 'encoder-decoder' else (
+      f'objective {config.objective!r} has no targets to write')
+
+
+TASK = Task('the share of held-out targets that are written exactly', run,
+            _unfit)

@@ -10,47 +10,36 @@ shorter than a row, no token reaches the row's end, and there is no loss. Of
 several sources each token counts by its source's weight.
 """
 
+from collections.abc import Iterable, Iterator, Mapping
 import math
+from typing import Any
 
-import jax
-import jax.numpy as jnp
+import ml_collections
 import numpy as np
 
-import architectures
-from architectures.parts import positions
-from configs.errors import require
-from training import evals
-from training import losses
-from training import objectives
-from training import progress
-from training.data import pipeline
-from training.distributed import devices
 from training.evals.by_position import Text, loss_at
+from training.evals.task import Evaluation, Flag, Task, needs_plot
 
 FILE = 'extrapolation.png'
 MULTIPLES = (1, 2, 4, 8)
-TOKENS = 2 ** 17  # at each length, at least
 BUCKETS = 8  # of the positions of the longest, in the table
 
 
-def check(options, config, workdir) -> None:
-  require(objectives.of(config).every_token, f'objective {config.objective!r}: '
-          'extrapolation is measured for next-token prediction')
-  evals.needs_plot(workdir / FILE)
-
-
-def run(evaluation) -> dict:
+def run(evaluation: Evaluation) -> dict[str, Any]:
   """Prints the table; writes extrapolation.png into the workdir."""
-  config = evaluation.run.config
-  length = config.data.length
+  from architectures.parts import positions
+  from training.evals import lengths
+  model, length = evaluation.run.model, evaluation.run.config.data.length
   curves, texts = {}, {}
   for multiple in MULTIPLES:
-    sources = list(_sources(evaluation, length * multiple, multiple))
-    texts[multiple] = _text(sources)
-    for name, model in variants(evaluation.run.model, length, multiple,
-                                evaluation.options.interpolate).items():
-      curves.setdefault(name, {})[multiple] = None if model is None else (
-          _by_position(evaluation, model, sources, texts[multiple]))
+    sources = list(lengths.sources(evaluation, multiple))
+    texts[multiple] = lengths.text(sources)
+    # None where the model refuses the length.
+    variants = positions.of(model).longer(model, length, multiple,
+                                          evaluation.options.interpolate)
+    for name, variant in variants.items():
+      curves.setdefault(name, {})[multiple] = None if variant is None else (
+          lengths.by_position(evaluation, variant, sources, texts[multiple]))
   print(table(curves, texts, length))
   path = evaluation.workdir / FILE
   plot(curves, texts, length, path)
@@ -64,60 +53,7 @@ def run(evaluation) -> dict:
                      for name, by in curves.items()}}
 
 
-def variants(model, length: int, multiple: int, interpolate: bool) -> dict:
-  """Returns {name: model config}, None where the model refuses the length."""
-  return positions.of(model).longer(model, length, multiple, interpolate)
-
-
-def _sources(evaluation, length: int, multiple: int):
-  """Yields (weight of a token, batches) of each source: the same held-out
-  text at each length, in as many tokens a batch as the mesh allows."""
-  config = evaluation.run.config.copy_and_resolve_references()
-  shards = math.prod(evaluation.run.mesh.shape.values())
-  rows = max(config.data.batch_size // multiple // shards, 1) * shards
-  config.data.update(length=length, batch_size=rows)
-  loaders = pipeline.held_out(config, evaluation.tokenizer,
-                          *devices.batch_shard(evaluation.run.place, rows))
-  for loader in loaders:
-    batches = [devices.put(batch, evaluation.run.place)
-               for batch in loader.iterate(0, -(-TOKENS // (rows * length)))]
-    tokens = sum(float(batch['weights'].sum()) for batch in batches)
-    yield loader.share / tokens, batches
-
-
-def _sum(fn, batches) -> np.ndarray:
-  """Sums a function of batches, [L], in float64."""
-  rows = f'evaluating rows of {batches[0]["tokens"].shape[1]:,} tokens'
-  return sum(np.asarray(jax.device_get(fn(batch)), np.float64)
-             for batch in progress.each(batches, rows))
-
-
-def _text(sources) -> Text:
-  count = jax.jit(lambda batch: batch['weights'].sum(0))
-  tokens = [_sum(count, batches) for _, batches in sources]
-  return Text(sum(tokens).astype(int),
-              sum(each * x for (each, _), x in zip(sources, tokens)))
-
-
-def _by_position(evaluation, model, sources, text: Text) -> np.ndarray:
-  """Mean loss at each position, [L], in nats; nan where there is no token."""
-  module = architectures.build(model)
-  objective = objectives.of(evaluation.run.config)
-
-  def sums_of(params, batch):
-    output = objective.apply(module, params, batch)
-    loss_BL = losses.token_losses(output.hidden, output.head,
-                                  batch['targets']).loss
-    return jnp.sum(loss_BL * batch['weights'], 0)
-
-  step = evaluation.program(lambda: sums_of, 'extrapolation', model)
-  total = sum(each * _sum(lambda batch: step(evaluation.params, batch),
-                          batches) for each, batches in sources)
-  return np.divide(total, text.weights, where=text.tokens > 0,
-                   out=np.full(total.shape, np.nan))
-
-
-def table(curves: dict, texts: dict, length: int) -> str:
+def table(curves: Mapping, texts: Mapping[int, Text], length: int) -> str:
   """Mean loss at each length, then by position at the longest."""
   longest = max(MULTIPLES)
   edges = [length * longest * i // BUCKETS for i in range(BUCKETS + 1)]
@@ -133,7 +69,8 @@ def table(curves: dict, texts: dict, length: int) -> str:
       *_rows(curves, texts, buckets)])
 
 
-def _rows(curves: dict, texts: dict, places):
+def _rows(curves: Mapping, texts: Mapping[int, Text],
+          places: Iterable[tuple[int, slice]]) -> Iterator[str]:
   """A row for each variant, and one that says how many tokens there are."""
   for name, by in curves.items():
     yield _row(name, [_shown(by.get(m), texts[m], where)
@@ -142,18 +79,19 @@ def _rows(curves: dict, texts: dict, places):
                         for m, where in places])
 
 
-def _row(name: str, cells) -> str:
+def _row(name: str, cells: Iterable) -> str:
   return f'{name:<24}' + ''.join(f'{cell:>9}' for cell in cells)
 
 
-def _shown(curve, text: Text, where: slice) -> str:
+def _shown(curve: np.ndarray | None, text: Text, where: slice) -> str:
   if curve is None:
     return 'refused'
   loss = loss_at(curve, text, where)
   return 'no text' if math.isnan(loss) else f'{loss:.3f}'
 
 
-def plot(curves: dict, texts: dict, length: int, path) -> None:
+def plot(curves: Mapping, texts: Mapping[int, Text], length: int,
+         path: Any) -> None:
   """Draws the loss by position at the longest length that each one takes."""
   import matplotlib
   matplotlib.use('Agg')
@@ -182,3 +120,21 @@ def plot(curves: dict, texts: dict, length: int, path) -> None:
   with path.open('wb') as file:
     figure.savefig(file, dpi=150, format='png')
   pyplot.close(figure)
+
+
+def _check(options: Any, workdir: Any) -> None:
+  del options
+  needs_plot(workdir / FILE)
+
+
+def _unfit(config: ml_collections.ConfigDict) -> str:
+  from training import objectives
+  return '' if objectives.of(config).every_token else (
+      f'objective {config.objective!r} does not predict every token, so it has '
+      'no loss by position')
+
+
+TASK = Task(
+    'loss by position at 1, 2, 4 and 8 times the training length', run, _unfit,
+    _check, flags=(Flag('interpolate', False,
+                        'Stretch learned positions past max_len.'),))

@@ -4,19 +4,18 @@ Of several sources the figures are means by the weights of data.eval_source,
 or of data.source, and each source's own stand beside them.
 """
 
-from training import evaluating
-from training import progress
-from training.data import pipeline
-from training.distributed import devices
-from training.step import make_eval_step
+from collections.abc import Sequence
+from typing import Any
+
+from training.evals.task import Evaluation, Task
 
 
-def check(options, config, workdir) -> None:
-  """Any run has a held-out loss."""
-
-
-def run(evaluation) -> dict:
+def run(evaluation: Evaluation) -> dict[str, Any]:
   """Evaluates every held-out token once."""
+  from training import evaluating, progress
+  from training.data import pipeline
+  from training.distributed import devices
+  from training.step import make_eval_step
   config = evaluation.run.config
   loaders = pipeline.held_out(
       config, evaluation.tokenizer,
@@ -37,8 +36,9 @@ def run(evaluation) -> dict:
       'sources': own}
 
 
-def _told(text: str, sums, loaders) -> dict:
+def _told(text: str, sums: Sequence, loaders: Sequence) -> dict[str, Any]:
   """Prints and returns the figures of some sources together."""
+  from training import evaluating
   figures = evaluating.means(sums, loaders)
   tokens = sum(loader.num_tokens for loader in loaders)
   size = evaluating.mix([loader.bytes_per_token for loader in loaders], loaders)
@@ -46,3 +46,6 @@ def _told(text: str, sums, loaders) -> dict:
   for name, value in figures.items():
     print(f'  {name.replace("_", " "):<16} {evaluating.shown(value)}')
   return figures | {'tokens': tokens, 'text': text}
+
+
+TASK = Task('held-out loss, perplexity and bits per byte', run)

@@ -3,16 +3,13 @@
 Each figure is a mean over batches, by their tokens, and over sources, by
 their weights."""
 
-import jax
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
 import numpy as np
 
-from architectures.parts.moe import health
-from configs.errors import require
-from training import evals
-from training import objectives
-from training import progress
-from training.data import pipeline
-from training.distributed import devices
+from training.evals.task import Evaluation, Task, needs_plot
 
 FILE = 'routing.png'
 BATCHES = 16
@@ -27,20 +24,20 @@ COLUMNS = {
 }
 
 
-def check(options, config, workdir) -> None:
-  require(config.model.ffn == 'moe', f'model.ffn is {config.model.ffn!r}: '
-          'routing is evaluated for a mixture of experts')
-  evals.needs_plot(workdir / FILE)
-
-
-def run(evaluation) -> dict:
+def run(evaluation: Evaluation) -> dict[str, Any]:
   """Prints the table; writes routing.png into the workdir."""
+  import jax
+
+  from architectures.parts.moe import health
+  from training import objectives, progress
+  from training.data import pipeline
+  from training.distributed import devices
   run_, config = evaluation.run, evaluation.run.config
   objective = objectives.of(config)
 
   def told(params, batch):
-    health = objective.apply(run_.module, params, batch).aux['health']
-    return health, objective.tokens(batch)
+    panel = objective.apply(run_.module, params, batch).aux['health']
+    return panel, objective.tokens(batch)
 
   step = evaluation.program(lambda: told, 'routing')
 
@@ -66,7 +63,7 @@ def run(evaluation) -> dict:
   return {name: x.tolist() for name, x in (figures | over).items()}
 
 
-def table(figures: dict) -> str:
+def table(figures: Mapping[str, np.ndarray]) -> str:
   """One row a layer of experts."""
   layers = len(figures['load_E'])
   lines = [f'{"layer":<6}' + ''.join(f'{h:>17}' for h in COLUMNS.values())]
@@ -76,7 +73,7 @@ def table(figures: dict) -> str:
   return '\n'.join(lines)
 
 
-def plot(load_NE: np.ndarray, path) -> None:
+def plot(load_NE: np.ndarray, path: Any) -> None:
   """Draws the load of each expert, 1 where it is even."""
   import matplotlib
   matplotlib.use('Agg')
@@ -98,3 +95,17 @@ def plot(load_NE: np.ndarray, path) -> None:
   with path.open('wb') as file:
     figure.savefig(file, dpi=150, format='png')
   pyplot.close(figure)
+
+
+def _check(options: Any, workdir: Any) -> None:
+  del options
+  needs_plot(workdir / FILE)
+
+
+def _unfit(config: ml_collections.ConfigDict) -> str:
+  return '' if config.model.ffn == 'moe' else (
+      f'model.ffn is {config.model.ffn!r}, which has no experts to route to')
+
+
+TASK = Task('how a mixture of experts routes held-out text', run, _unfit,
+            _check)

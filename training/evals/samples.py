@@ -1,28 +1,20 @@
 """Text that the model writes, from a prompt or from nothing."""
 
-import jax
+from typing import Any
+
+import ml_collections
 import numpy as np
 
 from configs.errors import require
-from training import generate
-from training import objectives
-from training import progress
+from training.evals.task import Evaluation, Flag, Task
 
 
-def check(options, config, workdir) -> None:
-  require(objectives.of(config).prompt,
-          f'objective {config.objective!r} does not write text: leave samples '
-          'out of --tasks')
-  _sampling(options)
-
-
-def _sampling(options) -> generate.Sampling:
-  return generate.Sampling(options.temperature, options.top_k, options.top_p)
-
-
-def run(evaluation) -> dict:
+def run(evaluation: Evaluation) -> dict[str, Any]:
   """Prints --samples continuations of --prompt (or of several, by '|||');
   of an encoder-decoder, what it writes when it has read the prompt."""
+  import jax
+
+  from training import generate, objectives, progress
   options, model = evaluation.options, evaluation.run.model
   config, tokenizer = evaluation.run.config, evaluation.tokenizer
   texts = options.prompt.split('|||')
@@ -46,6 +38,38 @@ def run(evaluation) -> dict:
                       for p, t in zip(rows, written)]}
 
 
-def _until(row, stop: int):
+def _until(row: np.ndarray, stop: int) -> np.ndarray:
   ends = np.flatnonzero(row == stop)
   return row[:ends[0]] if ends.size else row
+
+
+def _sampling(options: Any):
+  from training import generate
+  return generate.Sampling(options.temperature, options.top_k, options.top_p)
+
+
+def _check(options: Any, workdir: Any) -> None:
+  del workdir
+  _sampling(options)  # which refuses what it cannot honour
+
+
+def _unfit(config: ml_collections.ConfigDict) -> str:
+  from training import objectives
+  return '' if objectives.of(config).prompt else (
+      f'objective {config.objective!r} does not write text')
+
+
+TASK = Task(
+    'texts that the model writes', run, _unfit, _check, flags=(
+        Flag('samples', 1, 'Texts to write for each prompt.', 1, 10_000,
+             asks=True),
+        Flag('prompt', '', "What a text begins with; several: 'A|||B'.",
+             asks=True),
+        Flag('max_new_tokens', 0,
+             'Tokens to write; 0: as many as fit, 256 at most.', 0, 2**24),
+        Flag('temperature', 1.0, '0: always the likeliest token.'),
+        Flag('top_k', 0, 'Draw from the k likeliest tokens; 0: from all.', 0,
+             2**26),
+        Flag('top_p', 1.0, 'Draw from the likeliest tokens that together reach '
+             'the probability p.'),
+        Flag('sample_seed', 0, 'The seed of the draws.', 0, 2**32 - 1)))

@@ -1,25 +1,23 @@
-"""Held-out pairs: BLEU of what the model writes, and whole targets right.
+"""Translations of held-out pairs: their BLEU, and how many are exact.
 
 BLEU is sacrebleu's corpus BLEU (Post 2018), on text; where the package is
-absent the request is refused. `exact`, which is a task of its own too, is the
+absent the request is refused. `exact`, which is also a task of its own, is the
 share of sources for which the likeliest tokens, one by one, spell the target
 to its end.
 """
 
-from configs.errors import RequestError, require
-from training import evaluating, objectives
+from typing import Any
+
+import ml_collections
+
+from configs.errors import RequestError
 from training.evals import exact
+from training.evals.task import Evaluation, Task
 
 
-def check(options, config, workdir) -> None:
-  require(objectives.of(config).translates,
-          f'objective {config.objective!r} has no pairs to translate: leave '
-          'translation out of --tasks')
-  make_bleu()
-
-
-def run(evaluation) -> dict:
+def run(evaluation: Evaluation) -> dict[str, Any]:
   """Translates eval.batches batches of held-out pairs, greedily."""
+  from training import evaluating
   bleu = make_bleu()
   loaders, found = exact.written(evaluation)
   scores, shares = [], []
@@ -51,3 +49,17 @@ def make_bleu():
                        "pip install 'archetype[bleu]'; exact does without"
                        ) from error
   return BLEU()
+
+
+def _check(options: Any, workdir: Any) -> None:
+  del options, workdir
+  make_bleu()
+
+
+def _unfit(config: ml_collections.ConfigDict) -> str:
+  from training import objectives
+  return '' if objectives.of(config).translates else (
+      f'objective {config.objective!r} has no pairs to translate')
+
+
+TASK = Task('BLEU of held-out pairs, and exact', run, _unfit, _check)

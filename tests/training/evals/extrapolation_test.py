@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 
 import architectures
+from architectures.parts import positions
 from tests.helpers import models
 from training.evals import by_position, extrapolation
 
 
 def variants(multiple, interpolate=False, **changes):
   model = architectures.resolve(models.config(max_len=32, **changes))
-  return extrapolation.variants(model, 32, multiple, interpolate)
+  return positions.of(model).longer(model, 32, multiple, interpolate)
 
 
 @pytest.mark.parametrize(
@@ -70,5 +71,6 @@ def test_the_table_and_the_picture(tmp_path):
 
 def test_configs_are_plain_variants():
   model = architectures.resolve(models.config(position='rope'))
-  for variant in extrapolation.variants(model, 32, 2, False).values():
+  longer = positions.of(model).longer(model, 32, 2, False)
+  for variant in longer.values():
     assert dataclasses.replace(variant, rope=model.rope) == model

@@ -1,0 +1,72 @@
+"""Losses by position at a multiple of the training length: what extrapolation
+computes."""
+
+from collections.abc import Callable, Iterator, Sequence
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import architectures
+from architectures.parts.config import ModelConfig
+from training import losses, objectives, progress
+from training.data import pipeline
+from training.distributed import devices
+from training.evals.by_position import Text
+from training.evals.task import Evaluation
+
+TOKENS = 2 ** 17  # at each length, at least
+
+
+def sources(evaluation: Evaluation, multiple: int
+            ) -> Iterator[tuple[float, list]]:
+  """Yields (weight of a token, batches) of each source: the same held-out
+  text at each length, in as many tokens a batch as the mesh allows."""
+  config = evaluation.run.config.copy_and_resolve_references()
+  length = config.data.length * multiple
+  shards = math.prod(evaluation.run.mesh.shape.values())
+  rows = max(config.data.batch_size // multiple // shards, 1) * shards
+  config.data.update(length=length, batch_size=rows)
+  loaders = pipeline.held_out(config, evaluation.tokenizer,
+                          *devices.batch_shard(evaluation.run.place, rows))
+  for loader in loaders:
+    batches = [devices.put(batch, evaluation.run.place)
+               for batch in loader.iterate(0, -(-TOKENS // (rows * length)))]
+    tokens = sum(float(batch['weights'].sum()) for batch in batches)
+    yield loader.share / tokens, batches
+
+
+def _sum(fn: Callable, batches: Sequence) -> np.ndarray:
+  """Sums a function of batches, [L], in float64."""
+  rows = f'evaluating rows of {batches[0]["tokens"].shape[1]:,} tokens'
+  return sum(np.asarray(jax.device_get(fn(batch)), np.float64)
+             for batch in progress.each(batches, rows))
+
+
+def text(batches: Sequence[tuple[float, list]]) -> Text:
+  """Returns what the batches of some sources predict at each position."""
+  count = jax.jit(lambda batch: batch['weights'].sum(0))
+  tokens = [_sum(count, own) for _, own in batches]
+  return Text(sum(tokens).astype(int),
+              sum(each * x for (each, _), x in zip(batches, tokens)))
+
+
+def by_position(evaluation: Evaluation, model: ModelConfig,
+                batches: Sequence[tuple[float, list]], text: Text
+                ) -> np.ndarray:
+  """Mean loss at each position, [L], in nats; nan where there is no token."""
+  module = architectures.build(model)
+  objective = objectives.of(evaluation.run.config)
+
+  def sums_of(params, batch):
+    output = objective.apply(module, params, batch)
+    loss_BL = losses.token_losses(output.hidden, output.head,
+                                  batch['targets']).loss
+    return jnp.sum(loss_BL * batch['weights'], 0)
+
+  step = evaluation.program(lambda: sums_of, 'extrapolation', model)
+  total = sum(each * _sum(lambda batch: step(evaluation.params, batch),
+                          own) for each, own in batches)
+  return np.divide(total, text.weights, where=text.tokens > 0,
+                   out=np.full(total.shape, np.nan))

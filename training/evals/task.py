@@ -1,0 +1,105 @@
+"""What an evaluation task is: a record with its flags, its needs and its work.
+
+eval.py reads the flags of every task before it knows which ones are asked for.
+So a task's file imports JAX, and whatever imports it, inside of the functions
+that need it, and `--help` answers at once.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import importlib.util
+from typing import Any, NamedTuple
+
+from etils import epath
+import ml_collections
+
+from configs.errors import require
+from training.workdir import storage
+
+# Fields that no evaluation reads: `model` stands resolved beside them.
+UNREAD = ('seed', 'init_', 'model.', 'optim.', 'checkpoint.', 'log.')
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+  """A run's checkpoint and what was asked about it.
+
+  Attributes:
+    run: the run's config, model and mesh; its params are `params`.
+    step: the checkpoint's step.
+    tokenizer: the run's.
+    options: eval.py's flags by name.
+    workdir: the run's folder; pictures go there.
+    programs: what was compiled, by what it is of; see `program`.
+  """
+  run: Any
+  params: Any
+  step: int
+  tokenizer: Any
+  options: Any
+  workdir: epath.Path
+  programs: dict
+
+  def program(self, make: Callable[[], Callable], *of):
+    """Returns jax.jit of what `make` returns, or the same of an earlier run of
+    this process that differs in nothing that an evaluation reads: so that the
+    seeds of a sweep's point compile once.
+
+    Args:
+      make: makes the function.
+      of: which of the run's functions it is: hashable.
+    """
+    import jax
+
+    from training.workdir import run_config
+    flat = run_config.flatten(self.run.config)
+    key = (*of, self.run.model, *(
+        (name, value) for name, value in flat.items()
+        if not name.startswith(UNREAD)))
+    if key not in self.programs:
+      self.programs[key] = jax.jit(make())
+    return self.programs[key]
+
+
+class Flag(NamedTuple):
+  """A flag of eval.py.
+
+  Attributes:
+    name: without the dashes.
+    default: a bool, int, float or string, which is also the flag's type.
+    help: a sentence for --help.
+    least, most: of a number; None: no bound.
+    asks: whether to set the flag asks for its task, too.
+  """
+  name: str
+  default: bool | int | float | str
+  help: str
+  least: float | None = None
+  most: float | None = None
+  asks: bool = False
+
+
+class Task(NamedTuple):
+  """Something that can be measured of a checkpoint.
+
+  Attributes:
+    help: what it reports, for --help.
+    run: returns figures: a dict of numbers, lists and strings, which go into
+      --json after they have been printed for a reader.
+    unfit: config -> why such a run has nothing to measure; '': it has.
+    check: (options, workdir) -> None; raises RequestError for options that
+      cannot be honoured, and where this machine lacks something.
+    flags: those that it reads.
+  """
+  help: str
+  run: Callable[[Evaluation], dict[str, Any]]
+  unfit: Callable[[ml_collections.ConfigDict], str] = lambda config: ''
+  check: Callable[[Any, epath.Path], None] = lambda options, workdir: None
+  flags: tuple[Flag, ...] = ()
+
+
+def needs_plot(file: epath.Path) -> None:
+  """Raises RequestError where a picture could not be drawn or written."""
+  require(importlib.util.find_spec('matplotlib') is not None, 'the picture '
+          "needs matplotlib: pip install -e '.[plot]'")
+  storage.try_file(file, '--workdir')
