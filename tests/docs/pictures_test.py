@@ -9,7 +9,7 @@ from tests.helpers import sweep_folder
 from tools import coord_check
 from tools.sweep.report import curves
 from tools.sweep.report import picture
-from training.evals import extrapolation, routing
+from training.evals.tasks import extrapolation, routing
 
 figure = pytest.importorskip('matplotlib.figure', reason='no matplotlib')
 

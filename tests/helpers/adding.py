@@ -3,10 +3,15 @@
 import contextlib
 import importlib
 import pathlib
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 
 import architectures
+
+ROOT = pathlib.Path(__file__).parents[2]
+ROOMS = ('architectures', 'configs', 'tools', 'training')
 
 
 @contextlib.contextmanager
@@ -35,3 +40,32 @@ def files(folder: pathlib.Path, sources: Mapping[str, str]) -> Iterator[None]:
     for name in sources:
       sys.modules.pop(name.removesuffix('.py').replace('/', '.'), None)
     architectures.systems.cache_clear()
+
+
+def copy_with(tree: pathlib.Path, sources: Mapping[str, str]) -> pathlib.Path:
+  """Returns `tree`, now a copy of the project with some new files and no other
+  change, in which programs can be run.
+
+  Args:
+    tree: a folder that is not there yet.
+    sources: {path of a new file: its text}.
+  """
+  for room in ROOMS:
+    shutil.copytree(ROOT / room, tree / room,
+                    ignore=shutil.ignore_patterns('__pycache__'))
+  for program in ROOT.glob('*.py'):
+    shutil.copy(program, tree)
+  for path, text in sources.items():
+    assert not (tree / path).exists(), path
+    (tree / path).write_text(text)
+  return tree
+
+
+def run(tree: pathlib.Path, *words: str, code: int = 0
+        ) -> subprocess.CompletedProcess:
+  """Runs `python WORDS` in a copy of the project; checks its exit code."""
+  result = subprocess.run([sys.executable, *map(str, words)], cwd=tree,
+                          capture_output=True, text=True, timeout=600)
+  assert result.returncode == code, result.stdout + result.stderr
+  assert 'Traceback' not in result.stderr, result.stderr
+  return result

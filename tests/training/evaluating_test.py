@@ -14,7 +14,7 @@ from training import evals, evaluating, objectives, runs
 from training.data import pipeline
 from training.data import tokenizers
 from training.distributed import devices
-from training.evals import extrapolation
+from training.evals.tasks import extrapolation
 from training.objectives import record
 
 BYTES = tokenizers.load('bytes')

@@ -1,11 +1,13 @@
 """What eval.py can measure of a checkpoint: one record a task, in TASKS.
 
-To add a task, write its record in a file of this folder and list it here;
-task.py says what a record holds. eval.py and the sweeps take the names of the
-tasks and their flags from this table.
+To add the task NAME, write tasks/NAME.py with its record, TASK; task.py says
+what a record holds. eval.py and the sweeps take the names of the tasks and
+their flags from this table.
 """
 
 from collections.abc import Iterable
+import importlib
+import pkgutil
 from typing import Any
 
 from absl import flags
@@ -13,20 +15,14 @@ from etils import epath
 import ml_collections
 
 from configs.errors import one_of, require
-from training.evals import exact, extrapolation, loss, routing, samples
-from training.evals import translation
+from training.evals import tasks
 from training.evals.task import Task
 
 flags.disclaim_key_flags()  # what is defined here belongs to who calls
 
 TASKS: dict[str, Task] = {
-    'loss': loss.TASK,
-    'samples': samples.TASK,
-    'extrapolation': extrapolation.TASK,
-    'routing': routing.TASK,
-    'exact': exact.TASK,
-    'translation': translation.TASK,
-}
+    file.name: importlib.import_module(f'{tasks.__name__}.{file.name}').TASK
+    for file in pkgutil.iter_modules(tasks.__path__)}
 
 
 def task(name: str) -> Task:

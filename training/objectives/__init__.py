@@ -1,10 +1,14 @@
 """What a model learns to do: one record an objective, in the table OBJECTIVES.
 
-To add an objective, write its record in a file of this folder and list it in
-that file's table; record.py says what a record holds. Everything else reads
-the table: the data pipeline, the training step, evaluation and sampling, plans
-of memory, exports, and the fields of the config that are refused.
+To add an objective, write its record in a file of this folder, in a table
+OBJECTIVES of that file; record.py says what a record holds. Everything else
+reads these tables: the data pipeline, the training step, evaluation and
+sampling, plans of memory, exports, and the check for fields that a run would
+not read.
 """
+
+import importlib
+import pkgutil
 
 import ml_collections
 
@@ -12,12 +16,13 @@ from configs import base
 from configs.errors import one_of, require
 from training import limits
 from training.data import conversations
-from training.objectives import causal, chat, mlm, seq2seq, span
 from training.objectives.record import Objective, Shape
 
 OBJECTIVES: dict[str, Objective] = {
-    **causal.OBJECTIVES, **chat.OBJECTIVES, **span.OBJECTIVES,
-    **seq2seq.OBJECTIVES, **mlm.OBJECTIVES}
+    name: row for file in pkgutil.iter_modules(__path__)
+    if file.name != 'record'
+    for name, row in importlib.import_module(
+        f'{__name__}.{file.name}').OBJECTIVES.items()}
 
 
 def of(config: ml_collections.ConfigDict) -> Objective:

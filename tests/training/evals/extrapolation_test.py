@@ -8,7 +8,8 @@ import pytest
 import architectures
 from architectures.parts import positions
 from tests.helpers import models
-from training.evals import by_position, extrapolation
+from training.evals import by_position
+from training.evals.tasks import extrapolation
 
 
 def variants(multiple, interpolate=False, **changes):

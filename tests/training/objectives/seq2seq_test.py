@@ -18,7 +18,7 @@ from training.data import packing
 from training.data import pipeline
 from training.data import sources
 from training.data import tokenizers
-from training.evals import exact
+from training.evals.tasks import exact
 from training.objectives import seq2seq
 from training.objectives import span as spans
 
@@ -255,7 +255,7 @@ def test_sequence_accuracy_is_of_whole_targets(objective, monkeypatch):
 
 def test_bleu_is_sacrebleus():
   pytest.importorskip('sacrebleu')
-  from training.evals import translation
+  from training.evals.tasks import translation
   score = lambda text: translation.make_bleu().corpus_score(
       [text], [['the cat sat on the mat today']]).score
   assert score('the cat sat on the mat today') == pytest.approx(100)

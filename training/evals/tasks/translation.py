@@ -11,7 +11,7 @@ from typing import Any
 import ml_collections
 
 from configs.errors import RequestError
-from training.evals import exact
+from training.evals.tasks import exact
 from training.evals.task import Evaluation, Task
 
 

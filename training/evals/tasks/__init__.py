@@ -1,0 +1,1 @@
+"""Evaluation tasks: one file each, found by its name; see training/evals."""
