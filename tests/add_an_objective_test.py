@@ -217,10 +217,11 @@ def test_plans_and_sweeps_know_them(tree, texts, tmp_path):
   assert seen['kept'] > 0
   assert seen['owed'] == ['among']  # exact has no targets to write
   beginning, end, middle = seen['sentinels']
+  whole = ''.join(f'Document {n}. {TEXT}' for n in (1, 2, 3, 5, 6, 7))
   for tokens, targets, weights in zip(*seen['rows']):
     ids = [*tokens, targets[-1]]
     assert ids[0] == beginning and len(ids) == 33
     i, j = ids.index(end), ids.index(middle)
     text = bytes(x for x in ids[1:i] + ids[j + 1:] + ids[i + 1:j] if x < 256)
-    assert text.decode() in ''.join(f'Document {n}. {TEXT}' for n in (1, 2, 3, 5, 6, 7))
+    assert text.decode() in whole
     assert sum(weights) == len(ids) - 1 - j

@@ -14,6 +14,7 @@ from training import evals, evaluating, objectives, runs
 from training.data import pipeline
 from training.data import tokenizers
 from training.distributed import devices
+from training.evals.task import Evaluation
 from training.evals.tasks import extrapolation
 from training.objectives import record
 
@@ -49,9 +50,8 @@ def run_of(c):
 def evaluation_of(c, workdir):
   run = run_of(c)
   state = run.new_state()
-  return evals.Evaluation(run, state.params, 0, BYTES,
-                          types.SimpleNamespace(interpolate=False), workdir,
-                          {})
+  return Evaluation(run, state.params, 0, BYTES,
+                    types.SimpleNamespace(interpolate=False), workdir, {})
 
 
 def judged(c, loss_of):
@@ -116,7 +116,7 @@ def test_extrapolation_counts_the_tokens_that_there_are(folder, capsys):
   c = config_of(folder, 'text:{0}/c.txt', position='none', num_layers=1)
   evaluation = evaluation_of(c, folder)
   with evaluation.run.context():
-    found = extrapolation.run(evaluation)
+    found = extrapolation.TASK.run(evaluation)
   end = BYTES.separator_id
   ids = np.array([end, *(folder / 'c.txt').read_bytes(), end])
   rows = {line.split()[0]: line.split()[1:]

@@ -13,6 +13,7 @@ from training import initial_state, runs
 from training.data import pipeline
 from training.data import tokenizers
 from training.distributed import devices
+from training.evals.task import Evaluation
 from training.workdir import checkpoints, restoring
 
 SOME = ('bert', 'gpt', 'mixtral')  # the others are `long`
@@ -58,7 +59,7 @@ def trained(config, workdir):
                                partial=True)
   lines = (workdir / 'metrics.jsonl').read_text().splitlines()
   options = types.SimpleNamespace(interpolate=False)
-  return evals.Evaluation(
+  return Evaluation(
       run, restored.state['params'], restored.step, tokenizer, options,
       workdir, {}), [json.loads(line) for line in lines]
 
