@@ -86,7 +86,7 @@ def test_an_export_that_is_read_otherwise_is_noticed(monkeypatch, capsys):
     module = architectures.build(dataclasses.replace(
         c, rope=dataclasses.replace(c.rope, fraction=1.0)))
     return {k: np.asarray(v) for k, v in exports.logits(
-        cases.SYSTEMS[system].kind, module, params, inputs).items()}
+        module, params, inputs).items()}
 
   monkeypatch.setattr(reference, 'logits', whole_heads)
   findings = list(exports.check('gpt_neox'))

@@ -1,8 +1,8 @@
 """The models that are compared: small, random, of many shapes.
 
-SYSTEMS[arch] names transformers' classes, the fields common to all cases and
-those of each case. `kind` says how the model is called (compare.KINDS). To
-record a case is to keep it for the tests that have no PyTorch.
+SYSTEMS[arch] has the fields of a config.json that are common to all cases, and
+those of each case. To record a case is to keep it for the tests that have no
+PyTorch.
 """
 
 from typing import NamedTuple
@@ -10,14 +10,9 @@ from typing import NamedTuple
 
 class System(NamedTuple):
   """Attributes:
-    config, model: the names of transformers' classes.
-    kind: decoder, bert, encoder_decoder: what goes in and comes out.
-    common: fields of the config.
+    common: fields of the config.json.
     cases: further fields, by the name of the case.
   """
-  config: str
-  model: str
-  kind: str
   common: dict
   cases: dict[str, dict]
 
@@ -29,7 +24,6 @@ ROPE = dict(num_hidden_layers=1, num_attention_heads=2, head_dim=16,
 
 SYSTEMS = {
     'gpt': System(
-        'GPT2Config', 'GPT2LMHeadModel', 'decoder',
         dict(vocab_size=61, n_embd=20, n_head=4, n_layer=2, n_positions=80,
              **NO_IDS),
         {
@@ -40,7 +34,6 @@ SYSTEMS = {
                            layer_norm_epsilon=1e-3),
         }),
     'llama': System(
-        'LlamaConfig', 'LlamaForCausalLM', 'decoder',
         dict(vocab_size=61, hidden_size=16, intermediate_size=24,
              num_attention_heads=4, num_hidden_layers=2,
              max_position_embeddings=80, **NO_IDS),
@@ -65,7 +58,6 @@ SYSTEMS = {
                 rope_type='default', rope_theta=1e4 * 4 ** (16 / 14))),
         }),
     'gpt_neox': System(
-        'GPTNeoXConfig', 'GPTNeoXForCausalLM', 'decoder',
         dict(vocab_size=61, hidden_size=32, intermediate_size=24,
              num_attention_heads=4, num_hidden_layers=2,
              max_position_embeddings=80, **NO_IDS),
@@ -78,7 +70,6 @@ SYSTEMS = {
                                  partial_rotary_factor=1.0)),
         }),
     'bloom': System(
-        'BloomConfig', 'BloomForCausalLM', 'decoder',
         dict(vocab_size=61, hidden_size=16, n_head=4, n_layer=2, **NO_IDS),
         {
             'plain': {},
@@ -86,7 +77,6 @@ SYSTEMS = {
                               tie_word_embeddings=False),
         }),
     'mixtral': System(
-        'MixtralConfig', 'MixtralForCausalLM', 'decoder',
         dict(vocab_size=61, hidden_size=16, intermediate_size=20,
              num_attention_heads=4, num_key_value_heads=2,
              num_hidden_layers=2, num_local_experts=4,
@@ -101,7 +91,6 @@ SYSTEMS = {
                            tie_word_embeddings=True),
         }),
     'transformer': System(
-        'MarianConfig', 'MarianMTModel', 'encoder_decoder',
         dict(vocab_size=61, d_model=12, encoder_ffn_dim=16, decoder_ffn_dim=16,
              encoder_attention_heads=4, decoder_attention_heads=4,
              encoder_layers=2, decoder_layers=2, max_position_embeddings=80,
@@ -122,7 +111,6 @@ SYSTEMS = {
                           activation_function='swish'),
         }),
     't5': System(
-        'T5Config', 'T5ForConditionalGeneration', 'encoder_decoder',
         dict(vocab_size=61, d_model=12, d_kv=4, d_ff=16, num_layers=2,
              num_decoder_layers=2, num_heads=4,
              relative_attention_num_buckets=8,
@@ -135,8 +123,6 @@ SYSTEMS = {
                          layer_norm_epsilon=1e-4, tie_word_embeddings=False),
         }),
     'switch': System(
-        'SwitchTransformersConfig',
-        'SwitchTransformersForConditionalGeneration', 'encoder_decoder',
         dict(vocab_size=61, d_model=12, d_kv=4, d_ff=12, num_layers=2,
              num_decoder_layers=2, num_sparse_encoder_layers=1,
              num_sparse_decoder_layers=1, num_heads=2, num_experts=3,
@@ -152,7 +138,6 @@ SYSTEMS = {
             'capacity': dict(expert_capacity=2, moe_group_size=12),
         }),
     'gshard': System(
-        'NllbMoeConfig', 'NllbMoeForConditionalGeneration', 'encoder_decoder',
         dict(vocab_size=61, d_model=12, encoder_ffn_dim=12, decoder_ffn_dim=12,
              encoder_attention_heads=2, decoder_attention_heads=2,
              encoder_layers=2, decoder_layers=2, encoder_sparse_step=2,
@@ -171,7 +156,6 @@ SYSTEMS = {
                              normalize_router_prob_before_dropping=True),
         }),
     'bert': System(
-        'BertConfig', 'BertForPreTraining', 'bert',
         dict(vocab_size=61, hidden_size=20, intermediate_size=32,
              num_attention_heads=4, num_hidden_layers=2,
              max_position_embeddings=16, pad_token_id=None),

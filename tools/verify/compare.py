@@ -59,7 +59,8 @@ def load(recording: Recording, rope: dict | None = None):
 def check(recording: Recording, rope: dict | None = None) -> list[Finding]:
   """Returns every comparison of our model with a recording."""
   module, params = load(recording, rope)
-  call = KINDS[recording.kind]
+  stack = architectures.stack(module.config)
+  call = CALLS[stack]
   inputs = {k: jnp.asarray(v) for k, v in recording.inputs.items()}
 
   def loss(params):
@@ -96,25 +97,25 @@ def layer_names(c) -> list[str]:
           for name in ('embedding', *(f'layer {n}' for n in range(layers)))]
 
 
-def inputs(kind: str, config: dict) -> dict[str, np.ndarray]:
+def inputs(stack: str, config: dict) -> dict[str, np.ndarray]:
   """Returns what goes into a model: tokens, and which of them are padding."""
   random = np.random.RandomState(0)
-  first = 2 if kind == 'encoder_decoder' else 1  # what is padding there
+  first = 2 if stack == 'encoder-decoder' else 1  # what is padding there
   tokens = random.randint(first, config['vocab_size'], (3, 12)).astype(
       np.int32)
   mask = (np.arange(12) < np.array([[12], [7], [12]])).astype(np.int32)
   made = dict(tokens=tokens, mask=mask)
-  if kind == 'encoder_decoder':
+  if stack == 'encoder-decoder':
     made['decoder_tokens'] = tokens[::-1, ::-1].copy()
     made['decoder_mask'] = mask[::-1].copy()
     made['decoder_mask'][:, 11] = 0
-  if kind == 'bert':
+  if stack == 'encoder':
     made['types'] = (np.arange(12) >= np.array([[5], [3], [9]])).astype(
         np.int32) % config['type_vocab_size']
   return made
 
 
-def prompts(kind: str, inputs) -> dict[str, np.ndarray]:
+def prompts(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
   """Returns the prompts that are continued: unpadded, of two lengths."""
   return {'0': inputs['tokens'][0, :5], '1': inputs['tokens'][1, :7]}
 
@@ -156,12 +157,12 @@ def _grad_error(ours, theirs) -> float:
 
 def _greedy(module, params, recording: Recording) -> float:
   """The share of tokens that differ."""
-  found = prompts(recording.kind, recording.inputs)
+  found = prompts(recording.inputs)
   longest = max(len(p) for p in found.values())
   padded = np.stack([np.pad(p, (0, longest - len(p))) for p in found.values()])
   lengths = np.array([len(p) for p in found.values()])
   padded, lengths, sources = jnp.asarray(padded), jnp.asarray(lengths), {}
-  if recording.kind == 'encoder_decoder':
+  if architectures.stack(module.config) == 'encoder-decoder':
     sources = dict(source_BM=padded, source_lengths_B=lengths)
     padded = jnp.full((len(found), 1),
                       recording.config['decoder_start_token_id'])
@@ -187,7 +188,7 @@ def _decoder(module, params, inputs):
   return outputs, layers
 
 
-def _bert(module, params, inputs):
+def _encoder(module, params, inputs):
   out = module.apply({'params': params}, inputs['tokens'],
                      type_ids_BL=inputs['types'],
                      segment_ids_BL=inputs['mask'], keep_layers=True)
@@ -215,9 +216,9 @@ def _encoder_decoder(module, params, inputs):
   return outputs, layers
 
 
-# kind: (module, params, inputs) -> (outputs by name, the layers' results)
-KINDS = {
+# stack: (module, params, inputs) -> (outputs by name, the layers' results)
+CALLS = {
     'decoder': _decoder,
-    'bert': _bert,
-    'encoder_decoder': _encoder_decoder,
+    'encoder': _encoder,
+    'encoder-decoder': _encoder_decoder,
 }

@@ -20,7 +20,7 @@ import architectures
 from architectures.parts import checks
 from architectures.parts.config import ModelConfig
 from configs.errors import RequestError
-from tools.verify import cases, compare, reference
+from tools.verify import compare, reference
 from training import paths, weights
 from training.step import abstract_params
 from training.hf import config as hf_config
@@ -135,8 +135,8 @@ def same(one: ModelConfig, other: ModelConfig) -> bool:
 def _error(system: str, module: nn.Module) -> tuple[float, str]:
   """Returns how far transformers' reading of an export is from our model, and
   what it has against the folder, if anything."""
-  kind, params = cases.SYSTEMS[system].kind, random(module)
-  inputs = compare.inputs(kind, dict(
+  params = random(module)
+  inputs = compare.inputs(architectures.stack(module.config), dict(
       vocab_size=module.config.vocab_size,
       type_vocab_size=module.config.type_vocab_size))
   with tempfile.TemporaryDirectory() as folder:
@@ -145,7 +145,7 @@ def _error(system: str, module: nn.Module) -> tuple[float, str]:
       theirs = reference.logits(system, folder, inputs)
     except Exception as error:  # of any kind: it refuses what we write
       return float('inf'), f', which transformers refuses: {error}'
-  ours = logits(kind, module, params, inputs)
+  ours = logits(module, params, inputs)
   return compare.worst(ours, theirs, inputs), ''
 
 
@@ -159,9 +159,10 @@ def random(module: nn.Module):
           + 0.15 * draw.standard_normal(x.shape), x.dtype), like)
 
 
-def logits(kind: str, module: nn.Module, params, inputs) -> dict:
+def logits(module: nn.Module, params, inputs) -> dict:
   """Returns our logits, by name."""
+  call = compare.CALLS[architectures.stack(module.config)]
   return jax.jit(lambda params: {
-      name: value for name, value in compare.KINDS[kind](
+      name: value for name, value in call(
           module, params, {k: jnp.asarray(v) for k, v in inputs.items()}
       )[0].items() if 'logits' in name})(params)

@@ -5,7 +5,6 @@ import pathlib
 import tempfile
 
 from tools.verify import reference
-from tools.verify.cases import SYSTEMS
 from training import weights
 from training.data import conversations
 from training.data import tokenizers
@@ -34,7 +33,7 @@ def lost(system: str, case: str) -> float:
     model.save_pretrained(given)
     weights.to_hf(*weights.from_hf(given), out,
                   generation=hf_generation.of_folder(given))
-    again = getattr(transformers, SYSTEMS[system].model).from_pretrained(out)
+    again = reference.model_class(system).from_pretrained(out)
   wrong = sum(getattr(again.config, name) != getattr(model.config, name)
               for name in (*ids, 'pad_token_id'))
   if model.can_generate():

@@ -63,8 +63,8 @@ def check(system: str) -> Iterator[compare.Finding]:
     model = reference.build(system, next(iter(row.cases)))
     model.save_pretrained(folder)
     tree = hf_config.load(folder)
-    inputs = compare.inputs(row.kind, tree)
-    first = _ours(row.kind, folder, tree, inputs)
+    inputs = compare.inputs(architectures.systems()[system].STACK, tree)
+    first = _ours(folder, tree, inputs)
     known = set(hf_config.fields_and_notes(tree)[1])
     for words, changed in changes(tree, asked(tree)):
       (folder / 'config.json').write_text(json.dumps(changed))
@@ -72,7 +72,7 @@ def check(system: str) -> Iterator[compare.Finding]:
         config, notes = hf_config.fields_and_notes(changed)
         config = architectures.resolve(config)
         ours = first if exports.same(config, first[0]) else _ours(
-            row.kind, folder, changed, inputs)
+            folder, changed, inputs)
       except RequestError:
         continue
       theirs = _theirs(system, folder, inputs)
@@ -82,11 +82,11 @@ def check(system: str) -> Iterator[compare.Finding]:
             compare.LIMITS['output'])
 
 
-def _ours(kind: str, folder, tree, inputs):
+def _ours(folder, tree, inputs):
   """Returns (config, logits) of a folder as we read it."""
   module = architectures.build(hf_config.read(tree))
   params = weights.load(module, hf_files.Files(folder)).params
-  return module.config, exports.logits(kind, module, params, inputs)
+  return module.config, exports.logits(module, params, inputs)
 
 
 def _theirs(system: str, folder, inputs):

@@ -15,7 +15,6 @@ class Recording:
   """One case of one system.
 
   Attributes:
-    kind: how the model is called; see compare.KINDS.
     config: its config.json.
     weights: tensors by their Hugging Face names.
     inputs: token numbers and the like, by name.
@@ -25,7 +24,6 @@ class Recording:
     layers: what each stack's embedding gives and each layer returns; empty
       in a file.
   """
-  kind: str
   config: dict
   weights: dict[str, np.ndarray]
   inputs: dict[str, np.ndarray]
@@ -47,8 +45,7 @@ def save(recording: Recording, path: pathlib.Path) -> None:
     if name.startswith('weights/'):
       tensors[name] = value.astype(HALF)
       assert (tensors[name].astype(value.dtype) == value).all(), name
-  save_file(tensors, path, metadata=dict(
-      kind=recording.kind, config=json.dumps(recording.config)))
+  save_file(tensors, path, metadata=dict(config=json.dumps(recording.config)))
 
 
 def load(path: pathlib.Path) -> Recording:
@@ -61,4 +58,4 @@ def load(path: pathlib.Path) -> Recording:
       value = file.get_tensor(key)
       parts[part][name] = (value.astype(np.float32) if part == 'weights'
                            else value)
-  return Recording(meta['kind'], json.loads(meta['config']), **parts)
+  return Recording(json.loads(meta['config']), **parts)

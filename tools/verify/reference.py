@@ -6,6 +6,7 @@ import tempfile
 
 import numpy as np
 
+import architectures
 from configs.errors import RequestError
 from tools.verify import compare
 from tools.verify.cases import NO_GREEDY, SYSTEMS
@@ -17,25 +18,25 @@ from training.hf import files as hf_files
 def run(system: str, case: str, *, greedy: bool = True) -> Recording:
   """Returns what transformers computes for one case, on the CPU."""
   import torch
-  row = SYSTEMS[system]
+  stack = architectures.systems()[system].STACK
   model = build(system, case)
   config, weights = _saved(model)
-  inputs = compare.inputs(row.kind, config)
+  inputs = compare.inputs(stack, config)
   outputs = {name: value.detach().numpy()
-             for name, value in _forward(model, row.kind, inputs).items()}
-  layers = _layers(model, row.kind, inputs)
-  continued = ({} if not greedy or row.kind == 'bert'
+             for name, value in _forward(model, stack, inputs).items()}
+  layers = _layers(model, stack, inputs)
+  continued = ({} if not greedy or stack == 'encoder'
                or (system, case) in NO_GREEDY
-               else _greedy(model, row.kind, inputs))
+               else _greedy(model, stack, inputs))
   loss = compare.objective(
-      _forward(model, row.kind, inputs), inputs, torch.as_tensor)
+      _forward(model, stack, inputs), inputs, torch.as_tensor)
   loss.backward()
   with torch.no_grad():
     for parameter in model.parameters():
       grad = parameter.grad
       parameter.copy_(torch.zeros_like(parameter) if grad is None else grad)
   _, grads = _saved(model)
-  return Recording(row.kind, config, weights, inputs, outputs, grads,
+  return Recording(config, weights, inputs, outputs, grads,
                    continued, layers)
 
 
@@ -47,10 +48,11 @@ def build(system: str, case: str):
   transformers.utils.logging.set_verbosity_error()
   transformers.utils.logging.disable_progress_bar()
   row = SYSTEMS[system]
-  config = getattr(transformers, row.config)(**row.common | row.cases[case])
+  kind = model_class(system)
+  config = kind.config_class(**row.common | row.cases[case])
   config._attn_implementation = 'eager'  # the plain formula
   torch.manual_seed(0)
-  model = getattr(transformers, row.model)(config).eval()
+  model = kind(config).eval()
   mend(model)
   half = getattr(torch, np.dtype(HALF).name)
   with torch.no_grad():
@@ -62,6 +64,12 @@ def build(system: str, case: str):
   return model
 
 
+def model_class(system: str) -> type:
+  """Returns transformers' class for a system."""
+  import transformers
+  return getattr(transformers, architectures.hugging_face(system).architecture)
+
+
 def _saved(model) -> tuple[dict, dict[str, np.ndarray]]:
   """Returns config.json and the tensors as transformers writes them."""
   with tempfile.TemporaryDirectory() as folder:
@@ -71,7 +79,7 @@ def _saved(model) -> tuple[dict, dict[str, np.ndarray]]:
     return config, {name: np.array(files[name]) for name in files}
 
 
-def _call(model, kind: str, inputs, **kwargs):
+def _call(model, stack: str, inputs, **kwargs):
   import torch
   t = {name: torch.as_tensor(value) for name, value in inputs.items()}
   names = dict(tokens='input_ids', mask='attention_mask',
@@ -81,14 +89,14 @@ def _call(model, kind: str, inputs, **kwargs):
                **kwargs)
 
 
-def _forward(model, kind: str, inputs):
-  """Returns the outputs of compare.KINDS[kind], by name."""
+def _forward(model, stack: str, inputs):
+  """Returns the outputs of compare.CALLS[stack], by name."""
   experts = getattr(model.config, 'num_experts', 0)
-  out = _call(model, kind, inputs,
+  out = _call(model, stack, inputs,
               **dict(output_router_logits=True) if experts else {})
-  if kind == 'encoder_decoder' and experts:
+  if stack == 'encoder-decoder' and experts:
     return dict(logits=out.logits) | _losses(model, out, inputs)
-  if kind == 'bert':
+  if stack == 'encoder':
     return dict(logits=out.prediction_logits,
                 nsp_logits=out.seq_relationship_logits)
   if getattr(out, 'router_logits', None) is None:
@@ -131,11 +139,11 @@ def _balance(model, out, inputs):
              for logits in out.router_logits)
 
 
-def _layers(model, kind: str, inputs) -> list[np.ndarray]:
+def _layers(model, stack: str, inputs) -> list[np.ndarray]:
   import torch
   with torch.no_grad():
-    out = _call(model, kind, inputs, output_hidden_states=True)
-  if kind == 'encoder_decoder':
+    out = _call(model, stack, inputs, output_hidden_states=True)
+  if stack == 'encoder-decoder':
     mask = torch.as_tensor(inputs['mask'])[..., None]
     states = [state * mask for state in out.encoder_hidden_states]
     states += out.decoder_hidden_states
@@ -144,11 +152,11 @@ def _layers(model, kind: str, inputs) -> list[np.ndarray]:
   return [state.numpy() for state in states]
 
 
-def _greedy(model, kind: str, inputs) -> dict[str, np.ndarray]:
+def _greedy(model, stack: str, inputs) -> dict[str, np.ndarray]:
   """Returns the likeliest continuation of each prompt, one by one."""
   import torch
   found = {}
-  for row, prompt in compare.prompts(kind, inputs).items():
+  for row, prompt in compare.prompts(inputs).items():
     ids = torch.as_tensor(prompt)[None].long()
     with torch.no_grad():
       new = model.generate(
@@ -160,10 +168,11 @@ def _greedy(model, kind: str, inputs) -> dict[str, np.ndarray]:
 
 def loads_our_export(system: str, case: str, folder) -> float:
   """Returns how far the logits of an export are from the model's own."""
-  model, kind = build(system, case), SYSTEMS[system].kind
-  inputs = compare.inputs(kind, model.config.to_dict())
+  model = build(system, case)
+  stack = architectures.systems()[system].STACK
+  inputs = compare.inputs(stack, model.config.to_dict())
   return compare.error(logits(system, folder, inputs)['logits'],
-                       _logits(model, kind, inputs)['logits'])
+                       _logits(model, stack, inputs)['logits'])
 
 
 def logits(system: str, folder, inputs) -> dict[str, np.ndarray]:
@@ -177,19 +186,19 @@ def logits(system: str, folder, inputs) -> dict[str, np.ndarray]:
   import transformers
   transformers.utils.logging.set_verbosity_error()
   transformers.utils.logging.disable_progress_bar()
-  model, info = getattr(transformers, SYSTEMS[system].model).from_pretrained(
+  model, info = model_class(system).from_pretrained(
       folder, output_loading_info=True, attn_implementation='eager',
       dtype=torch.float32)
   wrong = {key: value for key, value in info.items() if value}
   if wrong:
     raise RequestError(f'{system}: transformers says {wrong}')
   mend(model)
-  return _logits(model.eval(), SYSTEMS[system].kind, inputs)
+  return _logits(model.eval(), architectures.systems()[system].STACK, inputs)
 
 
-def _logits(model, kind: str, inputs) -> dict[str, np.ndarray]:
+def _logits(model, stack: str, inputs) -> dict[str, np.ndarray]:
   import torch
   with torch.no_grad():
     return {name: value.numpy()
-            for name, value in _forward(model, kind, inputs).items()
+            for name, value in _forward(model, stack, inputs).items()
             if 'logits' in name}

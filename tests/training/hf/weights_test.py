@@ -173,7 +173,7 @@ def test_rope_scaling_that_is_not_known_is_refused(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize('changes, words', [
     (dict(position='rope'), 'model.position'),
-    (dict(ffn='swiglu'), "'swiglu' has no counterpart"),
+    (dict(ffn='swiglu'), "is 'swiglu', which has no counterpart"),
     (dict(attention='global,banded', sliding_window=4), 'model.attention'),
     (dict(norm='rmsnorm'), 'model.norm'),
     (dict(block='sandwich'), 'model.block'),
