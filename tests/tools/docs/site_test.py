@@ -55,17 +55,35 @@ def test_what_a_page_fetches_is_found():
       'https://example.org/x.js', '//example.org/y.css']
 
 
-def test_a_notebook_is_a_page_with_its_outputs():
-  cells = [
-      {'cell_type': 'markdown', 'source': ['# Title\n', 'text']},
-      {'cell_type': 'code', 'source': '1 + 1', 'outputs': [
-          {'output_type': 'stream', 'text': ['printed\n']},
-          {'output_type': 'execute_result', 'data': {'text/plain': ['2']}},
-          {'output_type': 'display_data', 'data': {
-              'image/png': 'AAAA\n', 'text/plain': '<Figure>'}}]}]
-  assert notebooks.markdown(json.dumps({'cells': cells})) == '\n\n'.join([
-      '# Title\ntext', '```python\n1 + 1\n```', '```text\nprinted\n```',
-      '```text\n2\n```', '![](data:image/png;base64,AAAA)'])
+def _notebook(*cells):
+  return {'cells': [
+      {'cell_type': kind, 'source': source} | (
+          {'outputs': []} if kind == 'code' else {})
+      for kind, source in cells]}
+
+
+class Shown:
+  """A value that a notebook shows as HTML."""
+
+  def _repr_html_(self):
+    return '<b>\n\nshown</b>'
+
+
+def test_a_notebook_is_run_and_is_a_page_with_its_outputs():
+  notebook = _notebook(
+      ('markdown', ['# Title\n', 'text']),
+      ('code', 'x = 1\nprint("printed")\nx + 1'),
+      ('code', ['x += 1\n', 'x']), ('code', 'x = 5'),
+      ('code', 'from tests.tools.docs.site_test import Shown\nShown()'))
+  notebooks.run(notebook)
+  assert notebooks.markdown(json.dumps(notebook)) == '\n\n'.join([
+      '# Title\ntext',
+      '```python\nx = 1\nprint("printed")\nx + 1\n```',
+      '```text\nprinted\n```', '```text\n2\n```',
+      '```python\nx += 1\nx\n```', '```text\n2\n```',
+      '```python\nx = 5\n```',
+      '```python\nfrom tests.tools.docs.site_test import Shown\nShown()\n```',
+      '<div class="output"><b>  shown</b></div>'])
 
 
 def _flat(config, prefix=''):
