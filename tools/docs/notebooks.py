@@ -7,12 +7,12 @@ needed, and neither is it to read the file: what a cell prints and what its last
 line is worth are kept as text, and as HTML where that value has any.
 """
 
+import argparse
 import ast
 import contextlib
 import io
 import json
 import pathlib
-import sys
 from typing import Any
 
 Cell = dict[str, Any]  # of a notebook's JSON
@@ -25,7 +25,7 @@ def markdown(text: str) -> str:
 
 
 def run(notebook: dict[str, Any]) -> None:
-  """Runs the cells in order, and puts their outputs in place of the old ones."""
+  """Runs the cells in order and replaces their outputs."""
   names: dict[str, Any] = {'__name__': '__main__'}
   count = 0
   for cell in notebook['cells']:
@@ -91,12 +91,16 @@ def _fence(text: str, language: str) -> str:
   return f'```{language}\n{text.rstrip()}\n```'
 
 
-def main(path: str) -> None:
-  file = pathlib.Path(path)
+def main() -> None:
+  parser = argparse.ArgumentParser(
+      prog='python -m tools.docs.notebooks', description=__doc__,
+      formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+  parser.add_argument('file', type=pathlib.Path, help='the notebook (.ipynb)')
+  file = parser.parse_args().file
   notebook = json.loads(file.read_text())
   run(notebook)
   file.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + '\n')
 
 
 if __name__ == '__main__':
-  main(*sys.argv[1:])
+  main()
