@@ -72,7 +72,8 @@ def base() -> ml_collections.ConfigDict:
           decay_fraction=0.2,  # wsd: the share of steps that decay
           weight_decay=0.1,
           # Patterns over parameter paths, first match wins: 1 decays, 0 not.
-          decay_mask=(('.*(norm|bias|embed|sink).*', 0), ('.*', 1)),
+          # Empty: matrices decay; embeddings, norms and biases do not.
+          decay_mask=(),
           clip_norm=1.0,  # 0: no clipping
           b1=0.9,
           b2=0.95,

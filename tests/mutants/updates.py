@@ -119,6 +119,8 @@ MUTANTS = {
          'optimizers: sgd_by'),
         ('clip_by_global_norm(optim.clip_norm) if', 'optax.identity() if',
          'optimizers: adamw_by'),
+        ("role.matrix and role.kind != 'embedding'", 'role.matrix',
+         'optimizers: decoupled and sgd'),
         ('if decay else u,', 'if True else u,',
          'optimizers: decoupled and sgd'),
         ('u + weight_decay * p', 'u + weight_decay * jnp.sign(p)',

@@ -4,7 +4,8 @@
 
 Weight decay is decoupled and multiplied by the learning rate for every one of
 them (Loshchilov and Hutter 2019, as in optax and PyTorch), on the parameters
-that optim.decay_mask selects. Moments are kept and updates are computed in
+that optim.decay_mask selects; where it is empty, on matrices that are no
+embeddings. Moments are kept and updates are computed in
 float32, whatever model.param_dtype is; a parameter is rounded once, when the
 update is added. A field of config.optim that the chosen optimiser does not
 read has to stay at its default: setting it is refused.
@@ -136,8 +137,9 @@ def make(optim, steps: int, roles, rates=None) -> optax.GradientTransformation:
 def chain(optim, steps: int, roles, rates=None) -> optax.GradientTransformation:
   """`make` without its checks: lr, warmup_steps and weight_decay may be
   traced, as where several runs train as one (training/vectorised.py)."""
-  decays = jax.tree.map(bool, paths.match(
-      optim.decay_mask, roles, 'optim.decay_mask'))
+  decays = (paths.match(optim.decay_mask, roles, 'optim.decay_mask')
+            if optim.decay_mask else jax.tree.map(
+                lambda role: role.matrix and role.kind != 'embedding', roles))
   # All four always stand in the chain, so that the state's tree does not
   # depend on numbers that a resumed run may change.
   return in_float32(optax.chain(

@@ -167,7 +167,7 @@ def compare(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict,
     ValueError: for a changed field that no row of CLASSES covers.
   """
   olds = {**flatten(old), **(old_derived or {})}
-  news = {**flatten(new), **(new_derived or {})}
+  news = {**flatten_dict(_as_of_now(new.to_dict())), **(new_derived or {})}
   changes = []
   for name in dict.fromkeys([*olds, *news]):
     before, after = olds.get(name, MISSING), news.get(name, MISSING)
@@ -252,16 +252,27 @@ def to_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 
 def from_json(tree: Mapping[str, Any]) -> ml_collections.ConfigDict:
-  """Returns the config, locked, as config_flags locks what it parses.
+  """Returns the config, locked, as config_flags locks what it parses."""
+  return ml_collections.ConfigDict(_as_of_now(tuples(tree))).lock()
+
+
+# What optim.decay_mask was by default, before parameters declared their roles.
+_EARLIER_MASK = (('.*(norm|bias|embed|sink).*', 0), ('.*', 1))
+
+
+def _as_of_now(tree: dict[str, Any]) -> dict[str, Any]:
+  """Returns a config's tree, in which what an earlier version wrote is said as
+  this one says it.
 
   A run without data.chat_template is older than that field, and was begun with
   the layout of conversations that there was then.
   """
-  tree = tuples(tree)
   if 'data' in tree and 'chat_template' not in tree['data']:
     tree['data']['chat_template'] = (
         'earlier' if tree.get('objective') == 'chat' else 'published')
-  return ml_collections.ConfigDict(tree).lock()
+  if 'optim' in tree and tree['optim'].get('decay_mask') == _EARLIER_MASK:
+    tree['optim']['decay_mask'] = ()
+  return tree
 
 
 def filled(config: ml_collections.ConfigDict) -> list[str]:

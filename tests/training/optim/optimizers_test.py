@@ -125,7 +125,7 @@ def test_decay_is_decoupled_and_masked(name):
 
 def test_adamw_by_hand():
   config = optim(lr=0.1, warmup_steps=0, schedule='constant', b1=0.8, b2=0.9,
-                 weight_decay=0.2, clip_norm=0.5)
+                 weight_decay=0.2, clip_norm=0.5, decay_mask=(('.*', 1),))
   p, m, v = np.float64([1.0, -2.0]), 0.0, 0.0
   tree = {'kernel': jnp.asarray(p, jnp.float32)}
   tx = optimizers.make(config, 10, plain(tree))

@@ -22,7 +22,8 @@ def _config(**changes) -> ml_collections.ConfigDict:
 
 
 def test_round_trip_is_equal_tuples_and_floats_too(tmp_path):
-  config = _config(optim__lr=0.1 + 0.2, data__source='0.7*a,0.3*b')
+  config = _config(optim__lr=0.1 + 0.2, data__source='0.7*a,0.3*b',
+                   optim__decay_mask=(('.*norm.*', 0), ('.*', 1)))
   run_config.save(tmp_path / 'run', config)
   loaded = run_config.load(tmp_path / 'run')
   assert loaded == config
@@ -30,6 +31,20 @@ def test_round_trip_is_equal_tuples_and_floats_too(tmp_path):
   assert loaded.optim.lr == 0.1 + 0.2
   with pytest.raises(AttributeError):  # locked: no misspelt field slips in
     loaded.optim.learning_rate = 1.0
+
+
+def test_the_decay_mask_that_earlier_versions_wrote_is_the_one_of_now(
+    tmp_path):
+  """It was two patterns by default, which select what is selected without."""
+  config = _config(optim__decay_mask=(
+      ('.*(norm|bias|embed|sink).*', 0), ('.*', 1)))
+  run_config.save(tmp_path, config)
+  loaded = run_config.load(tmp_path)
+  assert loaded == _config()
+  assert not run_config.compare(loaded, config)
+  [change] = run_config.compare(loaded, _config(
+      optim__decay_mask=(('.*', 1),)))
+  assert change.name == 'optim.decay_mask' and change.kind == OPTIMISATION
 
 
 def test_config_json_is_the_tree_itself_and_what_was_derived(tmp_path):
