@@ -9,7 +9,7 @@ GShard's `sinusoid` with rotary positions, Switch's jitter with a router that
 has no weights. Fields of STRICT are refused there.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from architectures.parts import attention
 from architectures.parts import kernels
@@ -28,21 +28,6 @@ from architectures.parts.unread import get
 from configs.errors import one_of, require
 
 DTYPES = ('float32', 'bfloat16')
-# field: the choices, one or several with commas between.
-NAMES = unread.TABLES | {
-    'norm': NORMS,
-    'sinusoid': positions.SINUSOIDS,
-    'ffn': (*FFNS, 'moe'),
-    'block': BLOCKS,
-    'attention_kernel': kernels.KERNELS,
-    'init': linear.INITS,
-    'remat': ('none', *REMAT),
-    'dtype': DTYPES,
-    'param_dtype': DTYPES,
-    'moe.ffn': FFNS,
-    'moe.dispatch': ('auto', *experts.WAYS),
-    'moe.grouped_kernel': grouped_kernels.GROUPED_KERNELS,
-}
 # What a number must be: (in words, its test, the fields).
 RANGES = (
     ('it must be > 0', lambda x: x > 0, (
@@ -75,6 +60,25 @@ STRICT = {
 }
 
 
+def names() -> dict[str, Collection[str]]:
+  """Returns the choices of each field that names one thing, or several with
+  commas between, by the field's dotted name."""
+  return unread.TABLES | {
+      'norm': NORMS,
+      'sinusoid': positions.SINUSOIDS,
+      'ffn': (*FFNS, 'moe'),
+      'block': BLOCKS,
+      'attention_kernel': kernels.KERNELS,
+      'init': linear.INITS,
+      'remat': ('none', *REMAT),
+      'dtype': DTYPES,
+      'param_dtype': DTYPES,
+      'moe.ffn': FFNS,
+      'moe.dispatch': ('auto', *experts.WAYS),
+      'moe.grouped_kernel': grouped_kernels.GROUPED_KERNELS,
+  }
+
+
 def check(c: ModelConfig, stacks: Mapping[str, str]) -> None:
   """Raises RequestError: a sentence with the field, its value, the choices.
 
@@ -83,9 +87,9 @@ def check(c: ModelConfig, stacks: Mapping[str, str]) -> None:
     stacks: what each architecture stacks: 'decoder', 'encoder' or
       'encoder-decoder', by model.arch.
   """
-  for field, names in NAMES.items():
+  for field, choices in names().items():
     for name in unread.chosen(c, field):
-      one_of(f'model.{field}', name, names)
+      one_of(f'model.{field}', name, choices)
   for words, holds, fields in RANGES:
     for field in fields:
       value = get(c, field)

@@ -12,7 +12,10 @@ import pytest
 
 import architectures
 from architectures.parts.attention import visible
+from architectures.parts.blocks import BLOCKS
 from architectures.parts.config import LayerKind
+from architectures.parts.norms import NORMS
+from architectures.parts.positions import POSITIONS
 from architectures.parts.xla_attention import attend
 from tests.helpers import models
 
@@ -33,6 +36,12 @@ VARIANTS = [dict(zip(('position', 'block', 'norm', 'ffn', 'attention'), row))
                 ('alibi', 'parallel', 'layernorm', 'geglu', 'capped'),
                 ('relative', 'pre_norm', 'rmsnorm', 'relu', 'qk_norm'),
                 ('none', 'sandwich', 'rmsnorm', 'moe', 'sinks'))]
+
+
+def test_the_variants_have_every_value_of_every_part():
+  for part, values in (('position', POSITIONS), ('norm', NORMS),
+                       ('block', BLOCKS), ('attention', ATTENTIONS)):
+    assert {parts[part] for parts in VARIANTS} == set(values), part
 
 
 def _name(parts):

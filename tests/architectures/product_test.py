@@ -21,11 +21,13 @@ import numpy as np
 import pytest
 
 import architectures
+from architectures.parts import norms
+from architectures.parts.blocks import BLOCKS
+from architectures.parts.moe import routing
+from architectures.parts.positions import POSITIONS
 from tests.helpers import models
 
-POSITIONS = ('learned', 'sinusoidal', 'rope', 'alibi', 'relative', 'none')
-BLOCKS = ('pre_norm', 'post_norm', 'parallel', 'sandwich')
-NORMS = ('layernorm', 'rmsnorm')
+NORMS = tuple(norms.NORMS)
 FFNS = ('relu', 'gelu', 'geglu', 'swiglu', 'moe')
 ATTENTIONS = {
     'global': {},
@@ -35,8 +37,8 @@ ATTENTIONS = {
     'qk_norm': dict(qk_norm=True),
     'sinks': dict(attention_sinks=True),
 }
-PARTS = dict(position=POSITIONS, block=BLOCKS, attention=tuple(ATTENTIONS),
-             norm=NORMS, ffn=FFNS)
+PARTS = dict(position=tuple(POSITIONS), block=tuple(BLOCKS),
+             attention=tuple(ATTENTIONS), norm=NORMS, ffn=FFNS)
 WHOLE = [dict(zip(PARTS, values))
          for values in itertools.product(*PARTS.values())]
 # Each position with each block and each attention; norms and networks turn
@@ -49,10 +51,10 @@ TRIPLES = [
 LENGTH, CHANGED = 8, 5  # the token that a twin of each row has otherwise
 
 
-# Of the others, expert_choice is refused in a decoder, and uniform deals tokens
-# by their place in the batch, so to decode is to deal otherwise.
-ROUTERS = {'switch': dict(top_k=1), 'gshard': {}, 'sigmoid': {},
-           'sinkhorn': {}, 'hash': {}}
+# Experts that choose are refused in a decoder; and uniform deals tokens by
+# their place in the batch, so to decode is to deal otherwise.
+ROUTERS = [name for name, router in routing.ROUTERS.items()
+           if not router.experts_choose and name != 'uniform']
 
 
 def _rows(product):
@@ -70,11 +72,16 @@ def variant(parts, system='gpt', **moe):
   if parts['ffn'] == 'moe':
     changes['moe'] = dict(num_experts=3, top_k=2, d_ff=12, ffn='swiglu') | moe
   module = architectures.build(models.config(system, **changes))
+  return module, drawn(module)
+
+
+def drawn(module):
+  """Returns parameters all off their tidy initial values."""
   with jax.disable_jit():
     shapes = nn.meta.unbox(jax.eval_shape(
         module.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
   rng = np.random.default_rng(0)
-  return module, jax.tree.map(lambda x: jnp.asarray(
+  return jax.tree.map(lambda x: jnp.asarray(
       0.3 * rng.normal(size=x.shape), x.dtype), shapes['params'])
 
 
@@ -92,7 +99,10 @@ def _decode(module, params, tokens):
 
 
 def check_laws(parts, **moe):
-  module, params = variant(parts, **moe)
+  check_laws_of(*variant(parts, **moe))
+
+
+def check_laws_of(module, params):
   row = models.tokens(1, LENGTH)
   twin = row.at[:, CHANGED].set((row[:, CHANGED] + 1) % models.VOCAB)
   tokens = jnp.concatenate([row, twin])
@@ -127,7 +137,8 @@ def test_laws_of_positions_blocks_and_attentions(row):
 @pytest.mark.parametrize('router', ROUTERS)
 def test_laws_of_routers(router):
   check_laws(dict(position='rope', block='pre_norm', attention='global',
-                  norm='rmsnorm', ffn='moe'), router=router, **ROUTERS[router])
+                  norm='rmsnorm', ffn='moe'), router=router,
+             top_k=routing.ROUTERS[router].top_k or 2)
 
 
 @pytest.mark.product

@@ -31,7 +31,7 @@ WORDS = st.sampled_from([
 
 
 # What a field of a type may well hold; some of it does not go together.
-NAMES = sorted({name for names in checks.NAMES.values() for name in names}
+NAMES = sorted({name for names in checks.names().values() for name in names}
                | {'adafactor', 'lion', 'sgd', 'linear', 'wsd', 'rsqrt', 'chat',
                   'prefix', 'mlm_nsp', 'replicated', 'banded,global'})
 LIKELY = {

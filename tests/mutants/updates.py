@@ -135,7 +135,7 @@ MUTANTS = {
          'optimizers: honoured'),
         ('require(optim.eps > 0,', 'require(optim.eps >= 0,',
          'optimizers: honoured'),
-        ("schedules.refuse_unread(optim, 'name', READS)", 'pass',
+        ("schedules.refuse_unread(optim, 'name', OPTIMIZERS)", 'pass',
          'optimizers: honoured'),
     ],
     'training/optim/adafactor.py': [

@@ -30,7 +30,7 @@ SIZES = dict(d_model=32, num_layers=2, num_heads=4, head_dim=0, d_ff=0,
              vocab_size=61, max_len=40, dtype='float32')
 LENGTH = 12  # of the rows of compare.inputs
 
-# Changes that are no choice of checks.NAMES and no flipped True or False.
+# Changes that are no choice of checks.names and no flipped True or False.
 CHANGES = (
     dict(d_model=40), dict(num_layers=4), dict(num_decoder_layers=4),
     dict(num_heads=2), dict(num_heads=8), dict(num_heads=5, head_dim=8),
@@ -78,7 +78,7 @@ def changes(base: ModelConfig) -> Iterator[dict[str, Any]]:
   """Yields what differs from `base` in each variant, by the fields of
   config.model."""
   yield {}
-  for name, choices in checks.NAMES.items():
+  for name, choices in checks.names().items():
     if not hf_config.RUN_ONLY.fullmatch(name):
       for choice in choices:
         yield _nested(name, choice)

@@ -8,8 +8,12 @@ that optim.decay_mask selects; where it is empty, on matrices that are no
 embeddings. Moments are kept and updates are computed in
 float32, whatever model.param_dtype is; a parameter is rounded once, when the
 update is added. A field of config.optim that the chosen optimiser does not
-read has to stay at its default: setting it is refused.
+read has to stay at its default: setting it is refused. An entry of OPTIMIZERS
+is all that there is of one.
 """
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -78,21 +82,24 @@ def _sgd(optim, roles):
   return optax.trace(optim.momentum) if optim.momentum else optax.identity()
 
 
-OPTIMIZERS = {
-    'adamw': _adamw,
-    'adafactor': _adafactor,
-    'lion': _lion,
-    'muon': _muon,
-    'sgd': _sgd,
-}
+class Optimizer(NamedTuple):
+  """One optimiser.
 
-# The fields that a direction reads; another one set is refused, not ignored.
-READS = {
-    'adamw': ('b1', 'b2', 'eps'),
-    'adafactor': (),
-    'lion': ('b1', 'b2'),
-    'muon': ('b1', 'b2', 'eps', 'momentum'),
-    'sgd': ('momentum',),
+  Attributes:
+    direction: (config.optim, roles) -> a transformation of gradients.
+    reads: the fields of config.optim that it reads and others may not; another
+      one set is refused, not ignored.
+  """
+  direction: Callable[..., optax.GradientTransformation]
+  reads: tuple[str, ...] = ()
+
+
+OPTIMIZERS = {
+    'adamw': Optimizer(_adamw, ('b1', 'b2', 'eps')),
+    'adafactor': Optimizer(_adafactor),
+    'lion': Optimizer(_lion, ('b1', 'b2')),
+    'muon': Optimizer(_muon, ('b1', 'b2', 'eps', 'momentum')),
+    'sgd': Optimizer(_sgd, ('momentum',)),
 }
 
 
@@ -114,7 +121,7 @@ def check(optim) -> None:
   for pattern, value in optim.decay_mask:
     require(value in (0, 1), f'optim.decay_mask has {value!r} for '
             f'{pattern!r}: choose 1 (decays) or 0 (does not)')
-  schedules.refuse_unread(optim, 'name', READS)
+  schedules.refuse_unread(optim, 'name', OPTIMIZERS)
 
 
 def make(optim, steps: int, roles, rates=None) -> optax.GradientTransformation:
@@ -145,7 +152,7 @@ def chain(optim, steps: int, roles, rates=None) -> optax.GradientTransformation:
   return in_float32(optax.chain(
       clip_by_global_norm(optim.clip_norm) if optim.clip_norm
       else optax.identity(),
-      with_rates(OPTIMIZERS[optim.name](optim, roles), rates),
+      with_rates(OPTIMIZERS[optim.name].direction(optim, roles), rates),
       add_decay(optim.weight_decay, decays),
       optax.scale_by_learning_rate(schedules.rate(optim, steps))))
 

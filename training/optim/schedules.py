@@ -4,11 +4,15 @@ At update t (the first is t = 1) of T the rate is
   lr * min(t / warmup_steps, shape(t)),
 and stays at shape(T) from there on. The shape is 1 until the warm-up ends, so
 the two parts meet. Cosine, linear and wsd arrive at final_fraction at t = T,
-cosine and linear at t = decay_steps where that is set.
+cosine and linear at t = decay_steps where that is set. An entry of SCHEDULES is
+all that there is of one.
 """
 
+from collections.abc import Callable, Mapping
 import math
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -45,21 +49,24 @@ def _constant(t, steps, optim):
   return jnp.ones_like(t)
 
 
-SCHEDULES = {
-    'cosine': _cosine,
-    'linear': _linear,
-    'rsqrt': _rsqrt,
-    'wsd': _wsd,
-    'constant': _constant,
-}
+class Schedule(NamedTuple):
+  """One schedule.
 
-# The fields that a shape reads; another one set is refused, not ignored.
-READS = {
-    'cosine': ('final_fraction', 'decay_steps'),
-    'linear': ('final_fraction', 'decay_steps'),
-    'rsqrt': (),
-    'wsd': ('final_fraction', 'decay_fraction'),
-    'constant': (),
+  Attributes:
+    shape: (updates done + 1, T, config.optim) -> the share of optim.lr.
+    reads: the fields of config.optim that it reads and others may not; another
+      one set is refused, not ignored.
+  """
+  shape: Callable[..., jax.Array]
+  reads: tuple[str, ...] = ()
+
+
+SCHEDULES = {
+    'cosine': Schedule(_cosine, ('final_fraction', 'decay_steps')),
+    'linear': Schedule(_linear, ('final_fraction', 'decay_steps')),
+    'rsqrt': Schedule(_rsqrt),
+    'wsd': Schedule(_wsd, ('final_fraction', 'decay_fraction')),
+    'constant': Schedule(_constant),
 }
 
 
@@ -80,7 +87,7 @@ def make(optim, steps: int) -> optax.Schedule:
 def rate(optim, steps: int) -> optax.Schedule:
   """`make` without its checks: optim.lr and optim.warmup_steps may be traced,
   as where several runs train as one program (training/vectorised.py)."""
-  shape = SCHEDULES[optim.schedule]
+  shape = SCHEDULES[optim.schedule].shape
   steps = optim.decay_steps or steps
 
   def schedule(count):
@@ -106,20 +113,21 @@ def check(optim) -> None:
   require(0 < optim.decay_fraction <= 1,
           f'optim.decay_fraction is {optim.decay_fraction}: choose it in '
           '(0, 1]')
-  refuse_unread(optim, 'schedule', READS)
+  refuse_unread(optim, 'schedule', SCHEDULES)
 
 
-def refuse_unread(optim, selector: str, reads: dict[str, tuple]) -> None:
-  """Raises ValueError for a field that was set and that nothing will read.
+def refuse_unread(optim, selector: str, table: Mapping[str, Any]) -> None:
+  """Raises RequestError for a field that an entry of the table reads and the
+  chosen one does not, and that was set.
 
   A field counts as set where it differs from the default of configs/base.py.
   """
   defaults = base_config.base().optim
   choice = optim[selector]
-  for field in sorted({f for fields in reads.values() for f in fields}):
-    if field in reads[choice] or optim[field] == defaults[field]:
+  for field in sorted({f for row in table.values() for f in row.reads}):
+    if field in table[choice].reads or optim[field] == defaults[field]:
       continue
-    readers = ', '.join(n for n, fields in reads.items() if field in fields)
+    readers = ', '.join(n for n, row in table.items() if field in row.reads)
     raise RequestError(
         f'optim.{field} is {optim[field]}, which optim.{selector} {choice!r} '
         f'does not read (it is read by {readers}): leave it at '

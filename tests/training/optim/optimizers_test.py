@@ -231,8 +231,8 @@ def test_muon_orthogonalises_each_layer_with_its_heads_joined():
 
 
 @pytest.mark.parametrize('name, field', [
-    (name, field) for name, fields in optimizers.READS.items()
-    for field in (*fields, 'lr')])
+    (name, field) for name, row in optimizers.OPTIMIZERS.items()
+    for field in (*row.reads, 'lr')])
 def test_every_field_that_is_read_has_an_effect(name, field):
   tree = {'kernel': params()['embed']['tokens'], 'bias': jnp.ones(8)}
   other = dict(b1=0.5, b2=0.5, eps=1.0, momentum=0.5, lr=0.5)
