@@ -64,7 +64,7 @@ def config_fields() -> str:
       group = field.group
       lines += ['', f'## {group or "The run"}', '',
                 '| field | default | |', '|---|---|---|']
-    note = re.sub(r"([|*_<']|\.\.\.)", r'\\\1', field.note)
+    note = re.sub(r'([|*_])', r'\\\1', field.note.replace('<', '&lt;'))
     lines.append(f'| `{field.name}` | `{field.default}` | {note} |')
   return '\n'.join(lines) + '\n'
 
