@@ -18,173 +18,235 @@ MOST_FLOAT = 1e30
 
 def base() -> ml_collections.ConfigDict:
   """Returns a config with every field of a run at its default."""
+  # The comments are the notes of the documentation's table of fields.
   return ml_collections.ConfigDict(dict(
+      # The parameters, the order of the data and dropout are drawn from it.
       seed=0,
       # What is learned: causal, prefix, chat, mlm, mlm_nsp, span, seq2seq.
       objective='causal',
       # A Hugging Face folder or a workdir whose weights the run starts from.
       init_from='',
-      init_partial=False,  # take what fits; list each skipped tensor
-      # span: the share of tokens that is cut out, in spans of this mean.
-      span=dict(noise_density=0.15, mean_length=3.0),
+      # Load only the parameters whose names and shapes match, and list the
+      # others.
+      init_partial=False,
+      span=dict(  # of the objective span
+          noise_density=0.15,  # the share of tokens that is cut out
+          mean_length=3.0,  # the mean length of a span in tokens
+      ),
       model=_model(),
       data=dict(
           # sotu | text:GLOB | jsonl:GLOB:FIELD | parquet:GLOB:FIELD |
-          # arrayrecord:GLOB | hf:NAME | parallel:GLOB (seq2seq) |
-          # alpaca:GLOB (chat); several, weighted: '0.7*A,0.3*B'.
+          # arrayrecord:GLOB | hf:NAME | parallel:GLOB (for seq2seq) |
+          # alpaca:GLOB (for chat); several with weights: '0.7*A,0.3*B'.
           source='sotu',
-          # '': what is held out of `source`. The loss of a mixture is the mean
-          # of its sources' own by weight.
+          # Text to evaluate on, written like source. Empty: what is held out of
+          # source. The loss of a mixture is the mean of its sources' losses,
+          # weighted by the sources' weights.
           eval_source='',
           # n: every n-th document is held out of training; of a single text
-          # file, its last n-th part. 0: nothing.
+          # file, its last n-th part. 0: nothing is held out.
           holdout_every=20,
           # bytes | bytes:N (in N ids) | a tokenizer.json | a folder | a .model
           tokenizer='bytes',
-          length=256,  # tokens a sequence (of the source, with seq2seq)
-          target_length=0,  # seq2seq; derived: length
-          batch_size=32,  # global, in sequences
-          document_mask=False,  # attention and positions stop at documents
-          cache_dir='',  # '': $ARCHETYPE_CACHE, else ~/.cache/archetype
-          # Of chat. published: Vicuna's v1.1, of alpaca: Alpaca's. earlier:
-          # as runs began before this field was there.
+          length=256,  # tokens in a sequence (in the source, with seq2seq)
+          target_length=0,  # tokens in the target of seq2seq; derived: length
+          batch_size=32,  # sequences in a batch, over all devices
+          # Attention and positions stop at the ends of documents.
+          document_mask=False,
+          # Where tokens are kept; empty: $ARCHETYPE_CACHE, or
+          # ~/.cache/archetype.
+          cache_dir='',
+          # How chat lays out a conversation. published: as Vicuna v1.1, or for
+          # alpaca: as Alpaca. earlier: as runs did before this field existed.
           chat_template='published',
-          mask_rate=0.15,  # of the tokens that mlm and mlm_nsp mask
-          whole_words=False,  # ... all tokens of a word, or none
+          mask_rate=0.15,  # the share of tokens that mlm and mlm_nsp mask
+          whole_words=False,  # mask all tokens of a word, or none
           workers=0,  # processes that prepare batches; 0: threads
-          tokenize_workers=0,  # 0: one per CPU core
+          tokenize_workers=0,  # processes that tokenise; 0: one per CPU core
       ),
       train=dict(
-          steps=1000,
+          steps=1000,  # the last step of the run
+          # A batch is processed in so many parts, one after another.
           grad_accumulation=1,
-          max_bad_steps=10,  # non-finite steps in a row before the run ends
-          z_loss=0.0,
-          label_smoothing=0.0,
-          loss_chunk=0,  # tokens whose logits are held at once; 0: by size
+          # Steps in a row with a loss that is not finite before the run ends.
+          max_bad_steps=10,
+          z_loss=0.0,  # the weight of log(Z)^2 of the logits in the loss
+          label_smoothing=0.0,  # the share of the target given to all tokens
+          # Tokens whose logits are held at once; 0: chosen by size.
+          loss_chunk=0,
       ),
       optim=dict(
           name='adamw',  # adamw adafactor lion muon sgd
-          lr=1e-3,
+          lr=1e-3,  # the highest learning rate
           schedule='cosine',  # cosine linear rsqrt wsd constant
-          warmup_steps=100,
-          final_fraction=0.1,  # of lr, at the end of the schedule
-          decay_steps=0,  # cosine, linear: arrive there; 0: at train.steps
-          decay_fraction=0.2,  # wsd: the share of steps that decay
-          weight_decay=0.1,
-          # Patterns over parameter paths, first match wins: 1 decays, 0 not.
-          # Empty: matrices decay; embeddings, norms and biases do not.
+          warmup_steps=100,  # steps in which the learning rate rises to lr
+          # The learning rate at the end of the schedule, as a share of lr.
+          final_fraction=0.1,
+          # cosine and linear end at this step; 0: at train.steps.
+          decay_steps=0,
+          decay_fraction=0.2,  # of wsd: the share of steps that decay
+          weight_decay=0.1,  # times lr, taken from a parameter in each step
+          # Patterns over parameter paths. The first that matches says whether
+          # the parameter decays: 1, or not: 0. Empty: matrices decay;
+          # embeddings, norms and biases do not.
           decay_mask=(),
-          clip_norm=1.0,  # 0: no clipping
-          b1=0.9,
-          b2=0.95,
-          eps=1e-8,
-          momentum=0.9,  # sgd, muon
+          # The largest norm of the gradient; larger ones are scaled down. 0:
+          # no clipping.
+          clip_norm=1.0,
+          b1=0.9,  # of adamw, lion and muon
+          b2=0.95,  # of adamw, lion and muon
+          eps=1e-8,  # of adamw and muon
+          momentum=0.9,  # of sgd and muon
       ),
-      mesh=dict(data=-1, fsdp=1, expert=1, context=1, tensor=1, rules='default',
-                slices=0),  # over which `data` goes; 0: what the devices say
+      mesh=dict(  # the sizes of the axes multiply to the number of devices
+          data=-1,  # splits the batch; -1: the devices that are left
+          fsdp=1,  # splits the batch, and d_model of the weights
+          expert=1,  # splits the batch, and the experts
+          context=1,  # splits the length
+          tensor=1,  # splits heads, feed-forward networks and the vocabulary
+          rules='default',  # the table of configs/sharding.py
+          # Groups of devices with a slow network between them, over which data
+          # goes; 0: as the devices say.
+          slices=0,
+      ),
       checkpoint=dict(
-          every_steps=500,
-          every_minutes=0.0,  # 0: not by time
-          keep=3,  # the newest k good ones (docs/pods.md)
-          keep_every=0,  # and every n-th step; 0: none
+          every_steps=500,  # steps between two checkpoints
+          every_minutes=0.0,  # minutes between two checkpoints; 0: not by time
+          keep=3,  # how many of the newest good checkpoints are kept
+          keep_every=0,  # keep every n-th step too; 0: none
       ),
-      # Batches of each source; 0: all of them.
-      eval=dict(every_steps=250, batches=16),
-      log=dict(every_steps=10, tensorboard=False, wandb=False,
-               wandb_project='archetype'),
+      eval=dict(
+          every_steps=250,  # steps between two evaluations
+          batches=16,  # batches of each source; 0: all of them
+      ),
+      log=dict(
+          every_steps=10,  # steps between two lines of metrics
+          tensorboard=False,  # write TensorBoard's files too
+          wandb=False,  # log to Weights & Biases too
+          wandb_project='archetype',  # the project in Weights & Biases
+      ),
   ))
 
 
 def _model() -> dict:
   return dict(
-      arch='gpt',
-      d_model=128,
-      num_layers=4,
-      num_decoder_layers=0,  # encoder-decoders; derived: num_layers
-      num_heads=4,
-      num_kv_heads=0,  # derived: num_heads
-      head_dim=0,  # derived: d_model / num_heads
-      d_ff=0,  # derived: 4 d_model
+      arch='gpt',  # a page of architectures/
+      d_model=128,  # width of the residual stream
+      num_layers=4,  # of the encoder, in encoder-decoders
+      # Layers of the decoder in encoder-decoders; derived: num_layers.
+      num_decoder_layers=0,
+      num_heads=4,  # query heads
+      num_kv_heads=0,  # key and value heads; derived: num_heads
+      head_dim=0,  # size of a head; derived: d_model / num_heads
+      d_ff=0,  # hidden units of the feed-forward network; derived: 4 d_model
       vocab_size=0,  # derived: the tokenizer's
-      max_len=0,  # derived: data.length
-      type_vocab_size=0,  # segment kinds (BERT: 2); 0: none
+      max_len=0,  # the length of the model; derived: data.length
+      type_vocab_size=0,  # kinds of segments (BERT: 2); 0: none
       norm='layernorm',  # layernorm rmsnorm
-      norm_eps=1e-5,
+      norm_eps=1e-5,  # added to the variance or the mean square
       embed_norm=False,  # a norm right after the embedding
       position='learned',  # learned sinusoidal rope alibi relative none
-      sinusoid='interleaved',  # interleaved halves fairseq
-      learned_stretch=1.0,  # >1: interpolate learned positions past max_len
-      rope=dict(
-          theta=10000.0,
-          fraction=1.0,  # of the head that is rotated
+      # The order of sines and cosines: interleaved halves fairseq.
+      sinusoid='interleaved',
+      # Above 1: learned positions are interpolated past max_len.
+      learned_stretch=1.0,
+      rope=dict(  # of rotary positions
+          theta=10000.0,  # the base of the frequencies
+          fraction=1.0,  # the share of a head that is rotated
           scaling='none',  # none linear ntk llama3 yarn
-          factor=1.0,
-          original_len=0,  # derived: max_len
-          low_freq_factor=1.0,  # llama3
-          high_freq_factor=4.0,  # llama3
-          beta_fast=32.0,  # yarn
-          beta_slow=1.0,  # yarn
+          factor=1.0,  # how many times the original length
+          # The length that the scaling starts from; derived: max_len.
+          original_len=0,
+          low_freq_factor=1.0,  # of llama3
+          high_freq_factor=4.0,  # of llama3
+          beta_fast=32.0,  # of yarn
+          beta_slow=1.0,  # of yarn
       ),
-      relative=dict(buckets=32, max_distance=128),  # T5's bias
+      relative=dict(  # of T5's bias
+          buckets=32,  # buckets of distances
+          max_distance=128,  # the last bucket has all larger distances
+      ),
       ffn='gelu',  # relu gelu gelu_tanh silu geglu geglu_tanh swiglu moe
       block='pre_norm',  # pre_norm post_norm parallel sandwich
-      # A pattern repeated over the layers, of: global banded.
+      # A pattern that is repeated over the layers, of global and banded.
       attention='global',
-      # Of whole sequences; decoding with a cache is always xla. auto: splash on
-      # TPU, cudnn on GPU, where they can. auto xla splash cudnn.
+      # What computes attention over whole sequences: auto xla splash cudnn.
+      # auto: splash on TPU and cudnn on GPU, where they can. Decoding with a
+      # cache is always xla.
       attention_kernel='auto',
-      sliding_window=0,  # keys a banded layer sees, itself included
-      attention_softcap=0.0,  # 0: none
-      qk_norm=False,
-      attention_sinks=False,
-      attention_scale=0.0,  # derived: head_dim ** -0.5
-      attention_bias=True,
-      ffn_bias=True,
-      tie_embeddings=True,
-      embed_scale=1.0,  # 0, derived: d_model ** 0.5 (mup: of the base)
-      logits_scale=1.0,  # 0, derived: d_model ** -0.5 (mup: of the base)
-      logits_softcap=0.0,
-      logits_bias=False,
-      dropout=0.0,  # of the embedding and of what a part adds
+      # The keys that a banded layer sees, that of the query included.
+      sliding_window=0,
+      attention_softcap=0.0,  # bounds the attention scores; 0: none
+      qk_norm=False,  # a norm of queries and of keys
+      attention_sinks=False,  # a learned term in the softmax's denominator
+      # The factor of the scores; derived: head_dim ** -0.5.
+      attention_scale=0.0,
+      attention_bias=True,  # biases in the products of attention
+      ffn_bias=True,  # biases in the feed-forward network
+      tie_embeddings=True,  # the head is the embedding's transpose
+      # The factor of the embedding; 0, derived: d_model ** 0.5 (with mup: that
+      # of the base).
+      embed_scale=1.0,
+      # The factor of the logits; 0, derived: d_model ** -0.5 (with mup: that of
+      # the base).
+      logits_scale=1.0,
+      logits_softcap=0.0,  # bounds the logits; 0: none
+      logits_bias=False,  # a bias of the logits
+      dropout=0.0,  # of the embedding and of what each part adds
       attention_dropout=0.0,  # of attention weights
-      ffn_dropout=0.0,  # of hidden units; those of experts: moe.expert_dropout
-      # How sizes and rates change with width: standard, or mup (docs/mup.md),
-      # which equals standard at the base width.
+      # Of hidden units of dense networks; those of experts: moe.expert_dropout.
+      ffn_dropout=0.0,
+      # How initial sizes and learning rates change with width: standard, or mup
+      # (docs/mup.md), which equals standard at the base width.
       parametrization='standard',
-      mup_base_width=0,  # the d_model of the base; mup needs it
-      mup_base_head_dim=0,  # derived: as many heads at the base
+      mup_base_width=0,  # the d_model of the base, which mup needs
+      # The head_dim of the base; derived: the base has as many heads.
+      mup_base_head_dim=0,
       init='scaled_normal',  # normal scaled_normal fan_in
-      init_stddev=0.02,
-      init_scale=1.0,  # fan_in: the variance is this / fan_in
+      init_stddev=0.02,  # of normal and scaled_normal
+      init_scale=1.0,  # of fan_in: the variance is this / fan_in
       dtype='float32',  # of the computation: float32 bfloat16
-      param_dtype='float32',  # bfloat16: what the optimiser keeps is float32
-      scan_layers=True,
-      remat='none',  # none full dots
-      moe=dict(
-          num_experts=8,
-          top_k=2,  # experts of a token (expert_choice: on average)
+      # Of the parameters: float32 bfloat16. What the optimiser keeps is float32
+      # in any case.
+      param_dtype='float32',
+      scan_layers=True,  # one program for all layers, or one for each
+      # What the backward pass computes again: none full dots.
+      remat='none',
+      moe=dict(  # of ffn=moe
+          num_experts=8,  # experts of a layer
+          top_k=2,  # experts of a token (with expert_choice: on average)
           # topk switch gshard expert_choice sigmoid sinkhorn hash uniform
           router='topk',
-          ffn='gelu',  # of the experts, and of the dense layers between
-          every=1,  # 1: all layers have experts; 2: every other; ...
-          d_ff=0,  # of one expert; derived: model.d_ff
-          shared_experts=0,  # as a dense network, this many times moe.d_ff
-          # auto (sorted where a capacity pads little, else dropless) einsum
-          # sorted dropless
+          # The network of an expert, and of the dense layers between.
+          ffn='gelu',
+          every=1,  # 1: all layers have experts; 2: every other layer; ...
+          d_ff=0,  # hidden units of one expert; derived: model.d_ff
+          # A dense network beside the experts, of this many times moe.d_ff.
+          shared_experts=0,
+          # How tokens reach their experts: auto einsum sorted dropless. auto:
+          # sorted where a capacity pads little, else dropless.
           dispatch='auto',
-          # The product of dropless. auto: megablox on TPU. auto xla megablox.
+          # The product of dropless: auto xla megablox. auto: megablox on TPU.
           grouped_kernel='auto',
-          capacity_factor=0.0,  # in training; 0: dropless
-          eval_capacity_factor=0.0,  # 0: dropless
-          normalize_gates=True,  # of topk, sigmoid, sinkhorn; from top_k 2 on
-          jitter=0.0,  # the router's input times uniform(1 - j, 1 + j)
-          logit_noise=0.0,  # standard deviation
+          # Room of an expert in training, over an even load; 0: dropless.
+          capacity_factor=0.0,
+          eval_capacity_factor=0.0,  # the same in evaluation
+          # The gates of a token sum to 1: of topk, sigmoid and sinkhorn, from
+          # top_k 2 on.
+          normalize_gates=True,
+          # In training the router's input is multiplied by uniform(1 - j,
+          # 1 + j).
+          jitter=0.0,
+          # Standard deviation of the noise on the router's logits in training.
+          logit_noise=0.0,
           balance_loss='switch',  # switch importance none
-          balance_weight=0.01,
-          z_loss_weight=0.0,
-          expert_dropout=0.0,  # on the experts' hidden units
-          group_size=0,  # tokens that share capacity; 0: all of a batch
-          bias_rate=0.001,  # sigmoid: how far a step moves router_bias
+          balance_weight=0.01,  # of the balance loss
+          z_loss_weight=0.0,  # of log(Z)^2 of the router's logits
+          expert_dropout=0.0,  # of the experts' hidden units
+          # Tokens that share capacity; 0: all of a batch.
+          group_size=0,
+          # Of sigmoid: how far a step moves router_bias.
+          bias_rate=0.001,
       ),
   )
 

@@ -105,7 +105,8 @@ def test_the_table_of_fields_has_every_field_with_its_default():
 
 def test_notes_of_fields_are_the_comments_above_and_beside():
   text = reference.config_fields()
-  assert re.search(r'`model.d_ff` \| `0` \| derived: 4 d\\_model \|', text)
+  assert re.search(
+      r'`model.num_kv_heads` \| `0` \| .*derived: num\\_heads \|', text)
   assert re.search(r'`init_from` .* whose weights the run starts from', text)
 
 
