@@ -26,16 +26,15 @@ import jax.numpy as jnp
 import numpy as np
 
 import architectures
+from architectures.parts import hf
 from architectures.parts import positions
 from architectures.parts.config import ModelConfig
 from configs.errors import require
 from training import paths
 from training import progress
-from training.step import abstract_params
 from training.hf import config as hf_config
 from training.hf import files as hf_files
 from training.hf import generation as hf_generation
-from training.hf import names as hf_names
 
 SHARD_BYTES = 5 * 10**9
 PART_BYTES = 2 ** 24  # of two tensors that are compared
@@ -113,12 +112,13 @@ def load(module: nn.Module, source: Mapping[str, np.ndarray], *, like=None,
     partial, seed: as for from_hf.
   """
   page = architectures.hugging_face(module.config.arch)
-  like = nn.meta.unbox(like or abstract_params(module))
+  like = nn.meta.unbox(like or jax.eval_shape(
+      functools.partial(_init, module), jax.random.key(0)))
   shapes = {path: leaf.shape for path, leaf in paths.flatten(like).items()}
   names = _Names(page, source)
   rows = page.rows(module.config)
-  _check_number(hf_names.count(rows, shapes), source, partial)
-  tensors = hf_names.expand(rows, shapes)
+  _check_number(hf.count(rows, shapes), source, partial)
+  tensors = hf.expand(rows, shapes)
   fills: dict[str, list] = {path: [] for path in shapes}
   names.check_types(tensors)
   skipped, bad = names.unused(tensors), set()
@@ -198,7 +198,7 @@ class _Names:
         require(found in hf_files.DTYPES, f'{name} is of type {found}: weights '
                 f'are read from {", ".join(hf_files.DTYPES)}')
 
-  def wrong(self, tensor: hf_names.Tensor) -> str:
+  def wrong(self, tensor: hf.Tensor) -> str:
     """Returns what stands against reading `tensor`, or ''."""
     if self.find(tensor.name) not in self._source:
       return f'{" and ".join(tensor.paths)}: the files have no {tensor.name}'
@@ -264,12 +264,15 @@ def _largest(x: np.ndarray) -> float:
     return float(max(x.max(), -x.min(), key=abs)) if x.size else 0.0
 
 
+def _init(module: nn.Module, key: jax.Array):
+  return module.init(key, jnp.zeros((1, 1), jnp.int32))['params']
+
+
 def draw(module, like, wanted, seed: int) -> dict[str, jax.Array]:
   """Returns the initial values of the parameters `wanted` alone, by path."""
 
   def init(key):
-    boxed = module.init(key, jnp.zeros((1, 1), jnp.int32))['params']
-    flat = paths.flatten(nn.meta.unbox(boxed))
+    flat = paths.flatten(nn.meta.unbox(_init(module, key)))
     return {path: flat[path] for path in wanted}
 
   flat = paths.flatten(like)
@@ -300,7 +303,7 @@ def to_hf(module: nn.Module, params, folder, *, dtype: str = '',
     tree |= generation.fields
   flat = paths.flatten(nn.meta.unbox(params))
   page = architectures.hugging_face(config.arch)
-  tensors = hf_names.expand(page.rows(config),
+  tensors = hf.expand(page.rows(config),
                             {path: leaf.shape for path, leaf in flat.items()})
   kinds = {tensor.name: hf_files.Kind(
       tensor.shape, np.dtype(dtype or flat[tensor.paths[0]].dtype))
@@ -326,6 +329,6 @@ def to_hf(module: nn.Module, params, folder, *, dtype: str = '',
         json.dumps(generation.options, indent=2) + '\n')
 
 
-def _theirs(tensor: hf_names.Tensor, flat) -> np.ndarray:
+def _theirs(tensor: hf.Tensor, flat) -> np.ndarray:
   return tensor.join([np.asarray(flat[path][tensor.index])
                       for path in tensor.paths])

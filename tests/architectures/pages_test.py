@@ -8,11 +8,12 @@ import flax.linen as nn
 import pytest
 
 import architectures
+from architectures.parts import hf
 from configs import base
 from tests.helpers import models
 from training import paths
 from training.step import abstract_params
-from training.hf import config as hf_config, names as hf_names
+from training.hf import config as hf_config
 from training.workdir import run_config
 
 # What every page says, and what it says where that is not the usual.
@@ -76,7 +77,7 @@ def test_names_are_of_parameters_and_axes_of_the_legend(system):
     sizes = dict(V=c.vocab_size, D=c.d_model, H=c.num_heads, J=c.num_kv_heads,
                  K=c.head_dim, F=c.d_ff, E=c.moe.num_experts, L=c.max_len)
     rows |= set(table)
-    for row, found, *_ in hf_names.places(table, shapes):
+    for row, found, *_ in hf.places(table, shapes):
       used.add(row)
       _, ours, name, theirs = row
       expert = {'E'} if '{e}' in name else set()

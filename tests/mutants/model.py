@@ -205,6 +205,26 @@ MUTANTS = {
          '      decoder_tokens_BL = 0 * tokens_BM',
          'parts: decoder_layers'),
     ],
+    'architectures/llama.py': [
+        ("ffn='swiglu', ffn_bias", "ffn='geglu', ffn_bias", 'pages: has'),
+        ("('ffn_norm/scale', 'D', 'post", "('ffn_norm/scale', 'F', 'post",
+         'pages: legend and llama'),
+    ],
+    'architectures/parts/hf.py': [
+        ("experts = 'E' if '{e}' in theirs else ''", "experts = ''",
+         'pages: legend and gshard'),
+        ('slice(first * size, (first + spans[-1]) * size)',
+         'slice(first * size, (first + 1) * size)', 'weights: split_and_join'),
+        ('range(block, block + period * shape[0], period)',
+         'range(block, block + shape[0])', 'weights: blocks_of_a_period'),
+        ('x[..., 0] if fused else x', 'x', 'weights: split_and_join'),
+    ],
+    'training/hf/config.py': [
+        ("reversed(names.split('|'))", "names.split('|')",
+         'hf_folders: two_names'),
+        ('  reader.must(**page.only)', '  reader.passes(*page.only)',
+         'hf_folders: of_another_type'),
+    ],
     'architectures/parts/config.py': [
         ("fields['attention_scale'] or base_head_dim ** -0.5",
          "fields['attention_scale'] or base_head_dim ** -1.0",

@@ -19,7 +19,7 @@ from configs import base
 import ml_collections
 
 import architectures
-from architectures.parts import hf as page_record
+from architectures.parts import hf
 from architectures.parts import unread
 from architectures.parts.config import ModelConfig
 from architectures.parts.moe import routing
@@ -189,38 +189,38 @@ def fields_and_notes(tree: dict[str, Any]
                      ) -> tuple[ml_collections.ConfigDict, list[str]]:
   """Returns `fields`, and a sentence for each thing that the file says and an
   import does not do."""
-  hf = Reader(tree)
-  model = model_of(hf)
-  hf.finish()
-  return model, hf.notes
+  reader = Reader(tree)
+  model = model_of(reader)
+  reader.finish()
+  return model, reader.notes
 
 
-def model_of(hf: Reader) -> ml_collections.ConfigDict:
+def model_of(reader: Reader) -> ml_collections.ConfigDict:
   """Returns config.model as the page of its model_type reads a config.json."""
   archs = {architectures.hugging_face(arch).model_type: arch
            for arch in architectures.systems()
            if hasattr(architectures.page(arch), 'HF')}
-  one_of('model_type of config.json', hf.model_type, archs)
-  arch = archs[hf.model_type]
+  one_of('model_type of config.json', reader.model_type, archs)
+  arch = archs[reader.model_type]
   page = architectures.hugging_face(arch)
   found: dict[str, Any] = {}
   for name, row in page.fields.items():
-    found[name] = _field(hf, found, *row)
-  hf.must(**page.only)
-  hf.passes(*page.unread)
+    found[name] = _field(reader, found, *row)
+  reader.must(**page.only)
+  reader.passes(*page.unread)
   model = base.base().model
   model.update(architectures.systems()[arch].PARTS, arch=arch)
   model.update_from_flattened_dict(found)
-  model.update(page.read(hf, found))
+  model.update(page.read(reader, found))
   return model
 
 
-def _field(hf: Reader, found: dict[str, Any], names: str, default: Any,
+def _field(reader: Reader, found: dict[str, Any], names: str, default: Any,
            *choices: dict[str, str]) -> Any:
   """Returns what config.json has for one of the page's `fields`."""
   value = default(found) if callable(default) else default
   for name in reversed(names.split('|')):
-    value = (hf.choose if choices else hf)(name, value, *choices)
+    value = (reader.choose if choices else reader)(name, value, *choices)
   return value
 
 
@@ -235,7 +235,7 @@ def write(config: ModelConfig) -> dict[str, Any]:
   for ours, (names, _, *choices) in page.fields.items():
     value = operator.attrgetter(ours)(config)
     tree[names.split('|')[-1]] = (
-        page_record.theirs(*choices, value, ours) if choices else value)
+        hf.theirs(*choices, value, ours) if choices else value)
   tree |= page.write(config)
   check_same(config, read(tree),
              f'a {page.model_type} config.json cannot say that')

@@ -14,13 +14,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import architectures
+from architectures.parts import hf
 from tests.helpers import models
 from tools import convert
 from training import paths, weights
 from training.step import abstract_params
 from training.distributed import devices
 from training.hf import config as hf_config, files as hf_files
-from training.hf import names as hf_names
 from training.workdir import run_config
 
 
@@ -69,7 +69,7 @@ def test_rows_count_through_the_blocks_of_a_period():
             for b in range(2)}
   rows = (('decoder/layers/attention_norm/scale', 'D', 'h.{n}.ln', 'D'),)
   found = {(t.paths[0], t.index[0]): t.name
-           for t in hf_names.expand(rows, shapes)}
+           for t in hf.expand(rows, shapes)}
   assert found == {
       (f'decoder/layers/block_{n % 2}/attention_norm/scale', n // 2):
       f'h.{n}.ln' for n in range(6)}
@@ -79,7 +79,7 @@ def test_rows_count_through_the_blocks_of_a_period():
     ('H3K D', 3), ('3HK D', 3), ('HK3 D', 9)])
 def test_axes_split_and_join(axes, read):
   sizes = {'H': 2, 'K': 3, 'D': 4, '3': 3}
-  tensor = hf_names.Tensor('x', axes, ('q', 'k', 'v'), 'DHK', (), sizes)
+  tensor = hf.Tensor('x', axes, ('q', 'k', 'v'), 'DHK', (), sizes)
   theirs = np.arange(72).reshape(18, 4)
   whole = {a: (0, n) for a, n in sizes.items()}
   q, k, v = (tensor.part(lambda at: theirs[at], i, whole) for i in range(3))
