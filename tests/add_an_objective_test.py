@@ -99,7 +99,7 @@ config.data.update(source=sys.argv[1], length=32, batch_size=8,
                    holdout_every=4, cache_dir=sys.argv[2])
 runs.check(config)
 tokenizer = tokenizers.load('bytes')
-run = runs.start(config, runs.resolve(config, tokenizer)[0])
+run = runs.build(config, runs.resolve(config, tokenizer)[0])
 _, planned = compile.PROGRAMS['train'](run).args
 batch = pipeline.load(config, tokenizer).batch(0)
 print(json.dumps(dict(

@@ -27,10 +27,10 @@ from training.data import texts
 ROLES = {'system': 'system', 'user': 'user', 'human': 'user',
          'prompter': 'user', 'assistant': 'assistant', 'gpt': 'assistant',
          'chatgpt': 'assistant', 'bot': 'assistant'}
-# The parts that a conversation may be made of: those of the published
-# templates, and those of a file.
-KINDS = ('question', 'answer', 'system', 'user', 'assistant', 'prompt',
-         'response')
+# The parts that a conversation may be made of: those of a file, and those of
+# the published templates.
+KINDS = ('system', 'user', 'assistant', 'prompt', 'response', 'question',
+         'answer')
 TEMPLATES = ('published', 'earlier')
 SYSTEM = (
     'A chat between a curious user and an artificial intelligence assistant. '

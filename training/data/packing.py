@@ -7,7 +7,9 @@ give an objective other items, write a class that takes a Corpus, and name it in
 the objective's record.
 """
 
+from collections.abc import Callable
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import ml_collections
@@ -157,17 +159,11 @@ class Stretch(NamedTuple):
 
   Attributes:
     tokens: [T], at most data.length - 3.
-    document: which document of the view they are from.
-    view: the view.
+    elsewhere: (rng, size) -> up to `size` tokens of another document.
   """
 
   tokens: np.ndarray
-  document: int
-  view: 'Stretches'
-
-  def elsewhere(self, rng: np.random.Generator, size: int) -> np.ndarray:
-    """Returns up to `size` tokens from a random place of another document."""
-    return self.view.other(self.document, rng, size)
+  elsewhere: Callable[[np.random.Generator, int], np.ndarray]
 
 
 class Stretches:
@@ -208,7 +204,8 @@ class Stretches:
     low = (int(i) - int(self._starts[document])) * self.room
     high = min(low + self.room, int(self._sizes[document]))
     first = int(self._first[document])
-    return Stretch(self._tokens[first + low:first + high], document, self)
+    return Stretch(self._tokens[first + low:first + high],
+                   functools.partial(self.other, document))
 
   def other(self, document: int, rng: np.random.Generator, size: int
             ) -> np.ndarray:

@@ -8,7 +8,7 @@ only those. So a run may stop at any n and go on with any number of processes
 or workers, and the state of the data is n.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 import gc
 import sys
@@ -20,6 +20,8 @@ from configs.errors import RequestError
 from training import objectives
 from training.data import batch_workers, holdout, packing
 from training.data import sources, token_cache
+from training.data.tokenizers import Tokenizer
+from training.objectives.record import Config
 
 EVAL_SEED = 0  # One order of evaluation for all runs, whatever their seed.
 THREADS = 2  # With workers=0; more only contend for the interpreter's lock.
@@ -45,9 +47,9 @@ class Loader:
     num_sources: of which the text comes, mixed.
   """
 
-  def __init__(self, name: str, share: float, text: str, dataset, views,
-               config, tokenizer, split: str, process_index: int,
-               process_count: int):
+  def __init__(self, name: str, share: float, text: str, dataset: Sequence,
+               views: Sequence, config: Config, tokenizer: Tokenizer,
+               split: str, process_index: int, process_count: int):
     self.name = name
     self.share = share
     self.text = text
@@ -140,8 +142,8 @@ class Loader:
     return row
 
 
-def load(config, tokenizer, process_index: int = 0, process_count: int = 1
-         ) -> Loader:
+def load(config: Config, tokenizer: Tokenizer, process_index: int = 0,
+         process_count: int = 1) -> Loader:
   """Returns the endless loader of training, tokenising its sources if need be.
 
   Args:
@@ -168,7 +170,7 @@ def load(config, tokenizer, process_index: int = 0, process_count: int = 1
                 process_count)
 
 
-def held_out(config, tokenizer, process_index: int = 0,
+def held_out(config: Config, tokenizer: Tokenizer, process_index: int = 0,
              process_count: int = 1) -> list[Loader]:
   """Returns a loader of each source that is held out, of one pass each.
 
@@ -187,7 +189,8 @@ def held_out(config, tokenizer, process_index: int = 0,
           for weight, corpus, view in zip(weights, corpora, views)]
 
 
-def _views(config, tokenizer, split: str, process_count: int):
+def _views(config: Config, tokenizer: Tokenizer, split: str,
+           process_count: int) -> tuple[Sequence, Sequence, list]:
   """Returns the weights, corpora and views of a split's sources."""
   size = config.data.batch_size
   if size % process_count:
@@ -198,7 +201,7 @@ def _views(config, tokenizer, split: str, process_count: int):
   return weights, corpora, [view(corpus) for corpus in corpora]
 
 
-def check_sources(config) -> None:
+def check_sources(config: Config) -> None:
   """Raises RequestError for a source that is unknown or not there, or a cache
   that cannot be written; reads no text."""
   token_cache.check(config.data.cache_dir)
@@ -207,7 +210,8 @@ def check_sources(config) -> None:
       sources.parse(spec)
 
 
-def _corpora(config, tokenizer, split: str):
+def _corpora(config: Config, tokenizer: Tokenizer, split: str
+             ) -> Iterator[tuple[float, packing.Corpus]]:
   """Yields (weight, packing.Corpus) of each source of the split."""
   data = config.data
   own = bool(data.eval_source)  # Then nothing of `source` is held out.
@@ -231,7 +235,8 @@ def _corpora(config, tokenizer, split: str):
                                  tokenizer, config)
 
 
-def _words(source, every: int, split: str, taken: int, of: int) -> str:
+def _words(source: sources.Source, every: int, split: str, taken: int, of: int
+           ) -> str:
   """What of a source is in a split: `taken` of its documents."""
   if source.tail:
     but = '' if split == 'eval' else 'all but '

@@ -27,9 +27,8 @@ from configs.errors import EnvironmentFailure, RequestError
 from training.data import conversations, texts
 
 Document = str | list[tuple[str, str]]
-KINDS = ('text', 'source', 'target', 'system', 'user', 'assistant', 'prompt',
-         'response', 'question', 'answer')  # the cache keeps indices into this
 PAIR = ('source', 'target')
+KINDS = ('text', *PAIR, *conversations.KINDS)  # the cache keeps their indices
 
 _WEIGHTED = re.compile(r'\s*(?:([0-9.eE+-]+)\*)?(.*\S)\s*')
 

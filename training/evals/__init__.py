@@ -7,6 +7,7 @@ their flags from this table.
 
 from collections.abc import Iterable
 import importlib
+import importlib.util
 import pkgutil
 from typing import Any
 
@@ -17,6 +18,7 @@ import ml_collections
 from configs.errors import one_of, require
 from training.evals import tasks
 from training.evals.task import Task
+from training.workdir import storage
 
 flags.disclaim_key_flags()  # what is defined here belongs to who calls
 
@@ -77,6 +79,11 @@ def check(name: str, options: Any, config: ml_collections.ConfigDict,
     config: the run's.
     workdir: the run's folder.
   """
-  reason = task(name).unfit(config)
+  row = task(name)
+  reason = row.unfit(config)
   require(not reason, f'{reason}: leave {name} out of --tasks')
-  task(name).check(options, workdir)
+  row.check(options)
+  if row.picture:
+    require(importlib.util.find_spec('matplotlib') is not None, 'the picture '
+            "needs matplotlib: pip install -e '.[plot]'")
+    storage.try_file(workdir / row.picture, '--workdir')

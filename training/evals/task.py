@@ -7,14 +7,10 @@ that need it, and `--help` answers at once.
 
 from collections.abc import Callable
 import dataclasses
-import importlib.util
 from typing import Any, NamedTuple
 
 from etils import epath
 import ml_collections
-
-from configs.errors import require
-from training.workdir import storage
 
 # Fields that no evaluation reads: `model` stands resolved beside them.
 UNREAD = ('seed', 'init_', 'model.', 'optim.', 'checkpoint.', 'log.')
@@ -87,19 +83,29 @@ class Task(NamedTuple):
     run: returns figures: a dict of numbers, lists and strings, which go into
       --json after they have been printed for a reader.
     unfit: config -> why such a run has nothing to measure; '': it has.
-    check: (options, workdir) -> None; raises RequestError for options that
-      cannot be honoured, and where this machine lacks something.
+    check: options -> None; raises RequestError for options that cannot be
+      honoured, and where this machine lacks something.
     flags: those that it reads.
+    picture: the file that it draws into the workdir; '': none.
   """
   help: str
   run: Callable[[Evaluation], dict[str, Any]]
   unfit: Callable[[ml_collections.ConfigDict], str] = lambda config: ''
-  check: Callable[[Any, epath.Path], None] = lambda options, workdir: None
+  check: Callable[[Any], None] = lambda options: None
   flags: tuple[Flag, ...] = ()
+  picture: str = ''
 
 
-def needs_plot(file: epath.Path) -> None:
-  """Raises RequestError where a picture could not be drawn or written."""
-  require(importlib.util.find_spec('matplotlib') is not None, 'the picture '
-          "needs matplotlib: pip install -e '.[plot]'")
-  storage.try_file(file, '--workdir')
+def without(has: Callable[[Any], Any], words: str
+            ) -> Callable[[ml_collections.ConfigDict], str]:
+  """Returns an `unfit` for tasks that not every objective allows.
+
+  Args:
+    has: whether the record of a run's objective has what the task needs.
+    words: what an objective without it does not do, or does not have.
+  """
+  def unfit(config: ml_collections.ConfigDict) -> str:
+    from training import objectives
+    return '' if has(objectives.of(config)) else (
+        f'objective {config.objective!r} {words}')
+  return unfit

@@ -2,16 +2,16 @@
 
 from collections.abc import Sequence
 
-import ml_collections
 import numpy as np
 
 from training.data import packing
+from training.data.tokenizers import Tokenizer
 from training.objectives import record
-from training.objectives.record import Objective, Prompts, Row, Shape
+from training.objectives.record import Config, Objective, Prompts, Row, Shape
 
 
 def causal(window: packing.Window, rng: np.random.Generator | None,
-           config: ml_collections.ConfigDict, tokenizer) -> Row:
+           config: Config, tokenizer: Tokenizer) -> Row:
   """Next-token prediction: the target of each token is the next one.
 
   Returns:
@@ -28,13 +28,13 @@ def causal(window: packing.Window, rng: np.random.Generator | None,
   return row
 
 
-def _arrays(config: ml_collections.ConfigDict) -> dict[str, Shape]:
+def _arrays(config: Config) -> dict[str, Shape]:
   apart = ('segment_ids', 'positions') if config.data.document_mask else ()
   return record.text_arrays(config, *apart)
 
 
-def prefix(window: packing.Window, rng: np.random.Generator,
-           config: ml_collections.ConfigDict, tokenizer) -> Row:
+def prefix(window: packing.Window, rng: np.random.Generator, config: Config,
+           tokenizer: Tokenizer) -> Row:
   """Prefix LM (Raffel et al. 2020, section 3.2.1): the tokens before a random
   place see each other; those from there on are predicted.
 
@@ -49,13 +49,13 @@ def prefix(window: packing.Window, rng: np.random.Generator,
   return row | dict(weights=valid & predicted, valid=valid, prefix=size)
 
 
-def _prefix_arrays(config: ml_collections.ConfigDict) -> dict[str, Shape]:
+def _prefix_arrays(config: Config) -> dict[str, Shape]:
   row = record.text_arrays(config)
   return row | dict(valid=row['weights'], prefix=((), np.int32))
 
 
-def _as_prefix(texts: Sequence[str], config: ml_collections.ConfigDict,
-               tokenizer) -> Prompts:
+def _as_prefix(texts: Sequence[str], config: Config, tokenizer: Tokenizer
+               ) -> Prompts:
   """Returns prompts whose tokens all see each other."""
   prompts = record.after_separator(texts, config, tokenizer)
   return prompts._replace(arguments=dict(prefix_B=prompts.lengths))

@@ -13,12 +13,12 @@ ends with a space. A run of that time continues with it.
 
 from collections.abc import Sequence
 
-import ml_collections
 import numpy as np
 
 from training.data import conversations, packing
+from training.data.tokenizers import Tokenizer
 from training.objectives import record
-from training.objectives.record import Objective, Prompts, Row, Shape
+from training.objectives.record import Config, Objective, Prompts, Row, Shape
 
 # The text before a part of each kind, and after it. None stands for the
 # separator, and says that the part counts in the loss. Questions and answers
@@ -31,7 +31,7 @@ TAILS = {'question': '', 'answer': None, 'system': '\n', 'user': '\n',
 
 
 def chat(parts: list[tuple[str, np.ndarray]], rng: np.random.Generator | None,
-         config: ml_collections.ConfigDict, tokenizer) -> Row:
+         config: Config, tokenizer: Tokenizer) -> Row:
   """Lays out one conversation, cut off at data.length = L.
 
   Returns:
@@ -45,12 +45,12 @@ def chat(parts: list[tuple[str, np.ndarray]], rng: np.random.Generator | None,
               valid=np.ones(len(ids[:L])))
 
 
-def _arrays(config: ml_collections.ConfigDict) -> dict[str, Shape]:
+def _arrays(config: Config) -> dict[str, Shape]:
   row = record.text_arrays(config)
   return row | dict(valid=row['weights'])
 
 
-def layout(parts: list[tuple[str, np.ndarray]], tokenizer
+def layout(parts: list[tuple[str, np.ndarray]], tokenizer: Tokenizer
            ) -> tuple[np.ndarray, np.ndarray]:
   """Returns the ids [T] of a conversation, and which of them are predicted."""
   end = np.array([tokenizer.separator_id], np.int32)
@@ -65,8 +65,7 @@ def layout(parts: list[tuple[str, np.ndarray]], tokenizer
   return np.concatenate(ids), np.concatenate(told)
 
 
-def question(text: str, config: ml_collections.ConfigDict, tokenizer
-             ) -> np.ndarray:
+def question(text: str, config: Config, tokenizer: Tokenizer) -> np.ndarray:
   """Returns the ids after which the model answers `text`, by the template of
   the run's data; of no text, a conversation's start."""
   if not text:
@@ -85,7 +84,7 @@ def question(text: str, config: ml_collections.ConfigDict, tokenizer
   return ids[:-1]  # the answer has yet to end
 
 
-def jinja(config: ml_collections.ConfigDict, tokenizer) -> str | None:
+def jinja(config: Config, tokenizer: Tokenizer) -> str | None:
   """Returns the published template of a run's data as transformers takes one,
   a Jinja template; None for the earlier template.
 
@@ -112,8 +111,8 @@ def jinja(config: ml_collections.ConfigDict, tokenizer) -> str | None:
       '{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}')
 
 
-def _questions(texts: Sequence[str], config: ml_collections.ConfigDict,
-               tokenizer) -> Prompts:
+def _questions(texts: Sequence[str], config: Config, tokenizer: Tokenizer
+               ) -> Prompts:
   """Returns each text as a question."""
   return Prompts(*record.padded([question(text, config, tokenizer)
                                  for text in texts]), gap='\n')

@@ -17,18 +17,18 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 
 from architectures.parts.skeletons import Output
 from configs.errors import RequestError
 from training.data import packing
+from training.data.tokenizers import Tokenizer
 from training.objectives import record
-from training.objectives.record import Mean, Objective, Row, Shape
+from training.objectives.record import Config, Mean, Objective, Row, Shape
 
 
-def mlm(window: packing.Window, rng: np.random.Generator,
-        config: ml_collections.ConfigDict, tokenizer) -> Row:
+def mlm(window: packing.Window, rng: np.random.Generator, config: Config,
+        tokenizer: Tokenizer) -> Row:
   """Returns one masked row of text.
 
   Returns:
@@ -49,13 +49,13 @@ def mlm(window: packing.Window, rng: np.random.Generator,
   return _masked(ids, special, rng, config, tokenizer) | apart
 
 
-def _mlm_arrays(config: ml_collections.ConfigDict) -> dict[str, Shape]:
+def _mlm_arrays(config: Config) -> dict[str, Shape]:
   apart = ('positions',) if config.data.document_mask else ()
   return record.text_arrays(config, 'segment_ids', *apart)
 
 
-def mlm_nsp(stretch: packing.Stretch, rng: np.random.Generator,
-            config: ml_collections.ConfigDict, tokenizer) -> Row:
+def mlm_nsp(stretch: packing.Stretch, rng: np.random.Generator, config: Config,
+            tokenizer: Tokenizer) -> Row:
   """Returns one masked pair.
 
   Returns:
@@ -73,13 +73,13 @@ def mlm_nsp(stretch: packing.Stretch, rng: np.random.Generator,
       segment_ids=np.ones(len(ids)), nsp_targets=random)
 
 
-def _nsp_arrays(config: ml_collections.ConfigDict) -> dict[str, Shape]:
+def _nsp_arrays(config: Config) -> dict[str, Shape]:
   return record.text_arrays(config, 'types', 'segment_ids') | dict(
       nsp_targets=((), np.int32))
 
 
 def _masked(ids: np.ndarray, special: np.ndarray, rng: np.random.Generator,
-            config: ml_collections.ConfigDict, tokenizer) -> Row:
+            config: Config, tokenizer: Tokenizer) -> Row:
   """Returns tokens, targets and weights of a row."""
   masked, chosen = mask(ids, special, rng, tokenizer,
                         rate=config.data.mask_rate,
@@ -87,7 +87,7 @@ def _masked(ids: np.ndarray, special: np.ndarray, rng: np.random.Generator,
   return dict(tokens=masked, targets=ids, weights=chosen)
 
 
-def _pad(tokenizer) -> int:
+def _pad(tokenizer: Tokenizer) -> int:
   """Returns the token that fills a row up."""
   return tokenizer.special_ids.get('pad', tokenizer.sep_id)
 
@@ -103,7 +103,7 @@ def _pair(stretch: packing.Stretch, rng: np.random.Generator
 
 
 def mask(ids: np.ndarray, special: np.ndarray, rng: np.random.Generator,
-         tokenizer, *, rate: float, whole_words: bool
+         tokenizer: Tokenizer, *, rate: float, whole_words: bool
          ) -> tuple[np.ndarray, np.ndarray]:
   """Returns (ids with some masked, which of them are to be predicted).
 
@@ -130,7 +130,7 @@ def mask(ids: np.ndarray, special: np.ndarray, rng: np.random.Generator,
   return masked.astype(np.int32), chosen
 
 
-def _starts(ids: np.ndarray, tokenizer) -> np.ndarray:
+def _starts(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
   """Returns bool [L]: whether a word begins at a token."""
   begins, ends = _words(tokenizer)
   after = np.concatenate([[True], ends[ids[:-1]]])
@@ -138,7 +138,7 @@ def _starts(ids: np.ndarray, tokenizer) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=4)
-def _words(tokenizer) -> tuple[np.ndarray, np.ndarray]:
+def _words(tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
   """Returns bool [V] twice: which tokens begin a word, which end one."""
   special = set(tokenizer.special_ids.values())
   pieces = [b' ' if i in special else tokenizer.decode_bytes([i])
@@ -165,8 +165,8 @@ def _real_B(batch: Mapping[str, jax.Array]) -> jax.Array:
   return (batch['segment_ids'] != 0).any(1).astype(jnp.float32)
 
 
-def mlm_and_nsp(output: Output, batch: Mapping[str, jax.Array],
-                config: ml_collections.ConfigDict) -> dict[str, Mean]:
+def mlm_and_nsp(output: Output, batch: Mapping[str, jax.Array], config: Config
+                ) -> dict[str, Mean]:
   """Returns BERT's losses: of the masked words, and of whether the second text
   follows the first. One is a mean over these words, the other over rows."""
   figures = record.given_token(output, batch, config)

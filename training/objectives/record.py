@@ -23,7 +23,9 @@ import numpy as np
 
 from architectures.parts.skeletons import Output
 from training import losses
+from training.data.tokenizers import Tokenizer
 
+Config = ml_collections.ConfigDict
 Shape = tuple[tuple[int, ...], type]  # of an array, with its dtype
 Row = dict[str, Any]  # arrays and numbers of one row, by key of the batch
 
@@ -60,8 +62,8 @@ def targets(batch: Mapping[str, jax.Array]) -> jax.Array:
   return batch['weights'].astype(jnp.float32).sum()
 
 
-def given_token(output: Output, batch: Mapping[str, jax.Array],
-                config: ml_collections.ConfigDict) -> dict[str, Mean]:
+def given_token(output: Output, batch: Mapping[str, jax.Array], config: Config
+                ) -> dict[str, Mean]:
   """Returns the cross-entropy of targets [B, L], where weights [B, L] count
   them: of the next tokens, or of the masked ones."""
   train = config.train
@@ -74,13 +76,12 @@ def given_token(output: Output, batch: Mapping[str, jax.Array],
           for name, total in (sums | {'loss': loss_sum}).items()}
 
 
-def separator(tokenizer) -> int:
+def separator(tokenizer: Tokenizer) -> int:
   """Returns the token between documents."""
   return tokenizer.separator_id
 
 
-def text_arrays(config: ml_collections.ConfigDict,
-                *more: str) -> dict[str, Shape]:
+def text_arrays(config: Config, *more: str) -> dict[str, Shape]:
   """Returns the arrays of a row of data.length tokens, each predicted at its
   own place, and `more` arrays of as many integers."""
   L = (config.data.length,)
@@ -97,8 +98,8 @@ def padded(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
   return tokens, lengths
 
 
-def after_separator(texts: Sequence[str], config: ml_collections.ConfigDict,
-                    tokenizer) -> Prompts:
+def after_separator(texts: Sequence[str], config: Config, tokenizer: Tokenizer
+                    ) -> Prompts:
   """Returns texts that a document begins with, for a decoder to go on from."""
   del config
   return Prompts(*padded([np.concatenate([[tokenizer.separator_id], ids])
@@ -137,7 +138,7 @@ class Objective(NamedTuple):
   stack: str
   view: type
   example: Callable[..., Row]
-  arrays: Callable[[ml_collections.ConfigDict], dict[str, Shape]]
+  arrays: Callable[[Config], dict[str, Shape]]
   inputs: tuple[str, ...]
   options: dict[str, str]
   seen: tuple[str, ...]
@@ -150,9 +151,8 @@ class Objective(NamedTuple):
   translates: bool = False
   chat_template: Callable[..., str | None] | None = None
 
-  def row(self, item: Any, rng: np.random.Generator,
-          config: ml_collections.ConfigDict, tokenizer
-          ) -> dict[str, np.ndarray]:
+  def row(self, item: Any, rng: np.random.Generator, config: Config,
+          tokenizer: Tokenizer) -> dict[str, np.ndarray]:
     """Returns one row of a batch: what `example` makes of an item, in the
     shapes and dtypes of `arrays`. What is shorter is filled up: tokens and
     targets with `fill`, everything else with zeros."""
@@ -161,12 +161,15 @@ class Objective(NamedTuple):
     assert values.keys() == arrays.keys(), (values.keys(), arrays.keys())
     row = {}
     for key, (shape, dtype) in arrays.items():
+      if np.shape(values[key]) == shape:
+        row[key] = np.asarray(values[key], dtype)
+        continue
       ids = key.endswith(('tokens', 'targets'))
       row[key] = np.full(shape, self.fill(tokenizer) if ids else 0, dtype)
-      row[key][tuple(map(slice, np.shape(values[key])))] = values[key]
+      row[key][:len(values[key])] = values[key]
     return row
 
-  def row_lengths(self, config: ml_collections.ConfigDict) -> tuple[int, ...]:
+  def row_lengths(self, config: Config) -> tuple[int, ...]:
     """Returns how many tokens a row has: of an encoder-decoder, those of its
     source and of its target."""
     arrays = self.arrays(config)
@@ -196,8 +199,7 @@ class Objective(NamedTuple):
     return sum((batch[key] != 0).astype(jnp.float32).sum()
                for key in self.seen)
 
-  def loss(self, output: Output, batch: Mapping[str, jax.Array],
-           config: ml_collections.ConfigDict,
+  def loss(self, output: Output, batch: Mapping[str, jax.Array], config: Config,
            whole: Mapping[str, jax.Array] | None = None
            ) -> tuple[jax.Array, dict[str, Mean]]:
     """Returns a batch's share in whole[main] times the loss, and its figures.

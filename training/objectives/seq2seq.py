@@ -8,22 +8,22 @@ learns to continue a text.
 
 from collections.abc import Sequence
 
-import ml_collections
 import numpy as np
 
 from training.data import packing
+from training.data.tokenizers import Tokenizer
 from training.objectives import record
-from training.objectives.record import Objective, Prompts, Row, Shape
+from training.objectives.record import Config, Objective, Prompts, Row, Shape
 
 
-def start_id(tokenizer) -> int:
+def start_id(tokenizer: Tokenizer) -> int:
   """Returns the token that a target starts after, which also fills rows up:
   padding, as in T5 and Marian, or the separator where there is none."""
   return tokenizer.special_ids.get('pad', tokenizer.separator_id)
 
 
-def seq2seq(pair: packing.Pair, rng: np.random.Generator | None,
-            config: ml_collections.ConfigDict, tokenizer) -> Row:
+def seq2seq(pair: packing.Pair, rng: np.random.Generator | None, config: Config,
+            tokenizer: Tokenizer) -> Row:
   """Lays out one pair; what is longer than its row is cut off.
 
   Returns:
@@ -38,7 +38,8 @@ def seq2seq(pair: packing.Pair, rng: np.random.Generator | None,
   return lay_out(source[:M], target[:L], tokenizer)
 
 
-def lay_out(source: np.ndarray, target: np.ndarray, tokenizer) -> Row:
+def lay_out(source: np.ndarray, target: np.ndarray, tokenizer: Tokenizer
+            ) -> Row:
   """Returns one row for an encoder-decoder.
 
   tokens, segment_ids [up to M]: the source, and 1 for each of its tokens.
@@ -60,12 +61,12 @@ def two_rows(M: int, L: int) -> dict[str, Shape]:
               weights=((L,), np.float32))
 
 
-def _arrays(config: ml_collections.ConfigDict) -> dict[str, Shape]:
+def _arrays(config: Config) -> dict[str, Shape]:
   return two_rows(*packing.pair_lengths(config))
 
 
-def as_source(texts: Sequence[str], config: ml_collections.ConfigDict,
-              tokenizer) -> Prompts:
+def as_source(texts: Sequence[str], config: Config, tokenizer: Tokenizer
+              ) -> Prompts:
   """Returns the start of a target for each text, which is the source."""
   del config
   sources, lengths = record.padded(

@@ -12,13 +12,13 @@ drawn. The figure in the paper ends the target with one sentinel more; its
 code, followed here, doesn't.
 """
 
-import ml_collections
 import numpy as np
 
 from configs.errors import RequestError
 from training.data import packing
+from training.data.tokenizers import Tokenizer
 from training.objectives import seq2seq
-from training.objectives.record import Row, Shape
+from training.objectives.record import Config, Row, Shape
 
 
 def sizes(n: int, density: float, mean: float) -> tuple[int, int]:
@@ -27,21 +27,21 @@ def sizes(n: int, density: float, mean: float) -> tuple[int, int]:
   return cut, min(max(round(cut / mean), 1), cut, n - cut)
 
 
-def draw(n: int, density: float, mean: float,
-         rng: np.random.Generator) -> np.ndarray:
+def draw(n: int, density: float, mean: float, rng: np.random.Generator
+         ) -> np.ndarray:
   """Returns which of n tokens are cut out, bool [n]; n is at least 2."""
   cut, spans = sizes(n, density, mean)
-  def split(total):  # into `spans` parts of at least 1
+  def split(total: int) -> np.ndarray:  # into `spans` parts of at least 1
     ends = rng.choice(total - 1, spans - 1, replace=False) + 1
     return np.diff(np.concatenate([[0], np.sort(ends), [total]]))
   runs = np.stack([split(n - cut), split(cut)], 1).reshape(-1)
   return np.repeat(np.tile([False, True], spans), runs)
 
 
-def corrupt(ids: np.ndarray, cut: np.ndarray,
-            sentinels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def corrupt(ids: np.ndarray, cut: np.ndarray, sentinels: np.ndarray
+            ) -> tuple[np.ndarray, np.ndarray]:
   """Returns source and target: each span that the other has, a sentinel."""
-  def side(gone):
+  def side(gone: np.ndarray) -> np.ndarray:
     first = gone & ~np.concatenate([[False], gone[:-1]])
     shown = np.where(first, sentinels[np.maximum(np.cumsum(first) - 1, 0)],
                      ids)
@@ -49,8 +49,8 @@ def corrupt(ids: np.ndarray, cut: np.ndarray,
   return side(cut), side(~cut)
 
 
-def span(window: packing.Window, rng: np.random.Generator,
-         config: ml_collections.ConfigDict, tokenizer) -> Row:
+def span(window: packing.Window, rng: np.random.Generator, config: Config,
+         tokenizer: Tokenizer) -> Row:
   """Corrupts the data.length tokens of a window.
 
   Returns:
@@ -79,7 +79,7 @@ def span(window: packing.Window, rng: np.random.Generator,
   return seq2seq.lay_out(source, target, tokenizer)
 
 
-def _arrays(config: ml_collections.ConfigDict) -> dict[str, Shape]:
+def _arrays(config: Config) -> dict[str, Shape]:
   length, span_ = config.data.length, config.span
   cut, spans = sizes(length, span_.noise_density, span_.mean_length)
   return seq2seq.two_rows(length - cut + spans + 1, cut + spans + 1)

@@ -4,10 +4,9 @@ that were cut out, that the model writes correctly to their end."""
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import ml_collections
 import numpy as np
 
-from training.evals.task import Evaluation, Task
+from training.evals.task import Evaluation, Task, without
 
 
 def run(evaluation: Evaluation) -> dict[str, Any]:
@@ -81,11 +80,6 @@ def _text(ids: np.ndarray, end: int, tokenizer: Any) -> str:
   return tokenizer.decode(ids[:ends[0]] if ends.size else ids)
 
 
-def _unfit(config: ml_collections.ConfigDict) -> str:
-  from training import objectives
-  return '' if objectives.of(config).stack == 'encoder-decoder' else (
-      f'objective {config.objective!r} has no targets to write')
-
-
 TASK = Task('the share of held-out targets that are written exactly', run,
-            _unfit)
+            without(lambda objective: objective.stack == 'encoder-decoder',
+                    'has no targets to write'))

@@ -14,11 +14,10 @@ from collections.abc import Iterable, Iterator, Mapping
 import math
 from typing import Any
 
-import ml_collections
 import numpy as np
 
 from training.evals.by_position import Text, loss_at
-from training.evals.task import Evaluation, Flag, Task, needs_plot
+from training.evals.task import Evaluation, Flag, Task, without
 
 FILE = 'extrapolation.png'
 MULTIPLES = (1, 2, 4, 8)
@@ -122,19 +121,10 @@ def plot(curves: Mapping, texts: Mapping[int, Text], length: int,
   pyplot.close(figure)
 
 
-def _check(options: Any, workdir: Any) -> None:
-  del options
-  needs_plot(workdir / FILE)
-
-
-def _unfit(config: ml_collections.ConfigDict) -> str:
-  from training import objectives
-  return '' if objectives.of(config).every_token else (
-      f'objective {config.objective!r} does not predict every token, so it has '
-      'no loss by position')
-
-
 TASK = Task(
-    'loss by position at 1, 2, 4 and 8 times the training length', run, _unfit,
-    _check, flags=(Flag('interpolate', False,
-                        'Stretch learned positions past max_len.'),))
+    'loss by position at 1, 2, 4 and 8 times the training length', run,
+    without(lambda objective: objective.every_token,
+            'does not predict every token, so it has no loss by position'),
+    flags=(Flag('interpolate', False,
+                'Stretch learned positions past max_len.'),),
+    picture=FILE)

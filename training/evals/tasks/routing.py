@@ -9,7 +9,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from training.evals.task import Evaluation, Task, needs_plot
+from training.evals.task import Evaluation, Task
 
 FILE = 'routing.png'
 BATCHES = 16
@@ -97,15 +97,10 @@ def plot(load_NE: np.ndarray, path: Any) -> None:
   pyplot.close(figure)
 
 
-def _check(options: Any, workdir: Any) -> None:
-  del options
-  needs_plot(workdir / FILE)
-
-
 def _unfit(config: ml_collections.ConfigDict) -> str:
   return '' if config.model.ffn == 'moe' else (
       f'model.ffn is {config.model.ffn!r}, which has no experts to route to')
 
 
 TASK = Task('how a mixture of experts routes held-out text', run, _unfit,
-            _check)
+            picture=FILE)

@@ -2,11 +2,10 @@
 
 from typing import Any
 
-import ml_collections
 import numpy as np
 
 from configs.errors import require
-from training.evals.task import Evaluation, Flag, Task
+from training.evals.task import Evaluation, Flag, Task, without
 
 
 def run(evaluation: Evaluation) -> dict[str, Any]:
@@ -48,19 +47,11 @@ def _sampling(options: Any):
   return generate.Sampling(options.temperature, options.top_k, options.top_p)
 
 
-def _check(options: Any, workdir: Any) -> None:
-  del workdir
-  _sampling(options)  # which refuses what it cannot honour
-
-
-def _unfit(config: ml_collections.ConfigDict) -> str:
-  from training import objectives
-  return '' if objectives.of(config).prompt else (
-      f'objective {config.objective!r} does not write text')
-
-
 TASK = Task(
-    'texts that the model writes', run, _unfit, _check, flags=(
+    'texts that the model writes', run,
+    without(lambda objective: objective.prompt, 'does not write text'),
+    check=_sampling,  # which refuses what it cannot honour
+    flags=(
         Flag('samples', 1, 'Texts to write for each prompt.', 1, 10_000,
              asks=True),
         Flag('prompt', '', "What a text begins with; several: 'A|||B'.",

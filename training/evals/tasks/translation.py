@@ -8,11 +8,9 @@ to its end.
 
 from typing import Any
 
-import ml_collections
-
 from configs.errors import RequestError
 from training.evals.tasks import exact
-from training.evals.task import Evaluation, Task
+from training.evals.task import Evaluation, Task, without
 
 
 def run(evaluation: Evaluation) -> dict[str, Any]:
@@ -51,15 +49,8 @@ def make_bleu():
   return BLEU()
 
 
-def _check(options: Any, workdir: Any) -> None:
-  del options, workdir
-  make_bleu()
-
-
-def _unfit(config: ml_collections.ConfigDict) -> str:
-  from training import objectives
-  return '' if objectives.of(config).translates else (
-      f'objective {config.objective!r} has no pairs to translate')
-
-
-TASK = Task('BLEU of held-out pairs, and exact', run, _unfit, _check)
+TASK = Task(
+    'BLEU of held-out pairs, and exact', run,
+    without(lambda objective: objective.translates,
+            'has no pairs to translate'),
+    check=lambda options: make_bleu())
