@@ -1,5 +1,5 @@
-r"""Weights from Hugging Face's format into a workdir, and back; and a mixture
-of experts from a dense model.
+r"""Converts weights from Hugging Face's format into a workdir and back, and a
+dense model into a mixture of experts.
 
   python -m tools.convert import DIR_OR_FILE WORKDIR
   python -m tools.convert export WORKDIR DIR [--step=N] [--dtype=bfloat16] \
@@ -7,19 +7,22 @@ of experts from a dense model.
   python -m tools.convert upcycle WORKDIR_OR_DIR WORKDIR \
       [--moe num_experts=8 top_k=2 every=2 ...]
 
-What `import` and `upcycle` make, eval.py reads like any run's workdir; train.py
-goes on in it, given its config, and a new run starts from it with
---config.init_from=WORKDIR. What `export` writes, transformers loads. `upcycle`
-copies the dense network of a layer to all of its experts and draws a router
-(training/hf/upcycling.py); --moe takes fields of config.model.moe.
-A config.json that says something which no architecture here honours is
-refused by name; --partial draws parameters that the files lack at random, and
-lists them. Tokenizer files and the chat template go along both ways, except
-into a bucket (a WORKDIR like gs://BUCKET/NAME), since they are read from disk
-only. What generation needs, the ids of the tokens that begin, end and pad a
-text and generation_config.json, is kept from import to export; of a run of our
-own it is written from its tokenizer, and of one that learned to chat the
-template of its conversations too.
+`import` and `upcycle` make a workdir that eval.py reads like that of any run.
+train.py continues in it, given its config, and a new run starts from it with
+--config.init_from=WORKDIR. transformers loads what `export` writes. `upcycle`
+copies the dense network of a layer to all of its experts and initialises a
+router (training/hf/upcycling.py); --moe takes fields of config.model.moe.
+
+A config.json with a value that no architecture here honours is refused, and the
+sentence names the field. With --partial, parameters that the files lack are
+initialised at random and listed.
+
+Tokenizer files and the chat template are copied both ways, except into a bucket
+(a WORKDIR like gs://BUCKET/NAME), because they are only read from disk. What
+generation needs, the ids of the tokens that begin, end and pad a text and
+generation_config.json, is kept from import to export. A run that was not
+imported gets them from its tokenizer, and a run that learned to chat also gets
+the template of its conversations.
 """
 
 import argparse

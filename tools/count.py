@@ -3,11 +3,12 @@
   python -m tools.count --config configs/mixtral.py:8x7b
   python -m tools.count --all
 
-Parameters by part, total and active (a token's own: with experts, the router
-and top_k of them); FLOPs per token of training, prefill and decoding, causal
-attention counted exactly; bytes of the key-value cache a token; bytes of the
-optimiser and of a checkpoint. `--all`: each size of each system beside the
-published figure, and the difference.
+Printed are the parameters by part, all of them and those that are active for a
+token (with experts, the router and top_k experts); the FLOPs per token of
+training, prefill and decoding, with causal attention counted exactly; the bytes
+of the key-value cache for a token; and the bytes of the optimiser and of a
+checkpoint. `--all` prints each size of each system beside its published
+parameter count, and the difference.
 """
 
 import importlib

@@ -10,17 +10,17 @@ r"""Starts a run as several processes: here, on SLURM, GKE or TPU VMs.
   python -m tools.launch tpu_vm --tpu=POD --zone=ZONE \
       --config configs/gpt.py:gpt2 --workdir gs://BUCKET/d
 
-What is not a flag of the place goes to train.py. The config and its mesh are
-checked here, against the devices there, before anything is started (of tpu_vm,
-whose devices only the TPU knows, by train.py there), and for gke whether the
-state fits their memory; --dry_run prints what would be. A place's own flags:
-`python -m tools.launch local --help`.
+Flags that are not the place's own go to train.py. `python -m tools.launch local
+--help` lists those of a place. Before anything is started, the config is
+checked, and its mesh against the devices of the place (for tpu_vm train.py does
+this there, since only the TPU knows its devices); for gke also whether the
+state fits their memory. --dry_run only prints what would be started.
 
-A run that was stopped by a signal (a preemption, a time limit) has saved; it
-exits with 75 there (train.py --stopped_exit_code), and is started again, as
-often as it takes. One that failed is, --max_restarts times; one that was a
-wrong request, or whose loss was not finite (exit code 2), never. Ctrl-C here,
-scancel or kubectl delete end it for good.
+A run that was stopped by a signal (a preemption, a time limit) has saved. It
+exits with 75 (train.py --stopped_exit_code), and is started again as often as
+it takes. A run that failed is started again --max_restarts times. One that was
+a wrong request, or whose loss was not finite (exit code 2), is never started
+again. Ctrl-C here, scancel or kubectl delete end a run for good.
 """
 
 import importlib

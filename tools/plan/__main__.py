@@ -1,17 +1,19 @@
-r"""What a pod would make of a config, before a pod is touched.
+r"""Compiles a config for a pod that is not there, and says what it costs.
 
   python -m tools.plan --config configs/mixtral.py:8x7b --topology v5p:4x4x4 \\
       --mesh fsdp=8,expert=8 --config.data.batch_size=256
 
-Compiles the real training step for a TPU (v4 v5e v5p v6e tpu7x, extra `plan`)
-or GPUs (a100 h100 h200 b200, extra `plan-gpu`) that are not there, and prints:
-bytes a device, what is replicated, every collective, FLOPs, and the shortest
-step and highest MFU that published figures allow. What does not fit is a
-sentence and exit code 2. Without a compiler for the topology, the same by an
-estimate. Reports are kept by content in plans/ of $ARCHETYPE_CACHE
-(~/.cache/archetype). --search=3 lists the three best of all meshes (data, fsdp,
-expert and tensor; context stays 1), remat policies and accumulations that fit.
-JAX_OPTIMIZATION_LEVEL=O1 halves the time of compiling.
+The real training step is compiled for a TPU (v4 v5e v5p v6e tpu7x, extra
+`plan`) or for GPUs (a100 h100 h200 b200, extra `plan-gpu`). Printed are the
+bytes on a device, what is replicated, every collective, the FLOPs, and the
+shortest step and highest MFU that published figures allow. A plan that does not
+fit ends with a sentence and exit code 2. Without a compiler for the topology,
+the figures are estimates.
+
+--search=3 lists the three best plans of all meshes (data, fsdp, expert and
+tensor; context stays 1), remat policies and gradient accumulations that fit.
+Reports are kept in plans/ of $ARCHETYPE_CACHE (~/.cache/archetype), and found
+again by their content. JAX_OPTIMIZATION_LEVEL=O1 halves the time of compiling.
 """
 
 import json
@@ -30,7 +32,7 @@ flags.DEFINE_integer('slices', 1, 'Slices of that shape; TPUs only.',
 flags.DEFINE_string('mesh', '', "data=2,fsdp=8,expert=8; '': config.mesh.")
 flags.DEFINE_list('programs', ['train'], 'Of train, prefill, decode.')
 flags.DEFINE_integer('search', 0, 'Search meshes, remat and accumulation: '
-                     'the best N plans that fit.', upper_bound=1000)
+                     'list the best N plans that fit.', upper_bound=1000)
 flags.DEFINE_bool('fresh', False, 'Compile although a report is kept.')
 flags.DEFINE_bool('json', False, 'Print JSON.')
 

@@ -1,4 +1,4 @@
-r"""Sweeps over a config: checked, run, watched and reported.
+r"""Checks, runs, watches and reports a sweep over a config.
 
   python -m tools.sweep check configs/sweeps/parts.py --match=params
   python -m tools.sweep run configs/sweeps/parts.py --workdir runs/parts \
@@ -8,11 +8,11 @@ r"""Sweeps over a config: checked, run, watched and reported.
   python -m tools.sweep fit runs/ladder --budgets=1e15,1e16
 
 A sweep is a file of configs/sweeps/: a base config, and points that change
-some of its fields. Every point has the same seeds, so that point by point they
-see the same batches in the same order. `run` may be killed at any moment and
-started again, also several times at once: a ledger in the workdir says what is
-pending, running, done or failed. Exit code 2: a wrong request; 1: a run
-failed.
+some of its fields. Every point has the same seeds, and seed s of every point
+sees the same batches in the same order. `run` may be killed at any moment and
+started again, and also started several times at once: a ledger in the workdir
+says which runs are pending, running, done or failed. The exit code is 2 for a
+wrong request, and 1 if a run failed.
 """
 
 import argparse
