@@ -1,6 +1,37 @@
 """Mutants of checkpoints: what is saved, when, and what is read back."""
 
 MUTANTS = {
+    'training/loop.py': [
+        ('if not self.too_many_bad:', 'if True:', 'loop: too_many'),
+        ("good=not self.last['bad_in_row']", 'good=True',
+         'loop: too_many or finite'),
+        ('if live[row].sound:', 'if True:', 'loop: finite'),
+        ('or n == self.steps and not member.sound', '', 'loop: finite'),
+        ('or n == self.steps and not member.sound', 'or not member.sound',
+         'loop: finite'),
+        ('if member.too_many_bad or', 'if', 'loop: too_many'),
+        ('self._report(self.held.push(n, figures))',
+         'self.held.push(n, figures), self._report(self.held.flush())',
+         'loop: dispatched'),
+        ('      self._save_or_end(n, state, ends)\n',
+         '      if ends:\n        self._save_or_end(n, state, ends)\n',
+         'loop: too_many or member'),
+        ('if row not in live:', 'if False:', 'loop: member_that_ends'),
+        ('live = {row: m for row, m in live.items() if m.too_many_bad}',
+         'live = dict(live) if any(m.too_many_bad for m in live.values()) '
+         'else {}', 'loop: member_that_ends'),
+        ('ends = stopped or n == self.steps', 'ends = n == self.steps',
+         'loop: stop'),
+        ('      if n < self.steps:\n        member.end(STOPPED, n)',
+         '      member.end(STOPPED, n)', 'loop: stop or dispatched'),
+        ('stopped = self.stop.at_once', 'stopped = False',
+         'loop: signal_cuts'),
+        ('self.stop.at_once and n < self.steps', 'self.stop.at_once',
+         'loop: signal_cuts'),
+        ('(n % every == 0 or n == self.steps)', 'n % every == 0',
+         'loop: signal_cuts'),
+        ('    self._loads.clear()\n', '', 'loop: panel'),
+    ],
     'training/workdir/restoring.py': [
         ("if sums[name] != record['arrays'][name]['checksum']]",
          "if sums[name] is None]", 'restoring: every_array'),

@@ -1,0 +1,247 @@
+"""The rules of the training loop, with a program that computes nothing: what
+is dispatched, read, saved and evaluated, and how each member ends."""
+
+import contextlib
+import json
+import math
+import types
+
+import jax.numpy as jnp
+import pytest
+
+from configs import base
+from training import evaluating, loop
+from training.distributed import signals
+
+STEPS = 6
+
+
+class Program:
+  """What a runs.Run is to the loop; the state is how many steps were taken.
+
+  Args:
+    rows: for each member {step: figures that differ from a good step's}.
+    config: of each member.
+  """
+  devices, model = [], types.SimpleNamespace(dtype='float32')
+
+  def __init__(self, rows, config):
+    self.rows, self.config, self.done = rows, config, []
+    self.figures = {'runs_at_once': len(rows)} if len(rows) > 1 else {}
+
+  def context(self):
+    return contextlib.nullcontext()
+
+  def describe(self, *args):
+    return 'a program'
+
+  def put(self, *batches):
+    return batches
+
+  def train_step(self):
+    return _Compiled(self._train)
+
+  def eval_step(self):
+    return _Compiled(lambda params, batches: None)
+
+  def _train(self, state, batches):
+    self.done.append(('dispatch', state.step + 1))
+    each = [dict(loss=1.0, param_norm=1.0, bad_in_row=0) | row.get(
+        state.step + 1, {}) for row in self.rows]
+    return _state(state.step + 1), {
+        name: jnp.array([own[name] for own in each]) for name in each[0]}
+
+  def split(self, state):
+    return [(row, state.step) for row in range(len(self.rows))]
+
+  def part(self, figures, row):
+    if row == 0 and 'loss' in figures:
+      self.done.append(('read', self.done[-1][1]))
+    return {name: x[row] for name, x in figures.items()}
+
+
+class _Compiled:
+
+  def __init__(self, call):
+    self._call = call
+
+  def lower(self, *args):
+    return self
+
+  def compile(self):
+    return self._call
+
+
+def _state(step):
+  return types.SimpleNamespace(step=step, params=None)
+
+
+class Loader:
+
+  def batch(self, n):
+    return {'tokens': jnp.zeros((1, 4))}
+
+  def iterate(self, start, stop):
+    for n in range(start, stop):
+      yield self.batch(n)
+
+
+class Saved:
+  """Checkpoints that are due at some steps; notes what is saved."""
+
+  def __init__(self, due=()):
+    self.saves, self.newest, self._due = [], None, due
+
+  def due(self, step):
+    return step in self._due
+
+  def save(self, step, state, *, next_batch, tokens, config, good):
+    assert (next_batch, tokens) == (step, 4 * step)
+    self.saves.append((step, state, good))
+    self.newest = step
+
+  def wait(self):
+    pass
+
+
+@pytest.fixture(name='train')
+def _train(tmp_path, monkeypatch):
+  """Returns a function that trains; see `Program`."""
+  monkeypatch.setattr(loop.flops, 'training_flops_per_token', lambda *_: 1.0)
+
+  def train(*rows, due=(), stop=None, **fields):
+    config = base.base()
+    config.train.update(steps=STEPS, max_bad_steps=2)
+    config.data.batch_size = 1
+    config.eval.every_steps = 0
+    config.log.every_steps = 1
+    config.update_from_flattened_dict(
+        {name.replace('__', '.'): value for name, value in fields.items()})
+    if stop is not None:
+      monkeypatch.setattr(signals.Stop, 'agreed', lambda _, n: n == stop)
+    program = Program(rows, config)
+    several = len(rows) > 1
+    members = [loop.Member(config, tmp_path / str(i), Saved(due),
+                           f'run {i}' if several else '')
+               for i in range(len(rows))]
+    n = loop.train_all(program, members, _state(0), 0, [Loader()], [Loader()])
+    return n, members, program
+
+  return train
+
+
+def _steps(member, split='train'):
+  lines = (member.workdir / 'metrics.jsonl').read_text().splitlines()
+  rows = [json.loads(line) for line in lines]
+  return [row['step'] for row in rows if row['split'] == split]
+
+
+def bad(*steps):
+  """Figures of steps in a row that were bad."""
+  return {step: dict(bad_in_row=i) for i, step in enumerate(steps, 1)}
+
+
+def test_a_step_is_dispatched_before_the_one_before_it_is_read(train):
+  n, (member,), program = train({})
+  assert n == STEPS
+  assert program.done == [('dispatch', 1)] + [
+      each for n in range(2, STEPS + 1)
+      for each in (('dispatch', n), ('read', n))] + [('read', STEPS)]
+  assert member.code == 0 and not member.sentence
+  assert _steps(member) == [1, 2, 3, 4, 5, 6]
+  assert member.saved.saves == [(6, (0, 6), True)]
+
+
+def test_too_many_bad_steps_are_saved_as_bad_and_end_the_run(train):
+  """The second is read when step 5 is under way, which is saved, and counts
+  no more: it would be good."""
+  n, (member,), _ = train(bad(3, 4))
+  assert (n, member.code) == (5, loop.DIVERGED)
+  assert member.saved.saves == [(5, (0, 5), True)]
+  assert '2 steps in a row' in member.sentence
+  assert 'saved as step 5' in member.sentence
+  n, (member,), _ = train(bad(3, 4, 5))
+  assert member.saved.saves == [(5, (0, 5), False)]
+  assert '2 steps in a row' in member.sentence
+
+
+def test_bad_steps_that_are_not_too_many_do_not(train):
+  n, (member,), _ = train(bad(3), due=(3,))
+  assert (n, member.code) == (STEPS, 0)
+  assert member.saved.saves == [(3, (0, 3), False), (6, (0, 6), True)]
+
+
+def test_parameters_that_are_not_finite_are_not_saved(train, capsys):
+  """A last step that makes them so has diverged, without one bad step."""
+  nan = dict(param_norm=math.nan)
+  n, (member,), _ = train({5: nan, 6: nan}, due=(4, 5))
+  assert (n, member.code) == (STEPS, loop.DIVERGED)
+  assert member.saved.saves == [(4, (0, 4), True)]
+  assert 'after the last step, 6' in member.sentence
+  assert 'newest checkpoint is of step 4' in member.sentence
+  assert 'step 5 is not saved' in capsys.readouterr().out
+
+
+def test_a_stop_saves_and_says_what_the_run_goes_on_from(train):
+  n, (member,), _ = train({}, stop=3)
+  assert (n, member.code) == (3, loop.STOPPED)
+  assert member.saved.saves == [(3, (0, 3), True)]
+  assert member.sentence == (
+      'stopped after step 3, saved: the same command goes on from it.')
+  n, (member,), _ = train({3: dict(param_norm=math.nan)}, stop=3, due=(2,))
+  assert member.sentence == (
+      'stopped after step 3, not saved: the same command goes on from step 2.')
+  n, (member,), _ = train({}, stop=STEPS)
+  assert (n, member.code) == (STEPS, 0)
+
+
+def test_a_member_that_ends_leaves_the_others_alone(train):
+  n, members, program = train({}, bad(2, 3), {}, due=(2,))
+  assert [m.code for m in members] == [0, loop.DIVERGED, 0]
+  assert [_steps(m)[-1] for m in members] == [6, 4, 6]
+  assert [m.saved.saves for m in members] == [
+      [(2, (row, 2), row != 1), (last, (row, last), True)]
+      for row, last in ((0, 6), (1, 4), (2, 6))]
+  n, members, _ = train(bad(2, 3), bad(3, 4))
+  assert [m.code for m in members] == [loop.DIVERGED] * 2
+  assert n == 5  # where the last one ended
+
+
+def test_members_that_are_stopped_say_of_how_many_steps(train):
+  _, members, _ = train({}, {}, stop=3)
+  assert {m.sentence for m in members} == {
+      'stopped after step 3 of 6, saved: the same command goes on from it.'}
+
+
+@pytest.mark.parametrize('at, evaluated, n', [
+    (4, [], 4), (STEPS, [4, STEPS], STEPS)])
+def test_a_signal_cuts_an_evaluation_short_unless_it_is_the_last(
+    train, monkeypatch, at, evaluated, n):
+  """With several members too. Then the run is saved and left."""
+  asked = []
+  monkeypatch.setattr(signals.Stop, 'agreed', lambda self, step: (
+      asked.append(step)))
+  monkeypatch.setattr(signals.Stop, 'at_once', property(
+      lambda self: asked[-1] == at))
+  monkeypatch.setattr(evaluating, 'evaluate', lambda *_, stop: (
+      None if stop() else [{'nll': [1.0, 2.0]}]))
+  monkeypatch.setattr(evaluating, 'means', lambda sums, _: {
+      'loss': sums[0]['nll']})
+  for rows in ({},), ({}, {}):
+    done, members, _ = train(*rows, eval__every_steps=4)
+    assert done == n
+    for member in members:
+      assert _steps(member, 'eval') == evaluated
+      assert member.saved.newest == n
+      assert member.code == (0 if n == STEPS else loop.STOPPED)
+
+
+def test_the_experts_panel_is_over_the_steps_since_the_last_report(
+    train, monkeypatch):
+  windows = []
+  monkeypatch.setattr(loop.health, 'window', lambda load, tokens: (
+      windows.append(tokens.tolist()) or {}))
+  figures = {n: {'health/load_E': [n], 'health/tokens': n}
+             for n in range(1, STEPS + 1)}
+  train(figures, log__every_steps=4)
+  assert windows == [[1, 2, 3, 4], [5, 6]]
