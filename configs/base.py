@@ -129,6 +129,8 @@ def base() -> ml_collections.ConfigDict:
 
 
 def _model() -> dict:
+  # A part is chosen by its name in a table of architectures/parts/; a name that
+  # is not there is refused with those that are.
   return dict(
       arch='gpt',  # a page of architectures/
       d_model=128,  # width of the residual stream
@@ -142,18 +144,17 @@ def _model() -> dict:
       vocab_size=0,  # derived: the tokenizer's
       max_len=0,  # the length of the model; derived: data.length
       type_vocab_size=0,  # kinds of segments (BERT: 2); 0: none
-      norm='layernorm',  # layernorm rmsnorm
+      norm='layernorm',  # the norm of every layer
       norm_eps=1e-5,  # added to the variance or the mean square
       embed_norm=False,  # a norm right after the embedding
-      position='learned',  # learned sinusoidal rope alibi relative none
-      # The order of sines and cosines: interleaved halves fairseq.
-      sinusoid='interleaved',
+      position='learned',  # the position encoding
+      sinusoid='interleaved',  # the order of sines and cosines
       # Above 1: learned positions are interpolated past max_len.
       learned_stretch=1.0,
       rope=dict(  # of rotary positions
           theta=10000.0,  # the base of the frequencies
           fraction=1.0,  # the share of a head that is rotated
-          scaling='none',  # none linear ntk llama3 yarn
+          scaling='none',  # how they stretch past original_len
           factor=1.0,  # how many times the original length
           # The length that the scaling starts from; derived: max_len.
           original_len=0,
@@ -166,20 +167,20 @@ def _model() -> dict:
           buckets=32,  # buckets of distances
           max_distance=128,  # the last bucket has all larger distances
       ),
-      ffn='gelu',  # relu gelu gelu_tanh silu geglu geglu_tanh swiglu moe
-      block='pre_norm',  # pre_norm post_norm parallel sandwich
-      # A pattern that is repeated over the layers, of global and banded.
+      ffn='gelu',  # the feed-forward network; moe: a mixture of experts
+      block='pre_norm',  # how norms, attention and networks are wired
+      # A pattern that is repeated over the layers, such as global,banded.
       attention='global',
-      # What computes attention over whole sequences: auto xla splash cudnn.
-      # auto: splash on TPU and cudnn on GPU, where they can. Decoding with a
-      # cache is always xla.
+      # What computes attention over whole sequences. auto: splash on TPU and
+      # cudnn on GPU, where they can. Decoding with a cache is always xla.
       attention_kernel='auto',
       # The keys that a banded layer sees, that of the query included.
       sliding_window=0,
       attention_softcap=0.0,  # bounds the attention scores; 0: none
       qk_norm=False,  # a norm of queries and of keys
       attention_sinks=False,  # a learned term in the softmax's denominator
-      # The factor of the scores; derived: head_dim ** -0.5.
+      # The factor of the scores; derived: head_dim ** -0.5 (with mup: that of
+      # the base).
       attention_scale=0.0,
       attention_bias=True,  # biases in the products of attention
       ffn_bias=True,  # biases in the feed-forward network
@@ -202,7 +203,7 @@ def _model() -> dict:
       mup_base_width=0,  # the d_model of the base, which mup needs
       # The head_dim of the base; derived: the base has as many heads.
       mup_base_head_dim=0,
-      init='scaled_normal',  # normal scaled_normal fan_in
+      init='scaled_normal',  # the distribution of the first weights
       init_stddev=0.02,  # of normal and scaled_normal
       init_scale=1.0,  # of fan_in: the variance is this / fan_in
       dtype='float32',  # of the computation: float32 bfloat16
@@ -210,23 +211,21 @@ def _model() -> dict:
       # in any case.
       param_dtype='float32',
       scan_layers=True,  # one program for all layers, or one for each
-      # What the backward pass computes again: none full dots.
-      remat='none',
+      remat='none',  # what the backward pass computes again
       moe=dict(  # of ffn=moe
           num_experts=8,  # experts of a layer
           top_k=2,  # experts of a token (with expert_choice: on average)
-          # topk switch gshard expert_choice sigmoid sinkhorn hash uniform
-          router='topk',
+          router='topk',  # which experts see a token
           # The network of an expert, and of the dense layers between.
           ffn='gelu',
           every=1,  # 1: all layers have experts; 2: every other layer; ...
           d_ff=0,  # hidden units of one expert; derived: model.d_ff
           # A dense network beside the experts, of this many times moe.d_ff.
           shared_experts=0,
-          # How tokens reach their experts: auto einsum sorted dropless. auto:
-          # sorted where a capacity pads little, else dropless.
+          # How tokens reach their experts. auto: sorted where a capacity pads
+          # little, else dropless.
           dispatch='auto',
-          # The product of dropless: auto xla megablox. auto: megablox on TPU.
+          # The product of dropless. auto: megablox on TPU, else xla.
           grouped_kernel='auto',
           # Room of an expert in training, over an even load; 0: dropless.
           capacity_factor=0.0,
@@ -239,7 +238,7 @@ def _model() -> dict:
           jitter=0.0,
           # Standard deviation of the noise on the router's logits in training.
           logit_noise=0.0,
-          balance_loss='switch',  # switch importance none
+          balance_loss='switch',  # what asks for even load
           balance_weight=0.01,  # of the balance loss
           z_loss_weight=0.0,  # of log(Z)^2 of the router's logits
           expert_dropout=0.0,  # of the experts' hidden units

@@ -21,6 +21,7 @@ from tests.helpers import adding, models, sweeps
 from tests.training import step_test
 from tools.sweep import check, cost, matching
 from training.costs import flops, totals
+from training.optim import schedules
 from training.workdir import run_config
 
 
@@ -275,8 +276,60 @@ def test_an_optimiser_is_added_to_one_file():
       step_test.train(c, step_test.one_device(), steps=1)
 
 
+KERNEL = '''
+def plain(q_BLHK, k_BMHK, v_BMHK, mask, seen_BLM, *, scale, softcap, sink_H):
+  """The definition: all scores are written out."""
+  s_BHLM = jnp.einsum('BLHK,BMHK->BHLM', q_BLHK * scale, k_BMHK)
+  s_BHLM = jnp.where(seen_BLM[:, None], s_BHLM, -jnp.inf)
+  return jnp.einsum('BHLM,BMHK->BLHK', jax.nn.softmax(s_BHLM), v_BMHK)
+
+
+def _refuse_plain(c, mask, queries, keys):
+  if c.num_kv_heads != c.num_heads:
+    return 'which takes as many keys as queries'
+  return ''
+
+
+KERNELS['plain'] = Kernel('cpu', _refuse_plain, plain)
+'''
+
+
+def test_an_attention_kernel_is_added_to_one_file():
+  tokens = models.tokens()
+  module, params = models.make(attention_kernel='xla')
+  expected = models.logits(module, params, tokens)
+  with adding.entry('attention kernel', KERNEL) as name:
+    module, _ = models.make(attention_kernel=name)
+    models.close(expected, models.logits(module, params, tokens))
+    grouped, params = models.make(attention_kernel=name, num_kv_heads=2)
+    with pytest.raises(RequestError, match='is plain, which takes as many .*'
+                       'choose from auto, xla, splash, cudnn'):
+      models.logits(grouped, params, tokens)
+    auto, params = models.make(num_kv_heads=2)  # takes another where it must
+    assert np.isfinite(models.logits(auto, params, tokens)).all()
+
+
+SCHEDULE = '''
+SCHEDULES['steps'] = Schedule(
+    lambda t, steps, optim: optim.final_fraction ** (t // (steps / 2)),
+    ('final_fraction',))
+'''
+
+
+def test_a_schedule_is_added_to_one_file():
+  optim = step_test.config(optim__lr=8.0, optim__final_fraction=0.5).optim
+  with adding.entry('learning-rate schedule', SCHEDULE) as name:
+    optim.schedule = name
+    rates = [float(schedules.make(optim, 8)(t)) for t in range(8)]
+    assert rates == [8, 8, 8, 4, 4, 4, 4, 2]  # of t + 1
+    optim.decay_fraction = 0.3
+    with pytest.raises(RequestError, match='read by wsd'):
+      schedules.make(optim, 8)
+
+
 def test_every_kind_is_added_by_the_test_that_it_names():
-  here = {part.what for part in PARTS} | {'optimiser'}
+  here = {part.what for part in PARTS} | {
+      'attention kernel', 'optimiser', 'learning-rate schedule'}
   assert here == {kind.what for kind in adding.KINDS
                   if kind.test == 'tests/add_a_part_test.py'}
 

@@ -203,13 +203,10 @@ class Attention(nn.Module):
     kernel = 'xla'
     if not (cached or self.is_initializing()):
       kernel = kernels.choose(c, mask, q_BLHK.shape[1], k_BMJK.shape[1])
-    if kernel == 'splash':
-      return kernels.splash(q_BLHK, k_BMJK, v_BMJK, mask, sink_H=sink_H,
-                            scale=c.score_scale,
-                            softcap=c.attention_softcap)
-    if kernel == 'cudnn':
-      return kernels.cudnn(q_BLHK, k_BMJK, v_BMJK, mask, seen_BLM,
-                           scale=c.score_scale)
+    if kernel != 'xla':
+      return kernels.KERNELS[kernel].run(
+          q_BLHK, k_BMJK, v_BMJK, mask, seen_BLM, scale=c.score_scale,
+          softcap=c.attention_softcap, sink_H=sink_H)
     causal = (mask.causal and mask.in_order and not (mask.prefix or cached)
               and sharding.shards('length', q_BLHK.shape[1]) == 1)
     return xla_attention.attend(

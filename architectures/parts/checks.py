@@ -68,7 +68,7 @@ def names() -> dict[str, Collection[str]]:
       'sinusoid': positions.SINUSOIDS,
       'ffn': (*FFNS, 'moe'),
       'block': BLOCKS,
-      'attention_kernel': kernels.KERNELS,
+      'attention_kernel': kernels.names(),
       'init': linear.INITS,
       'remat': ('none', *REMAT),
       'dtype': DTYPES,

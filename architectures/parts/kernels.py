@@ -7,11 +7,12 @@ cudnn   cuDNN's flash attention on GPU (Dao et al. 2022)
 `auto` takes splash on TPU and cudnn on GPU where they compute the same
 function, and xla elsewhere. The platform is that of the mesh, so that a
 program compiled ahead of time for a TPU has the TPU's kernel. One that is
-asked for by name and cannot do it is refused.
+asked for by name and cannot do it is refused. An entry of KERNELS, at the end
+of this file, is all that there is of one.
 """
 
 from collections.abc import Callable
-from typing import Optional
+from typing import NamedTuple, Optional
 
 from flax import struct
 import jax
@@ -23,8 +24,6 @@ from architectures.parts import sharding
 from architectures.parts.config import ModelConfig
 from configs.errors import require
 
-KERNELS = ('auto', 'xla', 'splash', 'cudnn')
-PLATFORMS = {'splash': 'tpu', 'cudnn': 'gpu'}
 TILE = 128  # lanes of a TPU: the lengths that splash takes are multiples
 BLOCKS = (512, 256, 128)  # of queries, and of keys, by what divides
 
@@ -55,6 +54,26 @@ class Mask:
   dropout: bool = struct.field(pytree_node=False, default=False)
 
 
+class Kernel(NamedTuple):
+  """A fused kernel.
+
+  Attributes:
+    platform: that it runs on.
+    refuse: (config, mask, queries, keys) -> why it cannot compute this, as
+      'which ...'; '': it can.
+    run: (q_BLHK, k_BMJK, v_BMJK, mask, seen_BLM, scale, softcap, sink_H) ->
+      [B, L, H, K], with the last five as of xla_attention.attend.
+  """
+  platform: str
+  refuse: Callable[[ModelConfig, Mask, int, int], str]
+  run: Callable[..., jax.Array]
+
+
+def names() -> tuple[str, ...]:
+  """Returns the choices of model.attention_kernel."""
+  return 'auto', 'xla', *KERNELS
+
+
 def platform() -> str:
   """Returns what the program is traced for: cpu, gpu or tpu."""
   mesh = jax.sharding.get_abstract_mesh()
@@ -71,11 +90,8 @@ def choose(c: ModelConfig, mask: Mask, q_length: int, k_length: int) -> str:
   """
   name, device = c.attention_kernel, platform()
   if name == 'auto':
-    for kernel, runs_on in PLATFORMS.items():
-      if device == runs_on and not refusal(
-          kernel, c, mask, q_length, k_length, device):
-        return kernel
-    return 'xla'
+    return next((kernel for kernel in KERNELS if not refusal(
+        kernel, c, mask, q_length, k_length, device)), 'xla')
   _require(name, refusal(name, c, mask, q_length, k_length, device))
   return name
 
@@ -87,11 +103,11 @@ def check(c: ModelConfig, device: str) -> None:
 
 def _require(name: str, why: str) -> None:
   require(not why, f'model.attention_kernel is {name}, {why}: choose from '
-          f'{", ".join(k for k in KERNELS if k != name)}')
+          f'{", ".join(other for other in names() if other != name)}')
 
 
 def _elsewhere(name: str, device: str) -> str:
-  home = PLATFORMS.get(name, device)
+  home = KERNELS[name].platform if name in KERNELS else device
   return '' if home == device else (
       f'which runs on {home}, and this program is for {device}')
 
@@ -107,7 +123,7 @@ def refusal(name: str, c: ModelConfig, mask: Mask, q_length: int,
   if mask.dropout:
     return ('which drops no weights, as model.attention_dropout '
             f'{c.attention_dropout} does')
-  return _elsewhere(name, device) or _REFUSALS[name](
+  return _elsewhere(name, device) or KERNELS[name].refuse(
       c, mask, q_length, k_length)
 
 
@@ -145,9 +161,6 @@ def _refuse_cudnn(c, mask, q_length, k_length) -> str:
 def _cudnn_is_here() -> bool:
   return (jax.default_backend() == 'gpu'
           and 'cuda' in jax.devices()[0].client.platform_version)
-
-
-_REFUSALS = {'splash': _refuse_splash, 'cudnn': _refuse_cudnn}
 
 
 class _Places:
@@ -260,3 +273,14 @@ def cudnn(q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array,
   on_each_device = at.map(
       local, (at.queries, at.keys, at.keys, at.spec(at.rows, at.length)))
   return on_each_device(q_BLHK, k_BMJK, v_BMJK, seen_BLM)
+
+
+KERNELS = {
+    'splash': Kernel(
+        'tpu', _refuse_splash,
+        lambda q, k, v, mask, seen, **how: splash(q, k, v, mask, **how)),
+    'cudnn': Kernel(  # with neither softcap nor sinks, as it refuses them
+        'gpu', _refuse_cudnn,
+        lambda q, k, v, mask, seen, *, scale, **_: cudnn(
+            q, k, v, mask, seen, scale=scale)),
+}

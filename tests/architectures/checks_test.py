@@ -1,5 +1,8 @@
 """What has no meaning is refused in a sentence, a plain swap of parts not."""
 
+import copy
+import dataclasses
+
 import pytest
 
 import architectures
@@ -110,3 +113,25 @@ def test_every_number_of_the_model_has_a_range():
   flat = run_config.flatten(base.base().model)
   numbers = {name for name, value in flat.items() if type(value) is float}
   assert numbers - ranged - free == {'rope.high_freq_factor', 'rope.beta_fast'}
+
+
+@pytest.mark.parametrize('changes', [
+    {}, dict(attention_scale=0.5),
+    dict(parametrization='mup', mup_base_width=16, attention_scale=0.0)])
+@pytest.mark.parametrize('system', models.SYSTEMS)
+def test_a_resolved_config_resolves_to_itself(system, changes):
+  """As --print_config prints it; and what it was made of stays as it was."""
+  if 'parametrization' in changes and system not in models.DECODERS:
+    pytest.skip('muP is of decoders')
+  fields = models.config(system, **changes).to_dict()
+  given = copy.deepcopy(fields)
+  c = architectures.resolve(fields)
+  assert fields == given
+  assert architectures.resolve(dataclasses.asdict(c)) == c
+  assert architectures.resolve(c) is c
+
+
+def test_a_config_that_was_changed_is_checked_again():
+  c = architectures.resolve(models.config('gpt'))
+  with pytest.raises(ValueError, match="unknown model.norm 'rmsnrm'"):
+    architectures.build(dataclasses.replace(c, norm='rmsnrm'))

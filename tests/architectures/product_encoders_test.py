@@ -16,8 +16,10 @@ from tests.architectures.product_test import ATTENTIONS, BLOCKS, CHANGED, FFNS
 from tests.architectures.product_test import LENGTH, NORMS, POSITIONS, variant
 from tests.helpers import models
 
-ROWS = [dict(position=p, block=b, attention=tuple(ATTENTIONS)[(i + j) % 6],
-             norm=NORMS[(i + j) % 2], ffn=FFNS[(i + 2 * j) % 5])
+ROWS = [dict(position=p, block=b,
+             attention=tuple(ATTENTIONS)[(i + j) % len(ATTENTIONS)],
+             norm=NORMS[(i + j) % len(NORMS)],
+             ffn=FFNS[(i + 2 * j) % len(FFNS)])
         for j, b in enumerate(BLOCKS) for i, p in enumerate(POSITIONS)]
 
 

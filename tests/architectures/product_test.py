@@ -21,14 +21,16 @@ import numpy as np
 import pytest
 
 import architectures
-from architectures.parts import norms
+from architectures.parts import ffn, norms
 from architectures.parts.blocks import BLOCKS
 from architectures.parts.moe import routing
 from architectures.parts.positions import POSITIONS
 from tests.helpers import models
 
 NORMS = tuple(norms.NORMS)
-FFNS = ('relu', 'gelu', 'geglu', 'swiglu', 'moe')
+# But those that differ from another one by their activation alone.
+FFNS = tuple(kind for kind in (*ffn.FFNS, 'moe')
+             if kind not in ('gelu_tanh', 'silu', 'geglu_tanh'))
 ATTENTIONS = {
     'global': {},
     'grouped': dict(num_kv_heads=2),
@@ -44,8 +46,8 @@ WHOLE = [dict(zip(PARTS, values))
 # Each position with each block and each attention; norms and networks turn
 # round them.
 TRIPLES = [
-    dict(position=p, block=b, attention=a, norm=NORMS[(i + j + k) % 2],
-         ffn=FFNS[(i + 2 * j + 3 * k + i // 5) % 5])
+    dict(position=p, block=b, attention=a, norm=NORMS[(i + j + k) % len(NORMS)],
+         ffn=FFNS[(i + 2 * j + 3 * k + i // 5) % len(FFNS)])
     for (i, p), (j, b), (k, a) in itertools.product(
         enumerate(POSITIONS), enumerate(BLOCKS), enumerate(ATTENTIONS))]
 LENGTH, CHANGED = 8, 5  # the token that a twin of each row has otherwise

@@ -10,6 +10,7 @@ import sys
 import tokenize
 from typing import NamedTuple
 
+from architectures.parts import checks
 from configs import base
 
 ROOMS = ('architectures', 'training')  # whose docstrings are the API
@@ -53,7 +54,7 @@ def source(root: pathlib.Path, path: str) -> str:
 
 def config_fields() -> str:
   """Returns the page of the config's fields: name, default, and what the
-  comments of configs/base.py say."""
+  comments of configs/base.py say, with the choices of a part."""
   lines = ['# Fields of a config', '',
            'Each field is a flag: `--config.optim.lr=3e-4`. The defaults and '
            'the notes are those of '
@@ -64,7 +65,10 @@ def config_fields() -> str:
       group = field.group
       lines += ['', f'## {group or "The run"}', '',
                 '| field | default | |', '|---|---|---|']
-    note = re.sub(r'([|*_])', r'\\\1', field.note.replace('<', '&lt;'))
+    choices = checks.names().get(field.name.removeprefix('model.'), ())
+    said = '; '.join(filter(None, (
+        field.note, choices and f'one of {", ".join(choices)}')))
+    note = re.sub(r'([|*_])', r'\\\1', said.replace('<', '&lt;'))
     lines.append(f'| `{field.name}` | `{field.default}` | {note} |')
   return '\n'.join(lines) + '\n'
 
