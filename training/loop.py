@@ -1,6 +1,7 @@
-"""The training loop, of one run or of several that train as one program.
+"""The training loop: it trains one run, or several runs as one program.
 
-Step n is dispatched before the figures of step n-1 are read.
+The loop dispatches step n before it reads the figures of step n-1, so that the
+device has work while the host writes figures and fetches the next batch.
 """
 
 from collections.abc import Iterator, Sequence
@@ -34,14 +35,14 @@ class Member:
   """A run that the loop trains, alone or beside others.
 
   Attributes:
-    config: its config.
-    workdir: its folder.
-    saved: its checkpoints.
-    label: what its messages name it by; '': it is alone.
-    last: the figures of the last step that was read.
-    bad: how many steps in a row were bad, up to that one.
-    code: how it ended: 0, STOPPED or DIVERGED.
-    sentence: why it did not reach its last step; '': it did.
+    config: the config of the run.
+    workdir: the folder of the run.
+    saved: the checkpoints of the run.
+    label: the name of the run in messages; '' where it trains alone.
+    last: the figures of the last step that the loop has read.
+    bad: the number of bad steps in a row, up to that step.
+    code: how the run ended: 0, STOPPED or DIVERGED.
+    sentence: why the run did not reach its last step; '' where it did.
   """
   config: ml_collections.ConfigDict
   workdir: pathlib.Path
@@ -53,21 +54,23 @@ class Member:
   sentence: str = ''
 
   def begin(self, start: int) -> None:
-    """Opens its metrics, less the rows after step `start`."""
+    """Opens the metrics files, and drops the rows after step `start`."""
     self._writers = metrics.writers(self.workdir, self.config.to_dict(), start,
                                     devices.primary())
     self._loads = []  # of the experts, since the last report
 
   def read(self, figures: dict[str, Any]) -> None:
     """Takes the figures of a step."""
-    if not self.too_many_bad:  # else one that was under way: it is too late
+    # A step that was under way when there were too many bad ones is read too,
+    # but a good loss does not save the run any more.
+    if not self.too_many_bad:
       self.bad = figures['bad_in_row']
     self.last = figures
     if 'health/load_E' in figures:
       self._loads.append((figures['health/load_E'], figures['health/tokens']))
 
   def report(self, n: int, lap: dict[str, Any]) -> None:
-    """Writes the figures of step `n`, and those of the time it took."""
+    """Writes the figures of step `n`, and how long it took."""
     self.write(n, 'train', self.last | lap | _over_window(self._loads))
     self._loads.clear()
 
@@ -81,8 +84,8 @@ class Member:
 
   @property
   def sound(self) -> bool:
-    """Whether the parameters are finite. Where they are not, no later step
-    can mend them, and they are not saved."""
+    """Whether the parameters are finite. No later step can mend parameters
+    that are not finite, so they are not saved."""
     return math.isfinite(self.last['param_norm'])
 
   def save(self, n: int, state: TrainState, tokens: int) -> None:
@@ -96,7 +99,7 @@ class Member:
       writer.close()
 
   def end(self, code: int, n: int) -> None:
-    """Notes that step `n` was its last one, and why: STOPPED or DIVERGED."""
+    """Records that the run ends after step `n`, as `code` says."""
     self.code = code
     if code == DIVERGED:
       self.sentence = _diverged(n, self.bad, self.saved.newest)
@@ -110,8 +113,11 @@ def train(run: runs.Run, state: TrainState, start: int,
           train_data: pipeline.Loader, eval_data: Sequence[pipeline.Loader],
           saved: checkpoints.Checkpoints, workdir: pathlib.Path,
           profile_steps: str = '') -> int:
-  """Trains one run, as `train_all` does; says how it ended, and returns its
-  exit code."""
+  """Trains one run, as `train_all` does, and prints how it ended.
+
+  Returns:
+    The exit code: 0, STOPPED or DIVERGED.
+  """
   member = Member(run.config, workdir, saved)
   train_all(run, [member], state, start, [train_data], eval_data,
             profile_steps)
@@ -129,17 +135,18 @@ def train_all(program: runs.Run, members: Sequence[Member], state: TrainState,
               profile_steps: str = '') -> int:
   """Trains the members of `program` from step `start` to train.steps.
 
-  Order of a run that goes on: (1) the state is restored, (2) metrics.jsonl
-  loses the lines after it, (3) the data go on at batch `start`, (4) the step
-  is compiled, all processes wait for each other, and the clock starts.
+  A run that resumes does so in this order: (1) its state has been restored,
+  (2) metrics.jsonl loses the lines after that step, (3) the data continue at
+  batch `start`, (4) the step is compiled, all processes wait for each other,
+  and the clock starts.
 
   Args:
-    program: the run, or a group of them.
-    members: its members; `code` and `sentence` of each say how it ended.
-    state: the state of all of them.
+    program: the run, or the group of runs.
+    members: the runs. Afterwards `code` and `sentence` say how each one ended.
+    state: the state of the program after `start` steps.
     start: the index of the next batch.
-    loaders: the batches of training: one for all, or one a seed.
-    eval_data: of each source that is held out, the same for all.
+    loaders: the training batches: one loader for all, or one for each seed.
+    eval_data: a loader for each held-out source; all members share them.
     profile_steps: which steps to trace; see profile.parse.
 
   Returns:
@@ -154,7 +161,7 @@ def train_all(program: runs.Run, members: Sequence[Member], state: TrainState,
 
 
 class _Loop:
-  """What the loop holds; `run` is the loop."""
+  """The values that the loop's parts share; `run` is the loop itself."""
 
   def __init__(self, program: runs.Run, members: Sequence[Member], start: int,
                loaders: Sequence[pipeline.Loader],
@@ -174,7 +181,7 @@ class _Loop:
 
   def run(self, state: TrainState, stop: signals.Stop,
           profiler: profile.Profiler) -> int:
-    """Trains from `state` on; returns how many steps are done."""
+    """Trains from `state` to the end; returns how many steps are done."""
     n, self.stop = self.start, stop
     streams = [loader.iterate(n, self.steps) for loader in self.loaders]
     batch = self._next(streams)
@@ -213,7 +220,7 @@ class _Loop:
 
   @property
   def live(self) -> dict[int, Member]:
-    """The members that have not ended, by their row of the joint arrays."""
+    """The members that have not ended, by their row in the joint arrays."""
     return {row: member for row, member in enumerate(self.members)
             if not member.code}
 
@@ -221,7 +228,8 @@ class _Loop:
     return self.program.put(*[next(stream) for stream in streams])
 
   def _compile(self, state: TrainState, batch):
-    """Returns the compiled training step, once all processes have it."""
+    """Compiles both steps and returns the training step, when all processes
+    have done so."""
     cpu_memory.trim()
     with self.meter.compiling(), progress.compiling(devices.primary()):
       step = self.program.train_step().lower(state, batch).compile()
@@ -234,8 +242,8 @@ class _Loop:
     return step
 
   def _report(self, read: timing.Read | None) -> None:
-    """Takes the figures of a step; shows and writes them where they are due.
-    """
+    """Hands the figures of a step to the members; shows and writes them if
+    they are due."""
     if read is None:
       return
     n, figures, done = read
@@ -256,10 +264,10 @@ class _Loop:
     return bool(every) and (n % every == 0 or n == self.steps)
 
   def _evaluate(self, n: int, state: TrainState) -> None:
-    """Writes and shows the figures of what is held out."""
+    """Evaluates all members on the held-out data; writes and shows that."""
     self._report(self.held.flush())
     with self.meter.paused():
-      # The last evaluation is what the run was for: it is finished.
+      # A signal does not cut the last evaluation short: the run was for it.
       sums = evaluating.evaluate(
           self.eval_step, state.params, self.eval_data,
           self.program.config.eval.batches, self.program.put,
@@ -278,10 +286,13 @@ class _Loop:
                    + (f'  {member.label}' if member.label else ''))
 
   def _save_or_end(self, n: int, state: TrainState, ends: bool) -> None:
-    """Saves what is due, and members that have had too many bad steps, and
-    ends these. `ends`: step `n` is the last one of all."""
+    """Saves the members when that is due, and ends those that diverged.
+
+    A member that has had too many bad steps is saved whether that is due or
+    not. `ends` says that no member trains after step `n`.
+    """
     live = self.live
-    # All that still save give the same answer: their clocks began together.
+    # One answer holds for all: the members' clocks began together.
     if not (ends or any(m.saved.due(n) for m in live.values())):
       live = {row: m for row, m in live.items() if m.too_many_bad}
     if not live:

@@ -99,7 +99,7 @@ def initialize(several: Several | None) -> None:
         coordinator_bind_address=os.environ.get(
             'JAX_COORDINATOR_BIND_ADDRESS', _bind(several.coordinator)),
         heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
-  _watch()
+  _end_together()
 
 
 def _bind(coordinator: str) -> str | None:
@@ -122,16 +122,16 @@ def meet() -> None:
     print(table(rows), flush=True)
 
 
-def _watch() -> None:
+def _end_together() -> None:
   """Ends this process when another one fails, and the other way round."""
   client, host, index = _service()
   if index == 0:
-    watch = peers.Peers(0, host)
-    client.key_value_set('archetype/peers', watch.address)
+    others = peers.Peers(0, host)
+    client.key_value_set('archetype/peers', others.address)
   else:
     address = client.blocking_key_value_get('archetype/peers', LOOKUP_MS)
     try:
-      watch = peers.Peers(index, host, address)
+      others = peers.Peers(index, host, address)
     except OSError as error:
       print(f'warning: process {index} cannot reach process 0 at {host}:'
             f'{address.split()[0]} ({error}): when a process is lost, the '
@@ -141,10 +141,10 @@ def _watch() -> None:
       return
   def fail(kind, error, trace):
     traceback.print_exception(kind, error, trace)
-    watch.fail(f'{kind.__name__}: {_first_line(error)}')
+    others.fail(f'{kind.__name__}: {_first_line(error)}')
   sys.excepthook = fail
-  cli.at_failure.append(watch.fail)
-  atexit.register(watch.bye)
+  cli.at_failure.append(others.fail)
+  atexit.register(others.bye)
 
 
 def _end_alone(kind, error, trace):
