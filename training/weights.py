@@ -11,7 +11,7 @@ left out in silence: a tensor or parameter without a counterpart is an error or,
 with `partial`, listed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
 import json
@@ -115,6 +115,8 @@ def load(module: nn.Module, source: Mapping[str, np.ndarray], *, like=None,
   like = nn.meta.unbox(like or jax.eval_shape(
       functools.partial(_init, module), jax.random.key(0)))
   shapes = {path: leaf.shape for path, leaf in paths.flatten(like).items()}
+  if not isinstance(source, hf_files.Files):
+    source = hf_files.Arrays(source)
   names = _Names(page, source)
   rows = page.rows(module.config)
   _check_number(hf.count(rows, shapes), source, partial)
@@ -154,12 +156,15 @@ def _check_number(needed: int, source, partial: bool) -> None:
 
 
 class _Names:
-  """Their names as the files spell them: some leave a prefix out."""
+  """Tensors by their names, as the files spell them: some leave a prefix out.
+  """
 
-  def __init__(self, page, source):
+  def __init__(self, page: hf.HuggingFace,
+               source: hf_files.Files | hf_files.Arrays):
     self._page, self._source = page, source
 
   def find(self, name: str) -> str:
+    """Returns the spelling under which the files have `name`, or `name`."""
     spellings = [name]
     for usual, other in self._page.spellings:
       spellings += [s.replace(usual, other, 1) for s in spellings
@@ -167,15 +172,12 @@ class _Names:
     return next((s for s in spellings if s in self._source), name)
 
   def cut(self, name: str, slices: tuple[slice, ...]) -> np.ndarray:
-    name = self.find(name)
-    if isinstance(self._source, hf_files.Files):
-      return self._source.cut(name, slices)
-    return self._source[name][slices]
+    return self._source.cut(self.find(name), slices)
 
   def _same(self, one: str, other: str) -> bool:
     """Whether two tensors are equal, of which parts are read."""
-    shape = self._shape(self.find(one))
-    if shape != self._shape(self.find(other)):
+    shape = self._source.shape(self.find(one))
+    if shape != self._source.shape(self.find(other)):
       return False
     rows = max(1, PART_BYTES // max(1, 4 * int(np.prod(shape[1:]))))
     parts = [(slice(i, min(i + rows, shape[0])),)
@@ -183,18 +185,12 @@ class _Names:
     return all(np.array_equal(self.cut(one, part), self.cut(other, part))
                for part in parts)
 
-  def _shape(self, name: str) -> tuple[int, ...]:
-    if isinstance(self._source, hf_files.Files):  # without reading it
-      return self._source.shape(name)
-    return self._source[name].shape
-
-  def check_types(self, tensors) -> None:
+  def check_types(self, tensors: Sequence[hf.Tensor]) -> None:
     """Raises RequestError naming a tensor that is no array of weights: one of
     whole numbers, or of a type that a quantisation has left."""
     for name in (self.find(tensor.name) for tensor in tensors):
       if name in self._source:
-        found = (self._source.dtype(name) if isinstance(
-            self._source, hf_files.Files) else self._source[name].dtype.name)
+        found = self._source.dtype(name)
         require(found in hf_files.DTYPES, f'{name} is of type {found}: weights '
                 f'are read from {", ".join(hf_files.DTYPES)}')
 
@@ -202,12 +198,12 @@ class _Names:
     """Returns what stands against reading `tensor`, or ''."""
     if self.find(tensor.name) not in self._source:
       return f'{" and ".join(tensor.paths)}: the files have no {tensor.name}'
-    shape = self._shape(self.find(tensor.name))
+    shape = self._source.shape(self.find(tensor.name))
     return '' if shape == tensor.shape else (
         f'{tensor.name} is {shape} in the files and {tensor.shape} in the '
         'model')
 
-  def unused(self, tensors) -> list[str]:
+  def unused(self, tensors: Sequence[hf.Tensor]) -> list[str]:
     """Returns a line for each tensor of the files that has no place."""
     used = {self.find(tensor.name) for tensor in tensors}
     tied = {self.find(name): twin for name, twin in self._page.tied.items()}

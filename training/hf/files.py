@@ -85,6 +85,19 @@ class Files:
     return self._open[file]
 
 
+class Arrays(dict):
+  """Arrays by name, which are read as the tensors of Files are."""
+
+  def cut(self, name: str, slices: tuple[slice, ...]) -> np.ndarray:
+    return self[name][slices]
+
+  def shape(self, name: str) -> tuple[int, ...]:
+    return self[name].shape
+
+  def dtype(self, name: str) -> str:
+    return self[name].dtype.name
+
+
 def _open_safetensors(file):
   import safetensors
   try:
