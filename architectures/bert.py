@@ -40,7 +40,8 @@ class BERT(nn.Module):
   def __call__(self, tokens_BL: jax.Array, *, type_ids_BL=None,
                positions_BL=None, segment_ids_BL=None,
                deterministic: bool = True,
-               keep_layers: bool = False) -> Output:
+               keep_layers: bool = False,
+               keep_attention: bool = False) -> Output:
     c = self.config
     chex.assert_rank(tokens_BL, 2)
     in_order = positions_BL is None or segment_ids_BL is not None
@@ -48,7 +49,7 @@ class BERT(nn.Module):
       positions_BL = jnp.arange(tokens_BL.shape[1])[None]
     ctx = Context(positions_BL, segment_ids_BL, tokens_BL=tokens_BL,
                   in_order=in_order, deterministic=deterministic,
-                  keep_layers=keep_layers)
+                  keep_layers=keep_layers, keep_attention=keep_attention)
     x_BLD, table_DV = Embed(c, name='embed')(
         tokens_BL, positions_BL, type_ids_BL=type_ids_BL,
         deterministic=deterministic)

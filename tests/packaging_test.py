@@ -46,7 +46,7 @@ def _key(name):
 
 
 def _third_party(path):
-  ours = {*ROOMS, 'train', 'eval', 'tests'}
+  ours = {*ROOMS, 'archetype', 'train', 'eval', 'tests'}
   for node in ast.walk(ast.parse(path.read_text())):
     names = []
     if isinstance(node, ast.Import):

@@ -14,6 +14,7 @@ import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import architectures
 from architectures.parts.moe.layer import without_capacity
@@ -157,3 +158,9 @@ def generate(module: nn.Module, params, prompts_BL: jax.Array,
   return jax.lax.while_loop(
       unfinished, step, (jnp.ones((), jnp.int32), tokens_BT, done_B,
                          cache))[1]
+
+
+def until(row: np.ndarray, stop: int) -> np.ndarray:
+  """Returns the tokens of a row before the first that is `stop`."""
+  ends = np.flatnonzero(row == stop)
+  return row[:ends[0]] if ends.size else row

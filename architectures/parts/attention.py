@@ -48,6 +48,7 @@ class Context:
   in_order: bool = struct.field(pytree_node=False, default=True)
   deterministic: bool = struct.field(pytree_node=False, default=True)
   keep_layers: bool = struct.field(pytree_node=False, default=False)
+  keep_attention: bool = struct.field(pytree_node=False, default=False)
   # The layers follow one another in the program: see skeletons.one_by_one.
   one_by_one: bool = struct.field(pytree_node=False, default=False)
 
@@ -57,12 +58,15 @@ class Cache:
   """A layer's keys and values; slot m holds the token at position m.
 
   Those of the memory are put in when a decoder is given it with the cache,
-  and stand for it from then on.
+  and stand for it from then on. With context.keep_attention a layer also
+  returns here what it weighed the values with, whether or not a cache went in.
   """
   key_BMJK: jax.Array
   value_BMJK: jax.Array
   memory_key_BMJK: Optional[jax.Array] = None
   memory_value_BMJK: Optional[jax.Array] = None
+  weights_BHLM: Optional[jax.Array] = None
+  memory_weights_BHLM: Optional[jax.Array] = None
 
   def write(self, key_BLJK, value_BLJK, positions_BL) -> 'Cache':
     """Puts L new tokens at their positions (a row's are consecutive)."""
@@ -179,8 +183,12 @@ class Attention(nn.Module):
     L, M = q_BLHK.shape[1], k_BMJK.shape[1]
     seen = L * M if self.cross else pairs(self.kind, c, L, M)
     with linear.useful(seen, L * M):
-      o_BLHK = self._weigh(q_BLHK, k_BMJK, v_BMJK, k_positions_BM, ctx,
-                           cached=cache is not None)
+      o_BLHK, weights_BHLM = self._weigh(
+          q_BLHK, k_BMJK, v_BMJK, k_positions_BM, ctx, cached=cache is not None)
+    if ctx.keep_attention:
+      cache = Cache(k_BMJK, v_BMJK) if cache is None else cache
+      name = 'memory_weights_BHLM' if self.cross else 'weights_BHLM'
+      cache = cache.replace(**{name: weights_BHLM})
     o_BLHK = sharding.constrain(o_BLHK, 'batch', 'length', 'heads', 'head')
     out_HKD = linear.weight(self, 'out', (c.num_heads, c.head_dim, c.d_model),
                             ('heads', 'head', 'embed'), in_axes=(0, 1),
@@ -192,7 +200,8 @@ class Attention(nn.Module):
     return y_BLD, cache
 
   def _weigh(self, q_BLHK, k_BMJK, v_BMJK, k_positions_BM, ctx, *, cached):
-    """Returns the weighted values, by the kernel that the config asks for."""
+    """Returns the weighted values, by the kernel that the config asks for, and
+    the weights where the context asks for them."""
     c = self.config
     mask, seen_BLM, bias_BHLM = self._mask(k_positions_BM, ctx)
     key = None
@@ -200,20 +209,25 @@ class Attention(nn.Module):
       key, mask = self.make_rng('dropout'), mask.replace(dropout=True)
     sink_H = (linear.bias(self, 'sink', (c.num_heads,), ('heads',))
               if c.attention_sinks else None)
+    weights_BHLM = None
+    if ctx.keep_attention:
+      weights_BHLM = xla_attention.weights(
+          q_BLHK, k_BMJK, mask_BLM=seen_BLM, bias_BHLM=bias_BHLM,
+          sink_H=sink_H, scale=c.score_scale, softcap=c.attention_softcap)
     kernel = 'xla'
     if not (cached or self.is_initializing()):
       kernel = kernels.choose(c, mask, q_BLHK.shape[1], k_BMJK.shape[1])
     if kernel != 'xla':
       return kernels.KERNELS[kernel].run(
           q_BLHK, k_BMJK, v_BMJK, mask, seen_BLM, scale=c.score_scale,
-          softcap=c.attention_softcap, sink_H=sink_H)
+          softcap=c.attention_softcap, sink_H=sink_H), weights_BHLM
     causal = (mask.causal and mask.in_order and not (mask.prefix or cached)
               and sharding.shards('length', q_BLHK.shape[1]) == 1)
     return xla_attention.attend(
         q_BLHK, k_BMJK, v_BMJK, mask_BLM=seen_BLM, bias_BHLM=bias_BHLM,
         sink_H=sink_H, key=key, scale=c.score_scale,
         softcap=c.attention_softcap, dropout=c.attention_dropout,
-        causal=causal, window=mask.window)
+        causal=causal, window=mask.window), weights_BHLM
 
   def _mask(self, k_positions_BM, ctx):
     """Returns the mask as a kernel takes it and written out, and the bias."""

@@ -42,7 +42,8 @@ class EncoderDecoder(nn.Module):
                positions_BM=None, segment_ids_BM=None,
                decoder_positions_BL=None, decoder_segment_ids_BL=None,
                cache=None, memory=None, deterministic: bool = True,
-               keep_layers: bool = False, one_by_one: bool = False) -> Output:
+               keep_layers: bool = False, keep_attention: bool = False,
+               one_by_one: bool = False) -> Output:
     """Runs both stacks, or the decoder alone.
 
     Args:
@@ -57,6 +58,9 @@ class EncoderDecoder(nn.Module):
       deterministic: whether nothing is drawn (no dropout, no router noise).
       keep_layers: whether aux['layers'] holds what the first layer of each
         stack is given and what each layer returns.
+      keep_attention: whether aux['attention'] holds the attention weights of
+        each layer, the encoder's first, and aux['cross_attention'] those of
+        the decoder over the memory.
       one_by_one: whether parameters and cache are those that
         skeletons.one_by_one returns.
     """
@@ -64,7 +68,8 @@ class EncoderDecoder(nn.Module):
     if memory is None and tokens_BM is not None:
       memory, aux = self.encode(
           tokens_BM, positions_BM=positions_BM, segment_ids_BM=segment_ids_BM,
-          deterministic=deterministic, keep_layers=keep_layers)
+          deterministic=deterministic, keep_layers=keep_layers,
+          keep_attention=keep_attention)
     if decoder_tokens_BL is None:
       decoder_tokens_BL = tokens_BM
     output = self.decode(
@@ -72,12 +77,13 @@ class EncoderDecoder(nn.Module):
         positions_BL=decoder_positions_BL,
         segment_ids_BL=decoder_segment_ids_BL, cache=cache,
         deterministic=deterministic, keep_layers=keep_layers,
-        one_by_one=one_by_one)
+        keep_attention=keep_attention, one_by_one=one_by_one)
     return output.replace(aux=join_aux(aux, output.aux))
 
   def encode(self, tokens_BM: jax.Array, *, positions_BM=None,
              segment_ids_BM=None, deterministic: bool = True,
-             keep_layers: bool = False) -> tuple[jax.Array, dict]:
+             keep_layers: bool = False, keep_attention: bool = False
+             ) -> tuple[jax.Array, dict]:
     """Returns the memory [B, M, D] and aux."""
     chex.assert_rank(tokens_BM, 2)
     in_order = positions_BM is None or segment_ids_BM is not None
@@ -86,14 +92,15 @@ class EncoderDecoder(nn.Module):
     x_BMD, _ = self.embed(tokens_BM, positions_BM, deterministic=deterministic)
     ctx = Context(positions_BM, segment_ids_BM, tokens_BL=tokens_BM,
                   in_order=in_order, deterministic=deterministic,
-                  keep_layers=keep_layers)
+                  keep_layers=keep_layers, keep_attention=keep_attention)
     memory_BMD, _, aux = self.encoder(x_BMD, ctx)
     return memory_BMD, aux
 
   def decode(self, tokens_BL: jax.Array, *, memory=None,
              memory_segment_ids_BM=None, positions_BL=None,
              segment_ids_BL=None, cache=None, deterministic: bool = True,
-             keep_layers: bool = False, one_by_one: bool = False) -> Output:
+             keep_layers: bool = False, keep_attention: bool = False,
+             one_by_one: bool = False) -> Output:
     """Returns what follows each target token; `memory` may be left out where
     the cache has been given it. Positions with segment ids are a promise, as
     skeletons.Decoder says."""
@@ -114,7 +121,7 @@ class EncoderDecoder(nn.Module):
                   memory_segment_ids_BM=memory_segment_ids_BM,
                   tokens_BL=tokens_BL, in_order=in_order,
                   deterministic=deterministic, keep_layers=keep_layers,
-                  one_by_one=one_by_one)
+                  keep_attention=keep_attention, one_by_one=one_by_one)
     x_BLD, cache, aux = self.decoder(x_BLD, ctx, cache)
     return Output(x_BLD, self.head(table_DV), cache, aux, memory=memory)
 
@@ -129,6 +136,9 @@ def join_aux(encoder: dict, decoder: dict) -> dict:
         jnp.add, encoder['losses'], decoder['losses'])
     joined['health'] = jax.tree.map(
         lambda *x: jnp.concatenate(x), encoder['health'], decoder['health'])
-  if 'layers' in decoder:
-    joined['layers'] = (*encoder['layers'], *decoder['layers'])
+  for name in ('layers', 'attention'):
+    if name in decoder:
+      joined[name] = (*encoder[name], *decoder[name])
+  if 'cross_attention' in decoder:
+    joined['cross_attention'] = decoder['cross_attention']
   return joined

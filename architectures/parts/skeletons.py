@@ -58,8 +58,10 @@ class Output:
     head: the output projection.
     cache: keys and values of every layer, where a cache went in.
     aux: {'losses': scalars summed over layers, 'health': arrays by layer},
-      and with keep_layers 'layers': [N + 1, B, L, D], what the first layer is
-      given and what each returns.
+      with keep_layers 'layers': [N + 1, B, L, D], what the first layer is
+      given and what each returns; with keep_attention 'attention':
+      [N, B, H, L, M], what each layer weighs the values with, and of a decoder
+      with a memory 'cross_attention'.
     memory: [B, M, D] the encoder's output, of an encoder-decoder.
     extra: what one system alone returns, by name.
   """
@@ -121,7 +123,8 @@ class Period(nn.Module):
       caches.append(new)
       auxes.append(aux)
       kept.append(x_BLD if ctx.keep_layers else ())
-    return x_BLD, (None if cache is None else tuple(caches), tuple(auxes),
+    with_cache = cache is not None or ctx.keep_attention
+    return x_BLD, (tuple(caches) if with_cache else None, tuple(auxes),
                    tuple(kept))
 
 
@@ -152,7 +155,7 @@ class Stack(nn.Module):
           c, self.pattern[0].causal, name=f'{c.position}_bias')(
               ctx.positions_BL, _key_positions(ctx, cache)))
     run = self._one_by_one if ctx.one_by_one else self._scan
-    given_BLD = x_BLD
+    given_BLD, with_cache = x_BLD, cache is not None
     x_BLD, (cache, auxes, kept) = run(x_BLD, cache, ctx)
     if BLOCKS[c.block].FINAL_NORM:
       x_BLD = norm(c, 'final_norm')(x_BLD)
@@ -160,6 +163,9 @@ class Stack(nn.Module):
     if ctx.keep_layers:
       kept = jnp.stack(kept, 1).reshape(-1, *x_BLD.shape)
       aux = aux | {'layers': jnp.concatenate([given_BLD[None], kept])}
+    if ctx.keep_attention:
+      weights, cache = take_weights(cache)
+      aux, cache = aux | weights, cache if with_cache else None
     return x_BLD, cache, aux
 
   def _scan(self, x_BLD, cache, ctx):
@@ -190,6 +196,21 @@ def _key_positions(ctx: Context, cache) -> jax.Array:
   if cache is None:
     return ctx.positions_BL
   return jnp.arange(any_cache(cache).key_BMJK.shape[-3])[None]
+
+
+def take_weights(cache: tuple[Cache, ...]) -> tuple[dict, tuple[Cache, ...]]:
+  """Returns the attention weights that the layers put into their caches,
+  [N, B, H, L, M] by name, in the layers' order; and the caches without."""
+  names = {'attention': 'weights_BHLM',
+           'cross_attention': 'memory_weights_BHLM'}
+  found = {}
+  for name, field in names.items():
+    blocks = [getattr(entry, field) for entry in cache]
+    if blocks[0] is not None:
+      w = jnp.stack(blocks, 1)
+      found[name] = w.reshape(-1, *w.shape[2:])
+  return found, tuple(entry.replace(**dict.fromkeys(names.values()))
+                      for entry in cache)
 
 
 def gather_aux(auxes: tuple[dict, ...]) -> dict:
@@ -245,7 +266,8 @@ class Decoder(nn.Module):
   def __call__(self, tokens_BL: jax.Array, *, positions_BL=None,
                segment_ids_BL=None, prefix_B=None, valid_BL=None,
                cache=None, deterministic: bool = True,
-               keep_layers: bool = False, one_by_one: bool = False) -> Output:
+               keep_layers: bool = False, keep_attention: bool = False,
+               one_by_one: bool = False) -> Output:
     c = self.config
     chex.assert_rank(tokens_BL, 2)
     require(cache is None or segment_ids_BL is None,
@@ -256,7 +278,7 @@ class Decoder(nn.Module):
     ctx = Context(positions_BL, segment_ids_BL, tokens_BL=tokens_BL,
                   prefix_B=prefix_B, valid_BL=valid_BL, in_order=in_order,
                   deterministic=deterministic, keep_layers=keep_layers,
-                  one_by_one=one_by_one)
+                  keep_attention=keep_attention, one_by_one=one_by_one)
     x_BLD, table_DV = Embed(c, name='embed')(
         tokens_BL, positions_BL, deterministic=deterministic)
     x_BLD, cache, aux = Stack(c, c.layer_pattern(), c.num_layers,

@@ -6,7 +6,7 @@ mask queries go block by block, and meet only the keys that one of them may see.
 """
 
 import functools
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import chex
 import jax
@@ -69,6 +69,35 @@ def attend(q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array, *,
   o_BLJRK = _attend(_How(scale, softcap, dropout, causal, window), q_BLJRK,
                     k_BMJK, v_BMJK, bias_BHLM, sink_H, mask_BLM, key)
   return o_BLJRK.reshape(B, L, H, K)
+
+
+def weights(q_BLHK: jax.Array, k_BMJK: jax.Array, *, scale: float,
+            mask_BLM: Optional[jax.Array] = None,
+            bias_BHLM: Optional[jax.Array] = None, softcap: float = 0.0,
+            sink_H: Optional[jax.Array] = None) -> jax.Array:
+  """Returns what `attend` weighs the values with, float32 [B, H, L, M].
+
+  A row sums to 1, less the share of the sink where there is one; weights that
+  are hidden are 0. The arguments are those of `attend`.
+  """
+  B, L, H, K = q_BLHK.shape
+  M, J = k_BMJK.shape[1:3]
+  every = slice(None)
+  if bias_BHLM is not None:
+    bias_BHLM = bias_BHLM.reshape(-1, J, H // J, *bias_BHLM.shape[2:])
+  s_BJRLM = _scores(_How(scale, softcap, 0.0, False, 0), every, every, mask_BLM,
+                    q_BLHK.reshape(B, L, J, H // J, K), k_BMJK, bias_BHLM)
+  s_BHLM = s_BJRLM.reshape(B, H, L, M)
+  if sink_H is None:
+    p_BHLM = jax.nn.softmax(s_BHLM, -1)
+  else:
+    sink_BHL1 = jnp.broadcast_to(
+        sink_H.astype(jnp.float32)[None, :, None, None], (B, H, L, 1))
+    p_BHLM = jax.nn.softmax(
+        jnp.concatenate([s_BHLM, sink_BHL1], -1), -1)[..., :-1]
+  if mask_BLM is None:
+    return p_BHLM
+  return jnp.where(mask_BLM[:, None], p_BHLM, 0)
 
 
 def _scores(how, rows, keys, mask_BLM, q_BLJRK, k_BMJK, bias_BJRLM):

@@ -218,6 +218,7 @@ def test_the_reader_of_commands_sees_what_is_wrong():
 
 @pytest.mark.parametrize('path', PAGES, ids=_name)
 def test_python_on_a_page_runs(path):
+  names = {'__name__': 'page'}  # a block goes on from those before it
   for code in re.findall(r'^```python\n(.*?)^```', path.read_text(),
                          re.M | re.S):
-    exec(compile(code, _name(path), 'exec'), {'__name__': 'page'})
+    exec(compile(code, _name(path), 'exec'), names)

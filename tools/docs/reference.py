@@ -23,7 +23,7 @@ _MODULE = '''::: {name}
 
 def packages(root: pathlib.Path) -> dict[str, list[str]]:
   """Returns the modules of each package of ROOMS, by the packages' names."""
-  found = {}
+  found = {'archetype': ['archetype']}
   for room in ROOMS:
     for path in sorted(root.glob(f'{room}/**/*.py')):
       parts = path.relative_to(root).with_suffix('').parts

@@ -28,8 +28,11 @@ from training import cli
 from training.workdir import storage
 
 FOLDER = pathlib.Path(__file__).parents[2] / 'tests' / 'data' / 'parity'
+# Of these the tests compare layers and attention weights.
+INSIDES = ('gpt', 'llama', 'bert', 't5', 'bloom')
 flags.DEFINE_list('systems', [], 'Which systems; none: all.')
-flags.DEFINE_bool('layers', False, 'Compare what each layer returns as well.')
+flags.DEFINE_bool('layers', False, 'Compare what each layer returns as well, '
+                  'and its attention weights.')
 flags.DEFINE_bool('record', False, 'Write recordings for the tests.')
 flags.DEFINE_string('json', '', 'A file to write the findings to.')
 
@@ -84,8 +87,12 @@ def _findings(system: str, case: str, args):
         dataclasses.replace(reference_run, greedy=reference_run.greedy
                             if first else {}),
         FOLDER / f'{system}-{case}.safetensors')
+    if first and system in INSIDES:
+      recording.save_insides(
+          reference_run,
+          FOLDER.parent / 'insides' / f'{system}-{case}.safetensors')
   if not args.layers:
-    reference_run.layers = []
+    reference_run.layers, reference_run.attention = [], {}
   yield from compare.check(reference_run, cases.OUR_ROPE.get((system, case)))
   module, params = compare.load(reference_run)
   with tempfile.TemporaryDirectory() as folder:

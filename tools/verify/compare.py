@@ -16,7 +16,8 @@ from training import weights
 from training.hf import config as hf_config
 
 NEW_TOKENS = 64
-LIMITS = dict(output=1e-5, grads=1e-4, layer=1e-5, greedy=0.0, export=1e-6)
+LIMITS = dict(output=1e-5, grads=1e-4, layer=1e-5, attention=1e-5, greedy=0.0,
+              export=1e-6)
 
 
 class Finding(NamedTuple):
@@ -64,10 +65,12 @@ def check(recording: Recording, rope: dict | None = None) -> list[Finding]:
   inputs = {k: jnp.asarray(v) for k, v in recording.inputs.items()}
 
   def loss(params):
-    outputs, layers = call(module, params, inputs)
-    return objective(outputs, inputs, jnp.asarray), (outputs, layers)
+    outputs, layers, attention = call(module, params, inputs)
+    return (objective(outputs, inputs, jnp.asarray),
+            (outputs, layers, attention))
 
-  grads, (outputs, layers) = jax.jit(jax.grad(loss, has_aux=True))(params)
+  gradient = jax.jit(jax.grad(loss, has_aux=True))
+  grads, (outputs, layers, attention) = gradient(params)
   theirs = weights.load(module, recording.grads).params
   found = [Finding(name, error(_seen(outputs[name], inputs, name),
                                _seen(value, recording.inputs, name)),
@@ -84,6 +87,12 @@ def check(recording: Recording, rope: dict | None = None) -> list[Finding]:
     found.append(Finding(name, error(
         _seen(mine, inputs, 'logits'),
         _seen(value, recording.inputs, 'logits')), LIMITS['layer']))
+  for name, value in recording.attention.items():
+    queries = inputs['decoder_mask' if name in ('decoder', 'cross') else 'mask']
+    real_1B1L1 = np.asarray(queries)[None, :, None, :, None]
+    found.append(Finding(f'{name} attention', error(
+        np.asarray(attention[name]) * real_1B1L1, value * real_1B1L1),
+                         LIMITS['attention']))
   return found
 
 
@@ -178,29 +187,32 @@ def _greedy(module, params, recording: Recording) -> float:
 
 def _decoder(module, params, inputs):
   out = module.apply({'params': params}, inputs['tokens'],
-                     segment_ids_BL=inputs['mask'], keep_layers=True)
+                     segment_ids_BL=inputs['mask'], keep_layers=True,
+                     keep_attention=True)
   layers = [*out.aux['layers'][:-1], out.hidden]  # theirs ends normalised
   outputs = dict(logits=out.logits)
   moe = module.config.moe
   if out.aux.get('losses'):  # theirs is top_k times ours
     outputs['balance'] = (out.aux['losses']['balance']
                           / moe.balance_weight * moe.top_k)
-  return outputs, layers
+  return outputs, layers, dict(self=out.aux['attention'])
 
 
 def _encoder(module, params, inputs):
   out = module.apply({'params': params}, inputs['tokens'],
                      type_ids_BL=inputs['types'],
-                     segment_ids_BL=inputs['mask'], keep_layers=True)
+                     segment_ids_BL=inputs['mask'], keep_layers=True,
+                     keep_attention=True)
   return (dict(logits=out.logits, nsp_logits=out.extra['nsp_logits']),
-          list(out.aux['layers']))
+          list(out.aux['layers']), dict(self=out.aux['attention']))
 
 
 def _encoder_decoder(module, params, inputs):
   out = module.apply(
       {'params': params}, inputs['tokens'], inputs['decoder_tokens'],
       segment_ids_BM=inputs['mask'],
-      decoder_segment_ids_BL=inputs['decoder_mask'], keep_layers=True)
+      decoder_segment_ids_BL=inputs['decoder_mask'], keep_layers=True,
+      keep_attention=True)
   split = module.config.num_layers + 1
   encoder, decoder = out.aux['layers'][:split], out.aux['layers'][split:]
   layers = [x * inputs['mask'][..., None] for x in (*encoder[:-1], out.memory)]
@@ -213,10 +225,15 @@ def _encoder_decoder(module, params, inputs):
     outputs['balance'] = losses['balance'] / moe.balance_weight * moe.top_k
     if 'router_z' in losses:
       outputs['router_z'] = losses['router_z'] / moe.z_loss_weight
-  return outputs, layers
+  count = module.config.num_layers
+  attention = dict(encoder=jnp.stack(out.aux['attention'][:count]),
+                   decoder=jnp.stack(out.aux['attention'][count:]),
+                   cross=out.aux['cross_attention'])
+  return outputs, layers, attention
 
 
-# stack: (module, params, inputs) -> (outputs by name, the layers' results)
+# stack: (module, params, inputs) -> (outputs by name, the layers' results,
+# attention weights by name)
 CALLS = {
     'decoder': _decoder,
     'encoder': _encoder,

@@ -21,8 +21,8 @@ class Recording:
     outputs: what the reference makes of them, by name.
     grads: of compare.objective, by Hugging Face name.
     greedy: {row: the tokens that follow that row's prompt}; may be empty.
-    layers: what each stack's embedding gives and each layer returns; empty
-      in a file.
+    layers: what each stack's embedding gives and each layer returns.
+    attention: by name, the attention weights of each layer.
   """
   config: dict
   weights: dict[str, np.ndarray]
@@ -31,6 +31,7 @@ class Recording:
   grads: dict[str, np.ndarray]
   greedy: dict[str, np.ndarray]
   layers: list[np.ndarray] = dataclasses.field(default_factory=list)
+  attention: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 _PARTS = ('weights', 'inputs', 'outputs', 'grads', 'greedy')
@@ -46,6 +47,27 @@ def save(recording: Recording, path: pathlib.Path) -> None:
       tensors[name] = value.astype(HALF)
       assert (tensors[name].astype(value.dtype) == value).all(), name
   save_file(tensors, path, metadata=dict(config=json.dumps(recording.config)))
+
+
+def save_insides(recording: Recording, path: pathlib.Path) -> None:
+  """Writes what stands inside the model: its layers and attention weights."""
+  from safetensors.numpy import save_file
+  layers = {f'layers/{n}': x for n, x in enumerate(recording.layers)}
+  attention = {f'attention/{name}': x
+               for name, x in recording.attention.items()}
+  save_file({name: np.ascontiguousarray(x)
+             for name, x in (layers | attention).items()}, path)
+
+
+def load_insides(recording: Recording, path: pathlib.Path) -> Recording:
+  """Returns the recording with what `save_insides` wrote."""
+  from safetensors.numpy import load_file
+  found = load_file(path)
+  count = sum(name.startswith('layers/') for name in found)
+  return dataclasses.replace(
+      recording, layers=[found[f'layers/{n}'] for n in range(count)],
+      attention={name.removeprefix('attention/'): x
+                 for name, x in found.items() if 'attention/' in name})
 
 
 def load(path: pathlib.Path) -> Recording:

@@ -24,7 +24,7 @@ def run(system: str, case: str, *, greedy: bool = True) -> Recording:
   inputs = compare.inputs(stack, config)
   outputs = {name: value.detach().numpy()
              for name, value in _forward(model, stack, inputs).items()}
-  layers = _layers(model, stack, inputs)
+  layers, attention = _insides(model, stack, inputs)
   continued = ({} if not greedy or stack == 'encoder'
                or (system, case) in NO_GREEDY
                else _greedy(model, stack, inputs))
@@ -37,7 +37,7 @@ def run(system: str, case: str, *, greedy: bool = True) -> Recording:
       parameter.copy_(torch.zeros_like(parameter) if grad is None else grad)
   _, grads = _saved(model)
   return Recording(config, weights, inputs, outputs, grads,
-                   continued, layers)
+                   continued, layers, attention)
 
 
 def build(system: str, case: str):
@@ -139,17 +139,24 @@ def _balance(model, out, inputs):
              for logits in out.router_logits)
 
 
-def _layers(model, stack: str, inputs) -> list[np.ndarray]:
+def _insides(model, stack: str, inputs: dict[str, np.ndarray]
+             ) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
+  """Returns what each layer returns, and its attention weights by name."""
   import torch
   with torch.no_grad():
-    out = _call(model, stack, inputs, output_hidden_states=True)
+    out = _call(model, stack, inputs, output_hidden_states=True,
+                output_attentions=True)
   if stack == 'encoder-decoder':
     mask = torch.as_tensor(inputs['mask'])[..., None]
     states = [state * mask for state in out.encoder_hidden_states]
     states += out.decoder_hidden_states
+    attention = dict(encoder=out.encoder_attentions,
+                     decoder=out.decoder_attentions, cross=out.cross_attentions)
   else:
-    states = out.hidden_states
-  return [state.numpy() for state in states]
+    states, attention = out.hidden_states, dict(self=out.attentions)
+  return ([state.numpy() for state in states],
+          {name: torch.stack(layers).numpy()
+           for name, layers in attention.items()})
 
 
 def _greedy(model, stack: str, inputs) -> dict[str, np.ndarray]:

@@ -20,6 +20,7 @@ from training.hf import files as hf_files
 
 FOLDER = pathlib.Path(__file__).parents[2] / 'data' / 'parity'
 FILES = sorted(FOLDER.glob('*.safetensors'))
+INSIDES = sorted((FOLDER.parent / 'insides').glob('*.safetensors'))
 
 
 def _load(path):
@@ -40,6 +41,19 @@ def test_equals_transformers(path):
   system, _, case = path.stem.partition('-')
   findings = compare.check(_load(path), cases.OUR_ROPE.get((system, case)))
   assert {'logits', 'grads'} <= {f.what for f in findings}
+  wrong = [f for f in findings if not f.ok]
+  assert not wrong, wrong
+
+
+@pytest.mark.parametrize('path', [
+    pytest.param(p, id=p.stem, marks=[] if 'llama' in p.stem
+                 else pytest.mark.slow) for p in INSIDES])
+def test_layers_and_attention_weights_equal_transformers(path):
+  """Its output_hidden_states and output_attentions; padding apart."""
+  recorded = recording.load_insides(_load(FOLDER / path.name), path)
+  findings = [f for f in compare.check(recorded)
+              if 'layer' in f.what or 'attention' in f.what]
+  assert len(findings) > 2
   wrong = [f for f in findings if not f.ok]
   assert not wrong, wrong
 

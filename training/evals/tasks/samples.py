@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import numpy as np
-
 from configs.errors import require
 from training.evals.task import Evaluation, Flag, Task, without
 
@@ -29,17 +27,12 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
         prompts.lengths, jax.random.key(options.sample_seed),
         max_new_tokens=count, sampling=_sampling(options),
         stop_token=tokenizer.separator_id, **prompts.arguments))
-  written = [tokenizer.decode(_until(row, tokenizer.separator_id))
+  written = [tokenizer.decode(generate.until(row, tokenizer.separator_id))
              for row in tokens]
   for i, (prompt, text) in enumerate(zip(rows, written)):
     print(f'sample {i + 1} of {len(rows)}:\n{prompt}{prompts.gap}{text}\n')
   return {'samples': [{'prompt': p, 'text': t}
                       for p, t in zip(rows, written)]}
-
-
-def _until(row: np.ndarray, stop: int) -> np.ndarray:
-  ends = np.flatnonzero(row == stop)
-  return row[:ends[0]] if ends.size else row
 
 
 def _sampling(options: Any):

@@ -1,0 +1,388 @@
+"""A model in Python: load one, look inside, change a part.
+
+  import archetype
+
+  model = archetype.load('runs/tiny')         # or a Hugging Face folder
+  tokens = model.encode('My fellow citizens')
+  logits = model(tokens)                      # [1, L, V]
+  states = model.hidden_states(tokens)        # [N + 1, 1, L, D]
+  weights = model.attention_weights(tokens)   # [N, 1, H, L, L]
+  print(model.generate('My fellow', max_new_tokens=50))
+
+docs/python.md is the guide. Whoever needs more than this takes `model.module`
+and `model.params`: the module is a Flax module whose `init` and `apply` are
+pure functions. The letters of the shapes are those of README.
+"""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import functools
+import os
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+import architectures
+from architectures.parts import unread
+from architectures.parts.config import ModelConfig
+from architectures.parts.skeletons import Output
+from configs import base
+from configs.errors import RequestError, one_of, require
+from training import config_files
+from training import generate as generation
+from training import objectives
+from training import paths
+from training import runs
+from training import step as step_lib
+from training import weights
+from training.costs import totals
+from training.data import tokenizers
+from training.workdir import restoring
+from training.workdir import run_config
+from training.workdir import storage
+
+Tokens = jax.Array | np.ndarray | Sequence[int] | Sequence[Sequence[int]]
+# Of an encoder-decoder there is one array for each stack, by name.
+Layers = jax.Array | dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """A model and its parameters.
+
+  Attributes:
+    module: the Flax module; `module.apply({'params': params}, tokens)`.
+    params: the parameters, a tree of arrays.
+    tokenizer: what encodes text; None where the weights came without one.
+    run: the config of the run that the model is from; None where there is none.
+    drawn: the paths of the parameters that `with_parts` drew anew.
+  """
+  module: nn.Module
+  params: Any
+  tokenizer: tokenizers.Tokenizer | None = None
+  run: ml_collections.ConfigDict | None = None
+  drawn: tuple[str, ...] = ()
+
+  @property
+  def config(self) -> ModelConfig:
+    """The frozen `config.model`, with every derived field filled in."""
+    return self.module.config  # type: ignore[attr-defined]
+
+  @property
+  def stack(self) -> str:
+    """'decoder', 'encoder' or 'encoder-decoder'."""
+    return architectures.stack(self.config)
+
+  def encode(self, text: str) -> jax.Array:
+    """Returns the tokens of a text, [1, L]; a document's start is not added."""
+    return jnp.asarray(self._tokenizer().encode(text))[None]
+
+  def decode(self, tokens: Tokens) -> str:
+    """Returns the text of the tokens of one row, [L] or [1, L]."""
+    return self._tokenizer().decode(np.asarray(tokens).reshape(-1))
+
+  def __call__(self, tokens: Tokens, decoder_tokens: Tokens | None = None,
+               **inputs: Tokens) -> jax.Array:
+    """Returns the logits, float32 [B, L, V].
+
+    Args:
+      tokens: [B, L], or [L] for one row; of an encoder-decoder the source.
+      decoder_tokens: what the decoder of an encoder-decoder is shown, [B, L];
+        default: the source.
+      **inputs: `mask` and `decoder_mask`, [B, L], are 1 on tokens and 0 on
+        padding at the end of a row; `types`, [B, L], are BERT's segments.
+
+    Raises:
+      RequestError: for an input that this model does not take.
+    """
+    return self._run('logits', tokens, decoder_tokens, inputs)
+
+  def hidden_states(self, tokens: Tokens, decoder_tokens: Tokens | None = None,
+                    **inputs: Tokens) -> Layers:
+    """Returns what the first layer is given and what each layer returns,
+    [N + 1, B, L, D]; of an encoder-decoder {'encoder': ..., 'decoder': ...}.
+
+    The last is what the last layer returns, before the final norm if there is
+    one. (transformers' `hidden_states` end with the normalised one.) The
+    arguments are those of a call of the model.
+    """
+    kept = self._run('layers', tokens, decoder_tokens, inputs)
+    return self._of_stacks(kept, self.config.num_layers + 1)
+
+  def attention_weights(self, tokens: Tokens,
+                        decoder_tokens: Tokens | None = None,
+                        **inputs: Tokens) -> Layers:
+    """Returns the weight that each query gives each key, in each layer and
+    head: float32 [N, B, H, L, M].
+
+    Of an encoder-decoder: {'encoder': [N, B, H, M, M], 'decoder':
+    [N, B, H, L, L], 'cross': [N, B, H, L, M]}. A row sums to 1, less the share
+    of an attention sink; a hidden key has weight 0. The weights are worked out
+    by plain products, whichever kernel computes the attention itself. The
+    arguments are those of a call of the model.
+    """
+    kept, cross = self._run('attention', tokens, decoder_tokens, inputs)
+    found = self._of_stacks(kept, self.config.num_layers)
+    return found if cross is None else found | {'cross': cross}
+
+  def generate(self, prompts: str | Sequence[str], *, max_new_tokens: int = 64,
+               temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
+               seed: int = 0) -> Any:
+    """Returns the text with which the model continues a prompt; of an
+    encoder-decoder, what it writes when it has read the prompt.
+
+    A text ends where the model writes the tokenizer's separator.
+
+    Args:
+      prompts: one text, or several, which are continued together.
+      max_new_tokens: how many tokens are written at most.
+      temperature: divides the logits; 0 takes the likeliest token.
+      top_k: draws from the k likeliest tokens; 0: from all.
+      top_p: draws from the likeliest tokens that together reach p.
+      seed: of the draws.
+
+    Returns:
+      A text for a text, and a list of texts for several.
+
+    Raises:
+      RequestError: for an encoder, and for more tokens than the positions that
+        the model has learned.
+    """
+    tokenizer = self._tokenizer()
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    config = self._run_config()
+    prompt = objectives.of(config).prompt
+    if prompt is None:
+      raise RequestError('this model writes no text: its objective is '
+                         f'{config.objective}')
+    shown = prompt(texts, config, tokenizer)
+    stop = tokenizer.separator_id
+    new_BT = np.asarray(generation.generate(
+        self.module, self.params, jnp.asarray(shown.tokens),
+        jnp.asarray(shown.lengths), jax.random.key(seed),
+        max_new_tokens=max_new_tokens, stop_token=stop,
+        sampling=generation.Sampling(temperature, top_k, top_p),
+        **shown.arguments))
+    written = [tokenizer.decode(generation.until(row, stop)) for row in new_BT]
+    return written[0] if isinstance(prompts, str) else written
+
+  def count(self, length: int = 0) -> dict[str, Any]:
+    """Returns what the model costs: parameters, in all and active for a token,
+    also by part; FLOPs per token; bytes of the parameters and of the key-value
+    cache. `length`: tokens of a sequence; default: max_len."""
+    figures = totals.count(self._run_config(), length or self.config.max_len,
+                           self.config)
+    return {name: value for name, value in figures.items()
+            if name not in ('optimizer_bytes', 'checkpoint_bytes')}
+
+  def with_parts(self, *, seed: int = 0, **fields: Any) -> 'Model':
+    """Returns the model with other fields of `config.model`, for example
+    `norm='rmsnorm'` or `moe=dict(top_k=1)`.
+
+    Parameters keep their values where name and shape stay the same. The others
+    are drawn from `seed` as at the start of a run; `drawn` names them.
+
+    Raises:
+      RequestError: for a field, a value or a combination that there is not.
+    """
+    module = architectures.build(_with_fields(self.config, fields))
+    mine = paths.flatten(self.params)
+    fresh = _initial(module, seed)
+    drawn = tuple(name for name, x in paths.flatten(fresh).items()
+                  if name not in mine or mine[name].shape != x.shape)
+    params = jax.tree_util.tree_map_with_path(
+        lambda key, x: x if (name := paths.join(key)) in drawn else mine[name],
+        fresh)
+    return dataclasses.replace(self, module=module, params=params, drawn=drawn)
+
+  def save(self, folder: str | os.PathLike) -> None:
+    """Writes a Hugging Face folder: config.json and the weights."""
+    weights.to_hf(self.module, self.params, folder)
+
+  def _tokenizer(self) -> tokenizers.Tokenizer:
+    require(self.tokenizer is not None, 'this model came without a tokenizer: '
+            "load it with tokenizer='FILE'")
+    assert self.tokenizer is not None
+    return self.tokenizer
+
+  def _run_config(self) -> ml_collections.ConfigDict:
+    """The run's config; without a run, the usual one of such a model."""
+    if self.run is not None:
+      return self.run
+    config = base.base()
+    config.objective = _OBJECTIVES[self.stack]
+    return config
+
+  def _run(self, wanted: str, tokens: Tokens, decoder_tokens: Tokens | None,
+           inputs: Mapping[str, Tokens]) -> Any:
+    given = dict(inputs, tokens=tokens)
+    if decoder_tokens is not None:
+      given['decoder_tokens'] = decoder_tokens
+    names = _INPUTS[self.stack]
+    for name in given:
+      require(name in names, f'a {self.stack} takes no input {name!r}: choose '
+              f'from {", ".join(names)}')
+    arrays = {}
+    for name, value in given.items():
+      array = jnp.asarray(value, jnp.int32)
+      arrays[names[name]] = array if array.ndim == 2 else array[None]
+    return _apply(self.module, self.params, arrays, wanted)
+
+  def _of_stacks(self, kept: Any, encoder: int) -> Any:
+    """Parts what the layers of both stacks have kept, the encoder's first."""
+    if self.stack != 'encoder-decoder':
+      return kept
+    return dict(encoder=jnp.stack(kept[:encoder]),
+                decoder=jnp.stack(kept[encoder:]))
+
+
+_OBJECTIVES = {'decoder': 'causal', 'encoder': 'mlm',
+               'encoder-decoder': 'seq2seq'}
+# Names of inputs here, and of the module's arguments.
+_INPUTS = {
+    'decoder': dict(tokens='tokens_BL', mask='segment_ids_BL'),
+    'encoder': dict(tokens='tokens_BL', mask='segment_ids_BL',
+                    types='type_ids_BL'),
+    'encoder-decoder': dict(
+        tokens='tokens_BM', mask='segment_ids_BM',
+        decoder_tokens='decoder_tokens_BL',
+        decoder_mask='decoder_segment_ids_BL'),
+}
+
+
+@functools.partial(jax.jit, static_argnames=('module', 'wanted'))
+def _apply(module: nn.Module, params: Any, arrays: dict[str, jax.Array],
+           wanted: str) -> Any:
+  """Runs the model; what is not wanted is not part of the program."""
+  output: Output = module.apply(
+      {'params': params}, **arrays, keep_layers=wanted == 'layers',
+      keep_attention=wanted == 'attention')
+  if wanted == 'logits':
+    return output.logits
+  if wanted == 'layers':
+    return output.aux['layers']
+  return output.aux['attention'], output.aux.get('cross_attention')
+
+
+def load(path: str | os.PathLike, *, step: int | None = None,
+         tokenizer: str | None = None) -> Model:
+  """Returns the model of a run, or of a Hugging Face folder or file.
+
+  Args:
+    path: the folder of a run (`--workdir`); or a folder with a config.json and
+      weights in Hugging Face's format, or a file of weights in one.
+    step: of a run, which checkpoint; default: the newest.
+    tokenizer: instead of the model's own, written as data.tokenizer is.
+
+  Raises:
+    RequestError: where there is no such model, or one that is not supported.
+    EnvironmentFailure: where the checkpoint cannot be read.
+  """
+  place = storage.path(path)
+  if restoring.directory(place).exists():
+    return _load_run(place, step, tokenizer)
+  require(step is None, f'{path} is no run: it has no step {step}')
+  module, params = weights.from_hf(path)
+  folder = place.parent if place.is_file() else place
+  if tokenizer is None and tokenizers.found_in(folder):
+    tokenizer = str(folder)
+  return Model(module, params, tokenizer and tokenizers.load(tokenizer))
+
+
+def build(config: str | ml_collections.ConfigDict | ModelConfig, *,
+          seed: int = 0, **fields: Any) -> Model:
+  """Returns a model with parameters as at the start of a run.
+
+  Args:
+    config: 'configs/llama.py:tiny'; or a run's config, as the `get_config` of
+      such a file returns it; or a resolved model config.
+    seed: of the parameters.
+    **fields: of `config.model`, to be set: `norm='layernorm'`.
+
+  Raises:
+    RequestError: for a wrong field, value or combination.
+  """
+  if isinstance(config, ModelConfig):
+    module = architectures.build(_with_fields(config, fields))
+    return Model(module, _initial(module, seed))
+  if isinstance(config, str):
+    config = config_files.load(config)
+  config = config.copy_and_resolve_references()
+  _set_fields(config.model, fields)
+  tokenizer = tokenizers.load(config.data.tokenizer)
+  model, _ = runs.resolve(config, tokenizer)
+  _refuse_unread(model, fields)
+  module = architectures.build(model)
+  return Model(module, _initial(module, seed), tokenizer, config)
+
+
+def _load_run(workdir: Any, step: int | None, tokenizer: str | None) -> Model:
+  config = runs.with_new_fields(run_config.load(workdir))
+  module = architectures.build(runs.model_of(workdir))
+  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  shapes = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
+      nn.meta.unbox(step_lib.abstract_params(module)))
+  restored = restoring.restore(restoring.directory(workdir),
+                               {'params': shapes}, step, partial=True)
+  return Model(module, restored.state['params'],
+               tokenizers.load(tokenizer or config.data.tokenizer), config)
+
+
+def _initial(module: nn.Module, seed: int) -> Any:
+  """The parameters that a run of this seed starts from."""
+  tokens = jnp.zeros((1, 1), jnp.int32)
+  return nn.meta.unbox(
+      jax.jit(module.init)(jax.random.key(seed), tokens)['params'])
+
+
+def _with_fields(config: ModelConfig, fields: Mapping[str, Any]) -> ModelConfig:
+  """Returns the config with other fields, checked as any config is."""
+  changes: dict[str, Any] = {}
+  for name, value in fields.items():
+    one_of('field of config.model', name, _names(config))
+    require(name not in _SIZES, f'model.{name} decides the sizes of other '
+            'parts: build a model with it, from a file of configs/')
+    if isinstance(value, Mapping):
+      group = getattr(config, name)
+      for field in value:
+        one_of(f'field of config.model.{name}', field, _names(group))
+      value = dataclasses.replace(group, **value)
+    changes[name] = value
+  changed = dataclasses.replace(config, **changes)
+  _refuse_unread(changed, fields)
+  return changed
+
+
+# Other fields are derived from these when a run's config is resolved.
+_SIZES = ('arch', 'd_model', 'num_heads', 'head_dim', 'parametrization',
+          'mup_base_width', 'mup_base_head_dim')
+
+
+def _names(group: Any) -> list[str]:
+  return [field.name for field in dataclasses.fields(group)]
+
+
+def _set_fields(model: ml_collections.ConfigDict,
+                fields: Mapping[str, Any], group: str = 'model') -> None:
+  for name, value in fields.items():
+    one_of(f'field of config.{group}', name, list(model))
+    if isinstance(value, Mapping):
+      _set_fields(model[name], value, f'{group}.{name}')
+    else:
+      model[name] = value
+
+
+def _refuse_unread(config: ModelConfig, fields: Mapping[str, Any]) -> None:
+  """Raises RequestError for a field that the model would not read."""
+  unread_fields = unread.unread(config)
+  for name, value in fields.items():
+    for full in ([f'{name}.{field}' for field in value]
+                 if isinstance(value, Mapping) else [name]):
+      if row := unread_fields.get(full):
+        raise RequestError(f'model.{full} is not read by this model: it is '
+                           f'read where {row.where}')

@@ -1,0 +1,167 @@
+"""The Python API: what it gives is what the module computes."""
+
+import dataclasses
+
+from etils import epath
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import archetype
+from configs.errors import RequestError
+from tests.helpers import models
+from tools import convert
+
+WITH_RUNS = ['gpt', 'bert', 't5', 'mixtral']
+
+
+def _model(system='gpt', **changes):
+  module, params = models.make(system, **changes)
+  return archetype.Model(module, params)
+
+
+@pytest.fixture(scope='module')
+def gpt():
+  return _model()
+
+
+def test_logits_are_the_modules(gpt):
+  tokens_BL = models.tokens(2, 7)
+  np.testing.assert_allclose(
+      gpt(tokens_BL), models.logits(gpt.module, gpt.params, tokens_BL),
+      atol=1e-6)
+  np.testing.assert_array_equal(gpt(list(range(5))), gpt([list(range(5))]))
+
+
+def test_the_last_hidden_state_leads_to_the_logits(gpt):
+  """By the final norm and the tied table, written out in numpy."""
+  tokens_BL = models.tokens(2, 7)
+  states = np.asarray(gpt.hidden_states(tokens_BL), np.float64)
+  assert states.shape == (3, 2, 7, 32)
+  norm = gpt.params['decoder']['final_norm']
+  x = states[-1]
+  x = (x - x.mean(-1, keepdims=True)) / np.sqrt(
+      x.var(-1, keepdims=True) + gpt.config.norm_eps)
+  x = x * np.asarray(norm['scale']) + np.asarray(norm['bias'])
+  logits = x @ np.asarray(gpt.params['embed']['tokens'], np.float64).T
+  np.testing.assert_allclose(gpt(tokens_BL), logits, atol=1e-4)
+
+
+def test_padding_changes_nothing(gpt):
+  short_1L, long_1L = models.tokens(1, 5), models.tokens(1, 9)
+  long_1L = long_1L.at[:, :5].set(short_1L)
+  mask = [[1] * 5 + [0] * 4]
+  np.testing.assert_allclose(gpt(long_1L, mask=mask)[:, :5], gpt(short_1L),
+                             atol=1e-5)
+  weights = gpt.attention_weights(long_1L, mask=mask)
+  np.testing.assert_allclose(weights[..., :5, :5],
+                             gpt.attention_weights(short_1L), atol=1e-6)
+
+
+@pytest.mark.slow
+def test_an_encoder_decoder_has_both_stacks():
+  model = _model('t5', num_layers=3)
+  source, target = models.tokens(2, 9), models.tokens(2, 6, seed=2)
+  states = model.hidden_states(source, target)
+  assert states['encoder'].shape == (4, 2, 9, 32)
+  assert states['decoder'].shape == (3, 2, 6, 32)
+  weights = model.attention_weights(source, target)
+  assert {name: w.shape for name, w in weights.items()} == {
+      'encoder': (3, 2, 4, 9, 9), 'decoder': (2, 2, 4, 6, 6),
+      'cross': (2, 2, 4, 6, 9)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('system', WITH_RUNS)
+def test_a_folder_and_a_run_are_loaded_as_they_were_saved(system, tmp_path):
+  model = _model(system)
+  tokens_BL = models.tokens(2, 6)
+  model.save(tmp_path / 'hf')
+  folder = archetype.load(tmp_path / 'hf')
+  np.testing.assert_allclose(folder(tokens_BL), model(tokens_BL), atol=1e-5)
+  assert folder.tokenizer is None
+  convert.import_(tmp_path / 'hf', epath.Path(tmp_path / 'run'), partial=False,
+                  seed=0)
+  run = archetype.load(tmp_path / 'run')
+  assert jax.tree.all(jax.tree.map(
+      lambda a, b: bool((a == b).all()), folder.params, run.params))
+  assert run.run.model.arch == run.config.arch == model.config.arch
+  assert run.decode(run.encode('ab')) == 'ab'
+
+
+def test_a_part_is_swapped_and_the_rest_stays(gpt):
+  same = gpt.with_parts(norm='layernorm')
+  assert same.drawn == () and same.config == gpt.config
+  gated = gpt.with_parts(ffn='swiglu', seed=3)
+  assert gated.drawn == ('decoder/layers/block_0/ffn/gate',
+                         'decoder/layers/block_0/ffn/gate_bias')
+  old, new = (m.params['decoder']['layers']['block_0'] for m in (gpt, gated))
+  np.testing.assert_array_equal(new['ffn']['up'], old['ffn']['up'])
+  again = gpt.with_parts(ffn='swiglu', seed=4)
+  assert (again.params['decoder']['layers']['block_0']['ffn']['gate']
+          != new['ffn']['gate']).any()
+  bare = gpt.with_parts(position='none')
+  assert bare.drawn == () and 'positions' not in bare.params['embed']
+  fewer = gpt.with_parts(num_kv_heads=2)
+  assert 'decoder/layers/block_0/attention/key' in fewer.drawn
+
+
+def test_a_model_is_built_as_a_run_begins():
+  model = archetype.build('configs/gpt.py:tiny', seed=3, num_layers=1,
+                          d_model=32, num_heads=2)
+  expected = jax.jit(model.module.init)(
+      jax.random.key(3), jnp.zeros((1, 1), jnp.int32))['params']
+  models.close(model.params, jax.tree.map(
+      lambda x: x.value, expected, is_leaf=lambda x: hasattr(x, 'value')))
+  again = archetype.build(model.config, seed=3)
+  models.close(again.params, model.params)
+  assert model.config.num_layers == 1
+
+
+@pytest.mark.slow
+def test_generation_is_the_argmax_of_the_logits():
+  model = archetype.build('configs/gpt.py:tiny', num_layers=1)
+  text = model.generate('Peace', max_new_tokens=3, temperature=0)
+  start = np.concatenate(
+      [[model.tokenizer.separator_id], model.tokenizer.encode('Peace')])
+  row = list(start)
+  for _ in range(3):
+    row.append(int(np.argmax(model(row)[0, -1])))
+  assert text == model.decode(row[len(start):])
+  assert model.generate(['Peace'], max_new_tokens=3, temperature=0) == [text]
+
+
+def test_count_is_what_there_is(gpt):
+  figures = gpt.count()
+  assert figures['parameters'] == sum(
+      x.size for x in jax.tree.leaves(gpt.params))
+  assert sum(figures['by_part'].values()) == figures['parameters']
+
+
+REFUSALS = {
+    'part': (lambda m: m.with_parts(norm='rmsnrom'), "'rmsnorm'"),
+    'field': (lambda m: m.with_parts(nrom='rmsnorm'), "'norm'"),
+    'field of a group': (lambda m: m.with_parts(rope=dict(theat=1.0)),
+                         "'theta'"),
+    'unread': (lambda m: m.with_parts(rope=dict(theta=5e5)),
+               'model.position is rope'),
+    'size': (lambda m: m.with_parts(d_model=64), 'build a model'),
+    'input': (lambda m: m([[1]], types=[[1]]), 'tokens, mask'),
+    'no tokenizer': (lambda m: m.generate('A'), 'without a tokenizer'),
+    'no model': (lambda m: archetype.load('no/such/folder'), 'no/such/folder'),
+}
+
+
+@pytest.mark.parametrize('name', REFUSALS)
+def test_a_wrong_request_is_a_sentence(name, gpt):
+  call, part = REFUSALS[name]
+  with pytest.raises(RequestError, match='(?s).*' + part):
+    call(gpt)
+
+
+def test_an_encoder_writes_no_text():
+  model = dataclasses.replace(
+      _model('bert'), tokenizer=archetype.tokenizers.load('bytes'))
+  with pytest.raises(RequestError, match='writes no text'):
+    model.generate('A')
