@@ -91,6 +91,9 @@ def test_are_the_same_unrolled_and_rematerialised_and_change_no_output():
   first = module.apply({'params': params}, tokens_BL, keep_attention=True)
   assert first.aux['attention'].shape == (4, 2, 4, 8, 8)
   assert first.cache is None
+  far = [bool((w_BHLM[..., 7, :5] > 0).any())
+         for w_BHLM in first.aux['attention']]
+  assert far == [True, False, True, False]  # the second of a period is banded
   np.testing.assert_array_equal(
       first.hidden, module.apply({'params': params}, tokens_BL).hidden)
   for change in (dict(scan_layers=False), dict(remat='full')):

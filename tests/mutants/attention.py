@@ -51,6 +51,9 @@ MUTANTS = {
         ('residual=True)', 'residual=False)', 'parts: born'),
     ],
     'architectures/parts/xla_attention.py': [
+        ('[s_BHLM, sink_BHL1], -1), -1)[..., :-1]',
+         '[s_BHLM, sink_BHL1], -1), -1)[..., 1:]',
+         'attention_weights: float64'),
         ('MASKED = -1e30', 'MASKED = -1.0', 'xla_attention: definition'),
         ('MASKED = -1e30', 'MASKED = -float("inf")',
          'xla_attention: sees_nothing'),
