@@ -21,7 +21,7 @@ cli.define_workdir()
 flags.DEFINE_integer('step', None, 'Which checkpoint; default: the newest.',
                      lower_bound=0, upper_bound=2**31 - 1)
 flags.DEFINE_list('tasks', ['loss'],
-                  f'Comma-separated. {evals.described()}')
+                  f'Comma-separated. {evals.described()}.')
 flags.DEFINE_string('text', '', 'What to evaluate on, written as data.source '
                     "is, such as 'text:other/*.txt', all of it; default: what "
                     'the run holds out.')

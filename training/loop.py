@@ -169,7 +169,7 @@ class _Loop:
     self.program, self.members = program, members
     self.start, self.steps = start, program.config.train.steps
     self.loaders, self.eval_data = loaders, eval_data
-    sides = _lengths(loaders[0].batch(start))
+    sides = loaders[0].objective.row_lengths(program.config)
     self.tokens = program.config.data.batch_size * sum(sides)  # of each member
     self.meter = timing.Meter(
         self.tokens, len(members) * self.tokens *
@@ -315,12 +315,6 @@ class _Loop:
 
   def _say(self, member: Member, text: str) -> None:
     self.bar.say(f'{member.label}: {text}' if member.label else text)
-
-
-def _lengths(batch: dict[str, np.ndarray]) -> tuple[int, ...]:
-  """Tokens of a row, the decoder's apart where there is an encoder too."""
-  return tuple(batch[name].shape[1] for name in ('tokens', 'decoder_tokens')
-               if name in batch)
 
 
 def _over_window(loads: list[tuple]) -> dict[str, Any]:

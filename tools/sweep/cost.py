@@ -33,17 +33,15 @@ def off_devices() -> None:
 
 def of(config) -> Cost:
   """Returns what a run of `config` costs; ValueError for a bad model."""
-  import architectures
+  from training import objectives
   from training.costs import flops
   from training.workdir import run_config
   model = _resolved(config)
-  length = config.data.length
-  both = architectures.stack(model) == 'encoder-decoder'
-  other = (config.data.target_length or length) if both else 0
+  lengths = objectives.of(config).row_lengths(config)
   params, active = _parameters(model)
   return Cost(
-      params, active, flops.training_flops_per_token(model, length, other),
-      config.data.batch_size * (length + other) * config.train.steps,
+      params, active, flops.training_flops_per_token(model, *lengths),
+      config.data.batch_size * sum(lengths) * config.train.steps,
       run_config.flatten_dict({'model': dataclasses.asdict(model)}))
 
 

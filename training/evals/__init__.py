@@ -5,7 +5,7 @@ what a record holds. eval.py and the sweeps take the names of the tasks and
 their flags from this table.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 import importlib
 import importlib.util
 import pkgutil
@@ -47,26 +47,20 @@ def define_flags() -> None:
 
 def described() -> str:
   """Returns what each task reports, in a sentence for --help."""
-  told = '; '.join(f'{name}: {row.help}' for name, row in TASKS.items())
-  adds = '; '.join(
-      f'{" or ".join(f"--{flag.name}" for flag in row.flags if flag.asks)} '
-      f'adds {name}' for name, row in TASKS.items()
-      if any(flag.asks for flag in row.flags))
-  return f'{told}. {adds}.'
+  return '; '.join(f'{name}: {row.help}' for name, row in TASKS.items())
 
 
-def asked_for(names: Iterable[str], values: flags.FlagValues) -> list[str]:
+def asked_for(names: Sequence[str], values: flags.FlagValues) -> list[str]:
   """Returns the tasks of --tasks, and those that another flag asks for.
 
   Raises:
     RequestError: for a name that is no task's.
   """
-  names = list(names)
+  asked = [name for name, row in TASKS.items() if name not in names and any(
+      flag.asks and values[flag.name].present for flag in row.flags)]
   for name in names:
     task(name)
-  return names + [name for name, row in TASKS.items() if name not in names
-                  and any(flag.asks and values[flag.name].present
-                          for flag in row.flags)]
+  return [*names, *asked]
 
 
 def check(name: str, options: Any, config: ml_collections.ConfigDict,

@@ -1,10 +1,12 @@
-"""The shapes that a plan takes for a batch are those of the loader's."""
+"""The shapes that a plan takes for a batch are the loader's, and the tokens
+that a sweep counts are those of its batches."""
 
 import json
 
 import pytest
 
 from configs import base
+from tools.sweep import cost
 from training import objectives
 from training.data import pipeline, tokenizers
 
@@ -30,3 +32,8 @@ def test_shapes_are_the_loaders(objective, fields, tmp_path):
   batch = pipeline.load(config, tokenizers.load('bytes')).batch(0)
   got = {key: (x.shape, x.dtype) for key, x in batch.items()}
   assert got == objectives.shapes(config)
+  if objective in ('span', 'seq2seq'):
+    config.model.update(arch='t5', d_model=32)
+  seen = sum(batch[key].size for key in ('tokens', 'decoder_tokens')
+             if key in batch)
+  assert cost.of(config).tokens == seen * config.train.steps

@@ -41,7 +41,7 @@ def _sampling(options: Any):
 
 
 TASK = Task(
-    'texts that the model writes', run,
+    'texts that the model writes, also asked for by --samples or --prompt', run,
     without(lambda objective: objective.prompt, 'does not write text'),
     check=_sampling,  # which refuses what it cannot honour
     flags=(
