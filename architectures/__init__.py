@@ -1,8 +1,10 @@
 """What a model is: one page a system, built from `config.model`.
 
-A system is found by its file: a page NAME.py in this folder, which has one
-class with a `STACK` (its skeleton), and configs/NAME.py, which sets
-`model.arch` to NAME or to what the class calls itself (`ARCH`).
+A system is found by its file: a page NAME.py in this folder. It has one class
+with a `STACK`, the skeleton's, and with `PARTS`, the fields of config.model by
+which the system differs from others; configs/NAME.py sets the same. It is known
+as `model.arch` NAME, or as the class calls itself (`ARCH`). Where transformers
+has the system too, the page ends with a record of that, `HF` (parts/hf.py).
 """
 
 from collections.abc import Mapping
@@ -29,9 +31,11 @@ def systems() -> dict[str, type[nn.Module]]:
   for file in pkgutil.iter_modules(__path__, f'{__name__}.'):
     if not file.ispkg:
       page = importlib.import_module(file.name)
-      [module] = [x for x in vars(page).values() if hasattr(x, 'STACK')
-                  and x.__module__ == page.__name__]
-      found[getattr(module, 'ARCH', file.name.rpartition('.')[2])] = module
+      modules = [x for x in vars(page).values() if hasattr(x, 'STACK')
+                 and x.__module__ == page.__name__]
+      assert len(modules) == 1, f'{file.name} needs one class with a STACK'
+      name = getattr(modules[0], 'ARCH', file.name.rpartition('.')[2])
+      found[name] = modules[0]
   return found
 
 
