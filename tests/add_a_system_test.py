@@ -16,6 +16,7 @@ import pytest
 import architectures
 from architectures.parts.config import ModelConfig
 from configs.errors import RequestError
+from tests.architectures import pages_test
 from tests.helpers import adding, models
 from tests.training import step_test
 from tools.sweep import cost
@@ -128,6 +129,12 @@ def test_it_is_found_by_name_and_among_the_choices():
   with pytest.raises(RequestError, match='no rules for .*mixtral, stablelm'):
     architectures.build(models.config('bert', parametrization='mup',
                                       mup_base_width=16))
+
+
+def test_its_page_says_what_every_page_must():
+  pages_test.test_a_page_names_the_parts_that_its_config_has('stablelm')
+  pages_test.test_names_are_of_parameters_and_axes_of_the_legend('stablelm')
+  pages_test.test_a_record_names_nothing_that_is_not_there('stablelm')
 
 
 def test_it_is_counted():
