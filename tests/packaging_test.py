@@ -15,7 +15,7 @@ ROOMS = ('architectures', 'benchmarks', 'configs', 'tools', 'training')
 # What is imported under another name than it is installed by.
 DISTRIBUTION = {
     'PIL': 'pillow', 'absl': 'absl-py', 'orbax': 'orbax-checkpoint',
-    'yaml': 'PyYAML', 'fsspec': 'gcsfs',
+    'yaml': 'PyYAML', 'fsspec': 'gcsfs', 'griffe': 'griffelib',
     'array_record': 'array_record', 'ml_dtypes': 'jax', 'jaxlib': 'jax',
     'huggingface_hub': 'transformers'}
 # Chosen by machine or by the release of jax or fsspec, so left to their ranges.
