@@ -134,6 +134,12 @@ def test_every_parameter_declares_its_role():
       'architectures/parts/roles.py'], makes
 
 
+def test_only_an_objectives_record_knows_its_name():
+  named = list(_lines(r'\.objective\s*(==|!=|in\b)',
+                      skip=('training/objectives/',)))
+  assert not named, '\n'.join(named)
+
+
 def test_no_error_is_swallowed():
   swallowed = list(_lines(r'except( Base| )?(Exception)?:\s*(pass)?$'))
   assert not swallowed, '\n'.join(swallowed)
