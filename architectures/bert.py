@@ -37,10 +37,11 @@ class BERT(nn.Module):
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, tokens_BL: jax.Array, *, type_ids_BL=None,
-               positions_BL=None, segment_ids_BL=None,
-               deterministic: bool = True,
-               keep_layers: bool = False,
+  def __call__(self, tokens_BL: jax.Array, *,
+               type_ids_BL: jax.Array | None = None,
+               positions_BL: jax.Array | None = None,
+               segment_ids_BL: jax.Array | None = None,
+               deterministic: bool = True, keep_layers: bool = False,
                keep_attention: bool = False) -> Output:
     c = self.config
     chex.assert_rank(tokens_BL, 2)

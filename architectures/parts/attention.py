@@ -68,9 +68,10 @@ class Cache:
   weights_BHLM: Optional[jax.Array] = None
   memory_weights_BHLM: Optional[jax.Array] = None
 
-  def write(self, key_BLJK, value_BLJK, positions_BL) -> 'Cache':
+  def write(self, key_BLJK: jax.Array, value_BLJK: jax.Array,
+            positions_BL: jax.Array) -> 'Cache':
     """Puts L new tokens at their positions (a row's are consecutive)."""
-    def put(slots, new):
+    def put(slots: jax.Array, new: jax.Array):
       starts = jnp.broadcast_to(positions_BL[:, 0], new.shape[:1])
       return jax.vmap(
           lambda s, n, i: jax.lax.dynamic_update_slice_in_dim(s, n, i, 0)
@@ -98,8 +99,10 @@ class Kind:
 
 
 def visible(kind: LayerKind, c: ModelConfig, q_positions_BL: jax.Array,
-            k_positions_BM: jax.Array, q_segments_BL=None,
-            k_segments_BM=None, prefix_B=None) -> Optional[jax.Array]:
+            k_positions_BM: jax.Array,
+            q_segments_BL: Optional[jax.Array] = None,
+            k_segments_BM: Optional[jax.Array] = None,
+            prefix_B: Optional[jax.Array] = None) -> Optional[jax.Array]:
   """Which keys each query sees: bool [B or 1, L, M]; None: all."""
   rule = KINDS[kind.attention]
   q, k = q_positions_BL[:, :, None], k_positions_BM[:, None]
@@ -199,7 +202,8 @@ class Attention(nn.Module):
           y_BLD, linear.bias(self, 'out_bias', (c.d_model,), ('embed',)))
     return y_BLD, cache
 
-  def _weigh(self, q_BLHK, k_BMJK, v_BMJK, k_positions_BM, ctx, *, cached):
+  def _weigh(self, q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array,
+             k_positions_BM: jax.Array, ctx: Context, *, cached: bool):
     """Returns the weighted values, by the kernel that the config asks for, and
     the weights where the context asks for them."""
     c = self.config
@@ -229,7 +233,7 @@ class Attention(nn.Module):
         softcap=c.attention_softcap, dropout=c.attention_dropout,
         causal=causal, window=mask.window), weights_BHLM
 
-  def _mask(self, k_positions_BM, ctx):
+  def _mask(self, k_positions_BM: jax.Array, ctx: Context):
     """Returns the mask as a kernel takes it and written out, and the bias."""
     c, ids_BL = self.config, ctx.segment_ids_BL
     if self.cross:
@@ -254,7 +258,7 @@ class Attention(nn.Module):
         bias=bias_BHLM is not None)
     return mask, seen_BLM, bias_BHLM
 
-  def _keys(self, x_BMD):
+  def _keys(self, x_BMD: jax.Array):
     """Returns keys and values of what is attended to."""
     c = self.config
     k_BMJK = self._project('key', x_BMD, c.num_kv_heads, 'kv_heads')
@@ -263,7 +267,7 @@ class Attention(nn.Module):
       k_BMJK = norms.norm(c, 'key_norm', 'head')(k_BMJK)
     return k_BMJK, v_BMJK
 
-  def _project(self, name, x_BLD, heads, axis):
+  def _project(self, name: str, x_BLD: jax.Array, heads: int, axis: str):
     c = self.config
     # What the scores are not scaled by, the query's weights are (T5).
     gain = (c.base_head_dim ** -0.5 / c.attention_scale

@@ -59,7 +59,7 @@ def residual(x_BLD: jax.Array) -> jax.Array:
 class PreNorm(Block):
 
   @nn.compact
-  def __call__(self, x_BLD, ctx: Context, cache: Optional[Cache]):
+  def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[Cache]):
     y_BLD, cache = self.attention()(
         self.norm('attention_norm')(x_BLD), ctx, cache)
     x_BLD = x_BLD + self.drop(y_BLD, ctx)
@@ -75,7 +75,7 @@ class PostNorm(Block):
   FINAL_NORM = False
 
   @nn.compact
-  def __call__(self, x_BLD, ctx: Context, cache: Optional[Cache]):
+  def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[Cache]):
     y_BLD, cache = self.attention()(x_BLD, ctx, cache)
     x_BLD = self.norm('attention_norm')(x_BLD + self.drop(y_BLD, ctx))
     if self.kind.cross:
@@ -89,7 +89,7 @@ class PostNorm(Block):
 class Parallel(Block):
 
   @nn.compact
-  def __call__(self, x_BLD, ctx: Context, cache: Optional[Cache]):
+  def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[Cache]):
     y_BLD, cache = self.attention()(
         self.norm('attention_norm')(x_BLD), ctx, cache)
     if self.kind.cross:
@@ -103,7 +103,7 @@ class Parallel(Block):
 class Sandwich(Block):
 
   @nn.compact
-  def __call__(self, x_BLD, ctx: Context, cache: Optional[Cache]):
+  def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[Cache]):
     y_BLD, cache = self.attention()(
         self.norm('attention_norm')(x_BLD), ctx, cache)
     y_BLD = self.norm('attention_out_norm')(y_BLD)

@@ -175,7 +175,7 @@ class ModelConfig:
     """
     attention = self.attention_pattern
     every = self.moe.every if self.ffn == 'moe' else 1
-    def ffn(i):
+    def ffn(i: int):
       if self.ffn != 'moe':
         return self.ffn
       return 'moe' if i % every == every - 1 else self.moe.ffn

@@ -5,7 +5,7 @@ target, a token seeing those before it and, by cross-attention, all of the
 encoder's output: the memory. One embedding serves both and, tied, the head.
 """
 
-from typing import Optional
+from typing import Any, Optional
 
 import chex
 import flax.linen as nn
@@ -39,11 +39,14 @@ class EncoderDecoder(nn.Module):
 
   def __call__(self, tokens_BM: Optional[jax.Array],
                decoder_tokens_BL: Optional[jax.Array] = None, *,
-               positions_BM=None, segment_ids_BM=None,
-               decoder_positions_BL=None, decoder_segment_ids_BL=None,
-               cache=None, memory=None, deterministic: bool = True,
-               keep_layers: bool = False, keep_attention: bool = False,
-               one_by_one: bool = False) -> Output:
+               positions_BM: Optional[jax.Array] = None,
+               segment_ids_BM: Optional[jax.Array] = None,
+               decoder_positions_BL: Optional[jax.Array] = None,
+               decoder_segment_ids_BL: Optional[jax.Array] = None,
+               cache: Any = None, memory: Optional[jax.Array] = None,
+               deterministic: bool = True, keep_layers: bool = False,
+               keep_attention: bool = False, one_by_one: bool = False
+               ) -> Output:
     """Runs both stacks, or the decoder alone.
 
     Args:
@@ -80,10 +83,11 @@ class EncoderDecoder(nn.Module):
         keep_attention=keep_attention, one_by_one=one_by_one)
     return output.replace(aux=join_aux(aux, output.aux))
 
-  def encode(self, tokens_BM: jax.Array, *, positions_BM=None,
-             segment_ids_BM=None, deterministic: bool = True,
-             keep_layers: bool = False, keep_attention: bool = False
-             ) -> tuple[jax.Array, dict]:
+  def encode(self, tokens_BM: jax.Array, *,
+             positions_BM: Optional[jax.Array] = None,
+             segment_ids_BM: Optional[jax.Array] = None,
+             deterministic: bool = True, keep_layers: bool = False,
+             keep_attention: bool = False) -> tuple[jax.Array, dict]:
     """Returns the memory [B, M, D] and aux."""
     chex.assert_rank(tokens_BM, 2)
     in_order = positions_BM is None or segment_ids_BM is not None
@@ -96,11 +100,12 @@ class EncoderDecoder(nn.Module):
     memory_BMD, _, aux = self.encoder(x_BMD, ctx)
     return memory_BMD, aux
 
-  def decode(self, tokens_BL: jax.Array, *, memory=None,
-             memory_segment_ids_BM=None, positions_BL=None,
-             segment_ids_BL=None, cache=None, deterministic: bool = True,
-             keep_layers: bool = False, keep_attention: bool = False,
-             one_by_one: bool = False) -> Output:
+  def decode(self, tokens_BL: jax.Array, *, memory: Optional[jax.Array] = None,
+             memory_segment_ids_BM: Optional[jax.Array] = None,
+             positions_BL: Optional[jax.Array] = None,
+             segment_ids_BL: Optional[jax.Array] = None, cache: Any = None,
+             deterministic: bool = True, keep_layers: bool = False,
+             keep_attention: bool = False, one_by_one: bool = False) -> Output:
     """Returns what follows each target token; `memory` may be left out where
     the cache has been given it. Positions with segment ids are a promise, as
     skeletons.Decoder says."""

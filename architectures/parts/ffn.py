@@ -16,6 +16,7 @@ import jax
 
 from architectures.parts import linear
 from architectures.parts import sharding
+from architectures.parts.attention import Context
 from architectures.parts.config import ModelConfig
 
 gelu = functools.partial(jax.nn.gelu, approximate=False)
@@ -45,7 +46,7 @@ class FFN(nn.Module):
   width: int = 0  # 0: d_ff
 
   @nn.compact
-  def __call__(self, x_BLD: jax.Array, ctx):
+  def __call__(self, x_BLD: jax.Array, ctx: Context):
     c, F = self.config, self.width or self.config.d_ff
     act, gated = FFNS[self.kind]
     up_DF = linear.weight(self, 'up', (c.d_model, F), ('embed', 'mlp'))

@@ -62,7 +62,7 @@ def check(fields: Mapping[str, Any], group: type, prefix: str = '') -> None:
       _check_value(prefix + name, value, kinds[name])
 
 
-def _check_value(name: str, value, kind: type) -> None:
+def _check_value(name: str, value: Any, kind: type) -> None:
   require(type(value) is kind or kind is float and type(value) is int,
           f'model.{name} is {short(value)}, of type {type(value).__name__}: it '
           f'must be of type {kind.__name__}')

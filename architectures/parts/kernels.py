@@ -12,7 +12,7 @@ of this file, is all that there is of one.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 from flax import struct
 import jax
@@ -127,7 +127,8 @@ def refusal(name: str, c: ModelConfig, mask: Mask, q_length: int,
       c, mask, q_length, k_length)
 
 
-def _refuse_splash(c, mask, q_length, k_length) -> str:
+def _refuse_splash(c: ModelConfig, mask: Mask, q_length: int, k_length: int
+                   ) -> str:
   shards = sharding.shards('length', q_length)
   if mask.prefix:
     return 'which has no mask for a prefix that all tokens see'
@@ -142,7 +143,8 @@ def _refuse_splash(c, mask, q_length, k_length) -> str:
   return ''
 
 
-def _refuse_cudnn(c, mask, q_length, k_length) -> str:
+def _refuse_cudnn(c: ModelConfig, mask: Mask, q_length: int, k_length: int
+                  ) -> str:
   if c.compute_dtype != jnp.bfloat16:
     return f'which computes in bfloat16, and model.dtype is {c.dtype}'
   if c.attention_softcap or c.attention_sinks:
@@ -168,7 +170,7 @@ class _Places:
   the length of the queries alone."""
 
   def __init__(self, q_BLHK: jax.Array, k_BMJK: jax.Array):
-    def names(axis, size):
+    def names(axis: str, size: int):
       return (sharding.mesh_axes(axis)
               if sharding.shards(axis, size) > 1 else ())
     B, L, H, _ = q_BLHK.shape
@@ -191,9 +193,10 @@ class _Places:
                          check_vma=False)
 
 
-def splash(q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array,
-           mask: Mask, *, scale: float, softcap: float = 0.0, sink_H=None,
-           interpret: bool = False) -> jax.Array:
+def splash(q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array, mask: Mask,
+           *, scale: float, softcap: float = 0.0,
+           sink_H: Optional[jax.Array] = None, interpret: bool = False
+           ) -> jax.Array:
   """xla_attention.attend by Pallas' splash attention; `interpret`: on CPU."""
   B, L, H, _ = q_BLHK.shape
   M, at = k_BMJK.shape[1], _Places(q_BLHK, k_BMJK)
@@ -208,7 +211,9 @@ def splash(q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array,
     q_ids_BL = jnp.broadcast_to(q_ids_BL, (B, L))
     k_ids_BM = jnp.broadcast_to(k_ids_BM, (B, M))
 
-  def local(kernel, q_BLHK, k_BMJK, v_BMJK, q_ids_BL, k_ids_BM, sink_H):
+  def local(kernel: Any, q_BLHK: jax.Array, k_BMJK: jax.Array,
+            v_BMJK: jax.Array, q_ids_BL: Optional[jax.Array],
+            k_ids_BM: Optional[jax.Array], sink_H: Optional[jax.Array]):
     from jax.experimental.pallas.ops.tpu import splash_attention as pallas
     ids = None if q_ids_BL is None else pallas.SegmentIds(q_ids_BL, k_ids_BM)
     o_BHLK = jax.vmap(kernel, in_axes=(0, 0, 0, 0, None))(
@@ -264,7 +269,8 @@ def cudnn(q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array,
   elif seen_BLM is not None:
     seen_BLM = jnp.broadcast_to(seen_BLM, (B, L, M))
 
-  def local(q_BLHK, k_BMJK, v_BMJK, seen_BLM):
+  def local(q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array,
+            seen_BLM: Optional[jax.Array]):
     return jax.nn.dot_product_attention(
         q_BLHK, k_BMJK, v_BMJK, scale=scale, implementation='cudnn',
         mask=None if seen_BLM is None else seen_BLM[:, None],

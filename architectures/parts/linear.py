@@ -76,8 +76,8 @@ def embedding(module: nn.Module, name: str, rows: int,
                  Role((axis, 'embed'), inputs=(0,), kind='embedding'))
 
 
-def einsum(spec: str, x: jax.Array, w: jax.Array, dtype,
-           out_dtype=None) -> jax.Array:
+def einsum(spec: str, x: jax.Array, w: jax.Array, dtype: jax.typing.DTypeLike,
+           out_dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
   """A product in the compute dtype, which adds up in float32.
 
   Args:
@@ -102,27 +102,30 @@ def einsum(spec: str, x: jax.Array, w: jax.Array, dtype,
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _product(spec, out_dtype, x, w):
+def _product(spec: str, out_dtype: jax.typing.DTypeLike, x: jax.Array,
+             w: jax.Array):
   """On CPU, XLA is slow at a bfloat16 product with a bfloat16 result, and at
   one of a bfloat16 and a float32 array; with a float32 result, of two
   bfloat16 arrays, it is twice as fast as all in float32. Hence this, and that
   the gradient of the result is rounded before it is multiplied. Elsewhere a
   float32 result would only be more to send between devices."""
-  def narrow(x, w):
+  def narrow(x: jax.Array, w: jax.Array):
     return jnp.einsum(spec, x, w, preferred_element_type=out_dtype)
 
-  def wide(x, w):
+  def wide(x: jax.Array, w: jax.Array):
     return jnp.einsum(spec, x, w, preferred_element_type=jnp.float32
                       ).astype(out_dtype)
 
   return jax.lax.platform_dependent(x, w, cpu=wide, default=narrow)
 
 
-def _product_fwd(spec, out_dtype, x, w):
+def _product_fwd(spec: str, out_dtype: jax.typing.DTypeLike, x: jax.Array,
+                 w: jax.Array):
   return _product(spec, out_dtype, x, w), (x, w)
 
 
-def _product_bwd(spec, out_dtype, operands, d):
+def _product_bwd(spec: str, out_dtype: jax.typing.DTypeLike,
+                 operands: tuple[jax.Array, jax.Array], d: jax.Array):
   del out_dtype
   x, w = operands
   of_x, of_w, of_y = spec.replace('->', ',').split(',')

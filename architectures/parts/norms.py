@@ -32,7 +32,8 @@ def rmsnorm(x: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
   return _affine(x32 * jax.lax.rsqrt(mean_square + eps), scale_D, None, x.dtype)
 
 
-def _affine(y, scale_D, bias_D, dtype):
+def _affine(y: jax.Array, scale_D: jax.Array, bias_D: jax.Array,
+            dtype: jax.typing.DTypeLike):
   ones = (1,) * (y.ndim - 1)
   y = y * scale_D.astype(jnp.float32).reshape(*ones, -1)
   if bias_D is not None:

@@ -117,7 +117,8 @@ def sinusoid(positions: jax.Array, d_model: int,
   return pairs.reshape(*positions.shape, d_model)
 
 
-def _add_sinusoids(module: nn.Module, x_BLD, positions_BL):
+def _add_sinusoids(module: nn.Module, x_BLD: jax.Array, positions_BL: jax.Array
+                   ):
   c = module.config
   return x_BLD + sinusoid(positions_BL, c.d_model, c.sinusoid).astype(
       x_BLD.dtype)
@@ -143,7 +144,7 @@ def learned(table_LD: jax.Array, positions: jax.Array,
   return table_LD[low] * (1 - part) + table_LD[high] * part
 
 
-def _add_learned(module: nn.Module, x_BLD, positions_BL):
+def _add_learned(module: nn.Module, x_BLD: jax.Array, positions_BL: jax.Array):
   c = module.config
   check_length(c, x_BLD.shape[1])
   table_LD = linear.embedding(module, 'positions', c.max_len)
@@ -190,7 +191,7 @@ def _longer_rope(c: ModelConfig, length: int, multiple: int,
 
 def alibi_slopes(num_heads: int) -> list[float]:
   """Slope per head: 2^(-8h/H); for H no power of 2, as the paper's code."""
-  def powers(n):
+  def powers(n: int):
     return [2 ** (-8 * (h + 1) / n) for h in range(n)]
   floor = 2 ** math.floor(math.log2(num_heads))
   more = powers(2 * floor)[0::2][:num_heads - floor]
@@ -205,7 +206,8 @@ def alibi(q_positions_BL: jax.Array, k_positions_BM: jax.Array,
   return -slopes[None, :, None, None] * distance_BLM[:, None]
 
 
-def _alibi_bias(c: ModelConfig, q_positions_BL, k_positions_BM):
+def _alibi_bias(c: ModelConfig, q_positions_BL: jax.Array,
+                k_positions_BM: jax.Array):
   return alibi(q_positions_BL, k_positions_BM, c.num_heads)
 
 

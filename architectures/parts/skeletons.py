@@ -83,7 +83,8 @@ class Embed(nn.Module):
 
   @nn.compact
   def __call__(self, tokens_BL: jax.Array, positions_BL: jax.Array, *,
-               type_ids_BL=None, deterministic: bool = True):
+               type_ids_BL: Optional[jax.Array] = None,
+               deterministic: bool = True):
     c = self.config
     table_VD = linear.embedding(self, 'tokens', c.vocab_size, 'vocab')
     # Gathered whole over fsdp first: rows that are split over fsdp would have
@@ -111,7 +112,7 @@ class Period(nn.Module):
   pattern: tuple[LayerKind, ...]
 
   @nn.compact
-  def __call__(self, x_BLD, cache, ctx: Context):
+  def __call__(self, x_BLD: jax.Array, cache: Any, ctx: Context):
     block = BLOCKS[self.config.block]
     if self.config.remat != 'none':
       block = nn.remat(block, policy=REMAT[self.config.remat],
@@ -147,7 +148,7 @@ class Stack(nn.Module):
   num_layers: int
 
   @nn.compact
-  def __call__(self, x_BLD, ctx: Context, cache=None):
+  def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Any = None):
     c = self.config
     stack_bias = positions.of(c).stack_bias
     if stack_bias:
@@ -168,7 +169,7 @@ class Stack(nn.Module):
       aux, cache = aux | weights, cache if with_cache else None
     return x_BLD, cache, aux
 
-  def _scan(self, x_BLD, cache, ctx):
+  def _scan(self, x_BLD: jax.Array, cache: Any, ctx: Context):
     c = self.config
     periods = self.num_layers // len(self.pattern)
     scan = nn.scan(
@@ -179,7 +180,7 @@ class Stack(nn.Module):
         metadata_params={nn.PARTITION_NAME: 'layers'})
     return scan(c, self.pattern, name='layers')(x_BLD, cache, ctx)
 
-  def _one_by_one(self, x_BLD, cache, ctx):
+  def _one_by_one(self, x_BLD: jax.Array, cache: Any, ctx: Context):
     params = self.get_variable('params', 'layers')
     period = Period(self.config, self.pattern, parent=None)
     caches, others = [], []
@@ -191,7 +192,7 @@ class Stack(nn.Module):
     return x_BLD, (caches, *jax.tree.map(lambda *xs: jnp.stack(xs), *others))
 
 
-def _key_positions(ctx: Context, cache) -> jax.Array:
+def _key_positions(ctx: Context, cache: Any) -> jax.Array:
   """Where the keys stand that queries meet: the slots of a cache, if any."""
   if cache is None:
     return ctx.positions_BL
@@ -263,11 +264,14 @@ class Decoder(nn.Module):
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, tokens_BL: jax.Array, *, positions_BL=None,
-               segment_ids_BL=None, prefix_B=None, valid_BL=None,
-               cache=None, deterministic: bool = True,
-               keep_layers: bool = False, keep_attention: bool = False,
-               one_by_one: bool = False) -> Output:
+  def __call__(self, tokens_BL: jax.Array, *,
+               positions_BL: Optional[jax.Array] = None,
+               segment_ids_BL: Optional[jax.Array] = None,
+               prefix_B: Optional[jax.Array] = None,
+               valid_BL: Optional[jax.Array] = None, cache: Any = None,
+               deterministic: bool = True, keep_layers: bool = False,
+               keep_attention: bool = False, one_by_one: bool = False
+               ) -> Output:
     c = self.config
     chex.assert_rank(tokens_BL, 2)
     require(cache is None or segment_ids_BL is None,

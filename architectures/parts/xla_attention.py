@@ -39,8 +39,10 @@ class _How(NamedTuple):
 
 
 def attend(q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array, *,
-           scale: float, mask_BLM=None, bias_BHLM=None, softcap: float = 0.0,
-           sink_H=None, dropout: float = 0.0, key=None, causal: bool = False,
+           scale: float, mask_BLM: Optional[jax.Array] = None,
+           bias_BHLM: Optional[jax.Array] = None, softcap: float = 0.0,
+           sink_H: Optional[jax.Array] = None, dropout: float = 0.0,
+           key: Optional[jax.Array] = None, causal: bool = False,
            window: int = 0) -> jax.Array:
   """Weighted values [B, L, H, K]; the softmax is taken in float32.
 
@@ -100,7 +102,9 @@ def weights(q_BLHK: jax.Array, k_BMJK: jax.Array, *, scale: float,
   return jnp.where(mask_BLM[:, None], p_BHLM, 0)
 
 
-def _scores(how, rows, keys, mask_BLM, q_BLJRK, k_BMJK, bias_BJRLM):
+def _scores(how: _How, rows: slice, keys: slice, mask_BLM: Optional[jax.Array],
+            q_BLJRK: jax.Array, k_BMJK: jax.Array,
+            bias_BJRLM: Optional[jax.Array]):
   s_BJRLM = linear.einsum(
       'BLJRK,BMJK->BJRLM', q_BLJRK[:, rows] * how.scale, k_BMJK[:, keys],
       q_BLJRK.dtype, jnp.float32)
@@ -113,7 +117,8 @@ def _scores(how, rows, keys, mask_BLM, q_BLJRK, k_BMJK, bias_BJRLM):
   return s_BJRLM
 
 
-def _weigh(how, rows, keys, key, p_BJRLM, v_BMJK):
+def _weigh(how: _How, rows: slice, keys: slice, key: Optional[jax.Array],
+           p_BJRLM: jax.Array, v_BMJK: jax.Array):
   if key is not None:
     kept = jax.random.bernoulli(jax.random.fold_in(key, rows.start),
                                 1 - how.dropout, p_BJRLM.shape)
@@ -123,14 +128,17 @@ def _weigh(how, rows, keys, key, p_BJRLM, v_BMJK):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(how, q_BLJRK, k_BMJK, v_BMJK, bias_BJRLM, sink_1JR11, mask_BLM,
-            key):
+def _attend(how: _How, q_BLJRK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array,
+            bias_BJRLM: Optional[jax.Array], sink_1JR11: Optional[jax.Array],
+            mask_BLM: Optional[jax.Array], key: Optional[jax.Array]):
   return _attend_fwd(how, q_BLJRK, k_BMJK, v_BMJK, bias_BJRLM, sink_1JR11,
                      mask_BLM, key)[0]
 
 
-def _attend_fwd(how, q_BLJRK, k_BMJK, v_BMJK, bias_BJRLM, sink_1JR11, mask_BLM,
-                key):
+def _attend_fwd(how: _How, q_BLJRK: jax.Array, k_BMJK: jax.Array,
+                v_BMJK: jax.Array, bias_BJRLM: Optional[jax.Array],
+                sink_1JR11: Optional[jax.Array], mask_BLM: Optional[jax.Array],
+                key: Optional[jax.Array]):
   outs, tops, sums = [], [], []
   for rows, keys in how.blocks(q_BLJRK.shape[1], k_BMJK.shape[1]):
     s_BJRLM = _scores(how, rows, keys, mask_BLM, q_BLJRK, k_BMJK, bias_BJRLM)
@@ -154,7 +162,7 @@ def _attend_fwd(how, q_BLJRK, k_BMJK, v_BMJK, bias_BJRLM, sink_1JR11, mask_BLM,
                    key, top_BJRL1, sum_BJRL1)
 
 
-def _attend_bwd(how, saved, d_BLJRK):
+def _attend_bwd(how: _How, saved: tuple, d_BLJRK: jax.Array):
   (q_BLJRK, k_BMJK, v_BMJK, bias_BJRLM, sink_1JR11, mask_BLM, key, top_BJRL1,
    sum_BJRL1) = saved
   d_BLJRK, blocks = d_BLJRK.astype(jnp.float32), []

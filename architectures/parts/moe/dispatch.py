@@ -134,7 +134,7 @@ def _specs(w: Weights, axes: Axes) -> Weights:
                       is_leaf=lambda x: isinstance(x, PartitionSpec))
 
 
-def _pad(x_TD, routed, more: int):
+def _pad(x_TD: jax.Array, routed: routing.Routing, more: int):
   """Adds tokens that go nowhere, to fill the shards."""
   if not more:
     return x_TD, routed
@@ -148,7 +148,8 @@ def _pad(x_TD, routed, more: int):
 
 
 def _compute(m: MoEConfig, factor: float, tokens: int, groups: int, axes: Axes,
-             x_TD, routed, w, dropout):
+             x_TD: jax.Array, routed: routing.Routing, w: Weights,
+             dropout: Optional[Dropout]):
   """One device's share. `tokens`: of all devices, padding apart."""
   T, E = x_TD.shape[0], m.num_experts
   shards = sharding.size(axes.tokens) if axes.tokens else 1
@@ -211,7 +212,7 @@ def _gather(w: Weights, axes: Axes) -> Weights:
 
 def _earlier(axes: Axes, groups: int):
   """For routing.limit: a group that goes over several shards."""
-  def earlier(count_1XE):
+  def earlier(count_1XE: jax.Array):
     shards = sharding.size(axes.tokens)
     count_SXE = jax.lax.all_gather(count_1XE[0], axes.tokens)
     index_S, index = jnp.arange(shards), jax.lax.axis_index(axes.tokens)
@@ -233,13 +234,14 @@ class Spread:
   def devices(self) -> int:
     return sharding.size((self.axis,))
 
-  def ids(self, assignment_R):
+  def ids(self, assignment_R: jax.Array):
     return self.local.ids(assignment_R)
 
-  def _cross(self, x, send_n=None, receive_n=None):
+  def _cross(self, x: jax.Array, send_n: Optional[jax.Array] = None,
+             receive_n: Optional[jax.Array] = None):
     return exchange.exchange(x, send_n, receive_n, self.axis)
 
-  def padded(self, rows_ECD, id_EC):
+  def padded(self, rows_ECD: jax.Array, id_EC: jax.Array):
     n, (E, C, D) = self.devices, rows_ECD.shape
     def to_experts(x):  # [E, C, ...] -> [E / n, n * C, ...]
       x = self._cross(x.reshape(n, E // n, C, *x.shape[2:]))
@@ -250,7 +252,7 @@ class Spread:
     y_ECD = self._cross(y_ECD.reshape(E // n, n, C, D).swapaxes(0, 1))
     return y_ECD.reshape(E, C, D)
 
-  def place(self, expert_A):
+  def place(self, expert_A: jax.Array):
     """Rows for device d stand from d * bound on, sorted by expert."""
     n, E = self.devices, self.local.experts
     row_A, count_E = place_sorted(expert_A, E)
@@ -261,7 +263,7 @@ class Spread:
     row_A = jnp.where(expert_A < E, row_A, n * self.bound)
     return row_A, n * self.bound, count_E
 
-  def grouped(self, rows_RD, count_E, id_R):
+  def grouped(self, rows_RD: jax.Array, count_E: jax.Array, id_R: jax.Array):
     n, R = self.devices, rows_RD.shape[0]
     send_nE = count_E.reshape(n, -1)  # for the experts of each device
     got_nE = self._cross(send_nE)  # from each device, for those of this one

@@ -1,13 +1,15 @@
 """The all-to-all that rows cross the mesh by, there and, as gradients, back."""
 
 import functools
+from typing import Optional
 
 import jax
 import jax.numpy as jnp
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def exchange(x, send_n, receive_n, axis: str):
+def exchange(x: jax.Array, send_n: Optional[jax.Array],
+             receive_n: Optional[jax.Array], axis: str):
   """x[d] of this device becomes x[this] of device d, along mesh axis `axis`.
 
   With `send_n` and `receive_n`, only so many rows of each matter, and where
@@ -22,7 +24,8 @@ def exchange(x, send_n, receive_n, axis: str):
       default=functools.partial(_ragged, axis))
 
 
-def _ragged(axis, x, send_n, receive_n):
+def _ragged(axis: str, x: jax.Array, send_n: Optional[jax.Array],
+            receive_n: Optional[jax.Array]):
   n, bound = x.shape[:2]
   flat = x.reshape(n * bound, *x.shape[2:])
   first_n = jnp.arange(n, dtype=jnp.int32) * bound
@@ -32,11 +35,12 @@ def _ragged(axis, x, send_n, receive_n):
       receive_n.astype(jnp.int32), axis_name=axis).reshape(x.shape)
 
 
-def _exchange_fwd(x, send_n, receive_n, axis):
+def _exchange_fwd(x: jax.Array, send_n: Optional[jax.Array],
+                  receive_n: Optional[jax.Array], axis: str):
   return exchange(x, send_n, receive_n, axis), (send_n, receive_n)
 
 
-def _exchange_bwd(axis, saved, d):
+def _exchange_bwd(axis: str, saved: tuple, d: jax.Array):
   send_n, receive_n = saved
   return exchange(d, receive_n, send_n, axis), None, None
 

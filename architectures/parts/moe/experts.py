@@ -13,7 +13,7 @@ the token of a row, backward by the rows of a token.
 """
 
 import functools
-from typing import Optional
+from typing import Any, Optional
 
 from flax import struct
 import jax
@@ -58,10 +58,10 @@ class Dropout:
 
 def _batched_product(spec: str, x: jax.Array, m: jax.Array) -> jax.Array:
   """In x's dtype; on CPU XLA has no batched product of bfloat16."""
-  def wide(x, m):
+  def wide(x: jax.Array, m: jax.Array):
     return jnp.einsum(spec, x.astype(jnp.float32), m.astype(jnp.float32)
                       ).astype(x.dtype)
-  def narrow(x, m):
+  def narrow(x: jax.Array, m: jax.Array):
     return jnp.einsum(spec, x, m)
   if x.dtype == jnp.float32:
     return narrow(x, m)
@@ -69,7 +69,7 @@ def _batched_product(spec: str, x: jax.Array, m: jax.Array) -> jax.Array:
 
 
 def batched(rows_ECD: jax.Array, w: Weights, kind: str,
-            mask_ECF=None) -> jax.Array:
+            mask_ECF: Optional[jax.Array] = None) -> jax.Array:
   """Every expert on its own C rows."""
   act, gated = dense.FFNS[kind]
   add = lambda x, b: x if b is None else x + b[:, None]
@@ -86,7 +86,7 @@ def batched(rows_ECD: jax.Array, w: Weights, kind: str,
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def take(x_TD, token_R, row_A, choices: int):
+def take(x_TD: jax.Array, token_R: jax.Array, row_A: jax.Array, choices: int):
   """Row r gets token token_R[r]; T there gives zeros.
 
   `row_A` is the inverse, R where an assignment has no row: with it, the
@@ -96,11 +96,12 @@ def take(x_TD, token_R, row_A, choices: int):
   return x_TD.at[token_R].get(mode='fill', fill_value=0)
 
 
-def _take_fwd(x_TD, token_R, row_A, choices):
+def _take_fwd(x_TD: jax.Array, token_R: jax.Array, row_A: jax.Array,
+              choices: int):
   return take(x_TD, token_R, row_A, choices), (token_R, row_A, x_TD.shape[0])
 
 
-def _take_bwd(choices, saved, d_RD):
+def _take_bwd(choices: int, saved: tuple, d_RD: jax.Array):
   token_R, row_A, T = saved
   if not choices:
     zeros_TD = jnp.zeros((T, d_RD.shape[1]), d_RD.dtype)
@@ -114,7 +115,9 @@ take.defvjp(_take_fwd, _take_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def combine(y_RD, gate_A, token_A, row_A, assignment_R, tokens, choices):
+def combine(y_RD: jax.Array, gate_A: jax.Array, token_A: jax.Array,
+            row_A: jax.Array, assignment_R: jax.Array, tokens: int, choices: int
+            ):
   """y_T = the sum of gate * row over the assignments of a token.
 
   `assignment_R` is the inverse of `row_A`; A where a row has none.
@@ -128,12 +131,14 @@ def combine(y_RD, gate_A, token_A, row_A, assignment_R, tokens, choices):
   return jnp.zeros((tokens, y_AD.shape[1]), y_AD.dtype).at[token_A].add(y_AD)
 
 
-def _combine_fwd(y_RD, gate_A, token_A, row_A, assignment_R, tokens, choices):
+def _combine_fwd(y_RD: jax.Array, gate_A: jax.Array, token_A: jax.Array,
+                 row_A: jax.Array, assignment_R: jax.Array, tokens: int,
+                 choices: int):
   y_TD = combine(y_RD, gate_A, token_A, row_A, assignment_R, tokens, choices)
   return y_TD, (y_RD, gate_A, token_A, row_A, assignment_R)
 
 
-def _combine_bwd(tokens, choices, saved, d_TD):
+def _combine_bwd(tokens: int, choices: int, saved: tuple, d_TD: jax.Array):
   del tokens, choices
   y_RD, gate_A, token_A, row_A, assignment_R = saved
   fill = dict(mode='fill', fill_value=0)
@@ -155,13 +160,14 @@ def inverse(row_A: jax.Array, rows: int) -> jax.Array:
       jnp.arange(A, dtype=jnp.int32), mode='drop', unique_indices=True)
 
 
-def place_padded(expert_A, experts: int, slots: int) -> jax.Array:
+def place_padded(expert_A: jax.Array, experts: int, slots: int) -> jax.Array:
   """The row of each assignment in [E, C]; E * C for a void one."""
   row_A = expert_A * slots + ranks(expert_A, experts + 1)
   return jnp.where(expert_A < experts, row_A, experts * slots)
 
 
-def place_sorted(expert_A, experts: int) -> tuple[jax.Array, jax.Array]:
+def place_sorted(expert_A: jax.Array, experts: int
+                 ) -> tuple[jax.Array, jax.Array]:
   """(the row of each assignment in [A], sorted by expert; rows by expert)."""
   order_A = jnp.argsort(expert_A, stable=True)
   row_A = jnp.zeros_like(order_A).at[order_A].set(
@@ -172,7 +178,7 @@ def place_sorted(expert_A, experts: int) -> tuple[jax.Array, jax.Array]:
   return jnp.where(expert_A < experts, row_A, expert_A.shape[0]), count_E
 
 
-def move(x_TD, r: Routing, row_A, rows: int):
+def move(x_TD: jax.Array, r: Routing, row_A: jax.Array, rows: int):
   """Returns (rows [R, D], their assignment ids, combine: rows -> y_TD)."""
   T = x_TD.shape[0]
   assignment_R = inverse(row_A, rows)
@@ -192,34 +198,34 @@ class Local:
   kernel: str = struct.field(pytree_node=False)  # of the grouped product
   experts: int = struct.field(pytree_node=False)  # of all devices
 
-  def padded(self, rows_ECD, id_EC):
+  def padded(self, rows_ECD: jax.Array, id_EC: jax.Array):
     """C rows an expert, with the ids of their assignments."""
     mask_ECF = self._mask(id_EC.reshape(-1))
     if mask_ECF is not None:
       mask_ECF = mask_ECF.reshape(*id_EC.shape, -1)
     return batched(rows_ECD, self.w, self.kind, mask_ECF)
 
-  def place(self, expert_A):
+  def place(self, expert_A: jax.Array):
     """(the row of each assignment, how many rows, rows of each expert)."""
     row_A, count_E = place_sorted(expert_A, self.experts)
     return row_A, expert_A.shape[0], count_E
 
-  def grouped(self, rows_RD, count_E, id_R):
+  def grouped(self, rows_RD: jax.Array, count_E: jax.Array, id_R: jax.Array):
     """Rows sorted by expert."""
     return grouped.ffn(rows_RD, count_E, self.w, self._mask(id_R), self.kind,
                        self.even, self.kernel)
 
-  def ids(self, assignment_R):
+  def ids(self, assignment_R: jax.Array):
     """The ids that dropout knows assignments by, on any device."""
     return assignment_R + (self.dropout.first_row if self.dropout else 0)
 
-  def _mask(self, id_R):
+  def _mask(self, id_R: jax.Array):
     if self.dropout is None:
       return None
     return self.dropout.mask(id_R, self.w.up_EDF.shape[2])
 
 
-def by_einsum(x_TD, r: Routing, run, slots: int) -> jax.Array:
+def by_einsum(x_TD: jax.Array, r: Routing, run: Any, slots: int) -> jax.Array:
   """The oracle."""
   T, E = x_TD.shape[0], r.probs_TE.shape[1]
   slot_A = ranks(r.expert_A, E + 1)
@@ -236,7 +242,7 @@ def by_einsum(x_TD, r: Routing, run, slots: int) -> jax.Array:
   return jnp.einsum('TEC,ECD->TD', combine_TEC, y_ECD).astype(x_TD.dtype)
 
 
-def by_sorted(x_TD, r: Routing, run, slots: int) -> jax.Array:
+def by_sorted(x_TD: jax.Array, r: Routing, run: Any, slots: int) -> jax.Array:
   E, D = r.probs_TE.shape[1], x_TD.shape[1]
   rows_RD, assignment_R, back = move(
       x_TD, r, place_padded(r.expert_A, E, slots), E * slots)
@@ -245,7 +251,7 @@ def by_sorted(x_TD, r: Routing, run, slots: int) -> jax.Array:
   return back(y_ECD.reshape(E * slots, D))
 
 
-def by_dropless(x_TD, r: Routing, run, slots: int) -> jax.Array:
+def by_dropless(x_TD: jax.Array, r: Routing, run: Any, slots: int) -> jax.Array:
   del slots  # what has no room is void already
   row_A, rows, count_E = run.place(r.expert_A)
   rows_RD, assignment_R, back = move(x_TD, r, row_A, rows)

@@ -9,7 +9,7 @@ the rows.
 """
 
 import functools
-from typing import Any, Callable
+from typing import Any, Callable, Optional
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +24,9 @@ LARGEST = 1024
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def ffn(rows_RD: jax.Array, count_E: jax.Array, w: Any, mask_RF, kind: str,
-        even: int, kernel: str) -> jax.Array:
+def ffn(rows_RD: jax.Array, count_E: jax.Array, w: Any,
+        mask_RF: Optional[jax.Array], kind: str, even: int, kernel: str
+        ) -> jax.Array:
   """FFN_e of each row; rows past the counts are unspecified, but finite.
 
   Args:
@@ -40,12 +41,13 @@ def ffn(rows_RD: jax.Array, count_E: jax.Array, w: Any, mask_RF, kind: str,
   return _forward(rows_RD, count_E, w, mask_RF, kind, even, kernel)[0]
 
 
-def _ffn_fwd(rows_RD, count_E, w, mask_RF, kind, even, kernel):
+def _ffn_fwd(rows_RD: jax.Array, count_E: jax.Array, w: Any,
+             mask_RF: Optional[jax.Array], kind: str, even: int, kernel: str):
   y_RD, hidden = _forward(rows_RD, count_E, w, mask_RF, kind, even, kernel)
   return y_RD, (rows_RD, count_E, w, mask_RF, hidden)
 
 
-def _ffn_bwd(kind, even, kernel, saved, dy_RD):
+def _ffn_bwd(kind: str, even: int, kernel: str, saved: tuple, dy_RD: jax.Array):
   dx_RD, dw = _on_platform(
       kernel, functools.partial(_blocks_backward, kind, even),
       functools.partial(_whole_backward, product(kernel, even), kind),
@@ -56,7 +58,8 @@ def _ffn_bwd(kind, even, kernel, saved, dy_RD):
 ffn.defvjp(_ffn_fwd, _ffn_bwd)
 
 
-def _forward(rows_RD, count_E, w, mask_RF, kind, even, kernel):
+def _forward(rows_RD: jax.Array, count_E: jax.Array, w: Any,
+             mask_RF: Optional[jax.Array], kind: str, even: int, kernel: str):
   """Returns (y_RD, what goes into the activation: (up,) or (up, gate))."""
   return _on_platform(
       kernel, functools.partial(_blocks_forward, kind, even),
@@ -71,22 +74,22 @@ def _on_platform(kernel: str, blocks: Callable, whole: Callable, *args):
   return jax.lax.platform_dependent(*args, cpu=blocks, default=whole)
 
 
-def _activation(kind: str, mask_RF):
+def _activation(kind: str, mask_RF: Optional[jax.Array]):
   """(up,) or (up, gate) -> the hidden units."""
   act, gated = dense.FFNS[kind]
-  def hidden(pre):
+  def hidden(pre: tuple[jax.Array, ...]):
     h_RF = act(pre[1]) * pre[0] if gated else act(pre[0])
     return h_RF if mask_RF is None else h_RF * mask_RF.astype(h_RF.dtype)
   return hidden
 
 
-def _into(w) -> tuple:
+def _into(w: Any) -> tuple:
   """The (weight, bias) pairs that lead to the hidden units."""
   pairs = ((w.up_EDF, w.up_bias_EF), (w.gate_EDF, w.gate_bias_EF))
   return pairs if w.gate_EDF is not None else pairs[:1]
 
 
-def _like(w, into: list, out: tuple):
+def _like(w: Any, into: list, out: tuple):
   """Gradients of `_into(w)` and of (down, its bias), as Weights."""
   (up, up_bias), (gate, gate_bias) = (into + [(None, None)])[:2]
   return w.replace(up_EDF=up, up_bias_EF=up_bias, gate_EDF=gate,
@@ -97,7 +100,8 @@ def _like(w, into: list, out: tuple):
 # The whole array at once, on TPU and GPU.
 
 
-def _whole_affine(times, count_E, x_RK, m_EKN, b_EN):
+def _whole_affine(times: Callable, count_E: jax.Array, x_RK: jax.Array,
+                  m_EKN: jax.Array, b_EN: Optional[jax.Array]):
   y_RN = times(x_RK, m_EKN, count_E)
   if b_EN is None:
     return y_RN
@@ -106,14 +110,17 @@ def _whole_affine(times, count_E, x_RK, m_EKN, b_EN):
   return y_RN + b_EN.at[expert_R].get(mode='fill', fill_value=0)
 
 
-def _whole_forward(times, kind, rows_RD, count_E, w, mask_RF):
+def _whole_forward(times: Callable, kind: str, rows_RD: jax.Array,
+                   count_E: jax.Array, w: Any, mask_RF: Optional[jax.Array]):
   affine = functools.partial(_whole_affine, times, count_E)
   pre = tuple(affine(rows_RD, *pair) for pair in _into(w))
   h_RF = _activation(kind, mask_RF)(pre)
   return affine(h_RF, w.down_EFD, w.down_bias_ED), pre
 
 
-def _whole_backward(times, kind, rows_RD, count_E, w, mask_RF, pre, dy_RD):
+def _whole_backward(times: Callable, kind: str, rows_RD: jax.Array,
+                    count_E: jax.Array, w: Any, mask_RF: Optional[jax.Array],
+                    pre: tuple[jax.Array, ...], dy_RD: jax.Array):
   h_RF, act_vjp = jax.vjp(_activation(kind, mask_RF), pre)
   inside_R = jnp.arange(rows_RD.shape[0]) < count_E.sum()
   dy_RD = jnp.where(inside_R[:, None], dy_RD, 0)
@@ -169,7 +176,7 @@ def _for_blocks_of(size: int, rows: int, blocks_E: jax.Array,
   first_E on, and its rows end before row stop_E."""
   ends_E = jnp.cumsum(blocks_E)
 
-  def step(j, carry):
+  def step(j: jax.Array, carry: Any):
     e = jnp.searchsorted(ends_E, j, side='right').astype(jnp.int32)
     first = first_E[e] + (j - ends_E[e] + blocks_E[e]) * size
     stop = jnp.minimum(first + size, stop_E[e])
@@ -178,37 +185,39 @@ def _for_blocks_of(size: int, rows: int, blocks_E: jax.Array,
   return jax.lax.fori_loop(0, ends_E[-1], step, carry)
 
 
-def _read(x_R, start, size):
+def _read(x_R: jax.Array, start: jax.Array, size: int):
   """`size` rows from `start`, in float32: bfloat16 is slow on CPU."""
   x = jax.lax.dynamic_slice_in_dim(x_R, start, size)
   return x.astype(jnp.float32)
 
 
-def _write(x_R, new, start, inside):
+def _write(x_R: jax.Array, new: jax.Array, start: jax.Array, inside: jax.Array):
   """Puts the rows that are `inside` a block where they belong."""
   old = jax.lax.dynamic_slice_in_dim(x_R, start, new.shape[0])
   new = jnp.where(inside[:, None], new.astype(x_R.dtype), old)
   return jax.lax.dynamic_update_slice_in_dim(x_R, new, start, 0)
 
 
-def _inside(size, start, first, stop):
+def _inside(size: int, start: jax.Array, first: jax.Array, stop: jax.Array):
   row = start + jnp.arange(size)
   return (row >= first) & (row < stop)
 
 
-def _weights(w, e):
+def _weights(w: Any, e: jax.Array):
   """Expert e's own, in float32."""
   return jax.tree.map(lambda x: x[e].astype(jnp.float32), w)
 
 
-def _affine(x, m, b):
+def _affine(x: jax.Array, m: jax.Array, b: Optional[jax.Array]):
   return x @ m if b is None else x @ m + b[None]
 
 
-def _blocks_forward(kind, even, rows_RD, count_E, w, mask_RF):
+def _blocks_forward(kind: str, even: int, rows_RD: jax.Array,
+                    count_E: jax.Array, w: Any, mask_RF: Optional[jax.Array]):
   R, F = rows_RD.shape[0], w.up_EDF.shape[2]
 
-  def body(carry, size, e, start, first, stop):
+  def body(carry: Any, size: int, e: jax.Array, start: jax.Array,
+           first: jax.Array, stop: jax.Array):
     y_RD, pre_RF = carry
     x, own = _read(rows_RD, start, size), _weights(w, e)
     mask = None if mask_RF is None else _read(mask_RF, start, size)
@@ -223,10 +232,12 @@ def _blocks_forward(kind, even, rows_RD, count_E, w, mask_RF):
   return _for_blocks(R, even, count_E, body, (jnp.zeros_like(rows_RD), zeros))
 
 
-def _blocks_backward(kind, even, rows_RD, count_E, w, mask_RF, pre_RF,
-                     dy_RD):
+def _blocks_backward(kind: str, even: int, rows_RD: jax.Array,
+                     count_E: jax.Array, w: Any, mask_RF: Optional[jax.Array],
+                     pre_RF: jax.Array, dy_RD: jax.Array):
 
-  def body(carry, size, e, start, first, stop):
+  def body(carry: Any, size: int, e: jax.Array, start: jax.Array,
+           first: jax.Array, stop: jax.Array):
     dx_RD, dw = carry
     x, own = _read(rows_RD, start, size), _weights(w, e)
     inside = _inside(size, start, first, stop)

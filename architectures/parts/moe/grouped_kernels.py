@@ -70,11 +70,12 @@ def megablox(even: int, interpret: bool, x_RK: jax.Array, m_EKN: jax.Array,
   return _gmm(even, x_RK, m_EKN, count_E, interpret)
 
 
-def _megablox_fwd(even, interpret, x_RK, m_EKN, count_E):
+def _megablox_fwd(even: int, interpret: bool, x_RK: jax.Array, m_EKN: jax.Array,
+                  count_E: jax.Array):
   return _gmm(even, x_RK, m_EKN, count_E, interpret), (x_RK, m_EKN, count_E)
 
 
-def _megablox_bwd(even, interpret, saved, dy_RN):
+def _megablox_bwd(even: int, interpret: bool, saved: tuple, dy_RN: jax.Array):
   """Not megablox' own: it tiles both of these as it did the product, though
   their sides are others."""
   x_RK, m_EKN, count_E = saved
@@ -85,7 +86,8 @@ def _megablox_bwd(even, interpret, saved, dy_RN):
 megablox.defvjp(_megablox_fwd, _megablox_bwd)
 
 
-def _gmm(even, x_RK, m_EKN, count_E, interpret, transpose=False):
+def _gmm(even: int, x_RK: jax.Array, m_EKN: jax.Array, count_E: jax.Array,
+         interpret: bool, transpose: bool = False):
   from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
   (R, K), N = x_RK.shape, m_EKN.shape[1 if transpose else 2]
   tiles = _tiles(even, R, K, N, x_RK.dtype)
@@ -96,7 +98,8 @@ def _gmm(even, x_RK, m_EKN, count_E, interpret, transpose=False):
   return jnp.where(inside_R[:, None], y_RN, 0)
 
 
-def _tgmm(even, x_RK, dy_RN, dtype, count_E, interpret):
+def _tgmm(even: int, x_RK: jax.Array, dy_RN: jax.Array,
+          dtype: jax.typing.DTypeLike, count_E: jax.Array, interpret: bool):
   """x^T dy of each expert's rows; zero where it has none."""
   from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
   tiles = _tiles(even, *x_RK.shape, dy_RN.shape[1], x_RK.dtype)
@@ -105,7 +108,8 @@ def _tgmm(even, x_RK, dy_RN, dtype, count_E, interpret):
               interpret=interpret)
 
 
-def _tiles(even: int, R: int, K: int, N: int, dtype) -> tuple[int, int, int]:
+def _tiles(even: int, R: int, K: int, N: int, dtype: jax.typing.DTypeLike
+           ) -> tuple[int, int, int]:
   """Sides of the tiles of R, K and N."""
   rows = next((t for t in ROWS if 2 * t <= even and R % t == 0), ROWS[-1])
   most = SIDE[jnp.dtype(dtype).name]
@@ -119,6 +123,6 @@ def _side(size: int, most: int) -> int:
   return -(-size // -(-size // most) // 128) * 128
 
 
-def _fill(x_R, rows: int):
+def _fill(x_R: jax.Array, rows: int):
   """Adds rows, to whole tiles."""
   return jnp.pad(x_R, ((0, -x_R.shape[0] % rows), (0, 0)))

@@ -128,7 +128,7 @@ def report(m: MoEConfig, routing: Routing, logits_TE: Optional[jax.Array],
   return {'losses': losses, 'health': health}
 
 
-def _served(routing: Routing, kept_A, tokens: int) -> jax.Array:
+def _served(routing: Routing, kept_A: jax.Array, tokens: int) -> jax.Array:
   """How many experts each token was served by, [T]."""
   if routing.choices:
     return kept_A.reshape(tokens, -1).sum(1)
@@ -136,7 +136,7 @@ def _served(routing: Routing, kept_A, tokens: int) -> jax.Array:
       kept_A.astype(jnp.int32))
 
 
-def window(load_SNE, tokens_S) -> dict:
+def window(load_SNE: jax.Array, tokens_S: jax.Array) -> dict:
   """The panel over a window of steps: {name: [N] by layer}.
 
   Args:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from architectures.parts import ffn as dense
 from architectures.parts import linear
+from architectures.parts.attention import Context
 from architectures.parts.config import ModelConfig
 from architectures.parts.moe import dispatch
 from architectures.parts.moe import health
@@ -31,7 +32,7 @@ class MoE(nn.Module):
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, x_BLD: jax.Array, ctx):
+  def __call__(self, x_BLD: jax.Array, ctx: Context):
     c, m = self.config, self.config.moe
     B, L, D = x_BLD.shape
     dispatch.check(m, D)
@@ -59,7 +60,7 @@ class MoE(nn.Module):
       y_BLD = y_BLD + shared_BLD
     return y_BLD, aux
 
-  def _logits(self, x_TD, ctx):
+  def _logits(self, x_TD: jax.Array, ctx: Context):
     m = self.config.moe
     if not routing.of(m).logits:
       return None
@@ -79,10 +80,10 @@ class MoE(nn.Module):
       logits_TE += m.logit_noise * jax.random.normal(key, logits_TE.shape)
     return logits_TE
 
-  def _noise_key(self, wanted, ctx):
+  def _noise_key(self, wanted: float, ctx: Context):
     return self.make_rng('router') if wanted and not ctx.deterministic else None
 
-  def _tokens(self, ctx, shape):
+  def _tokens(self, ctx: Context, shape: tuple[int, int]):
     if not routing.of(self.config.moe).hashes:
       return None
     require(ctx.tokens_BL is not None,
@@ -98,7 +99,7 @@ class MoE(nn.Module):
     return declare(self, 'router_bias', nn.initializers.zeros,
                    (self.config.moe.num_experts,), Role((None,)), jnp.float32)
 
-  def _dropout(self, ctx):
+  def _dropout(self, ctx: Context):
     rate = self.config.moe.expert_dropout
     if not rate or ctx.deterministic:
       return None

@@ -95,7 +95,8 @@ def _best(scores_TE: jax.Array, choices: int) -> jax.Array:
   return jnp.stack(chosen, 1)
 
 
-def _routing(expert_TX, gate_TX, probs_TE, valid_T) -> Routing:
+def _routing(expert_TX: jax.Array, gate_TX: jax.Array, probs_TE: jax.Array,
+             valid_T: jax.Array) -> Routing:
   T, X = expert_TX.shape
   E = probs_TE.shape[1]
   expert_TX = jnp.where(valid_T[:, None], expert_TX, E)
@@ -105,7 +106,7 @@ def _routing(expert_TX, gate_TX, probs_TE, valid_T) -> Routing:
                  token_TX.reshape(-1).astype(jnp.int32), probs_TE, X)
 
 
-def _chosen(scores_TE, expert_TX):
+def _chosen(scores_TE: jax.Array, expert_TX: jax.Array):
   return jnp.take_along_axis(scores_TE, expert_TX, 1)
 
 
@@ -161,7 +162,7 @@ def balanced(logits_TE: jax.Array, valid_T: jax.Array) -> jax.Array:
   E = logits_TE.shape[1]
   weight_T1 = jnp.where(valid_T, 0.0, NOWHERE)[:, None]
   share = jnp.log(jnp.maximum(valid_T.sum(), 1) / E)
-  def step(_, log_TE):
+  def step(_: jax.Array, log_TE: jax.Array):
     log_TE += share - jax.nn.logsumexp(log_TE + weight_T1, 0, keepdims=True)
     return log_TE - jax.nn.logsumexp(log_TE, 1, keepdims=True)
   return jax.lax.fori_loop(0, SINKHORN_STEPS, step,
@@ -209,7 +210,8 @@ def mix(x: jax.Array) -> jax.Array:
   return x ^ (x >> 16)
 
 
-def _fixed(m: MoEConfig, first_T: jax.Array, stride: int, valid_T) -> Routing:
+def _fixed(m: MoEConfig, first_T: jax.Array, stride: int, valid_T: jax.Array
+           ) -> Routing:
   """Experts first, first + stride, ...; each with gate 1 / X."""
   E, X = m.num_experts, m.top_k
   expert_TX = (first_T[:, None] + stride * jnp.arange(X)[None]) % E
@@ -245,7 +247,7 @@ def ranks(key_A: jax.Array, keys: int) -> jax.Array:
 
 
 def limit(expert_A: jax.Array, *, choices: int, groups: int, slots: int,
-          experts: int, earlier=None) -> jax.Array:
+          experts: int, earlier: Optional[Callable] = None) -> jax.Array:
   """Voids what exceeds the capacity: first choices first, then by position.
 
   Args:
@@ -275,7 +277,8 @@ def limit(expert_A: jax.Array, *, choices: int, groups: int, slots: int,
   return jnp.where(slot_A < slots, expert_A, experts)
 
 
-def step_bias(bias_NE: jax.Array, load_NE: jax.Array, rate) -> jax.Array:
+def step_bias(bias_NE: jax.Array, load_NE: jax.Array, rate: float | jax.Array
+              ) -> jax.Array:
   """Moves a bias by `rate` towards the experts with too little load.
 
   b_i += rate * sign(mean load - load_i) (Wang et al. 2024, algorithm 1).
