@@ -201,7 +201,7 @@ class Group(runs.Run):
   """
 
   def __init__(self, run: runs.Run, members: Sequence[loop.Member]):
-    super().__init__(**vars(run))
+    super().__init__(**vars(run) | {'config': members[0].config})
     self.members = members
     self.figures = {'runs_at_once': len(members)}
     each = -(-len(members) // jax.device_count())

@@ -168,6 +168,19 @@ def test_a_run_goes_on_alone_and_joins_again(trained, tmp_path):
     assert_same(copy, single)
 
 
+@two_devices
+def test_a_part_of_the_group_goes_on_with_its_own_fields(trained, tmp_path):
+  """Of three runs the last one alone has to begin again, in two parts."""
+  configs, workdirs, singles = trained
+  copies = [tmp_path / str(i) for i in range(3)]
+  for source, copy in zip(workdirs[:2], copies):
+    shutil.copytree(source, copy)
+  shutil.rmtree(copies[1] / 'checkpoints/8')
+  vectorised.train(configs, copies)
+  for copy, single in zip(copies, singles):
+    assert_same(copy, single)
+
+
 def test_paired_runs_see_one_stream(texts, tmp_path):
   """And with a seed in common, which is no input then, dropout is the same."""
   configs = [config(texts, model__dropout=0.1, optim__lr=lr)
