@@ -21,7 +21,7 @@ import ml_collections
 import optax
 
 from architectures.parts import roles, sharding
-from architectures.parts.moe import balancing
+from architectures.parts.moe import layer as moe
 from training import objectives
 from training.distributed import devices
 from training.objectives.record import Mean
@@ -117,28 +117,31 @@ def make_train_step(module: nn.Module, tx: optax.GradientTransformation,
 
   def loss_fn(params, batch, key, whole):
     """Of a micro-batch: its share in whole['loss'] times the loss, its
-    figures, and its share in the auxiliary losses and the health panel."""
+    figures, and its share in the auxiliary losses and the health panel, and
+    in the loads that move biases."""
     rngs = {name: jax.random.fold_in(key, i)
             for i, name in enumerate(STREAMS)}
     output = objective.apply(module, params, batch, deterministic=False,
                              rngs=rngs)
     total, figures = objective.loss(output, batch, config, whole)
     if not output.aux:
-      return total, (figures, {})
+      return total, (figures, {}, {})
     share = objective.tokens(batch) / whole['tokens']
     aux = {name: share * value
            for name, value in output.aux['losses'].items()}
     panel = {f'health/{name}': share * value
              for name, value in output.aux['health'].items()}
     panel |= {f'aux/{name}': value for name, value in aux.items()}
-    return total + whole[objective.main] * sum(aux.values()), (figures, panel)
+    loads = {path: share * load for path, load in output.aux['loads'].items()}
+    return (total + whole[objective.main] * sum(aux.values()),
+            (figures, panel, loads))
 
   grad_fn = jax.grad(loss_fn, has_aux=True)
 
   def step(state: TrainState, batch):
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     whole = objective.weights(batch) | {'tokens': objective.tokens(batch)}
-    grads, (figures, panel) = _accumulate(
+    grads, (figures, panel, loads) = _accumulate(
         grad_fn, state.params, batch, key, whole,
         config.train.grad_accumulation)
     grads = jax.tree.map(lambda g: g / whole[objective.main], grads)
@@ -149,8 +152,7 @@ def make_train_step(module: nn.Module, tx: optax.GradientTransformation,
     ok = jnp.isfinite(grad_norm) & jnp.isfinite(metrics['loss'])
     params, opt_state = optimizers.update_if(
         ok, tx, grads, state.opt_state, state.params)
-    params = balancing.update(config.model, params,
-                              panel.get('health/load_E'), ok)
+    params = moe.move_biases(config.model, params, loads, ok)
     bad_in_row = jnp.where(ok, 0, state.bad_in_row + 1)
     bad_steps = state.bad_steps + jnp.where(ok, 0, 1)
     metrics |= dict(

@@ -141,6 +141,7 @@ def join_aux(encoder: dict, decoder: dict) -> dict:
         jnp.add, encoder['losses'], decoder['losses'])
     joined['health'] = jax.tree.map(
         lambda *x: jnp.concatenate(x), encoder['health'], decoder['health'])
+    joined['loads'] = encoder['loads'] | decoder['loads']
   for name in ('layers', 'attention'):
     if name in decoder:
       joined[name] = (*encoder[name], *decoder[name])

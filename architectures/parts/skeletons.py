@@ -57,7 +57,8 @@ class Output:
     hidden: [B, L, D], what the head is applied to.
     head: the output projection.
     cache: keys and values of every layer, where a cache went in.
-    aux: {'losses': scalars summed over layers, 'health': arrays by layer},
+    aux: {'losses': scalars summed over layers, 'health': arrays by layer,
+      'loads': of the experts, by the path of the bias that they move},
       with keep_layers 'layers': [N + 1, B, L, D], what the first layer is
       given and what each returns; with keep_attention 'attention':
       [N, B, H, L, M], what each layer weighs the values with, and of a decoder
@@ -227,7 +228,9 @@ def gather_aux(auxes: tuple[dict, ...]) -> dict:
   health = jax.tree.map(
       lambda *xs: jnp.stack(xs, 1).reshape(-1, *xs[0].shape[1:]),
       *[aux['health'] for aux in auxes])
-  return {'losses': losses, 'health': health}
+  loads = {path: load_PE for aux in auxes
+           for path, load_PE in aux['loads'].items()}
+  return {'losses': losses, 'health': health, 'loads': loads}
 
 
 class Unembed(nn.Module):

@@ -1,5 +1,7 @@
 """Routers choose and weigh as their papers say; losses and panel by hand."""
 
+import re
+
 from configs import base
 import flax.linen as nn
 import jax
@@ -9,11 +11,12 @@ import pytest
 
 import architectures
 from architectures.parts.attention import Context
-from architectures.parts.moe import balancing
 from architectures.parts.moe import health
+from architectures.parts.moe import layer
 from architectures.parts.moe import routing
 from architectures.parts.moe.layer import MoE
 from tests.helpers import models
+from training import paths
 
 E, T = 4, 24
 
@@ -255,22 +258,36 @@ def test_window_tells_experts_unused_throughout():
   np.testing.assert_allclose(got['load_max'], [3])
 
 
-def test_bias_moves_against_the_load_in_the_order_of_layers():
-  bias = lambda: {'ffn': {'router_bias': jnp.zeros((2, E))}}
-  params = {'decoder': {'layers': {'block_0': bias(), 'block_1': {'ffn': {}},
-                                   'block_2': bias()}},
-            'encoder': {'layers': {'block_0': bias()}}}
-  load_NE = jnp.full((6, E), 0.25).at[:, 0].add(
-      0.05 * jnp.array([-1, 1, -1, -1, 1, 1]))
-  c = architectures.resolve(models.config('mixtral', moe=dict(
-      router='sigmoid', bias_rate=0.1)))
-  got = balancing.update(c, params, load_NE, 1)
-  first = lambda *path: got[path[0]]['layers'][path[1]]['ffn'][
-      'router_bias'][:, 0].tolist()
-  np.testing.assert_allclose(first('encoder', 'block_0'), [0.1, -0.1])
-  np.testing.assert_allclose(first('decoder', 'block_0'), [0.1, -0.1])
-  np.testing.assert_allclose(first('decoder', 'block_2'), [0.1, -0.1])
-  assert not params['encoder']['layers']['block_0']['ffn']['router_bias'].any()
+@pytest.mark.parametrize('system, changes', [
+    ('mixtral', dict(num_layers=6, attention='global,banded,global',
+                     sliding_window=4)),
+    ('switch', dict(num_layers=4, num_decoder_layers=6, moe=dict(every=2)))])
+def test_each_bias_moves_against_the_load_of_its_layer(system, changes):
+  """health['load_E'] has the layers in their order, an encoder's first; layer
+  n is row n // period of block n % period."""
+  changes = changes | dict(moe=changes.get('moe', {}) | dict(
+      router='sigmoid', top_k=2, bias_rate=0.1, num_experts=E))
+  module, params = models.make(system, **changes)
+  tokens = models.tokens()
+  args = (tokens,) * (1 + (system == 'switch'))
+  aux = jax.jit(lambda p: module.apply({'params': p}, *args).aux)(params)
+  got = paths.flatten(layer.move_biases(module.config, params, aux['loads'], 1))
+  seen = []
+  for stack in ('encoder', 'decoder'):
+    names = sorted(path for path in got
+                   if re.fullmatch(f'{stack}/.*router_bias', path))
+    for row in range(got[names[0]].shape[0] if names else 0):
+      seen += [(path, row) for path in names]
+  assert len(seen) == len(aux['health']['load_E']) == {
+      'mixtral': 6, 'switch': 2 + 3}[system]
+  old = paths.flatten(params)
+  for (path, row), load_E in zip(seen, aux['health']['load_E']):
+    np.testing.assert_allclose(
+        got[path][row] - old[path][row], 0.1 * np.sign(1 / E - load_E),
+        atol=1e-6)
+  for path in got.keys() - {path for path, _ in seen}:
+    assert got[path] is old[path]
+  assert len(np.unique(aux['health']['load_E'], axis=0)) > 3
 
 
 @pytest.mark.parametrize('fields, words', [

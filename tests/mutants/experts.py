@@ -69,16 +69,12 @@ MUTANTS = {
         ('jnp.sign(1 / bias_NE.shape[1] - load', 'jnp.sign(-load',
          'routing: bias_moves'),
     ],
-    'architectures/parts/moe/balancing.py': [
-        ('len(blocks) * jax.numpy.arange(', '1 * jax.numpy.arange(',
-         'routing: bias_moves'),
-        ('first += len(blocks) *', 'first += 0 *', 'routing: bias_moves'),
-        ("for stack in ('encoder', 'decoder'):",
-         "for stack in ('decoder', 'encoder'):", 'routing: bias_moves'),
+    'architectures/parts/moe/layer.py': [
         ('applied * c.moe.bias_rate', 'c.moe.bias_rate',
          'bias_balancing: bad_step'),
-    ],
-    'architectures/parts/moe/layer.py': [
+        ("(*self.path, BIAS)): aux['health']['load_E']",
+         "(*self.path, BIAS)): aux['health']['load_max']",
+         'routing: load_of_its_layer'),
         ('ctx.segment_ids_BL != 0', 'ctx.segment_ids_BL >= 0',
          'experts: padding'),
         ('valid_BL &= ctx.valid_BL != 0', 'valid_BL &= ctx.valid_BL >= 0',

@@ -188,6 +188,8 @@ MUTANTS = {
          'parity: equals and t5-plain'),
     ],
     'architectures/parts/encoder_decoder.py': [
+        ("encoder['loads'] | decoder['loads']", "decoder['loads']",
+         'routing: load_of_its_layer'),
         ('memory=memory, memory_segment_ids_BM=segment_ids_BM',
          'memory=memory, memory_segment_ids_BM=None',
          'encoder_decoder: laws and transformer'),

@@ -8,7 +8,9 @@ multiply float32 arrays in fewer digits unless told. Shared experts
 wide.
 """
 
+from collections.abc import Mapping
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -26,9 +28,12 @@ from architectures.parts.moe.experts import Dropout, Weights
 from architectures.parts.roles import Role, declare
 from configs.errors import require
 
+BIAS = 'router_bias'
+
 
 class MoE(nn.Module):
-  """(x_BLD, context) -> (y_BLD, {'losses': weighted, 'health': raw})."""
+  """(x_BLD, context) -> (y_BLD, {'losses': weighted, 'health': raw, 'loads':
+  the load of each expert, by the path of the bias that it moves})."""
   config: ModelConfig
 
   @nn.compact
@@ -53,6 +58,8 @@ class MoE(nn.Module):
         inputs.groups, self._dropout(ctx), train=inputs.train)
     aux = health.report(m, routed, inputs.logits_TE, valid_T, kept_A,
                         dispatch.expert_shards())
+    aux['loads'] = {} if inputs.bias_E is None else {
+        '/'.join((*self.path, BIAS)): aux['health']['load_E']}
     y_BLD = y_TD.reshape(B, L, D)
     if m.shared_experts:
       shared_BLD, _ = dense.FFN(
@@ -93,10 +100,10 @@ class MoE(nn.Module):
     return jnp.broadcast_to(ctx.tokens_BL, shape).reshape(-1)
 
   def _bias(self):
-    """DeepSeek-V3's bias: no gradient moves it, balancing.py does."""
+    """DeepSeek-V3's bias: no gradient moves it, `move_biases` does."""
     if not routing.of(self.config.moe).bias:
       return None
-    return declare(self, 'router_bias', nn.initializers.zeros,
+    return declare(self, BIAS, nn.initializers.zeros,
                    (self.config.moe.num_experts,), Role((None,)), jnp.float32)
 
   def _dropout(self, ctx: Context):
@@ -127,6 +134,28 @@ class MoE(nn.Module):
         weights['gate_bias_EF'] = bias('gate_bias', F, 'mlp')
       weights['down_bias_ED'] = bias('down_bias', D, 'embed')
     return Weights(**weights)
+
+
+def move_biases(c: ModelConfig, params: dict[str, Any],
+                loads: Mapping[str, jax.Array], applied: jax.typing.ArrayLike
+                ) -> dict[str, Any]:
+  """Returns params with each router's bias moved against its load.
+
+  The training step calls it after the optimiser, whose gradient of a bias is
+  zero.
+
+  Args:
+    c: the model.
+    params: its parameters, arrays without boxes.
+    loads: aux['loads']; without any, params stay as they are.
+    applied: 0 in a step to leave out, else 1.
+  """
+  def move(path, x: jax.Array) -> jax.Array:
+    path = jax.tree_util.keystr(path, simple=True, separator='/')
+    return routing.of(c.moe).bias(
+        x, loads[path], applied * c.moe.bias_rate) if path in loads else x
+
+  return jax.tree_util.tree_map_with_path(move, params)
 
 
 def without_capacity(c: ModelConfig) -> ModelConfig:
