@@ -1,12 +1,14 @@
 """A system is its page and its config: two files, and no other edit.
 
-StableLM (Stability AI 2023) is a decoder that is not here, of parts that are.
-What a newcomer would write for it stands below as text. The tests put the two
-files on the path of their packages and find everything else in place.
+docs/howto/add_a_system.md has what a newcomer would write for StableLM, a
+decoder that is not here. The tests put its two files on the path of their
+packages and find everything else in place.
 """
 
 import dataclasses
 import importlib
+import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -24,81 +26,8 @@ from training import weights
 from training.costs import totals
 from training.hf import config as hf_config
 
-PAGE = '''"""StableLM: LLaMA with LayerNorm, and a quarter of each head rotated.
-
-  a   = x + Attention(LayerNorm(x))
-  x'  = a + W_down (silu(W_gate n) * W_up n),  n = LayerNorm(a)
-"""
-
-from architectures.parts import hf
-from architectures.parts.skeletons import Decoder
-
-
-class StableLM(Decoder):
-  """tokens [B, L] -> Output; see Decoder."""
-  PARTS = dict(position='rope', rope=dict(fraction=0.25), norm='layernorm',
-               block='pre_norm', attention='global', attention_bias=False,
-               ffn='swiglu', ffn_bias=False, tie_embeddings=False)
-
-
-HF = hf.HuggingFace(
-    'stablelm', 'StableLmForCausalLM',
-    names=(
-        ('embed/tokens', 'VD', 'model.embed_tokens.weight', 'V D'),
-        *hf.under(
-            'decoder/layers', 'model.layers.{n}',
-            *hf.norm('attention_norm', 'input_layernorm'),
-            ('attention/query', 'DHK', 'self_attn.q_proj.weight', 'HK D'),
-            ('attention/key', 'DJK', 'self_attn.k_proj.weight', 'JK D'),
-            ('attention/value', 'DJK', 'self_attn.v_proj.weight', 'JK D'),
-            ('attention/out', 'HKD', 'self_attn.o_proj.weight', 'D HK'),
-            *hf.norm('ffn_norm', 'post_attention_layernorm'),
-            ('ffn/gate', 'DF', 'mlp.gate_proj.weight', 'F D'),
-            ('ffn/up', 'DF', 'mlp.up_proj.weight', 'F D'),
-            ('ffn/down', 'FD', 'mlp.down_proj.weight', 'D F')),
-        *hf.norm('decoder/final_norm', 'model.norm'),
-        ('head/kernel', 'DV', 'lm_head.weight', 'V D')),
-    fields={
-        'd_model': ('hidden_size', 2560),
-        'num_layers': ('num_hidden_layers', 32),
-        'num_heads': ('num_attention_heads', 32),
-        'num_kv_heads': ('num_key_value_heads', 32),
-        'd_ff': ('intermediate_size', 6912),
-        'vocab_size': ('vocab_size', 50304),
-        'max_len': ('max_position_embeddings', 4096),
-        'norm_eps': ('layer_norm_eps', 1e-5),
-        'ffn': ('hidden_act', 'silu', hf.GATED),
-        'tie_embeddings': ('tie_word_embeddings', False)},
-    only=dict(use_qkv_bias=False, qk_layernorm=False,
-              use_parallel_residual=False),
-    read=lambda reader, fields: dict(rope=hf.read_rope(
-        reader, fraction=('partial_rotary_factor', 0.25))),
-    write=lambda c: dict(rope_parameters=hf.write_rope(c, whole_heads=False)),
-    tied={'lm_head.weight': 'model.embed_tokens.weight'})
-'''
-
-CONFIG = '''"""StableLM: `--config configs/stablelm.py:SIZE`."""
-
-from configs import base
-
-SIZES = {
-    'tiny': dict(d_model=128, num_layers=4, num_heads=4, d_ff=344,
-                 max_len=256),
-    '3b': dict(d_model=2560, num_layers=32, num_heads=32, d_ff=6912,
-               max_len=4096, vocab_size=50304),
-}
-
-
-def get_config(size: str = 'tiny'):
-  c = base.base()
-  c.model.update(base.sized(size, SIZES))
-  c.model.update(arch='stablelm', position='rope', norm='layernorm',
-                 ffn='swiglu', block='pre_norm', attention_bias=False,
-                 ffn_bias=False, tie_embeddings=False)
-  c.model.rope.fraction = 0.25
-  c.data.length = c.model.max_len
-  return c
-'''
+DOC = pathlib.Path(__file__).parents[1] / 'docs/howto/add_a_system.md'
+PAGE, CONFIG = re.findall(r'^```py\n(.*?)^```', DOC.read_text(), re.M | re.S)
 # https://huggingface.co/stabilityai/stablelm-3b-4e1t, "Model Architecture".
 PUBLISHED = 2_795_443_200
 
