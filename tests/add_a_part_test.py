@@ -264,7 +264,7 @@ def test_an_optimiser_is_added_to_one_file():
                          optim__weight_decay=0.0, optim__schedule='constant')
     run, state, [metrics] = step_test.train(
         c, step_test.one_device(), steps=1)
-    start = jax.device_get(run.new_state(c.seed).params)
+    start = jax.device_get(run.new_state().params)
     moved = jax.tree.map(lambda a, b: np.abs(a - b), start, state.params)
     assert np.median(moved['embed']['tokens'][:models.VOCAB]) == (
         pytest.approx(0.5, rel=1e-5))
