@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 import contextlib
 import sys
 import time
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 Item = TypeVar('Item')
 _DRAWN_A_SECOND = 2  # by a thread, which takes time from the host's cores
@@ -73,7 +73,7 @@ def each(items: Iterable[Item], text: str, total: int | None = None
       advance()
 
 
-def console(stream):
+def console(stream: TextIO):
   """Returns rich's console, which leaves the cursor alone: a process that is
   killed could not show it again."""
   from rich import console as rich_console
@@ -100,7 +100,7 @@ def _make():
 class _Lines:
   """Where there is no terminal: one plain line for each update."""
 
-  def __init__(self, total: int, stream):
+  def __init__(self, total: int, stream: TextIO):
     self._total, self._stream = total, stream
 
   def step(self, step: int) -> None:
@@ -119,7 +119,7 @@ class _Lines:
 class _Bar:
   """On a terminal: step, loss, tokens/s, time left, redrawn in place."""
 
-  def __init__(self, total: int, first: int, stream):
+  def __init__(self, total: int, first: int, stream: TextIO):
     from rich import progress
     self._total = total
     # No thread of its own: it would take time from the host's two cores.
@@ -162,7 +162,8 @@ class _Silent(_Lines):
     """Nothing."""
 
 
-def bar(total: int, first: int = 0, primary: bool = True, stream=None):
+def bar(total: int, first: int = 0, primary: bool = True,
+        stream: TextIO | None = None) -> _Lines | _Bar:
   """Returns what shows a run's progress: step(), update(), say(), close().
 
   Args:

@@ -36,7 +36,7 @@ from training.workdir import storage
 DERIVED = ('vocab_size', 'max_len')
 
 
-def resolve(config: ml_collections.ConfigDict, tokenizer
+def resolve(config: ml_collections.ConfigDict, tokenizer: tokenizers.Tokenizer
             ) -> tuple[ModelConfig, dict[str, Any]]:
   """Returns the validated model config, and the fields that were derived.
 
@@ -56,7 +56,7 @@ def resolve(config: ml_collections.ConfigDict, tokenizer
   return resolved, derived
 
 
-def try_workdir(workdir) -> None:
+def try_workdir(workdir: epath.Path) -> None:
   """Raises RequestError where a run could not write what it has to."""
   for folder in (workdir, restoring.directory(workdir)):
     storage.try_folder(folder)
@@ -103,7 +103,8 @@ def _check_reach(config, c: ModelConfig) -> None:
           f'positions: set it to {longest} or more')
 
 
-def warn_of_unused_ids(model: ModelConfig, tokenizer) -> None:
+def warn_of_unused_ids(model: ModelConfig,
+                       tokenizer: tokenizers.Tokenizer) -> None:
   """Says so where most rows of the vocabulary are no token of the text."""
   if model.vocab_size > 2 * tokenizer.vocab_size:
     print(f'warning: model.vocab_size is {model.vocab_size}, of which the '
@@ -118,7 +119,7 @@ def resolve_alone(config: ml_collections.ConfigDict) -> ModelConfig:
   return architectures.resolve(_without_tokenizer(config))
 
 
-def _without_tokenizer(config) -> dict[str, Any]:
+def _without_tokenizer(config: ml_collections.ConfigDict) -> dict[str, Any]:
   model = config.model.to_dict()
   for name in DERIVED:  # stand-ins: the real ones come with the tokenizer
     model[name] = model[name] or max(config.data.length, 1)
@@ -135,7 +136,7 @@ def _check_objective(name: str, module: nn.Module) -> None:
           f'{module.config.arch} ({ours}): choose from {", ".join(choices)}')
 
 
-def count(params) -> int:
+def count(params: Any) -> int:
   """Returns the number of parameters."""
   return sum(x.size for x in jax.tree.leaves(nn.meta.unbox(params)))
 
@@ -296,7 +297,7 @@ def build(config: ml_collections.ConfigDict, model: ModelConfig,
   return Run.of(config, model, mesh)
 
 
-def _check_context(config, context: int) -> None:
+def _check_context(config: ml_collections.ConfigDict, context: int) -> None:
   for name in ('length', 'target_length'):
     size = config.data[name]
     require(size % context == 0, f'mesh.context is {context}, which does not '

@@ -1,6 +1,6 @@
 """The times of training steps, whose figures are read a step late."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import contextlib
 import time
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ class Deferred:
   the host formats, logs and fetches the next batch.
   """
 
-  def __init__(self, now):
+  def __init__(self, now: Callable[[], Any]):
     """Args:
       now: Meter.now, or what else tells when a step was done.
     """

@@ -55,7 +55,7 @@ def rates(config: ModelConfig, optimizer: str, roles):
   Args:
     config: the model's.
     optimizer: optim.name.
-    roles: the parameters' (training/state.py).
+    roles: the parameters' (training/step.py).
 
   Raises:
     ValueError: for an optimiser without a rule.

@@ -130,7 +130,7 @@ def make(optim, steps: int, roles, rates=None) -> optax.GradientTransformation:
   Args:
     optim: config.optim.
     steps: train.steps, the length of the schedule.
-    roles: the Role of each parameter, as a tree (training/state.py).
+    roles: the Role of each parameter, as a tree (training/step.py).
     rates: what each parameter's learning rate is multiplied by, its decay
       apart (training/optim/mup.py); None: 1.
 
