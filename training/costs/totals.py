@@ -12,7 +12,7 @@ import numpy as np
 import architectures
 from architectures.parts.moe import routing
 from training import paths
-from training.step import abstract_params, optimizer
+from training.step import abstract_params, optimizer, parameter_roles
 from training.costs import flops
 
 STAND_IN_VOCAB = 384  # of the byte tokenizer, where a size leaves it open
@@ -31,7 +31,7 @@ def count(config, length: int = 0, model=None) -> dict:
   tx = optimizer(module, config.optim, config.train.steps)
   params = nn.meta.unbox(abstract_params(module))
   opt_state = jax.eval_shape(tx.init, params)
-  sizes, active = _sizes(model, params)
+  sizes, active = _sizes(module)
   length = length or config.data.length
   both = architectures.stack(model) == 'encoder-decoder'
   other = length if both else 0
@@ -63,8 +63,7 @@ def count(config, length: int = 0, model=None) -> dict:
 
 def parameters(model) -> tuple[int, int]:
   """Returns the parameters of a resolved model, and the active ones."""
-  params = nn.meta.unbox(abstract_params(architectures.build(model)))
-  sizes, active = _sizes(model, params)
+  sizes, active = _sizes(architectures.build(model))
   return sum(sizes.values()), round(sum(active.values()))
 
 
@@ -76,26 +75,16 @@ def resolved(config):
   return architectures.resolve(model)
 
 
-def _sizes(model, params) -> tuple[dict, dict]:
-  sizes = {path: x.size for path, x in paths.flatten(params).items()}
-  return sizes, {path: size * _active_share(path, model)
+def _sizes(module: nn.Module) -> tuple[dict, dict]:
+  """Returns the size of each parameter by path, and how much of it one token
+  uses: of what the experts hold, the share of those that it goes through."""
+  m = module.config.moe
+  roles = paths.flatten(parameter_roles(module))
+  sizes = {path: x.size for path, x in paths.flatten(
+      nn.meta.unbox(abstract_params(module))).items()}
+  share = routing.active_experts(m) / m.num_experts
+  return sizes, {path: size * (share if 'experts' in roles[path].axes else 1.0)
                  for path, size in sizes.items()}
-
-
-def _active_share(path: str, model) -> float:
-  """Which share of a parameter one token uses: all of the router's, and of
-  what stands in ffn/shared, through which every token goes."""
-  folder, _, name = path.rpartition('/')
-  expert = (model.ffn == 'moe' and folder.endswith('/ffn')
-            and name.split('_')[0] in ('up', 'gate', 'down'))
-  if not expert or not _in_moe_block(path, model):
-    return 1.0
-  return routing.active_experts(model.moe) / model.moe.num_experts
-
-
-def _in_moe_block(path: str, model) -> bool:
-  block = int(path.split('block_')[1].split('/')[0])
-  return model.layer_pattern()[block].ffn == 'moe'
 
 
 def _by_part(sizes: dict) -> dict:
