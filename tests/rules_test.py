@@ -181,3 +181,19 @@ def test_no_command_line_takes_the_beginning_of_a_flag():
           and _room(_name(path))):
         given = {k.arg: getattr(k.value, 'value', None) for k in node.keywords}
         assert given.get('allow_abbrev') is False, f'{_name(path)}'
+
+
+def test_most_arguments_are_annotated():
+  """Of the functions of the programs and packages, tests apart."""
+  bare, count = [], 0
+  for path in SOURCES:
+    if _name(path).startswith('tests/'):
+      continue
+    for node in ast.walk(ast.parse(path.read_text())):
+      if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        given = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
+        given = [a for a in given if a.arg not in ('self', 'cls')]
+        count += len(given)
+        bare += [f'{_name(path)}:{a.lineno} {a.arg}' for a in given
+                 if a.annotation is None]
+  assert len(bare) <= 0.15 * count, '\n'.join(bare)

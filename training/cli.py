@@ -29,7 +29,8 @@ at_failure: list[Callable[[str, int], None]] = []
 
 
 def run(main: Callable[[], int | None],
-        around=contextlib.nullcontext()) -> None:
+        around: contextlib.AbstractContextManager = contextlib.nullcontext()
+        ) -> None:
   """Calls main() and exits with its code, or with that of its failure: see
   the head of this file.
 
@@ -88,7 +89,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter,
   """--help of a program with subcommands: the text keeps its layout, and each
   flag shows its default."""
 
-  def _get_help_string(self, action):
+  def _get_help_string(self, action: argparse.Action):
     if action.nargs == 0 or action.default in (None, '', []):
       return action.help
     return super()._get_help_string(action)
@@ -170,14 +171,14 @@ def _own_flags() -> list[str]:
       sys.modules['__main__']))
 
 
-def _unknown_flag(error) -> str:
+def _unknown_flag(error: flags.UnrecognizedFlagError) -> str:
   near = difflib.get_close_matches(error.flagname, _own_flags(), n=1)
   hint = f' Did you mean --{near[0]}?' if near else ''
   return (f'unknown flag --{error.flagname}: choose from '
           f'{", ".join(_own_flags())}.{hint}')
 
 
-def _described(flag) -> str:
+def _described(flag: flags.Flag) -> str:
   """The lines of --help for one flag, with its default."""
   name = f'[no]{flag.name}' if flag.boolean else flag.name
   default = (','.join(flag.default) if isinstance(flag.default, list)

@@ -15,6 +15,7 @@ import pathlib
 import re
 import traceback
 import types
+from typing import Any
 
 import ml_collections
 
@@ -89,7 +90,7 @@ def _sentence(file: str, error: BaseException) -> str:
           f'{first}')
 
 
-def check(config, who: str) -> None:
+def check(config: Any, who: str) -> None:
   """Raises RequestError unless `config` has the fields of configs/base.py, each
   of the type that it has there."""
   require(isinstance(config, ml_collections.ConfigDict),
@@ -112,7 +113,7 @@ def _check_group(group: Mapping, expected: Mapping, who: str, prefix: str):
       _check_group(value, expected[name], who, f'{field}.')
 
 
-def check_type(value, default, who: str) -> None:
+def check_type(value: Any, default: Any, who: str) -> None:
   """Raises RequestError unless `value` is of the type that a field's default
   has; an integer does where a float is expected."""
   kind = type(default)
@@ -134,7 +135,7 @@ def check_keys(config: ml_collections.ConfigDict, argv: Sequence[str]) -> None:
       _check_key(config, word.partition('=')[0], found[1])
 
 
-def _check_key(config, flag: str, name: str) -> None:
+def _check_key(config: Any, flag: str, name: str) -> None:
   at, parents = config, []
   for part in name.split('.'):
     require(isinstance(at, ml_collections.ConfigDict),

@@ -7,6 +7,7 @@ byte are the mean loss over the mean bytes of a token.
 
 from collections.abc import Callable, Iterable, Sequence
 import math
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,7 +16,7 @@ from training.data import pipeline
 from training.objectives.record import Mean
 
 
-def evaluate(step: Callable, params, loaders: Sequence[pipeline.Loader],
+def evaluate(step: Callable, params: Any, loaders: Sequence[pipeline.Loader],
              batches: int, put: Callable, stop: Callable[[], bool]
              ) -> list[dict[str, Mean]] | None:
   """Returns the `sums` of what is held out, for `means`; None if stopped.
@@ -37,9 +38,8 @@ def evaluate(step: Callable, params, loaders: Sequence[pipeline.Loader],
   return found
 
 
-def sums(step: Callable, params, batches: Iterable, put: Callable,
-         stop: Callable[[], bool] = lambda: False
-         ) -> dict[str, Mean] | None:
+def sums(step: Callable, params: Any, batches: Iterable, put: Callable,
+         stop: Callable[[], bool] = lambda: False) -> dict[str, Mean] | None:
   """Returns {figure: Mean} of some batches, on the host; see `evaluate`."""
   total = None
   for batch in batches:

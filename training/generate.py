@@ -8,7 +8,7 @@ here, so that a row's text does not depend on the others.
 
 import dataclasses
 import functools
-from typing import Optional
+from typing import Any, Optional
 
 import chex
 import flax.linen as nn
@@ -19,6 +19,7 @@ import numpy as np
 import architectures
 from architectures.parts.moe.layer import without_capacity
 from architectures.parts.skeletons import one_by_one
+from architectures.parts.skeletons import Output
 from configs.errors import require
 
 # So many layers a token goes through one by one, which is faster; deeper
@@ -73,11 +74,12 @@ class Sampling:
 
 @functools.partial(jax.jit, static_argnames=(
     'module', 'max_new_tokens', 'sampling', 'stop_token'))
-def generate(module: nn.Module, params, prompts_BL: jax.Array,
+def generate(module: nn.Module, params: Any, prompts_BL: jax.Array,
              lengths_B: jax.Array, key: jax.Array, *, max_new_tokens: int,
-             sampling: Sampling = Sampling(),
-             stop_token: Optional[int] = None, source_BM=None,
-             source_lengths_B=None, prefix_B=None) -> jax.Array:
+             sampling: Sampling = Sampling(), stop_token: Optional[int] = None,
+             source_BM: Optional[jax.Array] = None,
+             source_lengths_B: Optional[jax.Array] = None,
+             prefix_B: Optional[jax.Array] = None) -> jax.Array:
   """Continues each prompt by up to `max_new_tokens` tokens.
 
   Args:
@@ -124,7 +126,7 @@ def generate(module: nn.Module, params, prompts_BL: jax.Array,
   last_B1D = jnp.take_along_axis(
       output.hidden, (lengths_B - 1)[:, None, None], axis=1)
 
-  def draw(output, hidden_B1D, t):
+  def draw(output: Output, hidden_B1D: jax.Array, t: jax.Array | int):
     return sampling(output.head.logits(hidden_B1D)[:, 0],
                     jax.random.fold_in(key, t)).astype(jnp.int32)
 
@@ -135,11 +137,11 @@ def generate(module: nn.Module, params, prompts_BL: jax.Array,
 
   apart = module.config.num_decoder_layers <= UNROLLED_LAYERS
 
-  def unfinished(carry):
+  def unfinished(carry: Any):
     t, _, done_B, _ = carry
     return (t < max_new_tokens) & ~jnp.all(done_B)
 
-  def step(carry):
+  def step(carry: Any):
     t, tokens_BT, done_B, cache = carry
     token_B1 = jax.lax.dynamic_slice_in_dim(tokens_BT, t - 1, 1, 1)
     output = apply({'params': params}, token_B1, cache=cache, one_by_one=apart,

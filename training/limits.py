@@ -4,10 +4,14 @@ What belongs to a model is checked where it is built, what belongs to an
 optimiser or a schedule in its own file.
 """
 
+from collections.abc import Iterable
 import math
 import operator
 
+import ml_collections
+
 from architectures.parts import unread as fields_unread
+from architectures.parts.config import ModelConfig
 from configs import base
 from configs.base import MOST_FLOAT
 from configs.errors import require, short
@@ -56,7 +60,7 @@ SIGNS = {'>=': operator.ge, '>': operator.gt, '<=': operator.le,
          '<': operator.lt}
 
 
-def ranges(config, *sections: str) -> None:
+def ranges(config: ml_collections.ConfigDict, *sections: str) -> None:
   """Raises RequestError for a number that cannot be honoured.
 
   Args:
@@ -77,7 +81,7 @@ def ranges(config, *sections: str) -> None:
     _check_batch(config.data)
 
 
-def _check_batch(data) -> None:
+def _check_batch(data: ml_collections.ConfigDict) -> None:
   tokens = data.batch_size * max(data.length, data.target_length)
   require(tokens <= MOST_OF_A_BATCH, f'data.batch_size is '
           f'{data.batch_size} and data.length {data.length}: a batch of '
@@ -85,7 +89,7 @@ def _check_batch(data) -> None:
           'taken')
 
 
-def number(name: str, value, bounds: tuple) -> None:
+def number(name: str, value: int | float, bounds: tuple) -> None:
   """Raises RequestError unless a number is finite and within its bounds."""
   fits = all(SIGNS[sign](value, bound) for sign, bound in bounds)
   text = ' and '.join(f'{sign} {bound:,}' if type(bound) is int else
@@ -94,7 +98,7 @@ def number(name: str, value, bounds: tuple) -> None:
           f'{name} is {short(value)}: it must be {text}')
 
 
-def _numbers(config, prefix: str = ''):
+def _numbers(config: ml_collections.ConfigDict, prefix: str = ''):
   """Yields (dotted name, value) of each int and float of a config."""
   for name, value in config.items():
     if hasattr(value, 'items'):
@@ -103,7 +107,7 @@ def _numbers(config, prefix: str = ''):
       yield prefix + name, value
 
 
-def refuse_unread(config) -> None:
+def refuse_unread(config: ml_collections.ConfigDict) -> None:
   """Raises RequestError for a field that was set, differing from its default in
   configs/base.py, and that nothing will read."""
   defaults = base.base()
@@ -123,7 +127,8 @@ def refuse_unread(config) -> None:
           'from: set it, or leave init_partial at False')
 
 
-def unread(config, model) -> dict[str, fields_unread.Row]:
+def unread(config: ml_collections.ConfigDict, model: ModelConfig
+           ) -> dict[str, fields_unread.Row]:
   """Returns the fields of config.model that were set, differing from their
   defaults in configs/base.py, and that the model does not read.
 
@@ -138,7 +143,8 @@ def unread(config, model) -> dict[str, fields_unread.Row]:
           if get(config, name) != get(defaults, name)}
 
 
-def refuse_unread_of(names, config, model) -> None:
+def refuse_unread_of(names: Iterable[str], config: ml_collections.ConfigDict,
+                     model: ModelConfig) -> None:
   """Raises RequestError for a field of `names`, which were set by hand, that
   the model does not read. A field that was set together with one that decides
   whether it is read is let pass: a grid of a sweep has such points."""
@@ -152,7 +158,7 @@ def refuse_unread_of(names, config, model) -> None:
             f'{get(defaults, name)}, or set {" or ".join(sorted(decided_by))}')
 
 
-def get(config, name: str):
+def get(config: ml_collections.ConfigDict, name: str):
   """Returns the field of a config by its dotted name."""
   for part in name.split('.'):
     config = config[part]

@@ -227,7 +227,7 @@ class _Loop:
   def _next(self, streams: Sequence[Iterator]):
     return self.program.put(*[next(stream) for stream in streams])
 
-  def _compile(self, state: TrainState, batch):
+  def _compile(self, state: TrainState, batch: Any):
     """Compiles both steps and returns the training step, when all processes
     have done so."""
     cpu_memory.trim()

@@ -17,7 +17,7 @@ exchange once, after the last chunk.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -94,10 +94,11 @@ def token_losses(hidden_BLD: jax.Array, head: Head, targets_BL: jax.Array, *,
   return _token_losses(settings, hidden_BLD, head, targets_BL)
 
 
-def _token_losses(settings, hidden_BLD, head, targets_BL) -> TokenLosses:
+def _token_losses(settings: _Settings, hidden_BLD: jax.Array, head: Head,
+                  targets_BL: jax.Array) -> TokenLosses:
   kernel_DV = _kernel(head, hidden_BLD)
 
-  def of_chunk(_, chunk):
+  def of_chunk(_: None, chunk: tuple[jax.Array, ...]):
     x_GBCD, targets_GBC = chunk
     logits_GBCV = head.finish(_product(x_GBCD, kernel_DV))
     return None, _losses(settings, logits_GBCV, targets_GBC)
@@ -108,13 +109,14 @@ def _token_losses(settings, hidden_BLD, head, targets_BL) -> TokenLosses:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _loss_sum(settings, hidden_BLD, head, targets_BL, weights_BL):
+def _loss_sum(settings: _Settings, hidden_BLD: jax.Array, head: Head,
+              targets_BL: jax.Array, weights_BL: jax.Array):
   """(sum of weights * losses, TokenLosses, through which no gradient goes)."""
   tokens = _token_losses(settings, hidden_BLD, head, targets_BL)
   return (weights_BL * tokens.loss).sum(), tokens
 
 
-def _loss_sum_fwd(settings, *args):
+def _loss_sum_fwd(settings: _Settings, *args):
   """The sum and, in the same pass, such of its gradients as are asked for."""
   asked = jax.tree.map(lambda x: x.perturbed, args)
   ask_hidden, ask_head, _, ask_weights = asked
@@ -124,7 +126,7 @@ def _loss_sum_fwd(settings, *args):
   # Both products read the kernel along its rows: one copy for all chunks.
   kernel_VD = jax.lax.optimization_barrier(kernel_DV.T)
 
-  def of_chunk(d_head, chunk):
+  def of_chunk(d_head: Any, chunk: tuple[jax.Array, ...]):
     x_GBCD, targets_GBC, weights_GBC = chunk
     logits_GBCV, pull = jax.vjp(head.finish, _product(x_GBCD, kernel_DV))
     losses = _losses(settings, logits_GBCV, targets_GBC)
@@ -159,7 +161,7 @@ def _loss_sum_fwd(settings, *args):
   return ((weights_BL * tokens.loss).sum(), tokens), gradients
 
 
-def _loss_sum_bwd(settings, gradients, cotangents):
+def _loss_sum_bwd(settings: _Settings, gradients: Any, cotangents: Any):
   del settings
   scale = cotangents[0]
   if isinstance(scale, jax.custom_derivatives.SymbolicZero):
@@ -170,12 +172,13 @@ def _loss_sum_bwd(settings, gradients, cotangents):
 _loss_sum.defvjp(_loss_sum_fwd, _loss_sum_bwd, symbolic_zeros=True)
 
 
-def _product(x_GBCD, kernel_DV):
+def _product(x_GBCD: jax.Array, kernel_DV: jax.Array):
   return linear.einsum('GBCD,DV->GBCV', x_GBCD, kernel_DV, x_GBCD.dtype,
                        jnp.float32)
 
 
-def _losses(settings, logits_GBCV, targets_GBC) -> TokenLosses:
+def _losses(settings: _Settings, logits_GBCV: jax.Array, targets_GBC: jax.Array
+            ) -> TokenLosses:
   """The loss of each token. The target's logit is found by a masked sum: a
   gather would collect a sharded vocabulary on every device."""
   smooth = settings.label_smoothing
@@ -193,7 +196,9 @@ def _losses(settings, logits_GBCV, targets_GBC) -> TokenLosses:
   return TokenLosses(loss_GBC, log_z_GBC, rivals_GBC == 1)
 
 
-def _gradient(settings, logits_GBCV, targets_GBC, weights_GBC, log_z_GBC):
+def _gradient(settings: _Settings, logits_GBCV: jax.Array,
+              targets_GBC: jax.Array, weights_GBC: jax.Array,
+              log_z_GBC: jax.Array):
   """Of the weighted losses, in the logits."""
   smooth, z_loss = settings.label_smoothing, settings.z_loss
   p_GBCV = jnp.exp(logits_GBCV - log_z_GBC[..., None])
@@ -205,12 +210,13 @@ def _gradient(settings, logits_GBCV, targets_GBC, weights_GBC, log_z_GBC):
   return (p_GBCV - q_GBCV) * weights_GBC[..., None]
 
 
-def _is_target(logits_GBCV, targets_GBC):
+def _is_target(logits_GBCV: jax.Array, targets_GBC: jax.Array):
   ids_GBCV = jax.lax.broadcasted_iota(jnp.int32, logits_GBCV.shape, 3)
   return ids_GBCV == targets_GBC[..., None]
 
 
-def _settings(hidden_BLD, head, z_loss, label_smoothing, chunk) -> _Settings:
+def _settings(hidden_BLD: jax.Array, head: Head, z_loss: float,
+              label_smoothing: float, chunk: int) -> _Settings:
   """How the tokens are cut up: shards of the batch, and of the length chunks
   as even as can be."""
   batch, length, _ = hidden_BLD.shape
@@ -224,12 +230,12 @@ def _settings(hidden_BLD, head, z_loss, label_smoothing, chunk) -> _Settings:
                    -(-length // chunks))
 
 
-def _cut(settings, arrays):
+def _cut(settings: _Settings, arrays: tuple[jax.Array, ...]):
   """[B, L, ...] -> [chunks, G, B / rows, C, ...], the length of a shard padded
   with zeros; the weight of a padded token is one of them."""
   rows, lengths, C = settings.rows, settings.lengths, settings.positions
 
-  def cut(x):
+  def cut(x: jax.Array):
     batch, length = x.shape[0] // rows, x.shape[1] // lengths
     chunks = -(-length // C)
     x = x.reshape(rows, batch, lengths, length, *x.shape[2:])
@@ -244,11 +250,12 @@ def _cut(settings, arrays):
   return jax.tree.map(cut, arrays)
 
 
-def _join(settings, arrays, shape):
+def _join(settings: _Settings, arrays: tuple[jax.Array, ...],
+          shape: tuple[int, ...]):
   """[chunks, G, B / rows, C, ...] -> [B, L, ...]: `_cut` undone."""
   rows, lengths = settings.rows, settings.lengths
 
-  def join(x):
+  def join(x: jax.Array):
     chunks, _, batch, C = x.shape[:4]
     x = x.reshape(chunks, rows, lengths, batch, C, *x.shape[4:])
     x = jnp.moveaxis(x, (0, 2), (3, 2))
@@ -259,13 +266,13 @@ def _join(settings, arrays, shape):
   return jax.tree.map(join, arrays)
 
 
-def _kernel(head, hidden_BLD):
+def _kernel(head: Head, hidden_BLD: jax.Array):
   """The head's kernel as every chunk reads it: cast, and gathered, once."""
   return sharding.constrain_if(
       head.kernel_DV.astype(hidden_BLD.dtype), None, 'vocab')
 
 
-def _zeros(settings, asked, x):
+def _zeros(settings: _Settings, asked: Any, x: jax.Array):
   """What a gradient of x adds up in: a copy for each shard of the tokens."""
   if not asked:
     return None
@@ -275,7 +282,7 @@ def _zeros(settings, asked, x):
       'tokens', *axes)
 
 
-def _whole(d, x, *axes):
+def _whole(d: jax.Array, x: jax.Array, *axes):
   """The shards' gradients of x, added up and laid out as x is."""
   if d is None:
     return None

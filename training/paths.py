@@ -16,13 +16,13 @@ import jax
 from configs.errors import RequestError
 
 
-def join(key_path) -> str:
+def join(key_path: Any) -> str:
   """Returns a jax key path as its '/'-joined string."""
   return '/'.join(str(getattr(key, 'key', getattr(
       key, 'name', getattr(key, 'idx', key)))) for key in key_path)
 
 
-def flatten(tree) -> dict[str, Any]:
+def flatten(tree: Any) -> dict[str, Any]:
   """Returns {path: leaf}, in the tree's own order."""
   leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
   return {join(path): leaf for path, leaf in leaves}
@@ -50,7 +50,7 @@ def first_match(patterns: Sequence[tuple[str, Any]], path: str,
       "('.*', VALUE) for all the others")
 
 
-def match(patterns: Sequence[tuple[str, Any]], tree, name: str):
+def match(patterns: Sequence[tuple[str, Any]], tree: Any, name: str):
   """Returns `tree` with each leaf replaced by its pattern's value.
 
   The values are scalars: a 0/1 mask, a learning-rate multiplier, a label.

@@ -6,7 +6,9 @@ or TensorBoard's profile plugin.
 
 import math
 import re
+from typing import Any
 
+from etils import epath
 import jax
 
 from configs.errors import RequestError
@@ -38,12 +40,12 @@ def parse(steps: str, total: float = math.inf) -> tuple[int, int] | None:
 class Profiler:
   """Starts and stops the trace; the loop calls it before every step."""
 
-  def __init__(self, steps: str, workdir):
+  def __init__(self, steps: str, workdir: epath.Path):
     self._range = parse(steps)
     self._files = storage.Uploads(storage.path(workdir) / 'profile')
     self._on = False
 
-  def before(self, step: int, state) -> None:
+  def before(self, step: int, state: Any) -> None:
     """Called before `step` is dispatched, with the state that goes in."""
     if self._range is None:
       return
@@ -60,7 +62,7 @@ class Profiler:
     """A context around the dispatch, so that the trace knows its steps."""
     return jax.profiler.StepTraceAnnotation('train', step_num=step)
 
-  def close(self, state) -> None:
+  def close(self, state: Any) -> None:
     """Ends a trace that is under way, with the work dispatched so far."""
     if self._on:
       jax.block_until_ready(state)

@@ -64,7 +64,7 @@ def try_workdir(workdir: epath.Path) -> None:
     storage.try_file(file, '--workdir')
 
 
-def printable(config: ml_collections.ConfigDict, by_hand=()
+def printable(config: ml_collections.ConfigDict, by_hand: Iterable[str] = ()
               ) -> dict[str, Any]:
   """Returns the config as a run reads it: checked, and with every field of
   the model that is derived filled in; `by_hand` is as for `check`."""
@@ -73,7 +73,8 @@ def printable(config: ml_collections.ConfigDict, by_hand=()
   return run_config.to_json(config) | {'model': dataclasses.asdict(model)}
 
 
-def check(config: ml_collections.ConfigDict, by_hand=()) -> None:
+def check(config: ml_collections.ConfigDict, by_hand: Iterable[str] = ()
+          ) -> None:
   """Raises ValueError for what can be seen wrong without data or devices.
 
   Args:
@@ -94,7 +95,7 @@ def check(config: ml_collections.ConfigDict, by_hand=()) -> None:
   _check_objective(config.objective, module)
 
 
-def _check_reach(config, c: ModelConfig) -> None:
+def _check_reach(config: ml_collections.ConfigDict, c: ModelConfig) -> None:
   """Raises ValueError for rows that learned positions do not reach over."""
   longest = max(objectives.of(config).row_lengths(config))
   require(longest <= positions.reach(c),
@@ -304,7 +305,7 @@ def _check_context(config: ml_collections.ConfigDict, context: int) -> None:
             f'divide data.{name} {size}: choose a multiple of it')
 
 
-def restore_params(run: Run, workdir, step: int | None = None
+def restore_params(run: Run, workdir: epath.Path, step: int | None = None
                    ) -> tuple[Any, int]:
   """Returns the parameters of a checkpoint, and its step; prints which it is,
   and the checkpoints that were passed over because they are damaged.

@@ -84,7 +84,7 @@ def check(value: Any, shape: Any, who: str) -> None:
     _scalar(value, shape if isinstance(shape, tuple) else (shape,), who)
 
 
-def _scalar(value, kinds: tuple[type, ...], who: str) -> None:
+def _scalar(value: Any, kinds: tuple[type, ...], who: str) -> None:
   require(type(value) in kinds, f'{who} is damaged: it is {short(value)}, and '
           f'must be {" or ".join(WORDS[kind] for kind in kinds)}')
   if type(value) in NUMBER:
@@ -93,6 +93,6 @@ def _scalar(value, kinds: tuple[type, ...], who: str) -> None:
             f'{who} is damaged: it is {short(value)}, which is out of range')
 
 
-def _kind(value, kind: type, who: str) -> None:
+def _kind(value: Any, kind: type, who: str) -> None:
   require(isinstance(value, kind), f'{who} is damaged: it is {short(value)}, '
           f'and must be {WORDS[kind]}')

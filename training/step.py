@@ -103,7 +103,7 @@ def _make(params, tx) -> TrainState:
 
 
 def make_train_step(module: nn.Module, tx: optax.GradientTransformation,
-                    config) -> Callable:
+                    config: ml_collections.ConfigDict) -> Callable:
   """Returns step(state, batch) -> (state, metrics), to be jitted with the
   state donated; trace it under the mesh and sharding.rules.
 
@@ -115,7 +115,7 @@ def make_train_step(module: nn.Module, tx: optax.GradientTransformation,
   objective = objectives.of(config)
   schedule = schedules.rate(config.optim, config.train.steps)
 
-  def loss_fn(params, batch, key, whole):
+  def loss_fn(params: Any, batch: Any, key: jax.Array, whole: Any):
     """Of a micro-batch: its share in whole['loss'] times the loss, its
     figures, and its share in the auxiliary losses and the health panel, and
     in the loads that move biases."""
@@ -138,7 +138,7 @@ def make_train_step(module: nn.Module, tx: optax.GradientTransformation,
 
   grad_fn = jax.grad(loss_fn, has_aux=True)
 
-  def step(state: TrainState, batch):
+  def step(state: TrainState, batch: Any):
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     whole = objective.weights(batch) | {'tokens': objective.tokens(batch)}
     grads, (figures, panel, loads) = _accumulate(
@@ -165,13 +165,14 @@ def make_train_step(module: nn.Module, tx: optax.GradientTransformation,
   return step
 
 
-def _norm(tree) -> jax.Array:
+def _norm(tree: Any) -> jax.Array:
   """The joint norm of all leaves, in float32 whatever they are in."""
   return optax.tree.norm(
       jax.tree.map(lambda x: x.astype(jnp.float32), tree))
 
 
-def _accumulate(grad_fn, params, batch, key, whole, parts: int):
+def _accumulate(grad_fn: Callable, params: Any, batch: Any, key: jax.Array,
+                whole: Any, parts: int):
   """Sums gradients and figures over `parts` micro-batches, by a scan.
 
   Micro-batch i takes rows i, i + parts, ...: each device cuts up its own.
@@ -180,11 +181,11 @@ def _accumulate(grad_fn, params, batch, key, whole, parts: int):
   if parts == 1:
     return grad_fn(params, batch, key, whole)
 
-  def cut(x):
+  def cut(x: jax.Array):
     x = jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1)
     return sharding.constrain(x, None, 'batch', *(None,) * (x.ndim - 2))
 
-  def add(total, part):
+  def add(total: Any, part: Any):
     i, micro = part
     result = grad_fn(params, micro, jax.random.fold_in(key, i), whole)
     return jax.tree.map(jnp.add, total, result), None
@@ -197,14 +198,15 @@ def _accumulate(grad_fn, params, batch, key, whole, parts: int):
   return jax.lax.scan(add, zeros, (jnp.arange(parts), micros))[0]
 
 
-def make_eval_step(module: nn.Module, config) -> Callable:
+def make_eval_step(module: nn.Module, config: ml_collections.ConfigDict
+                   ) -> Callable:
   """Returns step(params, batch) -> {figure: Mean}, without label
   smoothing, z-loss or auxiliary losses."""
   objective = objectives.of(config)
   config = config.copy_and_resolve_references()
   config.train.z_loss = config.train.label_smoothing = 0.0
 
-  def step(params: Any, batch) -> dict[str, Mean]:
+  def step(params: Any, batch: Any) -> dict[str, Mean]:
     return objective.figures(objective.apply(module, params, batch), batch,
                              config)
 

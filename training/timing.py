@@ -47,7 +47,7 @@ class Deferred:
     """Returns what is held, or None: before evaluating, saving and ending."""
     return self._swap(None)
 
-  def _swap(self, new):
+  def _swap(self, new: Any):
     held, self._held = self._held, new
     if held is None:
       return None
@@ -60,7 +60,8 @@ class Meter:
   """Times steps: between laps, less what is paused (evaluation, saving)."""
 
   def __init__(self, tokens_per_step: int, flops_per_step: float,
-               peak_flops: float | None, clock=time.perf_counter):
+               peak_flops: float | None,
+               clock: Callable[[], float] = time.perf_counter):
     """Args:
       tokens_per_step: the global batch's tokens.
       flops_per_step: model FLOPs of a training step (training/costs/flops.py).
@@ -127,7 +128,7 @@ class Meter:
 
 
 def slowest(figures: Mapping[str, Any],
-            names=('data_seconds', 'compile_seconds')) -> dict[str, Any]:
+            names: Any = ('data_seconds', 'compile_seconds')) -> dict[str, Any]:
   """Returns `figures` with `names` at the worst of all processes.
 
   A collective: every process calls it, at the same steps, with the same keys.

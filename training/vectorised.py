@@ -13,7 +13,9 @@ import contextlib
 import dataclasses
 import pathlib
 import sys
+from typing import Any
 
+from etils import epath
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -52,7 +54,7 @@ class Unfinished(EnvironmentFailure):
     sentences: why not, by the run's place in the group.
   """
 
-  def __init__(self, sentences: dict[int, str], workdirs):
+  def __init__(self, sentences: dict[int, str], workdirs: Sequence[epath.Path]):
     self.sentences = sentences
     super().__init__('\n'.join(
         f'{workdirs[i]}: {sentence}' for i, sentence in sentences.items()))
@@ -87,7 +89,7 @@ def refusal(config: ml_collections.ConfigDict) -> str:
   return ''
 
 
-def _shared(config) -> tuple:
+def _shared(config: ml_collections.ConfigDict) -> tuple:
   return tuple((name, value) for name, value in run_config.flatten(
       config).items() if name not in FIELDS)
 
@@ -174,7 +176,8 @@ def _train_part(run: runs.Run, part: Sequence[loop.Member],
     print(f'stopped after step {n}: the same request goes on.')
 
 
-def _check(configs, workdirs) -> None:
+def _check(configs: Sequence[ml_collections.ConfigDict],
+           workdirs: Sequence[epath.Path]) -> None:
   """Raises ValueError for what is no group."""
   require(len(configs) == len(workdirs) > 0,
           f'{len(configs)} configs and {len(workdirs)} workdirs: pass one '
@@ -227,7 +230,7 @@ class Group(runs.Run):
     return (f'{len(self.members)} runs at once, each of them:\n'
             + super().describe(*args))
 
-  def _put(self, tree, spec=_EACH):
+  def _put(self, tree: Any, spec: Any = _EACH):
     return jax.device_put(tree, NamedSharding(self.joint, spec))
 
   def put(self, *batches: dict[str, np.ndarray]) -> tuple[dict, dict]:
@@ -285,12 +288,12 @@ class Group(runs.Run):
     for row in range(len(self.members)):
       yield jax.tree.map(jnp.asarray, self.part(host, row))
 
-  def part(self, figures, row: int):
+  def part(self, figures: Any, row: int):
     return jax.tree.map(lambda x: x[row], figures,
                         is_leaf=lambda x: isinstance(x, list))
 
 
-def with_values(config: ml_collections.ConfigDict, values
+def with_values(config: ml_collections.ConfigDict, values: Any
                 ) -> ml_collections.ConfigDict:
   """Returns a copy of `config` that holds traced values in some fields."""
   config = config.copy_and_resolve_references()

@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import pathlib
 import re
 from typing import Any, NamedTuple
@@ -46,7 +47,7 @@ class Loaded(NamedTuple):
   skipped: list[str]
 
 
-def from_hf(path, *, partial: bool = False, seed: int = 0):
+def from_hf(path: str | os.PathLike, *, partial: bool = False, seed: int = 0):
   """Returns (module, params) of a Hugging Face folder, or a file in one.
 
   Args:
@@ -67,8 +68,8 @@ def from_hf(path, *, partial: bool = False, seed: int = 0):
                       seed=seed).params
 
 
-def start(path, module: nn.Module, *, like=None, partial: bool = False,
-          seed: int = 0) -> Loaded:
+def start(path: str | os.PathLike, module: nn.Module, *, like: Any = None,
+          partial: bool = False, seed: int = 0) -> Loaded:
   """Returns what `module` starts from: the weights of another training.
 
   The config.json beside them must describe the same function. Only the length
@@ -86,8 +87,8 @@ def start(path, module: nn.Module, *, like=None, partial: bool = False,
   return Loaded(loaded.params, different + loaded.skipped)
 
 
-def other_function(ours: ModelConfig, theirs: ModelConfig, path,
-                   partial: bool) -> list[str]:
+def other_function(ours: ModelConfig, theirs: ModelConfig,
+                   path: str | os.PathLike, partial: bool) -> list[str]:
   """Returns a line for each field by which the weights in `path` are those of
   another function; unless `partial`, one is a ValueError."""
   if ours.position == theirs.position and math.isinf(positions.reach(ours)):
@@ -100,8 +101,8 @@ def other_function(ours: ModelConfig, theirs: ModelConfig, path,
   return different
 
 
-def load(module: nn.Module, source: Mapping[str, np.ndarray], *, like=None,
-         partial: bool = False, seed: int = 0) -> Loaded:
+def load(module: nn.Module, source: Mapping[str, np.ndarray], *,
+         like: Any = None, partial: bool = False, seed: int = 0) -> Loaded:
   """Returns the parameters of `module`, from tensors by their HF names.
 
   Args:
@@ -136,7 +137,7 @@ def load(module: nn.Module, source: Mapping[str, np.ndarray], *, like=None,
   drawn = draw(module, like, bad, seed) if bad else {}
   with progress.during('reading parameters', len(shapes)) as advance:
 
-    def read(key, leaf):
+    def read(key: Any, leaf: Any):
       path = paths.join(key)
       x = drawn[path] if path in bad else _fill(leaf, fills[path], names)
       advance()
@@ -146,7 +147,9 @@ def load(module: nn.Module, source: Mapping[str, np.ndarray], *, like=None,
   return Loaded(params, skipped)
 
 
-def _check_number(needed: int, source, partial: bool) -> None:
+def _check_number(needed: int,
+                  source: Mapping[str, np.ndarray] | hf_files.Files,
+                  partial: bool) -> None:
   """Raises RequestError where the model has another size altogether than the
   files, before each of its tensors is looked for."""
   held = len(list(source))
@@ -220,7 +223,7 @@ class _Names:
     return lines
 
 
-def _fill(leaf, fills, names: _Names) -> jax.Array:
+def _fill(leaf: Any, fills: list, names: _Names) -> jax.Array:
   """Returns one parameter, each shard read where it lies, one at a time."""
   sharding = getattr(leaf, 'sharding', None)
   if sharding is None:
@@ -239,7 +242,8 @@ def _fill(leaf, fills, names: _Names) -> jax.Array:
   return jax.make_array_from_single_device_arrays(leaf.shape, sharding, placed)
 
 
-def _shard(dtype, ranges, fills, names: _Names) -> np.ndarray:
+def _shard(dtype: np.dtype, ranges: tuple, fills: list, names: _Names
+           ) -> np.ndarray:
   """Returns the part of a parameter that lies in `ranges`, (start, stop)s."""
   shard = np.empty([stop - start for start, stop in ranges], dtype)
   for tensor, which in fills:
@@ -264,10 +268,11 @@ def _init(module: nn.Module, key: jax.Array):
   return module.init(key, jnp.zeros((1, 1), jnp.int32))['params']
 
 
-def draw(module, like, wanted, seed: int) -> dict[str, jax.Array]:
+def draw(module: nn.Module, like: Any, wanted: set[str], seed: int
+         ) -> dict[str, jax.Array]:
   """Returns the initial values of the parameters `wanted` alone, by path."""
 
-  def init(key):
+  def init(key: jax.Array):
     flat = paths.flatten(nn.meta.unbox(_init(module, key)))
     return {path: flat[path] for path in wanted}
 
@@ -276,8 +281,8 @@ def draw(module, like, wanted, seed: int) -> dict[str, jax.Array]:
   return jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
 
 
-def to_hf(module: nn.Module, params, folder, *, dtype: str = '',
-          shard_bytes: int = SHARD_BYTES,
+def to_hf(module: nn.Module, params: Any, folder: str | os.PathLike, *,
+          dtype: str = '', shard_bytes: int = SHARD_BYTES,
           generation: hf_generation.Generation | None = None) -> None:
   """Writes config.json and safetensors, which transformers loads.
 
@@ -325,6 +330,6 @@ def to_hf(module: nn.Module, params, folder, *, dtype: str = '',
         json.dumps(generation.options, indent=2) + '\n')
 
 
-def _theirs(tensor: hf.Tensor, flat) -> np.ndarray:
+def _theirs(tensor: hf.Tensor, flat: dict[str, Any]) -> np.ndarray:
   return tensor.join([np.asarray(flat[path][tensor.index])
                       for path in tensor.paths])

@@ -13,6 +13,7 @@ costs twice the forward: the gradient of both factors.
 
 import dataclasses
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -29,8 +30,8 @@ from training.costs import traced
 ATTENTION, WEIGHTS = 'attention', 'weights'
 
 
-def forward_flops(model, length: int,
-                  decoder_length: int = 0) -> dict[str, float]:
+def forward_flops(model: ModelConfig, length: int, decoder_length: int = 0
+                  ) -> dict[str, float]:
   """Returns the FLOPs of a forward pass over one sequence: of `attention`'s
   scores and weighted values, and of products with `weights`.
 
@@ -51,20 +52,21 @@ def forward_flops(model, length: int,
                        decoder_length))
 
 
-def forward_flops_per_token(model, length: int,
+def forward_flops_per_token(model: ModelConfig, length: int,
                             decoder_length: int = 0) -> float:
   """Returns the mean over a sequence's tokens, both sides counted."""
   total = sum(forward_flops(model, length, decoder_length).values())
   return total / (length + decoder_length)
 
 
-def training_flops_per_token(model, length: int,
+def training_flops_per_token(model: ModelConfig, length: int,
                              decoder_length: int = 0) -> float:
   """Forward and backward: three times the forward pass."""
   return 3 * forward_flops_per_token(model, length, decoder_length)
 
 
-def decode_flops(model, keys: int, memory: int = 0) -> dict[str, float]:
+def decode_flops(model: ModelConfig, keys: int, memory: int = 0
+                 ) -> dict[str, float]:
   """Returns the FLOPs of one token that sees `keys` keys, itself included.
 
   Args:
@@ -137,16 +139,16 @@ def _tokens(rows: int, length: int):
   return jax.ShapeDtypeStruct((rows, length), jnp.int32)
 
 
-def _with_length(slots, length: int):
+def _with_length(slots: jax.ShapeDtypeStruct, length: int):
   shape = (*slots.shape[:-3], length, *slots.shape[-2:])
   return jax.ShapeDtypeStruct(shape, slots.dtype)
 
 
-def _count(c: ModelConfig, rows: int, program, *args) -> tuple:
+def _count(c: ModelConfig, rows: int, program: Any, *args) -> tuple:
   """Counts what a row's logits, and what else a model returns, are made of."""
   module = architectures.build(c)
 
-  def outputs(params, *args):
+  def outputs(params: Any, *args):
     out = program(module, params, *args)
     return out.logits, out.extra
 

@@ -1,22 +1,26 @@
 """What lies on a device, from shapes and shardings alone."""
 
+from collections.abc import Mapping
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
+import ml_collections
 
 from architectures.parts import attention, kernels, positions
+from architectures.parts.config import ModelConfig
 from training import objectives, paths, runs
 from training.distributed import devices
 
 
-def _items(tree) -> dict:
+def _items(tree: Any) -> dict:
   return {path: (x.shape, x.sharding, jnp.dtype(x.dtype).itemsize)
           for path, x in paths.flatten(tree).items()}
 
 
-def on_device(tree) -> int:
+def on_device(tree: Any) -> int:
   """Returns the bytes of one device's shards of abstract arrays."""
   return sum(math.prod(x.sharding.shard_shape(x.shape))
              * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
@@ -48,13 +52,13 @@ def replicated(run: runs.Run) -> list[dict]:
   return sorted(rows, key=lambda row: -row['bytes_saved'])
 
 
-def axes(sharding) -> set[str]:
+def axes(sharding: Any) -> set[str]:
   """Returns the mesh axes that an array's sharding names."""
   return {name for entry in sharding.spec if entry
           for name in ((entry,) if isinstance(entry, str) else entry)}
 
 
-def _saved(x, axis: str, size: int) -> int:
+def _saved(x: Any, axis: str, size: int) -> int:
   if axis in axes(x.sharding):
     return 0
   shard = x.sharding.shard_shape(x.shape)
@@ -87,7 +91,8 @@ def least(run: runs.Run) -> dict[str, int]:
   return parts
 
 
-def described(config, model, shape) -> runs.Run:
+def described(config: ml_collections.ConfigDict, model: ModelConfig,
+              shape: Mapping[str, int]) -> runs.Run:
   """Returns the run on a mesh that is only described: nothing can be computed
   on it, and no device is looked for.
 
@@ -153,7 +158,7 @@ def kept(run: runs.Run) -> int:
   batch = {key: jax.ShapeDtypeStruct(size, dtype) for key, (size, dtype)
            in objectives.shapes(config).items()}
 
-  def residuals(params, batch):
+  def residuals(params: Any, batch: Any):
     keys = {name: jax.random.key(0) for name in ('dropout', 'router')}
     loss = lambda p: objective.loss(objective.apply(
         run.module, p, batch, deterministic=False, rngs=keys), batch,

@@ -8,6 +8,8 @@ A dtype's peak is that of how jax multiplies it by default: float32 in one
 bfloat16 pass on a TPU, and as TF32 on an NVIDIA GPU from Ampere on.
 """
 
+from collections.abc import Sequence
+
 import jax
 
 _TERA = 1e12
@@ -70,7 +72,7 @@ def flops(kind: str, dtype: str, cores: int = 1) -> float | None:
   return None
 
 
-def total(devices, dtype: str) -> float | None:
+def total(devices: Sequence[jax.Device], dtype: str) -> float | None:
   """Returns the peak of all `devices` together, or None."""
   each = [flops(d.device_kind, dtype,
                 d.num_cores if d.platform == 'tpu' else 1) for d in devices]

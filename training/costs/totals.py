@@ -7,9 +7,11 @@ tools/count.py prints them, a sweep matches its points by them.
 
 import flax.linen as nn
 import jax
+import ml_collections
 import numpy as np
 
 import architectures
+from architectures.parts.config import ModelConfig
 from architectures.parts.moe import routing
 from training import paths
 from training.step import abstract_params, optimizer, parameter_roles
@@ -18,7 +20,8 @@ from training.costs import flops
 STAND_IN_VOCAB = 384  # of the byte tokenizer, where a size leaves it open
 
 
-def count(config, length: int = 0, model=None) -> dict:
+def count(config: ml_collections.ConfigDict, length: int = 0,
+          model: ModelConfig | None = None) -> dict:
   """Returns every figure of one config, as a dict for JSON.
 
   Args:
@@ -61,13 +64,13 @@ def count(config, length: int = 0, model=None) -> dict:
   }
 
 
-def parameters(model) -> tuple[int, int]:
+def parameters(model: ModelConfig) -> tuple[int, int]:
   """Returns the parameters of a resolved model, and the active ones."""
   sizes, active = _sizes(architectures.build(model))
   return sum(sizes.values()), round(sum(active.values()))
 
 
-def resolved(config):
+def resolved(config: ml_collections.ConfigDict):
   """Returns the model config, open fields filled as a run would by default."""
   model = config.model.to_dict()
   model['vocab_size'] = model['vocab_size'] or STAND_IN_VOCAB
@@ -102,7 +105,7 @@ def _by_part(sizes: dict) -> dict:
   return parts
 
 
-def _cache_bytes(model) -> int:
+def _cache_bytes(model: ModelConfig) -> int:
   """Keys and values of every decoder layer, of one token."""
   return (2 * model.num_decoder_layers * model.num_kv_heads * model.head_dim
           * model.compute_dtype.itemsize)

@@ -7,7 +7,7 @@ name; another kernel counts with the estimate that it carries.
 
 import math
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.extend.core as jex
@@ -58,7 +58,7 @@ class Work(NamedTuple):
   masked: float = 0.0
   kernels: int = 0
 
-  def __add__(self, other):
+  def __add__(self, other: Any):
     return Work(*(a + b for a, b in zip(self, other)))
 
   def times(self, n: float):
@@ -66,7 +66,7 @@ class Work(NamedTuple):
                 self.masked * n, self.kernels)
 
 
-def count(jaxpr, place: Place) -> Work:
+def count(jaxpr: Any, place: Place) -> Work:
   """Returns the work of a jaxpr, open or closed."""
   jaxpr = getattr(jaxpr, 'jaxpr', jaxpr)
   total, live = Work(), {v for v in jaxpr.outvars if _is_var(v)}
@@ -86,11 +86,11 @@ def count(jaxpr, place: Place) -> Work:
 _DECLARED = re.compile(linear.USEFUL.format(r'(\d+)', r'(\d+)'))
 
 
-def _is_var(v) -> bool:
+def _is_var(v: Any) -> bool:
   return not isinstance(v, jex.Literal)
 
 
-def _equation(eqn, place: Place) -> Work:
+def _equation(eqn: jex.JaxprEqn, place: Place) -> Work:
   name = eqn.primitive.name
   inner = lambda jaxpr: count(jaxpr, place)
   if name == 'dot_general':
@@ -125,7 +125,7 @@ def _equation(eqn, place: Place) -> Work:
   return total
 
 
-def _grouped(eqn, place: Place) -> Work:
+def _grouped(eqn: jex.JaxprEqn, place: Place) -> Work:
   lhs, rhs, counts = (v.aval for v in eqn.invars)
   dims = eqn.params['ragged_dot_dimension_numbers']
   flops = 2.0 * lhs.size * eqn.outvars[0].aval.shape[-1]
@@ -140,7 +140,7 @@ def _grouped(eqn, place: Place) -> Work:
   return _rows(eqn, place, flops, lhs.shape[dims.lhs_ragged_dimensions[0]])
 
 
-def _megablox(eqn, place: Place) -> Work:
+def _megablox(eqn: jex.JaxprEqn, place: Place) -> Work:
   """gmm: [R, K] by [E, K, N] or [E, N, K]; tgmm: [K, R] by [R, N]."""
   arrays = [v.aval for v in eqn.invars
             if jax.numpy.issubdtype(v.aval.dtype, jax.numpy.floating)]
@@ -151,7 +151,7 @@ def _megablox(eqn, place: Place) -> Work:
                (rhs if eqn.params['name'] == 'tgmm' else lhs).shape[0])
 
 
-def _rows(eqn, place: Place, flops: float, there: int) -> Work:
+def _rows(eqn: jex.JaxprEqn, place: Place, flops: float, there: int) -> Work:
   """Of the rows in even load, where the array has room for `there`."""
   share = min(1.0, place.rows / there) if place.rows else 1.0
   return Work(flops * share, sum(
@@ -164,7 +164,7 @@ def _rows(eqn, place: Place, flops: float, there: int) -> Work:
 _SPLASH = {'splash_mha_fwd': 2, 'splash_mha_dkv': 4, 'splash_mha_dq': 3}
 
 
-def _kernel(eqn) -> Work:
+def _kernel(eqn: jex.JaxprEqn) -> Work:
   name = str(next(eqn.params[key] for key in ('name', 'name_and_src_info')
                   if key in eqn.params))
   products = [n for key, n in _SPLASH.items() if name.startswith(key)]
@@ -188,7 +188,7 @@ def _kernel(eqn) -> Work:
   return Work(products[0] * 2.0 * math.prod(q) * k[-2] * share, _nbytes(eqn))
 
 
-def _branch(eqn, platform, inner) -> Work:
+def _branch(eqn: jex.JaxprEqn, platform: str, inner: Any) -> Work:
   branches = eqn.params['branches']
   platforms = eqn.params.get('branches_platforms')
   if platforms:
@@ -198,10 +198,10 @@ def _branch(eqn, platform, inner) -> Work:
   return max((inner(b) for b in branches), key=lambda work: work.flops)
 
 
-def _nbytes(eqn) -> float:
+def _nbytes(eqn: jex.JaxprEqn) -> float:
   return float(sum(_size(v.aval) for v in (*eqn.invars, *eqn.outvars)
                    if hasattr(v.aval, 'dtype')))
 
 
-def _size(aval) -> int:
+def _size(aval: Any) -> int:
   return aval.size * jax.numpy.dtype(aval.dtype).itemsize

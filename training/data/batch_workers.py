@@ -12,6 +12,7 @@ from multiprocessing import connection, resource_tracker
 import os
 import signal
 import threading
+from typing import Any
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -38,6 +39,6 @@ def begin(index: int, count: int) -> None:
                    name='parent', daemon=True).start()
 
 
-def _end_with(parent) -> None:
+def _end_with(parent: Any) -> None:
   connection.wait([parent.sentinel])
   os._exit(1)

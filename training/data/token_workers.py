@@ -23,11 +23,13 @@ from typing import BinaryIO
 import numpy as np
 
 from configs.errors import EnvironmentFailure, RequestError
+from training.data.tokenizers import Tokenizer
 
 Encoded = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
-def encode_chunk(tokenizer, texts: list[str | tuple[str, str]]) -> Encoded:
+def encode_chunk(tokenizer: Tokenizer, texts: list[str | tuple[str, str]]
+                 ) -> Encoded:
   """Returns uint32 ids_T of all texts in a row, and int64 ids and bytes a text.
 
   A pair is two texts that stand side by side: they are encoded as one, and the
@@ -56,8 +58,8 @@ def _shared(a: np.ndarray, b: np.ndarray) -> int:
   return int(different[0]) if different.size else size
 
 
-def encode_chunks(tokenizer, chunks: Iterable[list],
-                  workers: int) -> Iterator[Encoded]:
+def encode_chunks(tokenizer: Tokenizer, chunks: Iterable[list], workers: int
+                  ) -> Iterator[Encoded]:
   """Yields encode_chunk of every chunk, in order.
 
   Args:

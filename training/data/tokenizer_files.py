@@ -1,8 +1,10 @@
 """Files of tokenizers that Hugging Face's library runs, read: each function
 returns the pipeline and {kind: id} of its special tokens."""
 
+from collections.abc import Callable
 import json
 import pathlib
+from typing import Any
 
 from configs.errors import RequestError, short
 from training import schema
@@ -48,7 +50,7 @@ def _described(path: pathlib.Path) -> dict:
   return described
 
 
-def _described_specials(described: dict, tokenizer) -> dict[str, int]:
+def _described_specials(described: dict, tokenizer: Any) -> dict[str, int]:
   found = {}
   for name in SPECIAL_NAMES:
     token = described.get(f'{name}_token')
@@ -113,7 +115,7 @@ def _said(error: Exception) -> str:
   return short(' '.join(str(error).split()))
 
 
-def named_specials(id_of) -> dict[str, int]:
+def named_specials(id_of: Callable[[str], int | None]) -> dict[str, int]:
   """Returns the special tokens that a vocabulary has by their usual names."""
   found = {}
   for kind, names in SPECIAL_NAMES.items():

@@ -11,13 +11,14 @@ lays out a sequence (packing, objectives, generation) places the special ids.
 """
 
 import abc
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 import difflib
 import hashlib
 import json
 import os
 import pathlib
 import re
+from typing import Any
 
 import numpy as np
 
@@ -122,12 +123,12 @@ class Bytes(Tokenizer):
     # The highest digit comes first.
     self._shifts = np.arange(8 - bits, -1, -bits).astype(np.uint8)
 
-  def encode_batch(self, texts):
+  def encode_batch(self, texts: Sequence[str]):
     rows = [np.frombuffer(text.encode('utf-8'), np.uint8) for text in texts]
     return [(row[:, None] >> self._shifts & self._base - 1).reshape(-1).astype(
         np.int32) for row in rows]
 
-  def decode_bytes(self, ids):
+  def decode_bytes(self, ids: Iterable[int]):
     spelt, digits = bytearray(), []
     for i in ids:
       digits = [*digits, int(i)] if i < self._base else []
@@ -140,7 +141,7 @@ class Bytes(Tokenizer):
 class HuggingFace(Tokenizer):
   """A `tokenizers` pipeline: BPE, unigram or WordPiece."""
 
-  def __init__(self, name: str, tokenizer, special_ids: dict[str, int]):
+  def __init__(self, name: str, tokenizer: Any, special_ids: dict[str, int]):
     tokenizer.no_padding()
     tokenizer.no_truncation()
     tokenizer.encode_special_tokens = True
@@ -155,12 +156,12 @@ class HuggingFace(Tokenizer):
     self.fingerprint = _digest(described.encode('utf-8'))
     self._bytes_of_id = _byte_level_table(tokenizer, vocab)
 
-  def encode_batch(self, texts):
+  def encode_batch(self, texts: Sequence[str]):
     encodings = self._tokenizer.encode_batch_fast(
         list(texts), add_special_tokens=False)
     return [np.asarray(encoding.ids, np.int32) for encoding in encodings]
 
-  def decode_bytes(self, ids):
+  def decode_bytes(self, ids: Iterable[int]):
     ids = [int(i) for i in ids]
     if self._bytes_of_id is not None:
       return b''.join(self._bytes_of_id.get(i, b'') for i in ids)
@@ -197,11 +198,11 @@ class SentencePiece(Tokenizer):
     self._hidden = set(self.special_ids.values()) | {
         i for i in known.values() if model.is_control(i)}
 
-  def encode_batch(self, texts):
+  def encode_batch(self, texts: Sequence[str]):
     return [np.asarray(ids, np.int32)
             for ids in self._model.encode(list(texts))]
 
-  def decode_bytes(self, ids):
+  def decode_bytes(self, ids: Iterable[int]):
     ids = [int(i) for i in ids]
     shown = [i for i in ids if i not in self._hidden]
     return self._model.decode(shown).encode('utf-8')
@@ -247,12 +248,13 @@ def _digest(data: bytes) -> str:
   return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
-def _sentinels(id_of) -> tuple[int, ...]:
+def _sentinels(id_of: Callable[[str], int | None]) -> tuple[int, ...]:
   ids = [id_of(f'<extra_id_{i}>') for i in range(SENTINELS)]
   return tuple(i for i in ids if i is not None)
 
 
-def _byte_level_table(tokenizer, vocab) -> dict[int, bytes] | None:
+def _byte_level_table(tokenizer: Any, vocab: dict[str, int]
+                      ) -> dict[int, bytes] | None:
   """Returns {id: the bytes it spells} of a byte-level BPE, or None.
 
   Such a vocabulary writes each byte as one printable character, so a token's
@@ -275,7 +277,7 @@ def _byte_level_table(tokenizer, vocab) -> dict[int, bytes] | None:
   return table
 
 
-def _hugging_face(read):
+def _hugging_face(read: Callable):
   return lambda spec, *files: HuggingFace(spec, *read(spec, *files))
 
 

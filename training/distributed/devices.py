@@ -1,9 +1,10 @@
 """Devices: the mesh, over slices too, and what lies where on it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import math
 import operator
 import re
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -98,7 +99,9 @@ def _divisors(size: int) -> str:
                    if size % n == 0)
 
 
-def make_mesh(shape: Mapping[str, int], devices=None, slices: int = 0) -> Mesh:
+def make_mesh(shape: Mapping[str, int],
+              devices: Sequence[jax.Device] | None = None, slices: int = 0
+              ) -> Mesh:
   """Returns the mesh, its axes left to the compiler between constraints.
 
   Args:
@@ -125,14 +128,14 @@ def make_mesh(shape: Mapping[str, int], devices=None, slices: int = 0) -> Mesh:
   return Mesh(placed, tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
 
 
-def slice_index(device) -> int:
+def slice_index(device: jax.Device) -> int:
   """Returns which slice of a TPU pod a device is of; elsewhere 0: GPUs number
   their hosts there, over which every axis may go."""
   return device.slice_index if device.platform == 'tpu' and hasattr(
       device, 'slice_index') else 0
 
 
-def by_slice(devices, slices: int) -> list[list]:
+def by_slice(devices: Sequence[jax.Device], slices: int) -> list[list]:
   """Returns the devices of each slice; `slices` is as in `make_mesh`."""
   known = sorted({slice_index(d) for d in devices})
   if len(known) > 1:
@@ -147,7 +150,7 @@ def by_slice(devices, slices: int) -> list[list]:
   return [devices[i:i + size] for i in range(0, len(devices), size)]
 
 
-def param_shardings(abstract, mesh: Mesh, rules: str):
+def param_shardings(abstract: Any, mesh: Mesh, rules: str):
   """Returns a NamedSharding for each boxed parameter of `abstract`.
 
   A mesh axis that does not divide a dimension is left out of it: only `vocab`
@@ -155,7 +158,7 @@ def param_shardings(abstract, mesh: Mesh, rules: str):
   """
   table = tables.RULES[rules]
 
-  def place(box):
+  def place(box: Any):
     names = box.names if isinstance(box, nn.LogicallyPartitioned) else ()
     shape = (box.value if names else box).shape
     spec = nn.logical_to_mesh_axes(names, table) if names else ()
@@ -166,7 +169,7 @@ def param_shardings(abstract, mesh: Mesh, rules: str):
                       is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
 
 
-def _fits(axes, size: int, mesh: Mesh):
+def _fits(axes: Any, size: int, mesh: Mesh):
   names = (axes,) if isinstance(axes, str) else tuple(axes or ())
   return axes if names and size % math.prod(
       mesh.shape[name] for name in names) == 0 else None

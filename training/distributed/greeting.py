@@ -87,7 +87,7 @@ class Door:
           if since < late:
             self._forget(selector, connection).close()
 
-  def _accept(self, selector):
+  def _accept(self, selector: selectors.BaseSelector):
     try:
       connection, _ = self._server.accept()
     except OSError:  # it has gone, or there are no more files to open
@@ -99,7 +99,7 @@ class Door:
     self._waiting[connection] = time.monotonic(), b''
     selector.register(connection, selectors.EVENT_READ)
 
-  def _read(self, selector, connection):
+  def _read(self, selector: selectors.BaseSelector, connection: socket.socket):
     since, sent = self._waiting[connection]
     try:
       more = connection.recv(MOST_BYTES - len(sent))
@@ -130,7 +130,8 @@ class Door:
     known = secrets.compare_digest(token, self._token.encode())
     return hello['index'] if known else None
 
-  def _forget(self, selector, connection):
+  def _forget(self, selector: selectors.BaseSelector, connection: socket.socket
+              ):
     selector.unregister(connection)
     del self._waiting[connection]
     return connection

@@ -12,6 +12,7 @@ import abc
 import os
 import signal
 import threading
+import types
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM)
 _END = b'\0'  # no signal has the number 0
@@ -89,5 +90,5 @@ def say(text: str) -> None:
   os.write(_STDERR, f'\n{text}\n'.encode())
 
 
-def _nothing(number, frame):
+def _nothing(number: int, frame: types.FrameType | None):
   pass

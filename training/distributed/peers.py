@@ -19,6 +19,7 @@ import socket
 import sys
 import threading
 import time
+from typing import BinaryIO
 
 from training.distributed import greeting
 
@@ -94,7 +95,7 @@ class Peers:
     self._connections[index] = connection
     _thread(self._read, connection, index)
 
-  def _read(self, connection, index: int):
+  def _read(self, connection: socket.socket, index: int):
     lines = connection.makefile('rb')
     while True:
       message = _receive(lines)
@@ -149,7 +150,7 @@ def say(text: str) -> None:
   os.write(2, f'{text}\n'.encode())
 
 
-def _thread(target, *args) -> threading.Thread:
+def _thread(target: Callable, *args) -> threading.Thread:
   thread = threading.Thread(target=target, args=args, name='peers', daemon=True)
   thread.start()
   return thread
@@ -167,7 +168,7 @@ def _send(connection: socket.socket, message: dict):
     connection.sendall(json.dumps(message).encode() + b'\n')
 
 
-def _receive(lines) -> dict | None:
+def _receive(lines: BinaryIO) -> dict | None:
   """Returns the next message, or None where the connection has broken, or
   what came is none of ours."""
   try:

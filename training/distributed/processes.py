@@ -7,6 +7,7 @@ import re
 import socket
 import sys
 import traceback
+import types
 from typing import NamedTuple
 
 import jax
@@ -139,7 +140,8 @@ def _end_together() -> None:
             'which it was', file=sys.stderr)
       sys.excepthook = _end_alone
       return
-  def fail(kind, error, trace):
+  def fail(kind: type[BaseException], error: BaseException,
+           trace: types.TracebackType | None):
     traceback.print_exception(kind, error, trace)
     others.fail(f'{kind.__name__}: {_first_line(error)}')
   sys.excepthook = fail
@@ -147,14 +149,15 @@ def _end_together() -> None:
   atexit.register(others.bye)
 
 
-def _end_alone(kind, error, trace):
+def _end_alone(kind: type[BaseException], error: BaseException,
+               trace: types.TracebackType | None):
   """Without this, others would wait for the process that failed."""
   traceback.print_exception(kind, error, trace)
   sys.stdout.flush()
   os._exit(1)
 
 
-def _first_line(error) -> str:
+def _first_line(error: BaseException) -> str:
   return (str(error) or 'no message').splitlines()[0][:300]
 
 

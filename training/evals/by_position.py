@@ -1,7 +1,7 @@
 """Losses by position, and the text that they are means over."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,7 +17,7 @@ class Text(NamedTuple):
   weights: np.ndarray
 
 
-def loss_at(curve, text: Text, where: slice) -> float:
+def loss_at(curve: Any, text: Text, where: slice) -> float:
   """Returns the loss of the tokens at some positions; nan: there are none."""
   there = text.tokens[where] > 0
   if not there.any():

@@ -3,6 +3,7 @@ computes."""
 
 from collections.abc import Callable, Iterator, Sequence
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +60,7 @@ def by_position(evaluation: Evaluation, model: ModelConfig,
   module = architectures.build(model)
   objective = objectives.of(evaluation.run.config)
 
-  def sums_of(params, batch):
+  def sums_of(params: Any, batch: Any):
     output = objective.apply(module, params, batch)
     loss_BL = losses.token_losses(output.hidden, output.head,
                                   batch['targets']).loss

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 import json
 import math
 import pathlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 import zipfile
 
 import numpy as np
@@ -98,7 +98,7 @@ class Arrays(dict):
     return self[name].dtype.name
 
 
-def _open_safetensors(file):
+def _open_safetensors(file: pathlib.Path):
   import safetensors
   try:
     return safetensors.safe_open(file, 'numpy')
@@ -107,7 +107,7 @@ def _open_safetensors(file):
         f'{file} is no whole safetensors file: {error}') from error
 
 
-def _open_bin(file):
+def _open_bin(file: pathlib.Path):
   try:
     import torch
   except ImportError as error:
@@ -128,7 +128,7 @@ def _open_bin(file):
   return found
 
 
-def _numpy(tensor) -> np.ndarray:
+def _numpy(tensor: Any) -> np.ndarray:
   import ml_dtypes
   import torch
   tensor = tensor.detach()
@@ -171,7 +171,7 @@ def _indexed(index: pathlib.Path):
   return [(index.parent / file, found) for file, found in by_file.items()]
 
 
-def read_object(path) -> dict:
+def read_object(path: pathlib.Path) -> dict:
   """Returns the object that a JSON file holds.
 
   Raises:

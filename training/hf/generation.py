@@ -9,6 +9,9 @@ import json
 import pathlib
 from typing import Any, NamedTuple
 
+from etils import epath
+import ml_collections
+
 import architectures
 from architectures.parts.config import ModelConfig
 from configs.errors import require
@@ -44,7 +47,8 @@ def of_folder(folder: pathlib.Path) -> Generation:
       fields, hf_files.read_object(path) if path.is_file() else None)
 
 
-def of_run(config, model: ModelConfig, tokenizer) -> Generation:
+def of_run(config: ml_collections.ConfigDict, model: ModelConfig, tokenizer: Any
+    ) -> Generation:
   """Returns what a run of our own says, by the tokenizer that it reads.
 
   In config.json stand the tokenizer's own ids. Text begins after
@@ -67,17 +71,17 @@ def of_run(config, model: ModelConfig, tokenizer) -> Generation:
   return Generation(_without(ids, fixed), options | dict(bos_token_id=end))
 
 
-def _without(ids: dict[str, Any], fixed) -> dict[str, Any]:
+def _without(ids: dict[str, Any], fixed: Any) -> dict[str, Any]:
   return {name: value for name, value in ids.items() if name not in fixed}
 
 
-def keep(workdir, generation: Generation) -> None:
+def keep(workdir: epath.Path, generation: Generation) -> None:
   """Writes what an import's folder says into its workdir."""
   storage.write(storage.path(workdir) / KEPT,
                 json.dumps(generation._asdict(), indent=2) + '\n')
 
 
-def kept(workdir) -> Generation | None:
+def kept(workdir: epath.Path) -> Generation | None:
   """Returns what `keep` wrote; None in the workdir of any other run."""
   path = storage.path(workdir) / KEPT
   if not path.exists():

@@ -8,6 +8,9 @@ and exported, and its ids mean something else than those of its training.
 import pathlib
 import shutil
 
+from etils import epath
+import ml_collections
+
 from training import objectives
 from training.data import tokenizers
 from training.workdir import storage
@@ -21,7 +24,8 @@ MORE_FILES = ('tokenizer_config.json', 'special_tokens_map.json',
               'sentencepiece.bpe.model', TEMPLATE, 'chat_template.json')
 
 
-def take(folder, workdir, config) -> list[str]:
+def take(folder: epath.Path, workdir: epath.Path,
+         config: ml_collections.ConfigDict) -> list[str]:
   """Copies a folder's tokenizer into a workdir, and takes it for its run where
   it can be read; returns the names of what was copied."""
   if storage.in_bucket(folder):  # a run's: its config names the tokenizer
@@ -48,7 +52,8 @@ def is_stand_in(tokenizer: str) -> bool:
   return tokenizer.partition(':')[0] == 'bytes'
 
 
-def give(workdir, config, folder: pathlib.Path, step: int) -> None:
+def give(workdir: epath.Path, config: ml_collections.ConfigDict,
+         folder: pathlib.Path, step: int) -> None:
   """Copies the tokenizer of a run's checkpoint into a Hugging Face folder; of
   a run that learned to chat, with the template that it learned."""
   path = pathlib.Path(config.data.tokenizer)
@@ -70,7 +75,7 @@ def give(workdir, config, folder: pathlib.Path, step: int) -> None:
     (folder / TEMPLATE).write_text(template)
 
 
-def copy(source, target) -> list[str]:
+def copy(source: epath.Path, target: epath.Path) -> list[str]:
   """Copies a folder's tokenizer files; returns their names."""
   read = (name for names in tokenizers.FOLDERS for name in names)
   found = [name for name in dict.fromkeys((*read, *MORE_FILES))

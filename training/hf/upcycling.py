@@ -8,6 +8,7 @@ that follows begins its own, with its own warm-up.
 """
 
 import re
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -58,7 +59,7 @@ def is_the_same_function(c: ModelConfig) -> bool:
           and not m.shared_experts)
 
 
-def params(module: nn.Module, like, dense, seed: int):
+def params(module: nn.Module, like: Any, dense: Any, seed: int):
   """Returns the parameters of the mixture.
 
   Args:
@@ -74,7 +75,7 @@ def params(module: nn.Module, like, dense, seed: int):
       r'/ffn/(router|router_bias|shared/.*)$', path)]
   drawn = weights.draw(module, like, new, seed) if new else {}
 
-  def make(old, drawn):
+  def make(old: jax.Array, drawn: jax.Array):
     return {path: drawn[path] if path in drawn else
             _layers(old, path, x.shape, period) if '/layers/' in path else
             old[path] for path, x in shapes.items()}
@@ -85,7 +86,8 @@ def params(module: nn.Module, like, dense, seed: int):
       lambda path, _: flat[paths.join(path)], nn.meta.unbox(like))
 
 
-def _layers(old, path: str, shape, period: int) -> jax.Array:
+def _layers(old: jax.Array, path: str, shape: tuple[int, ...], period: int
+            ) -> jax.Array:
   """Returns one stacked parameter of the mixture, of the dense model's rows.
 
   Layer n stands in row n // period of block n % period, in either model by

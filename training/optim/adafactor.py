@@ -7,7 +7,7 @@ unrolled one. Here each layer (and expert) keeps its own statistics; on plain
 matrices the two agree (tests/training/optim/optimizers_test.py).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ class FactoredState(NamedTuple):
   full: optax.Params  # the others
 
 
-def scale_by_factored_rms(roles) -> optax.GradientTransformation:
+def scale_by_factored_rms(roles: Any) -> optax.GradientTransformation:
   """Divides gradients by the root of their factored second moments.
 
   Args:
@@ -40,8 +40,8 @@ def scale_by_factored_rms(roles) -> optax.GradientTransformation:
 
   by_path = paths.flatten(roles)  # for optax gives `init` no tree at times
 
-  def init(params):
-    def moments(path, x):
+  def init(params: Any):
+    def moments(path: Any, x: jax.Array):
       role, nothing = by_path[paths.join(path)], optax.MaskedNode()
       if not _factored(role, x):
         return nothing, nothing, jnp.zeros(x.shape, jnp.float32)
@@ -52,12 +52,13 @@ def scale_by_factored_rms(roles) -> optax.GradientTransformation:
     return FactoredState(jnp.zeros([], jnp.int32), *_unzip(
         jax.tree_util.tree_map_with_path(moments, params), 3))
 
-  def update(grads, state, params=None):
+  def update(grads: Any, state: Any, params: Any = None):
     del params
     count = optax.safe_increment(state.count)
     decay = 1 - count.astype(jnp.float32) ** -_DECAY
 
-    def scale(role, g, row, column, full):
+    def scale(role: Role, g: jax.Array, row: jax.Array, column: jax.Array,
+              full: jax.Array):
       axes, g = role.split(g.ndim), g.astype(jnp.float32)
       square = jnp.square(g) + _EPS
       mean = lambda x, over: jnp.mean(x, axis=over, keepdims=True)
@@ -77,20 +78,20 @@ def scale_by_factored_rms(roles) -> optax.GradientTransformation:
   return optax.GradientTransformation(init, update)
 
 
-def clip_by_rms(roles) -> optax.GradientTransformation:
+def clip_by_rms(roles: Any) -> optax.GradientTransformation:
   """Clips the root mean square of each matrix's update at 1."""
 
-  def clip(role, u):
+  def clip(role: Role, u: jax.Array):
     return u / jnp.maximum(1.0, _rms(role, u) / _CLIP)
 
   return optax.stateless(
       lambda updates, params: jax.tree.map(clip, roles, updates))
 
 
-def scale_by_parameter_rms(roles) -> optax.GradientTransformation:
+def scale_by_parameter_rms(roles: Any) -> optax.GradientTransformation:
   """Multiplies each matrix's update by its parameter's root mean square."""
 
-  def scale(role, u, p):
+  def scale(role: Role, u: jax.Array, p: jax.Array):
     return (u * jnp.maximum(_rms(role, p), _MIN_SCALE)).astype(p.dtype)
 
   return optax.stateless(
@@ -104,16 +105,16 @@ def _rms(role: Role, x: jax.Array) -> jax.Array:
                            keepdims=True))
 
 
-def _factored(role: Role, x) -> bool:
+def _factored(role: Role, x: jax.Array) -> bool:
   return role.matrix and min(role.split(x.ndim).sizes(x.shape)) >= _MIN_SIZE
 
 
-def _zeros_without(x, axes: tuple[int, ...]) -> jax.Array:
+def _zeros_without(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
   shape = tuple(1 if i in axes else n for i, n in enumerate(x.shape))
   return jnp.zeros(shape, jnp.float32)
 
 
-def _unzip(tree, n: int) -> tuple:
+def _unzip(tree: Any, n: int) -> tuple:
   """Turns a tree of n-tuples into n trees."""
   is_leaf = lambda x: type(x) is tuple
   pick = lambda i: jax.tree.map(lambda x: x[i], tree, is_leaf=is_leaf)

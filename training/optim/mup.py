@@ -21,6 +21,7 @@ skeletons.py and moe/layer.py.
 """
 
 import math
+from typing import Any
 
 import jax
 
@@ -48,7 +49,7 @@ def check(config: ModelConfig, optimizer: str) -> None:
     one_of("optim.name with model.parametrization 'mup'", optimizer, RATES)
 
 
-def rates(config: ModelConfig, optimizer: str, roles):
+def rates(config: ModelConfig, optimizer: str, roles: Any):
   """Returns what each parameter's learning rate is multiplied by, as a tree;
   None in the standard form.
 

@@ -14,37 +14,38 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import optax
 
 from configs import base as base_config
 from configs.errors import RequestError, one_of, require
 
 
-def _cosine(t, steps, optim):
+def _cosine(t: jax.Array, steps: int, optim: ml_collections.ConfigDict):
   """SGDR (Loshchilov and Hutter 2017, equation 5), without restarts."""
   low = optim.final_fraction
   progress = _progress(t, optim.warmup_steps, steps)
   return low + (1 - low) * 0.5 * (1 + jnp.cos(math.pi * progress))
 
 
-def _linear(t, steps, optim):
+def _linear(t: jax.Array, steps: int, optim: ml_collections.ConfigDict):
   progress = _progress(t, optim.warmup_steps, steps)
   return 1 - (1 - optim.final_fraction) * progress
 
 
-def _rsqrt(t, steps, optim):
+def _rsqrt(t: jax.Array, steps: int, optim: ml_collections.ConfigDict):
   """1 / sqrt(t), scaled to 1 where the warm-up ends (Vaswani et al. 2017)."""
   del steps
   return jnp.minimum(1.0, jnp.sqrt(jnp.maximum(optim.warmup_steps, 1) / t))
 
 
-def _wsd(t, steps, optim):
+def _wsd(t: jax.Array, steps: int, optim: ml_collections.ConfigDict):
   """Warm-up, stable, decay (Hu et al. 2024): linear over the last share."""
   start = steps - round(optim.decay_fraction * steps)
   return 1 - (1 - optim.final_fraction) * _progress(t, start, steps)
 
 
-def _constant(t, steps, optim):
+def _constant(t: jax.Array, steps: int, optim: ml_collections.ConfigDict):
   del steps, optim
   return jnp.ones_like(t)
 
@@ -70,7 +71,7 @@ SCHEDULES = {
 }
 
 
-def make(optim, steps: int) -> optax.Schedule:
+def make(optim: ml_collections.ConfigDict, steps: int) -> optax.Schedule:
   """Returns the learning rate as a function of the number of updates done.
 
   Args:
@@ -84,13 +85,13 @@ def make(optim, steps: int) -> optax.Schedule:
   return rate(optim, steps)
 
 
-def rate(optim, steps: int) -> optax.Schedule:
+def rate(optim: ml_collections.ConfigDict, steps: int) -> optax.Schedule:
   """`make` without its checks: optim.lr and optim.warmup_steps may be traced,
   as where several runs train as one program (training/vectorised.py)."""
   shape = SCHEDULES[optim.schedule].shape
   steps = optim.decay_steps or steps
 
-  def schedule(count):
+  def schedule(count: jax.Array):
     t = jnp.asarray(count, jnp.float32) + 1
     warm = t / jnp.maximum(optim.warmup_steps, 1)  # never < 1 without one
     return optim.lr * jnp.minimum(shape(t, steps, optim), warm)
@@ -98,7 +99,7 @@ def rate(optim, steps: int) -> optax.Schedule:
   return schedule
 
 
-def check(optim) -> None:
+def check(optim: ml_collections.ConfigDict) -> None:
   """Raises ValueError for a schedule field that cannot be honoured."""
   one_of('optim.schedule', optim.schedule, SCHEDULES)
   require(optim.lr >= 0, f'optim.lr is {optim.lr}: it must be >= 0')
@@ -116,7 +117,8 @@ def check(optim) -> None:
   refuse_unread(optim, 'schedule', SCHEDULES)
 
 
-def refuse_unread(optim, selector: str, table: Mapping[str, Any]) -> None:
+def refuse_unread(optim: ml_collections.ConfigDict, selector: str,
+                  table: Mapping[str, Any]) -> None:
   """Raises RequestError for a field that an entry of the table reads and the
   chosen one does not, and that was set.
 
@@ -134,6 +136,6 @@ def refuse_unread(optim, selector: str, table: Mapping[str, Any]) -> None:
         f'{defaults[field]}, or choose one of these')
 
 
-def _progress(t, start, end):
+def _progress(t: jax.Array, start: float, end: float):
   """How far t is from start to end, in [0, 1]."""
   return jnp.clip((t - start) / jnp.maximum(end - start, 1), 0.0, 1.0)

@@ -9,6 +9,7 @@ Orbax (the v0 API: v1 is experimental, and drops a save while one is under
 way) is imported where a run first needs it.
 """
 
+from collections.abc import Callable
 import contextlib
 import importlib.metadata
 import platform
@@ -16,7 +17,9 @@ import time
 from typing import Any
 
 from absl import logging
+from etils import epath
 import jax
+import ml_collections
 import numpy as np
 
 from configs.errors import EnvironmentFailure, RequestError
@@ -41,9 +44,10 @@ class Checkpoints:
     clock: seconds; tests pass their own.
   """
 
-  def __init__(self, workdir, *, every_steps: int, every_minutes: float,
-               keep: int, keep_every: int, agree_every: int = 1,
-               clock=time.monotonic):
+  def __init__(self, workdir: epath.Path, *, every_steps: int,
+               every_minutes: float, keep: int, keep_every: int,
+               agree_every: int = 1, clock: Callable[[], float] = time.monotonic
+               ):
     import orbax.checkpoint as ocp
 
     _check_nonnegative(every_steps=every_steps, every_minutes=every_minutes,
@@ -103,7 +107,7 @@ class Checkpoints:
     return self._good[step]
 
   def save(self, step: int, state: Any, *, next_batch: int, tokens: int,
-           config, good: bool = True) -> bool:
+           config: ml_collections.ConfigDict, good: bool = True) -> bool:
     """Starts to save; returns once `state` may be donated to the next step.
 
     Waits for the save before it, whose failure is raised here.
@@ -219,7 +223,7 @@ def _check_nonnegative(**fields):
           f'checkpoint.{name}={value}: must be positive, or 0 for never')
 
 
-def _unused(folder, name: str):
+def _unused(folder: epath.Path, name: str):
   """Returns folder/name, or the first of name-2, name-3, ... not taken."""
   path, count = folder / name, 1
   while path.exists():
@@ -249,7 +253,8 @@ def environment_changes(record: dict[str, Any]) -> list[str]:
           for name in new if old.get(name) != new[name]]
 
 
-def _describe(leaves, sums, arrays) -> dict[str, dict]:
+def _describe(leaves: dict[str, Any], sums: Any, arrays: Any
+              ) -> dict[str, dict]:
   """What restoring must know of each array before it reads one."""
   return {
       name: dict(

@@ -15,17 +15,19 @@ Addition of integers is associative: the sum is the same on every mesh.
 
 import functools
 import math
+from typing import Any
 
 import jax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import jax.numpy as jnp
+from jax.sharding import Mesh
 import numpy as np
 
 from training import paths
 
 
-def of(tree) -> dict[str, int]:
+def of(tree: Any) -> dict[str, int]:
   """Returns the checksum of each leaf, by path."""
   leaves = paths.flatten(tree)
   if not leaves:
@@ -42,17 +44,17 @@ def of(tree) -> dict[str, int]:
 # A program for each shape, and not one for all leaves: an optimizer's moments
 # share theirs with the parameters, and it is compiled in a third of the time.
 @functools.cache
-def _parts(mesh, spec):
+def _parts(mesh: Mesh, spec: Any):
   """Returns a function from one leaf to [devices], the part of each device."""
   axes = tuple(_names(axis) for axis in spec)
-  def local(shard):
+  def local(shard: Any):
     part = _sum(shard, axes, mesh)
     for name in mesh.axis_names if mesh else ():
       if name not in sum(axes, ()):  # copies: the first of them counts
         part = jnp.where(jax.lax.axis_index(name) == 0, part, 0)
     return part[None]
 
-  def parts(leaf):
+  def parts(leaf: Any):
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
       leaf = jax.random.key_data(leaf)
     if mesh is None:
@@ -63,18 +65,19 @@ def _parts(mesh, spec):
 
 
 @functools.cache
-def _total(mesh):
-  def total(parts):
+def _total(mesh: Mesh):
+  def total(parts: Any):
     return jnp.sum(jnp.stack(parts), axis=1, dtype=jnp.uint32)
   # On every device of the mesh, so that every process can read it.
   return jax.jit(total, out_shardings=mesh and NamedSharding(mesh, P()))
 
 
-def _names(axis) -> tuple[str, ...]:
+def _names(axis: Any) -> tuple[str, ...]:
   return () if axis is None else axis if isinstance(axis, tuple) else (axis,)
 
 
-def _sum(x: jax.Array, axes: tuple[tuple[str, ...], ...], mesh) -> jax.Array:
+def _sum(x: jax.Array, axes: tuple[tuple[str, ...], ...], mesh: Mesh
+         ) -> jax.Array:
   """The sum over one shard, whose dimensions are split over mesh `axes`.
 
   Goes by rows of the last axis, about a million elements at a time: a CPU does
@@ -93,7 +96,7 @@ def _sum(x: jax.Array, axes: tuple[tuple[str, ...], ...], mesh) -> jax.Array:
   rows, columns = x_RC.shape
   column_C = starts[-1] + jnp.arange(columns, dtype=jnp.uint32)
 
-  def part(first, count):
+  def part(first: Any, count: Any):
     row_R = jnp.uint32(first) + jnp.arange(count, dtype=jnp.uint32)
     index_R = jnp.zeros(count, jnp.uint32)
     for size, start, stride in reversed(

@@ -3,6 +3,7 @@ good ones."""
 
 from collections.abc import Callable, Sequence
 import dataclasses
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +19,8 @@ class Policy:
   keep_every: int
   is_good: Callable[[int], bool]
 
-  def should_preserve(self, checkpoints: Sequence, *, context) -> list[bool]:
+  def should_preserve(self, checkpoints: Sequence, *, context: Any
+                      ) -> list[bool]:
     """Returns, for each checkpoint in ascending order of its step, whether to
     keep it."""
     del context

@@ -3,13 +3,15 @@
 import fcntl
 import pathlib
 
+from etils import epath
+
 from configs.errors import require
 
 
 _held = []  # open files, whose locks end with the process, however it ends
 
 
-def hold(workdir, primary: bool = True) -> None:
+def hold(workdir: epath.Path, primary: bool = True) -> None:
   """Locks the workdir for this process, until it ends.
 
   In a bucket nothing can be locked, and nothing is done.

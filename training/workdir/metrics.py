@@ -6,7 +6,7 @@ names to numbers, lists of numbers or None. After a resume no writer holds a
 step twice.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import importlib.util
 import itertools
 import json
@@ -18,6 +18,8 @@ import socket
 import time
 from typing import Any
 
+from etils import epath
+import ml_collections
 import numpy as np
 
 from configs.errors import RequestError
@@ -32,7 +34,7 @@ class JsonlWriter:
   JSON has no word for it.
   """
 
-  def __init__(self, workdir, resumed_step: int):
+  def __init__(self, workdir: epath.Path, resumed_step: int):
     path = pathlib.Path(workdir) / METRICS
     _drop_after(path, resumed_step)
     self._file = writing.File(path)
@@ -54,7 +56,7 @@ class TensorboardWriter:
   """Scalars as split/name, and matrices (layer x expert) as heat maps, under
   WORKDIR/tensorboard."""
 
-  def __init__(self, workdir, resumed_step: int):
+  def __init__(self, workdir: epath.Path, resumed_step: int):
     from tensorboard.compat.proto import event_pb2, summary_pb2
     from tensorboard.summary.writer import record_writer
     self._event, self._summary = event_pb2.Event, summary_pb2.Summary
@@ -91,7 +93,8 @@ class TensorboardWriter:
 class WandbWriter:
   """Scalars as split/name, in the W&B run whose id the workdir remembers."""
 
-  def __init__(self, workdir, config: Mapping[str, Any], local=None):
+  def __init__(self, workdir: epath.Path, config: Mapping[str, Any],
+               local: epath.Path | None = None):
     import wandb
     workdir = storage.path(workdir)
     path = workdir / 'wandb_id'
@@ -120,7 +123,8 @@ class UploadWriter:
   """Copies what the writers before it have written into the bucket: once a
   minute, and before a checkpoint is saved, so that none lacks its figures."""
 
-  def __init__(self, uploads: storage.Uploads, clock=time.monotonic):
+  def __init__(self, uploads: storage.Uploads,
+               clock: Callable[[], float] = time.monotonic):
     self._uploads = uploads
     self._clock = clock
     self._last = clock()
@@ -145,7 +149,7 @@ UPLOAD_SECONDS = 60
 EXTRAS = ('tensorboard', 'wandb')
 
 
-def check(log) -> None:
+def check(log: ml_collections.ConfigDict) -> None:
   """Raises ValueError where config.log asks for an extra that is missing."""
   for name in EXTRAS:
     if log[name] and importlib.util.find_spec(name) is None:
@@ -154,8 +158,8 @@ def check(log) -> None:
           f"pip install -e '.[{name}]', or set log.{name}=False")
 
 
-def writers(workdir, config: Mapping[str, Any], resumed_step: int = 0,
-            primary: bool = True) -> list:
+def writers(workdir: epath.Path, config: Mapping[str, Any],
+            resumed_step: int = 0, primary: bool = True) -> list:
   """Returns the writers that config.log asks for.
 
   Args:
@@ -180,7 +184,7 @@ def writers(workdir, config: Mapping[str, Any], resumed_step: int = 0,
   return result
 
 
-def read(path) -> list[dict[str, Any]]:
+def read(path: epath.Path) -> list[dict[str, Any]]:
   """Returns the rows of a metrics.jsonl, less a last line that a kill cut
   short, or that is being written.
 
@@ -233,7 +237,7 @@ def _is_matrix(value: Any) -> bool:
   return isinstance(value, list) and bool(value) and isinstance(value[0], list)
 
 
-def _heat_map(rows: list[list[float]], image_proto):
+def _heat_map(rows: list[list[float]], image_proto: Any):
   """Draws a matrix: black 0, white twice the mean of its row, or more."""
   import io
   from PIL import Image

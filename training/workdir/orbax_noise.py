@@ -9,9 +9,11 @@ and asyncio logs those of the arrays that failed after the first.
 """
 
 import asyncio
+from collections.abc import Callable
 import functools
 import logging
 import os
+from typing import Any
 import warnings
 
 from training.workdir import writing
@@ -29,7 +31,8 @@ class _Loop(asyncio.SelectorEventLoop):
           asyncio.gather(*pending, return_exceptions=True))
     super().close()
 
-  def call_soon_threadsafe(self, callback, *args, context=None):
+  def call_soon_threadsafe(self, callback: Callable, *args, context: Any = None
+                           ):
     if self.is_closed():  # TensorStore is done with an array nobody waits for
       return None
     return super().call_soon_threadsafe(callback, *args, context=context)

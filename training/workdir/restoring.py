@@ -15,6 +15,7 @@ import math
 import re
 from typing import Any
 
+from etils import epath
 import jax
 from jax.experimental import multihost_utils
 import numpy as np
@@ -51,13 +52,13 @@ class _Damaged(Exception):
   pass
 
 
-def directory(workdir):
+def directory(workdir: epath.Path):
   path = storage.path(workdir)
   # Orbax wants it so; a bucket's paths are, and epath would prepend the folder.
   return (path if storage.in_bucket(path) else path.absolute()) / 'checkpoints'
 
 
-def steps(folder) -> list[int]:
+def steps(folder: epath.Path) -> list[int]:
   """Returns the finished steps in `folder`, ascending, as process 0 sees it."""
   found = step_folders.finished(folder) if jax.process_index() == 0 else []
   if jax.process_count() > 1:
@@ -71,7 +72,7 @@ def steps(folder) -> list[int]:
 _MOST_STEPS = 4096
 
 
-def restore(folder, abstract: Any, step: int | None = None, *,
+def restore(folder: epath.Path, abstract: Any, step: int | None = None, *,
             partial: bool = False) -> Restored:
   """Returns the newest good checkpoint of `folder`, or that of `step`.
 
@@ -110,7 +111,8 @@ def restore(folder, abstract: Any, step: int | None = None, *,
       '; there is no other'))
 
 
-def arrays(folder, step: int | None = None) -> dict[str, dict[str, Any]]:
+def arrays(folder: epath.Path, step: int | None = None
+           ) -> dict[str, dict[str, Any]]:
   """Returns {name: {shape, dtype, ...}} of the newest step with a record that
   can be read, or of `step`; {} where there is none."""
   for candidate in [step] if step is not None else steps(folder)[::-1]:
@@ -121,7 +123,7 @@ def arrays(folder, step: int | None = None) -> dict[str, dict[str, Any]]:
   return {}
 
 
-def _read(folder, abstract, partial: bool):
+def _read(folder: epath.Path, abstract: Any, partial: bool):
   """Returns (state, record) of one step.
 
   Raises:
@@ -161,7 +163,7 @@ _ENVIRONMENT = ('DEADLINE_EXCEEDED', 'PERMISSION_DENIED', 'PermissionError',
 _OURS = ('MemoryError', 'more bytes than we reserved')
 
 
-def _read_record(folder) -> dict[str, Any]:
+def _read_record(folder: epath.Path) -> dict[str, Any]:
   import orbax.checkpoint as ocp
 
   try:
@@ -189,11 +191,11 @@ def unseal(sealed: dict[str, Any]) -> dict[str, Any]:
   return sealed['record']
 
 
-def _digest(record) -> str:
+def _digest(record: dict[str, Any]) -> str:
   return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
-def is_good(folder, step: int) -> bool:
+def is_good(folder: epath.Path, step: int) -> bool:
   """Whether the record of a step can be read, and is of no bad step."""
   try:
     record = _read_record(folder / str(step))
@@ -202,7 +204,8 @@ def is_good(folder, step: int) -> bool:
   return 'good' not in record or record['good']  # earlier ones do not say
 
 
-def _read_arrays(folder, record, wanted) -> dict[str, jax.Array]:
+def _read_arrays(folder: epath.Path, record: dict[str, Any],
+                 wanted: dict[str, Any]) -> dict[str, jax.Array]:
   import orbax.checkpoint as ocp
 
   orbax_noise.silence()
@@ -218,13 +221,13 @@ def _read_arrays(folder, record, wanted) -> dict[str, jax.Array]:
   return paths.flatten(restored)
 
 
-def _read_limit_gb(record, wanted) -> int:
+def _read_limit_gb(record: dict[str, Any], wanted: dict[str, Any]) -> int:
   """Bounds the host memory of reading: the largest read, and up to 1 GB.
 
   A read takes the saved shards that overlap one shard of the new mesh, so it
   is at most two of them larger along each axis.
   """
-  def largest_read(name, x):
+  def largest_read(name: str, x: Any):
     saved = record['arrays'][name]['shard']
     new = x.sharding.shard_shape(x.shape)
     return x.dtype.itemsize * math.prod(
@@ -233,7 +236,8 @@ def _read_limit_gb(record, wanted) -> int:
   return 1 + largest // 10**9
 
 
-def _check_fits(folder, record, wanted, partial: bool):
+def _check_fits(folder: epath.Path, record: dict[str, Any],
+                wanted: dict[str, Any], partial: bool):
   """Raises Mismatch with the name of each array that is not the same."""
   saved = record['arrays']
   wrong = []
@@ -287,7 +291,7 @@ def plain(tree: Any) -> dict[str, Any]:
           for name, x in leaves.items()}
 
 
-def _key_data(key):
+def _key_data(key: Any):
   if isinstance(key, jax.Array):
     return jax.random.key_data(key)
   data = jax.eval_shape(jax.random.key_data, key)
@@ -299,8 +303,8 @@ _KEYS = {'key<fry>': 'threefry2x32', 'key<rbg>': 'rbg',
          'key<urbg>': 'unsafe_rbg'}
 
 
-def _unflatten(abstract, arrays: dict[str, jax.Array]):
-  def leaf(path, x):
+def _unflatten(abstract: Any, arrays: dict[str, jax.Array]):
+  def leaf(path: tuple, x: Any):
     array = arrays[paths.join(path)]
     if str(x.dtype) in _KEYS:
       return jax.random.wrap_key_data(array, impl=_KEYS[str(x.dtype)])

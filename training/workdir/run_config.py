@@ -99,7 +99,7 @@ class Change:
 MISSING = '(none)'
 
 
-def save(workdir, config: ml_collections.ConfigDict,
+def save(workdir: epath.Path, config: ml_collections.ConfigDict,
          derived: Mapping[str, Any] | None = None):
   """Writes config.json, from process 0, whole or not at all.
 
@@ -122,19 +122,19 @@ def save(workdir, config: ml_collections.ConfigDict,
   storage.write(file(workdir), text + '\n')
 
 
-def load(workdir) -> ml_collections.ConfigDict:
+def load(workdir: epath.Path) -> ml_collections.ConfigDict:
   """Returns the config that `save` wrote; see from_json."""
   tree = _load(workdir)
   del tree[_DERIVED], tree[_STARTS]
   return from_json(tree)
 
 
-def load_derived(workdir) -> dict[str, Any]:
+def load_derived(workdir: epath.Path) -> dict[str, Any]:
   return {name: tuples(value)
           for name, value in _load(workdir)[_DERIVED].items()}
 
 
-def starts(workdir) -> list[dict[str, Any]]:
+def starts(workdir: epath.Path) -> list[dict[str, Any]]:
   """Returns what is remembered of each start of a run that has begun, the last
   start last; a start that equals the one before it counts once."""
   if not (exists(workdir) and has_begun(workdir)):
@@ -142,11 +142,11 @@ def starts(workdir) -> list[dict[str, Any]]:
   return list(_load(workdir)[_STARTS])
 
 
-def exists(workdir) -> bool:
+def exists(workdir: epath.Path) -> bool:
   return file(workdir).exists()
 
 
-def has_begun(workdir) -> bool:
+def has_begun(workdir: epath.Path) -> bool:
   """Whether there is a checkpoint to go on from; its config is there as well,
   or `load` says that it is lost."""
   folder = restoring.directory(workdir)
@@ -235,7 +235,7 @@ def table(changes: list[Change]) -> str:
       for row in rows)
 
 
-def _short(value) -> str:
+def _short(value: Any) -> str:
   text = value if value is MISSING else repr(value)
   return text if len(text) <= 32 else text[:29] + '...'
 
@@ -280,7 +280,8 @@ def filled(config: ml_collections.ConfigDict) -> list[str]:
   was written, at their defaults; returns their dotted names."""
   added = []
 
-  def fill(old, new, prefix):
+  def fill(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict,
+           prefix: str):
     for name in new:
       if name not in old:
         added.append(prefix + name)
@@ -321,12 +322,12 @@ _START = {'commit': (str, type(None)), 'diff': (str, type(None)),
           'command': str}
 
 
-def file(workdir):
+def file(workdir: epath.Path):
   """Returns where the config of a run lies."""
   return storage.path(workdir) / 'config.json'
 
 
-def _load(workdir) -> dict[str, Any]:
+def _load(workdir: epath.Path) -> dict[str, Any]:
   path = file(workdir)
   require(path.exists(), f'{path} is missing, although the workdir has '
           'checkpoints: put it back, or take another --workdir'
@@ -361,7 +362,7 @@ def _check_group(group: Mapping, expected: Mapping, who: str) -> None:
         _check_group(value, expected[name], f'{who}{name}.')
 
 
-def tuples(value):
+def tuples(value: Any):
   """Returns a value out of JSON with tuples for its lists, as configs have."""
   if isinstance(value, (list, tuple)):
     return tuple(tuples(item) for item in value)
@@ -370,7 +371,7 @@ def tuples(value):
   return value
 
 
-def _check_plain(name: str, value):
+def _check_plain(name: str, value: Any):
   if isinstance(value, tuple):
     for item in value:
       _check_plain(name, item)

@@ -7,6 +7,8 @@ neither read nor deleted.
 
 from collections.abc import Iterator
 
+from etils import epath
+
 MOST = 2**31 - 1  # what the counter of a state can hold
 
 
@@ -18,7 +20,7 @@ def number(name: str) -> int | None:
   return step if name == str(step) and step <= MOST else None
 
 
-def finished(folder) -> list[int]:
+def finished(folder: epath.Path) -> list[int]:
   """Returns the steps in `folder` that were saved whole, ascending."""
   import orbax.checkpoint as ocp
   if not folder.is_dir():
@@ -29,7 +31,7 @@ def finished(folder) -> list[int]:
       and ocp.utils.is_checkpoint_finalized(path))
 
 
-def strangers(folder) -> list[str]:
+def strangers(folder: epath.Path) -> list[str]:
   """Returns a sentence for each name that looks like a step's and is none."""
   names = sorted(path.name for path in folder.iterdir()
                  if path.name.isdigit() and number(path.name) is None)
@@ -43,12 +45,12 @@ class Names:
   def build_name(self, step: int) -> str:
     return str(step)
 
-  def find_all(self, base_path) -> Iterator:
+  def find_all(self, base_path: epath.Path) -> Iterator:
     import orbax.checkpoint as ocp
     for step in finished(base_path):
       yield ocp.path.step.Metadata(step=step, path=base_path / str(step))
 
-  def find_step(self, base_path, step: int):
+  def find_step(self, base_path: epath.Path, step: int):
     for found in self.find_all(base_path):
       if found.step == step:
         return found

@@ -9,6 +9,7 @@ checkpoints go there without a detour, by TensorStore.
 import contextlib
 import errno
 import importlib.util
+import os
 import pathlib
 import shutil
 import tempfile
@@ -19,7 +20,7 @@ from configs.errors import RequestError, require
 from training.workdir import writing
 
 
-def check(text, name: str = '--workdir') -> None:
+def check(text: str | os.PathLike, name: str = '--workdir') -> None:
   """Raises ValueError for what is neither a folder on disk nor in a bucket."""
   scheme, remote, rest = str(text).partition('://')
   require(not remote or scheme == 'gs', f'{name} is {str(text)!r}, of which '
@@ -31,7 +32,7 @@ def check(text, name: str = '--workdir') -> None:
           'gs://BUCKET/NAME')
 
 
-def path(text, name: str = '--workdir') -> epath.Path:
+def path(text: str | os.PathLike, name: str = '--workdir') -> epath.Path:
   """Returns a folder or file, which need not be there, as a path.
 
   Args:
@@ -47,7 +48,7 @@ def path(text, name: str = '--workdir') -> epath.Path:
   return epath.Path(text)
 
 
-def in_bucket(text) -> bool:
+def in_bucket(text: str | os.PathLike) -> bool:
   return '://' in str(text)
 
 
@@ -80,7 +81,7 @@ _OF_THE_MACHINE = (
     errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EBUSY, errno.EAGAIN)
 
 
-def try_folder(folder, name: str = '--workdir') -> None:
+def try_folder(folder: epath.Path, name: str = '--workdir') -> None:
   """Raises RequestError unless files can be written in a folder, which need not
   be there and is not made. A bucket is not tried.
 
@@ -97,7 +98,7 @@ def try_folder(folder, name: str = '--workdir') -> None:
     _try_writing(pathlib.Path(folder))
 
 
-def try_file(file, name: str) -> None:
+def try_file(file: epath.Path, name: str) -> None:
   """Raises RequestError unless a file can be written, or written anew. The
   rest is as in try_folder."""
   if in_bucket(file):
@@ -141,7 +142,7 @@ def _is_there(path: pathlib.Path) -> bool:
 
 
 @contextlib.contextmanager
-def _refusing(path, name: str):
+def _refusing(path: epath.Path, name: str):
   """Turns an error about a path into a sentence with its name and flag."""
   try:
     yield
@@ -158,12 +159,12 @@ def _refusing(path, name: str):
                        f'{error}') from error  # a NUL in it
 
 
-def _shown(path) -> str:
+def _shown(path: epath.Path) -> str:
   text = repr(str(path))
   return text if len(text) <= 240 else text[:100] + '...'
 
 
-def _partial(file):
+def _partial(file: epath.Path):
   return file.with_name(file.name + '.partial')
 
 

@@ -12,6 +12,9 @@ import errno
 import os
 import pathlib
 import re
+import types
+
+from etils import epath
 
 from configs.errors import EnvironmentFailure, RequestError
 
@@ -31,7 +34,7 @@ def again() -> str:
 
 
 @contextlib.contextmanager
-def to(what, then: Callable[[], str] = again) -> Iterator[None]:
+def to(what: str, then: Callable[[], str] = again) -> Iterator[None]:
   """Around what writes: a failure of the environment becomes a sentence.
 
   Args:
@@ -90,7 +93,7 @@ class File:
   EnvironmentFailure. It notices that the file was deleted, since writes then
   succeed and are lost."""
 
-  def __init__(self, path, then: Callable[[], str] = again):
+  def __init__(self, path: epath.Path, then: Callable[[], str] = again):
     self._path, self._then = pathlib.Path(path), then
     with to(path, then):
       self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -115,7 +118,9 @@ class File:
   def __enter__(self) -> 'File':
     return self
 
-  def __exit__(self, kind, error, traceback):
+  def __exit__(self, kind: type[BaseException] | None,
+               error: BaseException | None,
+               traceback: types.TracebackType | None):
     if error is None:
       self.close()
     else:

@@ -35,7 +35,7 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
   run_, config = evaluation.run, evaluation.run.config
   objective = objectives.of(config)
 
-  def told(params, batch):
+  def told(params: Any, batch: Any):
     panel = objective.apply(run_.module, params, batch).aux['health']
     return panel, objective.tokens(batch)
 
