@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from configs import base
-from training import evaluating, loop
+from training import evaluating, loop, objectives
 from training.distributed import signals
 
 STEPS = 6
@@ -77,9 +77,10 @@ def _state(step):
 
 
 class Loader:
+  objective = objectives.OBJECTIVES['causal']
 
   def batch(self, n):
-    return {'tokens': jnp.zeros((1, 4))}
+    return {}
 
   def iterate(self, start, stop):
     for n in range(start, stop):
@@ -112,7 +113,7 @@ def _train(tmp_path, monkeypatch):
   def train(*rows, due=(), stop=None, **fields):
     config = base.base()
     config.train.update(steps=STEPS, max_bad_steps=2)
-    config.data.batch_size = 1
+    config.data.update(batch_size=1, length=4)
     config.eval.every_steps = 0
     config.log.every_steps = 1
     config.update_from_flattened_dict(
