@@ -1,4 +1,4 @@
-"""Markdown of the repository as Markdown of the site."""
+"""Markdown and docstrings of the repository as Markdown of the site."""
 
 from collections.abc import Callable, Iterator
 import os
@@ -70,6 +70,34 @@ def fetched(html: str) -> list[str]:
   return [address for tag in tags if 'rel="canonical"' not in tag
           for address in re.findall(
               r'(?:src|href)=["\']?((?:https?:)?//[^"\'\s>]+)', tag)]
+
+
+def fenced(text: str) -> str:
+  """Returns a docstring whose indented paragraphs are fenced as code. The items
+  of a section, which follow their title at once, stay as they are."""
+  paragraphs = text.split('\n\n')
+  result: list[str] = []
+  section = False  # whether we are in Args, Returns, ...
+  for i, paragraph in enumerate(paragraphs):
+    lines = paragraph.splitlines()
+    indented = bool(lines) and all(line.startswith('  ') for line in lines)
+    if not indented:
+      section = _is_section(lines)
+    code = indented and not section and i > 0
+    if code and result and result[-1].endswith('\n```'):
+      result[-1] = result[-1].removesuffix('```') + f'\n{_flush(lines)}\n```'
+    else:
+      result.append(f'```text\n{_flush(lines)}\n```' if code else paragraph)
+  return '\n\n'.join(result)
+
+
+def _is_section(lines: list[str]) -> bool:
+  return len(lines) > 1 and lines[0].rstrip().endswith(':') and all(
+      line.startswith('  ') for line in lines[1:])
+
+
+def _flush(lines: list[str]) -> str:
+  return '\n'.join(line[2:] for line in lines)
 
 
 def _outside_fences(markdown: str) -> list[str]:

@@ -87,11 +87,9 @@ def test_a_notebook_is_run_and_is_a_page_with_its_outputs():
 
 
 def test_indented_paragraphs_of_a_docstring_are_code():
-  docstrings = pytest.importorskip('tools.docs.docstrings',
-                                   reason='no griffe', exc_type=ImportError)
   text = ('Title.\n\n  y = x\n    + 1\n\n  z = y\n\nWords.\n\nArgs:\n  x: in.\n'
           '\n  more of it.\n\nEnd:\n\n  code')
-  assert docstrings.fenced(text) == (
+  assert rewriting.fenced(text) == (
       'Title.\n\n```text\ny = x\n  + 1\n\nz = y\n```\n\nWords.\n\nArgs:\n'
       '  x: in.\n\n  more of it.\n\nEnd:\n\n```text\ncode\n```')
 
