@@ -66,6 +66,7 @@ verify: $(VENV)/.verify
 
 lint: $(VENV)/.test
 	$(run) -m ruff check .
+	$(run) -m mypy
 
 # The documentation site, in site/: open site/index.html.
 docs: $(VENV)/.docs

@@ -29,7 +29,6 @@ import numpy as np
 import architectures
 from architectures.parts import unread
 from architectures.parts.config import ModelConfig
-from architectures.parts.skeletons import Output
 from configs import base
 from configs.errors import RequestError, one_of, require
 from training import config_files
@@ -258,9 +257,9 @@ _INPUTS = {
 def _apply(module: nn.Module, params: Any, arrays: dict[str, jax.Array],
            wanted: str) -> Any:
   """Runs the model; what is not wanted is not part of the program."""
-  output: Output = module.apply(
-      {'params': params}, **arrays, keep_layers=wanted == 'layers',
-      keep_attention=wanted == 'attention')
+  options: dict[str, Any] = dict(keep_layers=wanted == 'layers',
+                                 keep_attention=wanted == 'attention', **arrays)
+  output: Any = module.apply({'params': params}, **options)
   if wanted == 'logits':
     return output.logits
   if wanted == 'layers':
@@ -290,7 +289,8 @@ def load(path: str | os.PathLike, *, step: int | None = None,
   folder = place.parent if place.is_file() else place
   if tokenizer is None and tokenizers.found_in(folder):
     tokenizer = str(folder)
-  return Model(module, params, tokenizer and tokenizers.load(tokenizer))
+  return Model(module, params,
+               tokenizers.load(tokenizer) if tokenizer else None)
 
 
 def build(config: str | ml_collections.ConfigDict | ModelConfig, *,

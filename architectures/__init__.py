@@ -24,7 +24,7 @@ from configs.errors import one_of, require
 
 
 @functools.cache
-def systems() -> dict[str, type[nn.Module]]:
+def systems() -> dict[str, type[Any]]:
   """Returns {model.arch: the class of its page}, of every page in this folder.
   """
   found = {}

@@ -6,6 +6,7 @@ says. Whatever a run does is printed by its config: no default hides in code.
 """
 
 import difflib
+from typing import Any
 
 import ml_collections
 
@@ -250,7 +251,7 @@ def _model() -> dict:
   )
 
 
-def sized(size: str, sizes: dict[str, dict]) -> dict:
+def sized(size: str, sizes: dict[str, Any]) -> dict[str, Any]:
   """Returns the row of `sizes` that the ':size' argument names.
 
   Raises:

@@ -6,6 +6,7 @@ overwrites the padding's slots before it can see them. Experts have no capacity
 here, so that a row's text does not depend on the others.
 """
 
+from collections.abc import Callable
 import dataclasses
 import functools
 from typing import Any, Optional
@@ -109,13 +110,14 @@ def generate(module: nn.Module, params: Any, prompts_BL: jax.Array,
   cache = architectures.init_cache(module.config, B, L + max_new_tokens)
   if source_BM is None:
     positions = 'positions_BL'
-    apply = module.apply
+    apply: Callable[..., Any] = module.apply
     output = apply({'params': params}, prompts_BL, cache=cache,
                    prefix_B=prefix_B)
   else:
     require(prefix_B is None, 'prefix_B is for a decoder: an encoder-decoder '
             'reads its source in both directions')
     positions = 'decoder_positions_BL'
+    assert source_lengths_B is not None
     ids_BM = (jnp.arange(source_BM.shape[1])[None]
               < source_lengths_B[:, None]).astype(jnp.int32)
     apply = lambda variables, tokens_BL, **kwargs: module.apply(

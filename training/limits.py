@@ -152,7 +152,7 @@ def refuse_unread_of(names: Iterable[str], config: ml_collections.ConfigDict,
   defaults = base.base()
   for name, row in unread(config, model).items():
     decided_by = {f'model.{field}' for field in row.decided_by}
-    require(name not in names or decided_by & names,
+    require(name not in names or bool(decided_by & names),
             f'{name} is {get(config, name)}, which this model does not read: '
             f'it is read where {row.where}. Leave it at '
             f'{get(defaults, name)}, or set {" or ".join(sorted(decided_by))}')

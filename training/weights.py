@@ -40,6 +40,8 @@ from training.hf import generation as hf_generation
 SHARD_BYTES = 5 * 10**9
 PART_BYTES = 2 ** 24  # of two tensors that are compared
 
+Source = Mapping[str, np.ndarray] | hf_files.Files
+
 
 class Loaded(NamedTuple):
   """Parameters, and a line for each thing of either side that was skipped."""
@@ -101,7 +103,7 @@ def other_function(ours: ModelConfig, theirs: ModelConfig,
   return different
 
 
-def load(module: nn.Module, source: Mapping[str, np.ndarray], *,
+def load(module: nn.Module, source: Source, *,
          like: Any = None, partial: bool = False, seed: int = 0) -> Loaded:
   """Returns the parameters of `module`, from tensors by their HF names.
 
@@ -124,7 +126,8 @@ def load(module: nn.Module, source: Mapping[str, np.ndarray], *,
   tensors = hf.expand(rows, shapes)
   fills: dict[str, list] = {path: [] for path in shapes}
   names.check_types(tensors)
-  skipped, bad = names.unused(tensors), set()
+  bad: set[str] = set()
+  skipped = names.unused(tensors)
   for tensor in tensors:
     if wrong := names.wrong(tensor):
       skipped.append(wrong)
@@ -148,7 +151,7 @@ def load(module: nn.Module, source: Mapping[str, np.ndarray], *,
 
 
 def _check_number(needed: int,
-                  source: Mapping[str, np.ndarray] | hf_files.Files,
+                  source: Source,
                   partial: bool) -> None:
   """Raises RequestError where the model has another size altogether than the
   files, before each of its tensors is looked for."""
@@ -229,8 +232,8 @@ def _fill(leaf: Any, fills: list, names: _Names) -> jax.Array:
   if sharding is None:
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   devices: dict[tuple, list] = {}
-  for device, slices in sharding.addressable_devices_indices_map(
-      leaf.shape).items():
+  places: Any = sharding.addressable_devices_indices_map(leaf.shape)
+  for device, slices in places.items():
     ranges = tuple(s.indices(n)[:2] for s, n in zip(slices, leaf.shape))
     devices.setdefault(ranges, []).append(device)
   placed = []
