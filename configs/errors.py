@@ -10,7 +10,9 @@ A program that fails ends in one of three ways (training/cli.py):
 * any other exception: a bug of ours. A traceback, exit code 1.
 """
 
+from collections.abc import Collection
 import difflib
+from typing import Any
 
 
 class RequestError(ValueError):
@@ -23,7 +25,7 @@ class EnvironmentFailure(RuntimeError):
   how to go on."""
 
 
-def one_of(name: str, value: str, choices) -> None:
+def one_of(name: str, value: str, choices: Collection[str]) -> None:
   """Raises RequestError unless `value` is one of `choices`."""
   if value not in choices:
     near = difflib.get_close_matches(str(value), list(choices), n=1)
@@ -38,7 +40,7 @@ def require(condition: bool, sentence: str) -> None:
     raise RequestError(sentence)
 
 
-def short(value) -> str:
+def short(value: Any) -> str:
   """Returns a value as a message shows it, cut where it is long."""
   if type(value) is int and value.bit_length() > 80:
     # Python does not write out integers of thousands of digits.
