@@ -79,7 +79,7 @@ lock: $(VENV)/.made
 	$(run) requirements/lock.py $(VENV)/report.json $(lock)
 
 clean:
-	rm -rf $(VENV) .cache .pytest_cache .ruff_cache build site *.egg-info
+	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache build site *.egg-info
 
 # Each stamp says that the packages of some extras are in $(VENV).
 version = $(shell $(run) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
