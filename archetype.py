@@ -310,7 +310,7 @@ def build(config: str | ml_collections.ConfigDict | ModelConfig, *,
     module = architectures.build(_with_fields(config, fields))
     return Model(module, _initial(module, seed))
   if isinstance(config, str):
-    config = config_files.load(config)
+    config = config_files.load_config_file(config)
   config = config.copy_and_resolve_references()
   _set_fields(config.model, fields)
   tokenizer = tokenizers.load(config.data.tokenizer)
@@ -321,7 +321,7 @@ def build(config: str | ml_collections.ConfigDict | ModelConfig, *,
 
 
 def _load_run(workdir: Any, step: int | None, tokenizer: str | None) -> Model:
-  config = runs.with_new_fields(run_config.load(workdir))
+  config = runs.with_new_fields(run_config.load_config(workdir))
   module = architectures.build(runs.model_of(workdir))
   here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   shapes = jax.tree.map(

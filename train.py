@@ -59,16 +59,17 @@ def main():
   # 1. The config: everything wrong in it is said before any device work.
   runs.try_workdir(workdir)
   # A run that has begun goes on with what an earlier version let pass.
-  runs.check(config, () if run_config.has_begun(workdir) else cli.overrides())
-  several = processes.check(args.coordinator, args.num_processes,
-                            args.process_id, args.cluster)
+  runs.check_config(
+      config, () if run_config.has_begun(workdir) else cli.overrides())
+  several = processes.how_to_join(args.coordinator, args.num_processes,
+                                  args.process_id, args.cluster)
   profile.parse(args.profile_steps, config.train.steps)
   pipeline.check_sources(config)
   initial_state.check_source(config.init_from)
   tokenizer = tokenizers.load(config.data.tokenizer)
   model, derived = runs.resolve(config, tokenizer)
   changes = run_config.changes(workdir, config, derived)
-  run_config.check(changes, args.allow_config_change)
+  run_config.refuse_changes(changes, args.allow_config_change)
   if changes:
     print(run_config.table(changes))
   for line in provenance.changes(run_config.starts(workdir)):
@@ -84,7 +85,7 @@ def main():
 
   # 3. The data.
   index, count = devices.batch_shard(run.place, config.data.batch_size)
-  train_data = pipeline.load(config, tokenizer, index, count)
+  train_data = pipeline.training_loader(config, tokenizer, index, count)
   eval_data = pipeline.held_out(config, tokenizer, index, count)
 
   # 4. The state: restored from the newest good checkpoint, or new.

@@ -76,7 +76,7 @@ def resolve(model: ModelConfig | Mapping[str, Any]) -> ModelConfig:
   config = (model if isinstance(model, ModelConfig)
             else model_config.make(model))
   one_of('model.arch', config.arch, systems())
-  checks.check(
+  checks.check_model(
       config, {arch: module.STACK for arch, module in systems().items()})
   return config
 

@@ -77,7 +77,7 @@ class Trainer:
     config.eval.every_steps = 0
     run = runs.build(config, self.run.model, self.run.mesh)
     tokenizer = tokenizers.load(config.data.tokenizer)
-    batches = _Batches(pipeline.load(config, tokenizer))
+    batches = _Batches(pipeline.training_loader(config, tokenizer))
     held_out, saves = pipeline.held_out(config, tokenizer), _NoSaves()
     with run.context():
       state = run.new_state()

@@ -118,7 +118,8 @@ def stepper(row):
   config = config_of(row)
   tokenizer = tokenizers.load(config.data.tokenizer)
   job = runs.build(config, runs.resolve(config, tokenizer)[0])
-  batch = devices.put(pipeline.load(config, tokenizer).batch(0), job.place)
+  loader = pipeline.training_loader(config, tokenizer)
+  batch = devices.put(loader.batch(0), job.place)
   with job.context():
     held = [job.new_state()]
     compiled = job.train_step().lower(held[0], batch).compile()

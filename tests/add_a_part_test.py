@@ -234,7 +234,7 @@ def test_a_sweep_gives_it_the_flops_of_the_base(part, tmp_path):
   width = 'model.moe.d_ff' if fields.pop('model.moe.d_ff', 0) else 'model.d_ff'
   parser = argparse.ArgumentParser()
   check.add_sweep_arguments(parser)
-  description = check.check(parser.parse_args([
+  description = check.describe(parser.parse_args([
       sweeps.write(tmp_path, f"  add('added', **{fields!r})\n"),
       '--match=flops_per_token', f'--match_field={width}']))
   points = {point['name']: point for point in description['points']}

@@ -97,18 +97,18 @@ config = gpt.get_config()
 config.objective = 'fim'
 config.data.update(source=sys.argv[1], length=32, batch_size=8,
                    holdout_every=4, cache_dir=sys.argv[2])
-runs.check(config)
+runs.check_config(config)
 tokenizer = tokenizers.load('bytes')
 run = runs.build(config, runs.resolve(config, tokenizer)[0])
 _, planned = compile.PROGRAMS['train'](run).args
-batch = pipeline.load(config, tokenizer).batch(0)
+batch = pipeline.training_loader(config, tokenizer).batch(0)
 print(json.dumps(dict(
     planned={key: [x.shape, str(x.dtype)] for key, x in planned.items()},
     loaded={key: [x.shape, str(x.dtype)] for key, x in batch.items()},
     rows=[batch[key].tolist() for key in ('tokens', 'targets', 'weights')],
     sentinels=tokenizer.sentinel_ids[:3],
     kept=memory.kept(run),
-    owed=spec.load(sys.argv[3]).owed(spec.Point('x', {})))))
+    owed=spec.read_sweep_file(sys.argv[3]).owed(spec.Point('x', {})))))
 '''
 SWEEP = '''
 from configs import gpt

@@ -136,8 +136,8 @@ def test_config_files(text, tmp_path_factory):
   file.write_bytes(text.encode('utf-8', 'surrogatepass'))
 
   def load():
-    config = config_files.load(str(file))
-    runs.check(config)
+    config = config_files.load_config_file(str(file))
+    runs.check_config(config)
     run_config.to_json(config)
 
   runs_or_refuses(load)
@@ -248,14 +248,14 @@ def test_ledgers_and_runs(sweep, tmp_path_factory, data):
     fuzzing.damage(data.draw, file)
 
   def look():
-    description = layout.load(workdir)
+    description = layout.load_description(workdir)
     with ledger_lib.Ledger(workdir) as ledger:
       ledger.recover()
       status.plain(description, workdir, ledger.runs())
-    write.figures(curves.load(workdir))
+    write.figures(curves.load_sweep(workdir))
 
   runs_or_refuses(look)
   if run.joinpath('config.json').exists():
-    runs_or_refuses(lambda: runs.with_new_fields(run_config.load(run)))
+    runs_or_refuses(lambda: runs.with_new_fields(run_config.load_config(run)))
   if run.joinpath('metrics.jsonl').is_file():
     runs_or_refuses(lambda: metrics.JsonlWriter(run, 100).close())

@@ -153,7 +153,7 @@ def _from_hf(source: pathlib.Path, partial: bool, seed: int):
   from training.hf import files as hf_files
   from training.hf import tokenizer as hf_tokenizer
   folder = source.parent if source.is_file() else source
-  model, notes = hf_config.fields_and_notes(hf_config.load(folder))
+  model, notes = hf_config.fields_and_notes(hf_config.load_config_json(folder))
   for note in notes:
     print(f'warning: {note}', file=sys.stderr)
   module = architectures.build(model)
@@ -161,8 +161,8 @@ def _from_hf(source: pathlib.Path, partial: bool, seed: int):
   config.model = model
   config.data.length = min(model.max_len, 1024)
   config.data.tokenizer = hf_tokenizer.stand_in(model.vocab_size)
-  loaded = weights.load(module, hf_files.Files(source), partial=partial,
-                        seed=seed)
+  loaded = weights.read_params(module, hf_files.Files(source), partial=partial,
+                               seed=seed)
   for line in loaded.skipped:
     print(f'skipped: {line}')
   return config, module, loaded.params
@@ -173,7 +173,7 @@ def _from_workdir(workdir: epath.Path, step: int | None):
   from training import runs
   from training.workdir import run_config
   config = runs.for_this_machine(
-      runs.with_new_fields(run_config.load(workdir)))
+      runs.with_new_fields(run_config.load_config(workdir)))
   run = runs.build(config, runs.model_of(workdir))
   params, step = runs.restore_params(run, workdir, step)
   return config, run.module, params, step

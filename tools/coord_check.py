@@ -65,8 +65,8 @@ def main():
   rows = []
   for system in args.systems or decoders:
     for name in ('standard', 'mup'):
-      rows.append(check(system, name, widths, args.optimizer, lr, args.steps,
-                        args.seeds))
+      rows.append(output_sizes(system, name, widths, args.optimizer, lr,
+                               args.steps, args.seeds))
       print(text(rows[-1]), flush=True)
   if json_file:
     storage.write(json_file, json.dumps(rows, indent=1) + '\n')
@@ -94,8 +94,8 @@ def config(system: str, parametrization: str, width: int, base: int,
   return c
 
 
-def check(system: str, parametrization: str, widths, optimizer: str, lr: float,
-          steps: int, seeds: int) -> dict:
+def output_sizes(system: str, parametrization: str, widths, optimizer: str,
+                 lr: float, steps: int, seeds: int) -> dict:
   """Returns the sizes of one system's outputs, by width, step and output."""
   import numpy as np
   sizes = []

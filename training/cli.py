@@ -200,4 +200,4 @@ def _check_config(argv: Sequence[str]) -> None:
   require(bool(given) or not fields, f'pass --config FILE.py:SIZE before '
           f'{fields and fields[0].partition("=")[0]}')
   for spec in given:
-    config_files.check_keys(config_files.load(spec), argv)
+    config_files.check_keys(config_files.load_config_file(spec), argv)

@@ -26,7 +26,7 @@ from configs.errors import RequestError, require, short
 SHARED = ('__init__', 'base', 'errors', 'sharding')
 
 
-def load(spec: str) -> ml_collections.ConfigDict:
+def load_config_file(spec: str) -> ml_collections.ConfigDict:
   """Returns the config that FILE.py:SIZE describes.
 
   Raises:
@@ -46,7 +46,7 @@ def load(spec: str) -> ml_collections.ConfigDict:
           f'{file} has no function get_config(): define one that returns a '
           'config')
   config = call(file, module.get_config, *([size] if colon else []))
-  check(config, f'{file}: get_config()')
+  check_config_fields(config, f'{file}: get_config()')
   return config
 
 
@@ -90,7 +90,7 @@ def _sentence(file: str, error: BaseException) -> str:
           f'{first}')
 
 
-def check(config: Any, who: str) -> None:
+def check_config_fields(config: Any, who: str) -> None:
   """Raises RequestError unless `config` has the fields of configs/base.py, each
   of the type that it has there."""
   require(isinstance(config, ml_collections.ConfigDict),

@@ -72,8 +72,9 @@ def _read(run: runs.Run, source: epath.Path, drawn: Any
   if restoring.directory(source).exists():
     return _from_workdir(run, source, drawn, partial)
   with run.context():
-    return weights.start(source, run.module, like=run.abstract.params,
-                         partial=partial, seed=run.config.seed)
+    return weights.params_to_start_from(
+        source, run.module, like=run.abstract.params, partial=partial,
+        seed=run.config.seed)
 
 
 def _from_workdir(run: runs.Run, source: epath.Path, drawn: Any,

@@ -68,13 +68,13 @@ def printable(config: ml_collections.ConfigDict, by_hand: Iterable[str] = ()
               ) -> dict[str, Any]:
   """Returns the config as a run reads it: checked, and with every field of
   the model that is derived filled in; `by_hand` is as for `check`."""
-  check(config, by_hand)
+  check_config(config, by_hand)
   model, _ = resolve(config, tokenizers.load(config.data.tokenizer))
   return run_config.to_json(config) | {'model': dataclasses.asdict(model)}
 
 
-def check(config: ml_collections.ConfigDict, by_hand: Iterable[str] = ()
-          ) -> None:
+def check_config(config: ml_collections.ConfigDict, by_hand: Iterable[str] = ()
+                 ) -> None:
   """Raises ValueError for what can be seen wrong without data or devices.
 
   Args:
@@ -83,14 +83,14 @@ def check(config: ml_collections.ConfigDict, by_hand: Iterable[str] = ()
       sweep: one that the model does not read is refused.
   """
   limits.ranges(config)
-  objectives.check(config)
+  objectives.check_objective(config)
   limits.refuse_unread(config)
   one_of('mesh.rules', config.mesh.rules, tables.RULES)
-  optimizers.check(config.optim)
-  metrics.check(config.log)
+  optimizers.check_optim(config.optim)
+  metrics.check_writers(config.log)
   module = architectures.build(_without_tokenizer(config))
   limits.refuse_unread_of(by_hand, config, module.config)
-  mup.check(module.config, config.optim.name)
+  mup.check_optimizer(module.config, config.optim.name)
   _check_reach(config, module.config)
   _check_objective(config.objective, module)
 
@@ -288,13 +288,13 @@ def build(config: ml_collections.ConfigDict, model: ModelConfig,
     mesh = devices.make_mesh(
         devices.mesh_shape(config.mesh, jax.device_count()),
         slices=config.mesh.slices)
-  devices.check(model, config.data.batch_size, config.train.grad_accumulation,
-                mesh.shape)
+  devices.check_mesh(model, config.data.batch_size,
+                     config.train.grad_accumulation, mesh.shape)
   _check_context(config, mesh.shape['context'])
   platform = mesh.devices.flat[0].platform
-  kernels.check(model, platform)
+  kernels.check_kernel(model, platform)
   if model.ffn == 'moe':
-    grouped_kernels.check(model.moe, platform)
+    grouped_kernels.check_grouped_kernel(model.moe, platform)
   return Run.of(config, model, mesh)
 
 
@@ -358,7 +358,7 @@ def with_new_fields(config: ml_collections.ConfigDict
 
 def model_of(workdir: epath.Path) -> ModelConfig:
   """Returns the model of a run, for which its tokenizer need not be there."""
-  config = with_new_fields(run_config.load(workdir))
+  config = with_new_fields(run_config.load_config(workdir))
   fields = config.model.to_dict()
   for name, value in run_config.load_derived(workdir).items():
     fields[name.removeprefix('model.')] = value

@@ -59,27 +59,27 @@ def parse(text: str | bytes, who: str) -> Any:
   require(False, f'{who} is damaged, and is no JSON: {reason}')
 
 
-def check(value: Any, shape: Any, who: str) -> None:
+def check_shape(value: Any, shape: Any, who: str) -> None:
   """Raises RequestError, which begins with `who`, where a value has not the
   shape."""
   if isinstance(shape, list):
     _kind(value, list, who)
     for i, item in enumerate(value):
-      check(item, shape[0], f'{who}[{i}]')
+      check_shape(item, shape[0], f'{who}[{i}]')
   elif isinstance(shape, Each):
     _kind(value, dict, who)
     for name, item in value.items():
       require(re.fullmatch(shape.name, name) is not None,
               f'{who} has the field {short(name)}, which is no name here')
-      check(item, shape.shape, f'{who}.{name}')
+      check_shape(item, shape.shape, f'{who}.{name}')
   elif isinstance(shape, Positive):
-    check(value, shape.shape, who)
+    check_shape(value, shape.shape, who)
     require(value > 0, f'{who} is damaged: it is {value}, and must be above 0')
   elif isinstance(shape, dict):
     _kind(value, dict, who)
     for name, inner in shape.items():
       require(name in value, f'{who} is damaged: it has no {name!r}')
-      check(value[name], inner, f'{who}.{name}')
+      check_shape(value[name], inner, f'{who}.{name}')
   else:
     _scalar(value, shape if isinstance(shape, tuple) else (shape,), who)
 

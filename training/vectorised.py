@@ -116,7 +116,7 @@ def train(configs: Sequence[ml_collections.ConfigDict],
   changes = [run_config.changes(workdir, c, derived)
              for c, workdir, (_, derived) in zip(configs, workdirs, resolved)]
   for change in changes:
-    run_config.check(change, allow_config_change=False)
+    run_config.refuse_changes(change, allow_config_change=False)
   mesh = devices.make_mesh(dict.fromkeys(tables.MESH_AXES, 1),
                            jax.devices()[:1])
   run = runs.build(config, resolved[0][0], mesh)
@@ -169,7 +169,8 @@ def _train_part(run: runs.Run, part: Sequence[loop.Member],
   group = Group(run, part)
   n = loop.train_all(
       group, part, group.joined(states) if start else group.new_state(), start,
-      [pipeline.load(with_values(group.config, {'seed': seed}), tokenizer)
+      [pipeline.training_loader(
+          with_values(group.config, {'seed': seed}), tokenizer)
        for seed in group.seeds],
       pipeline.held_out(group.config, tokenizer))
   if any(member.code == loop.STOPPED for member in part):
@@ -187,7 +188,7 @@ def _check(configs: Sequence[ml_collections.ConfigDict],
   require(jax.process_count() == 1, 'runs train as one program in one process, '
           f'and there are {jax.process_count()}')
   for config in configs:
-    runs.check(config)
+    runs.check_config(config)
     require(not refusal(config), refusal(config))
     differ = [name for (name, a), (_, b) in zip(
         _shared(configs[0]), _shared(config), strict=True) if a != b]

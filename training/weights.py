@@ -64,14 +64,15 @@ def from_hf(path: str | os.PathLike, *, partial: bool = False, seed: int = 0):
   """
   path = pathlib.Path(path)
   folder = path.parent if path.is_file() else path
-  config = hf_config.read(hf_config.load(folder))
+  config = hf_config.read(hf_config.load_config_json(folder))
   module = architectures.build(config)
-  return module, load(module, hf_files.Files(path), partial=partial,
-                      seed=seed).params
+  return module, read_params(module, hf_files.Files(path), partial=partial,
+                             seed=seed).params
 
 
-def start(path: str | os.PathLike, module: nn.Module, *, like: Any = None,
-          partial: bool = False, seed: int = 0) -> Loaded:
+def params_to_start_from(
+    path: str | os.PathLike, module: nn.Module, *, like: Any = None,
+    partial: bool = False, seed: int = 0) -> Loaded:
   """Returns what `module` starts from: the weights of another training.
 
   The config.json beside them must describe the same function. Only the length
@@ -81,11 +82,11 @@ def start(path: str | os.PathLike, module: nn.Module, *, like: Any = None,
     path, like, partial, seed: as for from_hf and load.
   """
   path = pathlib.Path(path)
-  theirs = hf_config.read(hf_config.load(path.parent if path.is_file()
-                                         else path))
+  theirs = hf_config.read(hf_config.load_config_json(
+      path.parent if path.is_file() else path))
   different = other_function(module.config, theirs, path, partial)
-  loaded = load(module, hf_files.Files(path), like=like, partial=partial,
-                seed=seed)
+  loaded = read_params(module, hf_files.Files(path), like=like, partial=partial,
+                       seed=seed)
   return Loaded(loaded.params, different + loaded.skipped)
 
 
@@ -103,8 +104,8 @@ def other_function(ours: ModelConfig, theirs: ModelConfig,
   return different
 
 
-def load(module: nn.Module, source: Source, *,
-         like: Any = None, partial: bool = False, seed: int = 0) -> Loaded:
+def read_params(module: nn.Module, source: Source, *, like: Any = None,
+                partial: bool = False, seed: int = 0) -> Loaded:
   """Returns the parameters of `module`, from tensors by their HF names.
 
   Args:

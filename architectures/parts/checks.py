@@ -79,7 +79,7 @@ def names() -> dict[str, Collection[str]]:
   }
 
 
-def check(c: ModelConfig, stacks: Mapping[str, str]) -> None:
+def check_model(c: ModelConfig, stacks: Mapping[str, str]) -> None:
   """Raises RequestError: a sentence with the field, its value, the choices.
 
   Args:
@@ -108,7 +108,7 @@ def check(c: ModelConfig, stacks: Mapping[str, str]) -> None:
           f'model.moe.top_k is {c.moe.top_k}: choose 1 to '
           f'model.moe.num_experts {c.moe.num_experts}')
   if c.ffn == 'moe':
-    routing.check(c, stack)
+    routing.check_router(c, stack)
   for field in ('num_layers', 'num_decoder_layers'):
     layers, period = getattr(c, field), len(c.layer_pattern())
     require(layers % period == 0,

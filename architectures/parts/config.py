@@ -193,7 +193,7 @@ def make(fields: Mapping[str, Any]) -> ModelConfig:
       one that another is derived from and that does not allow it.
   """
   fields = fields.to_dict() if hasattr(fields, 'to_dict') else dict(fields)
-  field_checks.check(fields, ModelConfig)
+  field_checks.check_fields(fields, ModelConfig)
   for name in ('d_model', 'num_layers', 'num_heads', 'vocab_size', 'max_len'):
     require(fields[name] > 0, f'model.{name} is {fields[name]}: it must be > 0'
             + (' (derived from data.length at the start of a run)'

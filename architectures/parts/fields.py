@@ -39,7 +39,8 @@ MOST = {
 }
 
 
-def check(fields: Mapping[str, Any], group: type, prefix: str = '') -> None:
+def check_fields(fields: Mapping[str, Any], group: type,
+                 prefix: str = '') -> None:
   """Raises RequestError unless `fields` are those of a dataclass, each of the
   type that it says and within its range.
 
@@ -57,7 +58,7 @@ def check(fields: Mapping[str, Any], group: type, prefix: str = '') -> None:
     if dataclasses.is_dataclass(kinds[name]):
       require(isinstance(value, Mapping), f'model.{prefix}{name} is a '
               f'{type(value).__name__}: it must be a group of fields')
-      check(value, kinds[name], f'{prefix}{name}.')
+      check_fields(value, kinds[name], f'{prefix}{name}.')
     elif not hasattr(value, 'dtype'):  # traced, where runs train as one
       _check_value(prefix + name, value, kinds[name])
 

@@ -96,7 +96,7 @@ def choose(c: ModelConfig, mask: Mask, q_length: int, k_length: int) -> str:
   return name
 
 
-def check(c: ModelConfig, device: str) -> None:
+def check_kernel(c: ModelConfig, device: str) -> None:
   """Raises ValueError where a named kernel does not run on the platform."""
   _require(c.attention_kernel, _elsewhere(c.attention_kernel, device))
 

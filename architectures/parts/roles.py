@@ -107,7 +107,7 @@ def declare(module: nn.Module, name: str, init: Callable,
   Raises:
     ValueError: for a logical axis that the legend lacks.
   """
-  axes = sharding.check(role.axes)
+  axes = sharding.known_axes(role.axes)
   return module.param(
       name, lambda *args: Declared(init(*args), axes, role=role), shape,
       dtype or module.config.param_dtype)

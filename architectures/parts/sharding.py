@@ -18,7 +18,7 @@ from configs.errors import one_of
 AXES = 'axes'  # the scope that names a constraint's logical axes
 
 
-def check(axes) -> tuple[str | None, ...]:
+def known_axes(axes) -> tuple[str | None, ...]:
   """Returns `axes`; raises ValueError for one that the legend lacks."""
   for axis in axes:
     if axis is not None:
@@ -31,7 +31,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
   The logical axes are part of the operation's name, for explain_sharding.
   """
-  names = ','.join(str(axis) for axis in check(axes))
+  names = ','.join(str(axis) for axis in known_axes(axes))
   with jax.named_scope(f'{AXES}({names})'):
     return nn.with_logical_constraint(x, axes)
 
@@ -41,7 +41,7 @@ def mesh_axes(axis: str) -> tuple[str, ...]:
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or not nn.get_logical_axis_rules():
     return ()
-  names = nn.logical_to_mesh_axes(check((axis,)))[0] or ()
+  names = nn.logical_to_mesh_axes(known_axes((axis,)))[0] or ()
   names = (names,) if isinstance(names, str) else names
   return tuple(name for name in names if mesh.shape[name] > 1)
 

@@ -228,7 +228,7 @@ def test_a_named_kernel_that_cannot_is_refused(monkeypatch):
   with pytest.raises(ValueError, match='drops no weights'):
     kernels.choose(c, kernels.Mask(causal=True, dropout=True), 128, 128)
   with pytest.raises(ValueError, match='runs on tpu, and this program is for'):
-    kernels.check(c, 'cpu')
+    kernels.check_kernel(c, 'cpu')
 
 
 @pytest.mark.slow

@@ -127,15 +127,15 @@ def _config(system='gpt', **fields):
 ])
 def test_what_is_set_by_hand_and_not_read_is_refused(name, value, where):
   config = _config(**{name.replace('.', '__'): value})
-  runs.check(config)  # of a config file: a part may have been swapped away
+  runs.check_config(config)  # of a file: a part may have been swapped away
   refusal = f'^{name} is {value}, .* {where}. Leave it at'
   with pytest.raises(RequestError, match=refusal):
-    runs.check(config, [name])
-  runs.check(_config(), [name])  # at its default
+    runs.check_config(config, [name])
+  runs.check_config(_config(), [name])  # at its default
   # A grid over the part and its field has points without the part.
   decided_by = 'model.position' if 'rope' in name else (
       'model.ffn' if 'moe' in name else 'model.init')
-  runs.check(config, [name, decided_by])
+  runs.check_config(config, [name, decided_by])
 
 
 def test_a_run_says_what_it_does_not_read():

@@ -90,7 +90,7 @@ def test_outcome_of_a_sweep(drawn, tmp_path):
       sweep_folder.point('better', {'model.position': 'rope'},
                          shift={0: -0.09, 1: -0.121, 2: -0.086})]
   sweep_folder.write(tmp_path, points)
-  picture.draw(curves.load(tmp_path), tmp_path / 'p.png')
+  picture.draw(curves.load_sweep(tmp_path), tmp_path / 'p.png')
   _check(drawn[0])
   left, right = drawn[0].axes
   names = [label.get_text() for label in right.get_yticklabels()]

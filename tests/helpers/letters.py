@@ -25,5 +25,5 @@ def write(tmp_path, monkeypatch) -> str:
 
 def pairs(source, **changes):
   """Returns 20 batches of BERT's pairs."""
-  loader = pipeline.load(config(source, 'mlm_nsp', **changes), BYTES)
+  loader = pipeline.training_loader(config(source, 'mlm_nsp', **changes), BYTES)
   return [loader.batch(n) for n in range(20)]

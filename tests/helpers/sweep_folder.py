@@ -48,7 +48,7 @@ def write(root, points, match='', states=None):
       name='synthetic', file='configs/sweeps/synthetic.py', match=match,
       match_field='', paired=True, base=points[0]['name'],
       base_config=run_config.to_json(config), points=rows)
-  layout.save(root, description)
+  layout.save_description(root, description)
   with ledger_lib.Ledger(root) as ledger:
     ledger.add((p['name'], seed, ()) for p in points for seed in p['seeds'])
     runner = ledger.register()

@@ -17,8 +17,9 @@ WIDTHS = [32, 128]
     pytest.param(name, marks=[pytest.mark.long] * (name != 'gpt'))
     for name in architectures.files('decoder')])
 def rows(request):
-  return {name: coord_check.check(request.param, name, WIDTHS, 'adamw', 2e-3,
-                                  8, 2) for name in ('standard', 'mup')}
+  return {name: coord_check.output_sizes(
+      request.param, name, WIDTHS, 'adamw', 2e-3, 8, 2)
+          for name in ('standard', 'mup')}
 
 
 @pytest.mark.slow

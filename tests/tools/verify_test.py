@@ -89,7 +89,7 @@ def test_an_export_that_is_read_otherwise_is_noticed(monkeypatch, capsys):
         module, params, inputs).items()}
 
   monkeypatch.setattr(reference, 'logits', whole_heads)
-  findings = list(exports.check('gpt_neox'))
+  findings = list(exports.export_findings('gpt_neox'))
   assert [f.what for f in findings] == ['rope.fraction=1.0',
                                         'rope.fraction=0.5']
   rows = report.worst('gpt_neox', 'exports', iter(findings))
@@ -102,5 +102,5 @@ def test_an_export_that_is_read_otherwise_is_noticed(monkeypatch, capsys):
     raise ValueError('no')
 
   monkeypatch.setattr(reference, 'logits', refuses)
-  assert not any(f.ok for f in exports.check('gpt_neox'))
+  assert not any(f.ok for f in exports.export_findings('gpt_neox'))
   assert compare.worst(dict(a=np.ones(2)), {}, {}) == float('inf')

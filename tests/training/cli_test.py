@@ -172,7 +172,7 @@ def test_an_error_in_a_config_file_has_its_file_and_line(text, tmp_path):
   file = tmp_path / 'mine.py'
   file.write_text(text)
   with pytest.raises(errors.RequestError) as error:
-    config_files.load(str(file))
+    config_files.load_config_file(str(file))
   assert str(error.value).startswith(str(file))
   assert BAD_FILES[text] in str(error.value)
   assert '\n' not in str(error.value)
@@ -185,7 +185,7 @@ def test_an_error_in_a_config_file_has_its_file_and_line(text, tmp_path):
 ])
 def test_what_is_no_config_file_is_refused(file, sentence):
   with pytest.raises(errors.RequestError, match=sentence):
-    config_files.load(file)
+    config_files.load_config_file(file)
 
 
 def test_an_error_in_a_config_file_is_a_wrong_request(tmp_path):

@@ -35,7 +35,7 @@ def test_every_number_of_a_run_has_a_range():
 def test_what_is_below_its_range_is_refused(name):
   config = config_with(**{name: -1 if name != 'span.mean_length' else 0.5})
   with pytest.raises(ValueError, match=f'^{name} is -?[0-9.]+: it must be >'):
-    runs.check(config)
+    runs.check_config(config)
 
 
 NUMBERS = {name: value for name, value in run_config.flatten(
@@ -48,14 +48,14 @@ def test_every_number_has_an_upper_bound(name):
   value = 10**20 if type(NUMBERS[name]) is int else 1e35
   config = config_with(**{name: value})
   with pytest.raises(errors.RequestError, match=name):
-    runs.check(config)
+    runs.check_config(config)
 
 
 @pytest.mark.parametrize('name', [
     name for name, value in NUMBERS.items() if type(value) is int])
 def test_a_number_of_5000_digits_is_not_written_out(name):
   with pytest.raises(errors.RequestError, match='of about [0-9]+ digits'):
-    runs.check(config_with(**{name: 10**5000}))
+    runs.check_config(config_with(**{name: 10**5000}))
 
 
 @pytest.mark.parametrize('name, value', [
@@ -66,12 +66,12 @@ def test_a_number_of_5000_digits_is_not_written_out(name):
 ])
 def test_what_is_out_of_its_range_is_refused(name, value):
   with pytest.raises(ValueError, match=f'^{name} is {value}: it must be'):
-    runs.check(config_with(**{name: value}))
+    runs.check_config(config_with(**{name: value}))
 
 
 def test_a_batch_of_too_many_tokens_is_refused():
   with pytest.raises(errors.RequestError, match='a batch of 4,294,967,296 tok'):
-    runs.check(config_with(data__batch_size=2**24, data__length=2**8))
+    runs.check_config(config_with(data__batch_size=2**24, data__length=2**8))
 
 
 @pytest.mark.parametrize('fields, sentence', [
@@ -87,7 +87,7 @@ def test_a_batch_of_too_many_tokens_is_refused():
 ])
 def test_what_nothing_reads_is_refused(fields, sentence):
   with pytest.raises(ValueError, match=sentence):
-    runs.check(config_with(**fields))
+    runs.check_config(config_with(**fields))
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ def _said(tmp_path, start=0, **fields):
   config.update_from_flattened_dict(fields)
   tokenizer = tokenizers.load('bytes')
   run = runs.build(config, runs.resolve(config, tokenizer)[0])
-  loaders = (pipeline.load(config, tokenizer),
+  loaders = (pipeline.training_loader(config, tokenizer),
              pipeline.held_out(config, tokenizer))
   lines = run.describe(start, 128, *loaders).splitlines()
   return run, loaders, dict(line.split(': ', 1) for line in lines)

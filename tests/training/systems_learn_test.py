@@ -43,11 +43,11 @@ def small(system):
 
 def trained(config, workdir):
   """Runs what train.py does; returns (Evaluation, the figures' lines)."""
-  runs.check(config)
+  runs.check_config(config)
   tokenizer = tokenizers.load(config.data.tokenizer)
   run = runs.build(config, runs.resolve(config, tokenizer)[0])
   rows = devices.batch_shard(run.place, config.data.batch_size)
-  texts = [pipeline.load(config, tokenizer, *rows),
+  texts = [pipeline.training_loader(config, tokenizer, *rows),
            pipeline.held_out(config, tokenizer, *rows)]
   with checkpoints.Checkpoints(
       workdir, **config.checkpoint,

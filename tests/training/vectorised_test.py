@@ -65,7 +65,7 @@ def alone(c, workdir):
   with checkpoints.Checkpoints(workdir, **c.checkpoint) as saved:
     state, start = initial_state.restore_or_create(run, saved)
     run_config.save(workdir, c, derived)
-    loop.train(run, state, start, pipeline.load(c, tokenizer),
+    loop.train(run, state, start, pipeline.training_loader(c, tokenizer),
                pipeline.held_out(c, tokenizer), saved, workdir)
 
 

@@ -14,7 +14,7 @@ MIB = 2 ** 20
 
 def explain(config, mesh: dict[str, int]) -> dict:
   """Returns the report of one config on one mesh."""
-  runs.check(config)
+  runs.check_config(config)
   model, _ = runs.resolve(config, tokenizers.load(config.data.tokenizer))
   count = math.prod(mesh.values())
   run = runs.build(config, model,

@@ -85,7 +85,7 @@ def make(argv: list[str], num_devices: int, slices: int = 1,
   if not 0 <= args.max_restarts <= 1_000_000:
     raise RequestError(
         f'--max_restarts is {args.max_restarts}: choose 0 to 1,000,000')
-  storage.check(args.workdir)
+  storage.check_folder(args.workdir)
   if storage.in_bucket(args.logs):
     raise RequestError(f'--logs is {args.logs!r}: choose a folder on disk')
   _check(args.config, num_devices, slices, chip)
@@ -153,13 +153,13 @@ def _check(config, num_devices: int, slices: int,
   that is too large."""
   from training import runs
   from training.distributed import devices
-  runs.check(config)
+  runs.check_config(config)
   if not num_devices:
     return
   shape = devices.mesh_shape(config.mesh, num_devices)
   model = runs.resolve_alone(config)
-  devices.check(model, config.data.batch_size, config.train.grad_accumulation,
-                shape)
+  devices.check_mesh(model, config.data.batch_size,
+                     config.train.grad_accumulation, shape)
   if shape['data'] % slices:
     raise RequestError(f'mesh.data is {shape["data"]}, which the {slices} '
                        f'slices do not divide: choose a multiple of {slices}')

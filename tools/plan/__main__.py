@@ -58,7 +58,7 @@ def main():
     found = search.search(args.config, topology, args.search, args.fresh)
     print(json.dumps(found, indent=2) if args.json else search.text(found))
     return 0
-  run = analyse.start(args.config, topology, args.mesh)
+  run = analyse.run_on(args.config, topology, args.mesh)
   plan = analyse.describe(run, topology) | analyse.active_parameters(run)
   plan |= analyse.programs(run, topology, args.programs, args.fresh)
   plan['advice'] = report.advice(plan)

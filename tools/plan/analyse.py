@@ -18,7 +18,7 @@ from training.distributed import devices
 GIB = chips.GIB
 
 
-def start(config, topology: chips.Topology, mesh: str) -> runs.Run:
+def run_on(config, topology: chips.Topology, mesh: str) -> runs.Run:
   """Returns the run on the topology's devices; nothing is computed.
 
   Args:
@@ -29,7 +29,7 @@ def start(config, topology: chips.Topology, mesh: str) -> runs.Run:
   Raises:
     ValueError: for anything that the run could not honour.
   """
-  runs.check(config)
+  runs.check_config(config)
   shape = (devices.parse_mesh(mesh, topology.devices) if mesh else
            devices.mesh_shape(config.mesh, topology.devices))
   model, _ = runs.resolve(config, tokenizers.load(config.data.tokenizer))
@@ -96,7 +96,7 @@ def analyse(run: runs.Run, topology: chips.Topology, name: str,
   what = compiling.program(run, name)
   jaxpr, lowered = compiling.lower(run, what)
   key = cache.key(lowered.as_text(), describe(run, topology))
-  kept = None if fresh else cache.load(key)
+  kept = None if fresh else cache.load_report(key)
   if kept:
     if 'refused' in kept:
       raise compiling.DoesNotFit(kept['refused'])
@@ -104,9 +104,9 @@ def analyse(run: runs.Run, topology: chips.Topology, name: str,
   try:
     report = _compiled(run, topology, what, jaxpr, lowered, state)
   except compiling.DoesNotFit as error:
-    cache.save(key, {'refused': str(error)})
+    cache.save_report(key, {'refused': str(error)})
     raise
-  cache.save(key, report)
+  cache.save_report(key, report)
   return report
 
 

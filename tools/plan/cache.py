@@ -33,7 +33,7 @@ def _path(name: str) -> pathlib.Path:
   return token_cache.default_dir() / 'plans' / f'{name}.json'
 
 
-def load(name: str) -> Optional[dict]:
+def load_report(name: str) -> Optional[dict]:
   path = _path(name)
   if not path.exists():
     return None
@@ -45,7 +45,7 @@ def load(name: str) -> Optional[dict]:
     return None
 
 
-def save(name: str, report: dict) -> None:
+def save_report(name: str, report: dict) -> None:
   path = _path(name)
   path.parent.mkdir(parents=True, exist_ok=True)
   partial = path.with_suffix(f'.{os.getpid()}')

@@ -63,7 +63,7 @@ def meshes(config, model, topology: chips.Topology):
       if topology.slices > 1 and shape['data'] % topology.slices:
         continue
       try:
-        devices.check(model, config.data.batch_size, 1, shape)
+        devices.check_mesh(model, config.data.batch_size, 1, shape)
       except RequestError:  # what does not divide is no candidate
         continue
       yield shape
@@ -124,7 +124,7 @@ def _group(shape: tuple, axes: tuple[str, ...], host_of: bytes):
 
 def candidates(config, topology: chips.Topology) -> list[Candidate]:
   """Returns every plan whose estimate fits, shortest step first."""
-  runs.check(config)
+  runs.check_config(config)
   model, _ = runs.resolve(config, tokenizers.load(config.data.tokenizer))
   placed = topologies.devices(topology)
   found, kept = [], {}
@@ -213,7 +213,7 @@ def _compiled(config, topology, one: Candidate, fresh: bool) -> dict:
   config.model.remat = one.remat
   config.train.grad_accumulation = one.grad_accumulation
   mesh = ','.join(f'{axis}={n}' for axis, n in one.mesh.items())
-  run = analyse.start(config, topology, mesh)
+  run = analyse.run_on(config, topology, mesh)
   report = analyse.analyse(run, topology, 'train', fresh)
   bounds = report['roofline']
   return dict(estimate=False, peak_bytes=report['memory']['peak'],

@@ -40,7 +40,7 @@ def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args) -> int:
   if args.workdir:
     layout.try_folder(args.workdir)
-  description = check(args)
+  description = describe(args)
   points = description['points']
   plans = ([_plan(description, point, args.topology) for point in points]
            if args.topology else [])
@@ -53,7 +53,7 @@ def main(args) -> int:
   return 0
 
 
-def check(args) -> dict:
+def describe(args) -> dict:
   """Returns the description of the sweep that sweep.json holds.
 
   Args:
@@ -64,7 +64,7 @@ def check(args) -> dict:
   """
   from training.workdir import run_config
   cost.off_devices()
-  sweep = spec.load(args.file, args.seeds)
+  sweep = spec.read_sweep_file(args.file, args.seeds)
   if args.match_field != matching.FIELD and not args.match:
     raise RequestError(f'--match_field is {args.match_field}, but nothing is '
                        f'matched: pass --match, of {", ".join(matching.WHAT)}')
@@ -142,13 +142,13 @@ def save(workdir, description: dict) -> None:
   # Another `run` may add to it at the same time: one after the other.
   with ledger_lib.Ledger(workdir) as ledger, ledger.transaction():
     _merge(workdir, description)
-    layout.save(workdir, description)
+    layout.save_description(workdir, description)
 
 
 def _merge(workdir, description: dict) -> None:
   """Adds to the description the seeds that sweep.json has beyond it."""
   if (pathlib.Path(workdir) / 'sweep.json').exists():
-    old = layout.load(workdir)
+    old = layout.load_description(workdir)
     for key in ('base', 'base_config', 'match', 'match_field'):
       _same(workdir, key, old[key], description[key])
     points = {point['name']: point for point in description['points']}

@@ -62,7 +62,7 @@ def bytes_per_device(config, devices: int = 0) -> dict[str, int]:
   from training import runs
   from training.costs import memory
   from training.data import sources
-  runs.check(config)
+  runs.check_config(config)
   for source in filter(None, (config.data.source, config.data.eval_source)):
     sources.parse(source)
   least = math.prod(max(config.mesh[axis], 1) for axis in tables.MESH_AXES)

@@ -32,7 +32,7 @@ def main(args) -> int:
   # An interval needs 40 or more.
   limits.number('--draws', args.draws, (('>=', 40), ('<=', 1_000_000)))
   budgets = _budgets(args.budgets)
-  points = curves.load(args.workdir).points
+  points = curves.load_sweep(args.workdir).points
   for point in points:
     _check_ladder(point)
   _check_rungs(points, args.count)

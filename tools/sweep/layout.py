@@ -42,7 +42,7 @@ def run_folder(workdir, point: str, seed: int) -> pathlib.Path:
   return pathlib.Path(workdir) / 'points' / point / f'seed-{seed}'
 
 
-def save(workdir, description: dict) -> None:
+def save_description(workdir, description: dict) -> None:
   """Writes sweep.json, whole or not at all."""
   path = pathlib.Path(workdir) / 'sweep.json'
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,7 +54,7 @@ def save(workdir, description: dict) -> None:
   os.replace(partial.name, path)
 
 
-def load(workdir, file: str = '') -> dict:
+def load_description(workdir, file: str = '') -> dict:
   """Returns what `save` wrote.
 
   Args:
@@ -79,7 +79,7 @@ def load(workdir, file: str = '') -> dict:
 def _check(description: dict, who: str) -> None:
   """Raises RequestError for what is no description of a sweep; fills in config
   fields that are newer than it."""
-  schema.check(description, DESCRIPTION, who)
+  schema.check_shape(description, DESCRIPTION, who)
   points = {row['name'] for row in description['points']}
   require(len(points) == len(description['points']),
           f'{who} is damaged: two points have one name')
@@ -128,7 +128,8 @@ def differing(description: dict, workdir, point: str, seed: int
     ValueError: where its config.json is missing or damaged.
   """
   from training.workdir import run_config
-  got = run_config.flatten(run_config.load(run_folder(workdir, point, seed)))
+  got = run_config.flatten(
+      run_config.load_config(run_folder(workdir, point, seed)))
   expected = run_config.flatten(config(description, point, seed))
   return [name for name in {**expected, **got}
           if got.get(name, run_config.MISSING)
@@ -182,7 +183,7 @@ def evaluation(folder: pathlib.Path) -> dict:
   path = folder / 'eval.json'
   who = f'{path} (which can be removed: the evaluation is then done again)'
   figures = schema.parse(path.read_bytes(), who)
-  schema.check(figures, {}, who)
+  schema.check_shape(figures, {}, who)
   return figures
 
 

@@ -41,7 +41,7 @@ def main(args) -> int:
     limits.number(f'--{name}', getattr(args, name),
                   (('>=', least), ('<=', most)))
   layout.try_folder(args.workdir)
-  description = check.check(args)
+  description = check.describe(args)
   if args.match:
     print(check.table(description), file=sys.stderr)
   check.save(args.workdir, description)
@@ -66,7 +66,8 @@ def adopt(workdir, ledger) -> None:
   trained there by another config; and as owed, what was done before a task of
   it was added."""
   waiting = ledger.runs(ledger_lib.PENDING)
-  description = layout.load(workdir)  # read later: it has all of these points
+  # Read later than the ledger, it has all of these points.
+  description = layout.load_description(workdir)
   for run in waiting:
     folder = layout.run_folder(workdir, run.point, run.seed)
     config = layout.config(description, run.point, run.seed)

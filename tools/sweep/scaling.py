@@ -57,7 +57,7 @@ class Cost:
     return self.factor * np.asarray(params, float) ** self.power
 
 
-def check(params: Sequence[float], tokens: Sequence[float]) -> None:
+def check_ladder(params: Sequence[float], tokens: Sequence[float]) -> None:
   """Raises ValueError where a ladder is too small to fix five constants."""
   x, y = np.log(np.asarray(params, float)), np.log(np.asarray(tokens, float))
   points = len(_distinct(np.stack([x, y], 1)))
@@ -95,7 +95,7 @@ def fit(params: Sequence[float], tokens: Sequence[float],
   Raises:
     ValueError: where the ladder is too small.
   """
-  check(params, tokens)
+  check_ladder(params, tokens)
   x, y, z = (np.log(np.asarray(v, float)) for v in (params, tokens, losses))
   return _law(_best(_starts(x, y, z), x, y, z))
 

@@ -68,7 +68,7 @@ class Sweep:
                  if not evals.TASKS[task].unfit(config))
 
 
-def load(file: str, seeds: int = 0) -> Sweep:
+def read_sweep_file(file: str, seeds: int = 0) -> Sweep:
   """Reads a sweep's file; the point that changes nothing is added if missing.
 
   Args:
@@ -80,7 +80,7 @@ def load(file: str, seeds: int = 0) -> Sweep:
   """
   module = _module(file)
   base, again = (config_files.call(file, module.base) for _ in range(2))
-  config_files.check(base, f'{file}: base()')
+  config_files.check_config_fields(base, f'{file}: base()')
   if again.to_json_best_effort() != base.to_json_best_effort():
     raise RequestError(f'{file}: base() returns another config each time it is '
                        'called, so no two points would share it')

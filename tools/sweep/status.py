@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args) -> int:
-  description = layout.load(args.workdir, args.file)
+  description = layout.load_description(args.workdir, args.file)
   if args.json:
     with ledger_lib.Ledger(args.workdir) as ledger:
       print(json.dumps(figures(description, args.workdir, ledger.runs()),

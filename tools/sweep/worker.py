@@ -29,7 +29,7 @@ def main() -> int:
   from training import vectorised
   from training.distributed import cpu_memory
   cpu_memory.reuse()
-  description = layout.load(args.workdir)
+  description = layout.load_description(args.workdir)
   runs = [(point, int(seed)) for point, seed in (
       run.split('/') for run in args.runs.split(','))]
   folders = [layout.run_folder(args.workdir, *run) for run in runs]

@@ -59,8 +59,10 @@ def main():
                for finding in _findings(system, case, args)]
   for system in cases.SYSTEMS:
     if not args.systems or system in args.systems:
-      rows += report.worst(system, 'exports', exports.check(system))
-      rows += report.worst(system, 'config.json', readings.check(system))
+      rows += report.worst(
+          system, 'exports', exports.export_findings(system))
+      rows += report.worst(
+          system, 'config.json', readings.reading_findings(system))
   if not args.systems or 'chat' in args.systems:
     rows += [report.one('chat', source, compare.Finding(
         'template', generation.template_differs(source), 0.0))
@@ -83,9 +85,9 @@ def _findings(system: str, case: str, args):
   if args.record:
     FOLDER.mkdir(parents=True, exist_ok=True)
     first = case == next(iter(cases.SYSTEMS[system].cases))
-    recording.save(  # the tests decode one case of each system
+    recording.save_recording(  # the tests decode one case of each system
         dataclasses.replace(reference_run, greedy=reference_run.greedy
-                            if first else {}),
+                                      if first else {}),
         FOLDER / f'{system}-{case}.safetensors')
     if first and system in INSIDES:
       recording.save_insides(
@@ -93,8 +95,9 @@ def _findings(system: str, case: str, args):
           FOLDER.parent / 'insides' / f'{system}-{case}.safetensors')
   if not args.layers:
     reference_run.layers, reference_run.attention = [], {}
-  yield from compare.check(reference_run, cases.OUR_ROPE.get((system, case)))
-  module, params = compare.load(reference_run)
+  yield from compare.findings_of(
+      reference_run, cases.OUR_ROPE.get((system, case)))
+  module, params = compare.model_of(reference_run)
   with tempfile.TemporaryDirectory() as folder:
     weights.to_hf(module, params, folder)
     yield compare.Finding(
@@ -112,7 +115,7 @@ def _real(assets, args) -> list:
   found = assets.reference()
   if args.record:
     assets.record(found)
-  return assets.check(found)
+  return assets.findings_of(found)
 
 
 if __name__ == '__main__':

@@ -69,7 +69,7 @@ def record(found: dict[str, np.ndarray]) -> None:
             metadata={'sentences': json.dumps(SENTENCES)})
 
 
-def check(found: dict[str, np.ndarray]) -> list:
+def findings_of(found: dict[str, np.ndarray]) -> list:
   """Returns the findings of our model against `found`."""
   from tools.verify import compare
   from training import weights

@@ -48,18 +48,19 @@ def worst(ours, theirs, inputs) -> float:
                    _seen(theirs[name], inputs, name)) for name in theirs)
 
 
-def load(recording: Recording, rope: dict | None = None):
+def model_of(recording: Recording, rope: dict | None = None):
   """Returns (module, params) of a recording; `rope` changes model.rope."""
   config = hf_config.read(recording.config)
   config = dataclasses.replace(
       config, rope=dataclasses.replace(config.rope, **rope or {}))
   module = architectures.build(config)
-  return module, weights.load(module, recording.weights).params
+  return module, weights.read_params(module, recording.weights).params
 
 
-def check(recording: Recording, rope: dict | None = None) -> list[Finding]:
+def findings_of(recording: Recording,
+                rope: dict | None = None) -> list[Finding]:
   """Returns every comparison of our model with a recording."""
-  module, params = load(recording, rope)
+  module, params = model_of(recording, rope)
   stack = architectures.stack(module.config)
   call = CALLS[stack]
   inputs = {k: jnp.asarray(v) for k, v in recording.inputs.items()}
@@ -71,7 +72,7 @@ def check(recording: Recording, rope: dict | None = None) -> list[Finding]:
 
   gradient = jax.jit(jax.grad(loss, has_aux=True))
   grads, (outputs, layers, attention) = gradient(params)
-  theirs = weights.load(module, recording.grads).params
+  theirs = weights.read_params(module, recording.grads).params
   found = [Finding(name, error(_seen(outputs[name], inputs, name),
                                _seen(value, recording.inputs, name)),
                    LIMITS['output'])

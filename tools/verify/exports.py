@@ -100,7 +100,7 @@ def words(change: dict[str, Any], group: str = '') -> str:
       else f'{group}{name}={value}' for name, value in change.items()) or 'base'
 
 
-def check(system: str) -> Iterator[compare.Finding]:
+def export_findings(system: str) -> Iterator[compare.Finding]:
   """Yields a finding for each variant of a system that is not refused."""
   seen = []
   for change in changes(architectures.resolve(config(system))):

@@ -54,7 +54,7 @@ FOREIGN = dict(
     scale_attn_weights=False, logit_scale=0.5, num_key_value_heads=1)
 
 
-def check(system: str) -> Iterator[compare.Finding]:
+def reading_findings(system: str) -> Iterator[compare.Finding]:
   """Yields a finding for each reading of a changed config.json that neither
   we nor transformers refuse."""
   row = cases.SYSTEMS[system]
@@ -62,7 +62,7 @@ def check(system: str) -> Iterator[compare.Finding]:
     folder = pathlib.Path(name)
     model = reference.build(system, next(iter(row.cases)))
     model.save_pretrained(folder)
-    tree = hf_config.load(folder)
+    tree = hf_config.load_config_json(folder)
     inputs = compare.inputs(architectures.systems()[system].STACK, tree)
     first = _ours(folder, tree, inputs)
     known = set(hf_config.fields_and_notes(tree)[1])
@@ -85,7 +85,7 @@ def check(system: str) -> Iterator[compare.Finding]:
 def _ours(folder, tree, inputs):
   """Returns (config, logits) of a folder as we read it."""
   module = architectures.build(hf_config.read(tree))
-  params = weights.load(module, hf_files.Files(folder)).params
+  params = weights.read_params(module, hf_files.Files(folder)).params
   return module.config, exports.logits(module, params, inputs)
 
 

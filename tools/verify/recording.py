@@ -37,7 +37,7 @@ class Recording:
 _PARTS = ('weights', 'inputs', 'outputs', 'grads', 'greedy')
 
 
-def save(recording: Recording, path: pathlib.Path) -> None:
+def save_recording(recording: Recording, path: pathlib.Path) -> None:
   from safetensors.numpy import save_file
   tensors = {f'{part}/{name}': np.ascontiguousarray(value)
              for part in _PARTS
@@ -70,7 +70,7 @@ def load_insides(recording: Recording, path: pathlib.Path) -> Recording:
                  for name, x in found.items() if 'attention/' in name})
 
 
-def load(path: pathlib.Path) -> Recording:
+def load_recording(path: pathlib.Path) -> Recording:
   import safetensors
   parts = {part: {} for part in _PARTS}
   with safetensors.safe_open(path, 'numpy') as file:

@@ -38,7 +38,7 @@ def verify(config, words: list[str], folder: pathlib.Path, steps: int,
     ValueError: for what train.py refuses, and meshes that do not fit.
     RuntimeError: a run failed.
   """
-  runs.check(config)
+  runs.check_config(config)
   middle = steps // 2
   env = _environment(folder, virtual)
   count = _count_devices(env)
@@ -124,8 +124,8 @@ def _another(config, own: dict[str, int], count: int) -> list[dict[str, int]]:
       if mesh == own or math.prod(mesh.values()) != count:
         continue
       try:
-        devices.check(model, config.data.batch_size,
-                      config.train.grad_accumulation, mesh)
+        devices.check_mesh(model, config.data.batch_size,
+                           config.train.grad_accumulation, mesh)
       except RequestError:
         continue
       return [mesh]

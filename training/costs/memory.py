@@ -103,8 +103,8 @@ def described(config: ml_collections.ConfigDict, model: ModelConfig,
   """
   mesh = AbstractMesh(tuple(shape.values()), tuple(shape),
                       axis_types=(AxisType.Auto,) * len(shape))
-  devices.check(model, config.data.batch_size, config.train.grad_accumulation,
-                shape)
+  devices.check_mesh(model, config.data.batch_size,
+                     config.train.grad_accumulation, shape)
   return runs.Run.of(config, model, mesh)
 
 

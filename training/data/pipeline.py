@@ -142,8 +142,8 @@ class Loader:
     return row
 
 
-def load(config: Config, tokenizer: Tokenizer, process_index: int = 0,
-         process_count: int = 1) -> Loader:
+def training_loader(config: Config, tokenizer: Tokenizer,
+                    process_index: int = 0, process_count: int = 1) -> Loader:
   """Returns the endless loader of training, tokenising its sources if need be.
 
   Args:
@@ -204,7 +204,7 @@ def _views(config: Config, tokenizer: Tokenizer, split: str,
 def check_sources(config: Config) -> None:
   """Raises RequestError for a source that is unknown or not there, or a cache
   that cannot be written; reads no text."""
-  token_cache.check(config.data.cache_dir)
+  token_cache.check_cache_dir(config.data.cache_dir)
   for spec in (config.data.source, config.data.eval_source):
     if spec:
       sources.parse(spec)
@@ -219,8 +219,8 @@ def _corpora(config: Config, tokenizer: Tokenizer, split: str
   for weight, source in sources.parse(spec, data.chat_template):
     if not own:
       source = holdout.split(source, data.holdout_every)
-    cache = token_cache.load(source, tokenizer, data.cache_dir,
-                             data.tokenize_workers)
+    cache = token_cache.cached_tokens(source, tokenizer, data.cache_dir,
+                                      data.tokenize_workers)
     ids = np.arange(len(cache))
     if not own:
       held_out = holdout.held_out(ids, data.holdout_every)

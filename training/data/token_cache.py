@@ -117,15 +117,15 @@ def folder(cache_dir: str) -> pathlib.Path:
     raise RequestError(f'data.cache_dir is {cache_dir!r}: {error}') from error
 
 
-def check(cache_dir: str) -> None:
+def check_cache_dir(cache_dir: str) -> None:
   """Raises RequestError where no entry can be written; one that has entries is
   not tried, since all that a run needs may be there."""
   if not os.path.isdir(folder(cache_dir) / 'tokens'):
     storage.try_folder(folder(cache_dir), 'data.cache_dir')
 
 
-def load(source: sources.Source, tokenizer: Tokenizer, cache_dir: str = '',
-         workers: int = 0) -> TokenCache:
+def cached_tokens(source: sources.Source, tokenizer: Tokenizer,
+                  cache_dir: str = '', workers: int = 0) -> TokenCache:
   """Returns the source's tokens, tokenising them if no entry has them.
 
   Args:

@@ -43,10 +43,11 @@ def _described(path: pathlib.Path) -> dict:
   if not config.is_file():
     return {}
   described = schema.parse(config.read_bytes(), str(config))
-  schema.check(described, {}, str(config))
+  schema.check_shape(described, {}, str(config))
   for name in ('do_lower_case', 'strip_accents', 'tokenize_chinese_chars'):
     if name in described:
-      schema.check(described[name], (bool, type(None)), f'{config}: {name}')
+      schema.check_shape(
+          described[name], (bool, type(None)), f'{config}: {name}')
   return described
 
 

@@ -62,8 +62,8 @@ def parse_mesh(text: str, num_devices: int) -> dict[str, int]:
   return mesh_shape(sizes, num_devices or abs(math.prod(sizes.values())))
 
 
-def check(model: ModelConfig, batch_size: int, grad_accumulation: int,
-          shape: Mapping[str, int]) -> None:
+def check_mesh(model: ModelConfig, batch_size: int, grad_accumulation: int,
+               shape: Mapping[str, int]) -> None:
   """Raises ValueError where the mesh does not divide the model or batch."""
   rows = shape['data'] * shape['fsdp'] * shape['expert']
   require(grad_accumulation >= 1, f'train.grad_accumulation is '

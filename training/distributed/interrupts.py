@@ -80,12 +80,12 @@ class EndAtOnce(Listener):
     return self
 
   def heard(self, number: int) -> None:
-    say(f'{signal.Signals(number).name}: ending at once: there is '
-        'nothing to save yet')
+    print_from_thread(f'{signal.Signals(number).name}: ending at once: there is '
+                      'nothing to save yet')
     os._exit(self._code() or 128 + number)
 
 
-def say(text: str) -> None:
+def print_from_thread(text: str) -> None:
   """Prints to stderr from a thread: the main one may hold print's lock."""
   os.write(_STDERR, f'\n{text}\n'.encode())
 

@@ -138,14 +138,14 @@ class Peers:
       if index != failure['index']:
         _send(connection, failure)
     own = failure['index'] == self._index
-    say(f'error: process {failure["index"]} {failure["why"]}'
-        + ('' if own else f'; process {self._index} ends with it'))
+    _write_to_stderr(f'error: process {failure["index"]} {failure["why"]}'
+                     + ('' if own else f'; process {self._index} ends with it'))
     flushing = _thread(sys.stdout.flush)  # which the main thread may hold
     flushing.join(1)
     self._leave(failure['code'])
 
 
-def say(text: str) -> None:
+def _write_to_stderr(text: str) -> None:
   """Writes to stderr. Not print: the main thread may hold the stream."""
   os.write(2, f'{text}\n'.encode())
 

@@ -47,8 +47,8 @@ class Several(NamedTuple):
   cluster: bool
 
 
-def check(coordinator: str = '', num_processes: int = 0, process_id: int = -1,
-          cluster: bool = False) -> Several | None:
+def how_to_join(coordinator: str = '', num_processes: int = 0,
+                process_id: int = -1, cluster: bool = False) -> Several | None:
   """Returns how to join the processes of a run; None where it is alone.
 
   Args:

@@ -70,10 +70,10 @@ class Stop(interrupts.Listener):
   def heard(self, number: int) -> None:
     name = signal.Signals(number).name
     if self._first is not None:
-      interrupts.say(f'{name}: ending at once, without a save')
+      interrupts.print_from_thread(f'{name}: ending at once, without a save')
       os._exit(128 + number)
     self._first = number
-    interrupts.say(f'{name}: finishing this step, saving, and leaving; '
-                   'once more ends at once')
+    interrupts.print_from_thread(f'{name}: finishing this step, saving, and leaving; '
+                                 'once more ends at once')
     if self._several:
       os.kill(os.getpid(), signal.SIGTERM)  # what the service listens to

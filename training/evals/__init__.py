@@ -63,8 +63,8 @@ def asked_for(names: Sequence[str], values: flags.FlagValues) -> list[str]:
   return [*names, *asked]
 
 
-def check(name: str, options: Any, config: ml_collections.ConfigDict,
-          workdir: epath.Path) -> None:
+def check_task(name: str, options: Any, config: ml_collections.ConfigDict,
+               workdir: epath.Path) -> None:
   """Raises RequestError where a task cannot be done of a run.
 
   Args:

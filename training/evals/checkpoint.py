@@ -28,11 +28,11 @@ def evaluate(workdir: epath.Path, names: Sequence[str], options: Any, *,
     RequestError: where a task cannot be done of this run.
   """
   config = runs.for_this_machine(
-      runs.with_new_fields(run_config.load(workdir)))
+      runs.with_new_fields(run_config.load_config(workdir)))
   if text:
     config.data.eval_source = text
   for name in names:
-    evals.check(name, options, config, workdir)
+    evals.check_task(name, options, config, workdir)
   tokenizer = tokenizers.load(config.data.tokenizer)
   model, _ = runs.resolve(config, tokenizer)
   run = runs.build(config, model)

@@ -284,7 +284,7 @@ def flat(config: ModelConfig) -> dict[str, Any]:
           if name not in unused and not RUN_ONLY.fullmatch(name)}
 
 
-def load(folder: pathlib.Path) -> dict[str, Any]:
+def load_config_json(folder: pathlib.Path) -> dict[str, Any]:
   """Returns the config.json of `folder` as a dict."""
   path = folder / 'config.json'
   require(path.is_file(), f'{path} is missing: it says what the weights are')

@@ -155,7 +155,7 @@ def _find(path: pathlib.Path):
 
 def _indexed(index: pathlib.Path):
   tree = read_object(index)
-  schema.check(tree, {'weight_map': schema.Each(str)}, str(index))
+  schema.check_shape(tree, {'weight_map': schema.Each(str)}, str(index))
   names = tree['weight_map']
   suffix = pathlib.Path(index.name.removesuffix('.index.json')).suffix
   by_file = {}
@@ -178,7 +178,7 @@ def read_object(path: pathlib.Path) -> dict:
     RequestError: if it holds none.
   """
   tree = schema.parse(path.read_bytes(), str(path))
-  schema.check(tree, {}, str(path))
+  schema.check_shape(tree, {}, str(path))
   return tree
 
 

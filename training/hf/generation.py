@@ -40,7 +40,8 @@ def of_folder(folder: pathlib.Path) -> Generation:
   Raises:
     RequestError: if one of its files is no JSON object.
   """
-  fields = {name: value for name, value in hf_config.load(folder).items()
+  fields = {name: value
+            for name, value in hf_config.load_config_json(folder).items()
             if hf_config.GENERATION.fullmatch(name)}
   path = folder / FILE
   return Generation(

@@ -37,7 +37,7 @@ def shapes(config: ml_collections.ConfigDict) -> dict[str, Shape]:
           for key, (shape, dtype) in of(config).arrays(config).items()}
 
 
-def check(config: ml_collections.ConfigDict) -> None:
+def check_objective(config: ml_collections.ConfigDict) -> None:
   """Raises RequestError for an unknown objective, and for a field that was set,
   so that it differs from its default, and that the objective does not read."""
   of(config)

@@ -43,7 +43,7 @@ RATES = {
 }
 
 
-def check(config: ModelConfig, optimizer: str) -> None:
+def check_optimizer(config: ModelConfig, optimizer: str) -> None:
   """Raises ValueError where there are no rules for the optimiser."""
   if config.parametrization == 'mup':
     one_of("optim.name with model.parametrization 'mup'", optimizer, RATES)
@@ -63,7 +63,7 @@ def rates(config: ModelConfig, optimizer: str, roles: Any):
   """
   if config.parametrization == 'standard':
     return None
-  check(config, optimizer)
+  check_optimizer(config, optimizer)
   r, head = config.widening, config.head_widening
   wider = {'embed': r, 'mlp': r, 'heads': r / head, 'kv_heads': r / head,
            'head': head, 'vocab': 1.0, 'experts': 1.0, None: 1.0}

@@ -104,10 +104,10 @@ OPTIMIZERS = {
 }
 
 
-def check(optim: ml_collections.ConfigDict) -> None:
+def check_optim(optim: ml_collections.ConfigDict) -> None:
   """Raises ValueError for a field of config.optim that cannot be honoured."""
   one_of('optim.name', optim.name, OPTIMIZERS)
-  schedules.check(optim)
+  schedules.check_schedule(optim)
   for field in ('weight_decay', 'clip_norm'):
     require(optim[field] >= 0,
             f'optim.{field} is {optim[field]}: it must be >= 0')
@@ -139,7 +139,7 @@ def make(optim: ml_collections.ConfigDict, steps: int, roles: Any,
   Raises:
     ValueError: a sentence with the field, its value and the choices.
   """
-  check(optim)
+  check_optim(optim)
   return chain(optim, steps, roles, rates)
 
 

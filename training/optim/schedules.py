@@ -81,7 +81,7 @@ def make(optim: ml_collections.ConfigDict, steps: int) -> optax.Schedule:
   Raises:
     ValueError: for an unknown schedule or a value that it cannot honour.
   """
-  check(optim)
+  check_schedule(optim)
   return rate(optim, steps)
 
 
@@ -99,7 +99,7 @@ def rate(optim: ml_collections.ConfigDict, steps: int) -> optax.Schedule:
   return schedule
 
 
-def check(optim: ml_collections.ConfigDict) -> None:
+def check_schedule(optim: ml_collections.ConfigDict) -> None:
   """Raises ValueError for a schedule field that cannot be honoured."""
   one_of('optim.schedule', optim.schedule, SCHEDULES)
   require(optim.lr >= 0, f'optim.lr is {optim.lr}: it must be >= 0')

@@ -149,7 +149,7 @@ UPLOAD_SECONDS = 60
 EXTRAS = ('tensorboard', 'wandb')
 
 
-def check(log: ml_collections.ConfigDict) -> None:
+def check_writers(log: ml_collections.ConfigDict) -> None:
   """Raises ValueError where config.log asks for an extra that is missing."""
   for name in EXTRAS:
     if log[name] and importlib.util.find_spec(name) is None:
@@ -169,7 +169,7 @@ def writers(workdir: epath.Path, config: Mapping[str, Any],
     primary: whether this is process 0; the others write nothing.
   """
   log = config['log']
-  check(log)
+  check_writers(log)
   if not primary:
     return []
   uploads = storage.Uploads(storage.path(workdir))
@@ -198,9 +198,9 @@ def read(path: epath.Path) -> list[dict[str, Any]]:
   for number, line in enumerate(lines, 1):
     who = f'{path}, line {number},'
     row = schema.parse(line, who)
-    schema.check(row, ROW, who)
+    schema.check_shape(row, ROW, who)
     for name in FIGURES & row.keys():
-      schema.check(row[name], schema.MAYBE, f'{who} {name}')
+      schema.check_shape(row[name], schema.MAYBE, f'{who} {name}')
     rows.append(row)
   return rows
 

@@ -11,7 +11,7 @@ import sys
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def start() -> dict[str, str | None]:
+def this_start() -> dict[str, str | None]:
   """Returns what config.json remembers of a start of a run:
 
   commit: of this code; None where it lies in no git repository of its own, as
@@ -63,7 +63,7 @@ def codes(starts: Iterable) -> list[str]:
 def changes(starts: Iterable) -> list[str]:
   """Returns a line where the code that runs now is not that of the last start,
   as far as both are known."""
-  old, new = codes(list(starts)[-1:]), codes([start()])
+  old, new = codes(list(starts)[-1:]), codes([this_start()])
   if not old or not new or old == new:
     return []
   return [f'the code has changed since this run was last started: {old[0]} -> '

@@ -114,7 +114,7 @@ def save(workdir: epath.Path, config: ml_collections.ConfigDict,
       raise ValueError(f'derived value for {name!r}: no such config field')
   if jax.process_index() != 0:
     return
-  before, now = starts(workdir), provenance.start()
+  before, now = starts(workdir), provenance.this_start()
   if before[-1:] != [now]:
     before.append(now)
   text = json.dumps({**tree, _DERIVED: dict(derived or {}), _STARTS: before},
@@ -122,7 +122,7 @@ def save(workdir: epath.Path, config: ml_collections.ConfigDict,
   storage.write(file(workdir), text + '\n')
 
 
-def load(workdir: epath.Path) -> ml_collections.ConfigDict:
+def load_config(workdir: epath.Path) -> ml_collections.ConfigDict:
   """Returns the config that `save` wrote; see from_json."""
   tree = _load(workdir)
   del tree[_DERIVED], tree[_STARTS]
@@ -183,7 +183,7 @@ def compare(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict,
 def changes(workdir: epath.Path, config: ml_collections.ConfigDict,
             derived: Mapping[str, Any]) -> list[Change]:
   """Returns what differs from the run that has begun in a workdir, if any."""
-  return compare(load(workdir), config, load_derived(workdir),
+  return compare(load_config(workdir), config, load_derived(workdir),
                  derived) if has_begun(workdir) else []
 
 
@@ -204,7 +204,7 @@ def row(name: str) -> tuple[str, str | Callable, str]:
       f'{OPTIMISATION!r} or {INCOMPATIBLE!r}')
 
 
-def check(changes: list[Change], allow_config_change: bool):
+def refuse_changes(changes: list[Change], allow_config_change: bool):
   """Raises ValueError where changes need --allow_config_change and lack it."""
   grave = [change for change in changes if change.kind != SAFE]
   if grave and not allow_config_change:
@@ -340,8 +340,8 @@ def _load(workdir: epath.Path) -> dict[str, Any]:
           f'{path} is damaged: {_DERIVED!r} is no group of fields')
   tree = {_STARTS: (), **tree}  # runs of earlier versions have none
   starts_here = tree[_STARTS]
-  schema.check(list(starts_here) if isinstance(starts_here, tuple)
-               else starts_here, [_START], f'{path}: {_STARTS}')
+  schema.check_shape(list(starts_here) if isinstance(starts_here, tuple)
+                     else starts_here, [_START], f'{path}: {_STARTS}')
   check_fields({k: v for k, v in tree.items() if k not in (_DERIVED, _STARTS)},
                f'{path} is damaged: ')
   known = flatten(base.base())

@@ -20,7 +20,7 @@ from configs.errors import RequestError, require
 from training.workdir import writing
 
 
-def check(text: str | os.PathLike, name: str = '--workdir') -> None:
+def check_folder(text: str | os.PathLike, name: str = '--workdir') -> None:
   """Raises ValueError for what is neither a folder on disk nor in a bucket."""
   scheme, remote, rest = str(text).partition('://')
   require(not remote or scheme == 'gs', f'{name} is {str(text)!r}, of which '
@@ -39,7 +39,7 @@ def path(text: str | os.PathLike, name: str = '--workdir') -> epath.Path:
     text: a path on disk, or gs://BUCKET/NAME.
     name: of the flag or field that holds it, for what is refused.
   """
-  check(text, name)
+  check_folder(text, name)
   if in_bucket(text):
     require(importlib.util.find_spec('gcsfs') is not None, f'{name} is '
             f"{str(text)!r}, and gcsfs is not installed: run pip install -e "

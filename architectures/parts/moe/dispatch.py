@@ -284,7 +284,7 @@ class Spread:
     return cross(take(y_RD, row_R, from_R, 1), got_n, send_n)
 
 
-def check(m: MoEConfig, d_model: int) -> None:
+def check_mesh(m: MoEConfig, d_model: int) -> None:
   """Raises ValueError, with sizes that do, where the mesh does not divide the
   experts; to be called before their weights are made on it."""
   axes = mesh_axes()

@@ -38,11 +38,11 @@ def choose(m: MoEConfig) -> str:
   if m.grouped_kernel == 'auto':
     return next((name for name in PLATFORMS if not _elsewhere(name, device)),
                 'xla')
-  check(m, device)
+  check_grouped_kernel(m, device)
   return m.grouped_kernel
 
 
-def check(m: MoEConfig, device: str) -> None:
+def check_grouped_kernel(m: MoEConfig, device: str) -> None:
   """Raises ValueError where a named kernel does not run on the platform."""
   name = m.grouped_kernel
   others = ', '.join(k for k in GROUPED_KERNELS if k != name)

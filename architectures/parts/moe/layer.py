@@ -40,7 +40,7 @@ class MoE(nn.Module):
   def __call__(self, x_BLD: jax.Array, ctx: Context):
     c, m = self.config, self.config.moe
     B, L, D = x_BLD.shape
-    dispatch.check(m, D)
+    dispatch.check_mesh(m, D)
     valid_BL = jnp.ones((B, L), bool)
     if ctx.segment_ids_BL is not None:
       valid_BL = jnp.broadcast_to(ctx.segment_ids_BL != 0, (B, L))

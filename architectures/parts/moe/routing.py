@@ -333,7 +333,7 @@ def of(m: MoEConfig) -> Router:
   return ROUTERS[m.router]
 
 
-def check(c: ModelConfig, stack: str) -> None:
+def check_router(c: ModelConfig, stack: str) -> None:
   """Raises RequestError for what the chosen router cannot do.
 
   Args:

@@ -35,7 +35,7 @@ gpu = pytest.mark.skipif(
 def run_on(topology, mesh, config):
   config.data.batch_size = max(config.data.batch_size, 16)
   config.model.dtype = 'bfloat16'
-  return analyse.start(config, topology, mesh)
+  return analyse.run_on(config, topology, mesh)
 
 
 def compiled(run, topology):

@@ -163,7 +163,7 @@ def test_tokens_are_cut_up_over_every_axis_of_theirs(preset):
 def test_without_a_compiler_every_figure_is_an_estimate(no_compiler):
   t = chips.parse('v5p:2x2x2')
   config = small(mixtral.get_config())
-  run = analyse.start(config, t, 'ep_fsdp_tp')
+  run = analyse.run_on(config, t, 'ep_fsdp_tp')
   plan = analyse.describe(run, t) | analyse.active_parameters(run)
   one = analyse.analyse(run, t, 'train')
   plan['programs'] = [one]
@@ -203,7 +203,7 @@ def test_fsdp_alone_with_all_reduces_is_advised_against():
 def test_what_does_not_fit_is_refused_with_figures(no_compiler, monkeypatch):
   t = chips.parse('v5p:2x2x2')
   tight = t._replace(chip=t.chip._replace(hbm=2 ** 16))
-  run = analyse.start(small(gpt.get_config()), t, 'fsdp')
+  run = analyse.run_on(small(gpt.get_config()), t, 'fsdp')
   with pytest.raises(DoesNotFit, match=r'about .* GiB, and a device has 0.00'):
     analyse.analyse(run, tight, 'train')
   nothing = t._replace(chip=t.chip._replace(hbm=2 ** 10))
@@ -213,8 +213,8 @@ def test_what_does_not_fit_is_refused_with_figures(no_compiler, monkeypatch):
 
 def test_state_on_a_device_and_what_is_held_alike(no_compiler):
   t = chips.parse('v5p:2x2x2')
-  alone = analyse.start(small(gpt.get_config()), t, 'dp')
-  spread = analyse.start(small(gpt.get_config()), t, 'fsdp')
+  alone = analyse.run_on(small(gpt.get_config()), t, 'dp')
+  spread = analyse.run_on(small(gpt.get_config()), t, 'fsdp')
   params = 4 * analyse.active_parameters(alone)['parameters']
   assert memory.state(alone)['parameters'] == params
   assert memory.state(alone)['optimizer'] == 2 * params + 8  # two counters
@@ -234,7 +234,7 @@ def test_a_search_ranks_what_fits(no_compiler):
   assert {one.remat for one in listed} == {'none', 'dots', 'full'}
   assert {one.mesh['data'] for one in listed} >= {1, 8}
   assert all(one.peak_bytes < t.chip.hbm for one in listed)
-  whole = memory.state(analyse.start(config, t, 'dp'))
+  whole = memory.state(analyse.run_on(config, t, 'dp'))
   tight = t._replace(chip=t.chip._replace(hbm=1.1 * sum(whole.values())))
   for one in search.candidates(config, tight):  # no state lies whole
     assert one.mesh['fsdp'] * one.mesh['tensor'] > 1
@@ -248,7 +248,7 @@ def test_a_search_ranks_what_fits(no_compiler):
 
 def test_a_generation_needs_no_room_for_an_optimiser(no_compiler):
   t = chips.parse('v5p:2x2x2')
-  run = analyse.start(small(gpt.get_config()), t, 'dp')
+  run = analyse.run_on(small(gpt.get_config()), t, 'dp')
   sizes = memory.state(run)
   between = t._replace(chip=t.chip._replace(
       hbm=sizes['parameters'] + sizes['optimizer'] // 2))

@@ -102,9 +102,9 @@ def test_when_the_process_falls_each_is_evaluated_alone(asked, tmp_path):
 def test_seeds_of_a_point_compile_once_and_have_their_own_figures(
     tmp_path, monkeypatch):
   workdir = tmp_path / 'w'
-  check.save(workdir, check.check(sweeps.arguments(
+  check.save(workdir, check.describe(sweeps.arguments(
       sweeps.write(tmp_path, seeds=3), f'--workdir={workdir}')))
-  description, folders = layout.load(workdir), []
+  description, folders = layout.load_description(workdir), []
   for seed in (0, 1):
     config = layout.config(description, 'base', seed)
     folders.append(layout.run_folder(workdir, 'base', seed))

@@ -79,7 +79,7 @@ def test_a_ladder_too_small_is_refused(params, tokens, said):
 def test_seeds_are_no_new_points():
   params, tokens = [1e5, 1e6, 1e7] * 3, [1e6, 1e7, 1e8] * 3
   with pytest.raises(ValueError, match='3 different pairs'):
-    scaling.check(params, tokens)
+    scaling.check_ladder(params, tokens)
 
 
 def test_optimum_is_the_papers_formula():

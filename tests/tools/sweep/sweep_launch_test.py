@@ -139,7 +139,8 @@ def test_status_tells_states_losses_and_errors(tmp_path, monkeypatch, capsys):
   args.file = 'configs/sweeps/parts.py'
   with pytest.raises(ValueError, match='holds the sweep .*mini.py, not'):
     status.main(args)
-  status._live(layout.load(workdir), workdir)  # ends, as all has ended
+  # It ends, as all has ended.
+  status._live(layout.load_description(workdir), workdir)
   text = capsys.readouterr().out
   assert '+0.2500' in text and '8 runs: 2 failed, 6 done' in text
 

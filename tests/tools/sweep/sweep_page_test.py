@@ -24,7 +24,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def sweep(folder):
-  return curves.load(folder)
+  return curves.load_sweep(folder)
 
 
 @pytest.fixture(scope='module')

@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def sweep(folder):
-  return curves.load(folder)
+  return curves.load_sweep(folder)
 
 
 @pytest.fixture(scope='module')
@@ -80,14 +80,14 @@ def test_curves_stand_at_what_was_spent(sweep):
 def test_what_a_point_leaves_as_it_is_is_no_change(tmp_path):
   sweep_folder.write(tmp_path, [point('base'), point(
       'other', {'model.norm': 'layernorm', 'model.block': 'parallel'})])
-  other = curves.load(tmp_path).points[1]
+  other = curves.load_sweep(tmp_path).points[1]
   assert tables.changes(other) == 'model.block=parallel'
 
 
 def test_runs_that_train_together_share_the_seconds(tmp_path):
   sweep_folder.write(tmp_path, [point('base', together=2), point('alone')])
   seconds = [p.mean_curve('eval').seconds[-1]
-             for p in curves.load(tmp_path).points]
+             for p in curves.load_sweep(tmp_path).points]
   assert seconds == pytest.approx([0.25 * sweep_folder.STEPS,
                                    0.5 * sweep_folder.STEPS])
 
@@ -105,7 +105,7 @@ def test_two_seeds_show_their_spread_and_no_interval(tmp_path):
             point('other', {'optim.lr': 3e-3}, seeds=(0, 1),
                   shift={0: 0.14, 1: -0.12})]
   sweep_folder.write(tmp_path, points)
-  sweep = curves.load(tmp_path)
+  sweep = curves.load_sweep(tmp_path)
   low, high = sorted(sweep.points[1].finals.values())
   said = write.text(sweep)
   assert f'({low:.4f} to {high:.4f})' in said
@@ -117,21 +117,21 @@ def test_two_seeds_show_their_spread_and_no_interval(tmp_path):
   bars, = re.findall(r'<svg class="forest".*?</svg>', html)
   assert bars.count('stroke-width="1"') == 1 and 'stroke-width="2"' not in bars
   sweep_folder.write(tmp_path / 'one', [dict(p, seeds=(0,)) for p in points])
-  html = write.write(curves.load(tmp_path / 'one'), tmp_path)[0]
+  html = write.write(curves.load_sweep(tmp_path / 'one'), tmp_path)[0]
   assert html.read_text().count('One seed: no bars.') == 2
 
 
 def test_a_base_without_runs_compares_nothing(tmp_path):
   states = {('base', s): ('failed', 'no memory') for s in range(3)}
   sweep_folder.write(tmp_path, POINTS[:2], states=states)
-  sweep = curves.load(tmp_path)
+  sweep = curves.load_sweep(tmp_path)
   assert 'The base base has no finished run' in write.text(sweep)
   html, *_ = write.write(sweep, tmp_path)
   assert 'no memory' in html.read_text()
 
 
 def _notes(folder):
-  sweep = curves.load(folder)
+  sweep = curves.load_sweep(folder)
   return '\n'.join(tables.outcome_table(
       sweep, tables.outcomes(sweep)).notes)
 
@@ -171,7 +171,7 @@ def test_a_run_of_another_config_is_told(tmp_path, capsys):
   assert 'config' not in _notes(tmp_path) + capsys.readouterr().err
   folder = layout.run_folder(tmp_path, 'norm', 1)
   run_config.save(folder, spec.changed(
-      run_config.load(folder), {'optim.b1': 0.5}, 'a test'))
+      run_config.load_config(folder), {'optim.b1': 0.5}, 'a test'))
   assert 'figures: norm, seed 1 (optim.b1).' in _notes(tmp_path)
   assert 'warning: not of the config that sweep.json says: norm, seed 1' in (
       capsys.readouterr().err)
@@ -187,7 +187,7 @@ def test_each_change_over_all_settings_of_the_others(tmp_path):
       point('block', {**block, **wide}, matched=['model.d_ff'], shift=flat),
       point('both', norm | block, shift={0: .2, 1: .3, 2: .4})])
   rows = {row[0].text: row for row in extras.effects_table(
-      curves.load(tmp_path)).rows}
+      curves.load_sweep(tmp_path)).rows}
   assert list(rows) == ['model.norm=rmsnorm', 'model.block=parallel']
   # norm: +0.1, +0.2, +0.3 alone and -0.3, -0.2, -0.1 with block.
   norm = rows['model.norm=rmsnorm']
@@ -213,7 +213,7 @@ def test_the_edge_of_the_learning_rates_is_told(tmp_path):
   sweep_folder.write(tmp_path, [
       point('base', factor=1.2), point('up', {'optim.lr': 2e-3})])
   table = extras.rate_table(
-      extras.rates(curves.load(tmp_path)))
+      extras.rates(curves.load_sweep(tmp_path)))
   assert 'at the edge' in table.rows[0][1].text
   assert 'may lie outside' in table.notes[0]
 
@@ -226,7 +226,7 @@ def test_the_best_learning_rate_is_told_from_its_neighbours(tmp_path):
       point('twice', {'optim.lr': 2e-3}, factor=1.4, shift=SHIFT),
       point('less', {'optim.lr': 1e-4}, shift={s: x + 0.01
                                                for s, x in SHIFT.items()})])
-  group, = extras.rates(curves.load(tmp_path))
+  group, = extras.rates(curves.load_sweep(tmp_path))
   row, = extras.rate_table([group]).rows
   assert [lr for lr in group.points] == [1e-4, 5e-4, 1e-3, 2e-3]
   twice = float(sweep_folder.loss(200, 1.4) - sweep_folder.loss(200))

@@ -129,7 +129,7 @@ def test_a_file_changed_under_the_sweep_is_found_out(tmp_path, monkeypatch):
   file, workdir = sweeps.write(tmp_path, seeds=1), tmp_path / 'w'
   folder = layout.run_folder(workdir, 'rms', 0)
   args = sweeps.arguments(file, f'--workdir={workdir}')
-  description = check.check(args)
+  description = check.describe(args)
   other = spec.changed(layout.config(description, 'rms', 0),
                        {'optim.lr': 1.0}, 'a test')
   run_config.save(folder, other)
@@ -162,7 +162,7 @@ def test_a_run_of_another_config_on_disk_is_not_adopted(tmp_path, monkeypatch):
   args = sweeps.arguments(file, f'--workdir={workdir}')
   assert run.main(args) == 0
   (workdir / 'ledger.sqlite').unlink()
-  description = layout.load(workdir)
+  description = layout.load_description(workdir)
   run_config.save(layout.run_folder(workdir, 'rms', 0), spec.changed(
       layout.config(description, 'rms', 0),
       {'optim.lr': 1.0, 'eval.batches': 3}, 'a test'))
@@ -292,7 +292,7 @@ def test_a_group_of_which_one_blew_up_is_not_tried_again(
 @pytest.mark.slow
 def test_the_worker_says_which_runs_did_not_end(tmp_path, monkeypatch):
   workdir = tmp_path / 'w'
-  check.save(workdir, check.check(sweeps.arguments(
+  check.save(workdir, check.describe(sweeps.arguments(
       sweeps.write(tmp_path), f'--workdir={workdir}')))
 
   def train(configs, folders):
@@ -361,7 +361,7 @@ def test_a_task_that_is_added_is_not_lost(tmp_path, monkeypatch):
 def test_two_that_add_to_a_sweep_do_so_in_turn(tmp_path, monkeypatch):
   """Else the later one's sweep.json would lack what the earlier one added."""
   file, workdir = sweeps.write(tmp_path), tmp_path / 'w'
-  description = check.check(sweeps.arguments(file, f'--workdir={workdir}'))
+  description = check.describe(sweeps.arguments(file, f'--workdir={workdir}'))
   merge = check._merge
 
   def busy(*args):
@@ -373,7 +373,7 @@ def test_two_that_add_to_a_sweep_do_so_in_turn(tmp_path, monkeypatch):
 
   monkeypatch.setattr(check, '_merge', busy)
   check.save(workdir, description)
-  assert layout.load(workdir)['name'] == 'mini'
+  assert layout.load_description(workdir)['name'] == 'mini'
 
 
 @pytest.mark.slow
@@ -387,7 +387,7 @@ def test_a_point_that_is_added_while_a_runner_runs_is_trained(
   def add_and_train(*words):
     sweeps.write(tmp_path, sweeps.POINTS
                  + "  add('late', **{'optim.lr': 1.0})\n", seeds=1)
-    check.save(workdir, check.check(args))
+    check.save(workdir, check.describe(args))
     with ledger.Ledger(workdir) as book:
       book.add([('late', 0, ())])
     return train(*words)

@@ -23,7 +23,7 @@ def described(file, **options):
   args = types.SimpleNamespace(
       file=file, seeds=0, match='', match_field=matching.FIELD, devices=0)
   vars(args).update(options)
-  return check.check(args)
+  return check.describe(args)
 
 
 def points(description):
@@ -68,17 +68,17 @@ def test_leave_one_out_takes_back_one():
 ])
 def test_a_wrong_point_is_a_sentence(point, parts, tmp_path):
   with pytest.raises(ValueError) as error:
-    spec.load(sweeps.write(tmp_path, f'  {point}\n'))
+    spec.read_sweep_file(sweeps.write(tmp_path, f'  {point}\n'))
   for part in parts:
     assert part in str(error.value)
 
 
 def test_the_base_is_a_point(tmp_path):
-  sweep = spec.load(sweeps.write(tmp_path))
+  sweep = spec.read_sweep_file(sweeps.write(tmp_path))
   assert sweep.base_name == 'base'
   assert [point.name for point in sweep.points] == ['base', 'rms', 'swiglu']
   (tmp_path / 'own').mkdir()
-  sweep = spec.load(sweeps.write(
+  sweep = spec.read_sweep_file(sweeps.write(
       tmp_path / 'own', "  add('mine', **{'model.norm': 'layernorm'})\n"
       "  add('rms', **{'model.norm': 'rmsnorm'})\n"))
   assert sweep.base_name == 'mine' and len(sweep.points) == 2
@@ -90,7 +90,7 @@ def test_a_base_that_changes_is_refused(tmp_path):
     source.write('\nimport random\nold = base\ndef base():\n  c = old()\n'
                  '  c.optim.lr = random.random()\n  return c\n')
   with pytest.raises(ValueError, match='another config each time'):
-    spec.load(file)
+    spec.read_sweep_file(file)
 
 
 # What a user's file may do in its base or its sweep, and what is said of it.
@@ -113,7 +113,7 @@ def test_an_error_in_a_sweep_file_has_its_file_and_line(text, tmp_path):
   rest = '' if 'sweep(' in text else '\ndef sweep(add):\n  pass'
   file.write_text(f'{text}{rest}\nget_config = base\n')
   with pytest.raises(RequestError) as error:
-    spec.load(str(file))
+    spec.read_sweep_file(str(file))
   assert PYTHON_ERRORS[text] in str(error.value)
   assert str(error.value).startswith((str(file), 'SEEDS'))
 
@@ -227,7 +227,7 @@ def test_derived_fields_are_told(tmp_path):
 
 
 def test_costs_are_those_of_the_counter(tmp_path):
-  sweep = spec.load(sweeps.write(tmp_path))
+  sweep = spec.read_sweep_file(sweeps.write(tmp_path))
   from training import runs
   from training.costs import totals
   from training.data import tokenizers
@@ -248,7 +248,7 @@ def test_another_sweep_in_the_workdir_is_refused(tmp_path):
   file, workdir = sweeps.write(tmp_path), tmp_path / 'w'
   check.save(workdir, described(file))
   check.save(workdir, described(file, seeds=3))
-  assert points(layout.load(workdir))['rms']['seeds'] == [0, 1, 2]
+  assert points(layout.load_description(workdir))['rms']['seeds'] == [0, 1, 2]
   with pytest.raises(ValueError, match="match was '' and is 'params'"):
     check.save(workdir, described(file, match='params'))
   sweeps.write(tmp_path, sweeps.POINTS.replace(
@@ -303,7 +303,7 @@ WORKED = sorted(path.stem for path in pathlib.Path(
 @pytest.mark.slow
 @pytest.mark.parametrize('name', WORKED)
 def test_a_worked_sweep_is_small_and_whole(name):
-  sweep = spec.load(f'configs/sweeps/{name}.py')
+  sweep = spec.read_sweep_file(f'configs/sweeps/{name}.py')
   assert len(sweep.points) >= 5
   for point in sweep.points:
     figures = cost.of(sweep.config(point))
@@ -314,7 +314,7 @@ def test_a_worked_sweep_is_small_and_whole(name):
 
 @pytest.mark.parametrize('name', [n for n in WORKED if n != 'mup'])
 def test_a_worked_sweep_evaluates_often_enough_for_a_speed_up(name):
-  config = spec.load(f'configs/sweeps/{name}.py').base
+  config = spec.read_sweep_file(f'configs/sweeps/{name}.py').base
   steps = {*range(0, config.train.steps, config.eval.every_steps),
            config.train.steps}  # and the last step is always evaluated
   after = [n for n in steps if n >= config.optim.warmup_steps]
@@ -322,7 +322,7 @@ def test_a_worked_sweep_evaluates_often_enough_for_a_speed_up(name):
 
 
 def test_the_dense_twin_owes_no_routing():
-  sweep = spec.load('configs/sweeps/routers.py')
+  sweep = spec.read_sweep_file('configs/sweeps/routers.py')
   assert sweep.base_name == 'dense' and sweep.owed(sweep.points[0]) == ()
   base = cost.of(sweep.base)
   for point in sweep.points:

@@ -45,7 +45,7 @@ def config_of(folder, **fields):
 def load(folder, split='train', index=0, count=1, **fields):
   config = config_of(folder, **fields)
   if split == 'train':
-    return pipeline.load(config, BYTES, index, count)
+    return pipeline.training_loader(config, BYTES, index, count)
   loader, = pipeline.held_out(config, BYTES, index, count)
   return loader
 
@@ -286,7 +286,7 @@ def test_making_batches_looks_for_no_device(folder):
           config.data.update(
               source='text:{folder}/a/*.txt', cache_dir='{folder}/cache',
               length=16, batch_size=8, tokenize_workers=1)
-          pipeline.load(config, tokenizers.load('bytes')).batch(0)
+          pipeline.training_loader(config, tokenizers.load('bytes')).batch(0)
           print(xla_bridge.backends_are_initialized())""")],
       cwd=ROOT, capture_output=True, text=True)
   assert result.stdout.splitlines()[-1:] == ['False'], result.stderr
@@ -311,7 +311,7 @@ def test_unknown_objective_is_refused(folder):
   config = config_of(folder)
   config.objective = 'casual'
   with pytest.raises(ValueError, match="'casual': choose from causal"):
-    pipeline.load(config, BYTES)
+    pipeline.training_loader(config, BYTES)
 
 
 def test_pairs_are_no_windows(folder, monkeypatch):
@@ -326,4 +326,4 @@ def test_a_run_without_eos_is_refused(folder):
   tokenizer = tokenizers.Bytes()
   tokenizer.special_ids = {'pad': 256}
   with pytest.raises(ValueError, match="no 'eos' token: it has pad"):
-    pipeline.load(config_of(folder), tokenizer)
+    pipeline.training_loader(config_of(folder), tokenizer)

@@ -35,7 +35,8 @@ def folder(tmp_path):
 
 def cached(folder, tokenizer=BYTES, workers=1, pattern='a/*.txt'):
   [(_, source)] = sources.parse(f'text:{folder}/{pattern}')
-  return token_cache.load(source, tokenizer, str(folder / 'cache'), workers)
+  return token_cache.cached_tokens(
+      source, tokenizer, str(folder / 'cache'), workers)
 
 
 def test_cache_holds_every_document(folder):
@@ -83,7 +84,7 @@ def test_documents_of_parts(folder):
   pair = [('source', 'ab'), ('target', 'cde')]
   source = sources.Source(
       'pairs', 'pairs', (), lambda _: iter([pair, pair]), content='1')
-  cache = token_cache.load(source, BYTES, str(folder / 'cache'), 1)
+  cache = token_cache.cached_tokens(source, BYTES, str(folder / 'cache'), 1)
   assert [(kind, BYTES.decode(ids)) for kind, ids
           in cache.document_parts(1)] == pair
   assert len(cache) == 2 and cache.num_bytes.tolist() == [2, 3, 2, 3]
@@ -115,8 +116,9 @@ def script(folder, workers, after=''):
       token_cache.CHUNK_CHARS = 100
       {after}
       [(_, source)] = sources.parse('text:{folder}/a/*.txt')
-      cache = token_cache.load(source, tokenizers.load('bytes'),
-                               {str(folder / 'cache')!r}, {workers})
+      cache = token_cache.cached_tokens(
+          source, tokenizers.load('bytes'),
+          {str(folder / 'cache')!r}, {workers})
       print(len(cache), len(cache.tokens), cache.path.name)
       """)
 

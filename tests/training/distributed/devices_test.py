@@ -90,7 +90,7 @@ def test_the_table_of_processes():
 def test_a_variable_that_is_no_number_is_named(variable, monkeypatch):
   monkeypatch.setenv(variable, 'two')
   with pytest.raises(ValueError, match=rf"\${variable} is 'two'"):
-    processes.check()
+    processes.how_to_join()
 
 
 @pytest.mark.parametrize('coordinator, number, index, sentence', [
@@ -102,12 +102,12 @@ def test_a_variable_that_is_no_number_is_named(variable, monkeypatch):
 def test_a_coordinator_that_is_none_is_refused(coordinator, number, index,
                                                sentence):
   with pytest.raises(errors.RequestError, match=sentence):
-    processes.check(coordinator, number, index)
+    processes.how_to_join(coordinator, number, index)
 
 
 def test_how_a_process_joins_the_others(monkeypatch):
-  assert processes.check() is None
+  assert processes.how_to_join() is None
   monkeypatch.setenv('JAX_COORDINATOR_ADDRESS', '[::1]:1234')
   monkeypatch.setenv('JAX_NUM_PROCESSES', '2')
   monkeypatch.setenv('JAX_PROCESS_ID', '1')
-  assert processes.check() == ('[::1]:1234', 2, 1, False)
+  assert processes.how_to_join() == ('[::1]:1234', 2, 1, False)

@@ -141,7 +141,7 @@ def test_eval_reads_an_import_and_train_goes_on_in_a_mixture(
 def _start(imported, **changes):
   """Returns (run, state, what was drawn) of a run that starts from a workdir.
   """
-  config = run_config.load(imported).copy_and_resolve_references()
+  config = run_config.load_config(imported).copy_and_resolve_references()
   with config.unlocked():
     config.init_from = str(imported)
     config.model.update(changes.pop('model', {}))

@@ -58,7 +58,7 @@ def test_an_import_is_exported_with_what_generation_needs(imported, tmp_path):
 
 @pytest.mark.slow
 def test_an_import_without_a_tokenizer_is_evaluated(imported):
-  config = run_config.load(imported)
+  config = run_config.load_config(imported)
   assert config.data.tokenizer == 'bytes:61'
   (imported / 'a.txt').write_text('Any text, such as: ünïcödé. ' * 60)
   file = imported / 'config.json'
@@ -73,7 +73,7 @@ def test_an_import_without_a_tokenizer_is_evaluated(imported):
 def test_training_gives_the_ids_another_meaning(imported, monkeypatch):
   """Of the first step on, a model of 61 ids writes bytes, and its export says
   so; one that has its own tokenizer keeps its own."""
-  config = run_config.load(imported)
+  config = run_config.load_config(imported)
   model = architectures.resolve(config.model)
   kept = hf_generation.kept(imported)
   assert convert._generation(imported, config, model, 0) == kept
@@ -123,7 +123,7 @@ def test_a_run_of_our_own_says_what_its_sequences_look_like(
       system, vocab_size=tokenizer.vocab_size, head_dim=8,
       moe=dict(eval_capacity_factor=0.0)))
   fields, options = hf_generation.of_run(config, model, tokenizer)
-  batch = pipeline.load(config, tokenizer).batch(0)
+  batch = pipeline.training_loader(config, tokenizer).batch(0)
   for name in ('bos', 'pad'):
     if name in tokenizer.special_ids and f'{name}_token_id' in fields:
       assert fields[f'{name}_token_id'] == tokenizer.special_ids[name]

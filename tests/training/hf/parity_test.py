@@ -24,7 +24,7 @@ INSIDES = sorted((FOLDER.parent / 'insides').glob('*.safetensors'))
 
 
 def _load(path):
-  return recording.load(path)
+  return recording.load_recording(path)
 
 
 # The first case of each system without experts is run every time.
@@ -39,7 +39,8 @@ FIRST = {f'{system}-{next(iter(row.cases))}'
     for p in FILES])
 def test_equals_transformers(path):
   system, _, case = path.stem.partition('-')
-  findings = compare.check(_load(path), cases.OUR_ROPE.get((system, case)))
+  findings = compare.findings_of(
+      _load(path), cases.OUR_ROPE.get((system, case)))
   assert {'logits', 'grads'} <= {f.what for f in findings}
   wrong = [f for f in findings if not f.ok]
   assert not wrong, wrong
@@ -51,7 +52,7 @@ def test_equals_transformers(path):
 def test_layers_and_attention_weights_equal_transformers(path):
   """Its output_hidden_states and output_attentions; padding apart."""
   recorded = recording.load_insides(_load(FOLDER / path.name), path)
-  findings = [f for f in compare.check(recorded)
+  findings = [f for f in compare.findings_of(recorded)
               if 'layer' in f.what or 'attention' in f.what]
   assert len(findings) > 2
   wrong = [f for f in findings if not f.ok]
@@ -62,7 +63,7 @@ def test_layers_and_attention_weights_equal_transformers(path):
 @pytest.mark.parametrize('path', FILES, ids=lambda p: p.stem)
 def test_export_is_the_import(path, tmp_path):
   case = _load(path)
-  module, params = compare.load(case)
+  module, params = compare.model_of(case)
   weights.to_hf(module, params, tmp_path)
   files = hf_files.Files(tmp_path)
   assert set(files) == set(case.weights)
@@ -117,13 +118,13 @@ def test_every_layer_and_embedding_is_compared():
   rows, length = case.inputs['tokens'].shape
   case = dataclasses.replace(case, greedy={}, layers=[
       np.ones((rows, length, case.config['d_model']), np.float32)] * 5)
-  found = [f for f in compare.check(case) if f.what not in case.outputs]
+  found = [f for f in compare.findings_of(case) if f.what not in case.outputs]
   assert [f.what for f in found] == [
       'grads', 'encoder embedding', 'encoder layer 0', 'encoder layer 1',
       'decoder embedding', 'decoder layer 0']
   assert found[0].ok and not any(f.ok for f in found[1:])
   with pytest.raises(ValueError, match='shorter'):
-    compare.check(dataclasses.replace(case, layers=case.layers[:4]))
+    compare.findings_of(dataclasses.replace(case, layers=case.layers[:4]))
 
 
 def test_a_wrong_weight_is_noticed():
@@ -131,5 +132,5 @@ def test_a_wrong_weight_is_noticed():
   name = 'transformer.h.1.attn.c_attn.weight'
   case.weights[name] = case.weights[name].copy()
   case.weights[name][0, 0] += 0.05
-  assert not all(f.ok for f in compare.check(case)
+  assert not all(f.ok for f in compare.findings_of(case)
                  if f.what in ('logits', 'grads'))

@@ -38,7 +38,7 @@ def test_a_tokenizer_that_is_not_read_goes_along(tmp_path, capsys):
   convert.import_(tmp_path / 'in', tmp_path / 'run', partial=False, seed=0)
   assert ('no tokenizer that is read here, though vocab.json, source.spm'
           in capsys.readouterr().err)
-  assert run_config.load(tmp_path / 'run').data.tokenizer == 'bytes'
+  assert run_config.load_config(tmp_path / 'run').data.tokenizer == 'bytes'
   convert.export(tmp_path / 'run', tmp_path / 'out', step=None, dtype='',
                  shard_bytes=10**9)
   for name in kept:

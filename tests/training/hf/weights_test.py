@@ -257,7 +257,7 @@ def test_each_shard_is_read_where_it_lies(gpt):
   like = jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
       nn.meta.unbox(boxed), shardings)
-  found = weights.load(module, hf_files.Files(folder), like=like).params
+  found = weights.read_params(module, hf_files.Files(folder), like=like).params
   jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim) or 1 / 0,
                found, shardings)
   assert any(leaf.sharding.spec != PartitionSpec()
@@ -312,8 +312,9 @@ def test_host_memory_of_an_import_is_a_shard_and_of_an_export_a_tensor(
     gc.collect(0)  # JAX lets go of the shard before then
     return y
   monkeypatch.setattr(jax, 'device_put', put_and_let_go)
-  weights.load(module, _Counted(tmp_path), like=like)  # what JAX keeps: once
-  used, loaded = peak(lambda: weights.load(module, files, like=like))
+  # What JAX keeps, it keeps once.
+  weights.read_params(module, _Counted(tmp_path), like=like)
+  used, loaded = peak(lambda: weights.read_params(module, files, like=like))
   # The shard being filled, and up to three that JAX has not let go of.
   assert used < 5 * stacked / 8 + tensor + slack < stacked
   assert files.read == sum(
@@ -328,7 +329,7 @@ def test_partial_lists_what_it_skips(gpt, tmp_path):
   del tensors['transformer.ln_f.bias']
   save_file(tensors | {'score': np.ones(3, np.float32)},
             tmp_path / hf_files.SAFE)
-  loaded = weights.start(tmp_path, module, partial=True)
+  loaded = weights.params_to_start_from(tmp_path, module, partial=True)
   assert len(loaded.skipped) == 2
   assert any('score' in line for line in loaded.skipped)
   assert any('decoder/final_norm/bias' in line for line in loaded.skipped)
@@ -341,7 +342,7 @@ def test_partial_lists_what_it_skips(gpt, tmp_path):
 def test_a_start_from_another_function_is_refused(gpt):
   other, _ = models.make('gpt', num_layers=3, num_heads=8)
   with pytest.raises(ValueError, match='model.num_heads is 8, not 4'):
-    weights.start(gpt[2], other)
+    weights.params_to_start_from(gpt[2], other)
 
 
 def test_how_positions_stretch_is_of_the_function():
@@ -387,7 +388,7 @@ def test_convert_there_and_back(gpt, tmp_path):
   tree = json.loads((folder / 'config.json').read_text())
   source = _edit(folder, _folder(tmp_path / 'in'), **tree)
   convert.import_(source, tmp_path / 'run', partial=False, seed=0)
-  config = run_config.load(tmp_path / 'run')
+  config = run_config.load_config(tmp_path / 'run')
   assert architectures.resolve(config.model).num_layers == 3
   with pytest.raises(ValueError, match='holds a run already'):
     convert.import_(source, tmp_path / 'run', partial=False, seed=0)

@@ -29,7 +29,7 @@ def test_shapes_are_the_loaders(objective, fields, tmp_path):
               else f'text:{tmp_path}/*.txt'),
       cache_dir=str(tmp_path / 'cache'), length=64, batch_size=4,
       holdout_every=0, tokenize_workers=1) | fields)
-  batch = pipeline.load(config, tokenizers.load('bytes')).batch(0)
+  batch = pipeline.training_loader(config, tokenizers.load('bytes')).batch(0)
   got = {key: (x.shape, x.dtype) for key, x in batch.items()}
   assert got == objectives.shapes(config)
   if objective in ('span', 'seq2seq'):

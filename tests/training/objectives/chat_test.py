@@ -55,7 +55,7 @@ def _text(ids, tokenizer=BYTES) -> str:
 
 
 def test_turns_are_laid_out_by_vicunas_template(talks):
-  batch = pipeline.load(_config(f'{talks}:messages'), BYTES).batch(0)
+  batch = pipeline.training_loader(_config(f'{talks}:messages'), BYTES).batch(0)
   tokens, targets, weights, valid = (
       batch[k][0] for k in ('tokens', 'targets', 'weights', 'valid'))
   assert _text(tokens[valid == 1]) == f'</s>{VICUNA}'
@@ -89,7 +89,7 @@ def test_the_published_parts_are_fastchats_text(system, messages):
 
 def test_a_question_is_the_start_of_a_conversation(talks):
   config = _config(f'{talks}:messages')
-  row = pipeline.load(config, BYTES).batch(0)['tokens'][0]
+  row = pipeline.training_loader(config, BYTES).batch(0)['tokens'][0]
   asked = chat.question('Hello!', config, BYTES)
   np.testing.assert_array_equal(asked, row[:len(asked)])
   assert _text(asked) == f'</s>{SYSTEM} USER: Hello! ASSISTANT:'
@@ -116,7 +116,8 @@ def _llama_like(tmp_path):
 def test_a_question_and_its_answer_are_tokenised_as_one(talks, tmp_path):
   """As in both published codes: an answer alone would begin otherwise."""
   tokenizer = _llama_like(tmp_path)
-  batch = pipeline.load(_config(f'{talks}:messages'), tokenizer).batch(0)
+  batch = pipeline.training_loader(
+      _config(f'{talks}:messages'), tokenizer).batch(0)
   targets, weights = batch['targets'][0], batch['weights'][0]
   turns = VICUNA.split('</s>')[:2]
   expected = [i for turn in turns
@@ -153,7 +154,7 @@ def test_alpacas_records_are_laid_out_by_its_template(kind, template, tmp_path):
                   '\n'.join(map(json.dumps, RECORDS)) + '\n')
   config = _config(f'alpaca:{path}', length=300, batch_size=3,
                    cache_dir=str(tmp_path), chat_template=template)
-  batch = pipeline.load(config, BYTES).batch(0)
+  batch = pipeline.training_loader(config, BYTES).batch(0)
   end, found = BYTES.separator_id, set()
   for tokens, targets, weights, valid in zip(*(
       batch[k] for k in ('tokens', 'targets', 'weights', 'valid'))):
@@ -186,8 +187,8 @@ def test_a_run_of_the_earlier_template_goes_on_with_it(talks, tmp_path):
   tree = json.loads((tmp_path / 'config.json').read_text())
   del tree['data']['chat_template']
   (tmp_path / 'config.json').write_text(json.dumps(tree))
-  old = runs.with_new_fields(run_config.load(tmp_path))
-  batch = pipeline.load(old, BYTES).batch(0)
+  old = runs.with_new_fields(run_config.load_config(tmp_path))
+  batch = pipeline.training_loader(old, BYTES).batch(0)
   row, told = batch['targets'][0], batch['weights'][0] == 1
   assert _text(row[batch['valid'][0] == 1]).startswith(
       'USER: Hello!\nASSISTANT: Hi!</s>USER: How are you?\nASSISTANT: I am')
@@ -196,12 +197,13 @@ def test_a_run_of_the_earlier_template_goes_on_with_it(talks, tmp_path):
       '</s>USER: Hello!\nASSISTANT: ')
   # To go on by the published one must be asked for.
   with pytest.raises(ValueError, match='data.chat_template=earlier'):
-    run_config.check(run_config.compare(run_config.load(tmp_path), config),
-                     allow_config_change=False)
+    run_config.refuse_changes(
+        run_config.compare(run_config.load_config(tmp_path), config),
+        allow_config_change=False)
   tree['objective'] = 'causal'
   (tmp_path / 'config.json').write_text(json.dumps(tree))
   config.objective = 'causal'
-  assert not run_config.compare(run_config.load(tmp_path), config)
+  assert not run_config.compare(run_config.load_config(tmp_path), config)
 
 
 @pytest.mark.parametrize('objective, template, words', [
@@ -212,21 +214,21 @@ def test_a_template_that_is_none_or_not_read_is_refused(objective, template,
   config = _config('sotu', chat_template=template)
   config.objective = objective
   with pytest.raises(ValueError, match=words):
-    objectives.check(config)
+    objectives.check_objective(config)
 
 
 def test_a_turn_without_a_role_is_refused(talks):
   with pytest.raises(ValueError, match="role 'x'.*choose from"):
-    pipeline.load(_config(f'{talks}:bad'), BYTES)
+    pipeline.training_loader(_config(f'{talks}:bad'), BYTES)
 
 
 def test_conversations_are_no_plain_text(talks, texts):
   config = _config(f'{talks}:messages')
   config.objective = 'causal'
   with pytest.raises(ValueError, match='plain text'):
-    pipeline.load(config, BYTES)
+    pipeline.training_loader(config, BYTES)
   with pytest.raises(ValueError, match='list of turns'):
-    pipeline.load(_config(texts.partition('=')[2]), BYTES)
+    pipeline.training_loader(_config(texts.partition('=')[2]), BYTES)
 
 
 def test_every_kind_of_part_has_its_place():

@@ -25,7 +25,7 @@ def test_no_part_of_a_rows_frame_is_masked(texts, objective):
   documents, and padding."""
   frame = (BYTES.cls_id, BYTES.sep_id, BYTES.pad_id, BYTES.separator_id)
   config = letters.config(texts, objective, mask_rate=0.9)
-  loader, ends = pipeline.load(config, BYTES), 0
+  loader, ends = pipeline.training_loader(config, BYTES), 0
   for batch in map(loader.batch, range(20)):
     ends += (batch['targets'] == BYTES.separator_id).sum()
     held = np.isin(batch['targets'], frame)
@@ -44,7 +44,7 @@ def test_each_draw_of_a_row_is_a_new_one(texts, objective):
   for seed in (0, 1):
     config = letters.config(texts, objective, batch_size=1)
     config.seed = seed
-    loader = pipeline.load(config, BYTES)
+    loader = pipeline.training_loader(config, BYTES)
     for n in range(2 * loader.num_windows):
       text, row = loader._dataset[n].tokens.tobytes(), loader.batch(n)
       whole = b''.join(row[key].tobytes() for key in sorted(row))
@@ -64,7 +64,7 @@ def test_one_window_is_drawn_anew_by_the_seed_and_in_each_epoch(tmp_path):
     config = letters.config(f'text:{tmp_path}/one.txt', 'mlm', batch_size=1,
                        cache_dir=str(tmp_path))
     config.seed = seed
-    loader = pipeline.load(config, BYTES)
+    loader = pipeline.training_loader(config, BYTES)
     assert loader.num_windows == 1
     shown += [loader.batch(n)['tokens'].tobytes() for n in range(3)]
   assert len(set(shown)) == 9

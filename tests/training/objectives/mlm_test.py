@@ -67,15 +67,15 @@ def test_fifteen_percent_are_told_eighty_ten_ten(texts):
 
 
 def test_masks_repeat(texts):
-  a, b = (pipeline.load(letters.config(texts, 'mlm_nsp'), BYTES).batch(3)
-          for _ in range(2))
+  a, b = (pipeline.training_loader(
+      letters.config(texts, 'mlm_nsp'), BYTES).batch(3) for _ in range(2))
   for key in a:
     np.testing.assert_array_equal(a[key], b[key])
 
 
 def _rows(texts, split='train', **changes):
   config = letters.config(texts, 'mlm', **changes)
-  loader = (pipeline.load(config, BYTES) if split == 'train'
+  loader = (pipeline.training_loader(config, BYTES) if split == 'train'
             else pipeline.held_out(config, BYTES)[0])
   return [{key: x[b] for key, x in loader.batch(n).items()}
           for n in range(loader.num_batches) for b in range(4)]
@@ -133,11 +133,12 @@ def test_one_document_makes_no_pairs(tmp_path, monkeypatch):
   monkeypatch.setenv('ARCHETYPE_CACHE', str(tmp_path / 'cache'))
   (tmp_path / 'a.txt').write_text('all alone ' * 50)
   with pytest.raises(ValueError, match='another document'):
-    pipeline.load(letters.config(f'text:{tmp_path}/a.txt', 'mlm_nsp'), BYTES)
+    pipeline.training_loader(
+        letters.config(f'text:{tmp_path}/a.txt', 'mlm_nsp'), BYTES)
 
 
 def test_a_prefix_is_not_predicted(texts):
-  batch = pipeline.load(
+  batch = pipeline.training_loader(
       letters.config(texts, 'prefix', length=32), BYTES).batch(0)
   for size, weights in zip(batch['prefix'], batch['weights']):
     assert 1 <= size < 32
@@ -150,7 +151,7 @@ def test_a_prefix_is_not_predicted(texts):
 def test_a_mask_of_documents_that_are_none_is_refused(texts, name):
   config = letters.config(texts, name, document_mask=True)
   with pytest.raises(ValueError, match='document_mask .*read by causal, mlm'):
-    runs.check(config)
+    runs.check_config(config)
 
 
 @pytest.mark.slow
@@ -207,7 +208,7 @@ def test_an_objective_that_does_not_fit_is_refused(system, objective):
   config = importlib.import_module(f'configs.{system}').get_config()
   config.objective = objective
   with pytest.raises(ValueError, match=f'{objective!r}.* {system} .*choose'):
-    runs.check(config)
+    runs.check_config(config)
 
 
 @pytest.mark.slow

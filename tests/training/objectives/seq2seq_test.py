@@ -100,20 +100,20 @@ def test_rates_of_spans():
 
 def test_masks_are_pure_in_seed_and_index():
   config = _config('span', batch_size=4)
-  whole = pipeline.load(config, TOKENIZER)
-  halves = [pipeline.load(config, TOKENIZER, i, 2) for i in range(2)]
+  whole = pipeline.training_loader(config, TOKENIZER)
+  halves = [pipeline.training_loader(config, TOKENIZER, i, 2) for i in range(2)]
   for n in (0, 3):
     joined = jax.tree.map(lambda *x: np.concatenate(x),
                           *[half.batch(n) for half in halves])
     jax.tree.map(np.testing.assert_array_equal, whole.batch(n), joined)
   config.seed = 1
-  other = pipeline.load(config, TOKENIZER).batch(0)
+  other = pipeline.training_loader(config, TOKENIZER).batch(0)
   assert (other['tokens'] != whole.batch(0)['tokens']).any()
 
 
 def test_pairs_of_plain_text_follow_each_other():
   config = _config('seq2seq', target_length=32)
-  loader = pipeline.load(config, TOKENIZER)
+  loader = pipeline.training_loader(config, TOKENIZER)
   batch = loader.batch(0)
   # A third of the tokens of each window is predicted.
   assert 0 <= loader.num_tokens - 32 * loader.num_windows <= 32
@@ -171,7 +171,7 @@ def test_a_broken_pair_is_refused(name, tmp_path):
   config = _config('seq2seq', source=f'parallel:{tmp_path}/x.tsv',
                    holdout_every=0)
   with pytest.raises(ValueError, match=sentence):
-    pipeline.load(config, TOKENIZER)
+    pipeline.training_loader(config, TOKENIZER)
 
 
 def test_refusals():
@@ -183,14 +183,14 @@ def test_refusals():
         TOKENIZER)
   config.span.noise_density = 1.5
   with pytest.raises(ValueError, match='noise_density is 1.5'):
-    runs.check(config)
+    runs.check_config(config)
   config = base.base()
   config.objective = 'span'
   with pytest.raises(ValueError, match='model.arch gpt .*choose from causal'):
-    runs.check(config)
+    runs.check_config(config)
   config.model.arch, config.objective = 't5', 'causal'
   with pytest.raises(ValueError, match='from (span, seq2seq|seq2seq, span)'):
-    runs.check(config)
+    runs.check_config(config)
 
 
 def test_every_example_feeds_its_loss():
@@ -199,10 +199,11 @@ def test_every_example_feeds_its_loss():
   for name, objective in objectives.OBJECTIVES.items():
     config = _config(name)
     row = (objective.row(talk, None, config, TOKENIZER)
-           if name == 'chat' else pipeline.load(config, TOKENIZER).batch(0))
+           if name == 'chat' else
+           pipeline.training_loader(config, TOKENIZER).batch(0))
     if 'data.document_mask' in objective.reads:
       config.data.document_mask = True
-      row |= pipeline.load(config, TOKENIZER).batch(0)
+      row |= pipeline.training_loader(config, TOKENIZER).batch(0)
     assert set(row) == {*objective.inputs, *objective.options, 'targets',
                         'weights', *['nsp_targets'] * (name == 'mlm_nsp')}
 
@@ -250,7 +251,7 @@ def test_sequence_accuracy_is_of_whole_targets(objective, monkeypatch):
       exact=-(-rows // 2) / rows, targets=rows)
   config.objective = 'causal'
   with pytest.raises(ValueError, match='leave exact out'):
-    evals.check('exact', None, config, None)
+    evals.check_task('exact', None, config, None)
 
 
 def test_bleu_is_sacrebleus():

@@ -180,7 +180,7 @@ def test_an_optimizer_without_rules_is_refused(name):
   c.model.update(parametrization='mup', mup_base_width=64)
   c.optim.name = name
   with pytest.raises(ValueError, match=f"'{name}': choose from adamw, lion"):
-    runs.check(c)
+    runs.check_config(c)
 
 
 def test_a_change_of_the_base_is_no_other_shape():

@@ -38,7 +38,7 @@ def test_a_config_of_wrong_types_is_refused(name, tmp_path):
   at[last] = WRONG[name]
   file.write_text(json.dumps(tree))
   with pytest.raises(RequestError, match=f'config.json is damaged: {name} is'):
-    run_config.load(tmp_path)
+    run_config.load_config(tmp_path)
 
 
 @pytest.mark.parametrize('text', [
@@ -47,7 +47,7 @@ def test_a_config_of_wrong_types_is_refused(name, tmp_path):
 def test_a_config_that_is_none_is_refused(text, tmp_path):
   _saved(tmp_path).write_bytes(text)
   with pytest.raises(RequestError, match='config.json is damaged'):
-    run_config.load(tmp_path)
+    run_config.load_config(tmp_path)
 
 
 def test_a_config_of_an_earlier_version_is_filled_in(tmp_path, capsys):
@@ -55,7 +55,7 @@ def test_a_config_of_an_earlier_version_is_filled_in(tmp_path, capsys):
   tree = json.loads(file.read_text())
   del tree['train']['z_loss'], tree['eval']
   file.write_text(json.dumps(tree))
-  config = runs.with_new_fields(run_config.load(tmp_path))
+  config = runs.with_new_fields(run_config.load_config(tmp_path))
   assert config.to_dict() == base.base().to_dict()
   assert 'train.z_loss is newer' in capsys.readouterr().out
 
@@ -91,7 +91,7 @@ def test_a_damaged_description_is_refused(change, sweep):
   try:
     file.write_text(json.dumps(json.loads(before) | change))
     with pytest.raises(RequestError, match='sweep.json.* is damaged'):
-      layout.load(sweep)
+      layout.load_description(sweep)
   finally:
     file.write_text(before)
 
@@ -109,7 +109,7 @@ def test_a_damaged_point_is_refused(change, sweep):
   try:
     file.write_text(json.dumps(description))
     with pytest.raises(RequestError, match='sweep.json'):
-      layout.load(sweep)
+      layout.load_description(sweep)
   finally:
     file.write_text(before)
 
@@ -121,7 +121,7 @@ def test_a_damaged_evaluation_is_refused(text, sweep):
   try:
     file.write_text(text)
     with pytest.raises(RequestError, match='eval.json.* is damaged'):
-      curves.load(sweep)
+      curves.load_sweep(sweep)
   finally:
     file.unlink()
 
@@ -154,7 +154,7 @@ def test_a_ledger_that_is_none_is_refused(data, tmp_path):
 
 
 def test_a_ledger_of_another_sweep_is_refused(sweep, tmp_path):
-  description = layout.load(sweep)
+  description = layout.load_description(sweep)
   with pytest.raises(RequestError, match="no point 'third'"):
     layout.config(description, 'third', 0)
-  assert curves.load(sweep).base.name == 'base'
+  assert curves.load_sweep(sweep).base.name == 'base'

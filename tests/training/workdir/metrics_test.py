@@ -150,11 +150,11 @@ def test_a_missing_extra_is_a_sentence(name, monkeypatch, tmp_path):
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
   config = log_config(**{name: True})
   with pytest.raises(ValueError, match=rf"log\.{name} is True.*pip install"):
-    metrics.check(config['log'])
+    metrics.check_writers(config['log'])
   with pytest.raises(ValueError):
     metrics.writers(tmp_path, config)
   assert not list(tmp_path.iterdir())
-  metrics.check(log_config()['log'])
+  metrics.check_writers(log_config()['log'])
 
 
 def test_only_the_first_process_writes(tmp_path):

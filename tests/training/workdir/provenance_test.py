@@ -69,7 +69,7 @@ def test_unknown_is_null(repository, monkeypatch):
 def _saved(folder, monkeypatch, *starts):
   (folder / 'checkpoints/1').mkdir(parents=True, exist_ok=True)
   for start in starts:
-    monkeypatch.setattr(provenance, 'start', lambda start=start: start)
+    monkeypatch.setattr(provenance, 'this_start', lambda start=start: start)
     run_config.save(folder, base.base())
   return run_config.starts(folder)
 
@@ -78,7 +78,7 @@ def test_config_json_remembers_each_start(tmp_path, monkeypatch):
   one = dict(commit='1' * 40, diff='', command='train.py --workdir a')
   two = dict(one, diff='ab')
   assert _saved(tmp_path, monkeypatch, one, one, two) == [one, two]
-  assert run_config.load(tmp_path) == base.base().lock()
+  assert run_config.load_config(tmp_path) == base.base().lock()
   assert provenance.changes([one]) == [
       'the code has changed since this run was last started: commit '
       '111111111111 -> commit 111111111111 with changes ab']
@@ -88,18 +88,18 @@ def test_config_json_remembers_each_start(tmp_path, monkeypatch):
   tree = json.loads(path.read_text())
   del tree['starts']
   path.write_text(json.dumps(tree))
-  assert run_config.load(tmp_path) == base.base().lock()
+  assert run_config.load_config(tmp_path) == base.base().lock()
   assert _saved(tmp_path, monkeypatch) == []
   assert _saved(tmp_path, monkeypatch, two) == [two]
   for wrong in ([{'commit': 3}], 3, [3]):
     path.write_text(json.dumps(tree | {'starts': wrong}))
     with pytest.raises(ValueError, match='config.json: starts.* is damaged'):
-      run_config.load(tmp_path)
+      run_config.load_config(tmp_path)
 
 
 def test_a_start_is_the_command_as_it_was_typed(monkeypatch):
   monkeypatch.setattr(sys, 'argv', ['train.py', '--workdir', 'a b'])
-  assert provenance.start()['command'] == "train.py --workdir 'a b'"
+  assert provenance.this_start()['command'] == "train.py --workdir 'a b'"
 
 
 def test_a_sweep_whose_code_changed_says_so(tmp_path, monkeypatch):
@@ -112,7 +112,7 @@ def test_a_sweep_whose_code_changed_says_so(tmp_path, monkeypatch):
     path = folder / 'config.json'
     path.write_text(json.dumps(
         json.loads(path.read_text()) | {'starts': [start]}))
-  sweep = curves.load(tmp_path)
+  sweep = curves.load_sweep(tmp_path)
   assert sweep.codes == ('commit 111111111111',
                          'commit 111111111111 with changes cd')
   notes = tables.outcome_table(

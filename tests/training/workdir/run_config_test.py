@@ -25,7 +25,7 @@ def test_round_trip_is_equal_tuples_and_floats_too(tmp_path):
   config = _config(optim__lr=0.1 + 0.2, data__source='0.7*a,0.3*b',
                    optim__decay_mask=(('.*norm.*', 0), ('.*', 1)))
   run_config.save(tmp_path / 'run', config)
-  loaded = run_config.load(tmp_path / 'run')
+  loaded = run_config.load_config(tmp_path / 'run')
   assert loaded == config
   assert isinstance(loaded.optim.decay_mask[0], tuple)
   assert loaded.optim.lr == 0.1 + 0.2
@@ -39,7 +39,7 @@ def test_the_decay_mask_that_earlier_versions_wrote_is_the_one_of_now(
   config = _config(optim__decay_mask=(
       ('.*(norm|bias|embed|sink).*', 0), ('.*', 1)))
   run_config.save(tmp_path, config)
-  loaded = run_config.load(tmp_path)
+  loaded = run_config.load_config(tmp_path)
   assert loaded == _config()
   assert not run_config.compare(loaded, config)
   [change] = run_config.compare(loaded, _config(
@@ -78,7 +78,7 @@ def test_unreadable_config_json(tmp_path, text, sentence):
   if text is not None:
     (tmp_path / 'config.json').write_text(text)
   with pytest.raises(ValueError, match=f'config.json {sentence}'):
-    run_config.load(tmp_path)
+    run_config.load_config(tmp_path)
 
 
 def test_every_field_of_base_has_a_class():
@@ -125,12 +125,12 @@ def test_one_change_is_found_and_classed(name, value, kind):
   dotted = name.replace('__', '.')
   assert change.name == dotted
   assert (change.kind, change.new) == (kind, value)
-  run_config.check([change], allow_config_change=True)
+  run_config.refuse_changes([change], allow_config_change=True)
   if kind == SAFE:
-    run_config.check([change], allow_config_change=False)
+    run_config.refuse_changes([change], allow_config_change=False)
   else:
     with pytest.raises(ValueError, match='another --workdir') as error:
-      run_config.check([change], allow_config_change=False)
+      run_config.refuse_changes([change], allow_config_change=False)
     assert f'{dotted} ' in str(error.value) and kind in str(error.value)
     # What the run could not go on with anyway is not offered.
     assert ('--allow_config_change' in str(error.value)) == (

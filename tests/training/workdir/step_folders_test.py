@@ -87,7 +87,7 @@ def test_a_config_that_was_lost_is_asked_for(copy):
   """Else the run would go on with whatever config it is given."""
   assert run_config.has_begun(copy)
   with pytest.raises(ValueError, match='config.json is missing, although'):
-    run_config.load(copy)
+    run_config.load_config(copy)
 
 
 _READ = '''

@@ -82,8 +82,9 @@ def _config(folder):
 def _tokens(folder):
   (folder / 'a.txt').write_text('All the tokens of this text. ' * 99)
   with files_of_at_most(1000):
-    token_cache.load(sources.parse(f'text:{folder}/*.txt')[0][1],
-                     tokenizers.load('bytes'), str(folder / 'cache'), 1)
+    token_cache.cached_tokens(
+        sources.parse(f'text:{folder}/*.txt')[0][1],
+        tokenizers.load('bytes'), str(folder / 'cache'), 1)
 
 
 @pytest.mark.parametrize('write, name', [

@@ -137,7 +137,8 @@ class Runner:
       waiting = self._ledger.runs(state)
       if not {run.point for run in waiting} <= {
           point['name'] for point in self._description['points']}:
-        self._description = layout.load(self._workdir)  # points were added
+        # Points were added.
+        self._description = layout.load_description(self._workdir)
       for group in self._groups(waiting, state):
         claimed = self._ledger.claim([run.id for run in group], self._name,
                                      state)

@@ -26,13 +26,13 @@ def main(args) -> int:
   from tools.sweep import layout
   from tools.sweep.report import curves, picture, write
   from training.workdir import storage
-  layout.load(args.workdir, args.file)
+  layout.load_description(args.workdir, args.file)
   for file in write.FILES:
     storage.try_file(pathlib.Path(args.workdir) / file, '--workdir')
   if args.plot:
     picture.require_matplotlib()
     storage.output(args.plot, '--plot')
-  sweep = curves.load(args.workdir)
+  sweep = curves.load_sweep(args.workdir)
   print(json.dumps(write.figures(sweep), indent=2) if args.json
         else write.text(sweep))
   print(*write.write(sweep, args.workdir), sep='\n',

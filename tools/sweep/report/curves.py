@@ -149,13 +149,13 @@ class Sweep:
             if run.strange]
 
 
-def load(workdir) -> Sweep:
+def load_sweep(workdir) -> Sweep:
   """Returns the sweep of a folder, its states from the ledger there.
 
   Raises:
     ValueError: where no sweep was run.
   """
-  description = layout.load(workdir)
+  description = layout.load_description(workdir)
   with ledger_lib.Ledger(workdir) as ledger:
     states = {(run.point, run.seed): (run.state, run.error)
               for run in ledger.runs()}
@@ -206,11 +206,11 @@ def _run(workdir, description, point: str, seed: int, state: str, error: str
   if (folder / 'eval.json').exists():
     evaluations = layout.evaluation(folder)
     if 'extrapolation' in evaluations:
-      schema.check(evaluations['extrapolation'], layout.EXTRAPOLATION,
-                   f'{folder / "eval.json"}: extrapolation')
+      schema.check_shape(evaluations['extrapolation'], layout.EXTRAPOLATION,
+                         f'{folder / "eval.json"}: extrapolation')
   config = {}
   if started:
-    loaded = run_config.load(folder)
+    loaded = run_config.load_config(folder)
     run_config.filled(loaded)
     config = run_config.flatten(loaded)
   return Run(
