@@ -23,25 +23,27 @@ from training.workdir import storage
 LRS = {'adamw': 1e-3, 'lion': 1e-3, 'sgd': 0.03}
 FLAT = 0.1  # a slope up to this is called flat; twice as much, growing
 
-flags.DEFINE_list('systems', [], 'Which decoders; none: all.')
-flags.DEFINE_list('widths', ['64', '128', '256', '512'],
-                  'Values of model.d_model, the base first.')
-flags.DEFINE_integer('steps', 6, 'Training steps.', upper_bound=10**6)
-flags.DEFINE_integer('seeds', 2, 'Initialisations that are averaged.',
-                     upper_bound=10_000)
-flags.DEFINE_string('optimizer', 'adamw', 'Of ' + ', '.join(LRS) + '.')
-flags.DEFINE_float('lr', None, 'Learning rate; default: '
-                   + ', '.join(f'{k} {v:g}' for k, v in LRS.items()) + '.')
-flags.DEFINE_string('plot', '', 'A PNG to draw the sizes to.')
-if 'json' not in flags.FLAGS:  # one process may import several programs
-  flags.DEFINE_string('json', '', 'A file to write the figures to.')
-
 LAYERS, LENGTH, BATCH = 2, 32, 4
 # Its bytes are the batch: as they were when docs/mup.md was measured.
 TEXT = (
     'Checks how activations grow with width: in muP they should stay flat.\n\n'
     '  python -m tools.coord_check\n  python -m tools.coord_check --'
     'systems=gpt')
+
+
+def define_flags() -> None:
+  """Defines the flags of this program; other programs have some alike."""
+  flags.DEFINE_list('systems', [], 'Which decoders; none: all.')
+  flags.DEFINE_list('widths', ['64', '128', '256', '512'],
+                    'Values of model.d_model, the base first.')
+  flags.DEFINE_integer('steps', 6, 'Training steps.', upper_bound=10**6)
+  flags.DEFINE_integer('seeds', 2, 'Initialisations that are averaged.',
+                       upper_bound=10_000)
+  flags.DEFINE_string('optimizer', 'adamw', 'Of ' + ', '.join(LRS) + '.')
+  flags.DEFINE_float('lr', None, 'Learning rate; default: '
+                     + ', '.join(f'{k} {v:g}' for k, v in LRS.items()) + '.')
+  flags.DEFINE_string('plot', '', 'A PNG to draw the sizes to.')
+  flags.DEFINE_string('json', '', 'A file to write the figures to.')
 
 
 def main():
@@ -213,4 +215,5 @@ def _pyplot():
 
 
 if __name__ == '__main__':
+  define_flags()
   cli.run(main)

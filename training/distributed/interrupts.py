@@ -80,8 +80,9 @@ class EndAtOnce(Listener):
     return self
 
   def heard(self, number: int) -> None:
-    print_from_thread(f'{signal.Signals(number).name}: ending at once: there is '
-                      'nothing to save yet')
+    print_from_thread(
+        f'{signal.Signals(number).name}: ending at once: there is nothing to '
+        'save yet')
     os._exit(self._code() or 128 + number)
 
 

@@ -73,7 +73,8 @@ class Stop(interrupts.Listener):
       interrupts.print_from_thread(f'{name}: ending at once, without a save')
       os._exit(128 + number)
     self._first = number
-    interrupts.print_from_thread(f'{name}: finishing this step, saving, and leaving; '
-                                 'once more ends at once')
+    interrupts.print_from_thread(
+        f'{name}: finishing this step, saving, and leaving; once more ends at '
+        'once')
     if self._several:
       os.kill(os.getpid(), signal.SIGTERM)  # what the service listens to
