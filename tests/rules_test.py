@@ -1,6 +1,7 @@
 """The house's rules that a program can check, on the source alone."""
 
 import ast
+import graphlib
 import pathlib
 import re
 
@@ -68,6 +69,18 @@ def test_imports_run_one_way(room):
         if found not in MAY_IMPORT[room] | {room}:
           wrong.append(f'{_name(path)} imports {module} {name}')
   assert not wrong, '\n'.join(wrong)
+
+
+def test_no_module_imports_itself_round_a_circle():
+  """Imports inside functions count too: they would only hide a circle."""
+  modules = {_name(path).removesuffix('.py').removesuffix('/__init__'): path
+             for path in SOURCES}
+  graph = {
+      module: {f'{found}/{name}' if f'{found}/{name}' in modules else found
+               for found, name in _imports(path)} & modules.keys() - {module}
+      for module, path in modules.items()}
+  assert sum(map(len, graph.values())) > 500
+  graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, with it
 
 
 def test_configs_are_data():
