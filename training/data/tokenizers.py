@@ -38,6 +38,8 @@ class Tokenizer(abc.ABC):
       special tokens that this vocabulary has.
     sentinel_ids: ids of <extra_id_0>, <extra_id_1>, ... in that order.
     fingerprint: changes when any text could be encoded otherwise.
+    mask_pattern: a regular expression for a mask that is to be filled in: the
+      vocabulary's own spelling, or [MASK].
   """
 
   name: str
@@ -45,6 +47,7 @@ class Tokenizer(abc.ABC):
   special_ids: dict[str, int]
   sentinel_ids: tuple[int, ...] = ()
   fingerprint: str
+  mask_pattern = re.escape('[MASK]')
 
   def __reduce__(self):
     return load, (self.name,)  # To a worker goes the name alone.
@@ -152,6 +155,8 @@ class HuggingFace(Tokenizer):
     self.vocab_size = 1 + max(vocab.values())
     self.special_ids = special_ids
     self.sentinel_ids = _sentinels(vocab.get)
+    if 'mask' in special_ids:
+      self.mask_pattern = _mask_pattern(tokenizer, special_ids['mask'])
     described = json.dumps([tokenizer.to_str(), special_ids])
     self.fingerprint = _digest(described.encode('utf-8'))
     self._bytes_of_id = _byte_level_table(tokenizer, vocab)
@@ -194,6 +199,9 @@ class SentencePiece(Tokenizer):
     self.special_ids = tokenizer_files.named_specials(known.get)
     self.special_ids |= {name: i for name, i in ids.items() if i >= 0}
     self.sentinel_ids = _sentinels(known.get)
+    if 'mask' in self.special_ids:
+      own = re.escape(model.id_to_piece(self.special_ids['mask']))
+      self.mask_pattern = f'(?:{own}|{self.mask_pattern})'
     self.fingerprint = _digest(data)
     self._hidden = set(self.special_ids.values()) | {
         i for i in known.values() if model.is_control(i)}
@@ -246,6 +254,16 @@ def found_in(folder: pathlib.Path) -> tuple[str, ...]:
 
 def _digest(data: bytes) -> str:
   return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def _mask_pattern(tokenizer: Any, mask_id: int) -> str:
+  """Returns the pattern of a mask as `tokenizers` reads it: RoBERTa's takes the
+  space before it along."""
+  own = re.escape(tokenizer.id_to_token(mask_id))
+  token = tokenizer.get_added_tokens_decoder().get(mask_id)
+  before = r'\s*' if token and token.lstrip else ''
+  after = r'\s*' if token and token.rstrip else ''
+  return f'{before}(?:{own}|{Tokenizer.mask_pattern}){after}'
 
 
 def _sentinels(id_of: Callable[[str], int | None]) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ import ml_collections
 
 from configs.errors import one_of, require
 from training.evals import tasks
-from training.evals.task import Task
+from training.evals.task import Flag, Task
 from training.workdir import storage
 
 flags.disclaim_key_flags()  # what is defined here belongs to who calls
@@ -34,15 +34,21 @@ def task(name: str) -> Task:
 
 
 def define_flags() -> None:
-  """Defines the flags of all tasks."""
+  """Defines the flags of all tasks; one that several read is defined once."""
   define = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer,
             float: flags.DEFINE_float, str: flags.DEFINE_string}
+  readers: dict[str, dict[str, Flag]] = {}
   for name, row in TASKS.items():
     for flag in row.flags:
-      bounds = {} if flag.least is None else dict(
-          lower_bound=flag.least, upper_bound=flag.most)
-      define[type(flag.default)](
-          flag.name, flag.default, f'{name}: {flag.help}', **bounds)
+      readers.setdefault(flag.name, {})[name] = flag
+  for name, read_by in readers.items():
+    flag, *others = read_by.values()
+    assert all(flag[:2] == other[:2] for other in others), name
+    bounds = {} if flag.least is None else dict(
+        lower_bound=flag.least, upper_bound=flag.most)
+    define[type(flag.default)](
+        name, flag.default, ' '.join(
+            f'{task}: {flag.help}' for task, flag in read_by.items()), **bounds)
 
 
 def described() -> str:
@@ -51,15 +57,16 @@ def described() -> str:
 
 
 def asked_for(names: Sequence[str], values: flags.FlagValues) -> list[str]:
-  """Returns the tasks of --tasks, and those that another flag asks for.
+  """Returns the tasks of --tasks, and those that another flag asks for: one
+  that no task of --tasks reads.
 
   Raises:
     RequestError: for a name that is no task's.
   """
+  read = {flag.name for name in names for flag in task(name).flags}
   asked = [name for name, row in TASKS.items() if name not in names and any(
-      flag.asks and values[flag.name].present for flag in row.flags)]
-  for name in names:
-    task(name)
+      flag.asks and flag.name not in read and values[flag.name].present
+      for flag in row.flags)]
   return [*names, *asked]
 
 

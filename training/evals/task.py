@@ -65,7 +65,8 @@ class Flag(NamedTuple):
     default: a bool, int, float or string, which is also the flag's type.
     help: a sentence for --help.
     least, most: of a number; None: no bound.
-    asks: whether to set the flag asks for its task, too.
+    asks: whether to set the flag asks for its task, too, unless a task that
+      was named reads it.
   """
   name: str
   default: bool | int | float | str

@@ -1,0 +1,54 @@
+"""Evaluations of small models that were never trained, for tests of tasks."""
+
+import pathlib
+import types
+from typing import Any
+
+import jax
+import ml_collections
+
+from configs import base
+from configs import sharding as tables
+from tests.helpers import models
+from training import evals, runs
+from training.data import tokenizers
+from training.distributed import devices
+from training.evals.task import Evaluation
+
+
+def config(system: str, objective: str, tokenizer: str = 'bytes',
+           **fields: Any) -> ml_collections.ConfigDict:
+  """Returns a run's config, with a small model; `fields` are of the model."""
+  c = base.base()
+  c.objective = objective
+  c.model = models.config(system, vocab_size=0, **fields)
+  c.data.update(length=c.model.max_len, batch_size=4, tokenizer=tokenizer)
+  return c
+
+
+def make(c: ml_collections.ConfigDict, **options: Any) -> Evaluation:
+  """Returns an evaluation on one device; `options` are flags of the tasks."""
+  tokenizer = tokenizers.load(c.data.tokenizer)
+  mesh = devices.make_mesh(dict.fromkeys(tables.MESH_AXES, 1),
+                           jax.devices()[:1])
+  run = runs.build(c, runs.resolve(c, tokenizer)[0], mesh)
+  leaves, tree = jax.tree.flatten(run.new_state().params)
+  keys = jax.random.split(jax.random.key(1), len(leaves))
+  params = jax.tree.unflatten(tree, [
+      x + 0.2 * jax.random.normal(key, x.shape)
+      for x, key in zip(leaves, keys)])
+  return Evaluation(run, params, 0, tokenizer, flags(**options),
+                    pathlib.Path(), {})
+
+
+def flags(**options: Any) -> types.SimpleNamespace:
+  """Returns the flags of all tasks by name, `options` among them."""
+  defaults = {flag.name: flag.default for task in evals.TASKS.values()
+              for flag in task.flags}
+  return types.SimpleNamespace(**defaults | options)
+
+
+def run(task: str, evaluation: Evaluation) -> dict[str, Any]:
+  """Returns the figures of a task."""
+  with evaluation.run.context():
+    return evals.task(task).run(evaluation)

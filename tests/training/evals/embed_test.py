@@ -1,0 +1,204 @@
+"""eval.py --tasks=embed: what a vector is of, and that a text's neighbours in
+the file do not change it."""
+
+import importlib.util
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from configs.errors import RequestError
+from tests.helpers import evaluations
+from tools import convert
+from tools.verify import assets
+from training import evals
+from training.evals import checkpoint
+from training.evals.tasks import embed
+
+TEXTS = ('a', 'the quick brown fox', 'jumps', 'over the lazy', 'dog and cat',
+         'and runs', 'away')
+MOE = dict(num_layers=1, moe=dict(num_experts=4, d_ff=24))
+# (system, objective, fields of the model, tokens before a text, after it)
+KINDS = {
+    'decoder': ('gpt', 'causal', {}, [258], []),
+    'prefix': ('llama', 'prefix', dict(num_kv_heads=2), [258], []),
+    'experts': ('mixtral', 'causal', MOE | dict(num_kv_heads=2), [258], []),
+    'encoder': ('bert', 'mlm', {}, [260], [261]),
+    'encoder-decoder': ('t5', 'span', {}, [], [258]),
+}
+
+
+def asked(tmp_path, kind, texts=TEXTS, **options):
+  system, objective, fields, *_ = KINDS[kind]
+  (tmp_path / 'texts.txt').write_text('\n'.join(texts) + '\n')
+  return evaluations.make(
+      evaluations.config(system, objective, **fields),
+      texts=str(tmp_path / 'texts.txt'), vectors=str(tmp_path / 'out.npy'),
+      **options)
+
+
+def written(tmp_path, evaluation, texts=TEXTS):
+  (tmp_path / 'texts.txt').write_text('\n'.join(texts) + '\n')
+  figures = evaluations.run('embed', evaluation)
+  vectors_ND = np.load(figures['vectors'])
+  assert vectors_ND.dtype == np.float32
+  assert vectors_ND.shape == (len(texts), figures['size'])
+  return vectors_ND
+
+
+def states(evaluation, kind, text):
+  """The last layer's outputs of one text alone, unpadded: [L, D]."""
+  _, _, _, before, after = KINDS[kind]
+  tokens = jnp.array([[*before, *text.encode(), *after]])
+  module, variables = evaluation.run.module, {'params': evaluation.params}
+  if kind == 'encoder-decoder':
+    return module.apply(variables, tokens, method='encode')[0][0]
+  more = dict(prefix_B=jnp.array([tokens.shape[1]])) if kind == 'prefix' else {}
+  output = module.apply(variables, tokens, **more)
+  return output.extra['hidden'][0] if kind == 'encoder' else output.hidden[0]
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_a_vector_is_pooled_of_the_text_alone(tmp_path, kind):
+  """In a batch with longer texts, too: padding is neither seen nor counted. A
+  decoder's separator sees nothing of the text, and is not counted either."""
+  evaluation = asked(tmp_path, kind)
+  skipped = len(KINDS[kind][3]) if kind != 'encoder' else 0
+  pools = {'mean': lambda x: x[skipped:].mean(0), 'last': lambda x: x[-1]}
+  if kind not in ('decoder', 'experts'):
+    pools['first'] = lambda x: x[skipped]
+  for name, pool in pools.items():
+    evaluation.options.pooling = name
+    together_ND = written(tmp_path, evaluation)
+    for i in (0, 1, 4):
+      np.testing.assert_allclose(
+          together_ND[i], pool(states(evaluation, kind, TEXTS[i])),
+          atol=3e-6, err_msg=f'{name} of {TEXTS[i]!r}')
+  alone_ND = np.concatenate([
+      written(tmp_path, evaluation, [text]) for text in TEXTS])
+  np.testing.assert_allclose(together_ND, alone_ND, atol=1e-6)
+
+
+def test_bert_has_a_pooler_and_others_do_not(tmp_path):
+  evaluation = asked(tmp_path, 'encoder', pooling='pooler')
+  p = evaluation.params
+  expected = np.tanh(states(evaluation, 'encoder', TEXTS[1])[0] @ p['pooler']
+                     + p['pooler_bias'])
+  np.testing.assert_allclose(written(tmp_path, evaluation)[1], expected,
+                             atol=1e-5)
+  for kind in ('decoder', 'encoder-decoder'):
+    with pytest.raises(RequestError, match="'pooler', which this model has no"):
+      written(tmp_path, asked(tmp_path, kind, pooling='pooler'))
+
+
+def test_a_causal_model_has_no_first(tmp_path):
+  with pytest.raises(RequestError, match='choose mean or last'):
+    written(tmp_path, asked(tmp_path, 'decoder', pooling='first'))
+
+
+def test_normalized_vectors_point_the_same_way(tmp_path):
+  evaluation = asked(tmp_path, 'decoder')
+  plain_ND = written(tmp_path, evaluation)
+  evaluation.options.normalize = True
+  np.testing.assert_allclose(
+      written(tmp_path, evaluation),
+      plain_ND / np.linalg.norm(plain_ND, axis=1, keepdims=True), atol=1e-6)
+
+
+def test_batches_have_few_shapes_and_every_row_once(monkeypatch):
+  monkeypatch.setattr(embed, 'TOKENS', 64)
+  lengths = np.random.default_rng(0).integers(1, 49, 200).tolist()
+  found = list(embed.batches(lengths, 48))
+  shapes = {shape for shape, _ in found}
+  assert shapes == {(8, 8), (16, 4), (32, 2), (48, 1)}
+  assert sorted(i for _, chosen in found for i in chosen) == list(range(200))
+  longest = 0
+  for (size, count), chosen in found:
+    assert 0 < len(chosen) <= count
+    for i in chosen:
+      assert longest <= lengths[i] <= size
+      longest = lengths[i]
+  assert list(embed.batches([3], 48)) == [((8, 1), [0])]
+
+
+def test_a_table_holds_the_texts_beside_their_vectors(tmp_path):
+  parquet = pytest.importorskip('pyarrow.parquet')
+  evaluation = asked(tmp_path, 'decoder')
+  vectors_ND = written(tmp_path, evaluation)
+  evaluation.options.vectors = str(tmp_path / 'new/out.parquet')
+  evaluations.run('embed', evaluation)
+  table = parquet.read_table(tmp_path / 'new/out.parquet')
+  assert table['text'].to_pylist() == list(TEXTS)
+  np.testing.assert_array_equal(
+      np.array(table['vector'].to_pylist(), np.float32), vectors_ND)
+
+
+@pytest.mark.parametrize('name, content, said', [
+    ('a.txt', b'a\n\nb', 'a.txt, line 2, is empty'),
+    ('a.txt', b'a\n  \t\n', 'a.txt, line 2, is empty'),
+    ('a.txt', b'', 'which is empty'), ('a.txt', b'a\n\xff', 'line 2, is not UT'),
+    ('a.jsonl', b'{"text": "a"}\n\n', 'a.jsonl, line 2, is empty'),
+    ('a.jsonl', b'{"text": "a"}\n{"text": " "}', 'line 2, is empty'),
+    ('a.jsonl', b'{"txt": "a"}', "line 1, is no JSON object with a field 'te"),
+    ('a.jsonl', b'["a"]', 'line 1, is no JSON object'),
+    ('a.jsonl', b'{"text": 3}', "line 1, field 'text', is int, not a string"),
+    ('a.jsonl', b'{', 'line 1, is broken JSON')])
+def test_a_line_without_a_text_is_refused(tmp_path, name, content, said):
+  (tmp_path / name).write_bytes(content)
+  with pytest.raises(RequestError, match=said):
+    embed.read(str(tmp_path / name))
+
+
+def test_lines_end_as_they_do_elsewhere_too(tmp_path):
+  (tmp_path / 'a.txt').write_bytes(b'a\r\nb c\r\n')
+  assert [text for _, text in embed.read(str(tmp_path / 'a.txt'))] == [
+      'a', 'b c']
+  (tmp_path / 'a.jsonl').write_text(json.dumps(dict(text='a\nb', n=1)))
+  assert [text for _, text in embed.read(str(tmp_path / 'a.jsonl'))] == ['a\nb']
+
+
+def test_a_text_that_is_too_long_is_refused(tmp_path):
+  with pytest.raises(RequestError, match=r'line 2, has 33 tokens.*max_len 32'):
+    written(tmp_path, asked(tmp_path, 'decoder'), ['a', 'b' * 32])
+  written(tmp_path, asked(tmp_path, 'decoder'), ['a', 'b' * 31])
+
+
+@pytest.mark.parametrize('changes, said', [
+    (dict(texts=''), 'pass --texts=FILE'),
+    (dict(texts='none.txt'), "'none.txt', which is no file"),
+    (dict(vectors='out.csv'), 'choose a file OUT.npy or OUT.parquet'),
+    (dict(vectors=''), 'choose a file OUT.npy or OUT.parquet'),
+    (dict(pooling='men'), "unknown --pooling 'men'.*Did you mean 'mean'"),
+    (dict(vectors='out.parquet'), 'needs the package pyarrow: pip install')])
+def test_options_that_cannot_be_honoured(tmp_path, monkeypatch, changes, said):
+  monkeypatch.chdir(tmp_path)
+  find = importlib.util.find_spec
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: (
+      None if name == 'pyarrow' else find(name)))
+  (tmp_path / 'a.txt').write_text('a')
+  right = dict(texts='a.txt', vectors='out.npy')
+  check = evals.TASKS['embed'].check
+  check(evaluations.flags(**right))
+  with pytest.raises(RequestError, match=said):
+    check(evaluations.flags(**right | changes))
+
+
+@pytest.mark.slow
+@pytest.mark.assets
+def test_real_weights_give_sentence_transformers_vectors(tmp_path):
+  """The mean of transformers' last_hidden_state, as recorded; on all devices,
+  as eval.py does it."""
+  if not assets.folder():
+    pytest.skip(assets.MISSING)
+  convert.import_(assets.folder(), tmp_path / 'run', partial=True, seed=0)
+  (tmp_path / 'texts.txt').write_text('\n'.join(assets.SENTENCES))
+  options = evaluations.flags(
+      texts=str(tmp_path / 'texts.txt'), vectors=str(tmp_path / 'out.npy'),
+      normalize=True)
+  checkpoint.evaluate(tmp_path / 'run', ['embed'], options, step=None, text='',
+                      programs={})
+  np.testing.assert_allclose(
+      np.load(tmp_path / 'out.npy'),
+      load_file(assets.RECORDING)['embeddings'], atol=1e-5)

@@ -1,0 +1,159 @@
+"""eval.py --tasks=fill_mask, against a BERT that is written down in numpy."""
+
+import math
+import types
+
+import jax
+import numpy as np
+import pytest
+import tokenizers as hf_tokenizers
+
+from configs.errors import RequestError
+from tests.helpers import evaluations
+from training import evals
+from training.data import tokenizers
+from training.evals.tasks import fill_mask
+
+VOCAB = ('[PAD] [UNK] [CLS] [SEP] [MASK] paris is the capital of france a city '
+         'in germany . ##s').split()
+PROMPTS = 'Paris is the [MASK] of France', 'A [MASK] city [MASK]'
+
+
+@pytest.fixture(name='wordpiece', scope='module')
+def _wordpiece(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('wordpiece')
+  (folder / 'vocab.txt').write_text('\n'.join(VOCAB))
+  return str(folder)
+
+
+def asked(tokenizer, prompt, **fields):
+  return evaluations.make(
+      evaluations.config('bert', 'mlm_nsp', tokenizer, max_len=16, **fields),
+      prompt=prompt)
+
+
+def bert(params, ids_L):
+  """The logits of one row, [L, V], by Devlin et al.'s equations."""
+  p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+
+  def norm(x_LD, of):
+    centred = x_LD - x_LD.mean(-1, keepdims=True)
+    return (centred / np.sqrt(x_LD.var(-1, keepdims=True) + 1e-12)
+            * of['scale'] + of['bias'])
+
+  def gelu(x):
+    return x * 0.5 * (1 + np.vectorize(math.erf)(x / 2 ** 0.5))
+
+  def softmax(x):
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+  embed = p['embed']
+  x_LD = norm(embed['tokens'][ids_L] + embed['positions'][:len(ids_L)]
+              + embed['types'][0], embed['norm'])
+  layers = p['encoder']['layers']['block_0']
+  for n in range(len(layers['ffn']['up'])):
+    layer = jax.tree.map(lambda x, n=n: x[n], layers)
+    a = layer['attention']
+    q, k, v = (np.einsum('LD,DHK->HLK', x_LD, a[name])
+               + a[f'{name}_bias'][:, None] for name in ('query', 'key',
+                                                         'value'))
+    weights_HLM = softmax(q @ k.swapaxes(1, 2) / q.shape[-1] ** 0.5)
+    attended = np.einsum('HLK,HKD->LD', weights_HLM @ v, a['out'])
+    x_LD = norm(x_LD + attended + a['out_bias'], layer['attention_norm'])
+    f = layer['ffn']
+    hidden = gelu(x_LD @ f['up'] + f['up_bias'])
+    x_LD = norm(x_LD + hidden @ f['down'] + f['down_bias'], layer['ffn_norm'])
+  t_LD = norm(gelu(x_LD @ p['transform'] + p['transform_bias']),
+              p['transform_norm'])
+  return softmax(t_LD @ embed['tokens'].T + p['head']['bias'])
+
+
+def test_fillings_are_those_of_a_bert_in_numpy(wordpiece, capsys):
+  evaluation = asked(wordpiece, '|||'.join(PROMPTS))
+  found = evaluations.run('fill_mask', evaluation)['prompts']
+  rows = ['[CLS] paris is the [MASK] of france [SEP]',
+          '[CLS] a [MASK] city [MASK] [SEP]']
+  lines = []
+  for prompt, text, row in zip(found, PROMPTS, rows):
+    assert prompt['prompt'] == text
+    ids = np.array([VOCAB.index(word) for word in row.split()])
+    expected = bert(evaluation.params, ids)[ids == VOCAB.index('[MASK]')]
+    assert len(prompt['masks']) == len(expected)
+    for fillings, p_V in zip(prompt['masks'], expected):
+      best = np.argsort(-p_V)[:5]
+      assert [filling['id'] for filling in fillings] == best.tolist()
+      assert [filling['text'] for filling in fillings] == [
+          VOCAB[i] for i in best]
+      np.testing.assert_allclose(
+          [filling['probability'] for filling in fillings], p_V[best],
+          atol=1e-5)
+      lines += [f'{p_V[i]:.4f}  {VOCAB[i]}' for i in best]
+  shown = capsys.readouterr().out
+  assert [line.strip() for line in shown.splitlines()
+          if line.startswith('  ')] == lines
+  assert 'mask 2 of 2:' in shown and 'mask 1 of 1' not in shown
+
+
+def test_more_fillings_than_tokens_are_all_of_them(wordpiece):
+  evaluation = asked(wordpiece, 'a [MASK]')
+  evaluation.options.top_fillings = 1000
+  (fillings,), = (prompt['masks'] for prompt in evaluations.run(
+      'fill_mask', evaluation)['prompts'])
+  assert sorted(f['id'] for f in fillings) == list(range(len(VOCAB)))
+  assert sum(f['probability'] for f in fillings) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize('prompt, said', [
+    ('Paris is', "'Paris is' has no mask"), ('', 'has no mask'),
+    ('[MASK]|||a', "'a' has no mask"),
+    ('[MASK] ' + 'a ' * 13 + 'a', 'has 17 tokens.*max_len 16')])
+def test_a_prompt_that_cannot_be_filled_is_refused(wordpiece, prompt, said):
+  with pytest.raises(RequestError, match=said):
+    evaluations.run('fill_mask', asked(wordpiece, prompt))
+  evaluations.run('fill_mask', asked(wordpiece, '[MASK] ' + 'a ' * 13))
+
+
+def test_a_model_or_tokenizer_without_masks_is_refused(tmp_path):
+  row = evals.TASKS['fill_mask']
+  assert 'does not predict masked' in row.unfit(
+      evaluations.config('gpt', 'causal'))
+  assert not row.unfit(evaluations.config('bert', 'mlm'))
+  (tmp_path / 'vocab.txt').write_text('[UNK]\n[CLS]\n[SEP]\na')
+  with pytest.raises(RequestError, match="has no 'mask' token"):
+    fill_mask.laid_out('[MASK]', tokenizers.load(str(tmp_path)), 8)
+
+
+def test_bytes_are_shown_as_they_can_be():
+  evaluation = asked('bytes', 'a[MASK]')
+  row = fill_mask.laid_out('a[MASK]é', evaluation.tokenizer, 16)
+  assert row.tolist() == [260, 97, 259, 0xc3, 0xa9, 261]
+  assert [fill_mask.spelt(i, evaluation.tokenizer) for i in (
+      97, 0xc3, 259, 270, 500)] == ['a', '\\xc3', '[MASK]', '<270>', '<500>']
+
+
+@pytest.mark.parametrize('text', [
+    'a <mask> b', 'a<mask>b', '<mask>', 'a <mask> <mask>'])
+def test_robertas_mask_takes_the_space_before_it_along(tmp_path, text):
+  """As the library that runs the tokenizer reads such a text by itself."""
+  vocab = {token: i for i, token in enumerate(
+      ['<s>', '</s>', '<mask>', 'a', 'b', 'Ġ', 'Ġb'])}
+  own = hf_tokenizers.Tokenizer(hf_tokenizers.models.BPE(vocab, [('Ġ', 'b')]))
+  own.pre_tokenizer = hf_tokenizers.pre_tokenizers.ByteLevel(
+      add_prefix_space=False)
+  own.add_special_tokens([
+      '<s>', '</s>', hf_tokenizers.AddedToken('<mask>', lstrip=True)])
+  own.save(str(tmp_path / 'tokenizer.json'))
+  (tmp_path / 'tokenizer_config.json').write_text(
+      '{"cls_token": "<s>", "sep_token": "</s>", "mask_token": "<mask>"}')
+  ours = tokenizers.load(str(tmp_path))
+  for written in (text, text.replace('<mask>', '[MASK]')):
+    assert fill_mask.laid_out(written, ours, 16)[1:-1].tolist() == (
+        own.encode(text).ids)
+
+
+def test_a_prompt_asks_for_samples_unless_it_is_to_be_filled():
+  values = {flag.name: types.SimpleNamespace(present=flag.name == 'prompt')
+            for task in evals.TASKS.values() for flag in task.flags}
+  assert evals.asked_for(['loss'], values) == ['loss', 'samples']
+  assert evals.asked_for(['fill_mask'], values) == ['fill_mask']

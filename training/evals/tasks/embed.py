@@ -1,0 +1,256 @@
+"""Vectors of texts, one for each, written to a file.
+
+A text is shown to the model as texts are in training: to BERT as
+[CLS] text [SEP], to a decoder after the separator, to an encoder-decoder, of
+which the encoder alone runs, before it. What is pooled are the outputs of the
+last layer, after the final norm, where there is one. [CLS] and [SEP] count, as
+in sentence-transformers; the separator that a decoder begins with does not,
+because it sees nothing of the text.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+import importlib.util
+import itertools
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from configs.errors import one_of, require
+from training.evals.task import Evaluation, Flag, Task
+
+SHORTEST = 8  # a batch's rows have 8, 16, 32, ... tokens
+TOKENS = 2 ** 13  # of a batch, padding included
+
+
+class Stack(NamedTuple):
+  """How a kind of model is shown a text.
+
+  Attributes:
+    around: tokenizer -> the tokens before a text, and those after it.
+    padding: the model's argument that is 0 on padding.
+    sees_all: whether each token sees all of the text.
+  """
+  around: Callable[[Any], tuple[list, list]]
+  padding: str
+  sees_all: bool
+
+
+def run(evaluation: Evaluation) -> dict[str, Any]:
+  """Writes the vectors of --texts to --vectors, [N, D] in the file's order."""
+  from training.workdir import storage
+  options = evaluation.options
+  texts = read(options.texts)
+  rows = laid_out(texts, evaluation)
+  vectors_ND = vectors(rows, evaluation)
+  file = storage.path(options.vectors, '--vectors')
+  write(file, [text for _, text in texts], vectors_ND)
+  tokens = sum(map(len, rows))
+  print(f'{len(rows):,} texts of {tokens:,} tokens, each in '
+        f'{vectors_ND.shape[1]:,} numbers: {file}')
+  return {'texts': len(rows), 'tokens': tokens, 'size': vectors_ND.shape[1],
+          'vectors': str(file)}
+
+
+def read(name: str) -> list[tuple[str, str]]:
+  """Returns (file and line, text) of each line of a file.
+
+  Args:
+    name: of a text file; or of a .jsonl file, whose objects have a 'text'.
+
+  Raises:
+    RequestError: where there is no such file, or a line holds no text.
+  """
+  from training.data import texts
+  from training.workdir import storage
+  path = storage.path(name, '--texts')
+  require(path.is_file(), f'--texts is {name!r}, which is no file')
+  data = path.read_bytes().removesuffix(b'\n')
+  require(bool(data), f'--texts is {name!r}, which is empty')
+  found = []
+  for number, line in enumerate(data.split(b'\n'), 1):
+    where = f'{name}, line {number}'
+    text = texts.decoded(line, f'{where},').removesuffix('\r')
+    if path.suffix == '.jsonl' and text.strip():
+      row = texts.parsed(text, f'{where},')
+      require(isinstance(row, dict) and 'text' in row,
+              f"{where}, is no JSON object with a field 'text'")
+      text = texts.checked(row['text'], f"{where}, field 'text',")
+    require(bool(text.strip()), f'{where}, is empty: each line is one text')
+    found.append((where, text))
+  return found
+
+
+def laid_out(texts: Sequence[tuple[str, str]], evaluation: Evaluation
+             ) -> list[np.ndarray]:
+  """Returns the tokens that the model is shown of each text, int32 [L]."""
+  from training import objectives
+  tokenizer, most = evaluation.tokenizer, evaluation.run.model.max_len
+  stack = objectives.of(evaluation.run.config).stack
+  before, after = STACKS[stack].around(tokenizer)
+  rows = []
+  for (where, _), ids in zip(texts, tokenizer.encode_batch(
+      [text for _, text in texts])):
+    require(len(ids) > 0, f'{where}, has no token that the tokenizer '
+            f'{tokenizer.name!r} knows')
+    rows.append(np.concatenate([before, ids, after]).astype(np.int32))
+    require(len(rows[-1]) <= most, f'{where}, has {len(rows[-1])} tokens, and '
+            f'the model takes max_len {most}: shorten it')
+  return rows
+
+
+def vectors(rows: Sequence[np.ndarray], evaluation: Evaluation) -> np.ndarray:
+  """Returns the vector of each row of tokens, float32 [N, D]."""
+  import jax
+
+  from training import progress
+  options = evaluation.options
+  step = evaluation.program(
+      lambda: _program(evaluation, options.pooling, options.normalize),
+      'embed', options.pooling, options.normalize)
+  found = [None] * len(rows)
+  groups = list(batches([len(row) for row in rows],
+                        evaluation.run.model.max_len))
+  for (size, count), chosen in progress.each(groups, 'embedding'):
+    tokens_BL = np.zeros((count, size), np.int32)
+    lengths_B = np.zeros(count, np.int32)
+    for place, i in enumerate(chosen):
+      lengths_B[place] = len(rows[i])
+      tokens_BL[place, :len(rows[i])] = rows[i]
+    got_BD = jax.device_get(step(evaluation.params, tokens_BL, lengths_B))
+    for vector_D, i in zip(got_BD, chosen):
+      found[i] = vector_D
+  return np.stack(found)
+
+
+def batches(lengths: Sequence[int], most: int
+            ) -> Iterator[tuple[tuple[int, int], list[int]]]:
+  """Yields ((tokens of a row, rows), which rows) of each batch, the shortest
+  first. There is one shape for each power of two up to `most`."""
+  def size(i: int) -> int:
+    return min(max(SHORTEST, _power_of_two(lengths[i])), most)
+  order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+  for length, group in itertools.groupby(order, key=size):
+    group = list(group)
+    count = min(max(TOKENS // length, 1), _power_of_two(len(group)))
+    for start in range(0, len(group), count):
+      yield (length, count), group[start:start + count]
+
+
+def _power_of_two(least: int) -> int:
+  return 1 << (least - 1).bit_length()
+
+
+def _program(evaluation: Evaluation, pooling: str, normalize: bool):
+  import jax.numpy as jnp
+
+  from architectures.parts.moe.layer import without_capacity
+  from training import objectives
+  objective = objectives.of(evaluation.run.config)
+  stack = STACKS[objective.stack]
+  # With a capacity, what a text's experts are would hang on the batch.
+  module = evaluation.run.module.clone(
+      config=without_capacity(evaluation.run.model))
+  prefix = 'prefix_B' in objective.options.values()
+  require(pooling != 'first' or stack.sees_all or prefix, '--pooling is '
+          "'first', but the first token of a decoder sees none of those after "
+          'it: choose mean or last')
+
+  def embed(params, tokens_BL, lengths_B):
+    """Returns float32 [B, D]."""
+    places_1L = jnp.arange(tokens_BL.shape[1])[None]
+    real_BL = places_1L < lengths_B[:, None]
+    options = {stack.padding: real_BL.astype(jnp.int32)}
+    if prefix:
+      options['prefix_B'] = lengths_B
+    output = module.apply({'params': params}, tokens_BL, **options)
+    counted_BL = real_BL & (places_1L >= (0 if stack.sees_all else 1))
+    vectors_BD = POOLINGS[pooling](output, counted_BL).astype(jnp.float32)
+    if normalize:
+      vectors_BD /= jnp.maximum(
+          jnp.linalg.norm(vectors_BD, axis=-1, keepdims=True), 1e-12)
+    return vectors_BD
+  return embed
+
+
+def _states(output: Any):
+  """The outputs of the last layer, [B, L, D], in float32; of an
+  encoder-decoder the encoder's."""
+  states_BLD = output.memory
+  if states_BLD is None:  # BERT's `hidden` is what its head makes of them
+    states_BLD = output.extra.get('hidden', output.hidden)
+  return states_BLD.astype('float32')
+
+
+def _mean(output: Any, counted_BL: Any):
+  weights_BL = counted_BL.astype('float32')
+  sums_BD = (_states(output) * weights_BL[..., None]).sum(1)
+  return sums_BD / weights_BL.sum(1)[:, None].clip(1)
+
+
+def _at(output: Any, places_B: Any):
+  return _states(output)[np.arange(len(places_B)), places_B]
+
+
+def _last(output: Any, counted_BL: Any):
+  length = counted_BL.shape[1]
+  return _at(output, length - 1 - counted_BL[:, ::-1].argmax(1))
+
+
+def _first(output: Any, counted_BL: Any):
+  return _at(output, counted_BL.argmax(1))
+
+
+def _pooler(output: Any, counted_BL: Any):
+  require('pooled' in output.extra, "--pooling is 'pooler', which this model "
+          'has not (BERT has one): choose mean, last or first')
+  return output.extra['pooled']
+
+
+def write(file: Any, texts: Sequence[str], vectors_ND: np.ndarray) -> None:
+  """Writes the vectors: as an array; or as a table with the texts."""
+  from training.workdir import writing
+  with writing.to(file):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open('wb') as sink:
+      if file.suffix == '.npy':
+        np.save(sink, vectors_ND)
+        return
+      import pyarrow
+      from pyarrow import parquet
+      column = pyarrow.FixedSizeListArray.from_arrays(
+          pyarrow.array(vectors_ND.reshape(-1)), vectors_ND.shape[1])
+      parquet.write_table(
+          pyarrow.table({'text': list(texts), 'vector': column}), sink)
+
+
+def _check(options: Any) -> None:
+  from training.workdir import storage
+  require(bool(options.texts), 'task embed reads texts: pass --texts=FILE')
+  require(options.vectors.endswith(('.npy', '.parquet')), '--vectors is '
+          f'{options.vectors!r}: choose a file OUT.npy or OUT.parquet')
+  one_of('--pooling', options.pooling, POOLINGS)
+  require(options.vectors.endswith('.npy')
+          or importlib.util.find_spec('pyarrow') is not None, '--vectors is '
+          f'{options.vectors!r}, which needs the package pyarrow: pip install '
+          "-e '.[data]', or choose OUT.npy")
+  storage.output(options.vectors, '--vectors')
+  read(options.texts)
+
+
+STACKS = {
+    'encoder': Stack(lambda tokenizer: ([tokenizer.cls_id], [tokenizer.sep_id]),
+                     'segment_ids_BL', True),
+    'decoder': Stack(lambda tokenizer: ([tokenizer.separator_id], []),
+                     'valid_BL', False),
+    'encoder-decoder': Stack(
+        lambda tokenizer: ([], [tokenizer.separator_id]), 'segment_ids_BM',
+        True)}
+POOLINGS = {'mean': _mean, 'last': _last, 'first': _first, 'pooler': _pooler}
+TASK = Task(
+    'vectors of the texts of a file', run, check=_check,
+    flags=(
+        Flag('texts', '', "A file with a text a line, or jsonl with 'text'."),
+        Flag('vectors', '', 'The file to write: OUT.npy or OUT.parquet.'),
+        Flag('pooling', 'mean', "What becomes a text's vector: the mean of its "
+             "tokens' states, the last, the first, or BERT's pooler."),
+        Flag('normalize', False, 'Scale each vector to length 1.')))
