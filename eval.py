@@ -4,6 +4,10 @@ r"""Evaluates a run's checkpoint; the run remembers its config.
   python eval.py --workdir runs/tiny --tasks=loss,samples --samples=3 \
       --prompt="Fellow citizens" --temperature=0.8 --json runs/tiny/eval.json
   python eval.py --workdir runs/tiny --text='text:other/*.txt'
+  python eval.py --workdir runs/bert --tasks=fill_mask \
+      --prompt='Paris is the [MASK] of France'
+  python eval.py --workdir runs/bert --tasks=embed --texts=FILE \
+      --vectors=OUT.npy
 
 --prompt is given to the model as it was trained: to a chat run as a question,
 to a prefix LM as the prefix, to an encoder-decoder as the source.

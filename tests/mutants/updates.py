@@ -198,6 +198,25 @@ MUTANTS = {
          'evaluating: mixture'),
         ('jax.tree.map(np.add, total, more)', 'more', 'evaluating: mixture'),
     ],
+    'training/evals/tasks/fill_mask.py': [
+        ('segment_ids_BL=real_BL)', 'segment_ids_BL=None)',
+         'fill_mask: numpy'),
+        ('for x in (mask, piece)]', 'for x in (piece, mask)]',
+         'fill_mask: numpy'),
+    ],
+    'training/evals/tasks/embed.py': [
+        ('{stack.padding: real_BL.astype(jnp.int32)}', '{}',
+         'embed: alone'),
+        ("(0 if stack.sees_all else 1))", '0)', 'embed: alone'),
+        ('weights_BL.sum(1)[:, None].clip(1)', 'weights_BL.shape[1]',
+         'embed: alone'),
+        ('length - 1 - counted_BL', 'length - counted_BL', 'embed: alone'),
+        ("output.extra.get('hidden', output.hidden)", 'output.hidden',
+         'embed: alone'),
+        ('config=without_capacity(evaluation.run.model))',
+         'config=evaluation.run.model)', 'embed: alone'),
+        ("removesuffix('\\r')", "removesuffix('')", 'embed: lines'),
+    ],
     'training/evals/lengths.py': [
         ('where=text.tokens > 0,', 'where=text.tokens >= -1,',
          'evaluating: extrapolation', 'nothing over nothing is nan too, but '

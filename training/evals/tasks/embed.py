@@ -202,7 +202,7 @@ def _first(output: Any, counted_BL: Any):
 
 def _pooler(output: Any, counted_BL: Any):
   require('pooled' in output.extra, "--pooling is 'pooler', which this model "
-          'has not (BERT has one): choose mean, last or first')
+          'has not (BERT has one): choose mean or last')
   return output.extra['pooled']
 
 
