@@ -141,6 +141,7 @@ def _power_of_two(least: int) -> int:
 
 
 def _program(evaluation: Evaluation, pooling: str, normalize: bool):
+  import jax
   import jax.numpy as jnp
 
   from architectures.parts.moe.layer import without_capacity
@@ -155,7 +156,8 @@ def _program(evaluation: Evaluation, pooling: str, normalize: bool):
           "'first', but the first token of a decoder sees none of those after "
           'it: choose mean or last')
 
-  def embed(params, tokens_BL, lengths_B):
+  def embed(params: Any, tokens_BL: jax.Array, lengths_B: jax.Array
+            ) -> jax.Array:
     """Returns float32 [B, D]."""
     places_1L = jnp.arange(tokens_BL.shape[1])[None]
     real_BL = places_1L < lengths_B[:, None]

@@ -54,8 +54,8 @@ def laid_out(text: str, tokenizer: Any, most: int) -> np.ndarray:
   """
   mask = [tokenizer.mask_id]
   pieces = re.split(tokenizer.mask_pattern, text)
-  require(len(pieces) > 1, f'the prompt {short(text)} has no mask: write [MASK] '
-          'where a token is to be filled in')
+  require(len(pieces) > 1, f'the prompt {short(text)} has no mask: write '
+          '[MASK] where a token is to be filled in')
   ids = [x for piece in tokenizer.encode_batch(pieces) for x in (mask, piece)]
   row = np.concatenate([[tokenizer.cls_id], *ids[1:], [tokenizer.sep_id]])
   require(len(row) <= most, f'the prompt {short(text)} has {len(row)} tokens, '
@@ -70,7 +70,9 @@ def _program(model: Any, module: Any, top: int):
   from architectures.parts.moe.layer import without_capacity
   module = module.clone(config=without_capacity(model))
 
-  def fill(params, tokens_BL, real_BL, rows_P, places_P):
+  def fill(params: Any, tokens_BL: jax.Array, real_BL: jax.Array,
+           rows_P: jax.Array, places_P: jax.Array
+           ) -> tuple[jax.Array, jax.Array]:
     """Returns the probabilities of the likeliest tokens, and their ids."""
     output = module.apply({'params': params}, tokens_BL,
                           segment_ids_BL=real_BL)
