@@ -210,3 +210,29 @@ def test_most_arguments_are_annotated():
         bare += [f'{_name(path)}:{a.lineno} {a.arg}' for a in given
                  if a.annotation is None]
   assert len(bare) <= 0.15 * count, '\n'.join(bare)
+
+
+def test_the_legend_is_the_same_wherever_it_stands():
+  """README's table has the letters of the model config's docstring, once."""
+  page = (ROOT / 'README.md').read_text()
+  table = page[page.index('| letter | axis |'):page.index('## Tests')]
+  letters = re.findall(r'\| ([A-Z]) (?=\|)', table)
+  path = ROOT / 'architectures/parts/config.py'
+  legend = ast.get_docstring(ast.parse(path.read_text())).partition(
+      'Axis legend')[2]
+  defined = re.findall(r'(?:^|, |\n|and )([A-Z])(?= [a-zH]| =)', legend)
+  assert sorted(letters) == sorted(defined)
+  assert len(set(letters)) == len(letters) > 20
+
+
+def test_names_of_arrays_use_the_letters_of_the_legend():
+  letters = set(re.findall(
+      r'\| ([A-Z]) (?=\|)', (ROOT / 'README.md').read_text()))
+  wrong = [
+      f'{_name(path)}: {name}' for path in SOURCES
+      if _room(_name(path)) in ('architectures', 'architectures/parts',
+                                'training')
+      for name, suffix in re.findall(r'\b([a-z]\w*_([A-Z]{2,6}))\b',
+                                     path.read_text())
+      if not set(suffix) <= letters]
+  assert not wrong, '\n'.join(wrong)

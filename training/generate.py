@@ -133,7 +133,7 @@ def generate(module: nn.Module, params: Any, prompts_BL: jax.Array,
                     jax.random.fold_in(key, t)).astype(jnp.int32)
 
   first_B = draw(output, last_B1D, 0)
-  tokens_BT = jnp.zeros((B, max_new_tokens), jnp.int32).at[:, 0].set(first_B)
+  tokens_BL = jnp.zeros((B, max_new_tokens), jnp.int32).at[:, 0].set(first_B)
   done_B = first_B == stop_token if stop_token is not None else jnp.zeros(
       B, bool)
 
@@ -144,23 +144,23 @@ def generate(module: nn.Module, params: Any, prompts_BL: jax.Array,
     return (t < max_new_tokens) & ~jnp.all(done_B)
 
   def step(carry: Any):
-    t, tokens_BT, done_B, cache = carry
-    token_B1 = jax.lax.dynamic_slice_in_dim(tokens_BT, t - 1, 1, 1)
+    t, tokens_BL, done_B, cache = carry
+    token_B1 = jax.lax.dynamic_slice_in_dim(tokens_BL, t - 1, 1, 1)
     output = apply({'params': params}, token_B1, cache=cache, one_by_one=apart,
                    **{positions: (lengths_B + t - 1)[:, None]})
     new_B = draw(output, output.hidden, t)
     if stop_token is not None:
       new_B = jnp.where(done_B, stop_token, new_B)
       done_B |= new_B == stop_token
-    return (t + 1, tokens_BT.at[:, t].set(new_B), done_B, output.cache)
+    return (t + 1, tokens_BL.at[:, t].set(new_B), done_B, output.cache)
 
   if stop_token is not None:  # what an early end leaves
-    tokens_BT = tokens_BT.at[:, 1:].set(stop_token)
+    tokens_BL = tokens_BL.at[:, 1:].set(stop_token)
   cache = output.cache
   if apart:
     params, cache = one_by_one(params, cache)
   return jax.lax.while_loop(
-      unfinished, step, (jnp.ones((), jnp.int32), tokens_BT, done_B,
+      unfinished, step, (jnp.ones((), jnp.int32), tokens_BL, done_B,
                          cache))[1]
 
 

@@ -11,9 +11,8 @@ taken in the forward pass, while a chunk's logits are there, and turned at once
 into gradients of the hidden states and of the head: no [B, L, V] array ever
 lives, and no logit is computed twice.
 
-Beside the legend's axes, G is the shards of the tokens and C the positions of
-a chunk. Each shard adds up its own gradient of the head, which the devices
-exchange once, after the last chunk.
+Each shard of the tokens (Q) adds up its own gradient of the head, which the
+devices exchange once, after the last chunk of P positions.
 """
 
 import functools
@@ -50,8 +49,8 @@ class _Settings(NamedTuple):
   z_loss: float
   label_smoothing: float
   rows: int  # shards of the batch
-  lengths: int  # shards of the length; G = rows * lengths
-  positions: int  # C
+  lengths: int  # shards of the length; Q = rows * lengths
+  positions: int  # P
 
 
 def cross_entropy(
@@ -99,9 +98,9 @@ def _token_losses(settings: _Settings, hidden_BLD: jax.Array, head: Head,
   kernel_DV = _kernel(head, hidden_BLD)
 
   def of_chunk(_: None, chunk: tuple[jax.Array, ...]):
-    x_GBCD, targets_GBC = chunk
-    logits_GBCV = head.finish(_product(x_GBCD, kernel_DV))
-    return None, _losses(settings, logits_GBCV, targets_GBC)
+    x_QBPD, targets_QBP = chunk
+    logits_QBPV = head.finish(_product(x_QBPD, kernel_DV))
+    return None, _losses(settings, logits_QBPV, targets_QBP)
 
   _, losses = jax.lax.scan(
       of_chunk, None, _cut(settings, (hidden_BLD, targets_BL)))
@@ -127,33 +126,33 @@ def _loss_sum_fwd(settings: _Settings, *args):
   kernel_VD = jax.lax.optimization_barrier(kernel_DV.T)
 
   def of_chunk(d_head: Any, chunk: tuple[jax.Array, ...]):
-    x_GBCD, targets_GBC, weights_GBC = chunk
-    logits_GBCV, pull = jax.vjp(head.finish, _product(x_GBCD, kernel_DV))
-    losses = _losses(settings, logits_GBCV, targets_GBC)
-    d_GBCV, = pull(_gradient(settings, logits_GBCV, targets_GBC, weights_GBC,
+    x_QBPD, targets_QBP, weights_QBP = chunk
+    logits_QBPV, pull = jax.vjp(head.finish, _product(x_QBPD, kernel_DV))
+    losses = _losses(settings, logits_QBPV, targets_QBP)
+    d_QBPV, = pull(_gradient(settings, logits_QBPV, targets_QBP, weights_QBP,
                              losses.log_z))
     d_kernel, d_bias = d_head
     if ask_bias:
-      d_bias += d_GBCV.sum((1, 2))
-    d_GBCV = d_GBCV.astype(x_GBCD.dtype)
+      d_bias += d_QBPV.sum((1, 2))
+    d_QBPV = d_QBPV.astype(x_QBPD.dtype)
     if ask_head.kernel_DV:
       # In this order: the other one XLA turns, for a tied kernel, into a
       # bfloat16 product that its CPU backend does not have.
-      d_kernel += linear.einsum('GBCV,GBCD->GVD', d_GBCV, x_GBCD, x_GBCD.dtype,
+      d_kernel += linear.einsum('QBPV,QBPD->QVD', d_QBPV, x_QBPD, x_QBPD.dtype,
                                 jnp.float32)
-    dx_GBCD = None
+    dx_QBPD = None
     if ask_hidden:
-      dx_GBCD = linear.einsum('GBCV,VD->GBCD', d_GBCV, kernel_VD,
-                              x_GBCD.dtype)
-    return (d_kernel, d_bias), (losses, dx_GBCD)
+      dx_QBPD = linear.einsum('QBPV,VD->QBPD', d_QBPV, kernel_VD,
+                              x_QBPD.dtype)
+    return (d_kernel, d_bias), (losses, dx_QBPD)
 
   ask_bias = head.bias_V is not None and ask_head.bias_V
   zeros = (_zeros(settings, ask_head.kernel_DV, head.kernel_DV.T),
            _zeros(settings, ask_bias, head.bias_V))
-  (d_kernel, d_bias), (losses, dx_GBCD) = jax.lax.scan(
+  (d_kernel, d_bias), (losses, dx_QBPD) = jax.lax.scan(
       of_chunk, zeros, _cut(settings, (hidden_BLD, targets_BL, weights_BL)))
   tokens, d_hidden = _join(
-      settings, (losses, dx_GBCD), targets_BL.shape)
+      settings, (losses, dx_QBPD), targets_BL.shape)
   d_head = head.replace(
       kernel_DV=_whole(d_kernel, head.kernel_DV, 'embed', 'vocab'),
       bias_V=_whole(d_bias, head.bias_V, 'vocab'))
@@ -172,47 +171,47 @@ def _loss_sum_bwd(settings: _Settings, gradients: Any, cotangents: Any):
 _loss_sum.defvjp(_loss_sum_fwd, _loss_sum_bwd, symbolic_zeros=True)
 
 
-def _product(x_GBCD: jax.Array, kernel_DV: jax.Array):
-  return linear.einsum('GBCD,DV->GBCV', x_GBCD, kernel_DV, x_GBCD.dtype,
+def _product(x_QBPD: jax.Array, kernel_DV: jax.Array):
+  return linear.einsum('QBPD,DV->QBPV', x_QBPD, kernel_DV, x_QBPD.dtype,
                        jnp.float32)
 
 
-def _losses(settings: _Settings, logits_GBCV: jax.Array, targets_GBC: jax.Array
+def _losses(settings: _Settings, logits_QBPV: jax.Array, targets_QBP: jax.Array
             ) -> TokenLosses:
   """The loss of each token. The target's logit is found by a masked sum: a
   gather would collect a sharded vocabulary on every device."""
   smooth = settings.label_smoothing
-  max_GBC1 = logits_GBCV.max(-1, keepdims=True)
-  log_z_GBC = max_GBC1[..., 0] + jnp.log(
-      jnp.exp(logits_GBCV - max_GBC1).sum(-1))
-  is_target_GBCV = _is_target(logits_GBCV, targets_GBC)
-  target_GBC = jnp.where(is_target_GBCV, logits_GBCV, 0).sum(-1)
-  rivals_GBC = (logits_GBCV >= target_GBC[..., None]).sum(-1)
-  loss_GBC = log_z_GBC - (1 - smooth) * target_GBC
+  max_QBP1 = logits_QBPV.max(-1, keepdims=True)
+  log_z_QBP = max_QBP1[..., 0] + jnp.log(
+      jnp.exp(logits_QBPV - max_QBP1).sum(-1))
+  is_target_QBPV = _is_target(logits_QBPV, targets_QBP)
+  target_QBP = jnp.where(is_target_QBPV, logits_QBPV, 0).sum(-1)
+  rivals_QBP = (logits_QBPV >= target_QBP[..., None]).sum(-1)
+  loss_QBP = log_z_QBP - (1 - smooth) * target_QBP
   if smooth:
-    loss_GBC -= smooth * logits_GBCV.mean(-1)
+    loss_QBP -= smooth * logits_QBPV.mean(-1)
   if settings.z_loss:
-    loss_GBC += settings.z_loss * log_z_GBC ** 2
-  return TokenLosses(loss_GBC, log_z_GBC, rivals_GBC == 1)
+    loss_QBP += settings.z_loss * log_z_QBP ** 2
+  return TokenLosses(loss_QBP, log_z_QBP, rivals_QBP == 1)
 
 
-def _gradient(settings: _Settings, logits_GBCV: jax.Array,
-              targets_GBC: jax.Array, weights_GBC: jax.Array,
-              log_z_GBC: jax.Array):
+def _gradient(settings: _Settings, logits_QBPV: jax.Array,
+              targets_QBP: jax.Array, weights_QBP: jax.Array,
+              log_z_QBP: jax.Array):
   """Of the weighted losses, in the logits."""
   smooth, z_loss = settings.label_smoothing, settings.z_loss
-  p_GBCV = jnp.exp(logits_GBCV - log_z_GBC[..., None])
-  q_GBCV = jnp.where(_is_target(logits_GBCV, targets_GBC), 1 - smooth, 0.0)
+  p_QBPV = jnp.exp(logits_QBPV - log_z_QBP[..., None])
+  q_QBPV = jnp.where(_is_target(logits_QBPV, targets_QBP), 1 - smooth, 0.0)
   if smooth:
-    q_GBCV += smooth / logits_GBCV.shape[-1]
+    q_QBPV += smooth / logits_QBPV.shape[-1]
   if z_loss:
-    p_GBCV *= (1 + 2 * z_loss * log_z_GBC)[..., None]
-  return (p_GBCV - q_GBCV) * weights_GBC[..., None]
+    p_QBPV *= (1 + 2 * z_loss * log_z_QBP)[..., None]
+  return (p_QBPV - q_QBPV) * weights_QBP[..., None]
 
 
-def _is_target(logits_GBCV: jax.Array, targets_GBC: jax.Array):
-  ids_GBCV = jax.lax.broadcasted_iota(jnp.int32, logits_GBCV.shape, 3)
-  return ids_GBCV == targets_GBC[..., None]
+def _is_target(logits_QBPV: jax.Array, targets_QBP: jax.Array):
+  ids_QBPV = jax.lax.broadcasted_iota(jnp.int32, logits_QBPV.shape, 3)
+  return ids_QBPV == targets_QBP[..., None]
 
 
 def _settings(hidden_BLD: jax.Array, head: Head, z_loss: float,
@@ -231,18 +230,18 @@ def _settings(hidden_BLD: jax.Array, head: Head, z_loss: float,
 
 
 def _cut(settings: _Settings, arrays: tuple[jax.Array, ...]):
-  """[B, L, ...] -> [chunks, G, B / rows, C, ...], the length of a shard padded
+  """[B, L, ...] -> [chunks, Q, B / rows, P, ...], the length of a shard padded
   with zeros; the weight of a padded token is one of them."""
-  rows, lengths, C = settings.rows, settings.lengths, settings.positions
+  rows, lengths, P = settings.rows, settings.lengths, settings.positions
 
   def cut(x: jax.Array):
     batch, length = x.shape[0] // rows, x.shape[1] // lengths
-    chunks = -(-length // C)
+    chunks = -(-length // P)
     x = x.reshape(rows, batch, lengths, length, *x.shape[2:])
-    pad = chunks * C - length
+    pad = chunks * P - length
     if pad:
       x = jnp.pad(x, ((0, 0),) * 3 + ((0, pad),) + ((0, 0),) * (x.ndim - 4))
-    x = x.reshape(rows, batch, lengths, chunks, C, *x.shape[4:])
+    x = x.reshape(rows, batch, lengths, chunks, P, *x.shape[4:])
     x = jnp.moveaxis(x, (3, 2), (0, 2))
     x = x.reshape(chunks, rows * lengths, batch, *x.shape[4:])
     return sharding.constrain_if(x, None, 'tokens', *(None,) * (x.ndim - 2))
@@ -252,14 +251,14 @@ def _cut(settings: _Settings, arrays: tuple[jax.Array, ...]):
 
 def _join(settings: _Settings, arrays: tuple[jax.Array, ...],
           shape: tuple[int, ...]):
-  """[chunks, G, B / rows, C, ...] -> [B, L, ...]: `_cut` undone."""
+  """[chunks, Q, B / rows, P, ...] -> [B, L, ...]: `_cut` undone."""
   rows, lengths = settings.rows, settings.lengths
 
   def join(x: jax.Array):
-    chunks, _, batch, C = x.shape[:4]
-    x = x.reshape(chunks, rows, lengths, batch, C, *x.shape[4:])
+    chunks, _, batch, P = x.shape[:4]
+    x = x.reshape(chunks, rows, lengths, batch, P, *x.shape[4:])
     x = jnp.moveaxis(x, (0, 2), (3, 2))
-    x = x.reshape(rows, batch, lengths, chunks * C, *x.shape[5:])
+    x = x.reshape(rows, batch, lengths, chunks * P, *x.shape[5:])
     x = x[:, :, :, :shape[1] // lengths]
     return x.reshape(*shape, *x.shape[4:])
 

@@ -7,7 +7,10 @@ Axis legend, for every array of the project:
 B batch, L length, M memory length (what is attended to), D d_model, H query
 heads, J key-value heads, R = H/J, K head size, F d_ff, V vocabulary, N layers,
 E experts, C expert capacity, G routing groups, S group size, T tokens (= G*S),
-X experts of a token, A assignments of a token to an expert (= T*X).
+X experts of a token, A assignments of a token to an expert (= T*X), I inputs
+and O outputs of a product, P places that are computed at once (rows of the
+experts, positions of a chunk), Q shards of the tokens, W steps of a window,
+U an axis that has no letter.
 """
 
 import dataclasses

@@ -228,8 +228,8 @@ def gather_aux(auxes: tuple[dict, ...]) -> dict:
   health = jax.tree.map(
       lambda *xs: jnp.stack(xs, 1).reshape(-1, *xs[0].shape[1:]),
       *[aux['health'] for aux in auxes])
-  loads = {path: load_PE for aux in auxes
-           for path, load_PE in aux['loads'].items()}
+  loads = {path: load_NE for aux in auxes
+           for path, load_NE in aux['loads'].items()}
   return {'losses': losses, 'health': health, 'loads': loads}
 
 

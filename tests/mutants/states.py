@@ -117,7 +117,7 @@ MUTANTS = {
          'checksums: definition'),
         ('return total + part(rows - rest, rest) if rest else total',
          'return total', 'checksums: parts'),
-        ('_mix(bits_RC ^ place_RC)', '_mix(bits_RC)', 'checksums: exchange'),
+        ('_mix(bits_UU ^ place_UU)', '_mix(bits_UU)', 'checksums: exchange'),
         ('return jax.lax.bitcast_convert_type(x, word).astype(jnp.uint32)',
          'return x.astype(jnp.uint32)', 'checksums: one_element or exchange'),
         ('return h ^ (h >> np.uint32(16))', 'return h',

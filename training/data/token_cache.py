@@ -6,10 +6,11 @@ split, length or seed. It holds
 
   tokens.bin     uint16, or uint32 for vocabularies over 65,536: all ids, with
                  nothing between documents
-  parts.npy      int64 [P + 1]: part p is tokens[parts[p]:parts[p + 1]]
-  kinds.npy      uint8 [P]: each part's index in sources.KINDS
-  bytes.npy      int64 [P]: UTF-8 bytes of each part's text
-  documents.npy  int64 [N + 1]: document n is parts documents[n] to [n + 1]
+  parts.npy      int64 [parts + 1]: part p is tokens[parts[p]:parts[p + 1]]
+  kinds.npy      uint8 [parts]: each part's index in sources.KINDS
+  bytes.npy      int64 [parts]: UTF-8 bytes of each part's text
+  documents.npy  int64 [documents + 1]: document n is parts documents[n] to
+                 documents[n + 1]
   meta.json      what it was made from
 
 It is written beside its final place and renamed, so a killed process leaves
@@ -48,14 +49,14 @@ STALE_SECONDS = 24 * 3600
 
 
 class TokenCache:
-  """A cache entry, memory-mapped. N documents of P parts.
+  """A cache entry, memory-mapped: documents, each of one or more parts.
 
   Attributes:
     tokens: [T] uint16 or uint32.
-    parts: int64 [P + 1], the parts' bounds in `tokens`.
-    kinds: uint8 [P], indices into sources.KINDS.
-    num_bytes: int64 [P].
-    documents: int64 [N + 1], the documents' bounds in `parts`.
+    parts: int64 [parts + 1], the parts' bounds in `tokens`.
+    kinds: uint8 [parts], indices into sources.KINDS.
+    num_bytes: int64 [parts].
+    documents: int64 [documents + 1], the documents' bounds in `parts`.
   """
 
   def __init__(self, path: pathlib.Path):
@@ -245,13 +246,13 @@ def _write(source: sources.Source, tokenizer: Tokenizer, workers: int,
   chunks = _chunks(source.documents(), kinds, counts)
   told, done = time.monotonic(), 0
   with writing.File(folder / 'tokens.bin', _elsewhere) as file:
-    for ids_T, lengths_P, bytes_P in token_workers.encode_chunks(
+    for ids_T, lengths_U, bytes_U in token_workers.encode_chunks(
         tokenizer, chunks, workers):
       assert ids_T.max(initial=0) < tokenizer.vocab_size
       file.write(ids_T.astype(dtype).tobytes())
-      lengths.append(lengths_P)
-      num_bytes.append(bytes_P)
-      done += int(bytes_P.sum())
+      lengths.append(lengths_U)
+      num_bytes.append(bytes_U)
+      done += int(bytes_U.sum())
       if time.monotonic() - told > TELL_SECONDS:
         told = time.monotonic()
         print(f'tokenising {source.name}: {done / 1e6:,.0f} MB so far',

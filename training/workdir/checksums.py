@@ -92,21 +92,21 @@ def _sum(x: jax.Array, axes: tuple[tuple[str, ...], ...], mesh: Mesh
     strides.insert(0, np.uint32(stride % 2**32))
     stride *= size * math.prod(mesh.shape[name] for name in names)
 
-  x_RC = x.reshape(-1, shape[-1])
-  rows, columns = x_RC.shape
-  column_C = starts[-1] + jnp.arange(columns, dtype=jnp.uint32)
+  x_UU = x.reshape(-1, shape[-1])
+  rows, columns = x_UU.shape
+  column_U = starts[-1] + jnp.arange(columns, dtype=jnp.uint32)
 
   def part(first: Any, count: Any):
-    row_R = jnp.uint32(first) + jnp.arange(count, dtype=jnp.uint32)
-    index_R = jnp.zeros(count, jnp.uint32)
+    row_U = jnp.uint32(first) + jnp.arange(count, dtype=jnp.uint32)
+    index_U = jnp.zeros(count, jnp.uint32)
     for size, start, stride in reversed(
         list(zip(shape[:-1], starts, strides))):
-      index_R += (start + row_R % np.uint32(size)) * stride
-      row_R //= np.uint32(size)
-    place_RC = (index_R[:, None] + column_C[None]) * _GOLDEN
-    bits_RC = _bits(jax.lax.dynamic_slice_in_dim(x_RC, first, count))
+      index_U += (start + row_U % np.uint32(size)) * stride
+      row_U //= np.uint32(size)
+    place_UU = (index_U[:, None] + column_U[None]) * _GOLDEN
+    bits_UU = _bits(jax.lax.dynamic_slice_in_dim(x_UU, first, count))
     # dtype: without it jnp.sum would widen to uint64 where x64 is on.
-    return jnp.sum(_mix(bits_RC ^ place_RC), dtype=jnp.uint32)
+    return jnp.sum(_mix(bits_UU ^ place_UU), dtype=jnp.uint32)
 
   count = min(rows, max(1, _AT_ONCE // columns))
   total = jax.lax.fori_loop(

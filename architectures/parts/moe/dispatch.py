@@ -214,12 +214,12 @@ def _earlier(axes: Axes, groups: int):
   """For routing.limit: a group that goes over several shards."""
   def earlier(count_1XE: jax.Array):
     shards = sharding.size(axes.tokens)
-    count_SXE = jax.lax.all_gather(count_1XE[0], axes.tokens)
-    index_S, index = jnp.arange(shards), jax.lax.axis_index(axes.tokens)
+    count_QXE = jax.lax.all_gather(count_1XE[0], axes.tokens)
+    index_Q, index = jnp.arange(shards), jax.lax.axis_index(axes.tokens)
     span = shards // groups
-    same_S = index_S // span == index // span
-    total = lambda mask_S: (count_SXE * mask_S[:, None, None]).sum(0)[None]
-    return total(same_S & (index_S < index)), total(same_S)
+    same_Q = index_Q // span == index // span
+    total = lambda mask_Q: (count_QXE * mask_Q[:, None, None]).sum(0)[None]
+    return total(same_Q & (index_Q < index)), total(same_Q)
   return earlier
 
 
@@ -234,8 +234,8 @@ class Spread:
   def devices(self) -> int:
     return sharding.size((self.axis,))
 
-  def ids(self, assignment_R: jax.Array):
-    return self.local.ids(assignment_R)
+  def ids(self, assignment_P: jax.Array):
+    return self.local.ids(assignment_P)
 
   def _cross(self, x: jax.Array, send_n: Optional[jax.Array] = None,
              receive_n: Optional[jax.Array] = None):
@@ -263,25 +263,25 @@ class Spread:
     row_A = jnp.where(expert_A < E, row_A, n * self.bound)
     return row_A, n * self.bound, count_E
 
-  def grouped(self, rows_RD: jax.Array, count_E: jax.Array, id_R: jax.Array):
-    n, R = self.devices, rows_RD.shape[0]
+  def grouped(self, rows_PD: jax.Array, count_E: jax.Array, id_P: jax.Array):
+    n, P = self.devices, rows_PD.shape[0]
     send_nE = count_E.reshape(n, -1)  # for the experts of each device
     got_nE = self._cross(send_nE)  # from each device, for those of this one
     send_n, got_n = send_nE.sum(1), got_nE.sum(1)
     cross = lambda x, a, b: self._cross(
         x.reshape(n, self.bound, *x.shape[1:]), a, b).reshape(x.shape)
-    expert_R = jax.vmap(
+    expert_P = jax.vmap(
         lambda ends_E: jnp.searchsorted(ends_E, jnp.arange(self.bound),
                                         side='right')
     )(jnp.cumsum(got_nE, 1)).reshape(-1)
-    row_R, count_E = place_sorted(expert_R, send_nE.shape[1])
-    from_R = inverse(row_R, R)
+    row_P, count_E = place_sorted(expert_P, send_nE.shape[1])
+    from_P = inverse(row_P, P)
     if self.local.dropout is not None:
-      id_R = cross(id_R, send_n, got_n).at[from_R].get(
+      id_P = cross(id_P, send_n, got_n).at[from_P].get(
           mode='fill', fill_value=0)
-    rows_RD = take(cross(rows_RD, send_n, got_n), from_R, row_R, 1)
-    y_RD = self.local.grouped(rows_RD, count_E, id_R)
-    return cross(take(y_RD, row_R, from_R, 1), got_n, send_n)
+    rows_PD = take(cross(rows_PD, send_n, got_n), from_P, row_P, 1)
+    y_PD = self.local.grouped(rows_PD, count_E, id_P)
+    return cross(take(y_PD, row_P, from_P, 1), got_n, send_n)
 
 
 def check_mesh(m: MoEConfig, d_model: int) -> None:

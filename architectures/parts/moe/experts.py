@@ -47,13 +47,13 @@ class Dropout:
   first_unit: jax.Array | int = 0  # of this device's hidden units
   rate: float = struct.field(pytree_node=False, default=0.0)
 
-  def mask(self, id_R: jax.Array, units: int) -> jax.Array:
-    """float32 [R, units]: 0 or 1 / (1 - rate)."""
+  def mask(self, id_P: jax.Array, units: int) -> jax.Array:
+    """float32 [P, units]: 0 or 1 / (1 - rate)."""
     unit_F = (jnp.arange(units) + self.first_unit).astype(jnp.uint32)
-    row_R = mix(id_R.astype(jnp.uint32) ^ self.seed)
-    bits_RF = mix(row_R[:, None] + unit_F[None] * jnp.uint32(0x9e3779b9))
-    keep_RF = bits_RF >= jnp.uint32(int(self.rate * 2 ** 32))
-    return keep_RF / (1 - self.rate)
+    row_P = mix(id_P.astype(jnp.uint32) ^ self.seed)
+    bits_PF = mix(row_P[:, None] + unit_F[None] * jnp.uint32(0x9e3779b9))
+    keep_PF = bits_PF >= jnp.uint32(int(self.rate * 2 ** 32))
+    return keep_PF / (1 - self.rate)
 
 
 def _batched_product(spec: str, x: jax.Array, m: jax.Array) -> jax.Array:
@@ -86,75 +86,75 @@ def batched(rows_ECD: jax.Array, w: Weights, kind: str,
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def take(x_TD: jax.Array, token_R: jax.Array, row_A: jax.Array, choices: int):
-  """Row r gets token token_R[r]; T there gives zeros.
+def take(x_TD: jax.Array, token_P: jax.Array, row_A: jax.Array, choices: int):
+  """Row r gets token token_P[r]; T there gives zeros.
 
-  `row_A` is the inverse, R where an assignment has no row: with it, the
+  `row_A` is the inverse, P where an assignment has no row: with it, the
   gradient is a gather. Without `choices`, it is a scatter.
   """
   del row_A, choices
-  return x_TD.at[token_R].get(mode='fill', fill_value=0)
+  return x_TD.at[token_P].get(mode='fill', fill_value=0)
 
 
-def _take_fwd(x_TD: jax.Array, token_R: jax.Array, row_A: jax.Array,
+def _take_fwd(x_TD: jax.Array, token_P: jax.Array, row_A: jax.Array,
               choices: int):
-  return take(x_TD, token_R, row_A, choices), (token_R, row_A, x_TD.shape[0])
+  return take(x_TD, token_P, row_A, choices), (token_P, row_A, x_TD.shape[0])
 
 
-def _take_bwd(choices: int, saved: tuple, d_RD: jax.Array):
-  token_R, row_A, T = saved
+def _take_bwd(choices: int, saved: tuple, d_PD: jax.Array):
+  token_P, row_A, T = saved
   if not choices:
-    zeros_TD = jnp.zeros((T, d_RD.shape[1]), d_RD.dtype)
-    return zeros_TD.at[token_R].add(d_RD, mode='drop'), None, None
-  d_AD = d_RD.at[row_A].get(mode='fill', fill_value=0)
+    zeros_TD = jnp.zeros((T, d_PD.shape[1]), d_PD.dtype)
+    return zeros_TD.at[token_P].add(d_PD, mode='drop'), None, None
+  d_AD = d_PD.at[row_A].get(mode='fill', fill_value=0)
   d_TD = d_AD.reshape(T, choices, -1).sum(1, dtype=jnp.float32)
-  return d_TD.astype(d_RD.dtype), None, None
+  return d_TD.astype(d_PD.dtype), None, None
 
 
 take.defvjp(_take_fwd, _take_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def combine(y_RD: jax.Array, gate_A: jax.Array, token_A: jax.Array,
-            row_A: jax.Array, assignment_R: jax.Array, tokens: int, choices: int
+def combine(y_PD: jax.Array, gate_A: jax.Array, token_A: jax.Array,
+            row_A: jax.Array, assignment_P: jax.Array, tokens: int, choices: int
             ):
   """y_T = the sum of gate * row over the assignments of a token.
 
-  `assignment_R` is the inverse of `row_A`; A where a row has none.
+  `assignment_P` is the inverse of `row_A`; A where a row has none.
   """
-  del assignment_R
-  y_AD = y_RD.at[row_A].get(mode='fill', fill_value=0)
+  del assignment_P
+  y_AD = y_PD.at[row_A].get(mode='fill', fill_value=0)
   y_AD = y_AD * gate_A[:, None].astype(y_AD.dtype)
   if choices:
     y_TD = y_AD.reshape(tokens, choices, -1).sum(1, dtype=jnp.float32)
-    return y_TD.astype(y_RD.dtype)
+    return y_TD.astype(y_PD.dtype)
   return jnp.zeros((tokens, y_AD.shape[1]), y_AD.dtype).at[token_A].add(y_AD)
 
 
-def _combine_fwd(y_RD: jax.Array, gate_A: jax.Array, token_A: jax.Array,
-                 row_A: jax.Array, assignment_R: jax.Array, tokens: int,
+def _combine_fwd(y_PD: jax.Array, gate_A: jax.Array, token_A: jax.Array,
+                 row_A: jax.Array, assignment_P: jax.Array, tokens: int,
                  choices: int):
-  y_TD = combine(y_RD, gate_A, token_A, row_A, assignment_R, tokens, choices)
-  return y_TD, (y_RD, gate_A, token_A, row_A, assignment_R)
+  y_TD = combine(y_PD, gate_A, token_A, row_A, assignment_P, tokens, choices)
+  return y_TD, (y_PD, gate_A, token_A, row_A, assignment_P)
 
 
 def _combine_bwd(tokens: int, choices: int, saved: tuple, d_TD: jax.Array):
   del tokens, choices
-  y_RD, gate_A, token_A, row_A, assignment_R = saved
+  y_PD, gate_A, token_A, row_A, assignment_P = saved
   fill = dict(mode='fill', fill_value=0)
-  token_R = token_A.at[assignment_R].get(mode='fill', fill_value=d_TD.shape[0])
-  d_RD = d_TD.at[token_R].get(**fill)
-  d_gate_R = (d_RD.astype(jnp.float32) * y_RD.astype(jnp.float32)).sum(1)
-  d_gate_A = d_gate_R.at[row_A].get(**fill).astype(gate_A.dtype)
-  gate_R = gate_A.at[assignment_R].get(**fill)
-  return d_RD * gate_R[:, None].astype(d_RD.dtype), d_gate_A, None, None, None
+  token_P = token_A.at[assignment_P].get(mode='fill', fill_value=d_TD.shape[0])
+  d_PD = d_TD.at[token_P].get(**fill)
+  d_gate_P = (d_PD.astype(jnp.float32) * y_PD.astype(jnp.float32)).sum(1)
+  d_gate_A = d_gate_P.at[row_A].get(**fill).astype(gate_A.dtype)
+  gate_P = gate_A.at[assignment_P].get(**fill)
+  return d_PD * gate_P[:, None].astype(d_PD.dtype), d_gate_A, None, None, None
 
 
 combine.defvjp(_combine_fwd, _combine_bwd)
 
 
 def inverse(row_A: jax.Array, rows: int) -> jax.Array:
-  """assignment_R of row_A; A for a row that nobody has."""
+  """assignment_P of row_A; A for a row that nobody has."""
   A = row_A.shape[0]
   return jnp.full(rows, A, jnp.int32).at[row_A].set(
       jnp.arange(A, dtype=jnp.int32), mode='drop', unique_indices=True)
@@ -179,13 +179,13 @@ def place_sorted(expert_A: jax.Array, experts: int
 
 
 def move(x_TD: jax.Array, r: Routing, row_A: jax.Array, rows: int):
-  """Returns (rows [R, D], their assignment ids, combine: rows -> y_TD)."""
+  """Returns (rows [P, D], their assignment ids, combine: rows -> y_TD)."""
   T = x_TD.shape[0]
-  assignment_R = inverse(row_A, rows)
-  token_R = r.token_A.at[assignment_R].get(mode='fill', fill_value=T)
-  back = lambda y_RD: combine(y_RD, r.gate_A, r.token_A, row_A, assignment_R,
+  assignment_P = inverse(row_A, rows)
+  token_P = r.token_A.at[assignment_P].get(mode='fill', fill_value=T)
+  back = lambda y_PD: combine(y_PD, r.gate_A, r.token_A, row_A, assignment_P,
                               T, r.choices)
-  return take(x_TD, token_R, row_A, r.choices), assignment_R, back
+  return take(x_TD, token_P, row_A, r.choices), assignment_P, back
 
 
 @struct.dataclass
@@ -210,19 +210,19 @@ class Local:
     row_A, count_E = place_sorted(expert_A, self.experts)
     return row_A, expert_A.shape[0], count_E
 
-  def grouped(self, rows_RD: jax.Array, count_E: jax.Array, id_R: jax.Array):
+  def grouped(self, rows_PD: jax.Array, count_E: jax.Array, id_P: jax.Array):
     """Rows sorted by expert."""
-    return grouped.ffn(rows_RD, count_E, self.w, self._mask(id_R), self.kind,
+    return grouped.ffn(rows_PD, count_E, self.w, self._mask(id_P), self.kind,
                        self.even, self.kernel)
 
-  def ids(self, assignment_R: jax.Array):
+  def ids(self, assignment_P: jax.Array):
     """The ids that dropout knows assignments by, on any device."""
-    return assignment_R + (self.dropout.first_row if self.dropout else 0)
+    return assignment_P + (self.dropout.first_row if self.dropout else 0)
 
-  def _mask(self, id_R: jax.Array):
+  def _mask(self, id_P: jax.Array):
     if self.dropout is None:
       return None
-    return self.dropout.mask(id_R, self.w.up_EDF.shape[2])
+    return self.dropout.mask(id_P, self.w.up_EDF.shape[2])
 
 
 def by_einsum(x_TD: jax.Array, r: Routing, run: Any, slots: int) -> jax.Array:
@@ -244,18 +244,18 @@ def by_einsum(x_TD: jax.Array, r: Routing, run: Any, slots: int) -> jax.Array:
 
 def by_sorted(x_TD: jax.Array, r: Routing, run: Any, slots: int) -> jax.Array:
   E, D = r.probs_TE.shape[1], x_TD.shape[1]
-  rows_RD, assignment_R, back = move(
+  rows_PD, assignment_P, back = move(
       x_TD, r, place_padded(r.expert_A, E, slots), E * slots)
-  y_ECD = run.padded(rows_RD.reshape(E, slots, D),
-                     run.ids(assignment_R).reshape(E, slots))
+  y_ECD = run.padded(rows_PD.reshape(E, slots, D),
+                     run.ids(assignment_P).reshape(E, slots))
   return back(y_ECD.reshape(E * slots, D))
 
 
 def by_dropless(x_TD: jax.Array, r: Routing, run: Any, slots: int) -> jax.Array:
   del slots  # what has no room is void already
   row_A, rows, count_E = run.place(r.expert_A)
-  rows_RD, assignment_R, back = move(x_TD, r, row_A, rows)
-  return back(run.grouped(rows_RD, count_E, run.ids(assignment_R)))
+  rows_PD, assignment_P, back = move(x_TD, r, row_A, rows)
+  return back(run.grouped(rows_PD, count_E, run.ids(assignment_P)))
 
 
 WAYS = {

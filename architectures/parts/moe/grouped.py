@@ -24,47 +24,47 @@ LARGEST = 1024
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def ffn(rows_RD: jax.Array, count_E: jax.Array, w: Any,
-        mask_RF: Optional[jax.Array], kind: str, even: int, kernel: str
+def ffn(rows_PD: jax.Array, count_E: jax.Array, w: Any,
+        mask_PF: Optional[jax.Array], kind: str, even: int, kernel: str
         ) -> jax.Array:
   """FFN_e of each row; rows past the counts are unspecified, but finite.
 
   Args:
-    rows_RD: expert 0's rows, then expert 1's, ...; sum(count_E) <= R.
+    rows_PD: expert 0's rows, then expert 1's, ...; sum(count_E) <= P.
     count_E: int32, the rows of each expert.
     w: experts.Weights, in the dtype of the rows.
-    mask_RF: multiplies the hidden units, for dropout; or None.
+    mask_PF: multiplies the hidden units, for dropout; or None.
     kind: of the network, a name of ffn.FFNS.
     even: the rows an expert has in even load: the blocks are sized for it.
     kernel: of the products, a name of grouped_kernels; on CPU xla is blocks.
   """
-  return _forward(rows_RD, count_E, w, mask_RF, kind, even, kernel)[0]
+  return _forward(rows_PD, count_E, w, mask_PF, kind, even, kernel)[0]
 
 
-def _ffn_fwd(rows_RD: jax.Array, count_E: jax.Array, w: Any,
-             mask_RF: Optional[jax.Array], kind: str, even: int, kernel: str):
-  y_RD, hidden = _forward(rows_RD, count_E, w, mask_RF, kind, even, kernel)
-  return y_RD, (rows_RD, count_E, w, mask_RF, hidden)
+def _ffn_fwd(rows_PD: jax.Array, count_E: jax.Array, w: Any,
+             mask_PF: Optional[jax.Array], kind: str, even: int, kernel: str):
+  y_PD, hidden = _forward(rows_PD, count_E, w, mask_PF, kind, even, kernel)
+  return y_PD, (rows_PD, count_E, w, mask_PF, hidden)
 
 
-def _ffn_bwd(kind: str, even: int, kernel: str, saved: tuple, dy_RD: jax.Array):
-  dx_RD, dw = _on_platform(
+def _ffn_bwd(kind: str, even: int, kernel: str, saved: tuple, dy_PD: jax.Array):
+  dx_PD, dw = _on_platform(
       kernel, functools.partial(_blocks_backward, kind, even),
       functools.partial(_whole_backward, product(kernel, even), kind),
-      *saved, dy_RD)
-  return dx_RD, None, dw, None
+      *saved, dy_PD)
+  return dx_PD, None, dw, None
 
 
 ffn.defvjp(_ffn_fwd, _ffn_bwd)
 
 
-def _forward(rows_RD: jax.Array, count_E: jax.Array, w: Any,
-             mask_RF: Optional[jax.Array], kind: str, even: int, kernel: str):
-  """Returns (y_RD, what goes into the activation: (up,) or (up, gate))."""
+def _forward(rows_PD: jax.Array, count_E: jax.Array, w: Any,
+             mask_PF: Optional[jax.Array], kind: str, even: int, kernel: str):
+  """Returns (y_PD, what goes into the activation: (up,) or (up, gate))."""
   return _on_platform(
       kernel, functools.partial(_blocks_forward, kind, even),
       functools.partial(_whole_forward, product(kernel, even), kind),
-      rows_RD, count_E, w, mask_RF)
+      rows_PD, count_E, w, mask_PF)
 
 
 def _on_platform(kernel: str, blocks: Callable, whole: Callable, *args):
@@ -74,12 +74,12 @@ def _on_platform(kernel: str, blocks: Callable, whole: Callable, *args):
   return jax.lax.platform_dependent(*args, cpu=blocks, default=whole)
 
 
-def _activation(kind: str, mask_RF: Optional[jax.Array]):
+def _activation(kind: str, mask_PF: Optional[jax.Array]):
   """(up,) or (up, gate) -> the hidden units."""
   act, gated = dense.FFNS[kind]
   def hidden(pre: tuple[jax.Array, ...]):
-    h_RF = act(pre[1]) * pre[0] if gated else act(pre[0])
-    return h_RF if mask_RF is None else h_RF * mask_RF.astype(h_RF.dtype)
+    h_PF = act(pre[1]) * pre[0] if gated else act(pre[0])
+    return h_PF if mask_PF is None else h_PF * mask_PF.astype(h_PF.dtype)
   return hidden
 
 
@@ -100,39 +100,39 @@ def _like(w: Any, into: list, out: tuple):
 # The whole array at once, on TPU and GPU.
 
 
-def _whole_affine(times: Callable, count_E: jax.Array, x_RK: jax.Array,
-                  m_EKN: jax.Array, b_EN: Optional[jax.Array]):
-  y_RN = times(x_RK, m_EKN, count_E)
-  if b_EN is None:
-    return y_RN
-  expert_R = jnp.searchsorted(jnp.cumsum(count_E), jnp.arange(x_RK.shape[0]),
+def _whole_affine(times: Callable, count_E: jax.Array, x_PI: jax.Array,
+                  m_EIO: jax.Array, b_EO: Optional[jax.Array]):
+  y_PO = times(x_PI, m_EIO, count_E)
+  if b_EO is None:
+    return y_PO
+  expert_P = jnp.searchsorted(jnp.cumsum(count_E), jnp.arange(x_PI.shape[0]),
                               side='right')
-  return y_RN + b_EN.at[expert_R].get(mode='fill', fill_value=0)
+  return y_PO + b_EO.at[expert_P].get(mode='fill', fill_value=0)
 
 
-def _whole_forward(times: Callable, kind: str, rows_RD: jax.Array,
-                   count_E: jax.Array, w: Any, mask_RF: Optional[jax.Array]):
+def _whole_forward(times: Callable, kind: str, rows_PD: jax.Array,
+                   count_E: jax.Array, w: Any, mask_PF: Optional[jax.Array]):
   affine = functools.partial(_whole_affine, times, count_E)
-  pre = tuple(affine(rows_RD, *pair) for pair in _into(w))
-  h_RF = _activation(kind, mask_RF)(pre)
-  return affine(h_RF, w.down_EFD, w.down_bias_ED), pre
+  pre = tuple(affine(rows_PD, *pair) for pair in _into(w))
+  h_PF = _activation(kind, mask_PF)(pre)
+  return affine(h_PF, w.down_EFD, w.down_bias_ED), pre
 
 
-def _whole_backward(times: Callable, kind: str, rows_RD: jax.Array,
-                    count_E: jax.Array, w: Any, mask_RF: Optional[jax.Array],
-                    pre: tuple[jax.Array, ...], dy_RD: jax.Array):
-  h_RF, act_vjp = jax.vjp(_activation(kind, mask_RF), pre)
-  inside_R = jnp.arange(rows_RD.shape[0]) < count_E.sum()
-  dy_RD = jnp.where(inside_R[:, None], dy_RD, 0)
+def _whole_backward(times: Callable, kind: str, rows_PD: jax.Array,
+                    count_E: jax.Array, w: Any, mask_PF: Optional[jax.Array],
+                    pre: tuple[jax.Array, ...], dy_PD: jax.Array):
+  h_PF, act_vjp = jax.vjp(_activation(kind, mask_PF), pre)
+  inside_P = jnp.arange(rows_PD.shape[0]) < count_E.sum()
+  dy_PD = jnp.where(inside_P[:, None], dy_PD, 0)
   affine = functools.partial(_whole_affine, times, count_E)
   def vjp(x, pair, dy):  # of a product; its forward half is dead code
     return jax.vjp(affine, x, *pair)[1](dy)
-  dh_RF, *out = vjp(h_RF, (w.down_EFD, w.down_bias_ED), dy_RD)
-  dx_RD, into = jnp.zeros_like(rows_RD), []
-  for pair, d_RF in zip(_into(w), act_vjp(dh_RF)[0]):
-    more_RD, *grads = vjp(rows_RD, pair, d_RF)
-    dx_RD, into = dx_RD + more_RD, into + [tuple(grads)]
-  return dx_RD, _like(w, into, tuple(out))
+  dh_PF, *out = vjp(h_PF, (w.down_EFD, w.down_bias_ED), dy_PD)
+  dx_PD, into = jnp.zeros_like(rows_PD), []
+  for pair, d_PF in zip(_into(w), act_vjp(dh_PF)[0]):
+    more_PD, *grads = vjp(rows_PD, pair, d_PF)
+    dx_PD, into = dx_PD + more_PD, into + [tuple(grads)]
+  return dx_PD, _like(w, into, tuple(out))
 
 
 # Block by block, on CPU.
@@ -185,17 +185,17 @@ def _for_blocks_of(size: int, rows: int, blocks_E: jax.Array,
   return jax.lax.fori_loop(0, ends_E[-1], step, carry)
 
 
-def _read(x_R: jax.Array, start: jax.Array, size: int):
+def _read(x_P: jax.Array, start: jax.Array, size: int):
   """`size` rows from `start`, in float32: bfloat16 is slow on CPU."""
-  x = jax.lax.dynamic_slice_in_dim(x_R, start, size)
+  x = jax.lax.dynamic_slice_in_dim(x_P, start, size)
   return x.astype(jnp.float32)
 
 
-def _write(x_R: jax.Array, new: jax.Array, start: jax.Array, inside: jax.Array):
+def _write(x_P: jax.Array, new: jax.Array, start: jax.Array, inside: jax.Array):
   """Puts the rows that are `inside` a block where they belong."""
-  old = jax.lax.dynamic_slice_in_dim(x_R, start, new.shape[0])
-  new = jnp.where(inside[:, None], new.astype(x_R.dtype), old)
-  return jax.lax.dynamic_update_slice_in_dim(x_R, new, start, 0)
+  old = jax.lax.dynamic_slice_in_dim(x_P, start, new.shape[0])
+  new = jnp.where(inside[:, None], new.astype(x_P.dtype), old)
+  return jax.lax.dynamic_update_slice_in_dim(x_P, new, start, 0)
 
 
 def _inside(size: int, start: jax.Array, first: jax.Array, stop: jax.Array):
@@ -212,48 +212,48 @@ def _affine(x: jax.Array, m: jax.Array, b: Optional[jax.Array]):
   return x @ m if b is None else x @ m + b[None]
 
 
-def _blocks_forward(kind: str, even: int, rows_RD: jax.Array,
-                    count_E: jax.Array, w: Any, mask_RF: Optional[jax.Array]):
-  R, F = rows_RD.shape[0], w.up_EDF.shape[2]
+def _blocks_forward(kind: str, even: int, rows_PD: jax.Array,
+                    count_E: jax.Array, w: Any, mask_PF: Optional[jax.Array]):
+  P, F = rows_PD.shape[0], w.up_EDF.shape[2]
 
   def body(carry: Any, size: int, e: jax.Array, start: jax.Array,
            first: jax.Array, stop: jax.Array):
-    y_RD, pre_RF = carry
-    x, own = _read(rows_RD, start, size), _weights(w, e)
-    mask = None if mask_RF is None else _read(mask_RF, start, size)
+    y_PD, pre_PF = carry
+    x, own = _read(rows_PD, start, size), _weights(w, e)
+    mask = None if mask_PF is None else _read(mask_PF, start, size)
     pre = [_affine(x, *pair) for pair in _into(own)]
     y = _affine(_activation(kind, mask)(pre), own.down_EFD, own.down_bias_ED)
     inside = _inside(size, start, first, stop)
-    return (_write(y_RD, y, start, inside),
-            tuple(_write(p_RF, p, start, inside)
-                  for p_RF, p in zip(pre_RF, pre)))
+    return (_write(y_PD, y, start, inside),
+            tuple(_write(p_PF, p, start, inside)
+                  for p_PF, p in zip(pre_PF, pre)))
 
-  zeros = tuple(jnp.zeros((R, F), rows_RD.dtype) for _ in _into(w))
-  return _for_blocks(R, even, count_E, body, (jnp.zeros_like(rows_RD), zeros))
+  zeros = tuple(jnp.zeros((P, F), rows_PD.dtype) for _ in _into(w))
+  return _for_blocks(P, even, count_E, body, (jnp.zeros_like(rows_PD), zeros))
 
 
-def _blocks_backward(kind: str, even: int, rows_RD: jax.Array,
-                     count_E: jax.Array, w: Any, mask_RF: Optional[jax.Array],
-                     pre_RF: jax.Array, dy_RD: jax.Array):
+def _blocks_backward(kind: str, even: int, rows_PD: jax.Array,
+                     count_E: jax.Array, w: Any, mask_PF: Optional[jax.Array],
+                     pre_PF: jax.Array, dy_PD: jax.Array):
 
   def body(carry: Any, size: int, e: jax.Array, start: jax.Array,
            first: jax.Array, stop: jax.Array):
-    dx_RD, dw = carry
-    x, own = _read(rows_RD, start, size), _weights(w, e)
+    dx_PD, dw = carry
+    x, own = _read(rows_PD, start, size), _weights(w, e)
     inside = _inside(size, start, first, stop)
-    dy = jnp.where(inside[:, None], _read(dy_RD, start, size), 0)
-    mask = None if mask_RF is None else _read(mask_RF, start, size)
+    dy = jnp.where(inside[:, None], _read(dy_PD, start, size), 0)
+    mask = None if mask_PF is None else _read(mask_PF, start, size)
     h, act_vjp = jax.vjp(_activation(kind, mask),
-                         tuple(_read(p_RF, start, size) for p_RF in pre_RF))
+                         tuple(_read(p_PF, start, size) for p_PF in pre_PF))
     d_pre = act_vjp(dy @ own.down_EFD.T)[0]
     grads = lambda x, dy, b: (x.T @ dy, None if b is None else dy.sum(0))
     new = _like(w, [grads(x, d, b) for d, (_, b) in zip(d_pre, _into(own))],
                 grads(h, dy, own.down_bias_ED))
     dx = sum(d @ m.T for d, (m, _) in zip(d_pre, _into(own)))
-    return (_write(dx_RD, dx, start, inside),
+    return (_write(dx_PD, dx, start, inside),
             jax.tree.map(lambda a, b: a.at[e].add(b), dw, new))
 
   zeros = jax.tree.map(lambda m: jnp.zeros(m.shape, jnp.float32), w)
-  dx_RD, dw = _for_blocks(rows_RD.shape[0], even, count_E, body,
-                          (jnp.zeros_like(rows_RD), zeros))
-  return dx_RD, jax.tree.map(lambda d, m: d.astype(m.dtype), dw, w)
+  dx_PD, dw = _for_blocks(rows_PD.shape[0], even, count_E, body,
+                          (jnp.zeros_like(rows_PD), zeros))
+  return dx_PD, jax.tree.map(lambda d, m: d.astype(m.dtype), dw, w)

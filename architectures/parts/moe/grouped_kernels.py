@@ -56,7 +56,7 @@ def _elsewhere(name: str, device: str) -> bool:
 
 
 def product(name: str, even: int) -> Callable:
-  """(rows_RK, m_EKN, count_E) -> [R, N], with gradients of the first two; rows
+  """(rows_PI, m_EIO, count_E) -> [P, O], with gradients of the first two; rows
   past the counts are unspecified, but finite. `even`: an expert's rows."""
   if name == 'xla':
     return jax.lax.ragged_dot
@@ -64,56 +64,56 @@ def product(name: str, even: int) -> Callable:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def megablox(even: int, interpret: bool, x_RK: jax.Array, m_EKN: jax.Array,
+def megablox(even: int, interpret: bool, x_PI: jax.Array, m_EIO: jax.Array,
              count_E: jax.Array) -> jax.Array:
   """Pallas' product; `interpret`: on CPU."""
-  return _gmm(even, x_RK, m_EKN, count_E, interpret)
+  return _gmm(even, x_PI, m_EIO, count_E, interpret)
 
 
-def _megablox_fwd(even: int, interpret: bool, x_RK: jax.Array, m_EKN: jax.Array,
+def _megablox_fwd(even: int, interpret: bool, x_PI: jax.Array, m_EIO: jax.Array,
                   count_E: jax.Array):
-  return _gmm(even, x_RK, m_EKN, count_E, interpret), (x_RK, m_EKN, count_E)
+  return _gmm(even, x_PI, m_EIO, count_E, interpret), (x_PI, m_EIO, count_E)
 
 
-def _megablox_bwd(even: int, interpret: bool, saved: tuple, dy_RN: jax.Array):
+def _megablox_bwd(even: int, interpret: bool, saved: tuple, dy_PO: jax.Array):
   """Not megablox' own: it tiles both of these as it did the product, though
   their sides are others."""
-  x_RK, m_EKN, count_E = saved
-  dx_RK = _gmm(even, dy_RN, m_EKN, count_E, interpret, transpose=True)
-  return dx_RK, _tgmm(even, x_RK, dy_RN, m_EKN.dtype, count_E, interpret), None
+  x_PI, m_EIO, count_E = saved
+  dx_PI = _gmm(even, dy_PO, m_EIO, count_E, interpret, transpose=True)
+  return dx_PI, _tgmm(even, x_PI, dy_PO, m_EIO.dtype, count_E, interpret), None
 
 
 megablox.defvjp(_megablox_fwd, _megablox_bwd)
 
 
-def _gmm(even: int, x_RK: jax.Array, m_EKN: jax.Array, count_E: jax.Array,
+def _gmm(even: int, x_PI: jax.Array, m_EIO: jax.Array, count_E: jax.Array,
          interpret: bool, transpose: bool = False):
   from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
-  (R, K), N = x_RK.shape, m_EKN.shape[1 if transpose else 2]
-  tiles = _tiles(even, R, K, N, x_RK.dtype)
-  y_RN = gmm(_fill(x_RK, tiles[0]), m_EKN, count_E, x_RK.dtype, tiles,
-             transpose_rhs=transpose, interpret=interpret)[:R]
+  (P, inputs), outputs = x_PI.shape, m_EIO.shape[1 if transpose else 2]
+  tiles = _tiles(even, P, inputs, outputs, x_PI.dtype)
+  y_PO = gmm(_fill(x_PI, tiles[0]), m_EIO, count_E, x_PI.dtype, tiles,
+             transpose_rhs=transpose, interpret=interpret)[:P]
   # Rows that no expert has are not written: whatever the memory held.
-  inside_R = jnp.arange(R) < count_E.sum()
-  return jnp.where(inside_R[:, None], y_RN, 0)
+  inside_P = jnp.arange(P) < count_E.sum()
+  return jnp.where(inside_P[:, None], y_PO, 0)
 
 
-def _tgmm(even: int, x_RK: jax.Array, dy_RN: jax.Array,
+def _tgmm(even: int, x_PI: jax.Array, dy_PO: jax.Array,
           dtype: jax.typing.DTypeLike, count_E: jax.Array, interpret: bool):
   """x^T dy of each expert's rows; zero where it has none."""
   from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
-  tiles = _tiles(even, *x_RK.shape, dy_RN.shape[1], x_RK.dtype)
-  x_RK, dy_RN = _fill(x_RK, tiles[0]), _fill(dy_RN, tiles[0])
-  return tgmm(x_RK.swapaxes(0, 1), dy_RN, count_E, dtype, tiles,
+  tiles = _tiles(even, *x_PI.shape, dy_PO.shape[1], x_PI.dtype)
+  x_PI, dy_PO = _fill(x_PI, tiles[0]), _fill(dy_PO, tiles[0])
+  return tgmm(x_PI.swapaxes(0, 1), dy_PO, count_E, dtype, tiles,
               interpret=interpret)
 
 
-def _tiles(even: int, R: int, K: int, N: int, dtype: jax.typing.DTypeLike
-           ) -> tuple[int, int, int]:
-  """Sides of the tiles of R, K and N."""
-  rows = next((t for t in ROWS if 2 * t <= even and R % t == 0), ROWS[-1])
+def _tiles(even: int, P: int, inputs: int, outputs: int,
+           dtype: jax.typing.DTypeLike) -> tuple[int, int, int]:
+  """Sides of the tiles of rows, inputs and outputs."""
+  rows = next((t for t in ROWS if 2 * t <= even and P % t == 0), ROWS[-1])
   most = SIDE[jnp.dtype(dtype).name]
-  return rows, _side(K, most), _side(N, most)
+  return rows, _side(inputs, most), _side(outputs, most)
 
 
 def _side(size: int, most: int) -> int:
@@ -123,6 +123,6 @@ def _side(size: int, most: int) -> int:
   return -(-size // -(-size // most) // 128) * 128
 
 
-def _fill(x_R: jax.Array, rows: int):
+def _fill(x_P: jax.Array, rows: int):
   """Adds rows, to whole tiles."""
-  return jnp.pad(x_R, ((0, -x_R.shape[0] % rows), (0, 0)))
+  return jnp.pad(x_P, ((0, -x_P.shape[0] % rows), (0, 0)))

@@ -136,15 +136,15 @@ def _served(routing: Routing, kept_A: jax.Array, tokens: int) -> jax.Array:
       kept_A.astype(jnp.int32))
 
 
-def window(load_SNE: jax.Array, tokens_S: jax.Array) -> dict:
+def window(load_WNE: jax.Array, tokens_W: jax.Array) -> dict:
   """The panel over a window of steps: {name: [N] by layer}.
 
   Args:
-    load_SNE: `load_E` of each step and layer.
-    tokens_S: how much each step counts.
+    load_WNE: `load_E` of each step and layer.
+    tokens_W: how much each step counts.
   """
-  share_S = tokens_S / tokens_S.sum()
-  load_NE = jnp.einsum('SNE,S->NE', load_SNE, share_S)
+  share_W = tokens_W / tokens_W.sum()
+  load_NE = jnp.einsum('WNE,W->NE', load_WNE, share_W)
   return dict(
       load_max=load_NE.shape[1] * load_NE.max(1) / load_NE.sum(1),
       unused=(load_NE == 0).mean(1),

@@ -241,8 +241,8 @@ def capacity(factor: float, tokens: int, choices: int, experts: int) -> int:
 def ranks(key_A: jax.Array, keys: int) -> jax.Array:
   """How many earlier entries of key_A (each < keys) equal this one."""
   order_A = jnp.argsort(key_A, stable=True)
-  start_K = jnp.searchsorted(key_A[order_A], jnp.arange(keys))
-  rank_A = jnp.arange(key_A.shape[0]) - start_K[key_A[order_A]]
+  start_U = jnp.searchsorted(key_A[order_A], jnp.arange(keys))
+  rank_A = jnp.arange(key_A.shape[0]) - start_U[key_A[order_A]]
   return jnp.zeros_like(rank_A).at[order_A].set(rank_A, unique_indices=True)
 
 

@@ -41,21 +41,21 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
 
   step = evaluation.program(lambda: told, 'routing')
 
-  panels, weights_S = [], []
+  panels, weights_W = [], []
   for loader in pipeline.held_out(config, evaluation.tokenizer,
                               *devices.batch_shard(
                                   run_.place, config.data.batch_size)):
-    found, tokens_S = zip(*[jax.device_get(step(evaluation.params, devices.put(
+    found, tokens_W = zip(*[jax.device_get(step(evaluation.params, devices.put(
         batch, run_.place))) for batch in progress.each(
             loader.iterate(0, BATCHES), 'evaluating', loader.first(BATCHES))])
     panels += found
-    weights_S += [loader.share * n / sum(tokens_S) for n in tokens_S]
-  weights_S = np.array(weights_S, np.float32)
+    weights_W += [loader.share * n / sum(tokens_W) for n in tokens_W]
+  weights_W = np.array(weights_W, np.float32)
   panels = jax.tree.map(lambda *xs: np.stack(xs), *panels)
-  figures = {name: np.average(x, 0, weights_S) for name, x in panels.items()}
+  figures = {name: np.average(x, 0, weights_W) for name, x in panels.items()}
   # An expert is unused if no batch of them all used it.
   over = {name: np.asarray(x) for name, x in health.window(
-      panels['load_E'], weights_S).items()}
+      panels['load_E'], weights_W).items()}
   print(table(figures | over))
   path = evaluation.workdir / FILE
   plot(figures['load_E'], path)
