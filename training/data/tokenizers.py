@@ -68,6 +68,11 @@ class Tokenizer(abc.ABC):
   def decode_bytes(self, ids: Iterable[int]) -> bytes:
     """Returns the UTF-8 bytes of the text, perhaps cut inside a character."""
 
+  @abc.abstractmethod
+  def piece(self, token: int) -> str:
+    """Returns how the vocabulary writes an id, a special one too: [SEP]; or
+    <NUMBER>, where it does not write it."""
+
   def num_bytes(self, ids: Iterable[int]) -> int:
     """Returns how many bytes of text the ids spell, for bits per byte."""
     return len(self.decode_bytes(ids))
@@ -140,6 +145,10 @@ class Bytes(Tokenizer):
         digits = []
     return bytes(spelt)
 
+  def piece(self, token):
+    names = {i: f'[{name.upper()}]' for name, i in self.special_ids.items()}
+    return names[token] if token in names else f'<{token}>'
+
 
 class HuggingFace(Tokenizer):
   """A `tokenizers` pipeline: BPE, unigram or WordPiece."""
@@ -171,6 +180,9 @@ class HuggingFace(Tokenizer):
     if self._bytes_of_id is not None:
       return b''.join(self._bytes_of_id.get(i, b'') for i in ids)
     return self._tokenizer.decode(ids).encode('utf-8')
+
+  def piece(self, token):
+    return self._tokenizer.id_to_token(token) or f'<{token}>'
 
 
 class SentencePiece(Tokenizer):
@@ -214,6 +226,9 @@ class SentencePiece(Tokenizer):
     ids = [int(i) for i in ids]
     shown = [i for i in ids if i not in self._hidden]
     return self._model.decode(shown).encode('utf-8')
+
+  def piece(self, token):
+    return self._model.id_to_piece(token)
 
 
 def load(spec: str) -> Tokenizer:

@@ -225,6 +225,8 @@ def test_sentencepiece_equals_its_own_package(corpus, tmp_path):
     assert (ours.bos_id, ours.eos_id) == (1, 2)
     assert ours.decode([ours.bos_id, *ours.encode('a b'), ours.eos_id]) == 'a b'
     assert ours.vocab_size == 340
+  assert [ours.piece(i) for i in range(ours.vocab_size)] == [
+      theirs.id_to_piece(i) for i in range(ours.vocab_size)]
 
 
 def test_info_and_encode(trained, corpus, capsys):

@@ -141,6 +141,7 @@ def test_robertas_mask_takes_the_space_before_it_along(tmp_path, text):
   own = hf_tokenizers.Tokenizer(hf_tokenizers.models.BPE(vocab, [('Ġ', 'b')]))
   own.pre_tokenizer = hf_tokenizers.pre_tokenizers.ByteLevel(
       add_prefix_space=False)
+  own.decoder = hf_tokenizers.decoders.ByteLevel()
   own.add_special_tokens([
       '<s>', '</s>', hf_tokenizers.AddedToken('<mask>', lstrip=True)])
   own.save(str(tmp_path / 'tokenizer.json'))
@@ -150,6 +151,8 @@ def test_robertas_mask_takes_the_space_before_it_along(tmp_path, text):
   for written in (text, text.replace('<mask>', '[MASK]')):
     assert fill_mask.laid_out(written, ours, 16)[1:-1].tolist() == (
         own.encode(text).ids)
+  assert [fill_mask.spelt(i, ours) for i in (0, 2, 3, 6, 7)] == [
+      '<s>', '<mask>', 'a', ' b', '<7>']
 
 
 def test_a_prompt_asks_for_samples_unless_it_is_to_be_filled():

@@ -83,13 +83,11 @@ def _program(model: Any, module: Any, top: int):
 
 def spelt(token: int, tokenizer: Any) -> str:
   """Returns a token for a reader: [SEP], of a special one; \\xc3, of a byte
-  that is no character; <61>, of an id that spells nothing."""
-  for kind, special in tokenizer.special_ids.items():
-    if token == special:
-      return f'[{kind.upper()}]'
-  spelling = (tokenizer.decode_bytes([token])
-              if token < tokenizer.vocab_size else b'')
-  return spelling.decode('utf-8', 'backslashreplace') or f'<{token}>'
+  that is no character; <500>, of an id that the tokenizer has not."""
+  if token >= tokenizer.vocab_size:
+    return f'<{token}>'
+  spelling = tokenizer.decode_bytes([token]).decode('utf-8', 'backslashreplace')
+  return spelling or tokenizer.piece(int(token))
 
 
 def _show(prompts: list[dict]) -> None:
