@@ -105,7 +105,7 @@ def test_more_fillings_than_tokens_are_all_of_them(wordpiece):
 
 
 @pytest.mark.parametrize('prompt, said', [
-    ('Paris is', "'Paris is' has no mask"), ('', 'has no mask'),
+    ('Paris is', "'Paris is' has no mask"),
     ('[MASK]|||a', "'a' has no mask"),
     ('[MASK] ' + 'a ' * 13 + 'a', 'has 17 tokens.*max_len 16')])
 def test_a_prompt_that_cannot_be_filled_is_refused(wordpiece, prompt, said):
@@ -114,11 +114,14 @@ def test_a_prompt_that_cannot_be_filled_is_refused(wordpiece, prompt, said):
   evaluations.run('fill_mask', asked(wordpiece, '[MASK] ' + 'a ' * 13))
 
 
-def test_a_model_or_tokenizer_without_masks_is_refused(tmp_path):
+def test_a_model_a_tokenizer_and_flags_without_masks_are_refused(tmp_path):
   row = evals.TASKS['fill_mask']
   assert 'does not predict masked' in row.unfit(
       evaluations.config('gpt', 'causal'))
   assert not row.unfit(evaluations.config('bert', 'mlm'))
+  with pytest.raises(RequestError, match='pass --prompt='):
+    row.check(evaluations.flags())
+  row.check(evaluations.flags(prompt='a'))
   (tmp_path / 'vocab.txt').write_text('[UNK]\n[CLS]\n[SEP]\na')
   with pytest.raises(RequestError, match="has no 'mask' token"):
     fill_mask.laid_out('[MASK]', tokenizers.load(str(tmp_path)), 8)

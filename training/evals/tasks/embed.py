@@ -1,11 +1,11 @@
 """Vectors of texts, one for each, written to a file.
 
-A text is shown to the model as texts are in training: to BERT as
-[CLS] text [SEP], to a decoder after the separator, to an encoder-decoder, of
-which the encoder alone runs, before it. What is pooled are the outputs of the
-last layer, after the final norm, where there is one. [CLS] and [SEP] count, as
-in sentence-transformers; the separator that a decoder begins with does not,
-because it sees nothing of the text.
+A text is shown to the model as texts are in training: BERT reads it between
+[CLS] and [SEP], a decoder reads it after the separator, and the encoder of an
+encoder-decoder, which runs alone, before the separator. What is pooled are the
+outputs of the last layer, after the final norm, where there is one. [CLS] and
+[SEP] count, as in sentence-transformers; the separator that a decoder begins
+with does not, because it sees nothing of the text.
 """
 
 from collections.abc import Callable, Iterator, Sequence

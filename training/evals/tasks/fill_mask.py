@@ -101,10 +101,16 @@ def _show(prompts: list[dict]) -> None:
     print()
 
 
+def _check(options: Any) -> None:
+  require(bool(options.prompt), 'task fill_mask reads a text: pass '
+          "--prompt='Paris is the [MASK] of France'")
+
+
 TASK = Task(
     'the likeliest fillings of each [MASK] of --prompt', run,
     without(lambda objective: 'data.mask_rate' in objective.reads,
             'does not predict masked tokens'),
+    check=_check,
     flags=(
         Flag('prompt', '', "A text with [MASK] in it; several: 'A|||B'."),
         Flag('top_fillings', 5, 'So many of the likeliest tokens.', 1, 2**26)))
