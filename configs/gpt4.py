@@ -1,4 +1,5 @@
-"""GPT-4 as rumoured: `--config configs/gpt4.py:rumoured`.
+"""GPT-4 as rumoured: `--config configs/gpt4.py:rumoured`, or
+`:rumoured-8x220b`.
 
 Lab note. OpenAI (2023) gives no figure at all. The rumour (SemiAnalysis, July
 2023): about 1.8T parameters over 120 layers, 16 experts of about 111B each in
@@ -12,6 +13,13 @@ heads are taken. The vocabulary is that of the published tokenizer, 100,277.
 Counts agree with the rumour to 2 % because they were fitted to it; they are
 no evidence.
 
+`rumoured-8x220b`, the other rumour (George Hotz, Latent Space podcast, June
+2023): a mixture of eight, 220B each, so 1.76T parameters. It gives neither
+depth nor width, nor how many experts see a token: the depth, the context and
+the two experts of the first rumour are taken. 68 d_model^2 in each of 120
+layers, eight networks of 8 d_model^2 and attention of 4, is then 1.76T at
+d_model 14,720 (115 heads of 128). The two rumours contradict each other.
+
 `tiny` reads 1.2M bytes of the default text in 5 minutes of one CPU core, to a
 loss of 2.324 nats a byte (3.35 bits) on 16 held-out batches.
 """
@@ -23,10 +31,12 @@ SIZES = {
                  max_len=256),
     'rumoured': dict(d_model=10752, num_layers=120, num_heads=84,
                      max_len=8192, vocab_size=100277),
+    'rumoured-8x220b': dict(d_model=14720, num_layers=120, num_heads=115,
+                            max_len=8192, vocab_size=100277),
 }
 
 # Rumoured parameter counts, for tools.count.
-PUBLISHED = {'rumoured': 1.8e12}
+PUBLISHED = {'rumoured': 1.8e12, 'rumoured-8x220b': 1.76e12}
 
 
 def get_config(size: str = 'tiny'):
@@ -35,8 +45,9 @@ def get_config(size: str = 'tiny'):
   c.model.update(base.sized(size, SIZES))
   c.model.update(arch='gpt4-rumoured', position='learned', norm='layernorm',
                  ffn='moe', block='pre_norm', tie_embeddings=True)
-  c.model.moe.update(num_experts=16, top_k=2, router='topk', ffn='gelu_tanh',
-                     every=1, dispatch='auto')
+  experts = 8 if size == 'rumoured-8x220b' else 16
+  c.model.moe.update(num_experts=experts, top_k=2, router='topk',
+                     ffn='gelu_tanh', every=1, dispatch='auto')
   c.data.length = c.model.max_len
   if size == 'tiny':
     c.data.batch_size = 8

@@ -102,7 +102,7 @@ def rows():
 
 
 def expected(name, titles):
-  note = ' (rumoured)' if name == 'gpt4:rumoured' else ''
+  note = ' (rumoured)' if name.startswith('gpt4:rumoured') else ''
   return [f'`{name}`{note}'] + [COLUMNS[t](name) for t in titles[1:]]
 
 
