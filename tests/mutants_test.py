@@ -93,6 +93,12 @@ def test_the_page_has_a_row_for_each_source_and_a_reason_for_each_equal():
     assert mutant.reason in page
 
 
+def test_the_sums_of_the_page_are_those_of_its_rows():
+  """Or else a run, this file's own too, would write the page anew."""
+  page = runner.PAGE.read_text()
+  assert runner.update(page, {}) == page
+
+
 @pytest.mark.slow
 def test_a_run_tells_a_mutant_from_the_source():
   """Of one that a test kills, and of one that nothing can tell."""
