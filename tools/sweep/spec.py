@@ -105,6 +105,12 @@ def read_sweep_file(file: str, seeds: int = 0) -> Sweep:
   for task in tasks:
     require(task in evals.TASKS, f'{file}: unknown task {task!r} in TASKS: '
             f'choose from {", ".join(evals.TASKS)}')
+    try:  # A sweep sets none of the flags.
+      evals.TASKS[task].check(evals.defaults())
+    except RequestError as error:
+      raise RequestError(
+          f'{file}: TASKS has {task!r}, which no sweep can do: {error}'
+      ) from error
   seeds = seeds or getattr(module, 'SEEDS', SEEDS)
   if type(seeds) is not int or not 1 <= seeds <= MOST_SEEDS:
     raise RequestError(f'SEEDS or --seeds is {seeds!r}: choose a whole number '

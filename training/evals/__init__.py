@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import importlib
 import importlib.util
 import pkgutil
+import types
 from typing import Any
 
 from absl import flags
@@ -49,6 +50,12 @@ def define_flags() -> None:
     define[type(flag.default)](
         name, flag.default, ' '.join(
             f'{task}: {flag.help}' for task, flag in read_by.items()), **bounds)
+
+
+def defaults() -> types.SimpleNamespace:
+  """Returns the options of a request that sets no flag of a task."""
+  return types.SimpleNamespace(**{
+      flag.name: flag.default for row in TASKS.values() for flag in row.flags})
 
 
 def described() -> str:
