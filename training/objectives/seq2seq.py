@@ -67,10 +67,11 @@ def _arrays(config: Config) -> dict[str, Shape]:
 
 def as_source(texts: Sequence[str], config: Config, tokenizer: Tokenizer
               ) -> Prompts:
-  """Returns the start of a target for each text, which is the source."""
+  """Returns the start of a target for each text, which is the source; it ends
+  with the separator, as the sources of training do."""
   del config
   sources, lengths = record.padded(
-      [ids if len(ids) else np.array([tokenizer.separator_id])
+      [np.append(ids, tokenizer.separator_id)
        for ids in tokenizer.encode_batch(texts)])
   return Prompts(
       np.full((len(texts), 1), start_id(tokenizer), np.int32),

@@ -261,3 +261,20 @@ def test_bleu_is_sacrebleus():
       [text], [['the cat sat on the mat today']]).score
   assert score('the cat sat on the mat today') == pytest.approx(100)
   assert 0 < score('the cat sat on the mat') < 100
+
+
+@pytest.mark.parametrize('text', ['ab c', ''])
+def test_a_prompt_is_the_source_that_training_shows(text):
+  """Down to the separator at its end."""
+  config = base.base()
+  config.update(objective='seq2seq')
+  config.data.length = 8
+  ids, = TOKENIZER.encode_batch([text])
+  trained = seq2seq.seq2seq(
+      packing.Pair(np.asarray(ids, int), np.array([1]), whole=True), None,
+      config, TOKENIZER)
+  prompts = objectives.of(config).prompt(['longer than it', text], config,
+                                         TOKENIZER)
+  size = int(prompts.arguments['source_lengths_B'][1])
+  np.testing.assert_array_equal(
+      prompts.arguments['source_BM'][1, :size], trained['tokens'])
