@@ -1,13 +1,15 @@
-r"""Trains what a config file describes; run again, it goes on.
+r"""Trains the model that a config file describes, or resumes the run.
 
   python train.py --config configs/gpt.py --workdir runs/tiny
   python train.py --config configs/gpt.py:gpt2 --workdir runs/a \
       --config.optim.lr=3e-4 --config.data.source=text:my/*.txt
 
-Ctrl-C or SIGTERM: the step is finished, saved, and the exit code is 0, or what
---stopped_exit_code says; before the run compiles its step it just ends, with
-that or 128 + the signal. Exit code 2: a wrong request, or a loss that is not
-finite: the same command would end in the same way; 1: a failure.
+After Ctrl-C or SIGTERM the program finishes the step, saves, and ends with exit
+code 0, or with the one that --stopped_exit_code sets. A signal N that arrives
+before the step is compiled ends it at once, with the code that is set or with
+128 + N; a second signal ends it at once with 128 + N. Exit code 2 means a wrong
+request, or a loss that is not finite, because the same command would end in the
+same way; exit code 1 means a failure.
 """
 
 import json
