@@ -6,12 +6,14 @@ dense model into a mixture of experts.
       [--dropless]
   python -m tools.convert upcycle WORKDIR_OR_DIR WORKDIR \
       [--moe num_experts=8 top_k=2 every=2 ...]
+  python -m tools.convert gguf FILE.gguf DIR
 
 `import` and `upcycle` make a workdir that eval.py reads like that of any run.
 train.py continues in it, given its config, and a new run starts from it with
 --config.init_from=WORKDIR. transformers loads what `export` writes. `upcycle`
 copies the dense network of a layer to all of its experts and initialises a
 router (training/hf/upcycling.py); --moe takes fields of config.model.moe.
+`gguf` makes a Hugging Face folder of a GGUF file, by transformers.
 
 A config.json with a value that no architecture here honours is refused, and the
 sentence names the field. With --partial, parameters that the files lack are
@@ -117,6 +119,12 @@ def export(workdir: epath.Path, folder: pathlib.Path, *, step: int | None,
       generation=_generation(workdir, config, module.config, step))
   hf_tokenizer.give(workdir, config, folder, step)
   print(f'{folder}: {_count(params):,} parameters of {workdir}')
+
+
+def _of_gguf(file: pathlib.Path, folder: pathlib.Path) -> None:
+  from training.hf import gguf
+  storage.try_folder(folder, 'DIR')
+  print(f'{folder}: {gguf.write_folder(file, folder):,} parameters of {file}')
 
 
 def _generation(workdir, config, model, step: int):
@@ -273,7 +281,15 @@ def main():
                   help='of config.model.moe')
   up.add_argument('--step', type=int, help='of the checkpoint; the newest')
   up.add_argument('--seed', type=int, default=0, help='of the routers')
+  gguf = commands.add_parser(
+      'gguf', help='a GGUF file to Hugging Face', allow_abbrev=False,
+      formatter_class=cli.HelpFormatter)
+  gguf.add_argument('source', type=pathlib.Path)
+  gguf.add_argument('folder', type=pathlib.Path)
   args = parser.parse_args()
+  if args.command == 'gguf':
+    _of_gguf(args.source, args.folder)
+    return
   from training import limits  # imported late: --help answers at once
   if args.command == 'export':
     limits.number('--shard_bytes', args.shard_bytes,

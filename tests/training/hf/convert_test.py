@@ -12,6 +12,7 @@ import pytest
 
 import architectures
 from configs import base
+from configs.errors import RequestError
 from tests import train_test
 from tests.helpers import models
 from tools import convert
@@ -19,6 +20,7 @@ from training import paths, runs
 from training import initial_state
 from training import weights
 from training.hf import generation as hf_generation
+from training.hf import gguf
 from training.hf import upcycling
 from training.workdir import checkpoints, run_config
 
@@ -196,3 +198,14 @@ def test_weights_without_an_optimiser_are_told_apart(imported, tmp_path):
     saved.save(0, {'params': jnp.zeros(2), 'opt_state': jnp.zeros(2)},
                next_batch=0, tokens=0, config=base.base())
   assert not initial_state.has_parameters_alone(tmp_path / 'checkpoints')
+
+
+@pytest.mark.parametrize('content, words', [
+    (None, 'is no file'), (b'{}', 'is no GGUF file')])
+def test_what_is_no_gguf_file_is_refused(content, words, tmp_path):
+  file = tmp_path / 'model.gguf'
+  if content is not None:
+    file.write_bytes(content)
+  with pytest.raises(RequestError, match=words):
+    gguf.write_folder(file, tmp_path / 'out')
+  assert not (tmp_path / 'out').exists()
