@@ -60,6 +60,13 @@ class Tokenizer(abc.ABC):
     """Returns the int32 [T] ids of one text."""
     return self.encode_batch([text])[0]
 
+  @abc.abstractmethod
+  def encode_spans(self, texts: Sequence[str]
+                   ) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Returns (ids int32 [T], spans int32 [T, 2]) of each text: the ids of
+    `encode_batch`, and of each the first of the characters that it stands for,
+    and the one after the last. A span may hold the space before a word."""
+
   def decode(self, ids: Iterable[int]) -> str:
     """Returns the text; special tokens spell nothing."""
     return self.decode_bytes(ids).decode('utf-8', errors='replace')
@@ -136,6 +143,13 @@ class Bytes(Tokenizer):
     return [(row[:, None] >> self._shifts & self._base - 1).reshape(-1).astype(
         np.int32) for row in rows]
 
+  def encode_spans(self, texts: Sequence[str]):
+    sizes = [[len(c.encode('utf-8')) * len(self._shifts) for c in text]
+             for text in texts]
+    first = [np.repeat(np.arange(len(each)), each) for each in sizes]
+    return [(ids, _spans(np.stack([places, places + 1], 1)))
+            for ids, places in zip(self.encode_batch(texts), first)]
+
   def decode_bytes(self, ids: Iterable[int]):
     spelt, digits = bytearray(), []
     for i in ids:
@@ -174,6 +188,12 @@ class HuggingFace(Tokenizer):
     encodings = self._tokenizer.encode_batch_fast(
         list(texts), add_special_tokens=False)
     return [np.asarray(encoding.ids, np.int32) for encoding in encodings]
+
+  def encode_spans(self, texts: Sequence[str]):
+    encodings = self._tokenizer.encode_batch(
+        list(texts), add_special_tokens=False)
+    return [(np.asarray(encoding.ids, np.int32), _spans(encoding.offsets))
+            for encoding in encodings]
 
   def decode_bytes(self, ids: Iterable[int]):
     ids = [int(i) for i in ids]
@@ -222,6 +242,22 @@ class SentencePiece(Tokenizer):
     return [np.asarray(ids, np.int32)
             for ids in self._model.encode(list(texts))]
 
+  def encode_spans(self, texts: Sequence[str]):
+    return [self._spans_of(text, found.pieces) for text, found in zip(
+        texts, self._model.encode(list(texts), out_type='proto'))]
+
+  def _spans_of(self, text: str, pieces: Sequence):
+    """The ids and spans of one text. A piece tells the bytes that it stands
+    for; of the pieces that spell one character's bytes only the last does."""
+    ids = np.asarray([piece.id for piece in pieces], np.int32)
+    spans = _spans([(piece.begin, piece.end) for piece in pieces])
+    for i in range(len(ids) - 2, -1, -1):
+      if self._model.is_byte(pieces[i].id) and spans[i, 0] == spans[i, 1]:
+        spans[i] = spans[i + 1]
+    sizes = [len(c.encode('utf-8')) for c in text]
+    character = np.repeat(np.arange(len(text)), sizes)
+    return ids, np.append(character, len(text))[spans].astype(np.int32)
+
   def decode_bytes(self, ids: Iterable[int]):
     ids = [int(i) for i in ids]
     shown = [i for i in ids if i not in self._hidden]
@@ -265,6 +301,10 @@ def found_in(folder: pathlib.Path) -> tuple[str, ...]:
   """Returns the files by which `load` reads a folder; () if it does not."""
   return next((names for names in FOLDERS
                if all((folder / name).is_file() for name in names)), ())
+
+
+def _spans(pairs: Sequence[tuple[int, int]]) -> np.ndarray:
+  return np.asarray(pairs, np.int32).reshape(-1, 2)
 
 
 def _digest(data: bytes) -> str:

@@ -1,0 +1,111 @@
+"""Answers to questions: which stretch is best, and how right it is."""
+
+import re
+
+import numpy as np
+import pytest
+
+from training.data import offsets
+from training.evals import spans, squad_rules
+
+# Worked out by hand by the rules of evaluate-v2.0.py.
+@pytest.mark.parametrize('answer, right, exact, f1', [
+    ('The  U.S. Army!', ['us army'], 1, 1),
+    ('an apple a day', ['Apple-day'], 0, 0),  # appleday is one word
+    ('the red red car', ['red car', 'blue'], 0, 4 / 5),
+    ('red car', ['the red red car'], 0, 4 / 5),
+    ('Anna', ['an a the', 'Anna'], 1, 1),  # articles are whole words
+    ('', [], 1, 1), ('x', [], 0, 0), ('', ['x'], 0, 0),
+    ('The', ['a.'], 1, 1),  # nothing is left of either
+    ('a b b c', ['b b d', 'b c'], 0, 4 / 5)])
+def test_scores_by_the_official_rules(answer, right, exact, f1):
+  assert squad_rules.score(answer, right) == pytest.approx((exact, f1))
+
+
+def test_measures_have_the_official_names_and_parts():
+  right = dict(a=['x y'], b=['z'], c=[], d=[])
+  found = dict(a='x', b='Z.', c='', d='q')
+  figures = squad_rules.measures(found, right)
+  assert figures == pytest.approx(dict(
+      exact=50, f1=100 * (2 / 3 + 1 + 1) / 4, total=4,
+      HasAns_exact=50, HasAns_f1=100 * (2 / 3 + 1) / 2, HasAns_total=2,
+      NoAns_exact=50, NoAns_f1=50, NoAns_total=2))
+  figures = squad_rules.measures(dict(a='x'), dict(a=['x']))
+  assert figures == dict(exact=100, f1=100, total=1)
+
+
+def test_the_best_threshold_is_the_best_of_all():
+  rng = np.random.default_rng(0)
+  names = [str(i) for i in range(40)]
+  right = {n: ['x y'] if rng.random() < .6 else [] for n in names}
+  found = {n: rng.choice(['x', 'x y', 'z']) for n in names}
+  null = {n: float(rng.normal() - bool(right[n])) for n in names}
+  best = squad_rules.best_thresholds(found, right, null)
+  for kind in ('exact', 'f1'):
+    tried = {}
+    for threshold in [-99.0, *null.values()]:
+      told = {n: '' if null[n] > threshold else found[n] for n in names}
+      tried[threshold] = squad_rules.measures(told, right)[kind]
+    assert best[f'best_{kind}'] == pytest.approx(max(tried.values()))
+    assert tried[best[f'best_{kind}_thresh']] == pytest.approx(
+        max(tried.values()))
+
+
+def _windows(context, room, stride, seed):
+  rng = np.random.default_rng(seed)
+  places = np.array([m.span() for m in re.finditer(r'\S+', context)])
+  return [spans.Window(rng.normal(size=e - f), rng.normal(size=e - f),
+                       places[f:e], float(rng.normal()))
+          for f, e in offsets.windows(len(places), room, stride)]
+
+
+@pytest.mark.parametrize('may_be_null', [False, True])
+def test_the_best_stretches_are_the_best_of_all(may_be_null):
+  """Against loops over all windows and pairs of tokens."""
+  context = ' '.join(f'w{i}' for i in range(30))
+  nulls = 0
+  for seed in range(20):
+    windows = _windows(context, 12, 5, seed)
+    found = spans.best(context, windows, most=4, count=10,
+                       may_be_null=may_be_null)
+    scores = {}
+    for w in windows:
+      for i in range(len(w.starts_T)):
+        for j in range(i, min(i + 4, len(w.ends_T))):
+          text = context[w.spans_T2[i, 0]:w.spans_T2[j, 1]]
+          scores[text] = max(scores.get(text, -99), w.starts_T[i] + w.ends_T[j])
+    order = sorted(scores, key=scores.get, reverse=True)
+    assert [text for text, _, _ in found.stretches] == order[:10]
+    for text, first, score in found.stretches:
+      assert context[first:first + len(text)] == text
+      assert score == pytest.approx(scores[text])
+    gap = min(w.null for w in windows) - scores[order[0]]
+    assert found.null_minus_best == pytest.approx(gap)
+    none = may_be_null and gap > 0
+    nulls += none
+    assert found.text == ('' if none else order[0])
+    told = spans.best(context, windows, most=4, count=10,
+                      may_be_null=may_be_null, threshold=gap + 1e-6)
+    assert told.text == order[0]
+    told = spans.best(context, windows, most=4, count=10, may_be_null=True,
+                      threshold=gap - 1e-6)
+    assert told.text == ''
+  assert nulls < 20
+
+
+def test_a_context_without_tokens_has_no_answer():
+  empty = spans.Window(np.zeros(0), np.zeros(0), np.zeros((0, 2), int), 0.0)
+  found = spans.best('', [empty], most=3, count=2, may_be_null=False)
+  assert found == ('', [], np.inf)
+  assert spans.as_json([found]) == [[]]
+
+
+def test_probabilities_are_among_the_best():
+  context = 'a b c'
+  window = spans.Window(np.array([2., 0, 0]), np.array([0., 0, 1]),
+                        np.array([(0, 1), (2, 3), (4, 5)]), 0.0)
+  found = spans.best(context, [window], most=3, count=2, may_be_null=False)
+  row, = spans.as_json([found])
+  assert [r['text'] for r in row] == ['a b c', 'a']
+  assert [r['probability'] for r in row] == pytest.approx(
+      [1 / (1 + np.exp(-1)), 1 / (1 + np.exp(1))])

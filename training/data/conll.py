@@ -1,0 +1,101 @@
+"""Files with a word a line, as CoNLL's shared tasks have them.
+
+  Empire    B-location        the columns are parted by tabs, or else by blanks
+  State     I-location
+                              a line without text ends a sentence
+  # a comment                 before a sentence, without the columns of a word
+  -DOCSTART- -X- O O          ends a sentence, and is left out
+
+Labels that are O, B-TYPE and I-TYPE mark entities (Ramshaw and Marcus 1995, in
+the form that is called IOB2): each entity begins with B, and I goes on with the
+entity of the word before. A file in which they do not is refused, because its
+entities could be read in several ways.
+"""
+
+from collections.abc import Iterator, Sequence
+import re
+from typing import NamedTuple
+
+from configs.errors import RequestError, require
+from training.data import texts
+
+COLUMNS = (0, -1)  # the word's and the label's, where a source names none
+_TAG = re.compile(r'(O|[BI]-\S+)')
+
+
+class Sentence(NamedTuple):
+  """A sentence.
+
+  Attributes:
+    words: its words.
+    labels: one for each word.
+    lines: where each word stands: its file and line, for messages.
+  """
+  words: list[str]
+  labels: list[str]
+  lines: list[str]
+
+
+def read(path: str, columns: tuple[int, int] = COLUMNS) -> Iterator[Sentence]:
+  """Yields the sentences of a file, in order.
+
+  Args:
+    path: the file.
+    columns: those of the words and of the labels, counted from 0, or with -1
+      from the last.
+
+  Raises:
+    RequestError: for a line without one of the columns, or one that is no
+      UTF-8.
+  """
+  words, labels, lines = [], [], []
+  shape = None  # of the first line that is surely a word's
+  with open(path, 'rb') as file:
+    for number, line in enumerate(file, 1):
+      where = f'{path}, line {number}'
+      text = texts.decoded(line, f'{where},').rstrip('\r\n')
+      fields = text.split('\t') if '\t' in text else text.split()
+      if not text.strip() or fields[0] == '-DOCSTART-':
+        if words:
+          yield Sentence(words, labels, lines)
+        words, labels, lines = [], [], []
+        continue
+      own = ('\t' in text, len(fields))
+      # A hashtag may be a word, so a comment has not the shape of one.
+      if text.startswith('#') and not words and (
+          own != shape if shape else '\t' not in text):
+        continue
+      shape = shape or own
+      for found, column, of in ((words, columns[0], 'word'),
+                                (labels, columns[1], 'label')):
+        require(-len(fields) <= column < len(fields) and len(fields) > 1,
+                f'{where}, has {len(fields)} '
+                f'{"column" if len(fields) == 1 else "columns"}, and none with '
+                f'the {of} (column {column}): a line is a word and its label')
+        value = fields[column].strip()
+        require(bool(value), f'{where}, column {column}, is empty: it should '
+                f'hold a {of}')
+        found.append(value)
+      lines.append(where)
+  if words:
+    yield Sentence(words, labels, lines)
+
+
+def check_entities(sentence: Sentence) -> None:
+  """Raises RequestError where the labels of a sentence mark no entities."""
+  before = 'O'
+  for label, where in zip(sentence.labels, sentence.lines):
+    require(bool(_TAG.fullmatch(label)), f'{where}, has the label {label!r} '
+            'among labels of entities, which are O, B-TYPE and I-TYPE')
+    if label.startswith('I') and before[2:] != label[2:]:
+      raise RequestError(
+          f'{where}, has the label {label!r} after {before!r}: an entity '
+          f'begins with {"B" + label[1:]!r}.')
+    before = label
+
+
+def marks_entities(labels: Sequence[str]) -> bool:
+  """Returns whether a set of labels is one of entities: all are O, B-TYPE or
+  I-TYPE, and one at least is a B-TYPE."""
+  return (all(_TAG.fullmatch(label) for label in labels)
+          and any(label.startswith('B') for label in labels))

@@ -1,0 +1,97 @@
+"""Questions on paragraphs, whose answers are stretches of these, as SQuAD's
+files have them (Rajpurkar et al. 2016; version 2: Rajpurkar, Jia and Liang
+2018):
+
+  {"version": ..., "data": [{"title": ..., "paragraphs": [
+      {"context": TEXT, "qas": [
+          {"id": ID, "question": TEXT, "is_impossible": false, "answers": [
+              {"text": TEXT, "answer_start": CHARACTER}]}]}]}]}
+
+Version 2 has questions that the paragraph does not answer: `is_impossible`,
+with no answers.
+"""
+
+from collections.abc import Iterator
+import pathlib
+from typing import Any, NamedTuple
+
+from configs.errors import require, short
+from training.data import texts
+
+
+class Question(NamedTuple):
+  """A question.
+
+  Attributes:
+    id: of the file, unique in it.
+    question: what is asked.
+    context: the paragraph.
+    answers: (text, its first character in the context) of each answer; ():
+      the context holds none.
+    where: its file and id, for messages.
+  """
+  id: str
+  question: str
+  context: str
+  answers: tuple[tuple[str, int], ...]
+  where: str
+
+
+def read(path: str) -> Iterator[Question]:
+  """Yields the questions of a file, in order.
+
+  Raises:
+    RequestError: for a file that is not of this form, or an answer that does
+      not stand in its context where it says.
+  """
+  document = texts.parsed(pathlib.Path(path).read_bytes(), path)
+  seen: set[str] = set()
+  for article, place in _each(document, 'data', path):
+    for paragraph, place_ in _each(article, 'paragraphs', place):
+      context = _text(paragraph, 'context', place_)
+      for asked, at in _each(paragraph, 'qas', place_):
+        question = _question(asked, context, path, at)
+        require(question.id not in seen, f'{question.where}, stands there '
+                'twice: an id names one question')
+        seen.add(question.id)
+        yield question
+
+
+def _question(asked: Any, context: str, path: str, place: str) -> Question:
+  name = _text(asked, 'id', place)
+  where = f'{path}, question {short(name)}'
+  impossible = asked.get('is_impossible', False)
+  require(isinstance(impossible, bool), f'{where}, has is_impossible='
+          f'{short(impossible)}: choose true or false')
+  answers = []
+  # Of an impossible question, a file may hold answers that only look right.
+  for answer, at in () if impossible else _each(asked, 'answers', where):
+    text = _text(answer, 'text', at)
+    start = answer.get('answer_start')
+    require(type(start) is int, f'{at} has answer_start={short(start)}: it '
+            'must be the number of a character of the context')
+    there = context[start:start + len(text)] if start >= 0 else ''
+    require(there == text, f'{at} is {short(text)}, but its context has '
+            f'{short(there)} at answer_start={start}')
+    answers.append((text, start))
+  require(bool(answers) != impossible, f'{where}, has no answer, and '
+          'is_impossible is not true')
+  return Question(name, _text(asked, 'question', where), context,
+                  tuple(answers), where)
+
+
+def _each(holder: Any, name: str, where: str) -> Iterator[tuple[Any, str]]:
+  """Yields each element of a list of an object, and where it stands."""
+  found = holder.get(name) if isinstance(holder, dict) else None
+  require(isinstance(found, list),
+          f'{where} is no part of a SQuAD file: it has no list {name!r}')
+  for number, element in enumerate(found, 1):
+    yield element, f'{where}, {name} {number}'
+
+
+def _text(holder: Any, name: str, where: str) -> str:
+  require(isinstance(holder, dict) and name in holder,
+          f'{where} is no part of a SQuAD file: it has no {name!r}')
+  text = texts.checked(holder[name], f'{where}, field {name!r},')
+  require(bool(text.strip()), f'{where}, field {name!r}, is empty')
+  return text
