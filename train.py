@@ -47,7 +47,7 @@ def main():
     raise RequestError('pass both --config FILE.py:SIZE and --workdir DIR')
 
   # Imported late: `--help` and a wrong flag answer at once.
-  from training import initial_state, loop, profile, runs
+  from training import endings, initial_state, loop, profile, runs
   from training.data import pipeline, tokenizers
   from training.distributed import cpu_memory, devices, processes
   from training.workdir import checkpoints, lock, provenance, run_config
@@ -95,8 +95,8 @@ def main():
   with checkpoints.Checkpoints(workdir, **config.checkpoint,
                                agree_every=config.log.every_steps) as saved:
     state, start = initial_state.restore_or_create(run, saved)
-    require(changes or not loop.ended_badly(state, config),
-            f'{workdir}: {loop.ended_badly(state, config)}')
+    require(changes or not endings.ended_badly(state, config),
+            f'{workdir}: {endings.ended_badly(state, config)}')
     run_config.save(workdir, config, derived)
     if start >= config.train.steps:
       if devices.primary():

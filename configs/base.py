@@ -119,6 +119,10 @@ def base() -> ml_collections.ConfigDict:
       eval=dict(
           every_steps=250,  # steps between two evaluations
           batches=16,  # batches of each source; 0: all of them
+          # Tasks of eval.py to do while training, such as 'loss,exact'. They
+          # are done after the last step in any case.
+          tasks='',
+          tasks_every_steps=0,  # steps between two; 0: after the last one alone
       ),
       log=dict(
           every_steps=10,  # steps between two lines of metrics

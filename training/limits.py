@@ -54,6 +54,7 @@ LIMITS = {
     'checkpoint.keep_every': FROM_0,
     'eval.every_steps': FROM_0,
     'eval.batches': FROM_0,
+    'eval.tasks_every_steps': FROM_0,
     'log.every_steps': FROM_1,
 }
 SIGNS = {'>=': operator.ge, '>': operator.gt, '<=': operator.le,

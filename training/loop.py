@@ -15,19 +15,14 @@ import ml_collections
 import numpy as np
 
 from architectures.parts.moe import health
-from training import evaluating, profile, progress, runs, timing
+from training import endings, evaluating, profile, progress, runs, timing
 from training.costs import flops, peaks
 from training.data import pipeline
 from training.distributed import cpu_memory, devices, signals
+from training.endings import DIVERGED, STOPPED
+from training.evals import in_training
 from training.step import TrainState
 from training.workdir import checkpoints, metrics
-
-STOPPED = 75  # how a run ends after a signal, before its last step
-# And after too many bad steps: as for a wrong request, since the same command
-# would end in the same way, and no launcher is to start it again.
-DIVERGED = 2
-BAD = ('the loss or a gradient was not finite, or there was nothing to '
-       'predict')
 
 
 @dataclasses.dataclass(eq=False)
@@ -102,11 +97,11 @@ class Member:
     """Records that the run ends after step `n`, as `code` says."""
     self.code = code
     if code == DIVERGED:
-      self.sentence = _diverged(n, self.bad, self.saved.newest)
+      self.sentence = endings.diverged(n, self.bad, self.saved.newest)
     else:
       of = f' of {self.config.train.steps}' if self.label else ''
       self.sentence = (f'stopped after step {n}{of}, '
-                       f'{_saved_as(n, self.saved.newest)}')
+                       f'{endings.saved_as(n, self.saved.newest)}')
 
 
 def train(run: runs.Run, state: TrainState, start: int,
@@ -169,6 +164,7 @@ class _Loop:
     self.program, self.members = program, members
     self.start, self.steps = start, program.config.train.steps
     self.loaders, self.eval_data = loaders, eval_data
+    self.tasks = in_training.Tasks(program, loaders[0].tokenizer)
     sides = loaders[0].objective.row_lengths(program.config)
     self.tokens = program.config.data.batch_size * sum(sides)  # of each member
     self.meter = timing.Meter(
@@ -200,7 +196,7 @@ class _Loop:
           batch = self._next(streams)
       self._report(self.held.push(n, figures))
       stopped = self.stop.agreed(n)
-      if self._is_evaluated(n) and not stopped:
+      if not stopped and (self._is_evaluated(n) or self.tasks.due(n)):
         self._evaluate(n, state)
         stopped = self.stop.at_once
       ends = stopped or n == self.steps
@@ -264,26 +260,60 @@ class _Loop:
     return bool(every) and (n % every == 0 or n == self.steps)
 
   def _evaluate(self, n: int, state: TrainState) -> None:
-    """Evaluates all members on the held-out data; writes and shows that."""
+    """Evaluates all members on the held-out data, and by the tasks of
+    eval.tasks, as far as each is due; writes and shows what is found."""
     self._report(self.held.flush())
+    figures: dict[int, dict] = {row: {} for row in self.live}
     with self.meter.paused():
-      # A signal does not cut the last evaluation short: the run was for it.
-      sums = evaluating.evaluate(
-          self.eval_step, state.params, self.eval_data,
-          self.program.config.eval.batches, self.program.put,
-          stop=lambda: self.stop.at_once and n < self.steps)
-    if sums is None:
-      return
+      whole = not self._is_evaluated(n) or self._held_out(n, state, figures)
+      if whole and self.tasks.due(n):
+        self._do_tasks(n, state, figures)
     for row, member in self.live.items():
-      figures = evaluating.means(
+      if figures[row]:
+        member.write(n, 'eval', figures[row])
+
+  def _cut_short(self, n: int) -> bool:
+    """Whether to leave an evaluation at that. A signal does not cut the last
+    one short: the run was for it."""
+    return self.stop.at_once and n < self.steps
+
+  def _held_out(self, n: int, state: TrainState, figures: dict[int, dict]
+                ) -> bool:
+    """Adds the figures of the held-out data; returns whether it came to the
+    end."""
+    sums = evaluating.evaluate(
+        self.eval_step, state.params, self.eval_data,
+        self.program.config.eval.batches, self.program.put,
+        stop=lambda: self._cut_short(n))
+    if sums is None:
+      return False
+    for row, member in self.live.items():
+      found = evaluating.means(
           [self.program.part(own, row) for own in sums], self.eval_data)
-      member.write(n, 'eval', figures)
+      figures[row] |= found
       if member.label:  # one of many, for each of which a figure is enough
-        figures = {'loss': figures['loss']}
+        found = {'loss': found['loss']}
       told = '  '.join(f'{name.replace("_", " ")} {evaluating.shown(value)}'
-                       for name, value in figures.items())
+                       for name, value in found.items())
       self.bar.say(f'step {n}  held-out {told}'
                    + (f'  {member.label}' if member.label else ''))
+    return True
+
+  def _do_tasks(self, n: int, state: TrainState, figures: dict[int, dict]
+                ) -> None:
+    """Adds the figures of the tasks: of all members, or where it is cut short
+    of none."""
+    found = {}
+    for row, params in enumerate(self.program.split(state.params)):
+      if row in self.live:
+        found[row] = self.tasks.of(params, n, self.live[row].workdir,
+                                   stop=lambda: self._cut_short(n))
+        if found[row] is None:
+          return
+    for row, own in found.items():
+      figures[row] |= own.figures
+      for told in own.told:
+        self._say(self.live[row], f'step {n}  {told}')
 
   def _save_or_end(self, n: int, state: TrainState, ends: bool) -> None:
     """Saves the members when that is due, and ends those that diverged.
@@ -325,45 +355,3 @@ def _over_window(loads: list[tuple]) -> dict[str, Any]:
   figures = health.window(*(np.asarray(x, np.float32) for x in zip(*loads)))
   return {f'health/window_{name}': np.asarray(x).tolist()
           for name, x in figures.items()}
-
-
-def _saved_as(n: int, newest: int | None) -> str:
-  """Says what a run that was stopped after step `n` goes on from."""
-  if newest == n:
-    return 'saved: the same command goes on from it.'
-  return ('not saved: the same command goes on from '
-          + ('the beginning.' if newest is None else f'step {newest}.'))
-
-
-def ended_badly(state: TrainState,
-                config: ml_collections.ConfigDict) -> str:
-  """Returns why a run is not gone on with from `state` unless its config is
-  another: it ended there after too many bad steps. '': it did not."""
-  bad, step = int(state.bad_in_row), int(state.step)
-  if bad < config.train.max_bad_steps:
-    return ''
-  return (f'the run in this workdir ended at step {step}: {BAD}, in {bad} '
-          'steps in a row (train.max_bad_steps), and the same config would end '
-          'in the same way. Change what made it so, such as a smaller '
-          'optim.lr, with --allow_config_change; raise train.max_bad_steps to '
-          'go on '
-          'unchanged; or move the latest folders out of checkpoints to go on '
-          'from an earlier step.')
-
-
-def _diverged(n: int, bad: int, newest: int | None) -> str:
-  """Why a run ends after step `n`, the last `bad` of them not finite; `newest`
-  is the checkpoint that it has."""
-  what = (f'{BAD}, in {bad} steps in a row (train.max_bad_steps); no update '
-          'was made in them' if bad else
-          f'the parameters are not finite after the last step, {n}')
-  if newest == n:
-    kept = (f'The parameters before them are saved as step {n}, beside the '
-            'last good checkpoints')
-  else:
-    kept = ('Parameters that are not finite are not saved: '
-            + ('there is no checkpoint' if newest is None else
-               f'the newest checkpoint is of step {newest}'))
-  return (f'{what}. {kept}. Try a smaller optim.lr, a longer '
-          'optim.warmup_steps, optim.clip_norm=1, or model.dtype=float32, with '
-          '--allow_config_change.')

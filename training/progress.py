@@ -15,6 +15,23 @@ Item = TypeVar('Item')
 _DRAWN_A_SECOND = 2  # by a thread, which takes time from the host's cores
 
 _bar = None  # of this process: what is done inside another task has its line
+_stop: Callable[[], bool] | None = None  # inside a run
+
+
+class Stopped(Exception):
+  """What `each` goes through is not wanted any more."""
+
+
+@contextlib.contextmanager
+def inside_a_run(stop: Callable[[], bool]) -> Iterator[None]:
+  """While the `with` block runs nothing is drawn here, because the run has a
+  bar of its own, and `each` raises Stopped as soon as `stop` says so."""
+  global _stop
+  _stop = stop
+  try:
+    yield
+  finally:
+    _stop = None
 
 
 @contextlib.contextmanager
@@ -30,7 +47,7 @@ def during(text: str, total: int | None = None
     A function to call when one more part is done.
   """
   global _bar
-  if not sys.stderr.isatty():
+  if _stop is not None or not sys.stderr.isatty():
     yield lambda: None
     return
   outermost = _bar is None
@@ -69,6 +86,8 @@ def each(items: Iterable[Item], text: str, total: int | None = None
     total = len(items)
   with during(text, total) as advance:
     for item in items:
+      if _stop is not None and _stop():
+        raise Stopped
       yield item
       advance()
 

@@ -22,7 +22,7 @@ from architectures.parts.moe import grouped_kernels
 from configs import sharding as tables
 from configs.errors import RequestError, one_of, require
 from training import limits
-from training import objectives
+from training import evals, objectives
 from training.costs import totals
 from training.data import pipeline, tokenizers
 from training.distributed import devices
@@ -93,6 +93,7 @@ def check_config(config: ml_collections.ConfigDict, by_hand: Iterable[str] = ()
   mup.check_optimizer(module.config, config.optim.name)
   _check_reach(config, module.config)
   _check_objective(config.objective, module)
+  evals.check_in_training(config)
 
 
 def _check_reach(config: ml_collections.ConfigDict, c: ModelConfig) -> None:
@@ -159,6 +160,11 @@ class Run:
 
   figures = {}  # what is said of each step beside the step's own figures
 
+  @property
+  def single(self) -> 'Run':
+    """The run that each member is for what is done with one at a time."""
+    return self
+
   @classmethod
   def of(cls, config: ml_collections.ConfigDict, model: ModelConfig,
          mesh: Mesh) -> 'Run':
@@ -224,7 +230,7 @@ class Run:
         f'held out: {" and ".join(loader.text for loader in eval_data)}, '
         f'{sum(loader.num_tokens for loader in eval_data):,} tokens',
         f'evaluation: {_evaluations(config, eval_data)}',
-        *_unread(config, model)])
+        *_tasks(config), *_unread(config, model)])
 
   def put(self, *batches: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
     """Puts this process's rows of a batch on its devices."""
@@ -270,6 +276,14 @@ def _evaluations(config: ml_collections.ConfigDict,
   taken = [loader.first(config.eval.batches) for loader in eval_data]
   return (f'every {every:,} steps, on {sum(taken):,} of the {sum(there):,} '
           'batches held out')
+
+
+def _tasks(config: ml_collections.ConfigDict) -> list[str]:
+  names = evals.listed(config.eval.tasks)
+  every = config.eval.tasks_every_steps
+  when = f'every {every:,} steps and ' if every else ''
+  return [f'tasks: {", ".join(names)}, {when}after the last step'
+          ] if names else []
 
 
 def build(config: ml_collections.ConfigDict, model: ModelConfig,

@@ -24,7 +24,7 @@ import numpy as np
 
 from configs import sharding as tables
 from configs.errors import EnvironmentFailure, require
-from training import loop, runs
+from training import endings, loop, runs
 from training.data import pipeline, tokenizers
 from training.distributed import devices
 from training.optim import mup, optimizers
@@ -158,7 +158,7 @@ def _take_up(run: runs.Run, member: loop.Member, changed: bool
     print(f'warning: {sentence}', file=sys.stderr)
   print(f'{member.workdir}: going on from step {restored.step}')
   if not changed:
-    member.sentence = loop.ended_badly(restored.state, member.config)
+    member.sentence = endings.ended_badly(restored.state, member.config)
   return restored.state, restored.record['next_batch']
 
 
@@ -206,6 +206,7 @@ class Group(runs.Run):
 
   def __init__(self, run: runs.Run, members: Sequence[loop.Member]):
     super().__init__(**vars(run) | {'config': members[0].config})
+    self._run = run
     self.members = members
     self.figures = {'runs_at_once': len(members)}
     each = -(-len(members) // jax.device_count())
@@ -223,6 +224,10 @@ class Group(runs.Run):
   @property
   def devices(self) -> list[jax.Device]:
     return list(self.joint.devices.flat)
+
+  @property
+  def single(self) -> runs.Run:
+    return self._run
 
   def context(self):
     return contextlib.nullcontext()  # each run is on one device

@@ -12,6 +12,7 @@ import pytest
 from configs import base
 from training import evaluating, loop, objectives
 from training.distributed import signals
+from training.evals import in_training
 
 STEPS = 6
 
@@ -28,6 +29,8 @@ class Program:
   def __init__(self, rows, config):
     self.rows, self.config, self.done = rows, config, []
     self.figures = {'runs_at_once': len(rows)} if len(rows) > 1 else {}
+
+  single = None
 
   def context(self):
     return contextlib.nullcontext()
@@ -52,7 +55,8 @@ class Program:
         name: jnp.array([own[name] for own in each]) for name in each[0]}
 
   def split(self, state):
-    return [(row, state.step) for row in range(len(self.rows))]
+    step = getattr(state, 'step', None)  # of a state, and not of parameters
+    return [(row, step) for row in range(len(self.rows))]
 
   def part(self, figures, row):
     if row == 0 and 'loss' in figures:
@@ -78,6 +82,7 @@ def _state(step):
 
 class Loader:
   objective = objectives.OBJECTIVES['causal']
+  tokenizer = None
 
   def batch(self, n):
     return {}
@@ -131,10 +136,13 @@ def _train(tmp_path, monkeypatch):
   return train
 
 
-def _steps(member, split='train'):
+def _rows(member, split):
   lines = (member.workdir / 'metrics.jsonl').read_text().splitlines()
-  rows = [json.loads(line) for line in lines]
-  return [row['step'] for row in rows if row['split'] == split]
+  return [row for row in map(json.loads, lines) if row['split'] == split]
+
+
+def _steps(member, split='train'):
+  return [row['step'] for row in _rows(member, split)]
 
 
 def bad(*steps):
@@ -212,6 +220,30 @@ def test_members_that_are_stopped_say_of_how_many_steps(train):
   _, members, _ = train({}, {}, stop=3)
   assert {m.sentence for m in members} == {
       'stopped after step 3 of 6, saved: the same command goes on from it.'}
+
+
+@pytest.mark.parametrize('at, done', [
+    (4, [2]), (STEPS, [2, 4, STEPS]), (None, [2, 4, STEPS])])
+def test_a_signal_cuts_tasks_short_and_leaves_no_part(
+    train, monkeypatch, at, done):
+  """Of two members the first is through when the signal comes."""
+  asked = [0]
+  monkeypatch.setattr(
+      in_training.Tasks, 'of', lambda self, params, n, workdir, stop: (
+          None if params[0] == 1 and stop() else
+          in_training.Found({'x/score': n + params[0]}, [])))
+  monkeypatch.setattr(signals.Stop, 'agreed', lambda self, step: (
+      asked.append(step)))
+  monkeypatch.setattr(signals.Stop, 'at_once', property(
+      lambda self: asked[-1] == at))
+  n, members, program = train(
+      {}, {}, eval__tasks='x', eval__tasks_every_steps=2)
+  assert n == (at or STEPS)
+  for row, member in enumerate(members):
+    assert _rows(member, 'eval') == [
+        {'step': step, 'split': 'eval', 'x/score': step + row}
+        for step in done]
+    assert member.saved.newest == n
 
 
 @pytest.mark.parametrize('at, evaluated, n', [

@@ -65,7 +65,7 @@ class Sweep:
     TASKS that measure something of it."""
     config = self.config(point)
     return tuple(task for task in self.tasks
-                 if not evals.TASKS[task].unfit(config))
+                 if not evals.task(task).unfit(config))
 
 
 def read_sweep_file(file: str, seeds: int = 0) -> Sweep:
@@ -103,14 +103,9 @@ def read_sweep_file(file: str, seeds: int = 0) -> Sweep:
   if not isinstance(tasks, tuple | list):
     raise RequestError(f'{file}: TASKS is {tasks!r}: write a tuple of names')
   for task in tasks:
-    require(task in evals.TASKS, f'{file}: unknown task {task!r} in TASKS: '
-            f'choose from {", ".join(evals.TASKS)}')
-    try:  # A sweep sets none of the flags.
-      evals.TASKS[task].check(evals.defaults())
-    except RequestError as error:
-      raise RequestError(
-          f'{file}: TASKS has {task!r}, which no sweep can do: {error}'
-      ) from error
+    require(isinstance(task, str) and ',' not in task, f'{file}: TASKS has '
+            f'{task!r}: write each task as a text of its own')
+    evals.check_without_flags(task, f'{file}: TASKS')
   seeds = seeds or getattr(module, 'SEEDS', SEEDS)
   if type(seeds) is not int or not 1 <= seeds <= MOST_SEEDS:
     raise RequestError(f'SEEDS or --seeds is {seeds!r}: choose a whole number '

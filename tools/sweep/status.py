@@ -67,7 +67,7 @@ def rows(description: dict, workdir, runs: list) -> list[tuple[str, ...]]:
       trained = layout.metrics(folder, 'train')
       shares.append(trained[-1]['step'] / steps if trained else 0.0)
       held_out = [row for row in layout.metrics(folder, 'eval')
-                  if row['step'] == steps and row['loss'] is not None]
+                  if row['step'] == steps and row.get('loss') is not None]
       if held_out:
         losses[run.seed] = held_out[-1]['loss']
     base = base if table else losses

@@ -43,6 +43,7 @@ class Loader:
     num_bytes: UTF-8 bytes of that text.
     bytes_per_token: bits per byte = nats per token / (ln 2 x this).
     rows: rows of a batch that this process holds.
+    tokenizer: the run's.
     objective: the record of the run's objective.
     num_sources: of which the text comes, mixed.
   """
@@ -55,7 +56,7 @@ class Loader:
     self.text = text
     self._dataset = dataset
     self._config = config
-    self._tokenizer = tokenizer
+    self.tokenizer = tokenizer
     self._split = split
     self._batch_size = config.data.batch_size
     self.objective = objectives.of(config)
@@ -135,7 +136,7 @@ class Loader:
     seed = EVAL_SEED if self._split == 'eval' else self._config.seed
     row = self.objective.row(self._dataset[0 if padding else g],
                              np.random.default_rng([seed, g]),
-                             self._config, self._tokenizer)
+                             self._config, self.tokenizer)
     if padding:  # which counts nothing and takes no expert's room
       row |= {key: np.zeros_like(value) for key, value in row.items()
               if key.endswith(('weights', 'segment_ids', 'valid'))}

@@ -6,6 +6,7 @@ their flags from this table.
 """
 
 from collections.abc import Sequence
+import dataclasses
 import importlib
 import importlib.util
 import pkgutil
@@ -16,9 +17,9 @@ from absl import flags
 from etils import epath
 import ml_collections
 
-from configs.errors import one_of, require
+from configs.errors import RequestError, one_of, require
 from training.evals import tasks
-from training.evals.task import Flag, Task
+from training.evals.task import Evaluation, Flag, Task
 from training.workdir import storage
 
 flags.disclaim_key_flags()  # what is defined here belongs to who calls
@@ -28,10 +29,39 @@ TASKS: dict[str, Task] = {
     for file in pkgutil.iter_modules(tasks.__path__)}
 
 
-def task(name: str) -> Task:
-  """Returns the task `name`; RequestError where there is none."""
-  one_of('--tasks', name, TASKS)
-  return TASKS[name]
+def task(name: str, where: str = '--tasks') -> Task:
+  """Returns the task of a name, which may be NAME:ARGUMENT.
+
+  Args:
+    name: what was asked for.
+    where: what it was asked for in.
+
+  Raises:
+    RequestError: where there is no such task, or it takes no argument.
+  """
+  own, colon, argument = name.partition(':')
+  one_of(where, own, TASKS)
+  row = TASKS[own]
+  takes = f'{own}:NAME, with one name' if row.argument else own
+  require(not colon or bool(row.argument and argument),
+          f'{where} has {name!r}: write {takes}')
+  return row
+
+
+def run(name: str, evaluation: Evaluation) -> dict[str, Any]:
+  """Returns the figures of the task `name`."""
+  row = task(name)
+  return row.run(dataclasses.replace(
+      evaluation, options=_options(row, name, evaluation.options)))
+
+
+def _options(row: Task, name: str, values: Any) -> types.SimpleNamespace:
+  """Returns the flags that a task reads, with the argument of its name."""
+  options = types.SimpleNamespace(
+      **{flag.name: getattr(values, flag.name) for flag in row.flags})
+  if ':' in name:
+    setattr(options, row.argument, name.partition(':')[2])
+  return options
 
 
 def define_flags() -> None:
@@ -90,8 +120,49 @@ def check_task(name: str, options: Any, config: ml_collections.ConfigDict,
   row = task(name)
   reason = row.unfit(config)
   require(not reason, f'{reason}: leave {name} out of --tasks')
-  row.check(options)
+  row.check(_options(row, name, options))
+  _check_picture(row)
   if row.picture:
-    require(importlib.util.find_spec('matplotlib') is not None, 'the picture '
-            "needs matplotlib: pip install -e '.[plot]'")
     storage.try_file(workdir / row.picture, '--workdir')
+
+
+def listed(names: str) -> list[str]:
+  """Returns the tasks that a comma-separated text names."""
+  return [name.strip() for name in names.split(',') if name.strip()]
+
+
+def check_without_flags(name: str, where: str) -> Task:
+  """Returns the task `name`; RequestError where it cannot do without a flag.
+
+  Args:
+    name: the task's.
+    where: what it was asked for in, where no flag can be set.
+  """
+  row = task(name, where)
+  try:
+    row.check(_options(row, name, defaults()))
+  except RequestError as error:
+    raise RequestError(f'{where} has {name!r}, which cannot be done there: '
+                       f'{error}') from error
+  return row
+
+
+def check_in_training(config: ml_collections.ConfigDict) -> None:
+  """Raises RequestError for what eval.tasks asks of a run and cannot get."""
+  names = listed(config.eval.tasks)
+  every = config.eval.tasks_every_steps
+  require(bool(names) or not every, f'eval.tasks_every_steps is {every}, but '
+          'eval.tasks names nothing to evaluate: set it, or leave '
+          'eval.tasks_every_steps at 0')
+  twice = {name for name in names if names.count(name) > 1}
+  require(not twice, f'eval.tasks names {", ".join(sorted(twice))} twice')
+  for name in names:
+    row = check_without_flags(name, 'eval.tasks')
+    reason = row.unfit(config)
+    require(not reason, f'{reason}: leave {name} out of eval.tasks')
+    _check_picture(row)
+
+
+def _check_picture(row: Task) -> None:
+  require(not row.picture or importlib.util.find_spec('matplotlib') is not None,
+          "the picture needs matplotlib: pip install -e '.[plot]'")

@@ -42,7 +42,7 @@ def evaluate(workdir: epath.Path, names: Sequence[str], options: Any, *,
                           programs)
   with run.context():
     for name in names:
-      figures[name] = evals.task(name).run(evaluation)
+      figures[name] = evals.run(name, evaluation)
   return figures
 
 

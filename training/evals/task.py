@@ -88,6 +88,8 @@ class Task(NamedTuple):
       honoured, and where this machine lacks something.
     flags: those that it reads.
     picture: the file that it draws into the workdir; '': none.
+    argument: the flag, a text, that NAME:TEXT sets where a task is named; '':
+      the task is named without one.
   """
   help: str
   run: Callable[[Evaluation], dict[str, Any]]
@@ -95,6 +97,7 @@ class Task(NamedTuple):
   check: Callable[[Any], None] = lambda options: None
   flags: tuple[Flag, ...] = ()
   picture: str = ''
+  argument: str = ''
 
 
 def without(has: Callable[[Any], Any], words: str

@@ -142,8 +142,9 @@ class UploadWriter:
 
 
 METRICS = 'metrics.jsonl'
-ROW = {'step': int, 'split': str, 'loss': schema.MAYBE}
-FIGURES = {'step_seconds', 'runs_at_once'}  # more that tools calculate with
+ROW = {'step': int, 'split': str}
+# What tools calculate with. A row of eval.tasks alone has no loss.
+FIGURES = {'loss', 'step_seconds', 'runs_at_once'}
 _FILES = itertools.count()  # of TensorBoard, by this process
 UPLOAD_SECONDS = 60
 EXTRAS = ('tensorboard', 'wandb')

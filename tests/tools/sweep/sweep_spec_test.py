@@ -102,7 +102,7 @@ PYTHON_ERRORS = {
     f'{BASE}def sweep(add):\n  add(x)': "line 4: NameError: name 'x'",
     f'{BASE}def sweep(add):\n  add(3)': 'a point is called 3',
     f'{BASE}TASKS = 5': 'TASKS is 5',
-    f"{BASE}TASKS = 'embed',": "has 'embed', which no sweep can do: task embed",
+    f"{BASE}TASKS = 'embed',": "has 'embed', which cannot be done there: task",
     f'{BASE}SEEDS = "2"': "SEEDS or --seeds is '2'",
     f'{BASE}SEEDS = 10**20': '1 to 10,000',
 }

@@ -72,7 +72,7 @@ class Run:
     last = self.config['train.steps']
     losses = [row['loss'] for row in self.rows
               if row['split'] == 'eval' and row['step'] == last
-              and row['loss'] is not None]
+              and row.get('loss') is not None]
     return losses[-1] if losses else None
 
 
@@ -102,7 +102,8 @@ class Point:
   def curve(self, seed: int, split: str) -> Curve:
     """The losses of one run; null ones (not finite) are NaN."""
     run = self.runs[seed]
-    rows = [row for row in run.rows if row['split'] == split]
+    rows = [row for row in run.rows
+            if row['split'] == split and 'loss' in row]
     step = np.array([row['step'] for row in rows], float)
     steps = run.config['train.steps'] if rows else 1
     tokens = step / steps * self.tokens

@@ -1,0 +1,109 @@
+"""The tasks of eval.tasks, done on the live parameters of a run.
+
+What eval.py measures of a checkpoint is measured of the parameters as they
+are after a step, in the process that trains: the seeds of a group have one
+compiled program. Nothing that training draws or keeps is touched.
+"""
+
+from collections.abc import Callable, Mapping
+import contextlib
+import io
+import numbers
+from typing import Any, NamedTuple
+
+import jax
+from etils import epath
+
+from configs.errors import require
+from training import evals, evaluating, progress, runs
+from training.data.tokenizers import Tokenizer
+from training.evals.task import Evaluation
+
+
+class Found(NamedTuple):
+  """What the tasks of a run have found.
+
+  Attributes:
+    figures: every number, as TASK/FIGURE.
+    told: for a reader: a line for each task; or of one without a figure to put
+      into a line, such as `samples`, what it printed.
+  """
+  figures: dict[str, float]
+  told: list[str]
+
+
+class Tasks:
+  """The tasks of a run, or of a group of runs; see `of`.
+
+  Args:
+    program: the run or the group.
+    tokenizer: its own.
+
+  Raises:
+    RequestError: where several processes train.
+  """
+
+  def __init__(self, program: runs.Run, tokenizer: Tokenizer):
+    config = program.config
+    self._names = evals.listed(config.eval.tasks)
+    self._every = config.eval.tasks_every_steps
+    self._last = config.train.steps
+    self._run, self._tokenizer = program.single, tokenizer
+    self._programs: dict = {}
+    require(not self._names or jax.process_count() == 1, 'eval.tasks is '
+            f'{config.eval.tasks!r}, which is for training in one process, and '
+            f'there are {jax.process_count()}: leave it empty, and evaluate '
+            'the checkpoints by eval.py')
+
+  def due(self, n: int) -> bool:
+    """Whether they are done after step `n`."""
+    return bool(self._names) and (
+        n == self._last or bool(self._every) and n % self._every == 0)
+
+  def of(self, params: Any, n: int, workdir: epath.Path,
+         stop: Callable[[], bool]) -> Found | None:
+    """Does the tasks for one member.
+
+    Args:
+      params: the member's.
+      n: the step that they are of.
+      workdir: the member's, where pictures go.
+      stop: asked again and again, whether to leave it at that.
+
+    Returns:
+      None: stopped.
+    """
+    evaluation = Evaluation(self._run, params, n, self._tokenizer,
+                            evals.defaults(), workdir, self._programs)
+    found = Found({}, [])
+    for name in self._names:
+      printed = io.StringIO()
+      try:
+        with self._run.context(), progress.inside_a_run(
+            stop), contextlib.redirect_stdout(printed):
+          figures = evals.run(name, evaluation)
+      except progress.Stopped:
+        return None
+      found.figures.update(_numbers(figures, name))
+      found.told.append(_line(name, figures) or printed.getvalue().rstrip())
+    return found
+
+
+def _numbers(figures: Mapping[str, Any], prefix: str) -> dict[str, float]:
+  """Returns the numbers among figures, also of groups: {'labels/f1': 0.5}."""
+  found = {}
+  for name, value in figures.items():
+    if isinstance(value, Mapping):
+      found |= _numbers(value, f'{prefix}/{name}')
+    elif isinstance(value, numbers.Real):
+      found[f'{prefix}/{name}'] = value
+  return found
+
+
+def _line(task: str, figures: Mapping[str, Any]) -> str:
+  """Returns the fractions among the figures, not the counts; '': none."""
+  told = [f'{name.replace("_", " ")} {evaluating.shown(value)}'
+          for name, value in figures.items()
+          if isinstance(value, numbers.Real)
+          and not isinstance(value, numbers.Integral)]
+  return f'{task}: {"  ".join(told)}' if told else ''
