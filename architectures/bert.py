@@ -59,8 +59,10 @@ class BERT(nn.Module):
     pooled_BD = jnp.tanh(self._dense('pooler', x_BLD[:, 0], c.d_model))
     nsp_logits_B2 = self._dense('nsp', pooled_BD, 2, output=True)
     act = FFNS[c.moe.ffn if c.ffn == 'moe' else c.ffn].act
-    t_BLD = act(self._dense('transform', x_BLD, c.d_model))
-    t_BLD = norm(c, 'transform_norm')(t_BLD)
+    read = aux['readouts'] if keep_layers else x_BLD
+    t = norm(c, 'transform_norm')(act(self._dense('transform', read,
+                                                  c.d_model)))
+    t_BLD, aux = (t[-1], aux | {'readouts': t}) if keep_layers else (t, aux)
     return Output(t_BLD, Unembed(c, name='head')(table_DV), aux=aux,
                   extra=dict(hidden=x_BLD, pooled=pooled_BD,
                              nsp_logits=nsp_logits_B2.astype(jnp.float32)))

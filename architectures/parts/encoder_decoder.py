@@ -60,7 +60,9 @@ class EncoderDecoder(nn.Module):
       memory: the encoder's output, where it is known.
       deterministic: whether nothing is drawn (no dropout, no router noise).
       keep_layers: whether aux['layers'] holds what the first layer of each
-        stack is given and what each layer returns.
+        stack is given and what each layer returns, aux['readouts'] what the
+        head would read of the decoder's, and aux['experts'] the choices of
+        the layers of experts, the encoder's first.
       keep_attention: whether aux['attention'] holds the attention weights of
         each layer, the encoder's first, and aux['cross_attention'] those of
         the decoder over the memory.
@@ -141,10 +143,14 @@ def join_aux(encoder: dict, decoder: dict) -> dict:
         jnp.add, encoder['losses'], decoder['losses'])
     joined['health'] = jax.tree.map(
         lambda *x: jnp.concatenate(x), encoder['health'], decoder['health'])
+    if 'experts' in decoder:
+      joined['experts'] = {name: (*encoder['experts'][name], *x)
+                           for name, x in decoder['experts'].items()}
     joined['loads'] = encoder['loads'] | decoder['loads']
   for name in ('layers', 'attention'):
     if name in decoder:
       joined[name] = (*encoder[name], *decoder[name])
-  if 'cross_attention' in decoder:
-    joined['cross_attention'] = decoder['cross_attention']
+  for name in ('readouts', 'cross_attention'):
+    if name in decoder:
+      joined[name] = decoder[name]
   return joined

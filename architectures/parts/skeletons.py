@@ -60,9 +60,11 @@ class Output:
     aux: {'losses': scalars summed over layers, 'health': arrays by layer,
       'loads': of the experts, by the path of the bias that they move},
       with keep_layers 'layers': [N + 1, B, L, D], what the first layer is
-      given and what each returns; with keep_attention 'attention':
-      [N, B, H, L, M], what each layer weighs the values with, and of a decoder
-      with a memory 'cross_attention'.
+      given and what each returns, 'readouts': the same as the head would read
+      it, which ends with `hidden`, and 'experts': moe.layer.choices by layer
+      of experts; with keep_attention 'attention': [N, B, H, L, M], what each
+      layer weighs the values with, and of a decoder with a memory
+      'cross_attention'.
     memory: [B, M, D] the encoder's output, of an encoder-decoder.
     extra: what one system alone returns, by name.
   """
@@ -159,12 +161,15 @@ class Stack(nn.Module):
     run = self._one_by_one if ctx.one_by_one else self._scan
     given_BLD, with_cache = x_BLD, cache is not None
     x_BLD, (cache, auxes, kept) = run(x_BLD, cache, ctx)
+    final = lambda x: x
     if BLOCKS[c.block].FINAL_NORM:
-      x_BLD = norm(c, 'final_norm')(x_BLD)
+      final = norm(c, 'final_norm')
+    x_BLD = final(x_BLD)
     aux = gather_aux(auxes)
     if ctx.keep_layers:
       kept = jnp.stack(kept, 1).reshape(-1, *x_BLD.shape)
-      aux = aux | {'layers': jnp.concatenate([given_BLD[None], kept])}
+      layers_NBLD = jnp.concatenate([given_BLD[None], kept])
+      aux = aux | {'layers': layers_NBLD, 'readouts': final(layers_NBLD)}
     if ctx.keep_attention:
       weights, cache = take_weights(cache)
       aux, cache = aux | weights, cache if with_cache else None
@@ -216,7 +221,8 @@ def take_weights(cache: tuple[Cache, ...]) -> tuple[dict, tuple[Cache, ...]]:
 
 
 def gather_aux(auxes: tuple[dict, ...]) -> dict:
-  """Sums the layers' losses; stacks their health in the layers' order.
+  """Sums the layers' losses; stacks their health, and what they kept of their
+  experts, in the layers' order.
 
   `auxes` has one entry a block of the period, its leaves [periods, ...].
   """
@@ -225,12 +231,13 @@ def gather_aux(auxes: tuple[dict, ...]) -> dict:
     return {}
   losses = jax.tree.map(lambda *xs: sum(x.sum() for x in xs),
                         *[aux['losses'] for aux in auxes])
-  health = jax.tree.map(
+  stacked = {name: jax.tree.map(
       lambda *xs: jnp.stack(xs, 1).reshape(-1, *xs[0].shape[1:]),
-      *[aux['health'] for aux in auxes])
+      *[aux[name] for aux in auxes])
+             for name in ('health', 'experts') if name in auxes[0]}
   loads = {path: load_NE for aux in auxes
            for path, load_NE in aux['loads'].items()}
-  return {'losses': losses, 'health': health, 'loads': loads}
+  return {'losses': losses, 'loads': loads} | stacked
 
 
 class Unembed(nn.Module):

@@ -33,7 +33,8 @@ BIAS = 'router_bias'
 
 class MoE(nn.Module):
   """(x_BLD, context) -> (y_BLD, {'losses': weighted, 'health': raw, 'loads':
-  the load of each expert, by the path of the bias that it moves})."""
+  the load of each expert, by the path of the bias that it moves; with
+  context.keep_layers 'experts': the `choices`})."""
   config: ModelConfig
 
   @nn.compact
@@ -60,6 +61,9 @@ class MoE(nn.Module):
                         dispatch.expert_shards())
     aux['loads'] = {} if inputs.bias_E is None else {
         '/'.join((*self.path, BIAS)): aux['health']['load_E']}
+    if ctx.keep_layers:
+      aux['experts'] = {name: x_TE.reshape(B, L, -1) for name, x_TE in
+                        choices(routed, kept_A).items()}
     y_BLD = y_TD.reshape(B, L, D)
     if m.shared_experts:
       shared_BLD, _ = dense.FFN(
@@ -134,6 +138,22 @@ class MoE(nn.Module):
         weights['gate_bias_EF'] = bias('gate_bias', F, 'mlp')
       weights['down_bias_ED'] = bias('down_bias', D, 'embed')
     return Weights(**weights)
+
+
+def choices(routed: routing.Routing, kept_A: jax.Array
+            ) -> dict[str, jax.Array]:
+  """Returns what a router did with each token, [T, E] of each name.
+
+  probabilities: the router's, float32. chosen: bool, whether the token goes to
+  the expert, or would if there were room. gates: float32, the weight of the
+  expert's output, which is 0 where it was not chosen or had no room.
+  """
+  def table(value_A: jax.Array) -> jax.Array:  # the void ones fall outside
+    return jnp.zeros_like(routed.probs_TE).at[
+        routed.token_A, routed.expert_A].add(value_A, mode='drop')
+  return dict(probabilities=routed.probs_TE,
+              chosen=table(jnp.ones_like(routed.gate_A)) > 0,
+              gates=table(jnp.where(kept_A, routed.gate_A, 0)))
 
 
 def move_biases(c: ModelConfig, params: dict[str, Any],
