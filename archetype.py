@@ -7,6 +7,7 @@
   logits = model(tokens)                      # [1, L, V]
   states = model.hidden_states(tokens)        # [N + 1, 1, L, D]
   weights = model.attention_weights(tokens)   # [N, 1, H, L, L]
+  lens = model.inspect(tokens).lens           # what each layer would predict
   print(model.generate('My fellow', max_new_tokens=50))
 
 docs/python.md is the guide. Whoever needs more than this takes `model.module`
@@ -40,6 +41,7 @@ from training import step as step_lib
 from training import weights
 from training.costs import totals
 from training.data import tokenizers
+from training.insides import record
 from training.workdir import restoring
 from training.workdir import run_config
 from training.workdir import storage
@@ -127,6 +129,14 @@ class Model:
     kept, cross = self._run('attention', tokens, decoder_tokens, inputs)
     found = self._of_stacks(kept, self.config.num_layers)
     return found if cross is None else found | {'cross': cross}
+
+  def inspect(self, tokens: Tokens, decoder_tokens: Tokens | None = None, *,
+              top: int = record.TOP, **inputs: Tokens) -> record.Insides:
+    """Returns the insides in numpy: attention and its entropy, the residual
+    stream, the logit lens (`top` tokens) and the experts' choices, as
+    record.Insides has them. The arguments are those of a call of the model."""
+    arrays = self._arrays(tokens, decoder_tokens, inputs)
+    return record.of(self.module, self.params, arrays, top)
 
   def generate(self, prompts: str | Sequence[str], *, max_new_tokens: int = 64,
                temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
@@ -218,6 +228,12 @@ class Model:
 
   def _run(self, wanted: str, tokens: Tokens, decoder_tokens: Tokens | None,
            inputs: Mapping[str, Tokens]) -> Any:
+    arrays = self._arrays(tokens, decoder_tokens, inputs)
+    return _apply(self.module, self.params, arrays, wanted)
+
+  def _arrays(self, tokens: Tokens, decoder_tokens: Tokens | None,
+              inputs: Mapping[str, Tokens]) -> dict[str, jax.Array]:
+    """Returns the module's arguments by name."""
     given = dict(inputs, tokens=tokens)
     if decoder_tokens is not None:
       given['decoder_tokens'] = decoder_tokens
@@ -229,7 +245,7 @@ class Model:
     for name, value in given.items():
       array = jnp.asarray(value, jnp.int32)
       arrays[names[name]] = array if array.ndim == 2 else array[None]
-    return _apply(self.module, self.params, arrays, wanted)
+    return arrays
 
   def _of_stacks(self, kept: Any, encoder: int) -> Any:
     """Parts what the layers of both stacks have kept, the encoder's first."""
@@ -312,7 +328,7 @@ def build(config: str | ml_collections.ConfigDict | ModelConfig, *,
   if isinstance(config, str):
     config = config_files.load_config_file(config)
   config = config.copy_and_resolve_references()
-  _set_fields(config.model, fields)
+  config_files.set_fields(config.model, fields)
   tokenizer = tokenizers.load(config.data.tokenizer)
   model, _ = runs.resolve(config, tokenizer)
   _refuse_unread(model, fields)
@@ -365,16 +381,6 @@ _SIZES = ('arch', 'd_model', 'num_heads', 'head_dim', 'parametrization',
 
 def _names(group: Any) -> list[str]:
   return [field.name for field in dataclasses.fields(group)]
-
-
-def _set_fields(model: ml_collections.ConfigDict,
-                fields: Mapping[str, Any], group: str = 'model') -> None:
-  for name, value in fields.items():
-    one_of(f'field of config.{group}', name, list(model))
-    if isinstance(value, Mapping):
-      _set_fields(model[name], value, f'{group}.{name}')
-    else:
-      model[name] = value
 
 
 def _refuse_unread(config: ModelConfig, fields: Mapping[str, Any]) -> None:

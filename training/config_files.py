@@ -20,7 +20,7 @@ from typing import Any
 import ml_collections
 
 from configs import base
-from configs.errors import RequestError, require, short
+from configs.errors import RequestError, one_of, require, short
 
 # Files of configs/ that hold no config of their own.
 SHARED = ('__init__', 'base', 'errors', 'sharding')
@@ -146,6 +146,21 @@ def _check_key(config: Any, flag: str, name: str) -> None:
   if isinstance(at, ml_collections.ConfigDict):
     raise RequestError(f'{flag}: {name} is a group of fields: set one of them, '
                        f'{", ".join(f"{name}.{field}" for field in at)}')
+
+
+def set_fields(model: ml_collections.ConfigDict, fields: Mapping[str, Any],
+               group: str = 'model') -> None:
+  """Sets fields of a group of a config, and of the groups in it.
+
+  Raises:
+    RequestError: for a field that there is not.
+  """
+  for name, value in fields.items():
+    one_of(f'field of config.{group}', name, list(model))
+    if isinstance(value, Mapping):
+      set_fields(model[name], value, f'{group}.{name}')
+    else:
+      model[name] = value
 
 
 def _bytes(file: str) -> bytes:

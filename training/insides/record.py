@@ -1,0 +1,243 @@
+"""What a model computes of some tokens, as a record of numpy arrays.
+
+`program` makes the compiled part, which returns arrays of the model, and
+`record` works the figures out on the host. The letters of the shapes are those
+of README; N counts layers, and N + 1 what the first layer is given, too.
+"""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+import architectures
+from architectures.parts.config import ModelConfig
+from training.insides import measures
+
+TOP = 5  # tokens of the logit lens
+
+
+class Attention(NamedTuple):
+  """The attention of a stack's layers, to its own tokens or to the memory.
+
+  Attributes:
+    weights: [N, B, H, L, M], the weight that query l gives key m.
+    entropy: [N, B, H, L], of each query's weights, in nats.
+    first: [N, B, H, L], the weight on the first token.
+    sink: [N, B, H, L], the share of a learned sink.
+    previous: [N, B, H], the mean weight on the token before; None of
+      attention to the memory, and so is the next one.
+    induction: [N, B, H], see measures.induction; nan where no token repeats.
+  """
+  weights: np.ndarray
+  entropy: np.ndarray
+  first: np.ndarray
+  sink: np.ndarray
+  previous: np.ndarray | None = None
+  induction: np.ndarray | None = None
+
+  def by_head(self, name: str, counted_BL: np.ndarray) -> np.ndarray:
+    """Returns `entropy`, `first` or `sink` as the mean over some queries,
+    [N, B, H]."""
+    return measures.mean_of_queries(getattr(self, name), counted_BL)
+
+
+class Stream(NamedTuple):
+  """The residual stream of a stack: what the first layer is given, and what
+  each layer returns. Padding counts in none but `norms`.
+
+  Attributes:
+    norms: [N + 1, B, L], the Euclidean norm of each token's state.
+    median: [N + 1, B], the median magnitude of a feature.
+    rms: [N + 1, B], the root of the mean square of a feature.
+    peaks: [N + 1, B, D], the largest magnitude of each feature over tokens.
+    outliers: bool [B, D], the features that are outliers by the criterion of
+      Dettmers et al. 2022; see measures.outliers.
+  """
+  norms: np.ndarray
+  median: np.ndarray
+  rms: np.ndarray
+  peaks: np.ndarray
+  outliers: np.ndarray
+
+
+class Lens(NamedTuple):
+  """The logit lens (nostalgebraist 2020): final norm and head, applied to what
+  each layer returns. The last entry is the model's own prediction.
+
+  Attributes:
+    ids: int [N + 1, B, L, top], the likeliest tokens, the best first.
+    probabilities: float32, theirs.
+  """
+  ids: np.ndarray
+  probabilities: np.ndarray
+
+
+class Experts(NamedTuple):
+  """What the routers of a stack's layers of experts did.
+
+  Attributes:
+    layers: [n], which layers of the stack these are.
+    probabilities: [n, B, L, E], the router's.
+    chosen: bool [n, B, L, E], whether a token goes to an expert.
+    gates: [n, B, L, E], the weight of the expert's output: 0 where it was not
+      chosen, and where it was but had no room.
+  """
+  layers: np.ndarray
+  probabilities: np.ndarray
+  chosen: np.ndarray
+  gates: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Insides:
+  """What `record` returns. Names are 'decoder' or 'encoder', or both, of an
+  encoder-decoder; its attention to the memory is called 'cross'.
+
+  Attributes:
+    tokens: int [B, L], by name.
+    real: bool [B, L], which of them are no padding, by name.
+    attention: by name.
+    stream: by name.
+    lens: of the stack that the head reads; None of a model without a head over
+      the vocabulary.
+    experts: by name, of stacks that have layers of experts.
+  """
+  tokens: dict[str, np.ndarray]
+  real: dict[str, np.ndarray]
+  attention: dict[str, Attention]
+  stream: dict[str, Stream]
+  lens: Lens | None
+  experts: dict[str, Experts]
+
+
+def program(module: nn.Module, top: int = TOP) -> Callable[..., dict]:
+  """Returns (params, the module's arguments by name) -> arrays, to be compiled.
+
+  Args:
+    module: any model.
+    top: how many tokens the logit lens gives.
+  """
+  def look(params: Any, arrays: Mapping[str, jax.Array]) -> dict[str, Any]:
+    output: Any = module.apply({'params': params}, keep_layers=True,
+                               keep_attention=True, **arrays)
+    kept = {name: output.aux[name] for name in (
+        'layers', 'attention', 'cross_attention', 'experts')
+            if name in output.aux}
+    if output.head is None:
+      return kept
+
+    def likeliest(x_BLD: jax.Array) -> tuple[jax.Array, jax.Array]:
+      logits_BLV = output.head.logits(x_BLD)
+      return jax.lax.top_k(jax.nn.softmax(logits_BLV, -1),
+                           min(top, logits_BLV.shape[-1]))
+    # One layer at a time: logits of all would be large.
+    return kept | {'lens': jax.lax.map(likeliest, output.aux['readouts'])}
+  return look
+
+
+@functools.partial(jax.jit, static_argnames=('module', 'top'))
+def _look(module: nn.Module, params: Any, arrays: dict[str, jax.Array],
+          top: int) -> dict[str, Any]:
+  return program(module, top)(params, arrays)
+
+
+def of(module: nn.Module, params: Any, arrays: dict[str, jax.Array],
+       top: int = TOP) -> Insides:
+  """Returns the record of a model and the module's arguments by name."""
+  return record(module.config, arrays, _look(module, params, arrays, top))
+
+
+def record(config: ModelConfig, arrays: Mapping[str, Any],
+           kept: Mapping[str, Any]) -> Insides:
+  """Returns the record of what `program` returned.
+
+  Args:
+    config: the model's.
+    arrays: the module's arguments that went in.
+    kept: what came out.
+  """
+  kept = jax.device_get(dict(kept))
+  tokens, real = _inputs(config, arrays)
+  moe = {name: np.flatnonzero([kind.ffn == 'moe' for kind in kinds])
+         for name, kinds in _layers(config).items()}
+  counts = [len(kinds) for kinds in _layers(config).values()]
+  layers = _apart(kept['layers'], [n + 1 for n in counts])
+  weights = _apart(kept['attention'], counts)
+  chosen = {field: _apart(x, [len(n) for n in moe.values()])
+            for field, x in kept.get('experts', {}).items()}
+  attention, stream, experts = {}, {}, {}
+  for i, name in enumerate(tokens):
+    attention[name] = _attention(weights[i])._replace(
+        previous=measures.previous(weights[i], real[name]),
+        induction=measures.induction(weights[i], tokens[name], real[name]))
+    stream[name] = _stream(layers[i], real[name])
+    if len(moe[name]):
+      experts[name] = Experts(moe[name], **{
+          field: x[i] for field, x in chosen.items()})
+  if 'cross_attention' in kept:
+    attention['cross'] = _attention(np.asarray(kept['cross_attention']))
+  lens = Lens(*kept['lens'][::-1]) if 'lens' in kept else None
+  return Insides(tokens, real, attention, stream, lens, experts)
+
+
+def _layers(config: ModelConfig) -> dict[str, list]:
+  """Returns the kind of each layer, by stack, in the order in which the model
+  keeps them."""
+  def kinds(count: int, **options: bool) -> list:
+    pattern = config.layer_pattern(**options)
+    return [pattern[n % len(pattern)] for n in range(count)]
+  name = architectures.stack(config)
+  if name != 'encoder-decoder':
+    return {name: kinds(config.num_layers)}
+  return {'encoder': kinds(config.num_layers, causal=False),
+          'decoder': kinds(config.num_decoder_layers, cross=True)}
+
+
+def _inputs(config: ModelConfig, arrays: Mapping[str, Any]
+            ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+  """Returns tokens, and which are no padding, by stack."""
+  name = architectures.stack(config)
+  names = {name: ('tokens_BL', ('segment_ids_BL', 'valid_BL'))}
+  if name == 'encoder-decoder':
+    names = {'encoder': ('tokens_BM', ('segment_ids_BM',)),
+             'decoder': ('decoder_tokens_BL', ('decoder_segment_ids_BL',))}
+    arrays = {'decoder_tokens_BL': arrays['tokens_BM'], **arrays}
+  tokens, real = {}, {}
+  for stack, (ids, masks) in names.items():
+    tokens[stack] = np.asarray(arrays[ids])
+    real[stack] = np.ones(tokens[stack].shape, bool)
+    for mask in masks:
+      if mask in arrays:
+        real[stack] &= np.asarray(arrays[mask]) != 0
+  return tokens, real
+
+
+def _apart(kept: Any, counts: list[int]) -> list[np.ndarray]:
+  """Returns the arrays of each stack, of layers that follow one another."""
+  ends = np.cumsum(counts)
+  return [np.stack(kept[end - count:end]) if count else np.zeros(0)
+          for end, count in zip(ends, counts)]
+
+
+def _attention(weights_NBHLM: np.ndarray) -> Attention:
+  return Attention(
+      weights_NBHLM, measures.entropy(weights_NBHLM),
+      measures.first(weights_NBHLM), measures.sink(weights_NBHLM))
+
+
+def _stream(states_NBLD: np.ndarray, real_BL: np.ndarray) -> Stream:
+  states_NBLD = np.asarray(states_NBLD, np.float32)
+  rows = [np.abs(states_NBLD[:, b, real_L])  # [N, tokens, D] of each
+          for b, real_L in enumerate(real_BL)]
+  each = lambda of, axis=1: np.stack([of(x_NLD) for x_NLD in rows], axis)
+  return Stream(
+      norms=np.linalg.norm(states_NBLD, axis=-1),
+      median=each(lambda x_NLD: np.median(x_NLD, (1, 2))),
+      rms=each(lambda x_NLD: np.sqrt(np.square(x_NLD).mean((1, 2)))),
+      peaks=each(lambda x_NLD: x_NLD.max(1)),
+      outliers=each(measures.outliers, 0))
