@@ -9,7 +9,9 @@ follow one another (Devlin et al. 2019).
   MLM logits = LayerNorm(gelu(W_t x_N + b_t)) E^T + b
 
 The published sizes (110M, 340M) count the encoder and the pooler; what only
-pre-training needs, the transform, b and W_n, comes on top.
+pre-training needs, the transform, b and W_n, comes on top. With the head of a
+task (model.head) that is not there: scores = W_s pooled + b_s of a row, or
+W_s x_N + b_s of each token, which needs no pooler.
 """
 
 import chex
@@ -17,19 +19,21 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from architectures.parts import heads
 from architectures.parts import hf
 from architectures.parts import linear
 from architectures.parts.attention import Context
 from architectures.parts.config import ModelConfig
 from architectures.parts.ffn import FFNS
 from architectures.parts.norms import norm
-from architectures.parts.skeletons import Embed, Output, Stack, Unembed
+from architectures.parts.skeletons import Embed, Output, Stack
 
 
 class BERT(nn.Module):
   """tokens [B, L] -> Output: `logits` of the masked words, and in `extra`
   hidden [B, L, D] of the encoder, pooled [B, D] and nsp_logits [B, 2]
-  (0: the second text follows the first, 1: it does not)."""
+  (0: the second text follows the first, 1: it does not). With the head of a
+  task: in `extra` hidden, scores and, where a row is scored, pooled."""
   STACK = 'encoder'
   PARTS = dict(position='learned', norm='layernorm', embed_norm=True,
                block='post_norm', attention='global', ffn='gelu',
@@ -56,16 +60,33 @@ class BERT(nn.Module):
         deterministic=deterministic)
     x_BLD, _, aux = Stack(c, c.layer_pattern(causal=False), c.num_layers,
                           name='encoder')(x_BLD, ctx)
-    pooled_BD = jnp.tanh(self._dense('pooler', x_BLD[:, 0], c.d_model))
+    if c.head == 'lm':
+      return self._pretraining(x_BLD, table_DV, aux)
+    extra = dict(hidden=x_BLD)
+    if heads.HEADS[c.head].of_row:
+      extra['pooled'] = self._pooled(x_BLD)
+    scores = heads.Task(c, name='task')(extra.get('pooled', x_BLD),
+                                        deterministic=deterministic)
+    return Output(x_BLD, None, aux=aux, extra=extra | dict(scores=scores))
+
+  def _pretraining(self, x_BLD: jax.Array, table_DV: jax.Array, aux: dict
+                   ) -> Output:
+    """Masked words and next sentences."""
+    c = self.config
+    pooled_BD = self._pooled(x_BLD)
     nsp_logits_B2 = self._dense('nsp', pooled_BD, 2, output=True)
     act = FFNS[c.moe.ffn if c.ffn == 'moe' else c.ffn].act
-    read = aux['readouts'] if keep_layers else x_BLD
+    read = aux.get('readouts', x_BLD)  # of every layer, where they are kept
     t = norm(c, 'transform_norm')(act(self._dense('transform', read,
                                                   c.d_model)))
-    t_BLD, aux = (t[-1], aux | {'readouts': t}) if keep_layers else (t, aux)
-    return Output(t_BLD, Unembed(c, name='head')(table_DV), aux=aux,
+    t_BLD, aux = ((t[-1], aux | {'readouts': t}) if 'readouts' in aux
+                  else (t, aux))
+    return Output(t_BLD, heads.Unembed(c, name='head')(table_DV), aux=aux,
                   extra=dict(hidden=x_BLD, pooled=pooled_BD,
                              nsp_logits=nsp_logits_B2.astype(jnp.float32)))
+
+  def _pooled(self, x_BLD: jax.Array) -> jax.Array:
+    return jnp.tanh(self._dense('pooler', x_BLD[:, 0], self.config.d_model))
 
   def _dense(self, name: str, x: jax.Array, size: int, output: bool = False
              ) -> jax.Array:
@@ -124,4 +145,5 @@ HF = hf.HuggingFace(
           'cls.predictions.decoder.bias': 'cls.predictions.bias'},
     spellings=(('bert.', ''), ('LayerNorm.weight', 'LayerNorm.gamma'),
                ('LayerNorm.bias', 'LayerNorm.beta')),
-    ignored=(r'(bert\.)?embeddings\.position_ids',))
+    ignored=(r'(bert\.)?embeddings\.position_ids',),
+    heads=hf.heads('Bert', sequence='classifier'))

@@ -50,4 +50,4 @@ HF = hf.HuggingFace(
             'skip_bias_add_qkv', 'attention_softmax_in_fp32',
             'bias_dropout_fusion', 'masked_softmax_fusion'),
     tied={'lm_head.weight': 'transformer.word_embeddings.weight'},
-    spellings=(('transformer.', ''),))
+    spellings=(('transformer.', ''),), heads=hf.heads('Bloom'))

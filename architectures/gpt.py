@@ -54,4 +54,6 @@ HF = hf.HuggingFace(
     unread=('reorder_and_upcast_attn',),  # ours always takes it in float32
     tied={'lm_head.weight': 'transformer.wte.weight'},
     spellings=(('transformer.', ''),),
-    ignored=(r'(transformer\.)?h\.\d+\.attn\.(masked_)?bias',))  # causal masks
+    # Causal masks.
+    ignored=(r'(transformer\.)?h\.\d+\.attn\.(masked_)?bias',),
+    heads=hf.heads('GPT2'))

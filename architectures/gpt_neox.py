@@ -64,4 +64,5 @@ HF = hf.HuggingFace(
     read=_read, write=_write,
     tied={'embed_out.weight': 'gpt_neox.embed_in.weight'},
     spellings=(('gpt_neox.', ''),),
-    ignored=(r'.*\.attention\.(masked_bias|bias|rotary_emb\.inv_freq)',))
+    ignored=(r'.*\.attention\.(masked_bias|bias|rotary_emb\.inv_freq)',),
+    heads=hf.heads('GPTNeoX'))

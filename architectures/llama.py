@@ -77,4 +77,5 @@ HF = hf.HuggingFace(
     read=_read, write=_write,
     tied={'lm_head.weight': 'model.embed_tokens.weight'},
     spellings=(('model.', ''),),
-    ignored=(r'.*\.rotary_emb\.inv_freq',))
+    ignored=(r'.*\.rotary_emb\.inv_freq',),
+    heads=hf.heads('Llama', tokens='score', span=('model.', 'transformer.')))

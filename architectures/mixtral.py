@@ -67,4 +67,4 @@ HF = hf.HuggingFace(
         'moe.jitter': ('router_jitter_noise', 0.0),
         'moe.balance_weight': ('router_aux_loss_coef', 0.001)},
     read=_read, write=_write, tied=llama.HF.tied, spellings=llama.HF.spellings,
-    ignored=llama.HF.ignored)
+    ignored=llama.HF.ignored, heads=hf.heads('Mixtral', tokens='score'))

@@ -198,6 +198,12 @@ def _model() -> dict:
       logits_scale=1.0,
       logits_softcap=0.0,  # bounds the logits; 0: none
       logits_bias=False,  # a bias of the logits
+      # What is read off the last layer: lm sequence tokens span
+      # (architectures/parts/heads.py); derived: the objective's.
+      head='',
+      # Outputs of the head of a task; derived: of the training data's labels.
+      num_labels=0,
+      head_dropout=0.0,  # of what the head of a task is applied to
       dropout=0.0,  # of the embedding and of what each part adds
       attention_dropout=0.0,  # of attention weights
       # Of hidden units of dense networks; those of experts: moe.expert_dropout.

@@ -129,6 +129,7 @@ def generate(module: nn.Module, params: Any, prompts_BL: jax.Array,
       output.hidden, (lengths_B - 1)[:, None, None], axis=1)
 
   def draw(output: Output, hidden_B1D: jax.Array, t: jax.Array | int):
+    assert output.head is not None  # objectives with a prompt train none else
     return sampling(output.head.logits(hidden_B1D)[:, 0],
                     jax.random.fold_in(key, t)).astype(jnp.int32)
 

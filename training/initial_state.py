@@ -1,8 +1,9 @@
 """The state that a run starts from: drawn, or with weights of another one.
 
 Weights come from a workdir or from Hugging Face's format. They must be those
-of the same function; with init_partial what fits is taken, the rest is as it
-was drawn, and every difference is listed.
+of the same function, or of a language model's under the head of a task
+(new_head.py); with init_partial what fits is taken, the rest is as it was
+drawn, and every difference is listed.
 """
 
 import os
@@ -12,7 +13,7 @@ from typing import Any
 from etils import epath
 
 from configs.errors import require
-from training import paths, runs, weights
+from training import new_head, paths, runs, weights
 from training.distributed import devices
 from training.step import TrainState
 from training.workdir import checkpoints, restoring, storage
@@ -81,13 +82,20 @@ def _from_workdir(run: runs.Run, source: epath.Path, drawn: Any,
                   partial: bool) -> tuple[Any, list[str]]:
   """Returns (parameters, skipped) of the newest good checkpoint there."""
   folder = restoring.directory(source)
-  skipped = weights.other_function(
-      run.model, runs.model_of(source), source, partial)
+  theirs = runs.model_of(source)
+  skipped = weights.other_function(run.model, theirs, source, partial)
   wanted = {'params': run.abstract.params}
   saved = restoring.arrays(folder)
-  if partial and saved:
+  put_on = new_head.is_put_on(run.model, theirs)
+  if (partial or put_on) and saved:
     wanted, more = _fitting(wanted, saved)
-    skipped += more
+    wrong = [line for path, line in more.items() if not (
+        path.startswith(f'params/{new_head.TASK}')
+        or path.removeprefix('params/') in new_head.left_out(run.module))]
+    require(partial or not wrong, f'init_from {str(source)!r}: '
+            + '; '.join(wrong) + '. To take what fits all the same: '
+            '--config.init_partial=True')
+    skipped += more.values()
     require(wanted, f'init_from is {str(source)!r}, of which nothing fits this '
             'model')
   restored = restoring.restore(folder, wanted, partial=True)
@@ -98,22 +106,24 @@ def _from_workdir(run: runs.Run, source: epath.Path, drawn: Any,
   return restoring.nest(flat | found)['params'], skipped
 
 
-def _fitting(wanted: Any, saved: dict[str, dict]) -> tuple[dict, list[str]]:
-  """Returns what of `wanted` is in `saved` alike, and a line for the rest."""
-  fits, lines = {}, []
+def _fitting(wanted: Any, saved: dict[str, dict]
+             ) -> tuple[dict, dict[str, str]]:
+  """Returns what of `wanted` is in `saved` alike, and a line for each path of
+  the rest."""
+  fits, lines = {}, {}
   for name, x in paths.flatten(wanted).items():
     here = f'{x.dtype}{list(x.shape)}'
     if name not in saved:
-      lines.append(f'{name} is not in the checkpoint')
+      lines[name] = f'{name} is not in the checkpoint'
       continue
     there = f'{saved[name]["dtype"]}{saved[name]["shape"]}'
     if here == there:
       fits[name] = x
     else:
-      lines.append(f'{name} is {there} in the checkpoint and {here} here')
-  lines += [f'{name} of the checkpoint has no place in the model'
+      lines[name] = f'{name} is {there} in the checkpoint and {here} here'
+  lines |= {name: f'{name} of the checkpoint has no place in the model'
             for name in saved if name.startswith('params/')
-            and name not in paths.flatten(wanted)]
+            and name not in paths.flatten(wanted)}
   return restoring.nest(fits), lines
 
 

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 from architectures.parts import linear
 from architectures.parts import sharding
-from architectures.parts.skeletons import Head
+from architectures.parts.heads import Head
 
 # Where `chunk` is 0: float32 logits of 64 MiB a device, but tokens enough to
 # be worth a reading of the head's weights.

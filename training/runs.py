@@ -16,7 +16,7 @@ import ml_collections
 import numpy as np
 
 import architectures
-from architectures.parts import kernels, positions, sharding
+from architectures.parts import heads, kernels, positions, sharding
 from architectures.parts.config import ModelConfig
 from architectures.parts.moe import grouped_kernels
 from configs import sharding as tables
@@ -33,7 +33,7 @@ from training.workdir import metrics, restoring, run_config
 from training.workdir import storage
 
 # What may be left at 0 in config.model, and the run fills in.
-DERIVED = ('vocab_size', 'max_len')
+DERIVED = ('vocab_size', 'max_len', 'head', 'num_labels')
 
 
 def resolve(config: ml_collections.ConfigDict, tokenizer: tokenizers.Tokenizer
@@ -45,7 +45,7 @@ def resolve(config: ml_collections.ConfigDict, tokenizer: tokenizers.Tokenizer
   """
   model = config.model.to_dict()
   model['vocab_size'] = model['vocab_size'] or tokenizer.vocab_size
-  model['max_len'] = model['max_len'] or config.data.length
+  _fill(model, config)
   require(model['vocab_size'] >= tokenizer.vocab_size,
           f'model.vocab_size is {model["vocab_size"]}, but the tokenizer '
           f'{config.data.tokenizer!r} has {tokenizer.vocab_size} ids: set it '
@@ -54,6 +54,14 @@ def resolve(config: ml_collections.ConfigDict, tokenizer: tokenizers.Tokenizer
   resolved = architectures.resolve(model)
   derived = {f'model.{name}': model[name] for name in DERIVED}
   return resolved, derived
+
+
+def _fill(model: dict[str, Any], config: ml_collections.ConfigDict) -> None:
+  """Fills in what is derived from the data's length and the objective."""
+  objective = objectives.of(config)
+  model['max_len'] = model['max_len'] or config.data.length
+  model['head'] = model['head'] or objective.head
+  model['num_labels'] = model['num_labels'] or objective.num_labels(config)
 
 
 def try_workdir(workdir: epath.Path) -> None:
@@ -123,8 +131,12 @@ def resolve_alone(config: ml_collections.ConfigDict) -> ModelConfig:
 
 def _without_tokenizer(config: ml_collections.ConfigDict) -> dict[str, Any]:
   model = config.model.to_dict()
-  for name in DERIVED:  # stand-ins: the real ones come with the tokenizer
+  _fill(model, config)
+  # Stand-ins: the real ones come with the tokenizer, and with the data.
+  for name in ('vocab_size', 'max_len'):
     model[name] = model[name] or max(config.data.length, 1)
+  if 'num_labels' in heads.HEADS.get(model['head'], heads.HEADS['lm']).fields:
+    model['num_labels'] = model['num_labels'] or 2
   return model
 
 
@@ -136,6 +148,10 @@ def _check_objective(name: str, module: nn.Module) -> None:
   require(name in choices,
           f'objective is {name!r}, which does not fit model.arch '
           f'{module.config.arch} ({ours}): choose from {", ".join(choices)}')
+  head = objectives.OBJECTIVES[name].head
+  require(module.config.head == head, f'model.head is {module.config.head!r}, '
+          f'and objective {name!r} trains {head!r}: leave it empty, to be '
+          'derived')
 
 
 def count(params: Any) -> int:

@@ -11,7 +11,7 @@ left out in silence: a tensor or parameter without a counterpart is an error or,
 with `partial`, listed.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
 import functools
 import json
@@ -31,6 +31,7 @@ from architectures.parts import hf
 from architectures.parts import positions
 from architectures.parts.config import ModelConfig
 from configs.errors import require
+from training import new_head
 from training import paths
 from training import progress
 from training.hf import config as hf_config
@@ -76,7 +77,8 @@ def params_to_start_from(
   """Returns what `module` starts from: the weights of another training.
 
   The config.json beside them must describe the same function. Only the length
-  may differ, where no position is learned.
+  may differ, where no position is learned; and a language model's weights may
+  get the head of a task (new_head.py).
 
   Args:
     path, like, partial, seed: as for from_hf and load.
@@ -86,7 +88,8 @@ def params_to_start_from(
       path.parent if path.is_file() else path))
   different = other_function(module.config, theirs, path, partial)
   loaded = read_params(module, hf_files.Files(path), like=like, partial=partial,
-                       seed=seed)
+                       seed=seed,
+                       put_on=new_head.is_put_on(module.config, theirs))
   return Loaded(loaded.params, different + loaded.skipped)
 
 
@@ -94,6 +97,7 @@ def other_function(ours: ModelConfig, theirs: ModelConfig,
                    path: str | os.PathLike, partial: bool) -> list[str]:
   """Returns a line for each field by which the weights in `path` are those of
   another function; unless `partial`, one is a ValueError."""
+  theirs = new_head.put_on(ours, theirs)
   if ours.position == theirs.position and math.isinf(positions.reach(ours)):
     theirs = dataclasses.replace(theirs, max_len=ours.max_len)
   different = [f'{line} as in its config.json'
@@ -105,7 +109,8 @@ def other_function(ours: ModelConfig, theirs: ModelConfig,
 
 
 def read_params(module: nn.Module, source: Source, *, like: Any = None,
-                partial: bool = False, seed: int = 0) -> Loaded:
+                partial: bool = False, seed: int = 0, put_on: bool = False
+                ) -> Loaded:
   """Returns the parameters of `module`, from tensors by their HF names.
 
   Args:
@@ -114,6 +119,8 @@ def read_params(module: nn.Module, source: Source, *, like: Any = None,
     like: the parameters' shapes with shardings, as in TrainState; none: on
       one device.
     partial, seed: as for from_hf.
+    put_on: whether the head of a task is drawn where the files lack it, and
+      that of a language model passed over.
   """
   page = architectures.hugging_face(module.config.arch)
   like = nn.meta.unbox(like or jax.eval_shape(
@@ -121,17 +128,22 @@ def read_params(module: nn.Module, source: Source, *, like: Any = None,
   shapes = {path: leaf.shape for path, leaf in paths.flatten(like).items()}
   if not isinstance(source, hf_files.Files):
     source = hf_files.Arrays(source)
-  names = _Names(page, source)
+  names = _Names(page, source, module.config)
   rows = page.rows(module.config)
   _check_number(hf.count(rows, shapes), source, partial)
   tensors = hf.expand(rows, shapes)
   fills: dict[str, list] = {path: [] for path in shapes}
   names.check_types(tensors)
   bad: set[str] = set()
-  skipped = names.unused(tensors)
+  heads = names.there(new_head.names_left_out(module)) if put_on else []
+  passed = [f'{name} of the files is of the head of a language model'
+            for name in heads]
+  skipped = names.unused(tensors, heads)
   for tensor in tensors:
     if wrong := names.wrong(tensor):
-      skipped.append(wrong)
+      new = (put_on and tensor.paths[0].startswith(new_head.TASK)
+             and not names.there([tensor.name]))
+      (passed if new else skipped).append(wrong)
       bad.update(tensor.paths)
     for i, path in enumerate(tensor.paths):
       fills[path].append((tensor, i))
@@ -148,7 +160,7 @@ def read_params(module: nn.Module, source: Source, *, like: Any = None,
       return x
 
     params = jax.tree_util.tree_map_with_path(read, like)
-  return Loaded(params, skipped)
+  return Loaded(params, passed + skipped)
 
 
 def _check_number(needed: int,
@@ -167,13 +179,14 @@ class _Names:
   """
 
   def __init__(self, page: hf.HuggingFace,
-               source: hf_files.Files | hf_files.Arrays):
+               source: hf_files.Files | hf_files.Arrays, config: ModelConfig):
     self._page, self._source = page, source
+    self._spellings = page.spellings_of(config)
 
   def find(self, name: str) -> str:
     """Returns the spelling under which the files have `name`, or `name`."""
     spellings = [name]
-    for usual, other in self._page.spellings:
+    for usual, other in self._spellings:
       spellings += [s.replace(usual, other, 1) for s in spellings
                     if usual in s]
     return next((s for s in spellings if s in self._source), name)
@@ -210,9 +223,15 @@ class _Names:
         f'{tensor.name} is {shape} in the files and {tensor.shape} in the '
         'model')
 
-  def unused(self, tensors: Sequence[hf.Tensor]) -> list[str]:
-    """Returns a line for each tensor of the files that has no place."""
-    used = {self.find(tensor.name) for tensor in tensors}
+  def there(self, names: Iterable[str]) -> list[str]:
+    """Returns the spellings of those of `names` that the files have."""
+    return sorted({self.find(name) for name in names} & set(self._source))
+
+  def unused(self, tensors: Sequence[hf.Tensor], passed: Sequence[str]
+             ) -> list[str]:
+    """Returns a line for each tensor of the files that has no place, but those
+    that are passed over."""
+    used = {self.find(tensor.name) for tensor in tensors} | set(passed)
     tied = {self.find(name): twin for name, twin in self._page.tied.items()}
     lines = []
     for name in self._source:

@@ -12,6 +12,7 @@ has no weights. Fields of STRICT are refused there.
 from collections.abc import Collection, Mapping
 
 from architectures.parts import attention
+from architectures.parts import heads
 from architectures.parts import kernels
 from architectures.parts import linear
 from architectures.parts import positions
@@ -42,8 +43,8 @@ RANGES = (
         'moe.z_loss_weight', 'moe.bias_rate')),
     ('it must be >= 1', lambda x: x >= 1, ('learned_stretch', 'rope.factor')),
     ('choose it in [0, 1)', lambda x: 0 <= x < 1, (
-        'dropout', 'attention_dropout', 'ffn_dropout', 'moe.jitter',
-        'moe.expert_dropout')),
+        'dropout', 'attention_dropout', 'ffn_dropout', 'head_dropout',
+        'moe.jitter', 'moe.expert_dropout')),
     ('choose it in (0, 1]', lambda x: 0 < x <= 1, ('rope.fraction',)),
 )
 # Fields that no file of configs/ sets for a part that may be swapped away: the
@@ -53,6 +54,8 @@ STRICT = {
     'rope.scaling': 'none',
     'rope.factor': 1,
     'sliding_window': 0,
+    'num_labels': 0,
+    'head_dropout': 0,
     'moe.grouped_kernel': 'auto',
     'moe.normalize_gates': True,
     'moe.bias_rate': 0.001,
@@ -87,6 +90,7 @@ def check_model(c: ModelConfig, stacks: Mapping[str, str]) -> None:
     stacks: what each architecture stacks: 'decoder', 'encoder' or
       'encoder-decoder', by model.arch.
   """
+  one_of('model.head', c.head, heads.HEADS)  # one, where a pattern has several
   for field, choices in names().items():
     for name in unread.chosen(c, field):
       one_of(f'model.{field}', name, choices)
@@ -99,6 +103,10 @@ def check_model(c: ModelConfig, stacks: Mapping[str, str]) -> None:
   stack = stacks[c.arch]
   if positions.of(c).check:
     positions.of(c).check(c, stack)
+  heads.HEADS[c.head].check(c)
+  require(c.head == 'lm' or stack != 'encoder-decoder',
+          f'model.head is {c.head!r}, which model.arch {c.arch!r} does not '
+          'have: an encoder-decoder answers in text (objective seq2seq)')
   for kind in c.attention_pattern:
     attention.KINDS[kind].check(c)
   require(c.num_heads % c.num_kv_heads == 0,

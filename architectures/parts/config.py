@@ -118,6 +118,9 @@ class ModelConfig:
   logits_scale: float
   logits_softcap: float
   logits_bias: bool
+  head: str
+  num_labels: int
+  head_dropout: float
   dropout: float
   attention_dropout: float
   ffn_dropout: float
@@ -216,6 +219,7 @@ def make(fields: Mapping[str, Any]) -> ModelConfig:
       num_kv_heads=fields['num_kv_heads'] or heads,
       head_dim=head_dim,
       d_ff=d_ff,
+      head=fields['head'] or 'lm',
       mup_base_head_dim=fields['mup_base_width'] and base_head_dim,
       attention_scale=fields['attention_scale'] or base_head_dim ** -0.5,
       embed_scale=fields['embed_scale'] or base_width ** 0.5,

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 
 from architectures.parts.attention import Context
 from architectures.parts.config import ModelConfig
-from architectures.parts.skeletons import (
-    Embed, Output, Stack, Unembed, any_cache)
+from architectures.parts.heads import Unembed
+from architectures.parts.skeletons import Embed, Output, Stack, any_cache
 from configs.errors import require
 
 

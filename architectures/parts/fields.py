@@ -24,6 +24,7 @@ MOST = {
     'vocab_size': 2**26,
     'max_len': 2**26,
     'type_vocab_size': 2**16,
+    'num_labels': 2**20,
     'sliding_window': 2**31 - 1,
     'mup_base_width': 2**20,
     'mup_base_head_dim': 2**16,

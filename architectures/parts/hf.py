@@ -5,7 +5,7 @@ training/hf/ read that record and nothing else. A system that transformers does
 not have has no `HF`. tests/architectures/pages_test.py checks every record.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import itertools
 import math
 import re
@@ -20,6 +20,28 @@ from configs.errors import RequestError, require
 # The path of a parameter, its axes, the name of the tensor in a file, its axes.
 Row = tuple[str, str, str, str]
 Reader = Any  # of a config.json: training/hf/config.py, a room above
+
+
+class TaskHead(NamedTuple):
+  """How a model with the head of a task stands in a Hugging Face folder.
+
+  Attributes:
+    architecture: of config.json, the name of transformers' class.
+    name: of the module that holds the head.
+    prefix: (what the other names begin with, what they begin with here).
+  """
+  architecture: str
+  name: str
+  prefix: tuple[str, str] = ('', '')
+
+  def rows(self, names: Iterable[Row]) -> tuple[Row, ...]:
+    """Returns the rows `names` as they stand here, and those of the head."""
+    usual, here = self.prefix
+    return (*((ours, axes, here + theirs.removeprefix(usual)
+               if theirs.startswith(usual) else theirs, their_axes)
+              for ours, axes, theirs, their_axes in names),
+            ('task/kernel', 'DU', f'{self.name}.weight', 'U D'),
+            ('task/bias', 'U', f'{self.name}.bias', 'U'))
 
 
 class HuggingFace(NamedTuple):
@@ -59,6 +81,7 @@ class HuggingFace(NamedTuple):
     ignored: patterns of the names of tensors that hold no weights.
     fixed: token ids that an export writes as `write` has them, whatever the
       tokenizer of the run says.
+    heads: those that transformers has for tasks, by model.head.
   """
   model_type: str
   architecture: str
@@ -72,10 +95,33 @@ class HuggingFace(NamedTuple):
   spellings: Sequence[tuple[str, str]] = ()
   ignored: Sequence[str] = ()
   fixed: Sequence[str] = ()
+  heads: Mapping[str, TaskHead] = {}
 
   def rows(self, c: ModelConfig) -> Sequence[Row]:
-    """Returns the rows of `names` for the config `c`."""
-    return self.names(c) if callable(self.names) else self.names
+    """Returns the rows of `names` for the config `c`, and of its head."""
+    rows = self.names(c) if callable(self.names) else self.names
+    return self.heads[c.head].rows(rows) if c.head in self.heads else rows
+
+  def spellings_of(self, c: ModelConfig) -> Sequence[tuple[str, str]]:
+    """Returns `spellings`, and the usual names where the head of `c` has other
+    ones."""
+    usual, here = self.heads.get(c.head, TaskHead('', '')).prefix
+    return (*(((here, usual),) if here else ()), *self.spellings)
+
+
+def heads(system: str, sequence: str = 'score', tokens: str = 'classifier',
+          span: tuple[str, str] = ('', '')) -> dict[str, TaskHead]:
+  """Returns the heads that a system has in transformers.
+
+  Args:
+    system: what the names of its classes begin with.
+    sequence, tokens: the names of the modules that score a row, and tokens.
+    span: the `prefix` of the model that answers questions.
+  """
+  return {
+      'sequence': TaskHead(f'{system}ForSequenceClassification', sequence),
+      'tokens': TaskHead(f'{system}ForTokenClassification', tokens),
+      'span': TaskHead(f'{system}ForQuestionAnswering', 'qa_outputs', span)}
 
 
 def under(ours: str, theirs: str, *rows: Row) -> tuple[Row, ...]:

@@ -1,4 +1,4 @@
-"""Skeletons: embedding, the scanned stack of layers, and the output head.
+"""Skeletons: embedding, and the scanned stack of layers.
 
 A page under architectures/ puts these together. Layers are scanned over one
 period of the pattern, so compile time does not grow with depth; parameters of
@@ -15,6 +15,7 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
+from architectures.parts import heads
 from architectures.parts import linear
 from architectures.parts import positions
 from architectures.parts import sharding
@@ -26,36 +27,13 @@ from configs.errors import require
 
 
 @struct.dataclass
-class Head:
-  """The output projection: logits = softcap(scale * (x W + b))."""
-  kernel_DV: jax.Array
-  bias_V: Optional[jax.Array] = None
-  scale: float = struct.field(pytree_node=False, default=1.0)
-  softcap: float = struct.field(pytree_node=False, default=0.0)
-
-  def logits(self, x_BLD: jax.Array) -> jax.Array:
-    """[..., D] -> float32 [..., V]."""
-    logits_BLV = linear.einsum('...D,DV->...V', x_BLD, self.kernel_DV,
-                               x_BLD.dtype, jnp.float32)
-    return self.finish(logits_BLV)
-
-  def finish(self, logits_BLV: jax.Array) -> jax.Array:
-    """The logits of the bare products x W."""
-    if self.bias_V is not None:
-      logits_BLV = linear.add_bias(logits_BLV, self.bias_V)
-    logits_BLV = logits_BLV * self.scale
-    if self.softcap:
-      logits_BLV = self.softcap * jnp.tanh(logits_BLV / self.softcap)
-    return logits_BLV
-
-
-@struct.dataclass
 class Output:
   """What a model returns; `logits` [B, L, V] are computed when asked for.
 
   Attributes:
     hidden: [B, L, D], what the head is applied to.
-    head: the output projection.
+    head: the output projection; None of a model with the head of a task, whose
+      scores are extra['scores'] (parts/heads.py).
     cache: keys and values of every layer, where a cache went in.
     aux: {'losses': scalars summed over layers, 'health': arrays by layer,
       'loads': of the experts, by the path of the bias that they move},
@@ -69,7 +47,7 @@ class Output:
     extra: what one system alone returns, by name.
   """
   hidden: jax.Array
-  head: Head
+  head: Optional[heads.Head]
   cache: Any = None
   aux: Any = struct.field(default_factory=dict)
   memory: Optional[jax.Array] = None
@@ -77,6 +55,8 @@ class Output:
 
   @property
   def logits(self) -> jax.Array:
+    require(self.head is not None, "a model whose model.head is not 'lm' has "
+            "no logits of tokens: its scores are extra['scores']")
     return self.head.logits(self.hidden)
 
 
@@ -240,27 +220,8 @@ def gather_aux(auxes: tuple[dict, ...]) -> dict:
   return {'losses': losses, 'loads': loads} | stacked
 
 
-class Unembed(nn.Module):
-  """The output head: tied to the embedding, or a matrix of its own."""
-  config: ModelConfig
-
-  @nn.compact
-  def __call__(self, table_DV: jax.Array) -> Head:
-    c = self.config
-    if not c.tie_embeddings:
-      table_DV = linear.weight(self, 'kernel', (c.d_model, c.vocab_size),
-                               ('embed', 'vocab'), output=True)
-    bias_V = (linear.bias(self, 'bias', (c.vocab_size,), ('vocab',),
-                          output=True)
-              if c.logits_bias else None)
-    # muP's output multiplier, of a tied table too; the bias makes up for it by
-    # its learning rate.
-    return Head(table_DV, bias_V, c.logits_scale / c.widening,
-                c.logits_softcap)
-
-
 class Decoder(nn.Module):
-  """A decoder-only language model (GPT, LLaMA, ...).
+  """A decoder-only model (GPT, LLaMA, ...).
 
   tokens [B, L] -> Output. `positions_BL` default to 0..L-1; with a cache they
   are where the tokens go. `segment_ids_BL` keep packed documents apart; passed
@@ -297,7 +258,13 @@ class Decoder(nn.Module):
         tokens_BL, positions_BL, deterministic=deterministic)
     x_BLD, cache, aux = Stack(c, c.layer_pattern(), c.num_layers,
                               name='decoder')(x_BLD, ctx, cache)
-    return Output(x_BLD, Unembed(c, name='head')(table_DV), cache, aux)
+    if c.head == 'lm':
+      return Output(x_BLD, heads.Unembed(c, name='head')(table_DV), cache, aux)
+    row = heads.HEADS[c.head].of_row
+    y = heads.last(x_BLD, valid_BL, segment_ids_BL) if row else x_BLD
+    scores = heads.Task(c, bias=not row, name='task')(
+        y, deterministic=deterministic)
+    return Output(x_BLD, None, cache, aux, extra=dict(scores=scores))
 
 
 def init_cache(config: ModelConfig, batch: int, length: int):

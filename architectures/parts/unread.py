@@ -14,6 +14,7 @@ import dataclasses
 from typing import Any, NamedTuple
 
 from architectures.parts import attention
+from architectures.parts import heads
 from architectures.parts import positions
 from architectures.parts import rotary
 from architectures.parts.config import MoEConfig, ModelConfig
@@ -26,6 +27,7 @@ TABLES: dict[str, Mapping[str, Any]] = {
     'position': positions.POSITIONS,
     'rope.scaling': rotary.SCALINGS,
     'attention': attention.KINDS,
+    'head': heads.HEADS,
     'moe.router': routing.ROUTERS,
     'moe.balance_loss': health.BALANCE_LOSSES,
 }

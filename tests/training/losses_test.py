@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from architectures.parts import sharding
-from architectures.parts.skeletons import Head
+from architectures.parts.heads import Head
 from training import losses
 from training.distributed import devices
 

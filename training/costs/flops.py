@@ -150,7 +150,7 @@ def _count(c: ModelConfig, rows: int, program: Any, *args) -> tuple:
 
   def outputs(params: Any, *args):
     out = program(module, params, *args)
-    return out.logits, out.extra
+    return out.head and out.logits, out.extra
 
   params = {'params': nn.meta.unbox(abstract_params(module))}
   work = traced.count(jax.make_jaxpr(outputs)(params, *args),

@@ -13,6 +13,7 @@ import numpy as np
 import architectures
 from architectures.parts.config import ModelConfig
 from architectures.parts.moe import routing
+from training import objectives
 from training import paths
 from training.step import abstract_params, optimizer, parameter_roles
 from training.costs import flops
@@ -40,7 +41,7 @@ def count(config: ml_collections.ConfigDict, length: int = 0,
   other = length if both else 0
   nbytes = lambda tree: int(sum(
       x.size * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree)))
-  decodes = architectures.stack(model) != 'encoder'
+  decodes = architectures.stack(model) != 'encoder' and model.head == 'lm'
   return {
       'model': model.arch,
       'rumoured': model.arch.startswith('gpt4'),
@@ -75,6 +76,7 @@ def resolved(config: ml_collections.ConfigDict):
   model = config.model.to_dict()
   model['vocab_size'] = model['vocab_size'] or STAND_IN_VOCAB
   model['max_len'] = model['max_len'] or config.data.length
+  model['head'] = model['head'] or objectives.of(config).head
   return architectures.resolve(model)
 
 

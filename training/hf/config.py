@@ -6,7 +6,7 @@ field that never changes what a model computes; any other is refused by name.
 The default with which a field is asked for says of what type it must be.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import dataclasses
 import math
 import operator
@@ -19,6 +19,7 @@ from configs import base
 import ml_collections
 
 import architectures
+from architectures.parts import heads
 from architectures.parts import hf
 from architectures.parts import unread
 from architectures.parts.config import ModelConfig
@@ -52,8 +53,8 @@ NEUTRAL = re.compile('|'.join((
 # Fields of ours that say how a model is trained or computed, not what it is.
 # (What an expert has room for in evaluation: `_room`.)
 RUN_ONLY = re.compile('|'.join((
-    r'(attention_|ffn_)?dropout', 'init', 'init_stddev', 'init_scale', 'dtype',
-    'param_dtype', 'scan_layers', 'remat', r'attention_kernel.*',
+    r'(attention_|ffn_|head_)?dropout', 'init', 'init_stddev', 'init_scale',
+    'dtype', 'param_dtype', 'scan_layers', 'remat', r'attention_kernel.*',
     r'moe\.(dispatch|grouped_kernel|jitter|logit_noise|balance_.*|z_loss_weight'
     r'|expert_dropout|group_size|.*capacity.*)')))
 
@@ -87,6 +88,12 @@ class Reader:
     if value is None:
       return default
     return _typed(f'config.json has {self._full(name)}', value, default)
+
+  def listed(self, name: str) -> list[Any]:
+    """Returns the field `name`, empty if there is none."""
+    self.asked.add(name)
+    value = self._tree.get(name)
+    return value if isinstance(value, list) else []
 
   def is_null(self, name: str) -> bool:
     """Whether the field `name` is there and null."""
@@ -208,11 +215,23 @@ def model_of(reader: Reader) -> ml_collections.ConfigDict:
     found[name] = _field(reader, found, *row)
   reader.must(**page.only)
   reader.passes(*page.unread)
+  found |= _head(reader, page)
   model = base.base().model
   model.update(architectures.systems()[arch].PARTS, arch=arch)
   model.update_from_flattened_dict(found)
   model.update(page.read(reader, found))
   return model
+
+
+def _head(reader: Reader, page: hf.HuggingFace) -> dict[str, Any]:
+  """Returns the head that the class of a config.json has, and its labels."""
+  named = reader.listed('architectures')
+  head = next((head for head, row in page.heads.items()
+               if row.architecture in named), 'lm')
+  if 'num_labels' not in heads.HEADS[head].fields:
+    return dict(head=head)
+  return dict(head=head, num_labels=len(reader('id2label', {})) or reader(
+      'num_labels', 2))
 
 
 def _field(reader: Reader, found: dict[str, Any], names: str, default: Any,
@@ -224,19 +243,41 @@ def _field(reader: Reader, found: dict[str, Any], names: str, default: Any,
   return value
 
 
-def write(config: ModelConfig) -> dict[str, Any]:
+def task(config: ModelConfig, labels: Sequence[str] = ()) -> dict[str, Any]:
+  """Returns what a config.json says of the head of a task."""
+  if config.head == 'lm':
+    return {}
+  fields: dict[str, Any] = dict(classifier_dropout=config.head_dropout)
+  if config.num_labels:
+    labels = labels or [f'LABEL_{i}' for i in range(config.num_labels)]
+    require(len(labels) == config.num_labels, f'{len(labels)} labels are of '
+            f'another model than one of model.num_labels {config.num_labels}')
+    fields |= dict(id2label={str(i): name for i, name in enumerate(labels)},
+                   label2id={name: i for i, name in enumerate(labels)})
+  if config.head == 'sequence':
+    fields['problem_type'] = ('regression' if config.num_labels == 1 else
+                              'single_label_classification')
+  return fields
+
+
+def write(config: ModelConfig, labels: Sequence[str] = ()) -> dict[str, Any]:
   """Returns the config.json of `config`, which `read` reads back as it was.
+
+  Args:
+    config: the model's.
+    labels: what the outputs of the head of a task stand for; none: LABEL_0, ...
 
   Raises:
     ValueError: naming a field that a config.json cannot say.
   """
   page = architectures.hugging_face(config.arch)
-  tree = dict(model_type=page.model_type, architectures=[page.architecture])
+  head = page.heads.get(config.head, page)
+  tree = dict(model_type=page.model_type, architectures=[head.architecture])
   for ours, (names, _, *choices) in page.fields.items():
     value = operator.attrgetter(ours)(config)
     tree[names.split('|')[-1]] = (
         hf.theirs(*choices, value, ours) if choices else value)
-  tree |= page.write(config)
+  tree |= page.write(config) | task(config, labels)
   check_same(config, read(tree),
              f'a {page.model_type} config.json cannot say that')
   return tree

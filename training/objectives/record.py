@@ -134,6 +134,10 @@ class Objective(NamedTuple):
     translates: whether its rows are pairs of a source text and a target text.
     chat_template: (config, tokenizer) -> the Jinja template of an export, or
       None; None: there is never one.
+    head: the head of the models that it trains (model.head), an entry of HEADS
+      of architectures/parts/heads.py.
+    num_labels: config -> how many outputs that head has (model.num_labels), as
+      the labels of the data say; 0 where it needs none.
   """
   stack: str
   view: type
@@ -150,6 +154,8 @@ class Objective(NamedTuple):
   every_token: bool = False
   translates: bool = False
   chat_template: Callable[..., str | None] | None = None
+  head: str = 'lm'
+  num_labels: Callable[[Config], int] = lambda config: 0
 
   def row(self, item: Any, rng: np.random.Generator, config: Config,
           tokenizer: Tokenizer) -> dict[str, np.ndarray]:

@@ -67,7 +67,7 @@ CLASSES: tuple[tuple[str, str | Callable, str], ...] = (
     (r'data\..*', OPTIMISATION, 'other batches from here on'),
     (r'optim\.name', INCOMPATIBLE, 'another optimizer state'),
     (r'optim\..*', OPTIMISATION, 'other updates'),
-    (r'model\.((attention_|ffn_)?dropout|moe\.(jitter|logit_noise|expert_dropout'
+    (r'model\.((attention_|ffn_|head_)?dropout|moe\.(jitter|logit_noise|expert_dropout'
      r'|balance_loss|balance_weight|z_loss_weight|bias_rate))', OPTIMISATION,
      'another regularisation'),
     (r'model\.(norm_eps|sinusoid|learned_stretch|rope\..*|relative\.max_distance'
@@ -76,11 +76,12 @@ CLASSES: tuple[tuple[str, str | Callable, str], ...] = (
      r'|moe\.(top_k|dispatch|capacity_factor|normalize_gates|group_size))',
      OPTIMISATION, 'the same parameters in another function'),
     (r'model\.(arch|norm|embed_norm|position|ffn|block|attention|qk_norm'
-     r'|attention_sinks|attention_bias|ffn_bias|tie_embeddings|logits_bias'
+     r'|attention_sinks|attention_bias|ffn_bias|tie_embeddings|logits_bias|head'
      r'|moe\.(router|ffn|every|shared_experts))', INCOMPATIBLE,
      'other parameters'),
     (r'model\.(d_model|num_layers|num_decoder_layers|num_heads|num_kv_heads'
-     r'|head_dim|d_ff|vocab_size|max_len|type_vocab_size|param_dtype'
+     r'|head_dim|d_ff|vocab_size|max_len|type_vocab_size|num_labels'
+     r'|param_dtype'
      r'|relative\.buckets|moe\.(num_experts|d_ff))', INCOMPATIBLE,
      'parameters of another shape or dtype'),
 )
@@ -97,6 +98,8 @@ class Change:
 
 
 MISSING = '(none)'
+# What runs without these fields did, where no default says it.
+_EARLIER = {'model.head': 'lm'}
 
 
 def save(workdir: epath.Path, config: ml_collections.ConfigDict,
@@ -168,11 +171,15 @@ def compare(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict,
   """
   olds = {**flatten(old), **(old_derived or {})}
   news = {**flatten_dict(_as_of_now(new.to_dict())), **(new_derived or {})}
+  defaults = flatten(base.base())
   changes = []
   for name in dict.fromkeys([*olds, *news]):
     before, after = olds.get(name, MISSING), news.get(name, MISSING)
     if type(before) is type(after) and before == after:
       continue
+    if name not in olds and after in (defaults.get(name, MISSING),
+                                      _EARLIER.get(name, MISSING)):
+      continue  # a field newer than the run, which did what this says
     kind, why = (classify(name, olds, news) if name in news else
                  (OPTIMISATION, 'this version has no such field'))
     changes.append(Change(name, before, after, kind, why))

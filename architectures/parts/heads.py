@@ -1,0 +1,143 @@
+"""What is read off the last layer: the next token, or the answer to a task.
+
+`model.head` names an entry of HEADS. The head of a language model is a product
+with the vocabulary, `Output.head`. Each other head is a product with a few
+outputs, `Output.extra['scores']` in float32, and stands in its place: the model
+then has neither a matrix of its own for the vocabulary nor its bias, nor what
+else its pre-training alone needed.
+
+  'sequence'  [B, K]     of a row: K classes, or, with K = 1, a number
+  'tokens'    [B, L, K]  of each token: K labels
+  'span'      [B, L, 2]  of each token: that the answer starts here, and ends
+
+They are those that are published: BERT reads the row off its pooler (Devlin et
+al. 2019, section 4), a decoder off the last token of a row that is not padding
+(Radford et al. 2018, section 3.2), without a bias, as transformers'
+GPT2ForSequenceClassification has it.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple, Optional
+
+import flax.linen as nn
+from flax import struct
+import jax
+import jax.numpy as jnp
+
+from architectures.parts import linear
+from architectures.parts.config import ModelConfig
+from configs.errors import require
+
+
+@struct.dataclass
+class Head:
+  """The output projection: logits = softcap(scale * (x W + b))."""
+  kernel_DV: jax.Array
+  bias_V: Optional[jax.Array] = None
+  scale: float = struct.field(pytree_node=False, default=1.0)
+  softcap: float = struct.field(pytree_node=False, default=0.0)
+
+  def logits(self, x_BLD: jax.Array) -> jax.Array:
+    """[..., D] -> float32 [..., V]."""
+    logits_BLV = linear.einsum('...D,DV->...V', x_BLD, self.kernel_DV,
+                               x_BLD.dtype, jnp.float32)
+    return self.finish(logits_BLV)
+
+  def finish(self, logits_BLV: jax.Array) -> jax.Array:
+    """The logits of the bare products x W."""
+    if self.bias_V is not None:
+      logits_BLV = linear.add_bias(logits_BLV, self.bias_V)
+    logits_BLV = logits_BLV * self.scale
+    if self.softcap:
+      logits_BLV = self.softcap * jnp.tanh(logits_BLV / self.softcap)
+    return logits_BLV
+
+
+class Unembed(nn.Module):
+  """The output head: tied to the embedding, or a matrix of its own."""
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, table_DV: jax.Array) -> Head:
+    c = self.config
+    if not c.tie_embeddings:
+      table_DV = linear.weight(self, 'kernel', (c.d_model, c.vocab_size),
+                               ('embed', 'vocab'), output=True)
+    bias_V = (linear.bias(self, 'bias', (c.vocab_size,), ('vocab',),
+                          output=True)
+              if c.logits_bias else None)
+    # muP's output multiplier, of a tied table too; the bias makes up for it by
+    # its learning rate.
+    return Head(table_DV, bias_V, c.logits_scale / c.widening,
+                c.logits_softcap)
+
+
+class Task(nn.Module):
+  """The head of a task: [B, D] or [B, L, D] -> float32 scores [..., K].
+
+  Dropout, then a product. `bias` says whether one is added.
+  """
+  config: ModelConfig
+  bias: bool = True
+
+  @nn.compact
+  def __call__(self, x: jax.Array, *, deterministic: bool = True) -> jax.Array:
+    c = self.config
+    outputs = HEADS[c.head].outputs(c)
+    # The letter K of the legend is a head's size, V the vocabulary: U is left.
+    kernel_DU = linear.weight(self, 'kernel', (c.d_model, outputs),
+                              ('embed', None), output=True)
+    bias_U = (linear.bias(self, 'bias', (outputs,), (None,), output=True)
+              if self.bias else None)
+    x = nn.Dropout(c.head_dropout)(x, deterministic=deterministic)
+    return Head(kernel_DU, bias_U, 1 / c.widening).logits(x)
+
+
+def last(x_BLD: jax.Array, valid_BL: Optional[jax.Array],
+         segment_ids_BL: Optional[jax.Array]) -> jax.Array:
+  """Returns the last token of each row that is not padding, [B, D].
+
+  Args:
+    x_BLD: the tokens.
+    valid_BL: 0 on padding; None: `segment_ids_BL` tell.
+    segment_ids_BL: 0 on padding; None: nothing is padding.
+  """
+  seen_BL = segment_ids_BL if valid_BL is None else valid_BL
+  if seen_BL is None:
+    return x_BLD[:, -1]
+  places_L = jnp.arange(x_BLD.shape[1])
+  last_B = jnp.where(seen_BL != 0, places_L[None], 0).max(1)
+  return jnp.take_along_axis(x_BLD, last_B[:, None, None], 1)[:, 0]
+
+
+class Kind(NamedTuple):
+  """An entry of HEADS.
+
+  Attributes:
+    outputs: ModelConfig -> how many scores it has; 0: those of the vocabulary.
+    of_row: whether a row has them, not each of its tokens.
+    fields: the fields of the model that not every head reads.
+    check: ModelConfig -> None; raises RequestError for what it cannot be.
+  """
+  outputs: Callable[[ModelConfig], int]
+  of_row: bool = False
+  fields: tuple[str, ...] = ()
+  check: Callable[[ModelConfig], None] = lambda c: None
+
+
+def _needs_labels(c: ModelConfig) -> None:
+  require(c.num_labels > 0, f'model.num_labels is {c.num_labels}: model.head '
+          f'{c.head!r} needs 1 or more (derived from the labels of the '
+          'training data at the start of a run)')
+
+
+_LABELS = ('num_labels', 'head_dropout')
+HEADS = {
+    'lm': Kind(lambda c: 0, fields=(
+        'tie_embeddings', 'logits_bias', 'logits_scale', 'logits_softcap')),
+    'sequence': Kind(lambda c: c.num_labels, of_row=True, fields=_LABELS,
+                     check=_needs_labels),
+    'tokens': Kind(lambda c: c.num_labels, fields=_LABELS,
+                   check=_needs_labels),
+    'span': Kind(lambda c: 2, fields=('head_dropout',)),
+}

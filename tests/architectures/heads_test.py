@@ -1,0 +1,176 @@
+"""The heads of tasks, against their equations in NumPy and published counts."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import architectures
+from architectures.parts import roles
+from configs.errors import RequestError
+from tests.helpers import models
+from training import config_files
+from training.costs import flops, totals
+from training.step import abstract_params
+
+HEADS = {'sequence': 3, 'tokens': 5, 'span': 0}
+
+
+def _made(system, head, **changes):
+  return models.make(system, head=head, num_labels=HEADS[head], **changes)
+
+
+def _run(module, params, tokens_BL, **kwargs):
+  return jax.jit(lambda p: module.apply({'params': p}, tokens_BL, **kwargs))(
+      params)
+
+
+def _product(params, x):
+  kernel_DU = np.asarray(params['task']['kernel'])
+  return np.asarray(x) @ kernel_DU + np.asarray(params['task'].get('bias', 0.0))
+
+
+@pytest.mark.parametrize('system', ['gpt', 'llama', 'bert'])
+@pytest.mark.parametrize('head', ['tokens', 'span'])
+def test_each_token_is_scored_by_a_product_with_a_bias(system, head):
+  module, params = _made(system, head)
+  output = _run(module, params, models.tokens())
+  scores = output.extra['scores']
+  assert scores.shape == (2, 16, HEADS[head] or 2)
+  assert scores.dtype == jnp.float32
+  np.testing.assert_allclose(scores, _product(params, output.hidden),
+                             rtol=1e-4, atol=1e-5)
+  assert 'bias' in params['task']
+  assert not {'head', 'pooler', 'transform', 'nsp'} & params.keys()
+
+
+def test_bert_scores_a_row_off_its_pooler():
+  """Devlin et al. 2019, section 4: classes are read off C, the pooled [CLS]."""
+  module, params = _made('bert', 'sequence')
+  output = _run(module, params, models.tokens())
+  first_BD = np.asarray(output.hidden[:, 0])
+  pooled_BD = np.tanh(first_BD @ np.asarray(params['pooler'])
+                      + np.asarray(params['pooler_bias']))
+  np.testing.assert_allclose(output.extra['scores'],
+                             _product(params, pooled_BD),
+                             rtol=1e-4, atol=1e-5)
+  assert not {'head', 'transform', 'nsp'} & params.keys()
+
+
+@pytest.mark.parametrize('system', ['gpt', 'llama'])
+def test_a_decoder_scores_a_row_off_its_last_token(system):
+  """Of rows of 16, 9 and 1 tokens, padded on the right, on the left, or cut."""
+  module, params = _made(system, 'sequence')
+  assert params['task'].keys() == {'kernel'}  # as published: without a bias
+  tokens_BL = np.asarray(models.tokens(3, 16))
+  lengths_B = np.array([16, 9, 1])
+  places_L = np.arange(16)
+  right_BL = places_L < lengths_B[:, None]
+  output = _run(module, params, tokens_BL, valid_BL=right_BL.astype(np.int32))
+  last_BD = np.asarray(output.hidden)[np.arange(3), lengths_B - 1]
+  scores = output.extra['scores']
+  np.testing.assert_allclose(scores, _product(params, last_BD), rtol=1e-4,
+                             atol=1e-5)
+  by_segments = _run(module, params, tokens_BL,
+                     segment_ids_BL=right_BL.astype(np.int32))
+  models.close(by_segments.extra['scores'], scores)
+  left_BL = np.stack([np.roll(row, -n) for row, n in zip(tokens_BL, lengths_B)])
+  real_BL = places_L >= 16 - lengths_B[:, None]
+  on_the_left = _run(
+      module, params, left_BL, segment_ids_BL=real_BL.astype(np.int32),
+      positions_BL=np.maximum(places_L - (16 - lengths_B[:, None]), 0))
+  models.close(on_the_left.extra['scores'], scores)
+  for row, n, score in zip(tokens_BL, lengths_B, scores):
+    alone = _run(module, params, row[None, :n]).extra['scores'][0]
+    models.close(alone, score)
+
+
+@pytest.mark.parametrize('size, head, labels, published', [
+    # transformers' num_parameters() of bert-base-uncased and gpt2.
+    ('configs/bert.py:base', 'sequence', 2, 109_483_778),
+    ('configs/bert.py:base', 'span', 0, 108_893_186),
+    ('configs/bert.py:base', 'tokens', 9, 108_898_569),
+    ('configs/gpt.py:gpt2', 'sequence', 2, 124_441_344)])
+def test_parameters_are_as_many_as_published(size, head, labels, published):
+  config = config_files.load_config_file(size)
+  config.model.update(head=head, num_labels=labels)
+  counted = totals.count(config)
+  assert counted['parameters'] == published
+  assert counted['by_part']['task'] > 0
+  assert counted['flops_per_token']['decode'] is None
+  assert counted['kv_cache_bytes_per_token'] is None
+
+
+def test_a_head_of_tokens_multiplies_so_much():
+  """2 D K a token, where the head of a language model has 2 D V."""
+  lm = architectures.resolve(models.config('gpt'))
+  tokens = architectures.resolve(
+      models.config('gpt', head='tokens', num_labels=5))
+  count = lambda c: flops.forward_flops_per_token(c, 16)
+  assert count(lm) - count(tokens) == 2 * 32 * (models.VOCAB - 5)
+
+
+def test_the_dropout_of_a_head_is_of_what_it_is_applied_to():
+  module, params = _made('gpt', 'tokens', head_dropout=0.5)
+  params = jax.tree.map(jnp.zeros_like, params) | {
+      'task': {'kernel': jnp.ones((32, 5)), 'bias': jnp.zeros(5)}}
+  params['decoder']['final_norm']['bias'] = jnp.ones(32)
+  run = lambda **kw: module.apply({'params': params}, models.tokens(), **kw)
+  np.testing.assert_allclose(run().extra['scores'], 32.0)
+  drawn = run(deterministic=False, rngs={'dropout': jax.random.key(0)})
+  scores = np.asarray(drawn.extra['scores'])
+  np.testing.assert_allclose(drawn.hidden, 1.0)
+  assert (scores % 2 == 0).all() and scores.std() > 1
+  assert scores.mean() == pytest.approx(32, rel=0.1)
+
+
+def test_the_parameters_of_a_head_are_those_of_an_output():
+  """muP, Muon and weight decay know them by that."""
+  module = architectures.build(models.config('gpt', head='tokens',
+                                             num_labels=5))
+  found = roles.read(abstract_params(module))['task']
+  assert found['kernel'].kind == found['bias'].kind == 'logits'
+  assert found['kernel'].matrix and not found['bias'].matrix
+
+
+def test_in_mup_scores_are_divided_by_the_widening():
+  """Yang et al. 2022, definition 4.1, as those of a vocabulary are."""
+  made = dict(head='sequence', num_labels=3, mup_base_width=16)
+  module, params = models.make('gpt', parametrization='mup', **made)
+  output = _run(module, params, models.tokens())
+  np.testing.assert_allclose(
+      output.extra['scores'], _product(params, output.hidden[:, -1]) / 2,
+      rtol=1e-4, atol=1e-5)
+
+
+def test_there_are_no_logits_of_tokens():
+  module, params = _made('gpt', 'span')
+  output = module.apply({'params': params}, models.tokens())
+  assert output.head is None
+  with pytest.raises(RequestError, match="extra\\['scores'\\]"):
+    print(output.logits)
+
+
+@pytest.mark.parametrize('system, changes, said', [
+    ('gpt', dict(head='sequence'), 'num_labels is 0: .* needs 1 or more'),
+    ('gpt', dict(head='tokens'), 'num_labels is 0'),
+    ('gpt', dict(num_labels=2), "num_labels 2 has no meaning with model.head "
+     "'lm'.*read where model.head is sequence or tokens"),
+    ('gpt', dict(head='span', num_labels=2), "meaning with model.head 'span'"),
+    ('gpt', dict(head_dropout=0.1), "no meaning with model.head 'lm'"),
+    ('gpt', dict(head='tokens', num_labels=2, head_dropout=1.0),
+     r'choose it in \[0, 1\)'),
+    ('gpt', dict(head='sequnce', num_labels=2), "Did you mean 'sequence'"),
+    ('gpt', dict(head='sequence,tokens', num_labels=2), 'unknown model.head'),
+    ('t5', dict(head='sequence', num_labels=2), 'answers in text')])
+def test_what_a_head_cannot_be_is_refused(system, changes, said):
+  with pytest.raises(RequestError, match=said):
+    architectures.resolve(models.config(system, **changes))
+
+
+def test_the_parameters_do_not_depend_on_how_layers_are_run():
+  trees = [jax.tree.structure(nn.meta.unbox(abstract_params(
+      architectures.build(models.config('bert', head='span', scan_layers=s)))))
+           for s in (True, False)]
+  assert trees[0] == trees[1]
