@@ -76,9 +76,10 @@ def _write_run(folder, p, seed, done):
         train['runs_at_once'] = p['together']
       for row in (train, dict(step=step, split='eval', loss=at)):
         file.write(json.dumps(row) + '\n')
-  if 'extrapolation' in p:
-    (folder / 'eval.json').write_text(json.dumps(
-        {'step': STEPS, 'extrapolation': p['extrapolation']}))
+  tasks = {name: p[name] for name in ('extrapolation',) if name in p} | {
+      task: by_seed[seed] for task, by_seed in p.get('tasks', {}).items()}
+  if tasks:
+    (folder / 'eval.json').write_text(json.dumps({'step': STEPS, **tasks}))
 
 
 # A sweep that has all that a report shows.

@@ -16,6 +16,7 @@ from tools.sweep import layout
 from tools.sweep import spec
 from tools.sweep.report import curves
 from tools.sweep.report import extras
+from tools.sweep.report import measures
 from tools.sweep.report import tables
 from tools.sweep.report import write
 from training.workdir import run_config
@@ -248,6 +249,44 @@ def test_health_and_extrapolation(sweep):
       extras.extrapolation(sweep)).rows
   assert [c.text for c in rows[1]][3:] == ['refused'] * 3
   assert rows[0][5].value == pytest.approx(2 + 0.1 * 255 / (2 * 256 + 255))
+
+
+def test_what_tasks_found_has_columns(tmp_path):
+  """Of the fractions: mean, spread, and difference over paired seeds; of a
+  seed that has none nothing."""
+  labels = lambda *f1: {'labels': {seed: {
+      'f1': x, 'texts': 7, 'by_label': {'a': 0.1}}
+                                    for seed, x in enumerate(f1)}}
+  sweep_folder.write(tmp_path, [
+      point('base', tasks=labels(0.5, 0.6, 0.7)),
+      point('norm', {'model.norm': 'rmsnorm'}, tasks=labels(0.6, 0.8, 0.7)),
+      point('rope', {'model.position': 'rope'})])
+  sweep = curves.load_sweep(tmp_path)
+  table = measures.table(sweep)
+  assert [heading for heading, _ in table.columns] == [
+      'variant', 'labels/f1', 'labels/f1, minus base']
+  base, norm, rope = [[cell.text for cell in row] for row in table.rows]
+  assert base == ['base', '0.6000 ± 0.1000', 'base']
+  # 0.1, 0.2, 0: t(0.975, 2) = 4.3027, times 0.1 over the root of 3.
+  assert norm == ['norm', '0.7000 ± 0.1000', '+0.1000 [-0.1484, +0.3484]']
+  assert rope == ['rope', 'n/a', 'n/a']
+  html, sheet, _ = write.write(sweep, tmp_path)
+  assert 'What the tasks found' in html.read_text()
+  rows = {r['variant']: r for r in csv.DictReader(sheet.open())}
+  assert float(rows['norm']['labels/f1_high']) == pytest.approx(
+      0.3484, abs=1e-4)
+  assert rows['rope']['labels/f1'] == ''
+  assert 'labels/f1' in write.text(sweep)
+
+
+def test_what_tasks_of_training_found_counts_at_the_last_step():
+  row = lambda step, **figures: dict(step=step, split='eval', **figures)
+  run = curves.Run(0, 'done', '', {
+      'train.steps': 8, 'eval.tasks': 'labels,loss'}, (
+          row(4, **{'labels/f1': 0.1}), row(8, **{
+              'loss': 2.0, 'labels/f1': 0.5, 'labels/n': 3, 'labels/a/f1': 0.2,
+              'other/f1': 0.7, 'loss/perplexity': None})), {})
+  assert measures.of_run(run) == {'labels/f1': 0.5}
 
 
 def test_csv_holds_every_point(written, outcomes):

@@ -183,14 +183,19 @@ def plain(value) -> str:
 
 
 def _loss(point: Point) -> Cell:
-  if not point.finals:
+  return mean_cell(list(point.finals.values()))
+
+
+def mean_cell(values: Sequence[float]) -> Cell:
+  """A mean over seeds, with what is known of their spread."""
+  if not values:
     return Cell('n/a')
-  losses, mean = list(point.finals.values()), mean_loss(point)
-  if len(losses) == 1:
+  mean = float(np.mean(values))
+  if len(values) == 1:
     return Cell(f'{mean:.4f}', mean)
-  if len(losses) == 2:
-    return Cell(f'{mean:.4f} ({min(losses):.4f} to {max(losses):.4f})', mean)
-  return Cell(f'{mean:.4f} ± {np.std(losses, ddof=1):.4f}', mean)
+  if len(values) == 2:
+    return Cell(f'{mean:.4f} ({min(values):.4f} to {max(values):.4f})', mean)
+  return Cell(f'{mean:.4f} ± {np.std(values, ddof=1):.4f}', mean)
 
 
 def difference(x: Interval | None) -> Cell:

@@ -8,6 +8,7 @@ import pathlib
 import numpy as np
 
 from tools.sweep.report import extras
+from tools.sweep.report import measures
 from tools.sweep.report import page
 from tools.sweep.report import plots
 from tools.sweep.report import tables
@@ -62,9 +63,9 @@ def text(sweep: Sweep) -> str:
   table = tables.outcome_table(sweep, tables.outcomes(sweep))
   missing = tables.missing(sweep)
   lines = [table.text(), *(f'- {note}' for note in table.notes)]
-  effects = extras.effects_table(sweep)
-  if effects.rows:
-    lines += ['', effects.text()]
+  for more in (measures.table(sweep), extras.effects_table(sweep)):
+    if more.rows:
+      lines += ['', more.text()]
   if missing.rows:
     lines += ['', f'failed or not done: {len(missing.rows)} runs',
               missing.text()]
@@ -102,7 +103,8 @@ def _record(sweep: Sweep, row: tables.Outcome) -> dict:
       'params': point.params, 'active_params': point.active_params,
       'flops_per_token': point.flops_per_token, 'tokens': point.tokens,
       'seeds_done': len(point.finals), 'seeds_asked': len(point.runs),
-  } | {f'loss_seed_{seed}': point.finals.get(seed) for seed in seeds}
+  } | {f'loss_seed_{seed}': point.finals.get(seed) for seed in seeds
+       } | measures.record(sweep, point)
 
 
 def _html(sweep: Sweep, rows) -> str:
@@ -118,6 +120,9 @@ def _html(sweep: Sweep, rows) -> str:
   section('Beside the base',
           page.table('outcome', tables.outcome_table(sweep, rows)),
           _forest(sweep, rows))
+  found = measures.table(sweep)
+  if found.rows:
+    section('What the tasks found', page.table('measures', found))
   effects = extras.effects_table(sweep)
   if effects.rows:
     section('Each change, whatever the others', page.table('effects', effects))
