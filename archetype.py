@@ -37,7 +37,7 @@ from training import generate as generation
 from training import objectives
 from training import paths
 from training import runs
-from training import step as step_lib
+from training import trained
 from training import weights
 from training.costs import totals
 from training.data import tokenizers
@@ -140,11 +140,13 @@ class Model:
 
   def generate(self, prompts: str | Sequence[str], *, max_new_tokens: int = 64,
                temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
-               seed: int = 0) -> Any:
+               min_p: float = 0.0, repetition_penalty: float = 1.0,
+               stop: Sequence[str] = (), seed: int = 0) -> Any:
     """Returns the text with which the model continues a prompt; of an
     encoder-decoder, what it writes when it has read the prompt.
 
-    A text ends where the model writes the tokenizer's separator.
+    A text ends where the model writes the tokenizer's separator, or before one
+    of the strings `stop`.
 
     Args:
       prompts: one text, or several, which are continued together.
@@ -152,6 +154,11 @@ class Model:
       temperature: divides the logits; 0 takes the likeliest token.
       top_k: draws from the k likeliest tokens; 0: from all.
       top_p: draws from the likeliest tokens that together reach p.
+      min_p: draws from tokens at least so many times as likely as the
+        likeliest.
+      repetition_penalty: divides the logits above 0 of tokens that the text
+        has already, and multiplies those below 0.
+      stop: strings.
       seed: of the draws.
 
     Returns:
@@ -169,14 +176,16 @@ class Model:
       raise RequestError('this model writes no text: its objective is '
                          f'{config.objective}')
     shown = prompt(texts, config, tokenizer)
-    stop = tokenizer.separator_id
+    end = tokenizer.separator_id
     new_BT = np.asarray(generation.generate(
         self.module, self.params, jnp.asarray(shown.tokens),
         jnp.asarray(shown.lengths), jax.random.key(seed),
-        max_new_tokens=max_new_tokens, stop_token=stop,
-        sampling=generation.Sampling(temperature, top_k, top_p),
+        max_new_tokens=max_new_tokens, stop_token=end,
+        sampling=generation.Sampling(temperature, top_k, top_p, min_p,
+                                     repetition_penalty),
         **shown.arguments))
-    written = [tokenizer.decode(generation.until(row, stop)) for row in new_BT]
+    written = [generation.before(
+        tokenizer.decode(generation.until(row, end)), stop) for row in new_BT]
     return written[0] if isinstance(prompts, str) else written
 
   def count(self, length: int = 0) -> dict[str, Any]:
@@ -339,13 +348,7 @@ def build(config: str | ml_collections.ConfigDict | ModelConfig, *,
 def _load_run(workdir: Any, step: int | None, tokenizer: str | None) -> Model:
   config = runs.with_new_fields(run_config.load_config(workdir))
   module = architectures.build(runs.model_of(workdir))
-  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  shapes = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
-      nn.meta.unbox(step_lib.abstract_params(module)))
-  restored = restoring.restore(restoring.directory(workdir),
-                               {'params': shapes}, step, partial=True)
-  return Model(module, restored.state['params'],
+  return Model(module, trained.params(workdir, module, step),
                tokenizers.load(tokenizer or config.data.tokenizer), config)
 
 

@@ -59,6 +59,8 @@ def base() -> ml_collections.ConfigDict:
           cache_dir='',
           # How chat lays out a conversation. published: as Vicuna v1.1, or for
           # alpaca: as Alpaca. earlier: as runs did before this field existed.
+          # Any other: by the chat template in a Jinja file or a Hugging Face
+          # folder.
           chat_template='published',
           mask_rate=0.15,  # the share of tokens that mlm and mlm_nsp mask
           whole_words=False,  # mask all tokens of a word, or none

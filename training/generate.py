@@ -6,9 +6,10 @@ overwrites the padding's slots before it can see them. Experts have no capacity
 here, so that a row's text does not depend on the others.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
+import math
 from typing import Any, Optional
 
 import chex
@@ -37,10 +38,17 @@ class Sampling:
     top_k: only the k likeliest tokens; 0: all.
     top_p: only the likeliest tokens that together reach p (Holtzman et al.
       2020); 1: all.
+    min_p: only tokens that are at least so many times as likely as the
+      likeliest (Nguyen et al. 2024); 0: all.
+    repetition_penalty: the logit of a token that the text has already, prompt
+      included, is divided by it where it is positive and multiplied where it
+      is not (Keskar et al. 2019, section 4.1); 1: none.
   """
   temperature: float = 1.0
   top_k: int = 0
   top_p: float = 1.0
+  min_p: float = 0.0
+  repetition_penalty: float = 1.0
 
   def __post_init__(self):
     require(self.temperature >= 0,
@@ -48,12 +56,38 @@ class Sampling:
     require(self.top_k >= 0, f'top_k is {self.top_k}: it must be >= 0')
     require(0 < self.top_p <= 1,
             f'top_p is {self.top_p}: choose it in (0, 1]')
+    require(0 <= self.min_p <= 1,
+            f'min_p is {self.min_p}: choose it in [0, 1]')
+    require(0 < self.repetition_penalty < math.inf, 'repetition_penalty is '
+            f'{self.repetition_penalty}: it must be > 0 (1: none)')
 
-  def __call__(self, logits_BV: jax.Array, key: jax.Array) -> jax.Array:
-    """Returns one token a row, [B]."""
+  @property
+  def remembers(self) -> bool:
+    """Whether a draw depends on which tokens the text has already."""
+    return self.repetition_penalty != 1
+
+  def __call__(self, logits_BV: jax.Array, key: jax.Array,
+               seen_BV: jax.Array | None = None) -> jax.Array:
+    """Returns one token a row, [B].
+
+    Args:
+      logits_BV: of the next token.
+      key: of the draw.
+      seen_BV: bool, the tokens that each row has; where `remembers`.
+    """
+    if self.remembers:
+      assert seen_BV is not None
+      logits_BV = self.penalize(logits_BV, seen_BV)
     if self.temperature == 0:
       return jnp.argmax(logits_BV, -1)
     return jax.random.categorical(key, self.filter(logits_BV))
+
+  def penalize(self, logits_BV: jax.Array, seen_BV: jax.Array) -> jax.Array:
+    """Returns the logits, lower where a token has been seen."""
+    penalty = self.repetition_penalty
+    lower_BV = jnp.where(logits_BV < 0, logits_BV * penalty,
+                         logits_BV / penalty)
+    return jnp.where(seen_BV, lower_BV, logits_BV)
 
   def filter(self, logits_BV: jax.Array) -> jax.Array:
     """Returns the logits over the temperature, -inf where none is drawn."""
@@ -70,6 +104,10 @@ class Sampling:
       least_B1 = jnp.min(jnp.where(kept_BV, sorted_BV, jnp.inf), -1,
                          keepdims=True)
       logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
+    if self.min_p:
+      p_BV = jax.nn.softmax(logits_BV, -1)
+      least_B1 = self.min_p * p_BV.max(-1, keepdims=True)
+      logits_BV = jnp.where(p_BV < least_B1, -jnp.inf, logits_BV)
     return logits_BV
 
 
@@ -128,12 +166,24 @@ def generate(module: nn.Module, params: Any, prompts_BL: jax.Array,
   last_B1D = jnp.take_along_axis(
       output.hidden, (lengths_B - 1)[:, None, None], axis=1)
 
-  def draw(output: Output, hidden_B1D: jax.Array, t: jax.Array | int):
-    assert output.head is not None  # objectives with a prompt train none else
-    return sampling(output.head.logits(hidden_B1D)[:, 0],
-                    jax.random.fold_in(key, t)).astype(jnp.int32)
+  rows_B = jnp.arange(B)
+  real_BL = jnp.arange(L)[None] < lengths_B[:, None]
+  seen_BV = None
+  if sampling.remembers:
+    V = module.config.vocab_size
+    seen_BV = jnp.zeros((B, V), bool).at[
+        rows_B[:, None], jnp.where(real_BL, prompts_BL, V)].set(
+            True, mode='drop')
 
-  first_B = draw(output, last_B1D, 0)
+  def draw(output: Output, hidden_B1D: jax.Array, t: jax.Array | int,
+           seen_BV: jax.Array | None):
+    assert output.head is not None  # objectives with a prompt train none else
+    new_B = sampling(output.head.logits(hidden_B1D)[:, 0],
+                     jax.random.fold_in(key, t), seen_BV).astype(jnp.int32)
+    return new_B, (seen_BV if seen_BV is None else
+                   seen_BV.at[rows_B, new_B].set(True))
+
+  first_B, seen_BV = draw(output, last_B1D, 0, seen_BV)
   tokens_BL = jnp.zeros((B, max_new_tokens), jnp.int32).at[:, 0].set(first_B)
   done_B = first_B == stop_token if stop_token is not None else jnp.zeros(
       B, bool)
@@ -141,19 +191,19 @@ def generate(module: nn.Module, params: Any, prompts_BL: jax.Array,
   apart = module.config.num_decoder_layers <= UNROLLED_LAYERS
 
   def unfinished(carry: Any):
-    t, _, done_B, _ = carry
+    t, _, done_B, *_ = carry
     return (t < max_new_tokens) & ~jnp.all(done_B)
 
   def step(carry: Any):
-    t, tokens_BL, done_B, cache = carry
+    t, tokens_BL, done_B, cache, seen_BV = carry
     token_B1 = jax.lax.dynamic_slice_in_dim(tokens_BL, t - 1, 1, 1)
     output = apply({'params': params}, token_B1, cache=cache, one_by_one=apart,
                    **{positions: (lengths_B + t - 1)[:, None]})
-    new_B = draw(output, output.hidden, t)
+    new_B, seen_BV = draw(output, output.hidden, t, seen_BV)
     if stop_token is not None:
       new_B = jnp.where(done_B, stop_token, new_B)
       done_B |= new_B == stop_token
-    return (t + 1, tokens_BL.at[:, t].set(new_B), done_B, output.cache)
+    return (t + 1, tokens_BL.at[:, t].set(new_B), done_B, output.cache, seen_BV)
 
   if stop_token is not None:  # what an early end leaves
     tokens_BL = tokens_BL.at[:, 1:].set(stop_token)
@@ -162,10 +212,16 @@ def generate(module: nn.Module, params: Any, prompts_BL: jax.Array,
     params, cache = one_by_one(params, cache)
   return jax.lax.while_loop(
       unfinished, step, (jnp.ones((), jnp.int32), tokens_BL, done_B,
-                         cache))[1]
+                         cache, seen_BV))[1]
 
 
 def until(row: np.ndarray, stop: int) -> np.ndarray:
   """Returns the tokens of a row before the first that is `stop`."""
   ends = np.flatnonzero(row == stop)
   return row[:ends[0]] if ends.size else row
+
+
+def before(text: str, stops: Sequence[str]) -> str:
+  """Returns a text up to the first of the stop strings in it."""
+  places = [place for stop in stops if (place := text.find(stop)) >= 0]
+  return text[:min(places, default=len(text))]

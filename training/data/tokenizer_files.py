@@ -124,3 +124,27 @@ def named_specials(id_of: Callable[[str], int | None]) -> dict[str, int]:
     if ids:
       found[kind] = ids[0]
   return found
+
+
+def byte_level_table(tokenizer: Any, vocab: dict[str, int]
+                     ) -> dict[int, bytes] | None:
+  """Returns {id: the bytes it spells} of a byte-level BPE, or None.
+
+  Such a vocabulary writes each byte as one printable character, so a token's
+  bytes are known exactly even where a window cuts a character in two.
+  """
+  import tokenizers
+  if not isinstance(tokenizer.decoder, tokenizers.decoders.ByteLevel):
+    return None
+  printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+  others = [b for b in range(256) if b not in set(printable)]
+  byte_of = {chr(b): b for b in printable}
+  byte_of |= {chr(256 + i): b for i, b in enumerate(others)}
+  table = {}
+  added = tokenizer.get_added_tokens_decoder()
+  for token, i in vocab.items():
+    if i in added:
+      table[i] = b'' if added[i].special else token.encode('utf-8')
+    elif byte_of.keys() >= set(token):
+      table[i] = bytes(byte_of[c] for c in token)
+  return table

@@ -7,12 +7,14 @@ sentencepiece model), or a sentencepiece `.model`.
 
 No tokenizer adds special tokens by itself, and none reads them out of plain
 text: '<|endoftext|>' typed inside a document is spelt, not obeyed. Whoever
-lays out a sequence (packing, objectives, generation) places the special ids.
+lays out a sequence (packing, objectives, generation) places the special ids;
+a chat template writes them as text, and `encode_placed` obeys it.
 """
 
 import abc
 from collections.abc import Callable, Iterable, Sequence
 import difflib
+import functools
 import hashlib
 import json
 import os
@@ -66,6 +68,25 @@ class Tokenizer(abc.ABC):
     """Returns (ids int32 [T], spans int32 [T, 2]) of each text: the ids of
     `encode_batch`, and of each the first of the characters that it stands for,
     and the one after the last. A span may hold the space before a word."""
+
+  def encode_placed(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns `encode_spans` of a text in which special tokens are obeyed."""
+    written = {self.piece(i): i for i in sorted(self.special_ids.values())}
+    pieces = (re.split(f'({"|".join(map(re.escape, written))})', text)
+              if written else [text])
+    ids, spans, start = [], [], 0
+    for number, piece in enumerate(pieces):
+      own, places = (([written[piece]], _spans([(0, len(piece))]))
+                     if number % 2 else self.encode_spans([piece])[0])
+      ids.append(np.asarray(own, np.int32))
+      spans.append(places + start)
+      start += len(piece)
+    return np.concatenate(ids), np.concatenate(spans)
+
+  @property
+  def special_texts(self) -> tuple[str, ...]:
+    """How the special tokens are written that `encode_placed` obeys."""
+    return tuple(self.piece(i) for i in sorted(self.special_ids.values()))
 
   def decode(self, ids: Iterable[int]) -> str:
     """Returns the text; special tokens spell nothing."""
@@ -182,7 +203,7 @@ class HuggingFace(Tokenizer):
       self.mask_pattern = _mask_pattern(tokenizer, special_ids['mask'])
     described = json.dumps([tokenizer.to_str(), special_ids])
     self.fingerprint = _digest(described.encode('utf-8'))
-    self._bytes_of_id = _byte_level_table(tokenizer, vocab)
+    self._bytes_of_id = tokenizer_files.byte_level_table(tokenizer, vocab)
 
   def encode_batch(self, texts: Sequence[str]):
     encodings = self._tokenizer.encode_batch_fast(
@@ -194,6 +215,23 @@ class HuggingFace(Tokenizer):
         list(texts), add_special_tokens=False)
     return [(np.asarray(encoding.ids, np.int32), _spans(encoding.offsets))
             for encoding in encodings]
+
+  def encode_placed(self, text: str):
+    encoding = self._obeying.encode(text, add_special_tokens=False)
+    return np.asarray(encoding.ids, np.int32), _spans(encoding.offsets)
+
+  @property
+  def special_texts(self):
+    added = self._tokenizer.get_added_tokens_decoder()
+    return tuple(token.content for token in added.values() if token.special)
+
+  @functools.cached_property
+  def _obeying(self) -> Any:
+    """The pipeline that obeys special tokens; transformers' usual one."""
+    import tokenizers
+    pipeline = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+    pipeline.encode_special_tokens = False
+    return pipeline
 
   def decode_bytes(self, ids: Iterable[int]):
     ids = [int(i) for i in ids]
@@ -324,30 +362,6 @@ def _mask_pattern(tokenizer: Any, mask_id: int) -> str:
 def _sentinels(id_of: Callable[[str], int | None]) -> tuple[int, ...]:
   ids = [id_of(f'<extra_id_{i}>') for i in range(SENTINELS)]
   return tuple(i for i in ids if i is not None)
-
-
-def _byte_level_table(tokenizer: Any, vocab: dict[str, int]
-                      ) -> dict[int, bytes] | None:
-  """Returns {id: the bytes it spells} of a byte-level BPE, or None.
-
-  Such a vocabulary writes each byte as one printable character, so a token's
-  bytes are known exactly even where a window cuts a character in two.
-  """
-  import tokenizers
-  if not isinstance(tokenizer.decoder, tokenizers.decoders.ByteLevel):
-    return None
-  printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-  others = [b for b in range(256) if b not in set(printable)]
-  byte_of = {chr(b): b for b in printable}
-  byte_of |= {chr(256 + i): b for i, b in enumerate(others)}
-  table = {}
-  added = tokenizer.get_added_tokens_decoder()
-  for token, i in vocab.items():
-    if i in added:
-      table[i] = b'' if added[i].special else token.encode('utf-8')
-    elif byte_of.keys() >= set(token):
-      table[i] = bytes(byte_of[c] for c in token)
-  return table
 
 
 def _hugging_face(read: Callable):

@@ -15,6 +15,7 @@ import ml_collections
 from configs import base
 from configs.errors import one_of, require
 from training import limits
+from training.data import chat_templates
 from training.data import conversations
 from training.objectives.record import Objective, Shape
 
@@ -41,8 +42,8 @@ def check_objective(config: ml_collections.ConfigDict) -> None:
   """Raises RequestError for an unknown objective, and for a field that was set,
   so that it differs from its default, and that the objective does not read."""
   of(config)
-  one_of('data.chat_template', config.data.chat_template,
-         conversations.TEMPLATES)
+  if config.data.chat_template not in conversations.TEMPLATES:
+    chat_templates.source(config.data.chat_template)
   defaults = base.base()
   for name in {field: None for row in OBJECTIVES.values()
                for field in row.reads}:

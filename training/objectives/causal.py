@@ -7,7 +7,8 @@ import numpy as np
 from training.data import packing
 from training.data.tokenizers import Tokenizer
 from training.objectives import record
-from training.objectives.record import Config, Objective, Prompts, Row, Shape
+from training.objectives.record import Config, Objective, Prompts, Row
+from training.objectives.record import Shape, Talk
 
 
 def causal(window: packing.Window, rng: np.random.Generator | None,
@@ -61,13 +62,36 @@ def _as_prefix(texts: Sequence[str], config: Config, tokenizer: Tokenizer
   return prompts._replace(arguments=dict(prefix_B=prompts.lengths))
 
 
+def goes_on(tokenizer: Tokenizer, start: int | None = None) -> Talk:
+  """Returns how a model of plain text is talked with: each message is a line
+  of its text, which the model goes on from.
+
+  Args:
+    tokenizer: the model's.
+    start: the token before the text; default: the separator.
+  """
+  separator = tokenizer.separator_id
+  first = separator if start is None else start
+
+  def encode(messages: Sequence[dict[str, str]]) -> np.ndarray:
+    text = ''
+    for message in messages:
+      starts = message['role'] == 'user' and text
+      text += ('\n' if starts else '') + message['content']
+    return np.concatenate([[first], tokenizer.encode(text)]).astype(np.int32)
+
+  return Talk('goes on from the text', encode, frozenset({separator}),
+              system=False, plain=True)
+
+
 OBJECTIVES = {
     # Every token of a window but its padding is one to predict from.
     'causal': Objective(
         'decoder', packing.Windows, causal, _arrays, ('tokens',),
         {'positions': 'positions_BL', 'segment_ids': 'segment_ids_BL',
          'weights': 'valid_BL'}, ('weights',), reads=('data.document_mask',),
-        prompt=record.after_separator, every_token=True),
+        prompt=record.after_separator, every_token=True,
+        talk=lambda config, tokenizer: goes_on(tokenizer)),
     'prefix': Objective(
         'decoder', packing.Windows, prefix, _prefix_arrays, ('tokens',),
         {'prefix': 'prefix_B', 'valid': 'valid_BL'}, ('valid',),

@@ -6,28 +6,37 @@ on, or after `### Response:`. A question and its answer are tokenised as one
 text, as both published codes do. See training/data/conversations.py for the
 templates.
 
+Where data.chat_template names a Jinja template, that one says what is the
+assistant's: see training/data/chat_templates.py.
+
 `data.chat_template=earlier` lays out as this project did before it had that
 field: turns end with a line break, no system text is added, and `ASSISTANT: `
 ends with a space. A run of that time continues with it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from training.data import conversations, packing
+from training.data import chat_templates, conversations, packing
+from training.data import token_workers
+from training.data.chat_templates import Messages
 from training.data.tokenizers import Tokenizer
 from training.objectives import record
-from training.objectives.record import Config, Objective, Prompts, Row, Shape
+from training.objectives.record import Config, Objective, Prompts, Row
+from training.objectives.record import Shape, Talk
 
 # The text before a part of each kind, and after it. None stands for the
 # separator, and says that the part counts in the loss. Questions and answers
-# are what the published templates make of the turns; all others are of the
-# earlier template.
+# are what the published templates make of the turns; `shown` and `said` what a
+# Jinja template makes of them, which says itself how a conversation begins and
+# how an answer ends; all others are of the earlier template.
 HEADERS = {'question': '', 'answer': '', 'system': '', 'user': 'USER: ',
-           'assistant': 'ASSISTANT: ', 'prompt': '', 'response': ''}
+           'assistant': 'ASSISTANT: ', 'prompt': '', 'response': '',
+           'shown': '', 'said': ''}
 TAILS = {'question': '', 'answer': None, 'system': '\n', 'user': '\n',
-         'assistant': None, 'prompt': '', 'response': None}
+         'assistant': None, 'prompt': '', 'response': None, 'shown': '',
+         'said': ''}
 
 
 def chat(parts: list[tuple[str, np.ndarray]], rng: np.random.Generator | None,
@@ -53,11 +62,13 @@ def _arrays(config: Config) -> dict[str, Shape]:
 def layout(parts: list[tuple[str, np.ndarray]], tokenizer: Tokenizer
            ) -> tuple[np.ndarray, np.ndarray]:
   """Returns the ids [T] of a conversation, and which of them are predicted."""
-  end = np.array([tokenizer.separator_id], np.int32)
-  ids, told = [end], [np.zeros(1, bool)]
+  nothing = np.zeros(0, np.int32)
+  rendered = bool(parts) and parts[0][0] == 'shown'
+  end = nothing if rendered else np.array([tokenizer.separator_id], np.int32)
+  ids, told = [end], [np.zeros(len(end), bool)]
   for kind, text in parts:
-    says = TAILS[kind] is None
-    header = tokenizer.encode(HEADERS[kind])
+    says = TAILS[kind] is None or kind == 'said'
+    header = tokenizer.encode(HEADERS[kind]) if HEADERS[kind] else nothing
     tail = end if says else tokenizer.encode(TAILS[kind])
     for piece, counts in ((header, False), (text, says), (tail, says)):
       ids.append(np.asarray(piece, np.int32))
@@ -70,29 +81,90 @@ def question(text: str, config: Config, tokenizer: Tokenizer) -> np.ndarray:
   the run's data; of no text, a conversation's start."""
   if not text:
     return np.array([tokenizer.separator_id], np.int32)
+  return talk(config, tokenizer).encode([dict(role='user', content=text)])
+
+
+def talk(config: Config, tokenizer: Tokenizer) -> Talk:
+  """Returns how a run is talked with: by the template of its data."""
+  name = config.data.chat_template
+  if name not in conversations.TEMPLATES:
+    return templated(chat_templates.read(name, tokenizer))
   alpaca = 'alpaca:' in config.data.source
-  if config.data.chat_template == 'earlier':
-    parts = ([('prompt', conversations.alpaca_prompt(text)), ('response', '')]
-             if alpaca else [('user', text), ('assistant', '')])
-  elif alpaca:
-    parts = [('question', conversations.alpaca_prompt(text)), ('answer', '')]
-  else:
-    parts = [*conversations.vicuna([('user', text), ('assistant', '')]),
-             ('answer', '')]
-  ids, _ = layout([(kind, tokenizer.encode(part)) for kind, part in parts],
-                  tokenizer)
-  return ids[:-1]  # the answer has yet to end
+  lay_out = _instructions if alpaca else _turns
+
+  def encode(messages: Messages) -> np.ndarray:
+    parts = lay_out(messages, name == 'earlier')
+    ids, _ = layout(_encoded(parts, tokenizer), tokenizer)
+    return ids[:-1]  # the answer has yet to end
+
+  words = 'Alpaca' if alpaca else 'Vicuna'
+  return Talk(
+      f"answers by {words}'s template" + ', as runs of an earlier version did'
+      * (name == 'earlier'), encode, frozenset({tokenizer.separator_id}),
+      lead='' if alpaca or name == 'earlier' else ' ', system=not alpaca)
+
+
+def templated(template: chat_templates.Template,
+              ends: Iterable[int] = ()) -> Talk:
+  """Returns how a model is talked with by a Jinja template.
+
+  Args:
+    template: see chat_templates.
+    ends: the ids with which an answer ends, as a Hugging Face folder says;
+      default: what the template has after an answer, and the separator.
+  """
+  found = frozenset(ends) or frozenset(
+      template.ends() | {template.tokenizer.separator_id})
+  return Talk(f'answers by the chat template of {template.name}',
+              lambda messages: template.encode(messages, answer=True), found)
+
+
+def _encoded(parts: list[tuple[str, str]], tokenizer: Tokenizer
+             ) -> list[tuple[str, np.ndarray]]:
+  """Returns parts with their ids; a question and its answer as one text."""
+  ids: list[tuple[str, np.ndarray]] = []
+  for kind, text in parts:
+    if kind == 'answer' and ids:
+      question = parts[len(ids) - 1][1]
+      both = tokenizer.encode(question + text)
+      shared = token_workers.shared(both, ids[-1][1])
+      ids[-1] = ids[-1][0], both[:shared]
+      ids.append((kind, both[shared:]))
+    else:
+      ids.append((kind, tokenizer.encode(text)))
+  return ids
+
+
+def _turns(messages: Messages, earlier: bool) -> list[tuple[str, str]]:
+  """Returns messages, and the answer to the last, as parts of Vicuna's."""
+  turns = [(message['role'], message['content']) for message in messages]
+  if earlier:
+    return [*turns, ('assistant', '')]
+  return [*conversations.vicuna([*turns, ('assistant', '')]), ('answer', '')]
+
+
+def _instructions(messages: Messages, earlier: bool) -> list[tuple[str, str]]:
+  """Returns messages, and the answer to the last, as parts of Alpaca's."""
+  names = (dict(user='prompt', assistant='response') if earlier
+           else dict(user='question', assistant='answer'))
+  parts = [(names[message['role']],
+            conversations.alpaca_prompt(message['content'])
+            if message['role'] == 'user' else message['content'])
+           for message in messages]
+  return [*parts, (names['assistant'], '')]
 
 
 def jinja(config: Config, tokenizer: Tokenizer) -> str | None:
-  """Returns the published template of a run's data as transformers takes one,
-  a Jinja template; None for the earlier template.
+  """Returns the template of a run's data as transformers takes one, a Jinja
+  template; None for the earlier template.
 
   Alpaca's has no place for an input, which a chat of transformers does not
   have either.
   """
   if config.data.chat_template == 'earlier':
     return None
+  if config.data.chat_template not in conversations.TEMPLATES:
+    return chat_templates.source(config.data.chat_template)[1]
   kind = next(name for name in ('sep', 'eos')
               if tokenizer.special_ids.get(name) == tokenizer.separator_id)
   end = f'{{{{ {kind}_token }}}}'
@@ -122,5 +194,5 @@ OBJECTIVES = {
     'chat': Objective(
         'decoder', packing.Conversations, chat, _arrays, ('tokens',),
         {'valid': 'valid_BL'}, ('valid',), reads=('data.chat_template',),
-        prompt=_questions, chat_template=jinja),
+        prompt=_questions, chat_template=jinja, talk=talk),
 }

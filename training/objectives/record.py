@@ -57,6 +57,26 @@ class Prompts(NamedTuple):
   gap: str = ''
 
 
+class Talk(NamedTuple):
+  """How a model is talked with in turns.
+
+  Attributes:
+    words: what it does with what is said to it, for a reader.
+    encode: messages, dicts with role (system, user, assistant) and content,
+      the last the user's -> int32 [T], what the model goes on from.
+    ends: the ids with which it ends an answer.
+    lead: what an answer begins with that is no part of it.
+    system: whether a system message has a place.
+    plain: whether it goes on from the text, as no template says otherwise.
+  """
+  words: str
+  encode: Callable[[Sequence[dict[str, str]]], np.ndarray]
+  ends: frozenset[int]
+  lead: str = ''
+  system: bool = True
+  plain: bool = False
+
+
 def targets(batch: Mapping[str, jax.Array]) -> jax.Array:
   """Returns how many tokens of a batch are to be predicted, by weight."""
   return batch['weights'].astype(jnp.float32).sum()
@@ -138,6 +158,8 @@ class Objective(NamedTuple):
       of architectures/parts/heads.py.
     num_labels: config -> how many outputs that head has (model.num_labels), as
       the labels of the data say; 0 where it needs none.
+    talk: (config, tokenizer) -> Talk; None: the model cannot be talked with
+      in turns.
   """
   stack: str
   view: type
@@ -156,6 +178,7 @@ class Objective(NamedTuple):
   chat_template: Callable[..., str | None] | None = None
   head: str = 'lm'
   num_labels: Callable[[Config], int] = lambda config: 0
+  talk: Callable[..., Talk] | None = None
 
   def row(self, item: Any, rng: np.random.Generator, config: Config,
           tokenizer: Tokenizer) -> dict[str, np.ndarray]:

@@ -207,7 +207,7 @@ def test_a_run_of_the_earlier_template_goes_on_with_it(talks, tmp_path):
 
 
 @pytest.mark.parametrize('objective, template, words', [
-    ('chat', 'vicuna', 'choose from published, earlier'),
+    ('chat', 'vicuna', 'no file or folder: choose from published, earlier'),
     ('causal', 'earlier', 'does not read')])
 def test_a_template_that_is_none_or_not_read_is_refused(objective, template,
                                                         words):
@@ -233,6 +233,6 @@ def test_conversations_are_no_plain_text(talks, texts):
 
 def test_every_kind_of_part_has_its_place():
   assert set(conversations.ROLES.values()) | {
-      'prompt', 'response', 'question', 'answer'} == (
+      'prompt', 'response', 'question', 'answer', 'shown', 'said'} == (
           set(conversations.KINDS)) == set(chat.HEADERS) == set(chat.TAILS)
   assert set(conversations.KINDS) < set(sources.KINDS)

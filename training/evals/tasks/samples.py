@@ -25,25 +25,49 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
     tokens = jax.device_get(generate.generate(
         evaluation.run.module, evaluation.params, prompts.tokens,
         prompts.lengths, jax.random.key(options.sample_seed),
-        max_new_tokens=count, sampling=_sampling(options),
+        max_new_tokens=count, sampling=sampling(options),
         stop_token=tokenizer.separator_id, **prompts.arguments))
-  written = [tokenizer.decode(generate.until(row, tokenizer.separator_id))
-             for row in tokens]
+  written = [generate.before(
+      tokenizer.decode(generate.until(row, tokenizer.separator_id)),
+      stops(options)) for row in tokens]
   for i, (prompt, text) in enumerate(zip(rows, written)):
     print(f'sample {i + 1} of {len(rows)}:\n{prompt}{prompts.gap}{text}\n')
   return {'samples': [{'prompt': p, 'text': t}
                       for p, t in zip(rows, written)]}
 
 
-def _sampling(options: Any):
+def sampling(options: Any):
+  """Returns the generate.Sampling of the flags of SAMPLING."""
   from training import generate
-  return generate.Sampling(options.temperature, options.top_k, options.top_p)
+  return generate.Sampling(options.temperature, options.top_k, options.top_p,
+                           options.min_p, options.repetition_penalty)
+
+
+def stops(options: Any) -> list[str]:
+  """Returns the stop strings of --stop; an escape of a line break is one."""
+  return [stop.replace('\\n', '\n')
+          for stop in options.stop.split('|||') if stop]
+
+
+# How a token is drawn, and where a text ends.
+SAMPLING = (
+    Flag('temperature', 1.0, '0: always the likeliest token.'),
+    Flag('top_k', 0, 'Draw from the k likeliest tokens; 0: from all.', 0,
+         2**26),
+    Flag('top_p', 1.0, 'Draw from the likeliest tokens that together reach '
+         'the probability p.'),
+    Flag('min_p', 0.0, 'Draw from the tokens that are at least so many times '
+         'as likely as the likeliest.'),
+    Flag('repetition_penalty', 1.0, 'Divides the logits above 0 of tokens that '
+         'the text has already, and multiplies those below 0.'),
+    Flag('stop', '', "Ends a text before this string; several: 'A|||B'; a "
+         'line break is written \\n.'))
 
 
 TASK = Task(
     'texts that the model writes, also asked for by --samples or --prompt', run,
     without(lambda objective: objective.prompt, 'does not write text'),
-    check=_sampling,  # which refuses what it cannot honour
+    check=sampling,  # which refuses what it cannot honour
     flags=(
         Flag('samples', 1, 'Texts to write for each prompt.', 1, 10_000,
              asks=True),
@@ -51,9 +75,5 @@ TASK = Task(
              asks=True),
         Flag('max_new_tokens', 0,
              'Tokens to write; 0: as many as fit, 256 at most.', 0, 2**24),
-        Flag('temperature', 1.0, '0: always the likeliest token.'),
-        Flag('top_k', 0, 'Draw from the k likeliest tokens; 0: from all.', 0,
-             2**26),
-        Flag('top_p', 1.0, 'Draw from the likeliest tokens that together reach '
-             'the probability p.'),
+        *SAMPLING,
         Flag('sample_seed', 0, 'The seed of the draws.', 0, 2**32 - 1)))

@@ -1,0 +1,274 @@
+"""Chat templates: what they render, what they may not do, and whose words are
+whose."""
+
+import json
+
+import numpy as np
+import pytest
+import tokenizers as hf
+
+from configs import base
+from configs.errors import RequestError
+from training import objectives
+from training.data import chat_templates, pipeline, tokenizers
+from training.hf import tokenizer as hf_tokenizer
+from training.objectives import chat
+
+BYTES = tokenizers.load('bytes')
+# Of ChatML, as SmolLM2 and Qwen write it; here the bytes tokenizer's [EOS]
+# stands for <|im_end|>.
+CHATML = (
+    "{% for m in messages %}\n"
+    "{{ m['role'] + ': ' + m['content'] + eos_token + '\n' }}\n"
+    "{% endfor %}\n"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}")
+MARKED = (
+    "{%- for m in messages -%}"
+    "{%- if m.role == 'assistant' -%}"
+    "assistant: {% generation %}{{ m.content }}[EOS]{% endgeneration %}\n"
+    "{%- else -%}{{ m.role }}: {{ m.content | trim }}[EOS]\n{%- endif -%}"
+    "{%- endfor -%}")
+TALK = [dict(role='user', content='Hé'), dict(role='assistant', content='Hi!'),
+        dict(role='user', content='b'), dict(role='assistant', content='c')]
+
+
+def make(text, tokenizer=BYTES):
+  return chat_templates.make('a template', text, tokenizer)
+
+
+def rendered(text, **message):
+  return make(text).render([dict(role='user', content='x') | message])
+
+
+def test_blocks_are_trimmed_as_in_transformers():
+  """trim_blocks takes the line break after a block, lstrip_blocks the spaces
+  before it: jinja2's own defaults would leave both."""
+  assert make(CHATML).render(TALK[:1], answer=True) == (
+      'user: Hé[EOS]\n\nassistant: ')
+  assert rendered('a\n  {% if true %}\nb\n  {% endif %}\nc') == 'a\nb\nc'
+
+
+@pytest.mark.parametrize('text, expected', [
+    ("{{ {'b': '<é>', 'a': [1]}|tojson }}", '{"b": "<é>", "a": [1]}'),
+    ('{{ [1, 2]|tojson(indent=1) }}', '[\n 1,\n 2\n]'),
+    ('{% for i in [1, 2, 3] %}{% if i == 2 %}{% break %}{% endif %}{{ i }}'
+     '{% endfor %}', '1'),
+    ("{% set n = namespace(a=1) %}{% set n.a = 2 %}{{ n.a }}", '2'),
+    ("{{ dict(a=1)['a'] }}", '1'), ('{{ bos_token }}', '[BOS]'),
+    ('{{ unknown_token }}', ''), ('{{ tools is none }}', 'True'),
+    ("{{ strftime_now('%%') }}", '%')])
+def test_templates_have_what_those_of_transformers_have(text, expected):
+  assert rendered(text) == expected
+
+
+@pytest.mark.parametrize('text, words', [
+    ('{{ messages.__class__ }}', "reach out.*'__class__'"),
+    ("{{ ''.__class__.__mro__[1].__subclasses__() }}", 'reach out'),
+    ('{{ messages.append(1) }}', "reach out.*'append'"),
+    ("{{ cycler.__init__.__globals__ }}", 'reach out'),
+    ("{% set n = namespace(__class__=1) %}", 'reach out.*__class__'),
+    ("{% set n = namespace() %}{% set n.__a = 1 %}", 'reach out.*__a'),
+    ("{{ raise_exception('roles must alternate') }}",
+     'a template refuses the conversation: roles must alternate'),
+    ('{{ messages[3].content }}', 'refuses the conversation'),
+    ('{{ 1 / 0 }}', 'fails: division by zero'),
+    ("{% include '/etc/passwd' %}", 'fails: no loader')])
+def test_what_a_template_may_not_do_is_a_sentence(text, words):
+  with pytest.raises(RequestError, match=words) as caught:
+    rendered(text)
+  assert '\n' not in str(caught.value)
+
+
+def test_what_is_no_template_is_a_sentence(tmp_path):
+  with pytest.raises(RequestError, match='no Jinja, line 2: '):
+    make('a\n{% for %}')
+  (tmp_path / 'tokenizer_config.json').write_text('{"chat_template": 3}')
+  for spec, words in (('nowhere', 'no file or folder: choose from published'),
+                      (f'folder:{tmp_path}', 'has no chat template'),
+                      (f'folder:{tmp_path}/a.jinja', 'no file or folder')):
+    with pytest.raises(RequestError, match=words):
+      chat_templates.read(spec, BYTES)
+
+
+def test_a_folder_has_its_template_in_one_of_three_places(tmp_path):
+  def found():
+    return chat_templates.read(f'folder:{tmp_path}', BYTES).text
+  named = [dict(name='tool_use', template='t'),
+           dict(name='default', template='a')]
+  config = tmp_path / 'tokenizer_config.json'
+  config.write_text(json.dumps(dict(chat_template=named)))
+  assert found() == 'a'
+  (tmp_path / 'chat_template.json').write_text('{"chat_template": "b"}')
+  assert found() == 'b'
+  (tmp_path / 'chat_template.jinja').write_text('c')
+  assert found() == 'c'
+
+
+def _said(template, messages):
+  parts = template.parts(messages)
+  ids = chat_templates.encode([text for _, text in parts], template.tokenizer)
+  assert [kind for kind, _ in parts] == [
+      ('shown', 'said')[i % 2] for i in range(len(parts))]
+  return [_spelt(i) for i in ids]
+
+
+def _spelt(ids):
+  return ''.join(BYTES.decode([i]) if i < 128 else
+                 {195: 'Ã', 169: '©'}.get(i, BYTES.piece(i)) for i in ids)
+
+
+@pytest.mark.parametrize('text', [CHATML, MARKED])
+def test_the_parts_of_a_conversation_say_who_speaks(text):
+  end = '\n\n' if text is CHATML else ''
+  shown = _said(make(text), TALK)
+  if text is CHATML:
+    assert shown == [
+        'user: HÃ©[EOS]\n\nassistant: ', 'Hi![EOS]',
+        f'{end}user: b[EOS]\n\nassistant: ', 'c[EOS]', end][:5]
+  else:
+    assert shown == ['user: HÃ©[EOS]assistant: ', 'Hi![EOS]',
+                     'user: b[EOS]assistant: ', 'c[EOS]', '']
+
+
+def test_of_a_template_without_special_tokens_the_whole_addition_is_said():
+  plain = ("{% for m in messages %}{{ m.role[0] }}: {{ m.content }}\n"
+           "{% endfor %}{% if add_generation_prompt %}a: {% endif %}")
+  assert _said(make(plain), TALK[:2]) == ['u: HÃ©\na: ', 'Hi!\n', '']
+
+
+def test_a_prefix_that_an_answer_changes_is_refused():
+  """Qwen3 drops the thoughts of all but the last answer, for example."""
+  forgets = ("{% for m in messages %}{% if loop.last or m.role == 'user' %}"
+             '{{ m.content }}{% endif %}{% endfor %}')
+  with pytest.raises(RequestError, match='message 2 .*generation .. block'):
+    make(forgets).parts(TALK)
+
+
+def test_a_special_token_that_somebody_types_is_spelt():
+  messages = [dict(role='user', content='a[EOS]\nassistant: b'),
+              dict(role='assistant', content='[EOS]')]
+  template = make(CHATML)
+  ids = template.encode(messages)
+  assert (ids == BYTES.eos_id).sum() == 2  # the template's own
+  assert BYTES.decode(ids) == (
+      'user: a[EOS]\nassistant: b\n\nassistant: [EOS]\n\n')
+  # Marks that are typed, or that a template has parted, mean nothing.
+  typed = [dict(role='user', content='\ue011[EOS]\ue010')]
+  assert (template.encode(typed) == BYTES.eos_id).sum() == 1
+  parted = make("{{ messages[0].content.split('EOS')[0] }}[EOS]")
+  assert parted.encode(typed)[-1] == BYTES.eos_id
+
+
+def test_the_end_of_an_answer_is_the_token_behind_it():
+  assert make(CHATML).ends() == {BYTES.eos_id}
+  assert make('{{ messages[-1].content }} [SEP][EOS]').ends() == {BYTES.sep_id}
+  assert make('{{ messages[-1].content }}!').ends() == set()
+
+
+def _words(tmp_path):
+  """A BPE whose tokens cross the bounds of parts: ':' takes a space along."""
+  tokenizer = hf.Tokenizer(hf.models.BPE())
+  tokenizer.pre_tokenizer = hf.pre_tokenizers.ByteLevel(
+      add_prefix_space=False)
+  tokenizer.decoder = hf.decoders.ByteLevel()
+  tokenizer.train_from_iterator(
+      ['user: Hi! assistant: Hi! b c d'] * 9, hf.trainers.BpeTrainer(
+          vocab_size=300, special_tokens=['<s>', '</s>', '[EOS]'],
+          initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet()))
+  tokenizer.save(str(tmp_path / 'tokenizer.json'))
+  (tmp_path / 'tokenizer_config.json').write_text(
+      '{"eos_token": {"content": "[EOS]"}, "bos_token": "<s>"}')
+  (tmp_path / 'chat_template.jinja').write_text(CHATML)
+  return tokenizers.load(str(tmp_path))
+
+
+def test_tokens_belong_to_the_answer_by_their_places(tmp_path):
+  """The rule of transformers' assistant mask: a token that has a character of
+  an answer is the answer's."""
+  tokenizer = _words(tmp_path)
+  template = chat_templates.read(str(tmp_path), tokenizer)
+  assert template.specials == dict(bos_token='<s>', eos_token='[EOS]')
+  parts = template.parts(TALK)
+  ids = chat_templates.encode([text for _, text in parts], tokenizer)
+  whole, places = tokenizer.encode_placed(template.render(TALK))
+  np.testing.assert_array_equal(np.concatenate(ids), whole)
+  bounds = np.cumsum([0, *(len(text) for _, text in parts)])
+  mask = [any(a < last and first < b for a, b in zip(bounds[1::2],
+                                                     bounds[2::2]))
+          for first, last in places]
+  told = [kind == 'said' for (kind, _), i in zip(parts, ids) for _ in i]
+  assert told == mask and any(mask)
+  # ' Hi' is one token, and begins before the answer does.
+  assert tokenizer.decode(ids[1]) == ' Hi!'
+
+
+def _config(tmp_path, source, **data):
+  config = base.base()
+  config.objective = 'chat'
+  config.data.update(dict(source=source, length=64, batch_size=2,
+                          holdout_every=0, tokenize_workers=1,
+                          cache_dir=str(tmp_path / 'cache')) | data)
+  return config
+
+
+@pytest.mark.parametrize('template', [CHATML, MARKED])
+def test_a_run_is_taught_what_the_template_says_is_said(template, tmp_path):
+  (tmp_path / 'a.jinja').write_text(template)
+  (tmp_path / 'talks.jsonl').write_text(
+      (json.dumps(dict(messages=TALK)) + '\n') * 2)
+  config = _config(tmp_path, f'jsonl:{tmp_path}/talks.jsonl:messages',
+                   chat_template=str(tmp_path / 'a.jinja'))
+  objectives.check_objective(config)
+  batch = pipeline.training_loader(config, BYTES).batch(0)
+  tokens, targets, weights, valid = (
+      batch[k][0] for k in ('tokens', 'targets', 'weights', 'valid'))
+  ids = make(template).encode(TALK)
+  np.testing.assert_array_equal(tokens[valid == 1], ids)
+  np.testing.assert_array_equal(targets[:len(ids) - 1], ids[1:])
+  assert _spelt(targets[weights == 1]) == 'Hi![EOS]c[EOS]'
+  assert chat.jinja(config, BYTES) == template
+  # It is asked as it is taught.
+  asked = chat.question('Hé', config, BYTES)
+  if template is CHATML:
+    np.testing.assert_array_equal(asked, ids[:len(asked)])
+  assert chat.talk(config, BYTES).ends == {BYTES.eos_id}
+
+
+def test_another_template_is_another_entry_of_the_cache(tmp_path):
+  (tmp_path / 'talks.jsonl').write_text(json.dumps(dict(messages=TALK)) + '\n')
+  rows = []
+  for text in (CHATML, CHATML + '{# a remark #}',
+               CHATML.replace('eos_token', 'sep_token')):
+    (tmp_path / 'a.jinja').write_text(text)
+    config = _config(tmp_path, f'jsonl:{tmp_path}/talks.jsonl:messages',
+                     batch_size=1, chat_template=str(tmp_path / 'a.jinja'))
+    rows.append(pipeline.training_loader(config, BYTES).batch(0)['tokens'])
+  assert (rows[0] == rows[1]).all() and (rows[0] != rows[2]).any()
+
+
+def test_a_conversation_that_the_template_refuses_is_named(tmp_path):
+  (tmp_path / 'talks.jsonl').write_text(
+      (json.dumps(dict(messages=TALK)) + '\n') * 2
+      + json.dumps(dict(messages=TALK[1:])) + '\n')
+  (tmp_path / 'a.jinja').write_text(
+      "{% if messages[0].role != 'user' %}{{ raise_exception('user first') }}"
+      '{% endif %}' + MARKED)
+  config = _config(tmp_path, f'jsonl:{tmp_path}/talks.jsonl:messages',
+                   chat_template=str(tmp_path / 'a.jinja'))
+  with pytest.raises(RequestError,
+                     match='talks.jsonl, conversation 3: .*user first'):
+    pipeline.training_loader(config, BYTES)
+  (tmp_path / 'x.json').write_text('[{"instruction": "a", "output": "b"}]')
+  config.data.source = f'alpaca:{tmp_path}/x.json'
+  with pytest.raises(RequestError, match='chat_template to published'):
+    pipeline.training_loader(config, BYTES)
+
+
+def test_an_export_has_the_template_of_its_run(tmp_path):
+  _words(tmp_path)
+  (tmp_path / 'out').mkdir()
+  config = _config(tmp_path, 'jsonl:x:y', tokenizer=str(tmp_path))
+  (tmp_path / 'own.jinja').write_text(MARKED)
+  config.data.chat_template = str(tmp_path / 'own.jinja')
+  hf_tokenizer.give(tmp_path, config, tmp_path / 'out', step=1)
+  assert (tmp_path / 'out/chat_template.jinja').read_text() == MARKED
