@@ -93,6 +93,13 @@ def base() -> ml_collections.ConfigDict:
           # the parameter decays: 1, or not: 0. Empty: matrices decay;
           # embeddings, norms and biases do not.
           decay_mask=(),
+          # Patterns over parameter paths, with commas between: what matches is
+          # not trained. A path may have block_B, as in the tree, or the number
+          # of a layer: embed/.*,decoder/layers/[0-3]/.*
+          freeze='',
+          # What the learning rate is multiplied by from a layer to the one
+          # below it; 1: all have the same.
+          layer_decay=1.0,
           # The largest norm of the gradient; larger ones are scaled down. 0:
           # no clipping.
           clip_norm=1.0,
@@ -225,6 +232,15 @@ def _model() -> dict:
       param_dtype='float32',
       scan_layers=True,  # one program for all layers, or one for each
       remat='none',  # what the backward pass computes again
+      lora=dict(  # low-rank adapters; all other parameters are frozen
+          rank=0,  # of an adapter; 0: there is none
+          # An adapter's product is multiplied by alpha / rank; derived: rank.
+          alpha=0.0,
+          # The products that get one, with commas between: query key value out
+          # up gate down, or all-linear: all of them.
+          targets='query,value',
+          dropout=0.0,  # of what goes into an adapter
+      ),
       moe=dict(  # of ffn=moe
           num_experts=8,  # experts of a layer
           top_k=2,  # experts of a token (with expert_choice: on average)

@@ -70,6 +70,8 @@ def _text(f: dict) -> str:
            f'{"parameters":<28}{f["parameters"]:>20,}']
   if f['active_parameters'] != f['parameters']:
     lines.append(f'{"  active":<28}{f["active_parameters"]:>20,}')
+  if f['trained_parameters'] != f['parameters']:
+    lines.append(f'{"  trained":<28}{f["trained_parameters"]:>20,}')
   for part, size in f['by_part'].items():
     active = f['active_by_part'][part]
     lines.append(f'  {part:<26}{size:>20,}' + (

@@ -6,14 +6,17 @@ of the same function, or of a language model's under the head of a task
 drawn, and every difference is listed.
 """
 
+import dataclasses
 import os
 import sys
 from typing import Any
 
 from etils import epath
 
+import architectures
+from architectures.parts.config import ModelConfig
 from configs.errors import require
-from training import new_head, paths, runs, weights
+from training import adapters, new_head, paths, runs, weights
 from training.distributed import devices
 from training.step import TrainState
 from training.workdir import checkpoints, restoring, storage
@@ -73,16 +76,25 @@ def _read(run: runs.Run, source: epath.Path, drawn: Any
   if restoring.directory(source).exists():
     return _from_workdir(run, source, drawn, partial)
   with run.context():
-    return weights.params_to_start_from(
-        source, run.module, like=run.abstract.params, partial=partial,
+    params, skipped = weights.params_to_start_from(
+        source, architectures.build(adapters.plain(run.model)),
+        like=adapters.without(run.abstract.params), partial=partial,
         seed=run.config.seed)
+  return adapters.beside(params, drawn), skipped
 
 
 def _from_workdir(run: runs.Run, source: epath.Path, drawn: Any,
                   partial: bool) -> tuple[Any, list[str]]:
-  """Returns (parameters, skipped) of the newest good checkpoint there."""
-  folder = restoring.directory(source)
-  theirs = runs.model_of(source)
+  """Returns (parameters, skipped) of the newest good checkpoint there. Its
+  adapters are taken where they are those of this run; else they are merged
+  into the weights, and those of this run are drawn."""
+  folder, theirs = restoring.directory(source), runs.model_of(source)
+  if not adapters.same(run.model, theirs):
+    if theirs.lora.rank:
+      return _from_adapted(run, source, theirs, drawn, partial)
+    params, skipped = _from_workdir(
+        _without_adapters(run), source, adapters.without(drawn), partial)
+    return adapters.beside(params, drawn), skipped
   skipped = weights.other_function(run.model, theirs, source, partial)
   wanted = {'params': run.abstract.params}
   saved = restoring.arrays(folder)
@@ -104,6 +116,35 @@ def _from_workdir(run: runs.Run, source: epath.Path, drawn: Any,
   found = paths.flatten(restored.state)
   flat = {f'params/{path}': x for path, x in paths.flatten(drawn).items()}
   return restoring.nest(flat | found)['params'], skipped
+
+
+def _without_adapters(run: runs.Run) -> runs.Run:
+  model = adapters.plain(run.model)
+  params = adapters.without(run.abstract.params)
+  return dataclasses.replace(
+      run, model=model, module=architectures.build(model),
+      abstract=run.abstract.replace(params=params))
+
+
+def _from_adapted(run: runs.Run, source: epath.Path, theirs: ModelConfig,
+                  drawn: Any, partial: bool) -> tuple[Any, list[str]]:
+  """Returns (parameters, skipped) of a workdir whose model has other adapters
+  than that of `run`."""
+  require(not partial, f'init_from is {str(source)!r}, whose model has '
+          'low-rank adapters, of which init_partial takes no part: merge them '
+          'first, by python -m tools.convert merge')
+  skipped = weights.other_function(run.model, theirs, source, partial)
+  other = runs.Run.of(run.config, theirs, run.mesh)
+  restored = restoring.restore(restoring.directory(source),
+                               {'params': other.abstract.params}, partial=True)
+  for sentence in restored.damaged:
+    print(f'warning: {sentence}', file=sys.stderr)
+  print(f'{source}: its low-rank adapters are merged into the weights')
+  with run.context():
+    _, params = adapters.merge(other.module, restored.state['params'])
+  flat, found = paths.flatten(drawn), paths.flatten(params)
+  return restoring.nest(flat | {path: x for path, x in found.items()
+                                if path in flat}), skipped
 
 
 def _fitting(wanted: Any, saved: dict[str, dict]

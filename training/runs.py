@@ -26,9 +26,9 @@ from training import evals, objectives
 from training.costs import totals
 from training.data import pipeline, tokenizers
 from training.distributed import devices
-from training.optim import mup, optimizers
+from training.optim import mup, optimizers, shares
 from training.step import TrainState, abstract_state, init_state, optimizer
-from training.step import make_eval_step, make_train_step
+from training.step import make_eval_step, make_train_step, parameter_shares
 from training.workdir import metrics, restoring, run_config
 from training.workdir import storage
 
@@ -99,6 +99,7 @@ def check_config(config: ml_collections.ConfigDict, by_hand: Iterable[str] = ()
   module = architectures.build(_without_tokenizer(config))
   limits.refuse_unread_of(by_hand, config, module.config)
   mup.check_optimizer(module.config, config.optim.name)
+  parameter_shares(module, config.optim)  # refuses a pattern without a match
   _check_reach(config, module.config)
   _check_objective(config.objective, module)
   evals.check_in_training(config)
@@ -236,7 +237,8 @@ class Run:
       source = f'{passes:.3g} passes over {source}'
     return '\n'.join([
         f'model: {model.arch}, {count(self.abstract.params):,} parameters in '
-        f'{model.param_dtype}{active}; computed in {model.dtype}',
+        f'{model.param_dtype}{active}{self._trained()}; computed in '
+        f'{model.dtype}',
         f'devices: {self.mesh.size} of the kind '
         f'{self.devices[0].device_kind}, mesh {mesh or "data=1"}',
         f'step: {rows}, {tokens:,} tokens',
@@ -247,6 +249,12 @@ class Run:
         f'{sum(loader.num_tokens for loader in eval_data):,} tokens',
         f'evaluation: {_evaluations(config, eval_data)}',
         *_tasks(config), *_unread(config, model)])
+
+  def _trained(self) -> str:
+    parts = parameter_shares(self.module, self.config.optim)
+    own = count(shares.trained(parts, self.abstract.params))
+    return (f', of which {own:,} are trained'
+            if own != count(self.abstract.params) else '')
 
   def put(self, *batches: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
     """Puts this process's rows of a batch on its devices."""

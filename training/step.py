@@ -25,7 +25,7 @@ from architectures.parts.moe import layer as moe
 from training import objectives
 from training.distributed import devices
 from training.objectives.record import Mean
-from training.optim import mup, optimizers, schedules
+from training.optim import mup, optimizers, schedules, shares
 
 STREAMS = ('dropout', 'router')  # what a model draws at random
 
@@ -67,9 +67,29 @@ def parameter_roles(module: nn.Module):
 def optimizer(module: nn.Module, optim: ml_collections.ConfigDict,
               steps: int) -> optax.GradientTransformation:
   """Returns config.optim's optimiser for the parameters of `module`."""
+  optimizers.check_optim(optim)
+  return optimizer_unchecked(module, optim, steps)
+
+
+def optimizer_unchecked(module: nn.Module, optim: ml_collections.ConfigDict,
+                        steps: int) -> optax.GradientTransformation:
+  """`optimizer`, of which some fields may be traced: optimizers.chain."""
   tree = parameter_roles(module)
-  return optimizers.make(optim, steps, tree,
-                         mup.rates(module.config, optim.name, tree))
+  return optimizers.chain(optim, steps, tree,
+                          mup.rates(module.config, optim.name, tree),
+                          parameter_shares(module, optim))
+
+
+def parameter_shares(module: nn.Module, optim: ml_collections.ConfigDict):
+  """Returns the share of the learning rate that each parameter of `module`
+  has, None where all have the whole; see shares.of."""
+  if not (optim.freeze or module.config.lora.rank) and optim.layer_decay == 1:
+    return None
+  boxed = abstract_params(module)
+  shapes = jax.tree.map(  # not unboxed: that would place them on a mesh
+      lambda box: box.value, boxed,
+      is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata))
+  return shares.of(optim, roles.read(boxed), shapes)
 
 
 def abstract_state(module: nn.Module, tx: optax.GradientTransformation,
@@ -114,6 +134,7 @@ def make_train_step(module: nn.Module, tx: optax.GradientTransformation,
   """
   objective = objectives.of(config)
   schedule = schedules.rate(config.optim, config.train.steps)
+  parts = parameter_shares(module, config.optim)
 
   def loss_fn(params: Any, batch: Any, key: jax.Array, whole: Any):
     """Of a micro-batch: its share in whole['loss'] times the loss, its
@@ -136,23 +157,27 @@ def make_train_step(module: nn.Module, tx: optax.GradientTransformation,
     return (total + whole[objective.main] * sum(aux.values()),
             (figures, panel, loads))
 
-  grad_fn = jax.grad(loss_fn, has_aux=True)
-
   def step(state: TrainState, batch: Any):
+    # Differentiated by what is trained alone: a frozen product has no gradient
+    # of its weights.
+    own = shares.trained(parts, state.params)
+    grad_fn = jax.grad(lambda own, *args: loss_fn(
+        shares.whole(parts, own, state.params), *args), has_aux=True)
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     whole = objective.weights(batch) | {'tokens': objective.tokens(batch)}
     grads, (figures, panel, loads) = _accumulate(
-        grad_fn, state.params, batch, key, whole,
-        config.train.grad_accumulation)
-    grads = jax.tree.map(lambda g: g / whole[objective.main], grads)
+        grad_fn, own, batch, key, whole, config.train.grad_accumulation)
+    grads = shares.without_frozen_rows(parts, jax.tree.map(
+        lambda g: g / whole[objective.main], grads))
     metrics = objective.means(figures) | panel
     if panel:
       metrics['health/tokens'] = whole['tokens']
     grad_norm = optax.tree.norm(grads)
     ok = jnp.isfinite(grad_norm) & jnp.isfinite(metrics['loss'])
-    params, opt_state = optimizers.update_if(
-        ok, tx, grads, state.opt_state, state.params)
-    params = moe.move_biases(config.model, params, loads, ok)
+    own, opt_state = optimizers.update_if(
+        ok, tx, grads, state.opt_state, own)
+    own = moe.move_biases(config.model, own, loads, ok)
+    params = shares.whole(parts, own, state.params)
     bad_in_row = jnp.where(ok, 0, state.bad_in_row + 1)
     bad_steps = state.bad_steps + jnp.where(ok, 0, 1)
     metrics |= dict(

@@ -27,9 +27,8 @@ from configs.errors import EnvironmentFailure, require
 from training import endings, loop, runs
 from training.data import pipeline, tokenizers
 from training.distributed import devices
-from training.optim import mup, optimizers
 from training.step import TrainState, init_state
-from training.step import make_eval_step, make_train_step, parameter_roles
+from training.step import make_eval_step, make_train_step, optimizer_unchecked
 from training.workdir import checkpoints, run_config
 
 # What the runs of a group may differ in, and what a step is given it as.
@@ -272,9 +271,7 @@ class Group(runs.Run):
   def _step(self, state: TrainState, given: tuple[dict, dict]):
     batch, values = given
     config = with_values(self.config, values)
-    roles = parameter_roles(self.module)
-    rates = mup.rates(self.model, config.optim.name, roles)
-    tx = optimizers.chain(config.optim, config.train.steps, roles, rates)
+    tx = optimizer_unchecked(self.module, config.optim, config.train.steps)
     return make_train_step(self.module, tx, config)(state, batch)
 
   def eval_step(self):

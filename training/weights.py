@@ -31,6 +31,7 @@ from architectures.parts import hf
 from architectures.parts import positions
 from architectures.parts.config import ModelConfig
 from configs.errors import require
+from training import adapters
 from training import new_head
 from training import paths
 from training import progress
@@ -307,7 +308,8 @@ def draw(module: nn.Module, like: Any, wanted: set[str], seed: int
 def to_hf(module: nn.Module, params: Any, folder: str | os.PathLike, *,
           dtype: str = '', shard_bytes: int = SHARD_BYTES,
           generation: hf_generation.Generation | None = None) -> None:
-  """Writes config.json and safetensors, which transformers loads.
+  """Writes config.json and safetensors, which transformers loads; low-rank
+  adapters are merged into the weights.
 
   Args:
     module: the model.
@@ -321,6 +323,7 @@ def to_hf(module: nn.Module, params: Any, folder: str | os.PathLike, *,
   Raises:
     ValueError: naming a part of the model that transformers does not have.
   """
+  module, params = adapters.merge(module, params)
   config: ModelConfig = module.config
   tree = hf_config.write(config)
   if generation is not None:

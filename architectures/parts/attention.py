@@ -163,13 +163,14 @@ class Attention(nn.Module):
   def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[Cache]):
     c = self.config
     rotate = None if self.cross else positions.of(c).rotate
-    q_BLHK = self._project('query', x_BLD, c.num_heads, 'heads')
+    q_BLHK = self._project('query', x_BLD, c.num_heads, 'heads', ctx)
     if c.qk_norm:
       q_BLHK = norms.norm(c, 'query_norm', 'head')(q_BLHK)
     if self.cross and ctx.memory_BMD is None:
       k_BMJK, v_BMJK = cache.memory_key_BMJK, cache.memory_value_BMJK
     else:
-      k_BMJK, v_BMJK = self._keys(ctx.memory_BMD if self.cross else x_BLD)
+      k_BMJK, v_BMJK = self._keys(
+          ctx.memory_BMD if self.cross else x_BLD, ctx)
       if self.cross and cache is not None:
         cache = cache.replace(memory_key_BMJK=k_BMJK, memory_value_BMJK=v_BMJK)
     if rotate:
@@ -193,10 +194,11 @@ class Attention(nn.Module):
       name = 'memory_weights_BHLM' if self.cross else 'weights_BHLM'
       cache = cache.replace(**{name: weights_BHLM})
     o_BLHK = sharding.constrain(o_BLHK, 'batch', 'length', 'heads', 'head')
+    axes = 'heads', 'head', 'embed'
     out_HKD = linear.weight(self, 'out', (c.num_heads, c.head_dim, c.d_model),
-                            ('heads', 'head', 'embed'), in_axes=(0, 1),
-                            residual=True)
-    y_BLD = linear.einsum('BLHK,HKD->BLD', o_BLHK, out_HKD, c.compute_dtype)
+                            axes, in_axes=(0, 1), residual=True)
+    y_BLD = linear.product(self, 'out', 'BLHK,HKD->BLD', o_BLHK, out_HKD, axes,
+                           deterministic=ctx.deterministic)
     if c.attention_bias:
       y_BLD = linear.add_bias(
           y_BLD, linear.bias(self, 'out_bias', (c.d_model,), ('embed',)))
@@ -258,23 +260,26 @@ class Attention(nn.Module):
         bias=bias_BHLM is not None)
     return mask, seen_BLM, bias_BHLM
 
-  def _keys(self, x_BMD: jax.Array):
+  def _keys(self, x_BMD: jax.Array, ctx: Context):
     """Returns keys and values of what is attended to."""
     c = self.config
-    k_BMJK = self._project('key', x_BMD, c.num_kv_heads, 'kv_heads')
-    v_BMJK = self._project('value', x_BMD, c.num_kv_heads, 'kv_heads')
+    k_BMJK = self._project('key', x_BMD, c.num_kv_heads, 'kv_heads', ctx)
+    v_BMJK = self._project('value', x_BMD, c.num_kv_heads, 'kv_heads', ctx)
     if c.qk_norm:
       k_BMJK = norms.norm(c, 'key_norm', 'head')(k_BMJK)
     return k_BMJK, v_BMJK
 
-  def _project(self, name: str, x_BLD: jax.Array, heads: int, axis: str):
+  def _project(self, name: str, x_BLD: jax.Array, heads: int, axis: str,
+               ctx: Context):
     c = self.config
     # What the scores are not scaled by, the query's weights are (T5).
     gain = (c.base_head_dim ** -0.5 / c.attention_scale
             if name == 'query' and c.init == 'fan_in' else 1.0)
-    w_DHK = linear.weight(self, name, (c.d_model, heads, c.head_dim),
-                          ('embed', axis, 'head'), gain=gain)
-    y_BLHK = linear.einsum('BLD,DHK->BLHK', x_BLD, w_DHK, c.compute_dtype)
+    axes = 'embed', axis, 'head'
+    w_DHK = linear.weight(self, name, (c.d_model, heads, c.head_dim), axes,
+                          gain=gain)
+    y_BLHK = linear.product(self, name, 'BLD,DHK->BLHK', x_BLD, w_DHK, axes,
+                            deterministic=ctx.deterministic)
     if c.attention_bias:
       y_BLHK = linear.add_bias(y_BLHK, linear.bias(
           self, f'{name}_bias', (heads, c.head_dim), (axis, 'head')))

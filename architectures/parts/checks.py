@@ -40,11 +40,11 @@ RANGES = (
         'attention_softcap', 'logits_softcap', 'init_stddev',
         'moe.shared_experts', 'moe.group_size', 'moe.capacity_factor',
         'moe.eval_capacity_factor', 'moe.logit_noise', 'moe.balance_weight',
-        'moe.z_loss_weight', 'moe.bias_rate')),
+        'moe.z_loss_weight', 'moe.bias_rate', 'lora.alpha')),
     ('it must be >= 1', lambda x: x >= 1, ('learned_stretch', 'rope.factor')),
     ('choose it in [0, 1)', lambda x: 0 <= x < 1, (
         'dropout', 'attention_dropout', 'ffn_dropout', 'head_dropout',
-        'moe.jitter', 'moe.expert_dropout')),
+        'moe.jitter', 'moe.expert_dropout', 'lora.dropout')),
     ('choose it in (0, 1]', lambda x: 0 < x <= 1, ('rope.fraction',)),
 )
 # Fields that no file of configs/ sets for a part that may be swapped away: the
@@ -73,6 +73,7 @@ def names() -> dict[str, Collection[str]]:
       'block': BLOCKS,
       'attention_kernel': kernels.names(),
       'init': linear.INITS,
+      'lora.targets': (*linear.PRODUCTS, linear.ALL),
       'remat': ('none', *REMAT),
       'dtype': DTYPES,
       'param_dtype': DTYPES,
@@ -100,6 +101,7 @@ def check_model(c: ModelConfig, stacks: Mapping[str, str]) -> None:
       require(holds(value), f'model.{field} is {value}: {words}')
   _check_unread(c)
   _check_stack(c, stacks)
+  _check_adapters(c)
   stack = stacks[c.arch]
   if positions.of(c).check:
     positions.of(c).check(c, stack)
@@ -123,6 +125,22 @@ def check_model(c: ModelConfig, stacks: Mapping[str, str]) -> None:
             f'model.{field} is {layers}, which is no multiple of the {period} '
             f'layers of the pattern (model.attention {c.attention!r}, '
             f'model.moe.every {c.moe.every})')
+
+
+def _check_adapters(c: ModelConfig) -> None:
+  """Raises RequestError for a product that is to get a low-rank adapter and
+  that no layer has; those of experts get none."""
+  there = {'query', 'key', 'value', 'out'}
+  for kind in c.layer_pattern():
+    if kind.ffn != 'moe' or c.moe.shared_experts:
+      ffn = c.moe.ffn if kind.ffn == 'moe' else kind.ffn
+      there |= {'up', 'down'} | ({'gate'} if FFNS[ffn].gated else set())
+  for name in unread.chosen(c, 'lora.targets') if c.lora.rank else ():
+    require(name == linear.ALL or name in there,
+            f'model.lora.targets has {name!r}, a product that no layer of this '
+            'model has outside of its experts, whose products get no adapter: '
+            f'choose from {", ".join(p for p in linear.PRODUCTS if p in there)}'
+            f', {linear.ALL}')
 
 
 def _check_unread(c: ModelConfig) -> None:

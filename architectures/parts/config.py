@@ -47,6 +47,19 @@ class RelativeConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraConfig:
+  """Low-rank adapters (Hu et al. 2021); see parts/linear.py."""
+  rank: int
+  alpha: float
+  targets: str
+  dropout: float
+
+  @property
+  def scale(self) -> float:
+    return self.alpha / self.rank
+
+
+@dataclasses.dataclass(frozen=True)
 class MoEConfig:
   """Experts and their router; see parts/routing.py and parts/experts.py."""
   num_experts: int
@@ -134,6 +147,7 @@ class ModelConfig:
   param_dtype: str
   scan_layers: bool
   remat: str
+  lora: LoraConfig
   moe: MoEConfig
 
   @property
@@ -213,7 +227,7 @@ def make(fields: Mapping[str, Any]) -> ModelConfig:
   head_dim = fields['head_dim'] or width // heads
   d_ff = fields['d_ff'] or 4 * width
   base_width, base_head_dim = _base(fields, head_dim)
-  rope, moe = fields['rope'], fields['moe']
+  rope, moe, lora = fields['rope'], fields['moe'], fields['lora']
   return ModelConfig(**fields | dict(
       num_decoder_layers=fields['num_decoder_layers'] or fields['num_layers'],
       num_kv_heads=fields['num_kv_heads'] or heads,
@@ -226,6 +240,7 @@ def make(fields: Mapping[str, Any]) -> ModelConfig:
       logits_scale=fields['logits_scale'] or base_width ** -0.5,
       rope=RopeConfig(**{
           **rope, 'original_len': rope['original_len'] or fields['max_len']}),
+      lora=LoraConfig(**{**lora, 'alpha': lora['alpha'] or lora['rank']}),
       moe=MoEConfig(**{**moe, 'd_ff': moe['d_ff'] or d_ff}),
       relative=RelativeConfig(**fields['relative'])))
 

@@ -49,17 +49,18 @@ class FFN(nn.Module):
   def __call__(self, x_BLD: jax.Array, ctx: Context):
     c, F = self.config, self.width or self.config.d_ff
     act, gated = FFNS[self.kind]
-    up_DF = linear.weight(self, 'up', (c.d_model, F), ('embed', 'mlp'))
-    down_FD = linear.weight(self, 'down', (F, c.d_model),
-                            ('mlp', 'embed'), residual=True)
-    h_BLF = linear.einsum('BLD,DF->BLF', x_BLD, up_DF, c.compute_dtype)
+    product = functools.partial(linear.product, self,
+                                deterministic=ctx.deterministic)
+    into, out = ('embed', 'mlp'), ('mlp', 'embed')
+    up_DF = linear.weight(self, 'up', (c.d_model, F), into)
+    down_FD = linear.weight(self, 'down', (F, c.d_model), out, residual=True)
+    h_BLF = product('up', 'BLD,DF->BLF', x_BLD, up_DF, into)
     if c.ffn_bias:
       h_BLF = linear.add_bias(
           h_BLF, linear.bias(self, 'up_bias', (F,), ('mlp',)))
     if gated:
-      gate_DF = linear.weight(self, 'gate', (c.d_model, F),
-                              ('embed', 'mlp'))
-      g_BLF = linear.einsum('BLD,DF->BLF', x_BLD, gate_DF, c.compute_dtype)
+      gate_DF = linear.weight(self, 'gate', (c.d_model, F), into)
+      g_BLF = product('gate', 'BLD,DF->BLF', x_BLD, gate_DF, into)
       if c.ffn_bias:
         g_BLF = linear.add_bias(
             g_BLF, linear.bias(self, 'gate_bias', (F,), ('mlp',)))
@@ -68,7 +69,7 @@ class FFN(nn.Module):
       h_BLF = recomputed(act)(h_BLF)
     h_BLF = nn.Dropout(c.ffn_dropout)(h_BLF, deterministic=ctx.deterministic)
     h_BLF = sharding.constrain(h_BLF, 'batch', 'length', 'mlp')
-    y_BLD = linear.einsum('BLF,FD->BLD', h_BLF, down_FD, c.compute_dtype)
+    y_BLD = product('down', 'BLF,FD->BLD', h_BLF, down_FD, out)
     if c.ffn_bias:
       y_BLD = linear.add_bias(
           y_BLD, linear.bias(self, 'down_bias', (c.d_model,), ('embed',)))

@@ -28,6 +28,7 @@ MOST = {
     'sliding_window': 2**31 - 1,
     'mup_base_width': 2**20,
     'mup_base_head_dim': 2**16,
+    'lora.rank': 2**16,
     'rope.original_len': 2**26,
     'relative.buckets': 2**16,
     'relative.max_distance': 2**31 - 1,

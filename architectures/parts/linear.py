@@ -137,6 +137,66 @@ def _product_bwd(spec: str, out_dtype: jax.typing.DTypeLike,
 _product.defvjp(_product_fwd, _product_bwd)
 
 
+# The products of a layer that may have a low-rank adapter, and all of them.
+PRODUCTS = ('query', 'key', 'value', 'out', 'up', 'gate', 'down')
+ALL = 'all-linear'
+LORA_A, LORA_B = '_lora_a', '_lora_b'  # after the name of the weight
+
+
+def product(module: nn.Module, name: str, spec: str, x: jax.Array,
+            w: jax.Array, axes: tuple[str | None, ...], *,
+            deterministic: bool = True) -> jax.Array:
+  """Returns x W in the compute dtype; where model.lora gives W an adapter,
+  x W + (alpha / rank) x A B (Hu et al. 2021, equation 3).
+
+  A, [inputs, rank], is drawn as in the authors' program, uniformly between
+  -1 and 1 over the root of the fan-in, and B, [rank, outputs], begins at zero:
+  a new adapter changes nothing. The dropout is of what A is given.
+
+  Args:
+    module: the module that holds W.
+    name: the name of W.
+    spec: as of `einsum`; the inputs of W come before its outputs.
+    x: what goes in.
+    w: W.
+    axes: its logical axes.
+    deterministic: whether nothing is dropped.
+  """
+  c = module.config
+  y = einsum(spec, x, w, c.compute_dtype)
+  if not adapted(c, name):
+    return y
+  of_x, of_w, of_y = spec.replace('->', ',').split(',')
+  n = sum(letter not in of_y for letter in of_w)  # of the inputs
+  a, b = _adapter(module, name, w.shape, axes, n)
+  if c.lora.dropout:
+    x = nn.Dropout(c.lora.dropout, name=f'{name}_lora_dropout')(
+        x, deterministic=deterministic)
+  of_u = of_y.removesuffix(of_w[n:]) + 'U'
+  u = einsum(f'{of_x},{of_w[:n]}U->{of_u}', x, a, c.compute_dtype)
+  z = einsum(f'{of_u},U{of_w[n:]}->{of_y}', u, b, c.compute_dtype)
+  return y + jnp.asarray(c.lora.scale, y.dtype) * z
+
+
+def adapted(c: ModelConfig, name: str) -> bool:
+  """Whether the product `name` has a low-rank adapter."""
+  targets = c.lora.targets.split(',')
+  return c.lora.rank > 0 and (ALL in targets or name in targets)
+
+
+def _adapter(module: nn.Module, name: str, shape: tuple[int, ...],
+             axes: tuple[str | None, ...], n: int
+             ) -> tuple[jax.Array, jax.Array]:
+  """Declares A and B of a weight whose first `n` axes are inputs."""
+  rank, inputs = module.config.lora.rank, tuple(range(n))
+  a = declare(module, name + LORA_A, nn.initializers.variance_scaling(
+      1 / 3, 'fan_in', 'uniform', in_axis=inputs), (*shape[:n], rank),
+      Role((*axes[:n], None), inputs, tuned=True))
+  b = declare(module, name + LORA_B, nn.initializers.zeros, (rank, *shape[n:]),
+              Role((None, *axes[n:]), (0,), tuned=True))
+  return a, b
+
+
 USEFUL = 'useful_{}_of_{}'
 
 

@@ -44,11 +44,14 @@ class Role:
     kind: 'hidden'; 'logits', whose product is as many numbers at every width
       and is divided by config.widening (the head's, a router's); 'embedding',
       a table whose rows are looked up.
+    tuned: whether it is trained beside low-rank adapters (model.lora), which
+      leave all else as it was: it is one of them, or new to the task.
   """
   axes: tuple[str | None, ...]
   inputs: tuple[int, ...] = ()
   batch: tuple[int, ...] = ()
   kind: str = 'hidden'
+  tuned: bool = False
 
   @property
   def matrix(self) -> bool:

@@ -66,6 +66,10 @@ CONDITIONS = (
         lambda c: c.ffn != 'moe' or c.moe.every > 1
         or c.moe.shared_experts > 0),
     Condition(
+        ('lora.alpha', 'lora.targets', 'lora.dropout'),
+        Row('model.lora.rank is above 0', ('lora.rank',)),
+        lambda c: c.lora.rank > 0),
+    Condition(
         ('moe.group_size',),
         Row('an expert has a capacity, or model.moe.router chooses within '
             'groups', ('moe.router', 'moe.capacity_factor',

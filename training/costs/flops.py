@@ -23,6 +23,7 @@ import architectures
 from architectures.parts.config import ModelConfig
 from architectures.parts.moe import routing
 from configs.errors import require
+from training import adapters
 from training.step import abstract_params
 from training.costs import traced
 
@@ -61,8 +62,14 @@ def forward_flops_per_token(model: ModelConfig, length: int,
 
 def training_flops_per_token(model: ModelConfig, length: int,
                              decoder_length: int = 0) -> float:
-  """Forward and backward: three times the forward pass."""
-  return 3 * forward_flops_per_token(model, length, decoder_length)
+  """Forward and backward: three times the forward pass, less the gradients of
+  the weights that low-rank adapters leave frozen."""
+  c = architectures.resolve(model)
+  total = 3 * forward_flops_per_token(c, length, decoder_length)
+  if c.lora.rank:
+    frozen = forward_flops(adapters.plain(c), length, decoder_length)[WEIGHTS]
+    total -= frozen / (length + decoder_length)
+  return total
 
 
 def decode_flops(model: ModelConfig, keys: int, memory: int = 0

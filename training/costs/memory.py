@@ -13,6 +13,8 @@ from architectures.parts import attention, kernels, positions
 from architectures.parts.config import ModelConfig
 from training import objectives, paths, runs
 from training.distributed import devices
+from training.optim import shares
+from training.step import parameter_shares
 
 
 def _items(tree: Any) -> dict:
@@ -30,6 +32,12 @@ def state(run: runs.Run) -> dict[str, int]:
   """Returns bytes of a device: its parameters and optimiser state."""
   return {'parameters': on_device(run.abstract.params),
           'optimizer': on_device(run.abstract.opt_state)}
+
+
+def _trained(run: runs.Run):
+  """The parameters that have a gradient."""
+  return shares.trained(parameter_shares(run.module, run.config.optim),
+                        run.abstract.params)
 
 
 def replicated(run: runs.Run) -> list[dict]:
@@ -78,7 +86,7 @@ def least(run: runs.Run) -> dict[str, int]:
   """
   config, c = run.config, run.model
   parts = state(run)
-  parts['gradients'] = parts['parameters']
+  parts['gradients'] = on_device(_trained(run))
   shapes = objectives.shapes(config)
   layers = {'tokens': c.num_layers, 'decoder_tokens': c.num_decoder_layers}
   inputs = sum(math.prod(shapes[name][0][:2]) * count
@@ -127,7 +135,7 @@ def analytic(run: runs.Run, kept_in_all: int = 0,
   parts = state(run)
   parts['gradients'] = on_device(jax.tree.map(  # in float32, as they add up
       lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32,
-                                     sharding=x.sharding), run.abstract.params))
+                                     sharding=x.sharding), _trained(run)))
   micro = run.config.train.grad_accumulation
   shards = micro * devices.shards('tokens', shape, rules)
   parts['kept_for_backward'] = (kept_in_all or kept(run)) // shards

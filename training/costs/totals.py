@@ -15,7 +15,9 @@ from architectures.parts.config import ModelConfig
 from architectures.parts.moe import routing
 from training import objectives
 from training import paths
+from training.optim import shares
 from training.step import abstract_params, optimizer, parameter_roles
+from training.step import parameter_shares
 from training.costs import flops
 
 STAND_IN_VOCAB = 384  # of the byte tokenizer, where a size leaves it open
@@ -47,6 +49,7 @@ def count(config: ml_collections.ConfigDict, length: int = 0,
       'rumoured': model.arch.startswith('gpt4'),
       'parameters': sum(sizes.values()),
       'active_parameters': round(sum(active.values())),
+      'trained_parameters': trained_parameters(module, config.optim),
       'by_part': _by_part(sizes),
       'active_by_part': {k: round(v) for k, v in _by_part(active).items()},
       'length': length,
@@ -63,6 +66,15 @@ def count(config: ml_collections.ConfigDict, length: int = 0,
       'optimizer_bytes': nbytes(opt_state),
       'checkpoint_bytes': nbytes(params) + nbytes(opt_state),
   }
+
+
+def trained_parameters(module: nn.Module, optim: ml_collections.ConfigDict
+                       ) -> int:
+  """Returns how many parameters are not frozen; where some layers of a stack
+  are, they count."""
+  params = nn.meta.unbox(abstract_params(module))
+  return sum(x.size for x in jax.tree.leaves(shares.trained(
+      parameter_shares(module, optim), params)))
 
 
 def parameters(model: ModelConfig) -> tuple[int, int]:

@@ -2,6 +2,8 @@
 
     g = clip(gradient);  u = direction(g);  p = p - lr_t * (u + decay * p)
 
+The learning rate of a parameter is a share of lr_t (shares.py), 0 where it is
+frozen.
 Weight decay is decoupled and multiplied by the learning rate for every one of
 them (Loshchilov and Hutter 2019, as in optax and PyTorch), on the parameters
 that optim.decay_mask selects; where it is empty, on matrices that are no
@@ -22,7 +24,7 @@ import optax
 
 from configs.errors import one_of, require
 from training import paths
-from training.optim import adafactor, schedules
+from training.optim import adafactor, schedules, shares
 
 
 def _adamw(optim: ml_collections.ConfigDict, roles: Any):
@@ -126,7 +128,7 @@ def check_optim(optim: ml_collections.ConfigDict) -> None:
 
 
 def make(optim: ml_collections.ConfigDict, steps: int, roles: Any,
-         rates: Any = None) -> optax.GradientTransformation:
+         rates: Any = None, parts: Any = None) -> optax.GradientTransformation:
   """Builds the optimiser of a run.
 
   Args:
@@ -135,18 +137,28 @@ def make(optim: ml_collections.ConfigDict, steps: int, roles: Any,
     roles: the Role of each parameter, as a tree (training/step.py).
     rates: what each parameter's learning rate is multiplied by, its decay
       apart (training/optim/mup.py); None: 1.
+    parts: what its learning rate is multiplied by, its decay included
+      (training/optim/shares.py); None: 1.
 
   Raises:
     ValueError: a sentence with the field, its value and the choices.
   """
   check_optim(optim)
-  return chain(optim, steps, roles, rates)
+  return chain(optim, steps, roles, rates, parts)
 
 
 def chain(optim: ml_collections.ConfigDict, steps: int, roles: Any,
-          rates: Any = None) -> optax.GradientTransformation:
+          rates: Any = None, parts: Any = None
+          ) -> optax.GradientTransformation:
   """`make` without its checks: lr, warmup_steps and weight_decay may be
   traced, as where several runs train as one (training/vectorised.py)."""
+  return shares.of_trained(parts, lambda keep: _chain(
+      optim, steps, keep(roles), None if rates is None else keep(rates),
+      None if parts is None else keep(parts)))
+
+
+def _chain(optim: ml_collections.ConfigDict, steps: int, roles: Any,
+           rates: Any, parts: Any) -> optax.GradientTransformation:
   decays = (paths.match(optim.decay_mask, roles, 'optim.decay_mask')
             if optim.decay_mask else jax.tree.map(
                 lambda role: role.matrix and role.kind != 'embedding', roles))
@@ -157,7 +169,8 @@ def chain(optim: ml_collections.ConfigDict, steps: int, roles: Any,
       else optax.identity(),
       with_rates(OPTIMIZERS[optim.name].direction(optim, roles), rates),
       add_decay(optim.weight_decay, decays),
-      optax.scale_by_learning_rate(schedules.rate(optim, steps))))
+      with_rates(optax.scale_by_learning_rate(schedules.rate(optim, steps)),
+                 parts)))
 
 
 def in_float32(tx: optax.GradientTransformation

@@ -65,18 +65,20 @@ CLASSES: tuple[tuple[str, str | Callable, str], ...] = (
      'data.chat_template=earlier is that of a run begun without this field'),
     (r'data\.tokenizer', INCOMPATIBLE, 'token numbers mean something else'),
     (r'data\..*', OPTIMISATION, 'other batches from here on'),
-    (r'optim\.name', INCOMPATIBLE, 'another optimizer state'),
+    (r'optim\.(name|freeze)', INCOMPATIBLE, 'another optimizer state'),
     (r'optim\..*', OPTIMISATION, 'other updates'),
-    (r'model\.((attention_|ffn_|head_)?dropout|moe\.(jitter|logit_noise|expert_dropout'
-     r'|balance_loss|balance_weight|z_loss_weight|bias_rate))', OPTIMISATION,
+    (r'model\.((attention_|ffn_|head_|lora\.)?dropout'
+     r'|moe\.(jitter|logit_noise|expert_dropout|balance_loss|balance_weight|z_loss_weight|bias_rate))', OPTIMISATION,
      'another regularisation'),
     (r'model\.(norm_eps|sinusoid|learned_stretch|rope\..*|relative\.max_distance'
      r'|sliding_window|attention_(softcap|scale)|embed_scale|logits_scale'
      r'|logits_softcap|parametrization|mup_base_(width|head_dim)|dtype'
+     r'|lora\.alpha'
      r'|moe\.(top_k|dispatch|capacity_factor|normalize_gates|group_size))',
      OPTIMISATION, 'the same parameters in another function'),
     (r'model\.(arch|norm|embed_norm|position|ffn|block|attention|qk_norm'
      r'|attention_sinks|attention_bias|ffn_bias|tie_embeddings|logits_bias|head'
+     r'|lora\.(rank|targets)'
      r'|moe\.(router|ffn|every|shared_experts))', INCOMPATIBLE,
      'other parameters'),
     (r'model\.(d_model|num_layers|num_decoder_layers|num_heads|num_kv_heads'
