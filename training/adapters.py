@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 import architectures
-from architectures.parts import linear
+from architectures.parts import checks, linear
 from architectures.parts.config import LoraConfig, ModelConfig
 from configs import base
 from training import paths
@@ -29,8 +29,8 @@ def plain(model: ModelConfig) -> ModelConfig:
 
 def same(one: ModelConfig, other: ModelConfig) -> bool:
   """Whether two models have the same adapters, or none."""
-  fields = lambda c: (c.lora.rank, c.lora.rank and (
-      c.lora.scale, *(linear.adapted(c, name) for name in linear.PRODUCTS)))
+  fields = lambda c: (c.lora.rank, c.lora.rank and (c.lora.scale, *(
+      name for name in checks.products(c) if linear.adapted(c, name))))
   return fields(one) == fields(other)
 
 

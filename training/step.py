@@ -89,7 +89,8 @@ def parameter_shares(module: nn.Module, optim: ml_collections.ConfigDict):
   shapes = jax.tree.map(  # not unboxed: that would place them on a mesh
       lambda box: box.value, boxed,
       is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata))
-  return shares.of(optim, roles.read(boxed), shapes)
+  return shares.of(optim, roles.read(boxed), shapes,
+                   adapted=module.config.lora.rank > 0)
 
 
 def abstract_state(module: nn.Module, tx: optax.GradientTransformation,

@@ -127,20 +127,25 @@ def check_model(c: ModelConfig, stacks: Mapping[str, str]) -> None:
             f'model.moe.every {c.moe.every})')
 
 
-def _check_adapters(c: ModelConfig) -> None:
-  """Raises RequestError for a product that is to get a low-rank adapter and
-  that no layer has; those of experts get none."""
+def products(c: ModelConfig) -> list[str]:
+  """Returns which of linear.PRODUCTS the model has, outside of experts."""
   there = {'query', 'key', 'value', 'out'}
   for kind in c.layer_pattern():
     if kind.ffn != 'moe' or c.moe.shared_experts:
       ffn = c.moe.ffn if kind.ffn == 'moe' else kind.ffn
       there |= {'up', 'down'} | ({'gate'} if FFNS[ffn].gated else set())
+  return [name for name in linear.PRODUCTS if name in there]
+
+
+def _check_adapters(c: ModelConfig) -> None:
+  """Raises RequestError for a product that is to get a low-rank adapter and
+  that no layer has; those of experts get none."""
+  there = products(c)
   for name in unread.chosen(c, 'lora.targets') if c.lora.rank else ():
     require(name == linear.ALL or name in there,
             f'model.lora.targets has {name!r}, a product that no layer of this '
             'model has outside of its experts, whose products get no adapter: '
-            f'choose from {", ".join(p for p in linear.PRODUCTS if p in there)}'
-            f', {linear.ALL}')
+            f'choose from {", ".join(there)}, {linear.ALL}')
 
 
 def _check_unread(c: ModelConfig) -> None:

@@ -86,9 +86,9 @@ class Task(nn.Module):
     outputs = HEADS[c.head].outputs(c)
     # The letter K of the legend is a head's size, V the vocabulary: U is left.
     kernel_DU = linear.weight(self, 'kernel', (c.d_model, outputs),
-                              ('embed', None), output=True)
-    bias_U = (linear.bias(self, 'bias', (outputs,), (None,), output=True)
-              if self.bias else None)
+                              ('embed', None), output=True, tuned=True)
+    bias_U = (linear.bias(self, 'bias', (outputs,), (None,), output=True,
+                          tuned=True) if self.bias else None)
     x = nn.Dropout(c.head_dropout)(x, deterministic=deterministic)
     return Head(kernel_DU, bias_U, 1 / c.widening).logits(x)
 

@@ -17,7 +17,8 @@ PRODUCT = 'product'  # the name of a product's result that remat 'dots' keeps
 def weight(module: nn.Module, name: str, shape: tuple[int, ...],
            axes: tuple[str | None, ...], *, in_axes: tuple[int, ...] = (0,),
            batch_axes: tuple[int, ...] = (), residual: bool = False,
-           output: bool = False, gain: float = 1.0) -> jax.Array:
+           output: bool = False, gain: float = 1.0, tuned: bool = False
+           ) -> jax.Array:
   """Declares a weight of `module` by the config's initialisation.
 
   Args:
@@ -30,8 +31,10 @@ def weight(module: nn.Module, name: str, shape: tuple[int, ...],
     residual: whether the product is added to the residual stream.
     output: whether the product's size is no width: logits, a router's too.
     gain: of the standard deviation, with fan_in.
+    tuned: whether low-rank adapters leave it trained: it is new to the task.
   """
-  role = Role(axes, in_axes, batch_axes, 'logits' if output else 'hidden')
+  role = Role(axes, in_axes, batch_axes, 'logits' if output else 'hidden',
+              tuned)
   return declare(module, name,
                  _initializer(module.config, role, residual, gain), shape, role)
 
@@ -59,10 +62,11 @@ def _initializer(config: ModelConfig, role: Role, residual: bool, gain: float):
 
 def bias(module: nn.Module, name: str, shape: tuple[int, ...],
          axes: tuple[str | None, ...], *, batch_axes: tuple[int, ...] = (),
-         output: bool = False) -> jax.Array:
+         output: bool = False, tuned: bool = False) -> jax.Array:
   """Declares a bias of `module`, born zero; arguments are those of `weight`.
   """
-  role = Role(axes, batch=batch_axes, kind='logits' if output else 'hidden')
+  role = Role(axes, batch=batch_axes, kind='logits' if output else 'hidden',
+              tuned=tuned)
   return declare(module, name, nn.initializers.zeros, shape, role)
 
 
@@ -181,7 +185,8 @@ def product(module: nn.Module, name: str, spec: str, x: jax.Array,
 def adapted(c: ModelConfig, name: str) -> bool:
   """Whether the product `name` has a low-rank adapter."""
   targets = c.lora.targets.split(',')
-  return c.lora.rank > 0 and (ALL in targets or name in targets)
+  return c.lora.rank > 0 and name in (
+      PRODUCTS if ALL in targets else targets)
 
 
 def _adapter(module: nn.Module, name: str, shape: tuple[int, ...],

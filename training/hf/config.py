@@ -51,10 +51,12 @@ NEUTRAL = re.compile('|'.join((
     'pruned_heads', 'tf_legacy_loss', 'cross_attention_hidden_size')))
 
 # Fields of ours that say how a model is trained or computed, not what it is.
-# (What an expert has room for in evaluation: `_room`.)
+# (What an expert has room for in evaluation: `_room`. Low-rank adapters are
+# merged into the weights before an export.)
 RUN_ONLY = re.compile('|'.join((
     r'(attention_|ffn_|head_)?dropout', 'init', 'init_stddev', 'init_scale',
     'dtype', 'param_dtype', 'scan_layers', 'remat', r'attention_kernel.*',
+    r'lora\..*',
     r'moe\.(dispatch|grouped_kernel|jitter|logit_noise|balance_.*|z_loss_weight'
     r'|expert_dropout|group_size|.*capacity.*)')))
 

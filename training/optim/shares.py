@@ -31,7 +31,8 @@ STACKS = ('encoder', 'decoder')  # from the bottom
 _STACKED = re.compile(r'(\w+)/layers/block_(\d+)/(.*)')
 
 
-def of(optim: ml_collections.ConfigDict, roles: Any, shapes: Any):
+def of(optim: ml_collections.ConfigDict, roles: Any, shapes: Any,
+       adapted: bool = False):
   """Returns the share of each parameter, as a tree: a number, or where the
   layers of a stack differ an array of as many axes as the parameter. 0: it is
   frozen.
@@ -40,12 +41,12 @@ def of(optim: ml_collections.ConfigDict, roles: Any, shapes: Any):
     optim: config.optim.
     roles: the Role of each parameter.
     shapes: the parameters' shapes.
+    adapted: whether the model has low-rank adapters.
 
   Raises:
     RequestError: for a pattern that is no regular expression or matches no
       parameter, and where nothing would be trained.
   """
-  adapted = any(role.tuned for role in jax.tree.leaves(roles))
   stacks = _Stacks(paths.flatten(shapes))
   frozen = _frozen(optim.freeze, stacks)
 

@@ -68,8 +68,8 @@ CLASSES: tuple[tuple[str, str | Callable, str], ...] = (
     (r'optim\.(name|freeze)', INCOMPATIBLE, 'another optimizer state'),
     (r'optim\..*', OPTIMISATION, 'other updates'),
     (r'model\.((attention_|ffn_|head_|lora\.)?dropout'
-     r'|moe\.(jitter|logit_noise|expert_dropout|balance_loss|balance_weight|z_loss_weight|bias_rate))', OPTIMISATION,
-     'another regularisation'),
+     r'|moe\.(jitter|logit_noise|expert_dropout|balance_loss|balance_weight'
+     r'|z_loss_weight|bias_rate))', OPTIMISATION, 'another regularisation'),
     (r'model\.(norm_eps|sinusoid|learned_stretch|rope\..*|relative\.max_distance'
      r'|sliding_window|attention_(softcap|scale)|embed_scale|logits_scale'
      r'|logits_softcap|parametrization|mup_base_(width|head_dim)|dtype'

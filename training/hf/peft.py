@@ -1,0 +1,184 @@
+"""Low-rank adapters in PEFT's format, in and out: adapter_config.json and
+adapter_model.safetensors, beside the folder of the model that they adapt.
+
+PEFT keeps A as [rank, inputs] and B as [outputs, rank], under the name of the
+module that it adapts. Where transformers has query, key and value in one
+tensor, an adapter of PEFT's is one of all three, which ours is not: refused.
+"""
+
+from collections.abc import Iterator, Mapping
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+import architectures
+from architectures.parts import hf, linear
+from architectures.parts.config import ModelConfig
+from configs.errors import require, short
+from training import adapters, paths
+from training.hf import files as hf_files
+from training.workdir import restoring
+
+CONFIG, WEIGHTS = 'adapter_config.json', 'adapter_model.safetensors'
+PREFIX = 'base_model.model.'
+TASKS = {'decoder': 'CAUSAL_LM', 'encoder-decoder': 'SEQ_2_SEQ_LM'}
+# What adapter_config.json may say of another adapter than ours.
+ONLY = dict(peft_type='LORA', bias='none', use_dora=False, use_rslora=False,
+            rank_pattern={}, alpha_pattern={}, modules_to_save=None,
+            layer_replication=None, trainable_token_indices=None,
+            target_parameters=None, lora_bias=False)
+
+
+def rows(c: ModelConfig) -> Iterator[tuple[hf.Row, str, bool]]:
+  """Yields the row of each A and B of the model (architectures/parts/hf.py),
+  the name of the module, and whether its weight lies as [inputs, outputs].
+
+  Raises:
+    RequestError: for a product that transformers has together with others.
+  """
+  for ours, axes, theirs, their_axes in (
+      architectures.hugging_face(c.arch).rows(c)):
+    names = ours.rpartition('/')[2].split('|')
+    if '{e}' in theirs or not any(linear.adapted(c, n) for n in names):
+      continue
+    require(len(names) == 1, f'model.lora.targets is {c.lora.targets!r}: '
+            f'transformers has {", ".join(names)} of model.arch {c.arch!r} in '
+            'one tensor, of which PEFT has no such adapter. Export the merged '
+            'model instead')
+    into, out = their_axes.split()
+    transposed = axes != into + out
+    if transposed:
+      into, out = out, into
+    module = theirs.removesuffix('.weight')
+    yield ((ours + linear.LORA_A, f'{into}U',
+            f'{PREFIX}{module}.lora_A.weight', f'U {into}'),
+           module, not transposed)
+    yield ((ours + linear.LORA_B, f'U{out}',
+            f'{PREFIX}{module}.lora_B.weight', f'{out} U'),
+           module, not transposed)
+
+
+def write(c: ModelConfig, params: Any, folder: pathlib.Path, base: str
+          ) -> int:
+  """Writes the adapters among `params`; returns how many numbers they have.
+
+  Args:
+    c: the model.
+    params: its parameters.
+    folder: where to; made if it is not there.
+    base: the name or the folder of the model that they adapt.
+
+  Raises:
+    RequestError: for a model without adapters, or whose adapters PEFT does not
+      have.
+  """
+  from safetensors.numpy import save_file
+  require(c.lora.rank, 'this run has no low-rank adapters: its model.lora.rank '
+          'is 0')
+  flat = {path: np.asarray(x, np.float32)
+          for path, x in paths.flatten(params).items()
+          if adapters.is_adapter(path)}
+  found = list(rows(c))
+  tensors = hf.expand([row for row, *_ in found],
+                      {path: x.shape for path, x in flat.items()})
+  folder.mkdir(parents=True, exist_ok=True)
+  save_file({t.name: t.join([flat[t.paths[0]][t.index]]) for t in tensors},
+            folder / WEIGHTS, metadata={'format': 'pt'})
+  alpha = c.lora.alpha
+  tree = ONLY | dict(
+      r=c.lora.rank, lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
+      lora_dropout=c.lora.dropout, base_model_name_or_path=base,
+      task_type=TASKS.get(architectures.stack(c)), inference_mode=True,
+      target_modules=sorted({
+          t.name.removeprefix(PREFIX).rpartition('.lora_')[0]
+          for t in tensors}),
+      fan_in_fan_out=any(lies_so for *_, lies_so in found))
+  (folder / CONFIG).write_text(json.dumps(tree, indent=2) + '\n')
+  return sum(x.size for x in flat.values())
+
+
+def read(c: ModelConfig, folder: pathlib.Path) -> tuple[ModelConfig, Any]:
+  """Returns the model with the adapters of a folder, and these.
+
+  Args:
+    c: the model that they adapt.
+    folder: of PEFT's.
+
+  Raises:
+    RequestError: naming what the folder has that ours are not.
+  """
+  file = folder / CONFIG
+  require(file.is_file(), f'{file} is missing: it says what the adapters are')
+  tree = hf_files.read_object(file)
+  for name, value in ONLY.items():
+    require(tree.get(name, value) in (value, None),
+            f'{file} has {name} {short(tree.get(name))}: only {value!r} is '
+            'known here')
+  for name in ('r', 'lora_alpha'):
+    require(type(tree.get(name)) in (int, float) and tree[name] > 0,
+            f'{file} has {name} {short(tree.get(name))}: it must be a number '
+            '> 0')
+  source = hf_files.Files(folder / WEIGHTS)
+  c = _with_adapters(c, tree, set(source), file)
+  tensors = hf.expand([row for row, *_ in rows(c)], _shapes(c))
+  _check_names({t.name: t.shape for t in tensors}, source, folder)
+  flat = {path: np.zeros(shape, np.float32)
+          for path, shape in _shapes(c).items()}
+  for t in tensors:
+    held, sizes = source[t.name], {a: (0, t.sizes[a]) for a in t.ours}
+    flat[t.paths[0]][t.index] = t.part(held.__getitem__, 0, sizes)
+  return c, restoring.nest({path: jnp.asarray(x, c.param_dtype)
+                            for path, x in flat.items()})
+
+
+def _with_adapters(c: ModelConfig, tree: Mapping[str, Any], names: set[str],
+                   file: pathlib.Path) -> ModelConfig:
+  """Returns the model whose products have adapters as the file's names say."""
+  def with_targets(targets: str) -> ModelConfig:
+    return dataclasses.replace(c, lora=dataclasses.replace(
+        c.lora, rank=int(tree['r']), alpha=float(tree['lora_alpha']),
+        targets=targets, dropout=float(tree.get('lora_dropout') or 0.0)))
+
+  targets = []
+  for product in linear.PRODUCTS:
+    theirs = {row[2].format(n=0) for row, *_ in _rows_or_none(
+        with_targets(product))}
+    if theirs & names:
+      targets.append(product)
+  require(targets, f'{file.parent / WEIGHTS} has an adapter of no product of '
+          f'model.arch {c.arch!r}: its tensors are such as '
+          f'{", ".join(sorted(names)[:2])}')
+  return architectures.resolve(with_targets(','.join(targets)))
+
+
+def _rows_or_none(c: ModelConfig) -> list:
+  """`rows`; none of a product that shares its tensor: it is found missing by
+  the names that are left over."""
+  fused = any('|' in ours for ours, *_ in (
+      architectures.hugging_face(c.arch).rows(c))
+              if c.lora.targets in ours.rpartition('/')[2].split('|'))
+  return [] if fused else list(rows(c))
+
+
+def _shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
+  from training.step import abstract_params
+  return {path.removesuffix('/value'): x.shape for path, x in paths.flatten(
+      abstract_params(architectures.build(c))).items()
+          if adapters.is_adapter(path.removesuffix('/value'))}
+
+
+def _check_names(wanted: Mapping[str, tuple[int, ...]], source: hf_files.Files,
+                 folder: pathlib.Path) -> None:
+  """Raises RequestError unless the file holds these tensors and no others."""
+  for name in sorted(set(wanted) ^ set(source)):
+    require(name not in wanted, f'{folder / WEIGHTS} has no {name}, though it '
+            'has an adapter of the same product in another layer')
+    require(False, f'{folder / WEIGHTS} has {name}, which is no adapter of a '
+            'product of this model')
+  for name, shape in wanted.items():
+    require(source.shape(name) == shape, f'{folder / WEIGHTS} has {name} of '
+            f'shape {source.shape(name)}, and the model needs {shape}')
