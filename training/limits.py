@@ -47,7 +47,6 @@ LIMITS = {
     'train.z_loss': _between(0, MOST_FLOAT),
     'train.label_smoothing': (('>=', 0), ('<', 1)),
     'train.loss_chunk': FROM_0,
-    'optim.layer_decay': (('>', 0), ('<=', 1)),
     'mesh.slices': FROM_0,
     'checkpoint.every_steps': FROM_0,
     'checkpoint.every_minutes': _between(0, 1e6),

@@ -30,7 +30,8 @@ OTHER = {
     'moe.jitter': 0.1, 'moe.logit_noise': 0.2,
     'moe.balance_loss': 'importance', 'moe.balance_weight': 0.5,
     'moe.z_loss_weight': 0.1, 'moe.expert_dropout': 0.2, 'moe.group_size': 8,
-    'moe.bias_rate': 0.5,
+    'moe.bias_rate': 0.5, 'lora.alpha': 5.0, 'lora.targets': 'out',
+    'lora.dropout': 0.2,
 }
 # Read by a kernel of a TPU, or by the optimiser's step.
 NOT_IN_THE_PROGRAM = ('moe.grouped_kernel', 'moe.bias_rate')
@@ -97,6 +98,8 @@ def test_what_is_listed_changes_nothing(system, changes):
                  dict(moe=dict(eval_capacity_factor=1.0)),
                  marks=pytest.mark.long),
     (('moe.group_size',), 'mixtral', dict(moe=dict(router='sinkhorn'))),
+    (('lora.alpha', 'lora.targets', 'lora.dropout'), 'gpt',
+     dict(lora=dict(rank=2))),
     (('ffn_dropout',), 'mixtral', dict(moe=dict(shared_experts=1))),
 ])
 def test_what_is_not_listed_changes_something(fields, system, changes):

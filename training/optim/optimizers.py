@@ -116,6 +116,8 @@ def check_optim(optim: ml_collections.ConfigDict) -> None:
   for field in ('b1', 'b2', 'momentum'):
     require(0 <= optim[field] < 1,
             f'optim.{field} is {optim[field]}: choose it in [0, 1)')
+  require(0 < optim.layer_decay <= 1, f'optim.layer_decay is '
+          f'{optim.layer_decay}: choose it in (0, 1]')
   require(optim.eps > 0, f'optim.eps is {optim.eps}: it must be > 0')
   require(all(isinstance(row, tuple | list) and len(row) == 2
               for row in optim.decay_mask),

@@ -77,6 +77,12 @@ def test_layers_of_one_stack_may_differ():
       found['decoder/layers/block_0/ffn/up'].ravel(), [0, 0.25])
 
 
+@pytest.mark.parametrize('decay', [0.0, 1.5, float('nan')])
+def test_a_layer_decay_out_of_range_is_refused(decay):
+  with pytest.raises(RequestError, match=f'optim.layer_decay is {decay}: '):
+    optimizers.check_optim(optim(layer_decay=decay))
+
+
 @pytest.mark.parametrize('freeze, words', [
     ('decoder/layers/4/.*', "'decoder/layers/4/.*', which matches no parameter "
      'of the model: their paths are such as decoder/final_norm/bias'),
