@@ -26,7 +26,7 @@ from training import evals, objectives
 from training.costs import totals
 from training.data import pipeline, tokenizers
 from training.distributed import devices
-from training.optim import mup, optimizers, shares
+from training.optim import mup, optimizers
 from training.step import TrainState, abstract_state, init_state, optimizer
 from training.step import make_eval_step, make_train_step, parameter_shares
 from training.workdir import metrics, restoring, run_config
@@ -224,8 +224,11 @@ class Run:
       eval_data: those of what is held out.
     """
     config, model, steps = self.config, self.model, self.config.train.steps
+    trained = totals.trained_parameters(self.module, config.optim)
     active = '' if model.ffn != 'moe' else (
         f', of which each token uses {totals.parameters(model)[1]:,}')
+    if trained != count(self.abstract.params):
+      active += f', of which {trained:,} are trained'
     mesh = ','.join(
         f'{axis}={n}' for axis, n in self.mesh.shape.items() if n > 1)
     parts = config.train.grad_accumulation
@@ -237,8 +240,7 @@ class Run:
       source = f'{passes:.3g} passes over {source}'
     return '\n'.join([
         f'model: {model.arch}, {count(self.abstract.params):,} parameters in '
-        f'{model.param_dtype}{active}{self._trained()}; computed in '
-        f'{model.dtype}',
+        f'{model.param_dtype}{active}; computed in {model.dtype}',
         f'devices: {self.mesh.size} of the kind '
         f'{self.devices[0].device_kind}, mesh {mesh or "data=1"}',
         f'step: {rows}, {tokens:,} tokens',
@@ -249,12 +251,6 @@ class Run:
         f'{sum(loader.num_tokens for loader in eval_data):,} tokens',
         f'evaluation: {_evaluations(config, eval_data)}',
         *_tasks(config), *_unread(config, model)])
-
-  def _trained(self) -> str:
-    parts = parameter_shares(self.module, self.config.optim)
-    own = count(shares.trained(parts, self.abstract.params))
-    return (f', of which {own:,} are trained'
-            if own != count(self.abstract.params) else '')
 
   def put(self, *batches: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
     """Puts this process's rows of a batch on its devices."""
