@@ -14,7 +14,7 @@ import architectures
 from architectures.parts import hf
 from architectures.parts.config import ModelConfig
 from training import paths
-from training.step import abstract_params
+from training.step import parameter_shapes
 
 TASK = 'task/'  # of the paths of a task's head
 
@@ -51,5 +51,5 @@ def names_left_out(module: nn.Module) -> set[str]:
 
 
 def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-  params = nn.meta.unbox(abstract_params(module))
-  return {path: x.shape for path, x in paths.flatten(params).items()}
+  return {path: x.shape for path, x in paths.flatten(
+      parameter_shapes(module)).items()}

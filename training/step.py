@@ -55,6 +55,14 @@ def abstract_params(module: nn.Module):
   return jax.eval_shape(module.init, jax.random.key(0), tokens)['params']
 
 
+def parameter_shapes(module: nn.Module):
+  """Returns the parameters' shapes alone, out of their boxes; in a run's
+  context `nn.meta.unbox` would constrain them to its mesh."""
+  return jax.tree.map(
+      lambda box: box.value if nn.meta.is_axis_metadata(box) else box,
+      abstract_params(module), is_leaf=nn.meta.is_axis_metadata)
+
+
 def parameter_roles(module: nn.Module):
   """Returns the Role of each parameter of `module`, as a tree.
 

@@ -8,9 +8,10 @@ import pytest
 
 import architectures
 from architectures.parts import roles
+from configs import base
 from configs.errors import RequestError
 from tests.helpers import models
-from training import config_files
+from training import config_files, runs, weights
 from training.costs import flops, totals
 from training.step import abstract_params
 
@@ -174,3 +175,18 @@ def test_the_parameters_do_not_depend_on_how_layers_are_run():
       architectures.build(models.config('bert', head='span', scan_layers=s)))))
            for s in (True, False)]
   assert trees[0] == trees[1]
+
+
+def test_a_head_is_put_on_the_weights_of_a_folder_in_a_runs_context(tmp_path):
+  """Where a mesh is set, as when a run begins."""
+  lm, params = models.make('bert')
+  weights.to_hf(lm, params, tmp_path)
+  config = base.base()
+  config.model = models.config('bert', head='tokens', num_labels=5)
+  run = runs.build(config, architectures.resolve(config.model.to_dict()))
+  with run.context():
+    found = weights.params_to_start_from(
+        tmp_path, run.module, like=run.abstract.params)
+    assert flops.forward_flops_per_token(run.model, 8) > 0
+  np.testing.assert_array_equal(found.params['embed']['tokens'],
+                                params['embed']['tokens'])

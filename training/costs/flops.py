@@ -15,7 +15,6 @@ import dataclasses
 import functools
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -24,7 +23,7 @@ from architectures.parts.config import ModelConfig
 from architectures.parts.moe import routing
 from configs.errors import require
 from training import adapters
-from training.step import abstract_params
+from training.step import parameter_shapes
 from training.costs import traced
 
 # Parts of a count: the products of which a mask hides a part, and the others.
@@ -159,7 +158,7 @@ def _count(c: ModelConfig, rows: int, program: Any, *args) -> tuple:
     out = program(module, params, *args)
     return out.head and out.logits, out.extra
 
-  params = {'params': nn.meta.unbox(abstract_params(module))}
+  params = {'params': parameter_shapes(module)}
   work = traced.count(jax.make_jaxpr(outputs)(params, *args),
                       traced.Place('gpu', useful=True))
   if work.loops or work.kernels:
