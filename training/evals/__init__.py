@@ -122,8 +122,8 @@ def check_task(name: str, options: Any, config: ml_collections.ConfigDict,
   require(not reason, f'{reason}: leave {name} out of --tasks')
   row.check(_options(row, name, options))
   _check_picture(row)
-  if row.picture:
-    storage.try_file(workdir / row.picture, '--workdir')
+  for file in filter(None, (row.picture, row.page)):
+    storage.try_file(workdir / file, '--workdir')
 
 
 def listed(names: str) -> list[str]:

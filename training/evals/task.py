@@ -88,6 +88,7 @@ class Task(NamedTuple):
       honoured, and where this machine lacks something.
     flags: those that it reads.
     picture: the file that it draws into the workdir; '': none.
+    page: the HTML file that it writes into the workdir; '': none.
     argument: the flag, a text, that NAME:TEXT sets where a task is named; '':
       the task is named without one.
   """
@@ -97,6 +98,7 @@ class Task(NamedTuple):
   check: Callable[[Any], None] = lambda options: None
   flags: tuple[Flag, ...] = ()
   picture: str = ''
+  page: str = ''
   argument: str = ''
 
 

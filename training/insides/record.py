@@ -120,7 +120,7 @@ def program(module: nn.Module, top: int = TOP) -> Callable[..., dict]:
 
   Args:
     module: any model.
-    top: how many tokens the logit lens gives.
+    top: how many tokens the logit lens gives; 0: there is none.
   """
   def look(params: Any, arrays: Mapping[str, jax.Array]) -> dict[str, Any]:
     output: Any = module.apply({'params': params}, keep_layers=True,
@@ -128,7 +128,7 @@ def program(module: nn.Module, top: int = TOP) -> Callable[..., dict]:
     kept = {name: output.aux[name] for name in (
         'layers', 'attention', 'cross_attention', 'experts')
             if name in output.aux}
-    if output.head is None:
+    if output.head is None or not top:
       return kept
 
     def likeliest(x_BLD: jax.Array) -> tuple[jax.Array, jax.Array]:

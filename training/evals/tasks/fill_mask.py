@@ -52,16 +52,25 @@ def laid_out(text: str, tokenizer: Any, most: int) -> np.ndarray:
     RequestError: for a tokenizer without a mask, a text without one, and a
       text that is too long.
   """
-  mask = [tokenizer.mask_id]
-  pieces = re.split(tokenizer.mask_pattern, text)
-  require(len(pieces) > 1, f'the prompt {short(text)} has no mask: write '
-          '[MASK] where a token is to be filled in')
-  ids = [x for piece in tokenizer.encode_batch(pieces) for x in (mask, piece)]
-  row = np.concatenate([[tokenizer.cls_id], *ids[1:], [tokenizer.sep_id]])
+  ids = with_masks(text, tokenizer)
+  require(tokenizer.mask_id in ids, f'the prompt {short(text)} has no mask: '
+          'write [MASK] where a token is to be filled in')
+  row = np.concatenate([[tokenizer.cls_id], ids, [tokenizer.sep_id]])
   require(len(row) <= most, f'the prompt {short(text)} has {len(row)} tokens, '
           f'[CLS] and [SEP] included, and the model takes max_len {most}: '
           'shorten it')
   return row.astype(np.int32)
+
+
+def with_masks(text: str, tokenizer: Any) -> np.ndarray:
+  """Returns the tokens of a text, int32 [L], with a mask where it writes one
+  that the vocabulary has."""
+  if 'mask' not in tokenizer.special_ids:
+    return tokenizer.encode(text)
+  pieces = re.split(tokenizer.mask_pattern, text)
+  ids = [x for piece in tokenizer.encode_batch(pieces)
+         for x in ([tokenizer.mask_id], piece)]
+  return np.concatenate(ids[1:]).astype(np.int32)
 
 
 def _program(model: Any, module: Any, top: int):

@@ -1,0 +1,201 @@
+"""eval.py --tasks=inspect: what is shown to a model, and what is refused."""
+
+import dataclasses
+import json
+import re
+
+import numpy as np
+import pytest
+
+import archetype
+from configs.errors import RequestError
+from tests.helpers import evaluations
+from training import evals
+from training.evals.tasks import inspect
+
+PROMPT = 'My fellow, my'
+
+
+def asked(system, objective, folder, tokenizer='bytes', fields=None, **options):
+  evaluation = evaluations.make(
+      evaluations.config(system, objective, tokenizer, **fields or {}),
+      **dict(prompt=PROMPT) | options)
+  return dataclasses.replace(evaluation, workdir=folder)
+
+
+def look(evaluation):
+  """Returns the figures, what the page draws, and the page."""
+  figures = evaluations.run('inspect', evaluation)
+  page = (evaluation.workdir / 'inspect.html').read_text()
+  data = re.search(r'id="data">(.*?)</script>', page)[1]
+  return figures, json.loads(data), page
+
+
+def api(evaluation):
+  return archetype.Model(evaluation.run.module, evaluation.params)
+
+
+@pytest.fixture(scope='module')
+def gpt(tmp_path_factory):
+  evaluation = asked('gpt', 'causal', tmp_path_factory.mktemp('run'))
+  return evaluation, *look(evaluation)
+
+
+def test_a_decoder_reads_the_prompt_after_the_separator(gpt):
+  evaluation, figures, data, _ = gpt
+  tokens = [evaluation.tokenizer.separator_id, *PROMPT.encode()]
+  assert figures['tokens']['decoder'] == [
+      '[EOS]', *PROMPT.replace(' ', '␣')] == data['tokens']['decoder']
+  found = api(evaluation).inspect(tokens)
+  attention = found.attention['decoder']
+  told = figures['attention']['decoder']
+  np.testing.assert_allclose(told['entropy'], attention.entropy.mean(-1)[:, 0],
+                             atol=1e-4)
+  np.testing.assert_allclose(
+      told['first token'], attention.first[..., 1:].mean(-1)[:, 0], atol=1e-5)
+  np.testing.assert_allclose(told['previous token'], attention.previous[:, 0],
+                             atol=1e-5)
+  assert 'learned sink' not in told
+  np.testing.assert_allclose(figures['stream']['decoder']['norms'],
+                             found.stream['decoder'].norms[:, 0], rtol=1e-4)
+  top = [[cell[0]['id'] for cell in layer] for layer in figures['lens']]
+  assert top == found.lens.ids[:, 0, :, 0].tolist()
+
+
+def test_the_page_holds_the_maps_to_four_digits(gpt):
+  evaluation, figures, data, page = gpt
+  import base64
+  (drawn,) = data['maps']
+  weights = np.frombuffer(base64.b64decode(drawn['weights']), '<u2') / 65535
+  tokens = [evaluation.tokenizer.separator_id, *PROMPT.encode()]
+  expected = np.asarray(api(evaluation).attention_weights(tokens))[:, 0]
+  assert drawn['shape'] == list(expected.shape)
+  np.testing.assert_allclose(weights.reshape(expected.shape), expected,
+                             atol=1e-5)
+  # Nothing is fetched: no address stands in it.
+  assert not re.search(r'(src|href)="(?!#)|https?:|@import|url\(', page)
+
+
+def test_induction_is_that_of_random_tokens_that_come_twice(gpt):
+  evaluation, figures, _, _ = gpt
+  random, size = np.random.default_rng(0), 15  # max_len is 32
+  usual = np.setdiff1d(np.arange(384), [*range(256, 262), *range(284, 384)])
+  drawn = [random.choice(usual, size, replace=False) for _ in range(4)]
+  rows = [[257 + 1, *row, *row] for row in drawn]
+  weights = np.asarray(api(evaluation).attention_weights(rows))
+  expected = np.mean([weights[..., 1 + size + i, 2 + i]
+                      for i in range(size)], 0).mean(1)
+  np.testing.assert_allclose(figures['attention']['decoder']['induction'],
+                             expected, atol=1e-5)
+
+
+def test_a_terminal_is_told_each_layer(gpt, capsys):
+  evaluation = gpt[0]
+  evaluations.run('inspect', evaluation)
+  said = capsys.readouterr().out
+  rows = [line.split()[0] for line in said.splitlines() if line]
+  assert rows[1:5] == ['layer', 'embedding', '0', '1']
+  assert str(evaluation.workdir / 'inspect.html') in said
+
+
+@pytest.mark.slow
+def test_an_encoder_reads_masks_between_its_marks(tmp_path):
+  evaluation = asked('bert', 'mlm', tmp_path, prompt='a [MASK] b')
+  figures, data, page = look(evaluation)
+  assert figures['tokens'] == {'encoder': [
+      '[CLS]', 'a', '␣', '[MASK]', '␣', 'b', '[SEP]']}
+  found = api(evaluation).inspect([[260, 97, 32, 259, 32, 98, 261]])
+  assert [[c[0]['id'] for c in layer] for layer in figures['lens']] == (
+      found.lens.ids[:, 0, :, 0].tolist())
+  assert 'induction' not in figures['attention']['encoder']
+  assert 'What is predicted is\nthe token itself' in page
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('target', ['', 'ab'])
+def test_an_encoder_decoder_is_shown_a_target(tmp_path, target):
+  evaluation = asked('t5', 'seq2seq', tmp_path, target=target)
+  figures, data, page = look(evaluation)
+  end, start = evaluation.tokenizer.separator_id, evaluation.tokenizer.pad_id
+  source = [*PROMPT.encode(), end]
+  if target:
+    shown = [start, *target.encode()]
+    assert "is shown &#x27;ab&#x27;" in page
+  else:  # what greedy writing gives: each token is what the last layer says
+    said = [cell[0]['id'] for cell in figures['lens'][-1]]
+    shown = [start, *said[:-1]]
+    assert len(shown) == 32 or said[-1] == end
+  found = api(evaluation).inspect(source, shown)
+  assert [m['name'] for m in data['maps']] == ['encoder', 'decoder', 'cross']
+  assert data['maps'][2]['shape'] == [2, 4, len(shown), len(source)]
+  np.testing.assert_allclose(
+      figures['attention']['cross']['entropy'],
+      found.attention['cross'].entropy.mean(-1)[:, 0], atol=1e-4)
+
+
+@pytest.mark.slow
+def test_experts_and_their_gates_stand_in_the_page(tmp_path):
+  evaluation = asked('mixtral', 'causal', tmp_path)
+  figures, _, page = look(evaluation)
+  found = api(evaluation).inspect(
+      [evaluation.tokenizer.separator_id, *PROMPT.encode()]).experts['decoder']
+  np.testing.assert_allclose(figures['experts']['decoder']['gates'],
+                             found.gates[:, 0], atol=1e-5)
+  cells = re.findall(r'class="heat expert"[^>]*>([\d ]+)</td>', page)
+  order = np.argsort(-found.gates[:, 0], -1)[..., :2].reshape(-1, 2)
+  assert [list(map(int, cell.split())) for cell in cells] == order.tolist()
+
+
+@pytest.mark.slow
+def test_a_learned_sink_has_a_figure_of_its_own(tmp_path):
+  evaluation = asked('gpt', 'causal', tmp_path,
+                     fields=dict(attention_sinks=True))
+  figures, _, page = look(evaluation)
+  sink = api(evaluation).inspect(
+      [evaluation.tokenizer.separator_id, *PROMPT.encode()]
+  ).attention['decoder'].sink.mean(-1)[:, 0]
+  np.testing.assert_allclose(figures['attention']['decoder']['learned sink'],
+                             sink, atol=1e-5)
+
+
+def test_what_cannot_be_shown_is_refused(tmp_path):
+  with pytest.raises(RequestError, match='33 tokens.*max_len 32: shorten the '
+                     'prompt'):
+    evaluations.run('inspect', asked('gpt', 'causal', tmp_path,
+                                     prompt='x' * 32))
+  with pytest.raises(RequestError, match='--target is .*a decoder has no'):
+    evaluations.run('inspect', asked('gpt', 'causal', tmp_path, target='a'))
+  evaluation = asked('gpt', 'causal', tmp_path)
+  read = inspect.Read({}, dict(decoder=np.zeros(10_000)), [])
+  with pytest.raises(RequestError, match='2035 MiB: shorten the prompt to '
+                     r'about 1536 tokens'):
+    inspect._check_size(read, evaluation)
+
+
+@pytest.mark.parametrize('options, said', [
+    (dict(), 'pass --prompt='), (dict(prompt=' \n'), 'pass --prompt='),
+    (dict(prompt='a|||b'), 'shows one prompt'),
+    (dict(prompt='a\udcff'), '--prompt is not text'),
+    (dict(prompt='a', target='\udcff'), '--target is not text')])
+def test_flags_that_say_nothing_are_refused(options, said):
+  with pytest.raises(RequestError, match=re.escape(said)):
+    evals.TASKS['inspect'].check(evaluations.flags(**options))
+
+
+@pytest.mark.slow
+def test_what_a_tokenizer_does_not_know_is_said(tmp_path):
+  (tmp_path / 'vocab.txt').write_text('\n'.join(
+      '[PAD] [UNK] [CLS] [SEP] [MASK] my fellow ##s'.split()))
+  evaluation = asked('bert', 'mlm', tmp_path, str(tmp_path),
+                     prompt='My öther fellows')
+  figures, _, page = look(evaluation)
+  assert figures['tokens']['encoder'] == [
+      '[CLS]', 'my', '[UNK]', 'fellow', '##s', '[SEP]']
+  assert 'does not know 1 of the pieces' in page
+
+
+def test_tokens_are_shown_so_that_they_can_be_told(gpt):
+  tokenizer = gpt[0].tokenizer
+  assert [inspect.readable(i, tokenizer) for i in (
+      97, 32, 10, 9, 0, 0xc3, 258, 500)] == [
+          'a', '␣', '↵', '⇥', '\\x00', '\\xc3', '[EOS]', '<500>']
