@@ -70,6 +70,8 @@ MUTANTS = {
          'routing: bias_moves'),
     ],
     'architectures/parts/moe/layer.py': [
+        ('jnp.where(kept_A, routed.gate_A, 0)', 'routed.gate_A',
+         'record: room'),
         ('applied * c.moe.bias_rate', 'c.moe.bias_rate',
          'bias_balancing: bad_step'),
         ("(*self.path, BIAS)): aux['health']['load_E']",

@@ -67,9 +67,9 @@ def with_masks(text: str, tokenizer: Any) -> np.ndarray:
   that the vocabulary has."""
   if 'mask' not in tokenizer.special_ids:
     return tokenizer.encode(text)
+  mask = [tokenizer.mask_id]
   pieces = re.split(tokenizer.mask_pattern, text)
-  ids = [x for piece in tokenizer.encode_batch(pieces)
-         for x in ([tokenizer.mask_id], piece)]
+  ids = [x for piece in tokenizer.encode_batch(pieces) for x in (mask, piece)]
   return np.concatenate(ids[1:]).astype(np.int32)
 
 
