@@ -307,7 +307,8 @@ def draw(module: nn.Module, like: Any, wanted: set[str], seed: int
 
 def to_hf(module: nn.Module, params: Any, folder: str | os.PathLike, *,
           dtype: str = '', shard_bytes: int = SHARD_BYTES,
-          generation: hf_generation.Generation | None = None) -> None:
+          generation: hf_generation.Generation | None = None,
+          labels: Sequence[str] = ()) -> None:
   """Writes config.json and safetensors, which transformers loads; low-rank
   adapters are merged into the weights.
 
@@ -319,13 +320,14 @@ def to_hf(module: nn.Module, params: Any, folder: str | os.PathLike, *,
     shard_bytes: no file is larger, unless one tensor is.
     generation: token ids and options; none: of those that transformers must
       have, any that are in the vocabulary.
+    labels: what the outputs of the head of a task stand for.
 
   Raises:
     ValueError: naming a part of the model that transformers does not have.
   """
   module, params = adapters.merge(module, params)
   config: ModelConfig = module.config
-  tree = hf_config.write(config)
+  tree = hf_config.write(config, labels)
   if generation is not None:
     tree |= generation.fields
   flat = paths.flatten(nn.meta.unbox(params))

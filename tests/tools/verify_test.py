@@ -79,7 +79,8 @@ def test_an_export_that_is_read_otherwise_is_noticed(monkeypatch, capsys):
   monkeypatch.setattr(exports, 'changes', lambda base: [
       dict(rope=dict(fraction=1.0)), dict(rope=dict(fraction=0.5))])
 
-  def whole_heads(system, folder, inputs):
+  def whole_heads(system, folder, inputs, head):
+    del head
     from training import weights
     module, params = weights.from_hf(folder)
     c = module.config
@@ -98,7 +99,7 @@ def test_an_export_that_is_read_otherwise_is_noticed(monkeypatch, capsys):
   assert len(said) == 1 and 'rope.fraction=0.5' in said[0]
   assert said[0].endswith('WRONG') and findings[1].error > 1e-2
 
-  def refuses(system, folder, inputs):
+  def refuses(system, folder, inputs, head):
     raise ValueError('no')
 
   monkeypatch.setattr(reference, 'logits', refuses)

@@ -42,7 +42,7 @@ def main():
   args = flags.FLAGS
   from configs.errors import RequestError, one_of
   from tools.verify import assets, cases, compare, exports, generation
-  from tools.verify import readings, report
+  from tools.verify import heads, readings, report
   json_file = storage.output(args.json, '--json')
   for system in args.systems:
     one_of('system', system, (*cases.SYSTEMS, 'chat', 'minilm'))
@@ -59,6 +59,8 @@ def main():
                for finding in _findings(system, case, args)]
   for system in cases.SYSTEMS:
     if not args.systems or system in args.systems:
+      rows += [report.one(system, case, finding) for case, finding
+               in heads.findings(system, args.record)]
       rows += report.worst(
           system, 'exports', exports.export_findings(system))
       rows += report.worst(

@@ -125,6 +125,18 @@ def inputs(stack: str, config: dict) -> dict[str, np.ndarray]:
   return made
 
 
+def padded(inputs: dict[str, np.ndarray], left: bool) -> dict[str, np.ndarray]:
+  """Returns inputs whose padding is the token 0, on one side of each row."""
+  found = {name: x * inputs['mask'] for name, x in inputs.items()}
+  if not left:
+    return found
+  count = 12 - inputs['mask'].sum(1)
+  found = {name: np.stack([np.roll(row, n) for row, n in zip(x, count)])
+           for name, x in found.items()}
+  return found | dict(positions=np.maximum(
+      found['mask'].cumsum(1) - 1, 0).astype(np.int32))
+
+
 def prompts(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
   """Returns the prompts that are continued: unpadded, of two lengths."""
   return {'0': inputs['tokens'][0, :5], '1': inputs['tokens'][1, :7]}
@@ -186,14 +198,19 @@ def _greedy(module, params, recording: Recording) -> float:
   return float(np.mean(wrong))
 
 
+def _scores(out):
+  return out.logits if out.head else out.extra['scores']
+
+
 def _decoder(module, params, inputs):
   out = module.apply({'params': params}, inputs['tokens'],
+                     positions_BL=inputs.get('positions'),
                      segment_ids_BL=inputs['mask'], keep_layers=True,
                      keep_attention=True)
   layers = [*out.aux['layers'][:-1], out.hidden]  # theirs ends normalised
-  outputs = dict(logits=out.logits)
+  outputs = dict(logits=_scores(out))
   moe = module.config.moe
-  if out.aux.get('losses'):  # theirs is top_k times ours
+  if out.aux.get('losses') and out.head:  # theirs is top_k times ours
     outputs['balance'] = (out.aux['losses']['balance']
                           / moe.balance_weight * moe.top_k)
   return outputs, layers, dict(self=out.aux['attention'])
@@ -204,7 +221,8 @@ def _encoder(module, params, inputs):
                      type_ids_BL=inputs['types'],
                      segment_ids_BL=inputs['mask'], keep_layers=True,
                      keep_attention=True)
-  return (dict(logits=out.logits, nsp_logits=out.extra['nsp_logits']),
+  nsp = {name: x for name, x in out.extra.items() if name == 'nsp_logits'}
+  return (dict(logits=_scores(out)) | nsp,
           list(out.aux['layers']), dict(self=out.aux['attention']))
 
 

@@ -35,7 +35,8 @@ CHANGES = (
     dict(d_model=40), dict(num_layers=4), dict(num_decoder_layers=4),
     dict(num_heads=2), dict(num_heads=8), dict(num_heads=5, head_dim=8),
     dict(num_kv_heads=2), dict(head_dim=12), dict(d_ff=28),
-    dict(vocab_size=67),
+    dict(vocab_size=67), dict(head='sequence', num_labels=1),
+    dict(head='sequence', num_labels=3), dict(head='tokens', num_labels=5),
     dict(max_len=48), dict(type_vocab_size=3), dict(norm_eps=1e-2),
     dict(learned_stretch=2.0), dict(attention='banded', sliding_window=5),
     dict(attention='global,banded', sliding_window=5),
@@ -136,13 +137,16 @@ def _error(system: str, module: nn.Module) -> tuple[float, str]:
   """Returns how far transformers' reading of an export is from our model, and
   what it has against the folder, if anything."""
   params = random(module)
+  head = module.config.head
   inputs = compare.inputs(architectures.stack(module.config), dict(
       vocab_size=module.config.vocab_size,
       type_vocab_size=module.config.type_vocab_size))
+  if head != 'lm':
+    inputs = compare.padded(inputs, left=False)
   with tempfile.TemporaryDirectory() as folder:
     weights.to_hf(module, params, folder)
     try:
-      theirs = reference.logits(system, folder, inputs)
+      theirs = reference.logits(system, folder, inputs, head)
     except Exception as error:  # of any kind: it refuses what we write
       return float('inf'), f', which transformers refuses: {error}'
   ours = logits(module, params, inputs)

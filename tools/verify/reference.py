@@ -1,5 +1,6 @@
 """transformers' side of the comparison; PyTorch is imported here alone."""
 
+import inspect
 import json
 import pathlib
 import tempfile
@@ -17,17 +18,26 @@ from training.hf import files as hf_files
 
 def run(system: str, case: str, *, greedy: bool = True) -> Recording:
   """Returns what transformers computes for one case, on the CPU."""
-  import torch
   stack = architectures.systems()[system].STACK
   model = build(system, case)
   config, weights = _saved(model)
   inputs = compare.inputs(stack, config)
-  outputs = {name: value.detach().numpy()
-             for name, value in _forward(model, stack, inputs).items()}
   layers, attention = _insides(model, stack, inputs)
   continued = ({} if not greedy or stack == 'encoder'
                or (system, case) in NO_GREEDY
                else _greedy(model, stack, inputs))
+  found = _with_gradients(model, stack, config, weights, inputs)
+  found.greedy, found.layers, found.attention = continued, layers, attention
+  return found
+
+
+def _with_gradients(model, stack: str, config: dict,
+                    weights: dict[str, np.ndarray],
+                    inputs: dict[str, np.ndarray]) -> Recording:
+  """Returns outputs and gradients; the model holds the latter afterwards."""
+  import torch
+  outputs = {name: value.detach().numpy()
+             for name, value in _forward(model, stack, inputs).items()}
   loss = compare.objective(
       _forward(model, stack, inputs), inputs, torch.as_tensor)
   loss.backward()
@@ -36,11 +46,20 @@ def run(system: str, case: str, *, greedy: bool = True) -> Recording:
       grad = parameter.grad
       parameter.copy_(torch.zeros_like(parameter) if grad is None else grad)
   _, grads = _saved(model)
-  return Recording(config, weights, inputs, outputs, grads,
-                   continued, layers, attention)
+  return Recording(config, weights, inputs, outputs, grads, {})
 
 
-def build(system: str, case: str):
+def run_head(system: str, head: str, left: bool) -> Recording:
+  """Returns what transformers computes with the head of a task; `left`: of
+  rows that are padded on the left."""
+  stack = architectures.systems()[system].STACK
+  model = build(system, next(iter(SYSTEMS[system].cases)), head)
+  config, weights = _saved(model)
+  inputs = compare.padded(compare.inputs(stack, config), left)
+  return _with_gradients(model, stack, config, weights, inputs)
+
+
+def build(system: str, case: str, head: str = 'lm'):
   """Returns a random model whose every parameter matters."""
   import torch
   import transformers
@@ -48,8 +67,12 @@ def build(system: str, case: str):
   transformers.utils.logging.set_verbosity_error()
   transformers.utils.logging.disable_progress_bar()
   row = SYSTEMS[system]
-  kind = model_class(system)
-  config = kind.config_class(**row.common | row.cases[case])
+  kind = model_class(system, head)
+  of_head = {} if head == 'lm' else dict(
+      num_labels=2 if head == 'span' else 3, pad_token_id=0)
+  config = kind.config_class(**row.common | row.cases[case] | of_head)
+  if of_head:
+    config.num_hidden_layers = 1  # so that a recording is small
   config._attn_implementation = 'eager'  # the plain formula
   torch.manual_seed(0)
   model = kind(config).eval()
@@ -64,10 +87,11 @@ def build(system: str, case: str):
   return model
 
 
-def model_class(system: str) -> type:
-  """Returns transformers' class for a system."""
+def model_class(system: str, head: str = 'lm') -> type:
+  """Returns transformers' class for a system with a head."""
   import transformers
-  return getattr(transformers, architectures.hugging_face(system).architecture)
+  page = architectures.hugging_face(system)
+  return getattr(transformers, page.heads.get(head, page).architecture)
 
 
 def _saved(model) -> tuple[dict, dict[str, np.ndarray]]:
@@ -84,19 +108,25 @@ def _call(model, stack: str, inputs, **kwargs):
   t = {name: torch.as_tensor(value) for name, value in inputs.items()}
   names = dict(tokens='input_ids', mask='attention_mask',
                types='token_type_ids', decoder_tokens='decoder_input_ids',
-               decoder_mask='decoder_attention_mask')
+               decoder_mask='decoder_attention_mask',
+               positions='position_ids')
+  if 'position_ids' not in inspect.signature(model.forward).parameters:
+    t.pop('positions', None)  # BLOOM, which tells distances by the mask
   return model(**{names[name]: value.long() for name, value in t.items()},
                **kwargs)
 
 
 def _forward(model, stack: str, inputs):
   """Returns the outputs of compare.CALLS[stack], by name."""
+  import torch
   experts = getattr(model.config, 'num_experts', 0)
   out = _call(model, stack, inputs,
               **dict(output_router_logits=True) if experts else {})
   if stack == 'encoder-decoder' and experts:
     return dict(logits=out.logits) | _losses(model, out, inputs)
-  if stack == 'encoder':
+  if 'start_logits' in out:
+    return dict(logits=torch.stack([out.start_logits, out.end_logits], -1))
+  if stack == 'encoder' and 'prediction_logits' in out:
     return dict(logits=out.prediction_logits,
                 nsp_logits=out.seq_relationship_logits)
   if getattr(out, 'router_logits', None) is None:
@@ -182,7 +212,8 @@ def loads_our_export(system: str, case: str, folder) -> float:
                        _logits(model, stack, inputs)['logits'])
 
 
-def logits(system: str, folder, inputs) -> dict[str, np.ndarray]:
+def logits(system: str, folder, inputs, head: str = 'lm'
+           ) -> dict[str, np.ndarray]:
   """Returns the logits of a folder as transformers reads it, by name.
 
   Raises:
@@ -193,13 +224,15 @@ def logits(system: str, folder, inputs) -> dict[str, np.ndarray]:
   import transformers
   transformers.utils.logging.set_verbosity_error()
   transformers.utils.logging.disable_progress_bar()
-  model, info = model_class(system).from_pretrained(
+  model, info = model_class(system, head).from_pretrained(
       folder, output_loading_info=True, attn_implementation='eager',
       dtype=torch.float32)
   wrong = {key: value for key, value in info.items() if value}
   if wrong:
     raise RequestError(f'{system}: transformers says {wrong}')
   mend(model)
+  if head != 'lm':  # transformers looks for the last token that is not it
+    model.config.pad_token_id = 0
   return _logits(model.eval(), architectures.systems()[system].STACK, inputs)
 
 

@@ -19,13 +19,13 @@ from configs import base
 import ml_collections
 
 import architectures
-from architectures.parts import heads
 from architectures.parts import hf
 from architectures.parts import unread
 from architectures.parts.config import ModelConfig
 from architectures.parts.moe import routing
 from configs.errors import one_of, require, short
 from training.hf import files as hf_files
+from training.hf import heads
 from training.workdir import run_config
 
 # Fields by which text is generated: an export writes those of its import.
@@ -217,23 +217,12 @@ def model_of(reader: Reader) -> ml_collections.ConfigDict:
     found[name] = _field(reader, found, *row)
   reader.must(**page.only)
   reader.passes(*page.unread)
-  found |= _head(reader, page)
+  found |= heads.read(reader, page)
   model = base.base().model
   model.update(architectures.systems()[arch].PARTS, arch=arch)
   model.update_from_flattened_dict(found)
   model.update(page.read(reader, found))
   return model
-
-
-def _head(reader: Reader, page: hf.HuggingFace) -> dict[str, Any]:
-  """Returns the head that the class of a config.json has, and its labels."""
-  named = reader.listed('architectures')
-  head = next((head for head, row in page.heads.items()
-               if row.architecture in named), 'lm')
-  if 'num_labels' not in heads.HEADS[head].fields:
-    return dict(head=head)
-  return dict(head=head, num_labels=len(reader('id2label', {})) or reader(
-      'num_labels', 2))
 
 
 def _field(reader: Reader, found: dict[str, Any], names: str, default: Any,
@@ -243,23 +232,6 @@ def _field(reader: Reader, found: dict[str, Any], names: str, default: Any,
   for name in reversed(names.split('|')):
     value = (reader.choose if choices else reader)(name, value, *choices)
   return value
-
-
-def task(config: ModelConfig, labels: Sequence[str] = ()) -> dict[str, Any]:
-  """Returns what a config.json says of the head of a task."""
-  if config.head == 'lm':
-    return {}
-  fields: dict[str, Any] = dict(classifier_dropout=config.head_dropout)
-  if config.num_labels:
-    labels = labels or [f'LABEL_{i}' for i in range(config.num_labels)]
-    require(len(labels) == config.num_labels, f'{len(labels)} labels are of '
-            f'another model than one of model.num_labels {config.num_labels}')
-    fields |= dict(id2label={str(i): name for i, name in enumerate(labels)},
-                   label2id={name: i for i, name in enumerate(labels)})
-  if config.head == 'sequence':
-    fields['problem_type'] = ('regression' if config.num_labels == 1 else
-                              'single_label_classification')
-  return fields
 
 
 def write(config: ModelConfig, labels: Sequence[str] = ()) -> dict[str, Any]:
@@ -279,7 +251,7 @@ def write(config: ModelConfig, labels: Sequence[str] = ()) -> dict[str, Any]:
     value = operator.attrgetter(ours)(config)
     tree[names.split('|')[-1]] = (
         hf.theirs(*choices, value, ours) if choices else value)
-  tree |= page.write(config) | task(config, labels)
+  tree |= page.write(config) | heads.write(config, labels)
   check_same(config, read(tree),
              f'a {page.model_type} config.json cannot say that')
   return tree

@@ -1,0 +1,77 @@
+"""The head of a task in config.json: its class, and the names of its outputs.
+
+transformers tells heads by the class under `architectures`, and counts outputs
+by id2label, whose names are LABEL_0, ... where a training gave none.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from architectures.parts import heads
+from architectures.parts import hf
+from architectures.parts.config import ModelConfig
+from configs.errors import require, short
+
+OUTPUTS = 2  # where a config.json says nothing of them
+
+
+def read(reader: hf.Reader, page: hf.HuggingFace) -> dict[str, Any]:
+  """Returns the fields of the model that say which head it has."""
+  named = reader.listed('architectures')
+  head = next((head for head, row in page.heads.items()
+               if row.architecture in named), 'lm')
+  if 'num_labels' not in heads.HEADS[head].fields:
+    return dict(head=head)
+  if head == 'sequence':
+    reader.choose('problem_type', PROBLEMS[-1], dict(zip(PROBLEMS, PROBLEMS)))
+  return dict(head=head, num_labels=len(reader('id2label', {})) or reader(
+      'num_labels', OUTPUTS))
+
+
+PROBLEMS = ('regression', 'single_label_classification')
+
+
+def write(config: ModelConfig, labels: Sequence[str] = ()) -> dict[str, Any]:
+  """Returns what a config.json says of the head of a task.
+
+  Args:
+    config: the model's.
+    labels: what its outputs stand for; none: LABEL_0, ...
+  """
+  if config.head == 'lm':
+    return {}
+  fields: dict[str, Any] = dict(classifier_dropout=config.head_dropout)
+  if config.num_labels:
+    labels = labels or _default(config.num_labels)
+    require(len(labels) == config.num_labels, f'{len(labels)} labels are of '
+            f'another model than one of model.num_labels {config.num_labels}')
+    fields |= dict(id2label={str(i): name for i, name in enumerate(labels)},
+                   label2id={name: i for i, name in enumerate(labels)})
+  if config.head == 'sequence':
+    fields['problem_type'] = PROBLEMS[config.num_labels > 1]
+  return fields
+
+
+def labels(tree: Mapping[str, Any]) -> tuple[str, ...]:
+  """Returns what the outputs of the head of a config.json stand for, in their
+  order; none where it does not say.
+
+  Raises:
+    RequestError: for a table that is none of names by number.
+  """
+  table = tree.get('id2label')
+  if table is None:
+    return ()
+  said = f'config.json has id2label {short(table)}: it must be an object'
+  require(isinstance(table, dict), said)
+  numbers = [str(i) for i in range(len(table))]
+  require(set(table) == set(numbers), f'{said} whose keys are 0, 1, ...')
+  found = tuple(table[i] for i in numbers)
+  require(all(isinstance(name, str) for name in found),
+          f'{said} whose values are strings')
+  require(len(set(found)) == len(found), f'{said} without a name twice')
+  return () if found == _default(len(found)) else found
+
+
+def _default(count: int) -> tuple[str, ...]:
+  return tuple(f'LABEL_{i}' for i in range(count))
