@@ -43,7 +43,6 @@ from training.costs import totals
 from training.data import tokenizers
 from training.insides import record
 from training.workdir import restoring
-from training.workdir import run_config
 from training.workdir import storage
 
 Tokens = jax.Array | np.ndarray | Sequence[int] | Sequence[Sequence[int]]
@@ -346,7 +345,7 @@ def build(config: str | ml_collections.ConfigDict | ModelConfig, *,
 
 
 def _load_run(workdir: Any, step: int | None, tokenizer: str | None) -> Model:
-  config = runs.with_new_fields(run_config.load_config(workdir))
+  config = runs.config_of(workdir)
   module = architectures.build(runs.model_of(workdir))
   return Model(module, trained.params(workdir, module, step),
                tokenizers.load(tokenizer or config.data.tokenizer), config)

@@ -47,7 +47,8 @@ def main():
     raise RequestError('pass both --config FILE.py:SIZE and --workdir DIR')
 
   # Imported late: `--help` and a wrong flag answer at once.
-  from training import endings, initial_state, loop, profile, runs
+  from training import endings, initial_state, loop, objectives
+  from training import profile, runs
   from training.data import pipeline, tokenizers
   from training.distributed import cpu_memory, devices, processes
   from training.workdir import checkpoints, lock, provenance, run_config
@@ -68,6 +69,7 @@ def main():
   profile.parse(args.profile_steps, config.train.steps)
   pipeline.check_sources(config)
   initial_state.check_source(config.init_from)
+  config = objectives.with_labels(config)
   tokenizer = tokenizers.load(config.data.tokenizer)
   model, derived = runs.resolve(config, tokenizer)
   changes = run_config.changes(workdir, config, derived)
@@ -97,7 +99,7 @@ def main():
     state, start = initial_state.restore_or_create(run, saved)
     require(changes or not endings.ended_badly(state, config),
             f'{workdir}: {endings.ended_badly(state, config)}')
-    run_config.save(workdir, config, derived)
+    run_config.save(workdir, args.config, derived)
     if start >= config.train.steps:
       if devices.primary():
         print(f'{workdir} is complete: {start} steps of {config.train.steps}. '

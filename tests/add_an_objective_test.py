@@ -43,7 +43,7 @@ def arrays(config):
 
 
 OBJECTIVES = {'fim': record.Objective(
-    'decoder', Windows, fim, arrays, ('tokens',), {'valid': 'valid_BL'},
+    ('decoder',), Windows, fim, arrays, ('tokens',), {'valid': 'valid_BL'},
     ('valid',), prompt=record.after_separator)}
 ''',
     'training/evals/tasks/among.py': '''

@@ -179,9 +179,7 @@ def _from_hf(source: pathlib.Path, partial: bool, seed: int):
 def _from_workdir(workdir: epath.Path, step: int | None):
   """Returns (config, module, parameters, step) of a run's checkpoint."""
   from training import runs
-  from training.workdir import run_config
-  config = runs.for_this_machine(
-      runs.with_new_fields(run_config.load_config(workdir)))
+  config = runs.for_this_machine(runs.config_of(workdir))
   run = runs.build(config, runs.model_of(workdir))
   params, step = runs.restore_params(run, workdir, step)
   return config, run.module, params, step

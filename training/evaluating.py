@@ -59,8 +59,8 @@ def means(found: Sequence[dict[str, Mean]],
     loaders: of pipeline.held_out.
 
   Returns:
-    The objective's figures, nan where there is nothing to average; the
-    perplexity of a token; where every token is predicted, bits per byte; and
+    The objective's figures, nan where there is nothing to average; of tokens
+    their perplexity; where every token is predicted, bits per byte; and
     of several sources each one's own loss, as loss/NAME.
   """
   objective = loaders[0].objective
@@ -69,8 +69,9 @@ def means(found: Sequence[dict[str, Mean]],
   names = sorted(each[0], key=lambda name: (name != 'loss', name))
   figures = {name: mix([own[name] for own in each], loaders)
              for name in names}
-  with np.errstate(over='ignore'):
-    figures['perplexity'] = float(np.exp(figures[objective.main]))
+  if objective.perplexity:
+    with np.errstate(over='ignore'):
+      figures['perplexity'] = float(np.exp(figures[objective.main]))
   if objective.every_token:
     figures['bits_per_byte'] = figures['loss'] / (math.log(2) * mix(
         [loader.bytes_per_token for loader in loaders], loaders))

@@ -5,17 +5,21 @@ device has work while the host writes figures and fetches the next batch.
 """
 
 from collections.abc import Iterator, Sequence
+import contextlib
 import dataclasses
 import math
 import pathlib
 import sys
+import time
 from typing import Any
 
+import jax
 import ml_collections
 import numpy as np
 
 from architectures.parts.moe import health
-from training import endings, evaluating, profile, progress, runs, timing
+from training import endings, evaluating, profile, progress, runs, shapes
+from training import timing
 from training.costs import flops, peaks
 from training.data import pipeline
 from training.distributed import cpu_memory, devices, signals
@@ -166,11 +170,13 @@ class _Loop:
     self.loaders, self.eval_data = loaders, eval_data
     self.tasks = in_training.Tasks(program, loaders[0].tokenizer)
     sides = loaders[0].objective.row_lengths(program.config)
-    self.tokens = program.config.data.batch_size * sum(sides)  # of each member
-    self.meter = timing.Meter(
-        self.tokens, len(members) * self.tokens *
-        flops.training_flops_per_token(program.model, *sides),
-        peaks.total(program.devices, program.model.dtype))
+    rows = program.config.data.batch_size
+    self.tokens = rows * sum(sides)  # of each member in a step, at most
+    peak = peaks.total(program.devices, program.model.dtype)
+    self.work = {length: (rows * length, self._flops(rows, (length,)) if peak
+                          else 0.0)
+                 for length in pipeline.lengths(program.config)[:-1]}
+    self.meter = timing.Meter(self.tokens, self._flops(rows, sides), peak)
     self.held = timing.Deferred(self.meter.now)
     if devices.primary():
       print(program.describe(start, self.tokens, loaders[0], eval_data))
@@ -180,20 +186,20 @@ class _Loop:
     """Trains from `state` to the end; returns how many steps are done."""
     n, self.stop = self.start, stop
     streams = [loader.iterate(n, self.steps) for loader in self.loaders]
-    batch = self._next(streams)
-    step = self._compile(state, batch)
+    batch = self._next(streams, n)
+    self._compile(state, batch)
     self.bar = progress.bar(self.steps, n, devices.primary())
     self.meter.begin(n)
     ends = False
     while self.live and not ends:
       profiler.before(n, state)
       with profiler.annotate(n):
-        state, figures = step(state, batch)
+        state, figures = self.train_step(state, batch)
       n += 1
       self.bar.step(n)
       with self.meter.waiting():
         if n < self.steps:
-          batch = self._next(streams)
+          batch = self._next(streams, n)
       self._report(self.held.push(n, figures))
       stopped = self.stop.agreed(n)
       if not stopped and (self._is_evaluated(n) or self.tasks.due(n)):
@@ -220,22 +226,46 @@ class _Loop:
     return {row: member for row, member in enumerate(self.members)
             if not member.code}
 
-  def _next(self, streams: Sequence[Iterator]):
-    return self.program.put(*[next(stream) for stream in streams])
+  def _flops(self, rows: int, sides: tuple[int, ...]) -> float:
+    """Returns the FLOPs of all members in a step whose rows have `sides`
+    tokens."""
+    return len(self.members) * rows * sum(sides) * (
+        flops.training_flops_per_token(self.program.model, *sides))
 
-  def _compile(self, state: TrainState, batch: Any):
-    """Compiles both steps and returns the training step, when all processes
-    have done so."""
+  def _next(self, streams: Sequence[Iterator], n: int):
+    """Returns the batch of the step after step n."""
+    batches = [next(stream) for stream in streams]
+    if self.work:  # rows may be padded less far than to data.length
+      length = batches[0]['tokens'].shape[1]
+      if length in self.work:
+        self.meter.does(n + 1, *self.work[length])
+    return self.program.put(*batches)
+
+  def _compile(self, state: TrainState, batch: Any) -> None:
+    """Compiles both steps for the first batches; all processes wait until the
+    others have done so, too."""
     cpu_memory.trim()
+    self.train_step = shapes.PerShape(self.program.train_step(), self._another)
+    self.eval_step = shapes.PerShape(self.program.eval_step(), self._another)
     with self.meter.compiling(), progress.compiling(devices.primary()):
-      step = self.program.train_step().lower(state, batch).compile()
+      self.train_step.compile(state, batch)
       if self.program.config.eval.every_steps:
-        self.eval_step = self.program.eval_step().lower(
-            state.params, self.program.put(self.eval_data[0].batch(0))
-            ).compile()
+        self.eval_step.compile(
+            state.params, self.program.put(self.eval_data[0].batch(0)))
     cpu_memory.trim()
     devices.sync('compiled')
-    return step
+
+  @contextlib.contextmanager
+  def _another(self, batch: Any):
+    """Around the compilation of a step for batches of another shape, which all
+    processes meet at the same step."""
+    start = time.monotonic()
+    with self.meter.compiling():
+      yield
+      devices.sync('compiled')
+    length = max(x.shape[-1] for x in jax.tree.leaves(batch) if x.ndim > 1)
+    self.bar.say(f'compiled for rows of {length:,} tokens in '
+                 f'{time.monotonic() - start:.1f} s')
 
   def _report(self, read: timing.Read | None) -> None:
     """Hands the figures of a step to the members; shows and writes them if

@@ -21,9 +21,8 @@ from architectures.parts.config import ModelConfig
 from architectures.parts.moe import grouped_kernels
 from configs import sharding as tables
 from configs.errors import RequestError, one_of, require
-from training import limits
+from training import description, limits
 from training import evals, objectives
-from training.costs import totals
 from training.data import pipeline, tokenizers
 from training.distributed import devices
 from training.optim import mup, optimizers
@@ -43,6 +42,7 @@ def resolve(config: ml_collections.ConfigDict, tokenizer: tokenizers.Tokenizer
   Raises:
     ValueError: for anything in the config that a run could not honour.
   """
+  config = objectives.with_labels(config)
   model = config.model.to_dict()
   model['vocab_size'] = model['vocab_size'] or tokenizer.vocab_size
   _fill(model, config)
@@ -53,6 +53,8 @@ def resolve(config: ml_collections.ConfigDict, tokenizer: tokenizers.Tokenizer
           'with N ids')
   resolved = architectures.resolve(model)
   derived = {f'model.{name}': model[name] for name in DERIVED}
+  if objectives.of(config).labels:
+    derived['data.labels'] = tuple(config.data.labels)
   return resolved, derived
 
 
@@ -77,6 +79,7 @@ def printable(config: ml_collections.ConfigDict, by_hand: Iterable[str] = ()
   """Returns the config as a run reads it: checked, and with every field of
   the model that is derived filled in; `by_hand` is as for `check`."""
   check_config(config, by_hand)
+  config = objectives.with_labels(config)
   model, _ = resolve(config, tokenizers.load(config.data.tokenizer))
   return run_config.to_json(config) | {'model': dataclasses.asdict(model)}
 
@@ -145,7 +148,7 @@ def _check_objective(name: str, module: nn.Module) -> None:
   """Raises ValueError where the objective does not train such a model."""
   ours = architectures.stack(module.config)
   choices = [key for key, row in objectives.OBJECTIVES.items()
-             if row.stack == ours]
+             if ours in row.stacks]
   require(name in choices,
           f'objective is {name!r}, which does not fit model.arch '
           f'{module.config.arch} ({ours}): choose from {", ".join(choices)}')
@@ -223,34 +226,7 @@ class Run:
       train_data: its batches.
       eval_data: those of what is held out.
     """
-    config, model, steps = self.config, self.model, self.config.train.steps
-    trained = totals.trained_parameters(self.module, config.optim)
-    active = '' if model.ffn != 'moe' else (
-        f', of which each token uses {totals.parameters(model)[1]:,}')
-    if trained != count(self.abstract.params):
-      active += f', of which {trained:,} are trained'
-    mesh = ','.join(
-        f'{axis}={n}' for axis, n in self.mesh.shape.items() if n > 1)
-    parts = config.train.grad_accumulation
-    rows = f'{config.data.batch_size:,} rows' + (
-        f' in {parts} micro-batches' if parts > 1 else '')
-    source = train_data.text
-    if train_data.num_sources == 1:
-      passes = steps * config.data.batch_size / train_data.num_windows
-      source = f'{passes:.3g} passes over {source}'
-    return '\n'.join([
-        f'model: {model.arch}, {count(self.abstract.params):,} parameters in '
-        f'{model.param_dtype}{active}; computed in {model.dtype}',
-        f'devices: {self.mesh.size} of the kind '
-        f'{self.devices[0].device_kind}, mesh {mesh or "data=1"}',
-        f'step: {rows}, {tokens:,} tokens',
-        f'training: steps {start + 1:,} to {steps:,}, {steps * tokens:,} '
-        'tokens in all',
-        f'data: {source}',
-        f'held out: {" and ".join(loader.text for loader in eval_data)}, '
-        f'{sum(loader.num_tokens for loader in eval_data):,} tokens',
-        f'evaluation: {_evaluations(config, eval_data)}',
-        *_tasks(config), *_unread(config, model)])
+    return description.of(self, start, tokens, train_data, eval_data)
 
   def put(self, *batches: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
     """Puts this process's rows of a batch on its devices."""
@@ -274,36 +250,6 @@ class Run:
   def part(self, figures: Any, row: int) -> Any:
     """Returns one member's part of figures, or of sums, on the host."""
     return figures
-
-
-def _unread(config: ml_collections.ConfigDict, model: ModelConfig
-            ) -> list[str]:
-  """A line for each condition under which fields that are set would be read.
-  """
-  names: dict[str, list[str]] = {}
-  for name, row in limits.unread(config, model).items():
-    names.setdefault(row.where, []).append(f'{name}={limits.get(config, name)}')
-  return [f'not read: {", ".join(fields)}, unless {where}'
-          for where, fields in names.items()]
-
-
-def _evaluations(config: ml_collections.ConfigDict,
-                 eval_data: Sequence[pipeline.Loader]) -> str:
-  every = config.eval.every_steps
-  if not every:
-    return 'none while training'
-  there = [loader.num_batches for loader in eval_data]
-  taken = [loader.first(config.eval.batches) for loader in eval_data]
-  return (f'every {every:,} steps, on {sum(taken):,} of the {sum(there):,} '
-          'batches held out')
-
-
-def _tasks(config: ml_collections.ConfigDict) -> list[str]:
-  names = evals.listed(config.eval.tasks)
-  every = config.eval.tasks_every_steps
-  when = f'every {every:,} steps and ' if every else ''
-  return [f'tasks: {", ".join(names)}, {when}after the last step'
-          ] if names else []
 
 
 def build(config: ml_collections.ConfigDict, model: ModelConfig,
@@ -390,10 +336,21 @@ def with_new_fields(config: ml_collections.ConfigDict
   return config
 
 
+def config_of(workdir: epath.Path) -> ml_collections.ConfigDict:
+  """Returns the config of a run, with the fields that are newer than the run,
+  and with what it derived of its training data, which need not be there."""
+  config = with_new_fields(run_config.load_config(workdir))
+  for name, value in run_config.load_derived(workdir).items():
+    if name.startswith('data.'):
+      config.update_from_flattened_dict({name: value})
+  return config
+
+
 def model_of(workdir: epath.Path) -> ModelConfig:
   """Returns the model of a run, for which its tokenizer need not be there."""
-  config = with_new_fields(run_config.load_config(workdir))
-  fields = config.model.to_dict()
+  fields = config_of(workdir).model.to_dict()
   for name, value in run_config.load_derived(workdir).items():
-    fields[name.removeprefix('model.')] = value
+    section, _, field = name.partition('.')
+    if section == 'model':
+      fields[field] = value
   return architectures.resolve(fields)

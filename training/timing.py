@@ -72,6 +72,7 @@ class Meter:
     self._flops = flops_per_step
     self._peak = peak_flops
     self._clock = clock
+    self._others: dict[int, tuple[int, float]] = {}
     self._once = {}
     self._paused = 0.0
     self._waited = 0.0
@@ -84,11 +85,13 @@ class Meter:
   @contextlib.contextmanager
   def compiling(self):
     """Around the compilation of the training step, alone of all that a run
-    compiles: its seconds come once, in the next lap."""
+    compiles: its seconds come once, in the next lap, and those of several
+    compilations add up."""
     start = self._clock()
     with self.paused():
       yield
-    self._once['compile_seconds'] = self._clock() - start
+    before = self._once.get('compile_seconds', 0.0)
+    self._once['compile_seconds'] = before + self._clock() - start
 
   @contextlib.contextmanager
   def waiting(self):
@@ -104,6 +107,10 @@ class Meter:
     yield
     self._paused += self._clock() - start
 
+  def does(self, step: int, tokens: int, flops: float) -> None:
+    """Takes what a step has to do, where that is not what most have."""
+    self._others[step] = tokens, flops
+
   def begin(self, step: int) -> None:
     """Starts the clock: `step` steps are done, the next one comes."""
     self._step, self._since = step, self.now()
@@ -114,12 +121,14 @@ class Meter:
     `step` was done."""
     steps = step - self._step
     seconds, waited = (y - x for x, y in zip(self._since, done))
-    each = seconds / steps
+    work = [self._others.pop(n, (self._tokens, self._flops))
+            for n in range(self._step + 1, step + 1)]
+    tokens, flops = map(sum, zip(*work))
     figures = {
-        'step_seconds': each,
-        'tokens_per_second': self._tokens / each,
+        'step_seconds': seconds / steps,
+        'tokens_per_second': tokens / seconds,
         'data_seconds': waited / steps,
-        'mfu': self._flops / each / self._peak if self._peak else None,
+        'mfu': flops / seconds / self._peak if self._peak else None,
         **self._once,
     }
     self._once = {}

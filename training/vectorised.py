@@ -5,7 +5,9 @@ these fields are; the axis of the runs is cut over the devices there are. Each
 run draws the batches, the dropout and the initial parameters of its own seed,
 and writes the workdir that train.py would have written: its losses equal
 those of the run alone to float32 rounding, and either goes on where the other
-stopped.
+stopped. Rows of labelled data are as long as the longest of all seeds needs;
+where that is more than one needs alone, its dropout draws other numbers (with
+data.length_buckets=1 all rows have one length).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +26,7 @@ import numpy as np
 
 from configs import sharding as tables
 from configs.errors import EnvironmentFailure, require
-from training import endings, loop, runs
+from training import endings, loop, objectives, runs
 from training.data import pipeline, tokenizers
 from training.distributed import devices
 from training.step import TrainState, init_state
@@ -109,11 +111,12 @@ def train(configs: Sequence[ml_collections.ConfigDict],
       train.max_bad_steps steps in a row; all that was trained is saved.
   """
   _check(configs, workdirs)
-  config = configs[0]
+  filled = [objectives.with_labels(c) for c in configs]
+  config = filled[0]
   tokenizer = tokenizers.load(config.data.tokenizer)
-  resolved = [runs.resolve(c, tokenizer) for c in configs]
+  resolved = [runs.resolve(c, tokenizer) for c in filled]
   changes = [run_config.changes(workdir, c, derived)
-             for c, workdir, (_, derived) in zip(configs, workdirs, resolved)]
+             for c, workdir, (_, derived) in zip(filled, workdirs, resolved)]
   for change in changes:
     run_config.refuse_changes(change, allow_config_change=False)
   mesh = devices.make_mesh(dict.fromkeys(tables.MESH_AXES, 1),
@@ -121,13 +124,13 @@ def train(configs: Sequence[ml_collections.ConfigDict],
   run = runs.build(config, resolved[0][0], mesh)
   with contextlib.ExitStack() as stack:
     found = []
-    for c, workdir, (_, derived), changed in zip(
-        configs, map(pathlib.Path, workdirs), resolved, changes):
+    for asked, c, workdir, (_, derived), changed in zip(
+        configs, filled, map(pathlib.Path, workdirs), resolved, changes):
       saved = stack.enter_context(checkpoints.Checkpoints(
           workdir, **c.checkpoint, agree_every=c.log.every_steps))
       member = loop.Member(c, workdir, saved, str(workdir))
       found.append((member, *_take_up(run, member, bool(changed))))
-      run_config.save(workdir, c, derived)
+      run_config.save(workdir, asked, derived)
     going = [each for each in found if not each[0].sentence]
     for start in sorted({start for _, _, start in going}):
       part, states = zip(*[each[:2] for each in going if each[2] == start])
@@ -166,12 +169,14 @@ def _train_part(run: runs.Run, part: Sequence[loop.Member],
                 tokenizer: tokenizers.Tokenizer) -> None:
   """Trains those of the runs that are at one step."""
   group = Group(run, part)
+  loaders = [pipeline.training_loader(
+      with_values(group.config, {'seed': seed}), tokenizer)
+             for seed in group.seeds]
+  for loader in loaders:
+    loader.beside = loaders
   n = loop.train_all(
       group, part, group.joined(states) if start else group.new_state(), start,
-      [pipeline.training_loader(
-          with_values(group.config, {'seed': seed}), tokenizer)
-       for seed in group.seeds],
-      pipeline.held_out(group.config, tokenizer))
+      loaders, pipeline.held_out(group.config, tokenizer))
   if any(member.code == loop.STOPPED for member in part):
     print(f'stopped after step {n}: the same request goes on.')
 

@@ -76,7 +76,7 @@ def _generation(run: runs.Run, name: str, tokens: int) -> Program:
   """`tokens` more after prompts that, with them, are data.length long."""
   data = run.config.data
   objective = objectives.of(run.config)
-  require(objective.prompt and objective.stack == 'decoder',
+  require(objective.prompt and 'decoder' in objective.stacks,
           f'--programs has {name!r}, but a plan of generation is for decoders, '
           f'and model.arch is {run.model.arch!r}: choose train')
   require(data.length > tokens, f'data.length is {data.length}: {name} needs '

@@ -11,15 +11,16 @@ or workers, and the state of the data is n.
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 import gc
+import math
 import sys
 
 from absl import flags
 import numpy as np
 
-from configs.errors import RequestError
+from configs.errors import RequestError, require
 from training import objectives
 from training.data import batch_workers, conversations, holdout
-from training.data import packing, sources, token_cache
+from training.data import packing, records, sources, token_cache
 from training.data.tokenizers import Tokenizer
 from training.objectives.record import Config
 
@@ -46,6 +47,8 @@ class Loader:
     tokenizer: the run's.
     objective: the record of the run's objective.
     num_sources: of which the text comes, mixed.
+    beside: the loaders whose batches have the shape of this one's: those of
+      runs that train as one program, each with its own seed.
   """
 
   def __init__(self, name: str, share: float, text: str, dataset: Sequence,
@@ -63,6 +66,9 @@ class Loader:
     self.num_sources = len(views)
     self.rows = self._batch_size // process_count
     self._first_row = process_index * self.rows
+    self._config_of = {length: with_length(config, length)
+                       for length in lengths(config)}
+    self.beside: Sequence[Loader] = [self]
     self.num_windows = sum(len(view) for view in views)
     self.num_batches = -(-self.num_windows // self._batch_size)
     self.num_tokens = sum(view.num_tokens for view in views)
@@ -80,8 +86,19 @@ class Loader:
     if not 0 <= n < self._stop:
       raise IndexError(f'batch {n} of {self._stop}')
     first = n * self._batch_size + self._first_row
-    rows = [self._row(g) for g in range(first, first + self.rows)]
+    config = self._config_of[max(loader.length(n) for loader in self.beside)]
+    rows = [self._row(g, config) for g in range(first, first + self.rows)]
     return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+
+  def length(self, n: int) -> int:
+    """Returns the data.length of global batch n: the least of `lengths` that
+    its longest row fits into, whichever process has that row."""
+    size = self.objective.length
+    if size is None or len(self._config_of) == 1:
+      return self._config.data.length
+    longest = max(size(self._item(g)) for g in range(
+        n * self._batch_size, (n + 1) * self._batch_size))
+    return min(length for length in self._config_of if length >= longest)
 
   def iterate(self, start: int = 0, stop: int | None = None
               ) -> Iterator[dict[str, np.ndarray]]:
@@ -131,16 +148,41 @@ class Loader:
     return self.num_batches if self._split == 'eval' else (
         sys.maxsize // self._batch_size)
 
-  def _row(self, g: int) -> dict[str, np.ndarray]:
-    padding = self._split == 'eval' and g >= self.num_windows
+  def _is_padding(self, g: int) -> bool:
+    return self._split == 'eval' and g >= self.num_windows
+
+  def _item(self, g: int):
+    return self._dataset[0 if self._is_padding(g) else g]
+
+  def _row(self, g: int, config: Config) -> dict[str, np.ndarray]:
     seed = EVAL_SEED if self._split == 'eval' else self._config.seed
-    row = self.objective.row(self._dataset[0 if padding else g],
-                             np.random.default_rng([seed, g]),
-                             self._config, self.tokenizer)
-    if padding:  # which counts nothing and takes no expert's room
+    row = self.objective.row(self._item(g), np.random.default_rng([seed, g]),
+                             config, self.tokenizer)
+    if self._is_padding(g):  # which counts nothing and takes no expert's room
       row |= {key: np.zeros_like(value) for key, value in row.items()
               if key.endswith(('weights', 'segment_ids', 'valid'))}
     return row
+
+
+def lengths(config: Config) -> tuple[int, ...]:
+  """Returns the lengths that the rows of a batch may be padded to: data.length
+  and, of labelled data, up to data.length_buckets - 1 shorter ones, as far from
+  each other as eight tokens or more that mesh.context divides."""
+  length, most = config.data.length, config.data.length_buckets
+  if objectives.of(config).length is None:
+    return (length,)
+  step = math.lcm(8, max(config.mesh.context, 1))
+  step *= -(-length // (step * most))
+  return (*range(step, length, step), length)
+
+
+def with_length(config: Config, length: int) -> Config:
+  """Returns the config with another data.length."""
+  if length == config.data.length:
+    return config
+  config = config.copy_and_resolve_references()
+  config.data.length = length
+  return config
 
 
 def training_loader(config: Config, tokenizer: Tokenizer,
@@ -208,7 +250,19 @@ def check_sources(config: Config) -> None:
   token_cache.check_cache_dir(config.data.cache_dir)
   for spec in (config.data.source, config.data.eval_source):
     if spec:
-      sources.parse(spec)
+      for _, source in sources.parse(spec):
+        check_fits(config, source)
+
+
+def check_fits(config: Config, source: sources.Source) -> None:
+  """Raises RequestError for a source of which the objective cannot learn."""
+  reads, holds = objectives.of(config).records, source.records
+  fits = reads == holds or not reads and source.as_document is not None
+  others = [name for name, row in objectives.OBJECTIVES.items()
+            if row.records == holds]
+  require(fits, f'objective {config.objective!r} reads {reads or "text"}, but '
+          f'data source {source.name!r} holds {holds or "text"}, which '
+          f'{", ".join(others)} read')
 
 
 def _corpora(config: Config, tokenizer: Tokenizer, split: str
@@ -221,8 +275,10 @@ def _corpora(config: Config, tokenizer: Tokenizer, split: str
   for weight, source in sources.parse(spec, layout):
     if not own:
       source = holdout.split(source, data.holdout_every)
-    cache = token_cache.cached_tokens(source, tokenizer, data.cache_dir,
-                                      data.tokenize_workers)
+    check_fits(config, source)
+    cache = (records.load(source) if objectives.of(config).records else
+             token_cache.cached_tokens(source, tokenizer, data.cache_dir,
+                                       data.tokenize_workers))
     ids = np.arange(len(cache))
     if not own:
       held_out = holdout.held_out(ids, data.holdout_every)

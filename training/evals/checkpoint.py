@@ -9,7 +9,7 @@ from etils import epath
 from training import evals, runs
 from training.data import tokenizers
 from training.evals.task import Evaluation
-from training.workdir import metrics, run_config, storage
+from training.workdir import metrics, storage
 
 
 def evaluate(workdir: epath.Path, names: Sequence[str], options: Any, *,
@@ -27,8 +27,7 @@ def evaluate(workdir: epath.Path, names: Sequence[str], options: Any, *,
   Raises:
     RequestError: where a task cannot be done of this run.
   """
-  config = runs.for_this_machine(
-      runs.with_new_fields(run_config.load_config(workdir)))
+  config = runs.for_this_machine(runs.config_of(workdir))
   if text:
     config.data.eval_source = text
   for name in names:

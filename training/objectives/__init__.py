@@ -17,6 +17,7 @@ from configs.errors import one_of, require
 from training import limits
 from training.data import chat_templates
 from training.data import conversations
+from training.data import records
 from training.objectives.record import Objective, Shape
 
 OBJECTIVES: dict[str, Objective] = {
@@ -32,6 +33,18 @@ def of(config: ml_collections.ConfigDict) -> Objective:
   return OBJECTIVES[config.objective]
 
 
+def with_labels(config: ml_collections.ConfigDict
+                ) -> ml_collections.ConfigDict:
+  """Returns a run's config with data.labels as its training data have them,
+  where the objective has labels and the config names none."""
+  labels = of(config).labels
+  if labels is None or config.data.labels:
+    return config
+  config = config.copy_and_resolve_references()
+  config.data.labels = labels(config)
+  return config
+
+
 def shapes(config: ml_collections.ConfigDict) -> dict[str, Shape]:
   """Returns the shape and dtype of each array of a run's batches."""
   return {key: ((config.data.batch_size, *shape), dtype)
@@ -41,7 +54,7 @@ def shapes(config: ml_collections.ConfigDict) -> dict[str, Shape]:
 def check_objective(config: ml_collections.ConfigDict) -> None:
   """Raises RequestError for an unknown objective, and for a field that was set,
   so that it differs from its default, and that the objective does not read."""
-  of(config)
+  objective = of(config)
   if config.data.chat_template not in conversations.TEMPLATES:
     chat_templates.source(config.data.chat_template)
   defaults = base.base()
@@ -53,3 +66,8 @@ def check_objective(config: ml_collections.ConfigDict) -> None:
             f'{name} is {value!r}, which objective {config.objective!r} does '
             f'not read (it is read by {", ".join(readers)}): leave it at '
             f'{default!r}, or choose one of these')
+  for name in objective.ignores:
+    value, default = limits.get(config, name), limits.get(defaults, name)
+    require(value == default, f'{name} is {value!r}, which objective '
+            f'{config.objective!r} does not read: leave it at {default!r}')
+  records.check_labels(config.data.labels)

@@ -87,13 +87,13 @@ def goes_on(tokenizer: Tokenizer, start: int | None = None) -> Talk:
 OBJECTIVES = {
     # Every token of a window but its padding is one to predict from.
     'causal': Objective(
-        'decoder', packing.Windows, causal, _arrays, ('tokens',),
+        ('decoder',), packing.Windows, causal, _arrays, ('tokens',),
         {'positions': 'positions_BL', 'segment_ids': 'segment_ids_BL',
          'weights': 'valid_BL'}, ('weights',), reads=('data.document_mask',),
         prompt=record.after_separator, every_token=True,
         talk=lambda config, tokenizer: goes_on(tokenizer)),
     'prefix': Objective(
-        'decoder', packing.Windows, prefix, _prefix_arrays, ('tokens',),
+        ('decoder',), packing.Windows, prefix, _prefix_arrays, ('tokens',),
         {'prefix': 'prefix_B', 'valid': 'valid_BL'}, ('valid',),
         prompt=_as_prefix),
 }

@@ -192,7 +192,7 @@ def _questions(texts: Sequence[str], config: Config, tokenizer: Tokenizer
 
 OBJECTIVES = {
     'chat': Objective(
-        'decoder', packing.Conversations, chat, _arrays, ('tokens',),
+        ('decoder',), packing.Conversations, chat, _arrays, ('tokens',),
         {'valid': 'valid_BL'}, ('valid',), reads=('data.chat_template',),
         prompt=_questions, chat_template=jinja, talk=talk),
 }

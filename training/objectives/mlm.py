@@ -186,11 +186,11 @@ def mlm_and_nsp(output: Output, batch: Mapping[str, jax.Array], config: Config
 _READS = ('data.mask_rate', 'data.whole_words')
 OBJECTIVES = {
     'mlm': Objective(
-        'encoder', packing.Passages, mlm, _mlm_arrays, ('tokens',),
+        ('encoder',), packing.Passages, mlm, _mlm_arrays, ('tokens',),
         {'positions': 'positions_BL', 'segment_ids': 'segment_ids_BL'},
         ('segment_ids',), reads=(*_READS, 'data.document_mask'), fill=_pad),
     'mlm_nsp': Objective(
-        'encoder', packing.Stretches, mlm_nsp, _nsp_arrays, ('tokens',),
+        ('encoder',), packing.Stretches, mlm_nsp, _nsp_arrays, ('tokens',),
         {'types': 'type_ids_BL', 'segment_ids': 'segment_ids_BL'},
         ('segment_ids',), reads=_READS, fill=_pad, figures=mlm_and_nsp,
         terms={'mlm_loss': record.targets, 'nsp_loss': rows}),

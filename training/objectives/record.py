@@ -130,7 +130,7 @@ class Objective(NamedTuple):
   """An objective, from the text that it reads to the figures that it reports.
 
   Attributes:
-    stack: which models it trains, as architectures.stack names them.
+    stacks: which models it trains, as architectures.stack names them.
     view: the class of training/data/packing.py whose items it reads.
     example: (item, rng, config, tokenizer) -> one row of a batch. `rng` is
       drawn from the seed and the row's place in the whole run, so that masks
@@ -160,8 +160,17 @@ class Objective(NamedTuple):
       the labels of the data say; 0 where it needs none.
     talk: (config, tokenizer) -> Talk; None: the model cannot be talked with
       in turns.
+    records: what its data hold where that is not text: Source.records.
+    labels: config -> data.labels, as its training data have them; None: its
+      data have none.
+    length: item -> how many tokens its row has, where that differs so much that
+      batches are padded to one of several lengths; None: to data.length.
+    measure: what `eval.py --tasks=labels` measures; None: nothing.
+    ignores: fields of the config that most objectives read and this one does
+      not.
+    perplexity: whether e to the power of the loss is one.
   """
-  stack: str
+  stacks: tuple[str, ...]
   view: type
   example: Callable[..., Row]
   arrays: Callable[[Config], dict[str, Shape]]
@@ -179,6 +188,12 @@ class Objective(NamedTuple):
   head: str = 'lm'
   num_labels: Callable[[Config], int] = lambda config: 0
   talk: Callable[..., Talk] | None = None
+  records: str = ''
+  labels: Callable[[Config], tuple[str, ...]] | None = None
+  length: Callable[[Any], int] | None = None
+  measure: Callable[..., Any] | None = None
+  ignores: tuple[str, ...] = ()
+  perplexity: bool = True
 
   def row(self, item: Any, rng: np.random.Generator, config: Config,
           tokenizer: Tokenizer) -> dict[str, np.ndarray]:
@@ -199,8 +214,8 @@ class Objective(NamedTuple):
     return row
 
   def row_lengths(self, config: Config) -> tuple[int, ...]:
-    """Returns how many tokens a row has: of an encoder-decoder, those of its
-    source and of its target."""
+    """Returns how many tokens a row has, at most: of an encoder-decoder, those
+    of its source and of its target."""
     arrays = self.arrays(config)
     return tuple(arrays[key][0][0] for key in ('tokens', 'decoder_tokens')
                  if key in arrays)

@@ -81,7 +81,7 @@ def as_source(texts: Sequence[str], config: Config, tokenizer: Tokenizer
 
 # What span corruption shares with it.
 ENCODER_DECODER = Objective(
-    'encoder-decoder', packing.Pairs, seq2seq, _arrays,
+    ('encoder-decoder',), packing.Pairs, seq2seq, _arrays,
     ('tokens', 'decoder_tokens'),
     {'segment_ids': 'segment_ids_BM',
      'decoder_segment_ids': 'decoder_segment_ids_BL'},

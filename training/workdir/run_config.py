@@ -63,6 +63,7 @@ CLASSES: tuple[tuple[str, str | Callable, str], ...] = (
     (r'span\..*', OPTIMISATION, 'another difficulty of the task'),
     (r'data\.chat_template', OPTIMISATION, 'another layout of conversations: '
      'data.chat_template=earlier is that of a run begun without this field'),
+    (r'data\.labels', INCOMPATIBLE, 'scores mean other labels'),
     (r'data\.tokenizer', INCOMPATIBLE, 'token numbers mean something else'),
     (r'data\..*', OPTIMISATION, 'other batches from here on'),
     (r'optim\.(name|freeze)', INCOMPATIBLE, 'another optimizer state'),

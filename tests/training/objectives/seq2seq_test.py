@@ -193,11 +193,15 @@ def test_refusals():
     runs.check_config(config)
 
 
-def test_every_example_feeds_its_loss():
+def test_every_example_feeds_its_loss(tmp_path):
   """Nothing that an example holds is left unread, and the reverse."""
+  (tmp_path / 'a.tsv').write_text('good\t1\nbad\t0\n' * 8)
   talk = [('user', TOKENIZER.encode('a')), ('assistant', TOKENIZER.encode('b'))]
   for name, objective in objectives.OBJECTIVES.items():
     config = _config(name)
+    if objective.records:
+      config.data.source = f'labelled:{tmp_path}/a.tsv'
+      config.model.arch = 'bert'
     row = (objective.row(talk, None, config, TOKENIZER)
            if name == 'chat' else
            pipeline.training_loader(config, TOKENIZER).batch(0))

@@ -83,9 +83,9 @@ def read(name: str) -> list[tuple[str, str]]:
 def laid_out(texts: Sequence[tuple[str, str]], evaluation: Evaluation
              ) -> list[np.ndarray]:
   """Returns the tokens that the model is shown of each text, int32 [L]."""
-  from training import objectives
+  import architectures
   tokenizer, most = evaluation.tokenizer, evaluation.run.model.max_len
-  stack = objectives.of(evaluation.run.config).stack
+  stack = architectures.stack(evaluation.run.model)
   before, after = STACKS[stack].around(tokenizer)
   rows = []
   for (where, _), ids in zip(texts, tokenizer.encode_batch(
@@ -144,10 +144,11 @@ def _program(evaluation: Evaluation, pooling: str, normalize: bool):
   import jax
   import jax.numpy as jnp
 
+  import architectures
   from architectures.parts.moe.layer import without_capacity
   from training import objectives
   objective = objectives.of(evaluation.run.config)
-  stack = STACKS[objective.stack]
+  stack = STACKS[architectures.stack(evaluation.run.model)]
   # With a capacity, what a text's experts are would hang on the batch.
   module = evaluation.run.module.clone(
       config=without_capacity(evaluation.run.model))

@@ -81,5 +81,5 @@ def _text(ids: np.ndarray, end: int, tokenizer: Any) -> str:
 
 
 TASK = Task('the share of held-out targets that are written exactly', run,
-            without(lambda objective: objective.stack == 'encoder-decoder',
+            without(lambda objective: 'encoder-decoder' in objective.stacks,
                     'has no targets to write'))

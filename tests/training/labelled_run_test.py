@@ -1,0 +1,172 @@
+"""Runs on texts with labels: what is learned, the laws of runs in batches of
+several lengths, and the labels that a run keeps."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tests.training import vectorised_test
+from training import initial_state, loop, objectives, runs, vectorised
+from training.data import pipeline, tokenizers
+from training.workdir import checkpoints, run_config
+
+BYTES = tokenizers.load('bytes')
+STEPS = 24
+
+
+@pytest.fixture(name='folder', scope='module')
+def _folder(tmp_path_factory):
+  """Texts of 2 to 29 letters: a's and b's, whose label says whether there is a
+  c among them, or how many a's there are."""
+  folder = tmp_path_factory.mktemp('labelled')
+  rng = np.random.default_rng(0)
+  for name, count in (('train', 200), ('held', 50)):
+    classes, numbers = [], []
+    for i in range(count):
+      letters = rng.choice(list('ab'), int(rng.choice([4, 7, 13, 27])))
+      if i % 2:
+        letters[0] = 'c'
+      classes.append(f'{"".join(letters)}\t{("without", "with")[i % 2]}\n')
+      numbers.append(f'{"".join(letters)}\t{(i % 2) * 2 - 1}\n')
+    (folder / f'{name}.tsv').write_text(''.join(classes))
+    (folder / f'{name}-numbers.tsv').write_text(''.join(numbers))
+  return folder
+
+
+def config(folder, arch='bert', objective='classification', **changes):
+  kind = '-numbers' if objective == 'regression' else ''
+  block = 'post_norm' if arch == 'bert' else 'pre_norm'
+  return vectorised_test.config(
+      f'labelled:{folder}/train{kind}.tsv', **dict(
+          data__eval_source=f'labelled:{folder}/held{kind}.tsv',
+          data__holdout_every=20, objective=objective, model__arch=arch,
+          model__block=block, data__length=32, data__batch_size=8,
+          data__length_buckets=2, train__steps=STEPS, optim__lr=1e-2,
+          eval__every_steps=STEPS, eval__batches=0,
+          checkpoint__every_steps=12) | changes)
+
+
+@pytest.mark.parametrize('arch, objective, fields', [
+    ('bert', 'classification', {}), ('gpt', 'classification', {}),
+    ('bert', 'regression', dict(optim__lr=3e-3)), ('gpt', 'regression', {})])
+@pytest.mark.slow
+def test_every_stack_learns_it(folder, arch, objective, fields, tmp_path):
+  c = config(folder, arch, objective, **dict(train__steps=120) | fields)
+  vectorised_test.alone(c, tmp_path)
+  figures, = vectorised_test.rows(tmp_path, 'eval')[-1:]
+  if objective == 'classification':
+    assert figures['accuracy'] == 1 and 'perplexity' not in figures
+  else:
+    assert figures['loss'] < 0.2 and figures['mean_absolute_error'] < 0.4
+
+
+@pytest.fixture(name='alone', scope='module')
+def _alone(folder, tmp_path_factory):
+  """Runs of two seeds, each alone."""
+  found = []
+  for seed in range(2):
+    workdir = tmp_path_factory.mktemp('alone') / str(seed)
+    c = config(folder, seed=seed)
+    vectorised_test.alone(c, workdir)
+    found.append((c, workdir))
+  return found
+
+
+def _same(ours, theirs, rtol):
+  for split, names in (('train', ('loss', 'accuracy', 'grad_norm')),
+                       ('eval', ('loss', 'accuracy'))):
+    for name in names:
+      np.testing.assert_allclose(*[
+          [row[name] for row in vectorised_test.rows(workdir, split)]
+          for workdir in (ours, theirs)], rtol=rtol, atol=rtol)
+
+
+@pytest.mark.slow
+def test_seeds_of_one_program_equal_the_runs_alone(alone, tmp_path):
+  """Whose batches have lengths of their own where they train alone."""
+  configs, workdirs = zip(*alone)
+  joint = [tmp_path / str(i) for i in range(2)]
+  vectorised.train(configs, joint)
+  for one, other in zip(joint, workdirs):
+    _same(one, other, 2e-5)
+    ours, theirs = (json.loads((w / 'config.json').read_text())['derived']
+                    for w in (one, other))
+    assert ours == theirs and ours['data.labels'] == ['with', 'without']
+
+
+@pytest.mark.slow
+def test_it_goes_on_bit_for_bit(folder, tmp_path):
+  first, whole = (config(folder, model__dropout=0.1, train__steps=steps,
+                         optim__decay_steps=STEPS, eval__every_steps=0)
+                  for steps in (12, STEPS))
+  vectorised_test.alone(first, tmp_path / 'two')
+  vectorised_test.alone(whole, tmp_path / 'two')
+  vectorised_test.alone(whole, tmp_path / 'one')
+  _same(tmp_path / 'two', tmp_path / 'one', 0)
+  lengths = {row['tokens_per_second'] * row['step_seconds']
+             for row in vectorised_test.rows(tmp_path / 'one')}
+  assert {round(x) for x in lengths} == {8 * 16, 8 * 32}  # tokens of a step
+
+
+@pytest.mark.slow
+def test_eight_devices_and_micro_batches_equal_one(folder, alone, tmp_path):
+  parts = tmp_path / 'parts'
+  c = config(folder, mesh__data=2, mesh__fsdp=2, mesh__tensor=2,
+             train__grad_accumulation=2)
+  model, derived = runs.resolve(c, BYTES)
+  run = runs.build(c, model)
+  with checkpoints.Checkpoints(parts, **c.checkpoint) as saved:
+    state, start = initial_state.restore_or_create(run, saved)
+    loop.train(run, state, start, pipeline.training_loader(c, BYTES),
+               pipeline.held_out(c, BYTES), saved, parts)
+  _same(parts, alone[0][1], 3e-4)
+
+
+@pytest.mark.slow
+def test_a_run_keeps_its_labels(alone, tmp_path):
+  (_, workdir), _ = alone
+  tree = json.loads((workdir / 'config.json').read_text())
+  assert tree['data']['labels'] == []
+  assert tree['derived']['model.num_labels'] == 2
+  # Its data may be gone, or be others by now.
+  tree['data']['source'] = 'labelled:gone.tsv'
+  (tmp_path / 'config.json').write_text(json.dumps(tree))
+  kept = runs.config_of(tmp_path)
+  assert kept.data.labels == ('with', 'without')
+  assert runs.resolve(kept, BYTES)[1]['model.num_labels'] == 2
+  assert runs.model_of(tmp_path).num_labels == 2
+  assert runs.model_of(tmp_path).head == 'sequence'
+
+
+def test_other_labels_are_another_run(folder, tmp_path):
+  c = objectives.with_labels(config(folder))
+  derived = {'data.labels': c.data.labels}
+  run_config.save(tmp_path, config(folder), derived)
+  old = run_config.load_config(tmp_path)
+  kept = run_config.load_derived(tmp_path)
+  assert not run_config.compare(old, c, kept, derived)
+  other = c.copy_and_resolve_references()
+  other.data.labels = ('with', 'without', 'perhaps')
+  change, = run_config.compare(old, other, kept, {})
+  assert change.name == 'data.labels'
+  assert change.kind == run_config.INCOMPATIBLE
+
+
+@pytest.mark.parametrize('fields, said', [
+    (dict(model__arch='t5', model__position='relative'),
+     "model.head is 'sequence', which model.arch 't5' does not have"),
+    (dict(train__z_loss=1e-4), 'train.z_loss is 0.0001, which objective'),
+    (dict(data__labels=('a',)), 'needs two labels or more'),
+    (dict(data__labels=('a', 'a')), "has 'a' twice"),
+    (dict(data__mask_rate=0.2), 'data.mask_rate is 0.2, which objective'),
+    (dict(objective='regression', data__labels=('a', 'b')),
+     "data.labels is .*, which objective 'regression' does not read"),
+    (dict(objective='regression', train__label_smoothing=0.1),
+     "train.label_smoothing is 0.1, which objective 'regression' does not"),
+    (dict(data__length_buckets=0), 'data.length_buckets is 0: it must be'),
+    (dict(objective='causal', data__class_weights='balanced'),
+     "class_weights is 'balanced', which objective 'causal' does not read")])
+def test_what_a_run_cannot_be_is_refused(folder, fields, said):
+  with pytest.raises(ValueError, match=said):
+    runs.check_config(config(folder, **fields))

@@ -1,0 +1,82 @@
+"""What a run says before it begins."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import ml_collections
+
+from architectures.parts.config import ModelConfig
+from training import evals, limits
+from training.costs import totals
+from training.data import pipeline
+
+
+def of(run: Any, start: int, tokens: int, train_data: pipeline.Loader,
+       eval_data: Sequence[pipeline.Loader]) -> str:
+  """Returns what a run is about to do, in some lines; the arguments are those
+  of `runs.Run.describe`."""
+  config, model, steps = run.config, run.model, run.config.train.steps
+  active = '' if model.ffn != 'moe' else (
+      f', of which each token uses {totals.parameters(model)[1]:,}')
+  parameters = sum(x.size for x in jax.tree.leaves(run.abstract.params))
+  trained = totals.trained_parameters(run.module, config.optim)
+  if trained != parameters:
+    active += f', of which {trained:,} are trained'
+  mesh = ','.join(
+      f'{axis}={n}' for axis, n in run.mesh.shape.items() if n > 1)
+  parts = config.train.grad_accumulation
+  rows = f'{config.data.batch_size:,} rows' + (
+      f' in {parts} micro-batches' if parts > 1 else '')
+  source = train_data.text
+  if train_data.num_sources == 1:
+    passes = steps * config.data.batch_size / train_data.num_windows
+    source = f'{passes:.3g} passes over {source}'
+  lengths, most = pipeline.lengths(config), ''
+  if len(lengths) > 1:
+    most = 'at most '
+    rows += f' padded to {", ".join(map(str, lengths[:-1]))} or {lengths[-1]}'
+    rows += ' tokens (a program each)'
+  return '\n'.join([
+      f'model: {model.arch}, {parameters:,} parameters in '
+      f'{model.param_dtype}{active}; computed in {model.dtype}',
+      f'devices: {run.mesh.size} of the kind '
+      f'{run.devices[0].device_kind}, mesh {mesh or "data=1"}',
+      f'step: {rows}, {most}{tokens:,} tokens',
+      f'training: steps {start + 1:,} to {steps:,}, {most}{steps * tokens:,} '
+      'tokens in all',
+      f'data: {source}',
+      f'held out: {" and ".join(loader.text for loader in eval_data)}, '
+      f'{sum(loader.num_tokens for loader in eval_data):,} tokens',
+      f'evaluation: {_evaluations(config, eval_data)}',
+      *_tasks(config), *_unread(config, model)])
+
+
+def _unread(config: ml_collections.ConfigDict, model: ModelConfig
+            ) -> list[str]:
+  """A line for each condition under which fields that are set would be read.
+  """
+  names: dict[str, list[str]] = {}
+  for name, row in limits.unread(config, model).items():
+    names.setdefault(row.where, []).append(f'{name}={limits.get(config, name)}')
+  return [f'not read: {", ".join(fields)}, unless {where}'
+          for where, fields in names.items()]
+
+
+def _evaluations(config: ml_collections.ConfigDict,
+                 eval_data: Sequence[pipeline.Loader]) -> str:
+  every = config.eval.every_steps
+  if not every:
+    return 'none while training'
+  there = [loader.num_batches for loader in eval_data]
+  taken = [loader.first(config.eval.batches) for loader in eval_data]
+  return (f'every {every:,} steps, on {sum(taken):,} of the {sum(there):,} '
+          'batches held out')
+
+
+def _tasks(config: ml_collections.ConfigDict) -> list[str]:
+  names = evals.listed(config.eval.tasks)
+  every = config.eval.tasks_every_steps
+  when = f'every {every:,} steps and ' if every else ''
+  return [f'tasks: {", ".join(names)}, {when}after the last step'
+          ] if names else []
