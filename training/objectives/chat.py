@@ -104,18 +104,19 @@ def talk(config: Config, tokenizer: Tokenizer) -> Talk:
       lead='' if alpaca or name == 'earlier' else ' ', system=not alpaca)
 
 
-def templated(template: chat_templates.Template,
-              ends: Iterable[int] = ()) -> Talk:
+def templated(template: chat_templates.Template, ends: Iterable[int] = (),
+              words: str = '') -> Talk:
   """Returns how a model is talked with by a Jinja template.
 
   Args:
     template: see chat_templates.
     ends: the ids with which an answer ends, as a Hugging Face folder says;
       default: what the template has after an answer, and the separator.
+    words: of the Talk; default: with the template's name.
   """
   found = frozenset(ends) or frozenset(
       template.ends() | {template.tokenizer.separator_id})
-  return Talk(f'answers by the chat template of {template.name}',
+  return Talk(words or f'answers by the chat template {template.name}',
               lambda messages: template.encode(messages, answer=True), found)
 
 

@@ -1,0 +1,99 @@
+"""What a conversation takes from a run, and from a Hugging Face folder."""
+
+import pytest
+import tokenizers as hf
+
+from configs import base
+from configs.errors import RequestError
+from tests.helpers import models
+from tools import convert
+from training import weights
+from training.chat import load
+from training.hf import generation as hf_generation
+from training.workdir import run_config
+
+TEMPLATE = ('{% for m in messages %}{{ m.content }}</s>{% endfor %}'
+            '{% if add_generation_prompt %}b{% endif %}')
+
+
+def save(folder, system='llama', **generation):
+  """Writes a small model with a tokenizer of letters, as ids 0 to 16, and
+  special tokens, 17 to 19."""
+  module, params = models.make(system)
+  weights.to_hf(module, params, folder, generation=hf_generation.Generation(
+      {}, generation or None))
+  tokenizer = hf.Tokenizer(hf.models.WordLevel(
+      {letter: i for i, letter in enumerate('?abcdefghijklmno ')}, '?'))
+  tokenizer.pre_tokenizer = hf.pre_tokenizers.Split('', 'isolated')
+  tokenizer.add_special_tokens(['<s>', '</s>', '<end>'])
+  tokenizer.save(str(folder / 'tokenizer.json'))
+  return folder
+
+
+ASK = [dict(role='user', content='a')]
+
+
+def test_a_folder_with_a_template_is_asked_by_it(tmp_path):
+  save(tmp_path, bos_token_id=17, eos_token_id=[18, 19], do_sample=True,
+       temperature=0.6)
+  (tmp_path / 'chat_template.jinja').write_text(TEMPLATE)
+  speaker = load.of_folder(tmp_path)
+  assert speaker.talk.encode(ASK).tolist() == [1, 18, 2]
+  assert speaker.talk.ends == {18, 19}
+  assert speaker.options['temperature'] == 0.6
+
+
+@pytest.mark.slow
+def test_an_import_is_asked_as_its_folder_or_by_another_template(tmp_path):
+  save(tmp_path, bos_token_id=17, eos_token_id=[18, 19], temperature=0.6)
+  (tmp_path / 'chat_template.jinja').write_text(TEMPLATE)
+  convert.import_(tmp_path, tmp_path / 'run', partial=False, seed=0)
+  own = load.of_run(tmp_path / 'run')
+  assert own.talk.encode(ASK).tolist() == [1, 18, 2]
+  assert own.talk.ends == {18, 19} and own.options['temperature'] == 0.6
+  (tmp_path / 'b.jinja').write_text('{{ messages[0].content }}<end>')
+  other = load.of_run(tmp_path / 'run', template=str(tmp_path / 'b.jinja'))
+  assert other.talk.encode(ASK).tolist() == [1, 19]
+
+
+def test_a_folder_without_one_goes_on_from_the_text(tmp_path):
+  save(tmp_path, bos_token_id=17, eos_token_id=18)
+  speaker = load.of_folder(tmp_path)
+  assert speaker.talk.plain and speaker.talk.ends == {18}
+  assert speaker.talk.encode(ASK).tolist() == [17, 1]
+
+
+@pytest.mark.parametrize('system, words', [
+    ('bert', 'an encoder writes no text.*fill_mask'),
+    ('t5', 'encoder-decoder.*--prompt')])
+def test_folders_that_do_not_converse_are_refused(system, words, tmp_path):
+  save(tmp_path, system)
+  with pytest.raises(RequestError, match=words):
+    load.of_folder(tmp_path)
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
+  (save(tmp_path) / 'tokenizer.json').unlink()
+  with pytest.raises(RequestError, match='no tokenizer that is read here'):
+    load.of_folder(tmp_path)
+
+
+@pytest.mark.parametrize('system, objective, words', [
+    ('bert', 'mlm', 'encoder'), ('t5', 'seq2seq', 'encoder-decoder'),
+    ('gpt', 'prefix', 'left to right')])
+def test_runs_that_do_not_converse_are_refused(system, objective, words,
+                                               tmp_path):
+  config = base.base()
+  config.objective, config.model = objective, models.config(system)
+  run_config.save(tmp_path, config)
+  with pytest.raises(RequestError, match=words):
+    load.of_run(tmp_path)
+
+
+def test_the_file_of_generation_counts_more_than_config_json():
+  said = hf_generation.Generation({'eos_token_id': 5, 'bos_token_id': None},
+                                  None)
+  assert load.ids(said) == dict(eos_token_id=[5])
+  both = said._replace(options={'eos_token_id': [6, 7]})
+  assert load.ids(both) == dict(eos_token_id=[6, 7])
+  assert load.ids(None) == {}

@@ -1,0 +1,1 @@
+"""A conversation with a model: python -m tools.chat."""

@@ -1,0 +1,127 @@
+"""What a conversation needs of a run, or of a Hugging Face folder."""
+
+from typing import Any, NamedTuple
+
+from etils import epath
+import flax.linen as nn
+
+import architectures
+from configs.errors import RequestError, require
+from training import objectives, runs, trained, weights
+from training.data import chat_templates, tokenizers
+from training.data.tokenizers import Tokenizer
+from training.hf import config as hf_config
+from training.hf import generation as hf_generation
+from training.objectives import causal, chat
+from training.objectives.record import Talk
+from training.workdir import run_config
+
+# What to do instead, where a model cannot be talked with.
+INSTEAD = {
+    'encoder': 'an encoder writes no text: eval.py has --tasks=fill_mask and '
+               '--tasks=embed for it',
+    'encoder-decoder': 'an encoder-decoder reads a source and writes its '
+                       'target, without a conversation: pass the source to '
+                       'eval.py as --prompt',
+    'decoder': 'a prompt is not read from left to right, as a cache that is '
+               'kept from turn to turn needs it: eval.py has --prompt'}
+
+
+class Speaker(NamedTuple):
+  """A model that can be talked with.
+
+  Attributes:
+    module, params: the model.
+    tokenizer: its tokenizer.
+    talk: how it is asked.
+    options: what generation_config.json says of its draws; {}: nothing.
+  """
+  module: nn.Module
+  params: Any
+  tokenizer: Tokenizer
+  talk: Talk
+  options: dict[str, Any]
+
+
+def of_run(workdir: epath.Path, step: int | None = None, template: str = ''
+           ) -> Speaker:
+  """Returns the model of a run.
+
+  Args:
+    workdir: its folder.
+    step: which checkpoint; None: the newest.
+    template: a chat template, as data.chat_template names one; '': the run's.
+
+  Raises:
+    RequestError: for a model that cannot be talked with.
+  """
+  config = runs.with_new_fields(run_config.load_config(workdir))
+  row, model = objectives.of(config), runs.model_of(workdir)
+  if row.talk is None:
+    raise RequestError(f'objective {config.objective!r}: ' + (
+        INSTEAD[architectures.stack(model)] if row.head == 'lm' else
+        f'its model has the head {row.head!r}, which writes no text'))
+  tokenizer = tokenizers.load(config.data.tokenizer)
+  said = hf_generation.kept(workdir)
+  talk = row.talk(config, tokenizer)
+  if said is not None or template:
+    talk = _talk(tokenizer, said, template, talk)
+  module = architectures.build(model)
+  params = trained.params(workdir, module, step)
+  return Speaker(module, params, tokenizer, talk, _options(said))
+
+
+def of_folder(folder: epath.Path, template: str = '') -> Speaker:
+  """Returns the model of a Hugging Face folder; see `of_run`."""
+  model = hf_config.read(hf_config.load_config_json(folder))
+  stack = architectures.stack(model)
+  require(stack == 'decoder', f'{folder}: {INSTEAD[stack]}')
+  require(model.head == 'lm', f'{folder} holds a model with the head '
+          f'{model.head!r}, which writes no text')
+  require(bool(tokenizers.found_in(folder)),
+          f'{folder} has no tokenizer that is read here: it needs a '
+          'tokenizer.json, or another of the files that README lists')
+  tokenizer = tokenizers.load(str(folder))
+  said = hf_generation.of_folder(folder)
+  talk = _talk(tokenizer, said, template, causal.goes_on(tokenizer))
+  return Speaker(*weights.from_hf(folder), tokenizer, talk, _options(said))
+
+
+def _talk(tokenizer: Tokenizer, said: hf_generation.Generation | None,
+          template: str, usual: Talk) -> Talk:
+  """Returns how an imported model is talked with: by its chat template, and
+  with the tokens of its generation_config.json.
+
+  Args:
+    tokenizer: the model's.
+    said: what its folder says of generation.
+    template: instead of the folder's own; '': that one, where it has one.
+    usual: how the model is talked with where there is none.
+  """
+  named = ids(said)
+  ends = frozenset(named.get('eos_token_id', ()))
+  folder = epath.Path(tokenizer.name)
+  if template or (chat_templates.in_folder(folder) is not None
+                  and usual.plain):
+    found = chat_templates.read(template or str(folder), tokenizer)
+    return chat.templated(
+        found, ends, '' if template else 'answers by its chat template')
+  if usual.plain and named.get('bos_token_id'):
+    usual = causal.goes_on(tokenizer, named['bos_token_id'][0])
+  return usual._replace(ends=ends or usual.ends)
+
+
+def ids(said: hf_generation.Generation | None) -> dict[str, list[int]]:
+  """Returns the ids of special tokens that a folder names; the file of
+  generation counts more than config.json, as for transformers."""
+  if said is None:
+    return {}
+  found = {}
+  for name, value in {**said.fields, **(said.options or {})}.items():
+    if name.endswith('_token_id') and value is not None:
+      found[name] = value if isinstance(value, list) else [value]
+  return found
+
+
+def _options(said: hf_generation.Generation | None) -> dict[str, Any]:
+  return (said and said.options) or {}
