@@ -1,13 +1,16 @@
 """Held-out loss in nats per token, perplexity, and bits per byte of text.
 
 Of several sources the figures are means by the weights of data.eval_source,
-or of data.source, and each source's own stand beside them.
+or of data.source, and each source's own stand beside them. With --stride, whole
+documents are read in windows that overlap (training/evals/strided.py).
 """
 
 from collections.abc import Sequence
 from typing import Any
 
-from training.evals.task import Evaluation, Task
+from configs.errors import require
+from training.evals import strided
+from training.evals.task import Evaluation, Flag, Task
 
 
 def run(evaluation: Evaluation) -> dict[str, Any]:
@@ -15,8 +18,13 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
   from training import evaluating, progress
   from training.data import pipeline
   from training.distributed import devices
+  from training.evals import scoring
   from training.step import make_eval_step
   config = evaluation.run.config
+  if evaluation.options.stride:
+    reason = scoring.unfit(config)
+    require(not reason, f'{reason}: leave --stride at 0')
+    return strided.run(evaluation)
   loaders = pipeline.held_out(
       config, evaluation.tokenizer,
       *devices.batch_shard(evaluation.run.place, config.data.batch_size))
@@ -48,4 +56,13 @@ def _told(text: str, sums: Sequence, loaders: Sequence) -> dict[str, Any]:
   return figures | {'tokens': tokens, 'text': text}
 
 
-TASK = Task('held-out loss, perplexity and bits per byte', run)
+TASK = Task(
+    'held-out loss, perplexity and bits per byte', run, check=strided.check,
+    flags=(
+        Flag('stride', 0, 'Read whole documents in windows of data.length '
+             'tokens that begin so many tokens after each other, so that each '
+             'token is predicted once, from at least data.length - stride; 0: '
+             'as in training.', 0, 2**24),
+        Flag('detokenize', 'none', "With --stride: 'wikitext' undoes "
+             "WikiText's tokenisation, as lm_eval does, before the text is "
+             'read.')))
