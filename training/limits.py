@@ -39,6 +39,7 @@ LIMITS = {
     'data.batch_size': _between(1, MOST_TOKENS),
     'data.holdout_every': FROM_0,
     'data.length_buckets': _between(1, 64),
+    'data.stride': _between(0, MOST_TOKENS),
     'data.mask_rate': (('>', 0), ('<=', 1)),
     'data.workers': _between(0, MOST_PROCESSES),
     'data.tokenize_workers': _between(0, MOST_PROCESSES),

@@ -82,9 +82,9 @@ def _program(text: str) -> str:
 
 def table() -> list[Mutant]:
   """Returns every mutant, by file."""
-  from tests.mutants import attention, experts, insides, model, states, text
-  from tests.mutants import updates
+  from tests.mutants import attention, experts, insides, model, spans, states
+  from tests.mutants import text, updates
   return [Mutant(file, *row)
           for part in (model, attention, experts, updates, text, states,
-                       insides)
+                       insides, spans)
           for file, rows in part.MUTANTS.items() for row in rows]

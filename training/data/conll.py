@@ -19,6 +19,7 @@ from typing import NamedTuple
 from configs.errors import RequestError, require
 from training.data import texts
 
+KIND = 'sentences with a label for each word'
 COLUMNS = (0, -1)  # the word's and the label's, where a source names none
 _TAG = re.compile(r'(O|[BI]-\S+)')
 
@@ -96,6 +97,20 @@ def check_entities(sentence: Sentence) -> None:
 
 def marks_entities(labels: Sequence[str]) -> bool:
   """Returns whether a set of labels is one of entities: all are O, B-TYPE or
-  I-TYPE, and one at least is a B-TYPE."""
-  return (all(_TAG.fullmatch(label) for label in labels)
-          and any(label.startswith('B') for label in labels))
+  I-TYPE, and one at least is not O."""
+  return set(labels) != {'O'} and all(map(_TAG.fullmatch, labels))
+
+
+def columns_of(name: str, written: str) -> tuple[int, int]:
+  """Returns the columns that a source names, `WORD+LABEL`; '': COLUMNS.
+
+  Raises:
+    RequestError: for anything but two numbers.
+  """
+  if not written:
+    return COLUMNS
+  match = re.fullmatch(r'(-?\d{1,4})\+(-?\d{1,4})', written)
+  require(match is not None, f'data source {name!r} names the columns '
+          f'{written!r}: write the number of the words and of the labels, '
+          'counted from 0, as 0+3, or from the last, as 0+-1')
+  return int(match[1]), int(match[2])

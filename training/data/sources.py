@@ -27,10 +27,10 @@ import re
 from typing import Any
 
 from configs.errors import EnvironmentFailure, RequestError
-from training.data import conversations, labelled, texts
+from training.data import conll, conversations, labelled, pairs, squad, texts
+from training.data.pairs import PAIR
 
 Document = str | list[tuple[str, str]]
-PAIR = ('source', 'target')
 KINDS = ('text', *PAIR, *conversations.KINDS)  # the cache keeps their indices
 
 _WEIGHTED = re.compile(r'\s*(?:([0-9.eE+-]+)\*)?(.*\S)\s*')
@@ -269,36 +269,8 @@ def _hf(name: str, rest: str) -> Source:
 
 
 def _parallel(name: str, pattern: str) -> Source:
-  """Pairs for sequence to sequence, one a line: source, a tab, target, or in a
-  file that ends in .jsonl an object with `source` and `target`."""
-
-  def read(path: str) -> Iterator[list[tuple[str, str]]]:
-    pair = _pair_of_json if path.endswith('.jsonl') else _pair_of_tsv
-    with open(path, 'rb') as file:
-      for number, line in enumerate(file, 1):
-        where = f'{path}, line {number},'
-        text = texts.decoded(line, where).rstrip('\r\n')
-        if text.strip():
-          yield list(zip(PAIR, pair(text, where)))
-
-  return Source(name, 'parallel', _files(name, pattern), read)
-
-
-def _pair_of_tsv(line: str, where: str) -> list[str]:
-  fields = line.split('\t')
-  if len(fields) != 2:
-    raise RequestError(f'{where} has {len(fields)} fields: a pair is a source, '
-                       'one tab and a target.')
-  return fields
-
-
-def _pair_of_json(line: str, where: str) -> list[str]:
-  record = texts.parsed(line, where)
-  pair = [record.get(kind) if isinstance(record, dict) else None
-          for kind in PAIR]
-  if not all(isinstance(text, str) for text in pair):
-    raise RequestError(f'{where} is no pair: an object with source and target.')
-  return [texts.checked(text, where) for text in pair]
+  """Pairs for sequence to sequence, one a line."""
+  return Source(name, 'parallel', _files(name, pattern), pairs.read)
 
 
 def _alpaca(name: str, pattern: str) -> Source:
@@ -320,6 +292,20 @@ def _of_labelled(source: Source) -> Source:
                              as_document=labelled.Record.written)
 
 
+def _conll(name: str, rest: str) -> Source:
+  """Words with labels, one a line."""
+  pattern, _, written = rest.partition(':')
+  columns = conll.columns_of(name, written)
+  return Source(name, f'conll:{written}', _files(name, pattern),
+                lambda path: conll.read(path, columns), records=conll.KIND)
+
+
+def _squad(name: str, pattern: str) -> Source:
+  """Questions on paragraphs, in SQuAD's files."""
+  return Source(name, 'squad', _files(name, pattern), squad.read,
+                records=squad.KIND)
+
+
 # By prefix. Each takes the source's whole name and what follows the colon.
 SOURCES = {
     'sotu': _sotu,
@@ -331,6 +317,8 @@ SOURCES = {
     'parallel': _parallel,
     'alpaca': _alpaca,
     'labelled': _labelled,
+    'conll': _conll,
+    'squad': _squad,
 }
 USAGE = {
     'sotu': 'sotu',
@@ -342,6 +330,8 @@ USAGE = {
     'parallel': 'parallel:GLOB',
     'alpaca': 'alpaca:GLOB',
     'labelled': 'labelled:GLOB[:FIELDS]',
+    'conll': 'conll:GLOB[:COLUMNS]',
+    'squad': 'squad:GLOB',
 }
 
 

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 from configs.errors import require, short
 from training.data import texts
 
+KIND = 'questions on paragraphs'
+
 
 class Question(NamedTuple):
   """A question.
@@ -25,20 +27,25 @@ class Question(NamedTuple):
   Attributes:
     id: of the file, unique in it.
     question: what is asked.
-    context: the paragraph.
     answers: (text, its first character in the context) of each answer; ():
       the context holds none.
     where: its file and id, for messages.
   """
   id: str
   question: str
-  context: str
   answers: tuple[tuple[str, int], ...]
   where: str
 
 
-def read(path: str) -> Iterator[Question]:
-  """Yields the questions of a file, in order.
+class Paragraph(NamedTuple):
+  """A paragraph and the questions on it, one at least. What is held out are
+  whole paragraphs: so no run is evaluated on one that it was trained on."""
+  context: str
+  questions: tuple[Question, ...]
+
+
+def read(path: str) -> Iterator[Paragraph]:
+  """Yields the paragraphs of a file that have questions, in order.
 
   Raises:
     RequestError: for a file that is not of this form, or an answer that does
@@ -49,12 +56,14 @@ def read(path: str) -> Iterator[Question]:
   for article, place in _each(document, 'data', path):
     for paragraph, place_ in _each(article, 'paragraphs', place):
       context = _text(paragraph, 'context', place_)
+      questions = []
       for asked, at in _each(paragraph, 'qas', place_):
-        question = _question(asked, context, path, at)
-        require(question.id not in seen, f'{question.where}, stands there '
-                'twice: an id names one question')
-        seen.add(question.id)
-        yield question
+        questions.append(_question(asked, context, path, at))
+        require(questions[-1].id not in seen, f'{questions[-1].where}, stands '
+                'there twice: an id names one question')
+        seen.add(questions[-1].id)
+      if questions:
+        yield Paragraph(context, tuple(questions))
 
 
 def _question(asked: Any, context: str, path: str, place: str) -> Question:
@@ -76,8 +85,7 @@ def _question(asked: Any, context: str, path: str, place: str) -> Question:
     answers.append((text, start))
   require(bool(answers) != impossible, f'{where}, has no answer, and '
           'is_impossible is not true')
-  return Question(name, _text(asked, 'question', where), context,
-                  tuple(answers), where)
+  return Question(name, _text(asked, 'question', where), tuple(answers), where)
 
 
 def _each(holder: Any, name: str, where: str) -> Iterator[tuple[Any, str]]:

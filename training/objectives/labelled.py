@@ -63,7 +63,7 @@ def _arrays(config: Config, target: type) -> dict[str, Shape]:
   return row | (dict(types=L) if stack(config) == 'encoder' else {})
 
 
-def _fill(tokenizer: Tokenizer) -> int:
+def fill(tokenizer: Tokenizer) -> int:
   """Returns the token that fills a row up."""
   return tokenizer.special_ids.get('pad', record.separator(tokenizer))
 
@@ -103,7 +103,7 @@ def _objective(view: type, target: type, **fields: Any) -> Objective:
       ('encoder', 'decoder'), view, lay_out,
       lambda config: _arrays(config, target), ('tokens',),
       {'types': 'type_ids_BL', 'segment_ids': 'segment_ids_BL'},
-      ('segment_ids',), fill=_fill, head='sequence', records=labelled.KIND,
+      ('segment_ids',), fill=fill, head='sequence', records=labelled.KIND,
       length=_length, perplexity=False, **fields)
 
 

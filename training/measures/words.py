@@ -1,0 +1,92 @@
+"""Labels of words: how many are right, and of entities their F1. A file of what
+a model gives is as CoNLL's script conlleval reads it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from training.data import conll, offsets
+from training.data.words import Sentences
+from training.measures import Measured
+from training.measures import entities
+
+
+def labels(view: Sentences, scores: Sequence[np.ndarray]) -> list[list[str]]:
+  """Returns the likeliest label of each word of each sentence of a view.
+
+  A word in which no token begins gets the label O, or '_' where that is none.
+
+  Args:
+    view: the sentences.
+    scores: of each item, [L, K]: of its row's tokens, padding or not.
+  """
+  outside = 'O' if 'O' in view.labels else '_'
+  found = [[outside] * len(sentence.words) for sentence in view.records]
+  for piece, scores_LK in zip(view.items, scores, strict=True):
+    for place in np.flatnonzero(piece.words != offsets.NO_WORD):
+      # Before the sentence stands one token.
+      best = int(np.argmax(scores_LK[1 + place]))
+      found[piece.sentence][piece.words[place]] = view.labels[best]
+  return found
+
+
+def figures(view: Sentences, found: Sequence[Sequence[str]]) -> dict[str, Any]:
+  """Returns the figures of labels that a model gives.
+
+  Args:
+    view: the sentences.
+    found: `labels` of each.
+
+  Returns:
+    accuracy, of words; words and sentences, how many there are; without_tokens,
+    of how many words no label can be told; of entities those of
+    entities.measures.
+  """
+  right = [sentence.labels for sentence in view.records]
+  pairs = [pair for rows in zip(right, found, strict=True)
+           for pair in zip(*rows, strict=True)]
+  told = sum(int((item.words != offsets.NO_WORD).sum()) for item in view.items)
+  own = dict(accuracy=sum(a == b for a, b in pairs) / len(pairs),
+             words=len(pairs), sentences=len(right),
+             without_tokens=len(pairs) - told)
+  if conll.marks_entities(view.labels):
+    own |= entities.measures(right, found)
+  return own
+
+
+def written(view: Sentences, found: Sequence[Sequence[str]]) -> str:
+  """Returns a file's text: a word, its label and the model's a line, with a
+  space between, and an empty line after each sentence."""
+  return ''.join(
+      ''.join(' '.join(row) + '\n' for row in zip(
+          sentence.words, sentence.labels, own, strict=True)) + '\n'
+      for sentence, own in zip(view.records, found, strict=True))
+
+
+def measure(view: Sentences, scores: Sequence[np.ndarray], config: Any,
+            options: Any) -> Measured:
+  """Returns what is found of the sentences of a view.
+
+  Args:
+    view: the sentences.
+    scores: of each item, [L, K].
+    config, options: not read.
+  """
+  del config, options
+  found = labels(view, scores)
+  own = figures(view, found)
+  lines = [f'{own["sentences"]:,} sentences of {own["words"]:,} words',
+           f'  accuracy         {own["accuracy"]:.4f}']
+  if own['without_tokens']:
+    lines.append(f'  of {own["without_tokens"]:,} words the tokenizer makes no '
+                 'token')
+  if 'types' in own:
+    rows = {'entities': own} | own['types']
+    rows['strict'] = {name: own[f'strict_{name}']
+                      for name in ('precision', 'recall', 'f1')}
+    lines.append(f'  {"":<16} precision  recall      F1  entities')
+    lines += [f'  {name:<16} {row["precision"]:9.4f} {row["recall"]:7.4f} '
+              f'{row["f1"]:7.4f}  {row.get("entities", "")}'.rstrip()
+              for name, row in rows.items()]
+  return Measured(own, lines, {'': written(view, found)})
