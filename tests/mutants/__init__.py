@@ -83,8 +83,8 @@ def _program(text: str) -> str:
 def table() -> list[Mutant]:
   """Returns every mutant, by file."""
   from tests.mutants import attention, experts, insides, model, spans, states
-  from tests.mutants import text, updates
+  from tests.mutants import talk, text, updates
   return [Mutant(file, *row)
           for part in (model, attention, experts, updates, text, states,
-                       insides, spans)
+                       insides, spans, talk)
           for file, rows in part.MUTANTS.items() for row in rows]
