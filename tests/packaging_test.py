@@ -17,7 +17,7 @@ DISTRIBUTION = {
     'PIL': 'pillow', 'absl': 'absl-py', 'orbax': 'orbax-checkpoint',
     'yaml': 'PyYAML', 'fsspec': 'gcsfs', 'griffe': 'griffelib',
     'array_record': 'array_record', 'ml_dtypes': 'jax', 'jaxlib': 'jax',
-    'huggingface_hub': 'transformers'}
+    'huggingface_hub': 'transformers', 'sklearn': 'scikit-learn'}
 # Chosen by machine or by the release of jax or fsspec, so left to their ranges.
 UNPINNED_EXTRAS = {'tpu', 'cuda', 'gcs', 'lm_eval'}
 

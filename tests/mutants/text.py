@@ -108,8 +108,12 @@ MUTANTS = {
          'data: held_out'),
         ('-(-self.num_windows // self._batch_size)',
          'self.num_windows // self._batch_size', 'data: held_out'),
-        ('shuffle(seed=EVAL_SEED)', 'shuffle(seed=config.seed)',
+        ('seed=EVAL_SEED)', 'seed=config.seed)',
          'data: ignores_the_seed'),
+        ('n * self._batch_size, (n + 1) * self._batch_size))',
+         'n * self.rows, (n + 1) * self.rows))', 'labelled_rows: processes'),
+        ('max(loader.length(n) for loader in self.beside)',
+         'self.length(n)', 'labelled_rows: one_program'),
         ('weight / sum(weights)', '1 / len(weights)', 'evaluating: mixture'),
     ],
     'training/objectives/seq2seq.py': [

@@ -36,6 +36,7 @@ class Loader:
     name: the source or sources, as written in the config.
     share: what it counts in the mean over the sources that are held out.
     text: whose tokens these are, in words.
+    views: what the objective makes rows of, of each source.
     num_windows: examples in one pass over the split.
     num_batches: batches in one pass. An 'eval' loader ends there, its last
       batch filled up with rows of weight zero, so that each token counts
@@ -63,6 +64,7 @@ class Loader:
     self._split = split
     self._batch_size = config.data.batch_size
     self.objective = objectives.of(config)
+    self.views = views
     self.num_sources = len(views)
     self.rows = self._batch_size // process_count
     self._first_row = process_index * self.rows
@@ -214,21 +216,23 @@ def training_loader(config: Config, tokenizer: Tokenizer,
 
 
 def held_out(config: Config, tokenizer: Tokenizer, process_index: int = 0,
-             process_count: int = 1) -> list[Loader]:
+             process_count: int = 1, in_order: bool = False) -> list[Loader]:
   """Returns a loader of each source that is held out, of one pass each.
 
   A figure of the whole is the mean of the sources' own by their `share`, the
   weights of data.eval_source or data.source: of text drawn as training draws
   it, however much of each is held out. A source's order is its own, the same
-  for all runs, so that its first batches are a fair sample of all.
+  for all runs, so that its first batches are a fair sample of all; or with
+  `in_order` that of its view.
 
   Args and raises: as `load`.
   """
   import grain
   weights, corpora, views = _views(config, tokenizer, 'eval', process_count)
   return [Loader(corpus.name, weight / sum(weights), corpus.text,
-                 grain.MapDataset.source(view).shuffle(seed=EVAL_SEED), [view],
-                 config, tokenizer, 'eval', process_index, process_count)
+                 view if in_order else grain.MapDataset.source(view).shuffle(
+                     seed=EVAL_SEED), [view], config, tokenizer, 'eval',
+                 process_index, process_count)
           for weight, corpus, view in zip(weights, corpora, views)]
 
 

@@ -28,6 +28,7 @@ import architectures
 from architectures.parts.skeletons import Output
 from training.data import labelled, records
 from training.data.tokenizers import Tokenizer
+from training.measures import classes
 from training.objectives import record
 from training.objectives.record import Config, Mean, Objective, Row, Shape
 
@@ -110,12 +111,13 @@ def _objective(view: type, target: type, **fields: Any) -> Objective:
 OBJECTIVES = {
     'classification': _objective(
         records.Classes, np.int32, figures=classified,
-        labels=records.labels_of,
+        labels=records.labels_of, measure=classes.of_scores,
         num_labels=lambda config: len(config.data.labels),
         reads=('data.labels', 'data.class_weights', 'data.length_buckets'),
         ignores=('train.z_loss', 'train.loss_chunk')),
     'regression': _objective(
         records.Numbers, np.float32, figures=estimated,
+        measure=classes.of_numbers,
         num_labels=lambda config: 1,
         reads=('data.length_buckets',),
         ignores=('train.z_loss', 'train.loss_chunk', 'train.label_smoothing')),

@@ -165,7 +165,10 @@ class Objective(NamedTuple):
       data have none.
     length: item -> how many tokens its row has, where that differs so much that
       batches are padded to one of several lengths; None: to data.length.
-    measure: what `eval.py --tasks=labels` measures; None: nothing.
+    measure: (view, answers, config, options) -> what `eval.py --tasks=labels`
+      says, a measures.Measured. `answers` are the scores of each row of the
+      view or, where head is lm, what the model wrote; `options` are eval.py's
+      flags. None: nothing is measured.
     ignores: fields of the config that most objectives read and this one does
       not.
     perplexity: whether e to the power of the loss is one.

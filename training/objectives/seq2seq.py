@@ -12,6 +12,7 @@ import numpy as np
 
 from training.data import packing
 from training.data.tokenizers import Tokenizer
+from training.measures import classes
 from training.objectives import record
 from training.objectives.record import Config, Objective, Prompts, Row, Shape
 
@@ -88,5 +89,6 @@ ENCODER_DECODER = Objective(
     ('segment_ids', 'decoder_segment_ids'), fill=start_id, prompt=as_source)
 OBJECTIVES = {
     'seq2seq': ENCODER_DECODER._replace(
-        reads=('data.target_length',), translates=True),
+        reads=('data.target_length',), translates=True,
+        measure=classes.of_texts),
 }

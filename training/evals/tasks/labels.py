@@ -1,0 +1,115 @@
+"""The measures of labelled data: what the model answers to every record that is
+held out, and how good that is.
+
+Which figures there are is the objective's own: `Objective.measure`. What it is
+given are the scores of the model's head or, of a model without one, the texts
+that the model wrote.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from training.measures import classes
+from training.evals.task import Evaluation, Flag, Task
+
+
+def run(evaluation: Evaluation) -> dict[str, Any]:
+  """Measures the answers to all that is held out, each source on its own."""
+  from training import evaluating
+  from training.data import pipeline
+  from training.workdir import storage
+  config = evaluation.run.config
+  loaders = pipeline.held_out(config, evaluation.tokenizer, in_order=True)
+  objective, found = loaders[0].objective, []
+  for loader in loaders:
+    answers = (written(evaluation, loader) if objective.head == 'lm' else
+               scores(evaluation, loader))
+    found.append(objective.measure(loader.views[0], answers, config,
+                                   evaluation.options))
+    print('\n'.join([f'{loader.text}:', *found[-1].lines]))
+  if evaluation.options.predictions:
+    for kind in found[0].files:
+      file = _file(evaluation.options.predictions, kind)
+      storage.write(file, ''.join(one.files[kind] for one in found))
+      print(f'written: {file}')
+  if len(found) == 1:
+    return found[0].figures
+  names = [name for name, value in found[0].figures.items()
+           if isinstance(value, float)]
+  figures = {name: evaluating.mix([one.figures[name] for one in found], loaders)
+             for name in names}
+  shares = ', '.join(f'{loader.share:.3g} {loader.name}' for loader in loaders)
+  print(f'the mean by weight, {shares}:')
+  for name, value in figures.items():
+    print(f'  {name.replace("_", " "):<22} {evaluating.shown(value)}')
+  return figures | {'sources': {loader.name: one.figures
+                                for loader, one in zip(loaders, found)}}
+
+
+def scores(evaluation: Evaluation, loader: Any) -> list[np.ndarray]:
+  """Returns the scores of each row of a loader's view, in its order: [K], or
+  of each token [L, K], where L is the length that its batch was padded to."""
+  import jax
+
+  from training import progress
+  objective, module = loader.objective, evaluation.run.module
+
+  def program():
+    return lambda params, batch: objective.apply(
+        module, params, batch).extra['scores']
+
+  step, found = evaluation.program(program, 'labels'), []
+  for batch in progress.each(loader.iterate(), 'answering',
+                             loader.num_batches):
+    found += [*jax.device_get(
+        step(evaluation.params, evaluation.run.put(batch)))]
+  return found[:loader.num_windows]
+
+
+def written(evaluation: Evaluation, loader: Any
+            ) -> Sequence[tuple[str, str, bool]]:
+  """Returns (what the model wrote, the target, whether they are the same) of
+  each row of a loader's view, in its order."""
+  from training import progress
+  from training.evals.tasks import exact
+  found = []
+  for batch in progress.each(loader.iterate(), 'writing answers',
+                             loader.num_batches):
+    found += exact.translate(evaluation.run.module, evaluation.params, batch,
+                             evaluation.tokenizer)
+  return found
+
+
+def _file(name: str, kind: str) -> Any:
+  """Returns the path of one of the files of predictions: of FILE.json and
+  `nbest` FILE.nbest.json."""
+  from training.workdir import storage
+  path = storage.path(name, '--predictions')
+  return path.with_name(f'{path.stem}.{kind}{path.suffix}') if kind else path
+
+
+def _unfit(config: Any) -> str:
+  from training import objectives
+  from training.data import sources
+  objective = objectives.of(config)
+  if objective.measure is None:
+    return f'objective {config.objective!r} learns no labels'
+  spec = config.data.eval_source or config.data.source
+  if all(source.records for _, source in sources.parse(spec)):
+    return ''
+  return f'data source {spec!r} has no labels'
+
+
+def _check(options: Any) -> None:
+  from training.workdir import storage
+  classes.check_installed()
+  if options.predictions:
+    storage.output(options.predictions, '--predictions')
+
+
+TASK = Task(
+    'accuracy, F1, correlations: what labelled data say', run, _unfit, _check,
+    flags=(Flag('predictions', '', 'A file for what is predicted of each '
+                'record.', asks=True),))
