@@ -144,8 +144,9 @@ class Model:
     """Returns the text with which the model continues a prompt; of an
     encoder-decoder, what it writes when it has read the prompt.
 
-    A text ends where the model writes the tokenizer's separator, or before one
-    of the strings `stop`.
+    A text ends where the model writes the tokenizer's separator (or, of a run
+    with a chat template, the token with which that ends an answer), or before
+    one of the strings `stop`.
 
     Args:
       prompts: one text, or several, which are continued together.
@@ -175,7 +176,7 @@ class Model:
       raise RequestError('this model writes no text: its objective is '
                          f'{config.objective}')
     shown = prompt(texts, config, tokenizer)
-    end = tokenizer.separator_id
+    end = objectives.of(config).ends(config, tokenizer)
     new_BT = np.asarray(generation.generate(
         self.module, self.params, jnp.asarray(shown.tokens),
         jnp.asarray(shown.lengths), jax.random.key(seed),

@@ -115,7 +115,8 @@ class Sampling:
     'module', 'max_new_tokens', 'sampling', 'stop_token'))
 def generate(module: nn.Module, params: Any, prompts_BL: jax.Array,
              lengths_B: jax.Array, key: jax.Array, *, max_new_tokens: int,
-             sampling: Sampling = Sampling(), stop_token: Optional[int] = None,
+             sampling: Sampling = Sampling(),
+             stop_token: int | tuple[int, ...] | None = None,
              source_BM: Optional[jax.Array] = None,
              source_lengths_B: Optional[jax.Array] = None,
              prefix_B: Optional[jax.Array] = None) -> jax.Array:
@@ -129,7 +130,8 @@ def generate(module: nn.Module, params: Any, prompts_BL: jax.Array,
     key: of the draws.
     max_new_tokens: T.
     sampling: how a token is drawn.
-    stop_token: a row that draws it is done, and repeats it to the end.
+    stop_token: a row that draws it is done, and repeats it to the end; of
+      several, the first.
     source_BM: what an encoder-decoder reads, padded on the right. It is
       encoded once; the prompts are the beginnings of the targets.
     source_lengths_B: how many of each row are its source.
@@ -185,8 +187,8 @@ def generate(module: nn.Module, params: Any, prompts_BL: jax.Array,
 
   first_B, seen_BV = draw(output, last_B1D, 0, seen_BV)
   tokens_BL = jnp.zeros((B, max_new_tokens), jnp.int32).at[:, 0].set(first_B)
-  done_B = first_B == stop_token if stop_token is not None else jnp.zeros(
-      B, bool)
+  stops = _stops(stop_token)
+  done_B = jnp.isin(first_B, jnp.array(stops, jnp.int32))
 
   apart = module.config.num_decoder_layers <= UNROLLED_LAYERS
 
@@ -200,13 +202,13 @@ def generate(module: nn.Module, params: Any, prompts_BL: jax.Array,
     output = apply({'params': params}, token_B1, cache=cache, one_by_one=apart,
                    **{positions: (lengths_B + t - 1)[:, None]})
     new_B, seen_BV = draw(output, output.hidden, t, seen_BV)
-    if stop_token is not None:
-      new_B = jnp.where(done_B, stop_token, new_B)
-      done_B |= new_B == stop_token
+    if stops:
+      new_B = jnp.where(done_B, stops[0], new_B)
+      done_B |= jnp.isin(new_B, jnp.array(stops, jnp.int32))
     return (t + 1, tokens_BL.at[:, t].set(new_B), done_B, output.cache, seen_BV)
 
-  if stop_token is not None:  # what an early end leaves
-    tokens_BL = tokens_BL.at[:, 1:].set(stop_token)
+  if stops:  # what an early end leaves
+    tokens_BL = tokens_BL.at[:, 1:].set(stops[0])
   cache = output.cache
   if apart:
     params, cache = one_by_one(params, cache)
@@ -215,9 +217,13 @@ def generate(module: nn.Module, params: Any, prompts_BL: jax.Array,
                          cache, seen_BV))[1]
 
 
-def until(row: np.ndarray, stop: int) -> np.ndarray:
-  """Returns the tokens of a row before the first that is `stop`."""
-  ends = np.flatnonzero(row == stop)
+def _stops(stop: int | tuple[int, ...] | None) -> tuple[int, ...]:
+  return () if stop is None else stop if isinstance(stop, tuple) else (stop,)
+
+
+def until(row: np.ndarray, stop: int | tuple[int, ...]) -> np.ndarray:
+  """Returns the tokens of a row before the first that is `stop`, or in it."""
+  ends = np.flatnonzero(np.isin(row, _stops(stop)))
   return row[:ends[0]] if ends.size else row
 
 

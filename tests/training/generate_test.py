@@ -72,6 +72,16 @@ def test_a_row_that_stops_stays_stopped(model, prompts):
     assert (row[end:] == stop).all()
 
 
+def test_a_row_may_stop_at_any_of_several(model, prompts):
+  plain = greedy(model, prompts)
+  stops = (int(plain[0, -1]), int(plain[1, 2]))
+  for row, free in zip(greedy(model, prompts, stop_token=stops), plain):
+    np.testing.assert_array_equal(generate.until(row, stops),
+                                  generate.until(free, stops))
+    end = len(generate.until(row, stops))
+    assert (row[end + 1:] == stops[0]).all()
+
+
 def test_one_key_one_text(model, prompts):
   def draw(seed):
     return np.asarray(generate.generate(

@@ -62,8 +62,8 @@ def of_run(config: ml_collections.ConfigDict, model: ModelConfig, tokenizer: Any
   fixed = architectures.hugging_face(model.arch).fixed
   if objectives.of(config).prompt is None:
     return Generation(_without(ids, fixed), None)
-  end = tokenizer.separator_id
-  ids['eos_token_id'] = end
+  end, *more = objectives.of(config).ends(config, tokenizer)
+  ids['eos_token_id'] = [end, *more] if more else end
   if special.get('bos') is None:
     ids['bos_token_id'] = end
   if architectures.stack(model) == 'encoder-decoder':

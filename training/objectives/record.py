@@ -232,6 +232,13 @@ class Objective(NamedTuple):
                         *[batch[key] for key in self.inputs], **options,
                         **kwargs)
 
+  def ends(self, config: Config, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Returns the ids with which a written text ends, the separator first."""
+    talked = (frozenset() if self.talk is None
+              else self.talk(config, tokenizer).ends)
+    end = tokenizer.separator_id
+    return (end, *sorted(talked - {end}))
+
   @property
   def main(self) -> str:
     """The figure that is the loss of a token to predict."""

@@ -16,7 +16,9 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
   config, tokenizer = evaluation.run.config, evaluation.tokenizer
   texts = options.prompt.split('|||')
   rows = [text for text in texts for _ in range(options.samples)]
-  prompts = objectives.of(config).prompt(rows, config, tokenizer)
+  objective = objectives.of(config)
+  prompts = objective.prompt(rows, config, tokenizer)
+  ends = objective.ends(config, tokenizer)
   room = model.max_len - prompts.tokens.shape[1]
   count = options.max_new_tokens or min(256, room)
   require(count > 0, f'the prompt fills all {model.max_len} positions of the '
@@ -26,10 +28,9 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
         evaluation.run.module, evaluation.params, prompts.tokens,
         prompts.lengths, jax.random.key(options.sample_seed),
         max_new_tokens=count, sampling=sampling(options),
-        stop_token=tokenizer.separator_id, **prompts.arguments))
-  written = [generate.before(
-      tokenizer.decode(generate.until(row, tokenizer.separator_id)),
-      stops(options)) for row in tokens]
+        stop_token=ends, **prompts.arguments))
+  written = [generate.before(tokenizer.decode(generate.until(row, ends)),
+                             stops(options)) for row in tokens]
   for i, (prompt, text) in enumerate(zip(rows, written)):
     print(f'sample {i + 1} of {len(rows)}:\n{prompt}{prompts.gap}{text}\n')
   return {'samples': [{'prompt': p, 'text': t}
