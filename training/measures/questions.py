@@ -105,4 +105,4 @@ def measure(view: Questions, scores: Sequence[np.ndarray],
         f'{own[f"best_{kind}_thresh"]:.2f}')
     lines.append(f'  {kind:<16} {own[kind]:.2f}{parts}{best}')
   return Measured(own, lines, {} if not options.predictions else
-                  written(view, found))
+                  written(view, found), joins=False)

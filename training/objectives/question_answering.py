@@ -15,7 +15,8 @@ in a decoder at the last token, the only one that has seen all, as in XLNet
 (Yang et al. 2019), whose [CLS] stands last.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,8 @@ import numpy as np
 from architectures.parts.skeletons import Output
 from training.data import questions, records, squad
 from training.data.tokenizers import Tokenizer
+from training.measures import Measured
+from training.measures import questions as answers
 from training.objectives import labelled
 from training.objectives.record import Config, Mean, Objective, Row, Shape
 
@@ -90,12 +93,22 @@ def answered(output: Output, batch: Mapping[str, jax.Array], config: Config
           'accuracy': Mean((weights_B * right_B).sum(), weights_B.sum())}
 
 
+def measure(view: questions.Questions, scores: Sequence[np.ndarray],
+            config: Config, options: Any) -> Measured:
+  """Returns what is found of the questions of a view; see
+  training/measures/questions.py."""
+  stack = labelled.stack(config)
+  return answers.measure(view, scores,
+                         [null_place(item, stack) for item in view.items],
+                         [begin(item) for item in view.items], options)
+
+
 OBJECTIVES = {
     'question_answering': Objective(
         ('encoder', 'decoder'), questions.Questions, lay_out, _arrays,
         ('tokens',), {'types': 'type_ids_BL', 'segment_ids': 'segment_ids_BL'},
         ('segment_ids',), reads=('data.stride', 'data.length_buckets'),
         fill=labelled.fill, figures=answered, head='span',
-        records=squad.KIND, length=length,
+        records=squad.KIND, length=length, measure=measure,
         ignores=('train.z_loss', 'train.loss_chunk', 'train.label_smoothing'),
         perplexity=False)}

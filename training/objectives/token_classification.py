@@ -21,6 +21,7 @@ import numpy as np
 from architectures.parts.skeletons import Output
 from training.data import conll, records, words
 from training.data.tokenizers import Tokenizer
+from training.measures import words as labels
 from training.objectives import labelled
 from training.objectives.record import Config, Mean, Objective, Row, Shape
 
@@ -70,6 +71,6 @@ OBJECTIVES = {
         reads=('data.labels', 'data.stride', 'data.length_buckets'),
         fill=labelled.fill, figures=labelled_words, head='tokens',
         num_labels=lambda config: len(config.data.labels), records=conll.KIND,
-        labels=words.labels_of,
+        labels=words.labels_of, measure=labels.measure,
         length=lambda item: len(item.ids) + words.AROUND,
         ignores=('train.z_loss', 'train.loss_chunk'), perplexity=False)}

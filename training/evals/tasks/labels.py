@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from training.measures import classes
+from configs.errors import require
+from training.measures import classes, entities
 from training.evals.task import Evaluation, Flag, Task
 
 
@@ -30,6 +31,8 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
                                    evaluation.options))
     print('\n'.join([f'{loader.text}:', *found[-1].lines]))
   if evaluation.options.predictions:
+    require(len(found) == 1 or found[0].joins, '--predictions is one file, and '
+            f'{len(found)} sources are evaluated: evaluate one by --text')
     for kind in found[0].files:
       file = _file(evaluation.options.predictions, kind)
       storage.write(file, ''.join(one.files[kind] for one in found))
@@ -105,11 +108,19 @@ def _unfit(config: Any) -> str:
 def _check(options: Any) -> None:
   from training.workdir import storage
   classes.check_installed()
+  entities.check_package()
   if options.predictions:
     storage.output(options.predictions, '--predictions')
 
 
 TASK = Task(
     'accuracy, F1, correlations: what labelled data say', run, _unfit, _check,
-    flags=(Flag('predictions', '', 'A file for what is predicted of each '
-                'record.', asks=True),))
+    flags=(
+        Flag('predictions', '', 'A file for what is predicted of each record: '
+             'words with labels, or answers as JSON.', asks=True),
+        Flag('n_best', 20, 'How many of the best answers to a question are '
+             'written.', 1, 1000),
+        Flag('max_answer_length', 30, 'The most tokens of an answer.', 1,
+             10_000),
+        Flag('null_threshold', 0.0, 'How much more likely than the best answer '
+             '(in nats) it has to be that there is none.', -1e6, 1e6)))
