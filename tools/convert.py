@@ -116,6 +116,7 @@ def export(workdir: epath.Path, folder: pathlib.Path, *, step: int | None,
         c.moe, eval_capacity_factor=0.0, dispatch='dropless')))
   weights.to_hf(
       module, params, folder, dtype=dtype, shard_bytes=shard_bytes,
+      labels=tuple(config.data.labels),
       generation=_generation(workdir, config, module.config, step))
   hf_tokenizer.give(workdir, config, folder, step)
   print(f'{folder}: {_count(params):,} parameters of {workdir}')

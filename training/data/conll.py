@@ -12,9 +12,9 @@ entity of the word before. A file in which they do not is refused, because its
 entities could be read in several ways.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from configs.errors import RequestError, require
 from training.data import texts
@@ -80,6 +80,31 @@ def read(path: str, columns: tuple[int, int] = COLUMNS) -> Iterator[Sentence]:
       lines.append(where)
   if words:
     yield Sentence(words, labels, lines)
+
+
+def reader_of_rows(name: str, fields: Sequence[str], dataset: Any
+                   ) -> Callable[[str], Iterator[Sentence]]:
+  """Returns what yields the sentences of a data set of the package datasets,
+  whose columns `fields` are lists: of words, and of labels or their numbers.
+
+  Raises:
+    RequestError: for other columns, and rows whose lists differ in length.
+  """
+  require(len(fields) == 2, f'data source {name!r} names the fields '
+          f'{"+".join(fields)}: write those of the words and of the labels')
+  names = getattr(dataset.features[fields[1]].feature, 'names', None)
+
+  def read(_: Any) -> Iterator[Sentence]:
+    for number, row in enumerate(dataset.select_columns([*fields]), 1):
+      words, labels = row[fields[0]], row[fields[1]]
+      where = f'{name}, row {number}'
+      require(len(words) == len(labels) > 0, f'{where}, has {len(words)} words '
+              f'and {len(labels)} labels: there is one for each word')
+      yield Sentence(
+          [texts.checked(word, f'{where},') for word in words],
+          [names[label] if names else str(label) for label in labels],
+          [f'{where}, word {i}' for i in range(1, len(words) + 1)])
+  return read
 
 
 def check_entities(sentence: Sentence) -> None:

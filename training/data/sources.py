@@ -261,6 +261,12 @@ def _hf(name: str, rest: str) -> Source:
   reader = f'hf:{dataset_name}:{config}:{split}:{field}'
   # Datasets fingerprints a split by its cached files, built once per content.
   content = dataset._fingerprint
+  if fields == squad.FIELDS:
+    return Source(name, reader, (), squad.reader_of_rows(name, dataset),
+                  content=content, records=squad.KIND)
+  if len(fields) > 1 and hasattr(dataset.features[fields[0]], 'feature'):
+    return Source(name, reader, (), conll.reader_of_rows(name, fields, dataset),
+                  content=content, records=conll.KIND)
   if len(fields) > 1:
     return _of_labelled(Source(
         name, reader, (), labelled.reader_of_rows(name, fields, dataset),

@@ -11,13 +11,14 @@ Version 2 has questions that the paragraph does not answer: `is_impossible`,
 with no answers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import pathlib
 from typing import Any, NamedTuple
 
 from configs.errors import require, short
 from training.data import texts
 
+FIELDS = ('context', 'question', 'answers')  # of a data set
 KIND = 'questions on paragraphs'
 
 
@@ -64,6 +65,33 @@ def read(path: str) -> Iterator[Paragraph]:
         seen.add(questions[-1].id)
       if questions:
         yield Paragraph(context, tuple(questions))
+
+
+def reader_of_rows(name: str, dataset: Any
+                   ) -> Callable[[str], Iterator[Paragraph]]:
+  """Returns what yields the paragraphs of a data set of the package datasets,
+  which has a question a row and those of a paragraph one after the other."""
+  def question(row: dict[str, Any], number: int) -> Question:
+    found = row['answers']
+    answers = [dict(text=text, answer_start=start) for text, start in zip(
+        found['text'], found['answer_start'])]
+    return _question(
+        dict(id=str(row.get('id', number)), question=row['question'],
+             answers=answers, is_impossible=not answers), row['context'], name,
+        f'{name}, row {number}')
+
+  def read(_: Any) -> Iterator[Paragraph]:
+    asked: list[Question] = []
+    before = None
+    for number, row in enumerate(dataset, 1):
+      if asked and row['context'] != before:
+        yield Paragraph(before, tuple(asked))
+        asked = []
+      before = row['context']
+      asked.append(question(row, number))
+    if asked:
+      yield Paragraph(before, tuple(asked))
+  return read
 
 
 def _question(asked: Any, context: str, path: str, place: str) -> Question:

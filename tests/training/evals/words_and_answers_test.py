@@ -10,9 +10,11 @@ import pytest
 from configs.errors import RequestError
 from tests.helpers import evaluations
 from tests.helpers import labelled_files as files
-from training import objectives
+from tools import convert
+from training import objectives, runs
 from training.data import pipeline
 from training.evals.tasks import labels
+from training.workdir import checkpoints, run_config
 
 pytest.importorskip('seqeval')
 KINDS = ('token_classification', 'question_answering')
@@ -105,3 +107,19 @@ def test_files_of_answers_are_not_joined(sources, tmp_path):
     else:
       with pytest.raises(RequestError, match='--predictions is one file'):
         evaluations.run('labels', evaluation)
+
+
+def test_an_export_says_what_the_scores_stand_for(sources, tmp_path):
+  evaluation = _evaluation(sources, 'token_classification')
+  config, run = evaluation.run.config, tmp_path / 'run'
+  config.data.batch_size = 8  # of the eight devices there are
+  run_config.save(run, config, runs.resolve(config, evaluation.tokenizer)[1])
+  with checkpoints.Checkpoints(run, **config.checkpoint) as saved:
+    saved.save(0, {'params': evaluation.params}, next_batch=0, tokens=0,
+               config=config)
+  convert.export(run, tmp_path / 'out', step=None, dtype='',
+                 shard_bytes=2 ** 30)
+  told = json.loads((tmp_path / 'out' / 'config.json').read_text())
+  assert told['architectures'] == ['BertForTokenClassification']
+  assert told['id2label'] == {'0': 'B-loc', '1': 'B-per', '2': 'I-per',
+                              '3': 'O'}
