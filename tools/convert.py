@@ -1,9 +1,10 @@
 r"""Converts weights from Hugging Face's format into a workdir and back, and a
 dense model into a mixture of experts.
 
-  python -m tools.convert import DIR_OR_FILE WORKDIR
+  python -m tools.convert import DIR_OR_FILE WORKDIR [--adapter=PEFT_DIR]
   python -m tools.convert export WORKDIR DIR [--step=N] [--dtype=bfloat16] \
-      [--dropless]
+      [--dropless] [--adapter]
+  python -m tools.convert merge WORKDIR NEW_WORKDIR [--step=N]
   python -m tools.convert upcycle WORKDIR_OR_DIR WORKDIR \
       [--moe num_experts=8 top_k=2 every=2 ...]
   python -m tools.convert gguf FILE.gguf DIR
@@ -13,6 +14,10 @@ train.py continues in it, given its config, and a new run starts from it with
 --config.init_from=WORKDIR. transformers loads what `export` writes. `upcycle`
 copies the dense network of a layer to all of its experts and initialises a
 router (training/hf/upcycling.py); --moe takes fields of config.model.moe.
+`merge` adds the low-rank adapters of a run to its weights (Hu et al. 2021) and
+makes a workdir of the model without them; `export` does the same before it
+writes. With --adapter, `export` writes the adapters alone, as PEFT's folders
+have them, and `import` reads such a folder beside that of the model.
 `gguf` makes a Hugging Face folder of a GGUF file, by transformers.
 
 A config.json with a value that no architecture here honours is refused, and the
@@ -36,18 +41,22 @@ import sys
 
 from etils import epath
 
-from configs.errors import RequestError
+from configs import base
+from configs.errors import RequestError, require
 from training import cli, progress
 from training.workdir import storage
 
 
 def import_(source: pathlib.Path, workdir: epath.Path, *, partial: bool,
-            seed: int) -> None:
-  """Makes `workdir` of the weights in `source`, as a run at step 0."""
+            seed: int, adapter: pathlib.Path | None = None) -> None:
+  """Makes `workdir` of the weights in `source`, and of the low-rank adapters in
+  PEFT's folder `adapter`, as a run at step 0."""
   from training.hf import generation as hf_generation
   from training.hf import tokenizer as hf_tokenizer
   _check_new(workdir)
   config, module, params = _from_hf(source, partial, seed)
+  if adapter:
+    params = _put_on(adapter, config, module, params)
   folder = source.parent if source.is_file() else source
   generation = hf_generation.of_folder(folder)
   copied = hf_tokenizer.take(folder, workdir, config)
@@ -100,16 +109,23 @@ def upcycle(source: epath.Path, workdir: epath.Path, *, moe: list[str],
 
 
 def export(workdir: epath.Path, folder: pathlib.Path, *, step: int | None,
-           dtype: str, shard_bytes: int, dropless: bool = False) -> None:
+           dtype: str, shard_bytes: int, dropless: bool = False,
+           adapter: bool = False) -> None:
   """Writes a checkpoint of `workdir` to `folder` in Hugging Face's format.
 
   `dropless` writes the model that drops no token, whatever the run's own
-  evaluation does: where config.json cannot say that.
+  evaluation does: where config.json cannot say that. `adapter` writes the low-
+  rank adapters alone, in PEFT's format.
   """
   import architectures
   from training import weights
   from training.hf import tokenizer as hf_tokenizer
+  from training.hf import peft
   config, module, params, step = _from_workdir(workdir, step)
+  if adapter:
+    size = peft.write(module.config, params, folder, config.init_from)
+    print(f'{folder}: the adapters of {workdir}, {size:,} parameters')
+    return
   if dropless:
     c = module.config
     module = architectures.build(dataclasses.replace(c, moe=dataclasses.replace(
@@ -126,6 +142,37 @@ def _of_gguf(file: pathlib.Path, folder: pathlib.Path) -> None:
   from training.hf import gguf
   storage.try_folder(folder, 'DIR')
   print(f'{folder}: {gguf.write_folder(file, folder):,} parameters of {file}')
+
+
+def merge(workdir: epath.Path, new: epath.Path, *, step: int | None) -> None:
+  """Makes the workdir `new` of the model of `workdir` with its low-rank
+  adapters added to its weights, as a run at step 0."""
+  from training import adapters
+  from training.hf import generation as hf_generation
+  _check_new(new)
+  config, module, params, step = _from_workdir(workdir, step)
+  require(module.config.lora.rank, f'{workdir} has no low-rank adapters: its '
+          'model.lora.rank is 0')
+  _, params = adapters.merge(module, params)
+  generation = _generation(workdir, config, module.config, step)
+  config.model.lora = base.base().model.lora
+  config.init_from = ''
+  if generation is not None:
+    hf_generation.keep(new, generation)
+  _save(new, config, params, _resolved(config)[1])
+  print(f'{new}: {_count(params):,} parameters of {module.config.arch}, with '
+        f'the adapters of {workdir} merged into them')
+  print(f'to go on: {_command(new, config)}')
+
+
+def _put_on(folder: pathlib.Path, config, module, params):
+  """Returns the parameters with the adapters of PEFT's `folder` beside them,
+  and gives the config their fields."""
+  from training import adapters
+  from training.hf import peft
+  model, found = peft.read(module.config, folder)
+  config.model.lora.update(dataclasses.asdict(model.lora))
+  return adapters.beside(params, found)
 
 
 def _generation(workdir, config, model, step: int):
@@ -244,7 +291,7 @@ def _count(params) -> int:
   return sum(x.size for x in jax.tree.leaves(params))
 
 
-def main():
+def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
       prog='python -m tools.convert', description=__doc__,
       allow_abbrev=False,
@@ -258,6 +305,8 @@ def main():
   into.add_argument('--partial', action='store_true',
                     help='draw what the files lack, pass over what is extra')
   into.add_argument('--seed', type=int, default=0, help='of what is drawn')
+  into.add_argument('--adapter', type=pathlib.Path, metavar='PEFT_DIR',
+                    help='low-rank adapters of the model, in PEFT\'s format')
   out = commands.add_parser(
       'export', help='a workdir to Hugging Face', allow_abbrev=False,
       formatter_class=cli.HelpFormatter)
@@ -271,6 +320,14 @@ def main():
                    'some that config.json cannot tell')
   out.add_argument('--shard_bytes', type=int, default=5 * 10**9,
                    help='no file is larger, unless one tensor is')
+  out.add_argument('--adapter', action='store_true', help='the low-rank '
+                   "adapters alone, in PEFT's format; else they are merged")
+  one = commands.add_parser(
+      'merge', help='low-rank adapters into the weights', allow_abbrev=False,
+      formatter_class=cli.HelpFormatter)
+  one.add_argument('source')
+  one.add_argument('workdir')
+  one.add_argument('--step', type=int, help='of the checkpoint; the newest')
   up = commands.add_parser(
       'upcycle', help='a dense model to experts', allow_abbrev=False,
       formatter_class=cli.HelpFormatter)
@@ -285,7 +342,11 @@ def main():
       formatter_class=cli.HelpFormatter)
   gguf.add_argument('source', type=pathlib.Path)
   gguf.add_argument('folder', type=pathlib.Path)
-  args = parser.parse_args()
+  return parser
+
+
+def main():
+  args = _parser().parse_args()
   if args.command == 'gguf':
     _of_gguf(args.source, args.folder)
     return
@@ -293,7 +354,7 @@ def main():
   if args.command == 'export':
     limits.number('--shard_bytes', args.shard_bytes,
                   (('>=', 1), ('<=', 2**50)))
-  else:
+  elif args.command != 'merge':
     limits.number('--seed', args.seed, limits.LIMITS['seed'])
   args.workdir = storage.path(args.workdir, 'WORKDIR')
   if args.command == 'export':
@@ -301,13 +362,17 @@ def main():
   else:
     storage.try_folder(args.workdir, 'WORKDIR')
   if args.command == 'import':
-    import_(args.source, args.workdir, partial=args.partial, seed=args.seed)
+    import_(args.source, args.workdir, partial=args.partial, seed=args.seed,
+            adapter=args.adapter)
+  elif args.command == 'merge':
+    merge(storage.path(args.source, 'SOURCE'), args.workdir, step=args.step)
   elif args.command == 'upcycle':
     upcycle(storage.path(args.source, 'SOURCE'), args.workdir, moe=args.moe,
             step=args.step, seed=args.seed)
   else:
     export(args.workdir, args.folder, step=args.step, dtype=args.dtype,
-           shard_bytes=args.shard_bytes, dropless=args.dropless)
+           shard_bytes=args.shard_bytes, dropless=args.dropless,
+           adapter=args.adapter)
 
 
 if __name__ == '__main__':

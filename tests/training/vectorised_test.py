@@ -192,6 +192,24 @@ def test_paired_runs_see_one_stream(texts, tmp_path):
   assert_same(tmp_path / '1', tmp_path / 'alone')
 
 
+def test_adapters_and_shares_of_the_rate_too(texts, tmp_path):
+  """Each of which also goes on exactly, the frozen weights with it."""
+  lora = base.base().model.lora
+  lora.update(rank=2, targets='all-linear', dropout=0.1)
+  configs = [config(texts, seed=seed, model__lora=lora, optim__lr=lr,
+                    optim__layer_decay=0.5, optim__freeze='.*/layers/0/.*')
+             for seed, lr in ((0, 1e-2), (1, 3e-2))]
+  assert vectorised.groups(configs) == [[0, 1]]
+  vectorised.train(configs, [tmp_path / '0', tmp_path / '1'])
+  alone(configs[1], tmp_path / 'alone')
+  assert_same(tmp_path / '1', tmp_path / 'alone')
+  before = rows(tmp_path / 'alone')
+  shutil.rmtree(tmp_path / 'alone/checkpoints/8')
+  alone(configs[1], tmp_path / 'alone')
+  again = rows(tmp_path / 'alone')
+  assert [row['loss'] for row in again] == [row['loss'] for row in before]
+
+
 @pytest.mark.long
 def test_experts_too(texts, tmp_path):
   moe = dict(num_experts=4, d_ff=32, jitter=0.1, dispatch='sorted',

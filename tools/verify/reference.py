@@ -20,7 +20,7 @@ def run(system: str, case: str, *, greedy: bool = True) -> Recording:
   """Returns what transformers computes for one case, on the CPU."""
   stack = architectures.systems()[system].STACK
   model = build(system, case)
-  config, weights = _saved(model)
+  config, weights = saved(model)
   inputs = compare.inputs(stack, config)
   layers, attention = _insides(model, stack, inputs)
   continued = ({} if not greedy or stack == 'encoder'
@@ -37,15 +37,15 @@ def _with_gradients(model, stack: str, config: dict,
   """Returns outputs and gradients; the model holds the latter afterwards."""
   import torch
   outputs = {name: value.detach().numpy()
-             for name, value in _forward(model, stack, inputs).items()}
+             for name, value in forward(model, stack, inputs).items()}
   loss = compare.objective(
-      _forward(model, stack, inputs), inputs, torch.as_tensor)
+      forward(model, stack, inputs), inputs, torch.as_tensor)
   loss.backward()
   with torch.no_grad():
     for parameter in model.parameters():
       grad = parameter.grad
       parameter.copy_(torch.zeros_like(parameter) if grad is None else grad)
-  _, grads = _saved(model)
+  _, grads = saved(model)
   return Recording(config, weights, inputs, outputs, grads, {})
 
 
@@ -54,7 +54,7 @@ def run_head(system: str, head: str, left: bool) -> Recording:
   rows that are padded on the left."""
   stack = architectures.systems()[system].STACK
   model = build(system, next(iter(SYSTEMS[system].cases)), head)
-  config, weights = _saved(model)
+  config, weights = saved(model)
   inputs = compare.padded(compare.inputs(stack, config), left)
   return _with_gradients(model, stack, config, weights, inputs)
 
@@ -94,7 +94,7 @@ def model_class(system: str, head: str = 'lm') -> type:
   return getattr(transformers, page.heads.get(head, page).architecture)
 
 
-def _saved(model) -> tuple[dict, dict[str, np.ndarray]]:
+def saved(model) -> tuple[dict, dict[str, np.ndarray]]:
   """Returns config.json and the tensors as transformers writes them."""
   with tempfile.TemporaryDirectory() as folder:
     model.save_pretrained(folder)
@@ -116,7 +116,7 @@ def _call(model, stack: str, inputs, **kwargs):
                **kwargs)
 
 
-def _forward(model, stack: str, inputs):
+def forward(model, stack: str, inputs):
   """Returns the outputs of compare.CALLS[stack], by name."""
   import torch
   experts = getattr(model.config, 'num_experts', 0)
@@ -240,5 +240,5 @@ def _logits(model, stack: str, inputs) -> dict[str, np.ndarray]:
   import torch
   with torch.no_grad():
     return {name: value.numpy()
-            for name, value in _forward(model, stack, inputs).items()
+            for name, value in forward(model, stack, inputs).items()
             if 'logits' in name}

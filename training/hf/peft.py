@@ -115,9 +115,9 @@ def read(c: ModelConfig, folder: pathlib.Path) -> tuple[ModelConfig, Any]:
   require(file.is_file(), f'{file} is missing: it says what the adapters are')
   tree = hf_files.read_object(file)
   for name, value in ONLY.items():
-    require(tree.get(name, value) in (value, None),
-            f'{file} has {name} {short(tree.get(name))}: only {value!r} is '
-            'known here')
+    found = tree.get(name, value)
+    require(found == value or not (found or value), f'{file} has {name} '
+            f'{short(found)}: only {value!r} is known here')
   for name in ('r', 'lora_alpha'):
     require(type(tree.get(name)) in (int, float) and tree[name] > 0,
             f'{file} has {name} {short(tree.get(name))}: it must be a number '

@@ -101,13 +101,13 @@ def test_recordings_are_small():
 def test_a_nan_and_a_missing_array_are_noticed():
   ones, nan = np.ones(3), np.full(3, np.nan)
   for wrong in (dict(a=ones, b=nan), dict(a=nan, b=ones)):
-    assert not compare.Finding('', compare._grad_error(
+    assert not compare.Finding('', compare.grad_error(
         wrong, dict(a=ones, b=ones)), 1.0).ok
     assert not compare.Finding('', compare.error(
         wrong['a'], wrong['b']), 1.0).ok
   for ours in (dict(a=ones), dict(a=ones, b=ones, c=ones)):
     with pytest.raises(AssertionError):
-      compare._grad_error(ours, dict(a=ones, b=ones))
+      compare.grad_error(ours, dict(a=ones, b=ones))
   with pytest.raises(AssertionError):
     compare.error(np.ones(1), ones)
 

@@ -1,0 +1,192 @@
+"""Low-rank adapters on their way: a run starts from a model without them, is
+merged, and is written and read in PEFT's format. PEFT itself is compared by
+`make verify` (tools/verify/lora.py)."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import architectures
+from configs.errors import RequestError
+from tests.helpers import models
+from tools import convert
+from training import adapters, initial_state, paths, runs, weights
+from training.hf import peft
+from training.workdir import run_config
+
+LORA = dict(rank=2, alpha=4.0, targets='all-linear')
+
+
+@pytest.fixture(scope='module')
+def made():
+  return models.make('llama', vocab_size=384, num_layers=4)
+
+
+@pytest.fixture(scope='module')
+def folder(made, tmp_path_factory):
+  folder = tmp_path_factory.mktemp('plain')
+  weights.to_hf(*made, folder)
+  return folder
+
+
+@pytest.fixture(scope='module')
+def imported(folder, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('imported') / 'run'
+  convert.import_(folder, workdir, partial=False, seed=0)
+  return workdir
+
+
+def start(source, workdir, lora):
+  """Returns (run, parameters) of a run that starts from `source`."""
+  config = run_config.load_config(workdir).copy_and_resolve_references()
+  with config.unlocked():
+    config.init_from = str(source)
+    config.model.lora.update(lora)
+  run = runs.build(config, architectures.resolve(config.model))
+  return run, initial_state.create(run, config.init_from).params
+
+
+def test_a_run_starts_from_a_model_without_adapters(made, folder, imported):
+  """Of Hugging Face's format and of a workdir: the weights are theirs, A is
+  drawn and B is zero."""
+  for source in (folder, imported):
+    run, params = start(source, imported, LORA)
+    jax.tree.map(np.testing.assert_array_equal, adapters.without(params),
+                 made[1])
+    flat = paths.flatten(params)
+    names = [path for path in flat if adapters.is_adapter(path)]
+    assert len(names) == 2 * 7
+    assert all(flat[path].any() == path.endswith('a') for path in names)
+
+
+def adapted(imported, workdir):
+  """Returns (module, params) of the import with adapters that do something,
+  saved as a workdir."""
+  run, params = start(imported, imported, LORA)
+  params = jax.tree.map(lambda x: x, params)
+  flat = paths.flatten(params)
+  flat = {path: x + 0.1 * jax.random.normal(jax.random.key(i), x.shape)
+          if adapters.is_adapter(path) else x
+          for i, (path, x) in enumerate(flat.items())}
+  params = jax.tree.unflatten(jax.tree.structure(params), list(flat.values()))
+  config = run.config.copy_and_resolve_references()
+  with config.unlocked():
+    config.init_from = ''
+  convert._save(workdir, config, params)
+  return run.module, params
+
+
+@pytest.mark.slow
+def test_merged_it_is_a_model_like_any_other(imported, tmp_path):
+  """By `merge`, by `export`, and where a run without adapters starts from it:
+  the same logits to the rounding of float32."""
+  module, params = adapted(imported, tmp_path / 'run')
+  tokens = models.tokens()
+  want = models.logits(module, params, tokens)
+  convert.merge(tmp_path / 'run', tmp_path / 'merged', step=None)
+  _, plain, merged, _ = convert._from_workdir(tmp_path / 'merged', None)
+  assert plain.config.lora.rank == 0
+  models.close(want, models.logits(plain, merged, tokens), rtol=1e-5)
+  convert.export(tmp_path / 'run', tmp_path / 'hf', step=None, dtype='',
+                 shard_bytes=10**9)
+  jax.tree.map(np.testing.assert_array_equal,
+               weights.from_hf(tmp_path / 'hf')[1], merged)
+  _, started = start(tmp_path / 'run', imported, {})
+  jax.tree.map(np.testing.assert_array_equal, started, merged)
+  # With other adapters: merged, and its own drawn; with the same: all of them.
+  run, started = start(tmp_path / 'run', imported, dict(LORA, rank=3))
+  jax.tree.map(np.testing.assert_array_equal, adapters.without(started), merged)
+  models.close(want, models.logits(run.module, started, tokens), rtol=1e-5)
+  _, started = start(tmp_path / 'run', imported, LORA)
+  jax.tree.map(np.testing.assert_array_equal, started, params)
+  with pytest.raises(RequestError, match='has no low-rank adapters'):
+    convert.merge(tmp_path / 'merged', tmp_path / 'again', step=None)
+
+
+@pytest.mark.parametrize('system, targets', [
+    ('llama', 'all-linear'), ('bert', 'all-linear'), ('t5', 'query,value'),
+    ('mixtral', 'key,out'), ('gpt', 'out,up,down')])
+def test_pefts_format_there_and_back(system, targets, tmp_path):
+  module, params = models.make(
+      system, lora=dict(rank=3, alpha=6.0, targets=targets))
+  size = peft.write(module.config, params, tmp_path, 'base')
+  model, found = peft.read(adapters.plain(module.config), tmp_path)
+  assert adapters.same(model, module.config)
+  flat = {path: x for path, x in paths.flatten(params).items()
+          if adapters.is_adapter(path)}
+  assert size == sum(x.size for x in flat.values())
+  found = paths.flatten(found)
+  assert found.keys() == flat.keys()
+  for path, x in flat.items():
+    np.testing.assert_array_equal(x, found[path])
+
+
+def test_pefts_names_and_the_order_of_its_axes(tmp_path):
+  module, params = models.make('llama', lora=LORA, num_kv_heads=2)
+  peft.write(module.config, params, tmp_path, 'base')
+  held = load_file(tmp_path / peft.WEIGHTS)
+  flat = paths.flatten(params)
+  name = 'base_model.model.model.layers.1.self_attn.{}_proj.lora_{}.weight'
+  layer = 'decoder/layers/block_0/attention/'
+  np.testing.assert_array_equal(
+      held[name.format('k', 'A')], flat[f'{layer}key_lora_a'][1].T)
+  np.testing.assert_array_equal(  # [heads * size, rank]
+      held[name.format('k', 'B')],
+      flat[f'{layer}key_lora_b'][1].reshape(2, -1).T)
+  np.testing.assert_array_equal(
+      held[name.format('o', 'A')],
+      flat[f'{layer}out_lora_a'][1].reshape(-1, 2).T)
+  tree = json.loads((tmp_path / peft.CONFIG).read_text())
+  assert (tree['r'], tree['lora_alpha'], tree['task_type']) == (
+      2, 4, 'CAUSAL_LM')
+  assert len(tree['target_modules']) == 2 * 7
+
+
+def test_an_adapter_beside_an_imported_model(folder, tmp_path, made):
+  module, params = models.make('llama', vocab_size=384, num_layers=4, lora=LORA)
+  peft.write(module.config, params, tmp_path / 'peft', '')
+  convert.import_(folder, tmp_path / 'run', partial=False, seed=0,
+                  adapter=tmp_path / 'peft')
+  _, found, theirs, _ = convert._from_workdir(tmp_path / 'run', None)
+  assert found.config.lora == module.config.lora.__class__(
+      **LORA | dict(targets='query,key,value,out,up,gate,down', dropout=0.0))
+  jax.tree.map(np.testing.assert_array_equal, theirs,
+               adapters.beside(made[1], params))
+  convert.export(tmp_path / 'run', tmp_path / 'again', step=None, dtype='',
+                 shard_bytes=1, adapter=True)
+  assert (tmp_path / 'again' / peft.WEIGHTS).read_bytes() == (
+      tmp_path / 'peft' / peft.WEIGHTS).read_bytes()
+
+
+@pytest.mark.parametrize('change, words', [
+    (dict(use_dora=True), 'has use_dora True: only False is known'),
+    (dict(peft_type='IA3'), "has peft_type 'IA3': only 'LORA'"),
+    (dict(r='8'), "has r '8': it must be a number > 0"),
+    (dict(r=5), r'lora_A.weight of shape \(2, 32\), and the model needs'),
+    (dict(rank_pattern={'q_proj': 4}), 'has rank_pattern')])
+def test_an_adapter_of_another_kind_is_refused(change, words, tmp_path):
+  module, params = models.make('llama', lora=LORA)
+  peft.write(module.config, params, tmp_path, 'base')
+  file = tmp_path / peft.CONFIG
+  file.write_text(json.dumps(json.loads(file.read_text()) | change))
+  with pytest.raises(RequestError, match=words):
+    peft.read(adapters.plain(module.config), tmp_path)
+
+
+def test_adapters_that_peft_does_not_have_are_refused(tmp_path):
+  module, params = models.make('gpt', lora=LORA)
+  with pytest.raises(RequestError, match='query, key, value of model.arch '
+                     "'gpt' in one tensor"):
+    peft.write(module.config, params, tmp_path, '')
+  module, params = models.make('llama', lora=dict(LORA, targets='query'))
+  peft.write(module.config, params, tmp_path, '')
+  with pytest.raises(RequestError, match='adapter of no product'):
+    peft.read(models.make('gpt')[0].config, tmp_path)
+  with pytest.raises(RequestError, match='which is no adapter of a product'):
+    peft.read(models.make('llama', num_layers=1)[0].config, tmp_path)
+  words = 'no base_model.model.model.layers.2.* in another layer'
+  with pytest.raises(RequestError, match=words):
+    peft.read(models.make('llama', num_layers=3)[0].config, tmp_path)
