@@ -22,8 +22,8 @@ from training import cli, evals
 from training.distributed import interrupts
 
 cli.define_workdir()
-flags.DEFINE_integer('step', None, 'Which checkpoint; default: the newest.',
-                     lower_bound=0, upper_bound=2**31 - 1)
+flags.DEFINE_string('step', None, 'Which checkpoint: the number of a step, or '
+                    'best, of a run with eval.best; default: the newest.')
 flags.DEFINE_list('tasks', ['loss'],
                   f'Comma-separated. {evals.described()}.')
 flags.DEFINE_string('text', '', 'What to evaluate on, written as data.source '
@@ -42,16 +42,17 @@ def main():
   # Imported late: `--help` and a wrong flag answer at once.
   from training.data import sources
   from training.distributed import cpu_memory
-  from training.workdir import storage
+  from training.workdir import step_folders, storage
   from training.evals import checkpoint
   workdir = storage.path(args.workdir)
   json_file = storage.output(args.json, '--json')
+  step = step_folders.named(args.step)
   names = evals.asked_for(args.tasks, args)
   if args.text:
     sources.parse(args.text)
 
   cpu_memory.reuse()
-  figures = checkpoint.evaluate(workdir, names, args, step=args.step,
+  figures = checkpoint.evaluate(workdir, names, args, step=step,
                                 text=args.text, programs={})
   if json_file:
     checkpoint.write(json_file, figures)

@@ -47,7 +47,7 @@ def main():
     raise RequestError('pass both --config FILE.py:SIZE and --workdir DIR')
 
   # Imported late: `--help` and a wrong flag answer at once.
-  from training import endings, initial_state, loop, objectives
+  from training import best, endings, initial_state, loop, objectives
   from training import profile, runs
   from training.data import pipeline, tokenizers
   from training.distributed import cpu_memory, devices, processes
@@ -100,18 +100,21 @@ def main():
     require(changes or not endings.ended_badly(state, config),
             f'{workdir}: {endings.ended_badly(state, config)}')
     run_config.save(workdir, args.config, derived)
-    if start >= config.train.steps:
+    early = best.ended_early(config, saved.best, start)
+    if early or start >= config.train.steps:
       if devices.primary():
-        print(f'{workdir} is complete: {start} steps of {config.train.steps}. '
+        done = early or f'{start} steps of {config.train.steps}'
+        print(f'{workdir} is complete: {done}. '
               f'To look at it: python eval.py --workdir {workdir}. To go on: '
-              'a larger --config.train.steps with --allow_config_change. To '
-              'start anew: another --workdir.')
+              'a larger --config.' + ('eval.patience. To ' if early else
+              'train.steps with --allow_config_change. To ')
+              + 'start anew: another --workdir.')
       return 0
 
     # 5. The loop.
     code = loop.train(run, state, start, train_data, eval_data, saved, workdir,
                       args.profile_steps)
-  return args.stopped_exit_code if code == loop.STOPPED else code
+  return args.stopped_exit_code if code == endings.STOPPED else code
 
 
 if __name__ == '__main__':

@@ -149,6 +149,15 @@ def base() -> ml_collections.ConfigDict:
           # are done after the last step in any case.
           tasks='',
           tasks_every_steps=0,  # steps between two; 0: after the last one alone
+          # A figure of these, such as loss or labels/f1: the checkpoint of the
+          # best is kept. Empty: none.
+          best='',
+          # Which value of it is the best: least or largest; derived, where the
+          # figure is known.
+          best_is='',
+          # Evaluations in a row without a better one after which the run ends;
+          # 0: it goes on to its last step.
+          patience=0,
       ),
       log=dict(
           every_steps=10,  # steps between two lines of metrics

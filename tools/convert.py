@@ -72,7 +72,7 @@ def import_(source: pathlib.Path, workdir: epath.Path, *, partial: bool,
 
 
 def upcycle(source: epath.Path, workdir: epath.Path, *, moe: list[str],
-            step: int | None, seed: int) -> None:
+            step: int | str | None, seed: int) -> None:
   """Makes `workdir` of a dense model, as a mixture of experts at step 0."""
   from training import runs
   from training.hf import generation as hf_generation
@@ -108,7 +108,7 @@ def upcycle(source: epath.Path, workdir: epath.Path, *, moe: list[str],
   print(f'to go on: {_command(workdir, config)}')
 
 
-def export(workdir: epath.Path, folder: pathlib.Path, *, step: int | None,
+def export(workdir: epath.Path, folder: pathlib.Path, *, step: int | str | None,
            dtype: str, shard_bytes: int, dropless: bool = False,
            adapter: bool = False) -> None:
   """Writes a checkpoint of `workdir` to `folder` in Hugging Face's format.
@@ -144,7 +144,8 @@ def _of_gguf(file: pathlib.Path, folder: pathlib.Path) -> None:
   print(f'{folder}: {gguf.write_folder(file, folder):,} parameters of {file}')
 
 
-def merge(workdir: epath.Path, new: epath.Path, *, step: int | None) -> None:
+def merge(workdir: epath.Path, new: epath.Path, *, step: int | str | None
+          ) -> None:
   """Makes the workdir `new` of the model of `workdir` with its low-rank
   adapters added to its weights, as a run at step 0."""
   from training import adapters
@@ -224,7 +225,7 @@ def _from_hf(source: pathlib.Path, partial: bool, seed: int):
   return config, module, loaded.params
 
 
-def _from_workdir(workdir: epath.Path, step: int | None):
+def _from_workdir(workdir: epath.Path, step: int | str | None):
   """Returns (config, module, parameters, step) of a run's checkpoint."""
   from training import runs
   config = runs.for_this_machine(runs.config_of(workdir))
@@ -312,7 +313,7 @@ def _parser() -> argparse.ArgumentParser:
       formatter_class=cli.HelpFormatter)
   out.add_argument('workdir')
   out.add_argument('folder', type=pathlib.Path)
-  out.add_argument('--step', type=int, help='of the checkpoint; the newest')
+  out.add_argument('--step', help='of the checkpoint, or best; the newest')
   out.add_argument('--dtype', default='', choices=(
       '', 'float32', 'bfloat16', 'float16'), help="the parameters' own")
   out.add_argument('--dropless', action='store_true', help='as a model whose '
@@ -327,7 +328,7 @@ def _parser() -> argparse.ArgumentParser:
       formatter_class=cli.HelpFormatter)
   one.add_argument('source')
   one.add_argument('workdir')
-  one.add_argument('--step', type=int, help='of the checkpoint; the newest')
+  one.add_argument('--step', help='of the checkpoint, or best; the newest')
   up = commands.add_parser(
       'upcycle', help='a dense model to experts', allow_abbrev=False,
       formatter_class=cli.HelpFormatter)
@@ -335,7 +336,7 @@ def _parser() -> argparse.ArgumentParser:
   up.add_argument('workdir')
   up.add_argument('--moe', nargs='*', default=[], metavar='FIELD=VALUE',
                   help='of config.model.moe')
-  up.add_argument('--step', type=int, help='of the checkpoint; the newest')
+  up.add_argument('--step', help='of the checkpoint, or best; the newest')
   up.add_argument('--seed', type=int, default=0, help='of the routers')
   gguf = commands.add_parser(
       'gguf', help='a GGUF file to Hugging Face', allow_abbrev=False,
@@ -351,6 +352,8 @@ def main():
     _of_gguf(args.source, args.folder)
     return
   from training import limits  # imported late: --help answers at once
+  from training.workdir import step_folders
+  step = step_folders.named(getattr(args, 'step', None))
   if args.command == 'export':
     limits.number('--shard_bytes', args.shard_bytes,
                   (('>=', 1), ('<=', 2**50)))
@@ -365,12 +368,12 @@ def main():
     import_(args.source, args.workdir, partial=args.partial, seed=args.seed,
             adapter=args.adapter)
   elif args.command == 'merge':
-    merge(storage.path(args.source, 'SOURCE'), args.workdir, step=args.step)
+    merge(storage.path(args.source, 'SOURCE'), args.workdir, step=step)
   elif args.command == 'upcycle':
     upcycle(storage.path(args.source, 'SOURCE'), args.workdir, moe=args.moe,
-            step=args.step, seed=args.seed)
+            step=step, seed=args.seed)
   else:
-    export(args.workdir, args.folder, step=args.step, dtype=args.dtype,
+    export(args.workdir, args.folder, step=step, dtype=args.dtype,
            shard_bytes=args.shard_bytes, dropless=args.dropless,
            adapter=args.adapter)
 

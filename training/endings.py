@@ -8,6 +8,7 @@ STOPPED = 75  # how a run ends after a signal, before its last step
 # And after too many bad steps: as for a wrong request, since the same command
 # would end in the same way, and no launcher is to start it again.
 DIVERGED = 2
+EARLY = -1  # and after eval.patience evaluations: it is done, exit code 0
 BAD = ('the loss or a gradient was not finite, or there was nothing to '
        'predict')
 

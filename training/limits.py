@@ -56,6 +56,7 @@ LIMITS = {
     'checkpoint.keep_every': FROM_0,
     'eval.every_steps': FROM_0,
     'eval.batches': FROM_0,
+    'eval.patience': FROM_0,
     'eval.tasks_every_steps': FROM_0,
     'log.every_steps': FROM_1,
 }

@@ -6,106 +6,24 @@ device has work while the host writes figures and fetches the next batch.
 
 from collections.abc import Iterator, Sequence
 import contextlib
-import dataclasses
-import math
 import pathlib
 import sys
 import time
 from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
 
-from architectures.parts.moe import health
-from training import endings, evaluating, profile, progress, runs, shapes
-from training import timing
+from training import evaluating, profile, progress, runs
+from training import shapes, timing
 from training.costs import flops, peaks
 from training.data import pipeline
 from training.distributed import cpu_memory, devices, signals
-from training.endings import DIVERGED, STOPPED
+from training.endings import DIVERGED, EARLY, STOPPED
 from training.evals import in_training
+from training.member import Member
 from training.step import TrainState
-from training.workdir import checkpoints, metrics
-
-
-@dataclasses.dataclass(eq=False)
-class Member:
-  """A run that the loop trains, alone or beside others.
-
-  Attributes:
-    config: the config of the run.
-    workdir: the folder of the run.
-    saved: the checkpoints of the run.
-    label: the name of the run in messages; '' where it trains alone.
-    last: the figures of the last step that the loop has read.
-    bad: the number of bad steps in a row, up to that step.
-    code: how the run ended: 0, STOPPED or DIVERGED.
-    sentence: why the run did not reach its last step; '' where it did.
-  """
-  config: ml_collections.ConfigDict
-  workdir: pathlib.Path
-  saved: checkpoints.Checkpoints
-  label: str = ''
-  last: dict[str, Any] = dataclasses.field(default_factory=dict)
-  bad: int = 0
-  code: int = 0
-  sentence: str = ''
-
-  def begin(self, start: int) -> None:
-    """Opens the metrics files, and drops the rows after step `start`."""
-    self._writers = metrics.writers(self.workdir, self.config.to_dict(), start,
-                                    devices.primary())
-    self._loads = []  # of the experts, since the last report
-
-  def read(self, figures: dict[str, Any]) -> None:
-    """Takes the figures of a step."""
-    # A step that was under way when there were too many bad ones is read too,
-    # but a good loss does not save the run any more.
-    if not self.too_many_bad:
-      self.bad = figures['bad_in_row']
-    self.last = figures
-    if 'health/load_E' in figures:
-      self._loads.append((figures['health/load_E'], figures['health/tokens']))
-
-  def report(self, n: int, lap: dict[str, Any]) -> None:
-    """Writes the figures of step `n`, and how long it took."""
-    self.write(n, 'train', self.last | lap | _over_window(self._loads))
-    self._loads.clear()
-
-  def write(self, n: int, split: str, figures: dict[str, Any]) -> None:
-    for writer in self._writers:
-      writer.write(n, split, figures)
-
-  @property
-  def too_many_bad(self) -> bool:
-    return self.bad >= self.config.train.max_bad_steps
-
-  @property
-  def sound(self) -> bool:
-    """Whether the parameters are finite. No later step can mend parameters
-    that are not finite, so they are not saved."""
-    return math.isfinite(self.last['param_norm'])
-
-  def save(self, n: int, state: TrainState, tokens: int) -> None:
-    for writer in self._writers:
-      writer.flush()
-    self.saved.save(n, state, next_batch=n, tokens=tokens, config=self.config,
-                    good=not self.last['bad_in_row'])
-
-  def close(self) -> None:
-    for writer in self._writers:
-      writer.close()
-
-  def end(self, code: int, n: int) -> None:
-    """Records that the run ends after step `n`, as `code` says."""
-    self.code = code
-    if code == DIVERGED:
-      self.sentence = endings.diverged(n, self.bad, self.saved.newest)
-    else:
-      of = f' of {self.config.train.steps}' if self.label else ''
-      self.sentence = (f'stopped after step {n}{of}, '
-                       f'{endings.saved_as(n, self.saved.newest)}')
+from training.workdir import checkpoints
 
 
 def train(run: runs.Run, state: TrainState, start: int,
@@ -123,9 +41,9 @@ def train(run: runs.Run, state: TrainState, start: int,
   if devices.primary():
     if member.code == DIVERGED:
       print(f'error: {member.sentence}', file=sys.stderr)
-    elif member.code == STOPPED:
+    elif member.code:
       print(member.sentence)
-  return member.code
+  return 0 if member.code == EARLY else member.code
 
 
 def train_all(program: runs.Run, members: Sequence[Member], state: TrainState,
@@ -190,6 +108,7 @@ class _Loop:
     self._compile(state, batch)
     self.bar = progress.bar(self.steps, n, devices.primary())
     self.meter.begin(n)
+    self._catch_up(n, state)
     ends = False
     while self.live and not ends:
       profiler.before(n, state)
@@ -289,6 +208,16 @@ class _Loop:
     every = self.program.config.eval.every_steps
     return bool(every) and (n % every == 0 or n == self.steps)
 
+  def _catch_up(self, n: int, state: TrainState) -> None:
+    """Does what a signal after step `n` kept from being done before the run was
+    resumed: the evaluation that decides what is best, and whether to go on."""
+    late = [m for m in self.members if m.best and m.best.seen < n]
+    if late and (self._is_evaluated(n) or self.tasks.due(n)):
+      self._evaluate(n, state)
+    for member in late:
+      if member.best.is_over:
+        member.end(EARLY, n)
+
   def _evaluate(self, n: int, state: TrainState) -> None:
     """Evaluates all members on the held-out data, and by the tasks of
     eval.tasks, as far as each is due; writes and shows what is found."""
@@ -301,6 +230,9 @@ class _Loop:
     for row, member in self.live.items():
       if figures[row]:
         member.write(n, 'eval', figures[row])
+        if member.best and member.best.seen < n and not self._cut_short(n):
+          member.best.take(n, figures[row])
+          member.saved.best = member.best.record()
 
   def _cut_short(self, n: int) -> bool:
     """Whether to leave an evaluation at that. A signal does not cut the last
@@ -348,13 +280,12 @@ class _Loop:
   def _save_or_end(self, n: int, state: TrainState, ends: bool) -> None:
     """Saves the members when that is due, and ends those that diverged.
 
-    A member that has had too many bad steps is saved whether that is due or
-    not. `ends` says that no member trains after step `n`.
+    `ends` says that no member trains after step `n`.
     """
     live = self.live
     # One answer holds for all: the members' clocks began together.
     if not (ends or any(m.saved.due(n) for m in live.values())):
-      live = {row: m for row, m in live.items() if m.too_many_bad}
+      live = {row: m for row, m in live.items() if m.asks_to_be_saved(n)}
     if not live:
       return
     self._report(self.held.flush())
@@ -370,18 +301,10 @@ class _Loop:
     for member in live.values():
       if member.too_many_bad or n == self.steps and not member.sound:
         member.end(DIVERGED, n)
-        if member.label:  # the others go on
-          self._say(member, member.sentence)
+      elif member.best and member.best.is_over and n < self.steps:
+        member.end(EARLY, n)
+      if member.code and member.label:  # the others go on
+        self._say(member, member.sentence)
 
   def _say(self, member: Member, text: str) -> None:
     self.bar.say(f'{member.label}: {text}' if member.label else text)
-
-
-def _over_window(loads: list[tuple]) -> dict[str, Any]:
-  """Returns the experts' panel over the steps since the last report, given
-  (load, tokens) of each."""
-  if not loads:
-    return {}
-  figures = health.window(*(np.asarray(x, np.float32) for x in zip(*loads)))
-  return {f'health/window_{name}': np.asarray(x).tolist()
-          for name, x in figures.items()}

@@ -21,8 +21,7 @@ from architectures.parts.config import ModelConfig
 from architectures.parts.moe import grouped_kernels
 from configs import sharding as tables
 from configs.errors import RequestError, one_of, require
-from training import description, limits
-from training import evals, objectives
+from training import best, description, evals, limits, objectives
 from training.data import pipeline, tokenizers
 from training.distributed import devices
 from training.optim import mup, optimizers
@@ -98,6 +97,7 @@ def check_config(config: ml_collections.ConfigDict, by_hand: Iterable[str] = ()
   limits.refuse_unread(config)
   one_of('mesh.rules', config.mesh.rules, tables.RULES)
   optimizers.check_optim(config.optim)
+  best.check_best(config)
   metrics.check_writers(config.log)
   module = architectures.build(_without_tokenizer(config))
   limits.refuse_unread_of(by_hand, config, module.config)
@@ -285,7 +285,7 @@ def _check_context(config: ml_collections.ConfigDict, context: int) -> None:
             f'divide data.{name} {size}: choose a multiple of it')
 
 
-def restore_params(run: Run, workdir: epath.Path, step: int | None = None
+def restore_params(run: Run, workdir: epath.Path, step: int | str | None = None
                    ) -> tuple[Any, int]:
   """Returns the parameters of a checkpoint, and its step; prints which it is,
   and the checkpoints that were passed over because they are damaged.
@@ -293,7 +293,7 @@ def restore_params(run: Run, workdir: epath.Path, step: int | None = None
   Args:
     run: the run of `workdir`.
     workdir: its folder.
-    step: which checkpoint; None: the newest good one.
+    step: which checkpoint; 'best'; None: the newest good one.
   """
   restored = restoring.restore(
       restoring.directory(workdir), {'params': run.abstract.params}, step,

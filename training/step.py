@@ -93,11 +93,7 @@ def parameter_shares(module: nn.Module, optim: ml_collections.ConfigDict):
   has, None where all have the whole; see shares.of."""
   if not (optim.freeze or module.config.lora.rank) and optim.layer_decay == 1:
     return None
-  boxed = abstract_params(module)
-  shapes = jax.tree.map(  # not unboxed: that would place them on a mesh
-      lambda box: box.value, boxed,
-      is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata))
-  return shares.of(optim, roles.read(boxed), shapes,
+  return shares.of(optim, parameter_roles(module), parameter_shapes(module),
                    adapted=module.config.lora.rank > 0)
 
 

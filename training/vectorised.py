@@ -26,7 +26,7 @@ import numpy as np
 
 from configs import sharding as tables
 from configs.errors import EnvironmentFailure, require
-from training import endings, loop, objectives, runs
+from training import best, endings, loop, objectives, runs
 from training.data import pipeline, tokenizers
 from training.distributed import devices
 from training.step import TrainState, init_state
@@ -137,13 +137,14 @@ def train(configs: Sequence[ml_collections.ConfigDict],
       if start >= config.train.steps:
         print(f'{len(part)} of {len(going)} runs are complete: {start} steps '
               f'of {config.train.steps}')
-      elif any(member.code == loop.STOPPED for member, *_ in going):
+      elif any(member.code == endings.STOPPED for member, *_ in going):
         for member in part:
           member.sentence = f'stopped before step {start}'
       else:
         _train_part(run, part, states, start, tokenizer)
   sentences = {place: member.sentence
-               for place, (member, *_) in enumerate(found) if member.sentence}
+               for place, (member, *_) in enumerate(found)
+               if member.sentence and member.code != endings.EARLY}
   if sentences:
     raise Unfinished(sentences, workdirs)
 
@@ -161,6 +162,9 @@ def _take_up(run: runs.Run, member: loop.Member, changed: bool
   print(f'{member.workdir}: going on from step {restored.step}')
   if not changed:
     member.sentence = endings.ended_badly(restored.state, member.config)
+  early = best.ended_early(member.config, member.saved.best, restored.step)
+  if early and not member.sentence:
+    member.sentence, member.code = early, endings.EARLY
   return restored.state, restored.record['next_batch']
 
 
@@ -177,7 +181,7 @@ def _train_part(run: runs.Run, part: Sequence[loop.Member],
   n = loop.train_all(
       group, part, group.joined(states) if start else group.new_state(), start,
       loaders, pipeline.held_out(group.config, tokenizer))
-  if any(member.code == loop.STOPPED for member in part):
+  if any(member.code == endings.STOPPED for member in part):
     print(f'stopped after step {n}: the same request goes on.')
 
 

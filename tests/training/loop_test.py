@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import pytest
 
 from configs import base
-from training import evaluating, loop, objectives
+from configs.errors import RequestError
+from training import endings, evaluating, loop, objectives
+from training import member as member_lib
 from training.distributed import signals
 from training.evals import in_training
 
@@ -97,14 +99,15 @@ class Saved:
 
   def __init__(self, due=()):
     self.saves, self.newest, self._due = [], None, due
+    self.best = None
 
   def due(self, step):
     return step in self._due
 
-  def save(self, step, state, *, next_batch, tokens, config, good):
+  def save(self, step, state, *, next_batch, tokens, config, good, best):
     assert (next_batch, tokens) == (step, 4 * step)
     self.saves.append((step, state, good))
-    self.newest = step
+    self.newest, self.best = step, best
 
   def wait(self):
     pass
@@ -115,7 +118,7 @@ def _train(tmp_path, monkeypatch):
   """Returns a function that trains; see `Program`."""
   monkeypatch.setattr(loop.flops, 'training_flops_per_token', lambda *_: 1.0)
 
-  def train(*rows, due=(), stop=None, **fields):
+  def train(*rows, due=(), stop=None, start=0, best=None, **fields):
     config = base.base()
     config.train.update(steps=STEPS, max_bad_steps=2)
     config.data.update(batch_size=1, length=4)
@@ -130,7 +133,10 @@ def _train(tmp_path, monkeypatch):
     members = [loop.Member(config, tmp_path / str(i), Saved(due),
                            f'run {i}' if several else '')
                for i in range(len(rows))]
-    n = loop.train_all(program, members, _state(0), 0, [Loader()], [Loader()])
+    for member in members:
+      member.saved.best = best
+    n = loop.train_all(program, members, _state(start), start, [Loader()],
+                       [Loader()])
     return n, members, program
 
   return train
@@ -165,7 +171,7 @@ def test_too_many_bad_steps_are_saved_as_bad_and_end_the_run(train):
   """The second is read when step 5 is under way, which is saved, and counts
   no more: it would be good."""
   n, (member,), _ = train(bad(3, 4))
-  assert (n, member.code) == (5, loop.DIVERGED)
+  assert (n, member.code) == (5, endings.DIVERGED)
   assert member.saved.saves == [(5, (0, 5), True)]
   assert '2 steps in a row' in member.sentence
   assert 'saved as step 5' in member.sentence
@@ -184,7 +190,7 @@ def test_parameters_that_are_not_finite_are_not_saved(train, capsys):
   """A last step that makes them so has diverged, without one bad step."""
   nan = dict(param_norm=math.nan)
   n, (member,), _ = train({5: nan, 6: nan}, due=(4, 5))
-  assert (n, member.code) == (STEPS, loop.DIVERGED)
+  assert (n, member.code) == (STEPS, endings.DIVERGED)
   assert member.saved.saves == [(4, (0, 4), True)]
   assert 'after the last step, 6' in member.sentence
   assert 'newest checkpoint is of step 4' in member.sentence
@@ -193,7 +199,7 @@ def test_parameters_that_are_not_finite_are_not_saved(train, capsys):
 
 def test_a_stop_saves_and_says_what_the_run_goes_on_from(train):
   n, (member,), _ = train({}, stop=3)
-  assert (n, member.code) == (3, loop.STOPPED)
+  assert (n, member.code) == (3, endings.STOPPED)
   assert member.saved.saves == [(3, (0, 3), True)]
   assert member.sentence == (
       'stopped after step 3, saved: the same command goes on from it.')
@@ -206,13 +212,13 @@ def test_a_stop_saves_and_says_what_the_run_goes_on_from(train):
 
 def test_a_member_that_ends_leaves_the_others_alone(train):
   n, members, program = train({}, bad(2, 3), {}, due=(2,))
-  assert [m.code for m in members] == [0, loop.DIVERGED, 0]
+  assert [m.code for m in members] == [0, endings.DIVERGED, 0]
   assert [_steps(m)[-1] for m in members] == [6, 4, 6]
   assert [m.saved.saves for m in members] == [
       [(2, (row, 2), row != 1), (last, (row, last), True)]
       for row, last in ((0, 6), (1, 4), (2, 6))]
   n, members, _ = train(bad(2, 3), bad(3, 4))
-  assert [m.code for m in members] == [loop.DIVERGED] * 2
+  assert [m.code for m in members] == [endings.DIVERGED] * 2
   assert n == 5  # where the last one ended
 
 
@@ -246,6 +252,65 @@ def test_a_signal_cuts_tasks_short_and_leaves_no_part(
     assert member.saved.newest == n
 
 
+def _scores(monkeypatch, *scores):
+  """Lets the evaluation after step n find scores[row][n - 1]."""
+  monkeypatch.setattr(
+      in_training.Tasks, 'of', lambda self, params, n, workdir, stop: (
+          in_training.Found({'x/f1': scores[params[0]][n - 1]}, [])))
+
+
+BEST = dict(eval__tasks='x', eval__tasks_every_steps=1, eval__best='x/f1')
+
+
+def test_the_best_step_is_saved_when_it_is_the_best_so_far(train, monkeypatch):
+  _scores(monkeypatch, [0.1, 0.3, 0.2, 0.3, 0.4, math.nan])
+  _, (member,), _ = train({}, **BEST)
+  assert [step for step, *_ in member.saved.saves] == [1, 2, 5, 6]
+  assert member.saved.best == dict(figure='x/f1', largest=True, step=5,
+                                   value=0.4, waited=1, seen=6)
+  _, (member,), _ = train({}, **BEST, eval__best_is='least')
+  assert [step for step, *_ in member.saved.saves] == [1, 6]
+
+
+def test_a_run_that_waits_in_vain_ends_early(train, monkeypatch):
+  """Each member by its own figures; an equal one is no better."""
+  _scores(monkeypatch, [0.1, 0.3, 0.2, 0.3, 0.4, 0.5],
+          [0.1, 0.2, 0.3, 0.1, 0.4, 0.3], [0.3, 0.3, 0.3, 0.3, 0.3, 0.3])
+  n, members, _ = train({}, {}, {}, **BEST, eval__patience=2)
+  assert n == STEPS
+  assert [m.code for m in members] == [endings.EARLY, 0, endings.EARLY]
+  assert [m.saved.newest for m in members] == [4, 6, 3]
+  assert members[0].sentence == (
+      'ended early after step 4: x/f1 has not been better in 2 evaluations in '
+      'a row (eval.patience); the best is 0.3, of step 2')
+  assert _steps(members[2]) == [1, 2, 3]
+  n, (member,), _ = train({}, **BEST, eval__patience=2)
+  assert (n, member.code) == (4, endings.EARLY)
+
+
+@pytest.mark.parametrize('stop', [1, 2, 3, 4, 5])
+def test_a_run_that_goes_on_decides_as_without_the_break(
+    train, monkeypatch, stop):
+  """Also where the signal falls on an evaluation, which is then done late."""
+  _scores(monkeypatch, [0.3, 0.2, 0.35, 0.1, 0.1, 0.1])
+  fields = BEST | dict(eval__patience=2)
+  whole = train({}, **fields)[1][0]
+  assert (whole.saved.newest, whole.best.step) == (5, 3)
+  _, (first,), _ = train({}, **fields, stop=stop)
+  assert first.code == endings.STOPPED and first.best.seen == stop - 1
+  monkeypatch.setattr(signals.Stop, 'agreed', lambda self, n: False)
+  n, (member,), _ = train({}, **fields, start=stop, best=first.saved.best)
+  assert (n, member.code) == (5, endings.EARLY)
+  assert member.best == whole.best and member.sentence == whole.sentence
+
+
+def test_a_figure_that_is_none_ends_the_run_in_a_sentence(train, monkeypatch):
+  _scores(monkeypatch, [0.1])
+  with pytest.raises(RequestError, match="eval.best is 'x/accuracy', which is "
+                     'no figure of these evaluations: choose from x/f1'):
+    train({}, **BEST | dict(eval__best='x/accuracy'))
+
+
 @pytest.mark.parametrize('at, evaluated, n', [
     (4, [], 4), (STEPS, [4, STEPS], STEPS)])
 def test_a_signal_cuts_an_evaluation_short_unless_it_is_the_last(
@@ -266,13 +331,13 @@ def test_a_signal_cuts_an_evaluation_short_unless_it_is_the_last(
     for member in members:
       assert _steps(member, 'eval') == evaluated
       assert member.saved.newest == n
-      assert member.code == (0 if n == STEPS else loop.STOPPED)
+      assert member.code == (0 if n == STEPS else endings.STOPPED)
 
 
 def test_the_experts_panel_is_over_the_steps_since_the_last_report(
     train, monkeypatch):
   windows = []
-  monkeypatch.setattr(loop.health, 'window', lambda load, tokens: (
+  monkeypatch.setattr(member_lib.health, 'window', lambda load, tokens: (
       windows.append(tokens.tolist()) or {}))
   figures = {n: {'health/load_E': [n], 'health/tokens': n}
              for n in range(1, STEPS + 1)}

@@ -6,6 +6,8 @@ import dataclasses
 import functools
 import math
 
+from configs.errors import require
+
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
@@ -63,6 +65,9 @@ def bytes_per_device(config, devices: int = 0) -> dict[str, int]:
   from training.costs import memory
   from training.data import sources
   runs.check_config(config)
+  require(not config.eval.patience, f'eval.patience is {config.eval.patience}: '
+          'the points of a sweep are compared after their last step, and none '
+          'ends before it; leave it at 0')
   for source in filter(None, (config.data.source, config.data.eval_source)):
     sources.parse(source)
   least = math.prod(max(config.mesh[axis], 1) for axis in tables.MESH_AXES)

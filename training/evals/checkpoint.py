@@ -13,14 +13,15 @@ from training.workdir import metrics, storage
 
 
 def evaluate(workdir: epath.Path, names: Sequence[str], options: Any, *,
-             step: int | None, text: str, programs: dict) -> dict[str, Any]:
+             step: int | str | None, text: str, programs: dict
+             ) -> dict[str, Any]:
   """Returns the figures of each task, and prints them for a reader.
 
   Args:
     workdir: the run's folder.
     names: the tasks, as evals.TASKS has them.
     options: values of the flags of evals.define_flags.
-    step: which checkpoint; None: the newest.
+    step: which checkpoint; 'best'; None: the newest.
     text: what to evaluate on, as data.source; '': what the run holds out.
     programs: what earlier evaluations of this process compiled; it is added to.
 

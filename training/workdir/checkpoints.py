@@ -63,13 +63,14 @@ class Checkpoints:
     self._last_step = None  # the one on disk that equals the live state
     self.directory = restoring.directory(workdir)
     self._good = {}  # by step: whether it is of no bad step
+    self.best = None  # training.best.Best.record of the newest checkpoint
     orbax_noise.silence()
     with writing.to(self.directory):
       self._manager = ocp.CheckpointManager(
           self.directory,
           options=ocp.CheckpointManagerOptions(
               preservation_policy=keeping.Policy(
-                  keep, keep_every, self._is_good),
+                  keep, keep_every, self._is_good, self._best_step),
               step_name_format=step_folders.Names(),
               cleanup_tmp_directories=True,  # what a killed save has left
               # Else, where a folder cannot be made, the threads that wait for
@@ -106,8 +107,12 @@ class Checkpoints:
       self._good[step] = restoring.is_good(self.directory, step)
     return self._good[step]
 
+  def _best_step(self) -> int | None:
+    return self.best and self.best['step']
+
   def save(self, step: int, state: Any, *, next_batch: int, tokens: int,
-           config: ml_collections.ConfigDict, good: bool = True) -> bool:
+           config: ml_collections.ConfigDict, good: bool = True,
+           best: dict[str, Any] | None = None) -> bool:
     """Starts to save; returns once `state` may be donated to the next step.
 
     Waits for the save before it, whose failure is raised here.
@@ -120,6 +125,8 @@ class Checkpoints:
       config: the run's ConfigDict.
       good: whether the step was good: its loss, its gradients and what they
         made of the parameters were finite.
+      best: the run's best evaluation so far (training/best.py), whose step is
+        kept whatever `keep` says; None: the run has none.
 
     Returns:
       False if this very state is on disk already, else True.
@@ -131,11 +138,11 @@ class Checkpoints:
     arrays = restoring.plain(state)
     record = dict(
         step=step, next_batch=next_batch, tokens=tokens,
-        good=good, config=run_config.to_json(config),
+        good=good, best=best, config=run_config.to_json(config),
         environment=environment(),
         arrays=_describe(paths.flatten(state), checksums.of(state), arrays))
     self.wait()
-    self._good[step] = good
+    self._good[step], self.best = good, best
     with self._writing(step):
       self._manager.save(
           step, force=True,
@@ -165,6 +172,7 @@ class Checkpoints:
     self._set_aside([s for s in steps if s > restored.step])
     self._last_step = restored.step
     self._last_time = self._clock()
+    self.best = restored.record.get('best')  # earlier records have none
     return restored
 
   def _set_aside(self, steps: list[int]):

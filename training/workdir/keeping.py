@@ -14,10 +14,12 @@ class Policy:
     keep: how many of the newest good checkpoints are kept.
     keep_every: a step that is a multiple of it is kept for good; 0: none.
     is_good: whether the checkpoint of a step is of no bad step.
+    best: returns the step whose evaluation was the best; None: there is none.
   """
   keep: int
   keep_every: int
   is_good: Callable[[int], bool]
+  best: Callable[[], int | None] = lambda: None
 
   def should_preserve(self, checkpoints: Sequence, *, context: Any
                       ) -> list[bool]:
@@ -29,7 +31,8 @@ class Policy:
 
   def kept(self, steps: Sequence[int]) -> set[int]:
     """Returns those of `steps` to keep: the newest, since the run goes on from
-    it; the newest `keep` good ones; and each multiple of keep_every."""
+    it; the newest `keep` good ones; each multiple of keep_every; and the best.
+    """
     good = []
     for step in sorted(steps, reverse=True):
       if len(good) == self.keep:
@@ -38,4 +41,5 @@ class Policy:
         good.append(step)
     forever = [step for step in steps
                if self.keep_every and step % self.keep_every == 0]
-    return {*good, *forever, *sorted(steps)[-1:]}
+    best = [step for step in steps if step == self.best()]
+    return {*good, *forever, *best, *sorted(steps)[-1:]}

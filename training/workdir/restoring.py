@@ -72,8 +72,27 @@ def steps(folder: epath.Path) -> list[int]:
 _MOST_STEPS = 4096
 
 
-def restore(folder: epath.Path, abstract: Any, step: int | None = None, *,
-            partial: bool = False) -> Restored:
+def best_step(folder: epath.Path) -> int:
+  """Returns the step whose evaluation was the best, as the newest record that
+  can be read has it.
+
+  Raises:
+    RequestError: where none is kept.
+  """
+  for candidate in steps(folder)[::-1]:
+    try:
+      best = _read_record(folder / str(candidate)).get('best')
+    except _Damaged:
+      continue
+    if best and best['step'] is not None:
+      return best['step']
+    break
+  raise RequestError(f'there is no best checkpoint in {folder}: eval.best of '
+                     'the run names no figure, or nothing was evaluated yet')
+
+
+def restore(folder: epath.Path, abstract: Any, step: int | str | None = None,
+            *, partial: bool = False) -> Restored:
   """Returns the newest good checkpoint of `folder`, or that of `step`.
 
   Args:
@@ -90,6 +109,8 @@ def restore(folder: epath.Path, abstract: Any, step: int | None = None, *,
   available = steps(folder)
   if not available:
     raise RequestError(f'no checkpoint in {folder}')
+  if step == step_folders.BEST:
+    step = best_step(folder)
   if step is not None and step not in available:
     raise RequestError(f'no checkpoint of step {step} in {folder}: there are '
                        f'{", ".join(map(str, available))}')

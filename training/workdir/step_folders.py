@@ -9,6 +9,9 @@ from collections.abc import Iterator
 
 from etils import epath
 
+from configs.errors import require
+
+BEST = 'best'  # a name for the step whose evaluation was the best
 MOST = 2**31 - 1  # what the counter of a state can hold
 
 
@@ -18,6 +21,20 @@ def number(name: str) -> int | None:
     return None
   step = int(name)
   return step if name == str(step) and step <= MOST else None
+
+
+def named(text: str | None) -> int | str | None:
+  """Returns what --step names: a step, BEST, or None for the newest.
+
+  Raises:
+    RequestError: for a text that is neither.
+  """
+  if text is None or text == BEST:
+    return text
+  step = number(text)
+  require(step is not None, f'--step is {text!r}: write the number of a step, '
+          f'or {BEST} for the best of a run with eval.best')
+  return step
 
 
 def finished(folder: epath.Path) -> list[int]:

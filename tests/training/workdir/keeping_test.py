@@ -11,15 +11,18 @@ from training.workdir import restoring
 
 @hypothesis.given(
     goods=st.dictionaries(st.integers(0, 60), st.booleans(), max_size=20),
-    keep=st.integers(1, 4), keep_every=st.sampled_from([0, 1, 7]))
+    keep=st.integers(1, 4), keep_every=st.sampled_from([0, 1, 7]),
+    best=st.none() | st.integers(0, 60))
 @hypothesis.settings(deadline=None)
-def test_what_is_kept(goods, keep, keep_every):
-  kept = keeping.Policy(keep, keep_every, goods.__getitem__).kept(list(goods))
+def test_what_is_kept(goods, keep, keep_every, best):
+  kept = keeping.Policy(keep, keep_every, goods.__getitem__, lambda: best
+                        ).kept(list(goods))
   assert kept <= set(goods)
   good = [step for step in sorted(goods) if goods[step]]
   assert set(good[-keep:]) <= kept
   assert not goods or max(goods) in kept
-  for step in kept - set(good[-keep:]) - {max(goods, default=0)}:
+  assert best not in goods or best in kept
+  for step in kept - set(good[-keep:]) - {max(goods, default=0), best}:
     assert keep_every and step % keep_every == 0
   if keep_every:
     assert {step for step in goods if step % keep_every == 0} <= kept

@@ -1,0 +1,92 @@
+"""The best checkpoint of a run: it is kept, found by its name, remembered by a
+run that goes on, and the run ends after eval.patience evaluations."""
+
+import pytest
+
+from configs import base
+from configs.errors import RequestError
+from tests import train_test
+from training import best, runs
+from training.workdir import step_folders
+
+texts = train_test.texts
+# The learning rate is so large that the loss rises again.
+FLAGS = ('--config.eval.best=loss', '--config.eval.every_steps=2',
+         '--config.checkpoint.keep=1', '--config.checkpoint.every_steps=0',
+         '--config.optim.schedule=constant', '--config.optim.lr=0.03',
+         '--config.optim.warmup_steps=0', '--config.model.d_model=16')
+
+
+def config(**fields):
+  c = base.base()
+  c.eval.update(fields)
+  return c
+
+
+@pytest.mark.parametrize('fields, words', [
+    (dict(patience=3), 'eval.patience is 3, which is not read where eval.best '
+     'is empty'),
+    (dict(best_is='least'), "eval.best_is is 'least', which is not read"),
+    (dict(best='labels/f1'), "eval.tasks has no 'labels': it has none"),
+    (dict(best='loss', every_steps=0), 'eval.every_steps is 0: nothing is'),
+    (dict(best='surprise'), 'set eval.best_is to least or largest'),
+    (dict(best='loss', best_is='min'), "eval.best_is 'min': choose from"),
+    (dict(best='loss', patience=-1), 'eval.patience is -1: it must be')])
+def test_what_cannot_be_meant_is_refused(fields, words):
+  with pytest.raises(RequestError, match=words):
+    runs.check_config(config(**fields))
+
+
+@pytest.mark.parametrize('figure, largest', [
+    ('loss', False), ('accuracy', True), ('labels/f1', True),
+    ('labels/loss', False)])
+def test_the_way_of_a_known_figure(figure, largest):
+  assert best.Best.of(config(best=figure), None).largest == largest
+  assert best.Best.of(config(best=figure, best_is='largest'), None).largest
+
+
+def test_another_figure_begins_anew():
+  kept = best.Best('loss', False, 1, 4, 0.5, 3).record()
+  assert best.Best.of(config(best='loss', patience=9), kept).waited == 3
+  assert best.Best.of(config(best='perplexity'), kept).step is None
+  assert not best.ended_early(config(best='loss', patience=4), kept, 8)
+  assert 'is 0.5, of step 4' in best.ended_early(
+      config(best='loss', patience=3), kept, 8)
+
+
+@pytest.mark.parametrize('text', ['-1', '2.5', 'last', '', '02'])
+def test_a_step_that_is_none_is_refused(text):
+  assert step_folders.named(None) is None
+  assert step_folders.named('20') == 20
+  with pytest.raises(RequestError, match='write the number of a step, or best'):
+    step_folders.named(text)
+
+
+@pytest.mark.slow
+def test_the_best_of_a_run_is_kept_beside_the_newest(texts, tmp_path, capsys):
+  """By train.py, eval.py and in two parts, of which the second decides as the
+  first would have."""
+  words = train_test.command(tmp_path / 'run', texts, *FLAGS)
+  train_test.run(words)
+  losses = {row['step']: row['loss'] for row in
+            train_test.rows(tmp_path / 'run') if row['split'] == 'eval'}
+  lowest = min(losses, key=losses.get)
+  assert lowest < 20  # or there is nothing to see
+  found = lambda name: sorted(int(path.name) for path in (
+      tmp_path / name / 'checkpoints').iterdir() if path.name.isdigit())
+  assert found('run') == [lowest, 20]
+  said = train_test.evaluate(tmp_path / 'run', '--step=best').stdout
+  assert f'step {lowest}' in said
+  # With patience it ends, and says so again where it is started again.
+  waits = ('--config.eval.patience=2',)
+  end = next(n for n in losses if n >= 6 and all(
+      losses[m] >= min(losses[k] for k in losses if k < n - 2)
+      for m in (n - 2, n)))
+  words = train_test.command(tmp_path / 'two', texts, *FLAGS, *waits)
+  said = train_test.run(words).stdout
+  assert f'ended early after step {end}: loss has not been better' in said
+  assert found('two')[-1] == end
+  said = train_test.run(words).stdout
+  assert f'is complete: ended early after step {end}' in said
+  assert [row['step'] for row in train_test.rows(tmp_path / 'two')
+          if row['split'] == 'eval'][-1] == end
