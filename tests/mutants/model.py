@@ -1,6 +1,9 @@
 """Mutants of a model's parts but attention and experts."""
 
 MUTANTS = {
+    'training/adapters.py': [
+        ('+ scale * product', '+ product', 'lora: merged'),
+    ],
     'architectures/parts/linear.py': [
         ('stddev /= (2 * config.num_layers) ** 0.5',
          'stddev /= config.num_layers ** 0.5', 'parts: born'),
@@ -24,6 +27,9 @@ MUTANTS = {
          '                      ).astype(out_dtype)', 'losses: bfloat16'),
         ('(x.astype(jnp.float32) + b', '(x.astype(jnp.float32) - b',
          'parity: equals and gpt-plain'),
+        ('jnp.asarray(c.lora.scale, y.dtype) * z', 'z', 'lora: merged'),
+        ("1 / 3, 'fan_in', 'uniform'", "1.0, 'fan_in', 'uniform'",
+         'lora: drawn'),
     ],
     'architectures/parts/roles.py': [
         ('(*range(first), *shift', '(0, *shift', 'roles: picture'),

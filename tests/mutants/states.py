@@ -1,10 +1,25 @@
 """Mutants of checkpoints: what is saved, when, and what is read back."""
 
 MUTANTS = {
-    'training/loop.py': [
+    'training/member.py': [
         ('if not self.too_many_bad:', 'if True:', 'loop: too_many'),
         ("good=not self.last['bad_in_row']", 'good=True',
          'loop: too_many or finite'),
+        ('    self._loads.clear()\n', '', 'loop: panel'),
+        ('self.best.step == n or self.best.is_over', 'self.best.is_over',
+         'loop: best_step'),
+        ('return self.too_many_bad or self.best', 'return self.best',
+         'loop: member_that_ends'),
+    ],
+    'training/best.py': [
+        ('value > self.value if', 'value >= self.value if', 'loop: vain'),
+        ('0 < self.patience <= self.waited', '0 < self.patience < self.waited',
+         'loop: vain'),
+        ('not math.isfinite(value)', 'False', 'loop: best_step'),
+        ("e.best_is == 'largest' if e.best_is", "True if e.best_is",
+         'loop: best_step'),
+    ],
+    'training/loop.py': [
         ('if live[row].sound:', 'if True:', 'loop: finite'),
         ('or n == self.steps and not member.sound', '', 'loop: finite'),
         ('or n == self.steps and not member.sound', 'or not member.sound',
@@ -17,9 +32,10 @@ MUTANTS = {
          '      if ends:\n        self._save_or_end(n, state, ends)\n',
          'loop: too_many or member'),
         ('if row not in live:', 'if False:', 'loop: member_that_ends'),
-        ('live = {row: m for row, m in live.items() if m.too_many_bad}',
+        ('live = {row: m for row, m in live.items() if m.asks_to_be_saved(n)}',
          'live = dict(live) if any(m.too_many_bad for m in live.values()) '
          'else {}', 'loop: member_that_ends'),
+        ('    self._catch_up(n, state)\n', '', 'loop: without_the_break'),
         ('ends = stopped or n == self.steps', 'ends = n == self.steps',
          'loop: stop'),
         ('      if n < self.steps:\n        member.end(STOPPED, n)',
@@ -30,7 +46,6 @@ MUTANTS = {
          'loop: signal_cuts'),
         ('(n % every == 0 or n == self.steps)', 'n % every == 0',
          'loop: signal_cuts'),
-        ('    self._loads.clear()\n', '', 'loop: panel'),
     ],
     'training/workdir/restoring.py': [
         ("if sums[name] != record['arrays'][name]['checksum']]",
@@ -69,6 +84,7 @@ MUTANTS = {
          'restoring: another_mesh'),
     ],
     'training/workdir/keeping.py': [
+        ('*best, *sorted', '*sorted', 'keeping: kept'),
         ('if len(good) == self.keep:', 'if len(good) > self.keep:',
          'keeping: kept'),
         ('      if self.is_good(step):', '      if True:', 'keeping: kept'),

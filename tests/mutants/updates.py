@@ -42,6 +42,14 @@ MUTANTS = {
          'step_figures: by_hand'),
         ("f'aux/{name}'", "f'{name}'", 'step_figures: auxiliary'),
     ],
+    'training/optim/shares.py': [
+        ('self._layers - self._below[stack] - int', 'self._layers - int',
+         'shares: below'),
+        ('row * self._period[stack] + block', 'row + block', 'shares: powers'),
+        ('self._layers + 1 if', 'self._layers if', 'shares: powers'),
+        ('np.ndim(share) == 0 or np.all(share)', 'True',
+         'shares: step_leaves'),
+    ],
     'training/losses.py': [
         ('log_z_QBP - (1 - smooth) * target_QBP', 'log_z_QBP - target_QBP',
          'losses: equations and smoothing and 8'),
