@@ -79,7 +79,7 @@ def findings(system: str) -> list[compare.Finding]:
 
 def _run(system: str, folder: pathlib.Path) -> Adapted:
   """Returns what PEFT computes; writes its adapters and their gradients."""
-  import peft as theirs
+  theirs = importlib.import_module('peft')
   import torch
   stack = architectures.systems()[system].STACK
   base = reference.build(system, _case(system))
@@ -105,7 +105,7 @@ def _run(system: str, folder: pathlib.Path) -> Adapted:
 
 def _loaded(system: str, folder: pathlib.Path, inputs) -> np.ndarray:
   """Returns the logits of our adapters, as PEFT reads them."""
-  import peft as theirs
+  theirs = importlib.import_module('peft')
   import torch
   base = reference.build(system, _case(system))
   adapted = theirs.PeftModel.from_pretrained(base, folder).eval()
