@@ -84,7 +84,7 @@ MUTANTS = {
          'restoring: another_mesh'),
     ],
     'training/workdir/keeping.py': [
-        ('*best, *sorted', '*sorted', 'keeping: kept'),
+        ('*best, *sorted', '*sorted', 'keeping: best'),
         ('if len(good) == self.keep:', 'if len(good) > self.keep:',
          'keeping: kept'),
         ('      if self.is_good(step):', '      if True:', 'keeping: kept'),

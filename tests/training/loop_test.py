@@ -263,13 +263,13 @@ BEST = dict(eval__tasks='x', eval__tasks_every_steps=1, eval__best='x/f1')
 
 
 def test_the_best_step_is_saved_when_it_is_the_best_so_far(train, monkeypatch):
-  _scores(monkeypatch, [0.1, 0.3, 0.2, 0.3, 0.4, math.nan])
+  _scores(monkeypatch, [math.nan, 0.3, 0.2, 0.3, 0.4, 0.1])
   _, (member,), _ = train({}, **BEST)
-  assert [step for step, *_ in member.saved.saves] == [1, 2, 5, 6]
+  assert [step for step, *_ in member.saved.saves] == [2, 5, 6]
   assert member.saved.best == dict(figure='x/f1', largest=True, step=5,
                                    value=0.4, waited=1, seen=6)
   _, (member,), _ = train({}, **BEST, eval__best_is='least')
-  assert [step for step, *_ in member.saved.saves] == [1, 6]
+  assert [step for step, *_ in member.saved.saves] == [2, 3, 6]
 
 
 def test_a_run_that_waits_in_vain_ends_early(train, monkeypatch):

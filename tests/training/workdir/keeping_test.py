@@ -28,6 +28,11 @@ def test_what_is_kept(goods, keep, keep_every, best):
     assert {step for step in goods if step % keep_every == 0} <= kept
 
 
+def test_the_best_is_kept_beside_the_newest():
+  assert keeping.Policy(1, 0, lambda step: True, lambda: 3).kept(range(10)) == {
+      3, 9}
+
+
 def test_records_are_read_no_further_back_than_needed():
   asked = []
   def is_good(step):
