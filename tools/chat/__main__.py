@@ -35,8 +35,8 @@ from training.evals.tasks import samples
 cli.define_workdir()
 flags.DEFINE_string('folder', '', 'Instead of --workdir: a folder in the '
                     'Hugging Face format.')
-flags.DEFINE_integer('step', None, 'Which checkpoint; default: the newest.',
-                     lower_bound=0, upper_bound=2**31 - 1)
+flags.DEFINE_string('step', None, 'Which checkpoint: the number of a step, or '
+                    'best, of a run with eval.best; default: the newest.')
 flags.DEFINE_string('template', '', 'A chat template instead of the model\'s '
                     'own: a Jinja file, or a Hugging Face folder.')
 flags.DEFINE_string('system', '', 'The system text.')
@@ -100,10 +100,11 @@ def _session(args: Any, given: dict[str, Any]) -> tuple[Any, str]:
 
   from training.chat import engine, load
   from training.chat.session import Session
-  from training.workdir import storage
+  from training.workdir import step_folders, storage
   speaker = (load.of_folder(storage.path(args.folder, '--folder'),
                             args.template) if args.folder else
-             load.of_run(storage.path(args.workdir), args.step, args.template))
+             load.of_run(storage.path(args.workdir),
+                         step_folders.named(args.step), args.template))
   model = speaker.module.config
   options = _options(speaker.options, given)
   context = args.context or min(model.max_len, CONTEXT)

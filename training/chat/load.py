@@ -43,13 +43,13 @@ class Speaker(NamedTuple):
   options: dict[str, Any]
 
 
-def of_run(workdir: epath.Path, step: int | None = None, template: str = ''
-           ) -> Speaker:
+def of_run(workdir: epath.Path, step: int | str | None = None,
+           template: str = '') -> Speaker:
   """Returns the model of a run.
 
   Args:
     workdir: its folder.
-    step: which checkpoint; None: the newest.
+    step: which checkpoint; 'best'; None: the newest.
     template: a chat template, as data.chat_template names one; '': the run's.
 
   Raises:

@@ -5,6 +5,8 @@ the other. Quantised weights are written as the float32 that they stand for.
 import importlib
 import pathlib
 
+import numpy as np
+
 from configs.errors import RequestError, require
 
 
@@ -48,6 +50,10 @@ def write_folder(file: pathlib.Path, folder: pathlib.Path) -> int:
   model.hf_quantizer = None
   if hasattr(model.config, 'quantization_config'):
     del model.config.quantization_config
+  # A GGUF file has 1e-5 as the float32 nearest to it, 9.9999997e-6.
+  for name, value in vars(model.config).items():
+    if isinstance(value, float):
+      setattr(model.config, name, float(str(np.float32(value))))
   tokenizer.save_pretrained(folder)
   model.save_pretrained(folder)
   return sum(x.numel() for x in model.parameters())
