@@ -147,24 +147,9 @@ def generate(module: nn.Module, params: Any, prompts_BL: jax.Array,
   chex.assert_rank([prompts_BL, lengths_B], [2, 1])
   B, L = prompts_BL.shape
   module = module.clone(config=without_capacity(module.config))
-  cache = architectures.init_cache(module.config, B, L + max_new_tokens)
-  if source_BM is None:
-    positions = 'positions_BL'
-    apply: Callable[..., Any] = module.apply
-    output = apply({'params': params}, prompts_BL, cache=cache,
-                   prefix_B=prefix_B)
-  else:
-    require(prefix_B is None, 'prefix_B is for a decoder: an encoder-decoder '
-            'reads its source in both directions')
-    positions = 'decoder_positions_BL'
-    assert source_lengths_B is not None
-    ids_BM = (jnp.arange(source_BM.shape[1])[None]
-              < source_lengths_B[:, None]).astype(jnp.int32)
-    apply = lambda variables, tokens_BL, **kwargs: module.apply(
-        variables, None, tokens_BL, segment_ids_BM=ids_BM, **kwargs)
-    memory, _ = module.apply({'params': params}, source_BM,
-                             segment_ids_BM=ids_BM, method='encode')
-    output = apply({'params': params}, prompts_BL, cache=cache, memory=memory)
+  output, advance, fixed = begin(
+      module, params, prompts_BL, max_new_tokens, source_BM=source_BM,
+      source_lengths_B=source_lengths_B, prefix_B=prefix_B)
   last_B1D = jnp.take_along_axis(
       output.hidden, (lengths_B - 1)[:, None, None], axis=1)
 
@@ -187,7 +172,7 @@ def generate(module: nn.Module, params: Any, prompts_BL: jax.Array,
 
   first_B, seen_BV = draw(output, last_B1D, 0, seen_BV)
   tokens_BL = jnp.zeros((B, max_new_tokens), jnp.int32).at[:, 0].set(first_B)
-  stops = _stops(stop_token)
+  stops = stops_of(stop_token)
   done_B = jnp.isin(first_B, jnp.array(stops, jnp.int32))
 
   apart = module.config.num_decoder_layers <= UNROLLED_LAYERS
@@ -199,8 +184,8 @@ def generate(module: nn.Module, params: Any, prompts_BL: jax.Array,
   def step(carry: Any):
     t, tokens_BL, done_B, cache, seen_BV = carry
     token_B1 = jax.lax.dynamic_slice_in_dim(tokens_BL, t - 1, 1, 1)
-    output = apply({'params': params}, token_B1, cache=cache, one_by_one=apart,
-                   **{positions: (lengths_B + t - 1)[:, None]})
+    output = advance(params, token_B1, (lengths_B + t - 1)[:, None], fixed,
+                     cache=cache, one_by_one=apart)
     new_B, seen_BV = draw(output, output.hidden, t, seen_BV)
     if stops:
       new_B = jnp.where(done_B, stops[0], new_B)
@@ -217,13 +202,53 @@ def generate(module: nn.Module, params: Any, prompts_BL: jax.Array,
                          cache, seen_BV))[1]
 
 
-def _stops(stop: int | tuple[int, ...] | None) -> tuple[int, ...]:
+def begin(module: nn.Module, params: Any, prompts_BL: jax.Array, room: int, *,
+          source_BM: Optional[jax.Array] = None,
+          source_lengths_B: Optional[jax.Array] = None,
+          prefix_B: Optional[jax.Array] = None
+          ) -> tuple[Output, Callable[..., Output], dict[str, jax.Array]]:
+  """Reads the prompts, and the sources of an encoder-decoder.
+
+  Args:
+    module, params, prompts_BL, source_BM, source_lengths_B, prefix_B: as those
+      of `generate`.
+    room: how many tokens may follow.
+
+  Returns:
+    The output, whose cache has room for them; (params, tokens [B, 1], their
+    places [B, 1], fixed, cache, one_by_one) -> the output of one step; and
+    `fixed`, arrays [B, ...] that every step is given.
+  """
+  apply: Callable[..., Any] = module.apply
+  cache = architectures.init_cache(module.config, prompts_BL.shape[0],
+                                   prompts_BL.shape[1] + room)
+  if source_BM is None:
+    advance = lambda params, tokens_B1, places_B1, fixed, **options: apply(
+        {'params': params}, tokens_B1, positions_BL=places_B1, **options)
+    return apply({'params': params}, prompts_BL, cache=cache,
+                 prefix_B=prefix_B), advance, {}
+  require(prefix_B is None, 'prefix_B is for a decoder: an encoder-decoder '
+          'reads its source in both directions')
+  assert source_lengths_B is not None
+  fixed = dict(segment_ids_BM=(
+      jnp.arange(source_BM.shape[1])[None]
+      < source_lengths_B[:, None]).astype(jnp.int32))
+  advance = lambda params, tokens_B1, places_B1, fixed, **options: apply(
+      {'params': params}, None, tokens_B1, decoder_positions_BL=places_B1,
+      **fixed, **options)
+  memory, _ = apply({'params': params}, source_BM, method='encode', **fixed)
+  return apply({'params': params}, None, prompts_BL, cache=cache,
+               memory=memory, **fixed), advance, fixed
+
+
+def stops_of(stop: int | tuple[int, ...] | None) -> tuple[int, ...]:
+  """Returns the tokens that end a text."""
   return () if stop is None else stop if isinstance(stop, tuple) else (stop,)
 
 
 def until(row: np.ndarray, stop: int | tuple[int, ...]) -> np.ndarray:
   """Returns the tokens of a row before the first that is `stop`, or in it."""
-  ends = np.flatnonzero(np.isin(row, _stops(stop)))
+  ends = np.flatnonzero(np.isin(row, stops_of(stop)))
   return row[:ends[0]] if ends.size else row
 
 

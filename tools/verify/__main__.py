@@ -6,7 +6,8 @@
   python -m tools.verify --record            writes tests/data
 
 Asserts: outputs within 1e-5 and gradients within 1e-4 (relative, float32),
-64 greedy tokens the same one for one, and an export that transformers loads
+64 greedy tokens the same one for one, so those of the texts of beam search
+(tools/verify/beams.py), and an export that transformers loads
 without a missing or unexpected key, that computes the same logits and that
 begins, ends and pads a text with the same tokens. So are the exports of every
 variant of a system that is not refused (tools/verify/exports.py), and each
@@ -93,7 +94,8 @@ def main():
 
 def _findings(system: str, case: str, args):
   """Yields the findings of one case; records it where asked."""
-  from tools.verify import cases, compare, generation, recording, reference
+  from tools.verify import beams, cases, compare, generation, recording
+  from tools.verify import reference
   from training import weights
   reference_run = reference.run(system, case)
   if args.record:
@@ -119,6 +121,8 @@ def _findings(system: str, case: str, args):
         compare.LIMITS['export'])
   if case == next(iter(cases.SYSTEMS[system].cases)):
     yield compare.Finding('generation', generation.lost(system, case), 0.0)
+    if system in beams.SYSTEMS:
+      yield from beams.findings(system, case, reference_run)
 
 
 def _adapters(lora) -> list:

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 
 from training.evals.task import Evaluation, Task, without
+from training.evals.tasks import samples
 
 
 def run(evaluation: Evaluation) -> dict[str, Any]:
-  """Writes the targets of eval.batches batches, greedily."""
+  """Writes the targets of eval.batches batches, greedily or with --beams."""
   from training import evaluating
   loaders, found = written(evaluation)
   each = [share(own) for own in found]
@@ -37,6 +38,7 @@ def written(evaluation: Evaluation) -> tuple[list, list[list[tuple]]]:
   from training.data import pipeline
   run, config = evaluation.run, evaluation.run.config
   loaders = pipeline.held_out(config, evaluation.tokenizer)
+  beams = samples.beams(evaluation.options)
   found = []
   for loader in loaders:
     found.append([])
@@ -44,27 +46,34 @@ def written(evaluation: Evaluation) -> tuple[list, list[list[tuple]]]:
     for batch in progress.each(loader.iterate(0, batches),
                                'writing targets', batches):
       found[-1] += translate(run.module, evaluation.params, batch,
-                             evaluation.tokenizer)
+                             evaluation.tokenizer, beams)
   return loaders, found
 
 
 def translate(module: Any, params: Any, batch: Mapping[str, np.ndarray],
-              tokenizer: Any) -> list[tuple[str, str, bool]]:
+              tokenizer: Any, beams: Any = None
+              ) -> list[tuple[str, str, bool]]:
   """Returns (hypothesis, reference, whether their tokens are the same) of
-  each pair of a batch; rows without a weight are no pairs."""
+  each pair of a batch; rows without a weight are no pairs. `beams`: a
+  beam.Beams; None: the likeliest token each time."""
   import jax
   import jax.numpy as jnp
 
-  from training import generate
+  from training import beam, generate
   from training.objectives import seq2seq
   start = jnp.full((len(batch['tokens']), 1), seq2seq.start_id(tokenizer))
   end = tokenizer.separator_id
-  tokens = jax.device_get(generate.generate(
-      module, params, start, jnp.ones(len(start), jnp.int32),
-      jax.random.key(0), max_new_tokens=batch['targets'].shape[1],
-      sampling=generate.Sampling(temperature=0), stop_token=end,
-      source_BM=jnp.asarray(batch['tokens']),
-      source_lengths_B=jnp.asarray(batch['segment_ids'].sum(1))))
+  given = module, params, start, jnp.ones(len(start), jnp.int32)
+  more = dict(max_new_tokens=batch['targets'].shape[1], stop_token=end,
+              source_BM=jnp.asarray(batch['tokens']),
+              source_lengths_B=jnp.asarray(batch['segment_ids'].sum(1)))
+  if beams is None:
+    tokens = generate.generate(*given, jax.random.key(0),
+                               sampling=generate.Sampling(temperature=0),
+                               **more)
+  else:
+    tokens = beam.search(*given, beams=beams, **more)[0][:, 0]
+  tokens = jax.device_get(tokens)
   found = []
   for row, target, weights in zip(tokens, batch['targets'], batch['weights']):
     size = int((weights > 0).sum())
@@ -82,4 +91,5 @@ def _text(ids: np.ndarray, end: int, tokenizer: Any) -> str:
 
 TASK = Task('the share of held-out targets that are written exactly', run,
             without(lambda objective: 'encoder-decoder' in objective.stacks,
-                    'has no targets to write'))
+                    'has no targets to write'),
+            check=samples.beams, flags=samples.BEAMS)

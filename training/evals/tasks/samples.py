@@ -11,24 +11,30 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
   of an encoder-decoder, what it writes when it has read the prompt."""
   import jax
 
-  from training import generate, objectives, progress
+  from training import beam, generate, objectives, progress
   options, model = evaluation.options, evaluation.run.model
   config, tokenizer = evaluation.run.config, evaluation.tokenizer
   texts = options.prompt.split('|||')
   rows = [text for text in texts for _ in range(options.samples)]
-  objective = objectives.of(config)
-  prompts = objective.prompt(rows, config, tokenizer)
+  how, objective = beams(options), objectives.of(config)
+  prompts = objective.prompt(rows if how is None else texts, config, tokenizer)
   ends = objective.ends(config, tokenizer)
   room = model.max_len - prompts.tokens.shape[1]
   count = options.max_new_tokens or min(256, room)
   require(count > 0, f'the prompt fills all {model.max_len} positions of the '
           'model: shorten it')
   with progress.during('writing'):
-    tokens = jax.device_get(generate.generate(
-        evaluation.run.module, evaluation.params, prompts.tokens,
-        prompts.lengths, jax.random.key(options.sample_seed),
-        max_new_tokens=count, sampling=sampling(options),
-        stop_token=ends, **prompts.arguments))
+    given = (evaluation.run.module, evaluation.params, prompts.tokens,
+             prompts.lengths)
+    more = dict(max_new_tokens=count, stop_token=ends, **prompts.arguments)
+    if how is None:
+      tokens = generate.generate(
+          *given, jax.random.key(options.sample_seed),
+          sampling=sampling(options), **more)
+    else:  # the best of each prompt
+      found, _ = beam.search(*given, beams=how, **more)
+      tokens = found[:, :options.samples].reshape(-1, count)
+    tokens = jax.device_get(tokens)
   written = [generate.before(tokenizer.decode(generate.until(row, ends)),
                              stops(options)) for row in tokens]
   for i, (prompt, text) in enumerate(zip(rows, written)):
@@ -42,6 +48,28 @@ def sampling(options: Any):
   from training import generate
   return generate.Sampling(options.temperature, options.top_k, options.top_p,
                            options.min_p, options.repetition_penalty)
+
+
+def beams(options: Any):
+  """Returns the beam.Beams of the flags of BEAMS; None of a single beam, which
+  takes the likeliest token each time, as generate.generate does."""
+  from training import beam
+  how = beam.Beams(options.beams, options.length_penalty, options.penalty,
+                   options.early_stopping)
+  return how if how.count > 1 else None
+
+
+def check(options: Any) -> None:
+  """Refuses what cannot be honoured."""
+  from training import generate
+  drawn = sampling(options)
+  if beams(options) is None:
+    return
+  require(drawn in (generate.Sampling(), generate.Sampling(temperature=0)),
+          f'--beams is {options.beams}, which looks for the likeliest text: '
+          'leave out the flags of how a token is drawn, such as --temperature')
+  require(options.samples <= options.beams, f'--samples is {options.samples}, '
+          f'but --beams={options.beams} finds no more than that many texts')
 
 
 def stops(options: Any) -> list[str]:
@@ -64,11 +92,22 @@ SAMPLING = (
     Flag('stop', '', "Ends a text before this string; several: 'A|||B'; a "
          'line break is written \\n.'))
 
+# Beam search instead of draws, or of the likeliest token each time.
+BEAMS = (
+    Flag('beams', 1, 'So many texts are followed in a beam search; 1: none.', 1,
+         1000),
+    Flag('length_penalty', 0.6, "The exponent of a beam search's penalty of "
+         'length; 0: none.'),
+    Flag('penalty', 'gnmt', 'gnmt: (5 + length) / 6, as for the Transformer; '
+         'power: length, as in transformers.'),
+    Flag('early_stopping', False, 'End a beam search with as many finished '
+         'texts as beams.'))
+
 
 TASK = Task(
     'texts that the model writes, also asked for by --samples or --prompt', run,
     without(lambda objective: objective.prompt, 'does not write text'),
-    check=sampling,  # which refuses what it cannot honour
+    check=check,
     flags=(
         Flag('samples', 1, 'Texts to write for each prompt.', 1, 10_000,
              asks=True),
@@ -77,4 +116,5 @@ TASK = Task(
         Flag('max_new_tokens', 0,
              'Tokens to write; 0: as many as fit, 256 at most.', 0, 2**24),
         *SAMPLING,
+        *BEAMS,
         Flag('sample_seed', 0, 'The seed of the draws.', 0, 2**32 - 1)))

@@ -2,19 +2,20 @@
 
 BLEU is sacrebleu's corpus BLEU (Post 2018), on text; where the package is
 absent the request is refused. `exact`, which is also a task of its own, is the
-share of sources for which the likeliest tokens, one by one, spell the target
-to its end.
+share of sources for which the likeliest tokens, one by one, or the best text of
+--beams, spell the target to its end.
 """
 
 from typing import Any
 
 from configs.errors import RequestError
-from training.evals.tasks import exact
+from training.evals.tasks import exact, samples
 from training.evals.task import Evaluation, Task, without
 
 
 def run(evaluation: Evaluation) -> dict[str, Any]:
-  """Translates eval.batches batches of held-out pairs, greedily."""
+  """Translates eval.batches batches of held-out pairs, greedily or with
+  --beams."""
   from training import evaluating
   bleu = make_bleu()
   loaders, found = exact.written(evaluation)
@@ -53,4 +54,5 @@ TASK = Task(
     'BLEU of held-out pairs, and exact', run,
     without(lambda objective: objective.translates,
             'has no pairs to translate'),
-    check=lambda options: make_bleu())
+    check=lambda options: (make_bleu(), samples.beams(options)),
+    flags=samples.BEAMS)

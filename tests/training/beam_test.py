@@ -1,0 +1,197 @@
+"""Beam search, against all texts that there are and against a plain loop."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.helpers import models
+from training import beam
+from training import generate
+
+STOP, NEW = 2, 5
+LENGTHS = (3, 6)
+
+
+@pytest.fixture(scope='module')
+def gpt():
+  """Logits so far apart that texts differ in more than rounding."""
+  module, params = models.make('gpt', position='rope')
+  return module, jax.tree.map(lambda x: 2 * x, params)
+
+
+def search(model, prompts, new=NEW, stop=STOP, lengths=LENGTHS, **options):
+  sources = options.pop('sources', {})
+  return jax.device_get(beam.search(
+      *model, prompts, jnp.array(lengths), max_new_tokens=new,
+      beams=beam.Beams(**options), stop_token=stop, **sources))
+
+
+def _divisor(penalty, alpha):
+  """The published formulas."""
+  return {'gnmt': lambda n: (5 + n) ** alpha / (5 + 1) ** alpha,
+          'power': lambda n: n ** alpha}[penalty]
+
+
+@pytest.mark.parametrize('penalty, alpha', [
+    ('gnmt', 0.6), *(pytest.param(*row, marks=pytest.mark.slow) for row in (
+        ('gnmt', 0.0), ('power', 1.0), ('power', -0.5), ('power', 2.5)))])
+def test_with_enough_beams_the_texts_are_the_best_of_all(penalty, alpha):
+  """Of a vocabulary of 4: 1 + 3 + 9 x 4 = 40 texts of up to 3 tokens."""
+  module, params = models.make('gpt', vocab_size=4, num_layers=1)
+  model = module, jax.tree.map(lambda x: 2 * x, params)
+  prompt = np.array([[1, 3]])
+  every = np.array(list(itertools.product(range(4), repeat=3)))
+  rows = np.concatenate([np.repeat(prompt, len(every), 0), every], 1)
+  log_p = np.asarray(jax.nn.log_softmax(models.logits(*model, rows)))[:, 1:-1]
+  told = {}
+  for row, p in zip(every, log_p):
+    ends = np.flatnonzero(row == STOP)
+    n = ends[0] + 1 if ends.size else 3
+    text = (*row[:n], *[STOP] * (3 - n))
+    told[text] = p[np.arange(n), row[:n]].sum() / _divisor(penalty, alpha)(n)
+  best = sorted(told, key=told.get, reverse=True)
+  assert len(best) == 40
+  tokens, scores = search(model, prompt, 3, lengths=[2], count=41,
+                          penalty=penalty, length_penalty=alpha)
+  assert [tuple(row) for row in tokens[0, :40]] == best
+  np.testing.assert_allclose(scores[0, :40], [told[text] for text in best],
+                             rtol=1e-5)
+  assert (scores[0, 40:] <= beam.NEVER / 10).all()
+
+
+def by_the_book(log_p, count, divisor, early_stopping):
+  """One row, by lists.
+
+  Args:
+    log_p: text -> the log-probabilities of the next token.
+
+  Returns:
+    (score, text) of the finished texts, the best first.
+  """
+  running, finished = [(0.0, ())], []
+  for n in range(1, NEW + 1):
+    found = sorted(((score + p, (*text, token)) for score, text in running
+                    for token, p in enumerate(log_p(text))), reverse=True)
+    ends = [text[-1] == STOP or n == NEW for _, text in found]
+    finished += [(score / divisor(n), text) for (score, text), end in zip(
+        found[:count], ends) if end]
+    finished = sorted(finished, reverse=True)[:count]
+    running = [row for row, end in zip(found, ends) if not end][:count]
+    if len(finished) == count and (early_stopping or not running or (
+        running[0][0] / divisor(n) <= finished[-1][0])):
+      break
+  return finished
+
+
+def _log_p(model, prompt, source=None):
+  """Returns `log_p` of one prompt, by whole passes without a cache."""
+  @jax.jit
+  def run(tokens_BL):
+    tokens = tokens_BL if source is None else (source, tokens_BL)
+    out = model[0].apply({'params': model[1]}, *(
+        [tokens] if source is None else tokens))
+    return jax.nn.log_softmax(out.logits, -1)
+  memo = {}
+  def log_p(text):
+    if text not in memo:
+      row = np.zeros((1, len(prompt) + NEW), np.int32)  # what follows is unseen
+      row[0, :len(prompt) + len(text)] = (*prompt, *text)
+      memo[text] = np.asarray(run(row)[0, len(prompt) + len(text) - 1])
+    return memo[text]
+  return log_p
+
+
+OPTIONS = [dict(penalty='gnmt', length_penalty=0.6),
+           dict(penalty='power', length_penalty=1.0),
+           dict(penalty='power', length_penalty=-2.0),
+           dict(penalty='power', length_penalty=3.0)]
+
+
+def _compare(found, log_ps, options, early):
+  tokens, scores = found
+  for row, score, log_p in zip(tokens, scores, log_ps):
+    expected = by_the_book(
+        log_p, len(row), _divisor(options['penalty'],
+                                  options['length_penalty']), early)
+    texts = [tuple(text[:np.argmax(text == STOP) + 1] if STOP in text else text)
+             for text in row]
+    assert texts == [text for _, text in expected]
+    np.testing.assert_allclose(score, [s for s, _ in expected], atol=1e-4)
+
+
+@pytest.fixture(scope='module')
+def rows(gpt):
+  """Prompts, padded, and `log_p` of each."""
+  tokens = models.tokens(2, 6)
+  padding = jnp.arange(6)[None] >= jnp.array(LENGTHS)[:, None]
+  return jnp.where(padding, 60, tokens), [
+      _log_p(gpt, np.asarray(row[:n])) for row, n in zip(tokens, LENGTHS)]
+
+
+@pytest.mark.parametrize('early', [False, True])
+@pytest.mark.parametrize('options', [
+    OPTIONS[0], *(pytest.param(o, marks=pytest.mark.slow) for o in OPTIONS[1:])
+], ids=str)
+def test_rows_are_searched_as_by_the_book(gpt, rows, options, early):
+  prompts, log_ps = rows
+  found = search(gpt, prompts, count=3, early_stopping=early, **options)
+  _compare(found, log_ps, options, early)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('early', [False, True])
+def test_deep_stacks_whose_layers_are_scanned(gpt, rows, early, monkeypatch):
+  monkeypatch.setattr(generate, 'UNROLLED_LAYERS', 1)
+  prompts, log_ps = rows
+  module = gpt[0].clone(name='scanned')  # so that it is compiled anew
+  found = search((module, gpt[1]), prompts, count=3, early_stopping=early,
+                 **OPTIONS[0])
+  _compare(found, log_ps, OPTIONS[0], early)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('early', [False, True])
+def test_an_encoder_decoder_searches_from_each_source(early):
+  module, params = models.make('t5')
+  model = module, jax.tree.map(lambda x: 2 * x, params)
+  sources = models.tokens(2, 7, seed=3)
+  lengths = jnp.array([7, 4])
+  found = search(model, jnp.zeros((2, 1), jnp.int32), lengths=[1, 1], count=3,
+                 early_stopping=early, sources=dict(
+                     source_BM=sources, source_lengths_B=lengths),
+                 **OPTIONS[1])
+  _compare(found, [_log_p(model, [0], source[None, :n])
+                   for source, n in zip(sources, lengths)], OPTIONS[1], early)
+
+
+def test_one_beam_that_stops_early_is_greedy(gpt, rows):
+  prompts, _ = rows
+  greedy = generate.generate(
+      *gpt, prompts, jnp.array(LENGTHS), jax.random.key(0), max_new_tokens=NEW,
+      sampling=generate.Sampling(temperature=0), stop_token=STOP)
+  tokens, _ = search(gpt, prompts, count=1, early_stopping=True)
+  np.testing.assert_array_equal(tokens[:, 0], greedy)
+
+
+@pytest.mark.slow
+def test_without_a_stop_every_text_has_all_its_tokens(gpt, rows):
+  prompts, log_ps = rows
+  tokens, scores = search(gpt, prompts, stop=None, count=4, length_penalty=0.0)
+  for row, score, log_p in zip(tokens, scores, log_ps):
+    for text, value in zip(row, score):
+      own = sum(log_p(tuple(text[:i]))[text[i]] for i in range(NEW))
+      assert own == pytest.approx(value, abs=1e-4)
+    assert len({tuple(text) for text in row}) == 4
+    assert (np.diff(score) <= 0).all()
+
+
+@pytest.mark.parametrize('wrong, said', [
+    (dict(count=0), 'beams is 0'), (dict(count=2000), 'beams is 2000'),
+    (dict(penalty='none'), 'gnmt'),
+    (dict(length_penalty=float('nan')), 'length_penalty is nan')])
+def test_wrong_beams_are_refused(wrong, said):
+  with pytest.raises(ValueError, match=said):
+    beam.Beams(**wrong)
