@@ -64,6 +64,7 @@ def main() -> int | None:
   given = {flag.name: args[flag.name].value for flag in samples.SAMPLING
            if args[flag.name].value is not None}
   samples.sampling(_options({}, given))  # which refuses what is out of range
+  sys.stdout.reconfigure(errors='replace')  # type: ignore[union-attr]
   in_terminal = sys.stdin.isatty() and sys.stdout.isatty()
   with contextlib.redirect_stdout(sys.stderr):
     session, about = _session(args, given)

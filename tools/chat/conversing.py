@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 import contextlib
+import os
 import signal
 import sys
 from typing import Any
@@ -35,6 +36,9 @@ def in_terminal(session: Any) -> None:
     except EOFError:
       print()
       return
+    except UnicodeDecodeError as error:
+      print(f'error: the line is no text: {error}', file=sys.stderr)
+      continue
     try:
       if not line.strip():
         continue
@@ -87,7 +91,9 @@ def _is_command(line: str) -> bool:
 
 
 def _message(line: str) -> str:
-  return line[1:] if line.startswith('//') else line
+  from training.data import texts
+  return texts.checked(line[1:] if line.startswith('//') else line,
+                       'the message')
 
 
 def _command(session: Any, line: str) -> bool:
@@ -103,7 +109,7 @@ def _command(session: Any, line: str) -> bool:
 def _save(session: Any, name: str) -> None:
   require(bool(name), '/save needs the name of a file')
   require(bool(session.messages), 'there is nothing to save yet')
-  with open(name, 'a', encoding='utf-8') as file:
+  with open(os.path.expanduser(name), 'a', encoding='utf-8') as file:
     file.write(session.line())
   _say(f'{len(session.messages)} messages are in {name} now')
 

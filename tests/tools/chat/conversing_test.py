@@ -74,7 +74,7 @@ def test_what_is_wrong_in_a_pipe_is_a_sentence(pipe, text, words):
 
 def test_at_a_terminal_what_is_wrong_ends_nothing(monkeypatch, capsys):
   lines = iter(['/nothing', 'a', KeyboardInterrupt(), '', '/save /no/where',
-                EOFError()])
+                'a\udc80', EOFError()])
 
   def line(prompt):
     found = next(lines)
@@ -88,7 +88,8 @@ def test_at_a_terminal_what_is_wrong_ends_nothing(monkeypatch, capsys):
   said = capsys.readouterr()
   assert said.out == '<a>\n\n'
   for words in ('no command /nothing', '[cut off at --max_new_tokens]',
-                'Ctrl-D ends the program', 'No such file'):
+                'Ctrl-D ends the program', 'No such file',
+                'the message is not text'):
     assert words in said.err
 
 

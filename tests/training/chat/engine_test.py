@@ -15,8 +15,8 @@ GREEDY = generate.Sampling(temperature=0)
 CONTEXT = 24
 
 
-@pytest.fixture(scope='module', params=['rope', 'learned', pytest.param(
-    'scanned', marks=pytest.mark.slow)])
+@pytest.fixture(scope='module', params=['rope', *(pytest.param(
+    name, marks=pytest.mark.slow) for name in ('learned', 'scanned'))])
 def model(request):
   return models.make('llama', max_len=CONTEXT,
                      position=request.param.replace('scanned', 'rope'))

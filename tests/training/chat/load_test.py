@@ -1,14 +1,19 @@
 """What a conversation takes from a run, and from a Hugging Face folder."""
 
+import json
+
 import pytest
 import tokenizers as hf
 
+import architectures
 from configs import base
 from configs.errors import RequestError
 from tests.helpers import models
 from tools import convert
+from training import trained
 from training import weights
 from training.chat import load
+from training.hf import config as hf_config
 from training.hf import generation as hf_generation
 from training.workdir import run_config
 
@@ -67,13 +72,18 @@ def test_a_folder_without_one_goes_on_from_the_text(tmp_path):
     ('bert', 'an encoder writes no text.*fill_mask'),
     ('t5', 'encoder-decoder.*--prompt')])
 def test_folders_that_do_not_converse_are_refused(system, words, tmp_path):
-  save(tmp_path, system)
+  _describe(tmp_path, system)
   with pytest.raises(RequestError, match=words):
     load.of_folder(tmp_path)
 
 
+def _describe(folder, system):
+  tree = hf_config.write(architectures.resolve(models.config(system)))
+  (folder / 'config.json').write_text(json.dumps(tree))
+
+
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
-  (save(tmp_path) / 'tokenizer.json').unlink()
+  _describe(tmp_path, 'llama')
   with pytest.raises(RequestError, match='no tokenizer that is read here'):
     load.of_folder(tmp_path)
 
@@ -88,6 +98,22 @@ def test_runs_that_do_not_converse_are_refused(system, objective, words,
   run_config.save(tmp_path, config)
   with pytest.raises(RequestError, match=words):
     load.of_run(tmp_path)
+
+
+@pytest.mark.parametrize('objective', ['causal', 'chat'])
+def test_a_run_is_asked_as_its_objective_says(objective, tmp_path, monkeypatch):
+  config = base.base()
+  config.objective = objective
+  config.model = models.config('gpt', vocab_size=384)
+  config.data.source = 'jsonl:x:messages'
+  run_config.save(tmp_path, config)
+  monkeypatch.setattr(trained, 'params', lambda *_: 'the parameters')
+  speaker = load.of_run(tmp_path)
+  assert speaker.params == 'the parameters' and speaker.options == {}
+  assert speaker.talk.plain == (objective == 'causal')
+  asked = speaker.tokenizer.decode(speaker.talk.encode(ASK))
+  assert asked == 'a' or asked.endswith('USER: a ASSISTANT:')
+  assert speaker.talk.ends == {speaker.tokenizer.separator_id}
 
 
 def test_the_file_of_generation_counts_more_than_config_json():
