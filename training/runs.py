@@ -43,18 +43,33 @@ def resolve(config: ml_collections.ConfigDict, tokenizer: tokenizers.Tokenizer
   """
   config = objectives.with_labels(config)
   model = config.model.to_dict()
-  model['vocab_size'] = model['vocab_size'] or tokenizer.vocab_size
+  least = vocab_size(config, tokenizer)
+  model['vocab_size'] = model['vocab_size'] or least
   _fill(model, config)
-  require(model['vocab_size'] >= tokenizer.vocab_size,
-          f'model.vocab_size is {model["vocab_size"]}, but the tokenizer '
-          f'{config.data.tokenizer!r} has {tokenizer.vocab_size} ids: set it '
-          'to 0 (the tokenizer\'s) or to more, or data.tokenizer to bytes:N, '
-          'with N ids')
+  require(model['vocab_size'] >= least, _too_few_ids(
+      model['vocab_size'], least, config, tokenizer))
   resolved = architectures.resolve(model)
   derived = {f'model.{name}': model[name] for name in DERIVED}
   if objectives.of(config).labels:
     derived['data.labels'] = tuple(config.data.labels)
+  derived |= objectives.of(config).derived(config)
   return resolved, derived
+
+
+def vocab_size(config: ml_collections.ConfigDict,
+               tokenizer: tokenizers.Tokenizer) -> int:
+  """Returns how many ids the data have: model.vocab_size, where it is 0."""
+  return objectives.of(config).vocab_size(config, tokenizer)
+
+
+def _too_few_ids(size: int, least: int, config: ml_collections.ConfigDict,
+                 tokenizer: tokenizers.Tokenizer) -> str:
+  if least != tokenizer.vocab_size:
+    return (f'model.vocab_size is {size}, but {config.data.source} has {least} '
+            'ids: set it to 0, to be derived, or to more')
+  return (f'model.vocab_size is {size}, but the tokenizer '
+          f'{config.data.tokenizer!r} has {least} ids: set it to 0 (the '
+          'tokenizer\'s) or to more, or data.tokenizer to bytes:N, with N ids')
 
 
 def _fill(model: dict[str, Any], config: ml_collections.ConfigDict) -> None:
@@ -117,10 +132,10 @@ def _check_reach(config: ml_collections.ConfigDict, c: ModelConfig) -> None:
           f'positions: set it to {longest} or more')
 
 
-def warn_of_unused_ids(model: ModelConfig,
+def warn_of_unused_ids(config: ml_collections.ConfigDict, model: ModelConfig,
                        tokenizer: tokenizers.Tokenizer) -> None:
   """Says so where most rows of the vocabulary are no token of the text."""
-  if model.vocab_size > 2 * tokenizer.vocab_size:
+  if model.vocab_size > 2 * vocab_size(config, tokenizer):
     print(f'warning: model.vocab_size is {model.vocab_size}, of which the '
           f'tokenizer {tokenizer.name!r} uses {tokenizer.vocab_size}: set '
           'data.tokenizer to one of that size, or model.vocab_size=0 to take '

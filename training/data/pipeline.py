@@ -277,9 +277,13 @@ def _corpora(config: Config, tokenizer: Tokenizer, split: str
   spec = data.eval_source if own and split == 'eval' else data.source
   layout = conversations.layout(data.chat_template, tokenizer)
   for weight, source in sources.parse(spec, layout):
+    check_fits(config, source)
+    if source.drawn:
+      yield weight, packing.Corpus(source.name, source.name, None, None, split,
+                                   tokenizer, config)
+      continue
     if not own:
       source = holdout.split(source, data.holdout_every)
-    check_fits(config, source)
     cache = (records.load(source) if objectives.of(config).records else
              token_cache.cached_tokens(source, tokenizer, data.cache_dir,
                                        data.tokenize_workers))

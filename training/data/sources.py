@@ -1,10 +1,8 @@
 """Where text comes from: data.source, parsed into files and their documents.
 
-A source is named by a prefix: `sotu`, `text:GLOB`, `jsonl:GLOB:FIELD`,
-`parquet:GLOB:FIELD`, `arrayrecord:GLOB`, `parallel:GLOB`, `alpaca:GLOB`,
-`labelled:GLOB[:FIELDS]`, `hf:NAME[:CONFIG[:SPLIT[:FIELDS]]]`; a weighted
-mixture is written '0.7*A,0.3*B'. To add one, write a function that takes the
-text after the prefix, and list it in SOURCES.
+A source is named by a prefix, as USAGE says, such as `sotu` or `text:GLOB`; a
+weighted mixture is written '0.7*A,0.3*B'. To add one, write a function that
+takes the text after the prefix, and list it in SOURCES.
 
 A document is a string, or a list of parts, each (kind, string), with the
 kinds of KINDS: what a pair of sentences or a conversation is made of. A source
@@ -27,7 +25,8 @@ import re
 from typing import Any
 
 from configs.errors import EnvironmentFailure, RequestError
-from training.data import conll, conversations, labelled, pairs, squad, texts
+from training.data import conll, conversations, labelled, pairs, probes, squad
+from training.data import texts
 from training.data.pairs import PAIR
 
 Document = str | list[tuple[str, str]]
@@ -51,6 +50,7 @@ class Source:
       (training/data/holdout.py).
     records: what `read` yields, in words, where these are no documents.
     as_document: makes a document of a record; None: it cannot be one.
+    drawn: whether its rows are drawn by the seed: none is read or held out.
   """
 
   name: str
@@ -61,6 +61,7 @@ class Source:
   tail: bool = False
   records: str = ''
   as_document: Callable[[Any], Document] | None = None
+  drawn: bool = False
 
   def documents(self) -> Iterator[Document]:
     """Yields every document that is not empty, in order."""
@@ -312,6 +313,13 @@ def _squad(name: str, pattern: str) -> Source:
                 records=squad.KIND)
 
 
+def _probe(name: str, _: Any) -> Source:
+  """Rows of a task that are drawn, and so never read."""
+  probes.name_of(name)
+  return Source(name, 'probe', (), lambda path: iter(()), records=probes.KIND,
+                drawn=True)
+
+
 # By prefix. Each takes the source's whole name and what follows the colon.
 SOURCES = {
     'sotu': _sotu,
@@ -325,6 +333,7 @@ SOURCES = {
     'labelled': _labelled,
     'conll': _conll,
     'squad': _squad,
+    'probe': _probe,
 }
 USAGE = {
     'sotu': 'sotu',
@@ -338,6 +347,7 @@ USAGE = {
     'labelled': 'labelled:GLOB[:FIELDS]',
     'conll': 'conll:GLOB[:COLUMNS]',
     'squad': 'squad:GLOB',
+    'probe': 'probe:NAME',
 }
 
 

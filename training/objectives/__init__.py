@@ -71,3 +71,4 @@ def check_objective(config: ml_collections.ConfigDict) -> None:
     require(value == default, f'{name} is {value!r}, which objective '
             f'{config.objective!r} does not read: leave it at {default!r}')
   records.check_labels(config.data.labels)
+  objective.check(config)

@@ -96,6 +96,12 @@ def given_token(output: Output, batch: Mapping[str, jax.Array], config: Config
           for name, total in (sums | {'loss': loss_sum}).items()}
 
 
+def tokenizers_size(config: Config, tokenizer: Tokenizer) -> int:
+  """Returns how many ids the tokenizer has."""
+  del config
+  return tokenizer.vocab_size
+
+
 def separator(tokenizer: Tokenizer) -> int:
   """Returns the token between documents."""
   return tokenizer.separator_id
@@ -172,6 +178,9 @@ class Objective(NamedTuple):
     ignores: fields of the config that most objectives read and this one does
       not.
     perplexity: whether e to the power of the loss is one.
+    check: raises RequestError for a config that it cannot train by.
+    vocab_size: (config, tokenizer) -> how many ids its data have.
+    derived: config -> what it fills in of the config, by dotted name.
   """
   stacks: tuple[str, ...]
   view: type
@@ -197,6 +206,9 @@ class Objective(NamedTuple):
   measure: Callable[..., Any] | None = None
   ignores: tuple[str, ...] = ()
   perplexity: bool = True
+  check: Callable[[Config], None] = lambda config: None
+  vocab_size: Callable[[Config, Tokenizer], int] = tokenizers_size
+  derived: Callable[[Config], Mapping[str, Any]] = lambda config: {}
 
   def row(self, item: Any, rng: np.random.Generator, config: Config,
           tokenizer: Tokenizer) -> dict[str, np.ndarray]:

@@ -60,6 +60,7 @@ CLASSES: tuple[tuple[str, str | Callable, str], ...] = (
     (r'init_from|init_partial|model\.init(_stddev|_scale)?', OPTIMISATION,
      'read only where a run begins: a resumed run ignores it'),
     (r'objective', INCOMPATIBLE, 'another task, maybe with other heads'),
+    (r'probe\..*', OPTIMISATION, 'other rows from here on'),
     (r'span\..*', OPTIMISATION, 'another difficulty of the task'),
     (r'data\.chat_template', OPTIMISATION, 'another layout of conversations: '
      'data.chat_template=earlier is that of a run begun without this field'),

@@ -50,7 +50,8 @@ def _told(text: str, sums: Sequence, loaders: Sequence) -> dict[str, Any]:
   figures = evaluating.means(sums, loaders)
   tokens = sum(loader.num_tokens for loader in loaders)
   size = evaluating.mix([loader.bytes_per_token for loader in loaders], loaders)
-  print(f'{text}, {tokens:,} tokens of {size:.2f} bytes:')
+  of = f' of {size:.2f} bytes' if size else ''  # a probe has no text
+  print(f'{text}, {tokens:,} tokens{of}:')
   for name, value in figures.items():
     print(f'  {name.replace("_", " "):<16} {evaluating.shown(value)}')
   return figures | {'tokens': tokens, 'text': text}

@@ -1,0 +1,245 @@
+"""Probes: each answer follows from the tokens, as a solver written here finds
+it, which knows the task's words and nothing of how its rows are drawn."""
+
+import itertools
+import re
+
+from hypothesis import given, settings as hypothesis, strategies as st
+import numpy as np
+import pytest
+
+from configs.errors import RequestError
+from training.data import probes
+
+# A solver takes the tokens of a row, as a list, and the settings of its probe;
+# it returns {place: answer} of all that the row asks for.
+
+
+def mqar(tokens, settings):
+  value, found = {}, {}
+  for place in range(0, len(tokens), 2):
+    key, after = tokens[place:place + 2]
+    if key in value:
+      found[place] = value[key]
+    elif key:
+      value[key] = after
+  return found
+
+
+def induction(tokens, settings):
+  hops, found = tokens[0] - settings.vocab + 1, {}
+  letters = tokens[1:]
+  for place in range(len(letters)):
+    at = place
+    for _ in range(hops):
+      before = [j + 1 for j in range(at) if letters[j] == letters[at]]
+      at = max(before) if before else None
+      if at is None:
+        break
+    if at is not None:
+      found[1 + place] = letters[at]
+  return found
+
+
+def recall(tokens, settings, values=None):
+  known, found = {}, {}
+  most = settings.most if values is None else values
+  for place in range(0, len(tokens), 2):
+    key, value = tokens[place:place + 2]
+    if key >= most:
+      continue  # noise
+    if key in known:
+      found[place] = known[key]
+    known[key] = value
+  return found
+
+
+def noisy_recall(tokens, settings):
+  return recall(tokens, settings, settings.vocab)
+
+
+def fuzzy_recall(tokens, settings):
+  known, found, place = {}, {}, 0
+  runs = [tuple(run) for _, run in itertools.groupby(
+      tokens, lambda token: token < settings.vocab // 2)]
+  for key, value in zip(runs[::2], runs[1::2]):
+    if key in known:
+      first = place + len(key) - 1
+      found |= {first + i: known[key][i] for i in range(len(known[key]))}
+    known[key] = value
+    place += len(key) + len(value)
+  return found
+
+
+def selective_copying(tokens, settings):
+  blank, mark = settings.vocab, settings.vocab + 1
+  end = tokens.index(mark)
+  letters = [token for token in tokens[:end] if token != blank]
+  return dict(zip(range(end + 1, len(tokens)), letters, strict=True))
+
+
+def copy(tokens, settings, turn=lambda letters: letters):
+  mark, end = settings.vocab, settings.vocab + 1
+  at = tokens.index(mark)
+  answer = [*turn(tokens[:at]), end]
+  return dict(zip(range(at, len(tokens)), answer, strict=True))
+
+
+def reverse(tokens, settings):
+  return copy(tokens, settings, lambda letters: letters[::-1])
+
+
+def addition(tokens, settings):
+  text = ''.join('0123456789+='[token] for token in tokens)
+  first, second, _ = re.split('[+=]', text)
+  assert len(first) == len(second)
+  answer = [*map(int, str(int(first) + int(second))), 12]
+  return dict(zip(range(text.index('='), len(text)), answer, strict=True))
+
+
+def parity(tokens, settings):
+  return {i: sum(tokens[:i + 1]) % 2 for i in range(len(tokens))}
+
+
+def counting(tokens, settings):
+  return {i: sum(tokens[:i + 1]) % settings.vocab for i in range(len(tokens))}
+
+
+def permuted(tokens, things):
+  """Moves things about, one permutation after the other."""
+  numbered = list(itertools.permutations(range(things)))
+  where, found = list(range(things)), {}
+  for i, token in enumerate(tokens):
+    where = [numbered[token][thing] for thing in where]
+    found[i] = numbered.index(tuple(where))
+  return found
+
+
+def passkey(tokens, settings):
+  text = bytes(tokens).decode()
+  name = re.search(r'for (\w+)\? It is ', text)[1]
+  number, = re.findall(rf'magic number for {name} is (\d+)\.', text)
+  at = text.index('It is ') + len('It is ') - 1
+  return {at + i: ord(digit) for i, digit in enumerate(number)}
+
+
+def memorisation(tokens, settings):
+  """The table itself is checked by another test."""
+  from training.data.probes import memorisation as task
+  table = task.table(settings.most)
+  return {i: int(table[tokens[i - 1]]) for i in range(1, len(tokens), 2)}
+
+
+SOLVERS = {name: globals()[name] for name in probes.PROBES
+           if name not in ('s3', 's5')} | {
+    's3': lambda tokens, settings: permuted(tokens, 3),
+    's5': lambda tokens, settings: permuted(tokens, 5)}
+# Levels to draw from, where the published ones are not enough of a choice.
+LEVELS = {'recall': (4, 8, 16, 32), 'noisy_recall': (0.0, 0.2, 0.5, 0.9),
+          'memorisation': (2, 8, 50), 'fuzzy_recall': (1, 2, 3),
+          'induction': (1, 2, 3, 5), 'passkey': (1, 2, 3),
+          'mqar': (1, 2, 4, 8)}
+
+
+def of(name, levels=(), length=0, vocab=0):
+  probe = probes.PROBES[name]
+  levels = tuple(levels) or probe.levels
+  settings = probes.Settings(length or probe.length, levels,
+                             vocab or probe.vocab, 50, 50)
+  size = max(probe.size(level, settings) for level in levels)
+  settings = settings._replace(length=max(settings.length, size))
+  for level in levels:
+    probes.check_level(name, level, settings)
+  return probe, settings
+
+
+def check(row, probe, settings, solver):
+  tokens = row.tokens.tolist()
+  assert len(tokens) == len(row.targets) == len(row.asked)
+  assert 0 < len(tokens) <= settings.length
+  size = probe.vocab_size(settings)
+  assert min(tokens) >= 0 and max(tokens) < size
+  answers = {int(i): int(row.targets[i]) for i in np.flatnonzero(row.asked)}
+  assert answers == solver(tokens, settings)
+  assert all(0 <= answer < size for answer in answers.values())
+
+
+@pytest.mark.parametrize('name', probes.PROBES)
+@hypothesis(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_a_solver_finds_every_answer(name, data):
+  choice = LEVELS.get(name, range(1, 13))
+  levels = data.draw(st.lists(st.sampled_from(choice), min_size=1, max_size=4,
+                              unique=True))
+  reads = bool(probes.PROBES[name].vocab)
+  vocab = data.draw(st.sampled_from((0, 20, 34))) if reads else 0
+  length = data.draw(st.sampled_from((0, 64, 130)))
+  probe, settings = of(name, levels, length, vocab)
+  rows = probes.Rows(probe, settings, data.draw(st.sampled_from(
+      ('train', 'eval'))), data.draw(st.integers(0, 2**32 - 1)))
+  check(rows[data.draw(st.integers(0, 49))], probe, settings, SOLVERS[name])
+
+
+@pytest.mark.parametrize('name', probes.PROBES)
+def test_as_published_too(name):
+  probe, settings = of(name)
+  for row in itertools.islice(probes.Rows(probe, settings, 'train', 0), 10):
+    check(row, probe, settings, SOLVERS[name])
+
+
+def test_what_is_memorised_is_one_table_for_all_rows():
+  probe, settings = of('memorisation')
+  seen = {}
+  for split, seed in (('train', 0), ('train', 7), ('eval', 0)):
+    for row in itertools.islice(probes.Rows(probe, settings, split, seed), 50):
+      for i in np.flatnonzero(row.asked):
+        assert seen.setdefault(int(row.tokens[i - 1]), int(row.targets[i])
+                               ) == row.targets[i]
+  assert len(seen) == len(set(seen.values())) == settings.most
+
+
+def test_gaps_of_mqar_follow_the_published_law():
+  """Slot x of n is first drawn with weight x ** (0.01 - 1)."""
+  probe, settings = of('mqar', (1,))
+  rows = probes.Rows(probe, settings._replace(examples=4000), 'train', 0)
+  slots = (settings.length - 2) // 2
+  first = np.array([np.flatnonzero(row.asked)[0] for row in rows]) // 2
+  share = np.bincount(first - 1, minlength=slots) / len(rows)
+  law = np.arange(1, slots + 1) ** -0.99
+  np.testing.assert_allclose(share, law / law.sum(), atol=0.03)
+
+
+def test_rows_differ_by_seed_place_and_split():
+  probe, settings = of('copy', (12,))
+  rows = [tuple(probes.Rows(probe, settings, split, seed)[i].tokens)
+          for split in ('train', 'eval') for seed in (0, 1) for i in (0, 1)]
+  assert len(set(rows)) == len(rows)
+
+
+def test_every_level_has_its_rows():
+  probe, settings = of('copy', (2, 5, 9))
+  rows = probes.Rows(probe, settings._replace(examples=300), 'train', 0)
+  counts = np.bincount([len(row.tokens) // 2 for row in rows])
+  assert set(np.flatnonzero(counts)) == {2, 5, 9} and min(
+      counts[[2, 5, 9]]) > 60
+
+
+@pytest.mark.parametrize('name, levels, length, words', [
+    ('mqar', (20,), 64, '80 tokens or more'),
+    ('mqar', (0,), 64, 'of at least 1'),
+    ('mqar', (2.5,), 64, 'whole number'),
+    ('recall', (15,), 64, 'half of the letters'),
+    ('noisy_recall', (1.0,), 64, 'below 1'),
+    ('passkey', (17,), 4096, '16 names'),
+])
+def test_levels_that_cannot_be_drawn(name, levels, length, words):
+  probe = probes.PROBES[name]
+  settings = probes.Settings(length, levels, probe.vocab, 1, 1)
+  with pytest.raises(RequestError, match=words):
+    probes.check_level(name, levels[0], settings)
+
+
+def test_every_record_says_where_it_comes_from():
+  for name, probe in probes.PROBES.items():
+    assert re.search(r'(19|20)\d\d', probe.source), name
+    assert not probe.asks.endswith('.'), name

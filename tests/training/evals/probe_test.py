@@ -1,0 +1,96 @@
+"""eval.py --tasks=probe: intervals, what is measured, and the counts."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from configs import gpt
+from training import evals, objectives, runs
+from training.data import probes, tokenizers
+from training.evals.task import Evaluation
+from training.evals.tasks import probe as probe_task
+
+
+@pytest.mark.parametrize('count', [1, 20, 512])
+def test_wilsons_interval_is_that_of_scipy(count):
+  for right in {0, 1, count // 3, count}:
+    ours = probe_task.wilson(right / count, count)
+    theirs = stats.binomtest(right, count).proportion_ci(method='wilson')
+    np.testing.assert_allclose(ours, (theirs.low, theirs.high), atol=1e-12)
+
+
+def test_levels_of_training_then_longer_rows():
+  settings = probes.Settings(41, tuple(range(1, 21)), 16, 100, 100)
+  found = list(probe_task.cells(settings, grows=True))
+  assert [cell.level for cell in found] == [1, 5, 9, 12, 16, 20, 40, 80]
+  assert [cell.length for cell in found][-3:] == [41, 82, 164]
+  fixed = list(probe_task.cells(settings._replace(levels=(3,)), grows=False))
+  assert [tuple(cell) for cell in fixed] == [
+      (3, 41, 1), (3, 82, 2), (3, 164, 4)]
+
+
+def test_counts_are_those_of_numpy():
+  """A model whose answer is the token itself, or 0 at every third place."""
+  rng = np.random.default_rng(0)
+  tokens = rng.integers(0, 5, (6, 9))
+  asked = rng.random((6, 9)) < 0.4
+  asked[5] = False  # padding
+  targets = np.where(rng.random((6, 9)) < 0.8, tokens, (tokens + 1) % 5)
+  answers = np.where(np.arange(9) % 3 == 0, 0, tokens)
+
+  class Own:
+    def apply(self, module, params, batch):
+      hidden = jax.nn.one_hot(jnp.asarray(answers), 5)
+      from architectures.parts import heads
+      return types.SimpleNamespace(
+          hidden=hidden, head=heads.Head(jnp.eye(5)))
+
+  found = probe_task._counts(None, Own())({}, dict(
+      tokens=tokens, targets=jnp.asarray(targets),
+      weights=jnp.asarray(asked, jnp.float32)))
+  right = (answers == targets)
+  rows = asked.any(1)
+  assert found.tolist() == [
+      (right & asked).sum(), asked.sum(),
+      sum(right[i][asked[i]].all() for i in np.flatnonzero(rows)), rows.sum()]
+
+
+@pytest.fixture(scope='module')
+def evaluation(tmp_path_factory):
+  config = gpt.get_config('tiny')
+  config.update_from_flattened_dict({
+      'objective': 'probe', 'data.source': 'probe:parity', 'data.length': 8,
+      'probe.levels': (4, 8), 'data.batch_size': 16, 'model.num_layers': 1,
+      'model.d_model': 16, 'model.position': 'none', 'model.d_ff': 16})
+  tokenizer = tokenizers.load('bytes')
+  model, _ = runs.resolve(config, tokenizer)
+  run = runs.build(config, model)
+  with run.context():
+    yield Evaluation(run, run.new_state().params, 0, tokenizer,
+                     evals.defaults(), tmp_path_factory.mktemp('run'), {})
+
+
+@pytest.mark.slow  # it compiles a model
+def test_figures_of_a_run_add_up(evaluation, capsys):
+  evaluation.options.probe_rows = 40
+  with evaluation.run.context():
+    found = evals.run('probe', evaluation)
+  assert [(row['level'], row['length'], row['answers'], row['rows'])
+          for row in found['table']] == [
+      (4, 8, 160, 40), (8, 8, 320, 40), (16, 16, 640, 40), (32, 32, 1280, 40)]
+  assert set(found['level']) == {'4', '8'} and set(found['beyond']) == {
+      '2x', '4x'}
+  assert found['accuracy'] == np.mean(list(found['level'].values()))
+  assert all(row['accuracy_95'][0] <= row['accuracy'] <= row['accuracy_95'][1]
+             for row in found['table'])
+  assert 'whether the ones so far are odd' in capsys.readouterr().out
+
+
+def test_of_a_run_on_text_there_is_nothing_to_measure():
+  config = gpt.get_config('tiny')
+  assert 'not trained on a probe' in evals.TASKS['probe'].unfit(config)
+  assert objectives.of(config).records == ''

@@ -1,0 +1,131 @@
+"""The objective of probes: what it reads, what it refuses, and its batches."""
+
+import jax
+import numpy as np
+import pytest
+
+from configs import bert, gpt
+from configs.errors import RequestError
+from training import objectives, runs
+from training.data import pipeline, probes, tokenizers
+
+
+def config_of(name='induction', length=32, **fields):
+  config = gpt.get_config('tiny')
+  config.objective = 'probe'
+  config.update_from_flattened_dict(
+      {'data.source': f'probe:{name}', 'data.length': length,
+       'data.batch_size': 8, 'model.num_layers': 2, 'model.d_model': 32}
+      | fields)
+  return config
+
+
+def loader(config, index=0, count=1):
+  return pipeline.training_loader(
+      config, tokenizers.load(config.data.tokenizer), index, count)
+
+
+def test_a_batch_is_the_rows_of_its_seed_on_any_number_of_hosts():
+  config = config_of(**{'probe.examples': 100})
+  batches = [loader(config).batch(n) for n in range(3)]
+  parts = [loader(config, i, 2).batch(2) for i in range(2)]
+  for key in batches[2]:
+    np.testing.assert_array_equal(
+        np.concatenate([part[key] for part in parts]), batches[2][key])
+  again = loader(config_of(**{'probe.examples': 100, 'seed': 1})).batch(2)
+  assert not np.array_equal(again['tokens'], batches[2]['tokens'])
+
+
+def test_a_pass_has_each_row_once_and_held_out_rows_are_others():
+  config = config_of(**{'probe.examples': 40, 'probe.held_out': 20})
+  ours = loader(config)
+  rows = np.concatenate([ours.batch(n)['tokens'] for n in range(10)])
+  of_pass = [set(map(bytes, rows[i:i + 40])) for i in (0, 40)]
+  assert of_pass[0] == of_pass[1] and len(of_pass[0]) == 40
+  held, = pipeline.held_out(config, ours.tokenizer)
+  batches = list(held.iterate())
+  weights = np.concatenate([batch['weights'] for batch in batches])
+  shown = set(map(bytes, np.concatenate(
+      [batch['tokens'] for batch in batches])[:20]))
+  assert len(batches) == 3 and not weights[20:].any()
+  assert len(shown) == 20 and not shown & of_pass[0]
+  other, = pipeline.held_out(config_of(**{
+      'seed': 5, 'probe.held_out': 20}), ours.tokenizer)
+  np.testing.assert_array_equal(other.batch(0)['tokens'],
+                                batches[0]['tokens'])
+
+
+@pytest.mark.parametrize('name', probes.PROBES)
+def test_batches_hold_the_rows_of_the_probe(name):
+  probe = probes.PROBES[name]
+  config = config_of(name, probe.length)
+  batch, settings = loader(config).batch(0), probes.settings(config)
+  shapes = objectives.shapes(config)
+  assert {key: (x.shape, x.dtype) for key, x in batch.items()} == {
+      key: (shape, np.dtype(dtype)) for key, (shape, dtype) in shapes.items()}
+  assert batch['tokens'].max() < probe.vocab_size(settings)
+  assert (batch['weights'] <= batch['segment_ids']).all()
+  assert batch['weights'].any(1).all()
+
+
+def test_the_vocabulary_and_the_settings_are_derived():
+  config = config_of('mqar', 64)
+  runs.check_config(config)
+  model, derived = runs.resolve(config, tokenizers.load('bytes'))
+  assert model.vocab_size == derived['model.vocab_size'] == 8192
+  assert derived['probe.levels'] == (4,) and derived['probe.vocab'] == 8192
+  assert derived['probe.examples'] == 100_000
+
+
+@pytest.mark.parametrize('name, fields, words', [
+    ('induction', {'data.source': 'probe:inductions'}, "Did you mean 'ind"),
+    ('induction', {'data.source': 'sotu'}, 'reads a probe: write probe:NAME'),
+    ('induction', {'data.source': '0.5*probe:copy,0.5*probe:s3'}, 'reads a pr'),
+    ('induction', {'data.tokenizer': 'bytes:300'}, 'data.tokenizer'),
+    ('induction', {'data.eval_source': 'probe:copy'}, 'data.eval_source'),
+    ('induction', {'data.holdout_every': 3}, 'data.holdout_every'),
+    ('induction', {'data.mask_rate': 0.3}, 'data.mask_rate'),
+    ('recall', {'probe.vocab': 8}, "'recall' does not read"),
+    ('induction', {'probe.vocab': 1}, 'at least 4 letters'),
+    ('mqar', {'probe.levels': (4, 9)}, '36 tokens or more'),
+    ('mqar', {'objective': 'causal', 'probe.levels': (4,)}, 'probe.levels'),
+])
+def test_what_is_refused(name, fields, words):
+  with pytest.raises(RequestError, match=words):
+    runs.check_config(config_of(name, **fields))
+
+
+def test_a_source_that_the_objective_cannot_read():
+  config = config_of('copy', **{'objective': 'causal'})
+  with pytest.raises(RequestError, match='reads text, .* holds rows of a pr'):
+    pipeline.check_sources(config)
+
+
+def test_an_encoder_reads_what_does_not_show_its_answers():
+  config = bert.get_config('tiny')
+  config.objective = 'probe'
+  config.data.update(source='probe:mqar', length=32)
+  config.probe.levels = (4,)
+  runs.check_config(config)
+  config.data.source = 'probe:reverse'
+  with pytest.raises(RequestError, match='mqar, .*parity'):
+    runs.check_config(config)
+
+
+def test_only_what_is_asked_for_counts():
+  """The loss is log V per answer of a model that knows nothing, and targets
+  that are not asked for do not move it."""
+  config = config_of(**{'model.init_stddev': 1e-6})
+  model, _ = runs.resolve(config, tokenizers.load('bytes'))
+  run = runs.build(config, model)
+  batch = loader(config).batch(0)
+  others = dict(batch, targets=np.where(batch['weights'] > 0, batch['targets'],
+                                        (batch['targets'] + 3) % 16))
+  with run.context():
+    params = run.new_state().params
+    sums = [jax.device_get(run.eval_step()(params, run.put(each)))
+            for each in (batch, others)]
+  assert sums[0]['loss'] == sums[1]['loss']
+  assert sums[0]['loss'].weight == batch['weights'].sum()
+  np.testing.assert_allclose(sums[0]['loss'].total / sums[0]['loss'].weight,
+                             np.log(model.vocab_size), atol=0.02)

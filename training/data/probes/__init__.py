@@ -1,0 +1,112 @@
+"""Probes: small tasks with exact answers, by name in PROBES.
+
+`data.source='probe:NAME'` with objective 'probe' trains on one. To add a task,
+write its record in a file of this folder, in a table PROBES of that file;
+record.py says what a record holds. Which rows are in batch n is a function of
+(seed, n), as for text: row i of a pass is drawn from (seed, i), and rows that
+are held out from another stream, which is the same for all seeds.
+"""
+
+import importlib
+import pkgutil
+
+import ml_collections
+import numpy as np
+
+from configs.errors import one_of, require
+from training.data.probes.record import Level, Probe, Row, Settings
+
+PROBES: dict[str, Probe] = {
+    name: row for file in pkgutil.iter_modules(__path__)
+    if file.name != 'record'
+    for name, row in importlib.import_module(
+        f'{__name__}.{file.name}').PROBES.items()}
+
+PREFIX = 'probe:'
+KIND = 'rows of a probe'
+_STREAMS = {'train': 0, 'eval': 1}
+DERIVED = ('levels', 'vocab', 'examples', 'held_out')  # fields of config.probe
+
+
+def of(config: ml_collections.ConfigDict) -> Probe:
+  """Returns the probe that data.source names; RequestError: it names none."""
+  return PROBES[name_of(config.data.source)]
+
+
+def name_of(source: str) -> str:
+  """Returns the NAME of 'probe:NAME'; RequestError where there is no such."""
+  require(source.startswith(PREFIX), f'data.source is {source!r}, and '
+          "objective 'probe' reads a probe: write probe:NAME, with a NAME of "
+          f'{", ".join(PROBES)}')
+  name = source.removeprefix(PREFIX)
+  one_of('probe', name, PROBES)
+  return name
+
+
+def settings(config: ml_collections.ConfigDict) -> Settings:
+  """Returns the settings of a run's probe: where its config leaves a field
+  empty or at 0, what is published."""
+  probe, given = of(config), config.probe
+  return Settings(config.data.length, tuple(given.levels) or probe.levels,
+                  given.vocab or probe.vocab, given.examples or probe.examples,
+                  given.held_out or probe.held_out)
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+  """Raises RequestError for settings of which no row can be drawn, or that the
+  probe does not read."""
+  name = name_of(config.data.source)
+  probe, chosen = PROBES[name], settings(config)
+  require(bool(probe.vocab) or not config.probe.vocab,
+          f'probe.vocab is {config.probe.vocab}, which probe {name!r} does not '
+          'read: leave it at 0')
+  require(not probe.vocab or chosen.vocab >= 4,
+          f'probe.vocab is {chosen.vocab}: a probe has at least 4 letters')
+  for level in chosen.levels:
+    check_level(name, level, chosen)
+
+
+def check_level(name: str, level: Level, chosen: Settings) -> None:
+  """Raises RequestError for a level that cannot be drawn at settings.length."""
+  probe = PROBES[name]
+  where = f'probe {name!r} with {level!r} {probe.level}'
+  whole = type(level) is int or type(probe.least) is float
+  require(type(level) in (int, float) and whole and level >= probe.least,
+          f'{where}: a level is a{" whole" * (type(probe.least) is int)} '
+          f'number of at least {probe.least}')
+  reason = probe.limit(chosen, level)
+  require(not reason, f'{where}: {reason}')
+  size = probe.size(level, chosen)
+  require(size <= chosen.length, f'{where} has rows of {size} tokens or more, '
+          f'and data.length is {chosen.length}: set it to {size} or more')
+
+
+class Rows:
+  """The rows of one split as a sequence: what a batch is made of.
+
+  Args:
+    probe: the task.
+    settings: what it draws with.
+    split: 'train' or 'eval'.
+    seed: of the rows.
+    levels: those of its rows; (): settings.levels.
+  """
+
+  def __init__(self, probe: Probe, settings: Settings, split: str, seed: int,
+               levels: tuple[Level, ...] = ()):
+    self._probe, self._settings = probe, settings
+    self._levels = levels or settings.levels
+    self._key = (_STREAMS[split], seed)
+    self._len = settings.held_out if split == 'eval' else settings.examples
+    self.num_tokens = self._len * settings.length
+    self.num_bytes = 0  # there is no text
+
+  def __len__(self) -> int:
+    return self._len
+
+  def __getitem__(self, i: int) -> Row:
+    if not 0 <= i < self._len:
+      raise IndexError(f'row {i} of {self._len}')
+    rng = np.random.default_rng([*self._key, int(i)])
+    level = self._levels[rng.integers(len(self._levels))]
+    return self._probe.draw(rng, level, self._settings)

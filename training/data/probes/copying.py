@@ -1,0 +1,72 @@
+"""Letters that are to be written again: MAD's selective copying (Poli et al.
+2024, section 3.1), and copying and reversing as tests of longer rows than in
+training (Kazemnejad et al. 2023, "The Impact of Positional Encoding on Length
+Generalization in Transformers", section 3).
+
+  selective_copying  a . . b . c > . . .     copy  a b c > a b c
+                                 a b c             reverse  a b c > c b a
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from training.data.probes import record
+from training.data.probes.record import Row, Settings
+
+_PAPER = 'Kazemnejad et al. 2023, section 3'
+_DIFFERS = ('Letters are ids, where the paper has words of a text that a '
+            'tokenizer cuts.')
+TO_20 = tuple(range(1, 21))  # trained on up to 20, tested on up to 40
+
+
+def selective_copying(rng: np.random.Generator, count: int, settings: Settings
+                      ) -> Row:
+  """Returns a row of settings.length: letters with blanks before them, a mark,
+  and as many blanks as letters, each of which asks for one."""
+  blank, mark = settings.vocab, settings.vocab + 1
+  letters = rng.integers(0, settings.vocab, count)
+  blanks = settings.length - 2 * count - 1
+  tokens = np.insert(letters, np.sort(rng.integers(0, count, blanks)), blank)
+  tokens = np.concatenate([tokens, [mark], np.full(count, blank)])
+  return record.asking(tokens, np.arange(len(tokens) - count, len(tokens)),
+                       letters)
+
+
+def _write(letters: np.ndarray, answer: np.ndarray, settings: Settings) -> Row:
+  mark, end = settings.vocab, settings.vocab + 1
+  return record.writing(np.append(letters, mark), np.append(answer, end))
+
+
+def copy(rng: np.random.Generator, count: int, settings: Settings) -> Row:
+  """Returns letters, a mark, the letters again, of which the end is asked for
+  too."""
+  letters = rng.integers(0, settings.vocab, count)
+  return _write(letters, letters, settings)
+
+
+def reverse(rng: np.random.Generator, count: int, settings: Settings) -> Row:
+  """Returns letters, a mark, and the letters from the last to the first."""
+  letters = rng.integers(0, settings.vocab, count)
+  return _write(letters, letters[::-1], settings)
+
+
+def _growing(asks: str, draw: Callable[..., Row]) -> record.Probe:
+  return record.Probe(
+      asks=asks, source=_PAPER, differs=_DIFFERS, level='letters',
+      levels=TO_20, draw=draw, size=lambda count, settings: 2 * count + 1,
+      vocab_size=lambda settings: settings.vocab + 2, vocab=16, grows=True,
+      length=41, examples=100_000)
+
+
+PROBES = {
+    'selective_copying': record.Probe(
+        asks='the letters that stood among blanks, in their order',
+        source='Poli et al. 2024, section 3.1, selective copying', differs='',
+        level='letters to copy', levels=(16,), draw=selective_copying,
+        size=lambda count, settings: 2 * count + 1,
+        vocab_size=lambda settings: settings.vocab + 2, vocab=14, grows=True,
+        hides=True, length=256),
+    'copy': _growing('the same letters again', copy),
+    'reverse': _growing('the letters from the last to the first', reverse),
+}

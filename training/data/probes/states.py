@@ -1,0 +1,73 @@
+"""State tracking: after each token, which element is the product of all so far?
+(Merrill, Petty and Sabharwal 2024, "The Illusion of State in State-Space
+Models", section 5: word problems of groups.) Parity is the group of two
+elements, counting that of `vocab`; S3 and S5 are all permutations of three and
+of five things, of which S5 is not solvable, and so hard for a fixed depth.
+"""
+
+from collections.abc import Callable
+import functools
+import itertools
+
+import numpy as np
+
+from training.data.probes import record
+from training.data.probes.record import Row, Settings
+
+_PAPER = 'Merrill, Petty and Sabharwal 2024, section 5'
+_DIFFERS = ('The paper trains one model for each length; here a row has a '
+            'number of tokens up to the longest.')
+
+
+@functools.lru_cache(maxsize=8)
+def permutations(things: int) -> tuple[np.ndarray, np.ndarray]:
+  """Returns all permutations [P, things], in lexicographic order, and the
+  table [P, P] of their products: table[a, b] is b after a."""
+  rows = np.array(list(itertools.permutations(range(things))))
+  code = rows @ things ** np.arange(things)
+  order = np.argsort(code)
+  product = rows[:, rows]  # [b, a, things]: b of what a makes of each thing
+  codes = product @ things ** np.arange(things)
+  return rows, order[np.searchsorted(code[order], codes)].T
+
+
+def _tagged(tokens: np.ndarray, states: np.ndarray) -> Row:
+  return record.asking(tokens, np.arange(len(tokens)), states)
+
+
+def counted(rng: np.random.Generator, count: int, settings: Settings) -> Row:
+  """Returns numbers below the modulus, and at each their sum so far."""
+  tokens = rng.integers(0, settings.vocab, count)
+  return _tagged(tokens, np.cumsum(tokens) % settings.vocab)
+
+
+def _words(things: int, rng: np.random.Generator, count: int,
+           settings: Settings) -> Row:
+  """Returns permutations by number, and at each the product so far."""
+  del settings
+  _, table = permutations(things)
+  tokens = rng.integers(0, len(table), count)
+  states = itertools.accumulate(tokens, lambda state, one: table[state, one])
+  return _tagged(tokens, np.fromiter(states, np.int64, count))
+
+
+def _of(asks: str, draw: Callable[..., Row],
+        vocab_size: Callable[[Settings], int], vocab: int = 0) -> record.Probe:
+  return record.Probe(
+      asks=asks, source=_PAPER, differs=_DIFFERS, level='tokens',
+      levels=tuple(range(1, 21)), draw=draw,
+      size=lambda count, settings: count, vocab_size=vocab_size, vocab=vocab,
+      grows=True, hides=True, length=20, examples=100_000)
+
+
+PROBES = {
+    'parity': _of('whether the ones so far are odd in number',
+                  lambda rng, count, settings: counted(
+                      rng, count, settings._replace(vocab=2)), lambda _: 2),
+    'counting': _of('the sum so far, modulo the number of letters', counted,
+                    lambda settings: settings.vocab, vocab=5),
+    's3': _of('the product so far of permutations of three things',
+              functools.partial(_words, 3), lambda _: 6),
+    's5': _of('the product so far of permutations of five things',
+              functools.partial(_words, 5), lambda _: 120),
+}

@@ -1,0 +1,154 @@
+"""Accuracy of a probe by difficulty, and on rows longer than in training.
+
+`accuracy` is the share of answers that are right, `rows` the share of rows all
+of whose answers are. An interval is Wilson's, of 95 %, over rows: the answers
+of one row are not independent, and the mean of a row varies at most as much as
+a single answer would, so the interval of the accuracy is rather too wide.
+"""
+
+from collections.abc import Iterator, Sequence
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from training.evals.task import Evaluation, Flag, Task
+
+FACTORS = (2, 4)  # lengths beyond training
+LEVELS = 6  # at most so many of the levels of training are measured
+
+
+class Cell(NamedTuple):
+  """What is measured at once: rows of one level and length."""
+  level: int | float
+  length: int
+  beyond: int  # how many times the length of training; 1: as in training
+
+
+def run(evaluation: Evaluation) -> dict[str, Any]:
+  """Measures each level of training, and the hardest one at longer lengths."""
+  from architectures.parts import positions
+  from training.data import probes
+  config = evaluation.run.config
+  probe, settings = probes.of(config), probes.settings(config)
+  rows = evaluation.options.probe_rows
+  print(f'{config.data.source}: {probe.asks}; {rows:,} rows of each kind')
+  print(f'{probe.level:>20} {"length":>7} {"accuracy":>9} {"95 %":>16} '
+        f'{"rows right":>11} {"95 %":>16}')
+  figures: dict[str, Any] = {'level': {}, 'beyond': {}, 'table': []}
+  reach = positions.reach(evaluation.run.model)
+  for cell in cells(settings, probe.grows):
+    told = f'{cell.level:>20} {cell.length:>7}'
+    if cell.length > reach:
+      print(f'{told}   refused: the positions of the model end at {reach:g}')
+      continue
+    own = measured(evaluation, cell, rows)
+    print(f'{told} {own["accuracy"]:>9.4f} {_shown(own["accuracy_95"])} '
+          f'{own["rows_right"]:>11.4f} {_shown(own["rows_right_95"])}')
+    figures['table'].append(cell._asdict() | own)
+    where = 'level' if cell.beyond == 1 else 'beyond'
+    name = f'{cell.level:g}' if cell.beyond == 1 else f'{cell.beyond}x'
+    figures[where][name] = own['accuracy']
+  trained = [row for row in figures['table'] if row['beyond'] == 1]
+  for name in ('accuracy', 'rows_right'):
+    figures[name] = float(np.mean([row[name] for row in trained]))
+  print(f'the mean over the levels of training: accuracy '
+        f'{figures["accuracy"]:.4f}, rows right {figures["rows_right"]:.4f}')
+  return figures | {'rows': rows}
+
+
+def cells(settings: Any, grows: bool) -> Iterator[Cell]:
+  """Yields what is measured.
+
+  Args:
+    settings: of the run's probe.
+    grows: whether longer rows are of a larger level, as Probe.grows says.
+  """
+  levels = sorted(set(settings.levels))
+  places = np.linspace(0, len(levels) - 1, min(LEVELS, len(levels)))
+  for place in np.unique(np.rint(places).astype(int)):
+    yield Cell(levels[place], settings.length, 1)
+  for factor in FACTORS:
+    yield Cell(levels[-1] * factor if grows else levels[-1],
+               settings.length * factor, factor)
+
+
+def measured(evaluation: Evaluation, cell: Cell, count: int
+             ) -> dict[str, Any]:
+  """Returns the figures of `count` held-out rows of one level and length."""
+  import jax
+
+  from training import objectives, progress
+  from training.data import pipeline, probes
+  from training.distributed import devices
+  run_, config = evaluation.run, evaluation.run.config
+  config = config.copy_and_resolve_references()
+  config.data.length = cell.length
+  rows = probes.Rows(
+      probes.of(config), probes.settings(config)._replace(held_out=count),
+      'eval', 0, levels=(cell.level,))
+  loader = pipeline.Loader(
+      config.data.source, 1.0, config.data.source, rows, [rows], config,
+      evaluation.tokenizer, 'eval',
+      *devices.batch_shard(run_.place, config.data.batch_size))
+  objective = objectives.of(config)
+  step = evaluation.program(lambda: _counts(run_.module, objective), 'probe')
+  total = sum(np.asarray(jax.device_get(step(evaluation.params, run_.put(
+      batch))), np.float64) for batch in progress.each(
+          loader.iterate(), f'{probes.of(config).level}: {cell.level}',
+          loader.num_batches))
+  right, asked, whole, seen = map(float, total)
+  return dict(
+      accuracy=right / asked, accuracy_95=wilson(right / asked, int(seen)),
+      rows_right=whole / seen, rows_right_95=wilson(whole / seen, int(seen)),
+      answers=int(asked), rows=int(seen))
+
+
+def _counts(module: Any, objective: Any):
+  """Returns step(params, batch) -> [right answers, answers, rows all right,
+  rows]."""
+  import jax.numpy as jnp
+
+  from training import losses
+
+  def step(params: Any, batch: Any):
+    output = objective.apply(module, params, batch)
+    right_BL = losses.token_losses(output.hidden, output.head,
+                                   batch['targets']).correct
+    asked_BL = batch['weights'] > 0
+    row_B = asked_BL.any(1)
+    whole_B = row_B & (right_BL | ~asked_BL).all(1)
+    return jnp.stack([(right_BL & asked_BL).sum(), asked_BL.sum(),
+                      whole_B.sum(), row_B.sum()])
+
+  return step
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+  """Returns the bounds of Wilson's 95 % interval (1927) of a share of `count`.
+
+  scipy's binomtest has it for whole numbers of successes alone.
+  """
+  from scipy import stats
+  z2 = stats.norm.ppf(0.975) ** 2
+  middle = (share + z2 / (2 * count)) / (1 + z2 / count)
+  half = math.sqrt(z2 * (share * (1 - share) / count + z2 / (4 * count ** 2))
+                   ) / (1 + z2 / count)
+  return max(middle - half, 0.0), min(middle + half, 1.0)
+
+
+def _shown(bounds: Sequence[float]) -> str:
+  return f'[{bounds[0]:.4f}, {bounds[1]:.4f}]'
+
+
+def _unfit(config: Any) -> str:
+  from training import objectives
+  from training.data import probes
+  return '' if objectives.of(config).records == probes.KIND else (
+      f'objective {config.objective!r} is not trained on a probe')
+
+
+TASK = Task(
+    'the accuracy of a probe by difficulty and beyond the length of training',
+    run, _unfit, flags=(
+        Flag('probe_rows', 512, 'Rows of each difficulty.', 1, 2**20),))

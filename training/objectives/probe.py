@@ -1,0 +1,74 @@
+"""Probes: the answers that a row of a small task asks for, and nothing else.
+
+The rows come from training/data/probes, as ids that no tokenizer makes.
+"""
+
+from typing import Any
+
+import numpy as np
+
+import architectures
+from configs.errors import require
+from training.data import packing, probes
+from training.data.tokenizers import Tokenizer
+from training.objectives import record
+from training.objectives.record import Config, Objective, Row, Shape
+
+
+class Rows(probes.Rows):
+  """The rows of a run's probe; see packing.py for what a view is."""
+
+  def __init__(self, corpus: packing.Corpus):
+    config = corpus.config
+    require(corpus.name == config.data.source, 'a run on a probe is evaluated '
+            f'on its own, {config.data.source!r}, and not on {corpus.name!r}')
+    super().__init__(probes.of(config), probes.settings(config), corpus.split,
+                     config.seed if corpus.split == 'train' else 0)
+
+
+def probe(item: probes.Row, rng: np.random.Generator | None, config: Config,
+          tokenizer: Tokenizer) -> Row:
+  """Lays out one row.
+
+  Returns:
+    tokens, targets [up to L]; weights [up to L], 1 where a target is asked for;
+    segment_ids [up to L], 1 for each token.
+  """
+  del rng, config, tokenizer
+  return dict(tokens=item.tokens, targets=item.targets, weights=item.asked,
+              segment_ids=np.ones(len(item.tokens)))
+
+
+def _arrays(config: Config) -> dict[str, Shape]:
+  return record.text_arrays(config, 'segment_ids')
+
+
+def _check(config: Config) -> None:
+  probes.check(config)
+  system = architectures.systems().get(config.model.arch)
+  sees_all = system is not None and system.STACK == 'encoder'
+  readable = [name for name, row in probes.PROBES.items() if row.hides]
+  require(not sees_all or probes.of(config).hides, f'{config.data.source} '
+          'shows its answers to a model that sees the whole row, as model.arch '
+          f'{config.model.arch} does: choose a probe of {", ".join(readable)}')
+
+
+def _vocab_size(config: Config, tokenizer: Tokenizer) -> int:
+  del tokenizer
+  return probes.of(config).vocab_size(probes.settings(config))
+
+
+def _derived(config: Config) -> dict[str, Any]:
+  settings = probes.settings(config)
+  return {f'probe.{name}': getattr(settings, name) for name in probes.DERIVED}
+
+
+OBJECTIVES = {
+    'probe': Objective(
+        ('decoder', 'encoder'), Rows, probe, _arrays, ('tokens',),
+        {'segment_ids': 'segment_ids_BL'}, ('segment_ids',),
+        reads=tuple(f'probe.{name}' for name in probes.DERIVED),
+        fill=lambda tokenizer: 0, records=probes.KIND, check=_check,
+        ignores=('data.tokenizer', 'data.eval_source', 'data.holdout_every'),
+        perplexity=False, vocab_size=_vocab_size, derived=_derived),
+}
