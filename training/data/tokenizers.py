@@ -42,6 +42,8 @@ class Tokenizer(abc.ABC):
     fingerprint: changes when any text could be encoded otherwise.
     mask_pattern: a regular expression for a mask that is to be filled in: the
       vocabulary's own spelling, or [MASK].
+    added_ids: what Hugging Face's tokenizer of this vocabulary puts before
+      each text. None is put there here: lm_eval's conventions ask for it.
   """
 
   name: str
@@ -50,6 +52,7 @@ class Tokenizer(abc.ABC):
   sentinel_ids: tuple[int, ...] = ()
   fingerprint: str
   mask_pattern = re.escape('[MASK]')
+  added_ids: tuple[int, ...] = ()
 
   def __reduce__(self):
     return load, (self.name,)  # To a worker goes the name alone.
@@ -204,6 +207,9 @@ class HuggingFace(Tokenizer):
     described = json.dumps([tokenizer.to_str(), special_ids])
     self.fingerprint = _digest(described.encode('utf-8'))
     self._bytes_of_id = tokenizer_files.byte_level_table(tokenizer, vocab)
+    placed = tokenizer.encode('a')
+    ends = [*placed.special_tokens_mask, 0].index(0)
+    self.added_ids = tuple(placed.ids[:ends])
 
   def encode_batch(self, texts: Sequence[str]):
     encodings = self._tokenizer.encode_batch_fast(
@@ -272,6 +278,8 @@ class SentencePiece(Tokenizer):
     if 'mask' in self.special_ids:
       own = re.escape(model.id_to_piece(self.special_ids['mask']))
       self.mask_pattern = f'(?:{own}|{self.mask_pattern})'
+    # As LlamaTokenizer; T5's vocabulary has no bos.
+    self.added_ids = tuple(i for i in (model.bos_id(),) if i >= 0)
     self.fingerprint = _digest(data)
     self._hidden = set(self.special_ids.values()) | {
         i for i in known.values() if model.is_control(i)}

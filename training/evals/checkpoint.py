@@ -12,6 +12,22 @@ from training.evals.task import Evaluation
 from training.workdir import metrics, storage
 
 
+def load(workdir: epath.Path, names: Sequence[str], options: Any, *,
+         step: int | None, text: str, programs: dict) -> Evaluation:
+  """Returns a run's checkpoint as tasks are given it, when it has been checked
+  that they can be done; arguments and errors are those of `evaluate`."""
+  config = runs.for_this_machine(runs.config_of(workdir))
+  if text:
+    config.data.eval_source = text
+  for name in names:
+    evals.check_task(name, options, config, workdir)
+  tokenizer = tokenizers.load(config.data.tokenizer)
+  model, _ = runs.resolve(config, tokenizer)
+  run = runs.build(config, model)
+  params, step = runs.restore_params(run, workdir, step)
+  return Evaluation(run, params, step, tokenizer, options, workdir, programs)
+
+
 def evaluate(workdir: epath.Path, names: Sequence[str], options: Any, *,
              step: int | str | None, text: str, programs: dict
              ) -> dict[str, Any]:
@@ -28,19 +44,10 @@ def evaluate(workdir: epath.Path, names: Sequence[str], options: Any, *,
   Raises:
     RequestError: where a task cannot be done of this run.
   """
-  config = runs.for_this_machine(runs.config_of(workdir))
-  if text:
-    config.data.eval_source = text
-  for name in names:
-    evals.check_task(name, options, config, workdir)
-  tokenizer = tokenizers.load(config.data.tokenizer)
-  model, _ = runs.resolve(config, tokenizer)
-  run = runs.build(config, model)
-  params, step = runs.restore_params(run, workdir, step)
-  figures = {'step': step}
-  evaluation = Evaluation(run, params, step, tokenizer, options, workdir,
-                          programs)
-  with run.context():
+  evaluation = load(workdir, names, options, step=step, text=text,
+                    programs=programs)
+  figures = {'step': evaluation.step}
+  with evaluation.run.context():
     for name in names:
       figures[name] = evals.run(name, evaluation)
   return figures

@@ -1,0 +1,136 @@
+"""The task lm_eval, as far as it goes without lm_eval: what is refused, and the
+files that tasks of ours read. `make verify` compares answers with lm_eval's own
+backend."""
+
+import importlib.util
+import json
+import types
+
+import pytest
+import yaml
+
+from configs.errors import RequestError
+from training.evals.lm_eval_tasks import local
+from tests.helpers import evaluations
+from training import evals
+from training.data import tokenizers
+from training.evals.tasks import lm_eval
+
+HERE = importlib.util.find_spec('lm_eval') is not None
+
+
+def _check(name, **options):
+  evals.check_without_flags(name, 'TASKS') if not options else evals.task(
+      name).check(evaluations.flags(**options))
+
+
+def test_a_name_says_what_to_evaluate():
+  assert evals.task('lm_eval:blimp_files') is evals.TASKS['lm_eval']
+  options = evals._options(
+      lm_eval.TASK, 'lm_eval:blimp_files', evaluations.flags(lm_eval='other'))
+  assert options.lm_eval == 'blimp_files'
+  for name in ('lm_eval:', 'loss:x'):
+    with pytest.raises(RequestError, match=f"has {name!r}: write "):
+      evals.task(name)
+  with pytest.raises(RequestError, match='is told what to evaluate'):
+    _check('lm_eval')
+
+
+@pytest.mark.skipif(HERE, reason='lm_eval is here')
+def test_without_the_package_there_is_a_sentence():
+  with pytest.raises(RequestError, match=r"pip install -e '.\[lm_eval\]'"):
+    _check('lm_eval:blimp_files')
+
+
+@pytest.mark.parametrize('system, objective', [
+    ('bert', 'mlm'), ('t5', 'span')])
+def test_what_gives_no_probability_to_a_text_is_refused(system, objective):
+  c = evaluations.config(system, objective)
+  assert f'objective {objective!r}' in lm_eval.TASK.unfit(c)
+  assert not lm_eval.TASK.unfit(evaluations.config('gpt', 'causal'))
+
+
+def test_figures_are_called_as_lm_eval_calls_them():
+  figures, errors = lm_eval._plain({
+      'acc,none': 0.5, 'acc_stderr,none': 0.1, 'alias': 'x', 'n': 3,
+      'exact_match,strict-match': 0.25,
+      'exact_match_stderr,strict-match': 0.2})
+  assert figures == {'acc': 0.5, 'exact_match (strict-match)': 0.25}
+  assert errors == {'acc': 0.1, 'exact_match (strict-match)': 0.2}
+
+
+@pytest.fixture
+def dataset(monkeypatch):
+  """Stands in for the package of Hugging Face's datasets."""
+  local._documents.cache_clear()
+  monkeypatch.setitem(__import__('sys').modules, 'datasets',
+                      types.SimpleNamespace(Dataset=types.SimpleNamespace(
+                          from_list=list)))
+
+
+def _write(folder, name, *rows):
+  (folder / name).mkdir()
+  (folder / name / 'a.jsonl').write_text('\n'.join(
+      row if isinstance(row, str) else json.dumps(row) for row in rows))
+
+
+def test_pairs_are_counted_by_phenomenon(tmp_path, dataset):
+  row = dict(sentence_good='He sings.', sentence_bad='He sing.',
+             linguistics_term='agreement', pairID='0')
+  _write(tmp_path, 'blimp', row)
+  doc, = local.blimp(folder=str(tmp_path), version=1.0)['validation']
+  assert doc == {name: row[name] for name in list(row)[:3]}
+  for bad, right in ((-3.0, 1.0), (-2.0, 0.0), (-1.0, 0.0)):
+    assert local.blimp_results(doc, [(-2.0, False), (bad, True)]) == {
+        'acc': right, 'acc agreement': right}
+
+
+def test_the_last_word_is_asked_for_in_bits_per_byte(tmp_path, dataset):
+  _write(tmp_path, 'cloze', dict(text='He drank the café'))
+  doc, = local.cloze(folder=str(tmp_path))['validation']
+  assert local.cloze_results(doc, [(-3.0, True)]) == {
+      'acc': 1.0, 'perplexity': -3.0, 'bits_per_byte': (-3.0, 6)}
+
+
+@pytest.mark.parametrize('rows, sentence', [
+    ((), 'none is named: pass --lm_eval_data=DIR, or set ARCHETYPE_DATA'),
+    (('{',), 'a.jsonl, line 1, is broken JSON'),
+    (({'text': 'a b'}, {'text': 3}), "line 2, has no text 'text'"),
+    (({'text': 'alone '},), 'line 1, has one word alone')])
+def test_wrong_files_are_named(tmp_path, monkeypatch, dataset, rows, sentence):
+  monkeypatch.delenv('ARCHETYPE_DATA', raising=False)
+  if rows:
+    _write(tmp_path, 'cloze', *rows)
+  with pytest.raises(RequestError, match=sentence):
+    local.cloze(folder=str(tmp_path) if rows else '')
+
+
+def test_a_folder_without_the_files_is_named(tmp_path, dataset):
+  with pytest.raises(RequestError, match='blimp holds no .*jsonl'):
+    local.blimp(folder=str(tmp_path))
+
+
+def test_task_files_name_functions_that_are_there():
+  yaml.SafeLoader.add_constructor(
+      '!function', lambda loader, node: getattr(
+          local, node.value.removeprefix('local.')))
+  for file in lm_eval.OWN.glob('*.yaml'):
+    task = yaml.load(file.read_text(), yaml.SafeLoader)
+    assert task['task'] == file.stem
+    assert callable(task['custom_dataset']) and callable(
+        task['process_results'])
+  assert len(list(lm_eval.OWN.glob('*.yaml'))) == 2
+
+
+def test_a_tokenizer_says_what_hugging_face_puts_before_a_text(tmp_path):
+  import tokenizers as library
+  pipeline = library.Tokenizer(library.models.WordLevel(
+      {'<s>': 0, '</s>': 1, 'a': 2, '?': 3}, '?'))
+  pipeline.add_special_tokens(['<s>', '</s>'])
+  for template, added in (('$A', ()), ('<s> $A', (0,)), ('$A </s>', ())):
+    pipeline.post_processor = library.processors.TemplateProcessing(
+        single=template, special_tokens=[('<s>', 0), ('</s>', 1)])
+    pipeline.save(str(tmp_path / 'tokenizer.json'))
+    loaded = tokenizers.load(str(tmp_path))
+    assert loaded.added_ids == added
+    assert loaded.encode('a').tolist() == [2]

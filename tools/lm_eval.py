@@ -1,0 +1,54 @@
+"""The command line of lm_eval, with the runs of this project as a model.
+
+  python -m tools.lm_eval run --model_args workdir=runs/tiny --tasks blimp_files
+  python -m tools.lm_eval run --help
+
+lm_eval has no plugins: this registers the model `archetype`, which is then what
+--model says by default, adds training/evals/lm_eval_tasks to where tasks are
+looked for unless --include_path names another folder, and hands every word on.
+--model_args takes workdir=DIR, step=N, add_bos_token=True or False,
+prefix_token_id=ID, max_length=N and max_gen_toks=N. All else is lm_eval's, but
+for batch sizes and devices, which follow from the texts' lengths and the run's
+mesh. `eval.py --tasks=lm_eval:NAME` does the same beside the other tasks.
+"""
+
+import importlib.util
+import sys
+
+from configs.errors import RequestError, require
+from training import cli
+from training.evals.tasks import lm_eval as task
+
+
+def main() -> None:
+  words = sys.argv[1:]
+  if set(words) <= {'-h', '--help'}:
+    print(__doc__.strip())
+    return
+  require(importlib.util.find_spec('lm_eval') is not None, 'tools.lm_eval '
+          "needs the package lm_eval: pip install -e '.[lm_eval]'")
+  if words[0] == 'run' and not {'-h', '--help'} & set(words):
+    sys.argv[2:2] = _defaults({word.partition('=')[0] for word in words})
+  from lm_eval import models  # which fills the registry
+  from lm_eval.__main__ import cli_evaluate
+  from lm_eval.api.registry import model_registry
+  del models
+  model_registry.register('archetype', target='training.evals.harness:Model')
+  cli_evaluate()
+
+
+def _defaults(given: set[str]) -> list[str]:
+  """Returns the words that `run` gets where a command does not have them."""
+  if given & {'--config', '-C'}:  # a file says it all
+    return []
+  for names, words in ((('--model_args', '-a'), 'workdir=DIR'),
+                       (('--tasks', '-t'), 'NAME,NAME')):
+    if not given & set(names):
+      raise RequestError(f'pass {names[0]} {words}')
+  found = [] if given & {'--model', '-M'} else ['--model', 'archetype']
+  return found + ([] if '--include_path' in given else
+                  ['--include_path', str(task.OWN)])
+
+
+if __name__ == '__main__':
+  cli.run(main)

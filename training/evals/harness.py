@@ -1,0 +1,282 @@
+"""A run as a model of lm_eval, EleutherAI's evaluation harness.
+
+What is asked, cut off and counted is as in lm_eval's own backend for Hugging
+Face models (lm_eval/models/huggingface.py), so that a run and its export get
+the same figures. This module imports lm_eval: only who uses it imports this.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from lm_eval import utils
+from lm_eval.api import model as api
+from lm_eval.models import utils as model_utils
+import numpy as np
+
+from configs.errors import require, short
+from training import generate, objectives, progress
+from training.evals import checkpoint, scoring
+from training.evals.scoring import Question
+from training.evals.task import Evaluation
+
+TOKENS = 2 ** 12  # of a batch of prompts
+
+
+class Model(api.TemplateLM):
+  """A run's decoder, as lm_eval asks it.
+
+  A text without a context is scored after the token that begins a document:
+  of weights that were imported and not trained here, the one that Hugging
+  Face's backend takes, bos or else eos, and where their tokenizer adds tokens
+  to the beginning of a text, so does this; of a run, the separator that stood
+  before each document of its training.
+
+  Args:
+    evaluation: the run's.
+    add_bos_token: whether a text begins with bos; None: as said above.
+    prefix_token_id: what begins a text without a context; None: likewise.
+    max_length: how many tokens the model is shown; None: max_len.
+    max_gen_toks: how many it writes where a task does not say.
+  """
+  backend = 'causal'
+
+  def __init__(self, evaluation: Evaluation, *,
+               add_bos_token: bool | None = None,
+               prefix_token_id: int | None = None,
+               max_length: int | None = None, max_gen_toks: int = 256):
+    super().__init__()
+    config, model = evaluation.run.config, evaluation.run.model
+    reason = scoring.unfit(config)
+    require(not reason, f'{reason}: lm_eval cannot be asked for it')
+    self.evaluation = evaluation
+    self._tokens = tokens = evaluation.tokenizer
+    self.max_length = max_length or model.max_len
+    require(0 < self.max_length <= model.max_len, 'max_length is '
+            f'{max_length}: the model takes 1 to {model.max_len} tokens')
+    self.max_gen_toks = max_gen_toks
+    published = evaluation.step == 0
+    bos = tokens.special_ids.get('bos')
+    self._begin = tokens.added_ids if published else ()
+    if add_bos_token is not None:
+      require(not add_bos_token or bos is not None, 'add_bos_token is True, '
+              f'but the tokenizer {tokens.name!r} has no bos token')
+      self._begin = (bos,) if add_bos_token else ()
+    self._prefix = prefix_token_id
+    if prefix_token_id is None:
+      self._prefix = (bos if published and bos is not None
+                      else tokens.separator_id)
+
+  @classmethod
+  def create_from_arg_obj(cls, arg_dict: dict[str, Any],
+                          additional_config: dict[str, Any] | None = None
+                          ) -> 'Model':
+    """Makes the model of `--model archetype --model_args workdir=DIR,...`.
+
+    Args:
+      arg_dict: `workdir`, `step` and the arguments of Model.
+      additional_config: lm_eval's batch size and device, which the run's mesh
+        and the lengths of the texts decide here.
+    """
+    del additional_config
+    from training import evals
+    from training.workdir import storage
+    given = dict(arg_dict)
+    known = ('workdir', 'step', 'add_bos_token', 'prefix_token_id',
+             'max_length', 'max_gen_toks')
+    strange = [name for name in given if name not in known]
+    require(not strange, f'--model_args has {", ".join(strange)}: choose from '
+            f'{", ".join(known)}')
+    require(bool(given.get('workdir')), 'pass --model_args workdir=DIR, the '
+            'folder of a run')
+    workdir = storage.path(str(given.pop('workdir')))
+    return cls(checkpoint.load(
+        workdir, (), evals.defaults(), step=given.pop('step', None), text='',
+        programs={}), **given)
+
+  @classmethod
+  def create_from_arg_string(cls, arg_string: str,
+                             additional_config: dict | None = None) -> 'Model':
+    return cls.create_from_arg_obj(
+        utils.simple_parse_args_string(arg_string), additional_config)
+
+  @property
+  def eot_token_id(self) -> int:
+    return self._tokens.separator_id
+
+  @property
+  def prefix_token_id(self) -> int:
+    return self._prefix
+
+  @property
+  def tokenizer_name(self) -> str:
+    return self._tokens.fingerprint
+
+  def tok_encode(self, string: str, add_special_tokens: bool | None = None,
+                 **kwargs) -> list[int]:
+    return self._encode([string], add_special_tokens)[0].tolist()
+
+  def _encode(self, texts: Sequence[str], special: bool | None = None
+              ) -> list[np.ndarray]:
+    """Returns the ids of texts, each with what a text begins with."""
+    first = self._tokens.piece(self._prefix)
+    rows = self._tokens.encode_batch(texts)
+    begins = [self._begin if special or special is None
+              and not text.startswith(first) else () for text in texts]
+    return [np.concatenate([begin, ids]).astype(np.int32)
+            for begin, ids in zip(begins, rows)]
+
+  def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False
+                    ) -> list[tuple[float, bool]]:
+    """Returns (log-probability of the continuation, whether it is what greedy
+    decoding would write) for each request."""
+    pairs = [_moved_spaces(*request.args) for request in requests]
+    texts = list(dict.fromkeys(text for context, more in pairs if context
+                               for text in (context + more, context)))
+    ids = dict(zip(texts, self._encode(texts)))
+    alone = list(dict.fromkeys(more for context, more in pairs if not context))
+    ids_alone = dict(zip(alone, self._encode(alone, False)))
+    questions = []
+    for context, more in pairs:
+      if context:
+        whole = ids[context + more]
+        scored = len(whole) - len(ids[context])
+      else:
+        whole = ids_alone[more]
+        if not len(whole) or whole[0] != self._prefix:
+          whole = np.concatenate([[self._prefix], whole]).astype(np.int32)
+        scored = len(whole) - 1
+      questions.append(self._question(whole, scored, more))
+    found = [(float(x.log_probs.sum()), bool(x.greedy.all()))
+             for x in self._answer(questions)]
+    for request, result in zip(requests, found):
+      self.cache_hook.add_partial('loglikelihood', request.args, result)
+    return found
+
+  def _question(self, ids: np.ndarray, scored: int, text: str) -> Question:
+    require(scored > 0, f'the continuation {short(text)} has no token of its '
+            'own, so there is nothing to score')
+    require(scored <= self.max_length, f'the continuation {short(text)} has '
+            f'{scored} tokens, and the model takes {self.max_length}')
+    return Question(ids[-(self.max_length + 1):], scored)
+
+  def _answer(self, questions: Sequence[Question]) -> list[scoring.Answer]:
+    with self.evaluation.run.context():
+      return scoring.answer(questions, self.evaluation, 'scoring')
+
+  def _loglikelihood_tokens(self, requests: Sequence[tuple], **kwargs
+                            ) -> list[tuple[float, bool]]:
+    """As the base class has it: of ((context, continuation), ids, ids)."""
+    answers = self._answer([
+        self._question(np.asarray([*before, *ids], np.int32), len(ids), '')
+        for _, before, ids in requests])
+    return [(float(x.log_probs.sum()), bool(x.greedy.all())) for x in answers]
+
+  def loglikelihood_rolling(self, requests: Sequence[Any],
+                            disable_tqdm: bool = False) -> list[float]:
+    """Returns the log-probability of each whole text, in windows that predict
+    each token once (lm_eval's get_rolling_token_windows)."""
+    texts = [request.args[0] for request in requests]
+    questions, owners = [], []
+    for i, ids in enumerate(self._encode(texts)):
+      for pair in utils.get_rolling_token_windows(
+          ids.tolist(), self._prefix, self.max_length, 1):
+        before, after = utils.make_disjoint_window(pair)
+        questions.append(self._question(
+            np.asarray([*before, *after], np.int32), len(after), texts[i]))
+        owners.append(i)
+    totals = [0.0] * len(texts)
+    for i, answer in zip(owners, self._answer(questions)):
+      totals[i] += float(answer.log_probs.sum())
+    for request, result in zip(requests, totals):
+      self.cache_hook.add_partial(
+          'loglikelihood_rolling', request.args, result)
+    return totals
+
+  def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False
+                     ) -> list[str]:
+    """Returns what the model writes after each context, up to a stop string.
+    """
+    asked = [request.args for request in requests]
+    ids = self._encode([context for context, _ in asked])
+    by_options: dict[str, list[int]] = {}
+    for i, (_, options) in enumerate(asked):
+      by_options.setdefault(repr(options), []).append(i)
+    found = [''] * len(asked)
+    for group in by_options.values():
+      options = asked[group[0]][1]
+      for i, text in self._written(group, ids, options):
+        found[i] = text
+    for request, text in zip(requests, found):
+      self.cache_hook.add_partial('generate_until', request.args, text)
+    return found
+
+  def _written(self, group: Sequence[int], ids: Sequence[np.ndarray],
+               options: dict[str, Any]):
+    """Yields (which, text) of requests with the same options."""
+    options = model_utils.normalize_gen_kwargs(options, self.max_gen_toks)
+    stops = model_utils.handle_stop_sequences(
+        options.get('until'), eos=None)
+    count = options['max_gen_toks']
+    room = self.max_length - count
+    require(room > 0, f'a task writes up to {count} tokens (max_gen_toks), and '
+            f'the model takes {self.max_length} with the prompt: choose fewer')
+    sampling = _sampling(options)
+    evaluation, end = self.evaluation, self.eot_token_id
+    ends = end, *self._holding(stops)
+    rows = {i: (ids[i] if len(ids[i]) else np.array([self._prefix]))[-room:]
+            for i in group}
+    for chosen, tokens_BL, lengths_B in progress.each(
+        list(_prompts(rows, room)), 'writing'):
+      prefix = dict(prefix_B=lengths_B) if 'prefix_B' in objectives.of(
+          evaluation.run.config).options.values() else {}
+      with evaluation.run.context():
+        written_BT = jax.device_get(generate.generate(
+            evaluation.run.module, evaluation.params, tokens_BL, lengths_B,
+            jax.random.key(0), max_new_tokens=count, sampling=sampling,
+            stop_token=ends, **prefix))
+      for i, row in zip(chosen, written_BT):
+        text = self._tokens.decode(generate.until(row, end))
+        yield i, model_utils.postprocess_generated_text(text, stops, None)
+
+  def _holding(self, stops: Sequence[str]) -> list[int]:
+    """Returns the tokens that hold a stop string, after which nothing of a
+    text is read."""
+    wanted = [stop.encode() for stop in stops if stop]
+    spelt = (self._tokens.decode_bytes([token])
+             for token in range(self._tokens.vocab_size))
+    return [token for token, text in enumerate(spelt)
+            if any(stop in text for stop in wanted)]
+
+
+def _moved_spaces(context: str, continuation: str) -> tuple[str, str]:
+  """As lm_eval: the spaces that end a context begin its continuation."""
+  stripped = context.rstrip()
+  return ((stripped, context[len(stripped):] + continuation) if context else
+          (context, continuation))
+
+
+def _sampling(options: dict[str, Any]) -> generate.Sampling:
+  if not options.get('do_sample') or not options.get('temperature'):
+    return generate.Sampling(temperature=0)
+  return generate.Sampling(
+      options['temperature'], options.get('top_k') or 0,
+      options.get('top_p', 1.0), options.get('min_p', 0.0),
+      options.get('repetition_penalty', 1.0))
+
+
+def _prompts(rows: dict[int, np.ndarray], most: int):
+  """Yields (which, tokens [B, L], lengths [B]), of few shapes."""
+  by_length: dict[int, list[int]] = {}
+  for i, row in rows.items():
+    by_length.setdefault(scoring.rounded(len(row), most), []).append(i)
+  for length, group in sorted(by_length.items(), reverse=True):
+    count = min(max(TOKENS // length, 1), 1 << (len(group) - 1).bit_length())
+    for start in range(0, len(group), count):
+      chosen = group[start:start + count]
+      tokens_BL = np.zeros((count, length), np.int32)
+      lengths_B = np.ones(count, np.int32)
+      for place, i in enumerate(chosen):
+        tokens_BL[place, :len(rows[i])] = rows[i]
+        lengths_B[place] = len(rows[i])
+      yield chosen, tokens_BL, lengths_B

@@ -1,0 +1,77 @@
+"""The documents of the tasks beside this file, and what is counted of them."""
+
+import functools
+import json
+import os
+import pathlib
+from typing import Any
+
+from configs.errors import RequestError, require
+
+DATA = 'ARCHETYPE_DATA'
+
+
+def blimp(folder: str = '', **_: Any):
+  """Returns the pairs of BLiMP's files."""
+  return _documents(folder, 'blimp', (
+      'sentence_good', 'sentence_bad', 'linguistics_term'))
+
+
+def blimp_results(doc: dict, results: list[tuple[float, bool]]
+                  ) -> dict[str, float]:
+  (good, _), (bad, _) = results
+  right = float(good > bad)
+  return {'acc': right, f'acc {doc["linguistics_term"]}': right}
+
+
+def cloze(folder: str = '', **_: Any):
+  """Returns the texts of files as LAMBADA's."""
+  return _documents(folder, 'cloze', ('text',))
+
+
+def cloze_results(doc: dict, results: list[tuple[float, bool]]
+                  ) -> dict[str, Any]:
+  (log_prob, greedy), = results
+  word = ' ' + doc['text'].rsplit(' ', 1)[1]
+  return {'acc': float(greedy), 'perplexity': log_prob,
+          'bits_per_byte': (log_prob, len(word.encode()))}
+
+
+@functools.lru_cache  # a run that is evaluated as it trains asks again
+def _documents(folder: str, name: str, fields: tuple[str, ...]):
+  """Returns {'validation': the objects of all *.jsonl of a folder}.
+
+  Args:
+    folder: the data folder; '': $ARCHETYPE_DATA.
+    name: of the folder in it.
+    fields: texts that each object has.
+
+  Raises:
+    RequestError: where there is no such folder, or a line is wrong.
+  """
+  import datasets
+  root = folder or os.environ.get(DATA, '')
+  require(bool(root), f'lm_eval reads the folder {name} of a data folder, and '
+          f'none is named: pass --lm_eval_data=DIR, or set {DATA}')
+  files = sorted((pathlib.Path(root) / name).glob('*.jsonl'))
+  require(bool(files), f'{pathlib.Path(root) / name} holds no *.jsonl: lm_eval '
+          f'reads the folder {name} of --lm_eval_data, or of {DATA}')
+  found = []
+  for file in files:
+    for number, line in enumerate(file.read_bytes().splitlines(), 1):
+      found.append(_object(line, f'{file}, line {number},', fields))
+  require(bool(found), f'{files[0].parent} holds no line')
+  return {'validation': datasets.Dataset.from_list(found)}
+
+
+def _object(line: bytes, where: str, fields: tuple[str, ...]) -> dict:
+  try:
+    row = json.loads(line)
+  except ValueError as error:
+    raise RequestError(f'{where} is broken JSON: {error}') from error
+  for name in fields:
+    require(isinstance(row, dict) and isinstance(row.get(name), str),
+            f'{where} has no text {name!r}')
+    require(name != 'text' or ' ' in row[name].strip(), f'{where} has one word '
+            'alone: the last word of a text is asked for')
+  return {name: row[name].strip() for name in fields}
