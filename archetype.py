@@ -347,7 +347,7 @@ def build(config: str | ml_collections.ConfigDict | ModelConfig, *,
 
 def _load_run(workdir: Any, step: int | None, tokenizer: str | None) -> Model:
   config = runs.config_of(workdir)
-  module = architectures.build(runs.model_of(workdir))
+  module = architectures.build(runs.model_of(workdir, config))
   return Model(module, trained.params(workdir, module, step),
                tokenizers.load(tokenizer or config.data.tokenizer), config)
 

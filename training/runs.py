@@ -361,9 +361,12 @@ def config_of(workdir: epath.Path) -> ml_collections.ConfigDict:
   return config
 
 
-def model_of(workdir: epath.Path) -> ModelConfig:
-  """Returns the model of a run, for which its tokenizer need not be there."""
-  fields = config_of(workdir).model.to_dict()
+def model_of(workdir: epath.Path,
+             config: ml_collections.ConfigDict | None = None) -> ModelConfig:
+  """Returns the model of a run, for which its tokenizer need not be there.
+  `config` is what `config_of` returned, where it was read already."""
+  config = config_of(workdir) if config is None else config
+  fields = config.model.to_dict()
   for name, value in run_config.load_derived(workdir).items():
     section, _, field = name.partition('.')
     if section == 'model':

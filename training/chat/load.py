@@ -14,7 +14,6 @@ from training.hf import config as hf_config
 from training.hf import generation as hf_generation
 from training.objectives import causal, chat
 from training.objectives.record import Talk
-from training.workdir import run_config
 
 # What to do instead, where a model cannot be talked with.
 INSTEAD = {
@@ -55,8 +54,8 @@ def of_run(workdir: epath.Path, step: int | str | None = None,
   Raises:
     RequestError: for a model that cannot be talked with.
   """
-  config = runs.with_new_fields(run_config.load_config(workdir))
-  row, model = objectives.of(config), runs.model_of(workdir)
+  config = runs.config_of(workdir)
+  row, model = objectives.of(config), runs.model_of(workdir, config)
   if row.talk is None:
     raise RequestError(f'objective {config.objective!r}: ' + (
         INSTEAD[architectures.stack(model)] if row.head == 'lm' else
