@@ -1,0 +1,1 @@
+"""Suites of probes, for python -m tools.probes."""

@@ -1,0 +1,143 @@
+"""python -m tools.probes: suites, their runs, and the score card."""
+
+import json
+import pathlib
+import sys
+
+from etils import epath
+import numpy as np
+import pytest
+from scipy import stats
+
+from configs import gpt
+from configs.errors import RequestError
+from tools.probes import __main__ as program
+from tools.probes import card, suites
+from training.data import probes
+
+SUITE = '''
+SEEDS = 2
+LRS = (1e-3, 1e-2)
+
+def suite(add):
+  add('parity', **{'data.length': 8, 'probe.levels': (4, 8), 'train.steps': 2,
+                   'data.batch_size': 4, 'probe.held_out': 8})
+'''
+SMALL = {'model.num_layers': 1, 'model.d_model': 16, 'model.num_heads': 2,
+         'model.d_ff': 16, 'model.position': 'none'}
+
+
+@pytest.fixture
+def file(tmp_path):
+  path = tmp_path / 'suite.py'
+  path.write_text(SUITE)
+  return path
+
+
+def base(**fields):
+  config = gpt.get_config('tiny')
+  config.update_from_flattened_dict(SMALL | fields)
+  return config
+
+
+@pytest.mark.parametrize('file', sorted(
+    pathlib.Path('configs/probes').glob('[a-z]*.py')), ids=lambda p: p.stem)
+def test_every_suite_can_be_run(file):
+  suite = suites.load(str(file), base())
+  assert len(suite.seeds) >= 3
+  for task, config in suite.configs.items():
+    assert probes.of(config) is probes.PROBES[task]
+
+
+def test_a_run_for_each_rate_and_seed(file):
+  suite = suites.load(str(file), base(), seeds=3)
+  runs = list(suite.runs('parity'))
+  assert [(run.lr, run.seed) for run in runs] == [
+      (lr, seed) for lr in (1e-3, 1e-2) for seed in (0, 1, 2)]
+  assert runs[4].config.optim.lr == 1e-2 and runs[4].config.seed == 1
+  assert str(runs[4].folder(epath.Path('w'))) == 'w/parity/lr_0.01/seed_1'
+  assert suite.configs['parity'].eval.tasks == 'probe'
+
+
+@pytest.mark.parametrize('old, new, words', [
+    ("add('parity'", "add('party'", "Did you mean 'parity'"),
+    ('LRS', 'RATES', 'has no LRS'),
+    ("'probe.levels'", "'probe.level'", 'mean .probe.levels'),
+    ('(4, 8)', '(4, 9)', '9 tokens or more'),
+])
+def test_suites_that_are_refused(file, old, new, words):
+  file.write_text(SUITE.replace(old, new))
+  with pytest.raises(RequestError, match=words):
+    suites.load(str(file), base())
+
+
+def test_what_else_is_refused(file):
+  with pytest.raises(RequestError, match='--only'):
+    suites.load(str(file), base(), only=['copy'])
+  with pytest.raises(RequestError, match='No such file'):
+    suites.load('nothing.py', base())
+
+
+def test_the_config_may_stand_behind_run():
+  assert program.words(['p', 'run', 'a.py:tiny', '--workdir=w']) == [
+      'p', '--config=a.py:tiny', '--workdir=w']
+  assert program.words(['p', 'run', '--config', 'a.py']) == [
+      'p', '--config', 'a.py']
+
+
+def written(suite, workdir, figures):
+  for run in suite.runs('parity'):
+    folder = run.folder(workdir)
+    folder.mkdir(parents=True)
+    value = figures[run.lr][run.seed]
+    rows = [{'step': 1, 'split': 'eval', 'probe/accuracy': 0.9},
+            {'step': 2, 'split': 'eval', 'probe/accuracy': value,
+             'probe/rows_right': value / 2, 'probe/rows': 512,
+             'probe/level/4': value, 'probe/level/8': value / 2,
+             'probe/beyond/2x': 0.5},
+            {'step': 2, 'split': 'train', 'loss': 1.0}]
+    (folder / 'metrics.jsonl').write_text(
+        ''.join(json.dumps(row) + '\n' for row in rows))
+
+
+def test_the_card_has_the_best_rate_and_students_interval(file, tmp_path):
+  suite = suites.load(str(file), base(), seeds=3)
+  workdir = epath.Path(tmp_path)
+  written(suite, workdir, {1e-3: [0.5, 0.6, 0.7], 1e-2: [0.4, 0.9, 0.2]})
+  own = card.of(suite, workdir)['tasks']['parity']
+  assert own['lr'] == 1e-3 and own['accuracy']['seeds'] == [0.5, 0.6, 0.7]
+  interval = stats.t.interval(0.95, 2, 0.6, stats.sem([0.5, 0.6, 0.7]))
+  np.testing.assert_allclose(own['accuracy']['half_95'],
+                             (interval[1] - interval[0]) / 2)
+  np.testing.assert_allclose(own['level']['8']['mean'], 0.3)
+  assert list(own['beyond']) == ['2x'] and own['rows'] == 512
+
+
+def test_the_card_is_written_and_drawn(file, tmp_path):
+  suite = suites.load(str(file), base(), seeds=1)
+  workdir = epath.Path(tmp_path)
+  written(suite, workdir, {1e-3: [0.5], 1e-2: [0.4]})
+  found = card.of(suite, workdir)
+  card.check_picture()
+  card.write(found, workdir)
+  kept = json.loads((workdir / card.JSON).read_text())
+  assert kept['tasks']['parity']['level'] == found['tasks']['parity']['level']
+  assert (workdir / card.PICTURE).read_bytes()[:4] == b'\x89PNG'
+  assert 'parity, lr 0.001: 0.5000\n' in card.text(found)
+
+
+@pytest.mark.slow  # it compiles a group of runs
+def test_a_suite_is_trained_once(file, tmp_path, capsys):
+  suite = suites.load(str(file), base())
+  workdir = epath.Path(tmp_path)
+  suites.train(suite, workdir)
+  found = card.of(suite, workdir)
+  assert len(found['tasks']['parity']['accuracy']['seeds']) == 2
+  capsys.readouterr()
+  suites.train(suite, workdir)
+  assert '4 of 4 runs are complete' in capsys.readouterr().out
+
+
+def test_help_needs_no_jax():
+  assert 'configs/probes' in program.__doc__ and 'jax' not in vars(
+      sys.modules['tools.probes.__main__'])

@@ -1,0 +1,1 @@
+"""An architecture's score card on tasks with exact answers."""

@@ -1,0 +1,62 @@
+r"""Trains an architecture on a suite of probes, and gives its score card.
+
+  python -m tools.probes run configs/gpt.py:tiny --workdir runs/card
+  python -m tools.probes run configs/llama.py:tiny --workdir runs/llama \
+      --suite=configs/probes/small.py --config.model.num_layers=2
+
+A suite is a file of configs/probes/: tasks, learning rates, seeds. Of each task
+every learning rate and seed is trained, as one program where that can be, into
+WORKDIR/TASK/lr_RATE/seed_SEED, which train.py and eval.py read too. The card is
+WORKDIR/card.json and card.png: for each task the figures of the learning rate
+whose mean accuracy over the seeds is highest. What is trained already is kept,
+so a run that was stopped goes on when it is started again.
+"""
+
+import sys
+
+from absl import flags
+
+from configs.errors import require
+from training import cli
+
+cli.define_config()
+cli.define_workdir()
+flags.DEFINE_string('suite', 'configs/probes/small.py',
+                    'A file of configs/probes/.')
+flags.DEFINE_list('only', [], 'Tasks of the suite to do; none: all.')
+flags.DEFINE_integer('seeds', 0, 'How many; 0: as the suite says.',
+                     lower_bound=0, upper_bound=1000)
+
+
+def words(argv: list[str]) -> list[str]:
+  """Returns the flags of 'run CONFIG --workdir W ...'."""
+  given = argv[1:]
+  if given[:1] == ['run']:
+    given = given[1:]
+    if given and not given[0].startswith('-'):
+      given = [f'--config={given[0]}', *given[1:]]
+  return [argv[0], *given]
+
+
+def main() -> int:
+  cli.parse(__doc__, words(sys.argv))
+  args = flags.FLAGS
+  require(args.config is not None and bool(args.workdir),
+          'write run CONFIG --workdir DIR, with a CONFIG such as '
+          'configs/gpt.py:tiny')
+  from tools.probes import card, suites
+  from training.workdir import storage
+  workdir = storage.path(args.workdir)
+  storage.try_folder(workdir)
+  card.check_picture()
+  suite = suites.load(args.suite, args.config, args.only, args.seeds)
+  suites.train(suite, workdir)
+  found = card.of(suite, workdir)
+  card.write(found, workdir)
+  print(card.text(found))
+  print(f'written: {workdir / card.JSON}, {workdir / card.PICTURE}')
+  return 0
+
+
+if __name__ == '__main__':
+  cli.run(main)

@@ -1,0 +1,113 @@
+"""A suite of probes as its file describes it, and the training of it.
+
+A file of configs/probes/ holds LRS, the learning rates, SEEDS, how many, and
+suite(add), which calls add(NAME, **{'probe.levels': (1, 2), ...}) for each
+task: a probe by its name, with the fields in which a run differs from the
+architecture's config.
+"""
+
+from collections.abc import Iterator, Sequence
+import difflib
+from typing import Any, NamedTuple
+
+from etils import epath
+import ml_collections
+
+from configs.errors import one_of, require
+from training import config_files
+
+
+class Run(NamedTuple):
+  """One training: a task at a learning rate with a seed."""
+  task: str
+  lr: float
+  seed: int
+  config: ml_collections.ConfigDict
+
+  def folder(self, workdir: epath.Path) -> epath.Path:
+    return workdir / self.task / f'lr_{self.lr:g}' / f'seed_{self.seed}'
+
+
+class Suite(NamedTuple):
+  """What a file of configs/probes/ asks for of one architecture."""
+  file: str
+  lrs: tuple[float, ...]
+  seeds: tuple[int, ...]
+  configs: dict[str, ml_collections.ConfigDict]
+
+  def runs(self, task: str) -> Iterator[Run]:
+    for lr in self.lrs:
+      for seed in self.seeds:
+        config = self.configs[task].copy_and_resolve_references()
+        config.seed, config.optim.lr = seed, lr
+        yield Run(task, lr, seed, config.lock())
+
+
+def load(file: str, base: ml_collections.ConfigDict, only: Sequence[str] = (),
+         seeds: int = 0) -> Suite:
+  """Returns the suite of a file for the architecture of `base`.
+
+  Args:
+    file: of configs/probes/.
+    base: the config of the architecture.
+    only: tasks of the suite to keep; (): all.
+    seeds: how many; 0: as the file says.
+
+  Raises:
+    RequestError: for a file that is no suite, or a run that cannot be.
+  """
+  from training import runs
+  module = config_files.run(file)
+  for name in ('LRS', 'SEEDS', 'suite'):
+    require(hasattr(module, name), f'{file} has no {name}: a suite has LRS, '
+            'SEEDS and suite(add)')
+  configs: dict[str, ml_collections.ConfigDict] = {}
+
+  def add(task: str, **fields: Any) -> None:
+    require(task not in configs, f'{file} adds {task!r} twice')
+    configs[task] = _config(task, base, fields, file)
+
+  config_files.call(file, module.suite, add)
+  for task in only:
+    one_of('--only', task, configs)
+  suite = Suite(file, tuple(module.LRS), tuple(range(seeds or module.SEEDS)),
+                {task: config for task, config in configs.items()
+                 if not only or task in only})
+  for task in suite.configs:
+    for run in suite.runs(task):
+      runs.check_config(run.config)
+  return suite
+
+
+def _config(task: str, base: ml_collections.ConfigDict, fields: dict[str, Any],
+            file: str) -> ml_collections.ConfigDict:
+  from training.workdir import run_config
+  config = base.copy_and_resolve_references()
+  steps = fields.get('train.steps', config.train.steps)
+  own = {'objective': 'probe', 'data.source': f'probe:{task}',
+         'model.vocab_size': 0, 'model.max_len': 0,
+         'eval.tasks': 'probe', 'eval.every_steps': steps,
+         'checkpoint.every_steps': steps, 'checkpoint.keep': 1,
+         'log.every_steps': max(steps // 10, 1),
+         'optim.warmup_steps': steps // 10}
+  flat = run_config.flatten(config)
+  for name, value in (own | fields).items():
+    who = f'{file}, task {task!r}: {name}'
+    near = difflib.get_close_matches(name, flat, n=1)
+    require(name in flat, f'{who} is no field of a config.'
+            + (f' Did you mean {near[0]!r}?' if near else ''))
+    config_files.check_type(value, flat[name], who)
+    config.update_from_flattened_dict({name: value})
+  return config
+
+
+def train(suite: Suite, workdir: epath.Path) -> None:
+  """Trains what is not trained yet, a task after the other."""
+  from training import vectorised
+  for task in suite.configs:
+    runs = list(suite.runs(task))
+    print(f'{task}: {len(suite.lrs)} learning rates x {len(suite.seeds)} seeds',
+          flush=True)
+    for group in vectorised.groups([run.config for run in runs]):
+      vectorised.train([runs[i].config for i in group],
+                       [runs[i].folder(workdir) for i in group])
