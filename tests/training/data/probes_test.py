@@ -2,6 +2,7 @@
 it, which knows the task's words and nothing of how its rows are drawn."""
 
 import itertools
+import pathlib
 import re
 
 from hypothesis import given, settings as hypothesis, strategies as st
@@ -240,6 +241,8 @@ def test_levels_that_cannot_be_drawn(name, levels, length, words):
 
 
 def test_every_record_says_where_it_comes_from():
+  page = pathlib.Path('docs/probes.md').read_text()
   for name, probe in probes.PROBES.items():
+    assert f'`probe:{name}`' in page, name
     assert re.search(r'(19|20)\d\d', probe.source), name
     assert not probe.asks.endswith('.'), name
