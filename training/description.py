@@ -32,6 +32,11 @@ def of(run: Any, start: int, tokens: int, train_data: pipeline.Loader,
   if train_data.num_sources == 1:
     passes = steps * config.data.batch_size / train_data.num_windows
     source = f'{passes:.3g} passes over {source}'
+  # Of views of records alone: text is cut into rows, and nothing of it is lost.
+  cut = sum(getattr(view, 'cut', 0) for view in train_data.views)
+  if cut:
+    source += (f', {cut:,} of whose {train_data.num_windows:,} rows are longer '
+               f'than data.length {config.data.length}, and cut off')
   lengths, most = pipeline.lengths(config), ''
   if len(lengths) > 1:
     most = 'at most '

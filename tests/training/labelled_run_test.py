@@ -139,6 +139,20 @@ def test_a_run_keeps_its_labels(alone, tmp_path):
   assert runs.model_of(tmp_path).head == 'sequence'
 
 
+def test_a_run_says_how_rows_are_padded_and_cut(folder):
+  c = config(folder, data__length=16, data__batch_size=8)
+  run = runs.build(c, runs.resolve(c, BYTES)[0])
+  train = pipeline.training_loader(c, BYTES)
+  long = sum(len(line.partition('\t')[0]) > 14 for line in
+             (folder / 'train.tsv').read_text().splitlines())
+  lines = run.describe(0, 128, train, pipeline.held_out(c, BYTES)).splitlines()
+  assert ('step: 8 rows padded to 8 or 16 tokens (a program each), at most 128 '
+          'tokens') in lines
+  told = (f'train.tsv, {long} of whose 200 rows are longer than data.length '
+          '16, and cut off')
+  assert any(line.endswith(told) for line in lines)
+
+
 def test_other_labels_are_another_run(folder, tmp_path):
   c = objectives.with_labels(config(folder))
   derived = {'data.labels': c.data.labels}
