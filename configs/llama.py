@@ -9,6 +9,10 @@ tokens, 2T tokens, the same optimiser; 70B has 8 key-value heads. Llama 3
 15T tokens; its batch grows in training, 4M tokens are taken. Counts are those
 of the published checkpoints.
 
+`smollm2-135m` is a derivative of LLaMA that fits a laptop: SmolLM2-135M (Allal
+et al. 2025), with the sizes of its config.json. What is set of its training is
+for fine-tuning it with low-rank adapters (docs/howto/instruct.md).
+
 `tiny` trains on the default text in 2 to 3 minutes of one CPU core, to a
 held-out loss of 1.644 nats a byte (2.37 bits).
 
@@ -36,7 +40,10 @@ ROWS = {
 }
 
 SIZES = {'tiny': dict(d_model=128, num_layers=4, num_heads=4, num_kv_heads=2,
-                      d_ff=344, max_len=256)} | {
+                      d_ff=344, max_len=256),
+         'smollm2-135m': dict(d_model=576, num_layers=30, num_heads=9,
+                              num_kv_heads=3, d_ff=1536, max_len=8192,
+                              vocab_size=49152)} | {
     name: dict(d_model=d, num_layers=n, num_heads=h, num_kv_heads=j, d_ff=f,
                max_len={'2-': 4096, '3-': 8192}.get(name[:2], 2048),
                vocab_size=128256 if name.startswith('3-') else 32000)
@@ -47,6 +54,7 @@ PUBLISHED = {
     '7b': 6_738_415_616, '13b': 13_015_864_320, '33b': 32_528_943_616,
     '65b': 65_285_660_672, '2-7b': 6_738_415_616, '2-13b': 13_015_864_320,
     '2-70b': 68_976_648_192, '3-8b': 8_030_261_248, '3-70b': 70_553_706_496,
+    'smollm2-135m': 134_515_008,
 }
 
 
@@ -63,6 +71,8 @@ def get_config(size: str = 'tiny'):
     c.train.steps = 300
     c.optim.update(lr=3e-3, warmup_steps=30)
     return c
+  if size.startswith('smollm2'):
+    return _smollm2(c)
   *_, c.optim.lr, tokens = ROWS[size]
   if size[1] != '-':  # the first LLaMA's; 2 and 3 have 1e-5
     c.model.norm_eps = 1e-6
@@ -73,4 +83,14 @@ def get_config(size: str = 'tiny'):
   c.data.batch_size = 2**22 // c.data.length
   c.train.steps = int(tokens / 2**22)
   c.optim.warmup_steps = 2000
+  return c
+
+
+def _smollm2(c):
+  """For fine-tuning it on a laptop."""
+  c.model.tie_embeddings = True
+  c.model.rope.theta = 100_000.0
+  c.data.update(length=80, batch_size=4)
+  c.train.steps = 40
+  c.optim.update(lr=1e-3, warmup_steps=4, schedule='linear', weight_decay=0.0)
   return c

@@ -118,7 +118,7 @@ def export(workdir: epath.Path, folder: pathlib.Path, *, step: int | str | None,
   rank adapters alone, in PEFT's format.
   """
   import architectures
-  from training import weights
+  from training import adapters, weights
   from training.hf import tokenizer as hf_tokenizer
   from training.hf import peft
   config, module, params, step = _from_workdir(workdir, step)
@@ -126,6 +126,7 @@ def export(workdir: epath.Path, folder: pathlib.Path, *, step: int | str | None,
     size = peft.write(module.config, params, folder, config.init_from)
     print(f'{folder}: the adapters of {workdir}, {size:,} parameters')
     return
+  module, params = adapters.merge(module, params)
   if dropless:
     c = module.config
     module = architectures.build(dataclasses.replace(c, moe=dataclasses.replace(
