@@ -1,4 +1,4 @@
-"""Mutants of what looks inside a model."""
+"""Mutants of what looks inside a model, and of beam search."""
 
 MUTANTS = {
     'training/insides/measures.py': [
@@ -25,5 +25,21 @@ MUTANTS = {
          'inspect: after_the_separator'),
         ('[first, drawn, drawn]', '[first, drawn, drawn[:, ::-1]]',
          'inspect: random_tokens'),
+    ],
+    'training/beam.py': [
+        ('(5 + length) / 6', '(6 + length) / 6', 'beam: best_of_all'),
+        ('_take(tokens, chosen_BK)', 'tokens[:, :K]', 'beam: by_the_book'),
+        ('jnp.take_along_axis(parent_BC, chosen_BK, 1))',
+         'chosen_BK % K)', 'beam: by_the_book'),
+        ('never_BK.at[:, 0].set(0)', 'jnp.zeros((B, K))',
+         'beam: by_the_book'),
+        ('new_BC = ends_BC & best_1C &', 'new_BC = ends_BC &',
+         'beam: by_the_book'),
+        ('if beams.early_stopping:\n    more_B', 'if True:\n    more_B',
+         'beam: by_the_book'),
+        ('jnp.arange(B)[:, None]).reshape(-1)\n    return',
+         'jnp.arange(B)[:, None] * 0).reshape(-1)\n    return',
+         'beam: by_the_book'),
+        ('hope_B > worst_B', 'hope_B > 2 * worst_B', 'beam: by_the_book'),
     ],
 }
