@@ -3,7 +3,9 @@ r"""Evaluates a run's checkpoint; the run remembers its config.
   python eval.py --workdir runs/tiny
   python eval.py --workdir runs/tiny --tasks=loss,samples --samples=3 \
       --prompt="Fellow citizens" --temperature=0.8 --json runs/tiny/eval.json
-  python eval.py --workdir runs/tiny --text='text:other/*.txt'
+  python eval.py --workdir runs/tiny --text='text:other/*.txt' --stride=64
+  python eval.py --workdir runs/tiny --tasks=lm_eval:blimp_files \
+      --lm_eval_data=DIR
   python eval.py --workdir runs/bert --tasks=fill_mask \
       --prompt='Paris is the [MASK] of France'
   python eval.py --workdir runs/bert --tasks=embed --texts=FILE \

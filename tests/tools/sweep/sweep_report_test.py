@@ -276,7 +276,8 @@ def test_what_tasks_found_has_columns(tmp_path):
   assert float(rows['norm']['labels/f1_high']) == pytest.approx(
       0.3484, abs=1e-4)
   assert rows['rope']['labels/f1'] == ''
-  assert 'labels/f1' in write.text(sweep)
+  assert re.search(r'^labels/f1 +norm +0.7000 ± 0.1000 +\+0.1000 \[',
+                   write.text(sweep), re.M)
 
 
 def test_what_tasks_of_training_found_counts_at_the_last_step():

@@ -62,6 +62,16 @@ def table(sweep: Sweep) -> Table:
   return Table(columns, rows if names else [])
 
 
+def lines(sweep: Sweep) -> Table:
+  """The same for a terminal, which is narrow: a line for each figure of each
+  point."""
+  wide = table(sweep)
+  rows = [(Cell(wide.columns[i][0]), row[0], row[i], row[i + 1])
+          for i in range(1, len(wide.columns), 2) for row in wide.rows]
+  return Table(tuple((name, '') for name in (
+      'what the tasks found', 'variant', 'mean', 'minus base')), rows)
+
+
 def record(sweep: Sweep, point: Point) -> dict[str, Any]:
   """Returns the figures of a point for a sheet: means, and differences from
   the base with their intervals; None where not known."""

@@ -63,7 +63,7 @@ def text(sweep: Sweep) -> str:
   table = tables.outcome_table(sweep, tables.outcomes(sweep))
   missing = tables.missing(sweep)
   lines = [table.text(), *(f'- {note}' for note in table.notes)]
-  for more in (measures.table(sweep), extras.effects_table(sweep)):
+  for more in (measures.lines(sweep), extras.effects_table(sweep)):
     if more.rows:
       lines += ['', more.text()]
   if missing.rows:
