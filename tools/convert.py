@@ -121,6 +121,7 @@ def export(workdir: epath.Path, folder: pathlib.Path, *, step: int | str | None,
   from training import adapters, weights
   from training.hf import tokenizer as hf_tokenizer
   from training.hf import peft
+  from training.workdir import run_config
   config, module, params, step = _from_workdir(workdir, step)
   if adapter:
     size = peft.write(module.config, params, folder, config.init_from)
@@ -133,8 +134,8 @@ def export(workdir: epath.Path, folder: pathlib.Path, *, step: int | str | None,
         c.moe, eval_capacity_factor=0.0, dispatch='dropless')))
   weights.to_hf(
       module, params, folder, dtype=dtype, shard_bytes=shard_bytes,
-      labels=tuple(config.data.labels),
-      generation=_generation(workdir, config, module.config, step))
+      generation=_generation(workdir, config, module.config, step),
+      labels=run_config.labels(workdir))
   hf_tokenizer.give(workdir, config, folder, step)
   print(f'{folder}: {_count(params):,} parameters of {workdir}')
 
@@ -209,14 +210,19 @@ def _from_hf(source: pathlib.Path, partial: bool, seed: int):
   from training import weights
   from training.hf import config as hf_config
   from training.hf import files as hf_files
+  from training.hf import heads as hf_heads
   from training.hf import tokenizer as hf_tokenizer
   folder = source.parent if source.is_file() else source
-  model, notes = hf_config.fields_and_notes(hf_config.load_config_json(folder))
+  tree = hf_config.load_config_json(folder)
+  model, notes = hf_config.fields_and_notes(tree)
   for note in notes:
     print(f'warning: {note}', file=sys.stderr)
   module = architectures.build(model)
   config = _usual(model.arch)
   config.model = model
+  if model.head != 'lm':
+    config.objective = _objective(module.config)
+    config.data.labels = hf_heads.names(tree, model.num_labels)
   config.data.length = min(model.max_len, 1024)
   config.data.tokenizer = hf_tokenizer.stand_in(model.vocab_size)
   loaded = weights.read_params(module, hf_files.Files(source), partial=partial,
@@ -224,6 +230,15 @@ def _from_hf(source: pathlib.Path, partial: bool, seed: int):
   for line in loaded.skipped:
     print(f'skipped: {line}')
   return config, module, loaded.params
+
+
+def _objective(model) -> str:
+  """Returns the objective that trains the head of a model."""
+  from training import objectives
+  classes = model.num_labels > 1
+  return next(name for name, row in objectives.OBJECTIVES.items()
+              if row.head == model.head
+              and (row.labels is not None) == classes)
 
 
 def _from_workdir(workdir: epath.Path, step: int | str | None):

@@ -15,11 +15,13 @@ from etils import epath
 
 import architectures
 from architectures.parts.config import ModelConfig
-from configs.errors import require
-from training import adapters, new_head, paths, runs, weights
+from configs.errors import require, short
+from training import adapters, new_head, objectives, paths, runs, weights
 from training.distributed import devices
+from training.hf import config as hf_config
+from training.hf import heads as hf_heads
 from training.step import TrainState
-from training.workdir import checkpoints, restoring, storage
+from training.workdir import checkpoints, restoring, run_config, storage
 
 
 def restore_or_create(run: runs.Run, saved: checkpoints.Checkpoints
@@ -73,6 +75,7 @@ def _read(run: runs.Run, source: epath.Path, drawn: Any
   """Returns (parameters, a line for each thing that was skipped)."""
   partial = run.config.init_partial
   check_source(str(source))
+  _check_labels(run, source)
   if restoring.directory(source).exists():
     return _from_workdir(run, source, drawn, partial)
   with run.context():
@@ -81,6 +84,24 @@ def _read(run: runs.Run, source: epath.Path, drawn: Any
         like=adapters.without(run.abstract.params), partial=partial,
         seed=run.config.seed)
   return adapters.beside(params, drawn), skipped
+
+
+def _check_labels(run: runs.Run, source: epath.Path) -> None:
+  """Raises RequestError where the outputs of the head that is taken stand for
+  other labels than those of the run."""
+  if run.model.head == 'lm' or run.config.init_partial:
+    return
+  if restoring.directory(source).exists():
+    theirs = hf_heads.told(run_config.labels(source))
+  else:
+    folder = source.parent if source.is_file() else source
+    tree = hf_config.load_config_json(folder)
+    # That of a language model has a table that says nothing.
+    theirs = hf_heads.labels(tree) if hf_config.read(tree).head != 'lm' else ()
+  ours = tuple(objectives.with_labels(run.config).data.labels)
+  require(ours == theirs or not (ours and theirs), f'init_from {str(source)!r} '
+          f'has the labels {short(", ".join(theirs))}, in this order, and the '
+          f'run {short(", ".join(ours))}: set data.labels to the first')
 
 
 def _from_workdir(run: runs.Run, source: epath.Path, drawn: Any,

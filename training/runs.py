@@ -46,6 +46,10 @@ def resolve(config: ml_collections.ConfigDict, tokenizer: tokenizers.Tokenizer
   least = vocab_size(config, tokenizer)
   model['vocab_size'] = model['vocab_size'] or least
   _fill(model, config)
+  labels = objectives.of(config).num_labels(config)
+  require(labels in (0, model['num_labels']), f'model.num_labels is '
+          f'{model["num_labels"]}, and the data of objective '
+          f'{config.objective!r} have {labels}: leave it at 0, to be derived')
   require(model['vocab_size'] >= least, _too_few_ids(
       model['vocab_size'], least, config, tokenizer))
   resolved = architectures.resolve(model)

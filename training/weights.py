@@ -144,7 +144,7 @@ def read_params(module: nn.Module, source: Source, *, like: Any = None,
     if wrong := names.wrong(tensor):
       new = (put_on and tensor.paths[0].startswith(new_head.TASK)
              and not names.there([tensor.name]))
-      (passed if new else skipped).append(wrong)
+      (passed if new else skipped).append(wrong + ', so it is drawn' * new)
       bad.update(tensor.paths)
     for i, path in enumerate(tensor.paths):
       fills[path].append((tensor, i))

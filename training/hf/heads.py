@@ -70,7 +70,18 @@ def labels(tree: Mapping[str, Any]) -> tuple[str, ...]:
   require(all(isinstance(name, str) for name in found),
           f'{said} whose values are strings')
   require(len(set(found)) == len(found), f'{said} without a name twice')
-  return () if found == _default(len(found)) else found
+  return told(found)
+
+
+def told(names: tuple[str, ...]) -> tuple[str, ...]:
+  """Returns labels, or () where they are LABEL_0, ..., which say nothing."""
+  return () if names == _default(len(names)) else names
+
+
+def names(tree: Mapping[str, Any], count: int) -> tuple[str, ...]:
+  """Returns the `labels` of a config.json, or LABEL_0, ... where there are
+  several outputs and it does not say what they are."""
+  return labels(tree) or (_default(count) if count > 1 else ())
 
 
 def _default(count: int) -> tuple[str, ...]:

@@ -141,6 +141,12 @@ def load_derived(workdir: epath.Path) -> dict[str, Any]:
           for name, value in _load(workdir)[_DERIVED].items()}
 
 
+def labels(workdir: epath.Path) -> tuple[str, ...]:
+  """Returns what the outputs of a run's model stand for: data.labels."""
+  found = flatten(load_config(workdir)) | load_derived(workdir)
+  return tuple(found.get('data.labels', ()))
+
+
 def starts(workdir: epath.Path) -> list[dict[str, Any]]:
   """Returns what is remembered of each start of a run that has begun, the last
   start last; a start that equals the one before it counts once."""
