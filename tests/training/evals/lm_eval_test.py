@@ -12,6 +12,7 @@ import yaml
 from configs.errors import RequestError
 from training.evals.lm_eval_tasks import local
 from tests.helpers import evaluations
+from tools import lm_eval as command
 from training import evals
 from training.data import tokenizers
 from training.evals.tasks import lm_eval
@@ -134,3 +135,14 @@ def test_a_tokenizer_says_what_hugging_face_puts_before_a_text(tmp_path):
     loaded = tokenizers.load(str(tmp_path))
     assert loaded.added_ids == added
     assert loaded.encode('a').tolist() == [2]
+
+
+def test_its_command_line_gets_what_it_does_not_say():
+  told = {'--model_args', '-t'}
+  assert command._defaults(told) == [
+      '--model', 'archetype', '--include_path', str(lm_eval.OWN)]
+  assert not command._defaults({*told, '-M', '--include_path'})
+  assert not command._defaults({'--config'})
+  for missing in told:
+    with pytest.raises(RequestError, match='pass --'):
+      command._defaults(told - {missing})

@@ -1,10 +1,13 @@
 """Log-probabilities of tokens, against the softmax of each text alone."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
 from tests.helpers import evaluations, models
+from training import runs
 from training.evals import scoring
 from training.evals.scoring import Question
 
@@ -69,6 +72,24 @@ def test_each_answer_is_that_of_its_text_alone(system, objective):
       evaluation, questions, objective == 'prefix'), strict=True):
     np.testing.assert_allclose(answer.log_probs, log_p, atol=2e-5)
     np.testing.assert_array_equal(answer.greedy, greedy)
+
+
+@pytest.mark.slow
+def test_several_devices_answer_as_one():
+  """Whose rows are cut over data and fsdp, and the vocabulary over tensor."""
+  c = evaluations.config('gpt', 'causal', **SMALL)
+  one = evaluations.make(c)
+  c.mesh.update(fsdp=2, tensor=2)
+  run = runs.build(c, one.run.model)
+  assert run.mesh.size == 8
+  several = dataclasses.replace(
+      one, run=run, programs={}, params=jax.device_put(
+          jax.device_get(one.params), run.shardings.params))
+  questions = _questions()
+  for ours, theirs in zip(*(
+      _answers(each, questions) for each in (several, one)), strict=True):
+    np.testing.assert_allclose(ours.log_probs, theirs.log_probs, atol=2e-5)
+    np.testing.assert_array_equal(ours.greedy, theirs.greedy)
 
 
 def test_beginnings_ride_on_the_longest_of_them():
