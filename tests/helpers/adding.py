@@ -56,6 +56,8 @@ KINDS = (
          _PART),
     Kind('system', 'architectures/NAME.py, configs/NAME.py', '', _SYSTEM),
     Kind('objective', 'training/objectives/NAME.py', '', _OBJECTIVE),
+    Kind('probe', 'training/data/probes/NAME.py', '',
+         'tests/add_a_probe_test.py'),
     Kind('evaluation task', 'training/evals/tasks/NAME.py', '', _OBJECTIVE),
 )
 

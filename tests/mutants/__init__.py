@@ -83,8 +83,8 @@ def _program(text: str) -> str:
 def table() -> list[Mutant]:
   """Returns every mutant, by file."""
   from tests.mutants import answers, attention, experts, insides, labels
-  from tests.mutants import model, spans, states, talk, text, updates
+  from tests.mutants import model, probes, spans, states, talk, text, updates
   return [Mutant(file, *row)
           for part in (model, attention, experts, updates, text, states,
-                       insides, spans, talk, labels, answers)
+                       insides, spans, talk, labels, answers, probes)
           for file, rows in part.MUTANTS.items() for row in rows]

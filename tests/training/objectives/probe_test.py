@@ -68,6 +68,18 @@ def test_batches_hold_the_rows_of_the_probe(name):
   assert batch['weights'].any(1).all()
 
 
+@pytest.mark.parametrize('name', ['mqar', 'copy'])
+def test_what_is_not_asked_for_has_no_weight(name):
+  probe = probes.PROBES[name]
+  config = config_of(name, probe.length + 3)
+  item = probes.Rows(probe, probes.settings(config), 'train', 0)[0]
+  row = objectives.of(config).row(item, None, config, None)
+  size = len(item.tokens)
+  np.testing.assert_array_equal(row['weights'][:size], item.asked)
+  assert not row['weights'][size:].any()
+  assert row['segment_ids'].sum() == size
+
+
 def test_the_vocabulary_and_the_settings_are_derived():
   config = config_of('mqar', 64)
   runs.check_config(config)
