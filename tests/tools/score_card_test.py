@@ -123,7 +123,7 @@ def test_the_card_is_written_and_drawn(file, tmp_path):
   kept = json.loads((workdir / card.JSON).read_text())
   assert kept['tasks']['parity']['level'] == found['tasks']['parity']['level']
   assert (workdir / card.PICTURE).read_bytes()[:4] == b'\x89PNG'
-  assert 'parity, lr 0.001: 0.5000\n' in card.text(found)
+  assert 'parity, lr 0.001: 0.5000; by tokens:\n' in card.text(found)
 
 
 @pytest.mark.slow  # it compiles a group of runs

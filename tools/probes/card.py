@@ -20,6 +20,8 @@ def of(suite: suites.Suite, workdir: epath.Path) -> dict[str, Any]:
   papers that give the best of several learning rates.
   """
   import numpy as np
+
+  from training.data import probes
   tasks = {}
   for task, config in suite.configs.items():
     by_lr: dict[float, list] = {}
@@ -30,6 +32,7 @@ def of(suite: suites.Suite, workdir: epath.Path) -> dict[str, Any]:
     best = max(mean, key=lambda lr: mean[lr])
     tasks[task] = dict(
         lr=best, steps=config.train.steps, accuracy_by_lr=mean,
+        what=probes.of(config).level,
         accuracy=_over_seeds(by_lr[best], 'probe/accuracy'),
         rows_right=_over_seeds(by_lr[best], 'probe/rows_right'),
         level=_group(by_lr[best], 'probe/level/'),
@@ -71,10 +74,11 @@ def text(card: Mapping[str, Any]) -> str:
   lines = [f'accuracy over {len(card["seeds"])} seeds, at the best learning '
            'rate: mean ± half of the 95 % interval']
   for task, own in card['tasks'].items():
-    lines.append(f'{task}, lr {own["lr"]:g}: {_shown(own["accuracy"])}')
+    lines.append(f'{task}, lr {own["lr"]:g}: {_shown(own["accuracy"])}; '
+                 f'by {own["what"]}:')
     for kind, word in (('level', ''), ('beyond', 'beyond training ')):
       for name, figure in own[kind].items():
-        lines.append(f'  {word}{name:<8} {_shown(figure)}')
+        lines.append(f'  {word + name:<22} {_shown(figure)}')
   return '\n'.join(lines)
 
 
@@ -121,7 +125,8 @@ def _draw(card: Mapping[str, Any], path: epath.Path) -> None:
       axes.text(x, y, f'{name}\n{value:.2f}', ha='center', va='center',
                 fontsize=8, color='white' if value < 0.6 else 'black')
   image = axes.imshow(values, vmin=0, vmax=1, cmap='viridis', aspect='auto')
-  axes.set_yticks(range(len(rows)), list(card['tasks']))
+  axes.set_yticks(range(len(rows)), [
+      f'{task}\n({own["what"]})' for task, own in card['tasks'].items()])
   axes.set_xticks([])
   axes.axvline(width - 0.5, color='black')
   axes.set_xlabel('difficulty, from easy to hard | rows longer than in '
