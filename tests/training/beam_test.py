@@ -40,7 +40,7 @@ def _divisor(penalty, alpha):
 
 
 @pytest.mark.parametrize('penalty, alpha', [
-    ('gnmt', 0.6), *(pytest.param(*row, marks=pytest.mark.slow) for row in (
+    ('gnmt', 0.6), *(pytest.param(*row, marks=pytest.mark.long) for row in (
         ('gnmt', 0.0), ('power', 1.0), ('power', -0.5), ('power', 2.5)))])
 def test_with_enough_beams_the_texts_are_the_best_of_all(penalty, alpha):
   """Of a vocabulary of 4: 1 + 3 + 9 x 4 = 40 texts of up to 3 tokens."""
@@ -138,7 +138,7 @@ def rows(gpt):
     (False, STOPS), (True, STOPS), (False, OTHERS)],
     ids=['late', 'early', 'others'])
 @pytest.mark.parametrize('options', [
-    OPTIONS[0], *(pytest.param(o, marks=pytest.mark.slow) for o in OPTIONS[1:])
+    OPTIONS[0], *(pytest.param(o, marks=pytest.mark.long) for o in OPTIONS[1:])
 ], ids=str)
 def test_rows_are_searched_as_by_the_book(gpt, rows, options, early, stops):
   prompts, log_ps = rows
@@ -148,7 +148,8 @@ def test_rows_are_searched_as_by_the_book(gpt, rows, options, early, stops):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('early', [False, True])
+@pytest.mark.parametrize('early', [
+    False, pytest.param(True, marks=pytest.mark.long)])
 def test_deep_stacks_whose_layers_are_scanned(gpt, rows, early, monkeypatch):
   monkeypatch.setattr(generate, 'UNROLLED_LAYERS', 1)
   prompts, log_ps = rows
@@ -159,7 +160,8 @@ def test_deep_stacks_whose_layers_are_scanned(gpt, rows, early, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('early', [False, True])
+@pytest.mark.parametrize('early', [
+    False, pytest.param(True, marks=pytest.mark.long)])
 def test_an_encoder_decoder_searches_from_each_source(early):
   module, params = models.make('t5')
   model = module, jax.tree.map(lambda x: 2 * x, params)

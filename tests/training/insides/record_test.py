@@ -210,7 +210,8 @@ def test_a_choice_without_room_has_no_gate():
 
 @pytest.mark.slow
 @pytest.mark.parametrize('system, changes', [
-    ('llama', dict(num_kv_heads=2)), ('t5', {}), ('switch', {})])
+    ('llama', dict(num_kv_heads=2)),
+    pytest.param('t5', {}, marks=pytest.mark.long), ('switch', {})])
 def test_unrolled_layers_look_like_scanned_ones(system, changes):
   found = []
   for scan in (True, False):
