@@ -138,7 +138,8 @@ def rows(gpt):
     (False, STOPS), (True, STOPS), (False, OTHERS)],
     ids=['late', 'early', 'others'])
 @pytest.mark.parametrize('options', [
-    OPTIONS[0], *(pytest.param(o, marks=pytest.mark.long) for o in OPTIONS[1:])
+    OPTIONS[0], pytest.param(OPTIONS[1], marks=pytest.mark.slow),
+    *(pytest.param(o, marks=pytest.mark.long) for o in OPTIONS[2:])
 ], ids=str)
 def test_rows_are_searched_as_by_the_book(gpt, rows, options, early, stops):
   prompts, log_ps = rows
