@@ -204,7 +204,8 @@ def table(rows: list[dict]) -> str:
 def _cell(scores: list[float]) -> str:
   if not scores:
     return '-'
-  return f'{statistics.mean(scores):.2f} ± {interval(scores):.2f}'
+  reach = f' ± {interval(scores):.2f}' if len(scores) > 1 else ''
+  return f'{statistics.mean(scores):.2f}{reach}'
 
 
 def _read(file: pathlib.Path) -> list[dict]:
