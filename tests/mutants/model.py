@@ -236,6 +236,22 @@ MUTANTS = {
         ('range(block, block + period * shape[0], period)',
          'range(block, block + shape[0])', 'weights: blocks_of_a_period'),
         ('x[..., 0] if fused else x', 'x', 'weights: split_and_join'),
+        ('here + theirs.removeprefix(usual)', 'theirs',
+         'hf_heads: export_is_the_import'),
+    ],
+    'training/hf/heads.py': [
+        ('PROBLEMS[config.num_labels > 1]', 'PROBLEMS[0]',
+         'hf_heads: number_or_a_class'),
+        ('if row.architecture in named', 'if row.architecture not in named',
+         'hf_heads: export_is_the_import'),
+    ],
+    'training/initial_state.py': [
+        ('ours == theirs or not (ours and theirs)', 'True',
+         'new_head: another_order'),
+    ],
+    'training/new_head.py': [
+        ("return ours.head != 'lm' and theirs.head == 'lm'", 'return False',
+         'new_head: bert_starts'),
     ],
     'training/hf/config.py': [
         ("reversed(names.split('|'))", "names.split('|')",
