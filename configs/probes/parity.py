@@ -11,5 +11,5 @@ LRS = (3e-3,)
 
 def suite(add):
   add('parity', **{
-      'data.length': 16, 'data.batch_size': 64,
+      'data.length': 17, 'data.batch_size': 64,
       'probe.levels': tuple(range(1, 17)), 'train.steps': 2000})

@@ -20,7 +20,7 @@ SEEDS = 2
 LRS = (1e-3, 1e-2)
 
 def suite(add):
-  add('parity', **{'data.length': 8, 'probe.levels': (4, 8), 'train.steps': 2,
+  add('parity', **{'data.length': 9, 'probe.levels': (4, 8), 'train.steps': 2,
                    'data.batch_size': 4, 'probe.held_out': 8})
 '''
 SMALL = {'model.num_layers': 1, 'model.d_model': 16, 'model.num_heads': 2,
@@ -63,7 +63,7 @@ def test_a_run_for_each_rate_and_seed(file):
     ("add('parity'", "add('party'", "Did you mean 'parity'"),
     ('LRS', 'RATES', 'has no LRS'),
     ("'probe.levels'", "'probe.level'", 'mean .probe.levels'),
-    ('(4, 8)', '(4, 9)', '9 tokens or more'),
+    ('(4, 8)', '(4, 9)', '10 tokens or more'),
 ])
 def test_suites_that_are_refused(file, old, new, words):
   file.write_text(SUITE.replace(old, new))

@@ -99,18 +99,19 @@ def addition(tokens, settings):
 
 
 def parity(tokens, settings):
-  return {i: sum(tokens[:i + 1]) % 2 for i in range(len(tokens))}
+  return {i: sum(tokens[1:i + 1]) % 2 for i in range(1, len(tokens))}
 
 
 def counting(tokens, settings):
-  return {i: sum(tokens[:i + 1]) % settings.vocab for i in range(len(tokens))}
+  return {i: sum(tokens[1:i + 1]) % settings.vocab
+          for i in range(1, len(tokens))}
 
 
 def permuted(tokens, things):
   """Moves things about, one permutation after the other."""
   numbered = list(itertools.permutations(range(things)))
   where, found = list(range(things)), {}
-  for i, token in enumerate(tokens):
+  for i, token in enumerate(tokens[1:], 1):
     where = [numbered[token][thing] for thing in where]
     found[i] = numbered.index(tuple(where))
   return found

@@ -63,7 +63,7 @@ def test_counts_are_those_of_numpy():
 def evaluation(tmp_path_factory):
   config = gpt.get_config('tiny')
   config.update_from_flattened_dict({
-      'objective': 'probe', 'data.source': 'probe:parity', 'data.length': 8,
+      'objective': 'probe', 'data.source': 'probe:parity', 'data.length': 9,
       'probe.levels': (4, 8), 'data.batch_size': 16, 'model.num_layers': 1,
       'model.d_model': 16, 'model.position': 'none', 'model.d_ff': 16})
   tokenizer = tokenizers.load('bytes')
@@ -81,7 +81,7 @@ def test_figures_of_a_run_add_up(evaluation, capsys):
     found = evals.run('probe', evaluation)
   assert [(row['level'], row['length'], row['answers'], row['rows'])
           for row in found['table']] == [
-      (4, 8, 160, 40), (8, 8, 320, 40), (16, 16, 640, 40), (32, 32, 1280, 40)]
+      (4, 9, 160, 40), (8, 9, 320, 40), (16, 18, 640, 40), (32, 36, 1280, 40)]
   assert set(found['level']) == {'4', '8'} and set(found['beyond']) == {
       '2x', '4x'}
   assert found['accuracy'] == np.mean(list(found['level'].values()))

@@ -3,6 +3,10 @@
 Models", section 5: word problems of groups.) Parity is the group of two
 elements, counting that of `vocab`; S3 and S5 are all permutations of three and
 of five things, of which S5 is not solvable, and so hard for a fixed depth.
+
+A first id, the same in all rows, stands before them. Without it a decoder whose
+positions are relative cannot tell how often a token that fills the row so far
+has come: attention takes a mean of equal values.
 """
 
 from collections.abc import Callable
@@ -16,7 +20,7 @@ from training.data.probes.record import Row, Settings
 
 _PAPER = 'Merrill, Petty and Sabharwal 2024, section 5'
 _DIFFERS = ('The paper trains one model for each length; here a row has a '
-            'number of tokens up to the longest.')
+            'number of tokens up to the longest, after a first id.')
 
 
 @functools.lru_cache(maxsize=8)
@@ -31,14 +35,15 @@ def permutations(things: int) -> tuple[np.ndarray, np.ndarray]:
   return rows, order[np.searchsorted(code[order], codes)].T
 
 
-def _tagged(tokens: np.ndarray, states: np.ndarray) -> Row:
-  return record.asking(tokens, np.arange(len(tokens)), states)
+def _tagged(first: int, tokens: np.ndarray, states: np.ndarray) -> Row:
+  return record.asking(np.append(first, tokens), 1 + np.arange(len(tokens)),
+                       states)
 
 
 def counted(rng: np.random.Generator, count: int, settings: Settings) -> Row:
   """Returns numbers below the modulus, and at each their sum so far."""
   tokens = rng.integers(0, settings.vocab, count)
-  return _tagged(tokens, np.cumsum(tokens) % settings.vocab)
+  return _tagged(settings.vocab, tokens, np.cumsum(tokens) % settings.vocab)
 
 
 def _words(things: int, rng: np.random.Generator, count: int,
@@ -48,16 +53,17 @@ def _words(things: int, rng: np.random.Generator, count: int,
   _, table = permutations(things)
   tokens = rng.integers(0, len(table), count)
   states = itertools.accumulate(tokens, lambda state, one: table[state, one])
-  return _tagged(tokens, np.fromiter(states, np.int64, count))
+  return _tagged(len(table), tokens, np.fromiter(states, np.int64, count))
 
 
 def _of(asks: str, draw: Callable[..., Row],
-        vocab_size: Callable[[Settings], int], vocab: int = 0) -> record.Probe:
+        letters: Callable[[Settings], int], vocab: int = 0) -> record.Probe:
   return record.Probe(
       asks=asks, source=_PAPER, differs=_DIFFERS, level='tokens',
       levels=tuple(range(1, 21)), draw=draw,
-      size=lambda count, settings: count, vocab_size=vocab_size, vocab=vocab,
-      grows=True, hides=True, length=20, examples=100_000)
+      size=lambda count, settings: count + 1,
+      vocab_size=lambda settings: letters(settings) + 1, vocab=vocab,
+      grows=True, hides=True, length=21, examples=100_000)
 
 
 PROBES = {
