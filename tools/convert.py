@@ -207,7 +207,7 @@ def _check_new(workdir: epath.Path):
 def _from_hf(source: pathlib.Path, partial: bool, seed: int):
   """Returns (a run's config, module, parameters) of Hugging Face weights."""
   import architectures
-  from training import weights
+  from training import objectives, weights
   from training.hf import config as hf_config
   from training.hf import files as hf_files
   from training.hf import heads as hf_heads
@@ -221,7 +221,7 @@ def _from_hf(source: pathlib.Path, partial: bool, seed: int):
   config = _usual(model.arch)
   config.model = model
   if model.head != 'lm':
-    config.objective = _objective(module.config)
+    config.objective = objectives.with_head(module.config)
     config.data.labels = hf_heads.names(tree, model.num_labels)
   config.data.length = min(model.max_len, 1024)
   config.data.tokenizer = hf_tokenizer.stand_in(model.vocab_size)
@@ -230,15 +230,6 @@ def _from_hf(source: pathlib.Path, partial: bool, seed: int):
   for line in loaded.skipped:
     print(f'skipped: {line}')
   return config, module, loaded.params
-
-
-def _objective(model) -> str:
-  """Returns the objective that trains the head of a model."""
-  from training import objectives
-  classes = model.num_labels > 1
-  return next(name for name, row in objectives.OBJECTIVES.items()
-              if row.head == model.head
-              and (row.labels is not None) == classes)
 
 
 def _from_workdir(workdir: epath.Path, step: int | str | None):

@@ -170,6 +170,14 @@ def test_a_folder_with_a_head_is_imported_and_exported(tmp_path, capsys):
   jax.tree.map(np.testing.assert_array_equal, params, read)
 
 
+def test_one_label_for_each_token_is_refused(tmp_path):
+  module, params = models.make('bert', head='tokens', num_labels=1)
+  weights.to_hf(module, params, tmp_path / 'in')
+  with pytest.raises(RequestError, match="head 'tokens' with .*num_labels 1"):
+    convert.import_(tmp_path / 'in', epath.Path(tmp_path / 'run'),
+                    partial=False, seed=0)
+
+
 def test_as_many_labels_as_the_data_have(tmp_path):
   config = base.base()
   config.model = models.config('bert', head='sequence', num_labels=2)

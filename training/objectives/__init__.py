@@ -12,6 +12,7 @@ import pkgutil
 
 import ml_collections
 
+from architectures.parts.config import ModelConfig
 from configs import base
 from configs.errors import one_of, require
 from training import limits
@@ -31,6 +32,20 @@ def of(config: ml_collections.ConfigDict) -> Objective:
   """Returns the record of a run's objective; RequestError if there is none."""
   one_of('objective', config.objective, OBJECTIVES)
   return OBJECTIVES[config.objective]
+
+
+def with_head(model: ModelConfig) -> str:
+  """Returns the objective that trains a model's head of a task.
+
+  Raises:
+    RequestError: for a head with one label for each token.
+  """
+  classes = model.num_labels > 1
+  found = [name for name, row in OBJECTIVES.items()
+           if row.head == model.head and (row.labels is not None) == classes]
+  require(bool(found), f'no objective trains model.head {model.head!r} with '
+          f'model.num_labels {model.num_labels}: two labels or more are needed')
+  return found[0]
 
 
 def with_labels(config: ml_collections.ConfigDict
