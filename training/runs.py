@@ -349,8 +349,10 @@ def with_new_fields(config: ml_collections.ConfigDict
   """Returns a run's config with the fields that were added to configs/base.py
   after it was written, at their defaults."""
   for name in run_config.filled(config):
-    print(f'config field {name} is newer than this run: taken as '
-          f'{limits.get(config, name)!r}')
+    value = limits.get(config, name)
+    if isinstance(value, ml_collections.ConfigDict):  # a group, on one line
+      value = value.to_dict()
+    print(f'config field {name} is newer than this run: taken as {value!r}')
   limits.ranges(config)
   return config
 

@@ -57,7 +57,10 @@ def test_a_config_of_an_earlier_version_is_filled_in(tmp_path, capsys):
   file.write_text(json.dumps(tree))
   config = runs.with_new_fields(run_config.load_config(tmp_path))
   assert config.to_dict() == base.base().to_dict()
-  assert 'train.z_loss is newer' in capsys.readouterr().out
+  told = sorted(capsys.readouterr().out.splitlines())
+  assert len(told) == 2  # a field, and a group of fields: a line each
+  assert 'config field train.z_loss is newer' in told[1]
+  assert 'eval is newer than this run: taken as {' in told[0]
 
 
 @pytest.mark.parametrize('row', [
