@@ -123,7 +123,8 @@ def test_a_step_changes_the_adapters_alone(trained):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('preset', ['fsdp_tp', 'cp_fsdp_tp'])
+@pytest.mark.parametrize('preset', [
+    'fsdp_tp', pytest.param('cp_fsdp_tp', marks=pytest.mark.long)])
 def test_sharded_equals_a_single_device(trained, preset):
   c = step_test.config(model__lora=ALL, optim__name='adamw')
   c.mesh.update(tables.PRESETS[preset])

@@ -48,8 +48,11 @@ def config(folder, arch='bert', objective='classification', **changes):
 
 
 @pytest.mark.parametrize('arch, objective, fields', [
-    ('bert', 'classification', {}), ('gpt', 'classification', {}),
-    ('bert', 'regression', dict(optim__lr=3e-3)), ('gpt', 'regression', {})])
+    ('bert', 'classification', {}),
+    pytest.param('gpt', 'classification', {}, marks=pytest.mark.long),
+    pytest.param('bert', 'regression', dict(optim__lr=3e-3),
+                 marks=pytest.mark.long),
+    ('gpt', 'regression', {})])
 @pytest.mark.slow
 def test_every_stack_learns_it(folder, arch, objective, fields, tmp_path):
   c = config(folder, arch, objective, **dict(train__steps=120) | fields)

@@ -211,7 +211,8 @@ def test_a_choice_without_room_has_no_gate():
 @pytest.mark.slow
 @pytest.mark.parametrize('system, changes', [
     ('llama', dict(num_kv_heads=2)),
-    pytest.param('t5', {}, marks=pytest.mark.long), ('switch', {})])
+    pytest.param('t5', {}, marks=pytest.mark.long),
+    pytest.param('switch', {}, marks=pytest.mark.long)])
 def test_unrolled_layers_look_like_scanned_ones(system, changes):
   found = []
   for scan in (True, False):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from configs import base
+from tests.helpers import evaluations
 from training import evals
 from training import generate
 from training import objectives
@@ -254,7 +255,8 @@ def test_sequence_accuracy_is_of_whole_targets(objective, monkeypatch):
     row[int(np.flatnonzero(row != START)[-1])] ^= 1
   monkeypatch.setattr(generate, 'generate', lambda *args, **kwargs: told)
   run = types.SimpleNamespace(config=config, module=None)
-  asked = types.SimpleNamespace(run=run, params=None, tokenizer=TOKENIZER)
+  asked = types.SimpleNamespace(run=run, params=None, tokenizer=TOKENIZER,
+                                options=evaluations.flags())
   rows = int(batch['weights'].any(1).sum())
   assert evals.task('exact').run(asked) == dict(
       exact=-(-rows // 2) / rows, targets=rows)
