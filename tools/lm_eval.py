@@ -26,7 +26,7 @@ def main() -> None:
     print(__doc__.strip())
     return
   require(importlib.util.find_spec('lm_eval') is not None, 'tools.lm_eval '
-          "needs the package lm_eval: pip install -e '.[lm_eval]'")
+          "needs the package lm_eval: pip install -e '.[lm-eval]'")
   if words[0] == 'run' and not {'-h', '--help'} & set(words):
     sys.argv[2:2] = _defaults({word.partition('=')[0] for word in words})
   from lm_eval import models  # which fills the registry

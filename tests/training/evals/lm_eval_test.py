@@ -39,7 +39,7 @@ def test_a_name_says_what_to_evaluate():
 
 @pytest.mark.skipif(HERE, reason='lm_eval is here')
 def test_without_the_package_there_is_a_sentence():
-  with pytest.raises(RequestError, match=r"pip install -e '.\[lm_eval\]'"):
+  with pytest.raises(RequestError, match=r"pip install -e '.\[lm-eval\]'"):
     _check('lm_eval:blimp_files')
 
 

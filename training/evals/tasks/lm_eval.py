@@ -126,7 +126,7 @@ def check(options: Any) -> None:
   require(bool(names), 'task lm_eval is told what to evaluate: '
           '--tasks=lm_eval:NAME, or --tasks=lm_eval --lm_eval=NAME,NAME')
   require(importlib.util.find_spec('lm_eval') is not None, "task lm_eval needs "
-          "the package lm_eval: pip install -e '.[lm_eval]'")
+          "the package lm_eval: pip install -e '.[lm-eval]'")
   folder = options.lm_eval_tasks
   require(not folder or os.path.isdir(folder), '--lm_eval_tasks is '
           f'{folder!r}, which is no folder')
