@@ -3,11 +3,11 @@
 import importlib
 import json
 import math
-import types
 
 import pytest
 
 import architectures
+from tests.helpers import evaluations
 from training import evals, loop
 from training import initial_state, runs
 from training.data import pipeline
@@ -58,7 +58,7 @@ def trained(config, workdir):
                                {'params': run.abstract.params}, None,
                                partial=True)
   lines = (workdir / 'metrics.jsonl').read_text().splitlines()
-  options = types.SimpleNamespace(interpolate=False)
+  options = evaluations.flags()
   return Evaluation(
       run, restored.state['params'], restored.step, tokenizer, options,
       workdir, {}), [json.loads(line) for line in lines]
