@@ -7,10 +7,11 @@ import math
 
 import numpy as np
 
+from tools.report.tables import Cell, Table
 from tools.sweep import statistics
 from tools.sweep.report import curves
 from tools.sweep.report.curves import Point, Sweep
-from tools.sweep.report.tables import Cell, Table, WORDS, difference, plain
+from tools.sweep.report.tables import WORDS, difference, plain
 from training.evals.by_position import Text, loss_at
 
 # Of the experts' panel: name in metrics.jsonl, heading. Over a window of steps

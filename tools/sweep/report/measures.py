@@ -4,9 +4,10 @@ trained, or did in its training (eval.tasks)."""
 from collections.abc import Mapping
 from typing import Any
 
+from tools.report.tables import Cell, Table
 from tools.sweep import statistics
 from tools.sweep.report.curves import Point, Run, Sweep
-from tools.sweep.report.tables import Cell, Table, difference, mean_cell
+from tools.sweep.report.tables import difference, mean_cell
 from training import evals
 
 

@@ -6,7 +6,8 @@ import json
 import pathlib
 import re
 
-from tools.sweep.report.tables import Cell, Table
+from tools import report
+from tools.report.tables import Cell, Table
 
 HERE = pathlib.Path(__file__).parent
 # Nothing is fetched, and the browser is told so.
@@ -35,7 +36,7 @@ def page(title: str, about: str, sections: Sequence[tuple[str, str]],
 <meta http-equiv="Content-Security-Policy" content="{POLICY}">
 <title>{escape(title)}: sweep</title>
 <style>
-{(HERE / 'report.css').read_text()}</style>
+{report.CSS.read_text()}</style>
 <h1>{escape(title)}</h1>
 {about}
 {body}<script type="application/json" id="data">{data}</script>

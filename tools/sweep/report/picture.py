@@ -5,12 +5,10 @@ import pathlib
 from typing import Any
 
 from configs.errors import RequestError
+from tools.report import colours
 from tools.sweep.report import tables
 from tools.sweep.report.curves import Sweep
 
-# Okabe and Ito's colours, which the colour-blind tell apart, as in report.css.
-COLOURS = ('#0072b2', '#e69f00', '#009e73', '#d55e00', '#56b4e9', '#cc79a7')
-DASHES = ('-', (0, (4, 2)))  # of the first six variants, and of the others
 VERDICTS = {'better': '#00664a', 'worse': '#a63f00'}
 OTHER = '#6a707a'  # where no difference is shown
 
@@ -35,10 +33,7 @@ def draw(sweep: Sweep, path: str | pathlib.Path) -> None:
           if row.point is sweep.base or row.difference is not None]
   rows.sort(key=lambda row: row.difference.mean if row.difference else 0.0)
   others = [p.name for p in sweep.points if p is not sweep.base]
-  looks = {sweep.base.name: dict(color='black', linestyle='-')} | {
-      name: dict(color=COLOURS[i % len(COLOURS)],
-                 linestyle=DASHES[i // len(COLOURS) % len(DASHES)])
-      for i, name in enumerate(others)}
+  looks = colours.looks(sweep.base.name, others)
   figure, (left, right) = pyplot.subplots(
       1, 2, figsize=(10, 1.6 + 0.25 * max(len(rows), 8)), layout='constrained')
   figure.set_facecolor('white')

@@ -1,4 +1,4 @@
-"""What a report says, as tables: each cell a text and what it sorts by."""
+"""What a sweep's report says, as tables."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 
+from tools.report.tables import Cell, Table
 from tools.sweep import layout, statistics
 from tools.sweep.report.curves import Point, Sweep
 from tools.sweep.statistics import Interval
@@ -13,36 +14,6 @@ from tools.sweep.statistics import Interval
 WORDS = {  # of a verdict
     'better': 'better', 'worse': 'worse', 'noise': 'inside the noise',
     'unknown': 'noise unknown', 'n/a': 'n/a'}
-
-
-@dataclasses.dataclass(frozen=True)
-class Cell:
-  """`value` is what a column sorts by: a number or a text."""
-  text: str
-  value: float | str | None = None
-  mark: str = ''  # better, worse or noise: how it is coloured
-
-
-@dataclasses.dataclass(frozen=True)
-class Table:
-  """`columns` are (heading, explanation); `notes` stand below."""
-  columns: Sequence[tuple[str, str]]
-  rows: Sequence[Sequence[Cell]]
-  notes: Sequence[str] = ()
-
-  def text(self) -> str:
-    """Renders for a terminal."""
-    rows = [[heading for heading, _ in self.columns]]
-    rows += [[cell.text for cell in row] for row in self.rows]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return '\n'.join('  '.join(
-        text.ljust(width) for text, width in zip(row, widths)).rstrip()
-                     for row in rows)
-
-  def plain(self) -> list[dict]:
-    """Returns its rows as JSON takes them: what is shown, by heading."""
-    return [{heading: cell.text for (heading, _), cell in zip(
-        self.columns, row)} for row in self.rows]
 
 
 @dataclasses.dataclass(frozen=True)
