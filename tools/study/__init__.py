@@ -1,0 +1,1 @@
+"""From a question to a table that survives review: docs/studies.md."""

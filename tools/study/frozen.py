@@ -1,0 +1,93 @@
+"""study.json: the plan of a study as it was frozen, and its hash."""
+
+import dataclasses
+import hashlib
+import json
+from typing import Any
+
+from tools.study import plan as plans
+from training import schema
+
+
+@dataclasses.dataclass
+class Frozen:
+  """What study.json holds.
+
+  Attributes:
+    plan: the plan.
+    base_config: the config that every run changes, as a tree.
+    points: of each variant, size and workload {'variant', 'size', 'workload',
+      'changes', 'matched', 'params', 'active_params', 'flops_per_token',
+      'tokens'}: what it changes in base_config before it is tuned, and what
+      a run of train.steps steps costs.
+    sources: hashes by what was hashed: 'file', the text of the study's file,
+      and each source of data, as far as it lies on this machine.
+    code: {'commit', 'diff'} as provenance.this_start() says them.
+    amendments: of each {'reason', 'time', 'before', 'changed', 'seen'}: why
+      the plan was changed, when, the hash of the plan before, the fields that
+      changed, and the phases that had been looked at.
+    notes: what else was decided by hand, as {'time', 'told'}.
+  """
+  plan: plans.Plan
+  base_config: dict
+  points: list[dict]
+  sources: dict[str, str]
+  code: dict
+  amendments: list[dict] = dataclasses.field(default_factory=list)
+  notes: list[dict] = dataclasses.field(default_factory=list)
+
+  @property
+  def hash(self) -> str:
+    """Of all that was planned, and what it was planned with."""
+    planned = {name: plans.to_json(getattr(self, name)) for name in (
+        'plan', 'base_config', 'points', 'sources', 'code')}
+    return digest(json.dumps(planned, sort_keys=True).encode())
+
+  def point(self, variant: str, size: str, workload: str) -> dict:
+    wanted = (variant, size, workload)
+    return next(row for row in self.points if wanted == (
+        row['variant'], row['size'], row['workload']))
+
+
+def digest(data: bytes) -> str:
+  return hashlib.sha256(data).hexdigest()[:16]
+
+
+def to_json(frozen: Frozen) -> dict[str, Any]:
+  return plans.to_json(frozen) | {'hash': frozen.hash}
+
+
+_SHAPE = {
+    'plan': {'name': str, 'question': str, 'file': str, 'base': str,
+             'variants': [str], 'sizes': [str], 'workloads': [str],
+             'measures': [{'name': str, 'workload': str, 'figure': str,
+                           'better': str, 'chance': schema.NUMBER}],
+             'seeds': dict.fromkeys(plans.PHASES, int),
+             'tuning': {'fields': schema.Each([(int, float, str, bool)]),
+                        'keep': schema.NUMBER, 'rungs': int, 'extend': int},
+             'effect': schema.NUMBER, 'alpha': schema.NUMBER,
+             'q': schema.NUMBER, 'power': schema.NUMBER,
+             'unstable': schema.NUMBER, 'match': str, 'match_field': str,
+             'tuned_sizes': [str]},
+    'base_config': {}, 'points': [{
+        'variant': str, 'size': str, 'workload': str,
+        'changes': schema.Each((int, float, str, bool, list)),
+        'matched': [str], 'params': schema.Positive(int),
+        'active_params': schema.Positive(int),
+        'flops_per_token': schema.Positive(schema.NUMBER),
+        'tokens': schema.Positive(schema.NUMBER)}],
+    'sources': schema.Each(str), 'code': {},
+    'amendments': [{'reason': str, 'time': schema.NUMBER, 'before': str,
+                    'changed': [str], 'seen': [str]}],
+    'notes': [{'time': schema.NUMBER, 'told': str}], 'hash': str}
+
+
+def from_json(tree: Any, who: str) -> Frozen:
+  """Returns what study.json holds.
+
+  Raises:
+    RequestError: where it is damaged; `who` is the file.
+  """
+  schema.check_shape(tree, _SHAPE, who)
+  own = {field.name: tree[field.name] for field in dataclasses.fields(Frozen)}
+  return Frozen(**own | {'plan': plans.plan_from_json(tree['plan'])})
