@@ -23,6 +23,9 @@ def base() -> ml_collections.ConfigDict:
   return ml_collections.ConfigDict(dict(
       # The parameters, the order of the data and dropout are drawn from it.
       seed=0,
+      # The first parameters are drawn from both seeds, so that each value gives
+      # others with the same data; 0: from seed alone.
+      init_seed=0,
       # What is learned: causal, prefix, chat, mlm, mlm_nsp, span, seq2seq,
       # classification, regression, token_classification, question_answering,
       # probe.
@@ -154,6 +157,9 @@ def base() -> ml_collections.ConfigDict:
       eval=dict(
           every_steps=250,  # steps between two evaluations
           batches=16,  # batches of each source; 0: all of them
+          # first or second: on one half of the documents that are held out, of
+          # a probe on rows of its own. Empty: on all of them.
+          part='',
           # Tasks of eval.py to do while training, such as 'loss,exact'. They
           # are done after the last step in any case.
           tasks='',

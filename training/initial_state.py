@@ -20,7 +20,7 @@ from training import adapters, new_head, objectives, paths, runs, weights
 from training.distributed import devices
 from training.hf import config as hf_config
 from training.hf import heads as hf_heads
-from training.step import TrainState
+from training.step import TrainState, initial_seed
 from training.workdir import checkpoints, restoring, run_config, storage
 
 
@@ -82,7 +82,7 @@ def _read(run: runs.Run, source: epath.Path, drawn: Any
     params, skipped = weights.params_to_start_from(
         source, architectures.build(adapters.plain(run.model)),
         like=adapters.without(run.abstract.params), partial=partial,
-        seed=run.config.seed)
+        seed=int(initial_seed(run.config)))
   return adapters.beside(params, drawn), skipped
 
 

@@ -32,6 +32,7 @@ def _between(least: float, most: float) -> tuple:
 FROM_0, FROM_1 = _between(0, MOST), _between(1, MOST)
 LIMITS = {
     'seed': _between(0, 2**32 - 1),
+    'init_seed': _between(0, 2**32 - 1),
     'span.noise_density': (('>', 0), ('<', 1)),
     'span.mean_length': _between(1, MOST_TOKENS),
     'probe.vocab': _between(0, 2**20),

@@ -22,11 +22,12 @@ from architectures.parts.moe import grouped_kernels
 from configs import sharding as tables
 from configs.errors import RequestError, one_of, require
 from training import best, description, evals, limits, objectives
-from training.data import pipeline, tokenizers
+from training.data import holdout, pipeline, tokenizers
 from training.distributed import devices
 from training.optim import mup, optimizers
-from training.step import TrainState, abstract_state, init_state, optimizer
-from training.step import make_eval_step, make_train_step, parameter_shares
+from training.step import TrainState, abstract_state, init_state, initial_seed
+from training.step import make_eval_step, make_train_step, optimizer
+from training.step import parameter_shares
 from training.workdir import metrics, restoring, run_config
 from training.workdir import storage
 
@@ -117,6 +118,7 @@ def check_config(config: ml_collections.ConfigDict, by_hand: Iterable[str] = ()
   one_of('mesh.rules', config.mesh.rules, tables.RULES)
   optimizers.check_optim(config.optim)
   best.check_best(config)
+  one_of('eval.part', config.eval.part, holdout.PARTS)
   metrics.check_writers(config.log)
   module = architectures.build(_without_tokenizer(config))
   limits.refuse_unread_of(by_hand, config, module.config)
@@ -233,7 +235,7 @@ class Run:
     init = functools.partial(init_state, self.module, self.tx)
     with self.context():
       return jax.jit(init, out_shardings=self.shardings)(
-          jax.random.key(self.config.seed))
+          jax.random.key(initial_seed(self.config)))
 
   def describe(self, start: int, tokens: int, train_data: pipeline.Loader,
                eval_data: Sequence[pipeline.Loader]) -> str:

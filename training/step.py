@@ -114,6 +114,18 @@ def abstract_state(module: nn.Module, tx: optax.GradientTransformation,
       shapes, places)
 
 
+# 2^32 over the golden ratio: multiples of it lie far from each other.
+_APART = 0x9E3779B9
+
+
+def initial_seed(config: ml_collections.ConfigDict) -> jax.Array:
+  """Returns what the first parameters are drawn from, a uint32: `seed`, where
+  init_seed is 0. Either field may be traced."""
+  seed, apart = (jnp.asarray(x, jnp.uint32)
+                 for x in (config.seed, config.init_seed))
+  return seed + apart * jnp.uint32(_APART)
+
+
 def init_state(module: nn.Module, tx: optax.GradientTransformation,
                key: jax.Array) -> TrainState:
   """Returns a new state, a pure function of its key."""

@@ -29,13 +29,14 @@ from configs.errors import EnvironmentFailure, require
 from training import best, endings, loop, objectives, runs
 from training.data import pipeline, tokenizers
 from training.distributed import devices
-from training.step import TrainState, init_state
+from training.step import TrainState, init_state, initial_seed
 from training.step import make_eval_step, make_train_step, optimizer_unchecked
 from training.workdir import checkpoints, run_config
 
 # What the runs of a group may differ in, and what a step is given it as.
 DTYPES = {
     'seed': np.uint32,
+    'init_seed': np.uint32,
     'optim.lr': np.float32,
     'optim.weight_decay': np.float32,
     'optim.warmup_steps': np.float32,
@@ -270,7 +271,7 @@ class Group(runs.Run):
     module = self.module.clone(config=dataclasses.replace(
         self.model, init_stddev=config.model.init_stddev,
         init_scale=config.model.init_scale))
-    return init_state(module, self.tx, jax.random.key(config.seed))
+    return init_state(module, self.tx, jax.random.key(initial_seed(config)))
 
   def train_step(self):
     batch_axis = 0 if len(self.seeds) > 1 else None

@@ -17,7 +17,8 @@ MUTANTS = {
     'training/data/probes/states.py': [
         ('table[state, one]', 'table[one, state]', 'probes: published')],
     'training/objectives/probe.py': [
-        ("config.seed if corpus.split == 'train' else 0", 'config.seed',
+        ("config.seed if corpus.split == 'train' else\n"
+         '                     probes.held_out_seed(config)', 'config.seed',
          'probe: held_out'),
         ('or probes.of(config).hides', 'or True', 'probe: encoder'),
         ('weights=item.asked', 'weights=np.ones(len(item.tokens))',

@@ -1,6 +1,9 @@
 """What a run says that it will do, against what it then does."""
 
 from configs import base
+import jax
+import numpy as np
+
 from training import runs
 from training.data import pipeline, tokenizers
 
@@ -61,3 +64,17 @@ def test_documents_and_mixtures_are_counted(tmp_path):
   *_, said = _said(tmp_path, **{'data.source': many, 'data.eval_source': one})
   assert f'passes over {many}' in said['data']
   assert said['held out'].startswith(f'{one}, {len(WORDS) * 9 + 1} tokens')
+
+
+def test_the_first_parameters_are_drawn_from_both_seeds():
+  drawn = {}
+  for seeds in ((3, 0), (3, 1), (4, 1), (3, 2)):
+    config = base.base()
+    config.model.update(d_model=16, num_layers=1, num_heads=2, vocab_size=8)
+    config.seed, config.init_seed = seeds
+    run = runs.build(config, runs.resolve_alone(config))
+    drawn[seeds] = jax.tree.leaves(run.new_state().params)[-1]
+  assert len({float(x.std()) for x in drawn.values()}) == 4
+  alone = run.module.init(jax.random.key(3), np.zeros((1, 1), np.int32))
+  np.testing.assert_allclose(drawn[3, 0], jax.tree.leaves(alone)[-1],
+                             rtol=1e-6)

@@ -88,9 +88,9 @@ def assert_same(workdir, other, rtol=2e-6):
 DIFFERENT = (
     dict(seed=0, optim__lr=1e-3, optim__weight_decay=0.0,
          optim__warmup_steps=0, model__init_stddev=0.02, model__init_scale=1.0),
-    dict(seed=1, optim__lr=1e-2, optim__weight_decay=1.0,
+    dict(seed=1, init_seed=5, optim__lr=1e-2, optim__weight_decay=1.0,
          optim__warmup_steps=2, model__init_stddev=0.05, model__init_scale=2.0),
-    dict(seed=7, optim__lr=3e-2, optim__weight_decay=0.1,
+    dict(seed=7, init_seed=9, optim__lr=3e-2, optim__weight_decay=0.1,
          optim__warmup_steps=5, model__init_stddev=0.01, model__init_scale=0.5))
 
 

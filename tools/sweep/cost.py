@@ -84,7 +84,8 @@ def _kept(config) -> int:
   from training.costs import memory
   from training.workdir import run_config
   key = tuple((name, value) for name, value in run_config.flatten(
-      config).items() if not name.startswith(('optim.', 'mesh.', 'seed')))
+      config).items() if not name.startswith(
+          ('optim.', 'mesh.', 'seed', 'init_seed')))
   if key not in _KEPT:
     import jax
     from training.distributed import devices

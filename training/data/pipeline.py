@@ -274,6 +274,7 @@ def _corpora(config: Config, tokenizer: Tokenizer, split: str
   """Yields (weight, packing.Corpus) of each source of the split."""
   data = config.data
   own = bool(data.eval_source)  # Then nothing of `source` is held out.
+  part = config.eval.part if split == 'eval' else ''
   spec = data.eval_source if own and split == 'eval' else data.source
   layout = conversations.layout(data.chat_template, tokenizer)
   for weight, source in sources.parse(spec, layout):
@@ -283,7 +284,7 @@ def _corpora(config: Config, tokenizer: Tokenizer, split: str
                                    tokenizer, config)
       continue
     if not own:
-      source = holdout.split(source, data.holdout_every)
+      source = holdout.split(source, data.holdout_every, part)
     cache = (records.load(source) if objectives.of(config).records else
              token_cache.cached_tokens(source, tokenizer, data.cache_dir,
                                        data.tokenize_workers))
@@ -291,21 +292,26 @@ def _corpora(config: Config, tokenizer: Tokenizer, split: str
     if not own:
       held_out = holdout.held_out(ids, data.holdout_every)
       ids = ids[held_out == (split == 'eval')]
+    if not source.tail:
+      ids = ids[holdout.PARTS[part]]
     if not len(ids):
       raise RequestError(
           f'data source {source.name!r} has {len(cache)} document(s), of which '
-          f'data.holdout_every={data.holdout_every} leaves none for {split}: '
+          f'data.holdout_every={data.holdout_every} leaves none for {split}'
+          f'{f" with eval.part={part}" if part else ""}: '
           'set data.eval_source or another data.holdout_every.')
-    text = _words(source, data.holdout_every, split, len(ids), len(cache))
+    text = _words(source, data.holdout_every, split, part, len(ids),
+                  len(cache))
     yield weight, packing.Corpus(source.name, text, cache, ids, split,
                                  tokenizer, config)
 
 
-def _words(source: sources.Source, every: int, split: str, taken: int, of: int
-           ) -> str:
+def _words(source: sources.Source, every: int, split: str, part: str,
+           taken: int, of: int) -> str:
   """What of a source is in a split: `taken` of its documents."""
   if source.tail:
     but = '' if split == 'eval' else 'all but '
-    return f'{but}the last 1/{every} of {source.name}'
+    half = f'the {part} half of ' if part else ''
+    return f'{but}{half}the last 1/{every} of {source.name}'
   return source.name if taken == of else (
       f'{taken:,} of {of:,} documents of {source.name}')

@@ -88,11 +88,13 @@ def _documents(evaluation: Evaluation) -> tuple[str, list[str]]:
   (_, source), *more = sources.parse(data.eval_source or data.source)
   require(not more, f'--stride reads one source, and {data.eval_source!r} is a '
           'mixture: name one of them by --text')
-  whole = bool(data.eval_source)
+  whole, part = bool(data.eval_source), evaluation.run.config.eval.part
   if not whole:
-    source = holdout.split(source, data.holdout_every)
+    source = holdout.split(source, data.holdout_every, part)
   found = [document for i, document in enumerate(source.documents())
            if whole or holdout.held_out(i, data.holdout_every)]
+  if not source.tail:
+    found = found[holdout.PARTS[part]]
   require(all(isinstance(x, str) for x in found), f'{source.name} holds pairs '
           'or conversations: --stride is for text')
   require(found, f'{source.name} has no document that is held out: pass --text')

@@ -23,7 +23,8 @@ class Rows(probes.Rows):
     require(corpus.name == config.data.source, 'a run on a probe is evaluated '
             f'on its own, {config.data.source!r}, and not on {corpus.name!r}')
     super().__init__(probes.of(config), probes.settings(config), corpus.split,
-                     config.seed if corpus.split == 'train' else 0)
+                     config.seed if corpus.split == 'train' else
+                     probes.held_out_seed(config))
 
 
 def probe(item: probes.Row, rng: np.random.Generator | None, config: Config,

@@ -57,7 +57,7 @@ CLASSES: tuple[tuple[str, str | Callable, str], ...] = (
     (r'train\.grad_accumulation', OPTIMISATION,
      'dropout and expert capacity see other micro-batches'),
     (r'seed', OPTIMISATION, 'another order of the data, another dropout'),
-    (r'init_from|init_partial|model\.init(_stddev|_scale)?', OPTIMISATION,
+    (r'init_(from|partial|seed)|model\.init(_stddev|_scale)?', OPTIMISATION,
      'read only where a run begins: a resumed run ignores it'),
     (r'objective', INCOMPATIBLE, 'another task, maybe with other heads'),
     (r'probe\..*', OPTIMISATION, 'other rows from here on'),

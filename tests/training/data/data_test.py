@@ -36,6 +36,7 @@ def folder(tmp_path):
 def config_of(folder, **fields):
   config = base.base()
   config.seed = fields.pop('seed', 0)
+  config.eval.part = fields.pop('part', '')
   config.data.update(dict(
       source=f'text:{folder}/a/*.txt', cache_dir=str(folder / 'cache'),
       length=16, batch_size=8, holdout_every=4, tokenize_workers=1) | fields)
@@ -152,6 +153,29 @@ def test_of_a_single_file_the_tail_is_held_out(folder):
 def test_held_out_is_the_first_of_every_n():
   assert [n for n in range(7) if holdout.held_out(n, 3)] == [0, 3, 6]
   assert not any(holdout.held_out(n, 0) for n in range(7))
+
+
+def test_a_half_of_what_is_held_out_is_evaluated_on(folder):
+  one = dict(length=1000, batch_size=1)
+  for part, numbers in (('first', [0, 8]), ('second', [4])):
+    row = load(folder, 'eval', part=part, **one).batch(0)
+    whole = stream(numbers)
+    assert row['targets'][0][row['weights'][0] > 0].tolist() == whole[1:]
+    same(load(folder).batch(0), load(folder, part=part).batch(0))
+  with pytest.raises(ValueError, match='none for eval with eval.part=second'):
+    load(folder, 'eval', part='second', holdout_every=12)
+
+
+def test_the_tail_of_a_single_file_has_two_halves(folder):
+  text = text_of(3, 60)
+  (folder / 'one.txt').write_text(text)
+  one = dict(source=f'text:{folder}/one.txt', batch_size=1, length=100)
+  for part, half in (('first', text[45:52]), ('second', text[52:])):
+    row = load(folder, 'eval', part=part, **one).batch(0)
+    assert BYTES.decode(row['targets'][0][row['weights'][0] > 0][:-1]) == half
+    one_row = dict(one, length=8)
+    same(load(folder, **one_row).batch(0),
+         load(folder, part=part, **one_row).batch(0))
 
 
 def test_eval_order_ignores_the_seed_and_samples_fairly(folder):

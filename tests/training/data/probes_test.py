@@ -9,6 +9,7 @@ from hypothesis import given, settings as hypothesis, strategies as st
 import numpy as np
 import pytest
 
+from configs import base
 from configs.errors import RequestError
 from training.data import probes
 
@@ -247,3 +248,16 @@ def test_every_record_says_where_it_comes_from():
     assert f'`probe:{name}`' in page, name
     assert re.search(r'(19|20)\d\d', probe.source), name
     assert not probe.asks.endswith('.'), name
+
+
+def test_each_half_of_what_is_held_out_has_rows_of_its_own():
+  config = base.base()
+  config.objective, config.data.source = 'probe', 'probe:copy'
+  rows = {}
+  for part in ('', 'first', 'second'):
+    config.eval.part = part
+    rows[part] = [tuple(row.tokens) for row in itertools.islice(probes.Rows(
+        probes.of(config), probes.settings(config), 'eval',
+        probes.held_out_seed(config)), 20)]
+  assert not set(rows['first']) & set(rows['second'])
+  assert rows[''] not in (rows['first'], rows['second'])

@@ -25,6 +25,7 @@ PROBES: dict[str, Probe] = {
 PREFIX = 'probe:'
 KIND = 'rows of a probe'
 _STREAMS = {'train': 0, 'eval': 1}
+_HELD_OUT = {'': 0, 'first': 1, 'second': 2}  # by eval.part
 DERIVED = ('levels', 'vocab', 'examples', 'held_out')  # fields of config.probe
 
 
@@ -50,6 +51,12 @@ def settings(config: ml_collections.ConfigDict) -> Settings:
   return Settings(config.data.length, tuple(given.levels) or probe.levels,
                   given.vocab or probe.vocab, given.examples or probe.examples,
                   given.held_out or probe.held_out)
+
+
+def held_out_seed(config: ml_collections.ConfigDict) -> int:
+  """Returns the seed of the rows that are held out: of each eval.part others,
+  and the same for all runs."""
+  return _HELD_OUT[config.eval.part]
 
 
 def check(config: ml_collections.ConfigDict) -> None:

@@ -86,7 +86,7 @@ def measured(evaluation: Evaluation, cell: Cell, count: int
   config.data.length = cell.length
   rows = probes.Rows(
       probes.of(config), probes.settings(config)._replace(held_out=count),
-      'eval', 0, levels=(cell.level,))
+      'eval', probes.held_out_seed(config), levels=(cell.level,))
   loader = pipeline.Loader(
       config.data.source, 1.0, config.data.source, rows, [rows], config,
       evaluation.tokenizer, 'eval',
