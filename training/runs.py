@@ -364,7 +364,7 @@ def config_of(workdir: epath.Path) -> ml_collections.ConfigDict:
   and with what it derived of its training data, which need not be there."""
   config = with_new_fields(run_config.load_config(workdir))
   for name, value in run_config.load_derived(workdir).items():
-    if name.startswith('data.'):
+    if name.startswith(('data.', 'probe.')):
       config.update_from_flattened_dict({name: value})
   return config
 

@@ -7,15 +7,26 @@ MUTANTS = {
          'probes: every_level'),
         ('size <= chosen.length', 'size <= chosen.length + 64',
          'probes: cannot_be_drawn')],
+    'training/data/probes/depo.py': [
+        ('most if settings.test', 'most if not settings.test', 'probes: depo'),
+        ('np.arange(3, most + 1) + most ** 0.5', 'np.arange(3, most + 1)',
+         'probes: depo'),
+        ('circle[(i + step) % count]', 'circle[(i - step) % count]',
+         'probes: published')],
+    'training/data/probes/mano.py': [
+        ('[sign, *a, *b]', '[sign, *b, *a]', 'probes: published')],
     'training/data/probes/mqar.py': [
         ('slots ** (POWER - 1)', 'slots ** POWER', 'probes: law')],
     'training/data/probes/induction.py': [
         ('after[letter] = t + 1', 'after.setdefault(letter, t + 1)',
-         'probes: published')],
+         'probes: published'),
+        ('rng.integers(1, vocab, settings.length - 1)',
+         'rng.integers(0, vocab, settings.length - 1)', 'probes: published')],
     'training/data/probes/recall.py': [
         ('again[first] = False', 'again[first] = True', 'probes: published')],
     'training/data/probes/states.py': [
-        ('table[state, one]', 'table[one, state]', 'probes: published')],
+        ('table[state, one]', 'table[one, state]', 'probes: published'),
+        ('swaps % 2 == 0', 'swaps % 2 == 1', 'probes: published')],
     'training/objectives/probe.py': [
         ("config.seed if corpus.split == 'train' else\n"
          '                     probes.held_out_seed(config)', 'config.seed',

@@ -43,6 +43,13 @@ def induction(tokens, settings):
   return found
 
 
+def hops(tokens, settings):
+  found = induction([tokens[0] - 1, *tokens[1:]], settings)
+  none = settings.vocab + settings.most + 1
+  assert all(a != b for a, b in zip(tokens[1:], tokens[2:]))
+  return {place: found.get(place, none) for place in range(1, len(tokens))}
+
+
 def recall(tokens, settings, values=None):
   known, found = {}, {}
   most = settings.most if values is None else values
@@ -94,7 +101,8 @@ def reverse(tokens, settings):
 def addition(tokens, settings):
   text = ''.join('0123456789+='[token] for token in tokens)
   first, second, _ = re.split('[+=]', text)
-  assert len(first) == len(second)
+  assert max(len(first), len(second)) in settings.levels
+  assert all(term == str(int(term)) for term in (first, second))
   answer = [*map(int, str(int(first) + int(second))), 12]
   return dict(zip(range(text.index('='), len(text)), answer, strict=True))
 
@@ -108,9 +116,9 @@ def counting(tokens, settings):
           for i in range(1, len(tokens))}
 
 
-def permuted(tokens, things):
+def permuted(tokens, things, keep=lambda permutation: True):
   """Moves things about, one permutation after the other."""
-  numbered = list(itertools.permutations(range(things)))
+  numbered = list(filter(keep, itertools.permutations(range(things))))
   where, found = list(range(things)), {}
   for i, token in enumerate(tokens[1:], 1):
     where = [numbered[token][thing] for thing in where]
@@ -126,6 +134,53 @@ def passkey(tokens, settings):
   return {at + i: ord(digit) for i, digit in enumerate(number)}
 
 
+def is_even(permutation):
+  """The determinant of its matrix says so."""
+  return round(np.linalg.det(np.eye(len(permutation))[list(permutation)])) > 0
+
+
+def depo(tokens, settings):
+  letters = settings.vocab
+  spelled = re.findall(r'\d*[a-z]|[A-Z]', ''.join(
+      'S' if token == 2 * letters else 'A' if token == 2 * letters + 1 else
+      'H' if token > 2 * letters + 1 else
+      'e' if token >= letters else '0' for token in tokens))
+  assert spelled[0] == 'S' and spelled.count('S') == 1
+  words, place = [], 0
+  for word in spelled:
+    words.append((place, tuple(tokens[place:place + len(word)])))
+    place += len(word)
+  told = spelled.index('H')
+  after = {words[i][1]: words[i + 1][1] for i in range(1, told, 2)}
+  assert sorted(after) == sorted(after.values())
+  found = {}
+  for i in range(told, len(words), 4):
+    (_, (hops,)), (_, word), (place, _) = words[i:i + 3]
+    for _ in range(hops - 2 * letters - 1):
+      word = after[word]
+    found |= {place + j: token for j, token in enumerate(word)}
+  return found
+
+
+def mano(tokens, settings):
+  modulus, rest = settings.vocab, list(tokens[2:-1])
+
+  def value():
+    token = rest.pop(0)
+    if token < modulus:
+      return token
+    left, right = value(), value()
+    return (left + right, left - right, left * right)[
+        (token - modulus) // 2] % modulus
+
+  of_length = [(token - modulus - 8) // 2 for token in (tokens[1], tokens[-1])]
+  operators = sum(token >= modulus for token in rest)
+  assert of_length == [2 * operators - 2, 2 * operators - 1]
+  answer = value()
+  assert not rest and tokens[0] in (modulus + 6, modulus + 7)
+  return {len(tokens) - 1: answer}
+
+
 def memorisation(tokens, settings):
   """The table itself is checked by another test."""
   from training.data.probes import memorisation as task
@@ -134,14 +189,16 @@ def memorisation(tokens, settings):
 
 
 SOLVERS = {name: globals()[name] for name in probes.PROBES
-           if name not in ('s3', 's5')} | {
+           if name not in ('s3', 's5', 'a5', 'depo1', 'depo2')} | {
     's3': lambda tokens, settings: permuted(tokens, 3),
-    's5': lambda tokens, settings: permuted(tokens, 5)}
+    's5': lambda tokens, settings: permuted(tokens, 5),
+    'a5': lambda tokens, settings: permuted(tokens, 5, is_even),
+    'depo1': depo, 'depo2': depo}
 # Levels to draw from, where the published ones are not enough of a choice.
 LEVELS = {'recall': (4, 8, 16, 32), 'noisy_recall': (0.0, 0.2, 0.5, 0.9),
           'memorisation': (2, 8, 50), 'fuzzy_recall': (1, 2, 3),
           'induction': (1, 2, 3, 5), 'passkey': (1, 2, 3),
-          'mqar': (1, 2, 4, 8)}
+          'mqar': (1, 2, 4, 8), 'hops': (0, 1, 3, 7)}
 
 
 def of(name, levels=(), length=0, vocab=0):
@@ -186,8 +243,9 @@ def test_a_solver_finds_every_answer(name, data):
 @pytest.mark.parametrize('name', probes.PROBES)
 def test_as_published_too(name):
   probe, settings = of(name)
-  for row in itertools.islice(probes.Rows(probe, settings, 'train', 0), 10):
-    check(row, probe, settings, SOLVERS[name])
+  rows = probes.Rows(probe, settings, 'train', 0)
+  for i in range(10):  # islice would take an IndexError for the end
+    check(rows[i], probe, settings, SOLVERS[name])
 
 
 def test_what_is_memorised_is_one_table_for_all_rows():
@@ -212,6 +270,47 @@ def test_gaps_of_mqar_follow_the_published_law():
   np.testing.assert_allclose(share, law / law.sum(), atol=0.03)
 
 
+@pytest.mark.parametrize('name, most', [('depo1', 225), ('depo2', 75)])
+def test_circles_of_depo_are_as_large_as_published(name, most):
+  """Training: 3 to N words, n of them with weight 1 / (n + sqrt(N)), and each
+  question has its own hops; evaluation: N words, and one level of hops."""
+  probe, settings = of(name)
+  vocab, hops = settings.vocab, len(probe.levels)
+  small = settings._replace(length=probe.size(1, settings), examples=1)
+  assert set(found_words(probe, small, 'train')) == {3}
+  rows = probes.Rows(probe, settings, 'eval', 0, levels=(hops,))
+  for row in itertools.islice(rows, 3):
+    asks = row.tokens[row.tokens > 2 * vocab + 1]
+    assert (row.tokens[:np.argmax(row.tokens > 2 * vocab + 1)] >= vocab
+            ).sum() == 2 * most + 1 and set(asks - 2 * vocab - 1) == {hops}
+  counts = np.array([*found_words(
+      probe, settings._replace(examples=800), 'train')])
+  sizes = np.arange(3, most + 1)
+  law = 1 / (sizes + np.sqrt(most))
+  assert counts.min() >= 3 and counts.max() <= most
+  np.testing.assert_allclose((counts <= most // 5).mean(),
+                             law[sizes <= most // 5].sum() / law.sum(),
+                             atol=0.06)
+  row = probes.Rows(probe, settings, 'train', 0)[0]
+  assert len(set(row.tokens[row.tokens > 2 * vocab + 1])) > 1
+
+
+def found_words(probe, settings, split):
+  """Returns how many words the circle of each row has."""
+  vocab = settings.vocab
+  for row in probes.Rows(probe, settings, split, 0):
+    told = row.tokens[1:np.argmax(row.tokens > 2 * vocab + 1)]
+    yield int((told >= vocab).sum() // 2)
+
+
+def test_formulas_of_mano_use_all_signs_alike():
+  probe, settings = of('mano', (2,))
+  tokens = np.concatenate([row.tokens for row in probes.Rows(
+      probe, settings._replace(examples=600), 'train', 0)])
+  shares = np.bincount(tokens)[23:29] / 1200
+  np.testing.assert_allclose(shares, 1 / 6, atol=0.04)
+
+
 def test_rows_differ_by_seed_place_and_split():
   probe, settings = of('copy', (12,))
   rows = [tuple(probes.Rows(probe, settings, split, seed)[i].tokens)
@@ -234,6 +333,8 @@ def test_every_level_has_its_rows():
     ('recall', (15,), 64, 'half of the letters'),
     ('noisy_recall', (1.0,), 64, 'below 1'),
     ('passkey', (17,), 4096, '16 names'),
+    ('hops', (-1,), 64, 'of at least 0'),
+    ('depo1', (1,), 29, '30 tokens or more'),
 ])
 def test_levels_that_cannot_be_drawn(name, levels, length, words):
   probe = probes.PROBES[name]

@@ -31,6 +31,8 @@ def test_levels_of_training_then_longer_rows():
   fixed = list(probe_task.cells(settings._replace(levels=(3,)), grows=False))
   assert [tuple(cell) for cell in fixed] == [
       (3, 41, 1), (3, 82, 2), (3, 164, 4)]
+  alone = probe_task.cells(settings, grows=False, longer=False)
+  assert [cell.beyond for cell in alone] == [1] * 6
 
 
 def test_counts_are_those_of_numpy():

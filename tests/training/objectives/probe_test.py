@@ -8,6 +8,7 @@ from configs import bert, gpt
 from configs.errors import RequestError
 from training import objectives, runs
 from training.data import pipeline, probes, tokenizers
+from training.workdir import run_config
 
 
 def config_of(name='induction', length=32, **fields):
@@ -87,6 +88,16 @@ def test_the_vocabulary_and_the_settings_are_derived():
   assert model.vocab_size == derived['model.vocab_size'] == 8192
   assert derived['probe.levels'] == (4,) and derived['probe.vocab'] == 8192
   assert derived['probe.examples'] == 100_000
+
+
+def test_a_run_keeps_what_was_published_when_it_was_made(tmp_path):
+  """A run of copy, as runs were whose alphabet had 16 letters, not 100."""
+  config = config_of('copy', 41)
+  settings = probes.settings(config)._replace(vocab=16)
+  run_config.save(tmp_path, config, {
+      f'probe.{name}': getattr(settings, name) for name in probes.DERIVED})
+  assert probes.settings(runs.config_of(tmp_path)) == settings
+  assert probes.settings(config).vocab == 100
 
 
 @pytest.mark.parametrize('name, fields, words', [

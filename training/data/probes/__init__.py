@@ -67,8 +67,10 @@ def check(config: ml_collections.ConfigDict) -> None:
   require(bool(probe.vocab) or not config.probe.vocab,
           f'probe.vocab is {config.probe.vocab}, which probe {name!r} does not '
           'read: leave it at 0')
-  require(not probe.vocab or chosen.vocab >= 4,
-          f'probe.vocab is {chosen.vocab}: a probe has at least 4 letters')
+  least = min(4, probe.vocab)
+  require(chosen.vocab >= least,
+          f'probe.vocab is {chosen.vocab}: probe {name!r} has '
+          f'at least {least} letters')
   for level in chosen.levels:
     check_level(name, level, chosen)
 
@@ -101,7 +103,8 @@ class Rows:
 
   def __init__(self, probe: Probe, settings: Settings, split: str, seed: int,
                levels: tuple[Level, ...] = ()):
-    self._probe, self._settings = probe, settings
+    self._probe = probe
+    self._settings = settings._replace(test=split == 'eval')
     self._levels = levels or settings.levels
     self._key = (_STREAMS[split], seed)
     self._len = settings.held_out if split == 'eval' else settings.examples

@@ -10,28 +10,28 @@ PLUS, EQUALS, END = 10, 11, 12  # after the digits
 
 
 def draw(rng: np.random.Generator, digits: int, settings: Settings) -> Row:
-  """Returns a sum of two numbers of so many digits, the first not zero unless
-  it is the only one; its end is asked for too."""
+  """Returns a sum of two numbers, one of so many digits and one of as many or
+  fewer; its end is asked for too. No number of several digits begins with 0."""
   del settings
-  terms = rng.integers(0, 10, (2, digits))
-  if digits > 1:
-    terms[:, 0] = rng.integers(1, 10, 2)
-  carry, total = 0, []
-  for a, b in terms.T[::-1].tolist():
-    carry, digit = divmod(a + b + carry, 10)
-    total.append(digit)
-  total += [carry] * (carry > 0)
+  sizes = rng.permutation([digits, rng.integers(1, digits + 1)])
+  terms = []
+  for size in sizes:
+    term = rng.integers(0, 10, size)
+    term[:1] = rng.integers(int(size > 1), 10)
+    terms.append(term)
+  total = sum(int(''.join(map(str, term))) for term in terms)
   first, second = terms
   return record.writing(
       np.concatenate([first, [PLUS], second, [EQUALS]]),
-      np.array([*total[::-1], END]))
+      np.array([*map(int, str(total)), END]))
 
 
 PROBES = {'addition': record.Probe(
-    asks='the sum of two numbers of as many digits',
+    asks='the sum of two numbers',
     source='Kazemnejad et al. 2023, section 3, addition',
-    differs='Both numbers have as many digits, and each digit is an id. The '
-            'paper has words between the numbers.',
-    level='digits', levels=tuple(range(1, 9)), draw=draw,
+    differs='Each digit is an id. In the paper each number of digits is as '
+            'frequent in both numbers; here that of the longer one is. The '
+            'code published with it writes words around the numbers.',
+    level='digits of the longer number', levels=tuple(range(1, 9)), draw=draw,
     size=lambda digits, settings: 3 * digits + 3,
     vocab_size=lambda settings: 13, grows=True, length=27, examples=100_000)}

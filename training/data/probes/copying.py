@@ -15,8 +15,8 @@ from training.data.probes import record
 from training.data.probes.record import Row, Settings
 
 _PAPER = 'Kazemnejad et al. 2023, section 3'
-_DIFFERS = ('Letters are ids, where the paper has words of a text that a '
-            'tokenizer cuts.')
+_DIFFERS = ('Letters are ids, where the paper has words of a text, of which '
+            'its tokenizer makes one token each.')
 TO_20 = tuple(range(1, 21))  # trained on up to 20, tested on up to 40
 
 
@@ -55,7 +55,7 @@ def _growing(asks: str, draw: Callable[..., Row]) -> record.Probe:
   return record.Probe(
       asks=asks, source=_PAPER, differs=_DIFFERS, level='letters',
       levels=TO_20, draw=draw, size=lambda count, settings: 2 * count + 1,
-      vocab_size=lambda settings: settings.vocab + 2, vocab=16, grows=True,
+      vocab_size=lambda settings: settings.vocab + 2, vocab=100, grows=True,
       length=41, examples=100_000)
 
 

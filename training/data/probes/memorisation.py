@@ -34,8 +34,8 @@ def draw(rng: np.random.Generator, keys: int, settings: Settings) -> Row:
 PROBES = {'memorisation': record.Probe(
     asks='the value of each key, in a table that is the same for all rows',
     source='Poli et al. 2024, section 3.1, memorisation',
-    differs='Values are a permutation drawn by numpy, of a published seed; the '
-            'table itself is ours.',
+    differs='The table is of the published seed, but ours: keys have as many '
+            'values, in which the published one has one value more.',
     level='keys', levels=(127,), draw=draw,
     size=lambda keys, settings: 2,
     vocab_size=lambda settings: 2 * settings.most + 1,

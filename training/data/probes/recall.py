@@ -60,7 +60,7 @@ def fuzzy_recall(rng: np.random.Generator, motif: int, settings: Settings
                  ) -> Row:
   """Returns a row of keys and values of one to `motif` letters each, which do
   not repeat inside of a key or a value. The last key has been before."""
-  keys, values = _alphabets(settings.vocab, settings.vocab)
+  keys, values = np.split(np.arange(settings.vocab), [settings.vocab // 2])
   of_key: dict[tuple[int, ...], np.ndarray] = {}
   tokens: list[int] = []
   places: list[int] = []
@@ -122,10 +122,11 @@ PROBES = {
     'fuzzy_recall': record.Probe(
         asks='the value of a key that has been before, of several letters',
         source=f'{_PAPER}, fuzzy in-context recall',
-        differs=f'{_ALL} The published test asks for keys of the full length '
-                'alone, and its rows are filled up on the left.',
+        differs=f'{_ALL} The published test has keys of the full length '
+                'alone. Its rows are filled up on the left, and what the last '
+                'key is was drawn before the row.',
         level='longest motifs', levels=(3,), draw=fuzzy_recall,
         size=lambda motif, settings: 4 * motif,
-        vocab_size=lambda settings: settings.vocab, vocab=14,
+        vocab_size=lambda settings: settings.vocab, vocab=15,
         limit=_short_motifs),
 }

@@ -22,12 +22,15 @@ class Settings(NamedTuple):
     vocab: how many ids the task's letters have; 0 where it does not read it.
     examples: rows in one pass of training.
     held_out: rows to evaluate on.
+    test: whether the row is one to evaluate on, where a paper tests on others
+      than it trains on.
   """
   length: int
   levels: tuple[Level, ...]
   vocab: int
   examples: int
   held_out: int
+  test: bool = False
 
   @property
   def most(self) -> Level:
@@ -83,6 +86,7 @@ class Probe(NamedTuple):
       can.
     grows: whether rows of a larger level are longer, so that length beyond
       training is a level beyond training.
+    longer: whether it has rows longer than in training.
     hides: whether no answer stands among the tokens of its row, so that a model
       that sees the whole row has to find it too.
     length: data.length as published.
@@ -100,6 +104,7 @@ class Probe(NamedTuple):
   least: Level = 1
   limit: Callable[[Settings, Level], str] = lambda settings, level: ''
   grows: bool = False
+  longer: bool = True
   hides: bool = False
   length: int = 128
   examples: int = 12_800

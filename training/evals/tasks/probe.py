@@ -37,7 +37,7 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
         f'{"rows right":>11} {"95 %":>16}')
   figures: dict[str, Any] = {'level': {}, 'beyond': {}, 'table': []}
   reach = positions.reach(evaluation.run.model)
-  for cell in cells(settings, probe.grows):
+  for cell in cells(settings, probe.grows, probe.longer):
     told = f'{cell.level:>20} {cell.length:>7}'
     if cell.length > reach:
       print(f'{told}   refused: the positions of the model end at {reach:g}')
@@ -57,18 +57,19 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
   return figures | {'rows': rows}
 
 
-def cells(settings: Any, grows: bool) -> Iterator[Cell]:
+def cells(settings: Any, grows: bool, longer: bool = True) -> Iterator[Cell]:
   """Yields what is measured.
 
   Args:
     settings: of the run's probe.
     grows: whether longer rows are of a larger level, as Probe.grows says.
+    longer: whether there are longer rows, as Probe.longer says.
   """
   levels = sorted(set(settings.levels))
   places = np.linspace(0, len(levels) - 1, min(LEVELS, len(levels)))
   for place in np.unique(np.rint(places).astype(int)):
     yield Cell(levels[place], settings.length, 1)
-  for factor in FACTORS:
+  for factor in FACTORS if longer else ():
     yield Cell(levels[-1] * factor if grows else levels[-1],
                settings.length * factor, factor)
 
