@@ -65,6 +65,41 @@ def interval(values: Sequence[float], confidence: float = CONFIDENCE
   return Interval(mean, mean - half, mean + half, n, *ends)
 
 
+def p_value(values: Sequence[float]) -> float | None:
+  """Returns Student's two-sided p of a mean of 0; None for too few values.
+
+  Values that are all alike have no spread to be measured by, as where a task is
+  solved wholly at every seed or not at all. Their p is that of the sign test:
+  2^(1 - n), and 1 where they are all 0.
+  """
+  n = len(values)
+  if n < MIN_SEEDS:
+    return None
+  spread, mean = float(np.std(values, ddof=1)), float(np.mean(values))
+  if spread <= 1e-12 * abs(mean):
+    return 2.0 ** (1 - n) if mean else 1.0
+  from scipy.special import stdtr
+  return float(2 * stdtr(n - 1, -abs(mean) / (spread / math.sqrt(n))))
+
+
+def corrected(p: Sequence[float | None], method: str = 'holm'
+              ) -> list[float | None]:
+  """Returns the p-values as corrected for being several.
+
+  Args:
+    p: of the tests; None for one that could not be done, which is no member of
+      the family.
+    method: 'holm', for the probability that any of them is wrong, or 'fdr_bh'
+      (Benjamini-Hochberg), for the share of wrong ones among those found.
+  """
+  known = [x for x in p if x is not None]
+  if len(known) < 2 or min(known) == 1:  # there is nothing to correct
+    return list(p)
+  from statsmodels.stats import multitest
+  found = iter(multitest.multipletests(known, method=method)[1])
+  return [None if x is None else float(next(found)) for x in p]
+
+
 def paired(ours: Mapping[int, float], theirs: Mapping[int, float]
            ) -> Interval | None:
   """Returns ours - theirs over the seeds that both have; None: none."""

@@ -117,3 +117,27 @@ def test_ratios_have_a_geometric_mean():
   got = statistics.over_seeds([0.5, 1.0, 2.0])
   assert got.mean == pytest.approx(1.0)
   assert got.low * got.high == pytest.approx(1.0)
+
+
+def test_p_values_are_scipys_and_agree_with_the_interval():
+  from scipy import stats
+  rng = np.random.default_rng(3)
+  for n in (3, 5, 12):
+    values = rng.normal(0.3, 0.3, n)
+    got = statistics.p_value(values)
+    assert got == pytest.approx(stats.ttest_1samp(values, 0).pvalue)
+    assert statistics.interval(values).holds(0.0) == (got > 0.05)
+  assert statistics.p_value([0.1, 0.2]) is None
+  assert statistics.p_value([0.0] * 4) == 1
+  assert statistics.p_value([1.0] * 4) == 1 / 8  # the sign test's
+
+
+def test_corrected_p_values_are_those_of_the_papers():
+  # Holm 1979: the smallest times 4, the next times 3, ..., never falling.
+  assert statistics.corrected([0.01, 0.04, None, 0.03, 0.005]) == (
+      pytest.approx([0.03, 0.06, None, 0.06, 0.02]))
+  # Benjamini and Hochberg 1995: p_i m / i, from the largest down.
+  assert statistics.corrected([0.01, 0.04, 0.03, 0.005], 'fdr_bh') == (
+      pytest.approx([0.02, 0.04, 0.04, 0.02]))
+  assert statistics.corrected([0.2]) == [0.2]
+  assert statistics.corrected([None]) == [None]
