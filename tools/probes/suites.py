@@ -81,13 +81,10 @@ def load(file: str, base: ml_collections.ConfigDict, only: Sequence[str] = (),
 
 def _config(task: str, base: ml_collections.ConfigDict, fields: dict[str, Any],
             file: str) -> ml_collections.ConfigDict:
-  from training.data import probes
   from training.workdir import run_config
   config = base.copy_and_resolve_references()
   steps = fields.get('train.steps', config.train.steps)
-  one_of(f'{file}: task', task, probes.PROBES)
-  own = {'objective': probes.PROBES[task].objective,
-         'data.source': f'probe:{task}',
+  own = {'objective': 'probe', 'data.source': f'probe:{task}',
          'model.vocab_size': 0, 'model.max_len': 0,
          'eval.tasks': 'probe', 'eval.every_steps': steps,
          'checkpoint.every_steps': steps, 'checkpoint.keep': 1,

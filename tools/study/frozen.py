@@ -7,6 +7,7 @@ from typing import Any
 
 from tools.study import plan as plans
 from training import schema
+from training.workdir import run_config
 
 
 @dataclasses.dataclass
@@ -18,8 +19,8 @@ class Frozen:
     base_config: the config that every run changes, as a tree.
     points: of each variant, size and workload {'variant', 'size', 'workload',
       'changes', 'matched', 'params', 'active_params', 'flops_per_token',
-      'tokens'}: what it changes in base_config before it is tuned, and what
-      a run of train.steps steps costs.
+      'tokens', 'vocab'}: what it changes in base_config before it is tuned,
+      and what a run of train.steps steps costs.
     sources: hashes by what was hashed: 'file', the text of the study's file,
       and each source of data, as far as it lies on this machine.
     code: {'commit', 'diff'} as provenance.this_start() says them.
@@ -48,6 +49,16 @@ class Frozen:
     return next(row for row in self.points if wanted == (
         row['variant'], row['size'], row['workload']))
 
+  def point_of(self, run: Any) -> dict:
+    """Returns the point of a run, or of its Outcome."""
+    return self.point(self.plan.base if run.variant == plans.AGAIN
+                      else run.variant, run.size, run.workload)
+
+  def steps(self, point: dict) -> int:
+    """Returns the steps that a whole run of a point trains."""
+    return point['changes'].get('train.steps',
+                                self.base_config['train']['steps'])
+
 
 def digest(data: bytes) -> str:
   return hashlib.sha256(data).hexdigest()[:16]
@@ -75,7 +86,8 @@ _SHAPE = {
         'matched': [str], 'params': schema.Positive(int),
         'active_params': schema.Positive(int),
         'flops_per_token': schema.Positive(schema.NUMBER),
-        'tokens': schema.Positive(schema.NUMBER)}],
+        'tokens': schema.Positive(schema.NUMBER),
+        'vocab': schema.Positive(int)}],
     'sources': schema.Each(str), 'code': {},
     'amendments': [{'reason': str, 'time': schema.NUMBER, 'before': str,
                     'changed': [str], 'seen': [str]}],
@@ -91,3 +103,20 @@ def from_json(tree: Any, who: str) -> Frozen:
   schema.check_shape(tree, _SHAPE, who)
   own = {field.name: tree[field.name] for field in dataclasses.fields(Frozen)}
   return Frozen(**own | {'plan': plans.plan_from_json(tree['plan'])})
+
+
+def changed(old: Frozen, new: Frozen) -> list[str]:
+  """Returns the dotted names of what was planned otherwise; the code may
+  differ, which results.as_planned tells."""
+  flat = []
+  for each in (old, new):
+    tree = plans.to_json(each)
+    points = {'.'.join((row['variant'], row['size'], row['workload'])): row
+              for row in tree['points']}
+    flat.append(run_config.flatten_dict(json.loads(json.dumps({
+        'plan': tree['plan'], 'base_config': tree['base_config'],
+        'sources': tree['sources'], 'points': points}))))
+  before, after = flat
+  return [name for name in {**before, **after}
+          if name not in before or name not in after
+          or before[name] != after[name]]

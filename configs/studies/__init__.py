@@ -1,0 +1,1 @@
+"""Studies, for python -m tools.study."""

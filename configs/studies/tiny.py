@@ -1,0 +1,46 @@
+"""A study that finds nothing, in two minutes: the base against itself.
+
+Lab note. The variants are the base with other first parameters, so that every
+difference is noise: whoever finds one has found a mistake. Whatever the
+screening lets pass, once in about twenty studies, the confirmation holds back.
+The models have 3 to 11 thousand parameters.
+  python -m tools.study run configs/studies/tiny.py --workdir runs/tiny \
+      --parallel=2
+"""
+
+from configs import gpt
+
+QUESTION = 'Is the base better than itself?'
+SIZES = {
+    's': {'model.d_model': 8},
+    'm': {'model.d_model': 12},
+    'l': {'model.d_model': 16},
+}
+WORKLOADS = {
+    'text': {},
+    'copy': {'data.length': 16, 'probe.levels': (1, 2, 3), 'train.steps': 20},
+}
+SEEDS = {'noise': 4, 'tune': 1, 'screen': 4, 'confirm': 4}
+TUNING = {'fields': {'optim.lr': (4e-3, 8e-3)}, 'extend': 0}
+EFFECT = 0.5
+
+
+def base():
+  c = gpt.get_config('tiny')
+  c.model.update(d_model=8, num_layers=1, num_heads=2, max_len=32)
+  c.data.update(length=32, batch_size=16)
+  c.train.steps = 40
+  c.optim.update(lr=8e-3, warmup_steps=4)
+  c.eval.update(every_steps=10, batches=4)
+  c.checkpoint.update(every_steps=40, keep=1)
+  c.log.every_steps = 10
+  return c
+
+
+get_config = base
+
+
+def sweep(add):
+  add('base')
+  for i in (2, 3):
+    add(f'twin-{i}', init_seed=i)

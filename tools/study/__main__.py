@@ -1,0 +1,47 @@
+r"""Plans, runs and reports a study: from a question to a table.
+
+  python -m tools.study plan configs/studies/tiny.py
+  python -m tools.study run configs/studies/tiny.py --workdir runs/tiny
+  python -m tools.study status --workdir runs/tiny
+  python -m tools.study report --workdir runs/tiny
+
+A study is a file of configs/studies/: a base, variants, three sizes or more,
+measures, and what counts as a difference. `run` freezes the plan, measures the
+noise, tunes every variant alike, screens them at the smallest size, and
+confirms what passes at all sizes on fresh seeds (docs/studies.md). It may be
+killed at any moment and started again, and also started several times at once.
+The exit code is 2 for a wrong request or a study that cannot find what it is
+after, and 1 if runs failed.
+"""
+
+import argparse
+import importlib
+
+from training import cli
+
+# name: (the module with its add_arguments and main, what it does).
+COMMANDS = {
+    'plan': ('tools.study.show', 'the phases and what they cost'),
+    'run': ('tools.study.run', 'freeze the plan, and go through its phases'),
+    'status': ('tools.study.status', 'how far each phase is'),
+    'report': ('tools.study.reporting', 'write the pages and tables anew'),
+}
+
+
+def main() -> int:
+  parser = argparse.ArgumentParser(
+      prog='python -m tools.study', description=__doc__, allow_abbrev=False,
+      formatter_class=cli.HelpFormatter)
+  commands = parser.add_subparsers(dest='command', required=True)
+  for name, (module, told) in COMMANDS.items():
+    importlib.import_module(module).add_arguments(
+        commands.add_parser(
+            name, help=told, description=told, allow_abbrev=False,
+            formatter_class=cli.HelpFormatter))
+  args = parser.parse_args()
+  module, _ = COMMANDS[args.command]
+  return importlib.import_module(module).main(args)
+
+
+if __name__ == '__main__':
+  cli.run(main)

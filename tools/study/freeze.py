@@ -1,0 +1,193 @@
+"""freeze: makes the plan of a study's file, checked before anything is run."""
+
+from collections.abc import Mapping
+import dataclasses
+import pathlib
+from typing import Any
+
+import ml_collections
+
+from configs.errors import RequestError, require
+from tools.study import frozen as frozen_lib
+from tools.study import measures as measures_lib
+from tools.study import plan as plans
+from tools.study import spec as study_spec
+from tools.sweep import cost, matching
+from tools.sweep import spec as sweep_spec
+from training import progress
+
+PARTS = ('first', 'second')  # eval.part of tuning, and of all else
+
+
+def freeze(file: str) -> frozen_lib.Frozen:
+  """Returns the plan of a study's file.
+
+  Raises:
+    RequestError: for the first thing in it that cannot be, or that would make
+      a comparison unfair.
+  """
+  from training.workdir import provenance, run_config
+  cost.off_devices()
+  spec = study_spec.Spec(file)
+  base = spec.sweep.base
+  seeds, tuning = study_spec.seeds(spec), study_spec.tuning(spec, base)
+  measures = study_spec.measures(spec)
+  points = _points(spec, measures)
+  text = _config(base, points[0]['changes'], 'the base')
+  bytes_per_token = _check_halves(text)
+  configs = [_config(base, row['changes'], 'it') for row in points]
+  mup = all(c.model.parametrization == 'mup' for c in configs)
+  sizes = tuple(spec.sizes)
+  plan = plans.Plan(
+      name=pathlib.Path(file).stem, question=spec.given['QUESTION'], file=file,
+      base=spec.sweep.base_name, variants=tuple(
+          point.name for point in spec.sweep.points
+          if point.name != spec.sweep.base_name),
+      sizes=sizes, workloads=tuple(spec.workloads),
+      measures=tuple(_measure(own, points, bytes_per_token, file)
+                     for own in measures),
+      seeds=seeds, tuning=tuning, effect=float(spec.given['EFFECT']),
+      alpha=spec.given['ALPHA'], q=spec.given['Q'], power=spec.given['POWER'],
+      unstable=float(spec.given['UNSTABLE']), match=spec.given['MATCH'],
+      match_field=spec.given['MATCH_FIELD'] if spec.given['MATCH'] else '',
+      tuned_sizes=sizes[:1] if mup else sizes)
+  _check_budget(plan, configs)
+  code = provenance.this_start()
+  return frozen_lib.Frozen(
+      plan, run_config.to_json(base), points, _sources(file, configs),
+      {name: code[name] for name in ('commit', 'diff')})
+
+
+def _config(base, changes: Mapping[str, Any], who: str
+            ) -> ml_collections.ConfigDict:
+  return sweep_spec.changed(base, changes, who)
+
+
+def _points(spec: study_spec.Spec, measures: list[dict]) -> list[dict]:
+  """Returns the rows of Frozen.points, those of the base first."""
+  work = [(size, workload, point) for size in spec.sizes
+          for workload in spec.workloads for point in _matched(spec, size)]
+  work.sort(key=lambda row: row[2].name != spec.sweep.base_name)
+  rows = [_row(spec, measures, *each)
+          for each in progress.each(work, 'points checked')]
+  params = [row['params'] for row in rows
+            if row['variant'] == spec.sweep.base_name
+            and row['workload'] == plans.TEXT]
+  require(params == sorted(set(params)), f'{spec.file}: the base has '
+          f'{", ".join(f"{n:,}" for n in params)} parameters at the sizes '
+          f'{", ".join(spec.sizes)}: write them smallest first')
+  return rows
+
+
+def _matched(spec: study_spec.Spec, size: str) -> tuple[sweep_spec.Point, ...]:
+  """Returns the variants as they are at a size: what is matched is solved on
+  the text, and is the same on every workload."""
+  changes = _workload(spec, size, plans.TEXT, ())
+  sweep = dataclasses.replace(spec.sweep, base=_config(
+      spec.sweep.base, changes, f'{spec.file}, size {size!r},'))
+  what = spec.given['MATCH']
+  if not what:
+    return sweep.points
+  try:
+    return matching.match(sweep, what, spec.given['MATCH_FIELD'],
+                          lambda config: getattr(cost.of(config), what)).points
+  except RequestError as error:
+    raise RequestError(f'{spec.file}, size {size!r}, {error}') from error
+
+
+def _workload(spec: study_spec.Spec, size: str, workload: str,
+              tasks: tuple[str, ...]) -> dict[str, Any]:
+  """Returns what a size and a workload change in the base."""
+  base, own = spec.sweep.base, spec.workloads[workload]
+  found = dict(spec.sizes[size])
+  if tasks:
+    found['eval.tasks'] = ','.join(tasks)
+  if workload == plans.TEXT:
+    return found | own
+  steps = own.get('train.steps', found.get('train.steps', base.train.steps))
+  warmup = base.optim.warmup_steps / base.train.steps
+  return found | {
+      'objective': 'probe', 'data.source': f'probe:{workload}',
+      'model.vocab_size': 0, 'model.max_len': 0,
+      'optim.warmup_steps': round(warmup * steps), 'eval.every_steps': steps,
+      'checkpoint.every_steps': steps,
+      'log.every_steps': max(steps // 10, 1)} | own
+
+
+def _row(spec: study_spec.Spec, measures: list[dict], size: str, workload: str,
+         point: sweep_spec.Point) -> dict:
+  from training import limits, runs
+  from training.data import pipeline
+  who = f'{spec.file}, variant {point.name!r} at size {size!r} on {workload!r}'
+  try:
+    changes = {**_workload(spec, size, workload,
+                           measures_lib.tasks(measures, workload)),
+               **point.changes}
+    config = _config(spec.sweep.base, changes, 'it')
+    for own in measures:
+      if own['workload'] == workload:
+        measures_lib.check(own, config, f'variant {point.name!r}')
+    runs.check_config(config)
+    limits.refuse_unread_of(changes, config, runs.resolve_alone(config))
+    require(not config.eval.patience, f'eval.patience is '
+            f'{config.eval.patience}: every run of a study trains to its last '
+            'step; leave it at 0')
+    require(not config.init_from, f'init_from is {config.init_from!r}: a run '
+            'of a study begins with parameters of its own')
+    pipeline.check_sources(config)
+    figures = cost.of(config)
+  except RequestError as error:
+    raise RequestError(f'{who}: {error}') from error
+  return {'variant': point.name, 'size': size, 'workload': workload,
+          'changes': changes, 'matched': list(point.matched),
+          'params': figures.params, 'active_params': figures.active_params,
+          'flops_per_token': figures.flops_per_token, 'tokens': figures.tokens,
+          'vocab': figures.model['model.vocab_size']}
+
+
+def _measure(own: dict, points: list[dict], bytes_per_token: float, file: str
+             ) -> plans.Measure:
+  vocab = next(row['vocab'] for row in points
+               if row['workload'] == own['workload'])
+  chance = measures_lib.chance(
+      own, vocab, bytes_per_token if own['workload'] == plans.TEXT else 0.0,
+      file)
+  return plans.Measure(own['name'], own['workload'], own['figure'],
+                       own['better'], chance)
+
+
+def _check_halves(config) -> float:
+  """Reads what is held out of the text; returns the bytes of a token.
+
+  Raises:
+    RequestError: where it has no two halves.
+  """
+  from training.data import pipeline, tokenizers
+  tokenizer = tokenizers.load(config.data.tokenizer)
+  require(bool(config.data.holdout_every or config.data.eval_source),
+          'data.holdout_every is 0: a study needs text that is held out')
+  for part in PARTS:
+    loaders = pipeline.held_out(
+        sweep_spec.changed(config, {'eval.part': part}, 'it'), tokenizer)
+  return sum(x.share * x.bytes_per_token for x in loaders) / sum(
+      x.share for x in loaders)
+
+
+def _check_budget(plan: plans.Plan, configs) -> None:
+  least = min(config.train.steps for config in configs)
+  share = plan.tuning.keep ** (plan.tuning.rungs - 1)
+  require(least * share >= 1, f'{plan.file}: TUNING buys less than one run: '
+          f'its first rung trains {share:.3g} of {least} steps, which is less '
+          'than one step; take fewer rungs, or a larger keep')
+
+
+def _sources(file: str, configs) -> dict[str, str]:
+  """Returns the hashes of the file and of the data that lies here."""
+  from training.data import sources
+  found = {'file': frozen_lib.digest(pathlib.Path(file).read_bytes())}
+  for config in configs:
+    for name in filter(None, (config.data.source, config.data.eval_source)):
+      for _, source in [] if name in found else sources.parse(name):
+        if not source.drawn:
+          found[name] = source.digest()
+  return found

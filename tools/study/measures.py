@@ -1,0 +1,105 @@
+"""Measures: what they are called, which value is better, and who has them."""
+
+from collections.abc import Collection, Sequence
+import math
+
+from configs.errors import one_of, require, short
+from tools.study import plan as plans
+from training import best, evals
+
+_ENTRIES = ('workload', 'figure', 'better', 'name', 'chance')
+_PLAIN = ('loss', 'perplexity', 'bits_per_byte', 'accuracy')
+
+
+def completed(given: Sequence, workloads: Collection[str], file: str
+              ) -> list[dict]:
+  """Returns the measures of a file with what they leave out, but for `chance`.
+
+  Raises:
+    RequestError: for one that is none.
+  """
+  found = []
+  for own in given:
+    who = f'{file}: the measure {short(own)}'
+    require(isinstance(own, dict) and 'figure' in own, f'{who} has no figure: '
+            "write {'workload': 'text', 'figure': 'loss'}")
+    for name in own:
+      one_of('entry of a measure', name, _ENTRIES)
+    own = {'workload': plans.TEXT, **own}
+    one_of('workload of a measure', own['workload'], workloads)
+    last = own['figure'].rpartition('/')[2]
+    if 'better' not in own:
+      require(last in (*best.LEAST, *best.LARGEST, 'rows_right'), f'{who}: '
+              'it is not known which value of it is better: write '
+              "'better': 'lower' or 'higher'")
+      own['better'] = plans.LOWER if last in best.LEAST else plans.HIGHER
+    one_of('better of a measure', own['better'], (plans.LOWER, plans.HIGHER))
+    if 'name' not in own:
+      text = own['workload'] == plans.TEXT
+      own['name'] = last if text else own['workload']
+      if own['name'] in (other['name'] for other in found):
+        own['name'] = f'{own["workload"]}-{own["figure"].replace("/", "-")}'
+    found.append(own)
+  names = [own['name'] for own in found]
+  require(len(set(names)) == len(names), f'{file}: two measures are called '
+          f'{next((n for n in names if names.count(n) > 1), "")!r}: give each '
+          "a 'name' of its own")
+  require(found[0]['workload'] == plans.TEXT, f'{file}: the first measure is '
+          f'of {found[0]["workload"]!r}: the first is the one that the verdict '
+          f'is on, and is of {plans.TEXT!r}')
+  for name in workloads:
+    require(any(own['workload'] == name for own in found), f'{file}: no '
+            f'measure is of workload {name!r}: add one, or leave the workload '
+            'out')
+  return found
+
+
+def tasks(measures: Sequence[dict], workload: str) -> tuple[str, ...]:
+  """The evaluation tasks that the measures of a workload are figures of."""
+  return tuple(dict.fromkeys(
+      own['figure'].partition('/')[0] for own in measures
+      if own['workload'] == workload and '/' in own['figure']))
+
+
+def check(own: dict, config, who: str) -> None:
+  """Raises RequestError where a run of `config` does not have a measure."""
+  from training import objectives
+  told = f'measure {own["name"]!r} is {own["figure"]!r} of {own["workload"]}'
+  task, is_task, _ = own['figure'].partition('/')
+  if is_task:
+    row = evals.check_without_flags(task, told)
+    reason = row.unfit(config)
+    require(not reason, f'{told}, which {who} cannot have: {reason}')
+    return
+  objective = objectives.of(config)
+  has = {'loss': True, 'accuracy': True, 'perplexity': objective.perplexity,
+         'bits_per_byte': objective.every_token}
+  one_of(f'{told}: figure', own['figure'], _PLAIN)
+  require(has[own['figure']], f'{told}, which {who} cannot have: objective '
+          f'{config.objective!r} does not report it')
+
+
+def chance(own: dict, vocab: int, bytes_per_token: float, file: str) -> float:
+  """Returns what guessing gives: of losses, one over the vocabulary.
+
+  Args:
+    own: the measure, as `completed` returns it.
+    vocab: of the model.
+    bytes_per_token: of what is held out; 0 where there is no text.
+    file: for the message.
+  """
+  if 'chance' in own:
+    require(type(own['chance']) in (int, float), f'{file}: the chance of '
+            f'measure {own["name"]!r} is {short(own["chance"])}: write a '
+            'number')
+    return float(own['chance'])
+  if own['figure'] == 'loss':
+    return math.log(vocab)
+  if own['figure'] == 'perplexity':
+    return float(vocab)
+  if own['figure'] == 'bits_per_byte' and bytes_per_token:
+    return math.log2(vocab) / bytes_per_token
+  if own['figure'] in ('accuracy', 'probe/accuracy', 'probe/rows_right'):
+    return 0.0
+  require(False, f'{file}: measure {own["name"]!r} needs a chance: what '
+          "guessing gives, as 'chance': 0.5")

@@ -1,0 +1,162 @@
+"""results.json: everything that a study has found, and what it took."""
+
+from collections.abc import Iterable, Mapping, Sequence
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import tempfile
+from typing import Any
+
+from tools.study import frozen as frozen_lib
+from tools.study import phases
+from tools.study import plan as plans
+from tools.sweep import layout
+from tools.sweep import ledger as ledger_lib
+
+FILE = 'results.json'
+_PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'numpy', 'scipy', 'statsmodels')
+
+
+def write(workdir, frozen: frozen_lib.Frozen, found: phases.Found,
+          planned: Mapping[str, int]) -> None:
+  """Writes results.json.
+
+  Args:
+    workdir: of the study.
+    frozen: its plan.
+    found: so far.
+    planned: how many runs each phase has, as far as it is known.
+  """
+  save(pathlib.Path(workdir) / FILE, {
+      'study': {'name': frozen.plan.name, 'hash': frozen.hash},
+      **{name: plans.to_json(getattr(found, name)) for name in (
+          'outcomes', 'noise', 'announced', 'tuned', 'screen', 'confirm')},
+      'phases': {phase: _spent(workdir, phase, found, planned)
+                 for phase in plans.PHASES},
+      'as_planned': as_planned(workdir, frozen),
+      'provenance': {'codes': codes(workdir), 'devices': _devices(workdir),
+                     'versions': versions()}})
+
+
+def save(path: pathlib.Path, tree: Any) -> None:
+  """Writes JSON, whole or not at all: several runners may write at once."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with tempfile.NamedTemporaryFile(
+      'w', dir=path.parent, prefix=f'{path.name}.', delete=False) as partial:
+    partial.write(json.dumps(tree, indent=1, allow_nan=False) + '\n')
+  os.chmod(partial.name, 0o644)
+  os.replace(partial.name, path)
+
+
+def folders(workdir, phase: str = '') -> list[pathlib.Path]:
+  """Returns the sweeps of a phase, or of all, in the order of the phases."""
+  wanted = [phase] if phase else plans.PHASES
+  found = []
+  for name in wanted:
+    found += sorted(
+        (path.parent for path in pathlib.Path(workdir).glob(
+            f'{name}*/sweep.json')), key=lambda path: (
+                len(path.name), path.name))
+  return found
+
+
+def points(folder) -> list[dict]:
+  """Returns the points of a phase's sweep."""
+  return layout.load_description(folder)['points']
+
+
+def _spent(workdir, phase: str, found: phases.Found,
+           planned: Mapping[str, int]) -> dict[str, Any]:
+  own = [x for x in found.outcomes if x.phase == phase]
+  tokens = sum(_tokens(workdir, phase, own))
+  known = [x.seconds for x in own if x.seconds == x.seconds]
+  return {'planned': planned.get(phase, len(own)), 'done': len(own),
+          'failed': sum(x.diverged for x in own), 'tokens': tokens,
+          'flops': float(sum(x.flops for x in own)),
+          'seconds': float(sum(known)),
+          'wall_seconds': wall_seconds(workdir, phase),
+          'finished': phase in found.finished}
+
+
+def _tokens(workdir, phase: str, outcomes: Sequence[plans.Outcome]
+            ) -> Iterable[float]:
+  """Yields what each run has seen."""
+  per_token = {}
+  for folder in folders(workdir, phase):
+    for row in points(folder):
+      per_token[row['variant'], row['size'], row['workload']] = row[
+          'flops_per_token']
+  for x in outcomes:
+    yield x.flops / per_token.get((x.variant, x.size, x.workload), float('inf'))
+
+
+def wall_seconds(workdir, phase: str) -> float:
+  """Returns how long runs of a phase were under way: what overlaps counts
+  once, and what was done by an earlier attempt of a run does not count."""
+  spans = []
+  for folder in folders(workdir, phase):
+    with ledger_lib.Ledger(folder) as ledger:
+      spans += [(row.started, row.ended) for row in ledger.runs()
+                if row.started and row.ended]
+  total, until = 0.0, 0.0
+  for start, end in sorted(spans):
+    total += max(end - max(start, until), 0.0)
+    until = max(until, end)
+  return total
+
+
+def as_planned(workdir, frozen: frozen_lib.Frozen) -> dict[str, Any]:
+  """Returns whether what ran is what was planned, and what is not."""
+  from training.workdir import provenance
+  differences = []
+  for own in frozen.amendments:
+    seen = ', '.join(own['seen']) or 'nothing'
+    differences.append(
+        f'The plan was changed ({", ".join(own["changed"])}) when {seen} had '
+        f'been looked at. Reason: {own["reason"]}')
+  differences += [own['told'] for own in frozen.notes]
+  planned, ran = provenance.codes([frozen.code]), codes(workdir)
+  others = [code for code in ran if planned and code not in planned]
+  if others:
+    differences.append(f'The plan was made with {planned[0]}, and runs were '
+                       f'trained by {", ".join(others)}.')
+  for folder in folders(workdir):
+    name, dot, number = folder.name.rpartition('.')
+    if dot and number.isdigit():
+      differences.append(f'{name} had run under an earlier plan; it ran anew '
+                         f'as {folder.name}.')
+  return {'same': not differences, 'differences': differences}
+
+
+def codes(workdir) -> list[str]:
+  """Returns the codes that trained the runs, as far as they are known."""
+  found = {}
+  for folder in folders(workdir):
+    rows = points(folder)
+    found |= dict.fromkeys(layout.codes(folder, [
+        (row['name'], seed) for row in rows for seed in row['seeds']]))
+  return list(found)
+
+
+def _devices(workdir) -> list[str]:
+  """Returns the devices that the runs said they have."""
+  found = {}
+  for folder in folders(workdir):
+    for log in sorted(folder.glob('points/*/*/log.txt')):
+      for line in log.read_text(errors='replace').splitlines():
+        name, colon, told = line.partition(': ')
+        if colon and name.strip() == 'devices':
+          found[told.partition(', mesh')[0]] = None
+  return list(found)
+
+
+def versions() -> dict[str, str]:
+  found = {'python': platform.python_version()}
+  for name in _PACKAGES:
+    try:
+      found[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      continue
+  return found
