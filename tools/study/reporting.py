@@ -9,5 +9,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args) -> int:
   from tools.study import report
-  report.write(args.workdir)
+  print(*report.write(args.workdir), sep='\n')
   return 0

@@ -1,0 +1,296 @@
+"""The figures of a study: effects, loss curves, noise, probes."""
+
+from collections.abc import Callable, Iterator, Sequence
+import math
+from typing import Any
+
+import numpy as np
+
+from tools.study import findings
+from tools.study import plan as plans
+from tools.study.report import drawing
+from tools.study.report import numbers
+from tools.study.report.document import Figure
+from tools.study.report.record import Record
+from tools.study.report.tables import values_of
+from tools.sweep import statistics
+
+MARKERS = ('o', 's', '^', 'v', 'P', 'X', '*')  # of sizes, in turn
+LEFT_OUT = 0.1  # of training, whose losses would flatten all that follows
+LABELS = {plans.LOWER: 'left of the line is better',
+          plans.HIGHER: 'right of the line is better'}
+
+
+def draw(record: Record) -> Iterator[tuple[Figure, drawing.Drawn]]:
+  """Yields every figure that the study has figures for."""
+  for make in (effects, curves, noise, probes):
+    found = make(record)
+    if found:
+      yield found
+
+
+def _figure(name: str, title: str, caption: str, alt: str,
+            paint: Callable[[Any], Any]) -> tuple[Figure, drawing.Drawn]:
+  from matplotlib import pyplot
+  with drawing.style(name):
+    drawn = drawing.save(paint(pyplot))
+  return (Figure(name, title, caption, alt,
+                 drawing.inline(drawn.svg, name, alt)), drawn)
+
+
+def looks(record: Record) -> dict[str, dict[str, Any]]:
+  return drawing.looks(record.plan.base, record.plan.variants)
+
+
+def effects(record: Record):
+  """A forest plot: each variant's difference, over all sizes and at each."""
+  plan = record.plan
+  rows = [row for v in plan.variants if (row := record.verdict(v))]
+  rows = [row for row in rows if any(
+      numbers.known(x) for x in (row['effect'], *(
+          own['mean'] for own in row['sizes'])))]
+  if not rows:
+    return None
+  rows.sort(key=lambda row: _order(row['effect']))
+  told = '; '.join(f'{row["variant"]} ' + numbers.with_interval(
+      row['effect'], row['low'], row['high']) for row in rows)
+  return _figure(
+      'effects', 'Effects',
+      f'{plan.primary.name} minus that of {plan.base}: over all sizes '
+      '(diamonds) and at each size, with 95 % intervals over paired seeds; '
+      f'{LABELS[plan.primary.better]}.',
+      f'Forest plot of {plan.primary.name} minus that of {plan.base}, over all '
+      f'sizes: {told}.', lambda pyplot: _forest(record, rows, pyplot))
+
+
+def _order(x: float | None) -> float:
+  return x if numbers.known(x) else math.inf
+
+
+def _forest(record: Record, rows, pyplot):
+  plan, look = record.plan, looks(record)
+  lines = len(rows) * (len(plan.sizes) + 1.6)
+  figure, axes = pyplot.subplots(
+      figsize=(drawing.COLUMN, 0.5 + 0.125 * lines), layout='constrained')
+  y, ticks, labels = 0.0, [], []
+  for row in rows:
+    colour = look[row['variant']]['color']
+    _bar(axes, y, row['effect'], row['low'], row['high'], 'D', colour, 1.6)
+    ticks, labels = [*ticks, y], [*labels, _shorter(row['variant'])]
+    for i, own in enumerate(row['sizes']):
+      y += 1
+      _bar(axes, y, own['mean'], own['low'], own['high'],
+           MARKERS[i % len(MARKERS)], colour, 0.8)
+      ticks, labels = [*ticks, y], [*labels, _shorter(own['size'])]
+    y += 1.6
+  axes.axvline(0, color=drawing.INK, linewidth=0.6, linestyle=(0, (4, 3)))
+  axes.set_yticks(ticks, labels)
+  each = len(plan.sizes) + 1
+  for i, label in enumerate(axes.get_yticklabels()):
+    label.set_fontweight('normal' if i % each else 'bold')
+  axes.set_ylim(y - 1, -0.8)
+  axes.set_xlabel(f'{plan.primary.name} minus that of {_shorter(plan.base)}')
+  axes.grid(axis='x')
+  axes.tick_params(axis='y', length=0)
+  return figure
+
+
+def _bar(axes, y, mean, low, high, marker, colour, width) -> None:
+  if numbers.known(low) and numbers.known(high):
+    axes.plot([low, high], [y, y], color=colour, linewidth=width,
+              solid_capstyle='butt')
+  if numbers.known(mean):
+    axes.plot(mean, y, marker, color=colour, markersize=2.5 + width,
+              markeredgewidth=0)
+  else:
+    axes.text(0.5, y, 'all runs diverged', color=colour, va='center',
+              ha='center', transform=axes.get_yaxis_transform())
+
+
+def _shorter(name: str, most: int = 22) -> str:
+  """A name as a figure has room for it."""
+  return name if len(name) <= most else f'{name[:most - 1]}…'
+
+
+def curves(record: Record):
+  """Held-out loss by tokens, a panel for each size."""
+  found = {size: drawn for size in record.plan.sizes
+           if (drawn := _curves(record, size))}
+  if not found:
+    return None
+  ends = []
+  for size, lines in found.items():
+    told = ', '.join(f'{name} {line[1][-1]:.4f}'
+                     for name, line in lines.items())
+    ends.append(f'{size}: {told}')
+  return _figure(
+      'curves', 'Loss curves',
+      'Held-out loss on text in the confirmation: the mean over the seeds that '
+      f'ended, and its 95 % band. The first {numbers.percent(LEFT_OUT)} of '
+      'training are left out.',
+      'Curves of held-out loss by tokens, one panel a size. Mean losses at the '
+      f'end: {"; ".join(ends)}.',
+      lambda pyplot: _panels(record, list(found), pyplot, lambda axes, size:
+                             _losses(record, found[size], axes, size),
+                             'held-out loss, nats'))
+
+
+def _curves(record: Record, size: str) -> dict[str, tuple]:
+  """Returns (tokens, mean, low, high) of each variant that has curves."""
+  found = {}
+  for variant in record.variants:
+    runs = [run.curve for run in record.runs(
+        'confirm', variant, size, plans.TEXT)
+            if run.curve and run.curve['loss'] and not run.diverged
+            and all(map(numbers.known, run.curve['loss']))]
+    if not runs:
+      continue
+    tokens = sorted(set.intersection(*(set(run['tokens']) for run in runs)))
+    tokens = [x for x in tokens if x >= LEFT_OUT * tokens[-1]]
+    at = [dict(zip(run['tokens'], run['loss'])) for run in runs]
+    spans = [statistics.interval([own[x] for own in at]) for x in tokens]
+    bars = [span.bar or (math.nan, math.nan) for span in spans]
+    found[variant] = (np.array(tokens, float), [s.mean for s in spans],
+                      *np.array(bars).T)
+  return found
+
+
+def _losses(record: Record, lines, axes, size: str) -> None:
+  look = looks(record)
+  for name, (tokens, mean, low, high) in lines.items():
+    axes.fill_between(tokens, low, high, color=look[name]['color'], alpha=0.18,
+                      linewidth=0)
+    axes.plot(tokens, mean, label=_shorter(name), **look[name])
+  axes.set(xlabel='training tokens', title=_shorter(size))
+  axes.xaxis.set_major_formatter(_engineering())
+  axes.locator_params(axis='x', nbins=4)
+  axes.grid(axis='y')
+
+
+def _engineering():
+  from matplotlib.ticker import EngFormatter
+  return EngFormatter(sep='')
+
+
+def _panels(record: Record, names: Sequence[str], pyplot, paint, label: str):
+  """A row of panels with one legend below; rows of at most four."""
+  columns = min(len(names), 4)
+  rows = math.ceil(len(names) / columns)
+  width = drawing.PAGE if columns > 1 else drawing.COLUMN
+  lines = math.ceil(len(record.variants) / (6 if columns > 1 else 3))
+  figure, grid = pyplot.subplots(
+      rows, columns, figsize=(width, 1.9 * rows + 0.15 * lines + 0.1),
+      layout='constrained', squeeze=False)
+  handles: dict[str, Any] = {}
+  for axes, name in zip(grid.flat, names):
+    paint(axes, name)
+    for handle, own in zip(*axes.get_legend_handles_labels()):
+      handles.setdefault(own, handle)
+  for axes in grid.flat[len(names):]:
+    axes.set_visible(False)
+  for row in grid:
+    row[0].set_ylabel(label)
+  if handles:
+    figure.legend(list(handles.values()), list(handles),
+                  loc='outside lower center',
+                  ncols=math.ceil(len(handles) / lines),
+                  handlelength=2.2, columnspacing=1.2)
+  return figure
+
+
+def noise(record: Record):
+  """The smallest effect that is found, of each measure at each size."""
+  rows = [row for row in record.results['noise'] if row['phase'] == 'confirm'
+          and numbers.known(row['sd'])]
+  if not rows:
+    return None
+  plan = record.plan
+  names = [m.name for m in plan.measures
+           if any(row['measure'] == m.name for row in rows)]
+  told = '; '.join(f'{row["measure"]} at {row["size"]} {row["sd"]:.4f}'
+                   for row in rows)
+  return _figure(
+      'noise', 'Noise',
+      'Base against base: the standard deviation of a paired difference with '
+      'its 95 % interval (dots), and the smallest effect that '
+      f'{plan.seeds.confirm} seeds find with a power of '
+      f'{numbers.percent(plan.power)} (crosses); the dashed line is the '
+      f'effect that is wanted on {plan.primary.name}.',
+      'Noise of the base against itself. Standard deviation of a paired '
+      f'difference: {told}.',
+      lambda pyplot: _panels(
+          record, names, pyplot,
+          lambda axes, name: _spread(plan, rows, axes, name),
+          'noise of a difference'))
+
+
+def _spread(plan: plans.Plan, rows, axes, name: str) -> None:
+  own = [row for row in rows if row['measure'] == name]
+  for x, row in enumerate(own):
+    if numbers.known(row['sd_low']) and numbers.known(row['sd_high']):
+      axes.plot([x, x], [row['sd_low'], row['sd_high']], color=drawing.INK,
+                linewidth=0.8)
+    axes.plot(x, row['sd'], 'o', color=drawing.INK, markersize=3)
+    if numbers.known(row['smallest_effect']):
+      axes.plot(x + 0.18, row['smallest_effect'], 'x', color='#d55e00',
+                markersize=4)
+  if name == plan.primary.name:
+    axes.axhline(plan.effect, color=drawing.SOFT, linewidth=0.8,
+                 linestyle=(0, (4, 3)))
+  axes.set_xticks(range(len(own)), [
+      'all' if row['size'] == findings.ALL else _shorter(row['size'])
+      for row in own])
+  axes.set(title=_shorter(name), xlim=(-0.5, len(own) - 0.3))
+  axes.set_ylim(bottom=0)
+  axes.grid(axis='y')
+
+
+def probes(record: Record):
+  """The measures that are not the primary one, by size."""
+  plan = record.plan
+  measures = [m for m in plan.measures[1:] if any(
+      values_of(record, 'confirm', v, s, m)
+      for v in record.variants for s in plan.sizes)]
+  if not measures:
+    return None
+  by_name = {measure.name: measure for measure in measures}
+  told = []
+  for measure in measures:
+    best = {v: np.mean(own) for v in record.variants
+            if (own := values_of(record, 'confirm', v, plan.sizes[-1],
+                              measure))}
+    told.append(f'{measure.name}: ' + ', '.join(
+        f'{name} {mean:.4f}' for name, mean in best.items()))
+  return _figure(
+      'measures', 'Probes and other measures',
+      'Means over the seeds of the confirmation with their 95 % intervals; the '
+      'dashed line is what guessing gives.',
+      f'Secondary measures by size. Means at {plan.sizes[-1]}: '
+      f'{"; ".join(told)}.',
+      lambda pyplot: _panels(
+          record, list(by_name), pyplot,
+          lambda axes, name: _scores(record, by_name[name], axes), 'score'))
+
+
+def _scores(record: Record, measure: plans.Measure, axes) -> None:
+  plan, look = record.plan, looks(record)
+  for i, variant in enumerate(record.variants):
+    values = [values_of(record, 'confirm', variant, size, measure)
+              for size in plan.sizes]
+    at = [x for x, own in enumerate(values) if own]
+    if not at:
+      continue
+    spans = [statistics.interval(values[x]) for x in at]
+    # A little apart, so that no interval hides another one.
+    x = np.array(at) + 0.06 * (i - len(record.variants) / 2)
+    for one, span in zip(x, spans):
+      if span.bar:
+        axes.plot([one, one], span.bar, linewidth=0.8,
+                  color=look[variant]['color'])
+    axes.plot(x, [span.mean for span in spans], marker='o', markersize=2.5,
+              label=_shorter(variant), **look[variant])
+  axes.axhline(measure.chance, color=drawing.SOFT, linewidth=0.8,
+               linestyle=(0, (4, 3)), zorder=0)
+  axes.set_xticks(range(len(plan.sizes)), map(_shorter, plan.sizes))
+  axes.set(title=_shorter(measure.name))
+  axes.grid(axis='y')
