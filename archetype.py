@@ -195,7 +195,8 @@ class Model:
     figures = totals.count(self._run_config(), length or self.config.max_len,
                            self.config)
     return {name: value for name, value in figures.items()
-            if name not in ('optimizer_bytes', 'checkpoint_bytes')}
+            if name not in ('optimizer_bytes', 'average_bytes',
+                            'checkpoint_bytes')}
 
   def with_parts(self, *, seed: int = 0, **fields: Any) -> 'Model':
     """Returns the model with other fields of `config.model`, for example

@@ -3,6 +3,7 @@ r"""Evaluates a run's checkpoint; the run remembers its config.
   python eval.py --workdir runs/tiny
   python eval.py --workdir runs/tiny --tasks=loss,samples --samples=3 \
       --prompt="Fellow citizens" --temperature=0.8 --json runs/tiny/eval.json
+  python eval.py --workdir runs/tiny --step=last:5
   python eval.py --workdir runs/tiny --text='text:other/*.txt' --stride=64
   python eval.py --workdir runs/tiny --tasks=lm_eval:blimp_files \
       --lm_eval_data=DIR
@@ -25,7 +26,11 @@ from training.distributed import interrupts
 
 cli.define_workdir()
 flags.DEFINE_string('step', None, 'Which checkpoint: the number of a step, or '
-                    'best, of a run with eval.best; default: the newest.')
+                    'best, of a run with eval.best; or the mean of the '
+                    'parameters of several: 100,200 or last:5; default: the '
+                    'newest.')
+flags.DEFINE_bool('live', False, 'Evaluate the parameters themselves, of a run '
+                  'that keeps their average (optim.ema).')
 flags.DEFINE_list('tasks', ['loss'],
                   f'Comma-separated. {evals.described()}.')
 flags.DEFINE_string('text', '', 'What to evaluate on, written as data.source '
@@ -55,7 +60,8 @@ def main():
 
   cpu_memory.reuse()
   figures = checkpoint.evaluate(workdir, names, args, step=step,
-                                text=args.text, programs={})
+                                text=args.text, programs={},
+                                live=args.live)
   if json_file:
     checkpoint.write(json_file, figures)
 

@@ -136,6 +136,9 @@ def base() -> ml_collections.ConfigDict:
           b2=0.95,  # of adamw, lion and muon
           eps=1e-8,  # of adamw and muon
           momentum=0.9,  # of sgd and muon
+          # The decay of a moving average of the parameters, which is evaluated
+          # and exported in their place, such as 0.999. 0: none is kept.
+          ema=0.0,
       ),
       mesh=dict(  # the sizes of the axes multiply to the number of devices
           data=-1,  # splits the batch; -1: the devices that are left
@@ -153,6 +156,10 @@ def base() -> ml_collections.ConfigDict:
           every_minutes=0.0,  # minutes between two checkpoints; 0: not by time
           keep=3,  # how many of the newest good checkpoints are kept
           keep_every=0,  # keep every n-th step too; 0: none
+          # After the last step, the mean of the parameters of so many
+          # checkpoints, the last ones by every_steps, is evaluated too, as
+          # mean/loss. 0: none.
+          average=0,
       ),
       eval=dict(
           every_steps=250,  # steps between two evaluations
@@ -173,6 +180,9 @@ def base() -> ml_collections.ConfigDict:
           # Evaluations in a row without a better one after which the run ends;
           # 0: it goes on to its last step.
           patience=0,
+          # With optim.ema, evaluate the parameters themselves too, as
+          # live/loss.
+          live=False,
       ),
       log=dict(
           every_steps=10,  # steps between two lines of metrics

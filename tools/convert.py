@@ -234,11 +234,11 @@ def _from_hf(source: pathlib.Path, partial: bool, seed: int):
 
 def _from_workdir(workdir: epath.Path, step: int | str | None):
   """Returns (config, module, parameters, step) of a run's checkpoint."""
-  from training import runs
+  from training import runs, trained
   config = runs.for_this_machine(runs.config_of(workdir))
   run = runs.build(config, runs.model_of(workdir))
-  params, step = runs.restore_params(run, workdir, step)
-  return config, run.module, params, step
+  found = trained.of_run(run, workdir, step)
+  return config, run.module, found.state, found.step
 
 
 def _resolved(config):
@@ -299,6 +299,10 @@ def _count(params) -> int:
   return sum(x.size for x in jax.tree.leaves(params))
 
 
+_STEP = ('of the checkpoint; best; of several, for the mean of their '
+         'parameters: 100,200 or last:5; the newest')
+
+
 def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
       prog='python -m tools.convert', description=__doc__,
@@ -320,7 +324,7 @@ def _parser() -> argparse.ArgumentParser:
       formatter_class=cli.HelpFormatter)
   out.add_argument('workdir')
   out.add_argument('folder', type=pathlib.Path)
-  out.add_argument('--step', help='of the checkpoint, or best; the newest')
+  out.add_argument('--step', help=_STEP)
   out.add_argument('--dtype', default='', choices=(
       '', 'float32', 'bfloat16', 'float16'), help="the parameters' own")
   out.add_argument('--dropless', action='store_true', help='as a model whose '
@@ -335,7 +339,7 @@ def _parser() -> argparse.ArgumentParser:
       formatter_class=cli.HelpFormatter)
   one.add_argument('source')
   one.add_argument('workdir')
-  one.add_argument('--step', help='of the checkpoint, or best; the newest')
+  one.add_argument('--step', help=_STEP)
   up = commands.add_parser(
       'upcycle', help='a dense model to experts', allow_abbrev=False,
       formatter_class=cli.HelpFormatter)
@@ -343,7 +347,7 @@ def _parser() -> argparse.ArgumentParser:
   up.add_argument('workdir')
   up.add_argument('--moe', nargs='*', default=[], metavar='FIELD=VALUE',
                   help='of config.model.moe')
-  up.add_argument('--step', help='of the checkpoint, or best; the newest')
+  up.add_argument('--step', help=_STEP)
   up.add_argument('--seed', type=int, default=0, help='of the routers')
   gguf = commands.add_parser(
       'gguf', help='a GGUF file to Hugging Face', allow_abbrev=False,

@@ -139,7 +139,7 @@ def measure(c, steps: int, seeds: int):
     def body(state, _):
       return step(state, batch)[0], look(state.params)
     state, sizes = jax.lax.scan(
-        body, init_state(module, tx, key), length=steps)
+        body, init_state(module, tx, key, c.optim), length=steps)
     return jnp.concatenate([sizes, look(state.params)[None]])
 
   keys = jax.random.split(jax.random.key(1), seeds)

@@ -86,7 +86,9 @@ def _text(f: dict) -> str:
   if f['memory_cache_bytes_per_token'] is not None:
     lines.append(f'{"  per token of the source":<28}'
                  f'{f["memory_cache_bytes_per_token"]:>20,}')
-  for name in ('parameter', 'optimizer', 'checkpoint'):
+  for name in ('parameter', 'optimizer', 'average', 'checkpoint'):
+    if not f[name + '_bytes']:  # no average is kept
+      continue
     lines.append(f'{name + " bytes":<28}{f[name + "_bytes"]:>20,}')
   return '\n'.join(lines)
 

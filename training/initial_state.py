@@ -21,7 +21,8 @@ from training.distributed import devices
 from training.hf import config as hf_config
 from training.hf import heads as hf_heads
 from training.step import TrainState, initial_seed
-from training.workdir import checkpoints, restoring, run_config, storage
+from training.workdir import checkpoints, parameters, restoring, run_config
+from training.workdir import storage
 
 
 def restore_or_create(run: runs.Run, saved: checkpoints.Checkpoints
@@ -67,7 +68,7 @@ def create(run: runs.Run, source: str | epath.Path) -> TrainState:
                           state.params)
   for line in skipped:
     print(f'skipped: {line}')
-  return state.replace(params=params)
+  return run.with_params(state, params)
 
 
 def _read(run: runs.Run, source: epath.Path, drawn: Any
@@ -131,12 +132,11 @@ def _from_workdir(run: runs.Run, source: epath.Path, drawn: Any,
     skipped += more.values()
     require(wanted, f'init_from is {str(source)!r}, of which nothing fits this '
             'model')
-  restored = restoring.restore(folder, wanted, partial=True)
+  restored = parameters.restore(folder, wanted['params'])
   for sentence in restored.damaged:
     print(f'warning: {sentence}', file=sys.stderr)
-  found = paths.flatten(restored.state)
-  flat = {f'params/{path}': x for path, x in paths.flatten(drawn).items()}
-  return restoring.nest(flat | found)['params'], skipped
+  return restoring.nest(paths.flatten(drawn)
+                        | paths.flatten(restored.state)), skipped
 
 
 def _without_adapters(run: runs.Run) -> runs.Run:
@@ -156,13 +156,13 @@ def _from_adapted(run: runs.Run, source: epath.Path, theirs: ModelConfig,
           'first, by python -m tools.convert merge')
   skipped = weights.other_function(run.model, theirs, source, partial)
   other = runs.Run.of(run.config, theirs, run.mesh)
-  restored = restoring.restore(restoring.directory(source),
-                               {'params': other.abstract.params}, partial=True)
+  restored = parameters.restore(restoring.directory(source),
+                                other.abstract.params)
   for sentence in restored.damaged:
     print(f'warning: {sentence}', file=sys.stderr)
   print(f'{source}: its low-rank adapters are merged into the weights')
   with run.context():
-    _, params = adapters.merge(other.module, restored.state['params'])
+    _, params = adapters.merge(other.module, restored.state)
   flat, found = paths.flatten(drawn), paths.flatten(params)
   return restoring.nest(flat | {path: x for path, x in found.items()
                                 if path in flat}), skipped

@@ -58,6 +58,7 @@ LIMITS = {
     'checkpoint.every_minutes': _between(0, 1e6),
     'checkpoint.keep': _between(1, 10_000),
     'checkpoint.keep_every': FROM_0,
+    'checkpoint.average': _between(0, 10_000),
     'eval.every_steps': FROM_0,
     'eval.batches': FROM_0,
     'eval.patience': FROM_0,
@@ -133,6 +134,26 @@ def refuse_unread(config: ml_collections.ConfigDict) -> None:
   require(not config.init_partial or config.init_from,
           'init_partial is True, but init_from names nothing to take weights '
           'from: set it, or leave init_partial at False')
+  require(config.optim.ema or not config.eval.live, 'eval.live is True, which '
+          'is not read while optim.ema is 0: there is no average beside the '
+          'parameters. Set optim.ema, or leave eval.live at False')
+  _check_average(config)
+
+
+def _check_average(config: ml_collections.ConfigDict) -> None:
+  """Raises RequestError for a mean of checkpoints that there will not be."""
+  count, every = config.checkpoint.average, config.checkpoint.every_steps
+  if not count:
+    return
+  start = f'checkpoint.average is {count}'
+  require(count > 1, f'{start}: the mean is of 2 checkpoints or more; 0: none')
+  require(every, f'{start}, but checkpoint.every_steps is 0: the mean is of '
+          'checkpoints that are so many steps apart')
+  require((count - 1) * every < config.train.steps, f'{start}, but there are '
+          f'{-(-config.train.steps // every)} checkpoints in train.steps '
+          f'{config.train.steps} by checkpoint.every_steps {every}')
+  require(config.eval.every_steps, f'{start}, but eval.every_steps is 0: '
+          'nothing is evaluated after the last step')
 
 
 def unread(config: ml_collections.ConfigDict, model: ModelConfig

@@ -23,7 +23,7 @@ from training.endings import DIVERGED, EARLY, STOPPED
 from training.evals import in_training
 from training.member import Member
 from training.step import TrainState
-from training.workdir import checkpoints
+from training.workdir import checkpoints, parameters
 
 
 def train(run: runs.Run, state: TrainState, start: int,
@@ -243,30 +243,58 @@ class _Loop:
                 ) -> bool:
     """Adds the figures of the held-out data; returns whether it came to the
     end."""
-    sums = evaluating.evaluate(
-        self.eval_step, state.params, self.eval_data,
-        self.program.config.eval.batches, self.program.put,
-        stop=lambda: self._cut_short(n))
-    if sums is None:
-      return False
-    for row, member in self.live.items():
-      found = evaluating.means(
-          [self.program.part(own, row) for own in sums], self.eval_data)
-      figures[row] |= found
-      if member.label:  # one of many, for each of which a figure is enough
-        found = {'loss': found['loss']}
-      told = '  '.join(f'{name.replace("_", " ")} {evaluating.shown(value)}'
-                       for name, value in found.items())
-      self.bar.say(f'step {n}  held-out {told}'
-                   + (f'  {member.label}' if member.label else ''))
+    for prefix, params in self._to_evaluate(n, state):
+      sums = evaluating.evaluate(
+          self.eval_step, params, self.eval_data,
+          self.program.config.eval.batches, self.program.put,
+          stop=lambda: self._cut_short(n))
+      if sums is None:
+        return False
+      for row, member in self.live.items():
+        found = evaluating.means(
+            [self.program.part(own, row) for own in sums], self.eval_data)
+        figures[row] |= {prefix + name: x for name, x in found.items()}
+        if member.label:  # one of many, for each of which a figure is enough
+          found = {'loss': found['loss']}
+        told = '  '.join(f'{name.replace("_", " ")} {evaluating.shown(value)}'
+                         for name, value in found.items())
+        self.bar.say(f'step {n}  held-out {prefix.replace("/", " ")}{told}'
+                     + (f'  {member.label}' if member.label else ''))
     return True
+
+  def _to_evaluate(self, n: int, state: TrainState
+                   ) -> Iterator[tuple[str, Any]]:
+    """Yields the parameters that are evaluated after step `n`, and what the
+    names of their figures begin with."""
+    config = self.program.config
+    params = self.program.evaluated(state)
+    yield '', params
+    if config.eval.live:
+      yield 'live/', state.params
+    if config.checkpoint.average and n == self.steps:
+      yield 'mean/', self._mean_of_checkpoints(n, params)
+
+  def _mean_of_checkpoints(self, n: int, params: Any) -> Any:
+    """Returns the mean of the parameters after the last step, `n`, and of
+    those in the checkpoints before it."""
+    c, program = self.program.config.checkpoint, self.program
+    last = (n - 1) // c.every_steps * c.every_steps
+    steps = [last - i * c.every_steps for i in range(c.average - 1)]
+    means = list(program.split(params))
+    for row, member in self.live.items():
+      member.saved.wait()
+      means[row] = parameters.mean([*(parameters.restore(
+          member.saved.directory, program.single.abstract.params, step).state
+          for step in steps[::-1]), means[row]])
+    return program.joined(means)
 
   def _do_tasks(self, n: int, state: TrainState, figures: dict[int, dict]
                 ) -> None:
     """Adds the figures of the tasks: of all members, or where it is cut short
     of none."""
     found = {}
-    for row, params in enumerate(self.program.split(state.params)):
+    for row, params in enumerate(
+        self.program.split(self.program.evaluated(state))):
       if row in self.live:
         found[row] = self.tasks.of(params, n, self.live[row].workdir,
                                    stop=lambda: self._cut_short(n))

@@ -24,7 +24,7 @@ from configs.errors import RequestError, one_of, require
 from training import best, description, evals, limits, objectives
 from training.data import holdout, pipeline, tokenizers
 from training.distributed import devices
-from training.optim import mup, optimizers
+from training.optim import average, mup, optimizers
 from training.step import TrainState, abstract_state, init_state, initial_seed
 from training.step import make_eval_step, make_train_step, optimizer
 from training.step import parameter_shares
@@ -213,7 +213,8 @@ class Run:
     module = architectures.build(model)
     tx = optimizer(module, config.optim, config.train.steps)
     return cls(config, model, module, mesh, tx,
-               abstract_state(module, tx, mesh, config.mesh.rules),
+               abstract_state(module, tx, mesh, config.mesh.rules,
+                              config.optim),
                devices.batch_sharding(mesh, config.mesh.rules))
 
   @property
@@ -232,10 +233,25 @@ class Run:
 
   def new_state(self) -> TrainState:
     """Returns a state before its first step, each shard drawn where it lies."""
-    init = functools.partial(init_state, self.module, self.tx)
+    init = functools.partial(init_state, self.module, self.tx,
+                             optim=self.config.optim)
     with self.context():
       return jax.jit(init, out_shardings=self.shardings)(
           jax.random.key(initial_seed(self.config)))
+
+  def with_params(self, state: TrainState, params: Any) -> TrainState:
+    """Returns a state before its first step with other parameters."""
+    parts = parameter_shares(self.module, self.config.optim)
+    with self.context():
+      return state.replace(params=params, ema=jax.jit(
+          functools.partial(average.start, self.config.optim, parts),
+          out_shardings=self.shardings.ema)(params))
+
+  def evaluated(self, state: TrainState):
+    """Returns the parameters that a state is evaluated with: with optim.ema
+    their average."""
+    return average.evaluated(parameter_shares(
+        self.module, self.config.optim), state.ema, state.params)
 
   def describe(self, start: int, tokens: int, train_data: pipeline.Loader,
                eval_data: Sequence[pipeline.Loader]) -> str:
@@ -267,6 +283,11 @@ class Run:
   def split(self, state: TrainState) -> Iterable[TrainState]:
     """Returns the state of each member, to be saved."""
     return [state]
+
+  def joined(self, trees: Sequence[Any]) -> Any:
+    """Returns what `split` has taken apart, such as a state."""
+    tree, = trees
+    return tree
 
   def part(self, figures: Any, row: int) -> Any:
     """Returns one member's part of figures, or of sums, on the host."""
@@ -304,25 +325,6 @@ def _check_context(config: ml_collections.ConfigDict, context: int) -> None:
     size = config.data[name]
     require(size % context == 0, f'mesh.context is {context}, which does not '
             f'divide data.{name} {size}: choose a multiple of it')
-
-
-def restore_params(run: Run, workdir: epath.Path, step: int | str | None = None
-                   ) -> tuple[Any, int]:
-  """Returns the parameters of a checkpoint, and its step; prints which it is,
-  and the checkpoints that were passed over because they are damaged.
-
-  Args:
-    run: the run of `workdir`.
-    workdir: its folder.
-    step: which checkpoint; 'best'; None: the newest good one.
-  """
-  restored = restoring.restore(
-      restoring.directory(workdir), {'params': run.abstract.params}, step,
-      partial=True)
-  for sentence in restored.damaged:
-    print(f'warning: {sentence}', file=sys.stderr)
-  print(f'{workdir}, step {restored.step}')
-  return restored.state['params'], restored.step
 
 
 def for_this_machine(config: ml_collections.ConfigDict

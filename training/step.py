@@ -25,7 +25,7 @@ from architectures.parts.moe import layer as moe
 from training import objectives
 from training.distributed import devices
 from training.objectives.record import Mean
-from training.optim import mup, optimizers, schedules, shares
+from training.optim import average, mup, optimizers, schedules, shares
 
 STREAMS = ('dropout', 'router')  # what a model draws at random
 
@@ -40,12 +40,15 @@ class TrainState:
     opt_state: the optimiser's state.
     bad_steps: steps skipped because a loss or gradient was not finite.
     bad_in_row: of these, the ones since the last good step.
+    ema: the average of the parameters that are trained (optim/average.py);
+      None: optim.ema is 0.
   """
   step: jax.Array
   params: Any
   opt_state: Any
   bad_steps: jax.Array
   bad_in_row: jax.Array
+  ema: Any = None
 
 
 @functools.lru_cache(maxsize=64)  # a program asks for the same ones often
@@ -98,17 +101,20 @@ def parameter_shares(module: nn.Module, optim: ml_collections.ConfigDict):
 
 
 def abstract_state(module: nn.Module, tx: optax.GradientTransformation,
-                   mesh: Mesh, rules: str) -> TrainState:
+                   mesh: Mesh, rules: str, optim: ml_collections.ConfigDict
+                   ) -> TrainState:
   """Returns the state's shapes with their shardings: to plan, to make and to
-  restore it."""
+  restore it. What is averaged lies where its parameter lies."""
   boxed = abstract_params(module)
   params = nn.meta.unbox(boxed)
   shardings = devices.param_shardings(boxed, mesh, rules)
   whole = NamedSharding(mesh, PartitionSpec())
-  shapes = jax.eval_shape(lambda p: _make(p, tx), params)
+  parts = parameter_shares(module, optim)
+  shapes = jax.eval_shape(lambda p: _make(p, tx, optim, parts), params)
   places = TrainState(
       whole, shardings,
-      optimizers.opt_state_shardings(tx, params, shardings), whole, whole)
+      optimizers.opt_state_shardings(tx, params, shardings), whole, whole,
+      shares.trained(parts, shardings) if optim.ema else None)
   return jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
       shapes, places)
@@ -127,16 +133,20 @@ def initial_seed(config: ml_collections.ConfigDict) -> jax.Array:
 
 
 def init_state(module: nn.Module, tx: optax.GradientTransformation,
-               key: jax.Array) -> TrainState:
+               key: jax.Array, optim: ml_collections.ConfigDict
+               ) -> TrainState:
   """Returns a new state, a pure function of its key."""
   tokens = jnp.zeros((1, 1), jnp.int32)
-  return _make(nn.meta.unbox(module.init(key, tokens)['params']), tx)
+  return _make(nn.meta.unbox(module.init(key, tokens)['params']), tx, optim,
+               parameter_shares(module, optim))
 
 
-def _make(params, tx) -> TrainState:
+def _make(params: Any, tx: optax.GradientTransformation,
+          optim: ml_collections.ConfigDict, parts: Any) -> TrainState:
   # Arrays of their own each: donated, a shared one would be freed twice.
   return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params),
-                    jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+                    jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32),
+                    average.start(optim, parts, params))
 
 
 def make_train_step(module: nn.Module, tx: optax.GradientTransformation,
@@ -197,12 +207,14 @@ def make_train_step(module: nn.Module, tx: optax.GradientTransformation,
     params = shares.whole(parts, own, state.params)
     bad_in_row = jnp.where(ok, 0, state.bad_in_row + 1)
     bad_steps = state.bad_steps + jnp.where(ok, 0, 1)
+    ema = average.update(config.optim, state.ema, own,
+                         state.step + 1 - bad_steps, ok)
     metrics |= dict(
         grad_norm=grad_norm, param_norm=_norm(params),
         learning_rate=schedule(state.step - state.bad_steps),
         bad_steps=bad_steps, bad_in_row=bad_in_row)
     return TrainState(state.step + 1, params, opt_state, bad_steps,
-                      bad_in_row), metrics
+                      bad_in_row, ema), metrics
 
   return step
 

@@ -1,4 +1,4 @@
-"""The parameters that a run has trained, without the run around them."""
+"""The parameters that a run has trained, to do something with them."""
 
 import sys
 from typing import Any
@@ -7,14 +7,17 @@ from etils import epath
 import flax.linen as nn
 import jax
 
+from configs.errors import require
+from training import runs
 from training import step as step_lib
-from training.workdir import restoring
+from training.workdir import parameters, restoring, step_folders
 
 
 def params(workdir: epath.Path, module: nn.Module, step: int | None = None
            ) -> Any:
-  """Returns the parameters of a checkpoint, all on one device of this process;
-  warns of checkpoints that were passed over because they are damaged.
+  """Returns the parameters of a checkpoint that are evaluated, all on one
+  device of this process; warns of checkpoints that were passed over because
+  they are damaged.
 
   Args:
     workdir: the run's folder.
@@ -25,8 +28,32 @@ def params(workdir: epath.Path, module: nn.Module, step: int | None = None
   shapes = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
       nn.meta.unbox(step_lib.abstract_params(module)))
-  restored = restoring.restore(restoring.directory(workdir),
-                               {'params': shapes}, step, partial=True)
+  restored = parameters.restore(restoring.directory(workdir), shapes, step)
   for sentence in restored.damaged:
     print(f'warning: {sentence}', file=sys.stderr)
-  return restored.state['params']
+  return restored.state
+
+
+def of_run(run: runs.Run, workdir: epath.Path,
+           step: int | str | step_folders.Mean | None = None,
+           live: bool = False) -> restoring.Restored:
+  """Returns the parameters of a checkpoint, as its `state`; prints which it is,
+  and the checkpoints that were passed over because they are damaged.
+
+  Args:
+    run: the run of `workdir`.
+    workdir: its folder.
+    step: which checkpoint; 'best'; several, for their mean; None: the newest
+      good one.
+    live: with optim.ema, the parameters themselves and not their average.
+  """
+  require(run.config.optim.ema or not live, f'{workdir} keeps no average of '
+          'its parameters (optim.ema is 0): there is nothing to choose. '
+          'Leave out --live')
+  restored = parameters.restore(restoring.directory(workdir),
+                                run.abstract.params, step, live=live)
+  for sentence in restored.damaged:
+    print(f'warning: {sentence}', file=sys.stderr)
+  print(f'{workdir}, step {restored.step}'
+        + (f': {restored.what}' if restored.what else ''))
+  return restored

@@ -257,11 +257,11 @@ class Group(runs.Run):
     return self._put({name: np.stack([row[name] for row in rows])
                       for name in rows[0]}), self.values
 
-  def joined(self, states: Sequence[TrainState]) -> TrainState:
-    """Returns the joint state of those of the members."""
+  def joined(self, trees: Sequence[Any]) -> Any:
+    """Returns the joint tree, such as a state, of those of the members."""
     return self._put(jax.tree.map(
         lambda *xs: np.stack([xs[i] for i in self._rows]),
-        *jax.device_get(list(states))))
+        *jax.device_get(list(trees))))
 
   def new_state(self) -> TrainState:
     return jax.jit(self._over_runs(self._init, (0,)))(self.values)
@@ -271,7 +271,8 @@ class Group(runs.Run):
     module = self.module.clone(config=dataclasses.replace(
         self.model, init_stddev=config.model.init_stddev,
         init_scale=config.model.init_scale))
-    return init_state(module, self.tx, jax.random.key(initial_seed(config)))
+    return init_state(module, self.tx, jax.random.key(initial_seed(config)),
+                      config.optim)
 
   def train_step(self):
     batch_axis = 0 if len(self.seeds) > 1 else None

@@ -90,8 +90,17 @@ MUTANTS = {
         ('      if self.is_good(step):', '      if True:', 'keeping: kept'),
         ('step % self.keep_every == 0]', 'step % self.keep_every == 1]',
          'keeping: kept'),
-        ('*sorted(steps)[-1:]}', '}', 'keeping: kept'),
+        ('*sorted(steps)[-1:],', '', 'keeping: kept'),
+        ('-self.average:]', ':self.average]', 'parameters: averaged'),
+        ('*self._averaged(steps)}', '}', 'parameters: averaged'),
         ('sorted(steps, reverse=True)', 'sorted(steps)', 'keeping: kept'),
+    ],
+    'training/workdir/parameters.py': [
+        ("not live and f'ema/{path}'", "f'ema/{path}'",
+         'parameters: themselves or averages'),
+        ('(total / len(leaves))', '(total / 2)', 'parameters: numpy'),
+        ('return there[-asked.last:]', 'return there[:asked.last]',
+         'parameters: numpy or averages'),
     ],
     'training/workdir/step_folders.py': [
         ('step if name == str(step) and', 'step if', 'step_folders'),

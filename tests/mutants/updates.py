@@ -50,6 +50,16 @@ MUTANTS = {
         ('np.ndim(share) == 0 or np.all(share)', 'True',
          'shares: step_leaves'),
     ],
+    'training/optim/average.py': [
+        ('(1 - optim.ema) / whole, 0.0)', '1 - optim.ema, 0.0)',
+         'average: debiased'),
+        ('(1 - optim.ema) / whole, 0.0)', '(1 - optim.ema) / whole, 1.0)',
+         'average: bad_step'),
+        ('jnp.array(x, jnp.float32, copy=True)', 'jnp.zeros_like(x)',
+         'average: debiased or bad_step'),
+        ('cast = jax.tree.map(lambda m, p: m.astype(p.dtype)',
+         'cast = jax.tree.map(lambda m, p: m', 'average: dtype'),
+    ],
     'training/losses.py': [
         ('log_z_QBP - (1 - smooth) * target_QBP', 'log_z_QBP - target_QBP',
          'losses: equations and smoothing and 8'),

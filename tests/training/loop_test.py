@@ -56,6 +56,9 @@ class Program:
     return _state(state.step + 1), {
         name: jnp.array([own[name] for own in each]) for name in each[0]}
 
+  def evaluated(self, state):
+    return state.params
+
   def split(self, state):
     step = getattr(state, 'step', None)  # of a state, and not of parameters
     return [(row, step) for row in range(len(self.rows))]

@@ -29,9 +29,13 @@ def on_device(tree: Any) -> int:
 
 
 def state(run: runs.Run) -> dict[str, int]:
-  """Returns bytes of a device: its parameters and optimiser state."""
-  return {'parameters': on_device(run.abstract.params),
-          'optimizer': on_device(run.abstract.opt_state)}
+  """Returns bytes of a device: its parameters, optimiser state, and with
+  optim.ema the average of the parameters."""
+  found = {'parameters': on_device(run.abstract.params),
+           'optimizer': on_device(run.abstract.opt_state)}
+  if run.abstract.ema is not None:
+    found['average'] = on_device(run.abstract.ema)
+  return found
 
 
 def _trained(run: runs.Run):
@@ -44,7 +48,7 @@ def replicated(run: runs.Run) -> list[dict]:
   """Returns, for each mesh axis, what each of its devices holds alike: bytes
   of state that sharding over it too would save a device, and the parameters
   that most of it is."""
-  trees = (run.abstract.params, run.abstract.opt_state)
+  trees = (run.abstract.params, run.abstract.opt_state, run.abstract.ema)
   rows = []
   for axis, size in run.mesh.shape.items():
     if size == 1:

@@ -15,7 +15,7 @@ from architectures.parts.config import ModelConfig
 from architectures.parts.moe import routing
 from training import objectives
 from training import paths
-from training.optim import shares
+from training.optim import average, shares
 from training.step import abstract_params, optimizer, parameter_roles
 from training.step import parameter_shares
 from training.costs import flops
@@ -37,6 +37,8 @@ def count(config: ml_collections.ConfigDict, length: int = 0,
   tx = optimizer(module, config.optim, config.train.steps)
   params = nn.meta.unbox(abstract_params(module))
   opt_state = jax.eval_shape(tx.init, params)
+  ema = jax.eval_shape(lambda p: average.start(
+      config.optim, parameter_shares(module, config.optim), p), params)
   sizes, active = _sizes(module)
   length = length or config.data.length
   both = architectures.stack(model) == 'encoder-decoder'
@@ -64,7 +66,8 @@ def count(config: ml_collections.ConfigDict, length: int = 0,
       'memory_cache_bytes_per_token': _cache_bytes(model) if both else None,
       'parameter_bytes': nbytes(params),
       'optimizer_bytes': nbytes(opt_state),
-      'checkpoint_bytes': nbytes(params) + nbytes(opt_state),
+      'average_bytes': nbytes(ema),  # of optim.ema
+      'checkpoint_bytes': nbytes(params) + nbytes(opt_state) + nbytes(ema),
   }
 
 

@@ -6,14 +6,15 @@ from typing import Any
 
 from etils import epath
 
-from training import evals, runs
+from training import evals, runs, trained
 from training.data import tokenizers
 from training.evals.task import Evaluation
-from training.workdir import metrics, storage
+from training.workdir import metrics, step_folders, storage
 
 
 def load(workdir: epath.Path, names: Sequence[str], options: Any, *,
-         step: int | None, text: str, programs: dict) -> Evaluation:
+         step: int | str | step_folders.Mean | None, text: str, programs: dict,
+         live: bool = False) -> Evaluation:
   """Returns a run's checkpoint as tasks are given it, when it has been checked
   that they can be done; arguments and errors are those of `evaluate`."""
   config = runs.for_this_machine(runs.config_of(workdir))
@@ -24,29 +25,33 @@ def load(workdir: epath.Path, names: Sequence[str], options: Any, *,
   tokenizer = tokenizers.load(config.data.tokenizer)
   model, _ = runs.resolve(config, tokenizer)
   run = runs.build(config, model)
-  params, step = runs.restore_params(run, workdir, step)
-  return Evaluation(run, params, step, tokenizer, options, workdir, programs)
+  found = trained.of_run(run, workdir, step, live)
+  return Evaluation(run, found.state, found.step, tokenizer, options, workdir,
+                    programs, found.what)
 
 
 def evaluate(workdir: epath.Path, names: Sequence[str], options: Any, *,
-             step: int | str | None, text: str, programs: dict
-             ) -> dict[str, Any]:
+             step: int | str | step_folders.Mean | None, text: str,
+             programs: dict, live: bool = False) -> dict[str, Any]:
   """Returns the figures of each task, and prints them for a reader.
 
   Args:
     workdir: the run's folder.
     names: the tasks, as evals.TASKS has them.
     options: values of the flags of evals.define_flags.
-    step: which checkpoint; 'best'; None: the newest.
+    step: which checkpoint; 'best'; several, for their mean; None: the newest.
     text: what to evaluate on, as data.source; '': what the run holds out.
     programs: what earlier evaluations of this process compiled; it is added to.
+    live: with optim.ema, evaluate the parameters and not their average.
 
   Raises:
     RequestError: where a task cannot be done of this run.
   """
   evaluation = load(workdir, names, options, step=step, text=text,
-                    programs=programs)
-  figures = {'step': evaluation.step}
+                    programs=programs, live=live)
+  figures: dict[str, Any] = {'step': evaluation.step}
+  if evaluation.what:
+    figures['parameters'] = evaluation.what
   with evaluation.run.context():
     for name in names:
       figures[name] = evals.run(name, evaluation)

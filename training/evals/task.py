@@ -27,6 +27,8 @@ class Evaluation:
     options: eval.py's flags by name.
     workdir: the run's folder; pictures go there.
     programs: what was compiled, by what it is of; see `program`.
+    what: which parameters these are, where the checkpoint has several, or
+      where they are of several checkpoints; else ''.
   """
   run: Any
   params: Any
@@ -35,6 +37,7 @@ class Evaluation:
   options: Any
   workdir: epath.Path
   programs: dict
+  what: str = ''
 
   def program(self, make: Callable[[], Callable], *of):
     """Returns jax.jit of what `make` returns, or the same of an earlier run of

@@ -113,7 +113,7 @@ def check_optim(optim: ml_collections.ConfigDict) -> None:
   for field in ('weight_decay', 'clip_norm'):
     require(optim[field] >= 0,
             f'optim.{field} is {optim[field]}: it must be >= 0')
-  for field in ('b1', 'b2', 'momentum'):
+  for field in ('b1', 'b2', 'momentum', 'ema'):
     require(0 <= optim[field] < 1,
             f'optim.{field} is {optim[field]}: choose it in [0, 1)')
   require(0 < optim.layer_decay <= 1, f'optim.layer_decay is '

@@ -39,6 +39,8 @@ class Checkpoints:
       saved in a stretch of bad steps is kept beside them, while it is the
       newest of all.
     keep_every: a step that is a multiple of it is kept for good; 0: none.
+    average: so many of the newest that are multiples of every_steps are kept,
+      whatever `keep` says; 0: none.
     agree_every: with several processes, time is looked at only at multiples
       of so many steps, since process 0 has to tell the others.
     clock: seconds; tests pass their own.
@@ -46,8 +48,8 @@ class Checkpoints:
 
   def __init__(self, workdir: epath.Path, *, every_steps: int,
                every_minutes: float, keep: int, keep_every: int,
-               agree_every: int = 1, clock: Callable[[], float] = time.monotonic
-               ):
+               average: int = 0, agree_every: int = 1,
+               clock: Callable[[], float] = time.monotonic):
     import orbax.checkpoint as ocp
 
     _check_nonnegative(every_steps=every_steps, every_minutes=every_minutes,
@@ -70,7 +72,8 @@ class Checkpoints:
           self.directory,
           options=ocp.CheckpointManagerOptions(
               preservation_policy=keeping.Policy(
-                  keep, keep_every, self._is_good, self._best_step),
+                  keep, keep_every, self._is_good, self._best_step, average,
+                  every_steps),
               step_name_format=step_folders.Names(),
               cleanup_tmp_directories=True,  # what a killed save has left
               # Else, where a folder cannot be made, the threads that wait for

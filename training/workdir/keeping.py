@@ -15,11 +15,16 @@ class Policy:
     keep_every: a step that is a multiple of it is kept for good; 0: none.
     is_good: whether the checkpoint of a step is of no bad step.
     best: returns the step whose evaluation was the best; None: there is none.
+    average: so many of the newest that are multiples of every_steps are kept,
+      to take their mean after the last step; 0: none.
+    every_steps: checkpoint.every_steps.
   """
   keep: int
   keep_every: int
   is_good: Callable[[int], bool]
   best: Callable[[], int | None] = lambda: None
+  average: int = 0
+  every_steps: int = 0
 
   def should_preserve(self, checkpoints: Sequence, *, context: Any
                       ) -> list[bool]:
@@ -31,7 +36,8 @@ class Policy:
 
   def kept(self, steps: Sequence[int]) -> set[int]:
     """Returns those of `steps` to keep: the newest, since the run goes on from
-    it; the newest `keep` good ones; each multiple of keep_every; and the best.
+    it; the newest `keep` good ones; each multiple of keep_every; the best; and
+    those whose mean is to be taken.
     """
     good = []
     for step in sorted(steps, reverse=True):
@@ -42,4 +48,10 @@ class Policy:
     forever = [step for step in steps
                if self.keep_every and step % self.keep_every == 0]
     best = [step for step in steps if step == self.best()]
-    return {*good, *forever, *best, *sorted(steps)[-1:]}
+    return {*good, *forever, *best, *sorted(steps)[-1:], *self._averaged(steps)}
+
+  def _averaged(self, steps: Sequence[int]) -> list[int]:
+    if not self.average:
+      return []
+    return [step for step in sorted(steps) if step % self.every_steps == 0][
+        -self.average:]

@@ -37,11 +37,14 @@ class Restored:
       environment, arrays.
     damaged: a sentence for each later step that was passed over, and for each
       folder whose name only looks like a step's.
+    what: which parameters of it these are, where it is a choice
+      (workdir/parameters.py).
   """
   step: int
   state: Any
   record: dict[str, Any]
   damaged: tuple[str, ...]
+  what: str = ''
 
 
 class Mismatch(RequestError):
@@ -97,7 +100,8 @@ def restore(folder: epath.Path, abstract: Any, step: int | str | None = None,
 
   Args:
     folder: what `directory(workdir)` returns.
-    abstract: a pytree of ShapeDtypeStructs with shardings.
+    abstract: a pytree of ShapeDtypeStructs with shardings; or a function that
+      returns it, given {name: {shape, dtype, ...}} of the arrays of a step.
     step: this one, and no other if it is damaged; None: the newest.
     partial: `abstract` may be a part of what was saved, such as
       {'params': ...} without the optimizer.
@@ -151,10 +155,12 @@ def _read(folder: epath.Path, abstract: Any, partial: bool):
     Mismatch: it does not fit.
     _Damaged: it cannot be read, on this process or another, or not as it was.
   """
-  wanted = plain(abstract)
   reason = arrays = record = None
   try:
     record = _read_record(folder)
+    if callable(abstract):
+      abstract = abstract(record['arrays'])
+    wanted = plain(abstract)
     _check_fits(folder, record, paths.flatten(abstract), partial)
     arrays = _read_arrays(folder, record, wanted)
   except Exception as error:  # Orbax and TensorStore raise many types.
@@ -164,7 +170,8 @@ def _read(folder: epath.Path, abstract: Any, partial: bool):
           f'cannot read checkpoint {folder.name} in {folder.parent}, which may '
           f'be sound: {reason}; once that is mended, run the same command again'
       ) from error
-    if isinstance(error, Mismatch) or any(word in reason for word in _OURS):
+    if isinstance(error, Mismatch | AssertionError) or any(
+        word in reason for word in _OURS):
       raise
   if not _all_processes(reason is None):
     raise _Damaged(reason or 'another process cannot read it')

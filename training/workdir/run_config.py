@@ -18,26 +18,9 @@ import ml_collections
 from configs import base
 from configs.errors import RequestError, require, short
 from training import config_files, schema
-from training.workdir import provenance, restoring, step_folders
+from training.workdir import change_kinds, provenance, restoring, step_folders
 from training.workdir import storage
-
-SAFE = 'safe'
-OPTIMISATION = 'changes the optimisation'
-INCOMPATIBLE = 'incompatible'
-
-
-def _steps(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, str]:
-  read = ('optim.schedule', 'optim.decay_steps')
-  if any(name not in fields for fields in (old, new) for name in read):
-    return OPTIMISATION, 'the schedule may depend on the last step'
-  schedules = old['optim.schedule'], new['optim.schedule']
-  if all(name in ('constant', 'rsqrt') for name in schedules):
-    return SAFE, 'this schedule does not depend on the last step'
-  if old['optim.decay_steps'] and old['optim.decay_steps'] == new[
-      'optim.decay_steps']:
-    return SAFE, 'the schedule ends at optim.decay_steps'
-  return OPTIMISATION, 'the schedule is drawn out to the last step'
-
+from training.workdir.change_kinds import INCOMPATIBLE, OPTIMISATION, SAFE
 
 # What a change of a field does to a run that is resumed: (pattern over the
 # dotted name, class, why), first match wins. A field that no row covers is an
@@ -52,7 +35,7 @@ CLASSES: tuple[tuple[str, str | Callable, str], ...] = (
     (r'model\.(remat|scan_layers|attention_kernel|moe\.grouped_kernel)', SAFE,
      'the same function, computed another way'),
     (r'model\.moe\.eval_capacity_factor', SAFE, 'only evaluation'),
-    (r'train\.steps', _steps, ''),
+    (r'train\.steps', change_kinds.steps, ''),
     (r'train\.(z_loss|label_smoothing)', OPTIMISATION, 'another loss'),
     (r'train\.grad_accumulation', OPTIMISATION,
      'dropout and expert capacity see other micro-batches'),
@@ -68,6 +51,7 @@ CLASSES: tuple[tuple[str, str | Callable, str], ...] = (
     (r'data\.tokenizer', INCOMPATIBLE, 'token numbers mean something else'),
     (r'data\..*', OPTIMISATION, 'other batches from here on'),
     (r'optim\.(name|freeze)', INCOMPATIBLE, 'another optimizer state'),
+    (r'optim\.ema', change_kinds.ema, ''),
     (r'optim\..*', OPTIMISATION, 'other updates'),
     (r'model\.((attention_|ffn_|head_|lora\.)?dropout'
      r'|moe\.(jitter|logit_noise|expert_dropout|balance_loss|balance_weight'

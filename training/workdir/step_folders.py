@@ -6,6 +6,7 @@ neither read nor deleted.
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from etils import epath
 
@@ -13,6 +14,17 @@ from configs.errors import require
 
 BEST = 'best'  # a name for the step whose evaluation was the best
 MOST = 2**31 - 1  # what the counter of a state can hold
+
+
+class Mean(NamedTuple):
+  """Several steps, for the mean of their parameters.
+
+  Attributes:
+    steps: these, in any order; or none,
+    last: and so many of the newest.
+  """
+  steps: tuple[int, ...] = ()
+  last: int = 0
 
 
 def number(name: str) -> int | None:
@@ -23,17 +35,30 @@ def number(name: str) -> int | None:
   return step if name == str(step) and step <= MOST else None
 
 
-def named(text: str | None) -> int | str | None:
-  """Returns what --step names: a step, BEST, or None for the newest.
+def named(text: str | None) -> int | str | Mean | None:
+  """Returns what --step names: a step, BEST, several steps whose mean is
+  meant, as `100,200` or `last:2`, or None for the newest.
 
   Raises:
-    RequestError: for a text that is neither.
+    RequestError: for a text that is none of these.
   """
   if text is None or text == BEST:
     return text
+  if text.startswith('last:'):
+    count = number(text.removeprefix('last:'))
+    require(count is not None and count > 1, f'--step is {text!r}: write how '
+            'many checkpoints the mean is of, from 2 on, such as last:5')
+    return Mean(last=count)
+  if ',' in text:
+    steps = tuple(map(number, text.split(',')))
+    require(None not in steps and len(set(steps)) == len(steps),
+            f'--step is {text!r}: write the numbers of different steps, with '
+            'commas between, for the mean of their parameters')
+    return Mean(steps)
   step = number(text)
   require(step is not None, f'--step is {text!r}: write the number of a step, '
-          f'or {BEST} for the best of a run with eval.best')
+          f'or {BEST} for the best of a run with eval.best, or last:5 for the '
+          'mean of the last 5 checkpoints')
   return step
 
 
