@@ -32,13 +32,27 @@ def of(suite: suites.Suite, workdir: epath.Path) -> dict[str, Any]:
     best = max(mean, key=lambda lr: mean[lr])
     tasks[task] = dict(
         lr=best, steps=config.train.steps, accuracy_by_lr=mean,
-        what=probes.of(config).level,
+        what=probes.of(config).level, commonest=commonest(config),
         accuracy=_over_seeds(by_lr[best], 'probe/accuracy'),
         rows_right=_over_seeds(by_lr[best], 'probe/rows_right'),
         level=_group(by_lr[best], 'probe/level/'),
         beyond=_group(by_lr[best], 'probe/beyond/'),
         rows=int(by_lr[best][0]['probe/rows']))
   return dict(suite=suite.file, seeds=list(suite.seeds), tasks=tasks)
+
+
+def commonest(config: Any, rows: int = 256) -> float:
+  """Returns the share of held-out answers that are the commonest one: what a
+  model that knows no more of a task has."""
+  import numpy as np
+
+  from training.data import probes
+  settings = probes.settings(config)._replace(held_out=rows)
+  drawn = probes.Rows(probes.of(config), settings, 'eval',
+                      probes.held_out_seed(config))
+  answers = np.concatenate([row.targets[row.asked] for row in (
+      drawn[i] for i in range(rows))])
+  return float(np.bincount(answers).max() / len(answers))
 
 
 def _figures(folder: epath.Path) -> dict[str, float]:
@@ -74,8 +88,9 @@ def text(card: Mapping[str, Any]) -> str:
   lines = [f'accuracy over {len(card["seeds"])} seeds, at the best learning '
            'rate: mean ± half of the 95 % interval']
   for task, own in card['tasks'].items():
-    lines.append(f'{task}, lr {own["lr"]:g}: {_shown(own["accuracy"])}; '
-                 f'by {own["what"]}:')
+    lines.append(f'{task}, lr {own["lr"]:g}: {_shown(own["accuracy"])} '
+                 f'(the commonest answer: {own["commonest"]:.4f}); by '
+                 f'{own["what"]}:')
     for kind, word in (('level', ''), ('beyond', 'beyond training ')):
       for name, figure in own[kind].items():
         lines.append(f'  {word + name:<22} {_shown(figure)}')
@@ -108,30 +123,42 @@ def _draw(card: Mapping[str, Any], path: epath.Path) -> None:
   """Draws a row of cells for each task: its levels, then longer rows."""
   import numpy as np
   from matplotlib import pyplot
-  rows = [[(name, figure['mean']) for name, figure in own['level'].items()]
-          for own in card['tasks'].values()]
-  more = [[(f'{name} length', figure['mean'])
-           for name, figure in own['beyond'].items()]
-          for own in card['tasks'].values()]
-  width = max(map(len, rows))
-  columns = width + max(map(len, more), default=0)
-  values = np.full((len(rows), columns), np.nan)
+  tasks = card['tasks'].values()
+  width = max(len(own['level']) for own in tasks)
+  columns = width + max(len(own['beyond']) for own in tasks)
   figure, axes = pyplot.subplots(
-      figsize=(2.5 + 0.95 * columns, 1.2 + 0.55 * len(rows)),
+      figsize=(3.7 + 1.05 * columns, 1.2 + 0.6 * len(tasks)),
       layout='constrained')
-  for y, (levels, longer) in enumerate(zip(rows, more)):
-    for x, (name, value) in [*enumerate(levels), *enumerate(longer, width)]:
-      values[y, x] = value
-      axes.text(x, y, f'{name}\n{value:.2f}', ha='center', va='center',
-                fontsize=8, color='white' if value < 0.6 else 'black')
+  values = np.full((len(tasks), columns), np.nan)
+  for y, own in enumerate(tasks):
+    longer = [(f'{name} length', cell) for name, cell in own['beyond'].items()]
+    for x, (name, cell) in [*enumerate(own['level'].items()),
+                            *enumerate(longer, width)]:
+      values[y, x] = cell['mean']
+      axes.text(x, y, f'{name}\n{_short(cell)}', ha='center', va='center',
+                fontsize=8, color='white' if cell['mean'] < 0.6 else 'black')
   image = axes.imshow(values, vmin=0, vmax=1, cmap='viridis', aspect='auto')
-  axes.set_yticks(range(len(rows)), [
-      f'{task}\n({own["what"]})' for task, own in card['tasks'].items()])
-  axes.set_xticks([])
+  axes.set_yticks(range(len(tasks)), [
+      f'{task}\n{own["what"]}; commonest answer {own["commonest"]:.2f}'
+      for task, own in card['tasks'].items()], fontsize=8)
+  groups = [((width - 1) / 2, 'difficulty, from easy to hard')]
+  if columns > width:
+    groups.append(((width + columns - 1) / 2, 'rows longer than in training'))
+  axes.set_xticks(*zip(*groups))
+  axes.set_xticks(np.arange(columns - 1) + 0.5, minor=True)
+  axes.set_yticks(np.arange(len(tasks) - 1) + 0.5, minor=True)
+  axes.xaxis.remove_overlapping_locs = False  # a group's name is at an edge
+  axes.grid(which='minor', color='white', linewidth=1.5)
+  axes.tick_params(which='both', length=0)
   axes.axvline(width - 0.5, color='black')
-  axes.set_xlabel('difficulty, from easy to hard | rows longer than in '
-                  'training')
+  axes.set_title(f'{len(card["seeds"])} seeds: mean ± half of the 95 % '
+                 'interval', fontsize=9)
   figure.colorbar(image, label='accuracy')
   with path.open('wb') as file:
     figure.savefig(file, dpi=150, format='png')
   pyplot.close(figure)
+
+
+def _short(cell: Mapping[str, Any]) -> str:
+  half = cell['half_95']
+  return f'{cell["mean"]:.2f}' + ('' if half is None else f' ± {half:.2f}')

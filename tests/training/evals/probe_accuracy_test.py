@@ -35,6 +35,16 @@ def test_levels_of_training_then_longer_rows():
   assert [cell.beyond for cell in alone] == [1] * 6
 
 
+def test_what_cannot_be_drawn_or_seen_is_refused():
+  """32 letters have 15 keys, so 32 pairs of them cannot be drawn."""
+  probe = probes.PROBES['mqar']
+  settings = probes.Settings(32, (8,), 32, 100, 100)
+  said = [probe_task.refusal(probe, settings, cell, 64) for cell in
+          probe_task.cells(settings, grows=True)]
+  assert said == ['', '32 letters have 15 keys',
+                  'the positions of the model end at 64']
+
+
 def test_counts_are_those_of_numpy():
   """A model whose answer is the token itself, or 0 at every third place."""
   rng = np.random.default_rng(0)

@@ -39,8 +39,9 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
   reach = positions.reach(evaluation.run.model)
   for cell in cells(settings, probe.grows, probe.longer):
     told = f'{cell.level:>20} {cell.length:>7}'
-    if cell.length > reach:
-      print(f'{told}   refused: the positions of the model end at {reach:g}')
+    reason = refusal(probe, settings, cell, reach)
+    if reason:
+      print(f'{told}   refused: {reason}')
       continue
     own = measured(evaluation, cell, rows)
     print(f'{told} {own["accuracy"]:>9.4f} {_shown(own["accuracy_95"])} '
@@ -55,6 +56,14 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
   print(f'the mean over the levels of training: accuracy '
         f'{figures["accuracy"]:.4f}, rows right {figures["rows_right"]:.4f}')
   return figures | {'rows': rows}
+
+
+def refusal(probe: Any, settings: Any, cell: Cell, reach: float) -> str:
+  """Returns why no rows of a cell can be measured, by a model whose positions
+  reach so far; '': they can."""
+  if cell.length > reach:
+    return f'the positions of the model end at {reach:g}'
+  return probe.limit(settings._replace(length=cell.length), cell.level)
 
 
 def cells(settings: Any, grows: bool, longer: bool = True) -> Iterator[Cell]:
