@@ -102,7 +102,12 @@ def fit(params: Sequence[float], tokens: Sequence[float],
 
 def bootstrap(law: Law, params, tokens, losses, draws: int, seed: int = 0
               ) -> list[Law]:
-  """Returns laws of `draws` ladders whose residuals are drawn anew."""
+  """Returns laws of `draws` ladders whose residuals are drawn anew.
+
+  Two ladders of as many runs in the same order, drawn with the same seed, get
+  the residuals of the same runs: what a size, a length and a seed do to both
+  then cancels in the difference of their laws.
+  """
   x, y, z = (np.log(np.asarray(v, float)) for v in (params, tokens, losses))
   fitted = np.log(law.loss(params, tokens))
   residuals = (z - fitted) * math.sqrt(len(z) / (len(z) - len(CONSTANTS)))

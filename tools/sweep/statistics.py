@@ -100,11 +100,32 @@ def corrected(p: Sequence[float | None], method: str = 'holm'
   return [None if x is None else float(next(found)) for x in p]
 
 
+def p_text(p: float | None) -> str:
+  if p is None:
+    return 'n/a'
+  return '< 0.0001' if p < 1e-4 else f'{p:.2g}'
+
+
 def paired(ours: Mapping[int, float], theirs: Mapping[int, float]
            ) -> Interval | None:
   """Returns ours - theirs over the seeds that both have; None: none."""
-  seeds = sorted(ours.keys() & theirs.keys())
-  return interval([ours[s] - theirs[s] for s in seeds]) if seeds else None
+  values = differences(ours, theirs)
+  return interval(values) if values else None
+
+
+def differences(ours: Mapping[int, float], theirs: Mapping[int, float]
+                ) -> list[float]:
+  """Returns ours - theirs of each seed that both have."""
+  return [ours[s] - theirs[s] for s in sorted(ours.keys() & theirs.keys())]
+
+
+def beside_the_base(variants: Sequence[Mapping[int, float]],
+                    base: Mapping[int, float]
+                    ) -> list[tuple[float | None, float | None]]:
+  """Returns p of each variant's paired differences, and p by Holm over all of
+  them; None for those with too few pairs."""
+  each = [p_value(differences(own, base)) for own in variants]
+  return list(zip(each, corrected(each)))
 
 
 def verdict(difference: Interval | None) -> str:

@@ -7,11 +7,12 @@ import json
 import sys
 import time
 
-from tools.sweep import layout
+from tools.sweep import layout, statistics
 from tools.sweep import ledger as ledger_lib
 
 SECONDS = 2  # between two looks
-HEADINGS = ('point', 'runs', 'trained', 'held-out loss', 'vs base')
+HEADINGS = ('point', 'runs', 'trained', 'held-out loss', 'vs base',
+            'corrected p')  # by Holm over the points, as in a report
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,7 +58,7 @@ def rows(description: dict, workdir, runs: list) -> list[tuple[str, ...]]:
     by_point[run.point].append(run)
   points = sorted(description['points'],
                   key=lambda p: p['name'] != description['base'])
-  base: dict[int, float] = {}
+  finals: dict[str, dict[int, float]] = {}
   table = []
   for point in points:
     shares, losses = [], {}
@@ -70,15 +71,18 @@ def rows(description: dict, workdir, runs: list) -> list[tuple[str, ...]]:
                   if row['step'] == steps and row.get('loss') is not None]
       if held_out:
         losses[run.seed] = held_out[-1]['loss']
-    base = base if table else losses
+    finals[point['name']] = losses
     # Paired: each seed against the base's same seed.
-    apart = [losses[seed] - base[seed] for seed in losses if seed in base]
+    apart = statistics.differences(losses, finals[description['base']])
     table.append((
         point['name'], states(by_point[point['name']]),
         f'{_mean(shares):.0%}' if shares else '',
         f'{_mean(losses.values()):.4f}' if losses else '',
         f'{_mean(apart):+.4f}' if apart and len(table) else ''))
-  return table
+  base = finals.pop(description['base'])
+  tests = statistics.beside_the_base(list(finals.values()), base)
+  return [(*row, '' if p is None else statistics.p_text(p))
+          for row, (_, p) in zip(table, [(None, None), *tests])]
 
 
 def states(runs: list) -> str:

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import sweep_folder
-from tools.sweep import fit
-from tools.sweep import scaling
+from tools.sweep import fit, laws, scaling, variants
 
 # Of Hoffmann et al. 2022, approach 3, and another one.
 CHINCHILLA = scaling.Law(E=1.69, A=406.4, B=410.7, a=0.34, b=0.28)
@@ -140,7 +139,7 @@ def test_a_folder_is_fitted(tmp_path, capsys):
   near = scaling.optimum(STEEP, scaling.Cost(), 1e15)
   assert found['optima'][0]['parameters']['value'] == pytest.approx(
       near[0], rel=0.1)
-  said = fit.text(found).splitlines()
+  said = laws.text(found).splitlines()
   inside, beyond = (next(line for line in said if line.startswith(budget))
                     for budget in ('1e+15', '1e+19'))
   assert 'extrapolated' not in inside
@@ -163,3 +162,83 @@ def test_what_is_no_ladder_is_refused(tmp_path):
     _main(tmp_path / 'b')
   with pytest.raises(ValueError, match='--budgets'):
     _main(tmp_path / 'b', '--budgets=much')
+
+
+def _two(path, apart=0.08, seeds=(0, 1, 2), common=3e-3, own=5e-4, **more):
+  """Two ladders in one sweep, whose exponents of size differ by `apart`, with
+  what a seed and a length do to both alike."""
+  rng = np.random.default_rng(more.pop('seed', 0))
+  end, points = float(sweep_folder.loss(sweep_folder.STEPS)), []
+  other = scaling.Law(STEEP.E, STEEP.A, STEEP.B, STEEP.a + apart, STEEP.b)
+  params, tokens, _ = ladder(STEEP)
+  both = rng.normal(0, common, (len(params), len(seeds)))
+  for name, law, changes in (('base', STEEP, {}),
+                             ('rope', other, {'model.position': 'rope'})):
+    for i, (n, d) in enumerate(zip(params, tokens)):
+      loss = law.loss(n, d) * np.exp(
+          both[i] + rng.normal(0, own, len(seeds)))
+      points.append(sweep_folder.point(
+          f'{name}{i}', {'model.d_model': 64 + i, **changes}, seeds=seeds,
+          params=int(n), tokens=int(d), flops=6.0 * int(n),
+          shift=dict(zip(seeds, (loss - end).tolist()))))
+  sweep_folder.write(path, points)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+  """Fewer starts: these ladders are smooth."""
+  monkeypatch.setattr(scaling, 'POLISHED', 3)
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_exponents_of_two_variants_are_compared(tmp_path, capsys, quick):
+  _two(tmp_path, seeds=(0, 1), seed=1)
+  assert _main(tmp_path, '--by=model.position', '--draws=40', '--json') == 0
+  found = json.loads(capsys.readouterr().out)
+  assert list(found['variants']) == ['learned', 'rope']
+  for value, exponent in (('learned', STEEP.a), ('rope', STEEP.a + 0.08)):
+    law = found['variants'][value]
+    assert law['runs'] == 32
+    assert law['constants']['a']['value'] == pytest.approx(exponent, abs=0.02)
+  row, = found['differences']
+  assert row['paired'] and (row['variant'], row['against']) == (
+      'rope', 'learned')
+  assert row['a']['low'] < 0.08 < row['a']['high'] and row['a']['low'] > 0
+  assert row['b']['low'] < 0 < row['b']['high']
+  # What a length and a seed do to both laws cancels.
+  widths = [law['constants']['a'] for law in found['variants'].values()]
+  assert row['a']['high'] - row['a']['low'] < 0.95 * math.hypot(*(
+      x['high'] - x['low'] for x in widths))
+  said = variants.text(found).splitlines()
+  assert said[-2].startswith('  a (parameters), rope - learned: +0.08')
+  assert said[-1].endswith(', inside the noise')
+
+
+def test_what_has_no_variants_is_refused(tmp_path):
+  _folder(tmp_path)
+  with pytest.raises(ValueError, match="'model.depth', which is no config"):
+    _main(tmp_path, '--by=model.depth')
+  with pytest.raises(ValueError, match="'learned' at every point"):
+    _main(tmp_path, '--by=model.position')
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_differences_hold_the_truth_about_as_often_as_they_say(quick):
+  held = []
+  params, tokens, _ = ladder(STEEP)
+  other = scaling.Law(STEEP.E, STEEP.A, STEEP.B, STEEP.a + 0.05, STEEP.b)
+  for seed in range(30):
+    rng = np.random.default_rng(seed)
+    common = rng.normal(0, 2e-3, len(params))
+    drawn = []
+    for law in (STEEP, other):
+      losses = law.loss(params, tokens) * np.exp(
+          common + rng.normal(0, 5e-4, len(params)))
+      own = scaling.fit(params, tokens, losses)
+      drawn.append(scaling.bootstrap(own, params, tokens, losses, draws=60))
+    apart = [b.a - a.a for a, b in zip(*drawn)]
+    low, high = scaling.percentiles(apart)
+    held.append(low <= 0.05 <= high)
+  assert 0.8 <= np.mean(held) <= 1.0

@@ -10,11 +10,13 @@ import types
 
 import pytest
 
-from tests.helpers import sweeps
+from tests.helpers import sweep_folder, sweeps
 from tests.helpers.sweeps import states
 from tools.sweep import __main__ as command
 from tools.sweep import layout, run, status
+from tools.sweep import ledger as ledger_lib
 from tools.sweep.launchers import local, slurm
+from tools.sweep.report import curves, write
 
 ROOT = pathlib.Path(__file__).parents[3]
 
@@ -108,6 +110,18 @@ def test_a_job_runs_what_we_were_asked_less_the_launcher():
       ['run', 'f.py', '--workdir', 'w', '--launcher', 'slurm', '--retry',
        '--slurm=partition=a,timeout_min=3', '--jobs', '4', '--match=params']
       ) == ['run', 'f.py', '--workdir', 'w', '--match=params']
+
+
+def test_status_corrects_p_as_the_report_does(tmp_path):
+  sweep_folder.write(tmp_path, sweep_folder.POINTS)
+  description = layout.load_description(tmp_path)
+  with ledger_lib.Ledger(tmp_path) as ledger:
+    said = status.figures(description, tmp_path, ledger.runs())
+  report = write.figures(curves.load_sweep(tmp_path))
+  for point, row in zip(said['points'], report['points'], strict=True):
+    assert point['point'] == row['variant']
+    assert point['corrected p'] == (
+        '' if row['p_holm'] is None else f'{row["p_holm"]:.2g}')
 
 
 @pytest.mark.slow

@@ -62,6 +62,33 @@ def test_verdicts(outcomes, name, verdict):
   assert outcomes[name].verdict == verdict
 
 
+def test_p_values_are_corrected_over_the_points(sweep, outcomes, written):
+  from scipy import stats
+  from statsmodels.stats.multitest import multipletests
+  base, ps = sweep.base.finals, {}
+  for name, row in outcomes.items():
+    finals = row.point.finals
+    both = sorted(finals.keys() & base.keys())
+    if name != 'base' and len(both) > 2:
+      d = [finals[s] - base[s] for s in both]
+      # The runs of some are the base's own.
+      ps[name] = stats.ttest_1samp(d, 0).pvalue if any(d) else 1.0
+  holm = dict(zip(ps, multipletests(list(ps.values()), method='holm')[1]))
+  with written[1].open() as file:
+    sheet = {row['variant']: row for row in csv.DictReader(file)}
+  for name, row in outcomes.items():
+    assert (row.p, row.p_holm) == pytest.approx(
+        (ps.get(name), holm.get(name)))
+    assert sheet[name]['p_holm'] == str('' if name not in ps else row.p_holm)
+  assert len(ps) > 2 and holm['better'] > ps['better']
+  table = tables.outcome_table(sweep, list(outcomes.values())).plain()
+  assert table[0]['corrected p'] == 'base'
+  assert table[1]['corrected p'] == f'{holm["better"]:.2g}'
+  assert any('Corrected for this (Holm)' in note
+             for note in tables.outcome_table(sweep, tables.outcomes(sweep)
+                                              ).notes)
+
+
 @pytest.mark.parametrize('name, factor', [
     ('better', 0.8), ('low', 1.3), ('same', 1.0)])
 def test_speed_up_is_the_share_of_compute(outcomes, name, factor):
@@ -161,9 +188,9 @@ def test_figures_that_were_not_matched_are_told(tmp_path):
 def test_a_speed_up_of_noise_is_bracketed(sweep, outcomes):
   rows = {row[0].text: row for row in tables.outcome_table(
       sweep, list(outcomes.values())).rows}
-  assert re.fullmatch(r'\(.*\d\.\d\d \[.*\]\)', rows['same'][4].text)
-  assert rows['same'][4].mark == 'noise'
-  assert re.fullmatch(r'1\.2\d \[.*\]', rows['better'][4].text)
+  assert re.fullmatch(r'\(.*\d\.\d\d \[.*\]\)', rows['same'][5].text)
+  assert rows['same'][5].mark == 'noise'
+  assert re.fullmatch(r'1\.2\d \[.*\]', rows['better'][5].text)
 
 
 def test_a_run_of_another_config_is_told(tmp_path, capsys):

@@ -18,11 +18,18 @@ WORDS = {  # of a verdict
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-  """A point beside the base; None where it cannot be said."""
+  """A point beside the base; None where it cannot be said.
+
+  Attributes:
+    p: that paired seeds differ as much by chance (Student's t, two-sided).
+    p_holm: corrected over the points that have one.
+  """
   point: Point
   difference: Interval | None
   speed_up: Interval | None
   fit_error: float | None  # rms of the fitted curves, in nats
+  p: float | None = None
+  p_holm: float | None = None
 
   @property
   def verdict(self) -> str:
@@ -35,9 +42,10 @@ def outcomes(sweep: Sweep) -> list[Outcome]:
   for point in sweep.points:
     laws[point.name] = {seed: point.law(seed) for seed in point.finals}
   result = [Outcome(sweep.base, None, None, None)]
-  for point in sweep.points:
-    if point is sweep.base:
-      continue
+  others = [point for point in sweep.points if point is not sweep.base]
+  tests = statistics.beside_the_base([point.finals for point in others],
+                                     sweep.base.finals)
+  for point, test in zip(others, tests):
     ours, theirs = laws[point.name], laws[sweep.base.name]
     pairs = [(ours[s], theirs[s]) for s in ours if s in theirs]
     ratios = [statistics.speed_up(*pair) for pair in pairs]
@@ -45,7 +53,8 @@ def outcomes(sweep: Sweep) -> list[Outcome]:
     result.append(Outcome(
         point, statistics.paired(point.finals, sweep.base.finals),
         statistics.over_seeds(ratios) if known else None,
-        max(law.rms for pair in pairs for law in pair) if known else None))
+        max(law.rms for pair in pairs for law in pair) if known else None,
+        *test))
   return result
 
 
@@ -58,6 +67,9 @@ def outcome_table(sweep: Sweep, rows: Sequence[Outcome]) -> Table:
       ('minus base', 'mean over paired seeds, and its 95 % interval '
        '(Student\'s t); of two pairs, from one to the other'),
       ('verdict', 'inside the noise: the interval holds 0'),
+      ('corrected p', 'of the difference, over paired seeds (Student\'s t), by '
+       'Holm over all points: below 0.05, none of those stands there by '
+       'chance, with 95 % confidence'),
       ('speed-up', 'compute that the base needs over compute that this needs, '
        'to the same loss; ~ where the curves\' fit errs by more than the '
        'difference; in brackets where the losses differ by noise, or the noise '
@@ -73,6 +85,8 @@ def outcome_table(sweep: Sweep, rows: Sequence[Outcome]) -> Table:
         Cell('base', 0.0) if is_base else difference(row.difference),
         Cell('base') if is_base else Cell(
             WORDS[row.verdict], row.verdict, row.verdict),
+        Cell('base') if is_base else Cell(
+            statistics.p_text(row.p_holm), row.p_holm),
         Cell('1', 1.0) if is_base else _speed_up(row),
         _cost(point.params, base.params, is_base),
         _cost(point.flops_per_token, base.flops_per_token, is_base),
@@ -96,7 +110,7 @@ def _notes(sweep: Sweep, rows: Sequence[Outcome]) -> list[str]:
   if known > 1:
     notes.append(
         f'{known} comparisons at 95 %: by chance alone about {known / 20:.2g} '
-        'of them would stand outside the noise.')
+        'of them would stand outside the noise. ' + _after_holm(rows))
   if any(p.tokens != sweep.base.tokens for p in sweep.points):
     notes.append('Not all points see as many tokens as the base.')
   notes += _survivors(sweep, compared) + _unmatched(sweep)
@@ -112,6 +126,19 @@ def _notes(sweep: Sweep, rows: Sequence[Outcome]) -> list[str]:
         'would have lowered its learning rate sooner, so they compare curves '
         'under this schedule, not best runs at each budget.')
   return notes
+
+
+def _after_holm(rows: Sequence[Outcome]) -> str:
+  """Says which differences outside the noise remain, all taken together."""
+  outside = [r for r in rows if r.verdict in ('better', 'worse')]
+  left = [r.point.name for r in outside if r.p_holm <= 0.05]
+  gone = [r.point.name for r in outside if r.p_holm > 0.05]
+  if not outside:
+    return 'None of them does.'
+  return ('Corrected for this (Holm), '
+          + (f'{", ".join(left)} {"differs" if len(left) == 1 else "differ"}'
+             if left else 'none differs')
+          + (f', and {", ".join(gone)} no longer.' if gone else '.'))
 
 
 def _survivors(sweep: Sweep, compared: Sequence[Outcome]) -> list[str]:

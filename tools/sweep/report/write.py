@@ -95,6 +95,7 @@ def _record(sweep: Sweep, row: tables.Outcome) -> dict:
       'difference': d.mean if d else None,
       'low': d.low if known else None, 'high': d.high if known else None,
       'pairs': d.seeds if d else None,
+      'p': row.p, 'p_holm': row.p_holm,
       'verdict': 'base' if point is sweep.base else tables.WORDS[row.verdict],
       'speed_up': x.mean if x else None,
       'speed_up_low': x.low if x else None,
