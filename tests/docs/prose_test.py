@@ -101,7 +101,8 @@ def _check_config(value):
   if PLACEHOLDER.search(path):
     return
   assert (ROOT / path).exists(), f'no config {path}'
-  if path.startswith('configs/sweeps/') or PLACEHOLDER.search(size):
+  if path.startswith(
+          ('configs/sweeps/', 'configs/studies/')) or PLACEHOLDER.search(size):
     return
   spec = importlib.util.spec_from_file_location('a_config', ROOT / path)
   module = importlib.util.module_from_spec(spec)
