@@ -76,7 +76,7 @@ def base() -> ml_collections.ConfigDict:
           # How chat lays out a conversation. published: as Vicuna v1.1, or for
           # alpaca: as Alpaca. earlier: as runs did before this field existed.
           # Any other: by the chat template in a Jinja file or a Hugging Face
-          # folder.
+          # folder, of which the run keeps the text, or in 'jinja:TEXT'.
           chat_template='published',
           # The labels of classification, in the order of the model's scores;
           # derived: those of the training data.
@@ -288,7 +288,7 @@ def _model() -> dict:
           # An adapter's product is multiplied by alpha / rank; derived: rank.
           alpha=0.0,
           # The products that get one, with commas between: query key value out
-          # up gate down, or all-linear: all of them.
+          # up gate down, or all-linear: all of them. Those of experts get none.
           targets='query,value',
           dropout=0.0,  # of what goes into an adapter
       ),

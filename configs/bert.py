@@ -11,6 +11,12 @@ The paper's 110M and 340M count the encoder with the pooler: 109,482,240 and
 checkpoints. The model here has what pre-training needs on top of that:
 UNCOUNTED of its parameters, which PUBLISHED leaves out.
 
+`minilm` is a BERT that fits a laptop: all-MiniLM-L6-v2, which
+sentence-transformers made of every second layer of MiniLM (Wang et al. 2020:
+12 layers of 384). Its sizes are those of its config.json, its count is that of
+its checkpoint. What is set of its training is for fine-tuning it, as in
+docs/howto/words_and_questions.md.
+
 RoBERTa (Liu et al. 2019) leaves the second task out and fills its rows with
 text: `--config.objective=mlm`. The pooler and the NSP head then learn nothing.
 
@@ -29,6 +35,8 @@ from configs import base
 
 SIZES = {
     'tiny': dict(num_layers=4, d_model=128, num_heads=4, max_len=32),
+    'minilm': dict(num_layers=6, d_model=384, num_heads=12, max_len=512,
+                   vocab_size=30522),
     'base': dict(num_layers=12, d_model=768, num_heads=12, max_len=512,
                  vocab_size=30522),
     'large': dict(num_layers=24, d_model=1024, num_heads=16, max_len=512,
@@ -36,9 +44,9 @@ SIZES = {
 }
 
 # Published parameter counts, for tools.count: of the encoder and the pooler.
-PUBLISHED = {'base': 109_482_240, 'large': 335_141_888}
+PUBLISHED = {'minilm': 22_713_216, 'base': 109_482_240, 'large': 335_141_888}
 # What pre-training needs beside them: transform, transform_norm, nsp, head.
-UNCOUNTED = {'base': 624_188, 'large': 1_084_220}
+UNCOUNTED = {'minilm': 179_900, 'base': 624_188, 'large': 1_084_220}
 
 
 def get_config(size: str = 'tiny'):
@@ -55,6 +63,12 @@ def get_config(size: str = 'tiny'):
     c.data.batch_size = 64
     c.train.steps = 1500
     c.optim.lr = 2e-3
+    return c
+  if size == 'minilm':
+    c.data.update(length=128, batch_size=16)
+    c.train.steps = 200
+    c.optim.update(lr=2e-4, warmup_steps=20, schedule='linear',
+                   final_fraction=0.0)
     return c
   c.model.dropout = c.model.attention_dropout = 0.1
   c.model.dtype = 'bfloat16'

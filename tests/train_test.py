@@ -138,7 +138,8 @@ def test_resume_on_another_mesh_sees_the_same_batches(straight, texts,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('kind', [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize('kind', [
+    signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
 def test_a_signal_saves_and_exits_cleanly(kind, straight, texts, tmp_path):
   process = _start(command(tmp_path / 'run', texts,
                            '--config.checkpoint.every_steps=0'))

@@ -49,7 +49,7 @@ def everything() -> list[dict]:
   for path in sorted(pathlib.Path('configs').glob('*.py')):
     module = importlib.import_module(f'configs.{path.stem}')
     for size in getattr(module, 'SIZES', {}):
-      figures = totals.count(module.get_config(size))
+      figures = totals.brief(module.get_config(size))
       published = getattr(module, 'PUBLISHED', {}).get(size)
       uncounted = getattr(module, 'UNCOUNTED', {}).get(size, 0)
       counted = figures['parameters'] - uncounted
@@ -60,7 +60,7 @@ def everything() -> list[dict]:
           'active_parameters': figures['active_parameters'] - uncounted,
           'published': published,
           'difference': counted / published - 1 if published else None,
-          'training_flops_per_token': figures['flops_per_token']['training'],
+          'training_flops_per_token': figures['training_flops_per_token'],
       })
   return rows
 

@@ -7,7 +7,7 @@ was best is part of each checkpoint's record, so that a run that is resumed
 decides as it would have without the break.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 import dataclasses
 import math
 from typing import Any
@@ -101,18 +101,9 @@ class Best:
 
   def take(self, n: int, figures: Mapping[str, float]) -> None:
     """Takes the figures of the evaluation after step `n`, if they have this
-    one.
-
-    Raises:
-      RequestError: where the evaluation is over and does not have it.
-    """
+    one; raises as `is_in`."""
     self.seen = n
-    if self.figure not in figures:
-      task, is_task, _ = self.figure.partition('/')
-      same = [name for name in figures
-              if name.partition('/')[0] == task or not is_task]
-      require(not same, f'eval.best is {self.figure!r}, which is no figure of '
-              f'these evaluations: choose from {", ".join(same)}')
+    if not self.is_in(figures):
       return
     value = float(figures[self.figure])
     # Every process decides as process 0 does.
@@ -120,6 +111,20 @@ class Best:
       self.step, self.value, self.waited = n, value, 0
     else:
       self.waited += 1
+
+  def is_in(self, names: Collection[str]) -> bool:
+    """Returns whether it is one of the figures of an evaluation.
+
+    Raises:
+      RequestError: where these are those of its own task, and it is not there.
+    """
+    task, is_task, _ = self.figure.partition('/')
+    same = [name for name in names
+            if name.partition('/')[0] == task or not is_task]
+    require(self.figure in names or not same,
+            f'eval.best is {self.figure!r}, which is no figure of these '
+            f'evaluations: choose from {", ".join(same)}')
+    return self.figure in names
 
   def _is_better(self, value: float) -> bool:
     if not math.isfinite(value):

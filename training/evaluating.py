@@ -81,6 +81,20 @@ def means(found: Sequence[dict[str, Mean]],
   return figures
 
 
+def names(step: Callable, params: Any, loaders: Sequence[pipeline.Loader],
+          put: Callable, part: Callable) -> list[str]:
+  """Returns the names of the figures of an evaluation; none is done.
+
+  Args:
+    step: the evaluation step, jitted or not.
+    params, loaders, put: as for `evaluate`.
+    part: the program's, of a member's part of sums.
+  """
+  shapes = jax.eval_shape(step, params, put(loaders[0].batch(0)))
+  ones = part(jax.tree.map(lambda x: np.ones(x.shape), shapes), 0)
+  return list(means([ones] * len(loaders), loaders))
+
+
 def shown(value: float) -> str:
   """Returns a figure as it is printed; n/a: there was nothing to average."""
   return 'n/a' if math.isnan(value) else f'{value:.4f}'

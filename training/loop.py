@@ -105,6 +105,7 @@ class _Loop:
     n, self.stop = self.start, stop
     streams = [loader.iterate(n, self.steps) for loader in self.loaders]
     batch = self._next(streams, n)
+    self._check_best(state)
     self._compile(state, batch)
     self.bar = progress.bar(self.steps, n, devices.primary())
     self.meter.begin(n)
@@ -173,6 +174,23 @@ class _Loop:
             state.params, self.program.put(self.eval_data[0].batch(0)))
     cpu_memory.trim()
     devices.sync('compiled')
+
+  def _check_best(self, state: TrainState) -> None:
+    """Refuses an eval.best that is none of the figures, before the first step:
+    those of held-out data are traced, and those of a task that are not known
+    (evals.check_in_training) come of doing it once."""
+    best, program = self.members[0].best, self.program  # alike in all members
+    if best is None or best.seen:
+      return
+    task, is_task, _ = best.figure.partition('/')
+    if is_task:
+      names = self.tasks.names(
+          task, next(iter(program.split(state.params))),
+          self.members[0].workdir, lambda: self.stop.at_once)
+    else:
+      names = evaluating.names(program.eval_step(), state.params,
+                               self.eval_data, program.put, program.part)
+    best.is_in(names or [best.figure])
 
   @contextlib.contextmanager
   def _another(self, batch: Any):

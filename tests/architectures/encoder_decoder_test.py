@@ -33,7 +33,8 @@ def _apply(module, params, source, target, **kwargs):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('system', [
-    pytest.param(name, marks=[pytest.mark.long] * (name == 'gshard'))
+    pytest.param(name, marks=[pytest.mark.long] * (
+        name in ('gshard', 'switch')))
     for name in SYSTEMS])
 def test_laws_of_a_system(system):
   module, params = _make(system)
@@ -187,7 +188,7 @@ SIZES = [(system, size) for system in SYSTEMS for size in
          importlib.import_module(f'configs.{system}').PUBLISHED]
 
 
-@pytest.mark.slow
+@pytest.mark.long  # count_test.py reads every size of every system
 @pytest.mark.parametrize('system, size', SIZES)
 def test_published_sizes(system, size):
   config = importlib.import_module(f'configs.{system}')

@@ -78,7 +78,8 @@ def test_laws_of_a_variant(parts):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('scan_layers', [True, False])
+@pytest.mark.parametrize('scan_layers', [
+    True, pytest.param(False, marks=pytest.mark.long)])
 @pytest.mark.parametrize('parts', [
     dict(), dict(position='rope', block='sandwich', ffn='moe')])
 def test_remat_equals_plain_and_computes_again_what_it_says(parts,

@@ -31,7 +31,10 @@ def config(**fields):
     (dict(best='loss', every_steps=0), 'eval.every_steps is 0: nothing is'),
     (dict(best='surprise'), 'set eval.best_is to least or largest'),
     (dict(best='loss', best_is='min'), "eval.best_is 'min': choose from"),
-    (dict(best='loss', patience=-1), 'eval.patience is -1: it must be')])
+    (dict(best='loss', patience=-1), 'eval.patience is -1: it must be'),
+    (dict(best='samples/f1', tasks='samples'), 'samples of such a run has no'),
+    (dict(best='extrapolation/loss', tasks='extrapolation'),
+     'task extrapolation of such a run has the figures length')])
 def test_what_cannot_be_meant_is_refused(fields, words):
   with pytest.raises(RequestError, match=words):
     runs.check_config(config(**fields))
@@ -63,30 +66,24 @@ def test_a_step_that_is_none_is_refused(text):
 
 
 @pytest.mark.slow
-def test_the_best_of_a_run_is_kept_beside_the_newest(texts, tmp_path, capsys):
-  """By train.py, eval.py and in two parts, of which the second decides as the
-  first would have."""
-  words = train_test.command(tmp_path / 'run', texts, *FLAGS)
-  train_test.run(words)
+def test_the_best_of_a_run_is_kept_beside_the_newest(texts, tmp_path):
+  """By train.py, which ends early, and says so again, and by eval.py."""
+  words = train_test.command(tmp_path / 'run', texts, *FLAGS,
+                             '--config.eval.patience=2')
+  said = train_test.run(words).stdout
   losses = {row['step']: row['loss'] for row in
             train_test.rows(tmp_path / 'run') if row['split'] == 'eval'}
-  lowest = min(losses, key=losses.get)
-  assert lowest < 20  # or there is nothing to see
-  found = lambda name: sorted(int(path.name) for path in (
-      tmp_path / name / 'checkpoints').iterdir() if path.name.isdigit())
-  assert found('run') == [lowest, 20]
-  said = train_test.evaluate(tmp_path / 'run', '--step=best').stdout
-  assert f'step {lowest}' in said
-  # With patience it ends, and says so again where it is started again.
-  waits = ('--config.eval.patience=2',)
   end = next(n for n in losses if n >= 6 and all(
       losses[m] >= min(losses[k] for k in losses if k < n - 2)
       for m in (n - 2, n)))
-  words = train_test.command(tmp_path / 'two', texts, *FLAGS, *waits)
-  said = train_test.run(words).stdout
+  assert end == max(losses) < 20
   assert f'ended early after step {end}: loss has not been better' in said
-  assert found('two')[-1] == end
-  said = train_test.run(words).stdout
-  assert f'is complete: ended early after step {end}' in said
-  assert [row['step'] for row in train_test.rows(tmp_path / 'two')
-          if row['split'] == 'eval'][-1] == end
+  lowest = min(losses, key=losses.get)
+  assert sorted(int(path.name) for path in (
+      tmp_path / 'run/checkpoints').iterdir() if path.name.isdigit()) == [
+          lowest, end]
+  assert f'is complete: ended early after step {end}' in (
+      train_test.run(words).stdout)
+  assert max(row['step'] for row in train_test.rows(tmp_path / 'run')) == end
+  said = train_test.evaluate(tmp_path / 'run', '--step=best').stdout
+  assert f'step {lowest}' in said

@@ -52,7 +52,7 @@ def config(folder, arch='bert', objective='classification', **changes):
     pytest.param('gpt', 'classification', {}, marks=pytest.mark.long),
     pytest.param('bert', 'regression', dict(optim__lr=3e-3),
                  marks=pytest.mark.long),
-    ('gpt', 'regression', {})])
+    pytest.param('gpt', 'regression', {}, marks=pytest.mark.long)])
 @pytest.mark.slow
 def test_every_stack_learns_it(folder, arch, objective, fields, tmp_path):
   c = config(folder, arch, objective, **dict(train__steps=120) | fields)
@@ -112,7 +112,7 @@ def test_it_goes_on_bit_for_bit(folder, tmp_path):
   assert {round(x) for x in lengths} == {8 * 16, 8 * 32}  # tokens of a step
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_eight_devices_and_micro_batches_equal_one(folder, alone, tmp_path):
   parts = tmp_path / 'parts'
   c = config(folder, mesh__data=2, mesh__fsdp=2, mesh__tensor=2,

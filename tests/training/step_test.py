@@ -77,7 +77,8 @@ def single():
                  marks=[pytest.mark.slow] * (name != 'fsdp_tp'))
     for name, shape in tables.PRESETS.items()
     if shape['expert'] == 1] + [
-        pytest.param(name, 'replicated', marks=pytest.mark.slow)
+        pytest.param(name, 'replicated', marks=pytest.mark.slow
+                     if name == 'fsdp_tp' else pytest.mark.long)
         for name in ('dp', 'fsdp_tp')])
 def test_sharded_equals_single_device(preset, rules, single, capfd):
   shape = tables.PRESETS[preset]

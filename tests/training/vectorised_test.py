@@ -230,7 +230,8 @@ def test_experts_too(texts, tmp_path):
                                theirs[-1]['health/load_E'], atol=1e-6)
 
 
-@pytest.mark.parametrize('bad', [0, 1])
+@pytest.mark.parametrize('bad', [
+    0, pytest.param(1, marks=pytest.mark.long)])
 def test_a_run_that_blows_up_ends_alone(texts, tmp_path, bad, monkeypatch):
   asked, due = {}, checkpoints.Checkpoints.due
   def spy(self, step):
@@ -331,7 +332,8 @@ def test_a_workdir_of_another_run_is_refused(trained):
 
 
 @pytest.mark.parametrize('name', optimizers.OPTIMIZERS)
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('dtype', [
+    'float32', pytest.param('bfloat16', marks=pytest.mark.long)])
 def test_every_optimizer_takes_traced_fields(name, dtype):
   module, params = models.make('gpt', num_layers=1)
   roles = parameter_roles(module)

@@ -48,7 +48,7 @@ def count(config: ml_collections.ConfigDict, length: int = 0,
   decodes = architectures.stack(model) != 'encoder' and model.head == 'lm'
   return {
       'model': model.arch,
-      'rumoured': model.arch.startswith('gpt4'),
+      'rumoured': _rumoured(model),
       'parameters': sum(sizes.values()),
       'active_parameters': round(sum(active.values())),
       'trained_parameters': trained_parameters(module, config.optim),
@@ -69,6 +69,21 @@ def count(config: ml_collections.ConfigDict, length: int = 0,
       'average_bytes': nbytes(ema),  # of optim.ema
       'checkpoint_bytes': nbytes(params) + nbytes(opt_state) + nbytes(ema),
   }
+
+
+def brief(config: ml_collections.ConfigDict) -> dict:
+  """Returns those of the figures that are told of every size at once."""
+  model, length = resolved(config), config.data.length
+  both = architectures.stack(model) == 'encoder-decoder'
+  total, active = parameters(model)
+  return {'rumoured': _rumoured(model), 'parameters': total,
+          'active_parameters': active,
+          'training_flops_per_token': flops.training_flops_per_token(
+              model, length, length if both else 0)}
+
+
+def _rumoured(model: ModelConfig) -> bool:
+  return model.arch.startswith('gpt4')
 
 
 def trained_parameters(module: nn.Module, optim: ml_collections.ConfigDict

@@ -31,6 +31,8 @@ from training.data.tokenizers import Tokenizer
 MARKS = '\ue010', '\ue011'
 FILE = 'chat_template.jinja'
 PREFIX = 'folder:'
+TEXT = 'jinja:'
+KEPT = 'of the run'  # what a template is called that is given as its text
 # Text of a rendered conversation, and what stands between two marks in it. A
 # template may have taken a mark from its pair: alone, it means nothing.
 _PIECES = re.compile('{0}(?P<spelt>[^{0}{1}]+){1}|(?P<text>[^{0}{1}]+)'.format(
@@ -168,7 +170,8 @@ def read(spec: str, tokenizer: Tokenizer) -> Template:
   """Returns the template of data.chat_template.
 
   Args:
-    spec: a Jinja file, or a Hugging Face folder: PATH or 'folder:PATH'.
+    spec: a Jinja file, a Hugging Face folder (PATH or 'folder:PATH'), or
+      'jinja:' and the template itself, as a run keeps it.
     tokenizer: whose special tokens it writes.
 
   Raises:
@@ -183,6 +186,9 @@ def source(spec: str) -> tuple[str, str]:
   Raises:
     RequestError: where there is none, or it is no Jinja.
   """
+  if spec.startswith(TEXT):
+    _compiled(spec.removeprefix(TEXT), KEPT)
+    return KEPT, spec.removeprefix(TEXT)
   path = pathlib.Path(spec.removeprefix(PREFIX)).expanduser()
   if path.is_dir():
     text = in_folder(path)
@@ -197,6 +203,12 @@ def source(spec: str) -> tuple[str, str]:
     text = _read(path)
   _compiled(text, str(path))
   return str(path), text
+
+
+def kept(spec: str) -> str:
+  """Returns a data.chat_template that says the same when the file or the folder
+  that `spec` names has changed, or is gone."""
+  return TEXT + source(spec)[1]
 
 
 def make(name: str, text: str, tokenizer: Tokenizer) -> Template:

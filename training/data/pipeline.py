@@ -229,11 +229,21 @@ def held_out(config: Config, tokenizer: Tokenizer, process_index: int = 0,
   """
   import grain
   weights, corpora, views = _views(config, tokenizer, 'eval', process_count)
-  return [Loader(corpus.name, weight / sum(weights), corpus.text,
+  return [Loader(name, weight / sum(weights), corpus.text,
                  view if in_order else grain.MapDataset.source(view).shuffle(
                      seed=EVAL_SEED), [view], config, tokenizer, 'eval',
                  process_index, process_count)
-          for weight, corpus, view in zip(weights, corpora, views)]
+          for name, weight, corpus, view in zip(
+              _distinct([corpus.name for corpus in corpora]), weights, corpora,
+              views)]
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+  """Returns names of sources, by which their figures are kept: of a source that
+  a mixture has twice the second is 'NAME (2)'."""
+  counts = [names[:i + 1].count(name) for i, name in enumerate(names)]
+  return [name if count == 1 else f'{name} ({count})'
+          for name, count in zip(names, counts)]
 
 
 def _views(config: Config, tokenizer: Tokenizer, split: str,
@@ -266,7 +276,7 @@ def check_fits(config: Config, source: sources.Source) -> None:
             if row.records == holds]
   require(fits, f'objective {config.objective!r} reads {reads or "text"}, but '
           f'data source {source.name!r} holds {holds or "text"}, which '
-          f'{", ".join(others)} read')
+          f'{", ".join(others)} {"reads" if len(others) == 1 else "read"}')
 
 
 def _corpora(config: Config, tokenizer: Tokenizer, split: str

@@ -7,6 +7,7 @@ their flags from this table.
 
 from collections.abc import Sequence
 import dataclasses
+import fnmatch
 import importlib
 import importlib.util
 import pkgutil
@@ -120,7 +121,9 @@ def check_task(name: str, options: Any, config: ml_collections.ConfigDict,
   row = task(name)
   reason = row.unfit(config)
   require(not reason, f'{reason}: leave {name} out of --tasks')
-  row.check(_options(row, name, options))
+  own = _options(row, name, options)
+  row.check(own)
+  row.fits(config, own)
   _check_picture(row)
   for file in filter(None, (row.picture, row.page)):
     storage.try_file(workdir / file, '--workdir')
@@ -161,6 +164,19 @@ def check_in_training(config: ml_collections.ConfigDict) -> None:
     reason = row.unfit(config)
     require(not reason, f'{reason}: leave {name} out of eval.tasks')
     _check_picture(row)
+  _check_best(config)
+
+
+def _check_best(config: ml_collections.ConfigDict) -> None:
+  """Raises RequestError where eval.best is no figure of its task. One whose
+  figures are known only when it is done is tried before the first step."""
+  name, is_task, figure = config.eval.best.partition('/')
+  known = task(name, 'eval.best').figures(config) if is_task else None
+  require(known is None or any(fnmatch.fnmatchcase(figure, pattern)
+                               for pattern in known),
+          f'eval.best is {config.eval.best!r}, but task {name} of such a run '
+          f'has ' + (f'the figures {", ".join(known or ())}' if known else
+                     'no figure'))
 
 
 def _check_picture(row: Task) -> None:

@@ -48,7 +48,7 @@ class Model(api.TemplateLM):
     super().__init__()
     config, model = evaluation.run.config, evaluation.run.model
     reason = scoring.unfit(config)
-    require(not reason, f'{reason}: lm_eval cannot be asked for it')
+    require(not reason, f'{reason}, and lm_eval has nothing to ask')
     self.evaluation = evaluation
     self._tokens = tokens = evaluation.tokenizer
     self.max_length = max_length or model.max_len

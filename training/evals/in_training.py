@@ -5,7 +5,7 @@ are after a step, in the process that trains: the seeds of a group have one
 compiled program. Nothing that training draws or keeps is touched.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import contextlib
 import io
 import numbers
@@ -60,6 +60,15 @@ class Tasks:
     return bool(self._names) and (
         n == self._last or bool(self._every) and n % self._every == 0)
 
+  def names(self, task: str, params: Any, workdir: epath.Path,
+            stop: Callable[[], bool]) -> list[str] | None:
+    """Returns the names of the figures of one of the tasks, as `of` does it;
+    None where they are known without, and were compared with the config."""
+    if evals.task(task).figures(self._run.config) is not None:
+      return None
+    found = self._of([task], params, 0, workdir, stop)
+    return found and list(found.figures)
+
   def of(self, params: Any, n: int, workdir: epath.Path,
          stop: Callable[[], bool]) -> Found | None:
     """Does the tasks for one member.
@@ -73,10 +82,14 @@ class Tasks:
     Returns:
       None: stopped.
     """
+    return self._of(self._names, params, n, workdir, stop)
+
+  def _of(self, names: Sequence[str], params: Any, n: int, workdir: epath.Path,
+          stop: Callable[[], bool]) -> Found | None:
     evaluation = Evaluation(self._run, params, n, self._tokenizer,
                             evals.defaults(), workdir, self._programs)
     found = Found({}, [])
-    for name in self._names:
+    for name in names:
       printed = io.StringIO()
       try:
         with self._run.context(), progress.inside_a_run(
@@ -84,17 +97,17 @@ class Tasks:
           figures = evals.run(name, evaluation)
       except progress.Stopped:
         return None
-      found.figures.update(_numbers(figures, name))
+      found.figures.update(numbers_of(figures, name))
       found.told.append(_line(name, figures) or printed.getvalue().rstrip())
     return found
 
 
-def _numbers(figures: Mapping[str, Any], prefix: str) -> dict[str, float]:
+def numbers_of(figures: Mapping[str, Any], prefix: str) -> dict[str, float]:
   """Returns the numbers among figures, also of groups: {'labels/f1': 0.5}."""
   found = {}
   for name, value in figures.items():
     if isinstance(value, Mapping):
-      found |= _numbers(value, f'{prefix}/{name}')
+      found |= numbers_of(value, f'{prefix}/{name}')
     elif isinstance(value, numbers.Real):
       found[f'{prefix}/{name}'] = value
   return found

@@ -59,8 +59,8 @@ def unfit(config: ml_collections.ConfigDict) -> str:
   """Returns why the model of a run cannot be asked; '': it can."""
   objective = objectives.of(config)
   return '' if objective.stacks == ('decoder',) and objective.prompt else (
-      f'objective {config.objective!r} does not train a decoder that writes '
-      'text, so a text has no probability')
+      f'objective {config.objective!r} does not train a decoder-only '
+      'model that writes text, so a text has no probability')
 
 
 def answer(questions: Sequence[Question], evaluation: Evaluation, doing: str

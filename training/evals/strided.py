@@ -25,9 +25,6 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
   options = evaluation.options
   name, documents = _documents(evaluation)
   length, stride = evaluation.run.config.data.length, options.stride
-  require(stride < length, f'--stride is {stride}, but a window has '
-          f'data.length {length} tokens, the first of which is not predicted: '
-          'choose a smaller one')
   form = DETOKENIZE[options.detokenize]
   first = evaluation.tokenizer.separator_id
   questions = []
@@ -81,13 +78,28 @@ def check(options: Any) -> None:
           f'{options.detokenize!r}, which is read with --stride alone')
 
 
+def check_fits(config: Any, options: Any) -> None:
+  """Raises RequestError for a --stride that a run cannot be read with."""
+  from training.data import sources
+  from training.evals import scoring
+  data, stride = config.data, options.stride
+  if not stride:
+    return
+  reason = scoring.unfit(config)
+  require(not reason, f'{reason}: leave --stride at 0')
+  require(stride < data.length, f'--stride is {stride}, but a window has '
+          f'data.length {data.length} tokens, the first of which is not '
+          'predicted: choose a smaller one')
+  spec = data.eval_source or data.source
+  require(len(sources.parse(spec)) == 1, f'--stride reads one source, and '
+          f'{spec!r} is a mixture: name one of them by --text')
+
+
 def _documents(evaluation: Evaluation) -> tuple[str, list[str]]:
   """Returns the name of the source, and the documents that are held out."""
   from training.data import holdout, sources
   data = evaluation.run.config.data
-  (_, source), *more = sources.parse(data.eval_source or data.source)
-  require(not more, f'--stride reads one source, and {data.eval_source!r} is a '
-          'mixture: name one of them by --text')
+  (_, source), = sources.parse(data.eval_source or data.source)
   whole, part = bool(data.eval_source), evaluation.run.config.eval.part
   if not whole:
     source = holdout.split(source, data.holdout_every, part)

@@ -5,7 +5,7 @@ So a task's file imports JAX, and whatever imports it, inside of the functions
 that need it, and `--help` answers at once.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 from typing import Any, NamedTuple
 
@@ -89,9 +89,13 @@ class Task(NamedTuple):
     unfit: config -> why such a run has nothing to measure; '': it has.
     check: options -> None; raises RequestError for options that cannot be
       honoured, and where this machine lacks something.
+    fits: (config, options) -> None; raises RequestError for options that such
+      a run cannot honour.
     flags: those that it reads.
     picture: the file that it draws into the workdir; '': none.
     page: the HTML file that it writes into the workdir; '': none.
+    figures: config -> the names of its numbers, as patterns of fnmatch; None:
+      they are not known before it is done.
     argument: the flag, a text, that NAME:TEXT sets where a task is named; '':
       the task is named without one.
   """
@@ -99,9 +103,13 @@ class Task(NamedTuple):
   run: Callable[[Evaluation], dict[str, Any]]
   unfit: Callable[[ml_collections.ConfigDict], str] = lambda config: ''
   check: Callable[[Any], None] = lambda options: None
+  fits: Callable[[ml_collections.ConfigDict, Any], None] = (
+      lambda config, options: None)
   flags: tuple[Flag, ...] = ()
   picture: str = ''
   page: str = ''
+  figures: Callable[[ml_collections.ConfigDict], Sequence[str] | None] = (
+      lambda config: None)
   argument: str = ''
 
 

@@ -18,6 +18,10 @@ from training.measures import Measured
 
 SHOWN = 20  # labels of a printed confusion matrix
 NONE = '(none of these)'
+# The names of what is measured.
+FIGURES = 'accuracy', 'f1', 'f1_macro', 'mcc', 'rows'
+FIGURES_OF_NUMBERS = ('pearson', 'spearman', 'mean_squared_error',
+                      'mean_absolute_error', 'rows')
 
 
 def check_installed() -> None:

@@ -12,6 +12,9 @@ from typing import Any
 
 from configs.errors import require
 
+# The names of what is measured.
+FIGURES = ('precision', 'recall', 'f1', 'entities', 'strict_precision',
+           'strict_recall', 'strict_f1', 'types/*')
 AVERAGES = ('micro avg', 'macro avg', 'weighted avg')
 
 

@@ -11,6 +11,10 @@ from configs.errors import require
 from training.data.questions import Questions, Window
 from training.measures import Measured, spans, squad_rules
 
+# The names of what is measured; all but the first three only where questions
+# have no answer.
+FIGURES = 'exact', 'f1', 'total', 'HasAns_*', 'NoAns_*', 'best_*'
+
 
 def answers(view: Questions, scores: Sequence[np.ndarray],
             null_places: Sequence[int], begins: Sequence[int], *, most: int,

@@ -11,6 +11,10 @@ from training.data.words import Sentences
 from training.measures import Measured
 from training.measures import entities
 
+# The names of what is measured; those of entities only where labels mark them.
+FIGURES = ('accuracy', 'words', 'sentences', 'without_tokens',
+           *entities.FIGURES)
+
 
 def labels(view: Sentences, scores: Sequence[np.ndarray]) -> list[list[str]]:
   """Returns the likeliest label of each word of each sentence of a view.

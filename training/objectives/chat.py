@@ -84,6 +84,12 @@ def question(text: str, config: Config, tokenizer: Tokenizer) -> np.ndarray:
   return talk(config, tokenizer).encode([dict(role='user', content=text)])
 
 
+def _derived(config: Config) -> dict[str, str]:
+  name = config.data.chat_template
+  return {} if name in conversations.TEMPLATES else {
+      'data.chat_template': chat_templates.kept(name)}
+
+
 def talk(config: Config, tokenizer: Tokenizer) -> Talk:
   """Returns how a run is talked with: by the template of its data."""
   name = config.data.chat_template
@@ -195,5 +201,5 @@ OBJECTIVES = {
     'chat': Objective(
         ('decoder',), packing.Conversations, chat, _arrays, ('tokens',),
         {'valid': 'valid_BL'}, ('valid',), reads=('data.chat_template',),
-        prompt=_questions, chat_template=jinja, talk=talk),
+        prompt=_questions, chat_template=jinja, talk=talk, derived=_derived),
 }

@@ -112,12 +112,13 @@ OBJECTIVES = {
     'classification': _objective(
         records.Classes, np.int32, figures=classified,
         labels=records.labels_of, measure=classes.of_scores,
+        measured=classes.FIGURES,
         num_labels=lambda config: len(config.data.labels),
         reads=('data.labels', 'data.class_weights', 'data.length_buckets'),
         ignores=('train.z_loss', 'train.loss_chunk')),
     'regression': _objective(
         records.Numbers, np.float32, figures=estimated,
-        measure=classes.of_numbers,
+        measure=classes.of_numbers, measured=classes.FIGURES_OF_NUMBERS,
         num_labels=lambda config: 1,
         reads=('data.length_buckets',),
         ignores=('train.z_loss', 'train.loss_chunk', 'train.label_smoothing')),

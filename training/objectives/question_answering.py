@@ -110,5 +110,6 @@ OBJECTIVES = {
         ('segment_ids',), reads=('data.stride', 'data.length_buckets'),
         fill=labelled.fill, figures=answered, head='span',
         records=squad.KIND, length=length, measure=measure,
+        measured=answers.FIGURES,
         ignores=('train.z_loss', 'train.loss_chunk', 'train.label_smoothing'),
         perplexity=False)}

@@ -175,6 +175,7 @@ class Objective(NamedTuple):
       says, a measures.Measured. `answers` are the scores of each row of the
       view or, where head is lm, what the model wrote; `options` are eval.py's
       flags. None: nothing is measured.
+    measured: the names of its figures, as patterns of fnmatch.
     ignores: fields of the config that most objectives read and this one does
       not.
     perplexity: whether e to the power of the loss is one.
@@ -204,6 +205,7 @@ class Objective(NamedTuple):
   labels: Callable[[Config], tuple[str, ...]] | None = None
   length: Callable[[Any], int] | None = None
   measure: Callable[..., Any] | None = None
+  measured: tuple[str, ...] = ()
   ignores: tuple[str, ...] = ()
   perplexity: bool = True
   check: Callable[[Config], None] = lambda config: None

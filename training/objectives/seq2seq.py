@@ -90,5 +90,5 @@ ENCODER_DECODER = Objective(
 OBJECTIVES = {
     'seq2seq': ENCODER_DECODER._replace(
         reads=('data.target_length',), translates=True,
-        measure=classes.of_texts),
+        measure=classes.of_texts, measured=classes.FIGURES),
 }

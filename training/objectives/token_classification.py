@@ -72,5 +72,6 @@ OBJECTIVES = {
         fill=labelled.fill, figures=labelled_words, head='tokens',
         num_labels=lambda config: len(config.data.labels), records=conll.KIND,
         labels=words.labels_of, measure=labels.measure,
+        measured=labels.FIGURES,
         length=lambda item: len(item.ids) + words.AROUND,
         ignores=('train.z_loss', 'train.loss_chunk'), perplexity=False)}

@@ -163,14 +163,16 @@ def compare(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict,
   Raises:
     ValueError: for a changed field that no row of CLASSES covers.
   """
-  olds = {**flatten(old), **(old_derived or {})}
-  news = {**flatten_dict(_as_of_now(new.to_dict())), **(new_derived or {})}
+  asked = flatten(old), flatten_dict(_as_of_now(new.to_dict()))
+  olds, news = asked[0] | (old_derived or {}), asked[1] | (new_derived or {})
+  first = (new_derived or {}).keys() - (old_derived or {}).keys()
   defaults = flatten(base.base())
   changes = []
   for name in dict.fromkeys([*olds, *news]):
     before, after = olds.get(name, MISSING), news.get(name, MISSING)
-    if type(before) is type(after) and before == after:
-      continue
+    if type(before) is type(after) and before == after or (
+        name in first and asked[0].get(name) == asked[1].get(name)):
+      continue  # or it is now derived for the first time, and asked for alike
     if name not in olds and after in (defaults.get(name, MISSING),
                                       _EARLIER.get(name, MISSING)):
       continue  # a field newer than the run, which did what this says

@@ -11,11 +11,12 @@ import architectures
 from configs import base
 from configs.errors import RequestError
 from tests.helpers import models
-from training import objectives
+from training import objectives, runs
 from training.data import chat_templates, pipeline, tokenizers
 from training.hf import generation as hf_generation
 from training.hf import tokenizer as hf_tokenizer
 from training.objectives import chat
+from training.workdir import run_config
 
 BYTES = tokenizers.load('bytes')
 # Of ChatML, as SmolLM2 and Qwen write it; here the bytes tokenizer's [EOS]
@@ -285,3 +286,34 @@ def test_an_export_has_the_template_of_its_run_and_its_end(tmp_path):
     said = hf_generation.of_run(
         config, architectures.resolve(config.model), tokenizer)
     assert said.options['eos_token_id'] == eos
+
+
+def test_a_run_keeps_the_text_of_its_template(tmp_path):
+  """So that it is laid out, asked and exported alike when the file changes."""
+  file = tmp_path / 'own.jinja'
+  file.write_text(MARKED)
+  config = _config(tmp_path, 'jsonl:x:y')
+  config.data.chat_template = str(file)
+  _, derived = runs.resolve(config, BYTES)
+  run_config.save(tmp_path, config, derived)
+  before = chat.question('x', config, BYTES)
+  assert not run_config.compare(config, config, derived, derived)
+  # A run of a version that kept no text goes on, too.
+  del (earlier := dict(derived))['data.chat_template']
+  assert not run_config.compare(config, config, earlier, derived)
+  file.write_text(CHATML)
+  change, = run_config.compare(config, config, derived,
+                               runs.resolve(config, BYTES)[1])
+  assert change.name == 'data.chat_template'
+  with pytest.raises(RequestError, match='another layout of conversations'):
+    run_config.refuse_changes([change], allow_config_change=False)
+  file.unlink()
+  kept = runs.config_of(tmp_path)
+  np.testing.assert_array_equal(chat.question('x', kept, BYTES), before)
+  assert chat.jinja(kept, BYTES) == MARKED
+  assert chat.talk(kept, BYTES).words == (
+      'answers by the chat template of the run')
+  assert runs.resolve(kept, BYTES)[1] == derived
+  kept.data.chat_template += '{% if %}'
+  with pytest.raises(RequestError, match='of the run'):
+    objectives.check_objective(kept)

@@ -136,6 +136,28 @@ def test_what_no_training_can_do_is_refused(texts, fields, sentence):
     runs.check_config(config(texts, **fields))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('figure, several, choices', [
+    ('los', False, 'loss, accuracy, perplexity, bits_per_byte$'),
+    ('los', True, 'loss, accuracy, perplexity, bits_per_byte$'),
+    ('loss/los', False, 'loss/loss, loss/accuracy')])
+def test_a_best_that_is_no_figure_is_refused_before_the_first_step(
+    texts, tmp_path, figure, several, choices):
+  c = config(texts, **{'eval.best': figure, 'eval.best_is': 'least'})
+  with pytest.raises(RequestError, match=f'choose from {choices}'):
+    if several:
+      vectorised.train([c], [tmp_path])
+    else:
+      alone(c, tmp_path)
+  assert not rows(tmp_path, 'train')
+
+
+def test_a_source_that_is_there_twice_has_figures_of_two_names(texts):
+  c = config(texts, **{'data.eval_source': f'0.5*{texts},0.5*{texts}'})
+  assert [loader.name for loader in pipeline.held_out(
+      c, tokenizers.load('bytes'))] == [texts, f'{texts} (2)']
+
+
 def test_several_processes_are_refused(texts, monkeypatch):
   monkeypatch.setattr(jax, 'process_count', lambda: 2)
   c = config(texts)

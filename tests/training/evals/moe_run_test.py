@@ -4,7 +4,10 @@ import json
 
 import pytest
 
+from configs.errors import RequestError
 from tests import train_test
+from tests.helpers import evaluations
+from training import evals
 
 texts = train_test.texts
 FLAGS = ('--config.model.moe.num_experts=4', '--config.model.moe.d_ff=32',
@@ -58,9 +61,8 @@ def test_eval_shows_the_routing(workdir):
   assert len(figures['dropped']) == 2 and max(figures['dropped']) == 0
 
 
-@pytest.mark.slow
-def test_a_dense_run_has_no_routing(texts, tmp_path):
-  train_test.run(train_test.command(tmp_path / 'run', texts,
-                                    '--config.train.steps=1'))
-  result = train_test.evaluate(tmp_path / 'run', '--tasks=routing', code=2)
-  assert 'has no experts to route to: leave routing out' in result.stderr
+def test_a_dense_run_has_no_routing(tmp_path):
+  with pytest.raises(RequestError, match='has no experts to route to: leave '
+                     'routing out of --tasks'):
+    evals.check_task('routing', evaluations.flags(),
+                     evaluations.config('gpt', 'causal'), tmp_path)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import pathlib
 
 import jax
 import numpy as np
@@ -89,13 +90,24 @@ def test_wikitext_is_written_as_it_was():
     (dict(detokenize='wikitext'), 'which is read with --stride alone'),
     (dict(stride=4, detokenize='wiki'), "unknown --detokenize 'wiki'")])
 def test_what_cannot_be_done_is_refused(evaluation, options, sentence):
+  """Before the checkpoint is read."""
   with pytest.raises(RequestError, match=sentence):
-    evals.task('loss').check(evaluations.flags(**options))
-    _figures(evaluation, **options)
+    _check(evaluation.run.config, **options)
 
 
-def test_an_objective_that_does_not_write_text_is_refused(folder):
+def _check(config, **options):
+  evals.check_task('loss', evaluations.flags(**options), config,
+                   pathlib.Path())
+
+
+def test_a_run_that_has_no_windows_is_refused(folder):
   c = evaluations.config('bert', 'mlm')
   c.data.eval_source = f'text:{folder}/*.txt'
+  _check(c)
   with pytest.raises(RequestError, match="objective 'mlm' does not train a"):
-    _figures(evaluations.make(c), stride=4)
+    _check(c, stride=4)
+  c = evaluations.config('gpt', 'causal')
+  c.data.source = f'0.5*text:{folder}/a.txt,0.5*text:{folder}/b.txt'
+  _check(c)
+  with pytest.raises(RequestError, match="b.txt' is a mixture: name one"):
+    _check(c, stride=4)

@@ -199,7 +199,9 @@ def test_a_choice_without_room_has_no_gate():
     block['ffn']['router'] = block['ffn']['router'].at[..., :2].add(1)
   model, tokens_BL = archetype.Model(module, params), models.tokens(3, 12)
   found = model.inspect(tokens_BL).experts
-  dropped = module.apply({'params': params}, tokens_BL).aux['health']['dropped']
+  dropped = jax.jit(lambda params, tokens_BL: module.apply(
+      {'params': params}, tokens_BL).aux['health']['dropped'])(
+          params, tokens_BL)
   for stack, share in zip(('encoder', 'decoder'), dropped):
     experts = found[stack]
     assert experts.layers.tolist() == [1]

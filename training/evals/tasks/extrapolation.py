@@ -127,4 +127,4 @@ TASK = Task(
             'does not predict every token, so it has no loss by position'),
     flags=(Flag('interpolate', False,
                 'Stretch learned positions past max_len.'),),
-    picture=FILE)
+    picture=FILE, figures=lambda config: ('length',))

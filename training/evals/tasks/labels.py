@@ -113,8 +113,14 @@ def _check(options: Any) -> None:
     storage.output(options.predictions, '--predictions')
 
 
+def _figures(config: Any) -> tuple[str, ...]:
+  from training import objectives
+  return *objectives.of(config).measured, 'sources/*'
+
+
 TASK = Task(
     'accuracy, F1, correlations: what labelled data say', run, _unfit, _check,
+    figures=_figures,
     flags=(
         Flag('predictions', '', 'A file for what is predicted of each record: '
              'words with labels, or answers as JSON.', asks=True),

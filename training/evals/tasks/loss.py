@@ -8,7 +8,6 @@ documents are read in windows that overlap (training/evals/strided.py).
 from collections.abc import Sequence
 from typing import Any
 
-from configs.errors import require
 from training.evals import strided
 from training.evals.task import Evaluation, Flag, Task
 
@@ -18,12 +17,9 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
   from training import evaluating, progress
   from training.data import pipeline
   from training.distributed import devices
-  from training.evals import scoring
   from training.step import make_eval_step
   config = evaluation.run.config
   if evaluation.options.stride:
-    reason = scoring.unfit(config)
-    require(not reason, f'{reason}: leave --stride at 0')
     return strided.run(evaluation)
   loaders = pipeline.held_out(
       config, evaluation.tokenizer,
@@ -59,6 +55,7 @@ def _told(text: str, sums: Sequence, loaders: Sequence) -> dict[str, Any]:
 
 TASK = Task(
     'held-out loss, perplexity and bits per byte', run, check=strided.check,
+    fits=strided.check_fits,
     flags=(
         Flag('stride', 0, 'Read whole documents in windows of data.length '
              'tokens that begin so many tokens after each other, so that each '

@@ -107,7 +107,7 @@ BEAMS = (
 TASK = Task(
     'texts that the model writes, also asked for by --samples or --prompt', run,
     without(lambda objective: objective.prompt, 'does not write text'),
-    check=check,
+    check=check, figures=lambda config: (),
     flags=(
         Flag('samples', 1, 'Texts to write for each prompt.', 1, 10_000,
              asks=True),

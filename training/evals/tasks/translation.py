@@ -55,4 +55,5 @@ TASK = Task(
     without(lambda objective: objective.translates,
             'has no pairs to translate'),
     check=lambda options: (make_bleu(), samples.beams(options)),
-    flags=samples.BEAMS)
+    flags=samples.BEAMS,
+    figures=lambda config: ('bleu', 'exact', 'pairs', 'bleu/*'))
