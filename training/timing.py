@@ -41,19 +41,27 @@ class Deferred:
     # A CPU computes in the thread that dispatches (distributed/cpu_memory.py):
     # there the step is done by now, and not when it is read, a step later.
     done = self._now() if all(x.is_ready() for x in leaves) else None
-    return self._swap((step, metrics, done))
+    return self._swap((step, metrics, done), done)
 
   def flush(self) -> Read | None:
     """Returns what is held, or None: before evaluating, saving and ending."""
-    return self._swap(None)
+    return self._swap(None, None)
 
-  def _swap(self, new: Any):
-    held, self._held = self._held, new
-    if held is None:
-      return None
-    step, metrics, done = held
-    figures = jax.tree.map(_host, jax.device_get(dict(metrics)))
-    return Read(step, figures, done or self._now())
+  def _swap(self, new: Any, by: Any):
+    """Holds `new` instead of what is held, which is returned; `by` is when it
+    is known to have been done, None: it is waited for."""
+    held = self._held
+    read = None
+    if held is not None:
+      step, metrics, done, seen = held
+      figures = jax.tree.map(_host, jax.device_get(dict(metrics)))
+      if done is None and by is not None:
+        # It was done after its own push and before `by`, as the step after it
+        # was: halfway, so that no step takes no time.
+        done = tuple((x + y) / 2 for x, y in zip(seen, by))
+      read = Read(step, figures, done or self._now())
+    self._held = None if new is None else (*new, self._now())
+    return read
 
 
 class Meter:
