@@ -32,7 +32,8 @@ flags.DEFINE_string('step', None, 'Which checkpoint: the number of a step, or '
 flags.DEFINE_bool('live', False, 'Evaluate the parameters themselves, of a run '
                   'that keeps their average (optim.ema).')
 flags.DEFINE_list('tasks', ['loss'],
-                  f'Comma-separated. {evals.described()}.')
+                  f'Comma-separated; after lm_eval:NAME, names that are none '
+                  f'of these are lm_eval\'s too. {evals.described()}.')
 flags.DEFINE_string('text', '', 'What to evaluate on, written as data.source '
                     "is, such as 'text:other/*.txt', all of it; default: what "
                     'the run holds out.')
@@ -54,7 +55,7 @@ def main():
   workdir = storage.path(args.workdir)
   json_file = storage.output(args.json, '--json')
   step = step_folders.named(args.step)
-  names = evals.asked_for(args.tasks, args)
+  names = evals.asked_for(evals.listed(args.tasks), args)
   if args.text:
     sources.parse(args.text)
 

@@ -43,7 +43,7 @@ def task(name: str, where: str = '--tasks') -> Task:
   own, colon, argument = name.partition(':')
   one_of(where, own, TASKS)
   row = TASKS[own]
-  takes = f'{own}:NAME, with one name' if row.argument else own
+  takes = f'{own}:NAME' if row.argument else own
   require(not colon or bool(row.argument and argument),
           f'{where} has {name!r}: write {takes}')
   return row
@@ -129,9 +129,20 @@ def check_task(name: str, options: Any, config: ml_collections.ConfigDict,
     storage.try_file(workdir / file, '--workdir')
 
 
-def listed(names: str) -> list[str]:
-  """Returns the tasks that a comma-separated text names."""
-  return [name.strip() for name in names.split(',') if name.strip()]
+def listed(names: str | Sequence[str]) -> list[str]:
+  """Returns the tasks that a comma-separated text, or its parts, names.
+
+  After NAME:ARGUMENT, what is no name of a task is a further argument:
+  lm_eval:A,B is lm_eval:A and lm_eval:B, and lm_eval:A,loss ends with our
+  loss, even if lm_eval has a task of that name.
+  """
+  parts = names.split(',') if isinstance(names, str) else names
+  found: list[str] = []
+  for part in filter(None, map(str.strip, parts)):
+    own, colon, _ = found[-1].partition(':') if found else ('', '', '')
+    known = part.partition(':')[0] in TASKS
+    found.append(part if known or not colon else f'{own}:{part}')
+  return found
 
 
 def check_without_flags(name: str, where: str) -> Task:

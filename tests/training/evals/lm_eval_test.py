@@ -37,6 +37,20 @@ def test_a_name_says_what_to_evaluate():
     _check('lm_eval')
 
 
+def test_names_after_one_of_lm_eval_are_of_lm_eval():
+  """Unless they are tasks of our own."""
+  for text, tasks in {
+      'loss': ['loss'],
+      'lm_eval:a, b,c': ['lm_eval:a', 'lm_eval:b', 'lm_eval:c'],
+      'loss,lm_eval:a': ['loss', 'lm_eval:a'],
+      'lm_eval:a,loss,samples': ['lm_eval:a', 'loss', 'samples'],
+      'lm_eval:a,lm_eval:b,c,lm_eval': ['lm_eval:a', 'lm_eval:b', 'lm_eval:c',
+                                        'lm_eval'],
+      'lm_eval:a,loss,b': ['lm_eval:a', 'loss', 'b']}.items():
+    assert evals.listed(text) == evals.listed(text.split(',')) == tasks
+    assert evals.listed(tasks) == tasks
+
+
 @pytest.mark.skipif(HERE, reason='lm_eval is here')
 def test_without_the_package_there_is_a_sentence():
   with pytest.raises(RequestError, match=r"pip install -e '.\[lm-eval\]'"):
