@@ -72,6 +72,8 @@ class Side:
     from configs import bert
     from training import initial_state, objectives, runs, shapes
     from training.data import pipeline, tokenizers
+    from training.distributed import cpu_memory
+    cpu_memory.reuse()  # as train.py does
     config: ml_collections.ConfigDict = bert.get_config('base')
     config.update_from_flattened_dict(fields(self.request))
     tokenizer = tokenizers.load(config.data.tokenizer)
@@ -81,6 +83,7 @@ class Side:
     self.state = initial_state.create(self.run, config.init_from)
     with self.run.context():
       self.step = shapes.PerShape(self.run.train_step(), _quiet)
+    cpu_memory.trim()
     self._steps()
 
   def _steps(self) -> None:

@@ -37,7 +37,7 @@ class Mask:
     k_ids_BM: those of the keys.
     causal: a query sees no later key, by their places in the array.
     window: a query sees keys less than this away; 0: any.
-    rule: the kind of attention that hides more keys by a rule of its own.
+    rule: what else hides keys, by a rule of its own: the name for a reader.
     in_order: whether places in the array are the tokens' order.
     prefix: whether keys at the start are seen by all.
     bias: whether the scores have a bias.
@@ -74,21 +74,13 @@ def names() -> tuple[str, ...]:
   return 'auto', 'xla', *KERNELS
 
 
-def platform() -> str:
-  """Returns what the program is traced for: cpu, gpu or tpu."""
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.abstract_device is None:
-    return jax.default_backend()
-  return mesh.abstract_device.platform
-
-
 def choose(c: ModelConfig, mask: Mask, q_length: int, k_length: int) -> str:
   """Returns xla, splash or cudnn.
 
   Raises:
     ValueError: where config.attention_kernel names one that cannot do it.
   """
-  name, device = c.attention_kernel, platform()
+  name, device = c.attention_kernel, sharding.platform()
   if name == 'auto':
     return next((kernel for kernel in KERNELS if not refusal(
         kernel, c, mask, q_length, k_length, device)), 'xla')
@@ -133,7 +125,7 @@ def _refuse_splash(c: ModelConfig, mask: Mask, q_length: int, k_length: int
   if mask.prefix:
     return 'which has no mask for a prefix that all tokens see'
   if mask.rule:
-    return f'which has no mask for model.attention {mask.rule}'
+    return f'which has no mask for {mask.rule}'
   if not mask.in_order and (mask.causal or mask.window):
     return ('which takes tokens to stand in order, and positions were given '
             'without segment ids')

@@ -1,12 +1,14 @@
 """Weights, biases and the one matrix product that every part uses."""
 
 import functools
+import os
 
 import flax.linen as nn
 import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
+from architectures.parts import sharding
 from architectures.parts.config import ModelConfig
 from architectures.parts.roles import Role, declare
 
@@ -99,10 +101,28 @@ def einsum(spec: str, x: jax.Array, w: jax.Array, dtype: jax.typing.DTypeLike,
     spec = spec.replace('...', 'ZYXW'[:x.ndim - named])
   x, w = x.astype(dtype), w.astype(dtype)
   if x.dtype == out_dtype == jnp.float32:
-    y = jnp.einsum(spec, x, w)
+    y = _on_one_axis(spec, x, w)
   else:
     y = _product(spec, out_dtype, x, w)
   return y if shared else checkpoint_name(y, PRODUCT)
+
+
+def _on_one_axis(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
+  """jnp.einsum; on a single CPU, the axes with which both x and the result
+  begin, those of the tokens, are one axis in the product.
+
+  XLA's CPU backend has fast kernels in float32 for products of matrices, and
+  the gradient of W is one only where it sums over one axis. (In bfloat16 this
+  is slower: docs/performance_diary.md.) On a mesh two axes that lie on
+  devices each are no one axis, so there nothing changes.
+  """
+  of_x, of_w, of_y = spec.replace('->', ',').split(',')
+  n = len(os.path.commonprefix([of_x, of_y]))
+  if n < 2 or set(of_x[:n]) & set(of_w) or not sharding.one_cpu():
+    return jnp.einsum(spec, x, w)
+  lead, flat = x.shape[:n], f'{of_x[n - 1:]},{of_w}->{of_y[n - 1:]}'
+  y = jnp.einsum(flat, x.reshape(-1, *x.shape[n:]), w)
+  return y.reshape(*lead, *y.shape[1:])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

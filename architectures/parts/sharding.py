@@ -65,6 +65,20 @@ def constrain_if(x: jax.Array, *axes: str | None) -> jax.Array:
                         for axis, size in zip(axes, x.shape)))
 
 
+def platform() -> str:
+  """Returns what the program is traced for: cpu, gpu or tpu."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.abstract_device is None:
+    return jax.default_backend()
+  return mesh.abstract_device.platform
+
+
+def one_cpu() -> bool:
+  """Whether the program is traced for a CPU that is not part of a mesh."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return platform() == 'cpu' and (mesh.empty or mesh.size == 1)
+
+
 @contextlib.contextmanager
 def rules(name: str):
   """Installs the table configs.sharding.RULES[name] for what is traced."""

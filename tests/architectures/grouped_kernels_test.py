@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 import architectures
-from architectures.parts import kernels
 from architectures.parts import sharding
 from architectures.parts.attention import Context
 from architectures.parts.moe import experts, grouped, grouped_kernels
@@ -130,5 +129,5 @@ def test_a_kernel_that_cannot_is_refused(monkeypatch):
     architectures.build(models.config(
         'mixtral', moe=dict(grouped_kernel='megablocks')))
   assert grouped_kernels.choose(module.config.moe) == 'xla'
-  monkeypatch.setattr(kernels, 'platform', lambda: 'tpu')
+  monkeypatch.setattr(sharding, 'platform', lambda: 'tpu')
   assert grouped_kernels.choose(module.config.moe) == 'megablox'

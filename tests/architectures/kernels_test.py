@@ -170,7 +170,7 @@ def test_auto_is_splash_in_a_tpu_program(name):
 def _gpu(monkeypatch):
   """A GPU with cuDNN, as far as tracing and lowering look."""
   from jax._src.cudnn import fused_attention_stablehlo
-  monkeypatch.setattr(kernels, 'platform', lambda: 'gpu')
+  monkeypatch.setattr(sharding, 'platform', lambda: 'gpu')
   monkeypatch.setattr(kernels, '_cudnn_is_here', lambda: True)
   monkeypatch.setattr(fused_attention_stablehlo, 'check_cudnn_version',
                       lambda: 91000)
@@ -217,7 +217,7 @@ def test_a_named_kernel_that_cannot_is_refused(monkeypatch):
            'choose from auto, xla, splash', attention_kernel='cudnn')
   _refused('adds no bias to the scores, as model.position alibi',
            attention_kernel='cudnn', position='alibi', dtype='bfloat16')
-  monkeypatch.setattr(kernels, 'platform', lambda: 'tpu')
+  monkeypatch.setattr(sharding, 'platform', lambda: 'tpu')
   _refused('multiples of 128, and 16 queries meet 16 keys',
            attention_kernel='splash')
   c = architectures.build(models.config(attention_kernel='splash')).config
@@ -235,7 +235,7 @@ def test_a_named_kernel_that_cannot_is_refused(monkeypatch):
 def test_decoding_and_a_mesh_of_cpus_are_xla():
   """A program's platform is its mesh's; a cache has no kernel."""
   with jax.set_mesh(_mesh(jax.devices()[:1])):
-    assert kernels.platform() == 'cpu'
+    assert sharding.platform() == 'cpu'
   module, params = models.make(attention_kernel='splash')
   out = module.apply({'params': params}, models.tokens(),
                      cache=architectures.init_cache(module.config, 2, 16))

@@ -4,6 +4,7 @@ order in which a model reports on its layers."""
 
 import flax.linen as nn
 import jax
+from jax.sharding import AxisType
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -77,6 +78,36 @@ def test_a_product_in_bfloat16_rounds_its_operands_alone():
   for got, want in zip(*map(value_and_grads, (jnp.bfloat16, jnp.float32))):
     assert got.dtype == want.dtype == jnp.float32
     assert jnp.abs(got - want).max() < 0.02 * jnp.abs(want).max()
+
+
+@pytest.mark.parametrize('spec, x, w, axes', [
+    ('BLD,DF->BLF', (2, 3, 5), (5, 7), 2),
+    ('BLD,DHK->BLHK', (2, 3, 5), (5, 4, 7), 2),
+    ('BLHK,HKD->BLD', (2, 3, 4, 7), (4, 7, 5), 3),
+    ('...D,DV->...V', (2, 5), (5, 3), 2),
+    ('...D,DV->...V', (2, 3, 4, 5), (5, 3), 2),
+    ('QBPV,QBPD->QVD', (2, 3, 4, 5), (2, 3, 4, 7), 4)])
+def test_a_product_over_one_axis_of_tokens_is_the_product(spec, x, w, axes):
+  """And it is one of matrices where x and the result begin with tokens, so
+  long as the program is for one CPU."""
+  x, w = normal(0, *x), normal(1, *w)
+  product = lambda x, w: linear.einsum(spec, x, w, jnp.float32)
+  want = np.einsum(spec, *(np.asarray(a, np.float64) for a in (x, w)))
+  y, vjp = jax.vjp(product, x, w)
+  np.testing.assert_allclose(y, want, atol=1e-5)
+  plain = jax.vjp(lambda x, w: jnp.einsum(spec, x, w), x, w)[1]
+  for got, grad in zip(vjp(y), plain(y)):
+    np.testing.assert_allclose(got, grad, atol=1e-4)
+
+  def first():
+    eqn, = (eqn for eqn in jax.make_jaxpr(product)(x, w).eqns
+            if eqn.primitive.name == 'dot_general')
+    return eqn.invars[0].aval.ndim
+
+  assert first() == axes
+  mesh = jax.make_mesh((2,), ('data',), axis_types=(AxisType.Auto,))
+  with jax.set_mesh(mesh):
+    assert first() == x.ndim
 
 
 # Norms.

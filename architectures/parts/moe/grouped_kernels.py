@@ -15,7 +15,7 @@ from typing import Callable
 import jax
 import jax.numpy as jnp
 
-from architectures.parts import kernels
+from architectures.parts import sharding
 from architectures.parts.config import MoEConfig
 from configs.errors import require
 
@@ -34,7 +34,7 @@ def choose(m: MoEConfig) -> str:
   Raises:
     ValueError: where config.moe.grouped_kernel names one that cannot do it.
   """
-  device = kernels.platform()
+  device = sharding.platform()
   if m.grouped_kernel == 'auto':
     return next((name for name in PLATFORMS if not _elsewhere(name, device)),
                 'xla')
