@@ -9,7 +9,7 @@ looked for unless --include_path names another folder, and hands every word on.
 --model_args takes workdir=DIR, step=N, add_bos_token=True or False,
 prefix_token_id=ID, max_length=N and max_gen_toks=N. All else is lm_eval's, but
 for batch sizes and devices, which follow from the texts' lengths and the run's
-mesh. `eval.py --tasks=lm_eval:NAME` does the same beside the other tasks.
+mesh. `eval.py --tasks=lm_eval:NAME,NAME` does the same beside the other tasks.
 """
 
 import importlib.util
@@ -28,6 +28,8 @@ def main() -> None:
   require(importlib.util.find_spec('lm_eval') is not None, 'tools.lm_eval '
           "needs the package lm_eval: pip install -e '.[lm-eval]'")
   if words[0] == 'run' and not {'-h', '--help'} & set(words):
+    from training.distributed import cpu_memory
+    cpu_memory.reuse()
     sys.argv[2:2] = _defaults({word.partition('=')[0] for word in words})
   from lm_eval import models  # which fills the registry
   from lm_eval.__main__ import cli_evaluate

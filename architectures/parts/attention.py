@@ -45,6 +45,7 @@ class Context:
   tokens_BL: Optional[jax.Array] = None  # ids, for routers that hash them
   prefix_B: Optional[jax.Array] = None  # keys before it are seen by all
   valid_BL: Optional[jax.Array] = None  # 0: padding, which takes no expert
+  reach_BL: Optional[jax.Array] = None  # before it, later places see a token
   in_order: bool = struct.field(pytree_node=False, default=True)
   deterministic: bool = struct.field(pytree_node=False, default=True)
   keep_layers: bool = struct.field(pytree_node=False, default=False)
@@ -248,6 +249,11 @@ class Attention(nn.Module):
       return kernels.Mask(ids_BL, k_ids_BM), seen_BLM, None
     seen_BLM = visible(self.kind, c, ctx.positions_BL, k_positions_BM, ids_BL,
                        ids_BL, ctx.prefix_B)
+    if ctx.reach_BL is not None:
+      at_1M = jnp.arange(ctx.reach_BL.shape[1])[None]
+      at_L1 = at_1M.T
+      seen_BLM &= (at_1M <= at_L1)[None] & (
+          at_L1[None] < ctx.reach_BL[:, None])
     bias_BHLM = ctx.bias_BHLM
     if positions.of(c).bias:
       bias_BHLM = positions.of(c).bias(c, ctx.positions_BL, k_positions_BM)
@@ -255,7 +261,8 @@ class Attention(nn.Module):
     mask = kernels.Mask(
         ids_BL, ids_BL, causal=self.kind.causal, in_order=ctx.in_order,
         window=rule.window(c) if rule.window else 0,
-        rule=self.kind.attention if rule.sees else '',
+        rule=('texts that share tokens' if ctx.reach_BL is not None else
+              f'model.attention {self.kind.attention}' if rule.sees else ''),
         prefix=self.kind.causal and ctx.prefix_B is not None,
         bias=bias_BHLM is not None)
     return mask, seen_BLM, bias_BHLM

@@ -3,14 +3,23 @@ training."""
 
 MUTANTS = {
     'training/evals/scoring.py': [
-        ('question.tokens[end - question.scored + 1:])',
-         'question.tokens[end - question.scored:end])', 'scoring: text_alone'),
-        ('longest.startswith(keys[i])', 'True', 'scoring: beginnings'),
         ('config=without_capacity(evaluation.run.model))',
          'config=evaluation.run.model)', 'scoring: text_alone'),
-        ('count = -(-count // shards) * shards', 'pass', 'scoring: shapes'),
+        ('-(-len(groups[0]) // shards) * shards', 'len(groups[0])',
+         'scoring: shapes'),
+        ('i * shape.length + row.places', 'row.places', 'scoring: text_alone'),
+        ('if len(others) * _work(room, width) < work:', 'if False:',
+         'scoring: less_work'),
         ("objective.stacks == ('decoder',) and objective.prompt",
          'objective.prompt', 'lm_eval: probability'),
+    ],
+    'training/evals/trees.py': [
+        ('reach[places] = end', 'reach[places] = self.length',
+         'scoring: by_hand'),
+        ('question.tokens[-question.scored:]))', 'question.tokens['
+         '-question.scored - 1:-1]))', 'scoring: by_hand'),
+        ('shared < order.lengths[n - 1]', 'shared', 'scoring: by_hand'),
+        ('used = length\n', 'pass\n', 'scoring: by_hand'),
     ],
     'training/evals/strided.py': [
         ('yield Question(ids[start:stop], stop - done)',

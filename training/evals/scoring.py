@@ -1,11 +1,12 @@
 """The log-probabilities that a decoder gives to tokens of texts: what lm_eval,
 and perplexity with a stride, are made of.
 
-Texts of one length, rounded up, go through the model together, and of each
-only the places that are asked about go through its head. There are two lengths
-for each power of two, and one number of places, so that what is compiled stays
-bounded whatever the texts are. Questions about one text, and about the
-beginnings of it, are answered by one row where no token sees those after it.
+Texts of about one length go through the model together, several of them in a
+row, which holds what they begin with once (trees.py), where that is less work;
+else each text has a row of its length, rounded up. Only the places that are
+asked about go through the head. There are a few lengths of rows, and for each
+one number of rows and of places, so that what is compiled stays bounded
+whatever the texts are.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,21 +20,12 @@ import numpy as np
 from architectures.parts.moe.layer import without_capacity
 from training import losses, objectives, progress
 from training.distributed import devices
+from training.evals import trees
 from training.evals.task import Evaluation
+from training.evals.trees import Question, Row
 
 SHORTEST = 8
 TOKENS = 2 ** 12  # of a batch, padding included
-
-
-class Question(NamedTuple):
-  """Some tokens, the last `scored` of which are to be judged.
-
-  Attributes:
-    tokens: int32 [T]; of them the model is shown all but the last.
-    scored: from 1 to T - 1.
-  """
-  tokens: np.ndarray
-  scored: int
 
 
 class Answer(NamedTuple):
@@ -47,12 +39,21 @@ class Answer(NamedTuple):
   greedy: np.ndarray
 
 
-class _Row(NamedTuple):
-  """What the model is shown, and the places in it that are asked about."""
-  tokens: np.ndarray
-  questions: list[int]
-  places: np.ndarray
-  targets: np.ndarray
+class Shape(NamedTuple):
+  """What a program is compiled for.
+
+  Attributes:
+    rows: of a batch.
+    length: tokens of a row.
+    shards: into how many parts the rows are cut.
+    places: that are asked about in each of these.
+    trees: whether a row holds several texts.
+  """
+  rows: int
+  length: int
+  shards: int
+  places: int
+  trees: bool
 
 
 def unfit(config: ml_collections.ConfigDict) -> str:
@@ -73,27 +74,25 @@ def answer(questions: Sequence[Question], evaluation: Evaluation, doing: str
     doing: for who watches.
   """
   prefix = 'prefix_B' in _objective(evaluation).options.values()
-  rows = _apart(questions) if prefix else _together(questions)
   step = evaluation.program(lambda: _program(evaluation, prefix), 'scoring')
-  shards = evaluation.run.mesh.size
-  most = max(SHORTEST, evaluation.run.model.max_len)
+  model, shards = evaluation.run.model, evaluation.run.mesh.size
   found: list[Any] = [None] * len(questions)
 
-  def read(chosen: list[_Row], output: Any) -> None:
-    losses_BP, greedy_BP = jax.device_get(output)
-    for row, losses_P, greedy_P in zip(chosen, losses_BP, greedy_BP):
+  def read(parts: list[list[Row]], output: Any) -> None:
+    for rows, losses_P, greedy_P in zip(parts, *jax.device_get(output)):
       at = 0
-      for i in row.questions:
+      for i in (i for row in rows for i in row.questions):
         here = slice(at, at + questions[i].scored)
         found[i] = Answer(-losses_P[here].astype(np.float64), greedy_P[here])
         at = here.stop
 
-  groups = list(batches(rows, most, shards))
+  groups = list(batches(questions, max(SHORTEST, model.max_len), shards,
+                        model.d_model, prefix))
   held = None
-  for shape, chosen in progress.each(groups, doing):
-    batch = _batch(shape, chosen, questions)
-    now = chosen, step(evaluation.params,
-                       devices.put(batch, evaluation.run.place))
+  for shape, parts in progress.each(groups, doing):
+    batch = _batch(shape, parts, questions)
+    now = parts, step(evaluation.params,
+                      devices.put(batch, evaluation.run.place))
     if held:  # read when the next one is under way
       read(*held)
     held = now
@@ -106,59 +105,73 @@ def _objective(evaluation: Evaluation):
   return objectives.of(evaluation.run.config)
 
 
-def _row(question: Question, which: int) -> _Row:
-  end = len(question.tokens) - 1
-  return _Row(question.tokens[:-1], [which],
-              np.arange(end - question.scored, end),
-              question.tokens[end - question.scored + 1:])
-
-
-def _apart(questions: Sequence[Question]) -> list[_Row]:
-  return [_row(question, i) for i, question in enumerate(questions)]
-
-
-def _together(questions: Sequence[Question]) -> list[_Row]:
-  """Returns rows of which each answers for all that begin as it does."""
-  # As bytes, of which the first decide: what begins alike stands together, and
-  # the shorter one first.
-  keys = [question.tokens[:-1].astype('>i4').tobytes()
-          for question in questions]
-  rows: list[_Row] = []
-  longest = b''
-  for i in sorted(range(len(keys)), key=keys.__getitem__, reverse=True):
-    new = _row(questions[i], i)
-    if rows and longest.startswith(keys[i]):
-      last = rows[-1]
-      rows[-1] = _Row(last.tokens, [*last.questions, i],
-                      np.concatenate([last.places, new.places]),
-                      np.concatenate([last.targets, new.targets]))
-    else:
-      rows.append(new)
-      longest = keys[i]
-  return rows
-
-
-def batches(rows: Sequence[_Row], most: int, shards: int
-            ) -> Iterator[tuple[tuple[int, int, int], list[_Row]]]:
-  """Yields ((rows, length, places), which rows) of each batch, the longest
-  first, so that what is too large for a device is so at once.
+def batches(questions: Sequence[Question], most: int, shards: int, width: int,
+            apart: bool) -> Iterator[tuple[Shape, list[list[Row]]]]:
+  """Yields (shape, the rows of each shard) of each batch, the longest first,
+  so that what is too large for a device is so at once.
 
   Args:
-    rows: in any order.
+    questions: in any order.
     most: the longest that the model takes.
     shards: what the number of rows is a multiple of.
+    width: the model's, by which it is judged how long a row may be.
+    apart: whether each question has a row to itself.
   """
-  by_length: dict[int, list[_Row]] = {}
-  for row in rows:
-    by_length.setdefault(rounded(len(row.tokens), most), []).append(row)
-  for length in sorted(by_length, reverse=True):
-    group = sorted(by_length[length], key=lambda row: len(row.places),
-                   reverse=True)
-    count = min(max(TOKENS // length, 1), _power_of_two(len(group)))
-    count = -(-count // shards) * shards
-    for start in range(0, len(group), count):
-      chosen = group[start:start + count]
-      yield (count, length, _power_of_two(len(chosen[0].places))), chosen
+  by_length: dict[tuple[int, bool], list[Row]] = {}
+  for which in _by_size(questions):
+    order = trees.ordered(questions, which)
+    for place, row in _laid_out(questions, order, most, width, apart):
+      by_length.setdefault(place, []).append(row)
+  for length, several in sorted(by_length, reverse=True):
+    rows = sorted(by_length[length, several], key=lambda row: len(row.places),
+                  reverse=True)
+    count = -(-len(rows) // max(TOKENS // length, 1))
+    groups = [rows[i::count] for i in range(count)]
+    parts = [[group[i::shards] for i in range(shards)] for group in groups]
+    places = max(sum(len(row.places) for row in part)
+                 for group in parts for part in group)
+    shape = Shape(-(-len(groups[0]) // shards) * shards, length, shards,
+                  -(-places // SHORTEST) * SHORTEST, several)
+    yield from ((shape, group) for group in parts)
+
+
+def _by_size(questions: Sequence[Question]) -> list[list[int]]:
+  """Returns the numbers of questions whose texts differ in length by no more
+  than a factor of four or so."""
+  sizes: dict[int, list[int]] = {}
+  for i, question in enumerate(questions):
+    size = max(len(question.tokens) - 2, 15).bit_length() // 2
+    sizes.setdefault(size, []).append(i)
+  return list(sizes.values())
+
+
+def _laid_out(questions: Sequence[Question], order: trees.Order, most: int,
+              width: int, apart: bool
+              ) -> Iterator[tuple[tuple[int, bool], Row]]:
+  """Yields ((length, whether it holds several texts), row) of the layout that
+  is the least work."""
+  spans = (trees.each_alone if apart else trees.whole_texts)(order)
+  length, several = 0, False
+  if not apart:
+    work = sum(_work(rounded(order.lengths[stop - 1], most), width)
+               for _, stop in spans)
+    longest = max(order.lengths)
+    for room in dict.fromkeys(rounded(int(longest * times), 4 * longest)
+                              for times in (1, 1.5, 2, 3, 4)):
+      others = trees.filled(order, room)
+      if len(others) * _work(room, width) < work:
+        work = len(others) * _work(room, width)
+        spans, length, several = others, room, True
+  for span in spans:
+    row = trees.row(questions, order, span)
+    yield (length or rounded(len(row.tokens), most), several), row
+
+
+def _work(length: int, width: int) -> float:
+  """Returns what a row costs. A token's products with weights are 12 width^2
+  in a layer, those of attention 2 width for each of its keys; these and the
+  softmax of the scores run slower."""
+  return length * (1 + length / (2 * width))
 
 
 def rounded(length: int, most: int) -> int:
@@ -172,21 +185,29 @@ def _power_of_two(least: int) -> int:
   return 1 << (least - 1).bit_length()
 
 
-def _batch(shape: tuple[int, int, int], rows: Sequence[_Row],
+def _batch(shape: Shape, parts: list[list[Row]],
            questions: Sequence[Question]) -> dict[str, np.ndarray]:
-  count, length, places = shape
-  batch = dict(
-      tokens=np.zeros((count, length), np.int32),
-      places=np.zeros((count, places), np.int32),
-      targets=np.zeros((count, places), np.int32),
-      lengths=np.zeros(count, np.int32), known=np.ones(count, np.int32))
-  for i, row in enumerate(rows):
-    batch['tokens'][i, :len(row.tokens)] = row.tokens
-    batch['places'][i, :len(row.places)] = row.places
-    batch['targets'][i, :len(row.places)] = row.targets
-    batch['lengths'][i] = len(row.tokens)
-    first = questions[row.questions[0]]
-    batch['known'][i] = len(first.tokens) - first.scored
+  batch = {name: np.zeros((shape.rows, shape.length), np.int32) for name in (
+      'tokens', *(('positions', 'reach') if shape.trees else ()))}
+  batch |= {name: np.zeros((shape.shards, shape.places), np.int32)
+            for name in ('places', 'targets')}
+  batch |= dict(lengths=np.zeros(shape.rows, np.int32),
+                known=np.ones(shape.rows, np.int32))
+  for part, rows in enumerate(parts):
+    first, at = part * (shape.rows // shape.shards), 0
+    for i, row in enumerate(rows):
+      length = len(row.tokens)
+      batch['tokens'][first + i, :length] = row.tokens
+      batch['lengths'][first + i] = length
+      if shape.trees:
+        batch['positions'][first + i, :length] = row.positions
+        batch['reach'][first + i, :length] = row.reach
+      here = slice(at, at + len(row.places))
+      batch['places'][part, here] = i * shape.length + row.places
+      batch['targets'][part, here] = row.targets
+      at = here.stop
+      question = questions[row.questions[0]]
+      batch['known'][first + i] = len(question.tokens) - question.scored
   return batch
 
 
@@ -197,17 +218,21 @@ def _program(evaluation: Evaluation, prefix: bool):
 
   def score(params: Any, batch: dict[str, jax.Array]
             ) -> tuple[jax.Array, jax.Array]:
-    """Returns the losses of the targets, [B, P], and whether each is the
+    """Returns the losses of the targets, [S, P], and whether each is the
     likeliest token; what the model knows beforehand is a prefix LM's
     prefix."""
     tokens_BL = batch['tokens']
     real_BL = (jnp.arange(tokens_BL.shape[1])[None]
                < batch['lengths'][:, None]).astype(jnp.int32)
     options = {'prefix_B': batch['known']} if prefix else {}
+    if 'reach' in batch:
+      options = dict(positions_BL=batch['positions'], reach_BL=batch['reach'])
     output = module.apply({'params': params}, tokens_BL, valid_BL=real_BL,
                           **options)
-    hidden_BPD = jnp.take_along_axis(
-        output.hidden, batch['places'][..., None], axis=1)
-    found = losses.token_losses(hidden_BPD, output.head, batch['targets'])
+    places_SP = batch['places']
+    hidden_SPD = jnp.take_along_axis(
+        output.hidden.reshape(len(places_SP), -1, output.hidden.shape[-1]),
+        places_SP[..., None], axis=1)
+    found = losses.token_losses(hidden_SPD, output.head, batch['targets'])
     return found.loss, found.correct
   return score

@@ -8,14 +8,14 @@ import pytest
 
 from tests.helpers import evaluations, models
 from training import runs
-from training.evals import scoring
+from training.evals import scoring, trees
 from training.evals.scoring import Question
 
 SMALL = dict(d_model=16, num_layers=1, num_heads=2, num_kv_heads=0, d_ff=24,
              head_dim=0, max_len=12)
 
 
-def _questions(seed=0, count=14, most=12):
+def _questions(seed=1, count=14, most=12):
   """Some share their first tokens, some are the beginning of others."""
   rng = np.random.default_rng(seed)
   stem = rng.integers(0, 256, most + 1)
@@ -55,6 +55,7 @@ def _answers(evaluation, questions):
 @pytest.mark.slow
 @pytest.mark.parametrize('system, objective', [
     ('gpt', 'causal'), ('llama', 'prefix'),
+    pytest.param('bloom', 'causal', marks=pytest.mark.long),
     pytest.param('mixtral', 'causal', marks=pytest.mark.long)])
 def test_each_answer_is_that_of_its_text_alone(system, objective):
   """Of a prefix LM the tokens that are known see each other; of experts with a
@@ -65,6 +66,9 @@ def test_each_answer_is_that_of_its_text_alone(system, objective):
   evaluation = evaluations.make(evaluations.config(
       system, objective, **SMALL, **moe))
   questions = _questions()
+  (shape, _), *_ = scoring.batches(
+      questions, 12, 1, SMALL['d_model'], objective == 'prefix')
+  assert shape.trees == (objective != 'prefix')
   found = _answers(evaluation, questions)
   if system == 'mixtral':  # whose own forward pass drops tokens
     evaluation = evaluations.make(evaluations.config(
@@ -93,31 +97,92 @@ def test_several_devices_answer_as_one():
     np.testing.assert_array_equal(ours.greedy, theirs.greedy)
 
 
-def test_beginnings_ride_on_the_longest_of_them():
-  row = lambda *ids, scored=1: Question(np.array(ids, np.int32), scored)
-  rows = scoring._together([
-      row(1, 2, 3), row(1, 2, 4), row(1, 9), row(1, 2, 5, 6, scored=2),
-      row(257, 1), row(1, 258, 3)])
-  told = {tuple(r.tokens.tolist()): (r.questions, r.places.tolist(),
-                                     r.targets.tolist()) for r in rows}
-  assert set(told) == {(1, 2, 5), (257,), (1, 258)}
-  questions, places, targets = told[1, 2, 5]
-  assert sorted(zip(places, targets)) == [
-      (0, 9), (1, 3), (1, 4), (1, 5), (2, 6)]
-  assert sorted(questions) == [0, 1, 2, 3]
+def _texts(*texts):
+  return [Question(np.array([*text, 99], np.int32), len(text))
+          for text in texts]
+
+
+def test_a_row_of_texts_by_hand():
+  """The picture of training/evals/trees.py."""
+  a, b, c, d, e, f, g = range(7)
+  questions = _texts((a, f), (a, b, c), (g,), (a, b, d, e))
+  order = trees.ordered(questions, range(4))
+  assert order == ([1, 3, 0, 2], [3, 4, 2, 1], [0, 2, 1, 0])
+  row = trees.row(questions, order, (0, 4))
+  assert row.tokens.tolist() == [a, b, c, d, e, f, g]
+  assert row.positions.tolist() == [0, 1, 2, 2, 3, 1, 0]
+  assert row.reach.tolist() == [6, 5, 3, 5, 5, 6, 7]
+  assert row.questions == order.questions
+  assert row.places.tolist() == [0, 1, 2, 0, 1, 3, 4, 0, 5, 6]
+  assert row.targets.tolist() == [b, c, 99, b, d, e, 99, f, 99, 99]
+  assert trees.filled(order, 5) == [(0, 2), (2, 4)]
+  assert trees.whole_texts(order) == [(0, 1), (1, 2), (2, 3), (3, 4)]
+  beginnings = trees.ordered(_texts((a, b, c), (a,), (a, b), (b,)), range(4))
+  assert beginnings.questions == [1, 2, 0, 3]
+  assert trees.whole_texts(beginnings) == [(0, 3), (3, 4)]
+
+
+@pytest.mark.parametrize('room', [13, 40, 10_000])
+def test_a_token_is_seen_by_those_that_follow_it_in_a_text(room):
+  questions = _questions(count=40)
+  order = trees.ordered(questions, range(40))
+  told = []
+  for span in trees.filled(order, room):
+    row = trees.row(questions, order, span)
+    assert len(row.tokens) <= room
+    at = 0
+    for i in row.questions:
+      scored = questions[i].scored
+      last = row.places[at + scored - 1]
+      at_L = np.arange(len(row.tokens))
+      seen = (at_L <= last) & (last < row.reach)
+      np.testing.assert_array_equal(row.tokens[seen], questions[i].tokens[:-1])
+      np.testing.assert_array_equal(
+          row.positions[seen], np.arange(len(questions[i].tokens) - 1))
+      np.testing.assert_array_equal(
+          row.targets[at:at + scored], questions[i].tokens[-scored:])
+      at += scored
+      told.append(i)
+  assert sorted(told) == list(range(40))
+
+
+def _answered(found, questions):
+  rows = [row for _, parts in found for part in parts for row in part]
+  assert sorted(i for row in rows for i in row.questions) == list(
+      range(len(questions)))
+  for shape, parts in found:
+    assert len(parts) == shape.shards and shape.rows % shape.shards == 0
+    for part in parts:
+      assert len(part) <= shape.rows // shape.shards
+      assert sum(len(row.places) for row in part) <= shape.places
+      assert all(len(row.tokens) <= shape.length for row in part)
 
 
 def test_few_shapes_are_compiled_whatever_the_lengths():
-  rows = [scoring._row(question, i) for i, question in enumerate(
-      _questions(count=900, most=200))]
-  found = list(scoring.batches(rows, 200, 1))
-  assert sorted(len(row.tokens) for _, chosen in found
-                for row in chosen) == sorted(len(row.tokens) for row in rows)
-  shapes = {shape for shape, _ in found}
-  lengths = {length for _, length, _ in shapes}
-  assert lengths == {8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 200}
-  for (count, length, places), chosen in found:
-    assert len(chosen) <= count <= max(scoring.TOKENS // length, 1)
-    for row in chosen:
-      assert len(row.tokens) <= length and len(row.places) <= places
-  assert all(count % 3 == 0 for (count, *_), _ in scoring.batches(rows, 200, 3))
+  questions = _questions(count=900, most=200)
+  for shards in (1, 3):
+    found = list(scoring.batches(questions, 200, shards, 64, False))
+    _answered(found, questions)
+    shapes = {shape for shape, _ in found}
+    assert len(shapes) == len({shape[1:] for shape in shapes}) <= 12
+    assert all(shape.rows <= scoring.TOKENS // shape.length + shards
+               for shape in shapes)
+  found = list(scoring.batches(questions, 200, 1, 64, True))
+  _answered(found, questions)
+  assert all(len(row.questions) == 1 for _, parts in found
+             for part in parts for row in part)
+  assert {shape.length for shape, _ in found} == {
+      8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 200}
+
+
+def test_texts_share_a_row_where_that_is_less_work():
+  """Endings of one context do; windows of a long text do not."""
+  rng = np.random.default_rng(0)
+  context = rng.integers(0, 256, 90)
+  endings = _texts(*([*context, *rng.integers(0, 256, 10)] for _ in range(20)))
+  (shape, (chosen,)), = scoring.batches(endings, 512, 1, 256, False)
+  assert shape.trees and shape.length == 192
+  assert [len(row.tokens) for row in chosen] == [90 + 10 * 10] * 2
+  windows = _texts(*(rng.integers(0, 256, 512) for _ in range(4)))
+  (shape, (chosen,)), = scoring.batches(windows, 512, 1, 256, False)
+  assert not shape.trees and shape.length == 512 and len(chosen) == 4
