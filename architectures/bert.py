@@ -62,6 +62,10 @@ class BERT(nn.Module):
                           name='encoder')(x_BLD, ctx)
     if c.head == 'lm':
       return self._pretraining(x_BLD, table_DV, aux)
+    if heads.HEADS[c.head].unfolds:
+      y_BLD, head = heads.Unfold(c, name='task')(
+          heads.last(x_BLD, None, segment_ids_BL), x_BLD.shape[1])
+      return Output(y_BLD, head, aux=aux, extra=dict(hidden=x_BLD))
     extra = dict(hidden=x_BLD)
     if heads.HEADS[c.head].of_row:
       extra['pooled'] = self._pooled(x_BLD)

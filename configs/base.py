@@ -28,7 +28,7 @@ def base() -> ml_collections.ConfigDict:
       init_seed=0,
       # What is learned: causal, prefix, chat, mlm, mlm_nsp, span, seq2seq,
       # classification, regression, token_classification, question_answering,
-      # probe.
+      # probe, compression.
       objective='causal',
       # A Hugging Face folder or a workdir whose weights the run starts from.
       init_from='',
@@ -258,7 +258,7 @@ def _model() -> dict:
       logits_scale=1.0,
       logits_softcap=0.0,  # bounds the logits; 0: none
       logits_bias=False,  # a bias of the logits
-      # What is read off the last layer: lm sequence tokens span
+      # What is read off the last layer: lm sequence tokens span vector
       # (architectures/parts/heads.py); derived: the objective's.
       head='',
       # Outputs of the head of a task; derived: of the training data's labels.

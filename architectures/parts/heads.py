@@ -14,6 +14,9 @@ They are those that are published: BERT reads the row off its pooler (Devlin et
 al. 2019, section 4), a decoder off the last token of a row that is not padding
 (Radford et al. 2018, section 3.2), without a bias, as transformers'
 GPT2ForSequenceClassification has it.
+
+'vector' gives logits of tokens as 'lm' does, but of the row's own: each token
+is to be told from the last one's vector alone, which has to hold them all.
 """
 
 from collections.abc import Callable
@@ -25,7 +28,9 @@ import jax
 import jax.numpy as jnp
 
 from architectures.parts import linear
+from architectures.parts import positions
 from architectures.parts.config import ModelConfig
+from architectures.parts.norms import norm
 from configs.errors import require
 
 
@@ -93,6 +98,37 @@ class Task(nn.Module):
     return Head(kernel_DU, bias_U, 1 / c.widening).logits(x)
 
 
+class Unfold(nn.Module):
+  """The head that tells all tokens of a row from one vector.
+
+  [B, D], length -> hidden [B, L, D] and its Head: the vector plus the sinusoids
+  of each place; twice a norm, a product and gelu; a norm, and a product with
+  the vocabulary. It is the decoder of MAD's compression (Poli et al. 2024, as
+  in the code published with it), in which no place sees another.
+  """
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x_BD: jax.Array, length: int) -> tuple[jax.Array, Head]:
+    c = self.config
+    # fairseq's positions begin at 2, and the published ones at 0.
+    places_LD = positions.sinusoid(jnp.arange(length) - 2, c.d_model, 'fairseq')
+    x_BLD = x_BD[:, None] + places_LD[None].astype(x_BD.dtype)
+    for i in range(2):
+      y_BLD = norm(c, f'norm_{i}')(x_BLD)
+      w_DD = linear.weight(self, f'kernel_{i}', (c.d_model, c.d_model),
+                           ('embed', None), tuned=True)
+      b_D = linear.bias(self, f'bias_{i}', (c.d_model,), (None,), tuned=True)
+      x_BLD = jax.nn.gelu(linear.add_bias(linear.einsum(
+          'BLD,DE->BLE', y_BLD, w_DD, y_BLD.dtype, y_BLD.dtype), b_D),
+                          approximate=False)
+    kernel_DV = linear.weight(self, 'kernel', (c.d_model, c.vocab_size),
+                              ('embed', 'vocab'), output=True, tuned=True)
+    bias_V = linear.bias(self, 'bias', (c.vocab_size,), ('vocab',),
+                         output=True, tuned=True)
+    return norm(c, 'norm_2')(x_BLD), Head(kernel_DV, bias_V, 1 / c.widening)
+
+
 def last(x_BLD: jax.Array, valid_BL: Optional[jax.Array],
          segment_ids_BL: Optional[jax.Array]) -> jax.Array:
   """Returns the last token of each row that is not padding, [B, D].
@@ -116,11 +152,13 @@ class Kind(NamedTuple):
   Attributes:
     outputs: ModelConfig -> how many scores it has; 0: those of the vocabulary.
     of_row: whether a row has them, not each of its tokens.
+    unfolds: whether it is an Unfold, with logits of tokens and no scores.
     fields: the fields of the model that not every head reads.
     check: ModelConfig -> None; raises RequestError for what it cannot be.
   """
   outputs: Callable[[ModelConfig], int]
   of_row: bool = False
+  unfolds: bool = False
   fields: tuple[str, ...] = ()
   check: Callable[[ModelConfig], None] = lambda c: None
 
@@ -140,4 +178,5 @@ HEADS = {
     'tokens': Kind(lambda c: c.num_labels, fields=_LABELS,
                    check=_needs_labels),
     'span': Kind(lambda c: 2, fields=('head_dropout',)),
+    'vector': Kind(lambda c: 0, of_row=True, unfolds=True),
 }

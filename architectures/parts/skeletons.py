@@ -32,8 +32,8 @@ class Output:
 
   Attributes:
     hidden: [B, L, D], what the head is applied to.
-    head: the output projection; None of a model with the head of a task, whose
-      scores are extra['scores'] (parts/heads.py).
+    head: the output projection; None of a model with the head of a task that
+      has scores, extra['scores'] (parts/heads.py).
     cache: keys and values of every layer, where a cache went in.
     aux: {'losses': scalars summed over layers, 'health': arrays by layer,
       'loads': of the experts, by the path of the bias that they move},
@@ -268,6 +268,9 @@ class Decoder(nn.Module):
       return Output(x_BLD, heads.Unembed(c, name='head')(table_DV), cache, aux)
     row = heads.HEADS[c.head].of_row
     y = heads.last(x_BLD, valid_BL, segment_ids_BL) if row else x_BLD
+    if heads.HEADS[c.head].unfolds:
+      y_BLD, head = heads.Unfold(c, name='task')(y, x_BLD.shape[1])
+      return Output(y_BLD, head, cache, aux)
     scores = heads.Task(c, bias=not row, name='task')(
         y, deterministic=deterministic)
     return Output(x_BLD, None, cache, aux, extra=dict(scores=scores))

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import special
 
 import architectures
 from architectures.parts import roles
@@ -110,6 +111,44 @@ def test_a_head_of_tokens_multiplies_so_much():
       models.config('gpt', head='tokens', num_labels=5))
   count = lambda c: flops.forward_flops_per_token(c, 16)
   assert count(lm) - count(tokens) == 2 * 32 * (models.VOCAB - 5)
+
+
+@pytest.mark.parametrize('system', ['gpt', 'llama', 'bert'])
+def test_one_vector_tells_all_tokens_as_mads_decoder_does(system):
+  """Of rows of 16, 9 and 2 tokens; its equations in NumPy, its sinusoids as
+  published: sines, then cosines, from place 0 on."""
+  module, params = models.make(system, head='vector')
+  tokens_BL = np.asarray(models.tokens(3, 16))
+  lengths_B = np.array([16, 9, 2])
+  ids_BL = (np.arange(16) < lengths_B[:, None]).astype(np.int32)
+  output = _run(module, params, tokens_BL, segment_ids_BL=ids_BL)
+  bare = models.make(system, head='tokens', num_labels=2)[0]
+  states_BLD = _run(bare, params | {'task': {
+      'kernel': np.zeros((32, 2)), 'bias': np.zeros(2)}}, tokens_BL,
+                    segment_ids_BL=ids_BL).hidden
+  x_BD = np.asarray(states_BLD)[np.arange(3), lengths_B - 1]
+  angle_L = np.arange(16)[:, None] * 10000.0 ** -(np.arange(16) / 15)
+  x_BLD = x_BD[:, None] + np.concatenate([np.sin(angle_L), np.cos(angle_L)], 1)
+  task = jax.tree.map(np.asarray, params['task'])
+
+  def normed(x, name):
+    if system != 'llama':
+      x = x - x.mean(-1, keepdims=True)
+    y = x / np.sqrt((x ** 2).mean(-1, keepdims=True) + module.config.norm_eps)
+    return y * task[name]['scale'] + task[name].get('bias', 0.0)
+
+  for i in range(2):
+    y = normed(x_BLD, f'norm_{i}') @ task[f'kernel_{i}'] + task[f'bias_{i}']
+    x_BLD = y * special.ndtr(y)
+  np.testing.assert_allclose(
+      output.logits, normed(x_BLD, 'norm_2') @ task['kernel'] + task['bias'],
+      rtol=1e-3, atol=1e-4)
+
+
+def test_a_folder_cannot_hold_the_head_of_a_vector(tmp_path):
+  module, params = models.make('gpt', head='vector')
+  with pytest.raises(ValueError, match='model.head|cannot say that'):
+    weights.to_hf(module, params, tmp_path)
 
 
 def test_the_dropout_of_a_head_is_of_what_it_is_applied_to():

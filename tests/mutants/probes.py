@@ -28,6 +28,7 @@ MUTANTS = {
         ('table[state, one]', 'table[one, state]', 'probes: published'),
         ('swaps % 2 == 0', 'swaps % 2 == 1', 'probes: published')],
     'training/objectives/probe.py': [
+        ('config.objective == objective', 'True', 'probe: refused'),
         ("config.seed if corpus.split == 'train' else\n"
          '                     probes.held_out_seed(config)', 'config.seed',
          'probe: held_out'),

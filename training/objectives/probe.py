@@ -1,6 +1,8 @@
 """Probes: the answers that a row of a small task asks for, and nothing else.
 
-The rows come from training/data/probes, as ids that no tokenizer makes.
+The rows come from training/data/probes, as ids that no tokenizer makes. Of the
+objective 'compression' the answers are the row itself, each told from the
+vector of its last token (model.head 'vector').
 """
 
 from typing import Any
@@ -46,9 +48,13 @@ def _arrays(config: Config) -> dict[str, Shape]:
 
 def _check(config: Config) -> None:
   probes.check(config)
+  objective = probes.of(config).objective
+  require(config.objective == objective, f'{config.data.source} is trained by '
+          f'objective {objective!r}, and objective is {config.objective!r}')
   system = architectures.systems().get(config.model.arch)
   sees_all = system is not None and system.STACK == 'encoder'
-  readable = [name for name, row in probes.PROBES.items() if row.hides]
+  readable = [name for name, row in probes.PROBES.items()
+              if row.hides and row.objective == objective]
   require(not sees_all or probes.of(config).hides, f'{config.data.source} '
           'shows its answers to a model that sees the whole row, as model.arch '
           f'{config.model.arch} does: choose a probe of {", ".join(readable)}')
@@ -64,12 +70,11 @@ def _derived(config: Config) -> dict[str, Any]:
   return {f'probe.{name}': getattr(settings, name) for name in probes.DERIVED}
 
 
-OBJECTIVES = {
-    'probe': Objective(
-        ('decoder', 'encoder'), Rows, probe, _arrays, ('tokens',),
-        {'segment_ids': 'segment_ids_BL'}, ('segment_ids',),
-        reads=tuple(f'probe.{name}' for name in probes.DERIVED),
-        fill=lambda tokenizer: 0, records=probes.KIND, check=_check,
-        ignores=('data.tokenizer', 'data.eval_source', 'data.holdout_every'),
-        perplexity=False, vocab_size=_vocab_size, derived=_derived),
-}
+_PROBE = Objective(
+    ('decoder', 'encoder'), Rows, probe, _arrays, ('tokens',),
+    {'segment_ids': 'segment_ids_BL'}, ('segment_ids',),
+    reads=tuple(f'probe.{name}' for name in probes.DERIVED),
+    fill=lambda tokenizer: 0, records=probes.KIND, check=_check,
+    ignores=('data.tokenizer', 'data.eval_source', 'data.holdout_every'),
+    perplexity=False, vocab_size=_vocab_size, derived=_derived)
+OBJECTIVES = {'probe': _PROBE, 'compression': _PROBE._replace(head='vector')}

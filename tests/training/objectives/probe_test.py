@@ -13,7 +13,7 @@ from training.workdir import run_config
 
 def config_of(name='induction', length=32, **fields):
   config = gpt.get_config('tiny')
-  config.objective = 'probe'
+  config.objective = getattr(probes.PROBES.get(name), 'objective', 'probe')
   config.update_from_flattened_dict(
       {'data.source': f'probe:{name}', 'data.length': length,
        'data.batch_size': 8, 'model.num_layers': 2, 'model.d_model': 32}
@@ -112,6 +112,9 @@ def test_a_run_keeps_what_was_published_when_it_was_made(tmp_path):
     ('induction', {'probe.vocab': 1}, 'at least 4 letters'),
     ('mqar', {'probe.levels': (4, 9)}, '36 tokens or more'),
     ('mqar', {'objective': 'causal', 'probe.levels': (4,)}, 'probe.levels'),
+    ('compression', {'objective': 'probe'}, "by objective 'compression'"),
+    ('mqar', {'objective': 'compression'}, "by objective 'probe'"),
+    ('compression', {'model.head': 'lm'}, "trains 'vector'"),
 ])
 def test_what_is_refused(name, fields, words):
   with pytest.raises(RequestError, match=words):
@@ -133,6 +136,17 @@ def test_an_encoder_reads_what_does_not_show_its_answers():
   config.data.source = 'probe:reverse'
   with pytest.raises(RequestError, match='mqar, .*parity'):
     runs.check_config(config)
+
+
+@pytest.mark.parametrize('get_config', [gpt.get_config, bert.get_config])
+def test_compression_tells_a_row_from_one_vector(get_config):
+  """With a head of MAD's decoder, of encoders too."""
+  config = get_config('tiny')
+  config.objective = 'compression'
+  config.data.update(source='probe:compression', length=32)
+  runs.check_config(config)
+  model, _ = runs.resolve(config, tokenizers.load('bytes'))
+  assert model.head == 'vector' and model.vocab_size == 16
 
 
 def test_only_what_is_asked_for_counts():

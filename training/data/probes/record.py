@@ -89,6 +89,7 @@ class Probe(NamedTuple):
     longer: whether it has rows longer than in training.
     hides: whether no answer stands among the tokens of its row, so that a model
       that sees the whole row has to find it too.
+    objective: which trains on it.
     length: data.length as published.
     examples, held_out: as published.
   """
@@ -106,6 +107,7 @@ class Probe(NamedTuple):
   grows: bool = False
   longer: bool = True
   hides: bool = False
+  objective: str = 'probe'
   length: int = 128
   examples: int = 12_800
   held_out: int = 1_280
