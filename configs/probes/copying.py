@@ -11,10 +11,10 @@ docs/probes.md has the figures.
 """
 
 SEEDS = 3
-LRS = (3e-3,)
+LRS = (1e-3, 3e-3)
 
 
 def suite(add):
   add('copy', **{
-      'data.length': 21, 'data.batch_size': 32, 'probe.vocab': 16,
-      'probe.levels': tuple(range(1, 11)), 'train.steps': 1500})
+      'data.length': 13, 'data.batch_size': 32, 'probe.vocab': 16,
+      'probe.levels': tuple(range(1, 7)), 'train.steps': 1000})

@@ -27,5 +27,5 @@ LRS = (1e-3,)
 
 def suite(add):
   add('mqar', **{
-      'data.length': 32, 'data.batch_size': 64, 'probe.vocab': 64,
-      'probe.levels': (1, 2, 4, 8), 'train.steps': 1000})
+      'data.length': 16, 'data.batch_size': 64, 'probe.vocab': 32,
+      'probe.levels': (1, 2, 4), 'train.steps': 1000})

@@ -46,7 +46,7 @@ def test_every_suite_can_be_run(file):
   suite = suites.load(str(file), base())
   assert len(suite.seeds) >= 3
   for task, config in suite.configs.items():
-    assert probes.of(config) is probes.PROBES[task]
+    assert task.startswith(probes.name_of(config.data.source))
 
 
 def test_a_run_for_each_rate_and_seed(file):
@@ -59,7 +59,20 @@ def test_a_run_for_each_rate_and_seed(file):
   assert suite.configs['parity'].eval.tasks == 'probe'
 
 
+def test_a_probe_may_stand_in_a_suite_twice(file):
+  file.write_text(SUITE + """
+  add('parity', label='bits_4', **{'data.length': 5, 'probe.levels': (4,)})
+""")
+  suite = suites.load(str(file), base())
+  assert {name: config.data.source for name, config in suite.configs.items()
+          } == {'parity': 'probe:parity', 'bits_4': 'probe:parity'}
+  run = next(suite.runs('bits_4'))
+  assert str(run.folder(epath.Path('w'))) == 'w/bits_4/lr_0.001/seed_0'
+
+
 @pytest.mark.parametrize('old, new, words', [
+    ("add('parity'", "add('copy', label='a/b'", "'a/b' names a folder"),
+    ("add('parity'", "add('parity')\n  add('parity'", "adds 'parity' twice"),
     ("add('parity'", "add('party'", "Did you mean 'parity'"),
     ('LRS', 'RATES', 'has no LRS'),
     ("'probe.levels'", "'probe.level'", 'mean .probe.levels'),

@@ -3,11 +3,13 @@
 A file of configs/probes/ holds LRS, the learning rates, SEEDS, how many, and
 suite(add), which calls add(NAME, **{'probe.levels': (1, 2), ...}) for each
 task: a probe by its name, with the fields in which a run differs from the
-architecture's config.
+architecture's config. add(NAME, label=OTHER, ...) calls it by another name, so
+that a suite may have a probe several times.
 """
 
 from collections.abc import Iterator, Sequence
 import difflib
+import re
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -18,7 +20,7 @@ from training import config_files
 
 
 class Run(NamedTuple):
-  """One training: a task at a learning rate with a seed."""
+  """One training: a task, by its label, at a learning rate with a seed."""
   task: str
   lr: float
   seed: int
@@ -63,9 +65,12 @@ def load(file: str, base: ml_collections.ConfigDict, only: Sequence[str] = (),
             'SEEDS and suite(add)')
   configs: dict[str, ml_collections.ConfigDict] = {}
 
-  def add(task: str, **fields: Any) -> None:
-    require(task not in configs, f'{file} adds {task!r} twice')
-    configs[task] = _config(task, base, fields, file)
+  def add(task: str, label: str = '', **fields: Any) -> None:
+    label = label or task
+    require(label not in configs, f'{file} adds {label!r} twice')
+    require(re.fullmatch(r'\w+', label) is not None, f'{file}: {label!r} names '
+            'a folder: choose letters, digits and underscores')
+    configs[label] = _config(task, base, fields, file)
 
   config_files.call(file, module.suite, add)
   for task in only:
@@ -81,10 +86,13 @@ def load(file: str, base: ml_collections.ConfigDict, only: Sequence[str] = (),
 
 def _config(task: str, base: ml_collections.ConfigDict, fields: dict[str, Any],
             file: str) -> ml_collections.ConfigDict:
+  from training.data import probes
   from training.workdir import run_config
   config = base.copy_and_resolve_references()
   steps = fields.get('train.steps', config.train.steps)
-  own = {'objective': 'probe', 'data.source': f'probe:{task}',
+  one_of(f'{file}: task', task, probes.PROBES)
+  own = {'objective': probes.PROBES[task].objective,
+         'data.source': f'probe:{task}',
          'model.vocab_size': 0, 'model.max_len': 0,
          'eval.tasks': 'probe', 'eval.every_steps': steps,
          'checkpoint.every_steps': steps, 'checkpoint.keep': 1,
