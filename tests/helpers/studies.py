@@ -1,10 +1,16 @@
 """A study that is small, and a trainer of it that computes what runs give."""
 
+import argparse
 import dataclasses
+import json
 import math
 
 from tools.study import frozen as frozen_lib
 from tools.study import plan as plans
+from tools.study import trainer
+from tools.sweep import layout
+from tools.sweep import ledger as ledger_lib
+from training.workdir import run_config
 
 BEST_LR = {'base': 2e-3, 'good': 4e-3, 'same': 2e-3, 'wild': 2e-3}
 
@@ -70,3 +76,113 @@ class Trainer:
         {measure.name: measure.chance if bad else value}, bad,
         point['tokens'] * point['flops_per_token'] * run.share, 1.0,
         point['params'], dict(run.changes), math.inf if bad else loss)
+
+
+FILE = """
+from configs import gpt
+
+SIZES = {{'s': {{'model.d_model': 8}}, 'm': {{'model.d_model': 12}},
+         'l': {{'model.d_model': 16}}}}
+SEEDS = {{'noise': 3, 'tune': 1, 'screen': 3, 'confirm': 3}}
+TUNING = {{'fields': {{'optim.lr': (4e-3, 8e-3)}}, 'rungs': 2, 'extend': 0}}
+EFFECT = 0.5
+{constants}
+
+def base():
+  c = gpt.get_config('tiny')
+  c.model.update(d_model=8, num_layers=1, num_heads=2, max_len=8)
+  c.data.update(length=8, batch_size=4, source={source!r}, holdout_every=4,
+                cache_dir={cache!r}, tokenize_workers=1)
+  c.train.steps = 4
+  c.optim.update(lr=4e-3, warmup_steps=1)
+  c.eval.update(every_steps=2, batches=2)
+  c.checkpoint.update(every_steps=4, keep=1)
+  c.log.every_steps = 1
+  {base}
+  return c
+
+
+get_config = base
+
+
+def sweep(add):
+  {sweep}
+"""
+
+
+def write(folder, constants: str = '', base: str = '',
+          sweep: str = "add('none', **{'model.position': 'none'})",
+          drop: str = '') -> str:
+  """Writes a study's file, and the text that it reads; returns its path.
+
+  Args:
+    folder: to write in.
+    constants: lines of the file, which come after its own.
+    base: more of base().
+    sweep: what is in sweep(add).
+    drop: a text that is taken out of the file.
+  """
+  texts = folder / 'texts'
+  texts.mkdir(exist_ok=True)
+  for i in range(8):
+    (texts / f'{i}.txt').write_text(
+        f'Document {i}. What is sown is reaped, {i} times over. ' * 4)
+  file = folder / 'made.py'
+  text = FILE.format(constants=constants, base=base, sweep=sweep,
+                     source=f'text:{texts}/*.txt', cache=str(folder / 'cache'))
+  assert drop in text
+  file.write_text(text.replace(drop, ''))
+  return str(file)
+
+
+class Written(trainer.Trainer):
+  """Writes what runs leave on disk, through the ledger, without training.
+
+  Attributes:
+    loss: config -> the held-out loss that its run has.
+    stop_after: how many runs it does before it is told to stop; None: all.
+    did: (phase's folder, point, seed) of each run that it did.
+  """
+
+  def __init__(self, *args, loss=lambda config: 2.0, stop_after=None, **more):
+    super().__init__(*args, **more)
+    self.loss, self.stop_after, self.did = loss, stop_after, []
+
+  def work(self, path, description, ledger):
+    name = ledger.register()
+    for row in ledger.runs(ledger_lib.PENDING):
+      if self.stop_after is not None and len(self.did) >= self.stop_after:
+        return False
+      if ledger.claim([row.id], name):
+        config = layout.config(description, row.point, row.seed)
+        folder = layout.run_folder(path, row.point, row.seed)
+        state, error = leave(folder, config, self.loss(config))
+        ledger.settle(row.id, name, state, error)
+        self.did.append((path.name, row.point, row.seed))
+    return True
+
+
+def leave(folder, config, loss) -> tuple[str, str]:
+  """Writes a run that ended with a loss: a number; None: not finite in too
+  many steps; or a text: the error that it failed by. Returns its state."""
+  run_config.save(folder, config, {})
+  if isinstance(loss, str):
+    return ledger_lib.FAILED, loss
+  steps, bad = config.train.steps, config.train.max_bad_steps
+  rows = [{'step': steps, 'split': 'train', 'loss': loss, 'step_seconds': 0.5,
+           'bad_in_row': bad if loss is None else 0, 'param_norm': 1.0}]
+  every = config.eval.every_steps
+  if loss is not None:
+    rows += [{'step': n, 'split': 'eval', 'loss': loss + (steps - n) / steps,
+              'accuracy': 0.5} for n in range(every, steps + 1, every)]
+  (folder / 'metrics.jsonl').write_text(
+      ''.join(json.dumps(row) + '\n' for row in rows))
+  (folder / 'checkpoints' / str(steps)).mkdir(parents=True, exist_ok=True)
+  return ((ledger_lib.FAILED, 'the loss was not finite') if loss is None
+          else (ledger_lib.DONE, ''))
+
+
+def arguments(**changes) -> argparse.Namespace:
+  """Returns what `run` is told, without what it freezes."""
+  return argparse.Namespace(**{'until': 'confirm', 'anyway': False, 'group': 8,
+                               'parallel': 1, **changes})

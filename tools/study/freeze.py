@@ -7,6 +7,7 @@ from typing import Any
 
 import ml_collections
 
+from configs import base as base_config
 from configs.errors import RequestError, require
 from tools.study import frozen as frozen_lib
 from tools.study import measures as measures_lib
@@ -14,7 +15,7 @@ from tools.study import plan as plans
 from tools.study import spec as study_spec
 from tools.sweep import cost, matching
 from tools.sweep import spec as sweep_spec
-from training import progress
+from training import limits, progress
 
 PARTS = ('first', 'second')  # eval.part of tuning, and of all else
 
@@ -100,10 +101,14 @@ def _workload(spec: study_spec.Spec, size: str, workload: str,
   """Returns what a size and a workload change in the base."""
   base, own = spec.sweep.base, spec.workloads[workload]
   found = dict(spec.sizes[size])
-  if tasks:
+  if tasks or workload != plans.TEXT:
     found['eval.tasks'] = ','.join(tasks)
   if workload == plans.TEXT:
     return found | own
+  from training import objectives
+  defaults = base_config.base()
+  unread = objectives.OBJECTIVES['probe'].ignores
+  found |= {name: limits.get(defaults, name) for name in unread}
   steps = own.get('train.steps', found.get('train.steps', base.train.steps))
   warmup = base.optim.warmup_steps / base.train.steps
   return found | {
@@ -116,7 +121,7 @@ def _workload(spec: study_spec.Spec, size: str, workload: str,
 
 def _row(spec: study_spec.Spec, measures: list[dict], size: str, workload: str,
          point: sweep_spec.Point) -> dict:
-  from training import limits, runs
+  from training import runs
   from training.data import pipeline
   who = f'{spec.file}, variant {point.name!r} at size {size!r} on {workload!r}'
   try:

@@ -29,14 +29,15 @@ def write(workdir, frozen: frozen_lib.Frozen, found: phases.Found,
     found: so far.
     planned: how many runs each phase has, as far as it is known.
   """
+  ran = codes(workdir)
   save(pathlib.Path(workdir) / FILE, {
       'study': {'name': frozen.plan.name, 'hash': frozen.hash},
       **{name: plans.to_json(getattr(found, name)) for name in (
           'outcomes', 'noise', 'announced', 'tuned', 'screen', 'confirm')},
       'phases': {phase: _spent(workdir, phase, found, planned)
                  for phase in plans.PHASES},
-      'as_planned': as_planned(workdir, frozen),
-      'provenance': {'codes': codes(workdir), 'devices': _devices(workdir),
+      'as_planned': as_planned(workdir, frozen, ran),
+      'provenance': {'codes': ran, 'devices': _devices(workdir),
                      'versions': versions()}})
 
 
@@ -107,8 +108,10 @@ def wall_seconds(workdir, phase: str) -> float:
   return total
 
 
-def as_planned(workdir, frozen: frozen_lib.Frozen) -> dict[str, Any]:
-  """Returns whether what ran is what was planned, and what is not."""
+def as_planned(workdir, frozen: frozen_lib.Frozen, ran: Sequence[str]
+               ) -> dict[str, Any]:
+  """Returns whether what ran, by these codes, is what was planned, and what is
+  not."""
   from training.workdir import provenance
   differences = []
   for own in frozen.amendments:
@@ -117,7 +120,7 @@ def as_planned(workdir, frozen: frozen_lib.Frozen) -> dict[str, Any]:
         f'The plan was changed ({", ".join(own["changed"])}) when {seen} had '
         f'been looked at. Reason: {own["reason"]}')
   differences += [own['told'] for own in frozen.notes]
-  planned, ran = provenance.codes([frozen.code]), codes(workdir)
+  planned = provenance.codes([frozen.code])
   others = [code for code in ran if planned and code not in planned]
   if others:
     differences.append(f'The plan was made with {planned[0]}, and runs were '

@@ -63,7 +63,8 @@ def go(workdir, frozen: frozen_lib.Frozen, own: phases.Trainer, args) -> int:
     own: trains the runs.
     args: until, anyway, group and parallel, as add_arguments defines them.
   """
-  planned = {c.phase: c.runs for c in costs.of(frozen, args.group, None)}
+  each = costs.of(frozen, args.group, None)
+  planned = {cost.phase: cost.runs for cost in each}
 
   def after(found: phases.Found) -> None:
     results.write(workdir, frozen, found, planned)
@@ -71,8 +72,7 @@ def go(workdir, frozen: frozen_lib.Frozen, own: phases.Trainer, args) -> int:
 
   noted = any(note['told'].startswith(_ANYWAY) for note in frozen.notes)
   until = plans.PHASES[-1] if args.until == REPORT else args.until
-  print(costs.table(costs.of(frozen, args.group, None), args.parallel),
-        flush=True)
+  print(costs.table(each, args.parallel), flush=True)
   try:
     found = phases.run(frozen, own, until, args.anyway or noted, after)
   except trainer.Stopped:

@@ -8,7 +8,7 @@ import shlex
 import subprocess
 import sys
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def this_start() -> dict[str, str | None]:

@@ -35,6 +35,10 @@ def code(root):
   return provenance._code(root)
 
 
+def test_the_code_is_that_of_the_whole_project():
+  assert (provenance.ROOT / 'train.py').is_file()
+
+
 def test_commit_and_what_differs_from_it(repository):
   clean = code(repository)
   assert len(clean['commit']) == 40 and clean['diff'] == ''

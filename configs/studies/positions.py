@@ -1,0 +1,54 @@
+"""Which position encoding should a small GPT have?
+
+Lab note. Rotary positions, ALiBi, T5's bias, none at all, and learned positions
+as the base, in GPT-2's wiring at 40, 120 and 230 thousand parameters, on the
+State of the Union messages by bytes and on three probes with the settings of
+configs/probes/small.py. Learned positions are parameters that the others have
+not, so the feed-forward networks are made wider until all have as many. The
+learning rate is tuned for each encoding, size and workload.
+  python -m tools.study plan configs/studies/positions.py --parallel=2 --time
+  python -m tools.study run configs/studies/positions.py \
+      --workdir runs/positions --parallel=2
+"""
+
+from configs import gpt
+
+QUESTION = 'Which position encoding should a small GPT have?'
+SIZES = {
+    's': {'model.d_model': 32, 'model.num_layers': 2, 'model.num_heads': 2},
+    'm': {'model.d_model': 48, 'model.num_layers': 3, 'model.num_heads': 3},
+    'l': {'model.d_model': 64, 'model.num_layers': 4, 'model.num_heads': 4},
+}
+_PROBE = {'data.length': 32, 'train.steps': 600, 'probe.examples': 100_000}
+WORKLOADS = {
+    'text': {},
+    'mqar': {**_PROBE, 'probe.vocab': 64, 'probe.levels': (2, 4, 8)},
+    'copy': {**_PROBE, 'probe.levels': tuple(range(1, 16))},
+    'parity': {**_PROBE, 'probe.levels': tuple(range(1, 17))},
+}
+SEEDS = {'noise': 6, 'tune': 1, 'screen': 8, 'confirm': 8}
+TUNING = {'fields': {'optim.lr': (2e-3, 4e-3, 8e-3)}, 'extend': 1}
+EFFECT = 0.06  # nats a byte
+MATCH = 'params'
+
+
+def base():
+  c = gpt.get_config('tiny')
+  c.model.update(d_model=32, num_layers=2, num_heads=2, max_len=64)
+  c.data.update(length=64, batch_size=32)
+  c.train.steps = 300
+  c.optim.update(lr=4e-3, warmup_steps=30)
+  c.eval.update(every_steps=30, batches=16)
+  c.checkpoint.update(every_steps=300, keep=1)
+  return c
+
+
+get_config = base
+
+
+def sweep(add):
+  add('learned')
+  add('rope', **{'model.position': 'rope'})
+  add('alibi', **{'model.position': 'alibi'})
+  add('relative', **{'model.position': 'relative'})
+  add('none', **{'model.position': 'none'})

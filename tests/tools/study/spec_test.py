@@ -1,0 +1,170 @@
+"""A study's file: what is planned of it, and what is refused."""
+
+import json
+import math
+import pathlib
+
+import pytest
+
+from configs.errors import RequestError
+from tests.helpers import studies
+from tools.study import costs, freeze
+from tools.study import frozen as frozen_lib
+from tools.study import phases
+from tools.study import plan as plans
+
+PROBE = ("WORKLOADS = {'text': {}, 'copy': {'data.length': 8, "
+         "'probe.levels': (1, 2), 'train.steps': 8}}")
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  return tmp_path_factory.mktemp('studies')
+
+
+@pytest.fixture(scope='module')
+def frozen(folder):
+  """With a probe, matched by parameters."""
+  return freeze.freeze(studies.write(
+      folder, f"{PROBE}\nMATCH = 'params'\nALPHA = 0.01",
+      sweep="add('wide', **{'model.ffn': 'swiglu'})"))
+
+
+def test_the_plan_is_what_the_file_says(frozen, folder):
+  plan = frozen.plan
+  assert (plan.name, plan.base, plan.variants) == ('made', 'base', ('wide',))
+  assert plan.sizes == plan.tuned_sizes == ('s', 'm', 'l')
+  assert plan.workloads == ('text', 'copy')
+  assert (plan.alpha, plan.q, plan.effect) == (0.01, 0.05, 0.5)
+  loss, copy = plan.measures
+  assert loss == plans.Measure('loss', 'text', 'loss', 'lower',
+                               math.log(frozen.points[0]['vocab']))
+  assert copy == plans.Measure('copy', 'copy', 'accuracy', 'higher', 0.0)
+  assert set(frozen.sources) == {'file', f'text:{folder}/texts/*.txt'}
+  assert frozen.sources['file'] == frozen_lib.digest(
+      pathlib.Path(plan.file).read_bytes())
+
+
+def test_each_point_is_matched_at_its_size_and_stays_so_on_a_probe(frozen):
+  widths = set()
+  for size in frozen.plan.sizes:
+    base = frozen.point('base', size, 'text')
+    wide = frozen.point('wide', size, 'text')
+    assert abs(wide['params'] / base['params'] - 1) <= 0.01
+    assert wide['matched'] == ['model.d_ff']
+    widths.add(wide['changes']['model.d_ff'])
+    probe = frozen.point('wide', size, 'copy')
+    assert probe['changes']['model.d_ff'] == wide['changes']['model.d_ff']
+    assert probe['changes']['train.steps'] == 8
+    assert probe['changes']['optim.warmup_steps'] == 2
+  assert len(widths) == 3
+
+
+def test_the_costs_are_those_of_the_runs_that_are_asked_for(frozen):
+  by_phase = {cost.phase: cost for cost in costs.of(frozen, 8, None)}
+  assert by_phase['noise'].runs == 3 * 2 * 2 * 3
+  # Two candidates at half of the steps, then one at all of them.
+  assert by_phase['tune'].runs == 2 * 3 * 2 * 3
+  assert by_phase['screen'].runs == 2 * 2 * 3
+  assert by_phase['confirm'].runs == 2 * 3 * 2 * 3
+  tokens = 4 * 8 * (4 + 8)  # of a run on the text, and of one on the probe
+  assert by_phase['noise'].tokens == 3 * 2 * 3 * tokens
+  assert by_phase['tune'].tokens == 2 * 3 * (2 * 0.5 + 1) * tokens
+  # Base and base-again are one program; three seeds of a variant are another.
+  assert by_phase['noise'].programs == 6 and by_phase['screen'].programs == 4
+  assert by_phase['screen'].seconds is None
+  known = costs.of(frozen, 8, costs.Times(
+      {(size, workload): 0.5 for size in frozen.plan.sizes
+       for workload in frozen.plan.workloads}, 10.0))
+  assert known[2].seconds == 6 * (4 + 8) * 0.5 + 4 * 10.0
+
+
+def test_a_plan_comes_back_from_its_file(frozen):
+  tree = json.loads(json.dumps(frozen_lib.to_json(frozen)))
+  back = frozen_lib.from_json(tree, 'study.json')
+  assert back.hash == frozen.hash == tree['hash']
+  assert frozen_lib.changed(back, frozen) == []
+  assert [run.point for run in phases.noise_runs(back)] == [
+      run.point for run in phases.noise_runs(frozen)]
+
+
+def test_muP_tunes_the_smallest_size_alone(folder):
+  mup = "c.model.update(parametrization='mup', mup_base_width=8)"
+  assert freeze.freeze(studies.write(folder, base=mup)).plan.tuned_sizes == (
+      's',)
+
+
+REFUSED = {
+    'no base': (dict(drop='def base():'), r'made.py'),
+    'no sizes': (dict(constants='del SIZES'), 'has no SIZES'),
+    'one size': (dict(constants="SIZES = {'s': {}}"), 'SIZES has 1 of them'),
+    'two sizes': (dict(constants="SIZES = {'s': {}, 'm': {}}"),
+                  'SIZES has 2 of them: a study has at least 3'),
+    'sizes that fall': (dict(
+        constants='SIZES = dict(reversed(SIZES.items()))'),
+        'write them smallest first'),
+    'no effect': (dict(drop='EFFECT = 0.5'), 'has no EFFECT'),
+    'one seed': (dict(constants="SEEDS['confirm'] = 1"),
+                 'SEEDS has 1 for confirm: .* says nothing about noise'),
+    'no variant': (dict(sweep='pass'), 'adds nothing but the base'),
+    'a constant that nothing reads': (dict(constants='ALPAH = 0.1'),
+                                      'has ALPAH, .* Did you mean ALPHA'),
+    'alpha of 2': (dict(constants='ALPHA = 2.0'), 'ALPHA is 2.0'),
+    'other data': (dict(sweep="add('x', **{'data.length': 4})"),
+                   "'x' sets data.length: every variant of a study has the "
+                   'same data'),
+    'more steps': (dict(sweep="add('x', **{'train.steps': 9})"),
+                   "'x' sets train.steps: .* as many steps"),
+    'a size that tunes': (dict(constants="SIZES['m']['optim.lr'] = 1e-3"),
+                          "size 'm' sets optim.lr, which TUNING tunes"),
+    'a variant that tunes': (dict(sweep="add('x', **{'optim.lr': 1e-3})"),
+                             "variant 'x' sets optim.lr, which TUNING tunes"),
+    'a seed of its own': (dict(constants="SIZES['m']['init_seed'] = 1"),
+                          'sets init_seed, which the study sets itself'),
+    'a field of two': (dict(sweep="add('x', **{'model.d_model': 32})"),
+                       "'x' and size 's' both set model.d_model"),
+    'no budget': (dict(constants="TUNING = {'rungs': 9}"),
+                  'TUNING buys less than one run: its first rung trains 0.0039'
+                  ),
+    'one value': (dict(constants="TUNING['fields'] = {'optim.lr': (1e-3,)}"),
+                  'write two values or more, rising'),
+    'no such field': (dict(constants="TUNING['fields'] = {'optim.rl': (1, 2)}"),
+                      "did you mean 'optim.lr'"),
+    'no such workload': (dict(constants=(
+        "MEASURES = ({'workload': 'copy', 'figure': 'accuracy'},)")),
+        "unknown workload of a measure 'copy'"),
+    'a measure of nothing': (dict(constants="MEASURES = ({'figure': 'los'},)"),
+                             'it is not known which value'),
+    'a measure without a chance': (dict(constants=(
+        "MEASURES = ({'figure': 'loss'}, {'figure': 'samples/x', "
+        "'better': 'higher'})")), 'needs a chance'),
+    'a measure that no variant can have': (dict(constants=(
+        "MEASURES = ({'figure': 'loss'}, {'figure': 'routing/entropy', "
+        "'better': 'higher', 'chance': 0})")),
+        "routing/entropy' of text, which variant 'base' cannot have"),
+    'a probe first': (dict(constants=PROBE + (
+        "\nMEASURES = ({'workload': 'copy', 'figure': 'accuracy'}, "
+        "{'figure': 'loss'})")), "the first is the one that the verdict is on"),
+    'nothing held out': (dict(base='c.data.holdout_every = 0'),
+                         'a study needs text that is held out'),
+    'one document held out': (dict(base='c.data.holdout_every = 8'),
+                              'none for eval with eval.part=second'),
+    'tasks': (dict(constants="TASKS = ('loss',)"), 'has TASKS'),
+    'the name of the twin': (dict(sweep="add('base-again', init_seed=3)"),
+                             'call it otherwise'),
+    'patience': (dict(base="c.eval.update(patience=3, best='loss')"),
+                 'eval.patience is 3'),
+}
+
+
+@pytest.mark.parametrize('case', REFUSED)
+def test_what_cannot_be_a_study_is_refused(case, tmp_path):
+  fields, told = REFUSED[case]
+  with pytest.raises(RequestError, match=told):
+    freeze.freeze(studies.write(tmp_path, **fields))
+  assert not (tmp_path / 'study.json').exists()
+
+
+def test_a_missing_file_is_refused_with_those_that_are_there():
+  with pytest.raises(RequestError, match='configs/studies/tiny.py'):
+    freeze.freeze('configs/studies/tyni.py')
