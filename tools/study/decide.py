@@ -46,53 +46,49 @@ def noise(plan: Plan, outcomes: Iterable[Outcome]) -> list[findings.Noise]:
   """Returns, for each measure, a row for each size, one for the screening, and
   one for the confirmation, which is over the mean of the sizes.
 
-  Sizes are taken to be independent for the last: they have other parameters.
-  Its degrees of freedom are Welch and Satterthwaite's.
+  The last is measured as it is tested, by the seeds' means over the sizes: to
+  take the sizes for independent would give it more degrees of freedom, and
+  promise far too much where they are not.
   """
   runs = of_phase(outcomes, 'noise')
   found = []
   for measure in plan.measures:
     both = {size: _both(runs, AGAIN, plan.base, size, measure.workload)
             for size in plan.sizes}
-    sds, frees, lost = {}, {}, {}
-    for size, pairs in both.items():
-      values = _differences(pairs, measure)
-      sds[size] = (float(np.std(values, ddof=1)) if len(values) > 1 else None)
-      frees[size] = len(values) - 1
-      lost[size] = [x.diverged for pair in pairs.values() for x in pair]
-    every = [x for own in lost.values() for x in own]
-    rate = sum(every) / len(every) if every else 0.0
+    lost = [x.diverged for pairs in both.values()
+            for pair in pairs.values() for x in pair]
+    rate = sum(lost) / len(lost) if lost else 0.0
     for name, phase, sizes in (
         *((size, 'confirm', (size,)) for size in plan.sizes),
         (plan.sizes[0], 'screen', plan.sizes[:1]),
         (ALL, 'confirm', plan.sizes)):
-      found.append(_noise_row(
-          plan, measure, name, phase, [sds[s] for s in sizes],
-          [frees[s] for s in sizes], [x for s in sizes for x in lost[s]],
-          rate))
+      found.append(_noise_row(plan, measure, name, phase,
+                              [both[size] for size in sizes], rate))
   return found
 
 
-def _noise_row(plan, measure, size, phase, sds, frees, lost, rate):
+def _noise_row(plan: Plan, measure: Measure, name: str, phase: str, sizes,
+               rate: float) -> findings.Noise:
   share = plan.alpha if phase == 'confirm' else plan.q
   level, seeds = share / len(plan.variants), getattr(plan.seeds, phase)
-  first = findings.Noise(
-      size, measure.name, phase, min(frees) + 1, None, None, None, 0.0,
-      sum(lost), len(lost), seeds, level, None, None, None)
-  if None in sds:
-    return first
+  by_seed = _differences_by_seed(sizes, measure)
+  lost = [x.diverged for pairs in sizes for pair in pairs.values()
+          for x in pair]
+  row = findings.Noise(
+      name, measure.name, phase, len(by_seed), None, None, None,
+      max(len(by_seed) - 1, 0), sum(lost), len(lost), seeds, level, None, None,
+      None)
+  if len(by_seed) < 2:
+    return row
   from scipy.stats import chi2
-  variances = [sd * sd for sd in sds]
-  total = sum(variances)
-  sd = math.sqrt(total) / len(sds)
-  df = total ** 2 / sum(v * v / k for v, k in zip(variances, frees)
-                        ) if total else float(sum(frees))
-  ends = (sd * math.sqrt(df / chi2.isf(tail, df)) for tail in (0.025, 0.975))
-  test = dict(sds=sds, df=df, level=level, rate=rate, limit=plan.unstable)
+  sd = float(np.std(_means(by_seed), ddof=1))
+  low, high = (sd * math.sqrt(row.df / chi2.isf(tail, row.df))
+               for tail in (0.025, 0.975))
+  test = dict(sd=sd, sds=np.std(list(by_seed.values()), axis=0, ddof=1),
+              df=row.df, level=level, rate=rate, limit=plan.unstable)
   primary = measure == plan.primary
-  low, high = map(float, ends)
   return dataclasses.replace(
-      first, sd=sd, sd_low=low, sd_high=high, df=df,
+      row, sd=sd, sd_low=low, sd_high=high,
       smallest_effect=power.smallest_effect(plan.power, seeds=seeds, **test),
       seeds_needed=power.seeds_needed(plan.effect, plan.power, **test)
       if primary else None,

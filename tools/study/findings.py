@@ -22,8 +22,9 @@ class Noise:
       tests.
     measure: its name.
     phase: whose test the last five figures are of: 'screen' or 'confirm'.
-    pairs: that both ended.
-    sd, sd_low, sd_high: of the paired differences, with its interval.
+    pairs: that both ended, at all sizes of the row.
+    sd, sd_low, sd_high: of the paired differences, or of their means over the
+      sizes, with its interval.
     df: degrees of freedom of sd.
     diverged, runs: of the base's runs of this row.
     seeds: that the phase has.
@@ -42,7 +43,7 @@ class Noise:
   sd: float | None
   sd_low: float | None
   sd_high: float | None
-  df: float
+  df: int
   diverged: int
   runs: int
   seeds: int

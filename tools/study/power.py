@@ -44,7 +44,11 @@ def _normal(dims: int) -> np.ndarray:
 @functools.lru_cache(maxsize=1024)
 def _spread(df: float, column: int, dims: int) -> np.ndarray:
   """Returns sqrt(chi2_df / df) of one column of the points: dear, and so kept
-  for the next time."""
+  for the next time. Where df is large, by Wilson and Hilferty (1931), who err
+  by less than 1e-4 there."""
+  if df > 40:
+    part = 2 / (9 * df)
+    return (1 - part + _normal(dims)[:, column] * part ** 0.5) ** 1.5
   from scipy.special import gammaincinv
   return np.sqrt(2 * gammaincinv(df / 2, _uniform(dims)[:, column]) / df)
 
@@ -56,43 +60,58 @@ def _lost(runs: int, rate: float) -> tuple[np.ndarray, np.ndarray]:
   return rng.binomial(runs, rate, DRAWS), rng.binomial(runs, rate, DRAWS)
 
 
-def least_effects(sds: Sequence[float], df: float, seeds: int, level: float,
-                  rate: float = 0.0, limit: float = 1.0) -> np.ndarray:
+def least_effects(sd: float, sds: Sequence[float], df: float, seeds: int,
+                  level: float, rate: float = 0.0, limit: float = 1.0
+                  ) -> np.ndarray:
   """Returns the least effect, of any sign, that each drawn study would find:
   significant over seeds and of one direction at all sizes.
 
   Args:
-    sds: of the paired differences at each size that the test is over.
-    df: degrees of freedom of their estimate.
+    sd: of a seed's mean over the sizes of the paired differences.
+    sds: of the paired differences at each of these sizes. Where they alone
+      would give the mean another spread than `sd`, the sizes of a seed are
+      drawn as hanging together (more), or all of them as less noisy (less).
+    df: degrees of freedom of the estimate.
     seeds: how many the test has.
     level: two-sided.
     rate: the share of runs that diverge, of variant and base alike.
     limit: the share above which a variant is unstable, and found nothing.
   """
   from scipy.special import stdtrit
-  sds = np.asarray(sds, float)
-  sizes = len(sds)
+  sizes, sds, shared = _sizes(sd, np.asarray(sds, float))
   if seeds < FEWEST:
     return np.full(DRAWS, np.inf)
-  dims = sizes + 2
+  dims = sizes + 3
   n, void = np.array([seeds]), np.array([False])
   if rate:
     ours, base = _lost(seeds * sizes, rate)
     n = seeds - np.minimum(ours + base, seeds)
     void = (n < FEWEST) | (ours > limit * seeds * sizes)
     n = np.maximum(n, FEWEST)
-  means = _normal(dims)[:, :sizes] * sds / np.sqrt(n)[:, None]
+  z = _normal(dims)
+  means = (z[:, :sizes] * (1 - shared) ** 0.5 + z[:, -1:] * shared ** 0.5
+           ) * sds / np.sqrt(n)[:, None]
   seen = np.empty(DRAWS)  # of the spread that the test is going to see
   for k in set(n.tolist()):
     at = n == k if len(n) > 1 else slice(None)
     seen[at] = _spread(float(k - 1), sizes, dims)[at]
-  half = (stdtrit(n - 1, 1 - level / 2) * seen * np.sqrt(np.sum(sds ** 2))
-          / sizes / np.sqrt(n))
+  half = stdtrit(n - 1, 1 - level / 2) * seen * sd / np.sqrt(n)
   need = means.mean(1) + half
   if sizes > 1:
     need = np.maximum(need, means.max(1))
   need = need / _spread(round(df, 1), sizes + 1, dims)
   return np.where(void, np.inf, need)
+
+
+def _sizes(sd: float, sds: np.ndarray) -> tuple[int, np.ndarray, float]:
+  """Returns the number of sizes, their deviations, and the correlation of
+  each two, with which their mean has the deviation `sd`."""
+  sizes = len(sds)
+  apart = np.sum(sds ** 2) / sizes ** 2
+  together = (np.sum(sds) / sizes) ** 2
+  if sd * sd <= apart or together <= apart:
+    return sizes, sds * (sd / np.sqrt(apart) if apart else 1.0), 0.0
+  return sizes, sds, min((sd * sd - apart) / (together - apart), 1.0)
 
 
 def power(effect: float, *args, **kwargs) -> float:
@@ -108,11 +127,11 @@ def smallest_effect(wanted: float, *args, **kwargs) -> float | None:
   return found if np.isfinite(found) else None
 
 
-def seeds_needed(effect: float, wanted: float, sds, df: float, level: float,
-                 **kwargs) -> int | None:
+def seeds_needed(effect: float, wanted: float, sd: float, sds, df: float,
+                 level: float, **kwargs) -> int | None:
   """Returns the least number of seeds with the power `wanted`; None where
   MOST_SEEDS are too few."""
-  enough = lambda seeds: power(effect, sds, df, seeds, level,
+  enough = lambda seeds: power(effect, sd, sds, df, seeds, level,
                                **kwargs) >= wanted
   low, high = FEWEST - 1, FEWEST
   while not enough(high):

@@ -19,27 +19,27 @@ KNOWN = 1e7  # degrees of freedom of a deviation that is known
 @pytest.mark.parametrize('level', [0.05, 0.01])
 def test_one_size_of_known_noise_is_statsmodels_power(seeds, level):
   for wanted in (0.3, 0.8):
-    effect = power.smallest_effect(wanted, [0.02], KNOWN, seeds, level)
+    effect = power.smallest_effect(wanted, 0.02, [0.02], KNOWN, seeds, level)
     expected = TTestPower().power(effect / 0.02, seeds, level)
     assert expected == pytest.approx(wanted, abs=0.006)
 
 
 @pytest.mark.parametrize('effect', [0.01, 0.02, 0.06])
 def test_the_seeds_that_an_effect_needs_are_statsmodels(effect):
-  needed = power.seeds_needed(effect, 0.8, [0.03], KNOWN, 0.05)
+  needed = power.seeds_needed(effect, 0.8, 0.03, [0.03], KNOWN, 0.05)
   expected = TTestPower().solve_power(effect / 0.03, None, 0.05, 0.8)
   assert needed == max(np.ceil(expected), 3) or abs(
       needed / expected - 1) < 0.02
-  assert power.power(effect, [0.03], KNOWN, needed, 0.05) >= 0.8
+  assert power.power(effect, 0.03, [0.03], KNOWN, needed, 0.05) >= 0.8
   if needed > 3:
-    assert power.power(effect, [0.03], KNOWN, needed - 1, 0.05) < 0.8
+    assert power.power(effect, 0.03, [0.03], KNOWN, needed - 1, 0.05) < 0.8
 
 
 def test_noise_that_no_number_of_seeds_beats_is_said_to_be_so():
-  assert power.seeds_needed(1e-6, 0.8, [1.0], KNOWN, 0.05) is None
-  assert power.smallest_effect(0.8, [1.0], KNOWN, 2, 0.05) is None
+  assert power.seeds_needed(1e-6, 0.8, 1.0, [1.0], KNOWN, 0.05) is None
+  assert power.smallest_effect(0.8, 1.0, [1.0], KNOWN, 2, 0.05) is None
   # More than half of what is run diverges, and 10 % may.
-  assert power.smallest_effect(0.8, [1.0], 9, 8, 0.05, rate=0.6,
+  assert power.smallest_effect(0.8, 1.0, [1.0], 9, 8, 0.05, rate=0.6,
                                limit=0.1) is None
 
 
@@ -69,9 +69,25 @@ def test_sizes_that_must_agree_and_runs_that_diverge_cost_what_is_said(
     sds, seeds, rate):
   rule = dict(level=0.02, rate=rate, limit=0.1)
   for effect in (0.015, 0.03):
-    said = power.power(effect, sds, KNOWN, seeds, **rule)
+    sd = np.sqrt(np.sum(np.square(sds))) / len(sds)
+    said = power.power(effect, sd, sds, KNOWN, seeds, **rule)
     assert said == pytest.approx(
         _drawn(sds, seeds, effect=effect, **rule), abs=0.03)
+
+
+def test_sizes_that_hang_together_average_less_noise_away():
+  sds = (0.02, 0.03, 0.04)
+  for share in (0.0, 0.5, 1.0):
+    sd = np.sqrt((1 - share) * np.sum(np.square(sds)) + share * np.sum(sds) ** 2
+                 ) / 3
+    rng = np.random.default_rng(0)
+    common = rng.normal(size=(20_000, 6, 1)) * np.sqrt(share)
+    own = rng.normal(size=(20_000, 6, 3)) * np.sqrt(1 - share)
+    d = -0.04 + np.array(sds) * (common + own)
+    test = stats.ttest_1samp(d.mean(2), 0, axis=1)
+    found = np.mean((test.pvalue < 0.02) & (d.mean(1) < 0).all(1))
+    assert power.power(0.04, sd, sds, KNOWN, 6, 0.02) == pytest.approx(
+        found, abs=0.015)
 
 
 def _noise_outcomes(sds, seeds, rng):
@@ -84,8 +100,9 @@ def test_an_estimated_noise_is_announced_so_that_the_power_is_right():
   plan = made.plan(measures=made.plan().measures[:1], effect=0.015)
   rng = np.random.default_rng(1)
   sds = np.array([0.04, 0.02, 0.02])
-  known = dict(sds=sds, df=KNOWN, seeds=5, level=0.025)
-  alone = dict(sds=sds[:1], df=KNOWN, seeds=5, level=0.025)
+  sd = np.sqrt(np.sum(sds ** 2)) / 3
+  known = dict(sd=sd, sds=sds, df=KNOWN, seeds=5, level=0.025)
+  alone = dict(sd=sds[0], sds=sds[:1], df=KNOWN, seeds=5, level=0.025)
   smallest, single, needed = [], [], []
   for _ in range(60):
     rows = {(row.size, row.phase): row for row in decide.noise(
@@ -102,7 +119,7 @@ def test_an_estimated_noise_is_announced_so_that_the_power_is_right():
   naive = []
   for _ in range(60):
     sd = 0.04 * np.sqrt(rng.chisquare(5) / 5)
-    effect = power.smallest_effect(0.8, [sd], KNOWN, 5, 0.025)
+    effect = power.smallest_effect(0.8, sd, [sd], KNOWN, 5, 0.025)
     naive.append(power.power(effect, **alone))
   assert np.mean(naive) < 0.77
 
@@ -123,9 +140,10 @@ def test_noise_rows_are_the_deviations_of_the_pairs():
         (row.sd * np.sqrt(5 / stats.chi2.isf(0.025, 5)),
          row.sd * np.sqrt(5 / stats.chi2.ppf(0.025, 5))))
   whole = rows[-1]
-  assert whole.sd == pytest.approx(np.sqrt(np.sum(np.square(spread))) / 3)
-  # Satterthwaite: statsmodels' Welch of two samples has the same formula.
-  assert 5 <= whole.df <= 15
+  assert whole.sd == pytest.approx(np.std(
+      [np.mean([values[plans.AGAIN, size, s] - values['base', size, s]
+                for size in made.SIZES]) for s in range(6)], ddof=1))
+  assert whole.df == 5
   assert whole.level == 0.025 and whole.runs == 36 and whole.pairs == 6
 
 
