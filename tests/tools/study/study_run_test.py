@@ -113,19 +113,18 @@ def test_what_is_done_is_not_done_again(whole, frozen):
   assert read(workdir) == found
 
 
-def test_runs_that_diverge_are_results(frozen, tmp_path):
+@pytest.mark.parametrize('loss', [None, 7.0], ids=(
+    'too many bad steps', 'above what guessing gives'))
+def test_runs_that_diverge_are_results(frozen, tmp_path, loss):
   lost = frozen.plan.seeds.of('noise')[0]
-  for loss in (None, 7.0):  # too many bad steps; above what guessing gives
-    workdir = tmp_path / str(loss)
-    start(workdir, frozen, until='noise', anyway=True, loss=lambda config: (
-        loss if config.seed == lost and not config.init_seed
-        else loss_of(config)))
-    found = read(workdir)
-    bad = [x for x in found['outcomes'] if x['diverged']]
-    assert len(bad) == found['phases']['noise']['failed'] == 3
-    assert {(x['variant'], x['seed']) for x in bad} == {('base', lost)}
-    assert all(x['values'] == {'loss': frozen.plan.primary.chance}
-               for x in bad)
+  start(tmp_path, frozen, until='noise', anyway=True, loss=lambda config: (
+      loss if config.seed == lost and not config.init_seed
+      else loss_of(config)))
+  found = read(tmp_path)
+  bad = [x for x in found['outcomes'] if x['diverged']]
+  assert len(bad) == found['phases']['noise']['failed'] == 3
+  assert {(x['variant'], x['seed']) for x in bad} == {('base', lost)}
+  assert all(x['values'] == {'loss': frozen.plan.primary.chance} for x in bad)
 
 
 def test_runs_that_fail_otherwise_end_the_study_and_are_retried(
