@@ -91,7 +91,7 @@ def _matched(spec: study_spec.Spec, size: str) -> tuple[sweep_spec.Point, ...]:
     return sweep.points
   try:
     return matching.match(sweep, what, spec.given['MATCH_FIELD'],
-                          lambda config: getattr(cost.of(config), what)).points
+                          lambda config: cost.figure(config, what)).points
   except RequestError as error:
     raise RequestError(f'{spec.file}, size {size!r}, {error}') from error
 

@@ -70,7 +70,7 @@ def describe(args) -> dict:
                        f'matched: pass --match, of {", ".join(matching.WHAT)}')
   if args.match:
     sweep = matching.match(sweep, args.match, args.match_field,
-                           lambda config: getattr(cost.of(config), args.match))
+                           lambda config: cost.figure(config, args.match))
   base = cost.of(sweep.base)
   description = {
       'name': sweep.name, 'file': sweep.file, 'match': sweep.match,

@@ -47,6 +47,14 @@ def of(config) -> Cost:
       run_config.flatten_dict({'model': dataclasses.asdict(model)}))
 
 
+def figure(config, what: str) -> float:
+  """Returns one figure of a Cost alone: parameters without a trace of what is
+  computed with them."""
+  if what in ('params', 'active_params'):
+    return _parameters(_resolved(config))[what == 'active_params']
+  return getattr(of(config), what)
+
+
 def bytes_per_device(config, devices: int = 0) -> dict[str, int]:
   """Estimates the bytes on each device: parameters, gradients, optimiser, what
   the backward pass keeps, the largest layer, and the peak, their sum. `check
