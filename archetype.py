@@ -379,8 +379,8 @@ def _with_fields(config: ModelConfig, fields: Mapping[str, Any]) -> ModelConfig:
 
 
 # Other fields are derived from these when a run's config is resolved.
-_SIZES = ('arch', 'd_model', 'num_heads', 'head_dim', 'parametrization',
-          'mup_base_width', 'mup_base_head_dim')
+_SIZES = ('arch', 'd_model', 'num_heads', 'head_dim', 'kinds',
+          'parametrization', 'mup_base_width', 'mup_base_head_dim')
 
 
 def _names(group: Any) -> list[str]:

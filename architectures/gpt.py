@@ -7,8 +7,8 @@ Brown et al. 2020).
   logits = LayerNorm(x_N) E^T             the embedding, tied
 
 GPT-3 is GPT-2 with attention that alternates between dense and locally banded
-layers (section 2.1): `model.attention='global,banded'`. The paper does not
-give the band's width; configs/gpt.py says which is taken.
+layers (section 2.1): `model.pattern='global,banded'`. The paper does not give
+the band's width; configs/gpt.py says which is taken.
 
 Residual projections start smaller by 1/sqrt(2N) (GPT-2, section 2.3).
 """

@@ -17,4 +17,4 @@ class RumouredGPT4(Decoder):
   ARCH = 'gpt4-rumoured'
   PARTS = dict(position='learned', norm='layernorm', block='pre_norm',
                attention='global', ffn='moe', tie_embeddings=True,
-               moe=dict(router='topk', top_k=2, ffn='gelu_tanh', every=1))
+               moe=dict(router='topk', top_k=2, ffn='gelu_tanh'))

@@ -30,8 +30,10 @@ Where transformers' NLLB-MoE deviates from the paper, and what is done here:
 
 from architectures import transformer
 from architectures.parts import hf
+from architectures.parts import kinds as layer_kinds
 from architectures.parts.config import ModelConfig
 from architectures.parts.encoder_decoder import EncoderDecoder
+from configs import kinds
 from configs.errors import one_of, require
 
 
@@ -39,8 +41,9 @@ class GShard(EncoderDecoder):
   """source [B, M], target [B, L] -> Output; see EncoderDecoder."""
   PARTS = dict(position='sinusoidal', sinusoid='fairseq', embed_scale=0.0,
                norm='layernorm', block='pre_norm', attention='global',
-               ffn='moe', tie_embeddings=True,
-               moe=dict(router='gshard', top_k=2, ffn='relu', every=2))
+               ffn='moe', tie_embeddings=True, pattern='dense,moe',
+               kinds=dict(dense=dict(ffn='dense'), moe={}),
+               moe=dict(router='gshard', top_k=2, ffn='relu'))
 
 
 FFNS = {'relu': 'relu', 'gelu': 'gelu', 'gelu_new': 'gelu_tanh'}
@@ -49,7 +52,8 @@ IN_TRAINING = 'second_expert_policy_in_training'  # a field of our own
 
 
 def _read(reader: hf.Reader, fields: dict) -> dict:
-  reader.must(decoder_sparse_step=fields['moe.every'])
+  every = reader('encoder_sparse_step', 4)
+  reader.must(decoder_sparse_step=every)
   dropout = reader('moe_token_dropout', 0.2)
   require(dropout == 0, f'config.json has moe_token_dropout {dropout}, '
           'which scales the experts in evaluation too: only 0 is known here')
@@ -69,9 +73,11 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
         'the second expert of a token out by chance, in evaluation too, and '
         'this import in training alone')
   room = fraction * fields['moe.num_experts'] / 2
-  return transformer.read_stacks(reader, fields, scaled=True) | dict(moe=dict(
-      router=reader.choose(IN_TRAINING, policy, ROUTERS), capacity_factor=1.0,
-      eval_capacity_factor=0.0 if fraction == 1 else room))
+  return transformer.read_stacks(
+      reader, fields, scaled=True) | kinds.with_experts({}, every) | dict(
+          moe=dict(router=reader.choose(IN_TRAINING, policy, ROUTERS),
+                   capacity_factor=1.0,
+                   eval_capacity_factor=0.0 if fraction == 1 else room))
 
 
 def _write(c: ModelConfig) -> dict:
@@ -80,11 +86,12 @@ def _write(c: ModelConfig) -> dict:
   require(c.ffn == 'moe' and m.router in policies,
           f'model.ffn is {c.ffn!r} with model.moe.router {m.router!r}: an '
           f'nllb-moe config.json knows moe with {", ".join(policies)}')
+  every = layer_kinds.experts_every(c)
   fraction = 2 * m.eval_capacity_factor / m.num_experts
   in_training = {} if m.router == 'topk' else {IN_TRAINING: policies[m.router]}
   return transformer.write_stacks(c) | in_training | dict(
-      decoder_sparse_step=m.every, second_expert_policy='all',
-      normalize_router_prob_before_dropping=True,
+      encoder_sparse_step=every, decoder_sparse_step=every,
+      second_expert_policy='all', normalize_router_prob_before_dropping=True,
       moe_eval_capacity_token_fraction=min(1.0, fraction) or 1.0,
       moe_token_dropout=0.0, pad_token_id=1)
 
@@ -113,7 +120,6 @@ HF = hf.HuggingFace(
         'vocab_size': ('vocab_size', 128112),
         'moe.ffn': ('activation_function', 'relu', FFNS),
         'moe.num_experts': ('num_experts', 128),
-        'moe.every': ('encoder_sparse_step', 4),
         'moe.balance_weight': ('router_aux_loss_coef', 0.001)},
     only=dict(is_encoder_decoder=True, tie_word_embeddings=True,
               router_bias=False, router_dtype='float32',

@@ -21,7 +21,7 @@ class Mixtral(Decoder):
   PARTS = dict(position='rope', norm='rmsnorm', block='pre_norm',
                attention='global', attention_bias=False, ffn='moe',
                ffn_bias=False, tie_embeddings=False,
-               moe=dict(router='topk', top_k=2, ffn='swiglu', every=1))
+               moe=dict(router='topk', top_k=2, ffn='swiglu'))
 
 
 def _read(reader: hf.Reader, fields: dict) -> dict:

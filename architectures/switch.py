@@ -23,8 +23,10 @@ Where transformers deviates from the paper, and what is done here:
 
 from architectures import t5
 from architectures.parts import hf
+from architectures.parts import kinds as layer_kinds
 from architectures.parts.config import ModelConfig
 from architectures.parts.encoder_decoder import EncoderDecoder
+from configs import kinds
 from configs.errors import require
 
 
@@ -33,8 +35,9 @@ class Switch(EncoderDecoder):
   PARTS = dict(position='relative', norm='rmsnorm', block='pre_norm',
                attention='global', attention_bias=False, attention_scale=1.0,
                ffn='moe', ffn_bias=False, tie_embeddings=True,
-               logits_scale=0.0,
-               moe=dict(router='switch', top_k=1, ffn='relu', every=2))
+               logits_scale=0.0, pattern='dense,moe',
+               kinds=dict(dense=dict(ffn='dense'), moe={}),
+               moe=dict(router='switch', top_k=1, ffn='relu'))
 
 
 FFNS = {'relu': 'relu', 'gelu_new': 'gelu_tanh', 'gelu': 'gelu'}
@@ -55,9 +58,10 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
         f' than {slots} tokens of a sequence send to one expert, in evaluation '
         'too, and this import drops nothing. The two compute the same for '
         f'sequences of up to {slots} tokens, and may differ for longer ones')
-  return t5.head(fields, fields['tie_embeddings']) | dict(moe=dict(
-      every=every, group_size=group, capacity_factor=factor,
-      eval_capacity_factor=factor if group else 0.0))
+  return t5.head(fields, fields['tie_embeddings']) | kinds.with_experts(
+      {}, every) | dict(moe=dict(
+          group_size=group, capacity_factor=factor,
+          eval_capacity_factor=factor if group else 0.0))
 
 
 def _every(reader: hf.Reader, stack: str, layers: int) -> int:
@@ -70,14 +74,14 @@ def _every(reader: hf.Reader, stack: str, layers: int) -> int:
 
 
 def _write(c: ModelConfig) -> dict:
-  m = c.moe
+  m, every = c.moe, layer_kinds.experts_every(c)
   require(c.ffn == 'moe', f'model.ffn is {c.ffn!r}: a switch config.json can '
           'only say moe')
   factor = m.eval_capacity_factor
   slots = -int(-factor * m.group_size // m.num_experts) if factor else 0
   return t5.write(c) | dict(
-      num_sparse_encoder_layers=c.num_layers // m.every,
-      num_sparse_decoder_layers=c.num_decoder_layers // m.every,
+      num_sparse_encoder_layers=c.num_layers // every,
+      num_sparse_decoder_layers=c.num_decoder_layers // every,
       expert_capacity=slots or ANY_CAPACITY) | (
           dict(moe_group_size=m.group_size) if slots else {})
 

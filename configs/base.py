@@ -234,8 +234,14 @@ def _model() -> dict:
       ),
       ffn='gelu',  # the feed-forward network; moe: a mixture of experts
       block='pre_norm',  # how norms, attention and networks are wired
-      # A pattern that is repeated over the layers, such as global,banded.
-      attention='global',
+      attention='global',  # which keys a query sees
+      # The kinds of layer, names of model.kinds, that are repeated over the
+      # layers, such as local,local,global; empty: all are the model's own.
+      pattern='',
+      prefix='',  # the kinds of the layers before the first period, likewise
+      # What the layers of a kind have of their own, by its name: such as
+      # dict(local=dict(window=512)). The fields of configs/kinds.py.
+      kinds={},
       # What computes attention over whole sequences. auto: splash on TPU and
       # cudnn on GPU, where they can. Decoding with a cache is always xla.
       attention_kernel='auto',
@@ -298,7 +304,6 @@ def _model() -> dict:
           router='topk',  # which experts see a token
           # The network of an expert, and of the dense layers between.
           ffn='gelu',
-          every=1,  # 1: all layers have experts; 2: every other layer; ...
           d_ff=0,  # hidden units of one expert; derived: model.d_ff
           # A dense network beside the experts, of this many times moe.d_ff.
           shared_experts=0,

@@ -84,8 +84,8 @@ def get_config(size: str = 'tiny'):
   c.optim.lr = 6e-4
   if size.startswith('gpt3-'):
     tokens, c.optim.lr = GPT3[size]
-    c.model.attention = 'global,banded'
-    c.model.sliding_window = 256
+    c.model.pattern = 'global,banded'
+    c.model.kinds = {'global': dict(window=0), 'banded': dict(window=256)}
     c.data.batch_size = max(int(tokens / 2048 / 16) * 16, 16)
     c.train.steps = int(300e9 / (c.data.batch_size * 2048))
     c.optim.warmup_steps = int(375e6 / (c.data.batch_size * 2048))

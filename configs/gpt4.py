@@ -47,7 +47,7 @@ def get_config(size: str = 'tiny'):
                  ffn='moe', block='pre_norm', tie_embeddings=True)
   experts = 8 if size == 'rumoured-8x220b' else 16
   c.model.moe.update(num_experts=experts, top_k=2, router='topk',
-                     ffn='gelu_tanh', every=1, dispatch='auto')
+                     ffn='gelu_tanh', dispatch='auto')
   c.data.length = c.model.max_len
   if size == 'tiny':
     c.data.batch_size = 8

@@ -39,7 +39,7 @@ def get_config(size: str = 'tiny'):
   size = size or 'tiny'
   row = dict(base.sized(size, SIZES))
   c.model.moe.update(
-      num_experts=row.pop('experts'), every=2, ffn='relu', router='gshard',
+      num_experts=row.pop('experts'), ffn='relu', router='gshard',
       top_k=2, capacity_factor=1.0, eval_capacity_factor=2.0,
       balance_loss='switch', balance_weight=0.01)
   c.model.update(row)
@@ -47,6 +47,7 @@ def get_config(size: str = 'tiny'):
   c.model.update(
       arch='gshard', num_decoder_layers=c.model.num_layers,
       position='sinusoidal', sinusoid='fairseq', norm='layernorm', ffn='moe',
+      pattern='dense,moe', kinds=dict(dense=dict(ffn='dense'), moe={}),
       block='pre_norm', tie_embeddings=True, embed_scale=0.0, init='fan_in',
       init_stddev=c.model.d_model ** -0.5)
   c.data.length = 64

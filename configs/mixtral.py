@@ -35,7 +35,7 @@ def get_config(size: str = 'tiny'):
                  block='pre_norm', attention_bias=False, ffn_bias=False,
                  tie_embeddings=False)
   c.model.moe.update(num_experts=8, top_k=2, router='topk', ffn='swiglu',
-                     every=1, dispatch='auto', capacity_factor=0.0,
+                     dispatch='auto', capacity_factor=0.0,
                      eval_capacity_factor=0.0, normalize_gates=True,
                      balance_weight=0.02)
   c.data.length = c.model.max_len

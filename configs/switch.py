@@ -24,7 +24,7 @@ loss of 2.396 nats a byte of the spans; the busiest expert has 1.04 times the
 mean load in the encoder, 1.18 in the decoder. The loss is still falling there.
 """
 
-from configs import base
+from configs import base, kinds
 
 _BASE = dict(num_layers=12, d_model=768, num_heads=12, d_ff=3072)
 
@@ -53,9 +53,10 @@ def get_config(size: str = 'tiny'):
   c = base.base()
   size = size or 'tiny'
   row = dict(head_dim=64, every=2, ffn='relu') | base.sized(size, SIZES)
+  c.model.update(kinds.with_experts({}, row.pop('every')))
   c.model.moe.update(
-      num_experts=row.pop('experts'), every=row.pop('every'),
-      ffn=row.pop('ffn'), router='switch', top_k=1, capacity_factor=1.25,
+      num_experts=row.pop('experts'), ffn=row.pop('ffn'), router='switch',
+      top_k=1, capacity_factor=1.25,
       eval_capacity_factor=2.0, jitter=0.01, balance_loss='switch',
       balance_weight=0.01, z_loss_weight=0.001)
   c.model.update(row)

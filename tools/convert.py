@@ -260,10 +260,13 @@ def _command(workdir: epath.Path, config) -> str:
   import architectures
   from training.workdir import run_config
   arch = config.model.arch
-  usual = run_config.flatten(_usual(arch))
+  usual, kinds = _usual(arch), config.model.kinds.to_dict()
+  flat = run_config.flatten(usual)
   changes = [f'--config.{name}={value}'
              for name, value in run_config.flatten(config).items()
-             if value != usual[name]]
+             if not name.startswith('model.kinds.') and value != flat[name]]
+  if kinds != usual.model.kinds.to_dict():
+    changes.append(f'--config.model.kinds={kinds}')
   return shlex.join(['python', 'train.py', '--config',
                      f'configs/{architectures.file_name(arch)}.py',
                      f'--workdir={workdir}', *changes])

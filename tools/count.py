@@ -6,9 +6,10 @@
 Printed are the parameters by part, all of them and those that are active for a
 token (with experts, the router and top_k experts); the FLOPs per token of
 training, prefill and decoding, with causal attention counted exactly; the bytes
-of the key-value cache for a token; and the bytes of the optimiser and of a
-checkpoint. `--all` prints each size of each system beside its published
-parameter count, and the difference.
+of the key-value cache for a token; with model.pattern, how many layers each
+kind has, what its fields are and what its cache takes; and the bytes of the
+optimiser and of a checkpoint. `--all` prints each size of each system beside
+its published parameter count, and the difference.
 """
 
 import importlib
@@ -76,6 +77,11 @@ def _text(f: dict) -> str:
     active = f['active_by_part'][part]
     lines.append(f'  {part:<26}{size:>20,}' + (
         f'{active:>20,} active' if active != size else ''))
+  for row in f['kinds_of_layer']:
+    said = ', '.join(f'{field}={value}' for field, value in
+                     row['changes'].items()) or 'as the model'
+    lines.append(f'{"layers of " + (row["kind"] or "no kind"):<28}'
+                 f'{row["layers"]:>20,} {said}')
   lines.append(f'FLOPs per token at length {f["length"]:,}')
   for kind, value in f['flops_per_token'].items():
     if value is not None:
@@ -83,6 +89,9 @@ def _text(f: dict) -> str:
   if f['kv_cache_bytes_per_token'] is not None:
     lines.append(f'{"KV-cache bytes per token":<28}'
                  f'{f["kv_cache_bytes_per_token"]:>20,}')
+    for row in f['kinds_of_layer']:
+      lines.append(f'{"  of a layer of " + (row["kind"] or "no kind"):<28}'
+                   f'{row["kv_cache_bytes_per_token"]:>20,}')
   if f['memory_cache_bytes_per_token'] is not None:
     lines.append(f'{"  per token of the source":<28}'
                  f'{f["memory_cache_bytes_per_token"]:>20,}')

@@ -10,12 +10,14 @@ from collections.abc import Callable, Sequence
 import argparse
 import contextlib
 import difflib
+import keyword
 import re
 import signal
 import sys
 import textwrap
 
 from absl import flags
+import ml_collections
 from ml_collections import config_flags
 
 from configs.errors import EnvironmentFailure, RequestError, require
@@ -72,9 +74,34 @@ def define_config(text: str = 'A file of configs/ and its size, FILE.py:SIZE; '
   may import several programs."""
   if 'config' not in flags.FLAGS:
     try:  # which reads any --flagfile at once
-      config_flags.DEFINE_config_file('config', help_string=text)
+      config_flags.DEFINE_config_file('config', help_string=text,
+                                      sys_argv=_words_of_config)
+      flags.FLAGS['config'].parser = _ConfigFile('config')
     except flags.Error as error:
       _refuse_flags(error)
+
+
+# The command line as ml_collections reads it; `parse` fills it in.
+_words_of_config: list[str] = []
+
+
+def _quoted(word: str) -> str:
+  """Returns a word of a command line whose kind of layer, were it a keyword of
+  Python as `global` is, ml_collections could not read as a name."""
+  return re.sub(r'(--?config\.model\.kinds)\.(\w+)\.', lambda m: (
+      f'{m[1]}[{m[2]!r}].' if keyword.iskeyword(m[2]) else m[0]), word, count=1)
+
+
+class _ConfigFile(config_flags.config_flags.ConfigFileFlagParser):
+  """Loads the file of --config, for ml_collections to set what the flags say:
+  kinds of layer that they name first are there then."""
+
+  def parse(self, path: str):
+    config = super().parse(path)
+    if isinstance(config, ml_collections.ConfigDict):
+      config_files.modernise(config)
+      config_files.declare_kinds(config, _words_of_config)
+    return config
 
 
 def define_workdir() -> None:
@@ -123,8 +150,12 @@ def parse(doc: str, argv: Sequence[str] | None = None) -> None:
       print(_described(flags.FLAGS[name]))
     sys.exit(0)
   try:
-    _check_config(flags.FLAGS.read_flags_from_files(argv, force_gnu=False))
-    rest = flags.FLAGS(argv)[1:]
+    argv = list(flags.FLAGS.read_flags_from_files(argv, force_gnu=False))
+    _check_config(argv)
+    _words_of_config[:] = map(_quoted, argv)
+    rest = flags.FLAGS(_words_of_config)[1:]
+    if 'config' in flags.FLAGS:
+      config_files.modernise(flags.FLAGS['config'].value)
   except RequestError as error:
     _refuse(str(error))
   except flags.UnrecognizedFlagError as error:
@@ -138,7 +169,8 @@ def parse(doc: str, argv: Sequence[str] | None = None) -> None:
 def overrides() -> tuple[str, ...]:
   """Returns the fields that --config.FIELD flags set, by dotted name. After
   `parse`."""
-  return tuple(flags.FLAGS['config'].override_values)
+  return tuple(re.sub(r"\['(\w+)'\]", r'.\1', name)
+               for name in flags.FLAGS['config'].override_values)
 
 
 def words(argv: Sequence[str], names: Sequence[str]) -> list[str]:
@@ -146,11 +178,12 @@ def words(argv: Sequence[str], names: Sequence[str]) -> list[str]:
   'config', one of its fields; each as --name=value. After `parse`."""
   found, rest = [], list(argv[1:])
   while rest:
-    name, equals, value = rest.pop(0).lstrip('-').partition('=')
+    name, equals, value = _quoted(rest.pop(0)).lstrip('-').partition('=')
     flag = flags.FLAGS[name] if name in flags.FLAGS else None
     if not equals and flag is not None and not flag.boolean:
       equals, value = '=', rest.pop(0)
     if {name, name.split('.')[0], name.removeprefix('no')} & set(names):
+      name = re.sub(r"\['(\w+)'\]", r'.\1', name)
       found.append(f'--{name}{equals}{value}')
   return found
 

@@ -20,6 +20,7 @@ from typing import Any
 import ml_collections
 
 from configs import base
+from configs import kinds
 from configs.errors import RequestError, one_of, require, short
 
 # Files of configs/ that hold no config of their own.
@@ -46,8 +47,16 @@ def load_config_file(spec: str) -> ml_collections.ConfigDict:
           f'{file} has no function get_config(): define one that returns a '
           'config')
   config = call(file, module.get_config, *([size] if colon else []))
+  modernise(config)
   check_config_fields(config, f'{file}: get_config()')
   return config
+
+
+def modernise(config: Any) -> None:
+  """Says of a config, in place, what earlier versions said otherwise."""
+  model = getattr(config, 'model', None)
+  if isinstance(model, ml_collections.ConfigDict):
+    kinds.modernise(model)
 
 
 def run(file: str) -> types.ModuleType:
@@ -109,8 +118,31 @@ def _check_group(group: Mapping, expected: Mapping, who: str, prefix: str):
             f'would read it; there are {", ".join(sorted(expected))}.'
             f'{_hint(str(name), list(expected))}')
     check_type(value, expected[name], f'{who}: {field}')
-    if isinstance(expected[name], ml_collections.ConfigDict):
+    if field == 'model.kinds':
+      check_kinds(value, expected, f'{who}: ')
+    elif isinstance(expected[name], ml_collections.ConfigDict):
       _check_group(value, expected[name], who, f'{field}.')
+
+
+def check_kinds(value: Mapping, model: Mapping, who: str) -> None:
+  """Raises RequestError unless each kind of layer has fields that a kind may
+  have, each of the type that config.model has it of.
+
+  Args:
+    value: config.model.kinds.
+    model: config.model of configs/base.py.
+    who: what the sentence begins with.
+  """
+  try:
+    kinds.check_names(value, model['rope'])
+  except RequestError as error:
+    raise RequestError(f'{who}{error}') from error
+  for name, kind in value.items():
+    for field, x in kind.items():
+      for full, one in ([(f'rope.{inner}', y) for inner, y in x.items()]
+                        if field == 'rope' else [(field, x)]):
+        check_type(one, kinds.like(model, full),
+                   f'{who}model.kinds.{name}.{full}')
 
 
 def check_type(value: Any, default: Any, who: str) -> None:
@@ -133,9 +165,32 @@ def check_keys(config: ml_collections.ConfigDict, argv: Sequence[str]) -> None:
     found = re.match(r'--?(?:no)?config\.([^=]*)', word)
     if found:
       _check_key(config, word.partition('=')[0], found[1])
+  declare_kinds(config, argv)
+
+
+def declare_kinds(config: ml_collections.ConfigDict, argv: Sequence[str]
+                  ) -> None:
+  """Gives the kinds of layer of a config the fields that a command line sets,
+  since ml_collections sets what is there."""
+  whole = any(re.match(r'--?config\.model\.kinds(=|$)', w) for w in argv)
+  for word in argv:
+    found = re.match(r'--?config\.model\.kinds(?:\.|\[\')([^=]*)', word)
+    if found:
+      require(not whole, f'{word.partition("=")[0]} is beside '
+              '--config.model.kinds, which sets all of them: put it there')
+      name, _, field = found[1].replace("']", '').partition('.')
+      kinds.declare(config.model, name, field)
 
 
 def _check_key(config: Any, flag: str, name: str) -> None:
+  if name == 'model.moe.every':
+    raise RequestError(
+        f'{flag}: which layers have experts is said by model.pattern: for '
+        "every other one, --config.model.pattern=dense,moe and --config.model."
+        'kinds="{\'dense\': {\'ffn\': \'dense\'}, \'moe\': {}}"')
+  if name == 'model.kinds' or re.fullmatch(
+      r'model\.kinds\.\w+\.\w+(\.\w+)?', name):
+    return  # whose fields need not be there
   at, parents = config, []
   for part in name.split('.'):
     require(isinstance(at, ml_collections.ConfigDict),
@@ -157,7 +212,9 @@ def set_fields(model: ml_collections.ConfigDict, fields: Mapping[str, Any],
   """
   for name, value in fields.items():
     one_of(f'field of config.{group}', name, list(model))
-    if isinstance(value, Mapping):
+    if name == 'kinds':
+      model.kinds = ml_collections.ConfigDict(value)
+    elif isinstance(value, Mapping):
       set_fields(model[name], value, f'{group}.{name}')
     else:
       model[name] = value

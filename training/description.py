@@ -17,7 +17,7 @@ def of(run: Any, start: int, tokens: int, train_data: pipeline.Loader,
   """Returns what a run is about to do, in some lines; the arguments are those
   of `runs.Run.describe`."""
   config, model, steps = run.config, run.model, run.config.train.steps
-  active = '' if model.ffn != 'moe' else (
+  active = '' if not model.has_experts else (
       f', of which each token uses {totals.parameters(model)[1]:,}')
   parameters = sum(x.size for x in jax.tree.leaves(run.abstract.params))
   trained = totals.trained_parameters(run.module, config.optim)
@@ -45,6 +45,7 @@ def of(run: Any, start: int, tokens: int, train_data: pipeline.Loader,
   return '\n'.join([
       f'model: {model.arch}, {parameters:,} parameters in '
       f'{model.param_dtype}{active}; computed in {model.dtype}',
+      *layers(model),
       f'devices: {run.mesh.size} of the kind '
       f'{run.devices[0].device_kind}, mesh {mesh or "data=1"}',
       f'step: {rows}, {most}{tokens:,} tokens',
@@ -55,6 +56,18 @@ def of(run: Any, start: int, tokens: int, train_data: pipeline.Loader,
       f'{sum(loader.num_tokens for loader in eval_data):,} tokens',
       f'evaluation: {_evaluations(config, eval_data)}',
       *_tasks(config), *_unread(config, model)])
+
+
+def layers(model: ModelConfig) -> list[str]:
+  """A line that says which kinds of layer there are, if there are several."""
+  rows = totals.kinds_of_layer(model)
+  said = ('; '.join('{layers} of {kind}'.format(
+      layers=row['layers'], kind=row['kind'] or 'no kind') + ''.join(
+          f', {name}={value}' for name, value in row['changes'].items())
+                    for row in rows))
+  order = model.pattern or 'the rest'
+  return [f'layers: {said}; in the order {model.prefix}'
+          f'{", then " * bool(model.prefix)}{order}'] if rows else []
 
 
 def _unread(config: ml_collections.ConfigDict, model: ModelConfig

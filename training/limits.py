@@ -168,8 +168,19 @@ def unread(config: ml_collections.ConfigDict, model: ModelConfig
   defaults = base.base()
   found = {f'model.{name}': row
            for name, row in fields_unread.unread(model).items()}
+  own = {f'model.{name}' for name in _of_kinds(config)}
   return {name: row for name, row in found.items()
-          if get(config, name) != get(defaults, name)}
+          if (name in own if name.startswith('model.kinds.') else
+              get(config, name) != get(defaults, name))}
+
+
+def _of_kinds(config: ml_collections.ConfigDict) -> Iterable[str]:
+  """Yields the names of what kinds of layer set, dotted below the model."""
+  for name, kind in config.model.kinds.items():
+    for field, value in kind.items():
+      yield f'kinds.{name}.{field}'
+      if hasattr(value, 'keys'):
+        yield from (f'kinds.{name}.{field}.{inner}' for inner in value)
 
 
 def refuse_unread_of(names: Iterable[str], config: ml_collections.ConfigDict,
@@ -181,10 +192,13 @@ def refuse_unread_of(names: Iterable[str], config: ml_collections.ConfigDict,
   defaults = base.base()
   for name, row in unread(config, model).items():
     decided_by = {f'model.{field}' for field in row.decided_by}
-    require(name not in names or bool(decided_by & names),
+    of_kind = name.startswith('model.kinds.')
+    by_hand = name in names or of_kind and 'model.kinds' in names
+    instead = 'away' if of_kind else f'at {get(defaults, name)}'
+    require(not by_hand or not of_kind and bool(decided_by & names),
             f'{name} is {get(config, name)}, which this model does not read: '
-            f'it is read where {row.where}. Leave it at '
-            f'{get(defaults, name)}, or set {" or ".join(sorted(decided_by))}')
+            f'it is read where {row.where}. Leave it {instead}, or set '
+            f'{" or ".join(sorted(decided_by))}')
 
 
 def get(config: ml_collections.ConfigDict, name: str):

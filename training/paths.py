@@ -7,7 +7,7 @@ are all such lists; a path that no pattern covers is an error, so a new
 parameter is never treated by accident.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import re
 from typing import Any
 
@@ -26,6 +26,64 @@ def flatten(tree: Any) -> dict[str, Any]:
   """Returns {path: leaf}, in the tree's own order."""
   leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
   return {join(path): leaf for path, leaf in leaves}
+
+
+class Stacks:
+  """Where the layers of each stack of a model stand, by its parameters' paths.
+
+  Layer n of a stack is block n of its prefix, or behind it row n // period of
+  block n % period of `layers`; see architectures/parts/skeletons.py.
+
+  Attributes:
+    counts: how many layers each stack has.
+  """
+  _PATH = re.compile(r'(\w+)/(prefix|layers)/block_(\d+)/(.*)')
+
+  def __init__(self, shapes: Mapping[str, Any]):
+    blocks: dict[tuple[str, str], dict[int, int]] = {}  # rows of each block
+    for path, x in shapes.items():
+      if match := self._PATH.fullmatch(path):
+        blocks.setdefault((match[1], match[2]), {})[int(match[3])] = x.shape[0]
+    self._first = {stack: len(blocks.get((stack, 'prefix'), ()))
+                   for stack, _ in blocks}
+    self._period = {stack: len(blocks.get((stack, 'layers'), ()))
+                    for stack, _ in blocks}
+    self.counts = {stack: sum(sum(rows.values()) for (name, _), rows
+                              in blocks.items() if name == stack)
+                   for stack, _ in blocks}
+    self._rows = {stack: max(blocks.get((stack, 'layers'), {0: 0}).values())
+                  for stack, _ in blocks}
+
+  @classmethod
+  def has(cls, path: str) -> bool:
+    """Whether a parameter is one of layers."""
+    return cls._PATH.fullmatch(path) is not None
+
+  def split(self, path: str) -> tuple[str, str]:
+    """Returns the stack of a layer's parameter, and its name in the layer."""
+    stack, _, _, name = self._match(path)
+    return stack, name
+
+  def layers(self, path: str) -> range:
+    """Returns which layers the rows of a parameter are of."""
+    stack, section, block, _ = self._match(path)
+    if section == 'prefix':
+      return range(int(block), int(block) + 1)
+    start, period = self._first[stack] + int(block), self._period[stack]
+    return range(start, start + period * self._rows[stack], period)
+
+  def place(self, path: str, n: int) -> tuple[str, int]:
+    """Returns the path and the row of the same parameter of layer n."""
+    stack, name = self.split(path)
+    if n < self._first[stack]:
+      return f'{stack}/prefix/block_{n}/{name}', 0
+    row, block = divmod(n - self._first[stack], self._period[stack])
+    return f'{stack}/layers/block_{block}/{name}', row
+
+  def _match(self, path: str) -> tuple[str, ...]:
+    match = self._PATH.fullmatch(path)
+    assert match is not None, path
+    return match.groups()
 
 
 def first_match(patterns: Sequence[tuple[str, Any]], path: str,

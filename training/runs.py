@@ -315,7 +315,7 @@ def build(config: ml_collections.ConfigDict, model: ModelConfig,
   _check_context(config, mesh.shape['context'])
   platform = mesh.devices.flat[0].platform
   kernels.check_kernel(model, platform)
-  if model.ffn == 'moe':
+  if model.has_experts:
     grouped_kernels.check_grouped_kernel(model.moe, platform)
   return Run.of(config, model, mesh)
 

@@ -254,7 +254,7 @@ class Attention(nn.Module):
       at_L1 = at_1M.T
       seen_BLM &= (at_1M <= at_L1)[None] & (
           at_L1[None] < ctx.reach_BL[:, None])
-    bias_BHLM = ctx.bias_BHLM
+    bias_BHLM = ctx.bias_BHLM if positions.of(c).stack_bias else None
     if positions.of(c).bias:
       bias_BHLM = positions.of(c).bias(c, ctx.positions_BL, k_positions_BM)
     rule = KINDS[self.kind.attention]

@@ -14,6 +14,7 @@ from collections.abc import Collection, Mapping
 from architectures.parts import attention
 from architectures.parts import heads
 from architectures.parts import kernels
+from architectures.parts import kinds
 from architectures.parts import linear
 from architectures.parts import positions
 from architectures.parts import unread
@@ -35,7 +36,7 @@ RANGES = (
         'norm_eps', 'attention_scale', 'init_scale', 'rope.theta',
         'rope.original_len', 'rope.low_freq_factor', 'rope.beta_slow',
         'relative.buckets', 'relative.max_distance', 'moe.num_experts',
-        'moe.every', 'moe.d_ff')),
+        'moe.d_ff')),
     ('it must be >= 0', lambda x: x >= 0, (
         'attention_softcap', 'logits_softcap', 'init_stddev',
         'moe.shared_experts', 'moe.group_size', 'moe.capacity_factor',
@@ -91,7 +92,31 @@ def check_model(c: ModelConfig, stacks: Mapping[str, str]) -> None:
     stacks: what each architecture stacks: 'decoder', 'encoder' or
       'encoder-decoder', by model.arch.
   """
-  one_of('model.head', c.head, heads.HEADS)  # one, where a pattern has several
+  one_of('model.head', c.head, heads.HEADS)
+  kinds.check_kinds(c)
+  _check_layers(c, stacks[c.arch])
+  for name in c.kinds_used:
+    if name:
+      with kinds.named(name):
+        _check_layers(c.of_kind(name), stacks[c.arch])
+  _check_unread(c)
+  _check_stack(c, stacks)
+  _check_adapters(c)
+  stack = stacks[c.arch]
+  heads.HEADS[c.head].check(c)
+  require(c.head == 'lm' or stack != 'encoder-decoder',
+          f'model.head is {c.head!r}, which model.arch {c.arch!r} does not '
+          'have: an encoder-decoder answers in text (objective seq2seq)')
+  require(0 < c.moe.top_k <= c.moe.num_experts,
+          f'model.moe.top_k is {c.moe.top_k}: choose 1 to '
+          f'model.moe.num_experts {c.moe.num_experts}')
+  if c.has_experts:
+    routing.check_router(c, stack)
+
+
+def _check_layers(c: ModelConfig, stack: str) -> None:
+  """Raises RequestError for what the layers of a model, or those of one kind,
+  cannot be."""
   for field, choices in names().items():
     for name in unread.chosen(c, field):
       one_of(f'model.{field}', name, choices)
@@ -99,38 +124,18 @@ def check_model(c: ModelConfig, stacks: Mapping[str, str]) -> None:
     for field in fields:
       value = get(c, field)
       require(holds(value), f'model.{field} is {value}: {words}')
-  _check_unread(c)
-  _check_stack(c, stacks)
-  _check_adapters(c)
-  stack = stacks[c.arch]
   if positions.of(c).check:
     positions.of(c).check(c, stack)
-  heads.HEADS[c.head].check(c)
-  require(c.head == 'lm' or stack != 'encoder-decoder',
-          f'model.head is {c.head!r}, which model.arch {c.arch!r} does not '
-          'have: an encoder-decoder answers in text (objective seq2seq)')
-  for kind in c.attention_pattern:
-    attention.KINDS[kind].check(c)
+  attention.KINDS[c.attention].check(c)
   require(c.num_heads % c.num_kv_heads == 0,
           f'model.num_kv_heads is {c.num_kv_heads}, which does not divide '
           f'model.num_heads {c.num_heads}')
-  require(0 < c.moe.top_k <= c.moe.num_experts,
-          f'model.moe.top_k is {c.moe.top_k}: choose 1 to '
-          f'model.moe.num_experts {c.moe.num_experts}')
-  if c.ffn == 'moe':
-    routing.check_router(c, stack)
-  for field in ('num_layers', 'num_decoder_layers'):
-    layers, period = getattr(c, field), len(c.layer_pattern())
-    require(layers % period == 0,
-            f'model.{field} is {layers}, which is no multiple of the {period} '
-            f'layers of the pattern (model.attention {c.attention!r}, '
-            f'model.moe.every {c.moe.every})')
 
 
 def products(c: ModelConfig) -> list[str]:
   """Returns which of linear.PRODUCTS the model has, outside of experts."""
   there = {'query', 'key', 'value', 'out'}
-  for kind in c.layer_pattern():
+  for kind in map(c.of_kind, c.kinds_used):
     if kind.ffn != 'moe' or c.moe.shared_experts:
       ffn = c.moe.ffn if kind.ffn == 'moe' else kind.ffn
       there |= {'up', 'down'} | ({'gate'} if FFNS[ffn].gated else set())

@@ -14,12 +14,12 @@ U an axis that has no letter.
 """
 
 import dataclasses
-import math
 from typing import Any, Mapping
 
 import jax.numpy as jnp
 
 from architectures.parts import fields as field_checks
+from configs import kinds
 from configs.errors import one_of, require
 
 PARAMETRIZATIONS = ('standard', 'mup')
@@ -66,7 +66,6 @@ class MoEConfig:
   top_k: int
   router: str
   ffn: str
-  every: int
   d_ff: int
   shared_experts: int
   dispatch: str
@@ -84,13 +83,28 @@ class MoEConfig:
   bias_rate: float
 
 
+class Kinds(dict):
+  """{name of a kind of layer: {field: value}}; hashable, as nobody changes one.
+  """
+
+  def __hash__(self) -> int:  # type: ignore[override]
+    return hash(_frozen(self))
+
+
+def _frozen(value: Any) -> Any:
+  return (tuple(sorted((name, _frozen(x)) for name, x in value.items()))
+          if isinstance(value, dict) else value)
+
+
 @dataclasses.dataclass(frozen=True)
 class LayerKind:
-  """What one layer of the pattern holds."""
+  """What one layer of the pattern holds; `name` is of its kind in
+  model.kinds, '' of a layer that is as the model."""
   attention: str
   ffn: str
   causal: bool = True
   cross: bool = False
+  name: str = ''
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +132,9 @@ class ModelConfig:
   ffn: str
   block: str
   attention: str
+  pattern: str
+  prefix: str
+  kinds: Kinds
   attention_kernel: str
   sliding_window: int
   attention_softcap: float
@@ -181,27 +198,57 @@ class ModelConfig:
     definition 4.1)."""
     return self.attention_scale * (self.base_head_dim / self.head_dim)
 
+  def of_kind(self, name: str) -> 'ModelConfig':
+    """Returns the config of the layers of a kind, which has no pattern; '': of
+    layers that are as the model says."""
+    if not (name or self.pattern or self.prefix):
+      return self
+    own = dict(self.kinds[name]) if name else {}
+    if 'window' in own:
+      window = own.pop('window')
+      own = {'attention': 'banded' if window else 'global',
+             'sliding_window': window} | own
+    if 'rope' in own:
+      own['rope'] = dataclasses.replace(self.rope, **own['rope'])
+    if own.get('ffn') == kinds.DENSE:
+      own['ffn'] = self.moe.ffn if self.ffn == 'moe' else self.ffn
+    return dataclasses.replace(self, pattern='', prefix='', kinds=Kinds(),
+                               **own)
+
   @property
-  def attention_pattern(self) -> tuple[str, ...]:
-    return tuple(self.attention.split(','))
+  def kinds_used(self) -> tuple[str, ...]:
+    """The kinds of all layers, each once, in the order of the layers."""
+    return tuple(dict.fromkeys(
+        (*kinds.split(self.prefix), *(kinds.split(self.pattern) or ('',)))))
+
+  @property
+  def has_experts(self) -> bool:
+    """Whether any layer is a mixture of experts."""
+    return any(self.of_kind(name).ffn == 'moe' for name in self.kinds_used)
 
   def layer_pattern(self, *, causal: bool = True,
                     cross: bool = False) -> tuple[LayerKind, ...]:
-    """The kinds of layer in one period; layers repeat it.
+    """The kinds of layer in one period; layers repeat it."""
+    return self._layer_kinds(kinds.split(self.pattern) or ('',), causal, cross)
 
-    Attention kinds repeat with the length of their pattern. With `moe`, the
-    last of every `moe.every` layers has experts and the others `moe.ffn`, as
-    in GShard and Switch (every other layer, the second first).
-    """
-    attention = self.attention_pattern
-    every = self.moe.every if self.ffn == 'moe' else 1
-    def ffn(i: int):
-      if self.ffn != 'moe':
-        return self.ffn
-      return 'moe' if i % every == every - 1 else self.moe.ffn
-    return tuple(
-        LayerKind(attention[i % len(attention)], ffn(i), causal, cross)
-        for i in range(math.lcm(len(attention), every)))
+  def layer_prefix(self, *, causal: bool = True,
+                   cross: bool = False) -> tuple[LayerKind, ...]:
+    """The kinds of the layers before the first period."""
+    return self._layer_kinds(kinds.split(self.prefix), causal, cross)
+
+  def layer_kinds(self, num_layers: int, *, causal: bool = True,
+                  cross: bool = False) -> tuple[LayerKind, ...]:
+    """The kind of each layer of a stack of so many."""
+    first = self.layer_prefix(causal=causal, cross=cross)
+    period = self.layer_pattern(causal=causal, cross=cross)
+    return first + tuple(period[n % len(period)]
+                         for n in range(num_layers - len(first)))
+
+  def _layer_kinds(self, names: tuple[str, ...], causal: bool, cross: bool
+                   ) -> tuple[LayerKind, ...]:
+    configs = [self.of_kind(name) for name in names]
+    return tuple(LayerKind(c.attention, c.ffn, causal, cross, name)
+                 for c, name in zip(configs, names))
 
 
 def make(fields: Mapping[str, Any]) -> ModelConfig:
@@ -212,7 +259,8 @@ def make(fields: Mapping[str, Any]) -> ModelConfig:
     RequestError: a field that is missing, not of its type or out of range, or
       one that another is derived from and that does not allow it.
   """
-  fields = fields.to_dict() if hasattr(fields, 'to_dict') else dict(fields)
+  fields = kinds.modern(
+      fields.to_dict() if hasattr(fields, 'to_dict') else fields)
   field_checks.check_fields(fields, ModelConfig)
   for name in ('d_model', 'num_layers', 'num_heads', 'vocab_size', 'max_len'):
     require(fields[name] > 0, f'model.{name} is {fields[name]}: it must be > 0'
@@ -240,9 +288,29 @@ def make(fields: Mapping[str, Any]) -> ModelConfig:
       logits_scale=fields['logits_scale'] or base_width ** -0.5,
       rope=RopeConfig(**{
           **rope, 'original_len': rope['original_len'] or fields['max_len']}),
+      kinds=Kinds({name: _kind(fields, kind)
+                   for name, kind in fields['kinds'].items()}),
       lora=LoraConfig(**{**lora, 'alpha': lora['alpha'] or lora['rank']}),
       moe=MoEConfig(**{**moe, 'd_ff': moe['d_ff'] or d_ff}),
       relative=RelativeConfig(**fields['relative'])))
+
+
+def _kind(fields: Mapping[str, Any], kind: Mapping[str, Any]
+          ) -> dict[str, Any]:
+  """Returns a kind of layer with what follows from the fields that it changes,
+  where the model leaves that to be derived."""
+  own = dict(kind)
+  if 'num_heads' in own and not fields['num_kv_heads']:
+    own.setdefault('num_kv_heads', own['num_heads'])
+  if own.get('head_dim'):
+    base_width, base_head_dim = _base(
+        {**fields, **own, 'd_model': fields['d_model']}, own['head_dim'])
+    del base_width
+    if not fields['attention_scale']:
+      own.setdefault('attention_scale', base_head_dim ** -0.5)
+    if fields['mup_base_width'] and not fields['mup_base_head_dim']:
+      own.setdefault('mup_base_head_dim', base_head_dim)
+  return own
 
 
 def _base(fields: Mapping[str, Any], head_dim: int) -> tuple[int, int]:

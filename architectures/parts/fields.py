@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
+from configs import kinds as layer_kinds
 from configs.base import MOST_FLOAT
 from configs.errors import require, short
 
@@ -34,7 +35,6 @@ MOST = {
     'relative.max_distance': 2**31 - 1,
     'moe.num_experts': 2**16,
     'moe.top_k': 2**16,
-    'moe.every': 2**12,
     'moe.d_ff': 2**24,
     'moe.shared_experts': 2**10,
     'moe.group_size': 2**31 - 1,
@@ -57,7 +57,9 @@ def check_fields(fields: Mapping[str, Any], group: type,
   for name, value in fields.items():
     require(name in kinds, f'model.{prefix}{name} is no field of a model: '
             f'choose from {", ".join(kinds)}')
-    if dataclasses.is_dataclass(kinds[name]):
+    if name == 'kinds':
+      _check_kinds(value, fields, kinds)
+    elif dataclasses.is_dataclass(kinds[name]):
       require(isinstance(value, Mapping), f'model.{prefix}{name} is a '
               f'{type(value).__name__}: it must be a group of fields')
       check_fields(value, kinds[name], f'{prefix}{name}.')
@@ -65,14 +67,39 @@ def check_fields(fields: Mapping[str, Any], group: type,
       _check_value(prefix + name, value, kinds[name])
 
 
-def _check_value(name: str, value: Any, kind: type) -> None:
+def _check_kinds(value: Any, fields: Mapping[str, Any],
+                 types: Mapping[str, type]) -> None:
+  """Raises RequestError for a kind of layer with a field that it does not have,
+  or whose value the model's own field could not have."""
+  require(isinstance(value, Mapping), f'model.kinds is {short(value)}: it must '
+          'be a group of kinds of layer, by name')
+  layer_kinds.check_names(value, fields['rope'])
+  groups = {field.name: field.type for field in dataclasses.fields(
+      types['rope'])}
+  for name, kind in value.items():
+    for field, x in kind.items():
+      if field == 'rope':
+        for inner, number in x.items():
+          _check_value(f'rope.{inner}', number, groups[inner],
+                       f'kinds.{name}.rope.{inner}')
+        continue
+      own = layer_kinds.FIELDS[field]
+      _check_value(own, x, types[own], f'kinds.{name}.{field}')
+      require(x or field not in ('num_heads', 'num_kv_heads', 'head_dim',
+                                 'd_ff', 'attention_scale'),
+              f'model.kinds.{name}.{field} is 0: leave it away, to have the '
+              "model's")
+
+
+def _check_value(name: str, value: Any, kind: type, who: str = '') -> None:
+  who = f'model.{who or name}'
   require(type(value) is kind or kind is float and type(value) is int,
-          f'model.{name} is {short(value)}, of type {type(value).__name__}: it '
+          f'{who} is {short(value)}, of type {type(value).__name__}: it '
           f'must be of type {kind.__name__}')
   if kind is int:
-    require(0 <= value <= MOST[name], f'model.{name} is {short(value)}: it '
+    require(0 <= value <= MOST[name], f'{who} is {short(value)}: it '
             f'must be an integer >= 0 and <= {MOST[name]:,}')
   elif kind is float:
-    require(-MOST_FLOAT <= value <= MOST_FLOAT, f'model.{name} is '
+    require(-MOST_FLOAT <= value <= MOST_FLOAT, f'{who} is '
             f'{short(value)}: it must be a number between {-MOST_FLOAT:g} and '
             f'{MOST_FLOAT:g}')

@@ -369,24 +369,32 @@ def count(rows: Sequence[Row],
 
 def places(rows: Sequence[Row], shapes: Mapping[str, tuple[int, ...]]
            ) -> Iterator[tuple[Row, tuple[str, ...], Sequence, Sequence]]:
-  """Yields (row, our paths, layers, experts) for each row of the table and
-  each block of the period in which it has a parameter: which layers and which
-  experts have a tensor each, or (None,) where one tensor holds all."""
+  """Yields (row, our paths, layers, experts) for each row and each block that
+  has its parameter: those with a tensor each; (None,) where one holds all."""
   for row in rows:
     ours, axes, theirs, _ = row
     folder, _, names = ours.rpartition('/')
     stack, stacked, _ = ours.partition('/layers/')
-    period = len({path.split('/')[2] for path in shapes
-                  if path.startswith(f'{stack}/layers/')}) if stacked else 1
-    for block in range(period):
+    for place, first, period in _blocks(
+        stack, shapes) if stacked else (('', 0, 0),):
       paths = tuple(
-          f'{folder}/{name}'.lstrip('/').replace(
-              '/layers/', f'/layers/block_{block}/')
+          f'{folder}/{name}'.lstrip('/').replace('/layers/', f'/{place}/')
           for name in names.split('|'))
       shape = shapes.get(paths[0], ())
       if len(shape) == len(axes) + bool(stacked):
         yield (row, paths,
-               range(block, block + period * shape[0], period) if stacked
+               range(first, first + period * shape[0], period) if stacked
                else (None,),
                range(shape[bool(stacked) + axes.index('E')])
                if '{e}' in theirs else (None,))
+
+
+def _blocks(stack: str, shapes: Mapping[str, tuple[int, ...]]):
+  """Yields where each block stands, its first layer, the step to the next."""
+  blocks = {section: len({path.split('/')[2] for path in shapes
+                          if path.startswith(f'{stack}/{section}/')})
+            for section in ('prefix', 'layers')}
+  for n in range(blocks['prefix']):
+    yield f'prefix/block_{n}', n, 1
+  for n in range(blocks['layers']):
+    yield f'layers/block_{n}', blocks['prefix'] + n, blocks['layers']

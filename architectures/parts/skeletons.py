@@ -3,7 +3,9 @@
 A page under architectures/ puts these together. Layers are scanned over one
 period of the pattern, so compile time does not grow with depth; parameters of
 layer n stand in row n // period of `layers/block_{n % period}`, whether or
-not `scan_layers` unrolls the scan.
+not `scan_layers` unrolls the scan. The layers of model.prefix come before the
+first period: they are one of their own, `prefix/block_{n}` with one row, and
+layer n of the others stands where n - len(prefix) would.
 """
 
 import operator
@@ -102,7 +104,8 @@ class Period(nn.Module):
                        prevent_cse=not self.config.scan_layers)
     caches, auxes, kept = [], [], []
     for i, kind in enumerate(self.pattern):
-      x_BLD, new, aux = block(self.config, kind, name=f'block_{i}')(
+      config = self.config.of_kind(kind.name)
+      x_BLD, new, aux = block(config, kind, name=f'block_{i}')(
           x_BLD, ctx, None if cache is None else cache[i])
       caches.append(new)
       auxes.append(aux)
@@ -129,6 +132,7 @@ class Stack(nn.Module):
   config: ModelConfig
   pattern: tuple[LayerKind, ...]
   num_layers: int
+  prefix: tuple[LayerKind, ...] = ()
 
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Any = None):
@@ -140,42 +144,54 @@ class Stack(nn.Module):
               ctx.positions_BL, _key_positions(ctx, cache)))
     run = self._one_by_one if ctx.one_by_one else self._scan
     given_BLD, with_cache = x_BLD, cache is not None
-    x_BLD, (cache, auxes, kept) = run(x_BLD, cache, ctx)
+    x_BLD, sections = run(x_BLD, cache, ctx)
     final = lambda x: x
     if BLOCKS[c.block].FINAL_NORM:
       final = norm(c, 'final_norm')
     x_BLD = final(x_BLD)
+    caches, auxes, kept = zip(*sections)
     aux = gather_aux(auxes)
     if ctx.keep_layers:
-      kept = jnp.stack(kept, 1).reshape(-1, *x_BLD.shape)
-      layers_NBLD = jnp.concatenate([given_BLD[None], kept])
+      layers_NBLD = jnp.concatenate([given_BLD[None], *(
+          jnp.stack(blocks, 1).reshape(-1, *x_BLD.shape) for blocks in kept)])
       aux = aux | {'layers': layers_NBLD, 'readouts': final(layers_NBLD)}
     if ctx.keep_attention:
-      weights, cache = take_weights(cache)
-      aux, cache = aux | weights, cache if with_cache else None
-    return x_BLD, cache, aux
+      weights, caches = take_weights(caches)
+      aux = aux | weights
+    if not with_cache:
+      return x_BLD, None, aux
+    return x_BLD, ([*caches] if ctx.one_by_one else sum(caches, ())), aux
 
   def _scan(self, x_BLD: jax.Array, cache: Any, ctx: Context):
-    c = self.config
-    periods = self.num_layers // len(self.pattern)
-    scan = nn.scan(
-        Period, variable_axes={'params': 0},
-        split_rngs={'params': True, 'dropout': True, 'router': True},
-        in_axes=(0, nn.broadcast), length=periods,
-        unroll=1 if c.scan_layers else periods,
-        metadata_params={nn.PARTITION_NAME: 'layers'})
-    return scan(c, self.pattern, name='layers')(x_BLD, cache, ctx)
+    c, first = self.config, len(self.prefix)
+    sections = [('prefix', self.prefix, slice(0, first))] if first else []
+    sections.append(('layers', self.pattern, slice(first, None)))
+    found = []
+    for name, pattern, entries in sections:
+      periods = (1 if name == 'prefix' else
+                 (self.num_layers - first) // len(pattern))
+      scan = nn.scan(
+          Period, variable_axes={'params': 0},
+          split_rngs={'params': True, 'dropout': True, 'router': True},
+          in_axes=(0, nn.broadcast), length=periods,
+          unroll=1 if c.scan_layers else periods,
+          metadata_params={nn.PARTITION_NAME: 'layers'})
+      x_BLD, out = scan(c, pattern, name=name)(
+          x_BLD, None if cache is None else cache[entries], ctx)
+      found.append(out)
+    return x_BLD, found
 
   def _one_by_one(self, x_BLD: jax.Array, cache: Any, ctx: Context):
-    params = self.get_variable('params', 'layers')
-    period = Period(self.config, self.pattern, parent=None)
-    caches, others = [], []
-    for i, entry in enumerate(cache):
-      x_BLD, (entry, *other) = period.apply(
-          {'params': params[str(i)]}, x_BLD, entry, ctx)
-      caches.append(entry)
-      others.append(other)
-    return x_BLD, (caches, *jax.tree.map(lambda *xs: jnp.stack(xs), *others))
+    found = []
+    places = [('prefix', '0', self.prefix)] if self.prefix else []
+    places += [('layers', str(i), self.pattern)
+               for i in range(len(cache) - len(places))]
+    for (section, i, pattern), entry in zip(places, cache, strict=True):
+      period = Period(self.config, pattern, parent=None)
+      params = self.get_variable('params', section)[i]
+      x_BLD, out = period.apply({'params': params}, x_BLD, entry, ctx)
+      found.append((out[0], *jax.tree.map(lambda x: x[None], out[1:])))
+    return x_BLD, found
 
 
 def _key_positions(ctx: Context, cache: Any) -> jax.Array:
@@ -185,39 +201,53 @@ def _key_positions(ctx: Context, cache: Any) -> jax.Array:
   return jnp.arange(any_cache(cache).key_BMJK.shape[-3])[None]
 
 
-def take_weights(cache: tuple[Cache, ...]) -> tuple[dict, tuple[Cache, ...]]:
+def take_weights(caches: tuple) -> tuple[dict, tuple]:
   """Returns the attention weights that the layers put into their caches,
-  [N, B, H, L, M] by name, in the layers' order; and the caches without."""
+  [N, B, H, L, M] by name, in the layers' order; and the caches without.
+  `caches` has a tuple for each section of the stack."""
   names = {'attention': 'weights_BHLM',
            'cross_attention': 'memory_weights_BHLM'}
   found = {}
   for name, field in names.items():
-    blocks = [getattr(entry, field) for entry in cache]
-    if blocks[0] is not None:
-      w = jnp.stack(blocks, 1)
-      found[name] = w.reshape(-1, *w.shape[2:])
-  return found, tuple(entry.replace(**dict.fromkeys(names.values()))
-                      for entry in cache)
+    if getattr(caches[0][0], field) is None:
+      continue
+    blocks = [[getattr(entry, field) for entry in cache] for cache in caches]
+    heads_of = {w.shape[-3] for section in blocks for w in section}
+    require(len(heads_of) == 1, 'attention weights are kept of layers with as '
+            'many heads each, and model.kinds has layers of '
+            f'{" and ".join(map(str, sorted(heads_of)))} heads')
+    found[name] = _join([jnp.stack(section, 1).reshape(
+        -1, *section[0].shape[1:]) for section in blocks])
+  plain = dict.fromkeys(names.values())
+  return found, tuple(tuple(entry.replace(**plain) for entry in cache)
+                      for cache in caches)
 
 
-def gather_aux(auxes: tuple[dict, ...]) -> dict:
+def gather_aux(sections: tuple) -> dict:
   """Sums the layers' losses; stacks their health, and what they kept of their
   experts, in the layers' order.
 
-  `auxes` has one entry a block of the period, its leaves [periods, ...].
+  `sections` has for each section of the stack one entry a block of its period,
+  whose leaves are [periods, ...].
   """
-  auxes = [aux for aux in auxes if aux]
+  sections = [[aux for aux in auxes if aux] for auxes in sections]
+  auxes = [aux for section in sections for aux in section]
   if not auxes:
     return {}
   losses = jax.tree.map(lambda *xs: sum(x.sum() for x in xs),
                         *[aux['losses'] for aux in auxes])
-  stacked = {name: jax.tree.map(
-      lambda *xs: jnp.stack(xs, 1).reshape(-1, *xs[0].shape[1:]),
-      *[aux[name] for aux in auxes])
+  stacked = {name: jax.tree.map(lambda *xs: _join(xs), *[
+      jax.tree.map(
+          lambda *xs: jnp.stack(xs, 1).reshape(-1, *xs[0].shape[1:]),
+          *[aux[name] for aux in section]) for section in sections if section])
              for name in ('health', 'experts') if name in auxes[0]}
   loads = {path: load_NE for aux in auxes
            for path, load_NE in aux['loads'].items()}
   return {'losses': losses, 'loads': loads} | stacked
+
+
+def _join(parts: Any) -> jax.Array:
+  return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
 
 class Decoder(nn.Module):
@@ -263,7 +293,8 @@ class Decoder(nn.Module):
     x_BLD, table_DV = Embed(c, name='embed')(
         tokens_BL, positions_BL, deterministic=deterministic)
     x_BLD, cache, aux = Stack(c, c.layer_pattern(), c.num_layers,
-                              name='decoder')(x_BLD, ctx, cache)
+                              c.layer_prefix(), name='decoder')(
+                                  x_BLD, ctx, cache)
     if c.head == 'lm':
       return Output(x_BLD, heads.Unembed(c, name='head')(table_DV), cache, aux)
     row = heads.HEADS[c.head].of_row
@@ -277,22 +308,26 @@ class Decoder(nn.Module):
 
 
 def init_cache(config: ModelConfig, batch: int, length: int):
-  """An empty cache for `length` tokens a row: one entry a block of the period,
-  [N / period, B, M, J, K].
+  """An empty cache for `length` tokens a row: one entry a layer of the prefix,
+  [1, B, M, J, K], and a block of the period, [N / period, B, M, J, K].
 
   Raises:
     ValueError: where learned positions do not reach `length`.
   """
   positions.check_length(config, length)
-  pattern = config.layer_pattern()
-  shape = (config.num_decoder_layers // len(pattern), batch, length,
-           config.num_kv_heads, config.head_dim)
-  return tuple(Cache(jnp.zeros(shape, config.compute_dtype),
-                     jnp.zeros(shape, config.compute_dtype)) for _ in pattern)
+  first, period = config.layer_prefix(), config.layer_pattern()
+  periods = (config.num_decoder_layers - len(first)) // len(period)
+  def empty(kind: LayerKind, rows: int) -> Cache:
+    c = config.of_kind(kind.name)
+    shape = rows, batch, length, c.num_kv_heads, c.head_dim
+    return Cache(jnp.zeros(shape, c.compute_dtype),
+                 jnp.zeros(shape, c.compute_dtype))
+  return (*(empty(kind, 1) for kind in first),
+          *(empty(kind, periods) for kind in period))
 
 
 def any_cache(cache: Any) -> Cache:
-  """Returns one entry of a cache, in which all entries are of one shape:
+  """Returns one entry of a cache, all of which hold as many tokens:
   [N / period, B, M, J, K], or [B, M, J, K] where the layers are apart."""
   return jax.tree.leaves(cache, is_leaf=lambda x: isinstance(x, Cache))[0]
 
@@ -300,16 +335,22 @@ def any_cache(cache: Any) -> Cache:
 def one_by_one(params: Any, cache: Any) -> tuple[Any, list]:
   """Returns what a loop over single tokens takes instead of both arguments,
   with `one_by_one=True` in each call of the model: the decoder's layers apart,
-  and a list of their slots.
+  and a list of their slots, of the prefix and of each period.
 
   On CPU these are copies of the layers' weights, made once: XLA would make
   them at every turn of the loop. Elsewhere it reads them where they lie.
   """
-  stacked = params['decoder']['layers'], cache
-  periods = jax.tree.leaves(cache)[0].shape[0]
-  layers, slots = zip(*(
-      jax.tree.map(operator.itemgetter(i), stacked) for i in range(periods)))
-  layers = jax.lax.platform_dependent(
-      {str(i): layer for i, layer in enumerate(layers)},
-      cpu=jax.lax.optimization_barrier, default=lambda x: x)
-  return params | {'decoder': params['decoder'] | {'layers': layers}}, [*slots]
+  decoder, slots = params['decoder'], []
+  first = len(decoder.get('prefix', ()))
+  apart = {}
+  for name, entries in (('prefix', cache[:first]), ('layers', cache[first:])):
+    if not entries:
+      continue
+    stacked = decoder[name], entries
+    layers, own = zip(*(jax.tree.map(operator.itemgetter(i), stacked)
+                        for i in range(jax.tree.leaves(entries)[0].shape[0])))
+    apart[name] = jax.lax.platform_dependent(
+        {str(i): layer for i, layer in enumerate(layers)},
+        cpu=jax.lax.optimization_barrier, default=lambda x: x)
+    slots += own
+  return params | {'decoder': decoder | apart}, slots

@@ -20,6 +20,7 @@ from architectures.parts import rotary
 from architectures.parts.config import MoEConfig, ModelConfig
 from architectures.parts.moe import health
 from architectures.parts.moe import routing
+from configs import kinds
 
 # Where a part is chosen: its table. One that is chosen inside of another's
 # fields comes after it.
@@ -60,11 +61,9 @@ CONDITIONS = (
         Row('model.ffn is moe', ('ffn',)), lambda c: c.ffn == 'moe'),
     Condition(
         ('ffn_dropout',),
-        Row('model.ffn is dense, model.moe.every is above 1, or '
-            'model.moe.shared_experts above 0',
-            ('ffn', 'moe.every', 'moe.shared_experts')),
-        lambda c: c.ffn != 'moe' or c.moe.every > 1
-        or c.moe.shared_experts > 0),
+        Row('the network of a layer is dense, or model.moe.shared_experts '
+            'above 0', ('ffn', 'kinds', 'moe.shared_experts')),
+        lambda c: c.ffn != 'moe' or c.moe.shared_experts > 0),
     Condition(
         ('lora.alpha', 'lora.targets', 'lora.dropout'),
         Row('model.lora.rank is above 0', ('lora.rank',)),
@@ -91,13 +90,47 @@ def get(c: ModelConfig, field: str) -> Any:
 
 
 def chosen(c: ModelConfig, field: str) -> tuple[str, ...]:
-  """Returns the names of the entries that `c` chooses of a table."""
-  return tuple(get(c, field).split(','))
+  """Returns the names of the entries that `c` chooses of a table: one, but of
+  the products that get adapters."""
+  value = get(c, field)
+  return tuple(value.split(',')) if field == 'lora.targets' else (value,)
 
 
 def unread(c: ModelConfig) -> dict[str, Row]:
   """Returns the fields that `c` does not read and, for each, the first
-  condition that does not hold."""
+  condition that does not hold. With kinds of layer these are the fields that no
+  layer reads, and those of a kind that its own layers do not."""
+  by_kind = {name: _unread(c.of_kind(name)) for name in c.kinds_used}
+  if positions.of(c).embed or positions.of(c).stack_bias:
+    by_kind.setdefault('', _unread(c))  # read beside the layers
+  first, *others = by_kind.values()
+  found = {field: row for field, row in first.items()
+           if all(field in rows for rows in others)}
+  for field in _overridden(c):
+    found.setdefault(field, Row('a kind of model.kinds does not set it',
+                                ('pattern', 'prefix', 'kinds')))
+  for name in c.kinds:
+    for field in (*c.kinds[name], *(
+        f'rope.{inner}' for inner in c.kinds[name].get('rope', ()))):
+      row = by_kind[name].get(kinds.FIELDS.get(field, field))
+      if row:
+        found[f'kinds.{name}.{field}'] = row
+  return found
+
+
+def _overridden(c: ModelConfig) -> set[str]:
+  """Returns the fields of the model that every layer has in its kind."""
+  if '' in c.kinds_used:
+    return set()
+  own = [{kinds.FIELDS[field] for field in c.kinds[name]}
+         | {f'rope.{inner}' for inner in c.kinds[name].get('rope', ())}
+         | ({'attention'} if 'window' in c.kinds[name] else set())
+         for name in c.kinds_used]
+  return set.intersection(*own) - {'rope', 'position', 'ffn'}
+
+
+def _unread(c: ModelConfig) -> dict[str, Row]:
+  """The same of a model whose layers are all alike."""
   found: dict[str, Row] = {}
   for fields, row, is_read in CONDITIONS:
     if not is_read(c):

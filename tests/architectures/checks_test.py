@@ -32,7 +32,7 @@ WRONG = [
     ('gpt', dict(attention='banded'), 'sliding_window is 0'),
     ('gpt', dict(sliding_window=4), "meaning with model.attention 'global'"),
     ('gpt', dict(attention='global,banded', sliding_window=4, num_layers=3),
-     'no multiple of the 2 layers'),
+     'num_layers is 3: the rest must be a multiple of the 2 layers'),
     ('gpt', dict(attention_softcap=-1.0), 'softcap is -1.0: it must be >= 0'),
     ('gpt', dict(attention_scale=-1.0), 'scale is -1.0: it must be > 0'),
     # Positions.

@@ -18,14 +18,14 @@ from training.workdir import run_config
 
 # What every page says, and what it says where that is not the usual.
 ALWAYS = {'position', 'norm', 'block', 'attention', 'ffn', 'tie_embeddings'}
-OF_EXPERTS = {'moe.router', 'moe.top_k', 'moe.ffn', 'moe.every'}
+OF_EXPERTS = {'moe.router', 'moe.top_k', 'moe.ffn'}
 SCALES = {'attention_scale', 'embed_scale', 'logits_scale', 'rope.fraction'}
 # The axes by which a sharding rule knows a parameter, and their letters.
 LETTERS = {'vocab': 'V', 'embed': 'D', 'heads': 'H', 'kv_heads': 'JH',
            'head': 'K', 'mlp': 'F', 'experts': 'E', None: 'UDHEL'}
 # Models of a system that together have every parameter of its names.
 VARIANTS = (dict(), dict(tie_embeddings=False), dict(logits_bias=True),
-            dict(attention_bias=True, ffn_bias=True), dict(moe=dict(every=2)),
+            dict(attention_bias=True, ffn_bias=True), models.DENSE_MOE,
             dict(ffn='geglu_tanh'))
 
 
@@ -40,7 +40,7 @@ def test_a_page_names_the_parts_that_its_config_has(system):
   parts = run_config.flatten_dict(architectures.systems()[model['arch']].PARTS)
   assert parts == {name: model[name] for name in parts}
   changed = {
-      name for name, value in model.items() if value != usual[name]
+      name for name, value in model.items() if value != usual.get(name)
       and not hf_config.RUN_ONLY.fullmatch(name) and name != 'arch'
       and (isinstance(value, (str, bool)) or name in SCALES)}
   wanted = ALWAYS | changed | (OF_EXPERTS if model['ffn'] == 'moe' else set())

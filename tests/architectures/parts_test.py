@@ -316,7 +316,7 @@ def test_a_text_without_types_is_all_of_the_first_type():
   assert not np.allclose(run(), run(type_ids_BL=jnp.ones_like(tokens)))
 
 
-MOE = dict(num_experts=4, every=1, d_ff=8, dispatch='einsum',
+MOE = dict(num_experts=4, d_ff=8, dispatch='einsum',
            z_loss_weight=0.1)
 
 

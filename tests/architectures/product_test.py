@@ -33,7 +33,8 @@ FFNS = tuple(kind for kind in (*ffn.FFNS, 'moe')
              if kind not in ('gelu_tanh', 'silu', 'geglu_tanh'))
 ATTENTIONS = {
     'global': {},
-    'grouped': dict(num_kv_heads=2),
+    'grouped': dict(pattern='grouped,whole', kinds=dict(
+        grouped=dict(num_kv_heads=2), whole={})),
     'banded': dict(attention='banded', sliding_window=3),
     'capped': dict(attention_softcap=5.0),
     'qk_norm': dict(qk_norm=True),

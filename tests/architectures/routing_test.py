@@ -262,7 +262,7 @@ def test_window_tells_experts_unused_throughout():
 @pytest.mark.parametrize('system, changes', [
     ('mixtral', dict(num_layers=6, attention='global,banded,global',
                      sliding_window=4)),
-    ('switch', dict(num_layers=4, num_decoder_layers=6, moe=dict(every=2)))])
+    ('switch', dict(num_layers=4, num_decoder_layers=6))])
 def test_each_bias_moves_against_the_load_of_its_layer(system, changes):
   """health['load_E'] has the layers in their order, an encoder's first; layer
   n is row n // period of block n % period."""
@@ -350,8 +350,8 @@ def test_evaluation_draws_nothing():
 
 def model(balance='switch', **changes):
   return models.make('gpt', ffn='moe', num_layers=4, moe=dict(
-      num_experts=E, every=2, z_loss_weight=0.1, d_ff=8, dispatch='einsum',
-      balance_loss=balance), **changes)
+      num_experts=E, z_loss_weight=0.1, d_ff=8, dispatch='einsum',
+      balance_loss=balance), **models.DENSE_MOE, **changes)
 
 
 def losses_of(*args, **kwargs):

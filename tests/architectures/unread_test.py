@@ -23,7 +23,7 @@ OTHER = {
     'rope.beta_slow': 8.0, 'relative.buckets': 16,
     'relative.max_distance': 99, 'init_scale': 2.0, 'ffn_dropout': 0.3,
     'moe.num_experts': 6, 'moe.top_k': 3, 'moe.router': 'sinkhorn',
-    'moe.ffn': 'relu', 'moe.every': 2, 'moe.d_ff': 40,
+    'moe.ffn': 'relu', 'moe.d_ff': 40,
     'moe.shared_experts': 2, 'moe.dispatch': 'einsum',
     'moe.grouped_kernel': 'xla', 'moe.capacity_factor': 1.1,
     'moe.eval_capacity_factor': 1.2, 'moe.normalize_gates': False,

@@ -61,7 +61,17 @@ def encoding(name) -> str:
   return m.position + (part if m.position == 'rope' else '')
 
 
+def kinds(name) -> str:
+  return '; '.join(
+      f'{kind}: ' + (', '.join(f'{k}={v}' for k, v in fields.items()) or '—')
+      for kind in model(name).kinds_used
+      for fields in [model(name).kinds[kind]])
+
+
 COLUMNS = {
+    'prefix': lambda n: model(n).prefix or '—',
+    'pattern': lambda n: model(n).pattern or '—',
+    'kinds': kinds,
     'layers': lambda n: str(model(n).num_layers),
     'width': lambda n: f'{model(n).d_model:,}',
     'heads': lambda n: str(model(n).num_heads),

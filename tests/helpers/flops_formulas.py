@@ -17,15 +17,15 @@ def forward_flops(model, length: int, decoder_length: int = 0) -> dict:
   c = architectures.resolve(model)
   if decoder_length:
     return _sum(
-        _stack(c, c.layer_pattern(causal=False), c.num_layers, length),
-        _stack(c, c.layer_pattern(cross=True), c.num_decoder_layers,
+        _stack(c, c.layer_kinds(c.num_layers, causal=False), length),
+        _stack(c, c.layer_kinds(c.num_decoder_layers, cross=True),
                decoder_length, length),
         {'head': _head(c, decoder_length)})
   head = _head(c, length)
   if c.arch == 'bert':  # the transform, the pooler, and the next sentence
     head += 2.0 * c.d_model * (c.d_model * (length + 1) + 2)
   causal = c.arch != 'bert'
-  return _sum(_stack(c, c.layer_pattern(causal=causal), c.num_layers, length),
+  return _sum(_stack(c, c.layer_kinds(c.num_layers, causal=causal), length),
               {'head': head})
 
 
@@ -34,11 +34,12 @@ def decode_flops(model, keys: int, memory: int = 0) -> dict:
   c = architectures.resolve(model)
   layers = c.num_decoder_layers if memory else c.num_layers
   parts = [{'head': _head(c, 1)}]
-  for kind in _layers(c.layer_pattern(cross=bool(memory)), layers):
-    seen = min(keys, c.sliding_window) if kind.attention == 'banded' else keys
-    parts += [_attention(c, 1, 1, seen), _ffn(c, kind, 1)]
+  for kind in c.layer_kinds(layers, cross=bool(memory)):
+    own = c.of_kind(kind.name)
+    seen = min(keys, own.sliding_window) if own.attention == 'banded' else keys
+    parts += [_attention(own, 1, 1, seen), _ffn(own, kind, 1)]
     if memory:
-      parts.append(_attention(c, 1, 0, memory))
+      parts.append(_attention(own, 1, 0, memory))
   return _sum(*parts)
 
 
@@ -48,18 +49,15 @@ def _mean_keys(kind, window, length):
   return one_way if kind.causal else 2 * one_way - 1
 
 
-def _stack(c, pattern, num_layers, length, memory=0):
+def _stack(c, kinds, length, memory=0):
   parts = []
-  for kind in _layers(pattern, num_layers):
-    keys = _mean_keys(kind, c.sliding_window, length)
-    parts += [_attention(c, length, length, keys), _ffn(c, kind, length)]
+  for kind in kinds:
+    own = c.of_kind(kind.name)
+    keys = _mean_keys(kind, own.sliding_window, length)
+    parts += [_attention(own, length, length, keys), _ffn(own, kind, length)]
     if kind.cross:
-      parts.append(_attention(c, length, memory, memory))
+      parts.append(_attention(own, length, memory, memory))
   return _sum(*parts)
-
-
-def _layers(pattern, num_layers):
-  return pattern * (num_layers // len(pattern))
 
 
 def _attention(c, queries, sources, keys):

@@ -9,6 +9,9 @@ import jax.numpy as jnp
 import architectures
 
 VOCAB = 61
+# Every other layer has experts, the second first.
+DENSE_MOE = dict(pattern='dense,moe', kinds=dict(dense=dict(ffn='dense'),
+                                                 moe={}))
 SYSTEMS = architectures.files()
 DECODERS = architectures.files('decoder')
 # Those that transformers has too.

@@ -45,7 +45,6 @@ MUTANTS = {
     'training/optim/shares.py': [
         ('self._layers - self._below[stack] - int', 'self._layers - int',
          'shares: below'),
-        ('row * self._period[stack] + block', 'row + block', 'shares: powers'),
         ('self._layers + 1 if', 'self._layers if', 'shares: powers'),
         ('np.ndim(share) == 0 or np.all(share)', 'True',
          'shares: step_leaves'),

@@ -180,6 +180,52 @@ def test_an_error_in_a_config_file_has_its_file_and_line(text, tmp_path):
   assert '\n' not in str(error.value)
 
 
+def test_a_file_of_before_there_were_patterns_is_read_as_one(tmp_path):
+  file = tmp_path / 'mine.py'
+  file.write_text(
+      'from configs import base\ndef get_config():\n  c = base.base()\n'
+      "  c.model.update(attention='global,banded', sliding_window=4)\n"
+      "  c.model.ffn = 'moe'\n  c.model.moe.every = 2\n  return c")
+  model = config_files.load_config_file(str(file)).model
+  assert 'every' not in model.moe and model.attention == 'global'
+  assert model.pattern == 'global_dense,banded_moe'
+  assert model.kinds.to_dict() == {
+      'global_dense': dict(window=0, ffn='dense'), 'banded_moe': dict(window=4)}
+
+
+@pytest.mark.parametrize('words, sentence', [
+    (['model.moe.every=2'], 'is said by model.pattern: for every other one'),
+    (['model.kinds.a.norm=x'], 'a.norm is no field that a kind may change'),
+    (['model.kinds.a.rope=1'], 'a.rope is a group of fields: set one of them'),
+    (['model.kinds.a.window.b=1'], 'a.window.b is one value and has no fields'),
+    (['model.kinds.a.rope.x=1'], 'a.rope.x is no field of model.rope'),
+    (['model.kinds={}', 'model.kinds.a.d_ff=3'], 'beside --config.model.kinds'),
+])
+def test_a_flag_that_no_kind_of_layer_has_is_refused(words, sentence):
+  config = config_files.load_config_file('configs/gpt.py')
+  with pytest.raises(errors.RequestError, match=sentence):
+    config_files.check_keys(config, [f'--config.{word}' for word in words])
+
+
+@pytest.mark.slow
+def test_kinds_of_layer_are_flags():
+  """Also of a kind that is called as a keyword of Python."""
+  words = ['--config.model.pattern=local,global']
+  own = dict(local=dict(window=16), **{'global': dict(rope=dict(theta=1e6))})
+  flags = ['--config.model.kinds.local.window=16',
+           '--config.model.kinds.global.rope.theta=1e6']
+  for given in (flags, [f'--config.model.kinds={own}']):
+    result = run('train.py', '--config', 'configs/llama.py:tiny', *words,
+                 *given, '--print_config')
+    assert json.loads(result.stdout)['model']['kinds'] == own, result.stderr
+  result = run('train.py', '--config', 'configs/llama.py:tiny', *words, *flags,
+               '--config.model.kinds.local.position=none',
+               '--config.model.kinds.local.rope.theta=9', '--print_config')
+  assert result.returncode == 2
+  assert ('model.kinds.local.rope.theta is 9.0, which this model does not read'
+          in result.stderr)
+
+
 @pytest.mark.parametrize('file, sentence', [
     ('/dev/null', 'is no file'), ('x' * 300 + '.py', 'is no file'),
     ('configs', 'is no file'),

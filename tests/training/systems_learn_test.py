@@ -101,7 +101,7 @@ def _exact(figures, config):
 def _routing(figures, config):
   """A figure for each layer with experts: of two, one or both, in a stack."""
   stacks = 1 + bool(config.model.num_decoder_layers)
-  layers = stacks * 2 // config.model.moe.every
+  layers = stacks * (1 if config.model.pattern else 2)
   for name in ('dropped', 'load_max', 'load_entropy'):
     assert len(figures[name]) == layers, name
 

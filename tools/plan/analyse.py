@@ -196,7 +196,7 @@ def model_flops(run: runs.Run, name: str) -> dict[str, float]:
 
 def ragged_rows(run: runs.Run, name: str) -> int:
   """Rows that a device sends to experts in a layer, in even load."""
-  if run.model.ffn != 'moe' or name == 'decode':
+  if not run.model.has_experts or name == 'decode':
     return 0
   shards = devices.shards('tokens', run.mesh.shape, run.config.mesh.rules)
   parts = run.config.train.grad_accumulation if name == 'train' else 1

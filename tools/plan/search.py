@@ -102,12 +102,14 @@ def sent(run: runs.Run, host_of: np.ndarray) -> list[collectives.Collective]:
       objectives.of(run.config).row_lengths(run.config))
   one = tokens * c.d_model * itemsize / math.prod(shape[a] for a in batch)
   both = architectures.stack(c) == 'encoder-decoder'
-  layers = c.num_layers + both * c.num_decoder_layers
+  counts = [c.num_layers, c.num_decoder_layers][:1 + both]
+  layers = sum(counts)
   add('all-reduce', ('tensor',), one, 2 * passes * layers)
-  if c.ffn == 'moe':
+  if c.has_experts:
     crossings = 4 if c.remat == 'none' else 6  # see parts/dispatch.py
     add('all-to-all', ('expert',), c.moe.top_k * one,
-        crossings * layers / c.moe.every)
+        crossings * sum(kind.ffn == 'moe' for n in counts
+                        for kind in c.layer_kinds(n)))
   return found
 
 

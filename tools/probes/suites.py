@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from etils import epath
 import ml_collections
 
+from configs import kinds
 from configs.errors import one_of, require
 from training import config_files
 
@@ -101,6 +102,9 @@ def _config(task: str, base: ml_collections.ConfigDict, fields: dict[str, Any],
   flat = run_config.flatten(config)
   for name, value in (own | fields).items():
     who = f'{file}, task {task!r}: {name}'
+    if found := re.fullmatch(r'model\.kinds\.(\w+)\.([\w.]+)', name):
+      kinds.declare(config.model, *found.groups())
+      flat = run_config.flatten(config)
     near = difflib.get_close_matches(name, flat, n=1)
     require(name in flat, f'{who} is no field of a config.'
             + (f' Did you mean {near[0]!r}?' if near else ''))

@@ -107,9 +107,10 @@ def _row(sweep, point, base: cost.Cost, devices: int) -> dict:
 def _follows(point, figures: cost.Cost, base: cost.Cost) -> dict:
   """Model fields that were left open and that a change resolves otherwise:
   {key: [of the base, of the point]}."""
-  return {key: [base.model[key], value]
+  return {key: [base.model.get(key, ''), value]
           for key, value in figures.model.items()
-          if value != base.model[key] and key not in point.changes
+          if value != base.model.get(key, '')
+          and not spec.sets(point.changes, key)
           and (not key.startswith('model.moe.')
                or figures.model['model.ffn'] == 'moe')}
 
@@ -126,8 +127,10 @@ def _check_differences(sweep, description: dict) -> None:
     config = run_config.flatten(
         layout.config(description, point['name'], base['seed']))
     made = run_config.flatten(sweep.config(made))
-    undeclared = [key for key in config if config[key] != made[key] or (
-        config[key] != base[key] and key not in point['changes'])]
+    undeclared = [
+        key for key in config if config[key] != made.get(key) or (
+            config[key] != base.get(key)
+            and not spec.sets(point['changes'], key))]
     if undeclared:
       raise RequestError(f'point {point["name"]!r} differs from the base in '
                          f'{", ".join(undeclared)}, which it does not declare')

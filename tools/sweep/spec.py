@@ -17,6 +17,7 @@ from typing import Any
 
 import ml_collections
 
+from configs import kinds
 from configs.errors import RequestError, require
 from training import config_files, evals
 
@@ -121,6 +122,8 @@ def changed(base: ml_collections.ConfigDict, changes: Mapping[str, Any],
   `who` wants it, for a key that is not there or a value of another type."""
   config = base.copy_and_resolve_references()
   for key, value in changes.items():
+    if _set_kinds(config, key, value):
+      continue
     *parents, last = key.split('.')
     at, old = None, config
     for part in [*parents, last]:
@@ -142,7 +145,30 @@ def changed(base: ml_collections.ConfigDict, changes: Mapping[str, Any],
           f'{who} sets {key} to {value!r}, a {type(value).__name__}: it holds '
           f'{old!r}, a {type(old).__name__}')
     at[last] = value
+  config_files.modernise(config)
   return config.lock()
+
+
+def sets(changes: Mapping[str, Any], key: str) -> bool:
+  """Whether changes set a field, by its own name or with all kinds of layer;
+  the earlier form of a pattern sets what it is read as."""
+  if key in changes:
+    return True
+  of_kinds = key.startswith('model.kinds.')
+  return of_kinds and 'model.kinds' in changes or (
+      of_kinds or key in ('model.pattern', 'model.sliding_window')) and (
+          ',' in changes.get('model.attention', ''))
+
+
+def _set_kinds(config: ml_collections.ConfigDict, key: str, value: Any) -> bool:
+  """Sets all kinds of layer where `key` says so, and makes room for a field of
+  one; returns whether that was all."""
+  if key == 'model.kinds' and isinstance(value, Mapping):
+    config.model.kinds = ml_collections.ConfigDict(dict(value))
+    return True
+  if found := re.fullmatch(r'model\.kinds\.(\w+)\.([\w.]+)', key):
+    kinds.declare(config.model, *found.groups())
+  return False
 
 
 def tuples(value):

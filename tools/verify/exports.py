@@ -19,9 +19,10 @@ import numpy as np
 import architectures
 from architectures.parts import checks
 from architectures.parts.config import ModelConfig
+from configs import kinds
 from configs.errors import RequestError
 from tools.verify import compare, reference
-from training import paths, weights
+from training import config_files, paths, weights
 from training.step import abstract_params
 from training.hf import config as hf_config
 
@@ -39,7 +40,8 @@ CHANGES = (
     dict(head='sequence', num_labels=3), dict(head='tokens', num_labels=5),
     dict(max_len=48), dict(type_vocab_size=3), dict(norm_eps=1e-2),
     dict(learned_stretch=2.0), dict(attention='banded', sliding_window=5),
-    dict(attention='global,banded', sliding_window=5),
+    dict(pattern='a,b', kinds=dict(a=dict(window=0), b=dict(window=5))),
+    dict(pattern='a,b', kinds=dict(a={}, b={})),
     dict(attention_softcap=2.0), dict(attention_scale=0.3),
     dict(embed_scale=2.0), dict(logits_scale=0.5), dict(logits_softcap=2.0),
     dict(parametrization='mup', mup_base_width=16),
@@ -54,8 +56,9 @@ CHANGES = (
           ('yarn', {}), ('yarn', dict(beta_fast=4.0, beta_slow=0.5)))),
     dict(relative=dict(buckets=8)), dict(relative=dict(max_distance=20)),
     dict(moe=dict(num_experts=3)), dict(moe=dict(top_k=1)),
-    dict(moe=dict(top_k=2)), dict(moe=dict(top_k=3)), dict(moe=dict(every=1)),
-    dict(moe=dict(every=2)), dict(moe=dict(d_ff=28)),
+    dict(moe=dict(top_k=2)), dict(moe=dict(top_k=3)),
+    *(kinds.with_experts({}, every) for every in (1, 2)),
+    dict(moe=dict(d_ff=28)),
     dict(moe=dict(shared_experts=1)), dict(moe=dict(bias_rate=0.1)),
     dict(moe=dict(eval_capacity_factor=1.0)),
     dict(moe=dict(eval_capacity_factor=1.0, group_size=LENGTH)),
@@ -106,11 +109,7 @@ def export_findings(system: str) -> Iterator[compare.Finding]:
   seen = []
   for change in changes(architectures.resolve(config(system))):
     model = config(system)
-    for name, value in change.items():
-      if isinstance(value, dict):
-        model[name].update(value)
-      else:
-        model[name] = value
+    config_files.set_fields(model, change)
     try:
       module = architectures.build(model)
       hf_config.write(module.config)

@@ -108,7 +108,7 @@ def _countable(c: ModelConfig, reach: int) -> ModelConfig:
 
 def _rows(c: ModelConfig) -> int:
   """Of the batch that is traced: tokens divide evenly over experts."""
-  return c.moe.num_experts if c.ffn == 'moe' else 1
+  return c.moe.num_experts if c.has_experts else 1
 
 
 @functools.lru_cache(maxsize=4096)

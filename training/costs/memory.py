@@ -145,21 +145,27 @@ def analytic(run: runs.Run, kept_in_all: int = 0,
   parts['kept_for_backward'] = (kept_in_all or kept(run)) // shards
   length, width = run.config.data.length, c.compute_dtype.itemsize
   tokens = run.config.data.batch_size * length // shards
-  heads = c.num_heads // shape['tensor']
-  hidden = tokens * (c.moe.d_ff * c.moe.top_k if c.ffn == 'moe'
-                     else c.d_ff) // shape['tensor']
+  kinds = [c.of_kind(name) for name in c.kinds_used]
+  hidden = max(tokens * (k.moe.d_ff * k.moe.top_k if k.ffn == 'moe'
+                         else k.d_ff) // shape['tensor'] for k in kinds)
   layer = max((x.size // x.shape[0] for path, x in paths.flatten(
-      run.abstract.params).items() if '/layers/' in path), default=0)
-  mask = kernels.Mask(
-      causal=True, bias=positions.of(c).has_bias, rule=','.join(
-          kind for kind in c.attention_pattern if attention.KINDS[kind].sees))
-  fused = c.attention_kernel != 'xla' and not kernels.refusal(
-      'splash', c, mask, length, length, platform)
-  scores = 0 if fused else 2 * 4 * tokens * heads * length
+      run.abstract.params).items() if paths.Stacks.has(path)), default=0)
+  scores = max(_scores(k, tokens, length, platform) for k in kinds
+               ) // shape['tensor']
   parts['one_layer'] = max(scores, 3 * width * hidden) + (
       2 * width * layer // (shape['tensor'] * shape['expert']))
   parts['peak'] = sum(parts.values())
   return parts
+
+
+def _scores(c: ModelConfig, tokens: int, length: int, platform: str) -> int:
+  """Bytes of one layer's scores, where a kernel does not do without."""
+  mask = kernels.Mask(
+      causal=True, bias=positions.of(c).has_bias,
+      rule=c.attention if attention.KINDS[c.attention].sees else '')
+  fused = c.attention_kernel != 'xla' and not kernels.refusal(
+      'splash', c, mask, length, length, platform)
+  return 0 if fused else 2 * 4 * tokens * c.num_heads * length
 
 
 def kept(run: runs.Run) -> int:

@@ -15,6 +15,7 @@ from architectures.parts.config import ModelConfig
 from architectures.parts.moe import routing
 from training import objectives
 from training import paths
+from training.workdir import run_config
 from training.optim import average, shares
 from training.step import abstract_params, optimizer, parameter_roles
 from training.step import parameter_shares
@@ -61,6 +62,7 @@ def count(config: ml_collections.ConfigDict, length: int = 0,
           'decode': sum(flops.decode_flops(model, length, other).values())
                     if decodes else None,
       },
+      'kinds_of_layer': kinds_of_layer(model),
       'kv_cache_bytes_per_token': _cache_bytes(model) if decodes else None,
       # What a decoder keeps of the source is as large, for each token of it.
       'memory_cache_bytes_per_token': _cache_bytes(model) if both else None,
@@ -84,6 +86,25 @@ def brief(config: ml_collections.ConfigDict) -> dict:
 
 def _rumoured(model: ModelConfig) -> bool:
   return model.arch.startswith('gpt4')
+
+
+def kinds_of_layer(model: ModelConfig) -> list[dict]:
+  """Returns what each kind of layer of a pattern is, and how many of the
+  model's layers are of it; [] of a model whose layers are all alike."""
+  if not model.kinds:
+    return []
+  both = architectures.stack(model) == 'encoder-decoder'
+  kinds = [kind.name for count in
+           [model.num_layers, model.num_decoder_layers][:1 + both]
+           for kind in model.layer_kinds(count)]
+  rows = []
+  for name in model.kinds_used:
+    c = model.of_kind(name)
+    rows.append({
+        'kind': name, 'layers': kinds.count(name),
+        'changes': run_config.flatten_dict(model.kinds[name]) if name else {},
+        'ffn': c.ffn, 'kv_cache_bytes_per_token': _layer_cache_bytes(c)})
+  return rows
 
 
 def trained_parameters(module: nn.Module, optim: ml_collections.ConfigDict
@@ -139,5 +160,9 @@ def _by_part(sizes: dict) -> dict:
 
 def _cache_bytes(model: ModelConfig) -> int:
   """Keys and values of every decoder layer, of one token."""
-  return (2 * model.num_decoder_layers * model.num_kv_heads * model.head_dim
-          * model.compute_dtype.itemsize)
+  return sum(_layer_cache_bytes(model.of_kind(kind.name))
+             for kind in model.layer_kinds(model.num_decoder_layers))
+
+
+def _layer_cache_bytes(c: ModelConfig) -> int:
+  return 2 * c.num_kv_heads * c.head_dim * c.compute_dtype.itemsize

@@ -1,6 +1,7 @@
 """Devices: the mesh, over slices too, and what lies where on it."""
 
 from collections.abc import Mapping, Sequence
+import itertools
 import math
 import operator
 import re
@@ -75,14 +76,16 @@ def check_mesh(model: ModelConfig, batch_size: int, grad_accumulation: int,
           f'{rows * grad_accumulation}')
   held = [('tensor', 'num_heads'), ('tensor', 'num_kv_heads'),
           ('tensor', 'd_ff'), ('fsdp', 'd_model')]
-  if model.ffn == 'moe':
+  if model.has_experts:
     held.append(('tensor', 'moe.d_ff'))
-  for axis, field in held:
-    size = operator.attrgetter(field)(model)
+  for name, (axis, field) in itertools.product(model.kinds_used, held):
+    size = operator.attrgetter(field)(model.of_kind(name))
+    where = (f'model.kinds.{name}.{field}' if field in model.kinds.get(name, ())
+             else f'model.{field}')
     require(size % shape[axis] == 0,
             f'mesh.{axis} is {shape[axis]}, which does not divide '
-            f'model.{field} {size}: choose from {_divisors(size)}')
-  if model.ffn == 'moe':
+            f'{where} {size}: choose from {_divisors(size)}')
+  if model.has_experts:
     experts = model.moe.num_experts
     require(experts % shape['expert'] == 0,
             f'mesh.expert is {shape["expert"]}, which does not divide '

@@ -221,7 +221,10 @@ def model_of(reader: Reader) -> ml_collections.ConfigDict:
   model = base.base().model
   model.update(architectures.systems()[arch].PARTS, arch=arch)
   model.update_from_flattened_dict(found)
-  model.update(page.read(reader, found))
+  read = page.read(reader, found)
+  if 'kinds' in read:
+    model.kinds = {}
+  model.update(read)
   return model
 
 
@@ -276,7 +279,7 @@ def _room(config: ModelConfig) -> tuple | None:
   of a batch; None: all that choose it."""
   m = config.moe
   share = m.eval_capacity_factor * m.top_k / m.num_experts
-  if config.ffn != 'moe' or not 0 < share < 1:
+  if not config.has_experts or not 0 < share < 1:
     return None
   if not m.group_size:
     return 0, round(share, 6)
@@ -285,14 +288,35 @@ def _room(config: ModelConfig) -> tuple | None:
 
 
 def differences(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
-  """Returns a line for each field that makes them different functions."""
-  mine, other = flat(ours), flat(theirs)
-  return [f'model.{name} is {value!r}, not {other.get(name)!r}'
-          for name, value in mine.items() if other.get(name) != value]
+  """Returns a line for each field that makes them different functions, of the
+  first layer in which it does so."""
+  found: dict[str, str] = {}
+  stacks = {ours.num_layers, ours.num_decoder_layers}
+  for n, (a, b) in enumerate(zip(*(_layers(c, max(stacks))
+                                   for c in (ours, theirs)))):
+    mine, other = flat(a), flat(b)
+    where = f' of layer {n}' if ours.kinds or theirs.kinds else ''
+    for name, value in mine.items():
+      if other.get(name) != value:
+        found.setdefault(name, f'model.{name}{where} is {value!r}, not '
+                         f'{other.get(name)!r}')
+  if ours.position != theirs.position:  # read at the embedding too
+    found.setdefault('position', f'model.position is {ours.position!r}, not '
+                     f'{theirs.position!r}')
+  return list(found.values())
+
+
+def _layers(c: ModelConfig, count: int) -> list[ModelConfig]:
+  """Returns the config of each of so many layers; of one, where they are all
+  alike."""
+  if not c.kinds:
+    return [c] * count
+  return [c.of_kind(kind.name) for kind in c.layer_kinds(count)]
 
 
 def flat(config: ModelConfig) -> dict[str, Any]:
-  """The fields that tell what is computed, by dotted name."""
+  """The fields that tell what is computed, by dotted name, of a model whose
+  layers are all alike."""
   unused = unread.unread(config)
   fields = run_config.flatten_dict(dataclasses.asdict(config))
   return {name: value for name, value in fields.items()

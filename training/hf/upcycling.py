@@ -15,8 +15,10 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
+import architectures
 from architectures.parts.config import ModelConfig
 from architectures.parts.moe import routing
+from configs import kinds
 from configs.errors import one_of, require
 from training import paths
 from training import weights
@@ -33,21 +35,30 @@ def config(model: ml_collections.ConfigDict, moe: dict
 
   Args:
     model: of the dense model.
-    moe: what model.moe changes, by field.
+    moe: what model.moe changes, by field, and `every`: n, where the last of
+      every n layers is to have experts.
 
   Raises:
     ValueError: for a model that has experts already, or a field that there
       isn't or that follows from the dense model.
   """
-  require(model.ffn != 'moe', 'model.ffn is moe: this model has experts '
-          'already, only a dense one is upcycled')
-  for name in moe:
+  require(not architectures.resolve(model).has_experts,
+          'model.ffn is moe: this model has experts already, only a dense one '
+          'is upcycled')
+  fields = dict(moe)
+  every = fields.pop('every', 1)
+  for name in fields:
     one_of('field of model.moe', name,
-           [field for field in model.moe if field not in GIVEN])
+           ['every', *(x for x in model.moe if x not in GIVEN)])
+  require(every > 0, f'every is {every}: it must be > 0')
   model = model.copy_and_resolve_references()
-  model.moe.update(moe)
+  model.moe.update(fields)
   model.moe.update(ffn=model.ffn, d_ff=0)
   model.update(arch=TWINS.get(model.arch, model.arch), ffn='moe')
+  made = kinds.with_experts(model.to_dict(), every)
+  with model.unlocked():
+    model.pattern = made['pattern']
+    model.kinds = ml_collections.ConfigDict(made['kinds'])
   return model
 
 
@@ -70,15 +81,16 @@ def params(module: nn.Module, like: Any, dense: Any, seed: int):
   """
   old = paths.flatten(dense)
   shapes = paths.flatten(nn.meta.unbox(like))
-  period = len(module.config.layer_pattern())
+  theirs, ours = paths.Stacks(old), paths.Stacks(shapes)
   new = [path for path in shapes if re.search(
       r'/ffn/(router|router_bias|shared/.*)$', path)]
   drawn = weights.draw(module, like, new, seed) if new else {}
 
   def make(old: jax.Array, drawn: jax.Array):
     return {path: drawn[path] if path in drawn else
-            _layers(old, path, x.shape, period) if '/layers/' in path else
-            old[path] for path, x in shapes.items()}
+            _layers(old, path, x.shape, theirs, ours)
+            if paths.Stacks.has(path) else old[path]
+            for path, x in shapes.items()}
 
   places = {path: x.sharding for path, x in shapes.items()}
   flat = jax.jit(make, out_shardings=places)(old, drawn)
@@ -86,21 +98,14 @@ def params(module: nn.Module, like: Any, dense: Any, seed: int):
       lambda path, _: flat[paths.join(path)], nn.meta.unbox(like))
 
 
-def _layers(old: jax.Array, path: str, shape: tuple[int, ...], period: int
-            ) -> jax.Array:
-  """Returns one stacked parameter of the mixture, of the dense model's rows.
-
-  Layer n stands in row n // period of block n % period, in either model by
-  its own period.
-  """
-  stack, block, rest = re.fullmatch(
-      r'(\w+)/layers/block_(\d+)/(.*)', path).groups()
-  blocks = len({name.split('/')[2] for name in old
-                if name.startswith(f'{stack}/layers/')})
+def _layers(old: dict[str, jax.Array], path: str, shape: tuple[int, ...],
+            theirs: paths.Stacks, ours: paths.Stacks) -> jax.Array:
+  """Returns one stacked parameter of the mixture, of the dense model's rows:
+  a layer may stand in another block, of another period."""
   rows = []
-  for row in range(shape[0]):
-    n = row * period + int(block)
-    x = old[f'{stack}/layers/block_{n % blocks}/{rest}'][n // blocks]
+  for n in ours.layers(path):
+    place, row = theirs.place(path, n)
+    x = old[place][row]
     copied = x if x.ndim == len(shape) - 1 else x[None]  # for every expert
     rows.append(jnp.broadcast_to(copied, shape[1:]))
   return jnp.stack(rows)

@@ -188,9 +188,7 @@ def record(config: ModelConfig, arrays: Mapping[str, Any],
 def _layers(config: ModelConfig) -> dict[str, list]:
   """Returns the kind of each layer, by stack, in the order in which the model
   keeps them."""
-  def kinds(count: int, **options: bool) -> list:
-    pattern = config.layer_pattern(**options)
-    return [pattern[n % len(pattern)] for n in range(count)]
+  kinds = config.layer_kinds
   name = architectures.stack(config)
   if name != 'encoder-decoder':
     return {name: kinds(config.num_layers)}

@@ -28,7 +28,6 @@ from configs.errors import RequestError, require
 from training import paths
 
 STACKS = ('encoder', 'decoder')  # from the bottom
-_STACKED = re.compile(r'(\w+)/layers/block_(\d+)/(.*)')
 
 
 def of(optim: ml_collections.ConfigDict, roles: Any, shapes: Any,
@@ -69,21 +68,16 @@ def of(optim: ml_collections.ConfigDict, roles: Any, shapes: Any,
 class _Stacks:
   """The layers of a model, by the paths of its parameters.
 
-  The parameter STACK/layers/block_B/NAME holds, in row r, that of the layer
-  n = r * period + B: its name here is STACK/layers/n/NAME.
+  A row of STACK/layers/block_B/NAME is of one layer n: its name here is
+  STACK/layers/n/NAME.
   """
 
   def __init__(self, shapes: dict[str, Any]):
-    self._shapes = shapes
-    blocks: dict[str, dict[int, int]] = {}  # rows by stack and block
-    for path, x in shapes.items():
-      if match := _STACKED.fullmatch(path):
-        blocks.setdefault(match[1], {})[int(match[2])] = x.shape[0]
-    self._period = {stack: len(rows) for stack, rows in blocks.items()}
+    self._shapes, self._places = shapes, paths.Stacks(shapes)
     self._below, self._layers = {}, 0
-    for stack in sorted(blocks, key=STACKS.index):
+    for stack in sorted(self._places.counts, key=STACKS.index):
       self._below[stack] = self._layers
-      self._layers += sum(blocks[stack].values())
+      self._layers += self._places.counts[stack]
 
   def all_names(self) -> Iterator[tuple[str, str]]:
     """Yields the path of each parameter and the name of each of its rows."""
@@ -93,12 +87,10 @@ class _Stacks:
 
   def names(self, path: str) -> list[str]:
     """Returns the names of a parameter's rows, or of all of it."""
-    match = _STACKED.fullmatch(path)
-    if not match:
+    if not paths.Stacks.has(path):
       return [path]
-    stack, block, name = match[1], int(match[2]), match[3]
-    return [f'{stack}/layers/{row * self._period[stack] + block}/{name}'
-            for row in range(self._shapes[path].shape[0])]
+    stack, name = self._places.split(path)
+    return [f'{stack}/layers/{n}/{name}' for n in self._places.layers(path)]
 
   def above(self, name: str) -> int:
     """Returns how many powers of the decay the name has."""

@@ -16,6 +16,7 @@ import jax
 import ml_collections
 
 from configs import base
+from configs import kinds
 from configs.errors import RequestError, require, short
 from training import config_files, schema
 from training.workdir import change_kinds, provenance, restoring, step_folders
@@ -59,13 +60,13 @@ CLASSES: tuple[tuple[str, str | Callable, str], ...] = (
     (r'model\.(norm_eps|sinusoid|learned_stretch|rope\..*|relative\.max_distance'
      r'|sliding_window|attention_(softcap|scale)|embed_scale|logits_scale'
      r'|logits_softcap|parametrization|mup_base_(width|head_dim)|dtype'
-     r'|lora\.alpha'
+     r'|lora\.alpha|kinds\.\w+\.(window|rope\..*|attention_(softcap|scale))'
      r'|moe\.(top_k|dispatch|capacity_factor|normalize_gates|group_size))',
      OPTIMISATION, 'the same parameters in another function'),
     (r'model\.(arch|norm|embed_norm|position|ffn|block|attention|qk_norm'
      r'|attention_sinks|attention_bias|ffn_bias|tie_embeddings|logits_bias|head'
-     r'|lora\.(rank|targets)'
-     r'|moe\.(router|ffn|every|shared_experts))', INCOMPATIBLE,
+     r'|lora\.(rank|targets)|pattern|prefix|kinds(\..*)?'
+     r'|moe\.(router|ffn|shared_experts))', INCOMPATIBLE,
      'other parameters'),
     (r'model\.(d_model|num_layers|num_decoder_layers|num_heads|num_kv_heads'
      r'|head_dim|d_ff|vocab_size|max_len|type_vocab_size|num_labels'
@@ -144,8 +145,7 @@ def exists(workdir: epath.Path) -> bool:
 
 
 def has_begun(workdir: epath.Path) -> bool:
-  """Whether there is a checkpoint to go on from; its config is there as well,
-  or `load` says that it is lost."""
+  """Whether there is a checkpoint to go on from; its config ought to be."""
   folder = restoring.directory(workdir)
   return folder.exists() and any(
       step_folders.number(path.name) is not None for path in folder.iterdir())
@@ -267,12 +267,12 @@ def _as_of_now(tree: dict[str, Any]) -> dict[str, Any]:
   """Returns a config's tree, in which what an earlier version wrote is said as
   this one says it.
 
-  A run without data.chat_template is older than that field, and was begun with
-  the layout of conversations that there was then.
-  """
+  A run that lacks data.chat_template has the layout that there was then."""
   if 'data' in tree and 'chat_template' not in tree['data']:
     tree['data']['chat_template'] = (
         'earlier' if tree.get('objective') == 'chat' else 'published')
+  if isinstance(tree.get('model'), dict):
+    tree['model'] = kinds.modern(tree['model'])
   if 'optim' in tree and tree['optim'].get('decay_mask') == _EARLIER_MASK:
     tree['optim']['decay_mask'] = ()
   return tree
@@ -298,8 +298,8 @@ def filled(config: ml_collections.ConfigDict) -> list[str]:
 
 
 def check_fields(tree: Mapping[str, Any], who: str) -> None:
-  """Raises RequestError for a field of another type than it has by now. One
-  that is missing is newer than the run, one that is not expected is older."""
+  """Raises RequestError for a field of another type than it has by now. Fields
+  may be missing, or not be expected."""
   _check_group(tree, base.base(), who)
 
 
@@ -361,7 +361,9 @@ def _check_group(group: Mapping, expected: Mapping, who: str) -> None:
             f'{who}{short(name)} is no name of a field')
     if name in expected:
       config_files.check_type(value, expected[name], who + name)
-      if isinstance(value, dict):
+      if 'kinds' in expected and name == 'kinds':
+        config_files.check_kinds(value, expected, who.removesuffix('model.'))
+      elif isinstance(value, dict):
         _check_group(value, expected[name], f'{who}{name}.')
 
 

@@ -37,6 +37,7 @@ class Read(NamedTuple):
 
 def run(evaluation: Evaluation) -> dict[str, Any]:
   """Writes inspect.html into the workdir and prints a table of each stack."""
+  from training import description
   from training.insides import page, record
   from training.workdir import storage
   model, prompt = evaluation.run.model, evaluation.options.prompt
@@ -48,7 +49,8 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
            for name, ids in read.tokens.items()}
   measures = by_head(found, _repeated(evaluation))
   about = [f'{model.arch} of {evaluation.workdir}, step {evaluation.step}, '
-           f'reading {prompt!r}.', *read.notes, *_unknown(texts)]
+           f'reading {prompt!r}.', *read.notes, *_unknown(texts),
+           *description.layers(model)]
   if found.lens is None:
     about.append("There is no logit lens: the model's head scores no tokens of "
                  'the vocabulary.')

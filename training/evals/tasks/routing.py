@@ -98,7 +98,8 @@ def plot(load_NE: np.ndarray, path: Any) -> None:
 
 
 def _unfit(config: ml_collections.ConfigDict) -> str:
-  return '' if config.model.ffn == 'moe' else (
+  kinds = [kind.get('ffn', '') for kind in config.model.kinds.values()]
+  return '' if 'moe' in (config.model.ffn, *kinds) else (
       f'model.ffn is {config.model.ffn!r}, which has no experts to route to')
 
 

@@ -1,0 +1,296 @@
+"""Patterns of named kinds of layer: laws, and what is refused."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import architectures
+from architectures.parts import attention
+from architectures.parts import hf
+from architectures.parts import skeletons
+from configs import gpt, sharding, switch
+from tests.helpers import models
+from tests.training import step_test
+from training import paths
+from training.costs import totals
+from training.workdir import run_config
+
+KINDS = dict(local=dict(window=3, rope=dict(theta=100.0)),
+             far=dict(position='none', num_kv_heads=2, d_ff=24))
+MIXED = dict(position='rope', num_layers=5, prefix='far',
+             pattern='local,far', kinds=KINDS)
+
+
+@functools.cache
+def mixed(**changes):
+  return models.make('gpt', **MIXED, **changes)
+
+
+def logits(module, params, tokens, **kwargs):
+  return jax.jit(functools.partial(models.logits, module))(
+      params, tokens, **kwargs)
+
+
+def row_of(section, block, row):
+  return jax.tree.map(lambda x: x[row], section[f'block_{block}'])
+
+
+def plain_of(params, blocks):
+  """Parameters of a period of several blocks as those of a plain model."""
+  layers = params['decoder']['layers']
+  flat = jax.tree.map(lambda *xs: jnp.stack(xs, 1).reshape(
+      -1, *xs[0].shape[1:]), *(layers[f'block_{i}'] for i in range(blocks)))
+  return params | {'decoder': params['decoder'] | {'layers': {'block_0': flat}}}
+
+
+@pytest.mark.parametrize('fields', [
+    dict(pattern='a', kinds=dict(a={})),
+    dict(pattern='a,b', kinds=dict(a={}, b=dict(ffn='dense'))),
+    dict(pattern='a,b', kinds=dict(a=dict(window=5), b=dict(window=5))),
+])
+def test_layers_that_are_equal_are_a_plain_model(fields):
+  module, params = models.make('llama', num_layers=4, **fields)
+  window = fields['kinds']['a'].get('window', 0)
+  plain = architectures.build(models.config(
+      'llama', num_layers=4, sliding_window=window,
+      attention='banded' if window else 'global'))
+  tokens = models.tokens()
+  models.close(
+      logits(module, params, tokens),
+      logits(plain, plain_of(params, len(module.config.layer_pattern())),
+             tokens))
+
+
+def test_the_scan_equals_the_loop():
+  module, params = mixed()
+  other = architectures.build(
+      dataclasses.replace(module.config, scan_layers=False))
+  loss = lambda module: jax.jit(jax.grad(lambda p: jnp.square(
+      models.logits(module, p, models.tokens())).sum()))
+  models.close(loss(module)(params), loss(other)(params), rtol=2e-4)
+
+
+def test_each_layer_is_that_of_its_kind():
+  """A stack equals its blocks, called one after another."""
+  module, params = mixed()
+  c, tokens = module.config, models.tokens()
+  out = module.apply({'params': params}, tokens, keep_layers=True)
+  layers_NBLD = out.aux['layers']
+  decoder = params['decoder']
+  own = [row_of(decoder['prefix'], 0, 0)] + [
+      row_of(decoder['layers'], block, row)
+      for row in range(2) for block in range(2)]
+  names = ('far', 'local', 'far', 'local', 'far')
+  assert tuple(k.name for k in c.layer_kinds(5)) == names
+  ctx = attention.Context(jnp.arange(tokens.shape[1])[None])
+  for n, (name, layer) in enumerate(zip(names, own)):
+    plain = skeletons.Period(c.of_kind(name), c.of_kind(name).layer_pattern())
+    got, _ = plain.apply({'params': {'block_0': layer}}, layers_NBLD[n], None,
+                         ctx)
+    models.close(got, layers_NBLD[n + 1])
+  assert own[0]['attention']['key'].shape == (32, 2, 8)
+  assert own[1]['attention']['key'].shape == (32, 4, 8)
+  assert own[0]['ffn']['up'].shape == (32, 24)
+
+
+def test_a_window_is_of_its_kind():
+  """By gradient: what a token of a layer hangs on is its window's tokens."""
+  module, params = mixed()
+  c, L = module.config, 8
+  x_BLD = jax.random.normal(jax.random.key(0), (1, L, 32))
+  ctx = attention.Context(jnp.arange(L)[None])
+  reach = {}
+  decoder = params['decoder']
+  for name, layer in (('far', row_of(decoder['prefix'], 0, 0)),
+                      ('local', row_of(decoder['layers'], 0, 0))):
+    one = skeletons.Period(c.of_kind(name), c.of_kind(name).layer_pattern())
+    jacobian = jax.jit(jax.jacobian(lambda x, one=one, layer=layer: one.apply(
+        {'params': {'block_0': layer}}, x, None, ctx)[0].sum((0, 2))))(x_BLD)
+    reach[name] = np.abs(jacobian).sum((1, 3)) > 0
+  i = np.arange(L)
+  assert (reach['far'] == (i[:, None] >= i)).all()
+  assert (reach['local'] == ((i[:, None] >= i)
+                             & (i[:, None] - i < 3))).all()
+
+
+def test_theta_is_of_its_kind():
+  """Scores of one layer, beside numpy's rotation by its own theta."""
+  kinds = dict(near=dict(rope=dict(theta=10.0)),
+               far=dict(rope=dict(theta=1e6)), none=dict(position='none'))
+  module, params = models.make(
+      'llama', num_layers=3, num_kv_heads=4, pattern='near,far,none',
+      kinds=kinds)
+  tokens = models.tokens(1, 6)
+  out = module.apply({'params': params}, tokens, keep_layers=True,
+                     keep_attention=True)
+  for n, theta in enumerate((10.0, 1e6, None)):
+    layer = jax.tree.map(lambda x: np.asarray(x, np.float64),
+                         row_of(params['decoder']['layers'], n, 0))
+    x = np.asarray(out.aux['layers'][n][0], np.float64)
+    x = x / np.sqrt(np.square(x).mean(-1, keepdims=True)
+                    + module.config.norm_eps) * layer['attention_norm']['scale']
+    turn = np.zeros((6, 4)) if theta is None else (
+        np.arange(6)[:, None] * theta ** (-np.arange(0, 8, 2) / 8))
+    def rotated(w, x=x, turn=turn):
+      y = np.einsum('ld,dhk->hlk', x, w)
+      z = (y[..., :4] + 1j * y[..., 4:]) * np.exp(1j * turn)
+      return np.concatenate([z.real, z.imag], -1)
+    q, k = (rotated(layer['attention'][name]) for name in ('query', 'key'))
+    scores = np.einsum('hlk,hmk->hlm', q, k) * 8 ** -0.5
+    scores = np.where(np.tri(6), scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    np.testing.assert_allclose(
+        out.aux['attention'][n][0], weights / weights.sum(-1, keepdims=True),
+        atol=1e-5)
+
+
+@pytest.mark.parametrize('apart', [False, True])
+def test_decoding_with_a_cache_is_the_forward_pass(apart):
+  module, params = mixed()
+  tokens = models.tokens()
+  wanted = logits(module, params, tokens)
+  cache = architectures.init_cache(module.config, 2, 16)
+  assert [x.key_BMJK.shape for x in cache] == [
+      (1, 2, 16, 2, 8), (2, 2, 16, 4, 8), (2, 2, 16, 2, 8)]
+  out = module.apply({'params': params}, tokens[:, :9], cache=cache)
+  got, cache, ours = [out.logits], out.cache, params
+  if apart:
+    ours, cache = skeletons.one_by_one(params, cache)
+  step = jax.jit(lambda token, at, cache: (lambda out: (
+      out.logits, out.cache))(module.apply(
+          {'params': ours}, token, positions_BL=at, cache=cache,
+          one_by_one=apart)))
+  for i in range(9, 16):
+    new, cache = step(tokens[:, i:i + 1], jnp.array([[i]]), cache)
+    got.append(new)
+  models.close(jnp.concatenate(got, 1), wanted, rtol=1e-4)
+
+
+def test_packed_documents_are_those_apart():
+  module, params = mixed()
+  a, b = models.tokens(1, 7, seed=2), models.tokens(1, 9, seed=3)
+  packed = logits(
+      module, params, jnp.concatenate([a, b], 1),
+      positions_BL=jnp.concatenate([jnp.arange(7), jnp.arange(9)])[None],
+      segment_ids_BL=jnp.repeat(jnp.array([1, 2]), jnp.array([7, 9]))[None])
+  models.close(packed, jnp.concatenate(
+      [logits(module, params, x) for x in (a, b)], 1), rtol=1e-4)
+
+
+@pytest.mark.parametrize('fields, words', [
+    (dict(pattern='a,b', kinds=dict(a={})), "layer 'b', .* there are a"),
+    (dict(kinds=dict(a={})), "has a, which no layer is: model.pattern is ''"),
+    (dict(pattern='a', kinds=dict(a={}, b={})), 'has b, which no layer is'),
+    (dict(pattern='a', kinds=dict(a=dict(norm='rmsnorm'))),
+     'a.norm is no field that a kind may change: choose from attention, '),
+    (dict(pattern='a', kinds=dict(a=dict(rope=dict(base=1.0)))),
+     'a.rope.base is no field of model.rope: choose from .*theta'),
+    (dict(pattern='a', kinds=dict(a=dict(window=2.5))),
+     'a.window is 2.5, of type float: it must be of type int'),
+    (dict(pattern='a', kinds=dict(a=dict(window=-1))), 'an integer >= 0'),
+    (dict(pattern='a', kinds=dict(a=dict(d_ff=0))), 'a.d_ff is 0: leave it'),
+    (dict(pattern='a', kinds=dict(a=dict(ffn='gelo'))),
+     r"kinds.a: unknown model.ffn 'gelo'"),
+    (dict(pattern='a', kinds=dict(a=dict(num_kv_heads=3))),
+     'kinds.a: model.num_kv_heads is 3, which does not divide'),
+    (dict(pattern='a,a,b', kinds=dict(a={}, b={})),
+     'num_layers is 4: the rest must be a multiple of the 3 layers of'),
+    (dict(prefix='a', pattern='a,b', kinds=dict(a={}, b={})),
+     "num_layers is 4, 1 of them of model.prefix 'a': the rest must be a mult"),
+    (dict(prefix='a,a,a,a', kinds=dict(a={})), 'num_layers is 4, 4 of them'),
+    (dict(pattern='a', kinds=dict(a=dict(position='learned'))),
+     "no encoding of one layer: .* choose from rope, alibi, none"),
+    (dict(pattern='a', position='relative', kinds=dict(a=dict(num_heads=2))),
+     'a.num_heads is 2, and the bias .* is of 4 heads'),
+    (dict(pattern='a', sliding_window=3, kinds=dict(a=dict(window=2))),
+     'sliding_window 3 has no meaning.*where a kind of model.kinds does not'),
+    (dict(pattern='a', attention='global,banded', kinds=dict(a={})),
+     'before there was model.pattern'),
+])
+def test_what_no_pattern_can_be_is_refused(fields, words):
+  with pytest.raises(ValueError, match=words):
+    architectures.build(models.config('gpt', **(
+        dict(position='rope', num_layers=4) | fields)))
+
+
+def test_what_follows_from_heads_is_of_their_kind():
+  c = architectures.resolve(models.config('gpt', pattern='a,b', kinds=dict(
+      a=dict(num_heads=2, head_dim=32), b={})))
+  assert c.kinds['a'] == dict(num_heads=2, num_kv_heads=2, head_dim=32,
+                              attention_scale=32 ** -0.5)
+  assert c.of_kind('b').score_scale == 8 ** -0.5
+  assert architectures.resolve(dataclasses.asdict(c)) == c
+
+
+@pytest.mark.parametrize('old, new', [
+    (dict(attention='global,banded', sliding_window=4),
+     dict(pattern='global,banded',
+          kinds={'global': dict(window=0), 'banded': dict(window=4)})),
+    (dict(ffn='moe', moe=dict(every=2)), dict(ffn='moe') | models.DENSE_MOE),
+    (dict(moe=dict(every=2)), {}),
+])
+def test_what_earlier_versions_said_is_the_same_model(old, new):
+  assert architectures.resolve(models.config('gpt', **old)) == (
+      architectures.resolve(models.config('gpt', **new)))
+
+
+@pytest.mark.parametrize('now, old', [
+    (gpt.get_config('gpt3-125m'), dict(
+        attention='global,banded', sliding_window=256)),
+    (switch.get_config('tiny'), dict(moe=dict(every=2)))])
+def test_a_run_of_an_earlier_version_is_that_of_the_config_of_now(now, old):
+  tree = run_config.to_json(now)
+  model = {name: value for name, value in tree['model'].items()
+           if name not in ('pattern', 'prefix', 'kinds')}
+  moe = model['moe'] | old.get('moe', dict(every=1))
+  tree['model'] = model | old | dict(moe=moe)
+  assert run_config.compare(run_config.from_json(tree), now) == []
+
+
+def test_every_layer_has_one_place_and_one_name():
+  _, params = mixed()
+  flat = paths.flatten(params)
+  stacks = paths.Stacks(flat)
+  queries = [path for path in flat if path.endswith('attention/query')]
+  assert stacks.counts == {'decoder': 5}
+  assert {path: list(stacks.layers(path)) for path in queries} == {
+      'decoder/prefix/block_0/attention/query': [0],
+      'decoder/layers/block_0/attention/query': [1, 3],
+      'decoder/layers/block_1/attention/query': [2, 4]}
+  assert [stacks.place(queries[0], n) for n in range(5)] == [
+      ('decoder/prefix/block_0/attention/query', 0),
+      *((f'decoder/layers/block_{b}/attention/query', row)
+        for row in range(2) for b in range(2))]
+  row = 'decoder/layers/attention/query', 'DHK', 'h.{n}.q', 'HK D'
+  found = hf.expand([row], {path: flat[path].shape for path in queries})
+  assert {t.name: (t.paths[0], *t.index) for t in found} == {
+      f'h.{n}.q': stacks.place(queries[0], n) for n in range(5)}
+
+
+def test_a_token_takes_the_cache_of_the_heads_of_each_kind():
+  c = architectures.resolve(models.config('gpt', **MIXED))
+  assert totals._cache_bytes(c) == 4 * 2 * 8 * (2 * 4 + 3 * 2)
+  assert [(row['kind'], row['layers'], row['kv_cache_bytes_per_token'])
+          for row in totals.kinds_of_layer(c)] == [
+              ('far', 3, 4 * 2 * 8 * 2), ('local', 2, 4 * 2 * 8 * 4)]
+
+
+@pytest.mark.slow
+def test_sharded_equals_a_single_device():
+  """With a prefix without experts, and kinds of different heads and widths."""
+  fields = dict(
+      position='rope', ffn='moe', num_layers=5, prefix='first',
+      pattern='local,far', moe=dict(num_experts=4, d_ff=16), kinds=dict(
+          first=dict(ffn='dense', d_ff=24), local=dict(window=3),
+          far=dict(position='none', num_kv_heads=2)))
+  c = step_test.config(**{f'model__{k}': v for k, v in fields.items()})
+  _, state, seen = step_test.train(c, step_test.one_device())
+  c.mesh.update(sharding.PRESETS['ep_fsdp_tp'])
+  _, other, found = step_test.train(c)
+  models.close(state.params, other.params, rtol=1e-4)
+  models.close([m['loss'] for m in seen], [m['loss'] for m in found])
+  assert seen[0]['health/load_E'].shape == (4, 4)
