@@ -101,14 +101,12 @@ def unread(c: ModelConfig) -> dict[str, Row]:
   condition that does not hold. With kinds of layer these are the fields that no
   layer reads, and those of a kind that its own layers do not."""
   by_kind = {name: _unread(c.of_kind(name)) for name in c.kinds_used}
+  of_model = [_overridden(c, name) | rows for name, rows in by_kind.items()]
   if positions.of(c).embed or positions.of(c).stack_bias:
-    by_kind.setdefault('', _unread(c))  # read beside the layers
-  first, *others = by_kind.values()
+    of_model.append(_unread(c))  # read beside the layers
+  first, *others = of_model
   found = {field: row for field, row in first.items()
            if all(field in rows for rows in others)}
-  for field in _overridden(c):
-    found.setdefault(field, Row('a kind of model.kinds does not set it',
-                                ('pattern', 'prefix', 'kinds')))
   for name in c.kinds:
     for field in (*c.kinds[name], *(
         f'rope.{inner}' for inner in c.kinds[name].get('rope', ()))):
@@ -118,15 +116,15 @@ def unread(c: ModelConfig) -> dict[str, Row]:
   return found
 
 
-def _overridden(c: ModelConfig) -> set[str]:
-  """Returns the fields of the model that every layer has in its kind."""
-  if '' in c.kinds_used:
-    return set()
-  own = [{kinds.FIELDS[field] for field in c.kinds[name]}
-         | {f'rope.{inner}' for inner in c.kinds[name].get('rope', ())}
-         | ({'attention'} if 'window' in c.kinds[name] else set())
-         for name in c.kinds_used]
-  return set.intersection(*own) - {'rope', 'position', 'ffn'}
+def _overridden(c: ModelConfig, name: str) -> dict[str, Row]:
+  """Returns the fields of the model that a kind of layer has of its own."""
+  own = c.kinds[name] if name else {}
+  fields = {kinds.FIELDS[field] for field in own} | {
+      f'rope.{inner}' for inner in own.get('rope', ())}
+  if 'window' in own:
+    fields.add('attention')
+  row = Row('a kind of model.kinds does not set it', ('kinds',))
+  return dict.fromkeys(sorted(fields - {'rope', 'position', 'ffn'}), row)
 
 
 def _unread(c: ModelConfig) -> dict[str, Row]:

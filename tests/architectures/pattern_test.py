@@ -12,6 +12,7 @@ import architectures
 from architectures.parts import attention
 from architectures.parts import hf
 from architectures.parts import skeletons
+from architectures.parts import unread
 from configs import gpt, sharding, switch
 from tests.helpers import models
 from tests.training import step_test
@@ -215,6 +216,20 @@ def test_what_no_pattern_can_be_is_refused(fields, words):
   with pytest.raises(ValueError, match=words):
     architectures.build(models.config('gpt', **(
         dict(position='rope', num_layers=4) | fields)))
+
+
+def test_a_field_is_unread_where_no_layer_reads_it():
+  """And a kind's own where its layers do not."""
+  kinds = dict(a=dict(position='none', window=3, rope=dict(theta=9.0)), b={},
+               c=dict(position='none'))
+  c = architectures.resolve(models.config(
+      'gpt', position='rope', num_layers=3, pattern='a,b,c', kinds=kinds))
+  rows = unread.unread(c)
+  assert 'rope.theta' not in rows and 'sliding_window' in rows
+  assert 'kinds.a.rope.theta' in rows and 'kinds.a.window' not in rows
+  assert 'moe.ffn' in rows and not c.has_experts
+  mixed = dataclasses.replace(c, ffn='moe')
+  assert 'moe.top_k' not in unread.unread(mixed) and mixed.has_experts
 
 
 def test_what_follows_from_heads_is_of_their_kind():

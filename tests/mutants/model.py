@@ -279,7 +279,7 @@ MUTANTS = {
     ],
     'architectures/parts/unread.py': [
         ('if all(field in rows for rows in others)',
-         'if any(field in rows for rows in others)', 'pattern: refused'),
+         'if any(field in rows for rows in others)', 'pattern: unread'),
     ],
     'architectures/parts/kinds.py': [
         ('(layers - first) % period == 0', 'layers % period == 0',
