@@ -64,7 +64,9 @@ def loss_of(module):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', DECODERS)
+@pytest.mark.parametrize('name', [
+    pytest.param(name, marks=[pytest.mark.long] * (
+        name in ('sinusoidal', 'none'))) for name in DECODERS])
 def test_equals_one_device_at_8_times_the_length(name):
   module, params = models.make(max_len=LONG, **DECODERS[name])
   tokens, step = models.tokens(2, LONG), loss_of(module)
@@ -74,7 +76,8 @@ def test_equals_one_device_at_8_times_the_length(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('system', ['t5', 'bert'])
+@pytest.mark.parametrize('system', [
+    't5', pytest.param('bert', marks=pytest.mark.long)])
 def test_encoders_equal_one_device(system):
   module, params = models.make(system, max_len=LONG)
   tokens = models.tokens(2, LONG)

@@ -135,8 +135,8 @@ def test_sharded_equals_a_single_device(trained, preset):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('changes', [
-    dict(model__scan_layers=False), dict(model__remat='dots'),
-    dict(train__grad_accumulation=4)])
+    dict(model__scan_layers=False), dict(train__grad_accumulation=4),
+    pytest.param(dict(model__remat='dots'), marks=pytest.mark.long)])
 def test_computed_another_way_it_is_the_same_step(trained, changes):
   _, state, seen = lora_run(**changes)
   models.close(trained[2], seen, rtol=1e-4)

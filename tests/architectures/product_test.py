@@ -137,7 +137,9 @@ def test_laws_of_positions_blocks_and_attentions(row):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('router', ROUTERS)
+@pytest.mark.parametrize('router', [
+    pytest.param(router, marks=[pytest.mark.long] * (i % 3 > 0))
+    for i, router in enumerate(ROUTERS)])
 def test_laws_of_routers(router):
   check_laws(dict(position='rope', block='pre_norm', attention='global',
                   norm='rmsnorm', ffn='moe'), router=router,

@@ -112,7 +112,9 @@ def singles(texts, tmp_path_factory):
 SHAPES = {1: (1, 3), 2: (2, 2), 8: (3, 1)}
 
 
-@pytest.fixture(scope='module', params=SHAPES, ids='{} devices'.format)
+@pytest.fixture(scope='module', params=[
+    pytest.param(n, marks=[pytest.mark.long] * (n == 8), id=f'{n} devices')
+    for n in SHAPES])
 def trained(request, singles, tmp_path_factory):
   """(configs, workdirs, those of the runs alone), trained as a group."""
   configs, alone = singles
