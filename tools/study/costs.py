@@ -1,7 +1,7 @@
 """What each phase of a study costs, before it runs: runs, tokens, FLOPs, and
 hours where the time of a step is known."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import statistics
 import tempfile
@@ -130,11 +130,12 @@ def timed(frozen: frozen_lib.Frozen, parallel: int, group: int) -> Times:
 
 
 def times(workdir, frozen: frozen_lib.Frozen,
-          outcomes: Iterable[plans.Outcome]) -> Times | None:
+          outcomes: Sequence[plans.Outcome]) -> Times | None:
   """Returns what finished runs of a folder took; None where a size on a
   workload has no run with a known time."""
   plan = frozen.plan
-  steps, spent = {}, {}
+  steps: dict[tuple, float] = {}
+  spent: dict[tuple, float] = {}
   for x in outcomes:
     if x.seconds == x.seconds and not x.diverged:
       key = x.size, x.workload
@@ -148,12 +149,18 @@ def times(workdir, frozen: frozen_lib.Frozen,
   if not wanted <= steps.keys():
     return None
   return Times({key: spent[key] / steps[key] for key in wanted},
-               _beside_steps(workdir, frozen, outcomes))
+               _beside_steps(workdir, outcomes))
 
 
-def _beside_steps(workdir, frozen, outcomes) -> float:
+def known(workdir, frozen: frozen_lib.Frozen) -> Times | None:
+  """Returns what the runs in a study's folder took; None where there are not
+  enough of them yet."""
+  return times(workdir, frozen, results.outcomes(workdir))
+
+
+def _beside_steps(workdir, outcomes) -> float:
   """Returns the median over programs of what they take beside their steps."""
-  own = {}
+  own: dict[tuple, list[float]] = {}
   for x in outcomes:
     own.setdefault((x.variant, x.size, x.workload, x.seed), []).append(
         x.seconds)
@@ -163,12 +170,13 @@ def _beside_steps(workdir, frozen, outcomes) -> float:
     with ledger_lib.Ledger(folder) as ledger:
       for run in ledger.runs(ledger_lib.DONE):
         row = rows[run.point]
-        key = row['variant'], row['size'], row['workload'], run.seed
-        if run.started and run.ended and len(own.get(key, ())) == 1:
+        taken = own.get((row['variant'], row['size'], row['workload'],
+                         run.seed), ())
+        if run.started and run.ended and len(taken) == 1:
           # Runs of one program are claimed at once, and end together.
-          program = row['variant'], row['size'], row['workload'], run.started
+          program = folder.name, run.started
           programs.setdefault(program, run.ended - run.started)
-          programs[program] -= own[key][0]
+          programs[program] -= taken[0]
   return max(statistics.median(programs.values()), 0.0) if programs else 0.0
 
 

@@ -14,6 +14,7 @@ from tools.study import phases
 from tools.study import plan as plans
 from tools.sweep import layout
 from tools.sweep import ledger as ledger_lib
+from training import schema
 
 FILE = 'results.json'
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'numpy', 'scipy', 'statsmodels')
@@ -39,6 +40,17 @@ def write(workdir, frozen: frozen_lib.Frozen, found: phases.Found,
       'as_planned': as_planned(workdir, frozen, ran),
       'provenance': {'codes': ran, 'devices': _devices(workdir),
                      'versions': versions()}})
+
+
+def outcomes(workdir) -> list[plans.Outcome]:
+  """Returns those of results.json; none where there is no such file yet."""
+  path = pathlib.Path(workdir) / FILE
+  if not path.is_file():
+    return []
+  tree = schema.parse(path.read_bytes(), str(path))
+  schema.check_shape(tree, {'outcomes': [dict.fromkeys(
+      ('phase', 'variant', 'size', 'workload'), str)]}, str(path))
+  return [plans.outcome_from_json(row) for row in tree['outcomes']]
 
 
 def save(path: pathlib.Path, tree: Any) -> None:

@@ -63,12 +63,16 @@ def go(workdir, frozen: frozen_lib.Frozen, own: phases.Trainer, args) -> int:
     own: trains the runs.
     args: until, anyway, group and parallel, as add_arguments defines them.
   """
-  each = costs.of(frozen, args.group, None)
+  each = costs.of(frozen, args.group, costs.known(workdir, frozen))
   planned = {cost.phase: cost.runs for cost in each}
 
   def after(found: phases.Found) -> None:
     results.write(workdir, frozen, found, planned)
-    print(_told(frozen, found, args), flush=True)
+    print(_told(found), flush=True)
+    if found.finished == list(plans.PHASES[:1]) and None in [
+        cost.seconds for cost in each]:  # their time is known by now
+      print(costs.table(costs.of(frozen, args.group, costs.known(
+          workdir, frozen))[1:], args.parallel), flush=True)
 
   noted = any(note['told'].startswith(_ANYWAY) for note in frozen.notes)
   until = plans.PHASES[-1] if args.until == REPORT else args.until
@@ -92,7 +96,7 @@ def go(workdir, frozen: frozen_lib.Frozen, own: phases.Trainer, args) -> int:
 _ANYWAY = 'The study went on although it was too weak for what it wants.'
 
 
-def _told(frozen: frozen_lib.Frozen, found: phases.Found, args) -> str:
+def _told(found: phases.Found) -> str:
   """Returns what the last phase found, in some lines."""
   phase = found.finished[-1]
   own = [x for x in found.outcomes if x.phase == phase]
@@ -187,12 +191,8 @@ def adopted(workdir, frozen: frozen_lib.Frozen, reason: str
 
 def _seen(workdir) -> list[str]:
   """Returns the phases of which there are figures."""
-  path = pathlib.Path(workdir) / results.FILE
-  if not path.is_file():
-    return []
-  tree = schema.parse(path.read_bytes(), str(path))
-  return [phase for phase in plans.PHASES if any(
-      row['phase'] == phase for row in tree['outcomes'])]
+  seen = {x.phase for x in results.outcomes(workdir)}
+  return [phase for phase in plans.PHASES if phase in seen]
 
 
 def _submit(args) -> int:

@@ -14,6 +14,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   add_machine_arguments(parser)
   parser.add_argument('--time', action='store_true', help='train the base for '
                       'some steps at each size, to say the hours')
+  parser.add_argument('--workdir', default='', help='of a study that has run '
+                      'in part: take the hours from its runs')
   parser.add_argument('--json', action='store_true', help='print JSON')
 
 
@@ -32,7 +34,8 @@ def check_machine_arguments(args) -> None:
 def main(args) -> int:
   check_machine_arguments(args)
   frozen = freeze.freeze(args.file)
-  times = costs.timed(frozen, args.parallel, args.group) if args.time else None
+  times = (costs.timed(frozen, args.parallel, args.group) if args.time else
+           costs.known(args.workdir, frozen) if args.workdir else None)
   each = costs.of(frozen, args.group, times)
   if args.json:
     print(json.dumps({'study': frozen_lib.to_json(frozen), 'phases': [
@@ -45,7 +48,8 @@ def main(args) -> int:
     print(f'\nA program takes {times.program:.1f} s beside its steps; hours '
           f'are of {args.parallel} processes at once.')
   else:
-    print('\nHours are not known: --time trains the base for some steps.')
+    print('\nHours are not known: --time trains the base for some steps, and '
+          '--workdir takes them from what has run.')
   return 0
 
 

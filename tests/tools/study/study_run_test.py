@@ -9,7 +9,7 @@ import pytest
 from configs.errors import EnvironmentFailure, RequestError
 from tests.helpers import studies
 from tools.study import frozen as frozen_lib
-from tools.study import freeze, phases, results, status, trainer
+from tools.study import costs, freeze, phases, results, status, trainer
 from tools.study import plan as plans
 from tools.study import run as run_lib
 
@@ -224,6 +224,21 @@ def test_code_that_changed_is_told(frozen, tmp_path):
   told, = results.as_planned(tmp_path, planned, now)['differences']
   assert told == ('The plan was made with commit aaaaaaaaaaaa, and runs were '
                   'trained by commit bbbbbbbbbbbb with changes cc.')
+
+
+def test_hours_are_known_of_what_has_run_or_was_timed(
+    whole, frozen, monkeypatch):
+  _, found, workdir = whole
+  assert costs.known(workdir / 'nothing', frozen) is None
+  monkeypatch.setattr(trainer, 'Trainer', studies.Written)
+  for times in costs.known(workdir, frozen), costs.timed(frozen, 1, 2):
+    assert times.step == {(size, 'text'): 0.5 for size in 'sml'}
+    assert times.program == 0.0  # nothing was trained
+  noise = costs.of(frozen, 8, times)[0]
+  assert noise.seconds == pytest.approx(found['phases']['noise']['seconds'])
+  table = costs.table([noise._replace(seconds=7200.0)], 2)
+  assert table.splitlines()[1].split() == [
+      'noise', '18', '3', '2,304', f'{noise.flops:.3g}', '1.00']
 
 
 def test_status_says_how_far_each_phase_is(whole, frozen, tmp_path, capsys):
