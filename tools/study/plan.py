@@ -126,8 +126,8 @@ class Outcome(NamedTuple):
     phase: of PHASES.
     variant: of the plan, its base, or AGAIN.
     values: by the measures' names; `chance` where the run diverged.
-    diverged: whether its loss was not finite, ended above guessing, or the
-      run ended after too many bad steps.
+    diverged: whether its loss was not finite, ended well above guessing, or
+      the run ended after too many bad steps.
     flops, seconds: of its training steps; seconds are NaN where not known.
     changes: what differs from the study's base config, tuned values too.
     loss: held out, of its workload, after the last step; infinite where it is

@@ -43,6 +43,9 @@ def main(args) -> int:
   one_of('--launcher', args.launcher, LAUNCHERS)
   show.check_machine_arguments(args)
   limits.number('--jobs', args.jobs, (('>=', 1), ('<=', 100_000)))
+  if args.until == REPORT:
+    from tools.study.report import drawing
+    drawing.require_libraries()  # which are missed before anything runs
   try_folder(args.workdir)
   frozen = adopted(args.workdir, freeze.freeze(args.file), args.amend)
   print(show.described(frozen), flush=True)

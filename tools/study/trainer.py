@@ -24,6 +24,9 @@ from tools.sweep import ledger as ledger_lib
 from tools.sweep.report import curves
 
 POLL_SECONDS = 1.0  # between two looks at what other runners have done
+# Times the loss of guessing, above which a run counts as diverged: one that
+# has learnt nothing ends near it.
+GUESSING = 1.05
 ENDED = (ledger_lib.DONE, ledger_lib.FAILED)
 
 
@@ -155,7 +158,7 @@ class Trainer:
       values[measure.name] = value = final(own, measure.figure)
       missing += [measure] if value is None else []
     diverged = (ended_badly(own) or not math.isfinite(loss)
-                or loss > math.log(row['vocab']))
+                or loss > GUESSING * math.log(row['vocab']))
     for measure in missing:
       if not diverged:
         raise RequestError(

@@ -114,7 +114,7 @@ def test_what_is_done_is_not_done_again(whole, frozen):
 
 
 @pytest.mark.parametrize('loss', [None, 7.0], ids=(
-    'too many bad steps', 'above what guessing gives'))
+    'too many bad steps', 'well above guessing'))
 def test_runs_that_diverge_are_results(frozen, tmp_path, loss):
   lost = frozen.plan.seeds.of('noise')[0]
   start(tmp_path, frozen, until='noise', anyway=True, loss=lambda config: (
@@ -125,6 +125,14 @@ def test_runs_that_diverge_are_results(frozen, tmp_path, loss):
   assert len(bad) == found['phases']['noise']['failed'] == 3
   assert {(x['variant'], x['seed']) for x in bad} == {('base', lost)}
   assert all(x['values'] == {'loss': frozen.plan.primary.chance} for x in bad)
+
+
+def test_a_run_that_has_learnt_nothing_has_not_diverged(frozen, tmp_path):
+  guessing = frozen.plan.primary.chance
+  own = studies.Written(tmp_path, frozen, loss=lambda config: 1.01 * guessing)
+  outcome, = own.train('noise', phases.noise_runs(frozen)[:1])
+  assert not outcome.diverged
+  assert outcome.values == {'loss': pytest.approx(1.01 * guessing)}
 
 
 def test_runs_that_fail_otherwise_end_the_study_and_are_retried(
