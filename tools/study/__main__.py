@@ -4,6 +4,7 @@ r"""Plans, runs and reports a study: from a question to a table.
   python -m tools.study run configs/studies/tiny.py --workdir runs/tiny
   python -m tools.study status --workdir runs/tiny
   python -m tools.study report --workdir runs/tiny
+  python -m tools.study simulate --studies=2000
 
 A study is a file of configs/studies/: a base, variants, three sizes or more,
 measures, and what counts as a difference. `run` freezes the plan, measures the
@@ -25,6 +26,7 @@ COMMANDS = {
     'run': ('tools.study.run', 'freeze the plan, and go through its phases'),
     'status': ('tools.study.status', 'how far each phase is'),
     'report': ('tools.study.reporting', 'write the pages and tables anew'),
+    'simulate': ('tools.study.simulate', 'how often simulated studies err'),
 }
 
 
