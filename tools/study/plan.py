@@ -133,7 +133,9 @@ class Outcome(NamedTuple):
     loss: held out, of its workload, after the last step; infinite where it is
       not finite.
     curve: of held-out loss: lists by 'step', 'tokens', 'flops', 'seconds',
-      'loss'; {} where it is not kept (any phase but `confirm`).
+      'loss', and 'warm': whether the learning rate had reached its height, from
+      where on a law is fitted; {} where it is not kept (any phase but
+      `confirm`).
   """
   phase: str
   variant: str

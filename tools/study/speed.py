@@ -69,7 +69,12 @@ def _speed_up(size: str, by: str, pairs) -> findings.SpeedUp:
 
 
 def _law(outcome: Outcome, by: str) -> statistics.PowerLaw | None:
-  spent, loss = (outcome.curve.get(name, ()) for name in (by, 'loss'))
-  known = [math.nan if x is None else x for x in spent]
-  return statistics.power_law(
-      known, [math.nan if x is None else x for x in loss])
+  """Fits a curve from where the learning rate had reached its height."""
+  curve = outcome.curve
+  if not curve:
+    return None
+  loss = curve['loss']
+  rows = zip(curve[by], loss, curve.get('warm', [True] * len(loss)),
+             strict=True)
+  known = [(math.nan if x is None else x, y) for x, y, warm in rows if warm]
+  return statistics.power_law(*zip(*known)) if known else None

@@ -252,5 +252,7 @@ def _curve(point: curves.Point, seed: int) -> dict[str, list[float]]:
   """Returns the held-out losses of a run that are finite."""
   curve = point.curve(seed, 'eval')
   good = np.isfinite(curve.loss)
+  warm = curve.step >= point.runs[seed].config['optim.warmup_steps']
   return {name: getattr(curve, name)[good].tolist()
-          for name in ('step', 'tokens', 'flops', 'seconds', 'loss')}
+          for name in ('step', 'tokens', 'flops', 'seconds', 'loss')
+          } | {'warm': warm[good].tolist()}

@@ -189,6 +189,13 @@ def test_a_speed_up_is_the_factor_of_what_is_spent():
   for x in row.speed_ups:
     assert x.low < x.factor < x.high and x.factor == pytest.approx(2, rel=0.05)
   assert all(x.factor == pytest.approx(1, rel=0.05) for x in other.speed_ups)
+  # What came before the learning rate was at its height is in no law.
+  rough = [x._replace(curve=x.curve | {
+      'warm': [i > 3 for i in range(20)],
+      'loss': [5.5 if i < 4 else y for i, y in enumerate(x.curve['loss'])]})
+           for x in outcomes]
+  for x in decide.confirm(PLAN, rough)[0].speed_ups:
+    assert x.factor == pytest.approx(2, rel=0.05) and x.fit_error < 0.01
   broken = [x if x.curve and x.seed != 30_001 else x._replace(
       curve=x.curve | {'seconds': [None] * 20}) for x in outcomes]
   by_time = [x for x in decide.confirm(PLAN, broken)[0].speed_ups
