@@ -108,7 +108,7 @@ def base() -> ml_collections.ConfigDict:
           loss_chunk=0,
       ),
       optim=dict(
-          name='adamw',  # adamw adafactor lion muon sgd
+          name='adamw',  # adamw adafactor lion muon normuon soap sgd
           lr=1e-3,  # the highest learning rate
           schedule='cosine',  # cosine linear rsqrt wsd constant
           warmup_steps=100,  # steps in which the learning rate rises to lr
@@ -132,10 +132,14 @@ def base() -> ml_collections.ConfigDict:
           # The largest norm of the gradient; larger ones are scaled down. 0:
           # no clipping.
           clip_norm=1.0,
-          b1=0.9,  # of adamw, lion and muon
-          b2=0.95,  # of adamw, lion and muon
-          eps=1e-8,  # of adamw and muon
-          momentum=0.9,  # of sgd and muon
+          b1=0.9,  # of adamw, lion, muon, normuon and soap
+          b2=0.95,  # of the same
+          eps=1e-8,  # of adamw, muon, normuon and soap
+          momentum=0.9,  # of sgd, muon and normuon
+          # Of soap: steps between two updates of its bases.
+          precondition_every=10,
+          # Of soap: the longest side of a matrix that has a preconditioner.
+          precondition_max=10_000,
           # The decay of a moving average of the parameters, which is evaluated
           # and exported in their place, such as 0.999. 0: none is kept.
           ema=0.0,

@@ -15,6 +15,7 @@ import optax
 
 from architectures.parts.roles import Role
 from training import paths
+from training.optim import trees
 
 _MIN_SIZE = 128  # a matrix with fewer rows or columns is not factored
 _EPS = 1e-30  # epsilon_1, added to squares
@@ -46,8 +47,8 @@ def scale_by_factored_rms(roles: Any) -> optax.GradientTransformation:
       if not _factored(role, x):
         return nothing, nothing, jnp.zeros(x.shape, jnp.float32)
       axes = role.split(x.ndim)
-      return (_zeros_without(x, axes.outputs), _zeros_without(x, axes.inputs),
-              nothing)
+      return (trees.zeros_without(x, axes.outputs),
+              trees.zeros_without(x, axes.inputs), nothing)
 
     return FactoredState(jnp.zeros([], jnp.int32), *_unzip(
         jax.tree_util.tree_map_with_path(moments, params), 3))
@@ -107,11 +108,6 @@ def _rms(role: Role, x: jax.Array) -> jax.Array:
 
 def _factored(role: Role, x: jax.Array) -> bool:
   return role.matrix and min(role.split(x.ndim).sizes(x.shape)) >= _MIN_SIZE
-
-
-def _zeros_without(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-  shape = tuple(1 if i in axes else n for i, n in enumerate(x.shape))
-  return jnp.zeros(shape, jnp.float32)
 
 
 def _unzip(tree: Any, n: int) -> tuple:

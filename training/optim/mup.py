@@ -33,8 +33,8 @@ from configs.errors import one_of
 # its outputs are, and of what its product is divided by. Adam's step does not
 # depend on the size of the gradient, which SGD's follows: as many times as
 # large as there are outputs, and divided as the product is. Lion's step is as
-# Adam's. Muon and Adafactor size theirs by the matrix, and would need rules
-# of their own.
+# Adam's. Muon, NorMuon and Adafactor size theirs by the matrix, SOAP turns
+# them, and would need rules of their own.
 _ADAM = lambda inputs, outputs, divisor: divisor / inputs
 RATES = {
     'adamw': _ADAM,

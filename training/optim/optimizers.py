@@ -22,9 +22,10 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
+from architectures.parts.roles import Role
 from configs.errors import one_of, require
 from training import paths
-from training.optim import adafactor, schedules, shares
+from training.optim import adafactor, normuon, schedules, shares, soap, trees
 
 
 def _adamw(optim: ml_collections.ConfigDict, roles: Any):
@@ -56,18 +57,10 @@ def _muon(optim: ml_collections.ConfigDict, roles: Any):
   that one optim.lr serves both (Liu et al. 2025, section 2.2).
   `optim.momentum` is Muon's; 0.95 is its authors' choice.
   """
-  labels = jax.tree.map(
-      lambda role: 'muon' if role.matrix and role.kind == 'hidden' else 'adam',
-      roles)
-
-  def of_matrices(fn, tree):  # those that are not of Muon are masked
-    return jax.tree.map(
-        lambda role, x: x if isinstance(x, optax.MaskedNode) else
-        fn(role.split(x.ndim), x), roles, tree)
-
   def dimensions(tree: Any):
-    return of_matrices(lambda axes, _: optax.contrib.MuonDimensionNumbers(
-        axes.inputs, axes.outputs), tree)
+    return trees.over(
+        roles, lambda axes, _: optax.contrib.MuonDimensionNumbers(
+            axes.inputs, axes.outputs), tree)
 
   def scale(axes: Any, u: jax.Array):
     return 0.2 * max(axes.sizes(u.shape)) ** 0.5 * u
@@ -75,8 +68,40 @@ def _muon(optim: ml_collections.ConfigDict, roles: Any):
   muon = optax.chain(
       optax.contrib.scale_by_muon(
           beta=optim.momentum, weight_dimension_numbers=dimensions),
-      optax.stateless(lambda updates, _: of_matrices(scale, updates)))
-  return optax.partition({'muon': muon, 'adam': _adamw(optim, roles)}, labels)
+      optax.stateless(lambda updates, _: trees.over(roles, scale, updates)))
+  return _with_adam(optim, roles, 'muon', muon, _is_hidden)
+
+
+def _normuon(optim: ml_collections.ConfigDict, roles: Any):
+  """Li et al. 2025: Muon with steps of one size for all neurons of a matrix.
+
+  `optim.momentum` and `optim.b2` are its own; 0.95 is its authors' choice for
+  both. What is no hidden matrix goes by Adam, as with Muon.
+  """
+  return _with_adam(optim, roles, 'normuon', normuon.scale_by_normuon(
+      roles, optim.momentum, optim.b2), _is_hidden)
+
+
+def _soap(optim: ml_collections.ConfigDict, roles: Any):
+  """Vyas et al. 2024: Adam in the eigenbasis of Shampoo, for all matrices,
+  the embedding and the head too; vectors go by Adam."""
+  return _with_adam(optim, roles, 'soap', soap.scale_by_soap(
+      roles, optim.b1, optim.b2, optim.eps, optim.precondition_every,
+      optim.precondition_max), lambda role: role.matrix)
+
+
+def _is_hidden(role: Role) -> bool:
+  return role.matrix and role.kind == 'hidden'
+
+
+def _with_adam(optim: ml_collections.ConfigDict, roles: Any, name: str,
+               direction: optax.GradientTransformation,
+               chosen: Callable[[Role], bool]) -> optax.GradientTransformation:
+  """Returns a direction of the parameters that are chosen by their role, which
+  has `name` in the state, and Adam of the others."""
+  labels = jax.tree.map(lambda role: name if chosen(role) else 'adam', roles)
+  return optax.partition({name: direction, 'adam': _adamw(optim, roles)},
+                         labels)
 
 
 def _sgd(optim: ml_collections.ConfigDict, roles: Any):
@@ -102,6 +127,9 @@ OPTIMIZERS = {
     'adafactor': Optimizer(_adafactor),
     'lion': Optimizer(_lion, ('b1', 'b2')),
     'muon': Optimizer(_muon, ('b1', 'b2', 'eps', 'momentum')),
+    'normuon': Optimizer(_normuon, ('b1', 'b2', 'eps', 'momentum')),
+    'soap': Optimizer(_soap, ('b1', 'b2', 'eps', 'precondition_every',
+                              'precondition_max')),
     'sgd': Optimizer(_sgd, ('momentum',)),
 }
 
@@ -118,6 +146,9 @@ def check_optim(optim: ml_collections.ConfigDict) -> None:
             f'optim.{field} is {optim[field]}: choose it in [0, 1)')
   require(0 < optim.layer_decay <= 1, f'optim.layer_decay is '
           f'{optim.layer_decay}: choose it in (0, 1]')
+  for field in ('precondition_every', 'precondition_max'):
+    require(optim[field] >= 1,
+            f'optim.{field} is {optim[field]}: it must be >= 1')
   require(optim.eps > 0, f'optim.eps is {optim.eps}: it must be > 0')
   require(all(isinstance(row, tuple | list) and len(row) == 2
               for row in optim.decay_mask),
@@ -258,8 +289,9 @@ def opt_state_shardings(tx: optax.GradientTransformation, params: Any,
                         shardings: Any):
   """Returns the sharding of each leaf of tx.init(params), as one tree.
 
-  A moment lies where its parameter lies. Along the axes that a factored
-  moment has summed away (size 1) it is whole, and so are counters.
+  A moment lies where its parameter lies. Along an axis of another size, as
+  those that a factored moment has summed away, it is whole, and so are
+  counters.
 
   Args:
     tx: the optimiser.
@@ -274,8 +306,8 @@ def opt_state_shardings(tx: optax.GradientTransformation, params: Any,
     if masked(leaf):
       return leaf
     spec = tuple(sharding.spec) + (None,) * (param.ndim - len(sharding.spec))
-    spec = [None if size == 1 else axis
-            for size, axis in zip(leaf.shape, spec, strict=True)]
+    spec = [axis if size == of_param else None for size, of_param, axis in zip(
+        leaf.shape, param.shape, spec, strict=True)]
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
 
   return optax.tree_utils.tree_map_params(
