@@ -66,6 +66,24 @@ def leave_one_out(changes: Mapping[str, Any]) -> Points:
         key: value for key, value in changes.items() if key != left}
 
 
+def ladder(widths: Sequence[int], depths: Sequence[int], steps: Sequence[int],
+           lr: float, at: int) -> Points:
+  """Every width at every depth, trained on every number of steps: the ladder
+  of sizes, shapes and lengths that `tools.sweep fit` fits a law to.
+
+  Args:
+    widths: of model.d_model.
+    depths: of model.num_layers.
+    steps: of train.steps.
+    lr: the learning rate of width `at`; it falls as the width grows, as muP
+      has it.
+  """
+  for depth, width, length in itertools.product(depths, widths, steps):
+    yield f'd{width}x{depth}-{length}', {
+        'model.d_model': width, 'model.num_layers': depth,
+        'train.steps': length, 'optim.lr': lr * at / width}
+
+
 def name(changes: Mapping[str, Any]) -> str:
   """Returns `rmsnorm-lr=0.001` of {'model.norm': 'rmsnorm', 'optim.lr': 1e-3}.
   """

@@ -1,15 +1,19 @@
-"""Sizes and lengths of training of a small GPT, for a scaling fit.
+"""Sizes, shapes and lengths of training of a small GPT, for a scaling fit.
 
-Lab note. Five widths, each trained on three amounts of text, with a cosine
-schedule drawn out to its own last step, as Hoffmann et al. 2022 found it must
-be; the learning rate falls as the width grows, as muP has it. The longest run
+Lab note. Five widths at four layers, and two of them at two and at eight
+layers, each trained on three amounts of text, with a cosine schedule drawn out
+to its own last step, as Hoffmann et al. 2022 found it must be; the learning
+rate falls as the width grows, as muP has it, and is the same at all depths.
+Width and depth both vary, so the fit can tell shape from size. The longest run
 of the widest model takes about a minute on one CPU core. The fit:
   python -m tools.sweep run configs/sweeps/ladder.py --workdir runs/ladder
+  python -m tools.sweep fit runs/ladder
 """
 
 from configs.sweeps import helpers
 
-WIDTHS = (24, 32, 48, 64, 96)
+WIDTHS, DEPTH = (24, 32, 48, 64, 96), 4
+OTHER_WIDTHS, OTHER_DEPTHS = (32, 64), (2, 8)
 STEPS = (125, 250, 500)
 
 
@@ -24,8 +28,11 @@ get_config = base
 
 
 def sweep(add):
-  for width in WIDTHS:
+  for width in WIDTHS:  # at the depth of the base
     for steps in STEPS:
       add(f'd{width}-{steps}', **{
           'model.d_model': width, 'train.steps': steps,
           'optim.lr': 4e-3 * 64 / width})
+  for name, changes in helpers.ladder(
+      OTHER_WIDTHS, OTHER_DEPTHS, STEPS, lr=4e-3, at=64):
+    add(name, **changes)

@@ -1,5 +1,6 @@
 """fit: a scaling law L(N, D) = E + A / N^a + B / D^b of a ladder of sizes, with
-intervals, and the best size for a budget of FLOPs (tools/sweep/scaling.py).
+intervals, and the best size for a budget of FLOPs (tools/sweep/scaling.py). Of
+a ladder of widths and depths, also what shape does at the same size.
 """
 
 import argparse
@@ -39,7 +40,7 @@ def main(args) -> int:
           else variants.text(figures))
     return 0
   figures = laws.report(
-      *laws.data(sweep.points, args.count, args.workdir), budgets, args.draws)
+      laws.data(sweep.points, args.count, args.workdir), budgets, args.draws)
   print(json.dumps(figures, indent=2) if args.json else laws.text(figures))
   return 0
 

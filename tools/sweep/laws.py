@@ -2,6 +2,7 @@
 
 import dataclasses
 import operator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -9,9 +10,33 @@ from configs.errors import RequestError
 from tools.sweep import scaling
 
 
-def data(points, count: str, who: str, beside: str = '') -> list[np.ndarray]:
-  """Returns parameters, tokens, losses and FLOPs a token of every run, by
-  tokens, parameters and seed.
+class Runs(NamedTuple):
+  """The runs of a ladder, an entry each.
+
+  Attributes:
+    params, tokens, losses, flops_per_token: of each.
+    ratios: of width to depth.
+    shapes: the same over the ladder's mean of it (scaling.relative_shapes);
+      None where the ladder cannot tell shape from size.
+  """
+  params: np.ndarray
+  tokens: np.ndarray
+  losses: np.ndarray
+  flops_per_token: np.ndarray
+  ratios: np.ndarray
+  shapes: np.ndarray | None
+
+  def fit(self) -> scaling.Law:
+    return scaling.fit(self.params, self.tokens, self.losses, self.shapes)
+
+  def bootstrap(self, law: scaling.Law, draws: int, seed: int = 0
+                ) -> list[scaling.Law]:
+    return scaling.bootstrap(law, self.params, self.tokens, self.losses, draws,
+                             seed, self.shapes)
+
+
+def data(points, count: str, who: str, beside: str = '') -> Runs:
+  """Returns every run of a ladder, by tokens, parameters, shape and seed.
 
   Args:
     points: of one ladder.
@@ -24,14 +49,27 @@ def data(points, count: str, who: str, beside: str = '') -> list[np.ndarray]:
   """
   for point in points:
     _check_ladder(point, beside)
-  _check_rungs(points, count)
-  rows = [(getattr(point, count), point.tokens, loss, point.flops_per_token)
-          for point in sorted(points, key=lambda p: (
-              p.tokens, getattr(p, count)))
-          for _, loss in sorted(point.finals.items())]
-  if not rows:
+  done = [point for point in points if point.finals]
+  if not done:
     raise RequestError(f'{who} has no finished run')
-  return list(map(np.array, zip(*rows)))
+  done.sort(key=lambda p: (p.tokens, getattr(p, count), np.divide(*sides(p))))
+  widths, depths = zip(*map(sides, done))
+  shapes = scaling.relative_shapes(
+      widths, depths, [getattr(point, count) for point in done])
+  told = np.ones(len(done)) if shapes is None else shapes
+  _check_rungs(done, count, told)
+  rows = [(getattr(point, count), point.tokens, loss, point.flops_per_token,
+           width / depth, shape)
+          for point, width, depth, shape in zip(done, widths, depths, told)
+          for _, loss in sorted(point.finals.items())]
+  *columns, each = map(np.array, zip(*rows))
+  return Runs(*columns, None if shapes is None else each)
+
+
+def sides(point) -> tuple[int, int]:
+  """The width and the depth of a point of which a run is done."""
+  config = point.runs[min(point.finals)].config
+  return config['model.d_model'], config['model.num_layers']
 
 
 def _check_ladder(point, beside: str) -> None:
@@ -45,44 +83,48 @@ def _check_ladder(point, beside: str) -> None:
         '--by=FIELD fits one for each value of a field')
 
 
-def _check_rungs(points, count: str) -> None:
-  """Raises ValueError for two points of one size and length: what else they
-  differ in, the law does not know."""
+def _check_rungs(points, count: str, shapes) -> None:
+  """Raises ValueError for two points of one size, length and shape: what else
+  they differ in, the law does not know."""
   rungs = {}
-  for point in points:
+  for point, shape in zip(points, shapes):
     size = getattr(point, count), point.tokens
-    other = rungs.setdefault(size, point)
+    other = rungs.setdefault((*size, round(float(shape), 9)), point)
     if other is not point:
       keys = [key for key in {**other.changes, **point.changes}
               if other.changes.get(key) != point.changes.get(key)]
       raise RequestError(
           f'points {other.name!r} and {point.name!r} have both {size[0]:,} '
           f'{count} and {size[1]:,} tokens, and differ in {", ".join(keys)}: '
-          'a law is fitted to one point of each size and length')
+          'a law is fitted to one point of each size and length, and of each '
+          'shape where model.d_model and model.num_layers vary apart')
 
 
-def report(params, tokens, losses, flops_per_token, budgets, draws: int
-           ) -> dict:
+def report(runs: Runs, budgets, draws: int) -> dict:
   """Returns all that `fit` prints, of the runs of a ladder."""
-  law = scaling.fit(params, tokens, losses)
-  drawn = scaling.bootstrap(law, params, tokens, losses, draws)
-  return described(law, drawn, params, tokens, losses, flops_per_token, budgets)
+  law = runs.fit()
+  return described(law, runs.bootstrap(law, draws), runs, budgets)
 
 
-def described(law: scaling.Law, drawn: list[scaling.Law], params, tokens,
-              losses, flops_per_token, budgets) -> dict:
+def described(law: scaling.Law, drawn: list[scaling.Law], runs: Runs, budgets
+              ) -> dict:
   """Returns what `fit` prints of a law and those drawn around it."""
+  params, tokens, losses, flops_per_token, ratios, shapes = runs
   cost = scaling.cost_of(params, flops_per_token)
   budgets = budgets or [float(np.max(tokens * flops_per_token)) * scale
                         for scale in (1, 10, 100)]
+  shape = None if shapes is None else {
+      **_with_interval(lambda of: 2 ** of.s - 1, law, drawn),
+      'ratios': [float(ratios.min()), float(ratios.max())]}
   return {
       'runs': len(losses),
       'parameters': [float(params.min()), float(params.max())],
       'tokens': [float(tokens.min()), float(tokens.max())],
       'rms_log_residual': float(np.sqrt(np.mean(
-          np.log(losses / law.loss(params, tokens)) ** 2))),
+          np.log(losses / law.loss(params, tokens, shapes)) ** 2))),
       'constants': {name: _with_interval(operator.attrgetter(name), law, drawn)
                     for name in scaling.CONSTANTS},
+      'shape': shape,
       'flops_per_token': dataclasses.asdict(cost),
       'optima': [_optimum(law, drawn, cost, budget) for budget in budgets]}
 
@@ -114,6 +156,12 @@ def text(f: dict) -> str:
   for name, x in f['constants'].items():
     lines.append(f'  {name}  {x["value"]:>10.4g}  '
                  f'[{x["low"]:.4g}, {x["high"]:.4g}]')
+  if f['shape']:
+    x, (least, most) = f['shape'], f['shape']['ratios']
+    lines.append(
+        'shape: twice the width over the depth, at the same parameters and '
+        f'tokens, changes the loss by {x["value"]:+.2%} [{x["low"]:+.2%}, '
+        f'{x["high"]:+.2%}]; seen from {least:.3g} to {most:.3g}')
   cost = f['flops_per_token']
   lines += [f'FLOPs a token, of this ladder: {cost["factor"]:.3g} '
             f'N^{cost["power"]:.3f}',

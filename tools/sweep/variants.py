@@ -53,11 +53,11 @@ def report(own: Ladders, count: str, budgets, draws: int) -> dict:
   from the first one's."""
   told, fitted = {}, {}
   for value, points in own.points.items():
-    data = laws.data(points, count, f'{own.field}={value} of {own.workdir}',
-                    own.field)
-    law = scaling.fit(*data[:3])
-    drawn = scaling.bootstrap(law, *data[:3], draws)
-    told[value] = laws.described(law, drawn, *data, budgets)
+    runs = laws.data(points, count, f'{own.field}={value} of {own.workdir}',
+                     own.field)
+    law = runs.fit()
+    drawn = runs.bootstrap(law, draws)
+    told[value] = laws.described(law, drawn, runs, budgets)
     fitted[value] = law, drawn, _rungs(points)
   first, *others = fitted
   return {'field': own.field, 'variants': told, 'differences': [
@@ -71,8 +71,8 @@ def _difference(value: str, first: str, fitted, draws: int, own: Ladders,
   base, base_drawn, base_rungs = fitted[first]
   pairs = rungs == base_rungs
   if not pairs:  # else what is drawn of both would hang together by chance
-    data = laws.data(own.points[value], count, own.workdir, own.field)
-    drawn = scaling.bootstrap(law, *data[:3], draws, seed=1)
+    runs = laws.data(own.points[value], count, own.workdir, own.field)
+    drawn = runs.bootstrap(law, draws, seed=1)
   figures = {'variant': value, 'against': first, 'paired': pairs}
   for name in EXPONENTS:
     apart = np.array([getattr(x, name) for x in drawn]) - np.array(
@@ -83,12 +83,13 @@ def _difference(value: str, first: str, fitted, draws: int, own: Ladders,
   return figures
 
 
-def _rungs(points: Sequence[Point]) -> list[tuple[float, int, int]]:
-  """Returns tokens, rank of the size and seed of each run, as laws.data has
-  them in order."""
+def _rungs(points: Sequence[Point]) -> list[tuple]:
+  """Returns tokens, rank of the size, shape and seed of each run, as laws.data
+  has them in order."""
   ranks = {size: rank for rank, size in enumerate(
       sorted({point.params for point in points}))}
-  return sorted((point.tokens, ranks[point.params], seed)
+  return sorted((point.tokens, ranks[point.params],
+                 np.divide(*laws.sides(point)), seed)
                 for point in points for seed in point.finals)
 
 

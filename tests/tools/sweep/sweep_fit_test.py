@@ -1,12 +1,14 @@
 """The scaling law: known constants found, ladders that cannot give them not."""
 
 import argparse
+import dataclasses
 import json
 import math
 
 import numpy as np
 import pytest
 
+from configs.sweeps import ladder as ladder_sweep
 from tests.helpers import sweep_folder
 from tools.sweep import fit, laws, scaling, variants
 
@@ -242,3 +244,78 @@ def test_differences_hold_the_truth_about_as_often_as_they_say(quick):
     low, high = scaling.percentiles(apart)
     held.append(low <= 0.05 <= high)
   assert 0.8 <= np.mean(held) <= 1.0
+
+
+SHAPED = dataclasses.replace(STEEP, s=0.02)
+
+
+def _shaped(noise=1e-4):
+  """Widths, depths, parameters, tokens, losses of a ladder of both."""
+  widths, depths, tokens = (x.ravel() for x in np.meshgrid(
+      (64, 128, 256), (2, 4, 8), (1e6, 1e7, 1e8)))
+  params = 12.0 * depths * widths ** 2
+  ratio = widths / depths
+  losses = SHAPED.loss(params, tokens, ratio / np.exp(np.log(ratio).mean()))
+  return widths, depths, params, tokens, losses * np.exp(
+      np.random.default_rng(0).normal(0, noise, len(losses)))
+
+
+def test_the_gradient_of_shape_is_that_of_the_objective():
+  widths, depths, params, tokens, losses = _shaped()
+  u = np.log(scaling.relative_shapes(widths, depths, params))
+  x, y, z = np.log(params), np.log(tokens), np.log(losses)
+  # Near the law, so that the residuals have both signs.
+  theta = np.array([*np.log([0.8, 60, 2000]), 0.25, 0.45, 0.1])
+  value = lambda t: scaling.objective(t, x, y, z, u)[0]
+  step = 1e-6 * np.eye(6)
+  np.testing.assert_allclose(
+      scaling.objective(theta, x, y, z, u)[1],
+      [(value(theta + h) - value(theta - h)) / 2e-6 for h in step], rtol=1e-3)
+
+
+def test_shape_is_told_where_width_and_depth_vary_apart():
+  widths, depths, params, *_ = _shaped()
+  shapes = scaling.relative_shapes(widths, depths, params)
+  assert np.prod(shapes) == pytest.approx(1)
+  assert shapes.max() / shapes.min() == pytest.approx(128 / 8)
+  one_depth = depths == 4
+  assert scaling.relative_shapes(
+      widths[one_depth], depths[one_depth], params[one_depth]) is None
+  # Deeper as they are wider, and wider for their depth the larger they are.
+  assert scaling.relative_shapes(
+      [32, 64, 128], [2, 3, 4], [1e4, 6e4, 3e5]) is None
+
+
+@pytest.mark.slow
+def test_a_ladder_of_widths_and_depths_tells_what_shape_does(
+    tmp_path, capsys, quick):
+  points = []
+  end = float(sweep_folder.loss(sweep_folder.STEPS))
+  for i, (width, depth, params, tokens, loss) in enumerate(zip(*_shaped())):
+    # 64 x 8 and 128 x 2 have as many parameters, as have 128 x 8 and 256 x 2.
+    points.append(sweep_folder.point(
+        f'p{i}', {'model.d_model': int(width), 'model.num_layers': int(depth)},
+        seeds=(0,), params=int(params), tokens=int(tokens),
+        flops=6.0 * int(params), shift={0: float(loss) - end}))
+  sweep_folder.write(tmp_path, points)
+  assert _main(tmp_path, '--draws=40', '--json') == 0
+  found = json.loads(capsys.readouterr().out)
+  shape = found['shape']
+  assert shape['value'] == pytest.approx(2 ** SHAPED.s - 1, rel=0.05)
+  assert shape['low'] <= 2 ** SHAPED.s - 1 <= shape['high']
+  assert shape['ratios'] == [8, 128]
+  for name in ('E', 'a', 'b'):
+    assert found['constants'][name]['value'] == pytest.approx(
+        getattr(SHAPED, name), rel=0.02)
+  assert 'shape: twice the width over the depth' in laws.text(found)
+
+
+def test_the_ladder_has_the_points_of_before_and_other_depths():
+  points = {}
+  ladder_sweep.sweep(lambda name, **changes: points.update({name: changes}))
+  before = {f'd{w}-{s}' for w in (24, 32, 48, 64, 96) for s in (125, 250, 500)}
+  assert before < points.keys() and len(points) == 27
+  assert all('model.num_layers' not in points[name] for name in before)
+  assert points['d32x8-250'] == {
+      'model.d_model': 32, 'model.num_layers': 8, 'train.steps': 250,
+      'optim.lr': 8e-3}
