@@ -26,7 +26,7 @@ from tools.sweep.report import curves
 POLL_SECONDS = 1.0  # between two looks at what other runners have done
 # Times the loss of guessing, above which a run counts as diverged: one that
 # has learnt nothing ends near it.
-GUESSING = 1.05
+GUESSING = 1.2
 ENDED = (ledger_lib.DONE, ledger_lib.FAILED)
 
 
