@@ -11,8 +11,11 @@ from tests.helpers import chromium
 from tests.helpers import study_folder
 from tests.helpers.study_folder import ODD, VARIANTS
 from tools.report import colours
-from tools.study import report
+from tools.study import decide, report
+from tools.study import plan as plans
 from tools.study.report import record as records
+from tools.study.report import tables
+from tools.study.report import writing
 from training import cli
 
 ALL = (*VARIANTS, ODD)
@@ -56,6 +59,40 @@ def test_a_wrong_folder_ends_with_code_2(tmp_path, capsys, file, text, said):
   assert end.value.code == 2
   assert said in capsys.readouterr().err
   assert not (tmp_path / 'report').exists()
+
+
+def test_a_plan_that_is_older_than_a_field_is_reported(tmp_path):
+  plan = study_folder.plan()
+  tree = study_folder.frozen(plan).base_config
+  del tree['model']['pattern'], tree['eval']['part']
+  study_folder.write(tmp_path, plan, base_config=tree)
+  document = writing.assemble(records.load(tmp_path), [])
+  assert any('num_layers 4' in line for section in document.sections
+             for line in section.paragraphs)
+
+
+@pytest.mark.slow
+def test_what_is_decided_is_what_is_read(tmp_path):
+  """Of outcomes, by the study's own statistics instead of made-up rows."""
+  plan = study_folder.plan()
+  outcomes = study_folder.outcomes(plan)
+  noise = decide.noise(plan, outcomes)
+  confirmed = decide.confirm(plan, outcomes)
+  found = study_folder.results(plan) | plans.to_json(dict(
+      noise=noise, announced=decide.announce(plan, noise),
+      screen=decide.screen(plan, outcomes), confirm=confirmed))
+  study_folder.write(tmp_path, plan, found)
+  record = records.load(tmp_path)
+  shown = tables.verdicts(record)
+  for row in confirmed:
+    if row.primary:
+      cells, = (own for own in shown.rows if own[0].value == row.variant)
+      assert [cell.value for cell in cells[1:4]] == [
+          row.verdict, row.effect, row.p_holm]
+      speed, = (x.factor for x in row.speed_ups
+                if (x.size, x.by) == ('large', 'flops'))
+      assert cells[5].value == speed
+  assert writing.assemble(record, []).answer.startswith('By loss, rope (-0.2')
 
 
 @pytest.fixture(scope='module')

@@ -20,8 +20,9 @@ def of_base(record: Record) -> dict[str, Any]:
   with what the model derives filled in; not what its parts do not read."""
   plan, frozen = record.plan, record.frozen
   point = frozen.point(plan.base, plan.sizes[0], plans.TEXT)
-  config = spec.changed(run_config.from_json(frozen.base_config),
-                        point['changes'], f'the base {plan.base!r}')
+  config = run_config.from_json(frozen.base_config)
+  run_config.filled(config)  # a plan may be older than some fields
+  config = spec.changed(config, point['changes'], f'the base {plan.base!r}')
   model = runs.resolve_alone(config)
   resolved = run_config.flatten_dict({'model': dataclasses.asdict(model)})
   unread = {f'model.{name}' for name in unread_lib.unread(model)}
