@@ -24,6 +24,7 @@ FIELDS: dict[str, str] = {name: name for name in (
     'attention_sinks', 'qk_norm', 'num_heads', 'num_kv_heads', 'head_dim',
     'mup_base_head_dim', 'position', 'rope', 'ffn', 'ffn_bias', 'd_ff'
 )} | {'window': 'sliding_window'}
+EVERY = 'model.moe.every'  # a field of earlier versions
 DENSE = 'dense'  # of ffn: the network of the model's dense layers
 
 
@@ -93,6 +94,12 @@ def declare(model: ml_collections.ConfigDict, name: str, field: str) -> None:
       at[inner or head] = like(model, field)
 
 
+def declare_every(model: ml_collections.ConfigDict, value: int = 1) -> None:
+  """Gives a config the field that earlier versions had, for `modernise`."""
+  with model.unlocked():
+    model.moe.every = value
+
+
 def with_experts(model: Mapping[str, Any], every: int) -> dict[str, Any]:
   """Returns {'pattern', 'kinds'} in which the last of every so many layers has
   experts and the others the dense network between them, as in GShard and
@@ -117,15 +124,21 @@ def modern(model: Mapping[str, Any]) -> dict[str, Any]:
   versions said otherwise."""
   model = dict(model)
   attention, moe = model.get('attention', ''), model.get('moe', {})
+  if not isinstance(moe, Mapping):
+    return model  # refused where types are checked
   several = isinstance(attention, str) and ',' in attention
-  every = moe.get('every', 1) if hasattr(moe, 'get') else 1
+  every = moe.get('every', 1)
   require(type(every) is int and every > 0,
           f'model.moe.every is {every!r}: it must be an integer > 0')
-  require(not ((several or every > 1) and model.get('pattern')),
-          f'model.attention {attention!r} and model.moe.every {every} are of '
-          f'before there was model.pattern, which is {model.get("pattern")!r}: '
-          'say it by the pattern alone')
-  if hasattr(moe, 'get') and 'every' in moe:
+  if model.get('pattern') and (several or 'every' in moe):
+    said = {name: model.get(name) for name in ('pattern', 'kinds')}
+    require(not several and not model.get('prefix') and said == with_experts(
+        {}, len(split(model['pattern']))),
+            f'model.attention {attention!r} and model.moe.every {every} are of '
+            f'before there was model.pattern, which is {model["pattern"]!r}: '
+            'say it by the pattern alone')
+    model |= dict(pattern='', kinds={})
+  if 'every' in moe:
     model['moe'] = {name: moe[name] for name in moe if name != 'every'}
   if several:
     model |= _of_attention(model)

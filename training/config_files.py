@@ -174,6 +174,8 @@ def declare_kinds(config: ml_collections.ConfigDict, argv: Sequence[str]
   since ml_collections sets what is there."""
   whole = any(re.match(r'--?config\.model\.kinds(=|$)', w) for w in argv)
   for word in argv:
+    if re.match(rf'--?config\.{kinds.EVERY}(=|$)', word):
+      kinds.declare_every(config.model)
     found = re.match(r'--?config\.model\.kinds(?:\.|\[\')([^=]*)', word)
     if found:
       require(not whole, f'{word.partition("=")[0]} is beside '
@@ -183,12 +185,7 @@ def declare_kinds(config: ml_collections.ConfigDict, argv: Sequence[str]
 
 
 def _check_key(config: Any, flag: str, name: str) -> None:
-  if name == 'model.moe.every':
-    raise RequestError(
-        f'{flag}: which layers have experts is said by model.pattern: for '
-        "every other one, --config.model.pattern=dense,moe and --config.model."
-        'kinds="{\'dense\': {\'ffn\': \'dense\'}, \'moe\': {}}"')
-  if name == 'model.kinds' or re.fullmatch(
+  if name in ('model.kinds', kinds.EVERY) or re.fullmatch(
       r'model\.kinds\.\w+\.\w+(\.\w+)?', name):
     return  # whose fields need not be there
   at, parents = config, []

@@ -247,6 +247,9 @@ def test_what_follows_from_heads_is_of_their_kind():
           kinds={'global': dict(window=0), 'banded': dict(window=4)})),
     (dict(ffn='moe', moe=dict(every=2)), dict(ffn='moe') | models.DENSE_MOE),
     (dict(moe=dict(every=2)), {}),
+    (dict(ffn='moe', moe=dict(every=3), num_layers=3, **models.DENSE_MOE),
+     dict(ffn='moe', num_layers=3, pattern='dense,dense,moe',
+          kinds=models.DENSE_MOE['kinds'])),
 ])
 def test_what_earlier_versions_said_is_the_same_model(old, new):
   assert architectures.resolve(models.config('gpt', **old)) == (

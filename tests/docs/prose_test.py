@@ -9,7 +9,7 @@ import shlex
 
 import pytest
 
-from configs import base
+from configs import base, kinds
 from training import evals
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -112,6 +112,8 @@ def _check_config(value):
 
 def _check_key(key):
   node = base.base()
+  if key.startswith('model.kinds.'):  # of a kind of layer that a page defines
+    kinds.declare(node.model, *key.split('.', 3)[2:])
   for part in key.split('.'):
     assert part in node, f'no config key {key}'
     node = node[part]

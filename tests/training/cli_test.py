@@ -194,7 +194,6 @@ def test_a_file_of_before_there_were_patterns_is_read_as_one(tmp_path):
 
 
 @pytest.mark.parametrize('words, sentence', [
-    (['model.moe.every=2'], 'is said by model.pattern: for every other one'),
     (['model.kinds.a.norm=x'], 'a.norm is no field that a kind may change'),
     (['model.kinds.a.rope=1'], 'a.rope is a group of fields: set one of them'),
     (['model.kinds.a.window.b=1'], 'a.window.b is one value and has no fields'),

@@ -157,7 +157,7 @@ def sets(changes: Mapping[str, Any], key: str) -> bool:
   of_kinds = key.startswith('model.kinds.')
   return of_kinds and 'model.kinds' in changes or (
       of_kinds or key in ('model.pattern', 'model.sliding_window')) and (
-          ',' in changes.get('model.attention', ''))
+          kinds.EVERY in changes or ',' in changes.get('model.attention', ''))
 
 
 def _set_kinds(config: ml_collections.ConfigDict, key: str, value: Any) -> bool:
@@ -166,6 +166,8 @@ def _set_kinds(config: ml_collections.ConfigDict, key: str, value: Any) -> bool:
   if key == 'model.kinds' and isinstance(value, Mapping):
     config.model.kinds = ml_collections.ConfigDict(dict(value))
     return True
+  if key == kinds.EVERY:
+    kinds.declare_every(config.model)  # and is set like any field
   if found := re.fullmatch(r'model\.kinds\.(\w+)\.([\w.]+)', key):
     kinds.declare(config.model, *found.groups())
   return False
