@@ -68,6 +68,9 @@ def base() -> ml_collections.ConfigDict:
           length=256,  # tokens in a sequence (in the source, with seq2seq)
           target_length=0,  # tokens in the target of seq2seq; derived: length
           batch_size=32,  # sequences in a batch, over all devices
+          # Smaller batches at first, STEP:ROWS with commas between: '100:8' has
+          # 8 rows in a batch until step 100. Empty: all have batch_size.
+          batch_ramp='',
           # Attention and positions stop at the ends of documents.
           document_mask=False,
           # Where tokens are kept; empty: $ARCHETYPE_CACHE, or

@@ -9,7 +9,7 @@ import ml_collections
 from architectures.parts.config import ModelConfig
 from training import evals, limits
 from training.costs import totals
-from training.data import pipeline
+from training.data import pipeline, ramp
 
 
 def of(run: Any, start: int, tokens: int, train_data: pipeline.Loader,
@@ -26,11 +26,13 @@ def of(run: Any, start: int, tokens: int, train_data: pipeline.Loader,
   mesh = ','.join(
       f'{axis}={n}' for axis, n in run.mesh.shape.items() if n > 1)
   parts = config.train.grad_accumulation
+  sizes = ramp.of(config)
+  all_rows = int(sizes.before(steps))
   rows = f'{config.data.batch_size:,} rows' + (
       f' in {parts} micro-batches' if parts > 1 else '')
   source = train_data.text
   if train_data.num_sources == 1:
-    passes = steps * config.data.batch_size / train_data.num_windows
+    passes = all_rows / train_data.num_windows
     source = f'{passes:.3g} passes over {source}'
   # Of views of records alone: text is cut into rows, and nothing of it is lost.
   cut = sum(getattr(view, 'cut', 0) for view in train_data.views)
@@ -49,8 +51,10 @@ def of(run: Any, start: int, tokens: int, train_data: pipeline.Loader,
       f'devices: {run.mesh.size} of the kind '
       f'{run.devices[0].device_kind}, mesh {mesh or "data=1"}',
       f'step: {rows}, {most}{tokens:,} tokens',
-      f'training: steps {start + 1:,} to {steps:,}, {most}{steps * tokens:,} '
-      'tokens in all',
+      *(f'until step {until:,}: {size:,} rows'
+        for until, size in zip(sizes.until, sizes.sizes)),
+      f'training: steps {start + 1:,} to {steps:,}, {most}'
+      f'{all_rows * (tokens // sizes.last):,} tokens in all',
       f'data: {source}',
       f'held out: {" and ".join(loader.text for loader in eval_data)}, '
       f'{sum(loader.num_tokens for loader in eval_data):,} tokens',

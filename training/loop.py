@@ -17,7 +17,7 @@ import numpy as np
 from training import evaluating, profile, progress, runs
 from training import shapes, timing
 from training.costs import flops, peaks
-from training.data import pipeline
+from training.data import pipeline, ramp
 from training.distributed import cpu_memory, devices, signals
 from training.endings import DIVERGED, EARLY, STOPPED
 from training.evals import in_training
@@ -88,12 +88,19 @@ class _Loop:
     self.loaders, self.eval_data = loaders, eval_data
     self.tasks = in_training.Tasks(program, loaders[0].tokenizer)
     sides = loaders[0].objective.row_lengths(program.config)
-    rows = program.config.data.batch_size
-    self.tokens = rows * sum(sides)  # of each member in a step, at most
+    self.ramp = ramp.of(program.config)
+    rows = self.ramp.last
+    self.row_tokens = sum(sides)  # at most
+    self.tokens = rows * self.row_tokens  # of each member in a step, at most
     peak = peaks.total(program.devices, program.model.dtype)
-    self.work = {length: (rows * length, self._flops(rows, (length,)) if peak
-                          else 0.0)
-                 for length in pipeline.lengths(program.config)[:-1]}
+    # What a step does whose rows are padded less far than to data.length, or
+    # fewer than data.batch_size.
+    own = {length: (length,)
+           for length in pipeline.lengths(program.config)[:-1]}
+    self.work = {(n, length): (n * sum(row), self._flops(n, row) if peak else
+                               0.0)
+                 for n in (*self.ramp.sizes, rows)
+                 for length, row in (*own.items(), (0, sides))}
     self.meter = timing.Meter(self.tokens, self._flops(rows, sides), peak)
     self.held = timing.Deferred(self.meter.now)
     if devices.primary():
@@ -155,10 +162,10 @@ class _Loop:
   def _next(self, streams: Sequence[Iterator], n: int):
     """Returns the batch of the step after step n."""
     batches = [next(stream) for stream in streams]
-    if self.work:  # rows may be padded less far than to data.length
-      length = batches[0]['tokens'].shape[1]
-      if length in self.work:
-        self.meter.does(n + 1, *self.work[length])
+    if len(self.work) > 1:
+      rows, length = self.ramp.rows(n), batches[0]['tokens'].shape[1]
+      self.meter.does(n + 1, *self.work[
+          rows, length if (rows, length) in self.work else 0])
     return self.program.put(*batches)
 
   def _compile(self, state: TrainState, batch: Any) -> None:
@@ -200,8 +207,9 @@ class _Loop:
     with self.meter.compiling():
       yield
       devices.sync('compiled')
-    length = max(x.shape[-1] for x in jax.tree.leaves(batch) if x.ndim > 1)
-    self.bar.say(f'compiled for rows of {length:,} tokens in '
+    rows, length = max(
+        x.shape for x in jax.tree.leaves(batch) if x.ndim > 1)[-2:]
+    self.bar.say(f'compiled for {rows:,} rows of {length:,} tokens in '
                  f'{time.monotonic() - start:.1f} s')
 
   def _report(self, read: timing.Read | None) -> None:
@@ -340,7 +348,7 @@ class _Loop:
         if row not in live:
           continue
         if live[row].sound:
-          live[row].save(n, own, n * self.tokens)
+          live[row].save(n, own, int(self.ramp.before(n)) * self.row_tokens)
         else:
           self._say(live[row], f'step {n} is not saved: its parameters are not '
                     'finite')

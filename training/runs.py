@@ -22,7 +22,7 @@ from architectures.parts.moe import grouped_kernels
 from configs import sharding as tables
 from configs.errors import RequestError, one_of, require
 from training import best, description, evals, limits, objectives
-from training.data import holdout, pipeline, tokenizers
+from training.data import holdout, pipeline, ramp, tokenizers
 from training.distributed import devices
 from training.optim import average, mup, optimizers
 from training.step import TrainState, abstract_state, init_state, initial_seed
@@ -116,6 +116,7 @@ def check_config(config: ml_collections.ConfigDict, by_hand: Iterable[str] = ()
   objectives.check_objective(config)
   limits.refuse_unread(config)
   one_of('mesh.rules', config.mesh.rules, tables.RULES)
+  ramp.check(config)
   optimizers.check_optim(config.optim)
   best.check_best(config)
   one_of('eval.part', config.eval.part, holdout.PARTS)
@@ -312,12 +313,21 @@ def build(config: ml_collections.ConfigDict, model: ModelConfig,
         slices=config.mesh.slices)
   devices.check_mesh(model, config.data.batch_size,
                      config.train.grad_accumulation, mesh.shape)
+  check_ramp(config, mesh.shape)
   _check_context(config, mesh.shape['context'])
   platform = mesh.devices.flat[0].platform
   kernels.check_kernel(model, platform)
   if model.has_experts:
     grouped_kernels.check_grouped_kernel(model.moe, platform)
   return Run.of(config, model, mesh)
+
+
+def check_ramp(config: ml_collections.ConfigDict, shape: Mapping[str, int]
+               ) -> None:
+  """Raises RequestError where the mesh does not divide the batches of
+  data.batch_ramp."""
+  ramp.check_shards(config, shape['data'] * shape['fsdp'] * shape['expert']
+                    * config.train.grad_accumulation)
 
 
 def _check_context(config: ml_collections.ConfigDict, context: int) -> None:

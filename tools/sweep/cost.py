@@ -37,13 +37,14 @@ def of(config) -> Cost:
   """Returns what a run of `config` costs; ValueError for a bad model."""
   from training import objectives
   from training.costs import flops
+  from training.data import ramp
   from training.workdir import run_config
   model = _resolved(config)
   lengths = objectives.of(config).row_lengths(config)
   params, active = _parameters(model)
   return Cost(
       params, active, flops.training_flops_per_token(model, *lengths),
-      config.data.batch_size * sum(lengths) * config.train.steps,
+      int(ramp.of(config).before(config.train.steps)) * sum(lengths),
       run_config.flatten_dict({'model': dataclasses.asdict(model)}))
 
 

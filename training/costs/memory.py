@@ -117,6 +117,7 @@ def described(config: ml_collections.ConfigDict, model: ModelConfig,
                       axis_types=(AxisType.Auto,) * len(shape))
   devices.check_mesh(model, config.data.batch_size,
                      config.train.grad_accumulation, shape)
+  runs.check_ramp(config, shape)
   return runs.Run.of(config, model, mesh)
 
 

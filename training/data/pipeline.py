@@ -3,9 +3,10 @@
 Which tokens are in global batch n is a pure function of (seed, n). Row r of
 batch n is example g = n B + r of one endless sequence: a permutation of all
 windows, then another one, and so on, or for a mixture such sequences
-interleaved by weight. Process p of P takes rows p B/P to (p+1) B/P and loads
-only those. So a run may stop at any n and go on with any number of processes
-or workers, and the state of the data is n.
+interleaved by weight. Where batches grow (ramp.py), n B is the number of all
+rows before batch n. Process p of P takes rows p B/P to (p+1) B/P and loads only
+those. So a run may stop at any n and go on with any number of processes or
+workers, and the state of the data is n.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,7 @@ import numpy as np
 from configs.errors import RequestError, require
 from training import objectives
 from training.data import batch_workers, conversations, holdout
-from training.data import packing, records, sources, token_cache
+from training.data import packing, ramp, records, sources, token_cache
 from training.data.tokenizers import Tokenizer
 from training.objectives.record import Config
 
@@ -44,7 +45,7 @@ class Loader:
     num_tokens: tokens of the text that one pass reads.
     num_bytes: UTF-8 bytes of that text.
     bytes_per_token: bits per byte = nats per token / (ln 2 x this).
-    rows: rows of a batch that this process holds.
+    ramp: the rows of each batch.
     tokenizer: the run's.
     objective: the record of the run's objective.
     num_sources: of which the text comes, mixed.
@@ -62,17 +63,17 @@ class Loader:
     self._config = config
     self.tokenizer = tokenizer
     self._split = split
-    self._batch_size = config.data.batch_size
+    self.ramp = (ramp.of(config) if split == 'train' else
+                 ramp.parse('', config.data.batch_size))
     self.objective = objectives.of(config)
     self.views = views
     self.num_sources = len(views)
-    self.rows = self._batch_size // process_count
-    self._first_row = process_index * self.rows
+    self._place = process_index, process_count
     self._config_of = {length: with_length(config, length)
                        for length in lengths(config)}
     self.beside: Sequence[Loader] = [self]
     self.num_windows = sum(len(view) for view in views)
-    self.num_batches = -(-self.num_windows // self._batch_size)
+    self.num_batches = -(-self.num_windows // config.data.batch_size)
     self.num_tokens = sum(view.num_tokens for view in views)
     self.num_bytes = sum(view.num_bytes for view in views)
     self.bytes_per_token = self.num_bytes / self.num_tokens
@@ -87,9 +88,11 @@ class Loader:
     n = int(n)
     if not 0 <= n < self._stop:
       raise IndexError(f'batch {n} of {self._stop}')
-    first = n * self._batch_size + self._first_row
+    index, count = self._place
+    own = self.ramp.rows(n) // count
+    first = int(self.ramp.before(n)) + index * own
     config = self._config_of[max(loader.length(n) for loader in self.beside)]
-    rows = [self._row(g, config) for g in range(first, first + self.rows)]
+    rows = [self._row(g, config) for g in range(first, first + own)]
     return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
 
   def length(self, n: int) -> int:
@@ -99,7 +102,7 @@ class Loader:
     if size is None or len(self._config_of) == 1:
       return self._config.data.length
     longest = max(size(self._item(g)) for g in range(
-        n * self._batch_size, (n + 1) * self._batch_size))
+        *map(int, self.ramp.before([n, n + 1]))))
     return min(length for length in self._config_of if length >= longest)
 
   def iterate(self, start: int = 0, stop: int | None = None
@@ -148,7 +151,7 @@ class Loader:
   @property
   def _stop(self) -> int:
     return self.num_batches if self._split == 'eval' else (
-        sys.maxsize // self._batch_size)
+        sys.maxsize // self.ramp.last)
 
   def _is_padding(self, g: int) -> bool:
     return self._split == 'eval' and g >= self.num_windows

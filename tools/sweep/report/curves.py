@@ -16,6 +16,7 @@ from tools.sweep import layout
 from tools.sweep import ledger as ledger_lib
 from tools.sweep import statistics
 from training import schema
+from training.data import ramp
 from training.workdir import metrics
 from training.workdir import run_config
 
@@ -105,8 +106,7 @@ class Point:
     rows = [row for row in run.rows
             if row['split'] == split and 'loss' in row]
     step = np.array([row['step'] for row in rows], float)
-    steps = run.config['train.steps'] if rows else 1
-    tokens = step / steps * self.tokens
+    tokens = _share(run.config, step) * self.tokens if rows else step
     return Curve(step, tokens, tokens * self.flops_per_token,
                  _seconds(run.rows, step),
                  np.array([_number(row.get('loss')) for row in rows]))
@@ -148,6 +148,14 @@ class Sweep:
     return [f'{point.name}, seed {seed} ({", ".join(run.strange)})'
             for point in self.points for seed, run in point.runs.items()
             if run.strange]
+
+
+def _share(config: Mapping[str, Any], step: np.ndarray) -> np.ndarray:
+  """Returns the share of a run's tokens that it has seen after each step."""
+  # Runs of earlier versions have no ramp.
+  text = config['data.batch_ramp'] if 'data.batch_ramp' in config else ''
+  rows = ramp.parse(text, config['data.batch_size'])
+  return rows.before(step) / rows.before(config['train.steps'])
 
 
 def load_sweep(workdir) -> Sweep:

@@ -1,0 +1,109 @@
+"""Batches that grow: each row once, tokens counted, shapes bounded."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from configs import base
+from configs.errors import RequestError
+from tests.training import vectorised_test as group
+from tools.sweep import cost
+from training import runs, vectorised
+from training.data import pipeline, ramp, tokenizers
+
+texts = group.texts
+
+
+@pytest.mark.parametrize('text', ['', '3:2', '1:1,4:2,6:3'])
+def test_rows_are_counted_as_they_come(text):
+  sizes = ramp.parse(text, 5)
+  stages = [tuple(map(int, stage.split(':'))) for stage in
+            filter(None, text.split(','))] + [(99, 5)]
+  total = 0
+  for n in range(12):
+    assert sizes.before(n) == total
+    assert sizes.rows(n) == next(rows for until, rows in stages if n < until)
+    total += sizes.rows(n)
+  np.testing.assert_array_equal(sizes.before(np.arange(12)),
+                                [int(sizes.before(n)) for n in range(12)])
+
+
+@pytest.mark.parametrize('text, words', [
+    ('8', "write STEP:ROWS"), ('3:2,', 'write STEP:ROWS'),
+    ('3:-2', 'write STEP:ROWS'), ('3:2,3:4', 'must rise'),
+    ('3:4,5:4', 'must rise'), ('0:4', 'must rise'), ('3:0', 'must rise'),
+    ('3:32', 'less than data.batch_size 32'),
+    ('1000:8', 'must end before'),
+    (','.join(f'{i}:{i}' for i in range(1, 17)), 'may have 15 sizes')])
+def test_what_is_no_ramp_is_refused(text, words):
+  c = base.base()
+  c.data.batch_ramp = text
+  with pytest.raises(RequestError, match=words):
+    runs.check_config(c)
+
+
+def test_devices_divide_every_size():
+  c = base.base()
+  c.data.batch_ramp = '10:4,20:8'
+  for data, parts, fits in ((4, 1, True), (2, 2, True), (8, 1, False),
+                            (4, 2, False)):
+    c.train.grad_accumulation = parts
+    shape = {'data': data, 'fsdp': 1, 'expert': 1}
+    if fits:
+      runs.check_ramp(c, shape)
+      continue
+    with pytest.raises(RequestError, match='batches of 4 rows .*, 8 in all'):
+      runs.check_ramp(c, shape)
+
+
+def grown(texts, **fields):
+  return group.config(texts, data__batch_size=8,
+                      data__batch_ramp='2:2,5:4', **fields)
+
+
+def test_the_order_of_the_rows_is_that_without_a_ramp(texts):
+  """Also where two processes take halves of each batch."""
+  tokenizer = tokenizers.load('bytes')
+  plain = pipeline.training_loader(
+      group.config(texts, data__batch_size=1), tokenizer)
+  whole = pipeline.training_loader(grown(texts), tokenizer)
+  halves = [pipeline.training_loader(grown(texts), tokenizer, i, 2)
+            for i in range(2)]
+  g = 0
+  for n in range(7):
+    batch = whole.batch(n)['tokens']
+    assert len(batch) == (2, 2, 4, 4, 4, 8, 8)[n]
+    np.testing.assert_array_equal(batch, np.concatenate(
+        [half.batch(n)['tokens'] for half in halves]))
+    for row in batch:
+      np.testing.assert_array_equal(row, plain.batch(g)['tokens'][0])
+      g += 1
+  held_out, = pipeline.held_out(grown(texts), tokenizer)
+  assert len(held_out.batch(0)['tokens']) == 8
+
+
+def test_a_sweep_counts_the_tokens():
+  c = base.base()
+  c.data.update(batch_size=8, length=16, batch_ramp='2:2,5:4')
+  c.train.steps = 8
+  assert cost.of(c).tokens == 16 * (2 * 2 + 3 * 4 + 3 * 8)
+
+
+@pytest.mark.slow
+def test_runs_grow_together_and_go_on_in_the_middle(texts, tmp_path):
+  configs = [grown(texts, seed=seed, checkpoint__every_steps=3)
+             for seed in (0, 1)]
+  vectorised.train(configs, [tmp_path / '0', tmp_path / '1'])
+  group.alone(configs[1], tmp_path / 'alone')
+  group.assert_same(tmp_path / '1', tmp_path / 'alone')
+  before = group.rows(tmp_path / 'alone')
+  record = json.loads((tmp_path / 'alone/checkpoints/6/record/metadata'
+                       ).read_text())['record']
+  assert record['tokens'] == 16 * (2 * 2 + 3 * 4 + 8)
+  for step in (6, 8):
+    shutil.rmtree(tmp_path / f'alone/checkpoints/{step}')
+  group.alone(configs[1], tmp_path / 'alone')
+  assert [row['loss'] for row in group.rows(tmp_path / 'alone')] == [
+      row['loss'] for row in before]
