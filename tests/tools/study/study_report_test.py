@@ -200,8 +200,9 @@ def test_the_sheets_hold_every_estimate_and_run_in_full(study):
       assert float(row['effect']) == size['mean']
   for own in found['screen']:
     row = by_key['screen', own['variant'], 'loss', 'small']
-    assert row['effect'] == ('' if own['effect'] is None else
-                             repr(own['effect']))
+    for name, wanted in (('effect', own['effect']), ('p', own['p']),
+                         ('p_corrected', own['q'])):
+      assert row[name] == ('' if wanted is None else repr(wanted))
   runs = list(csv.DictReader(sheets.runs(record).splitlines()))
   assert [float(row['value']) for row in runs] == [
       value for own in found['outcomes'] for value in own['values'].values()]
