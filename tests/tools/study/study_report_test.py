@@ -315,6 +315,7 @@ def test_a_variant_of_which_all_runs_diverged_is_a_row(tmp_path, page):
               if row['variant'][1] == 'wild')
   assert wild['verdict'][0] == 'stopped at the screen: unstable'
   assert wild['diverged'][0] == '-'
+  assert 'variants that it stopped (none, wild) is in' in page.text
   assert {row['small'][0] for row in page.rows('diverged')} == {'12 of 12'}
   # So is one that diverges in the confirmation alone.
   found = study_folder.results(study_folder.plan())

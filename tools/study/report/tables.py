@@ -70,7 +70,8 @@ def verdicts(record: Record) -> Table:
              *[Cell('-')] * (len(columns) - 4)])
     rows.append([*row, _diverged(record, variant, found)])
   notes = [INTERVALS]
-  stopped = [v for v in plan.variants if standing(record, v) == STOPPED]
+  stopped = [v for v in plan.variants
+             if standing(record, v) in (STOPPED, UNSTABLE)]
   if stopped:
     notes.append('What the screen found of the variants that it stopped '
                  f'({", ".join(stopped)}) is in its own table.')
