@@ -28,8 +28,8 @@ from training import cli
 from training.workdir import storage
 
 SCHEDULES = ('constant', 'cosine')
-EVERY, POINTS, OF = 10, 20, 4  # steps apart, checkpoints, and in a mean
-STEPS = 400
+EVERY, POINTS, OF = 10, 16, 4  # steps apart, checkpoints, and in a mean
+STEPS = 300
 EMA = 0.95
 
 
@@ -42,7 +42,7 @@ def config(schedule: str, seed: int):
       'model.max_len': 64, 'data.length': 64, 'data.batch_size': 8,
       'train.steps': STEPS, 'optim.schedule': schedule, 'optim.lr': 3e-3,
       'optim.warmup_steps': 50, 'optim.ema': EMA, 'eval.live': True,
-      'eval.every_steps': EVERY, 'eval.batches': 16,
+      'eval.every_steps': EVERY, 'eval.batches': 8,
       'checkpoint.every_steps': EVERY, 'checkpoint.keep': POINTS + OF,
       'log.every_steps': 50})
   return made.lock()
