@@ -105,7 +105,7 @@ def announce(plan: Plan, rows: Sequence[findings.Noise]
   both = screen * confirm
   enough = both >= plan.power
   told = (f'An effect of {plan.effect:g} in {plan.primary.name} is found with '
-          f'a probability of {both:.0%}: it passes the screening '
+          f'a probability of {both:.0%} or more: it passes the screening '
           f'({plan.seeds.screen} seeds) in {screen:.0%} of such studies, and '
           f'the confirmation ({plan.seeds.confirm} seeds) in {confirm:.0%}.')
   if not enough:

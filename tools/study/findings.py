@@ -61,7 +61,8 @@ class Announced:
     effect: that the plan wants.
     wanted: the power that the plan wants.
     screen, confirm: the power of either phase for this effect.
-    power: of both together.
+    power: of both together: the product. Both hang on the same noise, which
+      is an estimate, so it is rather more.
     enough: whether that is as much as the plan wants.
     sentence: all this, for a reader.
   """

@@ -87,28 +87,39 @@ def needed(studies: int) -> list[Row]:
 def calibrated(studies: int) -> list[Row]:
   """An effect and numbers of seeds that the plan fixes, for noise that differs
   from study to study over two powers of ten: of those that announce a power,
-  the share that passes the screening and is confirmed."""
+  the share that attains it. The power of screening and confirmation together
+  is announced as the product of both. Since they hang on the same noise, more
+  is attained."""
   plan, found = world.plan(1, effect=0.05), []
 
   def one(number, add):
     scale = 10 ** random.Random(number).uniform(-1, 1)
     own = world.World(number, tuple(scale * x for x in EQUAL))
-    said = decide.announce(plan, _noise(plan, own)).power
+    said = decide.announce(plan, _noise(plan, own))
     mine = dataclasses.replace(own, effects={ONE: (-plan.effect,) * 3})
     passed = decide.screen(plan, world.confirmed(plan, mine, 'screen'))
-    hit = passed[0].passed and _finds(plan, own, plan.effect)
-    for low, high in BINS:
-      if low <= said < high or said == high == 1:
-        add(f'said {low}', said)
-        add(f'found {low}', hit)
+    confirmed = _finds(plan, own, plan.effect)
+    for what, share, hit in (
+        ('is confirmed', said.confirm, confirmed),
+        ('passes and is confirmed', said.power,
+         confirmed and passed[0].passed)):
+      for low, high in BINS:
+        if low <= share < high or share == high == 1:
+          add(f'said {what} {low}', share)
+          add(f'found {what} {low}', hit)
 
   means = rates.grouped(studies, one)
-  for low, high in BINS:
-    if f'said {low}' in means:
+  for what in ('is confirmed', 'passes and is confirmed'):
+    for low, high in BINS:
+      said, hit = (means.get(f'{told} {what} {low}')
+                   for told in ('said', 'found'))
+      if said is None:
+        continue
       told = f'studies whose noise differs, announcing {low:.0%} to {high:.0%}'
-      found.append(rates.near(
-          told, 'effect passes and is confirmed', means[f'found {low}'],
-          means[f'said {low}'].value, WITHIN))
+      found.append(
+          rates.near(told, f'effect {what}', hit, said.value, WITHIN)
+          if what == 'is confirmed' else
+          rates.at_least(told, f'effect {what}', hit, said.value - WITHIN))
   return found
 
 

@@ -63,7 +63,7 @@ def at_most(setting: str, what: str, mean: Mean, bound: float) -> Row:
 
 def at_least(setting: str, what: str, mean: Mean, bound: float) -> Row:
   return Row(setting, what, mean.value, mean.error, mean.count,
-             f'>= {bound:g}', mean.value >= bound - 3 * mean.error)
+             f'>= {bound:.3g}', mean.value >= bound - 3 * mean.error)
 
 
 def near(setting: str, what: str, mean: Mean, wanted: float, within: float
