@@ -25,7 +25,9 @@ def _fields(kind=ModelConfig, prefix=''):
 
 def _names(change, prefix=''):
   for name, value in change.items():
-    if isinstance(value, dict):
+    if name == 'kinds':
+      yield name  # of which a change makes its own
+    elif isinstance(value, dict):
       yield from _names(value, f'{name}.')
     else:
       yield prefix + name

@@ -314,7 +314,7 @@ def test_groups_are_of_runs_that_differ_in_the_fields_alone(texts):
     (dict(mesh__tensor=2), 'mesh.tensor is 2'),
     (dict(init_from='runs/a'), 'init_from is'),
     (dict(log__wandb=True), 'wandb'),
-    (dict(optim__b1=0.5), 'differ in optim.b1: only seed, optim.lr'),
+    (dict(optim__b1=0.5), 'differ in optim.b1: only seed, init_seed, optim.lr'),
     (dict(optim__lr=-1.0), 'optim.lr is -1.0'),
 ])
 def test_what_is_no_group_is_refused(fields, words, texts, tmp_path):

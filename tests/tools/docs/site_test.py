@@ -96,10 +96,10 @@ def test_indented_paragraphs_of_a_docstring_are_code():
 
 def _flat(config, prefix=''):
   for name, value in config.items():
-    if hasattr(value, 'items'):
+    if hasattr(value, 'items') and value:
       yield from _flat(value, f'{prefix}{name}.')
-    else:
-      yield prefix + name, value
+    else:  # of model.kinds, which has no kind by itself: {}
+      yield prefix + name, dict(value) if hasattr(value, 'items') else value
 
 
 def test_the_table_of_fields_has_every_field_with_its_default():

@@ -113,7 +113,7 @@ def test_what_is_done_is_not_done_again(whole, frozen):
   assert read(workdir) == found
 
 
-@pytest.mark.parametrize('loss', [None, 7.0], ids=(
+@pytest.mark.parametrize('loss', [None, 9.0], ids=(
     'too many bad steps', 'well above guessing'))
 def test_runs_that_diverge_are_results(frozen, tmp_path, loss):
   lost = frozen.plan.seeds.of('noise')[0]

@@ -72,7 +72,7 @@ def test_layers_keep_their_order_in_another_period():
   # Global and banded layers in turn, of which every fourth gets experts.
   module, params, run, mixture = _upcycled(
       'gpt', dict(num_experts=2, every=4), num_layers=4,
-      attention='global,banded', sliding_window=5)
+      pattern='all,near', kinds=dict(all=dict(window=0), near=dict(window=5)))
   assert [kind.ffn for kind in run.model.layer_pattern()] == [
       'gelu_tanh'] * 3 + ['moe']
   _check_same_logits(module, params, run, mixture)
