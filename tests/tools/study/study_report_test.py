@@ -310,6 +310,15 @@ def test_nothing_that_passed_the_screen_is_an_answer(tmp_path):
   assert 'no answer' not in answer
 
 
+def test_what_was_not_confirmed_is_nothing_that_failed(tmp_path):
+  """More runs are planned than are done where the screen stops a variant."""
+  found = study_folder.results(study_folder.plan())
+  found['phases']['confirm'] |= dict(planned=90, done=45)
+  record, _ = _load(tmp_path, found=found)
+  assert not any('90' in line or 'failed' in line
+                 for line in writing.assemble(record, []).warnings)
+
+
 def test_a_variant_of_which_all_runs_diverged_is_a_row(tmp_path, page):
   wild = next(row for row in page.rows('verdicts')
               if row['variant'][1] == 'wild')

@@ -76,7 +76,9 @@ def spent(record: Record) -> Table:
     rows.append([Cell('all'), Cell('')] + _spent({
         key: _sum([own[key] for own in phases.values()]) for key in keys}))
   return Table(
-      [('phase', ''), ('state', ''), ('runs planned', ''), ('done', ''),
+      [('phase', ''), ('state', ''),
+       ('runs planned', 'if every variant is confirmed, and no edge of what is '
+        'tuned is moved'), ('done', ''),
        ('diverged', 'of those done'),
        ('tokens', ''), ('FLOPs', ''), ('training time', 'of training steps, of '
         'all runs together'), ('time by the clock', '')], rows)

@@ -78,11 +78,6 @@ def warnings(record: Record) -> list[str]:
   if not _as_planned(record):
     told.append('What ran is not what was planned at first: see "Planned and '
                 'run".')
-  for phase in record.finished:
-    own = record.results['phases'][phase]
-    if own['done'] < own['planned']:
-      told.append(f'Of the {own["planned"]} runs of {phase}, {own["done"]} are '
-                  'done: what failed is in no figure.')
   announced = record.results['announced']
   if announced and not announced['enough']:
     told.append(announced['sentence'] + ' That no difference is shown does not '
