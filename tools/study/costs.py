@@ -74,9 +74,8 @@ def _tuned_runs(frozen: frozen_lib.Frozen) -> list[phases.Run]:
     for rung in range(frozen.plan.tuning.rungs):
       search.rung = rung
       found += [run for own in phases.tune_runs(frozen, search) for run in own]
-      kept = max(1, -int(-frozen.plan.tuning.keep
-                         * len(search.candidates) // 1))
-      search.candidates = search.candidates[:kept]
+      search.candidates = search.candidates[:tuning.kept(
+          frozen.plan.tuning, len(search.candidates))]
   return found
 
 

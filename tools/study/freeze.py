@@ -13,6 +13,7 @@ from tools.study import frozen as frozen_lib
 from tools.study import measures as measures_lib
 from tools.study import plan as plans
 from tools.study import spec as study_spec
+from tools.study import tuning as tuning_lib
 from tools.sweep import cost, matching
 from tools.sweep import spec as sweep_spec
 from training import limits, progress
@@ -34,6 +35,7 @@ def freeze(file: str) -> frozen_lib.Frozen:
   seeds, tuning = study_spec.seeds(spec), study_spec.tuning(spec, base)
   measures = study_spec.measures(spec)
   points = _points(spec, measures)
+  _check_tuned(spec, points, tuning)
   text = _config(base, points[0]['changes'], 'the base')
   bytes_per_token = _check_halves(text)
   configs = [_config(base, row['changes'], 'it') for row in points]
@@ -66,8 +68,9 @@ def _config(base, changes: Mapping[str, Any], who: str
 
 def _points(spec: study_spec.Spec, measures: list[dict]) -> list[dict]:
   """Returns the rows of Frozen.points, those of the base first."""
+  matched = {size: _matched(spec, size) for size in spec.sizes}
   work = [(size, workload, point) for size in spec.sizes
-          for workload in spec.workloads for point in _matched(spec, size)]
+          for workload in spec.workloads for point in matched[size]]
   work.sort(key=lambda row: row[2].name != spec.sweep.base_name)
   rows = [_row(spec, measures, *each)
           for each in progress.each(work, 'points checked')]
@@ -148,6 +151,30 @@ def _row(spec: study_spec.Spec, measures: list[dict], size: str, workload: str,
           'params': figures.params, 'active_params': figures.active_params,
           'flops_per_token': figures.flops_per_token, 'tokens': figures.tokens,
           'vocab': figures.model['model.vocab_size']}
+
+
+def _check_tuned(spec: study_spec.Spec, points: list[dict],
+                 tuning: plans.Tuning) -> None:
+  """Raises RequestError where what is tuned cannot have one of its values, or
+  is not read by a variant. The base alone is asked for those to which an edge
+  may be moved."""
+  from training import runs
+  smallest = next(iter(spec.sizes))
+  for row in points:
+    if (row['size'], row['workload']) != (smallest, plans.TEXT):
+      continue
+    base = row['variant'] == spec.sweep.base_name
+    for moved in range((tuning.extend if base else 0) + 1):
+      for tuned in tuning_lib.corners(tuning, moved):
+        told = ', '.join(f'{name}={value:g}' for name, value in tuned.items())
+        beyond = f', to which extend={tuning.extend} may move an edge,'
+        try:
+          runs.check_config(_config(
+              spec.sweep.base, {**row['changes'], **tuned}, 'it'), tuned)
+        except RequestError as error:
+          raise RequestError(
+              f'{spec.file}: TUNING tries {told}{beyond * bool(moved)} of '
+              f'variant {row["variant"]!r}: {error}') from error
 
 
 def _measure(own: dict, points: list[dict], bytes_per_token: float, file: str

@@ -1,6 +1,7 @@
 """Measures: what they are called, which value is better, and who has them."""
 
 from collections.abc import Collection, Sequence
+import fnmatch
 import math
 
 from configs.errors import one_of, require, short
@@ -25,6 +26,8 @@ def completed(given: Sequence, workloads: Collection[str], file: str
             "write {'workload': 'text', 'figure': 'loss'}")
     for name in own:
       one_of('entry of a measure', name, _ENTRIES)
+      require(name == 'chance' or isinstance(own[name], str), f'{who} has '
+              f'{short(own[name])} as {name}: write a text')
     own = {'workload': plans.TEXT, **own}
     one_of('workload of a measure', own['workload'], workloads)
     last = own['figure'].rpartition('/')[2]
@@ -65,11 +68,16 @@ def check(own: dict, config, who: str) -> None:
   """Raises RequestError where a run of `config` does not have a measure."""
   from training import objectives
   told = f'measure {own["name"]!r} is {own["figure"]!r} of {own["workload"]}'
-  task, is_task, _ = own['figure'].partition('/')
+  task, is_task, figure = own['figure'].partition('/')
   if is_task:
     row = evals.check_without_flags(task, told)
     reason = row.unfit(config)
     require(not reason, f'{told}, which {who} cannot have: {reason}')
+    known = row.figures(config)
+    require(known is None or any(fnmatch.fnmatchcase(figure, pattern)
+                                 for pattern in known),
+            f'{told}, which {who} cannot have: the figures of {task} are '
+            f'{", ".join(known or ()) or "none"}')
     return
   objective = objectives.of(config)
   has = {'loss': True, 'accuracy': True, 'perplexity': objective.perplexity,
@@ -89,9 +97,9 @@ def chance(own: dict, vocab: int, bytes_per_token: float, file: str) -> float:
     file: for the message.
   """
   if 'chance' in own:
-    require(type(own['chance']) in (int, float), f'{file}: the chance of '
-            f'measure {own["name"]!r} is {short(own["chance"])}: write a '
-            'number')
+    require(type(own['chance']) in (int, float)
+            and math.isfinite(own['chance']), f'{file}: the chance of measure '
+            f'{own["name"]!r} is {short(own["chance"])}: write a number')
     return float(own['chance'])
   if own['figure'] == 'loss':
     return math.log(vocab)

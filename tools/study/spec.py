@@ -19,7 +19,8 @@ from tools.study import measures as measures_lib
 from tools.study import plan as plans
 from tools.sweep import check, matching
 from tools.sweep import spec as sweep_spec
-from training import config_files
+from tools.sweep import statistics
+from training import config_files, limits
 
 # What a file may hold, with its default; None: it must.
 KNOWN: dict[str, Any] = {
@@ -39,8 +40,11 @@ KNOWN: dict[str, Any] = {
     'ALPHA': 0.05, 'Q': 0.05, 'POWER': 0.8, 'UNSTABLE': 0.1,
     'MATCH': '', 'MATCH_FIELD': matching.FIELD,
 }
+_WORDS = {dict: 'dictionary', str: 'text', (int, float): 'number',
+          (tuple, list): 'tuple of dictionaries'}
 LEAST_SIZES = 3
-LEAST_SEEDS = {'noise': 3, 'tune': 1, 'screen': 2, 'confirm': 2}
+LEAST_SEEDS = {'noise': 3, 'tune': 1, 'screen': statistics.MIN_SEEDS,
+               'confirm': statistics.MIN_SEEDS}
 # Fields that are the study's own.
 _OWN = ('seed', 'init_seed', 'eval.part')
 # Fields by which a run sees other data, or more of it, than the base's.
@@ -78,7 +82,13 @@ class Spec:
   def _check_overlaps(self) -> None:
     """Raises RequestError for a field that two would set, or that a study
     sets itself."""
-    tuned = set(dict(self.given['TUNING']).get('fields', ('optim.lr',)))
+    tuned = _tuned(self.file, self.given['TUNING'])
+    _refuse(self.file, 'TUNING', tuned, _OWN, 'which the study sets itself')
+    _refuse_data(self.file, 'TUNING', tuned)
+    for name in ('init_seed', 'eval.part'):
+      value = limits.get(self.sweep.base, name)
+      require(not value, f'{self.file}: base() sets {name} to {value!r}, which '
+              'the study sets itself: leave it out')
     groups = {f'size {name!r}': own for name, own in self.sizes.items()}
     groups |= {f'workload {name!r}': own
                for name, own in self.workloads.items()}
@@ -94,10 +104,8 @@ class Spec:
               [name for name in _OWN if name != 'init_seed'],
               'which the study sets itself')
       _refuse(self.file, who, point.changes, tuned, 'which TUNING tunes')
+      _refuse_data(self.file, who, point.changes)
       for field in point.changes:
-        require(not field.startswith(_DATA), f'{self.file}: {who} sets '
-                f'{field}: every variant of a study has the same data and as '
-                'many steps as the base, or no difference would be its own')
         for other, own in groups.items():
           require(field not in own, f'{self.file}: {who} and {other} both set '
                   f'{field}: leave it to one of them')
@@ -128,7 +136,8 @@ def _constants(file: str, module: Any) -> dict[str, Any]:
              }.get(name, (int, float) if type(default) is float
                    else type(default))
     require(isinstance(value, kinds) and type(value) is not bool,
-            f'{file}: {name} is {short(value)}, a {type(value).__name__}')
+            f'{file}: {name} is {short(value)}, a {type(value).__name__}: '
+            f'write a {_WORDS[kinds]}')
     found[name] = value
   for name, most in (('EFFECT', 1e30), ('ALPHA', 1), ('Q', 1), ('POWER', 1)):
     require(0 < found[name] < most, f'{file}: {name} is {found[name]}: it must '
@@ -159,6 +168,22 @@ def _refuse(file: str, who: str, own, fields, why: str) -> None:
     require(field not in fields, f'{file}: {who} sets {field}, {why}')
 
 
+def _refuse_data(file: str, who: str, own) -> None:
+  for field in own:
+    require(not field.startswith(_DATA), f'{file}: {who} sets {field}: every '
+            'variant of a study has the same data and as many steps as the '
+            'base, or no difference would be its own')
+
+
+def _tuned(file: str, given: Mapping) -> tuple[str, ...]:
+  """Returns the fields that TUNING tunes."""
+  fields = given.get('fields', {'optim.lr': ()})
+  require(isinstance(fields, Mapping) and bool(fields)
+          and all(isinstance(name, str) for name in fields), f'{file}: TUNING '
+          f"has {short(fields)} as fields: write {{'optim.lr': (1e-3, 2e-3)}}")
+  return tuple(fields)
+
+
 def seeds(spec: Spec) -> plans.Seeds:
   """Returns SEEDS, those that it leaves out at their defaults."""
   given = spec.given['SEEDS']
@@ -170,8 +195,7 @@ def seeds(spec: Spec) -> plans.Seeds:
     require(type(number) is int and least <= number <= plans.Seeds.APART,
             f'{spec.file}: SEEDS has {number!r} for {phase}: it must be a '
             f'whole number from {least} to {plans.Seeds.APART:,}' + (
-                ', since one run says nothing about noise'
-                if least > 1 else ''))
+                ', since fewer say nothing about noise' if least > 1 else ''))
   return plans.Seeds(**found)
 
 
@@ -183,8 +207,6 @@ def tuning(spec: Spec, base) -> plans.Tuning:
     one_of('entry of TUNING', name, names)
   lr = base.optim.lr
   fields = given.pop('fields', {'optim.lr': (lr / 2, lr, 2 * lr)})
-  require(isinstance(fields, Mapping) and fields, f'{spec.file}: TUNING has '
-          f"{short(fields)} as fields: write {{'optim.lr': (1e-3, 2e-3)}}")
   found = plans.Tuning({name: tuple(values) if isinstance(
       values, tuple | list) else (values,) for name, values in fields.items()},
                        **given)
@@ -198,8 +220,9 @@ def tuning(spec: Spec, base) -> plans.Tuning:
             f'{who} is {values}: write two values or more, rising')
   require(type(found.rungs) is int and 1 <= found.rungs <= 10
           and type(found.extend) is int and 0 <= found.extend <= 10
-          and 0 < found.keep < 1, f'{spec.file}: TUNING has keep={found.keep}, '
-          f'rungs={found.rungs}, extend={found.extend}: keep is a share '
+          and type(found.keep) is float and 0 < found.keep < 1,
+          f'{spec.file}: TUNING has keep={found.keep!r}, '
+          f'rungs={found.rungs!r}, extend={found.extend!r}: keep is a share '
           'between 0 and 1, rungs from 1 to 10, extend from 0 to 10')
   return found
 

@@ -75,13 +75,14 @@ class Search:
     self.rung += 1
     ranked = sorted(rows, key=self._worse)
     if self.rung < tuning.rungs:
-      kept = ranked[:max(1, math.ceil(tuning.keep * len(ranked)))]
-      self.candidates = tuple(row['changes'] for row in kept)
+      self.candidates = tuple(
+          row['changes'] for row in ranked[:kept(tuning, len(ranked))])
       return
     self.best = min([*filter(None, [self.best]), *ranked], key=self._worse)
     moved = self.rung - tuning.rungs
+    further = [self._one_out(field) for field in self.at_edge]
     self.candidates = () if moved == tuning.extend else tuple(
-        self._one_out(field) for field in self.at_edge)
+        changes for changes in further if changes != self.best['changes'])
 
   def _row(self, steps: int, changes: Changes, own: Sequence[plans.Outcome]
            ) -> dict:
@@ -113,24 +114,44 @@ class Search:
     return tuple(found)
 
   def _one_out(self, field: str) -> Changes:
-    """Returns the best candidate with a field one value further out, as many
-    times as far as the last two values are from each other."""
+    """Returns the best candidate with a field one value further out; the best
+    itself where there is none."""
     values, best = self._values(field), self.best['changes'][field]
     edge, inner = ((values[0], values[1]) if best == values[0]
                    else (values[-1], values[-2]))
-    out = edge * edge / inner
-    if isinstance(edge, int):
-      out = max(round(out), 1)
-      if out == edge:  # there is no whole number further out
-        out = edge + 1 if edge > inner else edge
-    else:
-      out = float(f'{out:.6g}')
-    return {**self.best['changes'], field: out}
+    return {**self.best['changes'], field: further_out(edge, inner)}
 
   def found(self) -> plans.Tuned:
     return plans.Tuned(
         *self.name, dict(self.best['changes']), self.at_edge, self.runs,
         self.flops, self.seconds, tuple(self.tried))
+
+
+def further_out(edge: float, inner: float) -> float:
+  """Returns the value beyond an edge, as many times as far from it as the edge
+  is from the value within; of whole numbers the edge, where none is left."""
+  out = edge * edge / inner
+  if not isinstance(edge, int):
+    return float(f'{out:.6g}')
+  out = max(round(out), 1)
+  return edge + 1 if out == edge > inner else out
+
+
+def corners(tuning: plans.Tuning, moved: int = 0) -> list[Changes]:
+  """Returns the least values of all fields, and the largest ones, where each
+  edge was moved so often."""
+  found: list[Changes] = [{}, {}]
+  for name, values in tuning.fields.items():
+    for own, (edge, inner) in zip(found, (values[:2], values[:-3:-1])):
+      for _ in range(moved):
+        edge, inner = further_out(edge, inner), edge
+      own[name] = edge
+  return found
+
+
+def kept(tuning: plans.Tuning, candidates: int) -> int:
+  """How many of a rung's candidates survive it."""
+  return max(1, math.ceil(tuning.keep * candidates))
 
 
 def share(tuning: plans.Tuning, rung: int) -> float:

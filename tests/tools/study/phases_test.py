@@ -156,6 +156,17 @@ def test_an_edge_moves_as_often_as_the_plan_says_and_is_marked_then():
   assert search.found().at_edge == ()
 
 
+def test_an_edge_that_is_the_last_whole_number_is_not_trained_again():
+  own = studies.plan(tuning=plans.Tuning(
+      {'optim.warmup_steps': (1, 2)}, rungs=1, extend=2))
+  search = tuning.Search(own, 'base', 's', 'text')
+  search.take(100, _outcomes(search, (1.0, 2.0)))
+  assert search.candidates == ()
+  assert search.found().at_edge == ('optim.warmup_steps',)
+  assert tuning.corners(own.tuning, 2) == [
+      {'optim.warmup_steps': 1}, {'optim.warmup_steps': 8}]
+
+
 def test_what_diverged_is_the_worst_and_ties_go_by_the_loss():
   search = _search((1e-3, 2e-3), rungs=1, extend=0)
   search.take(100, _outcomes(search, (1.0, 2.0), diverged=(0,)))

@@ -95,7 +95,10 @@ def test_muP_tunes_the_smallest_size_alone(folder):
 
 
 REFUSED = {
-    'no base': (dict(drop='def base():'), r'made.py'),
+    'no base': (dict(sweep="pass\n\ndel base, get_config"),
+                'has no base: add `def base'),
+    'parameters of its own': (dict(base='c.init_seed = 1'),
+                              r'base\(\) sets init_seed to 1'),
     'no sizes': (dict(constants='del SIZES'), 'has no SIZES'),
     'one size': (dict(constants="SIZES = {'s': {}}"), 'SIZES has 1 of them'),
     'two sizes': (dict(constants="SIZES = {'s': {}, 'm': {}}"),
@@ -105,7 +108,11 @@ REFUSED = {
         'write them smallest first'),
     'no effect': (dict(drop='EFFECT = 0.5'), 'has no EFFECT'),
     'one seed': (dict(constants="SEEDS['confirm'] = 1"),
-                 'SEEDS has 1 for confirm: .* says nothing about noise'),
+                 'SEEDS has 1 for confirm: .* fewer say nothing about noise'),
+    'too few seeds for a test': (dict(constants="SEEDS['screen'] = 2"),
+                                 'SEEDS has 2 for screen: .* from 3'),
+    'a question that is a number': (dict(constants='QUESTION = 5'),
+                                    'QUESTION is 5, a int: write a text'),
     'no variant': (dict(sweep='pass'), 'adds nothing but the base'),
     'a constant that nothing reads': (dict(constants='ALPAH = 0.1'),
                                       'has ALPAH, .* Did you mean ALPHA'),
@@ -128,6 +135,24 @@ REFUSED = {
                   ),
     'one value': (dict(constants="TUNING['fields'] = {'optim.lr': (1e-3,)}"),
                   'write two values or more, rising'),
+    'tuning of nothing': (dict(constants="TUNING['fields'] = 5"),
+                          "TUNING has 5 as fields: write {'optim.lr'"),
+    'a share that is a text': (dict(constants="TUNING['keep'] = 'half'"),
+                               "keep='half'"),
+    'tuned seeds': (dict(constants="TUNING['fields'] = {'seed': (1, 2)}"),
+                    'TUNING sets seed, which the study sets itself'),
+    'tuned steps': (dict(constants=(
+        "TUNING['fields'] = {'train.steps': (2, 4)}")),
+                    'TUNING sets train.steps: .* as many steps'),
+    'a value that cannot be': (dict(constants=(
+        "TUNING['fields'] = {'optim.b2': (0.5, 1.5)}")),
+                               "TUNING tries optim.b2=1.5 of variant 'base'"),
+    'an edge that cannot move': (dict(constants=(
+        "TUNING.update(fields={'optim.b2': (0.9, 0.95)}, extend=1)")),
+                                 'optim.b2=1.00278, to which extend=1 may'),
+    'tuning of what a variant does not read': (dict(constants=(
+        "TUNING['fields'] = {'model.relative.buckets': (16, 64)}")),
+                                               'relative.buckets'),
     'no such field': (dict(constants="TUNING['fields'] = {'optim.rl': (1, 2)}"),
                       "did you mean 'optim.lr'"),
     'no such workload': (dict(constants=(
@@ -136,8 +161,14 @@ REFUSED = {
     'a measure of nothing': (dict(constants="MEASURES = ({'figure': 'los'},)"),
                              'it is not known which value'),
     'a measure without a chance': (dict(constants=(
-        "MEASURES = ({'figure': 'loss'}, {'figure': 'samples/x', "
+        "MEASURES = ({'figure': 'loss'}, {'figure': 'loss/x', "
         "'better': 'higher'})")), 'needs a chance'),
+    'a figure that is a number': (dict(constants=(
+        "MEASURES = ({'figure': 5},)")), 'has 5 as figure: write a text'),
+    'a figure that a task has not': (dict(constants=(
+        "MEASURES = ({'figure': 'loss'}, {'figure': 'samples/x', "
+        "'better': 'higher', 'chance': 0})")),
+                                     'the figures of samples are none'),
     'a measure that no variant can have': (dict(constants=(
         "MEASURES = ({'figure': 'loss'}, {'figure': 'routing/entropy', "
         "'better': 'higher', 'chance': 0})")),
