@@ -43,7 +43,7 @@ class Cost(NamedTuple):
 def of(frozen: frozen_lib.Frozen, group: int, times: Times | None
        ) -> list[Cost]:
   """Returns the costs of all phases, at most: every variant is confirmed, and
-  no edge of what is tuned is moved (which `extend` of a Cost says).
+  no edge of what is tuned is moved (of which its `note` says how much it is).
 
   Args:
     frozen: the plan.
@@ -153,8 +153,14 @@ def times(workdir, frozen: frozen_lib.Frozen,
 
 def known(workdir, frozen: frozen_lib.Frozen) -> Times | None:
   """Returns what the runs in a study's folder took; None where there are not
-  enough of them yet."""
-  return times(workdir, frozen, results.outcomes(workdir))
+  enough of them yet. What an earlier plan had and this one has not is left
+  out."""
+  planned = {(row['variant'], row['size'], row['workload'])
+             for row in frozen.points}
+  planned |= {(plans.AGAIN, *rest) for _, *rest in planned}
+  return times(workdir, frozen, [
+      x for x in results.outcomes(workdir)
+      if (x.variant, x.size, x.workload) in planned])
 
 
 def _beside_steps(workdir, outcomes) -> float:

@@ -180,6 +180,7 @@ class Tuned:
 #   study       name, hash of the plan that it is of
 #   outcomes    Outcome of every run that is done, as objects
 #   noise       decide.noise's
+#   announced   decide.announce's; null where noise is not over
 #   tuned       Tuned, of each variant, size and workload
 #   screen      decide.screen's
 #   confirm     decide.confirm's
@@ -188,8 +189,8 @@ class Tuned:
 #   as_planned  {'same': bool, 'differences': [sentences]}
 #   provenance  {'codes': [...], 'devices': [...], 'versions': {...}}
 # Lists are empty where a phase has not been decided yet.
-RESULTS = ('study', 'outcomes', 'noise', 'tuned', 'screen', 'confirm',
-           'phases', 'as_planned', 'provenance')
+RESULTS = ('study', 'outcomes', 'noise', 'announced', 'tuned', 'screen',
+           'confirm', 'phases', 'as_planned', 'provenance')
 
 
 def to_json(value: Any) -> Any:

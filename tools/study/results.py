@@ -1,6 +1,6 @@
 """results.json: everything that a study has found, and what it took."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 import importlib.metadata
 import json
 import os
@@ -12,6 +12,7 @@ from typing import Any
 from tools.study import frozen as frozen_lib
 from tools.study import phases
 from tools.study import plan as plans
+from tools.study import shapes
 from tools.sweep import layout
 from tools.sweep import ledger as ledger_lib
 from training import schema
@@ -22,7 +23,7 @@ _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'numpy', 'scipy', 'statsmodels')
 
 def write(workdir, frozen: frozen_lib.Frozen, found: phases.Found,
           planned: Mapping[str, int]) -> None:
-  """Writes results.json.
+  """Writes results.json, unless it holds later phases of the same plan.
 
   Args:
     workdir: of the study.
@@ -30,16 +31,32 @@ def write(workdir, frozen: frozen_lib.Frozen, found: phases.Found,
     found: so far.
     planned: how many runs each phase has, as far as it is known.
   """
+  path = pathlib.Path(workdir) / FILE
+  if _holds_more(path, frozen, found):
+    return
   ran = codes(workdir)
-  save(pathlib.Path(workdir) / FILE, {
+  save(path, {
       'study': {'name': frozen.plan.name, 'hash': frozen.hash},
       **{name: plans.to_json(getattr(found, name)) for name in (
           'outcomes', 'noise', 'announced', 'tuned', 'screen', 'confirm')},
-      'phases': {phase: _spent(workdir, phase, found, planned)
+      'phases': {phase: _spent(workdir, frozen, phase, found, planned)
                  for phase in plans.PHASES},
       'as_planned': as_planned(workdir, frozen, ran),
       'provenance': {'codes': ran, 'devices': _devices(workdir),
                      'versions': versions()}})
+
+
+def _holds_more(path: pathlib.Path, frozen: frozen_lib.Frozen,
+                found: phases.Found) -> bool:
+  """Whether phases are over there that `found` has not come to: a study that
+  is started again walks through all of them, and may be told to end early."""
+  if not path.is_file():
+    return False
+  tree = schema.parse(path.read_bytes(), str(path))
+  schema.check_shape(tree, {'study': {'hash': str}, 'phases': schema.Each(
+      {'finished': bool})}, str(path))
+  return tree['study']['hash'] == frozen.hash and set(found.finished) < {
+      phase for phase, row in tree['phases'].items() if row['finished']}
 
 
 def outcomes(workdir) -> list[plans.Outcome]:
@@ -48,8 +65,7 @@ def outcomes(workdir) -> list[plans.Outcome]:
   if not path.is_file():
     return []
   tree = schema.parse(path.read_bytes(), str(path))
-  schema.check_shape(tree, {'outcomes': [dict.fromkeys(
-      ('phase', 'variant', 'size', 'workload'), str)]}, str(path))
+  schema.check_shape(tree, {'outcomes': [shapes.of(plans.Outcome)]}, str(path))
   return [plans.outcome_from_json(row) for row in tree['outcomes']]
 
 
@@ -80,10 +96,19 @@ def points(folder) -> list[dict]:
   return layout.load_description(folder)['points']
 
 
-def _spent(workdir, phase: str, found: phases.Found,
+def rows(workdir, phase: str) -> list[ledger_lib.Run]:
+  """Returns what the ledgers of a phase's sweeps hold."""
+  found = []
+  for folder in folders(workdir, phase):
+    with ledger_lib.Ledger(folder) as ledger:
+      found += ledger.runs()
+  return found
+
+
+def _spent(workdir, frozen: frozen_lib.Frozen, phase: str, found: phases.Found,
            planned: Mapping[str, int]) -> dict[str, Any]:
   own = [x for x in found.outcomes if x.phase == phase]
-  tokens = sum(_tokens(workdir, phase, own))
+  tokens = sum(x.flops / frozen.point_of(x)['flops_per_token'] for x in own)
   known = [x.seconds for x in own if x.seconds == x.seconds]
   return {'planned': planned.get(phase, len(own)), 'done': len(own),
           'failed': sum(x.diverged for x in own), 'tokens': tokens,
@@ -93,26 +118,11 @@ def _spent(workdir, phase: str, found: phases.Found,
           'finished': phase in found.finished}
 
 
-def _tokens(workdir, phase: str, outcomes: Sequence[plans.Outcome]
-            ) -> Iterable[float]:
-  """Yields what each run has seen."""
-  per_token = {}
-  for folder in folders(workdir, phase):
-    for row in points(folder):
-      per_token[row['variant'], row['size'], row['workload']] = row[
-          'flops_per_token']
-  for x in outcomes:
-    yield x.flops / per_token.get((x.variant, x.size, x.workload), float('inf'))
-
-
 def wall_seconds(workdir, phase: str) -> float:
   """Returns how long runs of a phase were under way: what overlaps counts
   once, and what was done by an earlier attempt of a run does not count."""
-  spans = []
-  for folder in folders(workdir, phase):
-    with ledger_lib.Ledger(folder) as ledger:
-      spans += [(row.started, row.ended) for row in ledger.runs()
-                if row.started and row.ended]
+  spans = [(row.started, row.ended) for row in rows(workdir, phase)
+           if row.started and row.ended]
   total, until = 0.0, 0.0
   for start, end in sorted(spans):
     total += max(end - max(start, until), 0.0)
@@ -149,9 +159,9 @@ def codes(workdir) -> list[str]:
   """Returns the codes that trained the runs, as far as they are known."""
   found = {}
   for folder in folders(workdir):
-    rows = points(folder)
     found |= dict.fromkeys(layout.codes(folder, [
-        (row['name'], seed) for row in rows for seed in row['seeds']]))
+        (row['name'], seed) for row in points(folder)
+        for seed in row['seeds']]))
   return list(found)
 
 

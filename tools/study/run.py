@@ -70,6 +70,8 @@ def go(workdir, frozen: frozen_lib.Frozen, own: phases.Trainer, args) -> int:
   planned = {cost.phase: cost.runs for cost in each}
 
   def after(found: phases.Found) -> None:
+    if args.anyway and not found.announced.enough:
+      _note(workdir, frozen, found.announced.sentence)
     results.write(workdir, frozen, found, planned)
     print(_told(found), flush=True)
     if found.finished == list(plans.PHASES[:1]) and None in [
@@ -77,19 +79,13 @@ def go(workdir, frozen: frozen_lib.Frozen, own: phases.Trainer, args) -> int:
       print(costs.table(costs.of(frozen, args.group, costs.known(
           workdir, frozen))[1:], args.parallel), flush=True)
 
-  noted = any(note['told'].startswith(_ANYWAY) for note in frozen.notes)
   until = plans.PHASES[-1] if args.until == REPORT else args.until
   print(costs.table(each, args.parallel), flush=True)
   try:
-    found = phases.run(frozen, own, until, args.anyway or noted, after)
+    phases.run(frozen, own, until, args.anyway or _noted(frozen), after)
   except trainer.Stopped:
     print('stopped: the same command goes on')
     return 0
-  if args.anyway and not noted and not found.announced.enough:
-    frozen.notes.append({'time': time.time(), 'told': (
-        f'{_ANYWAY} {found.announced.sentence}')})
-    save(workdir, frozen)
-    results.write(workdir, frozen, found, planned)
   if args.until == REPORT:
     from tools.study import report
     report.write(workdir)
@@ -97,6 +93,18 @@ def go(workdir, frozen: frozen_lib.Frozen, own: phases.Trainer, args) -> int:
 
 
 _ANYWAY = 'The study went on although it was too weak for what it wants.'
+
+
+def _noted(frozen: frozen_lib.Frozen) -> bool:
+  return any(note['told'].startswith(_ANYWAY) for note in frozen.notes)
+
+
+def _note(workdir, frozen: frozen_lib.Frozen, sentence: str) -> None:
+  """Notes in the plan, once, that it went on; before anything more is run, so
+  that a study which is killed later tells it too."""
+  if not _noted(frozen):
+    frozen.notes.append({'time': time.time(), 'told': f'{_ANYWAY} {sentence}'})
+    save(workdir, frozen)
 
 
 def _told(found: phases.Found) -> str:
@@ -193,9 +201,10 @@ def adopted(workdir, frozen: frozen_lib.Frozen, reason: str
 
 
 def _seen(workdir) -> list[str]:
-  """Returns the phases of which there are figures."""
-  seen = {x.phase for x in results.outcomes(workdir)}
-  return [phase for phase in plans.PHASES if phase in seen]
+  """Returns the phases of which any run has ended, decided or not: whoever
+  wants to can look at it."""
+  return [phase for phase in plans.PHASES if any(
+      row.state in trainer.ENDED for row in results.rows(workdir, phase))]
 
 
 def _submit(args) -> int:
@@ -203,7 +212,7 @@ def _submit(args) -> int:
   words = [sys.executable, '-m', 'tools.study', 'run', args.file, '--workdir',
            str(args.workdir), f'--until={args.until}',
            f'--parallel={args.parallel}', f'--group={args.group}']
-  words += ['--anyway'] * args.anyway
+  words += ['--anyway'] * args.anyway + ['--retry'] * args.retry
   print('each job of the array:', shlex.join(words))
   slurm.submit(words, pathlib.Path(args.workdir) / 'slurm', args.jobs,
                args.slurm)

@@ -3,6 +3,7 @@
 import argparse
 import json
 
+from configs.errors import require
 from tools.study import costs, freeze
 from tools.study import frozen as frozen_lib
 from tools.study import plan as plans
@@ -33,6 +34,9 @@ def check_machine_arguments(args) -> None:
 
 def main(args) -> int:
   check_machine_arguments(args)
+  require(not (args.time and args.workdir), f'--workdir is {args.workdir!r}, '
+          'and --time is set: hours come from one of them, so leave the other '
+          'out')
   frozen = freeze.freeze(args.file)
   times = (costs.timed(frozen, args.parallel, args.group) if args.time else
            costs.known(args.workdir, frozen) if args.workdir else None)

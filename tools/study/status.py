@@ -34,10 +34,7 @@ def main(args) -> int:
 
 
 def _row(workdir, phase: str, planned: int) -> dict:
-  runs = []
-  for folder in results.folders(workdir, phase):
-    with ledger_lib.Ledger(folder) as ledger:
-      runs += ledger.runs()
+  runs = results.rows(workdir, phase)
   return {'phase': phase, 'planned': planned, 'told': status.states(runs),
           'states': dict(collections.Counter(run.state for run in runs)),
           'failed': [f'{run.point}, seed {run.seed}: {run.error}'

@@ -44,6 +44,15 @@ def test_damaged_results_are_refused_in_a_sentence(tmp_path, damage, said):
   assert 'results.json' in str(error.value) or 'phase' in str(error.value)
 
 
+def test_results_of_an_earlier_plan_are_not_called_damaged(tmp_path):
+  plan = study_folder.plan()
+  found = study_folder.results(plan)
+  study_folder.write(tmp_path, study_folder.plan(VARIANTS[1:]), found)
+  with pytest.raises(RequestError, match="of another plan than study.json, "
+                     ".*has the variant 'rope'"):
+    records.load(tmp_path)
+
+
 @pytest.mark.parametrize('file, text, said', [
     ('results.json', '{"study": ', 'is damaged, and is no JSON'),
     ('results.json', '[]', 'must be an object'),

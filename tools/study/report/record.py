@@ -8,7 +8,7 @@ from configs.errors import one_of, require, short
 from tools.study import findings
 from tools.study import frozen as frozen_lib
 from tools.study import plan as plans
-from tools.study.report import shapes
+from tools.study import shapes
 from training import schema
 
 _PHASE = {'planned': int, 'done': int, 'failed': int, 'tokens': schema.MAYBE,
@@ -104,13 +104,17 @@ def load(workdir) -> Record:
     schema.check_shape(results, _SHAPE, str(found))
     for i, row in enumerate(results['tuned']):
       schema.check_shape(row['tried'], [_TRIED], f'{found}.tuned[{i}].tried')
-    _check_names(frozen.plan, results, str(found))
+    _check_names(frozen.plan, results, f'{found} is damaged' if (
+        results['study']['hash'] == frozen.hash) else
+                 f'{found} is of another plan than {plan.name}, whose study '
+                 'has to be run before it is reported')
   return Record(frozen, tree['hash'], results,
                 [plans.outcome_from_json(row) for row in results['outcomes']])
 
 
 def _check_names(plan: plans.Plan, results: Mapping, who: str) -> None:
-  """Raises RequestError for a row of what the plan does not know."""
+  """Raises RequestError, which begins with `who`, for a row of what the plan
+  does not know."""
   known = {'variant': {plan.base, plans.AGAIN, *plan.variants},
            'size': {findings.ALL, *plan.sizes},
            'workload': set(plan.workloads),
@@ -119,8 +123,8 @@ def _check_names(plan: plans.Plan, results: Mapping, who: str) -> None:
 
   def check(row: Mapping, where: str) -> None:
     for key in row.keys() & known.keys():
-      require(row[key] in known[key], f'{who} is damaged: {where} has the '
-              f'{key} {short(row[key])}, which is none of this study')
+      require(row[key] in known[key], f'{who}: {where} has the {key} '
+              f'{short(row[key])}, which is none of this study')
 
   for part in ('outcomes', 'noise', 'tuned', 'screen', 'confirm'):
     for i, row in enumerate(results[part]):
