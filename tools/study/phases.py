@@ -39,7 +39,8 @@ class Run(NamedTuple):
 
 
 class Trainer(Protocol):
-  """What trains the runs of a phase: trainer.py, or simulate.py's."""
+  """What trains the runs of a phase: trainer.py, or what
+  simulated/ has in its place."""
 
   def train(self, folder: str, runs: Sequence[Run]) -> list[plans.Outcome]:
     """Returns the outcome of each run; `folder` names their sweep."""

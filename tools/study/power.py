@@ -22,9 +22,11 @@ import functools
 
 import numpy as np
 
+from tools.sweep import statistics
+
 DRAWS = 2048
 MOST_SEEDS = 10_000
-FEWEST = 3  # seeds that a test needs: as tools.sweep.statistics
+FEWEST = statistics.MIN_SEEDS  # that a test needs
 
 
 @functools.lru_cache(maxsize=32)

@@ -18,7 +18,7 @@ import numpy as np
 from configs.errors import EnvironmentFailure, RequestError
 from tools.study import frozen as frozen_lib
 from tools.study import plan as plans
-from tools.study.phases import Run
+from tools.study.phases import Run, steps_of
 from tools.sweep import layout
 from tools.sweep import ledger as ledger_lib
 from tools.sweep.report import curves
@@ -121,9 +121,8 @@ class Trainer:
 
   def _tokens(self, point: Mapping, run: Run) -> int:
     """The tokens of a run that may take fewer steps than its point."""
-    base = self._frozen.base_config['train']['steps']
     return round(point['tokens'] / self._frozen.steps(point)
-                 * run.changes.get('train.steps', base))
+                 * steps_of(self._frozen, run))
 
   def outcomes(self, path: pathlib.Path, description: dict,
                runs: Sequence[Run], states: Mapping) -> list[plans.Outcome]:
