@@ -2,7 +2,8 @@ r"""Copying alone, past the lengths of training: how position encodings order.
 
   python -m tools.probes run configs/gpt.py:tiny --workdir runs/copy_none \
       --suite=configs/probes/copying.py --config.model.num_layers=2 \
-      --config.model.d_model=64 --config.model.position=none
+      --config.model.d_model=64 --config.model.d_ff=64 \
+      --config.model.position=none
 
 Lab note. Rows of 1 to 6 letters of sixteen; evaluated on 12 and 24 too, which
 learned positions do not reach. Kazemnejad et al. 2023 train on up to 20 words

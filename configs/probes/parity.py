@@ -2,7 +2,7 @@
 
 Lab note. Rows of 1 to 16 bits, and at each bit whether the ones so far are odd
 in number; docs/probes.md has the figures. Positions have to reach past the
-length of training, so choose rope, alibi, t5 or none.
+length of training, so choose rope, alibi, relative or none.
 """
 
 SEEDS = 3

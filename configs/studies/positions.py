@@ -2,10 +2,10 @@
 
 Lab note. Rotary positions, ALiBi, T5's bias, none at all, and learned positions
 as the base, in GPT-2's wiring at 40, 120 and 230 thousand parameters, on the
-State of the Union messages by bytes and on three probes with the settings of
-configs/probes/small.py. Learned positions are parameters that the others have
-not, so the feed-forward networks are made wider until all have as many. The
-learning rate is tuned for each encoding, size and workload.
+State of the Union messages by bytes and on three probes. Learned positions are
+parameters that the others have not, so the feed-forward networks are made wider
+until all have as many. The learning rate is tuned for each encoding, size and
+workload.
   python -m tools.study plan configs/studies/positions.py --parallel=2 --time
   python -m tools.study run configs/studies/positions.py \
       --workdir runs/positions --parallel=2

@@ -1,9 +1,9 @@
-"""A study that finds nothing, in two minutes: the base against itself.
+"""A small study that should find nothing: the base against itself.
 
-Lab note. The variants are the base with other first parameters, so that every
-difference is noise: whoever finds one has found a mistake. Whatever the
-screening lets pass, once in about twenty studies, the confirmation holds back.
-The models have 3 to 11 thousand parameters.
+Lab note. The variants are the base with different initial parameters, so that
+every difference is noise, and a verdict of better or worse is wrong. In about
+one of twenty studies a variant passes the screening; the confirmation then has
+to reject it. The models have 3 to 11 thousand parameters.
   python -m tools.study run configs/studies/tiny.py --workdir runs/tiny \
       --parallel=2
 """
