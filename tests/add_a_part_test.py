@@ -146,6 +146,14 @@ BALANCE_LOSSES['variance'] = Balance(
 )
 
 
+# The laws of all; what goes through more of the house of two, and the others
+# are `long`.
+some = pytest.mark.parametrize('part', [
+    pytest.param(part, id=part.name, marks=[pytest.mark.long] * (
+        part.name not in ('softplus', 'variance'))) for part in PARTS],
+    indirect=True, scope='module')
+
+
 @pytest.fixture(params=PARTS, ids=lambda part: part.name, scope='module')
 def part(request):
   """Each part in turn, in the table of its file."""
@@ -207,6 +215,7 @@ def test_laws(part):
 
 
 @pytest.mark.slow
+@some
 def test_a_step_on_eight_devices_is_the_step_on_one(part):
   c = config(part)
   mesh = dict(data=2, expert=2, tensor=2) if 'moe' in part.changes else (
@@ -228,6 +237,7 @@ def test_its_memory_is_planned_without_a_compiler(part):
 
 
 @pytest.mark.slow
+@some
 def test_a_sweep_gives_it_the_flops_of_the_base(part, tmp_path):
   fields = run_config.flatten_dict({'model': dict(part.changes)})
   fields |= {f'model.{part.field}': part.name}

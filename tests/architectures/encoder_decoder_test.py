@@ -83,7 +83,8 @@ def test_laws_of_a_system(system):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('system', ('transformer', 'switch'))
+@pytest.mark.parametrize('system', (
+    'transformer', pytest.param('switch', marks=pytest.mark.long)))
 def test_sharded_equals_single(system):
   module, params = _make(system, moe=dict(num_experts=4), vocab_size=64)
   batch = _batch(module.config.vocab_size, rows=8)

@@ -258,9 +258,10 @@ def test_tokens_that_do_not_fill_the_shards_and_shared_experts():
 
 @pytest.mark.slow
 @pytest.mark.parametrize('shape', [
-    dict(data=8, fsdp=1, expert=1, context=1, tensor=1),
-    dict(data=2, fsdp=1, expert=4, context=1, tensor=1)],
-    ids=['data=8', 'data=2,expert=4'])
+    pytest.param(dict(data=8, fsdp=1, expert=1, context=1, tensor=1),
+                 id='data=8', marks=pytest.mark.long),
+    pytest.param(dict(data=2, fsdp=1, expert=4, context=1, tensor=1),
+                 id='data=2,expert=4')])
 def test_work_of_a_device_follows_its_tokens(shape):
   """By `auto` under a capacity, though a group goes over all devices."""
   length, many = 64, 16

@@ -28,7 +28,9 @@ def logits(module, params, tokens_BL, **kwargs):
   return models.logits(module, params, tokens_BL, **kwargs)
 
 
-@pytest.fixture(scope='module', params=SYSTEMS)
+@pytest.fixture(scope='module', params=[
+    pytest.param(name, marks=[pytest.mark.long] * (name in ('llama', 'bert')))
+    for name in SYSTEMS])
 def made(request):
   """(module, params) with an adapter of every product, B off zero."""
   return models.make(request.param, lora=ALL)

@@ -298,6 +298,7 @@ def test_a_token_takes_the_cache_of_the_heads_of_each_kind():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_sharded_equals_a_single_device():
   """With a prefix without experts, and kinds of different heads and widths."""
   fields = dict(

@@ -64,7 +64,10 @@ def test_micro_batches_add_up_in_float32():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', optimizers.OPTIMIZERS)
+@pytest.mark.parametrize('name', [
+    pytest.param(name, marks=[pytest.mark.long] * (
+        name not in ('adamw', 'muon', 'adafactor')))
+    for name in optimizers.OPTIMIZERS])
 def test_bfloat16_parameters_train(name):
   """As the float32 parameters of the same values do, but for the rounding of
   each update; in micro-batches too."""

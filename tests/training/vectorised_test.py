@@ -194,6 +194,8 @@ def test_paired_runs_see_one_stream(texts, tmp_path):
   assert_same(tmp_path / '1', tmp_path / 'alone')
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_adapters_and_shares_of_the_rate_too(texts, tmp_path):
   """Each of which also goes on exactly, the frozen weights with it."""
   lora = base.base().model.lora

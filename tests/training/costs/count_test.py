@@ -31,6 +31,7 @@ def test_exact_parameter_counts(name):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_every_size_is_near_its_published_figure():
   rows = count.everything()
   assert len(rows) > 10

@@ -31,11 +31,13 @@ def _load(path):
 FIRST = {f'{system}-{next(iter(row.cases))}'
          for system, row in cases.SYSTEMS.items()
          if system not in ('gshard', 'mixtral', 'switch')}
+REPEATS = ('gshard-all_layers', 'gshard-capacity', 'switch-all_layers')
 
 
 @pytest.mark.parametrize('path', [
-    pytest.param(p, id=p.stem,
-                 marks=[] if p.stem in FIRST else pytest.mark.slow)
+    pytest.param(p, id=p.stem, marks=[
+        *[pytest.mark.slow] * (p.stem not in FIRST),
+        *[pytest.mark.long] * (p.stem in REPEATS)])
     for p in FILES])
 def test_equals_transformers(path):
   system, _, case = path.stem.partition('-')
