@@ -28,8 +28,8 @@ PARTS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--studies', type=int, default=2000,
-                      help='of each setting; where '
-                      'nothing is promised, a quarter (%(default)s)')
+                      help='of each setting; a half or a quarter of the '
+                      'settings that take longest (%(default)s)')
   parser.add_argument('--only', default='', help='parts of it, as '
                       f'{",".join(PARTS)} (default: all)')
   parser.add_argument('--json', action='store_true', help='print JSON')

@@ -57,7 +57,7 @@ def _answers(evaluation, questions):
     ('gpt', 'causal'), ('llama', 'prefix'),
     *(pytest.param(system, 'causal', marks=pytest.mark.long)
       for system in ('llama', 'bloom')),
-    pytest.param('mixtral', 'causal', marks=pytest.mark.long)])
+    ('mixtral', 'causal')])
 def test_each_answer_is_that_of_its_text_alone(system, objective):
   """Of a prefix LM the tokens that are known see each other; of experts with a
   capacity none takes another text's room."""

@@ -68,8 +68,8 @@ def outcome_table(sweep: Sweep, rows: Sequence[Outcome]) -> Table:
        '(Student\'s t); of two pairs, from one to the other'),
       ('verdict', 'inside the noise: the interval holds 0'),
       ('corrected p', 'of the difference, over paired seeds (Student\'s t), by '
-       'Holm over all points: below 0.05, none of those stands there by '
-       'chance, with 95 % confidence'),
+       'Holm over all points: of calling all below 0.05 different, the '
+       'probability of any false claim is at most 5 %'),
       ('speed-up', 'compute that the base needs over compute that this needs, '
        'to the same loss; ~ where the curves\' fit errs by more than the '
        'difference; in brackets where the losses differ by noise, or the noise '
