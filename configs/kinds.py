@@ -42,7 +42,8 @@ def check_names(kinds: Mapping[str, Any], rope: Mapping[str, Any]) -> None:
   """
   for name, kind in kinds.items():
     who = f'model.kinds.{name}'
-    require(isinstance(name, str) and re.fullmatch(r'[A-Za-z]\w*', name),
+    require(isinstance(name, str)
+            and re.fullmatch(r'[A-Za-z]\w*', name) is not None,
             f'model.kinds has a kind called {name!r}: call it by letters, '
             'digits and _')
     require(hasattr(kind, 'items'), f'{who} is {kind!r}: it must be a group of '
