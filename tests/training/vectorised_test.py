@@ -74,7 +74,9 @@ def rows(workdir, split='train'):
   return [row for row in map(json.loads, lines) if row['split'] == split]
 
 
-def assert_same(workdir, other, rtol=2e-6):
+# On several devices products have another form than on one, and round
+# otherwise.
+def assert_same(workdir, other, rtol=5e-6):
   for split, names in (('train', ('loss', 'grad_norm', 'learning_rate')),
                        ('eval', ('loss', 'bits_per_byte'))):
     ours, theirs = rows(workdir, split), rows(other, split)
