@@ -152,7 +152,7 @@ def reshaped(alone, two, texts):
 
 @pytest.mark.parametrize('shape, devices, mesh', [
     ('4x2', 0, {}), ('1x8', 8, dict(fsdp=4, tensor=2)),
-    pytest.param('1x1', 1, {}, marks=pytest.mark.long)])
+    ('1x1', 1, {})])
 def test_a_checkpoint_goes_on_on_another_shape(alone, reshaped, texts, shape,
                                                devices, mesh):
   if devices:  # by one process; four have done it already
