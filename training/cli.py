@@ -6,10 +6,11 @@ either of the environment (EnvironmentFailure or OSError, one sentence) or a bug
 (any other exception, with its traceback); 128 + n ended by signal n.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import argparse
 import contextlib
 import difflib
+import importlib
 import keyword
 import re
 import signal
@@ -120,6 +121,28 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter,
     if action.nargs == 0 or action.default in (None, '', []):
       return action.help
     return super()._get_help_string(action)
+
+
+def run_command(prog: str, doc: str | None,
+                commands: Mapping[str, tuple[str, str]]) -> int:
+  """Runs a program with subcommands; returns its exit code.
+
+  Args:
+    prog: how it is called.
+    doc: what --help says of it.
+    commands: by name, a module that has add_arguments(parser) and main(args),
+      and what it does.
+  """
+  parser = argparse.ArgumentParser(prog=prog, description=doc,
+                                   allow_abbrev=False,
+                                   formatter_class=HelpFormatter)
+  own = parser.add_subparsers(dest='command', required=True)
+  for name, (module, told) in commands.items():
+    importlib.import_module(module).add_arguments(own.add_parser(
+        name, help=told, description=told, allow_abbrev=False,
+        formatter_class=HelpFormatter))
+  args = parser.parse_args()
+  return importlib.import_module(commands[args.command][0]).main(args)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

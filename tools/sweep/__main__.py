@@ -15,9 +15,6 @@ says which runs are pending, running, done or failed. The exit code is 2 for a
 wrong request, and 1 if a run failed.
 """
 
-import argparse
-import importlib
-
 from training import cli
 
 # name: (the module with its add_arguments and main, what it does).
@@ -31,19 +28,7 @@ COMMANDS = {
 
 
 def main() -> int:
-  parser = argparse.ArgumentParser(
-      prog='python -m tools.sweep', description=__doc__,
-      allow_abbrev=False,
-      formatter_class=cli.HelpFormatter)
-  commands = parser.add_subparsers(dest='command', required=True)
-  for name, (module, told) in COMMANDS.items():
-    importlib.import_module(module).add_arguments(
-        commands.add_parser(
-            name, help=told, description=told, allow_abbrev=False,
-            formatter_class=cli.HelpFormatter))
-  args = parser.parse_args()
-  module, _ = COMMANDS[args.command]
-  return importlib.import_module(module).main(args)
+  return cli.run_command('python -m tools.sweep', __doc__, COMMANDS)
 
 
 if __name__ == '__main__':
