@@ -113,11 +113,13 @@ def _workload(spec: study_spec.Spec, size: str, workload: str,
   unread = objectives.OBJECTIVES['probe'].ignores
   found |= {name: limits.get(defaults, name) for name in unread}
   steps = own.get('train.steps', found.get('train.steps', base.train.steps))
-  warmup = base.optim.warmup_steps / base.train.steps
+  longer = steps / base.train.steps
   return found | {
       'objective': 'probe', 'data.source': f'probe:{workload}',
       'model.vocab_size': 0, 'model.max_len': 0,
-      'optim.warmup_steps': round(warmup * steps), 'eval.every_steps': steps,
+      'optim.warmup_steps': round(base.optim.warmup_steps * longer),
+      'optim.decay_steps': round(base.optim.decay_steps * longer),
+      'eval.every_steps': steps,
       'checkpoint.every_steps': steps,
       'log.every_steps': max(steps // 10, 1)} | own
 

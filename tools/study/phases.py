@@ -17,6 +17,7 @@ from configs.errors import RequestError
 from tools.study import decide, findings, tuning
 from tools.study import frozen as frozen_lib
 from tools.study import plan as plans
+from training.data import ramp
 
 
 class Run(NamedTuple):
@@ -153,12 +154,15 @@ def tune_runs(frozen: frozen_lib.Frozen, search: tuning.Search
 def full_runs(frozen: frozen_lib.Frozen, tuned: Sequence[plans.Tuned],
               phase: str, variants: Iterable[str], sizes: Iterable[str]
               ) -> list[Run]:
-  """The runs of `screen` or `confirm`, with the values that were tuned."""
+  """The runs of `screen` or `confirm`, with the values that were tuned. The
+  primary measure decides on the screening, so that has its workload alone."""
   plan = frozen.plan
   variants = tuple(variants)
+  workloads = (plan.workloads if phase == 'confirm'
+               else (plan.primary.workload,))
   return [_run(frozen, phase, variant, size, workload, seed, tuning.chosen(
       plan, tuned, variant, size, workload))
-          for size in sizes for workload in plan.workloads
+          for size in sizes for workload in workloads
           for variant in variants for seed in plan.seeds.of(phase)]
 
 
@@ -199,3 +203,6 @@ def shorten(changes: dict, base: dict, steps: int, share: float) -> None:
   for field in ('checkpoint.every_steps', 'log.every_steps'):
     group, name = field.split('.')
     changes[field] = min(changes.get(field, base[group][name]), short)
+  stages = changes.get('data.batch_ramp', base['data']['batch_ramp'])
+  if stages:
+    changes['data.batch_ramp'] = ramp.scaled(stages, steps, short)

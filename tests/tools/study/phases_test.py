@@ -39,7 +39,8 @@ def test_each_phase_asks_for_its_runs(whole):
   again = [run for run in noise if run.variant == plans.AGAIN]
   assert len(again) == len(noise) / 2
   assert all(run.changes['init_seed'] for run in again)
-  assert {run.size for run in trainer.asked['screen']} == {'s'}
+  assert {(run.size, run.workload) for run in trainer.asked['screen']} == {
+      ('s', 'text')}
   confirm = trainer.asked['confirm']
   assert {run.variant for run in confirm} == {'base', 'good'}
   assert {run.size for run in confirm} == {'s', 'm', 'l'}
@@ -73,6 +74,7 @@ def test_a_short_rung_has_a_whole_schedule_of_its_own(whole):
   for run in trainer.asked['tune-1']:
     assert run.changes['train.steps'] == run.changes['eval.every_steps'] == 50
     assert run.changes['optim.warmup_steps'] == 5
+    assert run.changes['data.batch_ramp'] == '20:8'
   assert all('train.steps' not in run.changes
              for run in trainer.asked['tune-2'])
 

@@ -107,3 +107,9 @@ def test_runs_grow_together_and_go_on_in_the_middle(texts, tmp_path):
   group.alone(configs[1], tmp_path / 'alone')
   assert [row['loss'] for row in group.rows(tmp_path / 'alone')] == [
       row['loss'] for row in before]
+
+
+def test_a_ramp_is_scaled_with_the_steps_of_a_run():
+  assert ramp.scaled('100:8,300:16', 1000, 500) == '50:8,150:16'
+  assert ramp.scaled('1:2,3:4,100:8', 400, 4) == '1:8'  # no batch has 2 or 4
+  assert ramp.scaled('99:4', 100, 50) == '49:4'  # still ends before the run

@@ -159,7 +159,7 @@ def frozen(own: plans.Plan) -> Frozen:
   """Returns the plan as `freeze` would have it, for runs in memory."""
   config = {'train': {'steps': _STEPS}, 'checkpoint': {'every_steps': _STEPS},
             'optim': {'warmup_steps': 50, 'decay_steps': 0},
-            'log': {'every_steps': 100}}
+            'log': {'every_steps': 100}, 'data': {'batch_ramp': ''}}
   rows = [{'variant': variant, 'size': size, 'workload': workload,
            'changes': {}, 'matched': [], 'params': params(own, size),
            'active_params': params(own, size), 'flops_per_token': 1e6,
