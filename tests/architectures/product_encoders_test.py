@@ -76,7 +76,7 @@ def check_encoder_decoder(parts):
 @pytest.mark.slow
 @pytest.mark.parametrize('block, check', [
     pytest.param(block, check, marks=[pytest.mark.long] * (
-        (block, check) != ('parallel', check_encoder)))
+        (block, check) != ('post_norm', check_encoder)))
     for block in BLOCKS for check in (check_encoder, check_encoder_decoder)])
 def test_laws_of_positions_and_attentions(block, check):
   for parts in ROWS:

@@ -13,9 +13,7 @@ from tools import coord_check
 WIDTHS = [32, 128]
 
 
-@pytest.fixture(scope='module', params=[
-    pytest.param(name, marks=[pytest.mark.long] * (name != 'gpt'))
-    for name in architectures.files('decoder')])
+@pytest.fixture(scope='module', params=architectures.files('decoder'))
 def rows(request):
   return {name: coord_check.output_sizes(
       request.param, name, WIDTHS, 'adamw', 2e-3, 8, 2)
@@ -23,6 +21,7 @@ def rows(request):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_flat_in_mup_and_growing_in_the_standard_form(rows):
   for name, verdict in (('mup', 'flat'), ('standard', 'growing')):
     assert rows[name]['outputs'] == ['block 0', 'block 1', 'logits']
@@ -34,6 +33,7 @@ def test_flat_in_mup_and_growing_in_the_standard_form(rows):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize('rows', ['gpt'], indirect=True)
 def test_what_is_drawn_and_printed(rows, tmp_path):
   pytest.importorskip('matplotlib')

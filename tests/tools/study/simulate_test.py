@@ -32,7 +32,8 @@ def _figures(rows) -> dict[str, float]:
   return {row.what: row.value for row in rows}
 
 
-@pytest.mark.parametrize('name', ['equal noise', '3 % diverge'])
+@pytest.mark.parametrize('name', [
+    pytest.param('equal noise', marks=pytest.mark.long), '3 % diverge'])
 def test_no_effects_are_found_as_rarely_as_promised(name):
   rows = errors.confirmation(150, name, 5)
   found = _figures(rows)

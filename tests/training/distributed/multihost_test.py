@@ -151,8 +151,9 @@ def reshaped(alone, two, texts):
 
 
 @pytest.mark.parametrize('shape, devices, mesh', [
-    ('4x2', 0, {}), ('1x8', 8, dict(fsdp=4, tensor=2)),
-    ('1x1', 1, {})])
+    pytest.param('4x2', 0, {}, marks=pytest.mark.long),
+    pytest.param('1x8', 8, dict(fsdp=4, tensor=2), marks=pytest.mark.long),
+    pytest.param('1x1', 1, {}, marks=pytest.mark.long)])
 def test_a_checkpoint_goes_on_on_another_shape(alone, reshaped, texts, shape,
                                                devices, mesh):
   if devices:  # by one process; four have done it already
@@ -163,10 +164,12 @@ def test_a_checkpoint_goes_on_on_another_shape(alone, reshaped, texts, shape,
   same(reshaped[shape], alone / 'alone', steps)
 
 
+@pytest.mark.long
 def test_experts_over_four_processes_are_those_of_one(alone, reshaped):
   same(alone / 'four-experts', alone / 'experts')
 
 
+@pytest.mark.long
 def test_a_lost_process_ends_all_and_the_run_goes_on(alone, two, texts,
                                                      monkeypatch, capfd):
   """From the stopped run: one process is killed, then the other one raises,

@@ -66,8 +66,8 @@ def states(evaluation, kind, text):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('kind', [
-    pytest.param(kind, marks=[] if kind in ('decoder', 'encoder') else
-                 pytest.mark.long) for kind in KINDS])
+    pytest.param(kind, marks=[pytest.mark.long] * (kind != 'decoder'))
+    for kind in KINDS])
 def test_a_vector_is_pooled_of_the_text_alone(tmp_path, kind):
   """In a batch with longer texts, too: padding is neither seen nor counted. A
   decoder's separator sees nothing of the text, and is not counted either."""

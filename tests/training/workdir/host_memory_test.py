@@ -47,6 +47,7 @@ def _load(workdir):
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists('/proc/self/status'),
                     reason='Linux says what was resident')
+@pytest.mark.long
 def test_loading_takes_the_largest_read_and_a_gib(tmp_path):
   """Half as much again is loaded, so that a second copy is found out."""
   flags = '--xla_force_host_platform_device_count=2'

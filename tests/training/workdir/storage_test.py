@@ -73,6 +73,7 @@ def in_bucket(folder, program, *words, code=0):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_run_in_a_bucket_is_the_run_on_disk(texts, tmp_path):
   """Killed after its first checkpoint and gone on with: the same figures, bit
   for bit; then evaluated."""
