@@ -12,6 +12,7 @@ Longer contexts: `model.rope.scaling` linear, ntk, llama3 or yarn, by
 """
 
 from architectures.parts import hf
+from architectures.parts import hf_rope
 from architectures.parts.config import ModelConfig
 from architectures.parts.skeletons import Decoder
 from configs.errors import require
@@ -25,14 +26,14 @@ class LLaMA(Decoder):
 
 
 def _read(reader: hf.Reader, fields: dict) -> dict:
-  return dict(rope=hf.read_rope(reader))
+  return dict(rope=hf_rope.read(reader))
 
 
 def _write(c: ModelConfig) -> dict:
   require(c.d_model % c.num_heads == 0,
           f'model.num_heads is {c.num_heads}, which does not divide '
           f'model.d_model {c.d_model}: transformers refuses such a llama')
-  return dict(rope_parameters=hf.write_rope(c))
+  return dict(rope_parameters=hf_rope.write(c))
 
 
 # All but the feed-forward networks, as Mixtral has them too.

@@ -11,6 +11,7 @@ window (Mistral 7B) is an option: `model.attention=banded`.
 
 from architectures import llama
 from architectures.parts import hf
+from architectures.parts import hf_rope
 from architectures.parts.config import ModelConfig
 from architectures.parts.skeletons import Decoder
 from configs.errors import require
@@ -29,7 +30,7 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
           'whose gate there is always 1: here the gate of a single choice is '
           'its probability, so that its router learns')
   window = reader('sliding_window', 0)
-  return dict(rope=hf.read_rope(reader, theta=('rope_theta', 1e6)),
+  return dict(rope=hf_rope.read(reader, theta=('rope_theta', 1e6)),
               attention='banded' if window else 'global',
               sliding_window=window, moe=dict(dispatch='dropless'))
 
@@ -37,7 +38,7 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
 def _write(c: ModelConfig) -> dict:
   require(c.ffn == 'moe', f'model.ffn is {c.ffn!r}: a mixtral config.json can '
           'only say moe')
-  return dict(rope_parameters=hf.write_rope(c), intermediate_size=c.moe.d_ff,
+  return dict(rope_parameters=hf_rope.write(c), intermediate_size=c.moe.d_ff,
               sliding_window=c.sliding_window or None)
 
 
