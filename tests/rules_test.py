@@ -8,6 +8,7 @@ import re
 import pytest
 
 from configs import base
+from tests.helpers import later
 
 ROOT = pathlib.Path(__file__).parents[1]
 ROOMS = (
@@ -236,3 +237,17 @@ def test_names_of_arrays_use_the_letters_of_the_legend():
                                      path.read_text())
       if not set(suffix) <= letters]
   assert not wrong, '\n'.join(wrong)
+
+
+def test_repeats_on_later_systems_are_told_from_the_first(tmp_path):
+  for name in ('llama', 'stablelm', '__init__'):
+    (tmp_path / f'{name}.py').touch()
+  names = later.systems(tmp_path)
+  assert names == {'stablelm'}
+  long = lambda **parameters: later.is_repeat(parameters, names)
+  assert long(system='stablelm') and long(changes={}, arch='stablelm')
+  assert long(path=tmp_path / 'stablelm-plain.safetensors')
+  assert not (long(system='llama') or long(arch='gpt4-rumoured')
+              or long(path=tmp_path / 'llama-plain.safetensors')
+              or long(title='stablelm') or long())
+  assert later.FIRST <= {path.stem for path in later.PAGES.glob('*.py')}

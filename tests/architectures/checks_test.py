@@ -83,6 +83,7 @@ def _id(value):
       for k, v in (x.items() if isinstance(x, dict) else [('', x)]))
 
 
+@pytest.mark.every_system
 @pytest.mark.parametrize('system, changes, sentence', WRONG, ids=_id)
 def test_what_has_no_meaning_is_refused(system, changes, sentence):
   with pytest.raises(ValueError, match=sentence):
@@ -100,6 +101,7 @@ SWAPS = [
      for system in ('gshard', 'llama', 't5', 'bert')]
 
 
+@pytest.mark.every_system
 @pytest.mark.parametrize('system, changes', SWAPS, ids=_id)
 def test_a_swapped_part_leaves_its_fields_behind(system, changes):
   assert architectures.build(models.config(system, **changes))
@@ -115,6 +117,7 @@ def test_every_number_of_the_model_has_a_range():
   assert numbers - ranged - free == {'rope.high_freq_factor', 'rope.beta_fast'}
 
 
+@pytest.mark.every_system
 @pytest.mark.parametrize('changes', [
     {}, dict(attention_scale=0.5),
     dict(parametrization='mup', mup_base_width=16, attention_scale=0.0)])

@@ -33,6 +33,7 @@ def config(system):
   return importlib.import_module(f'configs.{system}').get_config('tiny').model
 
 
+@pytest.mark.every_system
 @pytest.mark.parametrize('system', models.SYSTEMS)
 def test_a_page_names_the_parts_that_its_config_has(system):
   model = run_config.flatten(config(system))
@@ -47,6 +48,7 @@ def test_a_page_names_the_parts_that_its_config_has(system):
   assert not wanted - parts.keys()
 
 
+@pytest.mark.every_system
 @pytest.mark.parametrize('system', models.SYSTEMS)
 def test_a_system_is_its_page_and_its_config(system):
   arch = config(system).arch
@@ -68,6 +70,7 @@ def _parameters(system):
                 path: x.shape for path, x in shapes.items()}
 
 
+@pytest.mark.every_system
 @pytest.mark.parametrize('system', models.PUBLISHED)
 def test_names_are_of_parameters_and_axes_of_the_legend(system):
   record = architectures.hugging_face(config(system).arch)
@@ -91,6 +94,7 @@ def test_names_are_of_parameters_and_axes_of_the_legend(system):
   assert not rows - used
 
 
+@pytest.mark.every_system
 @pytest.mark.parametrize('system', models.PUBLISHED)
 def test_a_record_names_nothing_that_is_not_there(system):
   module = architectures.build(models.config(system))

@@ -44,6 +44,7 @@ def test_every_field_of_a_model_is_varied():
   assert {'moe.eval_capacity_factor', 'moe.group_size'} <= varied
 
 
+@pytest.mark.every_system
 @pytest.mark.parametrize('system', cases.SYSTEMS)
 def test_every_variant_is_said_by_its_config_json_or_refused(system):
   written = []
