@@ -275,7 +275,7 @@ def _shard(dtype: np.dtype, ranges: tuple, fills: list, names: _Names
     if all(a <= i < b for i, (a, b) in zip(tensor.index, ranges)):
       place = tuple(i - a for i, (a, _) in zip(tensor.index, ranges))
       part = tensor.part(functools.partial(names.cut, tensor.name), which,
-                         dict(zip(tensor.ours, ranges[lead:])))
+                         dict(zip(tensor.ours[which], ranges[lead:])))
       require(np.isfinite(_largest(part)), f'{names.find(tensor.name)} has a '
               'value that is no finite number')
       shard[place] = part

@@ -56,9 +56,10 @@ class HuggingFace(NamedTuple):
   order and the grouping count: a blank ends a dimension of theirs, and HK is
   one dimension of size H*K. {n} is the layer, counted through the blocks of
   the period. {e} is an expert, axis E of ours. 'query|key|value' are several
-  parameters of ours in one tensor of theirs, along its axis 3. A row is passed
-  over where the model has no such parameter with as many axes, so that a dense
-  and an expert ffn/up may both have one.
+  parameters of ours in one tensor of theirs, along its axis 3; with the axes
+  'DHK|DJK|DJK' and 'HK+JK+JK D' they follow one another in it, each of its own
+  size. A row is passed over where the model has no such parameter with as many
+  axes, so that a dense and an expert ffn/up may both have one.
 
   The import starts from the system's PARTS, then reads `fields`, then `read`;
   the export writes `fields`, then `write`.
@@ -176,7 +177,7 @@ class Tensor(NamedTuple):
 
   Attributes:
     name: theirs.
-    axes: theirs, such as 'D 3HK'.
+    axes: theirs, such as 'D 3HK' or 'HK+JK+JK D'.
     paths: of ours; several where it is fused.
     ours: the axes of each, without those that `index` picks from.
     index: the leading indices in each of `paths` (layer, expert).
@@ -185,14 +186,14 @@ class Tensor(NamedTuple):
   name: str
   axes: str
   paths: tuple[str, ...]
-  ours: str
+  ours: tuple[str, ...]
   index: tuple[int, ...]
   sizes: dict[str, int]
 
   @property
   def shape(self) -> tuple[int, ...]:
     """The shape of theirs."""
-    return tuple(math.prod(self.sizes[a] for a in dim)
+    return tuple(sum(map(self._size, dim.split('+')))
                  for dim in self.axes.split())
 
   def part(self, cut: Callable[[tuple[slice, ...]], np.ndarray], which: int,
@@ -206,14 +207,14 @@ class Tensor(NamedTuple):
     """
     wanted = {**ranges, str(len(self.paths)): (which, which + 1)}
     slices, shapes, indices = zip(*(
-        self._narrow(dim, wanted) for dim in self.axes.split()))
+        self._narrow(dim, which, wanted) for dim in self.axes.split()))
     x = cut(slices).reshape(sum(shapes, ()))[sum(indices, ())]
-    letters = self.axes.replace(' ', '')
+    letters = ''.join(self._dims(which))
     fused = [a for a in letters if a.isdigit()]
-    x = x.transpose([letters.index(a) for a in (*self.ours, *fused)])
+    x = x.transpose([letters.index(a) for a in (*self.ours[which], *fused)])
     return x[..., 0] if fused else x
 
-  def _narrow(self, dim: str, ranges: Mapping[str, tuple[int, int]]
+  def _narrow(self, dim: str, which: int, ranges: Mapping[str, tuple[int, int]]
               ) -> tuple[slice, tuple[int, ...], tuple[slice, ...]]:
     """Returns the shortest slice of a dimension of theirs that holds `ranges`
     of its axes, the shape of that slice by axis, and what to take of it.
@@ -221,25 +222,45 @@ class Tensor(NamedTuple):
     The slice can be narrow in the axes of a single index and in the one after
     them; of the axes that follow it holds all.
     """
+    before = 0
+    if '+' in dim:
+      pieces = dim.split('+')
+      before, dim = sum(map(self._size, pieces[:which])), pieces[which]
     several = (i for i, a in enumerate(dim) if ranges[a][1] - ranges[a][0] != 1)
     end = next(several, len(dim) - 1) + 1
     narrow, whole = dim[:end], dim[end:]
     first = int(np.ravel_multi_index([ranges[a][0] for a in narrow],
                                      [self.sizes[a] for a in narrow]))
     spans = tuple(ranges[a][1] - ranges[a][0] for a in narrow)
-    size = math.prod(self.sizes[a] for a in whole)
-    return (slice(first * size, (first + spans[-1]) * size),
+    size = self._size(whole)
+    return (slice(before + first * size, before + (first + spans[-1]) * size),
             spans + tuple(self.sizes[a] for a in whole),
             (slice(None),) * end + tuple(slice(*ranges[a]) for a in whole))
 
   def join(self, ours: Sequence[np.ndarray]) -> np.ndarray:
     """Returns theirs, made of one array for each of `paths`."""
-    letters = self.axes.replace(' ', '')
-    plain = ''.join(a for a in letters if not a.isdigit())
-    parts = [x.transpose([self.ours.index(a) for a in plain]) for x in ours]
-    fused = [i for i, a in enumerate(letters) if a.isdigit()]
-    x = np.stack(parts, fused[0]) if fused else parts[0]
+    parts = []
+    for which, x in enumerate(ours):
+      plain = [a for a in ''.join(self._dims(which)) if not a.isdigit()]
+      parts.append(x.transpose([self.ours[which].index(a) for a in plain]))
+    dims = self.axes.split()
+    if '+' in self.axes:
+      x = np.concatenate(
+          [x.reshape([self._size(dim) for dim in self._dims(which)])
+           for which, x in enumerate(parts)],
+          next(i for i, dim in enumerate(dims) if '+' in dim))
+    else:
+      fused = [i for i, a in enumerate(''.join(dims)) if a.isdigit()]
+      x = np.stack(parts, fused[0]) if fused else parts[0]
     return np.ascontiguousarray(x.reshape(self.shape))
+
+  def _dims(self, which: int) -> list[str]:
+    """The axes in each dimension of theirs, where paths[which] stands."""
+    return [dim.split('+')[which] if '+' in dim else dim
+            for dim in self.axes.split()]
+
+  def _size(self, axes: str) -> int:
+    return math.prod(self.sizes[a] for a in axes)
 
 
 def expand(rows: Sequence[Row],
@@ -252,8 +273,11 @@ def expand(rows: Sequence[Row],
   tensors = []
   for (_, axes, theirs, their_axes), paths, layers, experts in places(
       rows, shapes):
-    sizes = dict(zip(axes, shapes[paths[0]][-len(axes):]))
-    inner = axes.replace('E', '') if '{e}' in theirs else axes
+    each = axes_of(axes, len(paths))
+    sizes = {a: n for one, path in zip(each, paths)
+             for a, n in zip(one, shapes[path][-len(one):])}
+    inner = tuple(one.replace('E', '') if '{e}' in theirs else one
+                  for one in each)
     for (row, n), e in itertools.product(enumerate(layers), experts):
       index = (() if n is None else (row,)) + (() if e is None else (e,))
       tensors.append(Tensor(theirs.format(n=n, e=e), their_axes, paths, inner,
@@ -264,6 +288,12 @@ def expand(rows: Sequence[Row],
         f'no Hugging Face name for {", ".join(bare)}: this combination of '
         'parts is none that transformers has under this architecture')
   return tensors
+
+
+def axes_of(axes: str, paths: int) -> tuple[str, ...]:
+  """Returns our axes of each of so many paths, of a row's second item."""
+  each = tuple(axes.split('|'))
+  return each if len(each) == paths else each * paths
 
 
 def count(rows: Sequence[Row],
@@ -278,7 +308,7 @@ def places(rows: Sequence[Row], shapes: Mapping[str, tuple[int, ...]]
   """Yields (row, our paths, layers, experts) for each row and each block that
   has its parameter: those with a tensor each; (None,) where one holds all."""
   for row in rows:
-    ours, axes, theirs, _ = row
+    ours, _, theirs, _ = row
     folder, _, names = ours.rpartition('/')
     stack, stacked, _ = ours.partition('/layers/')
     for place, first, period in _blocks(
@@ -286,7 +316,7 @@ def places(rows: Sequence[Row], shapes: Mapping[str, tuple[int, ...]]
       paths = tuple(
           f'{folder}/{name}'.lstrip('/').replace('/layers/', f'/{place}/')
           for name in names.split('|'))
-      shape = shapes.get(paths[0], ())
+      shape, axes = shapes.get(paths[0], ()), axes_of(row[1], len(paths))[0]
       if len(shape) == len(axes) + bool(stacked):
         yield (row, paths,
                range(first, first + period * shape[0], period) if stacked

@@ -84,11 +84,13 @@ def test_names_are_of_parameters_and_axes_of_the_legend(system):
       used.add(row)
       _, ours, name, theirs = row
       expert = {'E'} if '{e}' in name else set()
-      assert {a for a in theirs if a.isalpha()} == set(ours) - expert, row
-      for path in found:
-        assert len(ours) == len(axes[path]), row
-        for letter, axis, size in zip(
-            ours, axes[path], shapes[path][-len(ours):]):
+      each = hf.axes_of(ours, len(found))
+      assert {a for a in theirs if a.isalpha()} == set(
+          ''.join(each)) - expert, row
+      for path, own in zip(found, each):
+        assert len(own) == len(axes[path]), row
+        for letter, axis, size in zip(own, axes[path],
+                                      shapes[path][-len(own):]):
           assert letter in LETTERS[axis], (row, axis)
           assert size == sizes.get(letter, size), (row, letter)
   assert not rows - used

@@ -231,8 +231,10 @@ MUTANTS = {
     'architectures/parts/hf.py': [
         ("experts = 'E' if '{e}' in theirs else ''", "experts = ''",
          'pages: legend and gshard'),
-        ('slice(first * size, (first + spans[-1]) * size)',
-         'slice(first * size, (first + 1) * size)', 'weights: split_and_join'),
+        ('before + (first + spans[-1]) * size)', 'before + (first + 1) * size)',
+         'weights: split_and_join'),
+        ('pieces[:which])), pieces[which]', 'pieces[:1])), pieces[which]',
+         'hf_fused: other_sizes'),
         ('range(first, first + period * shape[0], period)',
          'range(first, first + shape[0])', 'weights: blocks_of_a_period'),
         ('x[..., 0] if fused else x', 'x', 'weights: split_and_join'),

@@ -129,7 +129,7 @@ def read(c: ModelConfig, folder: pathlib.Path) -> tuple[ModelConfig, Any]:
   flat = {path: np.zeros(shape, np.float32)
           for path, shape in _shapes(c).items()}
   for t in tensors:
-    held, sizes = source[t.name], {a: (0, t.sizes[a]) for a in t.ours}
+    held, sizes = source[t.name], {a: (0, t.sizes[a]) for a in t.ours[0]}
     flat[t.paths[0]][t.index] = t.part(held.__getitem__, 0, sizes)
   return c, restoring.nest({path: jnp.asarray(x, c.param_dtype)
                             for path, x in flat.items()})

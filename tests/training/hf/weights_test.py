@@ -80,7 +80,7 @@ def test_rows_count_through_the_blocks_of_a_period():
     ('H3K D', 3), ('3HK D', 3), ('HK3 D', 9)])
 def test_axes_split_and_join(axes, read):
   sizes = {'H': 2, 'K': 3, 'D': 4, '3': 3}
-  tensor = hf.Tensor('x', axes, ('q', 'k', 'v'), 'DHK', (), sizes)
+  tensor = hf.Tensor('x', axes, ('q', 'k', 'v'), ('DHK',) * 3, (), sizes)
   theirs = np.arange(72).reshape(18, 4)
   whole = {a: (0, n) for a, n in sizes.items()}
   q, k, v = (tensor.part(lambda at: theirs[at], i, whole) for i in range(3))

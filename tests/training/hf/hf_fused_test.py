@@ -1,0 +1,31 @@
+"""One tensor of Hugging Face's that holds several parameters of ours."""
+
+import numpy as np
+
+from architectures.parts import hf
+
+
+def test_parts_of_other_sizes_follow_one_another():
+  """Grouped heads in one matrix, as Phi-3 has them: four of queries, then two
+  of keys, then two of values, of three features each."""
+  shapes = {f'layers/{name}': (2, 5, heads, 3) for name, heads in (
+      ('query', 4), ('key', 2), ('value', 2))}
+  row = ('layers/query|key|value', 'LDHK|LDJK|LDJK', 'qkv', 'L HK+JK+JK D')
+  tensor, = hf.expand([row], shapes)
+  assert tensor.shape == (2, 24, 5)
+  theirs = np.arange(240).reshape(tensor.shape)
+  ranges = [{a: (0, tensor.sizes[a]) for a in axes} for axes in tensor.ours]
+  ours = [tensor.part(lambda at: theirs[at], i, ranges[i]) for i in range(3)]
+  assert [x.shape for x in ours] == [shapes[path] for path in tensor.paths]
+  assert ours[1][1, 4, 1, 2] == theirs[1, 12 + 3 + 2, 4]
+  assert ours[2][0, 3, 0, 1] == theirs[0, 18 + 1, 3]
+  np.testing.assert_array_equal(tensor.join(ours), theirs)
+  # Of one key head and some of D, only its rows and columns are asked for.
+  asked = []
+  def cut(at):
+    asked.append(at)
+    return theirs[at]
+  np.testing.assert_array_equal(
+      tensor.part(cut, 1, ranges[1] | dict(J=(1, 2), D=(2, 5))),
+      ours[1][:, 2:, 1:])
+  assert asked == [(slice(0, 2), slice(15, 18), slice(2, 5))]
