@@ -96,7 +96,10 @@ _ANYWAY = 'The study went on although it was too weak for what it wants.'
 
 
 def _noted(frozen: frozen_lib.Frozen) -> bool:
-  return any(note['told'].startswith(_ANYWAY) for note in frozen.notes)
+  """Whether it was told to go on with the plan as it is now."""
+  since = max((own['time'] for own in frozen.amendments), default=0.0)
+  return any(note['told'].startswith(_ANYWAY) and note['time'] >= since
+             for note in frozen.notes)
 
 
 def _note(workdir, frozen: frozen_lib.Frozen, sentence: str) -> None:

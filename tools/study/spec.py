@@ -95,6 +95,12 @@ class Spec:
     for who, own in groups.items():
       _refuse(self.file, who, own, _OWN, 'which the study sets itself')
       _refuse(self.file, who, own, tuned, 'which TUNING tunes')
+    for size, own in self.sizes.items():
+      for workload, other in self.workloads.items():
+        for field in own:
+          require(field not in other, f'{self.file}: size {size!r} and '
+                  f'workload {workload!r} both set {field}: leave it to one of '
+                  'them')
     for point in self.sweep.points:
       who = f'variant {point.name!r}'
       require(point.name != plans.AGAIN, f'{self.file}: a variant is called '

@@ -80,6 +80,9 @@ class Trainer:
     told = False
     while not wanted <= {(row.point, row.seed) for row in ledger.runs()
                          if row.state in ENDED}:
+      for row in ledger.runs(ledger_lib.PENDING):
+        if (row.point, row.seed) not in wanted:  # of a plan that was amended
+          ledger.drop(row.id)
       if not self.work(path, description, ledger):
         raise Stopped
       left = wanted - {(row.point, row.seed) for row in ledger.runs()

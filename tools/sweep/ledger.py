@@ -185,6 +185,11 @@ class Ledger:
     told, = self._db.rows('SELECT tasks FROM runs WHERE id = ?', (id,))[0]
     return told.split(',') if told else []
 
+  def drop(self, id: int) -> None:
+    """Removes a run that has not begun."""
+    self._db.change('DELETE FROM runs WHERE id = ? AND state = ?',
+                    (id, PENDING))
+
   def adopt(self, id: int, old: str, new: str, error: str = '') -> bool:
     """Moves a run that nobody holds from one state to another."""
     return self._db.change(

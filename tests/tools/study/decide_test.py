@@ -32,7 +32,7 @@ def _values(seed=0, seeds=5, effects=(0.0, -0.05, 0.0), noise=0.02):
   rng = np.random.default_rng(seed)
   common = rng.normal(3.0, 0.5, (seeds, 3))
   return {name: common + effect + rng.normal(0, noise, (seeds, 3))
-          for name, effect in zip(('base', 'a', 'b'), effects)}
+          for name, effect in zip(('base', 'a', 'b', 'c'), effects)}
 
 
 def _confirm(values, plan=PLAN, **more):
@@ -58,10 +58,11 @@ def test_the_confirmation_is_scipys_test_and_statsmodels_holm():
 
 
 def test_the_screening_is_scipys_test_at_the_smallest_size():
-  values = _values(effects=(0, -0.05, 0.1))
-  found = decide.screen(PLAN, made.phase('screen', values))
+  values = _values(effects=(0, -0.05, 0.1, 0.02))
+  plan = made.plan(variants=('a', 'b', 'c'))
+  found = decide.screen(plan, made.phase('screen', values))
   tests = [stats.ttest_rel(values[v][:, 0], values['base'][:, 0])
-           for v in 'ab']
+           for v in 'abc']
   qs = stats.false_discovery_control([t.pvalue for t in tests], method='bh')
   for row, test, q in zip(found, tests, qs):
     assert (row.p, row.q) == pytest.approx((test.pvalue, q))

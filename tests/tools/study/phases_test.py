@@ -139,6 +139,7 @@ def test_the_better_half_survives_a_rung():
   search.take(100, _outcomes(search, (1.0,)))
   assert search.candidates == () and search.found().at_edge == ()
   assert search.found().changes == {'optim.lr': 2e-3}
+  assert tuning.kept(plans.Tuning({}), 3) == 2  # the larger half
   assert search.runs == 7 and search.found().flops == 7.0
 
 

@@ -64,7 +64,8 @@ def _drawn(sds, seeds, level, effect, rate, limit, studies=20_000):
 
 @pytest.mark.parametrize('sds, seeds, rate', [
     ((0.02, 0.02, 0.02), 5, 0.0), ((0.04, 0.02, 0.01), 8, 0.0),
-    ((0.02, 0.02, 0.02), 8, 0.03), ((0.03, 0.02), 12, 0.05)])
+    ((0.02, 0.02, 0.02), 8, 0.03), ((0.03, 0.02), 12, 0.05),
+    ((0.04, 0.04, 0.04, 0.04, 0.04), 12, 0.0)])
 def test_sizes_that_must_agree_and_runs_that_diverge_cost_what_is_said(
     sds, seeds, rate):
   rule = dict(level=0.02, rate=rate, limit=0.1)

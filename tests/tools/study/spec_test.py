@@ -65,18 +65,18 @@ def test_the_costs_are_those_of_the_runs_that_are_asked_for(frozen):
   assert by_phase['noise'].runs == 3 * 2 * 2 * 3
   # Two candidates at half of the steps, then one at all of them.
   assert by_phase['tune'].runs == 2 * 3 * 2 * 3
-  assert by_phase['screen'].runs == 2 * 2 * 3
+  assert by_phase['screen'].runs == 2 * 3  # of the text alone
   assert by_phase['confirm'].runs == 2 * 3 * 2 * 3
   tokens = 4 * 8 * (4 + 8)  # of a run on the text, and of one on the probe
   assert by_phase['noise'].tokens == 3 * 2 * 3 * tokens
   assert by_phase['tune'].tokens == 2 * 3 * (2 * 0.5 + 1) * tokens
   # Base and base-again are one program; three seeds of a variant are another.
-  assert by_phase['noise'].programs == 6 and by_phase['screen'].programs == 4
+  assert by_phase['noise'].programs == 6 and by_phase['screen'].programs == 2
   assert by_phase['screen'].seconds is None
   known = costs.of(frozen, 8, costs.Times(
       {(size, workload): 0.5 for size in frozen.plan.sizes
        for workload in frozen.plan.workloads}, 10.0))
-  assert known[2].seconds == 6 * (4 + 8) * 0.5 + 4 * 10.0
+  assert known[2].seconds == 6 * 4 * 0.5 + 2 * 10.0
 
 
 def test_a_plan_comes_back_from_its_file(frozen):
@@ -130,6 +130,9 @@ REFUSED = {
                           'sets init_seed, which the study sets itself'),
     'a field of two': (dict(sweep="add('x', **{'model.d_model': 32})"),
                        "'x' and size 's' both set model.d_model"),
+    'a field of a size and a workload': (dict(constants=PROBE.replace(
+        "'train.steps': 8", "'model.d_model': 8")),
+        "size 's' and workload 'copy' both set model.d_model"),
     'no budget': (dict(constants="TUNING = {'rungs': 9}"),
                   'TUNING buys less than one run: its first rung trains 0.0039'
                   ),

@@ -206,6 +206,14 @@ def test_more_seeds_go_into_the_same_sweep(frozen, tmp_path):
   assert not (tmp_path / 'noise.1').exists()
 
 
+def test_what_an_amended_plan_leaves_out_is_not_run(frozen, tmp_path):
+  more = dataclasses.replace(frozen.plan.seeds, noise=4)
+  start(tmp_path, _with(frozen, seeds=more), until='noise', stop_after=2)
+  own = start(tmp_path, frozen, until='noise', amend='too many')
+  assert len(own.did) == 16  # of 18, and none of the six of the fourth seed
+  assert {seed for _, _, seed in own.did} <= set(frozen.plan.seeds.of('noise'))
+
+
 def test_a_plan_that_was_written_over_is_refused(frozen, tmp_path):
   run_lib.adopted(tmp_path, frozen, '')
   path = tmp_path / 'study.json'
@@ -223,6 +231,11 @@ def test_a_weak_study_goes_on_for_once_told_and_says_so(frozen, tmp_path):
   told, = read(tmp_path)['as_planned']['differences']
   assert told.startswith('The study went on although it was too weak')
   start(tmp_path, weak)
+  weaker = _with(frozen, effect=1e-6)
+  with pytest.raises(phases.TooWeak):  # that was told of another plan
+    start(tmp_path, weaker, amend='a smaller effect matters')
+  start(tmp_path, weaker, anyway=True)
+  assert len(run_lib.load(tmp_path).notes) == 2
 
 
 def test_code_that_changed_is_told(frozen, tmp_path):
