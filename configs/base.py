@@ -234,6 +234,10 @@ def _model() -> dict:
           high_freq_factor=4.0,  # of llama3
           beta_fast=32.0,  # of yarn
           beta_slow=1.0,  # of yarn
+          # Of yarn, how much of its temperature is on turned features and, from
+          # there, on all features of a head (DeepSeek-V2).
+          mscale=1.0,
+          mscale_all_dim=0.0,
       ),
       relative=dict(  # of T5's bias
           buckets=32,  # buckets of distances
@@ -241,6 +245,23 @@ def _model() -> dict:
       ),
       ffn='gelu',  # the feed-forward network; moe: a mixture of experts
       block='pre_norm',  # how norms, attention and networks are wired
+      # What mixes the tokens of a layer: attention, or latent, whose keys and
+      # values are made of a small vector a token.
+      mixer='attention',
+      latent=dict(  # of mixer=latent
+          q_rank=0,  # of the vector that queries are made of; 0: of the input
+          # Of that of keys and values; derived: 4 head_dim.
+          kv_rank=0,
+          # Features of a head's key and query that no position turns; derived:
+          # head_dim.
+          nope_dim=0,
+          # Those that one does, of a key that heads share; derived: half of
+          # head_dim.
+          rope_dim=0,
+          v_dim=0,  # of a head's value; derived: head_dim
+          # The factor of the scores; derived: (nope_dim + rope_dim) ** -0.5.
+          scale=0.0,
+      ),
       attention='global',  # which keys a query sees
       # The kinds of layer, names of model.kinds, that are repeated over the
       # layers, such as local,local,global; empty: all are the model's own.

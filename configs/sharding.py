@@ -9,7 +9,8 @@ MESH_AXES = ('data', 'fsdp', 'expert', 'context', 'tensor')
 
 # 'tokens' are batch and length in one axis.
 LOGICAL_AXES = ('batch', 'length', 'tokens', 'embed', 'heads', 'kv_heads',
-                'head', 'mlp', 'vocab', 'experts', 'layers', 'capacity')
+                'head', 'mlp', 'vocab', 'experts', 'layers', 'capacity',
+                'latent')
 
 RULES = {
     # Weights in shards over fsdp (ZeRO-3), heads and mlp over tensor
@@ -23,6 +24,7 @@ RULES = {
         ('heads', ('tensor',)),
         ('kv_heads', ('tensor',)),
         ('embed', ('fsdp',)),
+        ('latent', ('fsdp',)),
         ('length', ('context',)),
         ('tokens', ('data', 'fsdp', 'expert', 'context')),
         ('head', ()),
@@ -38,6 +40,7 @@ RULES = {
         ('heads', ('tensor',)),
         ('kv_heads', ('tensor',)),
         ('embed', ()),
+        ('latent', ()),
         ('length', ('context',)),
         ('tokens', ('data', 'fsdp', 'expert', 'context')),
         ('head', ()),

@@ -219,6 +219,7 @@ def _reorder(cache: Any, rows: jax.Array, axis: int) -> Any:
   """Returns the cache whose rows are those of the texts that go on; the beams
   of a row share what is kept of its memory."""
   def of(entry: Cache) -> Cache:
-    return entry.replace(key_BMJK=jnp.take(entry.key_BMJK, rows, axis),
-                         value_BMJK=jnp.take(entry.value_BMJK, rows, axis))
+    take = lambda x: jnp.take(x, rows, axis)
+    key, value = jax.tree.map(take, (entry.key_BMJK, entry.value_BMJK))
+    return entry.replace(key_BMJK=key, value_BMJK=value)
   return jax.tree.map(of, cache, is_leaf=lambda x: isinstance(x, Cache))

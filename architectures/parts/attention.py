@@ -63,16 +63,19 @@ class Cache:
   returns here what it weighed the values with, whether or not a cache went in.
   """
   key_BMJK: jax.Array
-  value_BMJK: jax.Array
+  # None: a mixer's values are a part of its keys (latent.py).
+  value_BMJK: Optional[jax.Array] = None
   memory_key_BMJK: Optional[jax.Array] = None
   memory_value_BMJK: Optional[jax.Array] = None
   weights_BHLM: Optional[jax.Array] = None
   memory_weights_BHLM: Optional[jax.Array] = None
 
-  def write(self, key_BLJK: jax.Array, value_BLJK: jax.Array,
+  def write(self, key_BLJK: jax.Array, value_BLJK: Optional[jax.Array],
             positions_BL: jax.Array) -> 'Cache':
     """Puts L new tokens at their positions (a row's are consecutive)."""
-    def put(slots: jax.Array, new: jax.Array):
+    def put(slots: Optional[jax.Array], new: Optional[jax.Array]):
+      if new is None:
+        return slots
       starts = jnp.broadcast_to(positions_BL[:, 0], new.shape[:1])
       return jax.vmap(
           lambda s, n, i: jax.lax.dynamic_update_slice_in_dim(s, n, i, 0)
@@ -156,6 +159,7 @@ def sum_of_least(first: int, last: int, most: int) -> int:
 
 class Attention(nn.Module):
   """(x_BLD, context, cache) -> (y_BLD, cache), over x itself or the memory."""
+  FUSED = True  # whether a fused kernel may weigh the values
   config: ModelConfig
   kind: LayerKind
   cross: bool = False
@@ -194,16 +198,25 @@ class Attention(nn.Module):
       cache = Cache(k_BMJK, v_BMJK) if cache is None else cache
       name = 'memory_weights_BHLM' if self.cross else 'weights_BHLM'
       cache = cache.replace(**{name: weights_BHLM})
+    return self._out(o_BLHK, ctx), cache
+
+  @property
+  def scale(self) -> float:
+    """What multiplies the products of queries and keys."""
+    return self.config.score_scale * positions.score_factor(self.config)
+
+  def _out(self, o_BLHK: jax.Array, ctx: Context) -> jax.Array:
+    c = self.config
     o_BLHK = sharding.constrain(o_BLHK, 'batch', 'length', 'heads', 'head')
     axes = 'heads', 'head', 'embed'
-    out_HKD = linear.weight(self, 'out', (c.num_heads, c.head_dim, c.d_model),
-                            axes, in_axes=(0, 1), residual=True)
+    out_HKD = linear.weight(self, 'out', (*o_BLHK.shape[2:], c.d_model), axes,
+                            in_axes=(0, 1), residual=True)
     y_BLD = linear.product(self, 'out', 'BLHK,HKD->BLD', o_BLHK, out_HKD, axes,
                            deterministic=ctx.deterministic)
     if c.attention_bias:
       y_BLD = linear.add_bias(
           y_BLD, linear.bias(self, 'out_bias', (c.d_model,), ('embed',)))
-    return y_BLD, cache
+    return y_BLD
 
   def _weigh(self, q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array,
              k_positions_BM: jax.Array, ctx: Context, *, cached: bool):
@@ -220,19 +233,19 @@ class Attention(nn.Module):
     if ctx.keep_attention:
       weights_BHLM = xla_attention.weights(
           q_BLHK, k_BMJK, mask_BLM=seen_BLM, bias_BHLM=bias_BHLM,
-          sink_H=sink_H, scale=c.score_scale, softcap=c.attention_softcap)
+          sink_H=sink_H, scale=self.scale, softcap=c.attention_softcap)
     kernel = 'xla'
-    if not (cached or self.is_initializing()):
+    if self.FUSED and not (cached or self.is_initializing()):
       kernel = kernels.choose(c, mask, q_BLHK.shape[1], k_BMJK.shape[1])
     if kernel != 'xla':
       return kernels.KERNELS[kernel].run(
-          q_BLHK, k_BMJK, v_BMJK, mask, seen_BLM, scale=c.score_scale,
+          q_BLHK, k_BMJK, v_BMJK, mask, seen_BLM, scale=self.scale,
           softcap=c.attention_softcap, sink_H=sink_H), weights_BHLM
     causal = (mask.causal and mask.in_order and not (mask.prefix or cached)
               and sharding.shards('length', q_BLHK.shape[1]) == 1)
     return xla_attention.attend(
         q_BLHK, k_BMJK, v_BMJK, mask_BLM=seen_BLM, bias_BHLM=bias_BHLM,
-        sink_H=sink_H, key=key, scale=c.score_scale,
+        sink_H=sink_H, key=key, scale=self.scale,
         softcap=c.attention_softcap, dropout=c.attention_dropout,
         causal=causal, window=mask.window), weights_BHLM
 
@@ -291,6 +304,13 @@ class Attention(nn.Module):
       y_BLHK = linear.add_bias(y_BLHK, linear.bias(
           self, f'{name}_bias', (heads, c.head_dim), (axis, 'head')))
     return sharding.constrain(y_BLHK, 'batch', 'length', axis, 'head')
+
+
+def empty(c: ModelConfig, shape: tuple[int, ...]) -> Cache:
+  """Returns a cache of this shape: what stands before the heads' axis."""
+  shape = *shape, c.num_kv_heads, c.head_dim
+  return Cache(jnp.zeros(shape, c.compute_dtype),
+               jnp.zeros(shape, c.compute_dtype))
 
 
 def _check_banded(c: ModelConfig) -> None:

@@ -14,6 +14,7 @@ from typing import Optional
 import flax.linen as nn
 import jax
 
+from architectures.parts import mixers
 from architectures.parts import sharding
 from architectures.parts.attention import Attention, Cache, Context
 from architectures.parts.config import LayerKind, ModelConfig
@@ -35,7 +36,8 @@ class Block(nn.Module):
     return norm(self.config, name)
 
   def attention(self) -> nn.Module:
-    return Attention(self.config, self.kind, name='attention')
+    mixer = mixers.of(self.config)
+    return mixer.module(self.config, self.kind, name='attention')
 
   def cross_attention(self) -> nn.Module:
     return Attention(self.config, self.kind, cross=True,

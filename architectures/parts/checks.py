@@ -16,6 +16,7 @@ from architectures.parts import heads
 from architectures.parts import kernels
 from architectures.parts import kinds
 from architectures.parts import linear
+from architectures.parts import mixers
 from architectures.parts import positions
 from architectures.parts import unread
 from architectures.parts.blocks import BLOCKS
@@ -35,10 +36,11 @@ RANGES = (
     ('it must be > 0', lambda x: x > 0, (
         'norm_eps', 'attention_scale', 'init_scale', 'rope.theta',
         'rope.original_len', 'rope.low_freq_factor', 'rope.beta_slow',
-        'relative.buckets', 'relative.max_distance', 'moe.num_experts',
-        'moe.d_ff')),
+        'relative.buckets', 'relative.max_distance', 'latent.scale',
+        'moe.num_experts', 'moe.d_ff')),
     ('it must be >= 0', lambda x: x >= 0, (
-        'attention_softcap', 'logits_softcap', 'init_stddev',
+        'attention_softcap', 'logits_softcap', 'init_stddev', 'rope.mscale',
+        'rope.mscale_all_dim',
         'moe.shared_experts', 'moe.group_size', 'moe.capacity_factor',
         'moe.eval_capacity_factor', 'moe.logit_noise', 'moe.balance_weight',
         'moe.z_loss_weight', 'moe.bias_rate', 'lora.alpha')),
@@ -127,6 +129,7 @@ def _check_layers(c: ModelConfig, stack: str) -> None:
   if positions.of(c).check:
     positions.of(c).check(c, stack)
   attention.KINDS[c.attention].check(c)
+  mixers.of(c).check(c, stack)
   require(c.num_heads % c.num_kv_heads == 0,
           f'model.num_kv_heads is {c.num_kv_heads}, which does not divide '
           f'model.num_heads {c.num_heads}')
@@ -134,8 +137,9 @@ def _check_layers(c: ModelConfig, stack: str) -> None:
 
 def products(c: ModelConfig) -> list[str]:
   """Returns which of linear.PRODUCTS the model has, outside of experts."""
-  there = {'query', 'key', 'value', 'out'}
+  there: set[str] = set()
   for kind in map(c.of_kind, c.kinds_used):
+    there |= mixers.of(kind).products(kind)
     if kind.ffn != 'moe' or c.moe.shared_experts:
       ffn = c.moe.ffn if kind.ffn == 'moe' else kind.ffn
       there |= {'up', 'down'} | ({'gate'} if FFNS[ffn].gated else set())

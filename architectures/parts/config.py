@@ -19,6 +19,8 @@ from typing import Any, Mapping
 import jax.numpy as jnp
 
 from architectures.parts import fields as field_checks
+from architectures.parts import latent_config
+from architectures.parts.latent_config import LatentConfig
 from configs import kinds
 from configs.errors import one_of, require
 
@@ -37,6 +39,8 @@ class RopeConfig:
   high_freq_factor: float
   beta_fast: float
   beta_slow: float
+  mscale: float
+  mscale_all_dim: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +135,8 @@ class ModelConfig:
   relative: RelativeConfig
   ffn: str
   block: str
+  mixer: str
+  latent: LatentConfig
   attention: str
   pattern: str
   prefix: str
@@ -292,6 +298,7 @@ def make(fields: Mapping[str, Any]) -> ModelConfig:
                    for name, kind in fields['kinds'].items()}),
       lora=LoraConfig(**{**lora, 'alpha': lora['alpha'] or lora['rank']}),
       moe=MoEConfig(**{**moe, 'd_ff': moe['d_ff'] or d_ff}),
+      latent=latent_config.derived(fields['latent'], head_dim),
       relative=RelativeConfig(**fields['relative'])))
 
 

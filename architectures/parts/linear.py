@@ -162,7 +162,8 @@ _product.defvjp(_product_fwd, _product_bwd)
 
 
 # The products of a layer that may have a low-rank adapter, and all of them.
-PRODUCTS = ('query', 'key', 'value', 'out', 'up', 'gate', 'down')
+PRODUCTS = ('query', 'key', 'value', 'out', 'up', 'gate', 'down',
+            'query_down', 'query_up', 'kv_down', 'kv_up')
 ALL = 'all-linear'
 LORA_A, LORA_B = '_lora_a', '_lora_b'  # after the name of the weight
 
@@ -196,10 +197,21 @@ def product(module: nn.Module, name: str, spec: str, x: jax.Array,
   if c.lora.dropout:
     x = nn.Dropout(c.lora.dropout, name=f'{name}_lora_dropout')(
         x, deterministic=deterministic)
-  of_u = of_y.removesuffix(of_w[n:]) + 'U'
-  u = einsum(f'{of_x},{of_w[:n]}U->{of_u}', x, a, c.compute_dtype)
-  z = einsum(f'{of_u},U{of_w[n:]}->{of_y}', u, b, c.compute_dtype)
+  of_z = of_y.removesuffix(of_w[n:]) + 'Z'
+  z = einsum(f'{of_x},{of_w[:n]}Z->{of_z}', x, a, c.compute_dtype)
+  z = einsum(f'{of_z},Z{of_w[n:]}->{of_y}', z, b, c.compute_dtype)
   return y + jnp.asarray(c.lora.scale, y.dtype) * z
+
+
+def adapted_weight(module: nn.Module, name: str, w: jax.Array,
+                   axes: tuple[str | None, ...]) -> jax.Array:
+  """Returns W + (alpha / rank) A B, what `product` multiplies by where nothing
+  is dropped, of a W whose first axis alone is an input."""
+  c = module.config
+  if not adapted(c, name):
+    return w
+  a, b = _adapter(module, name, w.shape, axes, 1)
+  return w + c.lora.scale * jnp.tensordot(a, b, 1)
 
 
 def adapted(c: ModelConfig, name: str) -> bool:

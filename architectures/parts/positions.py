@@ -44,6 +44,7 @@ class Position:
     rotate: (x_BLHK, positions_BL, config) -> x_BLHK, of queries and of keys.
     bias: (config, q_positions_BL, k_positions_BM) -> [B, H, L, M], added to the
       scores, in each layer anew.
+    score_factor: config -> what multiplies the scores; None: nothing does.
     stack_bias: the same once for all layers of a stack: a module of (config,
       causal), called with both positions. Its parameters stand in the stack,
       under the encoding's name and '_bias'.
@@ -60,6 +61,7 @@ class Position:
   rotate: Optional[Callable] = None
   bias: Optional[Callable] = None
   stack_bias: Optional[type[nn.Module]] = None
+  score_factor: Optional[Callable[[ModelConfig], float]] = None
   fields: tuple[str, ...] = ()
   check: Optional[Callable[[ModelConfig, str], None]] = None
   reach: Optional[Callable[[ModelConfig], int]] = None
@@ -74,6 +76,12 @@ class Position:
 def of(c: ModelConfig) -> Position:
   """Returns the position encoding of a model."""
   return POSITIONS[c.position]
+
+
+def score_factor(c: ModelConfig) -> float:
+  """Returns what the encoding multiplies the scores by."""
+  factor = of(c).score_factor
+  return factor(c) if factor else 1.0
 
 
 def reach(c: ModelConfig) -> float:
@@ -277,7 +285,8 @@ POSITIONS = {
     'sinusoidal': Position(
         embed=_add_sinusoids, fields=('sinusoid',), check=_check_sinusoids),
     'rope': Position(
-        rotate=rotary.rotate, check=_check_rope, longer=_longer_rope,
+        rotate=rotary.rotate, score_factor=rotary.score_factor,
+        check=_check_rope, longer=_longer_rope,
         fields=('rope.theta', 'rope.fraction', 'rope.scaling')),
     'alibi': Position(bias=_alibi_bias),
     'relative': Position(

@@ -25,10 +25,12 @@ class Scaling:
       `rope_frequencies`.
     fields: of config.model that it reads.
     check: of the same arguments; raises RequestError.
+    score_factor: config.rope -> what multiplies the scores; None: nothing.
   """
   frequencies: Callable
   fields: tuple[str, ...] = ()
   check: Callable[[RopeConfig, int], None] = lambda r, dim: None
+  score_factor: Callable[[RopeConfig], float] | None = None
 
 
 def rotary_dim(c: ModelConfig) -> int:
@@ -65,9 +67,22 @@ def ntk_theta(r: RopeConfig, dim: int) -> float:
   return r.theta * r.factor ** (dim / (dim - 2))
 
 
-def yarn_temperature(factor: float) -> float:
+def yarn_temperature(factor: float, mscale: float = 1.0) -> float:
   """On cos and sin: its square multiplies the scores (YaRN, equation 15)."""
-  return 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+  return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def yarn_factor(r: RopeConfig) -> float:
+  """On cos and sin: what is left of the temperature where DeepSeek-V2's
+  mscale_all_dim puts a part of it on whole scores."""
+  return yarn_temperature(r.factor, r.mscale) / yarn_temperature(
+      r.factor, r.mscale_all_dim)
+
+
+def score_factor(c: ModelConfig) -> float:
+  """Returns what multiplies the scores, of turned and other features alike."""
+  factor = SCALINGS[c.rope.scaling].score_factor
+  return factor(c.rope) if factor else 1.0
 
 
 def _llama3(r: RopeConfig, dim: int):
@@ -89,7 +104,7 @@ def _yarn(r: RopeConfig, dim: int):
   ramp = (jnp.arange(dim // 2) - low) / max(high - low, 0.001)
   keep = 1 - jnp.clip(ramp, 0, 1)
   return ((1 - keep) * frequency / r.factor + keep * frequency,
-          yarn_temperature(r.factor))
+          yarn_factor(r))
 
 
 def _check_ntk(r: RopeConfig, dim: int) -> None:
@@ -138,5 +153,6 @@ SCALINGS = {
         'rope.high_freq_factor'), _check_llama3),
     'yarn': Scaling(_yarn, (
         'rope.factor', 'rope.original_len', 'rope.beta_fast',
-        'rope.beta_slow'), _check_yarn),
+        'rope.beta_slow', 'rope.mscale', 'rope.mscale_all_dim'), _check_yarn,
+        lambda r: yarn_temperature(r.factor, r.mscale_all_dim) ** 2),
 }

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from architectures.parts import heads
 from architectures.parts import linear
+from architectures.parts import mixers
 from architectures.parts import positions
 from architectures.parts import sharding
 from architectures.parts.attention import Cache, Context
@@ -319,9 +320,7 @@ def init_cache(config: ModelConfig, batch: int, length: int):
   periods = (config.num_decoder_layers - len(first)) // len(period)
   def empty(kind: LayerKind, rows: int) -> Cache:
     c = config.of_kind(kind.name)
-    shape = rows, batch, length, c.num_kv_heads, c.head_dim
-    return Cache(jnp.zeros(shape, c.compute_dtype),
-                 jnp.zeros(shape, c.compute_dtype))
+    return mixers.of(c).cache(c, (rows, batch, length))
   return (*(empty(kind, 1) for kind in first),
           *(empty(kind, periods) for kind in period))
 

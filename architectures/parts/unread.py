@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from architectures.parts import attention
 from architectures.parts import heads
+from architectures.parts import mixers
 from architectures.parts import positions
 from architectures.parts import rotary
 from architectures.parts.config import MoEConfig, ModelConfig
@@ -27,6 +28,7 @@ from configs import kinds
 TABLES: dict[str, Mapping[str, Any]] = {
     'position': positions.POSITIONS,
     'rope.scaling': rotary.SCALINGS,
+    'mixer': mixers.MIXERS,
     'attention': attention.KINDS,
     'head': heads.HEADS,
     'moe.router': routing.ROUTERS,

@@ -49,7 +49,7 @@ def attend(q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array, *,
   Args:
     q_BLHK: queries.
     k_BMJK: keys, each shared by H / J heads.
-    v_BMJK: values.
+    v_BMJK: values, whose heads may have another size.
     scale: multiplies the products of queries and keys.
     mask_BLM: bool, which keys a query sees; None: all.
     bias_BHLM: added to the scores.
@@ -62,7 +62,7 @@ def attend(q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array, *,
   """
   B, L, H, K = q_BLHK.shape
   M, J = k_BMJK.shape[1:3]
-  chex.assert_shape([k_BMJK, v_BMJK], (B, M, J, K))
+  chex.assert_shape([k_BMJK, v_BMJK], [(B, M, J, K), (B, M, J, None)])
   q_BLJRK = q_BLHK.reshape(B, L, J, H // J, K)
   if bias_BHLM is not None:
     bias_BHLM = bias_BHLM.reshape(-1, J, H // J, *bias_BHLM.shape[2:])
@@ -70,7 +70,7 @@ def attend(q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array, *,
     sink_H = sink_H.astype(jnp.float32).reshape(1, J, H // J, 1, 1)
   o_BLJRK = _attend(_How(scale, softcap, dropout, causal, window), q_BLJRK,
                     k_BMJK, v_BMJK, bias_BHLM, sink_H, mask_BLM, key)
-  return o_BLJRK.reshape(B, L, H, K)
+  return o_BLJRK.reshape(B, L, H, -1)
 
 
 def weights(q_BLHK: jax.Array, k_BMJK: jax.Array, *, scale: float,

@@ -27,6 +27,7 @@ ATTENTIONS = {
     'capped': dict(attention_softcap=5.0),
     'qk_norm': dict(qk_norm=True),
     'sinks': dict(attention_sinks=True),
+    'latent': dict(mixer='latent'),
 }
 PARTS = dict(position=POSITIONS, block=BLOCKS, norm=NORMS, ffn=FFNS,
              attention=ATTENTIONS)

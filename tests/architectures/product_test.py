@@ -39,6 +39,7 @@ ATTENTIONS = {
     'capped': dict(attention_softcap=5.0),
     'qk_norm': dict(qk_norm=True),
     'sinks': dict(attention_sinks=True),
+    'latent': dict(mixer='latent', latent=dict(q_rank=6)),
 }
 PARTS = dict(position=tuple(POSITIONS), block=tuple(BLOCKS),
              attention=tuple(ATTENTIONS), norm=NORMS, ffn=FFNS)

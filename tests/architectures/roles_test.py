@@ -1,5 +1,7 @@
 """Every parameter declares its role, and the optimisers go by it."""
 
+import dataclasses
+
 from configs import base
 import flax.linen as nn
 import jax
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 
 import architectures
-from architectures.parts import blocks, linear
+from architectures.parts import linear, mixers
 from architectures.parts.attention import Attention
 from architectures.parts.roles import Declared, Role
 from tests.helpers import models
@@ -92,9 +94,14 @@ class Gated(Attention):
     return y_BLD * jax.nn.sigmoid(gate_BLHK.reshape(y_BLD.shape)), cache
 
 
+def mixed(monkeypatch, module):
+  monkeypatch.setitem(mixers.MIXERS, 'attention', dataclasses.replace(
+      mixers.MIXERS['attention'], module=module))
+
+
 def test_a_gate_of_heads_is_a_matrix_a_layer(monkeypatch):
   """With no line beside the one that makes it."""
-  monkeypatch.setattr(blocks, 'Attention', Gated)
+  mixed(monkeypatch, Gated)
   module = architectures.build(GATED)
   attention = 'decoder/layers/block_0/attention/'
   found = boxes(module)
@@ -126,7 +133,7 @@ def test_a_parameter_that_declares_no_role_is_refused(monkeypatch):
       return y_BLD * self.param('gate', nn.with_logical_partitioning(
           nn.initializers.ones, (None, None, 'embed')), (1, 1, 32)), cache
 
-  monkeypatch.setattr(blocks, 'Attention', Bare)
+  mixed(monkeypatch, Bare)
   config = models.config('gpt', norm_eps=1e-10)
   with pytest.raises(ValueError, match="parameter 'decoder/layers/block_0/"
                      "attention/gate' declares no role"):

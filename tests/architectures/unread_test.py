@@ -31,7 +31,10 @@ OTHER = {
     'moe.balance_loss': 'importance', 'moe.balance_weight': 0.5,
     'moe.z_loss_weight': 0.1, 'moe.expert_dropout': 0.2, 'moe.group_size': 8,
     'moe.bias_rate': 0.5, 'lora.alpha': 5.0, 'lora.targets': 'out',
-    'lora.dropout': 0.2,
+    'lora.dropout': 0.2, 'rope.mscale': 0.5, 'rope.mscale_all_dim': 0.7,
+    'num_kv_heads': 1, 'attention_scale': 0.3, 'qk_norm': True,
+    'latent.q_rank': 5, 'latent.kv_rank': 9, 'latent.nope_dim': 6,
+    'latent.rope_dim': 6, 'latent.v_dim': 3, 'latent.scale': 0.3,
 }
 # Read by a kernel of a TPU, or by the optimiser's step.
 NOT_IN_THE_PROGRAM = ('moe.grouped_kernel', 'moe.bias_rate')
@@ -43,6 +46,7 @@ MODELS = [
     ('llama', dict(rope=dict(scaling='yarn', factor=2.0))),
     ('llama', dict(rope=dict(scaling='llama3', factor=2.0))),
     ('gpt', dict(position='relative')), ('mixtral', {}),
+    ('llama', dict(mixer='latent')),
     ('mixtral', dict(moe=dict(balance_loss='none'))),
 ]
 
@@ -87,6 +91,11 @@ def test_what_is_listed_changes_nothing(system, changes):
     (('rope.theta', 'rope.fraction'), 'llama', {}),
     (('rope.original_len', 'rope.beta_fast', 'rope.beta_slow'), 'llama',
      dict(rope=dict(scaling='yarn', factor=2.0, original_len=4096))),
+    (('rope.mscale', 'rope.mscale_all_dim'), 'llama',
+     dict(rope=dict(scaling='yarn', factor=2.0))),
+    (tuple(name for name in OTHER if name.startswith('latent.')), 'llama',
+     dict(mixer='latent')),
+    (('num_kv_heads', 'attention_scale', 'qk_norm'), 'llama', {}),
     (('rope.low_freq_factor', 'rope.high_freq_factor'), 'llama',
      dict(rope=dict(scaling='llama3', factor=2.0))),
     (('sinusoid',), 'gpt', dict(position='sinusoidal')),

@@ -27,7 +27,7 @@ MUTANTS = {
          'claims: rope_turns'),
         ("if name == 'query' and c.init == 'fan_in'", 'if False',
          'encoder_decoder: variance_one'),
-        ('key=key, scale=c.score_scale', 'key=key, scale=1.0',
+        ('key=key, scale=self.scale', 'key=key, scale=1.0',
          'parity: equals and gpt-plain'),
         ('softcap=c.attention_softcap, dropout=', 'softcap=0.0, dropout=',
          'parts: cap'),

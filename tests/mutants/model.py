@@ -108,7 +108,7 @@ MUTANTS = {
          'parity: equals and llama-linear'),
         ('r.factor ** (dim / (dim - 2))', 'r.factor',
          'parity: equals and llama-ntk'),
-        ('0.1 * math.log(factor) + 1.0', '1.0',
+        ('0.1 * mscale * math.log(factor) + 1.0', '1.0',
          'parity: equals and llama-yarn'),
         ('smooth = jnp.clip(smooth, 0, 1)', 'smooth = jnp.clip(smooth, 0, 9)',
          'parts: llama3'),

@@ -96,10 +96,11 @@ def _of_activations(run, parameters, mesh) -> list[dict]:
       rows.append(_row('all-reduce', ['tensor'], 'products summed over heads '
                        'or mlp', runs, 2 * one * (n - 1) / n * runs))
     if 'context' in mesh and row['name'].endswith(
-        ('/attention/key', '/attention/value')):
+        ('/attention/key', '/attention/value', '/attention/kv_down')):
       runs = layers * PASSES[c.remat] * micro
       width = math.prod(d['size'] // math.prod(mesh[a] for a in d['mesh'])
-                        for d in dims if d['axis'] in ('kv_heads', 'head'))
+                        for d in dims
+                        if d['axis'] in ('kv_heads', 'head', 'latent'))
       rows.append(_row(
           'all-gather', ['context'], 'keys and values, and their gradients',
           runs, tokens * width * jnp.dtype(c.dtype).itemsize * runs

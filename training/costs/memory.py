@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 import ml_collections
 
-from architectures.parts import attention, kernels, positions
+from architectures.parts import attention, kernels, mixers, positions
 from architectures.parts.config import ModelConfig
 from training import objectives, paths, runs
 from training.distributed import devices
@@ -164,8 +164,8 @@ def _scores(c: ModelConfig, tokens: int, length: int, platform: str) -> int:
   mask = kernels.Mask(
       causal=True, bias=positions.of(c).has_bias,
       rule=c.attention if attention.KINDS[c.attention].sees else '')
-  fused = c.attention_kernel != 'xla' and not kernels.refusal(
-      'splash', c, mask, length, length, platform)
+  fused = (mixers.of(c).module.FUSED and c.attention_kernel != 'xla'
+           and not kernels.refusal('splash', c, mask, length, length, platform))
   return 0 if fused else 2 * 4 * tokens * c.num_heads * length
 
 

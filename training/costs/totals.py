@@ -11,6 +11,7 @@ import ml_collections
 import numpy as np
 
 import architectures
+from architectures.parts import mixers
 from architectures.parts.config import ModelConfig
 from architectures.parts.moe import routing
 from training import objectives
@@ -165,4 +166,5 @@ def _cache_bytes(model: ModelConfig) -> int:
 
 
 def _layer_cache_bytes(c: ModelConfig) -> int:
-  return 2 * c.num_kv_heads * c.head_dim * c.compute_dtype.itemsize
+  slot = jax.eval_shape(lambda: mixers.of(c).cache(c, (1, 1)))
+  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(slot))

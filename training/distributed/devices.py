@@ -1,7 +1,6 @@
 """Devices: the mesh, over slices too, and what lies where on it."""
 
 from collections.abc import Mapping, Sequence
-import itertools
 import math
 import operator
 import re
@@ -13,6 +12,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
+from architectures.parts import mixers
 from architectures.parts.config import ModelConfig
 from configs import sharding as tables
 from configs.errors import one_of, require
@@ -74,11 +74,12 @@ def check_mesh(model: ModelConfig, batch_size: int, grad_accumulation: int,
           f'mesh.data x mesh.fsdp x mesh.expert times train.grad_accumulation '
           f'{grad_accumulation} do not divide: choose a multiple of '
           f'{rows * grad_accumulation}')
-  held = [('tensor', 'num_heads'), ('tensor', 'num_kv_heads'),
-          ('tensor', 'd_ff'), ('fsdp', 'd_model')]
+  held = [('tensor', 'num_heads'), ('tensor', 'd_ff'), ('fsdp', 'd_model')]
   if model.has_experts:
     held.append(('tensor', 'moe.d_ff'))
-  for name, (axis, field) in itertools.product(model.kinds_used, held):
+  rows_of = lambda kind: (*held, *mixers.of(model.of_kind(kind)).divided)
+  for name, (axis, field) in [
+      (kind, row) for kind in model.kinds_used for row in rows_of(kind)]:
     size = operator.attrgetter(field)(model.of_kind(name))
     where = (f'model.kinds.{name}.{field}' if field in model.kinds.get(name, ())
              else f'model.{field}')

@@ -54,11 +54,11 @@ def rows(c: ModelConfig) -> Iterator[tuple[hf.Row, str, bool]]:
     if transposed:
       into, out = out, into
     module = theirs.removesuffix('.weight')
-    yield ((ours + linear.LORA_A, f'{into}U',
-            f'{PREFIX}{module}.lora_A.weight', f'U {into}'),
+    yield ((ours + linear.LORA_A, f'{into}Z',
+            f'{PREFIX}{module}.lora_A.weight', f'Z {into}'),
            module, not transposed)
-    yield ((ours + linear.LORA_B, f'U{out}',
-            f'{PREFIX}{module}.lora_B.weight', f'{out} U'),
+    yield ((ours + linear.LORA_B, f'Z{out}',
+            f'{PREFIX}{module}.lora_B.weight', f'{out} Z'),
            module, not transposed)
 
 

@@ -60,18 +60,20 @@ CLASSES: tuple[tuple[str, str | Callable, str], ...] = (
     (r'model\.(norm_eps|sinusoid|learned_stretch|rope\..*|relative\.max_distance'
      r'|sliding_window|attention_(softcap|scale)|embed_scale|logits_scale'
      r'|logits_softcap|parametrization|mup_base_(width|head_dim)|dtype'
-     r'|lora\.alpha|kinds\.\w+\.(window|rope\..*|attention_(softcap|scale))'
+     r'|latent\.scale|lora\.alpha'
+     r'|kinds\.\w+\.(window|rope\..*|attention_(softcap|scale))'
      r'|moe\.(top_k|dispatch|capacity_factor|normalize_gates|group_size))',
      OPTIMISATION, 'the same parameters in another function'),
-    (r'model\.(arch|norm|embed_norm|position|ffn|block|attention|qk_norm'
-     r'|attention_sinks|attention_bias|ffn_bias|tie_embeddings|logits_bias|head'
-     r'|lora\.(rank|targets)|pattern|prefix|kinds(\..*)?'
+    (r'model\.(arch|norm|embed_norm|position|ffn|block|mixer|attention'
+     r'|qk_norm|attention_sinks|attention_bias|ffn_bias|tie_embeddings'
+     r'|logits_bias|head|lora\.(rank|targets)|pattern|prefix|kinds(\..*)?'
      r'|moe\.(router|ffn|shared_experts))', INCOMPATIBLE,
      'other parameters'),
     (r'model\.(d_model|num_layers|num_decoder_layers|num_heads|num_kv_heads'
      r'|head_dim|d_ff|vocab_size|max_len|type_vocab_size|num_labels'
      r'|param_dtype'
-     r'|relative\.buckets|moe\.(num_experts|d_ff))', INCOMPATIBLE,
+     r'|relative\.buckets|latent\.(q_rank|kv_rank|nope_dim|rope_dim|v_dim)'
+     r'|moe\.(num_experts|d_ff))', INCOMPATIBLE,
      'parameters of another shape or dtype'),
 )
 

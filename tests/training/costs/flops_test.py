@@ -1,6 +1,7 @@
 """Model FLOPs, counted in the traced program, against closed formulas and by
 hand."""
 
+import dataclasses
 import types
 
 import flax.linen as nn
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 import architectures
-from architectures.parts import attention, blocks, ffn, linear
+from architectures.parts import attention, ffn, linear, mixers
 from architectures.parts.config import LayerKind
 from configs import base
 from tests.helpers import flops_formulas as formulas
@@ -92,7 +93,8 @@ def test_an_attention_gate_that_is_added_is_counted(monkeypatch):
       return y_BLD * jax.nn.sigmoid(x_BLD @ gate_DD), cache
 
   plain = flops.forward_flops(model(num_layers=2), LENGTH)
-  monkeypatch.setattr(blocks, 'Attention', Gated)
+  monkeypatch.setitem(mixers.MIXERS, 'attention', dataclasses.replace(
+      mixers.MIXERS['attention'], module=Gated))
   config = model(num_layers=2, norm_eps=1e-8)  # of which no count is kept
   gated = flops.forward_flops(config, LENGTH)
   assert gated['attention'] == plain['attention']

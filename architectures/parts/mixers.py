@@ -1,0 +1,59 @@
+"""What mixes the tokens of a layer: (x_BLD, context, cache) -> (y_BLD, cache).
+
+An entry of MIXERS is all that there is of one. A new one is a file like
+latent.py, and its entry here.
+"""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+
+from architectures.parts import attention
+from architectures.parts import latent
+from architectures.parts.config import ModelConfig
+from architectures.parts.latent_config import LatentConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixer:
+  """One way of mixing tokens.
+
+  Attributes:
+    module: of (config, kind), named by the block; its parameters stand under
+      that name. Its FUSED says whether it may do without scores [B, H, L, M].
+    cache: (config, shape) -> an empty attention.Cache, or one that has what
+      others read of it; `shape` is [..., B, M].
+    products: config -> which of linear.PRODUCTS a layer has.
+    fields: of config.model that no other mixer reads.
+    divided: (mesh axis, field of config.model that it must divide).
+    check: (config, stack) -> None; raises RequestError for what cannot be.
+      `stack` is what architectures.stack returns.
+  """
+  module: type[nn.Module]
+  cache: Callable[[ModelConfig, tuple[int, ...]], Any]
+  products: Callable[[ModelConfig], set[str]]
+  fields: tuple[str, ...] = ()
+  divided: tuple[tuple[str, str], ...] = ()
+  check: Callable[[ModelConfig, str], None] = lambda c, stack: None
+
+
+def of(c: ModelConfig) -> Mixer:
+  """Returns the mixer of a model, or of its layers of one kind."""
+  return MIXERS[c.mixer]
+
+
+MIXERS = {
+    'attention': Mixer(
+        attention.Attention, attention.empty,
+        products=lambda c: {'query', 'key', 'value', 'out'},
+        fields=('num_kv_heads', 'attention_scale', 'qk_norm'),
+        divided=(('tensor', 'num_kv_heads'),)),
+    'latent': Mixer(
+        latent.LatentAttention, latent.empty, latent.products,
+        fields=tuple(f'latent.{field.name}'
+                     for field in dataclasses.fields(LatentConfig)),
+        divided=(('fsdp', 'latent.kv_rank'), ('fsdp', 'latent.q_rank')),
+        check=latent.check),
+}
