@@ -20,7 +20,7 @@ from configs.errors import require
 
 # The fields of a kind, and of the model what each stands for.
 FIELDS: dict[str, str] = {name: name for name in (
-    'mixer', 'attention', 'attention_softcap', 'attention_scale',
+    'attention', 'mixer', 'attention_softcap', 'attention_scale',
     'attention_bias', 'attention_sinks', 'qk_norm', 'num_heads', 'num_kv_heads',
     'head_dim', 'mup_base_head_dim', 'position', 'rope', 'ffn', 'ffn_bias',
     'd_ff'
