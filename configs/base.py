@@ -226,6 +226,8 @@ def _model() -> dict:
       rope=dict(  # of rotary positions
           theta=10000.0,  # the base of the frequencies
           fraction=1.0,  # the share of a head that is rotated
+          # Pairs are neighbours, not features half a head apart.
+          interleaved=False,
           scaling='none',  # how they stretch past original_len
           factor=1.0,  # how many times the original length
           # The length that the scaling starts from; derived: max_len.

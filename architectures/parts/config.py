@@ -32,6 +32,7 @@ class RopeConfig:
   """Rotary positions (Su et al. 2021) and how they stretch past training."""
   theta: float
   fraction: float
+  interleaved: bool
   scaling: str
   factor: float
   original_len: int

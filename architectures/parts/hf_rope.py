@@ -18,7 +18,8 @@ SCALINGS = {'default': 'none', 'linear': 'linear', 'llama3': 'llama3',
 
 def read(reader: hf.Reader, *,
          theta: tuple[str, float] = ('rope_theta', 10000.0),
-         fraction: tuple[str, float] | None = None) -> dict:
+         fraction: tuple[str, float] | None = None,
+         interleaved: bool = False, on_scores: bool = False) -> dict:
   """Returns model.rope, of a new config.json (rope_parameters) or an old one
   (rope_theta, rope_scaling).
 
@@ -31,6 +32,8 @@ def read(reader: hf.Reader, *,
     fraction: likewise of the share of a head that is turned. None: of a system
       that turns whole heads, whatever its config.json says: transformers does
       not read the share there, so that one is refused.
+    interleaved: whether this system pairs neighbours.
+    on_scores: whether it puts YaRN's mscale_all_dim on the scores.
   """
   new, old = reader.section('rope_parameters'), reader.section('rope_scaling')
   r = old if old else new
@@ -40,7 +43,7 @@ def read(reader: hf.Reader, *,
           'fixed form, rope_theta times factor ** (dim / (dim - 2))')
   rope: dict[str, Any] = dict(
       theta=r('rope_theta', reader(*theta)),
-      fraction=_fraction(reader, r, fraction),
+      fraction=_fraction(reader, r, fraction), interleaved=interleaved,
       scaling=r.choose('rope_type', r('type', 'default'), SCALINGS))
   if rope['scaling'] == 'none':
     return rope
@@ -50,17 +53,30 @@ def read(reader: hf.Reader, *,
                 high_freq_factor=r('high_freq_factor', 4.0))
   if rope['scaling'] == 'yarn':
     rope.update(beta_fast=r('beta_fast', 32.0), beta_slow=r('beta_slow', 1.0))
-    r.must(truncate=True, attention_factor=rotary.yarn_temperature(
-        rope['factor']))
-    mscale = r('mscale', 0.0), r('mscale_all_dim', 0.0)
-    require(not all(mscale), f'config.json has mscale {mscale[0]} and '
-            f'mscale_all_dim {mscale[1]}: YaRN is only known here without')
+    rope.update(_mscale(r, on_scores))
+    r.must(truncate=True, attention_factor=rotary.yarn_factor(
+        **{name: rope[name] for name in ('factor', 'mscale', 'mscale_all_dim')}
+    ))
   if rope['scaling'] in ('llama3', 'yarn'):
     rope['original_len'] = r(
         'original_max_position_embeddings',
         reader('original_max_position_embeddings',
                reader('max_position_embeddings', 0)))
   return rope
+
+
+def _mscale(r: hf.Reader, on_scores: bool) -> dict[str, float]:
+  """Returns the parts of YaRN's temperature. Where one of theirs is 0,
+  transformers reads neither on cos and sin."""
+  mscale, all_dim = r('mscale', 0.0), r('mscale_all_dim', 0.0)
+  both = bool(mscale and all_dim)
+  require(on_scores or not both, f'config.json has mscale {mscale} and '
+          f'mscale_all_dim {all_dim}: YaRN is only known here without, but in '
+          'systems of DeepSeek')
+  require(both or not (on_scores and all_dim), 'config.json has mscale_all_dim '
+          f'{all_dim} without mscale: YaRN is only known here with both')
+  return (dict(mscale=mscale, mscale_all_dim=all_dim) if both else
+          dict(mscale=1.0, mscale_all_dim=0.0))
 
 
 def _fraction(reader: hf.Reader, rope: hf.Reader,
@@ -75,15 +91,20 @@ def _fraction(reader: hf.Reader, rope: hf.Reader,
   return 1.0
 
 
-def write(c: ModelConfig, *, whole_heads: bool = True) -> dict:
+def write(c: ModelConfig, *, whole_heads: bool = True,
+          interleaved: bool = False, on_scores: bool = False) -> dict:
   """Returns rope_parameters for the config `c`.
 
   Args:
     c: the config.
     whole_heads: whether transformers turns whole heads in this system, and
       does not read that it should turn a part.
+    interleaved, on_scores: as of `read`.
   """
   r = c.rope
+  require(r.interleaved == interleaved, 'model.rope.interleaved is '
+          f'{r.interleaved}, which transformers has not in this architecture: '
+          f'set it to {interleaved}')
   require(r.fraction == 1 or not whole_heads,
           f'model.rope.fraction is {r.fraction}, but transformers turns whole '
           'heads in this architecture, whatever its config.json says')
@@ -105,6 +126,13 @@ def write(c: ModelConfig, *, whole_heads: bool = True) -> dict:
                 high_freq_factor=r.high_freq_factor)
   if r.scaling == 'yarn':
     rope.update(beta_fast=r.beta_fast, beta_slow=r.beta_slow)
+    if (r.mscale, r.mscale_all_dim) != (1, 0):
+      require(on_scores and r.mscale and r.mscale_all_dim, 'model.rope.mscale '
+              f'is {r.mscale} and model.rope.mscale_all_dim '
+              f'{r.mscale_all_dim}, which this config.json cannot say: set '
+              'them to 1 and 0'
+              + (', or both above 0' if on_scores else ''))
+      rope.update(mscale=r.mscale, mscale_all_dim=r.mscale_all_dim)
   if r.scaling in ('llama3', 'yarn'):
     rope['original_max_position_embeddings'] = r.original_len
   return rope

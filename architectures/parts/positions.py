@@ -287,7 +287,8 @@ POSITIONS = {
     'rope': Position(
         rotate=rotary.rotate, score_factor=rotary.score_factor,
         check=_check_rope, longer=_longer_rope,
-        fields=('rope.theta', 'rope.fraction', 'rope.scaling')),
+        fields=('rope.theta', 'rope.fraction', 'rope.interleaved',
+                'rope.scaling')),
     'alibi': Position(bias=_alibi_bias),
     'relative': Position(
         stack_bias=RelativeBias, check=_check_relative,

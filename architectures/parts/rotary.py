@@ -72,11 +72,11 @@ def yarn_temperature(factor: float, mscale: float = 1.0) -> float:
   return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
-def yarn_factor(r: RopeConfig) -> float:
+def yarn_factor(factor: float, mscale: float, mscale_all_dim: float) -> float:
   """On cos and sin: what is left of the temperature where DeepSeek-V2's
   mscale_all_dim puts a part of it on whole scores."""
-  return yarn_temperature(r.factor, r.mscale) / yarn_temperature(
-      r.factor, r.mscale_all_dim)
+  return yarn_temperature(factor, mscale) / yarn_temperature(
+      factor, mscale_all_dim)
 
 
 def score_factor(c: ModelConfig) -> float:
@@ -104,7 +104,7 @@ def _yarn(r: RopeConfig, dim: int):
   ramp = (jnp.arange(dim // 2) - low) / max(high - low, 0.001)
   keep = 1 - jnp.clip(ramp, 0, 1)
   return ((1 - keep) * frequency / r.factor + keep * frequency,
-          yarn_factor(r))
+          yarn_factor(r.factor, r.mscale, r.mscale_all_dim))
 
 
 def _check_ntk(r: RopeConfig, dim: int) -> None:
@@ -132,7 +132,8 @@ def rotate(x_BLHK: jax.Array, positions_BL: jax.Array,
   """Turns the first `rope.fraction` of each head by its position.
 
   Feature i is paired with i + K'/2, as in GPT-NeoX and Hugging Face; the
-  paper pairs neighbours, which is the same up to a permutation of features.
+  paper pairs neighbours (`rope.interleaved`), which is the same up to a
+  permutation of features.
   """
   dim = rotary_dim(config)
   frequency, factor = rope_frequencies(config)
@@ -141,7 +142,13 @@ def rotate(x_BLHK: jax.Array, positions_BL: jax.Array,
   cos = (jnp.cos(angle) * factor).astype(x_BLHK.dtype)
   sin = (jnp.sin(angle) * factor).astype(x_BLHK.dtype)
   a, b, rest = jnp.split(x_BLHK, (dim // 2, dim), axis=-1)
-  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1)
+  if config.rope.interleaved:
+    a, b = x_BLHK[..., 0:dim:2], x_BLHK[..., 1:dim:2]
+  turned = a * cos - b * sin, b * cos + a * sin
+  if config.rope.interleaved:
+    pairs = jnp.stack(turned, -1)
+    turned = (pairs.reshape(*pairs.shape[:-2], dim),)
+  return jnp.concatenate([*turned, rest], -1)
 
 
 SCALINGS = {

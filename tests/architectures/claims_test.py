@@ -2,6 +2,7 @@
 each shown. claims_moe_test.py has the mixtures, architectures_doc_test.py the
 tables."""
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -165,6 +166,17 @@ def test_ropes_scores_depend_on_distance_only():
   np.testing.assert_allclose(  # a rotation: lengths stay
       jnp.linalg.norm(turned, axis=-1), jnp.full((1, 12, 1),
                                                  jnp.linalg.norm(q_K)), 1e-5)
+
+
+def test_pairs_of_neighbours_are_a_permutation_of_those_of_halves():
+  c, at = resolved(position='rope', rope=dict(fraction=0.75)), jnp.arange(12)
+  near = dataclasses.replace(c, rope=dataclasses.replace(
+      c.rope, interleaved=True))
+  x = normal(0, 1, 12, 2, 8)
+  order = jnp.array([0, 2, 4, 1, 3, 5, 6, 7])
+  np.testing.assert_array_equal(
+      rotary.rotate(x, at[None], near)[..., order],
+      rotary.rotate(x[..., order], at[None], c))
 
 
 def test_rope_needs_its_cos_and_its_rotate_to_pair_alike():

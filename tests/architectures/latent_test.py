@@ -88,6 +88,21 @@ def test_a_layer_equals_its_definition():
   np.testing.assert_allclose(y_BLD, want, atol=2e-6 * np.abs(want).max())
 
 
+def test_a_temperature_of_scores_is_that_of_heads_turned_whole():
+  """And of heads turned in part it is another, by its square."""
+  yarn = lambda **fields: make(**dict(mixer='attention'), rope=dict(
+      scaling='yarn', factor=4.0, original_len=8, **fields))
+  (module, params), (other, _) = yarn(), yarn(mscale_all_dim=1.0)
+  tokens = models.tokens(2, 12)
+  models.close(models.logits(module, params, tokens),
+               models.logits(other, params, tokens))
+  module, _ = make(rope=dict(scaling='yarn', factor=4.0, mscale=0.5,
+                             mscale_all_dim=0.5))
+  layer = latent.LatentAttention(module.config, None)
+  assert layer.scale == pytest.approx(
+      10 ** -0.5 * (1 + 0.05 * np.log(4.0)) ** 2)
+
+
 @pytest.mark.parametrize('dtype, rtol', [
     ('float32', 1e-5),
     pytest.param('bfloat16', 4e-2, marks=pytest.mark.slow)])

@@ -31,7 +31,8 @@ OTHER = {
     'moe.balance_loss': 'importance', 'moe.balance_weight': 0.5,
     'moe.z_loss_weight': 0.1, 'moe.expert_dropout': 0.2, 'moe.group_size': 8,
     'moe.bias_rate': 0.5, 'lora.alpha': 5.0, 'lora.targets': 'out',
-    'lora.dropout': 0.2, 'rope.mscale': 0.5, 'rope.mscale_all_dim': 0.7,
+    'lora.dropout': 0.2, 'rope.interleaved': True, 'rope.mscale': 0.5,
+    'rope.mscale_all_dim': 0.7,
     'num_kv_heads': 1, 'attention_scale': 0.3, 'qk_norm': True,
     'latent.q_rank': 5, 'latent.kv_rank': 9, 'latent.nope_dim': 6,
     'latent.rope_dim': 6, 'latent.v_dim': 3, 'latent.scale': 0.3,
@@ -88,7 +89,7 @@ def test_what_is_listed_changes_nothing(system, changes):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('fields, system, changes', [
-    (('rope.theta', 'rope.fraction'), 'llama', {}),
+    (('rope.theta', 'rope.fraction', 'rope.interleaved'), 'llama', {}),
     (('rope.original_len', 'rope.beta_fast', 'rope.beta_slow'), 'llama',
      dict(rope=dict(scaling='yarn', factor=2.0, original_len=4096))),
     (('rope.mscale', 'rope.mscale_all_dim'), 'llama',
