@@ -28,7 +28,7 @@ WORKLOADS = {
 }
 SEEDS = {'noise': 6, 'tune': 1, 'screen': 12, 'confirm': 6}
 TUNING = {'fields': {'optim.lr': (1e-3, 2e-3, 4e-3, 8e-3)}, 'extend': 1}
-EFFECT = 0.15  # nats a byte
+EFFECT = 0.16  # nats a byte
 MATCH = 'params'
 
 

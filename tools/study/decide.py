@@ -105,9 +105,10 @@ def announce(plan: Plan, rows: Sequence[findings.Noise]
   both = screen * confirm
   enough = both >= plan.power
   told = (f'An effect of {plan.effect:g} in {plan.primary.name} is found with '
-          f'a probability of {both:.0%} or more: it passes the screening '
-          f'({plan.seeds.screen} seeds) in {screen:.0%} of such studies, and '
-          f'the confirmation ({plan.seeds.confirm} seeds) in {confirm:.0%}.')
+          f'a probability of {math.floor(100 * both)}% or more: it passes the '
+          f'screening ({plan.seeds.screen} seeds) in {screen:.0%} of such '
+          f'studies, and the confirmation ({plan.seeds.confirm} seeds) in '
+          f'{confirm:.0%}.')
   if not enough:
     told += (f' That is less than the {plan.power:.0%} that the plan wants: '
              + '; '.join(_wanted(plan, own[phase])

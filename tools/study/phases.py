@@ -203,6 +203,7 @@ def shorten(changes: dict, base: dict, steps: int, share: float) -> None:
   for field in ('checkpoint.every_steps', 'log.every_steps'):
     group, name = field.split('.')
     changes[field] = min(changes.get(field, base[group][name]), short)
-  stages = changes.get('data.batch_ramp', base['data']['batch_ramp'])
+  stages = changes.get('data.batch_ramp', base['data'].get(
+      'batch_ramp', ''))  # earlier plans have none
   if stages:
     changes['data.batch_ramp'] = ramp.scaled(stages, steps, short)

@@ -119,7 +119,8 @@ class Trainer:
       rows[run.point]['seeds'].append(run.seed)
     return {'name': f'{plan.name}, {folder}', 'file': plan.file,
             'match': plan.match, 'match_field': plan.match_field,
-            'base': runs[0].point, 'base_config': self._frozen.base_config,
+            'base': runs[0].point, 'base_config': frozen_lib.filled(
+                self._frozen.base_config),
             'paired': True, 'points': list(rows.values())}
 
   def _tokens(self, point: Mapping, run: Run) -> int:
@@ -133,7 +134,9 @@ class Trainer:
     sweep = curves.read(path, description, states)
     if sweep.strangers:
       raise RequestError(f'{path} holds runs of another config than the plan '
-                         f'says: {"; ".join(sweep.strangers)}; move them away')
+                         f'says: {"; ".join(sweep.strangers[:3])}'
+                         + '; ...' * (len(sweep.strangers) > 3)
+                         + '; move them away')
     points = {point.name: point for point in sweep.points}
     found, failed = [], []
     for run in runs:

@@ -128,9 +128,11 @@ def differing(description: dict, workdir, point: str, seed: int
     ValueError: where its config.json is missing or damaged.
   """
   from training.workdir import run_config
-  got = run_config.flatten(
-      run_config.load_config(run_folder(workdir, point, seed)))
-  expected = run_config.flatten(config(description, point, seed))
+  loaded = run_config.load_config(run_folder(workdir, point, seed))
+  wanted = config(description, point, seed)
+  for each in (loaded, wanted):  # either may be older than this version
+    run_config.filled(each)
+  got, expected = run_config.flatten(loaded), run_config.flatten(wanted)
   return [name for name in {**expected, **got}
           if got.get(name, run_config.MISSING)
           != expected.get(name, run_config.MISSING)]

@@ -1,5 +1,6 @@
 """Studies on disk: killed and resumed, by two runners, amended, failed."""
 
+import copy
 import dataclasses
 import json
 import threading
@@ -212,6 +213,22 @@ def test_what_an_amended_plan_leaves_out_is_not_run(frozen, tmp_path):
   own = start(tmp_path, frozen, until='noise', amend='too many')
   assert len(own.did) == 16  # of 18, and none of the six of the fourth seed
   assert {seed for _, _, seed in own.did} <= set(frozen.plan.seeds.of('noise'))
+
+
+def test_a_plan_of_before_some_fields_goes_on(frozen, tmp_path):
+  old = dataclasses.replace(frozen, base_config=copy.deepcopy(
+      frozen.base_config))
+  for group, name in (('model', 'mixer'), ('data', 'batch_ramp')):
+    del old.base_config[group][name]
+  start(tmp_path, old, until='noise')
+  for path in tmp_path.glob('noise/points/*/*/config.json'):
+    tree = json.loads(path.read_text())
+    del tree['model']['mixer']
+    path.write_text(json.dumps(tree))
+  own = start(tmp_path, frozen)  # which needs no --amend
+  assert not [did for did in own.did if did[0] == 'noise']
+  assert run_lib.load(tmp_path).hash == old.hash
+  assert read(tmp_path)['confirm'][0]['verdict'] == 'worse'
 
 
 def test_a_plan_that_was_written_over_is_refused(frozen, tmp_path):
