@@ -279,11 +279,13 @@ def _model() -> dict:
       sliding_window=0,
       attention_softcap=0.0,  # bounds the attention scores; 0: none
       qk_norm=False,  # a norm of queries and of keys
+      qk_norm_over='head',  # what it is over: a head, or the whole projection
       attention_sinks=False,  # a learned term in the softmax's denominator
       # The factor of the scores; derived: head_dim ** -0.5 (with mup: that of
       # the base).
       attention_scale=0.0,
       attention_bias=True,  # biases in the products of attention
+      attention_out_bias=True,  # if so, in the product of its output too
       ffn_bias=True,  # biases in the feed-forward network
       tie_embeddings=True,  # the head is the embedding's transpose
       # The factor of the embedding; 0, derived: d_model ** 0.5 (with mup: that

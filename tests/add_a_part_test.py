@@ -110,21 +110,20 @@ KINDS['chunked'] = Kind(
     sees=lambda c, q, k: q // c.sliding_window == k // c.sliding_window,
     fields=('sliding_window',), check=_check_banded)
 ''', dict(sliding_window=4), flops=N * 2 * 2 * D * (SEEN_OF_4 - SEEN)),
-    Part('block wiring', 'block', 'norm_last', '''
-class NormLast(Block):
-  """x + n(A(x)); x + n(F(x)) (Swin v2, OLMo 2)."""
+    Part('block wiring', 'block', 'one_norm', '''
+class OneNorm(Block):
+  """x + A(n(x)) + F(n(x)) (GPT-J; PaLM: Chowdhery et al. 2022)."""
 
   @nn.compact
   def __call__(self, x_BLD, ctx, cache):
-    y_BLD, cache = self.attention()(x_BLD, ctx, cache)
-    x_BLD = x_BLD + self.drop(self.norm('attention_norm')(y_BLD), ctx)
-    y_BLD, aux = self.ffn()(x_BLD, ctx)
-    x_BLD = x_BLD + self.drop(self.norm('ffn_norm')(y_BLD), ctx)
-    return residual(x_BLD), cache, aux
+    n_BLD = self.norm('attention_norm')(x_BLD)
+    y_BLD, cache = self.attention()(n_BLD, ctx, cache)
+    z_BLD, aux = self.ffn()(n_BLD, ctx)
+    return residual(x_BLD + self.drop(y_BLD + z_BLD, ctx)), cache, aux
 
 
-BLOCKS['norm_last'] = NormLast
-'''),
+BLOCKS['one_norm'] = OneNorm
+''', parameters=-N * 2 * D),
     Part('router', 'moe.router', 'softplus', '''
 def softplus(m, x):
   """The best by logit, weighed by softplus(logit)."""

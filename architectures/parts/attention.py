@@ -3,7 +3,8 @@
 Heads may share keys and values (grouped heads: Ainslie et al. 2023, num_kv
 heads = 1: Shazeer 2019), be banded (a query sees the last `sliding_window`
 keys), capped (softcap * tanh(score / softcap), Gemma 2), have normalised
-queries and keys (QK-norm) and a learned sink per head in the denominator.
+queries and keys (QK-norm: each head by itself, as in Qwen3, or all that is
+projected, as in OLMo 2) and a learned sink per head in the denominator.
 
 An entry of KINDS, at the end of this file, is all that there is of what the
 queries of a layer see.
@@ -27,6 +28,7 @@ from architectures.parts import xla_attention
 from architectures.parts.config import LayerKind, ModelConfig
 from configs.errors import require
 
+QK_NORMS = ('head', 'projection')  # what one norm of queries or keys is over
 QUERIES = 1024  # whose keys are counted at once
 
 
@@ -170,7 +172,7 @@ class Attention(nn.Module):
     rotate = None if self.cross else positions.of(c).rotate
     q_BLHK = self._project('query', x_BLD, c.num_heads, 'heads', ctx)
     if c.qk_norm:
-      q_BLHK = norms.norm(c, 'query_norm', 'head')(q_BLHK)
+      q_BLHK = self._normalise('query_norm', q_BLHK, 'heads')
     if self.cross and ctx.memory_BMD is None:
       k_BMJK, v_BMJK = cache.memory_key_BMJK, cache.memory_value_BMJK
     else:
@@ -213,7 +215,7 @@ class Attention(nn.Module):
                             in_axes=(0, 1), residual=True)
     y_BLD = linear.product(self, 'out', 'BLHK,HKD->BLD', o_BLHK, out_HKD, axes,
                            deterministic=ctx.deterministic)
-    if c.attention_bias:
+    if c.attention_bias and c.attention_out_bias:
       y_BLD = linear.add_bias(
           y_BLD, linear.bias(self, 'out_bias', (c.d_model,), ('embed',)))
     return y_BLD
@@ -286,8 +288,17 @@ class Attention(nn.Module):
     k_BMJK = self._project('key', x_BMD, c.num_kv_heads, 'kv_heads', ctx)
     v_BMJK = self._project('value', x_BMD, c.num_kv_heads, 'kv_heads', ctx)
     if c.qk_norm:
-      k_BMJK = norms.norm(c, 'key_norm', 'head')(k_BMJK)
+      k_BMJK = self._normalise('key_norm', k_BMJK, 'kv_heads')
     return k_BMJK, v_BMJK
+
+  def _normalise(self, name: str, x_BLHK: jax.Array, axis: str) -> jax.Array:
+    """Returns queries or keys with a norm over each head or over all heads,
+    whose logical axis is `axis`."""
+    if self.config.qk_norm_over == 'head':
+      return norms.norm(self.config, name, 'head')(x_BLHK)
+    y_BLU = norms.norm(self.config, name, axis)(
+        x_BLHK.reshape(*x_BLHK.shape[:2], -1))
+    return y_BLU.reshape(x_BLHK.shape)
 
   def _project(self, name: str, x_BLD: jax.Array, heads: int, axis: str,
                ctx: Context):

@@ -4,6 +4,7 @@ pre_norm   x + A(n(x)); x + F(n(x))            (GPT-2, LLaMA, T5)
 post_norm  n(x + A(x)); n(x + F(x))            (the Transformer, BERT)
 parallel   x + A(n1(x)) + F(n2(x))             (GPT-NeoX)
 sandwich   x + n(A(n(x))); x + n(F(n(x)))      (CogView, Gemma 2)
+out_norm   x + n(A(x)); x + n(F(x))            (OLMo 2: arXiv 2501.00656, 3.1)
 
 A is self-attention and, in a decoder with a memory, C follows it wired alike.
 An entry of BLOCKS, at the end of this file, is all that there is of one.
@@ -120,9 +121,24 @@ class Sandwich(Block):
     return residual(x_BLD + self.drop(y_BLD, ctx)), cache, aux
 
 
+class OutNorm(Block):
+
+  @nn.compact
+  def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[Cache]):
+    y_BLD, cache = self.attention()(x_BLD, ctx, cache)
+    x_BLD = x_BLD + self.drop(self.norm('attention_out_norm')(y_BLD), ctx)
+    if self.kind.cross:
+      y_BLD, cache = self.cross_attention()(x_BLD, ctx, cache)
+      x_BLD = x_BLD + self.drop(self.norm('cross_out_norm')(y_BLD), ctx)
+    y_BLD, aux = self.ffn()(x_BLD, ctx)
+    y_BLD = self.drop(self.norm('ffn_out_norm')(y_BLD), ctx)
+    return residual(x_BLD + y_BLD), cache, aux
+
+
 BLOCKS = {
     'pre_norm': PreNorm,
     'post_norm': PostNorm,
     'parallel': Parallel,
     'sandwich': Sandwich,
+    'out_norm': OutNorm,
 }

@@ -74,6 +74,7 @@ def names() -> dict[str, Collection[str]]:
       'sinusoid': positions.SINUSOIDS,
       'ffn': (*FFNS, 'moe'),
       'block': BLOCKS,
+      'qk_norm_over': attention.QK_NORMS,
       'attention_kernel': kernels.names(),
       'init': linear.INITS,
       'lora.targets': (*linear.PRODUCTS, linear.ALL),

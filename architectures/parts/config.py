@@ -146,9 +146,11 @@ class ModelConfig:
   sliding_window: int
   attention_softcap: float
   qk_norm: bool
+  qk_norm_over: str
   attention_sinks: bool
   attention_scale: float
   attention_bias: bool
+  attention_out_bias: bool
   ffn_bias: bool
   tie_embeddings: bool
   embed_scale: float

@@ -48,7 +48,7 @@ MIXERS = {
     'attention': Mixer(
         attention.Attention, attention.empty,
         products=lambda c: {'query', 'key', 'value', 'out'},
-        fields=('num_kv_heads', 'attention_scale', 'qk_norm'),
+        fields=('num_kv_heads', 'attention_scale', 'qk_norm', 'qk_norm_over'),
         divided=(('tensor', 'num_kv_heads'),)),
     'latent': Mixer(
         latent.LatentAttention, latent.empty, latent.products,

@@ -59,6 +59,13 @@ CONDITIONS = (
         ('init_scale',), Row('model.init is fan_in', ('init',)),
         lambda c: c.init == 'fan_in'),
     Condition(
+        ('qk_norm_over',), Row('model.qk_norm is True', ('qk_norm',)),
+        lambda c: c.qk_norm),
+    Condition(
+        ('attention_out_bias',),
+        Row('model.attention_bias is True', ('attention_bias',)),
+        lambda c: c.attention_bias),
+    Condition(
         tuple(f'moe.{field.name}' for field in dataclasses.fields(MoEConfig)),
         Row('model.ffn is moe', ('ffn',)), lambda c: c.ffn == 'moe'),
     Condition(

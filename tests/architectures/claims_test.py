@@ -16,6 +16,7 @@ from architectures.parts import norms
 from architectures.parts import positions
 from architectures.parts import rotary
 from architectures.parts.attention import Context
+from architectures.parts.blocks import BLOCKS
 from architectures.parts.ffn import FFN
 from architectures.parts.xla_attention import attend
 from tests.helpers import models
@@ -302,9 +303,6 @@ def test_swiglus_gate():
   # No gate in [0, 1]: silu goes below 0, and above 1.
   assert -0.28 < jax.nn.silu(jnp.linspace(-5, 5, 99)).min() < -0.27
   assert jax.nn.silu(5.0) > 1
-
-
-BLOCKS = ('pre_norm', 'parallel', 'sandwich', 'post_norm')
 
 
 @pytest.mark.slow

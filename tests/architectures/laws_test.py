@@ -26,7 +26,9 @@ ATTENTIONS = {
     'banded': dict(attention='global,banded', sliding_window=5),
     'capped': dict(attention_softcap=5.0),
     'qk_norm': dict(qk_norm=True),
-    'sinks': dict(attention_sinks=True),
+    # What adds nothing to another is tried beside it.
+    'sinks': dict(attention_sinks=True, qk_norm=True, num_kv_heads=2,
+                  qk_norm_over='projection', attention_out_bias=False),
     'latent': dict(mixer='latent'),
 }
 PARTS = dict(position=POSITIONS, block=BLOCKS, norm=NORMS, ffn=FFNS,

@@ -296,6 +296,10 @@ def test_a_block_follows_its_equations(block, cross):
   elif block == 'parallel':
     want = (x + A(n('attention', x)) + F(n('ffn', x))
             + (C(n('cross', x)) if cross else 0))
+  elif block == 'out_norm':
+    x = x + n('attention_out', A(x))
+    x = x + n('cross_out', C(x)) if cross else x
+    want = x + n('ffn_out', F(x))
   else:
     x = x + n('attention_out', A(n('attention', x)))
     x = x + n('cross_out', C(n('cross', x))) if cross else x

@@ -20,7 +20,8 @@ ROWS = [dict(position=p, block=b,
              attention=tuple(ATTENTIONS)[(i + j) % len(ATTENTIONS)],
              norm=NORMS[(i + j) % len(NORMS)],
              ffn=FFNS[(i + 2 * j) % len(FFNS)])
-        for j, b in enumerate(BLOCKS) for i, p in enumerate(POSITIONS)]
+        for j, b in enumerate(BLOCKS) for i, p in enumerate(
+            (POSITIONS * 2)[:max(len(POSITIONS), len(ATTENTIONS))])]
 
 
 def _close(scan, loop):

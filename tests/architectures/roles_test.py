@@ -47,7 +47,8 @@ def test_axes_as_a_picture():
 @pytest.mark.parametrize('fields', [
     dict(),
     dict(ffn='swiglu', tie_embeddings=False, qk_norm=True, logits_bias=True,
-         attention_sinks=True, position='relative', num_kv_heads=2),
+         qk_norm_over='projection', attention_sinks=True, position='relative',
+         num_kv_heads=2),
     dict(ffn='moe', moe=dict(router='sigmoid', shared_experts=1, every=2,
                              ffn='swiglu'))])
 def test_a_parameters_role_agrees_with_its_name_and_its_axes(arch, fields):

@@ -34,6 +34,7 @@ OTHER = {
     'lora.dropout': 0.2, 'rope.interleaved': True, 'rope.mscale': 0.5,
     'rope.mscale_all_dim': 0.7,
     'num_kv_heads': 1, 'attention_scale': 0.3, 'qk_norm': True,
+    'qk_norm_over': 'projection', 'attention_out_bias': False,
     'latent.q_rank': 5, 'latent.kv_rank': 9, 'latent.nope_dim': 6,
     'latent.rope_dim': 6, 'latent.v_dim': 3, 'latent.scale': 0.3,
 }
@@ -100,6 +101,7 @@ def test_what_is_listed_changes_nothing(system, changes):
     (('rope.low_freq_factor', 'rope.high_freq_factor'), 'llama',
      dict(rope=dict(scaling='llama3', factor=2.0))),
     (('sinusoid',), 'gpt', dict(position='sinusoidal')),
+    (('qk_norm_over', 'attention_out_bias'), 'gpt', dict(qk_norm=True)),
     (('relative.buckets', 'relative.max_distance'), 'gpt',
      dict(position='relative')),
     (('init_scale', 'ffn_dropout'), 'llama', dict(init='fan_in')),

@@ -156,8 +156,19 @@ MUTANTS = {
         ("y_BLD = self.norm('ffn_out_norm')(y_BLD)",
          "y_BLD = y_BLD + 0 * self.norm('ffn_out_norm')(y_BLD)",
          'parts: equations'),
-        ('self.cross_attention()(x_BLD, ctx, cache)',
-         "self.cross_attention()(0 * x_BLD, ctx, cache)", 'parts: equations'),
+        ("self.drop(self.norm('attention_out_norm')(y_BLD), ctx)",
+         "self.drop(y_BLD, ctx)", 'parts: equations'),
+        ("self.drop(self.norm('attention_out_norm')(y_BLD), ctx)",
+         "self.norm('attention_out_norm')(y_BLD)",
+         'dropout: x_on and out_norm'),
+        ("self.drop(self.norm('cross_out_norm')(y_BLD), ctx)",
+         "self.drop(y_BLD, ctx)", 'parts: equations'),
+        ("y_BLD = self.drop(self.norm('ffn_out_norm')(y_BLD), ctx)",
+         "y_BLD = self.drop(y_BLD, ctx)", 'parts: equations'),
+        *(('self.cross_attention()(x_BLD, ctx, cache)\n'
+           f'      x_BLD = {then}', 'self.cross_attention()(0 * x_BLD, ctx, '
+           f'cache)\n      x_BLD = {then}', 'parts: equations')
+          for then in ('self.norm', 'x_BLD + self.drop(self.norm')),
     ],
     'architectures/parts/heads.py': [
         ('logits_BLV = logits_BLV * self.scale', 'logits_BLV = logits_BLV * 1',

@@ -65,8 +65,9 @@ CLASSES: tuple[tuple[str, str | Callable, str], ...] = (
      r'|moe\.(top_k|dispatch|capacity_factor|normalize_gates|group_size))',
      OPTIMISATION, 'the same parameters in another function'),
     (r'model\.(arch|norm|embed_norm|position|ffn|block|mixer|attention'
-     r'|qk_norm|attention_sinks|attention_bias|ffn_bias|tie_embeddings'
-     r'|logits_bias|head|lora\.(rank|targets)|pattern|prefix|kinds(\..*)?'
+     r'|qk_norm(_over)?|attention_sinks|attention_(out_)?bias|ffn_bias'
+     r'|tie_embeddings|logits_bias|head|lora\.(rank|targets)|pattern|prefix'
+     r'|kinds(\..*)?'
      r'|moe\.(router|ffn|shared_experts))', INCOMPATIBLE,
      'other parameters'),
     (r'model\.(d_model|num_layers|num_decoder_layers|num_heads|num_kv_heads'

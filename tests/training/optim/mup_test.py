@@ -54,8 +54,10 @@ PARTS = dict(qk_norm=True, attention_sinks=True, logits_bias=True,
              position='relative', attention_bias=True, ffn_bias=True)
 
 
-@pytest.mark.parametrize('parts', [dict(), PARTS], ids=['plain', 'parts'])
-@pytest.mark.parametrize('system', models.DECODERS)
+@pytest.mark.parametrize('system, parts', [
+    (system, parts) for system in models.DECODERS for parts in (
+        dict(), PARTS, *[PARTS | dict(qk_norm_over='projection')] * (
+            system == 'gpt'))])
 def test_rates_agree_with_the_shapes(system, parts):
   """Which axes are widths is seen by comparing two models, as the authors'
   package does; table 8 goes by how many of them a parameter has."""
