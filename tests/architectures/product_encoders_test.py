@@ -21,7 +21,9 @@ ROWS = [dict(position=p, block=b,
              norm=NORMS[(i + j) % len(NORMS)],
              ffn=FFNS[(i + 2 * j) % len(FFNS)])
         for j, b in enumerate(BLOCKS) for i, p in enumerate(
-            (POSITIONS * 2)[:max(len(POSITIONS), len(ATTENTIONS))])]
+            (*POSITIONS, *POSITIONS)[:max(len(POSITIONS), len(ATTENTIONS))])]
+
+ONE_STACK = ('latent',)  # refused with a memory to attend to
 
 
 def _close(scan, loop):
@@ -81,7 +83,8 @@ def check_encoder_decoder(parts):
     for block in BLOCKS for check in (check_encoder, check_encoder_decoder)])
 def test_laws_of_positions_and_attentions(block, check):
   for parts in ROWS:
-    if parts['block'] == block:
+    if parts['block'] == block and (
+        check is check_encoder or parts['attention'] not in ONE_STACK):
       try:
         check(parts)
       except Exception as error:
