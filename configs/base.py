@@ -246,6 +246,10 @@ def _model() -> dict:
           max_distance=128,  # the last bucket has all larger distances
       ),
       ffn='gelu',  # the feed-forward network; moe: a mixture of experts
+      clamp=dict(  # of ffn=swiglu_clamped
+          alpha=1.702,  # multiplies the gate in its sigmoid
+          limit=7.0,  # the most that the gate and the other factor may be
+      ),
       block='pre_norm',  # how norms, attention and networks are wired
       # What mixes the tokens of a layer: attention, or latent, whose keys and
       # values are made of a small vector a token.
@@ -334,6 +338,11 @@ def _model() -> dict:
           num_experts=8,  # experts of a layer
           top_k=2,  # experts of a token (with expert_choice: on average)
           router='topk',  # which experts see a token
+          logit_bias=False,  # a bias of the router's logits
+          # Groups of experts, of which a token goes to the top_groups best: of
+          # topk and sigmoid; 1: there are none.
+          expert_groups=1,
+          top_groups=1,  # groups that a token may go to
           # The network of an expert, and of the dense layers between.
           ffn='gelu',
           d_ff=0,  # hidden units of one expert; derived: model.d_ff
@@ -350,12 +359,14 @@ def _model() -> dict:
           # The gates of a token sum to 1: of topk, sigmoid and sinkhorn, from
           # top_k 2 on.
           normalize_gates=True,
+          gate_scale=1.0,  # multiplies the gates, normalised or not
           # In training the router's input is multiplied by uniform(1 - j,
           # 1 + j).
           jitter=0.0,
           # Standard deviation of the noise on the router's logits in training.
           logit_noise=0.0,
-          balance_loss='switch',  # what asks for even load
+          # What asks for even load: switch importance sequence none.
+          balance_loss='switch',
           balance_weight=0.01,  # of the balance loss
           z_loss_weight=0.0,  # of log(Z)^2 of the router's logits
           expert_dropout=0.0,  # of the experts' hidden units

@@ -24,6 +24,7 @@ from architectures.parts.config import ModelConfig
 from architectures.parts.ffn import FFNS
 from architectures.parts.moe import experts
 from architectures.parts.moe import grouped_kernels
+from architectures.parts.moe import health
 from architectures.parts.moe import routing
 from architectures.parts.norms import NORMS
 from architectures.parts.skeletons import REMAT
@@ -37,7 +38,8 @@ RANGES = (
         'norm_eps', 'attention_scale', 'init_scale', 'rope.theta',
         'rope.original_len', 'rope.low_freq_factor', 'rope.beta_slow',
         'relative.buckets', 'relative.max_distance', 'latent.scale',
-        'moe.num_experts', 'moe.d_ff')),
+        'moe.num_experts', 'moe.d_ff', 'moe.expert_groups', 'moe.top_groups',
+        'moe.gate_scale', 'clamp.alpha', 'clamp.limit')),
     ('it must be >= 0', lambda x: x >= 0, (
         'attention_softcap', 'logits_softcap', 'init_stddev', 'rope.mscale',
         'rope.mscale_all_dim',
@@ -115,6 +117,7 @@ def check_model(c: ModelConfig, stacks: Mapping[str, str]) -> None:
           f'model.moe.num_experts {c.moe.num_experts}')
   if c.has_experts:
     routing.check_router(c, stack)
+    health.check_balance(c.moe)
 
 
 def _check_layers(c: ModelConfig, stack: str) -> None:

@@ -52,6 +52,13 @@ class RelativeConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ClampConfig:
+  """Of the network swiglu_clamped; see parts/ffn.py."""
+  alpha: float
+  limit: float
+
+
+@dataclasses.dataclass(frozen=True)
 class LoraConfig:
   """Low-rank adapters (Hu et al. 2021); see parts/linear.py."""
   rank: int
@@ -70,6 +77,9 @@ class MoEConfig:
   num_experts: int
   top_k: int
   router: str
+  logit_bias: bool
+  expert_groups: int
+  top_groups: int
   ffn: str
   d_ff: int
   shared_experts: int
@@ -78,6 +88,7 @@ class MoEConfig:
   capacity_factor: float
   eval_capacity_factor: float
   normalize_gates: bool
+  gate_scale: float
   jitter: float
   logit_noise: float
   balance_loss: str
@@ -135,6 +146,7 @@ class ModelConfig:
   rope: RopeConfig
   relative: RelativeConfig
   ffn: str
+  clamp: ClampConfig
   block: str
   mixer: str
   latent: LatentConfig
@@ -302,6 +314,7 @@ def make(fields: Mapping[str, Any]) -> ModelConfig:
       lora=LoraConfig(**{**lora, 'alpha': lora['alpha'] or lora['rank']}),
       moe=MoEConfig(**{**moe, 'd_ff': moe['d_ff'] or d_ff}),
       latent=latent_config.derived(fields['latent'], head_dim),
+      clamp=ClampConfig(**fields['clamp']),
       relative=RelativeConfig(**fields['relative'])))
 
 

@@ -3,21 +3,26 @@
 FFN(x) = act(x W_up) W_down (Vaswani et al. 2017, section 3.3), and gated:
 FFN(x) = (act(x W_gate) * x W_up) W_down (Shazeer 2020; SwiGLU: act = SiLU).
 
+relu2: relu(x)^2 (Primer: So et al. 2021, section 4.1). reglu: Shazeer's
+equation 5. swiglu_clamped: `clamped` (gpt-oss: OpenAI 2025, section 2.2).
+
 An entry of FFNS, at the end of this file, is all that there is of one; experts
 are made of the same.
 """
 
 from collections.abc import Callable
+import dataclasses
 import functools
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from architectures.parts import linear
 from architectures.parts import sharding
 from architectures.parts.attention import Context
-from architectures.parts.config import ModelConfig
+from architectures.parts.config import ClampConfig, ModelConfig
 
 gelu = functools.partial(jax.nn.gelu, approximate=False)
 gelu_tanh = functools.partial(jax.nn.gelu, approximate=True)
@@ -29,9 +34,51 @@ class Kind(NamedTuple):
   Attributes:
     act: the activation.
     gated: whether it multiplies x W_up, of a second product with x.
+    join: (x W_gate, x W_up, config.clamp) -> the hidden units, of a gated
+      network that is no act(x W_gate) * x W_up.
+    fields: of config.model that only some networks read.
   """
   act: Callable[[jax.Array], jax.Array]
   gated: bool = False
+  join: Optional[Callable[[jax.Array, jax.Array, ClampConfig], jax.Array]] = (
+      None)
+  fields: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Hidden:
+  """What leads to the hidden units; hashable, so a program can be keyed on it.
+
+  Attributes:
+    kind: a name of FFNS.
+    clamp: config.model.clamp.
+  """
+  kind: str
+  clamp: Optional[ClampConfig] = None
+
+  @property
+  def gated(self) -> bool:
+    return FFNS[self.kind].gated
+
+  def __call__(self, up: jax.Array, gate: Optional[jax.Array] = None
+               ) -> jax.Array:
+    """Returns the hidden units, of x W_up and, where it is gated, x W_gate."""
+    row = FFNS[self.kind]
+    if row.join:
+      return row.join(gate, up, self.clamp)
+    return row.act(gate) * up if row.gated else row.act(up)
+
+
+def relu2(x: jax.Array) -> jax.Array:
+  return jnp.square(jax.nn.relu(x))
+
+
+def clamped(gate: jax.Array, up: jax.Array, clamp: ClampConfig) -> jax.Array:
+  """g sigmoid(alpha g) (u + 1), with g = min(gate, limit) and u = up, bounded
+  by limit on both sides."""
+  gate = jnp.minimum(gate, clamp.limit)
+  up = jnp.clip(up, -clamp.limit, clamp.limit)
+  return gate * jax.nn.sigmoid(clamp.alpha * gate) * (up + 1)
 
 
 # What an activation computes on its way is computed again for the gradient: to
@@ -48,7 +95,7 @@ class FFN(nn.Module):
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context):
     c, F = self.config, self.width or self.config.d_ff
-    act, gated = FFNS[self.kind]
+    hidden = Hidden(self.kind, c.clamp)
     product = functools.partial(linear.product, self,
                                 deterministic=ctx.deterministic)
     into, out = ('embed', 'mlp'), ('mlp', 'embed')
@@ -58,15 +105,15 @@ class FFN(nn.Module):
     if c.ffn_bias:
       h_BLF = linear.add_bias(
           h_BLF, linear.bias(self, 'up_bias', (F,), ('mlp',)))
-    if gated:
+    if hidden.gated:
       gate_DF = linear.weight(self, 'gate', (c.d_model, F), into)
       g_BLF = product('gate', 'BLD,DF->BLF', x_BLD, gate_DF, into)
       if c.ffn_bias:
         g_BLF = linear.add_bias(
             g_BLF, linear.bias(self, 'gate_bias', (F,), ('mlp',)))
-      h_BLF = recomputed(lambda g, h: act(g) * h)(g_BLF, h_BLF)
+      h_BLF = recomputed(hidden)(h_BLF, g_BLF)
     else:
-      h_BLF = recomputed(act)(h_BLF)
+      h_BLF = recomputed(hidden)(h_BLF)
     h_BLF = nn.Dropout(c.ffn_dropout)(h_BLF, deterministic=ctx.deterministic)
     h_BLF = sharding.constrain(h_BLF, 'batch', 'length', 'mlp')
     y_BLD = product('down', 'BLF,FD->BLD', h_BLF, down_FD, out)
@@ -78,10 +125,14 @@ class FFN(nn.Module):
 
 FFNS = {
     'relu': Kind(jax.nn.relu),
+    'relu2': Kind(relu2),
     'gelu': Kind(gelu),
     'gelu_tanh': Kind(gelu_tanh),
     'silu': Kind(jax.nn.silu),
+    'reglu': Kind(jax.nn.relu, gated=True),
     'geglu': Kind(gelu, gated=True),
     'geglu_tanh': Kind(gelu_tanh, gated=True),
     'swiglu': Kind(jax.nn.silu, gated=True),
+    'swiglu_clamped': Kind(jax.nn.silu, gated=True, join=clamped,
+                           fields=('clamp.alpha', 'clamp.limit')),
 }

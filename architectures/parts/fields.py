@@ -40,6 +40,8 @@ MOST = {
     'latent.v_dim': 2**16,
     'moe.num_experts': 2**16,
     'moe.top_k': 2**16,
+    'moe.expert_groups': 2**16,
+    'moe.top_groups': 2**16,
     'moe.d_ff': 2**24,
     'moe.shared_experts': 2**10,
     'moe.group_size': 2**31 - 1,

@@ -154,9 +154,9 @@ def dense(ours: str, axes: str, theirs: str, their_axes: str
 # first. gelu_fast and gelu_new are the same tanh approximation.
 FFNS = {'gelu': 'gelu', 'gelu_new': 'gelu_tanh', 'gelu_fast': 'gelu_tanh',
         'gelu_pytorch_tanh': 'gelu_tanh', 'relu': 'relu', 'silu': 'silu',
-        'swish': 'silu'}
+        'swish': 'silu', 'relu2': 'relu2'}
 GATED = {'silu': 'swiglu', 'gelu': 'geglu', 'gelu_new': 'geglu_tanh',
-         'gelu_pytorch_tanh': 'geglu_tanh'}
+         'gelu_pytorch_tanh': 'geglu_tanh', 'relu': 'reglu'}
 
 
 def theirs(choices: Mapping[str, str], ours: str, field: str) -> str:

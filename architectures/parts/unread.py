@@ -19,6 +19,7 @@ from architectures.parts import mixers
 from architectures.parts import positions
 from architectures.parts import rotary
 from architectures.parts.config import MoEConfig, ModelConfig
+from architectures.parts.ffn import FFNS
 from architectures.parts.moe import health
 from architectures.parts.moe import routing
 from configs import kinds
@@ -77,6 +78,14 @@ CONDITIONS = (
         ('lora.alpha', 'lora.targets', 'lora.dropout'),
         Row('model.lora.rank is above 0', ('lora.rank',)),
         lambda c: c.lora.rank > 0),
+    Condition(
+        ('clamp.alpha', 'clamp.limit'),
+        Row('a network is swiglu_clamped', ('ffn', 'moe.ffn')),
+        lambda c: bool(FFNS[c.moe.ffn if c.ffn == 'moe' else c.ffn].fields)),
+    Condition(
+        ('moe.top_groups',),
+        Row('model.moe.expert_groups is above 1', ('moe.expert_groups',)),
+        lambda c: c.moe.expert_groups > 1),
     Condition(
         ('moe.group_size',),
         Row('an expert has a capacity, or model.moe.router chooses within '

@@ -233,8 +233,10 @@ def test_refuses_what_does_not_divide(fields, words):
 @pytest.mark.parametrize('fields', [
     dict(router='expert_choice', group_size=8),
     dict(router='gshard', capacity_factor=1.0, group_size=32),
-    dict(router='sinkhorn', ffn='swiglu', dispatch='dropless'),
-    dict(router='sigmoid', balance_loss='importance', balance_weight=0.1),
+    dict(router='sinkhorn', ffn='swiglu_clamped', dispatch='dropless',
+         logit_bias=True, balance_loss='sequence', balance_weight=0.1),
+    dict(router='sigmoid', balance_loss='importance', balance_weight=0.1,
+         expert_groups=4, top_groups=2, gate_scale=2.5),
 ], ids=lambda fields: fields['router'])
 def test_routers_route_alike_on_a_mesh(fields):
   fields = fields | dict(jitter=0.1, logit_noise=0.1)

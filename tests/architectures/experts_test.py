@@ -19,6 +19,7 @@ from architectures.parts.moe import grouped_kernels
 from architectures.parts.moe.layer import MoE
 
 B, L, D, F, E = 2, 16, 8, 12, 4
+SWIGLU = dense.Hidden('swiglu')
 
 
 def config(*, dtype='float32', bias=True, d_model=D, **moe):
@@ -61,7 +62,9 @@ def assert_close(got, want, tolerance=2e-5):
                  marks=[pytest.mark.long] * (name == 'grouped'
                                              and factor != 0.75))
     for name, fields in (
-        ('gated', dict(ffn='swiglu', expert_dropout=0.2)),
+        ('gated', dict(ffn='swiglu_clamped', expert_dropout=0.2,
+                       logit_bias=True, gate_scale=2.5, num_experts=8,
+                       expert_groups=4, top_groups=2)),
         ('grouped', dict(ffn='gelu', bias=False, group_size=16)))
     for factor in (0.0, 0.75, 8.0)])
 def test_ways_agree(factor, fields):
@@ -113,14 +116,15 @@ def test_capacity_of_evaluation_is_its_own():
 
 @pytest.mark.slow
 def test_one_expert_is_the_dense_network_and_shared_ones_add_to_it():
-  c = config(num_experts=1, top_k=1, ffn='swiglu', shared_experts=2)
+  kind = 'swiglu_clamped'
+  c = config(num_experts=1, top_k=1, ffn=kind, shared_experts=2)
   x_BLD, ctx = jnp.ones((B, L, D)) * 0.3, Context(jnp.arange(L)[None])
   params = nn.meta.unbox(MoE(c).init(jax.random.key(0), x_BLD, ctx))['params']
   assert params['shared']['up'].shape == (D, 2 * F)
   own = {name: params[name][0] for name in
          ('up', 'up_bias', 'gate', 'gate_bias', 'down', 'down_bias')}
-  want_BLD = dense.FFN(c, 'swiglu').apply({'params': own}, x_BLD, ctx)[0]
-  shared_BLD = dense.FFN(c, 'swiglu', width=2 * F).apply(
+  want_BLD = dense.FFN(c, kind).apply({'params': own}, x_BLD, ctx)[0]
+  shared_BLD = dense.FFN(c, kind, width=2 * F).apply(
       {'params': params['shared']}, x_BLD, ctx)[0]
   assert_close(MoE(c).apply({'params': params}, x_BLD, ctx)[0],
                want_BLD + shared_BLD)
@@ -166,16 +170,16 @@ def test_grouped_product_equals_a_loop_over_experts(even):
   @jax.jit
   def blocks(count_E, x_RD, w, mask_RF, d_RD):
     def loss(x_RD, w):
-      y_RD = grouped.ffn(x_RD, count_E, w, mask_RF, 'swiglu', even, 'xla')
+      y_RD = grouped.ffn(x_RD, count_E, w, mask_RF, SWIGLU, even, 'xla')
       return (y_RD * d_RD).sum()
     return jax.value_and_grad(loss, (0, 1))(x_RD, w)
 
   @functools.partial(jax.jit, static_argnums=0)
   def whole(product, count_E, x_RD, w, mask_RF, d_RD):
-    y_RD, pre = grouped._whole_forward(product, 'swiglu', x_RD, count_E, w,
+    y_RD, pre = grouped._whole_forward(product, SWIGLU, x_RD, count_E, w,
                                        mask_RF)
     return (y_RD * d_RD).sum(), grouped._whole_backward(
-        product, 'swiglu', x_RD, count_E, w, mask_RF, pre, d_RD)
+        product, SWIGLU, x_RD, count_E, w, mask_RF, pre, d_RD)
 
   ragged = functools.partial(whole, grouped_kernels.product('xla', even))
   megablox = functools.partial(
@@ -187,7 +191,7 @@ def test_grouped_product_equals_a_loop_over_experts(even):
       for e, n in enumerate(counts):
         own = jax.tree.map(lambda m, e=e: m[e:e + 1], w)
         at = slice(start, start + n)
-        y_1RD = experts.batched(x_RD[None, at], own, 'swiglu',
+        y_1RD = experts.batched(x_RD[None, at], own, SWIGLU,
                                 mask_RF[None, at])
         total, start = total + (y_1RD[0] * d_RD[at]).sum(), start + n
       return total
@@ -274,7 +278,7 @@ def test_the_router_multiplies_float32_whatever_the_model_does():
 def test_accelerators_get_a_ragged_product(platform):
   x_RD, w, _, _, _ = grouped_case([5, 0, 40])
   step = jax.jit(jax.grad(lambda x, w: grouped.ffn(
-      x, jnp.array([5, 0, 40]), w, None, 'swiglu', 16, 'xla').sum(), (0, 1)))
+      x, jnp.array([5, 0, 40]), w, None, SWIGLU, 16, 'xla').sum(), (0, 1)))
   lower = lambda name: step.trace(x_RD, w).lower(
       lowering_platforms=(name,)).as_text()
   text = lower(platform)

@@ -12,6 +12,7 @@ import pytest
 import architectures
 from architectures.parts import sharding
 from architectures.parts.attention import Context
+from architectures.parts.ffn import Hidden
 from architectures.parts.moe import experts, grouped, grouped_kernels
 from architectures.parts.moe import layer as moe
 from tests.architectures import kernels_test
@@ -101,7 +102,7 @@ def test_a_plan_counts_the_rows_of_an_even_load():
   w = experts.Weights(*(jnp.ones((4, *s)) for s in ((8, 6), (6, 8), (8, 6))))
   def count(kernel, rows):
     loss = lambda x_RD, w: grouped.ffn(
-        x_RD, jnp.full(4, 8), w, None, 'swiglu', 64, kernel).sum()
+        x_RD, jnp.full(4, 8), w, None, Hidden('swiglu'), 64, kernel).sum()
     return traced.count(jax.make_jaxpr(jax.value_and_grad(loss, (0, 1)))(
         jnp.ones((128, 8)), w), traced.Place('tpu', rows))
   assert count('megablox', 32).flops == 9 * 2 * 32 * 8 * 6

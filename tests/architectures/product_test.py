@@ -28,9 +28,10 @@ from architectures.parts.positions import POSITIONS
 from tests.helpers import models
 
 NORMS = tuple(norms.NORMS)
-# But those that differ from another one by their activation alone.
+# But those that differ from another one by what they make of each unit alone.
 FFNS = tuple(kind for kind in (*ffn.FFNS, 'moe')
-             if kind not in ('gelu_tanh', 'silu', 'geglu_tanh'))
+             if kind not in ('gelu_tanh', 'silu', 'geglu_tanh', 'relu2',
+                             'reglu', 'swiglu_clamped'))
 ATTENTIONS = {
     'global': {},
     'grouped': dict(pattern='grouped,whole', kinds=dict(

@@ -50,7 +50,7 @@ def test_axes_as_a_picture():
          qk_norm_over='projection', attention_sinks=True, position='relative',
          num_kv_heads=2),
     dict(ffn='moe', moe=dict(router='sigmoid', shared_experts=1, every=2,
-                             ffn='swiglu'))])
+                             ffn='swiglu', logit_bias=True))])
 def test_a_parameters_role_agrees_with_its_name_and_its_axes(arch, fields):
   config = base.base().model
   config.update(dict(arch=arch, vocab_size=64, max_len=16, **fields))
@@ -74,7 +74,8 @@ def test_a_parameters_role_agrees_with_its_name_and_its_axes(arch, fields):
     assert (box.role.kind == 'embedding') == path.startswith('embed/') or (
         not box.role.matrix), path
     assert (box.role.kind == 'logits') == (
-        path.startswith(('head/', 'nsp')) or path.endswith('/router')), path
+        path.startswith(('head/', 'nsp'))
+        or path.endswith(('/router', '/logit_bias'))), path
   assert matrices >= 6
 
 

@@ -9,7 +9,7 @@ its router chooses.
 import architectures
 from architectures.parts.moe import routing
 
-GATED = ('geglu', 'geglu_tanh', 'swiglu')
+GATED = ('reglu', 'geglu', 'geglu_tanh', 'swiglu', 'swiglu_clamped')
 
 
 def forward_flops(model, length: int, decoder_length: int = 0) -> dict:

@@ -22,7 +22,7 @@ import architectures
 from architectures.parts import hf
 from architectures.parts import unread
 from architectures.parts.config import ModelConfig
-from architectures.parts.moe import routing
+from architectures.parts.moe import capacity
 from configs.errors import one_of, require, short
 from training.hf import files as hf_files
 from training.hf import heads
@@ -283,8 +283,8 @@ def _room(config: ModelConfig) -> tuple | None:
     return None
   if not m.group_size:
     return 0, round(share, 6)
-  return m.group_size, routing.capacity(m.eval_capacity_factor, m.group_size,
-                                        m.top_k, m.num_experts)
+  return m.group_size, capacity.slots(m.eval_capacity_factor, m.group_size,
+                                      m.top_k, m.num_experts)
 
 
 def differences(ours: ModelConfig, theirs: ModelConfig) -> list[str]:

@@ -83,7 +83,7 @@ def params(module: nn.Module, like: Any, dense: Any, seed: int):
   shapes = paths.flatten(nn.meta.unbox(like))
   theirs, ours = paths.Stacks(old), paths.Stacks(shapes)
   new = [path for path in shapes if re.search(
-      r'/ffn/(router|router_bias|shared/.*)$', path)]
+      r'/ffn/(router|router_bias|logit_bias|shared/.*)$', path)]
   drawn = weights.draw(module, like, new, seed) if new else {}
 
   def make(old: jax.Array, drawn: jax.Array):

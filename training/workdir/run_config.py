@@ -64,6 +64,9 @@ CLASSES: tuple[tuple[str, str | Callable, str], ...] = (
      r'|kinds\.\w+\.(window|rope\..*|attention_(softcap|scale))'
      r'|moe\.(top_k|dispatch|capacity_factor|normalize_gates|group_size))',
      OPTIMISATION, 'the same parameters in another function'),
+    (r'model\.(clamp\..*|moe\.(gate_scale|expert_groups|top_groups))',
+     OPTIMISATION, 'the same parameters in another function'),
+    (r'model\.moe\.logit_bias', INCOMPATIBLE, 'other parameters'),
     (r'model\.(arch|norm|embed_norm|position|ffn|block|mixer|attention'
      r'|qk_norm(_over)?|attention_sinks|attention_(out_)?bias|ffn_bias'
      r'|tie_embeddings|logits_bias|head|lora\.(rank|targets)|pattern|prefix'

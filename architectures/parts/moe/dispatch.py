@@ -43,6 +43,8 @@ import jax.numpy as jnp
 
 from architectures.parts import sharding
 from architectures.parts.config import MoEConfig
+from architectures.parts.ffn import Hidden
+from architectures.parts.moe import capacity
 from architectures.parts.moe import exchange
 from architectures.parts.moe import grouped_kernels
 from architectures.parts.moe import routing
@@ -87,7 +89,7 @@ def slots(m: MoEConfig, factor: float, tokens: int, groups: int,
   T = -(-tokens // shards)
   if not factor:
     return T
-  one = routing.capacity(factor, tokens // groups, m.top_k, m.num_experts)
+  one = capacity.slots(factor, tokens // groups, m.top_k, m.num_experts)
   return min(T, max(1, groups // shards) * one)
 
 
@@ -105,12 +107,12 @@ def way(m: MoEConfig, factor: float, tokens: int, groups: int,
 
 
 def experts(m: MoEConfig, x_TD: jax.Array, routed: routing.Routing,
-            w: Weights, groups: int, dropout: Optional[Dropout], *,
-            train: bool):
+            w: Weights, hidden: Hidden, groups: int,
+            dropout: Optional[Dropout], *, train: bool):
   """Returns (y_TD, kept_A: the assignments that found room)."""
   factor = m.capacity_factor if train else m.eval_capacity_factor
   T, axes = x_TD.shape[0], mesh_axes()
-  compute = functools.partial(_compute, m, factor, T, groups)
+  compute = functools.partial(_compute, m, hidden, factor, T, groups)
   if axes is None:
     return compute(Axes(), x_TD, routed, w, dropout)
   shards = sharding.size(axes.tokens)
@@ -147,9 +149,9 @@ def _pad(x_TD: jax.Array, routed: routing.Routing, more: int):
       probs_TE=add(routed.probs_TE, more))
 
 
-def _compute(m: MoEConfig, factor: float, tokens: int, groups: int, axes: Axes,
-             x_TD: jax.Array, routed: routing.Routing, w: Weights,
-             dropout: Optional[Dropout]):
+def _compute(m: MoEConfig, hidden: Hidden, factor: float, tokens: int,
+             groups: int, axes: Axes, x_TD: jax.Array, routed: routing.Routing,
+             w: Weights, dropout: Optional[Dropout]):
   """One device's share. `tokens`: of all devices, padding apart."""
   T, E = x_TD.shape[0], m.num_experts
   shards = sharding.size(axes.tokens) if axes.tokens else 1
@@ -168,7 +170,7 @@ def _compute(m: MoEConfig, factor: float, tokens: int, groups: int, axes: Axes,
         first_row=index * routed.expert_A.shape[0],
         first_unit=(jax.lax.axis_index(axes.mlp) * w.up_EDF.shape[2]
                     if axes.mlp else 0))
-  run = Local(_gather(w, axes), dropout, m.ffn,
+  run = Local(_gather(w, axes), dropout, hidden,
               max(1, T * devices * m.top_k // E), grouped_kernels.choose(m), E)
   if axes.experts:
     run = Spread(run, axes.experts[0], bound)
@@ -190,9 +192,9 @@ def _within_capacity(m: MoEConfig, factor: float, tokens: int, groups: int,
       token_A=jnp.arange(T * X, dtype=jnp.int32) // X)
   if not factor:
     return routed
-  return routed.replace(expert_A=routing.limit(
+  return routed.replace(expert_A=capacity.limit(
       routed.expert_A, choices=X, groups=max(1, groups // shards),
-      slots=routing.capacity(factor, tokens // groups, X, E), experts=E,
+      slots=capacity.slots(factor, tokens // groups, X, E), experts=E,
       earlier=_earlier(axes, groups) if groups < shards else None))
 
 
@@ -211,7 +213,7 @@ def _gather(w: Weights, axes: Axes) -> Weights:
 
 
 def _earlier(axes: Axes, groups: int):
-  """For routing.limit: a group that goes over several shards."""
+  """For capacity.limit: a group that goes over several shards."""
   def earlier(count_1XE: jax.Array):
     shards = sharding.size(axes.tokens)
     count_QXE = jax.lax.all_gather(count_1XE[0], axes.tokens)

@@ -19,9 +19,10 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
-from architectures.parts import ffn as dense
+from architectures.parts.ffn import Hidden
 from architectures.parts.moe import grouped
-from architectures.parts.moe.routing import mix, ranks, Routing
+from architectures.parts.moe.capacity import ranks
+from architectures.parts.moe.routing import mix, Routing
 
 
 @struct.dataclass
@@ -68,18 +69,16 @@ def _batched_product(spec: str, x: jax.Array, m: jax.Array) -> jax.Array:
   return jax.lax.platform_dependent(x, m, cpu=wide, default=narrow)
 
 
-def batched(rows_ECD: jax.Array, w: Weights, kind: str,
+def batched(rows_ECD: jax.Array, w: Weights, hidden: Hidden,
             mask_ECF: Optional[jax.Array] = None) -> jax.Array:
   """Every expert on its own C rows."""
-  act, gated = dense.FFNS[kind]
   add = lambda x, b: x if b is None else x + b[:, None]
   product = _batched_product
-  h_ECF = add(product('ECD,EDF->ECF', rows_ECD, w.up_EDF), w.up_bias_EF)
-  if gated:
-    g_ECF = add(product('ECD,EDF->ECF', rows_ECD, w.gate_EDF), w.gate_bias_EF)
-    h_ECF = act(g_ECF) * h_ECF
-  else:
-    h_ECF = act(h_ECF)
+  pre = [add(product('ECD,EDF->ECF', rows_ECD, w.up_EDF), w.up_bias_EF)]
+  if hidden.gated:
+    pre.append(add(product('ECD,EDF->ECF', rows_ECD, w.gate_EDF),
+                   w.gate_bias_EF))
+  h_ECF = hidden(*pre)
   if mask_ECF is not None:
     h_ECF = h_ECF * mask_ECF.astype(h_ECF.dtype)
   return add(product('ECF,EFD->ECD', h_ECF, w.down_EFD), w.down_bias_ED)
@@ -193,7 +192,7 @@ class Local:
   """This device's experts, which rows may be handed to in two layouts."""
   w: Weights
   dropout: Optional[Dropout]
-  kind: str = struct.field(pytree_node=False)
+  hidden: Hidden = struct.field(pytree_node=False)
   even: int = struct.field(pytree_node=False)  # an expert's rows, evenly
   kernel: str = struct.field(pytree_node=False)  # of the grouped product
   experts: int = struct.field(pytree_node=False)  # of all devices
@@ -203,7 +202,7 @@ class Local:
     mask_ECF = self._mask(id_EC.reshape(-1))
     if mask_ECF is not None:
       mask_ECF = mask_ECF.reshape(*id_EC.shape, -1)
-    return batched(rows_ECD, self.w, self.kind, mask_ECF)
+    return batched(rows_ECD, self.w, self.hidden, mask_ECF)
 
   def place(self, expert_A: jax.Array):
     """(the row of each assignment, how many rows, rows of each expert)."""
@@ -212,7 +211,7 @@ class Local:
 
   def grouped(self, rows_PD: jax.Array, count_E: jax.Array, id_P: jax.Array):
     """Rows sorted by expert."""
-    return grouped.ffn(rows_PD, count_E, self.w, self._mask(id_P), self.kind,
+    return grouped.ffn(rows_PD, count_E, self.w, self._mask(id_P), self.hidden,
                        self.even, self.kernel)
 
   def ids(self, assignment_P: jax.Array):

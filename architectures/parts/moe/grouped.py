@@ -14,7 +14,7 @@ from typing import Any, Callable, Optional
 import jax
 import jax.numpy as jnp
 
-from architectures.parts import ffn as dense
+from architectures.parts.ffn import Hidden
 from architectures.parts.moe.grouped_kernels import product
 
 # Sizes of blocks, relative to the rows an even load gives an expert: dense
@@ -25,7 +25,7 @@ LARGEST = 1024
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def ffn(rows_PD: jax.Array, count_E: jax.Array, w: Any,
-        mask_PF: Optional[jax.Array], kind: str, even: int, kernel: str
+        mask_PF: Optional[jax.Array], kind: Hidden, even: int, kernel: str
         ) -> jax.Array:
   """FFN_e of each row; rows past the counts are unspecified, but finite.
 
@@ -34,7 +34,7 @@ def ffn(rows_PD: jax.Array, count_E: jax.Array, w: Any,
     count_E: int32, the rows of each expert.
     w: experts.Weights, in the dtype of the rows.
     mask_PF: multiplies the hidden units, for dropout; or None.
-    kind: of the network, a name of ffn.FFNS.
+    kind: of the network.
     even: the rows an expert has in even load: the blocks are sized for it.
     kernel: of the products, a name of grouped_kernels; on CPU xla is blocks.
   """
@@ -42,12 +42,14 @@ def ffn(rows_PD: jax.Array, count_E: jax.Array, w: Any,
 
 
 def _ffn_fwd(rows_PD: jax.Array, count_E: jax.Array, w: Any,
-             mask_PF: Optional[jax.Array], kind: str, even: int, kernel: str):
+             mask_PF: Optional[jax.Array], kind: Hidden, even: int,
+             kernel: str):
   y_PD, hidden = _forward(rows_PD, count_E, w, mask_PF, kind, even, kernel)
   return y_PD, (rows_PD, count_E, w, mask_PF, hidden)
 
 
-def _ffn_bwd(kind: str, even: int, kernel: str, saved: tuple, dy_PD: jax.Array):
+def _ffn_bwd(kind: Hidden, even: int, kernel: str, saved: tuple,
+             dy_PD: jax.Array):
   dx_PD, dw = _on_platform(
       kernel, functools.partial(_blocks_backward, kind, even),
       functools.partial(_whole_backward, product(kernel, even), kind),
@@ -59,7 +61,8 @@ ffn.defvjp(_ffn_fwd, _ffn_bwd)
 
 
 def _forward(rows_PD: jax.Array, count_E: jax.Array, w: Any,
-             mask_PF: Optional[jax.Array], kind: str, even: int, kernel: str):
+             mask_PF: Optional[jax.Array], kind: Hidden, even: int,
+             kernel: str):
   """Returns (y_PD, what goes into the activation: (up,) or (up, gate))."""
   return _on_platform(
       kernel, functools.partial(_blocks_forward, kind, even),
@@ -74,11 +77,10 @@ def _on_platform(kernel: str, blocks: Callable, whole: Callable, *args):
   return jax.lax.platform_dependent(*args, cpu=blocks, default=whole)
 
 
-def _activation(kind: str, mask_PF: Optional[jax.Array]):
+def _activation(kind: Hidden, mask_PF: Optional[jax.Array]):
   """(up,) or (up, gate) -> the hidden units."""
-  act, gated = dense.FFNS[kind]
   def hidden(pre: tuple[jax.Array, ...]):
-    h_PF = act(pre[1]) * pre[0] if gated else act(pre[0])
+    h_PF = kind(*pre)
     return h_PF if mask_PF is None else h_PF * mask_PF.astype(h_PF.dtype)
   return hidden
 
@@ -110,7 +112,7 @@ def _whole_affine(times: Callable, count_E: jax.Array, x_PI: jax.Array,
   return y_PO + b_EO.at[expert_P].get(mode='fill', fill_value=0)
 
 
-def _whole_forward(times: Callable, kind: str, rows_PD: jax.Array,
+def _whole_forward(times: Callable, kind: Hidden, rows_PD: jax.Array,
                    count_E: jax.Array, w: Any, mask_PF: Optional[jax.Array]):
   affine = functools.partial(_whole_affine, times, count_E)
   pre = tuple(affine(rows_PD, *pair) for pair in _into(w))
@@ -118,7 +120,7 @@ def _whole_forward(times: Callable, kind: str, rows_PD: jax.Array,
   return affine(h_PF, w.down_EFD, w.down_bias_ED), pre
 
 
-def _whole_backward(times: Callable, kind: str, rows_PD: jax.Array,
+def _whole_backward(times: Callable, kind: Hidden, rows_PD: jax.Array,
                     count_E: jax.Array, w: Any, mask_PF: Optional[jax.Array],
                     pre: tuple[jax.Array, ...], dy_PD: jax.Array):
   h_PF, act_vjp = jax.vjp(_activation(kind, mask_PF), pre)
@@ -212,7 +214,7 @@ def _affine(x: jax.Array, m: jax.Array, b: Optional[jax.Array]):
   return x @ m if b is None else x @ m + b[None]
 
 
-def _blocks_forward(kind: str, even: int, rows_PD: jax.Array,
+def _blocks_forward(kind: Hidden, even: int, rows_PD: jax.Array,
                     count_E: jax.Array, w: Any, mask_PF: Optional[jax.Array]):
   P, F = rows_PD.shape[0], w.up_EDF.shape[2]
 
@@ -232,7 +234,7 @@ def _blocks_forward(kind: str, even: int, rows_PD: jax.Array,
   return _for_blocks(P, even, count_E, body, (jnp.zeros_like(rows_PD), zeros))
 
 
-def _blocks_backward(kind: str, even: int, rows_PD: jax.Array,
+def _blocks_backward(kind: Hidden, even: int, rows_PD: jax.Array,
                      count_E: jax.Array, w: Any, mask_PF: Optional[jax.Array],
                      pre_PF: jax.Array, dy_PD: jax.Array):
 

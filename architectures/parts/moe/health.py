@@ -7,6 +7,8 @@ switch      E sum_i f_i P_i     (Fedus et al. 2021, equation 4; GShard counts
             first choices only, in f). 1 in perfect balance, whatever X is;
             Hugging Face's Mixtral counts X times this.
 importance  E sum_i I_i^2       (Shazeer et al. 2017's CV^2, plus 1).
+sequence    the mean over sequences of the first, taken of each by itself
+            (DeepSeek-V3, 2024, equations 17 to 20, the mean over sequences).
 router z    mean_t logsumexp(logits_t)^2   (ST-MoE: Zoph et al. 2022).
 
 Means run over all tokens but padding of what goes through the model at once:
@@ -28,6 +30,7 @@ import jax.numpy as jnp
 from architectures.parts.config import MoEConfig
 from architectures.parts.moe import routing as routers
 from architectures.parts.moe.routing import Routing
+from configs.errors import require
 
 
 class Balance(NamedTuple):
@@ -37,10 +40,13 @@ class Balance(NamedTuple):
     loss: (expert_A, mean_probs_E) -> scalar; None: there is none.
     metric: what the panel calls it.
     fields: of config.model that it reads.
+    by_sequence: whether it is taken of each sequence (a row of the batch), and
+      the mean over them. It is computed only where it is chosen.
   """
   loss: Optional[Callable[[jax.Array, jax.Array], jax.Array]] = None
   metric: str = ''
   fields: tuple[str, ...] = ()
+  by_sequence: bool = False
 
 
 def counts(expert_A: jax.Array, experts: int) -> jax.Array:
@@ -64,6 +70,20 @@ def importance_loss(mean_probs_E: jax.Array) -> jax.Array:
   return mean_probs_E.shape[0] * jnp.square(share(mean_probs_E)).sum()
 
 
+def of_each_sequence(loss: Callable, expert_A: jax.Array, probs_TE: jax.Array,
+                     valid_T: jax.Array, rows: int) -> jax.Array:
+  """Returns the mean of a balance loss over the sequences that are not all
+  padding; within one, padding counts nowhere."""
+  valid_BL = valid_T.reshape(rows, -1)
+  probs_BLE = probs_TE.reshape(*valid_BL.shape, -1) * valid_BL[..., None]
+  count_B = valid_BL.sum(1)
+  each_B = jax.vmap(loss)(
+      expert_A.reshape(rows, -1),
+      probs_BLE.sum(1) / jnp.maximum(count_B, 1)[:, None])
+  return ((each_B * (count_B > 0)).sum()
+          / jnp.maximum((count_B > 0).sum(), 1))
+
+
 def entropy(p: jax.Array) -> jax.Array:
   """Over the last axis, as a fraction of its maximum."""
   size = p.shape[-1]
@@ -72,7 +92,8 @@ def entropy(p: jax.Array) -> jax.Array:
 
 
 def report(m: MoEConfig, routing: Routing, logits_TE: Optional[jax.Array],
-           valid_T: jax.Array, kept_A: jax.Array, shards: int) -> dict:
+           valid_T: jax.Array, kept_A: jax.Array, shards: int, rows: int
+           ) -> dict:
   """Returns {'losses': weighted terms, 'health': the panel of one layer}.
 
   Args:
@@ -82,6 +103,7 @@ def report(m: MoEConfig, routing: Routing, logits_TE: Optional[jax.Array],
     valid_T: which tokens are no padding.
     kept_A: bool, the assignments that found room.
     shards: over how many devices the experts are spread.
+    rows: how many sequences the tokens are.
 
   The panel: `dropped`, the share of assignments without room; `unserved`, of
   tokens that no expert serves; `load_E`, the share of assignments (before any
@@ -100,7 +122,12 @@ def report(m: MoEConfig, routing: Routing, logits_TE: Optional[jax.Array],
   counted_A = (routing.expert_A[::routing.choices] if router.counts_first
                else routing.expert_A)
   raw = {name: row.loss(counted_A, mean_probs_E)
-         for name, row in BALANCE_LOSSES.items() if row.loss}
+         for name, row in BALANCE_LOSSES.items()
+         if row.loss and not row.by_sequence}
+  chosen = BALANCE_LOSSES[m.balance_loss]
+  if chosen.by_sequence:
+    raw[m.balance_loss] = of_each_sequence(chosen.loss, counted_A, probs_TE,
+                                           valid_T, rows)
   z = (jnp.zeros(()) if logits_TE is None else
        mean(jnp.square(jax.nn.logsumexp(logits_TE, -1))))
   losses = {}
@@ -152,10 +179,21 @@ def window(load_WNE: jax.Array, tokens_W: jax.Array) -> dict:
   )
 
 
+def check_balance(m: MoEConfig) -> None:
+  """Raises RequestError for a balance loss that the router has no use for."""
+  require(not (BALANCE_LOSSES[m.balance_loss].by_sequence
+               and routers.of(m).experts_choose),
+          f'model.moe.balance_loss is {m.balance_loss}, which is of what the '
+          f'tokens of a sequence choose, and with model.moe.router {m.router} '
+          'they do not: choose none')
+
+
 BALANCE_LOSSES = {
     'switch': Balance(switch_loss, 'balance_loss', ('moe.balance_weight',)),
     'importance': Balance(
         lambda expert_A, mean_probs_E: importance_loss(mean_probs_E),
         'importance_loss', ('moe.balance_weight',)),
+    'sequence': Balance(switch_loss, 'sequence_loss', ('moe.balance_weight',),
+                        by_sequence=True),
     'none': Balance(),
 }

@@ -53,12 +53,13 @@ class MoE(nn.Module):
         self._logits(x_TD, ctx), valid_T, self._tokens(ctx, (B, L)),
         self._bias(), self._noise_key(routing.of(m).draws, ctx),
         routing_groups(m.group_size, B * L), not ctx.deterministic)
-    routed = routing.of(m).assign(m, inputs)
+    routed = routing.route(m, inputs)
     y_TD, kept_A = dispatch.experts(
         m, x_TD.astype(c.compute_dtype), routed, self._weights(),
-        inputs.groups, self._dropout(ctx), train=inputs.train)
+        dense.Hidden(m.ffn, c.clamp), inputs.groups, self._dropout(ctx),
+        train=inputs.train)
     aux = health.report(m, routed, inputs.logits_TE, valid_T, kept_A,
-                        dispatch.expert_shards())
+                        dispatch.expert_shards(), B)
     aux['loads'] = {} if inputs.bias_E is None else {
         '/'.join((*self.path, BIAS)): aux['health']['load_E']}
     if ctx.keep_layers:
@@ -86,6 +87,9 @@ class MoE(nn.Module):
         'TD,DE->TE', x_TD, router_DE.astype(jnp.float32),
         precision=jax.lax.Precision.HIGHEST), linear.PRODUCT)
     logits_TE = logits_TE / self.config.widening  # muP's output multiplier
+    if m.logit_bias:  # gpt-oss
+      logits_TE = linear.add_bias(logits_TE, linear.bias(
+          self, 'logit_bias', (m.num_experts,), (None,), output=True))
     key = self._noise_key(m.logit_noise, ctx)
     if key is not None:
       logits_TE += m.logit_noise * jax.random.normal(key, logits_TE.shape)

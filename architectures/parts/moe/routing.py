@@ -14,7 +14,8 @@ expert_choice  an expert takes its ceil(S X / E) best tokens of a group, scaled
                by the capacity factor if any (Zhou et al. 2022). What a token
                gets depends on later tokens: not for decoders that generate.
 sigmoid        scores sigmoid(logits); the X best of score + router_bias, which
-               `step_bias` moves against the load (DeepSeek-V3, 2024).
+               `step_bias` moves against the load (DeepSeek-V3, 2024, equations
+               12 to 16).
 sinkhorn       in training, the X best of the logits balanced over tokens and
                experts by Sinkhorn's iteration; in evaluation, of the logits
                (BASE: Lewis et al. 2021; S-BASE: Clark et al. 2022). So in
@@ -24,14 +25,15 @@ hash           a fixed hash of the token id (Roller et al. 2021). No router
 uniform        tokens dealt in turn, in perfect balance: for benchmarks.
 
 With X = 1 a gate is never normalised: it would be 1 and teach nothing.
+gate_scale multiplies all gates afterwards (DeepSeek-V2, its code's
+routed_scaling_factor). expert_groups.py limits topk and sigmoid to some groups
+of experts.
 
 An entry of ROUTERS, at the end of this file, is all that there is of one.
 """
 
 from collections.abc import Callable
 import dataclasses
-import fractions
-import math
 from typing import Optional
 
 from flax import struct
@@ -39,6 +41,8 @@ import jax
 import jax.numpy as jnp
 
 from architectures.parts.config import MoEConfig, ModelConfig
+from architectures.parts.moe import capacity
+from architectures.parts.moe import expert_groups
 from configs.errors import require
 
 SINKHORN_STEPS = 8
@@ -119,7 +123,7 @@ def normalize(gate_TX: jax.Array) -> jax.Array:
 
 def topk(m: MoEConfig, x: Inputs) -> Routing:
   probs_TE = jax.nn.softmax(x.logits_TE, -1)
-  expert_TX = _best(x.logits_TE, m.top_k)
+  expert_TX = _best(expert_groups.limit(m, x.logits_TE, best=1), m.top_k)
   gate_TX = _chosen(probs_TE, expert_TX)
   if m.normalize_gates:
     gate_TX = normalize(gate_TX)
@@ -148,7 +152,8 @@ def gshard(m: MoEConfig, x: Inputs) -> Routing:
 def sigmoid(m: MoEConfig, x: Inputs) -> Routing:
   scores_TE = jax.nn.sigmoid(x.logits_TE)
   bias_E = jax.lax.stop_gradient(x.bias_E)
-  expert_TX = _best(scores_TE + bias_E[None], m.top_k)
+  expert_TX = _best(expert_groups.limit(m, scores_TE + bias_E[None], best=2),
+                    m.top_k)
   gate_TX = _chosen(scores_TE, expert_TX)
   if m.normalize_gates:
     gate_TX = normalize(gate_TX)
@@ -188,7 +193,7 @@ def expert_choice(m: MoEConfig, x: Inputs) -> Routing:
   T, E = x.logits_TE.shape
   G, S = x.groups, T // x.groups
   factor = (m.capacity_factor if x.train else m.eval_capacity_factor) or 1.0
-  taken = min(S, capacity(factor, S, m.top_k, E))
+  taken = min(S, capacity.slots(factor, S, m.top_k, E))
   probs_TE = jax.nn.softmax(x.logits_TE, -1)
   score_GES = jnp.where(x.valid_T[:, None], probs_TE, NOWHERE).reshape(
       G, S, E).swapaxes(1, 2)
@@ -231,52 +236,6 @@ def uniform(m: MoEConfig, x: Inputs) -> Routing:
   return _fixed(m, first_T, 1, x.valid_T)
 
 
-def capacity(factor: float, tokens: int, choices: int, experts: int) -> int:
-  """Tokens an expert takes of a group: ceil(factor * S * X / E), of the factor
-  as it is written: 1.1 is 11/10, and not the binary number a hair above."""
-  return max(1, math.ceil(
-      fractions.Fraction(str(factor)) * tokens * choices / experts))
-
-
-def ranks(key_A: jax.Array, keys: int) -> jax.Array:
-  """How many earlier entries of key_A (each < keys) equal this one."""
-  order_A = jnp.argsort(key_A, stable=True)
-  start_U = jnp.searchsorted(key_A[order_A], jnp.arange(keys))
-  rank_A = jnp.arange(key_A.shape[0]) - start_U[key_A[order_A]]
-  return jnp.zeros_like(rank_A).at[order_A].set(rank_A, unique_indices=True)
-
-
-def limit(expert_A: jax.Array, *, choices: int, groups: int, slots: int,
-          experts: int, earlier: Optional[Callable] = None) -> jax.Array:
-  """Voids what exceeds the capacity: first choices first, then by position.
-
-  Args:
-    expert_A: G groups of S tokens of X choices.
-    choices: X.
-    groups: G.
-    slots: the capacity of an expert in a group.
-    experts: E.
-    earlier: where the group goes on in other shards: (what they hold of each
-      (choice, expert) before this shard, what all hold), from [X, E] counts.
-
-  Returns:
-    expert_A, E where there was no room.
-  """
-  A, bins = expert_A.shape[0], experts + 1
-  index_A = jnp.arange(A)
-  row_A = index_A // (A // groups) * choices + index_A % choices
-  key_A = row_A * bins + expert_A
-  count_GXE = jnp.bincount(key_A, length=groups * choices * bins).reshape(
-      groups, choices, bins)
-  if earlier is None:
-    before_GXE, total_GXE = jnp.zeros_like(count_GXE), count_GXE
-  else:
-    before_GXE, total_GXE = earlier(count_GXE)
-  base_GXE = before_GXE + jnp.cumsum(total_GXE, 1) - total_GXE
-  slot_A = ranks(key_A, groups * choices * bins) + base_GXE.reshape(-1)[key_A]
-  return jnp.where(slot_A < slots, expert_A, experts)
-
-
 def step_bias(bias_NE: jax.Array, load_NE: jax.Array, rate: float | jax.Array
               ) -> jax.Array:
   """Moves a bias by `rate` towards the experts with too little load.
@@ -286,8 +245,8 @@ def step_bias(bias_NE: jax.Array, load_NE: jax.Array, rate: float | jax.Array
   return bias_NE + rate * jnp.sign(1 / bias_NE.shape[1] - load_NE)
 
 
-LEARNED = ('moe.jitter', 'moe.logit_noise', 'moe.balance_loss',
-           'moe.balance_weight', 'moe.z_loss_weight')
+LEARNED = ('moe.jitter', 'moe.logit_noise', 'moe.logit_bias',
+           'moe.balance_loss', 'moe.balance_weight', 'moe.z_loss_weight')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -333,6 +292,13 @@ def of(m: MoEConfig) -> Router:
   return ROUTERS[m.router]
 
 
+def route(m: MoEConfig, x: Inputs) -> Routing:
+  """Returns what the router of a mixture does, its gates scaled."""
+  routed = of(m).assign(m, x)
+  return routed if m.gate_scale == 1 else routed.replace(
+      gate_A=m.gate_scale * routed.gate_A)
+
+
 def check_router(c: ModelConfig, stack: str) -> None:
   """Raises RequestError for what the chosen router cannot do.
 
@@ -350,6 +316,8 @@ def check_router(c: ModelConfig, stack: str) -> None:
           f'model.moe.top_k is {m.top_k}, but model.moe.router {m.router} '
           f'chooses {router.top_k}: set it to {router.top_k}, or choose router '
           'topk')
+  if 'moe.expert_groups' in router.own_fields:
+    expert_groups.check(m)
   for name in ('capacity_factor', 'eval_capacity_factor'):
     require(m.dispatch != 'sorted' or router.experts_choose
             or getattr(m, name) > 0,
@@ -360,8 +328,8 @@ def check_router(c: ModelConfig, stack: str) -> None:
 def whole_gates(m: MoEConfig) -> bool:
   """Returns whether the gates of each token sum to 1."""
   router = of(m)
-  return router.whole or not router.experts_choose and (
-      m.normalize_gates and m.top_k > 1)
+  return m.gate_scale == 1 and (router.whole or not router.experts_choose and (
+      m.normalize_gates and m.top_k > 1))
 
 
 def active_experts(m: MoEConfig) -> float:
@@ -373,9 +341,10 @@ def active_experts(m: MoEConfig) -> float:
 
 
 NORMALIZES = ('moe.normalize_gates',)
+GROUPS = ('moe.expert_groups', 'moe.top_groups')
 
 ROUTERS = {
-    'topk': Router(topk, own_fields=NORMALIZES),
+    'topk': Router(topk, own_fields=(*NORMALIZES, *GROUPS)),
     # Of one choice; the flag is accepted, and changes nothing.
     'switch': Router(switch, own_fields=NORMALIZES, top_k=1),
     'gshard': Router(gshard, top_k=2, draws=True, counts_first=True,
@@ -383,8 +352,8 @@ ROUTERS = {
     # The flag is accepted, and changes nothing.
     'expert_choice': Router(expert_choice, own_fields=NORMALIZES, groups=True,
                             experts_choose=True),
-    'sigmoid': Router(sigmoid, own_fields=(*NORMALIZES, 'moe.bias_rate'),
-                      bias=step_bias),
+    'sigmoid': Router(sigmoid, own_fields=(
+        *NORMALIZES, *GROUPS, 'moe.bias_rate'), bias=step_bias),
     'sinkhorn': Router(sinkhorn, own_fields=NORMALIZES, groups=True),
     'hash': Router(hash_, logits=False, hashes=True, whole=True),
     'uniform': Router(uniform, logits=False, whole=True),
