@@ -240,6 +240,8 @@ def _model() -> dict:
           # there, on all features of a head (DeepSeek-V2).
           mscale=1.0,
           mscale_all_dim=0.0,
+          # Of yarn: its ramp begins and ends at a whole frequency.
+          truncate=True,
       ),
       relative=dict(  # of T5's bias
           buckets=32,  # buckets of distances

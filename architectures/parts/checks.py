@@ -52,8 +52,9 @@ RANGES = (
         'moe.jitter', 'moe.expert_dropout', 'lora.dropout')),
     ('choose it in (0, 1]', lambda x: 0 < x <= 1, ('rope.fraction',)),
 )
-# Fields that no file of configs/ sets for a part that may be swapped away: the
-# value with which each says nothing, which it must have where it is not read.
+# Fields that no `tiny` of configs/ sets for a part that may be swapped away:
+# the value with which each says nothing, which it must have where it is not
+# read.
 STRICT = {
     'learned_stretch': 1,
     'rope.scaling': 'none',

@@ -42,6 +42,7 @@ class RopeConfig:
   beta_slow: float
   mscale: float
   mscale_all_dim: float
+  truncate: bool
 
 
 @dataclasses.dataclass(frozen=True)

@@ -54,7 +54,8 @@ def read(reader: hf.Reader, *,
   if rope['scaling'] == 'yarn':
     rope.update(beta_fast=r('beta_fast', 32.0), beta_slow=r('beta_slow', 1.0))
     rope.update(_mscale(r, on_scores))
-    r.must(truncate=True, attention_factor=rotary.yarn_factor(
+    rope['truncate'] = r('truncate', True)
+    r.must(attention_factor=rotary.yarn_factor(
         **{name: rope[name] for name in ('factor', 'mscale', 'mscale_all_dim')}
     ))
   if rope['scaling'] in ('llama3', 'yarn'):
@@ -126,6 +127,8 @@ def write(c: ModelConfig, *, whole_heads: bool = True,
                 high_freq_factor=r.high_freq_factor)
   if r.scaling == 'yarn':
     rope.update(beta_fast=r.beta_fast, beta_slow=r.beta_slow)
+    if not r.truncate:
+      rope['truncate'] = False
     if (r.mscale, r.mscale_all_dim) != (1, 0):
       require(on_scores and r.mscale and r.mscale_all_dim, 'model.rope.mscale '
               f'is {r.mscale} and model.rope.mscale_all_dim '

@@ -99,8 +99,10 @@ def _yarn(r: RopeConfig, dim: int):
   def index(turns):  # of the frequency that makes `turns` in original_len
     return dim * math.log(r.original_len / (turns * 2 * math.pi)) / (
         2 * math.log(r.theta))
-  low = max(math.floor(index(r.beta_fast)), 0)
-  high = min(math.ceil(index(r.beta_slow)), dim - 1)
+  low, high = index(r.beta_fast), index(r.beta_slow)
+  if r.truncate:  # as the authors' program; gpt-oss does not
+    low, high = math.floor(low), math.ceil(high)
+  low, high = max(low, 0), min(high, dim - 1)
   ramp = (jnp.arange(dim // 2) - low) / max(high - low, 0.001)
   keep = 1 - jnp.clip(ramp, 0, 1)
   return ((1 - keep) * frequency / r.factor + keep * frequency,
@@ -160,6 +162,7 @@ SCALINGS = {
         'rope.high_freq_factor'), _check_llama3),
     'yarn': Scaling(_yarn, (
         'rope.factor', 'rope.original_len', 'rope.beta_fast',
-        'rope.beta_slow', 'rope.mscale', 'rope.mscale_all_dim'), _check_yarn,
+        'rope.beta_slow', 'rope.truncate', 'rope.mscale',
+        'rope.mscale_all_dim'), _check_yarn,
         lambda r: yarn_temperature(r.factor, r.mscale_all_dim) ** 2),
 }

@@ -20,7 +20,7 @@ OTHER = {
     'sinusoid': 'fairseq', 'rope.theta': 500.0, 'rope.fraction': 0.5,
     'rope.original_len': 9, 'rope.low_freq_factor': 1.5,
     'rope.high_freq_factor': 5.0, 'rope.beta_fast': 2.0,
-    'rope.beta_slow': 8.0, 'relative.buckets': 16,
+    'rope.beta_slow': 8.0, 'rope.truncate': False, 'relative.buckets': 16,
     'relative.max_distance': 99, 'init_scale': 2.0, 'ffn_dropout': 0.3,
     'moe.num_experts': 6, 'moe.top_k': 3, 'moe.router': 'sinkhorn',
     'moe.ffn': 'relu', 'moe.d_ff': 40,
