@@ -216,10 +216,13 @@ def _model() -> dict:
       vocab_size=0,  # derived: the tokenizer's
       max_len=0,  # the length of the model; derived: data.length
       type_vocab_size=0,  # kinds of segments (BERT: 2); 0: none
+      next_sentence=False,  # BERT's pooler, and its head of next sentences
       norm='layernorm',  # the norm of every layer
       norm_eps=1e-5,  # added to the variance or the mean square
       embed_norm=False,  # a norm right after the embedding
       position='learned',  # the position encoding
+      # Rows of learned positions before the first token's (RoBERTa: 2).
+      position_offset=0,
       sinusoid='interleaved',  # the order of sines and cosines
       # Above 1: learned positions are interpolated past max_len.
       learned_stretch=1.0,

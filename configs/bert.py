@@ -17,8 +17,9 @@ sentence-transformers made of every second layer of MiniLM (Wang et al. 2020:
 its checkpoint. What is set of its training is for fine-tuning it, as in
 docs/howto/words_and_questions.md.
 
-RoBERTa (Liu et al. 2019) leaves the second task out and fills its rows with
-text: `--config.objective=mlm`. The pooler and the NSP head then learn nothing.
+RoBERTa (Liu et al. 2019; configs/roberta.py) leaves the second task out and
+fills its rows with text: `--config.objective=mlm`. The pooler and the NSP head
+then learn nothing; `--config.model.next_sentence=False` leaves them out.
 
 `tiny` learns masked bytes in rows of 32, two passages a row: 1,500 steps of 64
 rows, 3M in all, under four minutes of two CPU cores. For 600 steps it knows
@@ -57,7 +58,7 @@ def get_config(size: str = 'tiny'):
   c.model.update(arch='bert', position='learned', type_vocab_size=2,
                  norm='layernorm', norm_eps=1e-12, embed_norm=True,
                  ffn='gelu', block='post_norm', tie_embeddings=True,
-                 logits_bias=True, init='normal')
+                 logits_bias=True, next_sentence=True, init='normal')
   c.data.length = c.model.max_len
   if size == 'tiny':
     c.data.batch_size = 64

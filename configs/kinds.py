@@ -23,7 +23,8 @@ FIELDS: dict[str, str] = {name: name for name in (
     'attention', 'mixer', 'attention_softcap', 'attention_scale',
     'attention_bias', 'attention_out_bias', 'attention_sinks', 'qk_norm',
     'qk_norm_over', 'num_heads', 'num_kv_heads', 'head_dim',
-    'mup_base_head_dim', 'position', 'rope', 'ffn', 'ffn_bias', 'd_ff'
+    'mup_base_head_dim', 'position', 'rope', 'ffn', 'ffn_bias', 'd_ff',
+    'block'
 )} | {'window': 'sliding_window'}
 EVERY = 'model.moe.every'  # a field of earlier versions
 DENSE = 'dense'  # of ffn: the network of the model's dense layers
@@ -32,6 +33,14 @@ DENSE = 'dense'  # of ffn: the network of the model's dense layers
 def split(names: str) -> tuple[str, ...]:
   """Returns the kinds that a pattern or a prefix names."""
   return tuple(names.split(',')) if names else ()
+
+
+def fewest_layers(model: Mapping[str, Any], least: int = 1) -> int:
+  """Returns how many layers a model of this pattern and prefix has at least,
+  and no fewer than `least`."""
+  first, period = (len(split(model[x])) for x in ('prefix', 'pattern'))
+  period = period or 1
+  return first + period * max(1, math.ceil((least - first) / period))
 
 
 def check_names(kinds: Mapping[str, Any], rope: Mapping[str, Any]) -> None:

@@ -1,9 +1,10 @@
 r"""Converts weights from Hugging Face's format into a workdir and back, and a
 dense model into a mixture of experts.
 
-  python -m tools.convert import DIR_OR_FILE WORKDIR [--adapter=PEFT_DIR]
+  python -m tools.convert import DIR_OR_FILE WORKDIR [--dtype=bfloat16] \
+      [--adapter=PEFT_DIR]
   python -m tools.convert export WORKDIR DIR [--step=N] [--dtype=bfloat16] \
-      [--dropless] [--adapter]
+      [--dropless] [--adapter] [--bare]
   python -m tools.convert merge WORKDIR NEW_WORKDIR [--step=N]
   python -m tools.convert upcycle WORKDIR_OR_DIR WORKDIR \
       [--moe num_experts=8 top_k=2 every=2 ...]
@@ -22,7 +23,9 @@ have them, and `import` reads such a folder beside that of the model.
 
 A config.json with a value that no architecture here honours is refused, and the
 sentence names the field. With --partial, parameters that the files lack are
-initialised at random and listed.
+initialised at random and listed. A BertModel or BertForMaskedLM needs no
+--partial: the heads that it has not are new, and said so. As long as it is not
+trained, its export is what it was; --bare leaves the head out at any step.
 
 Tokenizer files and the chat template are copied both ways, except into a bucket
 (a WORKDIR like gs://BUCKET/NAME), because they are only read from disk. What
@@ -48,17 +51,19 @@ from training.workdir import storage
 
 
 def import_(source: pathlib.Path, workdir: epath.Path, *, partial: bool,
-            seed: int, adapter: pathlib.Path | None = None) -> None:
+            seed: int, adapter: pathlib.Path | None = None,
+            dtype: str = '') -> None:
   """Makes `workdir` of the weights in `source`, and of the low-rank adapters in
-  PEFT's folder `adapter`, as a run at step 0."""
+  PEFT's folder `adapter`, as a run at step 0 whose parameters are of `dtype`;
+  '': float32."""
   from training.hf import generation as hf_generation
   from training.hf import tokenizer as hf_tokenizer
   _check_new(workdir)
-  config, module, params = _from_hf(source, partial, seed)
+  config, module, params, bare = _from_hf(source, partial, seed, dtype)
   if adapter:
     params = _put_on(adapter, config, module, params)
   folder = source.parent if source.is_file() else source
-  generation = hf_generation.of_folder(folder)
+  generation = hf_generation.of_folder(folder)._replace(bare=bare)
   copied = hf_tokenizer.take(folder, workdir, config)
   if hf_tokenizer.is_stand_in(config.data.tokenizer):
     print(f'warning: {folder} has no tokenizer that is read here'
@@ -86,12 +91,13 @@ def upcycle(source: epath.Path, workdir: epath.Path, *, moe: list[str],
   else:
     if step is not None:
       raise RequestError(f'{source} is no workdir: it has no step {step}')
-    config, _, params = _from_hf(source, False, seed)
+    config, _, params, _ = _from_hf(source, False, seed)
     generation = hf_generation.of_folder(
         source.parent if source.is_file() else source)
   folder = source.parent if source.is_file() else source
   hf_tokenizer.take(folder, workdir, config)
-  config.model = upcycling.config(config.model, _fields(moe, config.model.moe))
+  config.model = upcycling.config(
+      config.model, upcycling.fields(moe, config.model.moe))
   config.init_from = ''
   model, derived = _resolved(config)
   run = runs.build(config, model)
@@ -110,12 +116,13 @@ def upcycle(source: epath.Path, workdir: epath.Path, *, moe: list[str],
 
 def export(workdir: epath.Path, folder: pathlib.Path, *, step: int | str | None,
            dtype: str, shard_bytes: int, dropless: bool = False,
-           adapter: bool = False) -> None:
+           adapter: bool = False, bare: bool = False) -> None:
   """Writes a checkpoint of `workdir` to `folder` in Hugging Face's format.
 
   `dropless` writes the model that drops no token, whatever the run's own
   evaluation does: where config.json cannot say that. `adapter` writes the low-
-  rank adapters alone, in PEFT's format.
+  rank adapters alone, in PEFT's format. `bare` leaves the head out, and so does
+  the export of an import without one that was not trained.
   """
   import architectures
   from training import adapters, weights
@@ -132,12 +139,14 @@ def export(workdir: epath.Path, folder: pathlib.Path, *, step: int | str | None,
     c = module.config
     module = architectures.build(dataclasses.replace(c, moe=dataclasses.replace(
         c.moe, eval_capacity_factor=0.0, dispatch='dropless')))
+  generation = _generation(workdir, config, module.config, step)
+  bare = bare or step == 0 and generation is not None and generation.bare
   weights.to_hf(
       module, params, folder, dtype=dtype, shard_bytes=shard_bytes,
-      generation=_generation(workdir, config, module.config, step),
-      labels=run_config.labels(workdir))
+      generation=generation, labels=run_config.labels(workdir), bare=bare)
   hf_tokenizer.give(workdir, config, folder, step)
-  print(f'{folder}: {_count(params):,} parameters of {workdir}')
+  print(f'{folder}: {_count(params):,} parameters of {workdir}'
+        + ', less those of the head' * bare)
 
 
 def _of_gguf(file: pathlib.Path, folder: pathlib.Path) -> None:
@@ -204,19 +213,23 @@ def _check_new(workdir: epath.Path):
     raise RequestError(f'{workdir} holds a run already: choose another WORKDIR')
 
 
-def _from_hf(source: pathlib.Path, partial: bool, seed: int):
-  """Returns (a run's config, module, parameters) of Hugging Face weights."""
+def _from_hf(source: pathlib.Path, partial: bool, seed: int, dtype: str = ''):
+  """Returns (a run's config, module, parameters, whether the head of a language
+  model is missing in the files) of Hugging Face weights."""
   import architectures
   from training import objectives, weights
   from training.hf import config as hf_config
   from training.hf import files as hf_files
   from training.hf import heads as hf_heads
+  from training.hf import optional as hf_optional
   from training.hf import tokenizer as hf_tokenizer
   folder = source.parent if source.is_file() else source
   tree = hf_config.load_config_json(folder)
-  model, notes = hf_config.fields_and_notes(tree)
+  files = hf_files.Files(source)
+  model, notes = hf_config.fields_and_notes(tree, files)
   for note in notes:
     print(f'warning: {note}', file=sys.stderr)
+  model.param_dtype = dtype or model.param_dtype
   module = architectures.build(model)
   config = _usual(model.arch)
   config.model = model
@@ -225,11 +238,12 @@ def _from_hf(source: pathlib.Path, partial: bool, seed: int):
     config.data.labels = hf_heads.names(tree, model.num_labels)
   config.data.length = min(model.max_len, 1024)
   config.data.tokenizer = hf_tokenizer.stand_in(model.vocab_size)
-  loaded = weights.read_params(module, hf_files.Files(source), partial=partial,
-                               seed=seed)
+  loaded = weights.read_params(module, files, partial=partial, seed=seed)
   for line in loaded.skipped:
     print(f'skipped: {line}')
-  return config, module, loaded.params
+  bare = hf_optional.is_bare(architectures.hugging_face(model.arch),
+                             module.config, set(files))
+  return config, module, loaded.params, bare
 
 
 def _from_workdir(workdir: epath.Path, step: int | str | None):
@@ -279,24 +293,6 @@ def _usual(arch: str):
       f'configs.{architectures.file_name(arch)}').get_config('tiny')
 
 
-def _fields(words: list[str], like) -> dict:
-  """Returns {field: value} of FIELD=VALUE words, typed as in `like`."""
-  fields = {}
-  for word in words:
-    name, equals, text = word.partition('=')
-    if not equals or name not in like:
-      raise RequestError(f'--moe {word!r}: write FIELD=VALUE, of the fields '
-                         f'{", ".join(sorted(like))} of config.model.moe')
-    kind = type(like[name])
-    try:
-      fields[name] = ({'True': True, 'False': False}[text] if kind is bool
-                      else kind(text))
-    except (KeyError, ValueError) as error:
-      raise RequestError(f'--moe {word!r}: {text!r} is no {kind.__name__}'
-                         ) from error
-  return fields
-
-
 def _count(params) -> int:
   import jax
   return sum(x.size for x in jax.tree.leaves(params))
@@ -320,6 +316,8 @@ def _parser() -> argparse.ArgumentParser:
   into.add_argument('--partial', action='store_true',
                     help='draw what the files lack, pass over what is extra')
   into.add_argument('--seed', type=int, default=0, help='of what is drawn')
+  into.add_argument('--dtype', default='', choices=('', 'float32', 'bfloat16'),
+                    help='of the parameters (model.param_dtype); float32')
   into.add_argument('--adapter', type=pathlib.Path, metavar='PEFT_DIR',
                     help='low-rank adapters of the model, in PEFT\'s format')
   out = commands.add_parser(
@@ -335,6 +333,8 @@ def _parser() -> argparse.ArgumentParser:
                    'some that config.json cannot tell')
   out.add_argument('--shard_bytes', type=int, default=5 * 10**9,
                    help='no file is larger, unless one tensor is')
+  out.add_argument('--bare', action='store_true', help='without the head: as '
+                   "transformers' base class, such as BertModel")
   out.add_argument('--adapter', action='store_true', help='the low-rank '
                    "adapters alone, in PEFT's format; else they are merged")
   one = commands.add_parser(
@@ -380,7 +380,7 @@ def main():
     storage.try_folder(args.workdir, 'WORKDIR')
   if args.command == 'import':
     import_(args.source, args.workdir, partial=args.partial, seed=args.seed,
-            adapter=args.adapter)
+            adapter=args.adapter, dtype=args.dtype)
   elif args.command == 'merge':
     merge(storage.path(args.source, 'SOURCE'), args.workdir, step=step)
   elif args.command == 'upcycle':
@@ -389,7 +389,7 @@ def main():
   else:
     export(args.workdir, args.folder, step=step, dtype=args.dtype,
            shard_bytes=args.shard_bytes, dropless=args.dropless,
-           adapter=args.adapter)
+           adapter=args.adapter, bare=args.bare)
 
 
 if __name__ == '__main__':

@@ -20,6 +20,7 @@ import os
 import pathlib
 import re
 from typing import Any, NamedTuple
+import warnings
 
 import flax.linen as nn
 import jax
@@ -38,6 +39,7 @@ from training import progress
 from training.hf import config as hf_config
 from training.hf import files as hf_files
 from training.hf import generation as hf_generation
+from training.hf import optional as hf_optional
 
 SHARD_BYTES = 5 * 10**9
 PART_BYTES = 2 ** 24  # of two tensors that are compared
@@ -66,10 +68,13 @@ def from_hf(path: str | os.PathLike, *, partial: bool = False, seed: int = 0):
   """
   path = pathlib.Path(path)
   folder = path.parent if path.is_file() else path
-  config = hf_config.read(hf_config.load_config_json(folder))
-  module = architectures.build(config)
-  return module, read_params(module, hf_files.Files(path), partial=partial,
-                             seed=seed).params
+  files = hf_files.Files(path)
+  module = architectures.build(
+      hf_config.read(hf_config.load_config_json(folder), files))
+  loaded = read_params(module, files, partial=partial, seed=seed)
+  for line in loaded.skipped:
+    warnings.warn(line, stacklevel=2)
+  return module, loaded.params
 
 
 def params_to_start_from(
@@ -85,8 +90,8 @@ def params_to_start_from(
     path, like, partial, seed: as for from_hf and load.
   """
   path = pathlib.Path(path)
-  theirs = hf_config.read(hf_config.load_config_json(
-      path.parent if path.is_file() else path))
+  theirs = hf_optional.as_in(module.config, hf_config.read(
+      hf_config.load_config_json(path.parent if path.is_file() else path)))
   different = other_function(module.config, theirs, path, partial)
   loaded = read_params(module, hf_files.Files(path), like=like, partial=partial,
                        seed=seed,
@@ -139,9 +144,16 @@ def read_params(module: nn.Module, source: Source, *, like: Any = None,
   heads = names.there(new_head.names_left_out(module)) if put_on else []
   passed = [f'{name} of the files is of the head of a language model'
             for name in heads]
-  skipped = names.unused(tensors, heads)
+  spare = hf_optional.spare(page, tensors, set(source) - set(heads))
+  lacking = hf_optional.lacking(page, tensors, set(source))
+  passed += [hf_optional.is_passed_over(*row) for row in spare.items()]
+  passed += [hf_optional.is_new(*row) for row in lacking.items()]
+  skipped = names.unused(tensors, [*heads, *sum(spare.values(), [])])
+  new_names = {tensor.name for those in lacking.values() for tensor in those}
   for tensor in tensors:
-    if wrong := names.wrong(tensor):
+    if tensor.name in new_names:
+      bad.update(tensor.paths)
+    elif wrong := names.wrong(tensor):
       new = (put_on and tensor.paths[0].startswith(new_head.TASK)
              and not names.there([tensor.name]))
       (passed if new else skipped).append(wrong + ', so it is drawn' * new)
@@ -308,7 +320,7 @@ def draw(module: nn.Module, like: Any, wanted: set[str], seed: int
 def to_hf(module: nn.Module, params: Any, folder: str | os.PathLike, *,
           dtype: str = '', shard_bytes: int = SHARD_BYTES,
           generation: hf_generation.Generation | None = None,
-          labels: Sequence[str] = ()) -> None:
+          labels: Sequence[str] = (), bare: bool = False) -> None:
   """Writes config.json and safetensors, which transformers loads; low-rank
   adapters are merged into the weights.
 
@@ -321,19 +333,25 @@ def to_hf(module: nn.Module, params: Any, folder: str | os.PathLike, *,
     generation: token ids and options; none: of those that transformers must
       have, any that are in the vocabulary.
     labels: what the outputs of the head of a task stand for.
+    bare: whether the stack alone is written, without its head.
 
   Raises:
     ValueError: naming a part of the model that transformers does not have.
   """
   module, params = adapters.merge(module, params)
   config: ModelConfig = module.config
-  tree = hf_config.write(config, labels)
+  page = architectures.hugging_face(config.arch)
+  rows = page.bare_rows(config) if bare else page.rows(config)
+  tree = (hf_config.write_bare(config) if bare
+          else hf_config.write(config, labels))
   if generation is not None:
     tree |= generation.fields
   flat = paths.flatten(nn.meta.unbox(params))
-  page = architectures.hugging_face(config.arch)
-  tensors = hf.expand(page.rows(config),
-                            {path: leaf.shape for path, leaf in flat.items()})
+  shapes = {path: leaf.shape for path, leaf in flat.items()}
+  if bare:
+    places = [found for _, found, *_ in hf.places(rows, shapes)]
+    shapes = {path: shapes[path] for path in sum(places, ())}
+  tensors = hf.expand(rows, shapes)
   kinds = {tensor.name: hf_files.Kind(
       tensor.shape, np.dtype(dtype or flat[tensor.paths[0]].dtype))
            for tensor in tensors}

@@ -5,6 +5,8 @@ post_norm  n(x + A(x)); n(x + F(x))            (the Transformer, BERT)
 parallel   x + A(n1(x)) + F(n2(x))             (GPT-NeoX)
 sandwich   x + n(A(n(x))); x + n(F(n(x)))      (CogView, Gemma 2)
 out_norm   x + n(A(x)); x + n(F(x))            (OLMo 2: arXiv 2501.00656, 3.1)
+ffn_norm   x + A(x); x + F(n(x))               (ModernBERT's first layer, whose
+                                               input is normalised already)
 
 A is self-attention and, in a decoder with a memory, C follows it wired alike.
 An entry of BLOCKS, at the end of this file, is all that there is of one.
@@ -69,6 +71,19 @@ class PreNorm(Block):
     if self.kind.cross:
       y_BLD, cache = self.cross_attention()(
           self.norm('cross_norm')(x_BLD), ctx, cache)
+      x_BLD = x_BLD + self.drop(y_BLD, ctx)
+    y_BLD, aux = self.ffn()(self.norm('ffn_norm')(x_BLD), ctx)
+    return residual(x_BLD + self.drop(y_BLD, ctx)), cache, aux
+
+
+class FfnNorm(Block):
+
+  @nn.compact
+  def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[Cache]):
+    y_BLD, cache = self.attention()(x_BLD, ctx, cache)
+    x_BLD = x_BLD + self.drop(y_BLD, ctx)
+    if self.kind.cross:
+      y_BLD, cache = self.cross_attention()(x_BLD, ctx, cache)
       x_BLD = x_BLD + self.drop(y_BLD, ctx)
     y_BLD, aux = self.ffn()(self.norm('ffn_norm')(x_BLD), ctx)
     return residual(x_BLD + self.drop(y_BLD, ctx)), cache, aux
@@ -141,4 +156,5 @@ BLOCKS = {
     'parallel': Parallel,
     'sandwich': Sandwich,
     'out_norm': OutNorm,
+    'ffn_norm': FfnNorm,
 }

@@ -180,7 +180,7 @@ def _check_stack(c: ModelConfig, stacks: Mapping[str, str]) -> None:
   archs = {kind: ', '.join(arch for arch in stacks if stacks[arch] == kind)
            for kind in stacks.values()}
   for field, rest, kind in (
-      ('type_vocab_size', 0, 'encoder'),
+      ('type_vocab_size', 0, 'encoder'), ('next_sentence', False, 'encoder'),
       ('num_decoder_layers', c.num_layers, 'encoder-decoder')):
     require(get(c, field) == rest or stack == kind,
             f'model.{field} {get(c, field)!r} has no meaning with model.arch '

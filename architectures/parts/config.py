@@ -138,10 +138,12 @@ class ModelConfig:
   vocab_size: int
   max_len: int
   type_vocab_size: int
+  next_sentence: bool
   norm: str
   norm_eps: float
   embed_norm: bool
   position: str
+  position_offset: int
   sinusoid: str
   learned_stretch: float
   rope: RopeConfig

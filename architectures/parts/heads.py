@@ -172,7 +172,8 @@ def _needs_labels(c: ModelConfig) -> None:
 _LABELS = ('num_labels', 'head_dropout')
 HEADS = {
     'lm': Kind(lambda c: 0, fields=(
-        'tie_embeddings', 'logits_bias', 'logits_scale', 'logits_softcap')),
+        'tie_embeddings', 'logits_bias', 'logits_scale', 'logits_softcap',
+        'next_sentence')),
     'sequence': Kind(lambda c: c.num_labels, of_row=True, fields=_LABELS,
                      check=_needs_labels),
     'tokens': Kind(lambda c: c.num_labels, fields=_LABELS,

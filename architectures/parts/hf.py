@@ -6,7 +6,8 @@ not have has no `HF`. tests/architectures/pages_test.py checks every record.
 parts/hf_rope.py has what a config.json says of rotary positions.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Sequence
 import itertools
 import math
 import re
@@ -20,6 +21,7 @@ from configs.errors import RequestError, require
 # The path of a parameter, its axes, the name of the tensor in a file, its axes.
 Row = tuple[str, str, str, str]
 Reader = Any  # of a config.json: training/hf/config.py, a room above
+MASKED_WORDS = 'head of masked words'  # a name in `HuggingFace.optional`
 
 
 class TaskHead(NamedTuple):
@@ -83,6 +85,13 @@ class HuggingFace(NamedTuple):
     fixed: token ids that an export writes as `write` has them, whatever the
       tokenizer of the run says.
     heads: those that transformers has for tasks, by model.head.
+    of_files: the names of a folder's tensors -> fields of ours that these tell,
+      and not its config.json.
+    optional: {what it is called: the pattern of its tensors' names} of what
+      only a pre-training needs: a folder may lack it as a whole, and what it
+      has of it without a place in the model is passed over; both are told.
+    bare: (transformers' class of the stack without any head, what its names
+      leave out); MASKED_WORDS is among `optional` then.
   """
   model_type: str
   architecture: str
@@ -97,11 +106,24 @@ class HuggingFace(NamedTuple):
   ignored: Sequence[str] = ()
   fixed: Sequence[str] = ()
   heads: Mapping[str, TaskHead] = {}
+  of_files: Callable[[Collection[str]], dict] = lambda names: {}
+  optional: Mapping[str, str] = {}
+  bare: tuple[str, str] | None = None
 
   def rows(self, c: ModelConfig) -> Sequence[Row]:
     """Returns the rows of `names` for the config `c`, and of its head."""
     rows = self.names(c) if callable(self.names) else self.names
     return self.heads[c.head].rows(rows) if c.head in self.heads else rows
+
+  def bare_rows(self, c: ModelConfig) -> Sequence[Row]:
+    """Returns the rows of the stack without its head."""
+    require(self.bare is not None, f'model.arch {c.arch!r} is not exported '
+            'without its head: its page names no class of transformers for it')
+    prefix = self.bare[1]
+    rows = self.names(c) if callable(self.names) else self.names
+    return [(ours, axes, theirs.removeprefix(prefix), their_axes)
+            for ours, axes, theirs, their_axes in rows
+            if theirs.startswith(prefix)]
 
   def spellings_of(self, c: ModelConfig) -> Sequence[tuple[str, str]]:
     """Returns `spellings`, and the usual names where the head of `c` has other

@@ -1,8 +1,9 @@
 """Normalisation over the feature axis, computed in float32.
 
 LayerNorm (Ba et al. 2016): y = (x - mean) / sqrt(var + eps) * scale + bias.
+Without the bias it is layernorm_no_bias (MPT, ModernBERT).
 RMSNorm (Zhang and Sennrich 2019): y = x / sqrt(mean(x^2) + eps) * scale.
-The two agree on centred input without bias.
+The last two agree on centred input.
 """
 
 import functools
@@ -15,7 +16,7 @@ from architectures.parts.config import ModelConfig
 from architectures.parts.roles import Role, declare
 
 
-def layernorm(x: jax.Array, scale_D: jax.Array, bias_D: jax.Array,
+def layernorm(x: jax.Array, scale_D: jax.Array, bias_D: jax.Array | None,
               eps: float) -> jax.Array:
   """[..., D] -> [..., D], with zero mean and unit variance before scale."""
   x32 = x.astype(jnp.float32)
@@ -32,7 +33,7 @@ def rmsnorm(x: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
   return _affine(x32 * jax.lax.rsqrt(mean_square + eps), scale_D, None, x.dtype)
 
 
-def _affine(y: jax.Array, scale_D: jax.Array, bias_D: jax.Array,
+def _affine(y: jax.Array, scale_D: jax.Array, bias_D: jax.Array | None,
             dtype: jax.typing.DTypeLike):
   ones = (1,) * (y.ndim - 1)
   y = y * scale_D.astype(jnp.float32).reshape(*ones, -1)
@@ -57,6 +58,17 @@ class LayerNorm(nn.Module):
     return recomputed(layernorm)(x, scale_D, bias_D, self.config.norm_eps)
 
 
+class LayerNormNoBias(nn.Module):
+  config: ModelConfig
+  axis: str = 'embed'
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    scale_D = declare(self, 'scale', nn.initializers.ones, x.shape[-1:],
+                      Role((self.axis,)))
+    return recomputed(layernorm)(x, scale_D, None, self.config.norm_eps)
+
+
 class RMSNorm(nn.Module):
   config: ModelConfig
   axis: str = 'embed'
@@ -68,7 +80,8 @@ class RMSNorm(nn.Module):
     return recomputed(rmsnorm)(x, scale_D, self.config.norm_eps)
 
 
-NORMS = {'layernorm': LayerNorm, 'rmsnorm': RMSNorm}
+NORMS = {'layernorm': LayerNorm, 'layernorm_no_bias': LayerNormNoBias,
+         'rmsnorm': RMSNorm}
 
 
 def norm(config: ModelConfig, name: str, axis: str = 'embed') -> nn.Module:

@@ -1,6 +1,7 @@
 """How a model knows where a token stands.
 
-learned     x + P[pos] (GPT, BERT); ends at max_len, or is stretched
+learned     x + P[pos] (GPT, BERT; P[pos + offset]: RoBERTa); ends at max_len,
+            or is stretched
 sinusoidal  x + PE[pos] (Vaswani et al. 2017, section 3.5)
 rope        q and k turned by pos * frequency (Su et al. 2021)
 alibi       scores - slope_h * distance (Press et al. 2022)
@@ -140,11 +141,13 @@ def _check_sinusoids(c: ModelConfig, stack: str) -> None:
           f'{c.sinusoid}, need it even and at least {least}')
 
 
-def learned(table_LD: jax.Array, positions: jax.Array,
-            stretch: float) -> jax.Array:
-  """Rows of the table at `positions`; between two rows where stretched."""
+def learned(table_LD: jax.Array, positions: jax.Array, stretch: float,
+            offset: int = 0) -> jax.Array:
+  """Rows of the table at `positions`, after the first `offset` of them; between
+  two rows where stretched."""
   if stretch == 1:
-    return table_LD[positions]
+    return table_LD[positions + offset]
+  table_LD = table_LD[offset:]
   place = jnp.minimum(positions / stretch, table_LD.shape[0] - 1)
   low = jnp.floor(place).astype(jnp.int32)
   high = jnp.minimum(low + 1, table_LD.shape[0] - 1)
@@ -155,9 +158,11 @@ def learned(table_LD: jax.Array, positions: jax.Array,
 def _add_learned(module: nn.Module, x_BLD: jax.Array, positions_BL: jax.Array):
   c = module.config
   check_length(c, x_BLD.shape[1])
-  table_LD = linear.embedding(module, 'positions', c.max_len)
+  table_LD = linear.embedding(module, 'positions',
+                              c.max_len + c.position_offset)
   return x_BLD + learned(sharding.constrain(table_LD, None, None),
-                         positions_BL, c.learned_stretch).astype(x_BLD.dtype)
+                         positions_BL, c.learned_stretch,
+                         c.position_offset).astype(x_BLD.dtype)
 
 
 def _learned_reach(c: ModelConfig) -> int:
@@ -280,7 +285,8 @@ SINUSOIDS = ('interleaved', 'halves', 'fairseq')
 
 POSITIONS = {
     'learned': Position(
-        embed=_add_learned, fields=('learned_stretch',), reach=_learned_reach,
+        embed=_add_learned, fields=('learned_stretch', 'position_offset'),
+        reach=_learned_reach,
         longer=_longer_learned),
     'sinusoidal': Position(
         embed=_add_sinusoids, fields=('sinusoid',), check=_check_sinusoids),

@@ -99,13 +99,13 @@ class Period(nn.Module):
 
   @nn.compact
   def __call__(self, x_BLD: jax.Array, cache: Any, ctx: Context):
-    block = BLOCKS[self.config.block]
-    if self.config.remat != 'none':
-      block = nn.remat(block, policy=REMAT[self.config.remat],
-                       prevent_cse=not self.config.scan_layers)
     caches, auxes, kept = [], [], []
     for i, kind in enumerate(self.pattern):
       config = self.config.of_kind(kind.name)
+      block = BLOCKS[config.block]
+      if config.remat != 'none':
+        block = nn.remat(block, policy=REMAT[config.remat],
+                         prevent_cse=not config.scan_layers)
       x_BLD, new, aux = block(config, kind, name=f'block_{i}')(
           x_BLD, ctx, None if cache is None else cache[i])
       caches.append(new)

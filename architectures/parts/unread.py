@@ -142,7 +142,8 @@ def _overridden(c: ModelConfig, name: str) -> dict[str, Row]:
   if 'window' in own:
     fields.add('attention')
   row = Row('a kind of model.kinds does not set it', ('kinds',))
-  return dict.fromkeys(sorted(fields - {'rope', 'position', 'ffn'}), row)
+  return dict.fromkeys(
+      sorted(fields - {'rope', 'position', 'ffn', 'block'}), row)
 
 
 def _unread(c: ModelConfig) -> dict[str, Row]:

@@ -26,7 +26,7 @@ LETTERS = {'vocab': 'V', 'embed': 'D', 'heads': 'H', 'kv_heads': 'JH',
 # Models of a system that together have every parameter of its names.
 VARIANTS = (dict(), dict(tie_embeddings=False), dict(logits_bias=True),
             dict(attention_bias=True, ffn_bias=True), models.DENSE_MOE,
-            dict(ffn='geglu_tanh'))
+            dict(ffn='geglu_tanh'), dict(norm='layernorm'))
 
 
 def config(system):
@@ -59,15 +59,17 @@ def test_a_system_is_its_page_and_its_config(system):
 def _parameters(system):
   """Yields the config of each of VARIANTS, and the logical axes and the shapes
   of its parameters by path; of those in layers, the axes of one layer."""
-  for changes in VARIANTS:
+  encoder = system in architectures.files('encoder')
+  for changes in (*VARIANTS, *[dict(head='sequence', num_labels=2)] * encoder):
     module = architectures.build(models.config(system, **changes))
     boxes = abstract_params(module)
     axes = paths.flatten(nn.get_partition_spec(boxes))
     shapes = paths.flatten(nn.meta.unbox(boxes))
     yield module.config, {
         path: (*spec, *[None] * (len(shapes[path].shape) - len(spec)))[
-            '/layers/' in path:] for path, spec in axes.items()}, {
-                path: x.shape for path, x in shapes.items()}
+            '/layers/' in path or '/prefix/' in path:]
+        for path, spec in axes.items()}, {
+            path: x.shape for path, x in shapes.items()}
 
 
 @pytest.mark.every_system
@@ -78,7 +80,8 @@ def test_names_are_of_parameters_and_axes_of_the_legend(system):
   for c, axes, shapes in _parameters(system):
     table = record.rows(c)
     sizes = dict(V=c.vocab_size, D=c.d_model, H=c.num_heads, J=c.num_kv_heads,
-                 K=c.head_dim, F=c.d_ff, E=c.moe.num_experts, L=c.max_len)
+                 K=c.head_dim, F=c.d_ff, E=c.moe.num_experts,
+                 L=c.max_len + c.position_offset)
     rows |= set(table)
     for row, found, *_ in hf.places(table, shapes):
       used.add(row)

@@ -22,9 +22,10 @@ def forward_flops(model, length: int, decoder_length: int = 0) -> dict:
                decoder_length, length),
         {'head': _head(c, decoder_length)})
   head = _head(c, length)
-  if c.arch == 'bert':  # the transform, the pooler, and the next sentence
-    head += 2.0 * c.d_model * (c.d_model * (length + 1) + 2)
-  causal = c.arch != 'bert'
+  causal = architectures.stack(c) == 'decoder'
+  if not causal:  # the transform, the pooler, and the next sentence
+    head += 2.0 * c.d_model * (c.d_model * length
+                               + c.next_sentence * (c.d_model + 2))
   return _sum(_stack(c, c.layer_kinds(c.num_layers, causal=causal), length),
               {'head': head})
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 import architectures
+from configs import kinds
 
 VOCAB = 61
 # Every other layer has experts, the second first.
@@ -22,8 +23,12 @@ PUBLISHED = [architectures.file_name(arch) for arch in architectures.systems()
 def config(system: str = 'gpt', **changes):
   """Returns the model config of a system's `tiny`, made smaller still."""
   model = importlib.import_module(f'configs.{system}').get_config('tiny').model
-  model.update(d_model=32, num_layers=2, num_heads=4, d_ff=48, max_len=32,
-               vocab_size=VOCAB, dtype='float32')
+  if 'pattern' in changes:  # of its own kinds of layer alone
+    model.update(pattern=changes['pattern'], prefix='')
+    model.kinds = {}
+  model.update(d_model=32, num_layers=kinds.fewest_layers(model, 2),
+               num_heads=4, d_ff=48, max_len=32, vocab_size=VOCAB,
+               dtype='float32')
   if model.num_decoder_layers:
     model.num_decoder_layers = 2
   for name, value in changes.items():

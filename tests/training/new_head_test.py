@@ -101,8 +101,18 @@ def test_a_folder_without_the_head_of_pretraining_is_as_good(tmp_path, capsys):
          {'task/kernel', 'task/bias'}, set())
 
 
+def test_a_folder_without_a_pooler_gets_a_new_one(tmp_path, capsys):
+  """As BertForMaskedLM is written."""
+  theirs = _folder(tmp_path, 'bert', lambda name: 'pooler' not in name)
+  params = paths.flatten(_start(tmp_path, 'bert'))
+  assert ('files have no pooler, so these parameters are new, drawn from the '
+          'seed: pooler, pooler_bias') in capsys.readouterr().out
+  np.testing.assert_array_equal(params['embed/tokens'], theirs['embed/tokens'])
+  assert np.asarray(params['pooler']).std() < 0.05  # as it is born
+
+
 def test_what_else_is_missing_is_refused(tmp_path):
-  _folder(tmp_path, 'bert', lambda name: 'pooler' not in name)
+  _folder(tmp_path, 'bert', lambda name: 'pooler.dense.bias' not in name)
   with pytest.raises(RequestError, match='files have no bert.pooler.dense'):
     _start(tmp_path, 'bert')
 

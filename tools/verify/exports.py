@@ -38,7 +38,8 @@ CHANGES = (
     dict(num_kv_heads=2), dict(head_dim=12), dict(d_ff=28),
     dict(vocab_size=67), dict(head='sequence', num_labels=1),
     dict(head='sequence', num_labels=3), dict(head='tokens', num_labels=5),
-    dict(max_len=48), dict(type_vocab_size=3), dict(norm_eps=1e-2),
+    dict(max_len=48), dict(type_vocab_size=3), dict(position_offset=3),
+    dict(norm_eps=1e-2),
     dict(learned_stretch=2.0), dict(attention='banded', sliding_window=5),
     dict(pattern='a,b', kinds=dict(a=dict(window=0), b=dict(window=5))),
     dict(pattern='a,b', kinds=dict(a={}, b={})),
@@ -73,7 +74,7 @@ def config(system: str):
   """Returns config.model of a system, small and without a capacity."""
   file = architectures.file_name(system)
   model = importlib.import_module(f'configs.{file}').get_config('tiny').model
-  model.update(SIZES)
+  model.update(SIZES, num_layers=kinds.fewest_layers(model, 2))
   if model.num_decoder_layers:
     model.num_decoder_layers = SIZES['num_layers']
   model.moe.update(eval_capacity_factor=0.0, dispatch='auto')
@@ -141,7 +142,8 @@ def _error(system: str, module: nn.Module) -> tuple[float, str]:
   head = module.config.head
   inputs = compare.inputs(architectures.stack(module.config), dict(
       vocab_size=module.config.vocab_size,
-      type_vocab_size=module.config.type_vocab_size))
+      type_vocab_size=module.config.type_vocab_size,
+      pad_token_id=max(0, module.config.position_offset - 1)))
   if head != 'lm':
     inputs = compare.padded(inputs, left=False)
   with tempfile.TemporaryDirectory() as folder:

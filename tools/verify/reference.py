@@ -71,7 +71,7 @@ def build(system: str, case: str, head: str = 'lm'):
   of_head = {} if head == 'lm' else dict(
       num_labels=2 if head == 'span' else 3, pad_token_id=0)
   config = kind.config_class(**row.common | row.cases[case] | of_head)
-  if of_head:
+  if of_head and not getattr(config, 'layer_types', None):
     config.num_hidden_layers = 1  # so that a recording is small
   config._attn_implementation = 'eager'  # the plain formula
   torch.manual_seed(0)
@@ -110,8 +110,10 @@ def _call(model, stack: str, inputs, **kwargs):
                types='token_type_ids', decoder_tokens='decoder_input_ids',
                decoder_mask='decoder_attention_mask',
                positions='position_ids')
-  if 'position_ids' not in inspect.signature(model.forward).parameters:
-    t.pop('positions', None)  # BLOOM, which tells distances by the mask
+  takes = inspect.signature(model.forward).parameters
+  for ours in ('positions', 'types'):  # BLOOM tells distances by the mask
+    if names[ours] not in takes:
+      t.pop(ours, None)
   return model(**{names[name]: value.long() for name, value in t.items()},
                **kwargs)
 

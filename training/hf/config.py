@@ -6,7 +6,7 @@ field that never changes what a model computes; any other is refused by name.
 The default with which a field is asked for says of what type it must be.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 import dataclasses
 import math
 import operator
@@ -23,9 +23,10 @@ from architectures.parts import hf
 from architectures.parts import unread
 from architectures.parts.config import ModelConfig
 from architectures.parts.moe import capacity
-from configs.errors import one_of, require, short
+from configs.errors import RequestError, require, short
 from training.hf import files as hf_files
 from training.hf import heads
+from training.hf import nearest
 from training.workdir import run_config
 
 # Fields by which text is generated: an export writes those of its import.
@@ -97,6 +98,10 @@ class Reader:
     value = self._tree.get(name)
     return value if isinstance(value, list) else []
 
+  def has(self, name: str) -> bool:
+    """Whether the field `name` is there and not null."""
+    return self._tree.get(name) is not None
+
   def is_null(self, name: str) -> bool:
     """Whether the field `name` is there and null."""
     return name in self._tree and self._tree[name] is None
@@ -131,6 +136,11 @@ class Reader:
     require(found in choices, f'config.json has {self._full(name)} '
             f'{short(found)}: choose from {", ".join(choices)}')
     return choices[found]
+
+  @property
+  def tree(self) -> Mapping[str, Any]:
+    """The whole of it, of which nothing is thereby asked for."""
+    return self._tree
 
   @property
   def model_type(self) -> str:
@@ -180,36 +190,42 @@ def _typed(what: str, value: Any, default: Any) -> Any:
   return value
 
 
-def read(tree: dict[str, Any]) -> ModelConfig:
-  """Returns the model that a config.json describes; see `fields`."""
-  return architectures.resolve(fields(tree))
+def read(tree: dict[str, Any], files: Collection[str] | None = None
+         ) -> ModelConfig:
+  """Returns the model that a config.json describes; see `fields_and_notes`."""
+  return architectures.resolve(fields_and_notes(tree, files)[0])
 
 
-def fields(tree: dict[str, Any]) -> ml_collections.ConfigDict:
-  """Returns config.model as a config.json has it.
+def fields_and_notes(tree: dict[str, Any],
+                     files: Collection[str] | None = None
+                     ) -> tuple[ml_collections.ConfigDict, list[str]]:
+  """Returns config.model as a config.json has it, and a sentence for each thing
+  that the file says and an import does not do.
+
+  Args:
+    tree: the config.json.
+    files: the names of the tensors beside it, which tell some things that it
+      does not; None: they are not known.
 
   Raises:
     RequestError: naming what it has that no page honours.
   """
-  return fields_and_notes(tree)[0]
-
-
-def fields_and_notes(tree: dict[str, Any]
-                     ) -> tuple[ml_collections.ConfigDict, list[str]]:
-  """Returns `fields`, and a sentence for each thing that the file says and an
-  import does not do."""
   reader = Reader(tree)
   model = model_of(reader)
   reader.finish()
+  if files is not None:
+    model.update(architectures.hugging_face(model.arch).of_files(files))
   return model, reader.notes
 
 
 def model_of(reader: Reader) -> ml_collections.ConfigDict:
   """Returns config.model as the page of its model_type reads a config.json."""
-  archs = {architectures.hugging_face(arch).model_type: arch
-           for arch in architectures.systems()
-           if hasattr(architectures.page(arch), 'HF')}
-  one_of('model_type of config.json', reader.model_type, archs)
+  archs = _families()
+  if reader.model_type not in archs:
+    raise RequestError('config.json has model_type '
+                       f'{short(reader.model_type)}, which is none of those '
+                       f'here: choose from {", ".join(archs)}'
+                       + nearest.words(_nearest(reader, archs)))
   arch = archs[reader.model_type]
   page = architectures.hugging_face(arch)
   found: dict[str, Any] = {}
@@ -226,6 +242,29 @@ def model_of(reader: Reader) -> ml_collections.ConfigDict:
     model.kinds = {}
   model.update(read)
   return model
+
+
+def _families() -> dict[str, str]:
+  """Returns {model_type: model.arch} of the systems that transformers has."""
+  return {architectures.hugging_face(arch).model_type: arch
+          for arch in architectures.systems()
+          if hasattr(architectures.page(arch), 'HF')}
+
+
+def _nearest(reader: Reader, archs: Mapping[str, str]
+             ) -> nearest.Nearest | None:
+  """Returns which of these families is nearest to a config.json of another."""
+  asked = {}
+  for model_type in archs:
+    empty = Reader(dict(model_type=model_type))
+    try:
+      model_of(empty)
+    except RequestError:
+      pass  # what was asked for until then
+    asked[model_type] = empty.asked
+  return nearest.nearest(reader.tree, asked, {
+      model_type: architectures.hugging_face(arch)
+      for model_type, arch in archs.items()}, NEUTRAL)
 
 
 def _field(reader: Reader, found: dict[str, Any], names: str, default: Any,
@@ -258,6 +297,14 @@ def write(config: ModelConfig, labels: Sequence[str] = ()) -> dict[str, Any]:
   check_same(config, read(tree),
              f'a {page.model_type} config.json cannot say that')
   return tree
+
+
+def write_bare(config: ModelConfig) -> dict[str, Any]:
+  """Returns the config.json of the stack of `config` without its head."""
+  tree = write(dataclasses.replace(config, head='lm', num_labels=0,
+                                   head_dropout=0.0))
+  page = architectures.hugging_face(config.arch)
+  return tree | dict(architectures=[page.bare[0]])
 
 
 def check_same(ours: ModelConfig, theirs: ModelConfig, why: str) -> None:
@@ -300,9 +347,10 @@ def differences(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
       if other.get(name) != value:
         found.setdefault(name, f'model.{name}{where} is {value!r}, not '
                          f'{other.get(name)!r}')
-  if ours.position != theirs.position:  # read at the embedding too
-    found.setdefault('position', f'model.position is {ours.position!r}, not '
-                     f'{theirs.position!r}')
+  for name in ('position', 'block'):  # read beside the layers too
+    mine, other = getattr(ours, name), getattr(theirs, name)
+    if mine != other:
+      found.setdefault(name, f'model.{name} is {mine!r}, not {other!r}')
   return list(found.values())
 
 

@@ -29,9 +29,11 @@ class Generation(NamedTuple):
   """Attributes:
     fields: of config.json: token ids, and generation options of older files.
     options: the content of generation_config.json; None: there is no such file.
+    bare: whether the folder holds a stack without the head of a language model.
   """
   fields: dict[str, Any]
   options: dict[str, Any] | None
+  bare: bool = False
 
 
 def of_folder(folder: pathlib.Path) -> Generation:
@@ -88,6 +90,7 @@ def kept(workdir: epath.Path) -> Generation | None:
   if not path.exists():
     return None
   tree = hf_files.read_object(path)
-  require(set(tree) == set(Generation._fields), f'{path} is damaged: it must '
-          f'have {" and ".join(Generation._fields)}')
-  return Generation(**tree)
+  earlier = {'bare': False, **tree}
+  require(set(earlier) == set(Generation._fields), f'{path} is damaged: it '
+          f'must have {" and ".join(Generation._fields)}')
+  return Generation(**earlier)

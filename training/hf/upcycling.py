@@ -19,7 +19,7 @@ import architectures
 from architectures.parts.config import ModelConfig
 from architectures.parts.moe import routing
 from configs import kinds
-from configs.errors import one_of, require
+from configs.errors import RequestError, one_of, require
 from training import paths
 from training import weights
 
@@ -109,3 +109,21 @@ def _layers(old: dict[str, jax.Array], path: str, shape: tuple[int, ...],
     copied = x if x.ndim == len(shape) - 1 else x[None]  # for every expert
     rows.append(jnp.broadcast_to(copied, shape[1:]))
   return jnp.stack(rows)
+
+
+def fields(words: list[str], like) -> dict:
+  """Returns {field: value} of FIELD=VALUE words, typed as in `like`."""
+  fields = {}
+  for word in words:
+    name, equals, text = word.partition('=')
+    if not equals or name not in like:
+      raise RequestError(f'--moe {word!r}: write FIELD=VALUE, of the fields '
+                         f'{", ".join(sorted(like))} of config.model.moe')
+    kind = type(like[name])
+    try:
+      fields[name] = ({'True': True, 'False': False}[text] if kind is bool
+                      else kind(text))
+    except (KeyError, ValueError) as error:
+      raise RequestError(f'--moe {word!r}: {text!r} is no {kind.__name__}'
+                         ) from error
+  return fields

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from architectures.parts.skeletons import Output
-from configs.errors import RequestError
+from configs.errors import RequestError, require
 from training.data import packing
 from training.data.tokenizers import Tokenizer
 from training.objectives import record
@@ -183,6 +183,13 @@ def mlm_and_nsp(output: Output, batch: Mapping[str, jax.Array], config: Config
       'nsp_accuracy': Mean((real_B * right_B).sum(), real_B.sum())}
 
 
+def _check_next_sentence(config: Config) -> None:
+  model = config.model
+  require(model.next_sentence, f'model.next_sentence is {model.next_sentence}, '
+          "and objective 'mlm_nsp' trains the head that it stands for: set it "
+          "to True, or choose objective 'mlm'")
+
+
 _READS = ('data.mask_rate', 'data.whole_words')
 OBJECTIVES = {
     'mlm': Objective(
@@ -193,5 +200,6 @@ OBJECTIVES = {
         ('encoder',), packing.Stretches, mlm_nsp, _nsp_arrays, ('tokens',),
         {'types': 'type_ids_BL', 'segment_ids': 'segment_ids_BL'},
         ('segment_ids',), reads=_READS, fill=_pad, figures=mlm_and_nsp,
-        terms={'mlm_loss': record.targets, 'nsp_loss': rows}),
+        terms={'mlm_loss': record.targets, 'nsp_loss': rows},
+        check=_check_next_sentence),
 }

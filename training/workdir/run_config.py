@@ -66,7 +66,8 @@ CLASSES: tuple[tuple[str, str | Callable, str], ...] = (
      OPTIMISATION, 'the same parameters in another function'),
     (r'model\.(clamp\..*|moe\.(gate_scale|expert_groups|top_groups))',
      OPTIMISATION, 'the same parameters in another function'),
-    (r'model\.moe\.logit_bias', INCOMPATIBLE, 'other parameters'),
+    (r'model\.(moe\.logit_bias|next_sentence)', INCOMPATIBLE,
+     'other parameters'),
     (r'model\.(arch|norm|embed_norm|position|ffn|block|mixer|attention'
      r'|qk_norm(_over)?|attention_sinks|attention_(out_)?bias|ffn_bias'
      r'|tie_embeddings|logits_bias|head|lora\.(rank|targets)|pattern|prefix'
@@ -74,7 +75,8 @@ CLASSES: tuple[tuple[str, str | Callable, str], ...] = (
      r'|moe\.(router|ffn|shared_experts))', INCOMPATIBLE,
      'other parameters'),
     (r'model\.(d_model|num_layers|num_decoder_layers|num_heads|num_kv_heads'
-     r'|head_dim|d_ff|vocab_size|max_len|type_vocab_size|num_labels'
+     r'|head_dim|d_ff|vocab_size|max_len|type_vocab_size|position_offset'
+     r'|num_labels'
      r'|param_dtype'
      r'|relative\.buckets|latent\.(q_rank|kv_rank|nope_dim|rope_dim|v_dim)'
      r'|moe\.(num_experts|d_ff))', INCOMPATIBLE,
@@ -273,12 +275,14 @@ def _as_of_now(tree: dict[str, Any]) -> dict[str, Any]:
   """Returns a config's tree, in which what an earlier version wrote is said as
   this one says it.
 
-  A run that lacks data.chat_template has the layout that there was then."""
+  A run that lacks data.chat_template has the layout that there was then; one
+  that lacks model.next_sentence has the pooler that every BERT had."""
   if 'data' in tree and 'chat_template' not in tree['data']:
     tree['data']['chat_template'] = (
         'earlier' if tree.get('objective') == 'chat' else 'published')
   if isinstance(tree.get('model'), dict):
-    tree['model'] = kinds.modern(tree['model'])
+    tree['model'] = {'next_sentence': tree['model'].get('arch') == 'bert',
+                     **kinds.modern(tree['model'])}
   if 'optim' in tree and tree['optim'].get('decay_mask') == _EARLIER_MASK:
     tree['optim']['decay_mask'] = ()
   return tree

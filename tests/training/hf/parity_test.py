@@ -34,7 +34,7 @@ FIRST = {f'{system}-{next(iter(row.cases))}'
 REPEATS = ('gshard-all_layers', 'gshard-capacity', 'switch-all_layers')
 # Of the later systems, the case that is the first to have a part, which is run
 # where all cases of the first systems are.
-NEW_PARTS = ()
+NEW_PARTS = ('roberta-plain', 'modernbert-plain')
 
 
 @pytest.mark.parametrize('path', [
@@ -101,7 +101,7 @@ def test_every_architecture_with_a_reference_is_compared():
 
 def test_recordings_are_small():
   assert sum(p.stat().st_size for p in FOLDER.parent.rglob('*')
-             if p.is_file()) < 2_500_000
+             if p.is_file()) < 4_000_000
 
 
 def test_a_nan_and_a_missing_array_are_noticed():

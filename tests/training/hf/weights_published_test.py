@@ -101,7 +101,7 @@ def test_real_weights_give_transformers_embeddings(tmp_path):
   """By tools.convert and back out of the workdir."""
   folder, recorded = _minilm()
   # It has no head for masked words, which is drawn.
-  convert.import_(folder, tmp_path / 'run', partial=True, seed=0)
+  convert.import_(folder, tmp_path / 'run', partial=False, seed=0)
   config, module, params, _ = convert._from_workdir(tmp_path / 'run', None)
   assert config.data.tokenizer == str(tmp_path / 'run/tokenizer')
   found = assets.ours(module, params, recorded)

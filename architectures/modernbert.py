@@ -1,0 +1,133 @@
+"""ModernBERT: an encoder of later decoders' parts (Warner et al. 2024, section
+2.1): rotary positions, GeGLU, no biases, pre-norm, and windows in two layers of
+three.
+
+  x_0 = LayerNorm(E[tokens])
+  a   = x + Attention(LayerNorm(x))       of x itself in the first layer
+  x'  = a + W_down (gelu(W_gate n) * W_up n),  n = LayerNorm(a)
+  logits = LayerNorm(gelu(W_t LayerNorm(x_N))) E^T + b
+
+Every third layer, from the first on, sees all tokens; the others see window - 1
+on either side, and have another theta. The first layer's attention has no norm:
+its input has just been normalised. LayerNorm has no bias. With the head of a
+task scores are W_s t + b_s, t what E^T is applied to above, of the first token
+or of each; the mean of a row instead (classifier_pooling) is refused.
+"""
+
+import jax
+
+from architectures.parts import hf
+from architectures.parts.config import ModelConfig
+from architectures.parts.encoder import Encoder
+from configs.errors import require
+
+
+class ModernBERT(Encoder):
+  """tokens [B, L] -> Output; see Encoder."""
+  HEAD_ACT = 'gelu'
+  HEAD_BIAS = False
+  PARTS = dict(position='rope', norm='layernorm_no_bias', embed_norm=True,
+               block='pre_norm', attention='global', attention_bias=False,
+               ffn='geglu', ffn_bias=False, tie_embeddings=True,
+               logits_bias=True, prefix='first', pattern='local,local,global',
+               kinds=dict(first=dict(block='ffn_norm')))
+
+  def scored(self, x_BLD: jax.Array, of_row: bool):
+    return self.transform(x_BLD[:, 0] if of_row else x_BLD), {}
+
+
+# Of which transformers' defaults are larger than a small vocabulary.
+IDS = [f'{name}_token_id' for name in ('pad', 'bos', 'eos', 'cls', 'sep')]
+# layer_types of config.json: our kind of layer, and the usual theta.
+TYPES = {'full_attention': ('global', 160_000.0),
+         'sliding_attention': ('local', 10_000.0)}
+
+
+def _read(reader: hf.Reader, fields: dict) -> dict:
+  pooling = reader('classifier_pooling', 'cls')
+  require(pooling == 'cls' or fields['head'] != 'sequence', 'config.json has '
+          f"classifier_pooling {pooling!r}: only 'cls' is known here")
+  reader.must(rope_scaling=None)
+  own = {'global': dict(window=0),
+         'local': dict(window=reader('local_attention', 128) // 2 + 1)}
+  sections = reader.section('rope_parameters')
+  for type_, (name, theta) in TYPES.items():
+    rope = sections.section(type_)
+    rope.must(rope_type='default')
+    own[name]['rope'] = dict(theta=rope('rope_theta', reader(
+        f'{name}_rope_theta', theta)))
+  first, *rest = (TYPES[type_][0] for type_ in _types(reader, fields))
+  pattern = rest[:next((n for n in range(1, len(rest) + 1) if len(rest) % n == 0
+                        and rest == rest[:n] * (len(rest) // n)), 0)]
+  return dict(
+      norm='layernorm' if reader('norm_bias', False) else 'layernorm_no_bias',
+      rope=own['global'].pop('rope'), prefix='first', pattern=','.join(pattern),
+      kinds=dict(first=own[first] | dict(block='ffn_norm'),
+                 **{name: own[name] for name in dict.fromkeys(pattern)}))
+
+
+def _types(reader: hf.Reader, fields: dict) -> list[str]:
+  layers, every = fields['num_layers'], reader('global_attn_every_n_layers', 3)
+  types = reader.listed('layer_types') or [
+      tuple(TYPES)[i % every > 0] for i in range(layers)]
+  require(len(types) == layers and set(types) <= set(TYPES), 'config.json has '
+          f'layer_types that are not {layers} of {", ".join(TYPES)}')
+  return types
+
+
+def _write(c: ModelConfig) -> dict:
+  kinds = [c.of_kind(kind.name) for kind in c.layer_kinds(c.num_layers)]
+  types = [tuple(TYPES)[kind.attention == 'banded'] for kind in kinds]
+  thetas = {type_: theta for type_, (_, theta) in TYPES.items()} | {
+      type_: kind.rope.theta for type_, kind in zip(types, kinds)}
+  windows = [kind.sliding_window for kind in kinds if kind.sliding_window]
+  return dict(
+      dict.fromkeys(IDS), norm_bias=c.norm == 'layernorm', layer_types=types,
+      local_attention=2 * (max(windows, default=65) - 1),
+      rope_parameters={type_: dict(rope_type='default', rope_theta=theta)
+                       for type_, theta in thetas.items()})
+
+
+HF = hf.HuggingFace(
+    'modernbert', 'ModernBertForMaskedLM',
+    names=(
+        ('embed/tokens', 'VD', 'model.embeddings.tok_embeddings.weight', 'V D'),
+        *hf.norm('embed/norm', 'model.embeddings.norm'),
+        *hf.under(
+            'encoder/layers', 'model.layers.{n}',
+            *hf.norm('attention_norm', 'attn_norm'),
+            *hf.dense('attention/query|key|value', 'DHK', 'attn.Wqkv', '3HK D'),
+            *hf.dense('attention/out', 'HKD', 'attn.Wo', 'D HK'),
+            *hf.norm('ffn_norm', 'mlp_norm'),
+            *hf.dense('ffn/gate|up', 'DF', 'mlp.Wi', '2F D'),
+            *hf.dense('ffn/down', 'FD', 'mlp.Wo', 'D F')),
+        *hf.norm('encoder/final_norm', 'model.final_norm'),
+        ('transform', 'DU', 'head.dense.weight', 'U D'),
+        *hf.norm('transform_norm', 'head.norm'),
+        ('head/kernel', 'DV', 'decoder.weight', 'V D'),
+        ('head/bias', 'V', 'decoder.bias', 'V')),
+    fields={
+        'd_model': ('hidden_size', 768),
+        'num_layers': ('num_hidden_layers', 22),
+        'num_heads': ('num_attention_heads', 12),
+        'd_ff': ('intermediate_size', 1152),
+        'vocab_size': ('vocab_size', 50368),
+        'max_len': ('max_position_embeddings', 8192),
+        'norm_eps': ('norm_eps', 1e-5),
+        'ffn': ('hidden_activation', 'gelu', hf.GATED),
+        'attention_bias': ('attention_bias', False),
+        'ffn_bias': ('mlp_bias', False),
+        'logits_bias': ('decoder_bias', True),
+        'tie_embeddings': ('tie_word_embeddings', True)},
+    only=dict(classifier_bias=False, classifier_activation='gelu'),
+    unread=('deterministic_flash_attn', 'reference_compile',
+            'sparse_prediction', 'sparse_pred_ignore_index',
+            'repad_logits_with_grad', 'layer_norm_eps',
+            'position_embedding_type'),
+    read=_read, write=_write,
+    tied={'decoder.weight': 'model.embeddings.tok_embeddings.weight'},
+    spellings=(('model.', ''),),
+    optional={hf.MASKED_WORDS: r'(head|decoder)\..*'},
+    bare=('ModernBertModel', 'model.'),
+    heads=hf.heads('ModernBert', sequence='classifier') | {
+        'span': hf.TaskHead('ModernBertForQuestionAnswering', 'classifier')})

@@ -1,0 +1,73 @@
+"""RoBERTa: BERT without its second task, in rows full of text (Liu et al. 2019,
+sections 3 and 4).
+
+  x_0 = LayerNorm(E[tokens] + P[2..L+1] + S[0])
+  a   = LayerNorm(x + Attention(x))       every token sees every other
+  x'  = LayerNorm(a + W2 gelu(W1 a))
+  logits = LayerNorm(gelu(W_t x_N + b_t)) E^T + b
+
+There is no pooler and no head of next sentences. With the head of a task
+(model.head) scores are W_s tanh(W_p x_N[first] + b_p) + b_s of a row, as BERT's
+pooler has it, or W_s x_N + b_s of each token.
+
+The first token stands at row 2 of the table of positions (fairseq counts from
+the row after that of padding, whose id is 1): model.position_offset. Row 0 is
+never read, row 1 by padding alone, which nothing sees. transformers counts the
+tokens before one that are no padding, and so does not count one whose id is
+that of padding in the middle of a text; here every token counts.
+"""
+
+from architectures import bert
+from architectures.parts import hf
+from architectures.parts.config import ModelConfig
+from architectures.parts.encoder import Encoder
+from configs.errors import require
+
+
+class RoBERTa(Encoder):
+  """tokens [B, L] -> Output; see Encoder."""
+  HEAD_ACT = 'gelu'
+  PARTS = bert.BERT.PARTS | dict(next_sentence=False, position_offset=2)
+
+
+def _read(reader: hf.Reader, fields: dict) -> dict:
+  padding = PADDING  # its id may be 0, which is no default
+  if reader.has('pad_token_id'):
+    padding = reader('pad_token_id', 0)
+  offset = padding + 1
+  rows = reader('max_position_embeddings', 512)
+  require(rows > offset, f'config.json has max_position_embeddings {rows}, of '
+          f'which {offset} stand before the first token: it must be larger')
+  return dict(position_offset=offset, max_len=rows - offset)
+
+
+def _write(c: ModelConfig) -> dict:
+  require(c.position_offset > 0, 'model.position_offset is 0: transformers '
+          'lets the first token of a roberta stand after the row of padding, '
+          'so that it is 1 or more')
+  return dict(max_position_embeddings=c.max_len + c.position_offset,
+              pad_token_id=c.position_offset - 1,
+              tie_word_embeddings=c.tie_embeddings)
+
+
+PADDING = 1  # of the published tokenizer
+
+HF = hf.HuggingFace(
+    'roberta', 'RobertaForMaskedLM',
+    names=(
+        *bert.stack('roberta'),
+        *hf.dense('pooler', 'DU', 'classifier.dense', 'U D'),
+        *hf.dense('transform', 'DU', 'lm_head.dense', 'U D'),
+        *hf.norm('transform_norm', 'lm_head.layer_norm'),
+        ('head/bias', 'V', 'lm_head.bias', 'V')),
+    fields=bert.FIELDS | {'vocab_size': ('vocab_size', 50265)},
+    only=bert.ONLY,
+    read=_read, write=_write, fixed=('pad_token_id',),
+    tied={'lm_head.decoder.weight': 'roberta.embeddings.word_embeddings.weight',
+          'lm_head.decoder.bias': 'lm_head.bias'},
+    spellings=(('roberta.', ''),),
+    ignored=(r'(roberta\.)?embeddings\.position_ids',),
+    optional={'pooler': r'(roberta\.)?pooler\..*',
+              hf.MASKED_WORDS: r'lm_head\..*'},
+    bare=('RobertaModel', 'roberta.'),
+    heads=hf.heads('Roberta', sequence='classifier.out_proj'))

@@ -1,0 +1,54 @@
+"""RoBERTa: `--config configs/roberta.py:SIZE`.
+
+Lab note. Liu et al. 2019, section 5 and appendix B (table 9): the sizes of
+BERT, byte-level BPE of 50,265, rows of 512 tokens of text over the ends of
+documents, masks drawn anew in each pass, no next sentences; 500K steps of 8,192
+rows, Adam b2 0.98, eps 1e-6, decay 0.01, dropout 0.1, linear decay, no
+clipping; learning rate 6e-4 and 24,000 steps of warm-up for base, 4e-4 and
+30,000 for large; 1,024 V100, about a day for 100K steps of large; 160 GB of
+text.
+
+Counts are those of transformers' RobertaForMaskedLM: the encoder and its head
+for masked words, with the two rows of positions before the first token.
+
+`tiny` is BERT's (configs/bert.py), whose lab note tells why its rows are short.
+"""
+
+from configs import base
+from configs import bert
+
+SIZES = {
+    'tiny': bert.SIZES['tiny'],
+    'base': bert.SIZES['base'] | dict(vocab_size=50265),
+    'large': bert.SIZES['large'] | dict(vocab_size=50265),
+}
+
+# Published parameter counts, for tools.count.
+PUBLISHED = {'base': 124_697_433, 'large': 355_412_057}
+
+
+def get_config(size: str = 'tiny'):
+  c = base.base()
+  size = size or 'tiny'
+  c.objective = 'mlm'
+  c.model.update(base.sized(size, SIZES))
+  c.model.update(arch='roberta', position='learned', position_offset=2,
+                 type_vocab_size=1, norm='layernorm', embed_norm=True,
+                 ffn='gelu', block='post_norm', tie_embeddings=True,
+                 logits_bias=True, init='normal')
+  c.data.length = c.model.max_len
+  if size == 'tiny':
+    c.data.batch_size = 64
+    c.train.steps = 1500
+    c.optim.lr = 2e-3
+    return c
+  c.model.dropout = c.model.attention_dropout = 0.1
+  c.model.dtype = 'bfloat16'
+  c.model.remat = 'dots'
+  c.data.batch_size = 8192
+  c.train.steps = 500_000
+  lr, warmup = {'base': (6e-4, 24_000), 'large': (4e-4, 30_000)}[size]
+  c.optim.update(lr=lr, warmup_steps=warmup, schedule='linear',
+                 final_fraction=0.0, weight_decay=0.01, b2=0.98, eps=1e-6,
+                 clip_norm=0.0)
+  return c
