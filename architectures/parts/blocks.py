@@ -21,6 +21,7 @@ from architectures.parts import mixers
 from architectures.parts import sharding
 from architectures.parts.attention import Attention, Cache, Context
 from architectures.parts.config import LayerKind, ModelConfig
+from architectures.parts.dropout import Dropout
 from architectures.parts.ffn import FFN
 from architectures.parts.moe.layer import MoE
 from architectures.parts.norms import norm
@@ -52,7 +53,7 @@ class Block(nn.Module):
     return FFN(self.config, self.kind.ffn, name='ffn')
 
   def drop(self, x: jax.Array, ctx: Context) -> jax.Array:
-    return nn.Dropout(self.config.dropout)(
+    return Dropout(self.config.dropout)(
         x, deterministic=ctx.deterministic)
 
 

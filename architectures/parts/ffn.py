@@ -23,6 +23,7 @@ from architectures.parts import linear
 from architectures.parts import sharding
 from architectures.parts.attention import Context
 from architectures.parts.config import ClampConfig, ModelConfig
+from architectures.parts.dropout import Dropout
 
 gelu = functools.partial(jax.nn.gelu, approximate=False)
 gelu_tanh = functools.partial(jax.nn.gelu, approximate=True)
@@ -114,7 +115,7 @@ class FFN(nn.Module):
       h_BLF = recomputed(hidden)(h_BLF, g_BLF)
     else:
       h_BLF = recomputed(hidden)(h_BLF)
-    h_BLF = nn.Dropout(c.ffn_dropout)(h_BLF, deterministic=ctx.deterministic)
+    h_BLF = Dropout(c.ffn_dropout)(h_BLF, deterministic=ctx.deterministic)
     h_BLF = sharding.constrain(h_BLF, 'batch', 'length', 'mlp')
     y_BLD = product('down', 'BLF,FD->BLD', h_BLF, down_FD, out)
     if c.ffn_bias:

@@ -30,6 +30,7 @@ import jax.numpy as jnp
 from architectures.parts import linear
 from architectures.parts import positions
 from architectures.parts.config import ModelConfig
+from architectures.parts.dropout import Dropout
 from architectures.parts.norms import norm
 from configs.errors import require
 
@@ -94,7 +95,7 @@ class Task(nn.Module):
                               ('embed', None), output=True, tuned=True)
     bias_U = (linear.bias(self, 'bias', (outputs,), (None,), output=True,
                           tuned=True) if self.bias else None)
-    x = nn.Dropout(c.head_dropout)(x, deterministic=deterministic)
+    x = Dropout(c.head_dropout)(x, deterministic=deterministic)
     return Head(kernel_DU, bias_U, 1 / c.widening).logits(x)
 
 

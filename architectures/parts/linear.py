@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from architectures.parts import sharding
 from architectures.parts.config import ModelConfig
+from architectures.parts.dropout import Dropout
 from architectures.parts.roles import Role, declare
 
 INITS = ('normal', 'scaled_normal', 'fan_in')  # see _initializer
@@ -195,7 +196,7 @@ def product(module: nn.Module, name: str, spec: str, x: jax.Array,
   n = sum(letter not in of_y for letter in of_w)  # of the inputs
   a, b = _adapter(module, name, w.shape, axes, n)
   if c.lora.dropout:
-    x = nn.Dropout(c.lora.dropout, name=f'{name}_lora_dropout')(
+    x = Dropout(c.lora.dropout, name=f'{name}_lora_dropout')(
         x, deterministic=deterministic)
   of_z = of_y.removesuffix(of_w[n:]) + 'Z'
   z = einsum(f'{of_x},{of_w[:n]}Z->{of_z}', x, a, c.compute_dtype)

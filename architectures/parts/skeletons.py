@@ -25,6 +25,7 @@ from architectures.parts import sharding
 from architectures.parts.attention import Cache, Context
 from architectures.parts.blocks import BLOCKS
 from architectures.parts.config import LayerKind, ModelConfig
+from architectures.parts.dropout import Dropout
 from architectures.parts.norms import norm
 from configs.errors import require
 
@@ -88,7 +89,7 @@ class Embed(nn.Module):
       x_BLD = x_BLD + types_TD[type_ids_BL].astype(x_BLD.dtype)
     if c.embed_norm:
       x_BLD = norm(c, 'norm')(x_BLD)
-    x_BLD = nn.Dropout(c.dropout)(x_BLD, deterministic=deterministic)
+    x_BLD = Dropout(c.dropout)(x_BLD, deterministic=deterministic)
     return (sharding.constrain(x_BLD, 'batch', 'length', 'embed'), table_VD.T)
 
 

@@ -6,7 +6,7 @@ mask queries go block by block, and meet only the keys that one of them may see.
 """
 
 import functools
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 import chex
 import jax
@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from architectures.parts import linear
+from architectures.parts.dropout import drop
 
 MASKED = -1e30  # finite, so that a row that sees nothing is no NaN
 BLOCKS = 4  # of queries under a causal mask, which spare 3 of 8 scores; but
@@ -63,14 +64,19 @@ def attend(q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array, *,
   B, L, H, K = q_BLHK.shape
   M, J = k_BMJK.shape[1:3]
   chex.assert_shape([k_BMJK, v_BMJK], [(B, M, J, K), (B, M, J, None)])
-  q_BLJRK = q_BLHK.reshape(B, L, J, H // J, K)
   if bias_BHLM is not None:
     bias_BHLM = bias_BHLM.reshape(-1, J, H // J, *bias_BHLM.shape[2:])
   if sink_H is not None:
     sink_H = sink_H.astype(jnp.float32).reshape(1, J, H // J, 1, 1)
-  o_BLJRK = _attend(_How(scale, softcap, dropout, causal, window), q_BLJRK,
-                    k_BMJK, v_BMJK, bias_BHLM, sink_H, mask_BLM, key)
-  return o_BLJRK.reshape(B, L, H, -1)
+  o_BJRLK = _attend(
+      _How(scale, softcap, dropout, causal, window),
+      _heads_first(q_BLHK).reshape(B, J, H // J, L, K), _heads_first(k_BMJK),
+      _heads_first(v_BMJK), bias_BHLM, sink_H, mask_BLM, key)
+  return _heads_first(o_BJRLK.reshape(B, H, L, -1))
+
+
+def _heads_first(x_BLHK: jax.Array) -> jax.Array:
+  return jnp.swapaxes(x_BLHK, 1, 2)
 
 
 def weights(q_BLHK: jax.Array, k_BMJK: jax.Array, *, scale: float,
@@ -88,7 +94,8 @@ def weights(q_BLHK: jax.Array, k_BMJK: jax.Array, *, scale: float,
   if bias_BHLM is not None:
     bias_BHLM = bias_BHLM.reshape(-1, J, H // J, *bias_BHLM.shape[2:])
   s_BJRLM = _scores(_How(scale, softcap, 0.0, False, 0), every, every, mask_BLM,
-                    q_BLHK.reshape(B, L, J, H // J, K), k_BMJK, bias_BHLM)
+                    _heads_first(q_BLHK).reshape(B, J, H // J, L, K),
+                    _heads_first(k_BMJK), bias_BHLM)
   s_BHLM = s_BJRLM.reshape(B, H, L, M)
   if sink_H is None:
     p_BHLM = jax.nn.softmax(s_BHLM, -1)
@@ -103,11 +110,9 @@ def weights(q_BLHK: jax.Array, k_BMJK: jax.Array, *, scale: float,
 
 
 def _scores(how: _How, rows: slice, keys: slice, mask_BLM: Optional[jax.Array],
-            q_BLJRK: jax.Array, k_BMJK: jax.Array,
+            q_BJRLK: jax.Array, k_BJMK: jax.Array,
             bias_BJRLM: Optional[jax.Array]):
-  s_BJRLM = linear.einsum(
-      'BLJRK,BMJK->BJRLM', q_BLJRK[:, rows] * how.scale, k_BMJK[:, keys],
-      q_BLJRK.dtype, jnp.float32)
+  s_BJRLM = _times_keys(q_BJRLK[..., rows, :] * how.scale, k_BJMK[..., keys, :])
   if how.softcap:
     s_BJRLM = how.softcap * jnp.tanh(s_BJRLM / how.softcap)
   if bias_BJRLM is not None:
@@ -118,30 +123,66 @@ def _scores(how: _How, rows: slice, keys: slice, mask_BLM: Optional[jax.Array],
 
 
 def _weigh(how: _How, rows: slice, keys: slice, key: Optional[jax.Array],
-           p_BJRLM: jax.Array, v_BMJK: jax.Array):
+           p_BJRLM: jax.Array, v_BJMK: jax.Array):
   if key is not None:
-    kept = jax.random.bernoulli(jax.random.fold_in(key, rows.start),
-                                1 - how.dropout, p_BJRLM.shape)
-    p_BJRLM = jnp.where(kept, p_BJRLM / (1 - how.dropout), 0)
-  return linear.einsum('BJRLM,BMJK->BLJRK', p_BJRLM, v_BMJK[:, keys],
-                       v_BMJK.dtype, jnp.float32)
+    p_BJRLM = drop(p_BJRLM, how.dropout, jax.random.fold_in(key, rows.start))
+  return _times_values(p_BJRLM, v_BJMK[..., keys, :])
+
+
+# The two products, and their gradients, with axes in such orders that XLA's CPU
+# backend transposes queries, keys and values for them, but no scores.
+
+
+@jax.custom_vjp
+def _times_keys(q_BJRLK: jax.Array, k_BJMK: jax.Array) -> jax.Array:
+  return linear.einsum('BJRLK,BJMK->BJRLM', q_BJRLK, k_BJMK, q_BJRLK.dtype,
+                       jnp.float32)
+
+
+def _times_keys_bwd(saved: tuple, d_BJRLM: jax.Array):
+  q_BJRLK, k_BJMK = saved
+  return (linear.einsum('BJRLM,BJMK->BJRLK', d_BJRLM, k_BJMK, q_BJRLK.dtype),
+          _by_keys(q_BJRLK, d_BJRLM, k_BJMK.dtype))
+
+
+def _by_keys(x_BJRLK: jax.Array, w_BJRLM: jax.Array, dtype: Any) -> jax.Array:
+  return jnp.swapaxes(
+      linear.einsum('BJRLK,BJRLM->BJKM', x_BJRLK, w_BJRLM, dtype), 2, 3)
+
+
+@jax.custom_vjp
+def _times_values(p_BJRLM: jax.Array, v_BJMK: jax.Array) -> jax.Array:
+  return linear.einsum('BJRLM,BJMK->BJRLK', p_BJRLM, v_BJMK, v_BJMK.dtype,
+                       jnp.float32)
+
+
+def _times_values_bwd(saved: tuple, d_BJRLK: jax.Array):
+  p_BJRLM, v_BJMK = saved
+  return (linear.einsum('BJRLK,BJMK->BJRLM', d_BJRLK, v_BJMK, v_BJMK.dtype,
+                        p_BJRLM.dtype),
+          _by_keys(d_BJRLK, p_BJRLM, v_BJMK.dtype))
+
+
+_times_keys.defvjp(lambda q, k: (_times_keys(q, k), (q, k)), _times_keys_bwd)
+_times_values.defvjp(lambda p, v: (_times_values(p, v), (p, v)),
+                     _times_values_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(how: _How, q_BLJRK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array,
+def _attend(how: _How, q_BJRLK: jax.Array, k_BJMK: jax.Array, v_BJMK: jax.Array,
             bias_BJRLM: Optional[jax.Array], sink_1JR11: Optional[jax.Array],
             mask_BLM: Optional[jax.Array], key: Optional[jax.Array]):
-  return _attend_fwd(how, q_BLJRK, k_BMJK, v_BMJK, bias_BJRLM, sink_1JR11,
+  return _attend_fwd(how, q_BJRLK, k_BJMK, v_BJMK, bias_BJRLM, sink_1JR11,
                      mask_BLM, key)[0]
 
 
-def _attend_fwd(how: _How, q_BLJRK: jax.Array, k_BMJK: jax.Array,
-                v_BMJK: jax.Array, bias_BJRLM: Optional[jax.Array],
+def _attend_fwd(how: _How, q_BJRLK: jax.Array, k_BJMK: jax.Array,
+                v_BJMK: jax.Array, bias_BJRLM: Optional[jax.Array],
                 sink_1JR11: Optional[jax.Array], mask_BLM: Optional[jax.Array],
                 key: Optional[jax.Array]):
   outs, tops, sums = [], [], []
-  for rows, keys in how.blocks(q_BLJRK.shape[1], k_BMJK.shape[1]):
-    s_BJRLM = _scores(how, rows, keys, mask_BLM, q_BLJRK, k_BMJK, bias_BJRLM)
+  for rows, keys in how.blocks(q_BJRLK.shape[3], k_BJMK.shape[2]):
+    s_BJRLM = _scores(how, rows, keys, mask_BLM, q_BJRLK, k_BJMK, bias_BJRLM)
     top_BJRL1 = s_BJRLM.max(-1, keepdims=True)
     if sink_1JR11 is not None:
       top_BJRL1 = jnp.maximum(top_BJRL1, sink_1JR11)
@@ -149,39 +190,38 @@ def _attend_fwd(how: _How, q_BLJRK: jax.Array, k_BMJK: jax.Array,
     sum_BJRL1 = e_BJRLM.sum(-1, keepdims=True)
     if sink_1JR11 is not None:
       sum_BJRL1 += jnp.exp(sink_1JR11 - top_BJRL1)
-    o_BLJRK = (_weigh(how, rows, keys, key, e_BJRLM, v_BMJK)
-               / jnp.moveaxis(sum_BJRL1, 3, 1))
-    outs.append(o_BLJRK.astype(v_BMJK.dtype))
+    o_BJRLK = _weigh(how, rows, keys, key, e_BJRLM, v_BJMK) / sum_BJRL1
+    outs.append(o_BJRLK.astype(v_BJMK.dtype))
     tops.append(top_BJRL1)
     sums.append(sum_BJRL1)
   # Where remat keeps products, it keeps what the gradient needs of these.
-  o_BLJRK, top_BJRL1, sum_BJRL1 = checkpoint_name(
-      (jnp.concatenate(outs, 1), jnp.concatenate(tops, 3),
+  o_BJRLK, top_BJRL1, sum_BJRL1 = checkpoint_name(
+      (jnp.concatenate(outs, 3), jnp.concatenate(tops, 3),
        jnp.concatenate(sums, 3)), linear.PRODUCT)
-  return o_BLJRK, (q_BLJRK, k_BMJK, v_BMJK, bias_BJRLM, sink_1JR11, mask_BLM,
+  return o_BJRLK, (q_BJRLK, k_BJMK, v_BJMK, bias_BJRLM, sink_1JR11, mask_BLM,
                    key, top_BJRL1, sum_BJRL1)
 
 
-def _attend_bwd(how: _How, saved: tuple, d_BLJRK: jax.Array):
-  (q_BLJRK, k_BMJK, v_BMJK, bias_BJRLM, sink_1JR11, mask_BLM, key, top_BJRL1,
+def _attend_bwd(how: _How, saved: tuple, d_BJRLK: jax.Array):
+  (q_BJRLK, k_BJMK, v_BJMK, bias_BJRLM, sink_1JR11, mask_BLM, key, top_BJRL1,
    sum_BJRL1) = saved
-  d_BLJRK, blocks = d_BLJRK.astype(jnp.float32), []
-  for rows, keys in how.blocks(q_BLJRK.shape[1], k_BMJK.shape[1]):
+  d_BJRLK, blocks = d_BJRLK.astype(jnp.float32), []
+  for rows, keys in how.blocks(q_BJRLK.shape[3], k_BJMK.shape[2]):
     s_BJRLM, of_scores = jax.vjp(
-        functools.partial(_scores, how, rows, keys, mask_BLM), q_BLJRK, k_BMJK,
+        functools.partial(_scores, how, rows, keys, mask_BLM), q_BJRLK, k_BJMK,
         bias_BJRLM)
     top, total = top_BJRL1[..., rows, :], sum_BJRL1[..., rows, :]
     p_BJRLM = jnp.exp(s_BJRLM - top) / total
     _, of_weighing = jax.vjp(
-        functools.partial(_weigh, how, rows, keys, key), p_BJRLM, v_BMJK)
-    dp_BJRLM, dv_BMJK = of_weighing(d_BLJRK[:, rows])
+        functools.partial(_weigh, how, rows, keys, key), p_BJRLM, v_BJMK)
+    dp_BJRLM, dv_BJMK = of_weighing(d_BJRLK[..., rows, :])
     mean_BJRL1 = (p_BJRLM * dp_BJRLM).sum(-1, keepdims=True)
     ds_BJRLM = p_BJRLM * (dp_BJRLM - mean_BJRL1)
     d_sink = None
     if sink_1JR11 is not None:
       p_BJRL1 = jnp.exp(sink_1JR11 - top) / total
       d_sink = -(p_BJRL1 * mean_BJRL1).sum((0, 3), keepdims=True)
-    blocks.append((*of_scores(ds_BJRLM), dv_BMJK, d_sink))
+    blocks.append((*of_scores(ds_BJRLM), dv_BJMK, d_sink))
   d_q, d_k, d_bias, d_v, d_sink = jax.tree.map(
       lambda *parts: sum(parts), *blocks)
   return d_q, d_k, d_v, d_bias, d_sink, None, None

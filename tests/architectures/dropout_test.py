@@ -1,16 +1,21 @@
 """Dropout stands in every place that it is meant for, and no draw repeats.
 
 Where everything is dropped, a part returns what it would if it computed
-nothing: that tells each place apart, in every wiring of a block.
+nothing: that tells each place apart, in every wiring of a block. The bits of a
+mask are random in every direction.
 """
+
+import math
 
 import flax.linen as nn
 import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import architectures
+from architectures.parts import dropout
 from architectures.parts import norms
 from architectures.parts.attention import Attention, Context
 from architectures.parts.blocks import BLOCKS
@@ -92,6 +97,71 @@ def test_attention_that_drops_its_weights_is_its_bias():
   np.testing.assert_allclose(
       y_BLD, jnp.broadcast_to(params['out_bias'], y_BLD.shape), rtol=1e-6)
   assert not np.allclose(y_BLD, whole_BLD)
+
+
+# The bits.
+
+
+def test_bits_are_scattered_as_the_published_finaliser_scatters():
+  """MurmurHash3 of nothing is the finaliser of its seed: two of its vectors."""
+  got = dropout.mix(jnp.array([0, 1, 0xFFFFFFFF], jnp.uint32))
+  assert got.tolist() == [0, 0x514E28B7, 0x81F16F39]
+
+
+SHAPE = (4, 6, 64, 96)
+
+
+def dropped(rate, key=0, shape=SHAPE):
+  return np.asarray(
+      dropout.drop(jnp.ones(shape), rate, jax.random.key(key))) == 0
+
+
+@pytest.mark.parametrize('rate', [0.1, 0.5, 1e-3])
+def test_elements_are_dropped_by_their_share_and_independent(rate):
+  """Both of two elements, which lie apart on any axis or are of another key,
+  with the square of the rate; within 5 standard deviations."""
+  x = dropped(rate)
+  pairs = [(x, dropped(rate, key=1))]
+  for axis, size in enumerate(SHAPE):
+    for apart in {1, 2, 4, size // 2, size - 1} & {*range(1, size)}:
+      pairs.append((np.take(x, range(apart, size), axis),
+                    np.take(x, range(size - apart), axis)))
+  for share, mean, n in [(rate, x.mean(), x.size), *(
+      (rate ** 2, (a & b).mean(), a.size) for a, b in pairs)]:
+    # Of two pairs that share an element, the drops are correlated: a factor.
+    sd = math.sqrt(share * (1 - share) / n) * math.sqrt(1 + 2 * rate)
+    assert abs(mean - share) < 5 * sd
+  rows = x.mean(-1)  # whose spread is that of independent draws
+  np.testing.assert_allclose(rows.var() * SHAPE[-1], rate * (1 - rate),
+                             rtol=0.2)
+
+
+def test_rows_whose_words_are_neighbours_differ(monkeypatch):
+  """A row that begins where another has its second column is not that row."""
+  words = np.array([[[0], [0x9E3779B9]], [[7], [1 << 31]]], np.uint32)
+  monkeypatch.setattr(jax.random, 'bits', lambda *_: jnp.asarray(words))
+  a, b = np.asarray(dropout.bits(jax.random.key(0), (2, 999)))
+  assert not (a[1:] == b[:-1]).any()
+
+
+@pytest.mark.parametrize('shape', [(), (5,), (2, 3), (2, 1, 7)])
+def test_a_shape_of_any_rank_has_bits(shape):
+  assert dropout.bits(jax.random.key(0), shape).shape == shape
+
+
+def test_a_mask_is_the_same_on_a_mesh_under_vmap_and_for_the_gradient():
+  x = jax.random.normal(jax.random.key(1), (4, 2, 8, 6))
+  keys = jax.random.split(jax.random.key(2), 3)
+  f = lambda x, key: dropout.drop(x, 0.3, key)
+  want = jnp.stack([f(x, key) for key in keys])
+  np.testing.assert_array_equal(jax.vmap(f, (None, 0))(x, keys), want)
+  mesh = jax.make_mesh((2, 2), ('data', 'model'),
+                       axis_types=(AxisType.Auto,) * 2)
+  split = NamedSharding(mesh, PartitionSpec('data', 'model'))
+  y, vjp = jax.vjp(jax.jit(lambda x: f(x, keys[0]), in_shardings=split,
+                           out_shardings=split), x)
+  np.testing.assert_array_equal(y, want[0])
+  np.testing.assert_array_equal(vjp(jnp.ones_like(x))[0] == 0, want[0] == 0)
 
 
 @pytest.mark.parametrize('scan_layers', [True, False])

@@ -73,7 +73,7 @@ MUTANTS = {
         ('gate = jnp.minimum(gate, clamp.limit)', 'pass', 'ffn: by_hand'),
         ('up = jnp.clip(up, -clamp', 'up = jnp.clip(up, clamp',
          'ffn: by_hand'),
-        ('nn.Dropout(c.ffn_dropout)', 'nn.Dropout(c.dropout)',
+        ('Dropout(c.ffn_dropout)', 'Dropout(c.dropout)',
          'dropout: feed_forward'),
         ('self.width or self.config.d_ff', 'self.config.d_ff',
          'experts: shared'),
@@ -133,7 +133,7 @@ MUTANTS = {
          'parity: equals and gpt_neox-quarter'),
     ],
     'architectures/parts/blocks.py': [
-        ('nn.Dropout(self.config.dropout)', 'nn.Dropout(0.0)',
+        ('Dropout(self.config.dropout)', 'Dropout(0.0)',
          'dropout: passes_x_on'),
         ("self.norm('attention_norm')(x_BLD), ctx, cache)\n"
          '    x_BLD = x_BLD + self.drop(y_BLD, ctx)',
@@ -195,8 +195,8 @@ MUTANTS = {
     'architectures/parts/skeletons.py': [
         ('jnp.stack(section, 1)', 'jnp.stack(section, 0)',
          'attention_weights: unrolled'),
-        ('x_BLD = nn.Dropout(c.dropout)(x_BLD,',
-         'x_BLD = nn.Dropout(0.0)(x_BLD,', 'dropout: embedding'),
+        ('x_BLD = Dropout(c.dropout)(x_BLD,',
+         'x_BLD = Dropout(0.0)(x_BLD,', 'dropout: embedding'),
         ('x_BLD * jnp.asarray(c.embed_scale,', 'x_BLD * jnp.asarray(1,',
          'parity: equals and transformer-plain'),
         ('type_ids_BL = jnp.zeros((1, 1)', 'type_ids_BL = jnp.ones((1, 1)',

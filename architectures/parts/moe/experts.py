@@ -19,10 +19,11 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
+from architectures.parts.dropout import mix
 from architectures.parts.ffn import Hidden
 from architectures.parts.moe import grouped
 from architectures.parts.moe.capacity import ranks
-from architectures.parts.moe.routing import mix, Routing
+from architectures.parts.moe.routing import Routing
 
 
 @struct.dataclass

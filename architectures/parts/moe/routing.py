@@ -41,6 +41,7 @@ import jax
 import jax.numpy as jnp
 
 from architectures.parts.config import MoEConfig, ModelConfig
+from architectures.parts.dropout import mix
 from architectures.parts.moe import capacity
 from architectures.parts.moe import expert_groups
 from configs.errors import require
@@ -206,13 +207,6 @@ def expert_choice(m: MoEConfig, x: Inputs) -> Routing:
   return Routing(expert_GEC.reshape(-1).astype(jnp.int32),
                  gate_GEC.reshape(-1),
                  token_GEC.reshape(-1).astype(jnp.int32), probs_TE)
-
-
-def mix(x: jax.Array) -> jax.Array:
-  """Scatters uint32 evenly over uint32 (the finaliser of murmur3)."""
-  x = (x ^ (x >> 16)) * jnp.uint32(0x85ebca6b)
-  x = (x ^ (x >> 13)) * jnp.uint32(0xc2b2ae35)
-  return x ^ (x >> 16)
 
 
 def _fixed(m: MoEConfig, first_T: jax.Array, stride: int, valid_T: jax.Array
