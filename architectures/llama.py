@@ -7,8 +7,8 @@ Dubey et al. 2024).
   x'  = a + W_down (silu(W_gate n) * W_up n),  n = RMSNorm(a)
   logits = RMSNorm(x_N) W                 a matrix of its own; no bias anywhere
 
-Longer contexts: `model.rope.scaling` linear, ntk, llama3 or yarn, by
-`model.rope.factor`.
+Longer contexts: `model.rope.scaling` linear, ntk, dynamic, llama3, yarn or
+longrope, by `model.rope.factor`.
 """
 
 from architectures.parts import hf
@@ -36,27 +36,30 @@ def _write(c: ModelConfig) -> dict:
   return dict(rope_parameters=hf_rope.write(c))
 
 
+ATTENTION = (
+    *hf.dense('attention/query', 'DHK', 'self_attn.q_proj', 'HK D'),
+    *hf.dense('attention/key', 'DJK', 'self_attn.k_proj', 'JK D'),
+    *hf.dense('attention/value', 'DJK', 'self_attn.v_proj', 'JK D'),
+    *hf.dense('attention/out', 'HKD', 'self_attn.o_proj', 'D HK'))
 # All but the feed-forward networks, as Mixtral has them too.
 NAMES = (
     ('embed/tokens', 'VD', 'model.embed_tokens.weight', 'V D'),
     *hf.under(
         'decoder/layers', 'model.layers.{n}',
         ('attention_norm/scale', 'D', 'input_layernorm.weight', 'D'),
-        *hf.dense('attention/query', 'DHK', 'self_attn.q_proj', 'HK D'),
-        *hf.dense('attention/key', 'DJK', 'self_attn.k_proj', 'JK D'),
-        *hf.dense('attention/value', 'DJK', 'self_attn.v_proj', 'JK D'),
-        *hf.dense('attention/out', 'HKD', 'self_attn.o_proj', 'D HK'),
+        *ATTENTION,
         ('ffn_norm/scale', 'D', 'post_attention_layernorm.weight', 'D')),
     ('decoder/final_norm/scale', 'D', 'model.norm.weight', 'D'),
     ('head/kernel', 'DV', 'lm_head.weight', 'V D'))
+FFN = hf.under(
+    'decoder/layers/ffn', 'model.layers.{n}.mlp',
+    *hf.dense('gate', 'DF', 'gate_proj', 'F D'),
+    *hf.dense('up', 'DF', 'up_proj', 'F D'),
+    *hf.dense('down', 'FD', 'down_proj', 'D F'))
 
 HF = hf.HuggingFace(
     'llama', 'LlamaForCausalLM',
-    names=NAMES + hf.under(
-        'decoder/layers/ffn', 'model.layers.{n}.mlp',
-        *hf.dense('gate', 'DF', 'gate_proj', 'F D'),
-        *hf.dense('up', 'DF', 'up_proj', 'F D'),
-        *hf.dense('down', 'FD', 'down_proj', 'D F')),
+    names=NAMES + FFN,
     fields={
         'd_model': ('hidden_size', 4096),
         'num_layers': ('num_hidden_layers', 32),

@@ -229,12 +229,10 @@ def _model() -> dict:
       rope=dict(  # of rotary positions
           theta=10000.0,  # the base of the frequencies
           fraction=1.0,  # the share of a head that is rotated
-          # Pairs are neighbours, not features half a head apart.
-          interleaved=False,
+          interleaved=False,  # pairs are neighbours, not half a head apart
           scaling='none',  # how they stretch past original_len
           factor=1.0,  # how many times the original length
-          # The length that the scaling starts from; derived: max_len.
-          original_len=0,
+          original_len=0,  # where the scaling starts; derived: max_len
           low_freq_factor=1.0,  # of llama3
           high_freq_factor=4.0,  # of llama3
           beta_fast=32.0,  # of yarn
@@ -243,8 +241,11 @@ def _model() -> dict:
           # there, on all features of a head (DeepSeek-V2).
           mscale=1.0,
           mscale_all_dim=0.0,
-          # Of yarn: its ramp begins and ends at a whole frequency.
-          truncate=True,
+          truncate=True,  # of yarn: its ramp is between whole frequencies
+          short_factor=(),  # of longrope: what divides each frequency
+          long_factor=(),  # the same in rows of more than original_len
+          # Of longrope, on turned features; derived: of factor, original_len.
+          attention_factor=0.0,
       ),
       relative=dict(  # of T5's bias
           buckets=32,  # buckets of distances

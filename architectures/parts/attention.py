@@ -48,6 +48,8 @@ class Context:
   prefix_B: Optional[jax.Array] = None  # keys before it are seen by all
   valid_BL: Optional[jax.Array] = None  # 0: padding, which takes no expert
   reach_BL: Optional[jax.Array] = None  # before it, later places see a token
+  # How many tokens a row has room for: its own, or a cache's.
+  length: int = struct.field(pytree_node=False, default=0)
   in_order: bool = struct.field(pytree_node=False, default=True)
   deterministic: bool = struct.field(pytree_node=False, default=True)
   keep_layers: bool = struct.field(pytree_node=False, default=False)
@@ -181,8 +183,8 @@ class Attention(nn.Module):
       if self.cross and cache is not None:
         cache = cache.replace(memory_key_BMJK=k_BMJK, memory_value_BMJK=v_BMJK)
     if rotate:
-      q_BLHK = rotate(q_BLHK, ctx.positions_BL, c)
-      k_BMJK = rotate(k_BMJK, ctx.positions_BL, c)
+      q_BLHK = rotate(q_BLHK, ctx.positions_BL, c, ctx.length)
+      k_BMJK = rotate(k_BMJK, ctx.positions_BL, c, ctx.length)
     k_positions_BM = ctx.positions_BL
     if cache is not None and not self.cross:
       cache = cache.write(k_BMJK, v_BMJK, ctx.positions_BL)

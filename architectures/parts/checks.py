@@ -42,7 +42,7 @@ RANGES = (
         'moe.gate_scale', 'clamp.alpha', 'clamp.limit')),
     ('it must be >= 0', lambda x: x >= 0, (
         'attention_softcap', 'logits_softcap', 'init_stddev', 'rope.mscale',
-        'rope.mscale_all_dim',
+        'rope.mscale_all_dim', 'rope.attention_factor',
         'moe.shared_experts', 'moe.group_size', 'moe.capacity_factor',
         'moe.eval_capacity_factor', 'moe.logit_noise', 'moe.balance_weight',
         'moe.z_loss_weight', 'moe.bias_rate', 'lora.alpha')),

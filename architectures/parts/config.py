@@ -43,6 +43,9 @@ class RopeConfig:
   mscale: float
   mscale_all_dim: float
   truncate: bool
+  short_factor: tuple
+  long_factor: tuple
+  attention_factor: float
 
 
 @dataclasses.dataclass(frozen=True)

@@ -107,6 +107,11 @@ def _check_value(name: str, value: Any, kind: type, who: str = '') -> None:
   if kind is int:
     require(0 <= value <= MOST[name], f'{who} is {short(value)}: it '
             f'must be an integer >= 0 and <= {MOST[name]:,}')
+  elif kind is tuple:
+    require(len(value) <= MOST['head_dim'] and all(
+        type(x) in (int, float) and abs(x) <= MOST_FLOAT for x in value),
+            f'{who} is {short(value)}: it must hold numbers between '
+            f'{-MOST_FLOAT:g} and {MOST_FLOAT:g}')
   elif kind is float:
     require(-MOST_FLOAT <= value <= MOST_FLOAT, f'{who} is '
             f'{short(value)}: it must be a number between {-MOST_FLOAT:g} and '

@@ -4,27 +4,27 @@ A page whose system has them calls `read` in its record's `read`, and `write`
 in its `write` (parts/hf.py).
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from architectures.parts import hf
+from architectures.parts import hf_layers
 from architectures.parts import rotary
 from architectures.parts.config import ModelConfig
-from configs.errors import RequestError, require
+from configs.errors import RequestError, require, short
 
 # rope_type: our scaling.
-SCALINGS = {'default': 'none', 'linear': 'linear', 'llama3': 'llama3',
-            'yarn': 'yarn'}
+SCALINGS = {'default': 'none', 'linear': 'linear', 'dynamic': 'dynamic',
+            'llama3': 'llama3', 'yarn': 'yarn', 'longrope': 'longrope'}
 
 
 def read(reader: hf.Reader, *,
          theta: tuple[str, float] = ('rope_theta', 10000.0),
          fraction: tuple[str, float] | None = None,
-         interleaved: bool = False, on_scores: bool = False) -> dict:
+         interleaved: bool = False, on_scores: bool = False,
+         words: Mapping[str, str] = SCALINGS, original: int = 0) -> dict:
   """Returns model.rope, of a new config.json (rope_parameters) or an old one
   (rope_theta, rope_scaling).
-
-  Their 'dynamic' scaling changes all frequencies with the length of the text,
-  also of keys that a cache holds already: refused, `ntk` is its fixed form.
 
   Args:
     reader: of the config.json.
@@ -34,20 +34,52 @@ def read(reader: hf.Reader, *,
       not read the share there, so that one is refused.
     interleaved: whether this system pairs neighbours.
     on_scores: whether it puts YaRN's mscale_all_dim on the scores.
+    words: our scaling, by each rope_type that transformers has in this system.
+    original: what original_max_position_embeddings is where it is not there, in
+      a system that has it outside of these objects and goes by that.
   """
   new, old = reader.section('rope_parameters'), reader.section('rope_scaling')
-  r = old if old else new
-  kind = r('rope_type', r('type', 'default'))
-  require(kind != 'dynamic', "config.json has rope_type 'dynamic', which "
-          'changes the positions of cached keys as the text grows: take the '
-          'fixed form, rope_theta times factor ** (dim / (dim - 2))')
+  return _read(reader, old if old else new, theta, fraction, interleaved,
+               on_scores, words, original)
+
+
+def read_by_kind(reader: hf.Reader, *kinds: tuple[str, tuple[str, float]]
+                 ) -> list[dict]:
+  """Returns model.rope of each kind of layer, of a rope_parameters that has an
+  object for each. An old config.json has one rope_scaling, of the last kind.
+
+  Args:
+    reader: of the config.json.
+    *kinds: (its name there, the `theta` of `read`).
+  """
+  parts, old = reader.section('rope_parameters'), reader.section('rope_scaling')
+  found = []
+  for name, theta in kinds:
+    new = parts.section(name)
+    last = old and name == kinds[-1][0]
+    found.append(_read(reader, old if last else new, theta))
+  return found
+
+
+def _read(reader: hf.Reader, r: hf.Reader, theta: tuple[str, float],
+          fraction: tuple[str, float] | None = None, interleaved: bool = False,
+          on_scores: bool = False, words: Mapping[str, str] = SCALINGS,
+          original: int = 0) -> dict:
   rope: dict[str, Any] = dict(
       theta=r('rope_theta', reader(*theta)),
       fraction=_fraction(reader, r, fraction), interleaved=interleaved,
-      scaling=r.choose('rope_type', r('type', 'default'), SCALINGS))
+      scaling=r.choose('rope_type', r('type', 'default'), words))
+  if original:
+    r.passes('original_max_position_embeddings')
+    rope['original_len'] = reader('original_max_position_embeddings', original)
   if rope['scaling'] == 'none':
     return rope
   rope['factor'] = r('factor', 1.0)
+  if rope['scaling'] in ('llama3', 'yarn', 'longrope') and not original:
+    rope['original_len'] = r(
+        'original_max_position_embeddings',
+        reader('original_max_position_embeddings',
+               reader('max_position_embeddings', 0)))
   if rope['scaling'] == 'llama3':
     rope.update(low_freq_factor=r('low_freq_factor', 1.0),
                 high_freq_factor=r('high_freq_factor', 4.0))
@@ -58,12 +90,39 @@ def read(reader: hf.Reader, *,
     r.must(attention_factor=rotary.yarn_factor(
         **{name: rope[name] for name in ('factor', 'mscale', 'mscale_all_dim')}
     ))
-  if rope['scaling'] in ('llama3', 'yarn'):
-    rope['original_len'] = r(
-        'original_max_position_embeddings',
-        reader('original_max_position_embeddings',
-               reader('max_position_embeddings', 0)))
+  if rope['scaling'] == 'dynamic':
+    rope['original_len'] = reader('max_position_embeddings', 0)
+    reader.notes.append(DYNAMIC)
+  if rope['scaling'] == 'longrope':
+    rope.update(_longrope(reader, r, rope['original_len']))
   return rope
+
+
+DYNAMIC = (
+    "config.json has rope_type 'dynamic': past max_position_embeddings, "
+    'transformers turns each new token by the length of the text so far, and '
+    'leaves keys as they are in its cache. Here all tokens turn by the length '
+    'that the row has room for: the two compute the same for whole texts, and '
+    'may write other ones that grow past that length')
+
+
+def _longrope(reader: hf.Reader, r: hf.Reader, original: int) -> dict[str, Any]:
+  """Returns the fields of longrope alone. Without a factor, it is how many
+  times as long the model is."""
+  require(r.has('factor') or reader.has('max_position_embeddings'),
+          "config.json has rope_type 'longrope', but neither a factor nor "
+          'max_position_embeddings, of which it follows')
+  found = {name: tuple(r.listed(name))
+           for name in ('short_factor', 'long_factor')}
+  for name, values in found.items():
+    require(all(type(x) in (int, float) for x in values),
+            f'config.json has {name} {short(values)}: it must be numbers')
+  require(not r.has('attention_factor') or r('attention_factor', 0.0) > 0,
+          'config.json has an attention_factor that is not > 0')
+  return found | dict(
+      attention_factor=r('attention_factor', 0.0),
+      factor=r('factor', max(
+          1.0, reader('max_position_embeddings', 0) / (original or 1))))
 
 
 def _mscale(r: hf.Reader, on_scores: bool) -> dict[str, float]:
@@ -92,15 +151,29 @@ def _fraction(reader: hf.Reader, rope: hf.Reader,
   return 1.0
 
 
+def write_by_kind(c: ModelConfig) -> dict:
+  """Returns rope_parameters with an object for each kind of layer: those with
+  a window, and those that see all."""
+  found: dict[str, dict] = {}
+  for kind in c.layer_kinds(c.num_layers):
+    own = c.of_kind(kind.name)
+    name = hf_layers.type_of(own)
+    require(found.setdefault(name, write(own)) == write(own),
+            f'model.kinds has layers of {name} with positions that differ: '
+            'this config.json has one of each')
+  return found
+
+
 def write(c: ModelConfig, *, whole_heads: bool = True,
-          interleaved: bool = False, on_scores: bool = False) -> dict:
+          interleaved: bool = False, on_scores: bool = False,
+          words: Mapping[str, str] = SCALINGS) -> dict:
   """Returns rope_parameters for the config `c`.
 
   Args:
     c: the config.
     whole_heads: whether transformers turns whole heads in this system, and
       does not read that it should turn a part.
-    interleaved, on_scores: as of `read`.
+    interleaved, on_scores, words: as of `read`.
   """
   r = c.rope
   require(r.interleaved == interleaved, 'model.rope.interleaved is '
@@ -116,7 +189,7 @@ def write(c: ModelConfig, *, whole_heads: bool = True,
         "model.rope.scaling is 'ntk', which config.json has not: it is the "
         'same as scaling none with model.rope.theta '
         f'{rotary.ntk_theta(r, rotary.rotary_dim(c))!r}')
-  rope = dict(rope_type=hf.theirs(SCALINGS, r.scaling, 'rope.scaling'),
+  rope = dict(rope_type=hf.theirs(words, r.scaling, 'rope.scaling'),
               rope_theta=r.theta)
   if not whole_heads:
     rope['partial_rotary_factor'] = r.fraction
@@ -136,6 +209,15 @@ def write(c: ModelConfig, *, whole_heads: bool = True,
               'them to 1 and 0'
               + (', or both above 0' if on_scores else ''))
       rope.update(mscale=r.mscale, mscale_all_dim=r.mscale_all_dim)
-  if r.scaling in ('llama3', 'yarn'):
+  if r.scaling == 'dynamic':
+    require(r.original_len == c.max_len, 'model.rope.original_len is '
+            f'{r.original_len} and model.max_len {c.max_len}: a config.json '
+            "has one length for both where model.rope.scaling is 'dynamic'")
+  if r.scaling == 'longrope':
+    rope.update(short_factor=list(r.short_factor),
+                long_factor=list(r.long_factor))
+    if r.attention_factor:
+      rope['attention_factor'] = r.attention_factor
+  if r.scaling in ('llama3', 'yarn', 'longrope'):
     rope['original_max_position_embeddings'] = r.original_len
   return rope

@@ -112,7 +112,7 @@ class LatentAttention(Attention):
 
   def _turn(self, x_BLHK: jax.Array, ctx: Context) -> jax.Array:
     rotate = positions.of(self.config).rotate
-    return rotate(x_BLHK, ctx.positions_BL, turned(self.config)
+    return rotate(x_BLHK, ctx.positions_BL, turned(self.config), ctx.length
                   ) if rotate else x_BLHK
 
   def _on_heads(self, q_BLHK: jax.Array, slot_BM1U: jax.Array,

@@ -3,10 +3,14 @@
 LayerNorm (Ba et al. 2016): y = (x - mean) / sqrt(var + eps) * scale + bias.
 Without the bias it is layernorm_no_bias (MPT, ModernBERT).
 RMSNorm (Zhang and Sennrich 2019): y = x / sqrt(mean(x^2) + eps) * scale.
-The last two agree on centred input.
+The last two agree on centred input. Two more forms of RMSNorm:
+rmsnorm_1p     x / sqrt(mean(x^2) + eps) * (1 + offset), offset 0 at first: what
+               decays it, or rounds it, draws the factor to 1 (Gemma)
+rmsnorm_plain  x / sqrt(mean(x^2) + eps), without parameters
 """
 
 import functools
+from typing import Optional
 
 import flax.linen as nn
 import jax
@@ -26,17 +30,19 @@ def layernorm(x: jax.Array, scale_D: jax.Array, bias_D: jax.Array | None,
   return _affine(centred * jax.lax.rsqrt(var + eps), scale_D, bias_D, x.dtype)
 
 
-def rmsnorm(x: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
+def rmsnorm(x: jax.Array, scale_D: Optional[jax.Array],
+            eps: float) -> jax.Array:
   """[..., D] -> [..., D], with unit mean square before scale."""
   x32 = x.astype(jnp.float32)
   mean_square = jnp.square(x32).mean(-1, keepdims=True)
   return _affine(x32 * jax.lax.rsqrt(mean_square + eps), scale_D, None, x.dtype)
 
 
-def _affine(y: jax.Array, scale_D: jax.Array, bias_D: jax.Array | None,
-            dtype: jax.typing.DTypeLike):
+def _affine(y: jax.Array, scale_D: Optional[jax.Array],
+            bias_D: Optional[jax.Array], dtype: jax.typing.DTypeLike):
   ones = (1,) * (y.ndim - 1)
-  y = y * scale_D.astype(jnp.float32).reshape(*ones, -1)
+  if scale_D is not None:
+    y = y * scale_D.astype(jnp.float32).reshape(*ones, -1)
   if bias_D is not None:
     y = y + bias_D.astype(jnp.float32).reshape(*ones, -1)
   return y.astype(dtype)
@@ -80,8 +86,34 @@ class RMSNorm(nn.Module):
     return recomputed(rmsnorm)(x, scale_D, self.config.norm_eps)
 
 
-NORMS = {'layernorm': LayerNorm, 'layernorm_no_bias': LayerNormNoBias,
-         'rmsnorm': RMSNorm}
+class RMSNorm1P(nn.Module):
+  config: ModelConfig
+  axis: str = 'embed'
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    offset_D = declare(self, 'offset', nn.initializers.zeros, x.shape[-1:],
+                       Role((self.axis,)))
+    return recomputed(rmsnorm)(x, 1.0 + offset_D.astype(jnp.float32),
+                               self.config.norm_eps)
+
+
+class PlainRMSNorm(nn.Module):
+  config: ModelConfig
+  axis: str = 'embed'
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return recomputed(lambda x: rmsnorm(x, None, self.config.norm_eps))(x)
+
+
+NORMS = {
+    'layernorm': LayerNorm,
+    'layernorm_no_bias': LayerNormNoBias,
+    'rmsnorm': RMSNorm,
+    'rmsnorm_1p': RMSNorm1P,
+    'rmsnorm_plain': PlainRMSNorm,
+}
 
 
 def norm(config: ModelConfig, name: str, axis: str = 'embed') -> nn.Module:

@@ -42,7 +42,8 @@ class Position:
     embed: (module, x_BLD, positions_BL) -> x_BLD, at the embedding. `module` is
       the skeleton's Embed: parameters that are declared in it stand beside the
       table of tokens.
-    rotate: (x_BLHK, positions_BL, config) -> x_BLHK, of queries and of keys.
+    rotate: (x_BLHK, positions_BL, config, how many tokens a row has room for)
+      -> x_BLHK, of queries and of keys.
     bias: (config, q_positions_BL, k_positions_BM) -> [B, H, L, M], added to the
       scores, in each layer anew.
     score_factor: config -> what multiplies the scores; None: nothing does.
@@ -191,7 +192,8 @@ def _check_rope(c: ModelConfig, stack: str) -> None:
 
 def _longer_rope(c: ModelConfig, length: int, multiple: int,
                  interpolate: bool):
-  """As it is and, unless it is stretched already, with each scaling."""
+  """As it is and, unless it is stretched already, with each scaling that a
+  factor alone tells."""
   del interpolate
   if c.rope.scaling != 'none':
     return {f'rope, {c.rope.scaling}': c}
@@ -199,7 +201,8 @@ def _longer_rope(c: ModelConfig, length: int, multiple: int,
       c, rope=dataclasses.replace(c.rope, scaling=name, factor=float(multiple),
                                   original_len=length))
   return {'rope': c} | {f'rope, {name}': scaled(name)
-                        for name in rotary.SCALINGS if name != 'none'}
+                        for name, row in rotary.SCALINGS.items()
+                        if row.by_multiple and name != 'none'}
 
 
 def alibi_slopes(num_heads: int) -> list[float]:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from architectures.parts.config import ModelConfig, RopeConfig
-from configs.errors import require
+from configs.errors import require, short
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,15 +22,22 @@ class Scaling:
 
   Attributes:
     frequencies: (config.rope, how many features are rotated) -> as
-      `rope_frequencies`.
+      `rope_frequencies`. With `by_length`, a third argument is how many tokens
+      a row has room for.
     fields: of config.model that it reads.
-    check: of the same arguments; raises RequestError.
+    check: (config.rope, how many features are rotated) -> None; raises
+      RequestError.
     score_factor: config.rope -> what multiplies the scores; None: nothing.
+    by_length: whether longer rows turn otherwise than shorter ones.
+    by_multiple: whether `factor` alone says how many times the original length
+      it is for, so that any model can be tried with it.
   """
   frequencies: Callable
   fields: tuple[str, ...] = ()
   check: Callable[[RopeConfig, int], None] = lambda r, dim: None
   score_factor: Callable[[RopeConfig], float] | None = None
+  by_length: bool = False
+  by_multiple: bool = True
 
 
 def rotary_dim(c: ModelConfig) -> int:
@@ -38,16 +45,24 @@ def rotary_dim(c: ModelConfig) -> int:
   return int(c.head_dim * c.rope.fraction)
 
 
-def rope_frequencies(config: ModelConfig) -> tuple[jax.Array, float]:
+def rope_frequencies(config: ModelConfig, length: int = 0
+                     ) -> tuple[jax.Array, float]:
   """Returns radians per position [K'/2], and the factor on cos and sin.
 
   linear: positions / factor (Chen et al. 2023). ntk: theta grows so that the
   slowest wave stretches by factor. llama3: waves longer than original_len /
   low_freq_factor are stretched, short ones kept, smooth between. yarn: the
-  same by the number of turns, and a temperature (Peng et al. 2023).
+  same by the number of turns, and a temperature (Peng et al. 2023). dynamic:
+  ntk by the length of the row. longrope: each frequency is divided by a factor
+  of its own, that was searched for (Ding et al. 2024).
+
+  `length` decides on the last two: how many tokens a row has room for, which is
+  those that it has or, with a cache, those that the cache can hold. So all
+  tokens of a text turn alike, those before it was long too.
   """
   r, dim = config.rope, rotary_dim(config)
-  return SCALINGS[r.scaling].frequencies(r, dim)
+  row = SCALINGS[r.scaling]
+  return row.frequencies(r, dim, *((length,) if row.by_length else ()))
 
 
 def _unscaled(r: RopeConfig, dim: int, theta: float = 0.0):
@@ -65,6 +80,25 @@ def _ntk(r: RopeConfig, dim: int):
 
 def ntk_theta(r: RopeConfig, dim: int) -> float:
   return r.theta * r.factor ** (dim / (dim - 2))
+
+
+def _dynamic(r: RopeConfig, dim: int, length: int):
+  stretch = r.factor * max(length / r.original_len, 1.0) - (r.factor - 1)
+  return _unscaled(r, dim, r.theta * stretch ** (dim / (dim - 2)))
+
+
+def _longrope(r: RopeConfig, dim: int, length: int):
+  divided_by = r.long_factor if length > r.original_len else r.short_factor
+  frequency, _ = _unscaled(r, dim)
+  return (frequency / jnp.asarray(divided_by, jnp.float32),
+          r.attention_factor or longrope_factor(r.factor, r.original_len))
+
+
+def longrope_factor(factor: float, original_len: int) -> float:
+  """On cos and sin, for texts that are so many times as long (Ding et al.
+  2024, as Phi-3 has it)."""
+  return (math.sqrt(1 + math.log(factor) / math.log(original_len))
+          if factor > 1 else 1.0)
 
 
 def yarn_temperature(factor: float, mscale: float = 1.0) -> float:
@@ -110,8 +144,18 @@ def _yarn(r: RopeConfig, dim: int):
 
 
 def _check_ntk(r: RopeConfig, dim: int) -> None:
-  require(dim > 2, f'model.rope.scaling is ntk, but only {dim} features of a '
-          'head are rotated: it needs 4 or more')
+  require(dim > 2, f'model.rope.scaling is {r.scaling}, but only {dim} '
+          'features of a head are rotated: it needs 4 or more')
+
+
+def _check_longrope(r: RopeConfig, dim: int) -> None:
+  for name in ('short_factor', 'long_factor'):
+    found = getattr(r, name)
+    require(len(found) == dim // 2 and all(x > 0 for x in found),
+            f'model.rope.{name} is {short(found)}: longrope needs {dim // 2} '
+            f'numbers > 0, one for each pair of the {dim} features that turn')
+  require(r.original_len > 1, f'model.rope.original_len is {r.original_len}: '
+          'longrope needs it above 1')
 
 
 def _check_llama3(r: RopeConfig, dim: int) -> None:
@@ -129,16 +173,16 @@ def _check_yarn(r: RopeConfig, dim: int) -> None:
           f'{r.theta} above 1')
 
 
-def rotate(x_BLHK: jax.Array, positions_BL: jax.Array,
-           config: ModelConfig) -> jax.Array:
+def rotate(x_BLHK: jax.Array, positions_BL: jax.Array, config: ModelConfig,
+           length: int = 0) -> jax.Array:
   """Turns the first `rope.fraction` of each head by its position.
 
   Feature i is paired with i + K'/2, as in GPT-NeoX and Hugging Face; the
   paper pairs neighbours (`rope.interleaved`), which is the same up to a
-  permutation of features.
+  permutation of features. `length`: as of `rope_frequencies`.
   """
   dim = rotary_dim(config)
-  frequency, factor = rope_frequencies(config)
+  frequency, factor = rope_frequencies(config, length)
   angle = (positions_BL[..., None].astype(jnp.float32)
            * frequency[None, None])[:, :, None]
   cos = (jnp.cos(angle) * factor).astype(x_BLHK.dtype)
@@ -157,6 +201,13 @@ SCALINGS = {
     'none': Scaling(_unscaled),
     'linear': Scaling(_linear, ('rope.factor',)),
     'ntk': Scaling(_ntk, ('rope.factor',), _check_ntk),
+    'dynamic': Scaling(
+        _dynamic, ('rope.factor', 'rope.original_len'), _check_ntk,
+        by_length=True, by_multiple=False),
+    'longrope': Scaling(
+        _longrope, ('rope.factor', 'rope.original_len', 'rope.short_factor',
+                    'rope.long_factor', 'rope.attention_factor'),
+        _check_longrope, by_length=True, by_multiple=False),
     'llama3': Scaling(_llama3, (
         'rope.factor', 'rope.original_len', 'rope.low_freq_factor',
         'rope.high_freq_factor'), _check_llama3),

@@ -139,11 +139,13 @@ class Stack(nn.Module):
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Any = None):
     c = self.config
+    k_positions_BM = _key_positions(ctx, cache)
+    ctx = ctx.replace(length=k_positions_BM.shape[1])
     stack_bias = positions.of(c).stack_bias
     if stack_bias:
       ctx = ctx.replace(bias_BHLM=stack_bias(
           c, self.pattern[0].causal, name=f'{c.position}_bias')(
-              ctx.positions_BL, _key_positions(ctx, cache)))
+              ctx.positions_BL, k_positions_BM))
     run = self._one_by_one if ctx.one_by_one else self._scan
     given_BLD, with_cache = x_BLD, cache is not None
     x_BLD, sections = run(x_BLD, cache, ctx)

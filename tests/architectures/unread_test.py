@@ -20,7 +20,9 @@ OTHER = {
     'sinusoid': 'fairseq', 'rope.theta': 500.0, 'rope.fraction': 0.5,
     'rope.original_len': 9, 'rope.low_freq_factor': 1.5,
     'rope.high_freq_factor': 5.0, 'rope.beta_fast': 2.0,
-    'rope.beta_slow': 8.0, 'rope.truncate': False, 'relative.buckets': 16,
+    'rope.beta_slow': 8.0, 'rope.short_factor': (1.0, 2.0, 3.0, 5.0),
+    'rope.long_factor': (1.0, 2.0, 3.0, 6.0), 'rope.attention_factor': 3.0,
+    'rope.truncate': False, 'relative.buckets': 16,
     'relative.max_distance': 99, 'init_scale': 2.0, 'ffn_dropout': 0.3,
     'moe.num_experts': 6, 'moe.top_k': 3, 'moe.router': 'sinkhorn',
     'moe.ffn': 'relu', 'moe.d_ff': 40,
@@ -44,6 +46,9 @@ OTHER = {
 NOT_IN_THE_PROGRAM = ('moe.grouped_kernel', 'moe.bias_rate')
 HASH = dict(ffn='moe', moe=dict(router='hash', capacity_factor=1.0))
 ROPE = dict(position='rope')
+LONGROPE = dict(scaling='longrope', factor=2.0,
+                short_factor=(1.0, 1.0, 1.0, 1.0),
+                long_factor=(1.0, 1.5, 2.0, 4.0))
 MODELS = [
     ('gpt', {}), ('gpt', dict(position='sinusoidal')), ('gpt', HASH),
     ('llama', {}),
@@ -102,6 +107,10 @@ def test_what_is_listed_changes_nothing(system, changes):
     (('num_kv_heads', 'attention_scale', 'qk_norm'), 'llama', {}),
     (('rope.low_freq_factor', 'rope.high_freq_factor'), 'llama',
      dict(rope=dict(scaling='llama3', factor=2.0))),
+    (('rope.short_factor', 'rope.attention_factor'), 'llama', dict(
+        rope=LONGROPE)),
+    (('rope.long_factor',), 'llama', dict(rope=dict(LONGROPE,
+                                                    original_len=4))),
     (('sinusoid',), 'gpt', dict(position='sinusoidal')),
     (('qk_norm_over', 'attention_out_bias'), 'gpt', dict(qk_norm=True)),
     (('relative.buckets', 'relative.max_distance'), 'gpt',

@@ -31,6 +31,8 @@ def config(system: str = 'gpt', **changes):
                dtype='float32')
   if model.num_decoder_layers:
     model.num_decoder_layers = 2
+  if 'pattern' in changes:
+    model.kinds = {}
   for name, value in changes.items():
     if isinstance(value, dict):
       model[name].update(value)

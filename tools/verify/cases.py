@@ -22,6 +22,11 @@ NO_IDS = dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)
 ROPE = dict(num_hidden_layers=1, num_attention_heads=2, head_dim=16,
             num_key_value_heads=1)
 
+LONGROPE = dict(
+    rope_type='longrope', rope_theta=1e4,
+    short_factor=[1.0, 1.05, 1.1, 1.2, 1.4, 1.7, 2.0, 2.2],
+    long_factor=[1.0, 1.5, 2.0, 3.0, 5.0, 9.0, 14.0, 20.0])
+
 SYSTEMS = {
     'gpt': System(
         dict(vocab_size=61, n_embd=20, n_head=4, n_layer=2, n_positions=80,
@@ -53,6 +58,18 @@ SYSTEMS = {
             'yarn': dict(ROPE, rope_parameters=dict(
                 rope_type='yarn', rope_theta=1e4, factor=4.0,
                 original_max_position_embeddings=20)),
+            # Inputs are of 12 tokens, so by the factors of short and of long
+            # texts; in the first all that are written are short, too.
+            'longrope_short': dict(ROPE, rope_parameters=dict(
+                LONGROPE, original_max_position_embeddings=80,
+                factor=4.0)),
+            'longrope_long': dict(ROPE, rope_parameters=dict(
+                LONGROPE, original_max_position_embeddings=4,
+                attention_factor=1.3)),
+            'dynamic': dict(ROPE, max_position_embeddings=8,
+                            rope_parameters=dict(
+                                rope_type='dynamic', rope_theta=1e4,
+                                factor=2.5)),
             # A config.json has no name for it: theta factor ** (K / (K - 2)).
             'ntk': dict(ROPE, rope_parameters=dict(
                 rope_type='default', rope_theta=1e4 * 4 ** (16 / 14))),
@@ -89,6 +106,35 @@ SYSTEMS = {
                            head_dim=6,
                            num_experts_per_tok=3, num_hidden_layers=1,
                            tie_word_embeddings=True),
+        }),
+    'gemma2': System(
+        dict(vocab_size=61, hidden_size=16, intermediate_size=24,
+             num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+             num_hidden_layers=2, max_position_embeddings=80,
+             query_pre_attn_scalar=6, sliding_window=5, **NO_IDS),
+        {
+            'plain': {},
+            'no_bounds': dict(attn_logit_softcapping=None,
+                              final_logit_softcapping=None, rms_norm_eps=1e-4,
+                              attention_bias=True, tie_word_embeddings=False,
+                              num_hidden_layers=1),
+        }),
+    'gemma3': System(
+        dict(vocab_size=61, hidden_size=16, intermediate_size=24,
+             num_attention_heads=4, num_key_value_heads=1, head_dim=8,
+             num_hidden_layers=2, max_position_embeddings=80,
+             query_pre_attn_scalar=6, sliding_window=5,
+             layer_types=['sliding_attention', 'full_attention'], **NO_IDS),
+        {
+            'plain': {},
+            # Five layers of six have a window; the first is one too many.
+            'seven_layers': dict(num_hidden_layers=7, layer_types=None),
+            'linear': dict(
+                attention_bias=True, final_logit_softcapping=9.0,
+                rope_parameters=dict(
+                    sliding_attention=dict(rope_type='default', rope_theta=1e3),
+                    full_attention=dict(rope_type='linear', rope_theta=1e5,
+                                        factor=8.0))),
         }),
     'transformer': System(
         dict(vocab_size=61, d_model=12, encoder_ffn_dim=16, decoder_ffn_dim=16,
@@ -192,7 +238,9 @@ SYSTEMS = {
 # What model.rope says in its own words, in place of the config.json's.
 OUR_ROPE = {('llama', 'ntk'): dict(scaling='ntk', theta=1e4, factor=4.0)}
 # Where a capacity counts the tokens of a batch, one by one is another batch.
-NO_GREEDY = (('switch', 'capacity'), ('gshard', 'capacity'))
+NO_GREEDY = (('switch', 'capacity'), ('gshard', 'capacity'),
+             # It turns new keys otherwise than those that its cache holds.
+             ('llama', 'dynamic'))
 
 
 def all_cases() -> list[tuple[str, str]]:

@@ -31,6 +31,9 @@ SIZES = dict(d_model=32, num_layers=2, num_heads=4, head_dim=0, d_ff=0,
              vocab_size=61, max_len=40, dtype='float32')
 LENGTH = 12  # of the rows of compare.inputs
 
+# Of longrope, for heads of 16 features.
+FACTORS = dict(short_factor=tuple(1 + 0.1 * i for i in range(8)),
+               long_factor=tuple(1.0 + i * i for i in range(8)))
 # Changes that are no choice of checks.names and no flipped True or False.
 CHANGES = (
     dict(d_model=40), dict(num_layers=4), dict(num_decoder_layers=4),
@@ -56,7 +59,10 @@ CHANGES = (
       for scaling, more in (
           ('linear', {}), ('ntk', {}), ('llama3', {}),
           ('llama3', dict(low_freq_factor=0.5, high_freq_factor=2.0)),
+          ('longrope', FACTORS),
+          ('longrope', dict(FACTORS, original_len=20, attention_factor=1.2)),
           ('yarn', {}), ('yarn', dict(beta_fast=4.0, beta_slow=0.5)))),
+    dict(head_dim=16, max_len=10, rope=dict(scaling='dynamic', factor=4.0)),
     dict(relative=dict(buckets=8)), dict(relative=dict(max_distance=20)),
     dict(moe=dict(num_experts=3)), dict(moe=dict(top_k=1)),
     dict(moe=dict(top_k=2)), dict(moe=dict(top_k=3)),

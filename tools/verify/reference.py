@@ -73,6 +73,8 @@ def build(system: str, case: str, head: str = 'lm'):
   config = kind.config_class(**row.common | row.cases[case] | of_head)
   if of_head and not getattr(config, 'layer_types', None):
     config.num_hidden_layers = 1  # so that a recording is small
+    if getattr(config, 'layer_types', None):
+      config.layer_types = config.layer_types[:1]
   config._attn_implementation = 'eager'  # the plain formula
   torch.manual_seed(0)
   model = kind(config).eval()

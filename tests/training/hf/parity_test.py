@@ -31,10 +31,11 @@ def _load(path):
 FIRST = {f'{system}-{next(iter(row.cases))}'
          for system, row in cases.SYSTEMS.items()
          if system not in ('gshard', 'mixtral', 'switch')}
-REPEATS = ('gshard-all_layers', 'gshard-capacity', 'switch-all_layers')
+REPEATS = ('gshard-all_layers', 'gshard-capacity', 'switch-all_layers',
+           'llama-longrope_short')
 # Of the later systems, the case that is the first to have a part, which is run
 # where all cases of the first systems are.
-NEW_PARTS = ('roberta-plain', 'modernbert-plain')
+NEW_PARTS = ('roberta-plain', 'modernbert-plain', 'gemma2-plain')
 
 
 @pytest.mark.parametrize('path', [

@@ -158,8 +158,8 @@ def test_rope_scaling_that_is_not_known_is_refused(tmp_path):
   weights.to_hf(module, params, tmp_path)
   tree = json.loads((tmp_path / 'config.json').read_text())
   for rope, words in (
-      (dict(rope_type='longrope', factor=2.0), 'longrope'),
-      (dict(rope_type='dynamic', factor=2.0), 'cached keys'),
+      (dict(rope_type='longrope', factor=2.0), 'short_factor'),
+      (dict(rope_type='proportional', factor=2.0), 'choose from default, lin'),
       (dict(rope_type='yarn', factor=2.0, attention_factor=3.0),
        'attention_factor 3.0'),
       (dict(rope_type='linear', factor=2.0, wobble=1), 'wobble')):

@@ -1,0 +1,117 @@
+"""Gemma 2: a decoder with a norm before and after each part, and layers that
+see a window and the whole text in turn (Gemma Team 2024, section 2).
+
+  x_0 = E[tokens] sqrt(D)
+  a   = x + n(Attention(n(x)))      n(x) = x / rms(x) * (1 + offset)
+  x'  = a + n(W_down (gelu(W_gate m) * W_up m)),  m = n(a)
+  scores = 50 tanh(q k / (50 s)),  logits = 30 tanh(n(x_N) E^T / 30)
+
+s is sqrt(K), but in 27B sqrt(D / H). The first layer of two sees 4,096 tokens.
+"""
+
+from architectures import llama
+from architectures.parts import hf
+from architectures.parts import hf_layers
+from architectures.parts import hf_rope
+from architectures.parts.config import ModelConfig
+from architectures.parts.skeletons import Decoder
+from configs.errors import require
+
+
+class Gemma2(Decoder):
+  """tokens [B, L] -> Output; see Decoder."""
+  PARTS = dict(position='rope', norm='rmsnorm_1p', block='sandwich',
+               attention='global', attention_bias=False, attention_softcap=50.0,
+               pattern='local,global',
+               kinds={'local': dict(window=128), 'global': dict(window=0)},
+               ffn='geglu_tanh', ffn_bias=False, tie_embeddings=True,
+               embed_scale=0.0, logits_softcap=30.0)
+
+
+def _read(reader: hf.Reader, fields: dict) -> dict:
+  return read_layers(reader, fields, every=2) | read_scales(reader) | dict(
+      rope=hf_rope.read(reader),
+      attention_softcap=cap(reader, 'attn_logit_softcapping', 50.0))
+
+
+def read_layers(reader: hf.Reader, fields: dict, every: int, **own) -> dict:
+  """Returns the kinds of layer; without layer_types, the last of every so many
+  sees all. `own`: as of hf_layers.read."""
+  layers = fields['num_layers']
+  types = [hf_layers.WINDOW if (n + 1) % every else hf_layers.WHOLE
+           for n in range(layers)]
+  reader.passes('layer_types')
+  if reader.has('layer_types'):
+    types = reader.listed('layer_types')
+  return hf_layers.read(types, layers, reader('sliding_window', 4096), **own)
+
+
+def read_scales(reader: hf.Reader, softcap: float = 30.0) -> dict:
+  """Returns what Gemma 2 and 3 multiply scores by, and bound logits by."""
+  return dict(
+      attention_scale=reader('query_pre_attn_scalar', 256) ** -0.5,
+      logits_softcap=cap(reader, 'final_logit_softcapping', softcap))
+
+
+def cap(reader: hf.Reader, name: str, default: float) -> float:
+  """Returns a bound, of which null says that there is none."""
+  reader.passes(name)
+  if not reader.has(name):
+    return 0.0 if reader.is_null(name) else default
+  found = reader(name, default)
+  require(found > 0, f'config.json has {name} {found}: it must be > 0, or null')
+  return found
+
+
+def _write(c: ModelConfig) -> dict:
+  return write_scales(c) | hf_layers.write(c) | dict(
+      rope_parameters=hf_rope.write(c),
+      attn_logit_softcapping=c.attention_softcap or None)
+
+
+def write_scales(c: ModelConfig) -> dict:
+  """Returns the same for a config.json."""
+  require(c.d_model % c.num_heads == 0,
+          f'model.num_heads is {c.num_heads}, which does not divide '
+          f'model.d_model {c.d_model}: transformers refuses such a {c.arch}')
+  return dict(query_pre_attn_scalar=round(c.attention_scale ** -2),
+              final_logit_softcapping=c.logits_softcap or None)
+
+
+NAMES = (
+    *llama.NAMES[:1],
+    *hf.under(
+        'decoder/layers', 'model.layers.{n}',
+        *((f'{ours}/offset', 'D', f'{theirs}_layernorm.weight', 'D')
+          for ours, theirs in (
+              ('attention_norm', 'input'),
+              ('attention_out_norm', 'post_attention'),
+              ('ffn_norm', 'pre_feedforward'),
+              ('ffn_out_norm', 'post_feedforward'))),
+        *llama.ATTENTION),
+    ('decoder/final_norm/offset', 'D', 'model.norm.weight', 'D'),
+    *llama.NAMES[-1:], *llama.FFN)
+
+HF = hf.HuggingFace(
+    'gemma2', 'Gemma2ForCausalLM',
+    names=NAMES,
+    fields={
+        'd_model': ('hidden_size', 2304),
+        'num_layers': ('num_hidden_layers', 26),
+        'num_heads': ('num_attention_heads', 8),
+        'num_kv_heads': ('num_key_value_heads', 4),
+        'head_dim': ('head_dim', 256),
+        'd_ff': ('intermediate_size', 9216),
+        'vocab_size': ('vocab_size', 256000),
+        'max_len': ('max_position_embeddings', 8192),
+        'norm_eps': ('rms_norm_eps', 1e-6),
+        'ffn': ('hidden_activation', 'gelu_pytorch_tanh', hf.GATED),
+        'attention_bias': ('attention_bias', False),
+        'tie_embeddings': ('tie_word_embeddings', True)},
+    only=dict(use_bidirectional_attention=False),
+    # Published files have them, and transformers reads neither.
+    unread=('hidden_act', 'cache_implementation'),
+    read=_read, write=_write, tied=llama.HF.tied, spellings=llama.HF.spellings,
+    ignored=llama.HF.ignored,
+    heads={name: head for name, head in hf.heads(
+        'Gemma2', tokens='score').items() if name != 'span'})

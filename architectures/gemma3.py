@@ -1,0 +1,62 @@
+"""Gemma 3, of text: Gemma 2 with norms of queries and keys in place of bounds
+on scores, and five layers with a window for each that sees the whole text
+(Gemma Team 2025, section 2).
+
+  a   = x + n(Attention(n(x)))      q and k with a norm of each head
+  x'  = a + n(W_down (gelu(W_gate m) * W_up m)),  m = n(a)
+  n(x) = x / rms(x) * (1 + offset)
+
+Positions turn by theta 10,000 in a window and 1,000,000 in the whole text,
+where they are stretched by 8 for 128K tokens (4B to 27B).
+"""
+
+from architectures import gemma2
+from architectures import llama
+from architectures.parts import hf
+from architectures.parts import hf_layers
+from architectures.parts import hf_rope
+from architectures.parts.config import ModelConfig
+from architectures.parts.skeletons import Decoder
+
+
+class Gemma3(Decoder):
+  """tokens [B, L] -> Output; see Decoder."""
+  PARTS = dict(position='rope', norm='rmsnorm_1p', block='sandwich',
+               attention='global', attention_bias=False, qk_norm=True,
+               pattern='local,global',
+               kinds={'local': dict(window=128, rope=dict(theta=1e4)),
+                      'global': dict(window=0)},
+               ffn='geglu_tanh', ffn_bias=False, tie_embeddings=True,
+               embed_scale=0.0)
+
+
+def _read(reader: hf.Reader, fields: dict) -> dict:
+  local, whole = hf_rope.read_by_kind(
+      reader, (hf_layers.WINDOW, ('rope_local_base_freq', 1e4)),
+      (hf_layers.WHOLE, ('rope_theta', 1e6)))
+  return dict(rope=whole) | gemma2.read_layers(
+      reader, fields, every=reader('sliding_window_pattern', 6),
+      own={hf_layers.WINDOW: dict(rope=local)}
+  ) | gemma2.read_scales(reader, softcap=0.0)
+
+
+def _write(c: ModelConfig) -> dict:
+  return gemma2.write_scales(c) | hf_layers.write(c) | dict(
+      rope_parameters=hf_rope.write_by_kind(c))
+
+
+HF = hf.HuggingFace(
+    'gemma3_text', 'Gemma3ForCausalLM',
+    names=gemma2.NAMES + hf.under(
+        'decoder/layers/attention', 'model.layers.{n}.self_attn',
+        ('query_norm/offset', 'K', 'q_norm.weight', 'K'),
+        ('key_norm/offset', 'K', 'k_norm.weight', 'K')),
+    fields=gemma2.HF.fields | {
+        'vocab_size': ('vocab_size', 262208),
+        'max_len': ('max_position_embeddings', 131072)},
+    # A bound on scores is a field that transformers has and does not read.
+    only=gemma2.HF.only | dict(attn_logit_softcapping=None),
+    unread=gemma2.HF.unread, read=_read, write=_write, tied=llama.HF.tied,
+    spellings=llama.HF.spellings, ignored=llama.HF.ignored,
+    heads={'sequence': hf.TaskHead('Gemma3TextForSequenceClassification',
+                                   'score')})

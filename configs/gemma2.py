@@ -1,0 +1,58 @@
+"""Gemma 2: `--config configs/gemma2.py:SIZE`.
+
+Lab note. Gemma Team 2024 (arXiv 2408.00118): sizes of table 1 (its "feedforward
+dim" counts the gate and the other half, so it is twice d_ff), 8,192 tokens of
+context, windows of 4,096, bounds of 50 on scores and 30 on logits, and 2T, 8T
+and 13T tokens (section 3.1). 27B scales scores by (width / heads) ** -0.5, as
+its config.json has it. Nothing else of the training is published, and 2B and 9B
+learned from a larger model's probabilities, which is not done here: batch,
+learning rate and schedule are LLaMA 2's. Counts are those of the published
+checkpoints, the shared embedding once.
+
+`tiny` has windows of 128 in 256 tokens.
+"""
+
+from configs import base
+
+# d_model, layers, heads, key-value heads, head_dim, d_ff, tokens.
+ROWS = {
+    '2b': (2304, 26, 8, 4, 256, 9216, 2e12),
+    '9b': (3584, 42, 16, 8, 256, 14336, 8e12),
+    '27b': (4608, 46, 32, 16, 128, 36864, 13e12),
+}
+
+SIZES = {'tiny': dict(d_model=128, num_layers=4, num_heads=4, num_kv_heads=2,
+                      d_ff=344, max_len=256)} | {
+    name: dict(d_model=d, num_layers=n, num_heads=h, num_kv_heads=j, head_dim=k,
+               d_ff=f, max_len=8192, vocab_size=256000)
+    for name, (d, n, h, j, k, f, _) in ROWS.items()}
+
+# Published parameter counts, for tools.count.
+PUBLISHED = {'2b': 2_614_341_888, '9b': 9_241_705_984, '27b': 27_227_128_320}
+
+
+def get_config(size: str = 'tiny'):
+  c = base.base()
+  size = size or 'tiny'
+  c.model.update(base.sized(size, SIZES))
+  c.model.update(arch='gemma2', position='rope', norm='rmsnorm_1p',
+                 norm_eps=1e-6, ffn='geglu_tanh', block='sandwich',
+                 pattern='local,global', attention_softcap=50.0,
+                 logits_softcap=30.0, embed_scale=0.0, attention_bias=False,
+                 ffn_bias=False, tie_embeddings=True)
+  window = 128 if size == 'tiny' else 4096
+  c.model.kinds = {'local': dict(window=window), 'global': dict(window=0)}
+  c.data.length = c.model.max_len
+  if size == 'tiny':
+    c.data.batch_size = 16
+    c.train.steps = 300
+    c.optim.update(lr=3e-3, warmup_steps=30)
+    return c
+  if size == '27b':
+    c.model.attention_scale = (4608 / 32) ** -0.5
+  c.model.dtype = 'bfloat16'
+  c.model.remat = 'full'
+  c.data.batch_size = 2**22 // c.data.length
+  c.train.steps = int(ROWS[size][-1] / 2**22)
+  c.optim.update(lr=3e-4 if size == '2b' else 1.5e-4, warmup_steps=2000)
+  return c

@@ -1,0 +1,62 @@
+"""layer_types of a config.json: the shortest prefix and period of layers."""
+
+import itertools
+
+import pytest
+
+import architectures
+from architectures.parts import hf_layers
+from configs.errors import RequestError
+from tests.helpers import models
+
+W, G = hf_layers.WINDOW, hf_layers.WHOLE
+
+
+@pytest.mark.parametrize('layers, every, first, period', [
+    (26, 6, 2, 6),  # Gemma 3 1B: two layers more than four periods
+    (34, 6, 4, 6), (48, 6, 0, 6), (62, 6, 2, 6), (26, 2, 0, 2), (4, 6, 0, 1),
+    (7, 6, 0, 7)])
+def test_layers_of_gemma(layers, every, first, period):
+  types = [W if (n + 1) % every else G for n in range(layers)]
+  assert hf_layers.shortest(types) == (first, period)
+
+
+def test_any_layers_are_written_as_they_were_read():
+  for types in itertools.product((W, G), repeat=5):
+    fields = hf_layers.read(types, 5, window=7)
+    written = hf_layers.write(architectures.resolve(_with(fields)))
+    assert written['layer_types'] == list(types)
+    assert written.get('sliding_window') == (7 if W in types else None)
+
+
+def _with(fields):
+  model = models.config('llama', num_layers=5)
+  model.update({name: value for name, value in fields.items()
+                if name != 'kinds'})
+  model.kinds = fields['kinds']
+  return model
+
+
+def test_further_fields_of_a_kind_are_the_models_where_all_layers_have_them():
+  own = {W: dict(rope=dict(theta=5.0)), G: dict(qk_norm=True)}
+  some = hf_layers.read([W, G], 2, 3, own)
+  assert some['kinds'] == {'local': dict(window=3, rope=dict(theta=5.0)),
+                           'global': dict(window=0, qk_norm=True)}
+  every = hf_layers.read([W, W], 2, 3, own)
+  assert not every['kinds'] and every['rope'] == dict(theta=5.0)
+  assert (every['attention'], every['sliding_window']) == ('banded', 3)
+
+
+@pytest.mark.parametrize('types, layers, window, words', [
+    ([W], 2, 3, 'one for each of 2 layers'), ([W, 'linear'], 2, 3, 'linear'),
+    ([W, 1], 2, 3, 'layer_types'), ([W, G], 2, 0, 'no sliding_window')])
+def test_what_layer_types_cannot_say_is_refused(types, layers, window, words):
+  with pytest.raises(RequestError, match=words):
+    hf_layers.read(types, layers, window)
+
+
+def test_two_windows_have_no_place_in_one_config_json():
+  model = _with(dict(pattern='a,b', prefix='a', kinds={
+      'a': dict(window=3), 'b': dict(window=4)}))
+  with pytest.raises(RequestError, match='windows of 3, 4 keys'):
+    hf_layers.write(architectures.resolve(model))
