@@ -53,7 +53,8 @@ class Loaded(NamedTuple):
   skipped: list[str]
 
 
-def from_hf(path: str | os.PathLike, *, partial: bool = False, seed: int = 0):
+def from_hf(path: str | os.PathLike, *, partial: bool = False, seed: int = 0,
+            dtype: str = ''):
   """Returns (module, params) of a Hugging Face folder, or a file in one.
 
   Args:
@@ -61,6 +62,7 @@ def from_hf(path: str | os.PathLike, *, partial: bool = False, seed: int = 0):
     partial: whether parameters that the files lack are drawn from `seed`, and
       tensors that the model lacks passed over.
     seed: for these.
+    dtype: of the parameters, model.param_dtype; '': float32.
 
   Raises:
     ValueError: naming what the files have that the architecture does not
@@ -69,8 +71,9 @@ def from_hf(path: str | os.PathLike, *, partial: bool = False, seed: int = 0):
   path = pathlib.Path(path)
   folder = path.parent if path.is_file() else path
   files = hf_files.Files(path)
-  module = architectures.build(
-      hf_config.read(hf_config.load_config_json(folder), files))
+  config = hf_config.read(hf_config.load_config_json(folder), files)
+  module = architectures.build(dataclasses.replace(
+      config, param_dtype=dtype or config.param_dtype))
   loaded = read_params(module, files, partial=partial, seed=seed)
   for line in loaded.skipped:
     warnings.warn(line, stacklevel=2)
@@ -288,8 +291,12 @@ def _shard(dtype: np.dtype, ranges: tuple, fills: list, names: _Names
       place = tuple(i - a for i, (a, _) in zip(tensor.index, ranges))
       part = tensor.part(functools.partial(names.cut, tensor.name), which,
                          dict(zip(tensor.ours[which], ranges[lead:])))
-      require(np.isfinite(_largest(part)), f'{names.find(tensor.name)} has a '
-              'value that is no finite number')
+      name, largest = names.find(tensor.name), _largest(part)
+      require(np.isfinite(largest), f'{name} has a value that is no finite '
+              'number')
+      most = float(jnp.finfo(dtype).max)
+      require(largest <= most, f'{name} has the value {largest:g}, and '
+              f'{dtype} ends at {most:g}: read it as another dtype')
       shard[place] = part
   return shard
 

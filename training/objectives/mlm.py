@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import architectures
 from architectures.parts.skeletons import Output
 from configs.errors import RequestError, require
 from training.data import packing
@@ -185,9 +186,11 @@ def mlm_and_nsp(output: Output, batch: Mapping[str, jax.Array], config: Config
 
 def _check_next_sentence(config: Config) -> None:
   model = config.model
-  require(model.next_sentence, f'model.next_sentence is {model.next_sentence}, '
-          "and objective 'mlm_nsp' trains the head that it stands for: set it "
-          "to True, or choose objective 'mlm'")
+  stack = getattr(architectures.systems().get(model.arch), 'STACK', '')
+  require(model.next_sentence or stack != 'encoder',
+          f'model.next_sentence is {model.next_sentence}, and objective '
+          "'mlm_nsp' trains the head that it stands for: set it to True, or "
+          "choose objective 'mlm'")
 
 
 _READS = ('data.mask_rate', 'data.whole_words')

@@ -5,19 +5,24 @@ import json
 
 from etils import epath
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 import architectures
+from architectures.parts import positions
+from configs import base
+from configs import bert
 from configs.errors import RequestError
 from tests.helpers import models
 from tools import convert
 from tools.verify import exports
-from training import paths, weights
+from training import objectives, paths, weights
 from training.hf import config as hf_config
 from training.hf import files as hf_files
 from training.hf import optional
+from training.workdir import run_config
 
 HEADS = {'transform', 'transform_bias', 'transform_norm/scale',
          'transform_norm/bias', 'head/bias'}
@@ -143,6 +148,33 @@ def test_a_decoder_is_not_exported_without_its_head(tmp_path):
   module, params = _make('llama')
   with pytest.raises(RequestError, match="'llama' is not exported without"):
     weights.to_hf(module, params, tmp_path, bare=True)
+
+
+def test_a_bert_of_an_earlier_version_has_its_pooler():
+  for system, there in (('bert', True), ('roberta', False), ('gpt', False)):
+    config = base.base()
+    config.model = models.config(system)
+    tree = run_config.to_json(config)
+    del tree['model']['next_sentence']
+    assert run_config.from_json(tree).model.next_sentence == there
+
+
+def test_next_sentences_need_their_head():
+  config = bert.get_config()
+  config.model.next_sentence = False
+  with pytest.raises(RequestError, match="objective 'mlm_nsp' trains the head"):
+    objectives.check_objective(config)
+  config.objective = 'mlm'
+  objectives.check_objective(config)
+
+
+def test_learned_positions_begin_after_the_offset():
+  table_LD, at = jnp.arange(20.0).reshape(10, 2), jnp.array([0, 3, 5])
+  np.testing.assert_array_equal(
+      positions.learned(table_LD, at, 1.0, 2), table_LD[at + 2])
+  np.testing.assert_array_equal(
+      positions.learned(table_LD, at, 2.0, 2),
+      positions.learned(table_LD[2:], at, 2.0))
 
 
 ROBERTA = dict(

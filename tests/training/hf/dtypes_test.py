@@ -1,0 +1,56 @@
+"""Weights in another type than that of the files, in and out."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import architectures
+from tests.helpers import models
+from tools.verify import exports
+from training import weights
+from training.hf import files as hf_files
+
+
+@pytest.fixture
+def written(tmp_path):
+  """Returns (parameters, their folder)."""
+  module = architectures.build(models.config('gpt'))
+  params = exports.random(module)
+  weights.to_hf(module, params, tmp_path)
+  return params, tmp_path
+
+
+def _equal(found, params):
+  jax.tree.map(np.testing.assert_array_equal, found, params)
+
+
+def test_an_export_in_bfloat16(written):
+  params, folder = written
+  module, _ = weights.from_hf(folder)
+  weights.to_hf(module, params, folder, dtype='bfloat16')
+  assert json.loads((folder / 'config.json').read_text())['dtype'] == (
+      'bfloat16')
+  _equal(weights.from_hf(folder)[1], jax.tree.map(
+      lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), params))
+
+
+def test_an_import_in_bfloat16(written):
+  params, folder = written
+  module, found = weights.from_hf(folder, dtype='bfloat16')
+  assert module.config.param_dtype == 'bfloat16'
+  _equal(found, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
+
+
+def test_what_the_type_does_not_reach_is_refused(written):
+  _, folder = written
+  name = 'transformer.wte.weight'
+  tensors = load_file(folder / hf_files.SAFE)
+  tensors[name] = np.full_like(tensors[name], 3.4e38)
+  save_file(tensors, folder / hf_files.SAFE)
+  weights.from_hf(folder)
+  with pytest.raises(ValueError, match=f'{name} has .*bfloat16 ends at 3.38'):
+    weights.from_hf(folder, dtype='bfloat16')
