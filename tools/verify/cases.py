@@ -74,6 +74,16 @@ SYSTEMS = {
             'ntk': dict(ROPE, rope_parameters=dict(
                 rope_type='default', rope_theta=1e4 * 4 ** (16 / 14))),
         }),
+    'mistral': System(
+        dict(vocab_size=31, hidden_size=12, intermediate_size=16,
+             num_attention_heads=3, num_key_value_heads=1, head_dim=6,
+             num_hidden_layers=2, max_position_embeddings=80, **NO_IDS),
+        {'window': dict(sliding_window=5)}),
+    'olmo2': System(
+        dict(vocab_size=31, hidden_size=12, intermediate_size=16,
+             num_attention_heads=4, num_key_value_heads=2, head_dim=4,
+             num_hidden_layers=2, max_position_embeddings=80, **NO_IDS),
+        {'grouped': {}}),
     'gpt_neox': System(
         dict(vocab_size=61, hidden_size=32, intermediate_size=24,
              num_attention_heads=4, num_hidden_layers=2,

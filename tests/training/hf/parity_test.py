@@ -35,7 +35,12 @@ REPEATS = ('gshard-all_layers', 'gshard-capacity', 'switch-all_layers',
            'llama-longrope_short')
 # Of the later systems, the case that is the first to have a part, which is run
 # where all cases of the first systems are.
-NEW_PARTS = ('roberta-plain', 'modernbert-plain', 'gemma2-plain')
+NEW_PARTS = (
+    'roberta-plain',
+    'modernbert-plain',
+    'gemma2-plain',
+    'olmo2-grouped',
+)
 
 
 @pytest.mark.parametrize('path', [

@@ -1,0 +1,57 @@
+"""OLMo 2: `--config configs/olmo2.py:SIZE`.
+
+Lab note. OLMo Team 2025 (arXiv 2501.00656): sizes of the config.json of each;
+4,096 tokens; 7B, 13B and 32B train on 4, 5 and 6T tokens in batches of 1,024,
+2,048 and 2,048 rows, with learning rates of 3e-4, 9e-4 and 6e-4; 1B with those
+of its release, 4T tokens in batches of 512 rows by 4e-4. All weights are born
+with a deviation of 0.02, log(Z)^2 of the logits has a weight of 1e-5, and AdamW
+(0.9, 0.95) decays by 0.1, without embeddings, after 2,000 steps of warm-up. The
+second stage, on better text, is not here. Counts are those of the published
+checkpoints.
+"""
+
+from configs import base
+
+# d_model, layers, heads, key-value heads, d_ff, rows, learning rate, tokens.
+ROWS = {
+    '1b': (2048, 16, 16, 16, 8192, 512, 4e-4, 4e12),
+    '7b': (4096, 32, 32, 32, 11008, 1024, 3e-4, 4e12),
+    '13b': (5120, 40, 40, 40, 13824, 2048, 9e-4, 5e12),
+    '32b': (5120, 64, 40, 8, 27648, 2048, 6e-4, 6e12),
+}
+
+SIZES = {'tiny': dict(d_model=128, num_layers=4, num_heads=4, d_ff=344,
+                      max_len=256)} | {
+    name: dict(d_model=d, num_layers=n, num_heads=h, num_kv_heads=j, d_ff=f,
+               max_len=4096, vocab_size=100352)
+    for name, (d, n, h, j, f, *_) in ROWS.items()}
+
+# Published parameter counts, for tools.count.
+PUBLISHED = {
+    '1b': 1_484_916_736, '7b': 7_298_617_344, '13b': 13_716_198_400,
+    '32b': 32_234_279_936,
+}
+
+
+def get_config(size: str = 'tiny'):
+  c = base.base()
+  size = size or 'tiny'
+  c.model.update(base.sized(size, SIZES))
+  c.model.update(arch='olmo2', position='rope', norm='rmsnorm', norm_eps=1e-6,
+                 ffn='swiglu', block='out_norm', qk_norm=True,
+                 qk_norm_over='projection', attention_bias=False,
+                 ffn_bias=False, tie_embeddings=False, init='normal')
+  c.model.rope.theta = 500_000.0
+  c.data.length = c.model.max_len
+  c.train.z_loss = 1e-5
+  if size == 'tiny':
+    c.data.batch_size = 16
+    c.train.steps = 300
+    c.optim.update(lr=3e-3, warmup_steps=30)
+    return c
+  *_, c.data.batch_size, c.optim.lr, tokens = ROWS[size]
+  c.model.dtype = 'bfloat16'
+  c.model.remat = 'full'
+  c.train.steps = int(tokens / (c.data.batch_size * c.data.length))
+  c.optim.warmup_steps = 2000
+  return c
