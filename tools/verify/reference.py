@@ -228,7 +228,10 @@ def logits(system: str, folder, inputs, head: str = 'lm'
   import transformers
   transformers.utils.logging.set_verbosity_error()
   transformers.utils.logging.disable_progress_bar()
-  model, info = model_class(system, head).from_pretrained(
+  tree = json.loads((pathlib.Path(folder) / 'config.json').read_text())
+  named = (tree.get('architectures') or [''])[0]  # of BERT, one of several
+  kind = getattr(transformers, named, None) or model_class(system, head)
+  model, info = kind.from_pretrained(
       folder, output_loading_info=True, attn_implementation='eager',
       dtype=torch.float32)
   wrong = {key: value for key, value in info.items() if value}
