@@ -18,8 +18,10 @@ Student's t. The two agree where the difference of the means lies within the
 interval of that difference (Welch's).
 
 --speed trains a few steps in turns, so that a busy machine slows both sides
-alike, and gives the median of the turns' ratios. It takes a few minutes on two
-CPU cores, and says nothing on a machine that does other work.
+alike, and gives the median of the turns' ratios, of time and of CPU time. It
+takes a few minutes on two CPU cores. On a machine that does other work the
+ratio of time says nothing; that of CPU time is then to be had on one core, by
+taskset -c 0 before the command.
 """
 
 import argparse
@@ -138,7 +140,8 @@ def _scores(requests: dict[str, dict], sides: list[str], seeds: list[int]):
 
 
 def speed(name: str, request: dict) -> dict:
-  """Alternates both sides; prints and returns steps a second of each."""
+  """Alternates both sides; prints and returns steps a second of each, as they
+  pass and of CPU time."""
   found = {side: [] for side in SIDES}
   workers = {side: Worker(module, request) for side, module in SIDES.items()}
   try:
@@ -150,11 +153,20 @@ def speed(name: str, request: dict) -> dict:
   finally:
     for worker in workers.values():
       worker.close()
-  ratio = statistics.median(a / b for a, b in zip(*found.values()))
-  medians = {side: statistics.median(own) for side, own in found.items()}
+  ratio, of_cpu = ratios(found, 'steps'), ratios(found, 'cpu_steps')
+  medians = {side: statistics.median(turn['steps'] for turn in own)
+             for side, own in found.items()}
   print(f'{name:<8} ours {medians["ours"]:.2f} steps/s, theirs '
-        f'{medians["theirs"]:.2f}: {ratio:.2f} x as fast', flush=True)
-  return dict(ratio=ratio, turns=found, **medians)
+        f'{medians["theirs"]:.2f}: {ratio:.2f} x as fast; by CPU time '
+        f'{of_cpu:.2f} x', flush=True)
+  return dict(ratio=ratio, cpu_ratio=of_cpu, turns=found, **medians)
+
+
+def ratios(found: dict[str, list[dict]], figure: str) -> float:
+  """Returns the median over the turns of how much greater ours is."""
+  return statistics.median(
+      ours[figure] / theirs[figure]
+      for ours, theirs in zip(found['ours'], found['theirs']))
 
 
 def interval(scores: list[float]) -> float:

@@ -50,6 +50,30 @@ def test_a_side_alone_has_no_verdict():
   assert line.split()[-1] == '-'
 
 
+def test_speed_is_the_median_ratio_of_the_turns(monkeypatch, capsys):
+  """Turns of (steps/s, steps/s of CPU time) of each side."""
+  turns = {'finetune_ours': [(2, 4), (9, 9), (3, 2)],
+           'finetune_hf': [(1, 1), (3, 9), (3, 4)]}
+
+  class Side:
+    def __init__(self, side, request):
+      self.turns = [dict(zip(('steps', 'cpu_steps'), t)) for t in turns[side]]
+
+    def do(self, job):
+      return dict(result=self.turns.pop(0) if job == 'timed' else None)
+
+    def close(self):
+      assert not self.turns
+
+  monkeypatch.setattr(finetune, 'Worker', Side)
+  found = finetune.speed('sst2', {})
+  assert (found['ratio'], found['cpu_ratio']) == (2, 1)
+  assert (found['ours'], found['theirs']) == (3, 3)
+  assert capsys.readouterr().out == (
+      'sst2     ours 3.00 steps/s, theirs 3.00: 2.00 x as fast; by CPU time '
+      '1.00 x\n')
+
+
 def test_pieces_are_joined(tmp_path):
   for name, rows in (('a', _rows([90, 91], [])), ('b', _rows([], [80, 81]))):
     (tmp_path / name).write_text(json.dumps(dict(rows=rows)))
