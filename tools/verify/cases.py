@@ -146,6 +146,19 @@ SYSTEMS = {
                     full_attention=dict(rope_type='linear', rope_theta=1e5,
                                         factor=8.0))),
         }),
+    'phi3': System(
+        dict(vocab_size=61, hidden_size=32, intermediate_size=24,
+             num_attention_heads=2, num_key_value_heads=1,
+             num_hidden_layers=1, max_position_embeddings=80, **NO_IDS),
+        {
+            'plain': dict(num_hidden_layers=2),
+            'longrope': dict(original_max_position_embeddings=4,
+                             rope_parameters=LONGROPE),
+            'window': dict(sliding_window=5, num_key_value_heads=2,
+                           tie_word_embeddings=True, rope_parameters=dict(
+                               rope_type='default', rope_theta=1e3,
+                               partial_rotary_factor=0.5)),
+        }),
     'transformer': System(
         dict(vocab_size=61, d_model=12, encoder_ffn_dim=16, decoder_ffn_dim=16,
              encoder_attention_heads=4, decoder_attention_heads=4,

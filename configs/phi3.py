@@ -1,0 +1,49 @@
+"""Phi-3: `--config configs/phi3.py:SIZE`.
+
+Lab note. Abdin et al. 2024 (arXiv 2404.14219, section 2): 3.8B parameters in 32
+layers of width 3,072 with 32 heads, 4,096 tokens of context and 3.3T tokens
+(mini); 14B in 40 layers of width 5,120 with 40 heads and 4.8T tokens (medium).
+Windows of 2,047 and medium's 10 key-value heads are those of the released
+config.json of 4,096 tokens. Batch, learning rate and schedule are not
+published: here they are LLaMA 2's. Counts are those of the published
+checkpoints. The versions for 128K tokens are the same but for the factors of
+longrope, which their config.json has: an import reads them.
+
+`tiny` has windows of 128 in 256 tokens.
+"""
+
+from configs import base
+
+SIZES = {
+    'tiny': dict(d_model=128, num_layers=4, num_heads=4, d_ff=344, max_len=256),
+    'mini': dict(d_model=3072, num_layers=32, num_heads=32, num_kv_heads=32,
+                 d_ff=8192, max_len=4096, vocab_size=32064),
+    'medium': dict(d_model=5120, num_layers=40, num_heads=40, num_kv_heads=10,
+                   d_ff=17920, max_len=4096, vocab_size=32064),
+}
+
+# Published parameter counts, for tools.count.
+PUBLISHED = {'mini': 3_821_079_552, 'medium': 13_960_238_080}
+TOKENS = {'mini': 3.3e12, 'medium': 4.8e12}
+
+
+def get_config(size: str = 'tiny'):
+  c = base.base()
+  size = size or 'tiny'
+  c.model.update(base.sized(size, SIZES))
+  c.model.update(arch='phi3', position='rope', norm='rmsnorm', norm_eps=1e-5,
+                 ffn='swiglu', block='pre_norm', attention='banded',
+                 sliding_window=128 if size == 'tiny' else 2047,
+                 attention_bias=False, ffn_bias=False, tie_embeddings=False)
+  c.data.length = c.model.max_len
+  if size == 'tiny':
+    c.data.batch_size = 16
+    c.train.steps = 300
+    c.optim.update(lr=3e-3, warmup_steps=30)
+    return c
+  c.model.dtype = 'bfloat16'
+  c.model.remat = 'full'
+  c.data.batch_size = 2**22 // c.data.length
+  c.train.steps = int(TOKENS[size] / 2**22)
+  c.optim.update(lr=3e-4, warmup_steps=2000)
+  return c

@@ -1,0 +1,119 @@
+"""config.json as Gemma's and Phi-3's authors published it is the size of
+configs/ of that name. (Long lists of factors are shortened to one value.)"""
+
+import importlib
+
+import pytest
+
+from training.costs import totals
+from training.hf import config as hf_config
+
+GEMMA2 = dict(
+    architectures=['Gemma2ForCausalLM'], model_type='gemma2',
+    attention_bias=False, attention_dropout=0.0, attn_logit_softcapping=50.0,
+    bos_token_id=2, cache_implementation='hybrid', eos_token_id=1,
+    final_logit_softcapping=30.0, head_dim=256, hidden_act='gelu_pytorch_tanh',
+    hidden_activation='gelu_pytorch_tanh', hidden_size=2304,
+    initializer_range=0.02, intermediate_size=9216,
+    max_position_embeddings=8192, num_attention_heads=8, num_hidden_layers=26,
+    num_key_value_heads=4, pad_token_id=0, query_pre_attn_scalar=256,
+    rms_norm_eps=1e-06, rope_theta=10000.0, sliding_window=4096,
+    torch_dtype='float32', transformers_version='4.42.4', use_cache=True,
+    vocab_size=256000)
+GEMMA3 = dict(
+    architectures=['Gemma3ForCausalLM'], model_type='gemma3_text',
+    attention_bias=False, attention_dropout=0.0, attn_logit_softcapping=None,
+    bos_token_id=2, cache_implementation='hybrid', eos_token_id=1,
+    final_logit_softcapping=None, head_dim=256,
+    hidden_activation='gelu_pytorch_tanh', hidden_size=1152,
+    initializer_range=0.02, intermediate_size=6912,
+    max_position_embeddings=32768, num_attention_heads=4, num_hidden_layers=26,
+    num_key_value_heads=1, pad_token_id=0, query_pre_attn_scalar=256,
+    rms_norm_eps=1e-06, rope_local_base_freq=10000, rope_scaling=None,
+    rope_theta=1000000, sliding_window=512, sliding_window_pattern=6,
+    torch_dtype='bfloat16', transformers_version='4.50.0.dev0', use_cache=True,
+    vocab_size=262144)
+PHI3 = dict(
+    architectures=['Phi3ForCausalLM'], model_type='phi3',
+    attention_bias=False, attention_dropout=0.0,
+    auto_map={'AutoConfig': 'configuration_phi3.Phi3Config'}, bos_token_id=1,
+    embd_pdrop=0.0, eos_token_id=32000, hidden_act='silu', hidden_size=3072,
+    initializer_range=0.02, intermediate_size=8192,
+    max_position_embeddings=4096, num_attention_heads=32, num_hidden_layers=32,
+    num_key_value_heads=32, original_max_position_embeddings=4096,
+    pad_token_id=32000, resid_pdrop=0.0, rms_norm_eps=1e-05, rope_scaling=None,
+    rope_theta=10000.0, sliding_window=2047, tie_word_embeddings=False,
+    torch_dtype='bfloat16', transformers_version='4.40.2', use_cache=True,
+    vocab_size=32064)
+LONG = dict(
+    max_position_embeddings=131072, sliding_window=262144, rope_scaling=dict(
+        type='su', short_factor=[1.05] * 48, long_factor=[1, *[20.5] * 47]))
+PUBLISHED = {
+    'gemma2:2b': GEMMA2,
+    'gemma2:9b': GEMMA2 | dict(
+        hidden_size=3584, intermediate_size=14336, num_attention_heads=16,
+        num_hidden_layers=42, num_key_value_heads=8),
+    'gemma2:27b': GEMMA2 | dict(
+        hidden_size=4608, intermediate_size=36864, num_attention_heads=32,
+        num_hidden_layers=46, num_key_value_heads=16, head_dim=128,
+        query_pre_attn_scalar=144),
+    'gemma3:1b': GEMMA3,
+    'gemma3:4b': GEMMA3 | dict(
+        hidden_size=2560, intermediate_size=10240, num_attention_heads=8,
+        num_hidden_layers=34, num_key_value_heads=4, sliding_window=1024,
+        rope_scaling=dict(factor=8.0, rope_type='linear'), vocab_size=262208,
+        max_position_embeddings=131072),
+    'phi3:mini': PHI3,
+    'phi3:medium': PHI3 | dict(
+        hidden_size=5120, intermediate_size=17920, num_attention_heads=40,
+        num_hidden_layers=40, num_key_value_heads=10),
+}
+
+
+@pytest.mark.parametrize('name', PUBLISHED)
+def test_a_published_config_is_the_size_of_that_name(name):
+  file, size = name.split(':')
+  ours = totals.resolved(
+      importlib.import_module(f'configs.{file}').get_config(size))
+  theirs = hf_config.read(PUBLISHED[name])
+  hf_config.check_same(ours, theirs, name)
+  hf_config.check_same(ours, hf_config.read(hf_config.write(ours)), 'written')
+
+
+def test_phi3_for_long_texts_has_the_factors_of_its_file():
+  c = hf_config.read(PHI3 | LONG)
+  assert (c.rope.scaling, c.rope.factor, c.rope.original_len) == (
+      'longrope', 32.0, 4096)
+  assert c.rope.long_factor == (1, *[20.5] * 47) and c.max_len == 131072
+  written = hf_config.write(c)
+  assert written['rope_parameters']['rope_type'] == 'longrope'
+  assert written['original_max_position_embeddings'] == 4096
+  hf_config.check_same(c, hf_config.read(written), 'written')
+
+
+@pytest.mark.parametrize('tree, words', [
+    (PHI3 | dict(rope_scaling=dict(type='linear', factor=2.0)),
+     "'linear': choose from default, longrope"),
+    (PHI3 | dict(rope_scaling=dict(LONG['rope_scaling'], short_factor=['x'])),
+     'short_factor .*must be numbers'),
+    (PHI3 | dict(LONG, rope_scaling=dict(
+        LONG['rope_scaling'], attention_factor=0.0)), 'not > 0'),
+    ({name: value for name, value in (PHI3 | LONG).items()
+      if name != 'max_position_embeddings'}, 'neither a factor'),
+    (GEMMA2 | dict(final_logit_softcapping=0.0), '> 0, or null'),
+    (GEMMA2 | dict(use_bidirectional_attention=True), 'bidirectional'),
+    (GEMMA3 | dict(attn_logit_softcapping=50.0), 'attn_logit_softcapping'),
+    (GEMMA3 | dict(rope_parameters=dict(rope_theta=1e5)), 'rope_parameters'),
+])
+def test_what_is_not_known_is_refused(tree, words):
+  with pytest.raises(ValueError, match=words):
+    hf_config.read(tree)
+
+
+def test_an_import_says_that_dynamic_texts_which_grow_may_differ():
+  tree = dict(
+      model_type='llama', hidden_size=32, num_attention_heads=4,
+      max_position_embeddings=64, rope_scaling=dict(type='dynamic', factor=2.0))
+  fields, notes = hf_config.fields_and_notes(tree)
+  assert (fields.rope.scaling, fields.rope.original_len) == ('dynamic', 64)
+  assert len(notes) == 1 and 'may write other ones' in notes[0]
