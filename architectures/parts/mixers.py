@@ -27,6 +27,8 @@ class Mixer:
       others read of it; `shape` is [..., B, M].
     products: config -> which of linear.PRODUCTS a layer has.
     fields: of config.model that no other mixer reads.
+    sources: fields that others are derived from, where those are left open,
+      and that it does not read otherwise.
     divided: (mesh axis, field of config.model that it must divide).
     check: (config, stack) -> None; raises RequestError for what cannot be.
       `stack` is what architectures.stack returns.
@@ -35,6 +37,7 @@ class Mixer:
   cache: Callable[[ModelConfig, tuple[int, ...]], Any]
   products: Callable[[ModelConfig], set[str]]
   fields: tuple[str, ...] = ()
+  sources: tuple[str, ...] = ()
   divided: tuple[tuple[str, str], ...] = ()
   check: Callable[[ModelConfig, str], None] = lambda c, stack: None
 
@@ -54,6 +57,7 @@ MIXERS = {
         latent.LatentAttention, latent.empty, latent.products,
         fields=tuple(f'latent.{field.name}'
                      for field in dataclasses.fields(LatentConfig)),
+        sources=('head_dim', 'mup_base_head_dim'),
         divided=(('fsdp', 'latent.kv_rank'), ('fsdp', 'latent.q_rank')),
         check=latent.check),
 }

@@ -11,8 +11,8 @@ from configs import kinds
 
 VOCAB = 61
 # Every other layer has experts, the second first.
-DENSE_MOE = dict(pattern='dense,moe', kinds=dict(dense=dict(ffn='dense'),
-                                                 moe={}))
+DENSE_MOE = dict(prefix='', pattern='dense,moe', kinds=dict(
+    dense=dict(ffn='dense'), moe={}))
 SYSTEMS = architectures.files()
 DECODERS = architectures.files('decoder')
 # Those that transformers has too.

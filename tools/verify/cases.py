@@ -21,6 +21,8 @@ NO_IDS = dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)
 # A head wide enough that its waves are some scaled, some kept.
 ROPE = dict(num_hidden_layers=1, num_attention_heads=2, head_dim=16,
             num_key_value_heads=1)
+MSCALE = dict(rope_type='yarn', rope_theta=1e4, factor=4.0, mscale=0.7,
+              original_max_position_embeddings=20)
 
 LONGROPE = dict(
     rope_type='longrope', rope_theta=1e4,
@@ -158,6 +160,39 @@ SYSTEMS = {
                            tie_word_embeddings=True, rope_parameters=dict(
                                rope_type='default', rope_theta=1e3,
                                partial_rotary_factor=0.5)),
+        }),
+    'deepseek_v2': System(
+        dict(vocab_size=61, hidden_size=16, intermediate_size=24,
+             moe_intermediate_size=12, num_attention_heads=4,
+             num_key_value_heads=4, num_hidden_layers=2,
+             first_k_dense_replace=1, n_routed_experts=6, n_shared_experts=2,
+             num_experts_per_tok=3, kv_lora_rank=8, q_lora_rank=None,
+             qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=5,
+             max_position_embeddings=80, **NO_IDS),
+        {
+            'plain': dict(rope_parameters=dict(MSCALE, mscale_all_dim=0.5)),
+            'groups': dict(
+                q_lora_rank=12, topk_method='group_limited_greedy', n_group=3,
+                topk_group=2, routed_scaling_factor=4.0, n_shared_experts=1,
+                attention_bias=True, num_hidden_layers=1,
+                first_k_dense_replace=0, tie_word_embeddings=True),
+        }),
+    'deepseek_v3': System(
+        dict(vocab_size=61, hidden_size=16, intermediate_size=24,
+             moe_intermediate_size=12, num_attention_heads=4,
+             num_key_value_heads=4, num_hidden_layers=3,
+             first_k_dense_replace=2, n_routed_experts=8, n_shared_experts=1,
+             num_experts_per_tok=3, n_group=4, topk_group=2, kv_lora_rank=8,
+             q_lora_rank=12, qk_nope_head_dim=6, qk_rope_head_dim=4,
+             v_head_dim=5, max_position_embeddings=80, num_mtp_layers=0,
+             **NO_IDS),
+        {
+            'plain': dict(rope_parameters=dict(MSCALE, mscale_all_dim=0.7)),
+            'halves': dict(
+                rope_interleave=False, q_lora_rank=None, n_group=1,
+                topk_group=1, norm_topk_prob=False, n_shared_experts=2,
+                attention_bias=True, num_hidden_layers=1,
+                first_k_dense_replace=0, tie_word_embeddings=True),
         }),
     'transformer': System(
         dict(vocab_size=61, d_model=12, encoder_ffn_dim=16, decoder_ffn_dim=16,

@@ -67,6 +67,7 @@ def findings_of(recording: Recording,
 
   def loss(params):
     outputs, layers, attention = call(module, params, inputs)
+    outputs = {name: outputs[name] for name in recording.outputs}
     return (objective(outputs, inputs, jnp.asarray),
             (outputs, layers, attention))
 

@@ -63,6 +63,11 @@ CHANGES = (
           ('longrope', dict(FACTORS, original_len=20, attention_factor=1.2)),
           ('yarn', {}), ('yarn', dict(beta_fast=4.0, beta_slow=0.5)))),
     dict(head_dim=16, max_len=10, rope=dict(scaling='dynamic', factor=4.0)),
+    *(dict(rope=dict(scaling='yarn', factor=4.0, original_len=10, mscale=mscale,
+                     mscale_all_dim=0.5)) for mscale in (0.5, 0.8)),
+    *(dict(latent={name: value}) for name, value in (
+        ('q_rank', 0), ('q_rank', 20), ('kv_rank', 12), ('nope_dim', 10),
+        ('rope_dim', 6), ('v_dim', 7), ('scale', 0.4))),
     dict(relative=dict(buckets=8)), dict(relative=dict(max_distance=20)),
     dict(moe=dict(num_experts=3)), dict(moe=dict(top_k=1)),
     dict(moe=dict(top_k=2)), dict(moe=dict(top_k=3)),

@@ -3,6 +3,7 @@
 import inspect
 import json
 import pathlib
+import sys
 import tempfile
 
 import numpy as np
@@ -45,6 +46,8 @@ def _with_gradients(model, stack: str, config: dict,
     for parameter in model.parameters():
       grad = parameter.grad
       parameter.copy_(torch.zeros_like(parameter) if grad is None else grad)
+    for buffer in _biases(model):
+      buffer.zero_()
   _, grads = saved(model)
   return Recording(config, weights, inputs, outputs, grads, {})
 
@@ -75,6 +78,8 @@ def build(system: str, case: str, head: str = 'lm'):
     config.num_hidden_layers = 1  # so that a recording is small
     if getattr(config, 'layer_types', None):
       config.layer_types = config.layer_types[:1]
+    if hasattr(config, 'first_k_dense_replace'):
+      config.first_k_dense_replace = 0
   config._attn_implementation = 'eager'  # the plain formula
   torch.manual_seed(0)
   model = kind(config).eval()
@@ -86,7 +91,15 @@ def build(system: str, case: str, head: str = 'lm'):
         continue
       noise = 0.15 * torch.randn_like(parameter)
       parameter.copy_((parameter + noise).to(half).float())
+    for buffer in _biases(model):
+      buffer.copy_((0.15 * torch.randn_like(buffer)).to(half).float())
   return model
+
+
+def _biases(model) -> list:
+  """Returns the biases of routers that no gradient reaches (DeepSeek-V3)."""
+  return [buffer for name, buffer in model.named_buffers()
+          if name.endswith('e_score_correction_bias')]
 
 
 def model_class(system: str, head: str = 'lm') -> type:
@@ -133,18 +146,22 @@ def forward(model, stack: str, inputs):
   if stack == 'encoder' and 'prediction_logits' in out:
     return dict(logits=out.prediction_logits,
                 nsp_logits=out.seq_relationship_logits)
-  if getattr(out, 'router_logits', None) is None:
+  if getattr(out, 'router_logits', None) is None or not hasattr(
+      _module(model), 'load_balancing_loss_func'):  # of DeepSeek's
     return dict(logits=out.logits)
   return dict(logits=out.logits, balance=_balance(model, out, inputs))
+
+
+def _module(model):
+  """Returns transformers' file of a model."""
+  return sys.modules[type(model).__module__]
 
 
 def _losses(model, out, inputs):
   """Returns the routers' losses of an encoder-decoder: theirs of each layer
   by itself, over all tokens but padding as one group, summed."""
-  import sys
-
   import torch
-  theirs = sys.modules[type(model).__module__]
+  theirs = _module(model)
   found = dict(balance=0.0)
   for stack, mask in (('encoder', 'mask'), ('decoder', 'decoder_mask')):
     seen = torch.as_tensor(inputs[mask]).bool().reshape(-1)
@@ -163,10 +180,8 @@ def _losses(model, out, inputs):
 
 def _balance(model, out, inputs):
   """Returns their balancing loss, of each layer by itself, summed."""
-  import sys
-
   import torch
-  loss = sys.modules[type(model).__module__].load_balancing_loss_func
+  loss = _module(model).load_balancing_loss_func
   mask = torch.as_tensor(inputs['mask'])
   return sum(loss((logits,), model.config.num_local_experts,
                   model.config.num_experts_per_tok, mask)

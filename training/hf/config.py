@@ -20,6 +20,7 @@ import ml_collections
 
 import architectures
 from architectures.parts import hf
+from architectures.parts import mixers
 from architectures.parts import unread
 from architectures.parts.config import ModelConfig
 from architectures.parts.moe import capacity
@@ -105,6 +106,12 @@ class Reader:
   def is_null(self, name: str) -> bool:
     """Whether the field `name` is there and null."""
     return name in self._tree and self._tree[name] is None
+
+  def is_zero(self, name: str) -> bool:
+    """Whether the field `name` is the number 0, where 0 is a choice and not a
+    size that is missing."""
+    self.asked.add(name)
+    return type(self._tree.get(name)) is int and self._tree[name] == 0
 
   def passes(self, *names: str) -> None:
     """Says that what these fields hold does not change the model."""
@@ -365,7 +372,7 @@ def _layers(c: ModelConfig, count: int) -> list[ModelConfig]:
 def flat(config: ModelConfig) -> dict[str, Any]:
   """The fields that tell what is computed, by dotted name, of a model whose
   layers are all alike."""
-  unused = unread.unread(config)
+  unused = {*unread.unread(config), *mixers.of(config).sources}
   fields = run_config.flatten_dict(dataclasses.asdict(config))
   return {name: value for name, value in fields.items()
           if name not in unused and not RUN_ONLY.fullmatch(name)}

@@ -30,7 +30,8 @@ def _load(path):
 # The first case of each system without experts is run every time.
 FIRST = {f'{system}-{next(iter(row.cases))}'
          for system, row in cases.SYSTEMS.items()
-         if system not in ('gshard', 'mixtral', 'switch')}
+         if system not in ('gshard', 'mixtral', 'switch', 'deepseek_v2',
+                           'deepseek_v3')}
 REPEATS = ('gshard-all_layers', 'gshard-capacity', 'switch-all_layers',
            'llama-longrope_short')
 # Of the later systems, the case that is the first to have a part, which is run
@@ -40,6 +41,8 @@ NEW_PARTS = (
     'modernbert-plain',
     'gemma2-plain',
     'olmo2-grouped',
+    'deepseek_v2-plain',
+    'deepseek_v3-plain',
 )
 
 

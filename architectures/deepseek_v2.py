@@ -1,0 +1,168 @@
+"""DeepSeek-V2: latent attention, and a mixture of many small experts beside
+some that every token goes through (DeepSeek-AI 2024a; the experts: Dai et al.
+2024, DeepSeekMoE).
+
+  a  = x + LatentAttention(RMSNorm(x))           parts/latent.py
+  x' = a + SwiGLU(n), n = RMSNorm(a)             in the first layer
+  x' = a + shared(n) + gate_scale * sum over the 6 chosen experts of p_e E_e(n)
+
+p is the softmax over all experts, and is not normalised over those chosen. The
+shared experts are one network of their joint width. In the largest model a
+token goes to experts of 3 of 8 groups at most, those with the best of its
+experts (`moe.expert_groups`): each group lies on devices of its own.
+"""
+
+from architectures import llama
+from architectures.parts import hf
+from architectures.parts import hf_rope
+from architectures.parts.config import ModelConfig
+from architectures.parts.skeletons import Decoder
+from configs.errors import one_of, require
+
+
+class DeepSeekV2(Decoder):
+  """tokens [B, L] -> Output; see Decoder."""
+  PARTS = dict(position='rope', rope=dict(interleaved=True), norm='rmsnorm',
+               block='pre_norm', mixer='latent', attention='global',
+               attention_bias=False, ffn='moe', ffn_bias=False,
+               prefix='dense', kinds=dict(dense=dict(ffn='dense')),
+               tie_embeddings=False, moe=dict(
+                   router='topk', top_k=6, ffn='swiglu',
+                   normalize_gates=False))
+
+
+def read(reader: hf.Reader, fields: dict, dense: int, q_rank: int,
+         interleaved: bool = True) -> dict:
+  """Returns what transformers' records of V2 and V3 say alike.
+
+  Args:
+    reader: of the config.json.
+    fields: those that were read.
+    dense: the default of how many layers at the start are dense.
+    q_rank: that of q_lora_rank, whose null says that there is none.
+    interleaved: whether rotary pairs are neighbours.
+  """
+  first = (0 if reader.is_zero('first_k_dense_replace') else
+           reader('first_k_dense_replace', dense))
+  require(first < fields['num_layers'], 'config.json has first_k_dense_replace '
+          f'{first} of num_hidden_layers {fields["num_layers"]}: no layer has '
+          'experts')
+  reader.must(num_key_value_heads=fields['num_heads'], rms_norm_eps=1e-6,
+              moe_layer_freq=1)
+  reader.passes('head_dim', 'qk_head_dim')  # that of what is turned, always
+  rank = 0 if reader.is_null('q_lora_rank') else reader('q_lora_rank', q_rank)
+  return dict(
+      head_dim=fields['latent.nope_dim'], norm_eps=1e-6,
+      prefix=','.join(['dense'] * first),
+      kinds=dict(dense=dict(ffn='dense')) if first else {},
+      latent=dict(q_rank=rank), moe=dict(dispatch='dropless'),
+      rope=hf_rope.read(reader, interleaved=interleaved, on_scores=True))
+
+
+def write(c: ModelConfig) -> dict:
+  """Returns the same of the config `c`."""
+  moe = [kind.ffn == 'moe' for kind in c.layer_kinds(c.num_layers)]
+  first = moe.index(True) if True in moe else len(moe)
+  require(all(moe[first:]) and any(moe), 'the layers of experts are not the '
+          'last ones of this model, as a config.json of DeepSeek says')
+  require(c.norm_eps == 1e-6, f'model.norm_eps is {c.norm_eps}: transformers '
+          'has 1e-6 in the norms of latents, whatever its config.json says')
+  return dict(
+      first_k_dense_replace=first, num_key_value_heads=c.num_heads,
+      rms_norm_eps=c.norm_eps, q_lora_rank=c.latent.q_rank or None,
+      rope_parameters=hf_rope.write(c, interleaved=c.rope.interleaved,
+                                    on_scores=True))
+
+
+def _read(reader: hf.Reader, fields: dict) -> dict:
+  groups = reader('n_group', 1), reader('topk_group', 1)
+  method = reader('topk_method', 'greedy')
+  one_of('topk_method of config.json', method, METHODS)
+  found = read(reader, fields, dense=1, q_rank=1536)
+  found['moe'] |= dict(zip(('expert_groups', 'top_groups'), groups)
+                       if method != METHODS[0] else ())
+  return found
+
+
+def _write(c: ModelConfig) -> dict:
+  require(c.rope.interleaved, 'model.rope.interleaved is False, which '
+          'transformers has not in a deepseek_v2: set it to True')
+  return write(c) | dict(
+      topk_method=METHODS[c.moe.expert_groups > 1],
+      n_group=c.moe.expert_groups, topk_group=c.moe.top_groups)
+
+
+METHODS = 'greedy', 'group_limited_greedy'
+# All but the products that make the queries.
+LAYER = (
+    ('attention_norm/scale', 'D', 'input_layernorm.weight', 'D'),
+    *hf.dense('attention/kv_down', 'DU', 'self_attn.kv_a_proj_with_mqa', 'U D'),
+    ('attention/kv_norm/scale', 'U', 'self_attn.kv_a_layernorm.weight', 'U'),
+    ('attention/kv_up', 'UHK', 'self_attn.kv_b_proj.weight', 'HK U'),
+    *hf.dense('attention/out', 'HKD', 'self_attn.o_proj', 'D HK'),
+    ('ffn_norm/scale', 'D', 'post_attention_layernorm.weight', 'D'),
+    *hf.under('ffn', 'mlp',
+              ('gate', 'DF', 'gate_proj.weight', 'F D'),
+              ('up', 'DF', 'up_proj.weight', 'F D'),
+              ('down', 'FD', 'down_proj.weight', 'D F'),
+              ('router', 'DE', 'gate.weight', 'E D'),
+              ('gate', 'EDF', 'experts.{e}.gate_proj.weight', 'F D'),
+              ('up', 'EDF', 'experts.{e}.up_proj.weight', 'F D'),
+              ('down', 'EFD', 'experts.{e}.down_proj.weight', 'D F'),
+              ('shared/gate', 'DF', 'shared_experts.gate_proj.weight', 'F D'),
+              ('shared/up', 'DF', 'shared_experts.up_proj.weight', 'F D'),
+              ('shared/down', 'FD', 'shared_experts.down_proj.weight', 'D F')))
+QUERIES = (('attention/query', 'DHK', 'self_attn.q_proj.weight', 'HK D'),)
+LATENT_QUERIES = (
+    *hf.dense('attention/query_down', 'DU', 'self_attn.q_a_proj', 'U D'),
+    ('attention/query_norm/scale', 'U', 'self_attn.q_a_layernorm.weight', 'U'),
+    ('attention/query_up', 'UHK', 'self_attn.q_b_proj.weight', 'HK U'))
+
+
+def names(c: ModelConfig, *more: hf.Row) -> tuple[hf.Row, ...]:
+  """Returns the rows of V2, and `more` of a layer."""
+  layer = LATENT_QUERIES if c.latent.q_rank else QUERIES
+  return (('embed/tokens', 'VD', 'model.embed_tokens.weight', 'V D'),
+          *hf.under('decoder/layers', 'model.layers.{n}', *layer, *LAYER,
+                    *more),
+          ('decoder/final_norm/scale', 'D', 'model.norm.weight', 'D'),
+          ('head/kernel', 'DV', 'lm_head.weight', 'V D'))
+
+
+def fields(**defaults: int | float) -> dict[str, tuple]:
+  """Returns the fields of V2 and V3, whose defaults differ."""
+  return {ours: (theirs, defaults[theirs], *more) for ours, theirs, *more in (
+      ('d_model', 'hidden_size'), ('num_layers', 'num_hidden_layers'),
+      ('num_heads', 'num_attention_heads'), ('d_ff', 'intermediate_size'),
+      ('vocab_size', 'vocab_size'), ('max_len', 'max_position_embeddings'),
+      ('moe.num_experts', 'n_routed_experts'),
+      ('moe.top_k', 'num_experts_per_tok'),
+      ('moe.d_ff', 'moe_intermediate_size'),
+      ('moe.shared_experts', 'n_shared_experts'),
+      ('moe.gate_scale', 'routed_scaling_factor'))} | {
+          'latent.kv_rank': ('kv_lora_rank', 512),
+          'latent.nope_dim': ('qk_nope_head_dim', 128),
+          'latent.rope_dim': ('qk_rope_head_dim', 64),
+          'latent.v_dim': ('v_head_dim', 128),
+          'moe.ffn': ('hidden_act', 'silu', hf.GATED),
+          'attention_bias': ('attention_bias', False),
+          'tie_embeddings': ('tie_word_embeddings', False)}
+
+
+# Of the files that DeepSeek published: what only training or their own
+# program reads.
+UNREAD = ('auto_map', 'aux_loss_alpha', 'seq_aux', 'ep_size')
+
+HF = hf.HuggingFace(
+    'deepseek_v2', 'DeepseekV2ForCausalLM', names=names,
+    fields=fields(
+        hidden_size=4096, num_hidden_layers=32, num_attention_heads=32,
+        intermediate_size=11008, vocab_size=102400,
+        max_position_embeddings=2048, n_routed_experts=64,
+        num_experts_per_tok=6, moe_intermediate_size=1407, n_shared_experts=2,
+        routed_scaling_factor=1.0),
+    only=dict(norm_topk_prob=False, scoring_func='softmax', mlp_bias=False),
+    unread=UNREAD, read=_read, write=_write, tied=llama.HF.tied,
+    spellings=llama.HF.spellings, ignored=llama.HF.ignored,
+    heads={'sequence': hf.TaskHead('DeepseekV2ForSequenceClassification',
+                                   'score')})

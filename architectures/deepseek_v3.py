@@ -1,0 +1,62 @@
+"""DeepSeek-V3: DeepSeek-V2 whose load is balanced by a bias (DeepSeek-AI 2024b,
+section 2.1).
+
+  s = sigmoid(W_r n)
+  chosen: the 8 best of s_e + b_e, of 4 of the 8 groups of experts: those whose
+          two best of s_e + b_e have the largest sum
+  x' = a + shared(n) + gate_scale * sum over them of s_e / (sum of s) E_e(n)
+
+b moves by `moe.bias_rate` a step, down for an expert with more than its share
+of tokens; no gradient reaches it. A balance loss of each sequence, of little
+weight, stands beside it. The first 3 layers are dense. What is missing here is
+the module that predicts a second token (section 2.2).
+"""
+
+from architectures import deepseek_v2
+from architectures import llama
+from architectures.parts import hf
+from architectures.parts.config import ModelConfig
+from architectures.parts.skeletons import Decoder
+
+
+class DeepSeekV3(Decoder):
+  """tokens [B, L] -> Output; see Decoder."""
+  PARTS = deepseek_v2.DeepSeekV2.PARTS | dict(moe=dict(
+      router='sigmoid', top_k=8, ffn='swiglu'))
+
+
+def _read(reader: hf.Reader, fields: dict) -> dict:
+  if reader('num_nextn_predict_layers', 0):
+    reader.notes.append(
+        'config.json has num_nextn_predict_layers '
+        f'{reader("num_nextn_predict_layers", 0)}: the layers that predict '
+        'further tokens are not imported')
+  return deepseek_v2.read(reader, fields, dense=3, q_rank=1536,
+                          interleaved=reader('rope_interleave', True))
+
+
+def _write(c: ModelConfig) -> dict:
+  return deepseek_v2.write(c) | dict(rope_interleave=c.rope.interleaved,
+                                     num_nextn_predict_layers=0)
+
+
+HF = hf.HuggingFace(
+    'deepseek_v3', 'DeepseekV3ForCausalLM',
+    names=lambda c: deepseek_v2.names(
+        c, ('ffn/router_bias', 'E', 'mlp.gate.e_score_correction_bias', 'E')),
+    fields=deepseek_v2.fields(
+        hidden_size=7168, num_hidden_layers=61, num_attention_heads=128,
+        intermediate_size=18432, vocab_size=129280,
+        max_position_embeddings=4096, n_routed_experts=256,
+        num_experts_per_tok=8, moe_intermediate_size=2048, n_shared_experts=1,
+        routed_scaling_factor=2.5) | {
+            'moe.expert_groups': ('n_group', 8),
+            'moe.top_groups': ('topk_group', 4),
+            'moe.normalize_gates': ('norm_topk_prob', True)},
+    only=dict(scoring_func='sigmoid', topk_method='noaux_tc'),
+    unread=deepseek_v2.UNREAD, read=_read, write=_write, tied=llama.HF.tied,
+    spellings=llama.HF.spellings,
+    # The layers that predict further tokens stand behind the 61 of V3.
+    ignored=(*llama.HF.ignored, r'model\.layers\.61\..*'),
+    heads={head: hf.TaskHead(f'DeepseekV3For{name}Classification', 'score')
+           for head, name in (('sequence', 'Sequence'), ('tokens', 'Token'))})
