@@ -129,7 +129,8 @@ def unread(c: ModelConfig) -> dict[str, Row]:
     for field in (*c.kinds[name], *(
         f'rope.{inner}' for inner in c.kinds[name].get('rope', ()))):
       row = by_kind[name].get(kinds.FIELDS.get(field, field))
-      if row:
+      whole = field == 'window' and not c.kinds[name][field]  # says: no window
+      if row and not whole:
         found[f'kinds.{name}.{field}'] = row
   return found
 

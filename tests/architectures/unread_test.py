@@ -141,6 +141,15 @@ def test_every_field_of_the_experts_is_unread_without_them():
       'model.ffn is moe'}
 
 
+def test_a_kind_whose_window_is_0_says_that_it_has_none():
+  kinds = {'local': dict(window=5), 'global': dict(window=0),
+           'odd': dict(attention='global', window=7)}
+  listed = unread.unread(architectures.resolve(models.config(
+      num_layers=3, pattern='local,global,odd', kinds=kinds)))
+  assert {name for name in listed if name.startswith('kinds.')} == {
+      'kinds.odd.window'}
+
+
 def _config(system='gpt', **fields):
   config = importlib.import_module(f'configs.{system}').get_config('tiny')
   return _with(config, {k.replace('__', '.'): v for k, v in fields.items()})
