@@ -48,7 +48,7 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
   require(pooling == 'cls' or fields['head'] != 'sequence', 'config.json has '
           f"classifier_pooling {pooling!r}: only 'cls' is known here")
   reader.must(rope_scaling=None)
-  own = {'global': dict(window=0),
+  own = {'global': {},
          'local': dict(window=reader('local_attention', 128) // 2 + 1)}
   sections = reader.section('rope_parameters')
   for type_, (name, theta) in TYPES.items():

@@ -36,9 +36,9 @@ def get_config(size: str = 'tiny'):
       embed_norm=True, ffn='geglu', block='pre_norm', attention_bias=False,
       ffn_bias=False, tie_embeddings=True, logits_bias=True, prefix='first',
       pattern='local,local,global', kinds={
-          'first': dict(window=0, block='ffn_norm'),
+          'first': dict(block='ffn_norm'),
           'local': dict(window=window, rope=dict(theta=10_000.0)),
-          'global': dict(window=0)})
+          'global': {}})
   c.model.rope.theta = 160_000.0
   c.data.mask_rate = 0.3
   if size == 'tiny':

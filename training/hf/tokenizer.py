@@ -16,12 +16,16 @@ from training.data import tokenizers
 from training.workdir import storage
 
 TEMPLATE = 'chat_template.jinja'
+# What sentence-transformers reads beside the model.
+SENTENCES = ('modules.json', 'sentence_bert_config.json',
+             'config_sentence_transformers.json', '1_Pooling/config.json')
 # What goes along beside the files that training/data/tokenizers.py reads:
 # Marian's and NLLB's, whose numbers are not the pieces' own, are kept for the
 # way out.
 MORE_FILES = ('tokenizer_config.json', 'special_tokens_map.json',
               'added_tokens.json', 'source.spm', 'target.spm', 'vocab.json',
-              'sentencepiece.bpe.model', TEMPLATE, 'chat_template.json')
+              'sentencepiece.bpe.model', TEMPLATE, 'chat_template.json',
+              *SENTENCES)
 
 
 def take(folder: epath.Path, workdir: epath.Path,
@@ -76,12 +80,14 @@ def give(workdir: epath.Path, config: ml_collections.ConfigDict,
 
 
 def copy(source: epath.Path, target: epath.Path) -> list[str]:
-  """Copies a folder's tokenizer files; returns their names."""
+  """Copies a folder's tokenizer files, and what else goes along; returns their
+  names."""
   read = (name for names in tokenizers.FOLDERS for name in names)
   found = [name for name in dict.fromkeys((*read, *MORE_FILES))
            if (source / name).is_file()]
   if found:
     target.mkdir(parents=True, exist_ok=True)
   for name in found:
+    (target / name).parent.mkdir(exist_ok=True)
     shutil.copyfile(source / name, target / name)
   return found

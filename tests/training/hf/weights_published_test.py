@@ -111,6 +111,17 @@ def test_real_weights_give_transformers_embeddings(tmp_path):
   np.testing.assert_allclose(found['embeddings'] @ found['embeddings'].T,
                              theirs_BD @ theirs_BD.T, atol=1e-6)
   np.testing.assert_allclose(found['pooled'], recorded['pooled'], atol=1e-5)
+  # It goes out as it came in, with what sentence-transformers reads.
+  convert.export(tmp_path / 'run', tmp_path / 'out', step=None,
+                 dtype='', shard_bytes=10**9)
+  before, after = (load_file(place / hf_files.SAFE)
+                   for place in (folder, tmp_path / 'out'))
+  assert before.keys() - after.keys() == {'embeddings.position_ids'}
+  for name, x in after.items():
+    np.testing.assert_array_equal(x, before[name], name)
+  for name in ('modules.json', '1_Pooling/config.json'):
+    assert (tmp_path / 'out' / name).read_text() == (
+        folder / name).read_text()
 
 
 @pytest.mark.assets
