@@ -9,6 +9,10 @@ learning rate of 8e-4 for base, 4,928 and 5e-4 for large, constant after a
 warm-up (wsd). 8 H100.
 
 Counts are those of transformers' ModernBertForMaskedLM, with its head.
+
+`tiny` learns masked bytes in rows of 64, 15 % of them masked: 600 steps of 32
+rows, 1.2M bytes in all, to 1.47 nats and 56 % right of those held out. Rotary
+positions spare it the plateau of BERT's `tiny` (configs/bert.py).
 """
 
 from configs import base
