@@ -86,6 +86,26 @@ SYSTEMS = {
              num_attention_heads=4, num_key_value_heads=2, head_dim=4,
              num_hidden_layers=2, max_position_embeddings=80, **NO_IDS),
         {'grouped': {}}),
+    'olmo3': System(
+        dict(vocab_size=31, hidden_size=12, intermediate_size=16,
+             num_attention_heads=4, num_key_value_heads=2, head_dim=4,
+             num_hidden_layers=4, max_position_embeddings=80,
+             sliding_window=5, **NO_IDS),
+        {'yarn': dict(rope_parameters=dict(
+            sliding_attention=dict(rope_type='default', rope_theta=5e5),
+            full_attention=dict(rope_type='yarn', rope_theta=5e5, factor=4.0,
+                                original_max_position_embeddings=20)))}),
+    'qwen2': System(
+        dict(vocab_size=31, hidden_size=12, intermediate_size=16,
+             num_attention_heads=3, num_key_value_heads=1, head_dim=4,
+             num_hidden_layers=2, max_position_embeddings=80, **NO_IDS),
+        {'window': dict(use_sliding_window=True, sliding_window=5,
+                        max_window_layers=1)}),
+    'qwen3': System(
+        dict(vocab_size=31, hidden_size=12, intermediate_size=16,
+             num_attention_heads=3, num_key_value_heads=1, head_dim=6,
+             num_hidden_layers=1, max_position_embeddings=80, **NO_IDS),
+        {'tied': dict(tie_word_embeddings=True)}),
     'gpt_neox': System(
         dict(vocab_size=61, hidden_size=32, intermediate_size=24,
              num_attention_heads=4, num_hidden_layers=2,

@@ -211,7 +211,7 @@ def test_what_print_config_prints_is_that_config(system):
   config = importlib.import_module(f'configs.{system}').get_config('tiny')
   printed = json.loads(json.dumps(runs.printable(config)))
   model, _ = runs.resolve(config, tokenizers.load('bytes'))
-  assert architectures.resolve(printed['model']) == model
+  assert architectures.resolve(run_config.from_json(printed).model) == model
   assert printed['model']['vocab_size'] == 384
   assert printed['model']['head_dim'] == (
       config.model.head_dim or config.model.d_model // config.model.num_heads)

@@ -1,0 +1,54 @@
+"""OLMo 3: OLMo 2 whose layers see a window, but every fourth (OLMo Team 2025b,
+section 3.2).
+
+  q, k = RMSNorm(W_q x), RMSNorm(W_k x)   over all heads, then turned
+  a    = x + RMSNorm(Attention(x))        three layers of four: the last 4,096
+  x'   = a + RMSNorm(W_down (silu(W_gate a) * W_up a))
+  logits = RMSNorm(x_N) W                 a matrix of its own; no bias anywhere
+
+For 65,536 tokens, YaRN stretches the positions of the layers that see all
+alone.
+"""
+
+from architectures import llama
+from architectures import olmo2
+from architectures.parts import hf
+from architectures.parts import hf_layers
+from architectures.parts import hf_rope
+from architectures.parts.config import ModelConfig
+from architectures.parts.skeletons import Decoder
+
+
+class OLMo3(Decoder):
+  """tokens [B, L] -> Output; see Decoder."""
+  PARTS = olmo2.OLMo2.PARTS | dict(
+      pattern='local,local,local,global',
+      kinds={'local': dict(window=64), 'global': dict(window=0)})
+
+
+def _read(reader: hf.Reader, fields: dict) -> dict:
+  # Outside of rope_parameters, transformers takes it for one kind alone.
+  reader.must(rope_theta=5e5)
+  local, whole = hf_rope.read_by_kind(
+      reader, (hf_layers.WINDOW, ('rope_theta', 5e5)),
+      (hf_layers.WHOLE, ('rope_theta', 5e5)))
+  layers = fields['num_layers']
+  reader.passes('layer_types')
+  types = reader.listed('layer_types') if reader.has('layer_types') else [
+      hf_layers.WINDOW if (n + 1) % 4 else hf_layers.WHOLE
+      for n in range(layers)]
+  window = (0 if reader.is_null('sliding_window') else
+            reader('sliding_window', 4096))
+  own = {} if local == whole else {hf_layers.WINDOW: dict(rope=local)}
+  return dict(rope=whole) | hf_layers.read(types, layers, window, own)
+
+
+def _write(c: ModelConfig) -> dict:
+  return hf_layers.write(c) | dict(rope_parameters=hf_rope.write_by_kind(c))
+
+
+HF = hf.HuggingFace(
+    'olmo3', 'Olmo3ForCausalLM', names=olmo2.NAMES, fields=olmo2.HF.fields,
+    read=_read, write=_write, tied=llama.HF.tied, spellings=llama.HF.spellings,
+    ignored=llama.HF.ignored,
+    heads={'sequence': hf.TaskHead('Olmo3ForSequenceClassification', 'score')})

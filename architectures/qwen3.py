@@ -1,0 +1,37 @@
+"""Qwen3, dense: Qwen2 without biases, and with a norm of each head of queries
+and keys (Qwen Team 2025, section 2).
+
+  q_h = RMSNorm(W_q,h n), k_h = RMSNorm(W_k,h n),  n = RMSNorm(x), then turned
+  a   = x + W_o Attention(q, k, W_v n)
+  x'  = a + W_down (silu(W_gate m) * W_up m),  m = RMSNorm(a)
+  logits = RMSNorm(x_N) W                 W = E^T up to 4B
+
+A head has 128 features, whatever the width is.
+"""
+
+from architectures import llama
+from architectures import qwen2
+from architectures.parts import hf
+from architectures.parts.skeletons import Decoder
+
+
+class Qwen3(Decoder):
+  """tokens [B, L] -> Output; see Decoder."""
+  PARTS = dict(position='rope', norm='rmsnorm', block='pre_norm',
+               attention='global', attention_bias=False, qk_norm=True,
+               qk_norm_over='head', ffn='swiglu', ffn_bias=False,
+               tie_embeddings=False)
+
+
+HF = hf.HuggingFace(
+    'qwen3', 'Qwen3ForCausalLM',
+    names=llama.HF.names + hf.under(
+        'decoder/layers/attention', 'model.layers.{n}.self_attn',
+        ('query_norm/scale', 'K', 'q_norm.weight', 'K'),
+        ('key_norm/scale', 'K', 'k_norm.weight', 'K')),
+    fields=qwen2.FIELDS | {
+        'head_dim': ('head_dim', 128),
+        'attention_bias': ('attention_bias', False)},
+    read=qwen2.read, write=qwen2.write, tied=llama.HF.tied,
+    spellings=llama.HF.spellings, ignored=llama.HF.ignored,
+    heads=hf.heads('Qwen3', tokens='score', span=('model.', 'transformer.')))

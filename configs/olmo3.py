@@ -1,0 +1,63 @@
+"""OLMo 3: `--config configs/olmo3.py:SIZE`.
+
+Lab note. Sizes, 100,278 entries and a window of 4,096 keys are those of the
+config.json of Olmo-3-1025-7B and Olmo-3-1125-32B. `7b` and `32b` are as they
+are pre-trained, on 8,192 tokens, by the scripts of the authors' OLMo-core: 4M
+and 8M tokens a batch with learning rates of 3e-4 and 6e-4, AdamW (0.9, 0.95)
+that decays by 0.1, without embeddings, after 2,000 steps of warm-up, and a
+weight of 1e-5 for log(Z)^2 of the logits. 5T tokens, as the first schedule of
+7B has it, are taken for both. `7b-64k` and `32b-64k` are as they are released,
+for 65,536 tokens. Counts are those of the published checkpoints.
+"""
+
+from configs import base
+
+# d_model, layers, heads, key-value heads, d_ff, rows, learning rate.
+ROWS = {
+    '7b': (4096, 32, 32, 32, 11008, 512, 3e-4),
+    '32b': (5120, 64, 40, 8, 27648, 1024, 6e-4),
+}
+
+SIZES = {'tiny': dict(d_model=128, num_layers=4, num_heads=4, d_ff=344,
+                      max_len=256)} | {
+    name + more: dict(d_model=d, num_layers=n, num_heads=h, num_kv_heads=j,
+                      d_ff=f, max_len=length, vocab_size=100278)
+    for name, (d, n, h, j, f, *_) in ROWS.items()
+    for more, length in (('', 8192), ('-64k', 65536))}
+
+# Published parameter counts, for tools.count.
+PUBLISHED = {
+    '7b': 7_298_011_136, '7b-64k': 7_298_011_136, '32b': 32_233_522_176,
+    '32b-64k': 32_233_522_176,
+}
+
+
+def get_config(size: str = 'tiny'):
+  c = base.base()
+  size = size or 'tiny'
+  c.model.update(base.sized(size, SIZES))
+  c.model.update(arch='olmo3', position='rope', norm='rmsnorm', norm_eps=1e-6,
+                 ffn='swiglu', block='out_norm', qk_norm=True,
+                 qk_norm_over='projection', attention_bias=False,
+                 pattern='local,local,local,global', ffn_bias=False,
+                 tie_embeddings=False, init='normal')
+  c.model.kinds = {'local': dict(window=64 if size == 'tiny' else 4096),
+                   'global': dict(window=0)}
+  c.model.rope.theta = 500_000.0
+  c.data.length = c.model.max_len
+  c.train.z_loss = 1e-5
+  if size == 'tiny':
+    c.data.batch_size = 16
+    c.train.steps = 300
+    c.optim.update(lr=3e-3, warmup_steps=30)
+    return c
+  if size.endswith('-64k'):
+    c.model.rope.update(scaling='yarn', factor=8.0, original_len=8192)
+    c.model.kinds['local']['rope'] = dict(scaling='none')
+  *_, rows, c.optim.lr = ROWS[size.removesuffix('-64k')]
+  c.data.batch_size = rows * 8192 // c.data.length
+  c.model.dtype = 'bfloat16'
+  c.model.remat = 'full'
+  c.train.steps = int(5e12 / (c.data.batch_size * c.data.length))
+  c.optim.warmup_steps = 2000
+  return c
