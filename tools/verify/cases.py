@@ -214,6 +214,33 @@ SYSTEMS = {
                 attention_bias=True, num_hidden_layers=1,
                 first_k_dense_replace=0, tie_word_embeddings=True),
         }),
+    'qwen3_moe': System(
+        dict(vocab_size=61, hidden_size=16, intermediate_size=20,
+             moe_intermediate_size=12, num_attention_heads=4,
+             num_key_value_heads=2, head_dim=6, num_hidden_layers=2,
+             num_experts=5, num_experts_per_tok=3, norm_topk_prob=True,
+             max_position_embeddings=80, output_router_logits=True, **NO_IDS),
+        {
+            'plain': {},
+            # A dense layer below one with experts; gates that do not sum to 1.
+            'sparse': dict(decoder_sparse_step=2, norm_topk_prob=False,
+                           num_experts_per_tok=2, tie_word_embeddings=True),
+        }),
+    'gpt_oss': System(
+        dict(vocab_size=61, hidden_size=16, intermediate_size=12,
+             num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+             num_hidden_layers=2, num_local_experts=5, num_experts_per_tok=3,
+             sliding_window=5, swiglu_limit=0.5, max_position_embeddings=80,
+             output_router_logits=True, **NO_IDS),
+        {
+            'plain': dict(rope_parameters=dict(
+                rope_type='yarn', rope_theta=1e4, factor=4.0, truncate=False,
+                original_max_position_embeddings=20)),
+            'windows': dict(
+                layer_types=['sliding_attention'] * 2, head_dim=6,
+                tie_word_embeddings=True, rope_parameters=dict(
+                    rope_type='default', rope_theta=1e4)),
+        }),
     'transformer': System(
         dict(vocab_size=61, d_model=12, encoder_ffn_dim=16, decoder_ffn_dim=16,
              encoder_attention_heads=4, decoder_attention_heads=4,

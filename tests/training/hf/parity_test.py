@@ -40,6 +40,7 @@ NEW_PARTS = (
     'roberta-plain',
     'modernbert-plain',
     'gemma2-plain',
+    'gpt_oss-plain',
     'olmo2-grouped',
     'deepseek_v2-plain',
     'deepseek_v3-plain',

@@ -1,0 +1,97 @@
+"""gpt-oss: a decoder of experts with a bias everywhere, every other layer with
+a window, and a sink in each head (OpenAI 2025, arXiv 2508.10925, section 2).
+
+  o = softmax([q k^T / sqrt(K), s_h])[:-1] v   s_h is learned: no key need be
+                                               attended to
+  y = sum over the 4 best experts of softmax(their logits)_e * FFN_e(n)
+  FFN(n) = W_down (g sigmoid(1.702 g) (u + 1)) + b
+           g = min(W_gate n + b, 7), u = W_up n + b between -7 and 7
+
+The first layer of two attends to the last 128 tokens. Positions turn by YaRN, a
+factor of 32 from 4,096 tokens on, whose ramp begins and ends between two
+frequencies (`rope.truncate=False`). The router has a bias too.
+"""
+
+from architectures import llama
+from architectures.parts import hf
+from architectures.parts import hf_layers
+from architectures.parts import hf_rope
+from architectures.parts.config import ModelConfig
+from architectures.parts.skeletons import Decoder
+from configs.errors import require
+
+
+class GptOss(Decoder):
+  """tokens [B, L] -> Output; see Decoder."""
+  PARTS = dict(position='rope', norm='rmsnorm', block='pre_norm',
+               attention='global', pattern='local,global', attention_sinks=True,
+               attention_bias=True, ffn='moe', ffn_bias=True,
+               tie_embeddings=False,
+               moe=dict(router='topk', top_k=4, ffn='swiglu_clamped',
+                        logit_bias=True))
+
+
+def _read(reader: hf.Reader, fields: dict) -> dict:
+  require(not reader('quantization_config', {}), 'config.json has '
+          'quantization_config: these weights are packed in 4 bits (MXFP4). '
+          'Unpack them with transformers, AutoModelForCausalLM.from_pretrained('
+          'FOLDER, dtype="bfloat16", quantization_config=Mxfp4Config('
+          'dequantize=True)).save_pretrained(NEW), and take NEW')
+  require(fields['moe.top_k'] > 1, 'config.json has num_experts_per_tok 1, '
+          'whose gate there is always 1: here the gate of a single choice is '
+          'its probability, so that its router learns')
+  require(reader('rope_parameters', reader('rope_scaling', {})),
+          'config.json has no rope_parameters: transformers takes YaRN with a '
+          'factor of 32 from 4,096 tokens on then; write it there')
+  layers = fields['num_layers']
+  types = reader.listed('layer_types') or [
+      hf_layers.WHOLE if n % 2 else hf_layers.WINDOW for n in range(layers)]
+  return hf_layers.read(types, layers, reader('sliding_window', 128)) | dict(
+      rope=hf_rope.read(reader, theta=('rope_theta', 150000.0)),
+      moe=dict(dispatch='dropless'))
+
+
+def _write(c: ModelConfig) -> dict:
+  require(c.ffn == 'moe', f'model.ffn is {c.ffn!r}: a gpt_oss config.json can '
+          'only say moe')
+  return hf_layers.write(c) | dict(rope_parameters=hf_rope.write(c),
+                                   intermediate_size=c.moe.d_ff)
+
+
+HF = hf.HuggingFace(
+    'gpt_oss', 'GptOssForCausalLM',
+    names=llama.NAMES + hf.under(
+        'decoder/layers', 'model.layers.{n}',
+        ('attention/sink', 'H', 'self_attn.sinks', 'H'),
+        ('ffn/router', 'DE', 'mlp.router.weight', 'E D'),
+        ('ffn/logit_bias', 'E', 'mlp.router.bias', 'E'),
+        # Hidden unit by hidden unit, its gate before the other factor.
+        ('ffn/gate|up', 'EDF', 'mlp.experts.gate_up_proj', 'E D F2'),
+        ('ffn/gate_bias|up_bias', 'EF', 'mlp.experts.gate_up_proj_bias',
+         'E F2'),
+        ('ffn/down', 'EFD', 'mlp.experts.down_proj', 'E F D'),
+        ('ffn/down_bias', 'ED', 'mlp.experts.down_proj_bias', 'E D')),
+    fields={
+        'd_model': ('hidden_size', 2880),
+        'num_layers': ('num_hidden_layers', 36),
+        'num_heads': ('num_attention_heads', 64),
+        'num_kv_heads': ('num_key_value_heads', 8),
+        'head_dim': ('head_dim', 64),
+        'd_ff': ('intermediate_size', 2880),
+        'vocab_size': ('vocab_size', 201088),
+        'max_len': ('max_position_embeddings', 131072),
+        'norm_eps': ('rms_norm_eps', 1e-5),
+        'attention_bias': ('attention_bias', True),
+        'tie_embeddings': ('tie_word_embeddings', False),
+        'clamp.alpha': ('swiglu_alpha', 1.702),
+        'clamp.limit': ('swiglu_limit', 7.0),
+        'moe.num_experts': ('num_local_experts', 128),
+        'moe.top_k': ('num_experts_per_tok', 4),
+        'moe.balance_weight': ('router_aux_loss_coef', 0.001)},
+    only=dict(hidden_act='silu'),
+    # What OpenAI's own file has twice.
+    unread=('initial_context_length', 'experts_per_token'),
+    read=_read, write=_write, tied=llama.HF.tied, spellings=llama.HF.spellings,
+    ignored=llama.HF.ignored, heads={
+        name: head for name, head in hf.heads('GptOss', tokens='score').items()
+        if name != 'span'})
