@@ -7,10 +7,10 @@ a weight and not in an activation, whose batch took `fsdp` first.
 
 MESH_AXES = ('data', 'fsdp', 'expert', 'context', 'tensor')
 
-# 'tokens' are batch and length in one axis.
+# 'tokens' are batch and length in one axis, 'joined' heads and their features.
 LOGICAL_AXES = ('batch', 'length', 'tokens', 'embed', 'heads', 'kv_heads',
                 'head', 'mlp', 'vocab', 'experts', 'layers', 'capacity',
-                'latent')
+                'latent', 'joined')
 
 RULES = {
     # Weights in shards over fsdp (ZeRO-3), heads and mlp over tensor
@@ -23,6 +23,7 @@ RULES = {
         ('mlp', ('tensor',)),
         ('heads', ('tensor',)),
         ('kv_heads', ('tensor',)),
+        ('joined', ('tensor',)),
         ('embed', ('fsdp',)),
         ('latent', ('fsdp',)),
         ('length', ('context',)),
@@ -39,6 +40,7 @@ RULES = {
         ('mlp', ('tensor',)),
         ('heads', ('tensor',)),
         ('kv_heads', ('tensor',)),
+        ('joined', ('tensor',)),
         ('embed', ()),
         ('latent', ()),
         ('length', ('context',)),

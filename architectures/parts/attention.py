@@ -174,7 +174,7 @@ class Attention(nn.Module):
     rotate = None if self.cross else positions.of(c).rotate
     q_BLHK = self._project('query', x_BLD, c.num_heads, 'heads', ctx)
     if c.qk_norm:
-      q_BLHK = self._normalise('query_norm', q_BLHK, 'heads')
+      q_BLHK = self._normalise('query_norm', q_BLHK)
     if self.cross and ctx.memory_BMD is None:
       k_BMJK, v_BMJK = cache.memory_key_BMJK, cache.memory_value_BMJK
     else:
@@ -290,15 +290,15 @@ class Attention(nn.Module):
     k_BMJK = self._project('key', x_BMD, c.num_kv_heads, 'kv_heads', ctx)
     v_BMJK = self._project('value', x_BMD, c.num_kv_heads, 'kv_heads', ctx)
     if c.qk_norm:
-      k_BMJK = self._normalise('key_norm', k_BMJK, 'kv_heads')
+      k_BMJK = self._normalise('key_norm', k_BMJK)
     return k_BMJK, v_BMJK
 
-  def _normalise(self, name: str, x_BLHK: jax.Array, axis: str) -> jax.Array:
-    """Returns queries or keys with a norm over each head or over all heads,
-    whose logical axis is `axis`."""
+  def _normalise(self, name: str, x_BLHK: jax.Array) -> jax.Array:
+    """Returns queries or keys with a norm over each head or over all heads.
+    """
     if self.config.qk_norm_over == 'head':
       return norms.norm(self.config, name, 'head')(x_BLHK)
-    y_BLU = norms.norm(self.config, name, axis)(
+    y_BLU = norms.norm(self.config, name, 'joined')(
         x_BLHK.reshape(*x_BLHK.shape[:2], -1))
     return y_BLU.reshape(x_BLHK.shape)
 

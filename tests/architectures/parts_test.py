@@ -300,6 +300,10 @@ def test_a_block_follows_its_equations(block, cross):
     x = x + n('attention_out', A(x))
     x = x + n('cross_out', C(x)) if cross else x
     want = x + n('ffn_out', F(x))
+  elif block == 'ffn_norm':
+    x = x + A(x)
+    x = x + C(x) if cross else x
+    want = x + F(n('ffn', x))
   else:
     x = x + n('attention_out', A(n('attention', x)))
     x = x + n('cross_out', C(n('cross', x))) if cross else x

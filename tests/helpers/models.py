@@ -41,6 +41,10 @@ def config(system: str = 'gpt', **changes):
   return model
 
 
+# Those that muP has rules for.
+MUP = [system for system in DECODERS if config(system).mixer == 'attention']
+
+
 def tokens(batch: int = 2, length: int = 16, seed: int = 1) -> jax.Array:
   return jax.random.randint(jax.random.key(seed), (batch, length), 0, VOCAB)
 

@@ -7,13 +7,13 @@ import sys
 import numpy as np
 import pytest
 
-import architectures
+from tests.helpers import models
 from tools import coord_check
 
 WIDTHS = [32, 128]
 
 
-@pytest.fixture(scope='module', params=architectures.files('decoder'))
+@pytest.fixture(scope='module', params=models.MUP)
 def rows(request):
   return {name: coord_check.output_sizes(
       request.param, name, WIDTHS, 'adamw', 2e-3, 8, 2)

@@ -34,7 +34,7 @@ def flat(module):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('system', models.DECODERS)
+@pytest.mark.parametrize('system', models.MUP)
 def test_at_the_base_all_is_as_in_the_standard_form(system):
   plain, ours = built(system), scaled(system)
   key, tokens = jax.random.key(0), models.tokens()
@@ -55,7 +55,7 @@ PARTS = dict(qk_norm=True, attention_sinks=True, logits_bias=True,
 
 
 @pytest.mark.parametrize('system, parts', [
-    (system, parts) for system in models.DECODERS for parts in (
+    (system, parts) for system in models.MUP for parts in (
         dict(), PARTS, *[PARTS | dict(qk_norm_over='projection')] * (
             system == 'gpt'))])
 def test_rates_agree_with_the_shapes(system, parts):
