@@ -41,6 +41,7 @@ OTHER = {
     'latent.rope_dim': 6, 'latent.v_dim': 3, 'latent.scale': 0.3,
     'moe.logit_bias': True, 'moe.expert_groups': 2, 'moe.top_groups': 2,
     'moe.gate_scale': 2.0, 'clamp.alpha': 1.0, 'clamp.limit': 3.0,
+    'position_offset': 2,
 }
 # Read by a kernel of a TPU, or by the optimiser's step.
 NOT_IN_THE_PROGRAM = ('moe.grouped_kernel', 'moe.bias_rate')
