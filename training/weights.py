@@ -71,7 +71,7 @@ def from_hf(path: str | os.PathLike, *, partial: bool = False, seed: int = 0,
   path = pathlib.Path(path)
   folder = path.parent if path.is_file() else path
   files = hf_files.Files(path)
-  config = hf_config.read(hf_config.load_config_json(folder), files)
+  config = hf_config.read(hf_config.load_config_json(folder), set(files))
   module = architectures.build(dataclasses.replace(
       config, param_dtype=dtype or config.param_dtype))
   loaded = read_params(module, files, partial=partial, seed=seed)
