@@ -87,9 +87,9 @@ class MoE(nn.Module):
         'TD,DE->TE', x_TD, router_DE.astype(jnp.float32),
         precision=jax.lax.Precision.HIGHEST), linear.PRODUCT)
     logits_TE = logits_TE / self.config.widening  # muP's output multiplier
-    if m.logit_bias:  # gpt-oss
+    if m.logit_bias:  # gpt-oss; after the multiplier, which is not of it
       logits_TE = linear.add_bias(logits_TE, linear.bias(
-          self, 'logit_bias', (m.num_experts,), (None,), output=True))
+          self, 'logit_bias', (m.num_experts,), (None,)))
     key = self._noise_key(m.logit_noise, ctx)
     if key is not None:
       logits_TE += m.logit_noise * jax.random.normal(key, logits_TE.shape)
