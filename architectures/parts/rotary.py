@@ -137,7 +137,7 @@ def _yarn(r: RopeConfig, dim: int):
   if r.truncate:  # as the authors' program; gpt-oss does not
     low, high = math.floor(low), math.ceil(high)
   low, high = max(low, 0), min(high, dim - 1)
-  ramp = (jnp.arange(dim // 2) - low) / max(high - low, 0.001)
+  ramp = (jnp.arange(dim // 2) - low) / ((high - low) or 0.001)
   keep = 1 - jnp.clip(ramp, 0, 1)
   return ((1 - keep) * frequency / r.factor + keep * frequency,
           yarn_factor(r.factor, r.mscale, r.mscale_all_dim))

@@ -68,7 +68,8 @@ def test_rates_agree_with_the_shapes(system, parts):
   parts = {k: v for k, v in parts.items() if k != 'moe'}
   head = models.config(system).head_dim  # 0 where it follows from the width
   def make(width):
-    c = models.config(system, d_model=width, head_dim=head * width // BASE, d_ff=48 * width // BASE,
+    c = models.config(system, d_model=width, head_dim=head * width // BASE,
+                      d_ff=48 * width // BASE,
                       parametrization='mup', mup_base_width=BASE,
                       moe=dict(moe, d_ff=24 * width // BASE), **parts)
     return architectures.build(c)
