@@ -57,14 +57,14 @@ def read_by_kind(reader: hf.Reader, *kinds: tuple[str, tuple[str, float]]
   for name, theta in kinds:
     new = parts.section(name)
     last = old and name == kinds[-1][0]
-    found.append(_read(reader, old if last else new, theta))
+    found.append(_read(reader, old if last else new, theta, by_kind=True))
   return found
 
 
 def _read(reader: hf.Reader, r: hf.Reader, theta: tuple[str, float],
           fraction: tuple[str, float] | None = None, interleaved: bool = False,
           on_scores: bool = False, words: Mapping[str, str] = SCALINGS,
-          original: int = 0) -> dict:
+          original: int = 0, by_kind: bool = False) -> dict:
   rope: dict[str, Any] = dict(
       theta=r('rope_theta', reader(*theta)),
       fraction=_fraction(reader, r, fraction), interleaved=interleaved,
@@ -76,10 +76,10 @@ def _read(reader: hf.Reader, r: hf.Reader, theta: tuple[str, float],
     return rope
   rope['factor'] = r('factor', 1.0)
   if rope['scaling'] in ('llama3', 'yarn', 'longrope') and not original:
-    rope['original_len'] = r(
-        'original_max_position_embeddings',
-        reader('original_max_position_embeddings',
-               reader('max_position_embeddings', 0)))
+    length = r('original_max_position_embeddings',
+               reader('max_position_embeddings', 0))
+    rope['original_len'] = length if by_kind else reader(
+        'original_max_position_embeddings', length)  # which goes before
   if rope['scaling'] == 'llama3':
     rope.update(low_freq_factor=r('low_freq_factor', 1.0),
                 high_freq_factor=r('high_freq_factor', 4.0))
