@@ -87,6 +87,9 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
 def _write(c: ModelConfig) -> dict:
   require(c.rope.interleaved, 'model.rope.interleaved is False, which '
           'transformers has not in a deepseek_v2: set it to True')
+  require(c.d_model % c.num_heads == 0, f'model.num_heads is {c.num_heads}, '
+          f'which does not divide model.d_model {c.d_model}: transformers '
+          'refuses such a deepseek_v2')
   return write(c) | dict(
       topk_method=METHODS[c.moe.expert_groups > 1],
       n_group=c.moe.expert_groups, topk_group=c.moe.top_groups)
