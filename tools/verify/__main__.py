@@ -2,6 +2,7 @@
 
   python -m tools.verify                     all, in some minutes on a CPU
   python -m tools.verify --systems=gpt,t5    some
+  python -m tools.verify --jobs=2            all, by two processes
   python -m tools.verify --layers            and where a difference begins
   python -m tools.verify --record            writes tests/data
 
@@ -27,6 +28,8 @@ and have the perplexity of transformers' recipe (tools/verify/harness.py).
 import dataclasses
 import json
 import pathlib
+import subprocess
+import sys
 import tempfile
 
 from absl import flags
@@ -42,6 +45,9 @@ flags.DEFINE_bool('layers', False, 'Compare what each layer returns as well, '
                   'and its attention weights.')
 flags.DEFINE_bool('record', False, 'Write recordings for the tests.')
 flags.DEFINE_string('json', '', 'A file to write the findings to.')
+flags.DEFINE_integer('jobs', 1, 'Processes that share the systems.',
+                     lower_bound=1)
+OTHERS = ('chat', 'lora', 'minilm', 'smollm2', 'lm_eval')
 
 
 def main():
@@ -52,13 +58,15 @@ def main():
   from tools.verify import harness, heads, lora, readings, report, talking
   json_file = storage.output(args.json, '--json')
   for system in args.systems:
-    one_of('system', system, (*cases.SYSTEMS, 'chat', 'lora', 'minilm',
-                              'smollm2', 'lm_eval'))
+    one_of('system', system, (*cases.SYSTEMS, *OTHERS))
   try:
     import transformers
   except ImportError as error:
     raise RequestError('transformers or PyTorch is not installed: '
                        "pip install 'archetype[verify]'") from error
+  if args.jobs > 1:
+    rows = _shared(args.systems or (*cases.SYSTEMS, *OTHERS), args)
+    return _end(rows, json_file)
   print(f'transformers {transformers.__version__}')
   rows = []
   for system, case in cases.all_cases():
@@ -91,11 +99,42 @@ def main():
     rows += [report.one('lm_eval', system, finding)
              for system in harness.SYSTEMS
              for finding in harness.findings(system)]
+  return _end(rows, json_file)
+
+
+def _end(rows: list[dict], json_file) -> int:
+  """Writes the findings and says how many hold; returns the exit code."""
   if json_file:
     storage.write(json_file, json.dumps(rows, indent=2) + '\n')
   wrong = sum(not row['ok'] for row in rows)
   print(f'{len(rows) - wrong} of {len(rows)} comparisons hold')
   return 1 if wrong else 0
+
+
+def _shared(systems, args) -> list[dict]:
+  """Returns the findings of processes that take every n-th system each.
+
+  Raises:
+    EnvironmentFailure: where one of them ends without findings.
+  """
+  from configs.errors import EnvironmentFailure
+  systems, found = list(systems), []
+  with tempfile.TemporaryDirectory() as folder:
+    files = [pathlib.Path(folder, f'{i}.json') for i in range(
+        min(args.jobs, len(systems)))]
+    words = [f'--{name}' for name in ('layers', 'record')
+             if getattr(args, name)]
+    processes = [subprocess.Popen(
+        [sys.executable, '-m', 'tools.verify', f'--json={file}',
+         f'--systems={",".join(systems[i::len(files)])}', *words])
+                 for i, file in enumerate(files)]
+    codes = [process.wait() for process in processes]
+    for file, code in zip(files, codes):
+      if not file.exists():
+        raise EnvironmentFailure(f'a process of tools.verify ended with code '
+                                 f'{code} and no findings')
+      found += json.loads(file.read_text())
+  return found
 
 
 def _findings(system: str, case: str, args):
