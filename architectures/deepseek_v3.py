@@ -37,7 +37,8 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
           'whose gate there is always 1: here the gate of a single choice is '
           'its score, so that its router learns')
   return deepseek_v2.read(reader, fields, dense=3, q_rank=1536,
-                          interleaved=reader('rope_interleave', True))
+                          interleaved=not reader.is_null('rope_interleave')
+                          and reader('rope_interleave', True))
 
 
 def _write(c: ModelConfig) -> dict:
