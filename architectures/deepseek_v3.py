@@ -36,9 +36,12 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
           'config.json has num_experts_per_tok 1 and norm_topk_prob true, '
           'whose gate there is always 1: here the gate of a single choice is '
           'its score, so that its router learns')
-  return deepseek_v2.read(reader, fields, dense=3, q_rank=1536,
-                          interleaved=not reader.is_null('rope_interleave')
-                          and reader('rope_interleave', True))
+  found = deepseek_v2.read(reader, fields, dense=3, q_rank=1536,
+                           interleaved=not reader.is_null('rope_interleave')
+                           and reader('rope_interleave', True))
+  if reader.is_null('norm_topk_prob'):  # which is no there
+    found['moe'] |= dict(normalize_gates=False)
+  return found
 
 
 def _write(c: ModelConfig) -> dict:
