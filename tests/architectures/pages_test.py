@@ -22,7 +22,8 @@ OF_EXPERTS = {'moe.router', 'moe.top_k', 'moe.ffn'}
 SCALES = {'attention_scale', 'embed_scale', 'logits_scale', 'rope.fraction'}
 # The axes by which a sharding rule knows a parameter, and their letters.
 LETTERS = {'vocab': 'V', 'embed': 'D', 'heads': 'HU', 'kv_heads': 'JHU',
-           'head': 'K', 'latent': 'U', 'mlp': 'F', 'experts': 'E',
+           'joined': 'U', 'head': 'K', 'latent': 'U', 'mlp': 'F',
+           'experts': 'E',
            None: 'UDHEL'}
 # Models of a system that together have every parameter of its names.
 VARIANTS = (dict(), dict(tie_embeddings=False), dict(logits_bias=True),
