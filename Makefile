@@ -62,7 +62,7 @@ mutants: $(VENV)/.test
 	$(run) -m tests.mutants
 
 verify: $(VENV)/.verify
-	$(run) -m tools.verify --jobs=2
+	$(run) -m tools.verify --jobs=2 $(VERIFY_FLAGS)
 
 lint: $(VENV)/.test
 	$(run) -m ruff check .

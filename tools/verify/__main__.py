@@ -3,6 +3,7 @@
   python -m tools.verify                     all, in some minutes on a CPU
   python -m tools.verify --systems=gpt,t5    some
   python -m tools.verify --jobs=2            all, by two processes
+  python -m tools.verify --of=3 --part=1     of a third, each variant too
   python -m tools.verify --layers            and where a difference begins
   python -m tools.verify --record            writes tests/data
 
@@ -47,18 +48,23 @@ flags.DEFINE_bool('record', False, 'Write recordings for the tests.')
 flags.DEFINE_string('json', '', 'A file to write the findings to.')
 flags.DEFINE_integer('jobs', 1, 'Processes that share the systems.',
                      lower_bound=1)
+flags.DEFINE_integer('of', 1, 'Of so many parts of the systems, one has its '
+                     'exports and its config.json varied.', lower_bound=1)
+flags.DEFINE_integer('part', 0, 'Which of them, from 0 on.', lower_bound=0)
 OTHERS = ('chat', 'lora', 'minilm', 'smollm2', 'lm_eval')
 
 
 def main():
   cli.parse(__doc__)
   args = flags.FLAGS
-  from configs.errors import RequestError, one_of
+  from configs.errors import RequestError, one_of, require
   from tools.verify import assets, cases, compare, exports, generation
   from tools.verify import harness, heads, lora, readings, report, talking
   json_file = storage.output(args.json, '--json')
   for system in args.systems:
     one_of('system', system, (*cases.SYSTEMS, *OTHERS))
+  require(args.part < args.of, f'--part is {args.part}: choose from 0 to '
+          f'{args.of - 1}, since --of is {args.of}')
   try:
     import transformers
   except ImportError as error:
@@ -73,10 +79,12 @@ def main():
     if not args.systems or system in args.systems:
       rows += [report.one(system, case, finding)
                for finding in _findings(system, case, args)]
-  for system in cases.SYSTEMS:
+  for i, system in enumerate(cases.SYSTEMS):
     if not args.systems or system in args.systems:
       rows += [report.one(system, case, finding) for case, finding
                in heads.findings(system, args.record)]
+      if i % args.of != args.part:
+        continue
       rows += report.worst(
           system, 'exports', exports.export_findings(system))
       rows += report.worst(
@@ -124,6 +132,7 @@ def _shared(systems, args) -> list[dict]:
         min(args.jobs, len(systems)))]
     words = [f'--{name}' for name in ('layers', 'record')
              if getattr(args, name)]
+    words += [f'--of={args.of}', f'--part={args.part}']
     processes = [subprocess.Popen(
         [sys.executable, '-m', 'tools.verify', f'--json={file}',
          f'--systems={",".join(systems[i::len(files)])}', *words])
