@@ -80,17 +80,21 @@ def main():
 
 def config(system: str, parametrization: str, width: int, base: int,
            optimizer: str, lr: float, steps: int):
-  """Returns the system's `tiny`, two layers deep, at `width`."""
+  """Returns the system's `tiny` at `width`, with two layers or, where its
+  pattern is longer, with the fewest that it allows."""
   from configs import base as base_config
+  from configs import kinds
   c = importlib.import_module(f'configs.{system}').get_config('tiny')
   c.optim = base_config.base().optim
   c.optim.update(name=optimizer, lr=lr, warmup_steps=0, schedule='constant',
                  weight_decay=0.0, clip_norm=0.0)
   c.train.steps = steps
   wider = width / c.model.d_model
-  c.model.update(num_layers=LAYERS, vocab_size=256, max_len=LENGTH,
+  c.model.update(num_layers=kinds.fewest_layers(c.model, LAYERS),
+                 vocab_size=256, max_len=LENGTH,
                  parametrization=parametrization,
                  d_model=width, d_ff=round(c.model.d_ff * wider),
+                 head_dim=round(c.model.head_dim * wider),
                  mup_base_width=base if parametrization == 'mup' else 0)
   c.model.moe.d_ff = round(c.model.moe.d_ff * wider)
   return c
@@ -109,7 +113,7 @@ def output_sizes(system: str, parametrization: str, widths, optimizer: str,
   return dict(
       system=system, parametrization=parametrization, widths=list(widths),
       optimizer=optimizer, lr=lr, steps=steps,
-      outputs=[f'block {i}' for i in range(LAYERS)] + ['logits'],
+      outputs=[f'block {i}' for i in range(len(last[0]) - 1)] + ['logits'],
       sizes=[s.tolist() for s in sizes], slopes=slopes.tolist())
 
 

@@ -118,9 +118,11 @@ def test_what_is_listed_changes_nothing(system, changes):
      dict(position='relative')),
     (('init_scale', 'ffn_dropout'), 'llama', dict(init='fan_in')),
     pytest.param(tuple(name for name in OTHER if name.startswith('moe.')
-                       and name not in NOT_IN_THE_PROGRAM), 'mixtral',
+                       and name not in (*NOT_IN_THE_PROGRAM,
+                                        'moe.top_groups')), 'mixtral',
                  dict(moe=dict(eval_capacity_factor=1.0)),
                  marks=pytest.mark.long),
+    (('moe.top_groups',), 'mixtral', dict(moe=dict(expert_groups=2))),
     (('moe.group_size',), 'mixtral', dict(moe=dict(router='sinkhorn'))),
     (('lora.alpha', 'lora.targets', 'lora.dropout'), 'gpt',
      dict(lora=dict(rank=2))),
