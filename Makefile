@@ -35,9 +35,10 @@ test: $(VENV)/.test
 test-fast: $(VENV)/.test
 	$(run) -m pytest $(TEST_FLAGS) -m 'not slow'
 
-# More of what `make test` does: other blocks, systems and meshes.
+# More of what `make test` does: other blocks, systems and meshes. A third of
+# it: LONG_FLAGS='--of=3 --part=0'.
 test-long: $(VENV)/.test
-	$(run) -m pytest $(TEST_FLAGS) -m long
+	$(run) -m pytest $(TEST_FLAGS) -m long $(LONG_FLAGS)
 
 # What compiles for TPUs and GPUs that are not there; some 4 minutes of one core.
 plan-test: $(VENV)/.plan

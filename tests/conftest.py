@@ -9,6 +9,7 @@ import os
 import pathlib
 import signal
 import sys
+import zlib
 
 import pytest
 
@@ -42,7 +43,18 @@ os.environ['JAX_NUMPY_RANK_PROMOTION'] = 'raise'
 os.environ.setdefault('ARCHETYPE_CACHE', str(_CACHE / 'archetype'))
 
 
+def pytest_addoption(parser):
+  parser.addoption('--of', type=int, default=1, metavar='N', help=(
+      'Divides the tests that were asked for into N parts, by their names.'))
+  parser.addoption('--part', type=int, default=0, metavar='K', help=(
+      'Which of the N parts runs, from 0 to N - 1.'))
+
+
 def pytest_configure(config):
+  of, part = config.getoption('--of'), config.getoption('--part')
+  if not 0 <= part < of:
+    raise pytest.UsageError(f'--part is {part}: one of the {of} parts of --of, '
+                            'counted from 0')
   # What a shell starts in the background ignores Ctrl-C, and so would the
   # programs that tests start and interrupt.
   if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -68,3 +80,8 @@ def pytest_collection_modifyitems(config, items):
     left = [item for item in items if item.get_closest_marker(marker)]
     config.hook.pytest_deselected(items=left)
     items[:] = [item for item in items if item not in left]
+  of, part = config.getoption('--of'), config.getoption('--part')
+  left = [item for item in items
+          if zlib.crc32(item.nodeid.encode()) % of != part]
+  config.hook.pytest_deselected(items=left)
+  items[:] = [item for item in items if item not in left]
