@@ -134,15 +134,16 @@ def points(record: Record) -> Table:
     grouped.setdefault(told, []).append(row['workload'])
   rows = [[name_of(record, variant), Cell(size, size),
            Cell(', '.join(workloads)), numbers.count(params),
-           numbers.flops(flops), numbers.flops(tokens), Cell(what or 'nothing'),
+           numbers.flops(flops), numbers.flops(tokens),
+           Cell('-' if variant == record.plan.base else what or 'nothing'),
            Cell(solved or '-')]
           for (variant, size, params, flops, tokens, what, solved), workloads
           in grouped.items()]
   return Table(
       [('variant', ''), ('size', ''), ('workloads', ''), ('parameters', ''),
        ('FLOPs a token', ''), ('tokens', 'of a run'),
-       ('changes', 'from the base of its size and workload, before tuning; of '
-        'the base, what these change in the config'),
+       ('changes', 'from the base of its size and workload, before tuning; the '
+        'paragraphs above say what these change'),
        ('solved', 'fields that were solved for, to match the base')], rows)
 
 

@@ -35,10 +35,8 @@ def of_base(record: Record) -> dict[str, Any]:
 
 def alone(record: Record, row: Mapping[str, Any]) -> dict[str, Any]:
   """Returns what a point changes beside the base of its size and workload; of
-  the base, what its size and workload change in the config."""
+  the base, nothing."""
   plan = record.plan
-  if row['variant'] == plan.base:
-    return row['changes']
   base = record.frozen.point(plan.base, row['size'], row['workload'])['changes']
   missing = object()
   return {name: value for name, value in row['changes'].items()
