@@ -106,6 +106,11 @@ SYSTEMS = {
              num_attention_heads=3, num_key_value_heads=1, head_dim=6,
              num_hidden_layers=1, max_position_embeddings=80, **NO_IDS),
         {'tied': dict(tie_word_embeddings=True)}),
+    'smollm3': System(
+        dict(vocab_size=31, hidden_size=12, intermediate_size=16,
+             num_attention_heads=3, num_key_value_heads=1, head_dim=6,
+             num_hidden_layers=4, max_position_embeddings=80, **NO_IDS),
+        {'plain': {}}),
     'gpt_neox': System(
         dict(vocab_size=61, hidden_size=32, intermediate_size=24,
              num_attention_heads=4, num_hidden_layers=2,
@@ -226,6 +231,12 @@ SYSTEMS = {
             'sparse': dict(decoder_sparse_step=2, norm_topk_prob=False,
                            num_experts_per_tok=2, tie_word_embeddings=True),
         }),
+    'olmoe': System(
+        dict(vocab_size=31, hidden_size=12, intermediate_size=8,
+             num_attention_heads=3, num_key_value_heads=1, num_hidden_layers=2,
+             num_experts=5, num_experts_per_tok=3, max_position_embeddings=80,
+             output_router_logits=True, **NO_IDS),
+        {'grouped': {}}),
     'gpt_oss': System(
         dict(vocab_size=61, hidden_size=16, intermediate_size=12,
              num_attention_heads=4, num_key_value_heads=2, head_dim=8,

@@ -1,5 +1,5 @@
-"""config.json as Gemma's and Phi-3's authors published it is the size of
-configs/ of that name. (Long lists of factors are shortened to one value.)"""
+"""config.json as the authors of a system published it is the size of that name.
+(Long lists of factors are shortened to one value.)"""
 
 import importlib
 
@@ -48,7 +48,32 @@ PHI3 = dict(
 LONG = dict(
     max_position_embeddings=131072, sliding_window=262144, rope_scaling=dict(
         type='su', short_factor=[1.05] * 48, long_factor=[1, *[20.5] * 47]))
+OLMOE = dict(
+    architectures=['OlmoeForCausalLM'], model_type='olmoe',
+    attention_bias=False, attention_dropout=0.0, clip_qkv=None,
+    eos_token_id=50279, hidden_act='silu', hidden_size=2048,
+    initializer_range=0.02, intermediate_size=1024,
+    max_position_embeddings=4096, norm_topk_prob=False, num_attention_heads=16,
+    num_experts=64, num_experts_per_tok=8, num_hidden_layers=16,
+    num_key_value_heads=16, output_router_logits=False, pad_token_id=1,
+    rms_norm_eps=1e-05, rope_scaling=None, rope_theta=10000.0,
+    router_aux_loss_coef=0.01, tie_word_embeddings=False,
+    torch_dtype='bfloat16', use_cache=True, vocab_size=50304)
+SMOLLM3 = dict(
+    architectures=['SmolLM3ForCausalLM'], model_type='smollm3',
+    attention_bias=False, attention_dropout=0.0, eos_token_id=128012,
+    hidden_act='silu', hidden_size=2048, initializer_range=0.02,
+    intermediate_size=11008, layer_types=['full_attention'] * 36,
+    max_position_embeddings=65536, max_window_layers=28, mlp_bias=False,
+    no_rope_layer_interval=4, no_rope_layers=[1, 1, 1, 0] * 9,
+    num_attention_heads=16, num_hidden_layers=36, num_key_value_heads=4,
+    pad_token_id=128004, pretraining_tp=2, rms_norm_eps=1e-06,
+    rope_scaling=None, rope_theta=5000000.0, sliding_window=None,
+    torch_dtype='bfloat16', use_cache=False, use_sliding_window=False,
+    vocab_size=128256)
 PUBLISHED = {
+    'olmoe:1b-7b': OLMOE,
+    'smollm3:3b-64k': SMOLLM3,
     'gemma2:2b': GEMMA2,
     'gemma2:9b': GEMMA2 | dict(
         hidden_size=3584, intermediate_size=14336, num_attention_heads=16,

@@ -1,0 +1,101 @@
+"""SmolLM3: LLaMA with grouped heads, and with no positions in every fourth
+layer (Hugging Face 2025, "SmolLM3: smol, multilingual, long-context reasoner";
+layers without positions: Yang et al. 2025, arXiv 2501.18795).
+
+  q, k = W_q n, W_k n,  n = RMSNorm(x)    turned, but in every fourth layer
+  a    = x + W_o Attention(q, k, W_v n)
+  x'   = a + W_down (silu(W_gate m) * W_up m),  m = RMSNorm(a)
+  logits = RMSNorm(x_N) E^T               tied; no bias anywhere
+
+The layers without positions know them by the causal mask and the layers below.
+A config.json names them one by one (no_rope_layers, 0) or says that each n-th
+is one, and may give layers a window; the published one does not.
+"""
+
+import dataclasses
+from typing import Any
+
+from architectures import llama
+from architectures import phi3
+from architectures.parts import hf
+from architectures.parts import hf_layers
+from architectures.parts import hf_rope
+from architectures.parts.config import ModelConfig
+from architectures.parts.skeletons import Decoder
+from configs.errors import require, short
+
+
+class SmolLM3(Decoder):
+  """tokens [B, L] -> Output; see Decoder."""
+  PARTS = dict(position='rope', norm='rmsnorm', block='pre_norm',
+               attention='global', attention_bias=False,
+               pattern='rope,rope,rope,nope',
+               kinds={'rope': {}, 'nope': dict(position='none')},
+               ffn='swiglu', ffn_bias=False, tie_embeddings=True)
+
+
+def _read(reader: hf.Reader, fields: dict) -> dict[str, Any]:
+  layers = fields['num_layers']
+  every = reader('no_rope_layer_interval', 4)
+  turned = reader.listed('no_rope_layers') if reader.has(
+      'no_rope_layers') else [int((n + 1) % every > 0) for n in range(layers)]
+  require(len(turned) == layers and all(
+      type(x) is int and x in (0, 1) for x in turned),
+          f'config.json has no_rope_layers {short(turned)}: it must have a 1, '
+          f'or 0 for no positions, for each of {layers} layers')
+  window = (reader('sliding_window', 4096) if reader.has('sliding_window') else
+            0) * reader('use_sliding_window', False)
+  reader.passes('layer_types')
+  types = reader.listed('layer_types') if reader.has('layer_types') else [
+      hf_layers.WHOLE if x or not window else hf_layers.WINDOW for x in turned]
+  found = dict(rope=hf_rope.read(reader, theta=('rope_theta', 2e6)))
+  if reader.is_null('num_key_value_heads'):  # left out, there are 4
+    found['num_kv_heads'] = fields['num_heads']
+  return found | _layers(types, turned, window)
+
+
+def _layers(types: list[str], turned: list[int], window: int
+            ) -> dict[str, Any]:
+  """Returns the kinds of layer, by layer_types and no_rope_layers."""
+  plain = hf_layers.read(types, len(turned), window)
+  if len(set(turned)) == 1:
+    return plain | dict(position='rope' if turned[0] else 'none')
+  names, kinds = [], {}
+  for word, x in zip(types, turned):
+    local = word == hf_layers.WINDOW
+    names.append(('rope' if x else 'nope') + '_local' * local)
+    kinds[names[-1]] = ({} if x else dict(position='none')) | (
+        dict(window=window * local) if hf_layers.WINDOW in types else {})
+  first, period = hf_layers.shortest(names)
+  return dict(position='rope', attention='global', sliding_window=0,
+              prefix=','.join(names[:first]),
+              pattern=','.join(names[first:first + period]), kinds=kinds)
+
+
+def _write(c: ModelConfig) -> dict[str, Any]:
+  layers = [c.of_kind(kind.name) for kind in c.layer_kinds(c.num_layers)]
+  turned = [layer for layer in layers if layer.position == 'rope']
+  # Where no layer is turned, it says how one would be.
+  one = dataclasses.replace((turned or [c])[0], position='rope')
+  tree = hf_layers.write(c)
+  return tree | dict(
+      # Left out, they are those of a vocabulary of 128,256.
+      **dict.fromkeys(phi3.IDS), rope_parameters=hf_rope.write(one),
+      no_rope_layers=[int(layer.position == 'rope') for layer in layers],
+      use_sliding_window=hf_layers.WINDOW in tree['layer_types'])
+
+
+HF = hf.HuggingFace(
+    'smollm3', 'SmolLM3ForCausalLM', names=llama.HF.names,
+    fields=llama.HF.fields | {
+        'd_model': ('hidden_size', 2048),
+        'num_layers': ('num_hidden_layers', 36),
+        'num_heads': ('num_attention_heads', 16),
+        'num_kv_heads': ('num_key_value_heads', 4),
+        'vocab_size': ('vocab_size', 128256),
+        'max_len': ('max_position_embeddings', 32768),
+        'tie_embeddings': ('tie_word_embeddings', True)},
+    unread=('max_window_layers',),
+    read=_read, write=_write, tied=llama.HF.tied, spellings=llama.HF.spellings,
+    ignored=llama.HF.ignored,
+    heads=hf.heads('SmolLM3', tokens='score', span=('model.', 'transformer.')))

@@ -1,0 +1,48 @@
+"""SmolLM3: `--config configs/smollm3.py:SIZE`.
+
+Lab note. Hugging Face 2025 (the post "SmolLM3: smol, multilingual, long-context
+reasoner", and the scripts that it names): 11.1T tokens, 576 rows of 4,096 a
+batch, documents apart in attention; AdamW (0.9, 0.95) that decays by 0.1,
+without embeddings, clipping 1.0, 2,000 steps of warm-up to 2e-4, which falls to
+0 in a line over the last 522,000 of 4,720,000 steps. 384 H100s took 24 days.
+`3b` is as it was pre-trained, with theta 50,000; `3b-64k` as it is released,
+for 65,536 tokens and theta 5,000,000, to which two short stages took it that
+are not here. The count is that of the published checkpoint.
+
+"""
+
+from configs import base
+
+SIZES = {'tiny': dict(d_model=128, num_layers=4, num_heads=4, num_kv_heads=2,
+                      d_ff=344, max_len=256)} | {
+    name: dict(d_model=2048, num_layers=36, num_heads=16, num_kv_heads=4,
+               d_ff=11008, max_len=length, vocab_size=128256)
+    for name, length in (('3b', 4096), ('3b-64k', 65536))}
+
+# Published parameter counts, for tools.count.
+PUBLISHED = {'3b': 3_075_098_624, '3b-64k': 3_075_098_624}
+
+
+def get_config(size: str = 'tiny'):
+  c = base.base()
+  size = size or 'tiny'
+  c.model.update(base.sized(size, SIZES))
+  c.model.update(arch='smollm3', position='rope', norm='rmsnorm', norm_eps=1e-6,
+                 ffn='swiglu', block='pre_norm', attention_bias=False,
+                 pattern='rope,rope,rope,nope', ffn_bias=False,
+                 tie_embeddings=True)
+  c.model.kinds = {'rope': {}, 'nope': dict(position='none')}
+  c.model.rope.theta = 5e6 if size == '3b-64k' else 50_000.0
+  c.data.length = c.model.max_len
+  if size == 'tiny':
+    c.data.batch_size = 16
+    c.train.steps = 300
+    c.optim.update(lr=3e-3, warmup_steps=30)
+    return c
+  c.model.dtype = 'bfloat16'
+  c.model.remat = 'full'
+  c.data.update(batch_size=576 * 4096 // c.data.length, document_mask=True)
+  c.train.steps = 4_720_000
+  c.optim.update(lr=2e-4, warmup_steps=2000, schedule='wsd', final_fraction=0.0,
+                 decay_fraction=522_000 / 4_720_000)
+  return c
