@@ -291,6 +291,7 @@ def _model() -> dict:
       qk_norm=False,  # a norm of queries and of keys
       qk_norm_over='head',  # what it is over: a head, or the whole projection
       attention_sinks=False,  # a learned term in the softmax's denominator
+      attention_gate='none',  # of the heads' outputs: elementwise, headwise
       # The factor of the scores; derived: head_dim ** -0.5 (with mup: that of
       # the base).
       attention_scale=0.0,
@@ -335,8 +336,8 @@ def _model() -> dict:
           rank=0,  # of an adapter; 0: there is none
           # An adapter's product is multiplied by alpha / rank; derived: rank.
           alpha=0.0,
-          # The products that get one, with commas between: query key value out
-          # up gate down, or all-linear: all of them. Those of experts get none.
+          # The products that get one, with commas: query key value output_gate
+          # out up gate down, or all-linear. Those of experts get none.
           targets='query,value',
           dropout=0.0,  # of what goes into an adapter
       ),

@@ -4,7 +4,8 @@ Heads may share keys and values (grouped heads: Ainslie et al. 2023, num_kv
 heads = 1: Shazeer 2019), be banded (a query sees the last `sliding_window`
 keys), capped (softcap * tanh(score / softcap), Gemma 2), have normalised
 queries and keys (QK-norm: each head by itself, as in Qwen3, or all that is
-projected, as in OLMo 2) and a learned sink per head in the denominator.
+projected, as in OLMo 2), a learned sink per head in the denominator and a gate
+on what the heads return (output_gate.py).
 
 An entry of KINDS, at the end of this file, is all that there is of what the
 queries of a layer see.
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 from architectures.parts import kernels
 from architectures.parts import linear
 from architectures.parts import norms
+from architectures.parts import output_gate
 from architectures.parts import positions
 from architectures.parts import sharding
 from architectures.parts import xla_attention
@@ -202,15 +204,19 @@ class Attention(nn.Module):
       cache = Cache(k_BMJK, v_BMJK) if cache is None else cache
       name = 'memory_weights_BHLM' if self.cross else 'weights_BHLM'
       cache = cache.replace(**{name: weights_BHLM})
-    return self._out(o_BLHK, ctx), cache
+    return self._out(x_BLD, o_BLHK, ctx), cache
 
   @property
   def scale(self) -> float:
     """What multiplies the products of queries and keys."""
     return self.config.score_scale * positions.score_factor(self.config)
 
-  def _out(self, o_BLHK: jax.Array, ctx: Context) -> jax.Array:
+  def _out(self, x_BLD: jax.Array, o_BLHK: jax.Array, ctx: Context
+           ) -> jax.Array:
     c = self.config
+    gate = output_gate.GATES[c.attention_gate]
+    if gate:
+      o_BLHK = gate(self, x_BLD, o_BLHK, deterministic=ctx.deterministic)
     o_BLHK = sharding.constrain(o_BLHK, 'batch', 'length', 'heads', 'head')
     axes = 'heads', 'head', 'embed'
     out_HKD = linear.weight(self, 'out', (*o_BLHK.shape[2:], c.d_model), axes,

@@ -17,6 +17,7 @@ from architectures.parts import kernels
 from architectures.parts import kinds
 from architectures.parts import linear
 from architectures.parts import mixers
+from architectures.parts import output_gate
 from architectures.parts import positions
 from architectures.parts import unread
 from architectures.parts.blocks import BLOCKS
@@ -78,6 +79,7 @@ def names() -> dict[str, Collection[str]]:
       'ffn': (*FFNS, 'moe'),
       'block': BLOCKS,
       'qk_norm_over': attention.QK_NORMS,
+      'attention_gate': output_gate.GATES,
       'attention_kernel': kernels.names(),
       'init': linear.INITS,
       'lora.targets': (*linear.PRODUCTS, linear.ALL),

@@ -166,6 +166,7 @@ class ModelConfig:
   qk_norm: bool
   qk_norm_over: str
   attention_sinks: bool
+  attention_gate: str
   attention_scale: float
   attention_bias: bool
   attention_out_bias: bool

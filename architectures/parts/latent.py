@@ -24,6 +24,7 @@ import jax.numpy as jnp
 
 from architectures.parts import linear
 from architectures.parts import norms
+from architectures.parts import output_gate
 from architectures.parts import positions
 from architectures.parts import rotary
 from architectures.parts import sharding
@@ -61,7 +62,7 @@ class LatentAttention(Attention):
     if ctx.keep_attention:
       cache = Cache(slot_BM1U) if cache is None else cache
       cache = cache.replace(weights_BHLM=weights_BHLM)
-    return self._out(o_BLHK, ctx), cache
+    return self._out(x_BLD, o_BLHK, ctx), cache
 
   @property
   def scale(self) -> float:
@@ -178,7 +179,8 @@ def empty(c: ModelConfig, shape: tuple[int, ...]) -> Cache:
 def products(c: ModelConfig) -> set[str]:
   """Returns which of linear.PRODUCTS a layer has."""
   query = {'query_down', 'query_up'} if c.latent.q_rank else {'query'}
-  return query | {'kv_down', 'kv_up', 'out'}
+  return query | {'kv_down', 'kv_up', 'out'} | output_gate.products(
+      c.attention_gate)
 
 
 def check(c: ModelConfig, stack: str) -> None:

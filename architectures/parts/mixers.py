@@ -12,6 +12,7 @@ import flax.linen as nn
 
 from architectures.parts import attention
 from architectures.parts import latent
+from architectures.parts import output_gate
 from architectures.parts.config import ModelConfig
 from architectures.parts.latent_config import LatentConfig
 
@@ -26,7 +27,7 @@ class Mixer:
     cache: (config, shape) -> an empty attention.Cache, or one that has what
       others read of it; `shape` is [..., B, M].
     products: config -> which of linear.PRODUCTS a layer has.
-    fields: of config.model that no other mixer reads.
+    fields: of config.model that it reads and not every other mixer does.
     sources: fields that others are derived from, where those are left open,
       and that it does not read otherwise.
     divided: (mesh axis, field of config.model that it must divide).
@@ -50,13 +51,16 @@ def of(c: ModelConfig) -> Mixer:
 MIXERS = {
     'attention': Mixer(
         attention.Attention, attention.empty,
-        products=lambda c: {'query', 'key', 'value', 'out'},
-        fields=('num_kv_heads', 'attention_scale', 'qk_norm', 'qk_norm_over'),
+        products=lambda c: {'query', 'key', 'value', 'out'} | (
+            output_gate.products(c.attention_gate)),
+        fields=('num_kv_heads', 'attention_scale', 'qk_norm', 'qk_norm_over',
+                'attention_gate'),
         divided=(('tensor', 'num_kv_heads'),)),
     'latent': Mixer(
         latent.LatentAttention, latent.empty, latent.products,
-        fields=tuple(f'latent.{field.name}'
-                     for field in dataclasses.fields(LatentConfig)),
+        fields=('attention_gate', *(
+            f'latent.{field.name}'
+            for field in dataclasses.fields(LatentConfig))),
         sources=('head_dim', 'mup_base_head_dim'),
         divided=(('fsdp', 'latent.kv_rank'), ('fsdp', 'latent.q_rank')),
         check=latent.check),

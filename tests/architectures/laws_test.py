@@ -25,11 +25,12 @@ ATTENTIONS = {
     'grouped': dict(num_kv_heads=2),
     'banded': dict(attention='global,banded', sliding_window=5),
     'capped': dict(attention_softcap=5.0),
-    'qk_norm': dict(qk_norm=True),
     # What adds nothing to another is tried beside it.
+    'qk_norm': dict(qk_norm=True, attention_gate='headwise'),
     'sinks': dict(attention_sinks=True, qk_norm=True, num_kv_heads=2,
-                  qk_norm_over='projection', attention_out_bias=False),
-    'latent': dict(mixer='latent'),
+                  qk_norm_over='projection', attention_out_bias=False,
+                  attention_gate='elementwise'),
+    'latent': dict(mixer='latent', attention_gate='elementwise'),
 }
 PARTS = dict(position=POSITIONS, block=BLOCKS, norm=NORMS, ffn=FFNS,
              attention=ATTENTIONS)

@@ -33,7 +33,8 @@ def logits(module, params, tokens_BL, **kwargs):
     for name in SYSTEMS])
 def made(request):
   """(module, params) with an adapter of every product, B off zero."""
-  return models.make(request.param, lora=ALL)
+  gate = 'headwise' if request.param == 't5' else 'none'
+  return models.make(request.param, lora=ALL, attention_gate=gate)
 
 
 def test_merged_by_numpy_it_is_the_same_function(made):
@@ -47,6 +48,7 @@ def test_merged_by_numpy_it_is_the_same_function(made):
   assert {path.split('/')[-1] for path in adapted} == (
       {'query', 'key', 'value', 'out'} if mixture else
       {'query', 'key', 'value', 'out', 'up', 'down'}
+      | ({'output_gate'} if module.config.arch == 't5' else set())
       | ({'gate'} if module.config.ffn == 'swiglu' else set()))
   for path in adapted:
     a, b = flat.pop(f'{path}_lora_a'), flat.pop(f'{path}_lora_b')

@@ -38,11 +38,13 @@ ATTENTIONS = {
         grouped=dict(num_kv_heads=2), whole={})),
     'banded': dict(attention='banded', sliding_window=3),
     'capped': dict(attention_softcap=5.0),
-    'qk_norm': dict(qk_norm=True),
     # What adds nothing to another is tried beside it.
+    'qk_norm': dict(qk_norm=True, attention_gate='headwise'),
     'sinks': dict(attention_sinks=True, qk_norm=True, num_kv_heads=2,
-                  qk_norm_over='projection', attention_out_bias=False),
-    'latent': dict(mixer='latent', latent=dict(q_rank=6)),
+                  qk_norm_over='projection', attention_out_bias=False,
+                  attention_gate='elementwise'),
+    'latent': dict(mixer='latent', latent=dict(q_rank=6),
+                   attention_gate='headwise'),
 }
 PARTS = dict(position=tuple(POSITIONS), block=tuple(BLOCKS),
              attention=tuple(ATTENTIONS), norm=NORMS, ffn=FFNS)

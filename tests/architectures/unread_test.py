@@ -37,6 +37,7 @@ OTHER = {
     'rope.mscale_all_dim': 0.7,
     'num_kv_heads': 1, 'attention_scale': 0.3, 'qk_norm': True,
     'qk_norm_over': 'projection', 'attention_out_bias': False,
+    'attention_gate': 'headwise',
     'latent.q_rank': 5, 'latent.kv_rank': 9, 'latent.nope_dim': 6,
     'latent.rope_dim': 6, 'latent.v_dim': 3, 'latent.scale': 0.3,
     'moe.logit_bias': True, 'moe.expert_groups': 2, 'moe.top_groups': 2,
@@ -103,9 +104,11 @@ def test_what_is_listed_changes_nothing(system, changes):
      dict(rope=dict(scaling='yarn', factor=2.0, original_len=4096))),
     (('rope.mscale', 'rope.mscale_all_dim'), 'llama',
      dict(rope=dict(scaling='yarn', factor=2.0))),
-    (tuple(name for name in OTHER if name.startswith('latent.')), 'llama',
+    (('attention_gate', *(name for name in OTHER
+                          if name.startswith('latent.'))), 'llama',
      dict(mixer='latent')),
-    (('num_kv_heads', 'attention_scale', 'qk_norm'), 'llama', {}),
+    (('num_kv_heads', 'attention_scale', 'qk_norm', 'attention_gate'), 'llama',
+     {}),
     (('rope.low_freq_factor', 'rope.high_freq_factor'), 'llama',
      dict(rope=dict(scaling='llama3', factor=2.0))),
     (('rope.short_factor', 'rope.attention_factor'), 'llama', dict(

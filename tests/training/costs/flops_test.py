@@ -37,8 +37,10 @@ def assert_counts(counted, oracle):
 
 @pytest.mark.parametrize('fields', [
     dict(),
-    dict(num_kv_heads=2, head_dim=16, ffn='swiglu', d_ff=40),
-    dict(block='parallel', position='rope', ffn='geglu', remat='full'),
+    dict(num_kv_heads=2, head_dim=16, ffn='swiglu', d_ff=40,
+         attention_gate='elementwise'),
+    dict(block='parallel', position='rope', ffn='geglu', remat='full',
+         attention_gate='headwise'),
     dict(tie_embeddings=False, attention='global,banded', sliding_window=5,
          position='alibi'),
     dict(scan_layers=False, norm='rmsnorm', position='none', dtype='bfloat16'),

@@ -51,12 +51,14 @@ def test_at_the_base_all_is_as_in_the_standard_form(system):
 
 # Every part of a decoder that has parameters of its own.
 PARTS = dict(qk_norm=True, attention_sinks=True, logits_bias=True,
+             attention_gate='headwise',
              position='relative', attention_bias=True, ffn_bias=True)
 
 
 @pytest.mark.parametrize('system, parts', [
     (system, parts) for system in models.MUP for parts in (
-        dict(), PARTS, *[PARTS | dict(qk_norm_over='projection')] * (
+        dict(), PARTS, *[PARTS | dict(qk_norm_over='projection',
+                                     attention_gate='elementwise')] * (
             system == 'gpt'))])
 def test_rates_agree_with_the_shapes(system, parts):
   """Which axes are widths is seen by comparing two models, as the authors'
