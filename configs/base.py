@@ -221,11 +221,9 @@ def _model() -> dict:
       norm_eps=1e-5,  # added to the variance or the mean square
       embed_norm=False,  # a norm right after the embedding
       position='learned',  # the position encoding
-      # Rows of learned positions before the first token's (RoBERTa: 2).
-      position_offset=0,
+      position_offset=0,  # learned positions before the first token's
       sinusoid='interleaved',  # the order of sines and cosines
-      # Above 1: learned positions are interpolated past max_len.
-      learned_stretch=1.0,
+      learned_stretch=1.0,  # above 1: learned positions are interpolated
       rope=dict(  # of rotary positions
           theta=10000.0,  # the base of the frequencies
           fraction=1.0,  # the share of a head that is rotated
@@ -292,6 +290,8 @@ def _model() -> dict:
       qk_norm_over='head',  # what it is over: a head, or the whole projection
       attention_sinks=False,  # a learned term in the softmax's denominator
       attention_gate='none',  # of the heads' outputs: elementwise, headwise
+      value_residual=False,  # the first layer's values are mixed into all
+      value_embedding=False,  # a table of tokens is added to a layer's values
       # The factor of the scores; derived: head_dim ** -0.5 (with mup: that of
       # the base).
       attention_scale=0.0,
@@ -321,8 +321,7 @@ def _model() -> dict:
       # (docs/mup.md), which equals standard at the base width.
       parametrization='standard',
       mup_base_width=0,  # the d_model of the base, which mup needs
-      # The head_dim of the base; derived: the base has as many heads.
-      mup_base_head_dim=0,
+      mup_base_head_dim=0,  # its head_dim; derived: it has as many heads
       init='scaled_normal',  # the distribution of the first weights
       init_stddev=0.02,  # of normal and scaled_normal
       init_scale=1.0,  # of fan_in: the variance is this / fan_in

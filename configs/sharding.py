@@ -7,10 +7,11 @@ a weight and not in an activation, whose batch took `fsdp` first.
 
 MESH_AXES = ('data', 'fsdp', 'expert', 'context', 'tensor')
 
-# 'tokens' are batch and length in one axis, 'joined' heads and their features.
+# 'tokens' are batch and length in one axis, 'joined' heads and their features,
+# 'rows' the tokens of a table whose columns are heads.
 LOGICAL_AXES = ('batch', 'length', 'tokens', 'embed', 'heads', 'kv_heads',
                 'head', 'mlp', 'vocab', 'experts', 'layers', 'capacity',
-                'latent', 'joined')
+                'latent', 'joined', 'rows')
 
 RULES = {
     # Weights in shards over fsdp (ZeRO-3), heads and mlp over tensor
@@ -26,6 +27,7 @@ RULES = {
         ('joined', ('tensor',)),
         ('embed', ('fsdp',)),
         ('latent', ('fsdp',)),
+        ('rows', ('fsdp',)),
         ('length', ('context',)),
         ('tokens', ('data', 'fsdp', 'expert', 'context')),
         ('head', ()),
@@ -43,6 +45,7 @@ RULES = {
         ('joined', ('tensor',)),
         ('embed', ()),
         ('latent', ()),
+        ('rows', ()),
         ('length', ('context',)),
         ('tokens', ('data', 'fsdp', 'expert', 'context')),
         ('head', ()),

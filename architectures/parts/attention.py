@@ -4,8 +4,8 @@ Heads may share keys and values (grouped heads: Ainslie et al. 2023, num_kv
 heads = 1: Shazeer 2019), be banded (a query sees the last `sliding_window`
 keys), capped (softcap * tanh(score / softcap), Gemma 2), have normalised
 queries and keys (QK-norm: each head by itself, as in Qwen3, or all that is
-projected, as in OLMo 2), a learned sink per head in the denominator and a gate
-on what the heads return (output_gate.py).
+projected, as in OLMo 2), a learned sink per head in the denominator, a gate on
+what the heads return (output_gate.py) and more in their values (values.py).
 
 An entry of KINDS, at the end of this file, is all that there is of what the
 queries of a layer see.
@@ -26,6 +26,7 @@ from architectures.parts import norms
 from architectures.parts import output_gate
 from architectures.parts import positions
 from architectures.parts import sharding
+from architectures.parts import values
 from architectures.parts import xla_attention
 from architectures.parts.config import LayerKind, ModelConfig
 from configs.errors import require
@@ -50,6 +51,7 @@ class Context:
   prefix_B: Optional[jax.Array] = None  # keys before it are seen by all
   valid_BL: Optional[jax.Array] = None  # 0: padding, which takes no expert
   reach_BL: Optional[jax.Array] = None  # before it, later places see a token
+  first: Optional[values.First] = None  # of the layers before this one
   # How many tokens a row has room for: its own, or a cache's.
   length: int = struct.field(pytree_node=False, default=0)
   in_order: bool = struct.field(pytree_node=False, default=True)
@@ -66,15 +68,17 @@ class Cache:
 
   Those of the memory are put in when a decoder is given it with the cache,
   and stand for it from then on. With context.keep_attention a layer also
-  returns here what it weighed the values with, whether or not a cache went in.
+  returns here what it weighed the values with, and with model.value_residual
+  the values of the first layer, whether or not a cache went in.
   """
-  key_BMJK: jax.Array
+  key_BMJK: Optional[jax.Array]  # None: it holds no keys, but `first` alone
   # None: a mixer's values are a part of its keys (latent.py).
   value_BMJK: Optional[jax.Array] = None
   memory_key_BMJK: Optional[jax.Array] = None
   memory_value_BMJK: Optional[jax.Array] = None
   weights_BHLM: Optional[jax.Array] = None
   memory_weights_BHLM: Optional[jax.Array] = None
+  first: Optional[values.First] = None
 
   def write(self, key_BLJK: jax.Array, value_BLJK: Optional[jax.Array],
             positions_BL: jax.Array) -> 'Cache':
@@ -174,6 +178,8 @@ class Attention(nn.Module):
   def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[Cache]):
     c = self.config
     rotate = None if self.cross else positions.of(c).rotate
+    cached = cache is not None and cache.key_BMJK is not None
+    first = None
     q_BLHK = self._project('query', x_BLD, c.num_heads, 'heads', ctx)
     if c.qk_norm:
       q_BLHK = self._normalise('query_norm', q_BLHK)
@@ -182,13 +188,16 @@ class Attention(nn.Module):
     else:
       k_BMJK, v_BMJK = self._keys(
           ctx.memory_BMD if self.cross else x_BLD, ctx)
-      if self.cross and cache is not None:
+      if not self.cross:
+        v_BMJK, first = values.mixed(self, x_BLD, v_BMJK, ctx.first,
+                                     ctx.tokens_BL)
+      elif cached:
         cache = cache.replace(memory_key_BMJK=k_BMJK, memory_value_BMJK=v_BMJK)
     if rotate:
       q_BLHK = rotate(q_BLHK, ctx.positions_BL, c, ctx.length)
       k_BMJK = rotate(k_BMJK, ctx.positions_BL, c, ctx.length)
     k_positions_BM = ctx.positions_BL
-    if cache is not None and not self.cross:
+    if cached and not self.cross:
       cache = cache.write(k_BMJK, v_BMJK, ctx.positions_BL)
       k_BMJK, v_BMJK = cache.key_BMJK, cache.value_BMJK
       k_positions_BM = jnp.arange(k_BMJK.shape[1])[None]
@@ -199,11 +208,13 @@ class Attention(nn.Module):
     seen = L * M if self.cross else pairs(self.kind, c, L, M)
     with linear.useful(seen, L * M):
       o_BLHK, weights_BHLM = self._weigh(
-          q_BLHK, k_BMJK, v_BMJK, k_positions_BM, ctx, cached=cache is not None)
+          q_BLHK, k_BMJK, v_BMJK, k_positions_BM, ctx, cached=cached)
     if ctx.keep_attention:
       cache = Cache(k_BMJK, v_BMJK) if cache is None else cache
       name = 'memory_weights_BHLM' if self.cross else 'weights_BHLM'
       cache = cache.replace(**{name: weights_BHLM})
+    if first is not None:
+      cache = (Cache(None) if cache is None else cache).replace(first=first)
     return self._out(x_BLD, o_BLHK, ctx), cache
 
   @property

@@ -61,6 +61,8 @@ STRICT = {
     'rope.scaling': 'none',
     'rope.factor': 1,
     'sliding_window': 0,
+    'value_residual': False,
+    'value_embedding': False,
     'num_labels': 0,
     'head_dropout': 0,
     'moe.grouped_kernel': 'auto',
@@ -108,6 +110,7 @@ def check_model(c: ModelConfig, stacks: Mapping[str, str]) -> None:
       with kinds.named(name):
         _check_layers(c.of_kind(name), stacks[c.arch])
   _check_unread(c)
+  _check_values(c)
   _check_stack(c, stacks)
   _check_adapters(c)
   stack = stacks[c.arch]
@@ -140,6 +143,17 @@ def _check_layers(c: ModelConfig, stack: str) -> None:
   require(c.num_heads % c.num_kv_heads == 0,
           f'model.num_kv_heads is {c.num_kv_heads}, which does not divide '
           f'model.num_heads {c.num_heads}')
+
+
+def _check_values(c: ModelConfig) -> None:
+  """Raises RequestError where the first layer's values fit no other layer."""
+  sizes = {(own.num_kv_heads, own.head_dim)
+           for own in mixers.readers(c, 'value_residual')}
+  require(not c.value_residual or len(sizes) == 1, 'model.value_residual is '
+          'True, but model.kinds has layers whose values differ in '
+          f'num_kv_heads or head_dim, {" and ".join(map(str, sorted(sizes)))}: '
+          'the values of the first layer are mixed into all, so choose one '
+          'size, or set it to False')
 
 
 def products(c: ModelConfig) -> list[str]:

@@ -167,6 +167,8 @@ class ModelConfig:
   qk_norm_over: str
   attention_sinks: bool
   attention_gate: str
+  value_residual: bool
+  value_embedding: bool
   attention_scale: float
   attention_bias: bool
   attention_out_bias: bool

@@ -48,13 +48,19 @@ def of(c: ModelConfig) -> Mixer:
   return MIXERS[c.mixer]
 
 
+def readers(c: ModelConfig, field: str) -> list[ModelConfig]:
+  """Returns the configs of those kinds of layer whose mixer reads a field."""
+  return [own for own in map(c.of_kind, c.kinds_used)
+          if field in of(own).fields]
+
+
 MIXERS = {
     'attention': Mixer(
         attention.Attention, attention.empty,
         products=lambda c: {'query', 'key', 'value', 'out'} | (
             output_gate.products(c.attention_gate)),
         fields=('num_kv_heads', 'attention_scale', 'qk_norm', 'qk_norm_over',
-                'attention_gate'),
+                'attention_gate', 'value_residual', 'value_embedding'),
         divided=(('tensor', 'num_kv_heads'),)),
     'latent': Mixer(
         latent.LatentAttention, latent.empty, latent.products,

@@ -22,6 +22,7 @@ from architectures.parts import linear
 from architectures.parts import mixers
 from architectures.parts import positions
 from architectures.parts import sharding
+from architectures.parts import values
 from architectures.parts.attention import Cache, Context
 from architectures.parts.blocks import BLOCKS
 from architectures.parts.config import LayerKind, ModelConfig
@@ -94,12 +95,15 @@ class Embed(nn.Module):
 
 
 class Period(nn.Module):
-  """One period of the layer pattern; the body of the scan."""
+  """One period of the layer pattern; the body of the scan. From layer to layer
+  go x and, with model.value_residual, the values of the first one."""
   config: ModelConfig
   pattern: tuple[LayerKind, ...]
 
   @nn.compact
-  def __call__(self, x_BLD: jax.Array, cache: Any, ctx: Context):
+  def __call__(self, carry: tuple[jax.Array, Optional[values.First]],
+               cache: Any, ctx: Context):
+    x_BLD, first = carry
     caches, auxes, kept = [], [], []
     for i, kind in enumerate(self.pattern):
       config = self.config.of_kind(kind.name)
@@ -108,13 +112,15 @@ class Period(nn.Module):
         block = nn.remat(block, policy=REMAT[config.remat],
                          prevent_cse=not config.scan_layers)
       x_BLD, new, aux = block(config, kind, name=f'block_{i}')(
-          x_BLD, ctx, None if cache is None else cache[i])
+          x_BLD, ctx.replace(first=first), None if cache is None else cache[i])
+      if getattr(new, 'first', None) is not None:
+        first, new = new.first, new.replace(first=None)
       caches.append(new)
       auxes.append(aux)
       kept.append(x_BLD if ctx.keep_layers else ())
     with_cache = cache is not None or ctx.keep_attention
-    return x_BLD, (tuple(caches) if with_cache else None, tuple(auxes),
-                   tuple(kept))
+    return (x_BLD, first), (tuple(caches) if with_cache else None,
+                            tuple(auxes), tuple(kept))
 
 
 REMAT = {
@@ -148,7 +154,9 @@ class Stack(nn.Module):
               ctx.positions_BL, k_positions_BM))
     run = self._one_by_one if ctx.one_by_one else self._scan
     given_BLD, with_cache = x_BLD, cache is not None
-    x_BLD, sections = run(x_BLD, cache, ctx)
+    first = (values.start(mixers.readers(c, 'value_residual')[0], x_BLD)
+             if c.value_residual else None)
+    (x_BLD, _), sections = run((x_BLD, first), cache, ctx)
     final = lambda x: x
     if BLOCKS[c.block].FINAL_NORM:
       final = norm(c, 'final_norm')
@@ -166,7 +174,7 @@ class Stack(nn.Module):
       return x_BLD, None, aux
     return x_BLD, ([*caches] if ctx.one_by_one else sum(caches, ())), aux
 
-  def _scan(self, x_BLD: jax.Array, cache: Any, ctx: Context):
+  def _scan(self, carry: tuple, cache: Any, ctx: Context):
     c, first = self.config, len(self.prefix)
     sections = [('prefix', self.prefix, slice(0, first))] if first else []
     sections.append(('layers', self.pattern, slice(first, None)))
@@ -180,12 +188,12 @@ class Stack(nn.Module):
           in_axes=(0, nn.broadcast), length=periods,
           unroll=1 if c.scan_layers else periods,
           metadata_params={nn.PARTITION_NAME: 'layers'})
-      x_BLD, out = scan(c, pattern, name=name)(
-          x_BLD, None if cache is None else cache[entries], ctx)
+      carry, out = scan(c, pattern, name=name)(
+          carry, None if cache is None else cache[entries], ctx)
       found.append(out)
-    return x_BLD, found
+    return carry, found
 
-  def _one_by_one(self, x_BLD: jax.Array, cache: Any, ctx: Context):
+  def _one_by_one(self, carry: tuple, cache: Any, ctx: Context):
     found = []
     places = [('prefix', '0', self.prefix)] if self.prefix else []
     places += [('layers', str(i), self.pattern)
@@ -193,9 +201,9 @@ class Stack(nn.Module):
     for (section, i, pattern), entry in zip(places, cache, strict=True):
       period = Period(self.config, pattern, parent=None)
       params = self.get_variable('params', section)[i]
-      x_BLD, out = period.apply({'params': params}, x_BLD, entry, ctx)
+      carry, out = period.apply({'params': params}, carry, entry, ctx)
       found.append((out[0], *jax.tree.map(lambda x: x[None], out[1:])))
-    return x_BLD, found
+    return carry, found
 
 
 def _key_positions(ctx: Context, cache: Any) -> jax.Array:

@@ -23,7 +23,8 @@ LONG = 8 * SHORT  # on 8 devices, each with SHORT
 DECODERS = {
     'learned': dict(),
     'rope': dict(position='rope', num_kv_heads=2, attention='global,banded',
-                 sliding_window=SHORT + 5),
+                 sliding_window=SHORT + 5, value_residual=True,
+                 value_embedding=True),
     'alibi': dict(position='alibi', attention_sinks=True,
                   attention_gate='headwise'),
     'relative': dict(position='relative', attention_softcap=5.0),

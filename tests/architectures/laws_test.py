@@ -24,7 +24,8 @@ ATTENTIONS = {
     'global': {},
     'grouped': dict(num_kv_heads=2),
     'banded': dict(attention='global,banded', sliding_window=5),
-    'capped': dict(attention_softcap=5.0),
+    'capped': dict(attention_softcap=5.0, num_kv_heads=2,
+                   value_residual=True, value_embedding=True),
     # What adds nothing to another is tried beside it.
     'qk_norm': dict(qk_norm=True, attention_gate='headwise'),
     'sinks': dict(attention_sinks=True, qk_norm=True, num_kv_heads=2,

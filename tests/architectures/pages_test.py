@@ -23,7 +23,7 @@ SCALES = {'attention_scale', 'embed_scale', 'logits_scale', 'rope.fraction'}
 # The axes by which a sharding rule knows a parameter, and their letters.
 LETTERS = {'vocab': 'V', 'embed': 'D', 'heads': 'HU', 'kv_heads': 'JHU',
            'joined': 'U', 'head': 'K', 'latent': 'U', 'mlp': 'F',
-           'experts': 'E',
+           'experts': 'E', 'rows': 'V',
            None: 'UDHEL'}
 # Models of a system that together have every parameter of its names.
 VARIANTS = (dict(), dict(tie_embeddings=False), dict(logits_bias=True),

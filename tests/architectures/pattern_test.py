@@ -90,8 +90,8 @@ def test_each_layer_is_that_of_its_kind():
   ctx = attention.Context(jnp.arange(tokens.shape[1])[None])
   for n, (name, layer) in enumerate(zip(names, own)):
     plain = skeletons.Period(c.of_kind(name), c.of_kind(name).layer_pattern())
-    got, _ = plain.apply({'params': {'block_0': layer}}, layers_NBLD[n], None,
-                         ctx)
+    (got, _), _ = plain.apply({'params': {'block_0': layer}},
+                              (layers_NBLD[n], None), None, ctx)
     models.close(got, layers_NBLD[n + 1])
   assert own[0]['attention']['key'].shape == (32, 2, 8)
   assert own[1]['attention']['key'].shape == (32, 4, 8)
@@ -110,7 +110,8 @@ def test_a_window_is_of_its_kind():
                       ('local', row_of(decoder['layers'], 0, 0))):
     one = skeletons.Period(c.of_kind(name), c.of_kind(name).layer_pattern())
     jacobian = jax.jit(jax.jacobian(lambda x, one=one, layer=layer: one.apply(
-        {'params': {'block_0': layer}}, x, None, ctx)[0].sum((0, 2))))(x_BLD)
+        {'params': {'block_0': layer}}, (x, None), None, ctx
+    )[0][0].sum((0, 2))))(x_BLD)
     reach[name] = np.abs(jacobian).sum((1, 3)) > 0
   i = np.arange(L)
   assert (reach['far'] == (i[:, None] >= i)).all()

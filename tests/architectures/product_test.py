@@ -37,7 +37,8 @@ ATTENTIONS = {
     'grouped': dict(pattern='grouped,whole', kinds=dict(
         grouped=dict(num_kv_heads=2), whole={})),
     'banded': dict(attention='banded', sliding_window=3),
-    'capped': dict(attention_softcap=5.0),
+    'capped': dict(attention_softcap=5.0, value_residual=True,
+                   value_embedding=True),
     # What adds nothing to another is tried beside it.
     'qk_norm': dict(qk_norm=True, attention_gate='headwise'),
     'sinks': dict(attention_sinks=True, qk_norm=True, num_kv_heads=2,

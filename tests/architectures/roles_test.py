@@ -48,7 +48,8 @@ def test_axes_as_a_picture():
     dict(),
     dict(ffn='swiglu', tie_embeddings=False, qk_norm=True, logits_bias=True,
          qk_norm_over='projection', attention_sinks=True, position='relative',
-         attention_gate='headwise', num_kv_heads=2),
+         attention_gate='headwise', num_kv_heads=2, value_residual=True,
+         value_embedding=True),
     dict(ffn='moe', attention_gate='elementwise',
          moe=dict(router='sigmoid', shared_experts=1, every=2, ffn='swiglu',
                   logit_bias=True))])
@@ -65,7 +66,8 @@ def test_a_parameters_role_agrees_with_its_name_and_its_axes(arch, fields):
     assert named(axes.batch) == [
         n for n in box.names if n in ('layers', 'experts')], path
     # A gate may be of whole heads: one number each.
-    headwise = path.endswith('/output_gate') and box.value.ndim == 3
+    headwise = path.endswith('/value_gate') or (
+        path.endswith('/output_gate') and box.value.ndim == 3)
     # Heads and what they hold are one side of a matrix.
     if box.role.matrix:
       matrices += 1
@@ -73,9 +75,10 @@ def test_a_parameters_role_agrees_with_its_name_and_its_axes(arch, fields):
         assert ('head' in named(side)) == bool(
             {'heads', 'kv_heads'} & set(named(side))) or headwise, path
     assert box.role.matrix != any(
-        w in path for w in ('norm', 'bias', 'sink')), path
-    assert (box.role.kind == 'embedding') == path.startswith('embed/') or (
-        not box.role.matrix), path
+        w in path for w in ('norm', 'bias', 'sink', 'residual')), path
+    assert (box.role.kind == 'embedding') == (
+        path.startswith('embed/') or path.endswith('/value_embedding')) or (
+            not box.role.matrix), path
     assert (box.role.kind == 'logits') == (
         path.startswith(('head/', 'nsp'))
         or path.endswith('/router') or headwise), path

@@ -67,7 +67,9 @@ def _attention(c, queries, sources, keys):
   gates = {'none': 0, 'headwise': c.num_heads, 'elementwise': heads}
   return {
       'projections': 4.0 * c.d_model * (heads * queries + kv_heads * sources)
-                     + 2.0 * c.d_model * gates[c.attention_gate] * queries,
+                     + 2.0 * c.d_model * queries * (
+                         gates[c.attention_gate]
+                         + c.value_embedding * c.num_kv_heads),
       'attention': 4.0 * heads * queries * keys,
   }
 

@@ -54,6 +54,17 @@ MUTANTS = {
          'parity: equals and gpt-plain'),
         ('residual=True)', 'residual=False)', 'parts: born'),
     ],
+    'architectures/parts/values.py': [
+        ('first.known, first.value_BLJK, v_BLJK', 'True, v_BLJK, v_BLJK',
+         'values: published'),
+        ('v32 + share *', 'v32 + (1 + share) *', 'values: published'),
+        ('constant(0.5)', 'constant(1.0)', 'values: new_model'),
+        ("'value_gate', nn.initializers.zeros", "'value_gate', "
+         'nn.initializers.ones', 'values: new_model'),
+        ('v_BLJK + _embedded', 'v_BLJK - _embedded', 'values: published'),
+        ('return 2 * jax.nn', 'return jax.nn', 'values: published'),
+        (' / c.widening', '', 'values: wider'),
+    ],
     'architectures/parts/output_gate.py': [
         ('o_BLHK * jax.nn.sigmoid(z_BLHK)', 'o_BLHK * jax.nn.silu(z_BLHK)',
          'output_gate: layers_input'),

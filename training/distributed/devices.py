@@ -158,7 +158,7 @@ def param_shardings(abstract: Any, mesh: Mesh, rules: str):
   """Returns a NamedSharding for each boxed parameter of `abstract`.
 
   A mesh axis that does not divide a dimension is left out of it: only `vocab`
-  gets here so (GPT-2's 50,257 rows); `check` refuses the others.
+  and `rows` get here so (GPT-2's 50,257); `check` refuses the others.
   """
   table = tables.RULES[rules]
 

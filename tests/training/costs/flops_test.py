@@ -38,7 +38,8 @@ def assert_counts(counted, oracle):
 @pytest.mark.parametrize('fields', [
     dict(),
     dict(num_kv_heads=2, head_dim=16, ffn='swiglu', d_ff=40,
-         attention_gate='elementwise'),
+         attention_gate='elementwise', value_embedding=True,
+         value_residual=True),
     dict(block='parallel', position='rope', ffn='geglu', remat='full',
          attention_gate='headwise'),
     dict(tie_embeddings=False, attention='global,banded', sliding_window=5,
