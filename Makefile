@@ -1,6 +1,6 @@
 # make train: a GPT on real text, in about three minutes on two CPU cores.
-# make test, test-fast, plan-test, product, fuzz, mutants, assets, verify, lint;
-# make docs, lock, clean.
+# make test, test-fast, plan-test, slurm-test, product, fuzz, mutants, assets;
+# make verify, lint, docs, lock, clean.
 #
 # PYTHON names the interpreter that .venv is made with, VENV another folder:
 #   make test PYTHON=python3.12 VENV=.venv312
@@ -23,8 +23,8 @@ plan_extras = $(test_extras),plan,plan-gpu
 locked_extras = $(plan_extras),verify,lm-eval,hf,wandb,docs
 
 .DELETE_ON_ERROR:
-.PHONY: train test test-fast test-long plan-test product fuzz mutants assets \
-  verify lint docs lock clean
+.PHONY: train test test-fast test-long plan-test slurm-test product fuzz mutants \
+  assets verify lint docs lock clean
 train: $(VENV)/.demo
 	$(run) train.py --config configs/gpt.py --workdir $(WORKDIR)
 	$(run) eval.py --workdir $(WORKDIR) --tasks=loss,samples
@@ -43,6 +43,11 @@ test-long: $(VENV)/.test
 # What compiles for TPUs and GPUs that are not there; some 4 minutes of one core.
 plan-test: $(VENV)/.plan
 	$(run) -m pytest $(TEST_FLAGS) -m plan
+
+# Runs and sweeps on a real SLURM, whose daemons it starts on this machine. It
+# wants root, and Debian's slurm-wlm and munge; some 8 minutes, mostly waiting.
+slurm-test: $(VENV)/.test
+	$(run) -m pytest -m slurm tests/tools/launch/real_slurm_test.py
 
 # Of `make test`, what needs real weights; it looks for their package again.
 assets: $(VENV)/.test

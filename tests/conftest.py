@@ -74,7 +74,7 @@ def pytest_collection_modifyitems(config, items):
         item.callspec.params, names)
         and not item.get_closest_marker('every_system')):
       item.add_marker(pytest.mark.long)
-  for marker in ('product', 'long', 'plan'):
+  for marker in ('product', 'long', 'plan', 'slurm'):
     if marker in config.option.markexpr:
       continue
     left = [item for item in items if item.get_closest_marker(marker)]
