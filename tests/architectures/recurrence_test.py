@@ -1,0 +1,166 @@
+"""A recurrence in pieces against its definition, one place after another."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from architectures.parts import recurrence
+from architectures.parts.recurrence import Inputs
+from tests.helpers import models
+
+B, J, H, K, U = 2, 2, 4, 5, 3
+# name: (whether the state decays, whether it is corrected)
+FAMILY = {'gated_deltanet': (True, True), 'deltanet': (False, True),
+          'mamba2': (True, False), 'linear_attention': (False, False)}
+
+
+def drawn(length, decay=True, rate=True, seed=0, most=1.0):
+  """Inputs as a layer gives them: keys and queries of length 1, and rates in
+  (0, most)."""
+  rng = np.random.default_rng(seed)
+  normal = lambda *shape: rng.normal(size=(B, length, *shape))
+  unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)
+  arrays = (unit(normal(J, K)), unit(normal(J, K)), normal(H, U),
+            -np.exp(2 * normal(H, 1)) if decay else None,
+            most / (1 + np.exp(-normal(H))) if rate else None)
+  return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), Inputs(*arrays))
+
+
+def definition(x, state_BHKU=None):
+  """numpy, in float64, one place after another and a head at a time."""
+  q, k, v, log_decay, rate = (
+      None if x is None else np.asarray(x, np.float64) for x in x)
+  o = np.zeros(v.shape)
+  last = np.zeros((*v.shape[::2][:1], H, K, U))
+  for b, h in np.ndindex(len(v), H):
+    j = h // (H // J)
+    S = (np.zeros((K, U)) if state_BHKU is None else
+         np.array(state_BHKU[b, h], np.float64))
+    for t in range(v.shape[1]):
+      S = S * (1 if log_decay is None else np.exp(log_decay[b, t, h, 0]))
+      d = v[b, t, h]
+      if rate is not None:
+        d = rate[b, t, h] * (d - S.T @ k[b, t, j])
+      S = S + np.outer(k[b, t, j], d)
+      o[b, t, h] = S.T @ q[b, t, j]
+    last[b, h] = S
+  return o, last
+
+
+def scanned(x, state_BHKU):
+  """The definition as a scan in jax, whose gradient is plain autodiff's."""
+  def step(S, x):
+    q, k = (jnp.repeat(y, H // J, 1) for y in (x.q_BLJK, x.k_BLJK))
+    S = S * jnp.exp(x.log_decay_BLHK)[..., None]
+    d = x.v_BLHU
+    if x.rate_BLH is not None:
+      d = x.rate_BLH[..., None] * (d - jnp.einsum('bhku,bhk->bhu', S, k))
+    S = S + k[..., None] * d[..., None, :]
+    return S, jnp.einsum('bhku,bhk->bhu', S, q)
+  S, o = jax.lax.scan(step, state_BHKU, jax.tree.map(
+      lambda y: jnp.moveaxis(y, 1, 0), x))
+  return jnp.moveaxis(o, 0, 1), S
+
+
+@functools.partial(jax.jit, static_argnames='places')
+def run(x, state_BHKU=None, places=4):
+  return recurrence.run(x, state_BHKU, places=places)
+
+
+@pytest.mark.parametrize('name', FAMILY)
+def test_pieces_equal_the_definition(name):
+  state = jax.random.normal(jax.random.key(5), (B, H, K, U))
+  x = drawn(10, *FAMILY[name])
+  for got, want in zip(run(x, state), definition(x, state)):
+    np.testing.assert_allclose(got, want, atol=2e-6 * np.abs(want).max())
+
+
+@pytest.mark.parametrize('length', [1, 3, 4, 5, 9])
+def test_lengths_that_no_piece_divides(length):
+  x = drawn(length)
+  for got, want in zip(run(x), definition(x)):
+    np.testing.assert_allclose(got, want, atol=2e-6 * np.abs(want).max())
+
+
+@pytest.mark.parametrize('name', ['gated_deltanet', 'mamba2'])
+def test_gradients_are_those_of_autodiff_through_the_definition(name):
+  state = jax.random.normal(jax.random.key(5), (B, H, K, U))
+  x = drawn(10, *FAMILY[name])
+  weigh = [jnp.asarray(np.random.default_rng(3).normal(size=y.shape),
+                       jnp.float32) for y in run(x, state)]
+  loss = lambda f: lambda *args: sum(
+      (y * w).sum() for y, w in zip(f(*args), weigh))
+  models.close(jax.jit(jax.grad(loss(scanned), (0, 1)))(x, state),
+               jax.jit(jax.grad(loss(run), (0, 1)))(x, state))
+
+
+def test_rates_up_to_two_and_keys_that_repeat():
+  """The triangular system at its worst: all keys alike, and rates near 2."""
+  x = drawn(40, decay=False, most=2.0)
+  x = x._replace(k_BLJK=jnp.broadcast_to(x.k_BLJK[:, :1], x.k_BLJK.shape),
+                 rate_BLH=jnp.full(x.rate_BLH.shape, 1.99))
+  for got, want in zip(run(x, places=40), definition(x)):
+    np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max())
+
+
+def test_a_decay_of_zero_forgets_all_and_one_of_one_nothing():
+  """Exactly, in the gradient too: what comes after is a row of its own."""
+  x = drawn(11)
+  at = 6
+  decay = x.log_decay_BLHK.at[:, :3].set(0).at[:, at].set(-jnp.inf)
+  x = x._replace(log_decay_BLHK=decay)
+  after = jax.tree.map(lambda y: y[:, at:], x)
+  models.close(run(after)[0], run(x)[0][:, at:], 1e-6)
+  grads = jax.jit(jax.grad(lambda x: run(x)[0][:, at:].sum()))(x)
+  for grad in grads:
+    assert np.isfinite(grad).all()
+    assert not np.any(grad[:, :at])
+    assert np.any(grad[:, at:])
+
+
+def test_a_large_decay_takes_no_digits_from_those_after_it():
+  x = drawn(8)
+  x = x._replace(log_decay_BLHK=jnp.full((B, 8, H, 1), -0.01).at[:, 1].set(
+      -1e6))
+  for got, want in zip(run(x, places=8), definition(x)):
+    np.testing.assert_allclose(got, want, atol=1e-6 * np.abs(want).max())
+
+
+def test_a_row_goes_on_from_its_state():
+  x = drawn(9)
+  o, last = run(x)
+  state, parts = None, []
+  for piece in (slice(0, 5), slice(5, 6), slice(6, 9)):
+    part, state = run(Inputs(*(y[:, piece] for y in x)), state)
+    parts.append(part)
+  models.close((o, last), (jnp.concatenate(parts, 1), state), 3e-6)
+
+
+@pytest.mark.slow
+def test_a_long_row_has_the_error_of_a_short_one():
+  x = drawn(2100)
+  slow = x._replace(log_decay_BLHK=0.01 * x.log_decay_BLHK)
+  outputs = run(slow, places=recurrence.PLACES)
+  for got, want in zip(outputs, definition(slow)):
+    np.testing.assert_allclose(got, want, atol=3e-6 * np.abs(want).max())
+
+
+def test_the_gradient_keeps_inputs_and_the_states_between_pieces():
+  """And no [P, P] of a piece, of which plain autodiff keeps several."""
+  x = drawn(32)
+  kept = jax.eval_shape(lambda x: jax.vjp(run, x)[1], x)
+  sizes = [y.shape for y in jax.tree.leaves(kept)]
+  assert (8, B, H, K, U) in sizes
+  inputs = sum(y.size for y in jax.tree.leaves(x))
+  assert sum(y.size for y in jax.tree.leaves(kept)) == (
+      inputs + 8 * B * H * K * U)
+
+
+def test_a_decay_of_each_feature_is_refused():
+  x = drawn(4)
+  x = x._replace(log_decay_BLHK=jnp.zeros((B, 4, H, K)))
+  with pytest.raises(ValueError, match='is not built'):
+    recurrence.run(x)
