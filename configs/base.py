@@ -21,8 +21,7 @@ def base() -> ml_collections.ConfigDict:
   """Returns a config with every field of a run at its default."""
   # The comments are the notes of the documentation's table of fields.
   return ml_collections.ConfigDict(dict(
-      # The parameters, the order of the data and dropout are drawn from it.
-      seed=0,
+      seed=0,  # of the parameters, the order of the data, and dropout
       # The first parameters are drawn from both seeds, so that each value gives
       # others with the same data; 0: from seed alone.
       init_seed=0,
@@ -32,16 +31,14 @@ def base() -> ml_collections.ConfigDict:
       objective='causal',
       # A Hugging Face folder or a workdir whose weights the run starts from.
       init_from='',
-      # Load only the parameters whose names and shapes match, and list the
-      # others.
+      # Load only the parameters whose names and shapes match; list the others.
       init_partial=False,
       span=dict(  # of the objective span
           noise_density=0.15,  # the share of tokens that is cut out
           mean_length=3.0,  # the mean length of a span in tokens
       ),
       probe=dict(  # of the objective probe
-          # Each row has one of these difficulties; derived: what the task's
-          # paper has.
+          # Difficulties, one a row; derived: what the task's paper has.
           levels=(),
           vocab=0,  # letters of the task; derived: as published
           examples=0,  # rows in one pass of training; derived: as published
@@ -73,8 +70,7 @@ def base() -> ml_collections.ConfigDict:
           batch_ramp='',
           # Attention and positions stop at the ends of documents.
           document_mask=False,
-          # Where tokens are kept; empty: $ARCHETYPE_CACHE, or
-          # ~/.cache/archetype.
+          # Of tokens; empty: $ARCHETYPE_CACHE, or ~/.cache/archetype.
           cache_dir='',
           # How chat lays out a conversation. published: as Vicuna v1.1, or for
           # alpaca: as Alpaca. earlier: as runs did before this field existed.
@@ -132,8 +128,7 @@ def base() -> ml_collections.ConfigDict:
           # What the learning rate is multiplied by from a layer to the one
           # below it; 1: all have the same.
           layer_decay=1.0,
-          # The largest norm of the gradient; larger ones are scaled down. 0:
-          # no clipping.
+          # The gradient's largest norm, to which it is scaled down; 0: none.
           clip_norm=1.0,
           b1=0.9,  # of adamw, lion, muon, normuon and soap
           b2=0.95,  # of the same
@@ -184,11 +179,9 @@ def base() -> ml_collections.ConfigDict:
           # Which value of it is the best: least or largest; derived, where the
           # figure is known.
           best_is='',
-          # Evaluations in a row without a better one after which the run ends;
-          # 0: it goes on to its last step.
+          # The run ends after so many evaluations without a better one; 0: no.
           patience=0,
-          # With optim.ema, evaluate the parameters themselves too, as
-          # live/loss.
+          # With optim.ema: evaluate the parameters too, as live/loss.
           live=False,
       ),
       log=dict(
@@ -255,13 +248,12 @@ def _model() -> dict:
           limit=7.0,  # the most that the gate and the other factor may be
       ),
       block='pre_norm',  # how norms, attention and networks are wired
-      # What mixes the tokens of a layer: attention, or latent, whose keys and
-      # values are made of a small vector a token.
+      # What mixes the tokens of a layer: attention; latent, whose keys and
+      # values are made of a small vector a token; or deltanet, a recurrence.
       mixer='attention',
       latent=dict(  # of mixer=latent
           q_rank=0,  # of the vector that queries are made of; 0: of the input
-          # Of that of keys and values; derived: 4 head_dim.
-          kv_rank=0,
+          kv_rank=0,  # of that of keys and values; derived: 4 head_dim
           # Features of a head's key and query that no position turns; derived:
           # head_dim.
           nope_dim=0,
@@ -271,6 +263,15 @@ def _model() -> dict:
           v_dim=0,  # of a head's value; derived: head_dim
           # The factor of the scores; derived: (nope_dim + rope_dim) ** -0.5.
           scale=0.0,
+      ),
+      deltanet=dict(  # of mixer=deltanet
+          key_heads=0,  # of queries and keys; derived: num_heads
+          value_heads=0,  # a multiple of key_heads; derived: key_heads
+          key_dim=0,  # size of a head's query and key; derived: head_dim
+          value_dim=0,  # size of a head's value; derived: head_dim
+          conv=4,  # tokens that a convolution sees, with the one that it is at
+          decay=True,  # the state decays (Gated DeltaNet), or not (DeltaNet)
+          negative=False,  # rates up to 2, for negative eigenvalues, not 1
       ),
       attention='global',  # which keys a query sees
       # The kinds of layer, names of model.kinds, that are repeated over the

@@ -92,6 +92,8 @@ def _text(f: dict) -> str:
     for row in f['kinds_of_layer']:
       lines.append(f'{"  of a layer of " + (row["kind"] or "no kind"):<28}'
                    f'{row["kv_cache_bytes_per_token"]:>20,}')
+  if f['state_bytes_per_row']:
+    lines.append(f'{"state bytes per row":<28}{f["state_bytes_per_row"]:>20,}')
   if f['memory_cache_bytes_per_token'] is not None:
     lines.append(f'{"  per token of the source":<28}'
                  f'{f["memory_cache_bytes_per_token"]:>20,}')

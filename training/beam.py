@@ -112,7 +112,7 @@ def search(module: nn.Module, params: Any, prompts_BL: jax.Array,
   B, K, T = len(prompts_BL), beams.count, max_new_tokens
   module = module.clone(config=without_capacity(module.config))
   output, advance, fixed = generate.begin(
-      module, params, prompts_BL, T, source_BM=source_BM,
+      module, params, prompts_BL, lengths_B, T, source_BM=source_BM,
       source_lengths_B=source_lengths_B, prefix_B=prefix_B)
   last_B1D = jnp.take_along_axis(
       output.hidden, (lengths_B - 1)[:, None, None], axis=1)
@@ -218,8 +218,10 @@ def _take(tokens_BCT: jax.Array, chosen_BK: jax.Array) -> jax.Array:
 def _reorder(cache: Any, rows: jax.Array, axis: int) -> Any:
   """Returns the cache whose rows are those of the texts that go on; the beams
   of a row share what is kept of its memory."""
-  def of(entry: Cache) -> Cache:
-    take = lambda x: jnp.take(x, rows, axis)
+  take = lambda x: jnp.take(x, rows, axis)
+  def of(entry: Any) -> Any:
+    if not isinstance(entry, Cache):  # an array of a state
+      return take(entry)
     key, value = jax.tree.map(take, (entry.key_BMJK, entry.value_BMJK))
     return entry.replace(key_BMJK=key, value_BMJK=value)
   return jax.tree.map(of, cache, is_leaf=lambda x: isinstance(x, Cache))

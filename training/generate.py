@@ -2,8 +2,9 @@
 
 Prompts of different lengths stand in one batch, padded on the right: a cache's
 slot is its token's position, so a row goes on where its own prompt ends, and
-overwrites the padding's slots before it can see them. Experts have no capacity
-here, so that a row's text does not depend on the others.
+overwrites the padding's slots before it can see them; a state is told which
+tokens are padding. Experts have no capacity here, so that a row's text does not
+depend on the others.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import architectures
+from architectures.parts import mixers
 from architectures.parts.moe.layer import without_capacity
 from architectures.parts.skeletons import one_by_one
 from architectures.parts.skeletons import Output
@@ -148,8 +150,9 @@ def generate(module: nn.Module, params: Any, prompts_BL: jax.Array,
   B, L = prompts_BL.shape
   module = module.clone(config=without_capacity(module.config))
   output, advance, fixed = begin(
-      module, params, prompts_BL, max_new_tokens, source_BM=source_BM,
-      source_lengths_B=source_lengths_B, prefix_B=prefix_B)
+      module, params, prompts_BL, lengths_B, max_new_tokens,
+      source_BM=source_BM, source_lengths_B=source_lengths_B,
+      prefix_B=prefix_B)
   last_B1D = jnp.take_along_axis(
       output.hidden, (lengths_B - 1)[:, None, None], axis=1)
 
@@ -202,7 +205,8 @@ def generate(module: nn.Module, params: Any, prompts_BL: jax.Array,
                          cache, seen_BV))[1]
 
 
-def begin(module: nn.Module, params: Any, prompts_BL: jax.Array, room: int, *,
+def begin(module: nn.Module, params: Any, prompts_BL: jax.Array,
+          lengths_B: jax.Array, room: int, *,
           source_BM: Optional[jax.Array] = None,
           source_lengths_B: Optional[jax.Array] = None,
           prefix_B: Optional[jax.Array] = None
@@ -210,8 +214,8 @@ def begin(module: nn.Module, params: Any, prompts_BL: jax.Array, room: int, *,
   """Reads the prompts, and the sources of an encoder-decoder.
 
   Args:
-    module, params, prompts_BL, source_BM, source_lengths_B, prefix_B: as those
-      of `generate`.
+    module, params, prompts_BL, lengths_B, source_BM, source_lengths_B,
+      prefix_B: as those of `generate`.
     room: how many tokens may follow.
 
   Returns:
@@ -225,8 +229,12 @@ def begin(module: nn.Module, params: Any, prompts_BL: jax.Array, room: int, *,
   if source_BM is None:
     advance = lambda params, tokens_B1, places_B1, fixed, **options: apply(
         {'params': params}, tokens_B1, positions_BL=places_B1, **options)
+    options = {}
+    if mixers.with_state(module.config):
+      options['valid_BL'] = (jnp.arange(prompts_BL.shape[1])[None]
+                             < lengths_B[:, None]).astype(jnp.int32)
     return apply({'params': params}, prompts_BL, cache=cache,
-                 prefix_B=prefix_B), advance, {}
+                 prefix_B=prefix_B, **options), advance, {}
   require(prefix_B is None, 'prefix_B is for a decoder: an encoder-decoder '
           'reads its source in both directions')
   assert source_lengths_B is not None

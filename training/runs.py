@@ -16,7 +16,7 @@ import ml_collections
 import numpy as np
 
 import architectures
-from architectures.parts import heads, kernels, positions, sharding
+from architectures.parts import heads, kernels, mixers, positions, sharding
 from architectures.parts.config import ModelConfig
 from architectures.parts.moe import grouped_kernels
 from configs import sharding as tables
@@ -174,6 +174,10 @@ def _check_objective(name: str, module: nn.Module) -> None:
   require(name in choices,
           f'objective is {name!r}, which does not fit model.arch '
           f'{module.config.arch} ({ours}): choose from {", ".join(choices)}')
+  require('prefix_B' not in objectives.OBJECTIVES[name].options.values()
+          or not mixers.with_state(module.config), f'objective is {name!r}, '
+          'whose first tokens see each other, and model.mixer of some layers '
+          'is a recurrence, which reads a row in one direction: choose causal')
   head = objectives.OBJECTIVES[name].head
   require(module.config.head == head, f'model.head is {module.config.head!r}, '
           f'and objective {name!r} trains {head!r}: leave it empty, to be '

@@ -47,7 +47,8 @@ RANGES = (
         'moe.shared_experts', 'moe.group_size', 'moe.capacity_factor',
         'moe.eval_capacity_factor', 'moe.logit_noise', 'moe.balance_weight',
         'moe.z_loss_weight', 'moe.bias_rate', 'lora.alpha')),
-    ('it must be >= 1', lambda x: x >= 1, ('learned_stretch', 'rope.factor')),
+    ('it must be >= 1', lambda x: x >= 1, (
+        'learned_stretch', 'rope.factor', 'deltanet.conv')),
     ('choose it in [0, 1)', lambda x: 0 <= x < 1, (
         'dropout', 'attention_dropout', 'ffn_dropout', 'head_dropout',
         'moe.jitter', 'moe.expert_dropout', 'lora.dropout')),

@@ -19,7 +19,9 @@ from typing import Any, Mapping
 import jax.numpy as jnp
 
 from architectures.parts import fields as field_checks
+from architectures.parts import deltanet_config
 from architectures.parts import latent_config
+from architectures.parts.deltanet_config import DeltaNetConfig
 from architectures.parts.latent_config import LatentConfig
 from configs import kinds
 from configs.errors import one_of, require
@@ -156,6 +158,7 @@ class ModelConfig:
   block: str
   mixer: str
   latent: LatentConfig
+  deltanet: DeltaNetConfig
   attention: str
   pattern: str
   prefix: str
@@ -323,6 +326,7 @@ def make(fields: Mapping[str, Any]) -> ModelConfig:
       lora=LoraConfig(**{**lora, 'alpha': lora['alpha'] or lora['rank']}),
       moe=MoEConfig(**{**moe, 'd_ff': moe['d_ff'] or d_ff}),
       latent=latent_config.derived(fields['latent'], head_dim),
+      deltanet=deltanet_config.derived(fields['deltanet'], heads, head_dim),
       clamp=ClampConfig(**fields['clamp']),
       relative=RelativeConfig(**fields['relative'])))
 

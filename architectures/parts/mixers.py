@@ -6,14 +6,16 @@ latent.py, and its entry here.
 
 from collections.abc import Callable
 import dataclasses
-from typing import Any
+from typing import Any, Optional
 
 import flax.linen as nn
 
 from architectures.parts import attention
+from architectures.parts import deltanet
 from architectures.parts import latent
 from architectures.parts import output_gate
 from architectures.parts.config import ModelConfig
+from architectures.parts.deltanet_config import DeltaNetConfig
 from architectures.parts.latent_config import LatentConfig
 
 
@@ -24,13 +26,19 @@ class Mixer:
   Attributes:
     module: of (config, kind), named by the block; its parameters stand under
       that name. Its FUSED says whether it may do without scores [B, H, L, M].
-    cache: (config, shape) -> an empty attention.Cache, or one that has what
-      others read of it; `shape` is [..., B, M].
+    cache: (config, shape) -> an empty attention.Cache, or the state of a
+      recurrence; `shape` is [..., B, M].
     products: config -> which of linear.PRODUCTS a layer has.
     fields: of config.model that it reads and not every other mixer does.
     sources: fields that others are derived from, where those are left open,
       and that it does not read otherwise.
     divided: (mesh axis, field of config.model that it must divide).
+    state: whether it is a recurrence, whose cache is a state of one size: what
+      has been read cannot be taken back, padding must be told apart, and a row
+      stays on one device.
+    at_once: config -> how many numbers of a token its widest step holds; None:
+      attention's scores.
+    positional: whether its layers turn or bias by positions.
     check: (config, stack) -> None; raises RequestError for what cannot be.
       `stack` is what architectures.stack returns.
   """
@@ -40,6 +48,9 @@ class Mixer:
   fields: tuple[str, ...] = ()
   sources: tuple[str, ...] = ()
   divided: tuple[tuple[str, str], ...] = ()
+  state: bool = False
+  at_once: Optional[Callable[[ModelConfig], int]] = None
+  positional: bool = True
   check: Callable[[ModelConfig, str], None] = lambda c, stack: None
 
 
@@ -54,20 +65,40 @@ def readers(c: ModelConfig, field: str) -> list[ModelConfig]:
           if field in of(own).fields]
 
 
+def with_state(c: ModelConfig) -> bool:
+  """Whether some layers of a model are a recurrence."""
+  return any(of(c.of_kind(name)).state for name in c.kinds_used)
+
+
+# Of scores, and of products with a bias.
+SCORES = ('attention_kernel', 'attention_softcap', 'attention_sinks',
+          'attention_dropout', 'attention_bias', 'attention_out_bias')
+
+
+def _group(name: str, fields: type[Any]) -> tuple[str, ...]:
+  return tuple(f'{name}.{field.name}' for field in dataclasses.fields(fields))
+
+
 MIXERS = {
     'attention': Mixer(
         attention.Attention, attention.empty,
         products=lambda c: {'query', 'key', 'value', 'out'} | (
             output_gate.products(c.attention_gate)),
         fields=('num_kv_heads', 'attention_scale', 'qk_norm', 'qk_norm_over',
-                'attention_gate', 'value_residual', 'value_embedding'),
+                'attention_gate', 'value_residual', 'value_embedding', *SCORES),
         divided=(('tensor', 'num_kv_heads'),)),
     'latent': Mixer(
         latent.LatentAttention, latent.empty, latent.products,
-        fields=('attention_gate', *(
-            f'latent.{field.name}'
-            for field in dataclasses.fields(LatentConfig))),
+        fields=('attention_gate', *_group('latent', LatentConfig), *SCORES),
         sources=('head_dim', 'mup_base_head_dim'),
         divided=(('fsdp', 'latent.kv_rank'), ('fsdp', 'latent.q_rank')),
         check=latent.check),
+    'deltanet': Mixer(
+        deltanet.DeltaNet, deltanet.empty, deltanet.products,
+        fields=_group('deltanet', DeltaNetConfig),
+        sources=('head_dim', 'mup_base_head_dim'),
+        divided=(('tensor', 'deltanet.key_heads'),
+                 ('tensor', 'deltanet.value_heads')),
+        state=True, at_once=deltanet.at_once, positional=False,
+        check=deltanet.check),
 }

@@ -6,8 +6,8 @@
   d_t = b_t (v_t - a_t S_t-1^T k_t)  what corrects the value that the key finds
 
 The last is the delta rule, S_t = a_t (I - b_t k_t k_t^T) S_t-1 + b_t k_t v_t^T
-(Yang et al. 2024, arXiv 2412.06464, equation 10, of the transposed state). The
-family's members are settings of the decay a and the rate b:
+(Yang, Kautz and Hatamizadeh 2024, arXiv 2412.06464; theirs is the transposed
+state). The family's members are settings of the decay a and the rate b:
 
   DeltaNet        no decay, a rate        Gated DeltaNet  a decay and a rate
   RetNet, Mamba-2 a decay, no rate        (the decay of one head is one number)
@@ -16,9 +16,9 @@ A decay is given as its logarithm, -inf for 0, which forgets all. Only decays
 of places that lie between two others are added up: 0 is exact, and a large one
 takes no digits from those after it.
 
-`chunked` computes a row in pieces of P places. Within a piece all that is
-written follows from the state before it by one triangular system, the UT
-transform (section 3.3; Yang et al. 2024, arXiv 2406.06484, equation 10):
+`run` computes a row in pieces of P places. Within a piece all that is written
+follows from the state before it by one triangular system, the UT transform
+(Yang et al. 2024, arXiv 2406.06484; with decays, 2412.06464):
 
   d_i + sum over j < i of A_ij d_j = b_i (v_i - D_i S^T k_i)
   A_ij = b_i P_ij k_i^T k_j

@@ -208,9 +208,10 @@ class Stack(nn.Module):
 
 def _key_positions(ctx: Context, cache: Any) -> jax.Array:
   """Where the keys stand that queries meet: the slots of a cache, if any."""
-  if cache is None:
+  entry = any_cache(cache)
+  if entry is None:
     return ctx.positions_BL
-  return jnp.arange(any_cache(cache).key_BMJK.shape[-3])[None]
+  return jnp.arange(entry.key_BMJK.shape[-3])[None]
 
 
 def take_weights(caches: tuple) -> tuple[dict, tuple]:
@@ -336,10 +337,12 @@ def init_cache(config: ModelConfig, batch: int, length: int):
           *(empty(kind, periods) for kind in period))
 
 
-def any_cache(cache: Any) -> Cache:
-  """Returns one entry of a cache, all of which hold as many tokens:
-  [N / period, B, M, J, K], or [B, M, J, K] where the layers are apart."""
-  return jax.tree.leaves(cache, is_leaf=lambda x: isinstance(x, Cache))[0]
+def any_cache(cache: Any) -> Optional[Cache]:
+  """Returns one entry of a cache that holds tokens, all of which hold as many:
+  [N / period, B, M, J, K], or [B, M, J, K] where the layers are apart. None: no
+  entry does, as all are states, or there is no cache."""
+  is_entry = lambda x: isinstance(x, Cache)
+  return next(filter(is_entry, jax.tree.leaves(cache, is_leaf=is_entry)), None)
 
 
 def one_by_one(params: Any, cache: Any) -> tuple[Any, list]:

@@ -60,6 +60,10 @@ CONDITIONS = (
         ('init_scale',), Row('model.init is fan_in', ('init',)),
         lambda c: c.init == 'fan_in'),
     Condition(
+        ('position',), Row('a layer turns or biases by positions', ('mixer',)),
+        lambda c: c.position == 'none' or mixers.of(c).positional
+        or bool(positions.of(c).embed)),
+    Condition(
         ('qk_norm_over',), Row('model.qk_norm is True', ('qk_norm',)),
         lambda c: c.qk_norm),
     Condition(

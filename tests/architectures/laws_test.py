@@ -32,6 +32,8 @@ ATTENTIONS = {
                   qk_norm_over='projection', attention_out_bias=False,
                   attention_gate='elementwise'),
     'latent': dict(mixer='latent', attention_gate='elementwise'),
+    'deltanet': dict(pattern='delta,whole', kinds=dict(
+        delta=dict(mixer='deltanet', position='none'), whole={})),
 }
 PARTS = dict(position=POSITIONS, block=BLOCKS, norm=NORMS, ffn=FFNS,
              attention=ATTENTIONS)

@@ -42,7 +42,12 @@ OTHER = {
     'latent.rope_dim': 6, 'latent.v_dim': 3, 'latent.scale': 0.3,
     'moe.logit_bias': True, 'moe.expert_groups': 2, 'moe.top_groups': 2,
     'moe.gate_scale': 2.0, 'clamp.alpha': 1.0, 'clamp.limit': 3.0,
-    'position_offset': 2,
+    'position_offset': 2, 'position': 'alibi', 'attention_kernel': 'xla',
+    'attention_softcap': 2.0, 'attention_sinks': True,
+    'attention_dropout': 0.2, 'attention_bias': True,
+    'deltanet.key_heads': 2, 'deltanet.value_heads': 8, 'deltanet.key_dim': 6,
+    'deltanet.value_dim': 6, 'deltanet.conv': 3, 'deltanet.decay': False,
+    'deltanet.negative': True,
 }
 # Read by a kernel of a TPU, or by the optimiser's step.
 NOT_IN_THE_PROGRAM = ('moe.grouped_kernel', 'moe.bias_rate')
@@ -57,7 +62,7 @@ MODELS = [
     ('llama', dict(rope=dict(scaling='yarn', factor=2.0))),
     ('llama', dict(rope=dict(scaling='llama3', factor=2.0))),
     ('gpt', dict(position='relative')), ('mixtral', {}),
-    ('llama', dict(mixer='latent')),
+    ('llama', dict(mixer='latent')), ('llama', dict(mixer='deltanet')),
     ('mixtral', dict(moe=dict(balance_loss='none'))),
 ]
 
@@ -107,6 +112,10 @@ def test_what_is_listed_changes_nothing(system, changes):
     (('attention_gate', *(name for name in OTHER
                           if name.startswith('latent.'))), 'llama',
      dict(mixer='latent')),
+    (tuple(name for name in OTHER if name.startswith('deltanet.')), 'llama',
+     dict(mixer='deltanet')),
+    (('attention_softcap', 'attention_sinks', 'attention_dropout',
+      'attention_bias'), 'llama', {}),
     (('num_kv_heads', 'attention_scale', 'qk_norm', 'attention_gate'), 'llama',
      {}),
     (('rope.low_freq_factor', 'rope.high_freq_factor'), 'llama',

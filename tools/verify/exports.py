@@ -71,6 +71,9 @@ CHANGES = (
     *(dict(latent={name: value}) for name, value in (
         ('q_rank', 0), ('q_rank', 20), ('kv_rank', 12), ('nope_dim', 10),
         ('rope_dim', 6), ('v_dim', 7), ('scale', 0.4))),
+    *(dict(deltanet={name: value}) for name, value in (
+        ('key_heads', 2), ('value_heads', 8), ('key_dim', 6), ('value_dim', 6),
+        ('conv', 3))),
     dict(relative=dict(buckets=8)), dict(relative=dict(max_distance=20)),
     dict(moe=dict(num_experts=3)), dict(moe=dict(top_k=1)),
     dict(moe=dict(top_k=2)), dict(moe=dict(top_k=3)),

@@ -161,6 +161,9 @@ def analytic(run: runs.Run, kept_in_all: int = 0,
 
 def _scores(c: ModelConfig, tokens: int, length: int, platform: str) -> int:
   """Bytes of one layer's scores, where a kernel does not do without."""
+  at_once = mixers.of(c).at_once
+  if at_once:
+    return 4 * tokens * at_once(c)
   mask = kernels.Mask(
       causal=True, bias=positions.of(c).has_bias,
       rule=c.attention if attention.KINDS[c.attention].sees else '')

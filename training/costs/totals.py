@@ -65,6 +65,8 @@ def count(config: ml_collections.ConfigDict, length: int = 0,
       },
       'kinds_of_layer': kinds_of_layer(model),
       'kv_cache_bytes_per_token': _cache_bytes(model) if decodes else None,
+      # Of recurrences, for each row of a batch, however long it is.
+      'state_bytes_per_row': _state_bytes(model) if decodes else None,
       # What a decoder keeps of the source is as large, for each token of it.
       'memory_cache_bytes_per_token': _cache_bytes(model) if both else None,
       'parameter_bytes': nbytes(params),
@@ -104,7 +106,8 @@ def kinds_of_layer(model: ModelConfig) -> list[dict]:
     rows.append({
         'kind': name, 'layers': kinds.count(name),
         'changes': run_config.flatten_dict(model.kinds[name]) if name else {},
-        'ffn': c.ffn, 'kv_cache_bytes_per_token': _layer_cache_bytes(c)})
+        'ffn': c.ffn, 'kv_cache_bytes_per_token': _layer_cache_bytes(c),
+        'state_bytes_per_row': _layer_state_bytes(c)})
   return rows
 
 
@@ -165,6 +168,20 @@ def _cache_bytes(model: ModelConfig) -> int:
              for kind in model.layer_kinds(model.num_decoder_layers))
 
 
+def _state_bytes(model: ModelConfig) -> int:
+  """What every decoder layer keeps of a row besides."""
+  return sum(_layer_state_bytes(model.of_kind(kind.name))
+             for kind in model.layer_kinds(model.num_decoder_layers))
+
+
 def _layer_cache_bytes(c: ModelConfig) -> int:
-  slot = jax.eval_shape(lambda: mixers.of(c).cache(c, (1, 1)))
-  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(slot))
+  return _row_bytes(c, 2) - _row_bytes(c, 1)
+
+
+def _layer_state_bytes(c: ModelConfig) -> int:
+  return 2 * _row_bytes(c, 1) - _row_bytes(c, 2)
+
+
+def _row_bytes(c: ModelConfig, length: int) -> int:
+  row = jax.eval_shape(lambda: mixers.of(c).cache(c, (1, length)))
+  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(row))

@@ -77,6 +77,9 @@ def check_mesh(model: ModelConfig, batch_size: int, grad_accumulation: int,
   held = [('tensor', 'num_heads'), ('tensor', 'd_ff'), ('fsdp', 'd_model')]
   if model.has_experts:
     held.append(('tensor', 'moe.d_ff'))
+  require(shape['context'] == 1 or not mixers.with_state(model),
+          f'mesh.context is {shape["context"]}, and model.mixer of some layers '
+          'is a recurrence, whose rows stay on one device: set mesh.context=1')
   rows_of = lambda kind: (*held, *mixers.of(model.of_kind(kind)).divided)
   for name, (axis, field) in [
       (kind, row) for kind in model.kinds_used for row in rows_of(kind)]:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+from architectures.parts import mixers
 from architectures.parts.moe.layer import without_capacity
 from training import losses, objectives, progress
 from training.distributed import devices
@@ -87,7 +88,8 @@ def answer(questions: Sequence[Question], evaluation: Evaluation, doing: str
         at = here.stop
 
   groups = list(batches(questions, max(SHORTEST, model.max_len), shards,
-                        model.d_model, prefix))
+                        model.d_model,
+                        prefix or mixers.with_state(model)))
   held = None
   for shape, parts in progress.each(groups, doing):
     batch = _batch(shape, parts, questions)

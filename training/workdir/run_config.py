@@ -60,7 +60,7 @@ CLASSES: tuple[tuple[str, str | Callable, str], ...] = (
     (r'model\.(norm_eps|sinusoid|learned_stretch|rope\..*|relative\.max_distance'
      r'|sliding_window|attention_(softcap|scale)|embed_scale|logits_scale'
      r'|logits_softcap|parametrization|mup_base_(width|head_dim)|dtype'
-     r'|latent\.scale|lora\.alpha'
+     r'|latent\.scale|deltanet\.negative|lora\.alpha'
      r'|kinds\.\w+\.(window|rope\..*|attention_(softcap|scale))'
      r'|moe\.(top_k|dispatch|capacity_factor|normalize_gates|group_size))',
      OPTIMISATION, 'the same parameters in another function'),
@@ -72,7 +72,7 @@ CLASSES: tuple[tuple[str, str | Callable, str], ...] = (
      r'|qk_norm(_over)?|attention_(sinks|gate|(out_)?bias)|ffn_bias'
      r'|value_(residual|embedding)'
      r'|tie_embeddings|logits_bias|head|lora\.(rank|targets)|pattern|prefix'
-     r'|kinds(\..*)?'
+     r'|deltanet\.decay|kinds(\..*)?'
      r'|moe\.(router|ffn|shared_experts))', INCOMPATIBLE,
      'other parameters'),
     (r'model\.(d_model|num_layers|num_decoder_layers|num_heads|num_kv_heads'
@@ -80,6 +80,7 @@ CLASSES: tuple[tuple[str, str | Callable, str], ...] = (
      r'|num_labels'
      r'|param_dtype'
      r'|relative\.buckets|latent\.(q_rank|kv_rank|nope_dim|rope_dim|v_dim)'
+     r'|deltanet\.(key_heads|value_heads|key_dim|value_dim|conv)'
      r'|moe\.(num_experts|d_ff))', INCOMPATIBLE,
      'parameters of another shape or dtype'),
 )
