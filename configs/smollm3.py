@@ -9,6 +9,8 @@ without embeddings, clipping 1.0, 2,000 steps of warm-up to 2e-4, which falls to
 for 65,536 tokens and theta 5,000,000, to which two short stages took it that
 are not here. The count is that of the published checkpoint.
 
+`tiny` trains on the default text to a held-out loss of 1.590 nats a byte (2.29
+bits).
 """
 
 from configs import base
