@@ -73,7 +73,7 @@ CHANGES = (
         ('rope_dim', 6), ('v_dim', 7), ('scale', 0.4))),
     *(dict(deltanet={name: value}) for name, value in (
         ('key_heads', 2), ('value_heads', 8), ('key_dim', 6), ('value_dim', 6),
-        ('conv', 3))),
+        ('conv', 3), ('decay', False), ('negative', True))),
     dict(relative=dict(buckets=8)), dict(relative=dict(max_distance=20)),
     dict(moe=dict(num_experts=3)), dict(moe=dict(top_k=1)),
     dict(moe=dict(top_k=2)), dict(moe=dict(top_k=3)),
