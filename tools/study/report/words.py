@@ -42,13 +42,17 @@ def answer(record: Record) -> str:
       (findings.DISAGREE, '{} better at some sizes and worse at others'),
       (findings.UNSTABLE, '{} unstable'),
       (findings.NONE_SHOWN, 'no difference from {base} is shown of {names}'),
-      (UNSTABLE, 'the screen stopped {names} as unstable'),
-      (STOPPED, 'the screen stopped {names}, since it showed no difference '
+      (UNSTABLE, 'the screen stopped {the} as unstable'),
+      (STOPPED, 'the screen stopped {the}, since it showed no difference '
        'from {base}')):
     if word in groups:
       names = listed([_with_effect(record, v) for v in groups[word]])
-      are = f'{names} {"is" if len(groups[word]) == 1 else "are"}'
-      told.append(says.format(are, names=names, base=record.plan.base))
+      one = len(groups[word]) == 1
+      # A variant may be called 'none'.
+      told.append(says.format(
+          f'{names} {"is" if one else "are"}', names=names,
+          the=f'the variant{"" if one else "s"} {names}',
+          base=record.plan.base))
   sentence = '; '.join(told)
   return (f'By {record.plan.primary.name}, {sentence}.')
 
