@@ -19,9 +19,9 @@ from typing import Any, Mapping
 import jax.numpy as jnp
 
 from architectures.parts import fields as field_checks
-from architectures.parts import deltanet_config
+from architectures.parts.recurrent import deltanet_config
 from architectures.parts import latent_config
-from architectures.parts.deltanet_config import DeltaNetConfig
+from architectures.parts.recurrent.deltanet_config import DeltaNetConfig
 from architectures.parts.latent_config import LatentConfig
 from configs import kinds
 from configs.errors import one_of, require

@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class LatentConfig:
-  """Sizes of a layer of model.mixer latent; configs/base.py says what each is.
+  """Sizes of a layer of model.mixer latent; configs/model.py says what each is.
   """
   q_rank: int
   kv_rank: int

@@ -11,11 +11,11 @@ from typing import Any, Optional
 import flax.linen as nn
 
 from architectures.parts import attention
-from architectures.parts import deltanet
+from architectures.parts.recurrent import deltanet
 from architectures.parts import latent
 from architectures.parts import output_gate
 from architectures.parts.config import ModelConfig
-from architectures.parts.deltanet_config import DeltaNetConfig
+from architectures.parts.recurrent.deltanet_config import DeltaNetConfig
 from architectures.parts.latent_config import LatentConfig
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import architectures
-from architectures.parts import deltanet, short_conv
+from architectures.parts.recurrent import deltanet, short_conv
 from architectures.parts.attention import Context
 from configs import base
 from configs import sharding as tables

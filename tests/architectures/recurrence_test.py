@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from architectures.parts import recurrence
-from architectures.parts.recurrence import Inputs
+from architectures.parts.recurrent import recurrence
+from architectures.parts.recurrent.recurrence import Inputs
 from tests.helpers import models
 
 B, J, H, K, U = 2, 2, 4, 5, 3

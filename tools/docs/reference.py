@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from architectures.parts import checks
 from configs import base
+from configs import model
 
 ROOMS = ('architectures', 'training')  # whose docstrings are the API
 # What mkdocstrings prints of a module.
@@ -54,13 +55,16 @@ def source(root: pathlib.Path, path: str) -> str:
 
 def config_fields() -> str:
   """Returns the page of the config's fields: name, default, and what the
-  comments of configs/base.py say, with the choices of a part."""
+  comments of configs/base.py and configs/model.py say, with the choices of a
+  part."""
   lines = ['# Fields of a config', '',
            'Each field is a flag: `--config.optim.lr=3e-4`. The defaults and '
            'the notes are those of '
-           '[configs/base.py](../source/configs/base.py.md).', '']
+           '[configs/base.py](../source/configs/base.py.md) and '
+           '[configs/model.py](../source/configs/model.py.md).', '']
   group = None
-  for field in _fields(pathlib.Path(base.__file__).read_text()):
+  for field in _fields('\n'.join(
+      pathlib.Path(module.__file__).read_text() for module in (base, model))):
     if field.group != group:
       group = field.group
       lines += ['', f'## {group or "The run"}', '',
@@ -74,7 +78,7 @@ def config_fields() -> str:
 
 
 class Field(NamedTuple):
-  """A field of the config, as the source of configs/base.py has it."""
+  """A field of the config, as the source has it."""
   group: str  # 'model.moe'
   name: str  # 'model.moe.top_k'
   default: str
@@ -97,7 +101,8 @@ def _fields(text: str) -> list[Field]:
     for keyword in call.keywords:
       name = f'{group}.{keyword.arg}'.lstrip('.')
       if isinstance(keyword.value, ast.Call):
-        visit(functions.get(keyword.value.func.id, keyword.value), name)
+        function = ast.unparse(keyword.value.func).split('.')[-1]
+        visit(functions.get(function, keyword.value), name)
         continue
       lines, line = [], keyword.lineno - 1
       while line in above:
@@ -108,7 +113,7 @@ def _fields(text: str) -> list[Field]:
       groups[group].append(Field(
           group, name, ast.unparse(keyword.value), ' '.join(lines)))
 
-  # The dict(...) that each function returns, by the function's name.
+  # The dict(...) that a function returns, by the function's name.
   functions = {
       node.name: next(call for call in ast.walk(node)
                       if isinstance(call, ast.Call)

@@ -25,9 +25,9 @@ import jax.numpy as jnp
 from architectures.parts import linear
 from architectures.parts import norms
 from architectures.parts import positions
-from architectures.parts import recurrence
+from architectures.parts.recurrent import recurrence
 from architectures.parts import sharding
-from architectures.parts import short_conv
+from architectures.parts.recurrent import short_conv
 from architectures.parts.attention import Context
 from architectures.parts.config import LayerKind, ModelConfig
 from architectures.parts.roles import Role, declare

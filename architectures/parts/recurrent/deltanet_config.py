@@ -1,4 +1,4 @@
-"""The fields of Gated DeltaNet (parts/deltanet.py): config.model.deltanet."""
+"""The fields of Gated DeltaNet (deltanet.py): config.model.deltanet."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -7,8 +7,8 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class DeltaNetConfig:
-  """Sizes and settings of a layer of model.mixer deltanet; configs/base.py says
-  what each is."""
+  """Sizes and settings of a layer of model.mixer deltanet; configs/model.py
+  says what each is."""
   key_heads: int
   value_heads: int
   key_dim: int

@@ -1,0 +1,2 @@
+"""Recurrences beside attention: the state of a head stands for all tokens
+before."""
