@@ -1,7 +1,9 @@
 """Weights, biases and the one matrix product that every part uses."""
 
+from collections.abc import Callable
 import functools
 import os
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -242,6 +244,27 @@ def useful(part: int, whole: int):
   """A scope whose products count as part / whole of themselves where a model's
   FLOPs are counted (training/costs/flops.py): a mask hides the rest."""
   return jax.named_scope(USEFUL.format(part, whole))
+
+
+COUNTED = 'counted_{}_of_{}'
+
+
+@functools.lru_cache(maxsize=1024)
+def counted(f: Callable[..., jax.Array], part: int, whole: int = 1
+            ) -> Callable[..., jax.Array]:
+  """Returns f, which counts as part / whole FLOPs for each number of its
+  result where a model's FLOPs are counted: its own products do not say what a
+  model must multiply.
+
+  Args:
+    f: of arrays, defined at the top of a file, so that it is traced once.
+    part: of a number of its result.
+    whole: which divides them.
+  """
+  def named(*args: Any) -> jax.Array:
+    return f(*args)
+  named.__name__ = COUNTED.format(part, whole)
+  return jax.jit(named)
 
 
 def add_bias(x: jax.Array, b: jax.Array) -> jax.Array:

@@ -273,15 +273,17 @@ def test_a_state_has_one_size_and_is_float32():
 def test_flops_are_those_of_the_products():
   c = models.config('llama', **DELTA)
   D, F, N, L, V = 32, 48, 2, 16, models.VOCAB
-  J, H, K, U = 2, 4, 6, 5
+  J, H, K, U, W = 2, 4, 6, 5, 4
   weights = N * (D * (2 * J * K + 2 * H * U + 2 * H) + H * U * D
-                 + 3 * D * F) + D * V
+                 + W * (2 * J * K + H * U) + 3 * D * F) + D * V
   found = flops.forward_flops(c, L)
   assert found['weights'] == 2 * weights * L
   # A row of one piece: the weights, the system (less its diagonal), its
-  # inverse with values and keys, and what is written; then the state's.
+  # inverse by substitution, that with values and keys, and what is written;
+  # then the state's.
   half, less = L * (L + 1) / 2, L * (L - 1) / 2
-  pieces = J * K * (half + less) + H * (2 * U + K) * half
+  solved = sum(i - j - 1 for i in range(L) for j in range(i))
+  pieces = J * K * (half + less) + H * (2 * U + K) * half + H * solved
   assert found['attention'] == pytest.approx(
       2 * N * (pieces + 3 * H * K * U * L))
   found = flops.decode_flops(c, L)

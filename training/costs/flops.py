@@ -4,7 +4,8 @@ They are counted in the traced program (traced.py), so that a part is
 counted without being described a second time. A product of [a, b] and [b, c] is
 2abc. The program that is traced pads no expert and skips no masked block, and
 attention declares which share of its products the mask shows
-(`linear.useful`). So the work that an implementation wastes on masked keys,
+(`linear.useful`), and what is no product of matrices says what it counts as
+(`linear.counted`). So the work that an implementation wastes on masked keys,
 padding, idle expert slots or recomputation lowers utilisation (MFU, Chowdhery
 et al. 2022, appendix B; theirs counts all keys). A token counts with the
 experts that its router chooses, whether or not they have room. A backward pass

@@ -1,8 +1,9 @@
 """FLOPs and bytes of a program's products, from its jaxpr: loops multiplied,
 recomputation included, whatever XLA makes of it.
 
-Only matrix products and convolutions count. Splash attention is known by its
-name; another kernel counts with the estimate that it carries.
+Only matrix products and convolutions count, and functions that say what they
+count as (linear.counted). Splash attention is known by its name; another kernel
+counts with the estimate that it carries.
 """
 
 import math
@@ -26,7 +27,7 @@ class Place(NamedTuple):
     dense: of GROUPED, those that the compiler makes of all rows and all
       groups, and masks.
     useful: whether products count as the shares that linear.useful declares,
-      instead of as they are computed.
+      and functions as linear.counted says, instead of as they are computed.
   """
   platform: str
   rows: int = 0
@@ -84,6 +85,7 @@ def count(jaxpr: Any, place: Place) -> Work:
 
 
 _DECLARED = re.compile(linear.USEFUL.format(r'(\d+)', r'(\d+)'))
+_COUNTED = re.compile(linear.COUNTED.format(r'(\d+)', r'(\d+)'))
 
 
 def _is_var(v: Any) -> bool:
@@ -93,6 +95,10 @@ def _is_var(v: Any) -> bool:
 def _equation(eqn: jex.JaxprEqn, place: Place) -> Work:
   name = eqn.primitive.name
   inner = lambda jaxpr: count(jaxpr, place)
+  counted = _COUNTED.fullmatch(str(eqn.params.get('name', '')))
+  if place.useful and counted:
+    part, whole = map(int, counted.groups())
+    return Work(eqn.outvars[0].aval.size * part / whole, _nbytes(eqn))
   if name == 'dot_general':
     (contract, _), _ = eqn.params['dimension_numbers']
     lhs, out = eqn.invars[0].aval, eqn.outvars[0].aval

@@ -33,6 +33,7 @@ import jax
 import jax.numpy as jnp
 
 from architectures.parts import linear
+from architectures.parts.recurrent import triangular
 from configs.errors import require
 
 PLACES = 64  # of a piece at most
@@ -174,10 +175,8 @@ def _piece(x: Inputs) -> _Piece:
     with linear.useful(P - 1, 2 * P):
       found_BHPQ = pair_BHPQ * each(
           jnp.einsum('BJPK,BJQK->BJPQ', k_BJPK, k_BJPK))
-    inverse_BHPQ = jax.lax.linalg.triangular_solve(
-        rate_BHP[..., None] * found_BHPQ,
-        jnp.broadcast_to(jnp.eye(P), found_BHPQ.shape), left_side=True,
-        lower=True, unit_diagonal=True) * rate_BHP[..., None, :]
+    inverse_BHPQ = _inverse(
+        rate_BHP[..., None] * found_BHPQ) * rate_BHP[..., None, :]
     with linear.useful(P + 1, 2 * P):
       write_BHPU = jnp.einsum('BHPQ,BHQU->BHPU', inverse_BHPQ, v_BHPU)
       read_BHPK = jnp.einsum('BHPQ,BHQK->BHPK', inverse_BHPQ,
@@ -185,6 +184,14 @@ def _piece(x: Inputs) -> _Piece:
   return _Piece(each(q_BJPK) * first_BHP[..., None],
                 k_BHPK * pair_BHPQ[..., -1, :, None], write_BHPU, read_BHPK,
                 weights_BHPQ, first_BHP[..., -1:, None])
+
+
+def _inverse(a_BHPQ: jax.Array) -> jax.Array:
+  """Returns (I + A)^-1 of what lies below the diagonal. By substitution an
+  entry d below the diagonal is a sum of d - 1 products, and of A's own."""
+  P = a_BHPQ.shape[-1]
+  with linear.useful(1, 1):
+    return linear.counted(triangular.inverse, (P - 1) * (P - 2), 3 * P)(a_BHPQ)
 
 
 def _decays(log_decay_BHP: jax.Array) -> tuple[jax.Array, jax.Array]:
