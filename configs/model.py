@@ -51,7 +51,9 @@ def defaults() -> dict:
           buckets=32,  # buckets of distances
           max_distance=128,  # the last bucket has all larger distances
       ),
-      ffn='gelu',  # the feed-forward network; moe: a mixture of experts
+      # The feed-forward network; moe: a mixture of experts; none: layers end
+      # before it.
+      ffn='gelu',
       clamp=dict(  # of ffn=swiglu_clamped
           alpha=1.702,  # multiplies the gate in its sigmoid
           limit=7.0,  # the most that the gate and the other factor may be

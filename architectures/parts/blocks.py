@@ -9,6 +9,7 @@ ffn_norm   x + A(x); x + F(n(x))               (ModernBERT's first layer, whose
                                                input is normalised already)
 
 A is self-attention and, in a decoder with a memory, C follows it wired alike.
+With model.ffn 'none' a block ends before F, as Mamba-2's do: x + A(n(x)).
 An entry of BLOCKS, at the end of this file, is all that there is of one.
 """
 
@@ -22,7 +23,7 @@ from architectures.parts import sharding
 from architectures.parts.attention import Attention, Cache, Context
 from architectures.parts.config import LayerKind, ModelConfig
 from architectures.parts.dropout import Dropout
-from architectures.parts.ffn import FFN
+from architectures.parts.ffn import FFN, NONE
 from architectures.parts.moe.layer import MoE
 from architectures.parts.norms import norm
 
@@ -31,8 +32,10 @@ class Block(nn.Module):
   """What the wirings share: their parts by name.
 
   FINAL_NORM: whether what the last block returns is not normalised yet.
+  WITHOUT_FFN: whether it may end before F.
   """
   FINAL_NORM = True
+  WITHOUT_FFN = True
   config: ModelConfig
   kind: LayerKind
 
@@ -73,11 +76,14 @@ class PreNorm(Block):
       y_BLD, cache = self.cross_attention()(
           self.norm('cross_norm')(x_BLD), ctx, cache)
       x_BLD = x_BLD + self.drop(y_BLD, ctx)
+    if self.kind.ffn == NONE:
+      return residual(x_BLD), cache, {}
     y_BLD, aux = self.ffn()(self.norm('ffn_norm')(x_BLD), ctx)
     return residual(x_BLD + self.drop(y_BLD, ctx)), cache, aux
 
 
 class FfnNorm(Block):
+  WITHOUT_FFN = False  # it would have no norm
 
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[Cache]):
@@ -100,12 +106,15 @@ class PostNorm(Block):
     if self.kind.cross:
       y_BLD, cache = self.cross_attention()(x_BLD, ctx, cache)
       x_BLD = self.norm('cross_norm')(x_BLD + self.drop(y_BLD, ctx))
+    if self.kind.ffn == NONE:
+      return residual(x_BLD), cache, {}
     y_BLD, aux = self.ffn()(x_BLD, ctx)
     x_BLD = self.norm('ffn_norm')(x_BLD + self.drop(y_BLD, ctx))
     return residual(x_BLD), cache, aux
 
 
 class Parallel(Block):
+  WITHOUT_FFN = False  # it would be pre_norm
 
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[Cache]):
@@ -132,6 +141,8 @@ class Sandwich(Block):
           self.norm('cross_norm')(x_BLD), ctx, cache)
       y_BLD = self.norm('cross_out_norm')(y_BLD)
       x_BLD = x_BLD + self.drop(y_BLD, ctx)
+    if self.kind.ffn == NONE:
+      return residual(x_BLD), cache, {}
     y_BLD, aux = self.ffn()(self.norm('ffn_norm')(x_BLD), ctx)
     y_BLD = self.norm('ffn_out_norm')(y_BLD)
     return residual(x_BLD + self.drop(y_BLD, ctx)), cache, aux
@@ -146,6 +157,8 @@ class OutNorm(Block):
     if self.kind.cross:
       y_BLD, cache = self.cross_attention()(x_BLD, ctx, cache)
       x_BLD = x_BLD + self.drop(self.norm('cross_out_norm')(y_BLD), ctx)
+    if self.kind.ffn == NONE:
+      return residual(x_BLD), cache, {}
     y_BLD, aux = self.ffn()(x_BLD, ctx)
     y_BLD = self.drop(self.norm('ffn_out_norm')(y_BLD), ctx)
     return residual(x_BLD + y_BLD), cache, aux

@@ -22,7 +22,7 @@ from architectures.parts import positions
 from architectures.parts import unread
 from architectures.parts.blocks import BLOCKS
 from architectures.parts.config import ModelConfig
-from architectures.parts.ffn import FFNS
+from architectures.parts.ffn import FFNS, NONE
 from architectures.parts.moe import experts
 from architectures.parts.moe import grouped_kernels
 from architectures.parts.moe import health
@@ -79,7 +79,7 @@ def names() -> dict[str, Collection[str]]:
   return unread.TABLES | {
       'norm': NORMS,
       'sinusoid': positions.SINUSOIDS,
-      'ffn': (*FFNS, 'moe'),
+      'ffn': (*FFNS, 'moe', NONE),
       'block': BLOCKS,
       'qk_norm_over': attention.QK_NORMS,
       'attention_gate': output_gate.GATES,
@@ -141,6 +141,10 @@ def _check_layers(c: ModelConfig, stack: str) -> None:
     positions.of(c).check(c, stack)
   attention.KINDS[c.attention].check(c)
   mixers.of(c).check(c, stack)
+  alone = [name for name, block in BLOCKS.items() if block.WITHOUT_FFN]
+  require(c.ffn != NONE or c.block in alone, f'model.ffn is {NONE!r}, and '
+          f'model.block {c.block!r} has nothing to say without a feed-forward '
+          f'network: choose it from {", ".join(alone)}')
   require(c.num_heads % c.num_kv_heads == 0,
           f'model.num_kv_heads is {c.num_kv_heads}, which does not divide '
           f'model.num_heads {c.num_heads}')
@@ -162,7 +166,7 @@ def products(c: ModelConfig) -> list[str]:
   there: set[str] = set()
   for kind in map(c.of_kind, c.kinds_used):
     there |= mixers.of(kind).products(kind)
-    if kind.ffn != 'moe' or c.moe.shared_experts:
+    if kind.ffn != NONE and (kind.ffn != 'moe' or c.moe.shared_experts):
       ffn = c.moe.ffn if kind.ffn == 'moe' else kind.ffn
       there |= {'up', 'down'} | ({'gate'} if FFNS[ffn].gated else set())
   return [name for name in linear.PRODUCTS if name in there]
@@ -203,6 +207,10 @@ def _check_stack(c: ModelConfig, stacks: Mapping[str, str]) -> None:
             f'model.{field} {get(c, field)!r} has no meaning with model.arch '
             f'{c.arch!r}, which does not read it: set it to {rest!r}, or '
             f'choose model.arch from {archs[kind]}')
+  require(c.ffn != NONE or stack != 'encoder', f'model.ffn is {NONE!r}, and '
+          f'the head of masked words of model.arch {c.arch!r} has the '
+          'activation of the layers: set model.ffn to a network, and '
+          f'ffn={NONE} of the kinds of layer that have none')
   # training/optim/mup.py has rules for the parameters of these.
   require(c.parametrization != 'mup' or stack == 'decoder',
           "model.parametrization is 'mup', which has no rules for model.arch "

@@ -29,6 +29,9 @@ gelu = functools.partial(jax.nn.gelu, approximate=False)
 gelu_tanh = functools.partial(jax.nn.gelu, approximate=True)
 
 
+NONE = 'none'  # model.ffn of layers without such a network
+
+
 class Kind(NamedTuple):
   """One feed-forward network.
 

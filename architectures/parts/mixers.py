@@ -86,12 +86,13 @@ MIXERS = {
             output_gate.products(c.attention_gate)),
         fields=('num_kv_heads', 'attention_scale', 'qk_norm', 'qk_norm_over',
                 'attention_gate', 'value_residual', 'value_embedding', *SCORES),
-        divided=(('tensor', 'num_kv_heads'),)),
+        divided=(('tensor', 'num_heads'), ('tensor', 'num_kv_heads'))),
     'latent': Mixer(
         latent.LatentAttention, latent.empty, latent.products,
         fields=('attention_gate', *_group('latent', LatentConfig), *SCORES),
         sources=('head_dim', 'mup_base_head_dim'),
-        divided=(('fsdp', 'latent.kv_rank'), ('fsdp', 'latent.q_rank')),
+        divided=(('tensor', 'num_heads'), ('fsdp', 'latent.kv_rank'),
+                 ('fsdp', 'latent.q_rank')),
         check=latent.check),
     'deltanet': Mixer(
         deltanet.DeltaNet, deltanet.empty, deltanet.products,

@@ -19,7 +19,7 @@ from architectures.parts import mixers
 from architectures.parts import positions
 from architectures.parts import rotary
 from architectures.parts.config import MoEConfig, ModelConfig
-from architectures.parts.ffn import FFNS
+from architectures.parts.ffn import FFNS, NONE
 from architectures.parts.moe import health
 from architectures.parts.moe import routing
 from configs import kinds
@@ -74,10 +74,15 @@ CONDITIONS = (
         tuple(f'moe.{field.name}' for field in dataclasses.fields(MoEConfig)),
         Row('model.ffn is moe', ('ffn',)), lambda c: c.ffn == 'moe'),
     Condition(
+        ('d_ff', 'ffn_bias'),
+        Row('a layer has a feed-forward network', ('ffn', 'kinds')),
+        lambda c: c.ffn != NONE),
+    Condition(
         ('ffn_dropout',),
         Row('the network of a layer is dense, or model.moe.shared_experts '
             'above 0', ('ffn', 'kinds', 'moe.shared_experts')),
-        lambda c: c.ffn != 'moe' or c.moe.shared_experts > 0),
+        lambda c: c.ffn not in ('moe', NONE)
+        or c.ffn == 'moe' and c.moe.shared_experts > 0),
     Condition(
         ('lora.alpha', 'lora.targets', 'lora.dropout'),
         Row('model.lora.rank is above 0', ('lora.rank',)),
@@ -85,7 +90,8 @@ CONDITIONS = (
     Condition(
         ('clamp.alpha', 'clamp.limit'),
         Row('a network is swiglu_clamped', ('ffn', 'moe.ffn')),
-        lambda c: bool(FFNS[c.moe.ffn if c.ffn == 'moe' else c.ffn].fields)),
+        lambda c: c.ffn != NONE and bool(
+            FFNS[c.moe.ffn if c.ffn == 'moe' else c.ffn].fields)),
     Condition(
         ('moe.top_groups',),
         Row('model.moe.expert_groups is above 1', ('moe.expert_groups',)),

@@ -75,6 +75,8 @@ def _attention(c, queries, sources, keys):
 
 
 def _ffn(c, kind, tokens):
+  if kind.ffn == 'none':
+    return {}
   if kind.ffn != 'moe':
     return {'ffn': tokens * _dense(kind.ffn, c.d_model, c.d_ff)}
   m = c.moe

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 import architectures
+from architectures.parts.ffn import NONE
 from configs.errors import RequestError
 from tools.plan import analyse, chips, collectives, compile as compiling
 from tools.plan import roofline
@@ -103,8 +104,9 @@ def sent(run: runs.Run, host_of: np.ndarray) -> list[collectives.Collective]:
   one = tokens * c.d_model * itemsize / math.prod(shape[a] for a in batch)
   both = architectures.stack(c) == 'encoder-decoder'
   counts = [c.num_layers, c.num_decoder_layers][:1 + both]
-  layers = sum(counts)
-  add('all-reduce', ('tensor',), one, 2 * passes * layers)
+  parts = sum(1 + (kind.ffn != NONE) for n in counts for kind in
+              c.layer_kinds(n))
+  add('all-reduce', ('tensor',), one, passes * parts)
   if c.has_experts:
     crossings = 4 if c.remat == 'none' else 6  # see parts/dispatch.py
     add('all-to-all', ('expert',), c.moe.top_k * one,

@@ -11,6 +11,7 @@ import ml_collections
 
 from architectures.parts import attention, kernels, mixers, positions
 from architectures.parts.config import ModelConfig
+from architectures.parts.ffn import NONE
 from training import objectives, paths, runs
 from training.distributed import devices
 from training.optim import shares
@@ -147,8 +148,7 @@ def analytic(run: runs.Run, kept_in_all: int = 0,
   length, width = run.config.data.length, c.compute_dtype.itemsize
   tokens = run.config.data.batch_size * length // shards
   kinds = [c.of_kind(name) for name in c.kinds_used]
-  hidden = max(tokens * (k.moe.d_ff * k.moe.top_k if k.ffn == 'moe'
-                         else k.d_ff) // shape['tensor'] for k in kinds)
+  hidden = max(tokens * _hidden(k) // shape['tensor'] for k in kinds)
   layer = max((x.size // x.shape[0] for path, x in paths.flatten(
       run.abstract.params).items() if paths.Stacks.has(path)), default=0)
   scores = max(_scores(k, tokens, length, platform) for k in kinds
@@ -157,6 +157,11 @@ def analytic(run: runs.Run, kept_in_all: int = 0,
       2 * width * layer // (shape['tensor'] * shape['expert']))
   parts['peak'] = sum(parts.values())
   return parts
+
+
+def _hidden(c: ModelConfig) -> int:
+  """Hidden units of a token, of a layer's feed-forward network."""
+  return {'moe': c.moe.d_ff * c.moe.top_k, NONE: 0}.get(c.ffn, c.d_ff)
 
 
 def _scores(c: ModelConfig, tokens: int, length: int, platform: str) -> int:

@@ -14,6 +14,7 @@ import numpy as np
 
 from architectures.parts import mixers
 from architectures.parts.config import ModelConfig
+from architectures.parts.ffn import NONE
 from configs import sharding as tables
 from configs.errors import one_of, require
 
@@ -74,13 +75,16 @@ def check_mesh(model: ModelConfig, batch_size: int, grad_accumulation: int,
           f'mesh.data x mesh.fsdp x mesh.expert times train.grad_accumulation '
           f'{grad_accumulation} do not divide: choose a multiple of '
           f'{rows * grad_accumulation}')
-  held = [('tensor', 'num_heads'), ('tensor', 'd_ff'), ('fsdp', 'd_model')]
+  held = [('fsdp', 'd_model')]
   if model.has_experts:
     held.append(('tensor', 'moe.d_ff'))
   require(shape['context'] == 1 or not mixers.with_state(model),
           f'mesh.context is {shape["context"]}, and model.mixer of some layers '
           'is a recurrence, whose rows stay on one device: set mesh.context=1')
-  rows_of = lambda kind: (*held, *mixers.of(model.of_kind(kind)).divided)
+  def rows_of(kind: str) -> tuple[tuple[str, str], ...]:
+    c = model.of_kind(kind)
+    return (*mixers.of(c).divided, *[('tensor', 'd_ff')] * (c.ffn != NONE),
+            *held)
   for name, (axis, field) in [
       (kind, row) for kind in model.kinds_used for row in rows_of(kind)]:
     size = operator.attrgetter(field)(model.of_kind(name))

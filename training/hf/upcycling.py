@@ -17,6 +17,7 @@ import ml_collections
 
 import architectures
 from architectures.parts.config import ModelConfig
+from architectures.parts.ffn import NONE
 from architectures.parts.moe import routing
 from configs import kinds
 from configs.errors import RequestError, one_of, require
@@ -45,6 +46,10 @@ def config(model: ml_collections.ConfigDict, moe: dict
   require(not architectures.resolve(model).has_experts,
           'model.ffn is moe: this model has experts already, only a dense one '
           'is upcycled')
+  require(NONE not in (model.ffn, *(
+      kind.get('ffn') for kind in model.kinds.values())),
+          f'model.ffn is {NONE!r} of some layers: experts begin as copies of '
+          "a layer's feed-forward network, which each must have")
   fields = dict(moe)
   every = fields.pop('every', 1)
   for name in fields:
