@@ -15,14 +15,13 @@ refused while the first is there.
 """
 
 import dataclasses
-import re
 import subprocess
 import sys
 import time
 
-from configs.errors import RequestError, require
+from configs.errors import RequestError
 from tools.launch import job as job_lib
-from tools.launch import jobset, programs
+from tools.launch import estimate, jobset, pods, programs
 from tools.plan import chips
 
 # (kind, name, default, what it says).
@@ -46,6 +45,7 @@ FLAGS = (
     ('bool', 'spot', False, 'On spot nodes.'),
     ('integer', 'grace_seconds', 300, 'Between SIGTERM and SIGKILL.'),
     ('bool', 'tail', True, 'Show the output of process 0.'),
+    *estimate.FLAGS,
 )
 
 # GKE's names of GPUs, of those whose memory tools/plan/chips.py knows.
@@ -54,8 +54,6 @@ GPUS = {
     'nvidia-h100-mega-80gb': 'h100', 'nvidia-h200-141gb': 'h200',
     'nvidia-b200': 'b200',
 }
-# How Kubernetes writes an amount.
-_AMOUNT = re.compile(r'[0-9]+(\.[0-9]+)?(m|[kMGTPE]|[KMGTPE]i)?')
 POLL_SECONDS = 10
 
 
@@ -69,31 +67,47 @@ def size(args) -> tuple[int, int, chips.Chip | None]:
   if args.logs:
     raise RequestError(f'--logs is {args.logs!r}, but Kubernetes keeps the '
                        'output of each pod: leave it out, and see kubectl logs')
-  job_lib.positive(args, 'slices', 'nodes', 'grace_seconds')
-  for name in ('cpu', 'memory'):
-    require(not args[name].value or _AMOUNT.fullmatch(args[name].value)
-            is not None, f'--{name} is {args[name].value!r}: write an amount '
-            'of Kubernetes, as 96, 1500m or 400Gi')
+  pods.check(args)
+  estimate.check(args)
   if args.gpu:
-    kind, count = jobset.gpu(args)
+    kind, count = pods.gpu(args)
     if kind not in GPUS:
       print(f'the memory of {kind} is not known here (of '
             f'{", ".join(GPUS)} it is): not compared with what the run needs',
             file=sys.stderr)
       return args.nodes * count, 1, None
     return args.nodes * count, 1, chips.CHIPS[GPUS[kind]]
-  _, slices = jobset.topology(args)
+  _, slices = pods.topology(args)
   return slices.devices, slices.slices, slices.chip
+
+
+def place(args) -> estimate.Place:
+  """Returns what the flags ask for, as tools.plan names it where it can."""
+  if not args.gpu:
+    kind, slices = pods.topology(args)
+    return estimate.Place(
+        slices.chips, slices.devices, f'{kind}, {args.slices} x '
+        + 'x'.join(map(str, slices.shape)), slices.chip, args.topology,
+        args.slices)
+  kind, count = pods.gpu(args)
+  known = GPUS.get(kind, '')
+  return estimate.Place(
+      args.nodes * count, args.nodes * count, f'{kind}, {args.nodes} x {count}',
+      chips.CHIPS[known] if known else None,
+      # What tools.plan has hosts of.
+      f'{known}:1x{args.nodes}x{count}' if known and count in (1, 2, 4, 8)
+      else '')
 
 
 def launch(job: job_lib.Job, args) -> int:
   import yaml
-  claim, _ = jobset.volume(args)
+  claim, _ = pods.volume(args)
   if claim:
     job = dataclasses.replace(job, name=job_lib.named(job.workdir, claim))
   text = yaml.safe_dump(jobset.jobset(job, args), sort_keys=False)
   if job.dry_run:
-    print(text + '# would be given to: kubectl create -f -')
+    told = estimate.text(place(args), job.config, job.words, args)
+    print(f'{text}# would be given to: kubectl create -f -\n{told}')
     return 0
   programs.need('kubectl')
   delete = f'kubectl delete jobset {job.name} -n {args.namespace}'

@@ -7,6 +7,7 @@ import pathlib
 import re
 import shlex
 import sys
+from typing import Any
 
 from absl import flags
 
@@ -52,6 +53,7 @@ class Job:
     env: what each process finds in its environment, beside who it is.
     max_restarts: after failures.
     dry_run: only print.
+    config: of the run; None: not known.
   """
   name: str
   words: tuple[str, ...]
@@ -60,6 +62,7 @@ class Job:
   env: dict[str, str]
   max_restarts: int
   dry_run: bool
+  config: Any = None
 
   @property
   def command(self) -> str:
@@ -99,7 +102,8 @@ def make(argv: list[str], num_devices: int, slices: int = 1,
              f'--stopped_exit_code={STOPPED}'),
       workdir=workdir, logs=args.logs or logs,
       env=environment(args, f'{parent}/jax_cache'),
-      max_restarts=args.max_restarts, dry_run=args.dry_run)
+      max_restarts=args.max_restarts, dry_run=args.dry_run,
+      config=args.config)
 
 
 def environment(args, compile_cache: str) -> dict[str, str]:

@@ -1,78 +1,21 @@
 """The JobSet that is given to GKE, against what its API has."""
 
+import os
+import pathlib
 import re
 
+import jsonschema
 import pytest
 import yaml
 
 from configs.errors import EnvironmentFailure
-from tests.helpers import launching
+from tests.helpers import launching, manifests
 from tools.launch import gke, jobset
 
 
 @pytest.fixture(name='a_job')
 def _a_job(tmp_path):
   return launching.maker(tmp_path)
-
-
-# What the API has, of what we use: a tuple is a list of such, a set the words
-# that a string may be, dict[str] any names. After the CRD of JobSet 0.10 and
-# Kubernetes' batch/v1 and core/v1.
-_ENV = dict(name=str, value=str,
-            valueFrom=dict(fieldRef=dict(fieldPath=str)))
-_POD = dict(
-    restartPolicy={'Never'}, nodeSelector={str: str}, serviceAccountName=str,
-    terminationGracePeriodSeconds=int,
-    volumes=(dict(name=str, persistentVolumeClaim=dict(claimName=str),
-                  emptyDir=dict(medium={'Memory'})),),
-    containers=(dict(
-        name=str, image=str, command=(str,), env=(_ENV,),
-        resources=dict(limits={str: int}, requests={str: str}),
-        volumeMounts=(dict(name=str, mountPath=str),)),))
-_RULE = dict(
-    action={'FailJob', 'Ignore', 'Count', 'FailIndex'},
-    onExitCodes=dict(containerName=str, operator={'In', 'NotIn'},
-                     values=(int,)),
-    onPodConditions=(dict(type=str, status={'True', 'False', 'Unknown'}),))
-SCHEMA = dict(
-    apiVersion={'jobset.x-k8s.io/v1alpha2'}, kind={'JobSet'},
-    metadata=dict(name=str, namespace=str, labels={str: str},
-                  annotations={str: str}),
-    spec=dict(
-        failurePolicy=dict(maxRestarts=int, rules=(dict(
-            name=str, action={'FailJobSet', 'RestartJobSet',
-                              'RestartJobSetAndIgnoreMaxRestarts'},
-            onJobFailureReasons=(str,), onJobFailureMessagePatterns=(str,)),)),
-        network=dict(enableDNSHostnames=bool, publishNotReadyAddresses=bool),
-        replicatedJobs=(dict(name=str, replicas=int, template=dict(spec=dict(
-            parallelism=int, completions=int, completionMode={'Indexed'},
-            backoffLimit=int, podFailurePolicy=dict(rules=(_RULE,)),
-            template=dict(spec=_POD)))),)))
-
-
-# What must be there wherever the API has it.
-REQUIRED = {'apiVersion', 'kind', 'metadata', 'spec', 'name', 'replicatedJobs',
-            'template', 'containers', 'action', 'operator', 'values', 'type',
-            'status', 'claimName', 'mountPath', 'fieldPath'}
-
-
-def valid(value, schema, where=''):
-  if isinstance(schema, dict):
-    assert isinstance(value, dict), where
-    missing = (REQUIRED & schema.keys()) - value.keys()
-    assert not missing, f'{where} lacks {missing}'
-    for key, inner in value.items():
-      assert isinstance(key, str) and (key in schema or str in schema), (
-          f'{where}.{key}')
-      valid(inner, schema.get(key, schema.get(str)), f'{where}.{key}')
-  elif isinstance(schema, tuple):
-    assert isinstance(value, list), where
-    for i, inner in enumerate(value):
-      valid(inner, schema[0], f'{where}[{i}]')
-  elif isinstance(schema, set):
-    assert value in schema, f'{where}: {value!r}'
-  else:
-    assert type(value) is schema, f'{where}: {value!r}'
 
 
 IN_BUCKET = dict(workdir='gs://b/run',
@@ -85,7 +28,7 @@ def manifest(a_job, *words, **changes):
   made = jobset.jobset(a_job('0', **IN_BUCKET | changes), args)
   read = yaml.safe_load(yaml.safe_dump(made))
   assert read == made
-  valid(read, SCHEMA)
+  manifests.check(read)
   return read
 
 
@@ -216,29 +159,85 @@ def test_a_folder_that_hosts_do_not_share_is_refused(a_job):
            env={'JAX_COMPILATION_CACHE_DIR': '/data/jax_cache'})
 
 
+TPUS, GPUS = '--topology=v5e:4x4', '--gpu=nvidia-h100-80gb:8'
+
+
 @pytest.mark.parametrize('words, told', [
     (['--topology=v5e:3x7'], 'a shape that no v5e slice has'),
     (['--topology=v5e:4x4x4'], 'write the shape of a v5e as v5e:4x8'),
     (['--topology=h100:1x8x8'], 'choose v4, v5e, .*; GPUs have --gpu'),
-    (['--topology=v5e:4x4', '--pvc=/data'], "'/data': write CLAIM:/PATH"),
-    (['--topology=v5e:4x4', '--logs=logs'], '--logs is .* kubectl logs')])
+    ([TPUS, '--pvc=/data'], "'/data': write CLAIM:/PATH"),
+    ([TPUS, '--logs=logs'], '--logs is .* kubectl logs'),
+    ([TPUS, '--nodes=2'], '--nodes is 2.*TPUs: .*--slices'),
+    ([GPUS, '--slices=2'], '--slices is 2.*GPUs: .*--nodes'),
+    ([TPUS, '--chips_per_host=-4'], '--chips_per_host is -4')])
 def test_gke_refuses(a_job, words, told):
   with pytest.raises(ValueError, match=told):
     manifest(a_job, *words)
 
 
-@pytest.mark.parametrize('path', [
-    'metadata/name', 'spec/replicatedJobs', 'spec/failurePolicy/rules/0/action',
-    'spec/replicatedJobs/0/template/spec/template/spec/containers'])
-def test_a_manifest_that_lacks_something_is_found_out(a_job, path):
-  made = manifest(a_job, '--topology=v5e:4x4')
-  *parents, last = path.split('/')
+@pytest.mark.parametrize('words, told', [
+    ([TPUS, '--namespace=Team_A'], "--namespace is 'Team_A'"),
+    ([TPUS, '--namespace=a.b'], "--namespace is 'a.b'"),
+    ([TPUS, '--queue=my queue'], "--queue is 'my queue'"),
+    ([TPUS, '--queue=' + 64 * 'q'], '63 small letters'),
+    ([TPUS, '--priority=-high'], "--priority is '-high'"),
+    ([TPUS, '--service_account=a@b.iam'], '--service_account is'),
+    ([TPUS, '--pvc=my_claim:/data'], "--pvc is 'my_claim:/data'"),
+    ([TPUS, '--pvc=claim:/a:ro'], 'path with a colon'),
+    ([GPUS, '--pvc=claim:/dev/shm/'], 'exchange data in /dev/shm'),
+    ([GPUS + ' '], "'nvidia-h100-80gb:8 '"), (['--gpu=a b:8'], "'a b:8'"),
+    ([TPUS, '--image=my image'], '--image is .* no blanks'),
+    ([TPUS, '--slices=5000000000'], '--slices is 5000000000')])
+def test_gke_refuses_what_kubernetes_would(a_job, words, told):
+  """Its schemas say nothing of these: a name is of RFC 1123, a label's value
+  has 63 letters, a mount path no colon, a count 32 bits."""
+  with pytest.raises(ValueError, match=told):
+    manifest(a_job, *words)
+
+
+JOB = 'spec/replicatedJobs/0/template/spec/'
+POD = JOB + 'template/spec/'
+
+
+def changed(made, path, **changes):
+  """Changes what lies at a path; None: is not there."""
   at = made
-  for name in parents:
+  for name in path.rstrip('/').split('/'):
     at = at[int(name) if name.isdigit() else name]
-  del at[last]
-  with pytest.raises(AssertionError, match=f'lacks .*{last}'):
-    valid(made, SCHEMA)
+  for name, value in changes.items():
+    at.pop(name, None)
+    if value is not None:
+      at[name] = value
+
+
+@pytest.mark.parametrize('path, changes', [
+    ('metadata', dict(name=None)), ('spec', dict(replicatedJobs=None)),
+    ('spec/failurePolicy/rules/0', dict(action='GiveUp')),
+    (JOB, dict(completionMode=3)), (JOB, dict(template=None)),
+    (POD, dict(containers=None)), (POD, dict(nodeselector={})),
+    (POD, dict(terminationGracePeriodSeconds='300')),
+    (POD + 'containers/0', dict(env=[{'name': 'A', 'value': 1}])),
+    (JOB + 'podFailurePolicy/rules/0/onExitCodes', dict(operator=None))])
+def test_a_wrong_manifest_is_found_out(a_job, path, changes):
+  made = manifest(a_job, TPUS)
+  changed(made, path, **changes)
+  with pytest.raises((AssertionError, jsonschema.ValidationError)):
+    manifests.check(made)
+
+
+@pytest.mark.skipif(manifests.CRD not in os.environ, reason=(
+    f'${manifests.CRD} names no definition of JobSet: see docs/pods.md'))
+def test_what_we_know_of_jobset_is_so(a_job):
+  """JOBSET's fields are all in the definition, which refuses others."""
+  path = pathlib.Path(os.environ[manifests.CRD])
+  manifests.check_known(manifests.definition(path))
+  made = manifest(a_job, TPUS)
+  for where in ('spec', 'spec/failurePolicy/rules/0', POD):
+    changed(made, where, neverHeardOf=1)
+    with pytest.raises(jsonschema.ValidationError, match='neverHeardOf'):
+      manifests.check_definition(made, path)
+    changed(made, where, neverHeardOf=None)
 
 
 def test_gke_shows_every_start_once_until_the_end(a_job, tmp_path, monkeypatch,
@@ -263,4 +262,4 @@ def test_gke_shows_every_start_once_until_the_end(a_job, tmp_path, monkeypatch,
   out = capfd.readouterr().out
   assert out.count('output of') == 2 and out.count('output of b') == 1
   assert out.endswith('a-run: Completed\n')
-  valid(yaml.safe_load((tmp_path / 'applied').read_text()), SCHEMA)
+  manifests.check(yaml.safe_load((tmp_path / 'applied').read_text()))
