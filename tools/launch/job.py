@@ -203,10 +203,21 @@ def require_shared(job: Job, places: str, mount: str = '') -> None:
   for name, folder in (
       ('--workdir', job.workdir),
       ('--compile_cache', job.env['JAX_COMPILATION_CACHE_DIR'])):
-    under = mount and pathlib.PurePath(folder).is_relative_to(mount)
-    if not storage.in_bucket(folder) and not under:
-      raise RequestError(f'{name} is {folder!r}, and every host must find it '
-                         f'at the same place: choose {places}')
+    if not storage.in_bucket(folder):
+      _require_under(name, folder, places, mount)
+
+
+def _require_under(name: str, folder: str, places: str, mount: str) -> None:
+  path = pathlib.PurePath(folder)
+  require(bool(mount) and path.is_relative_to(mount) and '..' not in path.parts,
+          f'{name} is {folder!r}, and every host must find it at the same '
+          f'place: choose {places}')
+
+
+def require_mounted(name: str, folder: str, mount: str) -> None:
+  """Raises RequestError where a folder does not lie on the mounted volume."""
+  _require_under(name, folder, f'a folder under {mount}, where --pvc is '
+                 'mounted', mount)
 
 
 def exports(env: dict[str, str]) -> str:
