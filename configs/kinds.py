@@ -22,9 +22,9 @@ from configs.errors import require
 FIELDS: dict[str, str] = {name: name for name in (
     'attention', 'mixer', 'attention_softcap', 'attention_scale',
     'attention_bias', 'attention_out_bias', 'attention_sinks',
-    'attention_gate', 'value_embedding', 'qk_norm', 'qk_norm_over',
-    'num_heads', 'num_kv_heads', 'head_dim', 'mup_base_head_dim', 'position',
-    'rope', 'ffn', 'ffn_bias', 'd_ff', 'block'
+    'attention_gate', 'value_embedding', 'kv_sharing', 'qk_norm',
+    'qk_norm_over', 'num_heads', 'num_kv_heads', 'head_dim',
+    'mup_base_head_dim', 'position', 'rope', 'ffn', 'ffn_bias', 'd_ff', 'block'
 )} | {'window': 'sliding_window'}
 EVERY = 'model.moe.every'  # a field of earlier versions
 DENSE = 'dense'  # of ffn: the network of the model's dense layers

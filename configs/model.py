@@ -104,6 +104,8 @@ def defaults() -> dict:
       attention_gate='none',  # of the heads' outputs: elementwise, headwise
       value_residual=False,  # the first layer's values are mixed into all
       value_embedding=False,  # a table of tokens is added to a layer's values
+      # A layer reads the keys and values of one before it: of a kind of layer.
+      kv_sharing=False,
       # The factor of the scores; derived: head_dim ** -0.5 (with mup: that of
       # the base).
       attention_scale=0.0,

@@ -7,6 +7,10 @@ queries and keys (QK-norm: each head by itself, as in Qwen3, or all that is
 projected, as in OLMo 2), a learned sink per head in the denominator, a gate on
 what the heads return (output_gate.py) and more in their values (values.py).
 
+A layer with kv_sharing has no keys and values of its own and reads those of an
+earlier layer, as they were turned and mixed there (cross-layer attention:
+Brandon et al. 2024, arXiv 2405.12981; which layer: kinds.source).
+
 An entry of KINDS, at the end of this file, is all that there is of what the
 queries of a layer see.
 """
@@ -36,6 +40,15 @@ QUERIES = 1024  # whose keys are counted at once
 
 
 @struct.dataclass
+class Keys:
+  """Keys and values of a layer, on their way to those that read them too."""
+  key_BMJK: jax.Array
+  value_BMJK: jax.Array
+  # Whether they are the slots of a cache.
+  cached: bool = struct.field(pytree_node=False, default=False)
+
+
+@struct.dataclass
 class Context:
   """What every layer of a stack is told, besides its input.
 
@@ -52,12 +65,16 @@ class Context:
   valid_BL: Optional[jax.Array] = None  # 0: padding, which takes no expert
   reach_BL: Optional[jax.Array] = None  # before it, later places see a token
   first: Optional[values.First] = None  # of the layers before this one
+  keys: Optional[Keys] = None  # that a layer reads instead of its own
+  # Those of the layers before a period, by how far before it they are: -1 ...
+  lent: dict[int, Keys] = struct.field(default_factory=dict)
   # How many tokens a row has room for: its own, or a cache's.
   length: int = struct.field(pytree_node=False, default=0)
   in_order: bool = struct.field(pytree_node=False, default=True)
   deterministic: bool = struct.field(pytree_node=False, default=True)
   keep_layers: bool = struct.field(pytree_node=False, default=False)
   keep_attention: bool = struct.field(pytree_node=False, default=False)
+  lends: bool = struct.field(pytree_node=False, default=False)  # its keys
   # The layers follow one another in the program: see skeletons.one_by_one.
   one_by_one: bool = struct.field(pytree_node=False, default=False)
 
@@ -68,10 +85,11 @@ class Cache:
 
   Those of the memory are put in when a decoder is given it with the cache,
   and stand for it from then on. With context.keep_attention a layer also
-  returns here what it weighed the values with, and with model.value_residual
-  the values of the first layer, whether or not a cache went in.
+  returns here what it weighed the values with, with model.value_residual the
+  values of the first layer, and with context.lends its keys and values, whether
+  or not a cache went in.
   """
-  key_BMJK: Optional[jax.Array]  # None: it holds no keys, but `first` alone
+  key_BMJK: Optional[jax.Array]  # None: it holds no keys of its own
   # None: a mixer's values are a part of its keys (latent.py).
   value_BMJK: Optional[jax.Array] = None
   memory_key_BMJK: Optional[jax.Array] = None
@@ -79,6 +97,7 @@ class Cache:
   weights_BHLM: Optional[jax.Array] = None
   memory_weights_BHLM: Optional[jax.Array] = None
   first: Optional[values.First] = None
+  lent: Optional[Keys] = None
 
   def write(self, key_BLJK: jax.Array, value_BLJK: Optional[jax.Array],
             positions_BL: jax.Array) -> 'Cache':
@@ -178,13 +197,17 @@ class Attention(nn.Module):
   def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[Cache]):
     c = self.config
     rotate = None if self.cross else positions.of(c).rotate
-    cached = cache is not None and cache.key_BMJK is not None
+    cached = (ctx.keys.cached if ctx.keys is not None else
+              cache is not None and cache.key_BMJK is not None)
+    read = None if self.cross else ctx.keys
     first = None
     q_BLHK = self._project('query', x_BLD, c.num_heads, 'heads', ctx)
     if c.qk_norm:
       q_BLHK = self._normalise('query_norm', q_BLHK)
     if self.cross and ctx.memory_BMD is None:
       k_BMJK, v_BMJK = cache.memory_key_BMJK, cache.memory_value_BMJK
+    elif read is not None:
+      k_BMJK, v_BMJK = read.key_BMJK, read.value_BMJK
     else:
       k_BMJK, v_BMJK = self._keys(
           ctx.memory_BMD if self.cross else x_BLD, ctx)
@@ -195,11 +218,13 @@ class Attention(nn.Module):
         cache = cache.replace(memory_key_BMJK=k_BMJK, memory_value_BMJK=v_BMJK)
     if rotate:
       q_BLHK = rotate(q_BLHK, ctx.positions_BL, c, ctx.length)
-      k_BMJK = rotate(k_BMJK, ctx.positions_BL, c, ctx.length)
+      if read is None:
+        k_BMJK = rotate(k_BMJK, ctx.positions_BL, c, ctx.length)
     k_positions_BM = ctx.positions_BL
     if cached and not self.cross:
-      cache = cache.write(k_BMJK, v_BMJK, ctx.positions_BL)
-      k_BMJK, v_BMJK = cache.key_BMJK, cache.value_BMJK
+      if read is None:
+        cache = cache.write(k_BMJK, v_BMJK, ctx.positions_BL)
+        k_BMJK, v_BMJK = cache.key_BMJK, cache.value_BMJK
       k_positions_BM = jnp.arange(k_BMJK.shape[1])[None]
     # Queries may be split over the mesh along the length; each sees all keys.
     k_BMJK, v_BMJK = (sharding.constrain(x, 'batch', None, 'kv_heads', 'head')
@@ -209,12 +234,16 @@ class Attention(nn.Module):
     with linear.useful(seen, L * M):
       o_BLHK, weights_BHLM = self._weigh(
           q_BLHK, k_BMJK, v_BMJK, k_positions_BM, ctx, cached=cached)
+    lent = (Keys(k_BMJK, v_BMJK, cached) if ctx.lends and not self.cross
+            else None)
     if ctx.keep_attention:
-      cache = Cache(k_BMJK, v_BMJK) if cache is None else cache
+      if cache is None:
+        cache = Cache(None) if read is not None else Cache(k_BMJK, v_BMJK)
       name = 'memory_weights_BHLM' if self.cross else 'weights_BHLM'
       cache = cache.replace(**{name: weights_BHLM})
-    if first is not None:
-      cache = (Cache(None) if cache is None else cache).replace(first=first)
+    if first is not None or lent is not None:
+      cache = (Cache(None) if cache is None else cache).replace(
+          first=first, lent=lent)
     return self._out(x_BLD, o_BLHK, ctx), cache
 
   @property
@@ -338,6 +367,8 @@ class Attention(nn.Module):
 
 def empty(c: ModelConfig, shape: tuple[int, ...]) -> Cache:
   """Returns a cache of this shape: what stands before the heads' axis."""
+  if c.kv_sharing:
+    return Cache(None)
   shape = *shape, c.num_kv_heads, c.head_dim
   return Cache(jnp.zeros(shape, c.compute_dtype),
                jnp.zeros(shape, c.compute_dtype))

@@ -64,6 +64,7 @@ STRICT = {
     'sliding_window': 0,
     'value_residual': False,
     'value_embedding': False,
+    'kv_sharing': False,
     'num_labels': 0,
     'head_dropout': 0,
     'moe.grouped_kernel': 'auto',

@@ -121,12 +121,15 @@ def _frozen(value: Any) -> Any:
 @dataclasses.dataclass(frozen=True)
 class LayerKind:
   """What one layer of the pattern holds; `name` is of its kind in
-  model.kinds, '' of a layer that is as the model."""
+  model.kinds, '' of a layer that is as the model. `source` is the layer whose
+  keys and values it reads, None: its own. In a period, or the prefix, 0 is the
+  first layer; -1 is the last layer of the prefix, seen from a period."""
   attention: str
   ffn: str
   causal: bool = True
   cross: bool = False
   name: str = ''
+  source: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,6 +175,7 @@ class ModelConfig:
   attention_gate: str
   value_residual: bool
   value_embedding: bool
+  kv_sharing: bool
   attention_scale: float
   attention_bias: bool
   attention_out_bias: bool
@@ -262,7 +266,8 @@ class ModelConfig:
   def layer_pattern(self, *, causal: bool = True,
                     cross: bool = False) -> tuple[LayerKind, ...]:
     """The kinds of layer in one period; layers repeat it."""
-    return self._layer_kinds(kinds.split(self.pattern) or ('',), causal, cross)
+    return self._layer_kinds(kinds.split(self.pattern) or ('',), causal, cross,
+                             kinds.split(self.prefix))
 
   def layer_prefix(self, *, causal: bool = True,
                    cross: bool = False) -> tuple[LayerKind, ...]:
@@ -277,11 +282,26 @@ class ModelConfig:
     return first + tuple(period[n % len(period)]
                          for n in range(num_layers - len(first)))
 
-  def _layer_kinds(self, names: tuple[str, ...], causal: bool, cross: bool
-                   ) -> tuple[LayerKind, ...]:
-    configs = [self.of_kind(name) for name in names]
-    return tuple(LayerKind(c.attention, c.ffn, causal, cross, name)
-                 for c, name in zip(configs, names))
+  def _layer_kinds(self, names: tuple[str, ...], causal: bool, cross: bool,
+                   before: tuple[str, ...] = ()) -> tuple[LayerKind, ...]:
+    configs = [self.of_kind(name) for name in (*before, *names)]
+    return tuple(LayerKind(c.attention, c.ffn, causal, cross, name,
+                           _source(configs, i, len(before)))
+                 for i, (c, name) in enumerate(
+                     zip(configs[len(before):], names)))
+
+
+def _source(layers: list[ModelConfig], i: int, first: int) -> int | None:
+  """Returns which layer lends its keys and values to layer i of those from
+  `first` on: the nearest one before it that has some, of as many tokens."""
+  reader = layers[first + i]
+  sees = lambda c: (c.mixer, c.attention,
+                    c.attention != 'global' and c.sliding_window)
+  if not reader.kv_sharing:
+    return None
+  return next((j for j in reversed(range(-first, i))
+               if not layers[first + j].kv_sharing
+               and sees(layers[first + j]) == sees(reader)), None)
 
 
 def make(fields: Mapping[str, Any]) -> ModelConfig:

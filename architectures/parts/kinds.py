@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import contextlib
 
 from architectures.parts import positions
-from architectures.parts.config import ModelConfig
+from architectures.parts.config import LayerKind, ModelConfig
 from configs import kinds
 from configs.errors import RequestError, require
 
@@ -44,6 +44,33 @@ def check_kinds(c: ModelConfig) -> None:
   for name in c.kinds_used:
     if name:
       _check_position(c, name)
+  _check_sharing(c, c.layer_prefix(), c.layer_prefix())
+  _check_sharing(c, c.layer_pattern(), c.layer_prefix())
+
+
+def _check_sharing(c: ModelConfig, layers: tuple[LayerKind, ...],
+                   prefix: tuple[LayerKind, ...]) -> None:
+  """Raises RequestError for a layer that is to read another's keys and values,
+  where none before it has any, or they are not as its own would be."""
+  for kind in layers:
+    own = c.of_kind(kind.name)
+    if not own.kv_sharing:
+      continue
+    who = f'model.kinds.{kind.name}.kv_sharing' if kind.name else (
+        'model.kv_sharing')
+    require(own.mixer == 'attention', f'{who} is True, which mixer '
+            f'{own.mixer!r} does not read: it is for layers of attention')
+    require(kind.source is not None, f'{who} is True, but no layer before it, '
+            'in its period of model.pattern or in model.prefix, is one of '
+            "attention that sees as many keys and has keys and values of its "
+            'own: put one there, by a kind of layer with kv_sharing=False')
+    source = kind.source if kind.source is not None else 0
+    lender = c.of_kind((layers if source >= 0 else prefix)[source].name)
+    for field in ('num_kv_heads', 'head_dim', 'position', 'rope'):
+      mine, theirs = getattr(own, field), getattr(lender, field)
+      require(mine == theirs, f'{who} is True, but model.{field} of the layer '
+              f'is {mine!r}, and {theirs!r} of the layer whose keys and values '
+              'it reads: choose one for both')
 
 
 def _check_position(c: ModelConfig, name: str) -> None:

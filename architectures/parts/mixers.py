@@ -82,10 +82,12 @@ def _group(name: str, fields: type[Any]) -> tuple[str, ...]:
 MIXERS = {
     'attention': Mixer(
         attention.Attention, attention.empty,
-        products=lambda c: {'query', 'key', 'value', 'out'} | (
-            output_gate.products(c.attention_gate)),
+        products=lambda c: {'query', 'out'} | (
+            set() if c.kv_sharing else {'key', 'value'}) | (
+                output_gate.products(c.attention_gate)),
         fields=('num_kv_heads', 'attention_scale', 'qk_norm', 'qk_norm_over',
-                'attention_gate', 'value_residual', 'value_embedding', *SCORES),
+                'attention_gate', 'value_residual', 'value_embedding',
+                'kv_sharing', *SCORES),
         divided=(('tensor', 'num_heads'), ('tensor', 'num_kv_heads'))),
     'latent': Mixer(
         latent.LatentAttention, latent.empty, latent.products,

@@ -96,31 +96,42 @@ class Embed(nn.Module):
 
 class Period(nn.Module):
   """One period of the layer pattern; the body of the scan. From layer to layer
-  go x and, with model.value_residual, the values of the first one."""
+  go x and, with model.value_residual, the values of the first one. Returned are
+  also the keys and values of the layers `lends`, by their place before the
+  period's end: -1 is the last."""
   config: ModelConfig
   pattern: tuple[LayerKind, ...]
+  lends: tuple[int, ...] = ()
 
   @nn.compact
   def __call__(self, carry: tuple[jax.Array, Optional[values.First]],
                cache: Any, ctx: Context):
     x_BLD, first = carry
-    caches, auxes, kept = [], [], []
+    caches, auxes, kept, lent = [], [], [], dict(ctx.lent)
+    ends = len(self.pattern)
+    wanted = {kind.source for kind in self.pattern} | {
+        ends + place for place in self.lends}
     for i, kind in enumerate(self.pattern):
       config = self.config.of_kind(kind.name)
       block = BLOCKS[config.block]
       if config.remat != 'none':
         block = nn.remat(block, policy=REMAT[config.remat],
                          prevent_cse=not config.scan_layers)
+      own = ctx.replace(first=first, keys=lent.get(kind.source), lent={},
+                        lends=i in wanted)
       x_BLD, new, aux = block(config, kind, name=f'block_{i}')(
-          x_BLD, ctx.replace(first=first), None if cache is None else cache[i])
+          x_BLD, own, None if cache is None else cache[i])
       if getattr(new, 'first', None) is not None:
         first, new = new.first, new.replace(first=None)
+      if getattr(new, 'lent', None) is not None:
+        lent[i], new = new.lent, new.replace(lent=None)
       caches.append(new)
       auxes.append(aux)
       kept.append(x_BLD if ctx.keep_layers else ())
     with_cache = cache is not None or ctx.keep_attention
-    return (x_BLD, first), (tuple(caches) if with_cache else None,
-                            tuple(auxes), tuple(kept))
+    return (x_BLD, first), (
+        tuple(caches) if with_cache else None, tuple(auxes), tuple(kept),
+        {place: lent[ends + place] for place in self.lends})
 
 
 REMAT = {
@@ -161,7 +172,7 @@ class Stack(nn.Module):
     if BLOCKS[c.block].FINAL_NORM:
       final = norm(c, 'final_norm')
     x_BLD = final(x_BLD)
-    caches, auxes, kept = zip(*sections)
+    caches, auxes, kept, _ = zip(*sections)
     aux = gather_aux(auxes)
     if ctx.keep_layers:
       layers_NBLD = jnp.concatenate([given_BLD[None], *(
@@ -188,10 +199,18 @@ class Stack(nn.Module):
           in_axes=(0, nn.broadcast), length=periods,
           unroll=1 if c.scan_layers else periods,
           metadata_params={nn.PARTITION_NAME: 'layers'})
-      carry, out = scan(c, pattern, name=name)(
+      carry, out = scan(c, pattern, self._lends(name), name=name)(
           carry, None if cache is None else cache[entries], ctx)
+      ctx = ctx.replace(lent=jax.tree.map(lambda x: x[0], out[-1]))
       found.append(out)
     return carry, found
+
+  def _lends(self, section: str) -> tuple[int, ...]:
+    """Returns which layers of the prefix lend their keys to those after it."""
+    if section != 'prefix':
+      return ()
+    return tuple(sorted({kind.source for kind in self.pattern
+                         if kind.source is not None and kind.source < 0}))
 
   def _one_by_one(self, carry: tuple, cache: Any, ctx: Context):
     found = []
@@ -199,9 +218,11 @@ class Stack(nn.Module):
     places += [('layers', str(i), self.pattern)
                for i in range(len(cache) - len(places))]
     for (section, i, pattern), entry in zip(places, cache, strict=True):
-      period = Period(self.config, pattern, parent=None)
+      period = Period(self.config, pattern, self._lends(section), parent=None)
       params = self.get_variable('params', section)[i]
       carry, out = period.apply({'params': params}, carry, entry, ctx)
+      if section == 'prefix':
+        ctx = ctx.replace(lent=out[-1])
       found.append((out[0], *jax.tree.map(lambda x: x[None], out[1:])))
     return carry, found
 
@@ -342,7 +363,8 @@ def any_cache(cache: Any) -> Optional[Cache]:
   [N / period, B, M, J, K], or [B, M, J, K] where the layers are apart. None: no
   entry does, as all are states, or there is no cache."""
   is_entry = lambda x: isinstance(x, Cache)
-  return next(filter(is_entry, jax.tree.leaves(cache, is_leaf=is_entry)), None)
+  return next((entry for entry in jax.tree.leaves(cache, is_leaf=is_entry)
+               if is_entry(entry) and entry.key_BMJK is not None), None)
 
 
 def one_by_one(params: Any, cache: Any) -> tuple[Any, list]:
@@ -361,7 +383,7 @@ def one_by_one(params: Any, cache: Any) -> tuple[Any, list]:
       continue
     stacked = decoder[name], entries
     layers, own = zip(*(jax.tree.map(operator.itemgetter(i), stacked)
-                        for i in range(jax.tree.leaves(entries)[0].shape[0])))
+                        for i in range(jax.tree.leaves(stacked)[0].shape[0])))
     apart[name] = jax.lax.platform_dependent(
         {str(i): layer for i, layer in enumerate(layers)},
         cpu=jax.lax.optimization_barrier, default=lambda x: x)

@@ -67,6 +67,10 @@ CONDITIONS = (
         ('qk_norm_over',), Row('model.qk_norm is True', ('qk_norm',)),
         lambda c: c.qk_norm),
     Condition(
+        ('value_residual', 'value_embedding'),
+        Row('a layer has keys and values of its own', ('kv_sharing',)),
+        lambda c: not c.kv_sharing),
+    Condition(
         ('attention_out_bias',),
         Row('model.attention_bias is True', ('attention_bias',)),
         lambda c: c.attention_bias),

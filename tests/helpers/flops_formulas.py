@@ -65,6 +65,8 @@ def _attention(c, queries, sources, keys):
   """`queries` tokens look at `keys` keys each, projected from `sources`."""
   heads, kv_heads = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
   gates = {'none': 0, 'headwise': c.num_heads, 'elementwise': heads}
+  # What reads the keys of another layer has none to make of its own input.
+  sources *= not (c.kv_sharing and queries == sources)
   return {
       'projections': 4.0 * c.d_model * (heads * queries + kv_heads * sources)
                      + 2.0 * c.d_model * queries * (

@@ -46,6 +46,7 @@ CHANGES = (
     dict(learned_stretch=2.0), dict(attention='banded', sliding_window=5),
     dict(pattern='a,b', kinds=dict(a=dict(window=0), b=dict(window=5))),
     dict(pattern='a,b', kinds=dict(a={}, b={})),
+    dict(pattern='a,b', kinds=dict(a={}, b=dict(kv_sharing=True))),
     dict(pattern='a,b', kinds=dict(a=dict(window=5),
                                    b=dict(position='none'))),
     dict(prefix='a', pattern='b', kinds=dict(a=dict(window=0),

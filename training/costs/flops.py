@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 import architectures
-from architectures.parts.config import ModelConfig
+from architectures.parts.config import Kinds, ModelConfig
 from architectures.parts.moe import routing
 from configs.errors import require
 from training import adapters
@@ -131,11 +131,14 @@ def _forward(c: ModelConfig, length: int, decoder_length: int) -> tuple:
 def _decode(c: ModelConfig, keys: int, memory: int) -> tuple:
   rows = _rows(c)
   cache = jax.eval_shape(lambda: architectures.init_cache(c, rows, keys))
-  if memory:
+  if memory:  # of which every layer has keys and values of its own
+    own = dataclasses.replace(c, kinds=Kinds(
+        {name: dict(kind, kv_sharing=False) for name, kind in c.kinds.items()}))
+    slots = jax.eval_shape(lambda: architectures.init_cache(own, rows, keys))
     cache = tuple(entry.replace(
-        memory_key_BMJK=_with_length(entry.key_BMJK, memory),
-        memory_value_BMJK=_with_length(entry.value_BMJK, memory))
-                  for entry in cache)
+        memory_key_BMJK=_with_length(slot.key_BMJK, memory),
+        memory_value_BMJK=_with_length(slot.value_BMJK, memory))
+                  for entry, slot in zip(cache, slots))
   method = 'decode' if memory else '__call__'
   return _count(c, rows, lambda module, params, token, cache: module.apply(
       params, token, positions_BL=jnp.full((1, 1), keys - 1), cache=cache,

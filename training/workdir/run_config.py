@@ -70,7 +70,7 @@ CLASSES: tuple[tuple[str, str | Callable, str], ...] = (
      'other parameters'),
     (r'model\.(arch|norm|embed_norm|position|ffn|block|mixer|attention'
      r'|qk_norm(_over)?|attention_(sinks|gate|(out_)?bias)|ffn_bias'
-     r'|value_(residual|embedding)'
+     r'|value_(residual|embedding)|kv_sharing'
      r'|tie_embeddings|logits_bias|head|lora\.(rank|targets)|pattern|prefix'
      r'|deltanet\.decay|kinds(\..*)?'
      r'|moe\.(router|ffn|shared_experts))', INCOMPATIBLE,

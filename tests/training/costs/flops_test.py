@@ -44,7 +44,8 @@ def assert_counts(counted, oracle):
          attention_gate='headwise'),
     dict(tie_embeddings=False, attention='global,banded', sliding_window=5,
          position='alibi'),
-    dict(scan_layers=False, norm='rmsnorm', position='none', dtype='bfloat16'),
+    dict(scan_layers=False, norm='rmsnorm', position='none', dtype='bfloat16',
+         pattern='own,reads', kinds=dict(own={}, reads=dict(kv_sharing=True))),
     dict(ffn='moe', moe=dict(num_experts=8, top_k=2, every=2,
                              shared_experts=1, capacity_factor=1.25)),
 ])

@@ -1,0 +1,208 @@
+"""Layers that read the keys and values of another layer."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import architectures
+from architectures.parts import skeletons
+from architectures.parts.blocks import BLOCKS
+from configs.errors import RequestError
+from tests.helpers import models, numpy_attention
+from tests.training import step_test
+from training import paths
+from training.costs import totals
+
+READS = dict(kv_sharing=True)
+# Every second layer reads, as in the paper; and the last half does, of which
+# one layer more shares in the first half.
+SHARED = {
+    'period': dict(num_layers=4, pattern='own,reads',
+                   kinds=dict(own={}, reads=READS)),
+    'prefix': dict(num_layers=5, prefix='own,reads,own', pattern='reads',
+                   kinds=dict(own={}, reads=READS)),
+}
+# Whose keys layer n reads.
+SOURCES = {'period': (0, 0, 2, 2), 'prefix': (0, 0, 2, 2, 2)}
+
+
+def layers_of(params, c):
+  """Yields the parameters of each layer in order."""
+  first, period = len(c.layer_prefix()), len(c.layer_pattern())
+  for n in range(c.num_layers):
+    section, n = ('prefix', n) if n < first else ('layers', n - first)
+    block, row = (n, 0) if section == 'prefix' else (n % period, n // period)
+    yield jax.tree.map(lambda a, row=row: a[row],
+                       params['decoder'][section][f'block_{block}'])
+
+
+def turned(x_BLHK, theta):
+  """Rotary positions of halves of a head (Su et al. 2021)."""
+  half = x_BLHK.shape[-1] // 2
+  angle_LK = np.arange(x_BLHK.shape[1])[:, None] * theta ** (
+      -np.arange(half) / half)
+  cos, sin = (f(angle_LK)[None, :, None] for f in (np.cos, np.sin))
+  a, b = x_BLHK[..., :half], x_BLHK[..., half:]
+  return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def by_numpy(c, params, tokens, sources):
+  """What the layers of a pre-norm decoder return, without biases and
+  parameters of norms."""
+  p = numpy_attention.float64(params)
+  n = lambda x: x / np.sqrt((x ** 2).mean(-1, keepdims=True) + c.norm_eps)
+  x, made = p['embed']['tokens'][tokens], {}
+  for i, (layer, source) in enumerate(zip(layers_of(p, c), sources)):
+    a, h = layer['attention'], n(x)
+    assert ('key' in a) == ('value' in a) == (i == source)
+    if 'key' in a:
+      made[i] = (turned(numpy_attention.project(a, 'key', h), c.rope.theta),
+                 numpy_attention.project(a, 'value', h))
+    q = turned(numpy_attention.project(a, 'query', h), c.rope.theta)
+    x = x + numpy_attention.out(
+        a, numpy_attention.heads(q, *made[source], c.score_scale))
+    x = x + np.maximum(n(x) @ layer['ffn']['up'], 0) @ layer['ffn']['down']
+  return n(x)
+
+
+def decoded(module, params, tokens):
+  """Returns the hidden states of a row that is read token by token."""
+  L = tokens.shape[1]
+  cache, found = architectures.init_cache(module.config, len(tokens), L), []
+  step = jax.jit(lambda t, cache, i: module.apply(
+      {'params': params}, t, cache=cache, positions_BL=i[None, None]))
+  for i in range(L):
+    out = step(tokens[:, i:i + 1], cache, jnp.array(i))
+    cache, found = out.cache, [*found, out.hidden]
+  return jnp.concatenate(found, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('how', [
+    'prefix', pytest.param('period', marks=pytest.mark.long)])
+def test_layers_read_the_keys_of_one_before_them(how):
+  """Against NumPy in float64: the forward pass, and a cache's single tokens."""
+  module, params = models.make(
+      'llama', norm='rmsnorm_plain', ffn='relu', num_kv_heads=2, **SHARED[how])
+  tokens = models.tokens(2, 6)
+  want = by_numpy(module.config, params, tokens, SOURCES[how])
+  run = jax.jit(lambda t: module.apply({'params': params}, t).hidden)
+  np.testing.assert_allclose(run(tokens), want, rtol=1e-4, atol=1e-4)
+  np.testing.assert_allclose(decoded(module, params, tokens), want, rtol=1e-4,
+                             atol=1e-4)
+
+
+def test_a_layer_reads_from_the_nearest_that_sees_as_much():
+  far, near = dict(window=0), dict(window=4)
+  c = architectures.resolve(models.config(
+      'llama', num_layers=9, prefix='far,near',
+      pattern='far,near_reads,far_reads,far,far_reads,near,near_reads',
+      kinds=dict(far=far, near=near, far_reads=far | READS,
+                 near_reads=near | READS)))
+  sources = lambda kinds: tuple(kind.source for kind in kinds)
+  assert sources(c.layer_prefix()) == (None, None)
+  assert sources(c.layer_pattern()) == (None, -1, 0, None, 3, None, 5)
+
+
+def test_the_cache_holds_shared_keys_once():
+  own, shared = (models.config('llama', num_kv_heads=2, **SHARED['period'] | {
+      'kinds': dict(own={}, reads=dict(kv_sharing=flag))})
+                 for flag in (False, True))
+  size = lambda model: sum(x.nbytes for x in jax.tree.leaves(
+      architectures.init_cache(model, 2, 8)))
+  assert size(own) == 2 * size(shared)
+  c = architectures.resolve(shared)
+  assert [row['kv_cache_bytes_per_token'] for row in totals.kinds_of_layer(c)
+          ] == [2 * 2 * 8 * 4, 0]  # keys and values, heads, features, bytes
+  counts = [totals.parameters(architectures.resolve(model))[0]
+            for model in (own, shared)]
+  assert counts[0] - counts[1] == 2 * 2 * 32 * 2 * 8  # layers, matrices
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('block', [
+    'pre_norm', *(pytest.param(block, marks=pytest.mark.long)
+                  for block in BLOCKS if block != 'pre_norm')])
+def test_every_wiring_decodes_as_it_reads(block):
+  """With what else changes keys and values, and computed layer by layer."""
+  module, params = models.make(
+      'llama', block=block, num_kv_heads=2, qk_norm=True, remat='full',
+      attention_gate='headwise', value_residual=True, **SHARED['prefix'])
+  tokens = models.tokens(2, 7)
+  grads = [jax.jit(jax.value_and_grad(lambda p, m=m: jnp.square(
+      models.logits(m, p, tokens)).mean()))(params) for m in (
+          module, architectures.build(models.config(
+              'llama', block=block, num_kv_heads=2, qk_norm=True,
+              attention_gate='headwise', value_residual=True,
+              scan_layers=False, **SHARED['prefix'])))]
+  models.close(*grads, rtol=1e-4)
+  whole = module.apply({'params': params}, tokens, keep_attention=True)
+  assert whole.aux['attention'].shape == (5, 2, 4, 7, 7)
+  models.close(decoded(module, params, tokens), whole.hidden, rtol=1e-4)
+  # And in a loop whose layers are apart.
+  cache = architectures.init_cache(module.config, 2, 7)
+  apart, slots = skeletons.one_by_one(params, cache)
+  step = module.apply({'params': apart}, tokens, cache=slots, one_by_one=True,
+                      positions_BL=jnp.arange(7)[None])
+  models.close(step.hidden, whole.hidden, rtol=1e-4)
+
+
+@pytest.mark.long
+def test_an_encoder_decoder_shares_keys_in_both_of_its_stacks():
+  module = architectures.build(models.config(
+      't5', num_layers=2, pattern='own,reads',
+      kinds=dict(own={}, reads=READS)))
+  source, target = models.tokens(2, 9), models.tokens(2, 6, seed=2)
+  params = nn.meta.unbox(jax.jit(module.init)(
+      jax.random.key(0), source, target)['params'])
+  named = [path for path in paths.flatten(params)
+           if 'block_1/attention/' in path]
+  assert named and not any('key' in path or 'value' in path for path in named)
+  assert any(path.endswith('block_1/cross_attention/key')
+             for path in paths.flatten(params))
+  want = module.apply({'params': params}, source, target).hidden
+  memory, _ = module.apply({'params': params}, source, method='encode')
+  cache, found = architectures.init_cache(module.config, 2, 6), []
+  for i in range(6):
+    out = module.apply(
+        {'params': params}, target[:, i:i + 1], cache=cache,
+        positions_BL=jnp.full((1, 1), i), memory=None if i else memory,
+        method='decode')
+    cache, found = out.cache, [*found, out.hidden]
+  models.close(jnp.concatenate(found, 1), want, rtol=1e-4)
+
+
+@pytest.mark.parametrize('fields, words', [
+    (dict(kv_sharing=True), 'no layer before it'),
+    (dict(pattern='reads,own', kinds=dict(own={}, reads=READS)),
+     'model.kinds.reads.kv_sharing is True, but no layer before it'),
+    (dict(pattern='own,reads', kinds=dict(own=dict(window=4), reads=READS)),
+     'sees as many keys'),
+    (dict(pattern='own,reads', kinds=dict(
+        own={}, reads=dict(kv_sharing=True, num_kv_heads=1))),
+     'model.num_kv_heads of the layer is 1, and 4'),
+    (dict(pattern='own,reads', kinds=dict(
+        own={}, reads=dict(kv_sharing=True, position='none'))),
+     "model.position of the layer is 'none', and 'rope'"),
+    (dict(pattern='own,reads', mixer='latent', kinds=dict(own={}, reads=READS)),
+     "mixer 'latent' does not read"),
+    (dict(pattern='own,reads', kinds=dict(
+        own=dict(mixer='deltanet', position='none'), reads=READS)),
+     'no layer before it'),
+])
+def test_keys_that_cannot_be_shared_are_refused(fields, words):
+  with pytest.raises(RequestError, match=words):
+    architectures.resolve(models.config('llama', num_kv_heads=4, **fields))
+
+
+@pytest.mark.long
+def test_keys_shared_on_several_devices_are_those_on_one():
+  c = step_test.config(mesh__data=2, mesh__fsdp=2, mesh__tensor=2)
+  c.model = models.config('llama', num_kv_heads=2, vocab_size=64,
+                          **SHARED['prefix'])
+  _, state, metrics = step_test.train(c, steps=1)
+  _, alone, other = step_test.train(c, step_test.one_device(), steps=1)
+  models.close(alone.params, state.params, rtol=1e-4)
+  assert metrics[0]['loss'] == pytest.approx(other[0]['loss'], rel=1e-4)
