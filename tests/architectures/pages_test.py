@@ -74,7 +74,6 @@ def _parameters(system):
             path: x.shape for path, x in shapes.items()}
 
 
-@pytest.mark.every_system
 @pytest.mark.parametrize('system', models.PUBLISHED)
 def test_names_are_of_parameters_and_axes_of_the_legend(system):
   record = architectures.hugging_face(config(system).arch)

@@ -123,7 +123,6 @@ def system_of(name) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.every_system
 @pytest.mark.parametrize('system', sorted({system_of(n) for n, *_ in rows()}))
 def test_rows_of_a_system(system):
   for name, titles, cells in rows():

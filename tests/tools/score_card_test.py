@@ -143,10 +143,10 @@ def test_the_card_is_written_and_drawn(file, tmp_path):
 def test_the_commonest_answer_of_a_bit_is_half(file):
   """Of copying, whose rows end in the same sign, one of n + 1 answers."""
   suite = suites.load(str(file), base())
-  assert abs(card.commonest(suite.configs['parity']) - 0.5) < 0.05
+  assert abs(probes.commonest(suite.configs['parity']) - 0.5) < 0.05
   config = suite.configs['parity'].copy_and_resolve_references()
   config.data.source = 'probe:copy'
-  np.testing.assert_allclose(card.commonest(config), 1 / 7, atol=0.02)
+  np.testing.assert_allclose(probes.commonest(config), 1 / 7, atol=0.02)
 
 
 @pytest.mark.slow  # it compiles a group of runs

@@ -32,27 +32,13 @@ def of(suite: suites.Suite, workdir: epath.Path) -> dict[str, Any]:
     best = max(mean, key=lambda lr: mean[lr])
     tasks[task] = dict(
         lr=best, steps=config.train.steps, accuracy_by_lr=mean,
-        what=probes.of(config).level, commonest=commonest(config),
+        what=probes.of(config).level, commonest=probes.commonest(config),
         accuracy=_over_seeds(by_lr[best], 'probe/accuracy'),
         rows_right=_over_seeds(by_lr[best], 'probe/rows_right'),
         level=_group(by_lr[best], 'probe/level/'),
         beyond=_group(by_lr[best], 'probe/beyond/'),
         rows=int(by_lr[best][0]['probe/rows']))
   return dict(suite=suite.file, seeds=list(suite.seeds), tasks=tasks)
-
-
-def commonest(config: Any, rows: int = 256) -> float:
-  """Returns the share of held-out answers that are the commonest one: what a
-  model that knows no more of a task has."""
-  import numpy as np
-
-  from training.data import probes
-  settings = probes.settings(config)._replace(held_out=rows)
-  drawn = probes.Rows(probes.of(config), settings, 'eval',
-                      probes.held_out_seed(config))
-  answers = np.concatenate([row.targets[row.asked] for row in (
-      drawn[i] for i in range(rows))])
-  return float(np.bincount(answers).max() / len(answers))
 
 
 def _figures(folder: epath.Path) -> dict[str, float]:

@@ -47,7 +47,7 @@ def freeze(file: str) -> frozen_lib.Frozen:
           point.name for point in spec.sweep.points
           if point.name != spec.sweep.base_name),
       sizes=sizes, workloads=tuple(spec.workloads),
-      measures=tuple(_measure(own, points, bytes_per_token, file)
+      measures=tuple(_measure(own, base, points, bytes_per_token, file)
                      for own in measures),
       seeds=seeds, tuning=tuning, effect=float(spec.given['EFFECT']),
       alpha=spec.given['ALPHA'], q=spec.given['Q'], power=spec.given['POWER'],
@@ -179,13 +179,12 @@ def _check_tuned(spec: study_spec.Spec, points: list[dict],
               f'variant {row["variant"]!r}: {error}') from error
 
 
-def _measure(own: dict, points: list[dict], bytes_per_token: float, file: str
-             ) -> plans.Measure:
-  vocab = next(row['vocab'] for row in points
-               if row['workload'] == own['workload'])
+def _measure(own: dict, base, points: list[dict], bytes_per_token: float,
+             file: str) -> plans.Measure:
+  point = next(row for row in points if row['workload'] == own['workload'])
   chance = measures_lib.chance(
-      own, vocab, bytes_per_token if own['workload'] == plans.TEXT else 0.0,
-      file)
+      own, _config(base, point['changes'], 'it'), point['vocab'],
+      bytes_per_token if own['workload'] == plans.TEXT else 0.0, file)
   return plans.Measure(own['name'], own['workload'], own['figure'],
                        own['better'], chance)
 

@@ -87,11 +87,14 @@ def check(own: dict, config, who: str) -> None:
           f'{config.objective!r} does not report it')
 
 
-def chance(own: dict, vocab: int, bytes_per_token: float, file: str) -> float:
-  """Returns what guessing gives: of losses, one over the vocabulary.
+def chance(own: dict, config, vocab: int, bytes_per_token: float, file: str
+           ) -> float:
+  """Returns what guessing gives: of losses, that of one over the vocabulary;
+  of a probe's answers, the share of the commonest one.
 
   Args:
     own: the measure, as `completed` returns it.
+    config: of a run that has it.
     vocab: of the model.
     bytes_per_token: of what is held out; 0 where there is no text.
     file: for the message.
@@ -107,7 +110,10 @@ def chance(own: dict, vocab: int, bytes_per_token: float, file: str) -> float:
     return float(vocab)
   if own['figure'] == 'bits_per_byte' and bytes_per_token:
     return math.log2(vocab) / bytes_per_token
-  if own['figure'] in ('accuracy', 'probe/accuracy', 'probe/rows_right'):
+  if own['figure'] == 'probe/accuracy':
+    from training.data import probes
+    return probes.commonest(config)
+  if own['figure'] in ('accuracy', 'probe/rows_right'):
     return 0.0
   require(False, f'{file}: measure {own["name"]!r} needs a chance: what '
           "guessing gives, as 'chance': 0.5")

@@ -59,7 +59,6 @@ def _refused(call, *words):
   assert time.process_time() - start < 5, said
 
 
-@pytest.mark.every_system
 @pytest.mark.parametrize('system', models.PUBLISHED)
 def test_every_field_is_of_its_type_or_refused(system, monkeypatch):
   tree = hf_config.write(architectures.resolve(_model(system)))
