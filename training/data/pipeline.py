@@ -22,6 +22,7 @@ from configs.errors import RequestError, require
 from training import objectives
 from training.data import batch_workers, conversations, holdout
 from training.data import packing, ramp, records, sources, token_cache
+from training.data.shards import folder, reader
 from training.data.tokenizers import Tokenizer
 from training.objectives.record import Config
 
@@ -280,6 +281,11 @@ def check_fits(config: Config, source: sources.Source) -> None:
   require(fits, f'objective {config.objective!r} reads {reads or "text"}, but '
           f'data source {source.name!r} holds {holds or "text"}, which '
           f'{", ".join(others)} {"reads" if len(others) == 1 else "read"}')
+  streams = getattr(objectives.of(config).view, 'STREAMS', False)
+  require(streams or not source.tokens, f'objective {config.objective!r} looks '
+          f'for documents, and data source {source.name!r} is a stream of '
+          'tokens: name the text itself, or choose causal, prefix, mlm, span '
+          'or seq2seq')
 
 
 def _corpora(config: Config, tokenizer: Tokenizer, split: str
@@ -296,6 +302,9 @@ def _corpora(config: Config, tokenizer: Tokenizer, split: str
       yield weight, packing.Corpus(source.name, source.name, None, None, split,
                                    tokenizer, config)
       continue
+    if source.tokens:
+      yield weight, _of_shards(source, config, tokenizer, split, part)
+      continue
     if not own:
       source = holdout.split(source, data.holdout_every, part)
     cache = (records.load(source) if objectives.of(config).records else
@@ -307,16 +316,37 @@ def _corpora(config: Config, tokenizer: Tokenizer, split: str
       ids = ids[held_out == (split == 'eval')]
     if not source.tail:
       ids = ids[holdout.PARTS[part]]
-    if not len(ids):
-      raise RequestError(
-          f'data source {source.name!r} has {len(cache)} document(s), of which '
-          f'data.holdout_every={data.holdout_every} leaves none for {split}'
-          f'{f" with eval.part={part}" if part else ""}: '
-          'set data.eval_source or another data.holdout_every.')
+    _check_some(source, data.holdout_every, split, part, len(ids), len(cache))
     text = _words(source, data.holdout_every, split, part, len(ids),
                   len(cache))
     yield weight, packing.Corpus(source.name, text, cache, ids, split,
                                  tokenizer, config)
+
+
+def _of_shards(source: sources.Source, config: Config, tokenizer: Tokenizer,
+               split: str, part: str) -> packing.Corpus:
+  """Returns what of a folder of shards is in a split."""
+  index = folder.load(source.tokens, source.name)
+  folder.check_tokenizer(index, tokenizer, source.name)
+  every = config.data.holdout_every
+  found = reader.split(
+      index, source.name, every, None if config.data.eval_source
+      else split == 'eval', part, tokenizer.separator_id)
+  _check_some(source, every, split, part, found.documents, found.of)
+  text = _words(source, every, split, part, found.documents, found.of)
+  return packing.Corpus(source.name, text, None, None, split, tokenizer,
+                        config, found)
+
+
+def _check_some(source: sources.Source, every: int, split: str, part: str,
+                taken: int, of: int) -> None:
+  """Raises RequestError for a split without a document."""
+  if not taken:
+    raise RequestError(
+        f'data source {source.name!r} has {of} document(s), of which '
+        f'data.holdout_every={every} leaves none for {split}'
+        f'{f" with eval.part={part}" if part else ""}: '
+        'set data.eval_source or another data.holdout_every.')
 
 
 def _words(source: sources.Source, every: int, split: str, part: str,

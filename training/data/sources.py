@@ -10,82 +10,27 @@ of records (`Source.records`), such as texts with labels, has no documents, but
 what `as_document` makes of a record.
 """
 
-from collections.abc import Callable, Iterator
-from concurrent import futures
+from collections.abc import Iterator
 import dataclasses
 import difflib
 import glob
-import hashlib
-import importlib
 import importlib.util
-import json
 import os
 import pathlib
 import re
 from typing import Any
 
-from configs.errors import EnvironmentFailure, RequestError
-from training.data import conll, conversations, labelled, pairs, probes, squad
-from training.data import texts
+from configs.errors import RequestError
+from training.data import conll, conversations, hub, labelled, pairs, probes
+from training.data import squad, texts
 from training.data.pairs import PAIR
+from training.data.shards import folder as shards
+from training.data.source import Document, Source, checked, imported, missing
+from training.data.source import of_labelled
 
-Document = str | list[tuple[str, str]]
 KINDS = ('text', *PAIR, *conversations.KINDS)  # the cache keeps their indices
 
 _WEIGHTED = re.compile(r'\s*(?:([0-9.eE+-]+)\*)?(.*\S)\s*')
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-  """Documents in a fixed order, and what tells whether they have changed.
-
-  Attributes:
-    name: as written in the config, without the weight.
-    reader: the prefix and its options: with the files' bytes, it determines
-      every document.
-    files: whose bytes are the documents' content; () if `content` says it.
-    read: yields the documents of one file (of '' if there are no files).
-    content: a fingerprint that stands in for the files' bytes.
-    tail: whether it was one document, and is now its tail, then the rest
-      (training/data/holdout.py).
-    records: what `read` yields, in words, where these are no documents.
-    as_document: makes a document of a record; None: it cannot be one.
-    drawn: whether its rows are drawn by the seed: none is read or held out.
-  """
-
-  name: str
-  reader: str
-  files: tuple[str, ...]
-  read: Callable[[str], Iterator[Document]]
-  content: str = ''
-  tail: bool = False
-  records: str = ''
-  as_document: Callable[[Any], Document] | None = None
-  drawn: bool = False
-
-  def documents(self) -> Iterator[Document]:
-    """Yields every document that is not empty, in order."""
-    for path in self.files or ('',):
-      found = False
-      for document in self.read(path):
-        if self.as_document:
-          document = self.as_document(document)
-        parts = ([document] if isinstance(document, str)
-                 else [text for _, text in document])
-        if any(parts):
-          found = True
-          yield document
-      if not found:
-        raise RequestError(
-            f'source {self.name!r} is empty: {path or "it"} holds no text.')
-
-  def digest(self) -> str:
-    """Returns a hash of all content: reads every byte of every file."""
-    with futures.ThreadPoolExecutor(8) as pool:
-      digests = list(pool.map(_digest_file, self.files))
-    return hashlib.blake2b(
-        json.dumps([self.reader, self.content, digests]).encode(),
-        digest_size=16).hexdigest()
 
 
 def parse(spec: str, layout: conversations.Layout = conversations.PUBLISHED
@@ -184,11 +129,11 @@ def _jsonl(name: str, rest: str) -> Source:
         if not isinstance(record, dict):
           raise RequestError(f'{where}, is not a JSON object.')
         if field not in record:
-          raise _missing(where, field, record)
+          raise missing(where, field, record)
         said = f'{where}, field {field!r},'
         yield (conversations.parse(record[field], said)
                if isinstance(record[field], list)
-               else _checked(record[field], said))
+               else checked(record[field], said))
 
   return Source(name, f'jsonl:{field}', _files(name, pattern), read)
 
@@ -198,17 +143,17 @@ def _parquet(name: str, rest: str) -> Source:
   pattern, field = _field(name, rest)
 
   def read(path: str) -> Iterator[str]:
-    pyarrow = _imported('pyarrow.parquet', name, 'data')
-    arrow = _imported('pyarrow', name, 'data')
+    pyarrow = imported('pyarrow.parquet', name, 'data')
+    arrow = imported('pyarrow', name, 'data')
     try:
       file = pyarrow.ParquetFile(path)
       if field not in file.schema_arrow.names:
-        raise _missing(path, field, file.schema_arrow.names)
+        raise missing(path, field, file.schema_arrow.names)
       row = 0
       for batch in file.iter_batches(batch_size=1024, columns=[field]):
         for text in batch.column(0).to_pylist():
           row += 1
-          yield _checked(text, f'{path}, row {row}, field {field!r},')
+          yield checked(text, f'{path}, row {row}, field {field!r},')
     except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
       if isinstance(error, OSError) and error.errno:
         raise  # of the disk, not of what is in the file
@@ -221,7 +166,7 @@ def _arrayrecord(name: str, pattern: str) -> Source:
   """ArrayRecord files; one document a record of UTF-8 bytes."""
 
   def read(path: str) -> Iterator[str]:
-    module = _imported('array_record.python.array_record_module', name, 'data')
+    module = imported('array_record.python.array_record_module', name, 'data')
     reader = module.ArrayRecordReader(path)
     if not reader.ok():
       raise RequestError(f'{path} is not an ArrayRecord file.')
@@ -236,43 +181,6 @@ def _arrayrecord(name: str, pattern: str) -> Source:
         yield texts.decoded(record, f'{path}, record {row},')
 
   return Source(name, 'arrayrecord', _files(name, pattern), read)
-
-
-def _hf(name: str, rest: str) -> Source:
-  """A dataset of the Hugging Face hub, or a local folder of one."""
-  dataset_name, config, split, field = (rest.split(':') + [''] * 3)[:4]
-  split, field = split or 'train', field or 'text'
-  fields = labelled.fields_of(name, field) if '+' in field else (field,)
-  datasets = _imported('datasets', name, 'hf')
-  try:
-    dataset = datasets.load_dataset(dataset_name, config or None, split=split)
-  except Exception as error:  # Whatever the network or the hub raises.
-    first = str(error).strip().partition('\n')[0].rstrip('.')
-    kind = (EnvironmentFailure if isinstance(
-        error, (ConnectionError, TimeoutError)) else RequestError)
-    raise kind(f'data source {name!r} cannot be loaded: {first}.') from error
-  for each in fields:
-    if each not in dataset.column_names:
-      raise _missing(name, each, dataset.column_names)
-
-  def read(_: Any) -> Iterator[str]:
-    for row, record in enumerate(dataset.select_columns([field]), 1):
-      yield _checked(record[field], f'{name}, row {row}, field {field!r},')
-
-  reader = f'hf:{dataset_name}:{config}:{split}:{field}'
-  # Datasets fingerprints a split by its cached files, built once per content.
-  content = dataset._fingerprint
-  if fields == squad.FIELDS:
-    return Source(name, reader, (), squad.reader_of_rows(name, dataset),
-                  content=content, records=squad.KIND)
-  if len(fields) > 1 and hasattr(dataset.features[fields[0]], 'feature'):
-    return Source(name, reader, (), conll.reader_of_rows(name, fields, dataset),
-                  content=content, records=conll.KIND)
-  if len(fields) > 1:
-    return _of_labelled(Source(
-        name, reader, (), labelled.reader_of_rows(name, fields, dataset),
-        content=content))
-  return Source(name, reader, (), read, content=content)
 
 
 def _parallel(name: str, pattern: str) -> Source:
@@ -290,13 +198,8 @@ def _labelled(name: str, rest: str) -> Source:
   """Texts with labels, in .tsv, .csv or .jsonl."""
   pattern, _, written = rest.partition(':')
   fields, files = labelled.fields_of(name, written), _files(name, pattern)
-  return _of_labelled(Source(name, f'labelled:{written}', files,
+  return of_labelled(Source(name, f'labelled:{written}', files,
                              labelled.reader(name, fields, files)))
-
-
-def _of_labelled(source: Source) -> Source:
-  return dataclasses.replace(source, records=labelled.KIND,
-                             as_document=labelled.Record.written)
 
 
 def _conll(name: str, rest: str) -> Source:
@@ -320,6 +223,18 @@ def _probe(name: str, _: Any) -> Source:
                 drawn=True)
 
 
+def _tokens(name: str, folder: str) -> Source:
+  """What tools.tokenize has written."""
+  index = shards.load(folder, name)
+
+  def read(_: str) -> Iterator[Document]:
+    raise RequestError(f'data source {name!r} holds tokens, and text is read '
+                       'here: name the source that they were made of, '
+                       f'{index.described["source"]!r}')
+
+  return Source(name, 'tokens', (), read, content=index.digest, tokens=folder)
+
+
 # By prefix. Each takes the source's whole name and what follows the colon.
 SOURCES = {
     'sotu': _sotu,
@@ -327,13 +242,14 @@ SOURCES = {
     'jsonl': _jsonl,
     'parquet': _parquet,
     'arrayrecord': _arrayrecord,
-    'hf': _hf,
+    'hf': hub.source,
     'parallel': _parallel,
     'alpaca': _alpaca,
     'labelled': _labelled,
     'conll': _conll,
     'squad': _squad,
     'probe': _probe,
+    'tokens': _tokens,
 }
 USAGE = {
     'sotu': 'sotu',
@@ -348,6 +264,7 @@ USAGE = {
     'conll': 'conll:GLOB[:COLUMNS]',
     'squad': 'squad:GLOB',
     'probe': 'probe:NAME',
+    'tokens': 'tokens:FOLDER',
 }
 
 
@@ -371,29 +288,3 @@ def _field(name: str, rest: str) -> tuple[str, str]:
 
 def _read_text(path: str) -> Iterator[str]:
   yield texts.decoded(pathlib.Path(path).read_bytes(), path)
-
-
-def _checked(text: str, where: str) -> str:
-  """Returns the text of a field; None (a null) is an empty document."""
-  return '' if text is None else texts.checked(text, where)
-
-
-def _missing(where: str, field: str, fields: Any) -> RequestError:
-  return RequestError(
-      f'{where} has no field {field!r}: it has {", ".join(fields)}.')
-
-
-def _imported(module: str, name: str, extra: str):
-  try:
-    return importlib.import_module(module)
-  except ImportError as error:
-    package = module.partition('.')[0]
-    raise RequestError(
-        f'data source {name!r} needs the package {package}: '
-        f"pip install 'archetype[{extra}]'.") from error
-
-
-def _digest_file(path: str) -> str:
-  with open(path, 'rb') as file:
-    return hashlib.file_digest(
-        file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

@@ -91,8 +91,11 @@ def check_fits(config: Any, options: Any) -> None:
           f'data.length {data.length} tokens, the first of which is not '
           'predicted: choose a smaller one')
   spec = data.eval_source or data.source
-  require(len(sources.parse(spec)) == 1, f'--stride reads one source, and '
-          f'{spec!r} is a mixture: name one of them by --text')
+  found = sources.parse(spec)
+  require(len(found) == 1, f'--stride reads one source, and {spec!r} is a '
+          'mixture: name one of them by --text')
+  require(not found[0][1].tokens, f'--stride reads text, and {spec!r} holds '
+          'tokens: name a text by --text')
 
 
 def _documents(evaluation: Evaluation) -> tuple[str, list[str]]:

@@ -12,6 +12,7 @@ import pytest
 
 from tests.helpers import sweep_folder, sweeps
 from tests.helpers.sweeps import states
+from tools import slurm_array
 from tools.sweep import __main__ as command
 from tools.sweep import layout, run, status
 from tools.sweep import ledger as ledger_lib
@@ -67,7 +68,7 @@ def test_slurm_runs_the_runner_as_an_array(tmp_path):
   jobs = slurm.submit(words, tmp_path / 'slurm', 2, 'timeout_min=2', 'local')
   assert [job.result() for job in jobs] == [0, 0]
   assert (tmp_path / 'mark').read_text() == 'xx'
-  delayed = slurm.Work(words).checkpoint()
+  delayed = slurm_array.Work(words).checkpoint()
   assert isinstance(delayed, submitit.helpers.DelayedSubmission)
   with pytest.raises(ValueError, match='--slurm has .partition'):
     slurm.submit(words, tmp_path, 1, 'partition', 'local')

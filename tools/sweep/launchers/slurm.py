@@ -1,74 +1,22 @@
 """The slurm launcher: an array of runners on one ledger, through submitit."""
 
-import ast
 import pathlib
-import subprocess
 
-from configs.errors import EnvironmentFailure, RequestError
-
-
-class Work:
-  """What one job of the array does: be a runner, until nothing is pending.
-
-  A job that is preempted or out of time is queued again by submitit; what it
-  held goes back into the ledger, and a run goes on from its checkpoint.
-  """
-
-  def __init__(self, words: list[str]):
-    self._words = words
-
-  def __call__(self) -> int:
-    return subprocess.run(self._words).returncode
-
-  def checkpoint(self):
-    import submitit
-    return submitit.helpers.DelayedSubmission(self)
+from tools import slurm_array
 
 
 def submit(words: list[str], folder: pathlib.Path, jobs: int, options: str,
            cluster: str | None = None) -> list:
-  """Submits `jobs` jobs as one array, prints their names, returns them.
+  """Submits an array of runners; each trains until nothing is pending.
+
+  What a job that is queued again held goes back into the ledger, and a run goes
+  on from its checkpoint.
 
   Args:
     words: the command of a runner.
     folder: for the scripts and logs of the jobs.
     jobs: how many.
-    options: of submitit's executor, as slurm_partition=gpu,timeout_min=60.
-    cluster: 'slurm'; tests run 'local'.
-
-  Raises:
-    ValueError: where submitit is missing or refuses.
+    options: as slurm_array.submit takes them, and raises.
+    cluster: likewise.
   """
-  try:
-    import submitit
-  except ImportError as error:
-    raise RequestError('--launcher=slurm needs submitit: pip install -e '
-                       "'.[slurm]'") from error
-  try:
-    executor = submitit.AutoExecutor(folder, cluster=cluster or 'slurm')
-    executor.update_parameters(name='sweep', **_parsed(options))
-  except (AssertionError, NameError, RuntimeError, TypeError) as error:
-    raise RequestError(f'--launcher=slurm: {error}') from error
-  try:
-    with executor.batch():
-      submitted = [executor.submit(Work(words)) for _ in range(jobs)]
-  except submitit.core.utils.FailedJobError as error:  # sbatch refuses
-    raise EnvironmentFailure(f'sbatch: {" ".join(str(error).split())}'
-                             ) from error
-  print(f'{jobs} job{"s" * (jobs != 1)}:',
-        ' '.join(job.job_id for job in submitted))
-  return submitted
-
-
-def _parsed(options: str) -> dict:
-  """Returns {'timeout_min': 60} of 'timeout_min=60'."""
-  parsed = {}
-  for option in filter(None, options.split(',')):
-    name, equals, value = option.partition('=')
-    if not equals:
-      raise RequestError(f'--slurm has {option!r}: write it as NAME=VALUE')
-    try:
-      parsed[name] = ast.literal_eval(value)
-    except (SyntaxError, ValueError):
-      parsed[name] = value
-  return parsed
+  return slurm_array.submit([words] * jobs, folder, options, 'sweep', cluster)

@@ -1,0 +1,77 @@
+"""tools.tokenize as an array of jobs: what SLURM and Kubernetes are given."""
+
+import shlex
+import sys
+
+import pytest
+import yaml
+
+from configs.errors import RequestError
+from tools import slurm_array
+from tools.tokenize import __main__ as command
+
+WORDS = ['hf:a b:en$(x)', '--out', 'gs://bucket/c', '--tokenizer', 'bytes:64',
+         '--holdout_every=7', '--shard_mib=9', '--processes=0', '--jobs=5']
+
+
+def test_each_job_of_slurm_is_told_which_it_is(monkeypatch, capsys):
+  submitted = []
+  monkeypatch.setattr(slurm_array, 'submit',
+                      lambda *args: submitted.append(args))
+  words = [*WORDS, '--launcher=slurm', '--slurm=slurm_partition=cpu']
+  assert command.main([*words, '--dry_run']) == 0 and not submitted
+  assert command.main(words) == 0
+  (commands, folder, options, name), = submitted
+  assert (options, name) == ('slurm_partition=cpu', 'tokenize')
+  assert str(folder).startswith('logs/tokenize-c-')
+  assert [line[-2:] for line in commands] == [
+      ['--job', str(i)] for i in range(5)]
+  line = commands[0]
+  assert line[:4] == [sys.executable, '-m', 'tools.tokenize', 'hf:a b:en$(x)']
+  assert shlex.join(line) in capsys.readouterr().out
+  # As a job reads it.
+  args = command._parser().parse_args(line[3:])
+  assert (args.tokenizer, args.holdout_every, args.shard_mib, args.processes,
+          args.jobs, args.job, args.launcher) == (
+              'bytes:64', 7, 9, 0, 5, 0, 'here')
+
+
+def test_an_array_runs_on_submitit(tmp_path):
+  pytest.importorskip('submitit')
+  commands = [[sys.executable, '-c', f'open({str(tmp_path / name)!r}, "w")']
+              for name in 'ab']
+  jobs = slurm_array.submit(commands, tmp_path / 'logs', 'timeout_min=2', 'x',
+                            'local')
+  assert [job.result() for job in jobs] == [0, 0]
+  assert (tmp_path / 'a').exists() and (tmp_path / 'b').exists()
+
+
+def test_gke_is_given_an_indexed_job(capsys):
+  words = [*WORDS, '--launcher=gke', '--image=I', '--queue=q', '--cpu=8',
+           '--pvc=claim:/data', '--service_account=me', '--dry_run']
+  assert command.main(words) == 0
+  job = yaml.safe_load(capsys.readouterr().out)
+  spec = job['spec']
+  assert (job['apiVersion'], job['kind']) == ('batch/v1', 'Job')
+  assert job['metadata']['labels'] == {'kueue.x-k8s.io/queue-name': 'q'}
+  assert (spec['completions'], spec['parallelism'],
+          spec['completionMode']) == (5, 5, 'Indexed')
+  pod = spec['template']['spec']
+  container, = pod['containers']
+  assert container['command'][:4] == [
+      'python', '-m', 'tools.tokenize', 'hf:a b:en$$(x)']
+  assert '--job' not in container['command']  # JOB_COMPLETION_INDEX says it
+  assert container['resources'] == {'requests': {'cpu': '8'}}
+  assert pod['restartPolicy'] == 'Never'
+  assert pod['serviceAccountName'] == 'me'
+  assert container['volumeMounts'] == [{'name': 'shared', 'mountPath': '/data'}]
+
+
+@pytest.mark.parametrize('words, sentence', [
+    (['--image='], 'pass --image'),
+    (['--image=I', '--pvc=claim'], '--pvc is .claim.: write CLAIM:/PATH'),
+    (['--image=I', '--out=/a'], '--out is ./a., and every pod'),
+    (['--image=I', '--out=/a', '--pvc=c:/b'], '--out is ./a., and every pod')])
+def test_what_pods_would_not_find_is_refused(words, sentence):
+  with pytest.raises(RequestError, match=sentence):
+    command.main([*WORDS, '--launcher=gke', '--dry_run', *words])

@@ -1,0 +1,1 @@
+"""Tokenising a corpus with many machines, into shards that runs read."""
