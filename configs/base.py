@@ -26,9 +26,9 @@ def base() -> ml_collections.ConfigDict:
       # The first parameters are drawn from both seeds, so that each value gives
       # others with the same data; 0: from seed alone.
       init_seed=0,
-      # What is learned: causal, prefix, chat, mlm, mlm_nsp, span, seq2seq,
-      # classification, regression, token_classification, question_answering,
-      # probe, compression.
+      # What is learned: causal, prefix, chat, mlm, mlm_nsp, masked_diffusion,
+      # span, seq2seq, classification, regression, token_classification,
+      # question_answering, probe, compression.
       objective='causal',
       # A Hugging Face folder or a workdir whose weights the run starts from.
       init_from='',

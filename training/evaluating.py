@@ -60,7 +60,7 @@ def means(found: Sequence[dict[str, Mean]],
 
   Returns:
     The objective's figures, nan where there is nothing to average; of tokens
-    their perplexity; where every token is predicted, bits per byte; and
+    their perplexity; where the loss is one of the text, bits per byte; and
     of several sources each one's own loss, as loss/NAME.
   """
   objective = loaders[0].objective
@@ -72,7 +72,7 @@ def means(found: Sequence[dict[str, Mean]],
   if objective.perplexity:
     with np.errstate(over='ignore'):
       figures['perplexity'] = float(np.exp(figures[objective.main]))
-  if objective.every_token:
+  if objective.every_token or objective.bound:
     figures['bits_per_byte'] = figures['loss'] / (math.log(2) * mix(
         [loader.bytes_per_token for loader in loaders], loaders))
   if len(loaders) > 1:

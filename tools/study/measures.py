@@ -81,7 +81,7 @@ def check(own: dict, config, who: str) -> None:
     return
   objective = objectives.of(config)
   has = {'loss': True, 'accuracy': True, 'perplexity': objective.perplexity,
-         'bits_per_byte': objective.every_token}
+         'bits_per_byte': objective.every_token or objective.bound}
   one_of(f'{told}: figure', own['figure'], _PLAIN)
   require(has[own['figure']], f'{told}, which {who} cannot have: objective '
           f'{config.objective!r} does not report it')

@@ -157,6 +157,8 @@ class Objective(NamedTuple):
     every_token: whether each token of the text is predicted once, from those
       before it. The loss is then one of the text, in bits per byte whatever
       the tokenizer, and can be measured at longer lengths than in training.
+    bound: whether its loss is an upper bound of the text's, by draws of what
+      is masked, which is told in bits per byte too.
     translates: whether its rows are pairs of a source text and a target text.
     chat_template: (config, tokenizer) -> the Jinja template of an export, or
       None; None: there is never one.
@@ -196,6 +198,7 @@ class Objective(NamedTuple):
   terms: Mapping[str, Callable] = {'loss': targets}
   prompt: Callable[..., Prompts] | None = None
   every_token: bool = False
+  bound: bool = False
   translates: bool = False
   chat_template: Callable[..., str | None] | None = None
   head: str = 'lm'

@@ -37,7 +37,8 @@ def test_no_part_of_a_rows_frame_is_masked(texts, objective):
   assert bool(ends) == (objective == 'mlm')
 
 
-@pytest.mark.parametrize('objective', ['mlm', 'mlm_nsp', 'prefix', 'span'])
+@pytest.mark.parametrize('objective', ['mlm', 'mlm_nsp', 'prefix', 'span',
+                                       'masked_diffusion'])
 def test_each_draw_of_a_row_is_a_new_one(texts, objective):
   """The masks of one text differ from epoch to epoch and from seed to seed."""
   shown = {}  # of each text: (seed, all that its row holds), each time

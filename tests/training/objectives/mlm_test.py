@@ -150,7 +150,7 @@ def test_a_prefix_is_not_predicted(texts):
     if 'data.document_mask' not in row.reads])
 def test_a_mask_of_documents_that_are_none_is_refused(texts, name):
   config = letters.config(texts, name, document_mask=True)
-  with pytest.raises(ValueError, match='document_mask .*read by causal, mlm'):
+  with pytest.raises(ValueError, match='document_mask .*by causal, masked'):
     runs.check_config(config)
 
 

@@ -1,0 +1,224 @@
+"""Masked diffusion: its rows, its loss, the bound, and what it writes."""
+
+import itertools
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs.errors import RequestError
+from tests.helpers import evaluations, letters, models
+from training import objectives, runs, unmask
+from training.data import packing, pipeline
+from training.evals.tasks import bound
+from training.objectives import masked_diffusion
+
+BYTES = letters.BYTES
+
+
+@pytest.fixture(name='texts')
+def _texts(tmp_path, monkeypatch):
+  return letters.write(tmp_path, monkeypatch)
+
+
+def test_a_row_masks_each_token_with_the_probability_that_it_drew():
+  """What each row drew is read off its weights, 1 / t."""
+  ids = np.arange(201, dtype=np.int32)
+  config = letters.config('', 'masked_diffusion', 200)
+  shares, excess = [], []
+  for seed in range(600):
+    row = masked_diffusion.masked_diffusion(
+        packing.Window(ids, 201), np.random.default_rng(seed), config, BYTES)
+    masked = row['tokens'] == BYTES.mask_id
+    assert (row['tokens'][~masked] == ids[1:][~masked]).all()
+    assert (row['targets'] == ids[1:]).all()
+    assert (row['weights'][~masked] == 0).all() and (
+        row['segment_ids'] == 1).all()
+    if not masked.any():
+      continue
+    t = 1 / row['weights'].max()
+    assert (row['weights'][masked] == row['weights'].max()).all()
+    shares.append(t)
+    excess.append((masked.sum() - 200 * t) / (200 * t * (1 - t)) ** 0.5)
+  # Uniform: the distance of Kolmogorov and Smirnov, by its 0.1 % quantile; and
+  # the numbers of masks have the mean and the spread of a binomial's.
+  steps = np.arange(1, len(shares) + 1) / len(shares)
+  assert np.abs(np.sort(shares) - steps).max() < 1.95 / len(shares) ** 0.5
+  assert abs(np.mean(excess)) < 4 / len(excess) ** 0.5
+  assert 0.9 < np.std(excess) < 1.1
+
+
+def test_every_token_stands_in_one_row(texts):
+  config = letters.config(texts, 'masked_diffusion', eval_source=texts)
+  loader, = pipeline.held_out(config, BYTES)
+  rows = [loader.batch(n) for n in range(loader.num_batches)]
+  text = np.concatenate([b['targets'][b['segment_ids'] != 0] for b in rows])
+  assert len(text) == loader.num_tokens
+  assert sorted(np.bincount(text[text < 256])[list(b'abcdef')]) == sorted(
+      sum(1 + (i + j) % 5 for j in range(300)) for i in range(6))
+  padding = np.concatenate([b['weights'][b['segment_ids'] == 0] for b in rows])
+  assert padding.size and not padding.any()
+
+
+def test_documents_can_be_kept_apart(texts):
+  config = letters.config(texts, 'masked_diffusion', document_mask=True)
+  loader, mixed = pipeline.training_loader(config, BYTES), 0
+  for batch in map(loader.batch, range(20)):
+    for ids, segments, places in zip(*(batch[key] for key in (
+        'targets', 'segment_ids', 'positions'))):
+      starts = ids == BYTES.separator_id
+      want = packing.documents(starts)
+      assert (segments == want['segment_ids']).all()
+      assert (places == want['positions']).all()
+      mixed += starts[1:].any()
+  assert mixed
+
+
+@pytest.mark.slow
+def test_the_loss_is_that_of_equation_3():
+  """By numpy, over a row and a half; whatever stands in the padding."""
+  module, params = models.make('bert', vocab_size=270)
+  rng = np.random.default_rng(0)
+  targets = rng.integers(0, 256, (2, 12)).astype(np.int32)
+  t_B1 = np.array([[0.3], [0.8]])
+  masked = rng.random((2, 12)) < t_B1
+  segments = np.ones((2, 12), np.int32)
+  segments[1, 6:] = 0
+  masked &= segments != 0
+  batch = dict(tokens=np.where(masked, BYTES.mask_id, targets),
+               targets=targets, segment_ids=segments,
+               weights=(masked / t_B1).astype(np.float32))
+  objective = objectives.OBJECTIVES['masked_diffusion']
+  config = letters.config('', 'masked_diffusion', 12)
+  output = objective.apply(module, params, batch)
+  figures = objective.means(objective.figures(output, batch, config))
+  logits = np.asarray(output.logits, np.float64)
+  nats = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(
+      logits, targets[..., None], -1)[..., 0]
+  want = sum((nats[b] * masked[b]).sum() / t_B1[b, 0] for b in range(2)) / 18
+  assert figures['loss'] == pytest.approx(want, rel=1e-5)
+  # A micro-batch counts by its tokens, not by how many are masked.
+  halves = [{key: x[b:b + 1] for key, x in batch.items()} for b in range(2)]
+  whole = objective.weights(batch)
+  shares = [objective.loss(objective.apply(module, params, half), half, config,
+                           whole)[0] for half in halves]
+  assert sum(shares) / whole['loss'] == pytest.approx(want, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_the_bound_is_the_loss_of_a_text_in_a_random_order():
+  """Of three tokens there are six orders, of which every conditional is one of
+  the model's (LLaDA, appendix A.2)."""
+  module, params = models.make('bert', vocab_size=270)
+  ids, L = np.array([10, 200, 97], np.int32), 3
+  segments = np.ones((1, L), np.int32)
+  nats = {}  # of token i where the tokens of a set are masked
+  for hidden in itertools.product((False, True), repeat=L):
+    shown = np.where(hidden, BYTES.mask_id, ids)[None]
+    logits = np.asarray(models.logits(
+        module, params, shown, segment_ids_BL=segments)[0], np.float64)
+    nats[hidden] = np.log(np.exp(logits).sum(-1)) - logits[range(L), ids]
+  orders = []
+  for order in itertools.permutations(range(L)):
+    hidden, total = [True] * L, 0.0
+    for i in order:
+      total += nats[tuple(hidden)][i]
+      hidden[i] = False
+    orders.append(total)
+  config = letters.config('', 'masked_diffusion', L)
+  rows = 512
+  batch = dict(tokens=np.tile(ids, (rows, 1)), targets=np.tile(ids, (rows, 1)),
+               segment_ids=np.ones((rows, L), np.int32),
+               weights=np.zeros((rows, L), np.float32))
+  program = jax.jit(bound._program(module, config, BYTES.mask_id, 6))
+  total_K, tokens = program(params, batch, np.uint32(0))
+  assert tokens == rows * L
+  draws_K = np.asarray(total_K) / rows
+  # A third of the draws masks one, two or three of the three tokens; which
+  # ones is chance, whose spread says how far their mean may be away.
+  kinds = [[nats[hidden][list(hidden)].sum() * L / sum(hidden)
+            for hidden in nats if sum(hidden) == many] for many in (1, 2, 3)]
+  assert np.mean([np.mean(x) for x in kinds]) == pytest.approx(np.mean(orders))
+  error = (np.mean([np.var(x) for x in kinds]) / (rows * 6)) ** 0.5
+  assert draws_K.mean() == pytest.approx(np.mean(orders), abs=4 * error)
+  assert error < 0.01 * np.mean(orders)
+  assert np.ptp([np.mean(x) for x in kinds]) > 8 * error
+
+
+def by_numpy(module, params, prompt, new, steps, mask):
+  """Algorithm 5 for one row, the likeliest token each time."""
+  ids, L = np.array([*prompt, *[mask] * new]), len(prompt)
+  for s in range(1, steps + 1):
+    logits = np.array(models.logits(
+        module, params, ids[None],
+        segment_ids_BL=np.ones((1, len(ids)), np.int32))[0], np.float64)
+    logits[:, mask] = -np.inf
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    masked = np.flatnonzero(ids == mask)
+    sure = masked[np.argsort(-p[masked].max(-1), kind='stable')]
+    stay = sure[:new * s // steps - (new - len(masked))]
+    ids[stay] = p[stay].argmax(-1)
+  return ids[L:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('steps', [
+    3, pytest.param(7, marks=pytest.mark.long)])
+def test_what_it_is_surest_of_stays(steps):
+  """Prompts of two lengths, each as it would be alone, beside numpy."""
+  module, params = models.make('bert', vocab_size=270)
+  prompts = [[5, 9, 70, 8], [200, 3]]
+  padded = np.array([[5, 9, 70, 8], [200, 3, 0, 0]], np.int32)
+  write = jax.jit(lambda params: unmask.write(
+      module, params, jnp.asarray(padded), jnp.array([4, 2]),
+      jax.random.key(0), new=7, steps=steps, mask=BYTES.mask_id,
+      temperature=0.0))
+  got = np.asarray(write(params))
+  for row, prompt in zip(got, prompts):
+    want = by_numpy(module, params, prompt, 7, steps, BYTES.mask_id)
+    assert row.tolist() == want.tolist()
+    assert BYTES.mask_id not in row
+
+
+@pytest.mark.slow
+def test_tasks_tell_the_bound_and_write(texts, capsys):
+  """The draws of many masks are near the one that an evaluation has."""
+  config = evaluations.config('modernbert', 'masked_diffusion')
+  config.data.update(source=texts, eval_source=texts, holdout_every=0)
+  evaluation = evaluations.make(
+      config, bound_samples=4, prompt='aa|||b', max_new_tokens=5,
+      unmask_steps=2)
+  plain = evaluations.run('loss', evaluation)
+  found = evaluations.run('bound', evaluation)
+  assert found['loss'] == pytest.approx(plain['loss'], rel=0.2)
+  assert found['bits_per_byte'] / found['loss'] == pytest.approx(
+      plain['bits_per_byte'] / plain['loss'], rel=1e-5)
+  assert found['tokens'] == plain['tokens'] and found['samples'] == 4
+  assert 0 < found['standard_error'] < found['loss']
+  again = evaluations.run('bound', evaluation)
+  assert again == found  # the draws are those of every evaluation
+  written = evaluations.run('unmask', evaluation)
+  assert [row['prompt'] for row in written['samples']] == ['aa', 'b']
+  assert 'sample 2 of 2:\nb' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('fields, words', [
+    (dict(system='gpt'), "'masked_diffusion', which does not fit model.arch"),
+    (dict(mask_rate=0.4), 'data.mask_rate is 0.4, which objective'),
+])
+def test_what_it_cannot_be_is_refused(fields, words):
+  fields = dict(fields)
+  config = evaluations.config(fields.pop('system', 'bert'), 'masked_diffusion')
+  config.data.update(fields)
+  with pytest.raises(RequestError, match=words):
+    runs.check_config(config)
+
+
+def test_tasks_say_what_they_are_for():
+  config = types.SimpleNamespace(objective='mlm')
+  assert 'has no bound' in bound.TASK.unfit(config)
+  config.objective = 'masked_diffusion'
+  assert not bound.TASK.unfit(config)

@@ -1,0 +1,60 @@
+"""Text that a model of masked diffusion writes, from a prompt or nothing."""
+
+from typing import Any
+
+from configs.errors import require
+from training.evals.task import Evaluation, Flag, Task, without
+
+
+def run(evaluation: Evaluation) -> dict[str, Any]:
+  """Prints --samples continuations of --prompt (or of several, by '|||')."""
+  import jax
+
+  from training import generate, progress, unmask
+  from training.objectives import record
+  options, model = evaluation.options, evaluation.run.model
+  config, tokenizer = evaluation.run.config, evaluation.tokenizer
+  texts = [text for text in options.prompt.split('|||')
+           for _ in range(options.samples)]
+  prompts = record.after_separator(texts, config, tokenizer)
+  room = model.max_len - prompts.tokens.shape[1]
+  new = options.max_new_tokens or min(256, room)
+  require(0 < new <= room, f'the prompt has {prompts.tokens.shape[1]} tokens '
+          f'and --max_new_tokens is {options.max_new_tokens}, and the model '
+          f'takes max_len {model.max_len}: shorten one of them')
+  steps = options.unmask_steps or new
+  with progress.during('writing'):
+    tokens = jax.device_get(jax.jit(
+        unmask.write, static_argnums=0,
+        static_argnames=('new', 'steps', 'mask', 'temperature'))(
+            evaluation.run.module, evaluation.params, prompts.tokens,
+            prompts.lengths, jax.random.key(options.sample_seed), new=new,
+            steps=steps, mask=tokenizer.mask_id,
+            temperature=options.temperature))
+  end = tokenizer.separator_id
+  written = [tokenizer.decode(generate.until(row, end)) for row in tokens]
+  for i, (prompt, text) in enumerate(zip(texts, written)):
+    print(f'sample {i + 1} of {len(texts)}:\n{prompt}{text}\n')
+  return {'samples': [{'prompt': p, 'text': t}
+                      for p, t in zip(texts, written)], 'steps': steps}
+
+
+def _check(options: Any) -> None:
+  require(options.temperature >= 0, f'--temperature is {options.temperature}: '
+          'it must be >= 0')
+
+
+TASK = Task(
+    'texts that a model of masked diffusion writes', run,
+    without(lambda objective: objective.bound,
+            'does not unmask text: the task is for masked_diffusion'),
+    check=_check, figures=lambda config: ('steps',),
+    flags=(
+        Flag('samples', 1, 'Texts to write for each prompt.', 1, 10_000),
+        Flag('prompt', '', "What a text begins with; several: 'A|||B'."),
+        Flag('max_new_tokens', 0,
+             'Tokens to write; 0: as many as fit, 256 at most.', 0, 2**24),
+        Flag('unmask_steps', 0, 'Steps in which they are written; 0: one for '
+             'each token.', 0, 2**24),
+        Flag('temperature', 1.0, '0: always the likeliest token.'),
+        Flag('sample_seed', 0, 'The seed of the draws.', 0, 2**32 - 1)))
