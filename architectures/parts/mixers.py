@@ -1,22 +1,24 @@
 """What mixes the tokens of a layer: (x_BLD, context, cache) -> (y_BLD, cache).
 
 An entry of MIXERS is all that there is of one. A new one is a file like
-latent.py, and its entry here.
+latent.py or, of a recurrence, like recurrent/deltanet.py, and its entry here.
 """
 
 from collections.abc import Callable
 import dataclasses
+import functools
 from typing import Any, Optional
 
 import flax.linen as nn
 
 from architectures.parts import attention
-from architectures.parts.recurrent import deltanet
 from architectures.parts import latent
 from architectures.parts import output_gate
 from architectures.parts.config import ModelConfig
-from architectures.parts.recurrent.deltanet_config import DeltaNetConfig
 from architectures.parts.latent_config import LatentConfig
+from architectures.parts.recurrent import deltanet
+from architectures.parts.recurrent import layer
+from architectures.parts.recurrent.deltanet_config import DeltaNetConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +81,29 @@ def _group(name: str, fields: type[Any]) -> tuple[str, ...]:
   return tuple(f'{name}.{field.name}' for field in dataclasses.fields(fields))
 
 
+def recurrent(module: type[layer.Layer], group: type[Any],
+              heads: tuple[str, ...] = ('key_heads', 'value_heads'),
+              positional: bool = False, check: Callable = layer.check
+              ) -> Mixer:
+  """Returns the entry of a recurrence.
+
+  Args:
+    module: its layer.
+    group: the dataclass of its fields, config.model's group of its name.
+    heads: those of them that the mesh axis tensor must divide.
+    positional: as of a Mixer.
+    check: (name, config, stack) -> None, as of a Mixer.
+  """
+  name = module.NAME
+  return Mixer(
+      module, functools.partial(layer.empty, name),
+      products=lambda c: set(module.PRODUCTS), fields=_group(name, group),
+      sources=('head_dim', 'mup_base_head_dim'),
+      divided=tuple(('tensor', f'{name}.{field}') for field in heads),
+      state=True, at_once=functools.partial(layer.at_once, name),
+      positional=positional, check=functools.partial(check, name))
+
+
 MIXERS = {
     'attention': Mixer(
         attention.Attention, attention.empty,
@@ -96,12 +121,5 @@ MIXERS = {
         divided=(('tensor', 'num_heads'), ('fsdp', 'latent.kv_rank'),
                  ('fsdp', 'latent.q_rank')),
         check=latent.check),
-    'deltanet': Mixer(
-        deltanet.DeltaNet, deltanet.empty, deltanet.products,
-        fields=_group('deltanet', DeltaNetConfig),
-        sources=('head_dim', 'mup_base_head_dim'),
-        divided=(('tensor', 'deltanet.key_heads'),
-                 ('tensor', 'deltanet.value_heads')),
-        state=True, at_once=deltanet.at_once, positional=False,
-        check=deltanet.check),
+    'deltanet': recurrent(deltanet.DeltaNet, DeltaNetConfig),
 }

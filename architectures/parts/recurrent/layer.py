@@ -1,0 +1,264 @@
+"""What the layers of all recurrences share (deltanet.py, kda.py, gla.py,
+retnet.py), so that one of them says only what is its own.
+
+  q, k, v = W_q x, W_k x, W_v x       each through silu(conv(.)), if it has one
+  o       = recurrence(q, k, v, decays, rates)
+  y       = W_o (RMSNorm(o) * gate(x))             a head by itself
+
+The cache is the state, in float32, and what the convolutions look back on: it
+does not grow with the row. Documents begin with a state of zero, and padding
+changes no state.
+"""
+
+from typing import Optional
+
+import flax.linen as nn
+from flax import struct
+import jax
+import jax.numpy as jnp
+
+from architectures.parts import linear
+from architectures.parts import norms
+from architectures.parts import positions
+from architectures.parts import sharding
+from architectures.parts.attention import Context
+from architectures.parts.config import LayerKind, ModelConfig
+from architectures.parts.recurrent import recurrence
+from architectures.parts.recurrent import short_conv
+from architectures.parts.roles import Role, declare
+from configs.errors import require
+
+LENGTH_EPS = 1e-6  # beside a squared length, as in the authors' programs
+
+
+@struct.dataclass
+class State:
+  """What a layer keeps of a row, however long it is: the state after its last
+  token, and the inputs of its last tokens to the convolutions, if it has some.
+  """
+  state_BHKU: jax.Array
+  query_BWJK: Optional[jax.Array] = None
+  key_BWJK: Optional[jax.Array] = None
+  value_BWHU: Optional[jax.Array] = None
+
+
+class Layer(nn.Module):
+  """(x_BLD, context, cache) -> (y_BLD, cache), over x itself, in the order of
+  the row.
+
+  A recurrence is a subclass with a NAME, of the mixer and of its group of
+  fields in config.model, which says `key_heads`, `value_heads`, `key_dim`,
+  `value_dim` and `conv` (tokens that the convolutions see; 0: there are none).
+  It has `inputs` and `gate`; `recurrent` in mixers.py makes its entry.
+  """
+  NAME = ''
+  PRODUCTS = frozenset({'query', 'key', 'value', 'output_gate', 'out'})
+  FUSED = True  # there are no scores
+  config: ModelConfig
+  kind: LayerKind
+
+  def inputs(self, x_BLD: jax.Array, q_BLJK: jax.Array, k_BLJK: jax.Array,
+             v_BLHU: jax.Array, ctx: Context) -> recurrence.Inputs:
+    """Returns what the recurrence is given, as if a row were one text."""
+    raise AssertionError(f'{self.NAME!r} has no inputs')
+
+  def gate(self, x_BLD: jax.Array, ctx: Context) -> jax.Array:
+    """Returns what the normalised outputs are multiplied by, [B, L, H, U]: the
+    SiLU of a product with the input."""
+    return jax.nn.silu(self.project('output_gate', x_BLD, 'heads', (
+        self.sizes.value_heads, self.sizes.value_dim), ctx).astype(jnp.float32))
+
+  @property
+  def sizes(self):
+    return getattr(self.config, self.NAME)
+
+  @nn.compact
+  def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[State]):
+    c, d = self.config, self.sizes
+    _check_context(self.NAME, ctx)
+    valid_BL = None if cache is None else ctx.valid_BL
+    q_BLJK, query_BWJK = self._read(
+        'query', x_BLD, (d.key_heads, d.key_dim), ctx, valid_BL,
+        cache and cache.query_BWJK)
+    k_BLJK, key_BWJK = self._read(
+        'key', x_BLD, (d.key_heads, d.key_dim), ctx, valid_BL,
+        cache and cache.key_BWJK)
+    v_BLHU, value_BWHU = self._read(
+        'value', x_BLD, (d.value_heads, d.value_dim), ctx, valid_BL,
+        cache and cache.value_BWHU)
+    o_BLHU, state_BHKU = recurrence.run(
+        _told_apart(self.inputs(x_BLD, q_BLJK, k_BLJK, v_BLHU, ctx),
+                    ctx.segment_ids_BL, valid_BL), cache and cache.state_BHKU)
+    if cache is not None:
+      cache = State(state_BHKU, query_BWJK, key_BWJK, value_BWHU)
+    o_BLHU = norms.RMSNorm(c, 'head', name='out_norm')(o_BLHU)
+    o_BLHU *= self.gate(x_BLD, ctx)
+    o_BLHU = sharding.constrain(o_BLHU.astype(c.compute_dtype), 'batch',
+                                'length', 'heads', 'head')
+    axes = 'heads', 'head', 'embed'
+    out_HUD = linear.weight(self, 'out', (*o_BLHU.shape[2:], c.d_model), axes,
+                            in_axes=(0, 1), residual=True)
+    return linear.product(self, 'out', 'BLHU,HUD->BLD', o_BLHU, out_HUD, axes,
+                          deterministic=ctx.deterministic), cache
+
+  def _read(self, name: str, x_BLD: jax.Array, shape: tuple[int, ...],
+            ctx: Context, valid_BL: Optional[jax.Array],
+            before_BWHK: Optional[jax.Array]
+            ) -> tuple[jax.Array, Optional[jax.Array]]:
+    """Returns queries, keys or values, and what the next token's look back on.
+    """
+    axis, W = 'heads' if name == 'value' else 'kv_heads', self.sizes.conv
+    x_BLHK = self.project(name, x_BLD, axis, shape, ctx)
+    if not W:
+      return x_BLHK, None
+    w_WHK = short_conv.weight(self, f'{name}_conv', (W, *shape),
+                              (None, axis, 'head'))
+    y_BLHK, after_BWHK = short_conv.convolve(
+        x_BLHK, w_WHK, before_BWHK=before_BWHK,
+        segment_ids_BL=ctx.segment_ids_BL, valid_BL=valid_BL)
+    return jax.nn.silu(y_BLHK), after_BWHK
+
+  def project(self, name: str, x_BLD: jax.Array, axis: str,
+              shape: tuple[int, ...], ctx: Context) -> jax.Array:
+    """Returns a product with the input, of heads on this logical axis."""
+    axes = 'embed', axis, 'head'
+    w_DHK = linear.weight(self, name, (self.config.d_model, *shape), axes)
+    y_BLHK = linear.product(self, name, 'BLD,DHK->BLHK', x_BLD, w_DHK, axes,
+                            deterministic=ctx.deterministic)
+    return sharding.constrain(y_BLHK, 'batch', 'length', *axes[1:])
+
+  def of_heads(self, name: str, x_BLD: jax.Array) -> jax.Array:
+    """Returns a number of each head of values, float32 [B, L, H]."""
+    w_DH = linear.weight(self, name, (self.config.d_model,
+                                      self.sizes.value_heads),
+                         ('embed', 'heads'))
+    return linear.einsum('BLD,DH->BLH', x_BLD, w_DH, self.config.compute_dtype
+                         ).astype(jnp.float32)
+
+  def low_rank(self, name: str, x_BLD: jax.Array, features: int) -> jax.Array:
+    """Returns x W_down W_up, of each head of values, in float32."""
+    c, d = self.config, self.sizes
+    down_DU = linear.weight(self, f'{name}_down', (c.d_model, d.rank),
+                            ('embed', None))
+    up_UHK = linear.weight(self, f'{name}_up', (
+        d.rank, d.value_heads, features), (None, 'heads', 'head'))
+    y_BLU = linear.einsum('BLD,DU->BLU', x_BLD, down_DU, c.compute_dtype)
+    y_BLHK = linear.einsum('BLU,UHK->BLHK', y_BLU, up_UHK, c.compute_dtype)
+    return sharding.constrain(y_BLHK, 'batch', 'length', 'heads', 'head'
+                              ).astype(jnp.float32)
+
+  def rate(self, x_BLD: jax.Array) -> jax.Array:
+    """Returns b of the delta rule, float32 [B, L, H]."""
+    rate_BLH = jax.nn.sigmoid(self.of_heads('rate', x_BLD))
+    return 2 * rate_BLH if self.sizes.negative else rate_BLH
+
+  def softplus_decay(self, x_BLHK: jax.Array, least: float) -> jax.Array:
+    """Returns -exp(A) softplus(x + bias), of numbers [B, L, H] or [B, L, H, K].
+    A is of a head, and its exponential is drawn between `least` and 16."""
+    shape = x_BLHK.shape[2:]
+    scale_H = declare(self, 'decay_scale', log_uniform(least), shape[:1],
+                      Role(('heads',))).astype(jnp.float32)
+    bias_HK = declare(self, 'decay_bias', step_bias, shape,
+                      Role(('heads', 'head')[:len(shape)])).astype(jnp.float32)
+    scale_H = -jnp.exp(scale_H).reshape(1, 1, -1, *(1 for _ in shape[1:]))
+    return scale_H * jax.nn.softplus(x_BLHK + bias_HK[None, None])
+
+
+def _told_apart(x: recurrence.Inputs, ids_BL: Optional[jax.Array],
+                valid_BL: Optional[jax.Array]) -> recurrence.Inputs:
+  """Returns the inputs with a state that begins anew with each document, and
+  that padding leaves as it is: its decay is 1, and it writes nothing."""
+  log_BLHK = x.log_decay_BLHK
+  if valid_BL is not None:
+    read_BL1 = valid_BL[..., None] != 0
+    if log_BLHK is not None:
+      log_BLHK = jnp.where(read_BL1[..., None], log_BLHK, 0)
+    if x.rate_BLH is None:
+      x = x._replace(k_BLJK=jnp.where(read_BL1[..., None], x.k_BLJK, 0))
+    else:
+      x = x._replace(rate_BLH=jnp.where(read_BL1, x.rate_BLH, 0))
+  if ids_BL is not None:
+    if log_BLHK is None:
+      log_BLHK = jnp.zeros((*x.v_BLHU.shape[:3], 1))
+    begins_BL = jnp.pad(ids_BL[:, 1:] != ids_BL[:, :-1], ((0, 0), (1, 0)))
+    log_BLHK = jnp.where(begins_BL[..., None, None], -jnp.inf, log_BLHK)
+  return x._replace(log_decay_BLHK=log_BLHK)
+
+
+def unit(x: jax.Array, length: float = 1.0) -> jax.Array:
+  """Returns x / |x| times a length, over the last axis, in x's dtype."""
+  x32 = x.astype(jnp.float32)
+  squares = jnp.square(x32).sum(-1, keepdims=True)
+  return (x32 * (length * jax.lax.rsqrt(squares + LENGTH_EPS))).astype(x.dtype)
+
+
+def log_uniform(least: float):
+  """The logarithm of what is uniform up to 16 (Gu and Dao's Mamba-2, and the
+  authors' programs)."""
+  def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype):
+    return jnp.log(jax.random.uniform(key, shape, dtype, least, 16.0))
+  return init
+
+
+def step_bias(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype):
+  """The bias whose softplus is uniform in its logarithm from 0.001 to 0.1,
+  likewise."""
+  first = jnp.exp(jax.random.uniform(
+      key, shape, jnp.float32, jnp.log(0.001), jnp.log(0.1)))
+  return jnp.log(jnp.expm1(first)).astype(dtype)
+
+
+def empty(name: str, c: ModelConfig, shape: tuple[int, ...]) -> State:
+  """Returns the state of rows without a token; `shape` is [..., B, M], and M
+  is nothing to it."""
+  d, rows = getattr(c, name), shape[:-1]
+  state = jnp.zeros((*rows, d.value_heads, d.key_dim, d.value_dim))
+  if not d.conv:
+    return State(state)
+  before = lambda *heads: jnp.zeros((*rows, d.conv - 1, *heads),
+                                    c.compute_dtype)
+  return State(state, before(d.key_heads, d.key_dim),
+               before(d.key_heads, d.key_dim),
+               before(d.value_heads, d.value_dim))
+
+
+def at_once(name: str, c: ModelConfig) -> int:
+  """Returns how many numbers of a token the pieces of a row hold at once: a
+  piece's weights, its triangular system, and the inverse of that."""
+  return 3 * getattr(c, name).value_heads * recurrence.PLACES
+
+
+def _check_context(name: str, ctx: Context) -> None:
+  """Raises RequestError for what a state cannot do with a row."""
+  who = f'model.mixer is {name!r}, which reads a row from left to right'
+  require(ctx.prefix_B is None,
+          f'{who}: it has no prefix whose tokens see each other')
+  require(ctx.reach_BL is None,
+          f'{who}: a row cannot hold several texts that share tokens')
+  require(not ctx.keep_attention,
+          f'{who} into a state: it has no attention weights to show')
+
+
+def check(name: str, c: ModelConfig, stack: str) -> None:
+  """Raises RequestError for what a layer of a recurrence cannot be."""
+  who, d = f'model.mixer is {name!r}', getattr(c, name)
+  require(stack == 'decoder', f'{who}, which reads a row in one direction and '
+          f'has no attention to a memory; model.arch {c.arch!r} is an {stack}: '
+          'choose attention')
+  require(c.attention == 'global', f'{who}, whose state holds all tokens '
+          f'before and has no window, and model.attention is {c.attention!r}: '
+          'set it to global (of a kind of layer, window=0)')
+  require(not positions.of(c).stack_bias, f'{who}, which has no scores for the '
+          f'bias of model.position {c.position!r}: set it to none, if for the '
+          'layers of this kind alone')
+  require(d.value_heads % d.key_heads == 0, f'model.{name}.key_heads is '
+          f'{d.key_heads}, which does not divide model.{name}.value_heads '
+          f'{d.value_heads}')
+
+
+def check_rank(name: str, c: ModelConfig) -> None:
+  """Raises RequestError where muP has no rule for a product of low rank."""
+  require(c.head_widening == 1, f"model.parametrization is 'mup' and a head is "
+          f'{c.head_widening:g} times as wide as at the base, but model.mixer '
+          f'{name!r} has products of low rank, of which muP knows how many '
+          'heads there are: set model.mup_base_head_dim to model.head_dim')
