@@ -86,6 +86,10 @@ class Checkpoints:
               # Weights do not compress: zstd gains 8 % and costs a core.
               state=ocp.PyTreeCheckpointHandler(use_compression=False),
               record=ocp.JsonCheckpointHandler()))
+    # Processes agree on a stop by distributed.signals. Orbax would only note
+    # how much time the save of it rescues, and fails at that beside checkpoints
+    # of an earlier start, whose times it has not read.
+    self._manager.reached_preemption = lambda step: False
 
   @property
   def newest(self) -> int | None:

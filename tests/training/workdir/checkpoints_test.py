@@ -36,6 +36,21 @@ def test_the_same_state_is_not_saved_twice(tmp_path):
     assert not toy_run.save(store, 10, restored.state)
 
 
+def test_a_stop_soon_after_a_start_is_saved(tmp_path, monkeypatch):
+  """At a stop of several processes, all agree by JAX's preemption service,
+  which Orbax asks too."""
+  state = toy_run.born(1, 1)
+  with toy_run.open_store(tmp_path) as store:
+    toy_run.save(store, 1, state)
+  monkeypatch.setattr('orbax.checkpoint.utils.reached_preemption',
+                      lambda step: True)
+  with toy_run.open_store(tmp_path) as store:
+    restored = store.restore(toy_run.abstract(1, 1))
+    toy_run.save(store, 2, restored.state)
+    store.wait()
+  assert restoring.steps(restoring.directory(tmp_path)) == [1, 2]
+
+
 @pytest.mark.parametrize('every_steps, every_minutes, due', [
     (0, 0.0, []), (4, 0.0, [4, 8, 12]), (0, 5.0, [5, 10]),
     (4, 5.0, [4, 8, 12]), (7, 5.0, [5, 7, 12])])
