@@ -60,7 +60,8 @@ def defaults() -> dict:
       ),
       block='pre_norm',  # how norms, attention and networks are wired
       # What mixes the tokens of a layer: attention; latent, whose keys and
-      # values are made of a small vector a token; or deltanet, a recurrence.
+      # values are made of a small vector a token; or a recurrence: deltanet,
+      # mamba2.
       mixer='attention',
       latent=dict(  # of mixer=latent
           q_rank=0,  # of the vector that queries are made of; 0: of the input
@@ -83,6 +84,19 @@ def defaults() -> dict:
           conv=4,  # tokens that a convolution sees, with the one that it is at
           decay=True,  # the state decays (Gated DeltaNet), or not (DeltaNet)
           negative=False,  # rates up to 2, for negative eigenvalues, not 1
+      ),
+      mamba2=dict(  # of mixer=mamba2
+          heads=0,  # heads of x, each with a state; derived: 2 num_heads
+          head_dim=0,  # features of a head; derived: head_dim
+          groups=1,  # of heads: each has one B and one C for all its heads
+          state=128,  # features of B and C
+          conv=4,  # tokens that a convolution sees, with the one that it is at
+          conv_bias=True,  # a bias of the convolutions
+          norm_over='group',  # the heads of a group are normalised, or all
+          # Bounds of dt, the step from one token to the next; most_step 0: it
+          # has no upper one.
+          least_step=0.0,
+          most_step=0.0,
       ),
       attention='global',  # which keys a query sees
       # The kinds of layer, names of model.kinds, that are repeated over the

@@ -28,6 +28,7 @@ from architectures.parts.moe import grouped_kernels
 from architectures.parts.moe import health
 from architectures.parts.moe import routing
 from architectures.parts.norms import NORMS
+from architectures.parts.recurrent import mamba2
 from architectures.parts.skeletons import REMAT
 from architectures.parts.unread import get
 from configs.errors import one_of, require
@@ -39,16 +40,18 @@ RANGES = (
         'norm_eps', 'attention_scale', 'init_scale', 'rope.theta',
         'rope.original_len', 'rope.low_freq_factor', 'rope.beta_slow',
         'relative.buckets', 'relative.max_distance', 'latent.scale',
+        'mamba2.groups', 'mamba2.state',
         'moe.num_experts', 'moe.d_ff', 'moe.expert_groups', 'moe.top_groups',
         'moe.gate_scale', 'clamp.alpha', 'clamp.limit')),
     ('it must be >= 0', lambda x: x >= 0, (
         'attention_softcap', 'logits_softcap', 'init_stddev', 'rope.mscale',
-        'rope.mscale_all_dim', 'rope.attention_factor',
+        'rope.mscale_all_dim', 'rope.attention_factor', 'mamba2.least_step',
+        'mamba2.most_step',
         'moe.shared_experts', 'moe.group_size', 'moe.capacity_factor',
         'moe.eval_capacity_factor', 'moe.logit_noise', 'moe.balance_weight',
         'moe.z_loss_weight', 'moe.bias_rate', 'lora.alpha')),
     ('it must be >= 1', lambda x: x >= 1, (
-        'learned_stretch', 'rope.factor', 'deltanet.conv')),
+        'learned_stretch', 'rope.factor', 'deltanet.conv', 'mamba2.conv')),
     ('choose it in [0, 1)', lambda x: 0 <= x < 1, (
         'dropout', 'attention_dropout', 'ffn_dropout', 'head_dropout',
         'moe.jitter', 'moe.expert_dropout', 'lora.dropout')),
@@ -84,6 +87,7 @@ def names() -> dict[str, Collection[str]]:
       'block': BLOCKS,
       'qk_norm_over': attention.QK_NORMS,
       'attention_gate': output_gate.GATES,
+      'mamba2.norm_over': mamba2.NORMS_OVER,
       'attention_kernel': kernels.names(),
       'init': linear.INITS,
       'lora.targets': (*linear.PRODUCTS, linear.ALL),

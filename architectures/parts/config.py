@@ -22,6 +22,8 @@ from architectures.parts import fields as field_checks
 from architectures.parts.recurrent import deltanet_config
 from architectures.parts import latent_config
 from architectures.parts.recurrent.deltanet_config import DeltaNetConfig
+from architectures.parts.recurrent import mamba2_config
+from architectures.parts.recurrent.mamba2_config import Mamba2Config
 from architectures.parts.latent_config import LatentConfig
 from configs import kinds
 from configs.errors import one_of, require
@@ -162,6 +164,7 @@ class ModelConfig:
   mixer: str
   latent: LatentConfig
   deltanet: DeltaNetConfig
+  mamba2: Mamba2Config
   attention: str
   pattern: str
   prefix: str
@@ -347,6 +350,7 @@ def make(fields: Mapping[str, Any]) -> ModelConfig:
       moe=MoEConfig(**{**moe, 'd_ff': moe['d_ff'] or d_ff}),
       latent=latent_config.derived(fields['latent'], head_dim),
       deltanet=deltanet_config.derived(fields['deltanet'], heads, head_dim),
+      mamba2=mamba2_config.derived(fields['mamba2'], heads, head_dim),
       clamp=ClampConfig(**fields['clamp']),
       relative=RelativeConfig(**fields['relative'])))
 

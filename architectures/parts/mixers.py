@@ -18,7 +18,9 @@ from architectures.parts.config import ModelConfig
 from architectures.parts.latent_config import LatentConfig
 from architectures.parts.recurrent import deltanet
 from architectures.parts.recurrent import layer
+from architectures.parts.recurrent import mamba2
 from architectures.parts.recurrent.deltanet_config import DeltaNetConfig
+from architectures.parts.recurrent.mamba2_config import Mamba2Config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Mixer:
     sources: fields that others are derived from, where those are left open,
       and that it does not read otherwise.
     divided: (mesh axis, field of config.model that it must divide).
+    whole: of these, the fields that a mesh need not divide where they are 1:
+      all devices have the same.
     state: whether it is a recurrence, whose cache is a state of one size: what
       has been read cannot be taken back, padding must be told apart, and a row
       stays on one device.
@@ -50,6 +54,7 @@ class Mixer:
   fields: tuple[str, ...] = ()
   sources: tuple[str, ...] = ()
   divided: tuple[tuple[str, str], ...] = ()
+  whole: tuple[str, ...] = ()
   state: bool = False
   at_once: Optional[Callable[[ModelConfig], int]] = None
   positional: bool = True
@@ -122,4 +127,9 @@ MIXERS = {
                  ('fsdp', 'latent.q_rank')),
         check=latent.check),
     'deltanet': recurrent(deltanet.DeltaNet, DeltaNetConfig),
+    'mamba2': dataclasses.replace(
+        recurrent(mamba2.Mamba2, Mamba2Config, heads=('heads', 'groups'),
+                  check=mamba2.check),
+        sources=('num_heads', 'head_dim', 'mup_base_head_dim'),
+        whole=('mamba2.groups',)),
 }

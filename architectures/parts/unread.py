@@ -64,6 +64,10 @@ CONDITIONS = (
         lambda c: c.position == 'none' or mixers.of(c).positional
         or bool(positions.of(c).embed)),
     Condition(
+        ('mamba2.norm_over',),
+        Row('model.mamba2.groups is above 1', ('mamba2.groups',)),
+        lambda c: c.mamba2.groups > 1),
+    Condition(
         ('qk_norm_over',), Row('model.qk_norm is True', ('qk_norm',)),
         lambda c: c.qk_norm),
     Condition(

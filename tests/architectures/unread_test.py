@@ -48,6 +48,10 @@ OTHER = {
     'deltanet.key_heads': 2, 'deltanet.value_heads': 8, 'deltanet.key_dim': 6,
     'deltanet.value_dim': 6, 'deltanet.conv': 3, 'deltanet.decay': False,
     'deltanet.negative': True,
+    'mamba2.heads': 16, 'mamba2.head_dim': 6, 'mamba2.groups': 2,
+    'mamba2.state': 6, 'mamba2.conv': 3, 'mamba2.conv_bias': False,
+    'mamba2.norm_over': 'all', 'mamba2.least_step': 0.01,
+    'mamba2.most_step': 0.05,
 }
 # Read by a kernel of a TPU, or by the optimiser's step.
 NOT_IN_THE_PROGRAM = ('moe.grouped_kernel', 'moe.bias_rate')

@@ -87,7 +87,10 @@ def check_mesh(model: ModelConfig, batch_size: int, grad_accumulation: int,
             *held)
   for name, (axis, field) in [
       (kind, row) for kind in model.kinds_used for row in rows_of(kind)]:
-    size = operator.attrgetter(field)(model.of_kind(name))
+    c = model.of_kind(name)
+    size = operator.attrgetter(field)(c)
+    if size == 1 and field in mixers.of(c).whole:
+      continue
     where = (f'model.kinds.{name}.{field}' if field in model.kinds.get(name, ())
              else f'model.{field}')
     require(size % shape[axis] == 0,

@@ -61,6 +61,7 @@ CLASSES: tuple[tuple[str, str | Callable, str], ...] = (
      r'|sliding_window|attention_(softcap|scale)|embed_scale|logits_scale'
      r'|logits_softcap|parametrization|mup_base_(width|head_dim)|dtype'
      r'|latent\.scale|deltanet\.negative|lora\.alpha'
+     r'|mamba2\.(norm_over|least_step|most_step)'
      r'|kinds\.\w+\.(window|rope\..*|attention_(softcap|scale))'
      r'|moe\.(top_k|dispatch|capacity_factor|normalize_gates|group_size))',
      OPTIMISATION, 'the same parameters in another function'),
@@ -72,7 +73,7 @@ CLASSES: tuple[tuple[str, str | Callable, str], ...] = (
      r'|qk_norm(_over)?|attention_(sinks|gate|(out_)?bias)|ffn_bias'
      r'|value_(residual|embedding)|kv_sharing'
      r'|tie_embeddings|logits_bias|head|lora\.(rank|targets)|pattern|prefix'
-     r'|deltanet\.decay|kinds(\..*)?'
+     r'|deltanet\.decay|mamba2\.conv_bias|kinds(\..*)?'
      r'|moe\.(router|ffn|shared_experts))', INCOMPATIBLE,
      'other parameters'),
     (r'model\.(d_model|num_layers|num_decoder_layers|num_heads|num_kv_heads'
@@ -81,6 +82,7 @@ CLASSES: tuple[tuple[str, str | Callable, str], ...] = (
      r'|param_dtype'
      r'|relative\.buckets|latent\.(q_rank|kv_rank|nope_dim|rope_dim|v_dim)'
      r'|deltanet\.(key_heads|value_heads|key_dim|value_dim|conv)'
+     r'|mamba2\.(heads|head_dim|groups|state|conv)'
      r'|moe\.(num_experts|d_ff))', INCOMPATIBLE,
      'parameters of another shape or dtype'),
 )

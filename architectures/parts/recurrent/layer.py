@@ -49,7 +49,8 @@ class Layer(nn.Module):
   A recurrence is a subclass with a NAME, of the mixer and of its group of
   fields in config.model, which says `key_heads`, `value_heads`, `key_dim`,
   `value_dim` and `conv` (tokens that the convolutions see; 0: there are none).
-  It has `inputs` and `gate`; `recurrent` in mixers.py makes its entry.
+  It has `inputs`, and `gate` or `gated`; `recurrent` in mixers.py makes its
+  entry.
   """
   NAME = ''
   PRODUCTS = frozenset({'query', 'key', 'value', 'output_gate', 'out'})
@@ -68,9 +69,28 @@ class Layer(nn.Module):
     return jax.nn.silu(self.project('output_gate', x_BLD, 'heads', (
         self.sizes.value_heads, self.sizes.value_dim), ctx).astype(jnp.float32))
 
+  def gated(self, o_BLHU: jax.Array, x_BLD: jax.Array, v_BLHU: jax.Array,
+            ctx: Context) -> jax.Array:
+    """Returns what the last product joins, of what was read of the state."""
+    del v_BLHU
+    return norms.RMSNorm(self.config, 'head', name='out_norm')(
+        o_BLHU) * self.gate(x_BLD, ctx)
+
+  def filters(self, name: str, axis: str | None, shape: tuple[int, ...]
+              ) -> tuple[jax.Array, Optional[jax.Array]]:
+    """Returns the weights of a convolution, [W, heads, features], and its bias,
+    if it has one."""
+    return short_conv.weight(self, f'{name}_conv', (self.sizes.conv, *shape),
+                             (None, axis, 'head')), None
+
   @property
   def sizes(self):
     return getattr(self.config, self.NAME)
+
+  @property
+  def key_axis(self) -> str | None:
+    """The logical axis of the heads of keys."""
+    return 'kv_heads'
 
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[State]):
@@ -91,8 +111,7 @@ class Layer(nn.Module):
                     ctx.segment_ids_BL, valid_BL), cache and cache.state_BHKU)
     if cache is not None:
       cache = State(state_BHKU, query_BWJK, key_BWJK, value_BWHU)
-    o_BLHU = norms.RMSNorm(c, 'head', name='out_norm')(o_BLHU)
-    o_BLHU *= self.gate(x_BLD, ctx)
+    o_BLHU = self.gated(o_BLHU, x_BLD, v_BLHU, ctx)
     o_BLHU = sharding.constrain(o_BLHU.astype(c.compute_dtype), 'batch',
                                 'length', 'heads', 'head')
     axes = 'heads', 'head', 'embed'
@@ -107,18 +126,16 @@ class Layer(nn.Module):
             ) -> tuple[jax.Array, Optional[jax.Array]]:
     """Returns queries, keys or values, and what the next token's look back on.
     """
-    axis, W = 'heads' if name == 'value' else 'kv_heads', self.sizes.conv
+    axis = 'heads' if name == 'value' else self.key_axis
     x_BLHK = self.project(name, x_BLD, axis, shape, ctx)
-    if not W:
+    if not self.sizes.conv:
       return x_BLHK, None
-    w_WHK = short_conv.weight(self, f'{name}_conv', (W, *shape),
-                              (None, axis, 'head'))
     y_BLHK, after_BWHK = short_conv.convolve(
-        x_BLHK, w_WHK, before_BWHK=before_BWHK,
+        x_BLHK, *self.filters(name, axis, shape), before_BWHK=before_BWHK,
         segment_ids_BL=ctx.segment_ids_BL, valid_BL=valid_BL)
     return jax.nn.silu(y_BLHK), after_BWHK
 
-  def project(self, name: str, x_BLD: jax.Array, axis: str,
+  def project(self, name: str, x_BLD: jax.Array, axis: str | None,
               shape: tuple[int, ...], ctx: Context) -> jax.Array:
     """Returns a product with the input, of heads on this logical axis."""
     axes = 'embed', axis, 'head'

@@ -1,11 +1,12 @@
 """A short causal convolution of each feature by itself, along a row.
 
-  y_l = sum over i < W of w_i x_(l - W + 1 + i)
+  y_l = b + sum over i < W of w_i x_(l - W + 1 + i)
 
 The last weight is the token's own. Tokens of other documents count as zero, as
 do those before the row, unless a cache has them (W - 1 tokens of a row).
 """
 
+from collections.abc import Callable
 from typing import Any, Optional
 
 import flax.linen as nn
@@ -24,13 +25,25 @@ def weight(module: nn.Module, name: str, shape: tuple[int, ...],
 
   It is drawn as torch.nn.Conv1d draws it, uniformly within 1 / sqrt(W).
   """
-  most = shape[0] ** -0.5
+  return declare(module, name, _within(shape[0]), shape, Role(axes))
+
+
+def bias(module: nn.Module, name: str, width: int, shape: tuple[int, ...],
+         axes: tuple[str | None, ...]) -> jax.Array:
+  """Declares the bias of a convolution of so many tokens, [heads, features],
+  drawn likewise."""
+  return declare(module, name, _within(width), shape, Role(axes))
+
+
+def _within(width: int) -> Callable:
+  most = width ** -0.5
   def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype):
     return jax.random.uniform(key, shape, dtype, -most, most)
-  return declare(module, name, init, shape, Role(axes))
+  return init
 
 
-def convolve(x_BLHK: jax.Array, w_WHK: jax.Array, *,
+def convolve(x_BLHK: jax.Array, w_WHK: jax.Array,
+             bias_HK: Optional[jax.Array] = None, *,
              before_BWHK: Optional[jax.Array] = None,
              segment_ids_BL: Optional[jax.Array] = None,
              valid_BL: Optional[jax.Array] = None
@@ -40,6 +53,7 @@ def convolve(x_BLHK: jax.Array, w_WHK: jax.Array, *,
   Args:
     x_BLHK: the inputs.
     w_WHK: the weights.
+    bias_HK: the bias; None: there is none.
     before_BWHK: the W - 1 inputs before them; None: zeros.
     segment_ids_BL: documents; their leading axis may be 1.
     valid_BL: 0 on padding, which is all a row's end; None: there is none.
@@ -49,6 +63,8 @@ def convolve(x_BLHK: jax.Array, w_WHK: jax.Array, *,
     before_BWHK = jnp.zeros((B, W - 1, H, K), x_BLHK.dtype)
   all_BMHK = jnp.concatenate([before_BWHK.astype(x_BLHK.dtype), x_BLHK], 1)
   y_BLHK = linear.counted(_filtered, 2 * W)(all_BMHK, w_WHK, segment_ids_BL)
+  if bias_HK is not None:
+    y_BLHK += bias_HK.astype(jnp.float32)[None, None]
   if valid_BL is None:
     after_BWHK = all_BMHK[:, L:]
   else:

@@ -1,0 +1,106 @@
+"""Mamba-2: a state space model whose state decays by one number a head (Dao and
+Gu 2024, "Transformers are SSMs", arXiv 2405.21060; as in state-spaces/mamba).
+
+  x, B, C = silu(conv(W_x u)), silu(conv(W_B u)), silu(conv(W_C u))
+  dt      = softplus(W_dt u + bias)                 a number a head
+  S_t     = exp(dt_t A) S_t-1 + B_t (dt_t x_t)^T,   A = -exp(A_log)
+  y_t     = S_t^T C_t + D x_t
+  out     = W_o RMSNorm(y * silu(W_z u))
+
+That is linear attention with a decay: C are queries, B keys and x values, and
+they are called so here. A head of keys serves a group of heads of values. The
+norm is over the heads of a group, or over all.
+
+What is not of this recurrence alone is in layer.py.
+"""
+
+from collections.abc import Callable
+import functools
+from typing import Optional
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from architectures.parts import norms
+from architectures.parts.attention import Context
+from architectures.parts.config import ModelConfig
+from architectures.parts.recurrent import layer
+from architectures.parts.recurrent import recurrence
+from architectures.parts.recurrent import short_conv
+from architectures.parts.roles import Role, declare
+from configs.errors import require
+
+NORMS_OVER = ('group', 'all')
+
+
+class Mamba2(layer.Layer):
+  """Positions are not read."""
+  NAME = 'mamba2'
+
+  @property
+  def key_axis(self) -> str | None:
+    """One group is whole on every device."""
+    return 'kv_heads' if self.sizes.groups > 1 else None
+
+  def filters(self, name: str, axis: str | None, shape: tuple[int, ...]
+              ) -> tuple[jax.Array, Optional[jax.Array]]:
+    w_WHK, bias_HK = super().filters(name, axis, shape)
+    if self.sizes.conv_bias:
+      bias_HK = short_conv.bias(self, f'{name}_conv_bias', self.sizes.conv,
+                                shape, (axis, 'head'))
+    return w_WHK, bias_HK
+
+  def inputs(self, x_BLD: jax.Array, q_BLJK: jax.Array, k_BLJK: jax.Array,
+             v_BLHU: jax.Array, ctx: Context) -> recurrence.Inputs:
+    del ctx
+    m = self.sizes
+    bias_H = self._of_head('step_bias', layer.step_bias)
+    dt_BLH = jnp.clip(
+        jax.nn.softplus(self.of_heads('step', x_BLD) + bias_H[None, None]),
+        m.least_step, m.most_step or None)
+    scale_H = self._of_head('decay_scale', layer.log_uniform(1.0))
+    return recurrence.Inputs(
+        q_BLJK, k_BLJK, dt_BLH[..., None] * v_BLHU.astype(jnp.float32),
+        (-jnp.exp(scale_H)[None, None] * dt_BLH)[..., None])
+
+  def gated(self, o_BLHU: jax.Array, x_BLD: jax.Array, v_BLHU: jax.Array,
+            ctx: Context) -> jax.Array:
+    m, shape = self.sizes, v_BLHU.shape[2:]
+    skip_H = self._of_head('skip', nn.initializers.ones)
+    o_BLHU += skip_H[None, None, :, None] * v_BLHU.astype(jnp.float32)
+    gate_BLHU = self.project('output_gate', x_BLD, 'heads', shape, ctx)
+    scale_HU = declare(self, 'out_norm_scale', nn.initializers.ones, shape,
+                       Role(('heads', 'head')))
+    norm = functools.partial(
+        gated_norm, groups=m.groups if m.norm_over == 'group' else 1,
+        eps=self.config.norm_eps)
+    return norms.recomputed(norm)(o_BLHU, gate_BLHU, scale_HU)
+
+  def _of_head(self, name: str, init: Callable) -> jax.Array:
+    """Declares a number of each head; returns them in float32."""
+    return declare(self, name, init, (self.sizes.heads,), Role(('heads',))
+                   ).astype(jnp.float32)
+
+
+def gated_norm(y_BLHU: jax.Array, z_BLHU: jax.Array, scale_HU: jax.Array, *,
+               groups: int, eps: float) -> jax.Array:
+  """Returns RMSNorm(y silu(z)), float32, over the heads of each group."""
+  B, L, H, U = y_BLHU.shape
+  y_BLHU = y_BLHU * jax.nn.silu(z_BLHU.astype(jnp.float32))
+  y_BLJRU = y_BLHU.reshape(B, L, groups, H // groups, U)
+  square_BLJ11 = jnp.square(y_BLJRU).mean((-2, -1), keepdims=True)
+  y_BLHU = (y_BLJRU * jax.lax.rsqrt(square_BLJ11 + eps)).reshape(B, L, H, U)
+  return y_BLHU * scale_HU.astype(jnp.float32)[None, None]
+
+
+def check(name: str, c: ModelConfig, stack: str) -> None:
+  """Raises RequestError for what a layer of Mamba-2 cannot be."""
+  m = c.mamba2
+  require(m.heads % m.groups == 0, f'model.mamba2.groups is {m.groups}, which '
+          f'does not divide model.mamba2.heads {m.heads}')
+  layer.check(name, c, stack)
+  require(not m.most_step or m.least_step <= m.most_step,
+          f'model.mamba2.least_step is {m.least_step}, above '
+          f'model.mamba2.most_step {m.most_step}: choose it at most as large, '
+          'or set most_step to 0, for no limit')
