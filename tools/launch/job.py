@@ -85,9 +85,7 @@ def make(argv: list[str], num_devices: int, slices: int = 1,
   args = flags.FLAGS
   if args.config is None or not args.workdir:
     raise RequestError('pass both --config FILE.py:SIZE and --workdir DIR')
-  if not 0 <= args.max_restarts <= 1_000_000:
-    raise RequestError(
-        f'--max_restarts is {args.max_restarts}: choose 0 to 1,000,000')
+  check_restarts(args)
   storage.check_folder(args.workdir)
   if storage.in_bucket(args.logs):
     raise RequestError(f'--logs is {args.logs!r}: choose a folder on disk')
@@ -104,6 +102,12 @@ def make(argv: list[str], num_devices: int, slices: int = 1,
       env=environment(args, f'{parent}/jax_cache'),
       max_restarts=args.max_restarts, dry_run=args.dry_run,
       config=args.config)
+
+
+def check_restarts(args) -> None:
+  """Raises RequestError for an --max_restarts that is no such number."""
+  require(0 <= args.max_restarts <= 1_000_000,
+          f'--max_restarts is {args.max_restarts}: choose 0 to 1,000,000')
 
 
 def environment(args, compile_cache: str) -> dict[str, str]:

@@ -73,6 +73,7 @@ def test_kueue_may_begin_with_fewer_runners():
     ('gpu=nvidia-l4:1,topology=v5e:2x2', 'gpu and topology'),
     ('imag=a', "Unknown command line flag 'imag'"),
     ('grace_seconds=soon', '--gke is .*grace_seconds'),
+    ('max_restarts=-1', '--max_restarts is -1'),
     ('queue=My Queue', "--queue is 'My Queue'"), ('hours=-1', '--hours is -1')])
 def test_what_makes_no_pod_of_a_runner_is_refused(options, told):
   with pytest.raises(RequestError, match=told):

@@ -50,6 +50,7 @@ def parse(options: str) -> flags.FlagValues:
           'the ledger needs a folder that all runners mount')
   require(not (args.gpu and args.topology), '--gke has gpu and topology: pass '
           'one of them, or none to train on CPUs')
+  job_lib.check_restarts(args)
   pods.check(args)
   estimate.check(args)
   if args.topology:
