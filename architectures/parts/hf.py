@@ -58,7 +58,8 @@ class HuggingFace(NamedTuple):
   order and the grouping count: a blank ends a dimension of theirs, and HK is
   one dimension of size H*K. {n} is the layer, counted through the blocks of
   the period. {e} is an expert, axis E of ours. 'query|key|value' are several
-  parameters of ours in one tensor of theirs, along its axis 3; with the axes
+  parameters of ours in one tensor of theirs, along its axis 3 (1 is a dimension
+  of theirs that ours has not); with the axes
   'DHK|DJK|DJK' and 'HK+JK+JK D' they follow one another in it, each of its own
   size. A row is passed over where the model has no such parameter with as many
   axes, so that a dense and an expert ffn/up may both have one.
@@ -227,7 +228,8 @@ class Tensor(NamedTuple):
       which: of `paths`.
       ranges: (start, stop) of our axes, by letter.
     """
-    wanted = {**ranges, str(len(self.paths)): (which, which + 1)}
+    wanted = {**ranges, '1': (0, 1),
+              str(len(self.paths)): (which, which + 1)}
     slices, shapes, indices = zip(*(
         self._narrow(dim, which, wanted) for dim in self.axes.split()))
     x = cut(slices).reshape(sum(shapes, ()))[sum(indices, ())]
@@ -303,7 +305,8 @@ def expand(rows: Sequence[Row],
     for (row, n), e in itertools.product(enumerate(layers), experts):
       index = (() if n is None else (row,)) + (() if e is None else (e,))
       tensors.append(Tensor(theirs.format(n=n, e=e), their_axes, paths, inner,
-                            index, sizes | {str(len(paths)): len(paths)}))
+                            index, sizes | {'1': 1, str(len(paths)): len(paths)}
+                            ))
   covered = {path for tensor in tensors for path in tensor.paths}
   if bare := sorted(set(shapes) - covered):
     raise RequestError(

@@ -22,9 +22,9 @@ OF_EXPERTS = {'moe.router', 'moe.top_k', 'moe.ffn'}
 SCALES = {'attention_scale', 'embed_scale', 'logits_scale', 'rope.fraction'}
 # The axes by which a sharding rule knows a parameter, and their letters.
 LETTERS = {'vocab': 'V', 'embed': 'D', 'heads': 'HU', 'kv_heads': 'JHU',
-           'joined': 'U', 'head': 'K', 'latent': 'U', 'mlp': 'F',
+           'joined': 'U', 'head': 'KU', 'latent': 'U', 'mlp': 'F',
            'experts': 'E', 'rows': 'V',
-           None: 'UDHEL'}
+           None: 'UDHELWJ'}
 # Models of a system that together have every parameter of its names.
 VARIANTS = (dict(), dict(tie_embeddings=False), dict(logits_bias=True),
             dict(attention_bias=True, ffn_bias=True), models.DENSE_MOE,
@@ -83,8 +83,10 @@ def test_names_are_of_parameters_and_axes_of_the_legend(system):
     sizes = dict(V=c.vocab_size, D=c.d_model, H=c.num_heads, J=c.num_kv_heads,
                  K=c.head_dim, F=c.d_ff, E=c.moe.num_experts,
                  L=c.max_len + c.position_offset)
-    if c.mixer == 'latent':  # whose heads have several sizes
+    if c.mixer in ('latent', 'mamba2'):  # whose heads have several sizes
       del sizes['K']
+    if c.mixer == 'mamba2':  # and are not those of attention
+      del sizes['H'], sizes['J']
     if c.moe.d_ff != c.d_ff or c.moe.shared_experts > 1:  # several widths
       del sizes['F']
     rows |= set(table)

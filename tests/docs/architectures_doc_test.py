@@ -77,7 +77,8 @@ COLUMNS = {
     'heads': lambda n: str(model(n).num_heads),
     'key heads': lambda n: str(model(n).num_kv_heads),
     'd_ff': lambda n: f'{model(n).d_ff:,}',
-    'd_ff / width': lambda n: f'{model(n).d_ff / model(n).d_model:.3g}',
+    'd_ff / width': lambda n: '—' if model(n).ffn == 'none' else (
+        f'{model(n).d_ff / model(n).d_model:.3g}'),
     'context': lambda n: f'{model(n).max_len:,}',
     'vocabulary': lambda n: f'{model(n).vocab_size:,}',
     'stacks': stacks,
@@ -95,6 +96,8 @@ COLUMNS = {
         f'{figures(n)["flops_per_token"]["prefill"] / 1e9:,.1f}'),
     'cache KiB a token': lambda n: (
         f'{figures(n)["kv_cache_bytes_per_token"] / 1024:,.0f}'),
+    'state MiB a row': lambda n: (
+        f'{figures(n)["state_bytes_per_row"] / 2**20:,.0f}'),
 }
 
 

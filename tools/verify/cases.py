@@ -317,6 +317,17 @@ SYSTEMS = {
             'capacity': dict(moe_eval_capacity_token_fraction=0.25,
                              normalize_router_prob_before_dropping=True),
         }),
+    'mamba2': System(
+        dict(vocab_size=31, hidden_size=12, num_heads=6, head_dim=4,
+             state_size=5, n_groups=1, num_hidden_layers=2, **NO_IDS),
+        {
+            'plain': dict(tie_word_embeddings=True),
+            # Some steps are above the bound, some below.
+            'groups': dict(n_groups=2, conv_kernel=3, use_conv_bias=False,
+                           num_hidden_layers=1, chunk_size=8,
+                           layer_norm_epsilon=1e-3,
+                           time_step_limit=[0.02, 0.05]),
+        }),
     'bert': System(
         dict(vocab_size=61, hidden_size=20, intermediate_size=32,
              num_attention_heads=4, num_hidden_layers=2,
@@ -356,7 +367,9 @@ OUR_ROPE = {('llama', 'ntk'): dict(scaling='ntk', theta=1e4, factor=4.0)}
 # Where a capacity counts the tokens of a batch, one by one is another batch.
 NO_GREEDY = (('switch', 'capacity'), ('gshard', 'capacity'),
              # It turns new keys otherwise than those that its cache holds.
-             ('llama', 'dynamic'))
+             ('llama', 'dynamic'),
+             # With a cache, its steps have no bounds.
+             ('mamba2', 'groups'))
 
 
 def all_cases() -> list[tuple[str, str]]:

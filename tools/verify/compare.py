@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import architectures
+from architectures.parts import mixers
 from tools.verify.recording import Recording
 from training import generate
 from training import paths
@@ -209,17 +210,18 @@ def _scores(out):
 
 
 def _decoder(module, params, inputs):
+  weighs = not mixers.with_state(module.config)
   out = module.apply({'params': params}, inputs['tokens'],
                      positions_BL=inputs.get('positions'),
                      segment_ids_BL=inputs['mask'], keep_layers=True,
-                     keep_attention=True)
+                     keep_attention=weighs)
   layers = [*out.aux['layers'][:-1], out.hidden]  # theirs ends normalised
   outputs = dict(logits=_scores(out))
   moe = module.config.moe
   if out.aux.get('losses') and out.head:  # theirs is top_k times ours
     outputs['balance'] = (out.aux['losses']['balance']
                           / moe.balance_weight * moe.top_k)
-  return outputs, layers, dict(self=out.aux['attention'])
+  return outputs, layers, dict(self=out.aux['attention']) if weighs else {}
 
 
 def _encoder(module, params, inputs):

@@ -41,7 +41,26 @@ def _experts(self, hidden_states, router_mask, router_probs):
              for e in range(self.num_experts))
 
 
+def _mamba2(model) -> None:
+  """Its hidden states leave out what the embedding gives, and have what the
+  last layer returns twice, before the norm and after it."""
+  import functools
+  forward = model.forward
+
+  @functools.wraps(forward)
+  def mended(*args, **kwargs):
+    out = forward(*args, **kwargs)
+    if out.hidden_states is not None:
+      *layers, _, last = out.hidden_states
+      out.hidden_states = (model.get_input_embeddings()(kwargs['input_ids']),
+                           *layers, last)
+    out.attentions = None
+    return out
+  model.forward = mended
+
+
 MENDS = {
+    'Mamba2ForCausalLM': _mamba2,
     'T5ForConditionalGeneration': _t5,
     'MarianMTModel': _marian,
     'NllbMoeForConditionalGeneration': _nllb,

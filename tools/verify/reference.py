@@ -203,6 +203,8 @@ def _insides(model, stack: str, inputs: dict[str, np.ndarray]
                      decoder=out.decoder_attentions, cross=out.cross_attentions)
   else:
     states, attention = out.hidden_states, dict(self=out.attentions)
+    if out.attentions is None:  # of a recurrence
+      attention = {}
   return ([state.numpy() for state in states],
           {name: torch.stack(layers).numpy()
            for name, layers in attention.items()})

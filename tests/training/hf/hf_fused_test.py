@@ -29,3 +29,18 @@ def test_parts_of_other_sizes_follow_one_another():
       tensor.part(cut, 1, ranges[1] | dict(J=(1, 2), D=(2, 5))),
       ours[1][:, 2:, 1:])
   assert asked == [(slice(0, 2), slice(15, 18), slice(2, 5))]
+
+
+def test_a_dimension_of_one_is_theirs_alone():
+  """The filters of several parameters as torch.nn.Conv1d has them."""
+  shapes = {'layers/value_conv': (2, 4, 3, 5), 'layers/key_conv': (2, 4, 1, 2)}
+  row = ('layers/value_conv|key_conv', 'LWHK|LWJU', 'conv1d', 'L HK+JU 1 W')
+  tensor, = hf.expand([row], shapes)
+  assert tensor.shape == (2, 17, 1, 4)
+  theirs = np.arange(136).reshape(tensor.shape)
+  ranges = [{a: (0, tensor.sizes[a]) for a in axes} for axes in tensor.ours]
+  ours = [tensor.part(lambda at: theirs[at], i, ranges[i]) for i in range(2)]
+  assert [x.shape for x in ours] == [shapes[path] for path in tensor.paths]
+  assert ours[0][1, 3, 2, 4] == theirs[1, 14, 0, 3]
+  assert ours[1][1, 2, 0, 1] == theirs[1, 16, 0, 2]
+  np.testing.assert_array_equal(tensor.join(ours), theirs)

@@ -48,6 +48,16 @@ PHI3 = dict(
 LONG = dict(
     max_position_embeddings=131072, sliding_window=262144, rope_scaling=dict(
         type='su', short_factor=[1.05] * 48, long_factor=[1, *[20.5] * 47]))
+MAMBA2 = dict(
+    model_type='mamba2', bos_token_id=0, chunk_size=256, conv_kernel=4,
+    eos_token_id=0, expand=2, head_dim=64, hidden_act='silu', hidden_size=768,
+    initializer_range=0.1, layer_norm_epsilon=1e-05, n_groups=1, num_heads=24,
+    num_hidden_layers=24, pad_token_id=0, rescale_prenorm_residual=False,
+    residual_in_fp32=True, rms_norm=True, state_size=128,
+    tie_word_embeddings=True, time_step_floor=0.0001,
+    time_step_limit=[0.0, float('inf')], time_step_max=0.1, time_step_min=0.001,
+    time_step_rank=256, transformers_version='4.45.0.dev0', use_bias=False,
+    use_cache=True, use_conv_bias=True, vocab_size=50288)
 OLMOE = dict(
     architectures=['OlmoeForCausalLM'], model_type='olmoe',
     attention_bias=False, attention_dropout=0.0, clip_qkv=None,
@@ -73,6 +83,12 @@ SMOLLM3 = dict(
     vocab_size=128256)
 PUBLISHED = {
     'olmoe:1b-7b': OLMOE,
+    'mamba2:130m': MAMBA2,
+    'mamba2:codestral-7b': MAMBA2 | dict(
+        hidden_size=4096, n_groups=8, norm_before_gate=True, num_heads=128,
+        num_hidden_layers=64, intermediate_size=8192,
+        tie_word_embeddings=False, time_step_init_scheme='random',
+        time_step_scale=1.0, vocab_size=32768),
     'smollm3:3b-64k': SMOLLM3,
     'gemma2:2b': GEMMA2,
     'gemma2:9b': GEMMA2 | dict(
@@ -125,6 +141,9 @@ def test_phi3_for_long_texts_has_the_factors_of_its_file():
         LONG['rope_scaling'], attention_factor=0.0)), 'not > 0'),
     ({name: value for name, value in (PHI3 | LONG).items()
       if name != 'max_position_embeddings'}, 'neither a factor'),
+    (MAMBA2 | dict(expand=3), 'not expand 3 times hidden_size 768'),
+    (MAMBA2 | dict(time_step_limit=[0.1]), 'must be two numbers'),
+    (MAMBA2 | dict(time_step_limit=[float('inf'), 1.0]), 'must be two numbers'),
     (GEMMA2 | dict(final_logit_softcapping=0.0), '> 0, or null'),
     (GEMMA2 | dict(use_bidirectional_attention=True), 'bidirectional'),
     (GEMMA3 | dict(attn_logit_softcapping=50.0), 'attn_logit_softcapping'),
@@ -142,3 +161,13 @@ def test_an_import_says_that_dynamic_texts_which_grow_may_differ():
   fields, notes = hf_config.fields_and_notes(tree)
   assert (fields.rope.scaling, fields.rope.original_len) == ('dynamic', 64)
   assert len(notes) == 1 and 'may write other ones' in notes[0]
+
+
+@pytest.mark.parametrize('bounds, found', [
+    (None, (0, 0)), ([0.0, {'__float__': 'Infinity'}], (0, 0)),
+    ([0.01, float('inf')], (0.01, 0)), ([0.01, 0.1], (0.01, 0.1))])
+def test_mamba2_has_the_bounds_of_its_file(bounds, found):
+  """In the words of transformers 4, of 5, and left out."""
+  c = hf_config.read(MAMBA2 | dict(time_step_limit=bounds))
+  assert (c.mamba2.least_step, c.mamba2.most_step) == found
+  hf_config.check_same(c, hf_config.read(hf_config.write(c)), 'written')

@@ -1,0 +1,105 @@
+"""Mamba-2: layers of a state space model, and nothing else: no attention, no
+feed-forward networks, no positions (Dao and Gu 2024, section 7).
+
+  x'     = x + Mamba2(RMSNorm(x))        parts/recurrent/mamba2.py
+  logits = RMSNorm(x_N) E^T
+
+A layer is about half as large as one of a transformer of the same width, so
+there are twice as many. What a token leaves behind is a state of one size in
+each layer.
+"""
+
+from typing import Any
+
+from architectures.parts import hf
+from architectures.parts.config import ModelConfig
+from architectures.parts.skeletons import Decoder
+from configs.errors import require, short
+
+
+class Mamba2(Decoder):
+  """tokens [B, L] -> Output; see Decoder."""
+  PARTS = dict(mixer='mamba2', position='none', norm='rmsnorm',
+               block='pre_norm', attention='global', ffn='none',
+               tie_embeddings=True)
+
+
+# How transformers 5 writes a number that JSON lacks.
+INFINITY = {'__float__': 'Infinity'}
+
+
+def _read(reader: hf.Reader, fields: dict) -> dict[str, Any]:
+  heads, head_dim = fields['mamba2.heads'], fields['mamba2.head_dim']
+  expand = reader('expand', 2)
+  require(heads * head_dim == expand * fields['d_model'],
+          f'config.json has num_heads {heads} of head_dim {head_dim}, which '
+          f'are not expand {expand} times hidden_size {fields["d_model"]}')
+  bounds = reader.listed('time_step_limit')
+  whole = [0 if bound in (INFINITY, float('inf')) else bound
+           for bound in bounds or (0.0, INFINITY)]
+  require(len(whole) == 2 and all(type(x) in (int, float) for x in whole)
+          and bounds[:1] not in ([INFINITY], [float('inf')]),
+          f'config.json has time_step_limit {short(bounds)}: it must be two '
+          'numbers, of which the second may be infinite')
+  return dict(num_heads=max(1, heads // 2), head_dim=head_dim, mamba2=dict(
+      least_step=float(whole[0]), most_step=float(whole[1])))
+
+
+def _write(c: ModelConfig) -> dict[str, Any]:
+  m = c.mamba2
+  expand, rest = divmod(m.heads * m.head_dim, c.d_model)
+  require(not rest, f'model.mamba2 has {m.heads} heads of {m.head_dim} '
+          f'features, which are no multiple of model.d_model {c.d_model}: '
+          'transformers refuses such a mamba2')
+  bounded = m.least_step or m.most_step
+  return dict(expand=expand) | (dict(time_step_limit=[
+      m.least_step, m.most_step or INFINITY]) if bounded else {})
+
+
+CONVOLVED = 'value', 'key', 'query'  # x, B, C
+HF = hf.HuggingFace(
+    'mamba2', 'Mamba2ForCausalLM',
+    names=(
+        ('embed/tokens', 'VD', 'backbone.embeddings.weight', 'V D'),
+        *hf.under(
+            'decoder/layers', 'backbone.layers.{n}',
+            ('attention_norm/scale', 'D', 'norm.weight', 'D')),
+        *hf.under(
+            'decoder/layers/attention', 'backbone.layers.{n}.mixer',
+            ('|'.join(('output_gate', *CONVOLVED, 'step')),
+             'DHK|DHK|DJU|DJU|DH', 'in_proj.weight', 'HK+HK+JU+JU+H D'),
+            ('|'.join(f'{name}_conv' for name in CONVOLVED), 'WHK|WJU|WJU',
+             'conv1d.weight', 'HK+JU+JU 1 W'),
+            ('|'.join(f'{name}_conv_bias' for name in CONVOLVED), 'HK|JU|JU',
+             'conv1d.bias', 'HK+JU+JU'),
+            ('step_bias', 'H', 'dt_bias', 'H'),
+            ('decay_scale', 'H', 'A_log', 'H'),
+            ('skip', 'H', 'D', 'H'),
+            ('out_norm_scale', 'HK', 'norm.weight', 'HK'),
+            ('out', 'HKD', 'out_proj.weight', 'D HK')),
+        ('decoder/final_norm/scale', 'D', 'backbone.norm_f.weight', 'D'),
+        ('head/kernel', 'DV', 'lm_head.weight', 'V D')),
+    fields={
+        'd_model': ('hidden_size', 4096),
+        'num_layers': ('num_hidden_layers', 64),
+        'mamba2.heads': ('num_heads', 128),
+        'mamba2.head_dim': ('head_dim', 64),
+        'mamba2.groups': ('n_groups', 8),
+        'mamba2.state': ('state_size', 128),
+        'mamba2.conv': ('conv_kernel', 4),
+        'mamba2.conv_bias': ('use_conv_bias', True),
+        'vocab_size': ('vocab_size', 32768),
+        'max_len': ('max_position_embeddings', 2048),
+        'norm_eps': ('layer_norm_epsilon', 1e-5),
+        'tie_embeddings': ('tie_word_embeddings', False)},
+    only=dict(use_bias=False, hidden_act='silu', rms_norm=True),
+    # How it is computed, how its first weights are drawn, and fields that
+    # published files have and transformers does not read.
+    unread=('chunk_size', 'residual_in_fp32', 'rescale_prenorm_residual',
+            *(f'time_step_{name}' for name in (
+                'rank', 'min', 'max', 'floor', 'scale', 'init_scheme')),
+            'norm_before_gate', 'intermediate_size'),
+    read=_read, write=_write,
+    tied={'lm_head.weight': 'backbone.embeddings.weight'},
+    # As the authors' own files have it.
+    spellings=(('backbone.embeddings.', 'backbone.embedding.'),))

@@ -1,0 +1,73 @@
+"""Mamba-2: `--config configs/mamba2.py:SIZE`.
+
+Lab note. Dao and Gu 2024 (arXiv 2405.21060); the sizes are those of the
+published checkpoints, state-spaces/mamba2-130m to mamba2-2.7b. Their
+config.json has the width and the layers, 50,277 tokens that are padded to a
+multiple of 16, and tied embeddings; the rest are the defaults of the authors'
+program: heads of 64 features, a state of 128, one group, a convolution over 4
+tokens. They saw 300B tokens of the Pile in GPT-NeoX's tokenizer, 2,048 a row,
+in mixed precision with float32 parameters. The recipe is that of Mamba (Gu and
+Dao 2023, appendix E.2): AdamW (0.9, 0.95) that decays by 0.1, clipping 1.0, no
+dropout, a peak of five times GPT-3's learning rate, cosine to 1e-5, half a
+million tokens a batch. How long the rate rises is not said: 1 % here. The
+authors draw a layer's matrices uniformly within 1 / sqrt(inputs) and divide the
+last one's by the root of the layers; here they are normal, with GPT-2's
+division. `codestral-7b` is Mistral AI's Mamba Codestral, with 8 groups and a
+head of its own; nothing is published of its training. Counts are exact.
+
+`tiny` trains on the default text.
+"""
+
+from configs import base
+
+# d_model, layers, GPT-3's learning rate.
+ROWS = {
+    '130m': (768, 24, 6.0e-4),
+    '370m': (1024, 48, 3.0e-4),
+    '780m': (1536, 48, 2.5e-4),
+    '1.3b': (2048, 48, 2.0e-4),
+    '2.7b': (2560, 64, 1.6e-4),
+}
+
+# A layer has twice num_heads heads (model.mamba2.heads).
+SIZES = {'tiny': dict(d_model=128, num_layers=8, num_heads=4, max_len=256),
+         'codestral-7b': dict(d_model=4096, num_layers=64, num_heads=64,
+                              max_len=2048, vocab_size=32768)} | {
+    name: dict(d_model=d, num_layers=n, num_heads=d // 64, max_len=2048,
+               vocab_size=50288)
+    for name, (d, n, _) in ROWS.items()}
+
+# Parameter counts of the published checkpoints, for tools.count.
+PUBLISHED = {
+    '130m': 128_989_632, '370m': 368_346_624, '780m': 780_161_280,
+    '1.3b': 1_343_757_312, '2.7b': 2_702_599_680,
+    'codestral-7b': 7_285_403_648,
+}
+
+
+def get_config(size: str = 'tiny'):
+  c = base.base()
+  size = size or 'tiny'
+  c.model.update(base.sized(size, SIZES))
+  c.model.update(arch='mamba2', mixer='mamba2', position='none',
+                 norm='rmsnorm', block='pre_norm', ffn='none',
+                 tie_embeddings=True)
+  c.data.length = c.model.max_len
+  if size == 'tiny':
+    c.model.mamba2.state = 32
+    c.data.batch_size = 16
+    c.train.steps = 300
+    c.optim.update(lr=3e-3, warmup_steps=30)
+    return c
+  c.model.dtype = 'bfloat16'
+  c.model.remat = 'full'
+  c.data.batch_size = 256
+  if size == 'codestral-7b':
+    c.model.mamba2.groups = 8
+    c.model.tie_embeddings = False
+    return c
+  *_, rate = ROWS[size]
+  c.train.steps = 300_000_000_000 // (256 * 2048)
+  c.optim.update(lr=5 * rate, final_fraction=1e-5 / (5 * rate),
+                 warmup_steps=c.train.steps // 100)
+  return c
