@@ -1,6 +1,7 @@
 """Shards are made by any number of workers, however often they are killed, and
 what is wrong with them is named."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -17,6 +18,7 @@ from tests.helpers.shards import BYTES, assert_same, config_of, loaders, spec_of
 from tests.helpers.shards import tokenize
 from tools.tokenize import __main__ as command
 from training.data import pipeline, sources, tokenizers
+from training.data.shards import files, plan
 from training.data.shards import folder as folders
 
 ROOT = pathlib.Path(__file__).parents[3]
@@ -189,6 +191,30 @@ def test_a_damaged_file_is_named(name, corpus, shards):
   if name.endswith('.arrayrecord'):
     with pytest.raises(EnvironmentFailure, match=f'{name} is damaged'):
       command.main(['--verify', '--out', str(shards)])
+
+
+def test_text_that_cannot_be_read_is_said_as_such(corpus, tmp_path,
+                                                   monkeypatch):
+  def read(_):
+    raise PermissionError(13, 'Permission denied', 'some.jsonl')
+    yield
+
+  real = plan.of
+  monkeypatch.setattr(plan, 'of', lambda *args: real(*args)._replace(
+      parts=[dataclasses.replace(real(*args).source, read=read)]))
+  with pytest.raises(PermissionError, match='some.jsonl'):
+    tokenize(corpus, tmp_path / 'x')
+  assert [path.name for path in (tmp_path / 'x').iterdir()] == ['begun.json']
+
+
+def test_a_disk_or_bucket_that_fails_is_a_sentence(shards, monkeypatch):
+  def refused(*_):
+    raise TimeoutError(110, 'Connection timed out')
+
+  monkeypatch.setattr(os, 'pread', refused)
+  with pytest.raises(EnvironmentFailure,
+                     match='00000.arrayrecord cannot be read: Connection'):
+    files.read(shards, '00000.arrayrecord', 0, 10)
 
 
 def test_verify_reads_all(shards, capsys):

@@ -7,7 +7,7 @@ from typing import Any
 from etils import epath
 
 from configs.errors import EnvironmentFailure
-from training.workdir import storage
+from training.workdir import storage, writing
 
 
 def read(folder: epath.Path, name: str, start: int, end: int) -> bytes:
@@ -24,17 +24,21 @@ def read(folder: epath.Path, name: str, start: int, end: int) -> bytes:
       return os.pread(file.fileno(), end - start, start)
   except FileNotFoundError as error:
     raise missing(path) from error
-  except OSError as error:
+  except Exception as error:  # those of a bucket's client have many types
+    why = writing.reason(error)
+    if not why:
+      raise
     raise EnvironmentFailure(
-        f'{path} cannot be read: {error.strerror or error}') from error
+        f'{path} cannot be read: {why}; once that is mended, the same command '
+        'goes on') from error
 
 
 def sizes(folder: epath.Path, ending: str) -> dict[str, int]:
   """Returns the bytes of each file of a folder whose name ends so."""
   if storage.in_bucket(folder):
     rows = _bucket().ls(str(folder), detail=True)
-    return {row['name'].rpartition('/')[2]: int(row['size']) for row in rows
-            if row['name'].endswith(ending)}
+    return {row['name'].rpartition('/')[2]: int(row['size'] or 0)
+            for row in rows if row['name'].endswith(ending)}
   with os.scandir(folder) as rows:
     return {row.name: row.stat().st_size for row in rows
             if row.name.endswith(ending)}

@@ -83,19 +83,23 @@ def shard(folder: epath.Path, i: int, documents: Iterable[Any],
     EnvironmentFailure: where it cannot be written.
   """
   own = folders.number(i)
-  with writing.to(f'{folder}'), _room(folder) as room:
+  with contextlib.ExitStack() as stack:
+    with writing.to(str(folder)):
+      room = stack.enter_context(_room(folder))
     path = room / (own + folders.SHARD)
+    # Of the text that is read, an error says more by itself.
     sizes, num_bytes = _write(path, documents, tokenizer, name)
-    size, digest, places = read_back(path)
-    described = dict(
-        name=own, documents=len(sizes), tokens=int(sizes.sum()),
-        bytes=int(num_bytes.sum()), records=len(places), size=size,
-        digest=digest)
-    table = io.BytesIO()
-    np.savez(table, sizes=sizes, bytes=num_bytes, places=places)
-    put_file(path, folder / path.name)
-    put(folder / f'{own}.npz', table.getvalue())
-    put(folder / f'{own}.json', json.dumps(described).encode())
+    with writing.to(str(folder)):
+      size, digest, places = read_back(path)
+      described = dict(
+          name=own, documents=len(sizes), tokens=int(sizes.sum()),
+          bytes=int(num_bytes.sum()), records=len(places), size=size,
+          digest=digest)
+      table = io.BytesIO()
+      np.savez(table, sizes=sizes, bytes=num_bytes, places=places)
+      put_file(path, folder / path.name)
+      put(folder / f'{own}.npz', table.getvalue())
+      put(folder / f'{own}.json', json.dumps(described).encode())
   return described
 
 
