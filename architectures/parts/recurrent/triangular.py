@@ -9,8 +9,8 @@ def inverse(a_PP: jax.Array) -> jax.Array:
   """Returns (I + A)^-1, [..., P, P]; its gradient, d(X) = -X dA X, is two
   products and solves nothing again.
 
-  Blocks that are inverted and joined by products took as long on CPU, and five
-  times as long to compile (docs/performance_diary.md). The product
+  Blocks that are inverted and joined by products take as long on CPU, and at
+  least five times as long to compile (docs/performance_diary.md). The product
   (I - A)(I + A^2)(I + A^4)..., which ends as A is nilpotent, is one of powers
   that cancel: of 64 keys alike with a rate near 2 no digit is left.
 

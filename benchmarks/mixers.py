@@ -1,0 +1,253 @@
+"""What mixers cost: attention, and each recurrence beside it.
+
+  python -m benchmarks.mixers
+  python -m benchmarks.mixers --sections=layer --lengths=1024,2048 \
+      --dtypes=float32 --d_model=512 --num_heads=8
+  taskset -c 0 python -m benchmarks.mixers --json=FILE
+
+Sections:
+  layer   the forward and backward pass of the mixer of one layer, of one row
+  step    a training step of a model of two layers, of a row for each device
+  decode  one more token of one row after so many, by the same model's cache
+
+All are in one process. The mixers take turns, so that a busy machine slows them
+alike, and a ratio is the median over the turns of a mixer's time over that of
+the first one of --mixers. CPU time is that of all threads of the process: on a
+machine that does other work its ratio is the one to read. How a time grows is
+the exponent of the length between a length and the one before: 1 where twice
+the length takes twice the time. Memory is what the compiled program sets aside
+beside its arguments and results (memory_analysis of XLA), and of decoding the
+bytes of the cache of a row.
+"""
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+import json
+import math
+import statistics
+import time
+from typing import Any, NamedTuple
+
+from configs.errors import one_of, require
+from training import cli
+from training.workdir import storage
+
+LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384)
+DTYPES = ('float32', 'bfloat16')
+LAYERS = 2  # of the model of `step` and `decode`
+VOCAB = 256
+WRITTEN = 16  # tokens that a turn of `decode` writes
+
+
+class Contender(NamedTuple):
+  """What is timed: a function without arguments, which waits for its result;
+  how often it does what is counted; and the bytes that stand beside it."""
+  run: Callable[[], Any]
+  times: int
+  nbytes: int
+
+
+def config(mixer: str, length: int, dtype: str, sizes: Mapping[str, int]):
+  """Returns the config of a run: a LLaMA with a mixer."""
+  from configs import llama
+  made = llama.get_config('tiny')
+  made.model.update(
+      num_layers=LAYERS, num_kv_heads=0, d_ff=0, vocab_size=VOCAB,
+      max_len=length, mixer=mixer, dtype=dtype, **sizes)
+  made.data.length = length
+  return made
+
+
+def layer(made: Any) -> Contender:
+  """Returns the forward and backward pass of one mixer: the gradient of a sum
+  of squares with respect to its parameters and its input."""
+  import architectures
+  from architectures.parts import mixers
+  from architectures.parts.attention import Context
+  import jax
+  import jax.numpy as jnp
+  c = architectures.resolve(made.model)
+  L = made.data.length
+  module = mixers.of(c).module(c, c.layer_kinds(1)[0])
+  x_BLD = jax.random.normal(jax.random.key(0), (1, L, c.d_model)).astype(
+      c.compute_dtype)
+  ctx = Context(jnp.arange(L)[None], length=L)
+  params = jax.jit(module.init)(jax.random.key(1), x_BLD, ctx, None)
+
+  def loss(params: Any, x_BLD: jax.Array) -> jax.Array:
+    y_BLD, _ = module.apply(params, x_BLD, ctx, None)
+    return jnp.square(y_BLD.astype(jnp.float32)).sum()
+
+  compiled = jax.jit(jax.grad(loss, (0, 1))).lower(params, x_BLD).compile()
+  return Contender(lambda: jax.block_until_ready(compiled(params, x_BLD)), 1,
+                   _temporary(compiled))
+
+
+def step(made: Any) -> Contender:
+  """Returns a training step: forward, backward and the optimiser's."""
+  import jax
+  from benchmarks import ours
+  from training.workdir import run_config
+  made.data.batch_size = jax.device_count()
+  trainer = ours.Trainer(run_config.to_json(made))
+  trainer.create()
+  return Contender(trainer.step, 1, _temporary(trainer.compiled))
+
+
+def decode(made: Any) -> Contender:
+  """Returns the writing of WRITTEN tokens, the last that the cache holds."""
+  import architectures
+  from architectures.parts import skeletons
+  import jax
+  import jax.numpy as jnp
+  c = architectures.resolve(made.model)
+  module, first = architectures.build(c), made.data.length - WRITTEN
+  params = jax.jit(module.init)(
+      jax.random.key(0), jnp.zeros((1, 1), jnp.int32))['params']
+  params, cache = jax.jit(skeletons.one_by_one)(
+      params, architectures.init_cache(c, 1, made.data.length))
+
+  def write(params: Any, cache: Any) -> tuple[jax.Array, Any]:
+    def token(carry: Any, at: jax.Array):
+      token_B1, cache = carry
+      out = module.apply({'params': params}, token_B1,
+                         positions_BL=at[None, None], cache=cache,
+                         one_by_one=True)
+      return (out.logits[:, -1:].argmax(-1).astype(jnp.int32), out.cache), None
+    carry = jnp.zeros((1, 1), jnp.int32), cache
+    return jax.lax.scan(token, carry, first + jnp.arange(WRITTEN))[0]
+
+  compiled = jax.jit(write, donate_argnums=1).lower(params, cache).compile()
+  nbytes = sum(x.nbytes for x in jax.tree.leaves(cache))
+  held = [cache]
+
+  def again() -> None:
+    tokens, held[0] = compiled(params, held[0])
+    jax.block_until_ready((tokens, held[0]))
+
+  return Contender(again, WRITTEN, nbytes)
+
+
+def _temporary(compiled: Any) -> int:
+  return compiled.memory_analysis().temp_size_in_bytes
+
+
+SECTIONS = {'layer': layer, 'step': step, 'decode': decode}
+
+
+def turns(contenders: Mapping[str, Contender], rounds: int
+          ) -> dict[str, dict[str, Any]]:
+  """Returns of each its median time and CPU time, in seconds, and the median
+  of the turns' ratios to the first."""
+  seconds = {name: [] for name in contenders}
+  cpu = {name: [] for name in contenders}
+  for turn in range(1 + rounds):
+    for name, own in contenders.items():
+      start, start_cpu = time.perf_counter(), time.process_time()
+      own.run()
+      if turn:  # the first one warms up
+        cpu[name].append((time.process_time() - start_cpu) / own.times)
+        seconds[name].append((time.perf_counter() - start) / own.times)
+  first = next(iter(contenders))
+  over = lambda times, name: statistics.median(
+      own / base for own, base in zip(times[name], times[first]))
+  return {name: dict(
+      seconds=statistics.median(seconds[name]),
+      cpu_seconds=statistics.median(cpu[name]),
+      ratio=over(seconds, name), cpu_ratio=over(cpu, name),
+      nbytes=own.nbytes) for name, own in contenders.items()}
+
+
+def measure(sections: Sequence[str], mixers: Sequence[str],
+            lengths: Sequence[int], dtypes: Sequence[str],
+            sizes: Mapping[str, int], rounds: int) -> list[dict[str, Any]]:
+  """Times everything and prints a table as it goes; returns a row for each
+  section, dtype, length and mixer."""
+  rows: list[dict[str, Any]] = []
+  for section in sections:
+    for dtype in dtypes:
+      print(f'{section}, {dtype}\n{HEAD}', flush=True)
+      before: dict[str, dict] = {}
+      for length in lengths:
+        found = turns({name: SECTIONS[section](config(
+            name, length, dtype, sizes)) for name in mixers}, rounds)
+        for name, own in found.items():
+          row = dict(section=section, dtype=dtype, length=length, mixer=name,
+                     **own, growth=_growth(before.get(name), length, own))
+          before[name] = row
+          rows.append(row)
+          print(line(row), flush=True)
+  return rows
+
+
+def _growth(before: Mapping[str, Any] | None, length: int,
+            own: Mapping[str, Any]) -> float | None:
+  """Returns the exponent of the length in the CPU time; None: the first."""
+  if before is None:
+    return None
+  return math.log(own['cpu_seconds'] / before['cpu_seconds']) / math.log(
+      length / before['length'])
+
+
+HEAD = (f'{"tokens":>8}  {"mixer":<12}{"ms":>10}{"CPU ms":>10}{"ratio":>8}'
+        f'{"by CPU":>8}{"growth":>8}{"MiB":>10}')
+
+
+def line(row: Mapping[str, Any]) -> str:
+  """Returns a line of the table."""
+  growth = '' if row['growth'] is None else f'{row["growth"]:.2f}'
+  return (f'{row["length"]:>8,}  {row["mixer"]:<12}'
+          f'{1e3 * row["seconds"]:>10.2f}{1e3 * row["cpu_seconds"]:>10.2f}'
+          f'{row["ratio"]:>8.2f}{row["cpu_ratio"]:>8.2f}{growth:>8}'
+          f'{row["nbytes"] / 2 ** 20:>10.2f}')
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(
+      prog='python -m benchmarks.mixers', description=__doc__,
+      allow_abbrev=False, formatter_class=cli.HelpFormatter)
+  several = 'one, or several with commas between'
+  parser.add_argument('--sections', default=','.join(SECTIONS), help=several)
+  parser.add_argument('--mixers', default='', help=f'{several}; default: '
+                      'attention and every recurrence')
+  parser.add_argument('--lengths', default=','.join(map(str, LENGTHS)),
+                      help=f'tokens of a row: {several}, rising')
+  parser.add_argument('--dtypes', default=','.join(DTYPES), help=several)
+  parser.add_argument('--d_model', type=int, default=256)
+  parser.add_argument('--num_heads', type=int, default=4)
+  parser.add_argument('--rounds', type=int, default=5,
+                      help='how many turns each mixer takes')
+  parser.add_argument('--json', default='', help='a file of figures')
+  return parser
+
+
+def main() -> None:
+  args = _parser().parse_args()
+  from architectures.parts import mixers
+  from training.distributed import cpu_memory
+  recurrent = [name for name, own in mixers.MIXERS.items() if own.state]
+  chosen = args.mixers.split(',') if args.mixers else ['attention', *recurrent]
+  sections, dtypes = args.sections.split(','), args.dtypes.split(',')
+  for flag, names, there in (('--mixers', chosen, mixers.MIXERS),
+                             ('--sections', sections, SECTIONS),
+                             ('--dtypes', dtypes, DTYPES)):
+    for name in names:
+      one_of(flag, name, there)
+  lengths = args.lengths.split(',')
+  require(all(n.isdecimal() and int(n) > WRITTEN for n in lengths)
+          and sorted(set(map(int, lengths))) == [*map(int, lengths)],
+          f'--lengths is {args.lengths!r}: write whole numbers above '
+          f'{WRITTEN}, rising, with commas between')
+  require(args.rounds > 0, f'--rounds is {args.rounds}: it must be 1 or more')
+  json_file = storage.output(args.json, '--json')
+  cpu_memory.reuse()
+  sizes = dict(d_model=args.d_model, num_heads=args.num_heads)
+  rows = measure(sections, chosen, [*map(int, lengths)], dtypes, sizes,
+                 args.rounds)
+  if json_file:
+    storage.write(json_file, json.dumps(
+        dict(sizes=sizes, rounds=args.rounds, rows=rows), indent=1) + '\n')
+
+
+if __name__ == '__main__':
+  cli.run(main)
