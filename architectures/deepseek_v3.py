@@ -8,8 +8,9 @@ section 2.1).
 
 b moves by `moe.bias_rate` a step, down for an expert with more than its share
 of tokens; no gradient reaches it. A balance loss of each sequence, of little
-weight, stands beside it. The first 3 layers are dense. What is missing here is
-the module that predicts a second token (section 2.2).
+weight, stands beside it. The first 3 layers are dense. The module that predicts
+a second token (section 2.2) is model.mtp_depth=1; the published one, layer 61
+of a folder, is not imported.
 """
 
 from architectures import deepseek_v2

@@ -105,6 +105,8 @@ def base() -> ml_collections.ConfigDict:
           max_bad_steps=10,
           z_loss=0.0,  # the weight of log(Z)^2 of the logits in the loss
           label_smoothing=0.0,  # the share of the target given to all tokens
+          # Of the mean loss of the modules of model.mtp_depth, in the loss.
+          mtp_weight=0.3,
           # Tokens whose logits are held at once; 0: chosen by size.
           loss_chunk=0,
       ),

@@ -127,6 +127,8 @@ def defaults() -> dict:
       attention_out_bias=True,  # if so, in the product of its output too
       ffn_bias=True,  # biases in the feed-forward network
       tie_embeddings=True,  # the head is the embedding's transpose
+      # Modules that predict a token further ahead each; read in training.
+      mtp_depth=0,
       # The factor of the embedding; 0, derived: d_model ** 0.5 (with mup: that
       # of the base).
       embed_scale=1.0,

@@ -52,6 +52,7 @@ LIMITS = {
     'train.max_bad_steps': FROM_1,
     'train.z_loss': _between(0, MOST_FLOAT),
     'train.label_smoothing': (('>=', 0), ('<', 1)),
+    'train.mtp_weight': _between(0, MOST_FLOAT),
     'train.loss_chunk': FROM_0,
     'mesh.slices': FROM_0,
     'checkpoint.every_steps': FROM_0,
@@ -137,6 +138,11 @@ def refuse_unread(config: ml_collections.ConfigDict) -> None:
   require(config.optim.ema or not config.eval.live, 'eval.live is True, which '
           'is not read while optim.ema is 0: there is no average beside the '
           'parameters. Set optim.ema, or leave eval.live at False')
+  weight = defaults.train.mtp_weight
+  require(config.model.mtp_depth or config.train.mtp_weight == weight,
+          f'train.mtp_weight is {config.train.mtp_weight}, which is not read '
+          f'while model.mtp_depth is 0: leave it at {weight}, or set '
+          'model.mtp_depth')
   _check_average(config)
 
 

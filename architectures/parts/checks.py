@@ -68,6 +68,7 @@ STRICT = {
     'value_residual': False,
     'value_embedding': False,
     'kv_sharing': False,
+    'mtp_depth': 0,
     'num_labels': 0,
     'head_dropout': 0,
     'moe.grouped_kernel': 'auto',
@@ -207,6 +208,7 @@ def _check_stack(c: ModelConfig, stacks: Mapping[str, str]) -> None:
            for kind in stacks.values()}
   for field, rest, kind in (
       ('type_vocab_size', 0, 'encoder'), ('next_sentence', False, 'encoder'),
+      ('mtp_depth', 0, 'decoder'),
       ('num_decoder_layers', c.num_layers, 'encoder-decoder')):
     require(get(c, field) == rest or stack == kind,
             f'model.{field} {get(c, field)!r} has no meaning with model.arch '
@@ -216,6 +218,11 @@ def _check_stack(c: ModelConfig, stacks: Mapping[str, str]) -> None:
           f'the head of masked words of model.arch {c.arch!r} has the '
           'activation of the layers: set model.ffn to a network, and '
           f'ffn={NONE} of the kinds of layer that have none')
+  require(not c.mtp_depth or c.layer_pattern()[-1].source is None,
+          f'model.mtp_depth is {c.mtp_depth}, but the last layer of '
+          f'model.pattern {c.pattern!r}, whose kind the modules that predict '
+          'further tokens have, reads the keys of another layer: end the '
+          'pattern with a kind that has keys of its own, or set it to 0')
   # training/optim/mup.py has rules for the parameters of these.
   require(c.parametrization != 'mup' or stack == 'decoder',
           "model.parametrization is 'mup', which has no rules for model.arch "

@@ -184,6 +184,7 @@ class ModelConfig:
   attention_out_bias: bool
   ffn_bias: bool
   tie_embeddings: bool
+  mtp_depth: int
   embed_scale: float
   logits_scale: float
   logits_softcap: float

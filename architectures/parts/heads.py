@@ -174,7 +174,7 @@ _LABELS = ('num_labels', 'head_dropout')
 HEADS = {
     'lm': Kind(lambda c: 0, fields=(
         'tie_embeddings', 'logits_bias', 'logits_scale', 'logits_softcap',
-        'next_sentence')),
+        'next_sentence', 'mtp_depth')),
     'sequence': Kind(lambda c: c.num_labels, of_row=True, fields=_LABELS,
                      check=_needs_labels),
     'tokens': Kind(lambda c: c.num_labels, fields=_LABELS,

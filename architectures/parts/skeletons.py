@@ -18,13 +18,14 @@ import jax
 import jax.numpy as jnp
 
 from architectures.parts import heads
+from architectures.parts import layer_reports
 from architectures.parts import linear
 from architectures.parts import mixers
 from architectures.parts import positions
 from architectures.parts import sharding
 from architectures.parts import values
 from architectures.parts.attention import Cache, Context
-from architectures.parts.blocks import BLOCKS
+from architectures.parts.blocks import BLOCKS, residual
 from architectures.parts.config import LayerKind, ModelConfig
 from architectures.parts.dropout import Dropout
 from architectures.parts.norms import norm
@@ -173,13 +174,13 @@ class Stack(nn.Module):
       final = norm(c, 'final_norm')
     x_BLD = final(x_BLD)
     caches, auxes, kept, _ = zip(*sections)
-    aux = gather_aux(auxes)
+    aux = layer_reports.gather_aux(auxes)
     if ctx.keep_layers:
       layers_NBLD = jnp.concatenate([given_BLD[None], *(
           jnp.stack(blocks, 1).reshape(-1, *x_BLD.shape) for blocks in kept)])
       aux = aux | {'layers': layers_NBLD, 'readouts': final(layers_NBLD)}
     if ctx.keep_attention:
-      weights, caches = take_weights(caches)
+      weights, caches = layer_reports.take_weights(caches)
       aux = aux | weights
     if not with_cache:
       return x_BLD, None, aux
@@ -235,53 +236,47 @@ def _key_positions(ctx: Context, cache: Any) -> jax.Array:
   return jnp.arange(entry.key_BMJK.shape[-3])[None]
 
 
-def take_weights(caches: tuple) -> tuple[dict, tuple]:
-  """Returns the attention weights that the layers put into their caches,
-  [N, B, H, L, M] by name, in the layers' order; and the caches without.
-  `caches` has a tuple for each section of the stack."""
-  names = {'attention': 'weights_BHLM',
-           'cross_attention': 'memory_weights_BHLM'}
-  found = {}
-  for name, field in names.items():
-    if getattr(caches[0][0], field) is None:
-      continue
-    blocks = [[getattr(entry, field) for entry in cache] for cache in caches]
-    heads_of = {w.shape[-3] for section in blocks for w in section}
-    require(len(heads_of) == 1, 'attention weights are kept of layers with as '
-            'many heads each, and model.kinds has layers of '
-            f'{" and ".join(map(str, sorted(heads_of)))} heads')
-    found[name] = _join([jnp.stack(section, 1).reshape(
-        -1, *section[0].shape[1:]) for section in blocks])
-  plain = dict.fromkeys(names.values())
-  return found, tuple(tuple(entry.replace(**plain) for entry in cache)
-                      for cache in caches)
+class Ahead(nn.Module):
+  """Modules that predict tokens further ahead (DeepSeek-AI 2024b, arXiv
+  2412.19437, section 2.2): the one of depth k, for the token at place i,
 
+    h'_i = M [n(e_(i+k)); n(h_i)],   h_i^k = layer(h'_1 ... h'_i)
 
-def gather_aux(sections: tuple) -> dict:
-  """Sums the layers' losses; stacks their health, and what they kept of their
-  experts, in the layers' order.
+  where e is the embedding, h what the head reads of the model, or of the module
+  of depth k - 1, and the layer is one more of the last kind. The head, which is
+  the model's, reads of h_i^k, after a norm, the token at place i + k + 1.
 
-  `sections` has for each section of the stack one entry a block of its period,
-  whose leaves are [periods, ...].
+  (x_BLD, embedded_BLD, context) -> (a tuple of [B, L, D] by depth, their losses
+  and loads). The last k places of depth k hold nothing: no token follows them.
   """
-  sections = [[aux for aux in auxes if aux] for auxes in sections]
-  auxes = [aux for section in sections for aux in section]
-  if not auxes:
-    return {}
-  losses = jax.tree.map(lambda *xs: sum(x.sum() for x in xs),
-                        *[aux['losses'] for aux in auxes])
-  stacked = {name: jax.tree.map(lambda *xs: _join(xs), *[
-      jax.tree.map(
-          lambda *xs: jnp.stack(xs, 1).reshape(-1, *xs[0].shape[1:]),
-          *[aux[name] for aux in section]) for section in sections if section])
-             for name in ('health', 'experts') if name in auxes[0]}
-  loads = {path: load_NE for aux in auxes
-           for path, load_NE in aux['loads'].items()}
-  return {'losses': losses, 'loads': loads} | stacked
+  config: ModelConfig
 
-
-def _join(parts: Any) -> jax.Array:
-  return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+  @nn.compact
+  def __call__(self, x_BLD: jax.Array, embedded_BLD: jax.Array, ctx: Context):
+    c = self.config
+    kind = c.layer_pattern()[-1]
+    ctx = ctx.replace(length=ctx.positions_BL.shape[1])
+    found, auxes = [], []
+    for depth in range(1, c.mtp_depth + 1):
+      own = ctx.replace(tokens_BL=jnp.roll(ctx.tokens_BL, -depth, 1))
+      both_BLU = jnp.concatenate([
+          norm(c, f'token_norm_{depth}')(jnp.roll(embedded_BLD, -depth, 1)),
+          norm(c, f'hidden_norm_{depth}')(x_BLD)], -1)
+      w_UD = linear.weight(self, f'join_{depth}', (2 * c.d_model, c.d_model),
+                           ('mlp', 'embed'))
+      x_BLD = residual(linear.einsum('BLU,UD->BLD', both_BLU, w_UD,
+                                     c.compute_dtype))
+      if positions.of(c).stack_bias:
+        own = own.replace(bias_BHLM=positions.of(c).stack_bias(
+            c, kind.causal, name=f'{c.position}_bias_{depth}')(
+                ctx.positions_BL, ctx.positions_BL))
+      (x_BLD, _), (_, (aux,), _, _) = Period(
+          c, (kind,), name=f'depth_{depth}')((x_BLD, None), None, own)
+      if BLOCKS[c.block].FINAL_NORM:
+        x_BLD = norm(c, f'norm_{depth}')(x_BLD)
+      found.append(x_BLD)
+      auxes += [aux] if aux else []
+    return tuple(found), auxes
 
 
 class Decoder(nn.Module):
@@ -324,13 +319,17 @@ class Decoder(nn.Module):
                   in_order=in_order, deterministic=deterministic,
                   keep_layers=keep_layers, keep_attention=keep_attention,
                   one_by_one=one_by_one)
-    x_BLD, table_DV = Embed(c, name='embed')(
+    embedded_BLD, table_DV = Embed(c, name='embed')(
         tokens_BL, positions_BL, deterministic=deterministic)
     x_BLD, cache, aux = Stack(c, c.layer_pattern(), c.num_layers,
                               c.layer_prefix(), name='decoder')(
-                                  x_BLD, ctx, cache)
+                                  embedded_BLD, ctx, cache)
     if c.head == 'lm':
-      return Output(x_BLD, heads.Unembed(c, name='head')(table_DV), cache, aux)
+      head, extra = heads.Unembed(c, name='head')(table_DV), {}
+      if c.mtp_depth and cache is None and not (keep_layers or keep_attention):
+        extra['ahead'], more = Ahead(c, name='ahead')(x_BLD, embedded_BLD, ctx)
+        aux = layer_reports.with_losses(aux, more)
+      return Output(x_BLD, head, cache, aux, extra=extra)
     row = heads.HEADS[c.head].of_row
     y = heads.last(x_BLD, valid_BL, segment_ids_BL) if row else x_BLD
     if heads.HEADS[c.head].unfolds:

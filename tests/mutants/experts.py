@@ -61,7 +61,7 @@ MUTANTS = {
         ('* m.top_k % m.num_experts', '% m.num_experts', 'routing: uniform'),
         ('jnp.full(expert_TX.shape, 1 / X)', 'jnp.full(expert_TX.shape, 1.0)',
          'routing: shares'),
-        ('jnp.sign(1 / bias_NE.shape[1] - load', 'jnp.sign(-load',
+        ('jnp.sign(1 / bias_NE.shape[-1] - load', 'jnp.sign(-load',
          'routing: bias_moves'),
     ],
     'architectures/parts/moe/capacity.py': [

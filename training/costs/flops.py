@@ -31,8 +31,8 @@ from training.costs import traced
 ATTENTION, WEIGHTS = 'attention', 'weights'
 
 
-def forward_flops(model: ModelConfig, length: int, decoder_length: int = 0
-                  ) -> dict[str, float]:
+def forward_flops(model: ModelConfig, length: int, decoder_length: int = 0,
+                  training: bool = False) -> dict[str, float]:
   """Returns the FLOPs of a forward pass over one sequence: of `attention`'s
   scores and weighted values, and of products with `weights`.
 
@@ -40,6 +40,7 @@ def forward_flops(model: ModelConfig, length: int, decoder_length: int = 0
     model: config.model, or the frozen ModelConfig.
     length: tokens; of the encoder, for an encoder-decoder.
     decoder_length: tokens of the decoder, for an encoder-decoder.
+    training: with the modules of model.mtp_depth, which training alone needs.
 
   Raises:
     RequestError: for a decoder_length that the model does not have.
@@ -49,14 +50,17 @@ def forward_flops(model: ModelConfig, length: int, decoder_length: int = 0
   require(both == bool(decoder_length),
           f'decoder_length is {decoder_length} for model.arch {c.arch!r}: an '
           'encoder-decoder needs it, and nothing else has it')
+  if not training:
+    c = dataclasses.replace(c, mtp_depth=0)
   return dict(_forward(_countable(c, max(length, decoder_length)), length,
                        decoder_length))
 
 
 def forward_flops_per_token(model: ModelConfig, length: int,
-                            decoder_length: int = 0) -> float:
+                            decoder_length: int = 0, training: bool = False
+                            ) -> float:
   """Returns the mean over a sequence's tokens, both sides counted."""
-  total = sum(forward_flops(model, length, decoder_length).values())
+  total = sum(forward_flops(model, length, decoder_length, training).values())
   return total / (length + decoder_length)
 
 
@@ -65,9 +69,10 @@ def training_flops_per_token(model: ModelConfig, length: int,
   """Forward and backward: three times the forward pass, less the gradients of
   the weights that low-rank adapters leave frozen."""
   c = architectures.resolve(model)
-  total = 3 * forward_flops_per_token(c, length, decoder_length)
+  total = 3 * forward_flops_per_token(c, length, decoder_length, True)
   if c.lora.rank:
-    frozen = forward_flops(adapters.plain(c), length, decoder_length)[WEIGHTS]
+    frozen = forward_flops(adapters.plain(c), length, decoder_length,
+                           True)[WEIGHTS]
     total -= frozen / (length + decoder_length)
   return total
 
@@ -160,7 +165,8 @@ def _count(c: ModelConfig, rows: int, program: Any, *args) -> tuple:
 
   def outputs(params: Any, *args):
     out = program(module, params, *args)
-    return out.head and out.logits, out.extra
+    ahead = [out.head.logits(x) for x in out.extra.get('ahead', ())]
+    return out.head and out.logits, out.extra, ahead
 
   params = {'params': parameter_shapes(module)}
   work = traced.count(jax.make_jaxpr(outputs)(params, *args),

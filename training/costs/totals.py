@@ -154,6 +154,8 @@ def _by_part(sizes: dict) -> dict:
     names = path.split('/')
     part = next((n for n in names if n in ('cross_attention', 'attention',
                                            'ffn')), None)
+    if names[0] == 'ahead':  # which the model is without in inference
+      part = names[0]
     if part is None:
       part = 'norms' if any('norm' in n for n in names) else names[0]
     if part == 'ffn' and names[-1].startswith('router'):

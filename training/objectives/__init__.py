@@ -85,5 +85,10 @@ def check_objective(config: ml_collections.ConfigDict) -> None:
     value, default = limits.get(config, name), limits.get(defaults, name)
     require(value == default, f'{name} is {value!r}, which objective '
             f'{config.objective!r} does not read: leave it at {default!r}')
+  depth = config.model.mtp_depth
+  choices = [key for key, row in OBJECTIVES.items() if row.ahead]
+  require(not depth or objective.ahead, f'model.mtp_depth is {depth}, which '
+          f'objective {config.objective!r} does not train: set it to 0, or '
+          f'choose the objective from {", ".join(choices)}')
   records.check_labels(config.data.labels)
   objective.check(config)

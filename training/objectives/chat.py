@@ -201,5 +201,6 @@ OBJECTIVES = {
     'chat': Objective(
         ('decoder',), packing.Conversations, chat, _arrays, ('tokens',),
         {'valid': 'valid_BL'}, ('valid',), reads=('data.chat_template',),
-        prompt=_questions, chat_template=jinja, talk=talk, derived=_derived),
+        prompt=_questions, chat_template=jinja, talk=talk, derived=_derived,
+        ahead=True),
 }

@@ -37,7 +37,7 @@ CLASSES: tuple[tuple[str, str | Callable, str], ...] = (
      'the same function, computed another way'),
     (r'model\.moe\.eval_capacity_factor', SAFE, 'only evaluation'),
     (r'train\.steps', change_kinds.steps, ''),
-    (r'train\.(z_loss|label_smoothing)', OPTIMISATION, 'another loss'),
+    (r'train\.(z_loss|label_smoothing|mtp_weight)', OPTIMISATION, 'the loss'),
     (r'train\.grad_accumulation', OPTIMISATION,
      'dropout and expert capacity see other micro-batches'),
     (r'seed', OPTIMISATION, 'another order of the data, another dropout'),
@@ -78,8 +78,7 @@ CLASSES: tuple[tuple[str, str | Callable, str], ...] = (
      'other parameters'),
     (r'model\.(d_model|num_layers|num_decoder_layers|num_heads|num_kv_heads'
      r'|head_dim|d_ff|vocab_size|max_len|type_vocab_size|position_offset'
-     r'|num_labels'
-     r'|param_dtype'
+     r'|num_labels|mtp_depth|param_dtype'
      r'|relative\.buckets|latent\.(q_rank|kv_rank|nope_dim|rope_dim|v_dim)'
      r'|deltanet\.(key_heads|value_heads|key_dim|value_dim|conv)'
      r'|mamba2\.(heads|head_dim|groups|state|conv)'

@@ -236,7 +236,7 @@ def step_bias(bias_NE: jax.Array, load_NE: jax.Array, rate: float | jax.Array
 
   b_i += rate * sign(mean load - load_i) (Wang et al. 2024, algorithm 1).
   """
-  return bias_NE + rate * jnp.sign(1 / bias_NE.shape[1] - load_NE)
+  return bias_NE + rate * jnp.sign(1 / bias_NE.shape[-1] - load_NE)
 
 
 LEARNED = ('moe.jitter', 'moe.logit_noise', 'moe.logit_bias',
