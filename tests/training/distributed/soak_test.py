@@ -10,6 +10,7 @@ the run does not end before.
 import json
 import os
 import random
+import re
 import signal
 import sys
 import threading
@@ -95,6 +96,16 @@ def all_losses(workdir) -> dict[int, set[float]]:
   return found
 
 
+def bugs(said: str) -> list[str]:
+  """Returns the tracebacks, less those of who was in the middle of an exchange
+  with a process that was killed."""
+  found = said.split('Traceback (most recent call last):')[1:]
+  ends = (re.search(r'^[\w.]*(Error|Exception|Interrupt|Exit)\b.*', trace,
+                    re.MULTILINE) for trace in found)
+  return [trace[:5000] for trace, end in zip(found, ends)
+          if end is None or 'Gloo' not in end[0]]
+
+
 def test_a_run_that_loses_processes_reaches_the_same_losses(
     tmp_path, texts, monkeypatch, capfd):
   calm, soaked = tmp_path / 'calm', tmp_path / 'soaked'
@@ -119,8 +130,7 @@ def test_a_run_that_loses_processes_reaches_the_same_losses(
   assert code == 0, said
   for log in (tmp_path / 'b').glob('logs/*'):
     said += log.read_text()
-  # Who is lost is named in a sentence; a bug has a traceback.
-  assert 'Traceback' not in said, said[said.index('Traceback'):][:5000]
+  assert not (found := bugs(said)), found
   assert losing.lost and took > SECONDS
   expected, got = all_losses(calm), all_losses(soaked)
   assert sorted(got) == sorted(expected) == list(range(1, STEPS + 1))
