@@ -92,12 +92,14 @@ HF = hf.HuggingFace(
         'max_len': ('max_position_embeddings', 2048),
         'norm_eps': ('layer_norm_epsilon', 1e-5),
         'tie_embeddings': ('tie_word_embeddings', False)},
-    only=dict(use_bias=False, hidden_act='silu', rms_norm=True),
+    # The last divides the weights of a folder as it is loaded.
+    only=dict(use_bias=False, hidden_act='silu', rms_norm=True,
+              rescale_prenorm_residual=False),
     # How it is computed, how its first weights are drawn, and fields that
     # published files have and transformers does not read.
-    unread=('chunk_size', 'residual_in_fp32', 'rescale_prenorm_residual',
-            *(f'time_step_{name}' for name in (
-                'rank', 'min', 'max', 'floor', 'scale', 'init_scheme')),
+    unread=('chunk_size', 'residual_in_fp32', *(
+        f'time_step_{name}' for name in (
+            'rank', 'min', 'max', 'floor', 'scale', 'init_scheme')),
             'norm_before_gate', 'intermediate_size'),
     read=_read, write=_write,
     tied={'lm_head.weight': 'backbone.embeddings.weight'},

@@ -141,6 +141,7 @@ def test_phi3_for_long_texts_has_the_factors_of_its_file():
         LONG['rope_scaling'], attention_factor=0.0)), 'not > 0'),
     ({name: value for name, value in (PHI3 | LONG).items()
       if name != 'max_position_embeddings'}, 'neither a factor'),
+    (MAMBA2 | dict(rescale_prenorm_residual=True), 'only False is known'),
     (MAMBA2 | dict(expand=3), 'not expand 3 times hidden_size 768'),
     (MAMBA2 | dict(time_step_limit=[0.1]), 'must be two numbers'),
     (MAMBA2 | dict(time_step_limit=[float('inf'), 1.0]), 'must be two numbers'),
