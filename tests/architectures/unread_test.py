@@ -48,10 +48,10 @@ OTHER = {
     'deltanet.key_heads': 2, 'deltanet.value_heads': 8, 'deltanet.key_dim': 6,
     'deltanet.value_dim': 6, 'deltanet.conv': 3, 'deltanet.decay': False,
     'deltanet.negative': True,
-    'mamba2.heads': 16, 'mamba2.head_dim': 6, 'mamba2.groups': 2,
+    'mamba2.heads': 16, 'mamba2.head_dim': 6, 'mamba2.groups': 4,
     'mamba2.state': 6, 'mamba2.conv': 3, 'mamba2.conv_bias': False,
     'mamba2.norm_over': 'all', 'mamba2.least_step': 0.01,
-    'mamba2.most_step': 0.05,
+    'mamba2.most_step': 0.05, 'd_ff': 56, 'ffn_bias': True,
 }
 # Read by a kernel of a TPU, or by the optimiser's step.
 NOT_IN_THE_PROGRAM = ('moe.grouped_kernel', 'moe.bias_rate')
@@ -68,6 +68,8 @@ MODELS = [
     ('gpt', dict(position='relative')), ('mixtral', {}),
     ('llama', dict(mixer='latent')), ('llama', dict(mixer='deltanet')),
     ('mixtral', dict(moe=dict(balance_loss='none'))),
+    pytest.param('llama', dict(mixer='mamba2', ffn='none'),
+                 marks=pytest.mark.long),
 ]
 
 
@@ -118,6 +120,9 @@ def test_what_is_listed_changes_nothing(system, changes):
      dict(mixer='latent')),
     (tuple(name for name in OTHER if name.startswith('deltanet.')), 'llama',
      dict(mixer='deltanet')),
+    pytest.param(tuple(name for name in OTHER if name.startswith('mamba2.')),
+                 'llama', dict(mixer='mamba2', mamba2=dict(groups=2)),
+                 marks=pytest.mark.long),
     (('attention_softcap', 'attention_sinks', 'attention_dropout',
       'attention_bias'), 'llama', {}),
     (('num_kv_heads', 'attention_scale', 'qk_norm', 'attention_gate'), 'llama',
