@@ -15,7 +15,8 @@ last one's by the root of the layers; here they are normal, with GPT-2's
 division. `codestral-7b` is Mistral AI's Mamba Codestral, with 8 groups and a
 head of its own; nothing is published of its training. Counts are exact.
 
-`tiny` trains on the default text.
+`tiny` trains on the default text to a held-out loss of 1.214 nats a byte (1.75
+bits).
 """
 
 from configs import base
