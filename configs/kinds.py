@@ -21,8 +21,8 @@ from configs.errors import require
 # The fields of a kind, and of the model what each stands for.
 FIELDS: dict[str, str] = {name: name for name in (
     'attention', 'mixer', 'attention_softcap', 'attention_scale',
-    'attention_bias', 'attention_out_bias', 'attention_sinks',
-    'attention_gate', 'value_embedding', 'kv_sharing', 'qk_norm',
+    'attention_bias', 'attention_out_bias', 'attention_sinks', 'attention_gate',
+    'attention_conv', 'value_embedding', 'kv_sharing', 'qk_norm',
     'qk_norm_over', 'num_heads', 'num_kv_heads', 'head_dim',
     'mup_base_head_dim', 'position', 'rope', 'ffn', 'ffn_bias', 'd_ff', 'block'
 )} | {'window': 'sliding_window'}

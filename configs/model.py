@@ -116,6 +116,8 @@ def defaults() -> dict:
       qk_norm_over='head',  # what it is over: a head, or the whole projection
       attention_sinks=False,  # a learned term in the softmax's denominator
       attention_gate='none',  # of the heads' outputs: elementwise, headwise
+      # Tokens that a convolution of queries, keys and values sees; 0: none.
+      attention_conv=0,
       value_residual=False,  # the first layer's values are mixed into all
       value_embedding=False,  # a table of tokens is added to a layer's values
       # A layer reads the keys and values of one before it: of a kind of layer.

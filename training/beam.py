@@ -222,6 +222,7 @@ def _reorder(cache: Any, rows: jax.Array, axis: int) -> Any:
   def of(entry: Any) -> Any:
     if not isinstance(entry, Cache):  # an array of a state
       return take(entry)
-    key, value = jax.tree.map(take, (entry.key_BMJK, entry.value_BMJK))
-    return entry.replace(key_BMJK=key, value_BMJK=value)
+    key, value, inputs = jax.tree.map(
+        take, (entry.key_BMJK, entry.value_BMJK, entry.inputs))
+    return entry.replace(key_BMJK=key, value_BMJK=value, inputs=inputs)
   return jax.tree.map(of, cache, is_leaf=lambda x: isinstance(x, Cache))

@@ -5,7 +5,8 @@ heads = 1: Shazeer 2019), be banded (a query sees the last `sliding_window`
 keys), capped (softcap * tanh(score / softcap), Gemma 2), have normalised
 queries and keys (QK-norm: each head by itself, as in Qwen3, or all that is
 projected, as in OLMo 2), a learned sink per head in the denominator, a gate on
-what the heads return (output_gate.py) and more in their values (values.py).
+what the heads return (output_gate.py), more in their values (values.py) and
+short convolutions of queries, keys and values (attention_conv.py).
 
 A layer with kv_sharing has no keys and values of its own and reads those of an
 earlier layer, as they were turned and mixed there (cross-layer attention:
@@ -24,6 +25,7 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
+from architectures.parts import attention_conv
 from architectures.parts import kernels
 from architectures.parts import linear
 from architectures.parts import norms
@@ -98,6 +100,8 @@ class Cache:
   memory_weights_BHLM: Optional[jax.Array] = None
   first: Optional[values.First] = None
   lent: Optional[Keys] = None
+  # Of attention_conv.py: the last inputs of convolutions, by name.
+  inputs: dict[str, jax.Array] = struct.field(default_factory=dict)
 
   def write(self, key_BLJK: jax.Array, value_BLJK: Optional[jax.Array],
             positions_BL: jax.Array) -> 'Cache':
@@ -200,8 +204,11 @@ class Attention(nn.Module):
     cached = (ctx.keys.cached if ctx.keys is not None else
               cache is not None and cache.key_BMJK is not None)
     read = None if self.cross else ctx.keys
-    first = None
-    q_BLHK = self._project('query', x_BLD, c.num_heads, 'heads', ctx)
+    conv, first = None, None
+    if c.attention_conv and not self.cross:
+      conv = attention_conv.Convolution(self, cache.inputs if cached else {},
+                                        ctx.segment_ids_BL, ctx.valid_BL)
+    q_BLHK = self._project('query', x_BLD, c.num_heads, 'heads', ctx, conv)
     if c.qk_norm:
       q_BLHK = self._normalise('query_norm', q_BLHK)
     if self.cross and ctx.memory_BMD is None:
@@ -210,7 +217,7 @@ class Attention(nn.Module):
       k_BMJK, v_BMJK = read.key_BMJK, read.value_BMJK
     else:
       k_BMJK, v_BMJK = self._keys(
-          ctx.memory_BMD if self.cross else x_BLD, ctx)
+          ctx.memory_BMD if self.cross else x_BLD, ctx, conv)
       if not self.cross:
         v_BMJK, first = values.mixed(self, x_BLD, v_BMJK, ctx.first,
                                      ctx.tokens_BL)
@@ -226,6 +233,7 @@ class Attention(nn.Module):
         cache = cache.write(k_BMJK, v_BMJK, ctx.positions_BL)
         k_BMJK, v_BMJK = cache.key_BMJK, cache.value_BMJK
       k_positions_BM = jnp.arange(k_BMJK.shape[1])[None]
+      cache = cache.replace(inputs=conv.after) if conv else cache
     # Queries may be split over the mesh along the length; each sees all keys.
     k_BMJK, v_BMJK = (sharding.constrain(x, 'batch', None, 'kv_heads', 'head')
                       for x in (k_BMJK, v_BMJK))
@@ -330,11 +338,13 @@ class Attention(nn.Module):
         bias=bias_BHLM is not None)
     return mask, seen_BLM, bias_BHLM
 
-  def _keys(self, x_BMD: jax.Array, ctx: Context):
+  def _keys(self, x_BMD: jax.Array, ctx: Context,
+            conv: Optional[attention_conv.Convolution]):
     """Returns keys and values of what is attended to."""
     c = self.config
-    k_BMJK = self._project('key', x_BMD, c.num_kv_heads, 'kv_heads', ctx)
-    v_BMJK = self._project('value', x_BMD, c.num_kv_heads, 'kv_heads', ctx)
+    k_BMJK, v_BMJK = (
+        self._project(name, x_BMD, c.num_kv_heads, 'kv_heads', ctx, conv)
+        for name in ('key', 'value'))
     if c.qk_norm:
       k_BMJK = self._normalise('key_norm', k_BMJK)
     return k_BMJK, v_BMJK
@@ -349,7 +359,7 @@ class Attention(nn.Module):
     return y_BLU.reshape(x_BLHK.shape)
 
   def _project(self, name: str, x_BLD: jax.Array, heads: int, axis: str,
-               ctx: Context):
+               ctx: Context, conv: Optional[attention_conv.Convolution]):
     c = self.config
     # What the scores are not scaled by, the query's weights are (T5).
     gain = (c.base_head_dim ** -0.5 / c.attention_scale
@@ -362,16 +372,18 @@ class Attention(nn.Module):
     if c.attention_bias:
       y_BLHK = linear.add_bias(y_BLHK, linear.bias(
           self, f'{name}_bias', (heads, c.head_dim), (axis, 'head')))
+    y_BLHK = conv(name, y_BLHK, axis) if conv else y_BLHK
     return sharding.constrain(y_BLHK, 'batch', 'length', axis, 'head')
 
 
 def empty(c: ModelConfig, shape: tuple[int, ...]) -> Cache:
   """Returns a cache of this shape: what stands before the heads' axis."""
+  inputs = attention_conv.empty(c, shape)
   if c.kv_sharing:
-    return Cache(None)
+    return Cache(None, inputs=inputs)
   shape = *shape, c.num_kv_heads, c.head_dim
   return Cache(jnp.zeros(shape, c.compute_dtype),
-               jnp.zeros(shape, c.compute_dtype))
+               jnp.zeros(shape, c.compute_dtype), inputs=inputs)
 
 
 def _check_banded(c: ModelConfig) -> None:

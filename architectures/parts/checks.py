@@ -69,6 +69,7 @@ STRICT = {
     'value_embedding': False,
     'kv_sharing': False,
     'mtp_depth': 0,
+    'attention_conv': 0,
     'num_labels': 0,
     'head_dropout': 0,
     'moe.grouped_kernel': 'auto',

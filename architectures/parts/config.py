@@ -176,6 +176,7 @@ class ModelConfig:
   qk_norm_over: str
   attention_sinks: bool
   attention_gate: str
+  attention_conv: int
   value_residual: bool
   value_embedding: bool
   kv_sharing: bool

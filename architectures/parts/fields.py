@@ -27,6 +27,7 @@ MOST = {
     'type_vocab_size': 2**16,
     'position_offset': 2**16,
     'mtp_depth': 2**6,
+    'attention_conv': 2**10,
     'num_labels': 2**20,
     'sliding_window': 2**31 - 1,
     'mup_base_width': 2**20,

@@ -12,6 +12,7 @@ from typing import Any, Optional
 import flax.linen as nn
 
 from architectures.parts import attention
+from architectures.parts import attention_conv
 from architectures.parts import latent
 from architectures.parts import output_gate
 from architectures.parts.config import ModelConfig
@@ -73,8 +74,10 @@ def readers(c: ModelConfig, field: str) -> list[ModelConfig]:
 
 
 def with_state(c: ModelConfig) -> bool:
-  """Whether some layers of a model are a recurrence."""
-  return any(of(c.of_kind(name)).state for name in c.kinds_used)
+  """Whether some layers of a model read a row in one direction alone and keep
+  a state of it: a recurrence, or a short convolution before attention."""
+  return any(of(own).state for own in map(c.of_kind, c.kinds_used)) or any(
+      own.attention_conv for own in readers(c, 'attention_conv'))
 
 
 # Of scores, and of products with a bias.
@@ -117,8 +120,9 @@ MIXERS = {
                 output_gate.products(c.attention_gate)),
         fields=('num_kv_heads', 'attention_scale', 'qk_norm', 'qk_norm_over',
                 'attention_gate', 'value_residual', 'value_embedding',
-                'kv_sharing', *SCORES),
-        divided=(('tensor', 'num_heads'), ('tensor', 'num_kv_heads'))),
+                'kv_sharing', 'attention_conv', *SCORES),
+        divided=(('tensor', 'num_heads'), ('tensor', 'num_kv_heads')),
+        check=attention_conv.check),
     'latent': Mixer(
         latent.LatentAttention, latent.empty, latent.products,
         fields=('attention_gate', *_group('latent', LatentConfig), *SCORES),

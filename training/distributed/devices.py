@@ -79,8 +79,9 @@ def check_mesh(model: ModelConfig, batch_size: int, grad_accumulation: int,
   if model.has_experts:
     held.append(('tensor', 'moe.d_ff'))
   require(shape['context'] == 1 or not mixers.with_state(model),
-          f'mesh.context is {shape["context"]}, and model.mixer of some layers '
-          'is a recurrence, whose rows stay on one device: set mesh.context=1')
+          f'mesh.context is {shape["context"]}, and some layers are a '
+          'recurrence by model.mixer, or have model.attention_conv, so that '
+          'their rows stay on one device: set mesh.context=1')
   def rows_of(kind: str) -> tuple[tuple[str, str], ...]:
     c = model.of_kind(kind)
     return (*mixers.of(c).divided, *[('tensor', 'd_ff')] * (c.ffn != NONE),

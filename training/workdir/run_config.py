@@ -78,7 +78,7 @@ CLASSES: tuple[tuple[str, str | Callable, str], ...] = (
      'other parameters'),
     (r'model\.(d_model|num_layers|num_decoder_layers|num_heads|num_kv_heads'
      r'|head_dim|d_ff|vocab_size|max_len|type_vocab_size|position_offset'
-     r'|num_labels|mtp_depth|param_dtype'
+     r'|num_labels|mtp_depth|attention_conv|param_dtype'
      r'|relative\.buckets|latent\.(q_rank|kv_rank|nope_dim|rope_dim|v_dim)'
      r'|deltanet\.(key_heads|value_heads|key_dim|value_dim|conv)'
      r'|mamba2\.(heads|head_dim|groups|state|conv)'

@@ -52,7 +52,7 @@ def test_at_the_base_all_is_as_in_the_standard_form(system):
 # Every part of a decoder that has parameters of its own.
 PARTS = dict(qk_norm=True, attention_sinks=True, logits_bias=True,
              attention_gate='headwise', value_residual=True,
-             value_embedding=True,
+             value_embedding=True, attention_conv=3,
              position='relative', attention_bias=True, ffn_bias=True)
 
 
