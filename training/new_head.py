@@ -11,7 +11,7 @@ import dataclasses
 import flax.linen as nn
 
 import architectures
-from architectures.parts import hf
+from architectures.parts import hf_tensors
 from architectures.parts.config import ModelConfig
 from training import paths
 from training.step import parameter_shapes
@@ -47,7 +47,8 @@ def names_left_out(module: nn.Module) -> set[str]:
   page = architectures.hugging_face(lm.arch)
   shapes = left_out(module)
   rows = [row for row in page.rows(lm) if row[0] in shapes]
-  return {tensor.name for tensor in hf.expand(rows, shapes)} | set(page.tied)
+  return {tensor.name for tensor in hf_tensors.expand(rows, shapes)} | set(
+      page.tied)
 
 
 def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -3,20 +3,16 @@
 A page ends with `HF = HuggingFace(...)`; of a page, training/weights.py and
 training/hf/ read that record and nothing else. A system that transformers does
 not have has no `HF`. tests/architectures/pages_test.py checks every record.
+parts/hf_tensors.py finds the tensors of a model by its rows, and
 parts/hf_rope.py has what a config.json says of rotary positions.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from collections.abc import Sequence
-import itertools
-import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 import re
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from architectures.parts.config import ModelConfig
-from configs.errors import RequestError, require
+from configs.errors import require
 
 # The path of a parameter, its axes, the name of the tensor in a file, its axes.
 Row = tuple[str, str, str, str]
@@ -59,10 +55,13 @@ class HuggingFace(NamedTuple):
   one dimension of size H*K. {n} is the layer, counted through the blocks of
   the period. {e} is an expert, axis E of ours. 'query|key|value' are several
   parameters of ours in one tensor of theirs, along its axis 3 (1 is a dimension
-  of theirs that ours has not); with the axes
-  'DHK|DJK|DJK' and 'HK+JK+JK D' they follow one another in it, each of its own
-  size. A row is passed over where the model has no such parameter with as many
-  axes, so that a dense and an expert ffn/up may both have one.
+  of theirs that ours has not); with the axes 'DHK|DJK|DJK' and 'HK+JK+JK D'
+  they follow one another in it, each of its own size, and with 'J(RK+K+K) D'
+  within each group of heads: R is H / J, and J=2 says how many groups there are
+  where no axis of ours does. A row is passed over where the model has no such
+  parameter with as many axes, so that a dense and an expert ffn/up may both
+  have one; decoder/layers/block_2 stands for one block of the period alone
+  (`by_block`).
 
   The import starts from the system's PARTS, then reads `fields`, then `read`;
   the export writes `fields`, then `write`.
@@ -155,6 +154,23 @@ def under(ours: str, theirs: str, *rows: Row) -> tuple[Row, ...]:
                for row in rows)
 
 
+def by_block(c: ModelConfig, theirs: str,
+             rows: Callable[[ModelConfig], Iterable[Row]]) -> tuple[Row, ...]:
+  """Returns rows of the layers of a decoder whose kinds differ in more than
+  which parameters they have.
+
+  Args:
+    c: the model.
+    theirs: the prefix of a layer, with {n}.
+    rows: the config of a kind of layer -> its rows, below the layer.
+  """
+  return sum((under(f'decoder/{section}/block_{i}', theirs,
+                    *rows(c.of_kind(kind.name)))
+              for section, kinds in (('prefix', c.layer_prefix()),
+                                     ('layers', c.layer_pattern()))
+              for i, kind in enumerate(kinds)), ())
+
+
 def norm(ours: str, theirs: str) -> tuple[Row, Row]:
   """Returns the rows of a LayerNorm's scale and bias."""
   return ((f'{ours}/scale', 'D', f'{theirs}.weight', 'D'),
@@ -193,169 +209,3 @@ def theirs(choices: Mapping[str, str], ours: str, field: str) -> str:
   require(words, f'model.{field} is {ours!r}, which has no counterpart in this '
           f'config.json: choose from {known}')
   return words[0]
-
-
-class Tensor(NamedTuple):
-  """One tensor of theirs, and the places of ours that it fills.
-
-  Attributes:
-    name: theirs.
-    axes: theirs, such as 'D 3HK' or 'HK+JK+JK D'.
-    paths: of ours; several where it is fused.
-    ours: the axes of each, without those that `index` picks from.
-    index: the leading indices in each of `paths` (layer, expert).
-    sizes: of the axes, by letter.
-  """
-  name: str
-  axes: str
-  paths: tuple[str, ...]
-  ours: tuple[str, ...]
-  index: tuple[int, ...]
-  sizes: dict[str, int]
-
-  @property
-  def shape(self) -> tuple[int, ...]:
-    """The shape of theirs."""
-    return tuple(sum(map(self._size, dim.split('+')))
-                 for dim in self.axes.split())
-
-  def part(self, cut: Callable[[tuple[slice, ...]], np.ndarray], which: int,
-           ranges: Mapping[str, tuple[int, int]]) -> np.ndarray:
-    """Returns what theirs holds for paths[which], by our axes.
-
-    Args:
-      cut: returns a slice of theirs; as little is asked for as one slice can.
-      which: of `paths`.
-      ranges: (start, stop) of our axes, by letter.
-    """
-    wanted = {**ranges, '1': (0, 1),
-              str(len(self.paths)): (which, which + 1)}
-    slices, shapes, indices = zip(*(
-        self._narrow(dim, which, wanted) for dim in self.axes.split()))
-    x = cut(slices).reshape(sum(shapes, ()))[sum(indices, ())]
-    letters = ''.join(self._dims(which))
-    fused = [a for a in letters if a.isdigit()]
-    x = x.transpose([letters.index(a) for a in (*self.ours[which], *fused)])
-    return x[..., 0] if fused else x
-
-  def _narrow(self, dim: str, which: int, ranges: Mapping[str, tuple[int, int]]
-              ) -> tuple[slice, tuple[int, ...], tuple[slice, ...]]:
-    """Returns the shortest slice of a dimension of theirs that holds `ranges`
-    of its axes, the shape of that slice by axis, and what to take of it.
-
-    The slice can be narrow in the axes of a single index and in the one after
-    them; of the axes that follow it holds all.
-    """
-    before = 0
-    if '+' in dim:
-      pieces = dim.split('+')
-      before, dim = sum(map(self._size, pieces[:which])), pieces[which]
-    several = (i for i, a in enumerate(dim) if ranges[a][1] - ranges[a][0] != 1)
-    end = next(several, len(dim) - 1) + 1
-    narrow, whole = dim[:end], dim[end:]
-    first = int(np.ravel_multi_index([ranges[a][0] for a in narrow],
-                                     [self.sizes[a] for a in narrow]))
-    spans = tuple(ranges[a][1] - ranges[a][0] for a in narrow)
-    size = self._size(whole)
-    return (slice(before + first * size, before + (first + spans[-1]) * size),
-            spans + tuple(self.sizes[a] for a in whole),
-            (slice(None),) * end + tuple(slice(*ranges[a]) for a in whole))
-
-  def join(self, ours: Sequence[np.ndarray]) -> np.ndarray:
-    """Returns theirs, made of one array for each of `paths`."""
-    parts = []
-    for which, x in enumerate(ours):
-      plain = [a for a in ''.join(self._dims(which)) if not a.isdigit()]
-      parts.append(x.transpose([self.ours[which].index(a) for a in plain]))
-    dims = self.axes.split()
-    if '+' in self.axes:
-      x = np.concatenate(
-          [x.reshape([self._size(dim) for dim in self._dims(which)])
-           for which, x in enumerate(parts)],
-          next(i for i, dim in enumerate(dims) if '+' in dim))
-    else:
-      fused = [i for i, a in enumerate(''.join(dims)) if a.isdigit()]
-      x = np.stack(parts, fused[0]) if fused else parts[0]
-    return np.ascontiguousarray(x.reshape(self.shape))
-
-  def _dims(self, which: int) -> list[str]:
-    """The axes in each dimension of theirs, where paths[which] stands."""
-    return [dim.split('+')[which] if '+' in dim else dim
-            for dim in self.axes.split()]
-
-  def _size(self, axes: str) -> int:
-    return math.prod(self.sizes[a] for a in axes)
-
-
-def expand(rows: Sequence[Row],
-           shapes: Mapping[str, tuple[int, ...]]) -> list[Tensor]:
-  """Returns every tensor of theirs for parameters of these shapes, by path.
-
-  Raises:
-    RequestError: naming the parameters for which the table has no row.
-  """
-  tensors = []
-  for (_, axes, theirs, their_axes), paths, layers, experts in places(
-      rows, shapes):
-    each = axes_of(axes, len(paths))
-    sizes = {a: n for one, path in zip(each, paths)
-             for a, n in zip(one, shapes[path][-len(one):])}
-    inner = tuple(one.replace('E', '') if '{e}' in theirs else one
-                  for one in each)
-    for (row, n), e in itertools.product(enumerate(layers), experts):
-      index = (() if n is None else (row,)) + (() if e is None else (e,))
-      tensors.append(Tensor(theirs.format(n=n, e=e), their_axes, paths, inner,
-                            index, sizes | {'1': 1, str(len(paths)): len(paths)}
-                            ))
-  covered = {path for tensor in tensors for path in tensor.paths}
-  if bare := sorted(set(shapes) - covered):
-    raise RequestError(
-        f'no Hugging Face name for {", ".join(bare)}: this combination of '
-        'parts is none that transformers has under this architecture')
-  return tensors
-
-
-def axes_of(axes: str, paths: int) -> tuple[str, ...]:
-  """Returns our axes of each of so many paths, of a row's second item."""
-  each = tuple(axes.split('|'))
-  return each if len(each) == paths else each * paths
-
-
-def count(rows: Sequence[Row],
-          shapes: Mapping[str, tuple[int, ...]]) -> int:
-  """Returns how many tensors `expand` has, without making them."""
-  return sum(len(layers) * len(experts)
-             for *_, layers, experts in places(rows, shapes))
-
-
-def places(rows: Sequence[Row], shapes: Mapping[str, tuple[int, ...]]
-           ) -> Iterator[tuple[Row, tuple[str, ...], Sequence, Sequence]]:
-  """Yields (row, our paths, layers, experts) for each row and each block that
-  has its parameter: those with a tensor each; (None,) where one holds all."""
-  for row in rows:
-    ours, _, theirs, _ = row
-    folder, _, names = ours.rpartition('/')
-    stack, stacked, _ = ours.partition('/layers/')
-    for place, first, period in _blocks(
-        stack, shapes) if stacked else (('', 0, 0),):
-      paths = tuple(
-          f'{folder}/{name}'.lstrip('/').replace('/layers/', f'/{place}/')
-          for name in names.split('|'))
-      shape, axes = shapes.get(paths[0], ()), axes_of(row[1], len(paths))[0]
-      if len(shape) == len(axes) + bool(stacked):
-        yield (row, paths,
-               range(first, first + period * shape[0], period) if stacked
-               else (None,),
-               range(shape[bool(stacked) + axes.index('E')])
-               if '{e}' in theirs else (None,))
-
-
-def _blocks(stack: str, shapes: Mapping[str, tuple[int, ...]]):
-  """Yields where each block stands, its first layer, the step to the next."""
-  blocks = {section: len({path.split('/')[2] for path in shapes
-                          if path.startswith(f'{stack}/{section}/')})
-            for section in ('prefix', 'layers')}
-  for n in range(blocks['prefix']):
-    yield f'prefix/block_{n}', n, 1
-  for n in range(blocks['layers']):
-    yield f'layers/block_{n}', blocks['prefix'] + n, blocks['layers']

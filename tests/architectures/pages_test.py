@@ -8,7 +8,8 @@ import flax.linen as nn
 import pytest
 
 import architectures
-from architectures.parts import hf
+from architectures.parts import hf_tensors
+from architectures.parts import mixers
 from configs import base
 from tests.helpers import models
 from training import paths
@@ -83,20 +84,22 @@ def test_names_are_of_parameters_and_axes_of_the_legend(system):
     sizes = dict(V=c.vocab_size, D=c.d_model, H=c.num_heads, J=c.num_kv_heads,
                  K=c.head_dim, F=c.d_ff, E=c.moe.num_experts,
                  L=c.max_len + c.position_offset)
-    if c.mixer in ('latent', 'mamba2'):  # whose heads have several sizes
+    if c.mixer == 'latent':  # whose heads have several sizes
       del sizes['K']
-    if c.mixer == 'mamba2':  # and are not those of attention
-      del sizes['H'], sizes['J']
+    if mixers.with_state(c):  # whose heads are of another number and size
+      for letter in 'HJK':
+        sizes.pop(letter, None)
     if c.moe.d_ff != c.d_ff or c.moe.shared_experts > 1:  # several widths
       del sizes['F']
     rows |= set(table)
-    for row, found, *_ in hf.places(table, shapes):
+    for row, found, *_ in hf_tensors.places(table, shapes):
       used.add(row)
       _, ours, name, theirs = row
       expert = {'E'} if '{e}' in name else set()
-      each = hf.axes_of(ours, len(found))
-      assert {a for a in theirs if a.isalpha()} == set(
-          ''.join(each)) - expert, row
+      each = hf_tensors.axes_of(ours, len(found))
+      grouped = {'R', 'J'} if 'R' in theirs else set()  # J and R are our H
+      assert {a for a in theirs if a.isalpha()} - grouped == set(
+          ''.join(each)) - expert - ({'H', 'J'} if grouped else set()), row
       for path, own in zip(found, each):
         assert len(own) == len(axes[path]), row
         for letter, axis, size in zip(own, axes[path],

@@ -10,7 +10,7 @@ import pytest
 
 import architectures
 from architectures.parts import attention
-from architectures.parts import hf
+from architectures.parts import hf_tensors
 from architectures.parts import skeletons
 from architectures.parts import unread
 from configs import gpt, sharding, switch
@@ -285,7 +285,7 @@ def test_every_layer_has_one_place_and_one_name():
       *((f'decoder/layers/block_{b}/attention/query', row)
         for row in range(2) for b in range(2))]
   row = 'decoder/layers/attention/query', 'DHK', 'h.{n}.q', 'HK D'
-  found = hf.expand([row], {path: flat[path].shape for path in queries})
+  found = hf_tensors.expand([row], {path: flat[path].shape for path in queries})
   assert {t.name: (t.paths[0], *t.index) for t in found} == {
       f'h.{n}.q': stacks.place(queries[0], n) for n in range(5)}
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import architectures
-from architectures.parts import hf, linear
+from architectures.parts import hf, hf_tensors, linear
 from architectures.parts.config import ModelConfig
 from configs.errors import require, short
 from training import adapters, paths
@@ -83,8 +83,8 @@ def write(c: ModelConfig, params: Any, folder: pathlib.Path, base: str
           for path, x in paths.flatten(params).items()
           if adapters.is_adapter(path)}
   found = list(rows(c))
-  tensors = hf.expand([row for row, *_ in found],
-                      {path: x.shape for path, x in flat.items()})
+  tensors = hf_tensors.expand([row for row, *_ in found], {
+      path: x.shape for path, x in flat.items()})
   folder.mkdir(parents=True, exist_ok=True)
   save_file({t.name: t.join([flat[t.paths[0]][t.index]]) for t in tensors},
             folder / WEIGHTS, metadata={'format': 'pt'})
@@ -124,7 +124,7 @@ def read(c: ModelConfig, folder: pathlib.Path) -> tuple[ModelConfig, Any]:
             '> 0')
   source = hf_files.Files(folder / WEIGHTS)
   c = _with_adapters(c, tree, set(source), file)
-  tensors = hf.expand([row for row, *_ in rows(c)], _shapes(c))
+  tensors = hf_tensors.expand([row for row, *_ in rows(c)], _shapes(c))
   _check_names({t.name: t.shape for t in tensors}, source, folder)
   flat = {path: np.zeros(shape, np.float32)
           for path, shape in _shapes(c).items()}

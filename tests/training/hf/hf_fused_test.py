@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from architectures.parts import hf
+from architectures.parts import hf_tensors
 
 
 def test_parts_of_other_sizes_follow_one_another():
@@ -11,7 +11,7 @@ def test_parts_of_other_sizes_follow_one_another():
   shapes = {f'layers/{name}': (2, 5, heads, 3) for name, heads in (
       ('query', 4), ('key', 2), ('value', 2))}
   row = ('layers/query|key|value', 'LDHK|LDJK|LDJK', 'qkv', 'L HK+JK+JK D')
-  tensor, = hf.expand([row], shapes)
+  tensor, = hf_tensors.expand([row], shapes)
   assert tensor.shape == (2, 24, 5)
   theirs = np.arange(240).reshape(tensor.shape)
   ranges = [{a: (0, tensor.sizes[a]) for a in axes} for axes in tensor.ours]
@@ -35,7 +35,7 @@ def test_a_dimension_of_one_is_theirs_alone():
   """The filters of several parameters as torch.nn.Conv1d has them."""
   shapes = {'layers/value_conv': (2, 4, 3, 5), 'layers/key_conv': (2, 4, 1, 2)}
   row = ('layers/value_conv|key_conv', 'LWHK|LWJU', 'conv1d', 'L HK+JU 1 W')
-  tensor, = hf.expand([row], shapes)
+  tensor, = hf_tensors.expand([row], shapes)
   assert tensor.shape == (2, 17, 1, 4)
   theirs = np.arange(136).reshape(tensor.shape)
   ranges = [{a: (0, tensor.sizes[a]) for a in axes} for axes in tensor.ours]
@@ -44,3 +44,61 @@ def test_a_dimension_of_one_is_theirs_alone():
   assert ours[0][1, 3, 2, 4] == theirs[1, 14, 0, 3]
   assert ours[1][1, 2, 0, 1] == theirs[1, 16, 0, 2]
   np.testing.assert_array_equal(tensor.join(ours), theirs)
+
+
+def test_groups_of_heads_stand_in_one_matrix():
+  """As Qwen3-Next has it: of each of two heads of keys its query, its key, and
+  its three heads of values, of three and of two features."""
+  shapes = {name: (5, heads, size) for name, heads, size in (
+      ('query', 2, 3), ('key', 2, 3), ('value', 6, 2))}
+  tensor, = hf_tensors.expand(
+      [('query|key|value', 'DJK|DJK|DHU', 'qkv', 'J(K+K+RU) D')], shapes)
+  assert tensor.shape == (24, 5)
+  theirs = np.arange(120).reshape(tensor.shape)
+  asked = []
+  def cut(at):
+    asked.append(at)
+    return theirs[at]
+  whole = [dict(zip(axes, ((0, n) for n in shapes[path])))
+           for axes, path in zip(tensor.ours, tensor.paths)]
+  ours = [tensor.part(cut, i, whole[i]) for i in range(3)]
+  assert [x.shape for x in ours] == [*shapes.values()]
+  assert ours[1][4, 1, 2] == theirs[12 + 3 + 2, 4]
+  assert ours[2][3, 5, 1] == theirs[12 + 6 + 2 * 2 + 1, 3]
+  np.testing.assert_array_equal(tensor.join(ours), theirs)
+  # Of heads, and of some of D, their groups and its columns are asked for.
+  for heads, rows in (((4, 6), (12, 24)), ((2, 4), (0, 24))):
+    del asked[:]
+    np.testing.assert_array_equal(
+        tensor.part(cut, 2, whole[2] | dict(H=heads, D=(1, 3))),
+        ours[2][1:3, slice(*heads)])
+    assert asked == [(slice(*rows), slice(1, 3))]
+
+
+def test_groups_that_no_axis_counts_and_a_dimension_of_one():
+  """Two numbers of each head of values, by the head of keys; and filters."""
+  tensor, = hf_tensors.expand([('b|a', 'DH', 'ba', 'J=2(R+R) D')],
+                              {'b': (3, 4), 'a': (3, 4)})
+  theirs = np.arange(24).reshape(tensor.shape)
+  ours = [tensor.part(lambda at: theirs[at], i, dict(D=(0, 3), H=(0, 4)))
+          for i in range(2)]
+  np.testing.assert_array_equal(ours[1].T, theirs[[2, 3, 6, 7]])
+  np.testing.assert_array_equal(tensor.join(ours), theirs)
+  tensor, = hf_tensors.expand([('q|v', 'WJK|WHK', 'conv', 'JK+HK 1 W')],
+                              {'q': (3, 2, 1), 'v': (3, 4, 1)})
+  theirs = np.arange(18).reshape(6, 1, 3)
+  ours = [tensor.part(lambda at: theirs[at], i, {
+      'W': (0, 3), 'K': (0, 1), heads: (0, 2 + 2 * i)})
+          for i, heads in enumerate('JH')]
+  np.testing.assert_array_equal(ours[1][..., 0].T, theirs[2:, 0])
+  np.testing.assert_array_equal(tensor.join(ours), theirs)
+
+
+def test_a_row_may_be_of_one_block():
+  shapes = {f'decoder/{block}/x': (layers, 2) for block, layers in (
+      ('prefix/block_0', 1), ('layers/block_0', 2), ('layers/block_1', 2))}
+  rows = [(f'decoder/{block}/x', 'D', f'{name}.{{n}}', 'D') for block, name in (
+      ('prefix/block_0', 'a'), ('layers/block_0', 'b'),
+      ('layers/block_1', 'a'))]
+  assert [t.name for t in hf_tensors.expand(rows, shapes)] == [
+      'a.0', 'b.1', 'b.3', 'a.2', 'a.4']
