@@ -186,6 +186,8 @@ def defaults() -> dict:
           d_ff=0,  # hidden units of one expert; derived: model.d_ff
           # A dense network beside the experts, of this many times moe.d_ff.
           shared_experts=0,
+          # It is multiplied by a sigmoid of the layer's input.
+          shared_gate=False,
           # How tokens reach their experts. auto: sorted where a capacity pads
           # little, else dropless.
           dispatch='auto',

@@ -91,6 +91,7 @@ class MoEConfig:
   ffn: str
   d_ff: int
   shared_experts: int
+  shared_gate: bool
   dispatch: str
   grouped_kernel: str
   capacity_factor: float

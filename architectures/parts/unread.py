@@ -101,6 +101,10 @@ CONDITIONS = (
         lambda c: c.ffn != NONE and bool(
             FFNS[c.moe.ffn if c.ffn == 'moe' else c.ffn].fields)),
     Condition(
+        ('moe.shared_gate',),
+        Row('model.moe.shared_experts is above 0', ('moe.shared_experts',)),
+        lambda c: c.moe.shared_experts > 0),
+    Condition(
         ('moe.top_groups',),
         Row('model.moe.expert_groups is above 1', ('moe.expert_groups',)),
         lambda c: c.moe.expert_groups > 1),

@@ -249,7 +249,7 @@ def test_routers_route_alike_on_a_mesh(fields):
 @pytest.mark.slow
 def test_tokens_that_do_not_fill_the_shards_and_shared_experts():
   """64 tokens on 6 shards: what fills them up takes no room."""
-  c = config(ffn='swiglu', shared_experts=1, num_experts=2,
+  c = config(ffn='swiglu', shared_experts=1, shared_gate=True, num_experts=2,
              capacity_factor=0.5)
   shape = dict(data=3, fsdp=1, expert=2, context=1, tensor=1)
   step, args = compile_on(shape, c)

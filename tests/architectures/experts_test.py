@@ -117,7 +117,8 @@ def test_capacity_of_evaluation_is_its_own():
 @pytest.mark.slow
 def test_one_expert_is_the_dense_network_and_shared_ones_add_to_it():
   kind = 'swiglu_clamped'
-  c = config(num_experts=1, top_k=1, ffn=kind, shared_experts=2)
+  c = config(num_experts=1, top_k=1, ffn=kind, shared_experts=2,
+             shared_gate=True)
   x_BLD, ctx = jnp.ones((B, L, D)) * 0.3, Context(jnp.arange(L)[None])
   params = nn.meta.unbox(MoE(c).init(jax.random.key(0), x_BLD, ctx))['params']
   assert params['shared']['up'].shape == (D, 2 * F)
@@ -126,8 +127,11 @@ def test_one_expert_is_the_dense_network_and_shared_ones_add_to_it():
   want_BLD = dense.FFN(c, kind).apply({'params': own}, x_BLD, ctx)[0]
   shared_BLD = dense.FFN(c, kind, width=2 * F).apply(
       {'params': params['shared']}, x_BLD, ctx)[0]
+  gate_DU = params['shared_gate'] = 10 * params['shared_gate']
+  gate_BLU = 1 / (1 + jnp.exp(-x_BLD @ gate_DU))
+  assert gate_BLU.shape == (B, L, 1) and abs(gate_BLU - 0.5).min() > 0.01
   assert_close(MoE(c).apply({'params': params}, x_BLD, ctx)[0],
-               want_BLD + shared_BLD)
+               want_BLD + gate_BLU * shared_BLD)
 
 
 @pytest.mark.slow

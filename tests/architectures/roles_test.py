@@ -51,8 +51,8 @@ def test_axes_as_a_picture():
          attention_gate='headwise', num_kv_heads=2, value_residual=True,
          value_embedding=True),
     dict(ffn='moe', attention_gate='elementwise',
-         moe=dict(router='sigmoid', shared_experts=1, every=2, ffn='swiglu',
-                  logit_bias=True))])
+         moe=dict(router='sigmoid', shared_experts=1, shared_gate=True,
+                  every=2, ffn='swiglu', logit_bias=True))])
 def test_a_parameters_role_agrees_with_its_name_and_its_axes(arch, fields):
   config = base.base().model
   config.update(dict(arch=arch, vocab_size=64, max_len=16, **fields))
@@ -81,7 +81,7 @@ def test_a_parameters_role_agrees_with_its_name_and_its_axes(arch, fields):
             not box.role.matrix), path
     assert (box.role.kind == 'logits') == (
         path.startswith(('head/', 'nsp'))
-        or path.endswith('/router') or headwise), path
+        or path.endswith(('/router', '/shared_gate')) or headwise), path
   assert matrices >= 6
 
 

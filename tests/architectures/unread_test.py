@@ -26,7 +26,7 @@ OTHER = {
     'relative.max_distance': 99, 'init_scale': 2.0, 'ffn_dropout': 0.3,
     'moe.num_experts': 6, 'moe.top_k': 3, 'moe.router': 'sinkhorn',
     'moe.ffn': 'relu', 'moe.d_ff': 40,
-    'moe.shared_experts': 2, 'moe.dispatch': 'einsum',
+    'moe.shared_experts': 2, 'moe.shared_gate': True, 'moe.dispatch': 'einsum',
     'moe.grouped_kernel': 'xla', 'moe.capacity_factor': 1.1,
     'moe.eval_capacity_factor': 1.2, 'moe.normalize_gates': False,
     'moe.jitter': 0.1, 'moe.logit_noise': 0.2,
@@ -139,7 +139,7 @@ def test_what_is_listed_changes_nothing(system, changes):
      dict(position='relative')),
     (('init_scale', 'ffn_dropout'), 'llama', dict(init='fan_in')),
     pytest.param(tuple(name for name in OTHER if name.startswith('moe.')
-                       and name not in (*NOT_IN_THE_PROGRAM,
+                       and name not in (*NOT_IN_THE_PROGRAM, 'moe.shared_gate',
                                         'moe.top_groups')), 'mixtral',
                  dict(moe=dict(eval_capacity_factor=1.0)),
                  marks=pytest.mark.long),
@@ -147,7 +147,8 @@ def test_what_is_listed_changes_nothing(system, changes):
     (('moe.group_size',), 'mixtral', dict(moe=dict(router='sinkhorn'))),
     (('lora.alpha', 'lora.targets', 'lora.dropout'), 'gpt',
      dict(lora=dict(rank=2))),
-    (('ffn_dropout',), 'mixtral', dict(moe=dict(shared_experts=1))),
+    (('ffn_dropout', 'moe.shared_gate'), 'mixtral',
+     dict(moe=dict(shared_experts=1))),
 ])
 def test_what_is_not_listed_changes_something(fields, system, changes):
   config = models.config(system, **changes)

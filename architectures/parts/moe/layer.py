@@ -2,6 +2,8 @@
 
 y = shared(x) + sum over the chosen experts of gate * FFN_e(x)
 
+with `shared_gate`, sigmoid(w x) * shared(x) (Qwen1.5-MoE, Qwen3-Next).
+
 The router runs in float32 (Switch, section 2.4), on TPU and GPU too, which
 multiply float32 arrays in fewer digits unless told. Shared experts
 (DeepSeekMoE: Dai et al. 2024) are one dense network, `shared_experts` times as
@@ -69,8 +71,19 @@ class MoE(nn.Module):
     if m.shared_experts:
       shared_BLD, _ = dense.FFN(
           c, m.ffn, width=m.shared_experts * m.d_ff, name='shared')(x_BLD, ctx)
-      y_BLD = y_BLD + shared_BLD
+      y_BLD = y_BLD + self._gated(shared_BLD, x_BLD)
     return y_BLD, aux
+
+  def _gated(self, shared_BLD: jax.Array, x_BLD: jax.Array) -> jax.Array:
+    """Returns what the shared experts add. A token has one gate at every
+    width, so that muP divides it as it divides the router's logits."""
+    c = self.config
+    if not c.moe.shared_gate:
+      return shared_BLD
+    gate_DU = linear.weight(self, 'shared_gate', (c.d_model, 1),
+                            ('embed', None), output=True)
+    gate_BLU = linear.einsum('BLD,DU->BLU', x_BLD, gate_DU, c.compute_dtype)
+    return shared_BLD * jax.nn.sigmoid(gate_BLU / c.widening)
 
   def _logits(self, x_TD: jax.Array, ctx: Context):
     m = self.config.moe

@@ -65,7 +65,8 @@ def test_rates_agree_with_the_shapes(system, parts):
   """Which axes are widths is seen by comparing two models, as the authors'
   package does; table 8 goes by how many of them a parameter has."""
   if system in ('gpt4', 'mixtral') and parts:
-    parts = parts | dict(moe=dict(router='sigmoid', shared_experts=1))
+    parts = parts | dict(moe=dict(router='sigmoid', shared_experts=1,
+                                  shared_gate=True))
   r = 4
   moe = parts.get('moe', {}) if parts else {}
   parts = {k: v for k, v in parts.items() if k != 'moe'}
