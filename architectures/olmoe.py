@@ -33,10 +33,7 @@ class OLMoE(Decoder):
 
 
 def _read(reader: hf.Reader, fields: dict) -> dict:
-  require(fields['moe.top_k'] > 1 or not fields['moe.normalize_gates'],
-          'config.json has num_experts_per_tok 1 and norm_topk_prob true, '
-          'whose gate there is always 1: here the gate of a single choice is '
-          'its probability, so that its router learns')
+  qwen3_moe.check_gates(fields)
   # transformers has no other: its norms are as wide as the model.
   reader.must(head_dim=fields['d_model'] // fields['num_heads'])
   return dict(rope=hf_rope.read(reader), moe=dict(dispatch='dropless'))

@@ -1,14 +1,20 @@
-"""Which layers attend to a window, as layer_types of a config.json says it."""
+"""Which layers attend to a window, and which have a recurrence in place of
+attention, as layer_types of a config.json says it."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from architectures.parts import attention
+from architectures.parts import hf
 from architectures.parts.config import ModelConfig
+from configs import kinds as layer_kinds
 from configs.errors import require, short
 
 WINDOW, WHOLE = 'sliding_attention', 'full_attention'
 NAMES = {WINDOW: 'local', WHOLE: 'global'}  # our kinds of layer
+LINEAR = 'linear_attention'
+MIXERS = {LINEAR: 'linear', WHOLE: 'full'}  # our kinds, where some are that
+MOST = 2 ** 12  # layers
 
 
 def read(types: Sequence[str], layers: int, window: int,
@@ -69,3 +75,44 @@ def write(c: ModelConfig) -> dict[str, Any]:
 def type_of(c: ModelConfig) -> str:
   """Returns their type of the layers of `c`, which are all alike."""
   return WINDOW if attention.KINDS[c.attention].window else WHOLE
+
+
+def read_mixers(reader: hf.Reader, layers: int, mixer: str) -> dict[str, Any]:
+  """Returns prefix, pattern and kinds of a model of which some layers are a
+  recurrence and some may have a dense network in place of experts.
+
+  Args:
+    reader: of the config.json.
+    layers: how many there are.
+    mixer: model.mixer of the recurrence.
+  """
+  require(layers <= MOST, f'config.json has num_hidden_layers {layers}: at '
+          f'most {MOST} layers are known here')
+  every = reader('full_attention_interval', 4)
+  types = reader.listed('layer_types') if reader.has('layer_types') else [
+      LINEAR if (n + 1) % every else WHOLE for n in range(layers)]
+  require(len(types) == layers and all(
+      isinstance(t, str) and t in MIXERS for t in types),
+          f'config.json has layer_types {short(types)}: it must have one for '
+          f'each of {layers} layers, of {", ".join(MIXERS)}')
+  sparse, dense = reader('decoder_sparse_step', 1), reader.listed(
+      'mlp_only_layers')
+  names, kinds = [], {}
+  for n, word in enumerate(types):
+    plain = n in dense or (n + 1) % sparse > 0
+    names.append(MIXERS[word] + '_dense' * plain)
+    kinds[names[-1]] = (dict(mixer=mixer) if word == LINEAR else {}) | (
+        dict(ffn=layer_kinds.DENSE) if plain else {})
+  first, period = shortest(names)
+  return dict(prefix=','.join(names[:first]),
+              pattern=','.join(names[first:first + period]), kinds=kinds)
+
+
+def write_mixers(c: ModelConfig) -> dict[str, Any]:
+  """Returns layer_types, and mlp_only_layers."""
+  layers = [c.of_kind(kind.name) for kind in c.layer_kinds(c.num_layers)]
+  return dict(
+      layer_types=[WHOLE if layer.mixer == 'attention' else LINEAR
+                   for layer in layers],
+      decoder_sparse_step=1, mlp_only_layers=[
+          n for n, layer in enumerate(layers) if layer.ffn != 'moe'])

@@ -41,8 +41,10 @@ def config(system: str = 'gpt', **changes):
   return model
 
 
-# Those that muP has rules for.
-MUP = [system for system in DECODERS if config(system).mixer == 'attention']
+# Those that muP has rules for, and whose layers all widen with head_dim.
+MUP = [system for system in DECODERS
+       if {kind.get('mixer', config(system).mixer) for kind in (
+           {}, *config(system).kinds.values())} == {'attention'}]
 
 
 def tokens(batch: int = 2, length: int = 16, seed: int = 1) -> jax.Array:

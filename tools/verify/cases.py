@@ -231,6 +231,28 @@ SYSTEMS = {
             'sparse': dict(decoder_sparse_step=2, norm_topk_prob=False,
                            num_experts_per_tok=2, tie_word_embeddings=True),
         }),
+    'qwen3_next': System(
+        dict(vocab_size=31, hidden_size=12, intermediate_size=8,
+             moe_intermediate_size=8, shared_expert_intermediate_size=8,
+             num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+             num_hidden_layers=2, num_experts=5, num_experts_per_tok=3,
+             linear_num_key_heads=2, linear_num_value_heads=4,
+             linear_key_head_dim=4, linear_value_head_dim=3,
+             layer_types=['linear_attention', 'full_attention'],
+             max_position_embeddings=80, output_router_logits=True, **NO_IDS),
+        {
+            'plain': {},
+            # Three layers, of which the first is dense, so that none repeats.
+            'dense': dict(
+                num_hidden_layers=3, layer_types=[
+                    'linear_attention', 'linear_attention', 'full_attention'],
+                mlp_only_layers=[0], norm_topk_prob=False, head_dim=6,
+                attention_bias=True, tie_word_embeddings=True,
+                shared_expert_intermediate_size=16, linear_num_value_heads=2,
+                linear_conv_kernel_dim=3, rope_parameters=dict(
+                    rope_type='default', rope_theta=1e3,
+                    partial_rotary_factor=0.67)),
+        }),
     'olmoe': System(
         dict(vocab_size=31, hidden_size=12, intermediate_size=8,
              num_attention_heads=3, num_key_value_heads=1, num_hidden_layers=2,

@@ -183,7 +183,7 @@ def _balance(model, out, inputs):
   import torch
   loss = _module(model).load_balancing_loss_func
   mask = torch.as_tensor(inputs['mask'])
-  return sum(loss((logits,), model.config.num_local_experts,
+  return sum(loss((logits,), model.num_experts,
                   model.config.num_experts_per_tok, mask)
              for logits in out.router_logits)
 
@@ -203,8 +203,8 @@ def _insides(model, stack: str, inputs: dict[str, np.ndarray]
                      decoder=out.decoder_attentions, cross=out.cross_attentions)
   else:
     states, attention = out.hidden_states, dict(self=out.attentions)
-    if out.attentions is None:  # of a recurrence
-      attention = {}
+    if out.attentions is None or len(out.attentions) < len(states) - 1:
+      attention = {}  # where a layer is a recurrence, none are compared
   return ([state.numpy() for state in states],
           {name: torch.stack(layers).numpy()
            for name, layers in attention.items()})

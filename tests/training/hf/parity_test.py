@@ -44,6 +44,7 @@ NEW_PARTS = (
     'olmo2-grouped',
     'deepseek_v2-plain',
     'deepseek_v3-plain',
+    'qwen3_next-plain',
 )
 
 
