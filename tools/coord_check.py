@@ -97,6 +97,8 @@ def config(system: str, parametrization: str, width: int, base: int,
                  head_dim=round(c.model.head_dim * wider),
                  mup_base_width=base if parametrization == 'mup' else 0)
   c.model.moe.d_ff = round(c.model.moe.d_ff * wider)
+  for field in ('key_dim', 'value_dim'):
+    c.model.deltanet[field] = round(c.model.deltanet[field] * wider)
   return c
 
 

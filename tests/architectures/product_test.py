@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 import architectures
-from architectures.parts import ffn, norms
+from architectures.parts import ffn, mixers, norms
 from architectures.parts.blocks import BLOCKS
 from architectures.parts.moe import routing
 from architectures.parts.positions import POSITIONS
@@ -58,6 +58,23 @@ TRIPLES = [
          ffn=FFNS[(i + 2 * j + 3 * k + i // 5) % len(FFNS)])
     for (i, p), (j, b), (k, a) in itertools.product(
         enumerate(POSITIONS), enumerate(BLOCKS), enumerate(ATTENTIONS))]
+# Each recurrence alone, with each block, and beside attention, with each
+# position; the rest turns round them.
+RECURRENCES = tuple(name for name, row in mixers.MIXERS.items() if row.state)
+ALONE = tuple(name for name, row in POSITIONS.items() if row.embed or (
+    name == 'none'))  # those that are not read by a layer
+MIXED = {name: dict(mixer=name) for name in RECURRENCES} | {
+    f'{name},attention': dict(pattern='state,whole', kinds=dict(
+        state=dict(mixer=name, position='none'), whole={}))
+    for name in RECURRENCES}
+MIXTURES = [
+    dict(position=p, block=b, attention=a, norm=NORMS[i % len(NORMS)],
+         ffn=FFNS[-1 - (i + j) % len(FFNS)])
+    for j, name in enumerate(RECURRENCES)
+    for i, (p, b, a) in enumerate((
+        *((ALONE[k % len(ALONE)], b, name) for k, b in enumerate(BLOCKS)),
+        *((p, tuple(BLOCKS)[k % len(BLOCKS)], f'{name},attention')
+          for k, p in enumerate(POSITIONS))))]
 LENGTH, CHANGED = 8, 5  # the token that a twin of each row has otherwise
 
 
@@ -78,7 +95,8 @@ def _rows(product):
 def variant(parts, system='gpt', **moe):
   """Returns (module, parameters all off their tidy initial values)."""
   changes = dict(d_model=16, d_ff=24, max_len=LENGTH) | parts
-  changes |= dict(attention='global') | ATTENTIONS[changes.pop('attention')]
+  changes |= dict(attention='global') | (ATTENTIONS | MIXED)[
+      changes.pop('attention')]
   if parts['ffn'] == 'moe':
     changes['moe'] = dict(num_experts=3, top_k=2, d_ff=12, ffn='swiglu') | moe
   module = architectures.build(models.config(system, **changes))
@@ -145,6 +163,15 @@ def test_laws_of_positions_blocks_and_attentions(row):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('parts', [
+    pytest.param(parts, id='-'.join(parts.values()), marks=[
+        pytest.mark.long] * (i != 8))
+    for i, parts in enumerate(MIXTURES)])
+def test_laws_of_recurrences(parts):
+  check_laws(parts)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize('router', [
     pytest.param(router, marks=[pytest.mark.long] * (i % 3 > 0))
     for i, router in enumerate(ROUTERS)])
@@ -168,6 +195,11 @@ def test_every_pair_of_parts_meets():
   for a, b in itertools.combinations(PARTS, 2):
     met = {(parts[a], parts[b]) for parts in TRIPLES}
     assert met == set(itertools.product(PARTS[a], PARTS[b])), (a, b)
+  for name in RECURRENCES:
+    own = [parts for parts in MIXTURES if name in parts['attention'].split(',')]
+    for field, choices in (('position', POSITIONS), ('block', BLOCKS),
+                           ('norm', NORMS), ('ffn', FFNS)):
+      assert {parts[field] for parts in own} == set(choices), (name, field)
 
 
 @pytest.mark.slow
@@ -179,6 +211,12 @@ def test_the_laws_can_fail(monkeypatch):
     patch.setattr(attention, 'visible', lambda *args: None)
     with pytest.raises(AssertionError):
       check_laws(parts)
-  monkeypatch.setattr(attention.Cache, 'write', lambda self, *args: self)
+  with monkeypatch.context() as patch:
+    patch.setattr(attention.Cache, 'write', lambda self, *args: self)
+    with pytest.raises(AssertionError):
+      check_laws(parts)
+  from architectures.parts.recurrent import recurrence
+  run = recurrence.run
+  monkeypatch.setattr(recurrence, 'run', lambda x, state=None: run(x))
   with pytest.raises(AssertionError):
-    check_laws(parts)
+    check_laws(MIXTURES[0])
