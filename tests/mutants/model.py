@@ -199,7 +199,7 @@ MUTANTS = {
          'parity: equals and transformer-plain'),
         ('type_ids_BL = jnp.zeros((1, 1)', 'type_ids_BL = jnp.ones((1, 1)',
          'parts: types'),
-        ('if BLOCKS[c.block].FINAL_NORM:', 'if True:',
+        ('if BLOCKS[c.block].FINAL_NORM:\n      final', 'if True:\n      final',
          'parity: equals and bert-plain'),
         ('jnp.stack(blocks, 1)', 'jnp.stack(blocks, 0)',
          'parts: order_of_layers'),
