@@ -61,7 +61,7 @@ def defaults() -> dict:
       block='pre_norm',  # how norms, attention and networks are wired
       # What mixes the tokens of a layer: attention; latent, whose keys and
       # values are made of a small vector a token; or a recurrence: deltanet,
-      # mamba2.
+      # mamba2, kda, gla or retnet.
       mixer='attention',
       latent=dict(  # of mixer=latent
           q_rank=0,  # of the vector that queries are made of; 0: of the input
@@ -97,6 +97,28 @@ def defaults() -> dict:
           # has no upper one.
           least_step=0.0,
           most_step=0.0,
+      ),
+      kda=dict(  # of mixer=kda
+          key_heads=0,  # of queries and keys; derived: num_heads
+          value_heads=0,  # a multiple of key_heads; derived: key_heads
+          key_dim=0,  # size of a head's query and key; derived: head_dim
+          value_dim=0,  # size of a head's value; derived: head_dim
+          conv=4,  # tokens that a convolution sees; 0: there are none
+          rank=0,  # of the products for decays and gate; derived: value_dim
+          negative=False,  # rates up to 2, for negative eigenvalues, not 1
+      ),
+      gla=dict(  # of mixer=gla
+          heads=0,  # derived: num_heads
+          key_dim=0,  # size of a head's query and key; derived: head_dim / 2
+          value_dim=0,  # size of a head's value; derived: head_dim
+          conv=0,  # tokens that a convolution sees; 0: there are none
+          rank=16,  # of the product for decays
+          temperature=16.0,  # divides the logarithms of decays
+      ),
+      retnet=dict(  # of mixer=retnet
+          heads=0,  # derived: num_heads
+          key_dim=0,  # size of a head's query and key; derived: head_dim
+          value_dim=0,  # size of a head's value; derived: 2 head_dim
       ),
       attention='global',  # which keys a query sees
       # The kinds of layer, names of model.kinds, that are repeated over the

@@ -42,7 +42,7 @@ RANGES = (
         'relative.buckets', 'relative.max_distance', 'latent.scale',
         'mamba2.groups', 'mamba2.state',
         'moe.num_experts', 'moe.d_ff', 'moe.expert_groups', 'moe.top_groups',
-        'moe.gate_scale', 'clamp.alpha', 'clamp.limit')),
+        'moe.gate_scale', 'clamp.alpha', 'clamp.limit', 'gla.temperature')),
     ('it must be >= 0', lambda x: x >= 0, (
         'attention_softcap', 'logits_softcap', 'init_stddev', 'rope.mscale',
         'rope.mscale_all_dim', 'rope.attention_factor', 'mamba2.least_step',
@@ -51,7 +51,8 @@ RANGES = (
         'moe.eval_capacity_factor', 'moe.logit_noise', 'moe.balance_weight',
         'moe.z_loss_weight', 'moe.bias_rate', 'lora.alpha')),
     ('it must be >= 1', lambda x: x >= 1, (
-        'learned_stretch', 'rope.factor', 'deltanet.conv', 'mamba2.conv')),
+        'learned_stretch', 'rope.factor', 'deltanet.conv', 'mamba2.conv',
+        'gla.rank')),
     ('choose it in [0, 1)', lambda x: 0 <= x < 1, (
         'dropout', 'attention_dropout', 'ffn_dropout', 'head_dropout',
         'moe.jitter', 'moe.expert_dropout', 'lora.dropout')),

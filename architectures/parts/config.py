@@ -19,12 +19,9 @@ from typing import Any, Mapping
 import jax.numpy as jnp
 
 from architectures.parts import fields as field_checks
-from architectures.parts.recurrent import deltanet_config
 from architectures.parts import latent_config
-from architectures.parts.recurrent.deltanet_config import DeltaNetConfig
-from architectures.parts.recurrent import mamba2_config
-from architectures.parts.recurrent.mamba2_config import Mamba2Config
 from architectures.parts.latent_config import LatentConfig
+from architectures.parts.recurrent import groups
 from configs import kinds
 from configs.errors import one_of, require
 
@@ -164,8 +161,11 @@ class ModelConfig:
   block: str
   mixer: str
   latent: LatentConfig
-  deltanet: DeltaNetConfig
-  mamba2: Mamba2Config
+  deltanet: groups.DeltaNetConfig
+  mamba2: groups.Mamba2Config
+  kda: groups.KDAConfig
+  gla: groups.GLAConfig
+  retnet: groups.RetNetConfig
   attention: str
   pattern: str
   prefix: str
@@ -352,8 +352,7 @@ def make(fields: Mapping[str, Any]) -> ModelConfig:
       lora=LoraConfig(**{**lora, 'alpha': lora['alpha'] or lora['rank']}),
       moe=MoEConfig(**{**moe, 'd_ff': moe['d_ff'] or d_ff}),
       latent=latent_config.derived(fields['latent'], head_dim),
-      deltanet=deltanet_config.derived(fields['deltanet'], heads, head_dim),
-      mamba2=mamba2_config.derived(fields['mamba2'], heads, head_dim),
+      **groups.derived(fields, heads, head_dim),
       clamp=ClampConfig(**fields['clamp']),
       relative=RelativeConfig(**fields['relative'])))
 

@@ -60,7 +60,8 @@ def _initializer(config: ModelConfig, role: Role, residual: bool, gain: float):
   stddev = config.init_stddev
   if config.init == 'scaled_normal' and residual:
     stddev /= (2 * config.num_layers) ** 0.5
-  if not output:
+  # Inputs without a logical axis are as many at every width.
+  if not output and any(role.axes[i] for i in role.inputs):
     stddev /= config.widening ** 0.5
   return nn.initializers.normal(stddev)
 

@@ -18,10 +18,16 @@ from architectures.parts import output_gate
 from architectures.parts.config import ModelConfig
 from architectures.parts.latent_config import LatentConfig
 from architectures.parts.recurrent import deltanet
+from architectures.parts.recurrent import gla
+from architectures.parts.recurrent import kda
 from architectures.parts.recurrent import layer
 from architectures.parts.recurrent import mamba2
+from architectures.parts.recurrent import retnet
 from architectures.parts.recurrent.deltanet_config import DeltaNetConfig
+from architectures.parts.recurrent.gla_config import GLAConfig
+from architectures.parts.recurrent.kda_config import KDAConfig
 from architectures.parts.recurrent.mamba2_config import Mamba2Config
+from architectures.parts.recurrent.retnet_config import RetNetConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,4 +142,8 @@ MIXERS = {
                   check=mamba2.check),
         sources=('num_heads', 'head_dim', 'mup_base_head_dim'),
         whole=('mamba2.groups',)),
+    'kda': recurrent(kda.KDA, KDAConfig, check=kda.check),
+    'gla': recurrent(gla.GLA, GLAConfig, ('heads',), check=gla.check),
+    'retnet': recurrent(retnet.RetNet, RetNetConfig, ('heads',),
+                        positional=True, check=retnet.check),
 }

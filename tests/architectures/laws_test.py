@@ -34,6 +34,9 @@ ATTENTIONS = {
     'latent': dict(mixer='latent', attention_gate='elementwise'),
     'deltanet': dict(pattern='delta,whole', kinds=dict(
         delta=dict(mixer='deltanet', position='none'), whole={})),
+    'kda': dict(mixer='kda', position='none'),
+    'retnet': dict(mixer='retnet', position='rope', num_heads=4),
+    'gla': dict(mixer='gla', position='none'),
 }
 PARTS = dict(position=POSITIONS, block=BLOCKS, norm=NORMS, ffn=FFNS,
              attention=ATTENTIONS)

@@ -52,6 +52,11 @@ OTHER = {
     'mamba2.state': 6, 'mamba2.conv': 3, 'mamba2.conv_bias': False,
     'mamba2.norm_over': 'all', 'mamba2.least_step': 0.01,
     'mamba2.most_step': 0.05, 'd_ff': 56, 'ffn_bias': True,
+    'kda.key_heads': 2, 'kda.value_heads': 8, 'kda.key_dim': 6,
+    'kda.value_dim': 6, 'kda.conv': 3, 'kda.rank': 5, 'kda.negative': True,
+    'gla.heads': 2, 'gla.key_dim': 6, 'gla.value_dim': 6, 'gla.conv': 3,
+    'gla.rank': 5, 'gla.temperature': 4.0,
+    'retnet.heads': 2, 'retnet.key_dim': 6, 'retnet.value_dim': 6,
 }
 # Read by a kernel of a TPU, or by the optimiser's step.
 NOT_IN_THE_PROGRAM = ('moe.grouped_kernel', 'moe.bias_rate')
@@ -67,6 +72,7 @@ MODELS = [
     ('llama', dict(rope=dict(scaling='llama3', factor=2.0))),
     ('gpt', dict(position='relative')), ('mixtral', {}),
     ('llama', dict(mixer='latent')), ('llama', dict(mixer='deltanet')),
+    ('llama', dict(mixer='retnet')),
     ('mixtral', dict(moe=dict(balance_loss='none'))),
     pytest.param('llama', dict(mixer='mamba2', ffn='none'),
                  marks=pytest.mark.long),
@@ -123,6 +129,9 @@ def test_what_is_listed_changes_nothing(system, changes):
     pytest.param(tuple(name for name in OTHER if name.startswith('mamba2.')),
                  'llama', dict(mixer='mamba2', mamba2=dict(groups=2)),
                  marks=pytest.mark.long),
+    *(pytest.param(tuple(n for n in OTHER if n.startswith(f'{mixer}.')), 'llama',
+                   dict(mixer=mixer), marks=pytest.mark.long)
+      for mixer in ('kda', 'gla', 'retnet')),
     (('attention_softcap', 'attention_sinks', 'attention_dropout',
       'attention_bias'), 'llama', {}),
     (('num_kv_heads', 'attention_scale', 'qk_norm', 'attention_gate'), 'llama',

@@ -20,14 +20,16 @@ TITLES = ['size', 'from', 'year', 'what it changed', 'in the config']
 SIZES = re.compile('|'.join((
     'arch', 'd_model', 'num_layers', 'num_decoder_layers', 'num_heads',
     'head_dim', 'd_ff', 'vocab_size', 'max_len', 'norm_eps', 'attention_scale',
-    r'latent\..*_(rank|dim)', 'latent.scale', r'deltanet\..*_(heads|dim)',
+    r'latent\..*_(rank|dim)', 'latent.scale', r'(deltanet|kda)\..*_(heads|dim)',
+    r'(gla|retnet)\.(heads|.*_dim)', r'(kda|gla)\.rank',
     r'mamba2\.(heads|head_dim|groups|state)',
     r'rope\.(original_len|factor)',
     r'relative\..*', r'moe\.(num_experts|d_ff|top_k|shared_experts|top_groups'
     r'|expert_groups|gate_scale)', 'kinds', 'sliding_window',
     hf_config.RUN_ONLY.pattern)))
 # Of a part that only one of two has, its choice says it all.
-OF_A_PART = re.compile(r'(moe|rope|latent|deltanet|mamba2|clamp|relative)\..*'
+OF_A_PART = re.compile(r'(moe|rope|latent|deltanet|mamba2|kda|gla|retnet|clamp'
+                       r'|relative)\..*'
                        '|learned_stretch|sinusoid|position_offset|qk_norm_over'
                        '|attention_out_bias')
 

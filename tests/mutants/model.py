@@ -11,7 +11,7 @@ MUTANTS = {
          'parts: born'),
         ('gain *= config.widening ** 0.5 if output else 1.0', 'gain *= 1.0',
          'mup: initial_sizes'),
-        ('if not output:', 'if output:', 'mup: initial_sizes'),
+        ('if not output and', 'if output and', 'mup: initial_sizes'),
         ("batch_axes, 'logits' if output else 'hidden',",
          "batch_axes, 'hidden',", 'mup: agree and plain and mixtral'),
         ("batch=batch_axes, kind='logits' if output else 'hidden'",

@@ -81,6 +81,14 @@ CHANGES = (
         dict(groups=2), dict(groups=2, norm_over='all'), dict(state=12),
         dict(conv=3), dict(conv_bias=False), dict(least_step=0.02),
         dict(most_step=0.05), dict(least_step=0.01, most_step=0.05))),
+    *(dict(kda={name: value}) for name, value in (
+        ('key_heads', 2), ('value_heads', 8), ('key_dim', 6), ('value_dim', 6),
+        ('conv', 3), ('rank', 5), ('negative', True))),
+    *(dict(gla={name: value}) for name, value in (
+        ('heads', 2), ('key_dim', 6), ('value_dim', 6), ('conv', 3),
+        ('rank', 5), ('temperature', 4.0))),
+    *(dict(retnet={name: value}) for name, value in (
+        ('heads', 2), ('key_dim', 6), ('value_dim', 6))),
     dict(relative=dict(buckets=8)), dict(relative=dict(max_distance=20)),
     dict(moe=dict(num_experts=3)), dict(moe=dict(top_k=1)),
     dict(moe=dict(top_k=2)), dict(moe=dict(top_k=3)),

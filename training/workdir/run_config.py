@@ -60,7 +60,7 @@ CLASSES: tuple[tuple[str, str | Callable, str], ...] = (
     (r'model\.(norm_eps|sinusoid|learned_stretch|rope\..*|relative\.max_distance'
      r'|sliding_window|attention_(softcap|scale)|embed_scale|logits_scale'
      r'|logits_softcap|parametrization|mup_base_(width|head_dim)|dtype'
-     r'|latent\.scale|deltanet\.negative|lora\.alpha'
+     r'|latent\.scale|(deltanet|kda)\.negative|gla\.temperature|lora\.alpha'
      r'|mamba2\.(norm_over|least_step|most_step)'
      r'|kinds\.\w+\.(window|rope\..*|attention_(softcap|scale))'
      r'|moe\.(top_k|dispatch|capacity_factor|normalize_gates|group_size))',
@@ -80,7 +80,8 @@ CLASSES: tuple[tuple[str, str | Callable, str], ...] = (
      r'|head_dim|d_ff|vocab_size|max_len|type_vocab_size|position_offset'
      r'|num_labels|mtp_depth|attention_conv|param_dtype'
      r'|relative\.buckets|latent\.(q_rank|kv_rank|nope_dim|rope_dim|v_dim)'
-     r'|deltanet\.(key_heads|value_heads|key_dim|value_dim|conv)'
+     r'|(deltanet|kda)\.(key_heads|value_heads|key_dim|value_dim|conv|rank)'
+     r'|(gla|retnet)\.(heads|key_dim|value_dim|conv|rank)'
      r'|mamba2\.(heads|head_dim|groups|state|conv)'
      r'|moe\.(num_experts|d_ff))', INCOMPATIBLE,
      'parameters of another shape or dtype'),

@@ -1,0 +1,43 @@
+"""Gated linear attention: a decay of each feature of a key, and no delta rule
+(Yang et al. 2023, arXiv 2312.06635).
+
+  q, k, v = W_q x, W_k x, W_v x       with `conv`: each through silu(conv(.))
+  log a   = logsigmoid(W_up W_down x + bias) / temperature      K of a head
+  S_t     = Diag(a_t) S_t-1 + k_t v_t^T,   o_t = S_t^T q_t / sqrt(K)
+  y       = W_o (RMSNorm(o) * silu(W_z x))                      a head by itself
+
+The convolutions are an option of the authors' program, which the paper does not
+have. What is not of this recurrence alone is in layer.py.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from architectures.parts import linear
+from architectures.parts.attention import Context
+from architectures.parts.config import ModelConfig
+from architectures.parts.recurrent import layer
+from architectures.parts.recurrent import recurrence
+
+
+class GLA(layer.Layer):
+  """Positions are not read."""
+  NAME = 'gla'
+
+  def inputs(self, x_BLD: jax.Array, q_BLJK: jax.Array, k_BLJK: jax.Array,
+             v_BLHU: jax.Array, ctx: Context) -> recurrence.Inputs:
+    del ctx
+    d = self.sizes
+    bias_HK = linear.bias(self, 'decay_bias', (d.heads, d.key_dim),
+                          ('heads', 'head'))
+    log_decay_BLHK = jax.nn.log_sigmoid(linear.add_bias(
+        self.low_rank('decay', x_BLD, d.key_dim), bias_HK)) / d.temperature
+    scale = jnp.asarray(d.key_dim ** -0.5, q_BLJK.dtype)
+    return recurrence.Inputs(scale * q_BLJK, k_BLJK, v_BLHU, log_decay_BLHK)
+
+
+def check(name: str, c: ModelConfig, stack: str) -> None:
+  """Raises RequestError for what a layer of gated linear attention cannot be.
+  """
+  layer.check(name, c, stack)
+  layer.check_rank(name, c)

@@ -1,0 +1,64 @@
+"""The retention of RetNet: a decay of each head that never changes, and no
+delta rule (Sun et al. 2023, arXiv 2307.08621).
+
+  q, k, v = turn(W_q x), turn(W_k x), W_v x   by rotary positions
+  a       = 1 - 2^(-5 - h)                    of head h = 0, 1, ...
+  S_t     = a S_t-1 + k_t v_t^T,   o_t = S_t^T q_t / sqrt(K)
+  y       = W_o (RMSNorm(o) * silu(W_z x))    a head by itself
+
+Queries and keys are turned if model.position is rope, as the paper's are. What
+is not of this recurrence alone is in layer.py.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from architectures.parts import positions
+from architectures.parts import rotary
+from architectures.parts.attention import Context
+from architectures.parts.config import ModelConfig
+from architectures.parts.recurrent import layer
+from architectures.parts.recurrent import recurrence
+from configs.errors import require
+
+
+class RetNet(layer.Layer):
+  """Its positions, if they turn, are those of a token in its document."""
+  NAME = 'retnet'
+
+  def inputs(self, x_BLD: jax.Array, q_BLJK: jax.Array, k_BLJK: jax.Array,
+             v_BLHU: jax.Array, ctx: Context) -> recurrence.Inputs:
+    del x_BLD
+    c, d = self.config, self.sizes
+    rotate = positions.of(c).rotate
+    if rotate:
+      q_BLJK, k_BLJK = (rotate(x, ctx.positions_BL, turned(c), ctx.length)
+                        for x in (q_BLJK, k_BLJK))
+    scale = jnp.asarray(d.key_dim ** -0.5, q_BLJK.dtype)
+    log_H = np.log1p(-2.0 ** (-5 - np.arange(d.heads)))
+    log_decay_BLH1 = jnp.broadcast_to(
+        jnp.asarray(log_H, jnp.float32)[None, None, :, None],
+        (*v_BLHU.shape[:3], 1))
+    return recurrence.Inputs(scale * q_BLJK, k_BLJK, v_BLHU, log_decay_BLH1)
+
+
+def turned(c: ModelConfig) -> ModelConfig:
+  """Returns a config whose heads are the queries and keys that are turned."""
+  return dataclasses.replace(c, head_dim=c.retnet.key_dim)
+
+
+def check(name: str, c: ModelConfig, stack: str) -> None:
+  """Raises RequestError for what a layer of retention cannot be."""
+  layer.check(name, c, stack)
+  require(not positions.of(c).bias, 'model.mixer is \'retnet\', which has no '
+          f'scores for the bias of model.position {c.position!r}: choose rope '
+          'or none')
+  if positions.of(c).rotate:
+    dim = rotary.rotary_dim(turned(c))
+    require(dim % 2 == 0 and dim > 0, f'model.rope.fraction {c.rope.fraction} '
+            f'of model.retnet.key_dim {c.retnet.key_dim} is {dim}: rotary '
+            'positions turn pairs, so it must be even and > 0')
+    rotary.SCALINGS[c.rope.scaling].check(c.rope, dim)
