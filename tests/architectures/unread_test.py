@@ -129,8 +129,8 @@ def test_what_is_listed_changes_nothing(system, changes):
     pytest.param(tuple(name for name in OTHER if name.startswith('mamba2.')),
                  'llama', dict(mixer='mamba2', mamba2=dict(groups=2)),
                  marks=pytest.mark.long),
-    *(pytest.param(tuple(n for n in OTHER if n.startswith(f'{mixer}.')), 'llama',
-                   dict(mixer=mixer), marks=pytest.mark.long)
+    *(pytest.param(tuple(n for n in OTHER if n.startswith(f'{mixer}.')),
+                   'llama', dict(mixer=mixer), marks=pytest.mark.long)
       for mixer in ('kda', 'gla', 'retnet')),
     (('attention_softcap', 'attention_sinks', 'attention_dropout',
       'attention_bias'), 'llama', {}),
