@@ -146,4 +146,19 @@ MUTANTS = {
          'own = (not (mask', 'kernels: cudnn_is_asked'),
         ('and mask.q_ids_BL is None', '', 'kernels: cudnn_is_asked'),
     ],
+    'architectures/parts/recurrent/mamba2.py': [
+        ('dt_BLH[..., None] * v_BLHU', '1.0 * v_BLHU', 'mamba2: definition'),
+        ('[None, None] * dt_BLH)[..., None]', '[None, None] + 0 * dt_BLH)'
+         '[..., None]', 'mamba2: definition'),
+        ('m.least_step, m.most_step or None', '0.0, m.most_step or None',
+         'mamba2: definition'),
+        ('m.least_step, m.most_step or None', 'm.least_step, None',
+         'mamba2: definition'),
+        ("m.groups if m.norm_over == 'group' else 1", 'm.groups',
+         'mamba2: definition'),
+        ("m.groups if m.norm_over == 'group' else 1", '1',
+         'mamba2: definition'),
+        ('o_BLHU += skip_H[None, None, :, None] * v_BLHU',
+         'o_BLHU += 1.0 * v_BLHU', 'mamba2: definition'),
+    ],
 }
