@@ -1,4 +1,4 @@
-"""What mixers cost: attention, and each recurrence beside it.
+r"""What mixers cost: attention, and each recurrence beside it.
 
   python -m benchmarks.mixers
   python -m benchmarks.mixers --sections=layer --lengths=1024,2048 \

@@ -159,7 +159,7 @@ def test_help_and_refusals_name_them(tree):
   assert '--among: among: So many of the likeliest tokens. (default: 5)' in (
       shown)
   said = adding.run(tree, 'eval.py', '--workdir=run', '--tasks=amnog', code=2)
-  assert 'choose from among, embed' in said.stderr
+  assert 'choose from among, bound' in said.stderr
   assert "Did you mean 'among'?" in said.stderr
   said = adding.run(tree, 'eval.py', '--workdir=run', '--among=0', code=2)
   assert 'among' in said.stderr

@@ -97,6 +97,8 @@ CHANGES = (
     dict(moe=dict(num_experts=8, expert_groups=4, top_groups=2)),
     dict(clamp=dict(alpha=1.0)), dict(clamp=dict(limit=0.5)),
     *(dict(moe=dict(shared_experts=n)) for n in (1, 2)),
+    *(dict(moe=dict(shared_experts=1, shared_gate=gate))
+      for gate in (False, True)),
     dict(moe=dict(bias_rate=0.1)),
     dict(moe=dict(eval_capacity_factor=1.0)),
     dict(moe=dict(eval_capacity_factor=1.0, group_size=LENGTH)),
