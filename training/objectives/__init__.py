@@ -14,7 +14,7 @@ import ml_collections
 
 from architectures.parts.config import ModelConfig
 from configs import base
-from configs.errors import one_of, require
+from configs.errors import one_of, require, short
 from training import limits
 from training.data import chat_templates
 from training.data import conversations
@@ -87,8 +87,8 @@ def check_objective(config: ml_collections.ConfigDict) -> None:
             f'{config.objective!r} does not read: leave it at {default!r}')
   depth = config.model.mtp_depth
   choices = [key for key, row in OBJECTIVES.items() if row.ahead]
-  require(not depth or objective.ahead, f'model.mtp_depth is {depth}, which '
-          f'objective {config.objective!r} does not train: set it to 0, or '
-          f'choose the objective from {", ".join(choices)}')
+  require(not depth or objective.ahead, f'model.mtp_depth is {short(depth)}, '
+          f'which objective {config.objective!r} does not train: set it to 0, '
+          f'or choose the objective from {", ".join(choices)}')
   records.check_labels(config.data.labels)
   objective.check(config)

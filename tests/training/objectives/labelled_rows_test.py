@@ -123,8 +123,8 @@ def test_runs_of_one_program_have_batches_of_one_shape(source):
 
 def _figures(objective, scores, batch, **train):
   record = objectives.OBJECTIVES[objective]
-  c = ml_collections.ConfigDict(dict(train=dict(
-      dict(label_smoothing=0.0) | train)))
+  c = ml_collections.ConfigDict(dict(
+      model=dict(mtp_depth=0), train=dict(label_smoothing=0.0) | train))
   output = types.SimpleNamespace(
       extra=dict(scores=jnp.asarray(scores, jnp.float32)))
   batch = {key: jnp.asarray(value) for key, value in batch.items()}
