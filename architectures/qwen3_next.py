@@ -56,6 +56,11 @@ def _read(reader: hf.Reader, fields: dict) -> dict[str, Any]:
 
 
 def _write(c: ModelConfig) -> dict[str, Any]:
+  require(c.has_experts, f'model.ffn is {c.ffn!r}, and no kind of layer has '
+          'experts: a qwen3_next config.json is of a model with some')
+  require(any(c.of_kind(name).mixer == 'attention' for name in c.kinds_used),
+          'all layers are recurrences: transformers runs a qwen3_next with '
+          'some layers of attention only')
   return hf_layers.write_mixers(c) | dict(
       shared_expert_intermediate_size=c.moe.shared_experts * c.moe.d_ff,
       rope_parameters=hf_rope.write(c, whole_heads=False))
