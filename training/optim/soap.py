@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from architectures.parts import lapack
 from architectures.parts.roles import Axes, Role
 from training.optim import trees
 
@@ -145,7 +146,7 @@ def _turn(s: _Matrix) -> _Matrix:
       square = jnp.take_along_axis(
           square, jnp.expand_dims(order, -3 - axis), axis=axis)
       basis = jnp.take_along_axis(basis, order[..., None, :], axis=-1)
-      basis = _one_by_one(lambda x: jnp.linalg.qr(x)[0], factor @ basis)
+      basis = lapack.one_by_one(lambda x: jnp.linalg.qr(x)[0], factor @ basis)
     bases.append(basis)
   return s._replace(mean=_into(mean, *bases), square=square,
                     left_basis=bases[0], right_basis=bases[1])
@@ -165,21 +166,8 @@ def _eigenbasis(factor: Any):
   """The eigenvectors, those of large values first; None of None."""
   if factor is None:
     return None
-  return jnp.flip(_one_by_one(lambda x: jnp.linalg.eigh(x)[1], factor), -1)
-
-
-def _one_by_one(fn: Callable[[jax.Array], jax.Array], x: jax.Array
-                ) -> jax.Array:
-  """Returns fn of each matrix of x [..., m, n].
-
-  On CPU a batch of them waits for threads of the pool in which it runs itself:
-  where several devices of one process do so, none is left, and all wait for
-  ever (jaxlib 0.10.2, ParallelBatchMap).
-  """
-  flat = x.reshape(-1, *x.shape[-2:])
-  # Where several runs train as one (vmap), of each run too.
-  return jax.lax.map(jax.custom_batching.sequential_vmap(fn), flat
-                     ).reshape(x.shape)
+  return jnp.flip(lapack.one_by_one(
+      lambda x: jnp.linalg.eigh(x)[1], factor), -1)
 
 
 def _when(ok: jax.Array, fn: Callable[[_Matrix], _Matrix], s: _Matrix

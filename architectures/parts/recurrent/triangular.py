@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from architectures.parts import lapack
+
 
 @jax.custom_vjp
 def inverse(a_PP: jax.Array) -> jax.Array:
@@ -17,6 +19,11 @@ def inverse(a_PP: jax.Array) -> jax.Array:
   Args:
     a_PP: [..., P, P]; what lies on the diagonal or above it is not read.
   """
+  return jax.lax.platform_dependent(
+      a_PP, cpu=lambda a_PP: lapack.one_by_one(_solved, a_PP), default=_solved)
+
+
+def _solved(a_PP: jax.Array) -> jax.Array:
   eye_PP = jnp.eye(a_PP.shape[-1], dtype=a_PP.dtype)
   return jax.lax.linalg.triangular_solve(
       a_PP, jnp.broadcast_to(eye_PP, a_PP.shape), left_side=True, lower=True,
