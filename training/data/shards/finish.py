@@ -8,6 +8,7 @@ from concurrent import futures
 import importlib.metadata
 import io
 import json
+import threading
 from typing import Any
 
 from etils import epath
@@ -20,6 +21,10 @@ from training.workdir import writing
 
 THREADS = 8
 PACKAGES = ('archetype', 'array_record', 'numpy', 'tokenizers')
+
+# numpy parses the head of an array with `ast`, which fails in Python 3.11 when
+# threads do so at the same time ("AST constructor recursion depth mismatch").
+PARSE = threading.Lock()
 
 
 def index(folder: epath.Path, begun: dict[str, Any],
@@ -99,9 +104,11 @@ def _table(folder: epath.Path, shard: dict[str, Any]
   records."""
   path = folder / f'{shard["name"]}.npz'
   try:
-    found = np.load(io.BytesIO(path.read_bytes()))
-    sizes, num_bytes, places = (
-        found[key] for key in ('sizes', 'bytes', 'places'))
+    data = path.read_bytes()
+    with PARSE:
+      found = np.load(io.BytesIO(data))
+      sizes, num_bytes, places = (
+          found[key] for key in ('sizes', 'bytes', 'places'))
   except FileNotFoundError as error:
     raise files.missing(str(path)) from error
   except Exception as error:  # of zipfile and of numpy, many kinds
