@@ -58,7 +58,7 @@ TASKS = {
                    128, 16, 2e-4, 300, 16),
     'xquad': Task('question_answering', 'squad', 'xquad/xquad.en.json',
                   'xquad/xquad.en.json', 'F1 of answers', 'f1', 1.0, 384, 8,
-                  2e-4, 200, 5, head_dropout=0.0, stride=128),
+                  2e-4, 200, 20, head_dropout=0.0, stride=128),
 }
 ANSWER = 30  # tokens of an answer, at most
 N_BEST = 20  # starts and ends that are combined

@@ -23,9 +23,6 @@ from configs import base
 from configs import kinds
 from configs.errors import RequestError, one_of, require, short
 
-# Files of configs/ that hold no config of their own.
-SHARED = ('__init__', 'base', 'errors', 'sharding')
-
 
 def load_config_file(spec: str) -> ml_collections.ConfigDict:
   """Returns the config that FILE.py:SIZE describes.
@@ -36,8 +33,8 @@ def load_config_file(spec: str) -> ml_collections.ConfigDict:
   """
   file, colon, size = spec.partition(':')
   if not os.path.isfile(file) or b'get_config' not in _bytes(file):
-    files = sorted(str(p) for p in pathlib.Path('configs').glob('*.py')
-                   if p.stem not in SHARED)
+    files = [p for p in sorted(map(str, pathlib.Path('configs').glob('*.py')))
+             if b'get_config' in _bytes(p)]
     what = ('is no config: it has no get_config()' if os.path.isfile(file)
             else 'is no file')
     raise RequestError(f'--config {file!r} {what}; choose from '

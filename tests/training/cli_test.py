@@ -235,6 +235,15 @@ def test_what_is_no_config_file_is_refused(file, sentence):
     config_files.load_config_file(file)
 
 
+def test_only_configs_are_offered():
+  with pytest.raises(errors.RequestError) as caught:
+    config_files.load_config_file('configs/none.py')
+  offered = re.findall(r'configs/\w+\.py', str(caught.value).partition(';')[2])
+  assert len(offered) > 20
+  for file in set(offered):
+    assert config_files.load_config_file(file).model.num_layers
+
+
 def test_an_error_in_a_config_file_is_a_wrong_request(tmp_path):
   file = tmp_path / 'mine.py'
   file.write_text('def get_config():\n  return 1 / 0\n')

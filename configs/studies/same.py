@@ -1,0 +1,34 @@
+"""A study of runs that cannot find anything: twelve times the base itself.
+
+Lab note. Each variant is the base with other first parameters (`init_seed`) and
+the same data, so that all verdicts but "no difference shown" are wrong. With
+Q = 0.05, one study in twenty may screen a variant as different; the confirmation
+has then to reject it. docs/studies.md has what came out.
+  python -m tools.study run configs/studies/same.py --workdir runs/same \
+      --parallel=2
+"""
+
+from configs.studies import tiny
+
+QUESTION = 'Does a study find a difference where there is none?'
+SIZES = tiny.SIZES
+SEEDS = {'noise': 8, 'tune': 1, 'screen': 8, 'confirm': 8}
+TUNING = tiny.TUNING
+EFFECT = 0.2
+
+
+def base():
+  c = tiny.base()
+  c.train.steps = 100
+  c.eval.update(every_steps=20, batches=8)
+  c.checkpoint.update(every_steps=100)
+  return c
+
+
+get_config = base
+
+
+def sweep(add):
+  add('base')
+  for i in range(2, 14):
+    add(f'twin-{i}', init_seed=i)
