@@ -16,12 +16,13 @@ devices exchange once, after the last chunk of P positions.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Optional
 
 import chex
 import jax
 import jax.numpy as jnp
 
+from architectures.parts import gathered
 from architectures.parts import linear
 from architectures.parts import sharding
 from architectures.parts.heads import Head
@@ -122,8 +123,10 @@ def _loss_sum_fwd(settings: _Settings, *args):
   hidden_BLD, head, targets_BL, weights_BL = jax.tree.map(
       lambda x: x.value, args)
   kernel_DV = _kernel(head, hidden_BLD)
-  # Both products read the kernel along its rows: one copy for all chunks.
-  kernel_VD = jax.lax.optimization_barrier(kernel_DV.T)
+  kernel_VD = kernel_DV.T
+  if sharding.platform() == 'cpu':
+    # Both products read the kernel along its rows: one copy for all chunks.
+    kernel_VD = jax.lax.optimization_barrier(kernel_VD)
 
   def of_chunk(d_head: Any, chunk: tuple[jax.Array, ...]):
     x_QBPD, targets_QBP, weights_QBP = chunk
@@ -267,8 +270,8 @@ def _join(settings: _Settings, arrays: tuple[jax.Array, ...],
 
 def _kernel(head: Head, hidden_BLD: jax.Array):
   """The head's kernel as every chunk reads it: cast, and gathered, once."""
-  return sharding.constrain_if(
-      head.kernel_DV.astype(hidden_BLD.dtype), None, 'vocab')
+  return gathered.whole(head.kernel_DV.astype(hidden_BLD.dtype),
+                        ('embed', 'vocab'))
 
 
 def _zeros(settings: _Settings, asked: Any, x: jax.Array):
@@ -281,8 +284,8 @@ def _zeros(settings: _Settings, asked: Any, x: jax.Array):
       'tokens', *axes)
 
 
-def _whole(d: jax.Array, x: jax.Array, *axes):
+def _whole(d: Optional[jax.Array], x: jax.Array, *axes: str):
   """The shards' gradients of x, added up and laid out as x is."""
   if d is None:
     return None
-  return sharding.constrain_if(d.sum(0).T, *axes).astype(x.dtype)
+  return gathered.total(d, axes[::-1]).T.astype(x.dtype)

@@ -10,6 +10,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
+from architectures.parts import gathered
 from architectures.parts import sharding
 from architectures.parts.config import ModelConfig
 from architectures.parts.dropout import Dropout
@@ -87,7 +88,9 @@ def embedding(module: nn.Module, name: str, rows: int,
 
 
 def einsum(spec: str, x: jax.Array, w: jax.Array, dtype: jax.typing.DTypeLike,
-           out_dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
+           out_dtype: jax.typing.DTypeLike | None = None,
+           axes: tuple[str | None, ...] | None = None, keep: bool = True
+           ) -> jax.Array:
   """A product in the compute dtype, which adds up in float32.
 
   Args:
@@ -96,6 +99,9 @@ def einsum(spec: str, x: jax.Array, w: jax.Array, dtype: jax.typing.DTypeLike,
     w: a weight, or activations.
     dtype: what both are rounded to before the product.
     out_dtype: of the result; default: dtype.
+    axes: of a weight, its logical axes: where it lies in shards, it is
+      gathered as gathered.py says.
+    keep: whether it may be kept whole for the gradient.
   """
   out_dtype = jnp.dtype(out_dtype or dtype)
   ins, out = spec.split('->')
@@ -105,9 +111,11 @@ def einsum(spec: str, x: jax.Array, w: jax.Array, dtype: jax.typing.DTypeLike,
     spec = spec.replace('...', 'ZYXW'[:x.ndim - named])
   x, w = x.astype(dtype), w.astype(dtype)
   if x.dtype == out_dtype == jnp.float32:
-    y = _on_one_axis(spec, x, w)
+    local = functools.partial(_on_one_axis, spec)
   else:
-    y = _product(spec, out_dtype, x, w)
+    local = functools.partial(_product, spec, out_dtype)
+  at = gathered.places(spec, x, w, axes)
+  y = gathered.product(local, x, w, at, keep) if at else local(x, w)
   return y if shared else checkpoint_name(y, PRODUCT)
 
 
@@ -192,7 +200,7 @@ def product(module: nn.Module, name: str, spec: str, x: jax.Array,
     deterministic: whether nothing is dropped.
   """
   c = module.config
-  y = einsum(spec, x, w, c.compute_dtype)
+  y = einsum(spec, x, w, c.compute_dtype, axes=axes, keep=c.remat != 'none')
   if not adapted(c, name):
     return y
   of_x, of_w, of_y = spec.replace('->', ',').split(',')

@@ -17,6 +17,7 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
+from architectures.parts import gathered
 from architectures.parts import heads
 from architectures.parts import layer_reports
 from architectures.parts import linear
@@ -76,10 +77,7 @@ class Embed(nn.Module):
                deterministic: bool = True):
     c = self.config
     table_VD = linear.embedding(self, 'tokens', c.vocab_size, 'vocab')
-    # Gathered whole over fsdp first: rows that are split over fsdp would have
-    # to move to where the batch is split over it.
-    whole_VD = sharding.constrain_if(table_VD, 'vocab', None)
-    x_BLD = whole_VD[tokens_BL].astype(c.compute_dtype)
+    x_BLD = gathered.lookup(table_VD, tokens_BL, c.compute_dtype)
     if c.embed_scale != 1:
       x_BLD = x_BLD * jnp.asarray(c.embed_scale, x_BLD.dtype)
     if positions.of(c).embed:
@@ -262,10 +260,11 @@ class Ahead(nn.Module):
       both_BLU = jnp.concatenate([
           norm(c, f'token_norm_{depth}')(jnp.roll(embedded_BLD, -depth, 1)),
           norm(c, f'hidden_norm_{depth}')(x_BLD)], -1)
+      axes = 'mlp', 'embed'
       w_UD = linear.weight(self, f'join_{depth}', (2 * c.d_model, c.d_model),
-                           ('mlp', 'embed'))
+                           axes)
       x_BLD = residual(linear.einsum('BLU,UD->BLD', both_BLU, w_UD,
-                                     c.compute_dtype))
+                                     c.compute_dtype, axes=axes, keep=False))
       if positions.of(c).stack_bias:
         own = own.replace(bias_BHLM=positions.of(c).stack_bias(
             c, kind.causal, name=f'{c.position}_bias_{depth}')(

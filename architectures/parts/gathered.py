@@ -1,0 +1,224 @@
+"""Weights that lie in shards, gathered where they are used, and their gradients
+scattered (ZeRO-3: Rajbhandari et al. 2020, arXiv 1910.02054).
+
+Left to choose, XLA may compile the gather of a weight that is split over the
+whole mesh, and the sum of its gradient, to all-reduces, which send twice the
+bytes. So here each is said: `shard_map` hands a device its tokens and its
+shard of the weight, an all-gather makes the weight whole, and what JAX makes
+of that for the gradient is a reduce-scatter. Both are of the dtype that the
+weight is multiplied in.
+
+A product or a lookup is left to XLA where the mesh does not divide the rows of
+the batch or the weight, and where `tensor` has devices: the sums over them, of
+several products, XLA joins.
+"""
+
+from collections.abc import Callable
+import functools
+import math
+from typing import NamedTuple, Optional
+
+import flax.linen as nn
+import jax
+from jax.sharding import PartitionSpec
+import jax.numpy as jnp
+import numpy as np
+
+from architectures.parts import sharding
+
+# The mesh axes of each axis of an array. (A PartitionSpec turns a tuple of one
+# name into the name.)
+Names = tuple[tuple[str, ...], ...]
+
+LENGTHS = 'LM'  # the letters of an axis that lies where `length` does
+
+
+class Places(NamedTuple):
+  """How the arrays of a product lie on the mesh.
+
+  Attributes:
+    tokens: the axes of activations that hold tokens, which come first.
+    weight: those of the weight.
+  """
+  tokens: Names
+  weight: Names
+
+
+def _weight(shape: tuple[int, ...], axes: tuple[str | None, ...]
+            ) -> Names:
+  """How a weight of these logical axes lies on the mesh."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or not nn.get_logical_axis_rules():
+    return ((),) * len(shape)
+  found = []
+  for size, names in zip(shape, nn.logical_to_mesh_axes(axes)):
+    names = (names,) if isinstance(names, str) else names or ()
+    names = tuple(name for name in names if mesh.shape[name] > 1)
+    even = size % sharding.size(names) == 0
+    found.append(names if even else ())
+  return tuple(found)
+
+
+def _spec(*names: tuple[str, ...]) -> PartitionSpec:
+  return PartitionSpec(*(n or None for n in names))
+
+
+def _gather(w: jax.Array, of: Names) -> jax.Array:
+  for axis, names in enumerate(of):
+    if names:
+      w = along(w, axis, names)
+  return w
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def along(w: jax.Array, axis: int, names: tuple[str, ...]) -> jax.Array:
+  """Returns the shards of an axis that lies on mesh axes, joined, in a function
+  that is mapped over the mesh."""
+  return jax.lax.all_gather(w, names, axis=axis, tiled=True)
+
+
+def _along_fwd(w: jax.Array, axis: int, names: tuple[str, ...]):
+  return along(w, axis, names), None
+
+
+def _along_bwd(axis: int, names: tuple[str, ...], _: None, d: jax.Array):
+  return (scatter(d, axis, names),)
+
+
+along.defvjp(_along_fwd, _along_bwd)
+
+
+def scatter(d: jax.Array, axis: int, names: tuple[str, ...]) -> jax.Array:
+  """Returns a device's shard of the sum of d over devices, of an axis that
+  lies on mesh axes.
+
+  XLA makes an all-reduce of a reduce-scatter whose axis is the last one in
+  memory, and of one over all devices. So the axis comes first, and a single
+  mesh axis is gone over in two steps, which send as much together.
+  """
+  d = jnp.moveaxis(d, axis, 0)
+  n = sharding.size(names)
+  first = _first_step(n)
+  if len(names) > 1 or n < jax.sharding.get_abstract_mesh().size or first == n:
+    d = jax.lax.psum_scatter(d, names, tiled=True)
+  else:
+    ids = np.arange(n).reshape(first, n // first)
+    for groups in (ids.T, ids):
+      d = jax.lax.psum_scatter(d, names[0], tiled=True,
+                               axis_index_groups=groups.tolist())
+  return jnp.moveaxis(d, 0, axis)
+
+
+def _first_step(n: int) -> int:
+  """The devices of the first of two steps over n: the least divisor that is
+  no less than the root of n; n: there is one step."""
+  return next(i for i in range(math.isqrt(n - 1) + 1, n + 1) if n % i == 0)
+
+
+def places(letters: str, x: jax.Array, w: jax.Array,
+           axes: Optional[tuple[str | None, ...]]) -> Optional[Places]:
+  """Returns where x, whose axes have these letters, and a weight of these
+  logical axes lie; None: the product is left to XLA."""
+  if axes is None or letters[0] != 'B':
+    return None
+  weight, rows = _weight(w.shape, axes), sharding.mesh_axes('batch')
+  held = set(sum(weight, ()))
+  if (not held or not held <= set(rows) or sharding.mesh_axes('mlp')
+      or sharding.shards('batch', x.shape[0]) == 1):
+    return None
+  cut = letters[1] in LENGTHS and sharding.shards('length', x.shape[1]) > 1
+  return Places((rows, sharding.mesh_axes('length') if cut else ()), weight)
+
+
+def product(local: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array,
+            w: jax.Array, at: Places, keep: bool) -> jax.Array:
+  """Returns local(x, the whole weight), of each device's tokens.
+
+  Args:
+    local: the product, whose result begins with the tokens' axes.
+    x: activations.
+    w: the weight, in the dtype that it is sent in.
+    at: where both lie.
+    keep: whether the whole weight may be kept for the gradient: where all of a
+      layer is computed again, it is gathered again with it, and once.
+  """
+  def on_each(x: jax.Array, w: jax.Array):
+    return local(x, _gather(w, at.weight))
+
+  if not keep:  # the product is not made again: its gradient has no use for it
+    on_each = jax.checkpoint(on_each)
+  tokens = _spec(*at.tokens)
+  return jax.shard_map(on_each, in_specs=(tokens, _spec(*at.weight)),
+                       out_specs=tokens, check_vma=False)(x, w)
+
+
+def lookup(table_VD: jax.Array, ids_BL: jax.Array,
+           dtype: jax.typing.DTypeLike) -> jax.Array:
+  """Returns rows of a table of embeddings, [B, L, D], in `dtype`.
+
+  Where the table's columns are split over devices of the batch, each looks up
+  its columns for all their tokens, and an all-to-all hands every token to its
+  own device. So no table is ever whole, nor is its gradient, which adds up in
+  the table's dtype.
+  """
+  at = places('BL', ids_BL, table_VD, ('vocab', 'embed'))
+  columns = at and at.weight[1]
+  if not columns:
+    # Gathered whole over fsdp first: rows that are split over fsdp would have
+    # to move to where the batch is split over it.
+    whole_VD = sharding.constrain_if(table_VD, 'vocab', None)
+    return whole_VD[ids_BL].astype(dtype)
+
+  def local(table_VD: jax.Array, ids_BL: jax.Array):
+    ids_BL = jax.lax.all_gather(ids_BL, columns, axis=0, tiled=True)
+    return jax.lax.all_to_all(table_VD[ids_BL].astype(dtype), columns,
+                              split_axis=0, concat_axis=2, tiled=True)
+
+  tokens = _spec(*at.tokens)
+  return jax.shard_map(local, in_specs=(_spec(*at.weight), tokens),
+                       out_specs=tokens, check_vma=False)(table_VD, ids_BL)
+
+
+def whole(w: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+  """Returns a weight that is gathered over devices of the batch, in the dtype
+  that it has; what lies on `tensor` stays there."""
+  ours, others = _by_batch(w.shape, axes)
+  if not any(ours):
+    return w
+  return jax.shard_map(
+      lambda w: _gather(w, ours), in_specs=_both(ours, others),
+      out_specs=_spec(*others), check_vma=False)(w)
+
+
+def total(d_Q: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+  """Returns the sum over Q of gradients of a weight, [Q, ...], one of each
+  shard of the tokens, laid out as the weight is."""
+  ours, others = _by_batch(d_Q.shape[1:], axes)
+  tokens, held = sharding.mesh_axes('tokens'), set(sum(ours, ()))
+  if (not held or not held <= set(tokens)
+      or sharding.size(tokens) != d_Q.shape[0]):
+    return sharding.constrain_if(d_Q.sum(0), *axes)
+
+  def local(d_Q: jax.Array):
+    d = d_Q.sum(0)
+    for axis, names in enumerate(ours):
+      if names:
+        d = scatter(d, axis, names)
+    rest = tuple(name for name in tokens if name not in held)
+    return jax.lax.psum(d, rest) if rest else d
+
+  return jax.shard_map(local, in_specs=_spec(tokens, *others),
+                       out_specs=_both(ours, others), check_vma=False)(d_Q)
+
+
+def _by_batch(shape: tuple[int, ...], axes: tuple[str | None, ...]
+              ) -> tuple[Names, Names]:
+  """Returns how a weight lies on the mesh: over devices of the batch, and over
+  others."""
+  places, rows = _weight(shape, axes), set(sharding.mesh_axes('batch'))
+  return (tuple(n if set(n) <= rows else () for n in places),
+          tuple(() if set(n) <= rows else n for n in places))
+
+
+def _both(ours: Names, others: Names) -> PartitionSpec:
+  return _spec(*(a + b for a, b in zip(ours, others)))
