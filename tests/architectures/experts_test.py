@@ -169,43 +169,52 @@ def grouped_case(counts, rows=64):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('even', [8, 64])
-def test_grouped_product_equals_a_loop_over_experts(even):
-
-  @jax.jit
-  def blocks(count_E, x_RD, w, mask_RF, d_RD):
-    def loss(x_RD, w):
-      y_RD = grouped.ffn(x_RD, count_E, w, mask_RF, SWIGLU, even, 'xla')
-      return (y_RD * d_RD).sum()
-    return jax.value_and_grad(loss, (0, 1))(x_RD, w)
+def test_grouped_product_equals_a_loop_over_experts(even, monkeypatch):
+  """Gates, and hidden units that are made again in parts, included."""
+  monkeypatch.setattr(grouped, '_parts', lambda D, F: 2)
 
   @functools.partial(jax.jit, static_argnums=0)
-  def whole(product, count_E, x_RD, w, mask_RF, d_RD):
+  def blocks(again, count_E, x_RD, gate_R, w, mask_RF, d_RD):
+    def loss(x_RD, gate_R, w):
+      how = grouped.How(SWIGLU, even, 'xla', again)
+      y_RD = grouped.ffn(x_RD, count_E, gate_R, w, mask_RF, how)
+      return (y_RD * d_RD).sum()
+    return jax.value_and_grad(loss, (0, 1, 2))(x_RD, gate_R, w)
+
+  @functools.partial(jax.jit, static_argnums=(0, 1))
+  def whole(product, again, count_E, x_RD, gate_R, w, mask_RF, d_RD):
     y_RD, pre = grouped._whole_forward(product, SWIGLU, x_RD, count_E, w,
                                        mask_RF)
-    return (y_RD * d_RD).sum(), grouped._whole_backward(
-        product, SWIGLU, x_RD, count_E, w, mask_RF, pre, d_RD)
+    return (gate_R[:, None] * y_RD * d_RD).sum(), grouped._whole_backward(
+        product, SWIGLU, x_RD, count_E, gate_R, w, mask_RF,
+        None if again else pre, d_RD)
 
   ragged = functools.partial(whole, grouped_kernels.product('xla', even))
   megablox = functools.partial(
-      whole, functools.partial(grouped_kernels.megablox, even, True))
+      whole, functools.partial(grouped_kernels.megablox, even, True), True)
 
-  def loop(counts, x_RD, w, mask_RF, d_RD):
-    def loss(x_RD, w):
+  def loop(counts, x_RD, gate_R, w, mask_RF, d_RD):
+    def loss(x_RD, gate_R, w):
       total, start = 0.0, 0
       for e, n in enumerate(counts):
         own = jax.tree.map(lambda m, e=e: m[e:e + 1], w)
         at = slice(start, start + n)
         y_1RD = experts.batched(x_RD[None, at], own, SWIGLU,
                                 mask_RF[None, at])
-        total, start = total + (y_1RD[0] * d_RD[at]).sum(), start + n
+        y_RD = gate_R[at, None] * y_1RD[0]
+        total, start = total + (y_RD * d_RD[at]).sum(), start + n
       return total
-    return jax.value_and_grad(loss, (0, 1))(x_RD, w)
+    return jax.value_and_grad(loss, (0, 1, 2))(x_RD, gate_R, w)
 
+  gate_R = jax.random.uniform(jax.random.key(1), (64,))
   for counts in COUNTS:
     x_RD, w, mask_RF, d_RD, _ = grouped_case(counts)
-    want = loop(counts, x_RD, w, mask_RF, d_RD)
-    for way in (blocks, ragged, megablox):
-      assert_close(way(jnp.array(counts), x_RD, w, mask_RF, d_RD), want)
+    args = x_RD, gate_R, w, mask_RF, d_RD
+    want = loop(counts, *args)
+    for way in (functools.partial(blocks, False), functools.partial(
+        blocks, True), functools.partial(ragged, False), functools.partial(
+            ragged, True), megablox):
+      assert_close(way(jnp.array(counts), *args), want)
 
 
 @pytest.mark.parametrize('counts', [
@@ -282,7 +291,8 @@ def test_the_router_multiplies_float32_whatever_the_model_does():
 def test_accelerators_get_a_ragged_product(platform):
   x_RD, w, _, _, _ = grouped_case([5, 0, 40])
   step = jax.jit(jax.grad(lambda x, w: grouped.ffn(
-      x, jnp.array([5, 0, 40]), w, None, SWIGLU, 16, 'xla').sum(), (0, 1)))
+      x, jnp.array([5, 0, 40]), jnp.ones(len(x)), w, None,
+      grouped.How(SWIGLU, 16, 'xla')).sum(), (0, 1)))
   lower = lambda name: step.trace(x_RD, w).lower(
       lowering_platforms=(name,)).as_text()
   text = lower(platform)

@@ -102,7 +102,8 @@ def test_a_plan_counts_the_rows_of_an_even_load():
   w = experts.Weights(*(jnp.ones((4, *s)) for s in ((8, 6), (6, 8), (8, 6))))
   def count(kernel, rows):
     loss = lambda x_RD, w: grouped.ffn(
-        x_RD, jnp.full(4, 8), w, None, Hidden('swiglu'), 64, kernel).sum()
+        x_RD, jnp.full(4, 8), jnp.ones(128), w, None,
+        grouped.How(Hidden('swiglu'), 64, kernel)).sum()
     return traced.count(jax.make_jaxpr(jax.value_and_grad(loss, (0, 1)))(
         jnp.ones((128, 8)), w), traced.Place('tpu', rows))
   assert count('megablox', 32).flops == 9 * 2 * 32 * 8 * 6

@@ -197,7 +197,7 @@ MUTANTS = {
          'x.T @ dy, None if b is None else 0 * dy.sum(0)', 'experts: loop'),
         ('h_PF = kind(*pre)', 'h_PF = kind(*pre[::-1])',
          'experts: loop'),
-        ('dx_PD, into = dx_PD + more_PD,', 'dx_PD, into = more_PD,',
+        ('dx_PD, dinto = dx_PD + more_PD,', 'dx_PD, dinto = more_PD,',
          'experts: loop'),
         ('dx = sum(d @ m.T for d, (m, _) in zip(d_pre, _into(own)))',
          'dx = d_pre[0] @ own.up_EDF.T', 'experts: loop'),

@@ -5,7 +5,9 @@ before use, and its gradient scattered over it; over the batch's other axes
 the gradient is summed. A product over a dimension that lies on `tensor` is
 summed over it. Tokens cross `expert` and come back. Left out are the sums over
 a vocabulary that lies on `tensor`: of embeddings, of the loss, and of the last
-hidden state's gradient, once a micro-batch each. XLA may choose otherwise:
+hidden state's gradient, once a micro-batch each, and the gates that cross with
+their rows. An embedding is not gathered, its tokens cross: where there are few
+of them, less is sent than is said here. XLA may choose otherwise:
 python -m tools.plan says what it chose.
 """
 
@@ -19,7 +21,7 @@ import jax.numpy as jnp
 from training import objectives
 from training.distributed import devices
 
-PASSES = {'full': 3, 'dots': 2, 'none': 2}  # that use a weight, by remat
+PASSES = {'full': 3, 'dots': 2, 'none': 2}  # of activations, by remat
 
 
 def collectives(run, parameters: list[dict]) -> list[dict]:
@@ -53,7 +55,7 @@ def _of_weight(run, one: dict, batch: list, mesh: dict) -> list[dict]:
     if axis in batch and not _stays(one, axis):
       whole = one['bytes_per_device'] * n
       sent = whole * (n - 1) / n * width
-      passes = PASSES[run.model.remat] * times
+      passes = 2 * times  # remade layers keep what they gather
       rows.append(_row('all-gather', [axis], 'weights before use', passes,
                        sent * passes))
       rows.append(_row('reduce-scatter', [axis], 'gradients of weights',
@@ -107,26 +109,29 @@ def _of_activations(run, parameters, mesh) -> list[dict]:
           * (mesh['context'] - 1)))
     if 'expert' in mesh and row['name'].endswith('/ffn/down') and any(
         d['axis'] == 'experts' for d in dims):
-      # Experts are remade by 'dots' too: see parts/dispatch.py.
-      runs = layers * 2 * (2 if c.remat == 'none' else 3) * micro
+      crossing, dropless = _rows_a_token(run, tokens)
+      # Experts are remade by 'dots' too: see parts/moe/dispatch.py.
+      again = 0 if c.remat == 'none' else 1 if dropless else 2
+      runs = layers * (4 + again) * micro
       n = mesh['expert']
       rows.append(_row(
           'all-to-all', ['expert'], 'tokens to their experts and back', runs,
-          one * _rows_a_token(run, tokens) * (n - 1) / n * runs))
+          one * crossing * (n - 1) / n * runs))
   return rows
 
 
-def _rows_a_token(run, tokens: int) -> float:
-  """Rows that cross for a token of a device's `tokens`, in even load."""
+def _rows_a_token(run, tokens: int) -> tuple[float, bool]:
+  """Rows that cross for a token of a device's `tokens`, in even load, and
+  whether without padding."""
   m = run.model.moe
   shards = devices.shards('tokens', run.mesh.shape, run.config.mesh.rules)
   groups = routing_groups(m.group_size, tokens * shards)
   laid_out = m.capacity_factor, tokens * shards, groups, shards
   if routing.of(m).experts_choose:
-    return m.top_k * (m.capacity_factor or 1.0)
+    return m.top_k * (m.capacity_factor or 1.0), False
   if dispatch.way(m, *laid_out) == 'dropless':
-    return m.top_k
-  return m.num_experts * dispatch.slots(m, *laid_out) / tokens
+    return m.top_k, True
+  return m.num_experts * dispatch.slots(m, *laid_out) / tokens, False
 
 
 def _row(kind, axes, why, times, sent) -> dict:

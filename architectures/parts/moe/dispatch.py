@@ -9,8 +9,10 @@ axes of 'embed' (ZeRO-3), and with 'mlp' over tensor the halves of a result
 are summed after they have returned, when there are fewest.
 
 Where remat remakes a layer, 'dots' included, the two forward crossings run
-again: 6. To keep what has crossed would take room for the worst routing, n
-times the rows that are there, and the hidden units' several times that.
+again: 6. In dropless the one to the experts alone does: 5, as gates cross with
+the rows, and their gradients are known where the experts are. To keep what has
+crossed would take room for the worst routing, n times the rows that are there,
+and the hidden units' several times that.
 
 Bytes that a device sends for each of its tokens, in each crossing:
 
@@ -41,6 +43,7 @@ import jax
 from jax.sharding import PartitionSpec
 import jax.numpy as jnp
 
+from architectures.parts import gathered
 from architectures.parts import sharding
 from architectures.parts.config import MoEConfig
 from architectures.parts.ffn import Hidden
@@ -49,7 +52,8 @@ from architectures.parts.moe import exchange
 from architectures.parts.moe import grouped_kernels
 from architectures.parts.moe import routing
 from architectures.parts.moe.experts import (
-    Dropout, Local, WAYS, Weights, inverse, place_sorted, take)
+    Dropout, Local, WAYS, Weights, inverse, place_sorted, reorder,
+    take)
 from configs.errors import require
 
 
@@ -108,11 +112,12 @@ def way(m: MoEConfig, factor: float, tokens: int, groups: int,
 
 def experts(m: MoEConfig, x_TD: jax.Array, routed: routing.Routing,
             w: Weights, hidden: Hidden, groups: int,
-            dropout: Optional[Dropout], *, train: bool):
-  """Returns (y_TD, kept_A: the assignments that found room)."""
+            dropout: Optional[Dropout], *, train: bool, again: bool = False):
+  """Returns (y_TD, kept_A: the assignments that found room); `again`: whether
+  the gradient makes the hidden units again (grouped.How)."""
   factor = m.capacity_factor if train else m.eval_capacity_factor
   T, axes = x_TD.shape[0], mesh_axes()
-  compute = functools.partial(_compute, m, hidden, factor, T, groups)
+  compute = functools.partial(_compute, m, hidden, factor, T, groups, again)
   if axes is None:
     return compute(Axes(), x_TD, routed, w, dropout)
   shards = sharding.size(axes.tokens)
@@ -150,8 +155,8 @@ def _pad(x_TD: jax.Array, routed: routing.Routing, more: int):
 
 
 def _compute(m: MoEConfig, hidden: Hidden, factor: float, tokens: int,
-             groups: int, axes: Axes, x_TD: jax.Array, routed: routing.Routing,
-             w: Weights, dropout: Optional[Dropout]):
+             groups: int, again: bool, axes: Axes, x_TD: jax.Array,
+             routed: routing.Routing, w: Weights, dropout: Optional[Dropout]):
   """One device's share. `tokens`: of all devices, padding apart."""
   T, E = x_TD.shape[0], m.num_experts
   shards = sharding.size(axes.tokens) if axes.tokens else 1
@@ -171,7 +176,8 @@ def _compute(m: MoEConfig, hidden: Hidden, factor: float, tokens: int,
         first_unit=(jax.lax.axis_index(axes.mlp) * w.up_EDF.shape[2]
                     if axes.mlp else 0))
   run = Local(_gather(w, axes), dropout, hidden,
-              max(1, T * devices * m.top_k // E), grouped_kernels.choose(m), E)
+              max(1, T * devices * m.top_k // E), grouped_kernels.choose(m),
+              again, E)
   if axes.experts:
     run = Spread(run, axes.experts[0], bound)
   compute = WAYS[way(m, factor, tokens, groups, shards)]
@@ -201,8 +207,8 @@ def _within_capacity(m: MoEConfig, factor: float, tokens: int, groups: int,
 def _gather(w: Weights, axes: Axes) -> Weights:
   """Whole weights of this device's experts, but for the share of 'mlp'."""
   if axes.embed:
-    gather = lambda x, axis: None if x is None else jax.lax.all_gather(
-        x, axes.embed, axis=axis, tiled=True)
+    gather = lambda x, axis: None if x is None else gathered.along(
+        x, axis, axes.embed)
     w = w.replace(
         up_EDF=gather(w.up_EDF, 1), gate_EDF=gather(w.gate_EDF, 1),
         down_EFD=gather(w.down_EFD, 2), down_bias_ED=gather(w.down_bias_ED, 1))
@@ -265,7 +271,8 @@ class Spread:
     row_A = jnp.where(expert_A < E, row_A, n * self.bound)
     return row_A, n * self.bound, count_E
 
-  def grouped(self, rows_PD: jax.Array, count_E: jax.Array, id_P: jax.Array):
+  def grouped(self, rows_PD: jax.Array, count_E: jax.Array, id_P: jax.Array,
+              gate_P: jax.Array):
     n, P = self.devices, rows_PD.shape[0]
     send_nE = count_E.reshape(n, -1)  # for the experts of each device
     got_nE = self._cross(send_nE)  # from each device, for those of this one
@@ -282,7 +289,8 @@ class Spread:
       id_P = cross(id_P, send_n, got_n).at[from_P].get(
           mode='fill', fill_value=0)
     rows_PD = take(cross(rows_PD, send_n, got_n), from_P, row_P, 1)
-    y_PD = self.local.grouped(rows_PD, count_E, id_P)
+    gate_P = reorder(cross(gate_P, send_n, got_n), from_P, row_P)
+    y_PD = self.local.grouped(rows_PD, count_E, id_P, gate_P)
     return cross(take(y_PD, row_P, from_P, 1), got_n, send_n)
 
 

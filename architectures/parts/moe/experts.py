@@ -115,27 +115,30 @@ take.defvjp(_take_fwd, _take_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def combine(y_PD: jax.Array, gate_A: jax.Array, token_A: jax.Array,
+def combine(y_PD: jax.Array, gate_A: Optional[jax.Array], token_A: jax.Array,
             row_A: jax.Array, assignment_P: jax.Array, tokens: int, choices: int
             ):
   """y_T = the sum of gate * row over the assignments of a token.
 
-  `assignment_P` is the inverse of `row_A`; A where a row has none.
+  `assignment_P` is the inverse of `row_A`; A where a row has none. Rows that
+  are multiplied by their gates already come without them.
   """
   del assignment_P
   y_AD = y_PD.at[row_A].get(mode='fill', fill_value=0)
-  y_AD = y_AD * gate_A[:, None].astype(y_AD.dtype)
+  if gate_A is not None:
+    y_AD = y_AD * gate_A[:, None].astype(y_AD.dtype)
   if choices:
     y_TD = y_AD.reshape(tokens, choices, -1).sum(1, dtype=jnp.float32)
     return y_TD.astype(y_PD.dtype)
   return jnp.zeros((tokens, y_AD.shape[1]), y_AD.dtype).at[token_A].add(y_AD)
 
 
-def _combine_fwd(y_PD: jax.Array, gate_A: jax.Array, token_A: jax.Array,
-                 row_A: jax.Array, assignment_P: jax.Array, tokens: int,
-                 choices: int):
+def _combine_fwd(y_PD: jax.Array, gate_A: Optional[jax.Array],
+                 token_A: jax.Array, row_A: jax.Array, assignment_P: jax.Array,
+                 tokens: int, choices: int):
   y_TD = combine(y_PD, gate_A, token_A, row_A, assignment_P, tokens, choices)
-  return y_TD, (y_PD, gate_A, token_A, row_A, assignment_P)
+  rows = None if gate_A is None else y_PD
+  return y_TD, (rows, gate_A, token_A, row_A, assignment_P)
 
 
 def _combine_bwd(tokens: int, choices: int, saved: tuple, d_TD: jax.Array):
@@ -144,6 +147,8 @@ def _combine_bwd(tokens: int, choices: int, saved: tuple, d_TD: jax.Array):
   fill = dict(mode='fill', fill_value=0)
   token_P = token_A.at[assignment_P].get(mode='fill', fill_value=d_TD.shape[0])
   d_PD = d_TD.at[token_P].get(**fill)
+  if gate_A is None:
+    return d_PD, None, None, None, None
   d_gate_P = (d_PD.astype(jnp.float32) * y_PD.astype(jnp.float32)).sum(1)
   d_gate_A = d_gate_P.at[row_A].get(**fill).astype(gate_A.dtype)
   gate_P = gate_A.at[assignment_P].get(**fill)
@@ -179,13 +184,19 @@ def place_sorted(expert_A: jax.Array, experts: int
 
 
 def move(x_TD: jax.Array, r: Routing, row_A: jax.Array, rows: int):
-  """Returns (rows [P, D], their assignment ids, combine: rows -> y_TD)."""
+  """Returns (rows [P, D], their assignment ids, combine: (rows, gates or None)
+  -> y_TD)."""
   T = x_TD.shape[0]
   assignment_P = inverse(row_A, rows)
   token_P = r.token_A.at[assignment_P].get(mode='fill', fill_value=T)
-  back = lambda y_PD: combine(y_PD, r.gate_A, r.token_A, row_A, assignment_P,
-                              T, r.choices)
+  back = lambda y_PD, gate_A: combine(y_PD, gate_A, r.token_A, row_A,
+                                      assignment_P, T, r.choices)
   return take(x_TD, token_P, row_A, r.choices), assignment_P, back
+
+
+def reorder(x_A: jax.Array, of_P: jax.Array, to_A: jax.Array) -> jax.Array:
+  """x[of_P], 0 where that is A; `to_A` is the inverse: see `take`."""
+  return take(x_A[:, None], of_P, to_A, 1)[:, 0]
 
 
 @struct.dataclass
@@ -196,6 +207,7 @@ class Local:
   hidden: Hidden = struct.field(pytree_node=False)
   even: int = struct.field(pytree_node=False)  # an expert's rows, evenly
   kernel: str = struct.field(pytree_node=False)  # of the grouped product
+  again: bool = struct.field(pytree_node=False)  # see grouped.ffn
   experts: int = struct.field(pytree_node=False)  # of all devices
 
   def padded(self, rows_ECD: jax.Array, id_EC: jax.Array):
@@ -210,10 +222,12 @@ class Local:
     row_A, count_E = place_sorted(expert_A, self.experts)
     return row_A, expert_A.shape[0], count_E
 
-  def grouped(self, rows_PD: jax.Array, count_E: jax.Array, id_P: jax.Array):
-    """Rows sorted by expert."""
-    return grouped.ffn(rows_PD, count_E, self.w, self._mask(id_P), self.hidden,
-                       self.even, self.kernel)
+  def grouped(self, rows_PD: jax.Array, count_E: jax.Array, id_P: jax.Array,
+              gate_P: jax.Array):
+    """Rows sorted by expert, each result multiplied by its gate."""
+    return grouped.ffn(
+        rows_PD, count_E, gate_P, self.w, self._mask(id_P),
+        grouped.How(self.hidden, self.even, self.kernel, self.again))
 
   def ids(self, assignment_P: jax.Array):
     """The ids that dropout knows assignments by, on any device."""
@@ -248,14 +262,18 @@ def by_sorted(x_TD: jax.Array, r: Routing, run: Any, slots: int) -> jax.Array:
       x_TD, r, place_padded(r.expert_A, E, slots), E * slots)
   y_ECD = run.padded(rows_PD.reshape(E, slots, D),
                      run.ids(assignment_P).reshape(E, slots))
-  return back(y_ECD.reshape(E * slots, D))
+  return back(y_ECD.reshape(E * slots, D), r.gate_A)
 
 
 def by_dropless(x_TD: jax.Array, r: Routing, run: Any, slots: int) -> jax.Array:
   del slots  # what has no room is void already
   row_A, rows, count_E = run.place(r.expert_A)
   rows_PD, assignment_P, back = move(x_TD, r, row_A, rows)
-  return back(run.grouped(rows_PD, count_E, run.ids(assignment_P)))
+  # Gates go with the rows: their gradient needs what the expert makes of a row,
+  # which would have to come back once more where a layer is computed again.
+  gate_P = reorder(r.gate_A, assignment_P, row_A)
+  return back(run.grouped(rows_PD, count_E, run.ids(assignment_P), gate_P),
+              None)
 
 
 WAYS = {

@@ -9,7 +9,7 @@ the rows.
 """
 
 import functools
-from typing import Any, Callable, Optional
+from typing import Any, Callable, NamedTuple, Optional
 
 import jax
 import jax.numpy as jnp
@@ -23,51 +23,61 @@ SIZES = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 7 / 8, 1, 17 / 16, 9 / 8, 5 / 4, 3 / 2, 2)
 LARGEST = 1024
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def ffn(rows_PD: jax.Array, count_E: jax.Array, w: Any,
-        mask_PF: Optional[jax.Array], kind: Hidden, even: int, kernel: str
-        ) -> jax.Array:
-  """FFN_e of each row; rows past the counts are unspecified, but finite.
+class How(NamedTuple):
+  """How a grouped network is computed.
+
+  Attributes:
+    kind: of the network.
+    even: the rows an expert has in even load: the blocks are sized for it.
+    kernel: of the products, a name of grouped_kernels; on CPU xla is blocks.
+    again: whether nothing is kept for the gradient, which then makes the hidden
+      units again, a part of them at a time: for where a layer is computed again
+      anyway, as its result need not be.
+  """
+  kind: Hidden
+  even: int
+  kernel: str
+  again: bool = False
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def ffn(rows_PD: jax.Array, count_E: jax.Array, gate_P: jax.Array, w: Any,
+        mask_PF: Optional[jax.Array], how: How) -> jax.Array:
+  """gate * FFN_e of each row; rows past the counts are unspecified, but finite.
 
   Args:
     rows_PD: expert 0's rows, then expert 1's, ...; sum(count_E) <= P.
     count_E: int32, the rows of each expert.
+    gate_P: float32, what a row's result is multiplied by.
     w: experts.Weights, in the dtype of the rows.
     mask_PF: multiplies the hidden units, for dropout; or None.
-    kind: of the network.
-    even: the rows an expert has in even load: the blocks are sized for it.
-    kernel: of the products, a name of grouped_kernels; on CPU xla is blocks.
+    how: it is computed.
   """
-  return _forward(rows_PD, count_E, w, mask_PF, kind, even, kernel)[0]
+  return _ffn_fwd(rows_PD, count_E, gate_P, w, mask_PF, how)[0]
 
 
-def _ffn_fwd(rows_PD: jax.Array, count_E: jax.Array, w: Any,
-             mask_PF: Optional[jax.Array], kind: Hidden, even: int,
-             kernel: str):
-  y_PD, hidden = _forward(rows_PD, count_E, w, mask_PF, kind, even, kernel)
-  return y_PD, (rows_PD, count_E, w, mask_PF, hidden)
+def _ffn_fwd(rows_PD: jax.Array, count_E: jax.Array, gate_P: jax.Array, w: Any,
+             mask_PF: Optional[jax.Array], how: How):
+  """(the result, what is kept: with the arguments what goes into the
+  activation, (up,) or (up, gate), or None)."""
+  y_PD, pre = _on_platform(
+      how.kernel, functools.partial(_blocks_forward, how.kind, how.even),
+      functools.partial(_whole_forward, product(how.kernel, how.even),
+                        how.kind), rows_PD, count_E, w, mask_PF)
+  y_PD = y_PD * gate_P[:, None].astype(y_PD.dtype)
+  return y_PD, (rows_PD, count_E, gate_P, w, mask_PF,
+                None if how.again else pre)
 
 
-def _ffn_bwd(kind: Hidden, even: int, kernel: str, saved: tuple,
-             dy_PD: jax.Array):
-  dx_PD, dw = _on_platform(
-      kernel, functools.partial(_blocks_backward, kind, even),
-      functools.partial(_whole_backward, product(kernel, even), kind),
-      *saved, dy_PD)
-  return dx_PD, None, dw, None
+def _ffn_bwd(how: How, saved: tuple, dy_PD: jax.Array):
+  dx_PD, dgate_P, dw = _on_platform(
+      how.kernel, functools.partial(_blocks_backward, how.kind, how.even),
+      functools.partial(_whole_backward, product(how.kernel, how.even),
+                        how.kind), *saved, dy_PD)
+  return dx_PD, None, dgate_P, dw, None
 
 
 ffn.defvjp(_ffn_fwd, _ffn_bwd)
-
-
-def _forward(rows_PD: jax.Array, count_E: jax.Array, w: Any,
-             mask_PF: Optional[jax.Array], kind: Hidden, even: int,
-             kernel: str):
-  """Returns (y_PD, what goes into the activation: (up,) or (up, gate))."""
-  return _on_platform(
-      kernel, functools.partial(_blocks_forward, kind, even),
-      functools.partial(_whole_forward, product(kernel, even), kind),
-      rows_PD, count_E, w, mask_PF)
 
 
 def _on_platform(kernel: str, blocks: Callable, whole: Callable, *args):
@@ -105,11 +115,14 @@ def _like(w: Any, into: list, out: tuple):
 def _whole_affine(times: Callable, count_E: jax.Array, x_PI: jax.Array,
                   m_EIO: jax.Array, b_EO: Optional[jax.Array]):
   y_PO = times(x_PI, m_EIO, count_E)
-  if b_EO is None:
-    return y_PO
-  expert_P = jnp.searchsorted(jnp.cumsum(count_E), jnp.arange(x_PI.shape[0]),
+  return y_PO if b_EO is None else y_PO + _of_rows(b_EO, count_E, len(x_PI))
+
+
+def _of_rows(b_EO: jax.Array, count_E: jax.Array, rows: int) -> jax.Array:
+  """Each row's bias, [P, O]; 0 past the counts."""
+  expert_P = jnp.searchsorted(jnp.cumsum(count_E), jnp.arange(rows),
                               side='right')
-  return y_PO + b_EO.at[expert_P].get(mode='fill', fill_value=0)
+  return b_EO.at[expert_P].get(mode='fill', fill_value=0)
 
 
 def _whole_forward(times: Callable, kind: Hidden, rows_PD: jax.Array,
@@ -121,20 +134,72 @@ def _whole_forward(times: Callable, kind: Hidden, rows_PD: jax.Array,
 
 
 def _whole_backward(times: Callable, kind: Hidden, rows_PD: jax.Array,
-                    count_E: jax.Array, w: Any, mask_PF: Optional[jax.Array],
-                    pre: tuple[jax.Array, ...], dy_PD: jax.Array):
-  h_PF, act_vjp = jax.vjp(_activation(kind, mask_PF), pre)
+                    count_E: jax.Array, gate_P: jax.Array, w: Any,
+                    mask_PF: Optional[jax.Array],
+                    pre: Optional[tuple[jax.Array, ...]], dy_PD: jax.Array):
+  """With u = dy W_down^T, the gate's gradient is u h, so that y is not needed.
+  Without `pre`, the parts of the hidden units follow one another."""
   inside_P = jnp.arange(rows_PD.shape[0]) < count_E.sum()
   dy_PD = jnp.where(inside_P[:, None], dy_PD, 0)
+  gated = lambda x: x * gate_P[:, None].astype(x.dtype)
+  wide = lambda x: x.astype(jnp.float32)
   affine = functools.partial(_whole_affine, times, count_E)
   def vjp(x, pair, dy):  # of a product; its forward half is dead code
     return jax.vjp(affine, x, *pair)[1](dy)
-  dh_PF, *out = vjp(h_PF, (w.down_EFD, w.down_bias_ED), dy_PD)
-  dx_PD, into = jnp.zeros_like(rows_PD), []
-  for pair, d_PF in zip(_into(w), act_vjp(dh_PF)[0]):
-    more_PD, *grads = vjp(rows_PD, pair, d_PF)
-    dx_PD, into = dx_PD + more_PD, into + [tuple(grads)]
-  return dx_PD, _like(w, into, tuple(out))
+  dx_PD, dgate_P, dws = jnp.zeros_like(rows_PD), jnp.zeros_like(gate_P), []
+  parts = 1 if pre is not None else _parts(*w.up_EDF.shape[1:])
+  for own, mask_own in zip(_split(w, parts), _cut(mask_PF, parts)):
+    if dws:
+      rows_PD, dy_PD, dx_PD = jax.lax.optimization_barrier(
+          (rows_PD, dy_PD, dx_PD))
+    into, out = _into(own), (own.down_EFD, own.down_bias_ED)
+    h_PF, act_vjp = jax.vjp(
+        _activation(kind, mask_own),
+        pre or tuple(affine(rows_PD, *pair) for pair in into))
+    u_PF = vjp(h_PF, out, dy_PD)[0]
+    dgate_P += (wide(u_PF) * wide(h_PF)).sum(1)
+    dout, dinto = vjp(h_PF, out, gated(dy_PD))[1:], []
+    for pair, d_PF in zip(into, act_vjp(gated(u_PF))[0]):
+      more_PD, *grads = vjp(rows_PD, pair, d_PF)
+      dx_PD, dinto = dx_PD + more_PD, dinto + [tuple(grads)]
+    dws.append(_like(own, dinto, dout))
+  if w.down_bias_ED is not None:
+    dgate_P += (wide(dy_PD) * wide(_of_rows(
+        w.down_bias_ED, count_E, len(rows_PD)))).sum(1)
+  return dx_PD, dgate_P, _joined(dws)
+
+
+def _parts(D: int, F: int) -> int:
+  """In how many parts hidden units are made again: one is no wider than a
+  row, where its sides can be whole tiles."""
+  return next((n for n in range(-(-F // D), 1 + F // 128)
+               if F % (n * 128) == 0), 1)
+
+
+def _cut(x: Optional[jax.Array], parts: int, axis: int = -1) -> list:
+  return [None] * parts if x is None else jnp.split(x, parts, axis)
+
+
+def _split(w: Any, parts: int) -> list:
+  """The Weights of each part of the hidden units; one has the last bias."""
+  cut = dict(down_EFD=_cut(w.down_EFD, parts, 1),
+             down_bias_ED=[w.down_bias_ED] + [None] * (parts - 1))
+  cut |= {name: _cut(getattr(w, name), parts) for name in _OF_HIDDEN}
+  return [w.replace(**{name: x[i] for name, x in cut.items()})
+          for i in range(parts)]
+
+
+def _joined(parts: list) -> Any:
+  """The gradients of parts of the hidden units, as those of all."""
+  join = lambda name, axis: (
+      None if getattr(parts[0], name) is None else jnp.concatenate(
+          [getattr(part, name) for part in parts], axis))
+  return parts[0].replace(down_EFD=join('down_EFD', 1), **{
+      name: join(name, -1) for name in _OF_HIDDEN})
+
+
+# The weights whose last axis are the hidden units.
+_OF_HIDDEN = 'up_EDF', 'gate_EDF', 'up_bias_EF', 'gate_bias_EF'
 
 
 # Block by block, on CPU.
@@ -235,27 +300,38 @@ def _blocks_forward(kind: Hidden, even: int, rows_PD: jax.Array,
 
 
 def _blocks_backward(kind: Hidden, even: int, rows_PD: jax.Array,
-                     count_E: jax.Array, w: Any, mask_PF: Optional[jax.Array],
-                     pre_PF: jax.Array, dy_PD: jax.Array):
+                     count_E: jax.Array, gate_P: jax.Array, w: Any,
+                     mask_PF: Optional[jax.Array],
+                     pre_PF: Optional[tuple[jax.Array, ...]],
+                     dy_PD: jax.Array):
 
   def body(carry: Any, size: int, e: jax.Array, start: jax.Array,
            first: jax.Array, stop: jax.Array):
-    dx_PD, dw = carry
+    dx_PD, dgate_P, dw = carry
     x, own = _read(rows_PD, start, size), _weights(w, e)
     inside = _inside(size, start, first, stop)
     dy = jnp.where(inside[:, None], _read(dy_PD, start, size), 0)
+    gate = _read(gate_P, start, size)[:, None]
     mask = None if mask_PF is None else _read(mask_PF, start, size)
-    h, act_vjp = jax.vjp(_activation(kind, mask),
-                         tuple(_read(p_PF, start, size) for p_PF in pre_PF))
-    d_pre = act_vjp(dy @ own.down_EFD.T)[0]
+    pre = (tuple(_affine(x, *pair) for pair in _into(own)) if pre_PF is None
+           else tuple(_read(p_PF, start, size) for p_PF in pre_PF))
+    h, act_vjp = jax.vjp(_activation(kind, mask), pre)
+    u = dy @ own.down_EFD.T
+    dgate = (u * h).sum(1)
+    if own.down_bias_ED is not None:
+      dgate += dy @ own.down_bias_ED
+    d_pre = act_vjp(gate * u)[0]
     grads = lambda x, dy, b: (x.T @ dy, None if b is None else dy.sum(0))
     new = _like(w, [grads(x, d, b) for d, (_, b) in zip(d_pre, _into(own))],
-                grads(h, dy, own.down_bias_ED))
+                grads(h, gate * dy, own.down_bias_ED))
     dx = sum(d @ m.T for d, (m, _) in zip(d_pre, _into(own)))
     return (_write(dx_PD, dx, start, inside),
+            _write(dgate_P, dgate[:, None], start, inside),
             jax.tree.map(lambda a, b: a.at[e].add(b), dw, new))
 
   zeros = jax.tree.map(lambda m: jnp.zeros(m.shape, jnp.float32), w)
-  dx_PD, dw = _for_blocks(rows_PD.shape[0], even, count_E, body,
-                          (jnp.zeros_like(rows_PD), zeros))
-  return dx_PD, jax.tree.map(lambda d, m: d.astype(m.dtype), dw, w)
+  dx_PD, dgate_P1, dw = _for_blocks(
+      rows_PD.shape[0], even, count_E, body,
+      (jnp.zeros_like(rows_PD), jnp.zeros_like(gate_P[:, None]), zeros))
+  return dx_PD, dgate_P1[:, 0], jax.tree.map(
+      lambda d, m: d.astype(m.dtype), dw, w)

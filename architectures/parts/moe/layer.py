@@ -59,7 +59,7 @@ class MoE(nn.Module):
     y_TD, kept_A = dispatch.experts(
         m, x_TD.astype(c.compute_dtype), routed, self._weights(),
         dense.Hidden(m.ffn, c.clamp), inputs.groups, self._dropout(ctx),
-        train=inputs.train)
+        train=inputs.train, again=c.remat == 'full')
     aux = health.report(m, routed, inputs.logits_TE, valid_T, kept_A,
                         dispatch.expert_shards(), B)
     aux['loads'] = {} if inputs.bias_E is None else {

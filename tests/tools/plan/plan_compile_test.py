@@ -4,7 +4,7 @@ import importlib.util
 import os
 import re
 
-from configs import gpt, mixtral
+from configs import gpt, llama, mixtral
 from configs import sharding as tables
 import jax
 from jax.experimental import pallas
@@ -56,7 +56,8 @@ def test_experts_cross_by_all_to_all_and_tokens_are_not_gathered(preset):
       compiled(run, topology).as_text(), run.mesh.shape,
       host_of=analyse.hosts(run, topology),
       ragged_rows=analyse.ragged_rows(run, 'train'))
-  crossings = [c for c in found if c.kind == 'ragged-all-to-all']
+  crossings = [c for c in found if c.kind == 'ragged-all-to-all'
+               and c.dtype == 'bf16']  # of rows, not of gates
   if run.mesh.shape['expert'] > 1:
     # There and back, forward and backward, in each of the 2 layers.
     assert sum(c.runs for c in crossings) == 2 * 4
@@ -75,6 +76,24 @@ def test_experts_cross_by_all_to_all_and_tokens_are_not_gathered(preset):
   a_device = config.data.batch_size * config.data.length * 256 // 8
   assert not [c for c in found if c.kind == 'all-gather'
               and 'expert' in c.axes and c.elements >= a_device]
+
+
+@tpu
+def test_no_weight_is_summed_whole_on_a_mesh_of_fsdp_alone():
+  """By gathers and scatters instead, which send half of an all-reduce."""
+  topology = chips.parse('v5p:4x4x4')
+  config = llama.get_config()
+  config.model.update(num_layers=2, d_model=512, d_ff=1024, remat='full')
+  config.data.batch_size = 64
+  run = run_on(topology, 'fsdp=64', config)
+  found = collectives.read(
+      compiled(run, topology).as_text(), run.mesh.shape,
+      host_of=analyse.hosts(run, topology))
+  assert max(c.elements for c in found if c.kind == 'all-reduce') <= 4 * 512
+  # Seven matrices of a layer, forward and for the gradient; then the head.
+  large = [c for c in found if c.elements >= 256 * 512 and c.dtype == 'bf16'
+           and c.kind == 'all-gather']
+  assert sum(c.runs for c in large) == 2 * 2 * 5 + 1
 
 
 @tpu
