@@ -1,5 +1,6 @@
 """KDA, GLA and RetNet's retention against their definitions in numpy and, KDA,
-transformers' layer; and what all recurrences promise."""
+transformers' layer. What they share with all recurrences is in
+recurrent_laws_test.py."""
 
 import flax.linen as nn
 import jax
@@ -10,48 +11,12 @@ import pytest
 import architectures
 from architectures.parts import mixers
 from architectures.parts.attention import Context
-from configs import base
 from configs import sharding as tables
-from tests.architectures import deltanet_test
 from tests.helpers import models
-from tests.training import step_test
-from training import generate
-from training.costs import flops, totals
+from tests.helpers.recurrences import applied, fields, layer_of
 from training.distributed import devices
 from training.optim import mup
 from training.step import parameter_roles
-
-SIZES = {
-    'kda': dict(key_heads=2, value_heads=4, key_dim=6, value_dim=5, rank=3),
-    'gla': dict(heads=4, key_dim=6, value_dim=5, rank=3),
-    'retnet': dict(heads=4, key_dim=6, value_dim=5),
-}
-SECOND = [name if name == 'kda' else pytest.param(name, marks=pytest.mark.slow)
-          for name in SIZES]
-
-
-def fields(mixer, **sizes):
-  return {'mixer': mixer, mixer: SIZES[mixer] | sizes}
-
-
-def hybrid(mixer):
-  return {'num_layers': 4, mixer: SIZES[mixer], 'pattern': 'own,whole',
-          'kinds': dict(own=dict(mixer=mixer), whole={})}
-
-
-def layer_of(mixer, dtype='float32', **sizes):
-  """Returns (layer, its parameters)."""
-  module, params = models.make('llama', dtype=dtype, num_layers=1,
-                               **fields(mixer, **sizes))
-  p = params['decoder']['layers']['block_0']['attention']
-  return mixers.MIXERS[mixer].module(module.config, None), jax.tree.map(
-      lambda x: x[0], p)
-
-
-def applied(layer, p, x_BLD):
-  return layer.apply({'params': p}, x_BLD,
-                     Context(jnp.arange(x_BLD.shape[1])[None]), None)[0]
-
 
 SIGMOID = lambda x: 1 / (1 + np.exp(-x))
 SILU = lambda x: x * SIGMOID(x)
@@ -149,7 +114,7 @@ def test_a_layer_equals_its_definition(mixer, sizes, said):
   x_BLD = jax.random.normal(jax.random.key(3), (2, 9, 32)) * jnp.array(
       [1, 0.01])[:, None, None]
   p64 = jax.tree.map(lambda x: np.asarray(x, np.float64), p)
-  for x_LD, got in zip(x_BLD, jax.jit(lambda p, x: applied(layer, p, x))(
+  for x_LD, got in zip(x_BLD, jax.jit(lambda p, x: applied(layer, p, x)[0])(
       p, x_BLD)):
     want = definition(mixer, p64, np.asarray(x_LD, np.float64), **said)
     np.testing.assert_allclose(got, want, atol=3e-6 * np.abs(want).max())
@@ -173,7 +138,7 @@ def test_decays_are_born_as_in_the_authors_programs(mixer, least):
 def test_tokens_of_zeros_have_a_gradient():
   """A vector without a direction has no length to be divided by."""
   layer, p = layer_of('kda')
-  grads = jax.jit(jax.grad(lambda p, x: applied(layer, p, x).sum(), (0, 1)))(
+  grads = jax.jit(jax.grad(lambda p, x: applied(layer, p, x)[0].sum(), (0, 1)))(
       p, jnp.zeros((1, 3, 32)))
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(grads))
 
@@ -185,7 +150,7 @@ def test_retention_turns_only_by_rotary_positions():
   x_LD = np.random.default_rng(0).normal(size=(9, 32))
   want = definition('retnet', jax.tree.map(
       lambda x: np.asarray(x, np.float64), p), x_LD, turn=False)
-  got = applied(layer, p, jnp.asarray(x_LD[None], jnp.float32))[0]
+  got = applied(layer, p, jnp.asarray(x_LD[None], jnp.float32))[0][0]
   np.testing.assert_allclose(got, want, atol=3e-6 * np.abs(want).max())
 
 
@@ -238,7 +203,7 @@ def test_a_layer_equals_that_of_kimi_linear(dtype, most):
       theirs.conv1d.weight.grad[:, 0])]
 
   def loss(p, x):
-    y = applied(layer, p, x).astype(jnp.float32)
+    y = applied(layer, p, x)[0].astype(jnp.float32)
     return (y * weigh).sum(), y
   (_, y), (dp, dx) = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(
       p, jnp.asarray(x, c.compute_dtype))
@@ -251,123 +216,13 @@ def test_a_layer_equals_that_of_kimi_linear(dtype, most):
     assert error < most, error
 
 
-@pytest.mark.parametrize('mixer', SECOND)
-def test_decoding_token_by_token_is_the_forward_pass(mixer):
-  module, params = models.make('llama', **fields(mixer))
-  tokens = models.tokens(2, 12)
-  # The prompt may be shorter than the convolutions are wide.
-  for first in (6, 2) if mixer == 'kda' else (6,):
-    # The norm after the state makes much of rounding where little is read.
-    models.close(models.logits(module, params, tokens),
-                 deltanet_test.decoded(module, params, tokens, first),
-                 1e-5 if mixer == 'kda' else 1e-4)
-
-
-@pytest.mark.parametrize('mixer', SECOND)
-def test_packed_documents_are_those_apart(mixer):
-  """Neither the state nor the convolutions see over the end of one."""
-  module, params = models.make('llama', **fields(mixer))
-  a, b = models.tokens(1, 7, seed=4), models.tokens(1, 9, seed=5)
-  apply = jax.jit(lambda t, how: models.logits(module, params, t, **how))
-  packed = apply(jnp.concatenate([a, b], 1), dict(
-      positions_BL=jnp.concatenate([jnp.arange(7), jnp.arange(9)])[None],
-      segment_ids_BL=jnp.array([[1] * 7 + [2] * 9])))
-  models.close(jnp.concatenate([apply(a, {}), apply(b, {})], 1), packed)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('mixer', SIZES)
-def test_prompts_of_several_lengths_go_on_as_each_would_alone(mixer):
-  """Their padding is no part of a state."""
-  module, params = models.make('llama', **fields(mixer))
-  prompts = models.tokens(2, 7)
-  write = lambda rows, lengths: generate.generate(
-      module, params, rows, lengths, jax.random.key(0), max_new_tokens=4,
-      sampling=deltanet_test.GREEDY)
-  alone = [write(prompts[i:i + 1, :n], jnp.array([n]))
-           for i, n in enumerate((3, 7))]
-  np.testing.assert_array_equal(write(prompts, jnp.array([3, 7])),
-                                jnp.concatenate(alone))
-
-
-@pytest.mark.parametrize('mixer', SIZES)
-def test_a_state_has_one_size_and_is_float32(mixer):
-  config = base.base()
-  config.model = models.config('llama', dtype='bfloat16', **hybrid(mixer))
-  figures = totals.count(config, 16)
-  # Of 2 of 4 layers; a convolution keeps 3 tokens.
-  conv = 2 * 3 * (2 * 2 * 6 + 4 * 5) if mixer == 'kda' else 0
-  assert figures['state_bytes_per_row'] == 2 * (4 * 4 * 6 * 5 + conv)
-  cache, = architectures.init_cache(architectures.resolve(models.config(
-      'llama', dtype='bfloat16', **fields(mixer))), 3, 1000)
-  assert cache.state_BHKU.shape == (2, 3, 4, 6, 5)
-  assert cache.state_BHKU.dtype == jnp.float32
-
-
-@pytest.mark.parametrize('mixer', SIZES)
-def test_flops_are_those_of_the_products(mixer):
-  c = models.config('llama', **fields(mixer))
-  D, F, N, L, V, rank = 32, 48, 2, 16, models.VOCAB, 3
-  J, H, K, U = 2 if mixer == 'kda' else 4, 4, 6, 5
-  W = 4 if mixer == 'kda' else 0  # of the convolutions
-  own = {'kda': 2 * D * rank + rank * H * (K + U) + D * H,
-         'gla': D * rank + rank * H * K + D * H * U,
-         'retnet': D * H * U}[mixer]
-  weights = N * (D * (2 * J * K + H * U) + own + H * U * D
-                 + W * (2 * J * K + H * U) + 3 * D * F) + D * V
-  found = flops.forward_flops(c, L)
-  assert found['weights'] == 2 * weights * L
-  # A row of one piece: queries that meet keys, and what is written; with the
-  # delta rule the system, its inverse by substitution, and that with values and
-  # keys; then the state's. A decay of each feature leaves places themselves.
-  half, less = L * (L + 1) / 2, L * (L - 1) / 2
-  meet = {'kda': H * K * (less + less) + J * K * L,
-          'gla': H * K * less + J * K * L, 'retnet': J * K * half}[mixer]
-  delta = mixer == 'kda'
-  solved = sum(i - j - 1 for i in range(L) for j in range(i)) * delta
-  pieces = meet + H * (U + (U + K) * delta) * half + H * solved
-  assert found['attention'] == pytest.approx(
-      2 * N * (pieces + (2 + delta) * H * K * U * L))
-  found = flops.decode_flops(c, L)
-  assert found['weights'] == 2 * weights
-  assert found['attention'] == 2 * N * (2 + delta) * H * K * U
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('mixer', [
-    name if name == 'kda' else pytest.param(name, marks=pytest.mark.long)
-    for name in SIZES])
-def test_sharded_equals_single_device(mixer, capfd):
-  c = step_test.config(data__document_mask=True)
-  c.model = models.config('llama', **hybrid(mixer) | dict(num_layers=2))
-  c.model.num_kv_heads = 4
-  single = step_test.train(c, step_test.one_device())
-  c.mesh.update(tables.PRESETS['fsdp_tp'])
-  run, state, metrics = step_test.train(c)
-  assert 'Involuntary full rematerialization' not in capfd.readouterr().err
-  models.close(single[1].params, state.params, rtol=1e-4)
-  models.close(single[2], metrics, rtol=1e-4)
-  p = run.shardings.params['decoder']['layers']['block_0']['attention']
-  assert p['value'].spec == jax.P(None, 'fsdp', 'tensor', None)
-  if mixer != 'retnet':
-    assert p['decay_down'].spec == jax.P(None, 'fsdp', None)
-    assert p['decay_up'].spec == jax.P(None, None, 'tensor', None)
-
-
 def test_mup_knows_a_rank_that_does_not_grow():
-  """At the base it is the standard form; from there a product of low rank has
-  as many inputs at every width, so that neither its first values nor its rate
-  fall."""
-  own = fields('kda', key_heads=0, value_heads=0)
-  make = lambda heads=4, **more: models.make(
-      'llama', d_model=8 * heads, num_heads=heads, num_layers=1, **own, **more)
-  tokens = models.tokens()
-  muped = dict(parametrization='mup', mup_base_width=32)
-  models.close(models.logits(*make(), tokens),
-               models.logits(*make(**muped), tokens), 1e-6)
+  """A product of low rank has as many inputs at every width, so that neither
+  its first values nor its rate fall."""
   c = architectures.resolve(models.config(
-      'llama', d_model=128, num_heads=16, num_layers=1, mup_base_head_dim=8,
-      **own, **muped))
+      'llama', d_model=128, num_heads=16, num_layers=1, parametrization='mup',
+      mup_base_width=32, mup_base_head_dim=8,
+      **fields('kda', key_heads=0, value_heads=0)))
   p = mup.rates(c, 'adamw', parameter_roles(architectures.build(c)))[
       'decoder']['layers']['block_0']['attention']
   assert (p['query'], p['decay_down'], p['decay_up'], p['decay_bias']) == (
@@ -380,8 +235,6 @@ def test_mup_knows_a_rank_that_does_not_grow():
     (fields('gla', temperature=0.0), 'temperature is 0.0: it must be > 0'),
     (fields('retnet', key_dim=5), 'turn pairs, so it must be even'),
     (dict(fields('retnet'), position='alibi'), 'has no scores for the bias'),
-    (dict(fields('gla'), attention='banded', sliding_window=4),
-     'has no window'),
     (dict(fields('kda'), lora=dict(rank=2, targets='output_gate')),
      "'output_gate', a product"),
     (dict(fields('gla'), parametrization='mup', mup_base_width=32,

@@ -1,0 +1,348 @@
+"""What every recurrence of architectures/parts/mixers.py promises, whatever its
+equation: its state stands for all tokens before, has one size, begins anew with
+each document, and ends where a text does.
+
+A layer is looked at alone where that shows it; whole models are in
+tests/architectures/laws_test.py, too. What a recurrence computes is compared
+with its definition in the file of each.
+"""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import architectures
+from architectures.parts import mixers
+from architectures.parts.attention import Context
+from architectures.parts.recurrent import recurrence
+from configs import sharding as tables
+from tests.helpers import models, recurrences
+from tests.helpers.recurrences import applied, each, empty
+from tests.training import step_test
+from training import beam, generate, paths, runs
+from training.chat import engine
+from training.costs import flops, totals
+from training.distributed import devices
+from training.evals import scoring
+from training.step import abstract_params, parameter_roles
+
+GREEDY = generate.Sampling(temperature=0)
+KDA = 'kda'  # it has all that one can have: rates, decays, convolutions, ranks
+ANY = each(*recurrences.NAMES)  # of what takes no time
+
+
+@pytest.fixture
+def short_pieces(monkeypatch):
+  """A row is computed in pieces of 4 places at most."""
+  monkeypatch.setattr(recurrence, 'run', functools.partial(
+      recurrence.run, places=4))
+
+
+def stepwise(layer, params, x_BLD, first=0):
+  """y_BLD by the cache: `first` tokens at once, then one by one."""
+  @jax.jit
+  def run(params, x_BLD):
+    cache, y_BLD = empty(layer, len(x_BLD)), x_BLD[:, :0]
+    if first:
+      y_BLD, cache = applied(layer, params, x_BLD[:, :first], cache)
+    def step(cache, i):
+      token = jax.lax.dynamic_slice_in_dim(x_BLD, i, 1, 1)
+      y, cache = applied(layer, params, token, cache, first=i)
+      return cache, y[:, 0]
+    _, rest = jax.lax.scan(step, cache, jnp.arange(first, x_BLD.shape[1]))
+    return jnp.concatenate([y_BLD, jnp.swapaxes(rest, 0, 1)], 1)
+  return run(params, x_BLD)
+
+
+@each(KDA)
+@pytest.mark.parametrize('first', [6, 2])
+def test_decoding_token_by_token_is_the_forward_pass(mixer, first,
+                                                     short_pieces):
+  """A prompt may be shorter than the convolutions are wide."""
+  layer, p = recurrences.layer_of(mixer)
+  x_BLD = recurrences.inputs(2, 11)
+  want = jax.jit(lambda p, x: applied(layer, p, x)[0])(p, x_BLD)
+  models.close(want, stepwise(layer, p, x_BLD, first), 2e-5)
+
+
+@each(KDA)
+@pytest.mark.parametrize('length', [1, 5])
+def test_lengths_that_no_piece_divides(mixer, length, short_pieces):
+  """A row of one token has no pieces at all; 5 tokens are two pieces of 3."""
+  layer, p = recurrences.layer_of(mixer)
+  x_BLD = recurrences.inputs(2, length)
+  y_BLD = jax.jit(lambda p, x: applied(layer, p, x)[0])(p, x_BLD)
+  models.close(stepwise(layer, p, x_BLD), y_BLD, 2e-5)
+
+
+@each(KDA)
+def test_each_place_depends_on_those_up_to_it_alone(mixer, short_pieces):
+  """By the gradient of each output."""
+  layer, p = recurrences.layer_of(mixer)
+  @jax.jit
+  def seen(x_LD):
+    d_LLD = jax.jacrev(lambda x: applied(layer, p, x[None])[0][0].sum(-1))(x_LD)
+    return jnp.abs(d_LLD).sum(-1) > 0
+  L = 7
+  np.testing.assert_array_equal(seen(recurrences.inputs(1, L)[0]),
+                                np.tril(np.ones((L, L), bool)))
+
+
+@each(KDA)
+def test_packed_documents_are_those_apart(mixer, short_pieces):
+  """Neither the state nor the convolutions see over the end of one."""
+  layer, p = recurrences.layer_of(mixer)
+  x_BLD = recurrences.inputs(3, 5)
+  apply = jax.jit(lambda x, **how: applied(layer, p, x, **how)[0])
+  at = jnp.arange(15)[None]
+  packed = apply(x_BLD.reshape(1, 15, -1), positions_BL=at % 5,
+                 segment_ids_BL=1 + at // 5)
+  models.close(apply(x_BLD), packed.reshape(x_BLD.shape), 2e-5)
+
+
+# With the delta rule and without it.
+@each(KDA, 'gla')
+def test_padding_is_no_part_of_a_state(mixer):
+  layer, p = recurrences.layer_of(mixer)
+  x_BLD = recurrences.inputs(2, 7)
+  apply = jax.jit(lambda x, cache, **how: applied(layer, p, x, cache, **how))
+  y, cache = apply(x_BLD, empty(layer, 2), valid_BL=jnp.array(
+      [[1] * 3 + [0] * 4, [1] * 7]))
+  for row, length in enumerate((3, 7)):
+    alone = apply(x_BLD[row:row + 1, :length], empty(layer, 1))
+    models.close(alone, (y[row:row + 1, :length], jax.tree.map(
+        lambda x, row=row: x[row:row + 1], cache)), 2e-5)
+
+
+# The largest difference over the largest value, of a layer's output: twice what
+# it is.
+@each(KDA)
+def test_bfloat16_is_float32_within_a_bound(mixer):
+  """The state and all that is done to it stay in float32."""
+  x_BLD = recurrences.inputs(2, 40)
+  forward = lambda layer, p, x: jax.jit(lambda p, x: applied(layer, p, x)[0])(
+      p, x)
+  want = forward(*recurrences.layer_of(mixer), x_BLD)
+  for way in (forward, stepwise):
+    y_BLD = way(*recurrences.layer_of(mixer, 'bfloat16'),
+                x_BLD.astype(jnp.bfloat16))
+    assert y_BLD.dtype == jnp.bfloat16
+    models.close(want, y_BLD.astype(jnp.float32), 4e-2)
+
+
+def trained_alike(mixer, capfd, **sizes):
+  """Asserts that a mesh and a single device train a model alike; returns where
+  the mesh has the parameters of the layer."""
+  c = step_test.config(data__document_mask=True)
+  c.model = models.config('llama', num_kv_heads=4, num_layers=1,
+                          **recurrences.fields(mixer, **sizes))
+  single = step_test.train(c, step_test.one_device())
+  c.mesh.update(tables.PRESETS['fsdp_tp'])
+  run, state, metrics = step_test.train(c)
+  assert 'Involuntary full rematerialization' not in capfd.readouterr().err
+  models.close(single[1].params, state.params, rtol=1e-4)
+  models.close(single[2], metrics, rtol=1e-4)
+  return {name: sharding.spec for name, sharding in paths.flatten(
+      run.shardings.params['decoder']['layers']['block_0']['attention']
+  ).items()}
+
+
+@pytest.mark.slow
+@each(KDA)
+def test_sharded_equals_single_device(mixer, capfd):
+  specs = trained_alike(mixer, capfd)
+  ours = dict(value=jax.P(None, 'fsdp', 'tensor', None),
+              key=jax.P(None, 'fsdp', 'tensor', None),
+              decay_scale=jax.P(None, 'tensor'),
+              decay_down=jax.P(None, 'fsdp', None),
+              decay_up=jax.P(None, None, 'tensor', None))
+  assert {name: spec for name, spec in ours.items()
+          if name in specs}.items() <= specs.items()
+
+
+@pytest.mark.slow
+@each('gla')
+def test_prompts_of_several_lengths_go_on_as_each_would_alone(mixer):
+  """In a model whose other layers have attention."""
+  module, params = models.make('llama', **recurrences.hybrid(mixer))
+  prompts = models.tokens(2, 7)
+  write = lambda rows, lengths: generate.generate(
+      module, params, rows, lengths, jax.random.key(0), max_new_tokens=4,
+      sampling=GREEDY)
+  alone = [write(prompts[i:i + 1, :n], jnp.array([n]))
+           for i, n in enumerate((3, 7))]
+  np.testing.assert_array_equal(write(prompts, jnp.array([3, 7])),
+                                jnp.concatenate(alone))
+
+
+@pytest.mark.slow
+@each('gla')
+def test_beams_are_those_of_a_model_that_reads_each_text_anew(mixer):
+  """A beam takes its state from the one that it goes on from, and the padding
+  of its prompt is no part of it."""
+  module, params = models.make('llama', **recurrences.hybrid(mixer))
+  params = jax.tree.map(lambda x: 2 * x, params)
+  prompts, lengths = models.tokens(2, 5), (3, 5)
+  texts, scores = beam.search(
+      module, params, prompts, jnp.array(lengths), max_new_tokens=4,
+      beams=beam.Beams(count=3, length_penalty=0.0))
+  logits = jax.jit(lambda rows: models.logits(module, params, rows))
+  for row, length in enumerate(lengths):
+    rows = jnp.concatenate([jnp.broadcast_to(
+        prompts[row, :length], (3, length)), texts[row]], 1)
+    log_p = jax.nn.log_softmax(logits(jnp.pad(rows, (
+        (0, 0), (0, 5 - length)))))[:, length - 1:length + 3]
+    np.testing.assert_allclose(jnp.take_along_axis(
+        log_p, texts[row][..., None], -1).sum((1, 2)), scores[row], atol=1e-4)
+
+
+@pytest.mark.slow
+@each('gla')
+def test_a_conversation_that_changes_is_read_again_from_its_start(
+    mixer, monkeypatch):
+  """A state cannot take back what it has read."""
+  monkeypatch.setattr(engine, 'PIECES', (1, 4, 8))
+  module, params = models.make('llama', **recurrences.hybrid(mixer))
+  own = engine.Engine(module, params, 24, GREEDY)
+  logits = jax.jit(lambda rows: models.logits(module, params, rows))
+  def drawn(ids):
+    rows = jnp.array([ids + [0] * (9 - len(ids))])
+    assert own.draw(ids) == int(logits(rows)[0, len(ids) - 1].argmax())
+    return own.num_read
+  ids = [5, 17, 3, 44, 9, 12, 13]
+  assert drawn(ids) == 7  # in pieces, the last with padding
+  assert drawn([*ids, 8, 8]) == 9
+  assert drawn([*ids[:4], 1]) == 14
+
+
+def test_a_tree_of_texts_is_laid_out_as_a_row_each():
+  rows = scoring.batches([scoring.Question(np.array([1, 2, 3, end]), 1)
+                          for end in (4, 5)] * 4, 32, 1, 64, True)
+  assert not any(shape.trees for shape, _ in rows)
+
+
+@pytest.mark.slow
+@each()
+def test_hybrids_scan_their_period_and_decode(mixer):
+  """Layers of a recurrence and of attention with rotary positions."""
+  module, params = models.make('llama', **recurrences.hybrid(mixer))
+  other, _ = models.make('llama', **recurrences.hybrid(mixer),
+                         scan_layers=False)
+  tokens = models.tokens(2, 12)
+  logits = jax.jit(lambda p: models.logits(module, p, tokens))(params)
+  models.close(logits, jax.jit(lambda p: models.logits(other, p, tokens))(
+      params), 2e-5)
+  @jax.jit
+  def decoded(params):
+    cache = architectures.init_cache(module.config, *tokens.shape)
+    def step(cache, i):
+      token = jax.lax.dynamic_slice_in_dim(tokens, i, 1, 1)
+      out = module.apply({'params': params}, token, cache=cache,
+                         positions_BL=jnp.full((1, 1), i))
+      return out.cache, out.logits[:, 0]
+    return jnp.swapaxes(jax.lax.scan(step, cache, jnp.arange(12))[1], 0, 1)
+  models.close(logits, decoded(params), 2e-5)
+
+
+@each(KDA)
+def test_mup_is_the_standard_form_at_its_base(mixer):
+  """In a layer's first values, and in what it computes of them."""
+  found = []
+  for changes in ({}, dict(parametrization='mup', mup_base_width=32)):
+    c = architectures.resolve(models.config(
+        'llama', **recurrences.fields(mixer), **changes))
+    layer = mixers.MIXERS[mixer].module(c, None)
+    found.append(jax.jit(lambda x, layer=layer: layer.init_with_output(
+        jax.random.key(0), x, Context(jnp.arange(3)[None]), None))(
+            recurrences.inputs(1, 3)))
+  jax.tree.map(np.testing.assert_array_equal, *found)
+
+
+@ANY
+def test_a_state_has_one_size_and_is_float32(mixer):
+  c = architectures.resolve(models.config('llama', dtype='bfloat16',
+                                          **recurrences.fields(mixer)))
+  d = getattr(c, mixer)
+  for length in (7, 1000):
+    cache, = architectures.init_cache(c, 3, length)
+    assert cache.state_BHKU.shape == (2, 3, 4, 6, 5)
+    assert cache.state_BHKU.dtype == jnp.float32
+    if d.conv:  # it keeps 3 tokens
+      assert cache.query_BWJK.shape == (2, 3, 3, d.key_heads, 6)
+      assert cache.key_BWJK.shape == cache.query_BWJK.shape
+      assert cache.value_BWHU.shape == (2, 3, 3, 4, 5)
+  own, whole = totals.kinds_of_layer(architectures.resolve(models.config(
+      'llama', dtype='bfloat16', num_kv_heads=4, **recurrences.hybrid(mixer))))
+  conv = 2 * 3 * (2 * d.key_heads * 6 + 4 * 5) if d.conv else 0
+  assert (own['kv_cache_bytes_per_token'], own['state_bytes_per_row']) == (
+      0, 4 * 4 * 6 * 5 + conv)
+  assert (whole['kv_cache_bytes_per_token'], whole['state_bytes_per_row']) == (
+      2 * 2 * 32, 0)
+
+
+@ANY
+def test_flops_are_those_of_the_products(mixer):
+  """And of the filters, whose weights a token goes through once each."""
+  c = architectures.resolve(models.config('llama',
+                                          **recurrences.fields(mixer)))
+  module = architectures.build(c)
+  params = paths.flatten(nn.meta.unbox(abstract_params(module)))
+  roles = paths.flatten(parameter_roles(module))
+  weights = sum(params[path].size for path, role in roles.items() if (
+      role.matrix and role.kind != 'embedding' or path.endswith('_conv')))
+  N, L, H, K, U = c.num_layers, 16, 4, 6, 5
+  J = getattr(c, mixer).key_heads
+  has = {path.split('/')[-1] for path in params}
+  delta, by_feature = 'rate' in has, 'decay_up' in has
+  found = flops.forward_flops(c, L)
+  assert found['weights'] == 2 * weights * L
+  # A row of one piece: queries that meet keys, and what is written; with the
+  # delta rule the system (less its diagonal), its inverse by substitution, and
+  # that with values and keys; then the state's. A decay of each feature leaves
+  # the places themselves apart, of queries.
+  half, less = L * (L + 1) / 2, L * (L - 1) / 2
+  meet = (H * K * less * (1 + delta) + J * K * L if by_feature
+          else J * K * (half + delta * less))
+  solved = sum(i - j - 1 for i in range(L) for j in range(i))
+  pieces = meet + H * (U + (U + K) * delta) * half + H * solved * delta
+  assert found['attention'] == pytest.approx(
+      2 * N * (pieces + (2 + delta) * H * K * U * L))
+  found = flops.decode_flops(c, L)
+  assert found['weights'] == 2 * weights
+  assert found['attention'] == 2 * N * (2 + delta) * H * K * U
+  assert found == flops.decode_flops(c, 30)  # whatever came before
+
+
+@ANY
+@pytest.mark.parametrize('system, changes, sentence', [
+    ('t5', {}, 'is an encoder-decoder: choose attention'),
+    ('bert', {}, 'is an encoder: choose attention'),
+    ('llama', dict(attention='banded', sliding_window=4), 'has no window'),
+    ('llama', dict(position='relative'), 'has no scores for the bias'),
+    ('llama', dict(lora=dict(rank=2, targets='kv_up')), "'kv_up', a product"),
+])
+def test_what_cannot_be_is_refused(mixer, system, changes, sentence):
+  with pytest.raises(ValueError, match=sentence):
+    architectures.resolve(models.config(
+        system, **recurrences.fields(mixer) | changes))
+
+
+@ANY
+def test_what_a_run_of_it_cannot_be_is_refused(mixer):
+  module = architectures.build(models.config(
+      'llama', num_kv_heads=8, num_heads=8, **recurrences.fields(mixer)))
+  shape = dict.fromkeys(tables.MESH_AXES, 1)
+  with pytest.raises(ValueError, match='rows stay on one device'):
+    devices.check_mesh(module.config, 8, 1, shape | dict(context=2))
+  with pytest.raises(ValueError, match=f'not divide model.{mixer}.*heads'):
+    devices.check_mesh(module.config, 8, 1, shape | dict(tensor=8))
+  with pytest.raises(ValueError, match='reads a row in one direction'):
+    runs._check_objective('prefix', module)
+  runs._check_objective('causal', module)
+  with pytest.raises(ValueError, match='no attention weights to show'):
+    jax.eval_shape(lambda key: module.init(
+        key, models.tokens(), keep_attention=True), jax.random.key(0))

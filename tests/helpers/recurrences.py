@@ -1,0 +1,90 @@
+"""Small layers of every mixer that keeps a state, as architectures/parts/
+mixers.py lists them: a new one is under the same laws without a word here."""
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import architectures
+from architectures.parts import mixers
+from architectures.parts.attention import Context
+from architectures.parts.recurrent import groups
+from tests.helpers import models
+
+NAMES = tuple(name for name, mixer in mixers.MIXERS.items() if mixer.state)
+WIDTH = 32  # d_model of models.config
+# A mixer has those of these fields that its group has. There are 2 or 4 heads
+# of keys, of 6 features, and 4 of values, of 5.
+_SIZES = dict(key_heads=2, value_heads=4, heads=4, groups=2, key_dim=6, state=6,
+              value_dim=5, head_dim=5, rank=3)
+
+
+def each(*fast: str) -> pytest.MarkDecorator:
+  """Parametrises a test by `mixer`: all but those named are `long`."""
+  return pytest.mark.parametrize('mixer', [
+      name if name in fast else pytest.param(name, marks=pytest.mark.long)
+      for name in NAMES])
+
+
+def sizes(mixer: str, **changes) -> dict:
+  """Returns the fields of a mixer's group."""
+  group, _ = groups.GROUPS[mixer]
+  own = {field.name for field in dataclasses.fields(group)}
+  return {name: x for name, x in _SIZES.items() if name in own} | changes
+
+
+def fields(mixer: str, **changes) -> dict:
+  """Returns the changes of models.config that have it in every layer."""
+  return {'mixer': mixer, mixer: sizes(mixer, **changes)}
+
+
+def hybrid(mixer: str, **changes) -> dict:
+  """The same in every other layer; attention is in the others."""
+  return {'num_layers': 4, mixer: sizes(mixer, **changes),
+          'pattern': 'own,whole',
+          'kinds': dict(own=dict(mixer=mixer), whole={})}
+
+
+def layer_of(mixer: str, dtype: str = 'float32', **changes):
+  """Returns (layer, its parameters off their tidy initial values)."""
+  c = architectures.resolve(models.config('llama', dtype=dtype, num_layers=1,
+                                          **fields(mixer, **changes)))
+  return mixers.MIXERS[mixer].module(c, None), _drawn(
+      mixer, tuple(sorted(changes.items())))
+
+
+@functools.cache
+def _drawn(mixer: str, changes: tuple):
+  c = architectures.resolve(models.config(
+      'llama', num_layers=1, **fields(mixer, **dict(changes))))
+  layer = mixers.MIXERS[mixer].module(c, None)
+  params = nn.meta.unbox(jax.jit(lambda key: layer.init(
+      key, jnp.zeros((1, 2, WIDTH)), Context(jnp.arange(2)[None]), None)[
+          'params'])(jax.random.key(0)))
+  rng = np.random.default_rng(1)
+  return jax.tree.map(lambda x: jnp.asarray(
+      x + 0.1 * rng.normal(size=x.shape), jnp.float32), params)
+
+
+def inputs(batch: int, length: int, seed: int = 3) -> jax.Array:
+  """Returns x_BLD of a layer."""
+  return jnp.asarray(np.random.default_rng(seed).normal(
+      size=(batch, length, WIDTH)), jnp.float32)
+
+
+def applied(layer, params, x_BLD: jax.Array, cache=None, first: int = 0,
+            **context):
+  """Returns (y_BLD, cache) of a layer; `first` is the place of its first token,
+  and `context` goes to Context."""
+  at = dict(positions_BL=first + jnp.arange(x_BLD.shape[1])[None]) | context
+  return layer.apply({'params': params}, x_BLD, Context(**at), cache)
+
+
+def empty(layer, batch: int, length: int = 1):
+  """Returns the cache of rows without a token."""
+  return mixers.of(layer.config).cache(layer.config, (batch, length))
