@@ -59,6 +59,19 @@ def defaults() -> dict:
           limit=7.0,  # the most that the gate and the other factor may be
       ),
       block='pre_norm',  # how norms, attention and networks are wired
+      # What attention and networks read of those before them: plain, their sum;
+      # several streams, hyper (hyper-connections) or mhc, whose streams are
+      # mixed without growing; or attention (attention residuals).
+      residual='plain',
+      streams=dict(  # of residual other than plain
+          count=4,  # streams of hyper and mhc
+          # Of hyper: each token says how streams are mixed; else all are alike.
+          dynamic=True,
+          iterations=20,  # of mhc: how often rows and columns are divided
+          # Of attention: attentions and networks whose sum is attended to as
+          # one; 1: each by itself.
+          block_size=1,
+      ),
       # What mixes the tokens of a layer: attention; latent, whose keys and
       # values are made of a small vector a token; or a recurrence: deltanet,
       # mamba2, kda, gla or retnet.

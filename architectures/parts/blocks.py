@@ -20,6 +20,7 @@ import jax
 
 from architectures.parts import mixers
 from architectures.parts import sharding
+from architectures.parts import streams
 from architectures.parts.attention import Attention, Cache, Context
 from architectures.parts.config import LayerKind, ModelConfig
 from architectures.parts.dropout import Dropout
@@ -33,9 +34,12 @@ class Block(nn.Module):
 
   FINAL_NORM: whether what the last block returns is not normalised yet.
   WITHOUT_FFN: whether it may end before F.
+  STREAMS: whether x may be several streams (streams.py): all that it adds to x
+    goes by `branch`.
   """
   FINAL_NORM = True
   WITHOUT_FFN = True
+  STREAMS = True
   config: ModelConfig
   kind: LayerKind
 
@@ -55,49 +59,68 @@ class Block(nn.Module):
       return MoE(self.config, name='ffn')
     return FFN(self.config, self.kind.ffn, name='ffn')
 
+  def branch(self, name: str, x: streams.X) -> streams.Read:
+    """Returns what a branch reads of x, and what adds to x what it returns.
+    """
+    return streams.branch(self.config, name, x)
+
+  @staticmethod
+  def branches(kind: LayerKind) -> int:
+    """Returns how often a layer of this wiring adds to x."""
+    return 1 + kind.cross + (kind.ffn != NONE)
+
   def drop(self, x: jax.Array, ctx: Context) -> jax.Array:
     return Dropout(self.config.dropout)(
         x, deterministic=ctx.deterministic)
 
 
-def residual(x_BLD: jax.Array) -> jax.Array:
+def residual(x: streams.X) -> streams.X:
   """Pins the residual stream, so that XLA never reshards it in between."""
-  return sharding.constrain(x_BLD, 'batch', 'length', 'embed')
+  if isinstance(x, streams.Streams):
+    return x.replace(x_BLUD=streams.pin(x.x_BLUD))
+  return sharding.constrain(x, 'batch', 'length', 'embed')
 
 
 class PreNorm(Block):
 
   @nn.compact
-  def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[Cache]):
+  def __call__(self, x: streams.X, ctx: Context, cache: Optional[Cache]):
+    x_BLD, add = self.branch('attention', x)
     y_BLD, cache = self.attention()(
         self.norm('attention_norm')(x_BLD), ctx, cache)
-    x_BLD = x_BLD + self.drop(y_BLD, ctx)
+    x = add(self.drop(y_BLD, ctx))
     if self.kind.cross:
+      x_BLD, add = self.branch('cross', x)
       y_BLD, cache = self.cross_attention()(
           self.norm('cross_norm')(x_BLD), ctx, cache)
-      x_BLD = x_BLD + self.drop(y_BLD, ctx)
+      x = add(self.drop(y_BLD, ctx))
     if self.kind.ffn == NONE:
-      return residual(x_BLD), cache, {}
+      return residual(x), cache, {}
+    x_BLD, add = self.branch('ffn', x)
     y_BLD, aux = self.ffn()(self.norm('ffn_norm')(x_BLD), ctx)
-    return residual(x_BLD + self.drop(y_BLD, ctx)), cache, aux
+    return residual(add(self.drop(y_BLD, ctx))), cache, aux
 
 
 class FfnNorm(Block):
   WITHOUT_FFN = False  # it would have no norm
 
   @nn.compact
-  def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[Cache]):
+  def __call__(self, x: streams.X, ctx: Context, cache: Optional[Cache]):
+    x_BLD, add = self.branch('attention', x)
     y_BLD, cache = self.attention()(x_BLD, ctx, cache)
-    x_BLD = x_BLD + self.drop(y_BLD, ctx)
+    x = add(self.drop(y_BLD, ctx))
     if self.kind.cross:
+      x_BLD, add = self.branch('cross', x)
       y_BLD, cache = self.cross_attention()(x_BLD, ctx, cache)
-      x_BLD = x_BLD + self.drop(y_BLD, ctx)
+      x = add(self.drop(y_BLD, ctx))
+    x_BLD, add = self.branch('ffn', x)
     y_BLD, aux = self.ffn()(self.norm('ffn_norm')(x_BLD), ctx)
-    return residual(x_BLD + self.drop(y_BLD, ctx)), cache, aux
+    return residual(add(self.drop(y_BLD, ctx))), cache, aux
 
 
 class PostNorm(Block):
   FINAL_NORM = False
+  STREAMS = False
 
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[Cache]):
@@ -116,8 +139,13 @@ class PostNorm(Block):
 class Parallel(Block):
   WITHOUT_FFN = False  # it would be pre_norm
 
+  @staticmethod
+  def branches(kind: LayerKind) -> int:
+    return 1
+
   @nn.compact
-  def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[Cache]):
+  def __call__(self, x: streams.X, ctx: Context, cache: Optional[Cache]):
+    x_BLD, add = self.branch('attention', x)
     y_BLD, cache = self.attention()(
         self.norm('attention_norm')(x_BLD), ctx, cache)
     if self.kind.cross:
@@ -125,43 +153,49 @@ class Parallel(Block):
           self.norm('cross_norm')(x_BLD), ctx, cache)
       y_BLD = y_BLD + z_BLD
     z_BLD, aux = self.ffn()(self.norm('ffn_norm')(x_BLD), ctx)
-    return residual(x_BLD + self.drop(y_BLD + z_BLD, ctx)), cache, aux
+    return residual(add(self.drop(y_BLD + z_BLD, ctx))), cache, aux
 
 
 class Sandwich(Block):
 
   @nn.compact
-  def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[Cache]):
+  def __call__(self, x: streams.X, ctx: Context, cache: Optional[Cache]):
+    x_BLD, add = self.branch('attention', x)
     y_BLD, cache = self.attention()(
         self.norm('attention_norm')(x_BLD), ctx, cache)
     y_BLD = self.norm('attention_out_norm')(y_BLD)
-    x_BLD = x_BLD + self.drop(y_BLD, ctx)
+    x = add(self.drop(y_BLD, ctx))
     if self.kind.cross:
+      x_BLD, add = self.branch('cross', x)
       y_BLD, cache = self.cross_attention()(
           self.norm('cross_norm')(x_BLD), ctx, cache)
       y_BLD = self.norm('cross_out_norm')(y_BLD)
-      x_BLD = x_BLD + self.drop(y_BLD, ctx)
+      x = add(self.drop(y_BLD, ctx))
     if self.kind.ffn == NONE:
-      return residual(x_BLD), cache, {}
+      return residual(x), cache, {}
+    x_BLD, add = self.branch('ffn', x)
     y_BLD, aux = self.ffn()(self.norm('ffn_norm')(x_BLD), ctx)
     y_BLD = self.norm('ffn_out_norm')(y_BLD)
-    return residual(x_BLD + self.drop(y_BLD, ctx)), cache, aux
+    return residual(add(self.drop(y_BLD, ctx))), cache, aux
 
 
 class OutNorm(Block):
 
   @nn.compact
-  def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[Cache]):
+  def __call__(self, x: streams.X, ctx: Context, cache: Optional[Cache]):
+    x_BLD, add = self.branch('attention', x)
     y_BLD, cache = self.attention()(x_BLD, ctx, cache)
-    x_BLD = x_BLD + self.drop(self.norm('attention_out_norm')(y_BLD), ctx)
+    x = add(self.drop(self.norm('attention_out_norm')(y_BLD), ctx))
     if self.kind.cross:
+      x_BLD, add = self.branch('cross', x)
       y_BLD, cache = self.cross_attention()(x_BLD, ctx, cache)
-      x_BLD = x_BLD + self.drop(self.norm('cross_out_norm')(y_BLD), ctx)
+      x = add(self.drop(self.norm('cross_out_norm')(y_BLD), ctx))
     if self.kind.ffn == NONE:
-      return residual(x_BLD), cache, {}
+      return residual(x), cache, {}
+    x_BLD, add = self.branch('ffn', x)
     y_BLD, aux = self.ffn()(x_BLD, ctx)
     y_BLD = self.drop(self.norm('ffn_out_norm')(y_BLD), ctx)
-    return residual(x_BLD + y_BLD), cache, aux
+    return residual(add(y_BLD)), cache, aux
 
 
 BLOCKS = {
@@ -172,3 +206,9 @@ BLOCKS = {
     'out_norm': OutNorm,
     'ffn_norm': FfnNorm,
 }
+
+
+def branches(c: ModelConfig, kinds: tuple[LayerKind, ...]) -> int:
+  """Returns how often layers of these kinds, one after the other, add to x."""
+  return sum(BLOCKS[c.of_kind(kind.name).block].branches(kind)
+             for kind in kinds)

@@ -52,7 +52,8 @@ RANGES = (
         'moe.z_loss_weight', 'moe.bias_rate', 'lora.alpha')),
     ('it must be >= 1', lambda x: x >= 1, (
         'learned_stretch', 'rope.factor', 'deltanet.conv', 'mamba2.conv',
-        'gla.rank')),
+        'gla.rank', 'streams.iterations', 'streams.block_size')),
+    ('choose 2 or more', lambda x: x >= 2, ('streams.count',)),
     ('choose it in [0, 1)', lambda x: 0 <= x < 1, (
         'dropout', 'attention_dropout', 'ffn_dropout', 'head_dropout',
         'moe.jitter', 'moe.expert_dropout', 'lora.dropout')),
@@ -149,6 +150,11 @@ def _check_layers(c: ModelConfig, stack: str) -> None:
     positions.of(c).check(c, stack)
   attention.KINDS[c.attention].check(c)
   mixers.of(c).check(c, stack)
+  wired = [name for name, block in BLOCKS.items() if block.STREAMS]
+  require(c.residual == 'plain' or c.block in wired, f'model.residual is '
+          f'{c.residual!r}, and model.block {c.block!r} normalises the sum '
+          "itself, for which its paper has no equation: choose 'plain', or "
+          f'model.block from {", ".join(wired)}')
   alone = [name for name, block in BLOCKS.items() if block.WITHOUT_FFN]
   require(c.ffn != NONE or c.block in alone, f'model.ffn is {NONE!r}, and '
           f'model.block {c.block!r} has nothing to say without a feed-forward '

@@ -22,31 +22,12 @@ from architectures.parts import fields as field_checks
 from architectures.parts import latent_config
 from architectures.parts.latent_config import LatentConfig
 from architectures.parts.recurrent import groups
+from architectures.parts.rope_config import RopeConfig
+from architectures.parts.streams_config import StreamsConfig
 from configs import kinds
 from configs.errors import one_of, require
 
 PARAMETRIZATIONS = ('standard', 'mup')
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeConfig:
-  """Rotary positions (Su et al. 2021) and how they stretch past training."""
-  theta: float
-  fraction: float
-  interleaved: bool
-  scaling: str
-  factor: float
-  original_len: int
-  low_freq_factor: float
-  high_freq_factor: float
-  beta_fast: float
-  beta_slow: float
-  mscale: float
-  mscale_all_dim: float
-  truncate: bool
-  short_factor: tuple
-  long_factor: tuple
-  attention_factor: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +140,8 @@ class ModelConfig:
   ffn: str
   clamp: ClampConfig
   block: str
+  residual: str
+  streams: StreamsConfig
   mixer: str
   latent: LatentConfig
   deltanet: groups.DeltaNetConfig
@@ -354,6 +337,7 @@ def make(fields: Mapping[str, Any]) -> ModelConfig:
       latent=latent_config.derived(fields['latent'], head_dim),
       **groups.derived(fields, heads, head_dim),
       clamp=ClampConfig(**fields['clamp']),
+      streams=StreamsConfig(**fields['streams']),
       relative=RelativeConfig(**fields['relative'])))
 
 

@@ -12,7 +12,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from architectures.parts.config import ModelConfig, RopeConfig
+from architectures.parts.config import ModelConfig
+from architectures.parts.rope_config import RopeConfig
 from configs.errors import require, short
 
 

@@ -24,9 +24,10 @@ from architectures.parts import linear
 from architectures.parts import mixers
 from architectures.parts import positions
 from architectures.parts import sharding
+from architectures.parts import streams
 from architectures.parts import values
 from architectures.parts.attention import Cache, Context
-from architectures.parts.blocks import BLOCKS, residual
+from architectures.parts.blocks import BLOCKS, branches, residual
 from architectures.parts.config import LayerKind, ModelConfig
 from architectures.parts.dropout import Dropout
 from architectures.parts.norms import norm
@@ -95,17 +96,17 @@ class Embed(nn.Module):
 
 class Period(nn.Module):
   """One period of the layer pattern; the body of the scan. From layer to layer
-  go x and, with model.value_residual, the values of the first one. Returned are
-  also the keys and values of the layers `lends`, by their place before the
-  period's end: -1 is the last."""
+  go x, which may be several streams, and, with model.value_residual, the values
+  of the first one. Returned are also the keys and values of the layers `lends`,
+  by their place before the period's end: -1 is the last."""
   config: ModelConfig
   pattern: tuple[LayerKind, ...]
   lends: tuple[int, ...] = ()
 
   @nn.compact
-  def __call__(self, carry: tuple[jax.Array, Optional[values.First]],
+  def __call__(self, carry: tuple[streams.X, Optional[values.First]],
                cache: Any, ctx: Context):
-    x_BLD, first = carry
+    x, first = carry
     caches, auxes, kept, lent = [], [], [], dict(ctx.lent)
     ends = len(self.pattern)
     wanted = {kind.source for kind in self.pattern} | {
@@ -118,17 +119,17 @@ class Period(nn.Module):
                          prevent_cse=not config.scan_layers)
       own = ctx.replace(first=first, keys=lent.get(kind.source), lent={},
                         lends=i in wanted)
-      x_BLD, new, aux = block(config, kind, name=f'block_{i}')(
-          x_BLD, own, None if cache is None else cache[i])
+      x, new, aux = block(config, kind, name=f'block_{i}')(
+          x, own, None if cache is None else cache[i])
       if getattr(new, 'first', None) is not None:
         first, new = new.first, new.replace(first=None)
       if getattr(new, 'lent', None) is not None:
         lent[i], new = new.lent, new.replace(lent=None)
       caches.append(new)
       auxes.append(aux)
-      kept.append(x_BLD if ctx.keep_layers else ())
+      kept.append(x if ctx.keep_layers else ())
     with_cache = cache is not None or ctx.keep_attention
-    return (x_BLD, first), (
+    return (x, first), (
         tuple(caches) if with_cache else None, tuple(auxes), tuple(kept),
         {place: lent[ends + place] for place in self.lends})
 
@@ -166,16 +167,20 @@ class Stack(nn.Module):
     given_BLD, with_cache = x_BLD, cache is not None
     first = (values.start(mixers.readers(c, 'value_residual')[0], x_BLD)
              if c.value_residual else None)
-    (x_BLD, _), sections = run((x_BLD, first), cache, ctx)
-    final = lambda x: x
+    kinds = self.prefix + self.pattern * (
+        (self.num_layers - len(self.prefix)) // len(self.pattern))
+    x = streams.begin(c, x_BLD, branches(c, kinds))
+    (x, _), sections = run((x, first), cache, ctx)
+    final, end = lambda x: x, streams.End(c, name='final_streams')
     if BLOCKS[c.block].FINAL_NORM:
       final = norm(c, 'final_norm')
-    x_BLD = final(x_BLD)
+    x_BLD = final(end(x))
     caches, auxes, kept, _ = zip(*sections)
     aux = layer_reports.gather_aux(auxes)
     if ctx.keep_layers:
       layers_NBLD = jnp.concatenate([given_BLD[None], *(
-          jnp.stack(blocks, 1).reshape(-1, *x_BLD.shape) for blocks in kept)])
+          jnp.stack([end(x) for x in blocks], 1).reshape(-1, *x_BLD.shape)
+          for blocks in kept)])
       aux = aux | {'layers': layers_NBLD, 'readouts': final(layers_NBLD)}
     if ctx.keep_attention:
       weights, caches = layer_reports.take_weights(caches)
@@ -265,12 +270,14 @@ class Ahead(nn.Module):
                            axes)
       x_BLD = residual(linear.einsum('BLU,UD->BLD', both_BLU, w_UD,
                                      c.compute_dtype, axes=axes, keep=False))
+      x = streams.begin(c, x_BLD, branches(c, (kind,)))
       if positions.of(c).stack_bias:
         own = own.replace(bias_BHLM=positions.of(c).stack_bias(
             c, kind.causal, name=f'{c.position}_bias_{depth}')(
                 ctx.positions_BL, ctx.positions_BL))
-      (x_BLD, _), (_, (aux,), _, _) = Period(
-          c, (kind,), name=f'depth_{depth}')((x_BLD, None), None, own)
+      (x, _), (_, (aux,), _, _) = Period(
+          c, (kind,), name=f'depth_{depth}')((x, None), None, own)
+      x_BLD = streams.End(c, name=f'streams_{depth}')(x)
       if BLOCKS[c.block].FINAL_NORM:
         x_BLD = norm(c, f'norm_{depth}')(x_BLD)
       found.append(x_BLD)

@@ -18,6 +18,7 @@ from architectures.parts import heads
 from architectures.parts import mixers
 from architectures.parts import positions
 from architectures.parts import rotary
+from architectures.parts import streams
 from architectures.parts.config import MoEConfig, ModelConfig
 from architectures.parts.ffn import FFNS, NONE
 from architectures.parts.moe import health
@@ -29,6 +30,7 @@ from configs import kinds
 TABLES: dict[str, Mapping[str, Any]] = {
     'position': positions.POSITIONS,
     'rope.scaling': rotary.SCALINGS,
+    'residual': streams.RESIDUALS,
     'mixer': mixers.MIXERS,
     'attention': attention.KINDS,
     'head': heads.HEADS,

@@ -57,6 +57,8 @@ OTHER = {
     'gla.heads': 2, 'gla.key_dim': 6, 'gla.value_dim': 6, 'gla.conv': 3,
     'gla.rank': 5, 'gla.temperature': 4.0,
     'retnet.heads': 2, 'retnet.key_dim': 6, 'retnet.value_dim': 6,
+    'streams.count': 3, 'streams.dynamic': False, 'streams.iterations': 5,
+    'streams.block_size': 2,
 }
 # Read by a kernel of a TPU, or by the optimiser's step.
 NOT_IN_THE_PROGRAM = ('moe.grouped_kernel', 'moe.bias_rate')

@@ -136,12 +136,12 @@ MUTANTS = {
         ('Dropout(self.config.dropout)', 'Dropout(0.0)',
          'dropout: passes_x_on'),
         ("self.norm('attention_norm')(x_BLD), ctx, cache)\n"
-         '    x_BLD = x_BLD + self.drop(y_BLD, ctx)',
+         '    x = add(self.drop(y_BLD, ctx))',
          "self.norm('attention_norm')(x_BLD), ctx, cache)\n"
-         '    x_BLD = x_BLD + y_BLD', 'dropout: x_on and pre_norm'),
-        ('return residual(x_BLD + self.drop(y_BLD, ctx)), cache, aux\n\n\n'
-         'class PostNorm', 'return residual(x_BLD + y_BLD), cache, aux\n\n\n'
-         'class PostNorm', 'dropout: x_on and pre_norm'),
+         '    x = add(y_BLD)', 'dropout: x_on and pre_norm'),
+        ('return residual(add(self.drop(y_BLD, ctx))), cache, aux\n\n\n'
+         'class FfnNorm', 'return residual(add(y_BLD)), cache, aux\n\n\n'
+         'class FfnNorm', 'dropout: x_on and pre_norm'),
         ("self.norm('attention_norm')(x_BLD + self.drop(y_BLD, ctx))",
          "self.norm('attention_norm')(x_BLD + y_BLD)",
          'dropout: x_on and post_norm'),
@@ -174,9 +174,27 @@ MUTANTS = {
         ("y_BLD = self.drop(self.norm('ffn_out_norm')(y_BLD), ctx)",
          "y_BLD = self.drop(y_BLD, ctx)", 'parts: equations'),
         *(('self.cross_attention()(x_BLD, ctx, cache)\n'
-           f'      x_BLD = {then}', 'self.cross_attention()(0 * x_BLD, ctx, '
-           f'cache)\n      x_BLD = {then}', 'parts: equations')
-          for then in ('self.norm', 'x_BLD + self.drop(self.norm')),
+           f'      {then}', 'self.cross_attention()(0 * x_BLD, ctx, '
+           f'cache)\n      {then}', 'parts: equations')
+          for then in ('x_BLD = self.norm', 'x = add(self.drop(self.norm')),
+    ],
+    'architectures/parts/streams.py': [
+        ('w.mix_BLUU[:, :, u, :, None]', 'w.mix_BLUU[:, :, :, u, None]',
+         'streams: published'),
+        ('z_BLUU - jax.nn.logsumexp(z_BLUU, -1, keepdims=True), None',
+         'z_BLUU, None', 'streams: neither'),
+        ('2 * jax.nn.sigmoid(write_BLU)', 'jax.nn.sigmoid(write_BLU)',
+         'streams: published'),
+        ('logit((1 - OWN) / (count - 1))', 'logit((1 - OWN) / count)',
+         'streams: published'),
+        ("jnp.float32) / c.widening)", 'jnp.float32))',
+         'streams: wider'),
+        ('query_D1[:, 0] / c.widening', 'query_D1[:, 0]', 'streams: wider'),
+        ('(branch % size > 0)', '(branch % size >= 0)', 'streams: attend_to'),
+        ('slot = 1 + x.branch // c.streams.block_size', 'slot = 1 + x.branch',
+         'streams: attend_to'),
+        ('keys_BLUD = rmsnorm(x32_BLUD, scale_D, eps)',
+         'keys_BLUD = x32_BLUD * scale_D', 'streams: attend_to'),
     ],
     'architectures/parts/heads.py': [
         ('logits_BLV = logits_BLV * self.scale', 'logits_BLV = logits_BLV * 1',
@@ -201,7 +219,7 @@ MUTANTS = {
          'parts: types'),
         ('if BLOCKS[c.block].FINAL_NORM:\n      final', 'if True:\n      final',
          'parity: equals and bert-plain'),
-        ('jnp.stack(blocks, 1)', 'jnp.stack(blocks, 0)',
+        ('for x in blocks], 1)', 'for x in blocks], 0)',
          'parts: order_of_layers'),
         ('prefix_B=prefix_B,', 'prefix_B=None,', 'mlm: sees_itself'),
         ('valid_BL=valid_BL, reach_BL=', 'reach_BL=',

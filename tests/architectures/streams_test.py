@@ -1,0 +1,307 @@
+"""Residual streams: hyper-connections, mHC and attention residuals."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import architectures
+from architectures.parts import streams
+from architectures.parts.blocks import BLOCKS
+from configs.errors import RequestError
+from tests.architectures.parts_test import D, normal, resolved
+from tests.helpers import models, numpy_attention
+from tests.training import step_test
+from tests.training.optim import mup_test
+from training import runs
+from training.costs import flops, memory, totals
+from training.hf import config as hf_config
+
+N = 3
+KINDS = {'hyper': dict(residual='hyper', streams=dict(count=N)),
+         'static': dict(residual='hyper', streams=dict(count=N, dynamic=False)),
+         'mhc': dict(residual='mhc', streams=dict(count=N)),
+         'attention': dict(residual='attention'),
+         'blocks': dict(residual='attention', streams=dict(block_size=3))}
+ABLE = [name for name, block in BLOCKS.items() if block.STREAMS]
+# Whose attention and network read x by a norm alone.
+NORMED = ('pre_norm', 'parallel', 'sandwich')
+
+
+def new(module, *inputs):
+  """Parameters as they are born, but those that streams do not have."""
+  params = nn.meta.unbox(jax.jit(module.init)(
+      jax.random.key(0), *inputs)['params'])
+
+  def moved(path, x):
+    own = any('_streams' in str(key) for key in path)
+    return x if own else x + 0.1 * jax.random.normal(jax.random.key(1), x.shape)
+  return jax.tree_util.tree_map_with_path(moved, params)
+
+
+def without(params):
+  return {name: without(x) if isinstance(x, dict) else x
+          for name, x in params.items() if not name.endswith('_streams')}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('system, block, kind', [
+    pytest.param(system, block, kind, marks=[pytest.mark.long] * (
+        system != 'llama' or block != 'pre_norm' or kind not in (
+            'mhc', 'blocks')))
+    for system in ('llama', 'bert', 't5') for block in ABLE
+    for kind in ('hyper', 'mhc', 'attention', 'blocks')
+    if block in NORMED or 'residual' not in KINDS[kind]
+    or KINDS[kind]['residual'] != 'attention'])
+def test_a_new_model_is_the_plain_one(system, block, kind):
+  """Attention residuals: where every branch begins with a norm."""
+  module, plain = (architectures.build(models.config(
+      system, block=block, norm_eps=1e-12, num_layers=3, **more))
+                   for more in (KINDS[kind], {}))
+  inputs = [models.tokens(), models.tokens(seed=2)][:1 + (system == 't5')]
+  params = new(module, *inputs)
+  logits = lambda m, p: jax.jit(
+      lambda p: m.apply({'params': p}, *inputs).logits)(p)
+  models.close(logits(module, params), logits(plain, without(params)), 2e-5)
+
+
+@pytest.mark.long
+def test_means_are_told_from_sums_without_a_norm():
+  """So that what is said above of attention residuals is no more than holds."""
+  module, plain = (architectures.build(models.config(
+      'llama', block='out_norm', **more)) for more in (KINDS['attention'], {}))
+  params = new(module, models.tokens())
+  a, b = (models.logits(m, p, models.tokens()) for m, p in (
+      (module, params), (plain, without(params))))
+  assert np.abs(a - b).max() > 0.05 * np.abs(b).max()
+
+
+def branch_of(c, x, k, y_of):
+  """Returns what `streams.Branch` of branch k makes of x with any parameters,
+  and these."""
+  module, given = streams.Branch(c), streams.Streams(x, jnp.int32(k), 5)
+  params = nn.meta.unbox(module.init(jax.random.key(0), given)['params'])
+  params = {name: jax.tree.map(lambda a: a + 0.3 * normal(a.size, *a.shape), p)
+            for name, p in params.items()}
+
+  def run(module, x):
+    read, add = module(x)
+    return add(y_of(read))
+  return nn.apply(run, module)({'params': params}, given), params
+
+
+@pytest.mark.parametrize('kind', ['hyper', 'static', 'mhc'])
+def test_streams_are_mixed_as_published(kind):
+  """One branch, y = 3 x, by the equations in float64."""
+  c = resolved('llama', norm='rmsnorm_plain', **KINDS[kind])
+  x, k = normal(0, 2, 4, N, D), 4
+  got, params = branch_of(c, x, k, lambda x: 3 * x)
+  assert got.branch == k + 1
+  p, x = numpy_attention.float64(params), np.asarray(x, np.float64)
+  n = lambda x: x / np.sqrt((x ** 2).mean(-1, keepdims=True) + c.norm_eps)
+  sigmoid = lambda z: 1 / (1 + np.exp(-z))
+  logit = lambda p: np.log(p / (1 - p))
+  want, turn = np.zeros_like(x), np.eye(N)[k % N]
+  for place in np.ndindex(2, 4):
+    h = x[place]  # [streams, features]
+    if kind == 'mhc':
+      z = n(h.reshape(-1)) @ p['dynamic'].reshape(N * D, -1)
+      s, first = p['dynamic_scale'], logit(np.where(turn, 0.75, 0.125))
+      read = sigmoid(s[0] * z[:N] + first + p['read'])
+      write = 2 * sigmoid(s[1] * z[N:2 * N] + p['write'])
+      m = np.exp(s[2] * z[2 * N:].reshape(N, N) + p['mix'])
+      for _ in range(20):
+        m = m / m.sum(0, keepdims=True)
+        m = m / m.sum(1, keepdims=True)
+      mixed = m @ h
+    else:
+      read, write, mix = turn + p['read'], p['write'], p['mix']
+      if kind == 'hyper':
+        z = np.tanh(n(h) @ p['dynamic'])
+        s = p['dynamic_scale']
+        read, write = read + s[0] * z[:, 0], write + s[1] * z[:, 1]
+        mix = mix + s[0] * z[:, 2:]
+      mixed = mix.T @ h
+    want[place] = mixed + np.outer(write, 3 * (read @ h))
+  np.testing.assert_allclose(got.x_BLUD, want, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize('size', [1, 3])
+def test_branches_attend_to_those_before_them(size):
+  """Five branches, of which each returns the sine of what it reads, and the
+  end, in float64: from a list of all outputs."""
+  c = resolved('llama', residual='attention', streams=dict(block_size=size))
+  e, total = normal(0, 2, 4, D), 5
+  x, outputs = streams.begin(c, e, total), []
+  rms = lambda x: x / np.sqrt((x ** 2).mean(-1, keepdims=True) + c.norm_eps)
+
+  def want(params):
+    p = numpy_attention.float64(params)
+    v = [np.asarray(e, np.float64), *(
+        sum(outputs[i:i + size]) for i in range(0, len(outputs), size))]
+    score = [rms(a) * p['scale'] @ p['query'][:, 0] for a in v]
+    weights = np.exp(score) / np.exp(score).sum(0)
+    return sum(w[..., None] * a for w, a in zip(weights, v))
+
+  for k in range(total):
+    x, params = branch_of(c, x.x_BLUD, k, jnp.sin)
+    outputs.append(np.sin(want(params)))
+  module = streams.End(c)
+  params = jax.tree.map(lambda a: a + 0.3 * normal(1, *a.shape), nn.meta.unbox(
+      module.init(jax.random.key(0), x)['params']))
+  np.testing.assert_allclose(module.apply({'params': params}, x), want(params),
+                             rtol=1e-4, atol=1e-5)
+
+
+def test_mixing_neither_adds_nor_takes():
+  """Sinkhorn's matrix is doubly stochastic; gradients of large logits are
+  finite."""
+  m = streams.sinkhorn(2 * normal(0, 5, 1, N, N), 50)
+  np.testing.assert_allclose(m.sum(-1), 1, atol=1e-5)
+  np.testing.assert_allclose(m.sum(-2), 1, atol=1e-3)
+  one = streams.sinkhorn(normal(0, 1, 1, N, N), 1)
+  np.testing.assert_allclose(one.sum(-1), 1, atol=1e-5)
+  assert np.abs(one.sum(-2) - 1).max() > 1e-3
+  grad = jax.grad(lambda z: streams.sinkhorn(z, 20)[..., 0, 0].sum())(
+      100 * normal(1, 1, 1, N, N))
+  assert np.isfinite(grad).all()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('kind', ['hyper', 'mhc'])
+def test_streams_learn_to_differ(kind):
+  """But for those after which no branch reads: the end reads all alike."""
+  c = step_test.config()
+  c.model = models.config('llama', **KINDS[kind])
+  _, state, _ = step_test.train(c, step_test.one_device(), steps=2)
+  layer = state.params['decoder']['layers']['block_0']
+  for name in ('attention_streams', 'ffn_streams'):
+    assert np.ptp(layer[name]['write'][0]) > 0
+    assert np.abs(layer[name]['dynamic']).max() > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', [
+    pytest.param(kind, marks=[pytest.mark.long] * (kind != 'blocks'))
+    for kind in KINDS])
+def test_the_other_ways_to_compute_it_are_the_same(kind):
+  """Unrolled and computed again, decoded token by token, and packed, with a
+  pattern after a prefix, a layer without a network, and a module ahead."""
+  tokens, found = models.tokens(2, 7), []
+  fields = KINDS[kind] | dict(
+      mtp_depth=1, num_layers=5, prefix='bare', pattern='wide,beside',
+      kinds=dict(wide=dict(window=3), beside=dict(block='parallel'),
+                 bare=dict(ffn='none')))
+  for changes in (dict(), dict(scan_layers=False, remat='full')):
+    module, params = models.make('llama', **fields, **changes)
+    loss = lambda p, module=module: jnp.square(
+        models.logits(module, p, tokens)).mean()
+    found.append(jax.jit(jax.value_and_grad(loss))(params))
+  models.close(*found, rtol=1e-4)
+  run = jax.jit(lambda t, **more: module.apply(
+      {'params': params}, t, keep_layers=True, **more))
+  whole = run(tokens)
+  layers = whole.aux['layers']
+  assert layers.shape == (6, 2, 7, 32)
+  np.testing.assert_allclose(whole.aux['readouts'][-1], whole.hidden,
+                             rtol=1e-4, atol=1e-5)
+  cache, parts = architectures.init_cache(module.config, 2, 7), []
+  step = jax.jit(lambda t, cache, i: module.apply(
+      {'params': params}, t, cache=cache, positions_BL=i[None, None]))
+  for i in range(7):
+    out = step(tokens[:, i:i + 1], cache, jnp.array(i))
+    cache, parts = out.cache, [*parts, out.hidden]
+  models.close(jnp.concatenate(parts, 1), whole.hidden, rtol=1e-4)
+  ids, places = (jnp.array([a]) for a in (
+      (1, 1, 1, 1, 2, 2, 2), (0, 1, 2, 3, 0, 1, 2)))
+  packed = run(tokens[:1], segment_ids_BL=ids, positions_BL=places).hidden
+  models.close(packed[:, 4:], run(tokens[:1, 4:]).hidden, rtol=1e-4)
+
+
+@pytest.mark.parametrize('kind', ['hyper', 'mhc', 'attention'])
+def test_a_wider_model_divides_what_depends_on_the_token(kind):
+  """In muP, by how many times as wide it is; the rates go by the shapes."""
+  x, name = normal(0, 2, 4, N, D), (
+      'query' if kind == 'attention' else 'dynamic')
+  found = []
+  for width, times in ((D, 1), (D // 2, 2)):
+    c = resolved('llama', parametrization='mup', mup_base_width=width,
+                 mup_base_head_dim=8, **KINDS[kind])
+    module, given = streams.Branch(c), streams.Streams(x, jnp.int32(2), 5)
+    params = nn.meta.unbox(module.init(jax.random.key(0), given)['params'])
+    params = params | {name: times * normal(7, *params[name].shape)}
+    found.append(nn.apply(lambda m, x: m(x)[0], module)(
+        {'params': params}, given))
+  np.testing.assert_allclose(*found, rtol=1e-5, atol=1e-6)
+  mup_test.test_rates_agree_with_the_shapes('gpt', KINDS[kind])
+
+
+@pytest.mark.parametrize('fields, words', [
+    (dict(block='post_norm'), "choose 'plain', or model.block from pre_norm"),
+    (dict(streams=dict(count=1)), 'model.streams.count is 1: choose 2 or more'),
+    (dict(residual='hypre'), "unknown model.residual 'hypre'"),
+    (dict(residual='mhc', streams=dict(iterations=0)), 'it must be >= 1'),
+    (dict(residual='attention', streams=dict(block_size=0)), 'it must be >= 1'),
+    (dict(pattern='a', kinds=dict(a=dict(block='post_norm'))), 'post_norm'),
+])
+def test_streams_that_cannot_be_are_refused(fields, words):
+  with pytest.raises(RequestError, match=words):
+    architectures.resolve(models.config(
+        'llama', **dict(residual='hyper') | fields))
+
+
+def test_no_config_of_hugging_faces_says_it():
+  for kind in ('hyper', 'mhc', 'attention'):
+    with pytest.raises(RequestError, match=f"model.residual .*'{kind}'"):
+      hf_config.write(resolved('llama', **KINDS[kind]))
+
+
+@pytest.mark.parametrize('kind', [
+    pytest.param(kind, marks=[pytest.mark.long] * (
+        kind not in ('hyper', 'blocks'))) for kind in KINDS])
+def test_what_streams_cost(kind):
+  """Parameters, FLOPs and what enters each block, by hand."""
+  N_layers, K = 4, 8
+  c = step_test.config()
+  c.model = models.config('llama', num_layers=N_layers, **KINDS[kind])
+  plain = c.copy_and_resolve_references()
+  plain.model.residual = 'plain'
+  own, other = (totals.count(x, 16) for x in (c, plain))
+  norm = D
+  each = {'hyper': N + N + N * N + D * (N + 2) + 2 + norm,
+          'static': N + N + N * N,
+          'mhc': (N + N + N * N) + N * D * N * (N + 2) + 3,
+          'attention': 2 * D, 'blocks': 2 * D}[kind]
+  ends = 2 * D if kind in ('attention', 'blocks') else 0
+  assert own['by_part']['streams'] == each * 2 * N_layers + ends
+  assert own['parameters'] - other['parameters'] == own['by_part']['streams']
+  # Slots that the branches, and the end, attend to.
+  seen = {'attention': sum(range(1, 10)),
+          'blocks': 1 + 2 + 2 + 2 + 3 + 3 + 3 + 4 + 4}
+  mixing = 2 * D * (N + N * N + N)
+  more = {'hyper': 8 * (mixing + 2 * N * D * (N + 2)), 'static': 8 * mixing,
+          'mhc': 8 * (mixing + 2 * N * D * N * (N + 2))}.get(
+              kind) or 4 * D * seen[kind]
+  models_ = [totals.resolved(x) for x in (c, plain)]
+  a, b = (sum(flops.forward_flops(m, 16).values()) / 16 for m in models_)
+  assert a - b == pytest.approx(more)
+  del K
+  inputs = [memory.least(runs.build(
+      x, architectures.resolve(x.model), mesh=step_test.one_device()))[
+          'block_inputs'] for x in (c, plain)]
+  slots = {'attention': 9, 'blocks': 4}.get(kind, N)
+  assert inputs[0] == slots * inputs[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', [
+    pytest.param(kind, marks=[pytest.mark.long] * (kind != 'mhc'))
+    for kind in ('hyper', 'mhc', 'attention')])
+def test_several_devices_are_one(kind):
+  c = step_test.config(mesh__data=2, mesh__fsdp=2, mesh__tensor=2)
+  c.model = models.config('llama', vocab_size=64, **KINDS[kind])
+  _, state, metrics = step_test.train(c, steps=2)
+  _, alone, other = step_test.train(c, step_test.one_device(), steps=2)
+  models.close(alone.params, state.params, rtol=1e-4)
+  assert metrics[1]['loss'] == pytest.approx(other[1]['loss'], rel=1e-4)
