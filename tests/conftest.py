@@ -4,6 +4,7 @@ Set as environment variables, before jax is imported, so that the processes
 which tests start inherit them. A GPU's own run: ARCHETYPE_TEST_PLATFORM=gpu.
 """
 
+import gc
 import importlib.metadata
 import os
 import pathlib
@@ -41,6 +42,15 @@ os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '-1')
 os.environ['JAX_NUMPY_RANK_PROMOTION'] = 'raise'
 # Tokenised text: kept from one run of the tests to the next.
 os.environ.setdefault('ARCHETYPE_CACHE', str(_CACHE / 'archetype'))
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _without_old_garbage():
+  """What is there before a file's tests is left out of the garbage collector's
+  rounds. With all that was imported, each takes as long as a test; statsmodels
+  asks for one in each correction of p-values."""
+  gc.collect()
+  gc.freeze()
 
 
 def pytest_addoption(parser):

@@ -1,7 +1,6 @@
 """What a study says of known outcomes, beside scipy and statsmodels."""
 
 import dataclasses
-import gc
 import json
 import random
 
@@ -16,15 +15,6 @@ from tools.study import decide, findings
 from tools.study import plan as plans
 
 PLAN = made.plan()
-
-
-@pytest.fixture(scope='module', autouse=True)
-def quick():
-  """Holm's correction of statsmodels collects garbage each time, which takes
-  long in a process that has imported much."""
-  gc.freeze()
-  yield
-  gc.unfreeze()
 
 
 def _values(seed=0, seeds=5, effects=(0.0, -0.05, 0.0), noise=0.02):
