@@ -13,11 +13,11 @@ with the fields that its config.json holds.
 import json
 import pathlib
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
+
+from tests.helpers import forked
 
 ROOT = pathlib.Path(__file__).parents[1]
 RECORDED = ROOT / 'tests/data/recorded_run'
@@ -39,17 +39,16 @@ def _fields(tree, prefix='--config'):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('system', ['gpt', 'mixtral'])
+@pytest.mark.parametrize('system', [
+    'gpt', pytest.param('mixtral', marks=pytest.mark.long)])
 def test_a_recorded_run_goes_on(system, tmp_path):
   """From its checkpoint, with the losses and norms of its own last steps."""
   workdir = tmp_path / system
   shutil.copytree(RECORDED / system, workdir)
   config = json.loads((workdir / 'config.json').read_text())
   del config['derived']
-  said = subprocess.run(
-      [sys.executable, 'train.py', f'--config=configs/{system}.py',
-       f'--workdir={workdir}', *_fields(config)],
-      cwd=ROOT, capture_output=True, text=True, timeout=300)
+  said = forked.run('train.py', f'--config=configs/{system}.py',
+                    f'--workdir={workdir}', *_fields(config))
   assert said.returncode == 0, said.stderr
   assert 'step 4' in said.stdout
   ours, theirs = _figures(workdir), _figures(RECORDED / system)
@@ -65,10 +64,8 @@ def test_a_recorded_run_goes_on(system, tmp_path):
 def test_a_recorded_run_is_evaluated(tmp_path):
   workdir = tmp_path / 'gpt'
   shutil.copytree(RECORDED / 'gpt', workdir)
-  said = subprocess.run(
-      [sys.executable, 'eval.py', f'--workdir={workdir}',
-       f'--json={tmp_path}/figures.json'],
-      cwd=ROOT, capture_output=True, text=True, timeout=300)
+  said = forked.run('eval.py', f'--workdir={workdir}',
+                    f'--json={tmp_path}/figures.json')
   assert said.returncode == 0, said.stderr
   found = json.loads((tmp_path / 'figures.json').read_text())
   assert found['step'] == 4

@@ -13,6 +13,8 @@ import time
 import numpy as np
 import pytest
 
+from tests.helpers import forked
+
 ROOT = pathlib.Path(__file__).parents[1]
 TEXT = 'It is a law of nature that what is sown is reaped. ' * 40
 SMALL = [f'--config.{flag}' for flag in (
@@ -37,8 +39,9 @@ def command(workdir, texts, *flags, config='configs/gpt.py'):
 
 
 def run(words, code=0):
-  result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True,
-                          timeout=300)
+  """Runs the command of a program; checks its exit code."""
+  assert words[0] == sys.executable
+  result = forked.run(*words[1:])
   assert result.returncode == code, result.stdout + result.stderr
   assert 'Traceback' not in result.stderr, result.stderr
   return result
@@ -260,7 +263,7 @@ def test_a_signal_ends_an_evaluation_too(texts, tmp_path):
   _wait_for_step(tmp_path / 'run', 10)
   time.sleep(3)
   process.send_signal(signal.SIGTERM)
-  out, err = process.communicate(timeout=30)
+  out, err = process.communicate(timeout=120)
   assert process.returncode == 0, out + err
   assert 'stopped after step 10, saved' in out
   assert {r['split'] for r in rows(tmp_path / 'run')} == {'train'}

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import architectures
+from tests.helpers import forked
 
 ROOT = pathlib.Path(__file__).parents[2]
 ROOMS = ('architectures', 'configs', 'tools', 'training')
@@ -145,8 +146,7 @@ def copy_with(tree: pathlib.Path, sources: Mapping[str, str]) -> pathlib.Path:
 def run(tree: pathlib.Path, *words: str, code: int = 0
         ) -> subprocess.CompletedProcess:
   """Runs `python WORDS` in a copy of the project; checks its exit code."""
-  result = subprocess.run([sys.executable, *map(str, words)], cwd=tree,
-                          capture_output=True, text=True, timeout=600)
+  result = forked.run(*words, cwd=tree, timeout=600)
   assert result.returncode == code, result.stdout + result.stderr
   assert 'Traceback' not in result.stderr, result.stderr
   return result

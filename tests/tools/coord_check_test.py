@@ -1,13 +1,11 @@
 """The coordinate check tells muP from the standard form."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
-from tests.helpers import models
+from tests.helpers import forked, models
 from tools import coord_check
 
 WIDTHS = [32, 128]
@@ -60,6 +58,5 @@ def test_what_is_drawn_and_printed(rows, tmp_path):
     ('--steps=0', '--steps is 0'),
 ])
 def test_a_wrong_request_is_one_sentence(flag, word):
-  result = subprocess.run([sys.executable, '-m', 'tools.coord_check', flag],
-                          capture_output=True, text=True)
+  result = forked.run('-m', 'tools.coord_check', flag)
   assert result.returncode == 2 and word in result.stderr

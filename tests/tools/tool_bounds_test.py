@@ -1,12 +1,9 @@
 """Numbers that a tool cannot honour are refused before it does any work."""
 
-import pathlib
-import subprocess
-import sys
-
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[2]
+from tests.helpers import forked
+
 HUGE = 10**20
 
 
@@ -22,9 +19,7 @@ HUGE = 10**20
     ('-m', 'benchmarks.step', '--pairs=-1'),
 ], ids=lambda words: ' '.join(words[1:3]))
 def test_a_number_out_of_bounds_is_a_sentence(words, tmp_path):
-  result = subprocess.run(
-      [sys.executable, *(word.format(tmp_path) for word in words)], cwd=ROOT,
-      capture_output=True, text=True, timeout=100)
+  result = forked.run(*(word.format(tmp_path) for word in words))
   name = words[-1].split('=')[0].lstrip('-')
   assert result.returncode == 2, result.stderr
   assert name in result.stderr.splitlines()[-1]

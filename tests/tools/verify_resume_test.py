@@ -3,12 +3,11 @@ one that differs."""
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 
 from tests import train_test
+from tests.helpers import forked
 from tools.verify_resume import runs
 
 texts = train_test.texts
@@ -16,9 +15,7 @@ pytestmark = pytest.mark.slow
 
 
 def verify(*words, code=0):
-  result = subprocess.run(
-      [sys.executable, '-m', 'tools.verify_resume', *words],
-      cwd=train_test.ROOT, capture_output=True, text=True, timeout=560)
+  result = forked.run('-m', 'tools.verify_resume', *words, timeout=560)
   assert result.returncode == code, result.stdout + result.stderr
   return result
 

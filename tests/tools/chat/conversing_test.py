@@ -4,14 +4,13 @@ import io
 import json
 import os
 import signal
-import subprocess
 import sys
 import types
 
 import pytest
 
 from configs.errors import RequestError
-from tests import train_test
+from tests.helpers import forked
 from tests.training.chat import load_test
 from tools.chat import conversing
 
@@ -103,9 +102,7 @@ def test_ctrl_c_ends_an_answer_alone():
 
 
 def _chat(*flags, said='', code=0):
-  result = subprocess.run(
-      [sys.executable, '-m', 'tools.chat', *flags], cwd=train_test.ROOT,
-      input=said, capture_output=True, text=True, timeout=300)
+  result = forked.run('-m', 'tools.chat', *flags, said=said)
   assert result.returncode == code, result.stderr
   assert 'Traceback' not in result.stderr
   return result

@@ -2,8 +2,6 @@
 compiler."""
 
 import json
-import subprocess
-import sys
 
 from configs import gpt, mixtral
 from configs import sharding as tables
@@ -14,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
+from tests.helpers import forked
 from tools.plan import analyse, cache, chips
 from tools.plan import report, roofline, search, topology
 from tools.plan.compile import DoesNotFit
@@ -136,7 +135,9 @@ def grouped_rows(jaxpr) -> set[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('preset', list(tables.PRESETS))
+@pytest.mark.parametrize('preset', [
+    pytest.param(name, marks=[pytest.mark.long] * (
+        name not in ('cp_fsdp_tp', 'ep_fsdp_tp'))) for name in tables.PRESETS])
 def test_tokens_are_cut_up_over_every_axis_of_theirs(preset):
   config = small(mixtral.get_config())
   config.model.moe.num_experts = 8
@@ -314,9 +315,8 @@ def test_every_program_that_does_not_fit_is_told(monkeypatch):
     (['--search=2', '--mesh=fsdp=8'], 'pass one of them'),
     (['--search=2', '--programs=train,decode'], 'for train alone')])
 def test_a_search_refuses_what_it_would_ignore(words, told):
-  done = subprocess.run(
-      [sys.executable, '-m', 'tools.plan', '--config', 'configs/gpt.py',
-       '--topology', 'v5p:2x2x2', *words], capture_output=True, text=True)
+  done = forked.run('-m', 'tools.plan', '--config', 'configs/gpt.py',
+                    '--topology', 'v5p:2x2x2', *words)
   assert done.returncode == 2 and told in done.stderr
 
 
@@ -335,9 +335,8 @@ def test_meshes_by_name_and_by_axes():
 
 
 def test_an_unknown_topology_is_one_sentence_and_exit_code_2():
-  words = [sys.executable, '-m', 'tools.plan', '--config', 'configs/gpt.py',
-           '--topology', 'v9:2x2']
-  done = subprocess.run(words, capture_output=True, text=True)
+  done = forked.run('-m', 'tools.plan', '--config', 'configs/gpt.py',
+                    '--topology', 'v9:2x2')
   assert done.returncode == 2
   assert 'choose from v4, v5e, v5p' in done.stderr
   assert done.stderr.count('\n') == 1
