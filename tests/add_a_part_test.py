@@ -149,7 +149,7 @@ BALANCE_LOSSES['variance'] = Balance(
 # is `long`.
 some = pytest.mark.parametrize('part', [
     pytest.param(part, id=part.name, marks=[pytest.mark.long] * (
-        part.name != 'softplus')) for part in PARTS],
+        part.name != 'reglu2')) for part in PARTS],
     indirect=True, scope='module')
 
 

@@ -73,7 +73,9 @@ def test_an_encoder_decoder_has_both_stacks():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('system', WITH_RUNS)
+@pytest.mark.parametrize('system', [
+    pytest.param(system, marks=[pytest.mark.long] * (
+        system not in ('gpt', 't5'))) for system in WITH_RUNS])
 def test_a_folder_and_a_run_are_loaded_as_they_were_saved(system, tmp_path):
   model = _model(system)
   tokens_BL = models.tokens(2, 6)

@@ -20,8 +20,9 @@ VARIANTS = {
 
 
 def _weights(module, params, tokens_BL, **inputs):
-  return module.apply({'params': params}, tokens_BL, keep_attention=True,
-                      **inputs).aux['attention']
+  return jax.jit(lambda params: module.apply(
+      {'params': params}, tokens_BL, keep_attention=True, **inputs
+      ).aux['attention'])(params)
 
 
 @pytest.mark.parametrize('name', VARIANTS)

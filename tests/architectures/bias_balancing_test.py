@@ -60,7 +60,8 @@ def test_the_bias_moves_against_the_load_and_evens_it_out():
 @pytest.mark.slow
 def test_a_bad_step_moves_no_bias():
   c = _config()
-  run = runs.build(c, architectures.resolve(c.model))
+  run = runs.build(c, architectures.resolve(c.model),
+                   mesh=step_test.one_device())
   with run.context():
     state = run.new_state()
     batch = step_test.batch()

@@ -171,7 +171,9 @@ def train_router(remedy: str, seed: int = 0, steps: int = 100) -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('remedy', REMEDIES)
+@pytest.mark.parametrize('remedy', [
+    pytest.param(remedy, marks=[pytest.mark.long] * (
+        remedy in ('importance', 'jitter'))) for remedy in REMEDIES])
 def test_what_evens_out_the_load(remedy):
   panel = train_router(remedy)
   print(remedy, *(f'{when} {name} {x:.2f}' for when, figures in panel.items()

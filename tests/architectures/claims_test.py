@@ -59,7 +59,10 @@ def each_changed(tokens_L):
 # GPT against BERT.
 
 @pytest.mark.slow
-@pytest.mark.parametrize('system', models.DECODERS)
+@pytest.mark.parametrize('system', [
+    pytest.param(system, marks=[pytest.mark.long] * (
+        system in ('bloom', 'gpt4', 'gpt_neox')))
+    for system in models.DECODERS])
 def test_a_decoder_sees_only_the_past(system):
   module, params = small(system)
   logits = models.logits(module, params, each_changed(models.tokens(1, 6)[0]))
@@ -75,7 +78,8 @@ def test_bert_sees_all():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('system', ['transformer', 't5'])
+@pytest.mark.parametrize('system', [
+    pytest.param('transformer', marks=pytest.mark.long), 't5'])
 def test_an_encoder_decoder_sees_all_of_the_source_and_the_past(system):
   module, params = small(system)
   tokens_BL = each_changed(models.tokens(1, 6)[0])
@@ -306,7 +310,9 @@ def test_swiglus_gate():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('block', BLOCKS)
+@pytest.mark.parametrize('block', [
+    pytest.param(block, marks=[pytest.mark.long] * (
+        block not in ('pre_norm', 'post_norm'))) for block in BLOCKS])
 def test_what_a_block_does_whose_parts_return_nothing(block):
   """Pre-norm leaves x alone; post-norm stands in its way."""
   module = architectures.build(models.config(block=block))

@@ -68,7 +68,7 @@ def loss_of(module):
 @pytest.mark.slow
 @pytest.mark.parametrize('name', [
     pytest.param(name, marks=[pytest.mark.long] * (
-        name in ('sinusoidal', 'none'))) for name in DECODERS])
+        name != 'rope')) for name in DECODERS])
 def test_equals_one_device_at_8_times_the_length(name):
   module, params = models.make(max_len=LONG, **DECODERS[name])
   tokens, step = models.tokens(2, LONG), loss_of(module)
@@ -124,7 +124,9 @@ def test_decoding_on_a_context_mesh_equals_the_forward_pass():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('causal, window', [(True, 0), (True, 200), (False, 0)])
+@pytest.mark.parametrize('causal, window', [
+    pytest.param(True, 0, marks=pytest.mark.long), (True, 200),
+    pytest.param(False, 0, marks=pytest.mark.long)])
 def test_splash_with_split_queries_equals_one_device(causal, window):
   """In interpret mode: each shard's kernel has the mask of its queries."""
   L, H, J, K = 1024, 2, 1, 16

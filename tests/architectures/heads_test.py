@@ -33,8 +33,11 @@ def _product(params, x):
   return np.asarray(x) @ kernel_DU + np.asarray(params['task'].get('bias', 0.0))
 
 
-@pytest.mark.parametrize('system', ['gpt', 'llama', 'bert'])
-@pytest.mark.parametrize('head', ['tokens', 'span'])
+@pytest.mark.parametrize('system, head', [
+    ('bert', 'tokens'), ('llama', 'span'),
+    *(pytest.param(*both, marks=pytest.mark.long) for both in (
+        ('gpt', 'tokens'), ('llama', 'tokens'), ('bert', 'span'),
+        ('gpt', 'span')))])
 def test_each_token_is_scored_by_a_product_with_a_bias(system, head):
   module, params = _made(system, head)
   output = _run(module, params, models.tokens())
@@ -60,7 +63,8 @@ def test_bert_scores_a_row_off_its_pooler():
   assert not {'head', 'transform', 'nsp'} & params.keys()
 
 
-@pytest.mark.parametrize('system', ['gpt', 'llama'])
+@pytest.mark.parametrize('system', [
+    'gpt', pytest.param('llama', marks=pytest.mark.long)])
 def test_a_decoder_scores_a_row_off_its_last_token(system):
   """Of rows of 16, 9 and 1 tokens, padded on the right, on the left, or cut."""
   module, params = _made(system, 'sequence')
@@ -113,7 +117,9 @@ def test_a_head_of_tokens_multiplies_so_much():
   assert count(lm) - count(tokens) == 2 * 32 * (models.VOCAB - 5)
 
 
-@pytest.mark.parametrize('system', ['gpt', 'llama', 'bert'])
+@pytest.mark.parametrize('system', [
+    pytest.param('gpt', marks=pytest.mark.long), 'llama',
+    pytest.param('bert', marks=pytest.mark.long)])
 def test_one_vector_tells_all_tokens_as_mads_decoder_does(system):
   """Of rows of 16, 9 and 2 tokens; its equations in NumPy, its sinusoids as
   published: sines, then cosines, from place 0 on."""

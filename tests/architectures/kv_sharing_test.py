@@ -138,15 +138,20 @@ def test_every_wiring_decodes_as_it_reads(block):
               attention_gate='headwise', value_residual=True,
               scan_layers=False, **SHARED['prefix'])))]
   models.close(*grads, rtol=1e-4)
-  whole = module.apply({'params': params}, tokens, keep_attention=True)
-  assert whole.aux['attention'].shape == (5, 2, 4, 7, 7)
-  models.close(decoded(module, params, tokens), whole.hidden, rtol=1e-4)
+  @jax.jit
+  def read(params):
+    out = module.apply({'params': params}, tokens, keep_attention=True)
+    return out.hidden, out.aux['attention']
+  whole, weights = read(params)
+  assert weights.shape == (5, 2, 4, 7, 7)
+  models.close(decoded(module, params, tokens), whole, rtol=1e-4)
   # And in a loop whose layers are apart.
   cache = architectures.init_cache(module.config, 2, 7)
   apart, slots = skeletons.one_by_one(params, cache)
-  step = module.apply({'params': apart}, tokens, cache=slots, one_by_one=True,
-                      positions_BL=jnp.arange(7)[None])
-  models.close(step.hidden, whole.hidden, rtol=1e-4)
+  step = jax.jit(lambda apart, slots: module.apply(
+      {'params': apart}, tokens, cache=slots, one_by_one=True,
+      positions_BL=jnp.arange(7)[None]).hidden)
+  models.close(step(apart, slots), whole, rtol=1e-4)
 
 
 @pytest.mark.long

@@ -105,11 +105,11 @@ def test_a_temperature_of_scores_is_that_of_heads_turned_whole():
 
 @pytest.mark.parametrize('dtype, rtol', [
     ('float32', 1e-5),
-    pytest.param('bfloat16', 4e-2, marks=pytest.mark.slow)])
+    pytest.param('bfloat16', 4e-2, marks=pytest.mark.long)])
 @pytest.mark.parametrize('changes', [
     dict(lora=LORA, attention='banded', sliding_window=5),
     pytest.param(dict(position='alibi', attention_softcap=5.0,
-                      attention_sinks=True), marks=pytest.mark.slow)],
+                      attention_sinks=True), marks=pytest.mark.long)],
                          ids=['lora', 'alibi'])
 def test_absorbed_decoding_equals_expanded(monkeypatch, changes, dtype, rtol):
   module, params = make(dtype=dtype, **changes)
@@ -178,7 +178,8 @@ def test_documents_and_causality():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('preset', ['fsdp_tp', 'cp_fsdp_tp'])
+@pytest.mark.parametrize('preset', [
+    'fsdp_tp', pytest.param('cp_fsdp_tp', marks=pytest.mark.long)])
 def test_sharded_equals_single_device(preset, capfd):
   c = step_test.config()
   c.model = models.config('llama', attention_bias=True, **LATENT | dict(

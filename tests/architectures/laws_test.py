@@ -45,6 +45,12 @@ PARTS = dict(position=POSITIONS, block=BLOCKS, norm=NORMS, ffn=FFNS,
 VARIANTS = [{part: tuple(values)[i % len(values)]
              for part, values in PARTS.items()}
             for i in range(max(map(len, PARTS.values())))]
+# Those that have nothing new but another recurrence, each of which has its own
+# tests.
+REPEATS = [parts for i, parts in enumerate(VARIANTS)
+           if parts['attention'] in ('kda', 'retnet', 'gla')
+           and all(parts[part] in [other[part] for other in VARIANTS[:i]]
+                   for part in PARTS if part != 'attention')]
 
 
 def _name(parts):
@@ -52,7 +58,8 @@ def _name(parts):
 
 
 @pytest.mark.parametrize('parts', [
-    parts if i == 0 else pytest.param(parts, marks=pytest.mark.slow)
+    parts if i == 0 else pytest.param(parts, marks=[
+        pytest.mark.slow, *[pytest.mark.long] * (parts in REPEATS)])
     for i, parts in enumerate(VARIANTS)], ids=_name)
 def test_laws_of_a_variant(parts):
   changes = dict(parts)
@@ -91,7 +98,8 @@ def test_laws_of_a_variant(parts):
 @pytest.mark.parametrize('scan_layers', [
     True, pytest.param(False, marks=pytest.mark.long)])
 @pytest.mark.parametrize('parts', [
-    dict(), dict(position='rope', block='sandwich', ffn='moe')])
+    pytest.param(dict(), marks=pytest.mark.long),
+    dict(position='rope', block='sandwich', ffn='moe')])
 def test_remat_equals_plain_and_computes_again_what_it_says(parts,
                                                             scan_layers):
   """In training, where dropout draws: the same loss and gradients; `full`
@@ -116,14 +124,12 @@ def test_remat_equals_plain_and_computes_again_what_it_says(parts,
 def test_causality_by_gradient():
   module, params = models.make()
   x_BLD = jax.random.normal(jax.random.key(3), (1, 8, 32))
-  def one(i):
-    def f(table):  # each token its own row: the gradient tells them apart
-      p = params | {'embed': params['embed'] | {'tokens': table}}
-      out = module.apply({'params': p}, jnp.arange(8)[None])
-      return out.hidden[0, i].sum()
-    table = jnp.zeros((models.VOCAB, 32)).at[:8].set(x_BLD[0])
-    return jnp.abs(jax.grad(f)(table)[:8]).sum(-1) > 0
-  seen = np.array([one(i) for i in range(8)])
+  def hidden(table):  # each token its own row: the gradient tells them apart
+    p = params | {'embed': params['embed'] | {'tokens': table}}
+    return module.apply({'params': p}, jnp.arange(8)[None]).hidden[0].sum(-1)
+  table = jnp.zeros((models.VOCAB, 32)).at[:8].set(x_BLD[0])
+  grads = jax.jit(jax.jacrev(hidden))(table)
+  seen = np.abs(grads[:, :8]).sum(-1) > 0
   np.testing.assert_array_equal(seen, np.tril(np.ones((8, 8), bool)))
 
 

@@ -29,7 +29,7 @@ def logits(module, params, tokens_BL, **kwargs):
 
 
 @pytest.fixture(scope='module', params=[
-    pytest.param(name, marks=[pytest.mark.long] * (name in ('llama', 'bert')))
+    pytest.param(name, marks=[pytest.mark.long] * (name != 'mixtral'))
     for name in SYSTEMS])
 def made(request):
   """(module, params) with an adapter of every product, B off zero."""

@@ -50,7 +50,8 @@ def plain_of(params, blocks):
 
 @pytest.mark.parametrize('fields', [
     dict(pattern='a', kinds=dict(a={})),
-    dict(pattern='a,b', kinds=dict(a={}, b=dict(ffn='dense'))),
+    pytest.param(dict(pattern='a,b', kinds=dict(a={}, b=dict(ffn='dense'))),
+                 marks=pytest.mark.long),
     dict(pattern='a,b', kinds=dict(a=dict(window=5), b=dict(window=5))),
 ])
 def test_layers_that_are_equal_are_a_plain_model(fields):

@@ -16,7 +16,8 @@ from training.step import _accumulate, make_train_step
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('tied', [True, False])
+@pytest.mark.parametrize('tied', [
+    True, pytest.param(False, marks=pytest.mark.long)])
 def test_bfloat16_keeps_float32_parameters(tied):
   single = train(config(model__tie_embeddings=tied), one_device())
   _, state, metrics = train(
@@ -32,7 +33,10 @@ def types(tree):
   return jax.tree.map(lambda x: (x.shape, jnp.dtype(x.dtype)), tree)
 
 
-@pytest.mark.parametrize('name', optimizers.OPTIMIZERS)
+@pytest.mark.parametrize('name', [
+    pytest.param(name, marks=[pytest.mark.long] * (
+        name not in ('adamw', 'adafactor', 'soap')))
+    for name in optimizers.OPTIMIZERS])
 def test_a_step_returns_a_state_of_the_same_types(name):
   """Else the second step would be another program. Figures are in float32,
   counts apart. (Float32 parameters take a second step in other tests.)"""
@@ -66,7 +70,7 @@ def test_micro_batches_add_up_in_float32():
 @pytest.mark.slow
 @pytest.mark.parametrize('name', [
     pytest.param(name, marks=[pytest.mark.long] * (
-        name not in ('adamw', 'muon', 'adafactor')))
+        name != 'muon'))
     for name in optimizers.OPTIMIZERS])
 def test_bfloat16_parameters_train(name):
   """As the float32 parameters of the same values do, but for the rounding of

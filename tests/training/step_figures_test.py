@@ -56,8 +56,8 @@ def test_figures_of_a_step_by_hand():
   module, before, after, metrics = one_step(step_test.config(
       optim__schedule='constant', train__z_loss=z_loss,
       train__label_smoothing=smoothing), batch)
-  logits = np.float64(module.apply({'params': before.params}, batch['tokens']
-                                   ).logits)
+  logits = np.float64(jax.jit(lambda params: module.apply(
+      {'params': params}, batch['tokens']).logits)(before.params))
   log_z = np.log(np.exp(logits).sum(-1))
   told = np.take_along_axis(logits, batch['targets'][..., None], -1)[..., 0]
   mean = lambda x: (x * batch['weights']).sum() / batch['weights'].sum()
@@ -102,6 +102,7 @@ def test_what_is_differentiated_is_what_is_reported():
                weights=jnp.zeros((3, 8)).at[0, :3].set(1.0).at[1, 2:4].set(1.0),
                nsp_targets=jnp.array([0, 1, 0]))
   objective = objectives.OBJECTIVES['mlm_nsp']
+  @jax.jit
   def values(params):
     output = objective.apply(module, params, batch)
     share, figures = objective.loss(output, batch, config)

@@ -74,7 +74,8 @@ def single():
 
 @pytest.mark.parametrize('preset, rules', [
     pytest.param(name, 'default',
-                 marks=[pytest.mark.slow] * (name != 'fsdp_tp'))
+                 marks={'fsdp_tp': [], 'cp_fsdp_tp': [pytest.mark.slow]}.get(
+                     name, [pytest.mark.long]))
     for name, shape in tables.PRESETS.items()
     if shape['expert'] == 1] + [
         pytest.param(name, 'replicated', marks=pytest.mark.slow
@@ -164,8 +165,8 @@ def test_evaluation_is_the_plain_loss():
   with run.context():
     params = run.new_state().params
     figures = jax.jit(make_eval_step(run.module, c))(params, b)
-    logits = run.module.apply({'params': params}, b['tokens'],
-                              valid_BL=b['weights']).logits
+    logits = jax.jit(lambda params: run.module.apply(
+        {'params': params}, b['tokens'], valid_BL=b['weights']).logits)(params)
   nll = -np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)),
                             b['targets'][..., None], -1)[..., 0]
   assert figures.keys() == {'loss', 'accuracy'}

@@ -115,7 +115,7 @@ SHAPES = {1: (1, 3), 2: (2, 2), 8: (3, 1)}
 
 
 @pytest.fixture(scope='module', params=[
-    pytest.param(n, marks=[pytest.mark.long] * (n == 8), id=f'{n} devices')
+    pytest.param(n, marks=[pytest.mark.long] * (n != 2), id=f'{n} devices')
     for n in SHAPES])
 def trained(request, singles, tmp_path_factory):
   """(configs, workdirs, those of the runs alone), trained as a group."""
@@ -337,7 +337,9 @@ def test_a_workdir_of_another_run_is_refused(trained):
     vectorised.train(configs[:2], [workdirs[0], workdirs[0]])
 
 
-@pytest.mark.parametrize('name', optimizers.OPTIMIZERS)
+@pytest.mark.parametrize('name', [
+    pytest.param(name, marks=[pytest.mark.long] * (
+        name not in ('adamw', 'soap'))) for name in optimizers.OPTIMIZERS])
 @pytest.mark.parametrize('dtype', [
     'float32', pytest.param('bfloat16', marks=pytest.mark.long)])
 def test_every_optimizer_takes_traced_fields(name, dtype):

@@ -264,7 +264,8 @@ def test_iterating_from_n_is_batch_n_onwards(folder, start):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('split', ['train', 'eval'])
+@pytest.mark.parametrize('split', [
+    'train', pytest.param('eval', marks=pytest.mark.long)])
 def test_worker_processes_change_nothing(folder, split):
   plain, workers = (load(folder, split, workers=n, length=7) for n in (0, 2))
   stop = min(plain.num_batches, 7)

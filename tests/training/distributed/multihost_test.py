@@ -78,24 +78,32 @@ def same(workdir, reference, steps=range(1, STEPS + 1)):
 def alone(folder, texts):
   """One process, eight devices: what the others are compared with."""
   code, _ = launch(folder, 1, 8, [
-      words(folder / 'alone', texts, EVAL, fsdp=4, data=2),
-      words(folder / 'experts', texts, *EXPERTS, config='configs/mixtral.py',
-            tensor=2)])
+      words(folder / 'alone', texts, EVAL, fsdp=4, data=2)])
   assert code == 0
   return folder
 
 
 @pytest.fixture(scope='module')
+def experts(folder, texts):
+  """Likewise, of a mixture of experts."""
+  code, _ = launch(folder, 1, 8, [
+      words(folder / 'experts', texts, *EXPERTS, config='configs/mixtral.py',
+            tensor=2)])
+  assert code == 0
+  return folder / 'experts'
+
+
+@pytest.fixture(scope='module')
 def two(alone, texts):
-  """Two processes of four devices, as two slices; the last run is stopped."""
+  """Two processes of four devices, as two slices; the last run, of the same
+  program, is stopped."""
   capture = alone / 'two'
   capture.mkdir()
   code, output = launch(capture, 2, 4, [
       words(alone / 'two-run', texts, EVAL, '--config.mesh.slices=2', fsdp=4,
             data=2),
-      words(alone / 'two-experts', texts, *EXPERTS, tensor=2,
-            config='configs/mixtral.py'),
-      words(alone / 'stopped', texts, fsdp=4, data=2)],
+      words(alone / 'stopped', texts, '--config.mesh.slices=2', fsdp=4,
+            data=2)],
       faults=[dict(folder=str(capture), workdir=str(alone / 'stopped'),
                    process=1, step=2, kind='term')])
   assert code == 0
@@ -106,8 +114,13 @@ def test_two_processes_as_two_slices_train_as_one(alone, two):
   same(alone / 'two-run', alone / 'alone')
 
 
-def test_experts_over_two_processes_are_those_of_one(alone, two):
-  same(alone / 'two-experts', alone / 'experts')
+@pytest.mark.long
+def test_experts_over_two_processes_are_those_of_one(folder, experts, texts):
+  code, _ = launch(folder, 2, 4, [
+      words(folder / 'two-experts', texts, *EXPERTS, tensor=2,
+            config='configs/mixtral.py')])
+  assert code == 0
+  same(folder / 'two-experts', experts)
 
 
 def test_two_processes_evaluate_as_one(alone, two):
@@ -165,8 +178,8 @@ def test_a_checkpoint_goes_on_on_another_shape(alone, reshaped, texts, shape,
 
 
 @pytest.mark.long
-def test_experts_over_four_processes_are_those_of_one(alone, reshaped):
-  same(alone / 'four-experts', alone / 'experts')
+def test_experts_over_four_processes_are_those_of_one(alone, experts, reshaped):
+  same(alone / 'four-experts', experts)
 
 
 @pytest.mark.long
@@ -185,7 +198,8 @@ def test_a_lost_process_ends_all_and_the_run_goes_on(alone, two, texts,
   where.mkdir()
   fault = dict(folder=str(where), workdir=str(alone / 'stopped'))
   code, (log,) = launch(
-      where, 2, 4, [words(alone / 'stopped', texts, fsdp=4, data=2)],
+      where, 2, 4, [words(alone / 'stopped', texts, '--config.mesh.slices=2',
+                          fsdp=4, data=2)],
       faults=[fault | dict(process=1, step=LOST, kind='kill'),
               fault | dict(process=0, step=LOST + 1, kind='raise')],
       max_restarts=2)
@@ -199,7 +213,7 @@ def test_a_lost_process_ends_all_and_the_run_goes_on(alone, two, texts,
   assert "process 0 failed: KeyError: 'raised on purpose'; process 1" in log
   assert said.out.count('going on from step') == 3
   tables = re.findall(r'process +host +pid +devices +slice\n'
-                      r'0 +\S+ +\d+ +4 x cpu +0\n1 +\S+ +\d+ +4 x cpu +0\n'
+                      r'0 +\S+ +\d+ +4 x cpu +0\n1 +\S+ +\d+ +4 x cpu +1\n'
                       '2 processes, 8 devices\n', said.out)
   assert len(tables) == 3  # one a start
   same(alone / 'stopped', alone / 'alone')

@@ -194,7 +194,8 @@ _PROCESS = '''
 
 @pytest.mark.slow
 @pytest.mark.multihost
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize('number', [
+    signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
 def test_a_signal_to_one_process_stops_both_at_the_same_step(start, number):
   processes = _start_two(start, 'leave')
   processes[1].send_signal(number)

@@ -108,7 +108,8 @@ def _config(source, system, objective):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('system, objective', [
-    ('bert', 'classification'), ('gpt', 'regression')])
+    ('bert', 'classification'),
+    pytest.param('gpt', 'regression', marks=pytest.mark.long)])
 def test_each_record_has_the_answer_to_itself(source, system, objective,
                                               tmp_path):
   """In the file's order, from batches of several lengths, the last one filled

@@ -36,9 +36,9 @@ def _alone(evaluation, questions, prefix):
   for row, question in zip(tokens_BL, questions):
     row[:len(question.tokens) - 1] = question.tokens[:-1]
   known_B = np.array([len(q.tokens) - q.scored for q in questions])
-  logits_BLV = np.asarray(models.logits(
-      evaluation.run.module, evaluation.params, tokens_BL,
-      **dict(prefix_B=known_B) if prefix else {}))
+  logits_BLV = np.asarray(jax.jit(lambda params: models.logits(
+      evaluation.run.module, params, tokens_BL,
+      **dict(prefix_B=known_B) if prefix else {}))(evaluation.params))
   for question, logits_LV in zip(questions, logits_BLV):
     targets = question.tokens[1:]
     logits_LV = logits_LV[:len(targets)]

@@ -53,7 +53,6 @@ def _random(module):
 
 
 @pytest.mark.slow
-@pytest.mark.every_system
 @pytest.mark.parametrize('system', models.PUBLISHED)
 def test_import_of_an_export_is_the_model(system, tmp_path):
   module = architectures.build(models.config(

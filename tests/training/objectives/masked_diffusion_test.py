@@ -92,7 +92,8 @@ def test_the_loss_is_that_of_equation_3():
                weights=(masked / t_B1).astype(np.float32))
   objective = objectives.OBJECTIVES['masked_diffusion']
   config = letters.config('', 'masked_diffusion', 12)
-  output = objective.apply(module, params, batch)
+  apply = jax.jit(lambda batch: objective.apply(module, params, batch))
+  output = apply(batch)
   figures = objective.means(objective.figures(output, batch, config))
   logits = np.asarray(output.logits, np.float64)
   nats = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(
@@ -102,8 +103,8 @@ def test_the_loss_is_that_of_equation_3():
   # A micro-batch counts by its tokens, not by how many are masked.
   halves = [{key: x[b:b + 1] for key, x in batch.items()} for b in range(2)]
   whole = objective.weights(batch)
-  shares = [objective.loss(objective.apply(module, params, half), half, config,
-                           whole)[0] for half in halves]
+  shares = [objective.loss(apply(half), half, config, whole)[0]
+            for half in halves]
   assert sum(shares) / whole['loss'] == pytest.approx(want, rel=1e-5)
 
 
@@ -114,11 +115,12 @@ def test_the_bound_is_the_loss_of_a_text_in_a_random_order():
   module, params = models.make('bert', vocab_size=270)
   ids, L = np.array([10, 200, 97], np.int32), 3
   segments = np.ones((1, L), np.int32)
+  told = jax.jit(lambda shown: models.logits(
+      module, params, shown, segment_ids_BL=segments)[0])
   nats = {}  # of token i where the tokens of a set are masked
   for hidden in itertools.product((False, True), repeat=L):
     shown = np.where(hidden, BYTES.mask_id, ids)[None]
-    logits = np.asarray(models.logits(
-        module, params, shown, segment_ids_BL=segments)[0], np.float64)
+    logits = np.asarray(told(shown), np.float64)
     nats[hidden] = np.log(np.exp(logits).sum(-1)) - logits[range(L), ids]
   orders = []
   for order in itertools.permutations(range(L)):
@@ -150,10 +152,11 @@ def test_the_bound_is_the_loss_of_a_text_in_a_random_order():
 def by_numpy(module, params, prompt, new, steps, mask):
   """Algorithm 5 for one row, the likeliest token each time."""
   ids, L = np.array([*prompt, *[mask] * new]), len(prompt)
+  told = jax.jit(lambda ids: models.logits(
+      module, params, ids[None],
+      segment_ids_BL=np.ones((1, len(ids)), np.int32))[0])
   for s in range(1, steps + 1):
-    logits = np.array(models.logits(
-        module, params, ids[None],
-        segment_ids_BL=np.ones((1, len(ids)), np.int32))[0], np.float64)
+    logits = np.array(told(ids), np.float64)
     logits[:, mask] = -np.inf
     p = np.exp(logits - logits.max(-1, keepdims=True))
     p /= p.sum(-1, keepdims=True)

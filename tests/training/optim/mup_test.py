@@ -34,7 +34,9 @@ def flat(module):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('system', models.MUP)
+@pytest.mark.parametrize('system', [
+    pytest.param(system, marks=[pytest.mark.long] * (
+        system not in ('gpt', 'mixtral'))) for system in models.MUP])
 def test_at_the_base_all_is_as_in_the_standard_form(system):
   plain, ours = built(system), scaled(system)
   key, tokens = jax.random.key(0), models.tokens()
@@ -92,7 +94,8 @@ def test_rates_agree_with_the_shapes(system, parts):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('init', ['normal', 'scaled_normal', 'fan_in'])
+@pytest.mark.parametrize('init', [
+    'normal', pytest.param('scaled_normal', marks=pytest.mark.long), 'fan_in'])
 def test_initial_sizes_by_path(init):
   r = 4
   def stddevs(module):
