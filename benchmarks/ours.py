@@ -37,8 +37,9 @@ class Trainer:
         weights=np.ones((sizes.batch_size, sizes.length), np.float32))
     self.batch = devices.put(self.host_batch, self.run.place)
 
-  def create(self):
-    """Makes the state and compiles the step; returns the seconds of each."""
+  def create(self, options=None):
+    """Makes the state and compiles the step; returns the seconds of tracing
+    and of compiling, for which XLA has options of its own."""
     run = self.run
     with run.context():
       self.state = run.new_state()
@@ -46,14 +47,19 @@ class Trainer:
       start = time.perf_counter()
       lowered = run.train_step().lower(self.state, self.batch)
       traced = time.perf_counter()
-      self.compiled = lowered.compile()
+      self.compiled = lowered.compile(
+          compiler_options=dict(options) if options else None)
       compiled = time.perf_counter()
     cpu_memory.trim()
     return traced - start, compiled - traced
 
   def step(self) -> float:
+    return float(self.dispatch()['loss'])
+
+  def dispatch(self):
+    """Starts a step; returns its figures, which need not be there yet."""
     self.state, metrics = self.compiled(self.state, self.batch)
-    return float(metrics['loss'])
+    return metrics
 
   def steps(self, count: int):
     """`count` steps in a row, each waited for."""

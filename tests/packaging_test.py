@@ -19,7 +19,7 @@ DISTRIBUTION = {
     'array_record': 'array_record', 'ml_dtypes': 'jax', 'jaxlib': 'jax',
     'huggingface_hub': 'transformers', 'sklearn': 'scikit-learn'}
 # Chosen by machine or by the release of jax or fsspec, so left to their ranges.
-UNPINNED_EXTRAS = {'tpu', 'cuda', 'gcs'}
+UNPINNED_EXTRAS = {'tpu', 'cuda', 'cuda13', 'gcs'}
 
 
 def _setup():

@@ -55,7 +55,7 @@ def run(main: Callable[[], int | None],
     print(f'error: {error}', file=sys.stderr, flush=True)
     code = 1
   except Exception as error:
-    if not _is_out_of_memory(error):
+    if not is_out_of_memory(error):
       raise
     sentence = ('a device has no memory left: take a smaller data.batch_size, '
                 'a larger train.grad_accumulation, or more devices over which '
@@ -145,7 +145,7 @@ def run_command(prog: str, doc: str | None,
   return importlib.import_module(commands[args.command][0]).main(args)
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
   """Whether XLA could not have the memory that it asked for."""
   if isinstance(error, MemoryError):
     return True

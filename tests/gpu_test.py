@@ -1,0 +1,189 @@
+"""On a GPU: attention, grouped products, decoding and steps are those of plain
+arithmetic, or of the CPU.
+
+  ARCHETYPE_TEST_PLATFORM=gpu python -m pytest -m gpu tests/gpu_test.py
+
+python -m benchmarks.gpu runs them too.
+"""
+
+import contextlib
+import os
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import architectures
+from architectures.parts import kernels, xla_attention
+from architectures.parts.ffn import Hidden
+from architectures.parts.moe import experts, grouped
+from configs import sharding as tables
+from tests.helpers import models
+from tests.training import step_test
+from training.distributed import devices
+
+ON_GPU = os.environ.get('ARCHETYPE_TEST_PLATFORM') == 'gpu'
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(
+    not ON_GPU, reason='it is for a GPU, with ARCHETYPE_TEST_PLATFORM=gpu')]
+
+# Of the largest value. A GPU multiplies float32 in fewer digits unless told.
+TOLERANCE = {'float32': 1e-4, 'bfloat16': 3e-2}
+B, L, H, J, K = 2, 128, 4, 2, 64
+WINDOW = 40
+
+
+def exact(dtype):
+  return (jax.default_matmul_precision('highest') if dtype == 'float32'
+          else contextlib.nullcontext())
+
+
+def cpu():
+  return jax.default_device(jax.devices('cpu')[0])
+
+
+def test_this_is_a_gpu_and_auto_takes_its_kernel():
+  assert jax.default_backend() == 'gpu'
+  c = architectures.resolve(models.config(dtype='bfloat16'))
+  assert kernels.choose(c, kernels.Mask(causal=True), L, L) == 'cudnn'
+
+
+def attention_case(name, dtype):
+  """Returns (q, k, v, a weight of the outputs), the mask, and what is seen."""
+  q, k, v, w = (jax.random.normal(key, (B, L, heads, K), dtype)
+                for key, heads in zip(
+                    jax.random.split(jax.random.key(0), 4), (H, J, J, H)))
+  at_L1, at_1L = jnp.arange(L)[:, None], jnp.arange(L)[None]
+  seen_BLM, ids_BL, window = (at_1L <= at_L1)[None], None, 0
+  if name == 'banded':
+    window = WINDOW
+    seen_BLM &= (at_L1 - at_1L < WINDOW)[None]
+  elif name == 'documents':
+    ids_BL = 1 + (at_1L >= jnp.array([[50], [101]]))
+    seen_BLM &= ids_BL[:, :, None] == ids_BL[:, None]
+  return (q, k, v, w), kernels.Mask(
+      ids_BL, ids_BL, causal=True, window=window), seen_BLM
+
+
+@pytest.mark.parametrize('name', ['causal', 'banded', 'documents'])
+@pytest.mark.parametrize('kernel, dtype', [
+    ('xla', 'float32'), ('xla', 'bfloat16'), ('cudnn', 'bfloat16')])
+def test_attention_equals_a_plain_softmax(kernel, dtype, name):
+  """Outputs and gradients, of float32 on the CPU, with shared keys."""
+  args, mask, seen_BLM = attention_case(name, dtype)
+
+  def ours(q, k, v, w):
+    if kernel == 'xla':
+      out = xla_attention.attend(q, k, v, scale=K ** -0.5, mask_BLM=seen_BLM,
+                                 causal=True, window=mask.window)
+    else:
+      out = kernels.KERNELS[kernel].run(
+          q, k, v, mask, seen_BLM, scale=K ** -0.5, softcap=0.0, sink_H=None)
+    return (w * out).astype(jnp.float32).sum(), out
+
+  def plain(q, k, v, w):
+    k, v = (jnp.repeat(x, H // J, axis=2) for x in (k, v))
+    scores_BHLM = jnp.einsum('BLHK,BMHK->BHLM', q, k) * K ** -0.5
+    seen_BHLM = jnp.broadcast_to(seen_on_cpu[:, None], scores_BHLM.shape)
+    weights_BHLM = jax.nn.softmax(jnp.where(seen_BHLM, scores_BHLM, -1e30))
+    out = jnp.einsum('BHLM,BMHK->BLHK', weights_BHLM, v)
+    return (w * out).sum(), out
+
+  with exact(dtype):
+    (_, out), grads = jax.jit(jax.value_and_grad(
+        ours, (0, 1, 2), has_aux=True))(*args)
+  with cpu():
+    seen_on_cpu = on_cpu(seen_BLM)
+    (_, want), want_grads = jax.jit(jax.value_and_grad(
+        plain, (0, 1, 2), has_aux=True))(*(
+            on_cpu(x).astype(jnp.float32) for x in args))
+  close((want, want_grads), (out, grads), dtype)
+
+
+def on_cpu(tree):
+  return jax.device_put(tree, jax.devices('cpu')[0])
+
+
+def close(want, found, dtype):
+  models.close(want, jax.tree.map(
+      lambda x: on_cpu(x).astype(jnp.float32), found), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('counts', [
+    [60, 0, 129, 11], [0, 0, 0, 0], [0, 256, 0, 0]],
+                         ids=['uneven', 'none', 'all'])
+def test_products_of_experts_equal_a_loop(counts, dtype):
+  """Of rows sorted by expert, on the CPU in float32; outputs and gradients."""
+  rows, D, F, E = 256, 64, 96, len(counts)
+  normal = lambda i, *shape: jax.random.normal(
+      jax.random.key(i), shape, dtype) * shape[-2] ** -0.5
+  x_PD, d_PD = normal(0, rows, D) * rows ** 0.5, normal(1, rows, D)
+  d_PD = d_PD * (jnp.arange(rows) < sum(counts))[:, None].astype(d_PD.dtype)
+  w = experts.Weights(normal(2, E, D, F), normal(3, E, F, D),
+                      normal(4, E, D, F))
+  kind = Hidden('swiglu')
+
+  def ours(x_PD, w):
+    y_PD = grouped.ffn(x_PD, jnp.array(counts, jnp.int32), w, None, kind,
+                       rows // E, 'xla')
+    return (y_PD * d_PD).astype(jnp.float32).sum()
+
+  def loop(x_PD, w):
+    total, start = 0.0, 0
+    for e, n in enumerate(counts):
+      x, d = (a[start:start + n] for a in (x_PD, d_on_cpu))
+      h = kind(x @ w.up_EDF[e], x @ w.gate_EDF[e])
+      total, start = total + (h @ w.down_EFD[e] * d).sum(), start + n
+    return total
+
+  with exact(dtype):
+    found = jax.jit(jax.value_and_grad(ours, (0, 1)))(x_PD, w)
+  with cpu():
+    x_PD, w, d_on_cpu = jax.tree.map(
+        lambda x: on_cpu(x).astype(jnp.float32), (x_PD, w, d_PD))
+    want = jax.value_and_grad(loop, (0, 1))(x_PD, w)
+  one = jnp.ones(1)  # what differences are measured by where all is zero
+  close((*want, on_cpu(one)), (*found, one), dtype)
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('arch', ['gpt', 'llama', 'mixtral'])
+def test_decoding_equals_the_forward_pass(arch, dtype):
+  module, params = models.make(arch, dtype=dtype)
+  tokens = models.tokens()
+
+  @jax.jit
+  def decode(params, tokens):
+    cache = architectures.init_cache(module.config, *tokens.shape)
+    def step(cache, i):
+      token = jax.lax.dynamic_slice_in_dim(tokens, i, 1, 1)
+      out = module.apply({'params': params}, token, cache=cache,
+                         positions_BL=jnp.full((tokens.shape[0], 1), i))
+      return out.cache, out.logits[:, 0]
+    return jnp.swapaxes(jax.lax.scan(
+        step, cache, jnp.arange(tokens.shape[1]))[1], 0, 1)
+
+  with exact(dtype):
+    want = jax.jit(lambda p: models.logits(module, p, tokens))(params)
+    close(want.astype(jnp.float32), decode(params, tokens), dtype)
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('arch, moe', [
+    ('gpt', {}), ('llama', {}), ('mixtral', {}),
+    ('mixtral', dict(dispatch='sorted', capacity_factor=1.25,
+                     eval_capacity_factor=1.25))],
+                         ids=['gpt', 'llama', 'dropless', 'capacity'])
+def test_steps_equal_those_of_the_cpu(arch, moe, dtype):
+  """Losses, norms of gradients, and the parameters after two steps."""
+  c = step_test.config()
+  c.model = models.config(arch, dtype=dtype, moe=moe)
+  shape = dict.fromkeys(tables.MESH_AXES, 1)
+  with exact(dtype):
+    (_, want, said), (_, found, here) = (
+        step_test.train(c, devices.make_mesh(shape, [device]))
+        for device in (jax.devices('cpu')[0], jax.devices()[0]))
+  for a, b in zip(said, here, strict=True):
+    for name in ('loss', 'grad_norm'):
+      assert b[name] == pytest.approx(a[name], rel=TOLERANCE[dtype])
+  models.close(want.params, found.params, TOLERANCE[dtype])
