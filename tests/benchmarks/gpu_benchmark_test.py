@@ -90,10 +90,12 @@ def test_figures_become_verdicts(monkeypatch, tmp_path, capsys):
     assert 'at the batch of the other side' in text
 
 
-def test_a_step_that_drops_tokens_reaches_no_goal(monkeypatch, tmp_path):
+def test_a_step_that_drops_tokens_has_a_verdict_of_its_own(monkeypatch,
+                                                           tmp_path):
   found, _ = call(monkeypatch, tmp_path, '--sections=mixtral_padded')
   assert found['sections']['mixtral_padded']['rows'][0]['mfu'] > 0.5
-  share, ratio = found['verdicts'][4:]
+  share, ratio, padded = found['verdicts'][4:]
+  assert padded['reached'] and 'drops tokens' in padded['goal']
   assert share['found'] is ratio['found'] is None
   assert share['why'] == ratio['why'] == 'it was not asked for'
 
@@ -273,6 +275,16 @@ def test_a_new_token_reads_weights_and_what_is_there():
   there = case.prompt + case.new / 2
   assert ours.read(totals.count(config, 16), model, case, 3) == (
       2 * (weights + 3 * there * N * 2 * D))
+
+
+def test_both_sides_have_the_same_parameters():
+  pytest.importorskip('torch')
+  pytest.importorskip('transformers')
+  from benchmarks.gpu import ours, theirs
+  for name, case in cases.TOYS.items():
+    sizes = ours.sizes(case)
+    model = theirs.model_of(name, sizes['model'], 'eager')
+    assert sum(p.numel() for p in model.parameters()) == sizes['parameters']
 
 
 def toy(tmp_path, *flags):
