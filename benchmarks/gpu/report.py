@@ -19,7 +19,8 @@ SIDES = {'ours': 'Archetype', 'theirs': 'PyTorch'}
 def steps(results: Mapping[str, Any], case: str = '', side: str = ''
           ) -> list[Row]:
   """Returns the rows of training steps, in the order of the sections."""
-  return [row for section in results['sections'].values()
+  return [row | dict(again=name == 'again')
+          for name, section in results['sections'].items()
           for row in section['rows'] if row.get('side') and 'case' in row
           and case in ('', row['case']) and side in ('', row['side'])]
 
@@ -116,7 +117,10 @@ def step_table(results: Mapping[str, Any]) -> Table:
   for row in steps(results):
     names = [Cell(titles.get(row['case'], row['case'])),
              Cell(SIDES[row['side']] + (
-                 ', not compiled' if row.get('compiled') is False else ''))]
+                 ', not compiled' if row.get('compiled') is False else '')
+                  + ', again' * row['again'])]
+    notes += [f'{names[0].text}, {names[1].text}: {note}'
+              for note in row.get('notes', [])]
     if 'tokens_per_s' not in row:
       rows.append([*names, Cell(row.get('error', ''), mark='worse'),
                    *[Cell('')] * 9])
@@ -133,8 +137,6 @@ def step_table(results: Mapping[str, Any]) -> Table:
         figure(row['mfu'], '{:.1f} %', 100),
         figure(row['peak_bytes'], '{:.1f}', 2 ** -30),
         figure(row['compile_s'], '{:.0f}')])
-    notes += [f'{names[0].text}, {names[1].text}: {note}'
-              for note in row.get('notes', [])]
   return Table([(head, '') for head in (
       'model', 'side', 'how', 'layers', 'parameters, 10⁹', 'batch', 'step, ms',
       'tokens/s', 'TFLOP/s', 'of the peak', 'peak memory, GiB',
@@ -305,8 +307,8 @@ def warnings(results: Mapping[str, Any]) -> list[str]:
                  'may be wrong there, and its speed means nothing.')
   for section in results['sections'].values():
     if section['status'] in ('failed', 'running'):
-      lines.append(f'{section["title"]}: {section["status"]}. '
-                   f'{section["why"]}'.strip())
+      lines.append(': '.join(filter(None, (
+          section['title'], section['status'], section['why']))))
   return lines
 
 

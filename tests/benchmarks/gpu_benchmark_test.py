@@ -277,6 +277,43 @@ def test_a_new_token_reads_weights_and_what_is_there():
       2 * (weights + 3 * there * N * 2 * D))
 
 
+def test_what_the_memory_has_no_room_for_is_made_smaller(monkeypatch):
+  import jax
+  from benchmarks.gpu import ours
+  def timed(config, seconds, compiler):
+    if config.data.batch_size == 4 and config.model.remat != 'full':
+      raise ours._TooLarge('9 GiB by the compiler, of 8')
+    if config.data.batch_size == 4:
+      raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: out of it')
+    return dict(step_s=1.0)
+  monkeypatch.setattr(ours, '_timed', timed)
+  request = dict(toy=True, case='gpt2', layers=2, seconds=0)
+  row, = ours.step(request)
+  assert (row['batch'], row['remat']) == (2, 'none')
+  assert row['notes'] == [
+      f'batch 4, remat {remat}: 9 GiB by the compiler, of 8'
+      for remat in ('none', 'dots')] + ['batch 4, remat full: out of memory']
+  row, = ours.step(dict(request, way=dict(jax=dict(jax_no_such=True))))
+  assert 'has no option jax_no_such' in row['error']
+
+
+def test_theirs_is_made_smaller_too(monkeypatch):
+  torch = pytest.importorskip('torch')
+  from benchmarks.gpu import theirs
+  def timed(request, batch, experts):
+    if batch > 2:
+      raise torch.OutOfMemoryError('none left')
+    if request['compiled']:
+      raise RuntimeError('no compiler')
+    return dict(step_s=1.0)
+  monkeypatch.setattr(theirs, '_timed', timed)
+  row, = theirs.step(dict(case='llama', batch=8, compiled=True, length=1,
+                          precision='', model=dict(num_layers=2)))
+  assert (row['batch'], row['compiled']) == (2, False)
+  assert row['notes'] == ['batch 8: out of memory', 'batch 4: out of memory',
+                          'batch 2: RuntimeError: no compiler']
+
+
 def test_both_sides_have_the_same_parameters():
   pytest.importorskip('torch')
   pytest.importorskip('transformers')
