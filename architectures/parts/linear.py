@@ -89,8 +89,8 @@ def embedding(module: nn.Module, name: str, rows: int,
 
 def einsum(spec: str, x: jax.Array, w: jax.Array, dtype: jax.typing.DTypeLike,
            out_dtype: jax.typing.DTypeLike | None = None,
-           axes: tuple[str | None, ...] | None = None, keep: bool = True
-           ) -> jax.Array:
+           axes: tuple[str | None, ...] | None = None, keep: bool = True,
+           own_gradient: bool = False) -> jax.Array:
   """A product in the compute dtype, which adds up in float32.
 
   Args:
@@ -102,6 +102,11 @@ def einsum(spec: str, x: jax.Array, w: jax.Array, dtype: jax.typing.DTypeLike,
     axes: of a weight, its logical axes: where it lies in shards, it is
       gathered as gathered.py says.
     keep: whether it may be kept whole for the gradient.
+    own_gradient: whether, on a single CPU in float32, the gradient of w is the
+      product of x and the result's gradient, and not the transpose of the other
+      one as JAX derives it. XLA transposes the first operand, which is x then:
+      once for all products with x, where it would compute all that the other
+      gradient is made of in the order of the transpose.
   """
   out_dtype = jnp.dtype(out_dtype or dtype)
   ins, out = spec.split('->')
@@ -111,7 +116,7 @@ def einsum(spec: str, x: jax.Array, w: jax.Array, dtype: jax.typing.DTypeLike,
     spec = spec.replace('...', 'ZYXW'[:x.ndim - named])
   x, w = x.astype(dtype), w.astype(dtype)
   if x.dtype == out_dtype == jnp.float32:
-    local = functools.partial(_on_one_axis, spec)
+    local = functools.partial(_on_one_axis, spec, own_gradient)
   else:
     local = functools.partial(_product, spec, out_dtype)
   at = gathered.places(spec, x, w, axes)
@@ -119,7 +124,8 @@ def einsum(spec: str, x: jax.Array, w: jax.Array, dtype: jax.typing.DTypeLike,
   return y if shared else checkpoint_name(y, PRODUCT)
 
 
-def _on_one_axis(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
+def _on_one_axis(spec: str, own_gradient: bool, x: jax.Array, w: jax.Array
+                 ) -> jax.Array:
   """jnp.einsum; on a single CPU, the axes with which both x and the result
   begin, those of the tokens, are one axis in the product.
 
@@ -133,7 +139,9 @@ def _on_one_axis(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
   if n < 2 or set(of_x[:n]) & set(of_w) or not sharding.one_cpu():
     return jnp.einsum(spec, x, w)
   lead, flat = x.shape[:n], f'{of_x[n - 1:]},{of_w}->{of_y[n - 1:]}'
-  y = jnp.einsum(flat, x.reshape(-1, *x.shape[n:]), w)
+  x = x.reshape(-1, *x.shape[n:])
+  y = (_product(flat, jnp.float32, x, w) if own_gradient else
+       jnp.einsum(flat, x, w))
   return y.reshape(*lead, *y.shape[1:])
 
 
@@ -182,7 +190,8 @@ LORA_A, LORA_B = '_lora_a', '_lora_b'  # after the name of the weight
 
 def product(module: nn.Module, name: str, spec: str, x: jax.Array,
             w: jax.Array, axes: tuple[str | None, ...], *,
-            deterministic: bool = True) -> jax.Array:
+            deterministic: bool = True, own_gradient: bool = False
+            ) -> jax.Array:
   """Returns x W in the compute dtype; where model.lora gives W an adapter,
   x W + (alpha / rank) x A B (Hu et al. 2021, equation 3).
 
@@ -198,9 +207,11 @@ def product(module: nn.Module, name: str, spec: str, x: jax.Array,
     w: W.
     axes: its logical axes.
     deterministic: whether nothing is dropped.
+    own_gradient: as of `einsum`.
   """
   c = module.config
-  y = einsum(spec, x, w, c.compute_dtype, axes=axes, keep=c.remat != 'none')
+  y = einsum(spec, x, w, c.compute_dtype, axes=axes, keep=c.remat != 'none',
+             own_gradient=own_gradient)
   if not adapted(c, name):
     return y
   of_x, of_w, of_y = spec.replace('->', ',').split(',')

@@ -69,18 +69,20 @@ def test_a_layer_equals_that_of_qwen3_next():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('dtype, most', [('float32', 1e-5),
-                                         ('bfloat16', 3e-2)])
-def test_a_layer_equals_that_of_qwen3_next_live(dtype, most):
+def test_a_layer_equals_that_of_qwen3_next_live():
+  """In bfloat16 it is as near to the layer in float32 as transformers' is: the
+  recurrence of this one multiplies the roundings of both by more than 10."""
   pytest.importorskip('torch')
   pytest.importorskip('transformers.models.qwen3_next.modeling_qwen3_next')
-  found, want = recorded_deltanet.ours(dtype), recorded_deltanet.theirs(dtype)
-  errors = {name: recorded_deltanet.error(found[name], x)
-            for name, x in want.items()}
-  assert max(errors.values()) < most, errors
-  if dtype == 'float32':  # and the recording is of this release
-    for name, x in recorded_deltanet.recorded().items():
-      assert recorded_deltanet.error(x, want[name]) < 1e-6, name
+  want, rounded = map(recorded_deltanet.theirs, ('float32', 'bfloat16'))
+  for dtype in ('float32', 'bfloat16'):
+    found = recorded_deltanet.ours(dtype)
+    for name, x in want.items():
+      most = 1e-5 if dtype == 'float32' else 1.5 * recorded_deltanet.error(
+          rounded[name], x)
+      assert recorded_deltanet.error(found[name], x) < most, (dtype, name)
+  for name, x in recorded_deltanet.recorded().items():  # is of this release
+    assert recorded_deltanet.error(x, want[name]) < 1e-6, name
 
 
 @pytest.mark.slow

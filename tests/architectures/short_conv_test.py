@@ -40,3 +40,12 @@ def test_it_and_its_gradient_are_those_of_the_definition(ids):
   models.close(ours(x, w, before), theirs(x, w, before), 1e-6)
   models.close(*(jax.jit(jax.grad(loss(f), (0, 1, 2)))(x, w, before)
                  for f in (ours, theirs)), 2e-6)
+  # With a bias, and through SiLU.
+  bias = drawn(H, K)
+  ours = lambda x, w, before, bias: short_conv.convolve(
+      x, w, bias, before_BWHK=before, segment_ids_BL=ids, silu=True)[0]
+  theirs = lambda x, w, before, bias: jax.nn.silu(
+      definition(x, w, before, ids) + bias[None, None])
+  found, want = (jax.jit(jax.value_and_grad(loss(f), (0, 1, 2, 3)))(
+      x, w, before, bias) for f in (ours, theirs))
+  models.close(found, want, 2e-6)

@@ -20,6 +20,7 @@ from architectures.parts.attention import Context
 from architectures.parts.config import ModelConfig
 from architectures.parts.recurrent import layer
 from architectures.parts.recurrent import recurrence
+from architectures.parts.recurrent import vectors
 
 
 class KDA(layer.Layer):
@@ -34,7 +35,7 @@ class KDA(layer.Layer):
     log_decay_BLHK = self.softplus_decay(
         self.low_rank('decay', x_BLD, d.key_dim), least=1.0)
     return recurrence.Inputs(
-        layer.unit(q_BLJK, d.key_dim ** -0.5), layer.unit(k_BLJK), v_BLHU,
+        vectors.unit(q_BLJK, d.key_dim ** -0.5), vectors.unit(k_BLJK), v_BLHU,
         log_decay_BLHK, self.rate(x_BLD))
 
   def gate(self, x_BLD: jax.Array, ctx: Context) -> jax.Array:

@@ -18,17 +18,15 @@ import jax
 import jax.numpy as jnp
 
 from architectures.parts import linear
-from architectures.parts import norms
 from architectures.parts import positions
 from architectures.parts import sharding
 from architectures.parts.attention import Context
 from architectures.parts.config import LayerKind, ModelConfig
 from architectures.parts.recurrent import recurrence
 from architectures.parts.recurrent import short_conv
+from architectures.parts.recurrent import vectors
 from architectures.parts.roles import Role, declare
 from configs.errors import require
-
-LENGTH_EPS = 1e-6  # beside a squared length, as in the authors' programs
 
 
 @struct.dataclass
@@ -73,7 +71,7 @@ class Layer(nn.Module):
             ctx: Context) -> jax.Array:
     """Returns what the last product joins, of what was read of the state."""
     del v_BLHU
-    return norms.RMSNorm(self.config, 'head', name='out_norm')(
+    return vectors.RMSNorm(self.config, name='out_norm')(
         o_BLHU) * self.gate(x_BLD, ctx)
 
   def filters(self, name: str, axis: str | None, shape: tuple[int, ...]
@@ -132,8 +130,8 @@ class Layer(nn.Module):
       return x_BLHK, None
     y_BLHK, after_BWHK = short_conv.convolve(
         x_BLHK, *self.filters(name, axis, shape), before_BWHK=before_BWHK,
-        segment_ids_BL=ctx.segment_ids_BL, valid_BL=valid_BL)
-    return jax.nn.silu(y_BLHK), after_BWHK
+        segment_ids_BL=ctx.segment_ids_BL, valid_BL=valid_BL, silu=True)
+    return y_BLHK, after_BWHK
 
   def project(self, name: str, x_BLD: jax.Array, axis: str | None,
               shape: tuple[int, ...], ctx: Context) -> jax.Array:
@@ -141,7 +139,7 @@ class Layer(nn.Module):
     axes = 'embed', axis, 'head'
     w_DHK = linear.weight(self, name, (self.config.d_model, *shape), axes)
     y_BLHK = linear.product(self, name, 'BLD,DHK->BLHK', x_BLD, w_DHK, axes,
-                            deterministic=ctx.deterministic)
+                            deterministic=ctx.deterministic, own_gradient=True)
     return sharding.constrain(y_BLHK, 'batch', 'length', *axes[1:])
 
   def of_heads(self, name: str, x_BLD: jax.Array) -> jax.Array:
@@ -149,8 +147,8 @@ class Layer(nn.Module):
     w_DH = linear.weight(self, name, (self.config.d_model,
                                       self.sizes.value_heads),
                          ('embed', 'heads'))
-    return linear.einsum('BLD,DH->BLH', x_BLD, w_DH, self.config.compute_dtype
-                         ).astype(jnp.float32)
+    return linear.einsum('BLD,DH->BLH', x_BLD, w_DH, self.config.compute_dtype,
+                         own_gradient=True).astype(jnp.float32)
 
   def low_rank(self, name: str, x_BLD: jax.Array, features: int) -> jax.Array:
     """Returns x W_down W_up, of each head of values, in float32."""
@@ -159,8 +157,10 @@ class Layer(nn.Module):
                             ('embed', None))
     up_UHK = linear.weight(self, f'{name}_up', (
         d.rank, d.value_heads, features), (None, 'heads', 'head'))
-    y_BLU = linear.einsum('BLD,DU->BLU', x_BLD, down_DU, c.compute_dtype)
-    y_BLHK = linear.einsum('BLU,UHK->BLHK', y_BLU, up_UHK, c.compute_dtype)
+    y_BLU = linear.einsum('BLD,DU->BLU', x_BLD, down_DU, c.compute_dtype,
+                          own_gradient=True)
+    y_BLHK = linear.einsum('BLU,UHK->BLHK', y_BLU, up_UHK, c.compute_dtype,
+                           own_gradient=True)
     return sharding.constrain(y_BLHK, 'batch', 'length', 'heads', 'head'
                               ).astype(jnp.float32)
 
@@ -200,13 +200,6 @@ def _told_apart(x: recurrence.Inputs, ids_BL: Optional[jax.Array],
     begins_BL = jnp.pad(ids_BL[:, 1:] != ids_BL[:, :-1], ((0, 0), (1, 0)))
     log_BLHK = jnp.where(begins_BL[..., None, None], -jnp.inf, log_BLHK)
   return x._replace(log_decay_BLHK=log_BLHK)
-
-
-def unit(x: jax.Array, length: float = 1.0) -> jax.Array:
-  """Returns x / |x| times a length, over the last axis, in x's dtype."""
-  x32 = x.astype(jnp.float32)
-  squares = jnp.square(x32).sum(-1, keepdims=True)
-  return (x32 * (length * jax.lax.rsqrt(squares + LENGTH_EPS))).astype(x.dtype)
 
 
 def log_uniform(least: float):

@@ -46,7 +46,7 @@ def convolve(x_BLHK: jax.Array, w_WHK: jax.Array,
              bias_HK: Optional[jax.Array] = None, *,
              before_BWHK: Optional[jax.Array] = None,
              segment_ids_BL: Optional[jax.Array] = None,
-             valid_BL: Optional[jax.Array] = None
+             valid_BL: Optional[jax.Array] = None, silu: bool = False
              ) -> tuple[jax.Array, jax.Array]:
   """Returns y, in x's dtype, and the W - 1 inputs that a next token sees.
 
@@ -57,14 +57,14 @@ def convolve(x_BLHK: jax.Array, w_WHK: jax.Array,
     before_BWHK: the W - 1 inputs before them; None: zeros.
     segment_ids_BL: documents; their leading axis may be 1.
     valid_BL: 0 on padding, which is all a row's end; None: there is none.
+    silu: whether y goes through SiLU, which is taken in float32.
   """
   (B, L, H, K), W = x_BLHK.shape, w_WHK.shape[0]
   if before_BWHK is None:
     before_BWHK = jnp.zeros((B, W - 1, H, K), x_BLHK.dtype)
   all_BMHK = jnp.concatenate([before_BWHK.astype(x_BLHK.dtype), x_BLHK], 1)
-  y_BLHK = linear.counted(_filtered, 2 * W)(all_BMHK, w_WHK, segment_ids_BL)
-  if bias_HK is not None:
-    y_BLHK += bias_HK.astype(jnp.float32)[None, None]
+  y_BLHK = linear.counted(_activated if silu else _biased, 2 * W)(
+      all_BMHK, w_WHK, bias_HK, segment_ids_BL)
   if valid_BL is None:
     after_BWHK = all_BMHK[:, L:]
   else:
@@ -105,15 +105,47 @@ def _filtered_fwd(all_BMHK: jax.Array, w_WHK: jax.Array,
 def _filtered_bwd(kept: Any, d_BLHK: jax.Array):
   all_BMHK, w_WHK, segment_ids_BL = kept
   W, L = len(w_WHK), d_BLHK.shape[1]
-  d_all_BMHK, d_w = jnp.zeros(all_BMHK.shape, jnp.float32), []
+  d_all_BMHK, d_w = 0, []
   for i in range(W):
     own_BLHK = _of_one_document(d_BLHK, segment_ids_BL, W - 1 - i)
     seen_BLHK = all_BMHK[:, i:i + L].astype(jnp.float32)
     d_w.append((seen_BLHK * own_BLHK).sum((0, 1)))
-    d_all_BMHK += jnp.pad(own_BLHK * w_WHK[i].astype(jnp.float32)[None, None],
-                          ((0, 0), (i, W - 1 - i), (0, 0), (0, 0)))
+    # One padded array for all i, where there are no documents.
+    wide = jnp.pad(own_BLHK, ((0, 0), (W - 1, W - 1), (0, 0), (0, 0)))
+    d_all_BMHK += (wide[:, W - 1 - i:][:, :L + W - 1]
+                   * w_WHK[i].astype(jnp.float32)[None, None])
   return (d_all_BMHK.astype(all_BMHK.dtype),
           jnp.stack(d_w).astype(w_WHK.dtype), None)
 
 
 _filtered.defvjp(_filtered_fwd, _filtered_bwd)
+
+
+@jax.custom_vjp
+def _activated(all_BMHK: jax.Array, w_WHK: jax.Array,
+               bias_HK: Optional[jax.Array],
+               segment_ids_BL: Optional[jax.Array]) -> jax.Array:
+  """Returns silu(y + bias), float32; the gradient computes y again."""
+  return jax.nn.silu(_biased(all_BMHK, w_WHK, bias_HK, segment_ids_BL))
+
+
+def _biased(all_BMHK: jax.Array, w_WHK: jax.Array,
+            bias_HK: Optional[jax.Array],
+            segment_ids_BL: Optional[jax.Array]) -> jax.Array:
+  y_BLHK = _filtered(all_BMHK, w_WHK, segment_ids_BL)
+  if bias_HK is None:
+    return y_BLHK
+  return y_BLHK + bias_HK.astype(jnp.float32)[None, None]
+
+
+def _activated_bwd(kept: Any, d_BLHK: jax.Array):
+  all_BMHK, w_WHK, bias_HK, segment_ids_BL = kept
+  d_BLHK, = jax.vjp(jax.nn.silu, _biased(*kept))[1](d_BLHK)
+  d_all_BMHK, d_w_WHK, _ = _filtered_bwd(
+      (all_BMHK, w_WHK, segment_ids_BL), d_BLHK)
+  d_bias_HK = None if bias_HK is None else d_BLHK.sum((0, 1)).astype(
+      bias_HK.dtype)
+  return d_all_BMHK, d_w_WHK, d_bias_HK, None
+
+
+_activated.defvjp(lambda *args: (_activated(*args), args), _activated_bwd)

@@ -6,10 +6,8 @@ import jax.numpy as jnp
 from architectures.parts import lapack
 
 
-@jax.custom_vjp
 def inverse(a_PP: jax.Array) -> jax.Array:
-  """Returns (I + A)^-1, [..., P, P]; its gradient, d(X) = -X dA X, is two
-  products and solves nothing again.
+  """Returns (I + A)^-1, [..., P, P].
 
   Blocks that are inverted and joined by products take as long on CPU, and at
   least five times as long to compile (docs/performance_diary.md). The product
@@ -28,16 +26,3 @@ def _solved(a_PP: jax.Array) -> jax.Array:
   return jax.lax.linalg.triangular_solve(
       a_PP, jnp.broadcast_to(eye_PP, a_PP.shape), left_side=True, lower=True,
       unit_diagonal=True)
-
-
-def _inverse_fwd(a_PP: jax.Array) -> tuple[jax.Array, jax.Array]:
-  x_PP = inverse(a_PP)
-  return x_PP, x_PP
-
-
-def _inverse_bwd(x_PP: jax.Array, d_PP: jax.Array) -> tuple[jax.Array]:
-  back_PP = jnp.swapaxes(x_PP, -1, -2)
-  return (-jnp.tril(back_PP @ d_PP @ back_PP, -1),)
-
-
-inverse.defvjp(_inverse_fwd, _inverse_bwd)
