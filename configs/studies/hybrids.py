@@ -2,7 +2,7 @@
 
 Lab note. Gated DeltaNet in 0, 4, 6, 7 or all of 8 layers, in LLaMA's wiring at
 120, 260 and 450 thousand parameters, on the State of the Union messages by
-bytes, in rows of 256. Where both are, attention stands last in each period, as
+bytes, in rows of 128. Where both are, attention stands last in each period, as
 in Qwen3-Next and Kimi Linear, whose ratio is 1 to 3. The feed-forward networks
 are solved for, so that all have the FLOPs of the base. Attention has rotary
 positions. The learning rate is tuned for each ratio and size.
@@ -16,9 +16,9 @@ from configs import llama
 QUESTION = ('How many of the 8 layers of a small model of text should be '
             'attention, and how many Gated DeltaNet?')
 SIZES = {
-    's': {'model.d_model': 32, 'model.num_heads': 2},
-    'm': {'model.d_model': 48, 'model.num_heads': 3},
-    'l': {'model.d_model': 64, 'model.num_heads': 4},
+    's': {'model.d_model': 24, 'model.num_heads': 2},
+    'm': {'model.d_model': 32, 'model.num_heads': 2},
+    'l': {'model.d_model': 48, 'model.num_heads': 3},
 }
 SEEDS = {'noise': 5, 'tune': 1, 'screen': 5, 'confirm': 5}
 TUNING = {'fields': {'optim.lr': (2e-3, 4e-3, 8e-3)}, 'extend': 1}
@@ -29,13 +29,13 @@ _LAYERS = 8
 
 def base():
   c = llama.get_config('tiny')
-  c.model.update(d_model=32, num_layers=_LAYERS, num_heads=2, num_kv_heads=0,
-                 d_ff=0, max_len=256)
-  c.data.update(length=256, batch_size=4)
-  c.train.steps = 300
-  c.optim.update(lr=4e-3, warmup_steps=30)
-  c.eval.update(every_steps=30, batches=8)
-  c.checkpoint.update(every_steps=300, keep=1)
+  c.model.update(d_model=24, num_layers=_LAYERS, num_heads=2, num_kv_heads=0,
+                 d_ff=0, max_len=128)
+  c.data.update(length=128, batch_size=8)
+  c.train.steps = 200
+  c.optim.update(lr=4e-3, warmup_steps=20)
+  c.eval.update(every_steps=40, batches=8)
+  c.checkpoint.update(every_steps=200, keep=1)
   return c
 
 
