@@ -208,8 +208,8 @@ def test_laws(part):
   def at_4(table_VD):
     p = params | {'embed': params['embed'] | {'tokens': table_VD}}
     return (module.apply({'params': p}, tokens_1L).hidden[0, 4] ** 2).sum()
-  with jax.disable_jit():
-    reached = jnp.abs(jax.grad(at_4)(params['embed']['tokens'])).sum(-1)
+  reached = jnp.abs(
+      jax.jit(jax.grad(at_4))(params['embed']['tokens'])).sum(-1)
   assert not reached[5:8].any() and reached[4] > 0
 
 

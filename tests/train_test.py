@@ -291,7 +291,7 @@ def test_too_many_bad_steps_end_the_run(texts, tmp_path):
   assert 'there is no checkpoint' in result.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.long  # loop_test.py has its law, this the programs around it
 def test_a_loss_that_is_not_finite_leaves_the_good_checkpoints(texts, tmp_path):
   """No launcher starts such a run again, and nor does the same command; a
   change of the config does, from where it was."""
@@ -343,7 +343,7 @@ def test_a_second_run_in_the_workdir_is_refused(texts, tmp_path):
   run(command(tmp_path / 'run', texts, '--config.train.steps=2'))
 
 
-@pytest.mark.slow
+@pytest.mark.long  # profile_test.py writes one in its own process
 def test_a_profile_is_written(texts, tmp_path):
   run(command(tmp_path / 'run', texts, '--profile_steps=2:4',
               '--config.train.steps=5'))

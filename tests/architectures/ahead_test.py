@@ -42,7 +42,8 @@ def test_modules_are_those_of_the_oracle(fields):
   module, params = models.make(fields.pop('system', 'llama'), **TWO, **fields)
   c, tokens = module.config, models.tokens(2, 9)
   batch = batch_of(tokens)
-  out = module.apply({'params': params}, batch['tokens'])
+  out = jax.jit(lambda params: module.apply(
+      {'params': params}, batch['tokens']))(params)
   own, L = params['ahead'], 8
   def rms(x, p):
     x = np.asarray(x)
@@ -54,10 +55,10 @@ def test_modules_are_those_of_the_oracle(fields):
     pair = np.concatenate([rms(embedded[:, k:], own[f'token_norm_{k}']),
                            rms(before[:, :L - k], own[f'hidden_norm_{k}'])], -1)
     layer = skeletons.Period(c, (c.layer_pattern()[-1],))
-    (h, _), _ = layer.apply(
-        {'params': own[f'depth_{k}']},
-        (jnp.asarray(pair @ own[f'join_{k}']), None), None,
-        Context(jnp.arange(L - k)[None], length=L))
+    run = jax.jit(lambda p, x, k=k, layer=layer: layer.apply(
+        {'params': p}, (x, None), None,
+        Context(jnp.arange(L - k)[None], length=L))[0][0])
+    h = run(own[f'depth_{k}'], jnp.asarray(pair @ own[f'join_{k}']))
     before = rms(h, own[f'norm_{k}'])
     models.close(out.extra['ahead'][k - 1][:, :L - k], before, rtol=1e-4)
     logits = np.asarray(out.head.logits(before), np.float64)

@@ -89,14 +89,15 @@ def test_are_the_same_unrolled_and_rematerialised_and_change_no_output():
   module, params = models.make('gpt', num_layers=4,
                                attention='global,banded', sliding_window=3)
   tokens_BL = models.tokens(2, 8)
-  first = module.apply({'params': params}, tokens_BL, keep_attention=True)
+  first, plain = (jax.jit(lambda params, keep=keep: module.apply(
+      {'params': params}, tokens_BL, keep_attention=keep))(params)
+                  for keep in (True, False))
   assert first.aux['attention'].shape == (4, 2, 4, 8, 8)
   assert first.cache is None
   far = [bool((w_BHLM[..., 7, :5] > 0).any())
          for w_BHLM in first.aux['attention']]
   assert far == [True, False, True, False]  # the second of a period is banded
-  np.testing.assert_array_equal(
-      first.hidden, module.apply({'params': params}, tokens_BL).hidden)
+  np.testing.assert_array_equal(first.hidden, plain.hidden)
   for change in (dict(scan_layers=False), dict(remat='full')):
     other, _ = models.make('gpt', num_layers=4, attention='global,banded',
                            sliding_window=3, **change)
@@ -109,8 +110,9 @@ def test_of_an_encoder_decoder():
   module, params = models.make('t5')
   source_BM, target_BL = models.tokens(2, 9), models.tokens(2, 6, seed=2)
   ids_BM = jnp.asarray([[1] * 9, [1] * 5 + [0] * 4])
-  aux = module.apply({'params': params}, source_BM, target_BL,
-                     segment_ids_BM=ids_BM, keep_attention=True).aux
+  aux = jax.jit(lambda params: module.apply(
+      {'params': params}, source_BM, target_BL, segment_ids_BM=ids_BM,
+      keep_attention=True).aux)(params)
   encoder, decoder = aux['attention'][:2], aux['attention'][2:]
   cross = aux['cross_attention']
   assert encoder[0].shape == (2, 4, 9, 9) and decoder[0].shape == (2, 4, 6, 6)

@@ -151,7 +151,8 @@ def train_router(remedy: str, seed: int = 0, steps: int = 100) -> dict:
         deterministic=not train), rngs={'router': key})
     task = jnp.square(y_BLD[0] - y_TD).mean()
     return task + sum(aux['losses'].values()), aux['health'] | {'task': task}
-  params = nn.meta.unbox(layer.init(keys[2], batch(keys[2])[0][None], ctx))
+  params = nn.meta.unbox(jax.jit(lambda: layer.init(
+      keys[2], batch(keys[2])[0][None], ctx))())
   params = params['params']
   params['router'] = params['router'].at[0, 0].add(1.0)  # x[0] is always 1
   tx = optax.adam(5e-3)

@@ -317,7 +317,8 @@ def test_what_a_block_does_whose_parts_return_nothing(block):
   """Pre-norm leaves x alone; post-norm stands in its way."""
   module = architectures.build(models.config(block=block))
   tokens = models.tokens(1, 6)
-  params = nn.meta.unbox(module.init(jax.random.key(0), tokens)['params'])
+  params = nn.meta.unbox(
+      jax.jit(module.init)(jax.random.key(0), tokens)['params'])
   params = jax.tree_util.tree_map_with_path(
       lambda path, x: x * 0 if {'out', 'down'} & {k.key for k in path} else x,
       params)

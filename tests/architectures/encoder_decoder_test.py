@@ -208,7 +208,8 @@ def test_published_sizes(system, size):
 def test_t5_is_born_with_scores_of_variance_one():
   """Unscaled scores: the query's weights are smaller by sqrt(head_dim)."""
   module = architectures.build(models.config('t5', d_model=256, head_dim=64))
-  params = nn.meta.unbox(module.init(jax.random.key(0), models.tokens()))
+  params = nn.meta.unbox(
+      jax.jit(module.init)(jax.random.key(0), models.tokens()))
   attention = params['params']['encoder']['layers']['block_0']['attention']
   assert abs(float(attention['query'].std()) * 16 * 8 - 1) < 0.02
   assert abs(float(attention['key'].std()) * 16 - 1) < 0.02

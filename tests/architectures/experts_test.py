@@ -122,7 +122,8 @@ def test_one_expert_is_the_dense_network_and_shared_ones_add_to_it():
   c = config(num_experts=1, top_k=1, ffn=kind, shared_experts=2,
              shared_gate=True)
   x_BLD, ctx = jnp.ones((B, L, D)) * 0.3, Context(jnp.arange(L)[None])
-  params = nn.meta.unbox(MoE(c).init(jax.random.key(0), x_BLD, ctx))['params']
+  params = nn.meta.unbox(jax.jit(
+      lambda: MoE(c).init(jax.random.key(0), x_BLD, ctx))())['params']
   assert params['shared']['up'].shape == (D, 2 * F)
   own = {name: params[name][0] for name in
          ('up', 'up_bias', 'gate', 'gate_bias', 'down', 'down_bias')}
@@ -132,8 +133,8 @@ def test_one_expert_is_the_dense_network_and_shared_ones_add_to_it():
   gate_DU = params['shared_gate'] = 10 * params['shared_gate']
   gate_BLU = 1 / (1 + jnp.exp(-x_BLD @ gate_DU))
   assert gate_BLU.shape == (B, L, 1) and abs(gate_BLU - 0.5).min() > 0.01
-  assert_close(MoE(c).apply({'params': params}, x_BLD, ctx)[0],
-               want_BLD + gate_BLU * shared_BLD)
+  got_BLD = jax.jit(lambda: MoE(c).apply({'params': params}, x_BLD, ctx)[0])()
+  assert_close(got_BLD, want_BLD + gate_BLU * shared_BLD)
 
 
 @pytest.mark.slow
@@ -271,7 +272,8 @@ def test_the_router_multiplies_float32_whatever_the_model_does():
   c = config(dtype='bfloat16')
   module, ctx = MoE(c), Context(jnp.arange(L)[None])
   x_BLD = jax.random.normal(jax.random.key(0), (B, L, D)).astype(jnp.bfloat16)
-  params = nn.meta.unbox(module.init(jax.random.key(1), x_BLD, ctx))
+  params = nn.meta.unbox(jax.jit(
+      lambda: module.init(jax.random.key(1), x_BLD, ctx))())
   # Digits that bfloat16 has not got.
   params['params']['router'] = 40 * params['params']['router'] + 1
   router_DE = np.array(params['params']['router'], np.float64)
@@ -280,7 +282,7 @@ def test_the_router_multiplies_float32_whatever_the_model_does():
   def loss(params, x_BLD):
     health = module.apply(params, x_BLD, ctx)[1]['health']
     return health['z_loss'], health
-  got, _ = loss(params, x_BLD)
+  got, _ = jax.jit(loss)(params, x_BLD)
   np.testing.assert_allclose(got, z, rtol=1e-5)
   text = jax.jit(loss).trace(params, x_BLD).lower(
       lowering_platforms=('tpu',)).as_text()

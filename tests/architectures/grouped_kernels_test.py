@@ -63,8 +63,8 @@ def test_on_a_mesh_it_equals_xla(monkeypatch):
   c = architectures.build(models.config('mixtral')).config
   x_BLD = jax.random.normal(jax.random.key(1), (4, 16, c.d_model))
   ctx = Context(jnp.arange(16)[None])
-  params = jax.tree.map(lambda p: 20 * p, nn.meta.unbox(
-      moe.MoE(c).init(jax.random.key(0), x_BLD, ctx)))
+  params = jax.tree.map(lambda p: 20 * p, nn.meta.unbox(jax.jit(
+      lambda: moe.MoE(c).init(jax.random.key(0), x_BLD, ctx))()))
   grad = lambda p: jax.grad(lambda p: jnp.square(
       moe.MoE(c).apply(p, x_BLD, ctx)[0]).sum())(p)
   mesh = kernels_test._mesh(jax.devices()[:4], expert=2, tensor=2)

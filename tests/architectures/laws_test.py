@@ -48,7 +48,7 @@ VARIANTS = [{part: tuple(values)[i % len(values)]
 # Those that have nothing new but another recurrence, each of which has its own
 # tests.
 REPEATS = [parts for i, parts in enumerate(VARIANTS)
-           if parts['attention'] in ('kda', 'retnet', 'gla')
+           if parts['attention'] in ('deltanet', 'kda', 'retnet', 'gla')
            and all(parts[part] in [other[part] for other in VARIANTS[:i]]
                    for part in PARTS if part != 'attention')]
 
@@ -183,7 +183,8 @@ def test_packed_documents_do_not_see_each_other():
 @pytest.mark.slow
 def test_learned_positions_end_and_stretch():
   module = architectures.build(models.config(max_len=8))
-  params = nn.meta.unbox(module.init(jax.random.key(0), models.tokens(1, 8)))
+  params = nn.meta.unbox(
+      jax.jit(module.init)(jax.random.key(0), models.tokens(1, 8)))
   params = params['params']
   with pytest.raises(ValueError, match='16 tokens is longer than the 8'):
     models.logits(module, params, models.tokens())

@@ -73,8 +73,9 @@ def test_merged_by_numpy_it_is_the_same_function(made):
 def test_a_new_adapter_changes_nothing_and_is_drawn_as_by_its_authors():
   module = architectures.build(models.config(lora=ALL))
   params = jax.tree.map(
-      lambda x: x.value, module.init(jax.random.key(0), models.tokens())
-      ['params'], is_leaf=lambda x: hasattr(x, 'value'))
+      lambda x: x.value, jax.jit(module.init)(
+          jax.random.key(0), models.tokens())['params'],
+      is_leaf=lambda x: hasattr(x, 'value'))
   flat = paths.flatten(params)
   assert not any(x.any() for path, x in flat.items() if path.endswith('_b'))
   for name, fan_in in (('attention/query', 32), ('attention/out', 32),

@@ -317,8 +317,8 @@ def one_logit(**fields):
                d_ff=1)
   model.moe.update(fields)
   module, x_BLD = MoE(architectures.resolve(model)), jnp.ones((1, 1, 1))
-  params = nn.meta.unbox(module.init(
-      jax.random.key(0), x_BLD, Context(jnp.zeros((1, 1), int))))['params']
+  params = nn.meta.unbox(jax.jit(lambda: module.init(
+      jax.random.key(0), x_BLD, Context(jnp.zeros((1, 1), int))))())['params']
   params['router'] = jnp.full((1, 1), 7.0)
   def logit(key):
     ctx = Context(jnp.zeros((1, 1), int), deterministic=key is None)

@@ -114,13 +114,12 @@ def test_values_that_cannot_be_mixed_are_refused(fields, words):
 def test_the_other_ways_to_compute_it_are_the_same():
   """Unrolled, and computed again in the backward pass, with gradients."""
   tokens, found = models.tokens(), []
-  for changes in (dict(), dict(scan_layers=False), dict(remat='full')):
+  for changes in (dict(), dict(scan_layers=False, remat='full')):
     module, params = models.make('llama', **MIXED, **changes)
     loss = lambda p, module=module: jnp.square(
         models.logits(module, p, tokens)).mean()
     found.append(jax.jit(jax.value_and_grad(loss))(params))
-  for other in found[1:]:
-    models.close(found[0], other, rtol=3e-5)
+  models.close(*found, rtol=3e-5)
 
 
 @pytest.mark.slow

@@ -33,6 +33,9 @@ def done(tmp_path_factory, texts):
   return folder, json.loads((folder / 'found.json').read_text()), result.stdout
 
 
+# Of a run that is killed and resumed, train_test.py has the laws; these are of
+# the tool that shows them.
+@pytest.mark.long
 def test_a_sound_run_resumes(done):
   folder, found, output = done
   assert found['resumes'] and found['killed_after'] == 3
@@ -52,6 +55,7 @@ def test_a_sound_run_resumes(done):
       '3', '6', '7'}
 
 
+@pytest.mark.long
 def test_what_differs_is_named(done, tmp_path):
   folder, _, _ = done
   copy = tmp_path / 'killed'

@@ -182,7 +182,9 @@ def test_adafactor_moves_a_parameter_that_starts_at_zero():
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', [
-    name for name in optimizers.OPTIMIZERS if name != 'soap'])
+    pytest.param(name, marks=[pytest.mark.long] * (
+        name not in ('adafactor', 'muon')))
+    for name in optimizers.OPTIMIZERS if name != 'soap'])
 def test_a_stack_learns_as_its_layers_do(name):
   """Layers (and experts) in one array move as each would on its own. (Of SOAP
   in soap_test.py, in float64: rounding chooses a part of its bases.)"""
@@ -286,7 +288,9 @@ def test_update_if(name, dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', optimizers.OPTIMIZERS)
+@pytest.mark.parametrize('name', [
+    pytest.param(name, marks=[pytest.mark.long] * (
+        name not in ('adamw', 'muon'))) for name in optimizers.OPTIMIZERS])
 def test_parameters_in_bfloat16_are_updated_in_float32(name):
   """Moments and updates are those of the same numbers in float32."""
   tree = params(jnp.bfloat16)
@@ -308,7 +312,8 @@ def test_parameters_in_bfloat16_are_updated_in_float32(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', [
-    pytest.param(name, marks=[pytest.mark.long] * (name == 'soap'))
+    pytest.param(name, marks=[pytest.mark.long] * (
+        name not in ('adamw', 'adafactor')))
     for name in optimizers.OPTIMIZERS])
 def test_state_lies_where_the_parameters_lie(name):
   mesh = jax.make_mesh((2, 4), ('fsdp', 'tensor'),

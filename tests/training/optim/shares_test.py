@@ -95,7 +95,9 @@ def test_a_pattern_that_cannot_be_meant_is_refused(freeze, words):
     flat_shares(freeze=freeze)
 
 
-@pytest.mark.parametrize('name', optimizers.OPTIMIZERS)
+@pytest.mark.parametrize('name', [
+    pytest.param(name, marks=[pytest.mark.long] * (
+        name not in ('adamw', 'muon'))) for name in optimizers.OPTIMIZERS])
 def test_an_update_is_that_of_numpy(name):
   """The update of a parameter, its decay included, is its share of what it
   would be; that of a frozen one is not there, nor is its state."""
