@@ -68,9 +68,8 @@ def test_a_wider_model_divides_the_one_number_of_a_head():
                              atol=1e-6)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('gate', [
-    'elementwise', pytest.param('headwise', marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize('gate', GATES)
 def test_gates_on_several_devices_are_those_on_one(gate):
   c = step_test.config(mesh__data=2, mesh__fsdp=2, mesh__tensor=2)
   c.model = models.config('llama', attention_gate=gate, num_kv_heads=2,

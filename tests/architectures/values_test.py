@@ -122,7 +122,7 @@ def test_the_other_ways_to_compute_it_are_the_same():
   models.close(*found, rtol=3e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_values_mixed_on_several_devices_are_those_on_one():
   """Rows of the tables lie on two devices, and heads on two."""
   c = step_test.config(mesh__data=2, mesh__fsdp=2, mesh__tensor=2)

@@ -112,7 +112,8 @@ def test_an_encoder_reads_masks_between_its_marks(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('target', ['', 'ab'])
+@pytest.mark.parametrize('target', [
+    '', pytest.param('ab', marks=pytest.mark.long)])
 def test_an_encoder_decoder_is_shown_a_target(tmp_path, target):
   evaluation = asked('t5', 'seq2seq', tmp_path, target=target)
   figures, data, page = look(evaluation)

@@ -214,12 +214,11 @@ def _trained(config, batches, sizes):
   return jax.device_get(state.params), jax.device_get(figures)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('objective, arch, third', [
-    pytest.param('question_answering', 'bert', 'context',
-                 marks=pytest.mark.slow),
-    pytest.param('question_answering', 'bert', 'fsdp', marks=pytest.mark.long),
-    pytest.param('token_classification', 'gpt', 'context',
-                 marks=pytest.mark.long)])
+    ('question_answering', 'bert', 'context'),
+    ('question_answering', 'bert', 'fsdp'),
+    ('token_classification', 'gpt', 'context')])
 def test_sharded_equals_a_single_device(objective, arch, third, sources):
   """The batch over two devices, the parameters over two, and the length or the
   batch again; and a single device in two micro-batches."""
