@@ -74,7 +74,10 @@ def _gather(w: jax.Array, of: Names) -> jax.Array:
 def along(w: jax.Array, axis: int, names: tuple[str, ...]) -> jax.Array:
   """Returns the shards of an axis that lies on mesh axes, joined, in a function
   that is mapped over the mesh."""
-  return jax.lax.all_gather(w, names, axis=axis, tiled=True)
+  for groups in _steps(names)[::-1]:
+    w = jax.lax.all_gather(w, names, axis=axis, tiled=True,
+                           axis_index_groups=groups)
+  return w
 
 
 def _along_fwd(w: jax.Array, axis: int, names: tuple[str, ...]):
@@ -92,21 +95,28 @@ def scatter(d: jax.Array, axis: int, names: tuple[str, ...]) -> jax.Array:
   """Returns a device's shard of the sum of d over devices, of an axis that
   lies on mesh axes.
 
-  XLA makes an all-reduce of a reduce-scatter whose axis is the last one in
-  memory, and of one over all devices. So the axis comes first, and a single
-  mesh axis is gone over in two steps, which send as much together.
+  It comes first: of the last axis in memory, XLA makes an all-reduce.
   """
   d = jnp.moveaxis(d, axis, 0)
+  for groups in _steps(names):
+    d = jax.lax.psum_scatter(d, names, tiled=True, axis_index_groups=groups)
+  return jnp.moveaxis(d, 0, axis)
+
+
+def _steps(names: tuple[str, ...]) -> list[list[list[int]] | None]:
+  """Returns the groups of devices that scatter a sum one after another, and
+  gather it in the other order; None: all along `names`.
+
+  XLA makes all-reduces of what goes over all devices of the mesh. So a single
+  axis with all of them is gone over in two steps, which send as much together:
+  first over devices that are far apart, then over neighbours.
+  """
   n = sharding.size(names)
   first = _first_step(n)
-  if len(names) > 1 or n < jax.sharding.get_abstract_mesh().size or first == n:
-    d = jax.lax.psum_scatter(d, names, tiled=True)
-  else:
-    ids = np.arange(n).reshape(first, n // first)
-    for groups in (ids.T, ids):
-      d = jax.lax.psum_scatter(d, names[0], tiled=True,
-                               axis_index_groups=groups.tolist())
-  return jnp.moveaxis(d, 0, axis)
+  if n < jax.sharding.get_abstract_mesh().size or len(names) > 1 or first == n:
+    return [None]
+  ids = np.arange(n).reshape(first, n // first)
+  return [ids.T.tolist(), ids.tolist()]
 
 
 def _first_step(n: int) -> int:
