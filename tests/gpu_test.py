@@ -3,10 +3,12 @@ arithmetic, or of the CPU.
 
   ARCHETYPE_TEST_PLATFORM=gpu python -m pytest -m gpu tests/gpu_test.py
 
-python -m benchmarks.gpu runs them too.
+python -m benchmarks.gpu runs them too. On a CPU, make test-long runs those that
+need no GPU.
 """
 
 import contextlib
+import functools
 import os
 
 import jax
@@ -23,8 +25,11 @@ from tests.training import step_test
 from training.distributed import devices
 
 ON_GPU = os.environ.get('ARCHETYPE_TEST_PLATFORM') == 'gpu'
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(
-    not ON_GPU, reason='it is for a GPU, with ARCHETYPE_TEST_PLATFORM=gpu')]
+pytestmark = pytest.mark.gpu
+only_there = pytest.mark.skipif(
+    not ON_GPU, reason='it is for a GPU, with ARCHETYPE_TEST_PLATFORM=gpu')
+# What runs on a CPU too is of the long tests there, lest it grow old unseen.
+long_elsewhere = pytest.mark.long if not ON_GPU else pytest.mark.slow
 
 # Of the largest value. A GPU multiplies float32 in fewer digits unless told.
 TOLERANCE = {'float32': 1e-4, 'bfloat16': 3e-2}
@@ -41,6 +46,7 @@ def cpu():
   return jax.default_device(jax.devices('cpu')[0])
 
 
+@only_there
 def test_this_is_a_gpu_and_auto_takes_its_kernel():
   assert jax.default_backend() == 'gpu'
   c = architectures.resolve(models.config(dtype='bfloat16'))
@@ -66,7 +72,9 @@ def attention_case(name, dtype):
 
 @pytest.mark.parametrize('name', ['causal', 'banded', 'documents'])
 @pytest.mark.parametrize('kernel, dtype', [
-    ('xla', 'float32'), ('xla', 'bfloat16'), ('cudnn', 'bfloat16')])
+    pytest.param('xla', 'float32', marks=long_elsewhere),
+    pytest.param('xla', 'bfloat16', marks=long_elsewhere),
+    pytest.param('cudnn', 'bfloat16', marks=only_there)])
 def test_attention_equals_a_plain_softmax(kernel, dtype, name):
   """Outputs and gradients, of float32 on the CPU, with shared keys."""
   args, mask, seen_BLM = attention_case(name, dtype)
@@ -104,10 +112,12 @@ def on_cpu(tree):
 
 
 def close(want, found, dtype):
-  models.close(want, jax.tree.map(
-      lambda x: on_cpu(x).astype(jnp.float32), found), TOLERANCE[dtype])
+  want, found = (jax.tree.map(lambda x: on_cpu(x).astype(jnp.float32), tree)
+                 for tree in (want, found))
+  models.close(want, found, TOLERANCE[dtype])
 
 
+@long_elsewhere
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 @pytest.mark.parametrize('counts', [
     [60, 0, 129, 11], [0, 0, 0, 0], [0, 256, 0, 0]],
@@ -121,31 +131,37 @@ def test_products_of_experts_equal_a_loop(counts, dtype):
   d_PD = d_PD * (jnp.arange(rows) < sum(counts))[:, None].astype(d_PD.dtype)
   w = experts.Weights(normal(2, E, D, F), normal(3, E, F, D),
                       normal(4, E, D, F))
+  gate_P = jax.random.uniform(jax.random.key(5), (rows,)) + 0.5
   kind = Hidden('swiglu')
 
-  def ours(x_PD, w):
-    y_PD = grouped.ffn(x_PD, jnp.array(counts, jnp.int32), w, None, kind,
-                       rows // E, 'xla')
+  def ours(again, x_PD, gate_P, w):
+    y_PD = grouped.ffn(x_PD, jnp.array(counts, jnp.int32), gate_P, w, None,
+                       grouped.How(kind, rows // E, 'xla', again))
     return (y_PD * d_PD).astype(jnp.float32).sum()
 
-  def loop(x_PD, w):
+  def loop(x_PD, gate_P, w):
     total, start = 0.0, 0
     for e, n in enumerate(counts):
-      x, d = (a[start:start + n] for a in (x_PD, d_on_cpu))
+      x, d, gate = (a[start:start + n] for a in (x_PD, d_on_cpu, gate_P))
       h = kind(x @ w.up_EDF[e], x @ w.gate_EDF[e])
-      total, start = total + (h @ w.down_EFD[e] * d).sum(), start + n
+      total += (gate[:, None] * (h @ w.down_EFD[e]) * d).sum()
+      start += n
     return total
 
   with exact(dtype):
-    found = jax.jit(jax.value_and_grad(ours, (0, 1)))(x_PD, w)
+    ways = [jax.jit(jax.value_and_grad(functools.partial(ours, again),
+                                       (0, 1, 2)))(x_PD, gate_P, w)
+            for again in (False, True)]
   with cpu():
-    x_PD, w, d_on_cpu = jax.tree.map(
-        lambda x: on_cpu(x).astype(jnp.float32), (x_PD, w, d_PD))
-    want = jax.value_and_grad(loop, (0, 1))(x_PD, w)
+    *args, d_on_cpu = jax.tree.map(
+        lambda x: on_cpu(x).astype(jnp.float32), (x_PD, gate_P, w, d_PD))
+    want = jax.value_and_grad(loop, (0, 1, 2))(*args)
   one = jnp.ones(1)  # what differences are measured by where all is zero
-  close((*want, on_cpu(one)), (*found, one), dtype)
+  for found in ways:
+    close((*want, one), (*found, one), dtype)
 
 
+@long_elsewhere
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 @pytest.mark.parametrize('arch', ['gpt', 'llama', 'mixtral'])
 def test_decoding_equals_the_forward_pass(arch, dtype):
@@ -165,9 +181,10 @@ def test_decoding_equals_the_forward_pass(arch, dtype):
 
   with exact(dtype):
     want = jax.jit(lambda p: models.logits(module, p, tokens))(params)
-    close(want.astype(jnp.float32), decode(params, tokens), dtype)
+    close(want, decode(params, tokens), dtype)
 
 
+@long_elsewhere
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 @pytest.mark.parametrize('arch, moe', [
     ('gpt', {}), ('llama', {}), ('mixtral', {}),
