@@ -147,7 +147,7 @@ class Cluster:
                       self.ask('scontrol', 'show', 'job', job))
     return found[1] if found else ''
 
-  def until(self, holds, what: str, seconds: float = 120) -> None:
+  def until(self, holds, what: str, seconds: float = 300) -> None:
     """Waits until holds() is true.
 
     Raises:

@@ -62,12 +62,12 @@ class Launched:
     path = self.workdir / 'logs' / name
     return path.read_text() if path.exists() else ''
 
-  def until(self, pattern, name='process-0.log', seconds=240):
+  def until(self, pattern, name='process-0.log', seconds=600):
     self.cluster.until(lambda: re.search(pattern, self.log(name)),
                        f'{pattern!r} in {name}: {self.log(name)[-3000:]}\n'
                        f'{self.log("job.log")[-1000:]}\n', seconds)
 
-  def ended(self, seconds=240):
+  def ended(self, seconds=600):
     self.cluster.until(
         lambda: self.cluster.state(self.job) in (
             'COMPLETED', 'FAILED', 'CANCELLED', 'TIMEOUT', 'NODE_FAIL', ''),
@@ -210,7 +210,7 @@ def test_an_array_of_runners_is_preempted_and_ends_the_sweep(
   file.write_text(SWEEP.format(steps=3000))
   result = sweep('run', str(file), '--seeds=2', '--launcher=slurm', '--jobs=2',
                  '--novectorised',
-                 '--slurm=timeout_min=10,slurm_partition=low,cpus_per_task=3')
+                 '--slurm=timeout_min=40,slurm_partition=low,cpus_per_task=3')
   assert result.returncode == 0, result.stderr
   jobs = re.findall(r'(\d+_\d+)', result.stdout)
   assert len(jobs) == 2
@@ -230,16 +230,16 @@ def test_an_array_of_runners_is_preempted_and_ends_the_sweep(
     return len(running) == 2 and all(map(saved, running))
   # On a busy machine the time between the signal and the kill is too short to
   # save in.
-  cluster.until(both_can_go_on, f'two runs: {result.stdout}', 400)
+  cluster.until(both_can_go_on, f'two runs: {result.stdout}', 600)
   # A job that comes first takes a whole node, and one runner with it.
   first = subprocess.run(
       ['sbatch', '--parsable', '--partition=high', '--exclusive', '--nodes=1',
        '--output=/dev/null', '--wrap=sleep 20'],
       env=cluster.env, capture_output=True, text=True, check=True)
   cluster.until(lambda: cluster.state(first.stdout.strip()) == 'COMPLETED',
-                'the first job', 120)
+                'the first job', 600)
   cluster.until(lambda: all(run['state'] == 'done' for run in runs()),
-                f'the sweep: {runs()}', 400)
+                f'the sweep: {runs()}', 1200)
   assert len(runs()) == 4
   restarts = [re.search(r'Restarts=(\d+)', cluster.ask(
       'scontrol', 'show', 'job', job))[1] for job in jobs]
