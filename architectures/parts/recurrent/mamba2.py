@@ -28,6 +28,7 @@ from architectures.parts.config import ModelConfig
 from architectures.parts.recurrent import layer
 from architectures.parts.recurrent import recurrence
 from architectures.parts.recurrent import short_conv
+from architectures.parts.recurrent import vectors
 from architectures.parts.roles import Role, declare
 from configs.errors import require
 
@@ -61,7 +62,7 @@ class Mamba2(layer.Layer):
         m.least_step, m.most_step or None)
     scale_H = self._of_head('decay_scale', layer.log_uniform(1.0))
     return recurrence.Inputs(
-        q_BLJK, k_BLJK, dt_BLH[..., None] * v_BLHU.astype(jnp.float32),
+        q_BLJK, k_BLJK, vectors.scaled(v_BLHU.astype(jnp.float32), dt_BLH),
         (-jnp.exp(scale_H)[None, None] * dt_BLH)[..., None])
 
   def gated(self, o_BLHU: jax.Array, x_BLD: jax.Array, v_BLHU: jax.Array,
@@ -88,9 +89,10 @@ def gated_norm(y_BLHU: jax.Array, z_BLHU: jax.Array, scale_HU: jax.Array, *,
   """Returns RMSNorm(y silu(z)), float32, over the heads of each group."""
   B, L, H, U = y_BLHU.shape
   y_BLHU = y_BLHU * jax.nn.silu(z_BLHU.astype(jnp.float32))
-  y_BLJRU = y_BLHU.reshape(B, L, groups, H // groups, U)
-  square_BLJ11 = jnp.square(y_BLJRU).mean((-2, -1), keepdims=True)
-  y_BLHU = (y_BLJRU * jax.lax.rsqrt(square_BLJ11 + eps)).reshape(B, L, H, U)
+  y_BLJF = y_BLHU.reshape(B, L, groups, -1)  # all features of a group
+  square_BLJ = jnp.square(y_BLJF).mean(-1)
+  y_BLHU = vectors.scaled(y_BLJF, jax.lax.rsqrt(square_BLJ + eps)).reshape(
+      B, L, H, U)
   return y_BLHU * scale_HU.astype(jnp.float32)[None, None]
 
 
