@@ -198,6 +198,20 @@ def test_the_gradient_of_several_heads_and_pieces_of_whole_size():
                              run, places=recurrence.PLACES))))
 
 
+@pytest.mark.parametrize('rate', [False, True], ids=['gla', 'kda'])
+def test_several_heads_of_a_row_of_32_places(rate):
+  """From no state. XLA's CPU backend once returned 1e29 here, and not with two
+  heads."""
+  rng = np.random.default_rng(0)
+  normal = lambda *shape: jnp.asarray(rng.normal(size=(2, 32, 8, *shape)),
+                                      jnp.float32)
+  x = Inputs(normal(16) / 8, normal(16) / 8, normal(32),
+             jnp.full((2, 32, 8, 16), -0.04),
+             jax.nn.sigmoid(normal()) if rate else None)
+  one = x._replace(log_decay_BLHK=x.log_decay_BLHK[..., :1])
+  models.close(run(one, places=64), run(x, places=64), 1e-5)
+
+
 def test_decays_that_are_alike_are_one_of_the_head():
   one = drawn(21)
   each = one._replace(log_decay_BLHK=jnp.repeat(one.log_decay_BLHK, K, -1))

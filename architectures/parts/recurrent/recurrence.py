@@ -79,6 +79,10 @@ def run(x: Inputs, state_BHKU: Optional[jax.Array] = None, *,
   assert x.log_decay_BLHK.shape[-1] in (1, K), x.log_decay_BLHK.shape
   if state_BHKU is None:
     state_BHKU = jnp.zeros((B, H, K, U))
+  # Of a state that is a constant of the program XLA's CPU backend (jaxlib 0.10
+  # and 0.12) makes kernels of several products that return what is in memory
+  # by chance: 1e29 with 8 heads and 32 tokens.
+  state_BHKU = jax.lax.optimization_barrier(state_BHKU)
   if L == 1:
     return _step(x, state_BHKU)
   count = -(-L // places)
