@@ -229,15 +229,16 @@ def _mhc(module: nn.Module, x: Streams) -> Weights:
                   (count, D, count * (count + 2)),
                   Role((None, 'embed', None), inputs=(0, 1), kind='logits'))
   scale_U = _own(module, 'dynamic_scale', nn.initializers.constant(SCALE), 3)
-  flat_BLI = recomputed(rmsnorm)(x.x_BLUD.reshape(B, L, -1), None, c.norm_eps)
-  z_BLU = linear.einsum('BLI,IO->BLO', flat_BLI, w_UDU.reshape(count * D, -1),
-                        c.compute_dtype, jnp.float32) / c.widening
+  z_BLU = recomputed(lambda x_BLI, w_IO: linear.einsum(
+      'BLI,IO->BLO', rmsnorm(x_BLI, None, c.norm_eps), w_IO, c.compute_dtype,
+      jnp.float32))(x.x_BLUD.reshape(B, L, -1),
+                    w_UDU.reshape(count * D, -1)) / c.widening
   read_BLU, write_BLU, mix_BLU = (
       scale_U[i] * part_BLU + own[i][None, None]
       for i, part_BLU in enumerate(jnp.split(z_BLU, (count, 2 * count), -1)))
   # sinkhorn's rows are the streams that are written.
-  mix_BLUU = sinkhorn(mix_BLU.reshape(B, L, count, count),
-                      c.streams.iterations)
+  mix_BLUU = recomputed(lambda z: sinkhorn(z, c.streams.iterations))(
+      mix_BLU.reshape(B, L, count, count))
   return Weights(jax.nn.sigmoid(read_BLU), 2 * jax.nn.sigmoid(write_BLU),
                  jnp.swapaxes(mix_BLUU, -1, -2))
 

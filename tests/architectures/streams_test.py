@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import architectures
-from architectures.parts import streams
+from architectures.parts import skeletons, streams
 from architectures.parts.blocks import BLOCKS
 from configs.errors import RequestError
 from tests.architectures.parts_test import D, normal, resolved
@@ -45,15 +45,20 @@ def without(params):
           for name, x in params.items() if not name.endswith('_streams')}
 
 
+def _systems_wirings_and_kinds():
+  """Yields every wiring of a decoder, and one of the other stacks."""
+  for kind in ('mhc', 'hyper', 'attention', 'blocks'):
+    attends = KINDS[kind]['residual'] == 'attention'
+    for block in NORMED if attends else ABLE:
+      fast = block == 'pre_norm' and kind in ('mhc', 'blocks')
+      yield pytest.param('llama', block, kind,
+                         marks=[] if fast else pytest.mark.long)
+    for system in ('bert', 't5'):
+      yield pytest.param(system, 'pre_norm', kind, marks=pytest.mark.long)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize('system, block, kind', [
-    pytest.param(system, block, kind, marks=[pytest.mark.long] * (
-        system != 'llama' or block != 'pre_norm' or kind not in (
-            'mhc', 'blocks')))
-    for system in ('llama', 'bert', 't5') for block in ABLE
-    for kind in ('hyper', 'mhc', 'attention', 'blocks')
-    if block in NORMED or 'residual' not in KINDS[kind]
-    or KINDS[kind]['residual'] != 'attention'])
+@pytest.mark.parametrize('system, block, kind', _systems_wirings_and_kinds())
 def test_a_new_model_is_the_plain_one(system, block, kind):
   """Attention residuals: where every branch begins with a norm."""
   module, plain = (architectures.build(models.config(
@@ -193,7 +198,7 @@ def test_the_other_ways_to_compute_it_are_the_same(kind):
       mtp_depth=1, num_layers=5, prefix='bare', pattern='wide,beside',
       kinds=dict(wide=dict(window=3), beside=dict(block='parallel'),
                  bare=dict(ffn='none')))
-  for changes in (dict(), dict(scan_layers=False, remat='full')):
+  for changes in (dict(scan_layers=False, remat='full'), dict()):
     module, params = models.make('llama', **fields, **changes)
     loss = lambda p, module=module: jnp.square(
         models.logits(module, p, tokens)).mean()
@@ -206,11 +211,15 @@ def test_the_other_ways_to_compute_it_are_the_same(kind):
   assert layers.shape == (6, 2, 7, 32)
   np.testing.assert_allclose(whole.aux['readouts'][-1], whole.hidden,
                              rtol=1e-4, atol=1e-5)
-  cache, parts = architectures.init_cache(module.config, 2, 7), []
-  step = jax.jit(lambda t, cache, i: module.apply(
-      {'params': params}, t, cache=cache, positions_BL=i[None, None]))
-  for i in range(7):
-    out = step(tokens[:, i:i + 1], cache, jnp.array(i))
+  out = run(tokens[:, :3], cache=architectures.init_cache(module.config, 2, 7))
+  own, cache, parts = params, out.cache, [out.hidden]
+  step = jax.jit(lambda p, t, cache, at, apart: module.apply(
+      {'params': p}, t, cache=cache, positions_BL=at, one_by_one=apart),
+                 static_argnums=4)
+  for i in range(3, 7):
+    if i == 5:  # as a loop over single tokens has them
+      own, cache = skeletons.one_by_one(own, cache)
+    out = step(own, tokens[:, i:i + 1], cache, jnp.full((1, 1), i), i > 4)
     cache, parts = out.cache, [*parts, out.hidden]
   models.close(jnp.concatenate(parts, 1), whole.hidden, rtol=1e-4)
   ids, places = (jnp.array([a]) for a in (

@@ -75,6 +75,8 @@ MODELS = [
     ('gpt', dict(position='relative')), ('mixtral', {}),
     ('llama', dict(mixer='latent')), ('llama', dict(mixer='deltanet')),
     ('llama', dict(mixer='retnet')),
+    *(pytest.param('llama', dict(residual=name), marks=pytest.mark.long)
+      for name in ('hyper', 'mhc', 'attention')),
     ('mixtral', dict(moe=dict(balance_loss='none'))),
     pytest.param('llama', dict(mixer='mamba2', ffn='none'),
                  marks=pytest.mark.long),
@@ -135,6 +137,11 @@ def test_what_is_listed_changes_nothing(system, changes):
     *(pytest.param(tuple(n for n in OTHER if n.startswith(f'{mixer}.')),
                    'llama', dict(mixer=mixer), marks=pytest.mark.long)
       for mixer in ('kda', 'gla', 'retnet')),
+    *(pytest.param(tuple(f'streams.{n}' for n in names), 'llama',
+                   dict(residual=residual), marks=pytest.mark.long)
+      for residual, names in (
+          ('hyper', ('count', 'dynamic')), ('mhc', ('count', 'iterations')),
+          ('attention', ('block_size',)))),
     (('attention_softcap', 'attention_sinks', 'attention_dropout',
       'attention_bias'), 'llama', {}),
     (('num_kv_heads', 'attention_scale', 'qk_norm', 'attention_gate'), 'llama',
