@@ -65,7 +65,7 @@ def test_a_token_costs_what_its_experts_cost():
   assert sparse == pytest.approx(2 * weights + attention, rel=1e-9)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_more_experts_cost_no_more_flops():
   def figures(size):
     config = totals.resolved(get('switch', size))

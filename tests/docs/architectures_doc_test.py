@@ -126,7 +126,10 @@ def system_of(name) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('system', sorted({system_of(n) for n, *_ in rows()}))
+@pytest.mark.parametrize('system', [
+    pytest.param(system, marks=[pytest.mark.long] * (
+        system in ('gpt4', 'gshard', 'switch')))
+    for system in sorted({system_of(n) for n, *_ in rows()})])
 def test_rows_of_a_system(system):
   for name, titles, cells in rows():
     if system_of(name) == system:

@@ -170,7 +170,7 @@ def test_wrong_requests_are_sentences(word, said):
     _main(word)
 
 
-@pytest.mark.slow
+@pytest.mark.long  # study_run_test.py has the same of a study that is written
 def test_kills_and_two_runners_change_no_decision():
   """In a process of its own, since it forks."""
   code = ('from tools.study.simulated import behind\n'

@@ -78,8 +78,9 @@ def test_a_study_that_is_stopped_again_and_again_ends_as_one_that_is_not(
     whole, frozen, tmp_path):
   own, found, _ = whole
   did = []
-  while not did or len(did[-1]) == 7:
-    did.append(start(tmp_path, frozen, stop_after=7).did)
+  while not did or len(did[-1]) == 19:
+    did.append(start(tmp_path, frozen, stop_after=19).did)
+  assert len(did) > 2
   assert sorted(run for some in did for run in some) == sorted(own.did)
   again = read(tmp_path)
   assert {name: again[name] for name in KEPT} == {

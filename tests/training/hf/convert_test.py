@@ -126,7 +126,8 @@ def imported(tmp_path_factory, texts):
   return folder / 'run'
 
 
-@pytest.mark.slow
+# Of the programs; hf_generation_test.py evaluates an import, too.
+@pytest.mark.long
 def test_eval_reads_an_import_and_train_goes_on_in_a_mixture(
     imported, tmp_path, capsys):
   assert 'bits per byte' in train_test.evaluate(imported).stdout
