@@ -147,7 +147,8 @@ MUTANTS = {
         ('and mask.q_ids_BL is None', '', 'kernels: cudnn_is_asked'),
     ],
     'architectures/parts/recurrent/mamba2.py': [
-        ('dt_BLH[..., None] * v_BLHU', '1.0 * v_BLHU', 'mamba2: definition'),
+        ('v_BLHU.astype(jnp.float32), dt_BLH)',
+         'v_BLHU.astype(jnp.float32), 1.0 + 0 * dt_BLH)', 'mamba2: definition'),
         ('[None, None] * dt_BLH)[..., None]', '[None, None] + 0 * dt_BLH)'
          '[..., None]', 'mamba2: definition'),
         ('m.least_step, m.most_step or None', '0.0, m.most_step or None',
