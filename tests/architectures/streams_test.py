@@ -58,7 +58,8 @@ def _systems_wirings_and_kinds():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('system, block, kind', _systems_wirings_and_kinds())
+@pytest.mark.parametrize('system, block, kind',
+                         list(_systems_wirings_and_kinds()))
 def test_a_new_model_is_the_plain_one(system, block, kind):
   """Attention residuals: where every branch begins with a norm."""
   module, plain = (architectures.build(models.config(
