@@ -8,10 +8,11 @@ a weight and not in an activation, whose batch took `fsdp` first.
 MESH_AXES = ('data', 'fsdp', 'expert', 'context', 'tensor')
 
 # 'tokens' are batch and length in one axis, 'joined' heads and their features,
-# 'rows' the tokens of a table whose columns are heads.
+# 'rows' the tokens of a table whose columns are heads, 'groups' heads of keys
+# that are as many at every width.
 LOGICAL_AXES = ('batch', 'length', 'tokens', 'embed', 'heads', 'kv_heads',
                 'head', 'mlp', 'vocab', 'experts', 'layers', 'capacity',
-                'latent', 'joined', 'rows')
+                'latent', 'joined', 'rows', 'groups')
 
 RULES = {
     # Weights in shards over fsdp (ZeRO-3), heads and mlp over tensor
@@ -24,6 +25,7 @@ RULES = {
         ('mlp', ('tensor',)),
         ('heads', ('tensor',)),
         ('kv_heads', ('tensor',)),
+        ('groups', ('tensor',)),
         ('joined', ('tensor',)),
         ('embed', ('fsdp',)),
         ('latent', ('fsdp',)),
@@ -42,6 +44,7 @@ RULES = {
         ('mlp', ('tensor',)),
         ('heads', ('tensor',)),
         ('kv_heads', ('tensor',)),
+        ('groups', ('tensor',)),
         ('joined', ('tensor',)),
         ('embed', ()),
         ('latent', ()),

@@ -2,6 +2,7 @@
 
   python -m tools.coord_check
   python -m tools.coord_check --systems=gpt --optimizer=sgd --plot=sgd.png
+  python -m tools.coord_check --systems=llama --mixers=deltanet --widen=heads
 
 Each system is trained for a few steps on one batch, the bytes of a text, at
 each width with the same learning rate. Printed is the mean |x| of what each
@@ -11,6 +12,7 @@ the two forms are one (Yang et al. 2022, appendix D.1).
 """
 
 import importlib
+import itertools
 import json
 
 from absl import flags
@@ -21,6 +23,10 @@ from training.workdir import storage
 
 # A rate at which a few steps move the model visibly at every width.
 LRS = {'adamw': 1e-3, 'lion': 1e-3, 'sgd': 0.03}
+# The sizes that grow with the width; where one is 0, what it is derived from.
+WIDEN = {'size': ('head_dim', 'key_dim', 'value_dim'),
+         'heads': ('num_heads', 'num_kv_heads', 'heads', 'key_heads',
+                   'value_heads')}
 FLAT = 0.1  # a slope up to this is called flat; twice as much, growing
 
 LAYERS, LENGTH, BATCH = 2, 32, 4
@@ -36,6 +42,11 @@ def define_flags() -> None:
   flags.DEFINE_list('systems', [], 'Which decoders; none: all.')
   flags.DEFINE_list('widths', ['64', '128', '256', '512'],
                     'Values of model.d_model, the base first.')
+  flags.DEFINE_list('mixers', [], 'Values of model.mixer that each system has '
+                    'in all its layers, in turn; none: its own.')
+  flags.DEFINE_string('widen', 'size', 'How d_model is reached: by the size of '
+                      'heads, or by as large ones, of which there are more '
+                      '(heads).')
   flags.DEFINE_integer('steps', 6, 'Training steps.', upper_bound=10**6)
   flags.DEFINE_integer('seeds', 2, 'Initialisations that are averaged.',
                        upper_bound=10_000)
@@ -50,9 +61,13 @@ def main():
   cli.parse(__doc__)
   args = flags.FLAGS
   import architectures
+  from architectures.parts import mixers
   decoders = architectures.files('decoder')  # those that muP has rules for
   for system in args.systems:
     one_of('--systems', system, decoders)
+  for mixer in args.mixers:
+    one_of('--mixers', mixer, mixers.MIXERS)
+  one_of('--widen', args.widen, WIDEN)
   one_of('--optimizer', args.optimizer, LRS)
   require(all(w.isdigit() for w in args.widths) and len(args.widths) > 1,
           f'--widths is {",".join(args.widths)}: give two numbers or more')
@@ -65,11 +80,11 @@ def main():
     _pyplot()
   lr = LRS[args.optimizer] if args.lr is None else args.lr
   rows = []
-  for system in args.systems or decoders:
-    for name in ('standard', 'mup'):
-      rows.append(output_sizes(system, name, widths, args.optimizer, lr,
-                               args.steps, args.seeds))
-      print(text(rows[-1]), flush=True)
+  for system, mixer, name in itertools.product(
+      args.systems or decoders, args.mixers or [''], ('standard', 'mup')):
+    rows.append(output_sizes(system, name, widths, args.optimizer, lr,
+                             args.steps, args.seeds, mixer, args.widen))
+    print(text(rows[-1]), flush=True)
   if json_file:
     storage.write(json_file, json.dumps(rows, indent=1) + '\n')
   if args.plot:
@@ -79,42 +94,51 @@ def main():
 
 
 def config(system: str, parametrization: str, width: int, base: int,
-           optimizer: str, lr: float, steps: int):
+           optimizer: str, lr: float, steps: int, mixer: str = '',
+           widen: str = 'size'):
   """Returns the system's `tiny` at `width`, with two layers or, where its
   pattern is longer, with the fewest that it allows."""
+  from architectures.parts.recurrent import groups
   from configs import base as base_config
   from configs import kinds
   c = importlib.import_module(f'configs.{system}').get_config('tiny')
+  model, mup = c.model, parametrization == 'mup'
   c.optim = base_config.base().optim
   c.optim.update(name=optimizer, lr=lr, warmup_steps=0, schedule='constant',
                  weight_decay=0.0, clip_norm=0.0)
   c.train.steps = steps
-  wider = width / c.model.d_model
-  c.model.update(num_layers=kinds.fewest_layers(c.model, LAYERS),
-                 vocab_size=256, max_len=LENGTH,
-                 parametrization=parametrization,
-                 d_model=width, d_ff=round(c.model.d_ff * wider),
-                 head_dim=round(c.model.head_dim * wider),
-                 mup_base_width=base if parametrization == 'mup' else 0)
-  c.model.moe.d_ff = round(c.model.moe.d_ff * wider)
-  for field in ('key_dim', 'value_dim'):
-    c.model.deltanet[field] = round(c.model.deltanet[field] * wider)
+  wider, head_dim = width / model.d_model, model.head_dim or (
+      model.d_model // model.num_heads)
+  model.update(num_layers=kinds.fewest_layers(model, LAYERS), vocab_size=256,
+               max_len=LENGTH, parametrization=parametrization, d_model=width,
+               d_ff=round(model.d_ff * wider), mixer=mixer or model.mixer,
+               mup_base_width=base if mup else 0)
+  model.moe.d_ff = round(model.moe.d_ff * wider)
+  if widen == 'heads':
+    model.update(head_dim=head_dim, mup_base_head_dim=head_dim if mup else 0)
+  for group in (model, *(model[name] for name in groups.GROUPS)):
+    for field in WIDEN[widen]:
+      if field in group:
+        group[field] = round(group[field] * wider)
   return c
 
 
 def output_sizes(system: str, parametrization: str, widths, optimizer: str,
-                 lr: float, steps: int, seeds: int) -> dict:
+                 lr: float, steps: int, seeds: int, mixer: str = '',
+                 widen: str = 'size') -> dict:
   """Returns the sizes of one system's outputs, by width, step and output."""
   import numpy as np
   sizes = []
   for width in progress.each(widths, f'{system}, {parametrization}: widths'):
-    c = config(system, parametrization, width, widths[0], optimizer, lr, steps)
+    c = config(system, parametrization, width, widths[0], optimizer, lr, steps,
+               mixer, widen)
     sizes.append(np.asarray(measure(c, steps, seeds), np.float64))
   last = np.log2([s[-1] for s in sizes])
   slopes = np.polyfit(np.log2(widths), last, 1)[0]
   return dict(
-      system=system, parametrization=parametrization, widths=list(widths),
-      optimizer=optimizer, lr=lr, steps=steps,
+      system=f'{system} with {mixer}' if mixer else system,
+      parametrization=parametrization, widths=list(widths),
+      widen=widen, optimizer=optimizer, lr=lr, steps=steps,
       outputs=[f'block {i}' for i in range(len(last[0]) - 1)] + ['logits'],
       sizes=[s.tolist() for s in sizes], slopes=slopes.tolist())
 

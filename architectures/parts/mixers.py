@@ -143,7 +143,7 @@ MIXERS = {
         sources=('num_heads', 'head_dim', 'mup_base_head_dim'),
         whole=('mamba2.groups',)),
     'kda': recurrent(kda.KDA, KDAConfig, check=kda.check),
-    'gla': recurrent(gla.GLA, GLAConfig, ('heads',), check=gla.check),
+    'gla': recurrent(gla.GLA, GLAConfig, ('heads',)),
     'retnet': recurrent(retnet.RetNet, RetNetConfig, ('heads',),
                         positional=True, check=retnet.check),
 }

@@ -15,8 +15,6 @@ from configs import sharding as tables
 from tests.helpers import models
 from tests.helpers.recurrences import applied, fields, layer_of
 from training.distributed import devices
-from training.optim import mup
-from training.step import parameter_roles
 
 SIGMOID = lambda x: 1 / (1 + np.exp(-x))
 SILU = lambda x: x * SIGMOID(x)
@@ -216,19 +214,6 @@ def test_a_layer_equals_that_of_kimi_linear(dtype, most):
     assert error < most, error
 
 
-def test_mup_knows_a_rank_that_does_not_grow():
-  """A product of low rank has as many inputs at every width, so that neither
-  its first values nor its rate fall."""
-  c = architectures.resolve(models.config(
-      'llama', d_model=128, num_heads=16, num_layers=1, parametrization='mup',
-      mup_base_width=32, mup_base_head_dim=8,
-      **fields('kda', key_heads=0, value_heads=0)))
-  p = mup.rates(c, 'adamw', parameter_roles(architectures.build(c)))[
-      'decoder']['layers']['block_0']['attention']
-  assert (p['query'], p['decay_down'], p['decay_up'], p['decay_bias']) == (
-      1 / 4, 1 / 4, 1, 1)
-
-
 @pytest.mark.parametrize('changes, sentence', [
     (fields('kda', key_heads=3), 'key_heads is 3, which does not divide'),
     (fields('gla', rank=0), 'model.gla.rank is 0: it must be >= 1'),
@@ -237,7 +222,7 @@ def test_mup_knows_a_rank_that_does_not_grow():
     (dict(fields('retnet'), position='alibi'), 'has no scores for the bias'),
     (dict(fields('kda'), lora=dict(rank=2, targets='output_gate')),
      "'output_gate', a product"),
-    (dict(fields('gla'), parametrization='mup', mup_base_width=32,
+    (dict(fields('kda'), parametrization='mup', mup_base_width=32,
           mup_base_head_dim=4), 'times as wide as at the base'),
 ])
 def test_what_cannot_be_is_refused(changes, sentence):

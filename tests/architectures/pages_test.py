@@ -24,8 +24,8 @@ SCALES = {'attention_scale', 'embed_scale', 'logits_scale', 'rope.fraction'}
 # The axes by which a sharding rule knows a parameter, and their letters.
 LETTERS = {'vocab': 'V', 'embed': 'D', 'heads': 'HU', 'kv_heads': 'JHU',
            'joined': 'U', 'head': 'KU', 'latent': 'U', 'mlp': 'F',
-           'experts': 'E', 'rows': 'V',
-           None: 'UDHELWJ'}
+           'experts': 'E', 'rows': 'V', 'groups': 'J',
+           None: 'UDHELWJK'}
 # Models of a system that together have every parameter of its names.
 VARIANTS = (dict(), dict(tie_embeddings=False), dict(logits_bias=True),
             dict(attention_bias=True, ffn_bias=True), models.DENSE_MOE,

@@ -16,8 +16,6 @@ import numpy as np
 import pytest
 
 import architectures
-from architectures.parts import mixers
-from architectures.parts.attention import Context
 from architectures.parts.recurrent import recurrence
 from configs import sharding as tables
 from tests.helpers import models, recurrences
@@ -248,18 +246,28 @@ def test_hybrids_scan_their_period_and_decode(mixer):
   models.close(logits, decoded(params), 2e-5)
 
 
-@each(KDA)
-def test_mup_is_the_standard_form_at_its_base(mixer):
-  """In a layer's first values, and in what it computes of them."""
-  found = []
-  for changes in ({}, dict(parametrization='mup', mup_base_width=32)):
+# What a layer makes of the width that is no width itself: a number of a head, a
+# vector of a rank, and B and C of Mamba-2.
+FIXED = {'mamba2': {'step', 'query', 'key'}}
+OTHERS = {'rate', 'decay', 'decay_down', 'gate_down'}
+
+
+@each(KDA, 'mamba2')
+def test_mup_divides_what_does_not_grow_with_the_width(mixer):
+  """And nothing at its base, where it is the standard form."""
+  layer, p = recurrences.layer_of(mixer)
+  x_BLD = recurrences.inputs(1, 5)
+  for wider in (1, 4):
     c = architectures.resolve(models.config(
-        'llama', **recurrences.fields(mixer), **changes))
-    layer = mixers.MIXERS[mixer].module(c, None)
-    found.append(jax.jit(lambda x, layer=layer: layer.init_with_output(
-        jax.random.key(0), x, Context(jnp.arange(3)[None]), None))(
-            recurrences.inputs(1, 3)))
-  jax.tree.map(np.testing.assert_array_equal, *found)
+        'llama', num_layers=1, parametrization='mup', mup_base_head_dim=8,
+        mup_base_width=recurrences.WIDTH // wider,
+        **recurrences.fields(mixer)))
+    divided = {name: x / wider if name in FIXED.get(mixer, OTHERS) else x
+               for name, x in p.items()}
+    got, want = (jax.jit(lambda p, x, layer=layer: applied(layer, p, x)[0])(
+        p, x_BLD) for layer, p in ((layer.clone(config=c), p),
+                                   (layer, divided)))
+    models.close(want, got, 1e-6 if wider == 1 else 1e-5)
 
 
 @ANY

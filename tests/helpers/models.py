@@ -41,10 +41,14 @@ def config(system: str = 'gpt', **changes):
   return model
 
 
-# Those that muP has rules for, and whose layers all widen with head_dim.
-MUP = [system for system in DECODERS
-       if {kind.get('mixer', config(system).mixer) for kind in (
-           {}, *config(system).kinds.values())} == {'attention'}]
+def mixers_of(system: str) -> set[str]:
+  """Returns the mixers of a system's layers."""
+  c = config(system)
+  return {kind.get('mixer', c.mixer) for kind in ({}, *c.kinds.values())}
+
+
+# Those that muP has rules for: it has none for ranks of latent attention.
+MUP = [system for system in DECODERS if 'latent' not in mixers_of(system)]
 
 
 def tokens(batch: int = 2, length: int = 16, seed: int = 1) -> jax.Array:

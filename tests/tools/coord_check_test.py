@@ -11,7 +11,9 @@ from tools import coord_check
 WIDTHS = [32, 128]
 
 
-@pytest.fixture(scope='module', params=models.MUP)
+@pytest.fixture(scope='module', params=[
+    system for system in models.MUP
+    if models.mixers_of(system) == {'attention'}])
 def rows(request):
   return {name: coord_check.output_sizes(
       request.param, name, WIDTHS, 'adamw', 2e-3, 8, 6)
@@ -56,6 +58,7 @@ def test_what_is_drawn_and_printed(rows, tmp_path):
     ('--optimizer=muon', "unknown --optimizer 'muon'"),
     ('--widths=64', '--widths is 64'),
     ('--steps=0', '--steps is 0'),
+    ('--mixers=s4', "unknown --mixers 's4'"),
 ])
 def test_a_wrong_request_is_one_sentence(flag, word):
   result = forked.run('-m', 'tools.coord_check', flag)

@@ -33,5 +33,5 @@ class DeltaNet(layer.Layer):
       log_decay_BLHK = self.softplus_decay(self.of_heads('decay', x_BLD),
                                            least=0.01)[..., None]
     return recurrence.Inputs(
-        vectors.unit(q_BLJK, self.sizes.key_dim ** -0.5), vectors.unit(k_BLJK),
+        vectors.unit(q_BLJK, self.base_key_dim ** -0.5), vectors.unit(k_BLJK),
         v_BLHU, log_decay_BLHK, self.rate(x_BLD))

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 
 from architectures.parts import linear
 from architectures.parts.attention import Context
-from architectures.parts.config import ModelConfig
 from architectures.parts.recurrent import layer
 from architectures.parts.recurrent import recurrence
 
@@ -32,12 +31,5 @@ class GLA(layer.Layer):
                           ('heads', 'head'))
     log_decay_BLHK = jax.nn.log_sigmoid(linear.add_bias(
         self.low_rank('decay', x_BLD, d.key_dim), bias_HK)) / d.temperature
-    scale = jnp.asarray(d.key_dim ** -0.5, q_BLJK.dtype)
+    scale = jnp.asarray(self.base_key_dim ** 0.5 / d.key_dim, q_BLJK.dtype)
     return recurrence.Inputs(scale * q_BLJK, k_BLJK, v_BLHU, log_decay_BLHK)
-
-
-def check(name: str, c: ModelConfig, stack: str) -> None:
-  """Raises RequestError for what a layer of gated linear attention cannot be.
-  """
-  layer.check(name, c, stack)
-  layer.check_rank(name, c)

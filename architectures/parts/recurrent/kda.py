@@ -21,6 +21,7 @@ from architectures.parts.config import ModelConfig
 from architectures.parts.recurrent import layer
 from architectures.parts.recurrent import recurrence
 from architectures.parts.recurrent import vectors
+from configs.errors import require
 
 
 class KDA(layer.Layer):
@@ -35,8 +36,8 @@ class KDA(layer.Layer):
     log_decay_BLHK = self.softplus_decay(
         self.low_rank('decay', x_BLD, d.key_dim), least=1.0)
     return recurrence.Inputs(
-        vectors.unit(q_BLJK, d.key_dim ** -0.5), vectors.unit(k_BLJK), v_BLHU,
-        log_decay_BLHK, self.rate(x_BLD))
+        vectors.unit(q_BLJK, self.base_key_dim ** -0.5), vectors.unit(k_BLJK),
+        v_BLHU, log_decay_BLHK, self.rate(x_BLD))
 
   def gate(self, x_BLD: jax.Array, ctx: Context) -> jax.Array:
     del ctx
@@ -46,4 +47,7 @@ class KDA(layer.Layer):
 def check(name: str, c: ModelConfig, stack: str) -> None:
   """Raises RequestError for what a layer of KDA cannot be."""
   layer.check(name, c, stack)
-  layer.check_rank(name, c)
+  require(c.head_widening == 1, "model.parametrization is 'mup' and a head is "
+          f'{c.head_widening:g} times as wide as at the base, but the products '
+          f'of low rank of model.mixer {name!r} have the rank of the base: set '
+          'model.mup_base_head_dim to model.head_dim, and widen by more heads')

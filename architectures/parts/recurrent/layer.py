@@ -28,6 +28,8 @@ from architectures.parts.recurrent import vectors
 from architectures.parts.roles import Role, declare
 from configs.errors import require
 
+VALUE_AXES = 'heads', 'head'
+
 
 @struct.dataclass
 class State:
@@ -64,7 +66,7 @@ class Layer(nn.Module):
   def gate(self, x_BLD: jax.Array, ctx: Context) -> jax.Array:
     """Returns what the normalised outputs are multiplied by, [B, L, H, U]: the
     SiLU of a product with the input."""
-    return jax.nn.silu(self.project('output_gate', x_BLD, 'heads', (
+    return jax.nn.silu(self.project('output_gate', x_BLD, VALUE_AXES, (
         self.sizes.value_heads, self.sizes.value_dim), ctx).astype(jnp.float32))
 
   def gated(self, o_BLHU: jax.Array, x_BLD: jax.Array, v_BLHU: jax.Array,
@@ -74,21 +76,28 @@ class Layer(nn.Module):
     return vectors.RMSNorm(self.config, name='out_norm')(
         o_BLHU) * self.gate(x_BLD, ctx)
 
-  def filters(self, name: str, axis: str | None, shape: tuple[int, ...]
+  def filters(self, name: str, axes: tuple[str | None, str | None],
+              shape: tuple[int, ...]
               ) -> tuple[jax.Array, Optional[jax.Array]]:
     """Returns the weights of a convolution, [W, heads, features], and its bias,
     if it has one."""
     return short_conv.weight(self, f'{name}_conv', (self.sizes.conv, *shape),
-                             (None, axis, 'head')), None
+                             (None, *axes)), None
 
   @property
   def sizes(self):
     return getattr(self.config, self.NAME)
 
   @property
-  def key_axis(self) -> str | None:
-    """The logical axis of the heads of keys."""
-    return 'kv_heads'
+  def base_key_dim(self) -> float:
+    """The key_dim of muP's base."""
+    return self.sizes.key_dim / self.config.head_widening
+
+  @property
+  def key_axes(self) -> tuple[str | None, str | None]:
+    """The logical axes of the heads of queries and keys, and of their features.
+    Neither grows with the width where the features have none."""
+    return 'kv_heads', 'head'
 
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[State]):
@@ -124,41 +133,52 @@ class Layer(nn.Module):
             ) -> tuple[jax.Array, Optional[jax.Array]]:
     """Returns queries, keys or values, and what the next token's look back on.
     """
-    axis = 'heads' if name == 'value' else self.key_axis
-    x_BLHK = self.project(name, x_BLD, axis, shape, ctx)
+    axes = VALUE_AXES if name == 'value' else self.key_axes
+    x_BLHK = self.project(name, x_BLD, axes, shape, ctx)
     if not self.sizes.conv:
       return x_BLHK, None
     y_BLHK, after_BWHK = short_conv.convolve(
-        x_BLHK, *self.filters(name, axis, shape), before_BWHK=before_BWHK,
+        x_BLHK, *self.filters(name, axes, shape), before_BWHK=before_BWHK,
         segment_ids_BL=ctx.segment_ids_BL, valid_BL=valid_BL, silu=True)
     return y_BLHK, after_BWHK
 
-  def project(self, name: str, x_BLD: jax.Array, axis: str | None,
-              shape: tuple[int, ...], ctx: Context) -> jax.Array:
-    """Returns a product with the input, of heads on this logical axis."""
-    axes = 'embed', axis, 'head'
-    w_DHK = linear.weight(self, name, (self.config.d_model, *shape), axes)
-    y_BLHK = linear.product(self, name, 'BLD,DHK->BLHK', x_BLD, w_DHK, axes,
-                            deterministic=ctx.deterministic, own_gradient=True)
-    return sharding.constrain(y_BLHK, 'batch', 'length', *axes[1:])
+  def project(self, name: str, x_BLD: jax.Array,
+              axes: tuple[str | None, str | None], shape: tuple[int, ...],
+              ctx: Context) -> jax.Array:
+    """Returns a product with the input, of heads of features on these logical
+    axes."""
+    c, fixed = self.config, axes[1] is None
+    w_DHK = linear.weight(self, name, (c.d_model, *shape), ('embed', *axes),
+                          output=fixed)
+    y_BLHK = linear.product(self, name, 'BLD,DHK->BLHK', x_BLD, w_DHK,
+                            ('embed', *axes), deterministic=ctx.deterministic,
+                            own_gradient=True)
+    if fixed:
+      y_BLHK /= c.widening
+    return sharding.constrain(y_BLHK, 'batch', 'length', *axes)
 
   def of_heads(self, name: str, x_BLD: jax.Array) -> jax.Array:
-    """Returns a number of each head of values, float32 [B, L, H]."""
-    w_DH = linear.weight(self, name, (self.config.d_model,
-                                      self.sizes.value_heads),
-                         ('embed', 'heads'))
-    return linear.einsum('BLD,DH->BLH', x_BLD, w_DH, self.config.compute_dtype,
-                         own_gradient=True).astype(jnp.float32)
+    """Returns a number of each head of values, float32 [B, L, H].
+
+    A wider model may have as many heads, so in muP these are logits, as a
+    router's: divided by how many times as wide it is as its base.
+    """
+    c = self.config
+    w_DH = linear.weight(self, name, (c.d_model, self.sizes.value_heads),
+                         ('embed', 'heads'), output=True)
+    return linear.einsum('BLD,DH->BLH', x_BLD, w_DH, c.compute_dtype,
+                         own_gradient=True).astype(jnp.float32) / c.widening
 
   def low_rank(self, name: str, x_BLD: jax.Array, features: int) -> jax.Array:
-    """Returns x W_down W_up, of each head of values, in float32."""
+    """Returns x W_down W_up, of each head of values, in float32. In muP the
+    rank is that of the base, so what W_down returns are logits, too."""
     c, d = self.config, self.sizes
     down_DU = linear.weight(self, f'{name}_down', (c.d_model, d.rank),
-                            ('embed', None))
+                            ('embed', None), output=True)
     up_UHK = linear.weight(self, f'{name}_up', (
         d.rank, d.value_heads, features), (None, 'heads', 'head'))
     y_BLU = linear.einsum('BLD,DU->BLU', x_BLD, down_DU, c.compute_dtype,
-                          own_gradient=True)
+                          own_gradient=True) / c.widening
     y_BLHK = linear.einsum('BLU,UHK->BLHK', y_BLU, up_UHK, c.compute_dtype,
                            own_gradient=True)
     return sharding.constrain(y_BLHK, 'batch', 'length', 'heads', 'head'
@@ -264,11 +284,3 @@ def check(name: str, c: ModelConfig, stack: str) -> None:
   require(d.value_heads % d.key_heads == 0, f'model.{name}.key_heads is '
           f'{d.key_heads}, which does not divide model.{name}.value_heads '
           f'{d.value_heads}')
-
-
-def check_rank(name: str, c: ModelConfig) -> None:
-  """Raises RequestError where muP has no rule for a product of low rank."""
-  require(c.head_widening == 1, f"model.parametrization is 'mup' and a head is "
-          f'{c.head_widening:g} times as wide as at the base, but model.mixer '
-          f'{name!r} has products of low rank, of which muP knows how many '
-          'heads there are: set model.mup_base_head_dim to model.head_dim')

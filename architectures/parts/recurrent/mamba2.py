@@ -40,16 +40,18 @@ class Mamba2(layer.Layer):
   NAME = 'mamba2'
 
   @property
-  def key_axis(self) -> str | None:
-    """One group is whole on every device."""
-    return 'kv_heads' if self.sizes.groups > 1 else None
+  def key_axes(self) -> tuple[str | None, str | None]:
+    """One group is whole on every device. Neither groups nor the state grow
+    with the width."""
+    return ('groups' if self.sizes.groups > 1 else None), None
 
-  def filters(self, name: str, axis: str | None, shape: tuple[int, ...]
+  def filters(self, name: str, axes: tuple[str | None, str | None],
+              shape: tuple[int, ...]
               ) -> tuple[jax.Array, Optional[jax.Array]]:
-    w_WHK, bias_HK = super().filters(name, axis, shape)
+    w_WHK, bias_HK = super().filters(name, axes, shape)
     if self.sizes.conv_bias:
       bias_HK = short_conv.bias(self, f'{name}_conv_bias', self.sizes.conv,
-                                shape, (axis, 'head'))
+                                shape, axes)
     return w_WHK, bias_HK
 
   def inputs(self, x_BLD: jax.Array, q_BLJK: jax.Array, k_BLJK: jax.Array,
@@ -70,7 +72,8 @@ class Mamba2(layer.Layer):
     m, shape = self.sizes, v_BLHU.shape[2:]
     skip_H = self._of_head('skip', nn.initializers.ones)
     o_BLHU += skip_H[None, None, :, None] * v_BLHU.astype(jnp.float32)
-    gate_BLHU = self.project('output_gate', x_BLD, 'heads', shape, ctx)
+    gate_BLHU = self.project('output_gate', x_BLD, layer.VALUE_AXES, shape,
+                             ctx)
     scale_HU = declare(self, 'out_norm_scale', nn.initializers.ones, shape,
                        Role(('heads', 'head')))
     norm = functools.partial(

@@ -37,7 +37,7 @@ class RetNet(layer.Layer):
     if rotate:
       q_BLJK, k_BLJK = (rotate(x, ctx.positions_BL, turned(c), ctx.length)
                         for x in (q_BLJK, k_BLJK))
-    scale = jnp.asarray(d.key_dim ** -0.5, q_BLJK.dtype)
+    scale = jnp.asarray(self.base_key_dim ** 0.5 / d.key_dim, q_BLJK.dtype)
     log_H = np.log1p(-2.0 ** (-5 - np.arange(d.heads)))
     log_decay_BLH1 = jnp.broadcast_to(
         jnp.asarray(log_H, jnp.float32)[None, None, :, None],
