@@ -10,12 +10,13 @@ three.
 Every third layer, from the first on, sees all tokens; the others see window - 1
 on either side, and have another theta. The first layer's attention has no norm:
 its input has just been normalised. LayerNorm has no bias. With the head of a
-task scores are W_s t + b_s, t what E^T is applied to above, of the first token
-or of each; the mean of a row instead (classifier_pooling) is refused.
+task scores are W_s t + b_s, t what E^T is applied to above, of each token or,
+by model.pooling, of the first token or the mean of a row's x_N.
 """
 
 import jax
 
+from architectures.parts import heads
 from architectures.parts import hf
 from architectures.parts.config import ModelConfig
 from architectures.parts.encoder import Encoder
@@ -32,8 +33,8 @@ class ModernBERT(Encoder):
                logits_bias=True, prefix='first', pattern='local,local,global',
                kinds=dict(first=dict(block='ffn_norm')))
 
-  def scored(self, x_BLD: jax.Array, of_row: bool):
-    return self.transform(x_BLD[:, 0] if of_row else x_BLD), {}
+  def scored(self, x: jax.Array, of_row: bool):
+    return self.transform(x), {}
 
 
 # Of which transformers' defaults are larger than a small vocabulary.
@@ -44,9 +45,8 @@ TYPES = {'full_attention': ('global', 160_000.0),
 
 
 def _read(reader: hf.Reader, fields: dict) -> dict:
-  pooling = reader('classifier_pooling', 'cls')
-  require(pooling == 'cls' or fields['head'] != 'sequence', 'config.json has '
-          f"classifier_pooling {pooling!r}: only 'cls' is known here")
+  pooling = reader.choose('classifier_pooling', 'cls', {
+      name: name for name in heads.POOLINGS})
   reader.must(rope_scaling=None)
   own = {'global': {},
          'local': dict(window=reader('local_attention', 128) // 2 + 1)}
@@ -60,6 +60,7 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
   pattern = rest[:next((n for n in range(1, len(rest) + 1) if len(rest) % n == 0
                         and rest == rest[:n] * (len(rest) // n)), 0)]
   return dict(
+      pooling=pooling if fields['head'] == 'sequence' else 'cls',
       norm='layernorm' if reader('norm_bias', False) else 'layernorm_no_bias',
       rope=own['global'].pop('rope'), prefix='first', pattern=','.join(pattern),
       kinds=dict(first=own[first] | dict(block='ffn_norm'),
@@ -83,6 +84,7 @@ def _write(c: ModelConfig) -> dict:
   windows = [kind.sliding_window for kind in kinds if kind.sliding_window]
   return dict(
       dict.fromkeys(IDS), norm_bias=c.norm == 'layernorm', layer_types=types,
+      classifier_pooling=c.pooling,
       local_attention=2 * (max(windows, default=65) - 1),
       rope_parameters={type_: dict(rope_type='default', rope_theta=theta)
                        for type_, theta in thetas.items()})

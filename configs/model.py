@@ -180,6 +180,9 @@ def defaults() -> dict:
       # Outputs of the head of a task; derived: of the training data's labels.
       num_labels=0,
       head_dropout=0.0,  # of what the head of a task is applied to
+      # Of which of an encoder's tokens the head of a row is a function: cls,
+      # the first one, or mean, of all that are not padding.
+      pooling='cls',
       dropout=0.0,  # of the embedding and of what each part adds
       attention_dropout=0.0,  # of attention weights
       # Of hidden units of dense networks; those of experts: moe.expert_dropout.

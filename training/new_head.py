@@ -28,7 +28,8 @@ def put_on(ours: ModelConfig, theirs: ModelConfig) -> ModelConfig:
   """Returns `theirs` with the head of `ours`, where that is put on."""
   if not is_put_on(ours, theirs):
     return theirs
-  return dataclasses.replace(theirs, head=ours.head, num_labels=ours.num_labels)
+  return dataclasses.replace(theirs, head=ours.head, num_labels=ours.num_labels,
+                             pooling=ours.pooling)
 
 
 def left_out(module: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -36,7 +37,8 @@ def left_out(module: nn.Module) -> dict[str, tuple[int, ...]]:
   and `module`, with its head of a task, has not."""
   ours = _shapes(module)
   lm = architectures.build(dataclasses.replace(
-      module.config, head='lm', num_labels=0, head_dropout=0.0))
+      module.config, head='lm', num_labels=0, head_dropout=0.0,
+      pooling='cls'))
   return {path: shape for path, shape in _shapes(lm).items()
           if path not in ours}
 

@@ -74,6 +74,7 @@ STRICT = {
     'attention_conv': 0,
     'num_labels': 0,
     'head_dropout': 0,
+    'pooling': 'cls',
     'moe.grouped_kernel': 'auto',
     'moe.normalize_gates': True,
     'moe.bias_rate': 0.001,
@@ -90,6 +91,7 @@ def names() -> dict[str, Collection[str]]:
       'ffn': (*FFNS, 'moe', NONE),
       'block': BLOCKS,
       'qk_norm_over': attention.QK_NORMS,
+      'pooling': heads.POOLINGS,
       'attention_gate': output_gate.GATES,
       'mamba2.norm_over': mamba2.NORMS_OVER,
       'attention_kernel': kernels.names(),
@@ -216,6 +218,7 @@ def _check_stack(c: ModelConfig, stacks: Mapping[str, str]) -> None:
            for kind in stacks.values()}
   for field, rest, kind in (
       ('type_vocab_size', 0, 'encoder'), ('next_sentence', False, 'encoder'),
+      ('pooling', 'cls', 'encoder'),
       ('mtp_depth', 0, 'decoder'),
       ('num_decoder_layers', c.num_layers, 'encoder-decoder')):
     require(get(c, field) == rest or stack == kind,

@@ -177,6 +177,7 @@ class ModelConfig:
   head: str
   num_labels: int
   head_dropout: float
+  pooling: str
   dropout: float
   attention_dropout: float
   ffn_dropout: float

@@ -62,18 +62,20 @@ class Encoder(nn.Module):
       y_BLD, head = heads.Unfold(c, name='task')(
           heads.last(x_BLD, None, segment_ids_BL), x_BLD.shape[1])
       return Output(y_BLD, head, aux=aux, extra=dict(hidden=x_BLD))
-    read, extra = self.scored(x_BLD, head.of_row)
+    read, extra = self.scored(
+        heads.POOLINGS[c.pooling](x_BLD, segment_ids_BL) if head.of_row
+        else x_BLD, head.of_row)
     scores = heads.Task(c, name='task')(read, deterministic=deterministic)
     return Output(x_BLD, None, aux=aux,
                   extra=dict(hidden=x_BLD, scores=scores) | extra)
 
-  def scored(self, x_BLD: jax.Array, of_row: bool
+  def scored(self, x: jax.Array, of_row: bool
              ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Returns what the head of a task is applied to, of a row [B, D] or of
     each token [B, L, D], and what of it belongs into `extra`."""
     if not of_row:
-      return x_BLD, {}
-    pooled_BD = self._pooled(x_BLD)
+      return x, {}
+    pooled_BD = self._pooled(x)
     return pooled_BD, dict(pooled=pooled_BD)
 
   def transform(self, x: jax.Array) -> jax.Array:
@@ -89,7 +91,7 @@ class Encoder(nn.Module):
     c = self.config
     extra = dict(hidden=x_BLD)
     if c.next_sentence:
-      pooled_BD = self._pooled(x_BLD)
+      pooled_BD = self._pooled(x_BLD[:, 0])
       logits_B2 = self._dense('nsp', pooled_BD, 2, output=True)
       extra |= dict(pooled=pooled_BD,
                     nsp_logits=logits_B2.astype(jnp.float32))
@@ -100,8 +102,8 @@ class Encoder(nn.Module):
     return Output(t_BLD, heads.Unembed(c, name='head')(table_DV), aux=aux,
                   extra=extra)
 
-  def _pooled(self, x_BLD: jax.Array) -> jax.Array:
-    return jnp.tanh(self._dense('pooler', x_BLD[:, 0], self.config.d_model))
+  def _pooled(self, x_BD: jax.Array) -> jax.Array:
+    return jnp.tanh(self._dense('pooler', x_BD, self.config.d_model))
 
   def _dense(self, name: str, x: jax.Array, size: int, output: bool = False,
              bias: bool = True) -> jax.Array:

@@ -13,7 +13,9 @@ else its pre-training alone needed.
 They are those that are published: BERT reads the row off its pooler (Devlin et
 al. 2019, section 4), a decoder off the last token of a row that is not padding
 (Radford et al. 2018, section 3.2), without a bias, as transformers'
-GPT2ForSequenceClassification has it.
+GPT2ForSequenceClassification has it. With `model.pooling` 'mean', an encoder
+reads the mean of the row's tokens where it would read the first one (Reimers
+and Gurevych 2019, section 3; classifier_pooling of ModernBERT's config.json).
 
 'vector' gives logits of tokens as 'lm' does, but of the row's own: each token
 is to be told from the last one's vector alone, which has to hold them all.
@@ -147,6 +149,24 @@ def last(x_BLD: jax.Array, valid_BL: Optional[jax.Array],
   return jnp.take_along_axis(x_BLD, last_B[:, None, None], 1)[:, 0]
 
 
+def mean(x_BLD: jax.Array, segment_ids_BL: Optional[jax.Array]) -> jax.Array:
+  """Returns the mean of the tokens of each row that are not padding, [B, D].
+
+  Args:
+    x_BLD: the tokens.
+    segment_ids_BL: 0 on padding; None: nothing is padding.
+  """
+  if segment_ids_BL is None:
+    return x_BLD.mean(1)
+  seen_BL1 = (segment_ids_BL != 0)[..., None]
+  sum_BD = (x_BLD * seen_BL1).sum(1, dtype=jnp.float32)
+  return (sum_BD / jnp.maximum(seen_BL1.sum(1), 1)).astype(x_BLD.dtype)
+
+
+# Of the tokens of a row of an encoder: tokens [B, L, D] and segments -> [B, D].
+POOLINGS = {'cls': lambda x_BLD, segment_ids_BL: x_BLD[:, 0], 'mean': mean}
+
+
 class Kind(NamedTuple):
   """An entry of HEADS.
 
@@ -175,8 +195,8 @@ HEADS = {
     'lm': Kind(lambda c: 0, fields=(
         'tie_embeddings', 'logits_bias', 'logits_scale', 'logits_softcap',
         'next_sentence', 'mtp_depth')),
-    'sequence': Kind(lambda c: c.num_labels, of_row=True, fields=_LABELS,
-                     check=_needs_labels),
+    'sequence': Kind(lambda c: c.num_labels, of_row=True,
+                     fields=(*_LABELS, 'pooling'), check=_needs_labels),
     'tokens': Kind(lambda c: c.num_labels, fields=_LABELS,
                    check=_needs_labels),
     'span': Kind(lambda c: 2, fields=('head_dropout',)),

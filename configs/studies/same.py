@@ -2,8 +2,8 @@
 
 Lab note. Each variant is the base with other first parameters (`init_seed`) and
 the same data, so that all verdicts but "no difference shown" are wrong. With
-Q = 0.05, one study in twenty may screen a variant as different; the confirmation
-has then to reject it. docs/studies.md has what came out.
+Q = 0.05, one study in twenty may screen a variant as different, which the
+confirmation has then to reject. docs/studies.md has what came out.
   python -m tools.study run configs/studies/same.py --workdir runs/same \
       --parallel=2
 """

@@ -198,7 +198,23 @@ def test_there_are_no_logits_of_tokens():
     print(output.logits)
 
 
+def test_a_row_is_read_off_the_mean_of_what_is_no_padding():
+  module, params = _made('bert', 'sequence', pooling='mean')
+  segments_BL = (np.arange(16)[None] < [[16], [11]]).astype(int)
+  output = _run(module, params, models.tokens(), segment_ids_BL=segments_BL)
+  rows = [np.asarray(output.hidden[0]).mean(0),
+          np.asarray(output.hidden[1, :11]).mean(0)]
+  read = np.tanh(np.stack(rows) @ np.asarray(params['pooler'])
+                 + np.asarray(params['pooler_bias']))
+  np.testing.assert_allclose(output.extra['scores'], _product(params, read),
+                             rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize('system, changes, said', [
+    ('gpt', dict(head='sequence', num_labels=2, pooling='mean'),
+     "pooling 'mean' has no meaning with model.arch 'gpt'"),
+    ('bert', dict(head='sequence', num_labels=2, pooling='max'),
+     "unknown model.pooling 'max'"),
     ('gpt', dict(head='sequence'), 'num_labels is 0: .* needs 1 or more'),
     ('gpt', dict(head='tokens'), 'num_labels is 0'),
     ('gpt', dict(num_labels=2), "num_labels 2 has no meaning with model.head "

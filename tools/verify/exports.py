@@ -42,6 +42,7 @@ CHANGES = (
     dict(num_kv_heads=2), dict(head_dim=12), dict(d_ff=28),
     dict(vocab_size=67), dict(head='sequence', num_labels=1),
     dict(head='sequence', num_labels=3), dict(head='tokens', num_labels=5),
+    dict(head='sequence', num_labels=3, pooling='mean'),
     dict(mtp_depth=1), dict(attention_conv=3),
     dict(max_len=48), dict(type_vocab_size=3), dict(position_offset=3),
     dict(norm_eps=1e-2), dict(attention_bias=True, attention_out_bias=False),

@@ -309,7 +309,7 @@ def write(config: ModelConfig, labels: Sequence[str] = ()) -> dict[str, Any]:
 def write_bare(config: ModelConfig) -> dict[str, Any]:
   """Returns the config.json of the stack of `config` without its head."""
   tree = write(dataclasses.replace(config, head='lm', num_labels=0,
-                                   head_dropout=0.0))
+                                   head_dropout=0.0, pooling='cls'))
   page = architectures.hugging_face(config.arch)
   return tree | dict(architectures=[page.bare[0]])
 

@@ -60,7 +60,7 @@ CLASSES: tuple[tuple[str, str | Callable, str], ...] = (
     (r'model\.(norm_eps|sinusoid|learned_stretch|rope\..*|relative\.max_distance'
      r'|sliding_window|attention_(softcap|scale)|embed_scale|logits_scale'
      r'|logits_softcap|parametrization|mup_base_(width|head_dim)|dtype'
-     r'|latent\.scale|(deltanet|kda)\.negative|gla\.temperature|lora\.alpha'
+     r'|pooling|latent\.scale|(deltanet|kda)\.negative|gla\.temperature|lora\.alpha'
      r'|streams\.(iterations|block_size)'
      r'|mamba2\.(norm_over|least_step|most_step)'
      r'|kinds\.\w+\.(window|rope\..*|attention_(softcap|scale))'

@@ -238,9 +238,11 @@ def test_modernberts_layers_are_those_that_its_config_json_names():
   assert other.pattern == 'local,local,local,local,local,global'
   with pytest.raises(RequestError, match='layer_types that are not 22 of full'):
     hf_config.read(MODERNBERT | dict(layer_types=local))
-  with pytest.raises(RequestError, match="pooling 'mean': only 'cls'"):
-    hf_config.read(MODERNBERT | dict(
-        architectures=['ModernBertForSequenceClassification']))
+  rows = MODERNBERT | dict(
+      architectures=['ModernBertForSequenceClassification'])
+  assert (c.pooling, hf_config.read(rows).pooling) == ('cls', 'mean')
+  with pytest.raises(RequestError, match="classifier_pooling 'max': choose"):
+    hf_config.read(rows | dict(classifier_pooling='max'))
   for wrong in (dict(rope_scaling=dict(rope_type='linear', factor=2.0)),
                 dict(rope_parameters=dict(rope_theta=1e4)),
                 dict(classifier_bias=True)):
