@@ -83,9 +83,10 @@ def _program(text: str) -> str:
 def table() -> list[Mutant]:
   """Returns every mutant, by file."""
   from tests.mutants import answers, attention, experts, insides, labels
-  from tests.mutants import model, probes, spans, states, studies, talk
-  from tests.mutants import text, updates
+  from tests.mutants import model, probes, recurrent, spans, states, studies
+  from tests.mutants import talk, text, updates
   return [Mutant(file, *row)
-          for part in (model, attention, experts, updates, text, states,
-                       insides, spans, talk, labels, answers, probes, studies)
+          for part in (model, attention, recurrent, experts, updates, text,
+                       states, insides, spans, talk, labels, answers, probes,
+                       studies)
           for file, rows in part.MUTANTS.items() for row in rows]
