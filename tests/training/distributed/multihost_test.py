@@ -213,7 +213,7 @@ def test_a_lost_process_ends_all_and_the_run_goes_on(alone, two, texts,
   assert "process 0 failed: KeyError: 'raised on purpose'; process 1" in log
   assert said.out.count('going on from step') == 3
   tables = re.findall(r'process +host +pid +devices +slice\n'
-                      r'0 +\S+ +\d+ +4 x cpu +0\n1 +\S+ +\d+ +4 x cpu +1\n'
+                      r'0 +\S+ +\d+ +4 x cpu +0\n1 +\S+ +\d+ +4 x cpu +0\n'
                       '2 processes, 8 devices\n', said.out)
   assert len(tables) == 3  # one a start
   same(alone / 'stopped', alone / 'alone')
