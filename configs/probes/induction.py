@@ -15,4 +15,4 @@ LRS = (3e-3,)
 def suite(add):
   add('induction', **{
       'data.length': 32, 'data.batch_size': 32, 'probe.vocab': 16,
-      'probe.examples': 100_000, 'train.steps': 1500})
+      'probe.examples': 100_000, 'train.steps': 4000})

@@ -249,7 +249,9 @@ def test_routers_route_alike_on_a_mesh(fields):
   step, args = compile_on(tables.PRESETS['ep'], config(**fields))
   assert_equal(step(*args), one_device(config(**fields)), 4)
   crossings = crossed(step.as_text(), tables.PRESETS['ep'])
-  assert len([sizes for sizes in crossings if 'f32' in sizes]) == 4
+  # Rows of D numbers; where tokens choose, gates cross too, one of a row.
+  assert len([sizes for sizes in crossings
+              if sizes['f32'] > B * L]) == 4
 
 
 @pytest.mark.slow

@@ -116,8 +116,8 @@ def test_padding_is_no_part_of_a_state(mixer):
         lambda x, row=row: x[row:row + 1], cache)), 2e-5)
 
 
-# The largest difference over the largest value, of a layer's output: twice what
-# it is.
+# The bound is of the largest difference over the largest value, of a layer's
+# output.
 @each(KDA)
 def test_bfloat16_is_float32_within_a_bound(mixer):
   """The state and all that is done to it stay in float32."""

@@ -44,6 +44,7 @@ CHANGES = (
     dict(head='sequence', num_labels=3), dict(head='tokens', num_labels=5),
     dict(head='sequence', num_labels=3, pooling='mean'),
     dict(mtp_depth=1), dict(attention_conv=3),
+    dict(residual='hyper', streams=dict(dynamic=False)),
     dict(max_len=48), dict(type_vocab_size=3), dict(position_offset=3),
     dict(norm_eps=1e-2), dict(attention_bias=True, attention_out_bias=False),
     dict(learned_stretch=2.0), dict(attention='banded', sliding_window=5),

@@ -298,7 +298,7 @@ def test_host_memory_of_an_import_is_a_shard_and_of_an_export_a_tensor(
   put = jax.device_put
   def put_and_let_go(x, to):
     y = jax.block_until_ready(put(x, to, may_alias=False))
-    gc.collect(0)  # JAX lets go of the shard before then
+    gc.collect()  # JAX lets go of the shard before then
     return y
   monkeypatch.setattr(jax, 'device_put', put_and_let_go)
   for dtype in (jnp.float32, jnp.bfloat16):  # what a run's param_dtype says
