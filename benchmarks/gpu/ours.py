@@ -1,6 +1,7 @@
 """This project's side: what the card is, kernels, training steps, writing.
 
-  python -m benchmarks.gpu.ours   (a request on stdin; rows on stdout)
+workers.py runs it as a program, which reads a request from stdin and writes
+rows to stdout.
 """
 
 from collections.abc import Callable, Iterator, Mapping

@@ -1,6 +1,7 @@
 """PyTorch's side: transformers' models, torch.compile, FlashAttention.
 
-  python -m benchmarks.gpu.theirs   (a request on stdin; rows on stdout)
+workers.py runs it as a program, which reads a request from stdin and writes
+rows to stdout.
 
 It imports nothing of JAX, so that it may run under a Python of its own, whose
 CUDA libraries are PyTorch's.
