@@ -9,14 +9,14 @@ import time
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from benchmarks import batches
 from training import generate
 from training import loop
+from training import objectives
 from training import runs
 from training.data import pipeline
 from training.data import tokenizers
-from training.distributed import devices
 from training.distributed import cpu_memory
 from training.workdir import run_config
 
@@ -25,17 +25,11 @@ class Trainer:
   """A run's state, its compiled step and one batch."""
 
   def __init__(self, tree):
-    self.config = run_config.from_json(tree)
-    model = self.config.model.to_dict()
-    model['max_len'] = model['max_len'] or self.config.data.length
-    self.run = runs.build(self.config, runs.architectures.resolve(model))
-    sizes, vocab = self.config.data, self.run.model.vocab_size
-    tokens = np.random.default_rng(0).integers(
-        0, vocab, (sizes.batch_size, sizes.length + 1), dtype=np.int32)
-    self.host_batch = dict(
-        tokens=tokens[:, :-1], targets=tokens[:, 1:],
-        weights=np.ones((sizes.batch_size, sizes.length), np.float32))
-    self.batch = devices.put(self.host_batch, self.run.place)
+    self.config = objectives.with_labels(run_config.from_json(tree))
+    ids = batches.tokenizer(self.config)
+    model, _ = runs.resolve(self.config, ids)
+    self.run = runs.build(self.config, model)
+    self.batch = self.run.put(batches.make(self.config, ids))
 
   def create(self, options=None):
     """Makes the state and compiles the step; returns the seconds of tracing

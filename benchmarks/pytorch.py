@@ -1,36 +1,66 @@
-"""GPT-2 as Hugging Face transformers runs it on PyTorch: the other side.
+"""What Hugging Face transformers makes of a model on PyTorch: the other side.
 
 AdamW with clipping, as ours; no dropout. In bfloat16 two ways: `autocast`,
 whose parameters stay float32 as ours do, and `bfloat16`, parameters and
 moments too, which is faster and learns worse.
 """
 
-import numpy as np
 import torch
 import transformers
+
+from configs.errors import require
+
+
+def build(request):
+  """Returns the model of a request with random weights.
+
+  Raises:
+    RequestError: where it has another number of parameters than ours.
+  """
+  tree = request['config_json']
+  named, = tree['architectures']
+  kind = getattr(transformers, named, None)
+  require(kind is not None, f'transformers {transformers.__version__} has no '
+          f'{named}: the extra `verify` brings a later one')
+  config = kind.config_class.from_dict(tree)
+  for name, value in config.to_dict().items():
+    if 'drop' in name and isinstance(value, float):
+      setattr(config, name, 0.0)
+  model = kind(config)
+  found = count(model)
+  require(found == request['parameters'], f'{named} of transformers has '
+          f'{found:,} parameters, and ours {request["parameters"]:,}: these '
+          'are two models, which are not compared')
+  return model
+
+
+def count(model) -> int:
+  """Returns how many values are trained; a router's biases (DeepSeek-V3's) are
+  moved without a gradient, and no parameters of PyTorch's."""
+  biases = [buffer for name, buffer in model.named_buffers()
+            if name.endswith('e_score_correction_bias')]
+  trained = [p for p in model.parameters() if p.requires_grad]
+  return sum(x.numel() for x in trained + biases)
 
 
 class Trainer:
   """A model, its optimiser and one batch."""
 
   def __init__(self, request):
-    model, data = request['config']['model'], request['config']['data']
-    dtype = request['dtype']
     torch.manual_seed(0)
-    config = transformers.GPT2Config(
-        vocab_size=model['vocab_size'], n_positions=data['length'],
-        n_embd=model['d_model'], n_layer=model['num_layers'],
-        n_head=model['num_heads'],
-        resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=0,
-        eos_token_id=0)
-    self.model = transformers.GPT2LMHeadModel(config).train()
-    if dtype == 'bfloat16':
+    self.model = build(request).train()
+    if request['dtype'] == 'bfloat16':
       self.model = self.model.bfloat16()
-    self.autocast = dtype == 'autocast'
+    self.autocast = request['dtype'] == 'autocast'
     self.optimizer = torch.optim.AdamW(
         self.model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1)
-    self.tokens = torch.from_numpy(np.random.default_rng(0).integers(
-        0, model['vocab_size'], (data['batch_size'], data['length'])))
+    self.inputs = {name: torch.tensor(rows)
+                   for name, rows in request['inputs'].items()}
+    self.options = {}
+    if 'decoder_input_ids' in self.inputs or request['decoder']:
+      self.options['use_cache'] = False
+    if hasattr(self.model.config, 'router_aux_loss_coef'):
+      self.options['output_router_logits'] = True  # and so their losses
     self.forward = (torch.compile(self.model) if request['compiled']
                     else self.model)
 
@@ -38,8 +68,7 @@ class Trainer:
     """Takes a step; returns its loss."""
     self.optimizer.zero_grad(set_to_none=True)
     with torch.autocast('cpu', torch.bfloat16, enabled=self.autocast):
-      loss = self.forward(self.tokens, labels=self.tokens,
-                          use_cache=False).loss
+      loss = self.forward(**self.inputs, **self.options).loss
     loss.backward()
     torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
     self.optimizer.step()
@@ -47,12 +76,12 @@ class Trainer:
 
   def generate(self, prompt: int, new: int) -> None:
     """Continues the batch's first `prompt` tokens greedily by `new`."""
+    tokens = self.inputs['input_ids'][:, :prompt]
     self.model.eval()
     with torch.no_grad():
       self.model.generate(
-          self.tokens[:, :prompt], attention_mask=torch.ones_like(
-              self.tokens[:, :prompt]), do_sample=False, min_new_tokens=new,
-          max_new_tokens=new, pad_token_id=0)
+          tokens, attention_mask=torch.ones_like(tokens), do_sample=False,
+          min_new_tokens=new, max_new_tokens=new, pad_token_id=0)
 
 
 def jobs(request):

@@ -1,12 +1,20 @@
-"""Times whole training steps, and beside them PyTorch's at the same sizes.
+"""Times whole training steps, and beside them PyTorch's of the same model.
 
   python -m benchmarks.step --compare=pytorch
   python -m benchmarks.step --dtype=bfloat16 --compare=pytorch --json=FILE
+  python -m benchmarks.step --config=configs/bert.py:tiny --compare=pytorch
   python -m benchmarks.step --config=configs/gpt.py:tiny --sections=loop
+
+The other side is the class of transformers for the system, built from the
+config.json of an export, with random weights and as many parameters. Both train
+on one batch of the objective, by AdamW with clipping, without dropout, noise
+in routers or a capacity of experts.
 
 Each side is a process of its own. The two take turns, so that a busy machine
 slows both alike: what counts is the median of the pairs' ratios. Steps are
-warm. Peak memory is the process's, compiler and libraries included.
+warm. Peak memory is the process's, compiler and libraries included. CPU time
+is of all threads: on a busy machine, and with both sides on one core by
+`taskset -c 0`, it tells more than the time by the clock.
 
 Sections: `step`; `generate` (greedy, the whole batch); `loop` (the training
 loop, its batches from data.source, against the bare step); `compile` (8 times
@@ -20,7 +28,7 @@ import statistics
 from absl import flags
 
 from benchmarks.worker import Worker
-from configs.errors import RequestError
+from configs.errors import require
 from training import cli
 
 SECTIONS = ('step', 'generate', 'loop', 'compile')
@@ -58,7 +66,10 @@ def default_config():
 def main():
   cli.parse(__doc__)
   args = flags.FLAGS
+  import architectures
+  from benchmarks import rival
   from training import runs
+  from training.data import tokenizers
   from training.workdir import run_config, storage
   json_file = storage.output(args.json, '--json')
   for name in args.sections:
@@ -66,71 +77,88 @@ def main():
   config = args.config or default_config()
   config = config.copy_and_resolve_references().unlock()
   config.model.dtype = args.dtype = args.dtype or config.model.dtype
+  runs.check_config(config)
+  if args.compare:
+    rival.check(config)
+    config = rival.alike(config)
   if not config.model.vocab_size:
-    config.model.vocab_size = 384  # as many ids as the bytes tokenizer has
-  if args.compare and config.model.arch != 'gpt':
-    raise RequestError(f'--compare=pytorch runs GPT-2: model.arch is '
-                       f'{config.model.arch!r}')
+    config.model.vocab_size = runs.vocab_size(
+        config, tokenizers.load(config.data.tokenizer))
+  if 'generate' in args.sections:
+    stack = architectures.stack(runs.resolve_alone(config))
+    require(stack == 'decoder', '--sections=generate is of decoders, and '
+            f'model.arch {config.model.arch!r} is an {stack}')
+    require(args.prompt <= config.data.length, f'--prompt is {args.prompt}, '
+            f'and rows have data.length={config.data.length} tokens')
   request = dict(kind='step', config=run_config.to_json(config), count=20,
                  prompt=args.prompt, new=args.new)
+  told = rival.request(config) if args.compare else {}
   figures = {'dtype': args.dtype}
   for name in args.sections:
-    figures[name] = globals()[f'_{name}'](request, args)
+    figures[name] = globals()[f'_{name}'](request, args, told)
   if json_file:
     storage.write(json_file, json.dumps(figures, indent=1) + '\n')
 
 
-def _step(request, args):
+def _step(request, args, told):
   data = request['config']['data']
-  return _against(request, args, 'step', 'tokens/s',
+  return _against(request, args, told, 'step', 'tokens/s',
                   data['batch_size'] * data['length'])
 
 
-def _generate(request, args):
-  return _against(request, args, 'generate', 'new tokens/s',
+def _generate(request, args, told):
+  return _against(request, args, told, 'generate', 'new tokens/s',
                   request['config']['data']['batch_size'] * args.new)
 
 
-def _against(request, args, job, unit, amount):
-  """Alternates ours and each rival; prints and returns the figures."""
+def _against(request, args, told, job, unit, amount):
+  """Alternates ours and each rival, which is `told` of the model; prints and
+  returns the figures."""
   sides = {'ours': ('ours', request)}
   if args.compare:
     # Generation goes through transformers' own loop, which is not compiled.
     ways = (False, True) if args.torch_compile and job == 'step' else (False,)
     sides |= {f'{args.compare} {dtype}{", compiled" * compiled}':
-              (args.compare, request | dict(dtype=dtype, compiled=compiled))
+              (args.compare, request | told | dict(
+                  dtype=dtype, compiled=compiled))
               for dtype in RIVALS[args.dtype] for compiled in ways}
-  workers = {name: Worker(*side) for name, side in sides.items()}
-  seconds = {name: [] for name in sides}
-  peak = {}
+  workers = {}
+  answers = {name: [] for name in sides}
   try:
-    for pair in range(args.pairs + 1):
-      for name, worker in workers.items():
-        answer = worker.do(job)
-        peak[name] = answer['peak_bytes']
-        if pair:  # the first is the warm-up
-          seconds[name].append(answer['seconds'])
+    for name, side in reversed(sides.items()):  # ours last: others may refuse
+      workers[name] = Worker(*side)
+    for _ in range(args.pairs + 1):
+      for name in sides:
+        answers[name].append(workers[name].do(job))
   finally:
     for worker in workers.values():
       worker.close()
   figures = {}
-  for name, times in seconds.items():
+  for name, given in answers.items():
+    given = given[1:]  # the first is the warm-up
+    times = [answer['seconds'] for answer in given]
     median = statistics.median(times)
-    ratio = statistics.median(
-        other / own for other, own in zip(times, seconds['ours']))
+    ratio, cpu_ratio = (statistics.median(
+        other[key] / own[key] for other, own in zip(given, answers['ours'][1:])
+        ) for key in ('seconds', 'cpu_seconds'))
     figures[name] = dict(
         median_s=median, min_s=min(times), per_s=amount / median,
-        peak_bytes=peak[name], ours_is_faster_by=ratio)
+        cpu_s=statistics.median(answer['cpu_seconds'] for answer in given),
+        peak_bytes=given[-1]['peak_bytes'], ours_is_faster_by=ratio,
+        ours_is_faster_by_cpu_time=cpu_ratio)
     print(f'{job} {name:27} {median * 1e3:8.0f} ms  (least '
-          f'{min(times) * 1e3:.0f})  {amount / median:8.0f} {unit}  peak '
-          f'{peak[name] / 2**20:.0f} MiB' + (
-              '' if name == 'ours' else f'  ours is {ratio:.2f} x as fast'),
+          f'{min(times) * 1e3:.0f}; of CPU {figures[name]["cpu_s"] * 1e3:.0f})'
+          f'  {amount / median:8.0f} {unit}  peak '
+          f'{given[-1]["peak_bytes"] / 2**20:.0f} MiB' + (
+              '' if name == 'ours' else f'  ours is {ratio:.2f} x as fast '
+              f'({cpu_ratio:.2f} x by CPU time)'),
           flush=True)
   return figures
 
 
-def _loop(request, args):
+def _loop(request, args, told):
   """The loop's seconds a step over those of the bare step, alternated."""
+  del told
   count = request['count']
   with Worker('ours', request) as worker:
     pairs = [(worker.do('steps')['seconds'] / count,
@@ -142,11 +170,13 @@ def _loop(request, args):
   return dict(bare_s=bare, loop_s=loop, added=added)
 
 
-def _compile(request, args):
+def _compile(request, args, told):
   """Seconds to trace and compile, with 8 times the layers and as it is."""
+  del told
   deep = json.loads(json.dumps(request))
   model = request['config']['model']
-  deep['config']['model']['num_layers'] *= 8
+  for stack in ('num_layers', 'num_decoder_layers'):
+    deep['config']['model'][stack] *= 8
   ratios, seconds = [], []
   for _ in range(args.pairs):
     pair = []

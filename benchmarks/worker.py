@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 
-from configs.errors import EnvironmentFailure
+from configs.errors import EnvironmentFailure, RequestError
 
 
 class Worker:
@@ -38,7 +38,8 @@ class Worker:
     self.process.communicate()
 
   def do(self, job: str) -> dict:
-    """Returns {seconds, peak_bytes, result} of one job."""
+    """Returns {seconds, cpu_seconds, peak_bytes, result} of one job; the second
+    is what all of its threads took together."""
     self._send(job)
     return self._receive()
 
@@ -49,7 +50,10 @@ class Worker:
   def _receive(self):
     for line in self.process.stdout:
       if line.startswith('{'):
-        return json.loads(line)
+        message = json.loads(line)
+        if 'refused' in message:
+          raise RequestError(message['refused'])
+        return message
     raise EnvironmentFailure(
         f'the {self.side} side ended with exit code {self.process.wait()}')
 
@@ -65,16 +69,21 @@ def _answer(**message):
 
 def main():
   module = importlib.import_module(f'benchmarks.{sys.argv[1]}')
-  jobs = module.jobs(json.loads(sys.stdin.readline()))
+  try:
+    jobs = module.jobs(json.loads(sys.stdin.readline()))
+  except RequestError as error:
+    _answer(refused=str(error))
+    return
   _answer(ready=True)
   for line in sys.stdin:
     job = json.loads(line)
     if job is None:
       break
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     result = jobs[job]()
-    _answer(seconds=time.perf_counter() - start, peak_bytes=_peak_bytes(),
-            result=result)
+    _answer(seconds=time.perf_counter() - start,
+            cpu_seconds=time.process_time() - cpu_start,
+            peak_bytes=_peak_bytes(), result=result)
 
 
 if __name__ == '__main__':

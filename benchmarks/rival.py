@@ -1,0 +1,107 @@
+"""What the other side of a comparison is told: the same model, the same batch.
+
+The model is described by the config.json that an export of it would have, which
+names the class of transformers too; so every system that transformers has can
+be compared. Nothing here imports PyTorch.
+"""
+
+import importlib.util
+from typing import Any
+
+import numpy as np
+
+import architectures
+from benchmarks import batches
+from configs import base
+from configs.errors import require
+from training import objectives
+from training import runs
+from training.costs import totals
+from training.hf import config as hf_config
+from training.objectives.record import Config
+
+IGNORED = -100  # a label that transformers' losses leave out
+# Our arrays by what transformers calls them. `labels` come of two of ours.
+NAMES = dict(
+    tokens='input_ids', types='token_type_ids', segment_ids='attention_mask',
+    decoder_tokens='decoder_input_ids',
+    decoder_segment_ids='decoder_attention_mask',
+    nsp_targets='next_sentence_label')
+
+
+def alike(config: Config) -> Config:
+  """Returns the config without what the other side does not have: AdamW with
+  clipping is the optimiser, nothing is dropped or made noisy, no expert has a
+  capacity, and the loss has neither label smoothing nor a z-loss of its own."""
+  config = config.copy_and_resolve_references()
+  model = config.model
+  for fields in (model, model.moe):
+    fields.update({name: 0.0 for name in fields if name.endswith('dropout')})
+  model.moe.update(jitter=0.0, logit_noise=0.0, capacity_factor=0.0,
+                   eval_capacity_factor=0.0, dispatch='auto')
+  config.train.update(z_loss=0.0, label_smoothing=0.0)
+  config.optim.update(base.base().optim)
+  return config
+
+
+def check(config: Config) -> None:
+  """Raises RequestError for a config that has no other side."""
+  architectures.hugging_face(config.model.arch)
+  objective = objectives.of(config)
+  others = sorted({*objective.arrays(config)} - {*NAMES, 'targets', 'weights'})
+  require(objective.head == 'lm' and not objective.bound and not others,
+          '--compare=pytorch: no class of transformers has the loss of '
+          f'objective {config.objective!r}' + (
+              f' with {" and ".join(others)}' if others else ''))
+  missing = [name for name in ('torch', 'transformers')
+             if importlib.util.find_spec(name) is None]
+  require(not missing, f'--compare=pytorch needs {" and ".join(missing)}: '
+          "pip install 'archetype[verify]'")
+
+
+def request(config: Config) -> dict[str, Any]:
+  """Returns what the other side builds and trains by, as JSON has it.
+
+  Args:
+    config: a run's, as `alike` returns it.
+
+  Returns:
+    config_json; inputs, the arguments of a training step by name; parameters,
+    how many there are; and decoder, whether it is one.
+
+  Raises:
+    RequestError: for a model that no config.json describes.
+  """
+  ids = batches.tokenizer(config)
+  model, _ = runs.resolve(config, ids)
+  tree = hf_config.write(model)
+  inputs = arguments(batches.make(config, ids),
+                     causal=architectures.stack(model) == 'decoder')
+  both = 'next_sentence_label' in inputs
+  named, = tree['architectures']
+  require(both or not named.endswith('ForPreTraining'), f'{named} of '
+          'transformers has a loss with next sentences alone: take objective '
+          "'mlm_nsp', or --config.model.next_sentence=False")
+  return dict(
+      config_json=tree, parameters=totals.parameters(model)[0],
+      inputs={name: array.tolist() for name, array in inputs.items()},
+      decoder=architectures.stack(model) == 'decoder')
+
+
+def arguments(batch: dict[str, np.ndarray], causal: bool
+              ) -> dict[str, np.ndarray]:
+  """Returns a batch as transformers' classes take it.
+
+  Args:
+    batch: ours.
+    causal: whether the class looks for the label of a token one place later.
+  """
+  found = {name: batch[key] for key, name in NAMES.items() if key in batch}
+  labels = np.where(batch['weights'] > 0, batch['targets'], IGNORED)
+  if causal:
+    labels = np.pad(labels[:, :-1], ((0, 0), (1, 0)), constant_values=IGNORED)
+  for name in ('attention_mask', 'decoder_attention_mask'):
+    mask = found.pop(name, np.ones(1)) != 0
+    if not mask.all():  # else there is nothing to mask
+      found[name] = mask.astype(np.int32)
+  return found | dict(labels=labels)
