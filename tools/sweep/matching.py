@@ -3,6 +3,7 @@ costs. What cannot be matched is refused."""
 
 from collections.abc import Callable
 import dataclasses
+import functools
 import math
 
 from configs.errors import RequestError
@@ -45,6 +46,7 @@ def match(sweep: spec.Sweep, what: str, field: str,
 
 
 def _solved(sweep, point, what, field, cost, target) -> spec.Point:
+  @functools.cache  # it traces a model
   def figure(value) -> float:
     changes = {**point.changes, field: value}
     return cost(spec.changed(sweep.base, changes, 'it'))
@@ -93,12 +95,15 @@ def _around(figure, target: float, step: int) -> list[int]:
   at_low = figure(low * step)
   if at_low >= target:
     return [low * step]
+  # Costs are all but linear in a width: a step on the line through two of them
+  # reaches the target, and another one brackets it.
   while (at_high := figure(high * step)) < target:
     if at_high <= at_low or high * step > LARGEST:
       return []  # the field changes nothing here
-    low, at_low, high = high, at_high, 2 * high
+    more = (target - at_high) / ((at_high - at_low) / (high - low))
+    low, at_low = high, at_high
+    high = max(high + 1, min(high + math.ceil(more), 2 * LARGEST // step))
   while high - low > 1:
-    # Costs are all but linear in a width: two steps and it is bracketed.
     share = (target - at_low) / (at_high - at_low)
     middle = min(max(low + int(share * (high - low)), low + 1), high - 1)
     if (at_middle := figure(middle * step)) < target:
