@@ -199,8 +199,9 @@ def _point(workdir, description, row: Mapping[str, Any],
   for seed in row['seeds']:
     state, error = states.get((row['name'], seed), ('not run', ''))
     runs[seed] = _run(workdir, description, row['name'], seed, state, error)
+  # The base need not have the kinds of layer that a point has.
   changes = {key: value for key, value in row['changes'].items()
-             if value != base[key]}
+             if key not in base or value != base[key]}
   return Point(row['name'], changes, tuple(row['matched']), row['params'],
                row['active_params'], row['flops_per_token'], row['tokens'],
                runs)
