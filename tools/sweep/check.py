@@ -248,7 +248,8 @@ def _differences(description, point) -> str:
   from training.workdir import run_config
   base = run_config.flatten_dict(description['base_config'])
   told = [f'{key}={_short(value)}' + ' (matched)' * (key in point['matched'])
-          for key, value in point['changes'].items() if value != base[key]]
+          for key, value in point['changes'].items()
+          if key not in base or value != base[key]]  # a kind of its own
   told += [f'so {key} {_short(old)} -> {_short(new)}'
            for key, (old, new) in point['follows'].items()]
   return ', '.join(told)

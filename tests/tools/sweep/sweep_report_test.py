@@ -114,6 +114,12 @@ def test_what_a_point_leaves_as_it_is_is_no_change(tmp_path):
   assert tables.changes(other) == 'model.block=parallel'
 
 
+def test_a_kind_of_layer_that_the_base_has_not_is_a_change(tmp_path):
+  changes = {'model.pattern': 'own', 'model.kinds.own.mixer': 'deltanet'}
+  sweep_folder.write(tmp_path, [point('base'), point('other', changes)])
+  assert curves.load_sweep(tmp_path).points[1].changes == changes
+
+
 def test_runs_that_train_together_share_the_seconds(tmp_path):
   sweep_folder.write(tmp_path, [point('base', together=2), point('alone')])
   seconds = [p.mean_curve('eval').seconds[-1]

@@ -227,6 +227,13 @@ def test_derived_fields_are_told(tmp_path):
   assert 'so model.d_ff 128 -> 256' in check.table(description)
 
 
+def test_a_kind_of_layer_that_the_base_has_not_is_told(tmp_path):
+  file = sweeps.write(tmp_path, "  add('own', **{'model.pattern': 'own', "
+                      "'model.kinds.own.qk_norm': True})\n")
+  told = check.table(described(file))
+  assert 'model.pattern=own, model.kinds.own.qk_norm=True' in told
+
+
 def test_costs_are_those_of_the_counter(tmp_path):
   sweep = spec.read_sweep_file(sweeps.write(tmp_path))
   from training import runs
