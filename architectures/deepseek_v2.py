@@ -47,15 +47,15 @@ def read(reader: hf.Reader, fields: dict, dense: int, q_rank: int,
   require(first < fields['num_layers'], 'config.json has first_k_dense_replace '
           f'{first} of num_hidden_layers {fields["num_layers"]}: no layer has '
           'experts')
-  reader.must(num_key_value_heads=fields['num_heads'], rms_norm_eps=1e-6,
-              moe_layer_freq=1)
+  reader.must(num_key_value_heads=fields['num_heads'], moe_layer_freq=1)
   reader.passes('head_dim', 'qk_head_dim')  # that of what is turned, always
   rank = 0 if reader.is_null('q_lora_rank') else reader('q_lora_rank', q_rank)
   return dict(
-      head_dim=fields['latent.nope_dim'], norm_eps=1e-6,
+      head_dim=fields['latent.nope_dim'],
       prefix=','.join(['dense'] * first),
       kinds=dict(dense=dict(ffn='dense')) if first else {},
-      latent=dict(q_rank=rank), moe=dict(dispatch='dropless'),
+      latent=dict(q_rank=rank, norm_eps=LATENT_EPS),
+      moe=dict(dispatch='dropless'),
       rope=hf_rope.read(reader, interleaved=interleaved, on_scores=True))
 
 
@@ -65,13 +65,19 @@ def write(c: ModelConfig) -> dict:
   first = moe.index(True) if True in moe else len(moe)
   require(all(moe[first:]) and any(moe), 'the layers of experts are not the '
           'last ones of this model, as a config.json of DeepSeek says')
-  require(c.norm_eps == 1e-6, f'model.norm_eps is {c.norm_eps}: transformers '
-          'has 1e-6 in the norms of latents, whatever its config.json says')
+  check_latents(c)
   return dict(
       first_k_dense_replace=first, num_key_value_heads=c.num_heads,
-      rms_norm_eps=c.norm_eps, q_lora_rank=c.latent.q_rank or None,
+      q_lora_rank=c.latent.q_rank or None,
       rope_parameters=hf_rope.write(c, interleaved=c.rope.interleaved,
                                     on_scores=True))
+
+
+def check_latents(c: ModelConfig) -> None:
+  """Raises RequestError for norms of latents as transformers has not."""
+  require(c.latent.norm_eps == LATENT_EPS, 'model.latent.norm_eps is '
+          f'{c.latent.norm_eps}: transformers has {LATENT_EPS} in the norms of '
+          'latents, whatever its config.json says')
 
 
 def _read(reader: hf.Reader, fields: dict) -> dict:
@@ -96,25 +102,26 @@ def _write(c: ModelConfig) -> dict:
 
 
 METHODS = 'greedy', 'group_limited_greedy'
-# All but the products that make the queries.
-LAYER = (
+LATENT_EPS = 1e-6
+# Of a layer without the products that make the queries, and the networks.
+BLOCK = (
     ('attention_norm/scale', 'D', 'input_layernorm.weight', 'D'),
     *hf.dense('attention/kv_down', 'DU', 'self_attn.kv_a_proj_with_mqa', 'U D'),
     ('attention/kv_norm/scale', 'U', 'self_attn.kv_a_layernorm.weight', 'U'),
     ('attention/kv_up', 'UHK', 'self_attn.kv_b_proj.weight', 'HK U'),
     *hf.dense('attention/out', 'HKD', 'self_attn.o_proj', 'D HK'),
-    ('ffn_norm/scale', 'D', 'post_attention_layernorm.weight', 'D'),
-    *hf.under('ffn', 'mlp',
-              ('gate', 'DF', 'gate_proj.weight', 'F D'),
-              ('up', 'DF', 'up_proj.weight', 'F D'),
-              ('down', 'FD', 'down_proj.weight', 'D F'),
-              ('router', 'DE', 'gate.weight', 'E D'),
-              ('gate', 'EDF', 'experts.{e}.gate_proj.weight', 'F D'),
-              ('up', 'EDF', 'experts.{e}.up_proj.weight', 'F D'),
-              ('down', 'EFD', 'experts.{e}.down_proj.weight', 'D F'),
-              ('shared/gate', 'DF', 'shared_experts.gate_proj.weight', 'F D'),
-              ('shared/up', 'DF', 'shared_experts.up_proj.weight', 'F D'),
-              ('shared/down', 'FD', 'shared_experts.down_proj.weight', 'D F')))
+    ('ffn_norm/scale', 'D', 'post_attention_layernorm.weight', 'D'))
+DENSE = (
+    ('gate', 'DF', 'gate_proj.weight', 'F D'),
+    ('up', 'DF', 'up_proj.weight', 'F D'),
+    ('down', 'FD', 'down_proj.weight', 'D F'))
+SHARED = hf.under('shared', 'shared_experts', *DENSE)
+EXPERTS = (
+    ('router', 'DE', 'gate.weight', 'E D'),
+    ('gate', 'EDF', 'experts.{e}.gate_proj.weight', 'F D'),
+    ('up', 'EDF', 'experts.{e}.up_proj.weight', 'F D'),
+    ('down', 'EFD', 'experts.{e}.down_proj.weight', 'D F'))
+LAYER = (*BLOCK, *hf.under('ffn', 'mlp', *DENSE, *EXPERTS, *SHARED))
 QUERIES = (('attention/query', 'DHK', 'self_attn.q_proj.weight', 'HK D'),)
 LATENT_QUERIES = (
     *hf.dense('attention/query_down', 'DU', 'self_attn.q_a_proj', 'U D'),
@@ -143,6 +150,7 @@ def fields(**defaults: int | float) -> dict[str, tuple]:
       ('moe.d_ff', 'moe_intermediate_size'),
       ('moe.shared_experts', 'n_shared_experts'),
       ('moe.gate_scale', 'routed_scaling_factor'))} | {
+          'norm_eps': ('rms_norm_eps', 1e-6),
           'latent.kv_rank': ('kv_lora_rank', 512),
           'latent.nope_dim': ('qk_nope_head_dim', 128),
           'latent.rope_dim': ('qk_rope_head_dim', 64),

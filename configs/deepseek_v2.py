@@ -46,6 +46,7 @@ def get_config(size: str = 'tiny'):
                  attention_bias=False, ffn_bias=False, tie_embeddings=False,
                  prefix='dense', kinds=dict(dense=dict(ffn='dense')))
   c.model.rope.interleaved = True
+  c.model.latent.norm_eps = 1e-6
   c.model.moe.update(top_k=6, router='topk', ffn='swiglu', shared_experts=2,
                      dispatch='auto', capacity_factor=0.0,
                      eval_capacity_factor=0.0, normalize_gates=False,

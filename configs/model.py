@@ -88,6 +88,7 @@ def defaults() -> dict:
           v_dim=0,  # of a head's value; derived: head_dim
           # The factor of the scores; derived: (nope_dim + rope_dim) ** -0.5.
           scale=0.0,
+          norm_eps=0.0,  # of the norms of latents; derived: the model's
       ),
       deltanet=dict(  # of mixer=deltanet
           key_heads=0,  # of queries and keys; derived: num_heads

@@ -40,7 +40,7 @@ RANGES = (
         'norm_eps', 'attention_scale', 'init_scale', 'rope.theta',
         'rope.original_len', 'rope.low_freq_factor', 'rope.beta_slow',
         'relative.buckets', 'relative.max_distance', 'latent.scale',
-        'mamba2.groups', 'mamba2.state',
+        'latent.norm_eps', 'mamba2.groups', 'mamba2.state',
         'moe.num_experts', 'moe.d_ff', 'moe.expert_groups', 'moe.top_groups',
         'moe.gate_scale', 'clamp.alpha', 'clamp.limit', 'gla.temperature')),
     ('it must be >= 0', lambda x: x >= 0, (

@@ -1,7 +1,7 @@
 """Which layers attend to a window, and which have a recurrence in place of
 attention, as layer_types of a config.json says it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from architectures.parts import attention
@@ -89,17 +89,37 @@ def read_mixers(reader: hf.Reader, layers: int, mixer: str) -> dict[str, Any]:
   require(layers <= MOST, f'config.json has num_hidden_layers {layers}: at '
           f'most {MOST} layers are known here')
   every = reader('full_attention_interval', 4)
-  types = reader.listed('layer_types') if reader.has('layer_types') else [
+  types = each(reader, 'layer_types', layers, MIXERS) or [
       LINEAR if (n + 1) % every else WHOLE for n in range(layers)]
-  require(len(types) == layers and all(
-      isinstance(t, str) and t in MIXERS for t in types),
-          f'config.json has layer_types {short(types)}: it must have one for '
-          f'each of {layers} layers, of {", ".join(MIXERS)}')
   sparse, dense = reader('decoder_sparse_step', 1), reader.listed(
       'mlp_only_layers')
+  return mixed(types, [n in dense or (n + 1) % sparse > 0
+                       for n in range(layers)], mixer)
+
+
+def each(reader: hf.Reader, field: str, layers: int, words: Collection[str]
+         ) -> list[str]:
+  """Returns what a field of a config.json says of each of so many layers, in
+  these words; nothing, where it is not there."""
+  found = reader.listed(field)
+  require(not reader.has(field) or len(found) == layers and all(
+      isinstance(word, str) and word in words for word in found),
+          f'config.json has {field} {short(found)}: it must have one for '
+          f'each of {layers} layers, of {", ".join(words)}')
+  return found
+
+
+def mixed(types: Sequence[str], dense: Sequence[bool], mixer: str
+          ) -> dict[str, Any]:
+  """Returns prefix, pattern and kinds of a model.
+
+  Args:
+    types: of MIXERS, of each layer.
+    dense: which layers have a dense network in place of experts.
+    mixer: model.mixer of the recurrence.
+  """
   names, kinds = [], {}
-  for n, word in enumerate(types):
-    plain = n in dense or (n + 1) % sparse > 0
+  for word, plain in zip(types, dense, strict=True):
     names.append(MIXERS[word] + '_dense' * plain)
     kinds[names[-1]] = (dict(mixer=mixer) if word == LINEAR else {}) | (
         dict(ffn=layer_kinds.DENSE) if plain else {})

@@ -57,8 +57,8 @@ class Tensor(NamedTuple):
     x = cut(slices).reshape(sum(shapes, ()))[sum(indices, ())]
     x = x.reshape(sum(taken, ()))
     letters = ''.join(self._dims(which))
-    fused = [a for a in letters if a.isdigit()]
-    x = x.transpose([letters.index(a) for a in (*self._split(which), *fused)])
+    fused = [i for i, a in enumerate(letters) if a.isdigit()]
+    x = x.transpose([*map(letters.index, self._split(which)), *fused])
     x = x.reshape(x.shape[:x.ndim - len(fused)])
     if not self._grouped(which):
       return x

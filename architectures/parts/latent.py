@@ -76,7 +76,7 @@ class LatentAttention(Attention):
             if c.init == 'fan_in' else 1.0)
     if c.latent.q_rank:
       down_BLU = self._down('query', x_BLD, c.latent.q_rank, ctx)
-      latent_BLU = norms.norm(c, 'query_norm', 'latent')(down_BLU)
+      latent_BLU = self._normalised('query', down_BLU)
       w_UHK = linear.weight(self, 'query_up', (c.latent.q_rank, *shape),
                             UP_AXES, gain=gain)
       q_BLHK = linear.product(
@@ -96,9 +96,14 @@ class LatentAttention(Attention):
     c = self.config
     down_BLU = self._down('kv', x_BLD, c.latent.slot_dim, ctx)
     latent_BLU, key_BLU = jnp.split(down_BLU, (c.latent.kv_rank,), -1)
-    latent_BLU = norms.norm(c, 'kv_norm', 'latent')(latent_BLU)
+    latent_BLU = self._normalised('kv', latent_BLU)
     return jnp.concatenate([latent_BLU[:, :, None],
                             self._turn(key_BLU[:, :, None], ctx)], -1)
+
+  def _normalised(self, name: str, latent_BLU: jax.Array) -> jax.Array:
+    c = self.config
+    own = dataclasses.replace(c, norm_eps=c.latent.norm_eps)
+    return norms.norm(own, f'{name}_norm', 'latent')(latent_BLU)
 
   def _down(self, name: str, x_BLD: jax.Array, size: int, ctx: Context
             ) -> jax.Array:

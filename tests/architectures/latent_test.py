@@ -73,8 +73,11 @@ def _numpy_layer(p, x_LD, *, theta=10000.0, eps=1e-5):
   return y_LD
 
 
-def test_a_layer_equals_its_definition():
-  module, params = make(num_layers=1)
+@pytest.mark.parametrize('eps', [0.0, 0.2])
+def test_a_layer_equals_its_definition(eps):
+  """With the eps of the model in the norms of latents, or one of their own.
+  """
+  module, params = make(num_layers=1, latent=SIZES | dict(norm_eps=eps))
   p = params['decoder']['layers']['block_0']['attention']
   p64 = jax.tree.map(lambda x: np.asarray(x[0], np.float64), p)
   layer = latent.LatentAttention(module.config,
@@ -83,8 +86,8 @@ def test_a_layer_equals_its_definition():
   ctx = Context(jnp.arange(9)[None])
   y_BLD, _ = layer.apply({'params': jax.tree.map(lambda x: x[0], p)}, x_BLD,
                          ctx, None)
-  want = np.stack([_numpy_layer(p64, np.asarray(x, np.float64))
-                   for x in x_BLD])
+  want = np.stack([_numpy_layer(p64, np.asarray(x, np.float64),
+                                eps=eps or 1e-5) for x in x_BLD])
   np.testing.assert_allclose(y_BLD, want, atol=2e-6 * np.abs(want).max())
 
 
@@ -210,6 +213,7 @@ def test_a_mesh_that_does_not_divide_a_rank_is_refused():
     ('llama', dict(latent=SIZES | dict(rope_dim=3)), 'must be even'),
     ('llama', dict(rope=dict(fraction=0.5)), 'set it to 1'),
     ('llama', dict(latent=SIZES | dict(scale=-1.0)), 'scale is -1.0'),
+    ('llama', dict(latent=SIZES | dict(norm_eps=-1.0)), 'norm_eps is -1.0'),
     ('gpt', dict(lora=dict(rank=2, targets='key')), "'key', a product that"),
     ('gpt', dict(mixer='hyena'), "unknown model.mixer 'hyena'"),
 ])

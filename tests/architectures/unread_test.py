@@ -40,6 +40,7 @@ OTHER = {
     'attention_gate': 'headwise',
     'latent.q_rank': 5, 'latent.kv_rank': 9, 'latent.nope_dim': 6,
     'latent.rope_dim': 6, 'latent.v_dim': 3, 'latent.scale': 0.3,
+    'latent.norm_eps': 0.2,
     'moe.logit_bias': True, 'moe.expert_groups': 2, 'moe.top_groups': 2,
     'moe.gate_scale': 2.0, 'clamp.alpha': 1.0, 'clamp.limit': 3.0,
     'position_offset': 2, 'position': 'alibi', 'attention_kernel': 'xla',

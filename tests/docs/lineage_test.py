@@ -84,7 +84,10 @@ def _short(value) -> str:
   if isinstance(value, str) and ',' in value:  # a pattern, of several layers
     runs = [(name, len(list(group)))
             for name, group in itertools.groupby(value.split(','))]
-    return ' '.join(f'{name}×{n}' if n > 1 else name for name, n in runs)
+    return re.sub(  # of several runs that repeat
+        r'(?<!\S)((?:\S+ )+?\S+)((?: \1)+)(?!\S)',
+        lambda m: f'({m[1]})×{1 + m[2].count(m[1])}',
+        ' '.join(f'{name}×{n}' if n > 1 else name for name, n in runs))
   if type(value) is float:
     return f'{value:,.0f}' if value >= 1000 else f'{value:g}'
   return str(value) or '—'

@@ -75,7 +75,7 @@ CHANGES = (
                      mscale_all_dim=0.5)) for mscale in (0.5, 0.8)),
     *(dict(latent={name: value}) for name, value in (
         ('q_rank', 0), ('q_rank', 20), ('kv_rank', 12), ('nope_dim', 10),
-        ('rope_dim', 6), ('v_dim', 7), ('scale', 0.4))),
+        ('rope_dim', 6), ('v_dim', 7), ('scale', 0.4), ('norm_eps', 1e-2))),
     *(dict(deltanet={name: value}) for name, value in (
         ('key_heads', 2), ('value_heads', 8), ('key_dim', 6), ('value_dim', 6),
         ('conv', 3), ('decay', False), ('negative', True))),

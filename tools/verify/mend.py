@@ -59,7 +59,27 @@ def _mamba2(model) -> None:
   model.forward = mended
 
 
+def _kimi_linear(model) -> None:
+  """It writes the network of a dense layer by the name of experts. Published
+  files have it by its own, and both are read."""
+  import functools
+  import pathlib
+  import re
+  from safetensors.torch import load_file, save_file
+  save = model.save_pretrained
+
+  @functools.wraps(save)
+  def mended(folder, **kwargs):
+    save(folder, **kwargs)
+    file = pathlib.Path(folder) / 'model.safetensors'
+    save_file({re.sub(r'\.block_sparse_moe\.(gate|up|down)_proj\.',
+                      r'.mlp.\1_proj.', name): x
+               for name, x in load_file(file).items()}, file)
+  model.save_pretrained = mended
+
+
 MENDS = {
+    'KimiLinearForCausalLM': _kimi_linear,
     'Mamba2ForCausalLM': _mamba2,
     'T5ForConditionalGeneration': _t5,
     'MarianMTModel': _marian,

@@ -46,6 +46,18 @@ def test_a_dimension_of_one_is_theirs_alone():
   np.testing.assert_array_equal(tensor.join(ours), theirs)
 
 
+def test_dimensions_of_one_may_be_several():
+  """As Kimi Linear has those of the decays of heads, [1, 1, H, 1]."""
+  tensor, = hf_tensors.expand([('a', 'HK', 'A_log', '1 1 K 1 H')],
+                              {'a': (4, 3)})
+  assert tensor.shape == (1, 1, 3, 1, 4)
+  theirs = np.arange(12).reshape(tensor.shape)
+  x = tensor.part(lambda at: theirs[at], 0, dict(H=(1, 3), K=(0, 3)))
+  np.testing.assert_array_equal(x, theirs[0, 0, :, 0, 1:3].T)
+  whole = tensor.part(lambda at: theirs[at], 0, dict(H=(0, 4), K=(0, 3)))
+  np.testing.assert_array_equal(tensor.join([whole]), theirs)
+
+
 def test_groups_of_heads_stand_in_one_matrix():
   """As Qwen3-Next has it: of each of two heads of keys its query, its key, and
   its three heads of values, of three and of two features."""

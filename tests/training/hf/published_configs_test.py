@@ -1,6 +1,7 @@
 """config.json as the authors of a system published it is the size of that name.
 (Long lists of factors are shortened to one value.)"""
 
+import dataclasses
 import importlib
 
 import pytest
@@ -97,7 +98,29 @@ QWEN3_NEXT = dict(
     shared_expert_intermediate_size=512, tie_word_embeddings=False,
     torch_dtype='bfloat16', use_cache=True, use_sliding_window=False,
     vocab_size=151936)
+WHOLE = [4, 8, 12, 16, 20, 24, 27]
+KIMI_LINEAR = dict(
+    architectures=['KimiLinearForCausalLM'], model_type='kimi_linear',
+    auto_map={'AutoConfig': 'configuration_kimi.KimiLinearConfig'},
+    bos_token_id=163584, dtype='bfloat16', eos_token_id=163586,
+    first_k_dense_replace=1, head_dim=72, hidden_act='silu', hidden_size=2304,
+    initializer_range=0.02, intermediate_size=9216, kv_lora_rank=512,
+    linear_attn_config=dict(
+        full_attn_layers=WHOLE, head_dim=128,
+        kda_layers=[n for n in range(1, 28) if n not in WHOLE], num_heads=32,
+        short_conv_kernel_size=4),
+    mla_use_nope=True, model_max_length=1048576, moe_intermediate_size=1024,
+    moe_layer_freq=1, moe_renormalize=True,
+    moe_router_activation_func='sigmoid', num_attention_heads=32,
+    num_expert_group=1, num_experts=256, num_experts_per_token=8,
+    num_hidden_layers=27, num_key_value_heads=32, num_nextn_predict_layers=0,
+    num_shared_experts=1, pad_token_id=163839, q_lora_rank=None,
+    qk_nope_head_dim=128, qk_rope_head_dim=64, rms_norm_eps=1e-05,
+    rope_scaling=None, rope_theta=10000.0, routed_scaling_factor=2.446,
+    tie_word_embeddings=False, topk_group=1, transformers_version='4.56.2',
+    use_cache=True, use_grouped_topk=True, v_head_dim=128, vocab_size=163840)
 PUBLISHED = {
+    'kimi_linear:48b_a3b': KIMI_LINEAR,
     'qwen3_next:80b_a3b': QWEN3_NEXT,
     'olmoe:1b-7b': OLMOE,
     'mamba2:130m': MAMBA2,
@@ -179,6 +202,19 @@ def test_an_import_says_that_dynamic_texts_which_grow_may_differ():
   fields, notes = hf_config.fields_and_notes(tree)
   assert (fields.rope.scaling, fields.rope.original_len) == ('dynamic', 64)
   assert len(notes) == 1 and 'may write other ones' in notes[0]
+
+
+@pytest.mark.parametrize('system', ['deepseek_v2', 'deepseek_v3'])
+def test_the_norms_of_latents_have_an_eps_of_their_own(system):
+  """Which no config.json says."""
+  c = hf_config.read(dict(model_type=system, rms_norm_eps=1e-3,
+                          num_key_value_heads=128, num_attention_heads=128))
+  assert (c.norm_eps, c.latent.norm_eps) == (1e-3, 1e-6)
+  assert hf_config.write(c)['rms_norm_eps'] == 1e-3
+  other = dataclasses.replace(c, latent=dataclasses.replace(
+      c.latent, norm_eps=1e-3))
+  with pytest.raises(ValueError, match='model.latent.norm_eps is 0.001'):
+    hf_config.write(other)
 
 
 @pytest.mark.parametrize('bounds, found', [

@@ -1,0 +1,187 @@
+"""Kimi Linear: three layers of Kimi Delta Attention to one of latent attention
+without positions, and DeepSeek-V3's mixture of experts (Kimi Team 2025, "Kimi
+Linear", arXiv 2510.26692).
+
+  a  = x + KDA(RMSNorm(x))               in three layers of four
+  a  = x + LatentAttention(RMSNorm(x))   in the fourth; nothing turns
+  x' = a + SwiGLU(n), n = RMSNorm(a)     in the first layer
+  x' = a + shared(n) + gate_scale * sum over the 8 chosen of 256 of
+                       s_e / (sum of s) E_e(n),  s = sigmoid(W_r n)
+
+parts/recurrent/kda.py has the recurrence, which alone tells the order of the
+tokens; parts/latent.py the attention, whose `rope_dim` features are a key that
+all heads share, and are not turned. The 8 are the best by s + b, where b moves
+against the load as in DeepSeek-V3. The published model has 27 layers, of which
+the last has attention, too: after two recurrences.
+"""
+
+from typing import Any
+
+from architectures import deepseek_v2
+from architectures import llama
+from architectures.parts import hf
+from architectures.parts import hf_layers
+from architectures.parts.config import ModelConfig
+from architectures.parts.skeletons import Decoder
+from configs.errors import require
+
+
+class KimiLinear(Decoder):
+  """tokens [B, L] -> Output; see Decoder."""
+  PARTS = dict(position='none', norm='rmsnorm', block='pre_norm',
+               mixer='latent', attention='global', attention_bias=False,
+               ffn='moe', ffn_bias=False, prefix='linear_dense',
+               pattern='linear,linear,full', kinds=dict(
+                   linear_dense=dict(mixer='kda', ffn='dense'),
+                   linear=dict(mixer='kda'), full={}),
+               tie_embeddings=False, moe=dict(
+                   router='sigmoid', top_k=8, ffn='swiglu'))
+
+
+DENSE, SPARSE = 'dense', 'sparse'
+
+
+def _read(reader: hf.Reader, fields: dict) -> dict[str, Any]:
+  layers = fields['num_layers']
+  require(layers <= hf_layers.MOST, 'config.json has num_hidden_layers '
+          f'{layers}: at most {hf_layers.MOST} layers are known here')
+  reader.must(num_key_value_heads=fields['num_heads'])
+  require(fields['moe.top_k'] > 1 or not fields['moe.normalize_gates'],
+          'config.json has num_experts_per_token 1 and moe_renormalize true, '
+          'whose gate there is always 1: here the gate of a single choice is '
+          'its score, so that its router learns')
+  first = (0 if reader.is_zero('first_k_dense_replace') else
+           reader('first_k_dense_replace', 1))
+  networks = hf_layers.each(reader, 'mlp_layer_types', layers,
+                            (DENSE, SPARSE)) or [
+      DENSE if n < first else SPARSE for n in range(layers)]
+  require(SPARSE in networks, 'config.json has no layer with experts')
+  own = reader.section('linear_attn_config')  # goes before the other names
+  heads, size, conv = (own(name, reader(other, usual))
+                       for name, other, usual in SIZES)
+  rank = reader('q_lora_rank', 1) if reader.has('q_lora_rank') else 0
+  types = hf_layers.each(reader, 'layer_types', layers, hf_layers.MIXERS)
+  listed = _listed(own, layers)
+  found = hf_layers.mixed(types or listed, [
+      network == DENSE for network in networks], 'kda') | dict(
+          head_dim=fields['latent.nope_dim'],
+          latent=dict(q_rank=rank, norm_eps=deepseek_v2.LATENT_EPS),
+          kda=dict(key_heads=heads, value_heads=heads, key_dim=size,
+                   value_dim=size, rank=size, conv=conv),
+          moe=dict(dispatch='dropless'))
+  if reader.is_null('moe_renormalize'):  # which is no there
+    found['moe'] |= dict(normalize_gates=False)
+  return found
+
+
+def _listed(own: hf.Reader, layers: int) -> list[str]:
+  """Returns the type of each layer, of lists that count them from 1."""
+  whole, linear = own.listed('full_attn_layers'), own.listed('kda_layers')
+  if not (own.has('full_attn_layers') and own.has('kda_layers')):
+    return [hf_layers.WHOLE if n and n % 4 == 0 else hf_layers.LINEAR
+            for n in range(layers)]
+  require(all(type(n) is int for n in whole + linear)
+          and sorted(whole + linear) == [*range(1, layers + 1)],
+          'config.json has full_attn_layers and kda_layers in '
+          f'linear_attn_config: each layer from 1 to {layers} must be in one '
+          'of the two, once')
+  return [hf_layers.WHOLE if n in whole else hf_layers.LINEAR
+          for n in range(1, layers + 1)]
+
+
+def _write(c: ModelConfig) -> dict[str, Any]:
+  layers = [c.of_kind(kind.name) for kind in c.layer_kinds(c.num_layers)]
+  dense = [layer.ffn != 'moe' for layer in layers]
+  whole = [layer.mixer == 'latent' for layer in layers]
+  require(not all(dense), 'no layer of this model has experts: a kimi_linear '
+          'config.json is of a model with some')
+  deepseek_v2.check_latents(c)
+  numbered = lambda chosen: [n for n, is_whole in enumerate(whole, 1)
+                             if is_whole == chosen]
+  return dict(
+      num_key_value_heads=c.num_heads, q_lora_rank=c.latent.q_rank or None,
+      first_k_dense_replace=dense.index(False),
+      mlp_layer_types=[DENSE if plain else SPARSE for plain in dense],
+      linear_attn_config=dict(
+          full_attn_layers=numbered(True), kda_layers=numbered(False),
+          num_heads=c.kda.key_heads, head_dim=c.kda.key_dim,
+          short_conv_kernel_size=c.kda.conv),
+      mla_use_nope=True, moe_router_activation_func='sigmoid',
+      moe_layer_freq=1, use_grouped_topk=True, num_nextn_predict_layers=0)
+
+
+# In linear_attn_config, outside of it, and what transformers takes otherwise.
+SIZES = (('num_heads', 'linear_num_heads', 32),
+         ('head_dim', 'linear_head_dim', 128),
+         ('short_conv_kernel_size', 'linear_conv_kernel_dim', 4))
+# The queries and the output are those of latent attention, too.
+KDA = hf.under(
+    'attention', 'self_attn',
+    ('key', 'DHK', 'k_proj.weight', 'HK D'),
+    ('value', 'DHK', 'v_proj.weight', 'HK D'),
+    ('query_conv', 'WHK', 'q_conv1d.weight', 'HK 1 W'),
+    ('key_conv', 'WHK', 'k_conv1d.weight', 'HK 1 W'),
+    ('value_conv', 'WHK', 'v_conv1d.weight', 'HK 1 W'),
+    ('decay_down', 'DU', 'f_a_proj.weight', 'U D'),
+    ('decay_up', 'UHK', 'f_b_proj.weight', 'HK U'),
+    ('decay_scale', 'H', 'A_log', '1 1 H 1'),
+    ('decay_bias', 'HK', 'dt_bias', 'HK'),
+    ('rate', 'DH', 'b_proj.weight', 'H D'),
+    ('gate_down', 'DU', 'g_a_proj.weight', 'U D'),
+    ('gate_up', 'UHK', 'g_b_proj.weight', 'HK U'),
+    ('out_norm/scale', 'K', 'o_norm.weight', 'K'))
+EXPERTS = hf.under(
+    'ffn', 'block_sparse_moe',
+    ('router', 'DE', 'gate.weight', 'E D'),
+    ('router_bias', 'E', 'gate.e_score_correction_bias', 'E'),
+    ('gate', 'EDF', 'experts.{e}.w1.weight', 'F D'),
+    ('up', 'EDF', 'experts.{e}.w3.weight', 'F D'),
+    ('down', 'EFD', 'experts.{e}.w2.weight', 'D F'),
+    *deepseek_v2.SHARED)
+
+
+def _names(c: ModelConfig) -> tuple[hf.Row, ...]:
+  latent = deepseek_v2.LATENT_QUERIES if c.latent.q_rank else ()
+  return (*llama.NAMES[:1],
+          *hf.under('decoder/layers', 'model.layers.{n}',
+                    *deepseek_v2.BLOCK, *deepseek_v2.QUERIES, *latent,
+                    *hf.under('ffn', 'mlp', *deepseek_v2.DENSE), *EXPERTS,
+                    *KDA),
+          *llama.NAMES[-2:])
+
+
+HF = hf.HuggingFace(
+    'kimi_linear', 'KimiLinearForCausalLM', names=_names,
+    fields={
+        'd_model': ('hidden_size', 2304),
+        'num_layers': ('num_hidden_layers', 27),
+        'num_heads': ('num_attention_heads', 32),
+        'd_ff': ('intermediate_size', 9216),
+        'vocab_size': ('vocab_size', 163840),
+        'max_len': ('model_max_length', 1048576),
+        'norm_eps': ('rms_norm_eps', 1e-5),
+        'attention_bias': ('attention_bias', False),
+        'latent.kv_rank': ('kv_lora_rank', 512),
+        'latent.nope_dim': ('qk_nope_head_dim', 128),
+        'latent.rope_dim': ('qk_rope_head_dim', 64),
+        'latent.v_dim': ('v_head_dim', 128),
+        # Of the convolutions too, which are SiLU's here.
+        'moe.ffn': ('hidden_act', 'silu', {'silu': 'swiglu'}),
+        'moe.d_ff': ('moe_intermediate_size', 1024),
+        'moe.num_experts': ('num_experts', 256),
+        'moe.top_k': ('num_experts_per_token', 8),
+        'moe.shared_experts': ('num_shared_experts', 1),
+        'moe.expert_groups': ('num_expert_group', 1),
+        'moe.top_groups': ('topk_group', 1),
+        'moe.gate_scale': ('routed_scaling_factor', 2.446),
+        'moe.normalize_gates': ('moe_renormalize', True)},
+    only=dict(tie_word_embeddings=False, mla_use_nope=True,
+              moe_router_activation_func='sigmoid', moe_layer_freq=1,
+              num_nextn_predict_layers=0),
+    # Of positions that are not there, and of groups whose numbers say all.
+    unread=('auto_map', 'head_dim', 'qk_head_dim', 'rope_theta', 'rope_scaling',
+            'rope_parameters', 'use_grouped_topk'),
+    read=_read, write=_write,
+    # transformers writes the network of a dense layer as that of experts.
+    spellings=(*llama.HF.spellings, ('.mlp.', '.block_sparse_moe.')),
+    ignored=llama.HF.ignored)

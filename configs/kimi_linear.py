@@ -1,0 +1,72 @@
+"""Kimi Linear: `--config configs/kimi_linear.py:SIZE`.
+
+Lab note. Kimi Team 2025 (arXiv 2510.26692), sections 5.4 and 5.4.1: 48B
+parameters of which 3B work for a token; the published checkpoints saw 5.7T
+tokens, rows of 4,096, 32M tokens a batch, MuonClip, a learning rate of 1.1e-3
+that is held and then decays (WSD). Sizes are those of the config.json of
+Kimi-Linear-48B-A3B: the first layer is dense, and layers 4, 8, ..., 24 and 27
+attend. Its context of 1,048,576 tokens is from later training. The paper counts
+the shared expert among the 8 of a token; config.json has it beside them, as
+here. Not said are the warm-up, here 500 steps, and the decay, here over the
+last tenth of the steps to a tenth of the rate. Muon is without MuonClip's bound
+on the scores. The routers' bias and the balance loss are as DeepSeek-V3's. The
+count is exact.
+
+`tiny` has the kinds of the first four layers, and 32 experts of 32 hidden
+units.
+"""
+
+from configs import base
+
+# The last of the layers that attend comes after two recurrences, not three.
+FOUR = 'linear,linear,linear,full'
+SIZES = {
+    'tiny': dict(d_model=128, num_layers=4, num_heads=4, d_ff=344, max_len=256,
+                 latent=dict(kv_rank=48, nope_dim=24, rope_dim=16, v_dim=24),
+                 kda=dict(key_heads=4, key_dim=24, value_dim=24),
+                 moe=dict(num_experts=32, d_ff=32)),
+    '48b_a3b': dict(d_model=2304, num_layers=27, num_heads=32, d_ff=9216,
+                    max_len=1048576, vocab_size=163840,
+                    prefix='linear_dense,linear,linear,full,'
+                    + ','.join([FOUR] * 5),
+                    latent=dict(kv_rank=512, nope_dim=128, rope_dim=64,
+                                v_dim=128),
+                    kda=dict(key_heads=32, key_dim=128, value_dim=128),
+                    moe=dict(num_experts=256, d_ff=1024)),
+}
+
+# The parameter count of the published checkpoint, for tools.count.
+PUBLISHED = {'48b_a3b': 49_122_675_072}
+# The biases of the routers, which no gradient moves.
+UNCOUNTED = {'48b_a3b': 26 * 256}
+
+
+def get_config(size: str = 'tiny'):
+  c = base.base()
+  size = size or 'tiny'
+  c.model.update(arch='kimi_linear', position='none', norm='rmsnorm',
+                 norm_eps=1e-5, ffn='moe', block='pre_norm', mixer='latent',
+                 attention_bias=False, ffn_bias=False, tie_embeddings=False,
+                 prefix='linear_dense', pattern='linear,linear,full',
+                 kinds=dict(linear_dense=dict(mixer='kda', ffn='dense'),
+                            linear=dict(mixer='kda'), full={}))
+  c.model.latent.norm_eps = 1e-6
+  c.model.moe.update(top_k=8, router='sigmoid', ffn='swiglu', shared_experts=1,
+                     gate_scale=2.446, dispatch='auto', capacity_factor=0.0,
+                     eval_capacity_factor=0.0, normalize_gates=True,
+                     balance_loss='sequence', balance_weight=0.0001,
+                     bias_rate=0.001)
+  c.model.update(base.sized(size, SIZES))
+  c.model.head_dim = c.model.latent.nope_dim
+  c.data.length = c.model.max_len
+  if size == 'tiny':
+    c.data.batch_size = 16
+    c.train.steps = 300
+    c.optim.update(lr=3e-3, warmup_steps=30)
+    return c
+  c.model.update(dtype='bfloat16', remat='full')
+  c.data.update(length=4096, batch_size=2**25 // 4096)
+  c.train.steps = int(5.7e12 / 2**25)
+  c.optim.update(name='muon', momentum=0.95, lr=1.1e-3, schedule='wsd',
+                 warmup_steps=500, decay_fraction=0.1)
+  return c
