@@ -19,6 +19,7 @@ from typing import Any
 
 from architectures import deepseek_v2
 from architectures import llama
+from architectures import phi3
 from architectures.parts import hf
 from architectures.parts import hf_layers
 from architectures.parts.config import ModelConfig
@@ -95,6 +96,8 @@ def _write(c: ModelConfig) -> dict[str, Any]:
   whole = [layer.mixer == 'latent' for layer in layers]
   require(not all(dense), 'no layer of this model has experts: a kimi_linear '
           'config.json is of a model with some')
+  require(any(whole), 'all layers are recurrences: transformers runs a '
+          'kimi_linear with some layers of attention only')
   deepseek_v2.check_latents(c)
   numbered = lambda chosen: [n for n, is_whole in enumerate(whole, 1)
                              if is_whole == chosen]
@@ -107,7 +110,8 @@ def _write(c: ModelConfig) -> dict[str, Any]:
           num_heads=c.kda.key_heads, head_dim=c.kda.key_dim,
           short_conv_kernel_size=c.kda.conv),
       mla_use_nope=True, moe_router_activation_func='sigmoid',
-      moe_layer_freq=1, use_grouped_topk=True, num_nextn_predict_layers=0)
+      moe_layer_freq=1, use_grouped_topk=True, num_nextn_predict_layers=0,
+      **dict.fromkeys(phi3.IDS))  # else those of the published vocabulary
 
 
 # In linear_attn_config, outside of it, and what transformers takes otherwise.

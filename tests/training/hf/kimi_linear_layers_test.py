@@ -34,6 +34,10 @@ def test_any_layers_are_written_as_they_were_read():
         mlp_layer_types=list(networks)))
     assert layers(c) == [('kda' if t == D else 'latent', x == 'sparse')
                          for t, x in zip(types, networks)]
+    if A not in types:
+      with pytest.raises(RequestError, match='all layers are recurrences'):
+        hf_config.write(c)
+      continue
     written = hf_config.write(c)
     assert written['mlp_layer_types'] == list(networks)
     own = written['linear_attn_config']

@@ -47,7 +47,6 @@ NEW_PARTS = (
     'olmo2-grouped',
     'deepseek_v3-plain',
     'qwen3_next-plain',
-    'kimi_linear-plain',
 )
 
 
