@@ -101,6 +101,19 @@ def test_gradients_are_those_of_autodiff_through_the_definition(name):
                jax.jit(jax.grad(loss(run), (0, 1)))(x, state))
 
 
+@pytest.mark.parametrize('length, decays', [(9, 1), (9, K), (1, 1)])
+def test_inputs_of_bfloat16_are_those_numbers_in_float32(length, decays):
+  """Only their gradients are rounded, to the numbers that bfloat16 has."""
+  state = jax.random.normal(jax.random.key(5), (B, H, K, U))
+  half = jax.tree.map(lambda y: y.astype(jnp.bfloat16), drawn(length, decays))
+  grad = jax.jit(jax.grad(
+      lambda x: sum(jnp.sin(y).sum() for y in run(x, state))))
+  to_float32 = lambda x: jax.tree.map(lambda y: y.astype(jnp.float32), x)
+  models.close(run(to_float32(half), state), run(half, state), 1e-6)
+  assert all(y.dtype == jnp.bfloat16 for y in grad(half))
+  models.close(grad(to_float32(half)), to_float32(grad(half)), 2 ** -8)
+
+
 def test_rates_up_to_two_and_keys_that_repeat():
   """The triangular system at its worst: all keys alike, and rates near 2."""
   x = drawn(40, 0, most=2.0)
