@@ -1,6 +1,14 @@
 """Mutants of attention: what is seen, the products, and the fused kernels."""
 
 MUTANTS = {
+    'architectures/parts/latent.py': [
+        ('norm_eps=c.latent.norm_eps', 'norm_eps=c.norm_eps',
+         'latent: equals_its_definition'),
+        ('self._turn(key_BLU[:, :, None], ctx)', 'key_BLU[:, :, None]',
+         'latent: equals_its_definition'),
+        ('          < slots * (up', '          > slots * (up',
+         'latent: one_query'),
+    ],
     'architectures/parts/attention.py': [
         ('causal = k <= q', 'causal = k < q', 'laws: pictures'),
         ('causal = k <= q', 'causal = k <= q + 1', 'laws: pictures'),

@@ -285,6 +285,17 @@ MUTANTS = {
         ("ranges['H'][0] % R", '0', 'hf_fused: groups'),
         ("if where not in ('', '/layers/', f'/{place}/'):", 'if False:',
          'hf_fused: one_block'),
+        ('[i for i, a in enumerate(letters) if a.isdigit()]',
+         '[letters.index(a) for a in letters if a.isdigit()]',
+         'hf_fused: may_be_several'),
+    ],
+    'architectures/kimi_linear.py': [
+        ('WHOLE if n and n % 4 == 0', 'WHOLE if n % 4 == 0',
+         'kimi_linear_layers: left_out'),
+        ('types or listed', 'listed or types', 'kimi_linear_layers: authors'),
+        ('rank=size', 'rank=heads', 'kimi_linear_layers: authors'),
+        ('whole = [layer.mixer ==', 'whole = [layer.mixer !=',
+         'kimi_linear_layers: as_they_were_read'),
     ],
     'training/hf/heads.py': [
         ('PROBLEMS[config.num_labels > 1]', 'PROBLEMS[0]',
