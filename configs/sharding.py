@@ -2,7 +2,9 @@
 
 A rule is (logical axis, mesh axes). Rules are tried from the top; a mesh axis
 serves one dimension of an array at most, so `embed` is sharded over `fsdp` in
-a weight and not in an activation, whose batch took `fsdp` first.
+a weight and not in an activation, whose batch took `fsdp` first. Where a
+logical axis has two rules, the second is for arrays in which another dimension
+holds a mesh axis of the first.
 """
 
 MESH_AXES = ('data', 'fsdp', 'expert', 'context', 'tensor')
@@ -15,9 +17,9 @@ LOGICAL_AXES = ('batch', 'length', 'tokens', 'embed', 'heads', 'kv_heads',
                 'latent', 'joined', 'rows', 'groups')
 
 RULES = {
-    # Weights in shards over fsdp (ZeRO-3), heads and mlp over tensor
-    # (Megatron), experts over expert, a sequence over context; the batch over
-    # all that is left.
+    # Weights in shards over fsdp (ZeRO-3), and over expert too where they are
+    # no expert's, heads and mlp over tensor (Megatron), experts over expert, a
+    # sequence over context; the batch over all that is left.
     'default': (
         ('batch', ('data', 'fsdp', 'expert')),
         ('experts', ('expert',)),
@@ -27,8 +29,9 @@ RULES = {
         ('kv_heads', ('tensor',)),
         ('groups', ('tensor',)),
         ('joined', ('tensor',)),
+        ('embed', ('fsdp', 'expert')),
         ('embed', ('fsdp',)),
-        ('latent', ('fsdp',)),
+        ('latent', ('fsdp', 'expert')),
         ('rows', ('fsdp',)),
         ('length', ('context',)),
         ('tokens', ('data', 'fsdp', 'expert', 'context')),

@@ -18,7 +18,6 @@ import functools
 import math
 from typing import NamedTuple, Optional
 
-import flax.linen as nn
 import jax
 from jax.sharding import PartitionSpec
 import jax.numpy as jnp
@@ -47,16 +46,9 @@ class Places(NamedTuple):
 def _weight(shape: tuple[int, ...], axes: tuple[str | None, ...]
             ) -> Names:
   """How a weight of these logical axes lies on the mesh."""
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or not nn.get_logical_axis_rules():
-    return ((),) * len(shape)
-  found = []
-  for size, names in zip(shape, nn.logical_to_mesh_axes(axes)):
-    names = (names,) if isinstance(names, str) else names or ()
-    names = tuple(name for name in names if mesh.shape[name] > 1)
-    even = size % sharding.size(names) == 0
-    found.append(names if even else ())
-  return tuple(found)
+  sizes = jax.sharding.get_abstract_mesh().shape
+  return tuple(sharding.that_divide(names, size, sizes)
+               for size, names in zip(shape, sharding.lies_on(*axes)))
 
 
 def _spec(*names: tuple[str, ...]) -> PartitionSpec:
@@ -74,8 +66,8 @@ def _gather(w: jax.Array, of: Names) -> jax.Array:
 def along(w: jax.Array, axis: int, names: tuple[str, ...]) -> jax.Array:
   """Returns the shards of an axis that lies on mesh axes, joined, in a function
   that is mapped over the mesh."""
-  for groups in _steps(names)[::-1]:
-    w = jax.lax.all_gather(w, names, axis=axis, tiled=True,
+  for over, groups in _steps(names)[::-1]:
+    w = jax.lax.all_gather(w, over, axis=axis, tiled=True,
                            axis_index_groups=groups)
   return w
 
@@ -98,25 +90,29 @@ def scatter(d: jax.Array, axis: int, names: tuple[str, ...]) -> jax.Array:
   It comes first: of the last axis in memory, XLA makes an all-reduce.
   """
   d = jnp.moveaxis(d, axis, 0)
-  for groups in _steps(names):
-    d = jax.lax.psum_scatter(d, names, tiled=True, axis_index_groups=groups)
+  for over, groups in _steps(names):
+    d = jax.lax.psum_scatter(d, over, tiled=True, axis_index_groups=groups)
   return jnp.moveaxis(d, 0, axis)
 
 
-def _steps(names: tuple[str, ...]) -> list[list[list[int]] | None]:
-  """Returns the groups of devices that scatter a sum one after another, and
-  gather it in the other order; None: all along `names`.
+def _steps(names: tuple[str, ...]
+           ) -> list[tuple[str, list[list[int]] | None]]:
+  """Returns the mesh axes, and the groups of devices along them, that scatter a
+  sum one after another, and gather it in the other order; None: all of them.
 
-  XLA makes all-reduces of what goes over all devices of the mesh. So a single
-  axis with all of them is gone over in two steps, which send as much together:
-  first over devices that are far apart, then over neighbours.
+  XLA makes all-reduces of what goes over all devices of the mesh. So one axis
+  follows the other, and a single axis with all devices is gone over in two
+  steps, first over devices that are far apart, then over neighbours. Steps send
+  as much together as all at once would.
   """
+  if len(names) > 1:
+    return [(name, None) for name in names]
   n = sharding.size(names)
   first = _first_step(n)
-  if n < jax.sharding.get_abstract_mesh().size or len(names) > 1 or first == n:
-    return [None]
+  if n < jax.sharding.get_abstract_mesh().size or first == n:
+    return [(names[0], None)]
   ids = np.arange(n).reshape(first, n // first)
-  return [ids.T.tolist(), ids.tolist()]
+  return [(names[0], ids.T.tolist()), (names[0], ids.tolist())]
 
 
 def _first_step(n: int) -> int:

@@ -5,6 +5,7 @@ mesh axis each goes to. An unknown name raises: Linen alone would take a
 misspelt one for 'not sharded'.
 """
 
+from collections.abc import Mapping
 import contextlib
 import math
 
@@ -36,14 +37,31 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return nn.with_logical_constraint(x, axes)
 
 
-def mesh_axes(axis: str) -> tuple[str, ...]:
-  """The mesh axes, of more than one device, that a logical axis lies on."""
+def lies_on(*axes: str | None) -> tuple[tuple[str, ...], ...]:
+  """The mesh axes, of more than one device, that each logical axis of an array
+  lies on."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or not nn.get_logical_axis_rules():
-    return ()
-  names = nn.logical_to_mesh_axes(known_axes((axis,)))[0] or ()
-  names = (names,) if isinstance(names, str) else names
-  return tuple(name for name in names if mesh.shape[name] > 1)
+    return ((),) * len(axes)
+  found = []
+  for names in nn.logical_to_mesh_axes(known_axes(axes)):
+    names = (names,) if isinstance(names, str) else names or ()
+    found.append(tuple(name for name in names if mesh.shape[name] > 1))
+  return tuple(found)
+
+
+def mesh_axes(axis: str) -> tuple[str, ...]:
+  """`lies_on` of an array that has this axis alone."""
+  return lies_on(axis)[0]
+
+
+def that_divide(names: tuple[str, ...], places: int,
+                shape: Mapping[str, int]) -> tuple[str, ...]:
+  """Returns the mesh axes that a weight's dimension of `places` lies on: as
+  many of `names`, from the first one on, as divide it together."""
+  while places % math.prod(shape[name] for name in names):
+    names = names[:-1]
+  return names
 
 
 def size(names: tuple[str, ...]) -> int:

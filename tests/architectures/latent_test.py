@@ -194,7 +194,7 @@ def test_sharded_equals_single_device(preset, capfd):
   models.close(single[1].params, state.params, rtol=1e-4)
   models.close(single[2], metrics, rtol=1e-4)
   p = run.shardings.params['decoder']['layers']['block_0']['attention']
-  assert p['kv_up'].spec == jax.P(None, 'fsdp', 'tensor', None)
+  assert p['kv_up'].spec == jax.P(None, ('fsdp', 'expert'), 'tensor', None)
 
 
 def test_a_mesh_that_does_not_divide_a_rank_is_refused():

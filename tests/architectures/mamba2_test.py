@@ -135,8 +135,8 @@ def test_numbers_of_heads_and_filters_are_vectors():
 @pytest.mark.long
 def test_one_group_is_whole_on_every_device(capfd):
   specs = trained_alike('mamba2', capfd, groups=1)
-  assert specs['value'] == jax.P(None, 'fsdp', 'tensor', None)
-  assert specs['key'] == jax.P(None, 'fsdp', None, None)
+  assert specs['value'] == jax.P(None, ('fsdp', 'expert'), 'tensor', None)
+  assert specs['key'] == jax.P(None, ('fsdp', 'expert'), None, None)
 
 
 @pytest.mark.parametrize('changes, sentence', [

@@ -153,10 +153,10 @@ def trained_alike(mixer, capfd, **sizes):
 @each(KDA)
 def test_sharded_equals_single_device(mixer, capfd):
   specs = trained_alike(mixer, capfd)
-  ours = dict(value=jax.P(None, 'fsdp', 'tensor', None),
-              key=jax.P(None, 'fsdp', 'tensor', None),
+  ours = dict(value=jax.P(None, ('fsdp', 'expert'), 'tensor', None),
+              key=jax.P(None, ('fsdp', 'expert'), 'tensor', None),
               decay_scale=jax.P(None, 'tensor'),
-              decay_down=jax.P(None, 'fsdp', None),
+              decay_down=jax.P(None, ('fsdp', 'expert'), None),
               decay_up=jax.P(None, None, 'tensor', None))
   assert {name: spec for name, spec in ours.items()
           if name in specs}.items() <= specs.items()

@@ -65,7 +65,7 @@ def test_each_reason_is_given():
   mesh = dict(data=2, fsdp=2, expert=1, context=1, tensor=2)
   why = lambda shape, axes: [d.why for d in rules.explain(
       shape, axes, mesh, 'default')]
-  assert why((4, 6), ('embed', 'mlp')) == ['', '']
+  assert why((4, 6), ('embed', 'mlp')) == ['expert has one device', '']
   assert why((50257, 6), ('vocab', None)) == [
       '50,257 does not divide over the 2 devices of tensor',
       'it has no logical axis']

@@ -260,10 +260,11 @@ def test_sharded_equals_one_device_and_gathers_no_batch(name):
     if in_loop:  # the vocabulary's shards agree; the kernel stays where it is
       assert kind == 'all-reduce' and tables.PRESETS[name]['tensor'] > 1
       assert max(sizes) <= chunk_hidden < whole_kernel
-    elif kind == 'all-gather':  # the kernel, over fsdp; over all in two steps
-      fsdp = tables.PRESETS[name]['fsdp']
-      assert fsdp > 1
-      assert sizes in ([whole_kernel], *[[whole_kernel // 4]] * (fsdp == 8))
+    elif kind == 'all-gather':  # the kernel, in two steps over all or two axes
+      fsdp, expert = (tables.PRESETS[name][axis] for axis in ('fsdp', 'expert'))
+      assert fsdp * expert > 1
+      rest = 4 if fsdp == 8 else fsdp if expert > 1 else 1
+      assert sizes in ([whole_kernel], [whole_kernel // rest])
 
 
 def test_a_vocabulary_and_batch_that_the_mesh_does_not_divide():

@@ -1,14 +1,14 @@
 """The collectives that the rules lead to, before anything is compiled.
 
 A weight whose dimension lies on a mesh axis of the batch is gathered over it
-before use, and its gradient scattered over it; over the batch's other axes
-the gradient is summed. A product over a dimension that lies on `tensor` is
-summed over it. Tokens cross `expert` and come back. Left out are the sums over
-a vocabulary that lies on `tensor`: of embeddings, of the loss, and of the last
-hidden state's gradient, once a micro-batch each, and the gates that cross with
-their rows. An embedding is not gathered, its tokens cross: where there are few
-of them, less is sent than is said here. XLA may choose otherwise:
-python -m tools.plan says what it chose.
+before use, and its gradient scattered over it, over several one after another;
+over the batch's other axes the gradient is summed. A product over a dimension
+that lies on `tensor` is summed over it. Tokens cross `expert` and come back.
+Left out are the sums over a vocabulary that lies on `tensor`: of embeddings, of
+the loss, and of the last hidden state's gradient, once a micro-batch each, and
+the gates that cross with their rows. An embedding is not gathered, its tokens
+cross: where there are few of them, less is sent than is said here. XLA may
+choose otherwise: python -m tools.plan says what it chose.
 """
 
 import math
@@ -49,12 +49,12 @@ def _of_weight(run, one: dict, batch: list, mesh: dict) -> list[dict]:
   # It is cast before it is sent.
   width = (run.model.compute_dtype.itemsize
            / jnp.dtype(run.model.param_dtype).itemsize)
-  rows = []
-  for axis in own:
+  rows, held = [], one['bytes_per_device']
+  for axis in reversed(own):
     n = mesh[axis]
     if axis in batch and not _stays(one, axis):
-      whole = one['bytes_per_device'] * n
-      sent = whole * (n - 1) / n * width
+      sent = held * (n - 1) * width
+      held *= n
       passes = 2 * times  # remade layers keep what they gather
       rows.append(_row('all-gather', [axis], 'weights before use', passes,
                        sent * passes))

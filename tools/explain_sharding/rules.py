@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 import math
 from typing import NamedTuple, Optional
 
+from architectures.parts import sharding
 from configs import sharding as tables
 
 
@@ -30,7 +31,8 @@ def explain(shape: Sequence[int], axes: Sequence[Optional[str]],
 
   Rules are tried from the top of the table, as flax does, so that a mesh axis
   goes to the dimension whose rule stands first, not to the first dimension. A
-  rule that names a mesh axis which is taken is passed over as a whole.
+  rule that names a mesh axis which is taken is passed over as a whole, and one
+  further down may follow for the same logical axis.
 
   Args:
     shape: of the array.
@@ -41,7 +43,7 @@ def explain(shape: Sequence[int], axes: Sequence[Optional[str]],
   axes = tuple(axes) + (None,) * (len(shape) - len(axes))
   table, taken, placed, held = dict(tables.RULES[rules]), {}, {}, {}
   for axis, wanted in tables.RULES[rules]:
-    if axis not in axes:
+    if axis not in axes or axes.index(axis) in placed:
       continue
     i = axes.index(axis)
     busy = [name for name in wanted if name in taken]
@@ -53,14 +55,14 @@ def explain(shape: Sequence[int], axes: Sequence[Optional[str]],
     taken |= dict.fromkeys(wanted, i)
   found = []
   for i, (size, axis) in enumerate(zip(shape, axes)):
-    wanted = table[axis] if axis else ()
+    wanted = placed.get(i, table[axis] if axis else ())
     on, why = _on(placed.get(i, ()), size, mesh)
     if axis is None:
       why = 'it has no logical axis'
     elif not wanted:
       why = f'the rule for {axis} names no mesh axis'
     elif i in held:
-      why = held[i]
+      why = f'{held[i]}; {why}' if why else held[i]
     found.append(Dimension(size, axis, tuple(wanted), on, why))
   return found
 
@@ -68,13 +70,14 @@ def explain(shape: Sequence[int], axes: Sequence[Optional[str]],
 def _on(wanted, size: int, mesh) -> tuple[tuple[str, ...], str]:
   """Returns the mesh axes of more than one device, and what is missing."""
   real = tuple(name for name in wanted if mesh[name] > 1)
-  count = math.prod(mesh[name] for name in real)
+  on = sharding.that_divide(real, size, mesh)
   alone = ', '.join(name for name in wanted if mesh[name] == 1)
-  if size % count:
-    return (), (f'{size:,} does not divide over the {count} devices of '
+  if on != real:
+    count = math.prod(mesh[name] for name in real)
+    return on, (f'{size:,} does not divide over the {count} devices of '
                 f'{" x ".join(real)}')
   why = f'{alone} has one device' if alone else ''
-  return real, why
+  return on, why
 
 
 def spec(found: Sequence[Dimension]) -> str:

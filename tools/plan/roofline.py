@@ -56,7 +56,7 @@ def hbm_bytes(run: runs.Run, products: float, training: bool) -> float:
     passes = (2 + (c.remat == 'full')) * run.config.train.grad_accumulation
   gathered = sum(
       math.prod(x.sharding.shard_shape(x.shape))
-      * (shape['fsdp'] if 'fsdp' in memory.axes(x.sharding) else 1)
+      * math.prod(shape[axis] for axis in memory.gathered(x.sharding))
       * c.compute_dtype.itemsize
       for x in jax.tree.leaves(run.abstract.params))
   moved = products / math.prod(shape.values()) + passes * gathered

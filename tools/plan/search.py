@@ -93,10 +93,11 @@ def sent(run: runs.Run, host_of: np.ndarray) -> list[collectives.Collective]:
   for x in jax.tree.leaves(run.abstract.params):
     used = memory.axes(x.sharding)
     shard = math.prod(x.sharding.shard_shape(x.shape)) * itemsize
-    if 'fsdp' in used:
-      add('all-gather', ('fsdp',), shard * shape['fsdp'],
-          passes * accumulation)
-      add('reduce-scatter', ('fsdp',), shard, accumulation)
+    held = shard
+    for axis in reversed(memory.gathered(x.sharding)):  # one after the other
+      add('reduce-scatter', (axis,), held, accumulation)
+      held *= shape[axis]
+      add('all-gather', (axis,), held, passes * accumulation)
     rest = tuple(a for a in batch if a not in used)
     add('all-reduce', rest, shard, accumulation)
   tokens = run.config.data.batch_size * sum(

@@ -68,8 +68,18 @@ def replicated(run: runs.Run) -> list[dict]:
 
 def axes(sharding: Any) -> set[str]:
   """Returns the mesh axes that an array's sharding names."""
-  return {name for entry in sharding.spec if entry
-          for name in ((entry,) if isinstance(entry, str) else entry)}
+  return {name for entry in sharding.spec for name in _names(entry)}
+
+
+def gathered(sharding: Any) -> tuple[str, ...]:
+  """Returns the mesh axes that a weight is gathered over: fsdp, and those that
+  it shares a dimension with."""
+  return next((tuple(entry) for entry in map(_names, sharding.spec)
+               if 'fsdp' in entry), ())
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+  return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
 def _saved(x: Any, axis: str, size: int) -> int:

@@ -13,6 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
 from architectures.parts import mixers
+from architectures.parts import sharding
 from architectures.parts.config import ModelConfig
 from architectures.parts.ffn import NONE
 from configs import sharding as tables
@@ -168,8 +169,9 @@ def by_slice(devices: Sequence[jax.Device], slices: int) -> list[list]:
 def param_shardings(abstract: Any, mesh: Mesh, rules: str):
   """Returns a NamedSharding for each boxed parameter of `abstract`.
 
-  A mesh axis that does not divide a dimension is left out of it: only `vocab`
-  and `rows` get here so (GPT-2's 50,257); `check` refuses the others.
+  A mesh axis that does not divide a dimension is left out of it, of several the
+  last ones: only `vocab` and `rows` get here so (GPT-2's 50,257), and `expert`
+  after `fsdp`; `check_mesh` refuses the others.
   """
   table = tables.RULES[rules]
 
@@ -186,8 +188,7 @@ def param_shardings(abstract: Any, mesh: Mesh, rules: str):
 
 def _fits(axes: Any, size: int, mesh: Mesh):
   names = (axes,) if isinstance(axes, str) else tuple(axes or ())
-  return axes if names and size % math.prod(
-      mesh.shape[name] for name in names) == 0 else None
+  return sharding.that_divide(names, size, mesh.shape) or None
 
 
 def shards(axis: str, shape: Mapping[str, int], rules: str) -> int:

@@ -71,7 +71,8 @@ class Axes:
 
 def mesh_axes() -> Optional[Axes]:
   """Where the installed rules put things; None: all on each device."""
-  names = [sharding.mesh_axes(a) for a in ('tokens', 'experts', 'mlp', 'embed')]
+  names = sharding.mesh_axes('tokens'), *sharding.lies_on(
+      'experts', 'mlp', 'embed')
   return Axes(*names) if any(names) else None
 
 
