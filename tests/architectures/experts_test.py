@@ -186,7 +186,7 @@ def test_grouped_product_equals_a_loop_over_experts(even, monkeypatch):
 
   @functools.partial(jax.jit, static_argnums=(0, 1))
   def whole(product, again, count_E, x_RD, gate_R, w, mask_RF, d_RD):
-    y_RD, pre = grouped._whole_forward(product, SWIGLU, x_RD, count_E, w,
+    y_RD, pre = grouped._whole_forward(product, SWIGLU, again, x_RD, count_E, w,
                                        mask_RF)
     return (gate_R[:, None] * y_RD * d_RD).sum(), grouped._whole_backward(
         product, SWIGLU, x_RD, count_E, gate_R, w, mask_RF,

@@ -27,9 +27,13 @@ def step_of(module):
   return jax.value_and_grad(loss)
 
 
+def make_mesh(sizes):
+  return devices.make_mesh(dict.fromkeys(tables.MESH_AXES, 1) | sizes)
+
+
 def on_mesh(sizes, module, params, fn, *rows):
   """Returns (what fn returns on a mesh, the program as it was asked for)."""
-  mesh = devices.make_mesh(dict.fromkeys(tables.MESH_AXES, 1) | sizes)
+  mesh = make_mesh(sizes)
   boxed = jax.eval_shape(module.init, jax.random.key(0), models.tokens(1, 1))
   places = devices.param_shardings(boxed['params'], mesh, 'default')
   with jax.set_mesh(mesh), sharding.rules('default'):
@@ -92,16 +96,16 @@ def test_dense_weights_of_a_mixture_lie_over_fsdp_and_expert():
     dict(fsdp=8), dict(fsdp=2, expert=4), dict(data=2, fsdp=4), dict(expert=8)])
 def test_shards_are_joined_and_sums_are_cut_up(sizes):
   """As numpy has it, along an axis that is not the first."""
-  mesh = devices.make_mesh(dict.fromkeys(tables.MESH_AXES, 1) | sizes)
   names = tuple(name for name in sizes if name != 'data')
   w = np.arange(3 * 16.0, dtype=np.float32).reshape(3, 16)
   own = np.arange(8.0, dtype=np.float32)  # a number of each device
   def local(shard, number):
     whole = gathered.along(shard, 1, names)
-    return whole[None], gathered.scatter(number * whole, 1, names)[None]
+    cut = gathered.scatter(number[:, None] * whole, 1, names)
+    return whole[None], cut[None]
   P = jax.sharding.PartitionSpec
   every = P(tables.MESH_AXES)
-  with jax.set_mesh(mesh):
+  with jax.set_mesh(make_mesh(sizes)):
     wholes, cuts = jax.jit(jax.shard_map(
         local, in_specs=(P(None, names), every), out_specs=(every, every),
         check_vma=False))(w, own)
@@ -110,6 +114,61 @@ def test_shards_are_joined_and_sums_are_cut_up(sizes):
   for i, cut in enumerate(cuts):  # the devices of `names` follow one another
     total = own.reshape(-1, n).sum(1)[i // n] * w
     np.testing.assert_array_equal(cut, np.split(total, n, 1)[i % n])
+
+
+@pytest.mark.parametrize('sizes, gathers', [
+    (dict(data=2, fsdp=4), 1), (dict(fsdp=2, expert=4), 2)])
+@pytest.mark.parametrize('keep', [True, False])
+def test_a_product_gathers_its_weight_again_unless_it_may_be_kept(
+    sizes, gathers, keep):
+  x_BLD = jax.random.normal(jax.random.key(0), (8, 4, 16))
+  w_DF = jax.random.normal(jax.random.key(1), (16, 24))
+  local = lambda x, w: jnp.einsum('BLD,DF->BLF', x, w)
+  def loss(x_BLD, w_DF):
+    at = gathered.places('BLD,DF->BLF', x_BLD, w_DF, ('embed', 'mlp'))
+    return jnp.square(gathered.product(local, x_BLD, w_DF, at, keep)).sum()
+  want = jax.grad(lambda x, w: jnp.square(local(x, w)).sum(), (0, 1))(
+      x_BLD, w_DF)
+  with jax.set_mesh(make_mesh(sizes)), sharding.rules('default'):
+    lowered = jax.jit(jax.grad(loss, (0, 1))).lower(x_BLD, w_DF)
+    models.close(want, lowered.compile()(x_BLD, w_DF))
+  count = lowered.as_text().count
+  assert count('stablehlo.all_gather"') == gathers * (1 if keep else 2)
+  assert count('stablehlo.reduce_scatter"') == gathers
+
+
+@pytest.mark.parametrize('sizes, rows, axes', [
+    (dict(fsdp=8), 3, ('embed', 'mlp')),  # a batch that it does not divide
+    (dict(fsdp=8), 8, ('head', 'mlp')),  # a weight that is whole
+    (dict(fsdp=4, tensor=2), 8, ('embed', 'mlp'))])
+def test_products_that_are_left_to_xla(sizes, rows, axes):
+  with jax.set_mesh(make_mesh(sizes)), sharding.rules('default'):
+    assert gathered.places('BLD,DF->BLF', jnp.ones((rows, 4, 16)),
+                           jnp.ones((16, 24)), axes) is None
+
+
+def test_rows_of_a_table_whose_columns_are_split_and_their_gradient():
+  table_VD = jax.random.normal(jax.random.key(0), (12, 16))
+  ids_BL, d_BLD = models.tokens(8, 5) % 12, jnp.arange(8 * 5 * 16.0)
+  def loss(table_VD, ids_BL):
+    rows_BLD = gathered.lookup(table_VD, ids_BL, jnp.float32)
+    return (rows_BLD * d_BLD.reshape(8, 5, 16)).sum()
+  want = jax.value_and_grad(lambda table_VD: (
+      table_VD[ids_BL] * d_BLD.reshape(8, 5, 16)).sum())(table_VD)
+  with jax.set_mesh(make_mesh(dict(fsdp=2, expert=4))), sharding.rules(
+      'default'):
+    got = jax.jit(jax.value_and_grad(loss))(table_VD, ids_BL)
+  models.close(want, got)
+
+
+@pytest.mark.parametrize('sizes', [
+    dict(data=2, fsdp=2, context=2), dict(data=2, expert=4)])
+def test_a_gradient_of_each_shard_of_the_tokens_is_added_up(sizes):
+  d_Q = jax.random.normal(jax.random.key(0), (8, 6, 16))
+  with jax.set_mesh(make_mesh(sizes)), sharding.rules('default'):
+    got = jax.jit(lambda d_Q: gathered.total(d_Q, ('vocab', 'embed')))(d_Q)
+  np.testing.assert_allclose(got, d_Q.sum(0), rtol=1e-5, atol=1e-5)
+  assert 'fsdp' in str(got.sharding.spec) or 'expert' in str(got.sharding.spec)
 
 
 def test_an_axis_that_does_not_divide_a_weight_is_left_out_of_it():

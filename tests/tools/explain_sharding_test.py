@@ -140,7 +140,8 @@ def test_two_meshes_side_by_side():
       "P(None, 'fsdp')", "P(None, 'fsdp', 'tensor')")
   assert 'decoder/final_norm/scale' in changed  # 8 shards against 4
   assert 'fsdp' in report.diff_text(both) and 'why' not in both['parameters']
-  assert 'embed -> fsdp: over fsdp' in report.text(one)
+  assert ('embed -> fsdp x expert: over fsdp (expert has one device)'
+          in report.text(one))
   json.dumps([one, both])
 
 

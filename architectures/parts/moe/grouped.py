@@ -60,13 +60,19 @@ def _ffn_fwd(rows_PD: jax.Array, count_E: jax.Array, gate_P: jax.Array, w: Any,
              mask_PF: Optional[jax.Array], how: How):
   """(the result, what is kept: with the arguments what goes into the
   activation, (up,) or (up, gate), or None)."""
+  def keeps(forward: Callable):
+    def run(*args):
+      y_PD, pre = forward(*args)
+      return y_PD, None if how.again else pre
+    return run
   y_PD, pre = _on_platform(
-      how.kernel, functools.partial(_blocks_forward, how.kind, how.even),
-      functools.partial(_whole_forward, product(how.kernel, how.even),
-                        how.kind), rows_PD, count_E, w, mask_PF)
+      how.kernel,
+      keeps(functools.partial(_blocks_forward, how.kind, how.even)),
+      keeps(functools.partial(_whole_forward, product(how.kernel, how.even),
+                              how.kind, how.again)),
+      rows_PD, count_E, w, mask_PF)
   y_PD = y_PD * gate_P[:, None].astype(y_PD.dtype)
-  return y_PD, (rows_PD, count_E, gate_P, w, mask_PF,
-                None if how.again else pre)
+  return y_PD, (rows_PD, count_E, gate_P, w, mask_PF, pre)
 
 
 def _ffn_bwd(how: How, saved: tuple, dy_PD: jax.Array):
@@ -125,11 +131,25 @@ def _of_rows(b_EO: jax.Array, count_E: jax.Array, rows: int) -> jax.Array:
   return b_EO.at[expert_P].get(mode='fill', fill_value=0)
 
 
-def _whole_forward(times: Callable, kind: Hidden, rows_PD: jax.Array,
-                   count_E: jax.Array, w: Any, mask_PF: Optional[jax.Array]):
+def _whole_forward(times: Callable, kind: Hidden, again: bool,
+                   rows_PD: jax.Array, count_E: jax.Array, w: Any,
+                   mask_PF: Optional[jax.Array]):
+  """Where `pre` is not kept, the parts of the hidden units follow one another,
+  each to its place among them."""
   affine = functools.partial(_whole_affine, times, count_E)
-  pre = tuple(affine(rows_PD, *pair) for pair in _into(w))
-  h_PF = _activation(kind, mask_PF)(pre)
+  def hidden(w: Any, mask_PF: Optional[jax.Array]):
+    pre = tuple(affine(rows_PD, *pair) for pair in _into(w))
+    return _activation(kind, mask_PF)(pre), pre
+  parts = _parts(*w.up_EDF.shape[1:]) if again else 1
+  if parts == 1:
+    h_PF, pre = hidden(w, mask_PF)
+  else:
+    F = w.up_EDF.shape[2]
+    h_PF, pre = jnp.zeros((len(rows_PD), F), rows_PD.dtype), ()
+    for i, part in enumerate(zip(_split(w, parts), _cut(mask_PF, parts))):
+      rows_PD, h_PF = jax.lax.optimization_barrier((rows_PD, h_PF))
+      h_PF = jax.lax.dynamic_update_slice_in_dim(
+          h_PF, hidden(*part)[0], i * F // parts, 1)
   return affine(h_PF, w.down_EFD, w.down_bias_ED), pre
 
 
@@ -149,24 +169,28 @@ def _whole_backward(times: Callable, kind: Hidden, rows_PD: jax.Array,
   dx_PD, dgate_P, dws = jnp.zeros_like(rows_PD), jnp.zeros_like(gate_P), []
   parts = 1 if pre is not None else _parts(*w.up_EDF.shape[1:])
   for own, mask_own in zip(_split(w, parts), _cut(mask_PF, parts)):
-    if dws:
-      rows_PD, dy_PD, dx_PD = jax.lax.optimization_barrier(
-          (rows_PD, dy_PD, dx_PD))
-    into, out = _into(own), (own.down_EFD, own.down_bias_ED)
+    if dws:  # all that is made of a part: XLA joins none of it with the next's
+      rows_PD, dy_PD, dx_PD, dgate_P, dws = jax.lax.optimization_barrier(
+          (rows_PD, dy_PD, dx_PD, dgate_P, dws))
+    into = _into(own)
     h_PF, act_vjp = jax.vjp(
         _activation(kind, mask_own),
         pre or tuple(affine(rows_PD, *pair) for pair in into))
-    u_PF = vjp(h_PF, out, dy_PD)[0]
+    u_PF = vjp(h_PF, (own.down_EFD, None), dy_PD)[0]
     dgate_P += (wide(u_PF) * wide(h_PF)).sum(1)
-    dout, dinto = vjp(h_PF, out, gated(dy_PD))[1:], []
+    # The gates are on h, as it is narrower than dy.
+    ddown, dinto = vjp(gated(h_PF), (own.down_EFD, None), dy_PD)[1], []
     for pair, d_PF in zip(into, act_vjp(gated(u_PF))[0]):
       more_PD, *grads = vjp(rows_PD, pair, d_PF)
       dx_PD, dinto = dx_PD + more_PD, dinto + [tuple(grads)]
-    dws.append(_like(own, dinto, dout))
+    dws.append(_like(own, dinto, (ddown, None)))
+  dw = _joined(dws)
   if w.down_bias_ED is not None:
-    dgate_P += (wide(dy_PD) * wide(_of_rows(
-        w.down_bias_ED, count_E, len(rows_PD)))).sum(1)
-  return dx_PD, dgate_P, _joined(dws)
+    bias_PD, of_rows_vjp = jax.vjp(
+        lambda b_ED: _of_rows(b_ED, count_E, len(rows_PD)), w.down_bias_ED)
+    dgate_P += (wide(dy_PD) * wide(bias_PD)).sum(1)
+    dw = dw.replace(down_bias_ED=of_rows_vjp(gated(dy_PD))[0])
+  return dx_PD, dgate_P, dw
 
 
 def _parts(D: int, F: int) -> int:
@@ -181,9 +205,8 @@ def _cut(x: Optional[jax.Array], parts: int, axis: int = -1) -> list:
 
 
 def _split(w: Any, parts: int) -> list:
-  """The Weights of each part of the hidden units; one has the last bias."""
-  cut = dict(down_EFD=_cut(w.down_EFD, parts, 1),
-             down_bias_ED=[w.down_bias_ED] + [None] * (parts - 1))
+  """The Weights of each part of the hidden units, without the last bias."""
+  cut = dict(down_EFD=_cut(w.down_EFD, parts, 1), down_bias_ED=[None] * parts)
   cut |= {name: _cut(getattr(w, name), parts) for name in _OF_HIDDEN}
   return [w.replace(**{name: x[i] for name, x in cut.items()})
           for i in range(parts)]
