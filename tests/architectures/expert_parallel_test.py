@@ -21,6 +21,7 @@ from architectures.parts.moe.layer import MoE
 from architectures.parts.skeletons import REMAT
 from tests.architectures.experts_test import equations
 from tests.helpers import models
+from tools.plan.collectives import groups as named_groups
 
 B, L, D, F, E, X = 8, 8, 16, 32, 8, 2
 BATCH = ('data', 'fsdp', 'expert')
@@ -133,13 +134,8 @@ def groups(line: str) -> np.ndarray:
     ids = np.arange(math.prod(ints(iota[2]))).reshape(ints(iota[2]))
     return ids.transpose(ints(iota[3]) if iota[3] else None).reshape(
         ints(iota[1]))
-  mesh = re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line)
-  if mesh:
-    sizes = {k: int(v) for k, v in re.findall(r"('\w+')=(\d+)", mesh[1])}
-    inner = [i for i, k in enumerate(sizes) if k in mesh[2].split(',')]
-    ids = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
-    ids = np.moveaxis(ids, inner, range(-len(inner), 0))
-    return ids.reshape(-1, math.prod(ids.shape[-len(inner):]))
+  if 'replica_groups=mesh' in line:  # with the order of the devices, or without
+    return named_groups(line)
   text = re.search(r'replica_groups=\{(\{.*?\})\}', line)[1]
   return np.array([ints(g) for g in re.findall(r'\{([\d,]+)\}', text)])
 

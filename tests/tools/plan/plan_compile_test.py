@@ -51,6 +51,7 @@ def test_experts_cross_by_all_to_all_and_tokens_are_not_gathered(preset):
   config = mixtral.get_config()
   config.model.update(num_layers=2, d_model=256, d_ff=128, num_kv_heads=4)
   config.model.moe.num_experts = 8
+  config.data.batch_size = 64  # so that tokens are more than a dense weight
   run = run_on(topology, preset, config)
   found = collectives.read(
       compiled(run, topology).as_text(), run.mesh.shape,
