@@ -56,11 +56,12 @@ def main():
           for row in _read(pathlib.Path(file))]
   found = {'rows': rows}
   if not args.join:
-    _check_packages(sides)
+    check_packages(sides)
     require(bool(args.data), 'no folder of data sets: set $ARCHETYPE_DATA, or '
             'pass --data (docs/performance.md says which files)')
     with tempfile.TemporaryDirectory() as folder:
-      requests = {name: _request(name, args, pathlib.Path(folder))
+      requests = {name: request(name, args.data, pathlib.Path(folder),
+                                args.steps)
                   for name in tasks}
       if args.speed:
         found['speed'] = {name: speed(name, request)
@@ -103,7 +104,8 @@ def _seeds(written: str) -> list[int]:
   return [int(seed) for seed in seeds]
 
 
-def _check_packages(sides: list[str]) -> None:
+def check_packages(sides: list[str]) -> None:
+  """Raises RequestError for a package that a side needs and is not there."""
   import importlib.util
   needed = {'seqeval': 'finetune', 'sklearn': 'finetune'}
   if 'theirs' in sides:
@@ -115,11 +117,20 @@ def _check_packages(sides: list[str]) -> None:
             + (name if name == 'accelerate' else f"'archetype[{extra}]'"))
 
 
-def _request(name: str, args, folder: pathlib.Path) -> dict:
+def request(name: str, data: str, folder: pathlib.Path, steps: int = 0
+            ) -> dict:
+  """Returns what a side is asked for: a task, its files and its weights.
+
+  Args:
+    name: of the task.
+    data: the folder of the data sets.
+    folder: where files may be written.
+    steps: of a run; 0: the task's own.
+  """
   task = finetune_tasks.TASKS[name]
-  require(args.steps >= 0, f'--steps is {args.steps}: it must be 0 or more')
-  task = task._replace(steps=args.steps or task.steps)
-  train, dev = finetune_tasks.files(task, pathlib.Path(args.data), folder)
+  require(steps >= 0, f'--steps is {steps}: it must be 0 or more')
+  task = task._replace(steps=steps or task.steps)
+  train, dev = finetune_tasks.files(task, pathlib.Path(data), folder)
   return dict(task=task._asdict(), weights=finetune_tasks.weights(),
               train=train, dev=dev, seed=0)
 

@@ -189,11 +189,11 @@ class Side:
                      request['dev'])
     self.rows = self.data.rows(self.data.train)
 
-  def _trainer(self, steps: int, seed: int):
+  def settings(self, steps: int, seed: int, **more: Any):
+    """Returns the arguments of a Trainer: the recipe, and `more`."""
     import transformers
     task = self.task
-    transformers.set_seed(seed)
-    settings = transformers.TrainingArguments(
+    return transformers.TrainingArguments(
         output_dir=tempfile.gettempdir(), max_steps=steps, seed=seed,
         per_device_train_batch_size=task.batch,
         per_device_eval_batch_size=4 * task.batch, learning_rate=task.lr,
@@ -201,7 +201,12 @@ class Side:
         max_grad_norm=1.0, lr_scheduler_type='linear',
         warmup_steps=steps // 10, use_cpu=True, report_to=[],
         save_strategy='no', eval_strategy='no', logging_strategy='no',
-        disable_tqdm=True)
+        disable_tqdm=True, **more)
+
+  def _trainer(self, steps: int, seed: int):
+    import transformers
+    transformers.set_seed(seed)
+    settings = self.settings(steps, seed)
     return transformers.Trainer(
         self.data.model(self.request['weights']), settings,
         train_dataset=self.rows, data_collator=self.data.collator())

@@ -11,6 +11,7 @@ import time
 from benchmarks import finetune_tasks
 from configs.errors import EnvironmentFailure
 
+DROPOUT = 'model.dropout', 'model.attention_dropout', 'model.head_dropout'
 ROOT = pathlib.Path(__file__).parents[1]
 
 
@@ -65,8 +66,9 @@ class Side:
     return dict(score=found[self.task.figure] * self.task.percent,
                 loss=sum(line['loss'] for line in train) / len(train))
 
-  def warm(self) -> None:
-    """Compiles a program for each shape of the batches that are timed."""
+  def build(self, changes: dict | None = None) -> None:
+    """Builds the run, its first state and its step; `changes` are of its
+    config."""
     import ml_collections
 
     from configs import bert
@@ -75,7 +77,8 @@ class Side:
     from training.distributed import cpu_memory
     cpu_memory.reuse()  # as train.py does
     config: ml_collections.ConfigDict = bert.get_config('base')
-    config.update_from_flattened_dict(fields(self.request))
+    config.update_from_flattened_dict(
+        fields(self.request) | (changes or {}))
     tokenizer = tokenizers.load(config.data.tokenizer)
     config = objectives.with_labels(config)
     self.run = runs.build(config, runs.resolve(config, tokenizer)[0])
@@ -84,6 +87,10 @@ class Side:
     with self.run.context():
       self.step = shapes.PerShape(self.run.train_step(), _quiet)
     cpu_memory.trim()
+
+  def warm(self) -> None:
+    """Compiles a program for each shape of the batches that are timed."""
+    self.build()
     self._steps()
 
   def _steps(self) -> None:

@@ -8,11 +8,13 @@ import pytest
 from scipy import stats
 
 import architectures
-from benchmarks import finetune, finetune_ours, finetune_tasks
+from benchmarks import finetune, finetune_ours, finetune_replay
+from benchmarks import finetune_tasks
 from configs import bert
 from configs.errors import RequestError
 from training import objectives, paths, runs, step
 from training.data import squad
+from training.optim import schedules
 
 
 def test_intervals_are_those_of_students_t():
@@ -127,3 +129,46 @@ def test_our_side_has_the_recipe(tmp_path, name):
   matrices = {name: role.matrix for name, role in paths.flatten(tree).items()}
   assert {name: bool(x) for name, x in paths.flatten(decays).items()} == (
       matrices)
+
+
+def test_the_trainer_is_shown_our_rows_without_their_padding():
+  batch = dict(tokens=np.array([[101, 7, 8, 102], [101, 9, 102, 0]]),
+               segment_ids=np.array([[1, 1, 1, 1], [1, 1, 1, 0]]),
+               labels=np.array([[0, 3, 0, 0], [0, 0, 0, 0]]),
+               weights=np.array([[0, 1, 0, 0], [0, 1, 0, 0]], np.float32))
+  assert finetune_replay.rows([batch, batch]) == 2 * [
+      dict(input_ids=[101, 7, 8, 102], attention_mask=[1] * 4,
+           labels=[-100, 3, -100, -100]),
+      dict(input_ids=[101, 9, 102], attention_mask=[1] * 3,
+           labels=[-100, 0, -100])]
+
+
+def test_a_replay_tells_the_largest_difference_of_ten_steps():
+  one = dict(loss=[2.0] * 12, norm=[1.0] * 12, rate=[0.5] * 12)
+  two = dict(loss=[2.0] * 9 + [1.75, 2.0, 2.0], norm=[1.0] * 12,
+             rate=[0.5] * 11 + [0.25])
+  _, first, last = finetune_replay.table(one, two).splitlines()
+  assert first.split() == ['1', 'to', '10', '2.0000', '2.5e-01', '1.0000',
+                           '0.0e+00', '0.0e+00']
+  assert last.split() == ['11', 'to', '12', '2.0000', '0.0e+00', '1.0000',
+                          '0.0e+00', '2.5e-01']
+
+
+@pytest.mark.parametrize('steps', [0, 301])
+def test_a_replay_has_the_steps_of_a_run_at_most(monkeypatch, steps):
+  monkeypatch.setattr('sys.argv', ['finetune_replay', f'--steps={steps}'])
+  with pytest.raises(RequestError, match=f'--steps is {steps}: .* 1 to 300'):
+    finetune_replay.main()
+
+
+def test_our_rates_are_the_trainers_one_step_later():
+  """get_linear_schedule_with_warmup of transformers, of 300 steps."""
+  theirs = lambda i: min(i / 30, (300 - i) / 270)
+  config = bert.get_config('base')
+  config.update_from_flattened_dict(dict([
+      ('optim.schedule', 'linear'), ('optim.warmup_steps', 30),
+      ('optim.lr', 2e-4), ('optim.final_fraction', 0.0)]))
+  rate = schedules.make(config.optim, 300)
+  np.testing.assert_allclose(
+      [rate(i) for i in range(300)],
+      [2e-4 * theirs(i + 1) for i in range(300)], rtol=1e-5, atol=1e-12)

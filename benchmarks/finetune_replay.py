@@ -1,0 +1,152 @@
+"""Trains MiniLM here, and the Trainer on the same batches; compares each step.
+
+  python -m benchmarks.finetune_replay --steps=30
+
+The task is wnut17 of benchmarks.finetune, with its recipe but without dropout.
+Both sides begin with the same weights, the head's included, and are shown the
+same rows in the same order. So what they may differ in is the model, the loss,
+the clipping, AdamW and its rates, and what is printed is by how much they do.
+One difference is taken away, and --own-rates leaves it in: the Trainer has
+at step i the rate that is due here at step i - 1, so that its first is 0.
+"""
+
+import argparse
+import contextlib
+import os
+import pathlib
+import tempfile
+
+import numpy as np
+
+from benchmarks import finetune, finetune_hf, finetune_ours, finetune_tasks
+from configs.errors import require
+from training import cli
+
+STEPS = finetune_tasks.TASKS['wnut17'].steps
+
+
+def main():
+  args = _parser().parse_args()
+  require(0 < args.steps <= STEPS,
+          f'--steps is {args.steps}: it must be from 1 to {STEPS}')
+  finetune.check_packages(['ours', 'theirs'])
+  require(bool(args.data), 'no folder of data sets: set $ARCHETYPE_DATA, or '
+          'pass --data (docs/performance.md says which files)')
+  with tempfile.TemporaryDirectory() as folder:
+    first = pathlib.Path(folder) / 'first'
+    request = finetune.request('wnut17', args.data, pathlib.Path(folder))
+    one = ours(request, args.steps, first)
+    two = theirs(request, args.steps, first, one.pop('batches'),
+                 shift=not args.own_rates)
+  print(table(one, two))
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(
+      prog='python -m benchmarks.finetune_replay', description=__doc__,
+      allow_abbrev=False, formatter_class=cli.HelpFormatter)
+  parser.add_argument('--steps', type=int, default=30,
+                      help=f'how many of the {STEPS} are made')
+  parser.add_argument('--data', default=os.environ.get('ARCHETYPE_DATA', ''),
+                      help='the folder of the data sets; $ARCHETYPE_DATA')
+  parser.add_argument('--own-rates', action='store_true',
+                      help="leave the Trainer's rates as they are")
+  return parser
+
+
+def ours(request: dict, steps: int, first: pathlib.Path) -> dict:
+  """Trains here; writes the weights before the first step into `first`."""
+  side = finetune_ours.Side(request)
+  side.build({name: 0.0 for name in finetune_ours.DROPOUT})
+  from training import weights
+  weights.to_hf(side.run.module, side.state.params, first,
+                labels=tuple(side.run.config.data.labels))
+  found = dict(batches=[], loss=[], norm=[], rate=[])
+  with side.run.context():
+    for batch in side.loader.iterate(0, steps):
+      found['batches'].append({k: np.array(x) for k, x in batch.items()})
+      side.state, figures = side.step(side.state, side.run.put(batch))
+      for name, of in (('loss', 'loss'), ('norm', 'grad_norm'),
+                       ('rate', 'learning_rate')):
+        found[name].append(float(figures[of]))
+  return found
+
+
+def rows(batches: list[dict]) -> finetune_hf.Rows:
+  """Returns our batches as rows of the Trainer's data set, without padding."""
+  found = finetune_hf.Rows()
+  for batch in batches:
+    sizes = (batch['segment_ids'] != 0).sum(1)
+    labels = np.where(batch['weights'] > 0, batch['labels'], -100)
+    for size, tokens, own in zip(sizes, batch['tokens'], labels):
+      found.append(dict(input_ids=tokens[:size].tolist(),
+                        attention_mask=[1] * int(size),
+                        labels=own[:size].tolist()))
+  return found
+
+
+def theirs(request: dict, steps: int, first: pathlib.Path,
+           batches: list[dict], shift: bool) -> dict:
+  """Trains by the Trainer from the weights in `first`."""
+  import sys
+
+  import torch
+  import transformers
+  side = finetune_hf.Side(request)
+  found = dict(loss=[], norm=[], rate=[])
+
+  class Trainer(transformers.Trainer):
+    """Keeps the figures of each step."""
+
+    def compute_loss(self, *args, **kwargs):
+      loss = super().compute_loss(*args, **kwargs)
+      found['loss'].append(float(loss.detach()))
+      found['rate'].append(self.optimizer.param_groups[0]['lr'])
+      return loss
+
+    def _clip_grad_norm(self, model):
+      norm = super()._clip_grad_norm(model)
+      found['norm'].append(float(norm))
+      return norm
+
+    def create_scheduler(self, *args, **kwargs):
+      schedule = super().create_scheduler(*args, **kwargs)
+      if shift:
+        own = schedule.lr_lambdas[0]  # of all groups of parameters
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: own(step + 1))
+        self.lr_scheduler = schedule
+      return schedule
+
+  class Stop(transformers.TrainerCallback):
+
+    def on_step_end(self, args, state, control, **kwargs):
+      control.should_training_stop = state.global_step >= steps
+
+  model = transformers.AutoModelForTokenClassification.from_pretrained(
+      first, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+  with contextlib.redirect_stdout(sys.stderr):
+    settings = side.settings(STEPS, 0, train_sampling_strategy='sequential')
+    Trainer(model, settings, train_dataset=rows(batches), callbacks=[Stop()],
+            data_collator=side.data.collator()).train()
+  return found
+
+
+def table(one: dict, two: dict) -> str:
+  """Returns a line for each ten steps."""
+  lines = [f'{"steps":<10}{"loss":>10}{"differs by":>12}{"gradient":>10}'
+           f'{"differs by":>12}{"rate by":>10}']
+  for start in range(0, len(one['loss']), 10):
+    part = slice(start, start + 10)
+    apart = {name: np.abs(np.subtract(one[name][part], two[name][part])).max()
+             for name in ('loss', 'norm', 'rate')}
+    stop = start + len(one['loss'][part])
+    lines.append(f'{f"{start + 1} to {stop}":<10}'
+                 f'{np.mean(one["loss"][part]):>10.4f}{apart["loss"]:>12.1e}'
+                 f'{np.mean(one["norm"][part]):>10.4f}{apart["norm"]:>12.1e}'
+                 f'{apart["rate"]:>10.1e}')
+  return '\n'.join(lines)
+
+
+if __name__ == '__main__':
+  cli.run(main)
