@@ -137,11 +137,19 @@ def read(text: str, mesh: Mapping[str, int], *, host_of: np.ndarray,
     passes: as of hlo.walk.
   """
   computations = hlo.parse(text)
-  found = []
+  found, fused = [], set()
   for place in hlo.walk(computations, passes):
     one = _collective(place, mesh, host_of, ragged_rows)
-    if one is not None and one.size > 1 and one.runs:
-      found.append(one)
+    if one is None or one.size == 1 or not one.runs:
+      continue
+    # libtpu 0.0.45 prints one that goes on beside products in each of their
+    # fusions, under one channel.
+    channel = re.search(r'channel_id=(\d+)', place.instruction.rest)
+    if channel and 'fus' in place.computation:
+      if (one.kind, channel[1]) in fused:
+        continue
+      fused.add((one.kind, channel[1]))
+    found.append(one)
   return found
 
 

@@ -142,3 +142,18 @@ def test_trip_counts_and_dtypes():
   assert hlo.trip_count(inner[0], computations) is None
   assert hlo.arrays('(pred[3]{0}, f8e4m3fn[2,2], s4[8], u32[])') == [
       ('pred', 3, 3), ('f8e4m3fn', 4, 4), ('s4', 8, 4), ('u32', 1, 4)]
+
+
+def test_a_gather_that_several_fusions_print_is_one():
+  gather = ('  %g.{0} = bf16[8,4]{{1,0}} all-gather(bf16[1,4]{{1,0}} %p.{0}), '
+            'channel_id={1}, replica_groups={{{{0,1,2,3,4,5,6,7}}}}, '
+            'dimensions={{0}}')
+  fusion = '%fused_computation.{0} (p.{0}: bf16[1,4]) -> bf16[8,4] {{\n' + (
+      gather + '\n}}\n')
+  call = ('  %c.{0} = bf16[8,4]{{1,0}} fusion(bf16[1,4]{{1,0}} %x), kind=kLoop,'
+          ' calls=%fused_computation.{0}')
+  text = ''.join(fusion.format(i, channel) for i, channel in enumerate(
+      (5, 5, 6))) + 'ENTRY %main (x: bf16[1,4]) -> bf16[8,4] {\n' + '\n'.join(
+          call.format(i) for i in range(3)) + '\n}\n'
+  found = collectives.read(text, dict(fsdp=8), host_of=np.zeros(8, int))
+  assert [c.kind for c in found] == ['all-gather'] * 2
