@@ -13,6 +13,9 @@ those of the released config.json, whose contexts of 163,840 tokens are from
 later training: with `--config.model.rope.scaling=yarn
 --config.model.rope.factor=40 --config.model.rope.original_len=4096
 --config.model.rope.mscale=0.707 --config.model.rope.mscale_all_dim=0.707`.
+
+`tiny` trains on the default text to a held-out loss of 1.605 nats a byte (2.32
+bits).
 """
 
 from configs import base

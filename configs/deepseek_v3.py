@@ -12,6 +12,9 @@ config.json, whose context of 163,840 tokens is from later training: with
 `--config.model.rope.scaling=yarn --config.model.rope.factor=40
 --config.model.rope.original_len=4096 --config.model.rope.mscale_all_dim=1`. The
 count is without the module that predicts a second token, 14B more.
+
+`tiny` trains on the default text to a held-out loss of 1.633 nats a byte (2.36
+bits).
 """
 
 from configs import base

