@@ -11,7 +11,8 @@ text.
 Counts are those of transformers' RobertaForMaskedLM: the encoder and its head
 for masked words, with the two rows of positions before the first token.
 
-`tiny` is BERT's (configs/bert.py), whose lab note tells why its rows are short.
+`tiny` is BERT's (configs/bert.py), whose lab note tells why its rows are short:
+it learns the masked bytes that are held out to 1.50 nats, 55 % right.
 """
 
 from configs import base
