@@ -35,22 +35,26 @@ SECTIONS = ('step', 'generate', 'loop', 'compile')
 # What PyTorch may run: in bfloat16, with float32 parameters or without.
 RIVALS = {'float32': ('float32',), 'bfloat16': ('autocast', 'bfloat16')}
 
-cli.define_config('A file of configs/ and its size; default: GPT with '
-    'd_model 512, 6 layers, 8 heads, vocabulary 32,000, batch 8 x 256.')
-flags.DEFINE_enum('dtype', '', ('', *RIVALS), "Of the computation; '': the "
-                  "config's.")
-flags.DEFINE_enum('compare', '', ('', 'pytorch'),
-                  'The other side; it needs the extra `verify`.')
-flags.DEFINE_bool('torch_compile', bool(shutil.which('c++') or
-                                        shutil.which('g++')),
-                  'A rival more: what torch.compile makes of the other side; '
-                  'default: where there is a C++ compiler.')
-flags.DEFINE_list('sections', ['step'], 'Of ' + ', '.join(SECTIONS) + '.')
-flags.DEFINE_integer('pairs', 7, 'Jobs of each side.', 1, 1000)
-flags.DEFINE_integer('prompt', 128, 'Tokens that a generation starts from.',
-                     1, 10**6)
-flags.DEFINE_integer('new', 64, 'Tokens that a generation adds.', 1, 10**6)
-flags.DEFINE_string('json', '', 'Write the figures to this file.')
+
+def define_flags():
+  """Defines those of the command: a test imports this beside other programs,
+  whose flags have the same names."""
+  cli.define_config('A file of configs/ and its size; default: GPT with '
+      'd_model 512, 6 layers, 8 heads, vocabulary 32,000, batch 8 x 256.')
+  flags.DEFINE_enum('dtype', '', ('', *RIVALS), "Of the computation; '': the "
+                    "config's.")
+  flags.DEFINE_enum('compare', '', ('', 'pytorch'),
+                    'The other side; it needs the extra `verify`.')
+  flags.DEFINE_bool('torch_compile', bool(shutil.which('c++') or
+                                          shutil.which('g++')),
+                    'A rival more: what torch.compile makes of the other side; '
+                    'default: where there is a C++ compiler.')
+  flags.DEFINE_list('sections', ['step'], 'Of ' + ', '.join(SECTIONS) + '.')
+  flags.DEFINE_integer('pairs', 7, 'Jobs of each side.', 1, 1000)
+  flags.DEFINE_integer('prompt', 128, 'Tokens that a generation starts from.',
+                       1, 10**6)
+  flags.DEFINE_integer('new', 64, 'Tokens that a generation adds.', 1, 10**6)
+  flags.DEFINE_string('json', '', 'Write the figures to this file.')
 
 
 def default_config():
@@ -64,6 +68,7 @@ def default_config():
 
 
 def main():
+  define_flags()
   cli.parse(__doc__)
   args = flags.FLAGS
   import architectures
