@@ -1,7 +1,7 @@
 """How many layers of a small model of text should be attention?
 
 Lab note. Gated DeltaNet in 0, 4, 6, 7 or all of 8 layers, in LLaMA's wiring at
-120, 260 and 450 thousand parameters, on the State of the Union messages by
+93, 156 and 333 thousand parameters, on the State of the Union messages by
 bytes, in rows of 128. Where both are, attention stands last in each period, as
 in Qwen3-Next and Kimi Linear, whose ratio is 1 to 3. The feed-forward networks
 are solved for, so that all have the FLOPs of the base. Attention has rotary
