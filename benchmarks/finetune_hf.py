@@ -6,6 +6,7 @@ row.
 """
 
 import contextlib
+import pathlib
 import sys
 import tempfile
 import time
@@ -217,6 +218,14 @@ class Side:
     found = trainer.train()
     return dict(score=self.data.score(trainer.predict),
                 loss=found.training_loss)
+
+  def score(self, folder: str | pathlib.Path) -> float:
+    """Returns the score of the weights in `folder`."""
+    import transformers
+    trainer = transformers.Trainer(
+        self.data.model(str(folder)), self.settings(1, 0),
+        data_collator=self.data.collator())
+    return self.data.score(trainer.predict)
 
   def warm(self) -> None:
     self._trainer(2, 0).train()

@@ -88,6 +88,27 @@ class Side:
       self.step = shapes.PerShape(self.run.train_step(), _quiet)
     cpu_memory.trim()
 
+  def score(self, folder: str | pathlib.Path) -> float:
+    """Returns the score of the weights in `folder`, of transformers' form."""
+    import jax
+
+    from training import weights
+    from training.data import pipeline, tokenizers
+    self.build()
+    config = self.run.config
+    loader, = pipeline.held_out(config, tokenizers.load(config.data.tokenizer),
+                                in_order=True)
+    _, params = weights.from_hf(folder)
+    apply = jax.jit(lambda params, batch: loader.objective.apply(
+        self.run.module, params, batch).extra['scores'])
+    found = []
+    with self.run.context():
+      for batch in loader.iterate():
+        found += [*jax.device_get(apply(params, self.run.put(batch)))]
+    measured = loader.objective.measure(
+        loader.views[0], found[:loader.num_windows], config, None)
+    return measured.figures[self.task.figure] * self.task.percent
+
   def warm(self) -> None:
     """Compiles a program for each shape of the batches that are timed."""
     self.build()

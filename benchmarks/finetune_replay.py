@@ -1,19 +1,26 @@
 """Trains MiniLM here, and the Trainer on the same batches; compares each step.
 
   python -m benchmarks.finetune_replay --steps=30
+  python -m benchmarks.finetune_replay --steps=300 --dropout=0.1 --seed=1 \\
+      --scores
 
-The task is wnut17 of benchmarks.finetune, with its recipe but without dropout.
-Both sides begin with the same weights, the head's included, and are shown the
-same rows in the same order. So what they may differ in is the model, the loss,
-the clipping, AdamW and its rates, and what is printed is by how much they do.
-One difference is taken away, and --own-rates leaves it in: the Trainer has
-at step i the rate that is due here at step i - 1, so that its first is 0.
+The task is wnut17 of benchmarks.finetune, with its recipe, and without dropout
+unless --dropout gives its rate. Both sides begin with the same weights, the
+head's included, and are shown the same rows in the same order. So what they
+may differ in is the model, the loss, the clipping, AdamW and its rates, and
+with dropout its draws; what is printed is by how much they do. One difference
+is taken away, and --own-rates leaves it in: the Trainer has at step i the rate
+that is due here at step i - 1, so that its first is 0.
+
+--scores evaluates the weights that each side ends with, each by both sides:
+their F1 of entities in percent.
 """
 
 import argparse
 import contextlib
 import os
 import pathlib
+import sys
 import tempfile
 
 import numpy as np
@@ -29,16 +36,21 @@ def main():
   args = _parser().parse_args()
   require(0 < args.steps <= STEPS,
           f'--steps is {args.steps}: it must be from 1 to {STEPS}')
+  require(0 <= args.dropout < 1,
+          f'--dropout is {args.dropout}: it must be at least 0 and below 1')
   finetune.check_packages(['ours', 'theirs'])
   require(bool(args.data), 'no folder of data sets: set $ARCHETYPE_DATA, or '
           'pass --data (docs/performance.md says which files)')
   with tempfile.TemporaryDirectory() as folder:
     first = pathlib.Path(folder) / 'first'
     request = finetune.request('wnut17', args.data, pathlib.Path(folder))
-    one = ours(request, args.steps, first)
+    request['seed'] = args.seed
+    one = ours(request, args.steps, first, args.dropout)
     two = theirs(request, args.steps, first, one.pop('batches'),
-                 shift=not args.own_rates)
-  print(table(one, two))
+                 args.dropout, shift=not args.own_rates)
+    print(table(one, two))
+    if args.scores:
+      print(crossed(request, {'ours': one['last'], 'theirs': two['last']}))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -49,19 +61,32 @@ def _parser() -> argparse.ArgumentParser:
                       help=f'how many of the {STEPS} are made')
   parser.add_argument('--data', default=os.environ.get('ARCHETYPE_DATA', ''),
                       help='the folder of the data sets; $ARCHETYPE_DATA')
+  parser.add_argument('--dropout', type=float, default=0.0,
+                      help='its rate at each of its places, on both sides')
+  parser.add_argument('--seed', type=int, default=0,
+                      help='of the order, the head and the dropout')
   parser.add_argument('--own-rates', action='store_true',
                       help="leave the Trainer's rates as they are")
+  parser.add_argument('--scores', action='store_true',
+                      help='evaluate the last weights of both, by both')
   return parser
 
 
-def ours(request: dict, steps: int, first: pathlib.Path) -> dict:
-  """Trains here; writes the weights before the first step into `first`."""
+def ours(request: dict, steps: int, first: pathlib.Path,
+         dropout: float) -> dict:
+  """Trains here; writes the weights before the first step into `first`, and
+  those after the last into a folder beside it, which it returns as `last`."""
   side = finetune_ours.Side(request)
-  side.build({name: 0.0 for name in finetune_ours.DROPOUT})
+  side.build({name: dropout for name in finetune_ours.DROPOUT})
   from training import weights
-  weights.to_hf(side.run.module, side.state.params, first,
-                labels=tuple(side.run.config.data.labels))
-  found = dict(batches=[], loss=[], norm=[], rate=[])
+
+  def write(folder: pathlib.Path) -> None:
+    weights.to_hf(side.run.module, side.state.params, folder,
+                  labels=tuple(side.run.config.data.labels))
+
+  write(first)
+  found = dict(batches=[], loss=[], norm=[], rate=[],
+               last=first.with_name('ours'))
   with side.run.context():
     for batch in side.loader.iterate(0, steps):
       found['batches'].append({k: np.array(x) for k, x in batch.items()})
@@ -69,6 +94,7 @@ def ours(request: dict, steps: int, first: pathlib.Path) -> dict:
       for name, of in (('loss', 'loss'), ('norm', 'grad_norm'),
                        ('rate', 'learning_rate')):
         found[name].append(float(figures[of]))
+  write(found['last'])
   return found
 
 
@@ -86,14 +112,13 @@ def rows(batches: list[dict]) -> finetune_hf.Rows:
 
 
 def theirs(request: dict, steps: int, first: pathlib.Path,
-           batches: list[dict], shift: bool) -> dict:
-  """Trains by the Trainer from the weights in `first`."""
-  import sys
-
+           batches: list[dict], dropout: float, shift: bool) -> dict:
+  """Trains by the Trainer from the weights in `first`; returns what ours()
+  does but the batches."""
   import torch
   import transformers
   side = finetune_hf.Side(request)
-  found = dict(loss=[], norm=[], rate=[])
+  found = dict(loss=[], norm=[], rate=[], last=first.with_name('theirs'))
 
   class Trainer(transformers.Trainer):
     """Keeps the figures of each step."""
@@ -123,13 +148,28 @@ def theirs(request: dict, steps: int, first: pathlib.Path,
     def on_step_end(self, args, state, control, **kwargs):
       control.should_training_stop = state.global_step >= steps
 
+  seed = request['seed']
+  transformers.set_seed(seed)
   model = transformers.AutoModelForTokenClassification.from_pretrained(
-      first, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+      first, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout,
+      classifier_dropout=dropout)
   with contextlib.redirect_stdout(sys.stderr):
-    settings = side.settings(STEPS, 0, train_sampling_strategy='sequential')
+    settings = side.settings(STEPS, seed, train_sampling_strategy='sequential')
     Trainer(model, settings, train_dataset=rows(batches), callbacks=[Stop()],
             data_collator=side.data.collator()).train()
+  model.save_pretrained(found['last'])
   return found
+
+
+def crossed(request: dict, folders: dict[str, pathlib.Path]) -> str:
+  """Returns a table of the scores of each folder's weights by each side."""
+  own, other = finetune_ours.Side(request), finetune_hf.Side(request)
+  lines = [f'{"weights":<10}{"by ours":>10}{"by theirs":>11}']
+  for name, folder in folders.items():
+    with contextlib.redirect_stdout(sys.stderr):
+      scores = own.score(folder), other.score(folder)
+    lines.append(f'{name:<10}{scores[0]:>10.2f}{scores[1]:>11.2f}')
+  return '\n'.join(lines)
 
 
 def table(one: dict, two: dict) -> str:
