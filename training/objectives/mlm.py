@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import architectures
+from architectures.parts import sharding
 from architectures.parts.skeletons import Output
 from configs.errors import RequestError, require
 from training.data import packing
@@ -103,6 +104,12 @@ def _pair(stretch: packing.Stretch, rng: np.random.Generator
   return tokens[:cut], stretch.elsewhere(rng, len(tokens) - cut), True
 
 
+def most(rate: float, length: int) -> int:
+  """Returns how many of so many tokens are chosen, at most; of whole words the
+  last may go beyond it."""
+  return max(1, round(rate * length))
+
+
 def mask(ids: np.ndarray, special: np.ndarray, rng: np.random.Generator,
          tokenizer: Tokenizer, *, rate: float, whole_words: bool
          ) -> tuple[np.ndarray, np.ndarray]:
@@ -117,7 +124,7 @@ def mask(ids: np.ndarray, special: np.ndarray, rng: np.random.Generator,
     whole_words: whether all tokens of a word are chosen, or none.
   """
   places = np.flatnonzero(~special)
-  wanted = max(1, round(rate * len(places)))
+  wanted = most(rate, len(places))
   word = np.cumsum(_starts(ids, tokenizer) if whole_words
                    else np.ones(len(ids), bool))
   order = rng.permutation(np.unique(word[places]))
@@ -166,11 +173,35 @@ def _real_B(batch: Mapping[str, jax.Array]) -> jax.Array:
   return (batch['segment_ids'] != 0).any(1).astype(jnp.float32)
 
 
+def masked_words(output: Output, batch: Mapping[str, jax.Array],
+                 config: Config) -> dict[str, Mean]:
+  """Returns record.given_token of the tokens to predict alone: the head reads
+  no other place. `mask` chooses `most` of a row, or fewer; of a batch with more
+  of them the loss is nan. Where words are masked whole, of any length, or a row
+  lies on several devices, the head reads every place."""
+  weights_BL = batch['weights']
+  L = weights_BL.shape[1]
+  M = most(config.data.mask_rate, L)
+  if config.data.whole_words or sharding.shards('length', L) > 1 or M >= L:
+    return record.given_token(output, batch, config)
+  chosen_BL = weights_BL != 0
+  places_BM = jnp.sort(jnp.where(chosen_BL, jnp.arange(L), L), 1)[:, :M]
+  at = lambda x: jnp.take_along_axis(
+      x, places_BM.reshape(*places_BM.shape, *(1,) * (x.ndim - 2)), 1,
+      mode='clip')
+  weights_BM = jnp.where(places_BM < L, at(weights_BL), 0)
+  weights_BM = jnp.where(chosen_BL.sum() > (places_BM < L).sum(), jnp.nan,
+                         weights_BM)
+  return record.given_token(
+      output.replace(hidden=at(output.hidden)),
+      dict(targets=at(batch['targets']), weights=weights_BM), config)
+
+
 def mlm_and_nsp(output: Output, batch: Mapping[str, jax.Array], config: Config
                 ) -> dict[str, Mean]:
   """Returns BERT's losses: of the masked words, and of whether the second text
   follows the first. One is a mean over these words, the other over rows."""
-  figures = record.given_token(output, batch, config)
+  figures = masked_words(output, batch, config)
   for name in ('loss', 'accuracy'):
     figures[f'mlm_{name}'] = figures.pop(name)
   real_B = _real_B(batch)
@@ -198,7 +229,8 @@ OBJECTIVES = {
     'mlm': Objective(
         ('encoder',), packing.Passages, mlm, _mlm_arrays, ('tokens',),
         {'positions': 'positions_BL', 'segment_ids': 'segment_ids_BL'},
-        ('segment_ids',), reads=(*_READS, 'data.document_mask'), fill=_pad),
+        ('segment_ids',), reads=(*_READS, 'data.document_mask'), fill=_pad,
+        figures=masked_words),
     'mlm_nsp': Objective(
         ('encoder',), packing.Stretches, mlm_nsp, _nsp_arrays, ('tokens',),
         {'types': 'type_ids_BL', 'segment_ids': 'segment_ids_BL'},

@@ -2,6 +2,7 @@
 
 import importlib
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -223,6 +224,7 @@ def test_bert_is_judged_by_both_its_tasks():
                weights=jnp.zeros((4, 8)).at[tuple(zip(*words))].set(1.0),
                nsp_targets=jnp.array([0, 1, 1, 0]))
   config = base.base()
+  config.data.mask_rate = 3 / 8
   objective = objectives.OBJECTIVES['mlm_nsp']
   output = objective.apply(module, params, batch)
   share, figures = objective.loss(output, batch, config)
@@ -245,6 +247,49 @@ def test_bert_is_judged_by_both_its_tasks():
   words = alone.means(alone.figures(output, batch, config))
   assert words == {'loss': values['mlm_loss'],
                    'accuracy': values['mlm_accuracy']}
+
+
+def _chosen(rate, whole_words=False):
+  """A loss of four rows of 16 tokens, of which `rate` are chosen, and what it
+  is given."""
+  module, params = models.make('bert')
+  tokens, weights = models.tokens(4, 16), np.zeros((4, 16), np.float32)
+  for row, chosen in zip(weights, ([2, 5, 9, 15], [15], [0, 7, 15], [])):
+    row[chosen] = 1.0
+  batch = dict(tokens=tokens, targets=tokens[:, ::-1], weights=weights,
+               types=np.zeros((4, 16), int),
+               segment_ids=np.ones((4, 16), int))
+  config = base.base()
+  config.data.update(mask_rate=rate, whole_words=whole_words)
+  objective = objectives.OBJECTIVES['mlm']
+
+  def loss(params):
+    output = objective.apply(module, params, batch)
+    return objective.loss(output, batch, config)
+  return loss, params
+
+
+def test_the_head_reads_what_is_to_be_predicted_alone():
+  """The loss, its figures and gradients are those of a head that reads every
+  place, which costs four times the products of the vocabulary."""
+  (one, params), (every, _) = _chosen(0.25), _chosen(1.0)
+  cost = {}
+  for name, loss in ('one', one), ('every', every):
+    compiled = jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(
+        params).compile()
+    cost[name] = compiled(params), compiled.cost_analysis()['flops']
+  chex.assert_trees_all_close(cost['one'][0], cost['every'][0], rtol=1e-5,
+                              atol=2e-6)
+  D, V = params['embed']['tokens'].shape[::-1]
+  saved = cost['every'][1] - cost['one'][1]
+  assert saved > 3 * 2 * (4 * 12) * D * V  # 12 of 16 places, three products
+
+
+def test_a_batch_with_more_to_predict_than_is_chosen_has_no_loss():
+  loss, params = _chosen(0.2)  # 3 of 16, and a row has 4
+  assert np.isnan(loss(params)[0])
+  loss, params = _chosen(0.2, whole_words=True)
+  assert np.isfinite(loss(params)[0])
 
 
 def test_a_prefix_sees_itself_whole_and_nothing_later():
