@@ -6,18 +6,18 @@ r"""What mixers cost: attention, and each recurrence beside it.
   taskset -c 0 python -m benchmarks.mixers --json=FILE
 
 Sections:
-  layer   the forward and backward pass of the mixer of one layer, of one row
-  step    a training step of a model of two layers, of a row for each device
-  decode  one more token of one row after so many, by the same model's cache
+  layer   the forward and backward pass of one layer's mixer on one row
+  step    a training step of a model of two layers on one row for each device
+  decode  one more token of a row, by the same model and its cache
 
-All are in one process. The mixers take turns, so that a busy machine slows them
-alike, and a ratio is the median over the turns of a mixer's time over that of
-the first one of --mixers. CPU time is that of all threads of the process: on a
-machine that does other work its ratio is the one to read. How a time grows is
-the exponent of the length between a length and the one before: 1 where twice
-the length takes twice the time. Memory is what the compiled program sets aside
-beside its arguments and results (memory_analysis of XLA), and of decoding the
-bytes of the cache of a row.
+All of it runs in one process. The mixers take turns, so that a busy machine
+slows them alike, and a ratio is the median over the turns of a mixer's time
+over that of the first one of --mixers. CPU time is that of all threads of the
+process: on a machine that does other work, read the ratio by CPU time. Growth
+is the exponent with which the CPU time grows from one length to the next: 1
+where twice the length takes twice the time. Memory is what the compiled program
+allocates besides its arguments and results (memory_analysis of XLA); of decode,
+it is the size of a row's cache.
 """
 
 import argparse
@@ -206,18 +206,23 @@ def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
       prog='python -m benchmarks.mixers', description=__doc__,
       allow_abbrev=False, formatter_class=cli.HelpFormatter)
-  several = 'one, or several with commas between'
-  parser.add_argument('--sections', default=','.join(SECTIONS), help=several)
-  parser.add_argument('--mixers', default='', help=f'{several}; default: '
-                      'attention and every recurrence')
+  several = 'separated by commas'
+  parser.add_argument('--sections', default=','.join(SECTIONS),
+                      help=f'what to time, {several}')
+  parser.add_argument('--mixers', default='', help=f'values of model.mixer, '
+                      f'{several}; default: attention and every recurrence')
   parser.add_argument('--lengths', default=','.join(map(str, LENGTHS)),
-                      help=f'tokens of a row: {several}, rising')
-  parser.add_argument('--dtypes', default=','.join(DTYPES), help=several)
-  parser.add_argument('--d_model', type=int, default=256)
-  parser.add_argument('--num_heads', type=int, default=4)
+                      help=f'tokens of a row, {several}, in rising order')
+  parser.add_argument('--dtypes', default=','.join(DTYPES),
+                      help=f'dtypes of the computation, {several}')
+  parser.add_argument('--d_model', type=int, default=256,
+                      help='the width of the model')
+  parser.add_argument('--num_heads', type=int, default=4,
+                      help='its heads')
   parser.add_argument('--rounds', type=int, default=5,
                       help='how many turns each mixer takes')
-  parser.add_argument('--json', default='', help='a file of figures')
+  parser.add_argument('--json', default='',
+                      help='write the figures to this file')
   return parser
 
 
@@ -237,7 +242,7 @@ def main() -> None:
   require(all(n.isdecimal() and int(n) > WRITTEN for n in lengths)
           and sorted(set(map(int, lengths))) == [*map(int, lengths)],
           f'--lengths is {args.lengths!r}: write whole numbers above '
-          f'{WRITTEN}, rising, with commas between')
+          f'{WRITTEN}, in rising order, separated by commas')
   require(args.rounds > 0, f'--rounds is {args.rounds}: it must be 1 or more')
   json_file = storage.output(args.json, '--json')
   cpu_memory.reuse()

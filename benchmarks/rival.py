@@ -1,7 +1,7 @@
 """What the other side of a comparison is told: the same model, the same batch.
 
 The model is described by the config.json that an export of it would have, which
-names the class of transformers too; so every system that transformers has can
+names the class of transformers too. So every system that transformers has can
 be compared. Nothing here imports PyTorch.
 """
 
@@ -21,7 +21,7 @@ from training.hf import config as hf_config
 from training.objectives.record import Config
 
 IGNORED = -100  # a label that transformers' losses leave out
-# Our arrays by what transformers calls them. `labels` come of two of ours.
+# What transformers calls our arrays. Its `labels` are made of two of ours.
 NAMES = dict(
     tokens='input_ids', types='token_type_ids', segment_ids='attention_mask',
     decoder_tokens='decoder_input_ids',
@@ -80,7 +80,7 @@ def request(config: Config) -> dict[str, Any]:
   both = 'next_sentence_label' in inputs
   named, = tree['architectures']
   require(both or not named.endswith('ForPreTraining'), f'{named} of '
-          'transformers has a loss with next sentences alone: take objective '
+          'transformers has no loss without next sentences: take objective '
           "'mlm_nsp', or --config.model.next_sentence=False")
   return dict(
       config_json=tree, parameters=totals.parameters(model)[0],

@@ -11,10 +11,11 @@ on one batch of the objective, by AdamW with clipping, without dropout, noise
 in routers or a capacity of experts.
 
 Each side is a process of its own. The two take turns, so that a busy machine
-slows both alike: what counts is the median of the pairs' ratios. Steps are
-warm. Peak memory is the process's, compiler and libraries included. CPU time
-is of all threads: on a busy machine, and with both sides on one core by
-`taskset -c 0`, it tells more than the time by the clock.
+slows both alike: read the median of the ratios of the pairs. The first step of
+a side is not timed. Peak memory is that of the process, with compiler and
+libraries. CPU time is that of all threads: on a busy machine, with both sides
+on one core by `taskset -c 0`, its ratio is more reliable than that of
+wall-clock times.
 
 Sections: `step`; `generate` (greedy, the whole batch); `loop` (the training
 loop, its batches from data.source, against the bare step); `compile` (8 times
@@ -31,29 +32,31 @@ from benchmarks.worker import Worker
 from configs.errors import require
 from training import cli
 
-SECTIONS = ('step', 'generate', 'loop', 'compile')
 # What PyTorch may run: in bfloat16, with float32 parameters or without.
 RIVALS = {'float32': ('float32',), 'bfloat16': ('autocast', 'bfloat16')}
 
 
 def define_flags():
-  """Defines those of the command: a test imports this beside other programs,
-  whose flags have the same names."""
+  """Defines the flags of the command, when it runs: a test imports this module
+  beside other programs, whose flags have the same names."""
   cli.define_config('A file of configs/ and its size; default: GPT with '
-      'd_model 512, 6 layers, 8 heads, vocabulary 32,000, batch 8 x 256.')
-  flags.DEFINE_enum('dtype', '', ('', *RIVALS), "Of the computation; '': the "
-                    "config's.")
+                    'd_model 512, 6 layers, 8 heads, vocabulary 32,000, '
+                    'batch 8 x 256.')
+  flags.DEFINE_enum('dtype', '', ('', *RIVALS), 'Of the computation; default: '
+                    "the config's.")
   flags.DEFINE_enum('compare', '', ('', 'pytorch'),
-                    'The other side; it needs the extra `verify`.')
+                    'What to time beside it; it needs the extra `verify`.')
   flags.DEFINE_bool('torch_compile', bool(shutil.which('c++') or
                                           shutil.which('g++')),
-                    'A rival more: what torch.compile makes of the other side; '
-                    'default: where there is a C++ compiler.')
-  flags.DEFINE_list('sections', ['step'], 'Of ' + ', '.join(SECTIONS) + '.')
-  flags.DEFINE_integer('pairs', 7, 'Jobs of each side.', 1, 1000)
-  flags.DEFINE_integer('prompt', 128, 'Tokens that a generation starts from.',
+                    'Whether to time the other side under torch.compile too; '
+                    'default: if there is a C++ compiler.')
+  flags.DEFINE_list('sections', ['step'],
+                    'What to time, of ' + ', '.join(SECTIONS) + '.')
+  flags.DEFINE_integer('pairs', 7, 'How often each side is timed.', 1, 1000)
+  flags.DEFINE_integer('prompt', 128, 'Tokens of the prompt of a generation.',
                        1, 10**6)
-  flags.DEFINE_integer('new', 64, 'Tokens that a generation adds.', 1, 10**6)
+  flags.DEFINE_integer('new', 64, 'Tokens that a generation adds to it.', 1,
+                       10**6)
   flags.DEFINE_string('json', '', 'Write the figures to this file.')
 
 
@@ -91,7 +94,7 @@ def main():
         config, tokenizers.load(config.data.tokenizer))
   if 'generate' in args.sections:
     stack = architectures.stack(runs.resolve_alone(config))
-    require(stack == 'decoder', '--sections=generate is of decoders, and '
+    require(stack == 'decoder', '--sections=generate needs a decoder, and '
             f'model.arch {config.model.arch!r} is an {stack}')
     require(args.prompt <= config.data.length, f'--prompt is {args.prompt}, '
             f'and rows have data.length={config.data.length} tokens')
@@ -100,7 +103,7 @@ def main():
   told = rival.request(config) if args.compare else {}
   figures = {'dtype': args.dtype}
   for name in args.sections:
-    figures[name] = globals()[f'_{name}'](request, args, told)
+    figures[name] = SECTIONS[name](request, args, told)
   if json_file:
     storage.write(json_file, json.dumps(figures, indent=1) + '\n')
 
@@ -117,8 +120,10 @@ def _generate(request, args, told):
 
 
 def _against(request, args, told, job, unit, amount):
-  """Alternates ours and each rival, which is `told` of the model; prints and
-  returns the figures."""
+  """Times ours and each rival in turns; prints and returns the figures.
+
+  `told` is what a rival is told of the model.
+  """
   sides = {'ours': ('ours', request)}
   if args.compare:
     # Generation goes through transformers' own loop, which is not compiled.
@@ -196,6 +201,10 @@ def _compile(request, args, told):
         f'layers, {deep:.2f} s for {model["num_layers"] * 8}: {ratio:.2f} x',
         flush=True)
   return dict(shallow_s=shallow, deep_s=deep, ratio=ratio)
+
+
+SECTIONS = {'step': _step, 'generate': _generate, 'loop': _loop,
+            'compile': _compile}
 
 
 if __name__ == '__main__':

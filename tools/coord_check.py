@@ -23,7 +23,8 @@ from training.workdir import storage
 
 # A rate at which a few steps move the model visibly at every width.
 LRS = {'adamw': 1e-3, 'lion': 1e-3, 'sgd': 0.03}
-# The sizes that grow with the width; where one is 0, what it is derived from.
+# The fields that grow with the width, by --widen. One that is 0 stays 0: it is
+# derived from another, which grows.
 WIDEN = {'size': ('head_dim', 'key_dim', 'value_dim'),
          'heads': ('num_heads', 'num_kv_heads', 'heads', 'key_heads',
                    'value_heads')}
@@ -42,11 +43,12 @@ def define_flags() -> None:
   flags.DEFINE_list('systems', [], 'Which decoders; none: all.')
   flags.DEFINE_list('widths', ['64', '128', '256', '512'],
                     'Values of model.d_model, the base first.')
-  flags.DEFINE_list('mixers', [], 'Values of model.mixer that each system has '
-                    'in all its layers, in turn; none: its own.')
-  flags.DEFINE_string('widen', 'size', 'How d_model is reached: by the size of '
-                      'heads, or by as large ones, of which there are more '
-                      '(heads).')
+  flags.DEFINE_list('mixers', [], 'Values of model.mixer: each system is '
+                    'measured with each of them in all its layers; default: '
+                    'with the mixers that it has.')
+  flags.DEFINE_string('widen', 'size', 'What grows with d_model: the size of a '
+                      'head (size), or the number of heads, which keep their '
+                      'size (heads).')
   flags.DEFINE_integer('steps', 6, 'Training steps.', upper_bound=10**6)
   flags.DEFINE_integer('seeds', 2, 'Initialisations that are averaged.',
                        upper_bound=10_000)

@@ -4,21 +4,23 @@
   python -m benchmarks.gpu --minutes=8 --after=gpu.json --json=gpu2.json
   python -m benchmarks.gpu --toy
 
-It needs a machine with one GPU and the extras `cuda13` and `verify`, and
-nothing else: models have random weights. Each side runs in processes of its
-own, one at a time, so that all of the card's memory is free for it.
+It needs a machine with one GPU, the extras `cuda13` and `verify`, and pytest;
+models have random weights, so there is nothing to download. Each side runs in
+processes of its own, one at a time, so that all of the card's memory is free
+for it.
 
-Sections, ordered by worth: what is installed; the tests marked `gpu`; attention
-and experts alone, each way that there is, of which the fastest is taken on;
-training steps of GPT-2 1.5B, of as many layers of LLaMA-2-7B and of
-Mixtral-8x7B as the memory has room for, and of transformers' models by
-torch.compile at the same sizes; generation against the speed of the memory.
+Sections, the most important first: what is installed; the tests marked `gpu`;
+attention and experts alone, in every way that there is, of which the training
+steps use the fastest; training steps of GPT-2 1.5B, of as many layers of
+LLaMA-2-7B and of Mixtral-8x7B as the memory has room for, and of transformers'
+models by torch.compile at the same sizes; generation, compared with the speed
+of the memory.
 
-A section that would not end in --minutes, by a guess of its time, is skipped
-and named. What fails is recorded with its error, and the next one goes on.
---json and --page are written after each figure, so that nothing is lost when
-the program is ended. --after names the --json file of an earlier call, whose
-sections are not run again.
+A section that is not expected to end within --minutes is skipped, and the
+report says so. A section that fails is recorded with its error, and the next
+one runs. --json and --page are written after each figure, so that nothing is
+lost if the program is stopped. --after names the --json file of an earlier
+call, whose sections are not run again.
 """
 
 import argparse
@@ -32,6 +34,7 @@ from configs.errors import EnvironmentFailure, one_of, require
 from training import cli
 
 DEFAULT_MINUTES = 20.0
+TOY = 0.2  # the expected time of a section at toy sizes, over that at full ones
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -39,18 +42,20 @@ def _parser() -> argparse.ArgumentParser:
       prog='python -m benchmarks.gpu', description=__doc__,
       allow_abbrev=False, formatter_class=cli.HelpFormatter)
   parser.add_argument('--minutes', type=float, default=DEFAULT_MINUTES,
-                      help='the budget')
-  parser.add_argument('--sections', default='', help='some of them, with '
-                      'commas between; default: all')
+                      help='the time that all sections may take together')
+  parser.add_argument('--sections', default='', help='those to run, '
+                      'separated by commas; default: all')
   parser.add_argument('--toy', action='store_true', help='tiny sizes, on a CPU '
                       'too: to try the benchmark itself')
-  parser.add_argument('--torch_python', default='', help='the interpreter of '
-                      "PyTorch's side, where it has an environment of its own; "
+  parser.add_argument('--torch_python', default='', help='the Python of '
+                      "PyTorch's side, if it has an environment of its own; "
                       'default: this one')
   parser.add_argument('--after', default='', help='the --json file of an '
                       'earlier call on the same card')
-  parser.add_argument('--json', default='', help='a file of all figures')
-  parser.add_argument('--page', default='', help='a page of them, HTML')
+  parser.add_argument('--json', default='', help='write all figures to this '
+                      'file')
+  parser.add_argument('--page', default='', help='write a page of them to this '
+                      'file, as HTML')
   return parser
 
 
@@ -95,9 +100,6 @@ def main() -> int:
   return 0
 
 
-TOY = 0.2  # of a section's guess
-
-
 def _check_install(own: dict[str, Any], results: dict[str, Any],
                    earlier: dict[str, Any] | None) -> None:
   if own['status'] == 'failed':
@@ -105,8 +107,8 @@ def _check_install(own: dict[str, Any], results: dict[str, Any],
                              'the benchmark on a CPU')
   if earlier and own['status'] == 'done':
     card, before = results['machine']['card'], earlier['machine']['card']
-    require(card == before, f'--after names a file of {before}, and this is '
-            f'{card}')
+    require(card == before, f'--after names a file with figures of {before}, '
+            f'and this card is {card}: run without --after')
 
 
 def _read(name: str, toy: bool) -> dict[str, Any]:
@@ -116,11 +118,12 @@ def _read(name: str, toy: bool) -> dict[str, Any]:
   tree = schema.parse(file.read_bytes(), name)
   require(isinstance(tree, dict) and {'sections', 'cases', 'chosen', 'machine',
                                       'toy'} <= tree.keys(),
-          f'{name} is no file of this benchmark')
-  require(tree['toy'] == toy, f'{name} is of {"toy" * tree["toy"] or "full"} '
-          'sizes, and this call is not')
-  require('card' in tree['machine'], f'{name} does not say which card it is '
-          'of: its section install has failed')
+          f'--after names {name}, which this benchmark did not write')
+  require(tree['toy'] == toy, f'--after names {name}, which has figures of '
+          f'{"toy" if tree["toy"] else "full"} sizes, and this call is of '
+          'the others')
+  require('card' in tree['machine'], f'--after names {name}, which does not '
+          'say what card its figures are of: its section install failed')
   return tree
 
 

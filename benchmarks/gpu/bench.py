@@ -10,7 +10,7 @@ from tools.plan.chips import CHIPS
 
 Row = dict[str, Any]
 WINDOW, TOY_WINDOW = 2.0, 0.01  # seconds that several steps are timed for
-# A section may take so many times its guess, and so many seconds more.
+# A section may take PATIENCE times as long as expected, and SPARE seconds more.
 PATIENCE, SPARE = 3.0, 30.0
 
 
@@ -95,7 +95,7 @@ class Bench:
     self.save()
 
   def add_step(self, case: str, **row: Any) -> None:
-    """Adds a training step: with its FLOP/s, and their share of the peak."""
+    """Adds a training step, with its FLOP/s and their share of the peak."""
     if 'tokens_per_s' in row:
       sizes, peak = self.results['cases'][case], self.results['machine']['peak']
       row['flops_per_s'] = row['tokens_per_s'] * sizes['flops_per_token']
@@ -103,7 +103,7 @@ class Bench:
     self.add(case=case, **row)
 
   def add_writing(self, **row: Any) -> None:
-    """Adds a generation: with what the memory's speed allows."""
+    """Adds a generation, with the most that the memory's speed allows."""
     if row['side'] == 'ours' and 'bytes_per_step' in row:
       rate = bandwidth(self.results['machine'].get('card', ''))
       row['limit_per_s'] = (row['batch'] * rate / row['bytes_per_step']
@@ -111,14 +111,14 @@ class Bench:
     self.add(**row)
 
   def rows(self, case: str, side: str) -> list[Row]:
-    """Returns the steps of a case that a side has taken, the first first."""
+    """Returns the steps of a case that a side has taken, in that order."""
     return [row for section in self.results['sections'].values()
             for row in section['rows']
             if (row.get('case'), row.get('side')) == (case, side)
             and 'tokens_per_s' in row]
 
   def sizes(self, case: str) -> Row:
-    """Returns a case's sizes on this card; without them it cannot run."""
+    """Returns a case's sizes on this card; raises Missing without them."""
     found = self.results['cases'].get(case, {})
     if 'model' not in found:
       raise Missing(found.get('error') or 'the section install has not said '
@@ -135,7 +135,7 @@ class Bench:
       raise Missing(f'PyTorch {said["torch"]} sees no GPU')
 
   def save(self) -> None:
-    """Writes what is there."""
+    """Writes all that was found so far."""
     self._write(self.results)
 
 

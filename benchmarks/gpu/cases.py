@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 STATE_BYTES = 16  # of a parameter in float32, with its gradient and moments
-# What the backward pass works out again: from the fastest to the smallest.
+# What the backward pass computes again, from the fastest to the smallest.
 REMAT = ('none', 'dots', 'full')
 DENSE_GOAL, EXPERTS_GOAL = 0.55, 0.40  # of the card's peak, in model FLOPs
 RIVAL_GOAL = 1.0  # tokens a second, over those of torch.compile
@@ -21,16 +21,16 @@ class Case(NamedTuple):
   Attributes:
     title: what it is, for a reader.
     config: a file of configs/ and its size, as 'gpt:gpt2-xl'.
-    model: fields of config.model that are others here.
+    model: the fields of config.model that differ from that config.
     length: tokens of a row.
-    batch: rows of a step, from the first that is tried on: what the card has
-      no memory for is halved.
-    share: of the card's memory, for the state of as many layers as fit; 0: all
-      layers of the config.
-    layers: the most that it has then; 0: whatever fits.
+    batch: rows of a step that are tried first; a batch that does not fit the
+      card's memory is halved.
+    share: the share of the card's memory that is for parameters, gradients and
+      moments: the model has as many layers as fit; 0: all layers of the config.
+    layers: the most layers that it has then; read where `share` is not 0.
     goal: the share of the peak FLOP/s that a step should reach.
-    precision: of PyTorch's side: autocast, whose parameters are float32 as ours
-      are, or bfloat16, whose parameters and moments are that too.
+    precision: of PyTorch's side: autocast, with parameters in float32 as ours
+      are, or bfloat16, with parameters and moments in bfloat16.
   """
   title: str
   config: str
@@ -73,7 +73,7 @@ TOYS = {
 
 
 class Writing(NamedTuple):
-  """A model that writes, in bfloat16, its parameters too.
+  """A model that writes, with all numbers and parameters in bfloat16.
 
   Attributes:
     title, config, model: as of a Case.

@@ -1,8 +1,8 @@
-"""The sections, ordered by worth; each adds rows to the results.
+"""The sections, the most important first; each adds rows to the results.
 
 The seconds of a section are a guess for one H100 or H200, made without one. A
-section whose guess is more than what is left of the budget is skipped, and so
-is one that another side or section is missing for.
+section is skipped if its guess is more than what is left of the budget, or if
+another side or section that it needs is missing.
 """
 
 from collections.abc import Callable
@@ -109,8 +109,8 @@ def ours(bench: Bench, case: str, batch: int = 0, way: str = '',
 
 
 def theirs(bench: Bench, case: str) -> None:
-  """A training step of transformers' model by torch.compile; ours again where
-  theirs has room for another batch only."""
+  """A training step of transformers' model by torch.compile; and ours once more
+  if only another batch fits theirs."""
   bench.needs_torch()
   sizes, own = bench.sizes(case), bench.rows(case, 'ours')
   table, _ = cases.chosen(bench.toy)
@@ -127,8 +127,8 @@ def theirs(bench: Bench, case: str) -> None:
 
 
 def again(bench: Bench) -> None:
-  """GPT-2 once more on both sides, the first of them after the other: how much
-  a figure changes by itself."""
+  """GPT-2 once more on both sides, in the other order, to see how much a figure
+  changes by itself."""
   bench.needs_torch()
   for side in ('theirs', 'ours'):
     if not bench.rows('gpt2', side):

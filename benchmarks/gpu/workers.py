@@ -1,5 +1,5 @@
-"""Asks a side, in a process of its own, which ends with its answer: so its
-memory is free for the other, and what it dies of is an answer too."""
+"""Asks a side in a process of its own, which ends after its answer. So its
+memory is free for the other side, and if it dies, that is an answer too."""
 
 from collections.abc import Mapping
 import json
@@ -43,7 +43,7 @@ def ask(side: str, request: Mapping[str, Any], seconds: float,
 
 
 def environment() -> dict[str, str]:
-  """Returns the environment of a side: that of this process, of one GPU."""
+  """Returns the environment of a side: this process's, with one GPU."""
   return {
       'CUDA_VISIBLE_DEVICES': '0',
       # JAX takes so much of a GPU's memory at its start; by itself, 0.75.
@@ -72,6 +72,7 @@ def last_line(text: str) -> str:
 
 
 def _text(output: bytes | str | None) -> str:
-  """What came of a process that was ended: of bytes, whatever was asked for."""
+  """Returns as text what a process printed before it was ended: subprocess
+  gives bytes then, even if text was asked for."""
   return (output or b'').decode(errors='replace') if not isinstance(
       output, str) else output
