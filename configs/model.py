@@ -59,17 +59,17 @@ def defaults() -> dict:
           limit=7.0,  # the most that the gate and the other factor may be
       ),
       block='pre_norm',  # how norms, attention and networks are wired
-      # What attention and networks read of those before them: plain, their sum;
-      # several streams, hyper (hyper-connections) or mhc, whose streams are
-      # mixed without growing; or attention (attention residuals).
+      # What attention and networks read of what stands before them: plain, the
+      # residual sum; hyper (hyper-connections) or mhc, a mixture of several
+      # streams; or attention (attention residuals), a weighted mean.
       residual='plain',
-      streams=dict(  # of residual other than plain
-          count=4,  # streams of hyper and mhc
-          # Of hyper: each token says how streams are mixed; else all are alike.
+      streams=dict(  # read where residual is not plain
+          count=4,  # number of streams, for hyper and mhc
+          # For hyper: whether the mixture depends on the token.
           dynamic=True,
-          iterations=20,  # of mhc: how often rows and columns are divided
-          # Of attention: attentions and networks whose sum is attended to as
-          # one; 1: each by itself.
+          iterations=20,  # for mhc: rounds of Sinkhorn's algorithm
+          # For attention: how many attentions and networks are summed before
+          # they are attended to; 1: each stands for itself.
           block_size=1,
       ),
       # What mixes the tokens of a layer: attention; latent, whose keys and
@@ -77,60 +77,63 @@ def defaults() -> dict:
       # mamba2, kda, gla or retnet.
       mixer='attention',
       latent=dict(  # of mixer=latent
-          q_rank=0,  # of the vector that queries are made of; 0: of the input
-          kv_rank=0,  # of that of keys and values; derived: 4 head_dim
-          # Features of a head's key and query that no position turns; derived:
+          # Size of the vector that queries are made from; 0: the layer's input.
+          q_rank=0,
+          # Size of the vector that keys and values are made from; derived:
+          # 4 head_dim.
+          kv_rank=0,
+          # Features of a head's query and key without positions; derived:
           # head_dim.
           nope_dim=0,
-          # Those that one does, of a key that heads share; derived: half of
-          # head_dim.
+          # Features with positions, of a key that all heads share; derived:
+          # half of head_dim.
           rope_dim=0,
-          v_dim=0,  # of a head's value; derived: head_dim
+          v_dim=0,  # size of a head's value; derived: head_dim
           # The factor of the scores; derived: (nope_dim + rope_dim) ** -0.5.
           scale=0.0,
-          norm_eps=0.0,  # of the norms of latents; derived: the model's
+          norm_eps=0.0,  # epsilon of the latents' norms; derived: norm_eps
       ),
       deltanet=dict(  # of mixer=deltanet
-          key_heads=0,  # of queries and keys; derived: num_heads
-          value_heads=0,  # a multiple of key_heads; derived: key_heads
+          key_heads=0,  # heads of queries and keys; derived: num_heads
+          value_heads=0,  # a multiple of key_heads, which is the default
           key_dim=0,  # size of a head's query and key; derived: head_dim
           value_dim=0,  # size of a head's value; derived: head_dim
-          conv=4,  # tokens that a convolution sees, with the one that it is at
+          conv=4,  # tokens that a convolution sees, the token itself included
           decay=True,  # the state decays (Gated DeltaNet), or not (DeltaNet)
-          negative=False,  # rates up to 2, for negative eigenvalues, not 1
+          negative=False,  # rates up to 2, not 1: eigenvalues may be negative
       ),
       mamba2=dict(  # of mixer=mamba2
           heads=0,  # heads of x, each with a state; derived: 2 num_heads
           head_dim=0,  # features of a head; derived: head_dim
-          groups=1,  # of heads: each has one B and one C for all its heads
+          groups=1,  # groups of heads, each of which shares one B and one C
           state=128,  # features of B and C
-          conv=4,  # tokens that a convolution sees, with the one that it is at
-          conv_bias=True,  # a bias of the convolutions
-          norm_over='group',  # the heads of a group are normalised, or all
-          # Bounds of dt, the step from one token to the next; most_step 0: it
-          # has no upper one.
+          conv=4,  # tokens that a convolution sees, the token itself included
+          conv_bias=True,  # whether the convolutions have a bias
+          norm_over='group',  # one norm is over the heads of a group, or all
+          # Bounds of dt, the step from one token to the next; with most_step=0
+          # there is no upper bound.
           least_step=0.0,
           most_step=0.0,
       ),
       kda=dict(  # of mixer=kda
-          key_heads=0,  # of queries and keys; derived: num_heads
-          value_heads=0,  # a multiple of key_heads; derived: key_heads
+          key_heads=0,  # heads of queries and keys; derived: num_heads
+          value_heads=0,  # a multiple of key_heads, which is the default
           key_dim=0,  # size of a head's query and key; derived: head_dim
           value_dim=0,  # size of a head's value; derived: head_dim
-          conv=4,  # tokens that a convolution sees; 0: there are none
-          rank=0,  # of the products for decays and gate; derived: value_dim
-          negative=False,  # rates up to 2, for negative eigenvalues, not 1
+          conv=4,  # tokens that a convolution sees; 0: no convolution
+          rank=0,  # rank of the decays' and gate's product; derived: value_dim
+          negative=False,  # rates up to 2, not 1: eigenvalues may be negative
       ),
       gla=dict(  # of mixer=gla
-          heads=0,  # derived: num_heads
+          heads=0,  # heads, each with a state; derived: num_heads
           key_dim=0,  # size of a head's query and key; derived: head_dim / 2
           value_dim=0,  # size of a head's value; derived: head_dim
-          conv=0,  # tokens that a convolution sees; 0: there are none
-          rank=16,  # of the product for decays
-          temperature=16.0,  # divides the logarithms of decays
+          conv=0,  # tokens that a convolution sees; 0: no convolution
+          rank=16,  # rank of the product for decays
+          temperature=16.0,  # divides the logarithms of the decays
       ),
       retnet=dict(  # of mixer=retnet
-          heads=0,  # derived: num_heads
+          heads=0,  # heads, each with a state; derived: num_heads
           key_dim=0,  # size of a head's query and key; derived: head_dim
           value_dim=0,  # size of a head's value; derived: 2 head_dim
       ),
@@ -152,7 +155,8 @@ def defaults() -> dict:
       qk_norm_over='head',  # what it is over: a head, or the whole projection
       attention_sinks=False,  # a learned term in the softmax's denominator
       attention_gate='none',  # of the heads' outputs: elementwise, headwise
-      # Tokens that a convolution of queries, keys and values sees; 0: none.
+      # Tokens that a convolution of queries, keys and values sees; 0: no
+      # convolution.
       attention_conv=0,
       value_residual=False,  # the first layer's values are mixed into all
       value_embedding=False,  # a table of tokens is added to a layer's values
@@ -181,8 +185,8 @@ def defaults() -> dict:
       # Outputs of the head of a task; derived: of the training data's labels.
       num_labels=0,
       head_dropout=0.0,  # of what the head of a task is applied to
-      # Of which of an encoder's tokens the head of a row is a function: cls,
-      # the first one, or mean, of all that are not padding.
+      # What the head of a row reads of an encoder's tokens: cls, the first one,
+      # or mean, the mean of all that are not padding.
       pooling='cls',
       dropout=0.0,  # of the embedding and of what each part adds
       attention_dropout=0.0,  # of attention weights
@@ -223,9 +227,10 @@ def defaults() -> dict:
           # The network of an expert, and of the dense layers between.
           ffn='gelu',
           d_ff=0,  # hidden units of one expert; derived: model.d_ff
-          # A dense network beside the experts, of this many times moe.d_ff.
+          # A dense network beside the experts, this many times as wide as one.
           shared_experts=0,
-          # It is multiplied by a sigmoid of the layer's input.
+          # Whether a sigmoid of the layer's input multiplies the output of the
+          # shared experts.
           shared_gate=False,
           # How tokens reach their experts. auto: sorted where a capacity pads
           # little, else dropless.

@@ -3,10 +3,11 @@ attention: So et al. 2021, arXiv 2109.08668, section 3, with 3 tokens).
 
   q'_l = sum over i < W of w_i * q_(l - W + 1 + i),   W = model.attention_conv
 
-and keys and values likewise, each feature of each head with weights of its own,
-after the projections and before norms, positions and what is mixed into
-values. By them a token sees W - 1 tokens of its document before it, so a cache
-holds the last W - 1 outputs of each projection besides keys and values.
+and keys and values likewise. Each feature of each head has weights of its own.
+The convolutions come after the projections, and before norms, positions and
+what is mixed into values. Through them a token sees the W - 1 tokens before it
+in its document, so a cache holds the last W - 1 outputs of each projection
+besides keys and values.
 """
 
 from collections.abc import Mapping
@@ -21,10 +22,11 @@ from configs.errors import require
 
 
 class Convolution:
-  """Of one call of a layer.
+  """Convolves the projections of one call of a layer.
 
   Attributes:
-    after: what a next token sees of each projection, [B, W - 1, H, K] by name.
+    after: what the next token sees of each projection, [B, W - 1, H, K], by the
+      projection's name.
   """
 
   def __init__(self, module: nn.Module, before: Mapping[str, jax.Array],
@@ -34,11 +36,11 @@ class Convolution:
     self.after: dict[str, jax.Array] = {}
 
   def __call__(self, name: str, x_BLHK: jax.Array, axis: str) -> jax.Array:
-    """Returns what a projection returned, convolved.
+    """Returns the output of a projection, convolved.
 
     Args:
-      name: of the projection.
-      x_BLHK: what it returned.
+      name: the projection's.
+      x_BLHK: its output.
       axis: the logical axis of its heads.
     """
     width = self._module.config.attention_conv  # type: ignore[attr-defined]
@@ -50,8 +52,8 @@ class Convolution:
 
 
 def empty(c: ModelConfig, shape: tuple[int, ...]) -> dict[str, jax.Array]:
-  """Returns what a cache holds of the tokens before a row: zeros, or nothing of
-  a layer without convolutions. `shape` is [..., B, M]."""
+  """Returns the cache of the convolutions before the first token: zeros, by the
+  projection's name; empty without convolutions. `shape` is [..., B, M]."""
   heads = {'query': c.num_heads} | ({} if c.kv_sharing else {
       'key': c.num_kv_heads, 'value': c.num_kv_heads})
   return {name: jnp.zeros((*shape[:-1], c.attention_conv - 1, count,
@@ -60,8 +62,7 @@ def empty(c: ModelConfig, shape: tuple[int, ...]) -> dict[str, jax.Array]:
 
 
 def check(c: ModelConfig, stack: str) -> None:
-  """Raises RequestError for rows that are read in both directions."""
+  """Raises RequestError for a stack that is not a decoder."""
   require(not c.attention_conv or stack == 'decoder',
-          f'model.attention_conv is {c.attention_conv}, by which a token sees '
-          f'those before it, and model.arch {c.arch!r} is an {stack}: set it '
-          'to 0')
+          f'model.attention_conv is {c.attention_conv}, which only decoders '
+          f'have, and model.arch {c.arch!r} is an {stack}: set it to 0')

@@ -1,16 +1,16 @@
 """Weights that lie in shards, gathered where they are used, and their gradients
 scattered (ZeRO-3: Rajbhandari et al. 2020, arXiv 1910.02054).
 
-Left to choose, XLA may compile the gather of a weight that is split over the
-whole mesh, and the sum of its gradient, to all-reduces, which send twice the
-bytes. So here each is said: `shard_map` hands a device its tokens and its
-shard of the weight, an all-gather makes the weight whole, and what JAX makes
-of that for the gradient is a reduce-scatter. Both are of the dtype that the
-weight is multiplied in.
+If the choice is left to XLA, it may compile the gather of a weight that is
+split over the whole mesh, and the sum of its gradient, to all-reduces, which
+send twice the bytes. Here both are explicit: `shard_map` gives a device its
+tokens and its shard of the weight, an all-gather makes the weight whole, and
+the gradient of that is a reduce-scatter. Both send the dtype that the weight is
+multiplied in.
 
-A product or a lookup is left to XLA where the mesh does not divide the rows of
-the batch or the weight, and where `tensor` has devices: the sums over them, of
-several products, XLA joins.
+A product or a lookup is left to XLA if the mesh does not split the rows of the
+batch or the weight, and if `tensor` has more than one device: XLA then joins
+the sums over `tensor` of several products.
 """
 
 from collections.abc import Callable
@@ -29,15 +29,15 @@ from architectures.parts import sharding
 # name into the name.)
 Names = tuple[tuple[str, ...], ...]
 
-LENGTHS = 'LM'  # the letters of an axis that lies where `length` does
+LENGTHS = 'LM'  # the letters of axes that are sharded as `length` is
 
 
 class Places(NamedTuple):
   """How the arrays of a product lie on the mesh.
 
   Attributes:
-    tokens: the axes of activations that hold tokens, which come first.
-    weight: those of the weight.
+    tokens: the mesh axes of the activations' token axes, which come first.
+    weight: the mesh axes of the weight's axes.
   """
   tokens: Names
   weight: Names
@@ -64,8 +64,8 @@ def _gather(w: jax.Array, of: Names) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def along(w: jax.Array, axis: int, names: tuple[str, ...]) -> jax.Array:
-  """Returns the shards of an axis that lies on mesh axes, joined, in a function
-  that is mapped over the mesh."""
+  """Returns the shards of an axis joined, in a function that is mapped over the
+  mesh. `names` are the mesh axes that the axis is sharded over."""
   for over, groups in _steps(names)[::-1]:
     w = jax.lax.all_gather(w, over, axis=axis, tiled=True,
                            axis_index_groups=groups)
@@ -84,10 +84,10 @@ along.defvjp(_along_fwd, _along_bwd)
 
 
 def scatter(d: jax.Array, axis: int, names: tuple[str, ...]) -> jax.Array:
-  """Returns a device's shard of the sum of d over devices, of an axis that
-  lies on mesh axes.
+  """Returns a device's shard, along an axis, of the sum of d over devices.
 
-  It comes first: of the last axis in memory, XLA makes an all-reduce.
+  The axis is moved to the front, because XLA turns a reduce-scatter along the
+  last axis in memory into an all-reduce.
   """
   d = jnp.moveaxis(d, axis, 0)
   for over, groups in _steps(names):
@@ -97,13 +97,13 @@ def scatter(d: jax.Array, axis: int, names: tuple[str, ...]) -> jax.Array:
 
 def _steps(names: tuple[str, ...]
            ) -> list[tuple[str, list[list[int]] | None]]:
-  """Returns the mesh axes, and the groups of devices along them, that scatter a
-  sum one after another, and gather it in the other order; None: all of them.
+  """Returns the steps in which a sum is scattered: a mesh axis, and the groups
+  of devices along it (None: all in one group). Gathers take them in reverse.
 
-  XLA makes all-reduces of what goes over all devices of the mesh. So one axis
-  follows the other, and a single axis with all devices is gone over in two
-  steps, first over devices that are far apart, then over neighbours. Steps send
-  as much together as all at once would.
+  XLA turns a collective over all devices of the mesh into an all-reduce. So
+  several axes are taken one after another, and a single axis that has all
+  devices in two steps, first over devices that are far apart, then over
+  neighbours. The steps together send as much as one would.
   """
   if len(names) > 1:
     return [(name, None) for name in names]
@@ -116,15 +116,15 @@ def _steps(names: tuple[str, ...]
 
 
 def _first_step(n: int) -> int:
-  """The devices of the first of two steps over n: the least divisor that is
-  no less than the root of n; n: there is one step."""
+  """Returns the group size of the first of two steps over n devices: the least
+  divisor of n that is not below its root. If that is n, there is one step."""
   return next(i for i in range(math.isqrt(n - 1) + 1, n + 1) if n % i == 0)
 
 
 def places(letters: str, x: jax.Array, w: jax.Array,
            axes: Optional[tuple[str | None, ...]]) -> Optional[Places]:
-  """Returns where x, whose axes have these letters, and a weight of these
-  logical axes lie; None: the product is left to XLA."""
+  """Returns how x, whose axes have these letters, and a weight with these
+  logical axes lie on the mesh; None: the product is left to XLA."""
   if axes is None or letters[0] != 'B':
     return None
   weight, rows = _weight(w.shape, axes), sharding.mesh_axes('batch')
@@ -138,20 +138,20 @@ def places(letters: str, x: jax.Array, w: jax.Array,
 
 def product(local: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array,
             w: jax.Array, at: Places, keep: bool) -> jax.Array:
-  """Returns local(x, the whole weight), of each device's tokens.
+  """Returns local(x, the whole weight) of each device's tokens.
 
   Args:
     local: the product, whose result begins with the tokens' axes.
     x: activations.
     w: the weight, in the dtype that it is sent in.
-    at: where both lie.
-    keep: whether the whole weight may be kept for the gradient: where all of a
-      layer is computed again, it is gathered again with it, and once.
+    at: how both lie on the mesh.
+    keep: whether the whole weight may be kept for the gradient. With remat it
+      may: it is kept only while its layer is computed again.
   """
   def on_each(x: jax.Array, w: jax.Array):
     return local(x, _gather(w, at.weight))
 
-  if not keep:  # the product is not made again: its gradient has no use for it
+  if not keep:  # gathers again; the product's gradient does not need its result
     on_each = jax.checkpoint(on_each)
   tokens = _spec(*at.tokens)
   return jax.shard_map(on_each, in_specs=(tokens, _spec(*at.weight)),
@@ -162,10 +162,10 @@ def lookup(table_VD: jax.Array, ids_BL: jax.Array,
            dtype: jax.typing.DTypeLike) -> jax.Array:
   """Returns rows of a table of embeddings, [B, L, D], in `dtype`.
 
-  Where the table's columns are split over devices of the batch, each looks up
-  its columns for all their tokens, and an all-to-all hands every token to its
-  own device. So no table is ever whole, nor is its gradient, which adds up in
-  the table's dtype.
+  If the table's columns are split over devices of the batch, each device looks
+  up its columns for the tokens of all these devices, and an all-to-all returns
+  each token to its own device. So neither the table nor its gradient, which
+  adds up in the table's dtype, is ever whole.
   """
   at = places('BL', ids_BL, table_VD, ('vocab', 'embed'))
   columns = at and at.weight[1]
@@ -186,8 +186,8 @@ def lookup(table_VD: jax.Array, ids_BL: jax.Array,
 
 
 def whole(w: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-  """Returns a weight that is gathered over devices of the batch, in the dtype
-  that it has; what lies on `tensor` stays there."""
+  """Returns a weight gathered over the mesh axes of the batch, in its own
+  dtype; it stays sharded over `tensor`."""
   ours, others = _by_batch(w.shape, axes)
   if not any(ours):
     return w
@@ -197,8 +197,8 @@ def whole(w: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
 
 
 def total(d_Q: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-  """Returns the sum over Q of gradients of a weight, [Q, ...], one of each
-  shard of the tokens, laid out as the weight is."""
+  """Returns the sum over Q of gradients of a weight, [Q, ...], one for each
+  shard of the tokens. The sum is sharded as the weight is."""
   ours, others = _by_batch(d_Q.shape[1:], axes)
   tokens, held = sharding.mesh_axes('tokens'), set(sum(ours, ()))
   if (not held or not held <= set(tokens)
@@ -219,7 +219,7 @@ def total(d_Q: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
 
 def _by_batch(shape: tuple[int, ...], axes: tuple[str | None, ...]
               ) -> tuple[Names, Names]:
-  """Returns how a weight lies on the mesh: over devices of the batch, and over
+  """Returns how a weight lies on the mesh axes of the batch, and how on the
   others."""
   places, rows = _weight(shape, axes), set(sharding.mesh_axes('batch'))
   return (tuple(n if set(n) <= rows else () for n in places),

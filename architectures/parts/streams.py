@@ -1,7 +1,8 @@
-"""Residual streams: what a branch reads of those before it, and adds to them.
+"""Residual streams: what a branch reads of the branches before it, and where
+its result goes.
 
 A branch F is attention, or the network, with its norms; k counts the branches
-of a stack from 0. The first reads the embedding e.
+of a stack from 0. The first one reads the embedding e.
 
   plain      x' = x + F(x)
   hyper      x'_v = sum over u of A_uv x_u  +  b_v F(sum over u of a_u x_u)
@@ -16,7 +17,7 @@ streams.count streams, which begin as copies of e, and n is the model's norm:
   A = A_k + s tanh(n(x) W_A)
 
 At first b_k = 1, A_k = I, s = 0.01, and a_k and all W are 0. With
-streams.dynamic=False there is nothing of the token: no W, no s.
+streams.dynamic=False, nothing depends on the token: there are no W and no s.
 
 mhc (Xie et al. 2025, arXiv 2512.24880, equations 7 to 9), with rms over the
 features of all streams at once:
@@ -26,25 +27,26 @@ features of all streams at once:
 
 Sinkhorn divides by sums over u, then over v, streams.iterations times, so that
 A neither adds to the streams nor takes from them. The paper does not publish
-c_k and d_k at first: here c_k are the logits of 3/4 for stream k mod count and
-of what is left, in equal parts, for the others; d_k is 0, but -8 off A's
-diagonal; W is 0, where the paper draws it, and s = 0.01.
+the initial values of c_k and d_k. Here c_k are the logits of 3/4 for stream k
+mod count and of equal parts of the rest for the other streams; d_k is 0, and -8
+off A's diagonal; W is 0, where the paper draws it, and s = 0.01.
 
-So all streams of a new model are that of a plain one, and both end as their
-mean. (The paper's sum is count times that, which the final norm takes away.)
+So in a new model all streams equal the stream of a plain model. Both forms end
+with the mean of the streams. (The paper takes their sum, which is count times
+the mean; the final norm removes the factor.)
 
 attention (Kimi Team 2026, arXiv 2603.15031, equations 2 to 6): every branch has
 a query w, which is 0 at first, and
 
   p = softmax over i of w . rms(v_i)
 
-With streams.block_size=S above 1, the sums of S branches each stand for their
-v_i, and that of those of the branch's own block which are before it. What the
-stack returns is read by one more query. A new model reads means, which norms
-cannot tell from the plain model's sums (but for norm_eps); out_norm and
-ffn_norm, whose attention reads x without a norm, can.
+With streams.block_size=S above 1, each v_i after e is the sum of S branches,
+and the last one the sum of the earlier branches of the reader's own block. One
+more query reads the result of the stack. A new model reads means where a plain
+model reads sums. A norm makes the two equal (up to norm_eps); out_norm and
+ffn_norm, whose attention reads x without a norm, do not.
 
-An entry of RESIDUALS, at the end of this file, is all that there is of one.
+To add a form, add an entry to RESIDUALS at the end of this file.
 """
 
 from collections.abc import Callable
@@ -62,9 +64,9 @@ from architectures.parts.config import ModelConfig
 from architectures.parts.norms import norm, recomputed, rmsnorm
 from architectures.parts.roles import Role, declare
 
-OFF = -8.0  # logits of what streams give to each other in a new mhc
-OWN = 0.75  # of what a branch of a new mhc reads, the share of one stream
-SCALE = 0.01  # of what depends on the token, at first
+OFF = -8.0  # logits off A's diagonal in a new mhc
+OWN = 0.75  # how much a branch of a new mhc reads of stream k mod count
+SCALE = 0.01  # the initial factor s of what depends on the token
 
 
 @struct.dataclass
@@ -72,9 +74,9 @@ class Streams:
   """What goes from layer to layer, where that is not one array.
 
   Attributes:
-    x_BLUD: the streams, or what is attended to; 0 where nothing stands yet.
-    branch: how many branches there were, int32.
-    branches: of the whole stack.
+    x_BLUD: the streams, or what is attended to; slots not yet written are 0.
+    branch: how many branches have run so far, int32.
+    branches: how many the whole stack has.
   """
   x_BLUD: jax.Array
   branch: jax.Array
@@ -87,12 +89,13 @@ Read = tuple[jax.Array, Callable[[jax.Array], X]]
 
 
 class Weights(NamedTuple):
-  """Of each token, in float32; a leading axis may be 1.
+  """How a branch mixes streams, for each token or for all (axes of 1), in
+  float32.
 
   Attributes:
-    read: how much of each stream a branch reads.
-    write: how much of what it returns is added to each stream.
-    mix: [u, v], how much of stream u goes on in stream v.
+    read_BLU: how much of each stream the branch reads.
+    write_BLU: how much of its result is added to each stream.
+    mix_BLUU: [u, v], how much of stream u goes into stream v.
   """
   read_BLU: jax.Array
   write_BLU: jax.Array
@@ -100,7 +103,8 @@ class Weights(NamedTuple):
 
 
 class Branch(nn.Module):
-  """Streams -> (what a branch reads, x_BLD; y_BLD -> the next Streams)."""
+  """Streams -> (what a branch reads, x_BLD; its result y_BLD -> the next
+  Streams)."""
   config: ModelConfig
 
   @nn.compact
@@ -112,11 +116,12 @@ class Branch(nn.Module):
 
 
 def branch(c: ModelConfig, name: str, x: X) -> Read:
-  """Returns what a branch reads of `x`, and what adds its result to that.
+  """Returns what a branch reads of `x`, and a function that adds its result to
+  `x`.
 
   Args:
     c: the model.
-    name: of the branch, under which its parameters stand.
+    name: the branch's, which begins the name of its parameters.
     x: what the layer is given.
   """
   if not RESIDUALS[c.residual].read:
@@ -125,14 +130,15 @@ def branch(c: ModelConfig, name: str, x: X) -> Read:
 
 
 def slots(c: ModelConfig, branches: int) -> int:
-  """Returns how many arrays [B, L, D] go from layer to layer of a stack of so
-  many branches."""
+  """Returns how many arrays [B, L, D] go from layer to layer in a stack with
+  this number of branches."""
   count = RESIDUALS[c.residual].slots
   return count(c, branches) if count else 1
 
 
 def begin(c: ModelConfig, x_BLD: jax.Array, branches: int) -> X:
-  """Returns what the first layer is given, in a stack of so many branches."""
+  """Returns what the first layer is given, in a stack with this number of
+  branches."""
   entry = RESIDUALS[c.residual]
   if not entry.begin:
     return x_BLD
@@ -190,7 +196,8 @@ def _written(x_BLUD: jax.Array, y_BLD: jax.Array, w: Weights) -> jax.Array:
 
 def _own(module: nn.Module, name: str, init: Callable, *shape: int
          ) -> jax.Array:
-  """Declares numbers that are as many at every width; in float32."""
+  """Declares parameters whose number does not depend on the width; returns them
+  in float32."""
   return declare(module, name, init, shape, Role((None,) * len(shape))).astype(
       jnp.float32)
 
@@ -251,8 +258,9 @@ def fresh(count: int, branch: jax.Array) -> jax.Array:
 
 
 def sinkhorn(logits_BLUU: jax.Array, iterations: int) -> jax.Array:
-  """Returns exp(logits) with its columns, then its rows, divided by their sums,
-  so many times. In logarithms: a column of exp(logits) may be 0 in float32."""
+  """Returns exp(logits) after so many rounds, each of which divides the columns
+  and then the rows by their sums. It computes with logarithms, because a column
+  of exp(logits) may be 0 in float32."""
   def divide(z_BLUU: jax.Array, _: None) -> tuple[jax.Array, None]:
     z_BLUU = z_BLUU - jax.nn.logsumexp(z_BLUU, -2, keepdims=True)
     return z_BLUU - jax.nn.logsumexp(z_BLUU, -1, keepdims=True), None
@@ -265,7 +273,7 @@ def _mean(module: nn.Module, x: Streams) -> jax.Array:
   return x.x_BLUD.astype(jnp.float32).mean(-2).astype(x.x_BLUD.dtype)
 
 
-# Attention over those before.
+# Attention to the branches before.
 
 
 def _sources(c: ModelConfig, branch: Any) -> Any:
@@ -276,7 +284,8 @@ def _sources(c: ModelConfig, branch: Any) -> Any:
 
 def _attended(module: nn.Module, x: Streams, part: int, whole: int
               ) -> jax.Array:
-  """What the module's query reads, of slots of which part / whole count."""
+  """Returns what the module's query reads of the slots. It counts as
+  part / whole FLOPs for each feature."""
   c: Any = module.config  # type: ignore[attr-defined]
   D = x.x_BLUD.shape[-1]
   query_D1 = declare(module, 'query', nn.initializers.zeros, (D, 1),
@@ -304,7 +313,8 @@ def _over_slots(x_BLUD: jax.Array, query_D: jax.Array, scale_D: jax.Array,
 
 def _attention(module: nn.Module, x: Streams) -> Read:
   c: Any = module.config  # type: ignore[attr-defined]
-  # Of each feature, in scores and in the sum: the mean over all branches.
+  # 2 FLOPs in the score and 2 in the sum, for each feature of each slot that is
+  # attended to: the mean over all branches.
   seen = sum(_sources(c, k) for k in range(x.branches))
   read_BLD = _attended(module, x, 4 * seen, x.branches)
   slot = 1 + x.branch // c.streams.block_size
@@ -322,15 +332,15 @@ def _attended_at_the_end(module: nn.Module, x: Streams) -> jax.Array:
 
 
 class Residual(NamedTuple):
-  """One way in which branches read of those before them.
+  """A form of the residual sum, as an entry of RESIDUALS.
 
   Attributes:
     read: (module, Streams) -> (what a branch reads, what adds its result).
-      None, with which all others are: there is one stream.
+      None: there is one stream, and the other functions are None too.
     slots: (config, branches of a stack) -> arrays that go from layer to layer.
     begin: (the embedding [B, L, 1, D], slots) -> Streams.x_BLUD.
     end: (module, Streams) -> what the final norm reads.
-    fields: of config.model that not every way reads.
+    fields: the fields of config.model that this form reads and others may not.
   """
   read: Optional[Callable[[nn.Module, Streams], Read]] = None
   slots: Optional[Callable[[ModelConfig, int], int]] = None

@@ -1,5 +1,5 @@
-"""What the layers of all recurrences share (deltanet.py, kda.py, gla.py,
-retnet.py), so that one of them says only what is its own.
+"""What the layers of all recurrences share: deltanet.py, kda.py, gla.py,
+retnet.py and mamba2.py have what is particular to each.
 
   q, k, v = W_q x, W_k x, W_v x       each through silu(conv(.)), if it has one
   o       = recurrence(q, k, v, decays, rates)
@@ -34,8 +34,7 @@ VALUE_AXES = 'heads', 'head'
 @struct.dataclass
 class State:
   """What a layer keeps of a row, however long it is: the state after its last
-  token, and the inputs of its last tokens to the convolutions, if it has some.
-  """
+  token, and the last inputs of the convolutions, if it has convolutions."""
   state_BHKU: jax.Array
   query_BWJK: Optional[jax.Array] = None
   key_BWJK: Optional[jax.Array] = None
@@ -46,11 +45,11 @@ class Layer(nn.Module):
   """(x_BLD, context, cache) -> (y_BLD, cache), over x itself, in the order of
   the row.
 
-  A recurrence is a subclass with a NAME, of the mixer and of its group of
-  fields in config.model, which says `key_heads`, `value_heads`, `key_dim`,
-  `value_dim` and `conv` (tokens that the convolutions see; 0: there are none).
-  It has `inputs`, and `gate` or `gated`; `recurrent` in mixers.py makes its
-  entry.
+  A recurrence is a subclass. Its NAME is that of the mixer and of its group of
+  fields in config.model, which has `key_heads`, `value_heads`, `key_dim`,
+  `value_dim` and `conv` (how many tokens a convolution sees; 0: there is none).
+  It defines `inputs`, and may define `gate` or `gated`; `recurrent` in
+  mixers.py makes its entry.
   """
   NAME = ''
   PRODUCTS = frozenset({'query', 'key', 'value', 'output_gate', 'out'})
@@ -96,7 +95,7 @@ class Layer(nn.Module):
   @property
   def key_axes(self) -> tuple[str | None, str | None]:
     """The logical axes of the heads of queries and keys, and of their features.
-    Neither grows with the width where the features have none."""
+    If that of the features is None, neither grows with the width."""
     return 'kv_heads', 'head'
 
   @nn.compact
@@ -131,8 +130,8 @@ class Layer(nn.Module):
             ctx: Context, valid_BL: Optional[jax.Array],
             before_BWHK: Optional[jax.Array]
             ) -> tuple[jax.Array, Optional[jax.Array]]:
-    """Returns queries, keys or values, and what the next token's look back on.
-    """
+    """Returns queries, keys or values, and the inputs that the convolution of
+    the next token sees."""
     axes = VALUE_AXES if name == 'value' else self.key_axes
     x_BLHK = self.project(name, x_BLD, axes, shape, ctx)
     if not self.sizes.conv:
@@ -158,10 +157,10 @@ class Layer(nn.Module):
     return sharding.constrain(y_BLHK, 'batch', 'length', *axes)
 
   def of_heads(self, name: str, x_BLD: jax.Array) -> jax.Array:
-    """Returns a number of each head of values, float32 [B, L, H].
+    """Returns a number for each head of values, float32 [B, L, H].
 
-    A wider model may have as many heads, so in muP these are logits, as a
-    router's: divided by how many times as wide it is as its base.
+    The number of heads may be the same in a wider model, so in muP these are
+    logits, like a router's: they are divided by the widening.
     """
     c = self.config
     w_DH = linear.weight(self, name, (c.d_model, self.sizes.value_heads),
@@ -170,8 +169,8 @@ class Layer(nn.Module):
                          own_gradient=True).astype(jnp.float32) / c.widening
 
   def low_rank(self, name: str, x_BLD: jax.Array, features: int) -> jax.Array:
-    """Returns x W_down W_up, of each head of values, in float32. In muP the
-    rank is that of the base, so what W_down returns are logits, too."""
+    """Returns x W_down W_up for each head of values, in float32. In muP the
+    rank is that of the base, so the outputs of W_down are logits, too."""
     c, d = self.config, self.sizes
     down_DU = linear.weight(self, f'{name}_down', (c.d_model, d.rank),
                             ('embed', None), output=True)
@@ -191,7 +190,7 @@ class Layer(nn.Module):
 
   def softplus_decay(self, x_BLHK: jax.Array, least: float) -> jax.Array:
     """Returns -exp(A) softplus(x + bias), of numbers [B, L, H] or [B, L, H, K].
-    A is of a head, and its exponential is drawn between `least` and 16."""
+    Each head has an A, whose exponential is drawn between `least` and 16."""
     shape = x_BLHK.shape[2:]
     scale_H = declare(self, 'decay_scale', log_uniform(least), shape[:1],
                       Role(('heads',))).astype(jnp.float32)
@@ -223,24 +222,24 @@ def _told_apart(x: recurrence.Inputs, ids_BL: Optional[jax.Array],
 
 
 def log_uniform(least: float):
-  """The logarithm of what is uniform up to 16 (Gu and Dao's Mamba-2, and the
-  authors' programs)."""
+  """Returns an initializer: the logarithm of a uniform number between `least`
+  and 16 (Dao and Gu's Mamba-2, and the authors' programs)."""
   def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype):
     return jnp.log(jax.random.uniform(key, shape, dtype, least, 16.0))
   return init
 
 
 def step_bias(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype):
-  """The bias whose softplus is uniform in its logarithm from 0.001 to 0.1,
-  likewise."""
+  """An initializer: the bias whose softplus has a uniform logarithm, from 0.001
+  to 0.1, likewise."""
   first = jnp.exp(jax.random.uniform(
       key, shape, jnp.float32, jnp.log(0.001), jnp.log(0.1)))
   return jnp.log(jnp.expm1(first)).astype(dtype)
 
 
 def empty(name: str, c: ModelConfig, shape: tuple[int, ...]) -> State:
-  """Returns the state of rows without a token; `shape` is [..., B, M], and M
-  is nothing to it."""
+  """Returns the state of rows without a token; `shape` is [..., B, M], and the
+  state does not depend on M."""
   d, rows = getattr(c, name), shape[:-1]
   state = jnp.zeros((*rows, d.value_heads, d.key_dim, d.value_dim))
   if not d.conv:

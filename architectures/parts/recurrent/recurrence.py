@@ -8,7 +8,7 @@
 The last is the delta rule, S_t = (I - b_t k_t k_t^T) A_t S_t-1 + b_t k_t v_t^T
 (Yang, Kautz and Hatamizadeh 2024, arXiv 2412.06464; theirs is the transposed
 state). A is a diagonal matrix, the decays: one number for a head, or one for
-each feature of its keys. The family's members are settings of A and the rate b:
+each feature of its keys. A and the rate b tell the members of the family apart:
 
                  no decay          one of a head    one of each feature
   no rate        linear attention  RetNet, Mamba-2  GLA
@@ -26,8 +26,8 @@ follows from the state before it by one triangular system, the UT transform
   A_ij = b_i P_ij k_i^T k_j
 
 where P_ij is the decay after j up to i, and D_i that of the piece up to i.
-Where features have decays of their own, P_ij is inside of the product of both
-keys: feature_decays.py.
+Where features have decays of their own, P_ij is inside the product of the two
+keys, and feature_decays.py computes it.
 """
 
 from collections.abc import Callable
@@ -66,10 +66,10 @@ def run(x: Inputs, state_BHKU: Optional[jax.Array] = None, *,
   after the last, float32 [B, H, K, U].
 
   Args:
-    x: of any dtypes; all is computed in float32.
-    state_BHKU: before the first place; None: zero.
-    places: of a piece at most; pieces of a row are as long as each other. With
-      a decay of each feature, that is the next power of 2.
+    x: of any dtypes; everything is computed in float32.
+    state_BHKU: the state before the first place; None: zero.
+    places: the most that a piece has. All pieces of a row are equally long; if
+      each feature has a decay, their length is the next power of 2.
   """
   B, L, H, U = x.v_BLHU.shape
   J, K = x.k_BLJK.shape[2:]
@@ -79,9 +79,9 @@ def run(x: Inputs, state_BHKU: Optional[jax.Array] = None, *,
   assert x.log_decay_BLHK.shape[-1] in (1, K), x.log_decay_BLHK.shape
   if state_BHKU is None:
     state_BHKU = jnp.zeros((B, H, K, U))
-  # Of a state that is a constant of the program XLA's CPU backend (jaxlib 0.10
-  # and 0.12) makes kernels of several products that return what is in memory
-  # by chance: 1e29 with 8 heads and 32 tokens.
+  # If the state is a constant of the program, XLA's CPU backend (jaxlib 0.10
+  # and 0.12) joins several products into kernels that return whatever is in
+  # memory: 1e29 with 8 heads and 32 tokens.
   state_BHKU = jax.lax.optimization_barrier(state_BHKU)
   if L == 1:
     return _step(x, state_BHKU)
@@ -113,21 +113,21 @@ def _step(x: Inputs, state_BHKU: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 class _Pairs(NamedTuple):
-  """How the places of a piece meet."""
-  weights_BHPQ: jax.Array  # of what is written at j in what is read at i
-  found_BHPQ: Optional[jax.Array]  # of what the key at i finds of it
+  """How the places i of a piece meet those before them, j."""
+  weights_BHPQ: jax.Array  # how much of what j writes is read at i
+  found_BHPQ: Optional[jax.Array]  # how much of it the key at i finds
   first_BHPK: jax.Array  # the decay of the piece up to each place; K or 1
   after_BHPK: jax.Array  # and of the piece after it
 
 
 class _Pieces(NamedTuple):
-  """What pieces are to the state, whatever the state is. A first axis of the
-  pieces of a row stands before those that are named."""
+  """What pieces do to the state, whatever the state is. The first axis, which
+  the names leave out, is that of the pieces of a row."""
   pairs: _Pairs
   q_BHPK: jax.Array  # times the decay since the piece began
   k_BHPK: jax.Array  # times the decay until it ends
   decay_BHK1: jax.Array  # of the whole piece; K or 1
-  # d, were the state before it zero; and what d is less, times that state.
+  # d if the state before it were zero, and what that state takes from d.
   write_BHPU: jax.Array
   read_BHPK: Optional[jax.Array] = None
   inverse_BHPQ: Optional[jax.Array] = None  # of the triangular system
@@ -135,8 +135,8 @@ class _Pieces(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _chunked(places: int, x: Inputs, state_BHKU: jax.Array):
-  """Between the passes, the inputs and the state before each piece are kept;
-  the gradient computes the rest again."""
+  """Computes pieces; for the gradient it keeps the inputs and the state before
+  each piece, and the backward pass computes the rest again."""
   return _forward(places, x, state_BHKU)[0]
 
 
@@ -242,9 +242,9 @@ def _each(H: int, x: jax.Array) -> jax.Array:
 
 
 def _of_heads(x: jax.Array, by: jax.Array, y: jax.Array) -> jax.Array:
-  """Returns the products of y and `by`, both of heads of values and the latter
-  of K or 1, added up for each of the heads that x has. As a sum of `by * y`,
-  on CPU it takes 20 times as long (vectors.py)."""
+  """Returns `by * y`, both of heads of values, summed over those that share one
+  of the heads that x has. The last axis of `by` is K or 1. On CPU the plain sum
+  takes 20 times as long (vectors.py)."""
   if x.shape[2] == y.shape[2]:
     return by * y
   by, y = (z.reshape(*x.shape[:3], -1, *z.shape[3:]) for z in (by, y))
@@ -324,8 +324,9 @@ def _meet_by_feature(x: Inputs) -> _Pairs:
 
 
 def _inverse(a_BHPQ: jax.Array) -> jax.Array:
-  """Returns (I + A)^-1 of what lies below the diagonal. By substitution an
-  entry d below the diagonal is a sum of d - 1 products, and of A's own."""
+  """Returns (I + A)^-1, where A is what lies below the diagonal. It counts as
+  substitution, in which an entry d places below the diagonal is a sum of d - 1
+  products and of A's entry."""
   P = a_BHPQ.shape[-1]
   with linear.useful(1, 1):
     return linear.counted(triangular.inverse, (P - 1) * (P - 2), 3 * P)(a_BHPQ)

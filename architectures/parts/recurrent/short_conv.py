@@ -55,9 +55,10 @@ def convolve(x_BLHK: jax.Array, w_WHK: jax.Array,
     w_WHK: the weights.
     bias_HK: the bias; None: there is none.
     before_BWHK: the W - 1 inputs before them; None: zeros.
-    segment_ids_BL: documents; their leading axis may be 1.
-    valid_BL: 0 on padding, which is all a row's end; None: there is none.
-    silu: whether y goes through SiLU, which is taken in float32.
+    segment_ids_BL: documents; the leading axis may be 1.
+    valid_BL: 0 on padding, which stands at the end of a row; None: there is
+      none.
+    silu: whether y goes through SiLU, in float32.
   """
   (B, L, H, K), W = x_BLHK.shape, w_WHK.shape[0]
   if before_BWHK is None:
@@ -77,8 +78,8 @@ def convolve(x_BLHK: jax.Array, w_WHK: jax.Array,
 @jax.custom_vjp
 def _filtered(all_BMHK: jax.Array, w_WHK: jax.Array,
               segment_ids_BL: Optional[jax.Array]) -> jax.Array:
-  """Returns y, float32. Its gradient is written out: of what JAX derives from
-  these lines XLA's CPU backend makes a program that takes 20 times as long."""
+  """Returns y, float32. Its gradient is written out, because XLA's CPU backend
+  takes 20 times as long for the one that JAX derives from these lines."""
   W, L = len(w_WHK), all_BMHK.shape[1] - len(w_WHK) + 1
   w_WHK = w_WHK.astype(jnp.float32)
   return sum(_of_one_document(
@@ -88,7 +89,8 @@ def _filtered(all_BMHK: jax.Array, w_WHK: jax.Array,
 
 def _of_one_document(x_BLHK: jax.Array, segment_ids_BL: Optional[jax.Array],
                      gap: int) -> jax.Array:
-  """Returns x, 0 where the token `gap` places before is another document's."""
+  """Returns x, and 0 where the token `gap` places before is of another
+  document."""
   if segment_ids_BL is None or not gap:
     return x_BLHK
   same_BL = jnp.pad(segment_ids_BL[:, gap:] == segment_ids_BL[:, :-gap],
