@@ -18,7 +18,6 @@ from architectures import llama
 from architectures.parts import hf
 from architectures.parts.config import ModelConfig
 from architectures.parts.skeletons import Decoder
-from configs.errors import require
 
 
 class DeepSeekV3(Decoder):
@@ -33,10 +32,7 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
         'config.json has num_nextn_predict_layers '
         f'{reader("num_nextn_predict_layers", 0)}: the layers that predict '
         'further tokens are not imported')
-  require(fields['moe.top_k'] > 1 or not fields['moe.normalize_gates'],
-          'config.json has num_experts_per_tok 1 and norm_topk_prob true, '
-          'whose gate there is always 1: here the gate of a single choice is '
-          'its score, so that its router learns')
+  hf.check_gates(fields)
   found = deepseek_v2.read(reader, fields, dense=3, q_rank=1536,
                            interleaved=not reader.is_null('rope_interleave')
                            and reader('rope_interleave', True))

@@ -37,9 +37,7 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
           'Unpack them with transformers, AutoModelForCausalLM.from_pretrained('
           'FOLDER, dtype="bfloat16", quantization_config=Mxfp4Config('
           'dequantize=True)).save_pretrained(NEW), and take NEW')
-  require(fields['moe.top_k'] > 1, 'config.json has num_experts_per_tok 1, '
-          'whose gate there is always 1: here the gate of a single choice is '
-          'its probability, so that its router learns')
+  hf.check_gates(fields)
   require(reader('rope_parameters', reader('rope_scaling', {})),
           'config.json has no rope_parameters: transformers takes YaRN with a '
           'factor of 32 from 4,096 tokens on then; write it there')

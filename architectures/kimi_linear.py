@@ -47,10 +47,7 @@ def _read(reader: hf.Reader, fields: dict) -> dict[str, Any]:
   require(layers <= hf_layers.MOST, 'config.json has num_hidden_layers '
           f'{layers}: at most {hf_layers.MOST} layers are known here')
   reader.must(num_key_value_heads=fields['num_heads'])
-  require(fields['moe.top_k'] > 1 or not fields['moe.normalize_gates'],
-          'config.json has num_experts_per_token 1 and moe_renormalize true, '
-          'whose gate there is always 1: here the gate of a single choice is '
-          'its score, so that its router learns')
+  hf.check_gates(fields, 'num_experts_per_token', 'moe_renormalize')
   first = (0 if reader.is_zero('first_k_dense_replace') else
            reader('first_k_dense_replace', 1))
   networks = hf_layers.each(reader, 'mlp_layer_types', layers,

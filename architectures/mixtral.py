@@ -26,9 +26,7 @@ class Mixtral(Decoder):
 
 
 def _read(reader: hf.Reader, fields: dict) -> dict:
-  require(fields['moe.top_k'] > 1, 'config.json has num_experts_per_tok 1, '
-          'whose gate there is always 1: here the gate of a single choice is '
-          'its probability, so that its router learns')
+  hf.check_gates(fields)
   window = reader('sliding_window', 0)
   return dict(rope=hf_rope.read(reader, theta=('rope_theta', 1e6)),
               attention='banded' if window else 'global',

@@ -33,7 +33,7 @@ class OLMoE(Decoder):
 
 
 def _read(reader: hf.Reader, fields: dict) -> dict:
-  qwen3_moe.check_gates(fields)
+  hf.check_gates(fields)
   # transformers has no other: its norms are as wide as the model.
   reader.must(head_dim=fields['d_model'] // fields['num_heads'])
   return dict(rope=hf_rope.read(reader), moe=dict(dispatch='dropless'))

@@ -36,20 +36,12 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
           f'which does not divide num_hidden_layers {layers}')
   require(every <= 2 ** 12, f'config.json has decoder_sparse_step {every}: at '
           'most 4096 layers are known here')
-  check_gates(fields)
+  hf.check_gates(fields)
   require(not reader.listed('mlp_only_layers'), 'config.json has '
           'mlp_only_layers, which is only known here where it is empty: '
           'decoder_sparse_step says which layers have experts')
   return kinds.with_experts({}, every) | dict(
       rope=hf_rope.read(reader), moe=dict(dispatch='dropless'))
-
-
-def check_gates(fields: dict) -> None:
-  """Raises RequestError for a router whose only gate would always be 1."""
-  require(fields['moe.top_k'] > 1 or not fields['moe.normalize_gates'],
-          'config.json has num_experts_per_tok 1 and norm_topk_prob true, '
-          'whose gate there is always 1: here the gate of a single choice is '
-          'its probability, so that its router learns')
 
 
 def _write(c: ModelConfig) -> dict:

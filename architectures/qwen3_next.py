@@ -49,7 +49,7 @@ def _read(reader: hf.Reader, fields: dict) -> dict[str, Any]:
           f'shared_expert_intermediate_size {shared}, which is no multiple of '
           f'moe_intermediate_size {width}: model.moe.shared_experts says how '
           'many times as wide as an expert the shared one is')
-  qwen3_moe.check_gates(fields)
+  hf.check_gates(fields)
   return hf_layers.read_mixers(reader, fields['num_layers'], 'deltanet') | dict(
       rope=hf_rope.read(reader, fraction=('partial_rotary_factor', 0.25)),
       moe=dict(dispatch='dropless', shared_experts=shared // width))

@@ -198,6 +198,24 @@ GATED = {'silu': 'swiglu', 'gelu': 'geglu', 'gelu_new': 'geglu_tanh',
          'gelu_pytorch_tanh': 'geglu_tanh', 'relu': 'reglu'}
 
 
+def check_gates(fields: Mapping[str, Any], chosen: str = 'num_experts_per_tok',
+                normalised: str = 'norm_topk_prob') -> None:
+  """Raises RequestError where transformers divides a token's only gate by
+  itself.
+
+  Args:
+    fields: what was read so far; a system without moe.normalize_gates always
+      normalises them.
+    chosen: the field of the config.json that says how many experts a token has.
+    normalised: the field that says whether its gates are made to sum to 1.
+  """
+  told = 'moe.normalize_gates' in fields
+  require(fields['moe.top_k'] > 1 or told and not fields['moe.normalize_gates'],
+          f'config.json has {chosen} 1' + f' and {normalised} true' * told
+          + ': transformers then gives every expert the gate 1, where the gate '
+          "here is the router's score, so that the router learns")
+
+
 def theirs(choices: Mapping[str, str], ours: str, field: str) -> str:
   """Returns the first of their words for `ours`, the value of model.`field`.
 

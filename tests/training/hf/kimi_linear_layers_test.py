@@ -91,7 +91,7 @@ LISTS = dict(full_attn_layers=[4], kda_layers=[1, 2, 3])
     (dict(linear_attn_config=LISTS | dict(gate_lower_bound=-5.0)),
      'linear_attn_config.gate_lower_bound -5.0'),
     (dict(num_key_value_heads=1), 'num_key_value_heads 1'),
-    (dict(num_experts_per_token=1), 'whose gate there is always 1'),
+    (dict(num_experts_per_token=1), 'gives every expert the gate 1'),
     (dict(hidden_act='gelu'), "'gelu': choose from silu"),
     (dict(mla_use_nope=False), 'mla_use_nope False'),
     (dict(mla_use_output_gate=True), 'mla_use_output_gate'),

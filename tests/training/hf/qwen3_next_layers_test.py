@@ -65,7 +65,7 @@ def test_the_shared_expert_is_some_times_as_wide_as_one():
     (dict(layer_types=[D, A, D, 'sliding_attention']), 'layer_types'),
     (dict(num_hidden_layers=5000), 'at most 4096 layers'),
     (dict(shared_expert_intermediate_size=12), 'no multiple of'),
-    (dict(num_experts_per_tok=1), 'whose gate there is always 1'),
+    (dict(num_experts_per_tok=1), 'gives every expert the gate 1'),
     (dict(hidden_act='gelu'), "'gelu': choose from silu"),
     (dict(use_sliding_window=True), 'use_sliding_window')])
 def test_what_is_not_known_is_refused(change, words):
