@@ -150,7 +150,7 @@ def last(x_BLD: jax.Array, valid_BL: Optional[jax.Array],
 
 
 def mean(x_BLD: jax.Array, segment_ids_BL: Optional[jax.Array]) -> jax.Array:
-  """Returns the mean of the tokens of each row that are not padding, [B, D].
+  """Returns the mean over each row's tokens that are not padding, [B, D].
 
   Args:
     x_BLD: the tokens.
@@ -163,7 +163,7 @@ def mean(x_BLD: jax.Array, segment_ids_BL: Optional[jax.Array]) -> jax.Array:
   return (sum_BD / jnp.maximum(seen_BL1.sum(1), 1)).astype(x_BLD.dtype)
 
 
-# Of the tokens of a row of an encoder: tokens [B, L, D] and segments -> [B, D].
+# What a head reads of an encoder's row: (tokens [B, L, D], segments) -> [B, D].
 POOLINGS = {'cls': lambda x_BLD, segment_ids_BL: x_BLD[:, 0], 'mean': mean}
 
 

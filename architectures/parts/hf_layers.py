@@ -78,12 +78,12 @@ def type_of(c: ModelConfig) -> str:
 
 
 def read_mixers(reader: hf.Reader, layers: int, mixer: str) -> dict[str, Any]:
-  """Returns prefix, pattern and kinds of a model of which some layers are a
-  recurrence and some may have a dense network in place of experts.
+  """Returns prefix, pattern and kinds of a model in which some layers are a
+  recurrence, and some may have a dense network in place of experts.
 
   Args:
-    reader: of the config.json.
-    layers: how many there are.
+    reader: the reader of the config.json.
+    layers: how many layers there are.
     mixer: model.mixer of the recurrence.
   """
   require(layers <= MOST, f'config.json has num_hidden_layers {layers}: at '
@@ -99,13 +99,13 @@ def read_mixers(reader: hf.Reader, layers: int, mixer: str) -> dict[str, Any]:
 
 def each(reader: hf.Reader, field: str, layers: int, words: Collection[str]
          ) -> list[str]:
-  """Returns what a field of a config.json says of each of so many layers, in
-  these words; nothing, where it is not there."""
+  """Returns what a field of a config.json says of each layer, in these words;
+  an empty list if there is no such field."""
   found = reader.listed(field)
   require(not reader.has(field) or len(found) == layers and all(
       isinstance(word, str) and word in words for word in found),
-          f'config.json has {field} {short(found)}: it must have one for '
-          f'each of {layers} layers, of {", ".join(words)}')
+          f'config.json has {field} {short(found)}: it must have an entry for '
+          f'each of {layers} layers, one of {", ".join(words)}')
   return found
 
 
@@ -114,8 +114,8 @@ def mixed(types: Sequence[str], dense: Sequence[bool], mixer: str
   """Returns prefix, pattern and kinds of a model.
 
   Args:
-    types: of MIXERS, of each layer.
-    dense: which layers have a dense network in place of experts.
+    types: the type of each layer, a key of MIXERS.
+    dense: whether each layer has a dense network in place of experts.
     mixer: model.mixer of the recurrence.
   """
   names, kinds = [], {}

@@ -42,8 +42,8 @@ class Tensor(NamedTuple):
     """Returns what theirs holds for paths[which], by our axes.
 
     Args:
-      cut: returns a slice of theirs; as little is asked for as one slice can,
-        of groups of heads whole ones.
+      cut: returns a slice of theirs; the slice asked for is the smallest that
+        holds what is wanted, or whole groups of heads.
       which: of `paths`.
       ranges: (start, stop) of our axes, by letter.
     """
@@ -126,11 +126,11 @@ class Tensor(NamedTuple):
     return np.ascontiguousarray(x.reshape(self.shape))
 
   def _grouped(self, which: int) -> bool:
-    """Whether our heads are groups of R there."""
+    """Whether theirs orders the heads of paths[which] by groups of R."""
     return 'R' in self.axes and 'H' in self.ours[which]
 
   def _split(self, which: int) -> str:
-    """Our axes of paths[which], heads as groups where theirs has these."""
+    """Our axes of paths[which], with H as J and R where theirs has groups."""
     ours = self.ours[which]
     return ours.replace('H', 'JR') if self._grouped(which) else ours
 
@@ -144,7 +144,8 @@ class Tensor(NamedTuple):
 
 
 def _pieces(dim: str) -> tuple[str, list[str]]:
-  """Returns the axis of groups, if any, and what follows one another within."""
+  """Returns the axis of groups, if any, and the pieces that follow one another
+  within a group."""
   lead, grouped, rest = dim.rpartition('(')
   return lead, (rest.removesuffix(')') if grouped else dim).split('+')
 

@@ -61,7 +61,7 @@ def _initializer(config: ModelConfig, role: Role, residual: bool, gain: float):
   stddev = config.init_stddev
   if config.init == 'scaled_normal' and residual:
     stddev /= (2 * config.num_layers) ** 0.5
-  # Inputs without a logical axis are as many at every width.
+  # The number of inputs without a logical axis does not grow with the width.
   if not output and any(role.axes[i] for i in role.inputs):
     stddev /= config.widening ** 0.5
   return nn.initializers.normal(stddev)
@@ -99,14 +99,14 @@ def einsum(spec: str, x: jax.Array, w: jax.Array, dtype: jax.typing.DTypeLike,
     w: a weight, or activations.
     dtype: what both are rounded to before the product.
     out_dtype: of the result; default: dtype.
-    axes: of a weight, its logical axes: where it lies in shards, it is
-      gathered as gathered.py says.
-    keep: whether it may be kept whole for the gradient.
-    own_gradient: whether, on a single CPU in float32, the gradient of w is the
-      product of x and the result's gradient, and not the transpose of the other
-      one as JAX derives it. XLA transposes the first operand, which is x then:
-      once for all products with x, where it would compute all that the other
-      gradient is made of in the order of the transpose.
+    axes: the logical axes of a weight, which is gathered as gathered.py says if
+      it is sharded.
+    keep: whether the whole weight may be kept for the gradient.
+    own_gradient: whether, on a single CPU in float32, the gradient of w is
+      x^T dy instead of the transpose of dy^T x, which JAX derives. XLA
+      transposes the first operand. With x^T dy that is x, once for all products
+      with x; otherwise it computes dy, and all that leads to it, in transposed
+      order.
   """
   out_dtype = jnp.dtype(out_dtype or dtype)
   ins, out = spec.split('->')
@@ -207,7 +207,7 @@ def product(module: nn.Module, name: str, spec: str, x: jax.Array,
     w: W.
     axes: its logical axes.
     deterministic: whether nothing is dropped.
-    own_gradient: as of `einsum`.
+    own_gradient: as for `einsum`.
   """
   c = module.config
   y = einsum(spec, x, w, c.compute_dtype, axes=axes, keep=c.remat != 'none',

@@ -57,8 +57,8 @@ def mesh_axes(axis: str) -> tuple[str, ...]:
 
 def that_divide(names: tuple[str, ...], places: int,
                 shape: Mapping[str, int]) -> tuple[str, ...]:
-  """Returns the mesh axes that a weight's dimension of `places` lies on: as
-  many of `names`, from the first one on, as divide it together."""
+  """Returns the mesh axes that a weight's dimension of size `places` is sharded
+  over: as many of `names`, from the first one on, as together divide it."""
   while places % math.prod(shape[name] for name in names):
     names = names[:-1]
   return names

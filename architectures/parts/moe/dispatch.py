@@ -8,11 +8,12 @@ dispatched, the batch is off the expert axis. Weights are gathered over the
 axes of 'embed' (ZeRO-3), and with 'mlp' over tensor the halves of a result
 are summed after they have returned, when there are fewest.
 
-Where remat remakes a layer, 'dots' included, the two forward crossings run
-again: 6. In dropless the one to the experts alone does: 5, as gates cross with
-the rows, and their gradients are known where the experts are. To keep what has
-crossed would take room for the worst routing, n times the rows that are there,
-and the hidden units' several times that.
+If remat computes a layer again ('dots' does so too), the two forward crossings
+run again, which makes 6. In dropless only the crossing to the experts does,
+which makes 5: the gates cross with the rows, so their gradients are known where
+the experts are, and the results need not return again. To keep what has crossed
+would take memory for the worst routing, n times the rows that there are, and
+several times that for the hidden units.
 
 Bytes that a device sends for each of its tokens, in each crossing:
 
@@ -23,8 +24,10 @@ with n the devices along the expert axis and r the rows of the buffer a token:
   dropless         n * min(X, E / n), the bound that no routing exceeds
 (XLA's CPU backend has no all-to-all of bfloat16, and sends it as float32.)
 
-Forward go besides, as int32: the id of each row, where experts have dropout,
-and in dropless how many rows are for each of the E experts.
+In the forward direction there also cross, as int32, the id of each row, if
+experts have dropout, and in dropless how many rows are for each of the E
+experts. In dropless a gate crosses with each row, in float32, and its gradient
+crosses back.
 
 On TPU and GPU dropless sends only the rows that are full
 (`ragged_all_to_all`): X * (n - 1) / n of them in even load.
@@ -52,8 +55,7 @@ from architectures.parts.moe import exchange
 from architectures.parts.moe import grouped_kernels
 from architectures.parts.moe import routing
 from architectures.parts.moe.experts import (
-    Dropout, Local, WAYS, Weights, inverse, place_sorted, reorder,
-    take)
+    Dropout, Local, WAYS, Weights, inverse, place_sorted, reorder, take)
 from configs.errors import require
 
 
@@ -115,7 +117,7 @@ def experts(m: MoEConfig, x_TD: jax.Array, routed: routing.Routing,
             w: Weights, hidden: Hidden, groups: int,
             dropout: Optional[Dropout], *, train: bool, again: bool = False):
   """Returns (y_TD, kept_A: the assignments that found room); `again`: whether
-  the gradient makes the hidden units again (grouped.How)."""
+  the backward pass computes the hidden units again (grouped.How)."""
   factor = m.capacity_factor if train else m.eval_capacity_factor
   T, axes = x_TD.shape[0], mesh_axes()
   compute = functools.partial(_compute, m, hidden, factor, T, groups, again)

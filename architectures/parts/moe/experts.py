@@ -120,8 +120,8 @@ def combine(y_PD: jax.Array, gate_A: Optional[jax.Array], token_A: jax.Array,
             ):
   """y_T = the sum of gate * row over the assignments of a token.
 
-  `assignment_P` is the inverse of `row_A`; A where a row has none. Rows that
-  are multiplied by their gates already come without them.
+  `assignment_P` is the inverse of `row_A`; A where a row has none. Without
+  `gate_A`, rows have already been multiplied by their gates.
   """
   del assignment_P
   y_AD = y_PD.at[row_A].get(mode='fill', fill_value=0)
@@ -184,8 +184,8 @@ def place_sorted(expert_A: jax.Array, experts: int
 
 
 def move(x_TD: jax.Array, r: Routing, row_A: jax.Array, rows: int):
-  """Returns (rows [P, D], their assignment ids, combine: (rows, gates or None)
-  -> y_TD)."""
+  """Returns (rows [P, D], their assignments [P], and what combines results:
+  (rows, gates or None) -> y_TD)."""
   T = x_TD.shape[0]
   assignment_P = inverse(row_A, rows)
   token_P = r.token_A.at[assignment_P].get(mode='fill', fill_value=T)
@@ -195,7 +195,8 @@ def move(x_TD: jax.Array, r: Routing, row_A: jax.Array, rows: int):
 
 
 def reorder(x_A: jax.Array, of_P: jax.Array, to_A: jax.Array) -> jax.Array:
-  """x[of_P], 0 where that is A; `to_A` is the inverse: see `take`."""
+  """Returns x[of_P], and 0 where of_P is A; `to_A` is its inverse, as for
+  `take`."""
   return take(x_A[:, None], of_P, to_A, 1)[:, 0]
 
 
@@ -269,8 +270,8 @@ def by_dropless(x_TD: jax.Array, r: Routing, run: Any, slots: int) -> jax.Array:
   del slots  # what has no room is void already
   row_A, rows, count_E = run.place(r.expert_A)
   rows_PD, assignment_P, back = move(x_TD, r, row_A, rows)
-  # Gates go with the rows: their gradient needs what the expert makes of a row,
-  # which would have to come back once more where a layer is computed again.
+  # Gates go with the rows. Their gradient needs the expert's result, which
+  # would otherwise have to come back once more when a layer is computed again.
   gate_P = reorder(r.gate_A, assignment_P, row_A)
   return back(run.grouped(rows_PD, count_E, run.ids(assignment_P), gate_P),
               None)

@@ -27,12 +27,13 @@ class How(NamedTuple):
   """How a grouped network is computed.
 
   Attributes:
-    kind: of the network.
+    kind: the network's kind.
     even: the rows an expert has in even load: the blocks are sized for it.
-    kernel: of the products, a name of grouped_kernels; on CPU xla is blocks.
-    again: whether nothing is kept for the gradient, which then makes the hidden
-      units again, a part of them at a time: for where a layer is computed again
-      anyway, as its result need not be.
+    kernel: the kernel of the products, a name of grouped_kernels; on CPU xla
+      means blocks.
+    again: whether nothing is kept for the backward pass, which then computes
+      the hidden units again, one part of them after another. This is for layers
+      that are computed again anyway: then the result need not be.
   """
   kind: Hidden
   even: int
@@ -51,15 +52,15 @@ def ffn(rows_PD: jax.Array, count_E: jax.Array, gate_P: jax.Array, w: Any,
     gate_P: float32, what a row's result is multiplied by.
     w: experts.Weights, in the dtype of the rows.
     mask_PF: multiplies the hidden units, for dropout; or None.
-    how: it is computed.
+    how: how it is computed.
   """
   return _ffn_fwd(rows_PD, count_E, gate_P, w, mask_PF, how)[0]
 
 
 def _ffn_fwd(rows_PD: jax.Array, count_E: jax.Array, gate_P: jax.Array, w: Any,
              mask_PF: Optional[jax.Array], how: How):
-  """(the result, what is kept: with the arguments what goes into the
-  activation, (up,) or (up, gate), or None)."""
+  """Returns the result and what is kept: the arguments, and the inputs of the
+  activation, (up,) or (up, gate), or None."""
   def keeps(forward: Callable):
     def run(*args):
       y_PD, pre = forward(*args)
@@ -87,7 +88,8 @@ ffn.defvjp(_ffn_fwd, _ffn_bwd)
 
 
 def _on_platform(kernel: str, blocks: Callable, whole: Callable, *args):
-  """XLA's product is not for CPU; another was chosen by its platform."""
+  """Runs `blocks` on CPU, where XLA's product is slow, and else `whole`.
+  Another kernel than xla was chosen for its platform."""
   if kernel != 'xla':
     return whole(*args)
   return jax.lax.platform_dependent(*args, cpu=blocks, default=whole)
@@ -134,8 +136,8 @@ def _of_rows(b_EO: jax.Array, count_E: jax.Array, rows: int) -> jax.Array:
 def _whole_forward(times: Callable, kind: Hidden, again: bool,
                    rows_PD: jax.Array, count_E: jax.Array, w: Any,
                    mask_PF: Optional[jax.Array]):
-  """Where `pre` is not kept, the parts of the hidden units follow one another,
-  each to its place among them."""
+  """Returns the result and the inputs of the activation. With `again` these are
+  not kept, and the parts of the hidden units are computed one after another."""
   affine = functools.partial(_whole_affine, times, count_E)
   def hidden(w: Any, mask_PF: Optional[jax.Array]):
     pre = tuple(affine(rows_PD, *pair) for pair in _into(w))
@@ -157,8 +159,9 @@ def _whole_backward(times: Callable, kind: Hidden, rows_PD: jax.Array,
                     count_E: jax.Array, gate_P: jax.Array, w: Any,
                     mask_PF: Optional[jax.Array],
                     pre: Optional[tuple[jax.Array, ...]], dy_PD: jax.Array):
-  """With u = dy W_down^T, the gate's gradient is u h, so that y is not needed.
-  Without `pre`, the parts of the hidden units follow one another."""
+  """With u = dy W_down^T, the gate's gradient is u . h, so y is not needed.
+  Without `pre`, the parts of the hidden units are computed one after another.
+  """
   inside_P = jnp.arange(rows_PD.shape[0]) < count_E.sum()
   dy_PD = jnp.where(inside_P[:, None], dy_PD, 0)
   gated = lambda x: x * gate_P[:, None].astype(x.dtype)
@@ -169,7 +172,7 @@ def _whole_backward(times: Callable, kind: Hidden, rows_PD: jax.Array,
   dx_PD, dgate_P, dws = jnp.zeros_like(rows_PD), jnp.zeros_like(gate_P), []
   parts = 1 if pre is not None else _parts(*w.up_EDF.shape[1:])
   for own, mask_own in zip(_split(w, parts), _cut(mask_PF, parts)):
-    if dws:  # all that is made of a part: XLA joins none of it with the next's
+    if dws:  # else XLA joins what belongs to this part with the next one's
       rows_PD, dy_PD, dx_PD, dgate_P, dws = jax.lax.optimization_barrier(
           (rows_PD, dy_PD, dx_PD, dgate_P, dws))
     into = _into(own)
@@ -178,7 +181,7 @@ def _whole_backward(times: Callable, kind: Hidden, rows_PD: jax.Array,
         pre or tuple(affine(rows_PD, *pair) for pair in into))
     u_PF = vjp(h_PF, (own.down_EFD, None), dy_PD)[0]
     dgate_P += (wide(u_PF) * wide(h_PF)).sum(1)
-    # The gates are on h, as it is narrower than dy.
+    # The gates multiply h, because it is narrower than dy.
     ddown, dinto = vjp(gated(h_PF), (own.down_EFD, None), dy_PD)[1], []
     for pair, d_PF in zip(into, act_vjp(gated(u_PF))[0]):
       more_PD, *grads = vjp(rows_PD, pair, d_PF)
@@ -194,8 +197,8 @@ def _whole_backward(times: Callable, kind: Hidden, rows_PD: jax.Array,
 
 
 def _parts(D: int, F: int) -> int:
-  """In how many parts hidden units are made again: one is no wider than a
-  row, where its sides can be whole tiles."""
+  """Returns in how many parts hidden units are computed: the fewest that are no
+  wider than a row and whose width is a multiple of 128; else 1."""
   return next((n for n in range(-(-F // D), 1 + F // 128)
                if F % (n * 128) == 0), 1)
 

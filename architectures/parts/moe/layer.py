@@ -2,7 +2,8 @@
 
 y = shared(x) + sum over the chosen experts of gate * FFN_e(x)
 
-with `shared_gate`, sigmoid(w x) * shared(x) (Qwen1.5-MoE, Qwen3-Next).
+With `shared_gate`, shared(x) is multiplied by sigmoid(w x) (Qwen1.5-MoE,
+Qwen3-Next).
 
 The router runs in float32 (Switch, section 2.4), on TPU and GPU too, which
 multiply float32 arrays in fewer digits unless told. Shared experts
@@ -75,8 +76,8 @@ class MoE(nn.Module):
     return y_BLD, aux
 
   def _gated(self, shared_BLD: jax.Array, x_BLD: jax.Array) -> jax.Array:
-    """Returns what the shared experts add. A token has one gate at every
-    width, so that muP divides it as it divides the router's logits."""
+    """Returns what the shared experts add. A token has one gate at every width,
+    so muP divides the gate's logit as it divides the router's."""
     c = self.config
     if not c.moe.shared_gate:
       return shared_BLD
