@@ -126,6 +126,7 @@ def uneven(objective):
     told[::2] = False
     return c, b | dict(valid=seen.astype(np.float32),
                        weights=told.astype(np.float32))
+  c.data.mask_rate = 0.4
   return c, b | dict(
       types=(index_BL > 5).astype(np.int32), segment_ids=seen.astype(np.int32),
       weights=(seen & (index_BL % 3 == 0)).astype(np.float32),
@@ -150,6 +151,19 @@ def test_a_micro_batch_counts_by_what_it_holds(objective):
   for name in means:
     np.testing.assert_allclose(parts[name], metrics[name], rtol=1e-4,
                                atol=1e-6, err_msg=name)
+  models.close(whole.params, state.params, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('preset', [
+    'fsdp_tp', pytest.param('cp_fsdp_tp', marks=pytest.mark.long)])
+def test_words_to_predict_are_those_of_one_device(preset):
+  """A row that lies on one device gives them to the head alone."""
+  c, b = uneven('mlm_nsp')
+  _, whole, (metrics,) = train(c, one_device(), 1, [b])
+  c.mesh.update(tables.PRESETS[preset])
+  _, state, (parts,) = train(c, None, 1, [b])
+  models.close(parts, metrics, rtol=1e-4)
   models.close(whole.params, state.params, rtol=1e-4)
 
 
