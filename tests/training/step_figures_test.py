@@ -97,6 +97,7 @@ def test_what_is_differentiated_is_what_is_reported():
   not."""
   module, params = models.make('bert')
   tokens, config = models.tokens(3, 8), base.base()
+  config.data.mask_rate = 3 / 8
   batch = dict(tokens=tokens, targets=tokens, types=jnp.zeros((3, 8), int),
                segment_ids=jnp.ones((3, 8), int).at[1, 5:].set(0).at[2].set(0),
                weights=jnp.zeros((3, 8)).at[0, :3].set(1.0).at[1, 2:4].set(1.0),
