@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from architectures.parts import linear
+from architectures.parts import sharding
 from architectures.parts.dropout import drop
 
 MASKED = -1e30  # finite, so that a row that sees nothing is no NaN
@@ -116,10 +117,33 @@ def _scores(how: _How, rows: slice, keys: slice, mask_BLM: Optional[jax.Array],
   if how.softcap:
     s_BJRLM = how.softcap * jnp.tanh(s_BJRLM / how.softcap)
   if bias_BJRLM is not None:
-    s_BJRLM += bias_BJRLM[..., rows, keys]
+    s_BJRLM = _plus(s_BJRLM, bias_BJRLM[..., rows, keys])
   if mask_BLM is not None:
     s_BJRLM = jnp.where(mask_BLM[:, None, None, rows, keys], s_BJRLM, MASKED)
   return s_BJRLM
+
+
+def _plus(s_BJRLM: jax.Array, bias_BJRLM: jax.Array) -> jax.Array:
+  if len(bias_BJRLM) == len(s_BJRLM) or not sharding.one_cpu():
+    return s_BJRLM + bias_BJRLM
+  return _plus_one(s_BJRLM, bias_BJRLM.astype(s_BJRLM.dtype))
+
+
+@jax.custom_vjp
+def _plus_one(s_BJRLM: jax.Array, bias_1JRLM: jax.Array) -> jax.Array:
+  """A bias that all rows share. Its gradient, a sum over the rows, is a product
+  with ones: jaxlib 0.10.2 takes 37 times as long for the sum."""
+  return s_BJRLM + bias_1JRLM
+
+
+_plus_one.defvjp(
+    lambda s_BJRLM, bias_1JRLM: (_plus_one(s_BJRLM, bias_1JRLM), None),
+    lambda _, d_BJRLM: (d_BJRLM, linear.counted(_over_rows, 0)(d_BJRLM)))
+
+
+def _over_rows(d_BJRLM: jax.Array) -> jax.Array:
+  B, *rest = d_BJRLM.shape
+  return (jnp.ones((1, B)) @ d_BJRLM.reshape(B, -1)).reshape(1, *rest)
 
 
 def _weigh(how: _How, rows: slice, keys: slice, key: Optional[jax.Array],
