@@ -154,8 +154,8 @@ def _check_layers(c: ModelConfig, stack: str) -> None:
   mixers.of(c).check(c, stack)
   wired = [name for name, block in BLOCKS.items() if block.STREAMS]
   require(c.residual == 'plain' or c.block in wired, f'model.residual is '
-          f'{c.residual!r}, and model.block {c.block!r} normalises the sum '
-          "itself, for which its paper has no equation: choose 'plain', or "
+          f'{c.residual!r}, whose paper has no equation for model.block '
+          f"{c.block!r}, which normalises the sum itself: choose 'plain', or "
           f'model.block from {", ".join(wired)}')
   alone = [name for name, block in BLOCKS.items() if block.WITHOUT_FFN]
   require(c.ffn != NONE or c.block in alone, f'model.ffn is {NONE!r}, and '

@@ -138,7 +138,6 @@ def _check_hosts(name, kind, shape) -> None:
 
 def _check_pod(name, kind, chip, text, shape) -> None:
   """The compiler accepts shapes that no pod has."""
-  cubes = 'x'.join(['4i', '4j', '4k'])
   choices = ', '.join(chip.shapes)
   if chip.shapes == _PLANES:
     require(text in chip.shapes, f'--topology is {name!r}, a shape that no '
@@ -148,5 +147,5 @@ def _check_pod(name, kind, chip, text, shape) -> None:
   whole = all(s % 4 == 0 for s in shape) and list(shape) == sorted(shape)
   require(text in chip.shapes or whole and size <= chip.most,
           f'--topology is {name!r}, a shape that no {kind} slice has: choose '
-          f'from {choices}, or {cubes} in rising order and of {chip.most:,} '
-          'chips at most')
+          f'from {choices}, or three multiples of 4 in rising order, such as '
+          f'4x4x8, of {chip.most:,} chips at most')

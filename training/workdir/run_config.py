@@ -224,8 +224,9 @@ def refuse_changes(changes: list[Change], allow_config_change: bool):
   grave = [change for change in changes if change.kind != SAFE]
   if grave and not allow_config_change:
     raise RequestError(
-        f'the config differs from that of the run in this workdir in '
-        f'{len(grave)} field{"s" * (len(grave) > 1)} that matter:\n'
+        'the config differs from that of the run in this workdir in '
+        + ('1 field that matters' if len(grave) == 1 else
+           f'{len(grave)} fields that matter') + ':\n'
         f'{table(changes)}\n' + _way_on(grave))
 
 
@@ -234,9 +235,9 @@ def _way_on(grave: list[Change]) -> str:
   if not names:
     return 'Take another --workdir, or pass --allow_config_change to go on'
   return (f'Take another --workdir: a run cannot go on with another '
-          f'{", ".join(names)}. A new run can begin with what fits of this '
-          "one's parameters, by --config.init_from=WORKDIR and "
-          '--config.init_partial=True')
+          f'{", ".join(names)}. To begin a new run with those parameters of '
+          'this one whose names and shapes match, pass '
+          '--config.init_from=WORKDIR and --config.init_partial=True')
 
 
 def table(changes: list[Change]) -> str:

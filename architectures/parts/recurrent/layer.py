@@ -278,8 +278,8 @@ def check(name: str, c: ModelConfig, stack: str) -> None:
           f'before and has no window, and model.attention is {c.attention!r}: '
           'set it to global (of a kind of layer, window=0)')
   require(not positions.of(c).stack_bias, f'{who}, which has no scores for the '
-          f'bias of model.position {c.position!r}: set it to none, if for the '
-          'layers of this kind alone')
+          f'bias of model.position {c.position!r}: set it to none, at least in '
+          'the kinds of layer that have this mixer')
   require(d.value_heads % d.key_heads == 0, f'model.{name}.key_heads is '
           f'{d.key_heads}, which does not divide model.{name}.value_heads '
           f'{d.value_heads}')

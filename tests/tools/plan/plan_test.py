@@ -37,7 +37,7 @@ def test_names_say_chips_devices_and_what_is_together():
 @pytest.mark.parametrize('name, slices, words', [
     ('v5q:4x4x4', 1, "Did you mean 'v5"), ('v5p', 1, 'v5p:4x4x8'),
     ('v5e:32x32', 1, 'choose from 1x1, 2x2'), ('v5p:4x4', 1, 'v5p:4x4x8'),
-    ('v5p:3x4x4', 1, '4ix4jx4k in rising order'),
+    ('v5p:3x4x4', 1, 'three multiples of 4 in rising order'),
     ('v5p:16x16x32', 1, '6,144 chips at most'),
     ('h100:1x8x8', 2, 'SLICESxHOSTSxGPUS'), ('h100:3x5x7', 1, 'h100:1x15x7'),
     ('h100:1x1x64', 1, 'choose from 1, 2, 4, 8'),
