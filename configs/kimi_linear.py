@@ -25,7 +25,7 @@ SIZES = {
                  latent=dict(kv_rank=48, nope_dim=24, rope_dim=16, v_dim=24),
                  kda=dict(key_heads=4, key_dim=24, value_dim=24),
                  moe=dict(num_experts=32, d_ff=32)),
-    '48b_a3b': dict(d_model=2304, num_layers=27, num_heads=32, d_ff=9216,
+    '48b-a3b': dict(d_model=2304, num_layers=27, num_heads=32, d_ff=9216,
                     max_len=1048576, vocab_size=163840,
                     prefix='linear_dense,linear,linear,full,'
                     + ','.join([FOUR] * 5),
@@ -36,9 +36,9 @@ SIZES = {
 }
 
 # The parameter count of the published checkpoint, for tools.count.
-PUBLISHED = {'48b_a3b': 49_122_675_072}
+PUBLISHED = {'48b-a3b': 49_122_675_072}
 # The biases of the routers, which no gradient moves.
-UNCOUNTED = {'48b_a3b': 26 * 256}
+UNCOUNTED = {'48b-a3b': 26 * 256}
 
 
 def get_config(size: str = 'tiny'):

@@ -22,7 +22,7 @@ SIZES = {
                  deltanet=dict(key_heads=2, value_heads=4, key_dim=32,
                                value_dim=32),
                  moe=dict(num_experts=32, d_ff=24)),
-    '80b_a3b': dict(d_model=2048, num_layers=48, num_heads=16, num_kv_heads=2,
+    '80b-a3b': dict(d_model=2048, num_layers=48, num_heads=16, num_kv_heads=2,
                     head_dim=256, d_ff=5120, max_len=262144, vocab_size=151936,
                     deltanet=dict(key_heads=16, value_heads=32, key_dim=128,
                                   value_dim=128),
@@ -30,7 +30,7 @@ SIZES = {
 }
 
 # The published parameter count, for tools.count.
-PUBLISHED = {'80b_a3b': 79_674_391_296}
+PUBLISHED = {'80b-a3b': 79_674_391_296}
 
 
 def get_config(size: str = 'tiny'):

@@ -120,8 +120,8 @@ KIMI_LINEAR = dict(
     tie_word_embeddings=False, topk_group=1, transformers_version='4.56.2',
     use_cache=True, use_grouped_topk=True, v_head_dim=128, vocab_size=163840)
 PUBLISHED = {
-    'kimi_linear:48b_a3b': KIMI_LINEAR,
-    'qwen3_next:80b_a3b': QWEN3_NEXT,
+    'kimi_linear:48b-a3b': KIMI_LINEAR,
+    'qwen3_next:80b-a3b': QWEN3_NEXT,
     'olmoe:1b-7b': OLMOE,
     'mamba2:130m': MAMBA2,
     'mamba2:codestral-7b': MAMBA2 | dict(
