@@ -132,8 +132,9 @@ def _check_flags(target, words):
       continue
     if flag == 'help':
       continue
+    names = '|'.join(map(re.escape, {flag, flag.removeprefix('no')}))
     named = flag in ('config',) or re.search(
-        rf'''['"](--)?(no)?{re.escape(flag)}['"]''', source)
+        rf'''['"](--)?(no)?({names})['"]''', source)
     assert named, f'{target} has no flag --{flag}'
     if flag == 'config':
       _check_config(value or words[i + 1])
