@@ -224,10 +224,8 @@ def refuse_changes(changes: list[Change], allow_config_change: bool):
   grave = [change for change in changes if change.kind != SAFE]
   if grave and not allow_config_change:
     raise RequestError(
-        'the config differs from that of the run in this workdir in '
-        + ('1 field that matters' if len(grave) == 1 else
-           f'{len(grave)} fields that matter') + ':\n'
-        f'{table(changes)}\n' + _way_on(grave))
+        'the config differs from that of the run in this workdir in fields '
+        f'that matter:\n{table(changes)}\n' + _way_on(grave))
 
 
 def _way_on(grave: list[Change]) -> str:
