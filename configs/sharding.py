@@ -2,24 +2,24 @@
 
 A rule is (logical axis, mesh axes). Rules are tried from the top; a mesh axis
 serves one dimension of an array at most, so `embed` is sharded over `fsdp` in
-a weight and not in an activation, whose batch took `fsdp` first. Where a
-logical axis has two rules, the second is for arrays in which another dimension
-holds a mesh axis of the first.
+a weight and not in an activation, whose batch took `fsdp` first. If a logical
+axis has two rules, the second one is for arrays in which another dimension has
+taken a mesh axis of the first.
 """
 
 MESH_AXES = ('data', 'fsdp', 'expert', 'context', 'tensor')
 
 # 'tokens' are batch and length in one axis, 'joined' heads and their features,
 # 'rows' the tokens of a table whose columns are heads, 'groups' heads of keys
-# that are as many at every width.
+# whose number does not grow with the width.
 LOGICAL_AXES = ('batch', 'length', 'tokens', 'embed', 'heads', 'kv_heads',
                 'head', 'mlp', 'vocab', 'experts', 'layers', 'capacity',
                 'latent', 'joined', 'rows', 'groups')
 
 RULES = {
-    # Weights in shards over fsdp (ZeRO-3), and over expert too where they are
-    # no expert's, heads and mlp over tensor (Megatron), experts over expert, a
-    # sequence over context; the batch over all that is left.
+    # Weights are sharded over fsdp (ZeRO-3), and those other than the experts'
+    # over expert too; heads and mlp over tensor (Megatron), experts over
+    # expert, a sequence over context, and the batch over all that is left.
     'default': (
         ('batch', ('data', 'fsdp', 'expert')),
         ('experts', ('expert',)),

@@ -46,9 +46,9 @@ os.environ.setdefault('ARCHETYPE_CACHE', str(_CACHE / 'archetype'))
 
 @pytest.fixture(scope='module', autouse=True)
 def _without_old_garbage():
-  """What is there before a file's tests is left out of the garbage collector's
-  rounds. With all that was imported, each takes as long as a test; statsmodels
-  asks for one in each correction of p-values."""
+  """Keeps what exists before a file's tests out of garbage collections. With
+  all that was imported, each would take as long as a test, and statsmodels runs
+  one in each correction of p-values."""
   gc.collect()
   gc.freeze()
 

@@ -176,9 +176,9 @@ def _check_objective(name: str, module: nn.Module) -> None:
           f'{module.config.arch} ({ours}): choose from {", ".join(choices)}')
   require('prefix_B' not in objectives.OBJECTIVES[name].options.values()
           or not mixers.with_state(module.config), f'objective is {name!r}, '
-          'whose first tokens see each other, and some layers are a recurrence '
-          'by model.mixer, or have model.attention_conv, which reads a row in '
-          'one direction: choose causal')
+          'whose first tokens see each other, and some layers read a row in '
+          'one direction (a recurrence of model.mixer, or '
+          'model.attention_conv): choose causal')
   head = objectives.OBJECTIVES[name].head
   require(module.config.head == head, f'model.head is {module.config.head!r}, '
           f'and objective {name!r} trains {head!r}: leave it empty, to be '

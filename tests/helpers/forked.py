@@ -1,11 +1,11 @@
-"""Runs the programs of this project as a user does, without waiting each time
-for what they import.
+"""Runs the programs of this project as a user does, without importing JAX each
+time.
 
-To import JAX, Orbax and Grain takes longer than what most tests have a program
-do. So one process has imported them, and nothing of this project, and a
-program runs in a fork of it: with arguments, a folder, an environment, output
-and an exit code of its own. What is tested of signals, of imports or of the
-time that a program takes to start has to start it for real.
+To import JAX, Orbax and Grain takes longer than most programs of a test. So one
+process imports them, and nothing of this project, and a program runs in a fork
+of it, with arguments, a folder, an environment, output and an exit code of its
+own. A test of signals, of imports or of the time that a program takes to start
+has to start it for real.
 """
 
 import atexit
@@ -83,7 +83,7 @@ def _ask(request: dict) -> int:
 
 
 def _answer(timeout: float) -> int:
-  """Returns the next number that the server tells."""
+  """Returns the next number that the server prints."""
   process, _ = _server()
   ready, _, _ = select.select([process.stdout], [], [], timeout)
   if not ready:
@@ -92,7 +92,7 @@ def _answer(timeout: float) -> int:
 
 
 def _serve():
-  """Runs what it is asked for, each time in a fork; returns there alone."""
+  """Forks for each request; returns the request in the fork only."""
   for package in PACKAGES:
     importlib.import_module(package)
   for line in sys.stdin:
@@ -107,7 +107,7 @@ def _serve():
 
 
 def _become(words, cwd, env, said, out, err):
-  """Makes of this process what `python WORDS` is in that folder."""
+  """Turns this process into `python WORDS` in that folder."""
   os.chdir(cwd)
   os.environ.clear()
   os.environ.update(env)

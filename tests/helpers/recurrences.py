@@ -1,5 +1,5 @@
-"""Small layers of every mixer that keeps a state, as architectures/parts/
-mixers.py lists them: a new one is under the same laws without a word here."""
+"""Small layers of every mixer that keeps a state, of those that
+architectures/parts/mixers.py lists: a new one has the same tests at once."""
 
 import dataclasses
 import functools
@@ -18,8 +18,8 @@ from tests.helpers import models
 
 NAMES = tuple(name for name, mixer in mixers.MIXERS.items() if mixer.state)
 WIDTH = 32  # d_model of models.config
-# A mixer has those of these fields that its group has. There are 2 or 4 heads
-# of keys, of 6 features, and 4 of values, of 5.
+# Each mixer takes those of these fields that its group has: 2 or 4 heads of
+# keys with 6 features, and 4 heads of values with 5.
 _SIZES = dict(key_heads=2, value_heads=4, heads=4, groups=2, key_dim=6, state=6,
               value_dim=5, head_dim=5, rank=3)
 

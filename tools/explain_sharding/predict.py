@@ -1,14 +1,17 @@
 """The collectives that the rules lead to, before anything is compiled.
 
-A weight whose dimension lies on a mesh axis of the batch is gathered over it
-before use, and its gradient scattered over it, over several one after another;
-over the batch's other axes the gradient is summed. A product over a dimension
-that lies on `tensor` is summed over it. Tokens cross `expert` and come back.
-Left out are the sums over a vocabulary that lies on `tensor`: of embeddings, of
-the loss, and of the last hidden state's gradient, once a micro-batch each, and
-the gates that cross with their rows. An embedding is not gathered, its tokens
-cross: where there are few of them, less is sent than is said here. XLA may
-choose otherwise: python -m tools.plan says what it chose.
+A weight whose dimension is sharded over mesh axes of the batch is gathered over
+them before use, one axis after another, and its gradient is scattered over
+them; over the batch's other axes the gradient is summed. A product over a
+dimension that is sharded over `tensor` is summed over it. Tokens cross `expert`
+and come back.
+
+Some things are left out: the sums over a vocabulary that is sharded over
+`tensor` (of embeddings, of the loss, and of the last hidden state's gradient,
+once a micro-batch each), and the gates that cross with their rows. An embedding
+is counted as if it were gathered, although its tokens cross instead: if there
+are few tokens, less is sent than is said here. XLA may choose otherwise: python
+-m tools.plan says what it chose.
 """
 
 import math
@@ -21,7 +24,7 @@ import jax.numpy as jnp
 from training import objectives
 from training.distributed import devices
 
-PASSES = {'full': 3, 'dots': 2, 'none': 2}  # of activations, by remat
+PASSES = {'full': 3, 'dots': 2, 'none': 2}  # over activations, by remat
 
 
 def collectives(run, parameters: list[dict]) -> list[dict]:
@@ -55,7 +58,7 @@ def _of_weight(run, one: dict, batch: list, mesh: dict) -> list[dict]:
     if axis in batch and not _stays(one, axis):
       sent = held * (n - 1) * width
       held *= n
-      passes = 2 * times  # remade layers keep what they gather
+      passes = 2 * times  # a layer that is computed again keeps what it gathers
       rows.append(_row('all-gather', [axis], 'weights before use', passes,
                        sent * passes))
       rows.append(_row('reduce-scatter', [axis], 'gradients of weights',
@@ -110,7 +113,7 @@ def _of_activations(run, parameters, mesh) -> list[dict]:
     if 'expert' in mesh and row['name'].endswith('/ffn/down') and any(
         d['axis'] == 'experts' for d in dims):
       crossing, dropless = _rows_a_token(run, tokens)
-      # Experts are remade by 'dots' too: see parts/moe/dispatch.py.
+      # 'dots' computes experts again, too: see parts/moe/dispatch.py.
       again = 0 if c.remat == 'none' else 1 if dropless else 2
       runs = layers * (4 + again) * micro
       n = mesh['expert']
@@ -121,8 +124,8 @@ def _of_activations(run, parameters, mesh) -> list[dict]:
 
 
 def _rows_a_token(run, tokens: int) -> tuple[float, bool]:
-  """Rows that cross for a token of a device's `tokens`, in even load, and
-  whether without padding."""
+  """Returns how many rows cross for each of a device's `tokens`, in even load,
+  and whether they are dropless, without padding."""
   m = run.model.moe
   shards = devices.shards('tokens', run.mesh.shape, run.config.mesh.rules)
   groups = routing_groups(m.group_size, tokens * shards)

@@ -31,8 +31,8 @@ def explain(shape: Sequence[int], axes: Sequence[Optional[str]],
 
   Rules are tried from the top of the table, as flax does, so that a mesh axis
   goes to the dimension whose rule stands first, not to the first dimension. A
-  rule that names a mesh axis which is taken is passed over as a whole, and one
-  further down may follow for the same logical axis.
+  rule that names a mesh axis which is taken is passed over as a whole; a later
+  rule for the same logical axis may apply instead.
 
   Args:
     shape: of the array.

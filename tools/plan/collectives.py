@@ -142,8 +142,8 @@ def read(text: str, mesh: Mapping[str, int], *, host_of: np.ndarray,
     one = _collective(place, mesh, host_of, ragged_rows)
     if one is None or one.size == 1 or not one.runs:
       continue
-    # libtpu 0.0.45 prints one that goes on beside products in each of their
-    # fusions, under one channel.
+    # A collective that runs beside products is printed by libtpu 0.0.45 in the
+    # fusion of each of them, with the same channel.
     channel = re.search(r'channel_id=(\d+)', place.instruction.rest)
     if channel and 'fus' in place.computation:
       if (one.kind, channel[1]) in fused:

@@ -249,7 +249,7 @@ def _differences(description, point) -> str:
   base = run_config.flatten_dict(description['base_config'])
   told = [f'{key}={_short(value)}' + ' (matched)' * (key in point['matched'])
           for key, value in point['changes'].items()
-          if key not in base or value != base[key]]  # a kind of its own
+          if key not in base or value != base[key]]  # a new kind of layer
   told += [f'so {key} {_short(old)} -> {_short(new)}'
            for key, (old, new) in point['follows'].items()]
   return ', '.join(told)

@@ -46,7 +46,7 @@ def match(sweep: spec.Sweep, what: str, field: str,
 
 
 def _solved(sweep, point, what, field, cost, target) -> spec.Point:
-  @functools.cache  # it traces a model
+  @functools.cache  # because it traces a model
   def figure(value) -> float:
     changes = {**point.changes, field: value}
     return cost(spec.changed(sweep.base, changes, 'it'))
@@ -95,8 +95,8 @@ def _around(figure, target: float, step: int) -> list[int]:
   at_low = figure(low * step)
   if at_low >= target:
     return [low * step]
-  # Costs are all but linear in a width: a step on the line through two of them
-  # reaches the target, and another one brackets it.
+  # Costs are almost linear in a width: a step along the line through two of
+  # them comes near the target, and another one brackets it.
   while (at_high := figure(high * step)) < target:
     if at_high <= at_low or high * step > LARGEST:
       return []  # the field changes nothing here

@@ -164,7 +164,7 @@ def export_findings(system: str) -> Iterator[compare.Finding]:
       continue  # what was changed is not read there
     seen.append(module.config)
     error, why = _error(system, module)
-    # A state adds up along the row what products of each token round.
+    # A state accumulates the rounding of all tokens before.
     limit = compare.LIMITS['output'] * (
         3 if mixers.with_state(module.config) else 1)
     yield compare.Finding(f'{words(change)}{why}', error, limit)

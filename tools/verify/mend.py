@@ -60,8 +60,8 @@ def _mamba2(model) -> None:
 
 
 def _kimi_linear(model) -> None:
-  """It writes the network of a dense layer by the name of experts. Published
-  files have it by its own, and both are read."""
+  """It writes the network of a dense layer under the name of the experts.
+  Published files have it under its own name, and both are read."""
   import functools
   import pathlib
   import re

@@ -1,5 +1,5 @@
-"""The models that are compared of decoders whose networks are mixtures of
-experts; cases.py has the others."""
+"""The models that are compared for decoders with mixtures of experts; cases.py
+has those of all other systems."""
 
 from typing import NamedTuple
 

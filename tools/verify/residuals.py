@@ -1,5 +1,5 @@
-"""mHC beside transformers' module of it, DeepSeek-V4's, which goes by columns
-and rows of the transposed matrix and so makes the same one."""
+"""Compares mHC with the module of DeepSeek-V4 in transformers, which divides
+the columns and rows of the transposed matrix, and so gets the same one."""
 
 import flax.linen as nn
 import jax
@@ -15,8 +15,8 @@ D, COUNT, LENGTH = 16, 3, 7
 
 
 def findings() -> list[compare.Finding]:
-  """Compares what a branch reads, the streams that it leaves, and gradients,
-  of weights that are drawn from a fixed seed."""
+  """Compares what a branch reads, the streams after it, and the gradients, with
+  weights drawn from a fixed seed."""
   draw = np.random.default_rng(0)
   normal = lambda *shape: draw.standard_normal(shape).astype(np.float32)
   x, y, d_read, d_next = (normal(1, LENGTH, COUNT, D), normal(1, LENGTH, D),

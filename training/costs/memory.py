@@ -72,8 +72,8 @@ def axes(sharding: Any) -> set[str]:
 
 
 def gathered(sharding: Any) -> tuple[str, ...]:
-  """Returns the mesh axes that a weight is gathered over: fsdp, and those that
-  it shares a dimension with."""
+  """Returns the mesh axes that a weight is gathered over: fsdp, and the axes
+  that share its dimension."""
   return next((tuple(entry) for entry in map(_names, sharding.spec)
                if 'fsdp' in entry), ())
 

@@ -80,9 +80,9 @@ def check_mesh(model: ModelConfig, batch_size: int, grad_accumulation: int,
   if model.has_experts:
     held.append(('tensor', 'moe.d_ff'))
   require(shape['context'] == 1 or not mixers.with_state(model),
-          f'mesh.context is {shape["context"]}, and some layers are a '
-          'recurrence by model.mixer, or have model.attention_conv, so that '
-          'their rows stay on one device: set mesh.context=1')
+          f'mesh.context is {shape["context"]}, and some layers keep each '
+          'row on one device (a recurrence of model.mixer, or '
+          'model.attention_conv): set mesh.context=1')
   def rows_of(kind: str) -> tuple[tuple[str, str], ...]:
     c = model.of_kind(kind)
     return (*mixers.of(c).divided, *[('tensor', 'd_ff')] * (c.ffn != NONE),
@@ -169,9 +169,9 @@ def by_slice(devices: Sequence[jax.Device], slices: int) -> list[list]:
 def param_shardings(abstract: Any, mesh: Mesh, rules: str):
   """Returns a NamedSharding for each boxed parameter of `abstract`.
 
-  A mesh axis that does not divide a dimension is left out of it, of several the
-  last ones: only `vocab` and `rows` get here so (GPT-2's 50,257), and `expert`
-  after `fsdp`; `check_mesh` refuses the others.
+  Mesh axes that do not divide a dimension are left out of it, the last ones
+  first. That happens to `vocab` and `rows` (GPT-2's 50,257), and to `expert`
+  after `fsdp`; `check_mesh` refuses all others.
   """
   table = tables.RULES[rules]
 

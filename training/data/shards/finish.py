@@ -22,8 +22,9 @@ from training.workdir import writing
 THREADS = 8
 PACKAGES = ('archetype', 'array_record', 'numpy', 'tokenizers')
 
-# numpy parses the head of an array with `ast`, which fails in Python 3.11 when
-# threads do so at the same time ("AST constructor recursion depth mismatch").
+# numpy parses the header of an array with `ast`, which fails in Python 3.11 if
+# several threads do so at the same time ("AST constructor recursion depth
+# mismatch").
 PARSE = threading.Lock()
 
 
