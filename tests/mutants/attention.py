@@ -97,7 +97,7 @@ MUTANTS = {
         ('q_BJRLK[..., rows, :] * how.scale', 'q_BJRLK[..., rows, :]',
          'xla_attention: definition'),
         ('how.softcap * jnp.tanh(', 'jnp.tanh(', 'xla_attention: definition'),
-        ('s_BJRLM += bias_BJRLM', 's_BJRLM -= bias_BJRLM',
+        ('return s_BJRLM + bias_1JRLM', 'return s_BJRLM - bias_1JRLM',
          'xla_attention: definition'),
         ('_by_keys(q_BJRLK, d_BJRLM,', '_by_keys(0 * q_BJRLK, d_BJRLM,',
          'xla_attention: definition'),
