@@ -44,8 +44,7 @@ DENSE, SPARSE = 'dense', 'sparse'
 
 def _read(reader: hf.Reader, fields: dict) -> dict[str, Any]:
   layers = fields['num_layers']
-  require(layers <= hf_layers.MOST, 'config.json has num_hidden_layers '
-          f'{layers}: at most {hf_layers.MOST} layers are known here')
+  hf_layers.check_number('num_hidden_layers', layers)
   reader.must(num_key_value_heads=fields['num_heads'])
   hf.check_gates(fields, 'num_experts_per_token', 'moe_renormalize')
   first = (0 if reader.is_zero('first_k_dense_replace') else

@@ -13,6 +13,7 @@ once. `moe.normalize_gates=False` is norm_topk_prob of config.json.
 
 from architectures import llama
 from architectures.parts import hf
+from architectures.parts import hf_layers
 from architectures.parts import hf_rope
 from architectures.parts import kinds as layer_kinds
 from architectures.parts.config import ModelConfig
@@ -34,8 +35,7 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
   layers = fields['num_layers']
   require(layers % every == 0, f'config.json has decoder_sparse_step {every}, '
           f'which does not divide num_hidden_layers {layers}')
-  require(every <= 2 ** 12, f'config.json has decoder_sparse_step {every}: at '
-          'most 4096 layers are known here')
+  hf_layers.check_number('decoder_sparse_step', every)
   hf.check_gates(fields)
   require(not reader.listed('mlp_only_layers'), 'config.json has '
           'mlp_only_layers, which is only known here where it is empty: '

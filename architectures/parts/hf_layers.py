@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from architectures.parts import attention
+from architectures.parts import fields
 from architectures.parts import hf
 from architectures.parts.config import ModelConfig
 from configs import kinds as layer_kinds
@@ -14,7 +15,7 @@ WINDOW, WHOLE = 'sliding_attention', 'full_attention'
 NAMES = {WINDOW: 'local', WHOLE: 'global'}  # our kinds of layer
 LINEAR = 'linear_attention'
 MIXERS = {LINEAR: 'linear', WHOLE: 'full'}  # our kinds, where some are that
-MOST = 2 ** 12  # layers
+MOST = fields.MOST['num_layers']
 
 
 def read(types: Sequence[str], layers: int, window: int,
@@ -86,8 +87,7 @@ def read_mixers(reader: hf.Reader, layers: int, mixer: str) -> dict[str, Any]:
     layers: how many layers there are.
     mixer: model.mixer of the recurrence.
   """
-  require(layers <= MOST, f'config.json has num_hidden_layers {layers}: at '
-          f'most {MOST} layers are known here')
+  check_number('num_hidden_layers', layers)
   every = reader('full_attention_interval', 4)
   types = each(reader, 'layer_types', layers, MIXERS) or [
       LINEAR if (n + 1) % every else WHOLE for n in range(layers)]
@@ -95,6 +95,13 @@ def read_mixers(reader: hf.Reader, layers: int, mixer: str) -> dict[str, Any]:
       'mlp_only_layers')
   return mixed(types, [n in dense or (n + 1) % sparse > 0
                        for n in range(layers)], mixer)
+
+
+def check_number(field: str, layers: int) -> None:
+  """Raises RequestError for a field of a config.json that asks for more layers
+  than a model may have, before they are listed."""
+  require(layers <= MOST, f'config.json has {field} {layers}: a model has at '
+          f'most {MOST} layers')
 
 
 def each(reader: hf.Reader, field: str, layers: int, words: Collection[str]

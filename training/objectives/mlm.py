@@ -105,8 +105,8 @@ def _pair(stretch: packing.Stretch, rng: np.random.Generator
 
 
 def most(rate: float, length: int) -> int:
-  """Returns how many of so many tokens are chosen, at most; of whole words the
-  last may go beyond it."""
+  """Returns how many tokens of `length` are chosen at most; where words are
+  masked whole, the last word may exceed it."""
   return max(1, round(rate * length))
 
 
@@ -175,10 +175,10 @@ def _real_B(batch: Mapping[str, jax.Array]) -> jax.Array:
 
 def masked_words(output: Output, batch: Mapping[str, jax.Array],
                  config: Config) -> dict[str, Mean]:
-  """Returns record.given_token of the tokens to predict alone: the head reads
-  no other place. `mask` chooses `most` of a row, or fewer; of a batch with more
-  of them the loss is nan. Where words are masked whole, of any length, or a row
-  lies on several devices, the head reads every place."""
+  """Returns record.given_token of the tokens to predict: the head reads no
+  other places. `mask` chooses at most `most` tokens of a row; if a batch has
+  more, the loss is nan. If words are masked whole, which may exceed that, or if
+  a row is split over devices, the head reads every place."""
   weights_BL = batch['weights']
   L = weights_BL.shape[1]
   M = most(config.data.mask_rate, L)

@@ -276,7 +276,7 @@ def check(name: str, c: ModelConfig, stack: str) -> None:
           'choose attention')
   require(c.attention == 'global', f'{who}, whose state holds all tokens '
           f'before and has no window, and model.attention is {c.attention!r}: '
-          'set it to global (of a kind of layer, window=0)')
+          'set it to global, or window to 0 in a kind of layer')
   require(not positions.of(c).stack_bias, f'{who}, which has no scores for the '
           f'bias of model.position {c.position!r}: set it to none, at least in '
           'the kinds of layer that have this mixer')
