@@ -28,10 +28,11 @@ ON_GPU = os.environ.get('ARCHETYPE_TEST_PLATFORM') == 'gpu'
 pytestmark = pytest.mark.gpu
 only_there = pytest.mark.skipif(
     not ON_GPU, reason='it is for a GPU, with ARCHETYPE_TEST_PLATFORM=gpu')
-# What runs on a CPU too is of the long tests there, lest it grow old unseen.
+# On a CPU these are long tests, so that they do not grow old unseen.
 long_elsewhere = pytest.mark.long if not ON_GPU else pytest.mark.slow
 
-# Of the largest value. A GPU multiplies float32 in fewer digits unless told.
+# Bounds, over the largest value. A GPU multiplies float32 with fewer digits by
+# default.
 TOLERANCE = {'float32': 1e-4, 'bfloat16': 3e-2}
 B, L, H, J, K = 2, 128, 4, 2, 64
 WINDOW = 40
@@ -76,7 +77,8 @@ def attention_case(name, dtype):
     pytest.param('xla', 'bfloat16', marks=long_elsewhere),
     pytest.param('cudnn', 'bfloat16', marks=only_there)])
 def test_attention_equals_a_plain_softmax(kernel, dtype, name):
-  """Outputs and gradients, of float32 on the CPU, with shared keys."""
+  """Compares outputs and gradients with float32 on the CPU, with shared
+  keys."""
   args, mask, seen_BLM = attention_case(name, dtype)
 
   def ours(q, k, v, w):
@@ -123,7 +125,7 @@ def close(want, found, dtype):
     [60, 0, 129, 11], [0, 0, 0, 0], [0, 256, 0, 0]],
                          ids=['uneven', 'none', 'all'])
 def test_products_of_experts_equal_a_loop(counts, dtype):
-  """Of rows sorted by expert, on the CPU in float32; outputs and gradients."""
+  """Compares outputs and gradients of rows sorted by expert with the CPU."""
   rows, D, F, E = 256, 64, 96, len(counts)
   normal = lambda i, *shape: jax.random.normal(
       jax.random.key(i), shape, dtype) * shape[-2] ** -0.5
@@ -192,7 +194,7 @@ def test_decoding_equals_the_forward_pass(arch, dtype):
                      eval_capacity_factor=1.25))],
                          ids=['gpt', 'llama', 'dropless', 'capacity'])
 def test_steps_equal_those_of_the_cpu(arch, moe, dtype):
-  """Losses, norms of gradients, and the parameters after two steps."""
+  """Compares losses, norms of gradients, and parameters after two steps."""
   c = step_test.config()
   c.model = models.config(arch, dtype=dtype, moe=moe)
   shape = dict.fromkeys(tables.MESH_AXES, 1)

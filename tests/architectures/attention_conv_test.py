@@ -21,7 +21,7 @@ CONV = dict(attention_conv=3, num_kv_heads=2)
 
 
 def convolved(x_BLHK, w_WHK):
-  """Of each token, of the two before it, and its own."""
+  """Convolves in numpy: a token sees itself and the two tokens before it."""
   padded = np.pad(x_BLHK, ((0, 0), (2, 0), (0, 0), (0, 0)))
   L = x_BLHK.shape[1]
   return sum(padded[:, i:i + L] * w_WHK[i] for i in range(3))

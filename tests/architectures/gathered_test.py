@@ -1,5 +1,5 @@
-"""Weights that are gathered where they are used: one device's numbers, and
-no collective that sends more than it must."""
+"""Weights that are gathered where they are used give the numbers of one device,
+and no collective sends more than it must."""
 
 import math
 
@@ -32,7 +32,7 @@ def make_mesh(sizes):
 
 
 def on_mesh(sizes, module, params, fn, *rows):
-  """Returns (what fn returns on a mesh, the program as it was asked for)."""
+  """Returns (what fn returns on a mesh, its program before XLA compiles it)."""
   mesh = make_mesh(sizes)
   boxed = jax.eval_shape(module.init, jax.random.key(0), models.tokens(1, 1))
   places = devices.param_shardings(boxed['params'], mesh, 'default')
@@ -55,11 +55,11 @@ def test_equals_one_device_and_scatters_each_gradient(sizes, remat, steps):
   got, text = on_mesh(sizes, module, params, step, tokens_BL)
   models.close(want, got, rtol=5e-5)
   count = lambda name: text.count(f'stablehlo.{name}"')
-  # A layer's seven matrices, before the product and for the gradient, the
-  # head's, and the ids of tokens.
+  # Gathered are a layer's seven matrices, for the product and for the gradient,
+  # the head's, and the ids of the tokens.
   assert count('all_gather') == steps * (2 * 7 + 1) + 1
   assert count('reduce_scatter') == steps * (7 + 1)
-  # The table of embeddings stays where it is: tokens cross, and back.
+  # The table of embeddings stays in shards: its rows cross, and gradients back.
   assert count('all_to_all') == 2
 
 
@@ -76,8 +76,9 @@ def test_rows_that_the_mesh_does_not_divide_are_left_to_xla():
 
 @pytest.mark.slow
 def test_dense_weights_of_a_mixture_lie_over_fsdp_and_expert():
-  """And are gathered over one, then the other: as many gathers and scatters as
-  both axes have steps, and none of experts' weights over `expert`."""
+  """They are gathered over one axis, then the other: there are as many gathers
+  and scatters as both axes have steps, and none of experts' weights over
+  `expert`."""
   module, params = models.make(
       'mixtral', num_kv_heads=2, remat='full', moe=dict(
           num_experts=4, d_ff=24, dispatch='dropless'))
@@ -86,8 +87,9 @@ def test_dense_weights_of_a_mixture_lie_over_fsdp_and_expert():
   got, text = on_mesh(dict(fsdp=2, expert=4), module, params, step, tokens_BL)
   models.close(want, got, rtol=5e-5)
   count = lambda name: text.count(f'stablehlo.{name}"')
-  # Attention's four matrices, before the product and for the gradient, over two
-  # axes each, the experts' three over one, the head's, and the ids of tokens.
+  # Gathered are attention's four matrices, for the product and for the
+  # gradient, over two axes each, the experts' three over one, the head's, and
+  # the ids of the tokens.
   assert count('all_gather') == 2 * (2 * 4 + 3) + 2 + 1
   assert count('reduce_scatter') == 2 * 4 + 3 + 2
 
@@ -95,7 +97,7 @@ def test_dense_weights_of_a_mixture_lie_over_fsdp_and_expert():
 @pytest.mark.parametrize('sizes', [
     dict(fsdp=8), dict(fsdp=2, expert=4), dict(data=2, fsdp=4), dict(expert=8)])
 def test_shards_are_joined_and_sums_are_cut_up(sizes):
-  """As numpy has it, along an axis that is not the first."""
+  """Compares with numpy, along an axis that is not the first."""
   names = tuple(name for name in sizes if name != 'data')
   w = np.arange(3 * 16.0, dtype=np.float32).reshape(3, 16)
   own = np.arange(8.0, dtype=np.float32)  # a number of each device

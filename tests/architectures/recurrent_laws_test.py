@@ -41,7 +41,8 @@ def short_pieces(monkeypatch):
 
 
 def stepwise(layer, params, x_BLD, first=0):
-  """y_BLD by the cache: `first` tokens at once, then one by one."""
+  """Returns y_BLD through the cache: `first` tokens at once, then one by
+  one."""
   @jax.jit
   def run(params, x_BLD):
     cache, y_BLD = empty(layer, len(x_BLD)), x_BLD[:, :0]
@@ -60,7 +61,7 @@ def stepwise(layer, params, x_BLD, first=0):
 @pytest.mark.parametrize('first', [6, 2])
 def test_decoding_token_by_token_is_the_forward_pass(mixer, first,
                                                      short_pieces):
-  """A prompt may be shorter than the convolutions are wide."""
+  """One of the prompts is shorter than the convolutions are wide."""
   layer, p = recurrences.layer_of(mixer)
   x_BLD = recurrences.inputs(2, 11)
   want = jax.jit(lambda p, x: applied(layer, p, x)[0])(p, x_BLD)
@@ -79,7 +80,7 @@ def test_lengths_that_no_piece_divides(mixer, length, short_pieces):
 
 @each(KDA)
 def test_each_place_depends_on_those_up_to_it_alone(mixer, short_pieces):
-  """By the gradient of each output."""
+  """The gradient of each output shows what it depends on."""
   layer, p = recurrences.layer_of(mixer)
   @jax.jit
   def seen(x_LD):
@@ -92,7 +93,7 @@ def test_each_place_depends_on_those_up_to_it_alone(mixer, short_pieces):
 
 @each(KDA)
 def test_packed_documents_are_those_apart(mixer, short_pieces):
-  """Neither the state nor the convolutions see over the end of one."""
+  """Neither the state nor the convolutions see the document before."""
   layer, p = recurrences.layer_of(mixer)
   x_BLD = recurrences.inputs(3, 5)
   apply = jax.jit(lambda x, **how: applied(layer, p, x, **how)[0])
@@ -116,11 +117,11 @@ def test_padding_is_no_part_of_a_state(mixer):
         lambda x, row=row: x[row:row + 1], cache)), 2e-5)
 
 
-# The bound is of the largest difference over the largest value, of a layer's
-# output.
+# The bound is on the largest difference in a layer's output, over the largest
+# value.
 @each(KDA)
 def test_bfloat16_is_float32_within_a_bound(mixer):
-  """The state and all that is done to it stay in float32."""
+  """The state and all products with it stay in float32."""
   x_BLD = recurrences.inputs(2, 40)
   forward = lambda layer, p, x: jax.jit(lambda p, x: applied(layer, p, x)[0])(
       p, x)
@@ -165,7 +166,7 @@ def test_sharded_equals_single_device(mixer, capfd):
 @pytest.mark.slow
 @each('gla')
 def test_prompts_of_several_lengths_go_on_as_each_would_alone(mixer):
-  """In a model whose other layers have attention."""
+  """The model's other layers have attention."""
   module, params = models.make('llama', **recurrences.hybrid(mixer))
   prompts = models.tokens(2, 7)
   write = lambda rows, lengths: generate.generate(
@@ -180,8 +181,8 @@ def test_prompts_of_several_lengths_go_on_as_each_would_alone(mixer):
 @pytest.mark.slow
 @each('gla')
 def test_beams_are_those_of_a_model_that_reads_each_text_anew(mixer):
-  """A beam takes its state from the one that it goes on from, and the padding
-  of its prompt is no part of it."""
+  """A beam takes the state of the beam that it continues, and the padding of
+  its prompt is no part of the state."""
   module, params = models.make('llama', **recurrences.hybrid(mixer))
   params = jax.tree.map(lambda x: 2 * x, params)
   prompts, lengths = models.tokens(2, 5), (3, 5)
@@ -246,15 +247,15 @@ def test_hybrids_scan_their_period_and_decode(mixer):
   models.close(logits, decoded(params), 2e-5)
 
 
-# What a layer makes of the width that is no width itself: a number of a head, a
-# vector of a rank, and B and C of Mamba-2.
+# The projections whose outputs do not grow with the width: a number for each
+# head, a vector of low rank, and B and C of Mamba-2.
 FIXED = {'mamba2': {'step', 'query', 'key'}}
 OTHERS = {'rate', 'decay', 'decay_down', 'gate_down'}
 
 
 @each(KDA, 'mamba2')
 def test_mup_divides_what_does_not_grow_with_the_width(mixer):
-  """And nothing at its base, where it is the standard form."""
+  """At the base, which is the standard form, it divides nothing."""
   layer, p = recurrences.layer_of(mixer)
   x_BLD = recurrences.inputs(1, 5)
   for wider in (1, 4):
@@ -294,7 +295,7 @@ def test_a_state_has_one_size_and_is_float32(mixer):
 
 @ANY
 def test_flops_are_those_of_the_products(mixer):
-  """And of the filters, whose weights a token goes through once each."""
+  """FLOPs include the convolutions, each weight of which a token uses once."""
   c = architectures.resolve(models.config('llama',
                                           **recurrences.fields(mixer)))
   module = architectures.build(c)
@@ -308,10 +309,11 @@ def test_flops_are_those_of_the_products(mixer):
   delta, by_feature = 'rate' in has, 'decay_up' in has
   found = flops.forward_flops(c, L)
   assert found['weights'] == 2 * weights * L
-  # A row of one piece: queries that meet keys, and what is written; with the
-  # delta rule the system (less its diagonal), its inverse by substitution, and
-  # that with values and keys; then the state's. A decay of each feature leaves
-  # the places themselves apart, of queries.
+  # In a row of one piece these are the products of queries with keys, and with
+  # what is written; with the delta rule the system without its diagonal, its
+  # inverse by substitution, and the inverse times values and keys; then the
+  # products with the state. If each feature has a decay, the product of a
+  # place's query with its own key is computed apart.
   half, less = L * (L + 1) / 2, L * (L - 1) / 2
   meet = (H * K * less * (1 + delta) + J * K * L if by_feature
           else J * K * (half + delta * less))

@@ -25,12 +25,12 @@ KINDS = {'hyper': dict(residual='hyper', streams=dict(count=N)),
          'attention': dict(residual='attention'),
          'blocks': dict(residual='attention', streams=dict(block_size=3))}
 ABLE = [name for name, block in BLOCKS.items() if block.STREAMS]
-# Whose attention and network read x by a norm alone.
+# The wirings whose attention and network read x through a norm only.
 NORMED = ('pre_norm', 'parallel', 'sandwich')
 
 
 def new(module, *inputs):
-  """Parameters as they are born, but those that streams do not have."""
+  """Returns new parameters, with noise on all that a plain model has too."""
   params = nn.meta.unbox(jax.jit(module.init)(
       jax.random.key(0), *inputs)['params'])
 
@@ -61,7 +61,7 @@ def _systems_wirings_and_kinds():
 @pytest.mark.parametrize('system, block, kind',
                          list(_systems_wirings_and_kinds()))
 def test_a_new_model_is_the_plain_one(system, block, kind):
-  """Attention residuals: where every branch begins with a norm."""
+  """This holds for attention residuals if every branch begins with a norm."""
   module, plain = (architectures.build(models.config(
       system, block=block, norm_eps=1e-12, num_layers=3, **more))
                    for more in (KINDS[kind], {}))
@@ -74,7 +74,8 @@ def test_a_new_model_is_the_plain_one(system, block, kind):
 
 @pytest.mark.long
 def test_means_are_told_from_sums_without_a_norm():
-  """So that what is said above of attention residuals is no more than holds."""
+  """So attention residuals equal the plain model only where the test above
+  says."""
   module, plain = (architectures.build(models.config(
       'llama', block='out_norm', **more)) for more in (KINDS['attention'], {}))
   params = new(module, models.tokens())
@@ -84,8 +85,8 @@ def test_means_are_told_from_sums_without_a_norm():
 
 
 def branch_of(c, x, k, y_of):
-  """Returns what `streams.Branch` of branch k makes of x with any parameters,
-  and these."""
+  """Returns the streams after branch k of `streams.Branch`, with random
+  parameters, and these parameters."""
   module, given = streams.Branch(c), streams.Streams(x, jnp.int32(k), 5)
   params = nn.meta.unbox(module.init(jax.random.key(0), given)['params'])
   params = {name: jax.tree.map(lambda a: a + 0.3 * normal(a.size, *a.shape), p)
@@ -99,7 +100,7 @@ def branch_of(c, x, k, y_of):
 
 @pytest.mark.parametrize('kind', ['hyper', 'static', 'mhc'])
 def test_streams_are_mixed_as_published(kind):
-  """One branch, y = 3 x, by the equations in float64."""
+  """Compares one branch, y = 3 x, with the equations in float64."""
   c = resolved('llama', norm='rmsnorm_plain', **KINDS[kind])
   x, k = normal(0, 2, 4, N, D), 4
   got, params = branch_of(c, x, k, lambda x: 3 * x)
@@ -135,8 +136,8 @@ def test_streams_are_mixed_as_published(kind):
 
 @pytest.mark.parametrize('size', [1, 3])
 def test_branches_attend_to_those_before_them(size):
-  """Five branches, of which each returns the sine of what it reads, and the
-  end, in float64: from a list of all outputs."""
+  """Compares five branches, each of which returns the sine of what it reads,
+  and the end, with NumPy in float64, which keeps a list of all outputs."""
   c = resolved('llama', residual='attention', streams=dict(block_size=size))
   e, total = normal(0, 2, 4, D), 5
   x, outputs = streams.begin(c, e, total), []
@@ -177,7 +178,8 @@ def test_mixing_neither_adds_nor_takes():
 @pytest.mark.long
 @pytest.mark.parametrize('kind', ['hyper', 'mhc'])
 def test_streams_learn_to_differ(kind):
-  """But for those after which no branch reads: the end reads all alike."""
+  """After the last branch nothing tells them apart: the end reads their
+  mean."""
   c = step_test.config()
   c.model = models.config('llama', **KINDS[kind])
   _, state, _ = step_test.train(c, step_test.one_device(), steps=2)
@@ -207,8 +209,9 @@ def test_a_loop_and_single_tokens_are_the_scan_over_a_row():
 @pytest.mark.long
 @pytest.mark.parametrize('kind', KINDS)
 def test_the_other_ways_to_compute_it_are_the_same(kind):
-  """Unrolled and computed again, decoded token by token, and packed, with a
-  pattern after a prefix, a layer without a network, and a module ahead."""
+  """The ways are a loop with remat, decoding token by token, and packed rows.
+  The model has a prefix and a pattern, a layer without a network, and a module
+  that predicts further ahead."""
   tokens, found = models.tokens(2, 7), []
   fields = KINDS[kind] | dict(
       mtp_depth=1, num_layers=5, prefix='bare', pattern='wide,beside',
@@ -246,7 +249,7 @@ def test_the_other_ways_to_compute_it_are_the_same(kind):
 
 @pytest.mark.parametrize('kind', ['hyper', 'mhc', 'attention'])
 def test_a_wider_model_divides_what_depends_on_the_token(kind):
-  """In muP, by how many times as wide it is; the rates go by the shapes."""
+  """In muP it is divided by the widening; learning rates follow the shapes."""
   x, name = normal(0, 2, 4, N, D), (
       'query' if kind == 'attention' else 'dynamic')
   found = []
@@ -286,7 +289,7 @@ def test_no_config_of_hugging_faces_says_it():
     pytest.param(kind, marks=[pytest.mark.long] * (
         kind not in ('hyper', 'blocks'))) for kind in KINDS])
 def test_what_streams_cost(kind):
-  """Parameters, FLOPs and what enters each block, by hand."""
+  """Compares parameters, FLOPs and what a layer keeps with counts by hand."""
   N_layers, K = 4, 8
   c = step_test.config()
   c.model = models.config('llama', num_layers=N_layers, **KINDS[kind])
@@ -301,7 +304,7 @@ def test_what_streams_cost(kind):
   ends = 2 * D if kind in ('attention', 'blocks') else 0
   assert own['by_part']['streams'] == each * 2 * N_layers + ends
   assert own['parameters'] - other['parameters'] == own['by_part']['streams']
-  # Slots that the branches, and the end, attend to.
+  # The number of slots that the branches, and the end, attend to.
   seen = {'attention': sum(range(1, 10)),
           'blocks': 1 + 2 + 2 + 2 + 3 + 3 + 3 + 4 + 4}
   mixing = 2 * D * (N + N * N + N)
