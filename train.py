@@ -22,21 +22,24 @@ from training.distributed import interrupts
 
 cli.define_config()
 cli.define_workdir()
-flags.DEFINE_bool('print_config', False, 'Print the config as JSON, what is '
-                  'derived filled in, and end; needs no --workdir.')
+flags.DEFINE_bool('print_config', False, 'Print the config as JSON, with '
+                  'derived fields filled in, and end; needs no --workdir.')
 flags.DEFINE_bool('allow_config_change', False,
-                  'Go on although the config differs from the run\'s.')
+                  'Resume the run although its config differs from this one.')
 flags.DEFINE_string('profile_steps', '',
-                    'Trace steps FIRST:LAST into workdir/profile, as 10:13.')
-flags.DEFINE_string('coordinator', '', 'host:port of process 0.')
-flags.DEFINE_integer('num_processes', 0, 'Processes of all hosts.',
-                     lower_bound=0, upper_bound=2**16)
-flags.DEFINE_integer('process_id', -1, 'Which of them this is.',
-                     lower_bound=-1, upper_bound=2**16)
-flags.DEFINE_bool('cluster', False,
-                  'Ask the cluster (SLURM, TPU, GKE) for these three.')
-flags.DEFINE_integer('stopped_exit_code', 0, 'After a signal, before the last '
-                     'step: by it a launcher knows that there is more to do.',
+                    'Trace steps FIRST:LAST, such as 10:13, into '
+                    'WORKDIR/profile.')
+flags.DEFINE_string('coordinator', '', 'In a run of several processes, the '
+                    'host:port of process 0.')
+flags.DEFINE_integer('num_processes', 0, 'How many processes the run has on '
+                     'all hosts.', lower_bound=0, upper_bound=2**16)
+flags.DEFINE_integer('process_id', -1, 'Which of these processes this one is, '
+                     'from 0.', lower_bound=-1, upper_bound=2**16)
+flags.DEFINE_bool('cluster', False, 'Take --coordinator, --num_processes and '
+                  '--process_id from the cluster (SLURM, TPU, GKE).')
+flags.DEFINE_integer('stopped_exit_code', 0, 'The exit code after a signal '
+                     'that came before the last step: it tells a launcher '
+                     'that there is more to do.',
                      lower_bound=0, upper_bound=255)
 
 

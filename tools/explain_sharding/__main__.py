@@ -1,8 +1,8 @@
 r"""Which rule of configs/sharding.py put each array where it is.
 
-  python -m tools.explain_sharding --config configs/mixtral.py:8x7b \\
+  python -m tools.explain_sharding --config configs/mixtral.py:8x7b \
       --mesh fsdp=8,expert=8
-  python -m tools.explain_sharding --config configs/llama.py:2-7b \\
+  python -m tools.explain_sharding --config configs/llama.py:2-7b \
       --mesh fsdp=8 --diff fsdp=4,tensor=2
 
 For each parameter, and each activation that the code constrains: its logical

@@ -1,6 +1,6 @@
 r"""Compiles a config for a pod that is not there, and says what it costs.
 
-  python -m tools.plan --config configs/mixtral.py:8x7b --topology v5p:4x4x4 \\
+  python -m tools.plan --config configs/mixtral.py:8x7b --topology v5p:4x4x4 \
       --mesh fsdp=8,expert=8 --config.data.batch_size=256
 
 The real training step is compiled for a TPU (v4 v5e v5p v6e tpu7x, extra

@@ -78,9 +78,13 @@ def define_flags() -> None:
     assert all(flag[:2] == other[:2] for other in others), name
     bounds = {} if flag.least is None else dict(
         lower_bound=flag.least, upper_bound=flag.most)
+    tasks: dict[str, list[str]] = {}  # by what they say of it
+    for task, own in read_by.items():
+      tasks.setdefault(own.help, []).append(task)
     define[type(flag.default)](
-        name, flag.default, ' '.join(
-            f'{task}: {flag.help}' for task, flag in read_by.items()), **bounds)
+        name, flag.default, ' '.join(f'{", ".join(names)}: {said}'
+                                     for said, names in tasks.items()),
+        **bounds)
 
 
 def defaults() -> types.SimpleNamespace:

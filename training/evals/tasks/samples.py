@@ -80,7 +80,8 @@ def stops(options: Any) -> list[str]:
 
 # How a token is drawn, and where a text ends.
 SAMPLING = (
-    Flag('temperature', 1.0, '0: always the likeliest token.'),
+    Flag('temperature', 1.0,
+         'Divides the logits; 0: always the likeliest token.'),
     Flag('top_k', 0, 'Draw from the k likeliest tokens; 0: from all.', 0,
          2**26),
     Flag('top_p', 1.0, 'Draw from the likeliest tokens that together reach '
@@ -94,12 +95,12 @@ SAMPLING = (
 
 # Beam search instead of draws, or of the likeliest token each time.
 BEAMS = (
-    Flag('beams', 1, 'So many texts are followed in a beam search; 1: none.', 1,
+    Flag('beams', 1, 'Texts that a beam search follows; 1: no beam search.', 1,
          1000),
     Flag('length_penalty', 0.6, "The exponent of a beam search's penalty of "
          'length; 0: none.'),
-    Flag('penalty', 'gnmt', 'gnmt: (5 + length) / 6, as for the Transformer; '
-         'power: length, as in transformers.'),
+    Flag('penalty', 'gnmt', 'What that exponent is of: gnmt, (5 + length) / 6, '
+         'as for the Transformer; or power, length, as in transformers.'),
     Flag('early_stopping', False, 'End a beam search with as many finished '
          'texts as beams.'))
 

@@ -56,5 +56,6 @@ TASK = Task(
              'Tokens to write; 0: as many as fit, 256 at most.', 0, 2**24),
         Flag('unmask_steps', 0, 'Steps in which they are written; 0: one for '
              'each token.', 0, 2**24),
-        Flag('temperature', 1.0, '0: always the likeliest token.'),
+        Flag('temperature', 1.0,
+             'Divides the logits; 0: always the likeliest token.'),
         Flag('sample_seed', 0, 'The seed of the draws.', 0, 2**32 - 1)))
