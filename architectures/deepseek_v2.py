@@ -74,7 +74,8 @@ def write(c: ModelConfig) -> dict:
 
 
 def check_latents(c: ModelConfig) -> None:
-  """Raises RequestError for norms of latents as transformers has not."""
+  """Raises RequestError for an epsilon that transformers cannot have in the
+  norms of latents."""
   require(c.latent.norm_eps == LATENT_EPS, 'model.latent.norm_eps is '
           f'{c.latent.norm_eps}: transformers has {LATENT_EPS} in the norms of '
           'latents, whatever its config.json says')
@@ -103,7 +104,7 @@ def _write(c: ModelConfig) -> dict:
 
 METHODS = 'greedy', 'group_limited_greedy'
 LATENT_EPS = 1e-6
-# Of a layer without the products that make the queries, and the networks.
+# The rows of a layer, without the products for queries, and without networks.
 BLOCK = (
     ('attention_norm/scale', 'D', 'input_layernorm.weight', 'D'),
     *hf.dense('attention/kv_down', 'DU', 'self_attn.kv_a_proj_with_mqa', 'U D'),

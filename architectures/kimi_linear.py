@@ -3,16 +3,16 @@ without positions, and DeepSeek-V3's mixture of experts (Kimi Team 2025, "Kimi
 Linear", arXiv 2510.26692).
 
   a  = x + KDA(RMSNorm(x))               in three layers of four
-  a  = x + LatentAttention(RMSNorm(x))   in the fourth; nothing turns
+  a  = x + LatentAttention(RMSNorm(x))   in the fourth, without rotation
   x' = a + SwiGLU(n), n = RMSNorm(a)     in the first layer
   x' = a + shared(n) + gate_scale * sum over the 8 chosen of 256 of
                        s_e / (sum of s) E_e(n),  s = sigmoid(W_r n)
 
 parts/recurrent/kda.py has the recurrence, which alone tells the order of the
-tokens; parts/latent.py the attention, whose `rope_dim` features are a key that
-all heads share, and are not turned. The 8 are the best by s + b, where b moves
-against the load as in DeepSeek-V3. The published model has 27 layers, of which
-the last has attention, too: after two recurrences.
+tokens; parts/latent.py has the attention, whose `rope_dim` features are a key
+that all heads share, and are not rotated. The 8 are the best by s + b, where b
+moves against the load as in DeepSeek-V3. The published model has 27 layers. The
+last one, which follows two recurrences, has attention too.
 """
 
 from typing import Any
@@ -107,14 +107,15 @@ def _write(c: ModelConfig) -> dict[str, Any]:
           short_conv_kernel_size=c.kda.conv),
       mla_use_nope=True, moe_router_activation_func='sigmoid',
       moe_layer_freq=1, use_grouped_topk=True, num_nextn_predict_layers=0,
-      **dict.fromkeys(phi3.IDS))  # else those of the published vocabulary
+      **dict.fromkeys(phi3.IDS))  # else ids of the published vocabulary
 
 
-# In linear_attn_config, outside of it, and what transformers takes otherwise.
+# The name in linear_attn_config, the name outside of it, and the default of
+# transformers.
 SIZES = (('num_heads', 'linear_num_heads', 32),
          ('head_dim', 'linear_head_dim', 128),
          ('short_conv_kernel_size', 'linear_conv_kernel_dim', 4))
-# The queries and the output are those of latent attention, too.
+# Queries and output have the names that latent attention gives them.
 KDA = hf.under(
     'attention', 'self_attn',
     ('key', 'DHK', 'k_proj.weight', 'HK D'),
@@ -178,7 +179,8 @@ HF = hf.HuggingFace(
     only=dict(tie_word_embeddings=False, mla_use_nope=True,
               moe_router_activation_func='sigmoid', moe_layer_freq=1,
               num_nextn_predict_layers=0),
-    # Of positions that are not there, and of groups whose numbers say all.
+    # Fields of positions, which this model has not, and of groups, of which the
+    # numbers say everything.
     unread=('auto_map', 'head_dim', 'qk_head_dim', 'rope_theta', 'rope_scaling',
             'rope_parameters', 'use_grouped_topk'),
     read=_read, write=_write,

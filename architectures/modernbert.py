@@ -10,8 +10,8 @@ three.
 Every third layer, from the first on, sees all tokens; the others see window - 1
 on either side, and have another theta. The first layer's attention has no norm:
 its input has just been normalised. LayerNorm has no bias. With the head of a
-task scores are W_s t + b_s, t what E^T is applied to above, of each token or,
-by model.pooling, of the first token or the mean of a row's x_N.
+task, scores are W_s t + b_s, where t is what E^T is applied to above: t of each
+token, or, by model.pooling, t of the first token or of the mean of a row's x_N.
 """
 
 import jax

@@ -7,10 +7,10 @@ that is held and then decays (WSD). Sizes are those of the config.json of
 Kimi-Linear-48B-A3B: the first layer is dense, and layers 4, 8, ..., 24 and 27
 attend. Its context of 1,048,576 tokens is from later training. The paper counts
 the shared expert among the 8 of a token; config.json has it beside them, as
-here. Not said are the warm-up, here 500 steps, and the decay, here over the
-last tenth of the steps to a tenth of the rate. Muon is without MuonClip's bound
-on the scores. The routers' bias and the balance loss are as DeepSeek-V3's. The
-count is exact.
+here. The paper gives neither the warm-up, here 500 steps, nor the decay, here
+over the last tenth of the steps to a tenth of the rate. Muon here has no bound
+on the scores, as MuonClip has. The routers' bias and the balance loss are those
+of DeepSeek-V3. The count is exact.
 
 `tiny` has the kinds of the first four layers, and 32 experts of 32 hidden
 units.
@@ -18,7 +18,7 @@ units.
 
 from configs import base
 
-# The last of the layers that attend comes after two recurrences, not three.
+# The last layer, which attends, comes after two recurrences instead of three.
 FOUR = 'linear,linear,linear,full'
 SIZES = {
     'tiny': dict(d_model=128, num_layers=4, num_heads=4, d_ff=344, max_len=256,

@@ -34,8 +34,8 @@ class Block(nn.Module):
 
   FINAL_NORM: whether what the last block returns is not normalised yet.
   WITHOUT_FFN: whether it may end before F.
-  STREAMS: whether x may be several streams (streams.py): all that it adds to x
-    goes by `branch`.
+  STREAMS: whether x may be several streams (streams.py): everything that the
+    block adds to x is then added by `branch`.
   """
   FINAL_NORM = True
   WITHOUT_FFN = True
@@ -60,8 +60,8 @@ class Block(nn.Module):
     return FFN(self.config, self.kind.ffn, name='ffn')
 
   def branch(self, name: str, x: streams.X) -> streams.Read:
-    """Returns what a branch reads of x, and what adds to x what it returns.
-    """
+    """Returns what a branch reads of x, and a function that adds its result to
+    x."""
     return streams.branch(self.config, name, x)
 
   @staticmethod
@@ -209,6 +209,6 @@ BLOCKS = {
 
 
 def branches(c: ModelConfig, kinds: tuple[LayerKind, ...]) -> int:
-  """Returns how often layers of these kinds, one after the other, add to x."""
+  """Returns how often layers of these kinds, one after another, add to x."""
   return sum(BLOCKS[c.of_kind(kind.name).block].branches(kind)
              for kind in kinds)

@@ -7,9 +7,9 @@ r"""Parity, whose answer changes with each one: which recurrences learn it.
 
 Lab note. Grazzi et al. 2024: a linear recurrence of finite precision whose
 steps have no negative eigenvalue cannot compute the parity of rows of any
-length, and DeltaNet with rates up to 2 does. Theirs are 2 layers and rows of 3
-to 40 bits, evaluated on 40 to 256. Here rows have 1 to 16 bits, and 32 and 64
-when evaluated. docs/mixers.md has the figures.
+length, whereas DeltaNet with rates up to 2 can. The paper has 2 layers and rows
+of 3 to 40 bits, evaluated on 40 to 256. Here rows have 1 to 16 bits, and 32 and
+64 when evaluated. docs/mixers.md has the figures.
 """
 
 SEEDS = 3

@@ -1,4 +1,4 @@
-r"""Recall by the number of pairs and by the size of a state, attention beside.
+r"""Recall by the number of pairs and by the size of a state, and by attention.
 
   python -m tools.probes run configs/llama.py:tiny --workdir runs/states \
       --suite=configs/probes/states.py --config.model.num_layers=2 \
@@ -6,9 +6,9 @@ r"""Recall by the number of pairs and by the size of a state, attention beside.
       --config.model.num_kv_heads=1 --config.model.d_ff=64
 
 Lab note. A state of DeltaNet holds key_dim keys that do not disturb each other
-(Schlag et al. 2021, section 4.1); value_dim stays as it is. The convolutions
-are there in all of them. Zoology's rows are 64 tokens or more, of 8,192
-letters. docs/mixers.md has the figures.
+(Schlag et al. 2021, section 4.1); value_dim does not change, and all states
+have convolutions before them. Zoology's rows have 64 tokens or more, of 8,192
+letters. docs/probes.md has the figures.
 """
 
 SEEDS = 3

@@ -1,9 +1,9 @@
 """A study of runs that cannot find anything: twelve times the base itself.
 
-Lab note. Each variant is the base with other first parameters (`init_seed`) and
-the same data, so that all verdicts but "no difference shown" are wrong. With
-Q = 0.05, one study in twenty may screen a variant as different, which the
-confirmation has then to reject. docs/studies.md has what came out.
+Lab note. Each variant is the base with different initial parameters
+(`init_seed`) and the same data, so all verdicts except "no difference shown"
+are wrong. With Q = 0.05, one study in twenty may screen a variant as different,
+and the confirmation then has to reject it. docs/studies.md has the result.
   python -m tools.study run configs/studies/same.py --workdir runs/same \
       --parallel=2
 """
