@@ -8,7 +8,7 @@ are solved for, so that all have the FLOPs of the base. Attention has rotary
 positions. The learning rate is tuned for each ratio and size.
   python -m tools.study plan configs/studies/hybrids.py --parallel=2 --time
   python -m tools.study run configs/studies/hybrids.py \
-      --workdir runs/hybrids --parallel=2
+      --workdir runs/hybrids --parallel=2 --anyway
 """
 
 from configs import llama
