@@ -1,8 +1,7 @@
 """Trains MiniLM here, and the Trainer on the same batches; compares each step.
 
   python -m benchmarks.finetune_replay --steps=30
-  python -m benchmarks.finetune_replay --steps=300 --dropout=0.1 --seed=1 \\
-      --scores
+  python -m benchmarks.finetune_replay --steps=300 --dropout=0.1 --scores
 
 The task is wnut17 of benchmarks.finetune, with its recipe, and without dropout
 unless --dropout gives its rate. Both sides begin with the same weights, the

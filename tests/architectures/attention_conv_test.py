@@ -102,7 +102,7 @@ def test_what_cannot_be_convolved_is_refused(system, fields, words):
 
 def test_rows_stay_on_one_device():
   c = architectures.resolve(models.config('llama', **CONV))
-  with pytest.raises(RequestError, match='rows stay on one device'):
+  with pytest.raises(RequestError, match='keep each row on one device'):
     devices.check_mesh(
         c, 8, 1, dict.fromkeys(tables.MESH_AXES, 1) | dict(context=2))
 

@@ -346,11 +346,11 @@ def test_what_a_run_of_it_cannot_be_is_refused(mixer):
   module = architectures.build(models.config(
       'llama', num_kv_heads=8, num_heads=8, **recurrences.fields(mixer)))
   shape = dict.fromkeys(tables.MESH_AXES, 1)
-  with pytest.raises(ValueError, match='rows stay on one device'):
+  with pytest.raises(ValueError, match='keep each row on one device'):
     devices.check_mesh(module.config, 8, 1, shape | dict(context=2))
   with pytest.raises(ValueError, match=f'not divide model.{mixer}.*heads'):
     devices.check_mesh(module.config, 8, 1, shape | dict(tensor=8))
-  with pytest.raises(ValueError, match='reads a row in one direction'):
+  with pytest.raises(ValueError, match='read a row in one direction'):
     runs._check_objective('prefix', module)
   runs._check_objective('causal', module)
   with pytest.raises(ValueError, match='no attention weights to show'):
