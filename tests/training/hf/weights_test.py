@@ -55,8 +55,11 @@ def _random(module):
 @pytest.mark.slow
 @pytest.mark.parametrize('system', models.PUBLISHED)
 def test_import_of_an_export_is_the_model(system, tmp_path):
+  # A file does not tell a prefix from a period that comes once.
+  periods = dict(num_layers=7) if system == 'kimi_linear' else {}
   module = architectures.build(models.config(
-      system, d_ff=128, head_dim=8, moe=dict(eval_capacity_factor=0.0)))
+      system, d_ff=128, head_dim=8, moe=dict(eval_capacity_factor=0.0),
+      **periods))
   params = _random(module)
   weights.to_hf(module, params, tmp_path)
   again, found = weights.from_hf(tmp_path)
