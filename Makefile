@@ -33,7 +33,7 @@ test: $(VENV)/.test
 	$(run) -m pytest $(TEST_FLAGS)
 
 test-fast: $(VENV)/.test
-	$(run) -m pytest $(TEST_FLAGS) -m 'not slow'
+	$(run) -m pytest $(TEST_FLAGS) -m 'not slow' $(FAST_FLAGS)
 
 # More of what `make test` does: other blocks, systems and meshes. A third of
 # it: LONG_FLAGS='--of=3 --part=0'.

@@ -3,7 +3,7 @@
   python -m tools.verify                     all, in some minutes on a CPU
   python -m tools.verify --systems=gpt,t5    some
   python -m tools.verify --jobs=2            all, by two processes
-  python -m tools.verify --of=3 --part=1     of a third, each variant too
+  python -m tools.verify --of=3 --part=1     a third of them
   python -m tools.verify --layers            and where a difference begins
   python -m tools.verify --record            writes tests/data
 
@@ -50,9 +50,9 @@ flags.DEFINE_bool('record', False, 'Write recordings for the tests.')
 flags.DEFINE_string('json', '', 'A file to write the findings to.')
 flags.DEFINE_integer('jobs', 1, 'Processes that share the systems.',
                      lower_bound=1)
-flags.DEFINE_integer('of', 1, 'Of so many parts of the systems, one has its '
-                     'exports and its config.json varied.', lower_bound=1)
-flags.DEFINE_integer('part', 0, 'Which of them, from 0 on.', lower_bound=0)
+flags.DEFINE_integer('of', 1, 'Divides the systems into so many parts, of '
+                     'which one is verified.', lower_bound=1)
+flags.DEFINE_integer('part', 0, 'Which part, from 0 on.', lower_bound=0)
 OTHERS = ('chat', 'lora', 'parts', 'minilm', 'smollm2', 'lm_eval')
 
 
@@ -73,45 +73,45 @@ def main():
   except ImportError as error:
     raise RequestError('transformers or PyTorch is not installed: '
                        "pip install 'archetype[verify]'") from error
+  wanted = (args.systems or [*cases.SYSTEMS, *OTHERS])[args.part::args.of]
+  require(wanted, f'--of is {args.of}, which leaves part {args.part} without '
+          'a system: name a smaller number')
   if args.jobs > 1:
-    rows = _shared(args.systems or (*cases.SYSTEMS, *OTHERS), args)
-    return _end(rows, json_file)
+    return _end(_shared(wanted, args), json_file)
   print(f'transformers {transformers.__version__}')
   rows = []
   for system, case in cases.all_cases():
-    if not args.systems or system in args.systems:
+    if system in wanted:
       rows += [report.one(system, case, finding)
                for finding in _findings(system, case, args)]
-  for i, system in enumerate(cases.SYSTEMS):
-    if not args.systems or system in args.systems:
+  for system in cases.SYSTEMS:
+    if system in wanted:
       rows += [report.one(system, case, finding) for case, finding
                in heads.findings(system, args.record)]
-      if i % args.of != args.part:
-        continue
       rows += report.worst(
           system, 'exports', exports.export_findings(system))
       rows += report.worst(
           system, 'config.json', readings.reading_findings(system))
-  if not args.systems or 'chat' in args.systems:
+  if 'chat' in wanted:
     rows += [report.one('chat', source, compare.Finding(
         'template', generation.template_differs(source), 0.0))
              for source in ('jsonl:x:messages', 'alpaca:x')]
     rows += [report.one('chat', *finding) for finding in talking.findings()]
-  if not args.systems or 'lora' in args.systems:
+  if 'lora' in wanted:
     rows += [report.one('lora', system, finding) for system, finding in
              _adapters(lora)]
-  if not args.systems or 'parts' in args.systems:
+  if 'parts' in wanted:
     rows += [report.one('parts', 'attention_gate', finding)
              for finding in layers.findings()]
     rows += [report.one('parts', 'mhc', finding)
              for finding in residuals.findings()]
-  if not args.systems or 'minilm' in args.systems:
+  if 'minilm' in wanted:
     rows += [report.one('minilm', 'real weights', finding)
              for finding in _real(assets, args)]
-  if not args.systems or 'smollm2' in args.systems:
+  if 'smollm2' in wanted:
     rows += [report.one('smollm2', *finding)
              for finding in talking.smollm2_findings()]
-  if not args.systems or 'lm_eval' in args.systems:
+  if 'lm_eval' in wanted:
     rows += [report.one('lm_eval', system, finding)
              for system in harness.SYSTEMS
              for finding in harness.findings(system)]
@@ -127,20 +127,19 @@ def _end(rows: list[dict], json_file) -> int:
   return 1 if wrong else 0
 
 
-def _shared(systems, args) -> list[dict]:
+def _shared(systems: list[str], args) -> list[dict]:
   """Returns the findings of processes that take every n-th system each.
 
   Raises:
     EnvironmentFailure: where one of them ends without findings.
   """
   from configs.errors import EnvironmentFailure
-  systems, found = list(systems), []
+  found = []
   with tempfile.TemporaryDirectory() as folder:
     files = [pathlib.Path(folder, f'{i}.json') for i in range(
         min(args.jobs, len(systems)))]
     words = [f'--{name}' for name in ('layers', 'record')
              if getattr(args, name)]
-    words += [f'--of={args.of}', f'--part={args.part}']
     processes = [subprocess.Popen(
         [sys.executable, '-m', 'tools.verify', f'--json={file}',
          f'--systems={",".join(systems[i::len(files)])}', *words])
