@@ -67,12 +67,13 @@ def read(path: str, columns: tuple[int, int] = COLUMNS) -> Iterator[Sentence]:
           own != shape if shape else '\t' not in text):
         continue
       shape = shape or own
+      require(len(fields) > 1, f'{where}, has one column: a line is a word and '
+              'its label')
       for found, column, of in ((words, columns[0], 'word'),
                                 (labels, columns[1], 'label')):
-        require(-len(fields) <= column < len(fields) and len(fields) > 1,
-                f'{where}, has {len(fields)} '
-                f'{"column" if len(fields) == 1 else "columns"}, and none with '
-                f'the {of} (column {column}): a line is a word and its label')
+        require(-len(fields) <= column < len(fields),
+                f'{where}, has {len(fields)} columns, and none with the {of} '
+                f'(column {column}): a line is a word and its label')
         value = fields[column].strip()
         require(bool(value), f'{where}, column {column}, is empty: it should '
                 f'hold a {of}')

@@ -133,8 +133,8 @@ def _table(cells: Iterator[tuple[int, list[str]]], path: str,
     places, names = [head.index(field) for field in fields], fields
   else:
     require(bool(fields) or len(head) in (2, 3),
-            f'{path}, line {number}, has {len(head)} columns: name those of '
-            'the text and of the label, as in labelled:GLOB:sentence+label '
+            f'{path}, line {number}, has {_columns(head)}: name those of the '
+            'text and of the label, as in labelled:GLOB:sentence+label '
             'where this line has names, or labelled:GLOB:0+1')
     places = [*map(int, fields)] or [*range(len(head))]
     names = (('text',) if len(places) == 2 else ('first', 'second')) + (
@@ -148,7 +148,7 @@ def _table(cells: Iterator[tuple[int, list[str]]], path: str,
 
   def of(line: int, row: list[str]) -> Row:
     where = f'{path}, line {line},'
-    many = f'{len(row)} column{"s" * (len(row) != 1)}'
+    many = _columns(row)
     require(max(places) < len(row), f'{where} has {many}, and none numbered '
             f'{max(places)}, counted from 0')
     require(bool(fields) or len(row) == len(head),
@@ -156,6 +156,10 @@ def _table(cells: Iterator[tuple[int, list[str]]], path: str,
     return where, [row[place] for place in places]
 
   return names, rows()
+
+
+def _columns(row: list[str]) -> str:
+  return f'{len(row)} column{"s" * (len(row) != 1)}'
 
 
 def _tsv(path: str, fields: tuple[str, ...]):

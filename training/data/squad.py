@@ -20,6 +20,9 @@ from training.data import texts
 
 FIELDS = ('context', 'question', 'answers')  # of a data set
 KIND = 'questions on paragraphs'
+# What an element of each list of a file is called in messages.
+_ONE = dict(data='article', paragraphs='paragraph', qas='question',
+            answers='answer')
 
 
 class Question(NamedTuple):
@@ -122,7 +125,7 @@ def _each(holder: Any, name: str, where: str) -> Iterator[tuple[Any, str]]:
   require(isinstance(found, list),
           f'{where} is no part of a SQuAD file: it has no list {name!r}')
   for number, element in enumerate(found, 1):
-    yield element, f'{where}, {name} {number}'
+    yield element, f'{where}, {_ONE[name]} {number}'
 
 
 def _text(holder: Any, name: str, where: str) -> str:

@@ -44,7 +44,7 @@ def test_columns(tmp_path):
 
 
 @pytest.mark.parametrize('text, columns, message', [
-    ('a O\nb\n', (0, -1), 'line 2, has 1 column, and none with the word'),
+    ('a O\nb\n', (0, -1), 'line 2, has one column: a line is a word and'),
     ('a O\n', (0, 2), r'line 1, has 2 columns, and none with the label \(col'),
     ('a\tO\n\tO\n', (0, -1), 'line 2, column 0, is empty: it should hold a wo'),
     ('a\tO\nb\t\n', (0, -1), 'line 2, column -1, is empty'),

@@ -64,7 +64,7 @@ def test_parquet(folder):
   assert read(f'parquet:{folder}/a.parquet:body') == TEXTS
   for field, message in [
       ('text', "a.parquet has no field 'text': it has body, n"),
-      ('n', "a.parquet, row 1, field 'n', is int, not a string")]:
+      ('n', "a.parquet, row 1, field 'n', is 0, not a string")]:
     with pytest.raises(ValueError, match=message):
       read(f'parquet:{folder}/a.parquet:{field}')
   with pytest.raises(ValueError, match='a.jsonl is not a parquet file'):
@@ -132,7 +132,7 @@ def test_sets_of_the_hub_hold_words_or_questions(fake_datasets, monkeypatch):
       ('ab', ['q0', 'q1']), ('ac', ['q2'])]
   assert [q.answers for q in paragraphs[0].questions] == [(('a', 0),), ()]
   asked[0]['answers']['answer_start'] = [1]
-  with pytest.raises(ValueError, match="question 'q0', answers 1 is 'a', but"):
+  with pytest.raises(ValueError, match="question 'q0', answer 1 is 'a', but"):
     list(source.read(''))
 
 
@@ -206,11 +206,12 @@ def test_a_wrong_spec_is_refused(spec, message):
 
 
 @pytest.mark.parametrize('data, message', [
-    (b'{"text": "a"}\n{"text": ', r'x, line 2, is broken JSON: '),
+    (b'{"text": "a"}\n{"text": ',
+     r'x, line 2, is broken JSON: Expecting value, column 10\.$'),
     (b'{"text": "a"}\n\n["b"]', r'x, line 3, is not a JSON object'),
     (b'{"text": "a"}\n{"body": "b", "n": 1}',
      r"x, line 2 has no field 'text': it has body, n\.$"),
-    (b'{"text": 3}', r"x, line 1, field 'text', is int, not a string"),
+    (b'{"text": 3}', r"x, line 1, field 'text', is 3, not a string"),
     (b'{"text": "\xff"}', r'x, line 1, is not UTF-8: '),
     (rb'{"text": "\ud800"}', r"x, line 1, field 'text', is not text: "),
     (b'', r'is empty: .*x holds no text'),

@@ -45,7 +45,7 @@ def _answer(**fields):
 
 
 @pytest.mark.parametrize('document, message', [
-    (_answer(answer_start=9), "question 'q1', answers 1 is '308', but its "
+    (_answer(answer_start=9), "question 'q1', answer 1 is '308', but its "
      "context has '08 ' at answer_start=9"),
     (_answer(answer_start=-3), "context has '' at answer_start=-3"),
     (_answer(answer_start=900), "context has '' at answer_start=900"),
@@ -57,11 +57,11 @@ def _answer(**fields):
     (_asked(id='q2'), "question 'q2', stands there twice"),
     (_asked(question=' '), "question 'q1', field 'question', is empty"),
     (_asked(answers=None), "has no list 'answers'"),
-    (_asked(id=7), 'is int, not a string'),
+    (_asked(id=7), 'is 7, not a string'),
     ([], "a.json is no part of a SQuAD file: it has no list 'data'"),
     (dict(data=[dict(paragraphs=[dict(qas=[])])]),
-     "data 1, paragraphs 1 is no part of a SQuAD file: it has no 'context'"),
-    (dict(data=[3]), "data 1 is no part of a SQuAD file: it has no list 'par")])
+     "article 1, paragraph 1 is no part of a SQuAD file: it has no 'context'"),
+    (dict(data=[3]), "article 1 is no part of a SQuAD file: it has no list")])
 def test_what_is_no_question_is_refused(document, message, tmp_path):
   with pytest.raises(ValueError, match=message) as caught:
     _read(tmp_path, document)
@@ -69,8 +69,9 @@ def test_what_is_no_question_is_refused(document, message, tmp_path):
 
 
 def test_broken_json_is_refused(tmp_path):
-  (tmp_path / 'a.json').write_text('{"data": [')
-  with pytest.raises(ValueError, match='a.json is broken JSON'):
+  (tmp_path / 'a.json').write_text('{\n"data": [')
+  with pytest.raises(
+      ValueError, match='a.json is broken JSON: .*, line 2, column 10'):
     list(squad.read(str(tmp_path / 'a.json')))
 
 

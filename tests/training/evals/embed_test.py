@@ -159,7 +159,7 @@ def test_a_table_holds_the_texts_beside_their_vectors(tmp_path):
     ('a.jsonl', b'{"text": "a"}\n{"text": " "}', 'line 2, is empty'),
     ('a.jsonl', b'{"txt": "a"}', "line 1, is no JSON object with a field 'te"),
     ('a.jsonl', b'["a"]', 'line 1, is no JSON object'),
-    ('a.jsonl', b'{"text": 3}', "line 1, field 'text', is int, not a string"),
+    ('a.jsonl', b'{"text": 3}', "line 1, field 'text', is 3, not a string"),
     ('a.jsonl', b'{', 'line 1, is broken JSON')])
 def test_a_line_without_a_text_is_refused(tmp_path, name, content, said):
   (tmp_path / name).write_bytes(content)
