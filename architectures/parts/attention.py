@@ -34,20 +34,12 @@ from architectures.parts import positions
 from architectures.parts import sharding
 from architectures.parts import values
 from architectures.parts import xla_attention
+from architectures.parts.cache import Cache, Keys
 from architectures.parts.config import LayerKind, ModelConfig
 from configs.errors import require
 
 QK_NORMS = ('head', 'projection')  # what one norm of queries or keys is over
 QUERIES = 1024  # whose keys are counted at once
-
-
-@struct.dataclass
-class Keys:
-  """Keys and values of a layer, on their way to those that read them too."""
-  key_BMJK: jax.Array
-  value_BMJK: jax.Array
-  # Whether they are the slots of a cache.
-  cached: bool = struct.field(pytree_node=False, default=False)
 
 
 @struct.dataclass
@@ -79,42 +71,6 @@ class Context:
   lends: bool = struct.field(pytree_node=False, default=False)  # its keys
   # The layers follow one another in the program: see skeletons.one_by_one.
   one_by_one: bool = struct.field(pytree_node=False, default=False)
-
-
-@struct.dataclass
-class Cache:
-  """A layer's keys and values; slot m holds the token at position m.
-
-  Those of the memory are put in when a decoder is given it with the cache,
-  and stand for it from then on. With context.keep_attention a layer also
-  returns here what it weighed the values with, with model.value_residual the
-  values of the first layer, and with context.lends its keys and values, whether
-  or not a cache went in.
-  """
-  key_BMJK: Optional[jax.Array]  # None: it holds no keys of its own
-  # None: a mixer's values are a part of its keys (latent.py).
-  value_BMJK: Optional[jax.Array] = None
-  memory_key_BMJK: Optional[jax.Array] = None
-  memory_value_BMJK: Optional[jax.Array] = None
-  weights_BHLM: Optional[jax.Array] = None
-  memory_weights_BHLM: Optional[jax.Array] = None
-  first: Optional[values.First] = None
-  lent: Optional[Keys] = None
-  # Of attention_conv.py: the last inputs of convolutions, by name.
-  inputs: dict[str, jax.Array] = struct.field(default_factory=dict)
-
-  def write(self, key_BLJK: jax.Array, value_BLJK: Optional[jax.Array],
-            positions_BL: jax.Array) -> 'Cache':
-    """Puts L new tokens at their positions (a row's are consecutive)."""
-    def put(slots: Optional[jax.Array], new: Optional[jax.Array]):
-      if new is None:
-        return slots
-      starts = jnp.broadcast_to(positions_BL[:, 0], new.shape[:1])
-      return jax.vmap(
-          lambda s, n, i: jax.lax.dynamic_update_slice_in_dim(s, n, i, 0)
-      )(slots, new.astype(slots.dtype), starts)
-    return self.replace(key_BMJK=put(self.key_BMJK, key_BLJK),
-                        value_BMJK=put(self.value_BMJK, value_BLJK))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,7 +168,7 @@ class Attention(nn.Module):
     if c.qk_norm:
       q_BLHK = self._normalise('query_norm', q_BLHK)
     if self.cross and ctx.memory_BMD is None:
-      k_BMJK, v_BMJK = cache.memory_key_BMJK, cache.memory_value_BMJK
+      k_BMJK, v_BMJK = cache.memory
     elif read is not None:
       k_BMJK, v_BMJK = read.key_BMJK, read.value_BMJK
     else:
@@ -222,6 +178,7 @@ class Attention(nn.Module):
         v_BMJK, first = values.mixed(self, x_BLD, v_BMJK, ctx.first,
                                      ctx.tokens_BL)
       elif cached:
+        assert not cache.turned
         cache = cache.replace(memory_key_BMJK=k_BMJK, memory_value_BMJK=v_BMJK)
     if rotate:
       q_BLHK = rotate(q_BLHK, ctx.positions_BL, c, ctx.length)
@@ -231,7 +188,7 @@ class Attention(nn.Module):
     if cached and not self.cross:
       if read is None:
         cache = cache.write(k_BMJK, v_BMJK, ctx.positions_BL)
-        k_BMJK, v_BMJK = cache.key_BMJK, cache.value_BMJK
+        k_BMJK, v_BMJK = cache.slots
       k_positions_BM = jnp.arange(k_BMJK.shape[1])[None]
       cache = cache.replace(inputs=conv.after) if conv else cache
     # Queries may be split over the mesh along the length; each sees all keys.

@@ -21,7 +21,8 @@ import jax
 from architectures.parts import mixers
 from architectures.parts import sharding
 from architectures.parts import streams
-from architectures.parts.attention import Attention, Cache, Context
+from architectures.parts.attention import Attention, Context
+from architectures.parts.cache import Cache
 from architectures.parts.config import LayerKind, ModelConfig
 from architectures.parts.dropout import Dropout
 from architectures.parts.ffn import FFN, NONE

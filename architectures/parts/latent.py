@@ -28,7 +28,8 @@ from architectures.parts import output_gate
 from architectures.parts import positions
 from architectures.parts import rotary
 from architectures.parts import sharding
-from architectures.parts.attention import Attention, Cache, Context, pairs
+from architectures.parts.attention import Attention, Context, pairs
+from architectures.parts.cache import Cache
 from architectures.parts.config import ModelConfig
 from configs.errors import require
 

@@ -37,7 +37,7 @@ class Mixer:
   Attributes:
     module: of (config, kind), named by the block; its parameters stand under
       that name. Its FUSED says whether it may do without scores [B, H, L, M].
-    cache: (config, shape) -> an empty attention.Cache, or the state of a
+    cache: (config, shape) -> an empty cache.Cache, or the state of a
       recurrence; `shape` is [..., B, M].
     products: config -> which of linear.PRODUCTS a layer has.
     fields: of config.model that it reads and not every other mixer does.

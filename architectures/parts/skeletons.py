@@ -26,8 +26,9 @@ from architectures.parts import positions
 from architectures.parts import sharding
 from architectures.parts import streams
 from architectures.parts import values
-from architectures.parts.attention import Cache, Context
+from architectures.parts.attention import Context
 from architectures.parts.blocks import BLOCKS, branches, residual
+from architectures.parts.cache import Cache, turned
 from architectures.parts.config import LayerKind, ModelConfig
 from architectures.parts.dropout import Dropout
 from architectures.parts.norms import norm
@@ -236,7 +237,7 @@ def _key_positions(ctx: Context, cache: Any) -> jax.Array:
   entry = any_cache(cache)
   if entry is None:
     return ctx.positions_BL
-  return jnp.arange(entry.key_BMJK.shape[-3])[None]
+  return jnp.arange(entry.num_slots)[None]
 
 
 class Ahead(nn.Module):
@@ -393,4 +394,4 @@ def one_by_one(params: Any, cache: Any) -> tuple[Any, list]:
         {str(i): layer for i, layer in enumerate(layers)},
         cpu=jax.lax.optimization_barrier, default=lambda x: x)
     slots += own
-  return params | {'decoder': decoder | apart}, slots
+  return params | {'decoder': decoder | apart}, turned(slots)

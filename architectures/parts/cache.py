@@ -1,0 +1,102 @@
+"""What attention keeps of the tokens that it has read: keys and values."""
+
+from typing import Any, Optional
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+
+from architectures.parts import sharding
+from architectures.parts import values
+
+
+@struct.dataclass
+class Keys:
+  """Keys and values of a layer, on their way to those that read them too."""
+  key_BMJK: jax.Array
+  value_BMJK: jax.Array
+  # Whether they are the slots of a cache.
+  cached: bool = struct.field(pytree_node=False, default=False)
+
+
+@struct.dataclass
+class Cache:
+  """A layer's keys and values; slot m holds the token at position m.
+
+  With `turned` keys are held as [B, J, K, M] and values as [B, J, M, K], which
+  the products with a token's queries take on CPU without a copy; `slots` gives
+  both as they are elsewhere.
+
+  Those of the memory are put in when a decoder is given it with the cache,
+  and stand for it from then on. With context.keep_attention a layer also
+  returns here what it weighed the values with, with model.value_residual the
+  values of the first layer, and with context.lends its keys and values, whether
+  or not a cache went in.
+  """
+  key_BMJK: Optional[jax.Array]  # None: it holds no keys of its own
+  # None: a mixer's values are a part of its keys (latent.py).
+  value_BMJK: Optional[jax.Array] = None
+  memory_key_BMJK: Optional[jax.Array] = None
+  memory_value_BMJK: Optional[jax.Array] = None
+  weights_BHLM: Optional[jax.Array] = None
+  memory_weights_BHLM: Optional[jax.Array] = None
+  first: Optional[values.First] = None
+  lent: Optional[Keys] = None
+  # Of attention_conv.py: the last inputs of convolutions, by name.
+  inputs: dict[str, jax.Array] = struct.field(default_factory=dict)
+  turned: bool = struct.field(pytree_node=False, default=False)
+
+  @property
+  def num_slots(self) -> int:
+    return self.key_BMJK.shape[-1 if self.turned else -3]
+
+  @property
+  def slots(self) -> tuple[jax.Array, jax.Array]:
+    """Keys and values, [B, M, J, K]."""
+    return self._plain(self.key_BMJK, self.value_BMJK)
+
+  @property
+  def memory(self) -> tuple[jax.Array, jax.Array]:
+    """Keys and values of the memory, [B, M, J, K]."""
+    return self._plain(self.memory_key_BMJK, self.memory_value_BMJK)
+
+  def _plain(self, key: jax.Array, value: jax.Array):
+    if not self.turned:
+      return key, value
+    return jnp.moveaxis(key, 3, 1), jnp.moveaxis(value, 2, 1)
+
+  def turn(self) -> 'Cache':
+    """Returns a cache of one layer, not turned, as `turned` says; one without
+    keys, or whose values are a part of its keys, stays as it is."""
+    if self.value_BMJK is None:
+      return self
+    move = lambda x, to: None if x is None else jnp.moveaxis(x, 1, to)
+    return self.replace(
+        key_BMJK=move(self.key_BMJK, 3), value_BMJK=move(self.value_BMJK, 2),
+        memory_key_BMJK=move(self.memory_key_BMJK, 3),
+        memory_value_BMJK=move(self.memory_value_BMJK, 2), turned=True)
+
+  def write(self, key_BLJK: jax.Array, value_BLJK: Optional[jax.Array],
+            positions_BL: jax.Array) -> 'Cache':
+    """Puts L new tokens at their positions (a row's are consecutive)."""
+    def put(slots: Optional[jax.Array], new: Optional[jax.Array], axis: int):
+      if new is None:
+        return slots
+      starts = jnp.broadcast_to(positions_BL[:, 0], new.shape[:1])
+      new = jnp.moveaxis(new, 1, axis).astype(slots.dtype)
+      return jax.vmap(
+          lambda s, n, i: jax.lax.dynamic_update_slice_in_dim(
+              s, n, i, axis - 1))(slots, new, starts)
+    key_axis, value_axis = (3, 2) if self.turned else (1, 1)
+    return self.replace(key_BMJK=put(self.key_BMJK, key_BLJK, key_axis),
+                        value_BMJK=put(self.value_BMJK, value_BLJK, value_axis))
+
+
+def turned(entries: Any) -> Any:
+  """Returns the entries of single layers, states among them, as the products of
+  a loop over single tokens take them: turned, on one CPU."""
+  if not sharding.one_cpu():
+    return entries
+  is_cache = lambda x: isinstance(x, Cache)
+  return jax.tree.map(lambda x: x.turn() if is_cache(x) else x, entries,
+                      is_leaf=is_cache)

@@ -1,0 +1,75 @@
+"""A cache that holds keys and values as products take them, for single tokens.
+"""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import architectures
+from architectures.parts import cache as caches
+from architectures.parts import skeletons
+from tests.helpers import models
+
+B, M, J, K = 3, 24, 2, 8
+
+
+def drawn(*shape, seed=0):
+  return jax.random.normal(jax.random.key(seed), shape)
+
+
+def entry(**memory):
+  return caches.Cache(drawn(B, M, J, K), drawn(B, M, J, K, seed=1), **memory)
+
+
+@pytest.mark.parametrize('length', [1, 5])
+def test_a_turned_cache_writes_where_a_plain_one_does(length):
+  plain = entry(memory_key_BMJK=drawn(B, 7, J, K, seed=2),
+                memory_value_BMJK=drawn(B, 7, J, K, seed=3))
+  turned = plain.turn()
+  assert turned.key_BMJK.shape == (B, J, K, M)
+  assert turned.value_BMJK.shape == (B, J, M, K)
+  assert plain.num_slots == turned.num_slots == M
+  new = (drawn(B, length, J, K, seed=4), drawn(B, length, J, K, seed=5),
+         jnp.array([[3], [0], [M - length]]) + jnp.arange(length)[None])
+  found = turned.write(*new)
+  for got, was, put in zip(found.slots, plain.slots, new):
+    want = np.array(was)
+    for row, at in enumerate(np.asarray(new[2])):
+      want[row, at] = put[row]
+    np.testing.assert_array_equal(got, want)
+  jax.tree.map(np.testing.assert_array_equal, plain.write(*new).slots,
+               found.slots)
+  jax.tree.map(np.testing.assert_array_equal, plain.memory, found.memory)
+
+
+def test_what_has_no_values_of_its_own_is_not_turned():
+  latent, state = caches.Cache(drawn(B, M, 1, K)), drawn(B, 4)
+  found = caches.turned([latent, state, entry()])
+  assert [x.turned for x in (found[0], found[2])] == [False, True]
+  assert found[0].num_slots == M and found[1] is state
+
+
+def test_a_token_reads_a_turned_cache_without_a_copy():
+  """The same program with a cache that is not turned transposes all of it."""
+  module, params = models.make('gpt', num_layers=2, d_model=32, num_heads=4,
+                               num_kv_heads=4)
+  cache = architectures.init_cache(module.config, B, 16)
+  params, slots = skeletons.one_by_one(params, cache)
+  plain = [x.replace(key_BMJK=x.slots[0], value_BMJK=x.slots[1], turned=False)
+           for (x,) in slots]
+  step = lambda params, slots: module.apply(
+      {'params': params}, jnp.ones((B, 1), jnp.int32), cache=slots,
+      positions_BL=jnp.full((B, 1), 5), one_by_one=True)
+  def copies(slots):
+    text = jax.jit(lambda p, s: (lambda out: (out.logits, out.cache))(
+        step(p, s)), donate_argnums=1).lower(params, slots).compile().as_text()
+    made = re.findall(r'= f32\[([\d,]+)\]\S* (?:copy|transpose)\(', text)
+    size = slots[0][0].key_BMJK.size
+    return sum(np.prod([int(n) for n in dims.split(',')]) == size
+               for dims in made)
+  assert copies([(x,) for x in plain]) and not copies(slots)
+  models.close(step(params, slots).logits,
+               step(params, [(x,) for x in plain]).logits, rtol=1e-5)
