@@ -62,6 +62,13 @@ def _gather(w: jax.Array, of: Names) -> jax.Array:
   return w
 
 
+def _scatter(d: jax.Array, of: Names) -> jax.Array:
+  for axis, names in enumerate(of):
+    if names:
+      d = scatter(d, axis, names)
+  return d
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def along(w: jax.Array, axis: int, names: tuple[str, ...]) -> jax.Array:
   """Returns the shards of an axis joined, in a function that is mapped over the
@@ -148,14 +155,43 @@ def product(local: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array,
     keep: whether the whole weight may be kept for the gradient. With remat it
       may: it is kept only while its layer is computed again.
   """
-  def on_each(x: jax.Array, w: jax.Array):
-    return local(x, _gather(w, at.weight))
-
+  on_each = functools.partial(_on_each, local, at.weight)
   if not keep:  # gathers again; the product's gradient does not need its result
     on_each = jax.checkpoint(on_each)
   tokens = _spec(*at.tokens)
   return jax.shard_map(on_each, in_specs=(tokens, _spec(*at.weight)),
                        out_specs=tokens, check_vma=False)(x, w)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _on_each(local: Callable, of: Names, x: jax.Array, w: jax.Array):
+  """Returns local(x, the whole weight), in a function that is mapped over the
+  mesh; the gradient of the weight comes first, then that of x.
+
+  In this order x may go before its gradient, which is as large, takes room, and
+  the first sum over devices is on its way while the second product runs. Left
+  to itself, XLA's scheduler takes either.
+  """
+  return local(x, _gather(w, of))
+
+
+def _on_each_fwd(local: Callable, of: Names, x: jax.Array, w: jax.Array):
+  w = _gather(w, of)
+  return local(x, w), (x, w)
+
+
+def _on_each_bwd(local: Callable, of: Names,
+                 operands: tuple[jax.Array, jax.Array], d: jax.Array):
+  x, w = operands
+  dw, = jax.vjp(functools.partial(local, x), w)[1](d)
+  # As it is scattered: a barrier fixes how an array lies in memory.
+  front = next(axis for axis, names in enumerate(of) if names)
+  dw, d = jax.lax.optimization_barrier((jnp.moveaxis(dw, front, 0), d))
+  dx, = jax.vjp(lambda x: local(x, w), x)[1](d)
+  return dx, _scatter(jnp.moveaxis(dw, 0, front), of)
+
+
+_on_each.defvjp(_on_each_fwd, _on_each_bwd)
 
 
 def lookup(table_VD: jax.Array, ids_BL: jax.Array,
@@ -206,10 +242,7 @@ def total(d_Q: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     return sharding.constrain_if(d_Q.sum(0), *axes)
 
   def local(d_Q: jax.Array):
-    d = d_Q.sum(0)
-    for axis, names in enumerate(ours):
-      if names:
-        d = scatter(d, axis, names)
+    d = _scatter(d_Q.sum(0), ours)
     rest = tuple(name for name in tokens if name not in held)
     return jax.lax.psum(d, rest) if rest else d
 
