@@ -252,8 +252,8 @@ def _check_config(argv: Sequence[str]) -> None:
     return
   given = [a.partition('=')[2] or b for a, b in zip(argv, argv[1:] + [''])
            if re.fullmatch(r'--?config(=.*)?', a)]
-  fields = [a for a in argv if re.match(r'--?(no)?config\.', a)]
-  require(bool(given) or not fields, f'pass --config FILE.py:SIZE before '
-          f'{fields and fields[0].partition("=")[0]}')
+  of_config = [a for a in argv if re.match(r'--?(no)?config(=|$|\.)', a)]
+  first = (of_config or ['--config'])[0].partition('=')[0]
+  require('.' not in first, f'pass --config FILE.py:SIZE before {first}')
   for spec in given:
     config_files.check_keys(config_files.load_config_file(spec), argv)

@@ -155,6 +155,13 @@ def test_a_wrong_config_is_one_sentence(config, parts, tmp_path):
   _refused(train(tmp_path / 'run', config=config), parts)
 
 
+@pytest.mark.parametrize('after', [(), ('--config=configs/gpt.py:tiny',),
+                                   ('--config', 'configs/gpt.py:tiny')])
+def test_a_field_comes_after_its_config(after):
+  _refused(forked.run('train.py', '--config.seed=1', *after),
+           ['pass --config FILE.py:SIZE before --config.seed'])
+
+
 # What a user's file may do, and what is said of it.
 BAD_FILES = {
     'def get_config(:': 'line 1: SyntaxError',
