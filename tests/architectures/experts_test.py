@@ -232,6 +232,14 @@ def test_work_follows_the_rows(counts):
   assert sum(counts) <= work <= 1.1 * sum(counts)
 
 
+def test_blocks_fill_sixteen_rows_and_fit_in_cache():
+  assert grouped.sizes(4096, 512) == (
+      64, 128, 256, 384, 448, 512, 544, 576, 640, 768, 1024)
+  assert grouped.sizes(65536, 16384) == grouped.sizes(4096, 512)
+  assert grouped.sizes(4096, 1) == (16,)
+  assert grouped.sizes(40, 64)[-1] == 40
+
+
 def equations(jaxpr):
   """All equations of a jaxpr, inner ones included."""
   for eqn in jaxpr.eqns:
