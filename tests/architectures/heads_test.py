@@ -1,5 +1,7 @@
 """The heads of tasks, against their equations in NumPy and published counts."""
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,7 @@ import pytest
 from scipy import special
 
 import architectures
+from architectures.parts import heads
 from architectures.parts import roles
 from configs import base
 from configs.errors import RequestError
@@ -31,6 +34,29 @@ def _run(module, params, tokens_BL, **kwargs):
 def _product(params, x):
   kernel_DU = np.asarray(params['task']['kernel'])
   return np.asarray(x) @ kernel_DU + np.asarray(params['task'].get('bias', 0.0))
+
+
+@pytest.mark.parametrize('tied', [True, False])
+@pytest.mark.parametrize('shape, dtype', [
+    ((3, 1), jnp.float32), ((heads.FEW,), jnp.float32),
+    ((heads.FEW + 1,), jnp.float32), ((3, 1), jnp.bfloat16)])
+def test_a_tied_head_reads_its_table_as_it_lies(tied, shape, dtype):
+  """Where tokens are few and float32; logits and gradients stay the same."""
+  table = np.random.default_rng(0).normal(size=(11, 8)).astype(np.float32)
+  x = jnp.array(np.random.default_rng(1).normal(size=(*shape, 8)), dtype)
+  def logits(table_VD, x):
+    return heads.Head(table_VD.T, jnp.arange(11.0), 0.5, tied=tied).logits(x)
+  want = 0.5 * (np.asarray(x, np.float32) @ table.T + np.arange(11))
+  got = logits(table, x)
+  assert got.dtype == jnp.float32 and got.shape == want.shape
+  tolerance = 1e-5 if dtype == jnp.float32 else 0.05
+  np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance)
+  assert ('optimization_barrier' in str(jax.make_jaxpr(logits)(table, x))) == (
+      tied and dtype == jnp.float32 and math.prod(shape) <= heads.FEW)
+  d_table = jax.grad(lambda t: logits(t, x).sum())(table)
+  np.testing.assert_allclose(
+      d_table, np.broadcast_to(0.5 * np.asarray(x, np.float32).reshape(
+          -1, 8).sum(0), (11, 8)), rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize('system, head', [

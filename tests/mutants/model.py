@@ -235,6 +235,10 @@ MUTANTS = {
          'valid_BL', 'heads: last_token'),
         ('Head(kernel_DU, bias_U, 1 / c.widening)', 'Head(kernel_DU, bias_U)',
          'heads: mup'),
+        ('x_BLD.size <= FEW * x_BLD.shape[-1]', 'x_BLD.size <= FEW',
+         'heads: tied'),
+        ('return logits_VY.T.reshape(', 'return logits_VY.reshape(',
+         'heads: tied'),
     ],
     'architectures/parts/skeletons.py': [
         ('x_BLD = Dropout(c.dropout)(x_BLD,',

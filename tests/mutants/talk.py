@@ -52,6 +52,11 @@ MUTANTS = {
          'session: folder_says'),
     ],
     'training/generate.py': [
+        ('(logits_BV == top_B1) | jnp.isnan(logits_BV)', 'logits_BV == top_B1',
+         'generate: likeliest'),
+        ('jnp.where(best_BV, jnp.arange(V)[None], V).min(-1)',
+         'jnp.where(best_BV, jnp.arange(V)[None], -1).max(-1)',
+         'generate: likeliest'),
         ('logits_BV < 0, logits_BV * penalty', 'logits_BV < 0, logits_BV / '
          'penalty', 'generate: against_loops'),
         ('self.min_p * p_BV.max(', 'self.min_p + 0 * p_BV.max(',

@@ -94,6 +94,14 @@ def test_one_key_one_text(model, prompts):
 LOGITS = jnp.log(jnp.array([[0.5, 0.25, 0.15, 0.1]]))
 
 
+def test_the_likeliest_is_the_first_of_the_best_and_a_nan_before_all():
+  logits = np.random.default_rng(0).integers(0, 5, (7, 11)).astype(np.float32)
+  logits[5] = -np.inf
+  logits[6, [4, 9]] = np.nan
+  np.testing.assert_array_equal(generate.likeliest(jnp.array(logits)),
+                                logits.argmax(-1))
+
+
 @pytest.mark.parametrize('sampling, kept', [
     (dict(), [1, 1, 1, 1]),
     (dict(top_k=2), [1, 1, 0, 0]),
