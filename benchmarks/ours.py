@@ -69,9 +69,10 @@ class Trainer:
           jnp.full(prompts_BL.shape[:1], prompt), jax.random.key(0),
           max_new_tokens=new, sampling=generate.Sampling(temperature=0)))
 
-  def loop(self, count: int) -> float:
-    """Returns the seconds of `count` steps of training/loop.py, without the
-    first, which waits for the compiler, and without a save or evaluation."""
+  def loop(self, count: int) -> list[float]:
+    """Returns the seconds of a step of training/loop.py, and those of CPU time:
+    of `count` steps, without the first, which waits for the compiler, and
+    without a save or evaluation."""
     config = self.config.copy_and_resolve_references().unlock()
     config.train.steps = count
     config.eval.every_steps = 0
@@ -86,7 +87,8 @@ class Trainer:
         loop.train(run, state, 0, batches, held_out, saves,
                    pathlib.Path(folder))
     # A batch is fetched once its predecessor's step has been dispatched.
-    return (saves.called - batches.times[2]) / (count - 2)
+    return [(end - start) / (count - 2)
+            for start, end in zip(batches.times[2], saves.called)]
 
 
 class _Batches:
@@ -101,20 +103,24 @@ class _Batches:
   def iterate(self, start, stop):
     batches = self._loader.iterate(start, stop)
     for _ in range(start, stop):
-      self.times.append(time.perf_counter())
+      self.times.append(_now())
       yield next(batches)
+
+
+def _now() -> tuple[float, float]:
+  return time.perf_counter(), time.process_time()
 
 
 class _NoSaves:
   """Checkpoints that are never due; notes when the last step was done."""
-  called = 0.0
+  called, best, newest = (), None, None
 
   def due(self, step):
     return False
 
   def save(self, step, state, **kwargs):
     jax.block_until_ready(state)
-    self.called = time.perf_counter()
+    self.called = _now()
 
   def wait(self):
     pass

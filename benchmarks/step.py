@@ -170,14 +170,22 @@ def _loop(request, args, told):
   """The loop's seconds a step over those of the bare step, alternated."""
   del told
   count = request['count']
+  bare, loop = [], []
   with Worker('ours', request) as worker:
-    pairs = [(worker.do('steps')['seconds'] / count,
-              worker.do('loop')['result']) for _ in range(args.pairs)]
-  bare, loop = map(statistics.median, zip(*pairs))
-  added = statistics.median(b / a - 1 for a, b in pairs)
+    for _ in range(args.pairs):
+      done = worker.do('steps')
+      bare.append([done[key] / count for key in ('seconds', 'cpu_seconds')])
+      loop.append(worker.do('loop')['result'])
+  added, of_cpu = (statistics.median(b[i] / a[i] - 1
+                                     for a, b in zip(bare, loop))
+                   for i in range(2))
+  (bare, bare_cpu), (loop, loop_cpu) = (
+      map(statistics.median, zip(*pairs)) for pairs in (bare, loop))
   print(f'loop: {loop * 1e3:.2f} ms a step, bare {bare * 1e3:.2f} ms: '
-        f'{added:+.1%}', flush=True)
-  return dict(bare_s=bare, loop_s=loop, added=added)
+        f'{added:+.1%}  (of CPU {loop_cpu * 1e3:.2f} and '
+        f'{bare_cpu * 1e3:.2f} ms: {of_cpu:+.1%})', flush=True)
+  return dict(bare_s=bare, loop_s=loop, added=added, bare_cpu_s=bare_cpu,
+              loop_cpu_s=loop_cpu, added_of_cpu=of_cpu)
 
 
 def _compile(request, args, told):

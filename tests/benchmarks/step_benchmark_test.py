@@ -2,6 +2,7 @@
 batch, and beside it transformers' class of the same model."""
 
 import importlib
+import itertools
 import math
 
 import numpy as np
@@ -12,7 +13,8 @@ from benchmarks import batches, ours, rival, step, worker
 from configs import kinds
 from configs.errors import RequestError
 from tests.helpers import forked
-from training import config_files, objectives, weights
+from training import config_files, objectives, runs, weights
+from training.data import tokenizers
 from training.workdir import run_config
 
 ONE_OF_EACH = ('gpt', 'bert', 't5')
@@ -179,6 +181,20 @@ def test_a_ratio_is_of_one_turn_by_the_clock_and_by_cpu_time(monkeypatch,
   with pytest.raises(RequestError, match='two models'):
     step._step(request, args, dict(parameters=1))
   assert len(Side.closed) == 2  # ours was not started
+
+
+def test_the_loop_is_timed_by_the_clock_and_by_cpu_time(tmp_path, monkeypatch):
+  (tmp_path / 'text').write_text('All is well that ends well. ' * 200)
+  config = toy('gpt')
+  config.data.update(source=f'text:{tmp_path}/text', eval_source='',
+                     tokenizer='bytes')
+  config.model.vocab_size = runs.vocab_size(config, tokenizers.load('bytes'))
+  trainer = ours.Trainer(run_config.to_json(config))
+  clock = itertools.count(step=2)
+  monkeypatch.setattr(ours, '_now', lambda: (n := next(clock), 3 * n))
+  # Six batches are asked for, and then all is done: from the third one on that
+  # are four turns of the clock for the four steps after the first two.
+  assert trainer.loop(6) == [2.0, 6.0]
 
 
 def test_a_side_that_refuses_says_so(monkeypatch, capsys):
