@@ -75,10 +75,10 @@ def _by_table(x_BLD: jax.Array, table_VD: jax.Array) -> jax.Array:
   """The product with the table on the left: XLA's CPU backend reads its rows as
   they lie, and copies them if they are on the right. The barrier keeps it from
   transposing the product."""
-  logits_VY = jax.lax.optimization_barrier(linear.einsum(
-      'VD,YD->VY', table_VD, x_BLD.reshape(-1, x_BLD.shape[-1]), x_BLD.dtype,
+  logits_VT = jax.lax.optimization_barrier(linear.einsum(
+      'VD,TD->VT', table_VD, x_BLD.reshape(-1, x_BLD.shape[-1]), x_BLD.dtype,
       jnp.float32))
-  return logits_VY.T.reshape(*x_BLD.shape[:-1], -1)
+  return logits_VT.T.reshape(*x_BLD.shape[:-1], -1)
 
 
 class Unembed(nn.Module):

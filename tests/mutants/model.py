@@ -237,7 +237,7 @@ MUTANTS = {
          'heads: mup'),
         ('x_BLD.size <= FEW * x_BLD.shape[-1]', 'x_BLD.size <= FEW',
          'heads: tied'),
-        ('return logits_VY.T.reshape(', 'return logits_VY.reshape(',
+        ('return logits_VT.T.reshape(', 'return logits_VT.reshape(',
          'heads: tied'),
     ],
     'architectures/parts/skeletons.py': [
