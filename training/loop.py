@@ -130,7 +130,10 @@ class _Loop:
       self._report(self.held.push(n, figures))
       stopped = self.stop.agreed(n)
       if not stopped and (self._is_evaluated(n) or self.tasks.due(n)):
-        self._evaluate(n, state)
+        try:
+          self._evaluate(n, state)
+        except Exception as error:
+          self._keep(n, state, error)
         stopped = self.stop.at_once
       ends = stopped or n == self.steps
       self._save_or_end(n, state, ends)
@@ -359,6 +362,17 @@ class _Loop:
         member.end(EARLY, n)
       if member.code and member.label:  # the others go on
         self._say(member, member.sentence)
+
+  def _keep(self, n: int, state: TrainState, error: Exception) -> None:
+    """Raises `error` of the evaluation after step `n`. Where it may be one of a
+    task, what the members have learned does not hang on it: they are saved
+    first. Tasks are done by one process alone, so that no other waits."""
+    if self.tasks.due(n):
+      self._save_or_end(n, state, ends=True)
+      for member in self.members:
+        member.saved.wait()
+      self.bar.say(f'step {n} is saved, without all that eval.tasks names')
+    raise error
 
   def _say(self, member: Member, text: str) -> None:
     self.bar.say(f'{member.label}: {text}' if member.label else text)

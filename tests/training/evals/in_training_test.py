@@ -10,7 +10,7 @@ import pytest
 from configs import base
 from configs import sharding as tables
 from configs.errors import RequestError
-from training import initial_state, loop, progress, runs, vectorised
+from training import evals, initial_state, loop, progress, runs, vectorised
 from training.data import pipeline, tokenizers
 from training.distributed import devices
 from training.evals import in_training
@@ -110,6 +110,25 @@ def test_each_of_a_group_has_its_own_and_one_program_does(
   for workdir in workdirs:  # after the last step alone
     assert ['loss/loss' in row for row in rows(workdir, 'eval')] == [
         False, True]
+
+
+@pytest.mark.slow
+def test_a_task_that_fails_costs_no_training(
+    texts, tmp_path, capsys, monkeypatch):
+  def fails(*_):
+    raise RequestError('a text is too long')
+
+  with monkeypatch.context() as patch, pytest.raises(
+      RequestError, match='too long'):
+    patch.setattr(evals, 'run', fails)
+    alone(config(texts, **{'eval.tasks_every_steps': 3}), tmp_path / 'run')
+  assert 'step 3 is saved, without all that' in capsys.readouterr().out
+  c = config(texts, **{'eval.tasks': '', 'eval.tasks_every_steps': 0})
+  assert alone(c, tmp_path / 'run') == 0
+  assert 'steps 4 to 8' in capsys.readouterr().out
+  assert alone(c, tmp_path / 'plain') == 0
+  assert [row['loss'] for row in rows(tmp_path / 'run', 'train')] == [
+      row['loss'] for row in rows(tmp_path / 'plain', 'train')]
 
 
 def test_what_a_task_goes_through_ends_when_the_run_is_told_to_stop():
