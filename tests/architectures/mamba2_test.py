@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import architectures
+from architectures.parts.recurrent import vectors
 from configs import sharding as tables
 from tests.architectures.recurrent_laws_test import trained_alike
 from tests.helpers import models
@@ -56,6 +57,18 @@ def test_a_layer_equals_its_definition(changes):
                                layer.config.mamba2) for x in x_BLD])
   got = jax.jit(lambda p, x: applied(layer, p, x)[0])(p, x_BLD)
   np.testing.assert_allclose(got, want, atol=3e-6 * np.abs(want).max())
+
+
+def test_features_are_weighted_as_by_a_product():
+  """And so are the gradients, which are written out."""
+  x_LHU, w_HU, d_LHU = (jax.random.normal(jax.random.key(i), shape)
+                        for i, shape in enumerate([(5, 2, 3), (2, 3),
+                                                   (5, 2, 3)]))
+  by_hand = jax.vjp(vectors.weighted, x_LHU, w_HU)
+  derived = jax.vjp(jnp.multiply, x_LHU, w_HU[None])
+  models.close(by_hand[0], derived[0])
+  models.close(by_hand[1](d_LHU), (derived[1](d_LHU)[0],
+                                   derived[1](d_LHU)[1][0]))
 
 
 @pytest.mark.slow

@@ -170,13 +170,14 @@ def test_a_long_row_has_the_error_of_a_short_one(decays):
     np.testing.assert_allclose(got, want, atol=3e-6 * np.abs(want).max())
 
 
-@DECAYS
-def test_the_gradient_keeps_inputs_and_the_states_between_pieces(decays):
+@pytest.mark.parametrize('decays, rate', [(1, True), (K, True), (1, False)],
+                         ids=['head', 'feature', 'additive'])
+def test_the_gradient_keeps_inputs_and_the_states_between_pieces(decays, rate):
   """And no [P, P] of a piece, of which plain autodiff keeps several."""
-  x = drawn(32, decays)
+  x = drawn(32, decays, rate)
   kept = jax.eval_shape(lambda x: jax.vjp(run, x)[1], x)
   sizes = [y.shape for y in jax.tree.leaves(kept)]
-  assert (8, B, H, K, U) in sizes
+  assert ((8, B, H, K, U) if rate else (8, B, J, K, H // J, U)) in sizes
   inputs = sum(y.size for y in jax.tree.leaves(x))
   assert sum(y.size for y in jax.tree.leaves(kept)) == (
       inputs + 8 * B * H * K * U)

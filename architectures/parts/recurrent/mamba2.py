@@ -96,7 +96,7 @@ def gated_norm(y_BLHU: jax.Array, z_BLHU: jax.Array, scale_HU: jax.Array, *,
   square_BLJ = jnp.square(y_BLJF).mean(-1)
   y_BLHU = vectors.scaled(y_BLJF, jax.lax.rsqrt(square_BLJ + eps)).reshape(
       B, L, H, U)
-  return y_BLHU * scale_HU.astype(jnp.float32)[None, None]
+  return vectors.weighted(y_BLHU, scale_HU)
 
 
 def check(name: str, c: ModelConfig, stack: str) -> None:

@@ -38,38 +38,30 @@ import jax
 import jax.numpy as jnp
 
 from architectures.parts import linear
+from architectures.parts.recurrent import additive
 from architectures.parts.recurrent import feature_decays
+from architectures.parts.recurrent import pieces
 from architectures.parts.recurrent import triangular
 from architectures.parts.recurrent import vectors
+from architectures.parts.recurrent.pieces import Inputs
 
 PLACES = 64  # of a piece at most
-# Pieces that are computed at once where each feature has a decay: such a piece
-# takes a copy of its keys for each time that it is halved.
-GROUP = 16
-FORGETS = -1e30  # a logarithm in place of -inf, whose exponential is 0 as well
-
-
-class Inputs(NamedTuple):
-  """What a recurrence is given. J heads of queries and keys serve H heads of
-  values, each of them H / J that follow one another."""
-  q_BLJK: jax.Array
-  k_BLJK: jax.Array
-  v_BLHU: jax.Array
-  # The last axis is 1 (a head has one decay) or K (each feature has its own).
-  log_decay_BLHK: Optional[jax.Array] = None  # None: no decay
-  rate_BLH: Optional[jax.Array] = None  # None: no delta rule
+# Places that meet at once where each feature has a decay: such a piece takes a
+# copy of its keys for each time that it is halved.
+AT_ONCE = 1024
 
 
 def run(x: Inputs, state_BHKU: Optional[jax.Array] = None, *,
-        places: int = PLACES) -> tuple[jax.Array, jax.Array]:
+        places: Optional[int] = None) -> tuple[jax.Array, jax.Array]:
   """Returns what is read at each place, float32 [B, L, H, U], and the state
   after the last, float32 [B, H, K, U].
 
   Args:
     x: of any dtypes; everything is computed in float32.
     state_BHKU: the state before the first place; None: zero.
-    places: the most that a piece has. All pieces of a row are equally long; if
-      each feature has a decay, their length is the next power of 2.
+    places: the most that a piece has; default: `most_places`. All pieces of a
+      row are equally long; if each feature has a decay, their length is the
+      next power of 2.
   """
   B, L, H, U = x.v_BLHU.shape
   J, K = x.k_BLJK.shape[2:]
@@ -85,11 +77,21 @@ def run(x: Inputs, state_BHKU: Optional[jax.Array] = None, *,
   state_BHKU = jax.lax.optimization_barrier(state_BHKU)
   if L == 1:
     return _step(x, state_BHKU)
+  places = places or most_places(K, by_feature(x.log_decay_BLHK))
   count = -(-L // places)
   places = -(-L // count)
   if by_feature(x.log_decay_BLHK):
     places = 1 << (places - 1).bit_length()
+  elif x.rate_BLH is None:
+    return additive.chunked(places, x, state_BHKU)
   return _chunked(places, x, state_BHKU)
+
+
+def most_places(K: int, each_feature: bool) -> int:
+  """Returns the most places of a piece. If each feature has a decay, the work
+  that grows with a piece is dearer (it is halved once more), so a piece has no
+  more than half as many places as a key has features."""
+  return min(PLACES, max(16, K // 2)) if each_feature else PLACES
 
 
 def by_feature(log_decay: jax.Array) -> bool:
@@ -166,7 +168,7 @@ def _chunked_fwd(places: int, x: Inputs, state_BHKU: jax.Array):
 
 def _chunked_bwd(places: int, kept: Any, grads: Any):
   x, states = kept
-  d_o, d_state_BHKU = _cut(places, grads[0]), grads[1]
+  d_o, d_state_BHKU = pieces.cut(places, grads[0]), grads[1]
   cut, to_inputs = jax.vjp(functools.partial(_cut_all, places), x)
   pairs, to_met = jax.vjp(_meet, cut)
   p = _pieces(cut, pairs)
@@ -254,16 +256,7 @@ def _of_heads(x: jax.Array, by: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def _cut_all(places: int, x: Inputs) -> Inputs:
-  return jax.tree.map(functools.partial(_cut, places), x)
-
-
-def _cut(places: int, x_BLH: jax.Array) -> jax.Array:
-  """[B, L, H, ...] -> float32 [pieces, B, H, P, ...], filled up with zeros: a
-  place of zeros writes nothing and its decay is 1."""
-  B, L, *rest = x_BLH.shape
-  x_BLH = jnp.pad(x_BLH.astype(jnp.float32), (
-      (0, 0), (0, -L % places), *((0, 0) for _ in rest)))
-  return jnp.moveaxis(x_BLH.reshape(B, -1, places, *rest), (1, 3), (0, 2))
+  return jax.tree.map(functools.partial(pieces.cut, places), x)
 
 
 def _joined(x: jax.Array, length: int) -> jax.Array:
@@ -290,20 +283,19 @@ def _meet(x: Inputs) -> _Pairs:
   """Returns how the places of all pieces meet."""
   if by_feature(x.log_decay_BLHK):
     return jax.lax.map(jax.checkpoint(_meet_by_feature, prevent_cse=False), x,
-                       batch_size=GROUP)
+                       batch_size=max(1, AT_ONCE // x.k_BLJK.shape[-2]))
   return _meet_by_head(x)
 
 
 def _meet_by_head(x: Inputs) -> _Pairs:
-  q, k, v, log_decay, rate = x
+  """With the delta rule: additive.py has what there is without it."""
+  q, k, v, log_decay, _ = x
   P = k.shape[-2]
-  pair, first = _decays(log_decay[..., 0])
+  pair, first = pieces.decays(log_decay[..., 0])
   with linear.useful(P + 1, 2 * P):
     weights = pair * _each(v.shape[2], q @ _t(k))
-  found = None
-  if rate is not None:
-    with linear.useful(P - 1, 2 * P):
-      found = pair * _each(v.shape[2], k @ _t(k))
+  with linear.useful(P - 1, 2 * P):
+    found = pair * _each(v.shape[2], k @ _t(k))
   return _Pairs(weights, found, first[..., None], pair[..., -1, :, None])
 
 
@@ -330,24 +322,3 @@ def _inverse(a_BHPQ: jax.Array) -> jax.Array:
   P = a_BHPQ.shape[-1]
   with linear.useful(1, 1):
     return linear.counted(triangular.inverse, (P - 1) * (P - 2), 3 * P)(a_BHPQ)
-
-
-def _decays(log_decay_BHP: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Returns the decay after place j up to i, [..., i, j], 0 where j is later;
-  and that of the piece up to i, [..., i]."""
-  sums, upto = linear.counted(_sums, 0)(jnp.maximum(log_decay_BHP, FORGETS))
-  return jnp.where(_lower(sums.shape[-1]), jnp.exp(sums), 0), jnp.exp(upto)
-
-
-def _lower(P: int) -> jax.Array:
-  return jnp.tri(P, dtype=bool)[None, None, None]
-
-
-def _sums(log_decay_BHP: jax.Array):
-  """Returns the sums over the places after j up to i, and over those up to i.
-  As a product with a triangle of ones, on CPU it takes a third of the time of
-  jnp.cumsum."""
-  P = log_decay_BHP.shape[-1]
-  upto = jnp.where(_lower(P), log_decay_BHP[..., None, :], 0)
-  return (jnp.einsum('...im,mj->...ij', upto, jnp.tri(P, k=-1),
-                     precision='highest'), upto.sum(-1))
