@@ -110,6 +110,55 @@ KINDS['chunked'] = Kind(
     sees=lambda c, q, k: q // c.sliding_window == k // c.sliding_window,
     fields=('sliding_window',), check=_check_banded)
 ''', dict(sliding_window=4), flops=N * 2 * 2 * D * (SEEN_OF_4 - SEEN)),
+    Part('mixer', 'mixer', 'average', '''
+from flax import struct
+import jax
+import jax.numpy as jnp
+from architectures.parts import linear
+from architectures.parts.config import LayerKind
+
+
+@struct.dataclass
+class Seen:
+  """What a layer keeps of a row: the sum of its inputs, and their number."""
+  sum_BD: jax.Array
+  count_B: jax.Array
+
+
+class Average(nn.Module):
+  """y_t = W_o mean of x up to t (Zhang, Xiong and Su 2018)."""
+  FUSED = True  # there are no scores
+  config: ModelConfig
+  kind: LayerKind
+
+  @nn.compact
+  def __call__(self, x_BLD, ctx, cache):
+    c = self.config
+    reads_BL = jnp.ones(x_BLD.shape[:2]) if cache is None else (
+        jnp.broadcast_to(ctx.valid_BL != 0, x_BLD.shape[:2]))
+    sum_BLD = jnp.cumsum(x_BLD * reads_BL[..., None], 1)
+    count_BL = jnp.cumsum(reads_BL.astype(jnp.float32), 1)
+    if cache is not None:
+      sum_BLD += cache.sum_BD[:, None]
+      count_BL += cache.count_B[:, None]
+      cache = Seen(sum_BLD[:, -1], count_BL[:, -1])
+    axes = 'heads', 'head', 'embed'
+    w_HKD = linear.weight(self, 'out', (c.num_heads, c.head_dim, c.d_model),
+                          axes, in_axes=(0, 1), residual=True)
+    mean_BLD = (sum_BLD / count_BL.clip(1)[..., None]).astype(c.compute_dtype)
+    return linear.product(
+        self, 'out', 'BLHK,HKD->BLD',
+        mean_BLD.reshape(*mean_BLD.shape[:2], *w_HKD.shape[:2]), w_HKD, axes,
+        deterministic=ctx.deterministic), cache
+
+
+MIXERS['average'] = Mixer(
+    Average, lambda c, shape: Seen(jnp.zeros((*shape[:-1], c.d_model)),
+                                   jnp.zeros(shape[:-1])),
+    products=lambda c: {'out'}, divided=(('tensor', 'num_heads'),), state=True,
+    at_once=lambda c: c.d_model, positional=False)
+''', parameters=-N * (3 * D * D + 4 * D),
+         flops=-N * (6 * D * D + 4 * D * SEEN)),
     Part('block wiring', 'block', 'one_norm', '''
 class OneNorm(Block):
   """x + A(n(x)) + F(n(x)) (GPT-J; PaLM: Chowdhery et al. 2022)."""

@@ -46,6 +46,7 @@ KINDS = (
     Kind('feed-forward network', 'architectures/parts/ffn.py', 'FFNS', _PART),
     Kind('kind of attention', 'architectures/parts/attention.py', 'KINDS',
          _PART),
+    Kind('mixer', 'architectures/parts/mixers.py', 'MIXERS', _PART),
     Kind('attention kernel', 'architectures/parts/kernels.py', 'KERNELS',
          _PART),
     Kind('block wiring', 'architectures/parts/blocks.py', 'BLOCKS', _PART),

@@ -254,7 +254,8 @@ def empty(name: str, c: ModelConfig, shape: tuple[int, ...]) -> State:
 def at_once(name: str, c: ModelConfig) -> int:
   """Returns how many numbers of a token the pieces of a row hold at once: a
   piece's weights, its triangular system, and the inverse of that."""
-  return 3 * getattr(c, name).value_heads * recurrence.PLACES
+  d = getattr(c, name)
+  return 3 * d.value_heads * recurrence.most_places(d.key_dim)
 
 
 def _check_context(name: str, ctx: Context) -> None:

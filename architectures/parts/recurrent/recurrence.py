@@ -46,6 +46,7 @@ from architectures.parts.recurrent import vectors
 from architectures.parts.recurrent.pieces import Inputs
 
 PLACES = 64  # of a piece at most
+LEAST_PLACES = 16  # of one at most, where keys are small
 # Places that meet at once where each feature has a decay: such a piece takes a
 # copy of its keys for each time that it is halved.
 AT_ONCE = 1024
@@ -77,7 +78,7 @@ def run(x: Inputs, state_BHKU: Optional[jax.Array] = None, *,
   state_BHKU = jax.lax.optimization_barrier(state_BHKU)
   if L == 1:
     return _step(x, state_BHKU)
-  places = places or most_places(K, by_feature(x.log_decay_BLHK))
+  places = places or most_places(K)
   count = -(-L // places)
   places = -(-L // count)
   if by_feature(x.log_decay_BLHK):
@@ -87,11 +88,10 @@ def run(x: Inputs, state_BHKU: Optional[jax.Array] = None, *,
   return _chunked(places, x, state_BHKU)
 
 
-def most_places(K: int, each_feature: bool) -> int:
-  """Returns the most places of a piece. If each feature has a decay, the work
-  that grows with a piece is dearer (it is halved once more), so a piece has no
-  more than half as many places as a key has features."""
-  return min(PLACES, max(16, K // 2)) if each_feature else PLACES
+def most_places(K: int) -> int:
+  """Returns the most places of a piece: half as many as a key has features. The
+  states between pieces are then as large, beside the inputs, for all K."""
+  return min(PLACES, max(LEAST_PLACES, K // 2))
 
 
 def by_feature(log_decay: jax.Array) -> bool:
