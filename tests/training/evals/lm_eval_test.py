@@ -51,6 +51,17 @@ def test_names_after_one_of_lm_eval_are_of_lm_eval():
     assert evals.listed(tasks) == tasks
 
 
+@pytest.mark.skipif(not HERE, reason='lm_eval is not installed')
+def test_a_standard_error_is_computed_without_forks(monkeypatch):
+  from lm_eval.api import metrics
+  monkeypatch.setenv('DISABLE_MULTIPROC', '')
+  monkeypatch.setattr('multiprocessing.Pool', None)
+  with lm_eval._told(['cloze_files']):
+    error = metrics.bootstrap_stderr(metrics.mean, [1., 2., 3., 4.], 400)
+  # Of the mean of four draws from these: their deviation of sqrt(5/4), over 2.
+  assert error == pytest.approx(0.559, rel=0.15)
+
+
 @pytest.mark.skipif(HERE, reason='lm_eval is here')
 def test_without_the_package_there_is_a_sentence():
   with pytest.raises(RequestError, match=r"pip install -e '.\[lm-eval\]'"):

@@ -79,6 +79,9 @@ class _told:
   def __enter__(self):
     import logging
     os.environ.setdefault('TQDM_DISABLE', '1')  # of lm_eval; ours is its bar
+    # It resamples in forks of the process, which may stand still: a fork has
+    # one of JAX's threads, and the locks of them all.
+    os.environ['DISABLE_MULTIPROC'] = '1'
     logging.getLogger('lm_eval').setLevel(logging.ERROR)
 
   def __exit__(self, kind, error, trace):
