@@ -101,6 +101,19 @@ def test_gradients_are_those_of_autodiff_through_the_definition(name):
                jax.jit(jax.grad(loss(run), (0, 1)))(x, state))
 
 
+@pytest.mark.parametrize('rate', [False, True], ids=['gla', 'kda'])
+def test_groups_that_share_a_piece(rate, monkeypatch):
+  """Five pieces, two at a time: the second and the third group share one."""
+  monkeypatch.setattr(recurrence, 'AT_ONCE', 8)
+  state = jax.random.normal(jax.random.key(5), (B, H, K, U))
+  x = drawn(18, K, rate)
+  both = lambda f: jax.jit(lambda *args: (f(*args), jax.grad(
+      lambda *args: sum(jnp.sin(y).sum() for y in f(*args)), (0, 1))(*args)))
+  in_groups = lambda *args: recurrence.run(*args, places=4)
+  assert 'dynamic_slice' in str(jax.make_jaxpr(in_groups)(x, state))
+  models.close(both(scanned)(x, state), both(in_groups)(x, state))
+
+
 @pytest.mark.parametrize('length, decays', [(9, 1), (9, K), (1, 1)])
 def test_inputs_of_bfloat16_are_those_numbers_in_float32(length, decays):
   """Only their gradients are rounded, to the numbers that bfloat16 has."""

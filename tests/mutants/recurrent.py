@@ -67,6 +67,11 @@ MUTANTS = {
         ('jnp.where(_lower(log_decay), jnp.exp(sums), 0)', 'jnp.exp(sums)',
          'recurrence: equal_the_definition'),
         ('jnp.tri(P, k=-1)', 'jnp.tri(P)', 'recurrence: equal_the_definition'),
+        ('(y, i * size, size)', '(y, i, size)', 'recurrence: share_a_piece'),
+        ('y, here, i * size, 0)', 'y, here, i, 0)',
+         'recurrence: share_a_piece'),
+        ('jnp.swapaxes(y.reshape(\n      B, count, *y.shape[1:]), 0, 1)',
+         'y.reshape(count, B, *y.shape[1:])', 'recurrence: share_a_piece'),
     ],
     'architectures/parts/recurrent/additive.py': [
         ('pair * met[:, :, :, None], v)', 'pair, v)',

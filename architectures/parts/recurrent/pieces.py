@@ -1,7 +1,9 @@
 """What a recurrence is given, the pieces of a row, and how a head's decays add
 up within one (recurrence.py says of what)."""
 
-from typing import NamedTuple, Optional
+from collections.abc import Callable
+import functools
+from typing import Any, NamedTuple, Optional
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +36,58 @@ def by_place(places: int, x_BL: jax.Array) -> jax.Array:
 def cut(places: int, x_BLH: jax.Array) -> jax.Array:
   """[B, L, H, ...] -> float32 [pieces, B, H, P, ...], likewise."""
   return jnp.swapaxes(by_place(places, x_BLH), 2, 3)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def in_groups(f: Callable[[Any], Any], most: int, x: Any) -> Any:
+  """Returns f of all pieces, [pieces, B, ...] each, at most `most` of them at a
+  time; the backward pass computes them again.
+
+  A group is cut out of the arrays, and goes to `f` as [B x pieces, ...], which
+  is how XLA keeps it in memory. If jax.lax.map stacks groups of the first axis
+  instead, XLA moves that axis in a kernel together with what comes before it,
+  and libtpu (0.0.50 and 0.0.52) aborts: "Cannot find a valid window".
+
+  Args:
+    f: a function whose rows do not depend on each other.
+    most: the most pieces of a group. All groups are equally large, so that the
+      last one may begin with some of those before it.
+    x: its argument.
+  """
+  return _in_groups(functools.partial(_by_row, f), most, x)
+
+
+def _in_groups(f: Callable[[Any], Any], most: int, x: Any) -> Any:
+  count = jax.tree.leaves(x)[0].shape[0]
+  groups = -(-count // most)
+  if groups == 1:
+    return f(x)
+  size = -(-count // groups)
+  # Both clamp where a group begins, so that it ends with the last piece.
+  group = lambda i: jax.tree.map(
+      lambda y: jax.lax.dynamic_slice_in_dim(y, i * size, size), x)
+  put = lambda i, y, here: jax.lax.dynamic_update_slice_in_dim(
+      y, here, i * size, 0)
+  empty = jax.tree.map(lambda y: jnp.zeros((count, *y.shape[1:]), y.dtype),
+                       jax.eval_shape(f, group(0)))
+  return jax.lax.fori_loop(0, groups, lambda i, out: jax.tree.map(
+      functools.partial(put, i), out, f(group(i))), empty)
+
+
+def _by_row(f: Callable[[Any], Any], x: Any) -> Any:
+  count, B = jax.tree.leaves(x)[0].shape[:2]
+  rows = jax.tree.map(lambda y: jnp.swapaxes(y, 0, 1).reshape(
+      B * count, *y.shape[2:]), x)
+  return jax.tree.map(lambda y: jnp.swapaxes(y.reshape(
+      B, count, *y.shape[1:]), 0, 1), f(rows))
+
+
+def _in_groups_bwd(f: Callable[[Any], Any], most: int, x: Any, d: Any):
+  one = functools.partial(_by_row, f)
+  return _in_groups(lambda x_d: jax.vjp(one, x_d[0])[1](x_d[1]), most, (x, d))
+
+
+in_groups.defvjp(lambda f, most, x: (in_groups(f, most, x), x), _in_groups_bwd)
 
 
 def decays(log_decay: jax.Array) -> tuple[jax.Array, jax.Array]:

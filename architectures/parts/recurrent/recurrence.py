@@ -49,7 +49,7 @@ PLACES = 64  # of a piece at most
 LEAST_PLACES = 16  # of one at most, where keys are small
 # Places that meet at once where each feature has a decay: such a piece takes a
 # copy of its keys for each time that it is halved.
-AT_ONCE = 1024
+AT_ONCE = 256
 
 
 def run(x: Inputs, state_BHKU: Optional[jax.Array] = None, *,
@@ -282,8 +282,8 @@ def _pieces(x: Inputs, pairs: _Pairs) -> _Pieces:
 def _meet(x: Inputs) -> _Pairs:
   """Returns how the places of all pieces meet."""
   if by_feature(x.log_decay_BLHK):
-    return jax.lax.map(jax.checkpoint(_meet_by_feature, prevent_cse=False), x,
-                       batch_size=max(1, AT_ONCE // x.k_BLJK.shape[-2]))
+    return pieces.in_groups(
+        _meet_by_feature, max(1, AT_ONCE // x.k_BLJK.shape[-2]), x)
   return _meet_by_head(x)
 
 
