@@ -119,6 +119,12 @@ def visible(kind: LayerKind, c: ModelConfig, q_positions_BL: jax.Array,
   return mask
 
 
+def begins(kind: LayerKind, ctx: Context) -> bool:
+  """Whether the tokens that a cache is given are at 0 ... L - 1 and see none
+  after them: then they see each other alone, whatever it holds."""
+  return kind.causal and ctx.in_order and not ctx.keep_attention
+
+
 def pairs(kind: LayerKind, c: ModelConfig, queries: int, keys: int) -> int:
   """Returns how many pairs of a query and a key the mask of self-attention
   shows; with fewer queries than keys, the queries are the last."""
@@ -159,6 +165,7 @@ class Attention(nn.Module):
     rotate = None if self.cross else positions.of(c).rotate
     cached = (ctx.keys.cached if ctx.keys is not None else
               cache is not None and cache.key_BMJK is not None)
+    slots = cached and (self.cross or not begins(self.kind, ctx))
     read = None if self.cross else ctx.keys
     conv, first = None, None
     if c.attention_conv and not self.cross:
@@ -188,8 +195,10 @@ class Attention(nn.Module):
     if cached and not self.cross:
       if read is None:
         cache = cache.write(k_BMJK, v_BMJK, ctx.positions_BL)
-        k_BMJK, v_BMJK = cache.slots
-      k_positions_BM = jnp.arange(k_BMJK.shape[1])[None]
+        if slots:
+          k_BMJK, v_BMJK = cache.slots
+      if slots:
+        k_positions_BM = jnp.arange(k_BMJK.shape[1])[None]
       cache = cache.replace(inputs=conv.after) if conv else cache
     # Queries may be split over the mesh along the length; each sees all keys.
     k_BMJK, v_BMJK = (sharding.constrain(x, 'batch', None, 'kv_heads', 'head')
@@ -198,7 +207,8 @@ class Attention(nn.Module):
     seen = L * M if self.cross else pairs(self.kind, c, L, M)
     with linear.useful(seen, L * M):
       o_BLHK, weights_BHLM = self._weigh(
-          q_BLHK, k_BMJK, v_BMJK, k_positions_BM, ctx, cached=cached)
+          q_BLHK, k_BMJK, v_BMJK, k_positions_BM, ctx, slots=slots,
+          strict=not cached)
     lent = (Keys(k_BMJK, v_BMJK, cached) if ctx.lends and not self.cross
             else None)
     if ctx.keep_attention:
@@ -234,9 +244,11 @@ class Attention(nn.Module):
     return y_BLD
 
   def _weigh(self, q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array,
-             k_positions_BM: jax.Array, ctx: Context, *, cached: bool):
+             k_positions_BM: jax.Array, ctx: Context, *, slots: bool,
+             strict: bool = True):
     """Returns the weighted values, by the kernel that the config asks for, and
-    the weights where the context asks for them."""
+    the weights where the context asks for them. No kernel meets the `slots` of
+    a cache; `strict` is as of kernels.choose."""
     c = self.config
     mask, seen_BLM, bias_BHLM = self._mask(k_positions_BM, ctx)
     key = None
@@ -250,13 +262,14 @@ class Attention(nn.Module):
           q_BLHK, k_BMJK, mask_BLM=seen_BLM, bias_BHLM=bias_BHLM,
           sink_H=sink_H, scale=self.scale, softcap=c.attention_softcap)
     kernel = 'xla'
-    if self.FUSED and not (cached or self.is_initializing()):
-      kernel = kernels.choose(c, mask, q_BLHK.shape[1], k_BMJK.shape[1])
+    if self.FUSED and not (slots or self.is_initializing()):
+      kernel = kernels.choose(c, mask, q_BLHK.shape[1], k_BMJK.shape[1],
+                              strict=strict)
     if kernel != 'xla':
       return kernels.KERNELS[kernel].run(
           q_BLHK, k_BMJK, v_BMJK, mask, seen_BLM, scale=self.scale,
           softcap=c.attention_softcap, sink_H=sink_H), weights_BHLM
-    causal = (mask.causal and mask.in_order and not (mask.prefix or cached)
+    causal = (mask.causal and mask.in_order and not mask.prefix
               and sharding.shards('length', q_BLHK.shape[1]) == 1)
     return xla_attention.attend(
         q_BLHK, k_BMJK, v_BMJK, mask_BLM=seen_BLM, bias_BHLM=bias_BHLM,

@@ -15,7 +15,7 @@ class Keys:
   """Keys and values of a layer, on their way to those that read them too."""
   key_BMJK: jax.Array
   value_BMJK: jax.Array
-  # Whether they are the slots of a cache.
+  # Whether a cache went into the layer that they are of.
   cached: bool = struct.field(pytree_node=False, default=False)
 
 
@@ -44,6 +44,8 @@ class Cache:
   lent: Optional[Keys] = None
   # Of attention_conv.py: the last inputs of convolutions, by name.
   inputs: dict[str, jax.Array] = struct.field(default_factory=dict)
+  # Keys and values are [N, ...], of N layers: which of them this one is.
+  layer: Optional[jax.Array] = None
   turned: bool = struct.field(pytree_node=False, default=False)
 
   @property
@@ -53,7 +55,10 @@ class Cache:
   @property
   def slots(self) -> tuple[jax.Array, jax.Array]:
     """Keys and values, [B, M, J, K]."""
-    return self._plain(self.key_BMJK, self.value_BMJK)
+    if self.layer is None:
+      return self._plain(self.key_BMJK, self.value_BMJK)
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(
+        x, self.layer, keepdims=False), (self.key_BMJK, self.value_BMJK))
 
   @property
   def memory(self) -> tuple[jax.Array, jax.Array]:
@@ -82,14 +87,61 @@ class Cache:
     def put(slots: Optional[jax.Array], new: Optional[jax.Array], axis: int):
       if new is None:
         return slots
-      starts = jnp.broadcast_to(positions_BL[:, 0], new.shape[:1])
-      new = jnp.moveaxis(new, 1, axis).astype(slots.dtype)
-      return jax.vmap(
-          lambda s, n, i: jax.lax.dynamic_update_slice_in_dim(
-              s, n, i, axis - 1))(slots, new, starts)
-    key_axis, value_axis = (3, 2) if self.turned else (1, 1)
-    return self.replace(key_BMJK=put(self.key_BMJK, key_BLJK, key_axis),
-                        value_BMJK=put(self.value_BMJK, value_BLJK, value_axis))
+      new = new.astype(slots.dtype)
+      if self.turned:
+        return _put_turned(slots, new, positions_BL, axis)
+      return _put(slots, new, positions_BL, self.layer)
+    return self.replace(key_BMJK=put(self.key_BMJK, key_BLJK, 3),
+                        value_BMJK=put(self.value_BMJK, value_BLJK, 2))
+
+
+def _put(slots: jax.Array, new_BLJK: jax.Array, positions_BL: jax.Array,
+         layer: Optional[jax.Array]) -> jax.Array:
+  """Returns slots [B, M, J, K], or with a layer [N, B, M, J, K]. A scatter over
+  rows writes them where they lie; under vmap, XLA moves them for it on TPU."""
+  first = () if layer is None else (layer,)
+  if len(positions_BL) > 1:
+    rows_B1 = jnp.arange(len(new_BLJK))[:, None]
+    return slots.at[*first, rows_B1, positions_BL].set(
+        new_BLJK, indices_are_sorted=True, unique_indices=True)
+  return jax.lax.dynamic_update_slice(
+      slots, new_BLJK.reshape((1,) * len(first) + new_BLJK.shape),
+      (*first, 0, positions_BL[0, 0], 0, 0))
+
+
+def _put_turned(slots: jax.Array, new: jax.Array, positions_BL: jax.Array,
+                axis: int) -> jax.Array:
+  """Returns slots whose axis `axis` is M."""
+  new = jnp.moveaxis(new, 1, axis)
+  starts = jnp.broadcast_to(positions_BL[:, 0], new.shape[:1])
+  return jax.vmap(lambda s, n, i: jax.lax.dynamic_update_slice_in_dim(
+      s, n, i, axis - 1))(slots, new, starts)
+
+
+# Of each entry its keys and values, which it may have none of.
+Slots = Optional[tuple[tuple[Optional[jax.Array], Optional[jax.Array]], ...]]
+
+
+def apart(entries: tuple) -> tuple[Slots, tuple]:
+  """Returns the keys and values of entries, and the entries without."""
+  def of(entry: Any):
+    if not isinstance(entry, Cache):  # the arrays of a state
+      return (None, None), entry
+    return (entry.key_BMJK, entry.value_BMJK), entry.replace(
+        key_BMJK=None, value_BMJK=None, layer=None)
+  slots, rest = zip(*map(of, entries))
+  return slots, rest
+
+
+def joined(slots: Slots, rest: tuple, layer: Optional[jax.Array] = None
+           ) -> tuple:
+  """Returns what `apart` was given; if `layer` is, entries of this layer, to
+  which `rest` belongs, with the slots of all."""
+  def of(entry: Any, key: Optional[jax.Array], value: Optional[jax.Array]):
+    if key is None:
+      return entry
+    return entry.replace(key_BMJK=key, value_BMJK=value, layer=layer)
+  return tuple(of(entry, *own) for entry, own in zip(rest, slots, strict=True))
 
 
 def turned(entries: Any) -> Any:

@@ -29,7 +29,7 @@ from architectures.parts.moe import health
 from architectures.parts.moe import routing
 from architectures.parts.norms import NORMS
 from architectures.parts.recurrent import mamba2
-from architectures.parts.skeletons import REMAT
+from architectures.parts.period import REMAT
 from architectures.parts.unread import get
 from configs.errors import one_of, require
 

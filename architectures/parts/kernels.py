@@ -74,16 +74,19 @@ def names() -> tuple[str, ...]:
   return 'auto', 'xla', *KERNELS
 
 
-def choose(c: ModelConfig, mask: Mask, q_length: int, k_length: int) -> str:
+def choose(c: ModelConfig, mask: Mask, q_length: int, k_length: int, *,
+           strict: bool = True) -> str:
   """Returns xla, splash or cudnn.
 
   Raises:
-    ValueError: where config.attention_kernel names one that cannot do it.
+    ValueError: where config.attention_kernel names one that cannot do it, and
+      `strict` asks for no other.
   """
   name, device = c.attention_kernel, sharding.platform()
-  if name == 'auto':
-    return next((kernel for kernel in KERNELS if not refusal(
-        kernel, c, mask, q_length, k_length, device)), 'xla')
+  if name == 'auto' or not strict:
+    return next((kernel for kernel in (KERNELS if name == 'auto' else [name])
+                 if not refusal(kernel, c, mask, q_length, k_length, device)),
+                'xla')
   _require(name, refusal(name, c, mask, q_length, k_length, device))
   return name
 
@@ -129,10 +132,18 @@ def _refuse_splash(c: ModelConfig, mask: Mask, q_length: int, k_length: int
   if not mask.in_order and (mask.causal or mask.window):
     return ('which takes tokens to stand in order, and positions were given '
             'without segment ids')
-  if q_length % (TILE * shards) or k_length % TILE:
+  if (q_length % (TILE * shards) or k_length % TILE) and not (
+      mask.causal and q_length == k_length > TILE):
     return (f'which takes lengths in multiples of {TILE * shards}, and '
             f'{q_length} queries meet {k_length} keys')
   return ''
+
+
+def _whole(L: int) -> int:
+  """Returns the length that so many tokens under a causal mask are padded to:
+  tiles, or whole blocks that are an eighth of it at most."""
+  block = next(b for b in BLOCKS if b <= max(TILE, L // 8))
+  return L if L % TILE == 0 else -(-L // block) * block
 
 
 def _refuse_cudnn(c: ModelConfig, mask: Mask, q_length: int, k_length: int
@@ -192,6 +203,14 @@ def splash(q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array, mask: Mask,
   """xla_attention.attend by Pallas' splash attention; `interpret`: on CPU."""
   B, L, H, _ = q_BLHK.shape
   M, at = k_BMJK.shape[1], _Places(q_BLHK, k_BMJK)
+  if more := _whole(L) - L:
+    # The mask, which is causal, hides the padding from the tokens.
+    pad = lambda x: jnp.pad(x, ((0, 0), (0, more), *[(0, 0)] * (x.ndim - 2)))
+    ids_BL = mask.q_ids_BL
+    mask = mask if ids_BL is None else mask.replace(
+        q_ids_BL=pad(ids_BL), k_ids_BM=pad(mask.k_ids_BM))
+    return splash(pad(q_BLHK), pad(k_BMJK), pad(v_BMJK), mask, scale=scale,
+                  softcap=softcap, sink_H=sink_H, interpret=interpret)[:, :L]
   # A mask that differs from query to query is cut up with them.
   cut = at.length if mask.causal or mask.window else ()
   kernel = _splash_kernel(

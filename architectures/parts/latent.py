@@ -28,7 +28,8 @@ from architectures.parts import output_gate
 from architectures.parts import positions
 from architectures.parts import rotary
 from architectures.parts import sharding
-from architectures.parts.attention import Attention, Context, pairs
+from architectures.parts.attention import Attention, Context
+from architectures.parts.attention import begins, pairs
 from architectures.parts.cache import Cache
 from architectures.parts.config import ModelConfig
 from configs.errors import require
@@ -46,9 +47,11 @@ class LatentAttention(Attention):
     q_BLHK = self._queries(x_BLD, ctx)
     slot_BM1U = self._slots(x_BLD, ctx)
     k_positions_BM = ctx.positions_BL
+    slots = cached and not begins(self.kind, ctx)
     if cached:
       cache = cache.write(slot_BM1U, None, ctx.positions_BL)
-      slot_BM1U = cache.key_BMJK
+    if slots:
+      slot_BM1U, _ = cache.slots
       k_positions_BM = jnp.arange(slot_BM1U.shape[1])[None]
     # Queries may be split over the mesh along the length; each sees all keys.
     slot_BM1U = sharding.constrain(slot_BM1U, 'batch', None, None, None)
@@ -56,10 +59,10 @@ class LatentAttention(Attention):
     up_UHK = linear.weight(
         self, 'kv_up', (c.latent.kv_rank, c.num_heads,
                         c.latent.nope_dim + c.latent.v_dim), UP_AXES)
-    absorbed = cached and ctx.deterministic and is_absorbed(c, L, M)
+    absorbed = slots and ctx.deterministic and is_absorbed(c, L, M)
     attend = self._on_latents if absorbed else self._on_heads
     o_BLHK, weights_BHLM = attend(q_BLHK, slot_BM1U, up_UHK, k_positions_BM,
-                                  ctx, cached=cached)
+                                  ctx, slots=slots)
     if ctx.keep_attention:
       cache = Cache(slot_BM1U) if cache is None else cache
       cache = cache.replace(weights_BHLM=weights_BHLM)
@@ -124,7 +127,7 @@ class LatentAttention(Attention):
 
   def _on_heads(self, q_BLHK: jax.Array, slot_BM1U: jax.Array,
                 up_UHK: jax.Array, k_positions_BM: jax.Array, ctx: Context, *,
-                cached: bool):
+                slots: bool):
     """Meets keys and values that are made of the latents, a head each."""
     c = self.config
     latent_BM1U, key_BM1K = jnp.split(slot_BM1U, (c.latent.kv_rank,), -1)
@@ -139,11 +142,11 @@ class LatentAttention(Attention):
                       for x in (k_BMHK, v_BMHK))
     with self._useful(q_BLHK, k_BMHK):
       return self._weigh(q_BLHK, k_BMHK, v_BMHK, k_positions_BM, ctx,
-                         cached=cached)
+                         slots=slots)
 
   def _on_latents(self, q_BLHK: jax.Array, slot_BM1U: jax.Array,
                   up_UHK: jax.Array, k_positions_BM: jax.Array, ctx: Context,
-                  *, cached: bool):
+                  *, slots: bool):
     """Meets the latents themselves, as keys and values that all heads share."""
     c = self.config
     up_UHK = linear.adapted_weight(self, 'kv_up', up_UHK, UP_AXES)
@@ -154,7 +157,7 @@ class LatentAttention(Attention):
     with self._useful(q_BLHU, slot_BM1U):
       o_BLHU, weights_BHLM = self._weigh(
           q_BLHU, slot_BM1U, slot_BM1U[..., :c.latent.kv_rank], k_positions_BM,
-          ctx, cached=cached)
+          ctx, slots=slots)
     return linear.einsum('BLHU,UHK->BLHK', o_BLHU, value_UHK,
                          c.compute_dtype), weights_BHLM
 

@@ -28,10 +28,11 @@ from architectures.parts import streams
 from architectures.parts import values
 from architectures.parts.attention import Context
 from architectures.parts.blocks import BLOCKS, branches, residual
-from architectures.parts.cache import Cache, turned
+from architectures.parts.cache import apart, Cache, joined, turned
 from architectures.parts.config import LayerKind, ModelConfig
 from architectures.parts.dropout import Dropout
 from architectures.parts.norms import norm
+from architectures.parts.period import Period, Scanned
 from configs.errors import require
 
 
@@ -95,59 +96,13 @@ class Embed(nn.Module):
     return (sharding.constrain(x_BLD, 'batch', 'length', 'embed'), table_VD.T)
 
 
-class Period(nn.Module):
-  """One period of the layer pattern; the body of the scan. From layer to layer
-  go x, which may be several streams, and, with model.value_residual, the values
-  of the first one. Returned are also the keys and values of the layers `lends`,
-  by their place before the period's end: -1 is the last."""
-  config: ModelConfig
-  pattern: tuple[LayerKind, ...]
-  lends: tuple[int, ...] = ()
-
-  @nn.compact
-  def __call__(self, carry: tuple[streams.X, Optional[values.First]],
-               cache: Any, ctx: Context):
-    x, first = carry
-    caches, auxes, kept, lent = [], [], [], dict(ctx.lent)
-    ends = len(self.pattern)
-    wanted = {kind.source for kind in self.pattern} | {
-        ends + place for place in self.lends}
-    for i, kind in enumerate(self.pattern):
-      config = self.config.of_kind(kind.name)
-      block = BLOCKS[config.block]
-      if config.remat != 'none':
-        block = nn.remat(block, policy=REMAT[config.remat],
-                         prevent_cse=not config.scan_layers)
-      own = ctx.replace(first=first, keys=lent.get(kind.source), lent={},
-                        lends=i in wanted)
-      x, new, aux = block(config, kind, name=f'block_{i}')(
-          x, own, None if cache is None else cache[i])
-      if getattr(new, 'first', None) is not None:
-        first, new = new.first, new.replace(first=None)
-      if getattr(new, 'lent', None) is not None:
-        lent[i], new = new.lent, new.replace(lent=None)
-      caches.append(new)
-      auxes.append(aux)
-      kept.append(x if ctx.keep_layers else ())
-    with_cache = cache is not None or ctx.keep_attention
-    return (x, first), (
-        tuple(caches) if with_cache else None, tuple(auxes), tuple(kept),
-        {place: lent[ends + place] for place in self.lends})
-
-
-REMAT = {
-    'full': None,  # keep nothing but each block's input
-    'dots': jax.checkpoint_policies.save_only_these_names(linear.PRODUCT),
-}
-
-
 class Stack(nn.Module):
   """num_layers layers, then the final norm where the wiring needs one.
 
   (x_BLD, context, cache) -> (x_BLD, cache, aux). With context.one_by_one the
-  layers follow one another in the program, and each updates its own slots in
-  place; a scan copies weights and slots in and out. Parameters and cache are
-  then those that the function `one_by_one` returns.
+  layers follow one another in the program, as a scan may copy the weights of
+  each; both update slots in place. Parameters and cache are then those that the
+  function `one_by_one` returns.
   """
   config: ModelConfig
   pattern: tuple[LayerKind, ...]
@@ -196,18 +151,23 @@ class Stack(nn.Module):
     sections.append(('layers', self.pattern, slice(first, None)))
     found = []
     for name, pattern, entries in sections:
+      slots, rest, at_N = None, None, None
       periods = (1 if name == 'prefix' else
                  (self.num_layers - first) // len(pattern))
       scan = nn.scan(
-          Period, variable_axes={'params': 0},
+          Scanned, variable_axes={'params': 0},
           split_rngs={'params': True, 'dropout': True, 'router': True},
           in_axes=(0, nn.broadcast), length=periods,
           unroll=1 if c.scan_layers else periods,
           metadata_params={nn.PARTITION_NAME: 'layers'})
-      carry, out = scan(c, pattern, self._lends(name), name=name)(
-          carry, None if cache is None else cache[entries], ctx)
+      if cache is not None:
+        slots, rest = apart(cache[entries])
+        at_N = jnp.arange(periods)
+      (carry, slots), (new, *out) = scan(
+          c, pattern, self._lends(name), name=name)(
+              (carry, slots), (at_N, rest), ctx)
       ctx = ctx.replace(lent=jax.tree.map(lambda x: x[0], out[-1]))
-      found.append(out)
+      found.append((new if slots is None else joined(slots, new), *out))
     return carry, found
 
   def _lends(self, section: str) -> tuple[int, ...]:

@@ -54,7 +54,7 @@ def attend(q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array, *,
     v_BMJK: values, whose heads may have another size.
     scale: multiplies the products of queries and keys.
     mask_BLM: bool, which keys a query sees; None: all.
-    bias_BHLM: added to the scores.
+    bias_BHLM: added to the scores; it may be of more keys, which come after.
     softcap: the scores' bound, softcap * tanh(score / softcap); 0: none.
     sink_H: the score of a key with no value, which all see.
     dropout: the share of weights that is dropped, given a key; others grow.

@@ -1,5 +1,5 @@
-"""A cache that holds keys and values as products take them, for single tokens.
-"""
+"""A cache that holds keys and values as products take them, for single tokens;
+the slots of many layers, written where they lie; a prompt beside a cache."""
 
 import re
 
@@ -73,3 +73,65 @@ def test_a_token_reads_a_turned_cache_without_a_copy():
   assert copies([(x,) for x in plain]) and not copies(slots)
   models.close(step(params, slots).logits,
                step(params, [(x,) for x in plain]).logits, rtol=1e-5)
+
+
+@pytest.mark.parametrize('layer', [0, 2])
+@pytest.mark.parametrize('places', [
+    np.array([[3], [0], [M - 1]]), np.arange(5, 9)[None],
+    np.array([[3], [0], [M - 4]]) + np.arange(4)], ids=['rows', 'all', 'more'])
+def test_a_layer_writes_its_own_slots_among_those_of_all(layer, places):
+  stacks = drawn(4, B, M, J, K), drawn(4, B, M, J, K, seed=1)
+  L = places.shape[1]
+  new = drawn(B, L, J, K, seed=2), drawn(B, L, J, K, seed=3)
+  cache = caches.Cache(*stacks, layer=jnp.array(layer))
+  found = cache.write(*new, jnp.asarray(places))
+  for got, was, put, read in zip((found.key_BMJK, found.value_BMJK), stacks,
+                                 new, found.slots):
+    want = np.array(was)
+    for row, at in enumerate(np.broadcast_to(places, (B, L))):
+      want[layer, row, at] = put[row]
+    np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(read, want[layer])
+
+
+def test_layers_that_are_scanned_write_their_slots_where_they_lie():
+  """As what the scan is given and returns, six copies of all would be made."""
+  module, params = models.make(num_layers=5, num_kv_heads=2)
+  cache = architectures.init_cache(module.config, B, M)
+  def tokens(params, cache):
+    def step(i, cache):
+      at_B1 = jnp.array([[5], [3], [0]]) + i
+      return module.apply({'params': params}, jnp.ones((B, 1), jnp.int32),
+                          cache=cache, positions_BL=at_B1).cache
+    return jax.lax.fori_loop(0, 8, step, cache)
+  text = jax.jit(tokens, donate_argnums=1).lower(
+      params, cache).compile().as_text()
+  shape = ','.join(map(str, cache[0].key_BMJK.shape))
+  assert f'f32[{shape}]' in text
+  assert not re.findall(rf'= f32\[{shape}\]\S* copy\(', text)
+
+
+@pytest.mark.parametrize('changes', [
+    dict(position='alibi'), dict(attention='banded', sliding_window=5),
+    dict(mixer='latent'), dict(attention_sinks=True, attention_softcap=5.0),
+    'prefix', 't5'], ids=str)
+def test_a_prompt_sees_no_slots_behind_it(changes):
+  """Whatever a cache holds, a prompt that begins a row is read as without."""
+  system, prefix_B = 'gpt', None
+  if changes == 't5':
+    system, changes = 't5', {}
+  elif changes == 'prefix':
+    changes, prefix_B = {}, jnp.array([3, 0])
+  module, params = models.make(system, **changes)
+  tokens = models.tokens()[:, :9]
+  cache = jax.tree.map(lambda x: jnp.full_like(x, 1e3),
+                       architectures.init_cache(module.config, 2, 16))
+  shown = ((tokens, tokens), {}) if system == 't5' else (
+      (tokens,), dict(prefix_B=prefix_B))
+  read = lambda **options: module.apply(
+      {'params': params}, *shown[0], **shown[1], **options)
+  out = read(cache=cache)
+  models.close(read().logits, out.logits)
+  for entry in out.cache:
+    assert (entry.key_BMJK[:, :, 9:] == 1e3).all()
+    assert not (entry.key_BMJK[:, :, :9] == 1e3).any()

@@ -2,6 +2,7 @@
 kernel cannot do is refused."""
 
 import os
+import re
 from types import SimpleNamespace
 
 import flax.linen as nn
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 import architectures
-from architectures.parts import attention, kernels, sharding
+from architectures.parts import attention, kernels, sharding, skeletons
 from architectures.parts import xla_attention
 from architectures.parts.config import LayerKind
 from configs import sharding as tables
@@ -92,6 +93,77 @@ def test_cudnn_is_asked_for_the_same_function(banded, causal, in_order, ids,
       kernels.cudnn(q, k, v, mask, seen_BLM, scale=0.2))
 
 
+def test_splash_takes_causal_lengths_that_are_no_multiple():
+  """In interpret mode, with documents and gradients: the padding is unseen."""
+  length = 200
+  q, k, v, w = (jax.random.normal(jax.random.key(i), (1, length, heads, K))
+                for i, heads in enumerate((2, 1, 1, 2)))
+  ids_BL = 1 + (jnp.arange(length)[None] >= 70)
+  mask = kernels.Mask(ids_BL, ids_BL, causal=True, window=90)
+  seen_BLM = attention.visible(
+      LayerKind('banded', 'gelu', True), SimpleNamespace(sliding_window=90),
+      *[jnp.arange(length)[None]] * 2, ids_BL, ids_BL)
+  ours = lambda *x: (w * xla_attention.attend(
+      *x, mask_BLM=seen_BLM, scale=0.2, sink_H=jnp.arange(2.0))).sum()
+  splash = lambda *x: (w * kernels.splash(
+      *x, mask, scale=0.2, sink_H=jnp.arange(2.0), interpret=True)).sum()
+  models.close(*(jax.jit(jax.value_and_grad(f, (0, 1, 2)))(q, k, v)
+                 for f in (ours, splash)))
+
+
+@pytest.mark.parametrize('length, padded', [
+    (128, 128), (130, 256), (640, 640), (1000, 1024), (2100, 2304),
+    (4095, 4096), (4100, 4608)])
+def test_a_length_is_padded_to_blocks_that_are_an_eighth_of_it(length, padded):
+  assert kernels._whole(length) == padded
+
+
+def _splash_on_cpu(monkeypatch):
+  """Returns the numbers of queries and the windows that splash, interpreted,
+  is given, as if on a TPU."""
+  calls = []
+  def run(q, k, v, mask, seen, **how):
+    calls.append((q.shape[1], mask.window))
+    return kernels.splash(q, k, v, mask, interpret=True, **how)
+  monkeypatch.setattr(sharding, 'platform', lambda: 'tpu')
+  monkeypatch.setitem(kernels.KERNELS, 'splash',
+                      kernels.KERNELS['splash']._replace(run=run))
+  return calls
+
+
+@pytest.mark.parametrize('kernel', [
+    'auto', pytest.param('splash', marks=pytest.mark.slow)])
+def test_a_prompt_beside_a_cache_is_read_by_the_kernel(kernel, monkeypatch):
+  """Prompt, cache and the token after it are those of XLA's attention."""
+  changes = dict(max_len=256, attention='global,banded', sliding_window=40)
+  module, params = models.make(**changes)
+  tokens = jax.random.randint(jax.random.key(0), (2, 200), 0, models.VOCAB)
+  def read(module):
+    cache = architectures.init_cache(module.config, 2, 210)
+    first = module.apply({'params': params}, tokens, cache=cache)
+    after = module.apply(
+        {'params': params}, tokens[:, :1], cache=first.cache,
+        positions_BL=jnp.array([[200], [123]]))
+    return first.logits, first.cache, after.logits
+  want = read(module)
+  calls = _splash_on_cpu(monkeypatch)
+  module, _ = models.make(**changes, attention_kernel=kernel)
+  models.close(want, read(module))
+  assert set(calls) == {(200, 0), (200, 40)}  # of the prompt, and no token
+
+
+@pytest.mark.parametrize('options', [
+    dict(positions_BL=jnp.arange(200)[None]), dict(keep_attention=True),
+    dict(prefix_B=jnp.array([3, 5]))], ids=lambda options: [*options][0])
+def test_slots_weights_and_prefixes_have_no_kernel(options, monkeypatch):
+  calls = _splash_on_cpu(monkeypatch)
+  module, params = models.make(max_len=256)
+  jax.eval_shape(lambda: module.apply(
+      {'params': params}, jnp.ones((2, 200), jnp.int32), **options,
+      cache=architectures.init_cache(module.config, 2, 210)).logits)
+  assert not calls
+
+
 @pytest.mark.slow
 def test_splash_on_a_mesh_equals_one_device():
   """Rows over data, heads over tensor; the shards' kernel masks alike."""
@@ -167,6 +239,46 @@ def test_auto_is_splash_in_a_tpu_program(name):
   assert text.count('custom_call_target="tpu_custom_call"') == calls
 
 
+@pytest.mark.slow
+@pytest.mark.plan
+@pytest.mark.parametrize('apart', [False, True], ids=['scanned', 'apart'])
+def test_a_token_copies_no_slots_in_a_tpu_program(apart):
+  """Rows at places of their own, as vmap writes them, would be copied to
+  another layout."""
+  module = architectures.build(models.config(
+      num_layers=4, num_kv_heads=2, head_dim=128, max_len=256, vocab_size=64,
+      dtype='bfloat16'))
+  B, M = 8, 256
+  boxed = jax.eval_shape(module.init, jax.random.key(0),
+                         models.tokens(1, 1))['params']
+  plain = nn.meta.unbox(boxed)
+  mesh = _mesh(tpus('v5e:2x4'), data=4, tensor=2)
+  def write(params, places_B):
+    cache = architectures.init_cache(module.config, B, M)
+    if apart:
+      params, cache = skeletons.one_by_one(params, cache)
+    def step(i, carry):
+      cache, tokens_B1 = carry
+      out = module.apply({'params': params}, tokens_B1, cache=cache,
+                         positions_BL=places_B[:, None] + i, one_by_one=apart)
+      return out.cache, out.logits.argmax(-1)
+    return jax.lax.fori_loop(0, 9, step, (cache, places_B[:, None]))[1]
+  put = lambda x, spec: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+  with jax.set_mesh(mesh), sharding.rules('default'):
+    specs = nn.logical_to_mesh(nn.get_partition_spec(boxed))
+    text = jax.jit(write).lower(
+        jax.tree.map(put, plain, specs),
+        put(jax.ShapeDtypeStruct((B,), jnp.int32), PartitionSpec('data'))
+        ).compile().as_text()
+  slots = B // 4 * M * 128  # of a layer, on one device
+  made = re.findall(r'= bf16\[([\d,]+)\]\S* (?:copy|transpose)\(', text)
+  sizes = [np.prod([int(n) for n in dims.split(',')]) for dims in made]
+  assert slots not in sizes and 4 * slots not in sizes
+  assert len(re.findall(r'%scatter_fusion\S* = bf16', text)) == (
+      8 if apart else 2)
+
+
 def _gpu(monkeypatch):
   """A GPU with cuDNN, as far as tracing and lowering look."""
   from jax._src.cudnn import fused_attention_stablehlo
@@ -233,7 +345,8 @@ def test_a_named_kernel_that_cannot_is_refused(monkeypatch):
 
 @pytest.mark.slow
 def test_decoding_and_a_mesh_of_cpus_are_xla():
-  """A program's platform is its mesh's; a cache has no kernel."""
+  """A program's platform is its mesh's; beside a cache, a kernel that cannot
+  is not refused."""
   with jax.set_mesh(_mesh(jax.devices()[:1])):
     assert sharding.platform() == 'cpu'
   module, params = models.make(attention_kernel='splash')

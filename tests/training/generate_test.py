@@ -43,6 +43,13 @@ def test_greedy_equals_the_forward_pass_row_by_row(model, prompts):
     np.testing.assert_array_equal(new, tokens[0, length:length + NEW])
 
 
+def test_layers_that_are_scanned_write_the_same(model, prompts, monkeypatch):
+  written = greedy(model, prompts)
+  monkeypatch.setattr(generate, 'UNROLLED_LAYERS', 1)
+  module = model[0].clone(name='scanned')  # so that it is compiled anew
+  np.testing.assert_array_equal(greedy((module, model[1]), prompts), written)
+
+
 @pytest.mark.slow
 def test_a_prefix_lm_reads_its_prompt_in_both_directions(prompts):
   module, params = models.make(position='rope', tie_embeddings=False)

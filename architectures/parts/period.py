@@ -1,0 +1,79 @@
+"""One period of the layer pattern: what a stack repeats."""
+
+from typing import Any, Optional
+
+import flax.linen as nn
+import jax
+
+from architectures.parts import linear
+from architectures.parts import streams
+from architectures.parts import values
+from architectures.parts.attention import Context
+from architectures.parts.blocks import BLOCKS
+from architectures.parts.cache import apart, joined, Slots
+from architectures.parts.config import LayerKind, ModelConfig
+
+
+class Period(nn.Module):
+  """One period of the layer pattern. From layer to layer go x, which may be
+  several streams, and, with model.value_residual, the values of the first one.
+  Returned are also the keys and values of the layers `lends`, by their place
+  before the period's end: -1 is the last."""
+  config: ModelConfig
+  pattern: tuple[LayerKind, ...]
+  lends: tuple[int, ...] = ()
+
+  @nn.compact
+  def __call__(self, carry: tuple[streams.X, Optional[values.First]],
+               cache: Any, ctx: Context):
+    x, first = carry
+    caches, auxes, kept, lent = [], [], [], dict(ctx.lent)
+    ends = len(self.pattern)
+    wanted = {kind.source for kind in self.pattern} | {
+        ends + place for place in self.lends}
+    for i, kind in enumerate(self.pattern):
+      config = self.config.of_kind(kind.name)
+      block = BLOCKS[config.block]
+      if config.remat != 'none':
+        block = nn.remat(block, policy=REMAT[config.remat],
+                         prevent_cse=not config.scan_layers)
+      own = ctx.replace(first=first, keys=lent.get(kind.source), lent={},
+                        lends=i in wanted)
+      x, new, aux = block(config, kind, name=f'block_{i}')(
+          x, own, None if cache is None else cache[i])
+      if getattr(new, 'first', None) is not None:
+        first, new = new.first, new.replace(first=None)
+      if getattr(new, 'lent', None) is not None:
+        lent[i], new = new.lent, new.replace(lent=None)
+      caches.append(new)
+      auxes.append(aux)
+      kept.append(x if ctx.keep_layers else ())
+    with_cache = cache is not None or ctx.keep_attention
+    return (x, first), (
+        tuple(caches) if with_cache else None, tuple(auxes), tuple(kept),
+        {place: lent[ends + place] for place in self.lends})
+
+
+REMAT = {
+    'full': None,  # keep nothing but each block's input
+    'dots': jax.checkpoint_policies.save_only_these_names(linear.PRODUCT),
+}
+
+
+class Scanned(Period):
+  """A period as the body of a scan.
+
+  The slots of all periods go from one to the next, and each writes its own,
+  those of place `n`, where they lie. If a scan were given the slots period by
+  period and returned them, XLA would copy all of them for each token.
+  """
+
+  def __call__(self, carry: tuple[Any, Slots],
+               own: tuple[Optional[jax.Array], Any], ctx: Context):
+    carry, slots = carry
+    n, rest = own
+    cache = None if slots is None else joined(slots, rest, n)
+    carry, (cache, *out) = super().__call__(carry, cache, ctx)
+    if slots is not None:
+      slots, cache = apart(cache)
+    return (carry, slots), (cache, *out)
