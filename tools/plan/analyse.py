@@ -185,13 +185,17 @@ def model_flops(run: runs.Run, name: str) -> dict[str, float]:
   with, and `attention`, as the mask has it."""
   config, c = run.config, run.model
   sides = objectives.of(config).row_lengths(config)
-  if name == 'decode':
+  if name != 'train':
     # The prompt and, one at a time, all tokens after it but the last, which is
     # not read: in the sum, a forward pass over them.
     sides = [sides[0] - 1]
   times = config.data.batch_size * (3 if name == 'train' else 1)
-  return {part: times * n for part, n in
-          flops.forward_flops(c, *sides).items()}
+  needed = {part: times * n for part, n in
+            flops.forward_flops(c, *sides).items()}
+  if name != 'train':  # the head reads those that a token is drawn after
+    unread = sides[0] - compiling.DRAWN[name]
+    needed['weights'] -= times * unread * 2 * c.d_model * c.vocab_size
+  return needed
 
 
 def ragged_rows(run: runs.Run, name: str) -> int:

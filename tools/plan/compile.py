@@ -12,7 +12,7 @@ from configs.errors import RequestError, one_of, require
 from training import generate, objectives, progress, runs
 from training.step import make_train_step
 
-DECODED = 64  # tokens that `decode` adds to each prompt
+DRAWN = {'prefill': 1, 'decode': 64}  # tokens that are added to each prompt
 
 
 class Program(NamedTuple):
@@ -65,16 +65,16 @@ def _train(run: runs.Run) -> Program:
 
 
 def _prefill(run: runs.Run) -> Program:
-  return _generation(run, 'prefill', 1)
+  return _generation(run, 'prefill')
 
 
 def _decode(run: runs.Run) -> Program:
-  return _generation(run, 'decode', DECODED)
+  return _generation(run, 'decode')
 
 
-def _generation(run: runs.Run, name: str, tokens: int) -> Program:
-  """`tokens` more after prompts that, with them, are data.length long."""
-  data = run.config.data
+def _generation(run: runs.Run, name: str) -> Program:
+  """So many tokens more after prompts that, with them, are data.length long."""
+  data, tokens = run.config.data, DRAWN[name]
   objective = objectives.of(run.config)
   require(objective.prompt and 'decoder' in objective.stacks,
           f'--programs has {name!r}, but a plan of generation is for decoders, '

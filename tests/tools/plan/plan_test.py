@@ -299,6 +299,16 @@ def test_a_report_is_of_the_code_that_made_it(monkeypatch, tmp_path):
   assert len(set(names)) == 4
 
 
+@pytest.mark.parametrize('name, drawn', [('prefill', 1), ('decode', 64)])
+def test_a_generation_needs_the_head_for_tokens_that_are_drawn(name, drawn):
+  config = small(gpt.get_config())
+  config.model.max_len = config.data.length = 96
+  run = run_on_cpu(config, 'dp')
+  layer, head = 4 * 32 * 32 + 2 * 32 * 64, 32 * run.model.vocab_size
+  assert analyse.model_flops(run, name)['weights'] == 2 * 16 * (
+      95 * 2 * layer + drawn * head)
+
+
 def test_every_program_that_does_not_fit_is_told(monkeypatch):
   def analysed(run, topology, name, fresh):
     if name != 'prefill':
