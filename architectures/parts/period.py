@@ -18,10 +18,16 @@ class Period(nn.Module):
   """One period of the layer pattern. From layer to layer go x, which may be
   several streams, and, with model.value_residual, the values of the first one.
   Returned are also the keys and values of the layers `lends`, by their place
-  before the period's end: -1 is the last."""
+  before the period's end: -1 is the last.
+
+  `in_loop`: a loop goes over several periods. If they have one layer, its remat
+  needs no barrier. Anywhere else XLA would keep what the forward pass has, or
+  compute several layers again at once.
+  """
   config: ModelConfig
   pattern: tuple[LayerKind, ...]
   lends: tuple[int, ...] = ()
+  in_loop: bool = False
 
   @nn.compact
   def __call__(self, carry: tuple[streams.X, Optional[values.First]],
@@ -36,7 +42,7 @@ class Period(nn.Module):
       block = BLOCKS[config.block]
       if config.remat != 'none':
         block = nn.remat(block, policy=REMAT[config.remat],
-                         prevent_cse=not config.scan_layers)
+                         prevent_cse=not (self.in_loop and ends == 1))
       own = ctx.replace(first=first, keys=lent.get(kind.source), lent={},
                         lends=i in wanted)
       x, new, aux = block(config, kind, name=f'block_{i}')(

@@ -164,8 +164,8 @@ class Stack(nn.Module):
         slots, rest = apart(cache[entries])
         at_N = jnp.arange(periods)
       (carry, slots), (new, *out) = scan(
-          c, pattern, self._lends(name), name=name)(
-              (carry, slots), (at_N, rest), ctx)
+          c, pattern, self._lends(name), c.scan_layers and periods > 1,
+          name=name)((carry, slots), (at_N, rest), ctx)
       ctx = ctx.replace(lent=jax.tree.map(lambda x: x[0], out[-1]))
       found.append((new if slots is None else joined(slots, new), *out))
     return carry, found

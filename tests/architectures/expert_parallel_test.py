@@ -18,7 +18,7 @@ import architectures
 from architectures.parts import sharding
 from architectures.parts.attention import Context
 from architectures.parts.moe.layer import MoE
-from architectures.parts.skeletons import REMAT
+from architectures.parts.period import REMAT
 from tests.architectures.experts_test import equations
 from tests.helpers import models
 from tools.plan.collectives import groups as named_groups

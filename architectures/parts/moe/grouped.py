@@ -193,7 +193,9 @@ def _whole_backward(times: Callable, kind: Hidden, rows_PD: jax.Array,
         lambda b_ED: _of_rows(b_ED, count_E, len(rows_PD)), w.down_bias_ED)
     dgate_P += (wide(dy_PD) * wide(bias_PD)).sum(1)
     dw = dw.replace(down_bias_ED=of_rows_vjp(gated(dy_PD))[0])
-  return dx_PD, dgate_P, dw
+  # The rows and what the weights' gradients need of them may then go before the
+  # layers below: XLA may compute the weights' gradients of several layers late.
+  return jax.lax.optimization_barrier((dx_PD, dgate_P, dw))
 
 
 def _parts(D: int, F: int) -> int:

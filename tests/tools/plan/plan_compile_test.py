@@ -99,6 +99,36 @@ def test_no_weight_is_summed_whole_on_a_mesh_of_fsdp_alone():
 
 
 @tpu
+def test_layers_that_differ_take_no_more_memory_than_layers_that_are_alike():
+  """Under remat=full each is computed again by itself, wherever it stands."""
+  topology = chips.parse('v5p:2x2x1')
+
+  def peak(**pattern):
+    config = llama.get_config('2-7b')
+    config.model.update(num_layers=8, d_model=1024, num_heads=8,
+                        num_kv_heads=8, d_ff=4096, **pattern)
+    config.data.update(length=2048, batch_size=32)
+    return compiled(run_on(topology, 'fsdp=4', config), topology
+                    ).memory_analysis().peak_memory_in_bytes
+  alike = peak()
+  kinds = dict(kinds=dict(near=dict(window=1024), far=dict(window=0)))
+  assert peak(pattern='near,far', **kinds) <= alike
+  assert peak(pattern='near,far', prefix='far,' * 5 + 'far', **kinds) <= alike
+
+
+@tpu
+@pytest.mark.parametrize('mixer', ['deltanet', 'kda', 'gla', 'mamba2'])
+def test_recurrences_compile(mixer):
+  """libtpu aborts on some ways to cut a row into pieces."""
+  config = llama.get_config('2-7b')
+  config.model.update(num_layers=1, mixer=mixer)
+  config.data.batch_size = 16
+  topology = chips.parse('v5p:2x2x1')
+  assert compiled(run_on(topology, 'fsdp=4', config), topology
+                  ).memory_analysis().peak_memory_in_bytes
+
+
+@tpu
 def test_what_does_not_fit_is_refused_by_the_compiler():
   topology = chips.parse('v5e:2x2')
   config = gpt.get_config()
