@@ -98,7 +98,17 @@ def test_no_weight_is_summed_whole_on_a_mesh_of_fsdp_alone():
   assert [c for c in found if c.kind == 'reduce-scatter']
 
 
+@pytest.fixture
+def quickly():
+  """Compiles by O1, in a third of the time."""
+  level = jax.config.jax_optimization_level
+  jax.config.update('jax_optimization_level', 'O1')
+  yield
+  jax.config.update('jax_optimization_level', level)
+
+
 @tpu
+@pytest.mark.usefixtures('quickly')
 def test_layers_that_differ_take_no_more_memory_than_layers_that_are_alike():
   """Under remat=full each is computed again by itself, wherever it stands."""
   topology = chips.parse('v5p:2x2x1')
@@ -112,17 +122,17 @@ def test_layers_that_differ_take_no_more_memory_than_layers_that_are_alike():
                     ).memory_analysis().peak_memory_in_bytes
   alike = peak()
   kinds = dict(kinds=dict(near=dict(window=1024), far=dict(window=0)))
-  assert peak(pattern='near,far', **kinds) <= alike
-  assert peak(pattern='near,far', prefix='far,' * 5 + 'far', **kinds) <= alike
+  assert peak(prefix='far,far,far,far', pattern='near,far', **kinds) <= alike
 
 
 @tpu
-@pytest.mark.parametrize('mixer', ['deltanet', 'kda', 'gla', 'mamba2'])
-def test_recurrences_compile(mixer):
+@pytest.mark.usefixtures('quickly')
+def test_pieces_whose_features_have_decays_compile():
   """libtpu aborts on some ways to cut a row into pieces."""
   config = llama.get_config('2-7b')
-  config.model.update(num_layers=1, mixer=mixer)
-  config.data.batch_size = 16
+  config.model.update(num_layers=1, d_model=512, num_heads=4, num_kv_heads=4,
+                      d_ff=1024, mixer='kda')
+  config.data.update(length=2048, batch_size=16)
   topology = chips.parse('v5p:2x2x1')
   assert compiled(run_on(topology, 'fsdp=4', config), topology
                   ).memory_analysis().peak_memory_in_bytes
