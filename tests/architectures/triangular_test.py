@@ -7,7 +7,10 @@ import pytest
 
 from architectures.parts.recurrent import triangular
 
-inverse = jax.jit(triangular.inverse)
+# What CPUs and GPUs compute, and what TPUs do.
+WAYS = pytest.mark.parametrize('inverse', [
+    jax.jit(triangular.inverse), jax.jit(triangular.by_halves)],
+                               ids=['solved', 'by_halves'])
 
 
 def drawn(size, seed=0, scale=0.3):
@@ -20,8 +23,10 @@ def expected(a):
   return np.linalg.inv(np.eye(a.shape[-1]) + np.tril(a, -1))
 
 
+@WAYS
 @pytest.mark.parametrize('size', [1, 2, 7, 17, 40, 64])
-def test_it_is_the_inverse_and_reads_what_is_below_the_diagonal_alone(size):
+def test_it_is_the_inverse_and_reads_what_is_below_the_diagonal_alone(
+    size, inverse):
   a = drawn(size)
   want = expected(a)
   np.testing.assert_allclose(inverse(a), want, atol=1e-6 * np.abs(want).max())
@@ -29,8 +34,9 @@ def test_it_is_the_inverse_and_reads_what_is_below_the_diagonal_alone(size):
   np.testing.assert_array_equal(inverse(a + upper), inverse(a))
 
 
+@WAYS
 @pytest.mark.parametrize('rate', [0.5, 1.0, 1.99])
-def test_keys_that_are_alike_take_no_digits(rate):
+def test_keys_that_are_alike_take_no_digits(rate, inverse):
   """Powers of A grow to 1e18 here, and the inverse is below 2."""
   a = jnp.full((1, 1, 64, 64), rate)
-  np.testing.assert_allclose(inverse(a), expected(a), atol=2e-5)
+  np.testing.assert_allclose(inverse(a), expected(a), atol=5e-5)
