@@ -40,7 +40,7 @@ test-fast: $(VENV)/.test
 test-long: $(VENV)/.test
 	$(run) -m pytest $(TEST_FLAGS) -m long $(LONG_FLAGS)
 
-# What compiles for TPUs and GPUs that are not there; some 4 minutes of one core.
+# What compiles for TPUs and GPUs that are not there; some 6 minutes of one core.
 plan-test: $(VENV)/.plan
 	$(run) -m pytest $(TEST_FLAGS) -m plan
 
