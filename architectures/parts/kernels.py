@@ -132,8 +132,8 @@ def _refuse_splash(c: ModelConfig, mask: Mask, q_length: int, k_length: int
   if not mask.in_order and (mask.causal or mask.window):
     return ('which takes tokens to stand in order, and positions were given '
             'without segment ids')
-  if (q_length % (TILE * shards) or k_length % TILE) and not (
-      mask.causal and q_length == k_length > TILE):
+  is_padded = mask.causal and shards == 1 and q_length == k_length > TILE
+  if (q_length % (TILE * shards) or k_length % TILE) and not is_padded:
     return (f'which takes lengths in multiples of {TILE * shards}, and '
             f'{q_length} queries meet {k_length} keys')
   return ''

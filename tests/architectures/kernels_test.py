@@ -341,6 +341,10 @@ def test_a_named_kernel_that_cannot_is_refused(monkeypatch):
     kernels.choose(c, kernels.Mask(causal=True, dropout=True), 128, 128)
   with pytest.raises(ValueError, match='runs on tpu, and this program is for'):
     kernels.check_kernel(c, 'cpu')
+  # A row that a mesh cuts is not padded, as its shards have to be whole blocks.
+  with jax.set_mesh(_mesh(jax.devices(), context=8)), (
+      sharding.rules('default')), pytest.raises(ValueError, match='of 1024'):
+    kernels.choose(c, kernels.Mask(causal=True), 256, 256)
 
 
 @pytest.mark.slow

@@ -212,7 +212,8 @@ def _to_pieces(x: Inputs, p: _Pieces, write: jax.Array, states: jax.Array,
     # Of what the system is solved for, and the gradient of the inverse: of
     # X = (I + A)^-1, dA = -X^T dX X^T.
     back = _t(p.inverse_BHPQ)
-    d_v, d_read = back @ d_write, back @ -(d_write @ _t(states))
+    d_v = back @ d_write
+    d_read = -d_v @ _t(states)
     d_system = -jnp.tril(
         d_v @ _t(p.write_BHPU) + d_read @ _t(p.read_BHPK), -1)
     d_rate = vectors.dots(d_v, v) + vectors.dots(d_read, first_k) + (

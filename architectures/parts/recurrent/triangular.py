@@ -32,8 +32,8 @@ def by_halves(a_PP: jax.Array) -> jax.Array:
 
   for all of them at once, in products of whole matrices. XLA's own solution has
   the leading axes in the lanes of a register, 128 of them: with two rows on a
-  chip, [64, 2, 32, 64, 64] took 4 GiB where its numbers are 64 MiB. A product
-  in the precision that TPUs have by default would leave it 8 bits.
+  chip, [64, 2, 32, 64, 64] took 4 GiB where its numbers are 64 MiB. At the
+  precision that TPUs have by default, the products would keep 8 bits.
   """
   P = a_PP.shape[-1]
   lead = (1,) * (a_PP.ndim - 2)
