@@ -66,10 +66,8 @@ def _layers(types: list[str], turned: list[int], window: int
     names.append(('rope' if x else 'nope') + '_local' * local)
     kinds[names[-1]] = ({} if x else dict(position='none')) | (
         dict(window=window * local) if hf_layers.WINDOW in types else {})
-  first, period = hf_layers.shortest(names)
-  return dict(position='rope', attention='global', sliding_window=0,
-              prefix=','.join(names[:first]),
-              pattern=','.join(names[first:first + period]), kinds=kinds)
+  return dict(hf_layers.shortest(names), position='rope', attention='global',
+              sliding_window=0, kinds=kinds)
 
 
 def _write(c: ModelConfig) -> dict[str, Any]:

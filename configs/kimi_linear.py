@@ -19,8 +19,6 @@ units. It trains on the default text to a held-out loss of 1.357 nats a byte
 
 from configs import base
 
-# The last layer, which attends, comes after two recurrences instead of three.
-FOUR = 'linear,linear,linear,full'
 SIZES = {
     'tiny': dict(d_model=128, num_layers=4, num_heads=4, d_ff=344, max_len=256,
                  latent=dict(kv_rank=48, nope_dim=24, rope_dim=16, v_dim=24),
@@ -28,8 +26,10 @@ SIZES = {
                  moe=dict(num_experts=32, d_ff=32)),
     '48b-a3b': dict(d_model=2304, num_layers=27, num_heads=32, d_ff=9216,
                     max_len=1048576, vocab_size=163840,
-                    prefix='linear_dense,linear,linear,full,'
-                    + ','.join([FOUR] * 5),
+                    # The last layer, which attends, comes after two
+                    # recurrences instead of three.
+                    prefix='linear_dense,linear',
+                    pattern='linear,full,linear,linear', suffix='full',
                     latent=dict(kv_rank=512, nope_dim=128, rope_dim=64,
                                 v_dim=128),
                     kda=dict(key_heads=32, key_dim=128, value_dim=128),

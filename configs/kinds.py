@@ -1,7 +1,8 @@
 """Kinds of layer: what the dicts of config.model.kinds may say.
 
-`model.pattern` names the kinds of one period of layers and `model.prefix` those
-of the first layers. What a kind does not say is the model's.
+`model.pattern` names the kinds of one period of layers, `model.prefix` those of
+the first layers and `model.suffix` those of the last. What a kind does not say
+is the model's.
 
 Earlier versions had `model.attention='global,banded'` for layers that differ in
 what they attend to, and `model.moe.every` for layers of experts that have dense
@@ -31,16 +32,16 @@ DENSE = 'dense'  # of ffn: the network of the model's dense layers
 
 
 def split(names: str) -> tuple[str, ...]:
-  """Returns the kinds that a pattern or a prefix names."""
+  """Returns the kinds that a pattern, a prefix or a suffix names."""
   return tuple(names.split(',')) if names else ()
 
 
 def fewest_layers(model: Mapping[str, Any], least: int = 1) -> int:
-  """Returns how many layers a model of this pattern and prefix has at least,
-  and no fewer than `least`."""
-  first, period = (len(split(model[x])) for x in ('prefix', 'pattern'))
-  period = period or 1
-  return first + period * max(1, math.ceil((least - first) / period))
+  """Returns how many layers a model of these kinds has at least, and no fewer
+  than `least`."""
+  period = len(split(model['pattern'])) or 1
+  apart = sum(len(split(model.get(x, ''))) for x in ('prefix', 'suffix'))
+  return apart + period * max(1, math.ceil((least - apart) / period))
 
 
 def check_names(kinds: Mapping[str, Any], rope: Mapping[str, Any]) -> None:
@@ -125,9 +126,9 @@ def with_experts(model: Mapping[str, Any], every: int) -> dict[str, Any]:
     moe = i % every == every - 1
     found.append(f'{own}_' * bool(own) + ('moe' if moe else DENSE))
     made[found[-1]] = kinds.get(own, {}) | ({} if moe else {'ffn': DENSE})
-  first = {name: kinds[name] for name in split(model.get('prefix', ''))
-           if name in kinds}
-  return dict(pattern=','.join(found), kinds=first | made)
+  apart = {name: kinds[name] for field in ('prefix', 'suffix')
+           for name in split(model.get(field, '')) if name in kinds}
+  return dict(pattern=','.join(found), kinds=apart | made)
 
 
 def modern(model: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,7 +144,8 @@ def modern(model: Mapping[str, Any]) -> dict[str, Any]:
           f'model.moe.every is {every!r}: it must be an integer > 0')
   if model.get('pattern') and (several or 'every' in moe):
     said = {name: model.get(name) for name in ('pattern', 'kinds')}
-    require(not several and not model.get('prefix') and said == with_experts(
+    apart = model.get('prefix') or model.get('suffix')
+    require(not several and not apart and said == with_experts(
         {}, len(split(model['pattern']))),
             f'model.attention {attention!r} and model.moe.every {every} are of '
             f'before there was model.pattern, which is {model["pattern"]!r}: '

@@ -142,6 +142,7 @@ def defaults() -> dict:
       # layers, such as local,local,global; empty: all are the model's own.
       pattern='',
       prefix='',  # the kinds of the layers before the first period, likewise
+      suffix='',  # the kinds of the layers after the last period, likewise
       # What the layers of a kind have of their own, by its name: such as
       # dict(local=dict(window=512)). The fields of configs/kinds.py.
       kinds={},

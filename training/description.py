@@ -69,9 +69,9 @@ def layers(model: ModelConfig) -> list[str]:
       layers=row['layers'], kind=row['kind'] or 'no kind') + ''.join(
           f', {name}={value}' for name, value in row['changes'].items())
                     for row in rows))
-  order = model.pattern or 'the rest'
-  return [f'layers: {said}; in the order {model.prefix}'
-          f'{", then " * bool(model.prefix)}{order}'] if rows else []
+  order = ', then '.join(filter(None, (
+      model.prefix, model.pattern or 'the rest', model.suffix)))
+  return [f'layers: {said}; in the order {order}'] if rows else []
 
 
 def _unread(config: ml_collections.ConfigDict, model: ModelConfig

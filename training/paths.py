@@ -32,27 +32,28 @@ class Stacks:
   """Where the layers of each stack of a model stand, by its parameters' paths.
 
   Layer n of a stack is block n of its prefix, or behind it row n // period of
-  block n % period of `layers`; see architectures/parts/skeletons.py.
+  block n % period of `layers`, or behind those a block of its suffix; see
+  architectures/parts/skeletons.py.
 
   Attributes:
     counts: how many layers each stack has.
   """
-  _PATH = re.compile(r'(\w+)/(prefix|layers)/block_(\d+)/(.*)')
+  _PATH = re.compile(r'(\w+)/(prefix|layers|suffix)/block_(\d+)/(.*)')
 
   def __init__(self, shapes: Mapping[str, Any]):
     blocks: dict[tuple[str, str], dict[int, int]] = {}  # rows of each block
     for path, x in shapes.items():
       if match := self._PATH.fullmatch(path):
         blocks.setdefault((match[1], match[2]), {})[int(match[3])] = x.shape[0]
-    self._first = {stack: len(blocks.get((stack, 'prefix'), ()))
-                   for stack, _ in blocks}
-    self._period = {stack: len(blocks.get((stack, 'layers'), ()))
-                    for stack, _ in blocks}
-    self.counts = {stack: sum(sum(rows.values()) for (name, _), rows
-                              in blocks.items() if name == stack)
-                   for stack, _ in blocks}
-    self._rows = {stack: max(blocks.get((stack, 'layers'), {0: 0}).values())
-                  for stack, _ in blocks}
+    # By stack and layer: its section, its block there, and its row.
+    self._layers: dict[str, list[tuple[str, int, int]]] = {}
+    for stack in sorted({stack for stack, _ in blocks}):
+      self._layers[stack] = [
+          (section, block, row) for section in ('prefix', 'layers', 'suffix')
+          for row in range(max(blocks.get((stack, section), {0: 0}).values()))
+          for block in range(len(blocks[stack, section]))]
+    self.counts = {stack: len(layers)
+                   for stack, layers in self._layers.items()}
 
   @classmethod
   def has(cls, path: str) -> bool:
@@ -64,21 +65,17 @@ class Stacks:
     stack, _, _, name = self._match(path)
     return stack, name
 
-  def layers(self, path: str) -> range:
+  def layers(self, path: str) -> list[int]:
     """Returns which layers the rows of a parameter are of."""
     stack, section, block, _ = self._match(path)
-    if section == 'prefix':
-      return range(int(block), int(block) + 1)
-    start, period = self._first[stack] + int(block), self._period[stack]
-    return range(start, start + period * self._rows[stack], period)
+    return [n for n, layer in enumerate(self._layers[stack])
+            if layer[:2] == (section, int(block))]
 
   def place(self, path: str, n: int) -> tuple[str, int]:
     """Returns the path and the row of the same parameter of layer n."""
     stack, name = self.split(path)
-    if n < self._first[stack]:
-      return f'{stack}/prefix/block_{n}/{name}', 0
-    row, block = divmod(n - self._first[stack], self._period[stack])
-    return f'{stack}/layers/block_{block}/{name}', row
+    section, block, row = self._layers[stack][n]
+    return f'{stack}/{section}/block_{block}/{name}', row
 
   def _match(self, path: str) -> tuple[str, ...]:
     match = self._PATH.fullmatch(path)

@@ -229,11 +229,12 @@ def _check_stack(c: ModelConfig, stacks: Mapping[str, str]) -> None:
           f'the head of masked words of model.arch {c.arch!r} has the '
           'activation of the layers: set model.ffn to a network, and '
           f'ffn={NONE} of the kinds of layer that have none')
-  require(not c.mtp_depth or c.layer_pattern()[-1].source is None,
-          f'model.mtp_depth is {c.mtp_depth}, but the last layer of '
-          f'model.pattern {c.pattern!r}, whose kind the modules that predict '
-          'further tokens have, reads the keys of another layer: end the '
-          'pattern with a kind that has keys of its own, or set it to 0')
+  last = 'suffix' if c.suffix else 'pattern'
+  require(not c.mtp_depth or c.sections(c.num_layers)[-1].kinds[-1].source
+          is None, f'model.mtp_depth is {c.mtp_depth}, but the last layer of '
+          f'model.{last} {getattr(c, last)!r}, whose kind the modules that '
+          'predict further tokens have, reads the keys of another layer: end '
+          f'the {last} with a kind that has keys of its own, or set it to 0')
   # training/optim/mup.py has rules for the parameters of these.
   require(c.parametrization != 'mup' or stack == 'decoder',
           "model.parametrization is 'mup', which has no rules for model.arch "

@@ -14,7 +14,7 @@ U an axis that has no letter.
 """
 
 import dataclasses
-from typing import Any, Mapping
+from typing import Any, Mapping, NamedTuple
 
 import jax.numpy as jnp
 
@@ -103,14 +103,22 @@ def _frozen(value: Any) -> Any:
 class LayerKind:
   """What one layer of the pattern holds; `name` is of its kind in
   model.kinds, '' of a layer that is as the model. `source` is the layer whose
-  keys and values it reads, None: its own. In a period, or the prefix, 0 is the
-  first layer; -1 is the last layer of the prefix, seen from a period."""
+  keys and values it reads, None: its own. In a period, the prefix or suffix,
+  0 is the first layer; -1 is the prefix's last layer, seen from a period."""
   attention: str
   ffn: str
   causal: bool = True
   cross: bool = False
   name: str = ''
   source: int | None = None
+
+
+class Section(NamedTuple):
+  """Layers of a stack that follow one another: `kinds`, `periods` times. `name`
+  is that of their parameters."""
+  name: str
+  kinds: tuple[LayerKind, ...]
+  periods: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,6 +160,7 @@ class ModelConfig:
   attention: str
   pattern: str
   prefix: str
+  suffix: str
   kinds: Kinds
   attention_kernel: str
   sliding_window: int
@@ -228,7 +237,7 @@ class ModelConfig:
   def of_kind(self, name: str) -> 'ModelConfig':
     """Returns the config of the layers of a kind, which has no pattern; '': of
     layers that are as the model says."""
-    if not (name or self.pattern or self.prefix):
+    if not (name or self.pattern or self.prefix or self.suffix):
       return self
     own = dict(self.kinds[name]) if name else {}
     if 'window' in own:
@@ -239,41 +248,47 @@ class ModelConfig:
       own['rope'] = dataclasses.replace(self.rope, **own['rope'])
     if own.get('ffn') == kinds.DENSE:
       own['ffn'] = self.moe.ffn if self.ffn == 'moe' else self.ffn
-    return dataclasses.replace(self, pattern='', prefix='', kinds=Kinds(),
-                               **own)
+    return dataclasses.replace(self, pattern='', prefix='', suffix='',
+                               kinds=Kinds(), **own)
 
   @property
   def kinds_used(self) -> tuple[str, ...]:
     """The kinds of all layers, each once, in the order of the layers."""
     return tuple(dict.fromkeys(
-        (*kinds.split(self.prefix), *(kinds.split(self.pattern) or ('',)))))
+        (*kinds.split(self.prefix), *(kinds.split(self.pattern) or ('',)),
+         *kinds.split(self.suffix))))
 
   @property
   def has_experts(self) -> bool:
     """Whether any layer is a mixture of experts."""
     return any(self.of_kind(name).ffn == 'moe' for name in self.kinds_used)
 
-  def layer_pattern(self, *, causal: bool = True,
-                    cross: bool = False) -> tuple[LayerKind, ...]:
+  def layer_pattern(self) -> tuple[LayerKind, ...]:
     """The kinds of layer in one period; layers repeat it."""
-    return self._layer_kinds(kinds.split(self.pattern) or ('',), causal, cross,
-                             kinds.split(self.prefix))
+    return next(section.kinds for section in self.sections(self.num_layers)
+                if section.name == 'layers')
 
-  def layer_prefix(self, *, causal: bool = True,
-                   cross: bool = False) -> tuple[LayerKind, ...]:
-    """The kinds of the layers before the first period."""
-    return self._layer_kinds(kinds.split(self.prefix), causal, cross)
+  def sections(self, num_layers: int, *, causal: bool = True,
+               cross: bool = False) -> tuple[Section, ...]:
+    """The layers of a stack of so many: those before the first period, its
+    repetitions, and those after the last. Each section has layers."""
+    first, last = kinds.split(self.prefix), kinds.split(self.suffix)
+    period = kinds.split(self.pattern) or ('',)
+    repeated = (num_layers - len(first) - len(last)) // len(period)
+    return tuple(Section(name, self._layer_kinds(own, causal, cross, before), n)
+                 for name, own, before, n in (
+                     ('prefix', first, (), 1),
+                     ('layers', period, first, repeated),
+                     ('suffix', last, (), 1)) if own)
 
   def layer_kinds(self, num_layers: int, *, causal: bool = True,
                   cross: bool = False) -> tuple[LayerKind, ...]:
     """The kind of each layer of a stack of so many."""
-    first = self.layer_prefix(causal=causal, cross=cross)
-    period = self.layer_pattern(causal=causal, cross=cross)
-    return first + tuple(period[n % len(period)]
-                         for n in range(num_layers - len(first)))
+    return sum((section.kinds * section.periods for section in self.sections(
+        num_layers, causal=causal, cross=cross)), ())
 
   def _layer_kinds(self, names: tuple[str, ...], causal: bool, cross: bool,
-                   before: tuple[str, ...] = ()) -> tuple[LayerKind, ...]:
+                   before: tuple[str, ...]) -> tuple[LayerKind, ...]:
     configs = [self.of_kind(name) for name in (*before, *names)]
     return tuple(LayerKind(c.attention, c.ffn, causal, cross, name,
                            _source(configs, i, len(before)))

@@ -52,8 +52,7 @@ class Encoder(nn.Module):
     x_BLD, table_DV = Embed(c, name='embed')(
         tokens_BL, positions_BL, type_ids_BL=type_ids_BL,
         deterministic=deterministic)
-    x_BLD, _, aux = Stack(c, c.layer_pattern(causal=False), c.num_layers,
-                          c.layer_prefix(causal=False),
+    x_BLD, _, aux = Stack(c, c.sections(c.num_layers, causal=False),
                           name='encoder')(x_BLD, ctx)
     if c.head == 'lm':
       return self._pretraining(x_BLD, table_DV, aux)

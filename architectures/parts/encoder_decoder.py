@@ -33,10 +33,8 @@ class EncoderDecoder(nn.Module):
   def setup(self):
     c = self.config
     self.embed = Embed(c)
-    self.encoder = Stack(c, c.layer_pattern(causal=False), c.num_layers,
-                         c.layer_prefix(causal=False))
-    self.decoder = Stack(c, c.layer_pattern(cross=True), c.num_decoder_layers,
-                         c.layer_prefix(cross=True))
+    self.encoder = Stack(c, c.sections(c.num_layers, causal=False))
+    self.decoder = Stack(c, c.sections(c.num_decoder_layers, cross=True))
     self.head = Unembed(c)
 
   def __call__(self, tokens_BM: Optional[jax.Array],

@@ -166,8 +166,7 @@ def by_block(c: ModelConfig, theirs: str,
   """
   return sum((under(f'decoder/{section}/block_{i}', theirs,
                     *rows(c.of_kind(kind.name)))
-              for section, kinds in (('prefix', c.layer_prefix()),
-                                     ('layers', c.layer_pattern()))
+              for section, kinds, _ in c.sections(c.num_layers)
               for i, kind in enumerate(kinds)), ())
 
 

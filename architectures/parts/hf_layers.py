@@ -38,27 +38,33 @@ def read(types: Sequence[str], layers: int, window: int,
   if len(set(types)) == 1:
     local = types[0] == WINDOW
     return dict(attention='banded' if local else 'global', prefix='',
-                pattern='', kinds={}, sliding_window=window if local else 0,
+                pattern='', suffix='', kinds={},
+                sliding_window=window if local else 0,
                 **own.get(types[0], {}))
-  first, period = shortest(types)
-  name = lambda some: ','.join(NAMES[t] for t in some)
   return dict(
-      attention='global', sliding_window=0, prefix=name(types[:first]),
-      pattern=name(types[first:first + period]),
+      shortest([NAMES[t] for t in types]), attention='global', sliding_window=0,
       kinds={NAMES[t]: dict(window=window if t == WINDOW else 0,
                             **own.get(t, {})) for t in NAMES})
 
 
-def shortest(types: Sequence[str]) -> tuple[int, int]:
-  """Returns after how many layers the rest repeats, and the period, which are
-  the fewest together."""
-  return min(
-      ((first, period) for first in range(len(types))
-       for period in range(1, len(types) - first + 1)
-       if (len(types) - first) % period == 0 and all(
-           types[n] == types[n - period]
-           for n in range(first + period, len(types)))),
-      key=lambda two: (sum(two), two))
+def shortest(names: Sequence[str]) -> dict[str, str]:
+  """Returns model.prefix, model.pattern and model.suffix that give the kinds of
+  these layers in this order and name the fewest together, the suffix kinds of
+  the pattern alone. Of those that name as many, it is the one with the
+  shortest suffix and then the shortest prefix."""
+  found = []
+  for first in range(len(names)):
+    for period in range(1, len(names) - first + 1):
+      end = first + period
+      while names[end:end + period] == names[first:first + period]:
+        end += period
+      if set(names[end:]) <= set(names[first:first + period]):
+        last = len(names) - end
+        found.append((first + period + last, last, first, period))
+  _, last, first, period = min(found)
+  return {field: ','.join(some) for field, some in (
+      ('prefix', names[:first]), ('pattern', names[first:first + period]),
+      ('suffix', names[len(names) - last:]))}
 
 
 def write(c: ModelConfig) -> dict[str, Any]:
@@ -79,7 +85,7 @@ def type_of(c: ModelConfig) -> str:
 
 
 def read_mixers(reader: hf.Reader, layers: int, mixer: str) -> dict[str, Any]:
-  """Returns prefix, pattern and kinds of a model in which some layers are a
+  """Returns the order and the kinds of layer of a model in which some are a
   recurrence, and some may have a dense network in place of experts.
 
   Args:
@@ -118,7 +124,7 @@ def each(reader: hf.Reader, field: str, layers: int, words: Collection[str]
 
 def mixed(types: Sequence[str], dense: Sequence[bool], mixer: str
           ) -> dict[str, Any]:
-  """Returns prefix, pattern and kinds of a model.
+  """Returns the order and the kinds of layer of a model.
 
   Args:
     types: the type of each layer, a key of MIXERS.
@@ -130,9 +136,7 @@ def mixed(types: Sequence[str], dense: Sequence[bool], mixer: str
     names.append(MIXERS[word] + '_dense' * plain)
     kinds[names[-1]] = (dict(mixer=mixer) if word == LINEAR else {}) | (
         dict(ffn=layer_kinds.DENSE) if plain else {})
-  first, period = shortest(names)
-  return dict(prefix=','.join(names[:first]),
-              pattern=','.join(names[first:first + period]), kinds=kinds)
+  return dict(shortest(names), kinds=kinds)
 
 
 def write_mixers(c: ModelConfig) -> dict[str, Any]:

@@ -202,7 +202,7 @@ def places(rows: Sequence[Row], shapes: Mapping[str, tuple[int, ...]]
   for row in rows:
     ours, _, theirs, _ = row
     folder, _, names = ours.rpartition('/')
-    layers = re.search(r'/(?:prefix|layers)/block_\d+/|/layers/', ours)
+    layers = re.search(r'/(?:prefix|layers|suffix)/block_\d+/|/layers/', ours)
     where = layers[0] if layers else ''
     for place, first, period in _blocks(
         ours.partition(where)[0], shapes) if where else (('', 0, 0),):
@@ -223,10 +223,10 @@ def places(rows: Sequence[Row], shapes: Mapping[str, tuple[int, ...]]
 
 def _blocks(stack: str, shapes: Mapping[str, tuple[int, ...]]):
   """Yields where each block stands, its first layer, the step to the next."""
-  blocks = {section: len({path.split('/')[2] for path in shapes
-                          if path.startswith(f'{stack}/{section}/')})
-            for section in ('prefix', 'layers')}
-  for n in range(blocks['prefix']):
-    yield f'prefix/block_{n}', n, 1
-  for n in range(blocks['layers']):
-    yield f'layers/block_{n}', blocks['prefix'] + n, blocks['layers']
+  before = 0
+  for section in ('prefix', 'layers', 'suffix'):
+    periods = {path.split('/')[2]: shape[0] for path, shape in shapes.items()
+               if path.startswith(f'{stack}/{section}/')}
+    for n in range(len(periods)):
+      yield f'{section}/block_{n}', before + n, len(periods)
+    before += sum(periods.values())

@@ -26,26 +26,31 @@ def check_kinds(c: ModelConfig) -> None:
   """Raises RequestError for a pattern that names what is not there, kinds that
   it does not name, and layers that it does not divide."""
   there = ', '.join(c.kinds) or 'none'
-  for field in ('pattern', 'prefix'):
+  for field in ('pattern', 'prefix', 'suffix'):
     for name in kinds.split(getattr(c, field)):
       require(name in c.kinds, f'model.{field} names the kind of layer '
               f'{name!r}, which model.kinds does not have: there are {there}')
   unused = [name for name in c.kinds if name not in c.kinds_used]
   require(not unused, f'model.kinds has {", ".join(unused)}, which no layer '
-          f'is: model.pattern is {c.pattern!r} and model.prefix {c.prefix!r}')
-  first, period = len(c.layer_prefix()), len(c.layer_pattern())
+          f'is: model.pattern is {c.pattern!r}, model.prefix {c.prefix!r} and '
+          f'model.suffix {c.suffix!r}')
+  apart = {field: len(kinds.split(getattr(c, field)))
+           for field in ('prefix', 'suffix')}
+  period = len(c.layer_pattern())
   for field in ('num_layers', 'num_decoder_layers'):
     layers = getattr(c, field)
-    require(layers > first and (layers - first) % period == 0,
-            f'model.{field} is {layers}'
-            + (f', {first} of them of model.prefix {c.prefix!r}' if first else
-               '') + f': the rest must be a multiple of the {period} layers of '
+    rest = layers - sum(apart.values())
+    require(rest > 0 and rest % period == 0, f'model.{field} is {layers}'
+            + ''.join(f', {n} of them of model.{name} {getattr(c, name)!r}'
+                      for name, n in apart.items() if n)
+            + f': the rest must be a multiple of the {period} layers of '
             f'model.pattern {c.pattern!r}')
   for name in c.kinds_used:
     if name:
       _check_position(c, name)
-  _check_sharing(c, c.layer_prefix(), c.layer_prefix())
-  _check_sharing(c, c.layer_pattern(), c.layer_prefix())
+  sections = c.sections(c.num_layers)
+  for section in sections:
+    _check_sharing(c, section.kinds, sections[0].kinds)
 
 
 def _check_sharing(c: ModelConfig, layers: tuple[LayerKind, ...],
@@ -61,9 +66,10 @@ def _check_sharing(c: ModelConfig, layers: tuple[LayerKind, ...],
     require(own.mixer == 'attention', f'{who} is True, which mixer '
             f'{own.mixer!r} does not read: it is for layers of attention')
     require(kind.source is not None, f'{who} is True, but no layer before it, '
-            'in its period of model.pattern or in model.prefix, is one of '
-            "attention that sees as many keys and has keys and values of its "
-            'own: put one there, by a kind of layer with kv_sharing=False')
+            'in its period of model.pattern or in model.prefix, or in '
+            'model.suffix if it is there, is one of attention that sees as '
+            'many keys and has keys and values of its own: put one there, by a '
+            'kind of layer with kv_sharing=False')
     source = kind.source if kind.source is not None else 0
     lender = c.of_kind((layers if source >= 0 else prefix)[source].name)
     for field in ('num_kv_heads', 'head_dim', 'position', 'rope'):

@@ -5,9 +5,11 @@ period of the pattern, so compile time does not grow with depth; parameters of
 layer n stand in row n // period of `layers/block_{n % period}`, whether or
 not `scan_layers` unrolls the scan. The layers of model.prefix come before the
 first period: they are one of their own, `prefix/block_{n}` with one row, and
-layer n of the others stands where n - len(prefix) would.
+layer n of the others stands where n - len(prefix) would. Likewise those of
+model.suffix come after the last period.
 """
 
+import itertools
 import operator
 from typing import Any, Optional
 
@@ -29,7 +31,7 @@ from architectures.parts import values
 from architectures.parts.attention import Context
 from architectures.parts.blocks import BLOCKS, branches, residual
 from architectures.parts.cache import apart, Cache, joined, turned
-from architectures.parts.config import LayerKind, ModelConfig
+from architectures.parts.config import LayerKind, ModelConfig, Section
 from architectures.parts.dropout import Dropout
 from architectures.parts.norms import norm
 from architectures.parts.period import Period, Scanned
@@ -105,9 +107,7 @@ class Stack(nn.Module):
   function `one_by_one` returns.
   """
   config: ModelConfig
-  pattern: tuple[LayerKind, ...]
-  num_layers: int
-  prefix: tuple[LayerKind, ...] = ()
+  sections: tuple[Section, ...]
 
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Any = None):
@@ -117,21 +117,21 @@ class Stack(nn.Module):
     stack_bias = positions.of(c).stack_bias
     if stack_bias:
       ctx = ctx.replace(bias_BHLM=stack_bias(
-          c, self.pattern[0].causal, name=f'{c.position}_bias')(
+          c, self.sections[0].kinds[0].causal, name=f'{c.position}_bias')(
               ctx.positions_BL, k_positions_BM))
     run = self._one_by_one if ctx.one_by_one else self._scan
     given_BLD, with_cache = x_BLD, cache is not None
     first = (values.start(mixers.readers(c, 'value_residual')[0], x_BLD)
              if c.value_residual else None)
-    kinds = self.prefix + self.pattern * (
-        (self.num_layers - len(self.prefix)) // len(self.pattern))
+    kinds = sum((section.kinds * section.periods for section in self.sections),
+                ())
     x = streams.begin(c, x_BLD, branches(c, kinds))
-    (x, _), sections = run((x, first), cache, ctx)
+    (x, _), found = run((x, first), cache, ctx)
     final, end = lambda x: x, streams.End(c, name='final_streams')
     if BLOCKS[c.block].FINAL_NORM:
       final = norm(c, 'final_norm')
     x_BLD = final(end(x))
-    caches, auxes, kept, _ = zip(*sections)
+    caches, auxes, kept, _ = zip(*found)
     aux = layer_reports.gather_aux(auxes)
     if ctx.keep_layers:
       layers_NBLD = jnp.concatenate([given_BLD[None], *(
@@ -146,14 +146,9 @@ class Stack(nn.Module):
     return x_BLD, ([*caches] if ctx.one_by_one else sum(caches, ())), aux
 
   def _scan(self, carry: tuple, cache: Any, ctx: Context):
-    c, first = self.config, len(self.prefix)
-    sections = [('prefix', self.prefix, slice(0, first))] if first else []
-    sections.append(('layers', self.pattern, slice(first, None)))
-    found = []
-    for name, pattern, entries in sections:
+    c, entries, found = self.config, iter(cache or ()), []
+    for name, kinds, periods in self.sections:
       slots, rest, at_N = None, None, None
-      periods = (1 if name == 'prefix' else
-                 (self.num_layers - first) // len(pattern))
       scan = nn.scan(
           Scanned, variable_axes={'params': 0},
           split_rngs={'params': True, 'dropout': True, 'router': True},
@@ -161,10 +156,10 @@ class Stack(nn.Module):
           unroll=1 if c.scan_layers else periods,
           metadata_params={nn.PARTITION_NAME: 'layers'})
       if cache is not None:
-        slots, rest = apart(cache[entries])
+        slots, rest = apart(tuple(itertools.islice(entries, len(kinds))))
         at_N = jnp.arange(periods)
       (carry, slots), (new, *out) = scan(
-          c, pattern, self._lends(name), c.scan_layers and periods > 1,
+          c, kinds, self._lends(name), c.scan_layers and periods > 1,
           name=name)((carry, slots), (at_N, rest), ctx)
       ctx = ctx.replace(lent=jax.tree.map(lambda x: x[0], out[-1]))
       found.append((new if slots is None else joined(slots, new), *out))
@@ -174,19 +169,20 @@ class Stack(nn.Module):
     """Returns which layers of the prefix lend their keys to those after it."""
     if section != 'prefix':
       return ()
-    return tuple(sorted({kind.source for kind in self.pattern
+    return tuple(sorted({kind.source for own in self.sections
+                         for kind in own.kinds
                          if kind.source is not None and kind.source < 0}))
 
   def _one_by_one(self, carry: tuple, cache: Any, ctx: Context):
     found = []
-    places = [('prefix', '0', self.prefix)] if self.prefix else []
-    places += [('layers', str(i), self.pattern)
-               for i in range(len(cache) - len(places))]
-    for (section, i, pattern), entry in zip(places, cache, strict=True):
-      period = Period(self.config, pattern, self._lends(section), parent=None)
-      params = self.get_variable('params', section)[i]
+    places = [(section, str(i)) for section in self.sections
+              for i in range(section.periods)]
+    for (section, i), entry in zip(places, cache, strict=True):
+      period = Period(self.config, section.kinds, self._lends(section.name),
+                      parent=None)
+      params = self.get_variable('params', section.name)[i]
       carry, out = period.apply({'params': params}, carry, entry, ctx)
-      if section == 'prefix':
+      if section.name == 'prefix':
         ctx = ctx.replace(lent=out[-1])
       found.append((out[0], *jax.tree.map(lambda x: x[None], out[1:])))
     return carry, found
@@ -218,7 +214,7 @@ class Ahead(nn.Module):
   @nn.compact
   def __call__(self, x_BLD: jax.Array, embedded_BLD: jax.Array, ctx: Context):
     c = self.config
-    kind = c.layer_pattern()[-1]
+    kind = c.layer_kinds(c.num_layers)[-1]
     ctx = ctx.replace(length=ctx.positions_BL.shape[1])
     found, auxes = [], []
     for depth in range(1, c.mtp_depth + 1):
@@ -288,9 +284,8 @@ class Decoder(nn.Module):
                   one_by_one=one_by_one)
     embedded_BLD, table_DV = Embed(c, name='embed')(
         tokens_BL, positions_BL, deterministic=deterministic)
-    x_BLD, cache, aux = Stack(c, c.layer_pattern(), c.num_layers,
-                              c.layer_prefix(), name='decoder')(
-                                  embedded_BLD, ctx, cache)
+    x_BLD, cache, aux = Stack(c, c.sections(c.num_layers), name='decoder')(
+        embedded_BLD, ctx, cache)
     if c.head == 'lm':
       head, extra = heads.Unembed(c, name='head')(table_DV), {}
       if c.mtp_depth and cache is None and not (keep_layers or keep_attention):
@@ -308,20 +303,20 @@ class Decoder(nn.Module):
 
 
 def init_cache(config: ModelConfig, batch: int, length: int):
-  """An empty cache for `length` tokens a row: one entry a layer of the prefix,
-  [1, B, M, J, K], and a block of the period, [N / period, B, M, J, K].
+  """An empty cache for `length` tokens a row: one entry a layer of the prefix
+  or the suffix, [1, B, M, J, K], and a block of the period, [N / period, B, M,
+  J, K], in their order.
 
   Raises:
     ValueError: where learned positions do not reach `length`.
   """
   positions.check_length(config, length)
-  first, period = config.layer_prefix(), config.layer_pattern()
-  periods = (config.num_decoder_layers - len(first)) // len(period)
   def empty(kind: LayerKind, rows: int) -> Cache:
     c = config.of_kind(kind.name)
     return mixers.of(c).cache(c, (rows, batch, length))
-  return (*(empty(kind, 1) for kind in first),
-          *(empty(kind, periods) for kind in period))
+  return tuple(empty(kind, section.periods)
+               for section in config.sections(config.num_decoder_layers)
+               for kind in section.kinds)
 
 
 def any_cache(cache: Any) -> Optional[Cache]:
@@ -336,18 +331,18 @@ def any_cache(cache: Any) -> Optional[Cache]:
 def one_by_one(params: Any, cache: Any) -> tuple[Any, list]:
   """Returns what a loop over single tokens takes instead of both arguments,
   with `one_by_one=True` in each call of the model: the decoder's layers apart,
-  and a list of their slots, of the prefix and of each period.
+  and a list of their slots, of the prefix, each period and the suffix.
 
   On CPU these are copies of the layers' weights, made once: XLA would make
   them at every turn of the loop. Elsewhere it reads them where they lie.
   """
-  decoder, slots = params['decoder'], []
-  first = len(decoder.get('prefix', ()))
+  decoder, slots, entries = params['decoder'], [], iter(cache)
   apart = {}
-  for name, entries in (('prefix', cache[:first]), ('layers', cache[first:])):
-    if not entries:
+  for name in ('prefix', 'layers', 'suffix'):
+    if name not in decoder:
       continue
-    stacked = decoder[name], entries
+    stacked = decoder[name], tuple(itertools.islice(entries,
+                                                    len(decoder[name])))
     layers, own = zip(*(jax.tree.map(operator.itemgetter(i), stacked)
                         for i in range(jax.tree.leaves(stacked)[0].shape[0])))
     apart[name] = jax.lax.platform_dependent(

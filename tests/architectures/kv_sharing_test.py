@@ -23,19 +23,21 @@ SHARED = {
                    kinds=dict(own={}, reads=READS)),
     'prefix': dict(num_layers=5, prefix='own,reads,own', pattern='reads',
                    kinds=dict(own={}, reads=READS)),
+    'suffix': dict(num_layers=5, prefix='own', pattern='own,reads',
+                   suffix='own,reads', kinds=dict(own={}, reads=READS)),
 }
 # Whose keys layer n reads.
-SOURCES = {'period': (0, 0, 2, 2), 'prefix': (0, 0, 2, 2, 2)}
+SOURCES = {'period': (0, 0, 2, 2), 'prefix': (0, 0, 2, 2, 2),
+           'suffix': (0, 1, 1, 3, 3)}
 
 
 def layers_of(params, c):
   """Yields the parameters of each layer in order."""
-  first, period = len(c.layer_prefix()), len(c.layer_pattern())
-  for n in range(c.num_layers):
-    section, n = ('prefix', n) if n < first else ('layers', n - first)
-    block, row = (n, 0) if section == 'prefix' else (n % period, n // period)
-    yield jax.tree.map(lambda a, row=row: a[row],
-                       params['decoder'][section][f'block_{block}'])
+  for name, kinds, periods in c.sections(c.num_layers):
+    for row in range(periods):
+      for block in range(len(kinds)):
+        yield jax.tree.map(lambda a, row=row: a[row],
+                           params['decoder'][name][f'block_{block}'])
 
 
 def turned(x_BLHK, theta):
@@ -97,13 +99,14 @@ def test_layers_read_the_keys_of_one_before_them(how):
 def test_a_layer_reads_from_the_nearest_that_sees_as_much():
   far, near = dict(window=0), dict(window=4)
   c = architectures.resolve(models.config(
-      'llama', num_layers=9, prefix='far,near',
+      'llama', num_layers=12, prefix='far,near',
       pattern='far,near_reads,far_reads,far,far_reads,near,near_reads',
+      suffix='near,far,near_reads',
       kinds=dict(far=far, near=near, far_reads=far | READS,
                  near_reads=near | READS)))
-  sources = lambda kinds: tuple(kind.source for kind in kinds)
-  assert sources(c.layer_prefix()) == (None, None)
-  assert sources(c.layer_pattern()) == (None, -1, 0, None, 3, None, 5)
+  assert [tuple(kind.source for kind in section.kinds)
+          for section in c.sections(12)] == [
+              (None, None), (None, -1, 0, None, 3, None, 5), (None, None, 0)]
 
 
 def test_the_cache_holds_shared_keys_once():

@@ -22,8 +22,8 @@ from training.workdir import run_config
 
 KINDS = dict(local=dict(window=3, rope=dict(theta=100.0)),
              far=dict(position='none', num_kv_heads=2, d_ff=24))
-MIXED = dict(position='rope', num_layers=5, prefix='far',
-             pattern='local,far', kinds=KINDS)
+MIXED = dict(position='rope', num_layers=7, prefix='far',
+             pattern='local,far', suffix='far,local', kinds=KINDS)
 
 
 @functools.cache
@@ -85,9 +85,10 @@ def test_each_layer_is_that_of_its_kind():
   decoder = params['decoder']
   own = [row_of(decoder['prefix'], 0, 0)] + [
       row_of(decoder['layers'], block, row)
-      for row in range(2) for block in range(2)]
-  names = ('far', 'local', 'far', 'local', 'far')
-  assert tuple(k.name for k in c.layer_kinds(5)) == names
+      for row in range(2) for block in range(2)] + [
+          row_of(decoder['suffix'], block, 0) for block in range(2)]
+  names = ('far', 'local', 'far', 'local', 'far', 'far', 'local')
+  assert tuple(k.name for k in c.layer_kinds(7)) == names
   ctx = attention.Context(jnp.arange(tokens.shape[1])[None])
   for n, (name, layer) in enumerate(zip(names, own)):
     plain = skeletons.Period(c.of_kind(name), c.of_kind(name).layer_pattern())
@@ -158,7 +159,8 @@ def test_decoding_with_a_cache_is_the_forward_pass(apart):
   wanted = logits(module, params, tokens)
   cache = architectures.init_cache(module.config, 2, 16)
   assert [x.key_BMJK.shape for x in cache] == [
-      (1, 2, 16, 2, 8), (2, 2, 16, 4, 8), (2, 2, 16, 2, 8)]
+      (1, 2, 16, 2, 8), (2, 2, 16, 4, 8), (2, 2, 16, 2, 8), (1, 2, 16, 2, 8),
+      (1, 2, 16, 4, 8)]
   out = module.apply({'params': params}, tokens[:, :9], cache=cache)
   got, cache, ours = [out.logits], out.cache, params
   if apart:
@@ -205,6 +207,12 @@ def test_packed_documents_are_those_apart():
     (dict(prefix='a', pattern='a,b', kinds=dict(a={}, b={})),
      "num_layers is 4, 1 of them of model.prefix 'a': the rest must be a mult"),
     (dict(prefix='a,a,a,a', kinds=dict(a={})), 'num_layers is 4, 4 of them'),
+    (dict(prefix='a', suffix='b', pattern='a,a,b', kinds=dict(a={}, b={})),
+     "4, 1 of them of model.prefix 'a', 1 of them of model.suffix 'b': the"),
+    (dict(suffix='b', kinds=dict(a={})), 'model.suffix names the kind .* .b.'),
+    (dict(suffix='a', kinds=dict(a={}, b={})), "b, .* model.suffix 'a'"),
+    (dict(pattern='a', suffix='b', kinds=dict(a={}, b=dict(kv_sharing=True))),
+     'kinds.b.kv_sharing is True, but no layer before it, .* in model.suffix'),
     (dict(pattern='a', kinds=dict(a=dict(position='learned'))),
      "no encoding of one layer: .* choose from rope, alibi, none"),
     (dict(pattern='a', position='relative', kinds=dict(a=dict(num_heads=2))),
@@ -265,7 +273,7 @@ def test_what_earlier_versions_said_is_the_same_model(old, new):
 def test_a_run_of_an_earlier_version_is_that_of_the_config_of_now(now, old):
   tree = run_config.to_json(now)
   model = {name: value for name, value in tree['model'].items()
-           if name not in ('pattern', 'prefix', 'kinds')}
+           if name not in ('pattern', 'prefix', 'suffix', 'kinds')}
   moe = model['moe'] | old.get('moe', dict(every=1))
   tree['model'] = model | old | dict(moe=moe)
   assert run_config.compare(run_config.from_json(tree), now) == []
@@ -276,27 +284,30 @@ def test_every_layer_has_one_place_and_one_name():
   flat = paths.flatten(params)
   stacks = paths.Stacks(flat)
   queries = [path for path in flat if path.endswith('attention/query')]
-  assert stacks.counts == {'decoder': 5}
+  assert stacks.counts == {'decoder': 7}
   assert {path: list(stacks.layers(path)) for path in queries} == {
       'decoder/prefix/block_0/attention/query': [0],
       'decoder/layers/block_0/attention/query': [1, 3],
-      'decoder/layers/block_1/attention/query': [2, 4]}
-  assert [stacks.place(queries[0], n) for n in range(5)] == [
+      'decoder/layers/block_1/attention/query': [2, 4],
+      'decoder/suffix/block_0/attention/query': [5],
+      'decoder/suffix/block_1/attention/query': [6]}
+  assert [stacks.place(queries[0], n) for n in range(7)] == [
       ('decoder/prefix/block_0/attention/query', 0),
       *((f'decoder/layers/block_{b}/attention/query', row)
-        for row in range(2) for b in range(2))]
+        for row in range(2) for b in range(2)),
+      *((f'decoder/suffix/block_{b}/attention/query', 0) for b in range(2))]
   row = 'decoder/layers/attention/query', 'DHK', 'h.{n}.q', 'HK D'
   found = hf_tensors.expand([row], {path: flat[path].shape for path in queries})
   assert {t.name: (t.paths[0], *t.index) for t in found} == {
-      f'h.{n}.q': stacks.place(queries[0], n) for n in range(5)}
+      f'h.{n}.q': stacks.place(queries[0], n) for n in range(7)}
 
 
 def test_a_token_takes_the_cache_of_the_heads_of_each_kind():
   c = architectures.resolve(models.config('gpt', **MIXED))
-  assert totals._cache_bytes(c) == 4 * 2 * 8 * (2 * 4 + 3 * 2)
+  assert totals._cache_bytes(c) == 4 * 2 * 8 * (3 * 4 + 4 * 2)
   assert [(row['kind'], row['layers'], row['kv_cache_bytes_per_token'])
           for row in totals.kinds_of_layer(c)] == [
-              ('far', 3, 4 * 2 * 8 * 2), ('local', 2, 4 * 2 * 8 * 4)]
+              ('far', 4, 4 * 2 * 8 * 2), ('local', 3, 4 * 2 * 8 * 4)]
 
 
 @pytest.mark.slow
@@ -304,8 +315,8 @@ def test_a_token_takes_the_cache_of_the_heads_of_each_kind():
 def test_sharded_equals_a_single_device():
   """With a prefix without experts, and kinds of different heads and widths."""
   fields = dict(
-      position='rope', ffn='moe', num_layers=5, prefix='first',
-      pattern='local,far', moe=dict(num_experts=4, d_ff=16), kinds=dict(
+      position='rope', ffn='moe', num_layers=6, prefix='first',
+      pattern='local,far', suffix='local', moe=dict(num_experts=4, d_ff=16), kinds=dict(
           first=dict(ffn='dense', d_ff=24), local=dict(window=3),
           far=dict(position='none', num_kv_heads=2)))
   c = step_test.config(**{f'model__{k}': v for k, v in fields.items()})
@@ -314,4 +325,4 @@ def test_sharded_equals_a_single_device():
   _, other, found = step_test.train(c)
   models.close(state.params, other.params, rtol=1e-4)
   models.close([m['loss'] for m in seen], [m['loss'] for m in found])
-  assert seen[0]['health/load_E'].shape == (4, 4)
+  assert seen[0]['health/load_E'].shape == (5, 4)

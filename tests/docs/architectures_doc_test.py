@@ -71,6 +71,7 @@ def kinds(name) -> str:
 COLUMNS = {
     'prefix': lambda n: model(n).prefix or '—',
     'pattern': lambda n: model(n).pattern or '—',
+    'suffix': lambda n: model(n).suffix or '—',
     'kinds': kinds,
     'layers': lambda n: str(model(n).num_layers),
     'width': lambda n: f'{model(n).d_model:,}',

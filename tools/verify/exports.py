@@ -55,6 +55,8 @@ CHANGES = (
                                    b=dict(position='none'))),
     dict(prefix='a', pattern='b', kinds=dict(a=dict(window=0),
                                              b=dict(window=5))),
+    dict(pattern='a', suffix='b', kinds=dict(a=dict(window=0),
+                                             b=dict(window=5))),
     dict(attention_softcap=2.0), dict(attention_scale=0.3),
     dict(embed_scale=2.0), dict(logits_scale=0.5), dict(logits_softcap=2.0),
     dict(parametrization='mup', mup_base_width=16),

@@ -73,7 +73,7 @@ CLASSES: tuple[tuple[str, str | Callable, str], ...] = (
      r'|qk_norm(_over)?|attention_(sinks|gate|(out_)?bias)|ffn_bias'
      r'|value_(residual|embedding)|kv_sharing'
      r'|tie_embeddings|logits_bias|head|lora\.(rank|targets)|pattern|prefix'
-     r'|deltanet\.decay|mamba2\.conv_bias|kinds(\..*)?'
+     r'|suffix|deltanet\.decay|mamba2\.conv_bias|kinds(\..*)?'
      r'|moe\.(router|ffn|shared_(experts|gate)))', INCOMPATIBLE,
      'other parameters'),
     (r'model\.(d_model|num_layers|num_decoder_layers|num_heads|num_kv_heads'

@@ -1,4 +1,4 @@
-"""layer_types of a config.json: the shortest prefix and period of layers."""
+"""layer_types of a config.json: which layers repeat, and which do not."""
 
 import itertools
 
@@ -6,19 +6,36 @@ import pytest
 
 import architectures
 from architectures.parts import hf_layers
+from configs import kimi_linear
+from configs import kinds
 from configs.errors import RequestError
 from tests.helpers import models
 
 W, G = hf_layers.WINDOW, hf_layers.WHOLE
 
 
-@pytest.mark.parametrize('layers, every, first, period', [
-    (26, 6, 2, 6),  # Gemma 3 1B: two layers more than four periods
-    (34, 6, 4, 6), (48, 6, 0, 6), (62, 6, 2, 6), (26, 2, 0, 2), (4, 6, 0, 1),
-    (7, 6, 0, 7)])
-def test_layers_of_gemma(layers, every, first, period):
-  types = [W if (n + 1) % every else G for n in range(layers)]
-  assert hf_layers.shortest(types) == (first, period)
+@pytest.mark.parametrize('layers, every, first, period, last', [
+    (26, 6, 2, 6, 0),  # Gemma 3 1B: two layers more than four periods
+    (34, 6, 4, 6, 0), (48, 6, 0, 6, 0), (62, 6, 2, 6, 0), (26, 2, 0, 2, 0),
+    (4, 6, 0, 1, 0), (7, 6, 0, 7, 0)])
+def test_layers_of_gemma(layers, every, first, period, last):
+  names = ['local' if (n + 1) % every else 'global' for n in range(layers)]
+  found = hf_layers.shortest(names)
+  assert [len(kinds.split(found[field])) for field in (
+      'prefix', 'pattern', 'suffix')] == [first, period, last]
+  c = architectures.resolve(_with(dict(
+      found, kinds={name: {} for name in names}), layers))
+  assert [kind.name for kind in c.layer_kinds(layers)] == names
+
+
+def test_the_last_layers_may_be_other_ones_of_the_pattern():
+  size = kimi_linear.get_config('48b-a3b').model
+  kinds_of = [kind.name for kind in architectures.resolve(size).layer_kinds(27)]
+  assert [n for n, name in enumerate(kinds_of, 1) if name == 'full'] == [
+      4, 8, 12, 16, 20, 24, 27]
+  assert [n for n, name in enumerate(kinds_of, 1) if 'dense' in name] == [1]
+  assert hf_layers.shortest(kinds_of) == {
+      field: size[field] for field in ('prefix', 'pattern', 'suffix')}
 
 
 def test_any_layers_are_written_as_they_were_read():
@@ -29,8 +46,8 @@ def test_any_layers_are_written_as_they_were_read():
     assert written.get('sliding_window') == (7 if W in types else None)
 
 
-def _with(fields):
-  model = models.config('llama', num_layers=5)
+def _with(fields, layers=5):
+  model = models.config('llama', num_layers=layers)
   model.update({name: value for name, value in fields.items()
                 if name != 'kinds'})
   model.kinds = fields['kinds']
