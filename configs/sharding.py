@@ -9,17 +9,20 @@ taken a mesh axis of the first.
 
 MESH_AXES = ('data', 'fsdp', 'expert', 'context', 'tensor')
 
-# 'tokens' are batch and length in one axis, 'joined' heads and their features,
-# 'rows' the tokens of a table whose columns are heads, 'groups' heads of keys
-# whose number does not grow with the width.
-LOGICAL_AXES = ('batch', 'length', 'tokens', 'embed', 'heads', 'kv_heads',
-                'head', 'mlp', 'vocab', 'experts', 'layers', 'capacity',
-                'latent', 'joined', 'rows', 'groups')
+# 'stream' is the length of what goes from layer to layer, and 'length' that of
+# what a layer computes of it. 'tokens' are batch and length in one axis,
+# 'joined' heads and their features, 'rows' the tokens of a table whose columns
+# are heads, 'groups' heads of keys whose number does not grow with the width.
+LOGICAL_AXES = ('batch', 'length', 'stream', 'tokens', 'embed', 'heads',
+                'kv_heads', 'head', 'mlp', 'vocab', 'experts', 'layers',
+                'capacity', 'latent', 'joined', 'rows', 'groups')
 
 RULES = {
     # Weights are sharded over fsdp (ZeRO-3), and those other than the experts'
     # over expert too; heads and mlp over tensor (Megatron), experts over
-    # expert, a sequence over context, and the batch over all that is left.
+    # expert, a sequence over context, and the batch over all that is left. What
+    # goes from layer to layer, and its norms, lie over tensor too (sequence
+    # parallelism: Korthikanti et al. 2022, arXiv 2205.05198).
     'default': (
         ('batch', ('data', 'fsdp', 'expert')),
         ('experts', ('expert',)),
@@ -34,6 +37,7 @@ RULES = {
         ('latent', ('fsdp', 'expert')),
         ('rows', ('fsdp',)),
         ('length', ('context',)),
+        ('stream', ('context', 'tensor')),
         ('tokens', ('data', 'fsdp', 'expert', 'context')),
         ('head', ()),
         ('capacity', ()),
@@ -53,6 +57,7 @@ RULES = {
         ('latent', ()),
         ('rows', ()),
         ('length', ('context',)),
+        ('stream', ('context', 'tensor')),
         ('tokens', ('data', 'fsdp', 'expert', 'context')),
         ('head', ()),
         ('capacity', ()),

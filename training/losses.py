@@ -159,6 +159,10 @@ def _loss_sum_fwd(settings: _Settings, *args):
   d_head = head.replace(
       kernel_DV=_whole(d_kernel, head.kernel_DV, 'embed', 'vocab'),
       bias_V=_whole(d_bias, head.bias_V, 'vocab'))
+  if sharding.devices() > 1:
+    # The head's gradient is scattered before the layers' are computed: whole,
+    # and in float32, it would lie there until the end.
+    d_hidden, d_head = jax.lax.optimization_barrier((d_hidden, d_head))
   gradients = d_hidden, d_head, None, tokens.loss if ask_weights else None
   return ((weights_BL * tokens.loss).sum(), tokens), gradients
 

@@ -79,7 +79,7 @@ def residual(x: streams.X) -> streams.X:
   """Pins the residual stream, so that XLA never reshards it in between."""
   if isinstance(x, streams.Streams):
     return x.replace(x_BLUD=streams.pin(x.x_BLUD))
-  return sharding.constrain(x, 'batch', 'length', 'embed')
+  return sharding.constrain_stream(x, 'embed')
 
 
 class PreNorm(Block):

@@ -19,6 +19,7 @@ import math
 from typing import NamedTuple, Optional
 
 import jax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec
 import jax.numpy as jnp
 import numpy as np
@@ -84,7 +85,11 @@ def _along_fwd(w: jax.Array, axis: int, names: tuple[str, ...]):
 
 
 def _along_bwd(axis: int, names: tuple[str, ...], _: None, d: jax.Array):
-  return (scatter(d, axis, names),)
+  # XLA scatters the sum of weights in several blocks, those of experts, only if
+  # they lie in memory as they are scattered: else it compiles an all-reduce.
+  d = with_layout_constraint(jnp.moveaxis(d, axis, 0),
+                             Layout(tuple(range(d.ndim))))
+  return (scatter(jnp.moveaxis(d, 0, axis), axis, names),)
 
 
 along.defvjp(_along_fwd, _along_bwd)

@@ -1,11 +1,14 @@
 """One period of the layer pattern: what a stack repeats."""
 
+from collections.abc import Callable
+import functools
 from typing import Any, Optional
 
 import flax.linen as nn
 import jax
 
 from architectures.parts import linear
+from architectures.parts import sharding
 from architectures.parts import streams
 from architectures.parts import values
 from architectures.parts.attention import Context
@@ -45,8 +48,14 @@ class Period(nn.Module):
                          prevent_cse=not (self.in_loop and ends == 1))
       own = ctx.replace(first=first, keys=lent.get(kind.source), lent={},
                         lends=i in wanted)
-      x, new, aux = block(config, kind, name=f'block_{i}')(
-          x, own, None if cache is None else cache[i])
+      own_cache = None if cache is None else cache[i]
+      make = functools.partial(block, config, kind, name=f'block_{i}')
+      if (sharding.devices() == 1 or self.is_initializing()
+          or self.in_loop and i == 0):
+        x, new, aux = make()(x, own, own_cache)
+      else:
+        x, new, aux = self._after_its_weights(f'block_{i}', make, x, own,
+                                              own_cache)
       if getattr(new, 'first', None) is not None:
         first, new = new.first, new.replace(first=None)
       if getattr(new, 'lent', None) is not None:
@@ -58,6 +67,34 @@ class Period(nn.Module):
     return (x, first), (
         tuple(caches) if with_cache else None, tuple(auxes), tuple(kept),
         {place: lent[ends + place] for place in self.lends})
+
+
+  def _after_its_weights(self, name: str, block: Callable, x: streams.X,
+                         *args: Any):
+    """Returns block(x, *args), whose gradient goes on to the layer before it
+    when those of its weights are there, each of them in its shards.
+
+    XLA's scheduler may otherwise put off their sums over the devices, and then
+    several layers have whole gradients at once. In a loop it cannot: the end of
+    an iteration needs them.
+    """
+    held = [x]
+
+    def tied(variables: Any):
+      held[0], own = _tied(held[0], variables['params'][name])
+      return {'params': {**variables['params'], name: own}}
+
+    return nn.map_variables(lambda period: block()(held[0], *args), 'params',
+                            tied)(self)
+
+
+@jax.custom_vjp
+def _tied(x: streams.X, params: Any) -> tuple[streams.X, Any]:
+  return x, params
+
+
+_tied.defvjp(lambda x, params: ((x, params), None),
+             lambda _, gradients: jax.lax.optimization_barrier(gradients))
 
 
 REMAT = {

@@ -83,6 +83,14 @@ def constrain_if(x: jax.Array, *axes: str | None) -> jax.Array:
                         for axis, size in zip(axes, x.shape)))
 
 
+def constrain_stream(x: jax.Array, *axes: str | None) -> jax.Array:
+  """`constrain` of what goes from layer to layer, [B, L, ...], whose length is
+  sharded as `stream` is or, if that does not divide it, as `length`. `axes` are
+  the others."""
+  length = 'stream' if shards('stream', x.shape[1]) > 1 else 'length'
+  return constrain(x, 'batch', length, *axes)
+
+
 def platform() -> str:
   """Returns what the program is traced for: cpu, gpu or tpu."""
   mesh = jax.sharding.get_abstract_mesh()
@@ -91,10 +99,15 @@ def platform() -> str:
   return mesh.abstract_device.platform
 
 
+def devices() -> int:
+  """Returns how many devices the mesh has; 1 without one."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return 1 if mesh.empty else mesh.size
+
+
 def one_cpu() -> bool:
   """Whether the program is traced for a CPU that is not part of a mesh."""
-  mesh = jax.sharding.get_abstract_mesh()
-  return platform() == 'cpu' and (mesh.empty or mesh.size == 1)
+  return platform() == 'cpu' and devices() == 1
 
 
 @contextlib.contextmanager

@@ -95,7 +95,7 @@ class Embed(nn.Module):
     if c.embed_norm:
       x_BLD = norm(c, 'norm')(x_BLD)
     x_BLD = Dropout(c.dropout)(x_BLD, deterministic=deterministic)
-    return (sharding.constrain(x_BLD, 'batch', 'length', 'embed'), table_VD.T)
+    return sharding.constrain_stream(x_BLD, 'embed'), table_VD.T
 
 
 class Stack(nn.Module):
@@ -130,7 +130,8 @@ class Stack(nn.Module):
     final, end = lambda x: x, streams.End(c, name='final_streams')
     if BLOCKS[c.block].FINAL_NORM:
       final = norm(c, 'final_norm')
-    x_BLD = final(end(x))
+    # Or a product with the vocabulary, of the same axis, would gather the head.
+    x_BLD = sharding.constrain(final(end(x)), 'batch', 'length', 'embed')
     caches, auxes, kept, _ = zip(*found)
     aux = layer_reports.gather_aux(auxes)
     if ctx.keep_layers:

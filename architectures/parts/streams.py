@@ -112,7 +112,7 @@ class Branch(nn.Module):
     read = RESIDUALS[self.config.residual].read
     assert read is not None
     x_BLD, add = read(self, x)
-    return sharding.constrain(x_BLD, 'batch', 'length', 'embed'), add
+    return sharding.constrain_stream(x_BLD, 'embed'), add
 
 
 def branch(c: ModelConfig, name: str, x: X) -> Read:
@@ -159,7 +159,7 @@ class End(nn.Module):
 
 def pin(x_BLUD: jax.Array) -> jax.Array:
   """Keeps XLA from resharding streams between layers."""
-  return sharding.constrain(x_BLUD, 'batch', 'length', None, 'embed')
+  return sharding.constrain_stream(x_BLUD, None, 'embed')
 
 
 # Streams that are mixed: hyper, mhc.

@@ -12,12 +12,15 @@ import architectures
 from architectures.parts import attention
 from architectures.parts import hf_tensors
 from architectures.parts import skeletons
+from architectures.parts.sharding import rules
 from architectures.parts import unread
 from configs import gpt, sharding, switch
+from tests.architectures.experts_test import equations
 from tests.helpers import models
 from tests.training import step_test
 from training import paths
 from training.costs import totals
+from training.distributed.devices import make_mesh
 from training.workdir import run_config
 
 KINDS = dict(local=dict(window=3, rope=dict(theta=100.0)),
@@ -311,12 +314,32 @@ def test_a_token_takes_the_cache_of_the_heads_of_each_kind():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('devices, waits', [(1, 0), (8, 1)])
+def test_a_gradient_waits_for_those_of_the_weights_above(devices, waits):
+  """In a period of two layers, on several devices: by the jaxpr."""
+  module, params = models.make('gpt', position='rope', num_layers=4,
+                               pattern='local,far', kinds=KINDS)
+  mesh = make_mesh(
+      dict.fromkeys(sharding.MESH_AXES, 1) | dict(fsdp=devices),
+      jax.devices()[:devices])
+  loss = lambda p, t: jnp.square(models.logits(module, p, t)).sum()
+  with jax.set_mesh(mesh), rules('default'):
+    jaxpr = jax.make_jaxpr(jax.grad(loss))(params, models.tokens(8))
+  of_block = 1 + len(jax.tree.leaves(params['decoder']['layers']['block_1']))
+  found = [eqn for eqn in equations(jaxpr.jaxpr)
+           if eqn.primitive.name == 'optimization_barrier'
+           and len(eqn.invars) == of_block]
+  assert len(found) == waits
+
+
+@pytest.mark.slow
 @pytest.mark.long
 def test_sharded_equals_a_single_device():
   """With a prefix without experts, and kinds of different heads and widths."""
   fields = dict(
       position='rope', ffn='moe', num_layers=6, prefix='first',
-      pattern='local,far', suffix='local', moe=dict(num_experts=4, d_ff=16), kinds=dict(
+      pattern='local,far', suffix='local',
+      moe=dict(num_experts=4, d_ff=16), kinds=dict(
           first=dict(ffn='dense', d_ff=24), local=dict(window=3),
           far=dict(position='none', num_kv_heads=2)))
   c = step_test.config(**{f'model__{k}': v for k, v in fields.items()})

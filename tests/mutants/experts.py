@@ -302,6 +302,8 @@ MUTANTS = {
          'routing: by_hand'),
     ],
     'architectures/parts/moe/exchange.py': [
+        ('numbers = x.ndim == 2 and', 'numbers = x.ndim == 3 and',
+         'expert_parallel: full_rows'),
         ('return exchange(d, receive_n, send_n, axis)',
          'return exchange(d, send_n, receive_n, axis)',
          'expert_parallel: accelerators_exchange'),

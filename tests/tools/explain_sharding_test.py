@@ -83,10 +83,10 @@ def test_activations_stand_where_the_program_puts_them():
   config = mixtral.get_config()
   run = run_on(config, tables.PRESETS['ep_fsdp_tp'])
   rows = {(r['name'], tuple(r['axes'])): r for r in arrays.activations(run)}
-  stream = rows['decoder/layers/block_0', ('batch', 'length', 'embed')]
+  stream = rows['decoder/layers/block_0', ('batch', 'stream', 'embed')]
   assert stream['times'] == 4
-  assert stream['spec'] == "P(('fsdp', 'expert'))"
-  assert stream['bytes_per_device'] == tokens(config) * 128 * 4 // 4
+  assert stream['spec'] == "P(('fsdp', 'expert'), 'tensor')"
+  assert stream['bytes_per_device'] == tokens(config) * 128 * 4 // 8
   q = rows['decoder/layers/block_0/attention',
            ('batch', 'length', 'heads', 'head')]
   assert q['spec'] == "P(('fsdp', 'expert'), None, 'tensor')"
@@ -101,8 +101,8 @@ def test_collectives_follow_from_the_rules():
   one = tokens(config) // 4 * 128 * 4  # of a device's tokens
   assert found['all-to-all', ('expert',)]['bytes_sent_per_device'] == (
       4 * 4 * 2 * one / 2)  # layers, crossings, choices
-  assert found['all-reduce', ('tensor',)]['bytes_sent_per_device'] == (
-      4 * 2 * 2 * one)
+  for kind in ('reduce-scatter', 'all-gather'):
+    assert found[kind, ('tensor',)]['bytes_sent_per_device'] == 4 * 2 * one
   assert ('all-gather', ('fsdp',)) in found
   alone = run_on(plain(), tables.PRESETS['dp'])
   rows = predict.collectives(alone, arrays.parameters(alone))

@@ -98,8 +98,14 @@ def _of_activations(run, parameters, mesh) -> list[dict]:
       # Forward, backward of what went in, and again where it is remade.
       runs = layers * PASSES[c.remat] * micro
       n = mesh['tensor']
-      rows.append(_row('all-reduce', ['tensor'], 'products summed over heads '
-                       'or mlp', runs, 2 * one * (n - 1) / n * runs))
+      sent = one * (n - 1) / n * runs
+      if longest % (n * mesh.get('context', 1)):
+        rows.append(_row('all-reduce', ['tensor'], 'products summed over heads '
+                         'or mlp', runs, 2 * sent))
+      else:  # between the products, they lie over tensor
+        rows += [_row('reduce-scatter', ['tensor'], 'products summed over '
+                      'heads or mlp', runs, sent),
+                 _row('all-gather', ['tensor'], 'what layers read', runs, sent)]
     if 'context' in mesh and row['name'].endswith(
         ('/attention/key', '/attention/value', '/attention/kv_down')):
       runs = layers * PASSES[c.remat] * micro

@@ -107,7 +107,12 @@ def sent(run: runs.Run, host_of: np.ndarray) -> list[collectives.Collective]:
   counts = [c.num_layers, c.num_decoder_layers][:1 + both]
   parts = sum(1 + (kind.ffn != NONE) for n in counts for kind in
               c.layer_kinds(n))
-  add('all-reduce', ('tensor',), one, passes * parts)
+  length, tensor = run.config.data.length, shape['tensor']
+  if length % (shape['context'] * tensor):
+    add('all-reduce', ('tensor',), one, passes * parts)
+  else:  # between the products, they lie over tensor: see configs/sharding.py
+    for kind in ('reduce-scatter', 'all-gather'):
+      add(kind, ('tensor',), one / tensor, passes * parts)
   if c.has_experts:
     crossings = 4 if c.remat == 'none' else 6  # see parts/dispatch.py
     add('all-to-all', ('expert',), c.moe.top_k * one,

@@ -107,12 +107,11 @@ def least(run: runs.Run) -> dict[str, int]:
   layers = {'tokens': c.num_layers, 'decoder_tokens': c.num_decoder_layers}
   inputs = sum(math.prod(shapes[name][0][:2]) * count * streams.slots(
       c, blocks.branches(c, c.layer_kinds(
-          count, cross=name == 'decoder_tokens')))
+          count, cross=name == 'decoder_tokens'))) // devices.stream_shards(
+              run.mesh.shape, config.mesh.rules, shapes[name][0][1])
                for name, count in layers.items() if name in shapes)
-  shards = config.train.grad_accumulation * devices.shards(
-      'tokens', run.mesh.shape, config.mesh.rules)
-  parts['block_inputs'] = (
-      inputs * c.d_model * c.compute_dtype.itemsize // shards)
+  parts['block_inputs'] = (inputs * c.d_model * c.compute_dtype.itemsize
+                           // config.train.grad_accumulation)
   parts['peak'] = sum(parts.values())
   return parts
 
@@ -140,7 +139,7 @@ def analytic(run: runs.Run, kept_in_all: int = 0,
   """Estimates a training step's peak, without a compiler.
 
   State, gradients, what the backward pass keeps by the config's remat policy
-  (traced, not guessed; it is cut up as the tokens are, over rows and length),
+  (traced, not guessed; it is cut up as what goes from layer to layer is),
   and the largest thing of one layer: scores, or the widest hidden units and
   the gathered weights.
 
@@ -157,8 +156,9 @@ def analytic(run: runs.Run, kept_in_all: int = 0,
                                      sharding=x.sharding), _trained(run)))
   micro = run.config.train.grad_accumulation
   shards = micro * devices.shards('tokens', shape, rules)
-  parts['kept_for_backward'] = (kept_in_all or kept(run)) // shards
   length, width = run.config.data.length, c.compute_dtype.itemsize
+  parts['kept_for_backward'] = (kept_in_all or kept(run)) // (
+      micro * devices.stream_shards(shape, rules, length))
   tokens = run.config.data.batch_size * length // shards
   kinds = [c.of_kind(name) for name in c.kinds_used]
   hidden = max(tokens * _hidden(k) // shape['tensor'] for k in kinds)

@@ -196,6 +196,14 @@ def shards(axis: str, shape: Mapping[str, int], rules: str) -> int:
   return math.prod(shape[name] for name in dict(tables.RULES[rules])[axis])
 
 
+def stream_shards(shape: Mapping[str, int], rules: str, length: int) -> int:
+  """Returns into how many parts a mesh of this shape cuts rows of this length
+  where they go from layer to layer."""
+  parts = shards('stream', shape, rules)
+  return shards('batch', shape, rules) * (
+      parts if length % parts == 0 else shards('length', shape, rules))
+
+
 def batch_sharding(mesh: Mesh, rules: str) -> NamedSharding:
   """Returns how the rows of a batch lie on the mesh."""
   return NamedSharding(mesh, PartitionSpec(

@@ -30,7 +30,8 @@ experts. In dropless a gate crosses with each row, in float32, and its gradient
 crosses back.
 
 On TPU and GPU dropless sends only the rows that are full
-(`ragged_all_to_all`): X * (n - 1) / n of them in even load.
+(`ragged_all_to_all`): X * (n - 1) / n of them in even load. Gates are an
+exception on TPU, see exchange.py.
 
 A capacity bounds what an expert takes of a group. A group of many devices may
 fill an expert from one of them, so padding keeps the whole group's slots on
