@@ -259,3 +259,34 @@ def test_a_row_of_16384_tokens_keeps_its_digits():
   outputs = run(x, places=recurrence.PLACES)
   for got, want in zip(outputs, definition(x)):
     np.testing.assert_allclose(got, want, atol=1e-6 * np.abs(want).max())
+
+
+@pytest.mark.parametrize('name', ['gated_deltanet', 'mamba2', 'kda', 'gla'])
+def test_products_as_tpus_compute_them_lose_no_more_than_inputs(
+    name, monkeypatch):
+  """TPUs round what goes into a product of float32 to bfloat16, unless it asks
+  for more. Beside rounding queries, keys and values alone, the states lose at
+  most as much again, however long the row is."""
+  decays, rate = FAMILY[name]
+  x = drawn(512, decays, rate)
+  x = x._replace(log_decay_BLHK=x.log_decay_BLHK / 50)  # a long memory
+  want = definition(x)[0]
+  round_ = lambda x: x.astype(jnp.bfloat16).astype(jnp.float32)
+  inputs = x._replace(q_BLJK=round_(x.q_BLJK), k_BLJK=round_(x.k_BLJK),
+                      v_BLHU=round_(x.v_BLHU))
+  product = jax.lax.dot_general
+
+  def rounded(a, b, *args, precision=None, **kwargs):
+    if 'highest' not in str(precision).lower():
+      a, b = round_(a), round_(b)
+    return product(a, b, *args, precision=precision, **kwargs)
+
+  monkeypatch.setattr('jax._src.lax.lax.dot_general', rounded)
+  got = jax.jit(lambda x: recurrence.run(x, places=16)[0])(x)
+  size = lambda x: np.sqrt(np.square(x).mean())
+  error = size(got - want)
+  assert error > 1e-3 * size(want)  # they are rounded
+  assert error < 2 * size(definition(inputs)[0] - want)
+  late, early = ((got - want)[:, part] for part in (slice(256, None),
+                                                    slice(256)))
+  assert size(late) < 2 * size(early)
