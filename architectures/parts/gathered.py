@@ -85,11 +85,13 @@ def _along_fwd(w: jax.Array, axis: int, names: tuple[str, ...]):
 
 
 def _along_bwd(axis: int, names: tuple[str, ...], _: None, d: jax.Array):
-  # XLA scatters the sum of weights in several blocks, those of experts, only if
-  # they lie in memory as they are scattered: else it compiles an all-reduce.
-  d = with_layout_constraint(jnp.moveaxis(d, axis, 0),
-                             Layout(tuple(range(d.ndim))))
-  return (scatter(jnp.moveaxis(d, 0, axis), axis, names),)
+  # XLA scatters the sum of weights in several blocks, those of experts, only as
+  # a matrix that lies in memory as it is scattered: else it sums all of it.
+  d = jnp.moveaxis(d, axis, 0)
+  one, *others = d.shape
+  d = with_layout_constraint(d.reshape(one, -1), Layout((0, 1)))
+  d = scatter(d, 0, names).reshape(-1, *others)
+  return (jnp.moveaxis(d, 0, axis),)
 
 
 along.defvjp(_along_fwd, _along_bwd)

@@ -339,17 +339,19 @@ def test_accelerators_exchange_equals_one_device(reference, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('system, remat, times', [
-    ('gpt', 'full', 6),
-    pytest.param('t5', 'none', 2 * 4, marks=pytest.mark.long)])
-def test_models_on_a_mesh_equal_one_device(system, remat, times):
-  """Scanned, remade in the backward pass, with an encoder: all the way."""
+@pytest.mark.parametrize('system, remat, times, rows', [
+    ('gpt', 'full', 6, 2), ('gpt', 'full', 6, 1),
+    pytest.param('t5', 'none', 2 * 4, 2, marks=pytest.mark.long)])
+def test_models_on_a_mesh_equal_one_device(system, remat, times, rows):
+  """Scanned, remade in the backward pass, with an encoder: all the way. `rows`:
+  of a device, from where XLA laid batch and length into one axis by collecting
+  both."""
   shape = tables.PRESETS['ep_fsdp_tp']
   module, params = models.make(
       system, ffn='moe', remat=remat, vocab_size=64, moe=dict(
           num_experts=4, ffn='gelu', d_ff=16, capacity_factor=1.0,
           eval_capacity_factor=1.0))
-  tokens = models.tokens(8)
+  tokens = models.tokens(4 * rows)
   boxed = jax.eval_shape(module.init, jax.random.key(0), tokens)['params']
 
   def loss(params, tokens):

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 
 from architectures.parts import ffn as dense
 from architectures.parts import linear
+from architectures.parts import sharding
 from architectures.parts.attention import Context
 from architectures.parts.config import ModelConfig
 from architectures.parts.moe import dispatch
@@ -51,6 +52,9 @@ class MoE(nn.Module):
     if ctx.valid_BL is not None:
       valid_BL &= ctx.valid_BL != 0
     valid_T = valid_BL.reshape(-1)
+    # Rows whose length lies over several axes of the mesh XLA would collect on
+    # every device, to lay batch and length into one axis.
+    x_BLD = sharding.constrain(x_BLD, 'batch', 'length', 'embed')
     x_TD = x_BLD.reshape(-1, D)
     inputs = routing.Inputs(
         self._logits(x_TD, ctx), valid_T, self._tokens(ctx, (B, L)),
@@ -68,7 +72,8 @@ class MoE(nn.Module):
     if ctx.keep_layers:
       aux['experts'] = {name: x_TE.reshape(B, L, -1) for name, x_TE in
                         choices(routed, kept_A).items()}
-    y_BLD = y_TD.reshape(B, L, D)
+    y_BLD = sharding.constrain(y_TD.reshape(B, L, D), 'batch', 'length',
+                               'embed')
     if m.shared_experts:
       shared_BLD, _ = dense.FFN(
           c, m.ffn, width=m.shared_experts * m.d_ff, name='shared')(x_BLD, ctx)
