@@ -98,6 +98,37 @@ def test_no_weight_is_summed_whole_on_a_mesh_of_fsdp_alone():
   assert [c for c in found if c.kind == 'reduce-scatter']
 
 
+@tpu
+@pytest.mark.parametrize('preset, kinds', [
+    ('fsdp=4,tensor=2', {('reduce-scatter', 'tensor'),
+                         ('all-gather', 'tensor')}),
+    ('fsdp=4,expert=2', {('reduce-scatter', 'fsdp'), ('all-gather', 'fsdp'),
+                         ('ragged-all-to-all', 'expert')})])
+@pytest.mark.usefixtures('quickly')
+def test_what_is_large_is_scattered_and_gathered(preset, kinds):
+  """Sums over `tensor`, along the length, and the gradients of experts, both
+  those that end with d_model and those that do not."""
+  topology = chips.parse('v5p:2x2x2')
+  config = mixtral.get_config()
+  config.model.update(num_layers=2, d_model=1024, d_ff=512, num_kv_heads=4)
+  config.model.moe.update(num_experts=4, d_ff=512)
+  if 'tensor' in preset:
+    config.model.ffn = 'swiglu'
+  config.data.update(batch_size=64, length=1024)
+  config.model.update(max_len=1024, remat='full')
+  run = run_on(topology, preset, config)
+  found = collectives.read(
+      compiled(run, topology).as_text(), run.mesh.shape,
+      host_of=analyse.hosts(run, topology),
+      ragged_rows=analyse.ragged_rows(run, 'train'))
+  # What a reduce-scatter returns is one of its shards.
+  whole = lambda c: c.elements * (c.size if c.kind == 'reduce-scatter' else 1)
+  large = {(c.kind, *c.axes) for c in found if c.runs > 1  # of a layer
+           and c.dtype == 'bf16' and whole(c) >= 2 * 1024 * 512}
+  assert large >= kinds
+  assert not [kind for kind, *_ in large if kind == 'all-reduce']
+
+
 @pytest.fixture
 def quickly():
   """Compiles by O1, in a third of the time."""
