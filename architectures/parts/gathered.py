@@ -85,16 +85,28 @@ def _along_fwd(w: jax.Array, axis: int, names: tuple[str, ...]):
 
 
 def _along_bwd(axis: int, names: tuple[str, ...], _: None, d: jax.Array):
-  # XLA scatters the sum of weights in several blocks, those of experts, only as
-  # a matrix that lies in memory as it is scattered: else it sums all of it.
-  d = jnp.moveaxis(d, axis, 0)
-  one, *others = d.shape
-  d = with_layout_constraint(d.reshape(one, -1), Layout((0, 1)))
-  d = scatter(d, 0, names).reshape(-1, *others)
-  return (jnp.moveaxis(d, 0, axis),)
+  matrix = scatter(_matrix(d, axis), 0, names)
+  return (_of_matrix(matrix, d.shape, axis),)
 
 
 along.defvjp(_along_fwd, _along_bwd)
+
+
+def _matrix(d: jax.Array, axis: int) -> jax.Array:
+  """Returns d with an axis first and all others as one, row by row in memory.
+
+  In most other layouts, and with more axes, XLA sums the whole array over the
+  devices where it is to scatter the sum.
+  """
+  d = jnp.moveaxis(d, axis, 0)
+  return with_layout_constraint(d.reshape(len(d), -1), Layout((0, 1)))
+
+
+def _of_matrix(matrix: jax.Array, shape: tuple[int, ...], axis: int
+               ) -> jax.Array:
+  """Undoes `_matrix` of an array of this shape, whose axis may be shorter."""
+  others = shape[:axis] + shape[axis + 1:]
+  return jnp.moveaxis(matrix.reshape(-1, *others), 0, axis)
 
 
 def scatter(d: jax.Array, axis: int, names: tuple[str, ...]) -> jax.Array:
@@ -191,11 +203,11 @@ def _on_each_bwd(local: Callable, of: Names,
                  operands: tuple[jax.Array, jax.Array], d: jax.Array):
   x, w = operands
   dw, = jax.vjp(functools.partial(local, x), w)[1](d)
-  # As it is scattered: a barrier fixes how an array lies in memory.
   front = next(axis for axis, names in enumerate(of) if names)
-  dw, d = jax.lax.optimization_barrier((jnp.moveaxis(dw, front, 0), d))
+  matrix, d = jax.lax.optimization_barrier((_matrix(dw, front), d))
   dx, = jax.vjp(lambda x: local(x, w), x)[1](d)
-  return dx, _scatter(jnp.moveaxis(dw, 0, front), of)
+  dw = _of_matrix(scatter(matrix, 0, of[front]), dw.shape, front)
+  return dx, _scatter(dw, of[:front] + ((),) + of[front + 1:])
 
 
 _on_each.defvjp(_on_each_fwd, _on_each_bwd)
