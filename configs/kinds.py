@@ -29,6 +29,8 @@ FIELDS: dict[str, str] = {name: name for name in (
 )} | {'window': 'sliding_window'}
 EVERY = 'model.moe.every'  # a field of earlier versions
 DENSE = 'dense'  # of ffn: the network of the model's dense layers
+# The parts of a stack, in their order, as its parameters are named.
+SECTIONS = 'prefix', 'layers', 'suffix'
 
 
 def split(names: str) -> tuple[str, ...]:

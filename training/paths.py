@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from configs.errors import RequestError
+from configs.kinds import SECTIONS
 
 
 def join(key_path: Any) -> str:
@@ -38,7 +39,8 @@ class Stacks:
   Attributes:
     counts: how many layers each stack has.
   """
-  _PATH = re.compile(r'(\w+)/(prefix|layers|suffix)/block_(\d+)/(.*)')
+  _PATH = re.compile(
+      rf'(\w+)/({"|".join(SECTIONS)})/block_(\d+)/(.*)')
 
   def __init__(self, shapes: Mapping[str, Any]):
     blocks: dict[tuple[str, str], dict[int, int]] = {}  # rows of each block
@@ -49,7 +51,7 @@ class Stacks:
     self._layers: dict[str, list[tuple[str, int, int]]] = {}
     for stack in sorted({stack for stack, _ in blocks}):
       self._layers[stack] = [
-          (section, block, row) for section in ('prefix', 'layers', 'suffix')
+          (section, block, row) for section in SECTIONS
           for row in range(max(blocks.get((stack, section), {0: 0}).values()))
           for block in range(len(blocks[stack, section]))]
     self.counts = {stack: len(layers)

@@ -276,10 +276,9 @@ class ModelConfig:
     period = kinds.split(self.pattern) or ('',)
     repeated = (num_layers - len(first) - len(last)) // len(period)
     return tuple(Section(name, self._layer_kinds(own, causal, cross, before), n)
-                 for name, own, before, n in (
-                     ('prefix', first, (), 1),
-                     ('layers', period, first, repeated),
-                     ('suffix', last, (), 1)) if own)
+                 for name, own, before, n in zip(
+                     kinds.SECTIONS, (first, period, last), ((), first, ()),
+                     (1, repeated, 1)) if own)
 
   def layer_kinds(self, num_layers: int, *, causal: bool = True,
                   cross: bool = False) -> tuple[LayerKind, ...]:

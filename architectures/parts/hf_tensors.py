@@ -11,6 +11,10 @@ import numpy as np
 
 from architectures.parts.hf import Row
 from configs.errors import RequestError, require
+from configs.kinds import SECTIONS
+
+# A row of one block, or of all layers.
+_OF_LAYERS = re.compile(rf'/(?:{"|".join(SECTIONS)})/block_\d+/|/layers/')
 
 
 class Tensor(NamedTuple):
@@ -202,7 +206,7 @@ def places(rows: Sequence[Row], shapes: Mapping[str, tuple[int, ...]]
   for row in rows:
     ours, _, theirs, _ = row
     folder, _, names = ours.rpartition('/')
-    layers = re.search(r'/(?:prefix|layers|suffix)/block_\d+/|/layers/', ours)
+    layers = _OF_LAYERS.search(ours)
     where = layers[0] if layers else ''
     for place, first, period in _blocks(
         ours.partition(where)[0], shapes) if where else (('', 0, 0),):
@@ -224,7 +228,7 @@ def places(rows: Sequence[Row], shapes: Mapping[str, tuple[int, ...]]
 def _blocks(stack: str, shapes: Mapping[str, tuple[int, ...]]):
   """Yields where each block stands, its first layer, the step to the next."""
   before = 0
-  for section in ('prefix', 'layers', 'suffix'):
+  for section in SECTIONS:
     periods = {path.split('/')[2]: shape[0] for path, shape in shapes.items()
                if path.startswith(f'{stack}/{section}/')}
     for n in range(len(periods)):

@@ -36,6 +36,7 @@ from architectures.parts.dropout import Dropout
 from architectures.parts.norms import norm
 from architectures.parts.period import Period, Scanned
 from configs.errors import require
+from configs.kinds import SECTIONS
 
 
 @struct.dataclass
@@ -130,7 +131,8 @@ class Stack(nn.Module):
     final, end = lambda x: x, streams.End(c, name='final_streams')
     if BLOCKS[c.block].FINAL_NORM:
       final = norm(c, 'final_norm')
-    # Or a product with the vocabulary, of the same axis, would gather the head.
+    # If the length stayed over `tensor`, as the vocabulary is, their product
+    # would gather the head.
     x_BLD = sharding.constrain(final(end(x)), 'batch', 'length', 'embed')
     caches, auxes, kept, _ = zip(*found)
     aux = layer_reports.gather_aux(auxes)
@@ -339,7 +341,7 @@ def one_by_one(params: Any, cache: Any) -> tuple[Any, list]:
   """
   decoder, slots, entries = params['decoder'], [], iter(cache)
   apart = {}
-  for name in ('prefix', 'layers', 'suffix'):
+  for name in SECTIONS:
     if name not in decoder:
       continue
     stacked = decoder[name], tuple(itertools.islice(entries,

@@ -389,7 +389,7 @@ MUTANTS = {
     'training/paths.py': [
         ('if layer[:2] == (section, int(block))', 'if layer[0] == section',
          'shares: powers'),
-        ("('prefix', 'layers', 'suffix')\n", "('prefix', 'suffix', 'layers')\n",
+        ('for section in SECTIONS', 'for section in sorted(SECTIONS)',
          'pattern: one_place'),
     ],
 }

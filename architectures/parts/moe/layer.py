@@ -52,8 +52,8 @@ class MoE(nn.Module):
     if ctx.valid_BL is not None:
       valid_BL &= ctx.valid_BL != 0
     valid_T = valid_BL.reshape(-1)
-    # Rows whose length lies over several axes of the mesh XLA would collect on
-    # every device, to lay batch and length into one axis.
+    # If the length is sharded over `tensor`, XLA makes one axis of batch and
+    # length by collecting all rows on every device.
     x_BLD = sharding.constrain(x_BLD, 'batch', 'length', 'embed')
     x_TD = x_BLD.reshape(-1, D)
     inputs = routing.Inputs(
