@@ -7,10 +7,10 @@ import pytest
 
 from architectures.parts.recurrent import triangular
 
-# What CPUs and GPUs compute, and what TPUs do.
+# What CPUs, GPUs and TPUs compute.
 WAYS = pytest.mark.parametrize('inverse', [
-    jax.jit(triangular.inverse), jax.jit(triangular.by_halves)],
-                               ids=['solved', 'by_halves'])
+    jax.jit(triangular.by_columns), jax.jit(triangular.solved),
+    jax.jit(triangular.by_halves)], ids=['by_columns', 'solved', 'by_halves'])
 
 
 def drawn(size, seed=0, scale=0.3):
@@ -40,3 +40,10 @@ def test_keys_that_are_alike_take_no_digits(rate, inverse):
   """Powers of A grow to 1e18 here, and the inverse is below 2."""
   a = jnp.full((1, 1, 64, 64), rate)
   np.testing.assert_allclose(inverse(a), expected(a), atol=5e-5)
+
+
+def test_a_cpu_calls_no_library_whose_threads_wait_for_each_other():
+  text = jax.jit(triangular.inverse).lower(drawn(40)).compile().as_text()
+  assert 'lapack' not in text
+  assert 'lapack' in jax.jit(triangular.solved).lower(
+      drawn(40)).compile().as_text()
