@@ -44,14 +44,6 @@ class Places(NamedTuple):
   weight: Names
 
 
-def _weight(shape: tuple[int, ...], axes: tuple[str | None, ...]
-            ) -> Names:
-  """How a weight of these logical axes lies on the mesh."""
-  sizes = jax.sharding.get_abstract_mesh().shape
-  return tuple(sharding.that_divide(names, size, sizes)
-               for size, names in zip(shape, sharding.lies_on(*axes)))
-
-
 def _spec(*names: tuple[str, ...]) -> PartitionSpec:
   return PartitionSpec(*(n or None for n in names))
 
@@ -153,7 +145,8 @@ def places(letters: str, x: jax.Array, w: jax.Array,
   logical axes lie on the mesh; None: the product is left to XLA."""
   if axes is None or letters[0] != 'B':
     return None
-  weight, rows = _weight(w.shape, axes), sharding.mesh_axes('batch')
+  weight = sharding.weight_places(w.shape, axes)
+  rows = sharding.mesh_axes('batch')
   held = set(sum(weight, ()))
   if (not held or not held <= set(rows) or sharding.mesh_axes('mlp')
       or sharding.shards('batch', x.shape[0]) == 1):
@@ -273,7 +266,8 @@ def _by_batch(shape: tuple[int, ...], axes: tuple[str | None, ...]
               ) -> tuple[Names, Names]:
   """Returns how a weight lies on the mesh axes of the batch, and how on the
   others."""
-  places, rows = _weight(shape, axes), set(sharding.mesh_axes('batch'))
+  places = sharding.weight_places(shape, axes)
+  rows = set(sharding.mesh_axes('batch'))
   return (tuple(n if set(n) <= rows else () for n in places),
           tuple(() if set(n) <= rows else n for n in places))
 

@@ -64,6 +64,14 @@ def that_divide(names: tuple[str, ...], places: int,
   return names
 
 
+def weight_places(shape: tuple[int, ...], axes: tuple[str | None, ...]
+                  ) -> tuple[tuple[str, ...], ...]:
+  """Returns the mesh axes that each axis of a weight lies on."""
+  sizes = jax.sharding.get_abstract_mesh().shape
+  return tuple(that_divide(names, size, sizes)
+               for size, names in zip(shape, lies_on(*axes)))
+
+
 def size(names: tuple[str, ...]) -> int:
   """How many devices lie along mesh axes."""
   mesh = jax.sharding.get_abstract_mesh()

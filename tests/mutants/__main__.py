@@ -222,6 +222,9 @@ def main() -> int:
   parser.add_argument('--only', action='append', default=[],
                       help='a part of the old text; several: any of them')
   asked = parser.parse_args()
+  for name in asked.names:
+    if not any(m.file.endswith(name) for m in mutants.table()):
+      parser.error(f'no source file that has mutants ends in {name!r}')
   chosen = [m for m in mutants.table()
             if (not asked.names or m.file.endswith(tuple(asked.names)))
             and (not asked.only or any(part in m.old for part in asked.only))]

@@ -58,6 +58,14 @@ MUTANTS = {
         ('(P - 1) * (P - 2), 3 * P', 'P * P, 3 * P',
          'recurrent_laws: flops'),
     ],
+    'architectures/parts/recurrent/triangular.py': [
+        ('cpu=by_columns', 'cpu=solved', 'triangular: library'),
+        ('jnp.where(lower, a_PP, 0)', 'a_PP', 'triangular: below'),
+        ('[-(a_PP', '[(a_PP', 'triangular: below'),
+        ('range(n - 1)', 'range(n - 2)', 'triangular: below'),
+        ('jnp.where(between_PP', 'jnp.where(True | between_PP',
+         'triangular: below'),
+    ],
     'architectures/parts/recurrent/pieces.py': [
         ('x_BL.astype(jnp.float32)', 'x_BL', 'recurrence: bfloat16'),
         ('(0, -L % places)', '(-L % places, 0)', 'recurrence: lengths'),

@@ -174,6 +174,14 @@ MUTANTS = {
          'soap: normuon_is_that'),
         ('_SIZE * u *', 'u *', 'soap: normuon_is_that'),
     ],
+    'training/optim/orthogonal.py': [
+        ('beta * m + (1 - beta) * g', 'm', 'orthogonal: that_of_optax'),
+        ('_replace(count=count, mu=mean)', '_replace(mu=mean)',
+         'orthogonal: that_of_optax'),
+        ('    places[side] = ()\n', '', 'orthogonal: are_whole'),
+        ('    if not lone:\n', '    if False:\n', 'orthogonal: are_whole'),
+        ('-x.shape[first] %', '0 * x.shape[first] %', 'orthogonal: are_whole'),
+    ],
     'training/optim/adafactor.py': [
         ('_EPS = 1e-30', '_EPS = 1e-3', 'optimizers: equals_optax'),
         ('_DECAY = 0.8', '_DECAY = 0.9', 'optimizers: equals_optax'),

@@ -12,7 +12,7 @@ Of each matrix W with the gradient G, momentum b and second decay b2
 
 A neuron is one output of the product. Layers and experts that share an array
 are matrices of their own, and several axes of inputs, or of outputs, such as
-heads, are one side. optax orthogonalises.
+heads, are one side.
 """
 
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from training.optim import trees
+from training.optim import orthogonal, trees
 
 _EPS = 1e-10  # beside the root of v
 _SIZE = 0.2  # the root mean square of a step, Adam's usual one
@@ -43,12 +43,6 @@ def scale_by_normuon(roles: Any, beta: float, b2: float
     beta: b, of the momentum.
     b2: of the neurons.
   """
-  orthogonal = optax.contrib.scale_by_muon(
-      beta=0.0, nesterov=False,  # what it is given is orthogonalised as it is
-      weight_dimension_numbers=lambda tree: trees.over(
-          roles, lambda axes, _: optax.contrib.MuonDimensionNumbers(
-              axes.inputs, axes.outputs), tree))
-
   def init(params: Any):
     return NorMuonState(
         optax.tree.zeros_like(params),
@@ -61,7 +55,7 @@ def scale_by_normuon(roles: Any, beta: float, b2: float
                             state.momentum, grads)
     ahead = jax.tree.map(lambda m, g: beta * m + (1 - beta) * g,
                          momentum, grads)
-    whole, _ = orthogonal.update(ahead, orthogonal.init(ahead))
+    whole = orthogonal.factors(roles, ahead)
     neurons = trees.over(
         roles, lambda axes, o, v: b2 * v + (1 - b2) * jnp.mean(
             jnp.square(o), axis=axes.inputs, keepdims=True),

@@ -25,7 +25,8 @@ import optax
 from architectures.parts.roles import Role
 from configs.errors import one_of, require
 from training import paths
-from training.optim import adafactor, normuon, schedules, shares, soap, trees
+from training.optim import (adafactor, normuon, orthogonal, schedules,
+                            shares, soap, trees)
 
 
 def _adamw(optim: ml_collections.ConfigDict, roles: Any):
@@ -57,17 +58,11 @@ def _muon(optim: ml_collections.ConfigDict, roles: Any):
   that one optim.lr serves both (Liu et al. 2025, section 2.2).
   `optim.momentum` is Muon's; 0.95 is its authors' choice.
   """
-  def dimensions(tree: Any):
-    return trees.over(
-        roles, lambda axes, _: optax.contrib.MuonDimensionNumbers(
-            axes.inputs, axes.outputs), tree)
-
   def scale(axes: Any, u: jax.Array):
     return 0.2 * max(axes.sizes(u.shape)) ** 0.5 * u
 
   muon = optax.chain(
-      optax.contrib.scale_by_muon(
-          beta=optim.momentum, weight_dimension_numbers=dimensions),
+      orthogonal.scale_by_muon(roles, optim.momentum),
       optax.stateless(lambda updates, _: trees.over(roles, scale, updates)))
   return _with_adam(optim, roles, 'muon', muon, _is_hidden)
 
