@@ -28,9 +28,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from architectures.parts import lapack
 from architectures.parts.roles import Axes, Role
-from training.optim import trees
+from training.optim import lapack, trees
 
 
 class SoapState(NamedTuple):
