@@ -24,8 +24,9 @@ class Cache:
   """A layer's keys and values; slot m holds the token at position m.
 
   With `turned` keys are held as [B, J, K, M] and values as [B, J, M, K], which
-  the products with a token's queries take on CPU without a copy; `slots` gives
-  both as they are elsewhere.
+  the products with a token's queries take on CPU without a copy. After `turn`
+  those of bfloat16 are held as their bits, which XLA can write where they lie.
+  `slots` gives both as they are elsewhere.
 
   Those of the memory are put in when a decoder is given it with the cache,
   and stand for it from then on. With context.keep_attention a layer also
@@ -66,18 +67,21 @@ class Cache:
     return self._plain(self.memory_key_BMJK, self.memory_value_BMJK)
 
   def _plain(self, key: jax.Array, value: jax.Array):
+    key, value = jax.tree.map(_from_bits, (key, value))
     if not self.turned:
       return key, value
     return jnp.moveaxis(key, 3, 1), jnp.moveaxis(value, 2, 1)
 
   def turn(self) -> 'Cache':
-    """Returns a cache of one layer, not turned, as `turned` says; one without
-    keys, or whose values are a part of its keys, stays as it is."""
-    if self.value_BMJK is None:
-      return self
+    """Returns a cache of one layer, not turned, as a loop over single tokens
+    holds it: as `turned` says, unless it has no keys or its values are a part
+    of them."""
+    key, value = jax.tree.map(_to_bits, (self.key_BMJK, self.value_BMJK))
+    if value is None:
+      return self.replace(key_BMJK=key)
     move = lambda x, to: None if x is None else jnp.moveaxis(x, 1, to)
     return self.replace(
-        key_BMJK=move(self.key_BMJK, 3), value_BMJK=move(self.value_BMJK, 2),
+        key_BMJK=move(key, 3), value_BMJK=move(value, 2),
         memory_key_BMJK=move(self.memory_key_BMJK, 3),
         memory_value_BMJK=move(self.memory_value_BMJK, 2), turned=True)
 
@@ -87,7 +91,7 @@ class Cache:
     def put(slots: Optional[jax.Array], new: Optional[jax.Array], axis: int):
       if new is None:
         return slots
-      new = new.astype(slots.dtype)
+      new = _like(new, slots)
       if self.turned:
         return _put_turned(slots, new, positions_BL, axis)
       return _put(slots, new, positions_BL, self.layer)
@@ -109,10 +113,41 @@ def _put(slots: jax.Array, new_BLJK: jax.Array, positions_BL: jax.Array,
       (*first, 0, positions_BL[0, 0], 0, 0))
 
 
+def _to_bits(x: jax.Array) -> jax.Array:
+  """Returns numbers of bfloat16 as their bits, others as they are. A scatter of
+  bfloat16 makes float32 of all slots on CPU, and bfloat16 of them again."""
+  if x.dtype != jnp.bfloat16:
+    return x
+  return jax.lax.bitcast_convert_type(x, jnp.uint16)
+
+
+def _from_bits(x: jax.Array) -> jax.Array:
+  if x.dtype != jnp.uint16:
+    return x
+  return jax.lax.bitcast_convert_type(x, jnp.bfloat16)
+
+
+def _like(new: jax.Array, slots: jax.Array) -> jax.Array:
+  """Returns new numbers as those of slots are held."""
+  if slots.dtype == jnp.uint16:
+    return _to_bits(new.astype(jnp.bfloat16))
+  return new.astype(slots.dtype)
+
+
 def _put_turned(slots: jax.Array, new: jax.Array, positions_BL: jax.Array,
                 axis: int) -> jax.Array:
-  """Returns slots whose axis `axis` is M."""
+  """Returns slots whose axis `axis` is M.
+
+  A token of a single row is written twice. If it is written once, XLA's CPU
+  backend does so in two kernels, one of which reads what the other writes, and
+  copies all slots four times for each token.
+  """
+  rows, L = new.shape[:2]
   new = jnp.moveaxis(new, 1, axis)
+  if rows == 1 and L == 1:
+    twice = jnp.repeat(positions_BL[0], 2)
+    return slots.at[(slice(None),) * axis + (twice,)].set(
+        jnp.repeat(new, 2, axis))
   starts = jnp.broadcast_to(positions_BL[:, 0], new.shape[:1])
   return jax.vmap(lambda s, n, i: jax.lax.dynamic_update_slice_in_dim(
       s, n, i, axis - 1))(slots, new, starts)

@@ -24,22 +24,27 @@ def entry(**memory):
   return caches.Cache(drawn(B, M, J, K), drawn(B, M, J, K, seed=1), **memory)
 
 
+@pytest.mark.parametrize('rows, dtype', [
+    (1, 'float32'), (B, 'float32'), (B, 'bfloat16')])
 @pytest.mark.parametrize('length', [1, 5])
-def test_a_turned_cache_writes_where_a_plain_one_does(length):
-  plain = entry(memory_key_BMJK=drawn(B, 7, J, K, seed=2),
-                memory_value_BMJK=drawn(B, 7, J, K, seed=3))
+def test_a_turned_cache_writes_where_a_plain_one_does(length, rows, dtype):
+  plain = jax.tree.map(lambda x: x[:rows].astype(dtype), entry(
+      memory_key_BMJK=drawn(B, 7, J, K, seed=2),
+      memory_value_BMJK=drawn(B, 7, J, K, seed=3)))
   turned = plain.turn()
-  assert turned.key_BMJK.shape == (B, J, K, M)
-  assert turned.value_BMJK.shape == (B, J, M, K)
+  assert turned.key_BMJK.shape == (rows, J, K, M)
+  assert turned.value_BMJK.shape == (rows, J, M, K)
   assert plain.num_slots == turned.num_slots == M
-  new = (drawn(B, length, J, K, seed=4), drawn(B, length, J, K, seed=5),
-         jnp.array([[3], [0], [M - length]]) + jnp.arange(length)[None])
+  new = (drawn(rows, length, J, K, seed=4), drawn(rows, length, J, K, seed=5),
+         jnp.array([[3], [0], [M - length]])[:rows]
+         + jnp.arange(length)[None])
   found = turned.write(*new)
   for got, was, put in zip(found.slots, plain.slots, new):
     want = np.array(was)
     for row, at in enumerate(np.asarray(new[2])):
       want[row, at] = put[row]
     np.testing.assert_array_equal(got, want)
+    assert got.dtype == dtype
   jax.tree.map(np.testing.assert_array_equal, plain.write(*new).slots,
                found.slots)
   jax.tree.map(np.testing.assert_array_equal, plain.memory, found.memory)
@@ -73,6 +78,34 @@ def test_a_token_reads_a_turned_cache_without_a_copy():
   assert copies([(x,) for x in plain]) and not copies(slots)
   models.close(step(params, slots).logits,
                step(params, [(x,) for x in plain]).logits, rtol=1e-5)
+
+
+@pytest.mark.parametrize('rows', [1, B])
+@pytest.mark.parametrize('dtype, held', [('float32', 'f32'),
+                                         ('bfloat16', 'u16')])
+def test_a_loop_over_tokens_writes_turned_slots_where_they_lie(
+    rows, dtype, held):
+  """As a token is in generate.py. That of one row was written with 16 copies
+  of the slots of two layers, and in bfloat16 all slots were converted."""
+  module, params = models.make('gpt', num_layers=2, d_model=32, num_heads=4,
+                               num_kv_heads=4, dtype=dtype)
+  cache = architectures.init_cache(module.config, rows, 16)
+  params, slots = skeletons.one_by_one(params, cache)
+  assert slots[0][0].turned
+  def tokens(params, slots):
+    def step(i, carry):
+      out = module.apply(
+          {'params': params}, carry[0], cache=carry[1], one_by_one=True,
+          positions_BL=jnp.full((rows, 1), i))
+      return out.logits.argmax(-1).astype(jnp.int32), out.cache
+    return jax.lax.fori_loop(
+        2, 9, step, (jnp.ones((rows, 1), jnp.int32), slots))
+  text = jax.jit(tokens, donate_argnums=1).lower(
+      params, slots).compile().as_text()
+  shape = ','.join(map(str, slots[0][0].key_BMJK.shape))
+  assert f'{held}[{shape}]' in text
+  assert not re.findall(rf'= {held}\[{shape}\]\S* copy\(', text)
+  assert not re.findall(rf'= bf16\[{shape}\]\S* fusion\(', text)
 
 
 @pytest.mark.parametrize('layer', [0, 2])
