@@ -1,11 +1,12 @@
 """The orthogonal factors of matrices, by Newton-Schulz iterations (Jordan et
 al. 2024, Muon), each matrix on one device.
 
-An iteration multiplies a matrix by itself. Where the mesh splits its rows or
-its columns, XLA sums every such product over the devices, ten times a step.
-Here the matrices of a stack, of layers or experts, go to the devices one by
-one, and their factors come back: two all-to-alls of what a device holds, as Liu
-et al. 2025 (arXiv 2502.16982, section 2.3) gather them.
+Each of five iterations multiplies a matrix by its transpose. Where the mesh
+splits its rows or its columns, XLA sums these products over the devices. Here
+the matrices of a stack, of layers or experts, go to the devices one by one, and
+their factors come back: two all-to-alls of what a device holds. (Liu et al.
+2025, arXiv 2502.16982, section 2.3, gather a matrix on every device that has a
+part of it.)
 """
 
 import math
@@ -48,8 +49,8 @@ def scale_by_muon(roles: Any, beta: float) -> optax.GradientTransformation:
 
 
 def factors(roles: Any, tree: Any):
-  """Returns U V^T of each matrix U S V^T, nearly: five iterations leave the
-  singular values between about 0.7 and 1.2.
+  """Returns U V^T of each matrix U S V^T, nearly: after five iterations the
+  singular values are about 0.5 to 1.5, as optax says.
 
   Args:
     roles: the Role of each parameter, as a tree.
