@@ -4,7 +4,7 @@ A system is found by its file: a page NAME.py in this folder. It has one class
 with a `STACK`, the skeleton's, and with `PARTS`, the fields of config.model by
 which the system differs from others; configs/NAME.py sets the same. It is known
 as `model.arch` NAME, or as the class calls itself (`ARCH`). Where transformers
-has the system too, the page ends with a record of that, `HF` (parts/hf.py).
+has the system too, the page ends with a record of that, `HF` (parts/hf).
 """
 
 from collections.abc import Mapping

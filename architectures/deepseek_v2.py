@@ -2,7 +2,7 @@
 some that every token goes through (DeepSeek-AI 2024a; the experts: Dai et al.
 2024, DeepSeekMoE).
 
-  a  = x + LatentAttention(RMSNorm(x))           parts/latent.py
+  a  = x + LatentAttention(RMSNorm(x))           parts/attention/latent.py
   x' = a + SwiGLU(n), n = RMSNorm(a)             in the first layer
   x' = a + shared(n) + gate_scale * sum over the 6 chosen experts of p_e E_e(n)
 
@@ -14,8 +14,8 @@ experts (`moe.expert_groups`): each group lies on devices of its own.
 
 from architectures import llama
 from architectures.parts import hf
-from architectures.parts import hf_rope
 from architectures.parts.config import ModelConfig
+from architectures.parts.hf import rope_fields
 from architectures.parts.skeletons import Decoder
 from configs.errors import one_of, require
 
@@ -56,7 +56,7 @@ def read(reader: hf.Reader, fields: dict, dense: int, q_rank: int,
       kinds=dict(dense=dict(ffn='dense')) if first else {},
       latent=dict(q_rank=rank, norm_eps=LATENT_EPS),
       moe=dict(dispatch='dropless'),
-      rope=hf_rope.read(reader, interleaved=interleaved, on_scores=True))
+      rope=rope_fields.read(reader, interleaved=interleaved, on_scores=True))
 
 
 def write(c: ModelConfig) -> dict:
@@ -69,8 +69,8 @@ def write(c: ModelConfig) -> dict:
   return dict(
       first_k_dense_replace=first, num_key_value_heads=c.num_heads,
       q_lora_rank=c.latent.q_rank or None,
-      rope_parameters=hf_rope.write(c, interleaved=c.rope.interleaved,
-                                    on_scores=True))
+      rope_parameters=rope_fields.write(c, interleaved=c.rope.interleaved,
+                                        on_scores=True))
 
 
 def check_latents(c: ModelConfig) -> None:

@@ -11,9 +11,9 @@ s is sqrt(K), but in 27B sqrt(D / H). The first layer of two sees 4,096 tokens.
 
 from architectures import llama
 from architectures.parts import hf
-from architectures.parts import hf_layers
-from architectures.parts import hf_rope
 from architectures.parts.config import ModelConfig
+from architectures.parts.hf import layer_types
+from architectures.parts.hf import rope_fields
 from architectures.parts.skeletons import Decoder
 from configs.errors import require
 
@@ -30,20 +30,20 @@ class Gemma2(Decoder):
 
 def _read(reader: hf.Reader, fields: dict) -> dict:
   return read_layers(reader, fields, every=2) | read_scales(reader) | dict(
-      rope=hf_rope.read(reader),
+      rope=rope_fields.read(reader),
       attention_softcap=cap(reader, 'attn_logit_softcapping', 50.0))
 
 
 def read_layers(reader: hf.Reader, fields: dict, every: int, **own) -> dict:
   """Returns the kinds of layer; without layer_types, the last of every so many
-  sees all. `own`: as of hf_layers.read."""
+  sees all. `own`: as of layer_types.read."""
   layers = fields['num_layers']
-  types = [hf_layers.WINDOW if (n + 1) % every else hf_layers.WHOLE
+  types = [layer_types.WINDOW if (n + 1) % every else layer_types.WHOLE
            for n in range(layers)]
   reader.passes('layer_types')
   if reader.has('layer_types'):
     types = reader.listed('layer_types')
-  return hf_layers.read(types, layers, reader('sliding_window', 4096), **own)
+  return layer_types.read(types, layers, reader('sliding_window', 4096), **own)
 
 
 def read_scales(reader: hf.Reader, softcap: float = 30.0) -> dict:
@@ -64,8 +64,8 @@ def cap(reader: hf.Reader, name: str, default: float) -> float:
 
 
 def _write(c: ModelConfig) -> dict:
-  return write_scales(c) | hf_layers.write(c) | dict(
-      rope_parameters=hf_rope.write(c),
+  return write_scales(c) | layer_types.write(c) | dict(
+      rope_parameters=rope_fields.write(c),
       attn_logit_softcapping=c.attention_softcap or None)
 
 

@@ -13,9 +13,9 @@ where they are stretched by 8 for 128K tokens (4B to 27B).
 from architectures import gemma2
 from architectures import llama
 from architectures.parts import hf
-from architectures.parts import hf_layers
-from architectures.parts import hf_rope
 from architectures.parts.config import ModelConfig
+from architectures.parts.hf import layer_types
+from architectures.parts.hf import rope_fields
 from architectures.parts.skeletons import Decoder
 
 
@@ -31,18 +31,18 @@ class Gemma3(Decoder):
 
 
 def _read(reader: hf.Reader, fields: dict) -> dict:
-  local, whole = hf_rope.read_by_kind(
-      reader, (hf_layers.WINDOW, ('rope_local_base_freq', 1e4)),
-      (hf_layers.WHOLE, ('rope_theta', 1e6)))
+  local, whole = rope_fields.read_by_kind(
+      reader, (layer_types.WINDOW, ('rope_local_base_freq', 1e4)),
+      (layer_types.WHOLE, ('rope_theta', 1e6)))
   return dict(rope=whole) | gemma2.read_layers(
       reader, fields, every=reader('sliding_window_pattern', 6),
-      own={hf_layers.WINDOW: dict(rope=local)}
+      own={layer_types.WINDOW: dict(rope=local)}
   ) | gemma2.read_scales(reader, softcap=0.0)
 
 
 def _write(c: ModelConfig) -> dict:
-  return gemma2.write_scales(c) | hf_layers.write(c) | dict(
-      rope_parameters=hf_rope.write_by_kind(c))
+  return gemma2.write_scales(c) | layer_types.write(c) | dict(
+      rope_parameters=rope_fields.write_by_kind(c))
 
 
 HF = hf.HuggingFace(

@@ -9,8 +9,8 @@ Their fused matrix holds query, key and value head by head.
 """
 
 from architectures.parts import hf
-from architectures.parts import hf_rope
 from architectures.parts.config import ModelConfig
+from architectures.parts.hf import rope_fields
 from architectures.parts.skeletons import Decoder
 
 
@@ -22,8 +22,8 @@ class GPTNeoX(Decoder):
 
 
 def _read(reader: hf.Reader, fields: dict) -> dict:
-  rope = hf_rope.read(reader, theta=('rotary_emb_base', 10000.0),
-                      fraction=('rotary_pct', 0.25))
+  rope = rope_fields.read(reader, theta=('rotary_emb_base', 10000.0),
+                          fraction=('rotary_pct', 0.25))
   # Some versions wrote both under other names as well, which none reads.
   reader.must(rope_theta=rope['theta'], partial_rotary_factor=rope['fraction'])
   parallel = reader('use_parallel_residual', True)
@@ -31,7 +31,7 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
 
 
 def _write(c: ModelConfig) -> dict:
-  return dict(rope_parameters=hf_rope.write(c, whole_heads=False),
+  return dict(rope_parameters=rope_fields.write(c, whole_heads=False),
               use_parallel_residual=c.block == 'parallel')
 
 

@@ -14,9 +14,9 @@ frequencies (`rope.truncate=False`). The router has a bias too.
 
 from architectures import llama
 from architectures.parts import hf
-from architectures.parts import hf_layers
-from architectures.parts import hf_rope
 from architectures.parts.config import ModelConfig
+from architectures.parts.hf import layer_types
+from architectures.parts.hf import rope_fields
 from architectures.parts.skeletons import Decoder
 from configs.errors import require
 
@@ -43,17 +43,17 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
           'factor of 32 from 4,096 tokens on then; write it there')
   layers = fields['num_layers']
   types = reader.listed('layer_types') or [
-      hf_layers.WHOLE if n % 2 else hf_layers.WINDOW for n in range(layers)]
-  return hf_layers.read(types, layers, reader('sliding_window', 128)) | dict(
-      rope=hf_rope.read(reader, theta=('rope_theta', 150000.0)),
+      layer_types.WHOLE if n % 2 else layer_types.WINDOW for n in range(layers)]
+  return layer_types.read(types, layers, reader('sliding_window', 128)) | dict(
+      rope=rope_fields.read(reader, theta=('rope_theta', 150000.0)),
       moe=dict(dispatch='dropless'))
 
 
 def _write(c: ModelConfig) -> dict:
   require(c.ffn == 'moe', f'model.ffn is {c.ffn!r}: a gpt_oss config.json can '
           'only say moe')
-  return hf_layers.write(c) | dict(rope_parameters=hf_rope.write(c),
-                                   intermediate_size=c.moe.d_ff)
+  return layer_types.write(c) | dict(rope_parameters=rope_fields.write(c),
+                                     intermediate_size=c.moe.d_ff)
 
 
 HF = hf.HuggingFace(

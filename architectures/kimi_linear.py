@@ -9,10 +9,10 @@ Linear", arXiv 2510.26692).
                        s_e / (sum of s) E_e(n),  s = sigmoid(W_r n)
 
 parts/recurrent/kda.py has the recurrence, which alone tells the order of the
-tokens; parts/latent.py has the attention, whose `rope_dim` features are a key
-that all heads share, and are not rotated. The 8 are the best by s + b, where b
-moves against the load as in DeepSeek-V3. The published model has 27 layers. The
-last one, which follows two recurrences, has attention too.
+tokens; parts/attention/latent.py has the attention, whose `rope_dim` features
+are a key that all heads share, and are not rotated. The 8 are the best by
+s + b, where b moves against the load as in DeepSeek-V3. The published model has
+27 layers. The last one, which follows two recurrences, has attention too.
 """
 
 from typing import Any
@@ -21,8 +21,8 @@ from architectures import deepseek_v2
 from architectures import llama
 from architectures import phi3
 from architectures.parts import hf
-from architectures.parts import hf_layers
 from architectures.parts.config import ModelConfig
+from architectures.parts.hf import layer_types
 from architectures.parts.skeletons import Decoder
 from configs.errors import require
 
@@ -44,22 +44,22 @@ DENSE, SPARSE = 'dense', 'sparse'
 
 def _read(reader: hf.Reader, fields: dict) -> dict[str, Any]:
   layers = fields['num_layers']
-  hf_layers.check_number('num_hidden_layers', layers)
+  layer_types.check_number('num_hidden_layers', layers)
   reader.must(num_key_value_heads=fields['num_heads'])
   hf.check_gates(fields, 'num_experts_per_token', 'moe_renormalize')
   first = (0 if reader.is_zero('first_k_dense_replace') else
            reader('first_k_dense_replace', 1))
-  networks = hf_layers.each(reader, 'mlp_layer_types', layers,
-                            (DENSE, SPARSE)) or [
+  networks = layer_types.each(reader, 'mlp_layer_types', layers,
+                              (DENSE, SPARSE)) or [
       DENSE if n < first else SPARSE for n in range(layers)]
   require(SPARSE in networks, 'config.json has no layer with experts')
   own = reader.section('linear_attn_config')  # goes before the other names
   heads, size, conv = (own(name, reader(other, usual))
                        for name, other, usual in SIZES)
   rank = reader('q_lora_rank', 1) if reader.has('q_lora_rank') else 0
-  types = hf_layers.each(reader, 'layer_types', layers, hf_layers.MIXERS)
+  types = layer_types.each(reader, 'layer_types', layers, layer_types.MIXERS)
   listed = _listed(own, layers)
-  found = hf_layers.mixed(types or listed, [
+  found = layer_types.mixed(types or listed, [
       network == DENSE for network in networks], 'kda') | dict(
           head_dim=fields['latent.nope_dim'],
           latent=dict(q_rank=rank, norm_eps=deepseek_v2.LATENT_EPS),
@@ -75,14 +75,14 @@ def _listed(own: hf.Reader, layers: int) -> list[str]:
   """Returns the type of each layer, of lists that count them from 1."""
   whole, linear = own.listed('full_attn_layers'), own.listed('kda_layers')
   if not (own.has('full_attn_layers') and own.has('kda_layers')):
-    return [hf_layers.WHOLE if n and n % 4 == 0 else hf_layers.LINEAR
+    return [layer_types.WHOLE if n and n % 4 == 0 else layer_types.LINEAR
             for n in range(layers)]
   require(all(type(n) is int for n in whole + linear)
           and sorted(whole + linear) == [*range(1, layers + 1)],
           'config.json has full_attn_layers and kda_layers in '
           f'linear_attn_config: each layer from 1 to {layers} must be in one '
           'of the two, once')
-  return [hf_layers.WHOLE if n in whole else hf_layers.LINEAR
+  return [layer_types.WHOLE if n in whole else layer_types.LINEAR
           for n in range(1, layers + 1)]
 
 

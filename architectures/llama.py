@@ -12,8 +12,8 @@ longrope, by `model.rope.factor`.
 """
 
 from architectures.parts import hf
-from architectures.parts import hf_rope
 from architectures.parts.config import ModelConfig
+from architectures.parts.hf import rope_fields
 from architectures.parts.skeletons import Decoder
 from configs.errors import require
 
@@ -26,14 +26,14 @@ class LLaMA(Decoder):
 
 
 def _read(reader: hf.Reader, fields: dict) -> dict:
-  return dict(rope=hf_rope.read(reader))
+  return dict(rope=rope_fields.read(reader))
 
 
 def _write(c: ModelConfig) -> dict:
   require(c.d_model % c.num_heads == 0,
           f'model.num_heads is {c.num_heads}, which does not divide '
           f'model.d_model {c.d_model}: transformers refuses such a llama')
-  return dict(rope_parameters=hf_rope.write(c))
+  return dict(rope_parameters=rope_fields.write(c))
 
 
 ATTENTION = (

@@ -11,8 +11,8 @@ What stands n windows back still reaches a token through n layers. From version
 
 from architectures import llama
 from architectures.parts import hf
-from architectures.parts import hf_rope
 from architectures.parts.config import ModelConfig
+from architectures.parts.hf import rope_fields
 from architectures.parts.skeletons import Decoder
 
 
@@ -27,13 +27,13 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
   # Left out, it is 4096; null, there is none.
   window = (0 if reader.is_null('sliding_window') else
             reader('sliding_window', 4096))
-  return dict(rope=hf_rope.read(reader), sliding_window=window,
+  return dict(rope=rope_fields.read(reader), sliding_window=window,
               attention='banded' if window else 'global')
 
 
 def _write(c: ModelConfig) -> dict:
   banded = c.attention == 'banded'
-  return dict(rope_parameters=hf_rope.write(c),
+  return dict(rope_parameters=rope_fields.write(c),
               sliding_window=c.sliding_window if banded else None)
 
 

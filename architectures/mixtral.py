@@ -11,8 +11,8 @@ window (Mistral 7B) is an option: `model.attention=banded`.
 
 from architectures import llama
 from architectures.parts import hf
-from architectures.parts import hf_rope
 from architectures.parts.config import ModelConfig
+from architectures.parts.hf import rope_fields
 from architectures.parts.skeletons import Decoder
 from configs.errors import require
 
@@ -28,7 +28,7 @@ class Mixtral(Decoder):
 def _read(reader: hf.Reader, fields: dict) -> dict:
   hf.check_gates(fields)
   window = reader('sliding_window', 0)
-  return dict(rope=hf_rope.read(reader, theta=('rope_theta', 1e6)),
+  return dict(rope=rope_fields.read(reader, theta=('rope_theta', 1e6)),
               attention='banded' if window else 'global',
               sliding_window=window, moe=dict(dispatch='dropless'))
 
@@ -36,7 +36,8 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
 def _write(c: ModelConfig) -> dict:
   require(c.ffn == 'moe', f'model.ffn is {c.ffn!r}: a mixtral config.json can '
           'only say moe')
-  return dict(rope_parameters=hf_rope.write(c), intermediate_size=c.moe.d_ff,
+  return dict(rope_parameters=rope_fields.write(c),
+              intermediate_size=c.moe.d_ff,
               sliding_window=c.sliding_window or None)
 
 

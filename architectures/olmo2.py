@@ -11,8 +11,8 @@ Nothing is normalised before attention or the network.
 
 from architectures import llama
 from architectures.parts import hf
-from architectures.parts import hf_rope
 from architectures.parts.config import ModelConfig
+from architectures.parts.hf import rope_fields
 from architectures.parts.skeletons import Decoder
 
 
@@ -25,11 +25,11 @@ class OLMo2(Decoder):
 
 
 def _read(reader: hf.Reader, fields: dict) -> dict:
-  return dict(rope=hf_rope.read(reader))
+  return dict(rope=rope_fields.read(reader))
 
 
 def _write(c: ModelConfig) -> dict:
-  return dict(rope_parameters=hf_rope.write(c))
+  return dict(rope_parameters=rope_fields.write(c))
 
 
 # Those of OLMo 3 too.

@@ -13,9 +13,9 @@ alone.
 from architectures import llama
 from architectures import olmo2
 from architectures.parts import hf
-from architectures.parts import hf_layers
-from architectures.parts import hf_rope
 from architectures.parts.config import ModelConfig
+from architectures.parts.hf import layer_types
+from architectures.parts.hf import rope_fields
 from architectures.parts.skeletons import Decoder
 
 
@@ -29,22 +29,23 @@ class OLMo3(Decoder):
 def _read(reader: hf.Reader, fields: dict) -> dict:
   # Outside of rope_parameters, transformers takes it for one kind alone.
   reader.must(rope_theta=5e5)
-  local, whole = hf_rope.read_by_kind(
-      reader, (hf_layers.WINDOW, ('rope_theta', 5e5)),
-      (hf_layers.WHOLE, ('rope_theta', 5e5)))
+  local, whole = rope_fields.read_by_kind(
+      reader, (layer_types.WINDOW, ('rope_theta', 5e5)),
+      (layer_types.WHOLE, ('rope_theta', 5e5)))
   layers = fields['num_layers']
   reader.passes('layer_types')
   types = reader.listed('layer_types') if reader.has('layer_types') else [
-      hf_layers.WINDOW if (n + 1) % 4 else hf_layers.WHOLE
+      layer_types.WINDOW if (n + 1) % 4 else layer_types.WHOLE
       for n in range(layers)]
   window = (0 if reader.is_null('sliding_window') else
             reader('sliding_window', 4096))
-  own = {} if local == whole else {hf_layers.WINDOW: dict(rope=local)}
-  return dict(rope=whole) | hf_layers.read(types, layers, window, own)
+  own = {} if local == whole else {layer_types.WINDOW: dict(rope=local)}
+  return dict(rope=whole) | layer_types.read(types, layers, window, own)
 
 
 def _write(c: ModelConfig) -> dict:
-  return hf_layers.write(c) | dict(rope_parameters=hf_rope.write_by_kind(c))
+  return layer_types.write(c) | dict(
+      rope_parameters=rope_fields.write_by_kind(c))
 
 
 HF = hf.HuggingFace(

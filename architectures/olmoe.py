@@ -16,8 +16,8 @@ from architectures import llama
 from architectures import phi3
 from architectures import qwen3_moe
 from architectures.parts import hf
-from architectures.parts import hf_rope
 from architectures.parts.config import ModelConfig
+from architectures.parts.hf import rope_fields
 from architectures.parts.skeletons import Decoder
 from configs.errors import require
 
@@ -36,7 +36,7 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
   hf.check_gates(fields)
   # transformers has no other: its norms are as wide as the model.
   reader.must(head_dim=fields['d_model'] // fields['num_heads'])
-  return dict(rope=hf_rope.read(reader), moe=dict(dispatch='dropless'))
+  return dict(rope=rope_fields.read(reader), moe=dict(dispatch='dropless'))
 
 
 def _write(c: ModelConfig) -> dict:
@@ -45,7 +45,8 @@ def _write(c: ModelConfig) -> dict:
   require(c.num_heads * c.head_dim == c.d_model, f'model.head_dim is '
           f'{c.head_dim}: an olmoe config.json has only model.d_model / '
           f'model.num_heads, {c.d_model} / {c.num_heads}')
-  return dict(rope_parameters=hf_rope.write(c), intermediate_size=c.moe.d_ff,
+  return dict(rope_parameters=rope_fields.write(c),
+              intermediate_size=c.moe.d_ff,
               # Left out, a text ends at 50,279 and is padded with 1.
               **dict.fromkeys(phi3.IDS))
 

@@ -12,8 +12,8 @@ for longer ones (LongRoPE: Ding et al. 2024).
 
 from architectures import llama
 from architectures.parts import hf
-from architectures.parts import hf_rope
 from architectures.parts.config import ModelConfig
+from architectures.parts.hf import rope_fields
 from architectures.parts.skeletons import Decoder
 from configs.errors import require
 
@@ -36,9 +36,10 @@ IDS = [f'{name}_token_id' for name in ('bos', 'eos', 'pad')]
 
 def _read(reader: hf.Reader, fields: dict) -> dict:
   window = reader('sliding_window', 0)
-  return dict(rope=hf_rope.read(reader, fraction=('partial_rotary_factor', 1.0),
-                                words=SCALINGS, original=4096),
-              attention='banded' if window else 'global', sliding_window=window)
+  rope = rope_fields.read(reader, fraction=('partial_rotary_factor', 1.0),
+                          words=SCALINGS, original=4096)
+  return dict(rope=rope, attention='banded' if window else 'global',
+              sliding_window=window)
 
 
 def _write(c: ModelConfig) -> dict:
@@ -47,8 +48,8 @@ def _write(c: ModelConfig) -> dict:
           f'model.num_heads is {c.num_heads} of {c.head_dim} features, which '
           f'are not model.d_model {c.d_model}: transformers counts the factors '
           'of a phi3 by the width over the heads')
-  return dict(rope_parameters=hf_rope.write(c, whole_heads=False,
-                                            words=SCALINGS),
+  return dict(rope_parameters=rope_fields.write(c, whole_heads=False,
+                                                words=SCALINGS),
               sliding_window=c.sliding_window or None,
               **dict.fromkeys(IDS)) | (
                   dict(original_max_position_embeddings=c.rope.original_len)

@@ -15,9 +15,9 @@ from typing import Any
 from architectures import llama
 from architectures import mistral
 from architectures.parts import hf
-from architectures.parts import hf_layers
-from architectures.parts import hf_rope
 from architectures.parts.config import ModelConfig
+from architectures.parts.hf import layer_types
+from architectures.parts.hf import rope_fields
 from architectures.parts.skeletons import Decoder
 
 
@@ -38,9 +38,9 @@ def read(reader: hf.Reader, fields: dict) -> dict[str, Any]:
   first = reader('max_window_layers', 28)
   reader.passes('layer_types')
   types = reader.listed('layer_types') if reader.has('layer_types') else [
-      hf_layers.WINDOW if window and n >= first else hf_layers.WHOLE
+      layer_types.WINDOW if window and n >= first else layer_types.WHOLE
       for n in range(layers)]
-  found = dict(rope=hf_rope.read(reader)) | hf_layers.read(
+  found = dict(rope=rope_fields.read(reader)) | layer_types.read(
       types, layers, window)
   if reader.is_null('num_key_value_heads'):  # left out, there are 32
     found['num_kv_heads'] = fields['num_heads']
@@ -49,10 +49,10 @@ def read(reader: hf.Reader, fields: dict) -> dict[str, Any]:
 
 def write(c: ModelConfig) -> dict[str, Any]:
   """Returns the same for a config.json."""
-  tree = hf_layers.write(c)
+  tree = layer_types.write(c)
   windows = [n for n, word in enumerate(tree['layer_types'])
-             if word == hf_layers.WINDOW]
-  return tree | dict(rope_parameters=hf_rope.write(c),
+             if word == layer_types.WINDOW]
+  return tree | dict(rope_parameters=rope_fields.write(c),
                      use_sliding_window=bool(windows),
                      max_window_layers=min(windows, default=c.num_layers))
 

@@ -13,10 +13,10 @@ once. `moe.normalize_gates=False` is norm_topk_prob of config.json.
 
 from architectures import llama
 from architectures.parts import hf
-from architectures.parts import hf_layers
-from architectures.parts import hf_rope
 from architectures.parts import kinds as layer_kinds
 from architectures.parts.config import ModelConfig
+from architectures.parts.hf import layer_types
+from architectures.parts.hf import rope_fields
 from architectures.parts.skeletons import Decoder
 from configs import kinds
 from configs.errors import require
@@ -35,19 +35,19 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
   layers = fields['num_layers']
   require(layers % every == 0, f'config.json has decoder_sparse_step {every}, '
           f'which does not divide num_hidden_layers {layers}')
-  hf_layers.check_number('decoder_sparse_step', every)
+  layer_types.check_number('decoder_sparse_step', every)
   hf.check_gates(fields)
   require(not reader.listed('mlp_only_layers'), 'config.json has '
           'mlp_only_layers, which is only known here where it is empty: '
           'decoder_sparse_step says which layers have experts')
   return kinds.with_experts({}, every) | dict(
-      rope=hf_rope.read(reader), moe=dict(dispatch='dropless'))
+      rope=rope_fields.read(reader), moe=dict(dispatch='dropless'))
 
 
 def _write(c: ModelConfig) -> dict:
   require(c.has_experts, f'model.ffn is {c.ffn!r}: a qwen3_moe config.json can '
           'only say moe')
-  return dict(rope_parameters=hf_rope.write(c), mlp_only_layers=[],
+  return dict(rope_parameters=rope_fields.write(c), mlp_only_layers=[],
               decoder_sparse_step=layer_kinds.experts_every(c))
 
 

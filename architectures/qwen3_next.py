@@ -23,9 +23,9 @@ from typing import Any
 from architectures import llama
 from architectures import qwen3_moe
 from architectures.parts import hf
-from architectures.parts import hf_layers
-from architectures.parts import hf_rope
 from architectures.parts.config import ModelConfig
+from architectures.parts.hf import layer_types
+from architectures.parts.hf import rope_fields
 from architectures.parts.skeletons import Decoder
 from configs.errors import require
 
@@ -50,8 +50,9 @@ def _read(reader: hf.Reader, fields: dict) -> dict[str, Any]:
           f'moe_intermediate_size {width}: model.moe.shared_experts says how '
           'many times as wide as an expert the shared one is')
   hf.check_gates(fields)
-  return hf_layers.read_mixers(reader, fields['num_layers'], 'deltanet') | dict(
-      rope=hf_rope.read(reader, fraction=('partial_rotary_factor', 0.25)),
+  return layer_types.read_mixers(
+      reader, fields['num_layers'], 'deltanet') | dict(
+      rope=rope_fields.read(reader, fraction=('partial_rotary_factor', 0.25)),
       moe=dict(dispatch='dropless', shared_experts=shared // width))
 
 
@@ -61,9 +62,9 @@ def _write(c: ModelConfig) -> dict[str, Any]:
   require(any(c.of_kind(name).mixer == 'attention' for name in c.kinds_used),
           'all layers are recurrences: transformers runs a qwen3_next with '
           'some layers of attention only')
-  return hf_layers.write_mixers(c) | dict(
+  return layer_types.write_mixers(c) | dict(
       shared_expert_intermediate_size=c.moe.shared_experts * c.moe.d_ff,
-      rope_parameters=hf_rope.write(c, whole_heads=False))
+      rope_parameters=rope_fields.write(c, whole_heads=False))
 
 
 BASE = (

@@ -18,9 +18,9 @@ from typing import Any
 from architectures import llama
 from architectures import phi3
 from architectures.parts import hf
-from architectures.parts import hf_layers
-from architectures.parts import hf_rope
 from architectures.parts.config import ModelConfig
+from architectures.parts.hf import layer_types
+from architectures.parts.hf import rope_fields
 from architectures.parts.skeletons import Decoder
 from configs.errors import require, short
 
@@ -47,8 +47,9 @@ def _read(reader: hf.Reader, fields: dict) -> dict[str, Any]:
             0) * reader('use_sliding_window', False)
   reader.passes('layer_types')
   types = reader.listed('layer_types') if reader.has('layer_types') else [
-      hf_layers.WHOLE if x or not window else hf_layers.WINDOW for x in turned]
-  found = dict(rope=hf_rope.read(reader, theta=('rope_theta', 2e6)))
+      layer_types.WHOLE if x or not window else layer_types.WINDOW
+      for x in turned]
+  found = dict(rope=rope_fields.read(reader, theta=('rope_theta', 2e6)))
   if reader.is_null('num_key_value_heads'):  # left out, there are 4
     found['num_kv_heads'] = fields['num_heads']
   return found | _layers(types, turned, window)
@@ -57,16 +58,16 @@ def _read(reader: hf.Reader, fields: dict) -> dict[str, Any]:
 def _layers(types: list[str], turned: list[int], window: int
             ) -> dict[str, Any]:
   """Returns the kinds of layer, by layer_types and no_rope_layers."""
-  plain = hf_layers.read(types, len(turned), window)
+  plain = layer_types.read(types, len(turned), window)
   if len(set(turned)) == 1:
     return plain | dict(position='rope' if turned[0] else 'none')
   names, kinds = [], {}
   for word, x in zip(types, turned):
-    local = word == hf_layers.WINDOW
+    local = word == layer_types.WINDOW
     names.append(('rope' if x else 'nope') + '_local' * local)
     kinds[names[-1]] = ({} if x else dict(position='none')) | (
-        dict(window=window * local) if hf_layers.WINDOW in types else {})
-  return dict(hf_layers.shortest(names), position='rope', attention='global',
+        dict(window=window * local) if layer_types.WINDOW in types else {})
+  return dict(layer_types.shortest(names), position='rope', attention='global',
               sliding_window=0, kinds=kinds)
 
 
@@ -75,12 +76,12 @@ def _write(c: ModelConfig) -> dict[str, Any]:
   turned = [layer for layer in layers if layer.position == 'rope']
   # Where no layer is turned, it says how one would be.
   one = dataclasses.replace((turned or [c])[0], position='rope')
-  tree = hf_layers.write(c)
+  tree = layer_types.write(c)
   return tree | dict(
       # Left out, they are those of a vocabulary of 128,256.
-      **dict.fromkeys(phi3.IDS), rope_parameters=hf_rope.write(one),
+      **dict.fromkeys(phi3.IDS), rope_parameters=rope_fields.write(one),
       no_rope_layers=[int(layer.position == 'rope') for layer in layers],
-      use_sliding_window=hf_layers.WINDOW in tree['layer_types'])
+      use_sliding_window=layer_types.WINDOW in tree['layer_types'])
 
 
 HF = hf.HuggingFace(

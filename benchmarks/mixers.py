@@ -63,7 +63,7 @@ def layer(made: Any) -> Contender:
   of squares with respect to its parameters and its input."""
   import architectures
   from architectures.parts import mixers
-  from architectures.parts.attention import Context
+  from architectures.parts.context import Context
   import jax
   import jax.numpy as jnp
   c = architectures.resolve(made.model)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 import architectures
-from architectures.parts.attention import Context
+from architectures.parts.context import Context
 from architectures.parts.ffn import FFN
 from architectures.parts.moe.layer import MoE
 from configs import base

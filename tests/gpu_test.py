@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import pytest
 
 import architectures
-from architectures.parts import kernels, xla_attention
+from architectures.parts.attention import kernels, xla
 from architectures.parts.ffn import Hidden
 from architectures.parts.moe import experts, grouped
 from configs import sharding as tables
@@ -83,8 +83,8 @@ def test_attention_equals_a_plain_softmax(kernel, dtype, name):
 
   def ours(q, k, v, w):
     if kernel == 'xla':
-      out = xla_attention.attend(q, k, v, scale=K ** -0.5, mask_BLM=seen_BLM,
-                                 causal=True, window=mask.window)
+      out = xla.attend(q, k, v, scale=K ** -0.5, mask_BLM=seen_BLM,
+                     causal=True, window=mask.window)
     else:
       out = kernels.KERNELS[kernel].run(
           q, k, v, mask, seen_BLM, scale=K ** -0.5, softcap=0.0, sink_H=None)

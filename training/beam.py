@@ -18,7 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from architectures.parts.cache import Cache
+from architectures.parts.attention.cache import Cache
 from architectures.parts.moe.layer import without_capacity
 from architectures.parts.skeletons import one_by_one
 from configs.errors import one_of, require

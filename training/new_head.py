@@ -11,8 +11,8 @@ import dataclasses
 import flax.linen as nn
 
 import architectures
-from architectures.parts import hf_tensors
 from architectures.parts.config import ModelConfig
+from architectures.parts.hf import tensor_map
 from training import paths
 from training.step import parameter_shapes
 
@@ -49,7 +49,7 @@ def names_left_out(module: nn.Module) -> set[str]:
   page = architectures.hugging_face(lm.arch)
   shapes = left_out(module)
   rows = [row for row in page.rows(lm) if row[0] in shapes]
-  return {tensor.name for tensor in hf_tensors.expand(rows, shapes)} | set(
+  return {tensor.name for tensor in tensor_map.expand(rows, shapes)} | set(
       page.tied)
 
 

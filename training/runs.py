@@ -16,7 +16,8 @@ import ml_collections
 import numpy as np
 
 import architectures
-from architectures.parts import heads, kernels, mixers, positions, sharding
+from architectures.parts import heads, mixers, positions, sharding
+from architectures.parts.attention import kernels
 from architectures.parts.config import ModelConfig
 from architectures.parts.moe import grouped_kernels
 from configs import sharding as tables

@@ -29,9 +29,9 @@ import numpy as np
 
 import architectures
 from architectures.parts import hf
-from architectures.parts import hf_tensors
 from architectures.parts import positions
 from architectures.parts.config import ModelConfig
+from architectures.parts.hf import tensor_map
 from configs.errors import require
 from training import adapters
 from training import new_head
@@ -140,8 +140,8 @@ def read_params(module: nn.Module, source: Source, *, like: Any = None,
     source = hf_files.Arrays(source)
   names = _Names(page, source, module.config)
   rows = page.rows(module.config)
-  _check_number(hf_tensors.count(rows, shapes), source, partial)
-  tensors = hf_tensors.expand(rows, shapes)
+  _check_number(tensor_map.count(rows, shapes), source, partial)
+  tensors = tensor_map.expand(rows, shapes)
   fills: dict[str, list] = {path: [] for path in shapes}
   names.check_types(tensors)
   bad: set[str] = set()
@@ -222,7 +222,7 @@ class _Names:
     return all(np.array_equal(self.cut(one, part), self.cut(other, part))
                for part in parts)
 
-  def check_types(self, tensors: Sequence[hf_tensors.Tensor]) -> None:
+  def check_types(self, tensors: Sequence[tensor_map.Tensor]) -> None:
     """Raises RequestError naming a tensor that is no array of weights: one of
     whole numbers, or of a type that a quantisation has left."""
     for name in (self.find(tensor.name) for tensor in tensors):
@@ -231,7 +231,7 @@ class _Names:
         require(found in hf_files.DTYPES, f'{name} is of type {found}: weights '
                 f'are read from {", ".join(hf_files.DTYPES)}')
 
-  def wrong(self, tensor: hf_tensors.Tensor) -> str:
+  def wrong(self, tensor: tensor_map.Tensor) -> str:
     """Returns what stands against reading `tensor`, or ''."""
     if self.find(tensor.name) not in self._source:
       return f'{" and ".join(tensor.paths)}: the files have no {tensor.name}'
@@ -244,7 +244,7 @@ class _Names:
     """Returns the spellings of those of `names` that the files have."""
     return sorted({self.find(name) for name in names} & set(self._source))
 
-  def unused(self, tensors: Sequence[hf_tensors.Tensor], passed: Sequence[str]
+  def unused(self, tensors: Sequence[tensor_map.Tensor], passed: Sequence[str]
              ) -> list[str]:
     """Returns a line for each tensor of the files that has no place, but those
     that are passed over."""
@@ -357,9 +357,9 @@ def to_hf(module: nn.Module, params: Any, folder: str | os.PathLike, *,
   flat = paths.flatten(nn.meta.unbox(params))
   shapes = {path: leaf.shape for path, leaf in flat.items()}
   if bare:
-    places = [found for _, found, *_ in hf_tensors.places(rows, shapes)]
+    places = [found for _, found, *_ in tensor_map.places(rows, shapes)]
     shapes = {path: shapes[path] for path in sum(places, ())}
-  tensors = hf_tensors.expand(rows, shapes)
+  tensors = tensor_map.expand(rows, shapes)
   kinds = {tensor.name: hf_files.Kind(
       tensor.shape, np.dtype(dtype or flat[tensor.paths[0]].dtype))
            for tensor in tensors}
@@ -384,6 +384,6 @@ def to_hf(module: nn.Module, params: Any, folder: str | os.PathLike, *,
         json.dumps(generation.options, indent=2) + '\n')
 
 
-def _theirs(tensor: hf_tensors.Tensor, flat: dict[str, Any]) -> np.ndarray:
+def _theirs(tensor: tensor_map.Tensor, flat: dict[str, Any]) -> np.ndarray:
   return tensor.join([np.asarray(flat[path][tensor.index])
                       for path in tensor.paths])

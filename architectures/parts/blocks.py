@@ -21,9 +21,10 @@ import jax
 from architectures.parts import mixers
 from architectures.parts import sharding
 from architectures.parts import streams
-from architectures.parts.attention import Attention, Context
-from architectures.parts.cache import Cache
+from architectures.parts.attention.cache import Cache
+from architectures.parts.attention.multi_head import Attention
 from architectures.parts.config import LayerKind, ModelConfig
+from architectures.parts.context import Context
 from architectures.parts.dropout import Dropout
 from architectures.parts.ffn import FFN, NONE
 from architectures.parts.moe.layer import MoE

@@ -11,15 +11,16 @@ has no weights. Fields of STRICT are refused there.
 
 from collections.abc import Collection, Mapping
 
-from architectures.parts import attention
 from architectures.parts import heads
-from architectures.parts import kernels
 from architectures.parts import kinds
 from architectures.parts import linear
 from architectures.parts import mixers
-from architectures.parts import output_gate
 from architectures.parts import positions
 from architectures.parts import unread
+from architectures.parts.attention import kernels
+from architectures.parts.attention import multi_head
+from architectures.parts.attention import output_gate
+from architectures.parts.attention import visibility
 from architectures.parts.blocks import BLOCKS
 from architectures.parts.config import ModelConfig
 from architectures.parts.ffn import FFNS, NONE
@@ -28,8 +29,8 @@ from architectures.parts.moe import grouped_kernels
 from architectures.parts.moe import health
 from architectures.parts.moe import routing
 from architectures.parts.norms import NORMS
-from architectures.parts.recurrent import mamba2
 from architectures.parts.period import REMAT
+from architectures.parts.recurrent import mamba2
 from architectures.parts.unread import get
 from configs.errors import one_of, require
 
@@ -90,7 +91,7 @@ def names() -> dict[str, Collection[str]]:
       'sinusoid': positions.SINUSOIDS,
       'ffn': (*FFNS, 'moe', NONE),
       'block': BLOCKS,
-      'qk_norm_over': attention.QK_NORMS,
+      'qk_norm_over': multi_head.QK_NORMS,
       'pooling': heads.POOLINGS,
       'attention_gate': output_gate.GATES,
       'mamba2.norm_over': mamba2.NORMS_OVER,
@@ -150,7 +151,7 @@ def _check_layers(c: ModelConfig, stack: str) -> None:
       require(holds(value), f'model.{field} is {value}: {words}')
   if positions.of(c).check:
     positions.of(c).check(c, stack)
-  attention.KINDS[c.attention].check(c)
+  visibility.KINDS[c.attention].check(c)
   mixers.of(c).check(c, stack)
   wired = [name for name, block in BLOCKS.items() if block.STREAMS]
   require(c.residual == 'plain' or c.block in wired, f'model.residual is '

@@ -19,8 +19,8 @@ from typing import Any, Mapping, NamedTuple
 import jax.numpy as jnp
 
 from architectures.parts import fields as field_checks
-from architectures.parts import latent_config
-from architectures.parts.latent_config import LatentConfig
+from architectures.parts.attention import latent_config
+from architectures.parts.attention.latent_config import LatentConfig
 from architectures.parts.recurrent import groups
 from architectures.parts.rope_config import RopeConfig
 from architectures.parts.streams_config import StreamsConfig

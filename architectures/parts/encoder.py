@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 from architectures.parts import heads
 from architectures.parts import linear
-from architectures.parts.attention import Context
 from architectures.parts.config import ModelConfig
+from architectures.parts.context import Context
 from architectures.parts.ffn import FFNS
 from architectures.parts.norms import norm
 from architectures.parts.skeletons import Embed, Output, Stack

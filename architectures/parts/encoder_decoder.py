@@ -12,8 +12,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from architectures.parts.attention import Context
 from architectures.parts.config import ModelConfig
+from architectures.parts.context import Context
 from architectures.parts.heads import Unembed
 from architectures.parts.skeletons import Embed, Output, Stack, any_cache
 from configs.errors import require

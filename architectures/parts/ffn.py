@@ -21,8 +21,8 @@ import jax.numpy as jnp
 
 from architectures.parts import linear
 from architectures.parts import sharding
-from architectures.parts.attention import Context
 from architectures.parts.config import ClampConfig, ModelConfig
+from architectures.parts.context import Context
 from architectures.parts.dropout import Dropout
 
 gelu = functools.partial(jax.nn.gelu, approximate=False)

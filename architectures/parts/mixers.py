@@ -11,12 +11,12 @@ from typing import Any, Optional
 
 import flax.linen as nn
 
-from architectures.parts import attention
-from architectures.parts import attention_conv
-from architectures.parts import latent
-from architectures.parts import output_gate
+from architectures.parts.attention import convolution
+from architectures.parts.attention import latent
+from architectures.parts.attention import multi_head
+from architectures.parts.attention import output_gate
+from architectures.parts.attention.latent_config import LatentConfig
 from architectures.parts.config import ModelConfig
-from architectures.parts.latent_config import LatentConfig
 from architectures.parts.recurrent import deltanet
 from architectures.parts.recurrent import gla
 from architectures.parts.recurrent import kda
@@ -120,7 +120,7 @@ def recurrent(module: type[layer.Layer], group: type[Any],
 
 MIXERS = {
     'attention': Mixer(
-        attention.Attention, attention.empty,
+        multi_head.Attention, multi_head.empty,
         products=lambda c: {'query', 'out'} | (
             set() if c.kv_sharing else {'key', 'value'}) | (
                 output_gate.products(c.attention_gate)),
@@ -128,7 +128,7 @@ MIXERS = {
                 'attention_gate', 'value_residual', 'value_embedding',
                 'kv_sharing', 'attention_conv', *SCORES),
         divided=(('tensor', 'num_heads'), ('tensor', 'num_kv_heads')),
-        check=attention_conv.check),
+        check=convolution.check),
     'latent': Mixer(
         latent.LatentAttention, latent.empty, latent.products,
         fields=('attention_gate', *_group('latent', LatentConfig), *SCORES),

@@ -10,11 +10,11 @@ import jax
 from architectures.parts import linear
 from architectures.parts import sharding
 from architectures.parts import streams
-from architectures.parts import values
-from architectures.parts.attention import Context
+from architectures.parts.attention import values
+from architectures.parts.attention.cache import apart, joined, Slots
 from architectures.parts.blocks import BLOCKS
-from architectures.parts.cache import apart, joined, Slots
 from architectures.parts.config import LayerKind, ModelConfig
+from architectures.parts.context import Context
 
 
 class Period(nn.Module):

@@ -27,11 +27,11 @@ from architectures.parts import mixers
 from architectures.parts import positions
 from architectures.parts import sharding
 from architectures.parts import streams
-from architectures.parts import values
-from architectures.parts.attention import Context
+from architectures.parts.attention import values
+from architectures.parts.attention.cache import apart, Cache, joined, turned
 from architectures.parts.blocks import BLOCKS, branches, residual
-from architectures.parts.cache import apart, Cache, joined, turned
 from architectures.parts.config import LayerKind, ModelConfig, Section
+from architectures.parts.context import Context
 from architectures.parts.dropout import Dropout
 from architectures.parts.norms import norm
 from architectures.parts.period import Period, Scanned

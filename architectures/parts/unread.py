@@ -13,12 +13,12 @@ from collections.abc import Callable, Mapping
 import dataclasses
 from typing import Any, NamedTuple
 
-from architectures.parts import attention
 from architectures.parts import heads
 from architectures.parts import mixers
 from architectures.parts import positions
 from architectures.parts import rotary
 from architectures.parts import streams
+from architectures.parts.attention import visibility
 from architectures.parts.config import MoEConfig, ModelConfig
 from architectures.parts.ffn import FFNS, NONE
 from architectures.parts.moe import health
@@ -32,7 +32,7 @@ TABLES: dict[str, Mapping[str, Any]] = {
     'rope.scaling': rotary.SCALINGS,
     'residual': streams.RESIDUALS,
     'mixer': mixers.MIXERS,
-    'attention': attention.KINDS,
+    'attention': visibility.KINDS,
     'head': heads.HEADS,
     'moe.router': routing.ROUTERS,
     'moe.balance_loss': health.BALANCE_LOSSES,

@@ -8,10 +8,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from architectures.parts import kernels
 from architectures.parts import sharding
-from architectures.parts import xla_attention
-from architectures.parts.attention import Context
+from architectures.parts.attention import kernels
+from architectures.parts.attention import xla
+from architectures.parts.context import Context
 from architectures.parts.moe.layer import MoE
 from benchmarks.gpu import timing
 from training.costs import totals
@@ -52,8 +52,7 @@ def attention(config: Any, seconds: float) -> Iterator[dict[str, Any]]:
 def _weigh(name: str, args: Any, mask: kernels.Mask, seen_BLM: jax.Array,
            scale: float) -> jax.Array:
   if name == 'xla':
-    out = xla_attention.attend(*args, mask_BLM=seen_BLM, scale=scale,
-                               causal=True)
+    out = xla.attend(*args, mask_BLM=seen_BLM, scale=scale, causal=True)
   else:
     out = kernels.KERNELS[name].run(*args, mask, seen_BLM, scale=scale,
                                     softcap=0.0, sink_H=None)

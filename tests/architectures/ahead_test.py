@@ -9,7 +9,7 @@ import pytest
 
 import architectures
 from architectures.parts import skeletons
-from architectures.parts.attention import Context
+from architectures.parts.context import Context
 from configs.errors import RequestError
 from tests.helpers import models
 from tests.training import step_test

@@ -13,7 +13,7 @@ import optax
 import pytest
 
 import architectures
-from architectures.parts.attention import Context
+from architectures.parts.context import Context
 from architectures.parts.moe import health
 from architectures.parts.moe import layer as moe
 from architectures.parts.moe import routing

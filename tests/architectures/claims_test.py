@@ -15,10 +15,10 @@ import architectures
 from architectures.parts import norms
 from architectures.parts import positions
 from architectures.parts import rotary
-from architectures.parts.attention import Context
+from architectures.parts.attention.xla import attend
 from architectures.parts.blocks import BLOCKS
+from architectures.parts.context import Context
 from architectures.parts.ffn import FFN
-from architectures.parts.xla_attention import attend
 from tests.helpers import models
 
 POSITIONS = ('learned', 'sinusoidal', 'rope', 'alibi', 'relative', 'none')

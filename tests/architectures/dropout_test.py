@@ -17,9 +17,10 @@ import pytest
 import architectures
 from architectures.parts import dropout
 from architectures.parts import norms
-from architectures.parts.attention import Attention, Context
+from architectures.parts.attention.multi_head import Attention
 from architectures.parts.blocks import BLOCKS
 from architectures.parts.config import LayerKind
+from architectures.parts.context import Context
 from architectures.parts.ffn import FFN
 from architectures.parts.skeletons import Embed
 from tests.helpers import models

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 import architectures
-from architectures.parts.attention import visible
+from architectures.parts.attention.visibility import visible
+from architectures.parts.attention.xla import attend
 from architectures.parts.blocks import BLOCKS
 from architectures.parts.config import LayerKind
 from architectures.parts.norms import NORMS
 from architectures.parts.positions import POSITIONS
-from architectures.parts.xla_attention import attend
 from tests.architectures.product_test import FFNS
 from tests.helpers import models
 

@@ -8,8 +8,8 @@ import flax.linen as nn
 import pytest
 
 import architectures
-from architectures.parts import hf_tensors
 from architectures.parts import mixers
+from architectures.parts.hf import tensor_map
 from configs import base
 from tests.helpers import models
 from training import paths
@@ -92,11 +92,11 @@ def test_names_are_of_parameters_and_axes_of_the_legend(system):
     if c.moe.d_ff != c.d_ff or c.moe.shared_experts > 1:  # several widths
       del sizes['F']
     rows |= set(table)
-    for row, found, *_ in hf_tensors.places(table, shapes):
+    for row, found, *_ in tensor_map.places(table, shapes):
       used.add(row)
       _, ours, name, theirs = row
       expert = {'E'} if '{e}' in name else set()
-      each = hf_tensors.axes_of(ours, len(found))
+      each = tensor_map.axes_of(ours, len(found))
       grouped = {'R', 'J'} if 'R' in theirs else set()  # J and R are our H
       assert {a for a in theirs if a.isalpha()} - grouped == set(
           ''.join(each)) - expert - ({'H', 'J'} if grouped else set()), row

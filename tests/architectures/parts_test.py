@@ -11,9 +11,10 @@ import pytest
 
 import architectures
 from architectures.parts import linear, norms, positions, rotary
-from architectures.parts.attention import Attention, Context
+from architectures.parts.attention.multi_head import Attention
 from architectures.parts.blocks import BLOCKS
 from architectures.parts.config import LayerKind
+from architectures.parts.context import Context
 from architectures.parts.ffn import FFN
 from architectures.parts.norms import NORMS
 from tests.helpers import models

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 import architectures
-from architectures.parts import attention
-from architectures.parts import hf_tensors
 from architectures.parts import skeletons
-from architectures.parts.sharding import rules
 from architectures.parts import unread
+from architectures.parts.context import Context
+from architectures.parts.hf import tensor_map
+from architectures.parts.sharding import rules
 from configs import gpt, sharding, switch
-from tests.architectures.experts_test import equations
+from tests.architectures.moe.experts_test import equations
 from tests.helpers import models
 from tests.training import step_test
 from training import paths
@@ -92,7 +92,7 @@ def test_each_layer_is_that_of_its_kind():
           row_of(decoder['suffix'], block, 0) for block in range(2)]
   names = ('far', 'local', 'far', 'local', 'far', 'far', 'local')
   assert tuple(k.name for k in c.layer_kinds(7)) == names
-  ctx = attention.Context(jnp.arange(tokens.shape[1])[None])
+  ctx = Context(jnp.arange(tokens.shape[1])[None])
   for n, (name, layer) in enumerate(zip(names, own)):
     plain = skeletons.Period(c.of_kind(name), c.of_kind(name).layer_pattern())
     (got, _), _ = plain.apply({'params': {'block_0': layer}},
@@ -108,7 +108,7 @@ def test_a_window_is_of_its_kind():
   module, params = mixed()
   c, L = module.config, 8
   x_BLD = jax.random.normal(jax.random.key(0), (1, L, 32))
-  ctx = attention.Context(jnp.arange(L)[None])
+  ctx = Context(jnp.arange(L)[None])
   reach = {}
   decoder = params['decoder']
   for name, layer in (('far', row_of(decoder['prefix'], 0, 0)),
@@ -300,7 +300,7 @@ def test_every_layer_has_one_place_and_one_name():
         for row in range(2) for b in range(2)),
       *((f'decoder/suffix/block_{b}/attention/query', 0) for b in range(2))]
   row = 'decoder/layers/attention/query', 'DHK', 'h.{n}.q', 'HK D'
-  found = hf_tensors.expand([row], {path: flat[path].shape for path in queries})
+  found = tensor_map.expand([row], {path: flat[path].shape for path in queries})
   assert {t.name: (t.paths[0], *t.index) for t in found} == {
       f'h.{n}.q': stacks.place(queries[0], n) for n in range(7)}
 

@@ -107,13 +107,15 @@ def test_every_block_meets_every_position_attention_and_network():
 @pytest.mark.slow
 def test_the_laws_can_fail(monkeypatch):
   """An encoder that sees only backwards, a decoder whose cache forgets."""
-  from architectures.parts import attention
-  parts, visible = ROWS[0], attention.visible
+  from architectures.parts.attention import cache, visibility
+  parts, visible = ROWS[0], visibility.visible
   with monkeypatch.context() as patch:
-    patch.setattr(attention, 'visible', lambda kind, *args, **kwargs: visible(
-        kind.__class__(kind.attention, kind.ffn), *args, **kwargs))
+    patch.setattr(visibility, 'visible',
+                  lambda kind, *args, **kwargs: visible(
+                      kind.__class__(kind.attention, kind.ffn), *args,
+                      **kwargs))
     with pytest.raises(AssertionError):
       check_encoder(parts)
-  monkeypatch.setattr(attention.Cache, 'write', lambda self, *args: self)
+  monkeypatch.setattr(cache.Cache, 'write', lambda self, *args: self)
   with pytest.raises(AssertionError):
     check_encoder_decoder(parts)

@@ -199,14 +199,14 @@ def test_every_pair_of_parts_meets():
 @pytest.mark.slow
 def test_the_laws_can_fail(monkeypatch):
   """A model that sees what comes later, and one whose cache forgets."""
-  from architectures.parts import attention
+  from architectures.parts.attention import cache, visibility
   parts = TRIPLES[0]
   with monkeypatch.context() as patch:
-    patch.setattr(attention, 'visible', lambda *args: None)
+    patch.setattr(visibility, 'visible', lambda *args: None)
     with pytest.raises(AssertionError):
       check_laws(parts)
   with monkeypatch.context() as patch:
-    patch.setattr(attention.Cache, 'write', lambda self, *args: self)
+    patch.setattr(cache.Cache, 'write', lambda self, *args: self)
     with pytest.raises(AssertionError):
       check_laws(parts)
   from architectures.parts.recurrent import recurrence

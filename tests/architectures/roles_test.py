@@ -11,7 +11,7 @@ import pytest
 
 import architectures
 from architectures.parts import linear, mixers
-from architectures.parts.attention import Attention
+from architectures.parts.attention.multi_head import Attention
 from architectures.parts.roles import Declared, Role
 from tests.helpers import models
 from training import paths

@@ -7,8 +7,9 @@ import pytest
 
 import architectures
 from architectures.parts import blocks, norms, unread
-from architectures.parts.attention import Attention, Context
+from architectures.parts.attention.multi_head import Attention
 from architectures.parts.config import LayerKind
+from architectures.parts.context import Context
 from configs import sharding as tables
 from tests.helpers import flops_formulas as formulas
 from tests.helpers import models

@@ -14,9 +14,9 @@ import safetensors.numpy
 
 import architectures
 from architectures import qwen3_next
-from architectures.parts import hf_tensors
 from architectures.parts import mixers
-from architectures.parts.attention import Context
+from architectures.parts.context import Context
+from architectures.parts.hf import tensor_map
 from tests.helpers import models
 
 FILE = pathlib.Path(__file__).parents[1] / 'data/layers/deltanet.safetensors'
@@ -86,7 +86,7 @@ def theirs(dtype: str = 'float32') -> dict[str, np.ndarray]:
       linear_value_head_dim=U, linear_conv_kernel_dim=W,
       layer_types=['linear_attention']), 0)
   at = 'decoder/layers/block_0/attention/'
-  tensors = hf_tensors.expand(
+  tensors = tensor_map.expand(
       [row for row in qwen3_next.HF.rows(c) if row[0].startswith(at)],
       {at + name: (1, *value.shape) for name, value in params.items()})
   named = dict(layer.named_parameters())

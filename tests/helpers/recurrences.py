@@ -12,7 +12,7 @@ import pytest
 
 import architectures
 from architectures.parts import mixers
-from architectures.parts.attention import Context
+from architectures.parts.context import Context
 from architectures.parts.recurrent import groups
 from tests.helpers import models
 

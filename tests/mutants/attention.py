@@ -1,7 +1,7 @@
 """Mutants of attention: what is seen, the products, and the fused kernels."""
 
 MUTANTS = {
-    'architectures/parts/latent.py': [
+    'architectures/parts/attention/latent.py': [
         ('norm_eps=c.latent.norm_eps', 'norm_eps=c.norm_eps',
          'latent: equals_its_definition'),
         ('self._turn(key_BLU[:, :, None], ctx)', 'key_BLU[:, :, None]',
@@ -9,7 +9,7 @@ MUTANTS = {
         ('          < slots * (up', '          > slots * (up',
          'latent: one_query'),
     ],
-    'architectures/parts/cache.py': [
+    'architectures/parts/attention/cache.py': [
         ('  if rows == 1 and L == 1:\n', '  if False:\n',
          'cache: loop_over_tokens'),
         ('  if x.dtype != jnp.bfloat16:\n', '  if True:\n',
@@ -41,7 +41,7 @@ MUTANTS = {
         ('if not sharding.one_cpu():\n    return entries',
          'if True:\n    return entries', 'cache: not_turned'),
     ],
-    'architectures/parts/attention.py': [
+    'architectures/parts/attention/visibility.py': [
         ('causal = k <= q', 'causal = k < q', 'laws: pictures'),
         ('causal = k <= q', 'causal = k <= q + 1', 'laws: pictures'),
         ('causal |= k < prefix_B', 'causal |= k <= prefix_B', 'laws: prefixes'),
@@ -52,6 +52,12 @@ MUTANTS = {
         ('q_segments_BL[:, :, None] == k', 'q_segments_BL[:, :, None] >= k',
          'laws: documents'),
         ('mask = mask & more', 'mask = mask | more', 'laws: documents'),
+        ('kind.causal and ctx.in_order and', 'kind.causal and',
+         'laws: variant and learned'),
+        ('ctx.in_order and not ctx.keep_attention', 'ctx.in_order',
+         'kernels: no_kernel and keep_attention'),
+    ],
+    'architectures/parts/attention/multi_head.py': [
         ('jnp.arange(k_BMJK.shape[1])[None]',
          'jnp.arange(k_BMJK.shape[1])[None] + 1', 'laws: variant and learned'),
         ('None if self.cross else positions.of(c).rotate',
@@ -82,10 +88,6 @@ MUTANTS = {
          'xla_attention: by_blocks and out'),
         ('mask.in_order and not mask.prefix', 'mask.in_order',
          'xla_attention: by_blocks and prefix'),
-        ('kind.causal and ctx.in_order and', 'kind.causal and',
-         'laws: variant and learned'),
-        ('ctx.in_order and not ctx.keep_attention', 'ctx.in_order',
-         'kernels: no_kernel and keep_attention'),
         ('strict=not cached)', 'strict=True)', 'kernels: decoding'),
         ('seen_BLM = ids_BL[:, :, None] == k_ids',
          'seen_BLM = ids_BL[:, :, None] >= k_ids',
@@ -95,7 +97,7 @@ MUTANTS = {
          'parity: equals and gpt-plain'),
         ('residual=True)', 'residual=False)', 'parts: born'),
     ],
-    'architectures/parts/values.py': [
+    'architectures/parts/attention/values.py': [
         ('first.known, first.value_BLJK, v_BLJK', 'True, v_BLJK, v_BLJK',
          'values: published'),
         ('v32 + share *', 'v32 + (1 + share) *', 'values: published'),
@@ -106,7 +108,7 @@ MUTANTS = {
         ('return 2 * jax.nn', 'return jax.nn', 'values: published'),
         (' / c.widening', '', 'values: wider'),
     ],
-    'architectures/parts/output_gate.py': [
+    'architectures/parts/attention/output_gate.py': [
         ('o_BLHK * jax.nn.sigmoid(z_BLHK)', 'o_BLHK * jax.nn.silu(z_BLHK)',
          'output_gate: layers_input'),
         ('o_BLHK * jax.nn.sigmoid(z_BLH)', 'o_BLHK * 2 * jax.nn.sigmoid(z_BLH)',
@@ -116,7 +118,7 @@ MUTANTS = {
         ('output=True)', 'output=False)', 'mup: agree and parts1'),
         (' / module.config.widening', '', 'output_gate: wider'),
     ],
-    'architectures/parts/xla_attention.py': [
+    'architectures/parts/attention/xla.py': [
         ('[s_BHLM, sink_BHL1], -1), -1)[..., :-1]',
          '[s_BHLM, sink_BHL1], -1), -1)[..., 1:]',
          'attention_weights: float64'),
@@ -159,7 +161,7 @@ MUTANTS = {
         (') + words[1]).', ')).', 'dropout: neighbours'),
         ('(x ^ (x >> 13))', '(x ^ (x >> 14))', 'dropout: published'),
     ],
-    'architectures/parts/kernels.py': [
+    'architectures/parts/attention/kernels.py': [
         ('(side, 0 if mask.causal else side)', '(side, side)',
          'kernels: splash_equals and banded'),
         ('side = mask.window - 1', 'side = mask.window',

@@ -307,13 +307,13 @@ MUTANTS = {
         ("('ffn_norm/scale', 'D', 'post", "('ffn_norm/scale', 'F', 'post",
          'pages: legend and llama'),
     ],
-    'architectures/parts/hf.py': [
+    'architectures/parts/hf/__init__.py': [
         ("experts = 'E' if '{e}' in theirs else ''", "experts = ''",
          'pages: legend and gshard'),
         ('here + theirs.removeprefix(usual)', 'theirs',
          'hf_heads: export_is_the_import'),
     ],
-    'architectures/parts/hf_tensors.py': [
+    'architectures/parts/hf/tensor_map.py': [
         ('before + (start + count(narrow)[-1]) * size)',
          'before + (start + 1) * size)', 'weights: split_and_join'),
         ('pieces[:which])), pieces[which]', 'pieces[:1])), pieces[which]',

@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import architectures
-from architectures.parts.attention import Attention, Context
+from architectures.parts.attention.multi_head import Attention
 from architectures.parts.config import LayerKind
+from architectures.parts.context import Context
 from configs import base
 from tools.verify import compare
 

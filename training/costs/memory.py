@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 import ml_collections
 
-from architectures.parts import attention, blocks, kernels, mixers, positions
+from architectures.parts import blocks, mixers, positions
 from architectures.parts import streams
+from architectures.parts.attention import kernels, visibility
 from architectures.parts.config import ModelConfig
 from architectures.parts.ffn import NONE
 from training import objectives, paths, runs
@@ -184,7 +185,7 @@ def _scores(c: ModelConfig, tokens: int, length: int, platform: str) -> int:
     return 4 * tokens * at_once(c)
   mask = kernels.Mask(
       causal=True, bias=positions.of(c).has_bias,
-      rule=c.attention if attention.KINDS[c.attention].sees else '')
+      rule=c.attention if visibility.KINDS[c.attention].sees else '')
   fused = (mixers.of(c).module.FUSED and c.attention_kernel != 'xla'
            and not kernels.refusal('splash', c, mask, length, length, platform))
   return 0 if fused else 2 * 4 * tokens * c.num_heads * length

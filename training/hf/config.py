@@ -1,6 +1,6 @@
 """Hugging Face's config.json: read field by field, nothing passed over.
 
-The record of a page (architectures/parts/hf.py) asks for each field that it
+The record of a page (architectures/parts/hf) asks for each field that it
 honours, and says of others which value alone it knows. What is left must be a
 field that never changes what a model computes; any other is refused by name.
 The default with which a field is asked for says of what type it must be.

@@ -11,12 +11,12 @@ import dataclasses
 import re
 
 from architectures.parts import hf
-from architectures.parts import hf_tensors
 from architectures.parts.config import ModelConfig
+from architectures.parts.hf import tensor_map
 
 
-def lacking(page: hf.HuggingFace, tensors: Sequence[hf_tensors.Tensor],
-            held: Collection[str]) -> dict[str, list[hf_tensors.Tensor]]:
+def lacking(page: hf.HuggingFace, tensors: Sequence[tensor_map.Tensor],
+            held: Collection[str]) -> dict[str, list[tensor_map.Tensor]]:
   """Returns {what it is called: its tensors} of what the model has and the
   files do not.
 
@@ -31,7 +31,7 @@ def lacking(page: hf.HuggingFace, tensors: Sequence[hf_tensors.Tensor],
   return {words: those for words, those in found.items() if those}
 
 
-def spare(page: hf.HuggingFace, tensors: Sequence[hf_tensors.Tensor],
+def spare(page: hf.HuggingFace, tensors: Sequence[tensor_map.Tensor],
           held: Collection[str]) -> dict[str, list[str]]:
   """Returns {what it is called: its names in the files} of what the files have
   and the model does not; see `lacking`."""
@@ -42,7 +42,7 @@ def spare(page: hf.HuggingFace, tensors: Sequence[hf_tensors.Tensor],
   return {words: those for words, those in found.items() if those}
 
 
-def is_new(words: str, tensors: Sequence[hf_tensors.Tensor]) -> str:
+def is_new(words: str, tensors: Sequence[tensor_map.Tensor]) -> str:
   """Returns the sentence on what is drawn."""
   paths = dict.fromkeys(path for tensor in tensors for path in tensor.paths)
   return (f'the files have no {words}, so these parameters are new, drawn from '

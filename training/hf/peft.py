@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import architectures
-from architectures.parts import hf, hf_tensors, linear
+from architectures.parts import hf, linear
 from architectures.parts.config import ModelConfig
+from architectures.parts.hf import tensor_map
 from configs.errors import require, short
 from training import adapters, paths
 from training.hf import files as hf_files
@@ -34,7 +35,7 @@ ONLY = dict(peft_type='LORA', bias='none', use_dora=False, use_rslora=False,
 
 
 def rows(c: ModelConfig) -> Iterator[tuple[hf.Row, str, bool]]:
-  """Yields the row of each A and B of the model (architectures/parts/hf.py),
+  """Yields the row of each A and B of the model (architectures/parts/hf),
   the name of the module, and whether its weight lies as [inputs, outputs].
 
   Raises:
@@ -83,7 +84,7 @@ def write(c: ModelConfig, params: Any, folder: pathlib.Path, base: str
           for path, x in paths.flatten(params).items()
           if adapters.is_adapter(path)}
   found = list(rows(c))
-  tensors = hf_tensors.expand([row for row, *_ in found], {
+  tensors = tensor_map.expand([row for row, *_ in found], {
       path: x.shape for path, x in flat.items()})
   folder.mkdir(parents=True, exist_ok=True)
   save_file({t.name: t.join([flat[t.paths[0]][t.index]]) for t in tensors},
@@ -124,7 +125,7 @@ def read(c: ModelConfig, folder: pathlib.Path) -> tuple[ModelConfig, Any]:
             '> 0')
   source = hf_files.Files(folder / WEIGHTS)
   c = _with_adapters(c, tree, set(source), file)
-  tensors = hf_tensors.expand([row for row, *_ in rows(c)], _shapes(c))
+  tensors = tensor_map.expand([row for row, *_ in rows(c)], _shapes(c))
   _check_names({t.name: t.shape for t in tensors}, source, folder)
   flat = {path: np.zeros(shape, np.float32)
           for path, shape in _shapes(c).items()}

@@ -6,7 +6,7 @@ megablox  Pallas' gmm and tgmm on TPU (MegaBlocks: Gale et al. 2022): a grid
 
 `auto` takes megablox on TPU and xla elsewhere. XLA's own is at times every
 expert for every row: on GPU, and on a TPU by the compiler's release. As in
-parts/kernels.py the platform is that of the mesh.
+parts/attention/kernels.py the platform is that of the mesh.
 """
 
 import functools

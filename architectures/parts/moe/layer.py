@@ -23,8 +23,8 @@ import jax.numpy as jnp
 from architectures.parts import ffn as dense
 from architectures.parts import linear
 from architectures.parts import sharding
-from architectures.parts.attention import Context
 from architectures.parts.config import ModelConfig
+from architectures.parts.context import Context
 from architectures.parts.moe import dispatch
 from architectures.parts.moe import health
 from architectures.parts.moe import routing

@@ -15,7 +15,7 @@ of this recurrence alone is in layer.py.
 
 import jax
 
-from architectures.parts.attention import Context
+from architectures.parts.context import Context
 from architectures.parts.recurrent import layer
 from architectures.parts.recurrent import recurrence
 from architectures.parts.recurrent import vectors

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from architectures.parts import linear
-from architectures.parts.attention import Context
+from architectures.parts.context import Context
 from architectures.parts.recurrent import layer
 from architectures.parts.recurrent import recurrence
 

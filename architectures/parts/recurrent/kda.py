@@ -16,8 +16,8 @@ layer.py.
 
 import jax
 
-from architectures.parts.attention import Context
 from architectures.parts.config import ModelConfig
+from architectures.parts.context import Context
 from architectures.parts.recurrent import layer
 from architectures.parts.recurrent import recurrence
 from architectures.parts.recurrent import vectors

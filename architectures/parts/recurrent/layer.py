@@ -20,8 +20,8 @@ import jax.numpy as jnp
 from architectures.parts import linear
 from architectures.parts import positions
 from architectures.parts import sharding
-from architectures.parts.attention import Context
 from architectures.parts.config import LayerKind, ModelConfig
+from architectures.parts.context import Context
 from architectures.parts.recurrent import recurrence
 from architectures.parts.recurrent import short_conv
 from architectures.parts.recurrent import vectors

@@ -23,8 +23,8 @@ import jax
 import jax.numpy as jnp
 
 from architectures.parts import norms
-from architectures.parts.attention import Context
 from architectures.parts.config import ModelConfig
+from architectures.parts.context import Context
 from architectures.parts.recurrent import layer
 from architectures.parts.recurrent import recurrence
 from architectures.parts.recurrent import short_conv

@@ -18,8 +18,8 @@ import numpy as np
 
 from architectures.parts import positions
 from architectures.parts import rotary
-from architectures.parts.attention import Context
 from architectures.parts.config import ModelConfig
+from architectures.parts.context import Context
 from architectures.parts.recurrent import layer
 from architectures.parts.recurrent import recurrence
 from configs.errors import require

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import pytest
 
 import architectures
-from architectures.parts import attention, ffn, linear, mixers
+from architectures.parts import ffn, linear, mixers
+from architectures.parts.attention import multi_head, visibility
 from architectures.parts.config import LayerKind
 from configs import base
 from tests.helpers import flops_formulas as formulas
@@ -88,7 +89,7 @@ def test_a_feed_forward_that_is_added_is_counted(monkeypatch):
 
 
 def test_an_attention_gate_that_is_added_is_counted(monkeypatch):
-  class Gated(attention.Attention):
+  class Gated(multi_head.Attention):
 
     @nn.compact
     def __call__(self, x_BLD, ctx, cache):
@@ -136,9 +137,9 @@ def test_a_convolution_counts_its_window():
 def test_keys_are_counted_as_the_mask_has_them(kind, window):
   at = jnp.arange(LENGTH)[None]
   c = types.SimpleNamespace(sliding_window=window)
-  mask = attention.visible(kind, c, at, at)
+  mask = visibility.visible(kind, c, at, at)
   seen = LENGTH**2 if mask is None else int(mask.sum())
-  assert attention.pairs(kind, c, LENGTH, LENGTH) == seen
+  assert visibility.pairs(kind, c, LENGTH, LENGTH) == seen
 
 
 def test_decoding_a_sequence_is_its_forward_pass():

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from architectures.parts import hf_tensors
+from architectures.parts.hf import tensor_map
 
 
 def test_parts_of_other_sizes_follow_one_another():
@@ -11,7 +11,7 @@ def test_parts_of_other_sizes_follow_one_another():
   shapes = {f'layers/{name}': (2, 5, heads, 3) for name, heads in (
       ('query', 4), ('key', 2), ('value', 2))}
   row = ('layers/query|key|value', 'LDHK|LDJK|LDJK', 'qkv', 'L HK+JK+JK D')
-  tensor, = hf_tensors.expand([row], shapes)
+  tensor, = tensor_map.expand([row], shapes)
   assert tensor.shape == (2, 24, 5)
   theirs = np.arange(240).reshape(tensor.shape)
   ranges = [{a: (0, tensor.sizes[a]) for a in axes} for axes in tensor.ours]
@@ -35,7 +35,7 @@ def test_a_dimension_of_one_is_theirs_alone():
   """The filters of several parameters as torch.nn.Conv1d has them."""
   shapes = {'layers/value_conv': (2, 4, 3, 5), 'layers/key_conv': (2, 4, 1, 2)}
   row = ('layers/value_conv|key_conv', 'LWHK|LWJU', 'conv1d', 'L HK+JU 1 W')
-  tensor, = hf_tensors.expand([row], shapes)
+  tensor, = tensor_map.expand([row], shapes)
   assert tensor.shape == (2, 17, 1, 4)
   theirs = np.arange(136).reshape(tensor.shape)
   ranges = [{a: (0, tensor.sizes[a]) for a in axes} for axes in tensor.ours]
@@ -48,7 +48,7 @@ def test_a_dimension_of_one_is_theirs_alone():
 
 def test_dimensions_of_one_may_be_several():
   """As Kimi Linear has those of the decays of heads, [1, 1, H, 1]."""
-  tensor, = hf_tensors.expand([('a', 'HK', 'A_log', '1 1 K 1 H')],
+  tensor, = tensor_map.expand([('a', 'HK', 'A_log', '1 1 K 1 H')],
                               {'a': (4, 3)})
   assert tensor.shape == (1, 1, 3, 1, 4)
   theirs = np.arange(12).reshape(tensor.shape)
@@ -63,7 +63,7 @@ def test_groups_of_heads_stand_in_one_matrix():
   its three heads of values, of three and of two features."""
   shapes = {name: (5, heads, size) for name, heads, size in (
       ('query', 2, 3), ('key', 2, 3), ('value', 6, 2))}
-  tensor, = hf_tensors.expand(
+  tensor, = tensor_map.expand(
       [('query|key|value', 'DJK|DJK|DHU', 'qkv', 'J(K+K+RU) D')], shapes)
   assert tensor.shape == (24, 5)
   theirs = np.arange(120).reshape(tensor.shape)
@@ -89,14 +89,14 @@ def test_groups_of_heads_stand_in_one_matrix():
 
 def test_groups_that_no_axis_counts_and_a_dimension_of_one():
   """Two numbers of each head of values, by the head of keys; and filters."""
-  tensor, = hf_tensors.expand([('b|a', 'DH', 'ba', 'J=2(R+R) D')],
+  tensor, = tensor_map.expand([('b|a', 'DH', 'ba', 'J=2(R+R) D')],
                               {'b': (3, 4), 'a': (3, 4)})
   theirs = np.arange(24).reshape(tensor.shape)
   ours = [tensor.part(lambda at: theirs[at], i, dict(D=(0, 3), H=(0, 4)))
           for i in range(2)]
   np.testing.assert_array_equal(ours[1].T, theirs[[2, 3, 6, 7]])
   np.testing.assert_array_equal(tensor.join(ours), theirs)
-  tensor, = hf_tensors.expand([('q|v', 'WJK|WHK', 'conv', 'JK+HK 1 W')],
+  tensor, = tensor_map.expand([('q|v', 'WJK|WHK', 'conv', 'JK+HK 1 W')],
                               {'q': (3, 2, 1), 'v': (3, 4, 1)})
   theirs = np.arange(18).reshape(6, 1, 3)
   ours = [tensor.part(lambda at: theirs[at], i, {
@@ -112,5 +112,5 @@ def test_a_row_may_be_of_one_block():
   rows = [(f'decoder/{block}/x', 'D', f'{name}.{{n}}', 'D') for block, name in (
       ('prefix/block_0', 'a'), ('layers/block_0', 'b'),
       ('layers/block_1', 'a'))]
-  assert [t.name for t in hf_tensors.expand(rows, shapes)] == [
+  assert [t.name for t in tensor_map.expand(rows, shapes)] == [
       'a.0', 'b.1', 'b.3', 'a.2', 'a.4']

@@ -5,13 +5,13 @@ import itertools
 import pytest
 
 import architectures
-from architectures.parts import hf_layers
+from architectures.parts.hf import layer_types
 from configs import kimi_linear
 from configs import kinds
 from configs.errors import RequestError
 from tests.helpers import models
 
-W, G = hf_layers.WINDOW, hf_layers.WHOLE
+W, G = layer_types.WINDOW, layer_types.WHOLE
 
 
 @pytest.mark.parametrize('layers, every, first, period, last', [
@@ -20,7 +20,7 @@ W, G = hf_layers.WINDOW, hf_layers.WHOLE
     (4, 6, 0, 1, 0), (7, 6, 0, 7, 0)])
 def test_layers_of_gemma(layers, every, first, period, last):
   names = ['local' if (n + 1) % every else 'global' for n in range(layers)]
-  found = hf_layers.shortest(names)
+  found = layer_types.shortest(names)
   assert [len(kinds.split(found[field])) for field in (
       'prefix', 'pattern', 'suffix')] == [first, period, last]
   c = architectures.resolve(_with(dict(
@@ -34,14 +34,14 @@ def test_the_last_layers_may_be_other_ones_of_the_pattern():
   assert [n for n, name in enumerate(kinds_of, 1) if name == 'full'] == [
       4, 8, 12, 16, 20, 24, 27]
   assert [n for n, name in enumerate(kinds_of, 1) if 'dense' in name] == [1]
-  assert hf_layers.shortest(kinds_of) == {
+  assert layer_types.shortest(kinds_of) == {
       field: size[field] for field in ('prefix', 'pattern', 'suffix')}
 
 
 def test_any_layers_are_written_as_they_were_read():
   for types in itertools.product((W, G), repeat=5):
-    fields = hf_layers.read(types, 5, window=7)
-    written = hf_layers.write(architectures.resolve(_with(fields)))
+    fields = layer_types.read(types, 5, window=7)
+    written = layer_types.write(architectures.resolve(_with(fields)))
     assert written['layer_types'] == list(types)
     assert written.get('sliding_window') == (7 if W in types else None)
 
@@ -56,10 +56,10 @@ def _with(fields, layers=5):
 
 def test_further_fields_of_a_kind_are_the_models_where_all_layers_have_them():
   own = {W: dict(rope=dict(theta=5.0)), G: dict(qk_norm=True)}
-  some = hf_layers.read([W, G], 2, 3, own)
+  some = layer_types.read([W, G], 2, 3, own)
   assert some['kinds'] == {'local': dict(window=3, rope=dict(theta=5.0)),
                            'global': dict(window=0, qk_norm=True)}
-  every = hf_layers.read([W, W], 2, 3, own)
+  every = layer_types.read([W, W], 2, 3, own)
   assert not every['kinds'] and every['rope'] == dict(theta=5.0)
   assert (every['attention'], every['sliding_window']) == ('banded', 3)
 
@@ -69,11 +69,11 @@ def test_further_fields_of_a_kind_are_the_models_where_all_layers_have_them():
     ([W, 1], 2, 3, 'layer_types'), ([W, G], 2, 0, 'no sliding_window')])
 def test_what_layer_types_cannot_say_is_refused(types, layers, window, words):
   with pytest.raises(RequestError, match=words):
-    hf_layers.read(types, layers, window)
+    layer_types.read(types, layers, window)
 
 
 def test_two_windows_have_no_place_in_one_config_json():
   model = _with(dict(pattern='a,b', prefix='a', kinds={
       'a': dict(window=3), 'b': dict(window=4)}))
   with pytest.raises(RequestError, match='windows of 3, 4 keys'):
-    hf_layers.write(architectures.resolve(model))
+    layer_types.write(architectures.resolve(model))

@@ -5,11 +5,11 @@ import itertools
 
 import pytest
 
-from architectures.parts import hf_layers
+from architectures.parts.hf import layer_types
 from configs.errors import RequestError
 from training.hf import config as hf_config
 
-D, A = hf_layers.LINEAR, hf_layers.WHOLE
+D, A = layer_types.LINEAR, layer_types.WHOLE
 SMALL = dict(model_type='kimi_linear', vocab_size=31, hidden_size=12,
              num_attention_heads=2, num_key_value_heads=2, kv_lora_rank=6,
              qk_nope_head_dim=4, qk_rope_head_dim=2, v_head_dim=3,

@@ -5,11 +5,11 @@ import itertools
 
 import pytest
 
-from architectures.parts import hf_layers
+from architectures.parts.hf import layer_types
 from configs.errors import RequestError
 from training.hf import config as hf_config
 
-D, A = hf_layers.LINEAR, hf_layers.WHOLE
+D, A = layer_types.LINEAR, layer_types.WHOLE
 SMALL = dict(model_type='qwen3_next', vocab_size=31, hidden_size=12,
              num_attention_heads=3, num_key_value_heads=1, head_dim=8,
              num_hidden_layers=4, num_experts=4, num_experts_per_tok=2,

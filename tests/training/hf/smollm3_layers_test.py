@@ -4,11 +4,11 @@ import itertools
 
 import pytest
 
-from architectures.parts import hf_layers
+from architectures.parts.hf import layer_types
 from configs.errors import RequestError
 from training.hf import config as hf_config
 
-W, G = hf_layers.WINDOW, hf_layers.WHOLE
+W, G = layer_types.WINDOW, layer_types.WHOLE
 SMALL = dict(model_type='smollm3', vocab_size=31, hidden_size=12,
              intermediate_size=16, num_attention_heads=3,
              num_key_value_heads=1, num_hidden_layers=4)

@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import architectures
-from architectures.parts import hf_tensors
+from architectures.parts.hf import tensor_map
 from tests.helpers import models
 from tools import convert
 from training import paths, weights
@@ -72,7 +72,7 @@ def test_rows_count_through_the_blocks_of_a_period():
             for b in range(2)}
   rows = (('decoder/layers/attention_norm/scale', 'D', 'h.{n}.ln', 'D'),)
   found = {(t.paths[0], t.index[0]): t.name
-           for t in hf_tensors.expand(rows, shapes)}
+           for t in tensor_map.expand(rows, shapes)}
   assert found == {
       (f'decoder/layers/block_{n % 2}/attention_norm/scale', n // 2):
       f'h.{n}.ln' for n in range(6)}
@@ -82,7 +82,7 @@ def test_rows_count_through_the_blocks_of_a_period():
     ('H3K D', 3), ('3HK D', 3), ('HK3 D', 9)])
 def test_axes_split_and_join(axes, read):
   sizes = {'H': 2, 'K': 3, 'D': 4, '3': 3}
-  tensor = hf_tensors.Tensor(
+  tensor = tensor_map.Tensor(
       'x', axes, ('q', 'k', 'v'), ('DHK',) * 3, (), sizes)
   theirs = np.arange(72).reshape(18, 4)
   whole = {a: (0, n) for a, n in sizes.items()}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import architectures
-from tests.architectures.recurrent_laws_test import FIXED, OTHERS
+from tests.architectures.recurrent.recurrent_laws_test import FIXED, OTHERS
 from tests.helpers import models, recurrences
 from training import paths, runs
 from training.step import abstract_params, parameter_roles

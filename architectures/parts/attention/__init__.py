@@ -1,0 +1,1 @@
+"""Attention: what is seen, the products and their kernels, the cache."""

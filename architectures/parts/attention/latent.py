@@ -1,0 +1,215 @@
+"""Latent attention: the keys and values of all heads are made of one small
+vector a token (DeepSeek-AI 2024, DeepSeek-V2, section 2.1 and appendix C).
+
+  c_m    = n(W_dkv x_m)                          the latent
+  k_m,h  = [W_uk,h c_m; R_m W_kr x_m]            the turned part is all heads'
+  v_m,h  = W_uv,h c_m
+  q_l,h  = [a; R_l b],  [a; b] = W_uq,h n(W_dq x_l)
+  y_l    = W_o [sum over m of softmax(scale q_l,h k_m,h) v_m,h] over h
+
+R turns by the position; with `q_rank` 0 queries are made of x itself.
+
+A cache holds of a token the latent and the turned key, once for all heads. A
+few queries meet these as they are ("absorbed"): a k = (W_uk^T a) c, so W_uk
+goes to the query, and W_uv behind the weighted sum. Many queries are cheaper
+met by keys and values that are made of the latents again.
+"""
+
+import dataclasses
+from typing import Any, Optional
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from architectures.parts import linear
+from architectures.parts import norms
+from architectures.parts import positions
+from architectures.parts import rotary
+from architectures.parts import sharding
+from architectures.parts.attention import output_gate
+from architectures.parts.attention.cache import Cache
+from architectures.parts.attention.multi_head import Attention
+from architectures.parts.attention.visibility import begins, pairs
+from architectures.parts.config import ModelConfig
+from architectures.parts.context import Context
+from configs.errors import require
+
+UP_AXES = 'latent', 'heads', 'head'
+
+
+class LatentAttention(Attention):
+  """(x_BLD, context, cache) -> (y_BLD, cache), over x itself."""
+  FUSED = False
+
+  @nn.compact
+  def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[Cache]):
+    c, cached = self.config, cache is not None
+    q_BLHK = self._queries(x_BLD, ctx)
+    slot_BM1U = self._slots(x_BLD, ctx)
+    k_positions_BM = ctx.positions_BL
+    slots = cached and not begins(self.kind, ctx)
+    if cached:
+      cache = cache.write(slot_BM1U, None, ctx.positions_BL)
+    if slots:
+      slot_BM1U, _ = cache.slots
+      k_positions_BM = jnp.arange(slot_BM1U.shape[1])[None]
+    # Queries may be split over the mesh along the length; each sees all keys.
+    slot_BM1U = sharding.constrain(slot_BM1U, 'batch', None, None, None)
+    L, M = q_BLHK.shape[1], slot_BM1U.shape[1]
+    up_UHK = linear.weight(
+        self, 'kv_up', (c.latent.kv_rank, c.num_heads,
+                        c.latent.nope_dim + c.latent.v_dim), UP_AXES)
+    absorbed = slots and ctx.deterministic and is_absorbed(c, L, M)
+    attend = self._on_latents if absorbed else self._on_heads
+    o_BLHK, weights_BHLM = attend(q_BLHK, slot_BM1U, up_UHK, k_positions_BM,
+                                  ctx, slots=slots)
+    if ctx.keep_attention:
+      cache = Cache(slot_BM1U) if cache is None else cache
+      cache = cache.replace(weights_BHLM=weights_BHLM)
+    return self._out(x_BLD, o_BLHK, ctx), cache
+
+  @property
+  def scale(self) -> float:
+    return self.config.latent.scale * positions.score_factor(self.config)
+
+  def _queries(self, x_BLD: jax.Array, ctx: Context) -> jax.Array:
+    c = self.config
+    shape = c.num_heads, c.latent.key_dim
+    # What the scores are not scaled by, the query's weights are.
+    gain = (c.latent.key_dim ** -0.5 / c.latent.scale
+            if c.init == 'fan_in' else 1.0)
+    if c.latent.q_rank:
+      down_BLU = self._down('query', x_BLD, c.latent.q_rank, ctx)
+      latent_BLU = self._normalised('query', down_BLU)
+      w_UHK = linear.weight(self, 'query_up', (c.latent.q_rank, *shape),
+                            UP_AXES, gain=gain)
+      q_BLHK = linear.product(
+          self, 'query_up', 'BLU,UHK->BLHK', latent_BLU, w_UHK, UP_AXES,
+          deterministic=ctx.deterministic)
+    else:
+      axes = 'embed', 'heads', 'head'
+      w_DHK = linear.weight(self, 'query', (c.d_model, *shape), axes, gain=gain)
+      q_BLHK = linear.product(self, 'query', 'BLD,DHK->BLHK', x_BLD, w_DHK,
+                              axes, deterministic=ctx.deterministic)
+    q_BLHK = sharding.constrain(q_BLHK, 'batch', 'length', 'heads', 'head')
+    plain_BLHK, turned_BLHK = jnp.split(q_BLHK, (c.latent.nope_dim,), -1)
+    return jnp.concatenate([plain_BLHK, self._turn(turned_BLHK, ctx)], -1)
+
+  def _slots(self, x_BLD: jax.Array, ctx: Context) -> jax.Array:
+    """Returns of each token the latent and the turned key, [B, L, 1, U]."""
+    c = self.config
+    down_BLU = self._down('kv', x_BLD, c.latent.slot_dim, ctx)
+    latent_BLU, key_BLU = jnp.split(down_BLU, (c.latent.kv_rank,), -1)
+    latent_BLU = self._normalised('kv', latent_BLU)
+    return jnp.concatenate([latent_BLU[:, :, None],
+                            self._turn(key_BLU[:, :, None], ctx)], -1)
+
+  def _normalised(self, name: str, latent_BLU: jax.Array) -> jax.Array:
+    c = self.config
+    own = dataclasses.replace(c, norm_eps=c.latent.norm_eps)
+    return norms.norm(own, f'{name}_norm', 'latent')(latent_BLU)
+
+  def _down(self, name: str, x_BLD: jax.Array, size: int, ctx: Context
+            ) -> jax.Array:
+    c, name, axes = self.config, f'{name}_down', ('embed', 'latent')
+    w_DU = linear.weight(self, name, (c.d_model, size), axes)
+    y_BLU = linear.product(self, name, 'BLD,DU->BLU', x_BLD, w_DU, axes,
+                           deterministic=ctx.deterministic)
+    if c.attention_bias:
+      y_BLU = linear.add_bias(y_BLU, linear.bias(
+          self, f'{name}_bias', (size,), (None,)))
+    return sharding.constrain(y_BLU, 'batch', 'length', None)
+
+  def _turn(self, x_BLHK: jax.Array, ctx: Context) -> jax.Array:
+    rotate = positions.of(self.config).rotate
+    return rotate(x_BLHK, ctx.positions_BL, turned(self.config), ctx.length
+                  ) if rotate else x_BLHK
+
+  def _on_heads(self, q_BLHK: jax.Array, slot_BM1U: jax.Array,
+                up_UHK: jax.Array, k_positions_BM: jax.Array, ctx: Context, *,
+                slots: bool):
+    """Meets keys and values that are made of the latents, a head each."""
+    c = self.config
+    latent_BM1U, key_BM1K = jnp.split(slot_BM1U, (c.latent.kv_rank,), -1)
+    kv_BMHK = linear.product(
+        self, 'kv_up', 'BMU,UHK->BMHK', latent_BM1U[:, :, 0], up_UHK, UP_AXES,
+        deterministic=ctx.deterministic)
+    k_BMHK, v_BMHK = jnp.split(kv_BMHK, (c.latent.nope_dim,), -1)
+    key_BMHK = jnp.broadcast_to(
+        key_BM1K, (*k_BMHK.shape[:3], c.latent.rope_dim))
+    k_BMHK = jnp.concatenate([k_BMHK, key_BMHK], -1)
+    k_BMHK, v_BMHK = (sharding.constrain(x, 'batch', None, 'heads', 'head')
+                      for x in (k_BMHK, v_BMHK))
+    with self._useful(q_BLHK, k_BMHK):
+      return self._weigh(q_BLHK, k_BMHK, v_BMHK, k_positions_BM, ctx,
+                         slots=slots)
+
+  def _on_latents(self, q_BLHK: jax.Array, slot_BM1U: jax.Array,
+                  up_UHK: jax.Array, k_positions_BM: jax.Array, ctx: Context,
+                  *, slots: bool):
+    """Meets the latents themselves, as keys and values that all heads share."""
+    c = self.config
+    up_UHK = linear.adapted_weight(self, 'kv_up', up_UHK, UP_AXES)
+    key_UHK, value_UHK = jnp.split(up_UHK, (c.latent.nope_dim,), -1)
+    q_BLHK, turned_BLHK = jnp.split(q_BLHK, (c.latent.nope_dim,), -1)
+    q_BLHU = linear.einsum('BLHK,UHK->BLHU', q_BLHK, key_UHK, c.compute_dtype)
+    q_BLHU = jnp.concatenate([q_BLHU, turned_BLHK], -1)
+    with self._useful(q_BLHU, slot_BM1U):
+      o_BLHU, weights_BHLM = self._weigh(
+          q_BLHU, slot_BM1U, slot_BM1U[..., :c.latent.kv_rank], k_positions_BM,
+          ctx, slots=slots)
+    return linear.einsum('BLHU,UHK->BLHK', o_BLHU, value_UHK,
+                         c.compute_dtype), weights_BHLM
+
+  def _useful(self, q_BLHK: jax.Array, k_BMJK: jax.Array) -> Any:
+    L, M = q_BLHK.shape[1], k_BMJK.shape[1]
+    return linear.useful(pairs(self.kind, self.config, L, M), L * M)
+
+
+def is_absorbed(c: ModelConfig, queries: int, slots: int) -> bool:
+  """Whether so many queries meet the slots of a cache with fewer products as
+  they are than as keys and values of each head."""
+  dims = c.latent
+  up = dims.kv_rank * (dims.nope_dim + dims.v_dim)
+  return (queries * (up + slots * (dims.kv_rank + dims.slot_dim))
+          < slots * (up + queries * (dims.key_dim + dims.v_dim)))
+
+
+def turned(c: ModelConfig) -> ModelConfig:
+  """Returns a config whose heads are the part that positions turn."""
+  return dataclasses.replace(c, head_dim=c.latent.rope_dim)
+
+
+def empty(c: ModelConfig, shape: tuple[int, ...]) -> Cache:
+  """Returns a cache of this shape: what stands before the heads' axis."""
+  return Cache(jnp.zeros((*shape, 1, c.latent.slot_dim), c.compute_dtype))
+
+
+def products(c: ModelConfig) -> set[str]:
+  """Returns which of linear.PRODUCTS a layer has."""
+  query = {'query_down', 'query_up'} if c.latent.q_rank else {'query'}
+  return query | {'kv_down', 'kv_up', 'out'} | output_gate.products(
+      c.attention_gate)
+
+
+def check(c: ModelConfig, stack: str) -> None:
+  """Raises RequestError for what a layer of latent attention cannot be."""
+  who = "model.mixer is 'latent'"
+  require(stack != 'encoder-decoder', f'{who}, which has no attention to the '
+          f'memory of an encoder, as model.arch {c.arch!r} needs: choose '
+          'attention')
+  require(c.parametrization != 'mup', f"{who}, for whose ranks "
+          "model.parametrization 'mup' has no rule: choose standard")
+  require(c.attention_kernel in ('auto', 'xla'), f'{who}, whose keys have '
+          f'{c.latent.key_dim} features and whose values {c.latent.v_dim}: '
+          f'model.attention_kernel {c.attention_kernel} takes heads of one '
+          'size, so choose auto or xla')
+  if positions.of(c).rotate:
+    require(c.latent.rope_dim % 2 == 0, 'model.latent.rope_dim is '
+            f'{c.latent.rope_dim}: rotary positions turn pairs, so it must be '
+            'even')
+    require(c.rope.fraction == 1, f'model.rope.fraction is {c.rope.fraction}, '
+            f'and {who}, of whose heads model.latent.rope_dim features are '
+            'turned: set it to 1')
+    rotary.SCALINGS[c.rope.scaling].check(c.rope, c.latent.rope_dim)

@@ -1,0 +1,243 @@
+"""Multi-head attention: softmax(scale * q k^T + bias) v over visible keys.
+
+Heads may share keys and values (grouped heads: Ainslie et al. 2023, num_kv
+heads = 1: Shazeer 2019), be banded (a query sees the last `sliding_window`
+keys), capped (softcap * tanh(score / softcap), Gemma 2), have normalised
+queries and keys (QK-norm: each head by itself, as in Qwen3, or all that is
+projected, as in OLMo 2), a learned sink per head in the denominator, a gate on
+what the heads return (output_gate.py), more in their values (values.py) and
+short convolutions of queries, keys and values (convolution.py). Which keys a
+query sees is in visibility.py.
+
+A layer with kv_sharing has no keys and values of its own and reads those of an
+earlier layer, as they were turned and mixed there (cross-layer attention:
+Brandon et al. 2024, arXiv 2405.12981; which layer: kinds.source).
+"""
+
+from typing import Optional
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from architectures.parts import linear
+from architectures.parts import norms
+from architectures.parts import positions
+from architectures.parts import sharding
+from architectures.parts.attention import convolution
+from architectures.parts.attention import kernels
+from architectures.parts.attention import output_gate
+from architectures.parts.attention import values
+from architectures.parts.attention import visibility
+from architectures.parts.attention import xla
+from architectures.parts.attention.cache import Cache, Keys
+from architectures.parts.config import LayerKind, ModelConfig
+from architectures.parts.context import Context
+
+QK_NORMS = ('head', 'projection')  # what one norm of queries or keys is over
+
+
+class Attention(nn.Module):
+  """(x_BLD, context, cache) -> (y_BLD, cache), over x itself or the memory."""
+  FUSED = True  # whether a fused kernel may weigh the values
+  config: ModelConfig
+  kind: LayerKind
+  cross: bool = False
+
+  @nn.compact
+  def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[Cache]):
+    c = self.config
+    rotate = None if self.cross else positions.of(c).rotate
+    cached = (ctx.keys.cached if ctx.keys is not None else
+              cache is not None and cache.key_BMJK is not None)
+    slots = cached and (self.cross or not visibility.begins(self.kind, ctx))
+    read = None if self.cross else ctx.keys
+    conv, first = None, None
+    if c.attention_conv and not self.cross:
+      conv = convolution.Convolution(self, cache.inputs if cached else {},
+                                     ctx.segment_ids_BL, ctx.valid_BL)
+    q_BLHK = self._project('query', x_BLD, c.num_heads, 'heads', ctx, conv)
+    if c.qk_norm:
+      q_BLHK = self._normalise('query_norm', q_BLHK)
+    if self.cross and ctx.memory_BMD is None:
+      k_BMJK, v_BMJK = cache.memory
+    elif read is not None:
+      k_BMJK, v_BMJK = read.key_BMJK, read.value_BMJK
+    else:
+      k_BMJK, v_BMJK = self._keys(
+          ctx.memory_BMD if self.cross else x_BLD, ctx, conv)
+      if not self.cross:
+        v_BMJK, first = values.mixed(self, x_BLD, v_BMJK, ctx.first,
+                                     ctx.tokens_BL)
+      elif cached:
+        assert not cache.turned
+        cache = cache.replace(memory_key_BMJK=k_BMJK, memory_value_BMJK=v_BMJK)
+    if rotate:
+      q_BLHK = rotate(q_BLHK, ctx.positions_BL, c, ctx.length)
+      if read is None:
+        k_BMJK = rotate(k_BMJK, ctx.positions_BL, c, ctx.length)
+    k_positions_BM = ctx.positions_BL
+    if cached and not self.cross:
+      if read is None:
+        cache = cache.write(k_BMJK, v_BMJK, ctx.positions_BL)
+        if slots:
+          k_BMJK, v_BMJK = cache.slots
+      if slots:
+        k_positions_BM = jnp.arange(k_BMJK.shape[1])[None]
+      cache = cache.replace(inputs=conv.after) if conv else cache
+    # Queries may be split over the mesh along the length; each sees all keys.
+    k_BMJK, v_BMJK = (sharding.constrain(x, 'batch', None, 'kv_heads', 'head')
+                      for x in (k_BMJK, v_BMJK))
+    L, M = q_BLHK.shape[1], k_BMJK.shape[1]
+    seen = (L * M if self.cross else
+            visibility.pairs(self.kind, c, L, M))
+    with linear.useful(seen, L * M):
+      o_BLHK, weights_BHLM = self._weigh(
+          q_BLHK, k_BMJK, v_BMJK, k_positions_BM, ctx, slots=slots,
+          strict=not cached)
+    lent = (Keys(k_BMJK, v_BMJK, cached) if ctx.lends and not self.cross
+            else None)
+    if ctx.keep_attention:
+      if cache is None:
+        cache = Cache(None) if read is not None else Cache(k_BMJK, v_BMJK)
+      name = 'memory_weights_BHLM' if self.cross else 'weights_BHLM'
+      cache = cache.replace(**{name: weights_BHLM})
+    if first is not None or lent is not None:
+      cache = (Cache(None) if cache is None else cache).replace(
+          first=first, lent=lent)
+    return self._out(x_BLD, o_BLHK, ctx), cache
+
+  @property
+  def scale(self) -> float:
+    """What multiplies the products of queries and keys."""
+    return self.config.score_scale * positions.score_factor(self.config)
+
+  def _out(self, x_BLD: jax.Array, o_BLHK: jax.Array, ctx: Context
+           ) -> jax.Array:
+    c = self.config
+    gate = output_gate.GATES[c.attention_gate]
+    if gate:
+      o_BLHK = gate(self, x_BLD, o_BLHK, deterministic=ctx.deterministic)
+    o_BLHK = sharding.constrain(o_BLHK, 'batch', 'length', 'heads', 'head')
+    axes = 'heads', 'head', 'embed'
+    out_HKD = linear.weight(self, 'out', (*o_BLHK.shape[2:], c.d_model), axes,
+                            in_axes=(0, 1), residual=True)
+    y_BLD = linear.product(self, 'out', 'BLHK,HKD->BLD', o_BLHK, out_HKD, axes,
+                           deterministic=ctx.deterministic)
+    if c.attention_bias and c.attention_out_bias:
+      y_BLD = linear.add_bias(
+          y_BLD, linear.bias(self, 'out_bias', (c.d_model,), ('embed',)))
+    return y_BLD
+
+  def _weigh(self, q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array,
+             k_positions_BM: jax.Array, ctx: Context, *, slots: bool,
+             strict: bool = True):
+    """Returns the weighted values, by the kernel that the config asks for, and
+    the weights where the context asks for them. No kernel meets the `slots` of
+    a cache; `strict` is as of kernels.choose."""
+    c = self.config
+    mask, seen_BLM, bias_BHLM = self._mask(k_positions_BM, ctx)
+    key = None
+    if c.attention_dropout and not ctx.deterministic:
+      key, mask = self.make_rng('dropout'), mask.replace(dropout=True)
+    sink_H = (linear.bias(self, 'sink', (c.num_heads,), ('heads',))
+              if c.attention_sinks else None)
+    weights_BHLM = None
+    if ctx.keep_attention:
+      weights_BHLM = xla.weights(
+          q_BLHK, k_BMJK, mask_BLM=seen_BLM, bias_BHLM=bias_BHLM,
+          sink_H=sink_H, scale=self.scale, softcap=c.attention_softcap)
+    kernel = 'xla'
+    if self.FUSED and not (slots or self.is_initializing()):
+      kernel = kernels.choose(c, mask, q_BLHK.shape[1], k_BMJK.shape[1],
+                              strict=strict)
+    if kernel != 'xla':
+      return kernels.KERNELS[kernel].run(
+          q_BLHK, k_BMJK, v_BMJK, mask, seen_BLM, scale=self.scale,
+          softcap=c.attention_softcap, sink_H=sink_H), weights_BHLM
+    causal = (mask.causal and mask.in_order and not mask.prefix
+              and sharding.shards('length', q_BLHK.shape[1]) == 1)
+    return xla.attend(
+        q_BLHK, k_BMJK, v_BMJK, mask_BLM=seen_BLM, bias_BHLM=bias_BHLM,
+        sink_H=sink_H, key=key, scale=self.scale,
+        softcap=c.attention_softcap, dropout=c.attention_dropout,
+        causal=causal, window=mask.window), weights_BHLM
+
+  def _mask(self, k_positions_BM: jax.Array, ctx: Context):
+    """Returns the mask as a kernel takes it and written out, and the bias."""
+    c, ids_BL = self.config, ctx.segment_ids_BL
+    if self.cross:
+      k_ids_BM, seen_BLM = ctx.memory_segment_ids_BM, None
+      if k_ids_BM is None:
+        ids_BL = None
+      else:
+        ids_BL = jnp.ones((1, 1), jnp.int32) if ids_BL is None else ids_BL
+        seen_BLM = ids_BL[:, :, None] == k_ids_BM[:, None]
+      return kernels.Mask(ids_BL, k_ids_BM), seen_BLM, None
+    seen_BLM = visibility.visible(
+        self.kind, c, ctx.positions_BL, k_positions_BM, ids_BL, ids_BL,
+        ctx.prefix_B)
+    if ctx.reach_BL is not None:
+      at_1M = jnp.arange(ctx.reach_BL.shape[1])[None]
+      at_L1 = at_1M.T
+      seen_BLM &= (at_1M <= at_L1)[None] & (
+          at_L1[None] < ctx.reach_BL[:, None])
+    bias_BHLM = ctx.bias_BHLM if positions.of(c).stack_bias else None
+    if positions.of(c).bias:
+      bias_BHLM = positions.of(c).bias(c, ctx.positions_BL, k_positions_BM)
+    rule = visibility.KINDS[self.kind.attention]
+    mask = kernels.Mask(
+        ids_BL, ids_BL, causal=self.kind.causal, in_order=ctx.in_order,
+        window=rule.window(c) if rule.window else 0,
+        rule=('texts that share tokens' if ctx.reach_BL is not None else
+              f'model.attention {self.kind.attention}' if rule.sees else ''),
+        prefix=self.kind.causal and ctx.prefix_B is not None,
+        bias=bias_BHLM is not None)
+    return mask, seen_BLM, bias_BHLM
+
+  def _keys(self, x_BMD: jax.Array, ctx: Context,
+            conv: Optional[convolution.Convolution]):
+    """Returns keys and values of what is attended to."""
+    c = self.config
+    k_BMJK, v_BMJK = (
+        self._project(name, x_BMD, c.num_kv_heads, 'kv_heads', ctx, conv)
+        for name in ('key', 'value'))
+    if c.qk_norm:
+      k_BMJK = self._normalise('key_norm', k_BMJK)
+    return k_BMJK, v_BMJK
+
+  def _normalise(self, name: str, x_BLHK: jax.Array) -> jax.Array:
+    """Returns queries or keys with a norm over each head or over all heads.
+    """
+    if self.config.qk_norm_over == 'head':
+      return norms.norm(self.config, name, 'head')(x_BLHK)
+    y_BLU = norms.norm(self.config, name, 'joined')(
+        x_BLHK.reshape(*x_BLHK.shape[:2], -1))
+    return y_BLU.reshape(x_BLHK.shape)
+
+  def _project(self, name: str, x_BLD: jax.Array, heads: int, axis: str,
+               ctx: Context, conv: Optional[convolution.Convolution]):
+    c = self.config
+    # What the scores are not scaled by, the query's weights are (T5).
+    gain = (c.base_head_dim ** -0.5 / c.attention_scale
+            if name == 'query' and c.init == 'fan_in' else 1.0)
+    axes = 'embed', axis, 'head'
+    w_DHK = linear.weight(self, name, (c.d_model, heads, c.head_dim), axes,
+                          gain=gain)
+    y_BLHK = linear.product(self, name, 'BLD,DHK->BLHK', x_BLD, w_DHK, axes,
+                            deterministic=ctx.deterministic)
+    if c.attention_bias:
+      y_BLHK = linear.add_bias(y_BLHK, linear.bias(
+          self, f'{name}_bias', (heads, c.head_dim), (axis, 'head')))
+    y_BLHK = conv(name, y_BLHK, axis) if conv else y_BLHK
+    return sharding.constrain(y_BLHK, 'batch', 'length', axis, 'head')
+
+
+def empty(c: ModelConfig, shape: tuple[int, ...]) -> Cache:
+  """Returns a cache of this shape: what stands before the heads' axis."""
+  inputs = convolution.empty(c, shape)
+  if c.kv_sharing:
+    return Cache(None, inputs=inputs)
+  shape = *shape, c.num_kv_heads, c.head_dim
+  return Cache(jnp.zeros(shape, c.compute_dtype),
+               jnp.zeros(shape, c.compute_dtype), inputs=inputs)

@@ -1,0 +1,149 @@
+"""Which layers attend to a window, and which have a recurrence in place of
+attention, as layer_types of a config.json says it."""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from architectures.parts import fields
+from architectures.parts import hf
+from architectures.parts.attention import visibility
+from architectures.parts.config import ModelConfig
+from configs import kinds as layer_kinds
+from configs.errors import require, short
+
+WINDOW, WHOLE = 'sliding_attention', 'full_attention'
+NAMES = {WINDOW: 'local', WHOLE: 'global'}  # our kinds of layer
+LINEAR = 'linear_attention'
+MIXERS = {LINEAR: 'linear', WHOLE: 'full'}  # our kinds, where some are that
+MOST = fields.MOST['num_layers']
+
+
+def read(types: Sequence[str], layers: int, window: int,
+         own: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Any]:
+  """Returns the fields of config.model for layer_types.
+
+  Args:
+    types: of each layer.
+    layers: how many there are.
+    window: sliding_window of the config.json; 0: none.
+    own: further fields of a kind, by its type.
+  """
+  require(len(types) == layers and all(
+      isinstance(t, str) and t in NAMES for t in types),
+          f'config.json has layer_types {short(types)}: it must have one for '
+          f'each of {layers} layers, of {", ".join(NAMES)}')
+  require(window > 0 or WINDOW not in types, 'config.json has layers of '
+          f'{WINDOW} in layer_types, but no sliding_window')
+  own = own or {}
+  if len(set(types)) == 1:
+    local = types[0] == WINDOW
+    return dict(attention='banded' if local else 'global', prefix='',
+                pattern='', suffix='', kinds={},
+                sliding_window=window if local else 0,
+                **own.get(types[0], {}))
+  return dict(
+      shortest([NAMES[t] for t in types]), attention='global', sliding_window=0,
+      kinds={NAMES[t]: dict(window=window if t == WINDOW else 0,
+                            **own.get(t, {})) for t in NAMES})
+
+
+def shortest(names: Sequence[str]) -> dict[str, str]:
+  """Returns model.prefix, model.pattern and model.suffix that give the kinds of
+  these layers in this order and name the fewest together, the suffix kinds of
+  the pattern alone. Of those that name as many, it is the one with the
+  shortest suffix and then the shortest prefix."""
+  found = []
+  for first in range(len(names)):
+    for period in range(1, len(names) - first + 1):
+      end = first + period
+      while names[end:end + period] == names[first:first + period]:
+        end += period
+      if set(names[end:]) <= set(names[first:first + period]):
+        last = len(names) - end
+        found.append((first + period + last, last, first, period))
+  _, last, first, period = min(found)
+  return {field: ','.join(some) for field, some in (
+      ('prefix', names[:first]), ('pattern', names[first:first + period]),
+      ('suffix', names[len(names) - last:]))}
+
+
+def write(c: ModelConfig) -> dict[str, Any]:
+  """Returns layer_types and, where a layer has one, sliding_window."""
+  layers = [c.of_kind(kind.name) for kind in c.layer_kinds(c.num_layers)]
+  types = [type_of(layer) for layer in layers]
+  windows = {layer.sliding_window for layer, t in zip(layers, types)
+             if t == WINDOW}
+  require(len(windows) < 2, f'model.pattern {c.pattern!r} has windows of '
+          f'{", ".join(map(str, sorted(windows)))} keys: a config.json has one')
+  return dict(layer_types=types) | (
+      dict(sliding_window=windows.pop()) if windows else {})
+
+
+def type_of(c: ModelConfig) -> str:
+  """Returns their type of the layers of `c`, which are all alike."""
+  return WINDOW if visibility.KINDS[c.attention].window else WHOLE
+
+
+def read_mixers(reader: hf.Reader, layers: int, mixer: str) -> dict[str, Any]:
+  """Returns the order and the kinds of layer of a model in which some are a
+  recurrence, and some may have a dense network in place of experts.
+
+  Args:
+    reader: the reader of the config.json.
+    layers: how many layers there are.
+    mixer: model.mixer of the recurrence.
+  """
+  check_number('num_hidden_layers', layers)
+  every = reader('full_attention_interval', 4)
+  types = each(reader, 'layer_types', layers, MIXERS) or [
+      LINEAR if (n + 1) % every else WHOLE for n in range(layers)]
+  sparse, dense = reader('decoder_sparse_step', 1), reader.listed(
+      'mlp_only_layers')
+  return mixed(types, [n in dense or (n + 1) % sparse > 0
+                       for n in range(layers)], mixer)
+
+
+def check_number(field: str, layers: int) -> None:
+  """Raises RequestError for a field of a config.json that asks for more layers
+  than a model may have, before they are listed."""
+  require(layers <= MOST, f'config.json has {field} {layers}: a model has at '
+          f'most {MOST} layers')
+
+
+def each(reader: hf.Reader, field: str, layers: int, words: Collection[str]
+         ) -> list[str]:
+  """Returns what a field of a config.json says of each layer, in these words;
+  an empty list if there is no such field."""
+  found = reader.listed(field)
+  require(not reader.has(field) or len(found) == layers and all(
+      isinstance(word, str) and word in words for word in found),
+          f'config.json has {field} {short(found)}: it must have an entry for '
+          f'each of {layers} layers, one of {", ".join(words)}')
+  return found
+
+
+def mixed(types: Sequence[str], dense: Sequence[bool], mixer: str
+          ) -> dict[str, Any]:
+  """Returns the order and the kinds of layer of a model.
+
+  Args:
+    types: the type of each layer, a key of MIXERS.
+    dense: whether each layer has a dense network in place of experts.
+    mixer: model.mixer of the recurrence.
+  """
+  names, kinds = [], {}
+  for word, plain in zip(types, dense, strict=True):
+    names.append(MIXERS[word] + '_dense' * plain)
+    kinds[names[-1]] = (dict(mixer=mixer) if word == LINEAR else {}) | (
+        dict(ffn=layer_kinds.DENSE) if plain else {})
+  return dict(shortest(names), kinds=kinds)
+
+
+def write_mixers(c: ModelConfig) -> dict[str, Any]:
+  """Returns layer_types, and mlp_only_layers."""
+  layers = [c.of_kind(kind.name) for kind in c.layer_kinds(c.num_layers)]
+  return dict(
+      layer_types=[WHOLE if layer.mixer == 'attention' else LINEAR
+                   for layer in layers],
+      decoder_sparse_step=1, mlp_only_layers=[
+          n for n, layer in enumerate(layers) if layer.ffn != 'moe'])

@@ -1,0 +1,223 @@
+"""How rotary positions stand in a config.json of Hugging Face.
+
+A page whose system has them calls `read` in its record's `read`, and `write`
+in its `write` (parts/hf).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from architectures.parts import hf
+from architectures.parts import rotary
+from architectures.parts.config import ModelConfig
+from architectures.parts.hf import layer_types
+from configs.errors import RequestError, require, short
+
+# rope_type: our scaling.
+SCALINGS = {'default': 'none', 'linear': 'linear', 'dynamic': 'dynamic',
+            'llama3': 'llama3', 'yarn': 'yarn', 'longrope': 'longrope'}
+
+
+def read(reader: hf.Reader, *,
+         theta: tuple[str, float] = ('rope_theta', 10000.0),
+         fraction: tuple[str, float] | None = None,
+         interleaved: bool = False, on_scores: bool = False,
+         words: Mapping[str, str] = SCALINGS, original: int = 0) -> dict:
+  """Returns model.rope, of a new config.json (rope_parameters) or an old one
+  (rope_theta, rope_scaling).
+
+  Args:
+    reader: of the config.json.
+    theta: the name of theta outside of these objects, and its default.
+    fraction: likewise of the share of a head that is turned. None: of a system
+      that turns whole heads, whatever its config.json says: transformers does
+      not read the share there, so that one is refused.
+    interleaved: whether this system pairs neighbours.
+    on_scores: whether it puts YaRN's mscale_all_dim on the scores.
+    words: our scaling, by each rope_type that transformers has in this system.
+    original: what original_max_position_embeddings is where it is not there, in
+      a system that has it outside of these objects and goes by that.
+  """
+  new, old = reader.section('rope_parameters'), reader.section('rope_scaling')
+  return _read(reader, old if old else new, theta, fraction, interleaved,
+               on_scores, words, original)
+
+
+def read_by_kind(reader: hf.Reader, *kinds: tuple[str, tuple[str, float]]
+                 ) -> list[dict]:
+  """Returns model.rope of each kind of layer, of a rope_parameters that has an
+  object for each. An old config.json has one rope_scaling, of the last kind.
+
+  Args:
+    reader: of the config.json.
+    *kinds: (its name there, the `theta` of `read`).
+  """
+  parts, old = reader.section('rope_parameters'), reader.section('rope_scaling')
+  found = []
+  for name, theta in kinds:
+    new = parts.section(name)
+    last = old and name == kinds[-1][0]
+    found.append(_read(reader, old if last else new, theta, by_kind=True))
+  return found
+
+
+def _read(reader: hf.Reader, r: hf.Reader, theta: tuple[str, float],
+          fraction: tuple[str, float] | None = None, interleaved: bool = False,
+          on_scores: bool = False, words: Mapping[str, str] = SCALINGS,
+          original: int = 0, by_kind: bool = False) -> dict:
+  rope: dict[str, Any] = dict(
+      theta=r('rope_theta', reader(*theta)),
+      fraction=_fraction(reader, r, fraction), interleaved=interleaved,
+      scaling=r.choose('rope_type', r('type', 'default'), words))
+  if original:
+    r.passes('original_max_position_embeddings')
+    rope['original_len'] = reader('original_max_position_embeddings', original)
+  if rope['scaling'] == 'none':
+    return rope
+  rope['factor'] = r('factor', 1.0)
+  if rope['scaling'] in ('llama3', 'yarn', 'longrope') and not original:
+    length = r('original_max_position_embeddings',
+               reader('max_position_embeddings', 0))
+    rope['original_len'] = length if by_kind else reader(
+        'original_max_position_embeddings', length)  # which goes before
+  if rope['scaling'] == 'llama3':
+    rope.update(low_freq_factor=r('low_freq_factor', 1.0),
+                high_freq_factor=r('high_freq_factor', 4.0))
+  if rope['scaling'] == 'yarn':
+    rope.update(beta_fast=r('beta_fast', 32.0), beta_slow=r('beta_slow', 1.0))
+    rope.update(_mscale(r, on_scores))
+    rope['truncate'] = r('truncate', True)
+    r.must(attention_factor=rotary.yarn_factor(
+        **{name: rope[name] for name in ('factor', 'mscale', 'mscale_all_dim')}
+    ))
+  if rope['scaling'] == 'dynamic':
+    rope['original_len'] = reader('max_position_embeddings', 0)
+    reader.notes.append(DYNAMIC)
+  if rope['scaling'] == 'longrope':
+    rope.update(_longrope(reader, r, rope['original_len']))
+  return rope
+
+
+DYNAMIC = (
+    "config.json has rope_type 'dynamic': past max_position_embeddings, "
+    'transformers turns each new token by the length of the text so far, and '
+    'leaves keys as they are in its cache. Here all tokens turn by the length '
+    'that the row has room for: the two compute the same for whole texts, and '
+    'may write other ones that grow past that length')
+
+
+def _longrope(reader: hf.Reader, r: hf.Reader, original: int) -> dict[str, Any]:
+  """Returns the fields of longrope alone. Without a factor, it is how many
+  times as long the model is."""
+  require(r.has('factor') or reader.has('max_position_embeddings'),
+          "config.json has rope_type 'longrope', but neither a factor nor "
+          'max_position_embeddings, of which it follows')
+  found = {name: tuple(r.listed(name))
+           for name in ('short_factor', 'long_factor')}
+  for name, values in found.items():
+    require(all(type(x) in (int, float) for x in values),
+            f'config.json has {name} {short(values)}: it must be numbers')
+  require(not r.has('attention_factor') or r('attention_factor', 0.0) > 0,
+          'config.json has an attention_factor that is not > 0')
+  return found | dict(
+      attention_factor=r('attention_factor', 0.0),
+      factor=r('factor', max(
+          1.0, reader('max_position_embeddings', 0) / (original or 1))))
+
+
+def _mscale(r: hf.Reader, on_scores: bool) -> dict[str, float]:
+  """Returns the parts of YaRN's temperature. Where one of theirs is 0,
+  transformers reads neither on cos and sin."""
+  mscale, all_dim = r('mscale', 0.0), r('mscale_all_dim', 0.0)
+  both = bool(mscale and all_dim)
+  require(on_scores or not both, f'config.json has mscale {mscale} and '
+          f'mscale_all_dim {all_dim}: YaRN is only known here without, but in '
+          'systems of DeepSeek')
+  require(both or not (on_scores and all_dim), 'config.json has mscale_all_dim '
+          f'{all_dim} without mscale: YaRN is only known here with both')
+  return (dict(mscale=mscale, mscale_all_dim=all_dim) if both else
+          dict(mscale=1.0, mscale_all_dim=0.0))
+
+
+def _fraction(reader: hf.Reader, rope: hf.Reader,
+              named: tuple[str, float] | None) -> float:
+  if named:
+    return rope('partial_rotary_factor', reader(*named))
+  for where in (rope, reader):
+    share = where('partial_rotary_factor', 1.0)
+    require(share == 1, f'config.json has partial_rotary_factor {share}, which '
+            f'transformers does not read in a {reader.model_type}: it turns '
+            'whole heads. Set it to 1.0 to have the same')
+  return 1.0
+
+
+def write_by_kind(c: ModelConfig) -> dict:
+  """Returns rope_parameters with an object for each kind of layer: those with
+  a window, and those that see all."""
+  found: dict[str, dict] = {}
+  for kind in c.layer_kinds(c.num_layers):
+    own = c.of_kind(kind.name)
+    name = layer_types.type_of(own)
+    require(found.setdefault(name, write(own)) == write(own),
+            f'model.kinds has layers of {name} with positions that differ: '
+            'this config.json has one of each')
+  return found
+
+
+def write(c: ModelConfig, *, whole_heads: bool = True,
+          interleaved: bool = False, on_scores: bool = False,
+          words: Mapping[str, str] = SCALINGS) -> dict:
+  """Returns rope_parameters for the config `c`.
+
+  Args:
+    c: the config.
+    whole_heads: whether transformers turns whole heads in this system, and
+      does not read that it should turn a part.
+    interleaved, on_scores, words: as of `read`.
+  """
+  r = c.rope
+  require(r.interleaved == interleaved, 'model.rope.interleaved is '
+          f'{r.interleaved}, which transformers has not in this architecture: '
+          f'set it to {interleaved}')
+  require(r.fraction == 1 or not whole_heads,
+          f'model.rope.fraction is {r.fraction}, but transformers turns whole '
+          'heads in this architecture, whatever its config.json says')
+  require(c.position == 'rope', f'model.position is {c.position!r}: this '
+          "config.json can only say 'rope'")
+  if r.scaling == 'ntk':
+    raise RequestError(
+        "model.rope.scaling is 'ntk', which config.json has not: it is the "
+        'same as scaling none with model.rope.theta '
+        f'{rotary.ntk_theta(r, rotary.rotary_dim(c))!r}')
+  rope = dict(rope_type=hf.theirs(words, r.scaling, 'rope.scaling'),
+              rope_theta=r.theta)
+  if not whole_heads:
+    rope['partial_rotary_factor'] = r.fraction
+  if r.scaling != 'none':
+    rope['factor'] = r.factor
+  if r.scaling == 'llama3':
+    rope.update(low_freq_factor=r.low_freq_factor,
+                high_freq_factor=r.high_freq_factor)
+  if r.scaling == 'yarn':
+    rope.update(beta_fast=r.beta_fast, beta_slow=r.beta_slow)
+    if not r.truncate:
+      rope['truncate'] = False
+    if (r.mscale, r.mscale_all_dim) != (1, 0):
+      require(on_scores and r.mscale and r.mscale_all_dim, 'model.rope.mscale '
+              f'is {r.mscale} and model.rope.mscale_all_dim '
+              f'{r.mscale_all_dim}, which this config.json cannot say: set '
+              'them to 1 and 0'
+              + (', or both above 0' if on_scores else ''))
+      rope.update(mscale=r.mscale, mscale_all_dim=r.mscale_all_dim)
+  if r.scaling == 'dynamic':
+    require(r.original_len == c.max_len, 'model.rope.original_len is '
+            f'{r.original_len} and model.max_len {c.max_len}: a config.json '
+            "has one length for both where model.rope.scaling is 'dynamic'")
+  if r.scaling == 'longrope':
+    rope.update(short_factor=list(r.short_factor),
+                long_factor=list(r.long_factor))
+    if r.attention_factor:
+      rope['attention_factor'] = r.attention_factor
+  if r.scaling in ('llama3', 'yarn', 'longrope'):
+    rope['original_max_position_embeddings'] = r.original_len
+  return rope

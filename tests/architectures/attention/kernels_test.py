@@ -1,0 +1,361 @@
+"""Fused attention: splash equals ours, a TPU's program holds it, and what a
+kernel cannot do is refused."""
+
+import os
+import re
+from types import SimpleNamespace
+
+import flax.linen as nn
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import architectures
+from architectures.parts import sharding, skeletons
+from architectures.parts.attention import kernels, visibility
+from architectures.parts.attention import xla
+from architectures.parts.config import LayerKind
+from configs import sharding as tables
+from tests.helpers import models
+
+B, L, H, J, K = 2, 256, 4, 2, 32
+
+CASES = {  # (banded, causal, segment ids, softcap, sinks, queries' rows)
+    'causal': ('global', True, False, 0.0, False),
+    'banded': ('banded', True, False, 0.0, False),
+    'both_sides': ('banded', False, False, 0.0, False),
+    'documents': ('global', True, True, 5.0, False),
+    'padding': ('global', False, True, 0.0, False),
+    'sinks': ('global', True, True, 0.0, True),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', [
+    'causal', *(pytest.param(n, marks=pytest.mark.slow)
+                for n in CASES if n != 'causal')])
+def test_splash_equals_xla(name):
+  """In interpret mode: outputs and gradients, of sinks too."""
+  banded, causal, ids, softcap, sinks = CASES[name]
+  kind = LayerKind(banded, 'gelu', causal)
+  window = 50 if banded == 'banded' else 0
+  place_L = jnp.arange(L)
+  ids_BL = (jnp.searchsorted(jnp.array([100, 230]), place_L, side='right')
+            + 1)[None] % 3 if ids else None
+  mask = kernels.Mask(ids_BL, ids_BL, causal=causal, window=window)
+  seen_BLM = visibility.visible(kind, SimpleNamespace(sliding_window=window),
+                                place_L[None], place_L[None],
+                                ids_BL, ids_BL)
+  keys = jax.random.split(jax.random.key(0), 4)
+  q, k, v, w = (jax.random.normal(key, (B, L, heads, K))
+                for key, heads in zip(keys, (H, J, J, H)))
+  args = (q, k, v, *([jnp.linspace(-1, 1, H)] if sinks else []))
+  options = dict(scale=K ** -0.5, softcap=softcap)
+
+  def ours(q, k, v, sink_H=None):
+    return (w * xla.attend(q, k, v, mask_BLM=seen_BLM, sink_H=sink_H,
+                           **options)).sum()
+
+  def splash(q, k, v, sink_H=None):
+    return (w * kernels.splash(q, k, v, mask, sink_H=sink_H, interpret=True,
+                               **options)).sum()
+
+  wrt = tuple(range(len(args)))
+  models.close(jax.jit(jax.value_and_grad(ours, wrt))(*args),
+               jax.jit(jax.value_and_grad(splash, wrt))(*args))
+
+
+@pytest.mark.parametrize('ids', [False, True])
+@pytest.mark.parametrize('in_order', [True, False])
+@pytest.mark.parametrize('banded, causal', [
+    ('global', True), ('global', False), ('banded', True), ('banded', False)])
+def test_cudnn_is_asked_for_the_same_function(banded, causal, in_order, ids,
+                                              monkeypatch):
+  """By JAX's own reading of what cuDNN is given: XLA takes the same call."""
+  ask = jax.nn.dot_product_attention
+  monkeypatch.setattr(jax.nn, 'dot_product_attention',
+                      lambda *args, implementation, **kwargs: ask(
+                          *args, implementation='xla', **kwargs))
+  length, kind = 24, LayerKind(banded, 'gelu', causal)
+  window = 5 if banded == 'banded' else 0
+  at_BL = jnp.arange(length)[None] if in_order else (
+      jnp.arange(length)[None, ::-1])
+  ids_BL = (jnp.arange(length)[None] > 9).astype(int) if ids else None
+  mask = kernels.Mask(ids_BL, ids_BL, causal=causal, window=window,
+                      in_order=in_order)
+  seen_BLM = visibility.visible(kind, SimpleNamespace(sliding_window=window),
+                                at_BL, at_BL, ids_BL, ids_BL)
+  q, k, v = (jax.random.normal(jax.random.key(i), (B, length, H, K))
+             for i in range(3))
+  models.close(
+      xla.attend(q, k, v, mask_BLM=seen_BLM, scale=0.2),
+      kernels.cudnn(q, k, v, mask, seen_BLM, scale=0.2))
+
+
+def test_splash_takes_causal_lengths_that_are_no_multiple():
+  """In interpret mode, with documents and gradients: the padding is unseen."""
+  length = 200
+  q, k, v, w = (jax.random.normal(jax.random.key(i), (1, length, heads, K))
+                for i, heads in enumerate((2, 1, 1, 2)))
+  ids_BL = 1 + (jnp.arange(length)[None] >= 70)
+  mask = kernels.Mask(ids_BL, ids_BL, causal=True, window=90)
+  seen_BLM = visibility.visible(
+      LayerKind('banded', 'gelu', True), SimpleNamespace(sliding_window=90),
+      *[jnp.arange(length)[None]] * 2, ids_BL, ids_BL)
+  ours = lambda *x: (w * xla.attend(
+      *x, mask_BLM=seen_BLM, scale=0.2, sink_H=jnp.arange(2.0))).sum()
+  splash = lambda *x: (w * kernels.splash(
+      *x, mask, scale=0.2, sink_H=jnp.arange(2.0), interpret=True)).sum()
+  models.close(*(jax.jit(jax.value_and_grad(f, (0, 1, 2)))(q, k, v)
+                 for f in (ours, splash)))
+
+
+@pytest.mark.parametrize('length, padded', [
+    (128, 128), (130, 256), (640, 640), (1000, 1024), (2100, 2304),
+    (4095, 4096), (4100, 4608)])
+def test_a_length_is_padded_to_blocks_that_are_an_eighth_of_it(length, padded):
+  assert kernels._whole(length) == padded
+
+
+def _splash_on_cpu(monkeypatch):
+  """Returns the numbers of queries and the windows that splash, interpreted,
+  is given, as if on a TPU."""
+  calls = []
+  def run(q, k, v, mask, seen, **how):
+    calls.append((q.shape[1], mask.window))
+    return kernels.splash(q, k, v, mask, interpret=True, **how)
+  monkeypatch.setattr(sharding, 'platform', lambda: 'tpu')
+  monkeypatch.setitem(kernels.KERNELS, 'splash',
+                      kernels.KERNELS['splash']._replace(run=run))
+  return calls
+
+
+@pytest.mark.parametrize('kernel', [
+    'auto', pytest.param('splash', marks=pytest.mark.slow)])
+def test_a_prompt_beside_a_cache_is_read_by_the_kernel(kernel, monkeypatch):
+  """Prompt, cache and the token after it are those of XLA's attention."""
+  changes = dict(max_len=256, attention='global,banded', sliding_window=40)
+  module, params = models.make(**changes)
+  tokens = jax.random.randint(jax.random.key(0), (2, 200), 0, models.VOCAB)
+  def read(module):
+    cache = architectures.init_cache(module.config, 2, 210)
+    first = module.apply({'params': params}, tokens, cache=cache)
+    after = module.apply(
+        {'params': params}, tokens[:, :1], cache=first.cache,
+        positions_BL=jnp.array([[200], [123]]))
+    return first.logits, first.cache, after.logits
+  want = read(module)
+  calls = _splash_on_cpu(monkeypatch)
+  module, _ = models.make(**changes, attention_kernel=kernel)
+  models.close(want, read(module))
+  assert set(calls) == {(200, 0), (200, 40)}  # of the prompt, and no token
+
+
+@pytest.mark.parametrize('options', [
+    dict(positions_BL=jnp.arange(200)[None]), dict(keep_attention=True),
+    dict(prefix_B=jnp.array([3, 5]))], ids=lambda options: [*options][0])
+def test_slots_weights_and_prefixes_have_no_kernel(options, monkeypatch):
+  calls = _splash_on_cpu(monkeypatch)
+  module, params = models.make(max_len=256)
+  jax.eval_shape(lambda: module.apply(
+      {'params': params}, jnp.ones((2, 200), jnp.int32), **options,
+      cache=architectures.init_cache(module.config, 2, 210)).logits)
+  assert not calls
+
+
+@pytest.mark.slow
+def test_splash_on_a_mesh_equals_one_device():
+  """Rows over data, heads over tensor; the shards' kernel masks alike."""
+  keys = jax.random.split(jax.random.key(0), 3)
+  q, k, v = (jax.random.normal(key, (4, L, heads, K))
+             for key, heads in zip(keys, (H, J, J)))
+  ids_BL = 1 + (jnp.arange(L)[None] >= jnp.array([[100], [0], [7], [255]]))
+  mask = kernels.Mask(ids_BL, ids_BL, causal=True)
+  def grads(q, k, v):
+    return jax.grad(lambda *x: jnp.square(kernels.splash(
+        *x, mask, scale=0.2, interpret=True)).sum(), (0, 1, 2))(q, k, v)
+  want = jax.jit(grads)(q, k, v)
+  with jax.set_mesh(_mesh(jax.devices(), data=4, tensor=2)), (
+      sharding.rules('default')):
+    models.close(want, jax.jit(grads)(q, k, v))
+
+
+def _mesh(devices, **sizes):
+  shape = dict.fromkeys(tables.MESH_AXES, 1) | sizes
+  return Mesh(np.array(devices).reshape(tuple(shape.values())), tuple(shape),
+              axis_types=(AxisType.Auto,) * len(shape))
+
+
+def lowered(system, mesh, **changes):
+  """The gradient of a small model, lowered for the devices of a mesh."""
+  module = architectures.build(models.config(
+      system, max_len=256, vocab_size=64, **changes))
+  boxed = jax.eval_shape(module.init, jax.random.key(0),
+                         models.tokens(1, 1))['params']
+  put = lambda x, spec: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+  plain = nn.meta.unbox(boxed)
+  with jax.set_mesh(mesh), sharding.rules('default'):
+    specs = nn.logical_to_mesh(nn.get_partition_spec(boxed))
+    tokens = put(jax.ShapeDtypeStruct((8, 256), jnp.int32),
+                 PartitionSpec('data'))
+    loss = lambda p, t: jnp.square(module.apply({'params': p}, t).logits).sum()
+    return jax.jit(jax.grad(loss)).lower(
+        jax.tree.map(put, plain, specs), tokens)
+
+
+def tpus(name):
+  pytest.importorskip('libtpu', reason='extra `plan`')
+  os.environ.update(ALLOW_MULTIPLE_LIBTPU_LOAD='1', TPU_LOG_DIR='disabled',
+                    TPU_SKIP_MDS_QUERY='1')
+  from jax.experimental import topologies
+  return topologies.get_topology_desc(
+      platform='tpu', topology_name=name).devices
+
+
+# Kernel calls of a program: forward, and the gradient's two.
+PROGRAMS = {
+    'gpt': (dict(), 3),
+    'banded': (dict(attention='global,banded', sliding_window=40, head_dim=128,
+                    dtype='bfloat16'), 6),
+    'dots': (dict(attention_sinks=True, remat='dots', head_dim=80,
+                  attention_softcap=5.0), 3),
+    'full': (dict(remat='full'), 4),  # the forward one again
+    'alibi': (dict(position='alibi'), 0),
+    'asked': (dict(attention_kernel='xla'), 0),
+    't5': (dict(), 3),  # of cross-attention alone
+}
+
+
+@pytest.mark.slow
+@pytest.mark.plan
+@pytest.mark.parametrize('name', PROGRAMS)
+def test_auto_is_splash_in_a_tpu_program(name):
+  changes, calls = PROGRAMS[name]
+  system = name if name in ('gpt', 't5') else 'gpt'
+  mesh = _mesh(tpus('v5e:2x4'), data=4, tensor=2)
+  text = lowered(system, mesh, **changes).compile().as_text()
+  assert text.count('custom_call_target="tpu_custom_call"') == calls
+
+
+@pytest.mark.slow
+@pytest.mark.plan
+@pytest.mark.parametrize('apart', [False, True], ids=['scanned', 'apart'])
+def test_a_token_copies_no_slots_in_a_tpu_program(apart):
+  """Rows at places of their own, as vmap writes them, would be copied to
+  another layout."""
+  module = architectures.build(models.config(
+      num_layers=4, num_kv_heads=2, head_dim=128, max_len=256, vocab_size=64,
+      dtype='bfloat16'))
+  B, M = 8, 256
+  boxed = jax.eval_shape(module.init, jax.random.key(0),
+                         models.tokens(1, 1))['params']
+  plain = nn.meta.unbox(boxed)
+  mesh = _mesh(tpus('v5e:2x4'), data=4, tensor=2)
+  def write(params, places_B):
+    cache = architectures.init_cache(module.config, B, M)
+    if apart:
+      params, cache = skeletons.one_by_one(params, cache)
+    def step(i, carry):
+      cache, tokens_B1 = carry
+      out = module.apply({'params': params}, tokens_B1, cache=cache,
+                         positions_BL=places_B[:, None] + i, one_by_one=apart)
+      return out.cache, out.logits.argmax(-1)
+    return jax.lax.fori_loop(0, 9, step, (cache, places_B[:, None]))[1]
+  put = lambda x, spec: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+  with jax.set_mesh(mesh), sharding.rules('default'):
+    specs = nn.logical_to_mesh(nn.get_partition_spec(boxed))
+    text = jax.jit(write).lower(
+        jax.tree.map(put, plain, specs),
+        put(jax.ShapeDtypeStruct((B,), jnp.int32), PartitionSpec('data'))
+        ).compile().as_text()
+  slots = B // 4 * M * 128  # of a layer, on one device
+  made = re.findall(r'= bf16\[([\d,]+)\]\S* (?:copy|transpose)\(', text)
+  sizes = [np.prod([int(n) for n in dims.split(',')]) for dims in made]
+  assert slots not in sizes and 4 * slots not in sizes
+  assert len(re.findall(r'%scatter_fusion\S* = bf16', text)) == (
+      8 if apart else 2)
+
+
+def _gpu(monkeypatch):
+  """A GPU with cuDNN, as far as tracing and lowering look."""
+  from jax._src.cudnn import fused_attention_stablehlo
+  monkeypatch.setattr(sharding, 'platform', lambda: 'gpu')
+  monkeypatch.setattr(kernels, '_cudnn_is_here', lambda: True)
+  monkeypatch.setattr(fused_attention_stablehlo, 'check_cudnn_version',
+                      lambda: 91000)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('changes, call', [
+    (dict(), '__cudnn$fmhaSoftmax'),
+    (dict(attention='banded', sliding_window=40, num_kv_heads=2),
+     '__cudnn$fmhaSoftmax'),
+    (dict(attention_softcap=5.0), None),
+    (dict(dtype='float32'), None),
+], ids=str)
+def test_auto_is_cudnn_in_a_gpu_program(monkeypatch, changes, call):
+  _gpu(monkeypatch)
+  module, params = models.make(**dict(dtype='bfloat16') | changes)
+  loss = lambda p, t, ids: jnp.square(module.apply(
+      {'params': p}, t, segment_ids_BL=ids).logits).sum()
+  step = jax.jit(jax.grad(loss))
+  tokens = models.tokens()
+  plain, packed = (step.trace(params, tokens, ids).lower(
+      lowering_platforms=('cuda',)).as_text()
+                   for ids in (None, jnp.ones_like(tokens)))
+  if call is None:
+    assert '__cudnn' not in plain + packed
+  else:
+    assert plain.count(f'{call}(') == plain.count(f'{call}Backward(') == 1
+    masked = call.replace('fmha', 'fmhaScaleBias')
+    assert packed.count(f'{masked}(') == 1
+
+
+def _refused(sentence, **changes):
+  module, params = models.make(**changes)
+  with pytest.raises(ValueError, match=sentence):
+    models.logits(module, params, models.tokens())
+
+
+@pytest.mark.slow
+def test_a_named_kernel_that_cannot_is_refused(monkeypatch):
+  _refused('splash, which runs on tpu, and this program is for cpu',
+           attention_kernel='splash')
+  _gpu(monkeypatch)
+  _refused('cudnn, which computes in bfloat16, and model.dtype is float32: '
+           'choose from auto, xla, splash', attention_kernel='cudnn')
+  _refused('adds no bias to the scores, as model.position alibi',
+           attention_kernel='cudnn', position='alibi', dtype='bfloat16')
+  monkeypatch.setattr(sharding, 'platform', lambda: 'tpu')
+  _refused('multiples of 128, and 16 queries meet 16 keys',
+           attention_kernel='splash')
+  c = architectures.build(models.config(attention_kernel='splash')).config
+  with pytest.raises(ValueError, match='positions were given without'):
+    kernels.choose(c, kernels.Mask(causal=True, in_order=False), 128, 128)
+  with pytest.raises(ValueError, match='a prefix that all tokens see'):
+    kernels.choose(c, kernels.Mask(causal=True, prefix=True), 128, 128)
+  with pytest.raises(ValueError, match='drops no weights'):
+    kernels.choose(c, kernels.Mask(causal=True, dropout=True), 128, 128)
+  with pytest.raises(ValueError, match='runs on tpu, and this program is for'):
+    kernels.check_kernel(c, 'cpu')
+  # A row that a mesh cuts is not padded, as its shards have to be whole blocks.
+  with jax.set_mesh(_mesh(jax.devices(), context=8)), (
+      sharding.rules('default')), pytest.raises(ValueError, match='of 1024'):
+    kernels.choose(c, kernels.Mask(causal=True), 256, 256)
+
+
+@pytest.mark.slow
+def test_decoding_and_a_mesh_of_cpus_are_xla():
+  """A program's platform is its mesh's; beside a cache, a kernel that cannot
+  is not refused."""
+  with jax.set_mesh(_mesh(jax.devices()[:1])):
+    assert sharding.platform() == 'cpu'
+  module, params = models.make(attention_kernel='splash')
+  out = module.apply({'params': params}, models.tokens(),
+                     cache=architectures.init_cache(module.config, 2, 16))
+  plain, _ = models.make()
+  models.close(models.logits(plain, params, models.tokens()), out.logits)

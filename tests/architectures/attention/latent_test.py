@@ -1,0 +1,234 @@
+"""Latent attention against its definition in numpy, and what it promises: the
+cache is small, and decoding on latents equals decoding on heads."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import architectures
+from architectures.parts.attention import latent
+from architectures.parts.context import Context
+from configs import base
+from configs import sharding as tables
+from tests.helpers import models
+from tests.training import step_test
+from training.costs import flops, totals
+from training.distributed import devices
+
+SIZES = dict(q_rank=12, kv_rank=10, nope_dim=6, rope_dim=4, v_dim=5)
+LATENT = dict(mixer='latent', latent=SIZES)
+LORA = dict(rank=2, targets='query_up,kv_up,kv_down,out')
+
+
+def make(system='llama', dtype='float32', **changes):
+  return models.make(system, dtype=dtype, **LATENT | changes)
+
+
+def decoded(module, params, tokens, first=6):
+  """Logits by the cache: `first` tokens at once, then one by one."""
+  @jax.jit
+  def whole(params, tokens):
+    cache = architectures.init_cache(module.config, *tokens.shape)
+    out = module.apply({'params': params}, tokens[:, :first], cache=cache)
+    logits = [out.logits]
+    for i in range(first, tokens.shape[1]):
+      out = module.apply({'params': params}, tokens[:, i:i + 1],
+                         cache=out.cache, positions_BL=jnp.full((1, 1), i))
+      logits.append(out.logits)
+    return jnp.concatenate(logits, 1)
+  return whole(params, tokens)
+
+
+def _numpy_layer(p, x_LD, *, theta=10000.0, eps=1e-5):
+  """The definition, for one row and in float64, a head and a pair at a time."""
+  norm = lambda x, scale: x / np.sqrt((x * x).mean(-1, keepdims=True) + eps
+                                      ) * scale
+  def turn(x_LK):
+    out = np.array(x_LK)
+    half = x_LK.shape[1] // 2
+    for pos in range(len(x_LK)):
+      for i in range(half):
+        angle = pos * theta ** (-i / half)
+        a, b = x_LK[pos, i], x_LK[pos, i + half]
+        out[pos, i] = a * np.cos(angle) - b * np.sin(angle)
+        out[pos, i + half] = b * np.cos(angle) + a * np.sin(angle)
+    return out
+  nope, rank = SIZES['nope_dim'], SIZES['kv_rank']
+  down = x_LD @ p['kv_down']
+  c = norm(down[:, :rank], p['kv_norm']['scale'])
+  key = turn(down[:, rank:])
+  q_in = norm(x_LD @ p['query_down'], p['query_norm']['scale'])
+  y_LD = 0.0
+  for h in range(p['out'].shape[0]):
+    q = q_in @ p['query_up'][:, h]
+    q = np.concatenate([q[:, :nope], turn(q[:, nope:])], 1)
+    kv = c @ p['kv_up'][:, h]
+    scores = q @ np.concatenate([kv[:, :nope], key], 1).T / np.sqrt(
+        q.shape[1])
+    scores[np.triu_indices(len(x_LD), 1)] = -np.inf
+    w = np.exp(scores - scores.max(-1, keepdims=True))
+    w /= w.sum(-1, keepdims=True)
+    y_LD += w @ kv[:, nope:] @ p['out'][h]
+  return y_LD
+
+
+@pytest.mark.parametrize('eps', [0.0, 0.2])
+def test_a_layer_equals_its_definition(eps):
+  """With the eps of the model in the norms of latents, or one of their own.
+  """
+  module, params = make(num_layers=1, latent=SIZES | dict(norm_eps=eps))
+  p = params['decoder']['layers']['block_0']['attention']
+  p64 = jax.tree.map(lambda x: np.asarray(x[0], np.float64), p)
+  layer = latent.LatentAttention(module.config,
+                                 module.config.layer_pattern()[0])
+  x_BLD = jax.random.normal(jax.random.key(3), (2, 9, 32))
+  ctx = Context(jnp.arange(9)[None])
+  y_BLD, _ = layer.apply({'params': jax.tree.map(lambda x: x[0], p)}, x_BLD,
+                         ctx, None)
+  want = np.stack([_numpy_layer(p64, np.asarray(x, np.float64),
+                                eps=eps or 1e-5) for x in x_BLD])
+  np.testing.assert_allclose(y_BLD, want, atol=2e-6 * np.abs(want).max())
+
+
+def test_a_temperature_of_scores_is_that_of_heads_turned_whole():
+  """And of heads turned in part it is another, by its square."""
+  yarn = lambda **fields: make(**dict(mixer='attention'), rope=dict(
+      scaling='yarn', factor=4.0, original_len=8, **fields))
+  (module, params), (other, _) = yarn(), yarn(mscale_all_dim=1.0)
+  tokens = models.tokens(2, 12)
+  models.close(models.logits(module, params, tokens),
+               models.logits(other, params, tokens))
+  module, _ = make(rope=dict(scaling='yarn', factor=4.0, mscale=0.5,
+                             mscale_all_dim=0.5))
+  layer = latent.LatentAttention(module.config, None)
+  assert layer.scale == pytest.approx(
+      10 ** -0.5 * (1 + 0.05 * np.log(4.0)) ** 2)
+
+
+@pytest.mark.parametrize('dtype, rtol', [
+    ('float32', 1e-5),
+    pytest.param('bfloat16', 4e-2, marks=pytest.mark.long)])
+@pytest.mark.parametrize('changes', [
+    dict(lora=LORA, attention='banded', sliding_window=5),
+    pytest.param(dict(position='alibi', attention_softcap=5.0,
+                      attention_sinks=True), marks=pytest.mark.long)],
+                         ids=['lora', 'alibi'])
+def test_absorbed_decoding_equals_expanded(monkeypatch, changes, dtype, rtol):
+  module, params = make(dtype=dtype, **changes)
+  tokens = models.tokens(2, 10)
+  found, taken = {}, []
+  for absorbed in (True, False):
+    def choose(c, queries, slots, absorbed=absorbed):
+      taken.append(absorbed)
+      return absorbed
+    monkeypatch.setattr(latent, 'is_absorbed', choose)
+    found[absorbed] = decoded(module, params, tokens)
+  assert set(taken) == {True, False}
+  models.close(found[False], found[True], rtol)
+  models.close(models.logits(module, params, tokens), found[True], rtol)
+
+
+def test_one_query_meets_latents_and_many_meet_heads():
+  c = architectures.resolve(models.config('llama', **LATENT))
+  v3 = architectures.resolve(models.config('llama', mixer='latent', latent=dict(
+      q_rank=1536, kv_rank=512, nope_dim=128, rope_dim=64, v_dim=128)))
+  assert latent.is_absorbed(c, 1, 8) and latent.is_absorbed(v3, 1, 4096)
+  assert not latent.is_absorbed(c, 8, 8)
+  assert not latent.is_absorbed(v3, 4096, 4096)
+
+
+def test_a_cache_has_the_latent_and_the_turned_key_alone():
+  c = architectures.resolve(models.config('llama', **LATENT))
+  cache = architectures.init_cache(c, 3, 7)
+  assert [x.shape for x in jax.tree.leaves(cache)] == [(2, 3, 7, 1, 10 + 4)]
+  config = base.base()
+  config.model = models.config('llama', dtype='bfloat16', **LATENT)
+  assert totals.count(config, 16)['kv_cache_bytes_per_token'] == 2 * 14 * 2
+
+
+def test_flops_are_those_of_the_products():
+  c = models.config('llama', **LATENT)
+  D, H, F, N, L, V = 32, 4, 48, 2, 16, models.VOCAB
+  weights = N * (D * 12 + 12 * H * 10 + D * 14 + 10 * H * 11 + H * 5 * D
+                 + 3 * D * F) + D * V
+  found = flops.forward_flops(c, L)
+  assert found['weights'] == 2 * weights * L
+  assert found['attention'] == 2 * N * H * (10 + 5) * L * (L + 1) / 2
+  # One token on latents: what is made of them anew is 10 x 11 a head, too.
+  found = flops.decode_flops(c, L)
+  assert found['weights'] == 2 * weights
+  assert found['attention'] == 2 * N * H * (14 + 10) * L
+
+
+def test_documents_and_causality():
+  module, params = make()
+  a, b = models.tokens(1, 4, seed=4), models.tokens(1, 6, seed=5)
+  packed = dict(
+      positions_BL=jnp.concatenate([jnp.arange(4), jnp.arange(6)])[None],
+      segment_ids_BL=jnp.array([[1] * 4 + [2] * 6]))
+  both = jnp.concatenate([a, b], 1)
+  apply = jax.jit(lambda t, how: models.logits(module, params, t, **how))
+  models.close(jnp.concatenate([apply(a, {}), apply(b, {})], 1),
+               apply(both, packed))
+  def seen(table):  # each token its own row: the gradient tells them apart
+    p = params | {'embed': params['embed'] | {'tokens': table}}
+    out = module.apply({'params': p}, jnp.arange(8)[None])
+    return out.hidden[0].sum(-1)
+  grads = jax.jit(jax.jacrev(seen))(params['embed']['tokens'])[:, :8]
+  np.testing.assert_array_equal(np.abs(grads).sum(-1) > 0,
+                                np.tril(np.ones((8, 8), bool)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('preset', [
+    'fsdp_tp', pytest.param('cp_fsdp_tp', marks=pytest.mark.long)])
+def test_sharded_equals_single_device(preset, capfd):
+  c = step_test.config()
+  c.model = models.config('llama', attention_bias=True, **LATENT | dict(
+      latent=SIZES | dict(kv_rank=8)), num_heads=4)
+  single = step_test.train(c, step_test.one_device())
+  c.mesh.update(tables.PRESETS[preset])
+  run, state, metrics = step_test.train(c)
+  assert 'Involuntary full rematerialization' not in capfd.readouterr().err
+  models.close(single[1].params, state.params, rtol=1e-4)
+  models.close(single[2], metrics, rtol=1e-4)
+  p = run.shardings.params['decoder']['layers']['block_0']['attention']
+  assert p['kv_up'].spec == jax.P(None, ('fsdp', 'expert'), 'tensor', None)
+
+
+def test_a_mesh_that_does_not_divide_a_rank_is_refused():
+  c = architectures.resolve(models.config('llama', **LATENT))
+  shape = dict.fromkeys(tables.MESH_AXES, 1)
+  with pytest.raises(ValueError, match='does not divide model.latent.kv_rank'):
+    devices.check_mesh(c, 8, 1, shape | dict(fsdp=4))
+  # Keys and values have as many heads as queries, whatever num_kv_heads says.
+  devices.check_mesh(c, 8, 1, shape | dict(fsdp=2, tensor=4))
+
+
+@pytest.mark.parametrize('system, changes, sentence', [
+    ('t5', {}, "model.arch 't5' needs: choose attention"),
+    ('gpt', dict(parametrization='mup', mup_base_width=16), 'has no rule'),
+    ('llama', dict(attention_kernel='splash'), 'takes heads of one size'),
+    ('llama', dict(latent=SIZES | dict(rope_dim=3)), 'must be even'),
+    ('llama', dict(rope=dict(fraction=0.5)), 'set it to 1'),
+    ('llama', dict(latent=SIZES | dict(scale=-1.0)), 'scale is -1.0'),
+    ('llama', dict(latent=SIZES | dict(norm_eps=-1.0)), 'norm_eps is -1.0'),
+    ('gpt', dict(lora=dict(rank=2, targets='key')), "'key', a product that"),
+    ('gpt', dict(mixer='hyena'), "unknown model.mixer 'hyena'"),
+])
+def test_what_cannot_be_is_refused(system, changes, sentence):
+  with pytest.raises(ValueError, match=sentence):
+    architectures.resolve(models.config(system, **LATENT | changes))
+
+
+def test_kinds_of_layer_choose_their_mixer():
+  module, params = models.make(
+      'llama', latent=SIZES, pattern='near,far', kinds=dict(
+          near=dict(window=5), far=dict(mixer='latent', position='none')))
+  tokens = models.tokens(2, 8)
+  cache = architectures.init_cache(module.config, 2, 8)
+  assert [x.key_BMJK.shape for x in cache] == [(1, 2, 8, 2, 8),
+                                               (1, 2, 8, 1, 14)]
+  models.close(models.logits(module, params, tokens),
+               decoded(module, params, tokens), 3e-5)

@@ -1,0 +1,131 @@
+"""Attention's written-out gradient against JAX's own of a plain softmax."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from architectures.parts import dropout
+from architectures.parts.attention import xla
+from tests.helpers import models
+
+B, L, J, R, K = 2, 8, 2, 3, 4
+DROPOUT = 0.3
+
+
+def _plain(q, k, v, *, mask, bias, sink, softcap, key):
+  """The definition, in the order of the equation."""
+  k, v = (jnp.repeat(x, R, 2) for x in (k, v))
+  s = 0.5 * jnp.einsum('blhk,bmhk->bhlm', q, k)
+  if softcap:
+    s = softcap * jnp.tanh(s / softcap)
+  s = jnp.where(mask[:, None], s + bias, -jnp.inf)
+  if sink is not None:
+    s = jnp.concatenate(
+        [s, jnp.broadcast_to(sink[None, :, None, None], (*s.shape[:3], 1))], -1)
+  p = jax.nn.softmax(s, -1)[..., :k.shape[1]]
+  if key is not None:
+    p = dropout.drop(p.reshape(B, J, R, L, L), DROPOUT,
+                     jax.random.fold_in(key, 0)).reshape(p.shape)
+  return jnp.einsum('bhlm,bmhk->blhk', p, v)
+
+
+def _inputs(length=L):
+  shapes = ((B, length, J * R, K), (B, length, J, K), (B, length, J, K),
+            (1, J * R, length, length), (J * R,), (B, length, J * R, K))
+  keys = jax.random.split(jax.random.key(0), len(shapes))
+  return [2 * jax.random.normal(k, s) for k, s in zip(keys, shapes)]
+
+
+@pytest.mark.parametrize('softcap', [0.0, 1.5])
+@pytest.mark.parametrize('sinks', [False, True])
+@pytest.mark.parametrize('key', [None, 1])
+def test_values_and_gradients_are_those_of_the_definition(softcap, sinks, key):
+  q, k, v, bias, sink, weight = _inputs()
+  mask = jnp.tril(jnp.ones((B, L, L), bool)).at[1, :, 5:].set(False)
+  key = None if key is None else jax.random.key(key)
+
+  def ours(q, k, v, bias, sink):
+    o = xla.attend(
+        q, k, v, scale=0.5, mask_BLM=mask, bias_BHLM=bias, softcap=softcap,
+        sink_H=sink if sinks else None, dropout=DROPOUT, key=key)
+    return (weight * o).sum(), o
+
+  def theirs(q, k, v, bias, sink):
+    o = _plain(q, k, v, mask=mask, bias=bias, softcap=softcap,
+               sink=sink if sinks else None, key=key)
+    return (weight * o).sum(), o
+
+  got, want = (
+      jax.jit(jax.grad(f, argnums=(0, 1, 2, 3, 4), has_aux=True))(
+          q, k, v, bias, sink) for f in (ours, theirs))
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize('window', [0, 1, 9, 100])
+def test_blocks_of_a_causal_mask_are_the_whole(window, monkeypatch):
+  monkeypatch.setattr(xla, 'QUERIES', 1)
+  q, k, v, bias, sink, weight = _inputs(length=22)  # not a multiple
+  distance = jnp.arange(22)[None, :, None] - jnp.arange(22)[None, None]
+  mask = (distance >= 0) & (distance < (window or 22))
+
+  def loss(**kwargs):
+    def f(q, k, v, bias, sink):
+      o = xla.attend(q, k, v, scale=0.5, mask_BLM=mask,
+                     bias_BHLM=bias, sink_H=sink, **kwargs)
+      return (weight * o).sum(), o
+    return jax.jit(jax.grad(f, argnums=(0, 1, 2, 3, 4), has_aux=True))(
+        q, k, v, bias, sink)
+
+  got, want = loss(causal=True, window=window), loss()
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_a_causal_mask_spares_products():
+  """5 of 8 scores are worked out."""
+  def flops(causal):
+    return jax.jit(
+        lambda x: xla.attend(
+            x, x, x, scale=1.0, mask_BLM=jnp.ones((1, 512, 512), bool),
+            causal=causal)
+    ).lower(jnp.zeros((1, 512, 1, 64))).cost_analysis()['flops']
+  assert 0.6 < flops(True) / flops(False) < 0.65
+
+
+def test_a_row_that_sees_nothing_is_finite_and_so_is_its_gradient():
+  q, k, v, *_ = _inputs()
+  mask = jnp.zeros((B, L, L), bool)
+  o, vjp = jax.vjp(lambda *x: xla.attend(
+      *x, scale=0.5, mask_BLM=mask), q, k, v)
+  np.testing.assert_allclose(
+      o, jnp.broadcast_to(jnp.repeat(v, R, 2).mean(1, keepdims=True), o.shape),
+      rtol=1e-5, atol=1e-6)
+  assert all(np.isfinite(g).all() for g in vjp(o))
+
+
+IDS_L = jnp.repeat(jnp.array([1, 2, 3, 0]), jnp.array([5, 7, 6, 2]))[None]
+MODELS = {
+    'causal': ('gpt', dict(), dict()),
+    'packed, banded': ('llama', dict(attention='banded', sliding_window=4),
+                       dict(segment_ids_BL=IDS_L)),
+    'alibi, packed': ('bloom', dict(), dict(segment_ids_BL=IDS_L)),
+    'prefix': ('gpt', dict(), dict(prefix_B=jnp.array([7, 0]))),
+    'out of order': ('gpt', dict(), dict(
+        positions_BL=jnp.arange(20)[None, ::-1])),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', MODELS)
+def test_a_model_is_the_same_by_blocks(name, monkeypatch):
+  system, changes, inputs = MODELS[name]
+  module, params = models.make(system, **changes)
+  tokens = models.tokens(length=20)
+  def both(params):
+    logits = models.logits(module, params, tokens, **inputs)
+    return jnp.sin(logits).sum(), logits
+  want = jax.grad(both, has_aux=True)(params)
+  monkeypatch.setattr(xla, 'QUERIES', 4)
+  models.close(jax.grad(both, has_aux=True)(params), want, 2e-5)

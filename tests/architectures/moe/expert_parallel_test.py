@@ -1,0 +1,376 @@
+"""Experts over a mesh: the same numbers as one device, by all-to-all alone."""
+
+import collections
+import dataclasses
+import math
+import re
+
+from configs import base
+from configs import sharding as tables
+import flax.linen as nn
+import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import architectures
+from architectures.parts import sharding
+from architectures.parts.context import Context
+from architectures.parts.moe.layer import MoE
+from architectures.parts.period import REMAT
+from tests.architectures.moe.experts_test import equations
+from tests.helpers import models
+from tools.plan.collectives import groups as named_groups
+
+B, L, D, F, E, X = 8, 8, 16, 32, 8, 2
+BATCH = ('data', 'fsdp', 'expert')
+
+
+def config(**moe):
+  fields = base.base().model
+  fields.arch = 'bert'  # in a decoder experts may not choose
+  fields.update(d_model=D, d_ff=F, num_heads=2, num_layers=1, vocab_size=11,
+                max_len=L, ffn='moe')
+  fields.moe.update(dict(num_experts=E, top_k=X) | moe)
+  return architectures.resolve(fields)
+
+
+def mesh_of(shape):
+  return jax.make_mesh(tuple(shape.values()), tuple(shape),
+                       axis_types=(AxisType.Auto,) * len(shape))
+
+
+def expected_rows(shape, way: str) -> tuple[int, float]:
+  """(A device's tokens, rows of its buffer a token), by the formula in
+  parts/dispatch.py."""
+  n = shape['expert']
+  tokens = B * L // math.prod(shape[a] for a in (*BATCH, 'context'))
+  slots = min(tokens, B * L * X // E)
+  return tokens, (n * min(X, E // n) if way == 'dropless'
+                  else E * slots / tokens)
+
+
+def setup(c, length=L):
+  """Returns (loss(params, x) -> (loss, aux), params, x, their specs)."""
+  module, key = MoE(c), jax.random.key(0)
+  ctx = Context(jnp.arange(length)[None], deterministic=False,
+                segment_ids_BL=jnp.ones((B, length), int).at[3, 5:].set(0))
+  x_BLD = jax.random.normal(key, (B, length, D))
+  rngs = {name: key for name in ('params', 'router', 'dropout')}
+  boxed = jax.jit(lambda rngs, x_BLD: module.init(rngs, x_BLD, ctx))(
+      rngs, x_BLD)
+  params = jax.tree.map(lambda p: 20 * p + 0.1, nn.meta.unbox(boxed))
+
+  def loss(params, x_BLD):
+    y_BLD, aux = module.apply(params, x_BLD, ctx, rngs=rngs)
+    wave = jnp.cos(jnp.arange(D, dtype=jnp.float32))[None, None]
+    return (y_BLD * wave).sum() + sum(aux['losses'].values()), aux
+
+  return loss, params, x_BLD, nn.get_partition_spec(boxed)
+
+
+def compile_on(shape, c):
+  """Returns (compiled value and gradients, its arguments on the mesh)."""
+  loss, params, x_BLD, logical = setup(c)
+  mesh = mesh_of(shape)
+  with jax.set_mesh(mesh), sharding.rules('default'):
+    specs = nn.logical_to_mesh(logical)
+    put = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
+    even = B % math.prod(shape[a] for a in BATCH) == 0
+    args = (jax.tree.map(put, params, specs),
+            put(x_BLD, PartitionSpec(BATCH if even else None)))
+    step = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
+    return step.lower(*args).compile(), args
+
+
+def one_device(c):
+  loss, params, x_BLD, _ = setup(c)
+  return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(params, x_BLD)
+
+
+def assert_equal(got, want, shards):
+  """Losses, gradients and the panel; only shard_imbalance tells the mesh."""
+  (loss, aux), grads = got
+  (want_loss, want_aux), want_grads = want
+  np.testing.assert_allclose(loss, want_loss, rtol=2e-5)
+  load_E = np.array(want_aux['health']['load_E'])
+  want_aux['health'] = want_aux['health'] | {
+      'shard_imbalance': shards * load_E.reshape(shards, -1).sum(1).max()}
+  for a, b in zip(jax.tree.leaves((aux, grads)),
+                  jax.tree.leaves((want_aux, want_grads)), strict=True):
+    np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5 * np.abs(b).max())
+
+
+COMMON = dict(capacity_factor=1.0, eval_capacity_factor=1.0, expert_dropout=0.1,
+              z_loss_weight=0.1)
+
+
+@pytest.fixture(scope='module')
+def reference():
+  want = one_device(config(dispatch='sorted', **COMMON))
+  assert want[0][1]['health']['dropped'] > 0  # so that drops are compared too
+  return want
+
+
+def collectives(hlo: str, kind: str):
+  """Yields ({dtype: elements}, groups of devices) of each one in the text."""
+  for line in hlo.splitlines():
+    found = re.search(rf' = (.*?) {kind}(?:-start)?\(', line)
+    if not found:
+      continue
+    sizes = collections.Counter()
+    for dtype, shape in re.findall(r'(\w+)\[([\d,]*)\]', found[1]):
+      sizes[dtype] += math.prod(int(d) for d in shape.split(',') if d)
+    yield sizes, groups(line)
+
+
+def groups(line: str) -> np.ndarray:
+  """The devices of each replica group, [groups, devices], in any syntax."""
+  ints = lambda text: [int(i) for i in text.split(',')]
+  iota = re.search(
+      r'replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', line)
+  if iota:
+    ids = np.arange(math.prod(ints(iota[2]))).reshape(ints(iota[2]))
+    return ids.transpose(ints(iota[3]) if iota[3] else None).reshape(
+        ints(iota[1]))
+  if 'replica_groups=mesh' in line:  # with the order of the devices, or without
+    return named_groups(line)
+  text = re.search(r'replica_groups=\{(\{.*?\})\}', line)[1]
+  return np.array([ints(g) for g in re.findall(r'\{([\d,]+)\}', text)])
+
+
+def along(members: np.ndarray, shape: dict, axis: str) -> bool:
+  """Whether devices of one group differ along a mesh axis."""
+  place = np.unravel_index(members, tuple(shape.values()))[
+      list(shape).index(axis)]
+  return bool((place != place[:, :1]).any())
+
+
+def crossed(hlo: str, shape: dict, dense: int = D * E):
+  """[{dtype: elements}] of each all-to-all along `expert`. Asserts that neither
+  activations nor experts' weights are gathered along it: counts, for the
+  capacity, are, and other weights, of `dense` elements at most."""
+  for sizes, members in collectives(hlo, 'all-gather'):
+    assert (set(sizes) <= {'s32', 'u32'} or sizes.total() <= dense
+            or not along(members, shape, 'expert'))
+  return [sizes for sizes, members in collectives(hlo, 'all-to-all')
+          if along(members, shape, 'expert')]
+
+
+def _ways():
+  """Yields each preset with each way. All are `long` but those that share
+  experts in three axes or in one, and one that does not share them."""
+  kept = dict(fsdp_tp=('dropless',), ep=('sorted',),
+              ep_fsdp_tp=('sorted', 'dropless'))
+  for preset in tables.PRESETS:
+    for way in ('einsum', 'sorted', 'dropless'):
+      yield pytest.param(preset, way, marks=[pytest.mark.long] * (
+          way not in kept.get(preset, ())))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('preset, way', _ways())
+def test_equals_one_device_by_all_to_all(preset, way, reference):
+  shape = tables.PRESETS[preset]
+  step, args = compile_on(shape, config(dispatch=way, **COMMON))
+  assert_equal(step(*args), reference, shape['expert'])
+  crossings = crossed(step.as_text(), shape)
+  if shape['expert'] == 1:
+    assert not crossings
+    return
+  tokens, rows = expected_rows(shape, way)
+  floats = [sizes['f32'] for sizes in crossings if sizes['f32']]
+  # Rows four times, and their gates there and back.
+  assert sorted(floats) == [rows * tokens] * 2 * (way == 'dropless') + [
+      rows * tokens * D] * 4
+  whole = [sizes['s32'] for sizes in crossings if sizes['s32']]
+  assert sorted(whole) == sorted(
+      [rows * tokens] + ([E] if way == 'dropless' else []))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('way', ['sorted', 'dropless'])
+def test_bfloat16_crosses_in_two_bytes(way):
+  """By the jaxpr: XLA's CPU backend would send it as float32."""
+  shape = tables.PRESETS['ep']
+  c = dataclasses.replace(config(dispatch=way, **COMMON), dtype='bfloat16')
+  loss, params, x_BLD, _ = setup(c)
+  with jax.set_mesh(mesh_of(shape)), sharding.rules('default'):
+    jaxpr = jax.make_jaxpr(jax.grad(loss, (0, 1), has_aux=True))(
+        params, x_BLD.astype(jnp.bfloat16))
+  sent = [eqn.invars[0].aval for eqn in equations(jaxpr.jaxpr)
+          if eqn.primitive.name == 'all_to_all']
+  floats = [x.size * x.dtype.itemsize for x in sent if x.dtype.kind != 'i']
+  tokens, rows = expected_rows(shape, way)
+  assert sorted(floats) == [rows * tokens * 4] * 2 * (way == 'dropless') + [
+      rows * tokens * D * 2] * 4
+
+
+def trace_on(shape, c):
+  """Traces the forward pass alone."""
+  with jax.set_mesh(mesh_of(shape)), sharding.rules('default'):
+    loss, params, x_BLD, _ = setup(c)
+    return jax.eval_shape(loss, params, x_BLD)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('fields, words', [
+    (dict(num_experts=6), '4 or 8 experts, or mesh.expert among 1, 2, 3, 6'),
+    (dict(d_ff=33), 'model.moe.d_ff is 33, which mesh.tensor 2'),
+    (dict(group_size=4, capacity_factor=1.0), 'routing groups of 4 tokens'),
+    (dict(router='expert_choice'), 'expert_choice needs whole groups on each'),
+])
+def test_refuses_what_does_not_divide(fields, words):
+  shape = dict(data=1, fsdp=1, expert=4, context=1, tensor=2)
+  if 'group_size' in fields:  # 16 groups of 4, on shards of 64 / 3 tokens
+    shape = dict(data=3, fsdp=1, expert=2, context=1, tensor=1)
+  with pytest.raises(ValueError) as error:
+    trace_on(shape, config(**fields))
+  assert words in str(error.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('fields', [
+    pytest.param(fields, id=fields['router'], marks=[pytest.mark.long] * (
+        fields['router'] == 'sinkhorn')) for fields in (
+            dict(router='expert_choice', group_size=8),
+            dict(router='gshard', capacity_factor=1.0, group_size=32),
+            dict(router='sinkhorn', ffn='swiglu_clamped', dispatch='dropless',
+                 logit_bias=True, balance_loss='sequence', balance_weight=0.1),
+            dict(router='sigmoid', balance_loss='importance',
+                 balance_weight=0.1, expert_groups=4, top_groups=2,
+                 gate_scale=2.5))])
+def test_routers_route_alike_on_a_mesh(fields):
+  fields = fields | dict(jitter=0.1, logit_noise=0.1)
+  step, args = compile_on(tables.PRESETS['ep'], config(**fields))
+  assert_equal(step(*args), one_device(config(**fields)), 4)
+  crossings = crossed(step.as_text(), tables.PRESETS['ep'])
+  # Rows of D numbers; where tokens choose, gates cross too, one of a row.
+  assert len([sizes for sizes in crossings
+              if sizes['f32'] > B * L]) == 4
+
+
+@pytest.mark.slow
+def test_tokens_that_do_not_fill_the_shards_and_shared_experts():
+  """64 tokens on 6 shards: what fills them up takes no room."""
+  c = config(ffn='swiglu', shared_experts=1, shared_gate=True, num_experts=2,
+             capacity_factor=0.5)
+  shape = dict(data=3, fsdp=1, expert=2, context=1, tensor=1)
+  step, args = compile_on(shape, c)
+  want = one_device(c)
+  assert want[0][1]['health']['dropped'] > 0
+  assert_equal(step(*args), want, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('shape', [
+    pytest.param(dict(data=8, fsdp=1, expert=1, context=1, tensor=1),
+                 id='data=8', marks=pytest.mark.long),
+    pytest.param(dict(data=2, fsdp=1, expert=4, context=1, tensor=1),
+                 id='data=2,expert=4')])
+def test_work_of_a_device_follows_its_tokens(shape):
+  """By `auto` under a capacity, though a group goes over all devices."""
+  length, many = 64, 16
+  c = config(num_experts=many, router='switch', top_k=1, capacity_factor=1.25)
+  with jax.set_mesh(mesh_of(shape)), sharding.rules('default'):
+    loss, params, x_BLD, _ = setup(c, length)
+    jaxpr = jax.make_jaxpr(jax.grad(loss, (0, 1), has_aux=True))(params, x_BLD)
+  inner = [eqn.params['jaxpr'] for eqn in jaxpr.eqns
+           if eqn.primitive.name == 'shard_map']
+  assert len(inner) == 2  # forward, backward
+  largest = max(math.prod(v.aval.shape) for one in inner
+                for eqn in equations(one) for v in eqn.outvars)
+  n, tokens = shape['expert'], B * length // 8
+  # The room for its tokens, or its experts' weights; no [T, E, D].
+  assert largest == max(n * tokens, many // n * D) * F < tokens * many * D
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('remat, times', [('none', 4 + 2), ('dots', 5 + 3),
+                                          ('full', 5 + 3)])
+def test_accelerators_send_only_full_rows(remat, times):
+  """Rows and, as often but for the way back, their gates."""
+  loss, params, x_BLD, _ = setup(config())
+  apply = lambda p, x: loss(p, x)[0]
+  if remat != 'none':
+    apply = jax.checkpoint(apply, policy=REMAT[remat])
+  with jax.set_mesh(mesh_of(tables.PRESETS['ep'])), sharding.rules('default'):
+    traced = jax.jit(jax.grad(apply, (0, 1))).trace(params, x_BLD)
+    lower = lambda name: traced.lower(lowering_platforms=(name,)).as_text()
+    found = [eqn.primitive.name for eqn in equations(traced.jaxpr.jaxpr)]
+    assert found.count('ragged_all_to_all') == times
+    ragged = {name: set(re.findall(
+        r'ragged_all_to_all.*: \(tensor<(\w+)>', lower(name)))
+              for name in ('cuda', 'tpu', 'cpu')}
+  # TPU would pad a number for each row to 128: there all gates cross.
+  assert ragged == {'cuda': {f'64x{D}xf32', '64xf32'}, 'tpu': {f'64x{D}xf32'},
+                    'cpu': set()}
+
+
+def ragged_by_gather(operand, output, input_offsets, send_sizes,
+                     output_offsets, recv_sizes, *, axis_name):
+  """What jax.lax.ragged_all_to_all is documented to do, which CPU cannot."""
+  me = jax.lax.axis_index(axis_name)
+  sent_n, first_n, size_n, to_n = jax.lax.all_gather(
+      (operand, input_offsets, send_sizes, output_offsets), axis_name)
+  row_R = jnp.arange(output.shape[0])
+  for sent, first, size, to in zip(sent_n, first_n[:, me], size_n[:, me],
+                                   to_n[:, me]):
+    inside_R = (row_R >= to) & (row_R < to + size)
+    new = sent.at[first + row_R - to].get(mode='clip')
+    inside = inside_R.reshape(-1, *(1,) * (new.ndim - 1))
+    output = jnp.where(inside, new, output)
+  wrong = (recv_sizes != size_n[:, me]).any()
+  return jnp.where(wrong, jnp.full_like(output, -2 ** 30), output)
+
+
+@pytest.mark.slow
+def test_accelerators_exchange_equals_one_device(reference, monkeypatch):
+  """The program of TPU and GPU, values and gradients."""
+  monkeypatch.setattr(jax.lax, 'ragged_all_to_all', ragged_by_gather)
+  monkeypatch.setattr(jax.lax, 'platform_dependent',
+                      lambda *args, default, **_: default(*args))
+  step, args = compile_on(tables.PRESETS['ep'],
+                          config(dispatch='dropless', **COMMON))
+  assert all(set(sizes) == {'s32'} for sizes, _ in collectives(
+      step.as_text(), 'all-to-all'))  # counts alone: the rest is emulated
+  assert_equal(step(*args), reference, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('system, remat, times, rows', [
+    ('gpt', 'full', 6, 2), ('gpt', 'full', 6, 1),
+    pytest.param('t5', 'none', 2 * 4, 2, marks=pytest.mark.long)])
+def test_models_on_a_mesh_equal_one_device(system, remat, times, rows):
+  """Scanned, remade in the backward pass, with an encoder: all the way. `rows`:
+  of a device, from where XLA laid batch and length into one axis by collecting
+  both."""
+  shape = tables.PRESETS['ep_fsdp_tp']
+  module, params = models.make(
+      system, ffn='moe', remat=remat, vocab_size=64, moe=dict(
+          num_experts=4, ffn='gelu', d_ff=16, capacity_factor=1.0,
+          eval_capacity_factor=1.0))
+  tokens = models.tokens(4 * rows)
+  boxed = jax.eval_shape(module.init, jax.random.key(0), tokens)['params']
+
+  def loss(params, tokens):
+    out = module.apply({'params': params}, tokens)
+    return jnp.square(out.logits).mean() + sum(out.aux['losses'].values())
+
+  step = jax.value_and_grad(loss)
+  want = jax.jit(step)(params, tokens)
+  mesh = mesh_of(shape)
+  with jax.set_mesh(mesh), sharding.rules('default'):
+    specs = nn.logical_to_mesh(nn.get_partition_spec(boxed))
+    put = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
+    args = jax.tree.map(put, params, specs), put(tokens, PartitionSpec(BATCH))
+    compiled = jax.jit(step).lower(*args).compile()
+    got = compiled(*args)
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    np.testing.assert_allclose(a, b, rtol=2e-4,
+                               atol=1e-7 + 2e-5 * np.abs(b).max())
+  # A loop over layers is in the program once.
+  floats = [s for s in crossed(compiled.as_text(), shape, 32 * 64 // 2)
+            if s['f32']]
+  assert len(floats) == times

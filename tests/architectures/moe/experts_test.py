@@ -1,0 +1,314 @@
+"""The ways of computing experts agree, and cost what they should."""
+
+import functools
+import math
+
+from configs import base
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import architectures
+from architectures.parts import ffn as dense
+from architectures.parts.context import Context
+from architectures.parts.moe import experts
+from architectures.parts.moe import grouped
+from architectures.parts.moe import grouped_kernels
+from architectures.parts.moe.layer import MoE
+
+B, L, D, F, E = 2, 16, 8, 12, 4
+SWIGLU = dense.Hidden('swiglu')
+
+
+def config(*, dtype='float32', bias=True, d_model=D, **moe):
+  fields = base.base().model
+  fields.arch = 'bert'  # in a decoder experts may not choose
+  fields.update(d_model=d_model, d_ff=F, num_heads=1, vocab_size=9, max_len=L,
+                ffn='moe', dtype=dtype, ffn_bias=bias)
+  fields.moe.update(dict(num_experts=E) | moe)
+  return architectures.resolve(fields)
+
+
+def run(c, train=True, length=L, **context):
+  """Returns (y_BLD, aux, gradients of the parameters and of x)."""
+  module, key = MoE(c), jax.random.key(0)
+  ctx = Context(jnp.arange(length)[None], deterministic=not train, **context)
+  x_BLD = jax.random.normal(key, (B, length, c.d_model))
+  rngs = {name: key for name in ('params', 'router', 'dropout')}
+  born = jax.jit(lambda rngs, x_BLD: module.init(rngs, x_BLD, ctx))
+  params = jax.tree.map(lambda p: 20 * p + 0.1,
+                        nn.meta.unbox(born(rngs, x_BLD)))
+  wave = jnp.cos(jnp.arange(c.d_model, dtype=jnp.float32))[None, None]
+
+  def loss(params, x_BLD):
+    y_BLD, aux = module.apply(params, x_BLD, ctx, rngs=rngs)
+    return (y_BLD * wave).sum(), (y_BLD, aux)
+
+  grads, (y_BLD, aux) = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(
+      params, x_BLD)
+  return y_BLD, aux, grads
+
+
+def assert_close(got, want, tolerance=2e-5):
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    a, b = np.array(a, np.float32), np.array(b, np.float32)
+    np.testing.assert_allclose(a, b, atol=tolerance * (1e-3 + np.abs(b).max()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('fields, factor', [
+    pytest.param(fields, factor, id=f'{name}-{factor}',
+                 marks=[pytest.mark.long] * (
+                     (factor == 0.75) != (name == 'grouped')
+                     or factor == 0.0))
+    for name, fields in (
+        ('gated', dict(ffn='swiglu_clamped', expert_dropout=0.2,
+                       logit_bias=True, gate_scale=2.5, num_experts=8,
+                       expert_groups=4, top_groups=2)),
+        ('grouped', dict(ffn='gelu', bias=False, group_size=16)))
+    for factor in (0.0, 0.75, 8.0)])
+def test_ways_agree(factor, fields):
+  both = dict(capacity_factor=factor, eval_capacity_factor=factor) | fields
+  want = run(config(dispatch='einsum', **both))
+  assert (want[1]['health']['dropped'] > 0) == (factor == 0.75)
+  for way in ('sorted', 'dropless') if factor else ('dropless',):
+    assert_close(run(config(dispatch=way, **both)), want)
+
+
+@pytest.mark.slow
+def test_ways_agree_where_experts_choose():
+  want, *others = (run(config(dispatch=way, router='expert_choice',
+                              top_k=1, group_size=16))
+                   for way in ('einsum', 'sorted', 'dropless'))
+  assert want[1]['health']['unserved'] > 0
+  for got in others:
+    assert_close(got, want)
+
+
+@pytest.mark.slow
+def test_ways_agree_with_padding_and_drop_it_from_the_rest():
+  ids = jnp.ones((B, L), int).at[:, L // 2:].set(0)
+  want, *others = (run(config(dispatch=way, capacity_factor=1.0,
+                              eval_capacity_factor=1.0), segment_ids_BL=ids)
+                   for way in ('einsum', 'sorted', 'dropless'))
+  for got in others:
+    assert_close(got, want)
+  assert not want[0][:, L // 2:].any() and want[0][:, :L // 2].any()
+
+
+@pytest.mark.slow
+def test_bfloat16_is_near_float32():
+  want = run(config(), train=False)
+  for way in ('einsum', 'sorted', 'dropless'):
+    y_BLD, _, _ = run(config(dispatch=way, dtype='bfloat16',
+                             capacity_factor=E, eval_capacity_factor=E),
+                      train=False)
+    assert y_BLD.dtype == jnp.bfloat16
+    assert_close(y_BLD, want[0], 0.03)
+
+
+@pytest.mark.slow
+def test_capacity_of_evaluation_is_its_own():
+  c = config(capacity_factor=0.5, eval_capacity_factor=0.0)
+  assert run(c)[1]['health']['dropped'] > 0
+  assert run(c, train=False)[1]['health']['dropped'] == 0
+
+
+@pytest.mark.slow
+def test_one_expert_is_the_dense_network_and_shared_ones_add_to_it():
+  kind = 'swiglu_clamped'
+  c = config(num_experts=1, top_k=1, ffn=kind, shared_experts=2,
+             shared_gate=True)
+  x_BLD, ctx = jnp.ones((B, L, D)) * 0.3, Context(jnp.arange(L)[None])
+  params = nn.meta.unbox(jax.jit(
+      lambda: MoE(c).init(jax.random.key(0), x_BLD, ctx))())['params']
+  assert params['shared']['up'].shape == (D, 2 * F)
+  own = {name: params[name][0] for name in
+         ('up', 'up_bias', 'gate', 'gate_bias', 'down', 'down_bias')}
+  want_BLD = dense.FFN(c, kind).apply({'params': own}, x_BLD, ctx)[0]
+  shared_BLD = dense.FFN(c, kind, width=2 * F).apply(
+      {'params': params['shared']}, x_BLD, ctx)[0]
+  gate_DU = params['shared_gate'] = 10 * params['shared_gate']
+  gate_BLU = 1 / (1 + jnp.exp(-x_BLD @ gate_DU))
+  assert gate_BLU.shape == (B, L, 1) and abs(gate_BLU - 0.5).min() > 0.01
+  got_BLD = jax.jit(lambda: MoE(c).apply({'params': params}, x_BLD, ctx)[0])()
+  assert_close(got_BLD, want_BLD + gate_BLU * shared_BLD)
+
+
+@pytest.mark.slow
+def test_dropout_is_of_its_rate_and_of_training_alone():
+  drop = experts.Dropout(jnp.uint32(7), rate=0.25)
+  mask_RF = np.array(drop.mask(jnp.arange(400), 300))
+  assert set(np.unique(mask_RF)) == {0, np.float32(1 / 0.75)}
+  assert abs((mask_RF == 0).mean() - 0.25) < 0.01
+  assert (mask_RF[0] != mask_RF[1]).any() and (
+      mask_RF[:, 0] != mask_RF[:, 1]).any()
+  other = drop.replace(seed=jnp.uint32(8)).mask(jnp.arange(400), 300)
+  assert 0.3 < (mask_RF != np.array(other)).mean() < 0.45  # 2 x 0.25 x 0.75
+  still = [run(config(dispatch='einsum', expert_dropout=rate), train=False)[0]
+           for rate in (0.0, 0.5)]
+  np.testing.assert_array_equal(*still)
+  assert np.abs(run(config(dispatch='einsum', expert_dropout=0.5))[0]
+                - still[0]).max() > 1e-3
+
+
+COUNTS = ([5, 0, 40], [0, 0, 0], [64, 0, 0], [1, 62, 1])
+
+
+def grouped_case(counts, rows=64):
+  keys = jax.random.split(jax.random.key(0), 9)
+  normal = lambda i, *shape: jax.random.normal(keys[i], shape)
+  n = len(counts)
+  w = experts.Weights(
+      normal(0, n, D, F), normal(1, n, F, D), normal(2, n, D, F),
+      normal(3, n, F), normal(4, n, F), normal(5, n, D))
+  inside_R1 = (jnp.arange(rows) < sum(counts))[:, None]
+  mask_RF = jax.random.bernoulli(keys[8], 0.8, (rows, F)) / 0.8
+  return (normal(6, rows, D), w, mask_RF, normal(7, rows, D) * inside_R1,
+          inside_R1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('even', [8, 64])
+def test_grouped_product_equals_a_loop_over_experts(even, monkeypatch):
+  """Gates, and hidden units that are made again in parts, included."""
+  monkeypatch.setattr(grouped, '_parts', lambda D, F: 2)
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def blocks(again, count_E, x_RD, gate_R, w, mask_RF, d_RD):
+    def loss(x_RD, gate_R, w):
+      how = grouped.How(SWIGLU, even, 'xla', again)
+      y_RD = grouped.ffn(x_RD, count_E, gate_R, w, mask_RF, how)
+      return (y_RD * d_RD).sum()
+    return jax.value_and_grad(loss, (0, 1, 2))(x_RD, gate_R, w)
+
+  @functools.partial(jax.jit, static_argnums=(0, 1))
+  def whole(product, again, count_E, x_RD, gate_R, w, mask_RF, d_RD):
+    y_RD, pre = grouped._whole_forward(product, SWIGLU, again, x_RD, count_E, w,
+                                       mask_RF)
+    return (gate_R[:, None] * y_RD * d_RD).sum(), grouped._whole_backward(
+        product, SWIGLU, x_RD, count_E, gate_R, w, mask_RF,
+        None if again else pre, d_RD)
+
+  ragged = functools.partial(whole, grouped_kernels.product('xla', even))
+  megablox = functools.partial(
+      whole, functools.partial(grouped_kernels.megablox, even, True), True)
+
+  def loop(counts, x_RD, gate_R, w, mask_RF, d_RD):
+    def loss(x_RD, gate_R, w):
+      total, start = 0.0, 0
+      for e, n in enumerate(counts):
+        own = jax.tree.map(lambda m, e=e: m[e:e + 1], w)
+        at = slice(start, start + n)
+        y_1RD = experts.batched(x_RD[None, at], own, SWIGLU,
+                                mask_RF[None, at])
+        y_RD = gate_R[at, None] * y_1RD[0]
+        total, start = total + (y_RD * d_RD[at]).sum(), start + n
+      return total
+    return jax.value_and_grad(loss, (0, 1, 2))(x_RD, gate_R, w)
+
+  gate_R = jax.random.uniform(jax.random.key(1), (64,))
+  for counts in COUNTS:
+    x_RD, w, mask_RF, d_RD, _ = grouped_case(counts)
+    args = x_RD, gate_R, w, mask_RF, d_RD
+    want = loop(counts, *args)
+    for way in (functools.partial(blocks, False), functools.partial(
+        blocks, True), functools.partial(ragged, False), functools.partial(
+            ragged, True), megablox):
+      assert_close(way(jnp.array(counts), *args), want)
+
+
+@pytest.mark.parametrize('counts', [
+    [512] * 8, [64] * 64, [4096] + [0] * 7, [600, 424, 500, 520, 512, 530, 490,
+                                             520], [0] * 8])
+def test_work_follows_the_rows(counts):
+  """Rows that blocks go over, whatever the number of experts."""
+  even = max(1, sum(counts) // len(counts))
+  add = lambda total, size, *_: total + size
+  work = grouped._for_blocks(4096, even, jnp.array(counts), add,
+                             jnp.zeros((), jnp.int32))
+  assert sum(counts) <= work <= 1.1 * sum(counts)
+
+
+def test_blocks_fill_sixteen_rows_and_fit_in_cache():
+  assert grouped.sizes(4096, 512) == (
+      64, 128, 256, 384, 448, 512, 544, 576, 640, 768, 1024)
+  assert grouped.sizes(65536, 16384) == grouped.sizes(4096, 512)
+  assert grouped.sizes(4096, 1) == (16,)
+  assert grouped.sizes(40, 64)[-1] == 40
+
+
+def equations(jaxpr):
+  """All equations of a jaxpr, inner ones included."""
+  for eqn in jaxpr.eqns:
+    yield eqn
+    for value in eqn.params.values():
+      for inner in jax.tree.leaves(
+          value, is_leaf=lambda v: hasattr(v, 'eqns') or hasattr(v, 'jaxpr')):
+        inner = getattr(inner, 'jaxpr', inner)
+        if hasattr(inner, 'eqns'):
+          yield from equations(inner)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('way', ['einsum', 'sorted', 'dropless'])
+def test_no_array_grows_as_tokens_times_experts_times_width(way):
+  wide, many, tokens = 96, 16, B * 128
+  c = config(num_experts=many, capacity_factor=1.0, eval_capacity_factor=1.0,
+             dispatch=way, d_model=wide)
+  module, ctx = MoE(c), Context(jnp.arange(128)[None])
+  x_BLD = jnp.zeros((B, 128, wide))
+  params = nn.meta.unbox(jax.eval_shape(
+      lambda: module.init(jax.random.key(0), x_BLD, ctx)))
+  jaxpr = jax.make_jaxpr(jax.grad(
+      lambda p, x: module.apply(p, x, ctx)[0].sum(), (0, 1)))(params, x_BLD)
+  largest = max(math.prod(v.aval.shape) for eqn in equations(jaxpr.jaxpr)
+                for v in eqn.outvars)
+  slots = tokens * c.moe.top_k // many
+  # What may be: rows of assignments, and the experts' weights.
+  bound = max(tokens * c.moe.top_k * wide, many * wide * F)
+  assert (largest <= bound) == (way != 'einsum')
+  if way == 'einsum':
+    assert largest >= tokens * many * slots
+
+
+@pytest.mark.slow
+def test_the_router_multiplies_float32_whatever_the_model_does():
+  """By its z-loss, against numpy; and on a TPU, in all the digits."""
+  c = config(dtype='bfloat16')
+  module, ctx = MoE(c), Context(jnp.arange(L)[None])
+  x_BLD = jax.random.normal(jax.random.key(0), (B, L, D)).astype(jnp.bfloat16)
+  params = nn.meta.unbox(jax.jit(
+      lambda: module.init(jax.random.key(1), x_BLD, ctx))())
+  # Digits that bfloat16 has not got.
+  params['params']['router'] = 40 * params['params']['router'] + 1
+  router_DE = np.array(params['params']['router'], np.float64)
+  logits_TE = np.array(x_BLD, np.float64).reshape(-1, D) @ router_DE
+  z = (np.log(np.exp(logits_TE).sum(-1)) ** 2).mean()
+  def loss(params, x_BLD):
+    health = module.apply(params, x_BLD, ctx)[1]['health']
+    return health['z_loss'], health
+  got, _ = jax.jit(loss)(params, x_BLD)
+  np.testing.assert_allclose(got, z, rtol=1e-5)
+  text = jax.jit(loss).trace(params, x_BLD).lower(
+      lowering_platforms=('tpu',)).as_text()
+  router = [line for line in text.splitlines() if 'dot_general' in line
+            and f'tensor<{B * L}x{D}xf32>, tensor<{D}x{E}xf32>' in line]
+  assert len(router) == 1 and 'precision = [HIGHEST, HIGHEST]' in router[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('platform', ['tpu', 'cuda'])
+def test_accelerators_get_a_ragged_product(platform):
+  x_RD, w, _, _, _ = grouped_case([5, 0, 40])
+  step = jax.jit(jax.grad(lambda x, w: grouped.ffn(
+      x, jnp.array([5, 0, 40]), jnp.ones(len(x)), w, None,
+      grouped.How(SWIGLU, 16, 'xla')).sum(), (0, 1)))
+  lower = lambda name: step.trace(x_RD, w).lower(
+      lowering_platforms=(name,)).as_text()
+  text = lower(platform)
+  assert text.count('ragged_dot') >= 9
+  assert 'dynamic_update_slice' not in text
+  assert 'dynamic_update_slice' in lower('cpu')

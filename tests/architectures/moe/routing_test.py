@@ -1,0 +1,398 @@
+"""Routers choose and weigh as their papers say; losses and panel by hand."""
+
+import re
+
+from configs import base
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import architectures
+from architectures.parts.context import Context
+from architectures.parts.moe import capacity
+from architectures.parts.moe import health
+from architectures.parts.moe import layer
+from architectures.parts.moe import routing
+from architectures.parts.moe.layer import MoE
+from tests.helpers import models
+from training import paths
+
+E, T = 4, 24
+
+
+def moe(**fields):
+  model = base.base().model
+  model.update(vocab_size=5, max_len=8, ffn='moe')
+  model.arch = 'bert'  # in a decoder experts may not choose
+  model.moe.update(dict(num_experts=E) | fields)
+  return architectures.resolve(model).moe
+
+
+def inputs(seed=0, **fields):
+  keys = jax.random.split(jax.random.key(seed), 2)
+  return routing.Inputs(**(dict(
+      logits_TE=2 * jax.random.normal(keys[0], (T, E)),
+      valid_T=jnp.ones(T, bool), tokens_T=jax.random.randint(
+          keys[1], (T,), 0, 50), bias_E=jnp.zeros(E)) | fields))
+
+
+def route(router, x=None, **fields):
+  m = moe(router=router, **({'switch': dict(top_k=1)}.get(router, {}) | fields))
+  return m, routing.ROUTERS[router].assign(m, x or inputs())
+
+
+def gates(r):
+  """[T, E]: the weight of each expert for each token."""
+  w = np.zeros((T, E + 1))
+  np.add.at(w, (r.token_A, r.expert_A), r.gate_A)
+  return w[:, :E]
+
+
+def softmax(logits):
+  e = np.exp(logits - logits.max(-1, keepdims=True))
+  return e / e.sum(-1, keepdims=True)
+
+
+def best(scores, k):
+  """Mask of the k best of each row."""
+  return np.argsort(np.argsort(-scores, -1), -1) < k
+
+
+def test_topk_normalised_is_the_softmax_after_the_choice():
+  x = inputs()
+  logits = np.array(x.logits_TE)
+  chosen = np.where(best(logits, 2), logits, -np.inf)
+  np.testing.assert_allclose(gates(route('topk', x)[1]), softmax(chosen),
+                             atol=1e-6)
+
+
+def test_topk_as_it_is_is_the_softmax_before_the_choice():
+  x = inputs()
+  logits = np.array(x.logits_TE)
+  np.testing.assert_allclose(
+      gates(route('topk', x, normalize_gates=False)[1]),
+      softmax(logits) * best(logits, 2), atol=1e-6)
+
+
+def test_switch_takes_one_expert_by_its_probability():
+  x = inputs()
+  logits = np.array(x.logits_TE)
+  np.testing.assert_allclose(gates(route('switch', x)[1]),
+                             softmax(logits) * best(logits, 1), atol=1e-6)
+
+
+def test_gshard_keeps_the_second_expert_by_twice_its_gate():
+  logits = jnp.log(jnp.array([0.8, 0.2, 1e-9, 1e-9]))
+  logits_TE = jnp.broadcast_to(logits, (T, E))
+  kept = 0
+  for seed in range(40):
+    _, r = route('gshard', inputs(logits_TE=logits_TE,
+                                  key=jax.random.key(seed)))
+    assert (np.array(r.expert_A[::2]) == 0).all()
+    kept += (np.array(r.expert_A[1::2]) == 1).mean() / 40
+    assert set(np.array(r.expert_A[1::2])) <= {1, E}
+  assert abs(kept - 0.4) < 0.05
+  _, r = route('gshard', inputs(logits_TE=logits_TE))
+  np.testing.assert_allclose(gates(r)[:, :2], [[0.8, 0.2]] * T, atol=1e-6)
+
+
+@pytest.mark.parametrize('factor, slots', [(0.0, 6), (0.5, 3), (9.0, 12)])
+@pytest.mark.parametrize('train', [True, False])
+def test_expert_choice_fills_every_expert_with_its_best_tokens_of_a_group(
+    factor, slots, train):
+  """12 tokens of a group, two experts each, are 6 of each of 4 experts."""
+  x = inputs(groups=2, train=train)
+  _, r = route('expert_choice', x, **{
+      'capacity_factor' if train else 'eval_capacity_factor': factor})
+  probs = softmax(np.array(x.logits_TE)).reshape(2, T // 2, E)
+  mask = best(probs.swapaxes(1, 2), slots).swapaxes(1, 2)
+  np.testing.assert_allclose(gates(r), (probs * mask).reshape(T, E), atol=1e-6)
+
+
+def test_sigmoid_chooses_by_the_biased_score_and_weighs_by_the_score():
+  x = inputs(bias_E=jnp.array([10.0, 0, 0, 0]))
+  scores = 1 / (1 + np.exp(-np.array(x.logits_TE)))
+  mask = best(scores + np.array(x.bias_E), 2)
+  assert mask[:, 0].all()
+  want = scores * mask
+  np.testing.assert_allclose(
+      gates(route('sigmoid', x)[1]), want / want.sum(1, keepdims=True),
+      atol=1e-6)
+
+
+def test_sinkhorn_balances_what_argmax_would_not():
+  logits_TE = inputs().logits_TE + jnp.array([[6.0, 0, 0, 0]])
+  loads = {}
+  for train in (False, True):
+    _, r = route('sinkhorn', inputs(logits_TE=logits_TE, train=train), top_k=1)
+    loads[train] = np.bincount(np.array(r.expert_A), minlength=E)
+    probs = softmax(np.array(logits_TE))
+    np.testing.assert_allclose(gates(r)[gates(r) > 0],
+                               probs[np.arange(T), np.array(r.expert_A)],
+                               atol=1e-6)
+  assert loads[False].max() > 0.7 * T and loads[True].max() < 0.5 * T
+  balanced = np.exp(routing.balanced(logits_TE, jnp.ones(T, bool)))
+  np.testing.assert_allclose(balanced.sum(1), 1, rtol=1e-5)
+  np.testing.assert_allclose(balanced.sum(0), T / E, rtol=0.1)
+
+
+def test_hash_goes_by_the_token_id_alone():
+  first, second = inputs(0), inputs(1)
+  table = {}
+  for x in (first, second):
+    _, r = route('hash', x)
+    for token, pair in zip(np.array(x.tokens_T),
+                           np.array(r.expert_A).reshape(T, 2)):
+      assert table.setdefault(int(token), tuple(pair)) == tuple(pair)
+      assert pair[0] != pair[1]
+  spread = np.bincount([pair[0] for pair in table.values()], minlength=E)
+  assert (spread > 0).all()
+
+
+def test_uniform_is_in_perfect_balance():
+  _, r = route('uniform')
+  assert (np.bincount(np.array(r.expert_A)) == T * 2 // E).all()
+  # Of two tokens with two experts each, no expert has more than one.
+  few = inputs(logits_TE=jnp.zeros((2, E)), valid_T=jnp.ones(2, bool))
+  assert sorted(route('uniform', few)[1].expert_A.tolist()) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize('router', list(routing.ROUTERS))
+def test_beliefs_and_full_gates_are_shares(router):
+  """Of each token: they add up to 1, where experts do not choose."""
+  _, r = route(router, inputs(), **(
+      dict(normalize_gates=True) if router != 'switch' else {}))
+  np.testing.assert_allclose(np.array(r.probs_TE).sum(1), 1, rtol=1e-5)
+  if router not in ('switch', 'expert_choice'):
+    np.testing.assert_allclose(gates(r).sum(1), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize('router', list(routing.ROUTERS))
+def test_padding_takes_no_expert(router):
+  valid_T = jnp.arange(T) % 3 != 0
+  _, r = route(router, inputs(valid_T=valid_T, train=True))
+  given = np.array(r.expert_A) < E
+  assert given.any() and np.array(valid_T)[np.array(r.token_A)[given]].all()
+  assert (gates(r)[~np.array(valid_T)] == 0).all()
+  assert not np.array(r.gate_A)[~given].any()
+
+
+def test_capacity_serves_first_choices_first_then_by_position():
+  # The choices of four tokens: 01 01 10 12. First choices fill 0 and 1.
+  expert_A = jnp.array([0, 1, 0, 1, 1, 0, 1, 2])
+  kept = capacity.limit(expert_A, choices=2, groups=1, slots=2, experts=3)
+  assert kept.tolist() == [0, 3, 0, 3, 1, 3, 1, 2]
+  by_group = capacity.limit(expert_A, choices=2, groups=2, slots=1, experts=3)
+  assert by_group.tolist() == [0, 1, 3, 3, 1, 0, 3, 2]
+
+
+def test_capacity_is_exact():
+  assert capacity.slots(1.25, 16, 2, 8) == 5
+  assert capacity.slots(1.0, 10, 1, 4) == 3  # 2.5, rounded up
+  assert capacity.slots(1.1, 100, 1, 10) == 11  # in floats a hair above
+  assert capacity.slots(0.1, 4, 1, 8) == 1
+
+
+def report(r, m, x, kept_A=None, shards=2, rows=1):
+  kept_A = r.expert_A < E if kept_A is None else kept_A
+  return health.report(m, r, x.logits_TE, x.valid_T, kept_A, shards, rows)
+
+
+def test_losses_by_hand():
+  x = inputs(valid_T=jnp.arange(T) < 20)
+  m, r = route('topk', x, z_loss_weight=0.5)
+  logits, got = np.array(x.logits_TE)[:20], report(r, m, x)
+  f = np.bincount(np.array(r.expert_A), minlength=E + 1)[:E] / 40
+  p = softmax(logits).mean(0)
+  raw = got['health']
+  np.testing.assert_allclose(raw['balance_loss'], E * (f * p).sum(), rtol=1e-5)
+  np.testing.assert_allclose(raw['importance_loss'], E * (p ** 2).sum(),
+                             rtol=1e-5)
+  z = (np.log(np.exp(logits).sum(-1)) ** 2).mean()
+  np.testing.assert_allclose(raw['z_loss'], z, rtol=1e-5)
+  np.testing.assert_allclose(got['losses']['balance'],
+                             0.01 * raw['balance_loss'], rtol=1e-6)
+  np.testing.assert_allclose(got['losses']['router_z'], 0.5 * z, rtol=1e-5)
+  m, r = route('topk', x, balance_loss='importance')
+  np.testing.assert_allclose(report(r, m, x)['losses']['balance'],
+                             0.01 * raw['importance_loss'], rtol=1e-6)
+  m, r = route('topk', x, balance_loss='none')
+  assert report(r, m, x)['losses'] == {}
+
+
+def test_gshards_balance_counts_first_choices_alone():
+  x = inputs()
+  m, r = route('gshard', x)
+  first = np.bincount(np.array(x.logits_TE).argmax(1), minlength=E) / T
+  want = E * (first * softmax(np.array(x.logits_TE)).mean(0)).sum()
+  np.testing.assert_allclose(report(r, m, x)['health']['balance_loss'], want,
+                             rtol=1e-5)
+
+
+def test_panel_by_hand():
+  x = inputs(logits_TE=jnp.log(jnp.array([[0.5, 0.3, 0.1, 0.1]] * T)))
+  m, r = route('topk', x)
+  # The first quarter of tokens has no expert, the second one of its two.
+  index_A = jnp.arange(2 * T)
+  kept_A = (index_A >= T // 2) & ((index_A >= T) | (index_A % 2 == 0))
+  got = {k: np.array(v) for k, v in report(r, m, x, kept_A)['health'].items()}
+  want = dict(dropped=0.375, unserved=0.25, load_E=[0.5, 0.5, 0, 0], load_max=2,
+              load_entropy=0.5, unused=0.5, confidence=0.5, shard_imbalance=2,
+              balance_loss=1.6, importance_loss=1.44, z_loss=0,
+              router_entropy=-sum(p * np.log(p) for p in (.5, .3, .1, .1))
+              / np.log(4))
+  assert got.keys() == want.keys() | {  # a loss that is added too
+      row.metric for row in health.BALANCE_LOSSES.values()
+      if row.metric and not row.by_sequence}
+  for name, value in want.items():
+    np.testing.assert_allclose(got[name], value, rtol=1e-5, atol=1e-6,
+                               err_msg=name)
+
+
+def test_window_tells_experts_unused_throughout():
+  load_SNE = jnp.array([[[1.0, 0, 0, 0]], [[0, 1.0, 0, 0]]])
+  got = health.window(load_SNE, jnp.ones(2))
+  assert got['unused'].tolist() == [0.5]
+  np.testing.assert_allclose(got['load_max'], [2])
+  # A step counts by its tokens.
+  got = health.window(load_SNE, jnp.array([30.0, 10.0]))
+  np.testing.assert_allclose(got['load_max'], [3])
+
+
+@pytest.mark.parametrize('system, changes', [
+    ('mixtral', dict(num_layers=6, attention='global,banded,global',
+                     sliding_window=4)),
+    ('switch', dict(num_layers=4, num_decoder_layers=6))])
+def test_each_bias_moves_against_the_load_of_its_layer(system, changes):
+  """health['load_E'] has the layers in their order, an encoder's first; layer
+  n is row n // period of block n % period."""
+  changes = changes | dict(moe=changes.get('moe', {}) | dict(
+      router='sigmoid', top_k=2, bias_rate=0.1, num_experts=E))
+  module, params = models.make(system, **changes)
+  tokens = models.tokens()
+  args = (tokens,) * (1 + (system == 'switch'))
+  aux = jax.jit(lambda p: module.apply({'params': p}, *args).aux)(params)
+  got = paths.flatten(layer.move_biases(module.config, params, aux['loads'], 1))
+  seen = []
+  for stack in ('encoder', 'decoder'):
+    names = sorted(path for path in got
+                   if re.fullmatch(f'{stack}/.*router_bias', path))
+    for row in range(got[names[0]].shape[0] if names else 0):
+      seen += [(path, row) for path in names]
+  assert len(seen) == len(aux['health']['load_E']) == {
+      'mixtral': 6, 'switch': 2 + 3}[system]
+  old = paths.flatten(params)
+  for (path, row), load_E in zip(seen, aux['health']['load_E']):
+    np.testing.assert_allclose(
+        got[path][row] - old[path][row], 0.1 * np.sign(1 / E - load_E),
+        atol=1e-6)
+  for path in got.keys() - {path for path, _ in seen}:
+    assert got[path] is old[path]
+  assert len(np.unique(aux['health']['load_E'], axis=0)) > 3
+
+
+@pytest.mark.parametrize('fields, words', [
+    (dict(router='swich'), "'switch'"),
+    (dict(router='switch', top_k=2), 'chooses 1'),
+    (dict(router='gshard', top_k=1), 'chooses 2'),
+    (dict(top_k=9), 'model.moe.top_k is 9'),
+    (dict(dispatch='sorted'), 'dropless'),
+    (dict(jitter=1.0), '[0, 1)'),
+    (dict(balance_weight=-1.0), '>= 0'),
+])
+def test_refuses_in_a_sentence(fields, words):
+  with pytest.raises(ValueError) as error:
+    moe(**fields)
+  assert words in str(error.value)
+
+
+def one_logit(**fields):
+  """Returns key -> the router's one logit of an input of 1; its weight is 7."""
+  fields = dict(num_experts=1, top_k=1, dispatch='einsum') | fields
+  model = base.base().model
+  model.update(vocab_size=5, max_len=1, ffn='moe', d_model=1, num_heads=1,
+               d_ff=1)
+  model.moe.update(fields)
+  module, x_BLD = MoE(architectures.resolve(model)), jnp.ones((1, 1, 1))
+  params = nn.meta.unbox(jax.jit(lambda: module.init(
+      jax.random.key(0), x_BLD, Context(jnp.zeros((1, 1), int))))())['params']
+  params['router'] = jnp.full((1, 1), 7.0)
+  def logit(key):
+    ctx = Context(jnp.zeros((1, 1), int), deterministic=key is None)
+    rngs = {} if key is None else {'router': key}
+    aux = module.apply({'params': params}, x_BLD, ctx, rngs=rngs)[1]
+    return jnp.sqrt(aux['health']['z_loss'])
+  return logit
+
+
+def draws(logit):
+  return np.array(jax.jit(jax.vmap(logit))(
+      jax.random.split(jax.random.key(1), 4000)))
+
+
+@pytest.mark.slow
+def test_jitter_multiplies_the_input_by_up_to_itself():
+  drawn = draws(one_logit(jitter=0.3)) / 7
+  assert 0.7 <= drawn.min() < 0.71 and 1.29 < drawn.max() <= 1.3
+  assert abs(drawn.mean() - 1) < 0.01  # sd 0.17: 4 standard errors
+  assert abs(drawn.std() - 0.3 / 3 ** 0.5) < 0.01
+
+
+@pytest.mark.slow
+def test_noise_is_added_to_the_logit_with_its_standard_deviation():
+  drawn = draws(one_logit(logit_noise=0.5)) - 7
+  assert abs(drawn.mean()) < 0.035 and abs(drawn.std() - 0.5) < 0.025
+
+
+def test_evaluation_draws_nothing():
+  assert one_logit(jitter=0.3, logit_noise=0.5)(None) == 7
+
+
+def model(balance='switch', **changes):
+  return models.make('gpt', ffn='moe', num_layers=4, moe=dict(
+      num_experts=E, z_loss_weight=0.1, d_ff=8, dispatch='einsum',
+      balance_loss=balance), **models.DENSE_MOE, **changes)
+
+
+def losses_of(*args, **kwargs):
+  """(aux, the gradient of each loss) of a model."""
+  module, params = model(*args, **kwargs)
+  def losses(params):
+    aux = module.apply({'params': params}, models.tokens()).aux
+    return aux['losses'], aux
+  grads, aux = jax.jit(jax.jacrev(losses, has_aux=True))(params)
+  return aux, grads
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('remat, balance', [
+    pytest.param(remat, balance, marks=[pytest.mark.long] * (
+        (remat, balance) not in (('none', 'importance'), ('full', 'switch'))))
+    for remat in ('none', 'full', 'dots')
+    for balance in ('switch', 'importance')])
+def test_each_loss_is_summed_over_layers_and_has_gradient(remat, balance):
+  aux, grads = losses_of(balance, remat=remat)
+  raw = aux['health']
+  assert raw['load_E'].shape == (2, E)
+  name = {'switch': 'balance_loss', 'importance': 'importance_loss'}[balance]
+  np.testing.assert_allclose(aux['losses']['balance'], 0.01 * raw[name].sum(),
+                             rtol=1e-5)
+  np.testing.assert_allclose(aux['losses']['router_z'],
+                             0.1 * raw['z_loss'].sum(), rtol=1e-5)
+  assert aux['losses'].keys() == grads.keys()
+  for loss in grads:
+    assert aux['losses'][loss] > 0
+    router = grads[loss]['decoder']['layers']['block_1']['ffn']['router']
+    assert (np.abs(router).max((1, 2)) > 0).all(), loss
+
+
+@pytest.mark.slow
+def test_losses_of_a_scan_are_those_of_a_loop():
+  (aux, grads), (loop_aux, loop_grads) = (
+      losses_of(scan_layers=scan) for scan in (True, False))
+  for a, b in zip(jax.tree.leaves((aux['losses'], grads)),
+                  jax.tree.leaves((loop_aux['losses'], loop_grads)),
+                  strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7)
