@@ -35,6 +35,7 @@ ROLES = {'system': 'system', 'user': 'user', 'human': 'user',
 # published templates, and those of a Jinja template.
 KINDS = ('system', 'user', 'assistant', 'prompt', 'response', 'question',
          'answer', 'shown', 'said')
+ANSWERS = ('assistant', 'response', 'answer', 'said')  # those predicted
 TEMPLATES = ('published', 'earlier')
 SYSTEM = (
     'A chat between a curious user and an artificial intelligence assistant. '

@@ -262,6 +262,11 @@ class Conversations:
           f'objective {corpus.config.objective!r} reads conversations, but '
           f'data source {corpus.name!r} holds other documents: it must name a '
           'JSONL field with a list of turns, or be alpaca:GLOB.')
+    if not corpus.holds(conversations.ANSWERS).any():
+      raise RequestError(
+          f'objective {corpus.config.objective!r} predicts the answers of the '
+          f'assistant, but no conversation of data source {corpus.name!r} has '
+          'one: add turns of the role assistant.')
     self._cache, self._ids = corpus.cache, corpus.document_ids
     first, end = corpus.bounds
     self.num_tokens = int(np.sum(self._cache.parts[end]

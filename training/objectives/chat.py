@@ -26,17 +26,16 @@ from training.objectives import record
 from training.objectives.record import Config, Objective, Prompts, Row
 from training.objectives.record import Shape, Talk
 
-# The text before a part of each kind, and after it. None stands for the
-# separator, and says that the part counts in the loss. Questions and answers
-# are what the published templates make of the turns; `shown` and `said` what a
-# Jinja template makes of them, which says itself how a conversation begins and
-# how an answer ends; all others are of the earlier template.
+# The text before a part of each kind, and after one that is no answer: those
+# count in the loss, and so does the separator that follows each. Questions and
+# answers are what the published templates make of the turns; `shown` and `said`
+# what a Jinja template makes of them, which says itself how a conversation
+# begins and how an answer ends; all others are of the earlier template.
 HEADERS = {'question': '', 'answer': '', 'system': '', 'user': 'USER: ',
            'assistant': 'ASSISTANT: ', 'prompt': '', 'response': '',
            'shown': '', 'said': ''}
-TAILS = {'question': '', 'answer': None, 'system': '\n', 'user': '\n',
-         'assistant': None, 'prompt': '', 'response': None, 'shown': '',
-         'said': ''}
+TAILS = {'question': '', 'system': '\n', 'user': '\n', 'prompt': '',
+         'shown': ''}
 
 
 def chat(parts: list[tuple[str, np.ndarray]], rng: np.random.Generator | None,
@@ -67,7 +66,7 @@ def layout(parts: list[tuple[str, np.ndarray]], tokenizer: Tokenizer
   end = nothing if rendered else np.array([tokenizer.separator_id], np.int32)
   ids, told = [end], [np.zeros(len(end), bool)]
   for kind, text in parts:
-    says = TAILS[kind] is None or kind == 'said'
+    says = kind in conversations.ANSWERS
     header = tokenizer.encode(HEADERS[kind]) if HEADERS[kind] else nothing
     tail = end if says else tokenizer.encode(TAILS[kind])
     for piece, counts in ((header, False), (text, says), (tail, says)):

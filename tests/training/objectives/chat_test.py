@@ -231,8 +231,27 @@ def test_conversations_are_no_plain_text(talks, texts):
     pipeline.training_loader(_config(texts.partition('=')[2]), BYTES)
 
 
+@pytest.mark.parametrize('template', conversations.TEMPLATES)
+def test_conversations_without_any_answer_are_refused(template, tmp_path,
+                                                      monkeypatch):
+  monkeypatch.setenv('ARCHETYPE_CACHE', str(tmp_path / 'cache'))
+  turns = [dict(role='user', content='a question')]
+  path = tmp_path / 'x.jsonl'
+  path.write_text(json.dumps(dict(messages=turns)) + '\n')
+  config = _config(f'jsonl:{path}:messages')
+  config.data.chat_template = template
+  with pytest.raises(ValueError, match='no conversation .* has one: add'):
+    pipeline.training_loader(config, BYTES)
+  turns.append(dict(role='assistant', content='an answer'))
+  with path.open('a') as file:  # one with an answer is enough
+    file.write(json.dumps(dict(messages=turns)) + '\n')
+  pipeline.training_loader(config, BYTES)
+
+
 def test_every_kind_of_part_has_its_place():
   assert set(conversations.ROLES.values()) | {
       'prompt', 'response', 'question', 'answer', 'shown', 'said'} == (
-          set(conversations.KINDS)) == set(chat.HEADERS) == set(chat.TAILS)
+          set(conversations.KINDS)) == set(chat.HEADERS)
+  assert set(chat.TAILS) == (
+      set(conversations.KINDS) - set(conversations.ANSWERS))
   assert set(conversations.KINDS) < set(sources.KINDS)
