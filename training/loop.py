@@ -11,6 +11,7 @@ import sys
 import time
 from typing import Any
 
+from etils import epath
 import jax
 import numpy as np
 
@@ -23,7 +24,7 @@ from training.endings import DIVERGED, EARLY, STOPPED
 from training.evals import in_training
 from training.member import Member
 from training.step import TrainState
-from training.workdir import checkpoints, parameters
+from training.workdir import averaged, checkpoints, parameters
 
 
 def train(run: runs.Run, state: TrainState, start: int,
@@ -113,6 +114,8 @@ class _Loop:
     streams = [loader.iterate(n, self.steps) for loader in self.loaders]
     batch = self._next(streams, n)
     self._check_best(state)
+    if self.program.config.checkpoint.average:
+      averaged.check(self.program.config, self._folders(), n)
     self._compile(state, batch)
     self.bar = progress.bar(self.steps, n, devices.primary())
     self.meter.begin(n)
@@ -129,7 +132,8 @@ class _Loop:
           batch = self._next(streams, n)
       self._report(self.held.push(n, figures))
       stopped = self.stop.agreed(n)
-      if not stopped and (self._is_evaluated(n) or self.tasks.due(n)):
+      if (n == self.steps or not stopped) and (
+          self._is_evaluated(n) or self.tasks.due(n)):
         try:
           self._evaluate(n, state)
         except Exception as error:
@@ -301,20 +305,28 @@ class _Loop:
     if config.eval.live:
       yield 'live/', state.params
     if config.checkpoint.average and n == self.steps:
-      yield 'mean/', self._mean_of_checkpoints(n, params)
+      lacking = averaged.lacking(config, self._folders())
+      if lacking:  # its parameters were not finite
+        self.bar.say(f'no mean of checkpoints: step {lacking} is not saved')
+      else:
+        yield 'mean/', self._mean_of_checkpoints(params)
 
-  def _mean_of_checkpoints(self, n: int, params: Any) -> Any:
-    """Returns the mean of the parameters after the last step, `n`, and of
-    those in the checkpoints before it."""
-    c, program = self.program.config.checkpoint, self.program
-    last = (n - 1) // c.every_steps * c.every_steps
-    steps = [last - i * c.every_steps for i in range(c.average - 1)]
+  def _folders(self) -> list[epath.Path]:
+    """Returns the folders of the live members' checkpoints, once these are
+    written."""
+    for member in self.live.values():
+      member.saved.wait()
+    return [member.saved.directory for member in self.live.values()]
+
+  def _mean_of_checkpoints(self, params: Any) -> Any:
+    """Returns the mean of the parameters after the last step and of those in
+    the checkpoints before it."""
+    program = self.program
     means = list(program.split(params))
     for row, member in self.live.items():
-      member.saved.wait()
       means[row] = parameters.mean([*(parameters.restore(
           member.saved.directory, program.single.abstract.params, step).state
-          for step in steps[::-1]), means[row]])
+          for step in averaged.steps(program.config)), means[row]])
     return program.joined(means)
 
   def _do_tasks(self, n: int, state: TrainState, figures: dict[int, dict]

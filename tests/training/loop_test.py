@@ -100,9 +100,9 @@ class Loader:
 class Saved:
   """Checkpoints that are due at some steps; notes what is saved."""
 
-  def __init__(self, due=()):
+  def __init__(self, due=(), directory=None):
     self.saves, self.newest, self._due = [], None, due
-    self.best = None
+    self.best, self.directory = None, directory
 
   def due(self, step):
     return step in self._due
@@ -133,7 +133,8 @@ def _train(tmp_path, monkeypatch):
       monkeypatch.setattr(signals.Stop, 'agreed', lambda _, n: n == stop)
     program = Program(rows, config)
     several = len(rows) > 1
-    members = [loop.Member(config, tmp_path / str(i), Saved(due),
+    members = [loop.Member(config, tmp_path / str(i), Saved(
+        due, tmp_path / str(i) / 'checkpoints'),
                            f'run {i}' if several else '')
                for i in range(len(rows))]
     for member in members:
@@ -211,6 +212,43 @@ def test_a_stop_saves_and_says_what_the_run_goes_on_from(train):
       'stopped after step 3, not saved: the same command goes on from step 2.')
   n, (member,), _ = train({}, stop=STEPS)
   assert (n, member.code) == (STEPS, 0)
+
+
+def test_a_signal_during_the_last_step_does_not_keep_it_from_evaluation(
+    train, monkeypatch):
+  _scores(monkeypatch, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
+  n, (member,), _ = train({}, stop=STEPS, **BEST)
+  assert (n, member.code) == (STEPS, 0)
+  assert _steps(member, 'eval')[-1] == STEPS
+  n, (member,), _ = train({}, stop=STEPS - 1, **BEST)
+  assert (n, member.code) == (STEPS - 1, endings.STOPPED)
+  assert STEPS - 1 not in _steps(member, 'eval')
+
+
+AVERAGE = dict(checkpoint__average=3, checkpoint__every_steps=2,
+               eval__every_steps=6)
+
+
+def test_a_mean_of_checkpoints_that_are_gone_is_refused_before_a_step(
+    train, tmp_path):
+  (tmp_path / '0' / 'checkpoints' / '4').mkdir(parents=True)
+  with pytest.raises(RequestError, match='checkpoint.average is 3, .* step 4, '
+                     'but step 2 is not saved: choose a smaller mean'):
+    train({}, start=4, **AVERAGE)
+  assert not (tmp_path / '0' / 'metrics.jsonl').read_text()
+
+
+def test_a_mean_lacks_a_step_that_could_not_be_saved(train, monkeypatch,
+                                                     capsys):
+  monkeypatch.setattr(evaluating, 'evaluate', lambda *_, stop: [
+      {'nll': [1.0]}])
+  monkeypatch.setattr(evaluating, 'means', lambda sums, _: {
+      'loss': sums[0]['nll']})
+  n, (member,), _ = train({2: dict(param_norm=math.nan)}, due=(2, 4), **AVERAGE)
+  assert (n, member.code) == (STEPS, 0)
+  assert _rows(member, 'eval') == [{'step': 6, 'split': 'eval', 'loss': 1.0}]
+  assert ('no mean of checkpoints: step 2 is not saved'
+          in capsys.readouterr().out)
 
 
 def test_a_member_that_ends_leaves_the_others_alone(train):

@@ -203,6 +203,11 @@ def shorten(changes: dict, base: dict, steps: int, share: float) -> None:
   for field in ('checkpoint.every_steps', 'log.every_steps'):
     group, name = field.split('.')
     changes[field] = min(changes.get(field, base[group][name]), short)
+  average = changes.get('checkpoint.average', base['checkpoint'].get(
+      'average', 0))  # earlier plans have none
+  if average:
+    most = 1 + (short - 1) // changes['checkpoint.every_steps']
+    changes['checkpoint.average'] = min(average, most) if most > 1 else 0
   stages = changes.get('data.batch_ramp', base['data'].get(
       'batch_ramp', ''))  # earlier plans have none
   if stages:

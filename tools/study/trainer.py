@@ -144,6 +144,9 @@ class Trainer:
       own = point.runs[run.seed]
       if own.state == ledger_lib.FAILED and not ended_badly(own):
         failed.append(f'{run.point}, seed {run.seed}: {own.error}')
+      elif not (figures(own) or ended_badly(own)):
+        failed.append(f'{run.point}, seed {run.seed}: it was not evaluated '
+                      'after its last step; move its folder away')
       else:
         found.append(self._outcome(run, point, own))
     if failed:

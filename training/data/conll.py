@@ -55,7 +55,9 @@ def read(path: str, columns: tuple[int, int] = COLUMNS) -> Iterator[Sentence]:
     for number, line in enumerate(file, 1):
       where = f'{path}, line {number}'
       text = texts.decoded(line, f'{where},').rstrip('\r\n')
-      fields = text.split('\t') if '\t' in text else text.split()
+      # A word may hold other spaces, such as one that breaks no line.
+      fields = (text.split('\t') if '\t' in text else
+                re.split(' +', text.strip(' ')))
       if not text.strip() or fields[0] == '-DOCSTART-':
         if words:
           yield Sentence(words, labels, lines)

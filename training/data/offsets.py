@@ -79,8 +79,11 @@ def owners(windows_W2: Sequence[tuple[int, int]], size: int) -> np.ndarray:
   first_W1, end_W1 = (np.array(side)[:, None] for side in zip(*windows_W2))
   before_WT, after_WT = place_1T - first_W1, end_W1 - 1 - place_1T
   context_WT = np.minimum(before_WT, after_WT)
-  # BERT adds a hundredth of the window's length, which parts equals.
-  return np.argmax(context_WT + 0.01 * (end_W1 - first_W1), 0).astype(np.int32)
+  # BERT adds a hundredth of the window's length, which parts equals. A window
+  # that does not show a token has a context below 0 and is none of its.
+  score_WT = np.where(context_WT < 0, -np.inf,
+                      context_WT + 0.01 * (end_W1 - first_W1))
+  return np.argmax(score_WT, 0).astype(np.int32)
 
 
 def tokens_of(spans_T2: np.ndarray, start: int, end: int

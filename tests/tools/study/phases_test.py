@@ -79,6 +79,20 @@ def test_a_short_rung_has_a_whole_schedule_of_its_own(whole):
              for run in trainer.asked['tune-2'])
 
 
+@pytest.mark.parametrize('share, average', [(0.5, 3), (0.25, 2), (0.2, 0)])
+def test_a_short_run_has_the_mean_of_as_many_checkpoints_as_it_has(
+    share, average):
+  base = dict(optim=dict(warmup_steps=10, decay_steps=0),
+              checkpoint=dict(every_steps=20, average=5),
+              log=dict(every_steps=10), data={})
+  changes = {}
+  phases.shorten(changes, base, 100, share)
+  assert changes['checkpoint.average'] == average
+  del base['checkpoint']['average']  # as in an earlier plan
+  phases.shorten(changes := {}, base, 100, share)
+  assert 'checkpoint.average' not in changes
+
+
 def test_with_mup_the_smallest_size_alone_is_tuned():
   frozen = studies.frozen(studies.plan(tuned_sizes=('s',)))
   trainer = studies.Trainer(frozen)

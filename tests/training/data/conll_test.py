@@ -35,6 +35,13 @@ def test_a_hashtag_may_begin_a_sentence(tmp_path):
   assert [s.words for s in conll.read(path)] == [['a'], ['#', '#x']]
 
 
+def test_a_word_may_hold_spaces_that_are_no_blanks(tmp_path):
+  path = tmp_path / 'x.conll'
+  path.write_text('10\u00a0000  O\n \nnew\u3000york B-LOC \r\n', 'utf-8')
+  assert [(s.words, s.labels) for s in conll.read(str(path))] == [
+      (['10\u00a0000'], ['O']), (['new\u3000york'], ['B-LOC'])]
+
+
 def test_columns(tmp_path):
   path = _file(tmp_path, 'EU NNP B-NP B-ORG\n')
   sentence, = conll.read(path, (0, 1))

@@ -109,7 +109,7 @@ def test_a_token_over_two_words_is_of_the_first(tmp_path):
 
 @pytest.mark.parametrize('size, room, stride', [
     (0, 4, 1), (1, 4, 1), (4, 4, 3), (5, 4, 3), (9, 4, 1), (10, 4, 0),
-    (11, 4, 2), (100, 7, 5)])
+    (11, 4, 2), (100, 7, 5), (383, 382, 127), (700, 510, 1)])
 def test_strides_cover_each_token(size, room, stride):
   windows = offsets.windows(size, room, stride)
   assert windows[0][0] == 0 and windows[-1][1] == size

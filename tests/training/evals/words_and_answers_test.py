@@ -89,6 +89,24 @@ def test_answers_are_measured_and_written(sources, tmp_path):
   assert none['NoAns_exact'] == 100 and none['exact'] == 25
 
 
+def test_the_mean_is_of_figures_that_all_sources_have(sources, tmp_path):
+  """Only one of them has questions without an answer."""
+  mixed = sources['question_answering']
+  told = json.loads(open(mixed.partition(':')[2]).read())
+  for text in told['data']:
+    for paragraph in text['paragraphs']:
+      paragraph['qas'] = [q for q in paragraph['qas'] if q['answers']]
+  (tmp_path / 'answered.json').write_text(json.dumps(told))
+  evaluation = _evaluation(sources, 'question_answering')
+  evaluation.run.config.data.eval_source = (
+      f'3*{mixed},1*squad:{tmp_path / "answered.json"}')
+  found = evaluations.run('labels', evaluation)
+  first, second = found['sources'].values()
+  assert 'NoAns_exact' in first.keys() - second.keys() - found.keys()
+  assert found['exact'] == pytest.approx(
+      0.75 * first['exact'] + 0.25 * second['exact'])
+
+
 def test_files_of_answers_are_not_joined(sources, tmp_path):
   """Two JSON texts are none; files of words follow one another."""
   for objective, joins in zip(KINDS, (True, False)):

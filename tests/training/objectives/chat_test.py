@@ -222,6 +222,15 @@ def test_a_turn_without_a_role_is_refused(talks):
     pipeline.training_loader(_config(f'{talks}:bad'), BYTES)
 
 
+def test_lines_of_alpaca_end_where_json_lines_do(tmp_path):
+  path = tmp_path / 'x.jsonl'
+  record = dict(instruction='a', output='one\u2028two\u0085three')
+  path.write_text(2 * (json.dumps(record, ensure_ascii=False) + '\r\n'),
+                  'utf-8')
+  assert [parts[1][1] for parts in conversations.read_alpaca(str(path))] == [
+      record['output']] * 2
+
+
 def test_conversations_are_no_plain_text(talks, texts):
   config = _config(f'{talks}:messages')
   config.objective = 'causal'

@@ -39,8 +39,10 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
       print(f'written: {file}')
   if len(found) == 1:
     return found[0].figures
+  # Not those of questions without answers, which some sources do not have.
   names = [name for name, value in found[0].figures.items()
-           if isinstance(value, float)]
+           if isinstance(value, float)
+           and all(name in one.figures for one in found)]
   figures = {name: evaluating.mix([one.figures[name] for one in found], loaders)
              for name in names}
   shares = ', '.join(f'{loader.share:.3g} {loader.name}' for loader in loaders)
