@@ -11,9 +11,11 @@ block returns and of the logits, and its slope over width on logarithmic axes:
 the two forms are one (Yang et al. 2022, appendix D.1).
 """
 
+from collections.abc import Sequence
 import importlib
 import itertools
 import json
+from typing import Any
 
 from absl import flags
 
@@ -40,7 +42,8 @@ TEXT = (
 
 def define_flags() -> None:
   """Defines the flags of this program; other programs have some alike."""
-  flags.DEFINE_list('systems', [], 'Which decoders; none: all.')
+  flags.DEFINE_list('systems', [], 'Which decoders; none: all that '
+                    'muP has rules for.')
   flags.DEFINE_list('widths', ['64', '128', '256', '512'],
                     'Values of model.d_model, the base first.')
   flags.DEFINE_list('mixers', [], 'Values of model.mixer: each system is '
@@ -64,7 +67,7 @@ def main():
   args = flags.FLAGS
   import architectures
   from architectures.parts import mixers
-  decoders = architectures.files('decoder')  # those that muP has rules for
+  decoders = architectures.files('decoder')
   for system in args.systems:
     one_of('--systems', system, decoders)
   for mixer in args.mixers:
@@ -82,8 +85,8 @@ def main():
     _pyplot()
   lr = LRS[args.optimizer] if args.lr is None else args.lr
   rows = []
-  for system, mixer, name in itertools.product(
-      args.systems or decoders, args.mixers or [''], ('standard', 'mup')):
+  for (system, mixer), name in itertools.product(
+      variants(args, decoders, widths), ('standard', 'mup')):
     rows.append(output_sizes(system, name, widths, args.optimizer, lr,
                              args.steps, args.seeds, mixer, args.widen))
     print(text(rows[-1]), flush=True)
@@ -93,6 +96,30 @@ def main():
     plot(rows, args.plot)
     print(f'drawn: {args.plot}')
   return 0
+
+
+def variants(args: Any, decoders: Sequence[str], widths: Sequence[int]
+             ) -> list[tuple[str, str]]:
+  """Returns (system, mixer) of what is measured; '' is a system's own mixers.
+
+  Raises:
+    RequestError: muP has no rules for a system that --systems names. Of all
+      decoders, those are left out, and their names printed.
+  """
+  import architectures
+  found = []
+  for system, mixer in itertools.product(args.systems or decoders,
+                                         args.mixers or ['']):
+    try:
+      architectures.resolve(config(
+          system, 'mup', widths[-1], widths[0], args.optimizer, 1.0, args.steps,
+          mixer, args.widen).model)
+      found.append((system, mixer))
+    except RequestError as error:
+      if args.systems:
+        raise
+      print(f'left out: {system}{mixer and f" with {mixer}"}: {error}')
+  return found
 
 
 def config(system: str, parametrization: str, width: int, base: int,

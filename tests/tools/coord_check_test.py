@@ -1,10 +1,12 @@
 """The coordinate check tells muP from the standard form."""
 
 import json
+import types
 
 import numpy as np
 import pytest
 
+import architectures
 from tests.helpers import forked, models
 from tools import coord_check
 
@@ -53,12 +55,23 @@ def test_what_is_drawn_and_printed(rows, tmp_path):
   assert len(json.dumps(rows['mup'])) > 100
 
 
+def test_all_are_the_decoders_that_mup_has_rules_for(capsys):
+  args = types.SimpleNamespace(systems=[], mixers=[], optimizer='adamw',
+                               steps=1, widen='size')
+  found = coord_check.variants(args, architectures.files('decoder'), WIDTHS)
+  assert sorted(system for system, _ in found) == sorted(models.MUP)
+  told = capsys.readouterr().out.splitlines()
+  assert [line.split(': ')[1] for line in told] == sorted(
+      set(architectures.files('decoder')) - set(models.MUP))
+
+
 @pytest.mark.parametrize('flag, word', [
     ('--systems=t5', "unknown --systems 't5'"),
     ('--optimizer=muon', "unknown --optimizer 'muon'"),
     ('--widths=64', '--widths is 64'),
     ('--steps=0', '--steps is 0'),
     ('--mixers=s4', "unknown --mixers 's4'"),
+    ('--systems=gpt,deepseek_v2', "'latent', for whose ranks"),
 ])
 def test_a_wrong_request_is_one_sentence(flag, word):
   result = forked.run('-m', 'tools.coord_check', flag)
