@@ -86,9 +86,11 @@ def define_config(text: str = 'A file of configs/ and its size, FILE.py:SIZE; '
 _words_of_config: list[str] = []
 
 
-def _quoted(word: str) -> str:
-  """Returns a word of a command line whose kind of layer, were it a keyword of
-  Python as `global` is, ml_collections could not read as a name."""
+def _spelt(word: str) -> str:
+  """Returns a word of a command line as ml_collections can read it and other
+  programs can be given it: --config.FIELD=False for --noconfig.FIELD, and a
+  kind of layer that is called as a keyword of Python, `global`, in quotes."""
+  word = re.sub(r'^--?noconfig\.([^=]*)$', r'--config.\1=False', word)
   return re.sub(r'(--?config\.model\.kinds)\.(\w+)\.', lambda m: (
       f'{m[1]}[{m[2]!r}].' if keyword.iskeyword(m[2]) else m[0]), word, count=1)
 
@@ -175,7 +177,7 @@ def parse(doc: str, argv: Sequence[str] | None = None) -> None:
   try:
     argv = list(flags.FLAGS.read_flags_from_files(argv, force_gnu=False))
     _check_config(argv)
-    _words_of_config[:] = map(_quoted, argv)
+    _words_of_config[:] = map(_spelt, argv)
     rest = flags.FLAGS(_words_of_config)[1:]
     if 'config' in flags.FLAGS:
       config_files.modernise(flags.FLAGS['config'].value)
@@ -198,10 +200,12 @@ def overrides() -> tuple[str, ...]:
 
 def words(argv: Sequence[str], names: Sequence[str]) -> list[str]:
   """Returns the words of a command line that set the flags `names`, or, for
-  'config', one of its fields; each as --name=value. After `parse`."""
-  found, rest = [], list(argv[1:])
+  'config', one of its fields; each as --name=value, those of a --flagfile too.
+  After `parse`."""
+  found = []
+  rest = flags.FLAGS.read_flags_from_files(list(argv), force_gnu=False)[1:]
   while rest:
-    name, equals, value = _quoted(rest.pop(0)).lstrip('-').partition('=')
+    name, equals, value = _spelt(rest.pop(0)).lstrip('-').partition('=')
     flag = flags.FLAGS[name] if name in flags.FLAGS else None
     if not equals and flag is not None and not flag.boolean:
       equals, value = '=', rest.pop(0)

@@ -8,8 +8,10 @@ fields that the command line names before it lets ml_collections parse them.
 
 from collections.abc import Callable, Mapping, Sequence
 import difflib
+import functools
 import importlib.machinery
 import importlib.util
+import operator
 import os
 import pathlib
 import re
@@ -157,12 +159,20 @@ def check_type(value: Any, default: Any, who: str) -> None:
 
 def check_keys(config: ml_collections.ConfigDict, argv: Sequence[str]) -> None:
   """Raises RequestError for a word --config.FIELD of a command line whose
-  field is not there, or is a group of fields."""
+  field is not there, or is a group of fields; and for --noconfig.FIELD of a
+  field that is not true or false."""
   for word in argv:
     found = re.match(r'--?(?:no)?config\.([^=]*)', word)
     if found:
       _check_key(config, word.partition('=')[0], found[1])
   declare_kinds(config, argv)
+  for word in argv:
+    found = re.match(r'--?noconfig\.([^=]*)(=?)', word)
+    if found:
+      value = functools.reduce(operator.getitem, found[1].split('.'), config)
+      require(type(value) is bool and not found[2],
+              f'{word.partition("=")[0]} sets a field that is true or false to '
+              f'false, and takes no value: write --config.{found[1]}=VALUE')
 
 
 def declare_kinds(config: ml_collections.ConfigDict, argv: Sequence[str]
@@ -171,9 +181,10 @@ def declare_kinds(config: ml_collections.ConfigDict, argv: Sequence[str]
   since ml_collections sets what is there."""
   whole = any(re.match(r'--?config\.model\.kinds(=|$)', w) for w in argv)
   for word in argv:
-    if re.match(rf'--?config\.{kinds.EVERY}(=|$)', word):
+    if re.match(rf'--?(no)?config\.{kinds.EVERY}(=|$)', word):
       kinds.declare_every(config.model)
-    found = re.match(r'--?config\.model\.kinds(?:\.|\[\')([^=]*)', word)
+    found = re.match(
+        r'--?(?:no)?config\.model\.kinds(?:\.|\[\')([^=]*)', word)
     if found:
       require(not whole, f'{word.partition("=")[0]} is beside '
               '--config.model.kinds, which sets all of them: put it there')

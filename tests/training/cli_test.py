@@ -220,12 +220,26 @@ def test_a_flag_that_no_kind_of_layer_has_is_refused(words, sentence):
     config_files.check_keys(config, [f'--config.{word}' for word in words])
 
 
+@pytest.mark.parametrize('word', [
+    'optim.lr', 'model.tie_embeddings=1', 'model.moe.every', 'model.kinds',
+    'model.kinds.local.window', 'model.rope.theta'])
+def test_only_a_field_that_is_true_or_false_has_a_no(word):
+  config = config_files.load_config_file('configs/gpt.py')
+  config_files.check_keys(config, ['--noconfig.model.tie_embeddings',
+                                   '--noconfig.model.kinds.local.qk_norm'])
+  with pytest.raises(errors.RequestError, match=(
+      rf'^--noconfig\.{word.partition("=")[0]} sets a field that is true')):
+    config_files.check_keys(config, [f'--noconfig.{word}'])
+
+
 @pytest.mark.slow
 def test_kinds_of_layer_are_flags():
   """Also of a kind that is called as a keyword of Python."""
   words = ['--config.model.pattern=local,global']
-  own = dict(local=dict(window=16), **{'global': dict(rope=dict(theta=1e6))})
+  own = dict(local=dict(window=16), **{'global': dict(
+      qk_norm=False, rope=dict(theta=1e6))})
   flags = ['--config.model.kinds.local.window=16',
+           '--noconfig.model.kinds.global.qk_norm',
            '--config.model.kinds.global.rope.theta=1e6']
   for given in (flags, [f'--config.model.kinds={own}']):
     result = forked.run('train.py', '--config', 'configs/llama.py:tiny',

@@ -227,11 +227,14 @@ def launch(*words, code=0):
 
 @pytest.mark.slow
 def test_the_command_line(tmp_path):
+  (tmp_path / 'flags').write_text('--config.seed\n3\n--devices=4\n')
   dry = launch('local', '--processes', '2', '--config', 'configs/gpt.py',
-               '--workdir', f'{tmp_path}/run', '--dry_run', '--devices=4',
-               '--config.optim.lr', '3e-4', '--config.data.batch_size=8',
+               '--workdir', f'{tmp_path}/run', '--dry_run',
+               f'--flagfile={tmp_path}/flags', '--config.optim.lr', '3e-4',
+               '--config.data.batch_size=8', '--noconfig.model.tie_embeddings',
                '--allow_config_change').stdout
-  assert '--config.optim.lr=3e-4 --config.data.batch_size=8 --allow' in dry
+  assert ('--config.seed=3 --config.optim.lr=3e-4 --config.data.batch_size=8 '
+          '--config.model.tie_embeddings=False --allow_config_change ' in dry)
   assert '--processes' not in dry and len(dry.splitlines()) == 2
   assert not (tmp_path / 'run').exists()
   gke_words = ('gke', '--topology=v5e:4x4', '--slices=2', '--image=i',
