@@ -349,7 +349,8 @@ def _parser() -> argparse.ArgumentParser:
   up.add_argument('source')
   up.add_argument('workdir')
   up.add_argument('--moe', nargs='*', default=[], metavar='FIELD=VALUE',
-                  help='of config.model.moe')
+                  help='of config.model.moe; every=N: the last of every N '
+                  'layers has experts; default: each has')
   up.add_argument('--step', help=_STEP)
   up.add_argument('--seed', type=int, default=0, help='of the routers')
   gguf = commands.add_parser(

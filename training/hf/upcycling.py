@@ -117,14 +117,18 @@ def _layers(old: dict[str, jax.Array], path: str, shape: tuple[int, ...],
 
 
 def fields(words: list[str], like) -> dict:
-  """Returns {field: value} of FIELD=VALUE words, typed as in `like`."""
+  """Returns {field: value} of FIELD=VALUE words, typed as in `like`, beside
+  which there is `every`: see `config`."""
   fields = {}
+  types = {name: type(value) for name, value in like.items()} | {
+      'every': int}
   for word in words:
     name, equals, text = word.partition('=')
-    if not equals or name not in like:
-      raise RequestError(f'--moe {word!r}: write FIELD=VALUE, of the fields '
-                         f'{", ".join(sorted(like))} of config.model.moe')
-    kind = type(like[name])
+    if not equals or name not in types:
+      raise RequestError(
+          f'--moe {word!r}: write FIELD=VALUE, of the fields '
+          f'{", ".join(sorted(like))} of config.model.moe, or every=N')
+    kind = types[name]
     try:
       fields[name] = ({'True': True, 'False': False}[text] if kind is bool
                       else kind(text))

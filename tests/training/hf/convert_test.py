@@ -105,6 +105,17 @@ def test_a_wrong_mixture_is_refused(words, sentence, tmp_path):
   assert not run_config.exists(tmp_path / 'out')
 
 
+def test_words_make_a_mixture_in_every_other_layer():
+  model = models.config('llama')
+  fields = upcycling.fields(['num_experts=4', 'every=2'], model.moe)
+  assert fields == dict(num_experts=4, every=2)
+  assert [kind.ffn for kind in architectures.resolve(
+      upcycling.config(model, fields)).layer_pattern()] == [model.ffn, 'moe']
+  for word, sentence in (('every=0', 'every is 0'), ('every=a', 'is no int')):
+    with pytest.raises(RequestError, match=sentence):
+      upcycling.config(model, upcycling.fields([word], model.moe))
+
+
 def test_experts_are_not_upcycled_again():
   with pytest.raises(ValueError, match='has experts already'):
     upcycling.config(models.config('mixtral'), {})
@@ -131,8 +142,10 @@ def imported(tmp_path_factory, texts):
 def test_eval_reads_an_import_and_train_goes_on_in_a_mixture(
     imported, tmp_path, capsys):
   assert 'bits per byte' in train_test.evaluate(imported).stdout
-  convert.upcycle(imported, tmp_path / 'moe', moe=['num_experts=4'],
-                  step=None, seed=0)
+  convert.upcycle(imported, tmp_path / 'moe',
+                  moe=['num_experts=4', 'every=2'], step=None, seed=0)
+  assert run_config.load_config(
+      tmp_path / 'moe').model.pattern == 'dense,moe'
   assert hf_generation.kept(tmp_path / 'moe') == hf_generation.kept(imported)
   said = capsys.readouterr().out.strip().splitlines()[-1]
   words = shlex.split(said.removeprefix('to go on: '))
