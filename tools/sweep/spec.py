@@ -179,6 +179,15 @@ def tuples(value):
           else value)
 
 
+def hashable(value):
+  """Returns a value of a config or of JSON as a key of a dict: equal values
+  have equal keys."""
+  if isinstance(value, Mapping):
+    return frozenset((name, hashable(x)) for name, x in value.items())
+  return tuple(map(hashable, value)) if isinstance(value, list | tuple
+                                                   ) else value
+
+
 def _keys(config, prefix: str = '') -> list[str]:
   keys = []
   for name, value in config.items():

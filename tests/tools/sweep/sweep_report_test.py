@@ -235,6 +235,21 @@ def test_each_change_over_all_settings_of_the_others(tmp_path):
       '-0.2000 [-0.2000, -0.2000]')
 
 
+@pytest.mark.parametrize('change', [
+    {'optim.decay_mask': [['.*', 0]]}])  # a tuple of the config
+def test_a_change_to_a_value_of_several_parts_has_its_effect(change, tmp_path):
+  block = {'model.block': 'parallel'}
+  sweep_folder.write(tmp_path, [
+      point('base'), point('other', change, shift={0: .1, 1: .1, 2: .1}),
+      point('block', block),
+      point('both', change | block, shift={0: .3, 1: .3, 2: .3})])
+  rows = {row[0].text: row[1].text for row in extras.effects_table(
+      curves.load_sweep(tmp_path)).rows}
+  (field, value), = change.items()
+  assert rows[f'{field}={json.dumps(value)}'] == '+0.2000 [+0.2000, +0.2000]'
+  assert 'model.block=parallel' in rows
+
+
 def test_sensitivity_to_the_learning_rate(sweep):
   group, = extras.rates(sweep)
   assert list(group.points) == [1e-4, 1e-3, 3e-3]

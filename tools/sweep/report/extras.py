@@ -8,7 +8,7 @@ import math
 import numpy as np
 
 from tools.report.tables import Cell, Table
-from tools.sweep import statistics
+from tools.sweep import spec, statistics
 from tools.sweep.report import curves
 from tools.sweep.report.curves import Point, Sweep
 from tools.sweep.report.tables import WORDS, difference, plain
@@ -29,7 +29,7 @@ def effects_table(sweep: Sweep) -> Table:
   """Each change alone: the mean over all pairs of points that differ in it and
   in nothing else, what was matched aside; none where no change has 2 pairs."""
   rows = []
-  for (key, value), pairs in _pairs(sweep).items():
+  for (key, _), pairs in _pairs(sweep).items():
     by_seed: dict[int, list[float]] = {}
     means = []
     for ours, theirs in pairs:
@@ -45,7 +45,7 @@ def effects_table(sweep: Sweep) -> Table:
       continue
     x = statistics.interval(whole)
     verdict = statistics.verdict(x)
-    text = f'{key}={plain(value)}'
+    text = f'{key}={plain(pairs[0][0].changes[key])}'
     rows.append((
         Cell(text, text), difference(x), Cell(WORDS[verdict], verdict, verdict),
         Cell(f'{min(means):+.4f} to {max(means):+.4f}', min(means)),
@@ -68,7 +68,7 @@ def _pairs(sweep: Sweep) -> dict[tuple, list[tuple[Point, Point]]]:
   for ours in sweep.points:
     for key, value in declared[ours.name].items():
       rest = {k: v for k, v in declared[ours.name].items() if k != key}
-      found.setdefault((key, value), []).extend(
+      found.setdefault((key, spec.hashable(value)), []).extend(
           (ours, theirs) for theirs in sweep.points
           if declared[theirs.name] == rest)
   return found
