@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from tools.study import plan as plans
+from tools.sweep import layout
 from training import schema
 from training.workdir import run_config
 
@@ -89,7 +90,7 @@ _SHAPE = {
              'tuned_sizes': [str]},
     'base_config': {}, 'points': [{
         'variant': str, 'size': str, 'workload': str,
-        'changes': schema.Each((int, float, str, bool, list)),
+        'changes': layout.CHANGES,
         'matched': [str], 'params': schema.Positive(int),
         'active_params': schema.Positive(int),
         'flops_per_token': schema.Positive(schema.NUMBER),

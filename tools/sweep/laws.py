@@ -75,7 +75,7 @@ def sides(point) -> tuple[int, int]:
 def _check_ladder(point, beside: str) -> None:
   """Raises ValueError for a point that is no other size of the same model."""
   kinds = [f'{key}={value}' for key, value in point.changes.items()
-           if isinstance(value, str | bool) and key != beside]
+           if isinstance(value, str | bool | list | dict) and key != beside]
   if kinds:
     raise RequestError(
         f'point {point.name!r} sets {", ".join(kinds)}: a law is fitted to '

@@ -13,8 +13,9 @@ from training.workdir import storage
 
 
 # What is read of a point, of sweep.json, and of the evaluations.
+CHANGES = schema.Each((int, float, str, bool, list, dict))  # dict: model.kinds
 POINT = {
-    'name': str, 'changes': schema.Each((int, float, str, bool, list)),
+    'name': str, 'changes': CHANGES,
     'matched': [str], 'params': schema.Positive(int),
     'active_params': schema.Positive(int),
     'flops_per_token': schema.Positive(schema.NUMBER),

@@ -17,6 +17,7 @@ from typing import Any
 
 import ml_collections
 
+from configs import base as base_config
 from configs import kinds
 from configs.errors import RequestError, require
 from training import config_files, evals
@@ -122,7 +123,7 @@ def changed(base: ml_collections.ConfigDict, changes: Mapping[str, Any],
   `who` wants it, for a key that is not there or a value of another type."""
   config = base.copy_and_resolve_references()
   for key, value in changes.items():
-    if _set_kinds(config, key, value):
+    if _set_kinds(config, key, value, who):
       continue
     *parents, last = key.split('.')
     at, old = None, config
@@ -160,11 +161,14 @@ def sets(changes: Mapping[str, Any], key: str) -> bool:
           kinds.EVERY in changes or ',' in changes.get('model.attention', ''))
 
 
-def _set_kinds(config: ml_collections.ConfigDict, key: str, value: Any) -> bool:
+def _set_kinds(config: ml_collections.ConfigDict, key: str, value: Any,
+               who: str) -> bool:
   """Sets all kinds of layer where `key` says so, and makes room for a field of
   one; returns whether that was all."""
   if key == 'model.kinds' and isinstance(value, Mapping):
-    config.model.kinds = ml_collections.ConfigDict(dict(value))
+    value = tuples(value)
+    config_files.check_kinds(value, base_config.base().model, f'{who}: ')
+    config.model.kinds = ml_collections.ConfigDict(value)
     return True
   if key == kinds.EVERY:
     kinds.declare_every(config.model)  # and is set like any field
@@ -175,6 +179,8 @@ def _set_kinds(config: ml_collections.ConfigDict, key: str, value: Any) -> bool:
 
 def tuples(value):
   """Sequences in a config are tuples; JSON, where changes stand, has lists."""
+  if isinstance(value, Mapping):  # kinds of layer
+    return {name: tuples(x) for name, x in value.items()}
   return (tuple(map(tuples, value)) if isinstance(value, list | tuple)
           else value)
 
@@ -184,8 +190,8 @@ def hashable(value):
   have equal keys."""
   if isinstance(value, Mapping):
     return frozenset((name, hashable(x)) for name, x in value.items())
-  return tuple(map(hashable, value)) if isinstance(value, list | tuple
-                                                   ) else value
+  return (tuple(map(hashable, value)) if isinstance(value, list | tuple)
+          else value)
 
 
 def _keys(config, prefix: str = '') -> list[str]:

@@ -1,5 +1,6 @@
 """A study's file: what is planned of it, and what is refused."""
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -86,6 +87,16 @@ def test_a_plan_comes_back_from_its_file(frozen):
   assert frozen_lib.changed(back, frozen) == []
   assert [run.point for run in phases.noise_runs(back)] == [
       run.point for run in phases.noise_runs(frozen)]
+
+
+def test_a_plan_with_kinds_of_layer_comes_back_from_its_file(frozen):
+  own = {'model.pattern': 'near', 'model.kinds': {'near': {'window': 2}}}
+  points = [row | {'changes': row['changes'] | own} for row in frozen.points]
+  frozen = dataclasses.replace(frozen, points=points)
+  back = frozen_lib.from_json(
+      json.loads(json.dumps(frozen_lib.to_json(frozen))), 'study.json')
+  assert back.point('wide', 'm', 'text')['changes'].items() >= own.items()
+  assert frozen_lib.changed(back, frozen) == []
 
 
 def test_muP_tunes_the_smallest_size_alone(folder):

@@ -11,6 +11,7 @@ import pytest
 from configs.sweeps import ladder as ladder_sweep
 from tests.helpers import sweep_folder
 from tools.sweep import fit, laws, scaling, variants
+from tools.sweep.report import curves
 
 # Of Hoffmann et al. 2022, approach 3, and another one.
 CHINCHILLA = scaling.Law(E=1.69, A=406.4, B=410.7, a=0.34, b=0.28)
@@ -146,6 +147,15 @@ def test_a_folder_is_fitted(tmp_path, capsys):
                     for budget in ('1e+15', '1e+19'))
   assert 'extrapolated' not in inside
   assert 'parameters and tokens beyond the ladder' in beyond
+
+
+@pytest.mark.parametrize('change', [
+    {'optim.decay_mask': [['.*', 0]]},
+    {'model.pattern': 'near', 'model.kinds': {'near': {'window': 8}}}])
+def test_a_change_that_is_no_number_makes_no_ladder(change, tmp_path):
+  sweep_folder.write(tmp_path, [sweep_folder.point('a', change)])
+  with pytest.raises(ValueError, match=f"'a' sets .*{[*change][-1]}="):
+    laws.data(curves.load_sweep(tmp_path).points, 'params', 'it')
 
 
 @pytest.mark.slow

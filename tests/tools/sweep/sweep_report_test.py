@@ -236,7 +236,8 @@ def test_each_change_over_all_settings_of_the_others(tmp_path):
 
 
 @pytest.mark.parametrize('change', [
-    {'optim.decay_mask': [['.*', 0]]}])  # a tuple of the config
+    {'optim.decay_mask': [['.*', 0]]},  # a tuple of the config
+    {'model.kinds': {'near': {'window': 8}}}])
 def test_a_change_to_a_value_of_several_parts_has_its_effect(change, tmp_path):
   block = {'model.block': 'parallel'}
   sweep_folder.write(tmp_path, [

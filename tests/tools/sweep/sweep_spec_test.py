@@ -60,6 +60,10 @@ def test_leave_one_out_takes_back_one():
     ("add('a', **{'model.nrom': 'rmsnorm'})", ['nrom', "'model.norm'"]),
     ("add('a', **{'model.d_model': 'wide'})", ['d_model', 'wide', 'int']),
     ("add('a', **{'model.moe': 1})", ['group of fields']),
+    ("add('a', **{'model.kinds': {'b': {'windw': 1}}})",
+     ["point 'a': model.kinds.b.windw is no field", 'window']),
+    ("add('a', **{'model.kinds': {'b': 1}})", ['model.kinds.b is 1']),
+    ("add('a', **{'optim.lr': {'b': 1}})", ["sets optim.lr to {'b': 1}"]),
     ("add('a', seed=1)", ["'a'", 'seed']),
     ("add('a/b', **{'optim.lr': 1.0})", ['a/b', 'folder']),
     ("add('a', **{'optim.lr': 1.0})\n  add('b', **{'optim.lr': 1.0})",
@@ -293,8 +297,14 @@ def test_printed_commands_give_the_configs_of_the_sweep(
       'model.attention_bias': False, 'data.tokenizer': 'bytes',
       'optim.decay_mask': (('.*norm.*', 0), ('.*', 1)),
       'data.source': 'text:{tmp_path}/a b/*.txt'}})
+  add('kinds', **{{
+      'model.position': 'rope', 'model.pattern': 'near,global',
+      'model.kinds': {{
+          'near': {{'window': 2, 'rope': {{'theta': 1e6}}}},
+          'global': {{'qk_norm': True}}}}}})
 """)
-  description = json.loads(json.dumps(described(file)))
+  layout.save_description(tmp_path / 'w', described(file))
+  description = layout.load_description(tmp_path / 'w')
   for point in points(description):
     words = commands.train(description, tmp_path / 'w', point, 1)
     values = parsed(words, monkeypatch)
