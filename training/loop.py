@@ -151,6 +151,7 @@ class _Loop:
       member.saved.wait()
     self.bar.close()
     for member in self.members:
+      member.told_to_stop = stop.stop_requested
       member.close()
     return n
 

@@ -29,6 +29,7 @@ class Member:
     bad: the number of bad steps in a row, up to that step.
     code: how the run ended: 0, STOPPED, DIVERGED or EARLY.
     sentence: why the run did not reach its last step; '' where it did.
+    told_to_stop: whether a signal came, be it too late to stop the run.
   """
   config: ml_collections.ConfigDict
   workdir: pathlib.Path
@@ -38,6 +39,7 @@ class Member:
   bad: int = 0
   code: int = 0
   sentence: str = ''
+  told_to_stop: bool = False
 
   def begin(self, start: int) -> None:
     """Opens the metrics files, and drops the rows after step `start`."""

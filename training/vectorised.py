@@ -10,7 +10,7 @@ where that is more than one needs alone, its dropout draws other numbers (with
 data.length_buckets=1 all rows have one length).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 import contextlib
 import dataclasses
 import pathlib
@@ -54,10 +54,15 @@ class Unfinished(EnvironmentFailure):
 
   Attributes:
     sentences: why not, by the run's place in the group.
+    diverged: the places of those that ended after too many bad steps, as they
+      would again; the others were told to stop.
+    stopped: whether a signal came.
   """
 
-  def __init__(self, sentences: dict[int, str], workdirs: Sequence[epath.Path]):
-    self.sentences = sentences
+  def __init__(self, sentences: dict[int, str], workdirs: Sequence[epath.Path],
+               diverged: Collection[int] = (), stopped: bool = False):
+    self.sentences, self.diverged = sentences, frozenset(diverged)
+    self.stopped = stopped
     super().__init__('\n'.join(
         f'{workdirs[i]}: {sentence}' for i, sentence in sentences.items()))
 
@@ -97,7 +102,7 @@ def _shared(config: ml_collections.ConfigDict) -> tuple:
 
 
 def train(configs: Sequence[ml_collections.ConfigDict],
-          workdirs: Sequence) -> None:
+          workdirs: Sequence) -> bool:
   """Trains a group of runs, each into its own workdir, or goes on with them.
 
   Runs that stopped at different steps go on as one program for each step.
@@ -105,6 +110,9 @@ def train(configs: Sequence[ml_collections.ConfigDict],
   Args:
     configs: of one group; see `groups`.
     workdirs: a folder for each.
+
+  Returns:
+    Whether a signal came, too late to stop any of them.
 
   Raises:
     ValueError: for configs that are no group, or a workdir of another run.
@@ -138,7 +146,8 @@ def train(configs: Sequence[ml_collections.ConfigDict],
       if start >= config.train.steps:
         print(f'{len(part)} of {len(going)} runs are complete: {start} steps '
               f'of {config.train.steps}')
-      elif any(member.code == endings.STOPPED for member, *_ in going):
+      elif any(member.code == endings.STOPPED or member.told_to_stop
+               for member, *_ in going):
         for member in part:
           member.sentence = f'stopped before step {start}'
       else:
@@ -146,8 +155,12 @@ def train(configs: Sequence[ml_collections.ConfigDict],
   sentences = {place: member.sentence
                for place, (member, *_) in enumerate(found)
                if member.sentence and member.code != endings.EARLY}
+  stopped = any(member.told_to_stop for member, *_ in found)
   if sentences:
-    raise Unfinished(sentences, workdirs)
+    raise Unfinished(sentences, workdirs, [
+        place for place in sentences
+        if found[place][0].code == endings.DIVERGED], stopped)
+  return stopped
 
 
 def _take_up(run: runs.Run, member: loop.Member, changed: bool
@@ -163,6 +176,7 @@ def _take_up(run: runs.Run, member: loop.Member, changed: bool
   print(f'{member.workdir}: going on from step {restored.step}')
   if not changed:
     member.sentence = endings.ended_badly(restored.state, member.config)
+    member.code = endings.DIVERGED if member.sentence else 0
   early = best.ended_early(member.config, member.saved.best, restored.step)
   if early and not member.sentence:
     member.sentence, member.code = early, endings.EARLY

@@ -10,9 +10,10 @@ import pytest
 from scipy import stats
 
 from configs import gpt
-from configs.errors import RequestError
+from configs.errors import EnvironmentFailure, RequestError
 from tools.probes import __main__ as program
 from tools.probes import card, suites
+from training import vectorised
 from training.data import probes
 
 SUITE = '''
@@ -159,6 +160,108 @@ def test_a_suite_is_trained_once(file, tmp_path, capsys):
   capsys.readouterr()
   suites.train(suite, workdir)
   assert '4 of 4 runs are complete' in capsys.readouterr().out
+
+
+@pytest.mark.slow  # it compiles a group of runs, twice
+@pytest.mark.parametrize('lrs', ['(1e-2, 1e30)', pytest.param(
+    '(1e30,)', marks=pytest.mark.long)])
+def test_a_suite_with_a_rate_that_diverges_has_its_card(
+    file, tmp_path, capsys, lrs):
+  file.write_text(SUITE.replace('(1e-3, 1e-2)', lrs).replace(
+      "'train.steps': 2", "'train.steps': 4, 'train.max_bad_steps': 2, "
+      "'optim.clip_norm': 0.0, 'optim.name': 'sgd'"))
+  suite = suites.load(str(file), base())
+  workdir = epath.Path(tmp_path)
+  for _ in range(2):
+    suites.train(suite, workdir)
+    own = card.of(suite, workdir)['tasks']['parity']
+    assert own['diverged'] == {1e30: [0, 1]}
+    assert own['lr'] == (1e-2 if len(suite.lrs) > 1 else None)
+  assert f'2 of {2 * len(suite.lrs)} runs diverged before' in (
+      capsys.readouterr().out)
+
+
+def test_a_rate_at_which_a_run_diverges_is_left_out(
+    file, tmp_path, monkeypatch, capsys):
+  """It is recorded, and not trained again unless its config is another."""
+  file.write_text(SUITE + "  add('copy', **{'train.steps': 2})\n")
+  suite = suites.load(str(file), base())
+  workdir = epath.Path(tmp_path / 'w')
+  written(suite, workdir, {1e-3: [0.5, 0.6], 1e-2: [0.9, 0.8]})
+  asked = diverging(monkeypatch, lambda c, folder: (
+      c.optim.lr == 1e-2 and c.seed == 1 or 'copy' in str(folder)))
+  suites.train(suite, workdir)
+  assert [task for task, _ in asked] == ['parity'] * 4 + ['copy'] * 4
+  tasks = card.of(suite, workdir)['tasks']
+  assert tasks['parity']['lr'] == 1e-3
+  assert tasks['parity']['accuracy']['seeds'] == [0.5, 0.6]
+  assert tasks['parity']['diverged'] == {1e-2: [1]}
+  assert list(tasks['parity']['accuracy_by_lr']) == [1e-3]
+  asked.clear()
+  suites.train(suite, workdir)
+  assert asked == [('parity', c.config) for c in suite.runs('parity')][:3]
+  assert '4 of 4 runs diverged before' in capsys.readouterr().out
+  asked.clear()
+  suites.train(suites.load(str(file), base(**{'seed': 3, 'optim.b1': 0.5})),
+               workdir)
+  assert len(asked) == 8
+
+
+def diverging(monkeypatch, diverges):
+  """Stands in for the training; returns what it is asked to train."""
+  asked = []
+  def train(configs, folders):
+    asked.extend((folder.parents[1].name, c)
+                 for c, folder in zip(configs, folders))
+    bad = {i: 'not finite' for i, each in enumerate(zip(configs, folders))
+           if diverges(*each)}
+    if bad:
+      raise vectorised.Unfinished(bad, folders, bad)
+  monkeypatch.setattr(vectorised, 'train', train)
+  return asked
+
+
+def test_the_card_says_what_diverged(file, tmp_path, monkeypatch):
+  file.write_text(SUITE + "  add('copy', **{'train.steps': 2})\n")
+  workdir = epath.Path(tmp_path)
+  suite = suites.load(str(file), base())
+  written(suite, workdir, {1e-3: [0.5, 0.6], 1e-2: [0.9, 0.8]})
+  diverging(monkeypatch, lambda c, folder: (
+      c.optim.lr == 1e-2 and c.seed == 1 or 'copy' in str(folder)))
+  suites.train(suite, workdir)
+  found = card.of(suite, workdir)
+  said = card.text(found).splitlines()
+  assert 'parity, lr 0.001: 0.5500' in said[1]
+  assert said[2] == '  left out, since runs diverged: lr 0.01 (1 of 2 runs)'
+  assert said[-1] == ('copy: no figures, since runs diverged at every lr: '
+                      '0.001 (2 of 2 runs), 0.01 (2 of 2 runs)')
+  card.check_picture()
+  card.write(found, workdir)
+  assert json.loads((workdir / card.JSON).read_text())['tasks']['copy'][
+      'lr'] is None
+  del found['tasks']['parity']  # nothing has figures
+  card.write(found, workdir)
+
+
+@pytest.mark.parametrize('unfinished', [
+    {0: 'not finite', 1: 'stopped after step 1 of 2'}, {0: 'not finite'}, {}])
+def test_a_signal_stops_a_suite(unfinished, file, tmp_path, monkeypatch):
+  """Also where it comes as the last of a group ends."""
+  def train(configs, folders):
+    asked.append(folders[0])
+    if unfinished:
+      raise vectorised.Unfinished(unfinished, folders, [0], stopped=True)
+    return True
+  asked = []
+  monkeypatch.setattr(vectorised, 'train', train)
+  file.write_text(SUITE + "  add('copy', **{'train.steps': 2})\n")
+  suite = suites.load(str(file), base())
+  with pytest.raises(EnvironmentFailure, match='stopped'):
+    suites.train(suite, epath.Path(tmp_path))
+  assert len(asked) == 1
+  first, *others = suite.runs('parity')
+  assert suites.diverged(first, epath.Path(tmp_path)) == bool(unfinished)
+  assert not any(suites.diverged(x, epath.Path(tmp_path)) for x in others)
 
 
 def test_help_needs_no_jax():

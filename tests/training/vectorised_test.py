@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 
 from configs import base
 from configs import mixtral
@@ -189,7 +190,7 @@ def test_paired_runs_see_one_stream(texts, tmp_path):
   """And with a seed in common, which is no input then, dropout is the same."""
   configs = [config(texts, model__dropout=0.1, optim__lr=lr)
              for lr in (1e-3, 1e-2)]
-  vectorised.train(configs, [tmp_path / '0', tmp_path / '1'])
+  assert not vectorised.train(configs, [tmp_path / '0', tmp_path / '1'])
   first = [rows(tmp_path / i)[0]['loss'] for i in '01']
   assert first[0] == first[1]  # the rate has done nothing yet
   alone(configs[1], tmp_path / 'alone')
@@ -252,6 +253,7 @@ def test_a_run_that_blows_up_ends_alone(texts, tmp_path, bad, monkeypatch):
   with pytest.raises(vectorised.Unfinished, match='2 steps in a row') as error:
     vectorised.train(configs, workdirs)
   assert list(error.value.sentences) == [bad]
+  assert error.value.diverged == {bad} and not error.value.stopped
   assert rows(workdirs[1 - bad])[-1]['step'] == STEPS
   assert rows(workdirs[bad])[-1]['loss'] is None
   last = rows(workdirs[bad])[-1]['step']
@@ -287,6 +289,7 @@ def test_a_run_in_a_bad_stretch_is_not_gone_on_with(
       vectorised.train(configs, workdirs)
     (place, sentence), = error.value.sentences.items()
     assert place == 1 and '3 steps in a row' in sentence
+    assert error.value.diverged == {1}
     left = {int(p.name) for p in (tmp_path / '1/checkpoints').iterdir()}
     assert {3, 4} < left and len(left) == 3
   assert rows(workdirs[0])[-1]['step'] == STEPS
@@ -298,10 +301,15 @@ def test_a_signal_saves_all(trained, tmp_path, monkeypatch):
   workdirs = [tmp_path / str(i) for i in range(3)]
   with monkeypatch.context() as patch:
     patch.setattr(signals.Stop, 'agreed', lambda self, step: step == 3)
-    with pytest.raises(vectorised.Unfinished, match='after step 3 of 8'):
+    with pytest.raises(vectorised.Unfinished, match='after step 3 of 8'
+                       ) as error:
       vectorised.train(configs, workdirs)
+  assert not error.value.diverged
   assert [r['step'] for r in rows(workdirs[2])] == [1, 2, 3]
-  vectorised.train(configs, workdirs)
+  with monkeypatch.context() as patch:  # and one that comes too late is told
+    patch.setattr(signals.Stop, 'agreed', lambda self, step: (
+        step == STEPS and setattr(self, '_first', signal.SIGTERM)))
+    assert vectorised.train(configs, workdirs)
   for workdir, single in zip(workdirs, singles):
     assert_same(workdir, single)
 

@@ -8,8 +8,9 @@ A suite is a file of configs/probes/: tasks, learning rates, seeds. Of each task
 every learning rate and seed is trained, as one program where that can be, into
 WORKDIR/TASK/lr_RATE/seed_SEED, which train.py and eval.py read too. The card is
 WORKDIR/card.json and card.png: for each task the figures of the learning rate
-whose mean accuracy over the seeds is highest. What is trained already is kept,
-so a run that was stopped goes on when it is started again.
+whose mean accuracy over the seeds is highest, of those at which no run
+diverged. What is trained already is kept, so a suite that was stopped goes on
+when it is started again.
 """
 
 import sys

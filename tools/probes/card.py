@@ -17,28 +17,44 @@ def of(suite: suites.Suite, workdir: epath.Path) -> dict[str, Any]:
   """Returns the card: for each task the figures of its best learning rate.
 
   It is chosen by the same held-out rows that the figures are of, as in the
-  papers that give the best of several learning rates.
+  papers that give the best of several learning rates. A rate at which a run
+  diverged is none to choose.
   """
-  import numpy as np
-
   from training.data import probes
   tasks = {}
   for task, config in suite.configs.items():
     by_lr: dict[float, list] = {}
+    diverged: dict[float, list[int]] = {}
     for run in suite.runs(task):
-      by_lr.setdefault(run.lr, []).append(_figures(run.folder(workdir)))
-    mean = {lr: float(np.mean([own['probe/accuracy'] for own in each]))
-            for lr, each in by_lr.items()}
-    best = max(mean, key=lambda lr: mean[lr])
+      if suites.diverged(run, workdir):
+        diverged.setdefault(run.lr, []).append(run.seed)
+      else:
+        by_lr.setdefault(run.lr, []).append(_figures(run.folder(workdir)))
+    by_lr = {lr: each for lr, each in by_lr.items() if lr not in diverged}
     tasks[task] = dict(
-        lr=best, steps=config.train.steps, accuracy_by_lr=mean,
+        steps=config.train.steps, diverged=diverged,
         what=probes.of(config).level, commonest=probes.commonest(config),
-        accuracy=_over_seeds(by_lr[best], 'probe/accuracy'),
-        rows_right=_over_seeds(by_lr[best], 'probe/rows_right'),
-        level=_group(by_lr[best], 'probe/level/'),
-        beyond=_group(by_lr[best], 'probe/beyond/'),
-        rows=int(by_lr[best][0]['probe/rows']))
+        **_of_best(by_lr))
   return dict(suite=suite.file, seeds=list(suite.seeds), tasks=tasks)
+
+
+def _of_best(by_lr: Mapping[float, Sequence[Mapping]]) -> dict[str, Any]:
+  """Returns the figures of the best of the learning rates at which no run
+  diverged; lr is None where there is none."""
+  import numpy as np
+  if not by_lr:
+    return dict(lr=None, accuracy_by_lr={}, accuracy=None, rows_right=None,
+                level={}, beyond={}, rows=0)
+  mean = {lr: float(np.mean([own['probe/accuracy'] for own in each]))
+          for lr, each in by_lr.items()}
+  best = max(mean, key=lambda lr: mean[lr])
+  return dict(
+      lr=best, accuracy_by_lr=mean,
+      accuracy=_over_seeds(by_lr[best], 'probe/accuracy'),
+      rows_right=_over_seeds(by_lr[best], 'probe/rows_right'),
+      level=_group(by_lr[best], 'probe/level/'),
+      beyond=_group(by_lr[best], 'probe/beyond/'),
+      rows=int(by_lr[best][0]['probe/rows']))
 
 
 def _figures(folder: epath.Path) -> dict[str, float]:
@@ -74,9 +90,18 @@ def text(card: Mapping[str, Any]) -> str:
   lines = [f'accuracy over {len(card["seeds"])} seeds, at the best learning '
            'rate: mean ± half of the 95 % interval']
   for task, own in card['tasks'].items():
+    failed = ', '.join(
+        f'{lr:g} ({len(seeds)} of {len(card["seeds"])} runs)'
+        for lr, seeds in own['diverged'].items())
+    if own['lr'] is None:
+      lines.append(f'{task}: no figures, since runs diverged at every lr: '
+                   f'{failed}')
+      continue
     lines.append(f'{task}, lr {own["lr"]:g}: {_shown(own["accuracy"])} '
                  f'(the commonest answer: {own["commonest"]:.4f}); by '
                  f'{own["what"]}:')
+    if failed:
+      lines.append(f'  left out, since runs diverged: lr {failed}')
     for kind, word in (('level', ''), ('beyond', 'beyond training ')):
       for name, figure in own[kind].items():
         lines.append(f'  {word + name:<22} {_shown(figure)}')
@@ -110,13 +135,15 @@ def _draw(card: Mapping[str, Any], path: epath.Path) -> None:
   import numpy as np
   from matplotlib import pyplot
   tasks = card['tasks'].values()
-  width = max(len(own['level']) for own in tasks)
+  width = max(1, *(len(own['level']) for own in tasks))
   columns = width + max(len(own['beyond']) for own in tasks)
   figure, axes = pyplot.subplots(
       figsize=(3.7 + 1.05 * columns, 1.2 + 0.6 * len(tasks)),
       layout='constrained')
   values = np.full((len(tasks), columns), np.nan)
   for y, own in enumerate(tasks):
+    if own['lr'] is None:
+      axes.text(0, y, 'diverged', ha='center', va='center', fontsize=8)
     longer = [(f'{name} length', cell) for name, cell in own['beyond'].items()]
     for x, (name, cell) in [*enumerate(own['level'].items()),
                             *enumerate(longer, width)]:

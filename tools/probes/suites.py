@@ -9,6 +9,7 @@ that a suite may have a probe several times.
 
 from collections.abc import Iterator, Sequence
 import difflib
+import json
 import re
 from typing import Any, NamedTuple
 
@@ -16,8 +17,11 @@ from etils import epath
 import ml_collections
 
 from configs import kinds
-from configs.errors import one_of, require
-from training import config_files
+from configs.errors import EnvironmentFailure, one_of, require
+from training import config_files, schema
+from training.workdir import storage
+
+DIVERGED = 'diverged.json'  # in the folder of a run
 
 
 class Run(NamedTuple):
@@ -114,12 +118,57 @@ def _config(task: str, base: ml_collections.ConfigDict, fields: dict[str, Any],
 
 
 def train(suite: Suite, workdir: epath.Path) -> None:
-  """Trains what is not trained yet, a task after the other."""
+  """Trains what is not trained yet, a task after the other. A run that diverges
+  is recorded, and the others go on.
+
+  Raises:
+    EnvironmentFailure: after a signal; all that was trained is saved.
+  """
   from training import vectorised
   for task in suite.configs:
     runs = list(suite.runs(task))
     print(f'{task}: {len(suite.lrs)} learning rates x {len(suite.seeds)} seeds',
           flush=True)
-    for group in vectorised.groups([run.config for run in runs]):
-      vectorised.train([runs[i].config for i in group],
-                       [runs[i].folder(workdir) for i in group])
+    left = [run for run in runs if not diverged(run, workdir)]
+    if len(left) < len(runs):
+      print(f'{len(runs) - len(left)} of {len(runs)} runs diverged before, and '
+            'are not trained again')
+    for group in vectorised.groups([run.config for run in left]):
+      _train_group([left[i] for i in group], workdir)
+
+
+def _train_group(runs: Sequence[Run], workdir: epath.Path) -> None:
+  from training import vectorised
+  from training.workdir import run_config
+  try:
+    stopped = vectorised.train([run.config for run in runs],
+                               [run.folder(workdir) for run in runs])
+  except vectorised.Unfinished as unfinished:
+    for place in unfinished.diverged:
+      run = runs[place]
+      storage.write(run.folder(workdir) / DIVERGED, json.dumps(
+          {'why': unfinished.sentences[place],
+           'config': run_config.to_json(run.config)}, indent=1) + '\n')
+    if not unfinished.sentences.keys() <= unfinished.diverged:
+      raise
+    stopped = unfinished.stopped
+  if stopped:  # as these runs ended
+    raise EnvironmentFailure('stopped: the same command goes on with the other '
+                             'runs')
+
+
+def diverged(run: Run, workdir: epath.Path) -> bool:
+  """Whether the run is recorded to have diverged, with the config that it has
+  now.
+
+  Raises:
+    RequestError: for a record that is damaged.
+  """
+  from training.workdir import run_config
+  path = run.folder(workdir) / DIVERGED
+  if not path.exists():
+    return False
+  record = schema.parse(path.read_bytes(), str(path))
+  schema.check_shape(record, {'why': str, 'config': {}}, str(path))
+  return record['config'] == json.loads(json.dumps(
+      run_config.to_json(run.config)))
