@@ -67,20 +67,28 @@ class Cost:
     return self.factor * np.asarray(params, float) ** self.power
 
 
-def check_ladder(params: Sequence[float], tokens: Sequence[float]) -> None:
-  """Raises ValueError where a ladder is too small to fix five constants."""
+def check_ladder(params: Sequence[float], tokens: Sequence[float],
+                 shapes: Sequence[float] | None = None) -> None:
+  """Raises ValueError where a ladder is too small to fix five constants, or
+  with `shapes` six, and to leave residuals."""
   x, y = np.log(np.asarray(params, float)), np.log(np.asarray(tokens, float))
-  points = len(_distinct(np.stack([x, y], 1)))
-  sizes, lengths = len(_distinct(x[:, None])), len(_distinct(y[:, None]))
-  for have, least, what in (
-      (points, MIN_RUNS, 'pairs of parameters and tokens'),
-      (sizes, MIN_SIZES, 'numbers of parameters'),
-      (lengths, MIN_LENGTHS, 'numbers of tokens')):
+  points = np.stack([x, y], 1)
+  counts = [(points, MIN_RUNS, 'pairs of parameters and tokens'),
+            (x[:, None], MIN_SIZES, 'numbers of parameters'),
+            (y[:, None], MIN_LENGTHS, 'numbers of tokens')]
+  words = 'five constants of the law', ''
+  if shapes is not None:
+    counts.append((np.column_stack([points, np.log(shapes)]), MIN_RUNS + 1,
+                   'points of parameters, tokens and shape'))
+    words = 'six constants of a law with shape', (
+        ', or keep model.d_model over model.num_layers as it is')
+  for rows, least, what in counts:
+    have = len(_distinct(rows))
     if have < least:
       raise RequestError(
-          f'the ladder has {have} different {what}: the five constants of the '
-          f'law need {least}; add points that vary the model\'s size and '
-          'train.steps')
+          f'the ladder has {have} different {what}: the {words[0]} need '
+          f'{least}; add points that vary the model\'s size and train.steps'
+          + words[1])
   correlation = float(np.corrcoef(x, y)[0, 1])
   if abs(correlation) > MAX_CORRELATION:
     raise RequestError(
@@ -123,7 +131,7 @@ def fit(params: Sequence[float], tokens: Sequence[float],
   Raises:
     ValueError: where the ladder is too small.
   """
-  check_ladder(params, tokens)
+  check_ladder(params, tokens, shapes)
   x, y, z = (np.log(np.asarray(v, float)) for v in (params, tokens, losses))
   starts = _starts(x, y, z)
   if shapes is None:

@@ -84,6 +84,22 @@ def test_seeds_are_no_new_points():
     scaling.check_ladder(params, tokens)
 
 
+def test_a_ladder_of_shapes_has_a_point_more_than_constants(quick):
+  """Of as many, the residuals would be none, and the intervals with them."""
+  chosen = [0, 4, 8, 9, 13, 17, 21]
+  widths, depths, params, tokens, losses = (x[chosen] for x in _shaped())
+  shapes = scaling.relative_shapes(widths, depths, params)
+  law = scaling.fit(params, tokens, losses, shapes)
+  drawn = scaling.bootstrap(law, params, tokens, losses, 2, shapes=shapes)
+  assert all(math.isfinite(other.s) for other in drawn)
+  for few in (slice(6), [*range(6), *range(6)]):  # seeds are no new points
+    own = [x[few] for x in (params, tokens, losses, shapes)]
+    with pytest.raises(ValueError, match='6 different points of parameters, '
+                       'tokens and shape: the six constants .* need 7'):
+      scaling.fit(*own)
+    scaling.check_ladder(*own[:2])  # without shape it is one
+
+
 def test_optimum_is_the_papers_formula():
   # G = (aA / bB)^(1 / (a + b)); N = G (C/6)^(b/(a+b)), D = (C/6)^(a/(a+b)) / G.
   law, budget = CHINCHILLA, 1e21
