@@ -85,7 +85,7 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
   groups = reader('n_group', 1), reader('topk_group', 1)
   method = reader('topk_method', 'greedy')
   one_of('topk_method of config.json', method, METHODS)
-  found = read(reader, fields, dense=1, q_rank=1536)
+  found = read(reader, fields, dense=0, q_rank=1536)
   found['moe'] |= dict(zip(('expert_groups', 'top_groups'), groups)
                        if method != METHODS[0] else ())
   return found

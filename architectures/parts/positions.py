@@ -92,6 +92,15 @@ def reach(c: ModelConfig) -> float:
   return of(c).reach(c) if of(c).reach else math.inf
 
 
+def lengths_apart(c: ModelConfig) -> tuple[int, ...]:
+  """Returns the lengths, ascending, on whose sides a row turns otherwise, in
+  some layers of a model; (): no length counts. Beyond the last one each may."""
+  kinds = [c.of_kind(name) for name in c.kinds_used]
+  return tuple(sorted({
+      k.rope.original_len for k in kinds
+      if of(k).rotate and rotary.SCALINGS[k.rope.scaling].by_length}))
+
+
 def check_length(c: ModelConfig, length: int) -> None:
   """Raises RequestError where the positions do not reach `length`.
 
@@ -167,7 +176,8 @@ def _add_learned(module: nn.Module, x_BLD: jax.Array, positions_BL: jax.Array):
 
 
 def _learned_reach(c: ModelConfig) -> int:
-  return int(c.max_len * c.learned_stretch)
+  # The quotient of two lengths times one of them may lie just below the other.
+  return math.floor(c.max_len * c.learned_stretch + 1e-6)
 
 
 def _longer_learned(c: ModelConfig, length: int, multiple: int,

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import architectures
+from architectures.parts import positions
 from architectures.parts.attention.visibility import visible
 from architectures.parts.attention.xla import attend
 from architectures.parts.blocks import BLOCKS
@@ -196,6 +197,10 @@ def test_learned_positions_end_and_stretch():
       models.logits(stretched, params, tokens,
                     positions_BL=2 * jnp.arange(4)[None]))
   assert np.isfinite(models.logits(stretched, params, models.tokens())).all()
+  for most, length in ((100, 115), (57, 114), (7, 9)):  # quotients that round
+    c = architectures.resolve(models.config(
+        max_len=most, learned_stretch=length / most))
+    assert positions.reach(c) == length
 
 
 @pytest.mark.parametrize('field', [
@@ -215,7 +220,7 @@ def test_a_dropped_weight_is_zero_and_the_others_make_up_for_it():
   q = jnp.zeros((B, M, H, M))
   v = jnp.broadcast_to(jnp.eye(M)[:, None], (B, M, H, M))
   weights = attend(q, q, v, scale=1.0, dropout=rate,
-                             key=jax.random.key(0))
+                   key=jax.random.key(0))
   models.close(jnp.unique(weights), jnp.array([0, 1 / M / (1 - rate)]))
   assert abs(jnp.mean(weights == 0) - rate) < 0.02  # sd 0.003
   models.close(attend(q, q, v, scale=1.0, dropout=rate),

@@ -118,7 +118,7 @@ MUTANTS = {
         ('width=m.shared_experts * m.d_ff', 'width=m.d_ff', 'experts: shared'),
         ('if not rate or ctx.deterministic:', 'if not rate:',
          'experts: training_alone'),
-        ('c.moe, eval_capacity_factor=0.0, dispatch', 'c.moe, dispatch',
+        ('c.moe, eval_capacity_factor=0.0, group', 'c.moe, group',
          'generate: experts'),
         ("(E, D, F), ('experts', 'embed', 'mlp'), in_axes=(1,)",
          "(E, D, F), ('experts', 'embed', 'mlp'), in_axes=(0,)",

@@ -137,7 +137,7 @@ MUTANTS = {
          'both sides of the choice are `exact`'),
         ('bidirectional=not self.causal', 'bidirectional=self.causal',
          'parity: equals and t5-plain'),
-        ('int(c.max_len * c.learned_stretch)', 'c.max_len',
+        ('math.floor(c.max_len * c.learned_stretch + 1e-6)', 'c.max_len',
          'laws: stretch'),
     ],
     'architectures/parts/rotary.py': [

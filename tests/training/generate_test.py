@@ -68,6 +68,13 @@ def test_a_prefix_lm_reads_its_prompt_in_both_directions(prompts):
                                   written[row])
 
 
+def test_groups_of_tokens_need_not_divide_those_of_the_prompts(prompts):
+  moe = dict(num_experts=4, capacity_factor=1.0)
+  written = [greedy(models.make('mixtral', moe=moe | dict(group_size=size)),
+                    prompts) for size in (0, 16)]
+  np.testing.assert_array_equal(*written)
+
+
 def test_a_row_that_stops_stays_stopped(model, prompts):
   plain = greedy(model, prompts)
   stop = int(plain[1, 2])

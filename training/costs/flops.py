@@ -137,9 +137,8 @@ def _decode(c: ModelConfig, keys: int, memory: int) -> tuple:
   rows = _rows(c)
   cache = jax.eval_shape(lambda: architectures.init_cache(c, rows, keys))
   if memory:  # of which every layer has keys and values of its own
-    own = dataclasses.replace(c, kinds=Kinds(
-        {name: dict(kind, kv_sharing=False) for name, kind in c.kinds.items()}))
-    slots = jax.eval_shape(lambda: architectures.init_cache(own, rows, keys))
+    slots = jax.eval_shape(
+        lambda: architectures.init_cache(without_sharing(c), rows, keys))
     cache = tuple(entry.replace(
         memory_key_BMJK=_with_length(slot.key_BMJK, memory),
         memory_value_BMJK=_with_length(slot.value_BMJK, memory))
@@ -148,6 +147,12 @@ def _decode(c: ModelConfig, keys: int, memory: int) -> tuple:
   return _count(c, rows, lambda module, params, token, cache: module.apply(
       params, token, positions_BL=jnp.full((1, 1), keys - 1), cache=cache,
       method=method), _tokens(rows, 1), cache)
+
+
+def without_sharing(c: ModelConfig) -> ModelConfig:
+  """Returns the model whose layers all have keys and values of their own."""
+  return dataclasses.replace(c, kv_sharing=False, kinds=Kinds(
+      {name: dict(kind, kv_sharing=False) for name, kind in c.kinds.items()}))
 
 
 def _tokens(rows: int, length: int):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 import ml_collections
 
+import architectures
 from architectures.parts import blocks, mixers, positions
 from architectures.parts import streams
 from architectures.parts.attention import kernels, visibility
@@ -165,8 +166,8 @@ def analytic(run: runs.Run, kept_in_all: int = 0,
   hidden = max(tokens * _hidden(k) // shape['tensor'] for k in kinds)
   layer = max((x.size // x.shape[0] for path, x in paths.flatten(
       run.abstract.params).items() if paths.Stacks.has(path)), default=0)
-  scores = max(_scores(k, tokens, length, platform) for k in kinds
-               ) // shape['tensor']
+  scores = max(_scores(k, mask, tokens, length, platform) for k in kinds
+               for mask in _masks(run.config, k)) // shape['tensor']
   parts['one_layer'] = max(scores, 3 * width * hidden) + (
       2 * width * layer // (shape['tensor'] * shape['expert']))
   parts['peak'] = sum(parts.values())
@@ -178,14 +179,27 @@ def _hidden(c: ModelConfig) -> int:
   return {'moe': c.moe.d_ff * c.moe.top_k, NONE: 0}.get(c.ffn, c.d_ff)
 
 
-def _scores(c: ModelConfig, tokens: int, length: int, platform: str) -> int:
+def _masks(config: ml_collections.ConfigDict, c: ModelConfig
+           ) -> list[kernels.Mask]:
+  """Returns what the layers of a kind see in a training step: in an encoder,
+  in a decoder, or in both."""
+  kind = visibility.KINDS[c.attention]
+  causal = {'decoder': (True,), 'encoder': (False,)}.get(
+      architectures.stack(c), (False, True))
+  return [kernels.Mask(
+      causal=one_way, bias=positions.of(c).has_bias,
+      window=kind.window(c) if kind.window else 0,
+      rule=c.attention if kind.sees else '',
+      prefix=one_way and 'prefix_B' in objectives.of(config).options.values(),
+      dropout=bool(c.attention_dropout)) for one_way in causal]
+
+
+def _scores(c: ModelConfig, mask: kernels.Mask, tokens: int, length: int,
+            platform: str) -> int:
   """Bytes of one layer's scores, where a kernel does not do without."""
   at_once = mixers.of(c).at_once
   if at_once:
     return 4 * tokens * at_once(c)
-  mask = kernels.Mask(
-      causal=True, bias=positions.of(c).has_bias,
-      rule=c.attention if visibility.KINDS[c.attention].sees else '')
   fused = (mixers.of(c).module.FUSED and c.attention_kernel != 'xla'
            and not kernels.refusal('splash', c, mask, length, length, platform))
   return 0 if fused else 2 * 4 * tokens * c.num_heads * length

@@ -68,7 +68,8 @@ def count(config: ml_collections.ConfigDict, length: int = 0,
       # Of recurrences, for each row of a batch, however long it is.
       'state_bytes_per_row': _state_bytes(model) if decodes else None,
       # What a decoder keeps of the source is as large, for each token of it.
-      'memory_cache_bytes_per_token': _cache_bytes(model) if both else None,
+      'memory_cache_bytes_per_token':
+          _cache_bytes(flops.without_sharing(model)) if both else None,
       'parameter_bytes': nbytes(params),
       'optimizer_bytes': nbytes(opt_state),
       'average_bytes': nbytes(ema),  # of optim.ema

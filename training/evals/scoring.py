@@ -10,6 +10,7 @@ whatever the texts are.
 """
 
 from collections.abc import Iterator, Sequence
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ import ml_collections
 import numpy as np
 
 from architectures.parts import mixers
+from architectures.parts import positions
 from architectures.parts.moe.layer import without_capacity
 from training import losses, objectives, progress
 from training.distributed import devices
@@ -87,9 +89,11 @@ def answer(questions: Sequence[Question], evaluation: Evaluation, doing: str
         found[i] = Answer(-losses_P[here].astype(np.float64), greedy_P[here])
         at = here.stop
 
-  groups = list(batches(questions, max(SHORTEST, model.max_len), shards,
-                        model.d_model,
-                        prefix or mixers.with_state(model)))
+  lengths = positions.lengths_apart(model)
+  groups = list(batches(
+      questions, max(SHORTEST, model.max_len), shards, model.d_model,
+      bool(prefix or mixers.with_state(model) or lengths),
+      positions.reach(model), lengths))
   held = None
   for shape, parts in progress.each(groups, doing):
     batch = _batch(shape, parts, questions)
@@ -108,7 +112,9 @@ def _objective(evaluation: Evaluation):
 
 
 def batches(questions: Sequence[Question], most: int, shards: int, width: int,
-            apart: bool) -> Iterator[tuple[Shape, list[list[Row]]]]:
+            apart: bool, reach: float = math.inf,
+            lengths: Sequence[int] = ()
+            ) -> Iterator[tuple[Shape, list[list[Row]]]]:
   """Yields (shape, the rows of each shard) of each batch, the longest first,
   so that what is too large for a device is so at once.
 
@@ -118,11 +124,14 @@ def batches(questions: Sequence[Question], most: int, shards: int, width: int,
     shards: what the number of rows is a multiple of.
     width: the model's, by which it is judged how long a row may be.
     apart: whether each question has a row to itself.
+    reach: the most tokens that a row may have, of any number of texts.
+    lengths: positions.lengths_apart of the model.
   """
   by_length: dict[tuple[int, bool], list[Row]] = {}
   for which in _by_size(questions):
     order = trees.ordered(questions, which)
-    for place, row in _laid_out(questions, order, most, width, apart):
+    for place, row in _laid_out(questions, order, most, width, apart,
+                                reach, lengths):
       by_length.setdefault(place, []).append(row)
   for length, several in sorted(by_length, reverse=True):
     rows = sorted(by_length[length, several], key=lambda row: len(row.places),
@@ -148,7 +157,7 @@ def _by_size(questions: Sequence[Question]) -> list[list[int]]:
 
 
 def _laid_out(questions: Sequence[Question], order: trees.Order, most: int,
-              width: int, apart: bool
+              width: int, apart: bool, reach: float, lengths: Sequence[int]
               ) -> Iterator[tuple[tuple[int, bool], Row]]:
   """Yields ((length, whether it holds several texts), row) of the layout that
   is the least work."""
@@ -160,13 +169,15 @@ def _laid_out(questions: Sequence[Question], order: trees.Order, most: int,
     longest = max(order.lengths)
     for room in dict.fromkeys(rounded(int(longest * times), 4 * longest)
                               for times in (1, 1.5, 2, 3, 4)):
+      if room > reach:
+        break
       others = trees.filled(order, room)
       if len(others) * _work(room, width) < work:
         work = len(others) * _work(room, width)
         spans, length, several = others, room, True
   for span in spans:
     row = trees.row(questions, order, span)
-    yield (length or rounded(len(row.tokens), most), several), row
+    yield (length or _padded(len(row.tokens), most, lengths), several), row
 
 
 def _work(length: int, width: int) -> float:
@@ -174,6 +185,14 @@ def _work(length: int, width: int) -> float:
   in a layer, those of attention 2 width for each of its keys; these and the
   softmax of the scores run slower."""
   return length * (1 + length / (2 * width))
+
+
+def _padded(length: int, most: int, lengths: Sequence[int]) -> int:
+  """Returns how long the row of a text is, which turns as the text alone."""
+  if not lengths:
+    return rounded(length, most)
+  least = next((n for n in lengths if length <= n), length)
+  return min(rounded(length, most), least)
 
 
 def rounded(length: int, most: int) -> int:

@@ -211,7 +211,7 @@ def without_capacity(c: ModelConfig) -> ModelConfig:
     return c
   way = 'dropless' if c.moe.dispatch == 'sorted' else c.moe.dispatch
   return dataclasses.replace(c, moe=dataclasses.replace(
-      c.moe, eval_capacity_factor=0.0, dispatch=way))
+      c.moe, eval_capacity_factor=0.0, group_size=0, dispatch=way))
 
 
 def routing_groups(size: int, tokens: int) -> int:

@@ -57,6 +57,10 @@ def check(name: str, c: ModelConfig, stack: str) -> None:
           f'scores for the bias of model.position {c.position!r}: choose rope '
           'or none')
   if positions.of(c).rotate:
+    require(not rotary.SCALINGS[c.rope.scaling].by_length, 'model.mixer is '
+            "'retnet', whose state holds keys that were turned when the row "
+            f'was shorter, and model.rope.scaling {c.rope.scaling!r} turns by '
+            'the length of the row: choose another')
     dim = rotary.rotary_dim(turned(c))
     require(dim % 2 == 0 and dim > 0, f'model.rope.fraction {c.rope.fraction} '
             f'of model.retnet.key_dim {c.retnet.key_dim} is {dim}: rotary '

@@ -13,9 +13,9 @@ import architectures
 from architectures.parts import ffn, linear, mixers
 from architectures.parts.attention import multi_head, visibility
 from architectures.parts.config import LayerKind
-from configs import base
+from configs import base, t5
 from tests.helpers import flops_formulas as formulas
-from training.costs import flops, peaks, traced
+from training.costs import flops, peaks, totals, traced
 
 LENGTH = 24
 
@@ -182,6 +182,27 @@ def test_an_encoder_decoder_by_hand():
   assert token['attention'] == 4 * 8 * 2 * (3 + 6)
   assert token['weights'] == (
       2 * 64 * 2 * (4 + 2) + 2 * 2 * 8 * 16 * 2 + 2 * 8 * 96)
+
+
+def test_keys_of_the_memory_are_each_layers_own():
+  fields = dict(arch='t5', d_model=8, num_heads=2, num_layers=2, d_ff=16,
+                ffn='relu', num_decoder_layers=2)
+  reads = dict(kv_sharing=True, prefix='own',
+               kinds=dict(own=dict(kv_sharing=False)))
+  plain, shared = (flops.decode_flops(model(**fields, **more), 3, memory=6)
+                   for more in ({}, reads))
+  assert shared['attention'] == plain['attention']
+  # The second layer projects no keys and values of its own.
+  assert shared['weights'] == plain['weights'] - 2 * 2 * 8 * 8
+  config = t5.get_config('tiny')
+  config.model.update(num_layers=2, num_decoder_layers=2)
+  whole = totals.count(config)
+  config.model.update(reads)
+  half = totals.count(config)
+  name = 'memory_cache_bytes_per_token'
+  assert half[name] == whole[name] > 0
+  name = 'kv_cache_bytes_per_token'
+  assert 2 * half[name] == whole[name]
 
 
 def test_gpt3_as_published():

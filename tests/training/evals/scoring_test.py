@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from architectures.parts import positions
 from tests.helpers import evaluations, models
 from training import runs
 from training.evals import scoring, trees
@@ -174,6 +175,35 @@ def test_few_shapes_are_compiled_whatever_the_lengths():
              for part in parts for row in part)
   assert {shape.length for shape, _ in found} == {
       8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 200}
+
+
+def test_a_row_of_texts_is_no_longer_than_the_model_takes():
+  rng = np.random.default_rng(0)
+  context = rng.integers(0, 256, 90)
+  endings = _texts(*([*context, *rng.integers(0, 256, 10)] for _ in range(20)))
+  for reach in (100, 128, 150):
+    found = list(scoring.batches(endings, 100, 1, 256, False, reach))
+    _answered(found, endings)
+    assert all(shape.length <= reach for shape, _ in found)
+    assert any(shape.trees for shape, _ in found) == (reach > 127)
+
+
+def test_texts_are_turned_as_each_alone():
+  """By dynamic positions, which a longer row turns otherwise."""
+  evaluation = evaluations.make(evaluations.config(
+      'llama', 'causal', **SMALL | dict(max_len=24), rope=dict(
+          scaling='dynamic', factor=4.0, original_len=10)))
+  assert positions.lengths_apart(evaluation.run.model) == (10,)
+  questions = [Question(q.tokens[:n], 1) for n, q in zip(
+      (5, 9, 11, 12, 15), _questions(count=5, most=15))]
+  questions = [q for q in questions if len(q.tokens) > 1]
+  for question, answer in zip(questions, _answers(evaluation, questions)):
+    tokens = question.tokens[None, :-1]
+    logits_V = np.asarray(models.logits(
+        evaluation.run.module, evaluation.params, tokens))[0, -1]
+    np.testing.assert_allclose(
+        answer.log_probs, jax.nn.log_softmax(logits_V)[question.tokens[-1:]],
+        rtol=1e-5)
 
 
 def test_texts_share_a_row_where_that_is_less_work():

@@ -10,6 +10,7 @@ from configs import kimi_linear
 from configs import kinds
 from configs.errors import RequestError
 from tests.helpers import models
+from training.hf import config as hf_config
 
 W, G = layer_types.WINDOW, layer_types.WHOLE
 
@@ -77,3 +78,17 @@ def test_two_windows_have_no_place_in_one_config_json():
       'a': dict(window=3), 'b': dict(window=4)}))
   with pytest.raises(RequestError, match='windows of 3, 4 keys'):
     layer_types.write(architectures.resolve(model))
+
+
+def test_deepseek_v2_has_experts_in_every_layer_where_its_file_does_not_say():
+  """As DeepseekV2Config of transformers has it."""
+  told = dict(model_type='deepseek_v2', hidden_size=32, num_hidden_layers=3,
+              num_attention_heads=4, n_routed_experts=4, num_experts_per_tok=2,
+              kv_lora_rank=8, q_lora_rank=None, qk_nope_head_dim=8,
+              qk_rope_head_dim=4, v_head_dim=8, vocab_size=50,
+              intermediate_size=32, moe_intermediate_size=16)
+  for dense in (None, 0, 1):
+    c = hf_config.read(told | (
+        {} if dense is None else dict(first_k_dense_replace=dense)))
+    assert [c.of_kind(kind.name).ffn for kind in c.layer_kinds(3)] == [
+        'swiglu'] * (dense or 0) + ['moe'] * (3 - (dense or 0))

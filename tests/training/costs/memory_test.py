@@ -1,0 +1,32 @@
+"""Estimates of memory, by what a kernel can do without."""
+
+import pytest
+
+from configs import bert, llama, modernbert
+from training.costs import memory, totals
+
+ROWS = 8
+
+
+def one_layer(made, length: int, **fields) -> tuple[int, int]:
+  """Returns what the largest thing of a layer is said to take on a TPU, and the
+  bytes of its scores and their gradient."""
+  config = made.get_config('tiny')
+  config.model.update(dict(dropout=0.0, attention_dropout=0.0) | fields,
+                      max_len=length, d_model=128, num_heads=8)
+  config.data.update(length=length, batch_size=ROWS)
+  c = totals.resolved(config)
+  shape = dict(data=1, fsdp=1, expert=1, context=1, tensor=1)
+  told = memory.analytic(memory.described(config, c, shape), 1, 'tpu')
+  return told['one_layer'], 2 * 4 * ROWS * length ** 2 * c.num_heads
+
+
+@pytest.mark.parametrize('made, length, fields, fused', [
+    (llama, 512, {}, True), (bert, 512, {}, True), (modernbert, 512, {}, True),
+    (llama, 512, dict(attention_dropout=0.1), False),
+    (bert, 512, dict(attention_dropout=0.1), False),
+    (modernbert, 500, {}, False), (llama, 512, dict(position='alibi'), False)])
+def test_scores_count_where_the_kernel_cannot_do_without(
+    made, length, fields, fused):
+  told, scores = one_layer(made, length, **fields)
+  assert (told < scores / 2) if fused else (scores <= told < 1.2 * scores)
