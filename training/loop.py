@@ -222,19 +222,22 @@ class _Loop:
 
   def _report(self, read: timing.Read | None) -> None:
     """Hands the figures of a step to the members; shows and writes them if
-    they are due."""
+    they are due, and those of a member that they end in any case."""
     if read is None:
       return
     n, figures, done = read
-    live = self.live
+    live, ended = self.live, []
     for row, member in live.items():
+      before = member.too_many_bad
       member.read(self.program.part(figures, row))
-    if n % self.program.config.log.every_steps and n != self.steps:
+      ended += [member] if member.too_many_bad > before else []
+    due = n % self.program.config.log.every_steps == 0 or n == self.steps
+    if not (due or ended):
       return
     lap = timing.slowest(self.meter.lap(n, done)) | self.program.figures
-    for member in live.values():
+    for member in live.values() if due else ended:
       member.report(n, lap)
-    if live:
+    if live and due:
       self.bar.update(n, lap | {'loss': float(np.mean(
           [member.last['loss'] for member in live.values()]))})
 

@@ -201,6 +201,14 @@ def test_parameters_that_are_not_finite_are_not_saved(train, capsys):
   assert 'step 5 is not saved' in capsys.readouterr().out
 
 
+def test_the_step_that_ends_a_run_is_written_whether_it_is_due_or_not(train):
+  _, (one, other), _ = train(bad(2, 3), {}, log__every_steps=5)
+  assert one.code == endings.DIVERGED
+  assert [(row['step'], row['bad_in_row']) for row in _rows(one, 'train')] == [
+      (3, 2)]
+  assert _steps(other) == [5, 6]
+
+
 def test_a_stop_saves_and_says_what_the_run_goes_on_from(train):
   n, (member,), _ = train({}, stop=3)
   assert (n, member.code) == (3, endings.STOPPED)

@@ -233,9 +233,9 @@ def ended_badly(run: curves.Run) -> bool:
   rows = [row for row in run.rows if row['split'] == 'train']
   if not rows:
     return False
-  last = rows[-1]
-  most = run.config['train.max_bad_steps']
-  return last.get('bad_in_row', 0) >= most or (
+  last, most = rows[-1], run.config['train.max_bad_steps']
+  # The step after so many was under way, and may have been a good one.
+  return any(row.get('bad_in_row', 0) >= most for row in rows) or (
       'param_norm' in last and last['param_norm'] is None)
 
 
