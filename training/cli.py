@@ -42,6 +42,9 @@ def run(main: Callable[[], int | None],
     around: a context for it, such as interrupts.EndAtOnce().
   """
   try:
+    for word in sys.argv[1:]:  # such a path fails where a run is saved
+      require(word.encode('utf-8', 'ignore').decode() == word,
+              f'the argument {word!r} is not UTF-8')
     with around:
       code = main() or 0
   except RequestError as error:

@@ -135,6 +135,7 @@ REFUSALS = {
     'heads': (['--config.model.num_heads=5'], ['num_heads', '5']),
     'source': (['--config.data.source=text:no/such/*.txt'], ['no/such/*.txt']),
     'objective': (['--config.objective=casual'], ["'casual'", 'causal']),
+    'bytes': (['--config.data.tokenizer=\udcff'], ['\\udcff', 'not UTF-8']),
 }
 
 

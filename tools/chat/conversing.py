@@ -109,8 +109,12 @@ def _command(session: Any, line: str) -> bool:
 def _save(session: Any, name: str) -> None:
   require(bool(name), '/save needs the name of a file')
   require(bool(session.messages), 'there is nothing to save yet')
-  with open(os.path.expanduser(name), 'a', encoding='utf-8') as file:
-    file.write(session.line())
+  try:
+    with open(os.path.expanduser(name), 'a', encoding='utf-8') as file:
+      file.write(session.line())
+  except OSError as error:
+    raise RequestError(f'/save cannot write {name!r}: {error.strerror}; name '
+                       'a file in a folder that is there') from error
   _say(f'{len(session.messages)} messages are in {name} now')
 
 

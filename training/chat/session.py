@@ -68,6 +68,8 @@ class Session:
     """
     asked = [*self.messages, dict(role='user', content=text)]
     ids = self._talk.encode(self._whole(asked))
+    require(len(ids) > 0, 'the chat template makes nothing of the '
+            f'conversation: the model {self._talk.words}')
     if len(ids) >= self._engine.context:
       raise RequestError(
           f'the conversation has {len(ids):,} tokens with this message, and '

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import ml_collections
 import numpy as np
 
-from configs.errors import RequestError
+from configs.errors import RequestError, require
 from training.data import conversations, sources, token_cache
 from training.data.shards import reader
 
@@ -269,9 +269,26 @@ class Conversations:
           'one: add turns of the role assistant.')
     self._cache, self._ids = corpus.cache, corpus.document_ids
     first, end = corpus.bounds
+    if corpus.split == 'train':
+      self._check_length(corpus, first, end)
     self.num_tokens = int(np.sum(self._cache.parts[end]
                                  - self._cache.parts[first]))
     self.num_bytes = corpus.num_bytes
+
+  def _check_length(self, corpus: Corpus, first: np.ndarray, end: np.ndarray
+                    ) -> None:
+    """Refuses rows so short that all are cut off before the first answer."""
+    answers = np.append(np.flatnonzero(corpus.holds(conversations.ANSWERS)),
+                        len(self._cache.kinds))
+    answer = answers[np.searchsorted(answers, first)]
+    before = (self._cache.parts[answer] - self._cache.parts[first])[
+        answer < end]
+    length = corpus.config.data.length
+    require(not len(before) or before.min() < length,
+            f'data.length is {length}, and the first answer of each '
+            f'conversation of data source {corpus.name!r} comes later, after '
+            f'{before.min(initial=2 ** 62):,} tokens or more: there is nothing '
+            'to predict')
 
   def __len__(self) -> int:
     return len(self._ids)

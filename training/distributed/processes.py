@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import jax
 
-from configs.errors import require
+from configs.errors import RequestError, require
 from training import cli
 from training.distributed import devices, greeting, peers
 
@@ -92,7 +92,14 @@ def initialize(several: Several | None) -> None:
   if several is None:
     return
   if several.cluster:
-    jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+    try:
+      jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+    except ValueError as error:  # no environment that JAX knows says who is who
+      raise RequestError(
+          '--cluster asks the cluster for the coordinator, and here is none '
+          f'that JAX knows ({error}): pass --coordinator, --num_processes and '
+          '--process_id, or run it by SLURM, Open MPI, Kubernetes or on a TPU'
+      ) from error
   else:
     jax.distributed.initialize(
         several.coordinator, several.num_processes, several.process_id,

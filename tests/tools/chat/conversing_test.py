@@ -64,6 +64,7 @@ def test_commands(pipe, tmp_path):
 
 @pytest.mark.parametrize('text, words', [
     ('/resett\n', 'no command /resett: choose from /reset, /system'),
+    ('a\n/save /no/where\n', "/save cannot write '/no/where': No such file"),
     ('a\n/save\n', 'needs the name'), ('/save x\n', 'nothing to save'),
     (b'ok\n\xff\n', 'standard input, line 2, is not UTF-8')])
 def test_what_is_wrong_in_a_pipe_is_a_sentence(pipe, text, words):

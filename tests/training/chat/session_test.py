@@ -107,6 +107,14 @@ def test_a_conversation_that_is_too_long_is_refused_and_stays(model):
   assert talking.ended == 'context'
 
 
+def test_a_template_that_makes_nothing_is_refused(model):
+  _, talking = make(model, chat.templated(chat_templates.make(
+      'nothing', '{% if false %}x{% endif %}', BYTES)))
+  with pytest.raises(RequestError, match='makes nothing of the conversation'):
+    ask(talking, 'a')
+  assert not talking.messages
+
+
 def test_the_system_text_and_a_new_conversation(model):
   _, talking = make(model, chat.templated(TEMPLATE), system='be brief')
   alone = ask(talking, 'a')

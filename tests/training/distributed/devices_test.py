@@ -111,3 +111,11 @@ def test_how_a_process_joins_the_others(monkeypatch):
   monkeypatch.setenv('JAX_NUM_PROCESSES', '2')
   monkeypatch.setenv('JAX_PROCESS_ID', '1')
   assert processes.how_to_join() == ('[::1]:1234', 2, 1, False)
+
+
+def test_a_cluster_that_is_none_is_one_sentence(monkeypatch):
+  def initialize(**_):
+    raise ValueError('coordinator_address should be defined.')
+  monkeypatch.setattr(processes.jax.distributed, 'initialize', initialize)
+  with pytest.raises(errors.RequestError, match='--cluster asks .* pass --co'):
+    processes.initialize(processes.how_to_join(cluster=True))

@@ -222,6 +222,15 @@ def test_a_turn_without_a_role_is_refused(talks):
     pipeline.training_loader(_config(f'{talks}:bad'), BYTES)
 
 
+def test_rows_that_end_before_every_answer_are_refused(talks):
+  before = len(tokenizers.load('bytes').encode(VICUNA.partition(' Hi!')[0]))
+  source = f'{talks}:messages'
+  pipeline.training_loader(_config(source, length=before + 1), BYTES)
+  with pytest.raises(ValueError, match=f'length is {before}, .* after {before} '
+                     'tokens or more: there is nothing to predict'):
+    pipeline.training_loader(_config(source, length=before), BYTES)
+
+
 def test_lines_of_alpaca_end_where_json_lines_do(tmp_path):
   path = tmp_path / 'x.jsonl'
   record = dict(instruction='a', output='one\u2028two\u0085three')
