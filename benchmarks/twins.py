@@ -101,7 +101,9 @@ def curve(rows: list[dict], row) -> dict:
   evals = [r for r in rows if r['split'] == 'eval']
   sides = objectives.of(config).row_lengths(config)
   per_step = config.data.batch_size * sum(sides) * (
-      flops.training_flops_per_token(totals.resolved(config), *sides))
+      flops.training_flops_per_token(
+          totals.resolved(config), *sides,
+          unread=objectives.of(config).unread(config, sides[0])))
   return dict(
       parameters=figures['parameters'], active=figures['active_parameters'],
       flops_per_step=per_step, steps=[r['step'] for r in evals],

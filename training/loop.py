@@ -164,8 +164,10 @@ class _Loop:
   def _flops(self, rows: int, sides: tuple[int, ...]) -> float:
     """Returns the FLOPs of all members in a step whose rows have `sides`
     tokens."""
+    unread = self.loaders[0].objective.unread(self.program.config, sides[0])
     return len(self.members) * rows * sum(sides) * (
-        flops.training_flops_per_token(self.program.model, *sides))
+        flops.training_flops_per_token(self.program.model, *sides,
+                                       unread=unread))
 
   def _next(self, streams: Sequence[Iterator], n: int):
     """Returns the batch of the step after step n."""
@@ -265,9 +267,10 @@ class _Loop:
       if whole and self.tasks.due(n):
         self._do_tasks(n, state, figures)
     for row, member in self.live.items():
-      if figures[row]:
+      # Where a signal keeps the best from being known, all is done again.
+      if figures[row] and not (member.best and self._cut_short(n)):
         member.write(n, 'eval', figures[row])
-        if member.best and member.best.seen < n and not self._cut_short(n):
+        if member.best and member.best.seen < n:
           member.best.take(n, figures[row])
           member.saved.best = member.best.record()
 

@@ -12,7 +12,7 @@ MUTANTS = {
          'return len(found) / counts', 'labelled_files: balanced'),
         ("if corpus.split == 'train' else None)", 'if True else None)',
          'labelled_files: balanced'),
-        ('tuple(sorted(found, key=int))', 'tuple(sorted(found))',
+        ('tuple(sorted(labels, key=int))', 'tuple(sorted(labels))',
          'labelled_files: in_order'),
         ('if sizes[0] <= sizes[1] else', 'if sizes[0] < sizes[1] else',
          'labelled_files: cut_as'),

@@ -119,7 +119,8 @@ class Saved:
 @pytest.fixture(name='train')
 def _train(tmp_path, monkeypatch):
   """Returns a function that trains; see `Program`."""
-  monkeypatch.setattr(loop.flops, 'training_flops_per_token', lambda *_: 1.0)
+  monkeypatch.setattr(loop.flops, 'training_flops_per_token',
+                      lambda *_, **__: 1.0)
 
   def train(*rows, due=(), stop=None, start=0, best=None, **fields):
     config = base.base()

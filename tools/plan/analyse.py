@@ -189,12 +189,16 @@ def model_flops(run: runs.Run, name: str) -> dict[str, float]:
     # The prompt and, one at a time, all tokens after it but the last, which is
     # not read: in the sum, a forward pass over them.
     sides = [sides[0] - 1]
-  times = config.data.batch_size * (3 if name == 'train' else 1)
-  needed = {part: times * n for part, n in
+  rows = config.data.batch_size
+  if name == 'train':
+    unread = objectives.of(config).unread(config, sides[0])
+    return {part: rows * n for part, n in flops.training_flops(
+        c, *sides, unread=unread).items()}
+  needed = {part: rows * n for part, n in
             flops.forward_flops(c, *sides).items()}
-  if name != 'train':  # the head reads those that a token is drawn after
-    unread = sides[0] - compiling.DRAWN[name]
-    needed['weights'] -= times * unread * 2 * c.d_model * c.vocab_size
+  # The head reads those that a token is drawn after.
+  unread = sides[0] - compiling.DRAWN[name]
+  needed['weights'] -= rows * unread * 2 * c.d_model * c.vocab_size
   return needed
 
 

@@ -40,10 +40,12 @@ def of(config) -> Cost:
   from training.data import ramp
   from training.workdir import run_config
   model = _resolved(config)
-  lengths = objectives.of(config).row_lengths(config)
+  objective = objectives.of(config)
+  lengths = objective.row_lengths(config)
   params, active = _parameters(model)
   return Cost(
-      params, active, flops.training_flops_per_token(model, *lengths),
+      params, active, flops.training_flops_per_token(
+          model, *lengths, unread=objective.unread(config, lengths[0])),
       int(ramp.of(config).before(config.train.steps)) * sum(lengths),
       run_config.flatten_dict({'model': dataclasses.asdict(model)}))
 

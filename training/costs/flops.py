@@ -64,17 +64,32 @@ def forward_flops_per_token(model: ModelConfig, length: int,
   return total / (length + decoder_length)
 
 
-def training_flops_per_token(model: ModelConfig, length: int,
-                             decoder_length: int = 0) -> float:
-  """Forward and backward: three times the forward pass, less the gradients of
-  the weights that low-rank adapters leave frozen."""
+def training_flops(model: ModelConfig, length: int, decoder_length: int = 0,
+                   unread: int = 0) -> dict[str, float]:
+  """Returns those of a sequence, forward and backward, by part: three times the
+  forward pass, less the gradients of the weights that low-rank adapters leave
+  frozen. Those that optim.freeze names count as if they were trained.
+
+  Args:
+    model, length, decoder_length: as of `forward_flops`.
+    unread: the places that the head does not read (Objective.unread).
+  """
   c = architectures.resolve(model)
-  total = 3 * forward_flops_per_token(c, length, decoder_length, True)
+  found = {part: 3 * n for part, n in forward_flops(
+      c, length, decoder_length, True).items()}
   if c.lora.rank:
-    frozen = forward_flops(adapters.plain(c), length, decoder_length,
-                           True)[WEIGHTS]
-    total -= frozen / (length + decoder_length)
-  return total
+    found[WEIGHTS] -= forward_flops(adapters.plain(c), length, decoder_length,
+                                    True)[WEIGHTS]
+  passes = 2 if c.lora.rank else 3
+  found[WEIGHTS] -= passes * unread * 2 * c.d_model * c.vocab_size
+  return found
+
+
+def training_flops_per_token(model: ModelConfig, length: int,
+                             decoder_length: int = 0, unread: int = 0) -> float:
+  """Returns the mean of `training_flops` over a sequence's tokens."""
+  return sum(training_flops(model, length, decoder_length, unread).values()) / (
+      length + decoder_length)
 
 
 def decode_flops(model: ModelConfig, keys: int, memory: int = 0

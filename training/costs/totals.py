@@ -58,7 +58,8 @@ def count(config: ml_collections.ConfigDict, length: int = 0,
       'active_by_part': {k: round(v) for k, v in _by_part(active).items()},
       'length': length,
       'flops_per_token': {
-          'training': flops.training_flops_per_token(model, length, other),
+          'training': flops.training_flops_per_token(
+              model, length, other, _unread(config, length)),
           'prefill': flops.forward_flops_per_token(model, length, other),
           'decode': sum(flops.decode_flops(model, length, other).values())
                     if decodes else None,
@@ -85,7 +86,11 @@ def brief(config: ml_collections.ConfigDict) -> dict:
   return {'rumoured': _rumoured(model), 'parameters': total,
           'active_parameters': active,
           'training_flops_per_token': flops.training_flops_per_token(
-              model, length, length if both else 0)}
+              model, length, length if both else 0, _unread(config, length))}
+
+
+def _unread(config: ml_collections.ConfigDict, length: int) -> int:
+  return objectives.of(config).unread(config, length)
 
 
 def _rumoured(model: ModelConfig) -> bool:

@@ -6,7 +6,7 @@ cache because a corpus has millions of them; labelled data seldom have.
 """
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 import math
 from typing import Any, NamedTuple
 
@@ -64,9 +64,15 @@ def labels_of(config: Any) -> tuple[str, ...]:
           f'data source {config.data.source!r} has {len(found):,} labels in '
           f'{len(records):,} records: is the last of its FIELDS the column of '
           'the labels?')
-  if all(label.removeprefix('-').isdecimal() for label in found):
-    return tuple(sorted(found, key=int))
-  return tuple(sorted(found))
+  return in_order(found)
+
+
+def in_order(labels: Iterable[str]) -> tuple[str, ...]:
+  """Returns labels, numbers by their size and others by the alphabet."""
+  labels = set(labels)
+  if all(label.removeprefix('-').isdecimal() for label in labels):
+    return tuple(sorted(labels, key=int))
+  return tuple(sorted(labels))
 
 
 def _check_first_lines(records: Sequence[Any],

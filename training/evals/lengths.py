@@ -22,8 +22,9 @@ TOKENS = 2 ** 17  # at each length, at least
 
 def sources(evaluation: Evaluation, multiple: int
             ) -> Iterator[tuple[float, list]]:
-  """Yields (weight of a token, batches) of each source: the same held-out
-  text at each length, in as many tokens a batch as the mesh allows."""
+  """Yields (weight of a token, batches) of each source, in as many tokens a
+  batch as the mesh allows. Where more than TOKENS are held out, other stretches
+  of them are read at each length."""
   config = evaluation.run.config.copy_and_resolve_references()
   length = config.data.length * multiple
   shards = math.prod(evaluation.run.mesh.shape.values())

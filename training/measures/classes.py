@@ -14,6 +14,7 @@ import warnings
 import numpy as np
 
 from configs.errors import RequestError, require
+from training.data import records
 from training.measures import Measured
 
 SHOWN = 20  # labels of a printed confusion matrix
@@ -64,7 +65,7 @@ def of_texts(view: Any, written: Sequence[tuple[str, str, bool]],
     written: (what the model wrote, the label) of each row, and more.
   """
   del view, config, options
-  labels = sorted({target for _, target, *_ in written})
+  labels = records.in_order(target for _, target, *_ in written)
   require(len(labels) > 1, f'what is held out has one label, {labels[0]!r}: '
           'there is nothing to measure')
   numbers = {label: i for i, label in enumerate(labels)}

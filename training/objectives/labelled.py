@@ -13,7 +13,9 @@ the row off [CLS], or off its last token (architectures/parts/heads.py).
   regression       (score - number)^2
 
 The loss is a mean over the rows of a batch; with data.class_weights one in
-which a row counts as its label says, as torch's CrossEntropyLoss takes it.
+which a row counts as its label says, as torch's CrossEntropyLoss takes it; but
+with label smoothing torch weighs the smoothed share of each label by that
+label's own weight, and here all of a row's loss has the row's.
 Evaluations weigh all rows alike.
 """
 

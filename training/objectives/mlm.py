@@ -173,6 +173,13 @@ def _real_B(batch: Mapping[str, jax.Array]) -> jax.Array:
   return (batch['segment_ids'] != 0).any(1).astype(jnp.float32)
 
 
+def unread(config: Config, length: int) -> int:
+  """Returns how many places of a row `masked_words` leaves out."""
+  M = most(config.data.mask_rate, length)
+  return 0 if config.data.whole_words or config.mesh.context > 1 else max(
+      length - M, 0)
+
+
 def masked_words(output: Output, batch: Mapping[str, jax.Array],
                  config: Config) -> dict[str, Mean]:
   """Returns record.given_token of the tokens to predict: the head reads no
@@ -230,11 +237,12 @@ OBJECTIVES = {
         ('encoder',), packing.Passages, mlm, _mlm_arrays, ('tokens',),
         {'positions': 'positions_BL', 'segment_ids': 'segment_ids_BL'},
         ('segment_ids',), reads=(*_READS, 'data.document_mask'), fill=_pad,
-        figures=masked_words),
+        figures=masked_words, unread=unread),
     'mlm_nsp': Objective(
         ('encoder',), packing.Stretches, mlm_nsp, _nsp_arrays, ('tokens',),
         {'types': 'type_ids_BL', 'segment_ids': 'segment_ids_BL'},
         ('segment_ids',), reads=_READS, fill=_pad, figures=mlm_and_nsp,
+        unread=unread,
         terms={'mlm_loss': record.targets, 'nsp_loss': rows},
         check=_check_next_sentence),
 }

@@ -184,6 +184,8 @@ class Objective(NamedTuple):
     measured: the names of its figures, as patterns of fnmatch.
     ignores: fields of the config that most objectives read and this one does
       not.
+    unread: (config, tokens of a row) -> how many of its places the head does
+      not read in training.
     perplexity: whether e to the power of the loss is one.
     check: raises RequestError for a config that it cannot train by.
     vocab_size: (config, tokenizer) -> how many ids its data have.
@@ -215,6 +217,7 @@ class Objective(NamedTuple):
   measure: Callable[..., Any] | None = None
   measured: tuple[str, ...] = ()
   ignores: tuple[str, ...] = ()
+  unread: Callable[[Config, int], int] = lambda config, length: 0
   perplexity: bool = True
   check: Callable[[Config], None] = lambda config: None
   vocab_size: Callable[[Config, Tokenizer], int] = tokenizers_size

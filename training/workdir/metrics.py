@@ -36,11 +36,13 @@ class JsonlWriter:
 
   def __init__(self, workdir: epath.Path, resumed_step: int):
     path = pathlib.Path(workdir) / METRICS
-    _drop_after(path, resumed_step)
+    self._there = _drop_after(path, resumed_step)
     self._file = writing.File(path)
 
   def write(self, step: int, split: str, figures: Mapping[str, Any]) -> None:
     row = {'step': int(step), 'split': split}
+    if tuple(row.values()) in self._there:
+      return  # evaluated again, to know whether it is the best
     row.update((name, plain(value)) for name, value in figures.items())
     # One call a line: what is read while the run goes on is whole.
     self._file.write((json.dumps(row, allow_nan=False) + '\n').encode())
@@ -253,15 +255,19 @@ def _heat_map(rows: list[list[float]], image_proto: Any):
                      colorspace=1, encoded_image_string=file.getvalue())
 
 
-def _drop_after(path: pathlib.Path, step: int) -> None:
-  """Drops the lines past `step`, and one cut short, in one atomic move."""
+def _drop_after(path: pathlib.Path, step: int) -> set[tuple[int, str]]:
+  """Drops the lines past `step`, and one cut short, in one atomic move; returns
+  (step, split) of those of `step`."""
   if not path.exists():
-    return
+    return set()
   lines = path.read_bytes().splitlines(keepends=True)
-  kept = [line for line in lines if line.endswith(b'\n')
-          and (row := _parse(line)) is not None and row['step'] <= step]
+  rows = [_parse(line) if line.endswith(b'\n') else None for line in lines]
+  kept = [line for line, row in zip(lines, rows)
+          if row is not None and row['step'] <= step]
+  there = {(step, row.get('split')) for row in rows
+           if row is not None and row['step'] == step}
   if kept == lines:
-    return
+    return there
   new = path.with_suffix('.jsonl.new')
   with writing.to(path):
     with new.open('wb') as file:
@@ -269,6 +275,7 @@ def _drop_after(path: pathlib.Path, step: int) -> None:
       file.flush()
       os.fsync(file.fileno())
     os.replace(new, path)
+  return there
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

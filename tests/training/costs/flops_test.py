@@ -13,8 +13,9 @@ import architectures
 from architectures.parts import ffn, linear, mixers
 from architectures.parts.attention import multi_head, visibility
 from architectures.parts.config import LayerKind
-from configs import base, t5
+from configs import base, bert, t5
 from tests.helpers import flops_formulas as formulas
+from training import objectives, step
 from training.costs import flops, peaks, totals, traced
 
 LENGTH = 24
@@ -203,6 +204,29 @@ def test_keys_of_the_memory_are_each_layers_own():
   assert half[name] == whole[name] > 0
   name = 'kv_cache_bytes_per_token'
   assert 2 * half[name] == whole[name]
+
+
+@pytest.mark.parametrize('whole_words', [False, True])
+def test_a_step_of_masked_words_is_what_its_program_multiplies(whole_words):
+  """The head reads the masked places alone, unless words are masked whole."""
+  config = bert.get_config('tiny')
+  config.model.update(dropout=0.0, attention_dropout=0.0, remat='none',
+                      vocab_size=5000)
+  config.data.whole_words = whole_words
+  c, L = totals.resolved(config), config.data.length
+  module, objective = architectures.build(c), objectives.of(config)
+  loss = lambda params, batch: objective.loss(objective.apply(
+      module, params, batch), batch, config)[0]
+  program = jax.make_jaxpr(jax.grad(loss))(step.parameter_shapes(module), {
+      key: jax.ShapeDtypeStruct(shape, dtype) for key, (shape, dtype)
+      in objectives.shapes(config).items()})
+  multiplied = traced.count(program, traced.Place('gpu', useful=True)).flops
+  unread = objective.unread(config, L)
+  assert unread == (0 if whole_words else L - round(0.15 * L))
+  said = flops.training_flops_per_token(c, L, unread=unread)
+  assert said * L * config.data.batch_size == pytest.approx(multiplied,
+                                                            rel=0.02)
+  assert said == totals.count(config)['flops_per_token']['training']
 
 
 def test_gpt3_as_published():

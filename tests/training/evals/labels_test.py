@@ -89,6 +89,11 @@ def test_a_text_that_is_no_label_is_never_right():
   assert figures['accuracy'] == 0.5
   assert figures['labels'] == ['no', 'yes', classes.NONE]
   assert figures['f1'] == pytest.approx(2 * 1 / (1 + 3))
+  numbers = classes.of_texts(None, [
+      (text, target, text == target) for text, target in (
+          ('9', '9'), ('10', '10'), ('10', '9'))]).figures
+  assert numbers['labels'] == ['9', '10']  # as a classifier's are
+  assert numbers['f1'] == pytest.approx(2 * 1 / (1 + 2))
   with pytest.raises(ValueError, match="one label, 'yes'"):
     classes.of_texts(None, [('no', 'yes', False)])
 

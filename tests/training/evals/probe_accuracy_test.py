@@ -68,7 +68,8 @@ def test_counts_are_those_of_numpy():
   rows = asked.any(1)
   assert found.tolist() == [
       (right & asked).sum(), asked.sum(),
-      sum(right[i][asked[i]].all() for i in np.flatnonzero(rows)), rows.sum()]
+      sum(right[i][asked[i]].all() for i in np.flatnonzero(rows)), rows.sum(),
+      (asked.sum(1) ** 2).sum()]
 
 
 @pytest.fixture(scope='module')

@@ -135,18 +135,33 @@ def test_the_bound_is_the_loss_of_a_text_in_a_random_order():
                segment_ids=np.ones((rows, L), np.int32),
                weights=np.zeros((rows, L), np.float32))
   program = jax.jit(bound._program(module, config, BYTES.mask_id, 6))
-  total_K, tokens = program(params, batch, np.uint32(0))
-  assert tokens == rows * L
-  draws_K = np.asarray(total_K) / rows
+  sums = np.asarray(program(params, batch, np.uint32(0)), np.float64)
+  assert sums[[1, 4, 5]].tolist() == [rows * L, rows * L ** 2, rows]
+  found = sums[0] / rows
   # A third of the draws masks one, two or three of the three tokens; which
   # ones is chance, whose spread says how far their mean may be away.
   kinds = [[nats[hidden][list(hidden)].sum() * L / sum(hidden)
             for hidden in nats if sum(hidden) == many] for many in (1, 2, 3)]
   assert np.mean([np.mean(x) for x in kinds]) == pytest.approx(np.mean(orders))
   error = (np.mean([np.var(x) for x in kinds]) / (rows * 6)) ** 0.5
-  assert draws_K.mean() == pytest.approx(np.mean(orders), abs=4 * error)
-  assert error < 0.01 * np.mean(orders)
+  assert found == pytest.approx(np.mean(orders), abs=4 * error)
+  # Every row is the same text, so that they differ by their draws alone.
+  told = bound._error(*sums) * L
+  assert told < error < 0.01 * np.mean(orders)
   assert np.ptp([np.mean(x) for x in kinds]) > 8 * error
+
+
+def test_the_error_of_a_bound_is_that_of_a_ratio_over_rows():
+  rng = np.random.default_rng(0)
+  errors, ratios = [], []
+  for _ in range(400):
+    n = rng.integers(5, 20, 60).astype(float)
+    x = n * rng.normal(2, 0.3, 60)
+    ratios.append(x.sum() / n.sum())
+    errors.append(bound._error(x.sum(), n.sum(), (x ** 2).sum(), (x * n).sum(),
+                               (n ** 2).sum(), 60))
+  assert np.mean(errors) == pytest.approx(np.std(ratios), rel=0.1)
+  assert np.isnan(bound._error(3.0, 2.0, 9.0, 6.0, 4.0, 1))
 
 
 def by_numpy(module, params, prompt, new, steps, mask):

@@ -57,6 +57,16 @@ def test_after_a_resume_no_step_stands_twice(tmp_path):
   assert [row['step'] for row in rows(tmp_path)] == [5]
 
 
+def test_an_evaluation_that_is_made_again_is_not_written_again(tmp_path):
+  for loss in (1.0, 2.0):
+    writer = metrics.JsonlWriter(tmp_path, 10 if loss > 1 else 0)
+    writer.write(10, 'eval', dict(loss=loss))
+    writer.write(11, 'eval', dict(loss=loss))
+    writer.close()
+  assert [(row['step'], row['loss']) for row in metrics.read(
+      tmp_path / metrics.METRICS)] == [(10, 1.0), (11, 2.0)]
+
+
 @pytest.mark.parametrize('torn', [
     b'{"step": 30, "split": "tr', b'{"step": 20, "split": "eval"}', b'\xe2',
     b'\x00\x00', b'30\n'])

@@ -4,6 +4,8 @@ Of a row of n tokens each draw masks l of them, and counts the losses of the
 masked tokens n / l times. l is uniform from 1 to n, which gives the same mean
 as a random share of masked tokens and spreads less (LLaDA, arXiv 2502.09992,
 equation 6). The draws of a row take its l evenly spread, from a random start.
+The standard error is that of the mean over rows: of another held-out text of
+the same kind, and by other draws.
 """
 
 import math
@@ -31,27 +33,36 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
                        count), 'bound', count)
   found = []
   for loader in loaders:
-    total_K, tokens = np.zeros(count), 0.0
+    sums = np.zeros(6)
     for n, batch in enumerate(progress.each(
         loader.iterate(), 'evaluating', loader.num_batches)):
-      more_K, of = jax.device_get(step(
-          evaluation.params, own.put(batch), np.uint32(n)))
-      total_K, tokens = total_K + np.float64(more_K), tokens + float(of)
-    found.append((total_K / tokens, tokens))
-  bounds = [draws_K.mean() for draws_K, _ in found]
-  errors = [draws_K.std(ddof=1) / count ** 0.5 if count > 1 else math.nan
-            for draws_K, _ in found]
+      sums += np.float64(jax.device_get(step(
+          evaluation.params, own.put(batch), np.uint32(n))))
+    found.append(sums)
+  bounds = [sums[0] / sums[1] for sums in found]
+  errors = [_error(*sums) for sums in found]
   shares = np.array([loader.share for loader in loaders])
   size = evaluating.mix([loader.bytes_per_token for loader in loaders], loaders)
   loss = evaluating.mix(bounds, loaders)
   bits = loss / (math.log(2) * size)
   error = float(np.hypot.reduce(shares * errors) / shares.sum())
-  tokens = sum(tokens for _, tokens in found)
+  tokens = float(sum(sums[1] for sums in found))
   print(f'bound of {tokens:,.0f} tokens by {count} draws of each row:\n'
         f'  loss <=          {loss:.4f} (standard error {error:.4f})\n'
         f'  bits per byte <= {bits:.4f}')
   return dict(loss=loss, bits_per_byte=bits, standard_error=error,
               samples=count, tokens=tokens)
+
+
+def _error(nats: float, tokens: float, squares: float, products: float,
+           lengths: float, rows: float) -> float:
+  """Returns the standard error of nats / tokens, a ratio over rows (Cochran
+  1977, section 2.11), of the sums of `_program`."""
+  if rows < 2:
+    return math.nan
+  mean = nats / tokens
+  spread = max(squares - 2 * mean * products + mean ** 2 * lengths, 0.0)
+  return math.sqrt(spread * rows / (rows - 1)) / tokens
 
 
 def _program(module: Any, config: Any, mask: int, count: int):
@@ -61,9 +72,9 @@ def _program(module: Any, config: Any, mask: int, count: int):
   from training import losses, objectives, unmask
   objective = objectives.of(config)
 
-  def bound(params: Any, batch: Any, number: jax.Array
-            ) -> tuple[jax.Array, jax.Array]:
-    """Returns the sum over the rows for each draw, [K], and the tokens."""
+  def bound(params: Any, batch: Any, number: jax.Array) -> jax.Array:
+    """Returns sums over the rows, of x, the mean of a row's draws, and n, its
+    tokens: those of x, n, x^2, x n and n^2, and how many rows there are."""
     real_BL = batch['segment_ids'] != 0
     n_B = real_BL.sum(1)
     key = jax.random.fold_in(jax.random.key(0), number)
@@ -82,10 +93,12 @@ def _program(module: Any, config: Any, mask: int, count: int):
           output.hidden, output.head, batch['targets'],
           chunk=config.train.loss_chunk).loss
       sum_B = jnp.where(masked_BL, nats_BL, 0).sum(1)
-      return None, (sum_B * n_B / jnp.maximum(l_B, 1)).sum()
+      return None, sum_B * n_B / jnp.maximum(l_B, 1)
 
-    _, total_K = jax.lax.scan(draw, None, jnp.arange(count))
-    return total_K, n_B.sum()
+    x_B = jax.lax.scan(draw, None, jnp.arange(count))[1].mean(0)
+    n_B = n_B.astype(jnp.float32)
+    return jnp.stack([x_B.sum(), n_B.sum(), (x_B ** 2).sum(), (x_B * n_B).sum(),
+                      (n_B ** 2).sum(), (n_B > 0).astype(jnp.float32).sum()])
   return bound
 
 

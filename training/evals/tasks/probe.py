@@ -3,7 +3,8 @@
 `accuracy` is the share of answers that are right, `rows` the share of rows all
 of whose answers are. An interval is Wilson's, of 95 %, over rows: the answers
 of one row are not independent, and the mean of a row varies at most as much as
-a single answer would, so the interval of the accuracy is rather too wide.
+a single answer would, so the interval of the accuracy is rather too wide. Rows
+that ask for unequal numbers of answers, k, count as (sum k)^2 / sum k^2 rows.
 """
 
 from collections.abc import Iterator, Sequence
@@ -107,16 +108,17 @@ def measured(evaluation: Evaluation, cell: Cell, count: int
       batch))), np.float64) for batch in progress.each(
           loader.iterate(), f'{probes.of(config).level}: {cell.level}',
           loader.num_batches))
-  right, asked, whole, seen = map(float, total)
+  right, asked, whole, seen, squares = map(float, total)
   return dict(
-      accuracy=right / asked, accuracy_95=wilson(right / asked, int(seen)),
+      accuracy=right / asked,
+      accuracy_95=wilson(right / asked, asked ** 2 / squares),
       rows_right=whole / seen, rows_right_95=wilson(whole / seen, int(seen)),
       answers=int(asked), rows=int(seen))
 
 
 def _counts(module: Any, objective: Any):
   """Returns step(params, batch) -> [right answers, answers, rows all right,
-  rows]."""
+  rows, the sum over rows of their answers squared]."""
   import jax.numpy as jnp
 
   from training import losses
@@ -129,12 +131,13 @@ def _counts(module: Any, objective: Any):
     row_B = asked_BL.any(1)
     whole_B = row_B & (right_BL | ~asked_BL).all(1)
     return jnp.stack([(right_BL & asked_BL).sum(), asked_BL.sum(),
-                      whole_B.sum(), row_B.sum()])
+                      whole_B.sum(), row_B.sum(),
+                      (asked_BL.sum(1) ** 2).sum()])
 
   return step
 
 
-def wilson(share: float, count: int) -> tuple[float, float]:
+def wilson(share: float, count: float) -> tuple[float, float]:
   """Returns the bounds of Wilson's 95 % interval (1927) of a share of `count`.
 
   scipy's binomtest has it for whole numbers of successes alone.
