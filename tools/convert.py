@@ -14,7 +14,8 @@ dense model into a mixture of experts.
 train.py continues in it, given its config, and a new run starts from it with
 --config.init_from=WORKDIR. transformers loads what `export` writes. `upcycle`
 copies the dense network of a layer to all of its experts and initialises a
-router (training/hf/upcycling.py); --moe takes fields of config.model.moe.
+router (training/hf/upcycling.py); --moe takes fields of config.model.moe, and
+low-rank adapters are added to the weights first.
 `merge` adds the low-rank adapters of a run to its weights (Hu et al. 2021) and
 makes a workdir of the model without them; `export` does the same before it
 writes. With --adapter, `export` writes the adapters alone, as PEFT's folders
@@ -79,26 +80,28 @@ def import_(source: pathlib.Path, workdir: epath.Path, *, partial: bool,
 def upcycle(source: epath.Path, workdir: epath.Path, *, moe: list[str],
             step: int | str | None, seed: int) -> None:
   """Makes `workdir` of a dense model, as a mixture of experts at step 0."""
-  from training import runs
+  from training import adapters, runs
   from training.hf import generation as hf_generation
   from training.hf import tokenizer as hf_tokenizer
   from training.workdir import restoring
   from training.hf import upcycling
   _check_new(workdir)
   if restoring.directory(source).exists():
-    config, _, params, _ = _from_workdir(source, step)
+    config, module, params, _ = _from_workdir(source, step)
     generation = hf_generation.kept(source)
   else:
     if step is not None:
       raise RequestError(f'{source} is no workdir: it has no step {step}')
-    config, _, params, _ = _from_hf(source, False, seed)
+    config, module, params, _ = _from_hf(source, False, seed)
     generation = hf_generation.of_folder(
         source.parent if source.is_file() else source)
+  module, params = adapters.merge(module, params)
+  config.model.lora = base.base().model.lora
+  config.model = upcycling.config(
+      config.model, upcycling.fields(moe, config.model.moe), module.config)
+  config.init_from = ''
   folder = source.parent if source.is_file() else source
   hf_tokenizer.take(folder, workdir, config)
-  config.model = upcycling.config(
-      config.model, upcycling.fields(moe, config.model.moe))
-  config.init_from = ''
   model, derived = _resolved(config)
   run = runs.build(config, model)
   made = upcycling.params(run.module, run.abstract.params, params, seed)

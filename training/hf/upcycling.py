@@ -30,20 +30,22 @@ TWINS = {'llama': 'mixtral', 't5': 'switch'}
 GIVEN = ('ffn', 'd_ff')
 
 
-def config(model: ml_collections.ConfigDict, moe: dict
-           ) -> ml_collections.ConfigDict:
+def config(model: ml_collections.ConfigDict, moe: dict,
+           dense: ModelConfig | None = None) -> ml_collections.ConfigDict:
   """Returns config.model of the mixture.
 
   Args:
     model: of the dense model.
     moe: what model.moe changes, by field, and `every`: n, where the last of
       every n layers is to have experts.
+    dense: what a run made of `model`, where that leaves fields to be derived.
 
   Raises:
     ValueError: for a model that has experts already, or a field that there
       isn't or that follows from the dense model.
   """
-  require(not architectures.resolve(model).has_experts,
+  dense = dense or architectures.resolve(model)
+  require(not dense.has_experts,
           'model.ffn is moe: this model has experts already, only a dense one '
           'is upcycled')
   require(NONE not in (model.ffn, *(

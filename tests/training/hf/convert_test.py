@@ -116,6 +116,27 @@ def test_words_make_a_mixture_in_every_other_layer():
       upcycling.config(model, upcycling.fields([word], model.moe))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('lora', [
+    {}, dict(rank=2, alpha=4.0, targets='all-linear')])
+def test_a_run_that_derived_its_vocabulary_is_upcycled(lora, tmp_path):
+  """With adapters, from the sums of them and the weights."""
+  config = base.base()
+  config.data.length = 32
+  config.model = models.config('llama', vocab_size=0, max_len=0, lora=lora)
+  model, derived = convert._resolved(config)
+  module, params = models.make('llama', vocab_size=model.vocab_size, lora=lora)
+  convert._save(tmp_path / 'run', config, params, derived)
+  convert.upcycle(tmp_path / 'run', tmp_path / 'moe',
+                  moe=['num_experts=4', 'top_k=2'], step=None, seed=0)
+  _, made, mixture, _ = convert._from_workdir(tmp_path / 'moe', None)
+  assert (made.config.vocab_size, made.config.lora.rank) == (
+      module.config.vocab_size, 0)
+  tokens = models.tokens()
+  models.close(*(jax.jit(lambda p, m=m: models.logits(m, p, tokens))(p)
+                 for m, p in ((module, params), (made, mixture))))
+
+
 def test_experts_are_not_upcycled_again():
   with pytest.raises(ValueError, match='has experts already'):
     upcycling.config(models.config('mixtral'), {})
