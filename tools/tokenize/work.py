@@ -39,11 +39,16 @@ def tokenise(args: Any) -> dict[str, Any]:
   begun = plan.begin(out, planned, tokenizer)
   processes = args.processes or os.cpu_count() or 1
   before = _seen(out, begun)
-  if processes > 1:
-    _spawn(args, job, processes)
-  else:
-    _shards(out, planned, tokenizer, before, plan.of_worker(
-        planned, job, args.jobs))
+  try:
+    if processes > 1:
+      _spawn(args, job, processes)
+    else:
+      _shards(out, planned, tokenizer, before, plan.of_worker(
+          planned, job, args.jobs))
+  except RequestError:
+    if args.jobs == 1:
+      plan.forget(out, begun)
+    raise
   return _end(out, begun, args.holdout_every, before, started)
 
 

@@ -18,7 +18,7 @@ from tests.helpers.shards import BYTES, assert_same, config_of, loaders, spec_of
 from tests.helpers.shards import tokenize
 from tools.tokenize import __main__ as command
 from training.data import pipeline, sources, tokenizers
-from training.data.shards import files, plan
+from training.data.shards import files, plan, write
 from training.data.shards import folder as folders
 
 ROOT = pathlib.Path(__file__).parents[3]
@@ -204,6 +204,44 @@ def test_text_that_cannot_be_read_is_said_as_such(corpus, tmp_path,
       parts=[dataclasses.replace(real(*args).source, read=read)]))
   with pytest.raises(PermissionError, match='some.jsonl'):
     tokenize(corpus, tmp_path / 'x')
+  assert not (tmp_path / 'x').exists()
+
+
+@pytest.mark.parametrize('first, second', [
+    ('', ''), ('{"text": ""}', ''), ('{"txt": "a"}', '{"text": "b"}'),
+    ('{"text": "a"}', ''), ('{"text": "a"}', '{"text": ""}')])
+def test_a_refused_source_leaves_nothing(first, second, tmp_path):
+  """Which would refuse the corrected one: in the first of two files, the
+  second, or both."""
+  for name, text in zip('ab', (first, second)):
+    (tmp_path / f'{name}.jsonl').write_text(text)
+  words = [f'jsonl:{tmp_path}/*.jsonl:text', '--out', str(tmp_path / 'x')]
+  with pytest.raises(RequestError, match="holds no text|no field 'te"):
+    command.main(words)
+  assert not (tmp_path / 'x').exists()
+  for name in 'ab':
+    (tmp_path / f'{name}.jsonl').write_text('{"text": "end"}')
+  assert command.main(words) == 0
+
+
+def test_a_refused_command_keeps_what_is_finished(corpus, shards, tmp_path):
+  """And, as one of several jobs, what the others go on with."""
+  def read(_):
+    yield 'x' * write.CHUNK_CHARS
+    raise RequestError('line 2 is none')
+
+  begun = (shards / 'begun.json').read_bytes()
+  (shards / '00001.json').unlink()
+  real = plan.of
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(plan, 'of', lambda *args: real(*args)._replace(
+        parts=[dataclasses.replace(part, read=read)
+               for part in real(*args).parts]))
+    with pytest.raises(RequestError, match='line 2'):
+      tokenize(corpus, shards)
+    with pytest.raises(RequestError, match='line 2'):
+      tokenize(corpus, tmp_path / 'x', '--jobs=2', '--job=0')
+  assert (shards / 'begun.json').read_bytes() == begun
   assert [path.name for path in (tmp_path / 'x').iterdir()] == ['begun.json']
 
 

@@ -6,6 +6,7 @@ each is read by one worker, in order.
 """
 
 from collections.abc import Iterator
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -18,6 +19,7 @@ from training.data.shards import folder as folders
 from training.data.shards import records, write
 from training.data.source import Document, Source
 from training.data.tokenizers import Tokenizer
+from training.workdir import storage
 
 SHARD_BYTES = 256 << 20
 MOST_SHARDS = 1 << 14
@@ -48,7 +50,8 @@ def of(spec: str, every: int, shard_bytes: int = SHARD_BYTES) -> Plan:
     shard_bytes: of text in a shard, unless its first file has more.
 
   Raises:
-    RequestError: for a source that is no text, or a single document.
+    RequestError: for a source that is no text, or a single document, or has
+      a file of no bytes.
   """
   prefix, _, rest = spec.partition(':')
   if prefix == 'hf':
@@ -65,6 +68,9 @@ def of(spec: str, every: int, shard_bytes: int = SHARD_BYTES) -> Plan:
           f'which --holdout_every={every} would hold out all: choose 0, and '
           'give runs a data.eval_source; or let runs read it as it is')
   stats = [(path, os.stat(path).st_size) for path in source.files]
+  for path, size in stats:
+    require(size > 0,
+            f'data source {source.name!r} is empty: {path} holds no text')
   target = max(shard_bytes, sum(size for _, size in stats) // MOST_SHARDS)
   groups: list[list[tuple[str, int]]] = []
   room = 0
@@ -127,6 +133,7 @@ def begin(folder: Any, plan: Plan, tokenizer: Tokenizer) -> dict[str, Any]:
   ours = described(plan, tokenizer)
   path = folder / folders.BEGUN
   if not path.exists():
+    _look_into(plan)
     folder.mkdir(parents=True, exist_ok=True)
     write.put(path, json.dumps(ours, indent=1).encode())
   begun = folders.parsed(path)
@@ -141,6 +148,24 @@ def begin(folder: Any, plan: Plan, tokenizer: Tokenizer) -> dict[str, Any]:
           f'now, {plan.source.name!r}, has other files or is cut otherwise: '
           'choose the same, or another folder for --out')
   return begun
+
+
+def forget(folder: Any, begun: dict[str, Any]) -> None:
+  """Removes begun.json where no shard is finished, and the folder where nothing
+  else is in it: of a command that is refused, and that works alone."""
+  if any(write.all_finished(folder, begun['shards'])):
+    return
+  (folder / folders.BEGUN).unlink()
+  if not storage.in_bucket(folder) and not any(folder.iterdir()):
+    folder.rmdir()
+
+
+def _look_into(plan: Plan) -> None:
+  """Raises RequestError where the first documents are no text: the folder would
+  be begun, and refuse the corrected source."""
+  part = plan.parts[0]
+  with contextlib.closing(write.chunks(documents(part), part.name)) as chunks:
+    next(chunks)
 
 
 def _digest(described_: Any) -> str:

@@ -156,7 +156,7 @@ def _write(path: pathlib.Path, documents: Iterable[Any], tokenizer: Tokenizer,
     pending = records.Pending(dtype)
     # One process: others have other shards.
     for ids_T, sizes_N, bytes_N in token_workers.encode_chunks(
-        tokenizer, _chunks(documents, name), workers=1):
+        tokenizer, chunks(documents, name), workers=1):
       assert ids_T.max(initial=0) < tokenizer.vocab_size
       sizes.append(sizes_N)
       num_bytes.append(bytes_N)
@@ -174,7 +174,8 @@ def _write(path: pathlib.Path, documents: Iterable[Any], tokenizer: Tokenizer,
   return np.concatenate(sizes), np.concatenate(num_bytes)
 
 
-def _chunks(documents: Iterable[Any], name: str) -> Iterator[list[str]]:
+def chunks(documents: Iterable[Any], name: str) -> Iterator[list[str]]:
+  """Yields some documents at a time; RequestError: they are no plain text."""
   chunk, chars = [], 0
   for text in documents:
     require(isinstance(text, str), f'data source {name!r} holds pairs or '
