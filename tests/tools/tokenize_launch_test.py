@@ -9,6 +9,7 @@ import yaml
 from configs.errors import RequestError
 from tools import slurm_array
 from tools.tokenize import __main__ as command
+from tools.tokenize import work
 
 WORDS = ['hf:a b:en$(x)', '--out', 'gs://bucket/c', '--tokenizer', 'bytes:64',
          '--holdout_every=7', '--shard_mib=9', '--processes=0', '--jobs=5']
@@ -70,8 +71,34 @@ def test_gke_is_given_an_indexed_job(capsys):
 @pytest.mark.parametrize('words, sentence', [
     (['--image='], 'pass --image'),
     (['--image=I', '--pvc=claim'], '--pvc is .claim.: write CLAIM:/PATH'),
+    (['--image=I', '--pvc=BAD NAME:/data'], "--pvc is 'BAD NAME:/data'"),
+    (['--image=I', '--cpu=abc'], "--cpu is 'abc': write an amount"),
+    (['--image=I', '--memory', '-3'], "--memory is '-3': write an amount"),
+    (['--image=I', '--namespace=A B'], "--namespace is 'A B'"),
+    (['--image=I', '--service_account=x y'], "--service_account is 'x y'"),
+    (['--image=I', '--queue=QUEUE'], "--queue is 'QUEUE'"),
+    (['--image=a b'], '--image is .a b.'),
     (['--image=I', '--out=/a'], '--out is ./a., and every pod'),
     (['--image=I', '--out=/a', '--pvc=c:/b'], '--out is ./a., and every pod')])
 def test_what_pods_would_not_find_is_refused(words, sentence):
   with pytest.raises(RequestError, match=sentence):
     command.main([*WORDS, '--launcher=gke', '--dry_run', *words])
+
+
+@pytest.mark.parametrize('words, sentence', [
+    (['--dry_run'], '--dry_run is for --launcher=slurm or gke, and --launcher '
+     'is here'),
+    (['--image=I'], '--image is for --launcher=gke'),
+    (['--slurm='], '--slurm is for --launcher=slurm'),
+    (['--launcher=slurm', '--pvc=c:/d'], '--pvc is for --launcher=gke, and '
+     '--launcher is slurm'),
+    (['--launcher=gke', '--logs=logs'], '--logs is for --launcher=slurm'),
+    (['--launcher=gke', '--job=0'], '--job is for --launcher=here'),
+    (['--verify'], '--verify reads .*: leave --tokenizer, --holdout_every, '
+     '--shard_mib, --processes, --jobs out'),
+    (['--verify', '--launcher=here'], 'leave .*, --launcher out')])
+def test_a_flag_that_is_not_read_is_refused(words, sentence, monkeypatch):
+  for name in ('tokenise', 'verify'):
+    monkeypatch.setattr(work, name, lambda _: pytest.fail('it worked'))
+  with pytest.raises(RequestError, match=sentence):
+    command.main([*WORDS, *words])

@@ -48,14 +48,21 @@ def check(args) -> None:
   for name, most in _MOST.items():
     require(args[name].value <= most,
             f'--{name} is {args[name].value}: choose {most:,} or less')
+  check_texts(args)
+
+
+def check_texts(args) -> None:
+  """Raises RequestError for a name or an amount that Kubernetes would refuse:
+  of flags that any pod has, whether it trains or not."""
   for name in ('cpu', 'memory'):
-    require(not args[name].value or _AMOUNT.fullmatch(args[name].value)
-            is not None, f'--{name} is {args[name].value!r}: write an amount '
-            'of Kubernetes, as 96, 1500m or 400Gi')
+    text = getattr(args, name)
+    require(not text or _AMOUNT.fullmatch(text) is not None, f'--{name} is '
+            f'{text!r}: write an amount of Kubernetes, as 96, 1500m or 400Gi')
   require(bool(args.namespace) and '.' not in args.namespace, '--namespace is '
           f'{args.namespace!r}: choose small letters, digits and dashes')
   for name, most in _NAMES.items():
-    _check_name(f'--{name}', args[name].value, args[name].value, most)
+    text = getattr(args, name, '')
+    _check_name(f'--{name}', text, text, most)
   require(not re.search(r'\s', args.image), f'--image is {args.image!r}: a '
           'name of an image has no blanks')
   volume(args)
@@ -86,7 +93,8 @@ def volume(args) -> tuple[str, str]:
   _check_name('--pvc', args.pvc, claim, 253)
   require(':' not in path, f'--pvc is {args.pvc!r}: Kubernetes mounts nothing '
           'at a path with a colon')
-  require(not args.gpu or not path or pathlib.PurePosixPath(path)
+  gpu = getattr(args, 'gpu', '')
+  require(not gpu or not path or pathlib.PurePosixPath(path)
           != pathlib.PurePosixPath(SHARED_MEMORY), f'--pvc is {args.pvc!r}, '
           f'and the GPUs of a pod exchange data in {SHARED_MEMORY}: choose '
           'another path')

@@ -23,6 +23,14 @@ from configs.errors import RequestError, require
 from training import cli, limits
 
 LAUNCHERS = ('here', 'slurm', 'gke')
+# What each reads, beside the source; --verify reads --out and --json alone.
+WORK = ('out', 'tokenizer', 'holdout_every', 'shard_mib', 'processes', 'jobs',
+        'launcher')
+FLAGS = {
+    'here': (*WORK, 'job', 'json'),
+    'slurm': (*WORK, 'slurm', 'logs', 'dry_run'),
+    'gke': (*WORK, 'image', 'queue', 'namespace', 'service_account', 'pvc',
+            'cpu', 'memory', 'dry_run')}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -65,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
       ('cpu', 'asked for by each pod, as 8'),
       ('memory', 'asked for by each pod, as 16Gi')):
     parser.add_argument(f'--{name}', default='', help=f'of gke: {text}')
+  parser.set_defaults(namespace='default')
   parser.add_argument('--dry_run', action='store_true',
                       help='of slurm and gke: only print what would be done')
   parser.add_argument('--verify', action='store_true', help='read all shards '
@@ -73,8 +82,27 @@ def _parser() -> argparse.ArgumentParser:
   return parser
 
 
+def _check_read(given: list[str], launcher: str, verify: bool) -> None:
+  """Raises RequestError for a flag that the command would not read."""
+  if verify:
+    wrong = [f'--{name}' for name in given
+             if name not in ('verify', 'out', 'json', 'source')]
+    require(not wrong, f'--verify reads the shards of --out and nothing else: '
+            f'leave {", ".join(wrong)} out')
+  for name in given:
+    of = [place for place, names in FLAGS.items() if name in names]
+    require(not of or launcher in of, f'--{name} is for --launcher='
+            f'{" or ".join(of)}, and --launcher is {launcher}: leave it out')
+
+
 def main(argv: list[str] | None = None) -> int:
-  args = _parser().parse_args(argv)
+  parser = _parser()
+  args = parser.parse_args(argv)
+  # A default is for what the namespace lacks: here, for nothing.
+  nothing = argparse.Namespace(**dict.fromkeys(vars(args)))
+  given = [name for name, value in vars(
+      parser.parse_args(argv, nothing)).items() if value is not None]
+  _check_read(given, args.launcher, args.verify)
   for name, least, most in (
       ('holdout_every', 0, 2**31), ('shard_mib', 1, 2**20),
       ('processes', 0, 512), ('jobs', 1, 100_000)):

@@ -10,6 +10,7 @@ from typing import Any
 
 from configs.errors import EnvironmentFailure, require
 from tools import slurm_array
+from tools.launch import pods
 from training.workdir import storage
 
 # A pod that was evicted is started again without being counted; a wrong
@@ -54,9 +55,8 @@ def manifest(args: Any) -> dict[str, Any]:
   """Returns the indexed Job, whose pods are the jobs of the array."""
   require(bool(args.image), 'pass --image, a container image with this '
           'repository as its working directory')
-  claim, _, path = args.pvc.partition(':')
-  require(not args.pvc or bool(claim) and path.startswith('/'),
-          f'--pvc is {args.pvc!r}: write CLAIM:/PATH')
+  pods.check_texts(args)
+  claim, path = pods.volume(args)
   inside = path and pathlib.PurePath(args.out).is_relative_to(path)
   require(storage.in_bucket(args.out) or bool(inside), '--out is '
           f'{args.out!r}, and every pod must find it at the same place: choose '
@@ -67,8 +67,7 @@ def manifest(args: Any) -> dict[str, Any]:
       'restartPolicy': 'Never',
       'containers': [{
           'name': 'tokenize', 'image': args.image,
-          # Kubernetes would put variables in place of $(NAME).
-          'command': [word.replace('$', '$$')
+          'command': [pods.literal(word)
                       for word in _words(args, ['python'], [])]}]}
   if asked:
     pod['containers'][0]['resources'] = {'requests': asked}
@@ -83,7 +82,7 @@ def manifest(args: Any) -> dict[str, Any]:
   return {
       'apiVersion': 'batch/v1', 'kind': 'Job',
       'metadata': {'name': _name(args.out), 'labels': labels,
-                   'namespace': args.namespace or 'default'},
+                   'namespace': args.namespace},
       'spec': {
           'completions': args.jobs, 'parallelism': args.jobs,
           'completionMode': 'Indexed', 'backoffLimitPerIndex': RETRIES,
