@@ -27,7 +27,7 @@ flags.DEFINE_bool('print_config', False, 'Print the config as JSON, with '
 flags.DEFINE_bool('allow_config_change', False,
                   'Resume the run although its config differs from this one.')
 flags.DEFINE_string('profile_steps', '',
-                    'Trace steps FIRST:LAST, such as 10:13, into '
+                    'Trace steps START:STOP, as 10:13 for 10, 11 and 12, into '
                     'WORKDIR/profile.')
 flags.DEFINE_string('coordinator', '', 'In a run of several processes, the '
                     'host:port of process 0.')

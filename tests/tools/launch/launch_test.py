@@ -246,6 +246,9 @@ def test_the_command_line(tmp_path):
   error = launch(*gke_words, '--config=configs/mixtral.py:8x7b', code=2).stderr
   assert 'parameters 174.0 GiB, optimizer 348.0 GiB, gradients 174.0' in error
   assert 'TPU v5 lite has 15.8 GiB' in error
+  error = launch('slurm', '--config=configs/gpt.py', f'--workdir={tmp_path}/x',
+                 '--profile_steps=5:2', '--dry_run', code=2).stderr
+  assert "--profile_steps is '5:2', which holds no step" in error
   assert "choose from local" in launch('moon', code=2).stderr
 
 
