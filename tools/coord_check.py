@@ -74,9 +74,11 @@ def main():
     one_of('--mixers', mixer, mixers.MIXERS)
   one_of('--widen', args.widen, WIDEN)
   one_of('--optimizer', args.optimizer, LRS)
-  require(all(w.isdigit() for w in args.widths) and len(args.widths) > 1,
-          f'--widths is {",".join(args.widths)}: give two numbers or more')
+  require(all(w.isdecimal() for w in args.widths),
+          f'--widths is {",".join(args.widths)}: give numbers')
   widths = sorted(int(w) for w in args.widths)
+  require(len(set(widths)) == len(widths) > 1, f'--widths is '
+          f'{",".join(args.widths)}: give two numbers or more, each once')
   require(args.steps > 0 and args.seeds > 0,
           f'--steps is {args.steps} and --seeds {args.seeds}: both must be > 0')
   json_file = storage.output(args.json, '--json')
@@ -258,7 +260,7 @@ def plot(rows: list[dict], path: str) -> None:
   figure.legend(*panels[0][0].get_legend_handles_labels(),
                 loc='outside right upper', fontsize=8)
   figure.suptitle('size of what each part returns, by width')
-  figure.savefig(path, dpi=110)
+  figure.savefig(path, format='png', dpi=110)
   pyplot.close(figure)
 
 

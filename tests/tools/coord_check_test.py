@@ -43,13 +43,20 @@ def test_flat_in_mup_and_growing_in_the_standard_form(rows):
                              rows['standard']['sizes'][0], rtol=1e-5)
 
 
+@pytest.mark.parametrize('name', ['sizes.png', 'sizes.txt', 'sizes'])
+def test_a_png_is_drawn_whatever_it_is_called(name, tmp_path):
+  pytest.importorskip('matplotlib')
+  rows = [dict(system='gpt', parametrization='mup', widths=WIDTHS, steps=1,
+               outputs=['block 0', 'logits'],
+               sizes=[[[1.0, 2.0], [1.5, 2.5]], [[1.1, 9.0], [1.6, 30.0]]])]
+  coord_check.plot(rows, str(tmp_path / name))
+  assert (tmp_path / name).read_bytes()[:4] == b'\x89PNG'
+
+
 @pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.parametrize('rows', ['gpt'], indirect=True)
-def test_what_is_drawn_and_printed(rows, tmp_path):
-  pytest.importorskip('matplotlib')
-  coord_check.plot(list(rows.values()), str(tmp_path / 'sizes.png'))
-  assert (tmp_path / 'sizes.png').read_bytes()[:4] == b'\x89PNG'
+def test_what_is_printed(rows):
   printed = coord_check.text(rows['standard'])
   assert 'gpt, standard' in printed and printed.count('growing') == 3
   assert len(json.dumps(rows['mup'])) > 100
@@ -69,6 +76,8 @@ def test_all_are_the_decoders_that_mup_has_rules_for(capsys):
     ('--systems=t5', "unknown --systems 't5'"),
     ('--optimizer=muon', "unknown --optimizer 'muon'"),
     ('--widths=64', '--widths is 64'),
+    ('--widths=16,16', '--widths is 16,16: give two numbers or more, each'),
+    ('--widths=16,a', '--widths is 16,a: give numbers'),
     ('--steps=0', '--steps is 0'),
     ('--mixers=s4', "unknown --mixers 's4'"),
     ('--systems=gpt,deepseek_v2', "'latent', for whose ranks"),
