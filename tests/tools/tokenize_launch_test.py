@@ -1,5 +1,6 @@
 """tools.tokenize as an array of jobs: what SLURM and Kubernetes are given."""
 
+import re
 import shlex
 import sys
 
@@ -66,6 +67,14 @@ def test_gke_is_given_an_indexed_job(capsys):
   assert pod['restartPolicy'] == 'Never'
   assert pod['serviceAccountName'] == 'me'
   assert container['volumeMounts'] == [{'name': 'shared', 'mountPath': '/data'}]
+
+
+def test_what_is_documented_for_clusters_is_taken(capsys):
+  text = re.sub(r'\\\n\s*', ' ', command.__doc__)
+  documented = re.findall(r'python -m tools.tokenize (.* --launcher .*)', text)
+  assert len(documented) == 2
+  for words in documented:
+    assert command.main([*shlex.split(words), '--dry_run']) == 0
 
 
 @pytest.mark.parametrize('words, sentence', [

@@ -4,8 +4,9 @@ r"""Starts a run as several processes: here, on SLURM, GKE or TPU VMs.
       --config configs/gpt.py --workdir runs/a
   python -m tools.launch slurm --nodes=4 --gpus=8 \
       --config configs/gpt.py:gpt2 --workdir runs/b --dry_run
-  python -m tools.launch gke --topology=v5p:4x4x4 --slices=2 --image=IMAGE \
-      --queue=QUEUE --config configs/mixtral.py:8x7b --workdir gs://BUCKET/c \
+  python -m tools.launch gke --topology=v5p:4x4x4 --slices=2 \
+      --image=my-image --queue=my-queue \
+      --config configs/mixtral.py:8x7b --workdir gs://BUCKET/c \
       --config.mesh.fsdp=8 --config.mesh.expert=8 --config.data.batch_size=256
   python -m tools.launch tpu_vm --tpu=POD --zone=ZONE \
       --config configs/gpt.py:gpt2 --workdir gs://BUCKET/d

@@ -1,10 +1,11 @@
 r"""Starts a run on GKE: a JobSet, queued by Kueue, shows process 0.
 
-  python -m tools.launch gke --topology=v5p:4x4x4 --slices=2 --image=IMAGE \
-      --queue=QUEUE --config configs/mixtral.py:8x7b --workdir gs://BUCKET/a \
+  python -m tools.launch gke --topology=v5p:4x4x4 --slices=2 \
+      --image=my-image --queue=my-queue \
+      --config configs/mixtral.py:8x7b --workdir gs://BUCKET/a \
       --config.mesh.fsdp=8 --config.mesh.expert=8 --config.data.batch_size=256
   python -m tools.launch gke --gpu=nvidia-h100-mega-80gb:8 --nodes=4 \
-      --image=IMAGE --pvc=CLAIM:/data --workdir /data/a \
+      --image=my-image --pvc=my-claim:/data --workdir /data/a \
       --config configs/gpt.py:gpt2-xl --config.mesh.fsdp=8
 
 The image holds this repository in its working directory. Needs JobSet 0.10 or

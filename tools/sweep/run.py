@@ -36,8 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--slurm', default='', help='of slurm: what submitit '
                       'is told, as slurm_partition=gpu,timeout_min=60')
   parser.add_argument('--gke', default='', help='of gke: flags of '
-                      '`tools.launch gke`, as image=IMAGE,pvc=CLAIM:/PATH,'
-                      'queue=QUEUE,gpu=nvidia-h100-80gb:1; see docs/sweeps.md')
+                      '`tools.launch gke`, as image=my-image,'
+                      'pvc=my-claim:/data,queue=my-queue,'
+                      'gpu=nvidia-h100-80gb:1; see docs/sweeps.md')
   parser.add_argument('--dry_run', action='store_true', help='of gke: print '
                       'the manifest, memory and cost, and do nothing')
   parser.add_argument('--runner', action='store_true', help='end with exit '

@@ -5,7 +5,7 @@ r"""Tokenises a source of text into shards, with as many machines as there are.
   python -m tools.tokenize hf:NAME --out gs://BUCKET/corpus --launcher slurm \
       --jobs 64 --slurm slurm_partition=cpu,timeout_min=600
   python -m tools.tokenize hf:NAME --out gs://BUCKET/corpus --launcher gke \
-      --jobs 64 --image IMAGE --queue QUEUE
+      --jobs 64 --image my-image --queue my-queue
   python -m tools.tokenize --verify --out gs://BUCKET/corpus
 
 A run reads what this writes as --config.data.source=tokens:gs://BUCKET/corpus,

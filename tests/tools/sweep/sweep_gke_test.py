@@ -1,6 +1,7 @@
 """A sweep on GKE: the Job of its runners, and what becomes of them."""
 
 import os
+import pathlib
 import re
 import signal
 import sys
@@ -25,6 +26,15 @@ def manifest(options='', jobs=3, workdir='/data/w', words=tuple(WORDS)):
   assert yaml.safe_load(yaml.safe_dump(made)) == made
   manifests.check(made)
   return made
+
+
+def test_what_is_documented_is_taken():
+  page = pathlib.Path(__file__).parents[3] / 'docs/sweeps.md'
+  documented = re.findall(r'--gke=(\S+,\S+)', page.read_text())
+  assert documented
+  for options in documented:
+    made = gke.manifest(WORDS, '/data/w', 8, gke.parse(options))
+    manifests.check(made)
 
 
 def container(made):
