@@ -1,8 +1,13 @@
-"""Numbers that a tool cannot honour are refused before it does any work."""
+"""Numbers that a tool cannot honour, and folders that are not its own, are
+refused before it does any work."""
 
 import pytest
 
+from configs.errors import RequestError
 from tests.helpers import forked
+from tools.study import run as study
+from tools.sweep import layout as sweep
+from tools.tokenize import __main__ as tokenize
 
 HUGE = 10**20
 
@@ -25,3 +30,35 @@ def test_a_number_out_of_bounds_is_a_sentence(words, tmp_path):
   assert name in result.stderr.splitlines()[-1]
   assert 'Traceback' not in result.stderr
   assert not list(tmp_path.iterdir())
+
+
+def _refused(enter, folder) -> str:
+  try:
+    enter(folder)
+    return ''
+  except RequestError as error:
+    return str(error)
+
+
+@pytest.mark.parametrize('enter, own', [
+    (sweep.try_folder, 'sweep.json'), (study.try_folder, 'study.json'),
+    (lambda folder: tokenize.main(['none:', '--out', str(folder)]),
+     'begun.json')], ids=['sweep', 'study', 'tokenize'])
+def test_the_folder_of_a_run_is_refused(enter, own, tmp_path):
+  told = 'holds a training run: choose another folder'
+  (tmp_path / 'config.json').touch()
+  assert told not in _refused(enter, tmp_path)  # of no run, or not yet
+  (tmp_path / 'checkpoints').mkdir()
+  assert told in _refused(enter, tmp_path)
+  assert len(list(tmp_path.iterdir())) == 2
+  (tmp_path / own).touch()  # what was there before goes on
+  assert told not in _refused(enter, tmp_path)
+
+
+def test_the_folder_of_a_run_is_refused_by_probes(tmp_path):
+  (tmp_path / 'config.json').touch()
+  (tmp_path / 'checkpoints').mkdir()
+  result = forked.run('-m', 'tools.probes', 'run', 'configs/gpt.py',
+                      f'--workdir={tmp_path}')
+  assert result.returncode == 2 and 'holds a training run' in result.stderr
+  assert len(list(tmp_path.iterdir())) == 2

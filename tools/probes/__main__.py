@@ -49,6 +49,7 @@ def main() -> int:
   from training.workdir import storage
   workdir = storage.path(args.workdir)
   storage.try_folder(workdir)
+  storage.refuse_run(workdir, '--workdir', card.JSON)
   card.check_picture()
   suite = suites.load(args.suite, args.config, args.only, args.seeds)
   suites.train(suite, workdir)

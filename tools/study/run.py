@@ -145,7 +145,7 @@ def try_folder(workdir) -> None:
   require('://' not in str(workdir), f'--workdir is {str(workdir)!r}: the '
           'ledgers of a study need a folder of this machine, or one that is '
           'mounted')
-  layout.try_folder(pathlib.Path(workdir))
+  layout.try_folder(pathlib.Path(workdir), 'study.json')
 
 
 def load(workdir) -> frozen_lib.Frozen:

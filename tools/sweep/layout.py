@@ -29,12 +29,14 @@ EXTRAPOLATION = {
                                                      '[0-9]{1,9}'))}
 
 
-def try_folder(workdir) -> None:
-  """Raises RequestError where no sweep can be kept: before anything is run."""
+def try_folder(workdir, own: str = 'sweep.json') -> None:
+  """Raises RequestError where no sweep, nor what `own` tells of, can be kept:
+  before anything is run."""
   require('://' not in str(workdir), f'--workdir is {str(workdir)!r}: the '
           'ledger of a sweep needs a folder of this machine, or one that is '
           'mounted')
   storage.try_folder(workdir)
+  storage.refuse_run(workdir, '--workdir', own)
   for name in ('sweep.json', 'ledger.sqlite'):
     storage.try_file(pathlib.Path(workdir) / name, '--workdir')
 

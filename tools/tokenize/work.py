@@ -34,6 +34,7 @@ def tokenise(args: Any) -> dict[str, Any]:
   job = job_of(args)
   out = storage.path(args.out, '--out').expanduser()
   storage.try_folder(out, '--out')
+  storage.refuse_run(out, '--out', folders.BEGUN)
   tokenizer = tokenizers.load(args.tokenizer)
   planned = plan.of(args.source, args.holdout_every, args.shard_mib << 20)
   begun = plan.begin(out, planned, tokenizer)

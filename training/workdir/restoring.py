@@ -58,7 +58,8 @@ class _Damaged(Exception):
 def directory(workdir: epath.Path):
   path = storage.path(workdir)
   # Orbax wants it so; a bucket's paths are, and epath would prepend the folder.
-  return (path if storage.in_bucket(path) else path.absolute()) / 'checkpoints'
+  path = path if storage.in_bucket(path) else path.absolute()
+  return path / storage.CHECKPOINTS
 
 
 def steps(folder: epath.Path) -> list[int]:

@@ -340,7 +340,7 @@ _START = {'commit': (str, type(None)), 'diff': (str, type(None)),
 
 def file(workdir: epath.Path):
   """Returns where the config of a run lies."""
-  return storage.path(workdir) / 'config.json'
+  return storage.path(workdir) / storage.CONFIG
 
 
 def _load(workdir: epath.Path) -> dict[str, Any]:

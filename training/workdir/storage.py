@@ -19,6 +19,8 @@ from etils import epath
 from configs.errors import RequestError, require
 from training.workdir import writing
 
+CONFIG, CHECKPOINTS = 'config.json', 'checkpoints'  # of a run, in its folder
+
 
 def check_folder(text: str | os.PathLike, name: str = '--workdir') -> None:
   """Raises ValueError for what is neither a folder on disk nor in a bucket."""
@@ -109,6 +111,21 @@ def try_file(file: epath.Path, name: str) -> None:
     for path in (file, _partial(file)):
       require(not _is_there(path) or path.is_file(),
               f'{name} is {str(file)!r}, but {path} is there and is no file')
+
+
+def refuse_run(folder: str | os.PathLike, name: str, own: str) -> None:
+  """Raises RequestError for the folder of a training run.
+
+  Args:
+    folder: of what is no run itself, and would write among its files.
+    name: of the flag that holds it.
+    own: a file that says that it was written there before, and may go on.
+  """
+  folder = epath.Path(folder)
+  require((folder / own).exists() or not all(
+      (folder / part).exists() for part in (CONFIG, CHECKPOINTS)),
+          f'{name} is {_shown(folder)}, which holds a training run: choose '
+          'another folder')
 
 
 def output(text: str, name: str) -> epath.Path | None:
