@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -96,12 +97,21 @@ sys.exit(command.main(sys.argv[1:]))
   subprocess.run([*words, str(killed)], cwd=ROOT, check=True,
                  capture_output=True)
   for path in killed.glob('.writing-*'):  # swept after a day
-    for file in path.iterdir():
-      file.unlink()
-    path.rmdir()
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
   assert contents(killed) == contents(whole)
   for name, made in done.items():  # what was finished is not made again
     assert (killed / name).stat().st_mtime_ns == made
+
+
+def test_what_killed_processes_left_is_swept_after_a_day(corpus, shards):
+  (shards / '.writing-room').mkdir()
+  for name in ('.writing-room/file', '.writing-file', '.writing-new'):
+    (shards / name).touch()
+  for name in ('.writing-room', '.writing-file'):
+    os.utime(shards / name, (0, 0))
+  (shards / '00001.json').unlink()
+  assert tokenize(corpus, shards) == 0
+  assert [path.name for path in shards.glob('.writing-*')] == ['.writing-new']
 
 
 @pytest.mark.long

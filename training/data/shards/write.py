@@ -131,7 +131,10 @@ def _room(folder: epath.Path) -> Iterator[pathlib.Path]:
     return
   for left in pathlib.Path(folder).glob(f'{TEMPORARY}*'):  # by killed ones
     if time.time() - left.stat().st_mtime > STALE_SECONDS:
-      shutil.rmtree(left, ignore_errors=True)
+      if left.is_dir():
+        shutil.rmtree(left, ignore_errors=True)
+      else:  # of `put`
+        left.unlink(missing_ok=True)
   room = pathlib.Path(folder) / f'{TEMPORARY}{uuid.uuid4().hex}'
   room.mkdir()
   try:
