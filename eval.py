@@ -55,14 +55,14 @@ def main():
   workdir = storage.path(args.workdir)
   json_file = storage.output(args.json, '--json')
   step = step_folders.named(args.step)
-  names = evals.asked_for(evals.listed(args.tasks), args)
+  asked_by = evals.asked_for(evals.listed(args.tasks), args)
   if args.text:
     sources.parse(args.text)
 
   cpu_memory.reuse()
-  figures = checkpoint.evaluate(workdir, names, args, step=step,
+  figures = checkpoint.evaluate(workdir, list(asked_by), args, step=step,
                                 text=args.text, programs={},
-                                live=args.live)
+                                live=args.live, asked_by=asked_by)
   if json_file:
     checkpoint.write(json_file, figures)
 

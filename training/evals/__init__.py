@@ -5,7 +5,7 @@ what a record holds. eval.py and the sweeps take the names of the tasks and
 their flags from this table.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 import dataclasses
 import fnmatch
 import importlib
@@ -98,22 +98,53 @@ def described() -> str:
   return '; '.join(f'{name}: {row.help}' for name, row in TASKS.items())
 
 
-def asked_for(names: Sequence[str], values: flags.FlagValues) -> list[str]:
+def asked_for(names: Sequence[str], values: flags.FlagValues
+              ) -> dict[str, str]:
   """Returns the tasks of --tasks, and those that another flag asks for: one
-  that no task of --tasks reads.
+  that no task of --tasks reads; each with the flag that asked for it.
 
   Raises:
-    RequestError: for a name that is no task's.
+    RequestError: for a name that is no task's, for no task at all, and for a
+      flag of a task that is not done.
   """
   read = {flag.name for name in names for flag in task(name).flags}
-  asked = [name for name, row in TASKS.items() if name not in names and any(
-      flag.asks and flag.name not in read and values[flag.name].present
-      for flag in row.flags)]
-  return [*names, *asked]
+  asked = dict.fromkeys(names, 'tasks')
+  for name, row in TASKS.items():
+    for flag in row.flags:
+      if flag.asks and flag.name not in read and values[flag.name].present:
+        asked.setdefault(name, flag.name)
+  require(bool(asked), "--tasks is '', so nothing is evaluated: choose from "
+          f'{", ".join(TASKS)}')
+  _check_read(asked, values)
+  return asked
+
+
+def _check_read(names: Collection[str], values: flags.FlagValues) -> None:
+  """Raises RequestError for a flag of the command line that no task reads."""
+  read = {flag.name for name in names for flag in task(name).flags}
+  for row in TASKS.values():
+    for flag in row.flags:
+      require(flag.name in read or not values[flag.name].present,
+              f'--{flag.name} is read by {_readers(flag.name)}')
+  for name in names:
+    argument = ':' in name and task(name).argument
+    require(not argument or not values[argument].present, f'--{argument} is '
+            f'beside --tasks={name}, which says the same: leave one of them '
+            'out')
+
+
+def _readers(flag: str) -> str:
+  """Returns the tasks that read a flag, and how to have one done."""
+  names = [name for name, row in TASKS.items()
+           if flag in (own.name for own in row.flags)]
+  if len(names) == 1:
+    return f'the task {names[0]} alone: add it to --tasks'
+  return (f'the tasks {", ".join(names[:-1])} and {names[-1]} alone: add one '
+          'of them to --tasks')
 
 
 def check_task(name: str, options: Any, config: ml_collections.ConfigDict,
-               workdir: epath.Path) -> None:
+               workdir: epath.Path, asked_by: str = 'tasks') -> None:
   """Raises RequestError where a task cannot be done of a run.
 
   Args:
@@ -121,16 +152,27 @@ def check_task(name: str, options: Any, config: ml_collections.ConfigDict,
     options: eval.py's flags by name.
     config: the run's.
     workdir: the run's folder.
+    asked_by: the flag that asked for it.
   """
   row = task(name)
   reason = row.unfit(config)
-  require(not reason, f'{reason}: leave {name} out of --tasks')
+  require(not reason, f'{reason}: leave {name} out of --tasks'
+          if asked_by == 'tasks' else f'--{asked_by} asks for the task {name}, '
+          f'and {reason}: leave --{asked_by} out{_instead(name, asked_by)}')
   own = _options(row, name, options)
   row.check(own)
   row.fits(config, own)
   _check_picture(row)
   for file in filter(None, (row.picture, row.page)):
     storage.try_file(workdir / file, '--workdir')
+
+
+def _instead(name: str, flag: str) -> str:
+  """Returns which other tasks read a flag that asks for the task `name`."""
+  others = [other for other, row in TASKS.items() if other != name
+            and flag in (own.name for own in row.flags)]
+  return (f', or add a task that reads it to --tasks, of {", ".join(others)}'
+          if others else '')
 
 
 def listed(names: str | Sequence[str]) -> list[str]:

@@ -1,6 +1,6 @@
 """One checkpoint through the tasks that were asked for."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import json
 from typing import Any
 
@@ -14,14 +14,16 @@ from training.workdir import metrics, step_folders, storage
 
 def load(workdir: epath.Path, names: Sequence[str], options: Any, *,
          step: int | str | step_folders.Mean | None, text: str, programs: dict,
-         live: bool = False) -> Evaluation:
+         live: bool = False, asked_by: Mapping[str, str] | None = None
+         ) -> Evaluation:
   """Returns a run's checkpoint as tasks are given it, when it has been checked
   that they can be done; arguments and errors are those of `evaluate`."""
   config = runs.for_this_machine(runs.config_of(workdir))
   if text:
     config.data.eval_source = text
   for name in names:
-    evals.check_task(name, options, config, workdir)
+    evals.check_task(name, options, config, workdir,
+                     (asked_by or {}).get(name, 'tasks'))
   tokenizer = tokenizers.load(config.data.tokenizer)
   model, _ = runs.resolve(config, tokenizer)
   run = runs.build(config, model)
@@ -32,7 +34,8 @@ def load(workdir: epath.Path, names: Sequence[str], options: Any, *,
 
 def evaluate(workdir: epath.Path, names: Sequence[str], options: Any, *,
              step: int | str | step_folders.Mean | None, text: str,
-             programs: dict, live: bool = False) -> dict[str, Any]:
+             programs: dict, live: bool = False,
+             asked_by: Mapping[str, str] | None = None) -> dict[str, Any]:
   """Returns the figures of each task, and prints them for a reader.
 
   Args:
@@ -43,12 +46,13 @@ def evaluate(workdir: epath.Path, names: Sequence[str], options: Any, *,
     text: what to evaluate on, as data.source; '': what the run holds out.
     programs: what earlier evaluations of this process compiled; it is added to.
     live: with optim.ema, evaluate the parameters and not their average.
+    asked_by: by task, the flag that asked for it, where that is not --tasks.
 
   Raises:
     RequestError: where a task cannot be done of this run.
   """
   evaluation = load(workdir, names, options, step=step, text=text,
-                    programs=programs, live=live)
+                    programs=programs, live=live, asked_by=asked_by)
   figures: dict[str, Any] = {'step': evaluation.step}
   if evaluation.what:
     figures['parameters'] = evaluation.what

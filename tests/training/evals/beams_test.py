@@ -64,8 +64,24 @@ def test_targets_are_the_best_texts_of_their_sources(tmp_path):
     ('samples', dict(beams=2, top_k=3), 'leave out the flags'),
     ('samples', dict(beams=2, samples=3), '--samples is 3.*--beams=2'),
     ('samples', dict(penalty='none'), "penalty.*'none'.*gnmt"),
+    ('samples', dict(penalty='power'), "--penalty is 'power', .* --beams"),
+    ('exact', dict(length_penalty=1.0), '--length_penalty is 1.0, .* --beams'),
+    ('exact', dict(early_stopping=True), '--early_stopping is True, .*--beams'),
     ('exact', dict(beams=2, length_penalty=99.0), 'length_penalty is 99.0')])
 def test_what_cannot_be_searched_is_refused(task, options, said):
   with pytest.raises(RequestError, match=said):
     evals.TASKS[task].check(evaluations.flags(**options))
   evals.TASKS[task].check(evaluations.flags(beams=2, temperature=0.0))
+
+
+def test_more_tokens_than_a_model_has_places_for_are_refused_at_once():
+  """4 bytes after a separator, and 60 more, fill 65 places of 65."""
+  config = evaluations.config('gpt', 'causal', max_len=65)
+  fits = lambda **more: evals.check_task('samples', evaluations.flags(
+      prompt='a|||four', **more), config, None)
+  fits(max_new_tokens=60)
+  with pytest.raises(RequestError, match=(
+      '--max_new_tokens is 61, the prompt has 5 tokens .* 65 positions')):
+    fits(max_new_tokens=61)
+  config.model.position = 'rope'
+  fits(max_new_tokens=61)

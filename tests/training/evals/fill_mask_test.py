@@ -159,7 +159,59 @@ def test_robertas_mask_takes_the_space_before_it_along(tmp_path, text):
 
 
 def test_a_prompt_asks_for_samples_unless_it_is_to_be_filled():
-  values = {flag.name: types.SimpleNamespace(present=flag.name == 'prompt')
-            for task in evals.TASKS.values() for flag in task.flags}
-  assert evals.asked_for(['loss'], values) == ['loss', 'samples']
-  assert evals.asked_for(['fill_mask'], values) == ['fill_mask']
+  values = given('prompt')
+  assert evals.asked_for(['loss'], values) == {
+      'loss': 'tasks', 'samples': 'prompt'}
+  assert evals.asked_for(['fill_mask'], values) == {'fill_mask': 'tasks'}
+  assert evals.asked_for([], values) == {'samples': 'prompt'}
+
+
+def given(*names):
+  """The flags of all tasks, of which a command line has `names`."""
+  return {flag.name: types.SimpleNamespace(present=flag.name in names)
+          for task in evals.TASKS.values() for flag in task.flags}
+
+
+@pytest.mark.parametrize('flag', sorted({
+    flag.name for task in evals.TASKS.values() for flag in task.flags}))
+def test_a_flag_that_no_task_reads_is_refused(flag):
+  """Whichever it is: each asks for its task, or is refused without it."""
+  readers = [name for name, task in evals.TASKS.items()
+             if flag in (own.name for own in task.flags)]
+  for name in readers:
+    assert evals.asked_for([name], given(flag)) == {name: 'tasks'}
+  asks = [name for name in readers for own in evals.TASKS[name].flags
+          if own.name == flag and own.asks]
+  if asks:
+    assert set(evals.asked_for(['routing'], given(flag))) == {'routing', *asks}
+    return
+  with pytest.raises(RequestError, match=rf'--{flag} is read by the task') as e:
+    evals.asked_for(['routing'], given(flag))
+  assert all(name in str(e.value) for name in readers)
+
+
+@pytest.mark.parametrize('names, flags, said', [
+    (['loss'], ['vectors'], '--vectors is read by the task embed alone: add it '
+     'to --tasks'),
+    (['loss'], ['max_new_tokens'], 'the tasks samples and unmask alone: add '
+     'one of them'),
+    ([], [], "--tasks is '', .* choose from bound, embed"),
+    (['lm_eval:a'], ['lm_eval'], '--lm_eval is beside --tasks=lm_eval:a')])
+def test_a_request_that_would_be_left_undone_is_refused(names, flags, said):
+  with pytest.raises(RequestError, match=said):
+    evals.asked_for(names, given(*flags))
+
+
+def test_a_task_that_a_run_has_not_is_refused_by_the_flag_that_asked():
+  config = evaluations.config('gpt', 'causal')
+  for flag, task, said in (
+      ('tasks', 'labels', 'leave labels out of --tasks$'),
+      ('predictions', 'labels', '--predictions asks for the task labels, and '
+       "objective 'causal' learns no labels: leave --predictions out$")):
+    with pytest.raises(RequestError, match=said):
+      evals.check_task(task, evaluations.flags(), config, None, flag)
+  config.objective = 'mlm'
+  with pytest.raises(RequestError, match=(
+      '--prompt asks for the task samples, .* leave --prompt out, or add a '
+      'task that reads it to --tasks, of fill_mask, inspect, unmask$')):
+    evals.check_task('samples', evaluations.flags(), config, None, 'prompt')

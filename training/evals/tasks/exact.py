@@ -92,5 +92,5 @@ def _text(ids: np.ndarray, end: int, tokenizer: Any) -> str:
 TASK = Task('the share of held-out targets that are written exactly', run,
             without(lambda objective: 'encoder-decoder' in objective.stacks,
                     'has no targets to write'),
-            check=samples.beams, flags=samples.BEAMS,
+            check=samples.check_beams, flags=samples.BEAMS,
             figures=lambda config: ('exact', 'targets', 'exact/*'))

@@ -63,6 +63,7 @@ def check(options: Any) -> None:
   """Refuses what cannot be honoured."""
   from training import generate
   drawn = sampling(options)
+  check_beams(options)
   if beams(options) is None:
     return
   require(drawn in (generate.Sampling(), generate.Sampling(temperature=0)),
@@ -70,6 +71,34 @@ def check(options: Any) -> None:
           'leave out the flags of how a token is drawn, such as --temperature')
   require(options.samples <= options.beams, f'--samples is {options.samples}, '
           f'but --beams={options.beams} finds no more than that many texts')
+
+
+def check_beams(options: Any) -> None:
+  """Raises RequestError for flags of BEAMS that cannot be honoured: of how
+  beams are followed, where there are none."""
+  searches = beams(options) is not None
+  for flag in BEAMS[1:]:
+    value = getattr(options, flag.name)
+    require(searches or value == flag.default, f'--{flag.name} is {value!r}, '
+            'which is read with --beams above 1 alone')
+
+
+def check_fits(config: Any, options: Any) -> None:
+  """Raises RequestError for more --max_new_tokens than follow --prompt."""
+  if not options.max_new_tokens:
+    return
+  from architectures.parts import positions
+  from training import objectives, runs
+  from training.data import tokenizers
+  prompts = objectives.of(config).prompt(
+      options.prompt.split('|||'), config,
+      tokenizers.load(config.data.tokenizer))
+  length, most = prompts.tokens.shape[1], positions.reach(
+      runs.resolve_alone(config))
+  require(length + options.max_new_tokens <= most, '--max_new_tokens is '
+          f'{options.max_new_tokens}, the prompt has {length} tokens with '
+          f'what begins it, and this model has learned {most} positions: '
+          'choose fewer tokens')
 
 
 def stops(options: Any) -> list[str]:
@@ -108,7 +137,7 @@ BEAMS = (
 TASK = Task(
     'texts that the model writes, also asked for by --samples or --prompt', run,
     without(lambda objective: objective.prompt, 'does not write text'),
-    check=check, figures=lambda config: (),
+    check=check, fits=check_fits, figures=lambda config: (),
     flags=(
         Flag('samples', 1, 'Texts to write for each prompt.', 1, 10_000,
              asks=True),

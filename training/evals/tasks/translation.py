@@ -54,6 +54,6 @@ TASK = Task(
     'BLEU of held-out pairs, and exact', run,
     without(lambda objective: objective.translates,
             'has no pairs to translate'),
-    check=lambda options: (make_bleu(), samples.beams(options)),
+    check=lambda options: (make_bleu(), samples.check_beams(options)),
     flags=samples.BEAMS,
     figures=lambda config: ('bleu', 'exact', 'pairs', 'bleu/*'))
