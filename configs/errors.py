@@ -10,7 +10,7 @@ A program that fails ends in one of three ways (training/cli.py):
 * any other exception: a bug of ours. A traceback, exit code 1.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 import difflib
 from typing import Any
 
@@ -31,7 +31,12 @@ def one_of(name: str, value: str, choices: Collection[str]) -> None:
     near = difflib.get_close_matches(str(value), list(choices), n=1)
     hint = f' Did you mean {near[0]!r}?' if near else ''
     raise RequestError(f'unknown {name} {short(value)}: choose from '
-                       f'{", ".join(choices)}.{hint}')
+                       f'{listed(choices)}.{hint}')
+
+
+def listed(choices: Iterable[str]) -> str:
+  """Returns choices as a message lists them; an empty one as ''."""
+  return ', '.join(choice or "''" for choice in choices)
 
 
 def require(condition: bool, sentence: str) -> None:

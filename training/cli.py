@@ -224,8 +224,13 @@ def _refuse(sentence: str):
 
 
 def _refuse_flags(error: flags.Error) -> None:
-  """Refuses in absl's words; the lines after the first repeat the usage."""
-  _refuse(str(error).splitlines()[0].removeprefix('ERROR:: '))
+  """Refuses in absl's words; the lines after the first repeat the usage. What
+  is neither true nor false it tells as a tuple, and this in a sentence."""
+  said = str(error).splitlines()[0].removeprefix('ERROR:: ')
+  if found := re.match(r"flag (--.*?)=.*: \('Non-boolean argument to boolean "
+                       r"flag', (.*)\)$", said):
+    said = f'{found[1]} is {found[2]}: choose from True, False'
+  _refuse(said)
 
 
 def _own_flags() -> list[str]:

@@ -128,6 +128,11 @@ REFUSALS = {
     'group': (['--config.train=2'], ['--config.train', 'train.steps']),
     'field of a field': (['--config.seed.x=2'], ['seed is one value']),
     'value': (['--config.optim.lr=fast'], ['lr', 'fast']),
+    'neither true nor false': (
+        ['--config.log.tensorboard=maybe'],
+        ["--config.log.tensorboard is 'maybe': choose from True, False"]),
+    'choice that may be empty': (['--config.eval.part=third'],
+                                 ["'third': choose from '', first, second."]),
     'part': (['--config.model.norm=layernrom'],
              ["'layernrom'", 'rmsnorm', "Did you mean 'layernorm'?"]),
     'optimizer': (['--config.optim.name=adam'], ["'adam'", 'adamw', 'lion']),
