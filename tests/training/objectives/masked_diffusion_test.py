@@ -10,7 +10,7 @@ import pytest
 
 from configs.errors import RequestError
 from tests.helpers import evaluations, letters, models
-from training import objectives, runs, unmask
+from training import evals, objectives, runs, unmask
 from training.data import packing, pipeline
 from training.evals.tasks import bound
 from training.objectives import masked_diffusion
@@ -240,3 +240,16 @@ def test_tasks_say_what_they_are_for():
   assert 'has no bound' in bound.TASK.unfit(config)
   config.objective = 'masked_diffusion'
   assert not bound.TASK.unfit(config)
+
+
+@pytest.mark.parametrize('more', [0, 1])
+def test_more_tokens_than_there_are_places_are_refused_at_once(more):
+  """A separator, 'aa' and the rest fill all places, and no more than these."""
+  config = evaluations.config('modernbert', 'masked_diffusion')
+  options = evaluations.flags(
+      prompt='aa', max_new_tokens=config.model.max_len - 3 + more)
+  if not more:
+    evals.check_task('unmask', options, config, None)
+    return
+  with pytest.raises(RequestError, match='the prompt has 3 tokens and --max_'):
+    evals.check_task('unmask', options, config, None)

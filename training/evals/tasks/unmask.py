@@ -17,11 +17,7 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
   texts = [text for text in options.prompt.split('|||')
            for _ in range(options.samples)]
   prompts = record.after_separator(texts, config, tokenizer)
-  room = model.max_len - prompts.tokens.shape[1]
-  new = options.max_new_tokens or min(256, room)
-  require(0 < new <= room, f'the prompt has {prompts.tokens.shape[1]} tokens '
-          f'and --max_new_tokens is {options.max_new_tokens}, and the model '
-          f'takes max_len {model.max_len}: shorten one of them')
+  new = _new(options, prompts.tokens.shape[1], model.max_len)
   steps = options.unmask_steps or new
   with progress.during('writing'):
     tokens = jax.device_get(jax.jit(
@@ -39,6 +35,25 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
                       for p, t in zip(texts, written)], 'steps': steps}
 
 
+def _new(options: Any, length: int, max_len: int) -> int:
+  """Returns how many tokens are written after prompts of a length."""
+  room = max_len - length
+  new = options.max_new_tokens or min(256, room)
+  require(0 < new <= room, f'the prompt has {length} tokens and '
+          f'--max_new_tokens is {options.max_new_tokens}, and the model takes '
+          f'max_len {max_len}: shorten one of them')
+  return new
+
+
+def _fits(config: Any, options: Any) -> None:
+  from training import runs
+  from training.data import tokenizers
+  from training.objectives import record
+  prompts = record.after_separator(options.prompt.split('|||'), config,
+                                   tokenizers.load(config.data.tokenizer))
+  _new(options, prompts.tokens.shape[1], runs.resolve_alone(config).max_len)
+
+
 def _check(options: Any) -> None:
   require(options.temperature >= 0, f'--temperature is {options.temperature}: '
           'it must be >= 0')
@@ -48,7 +63,7 @@ TASK = Task(
     'texts that a model of masked diffusion writes', run,
     without(lambda objective: objective.bound,
             'does not unmask text: the task is for masked_diffusion'),
-    check=_check, figures=lambda config: ('steps',),
+    check=_check, fits=_fits, figures=lambda config: ('steps',),
     flags=(
         Flag('samples', 1, 'Texts to write for each prompt.', 1, 10_000),
         Flag('prompt', '', "What a text begins with; several: 'A|||B'."),
