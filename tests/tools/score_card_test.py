@@ -11,6 +11,7 @@ from scipy import stats
 
 from configs import gpt
 from configs.errors import EnvironmentFailure, RequestError
+from tests.helpers import forked
 from tools.probes import __main__ as program
 from tools.probes import card, suites
 from training import vectorised
@@ -88,8 +89,28 @@ def test_suites_that_are_refused(file, old, new, words):
 def test_what_else_is_refused(file):
   with pytest.raises(RequestError, match='--only'):
     suites.load(str(file), base(), only=['copy'])
-  with pytest.raises(RequestError, match='No such file'):
+  with pytest.raises(RequestError, match=(
+      "no suite 'nothing.py': choose from configs/probes/copying.py, .*small")):
     suites.load('nothing.py', base())
+
+
+@pytest.mark.parametrize('field', ['train.steps', 'optim.lr', 'seed',
+                                   'eval.tasks', 'log.every_steps'])
+def test_a_field_that_the_suite_sets_is_refused(field, file):
+  with pytest.raises(RequestError, match=(
+      rf"--config\.{field} is set, which the suite .*suite\.py sets itself in "
+      "its task 'parity'")):
+    suites.load(str(file), base(), overrides=['model.num_layers', field])
+  suites.load(str(file), base(), overrides=['model.num_layers', 'optim.b1'])
+
+
+def test_the_fields_of_the_command_line_are_those_that_are_refused(
+    file, tmp_path):
+  result = forked.run(
+      '-m', 'tools.probes', 'run', 'configs/gpt.py:tiny', f'--suite={file}',
+      f'--workdir={tmp_path}/w', '--config.optim.lr=3')
+  assert result.returncode == 2
+  assert '--config.optim.lr is set, which the suite' in result.stderr
 
 
 def test_the_config_may_stand_behind_run():

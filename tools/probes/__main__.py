@@ -51,7 +51,8 @@ def main() -> int:
   storage.try_folder(workdir)
   storage.refuse_run(workdir, '--workdir', card.JSON)
   card.check_picture()
-  suite = suites.load(args.suite, args.config, args.only, args.seeds)
+  suite = suites.load(args.suite, args.config, args.only, args.seeds,
+                      cli.overrides())
   suites.train(suite, workdir)
   found = card.of(suite, workdir)
   card.write(found, workdir)

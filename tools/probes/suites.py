@@ -7,9 +7,11 @@ architecture's config. add(NAME, label=OTHER, ...) calls it by another name, so
 that a suite may have a probe several times.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 import difflib
 import json
+import os
+import pathlib
 import re
 from typing import Any, NamedTuple
 
@@ -22,6 +24,7 @@ from training import config_files, schema
 from training.workdir import storage
 
 DIVERGED = 'diverged.json'  # in the folder of a run
+_OWN = ('seed', 'optim.lr')  # fields by which the runs of a task differ
 
 
 class Run(NamedTuple):
@@ -51,7 +54,7 @@ class Suite(NamedTuple):
 
 
 def load(file: str, base: ml_collections.ConfigDict, only: Sequence[str] = (),
-         seeds: int = 0) -> Suite:
+         seeds: int = 0, overrides: Collection[str] = ()) -> Suite:
   """Returns the suite of a file for the architecture of `base`.
 
   Args:
@@ -59,11 +62,15 @@ def load(file: str, base: ml_collections.ConfigDict, only: Sequence[str] = (),
     base: the config of the architecture.
     only: tasks of the suite to keep; (): all.
     seeds: how many; 0: as the file says.
+    overrides: fields that a command line sets.
 
   Raises:
     RequestError: for a file that is no suite, or a run that cannot be.
   """
   from training import runs
+  from training.data import probes
+  require(os.path.isfile(file), f'no suite {file!r}: choose from '
+          f'{", ".join(_files())}, or write one')
   module = config_files.run(file)
   for name in ('LRS', 'SEEDS', 'suite'):
     require(hasattr(module, name), f'{file} has no {name}: a suite has LRS, '
@@ -71,10 +78,16 @@ def load(file: str, base: ml_collections.ConfigDict, only: Sequence[str] = (),
   configs: dict[str, ml_collections.ConfigDict] = {}
 
   def add(task: str, label: str = '', **fields: Any) -> None:
+    one_of(f'{file}: task', task, probes.PROBES)
     label = label or task
     require(label not in configs, f'{file} adds {label!r} twice')
     require(re.fullmatch(r'\w+', label) is not None, f'{file}: {label!r} names '
             'a folder: choose letters, digits and underscores')
+    if not only or label in only:
+      for field in overrides:
+        require(field not in (*_OWN, *_own(task, base, fields), *fields),
+                f'--config.{field} is set, which the suite {file} sets itself '
+                f'in its task {label!r}: leave it out, or change the suite')
     configs[label] = _config(task, base, fields, file)
 
   config_files.call(file, module.suite, add)
@@ -89,22 +102,31 @@ def load(file: str, base: ml_collections.ConfigDict, only: Sequence[str] = (),
   return suite
 
 
+def _files() -> list[str]:
+  return sorted(str(path) for path in pathlib.Path('configs/probes').glob(
+      '*.py') if path.stem != '__init__')
+
+
+def _own(task: str, base: ml_collections.ConfigDict, fields: dict[str, Any]
+         ) -> dict[str, Any]:
+  """Returns the fields that every task sets, unless it says otherwise."""
+  from training.data import probes
+  steps = fields.get('train.steps', base.train.steps)
+  return {'objective': probes.PROBES[task].objective,
+          'data.source': f'probe:{task}',
+          'model.vocab_size': 0, 'model.max_len': 0,
+          'eval.tasks': 'probe', 'eval.every_steps': steps,
+          'checkpoint.every_steps': steps, 'checkpoint.keep': 1,
+          'log.every_steps': max(steps // 10, 1),
+          'optim.warmup_steps': steps // 10}
+
+
 def _config(task: str, base: ml_collections.ConfigDict, fields: dict[str, Any],
             file: str) -> ml_collections.ConfigDict:
-  from training.data import probes
   from training.workdir import run_config
   config = base.copy_and_resolve_references()
-  steps = fields.get('train.steps', config.train.steps)
-  one_of(f'{file}: task', task, probes.PROBES)
-  own = {'objective': probes.PROBES[task].objective,
-         'data.source': f'probe:{task}',
-         'model.vocab_size': 0, 'model.max_len': 0,
-         'eval.tasks': 'probe', 'eval.every_steps': steps,
-         'checkpoint.every_steps': steps, 'checkpoint.keep': 1,
-         'log.every_steps': max(steps // 10, 1),
-         'optim.warmup_steps': steps // 10}
   flat = run_config.flatten(config)
-  for name, value in (own | fields).items():
+  for name, value in (_own(task, base, fields) | fields).items():
     who = f'{file}, task {task!r}: {name}'
     if found := re.fullmatch(r'model\.kinds\.(\w+)\.([\w.]+)', name):
       kinds.declare(config.model, *found.groups())

@@ -8,9 +8,10 @@ import shutil
 import signal
 import subprocess
 import sys
+from typing import Any
 
 from configs import sharding as tables
-from configs.errors import EnvironmentFailure, RequestError
+from configs.errors import EnvironmentFailure, RequestError, require
 from tools import tether
 from training import runs
 from training.distributed import devices
@@ -40,6 +41,7 @@ def verify(config, words: list[str], folder: pathlib.Path, steps: int,
   """
   runs.check_config(config)
   middle = steps // 2
+  check_own(words)
   env = _environment(folder, virtual)
   count = _count_devices(env)
   own = devices.mesh_shape(config.mesh, count)
@@ -48,7 +50,8 @@ def verify(config, words: list[str], folder: pathlib.Path, steps: int,
   if processes < 1 or count % processes:
     raise RequestError(f'--processes is {processes}, which does not divide the '
                        f'{count} devices')
-  words = [*words, *_settings(steps, middle)]
+  words = [*words, *(f'--config.{name}={value}'
+                     for name, value in _settings(steps, middle).items())]
   whole, killed = folder / 'whole', folder / 'killed'
   for workdir in (whole, killed):
     if workdir.exists():
@@ -74,12 +77,21 @@ def verify(config, words: list[str], folder: pathlib.Path, steps: int,
               resumes=all(row['ok'] for row in comparisons))
 
 
-def _settings(steps: int, middle: int) -> list[str]:
-  return [f'--config.{setting}' for setting in (
-      f'train.steps={steps}', f'checkpoint.every_steps={middle}',
-      'checkpoint.every_minutes=0.0', f'checkpoint.keep={steps}',
-      'checkpoint.keep_every=0', 'log.every_steps=1', 'eval.every_steps=0',
-      'log.tensorboard=False', 'log.wandb=False')]
+def check_own(words: list[str]) -> None:
+  """Raises RequestError for flags that set what this program sets itself."""
+  own = _settings(0, 0)
+  for word in words:
+    name = word.partition('=')[0].removeprefix('--config.')
+    require(name not in own, f'{word} sets a field that this program sets '
+            'itself: ' + ('pass --steps' if name == 'train.steps' else
+                          'leave it out'))
+
+
+def _settings(steps: int, middle: int) -> dict[str, Any]:
+  return {'train.steps': steps, 'checkpoint.every_steps': middle,
+          'checkpoint.every_minutes': 0.0, 'checkpoint.keep': steps,
+          'checkpoint.keep_every': 0, 'log.every_steps': 1,
+          'eval.every_steps': 0, 'log.tensorboard': False, 'log.wandb': False}
 
 
 def _environment(folder: pathlib.Path, virtual: int) -> dict[str, str]:
