@@ -18,7 +18,7 @@ import pathlib
 
 from absl import flags
 
-from configs.errors import RequestError
+from configs.errors import RequestError, require
 from training import cli
 
 cli.define_config()
@@ -32,6 +32,10 @@ def main():
   cli.parse(__doc__)
   args = flags.FLAGS
   if args.all:
+    for flag, given in ('config', args.config is not None), (
+        'length', args.length):
+      require(not given, f'--{flag} is beside --all, which counts every size '
+              'of every system as it is: leave one of the two out')
     rows = everything()
     print(json.dumps(rows, indent=2) if args.json else _table(rows))
     return 0

@@ -7,6 +7,7 @@ from configs import bert, gpt, mixtral
 import pytest
 
 from tests.helpers import flops_formulas as formulas
+from tests.helpers import forked
 from tools import count
 from training.costs import totals, flops
 
@@ -28,6 +29,14 @@ def test_exact_parameter_counts(name):
   system, size = name.split(':')
   config = importlib.import_module(f'configs.{system}').get_config(size)
   assert totals.count(config)['parameters'] == EXACT[name]
+
+
+@pytest.mark.parametrize('word', [
+    '--config=configs/gpt.py', '--length=64'])
+def test_what_all_sizes_do_not_read_is_refused(word):
+  result = forked.run('-m', 'tools.count', '--all', word)
+  assert result.returncode == 2
+  assert f'{word.partition("=")[0]} is beside --all' in result.stderr
 
 
 @pytest.mark.slow
