@@ -12,9 +12,9 @@ of the widest model takes about a minute on one CPU core. The fit:
 
 from configs.sweeps import helpers
 
-WIDTHS, DEPTH = (24, 32, 48, 64, 96), 4
-OTHER_WIDTHS, OTHER_DEPTHS = (32, 64), (2, 8)
-STEPS = (125, 250, 500)
+_WIDTHS = (24, 32, 48, 64, 96)
+_OTHER_WIDTHS, _OTHER_DEPTHS = (32, 64), (2, 8)
+_STEPS = (125, 250, 500)
 
 
 def base():
@@ -28,11 +28,11 @@ get_config = base
 
 
 def sweep(add):
-  for width in WIDTHS:  # at the depth of the base
-    for steps in STEPS:
+  for width in _WIDTHS:  # at the depth of the base
+    for steps in _STEPS:
       add(f'd{width}-{steps}', **{
           'model.d_model': width, 'train.steps': steps,
           'optim.lr': 4e-3 * 64 / width})
   for name, changes in helpers.ladder(
-      OTHER_WIDTHS, OTHER_DEPTHS, STEPS, lr=4e-3, at=64):
+      _OTHER_WIDTHS, _OTHER_DEPTHS, _STEPS, lr=4e-3, at=64):
     add(name, **changes)

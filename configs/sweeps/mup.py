@@ -10,7 +10,7 @@ CPU core:
 
 from configs import gpt
 
-RATES = tuple(2.0 ** n for n in range(-11, -4))
+_RATES = tuple(2.0 ** n for n in range(-11, -4))
 
 
 def base():
@@ -28,7 +28,7 @@ get_config = base
 
 
 def sweep(add):
-  for lr in RATES:
+  for lr in _RATES:
     rate = {'optim.lr': lr}
     add(f'width=64-lr={lr:.2g}', **rate)
     wide = rate | {'model.d_model': 256}

@@ -13,9 +13,9 @@ One run takes a good minute on one CPU core.
 from configs.sweeps import helpers
 
 TASKS = ('routing',)
-CAPACITIES = (0.0, 1.0)
+_CAPACITIES = (0.0, 1.0)
 # Router: experts of a token.
-ROUTERS = {'topk': 2, 'sigmoid': 2, 'sinkhorn': 2, 'switch': 1, 'hash': 1}
+_ROUTERS = {'topk': 2, 'sigmoid': 2, 'sinkhorn': 2, 'switch': 1, 'hash': 1}
 
 
 def base():
@@ -31,8 +31,8 @@ get_config = base
 
 def sweep(add):
   add('dense')
-  for router, experts in ROUTERS.items():
-    for capacity in CAPACITIES:
+  for router, experts in _ROUTERS.items():
+    for capacity in _CAPACITIES:
       add(f'{router}-{f"capacity={capacity}" if capacity else "dropless"}', **{
           'model.ffn': 'moe', 'model.moe.router': router,
           'model.moe.top_k': experts, 'model.moe.d_ff': 256 // experts,

@@ -3,8 +3,10 @@
 import dataclasses
 import hashlib
 import json
+import pathlib
 from typing import Any
 
+from configs.errors import require
 from tools.study import plan as plans
 from tools.sweep import layout
 from training import schema
@@ -128,3 +130,15 @@ def changed(old: Frozen, new: Frozen) -> list[str]:
   return [name for name in {**before, **after}
           if name not in before or name not in after
           or before[name] != after[name]]
+
+
+def load(workdir) -> Frozen:
+  """Returns what study.json holds; RequestError where there is none."""
+  path = pathlib.Path(workdir) / 'study.json'
+  require(path.is_file(), f'{path} is missing: no study was run in this '
+          'workdir')
+  tree = schema.parse(path.read_bytes(), str(path))
+  frozen = from_json(tree, str(path))
+  require(tree['hash'] == frozen.hash, f'{path} is not as it was written: its '
+          f'hash is {frozen.hash}, and it says {tree["hash"]}; put it back')
+  return frozen

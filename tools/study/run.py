@@ -11,7 +11,7 @@ from tools.study import costs, freeze, phases, results, show, trainer
 from tools.study import frozen as frozen_lib
 from tools.study import plan as plans
 from tools.sweep import layout
-from training import limits, schema
+from training import limits
 
 REPORT = 'report'
 LAUNCHERS = ('local', 'slurm')
@@ -43,6 +43,10 @@ def main(args) -> int:
   one_of('--launcher', args.launcher, LAUNCHERS)
   show.check_machine_arguments(args)
   limits.number('--jobs', args.jobs, (('>=', 1), ('<=', 100_000)))
+  for flag, unset in ('jobs', 1), ('slurm', ''):
+    require(args.launcher == 'slurm' or getattr(args, flag) == unset,
+            f'--{flag} is for --launcher=slurm, and --launcher is '
+            f'{args.launcher}: leave it out')
   if args.until == REPORT:
     from tools.study.report import drawing
     drawing.require_libraries()  # which are missed before anything runs
@@ -148,18 +152,6 @@ def try_folder(workdir) -> None:
   layout.try_folder(pathlib.Path(workdir), 'study.json')
 
 
-def load(workdir) -> frozen_lib.Frozen:
-  """Returns what study.json holds; RequestError where there is none."""
-  path = pathlib.Path(workdir) / 'study.json'
-  require(path.is_file(), f'{path} is missing: no study was run in this '
-          'workdir')
-  tree = schema.parse(path.read_bytes(), str(path))
-  frozen = frozen_lib.from_json(tree, str(path))
-  require(tree['hash'] == frozen.hash, f'{path} is not as it was written: its '
-          f'hash is {frozen.hash}, and it says {tree["hash"]}; put it back')
-  return frozen
-
-
 def save(workdir, frozen: frozen_lib.Frozen) -> None:
   results.save(pathlib.Path(workdir) / 'study.json',
                frozen_lib.to_json(frozen))
@@ -183,7 +175,7 @@ def adopted(workdir, frozen: frozen_lib.Frozen, reason: str
             'that could have been changed: leave it out')
     save(workdir, frozen)
     return frozen
-  old = load(workdir)
+  old = frozen_lib.load(workdir)
   changed = frozen_lib.changed(old, frozen)
   require(bool(changed) or not reason, f'--amend is {reason!r}, but the plan '
           'is the one that was frozen: leave it out')

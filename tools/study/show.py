@@ -37,6 +37,8 @@ def main(args) -> int:
   require(not (args.time and args.workdir), f'--workdir is {args.workdir!r}, '
           'and --time is set: hours come from one of them, so leave the other '
           'out')
+  if args.workdir:
+    frozen_lib.load(args.workdir)
   frozen = freeze.freeze(args.file)
   times = (costs.timed(frozen, args.parallel, args.group) if args.time else
            costs.known(args.workdir, frozen) if args.workdir else None)

@@ -8,13 +8,12 @@ begins with an underscore.
 """
 
 from collections.abc import Mapping
-import difflib
 import os
 import pathlib
 import re
 from typing import Any
 
-from configs.errors import RequestError, one_of, require, short
+from configs.errors import one_of, require, short
 from tools.study import measures as measures_lib
 from tools.study import plan as plans
 from tools.sweep import check, matching
@@ -66,7 +65,7 @@ class Spec:
             f'{", ".join(_files())}, or write one')
     self.file = file
     self.given = _constants(file, config_files.run(file))
-    self.sweep = sweep_spec.read_sweep_file(file, seeds=1)
+    self.sweep = sweep_spec.read_sweep_file(file, seeds=1, known=KNOWN)
     require(not self.sweep.tasks, f'{file} has TASKS: a study evaluates what '
             'its MEASURES need, as TASK/FIGURE')
     self.sizes = _groups(file, 'SIZES', self.given['SIZES'])
@@ -124,12 +123,7 @@ def _files() -> list[str]:
 
 def _constants(file: str, module: Any) -> dict[str, Any]:
   """Returns the constants of a file by the names of KNOWN."""
-  for name in vars(module):
-    if name.isupper() and not name.startswith('_') and name not in KNOWN:
-      near = difflib.get_close_matches(name, KNOWN, n=1)
-      hint = f' Did you mean {near[0]}?' if near else ''
-      raise RequestError(f'{file} has {name}, which a study does not read: '
-                         f'call it _{name} if it is the file\'s own.{hint}')
+  sweep_spec.check_constants(file, module, KNOWN, 'a study')
   found = {}
   for name, default in KNOWN.items():
     value = getattr(module, name, default)

@@ -5,8 +5,8 @@ import collections
 import json
 
 from tools.study import costs, results
+from tools.study import frozen as frozen_lib
 from tools.study import plan as plans
-from tools.study import run as run_lib
 from tools.sweep import ledger as ledger_lib
 from tools.sweep import status
 
@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args) -> int:
-  frozen = run_lib.load(args.workdir)
+  frozen = frozen_lib.load(args.workdir)
   planned = {cost.phase: cost.runs for cost in costs.of(frozen, 1, None)}
   rows = [_row(args.workdir, phase, planned[phase]) for phase in plans.PHASES]
   if args.json:

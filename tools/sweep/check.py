@@ -31,8 +31,8 @@ def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
                       help='how many: 0, 1, ...; default: the file\'s, or 3')
   parser.add_argument('--match', default='', choices=('', *matching.WHAT),
                       help='give every point the base\'s cost')
-  parser.add_argument('--match_field', default=matching.FIELD,
-                      help='the field that is solved for it (%(default)s)')
+  parser.add_argument('--match_field', default='', help='the field that is '
+                      f'solved for it; default: {matching.FIELD}')
   parser.add_argument('--devices', type=int, default=0, help='to lay a run '
                       'over; default: as few as its mesh allows')
 
@@ -65,16 +65,17 @@ def describe(args) -> dict:
   from training.workdir import run_config
   cost.off_devices()
   sweep = spec.read_sweep_file(args.file, args.seeds)
-  if args.match_field != matching.FIELD and not args.match:
+  field = args.match_field or matching.FIELD
+  if args.match_field and not args.match:
     raise RequestError(f'--match_field is {args.match_field}, but nothing is '
                        f'matched: pass --match, of {", ".join(matching.WHAT)}')
   if args.match:
-    sweep = matching.match(sweep, args.match, args.match_field,
+    sweep = matching.match(sweep, args.match, field,
                            lambda config: cost.figure(config, args.match))
   base = cost.of(sweep.base)
   description = {
       'name': sweep.name, 'file': sweep.file, 'match': sweep.match,
-      'match_field': args.match_field if args.match else '',
+      'match_field': field if args.match else '',
       'base': sweep.base_name,
       'base_config': run_config.to_json(sweep.base),
       'paired': not any(key.startswith(BATCHES) for point in sweep.points

@@ -52,10 +52,10 @@ def main(args) -> int:
                             ('jobs', 0, 100_000)):
     limits.number(f'--{name}', getattr(args, name),
                   (('>=', least), ('<=', most)))
-  for flag in ('gke', 'dry_run'):
-    require(args.launcher == 'gke' or not getattr(args, flag),
-            f'--{flag} is for --launcher=gke, and --launcher is '
-            f'{args.launcher}: leave it out')
+  for flag, (unset, readers) in READERS.items():
+    require(args.launcher in readers or getattr(args, flag) == unset,
+            f'--{flag} is for --launcher={" or ".join(readers)}, and '
+            f'--launcher is {args.launcher}: leave it out')
   if args.launcher in ELSEWHERE:
     return ELSEWHERE[args.launcher](args)
   layout.try_folder(args.workdir)
@@ -171,6 +171,11 @@ def _as_local(words: list[str]) -> list[str]:
   return kept
 
 
+# flag: (its default, the launchers that read it), of those that not all do.
+READERS = {'parallel': (1, ('local', 'slurm', 'gke')),
+           'group': (8, ('local', 'slurm', 'gke')),
+           'jobs': (0, ('slurm', 'gke')), 'slurm': ('', ('slurm',)),
+           'gke': ('', ('gke',)), 'dry_run': (False, ('gke',))}
 # name: (args, description, ledger) -> whether it was not stopped half-way.
 LAUNCHERS = {'local': _local, 'slurm': _slurm, 'print': _print}
 # name: (args) -> exit code, of those whose workdir is not on this machine.

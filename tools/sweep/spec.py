@@ -4,10 +4,10 @@ A file of configs/sweeps/ holds `base()`, which returns a config; `get_config`,
 another name of it, by which train.py reads it; and `sweep(add)`, which calls
 add(name, **{'model.norm': 'rmsnorm', ...}) for each point. SEEDS (how many, 3
 if it says nothing) and TASKS (evaluations that each run owes once trained)
-may stand beside them.
+may stand beside them. A constant of the file itself begins with an underscore.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 import dataclasses
 import difflib
 import os
@@ -22,6 +22,7 @@ from configs import kinds
 from configs.errors import RequestError, require
 from training import config_files, evals
 
+CONSTANTS = ('SEEDS', 'TASKS')  # that a file may hold
 SEEDS = 3
 MOST_SEEDS = 10_000
 BASE = 'base'  # what the point that changes nothing is called by default
@@ -70,17 +71,20 @@ class Sweep:
                  if not evals.task(task).unfit(config))
 
 
-def read_sweep_file(file: str, seeds: int = 0) -> Sweep:
+def read_sweep_file(file: str, seeds: int = 0,
+                    known: Collection[str] = CONSTANTS) -> Sweep:
   """Reads a sweep's file; the point that changes nothing is added if missing.
 
   Args:
     file: its path.
     seeds: how many; 0: the file's SEEDS.
+    known: the constants that it may hold, of a study more than CONSTANTS.
 
   Raises:
     ValueError: for what no sweep can be made of.
   """
   module = _module(file)
+  check_constants(file, module, known, 'a sweep')
   base, again = (config_files.call(file, module.base) for _ in range(2))
   config_files.check_config_fields(base, f'{file}: base()')
   if again.to_json_best_effort() != base.to_json_best_effort():
@@ -115,6 +119,25 @@ def read_sweep_file(file: str, seeds: int = 0) -> Sweep:
   sweep = Sweep(pathlib.Path(file).stem, file, base.lock(),
                 tuple(points.values()), '', tuple(range(seeds)), tuple(tasks))
   return _with_base(sweep)
+
+
+def check_constants(file: str, module: Any, known: Collection[str],
+                    reader: str) -> None:
+  """Raises RequestError for a constant of a user's file that nothing reads,
+  such as one that is misspelt.
+
+  Args:
+    file: its path.
+    module: what it defines.
+    known: the constants that are read.
+    reader: what reads them.
+  """
+  for name in vars(module):
+    if name.isupper() and not name.startswith('_') and name not in known:
+      near = difflib.get_close_matches(name, known, n=1)
+      hint = f' Did you mean {near[0]}?' if near else ''
+      raise RequestError(f'{file} has {name}, which {reader} does not read: '
+                         f'call it _{name} if it is the file\'s own.{hint}')
 
 
 def changed(base: ml_collections.ConfigDict, changes: Mapping[str, Any],

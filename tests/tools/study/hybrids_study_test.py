@@ -2,14 +2,13 @@
 
 import pytest
 
-from tools.study import costs, freeze
-from tools.sweep import spec
+from tools.study import costs, freeze, spec
 
 FILE = 'configs/studies/hybrids.py'
 
 
 def test_its_ratios_divide_the_layers():
-  sweep = spec.read_sweep_file(FILE, seeds=1)
+  sweep = spec.Spec(FILE).sweep
   found = {}
   for point in sweep.points:
     model = sweep.config(point).model

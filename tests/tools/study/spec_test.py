@@ -4,11 +4,13 @@ import dataclasses
 import json
 import math
 import pathlib
+import sys
 
 import pytest
 
 from configs.errors import RequestError
 from tests.helpers import studies
+from tools.study import __main__ as program
 from tools.study import costs, freeze
 from tools.study import frozen as frozen_lib
 from tools.study import phases
@@ -208,6 +210,22 @@ def test_what_cannot_be_a_study_is_refused(case, tmp_path):
   with pytest.raises(RequestError, match=told):
     freeze.freeze(studies.write(tmp_path, **fields))
   assert not (tmp_path / 'study.json').exists()
+
+
+@pytest.mark.parametrize('command, words, told', [
+    ('plan', ['--workdir={}/none'], 'study.json is missing: no study was run'),
+    ('plan', ['--workdir={}'], 'study.json is missing: no study was run'),
+    ('run', ['--workdir={}/w', '--jobs=3'],
+     '--jobs is for --launcher=slurm, and --launcher is local'),
+    ('run', ['--workdir={}/w', '--slurm=a=b'], '--slurm is for --launcher=')])
+def test_a_flag_that_would_do_nothing_is_refused(command, words, told, tmp_path,
+                                                 monkeypatch):
+  monkeypatch.setattr(sys, 'argv', [
+      'study', command, 'configs/studies/tiny.py',
+      *(word.format(tmp_path) for word in words)])
+  with pytest.raises(RequestError, match=told):
+    program.main()
+  assert not list(tmp_path.iterdir())
 
 
 def test_a_missing_file_is_refused_with_those_that_are_there():

@@ -8,6 +8,7 @@ import pytest
 from configs.errors import RequestError
 from tests.helpers import studies
 from tools.study import costs, phases, results, show
+from tools.study import frozen as frozen_lib
 from tools.study import plan as plans
 from tools.study import run as run_lib
 from tools.sweep import ledger as ledger_lib
@@ -73,17 +74,17 @@ def test_a_weak_study_tells_that_it_went_on_however_it_ends(tmp_path):
   weak = studies.frozen(studies.plan(effect=1e-4))
   with pytest.raises(phases.TooWeak):
     go(tmp_path, weak)
-  assert not run_lib.load(tmp_path).notes
+  assert not frozen_lib.load(tmp_path).notes
   with pytest.raises(Killed):
     go(tmp_path, weak, anyway=True, dies='tune-1')
-  kept = run_lib.load(tmp_path)
+  kept = frozen_lib.load(tmp_path)
   assert len(kept.notes) == 1
   told, = json.loads((tmp_path / results.FILE).read_text())['as_planned'][
       'differences']
   assert told.startswith('The study went on although it was too weak')
   go(tmp_path, kept)  # and needs not be told so again
   go(tmp_path, kept, anyway=True)
-  assert len(run_lib.load(tmp_path).notes) == 1
+  assert len(frozen_lib.load(tmp_path).notes) == 1
 
 
 def test_tokens_are_those_of_the_runs(frozen, tmp_path):

@@ -182,7 +182,7 @@ def test_a_changed_plan_is_refused_and_amended_for_a_reason(frozen, tmp_path):
   assert told['differences'] == [
       'The plan was changed (plan.alpha) when noise, tune, screen, confirm had '
       'been looked at. Reason: a reviewer asked']
-  kept = run_lib.load(tmp_path)
+  kept = frozen_lib.load(tmp_path)
   assert kept.hash == other.hash
   assert [own['before'] for own in kept.amendments] == [frozen.hash]
 
@@ -228,7 +228,7 @@ def test_a_plan_of_before_some_fields_goes_on(frozen, tmp_path):
     path.write_text(json.dumps(tree))
   own = start(tmp_path, frozen)  # which needs no --amend
   assert not [did for did in own.did if did[0] == 'noise']
-  assert run_lib.load(tmp_path).hash == old.hash
+  assert frozen_lib.load(tmp_path).hash == old.hash
   assert read(tmp_path)['confirm'][0]['verdict'] == 'worse'
 
 
@@ -237,7 +237,7 @@ def test_a_plan_that_was_written_over_is_refused(frozen, tmp_path):
   path = tmp_path / 'study.json'
   path.write_text(path.read_text().replace('"effect": 0.5', '"effect": 5.0'))
   with pytest.raises(RequestError, match='is not as it was written'):
-    run_lib.load(tmp_path)
+    frozen_lib.load(tmp_path)
 
 
 def test_a_weak_study_goes_on_for_once_told_and_says_so(frozen, tmp_path):
@@ -253,7 +253,7 @@ def test_a_weak_study_goes_on_for_once_told_and_says_so(frozen, tmp_path):
   with pytest.raises(phases.TooWeak):  # that was told of another plan
     start(tmp_path, weaker, amend='a smaller effect matters')
   start(tmp_path, weaker, anyway=True)
-  assert len(run_lib.load(tmp_path).notes) == 2
+  assert len(frozen_lib.load(tmp_path).notes) == 2
 
 
 def test_code_that_changed_is_told(frozen, tmp_path):

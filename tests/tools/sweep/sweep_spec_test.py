@@ -21,7 +21,7 @@ from tools.sweep import statistics
 
 def described(file, **options):
   args = types.SimpleNamespace(
-      file=file, seeds=0, match='', match_field=matching.FIELD, devices=0)
+      file=file, seeds=0, match='', match_field='', devices=0)
   vars(args).update(options)
   return check.describe(args)
 
@@ -109,6 +109,8 @@ PYTHON_ERRORS = {
     f"{BASE}TASKS = 'embed',": "has 'embed', which cannot be done there: task",
     f'{BASE}SEEDS = "2"': "SEEDS or --seeds is '2'",
     f'{BASE}SEEDS = 10**20': '1 to 10,000',
+    f'{BASE}SEED = 2': 'has SEED, which a sweep does not read: call it _SEED if'
+                       " it is the file's own. Did you mean SEEDS?",
 }
 
 
@@ -164,6 +166,7 @@ def test_what_cannot_be_matched_is_refused(point, parts, tmp_path):
     (dict(match='params', match_field='model.dff'), 'mean .model.d_ff'),
     (dict(match='params', match_field='model.norm'), 'holds .layernorm'),
     (dict(match_field='model.d_model'), 'nothing is matched'),
+    (dict(match_field=matching.FIELD), 'nothing is matched'),
 ])
 def test_a_wrong_field_to_match_is_a_sentence(options, part, tmp_path):
   with pytest.raises(ValueError, match=f'--match_field .*{part}'):
