@@ -2,11 +2,13 @@
 what is wrong with them is named."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
 import random
 import shutil
+import shlex
 import signal
 import subprocess
 import sys
@@ -59,6 +61,70 @@ def test_an_array_says_which_job_this_is(corpus, shards, monkeypatch):
   assert contents(other) == contents(shards)
   with pytest.raises(RequestError, match='--job is 3, and --jobs is 3'):
     tokenize(corpus, other, '--jobs=3', '--job=3')
+
+
+def test_shards_are_cut_alike_when_a_command_goes_on(tmp_path, monkeypatch):
+  """And what a message says to do does it. Here --shard_mib is of KiB."""
+  real = plan.of
+  monkeypatch.setattr(plan, 'of', lambda spec, every, size: real(
+      spec, every, size >> 10)._replace(shard_bytes=size))
+  for i in range(4):
+    (tmp_path / f'a {i}.txt').write_text(f'{i} and' * 204)
+  words = [f'text:{tmp_path}/*.txt', '--holdout_every=3', '--out']
+  whole, out = tmp_path / 'whole', tmp_path / 'out'
+  assert command.main([*words, str(whole), '--shard_mib=3']) == 0
+  words += [str(out), '--jobs=2']
+  assert command.main([*words, '--shard_mib=3', '--job=0']) == 0
+  for size in (2, 4):  # of as many shards, and of fewer
+    with pytest.raises(RequestError, match='the same and --shard_mib 3, or'):
+      command.main([*words, f'--shard_mib={size}', '--job=1'])
+
+  def do_as_told(match, call):
+    with pytest.raises(RequestError, match=match) as refused:
+      call()
+    told = shlex.split(str(refused.value).partition(' python -m ')[2])
+    assert told[0] == 'tools.tokenize' and command.main(told[1:]) == 0
+
+  do_as_told('half finished, 1 of 2', lambda: sources.parse(f'tokens:{out}'))
+  assert contents(out) == contents(whole)
+  config = config_of(tmp_path, tmp_path, f'tokens:{out}', holdout_every=2)
+  do_as_told('is 2, and what it holds',
+             lambda: pipeline.training_loader(config, BYTES))
+  assert pipeline.training_loader(config, BYTES).num_bytes == 2 * 5 * 204
+
+
+def test_a_folder_of_an_earlier_version(corpus, shards, monkeypatch):
+  """Its digest did not say where the files are cut: what is finished is read,
+  and gone on with where there is one way to cut them."""
+  def age(folder, count):
+    begun = json.loads((folder / 'begun.json').read_text())
+    names = [[path.name, path.stat().st_size]
+             for path in sorted(corpus.iterdir())]
+    old = begun | {'digest': hashlib.blake2b(
+        json.dumps([begun['reader'], names, count]).encode(),
+        digest_size=16).hexdigest()}
+    assert begun['shards'] == count and old != begun
+    del old['shard_bytes'], old['holdout_every']
+    (folder / 'begun.json').write_text(json.dumps(old))
+
+  count = len(list(shards.glob('*.arrayrecord')))
+  assert 1 < count < 7
+  age(shards, count)
+  assert tokenize(corpus, shards, '--holdout_every=5') == 0
+  assert (shards / 'split-5.json').exists()
+  (shards / '00001.json').unlink()
+  with pytest.raises(RequestError, match='begun by an earlier version'):
+    tokenize(corpus, shards)
+  monkeypatch.undo()
+  real = plan.of
+  monkeypatch.setattr(plan, 'of', lambda spec, every, _: real(spec, every, 1))
+  other = shards.parent / 'other'
+  assert tokenize(corpus, other, '--jobs=2', '--job=1') == 0
+  age(other, 7)
+  with pytest.raises(RequestError, match='and the --shard_mib that it was beg'):
+    sources.parse(f'tokens:{other}')
+  assert tokenize(corpus, other) == 0
+  assert len(folders.load(str(other), 'it').shards) == 7
 
 
 @pytest.mark.slow

@@ -40,6 +40,7 @@ def index(folder: epath.Path, begun: dict[str, Any],
   total = {key: sum(shard[key] for shard in shards)
            for key in ('documents', 'tokens', 'bytes')}
   described = begun | total | dict(versions=_versions(), shards=shards)
+  described.pop('holdout_every', None)  # of the first command alone
   with writing.to(folder / folders.INDEX):
     write.put(folder / folders.INDEX, json.dumps(described, indent=1).encode())
 

@@ -4,6 +4,7 @@
 import hashlib
 import json
 import re
+import shlex
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -68,14 +69,32 @@ def load(text: str, name: str) -> Index:
     done = sum(name[0].isdigit() for name in files.sizes(folder, '.json'))
     raise RequestError(
         f'data source {name!r} is half finished, {done} of '
-        f'{begun["shards"]} shards: go on with python -m tools.tokenize '
-        f'{begun["source"]!r} --out {text} --tokenizer '
-        f'{begun["tokenizer"]["name"]}')
+        f'{begun["shards"]} shards: go on with '
+        + command(begun, text, begun.get('holdout_every')))
   data = (folder / INDEX).read_bytes()
   index = Index(folder, parsed(folder / INDEX, data),
                 hashlib.blake2b(data, digest_size=16).hexdigest())
   check_format(index.described, folder)
   return index
+
+
+def command(described: dict[str, Any], folder: Any, every: int | None) -> str:
+  """Returns the command that goes on with a folder.
+
+  Args:
+    described: what begun.json or index.json holds.
+    folder: where it is.
+    every: --holdout_every; None: of an earlier version, and not known.
+  """
+  words = ['python', '-m', 'tools.tokenize', described['source'], '--out',
+           str(folder), '--tokenizer', described['tokenizer']['name']]
+  if described.get('shard_bytes'):  # 0: of a dataset of Hugging Face
+    words += ['--shard_mib', str(described['shard_bytes'] >> 20)]
+  if every is not None:
+    words += ['--holdout_every', str(every)]
+  unknown = '' if 'shard_bytes' in described else (
+      ' and the --shard_mib that it was begun with, if that was given')
+  return shlex.join(words) + unknown
 
 
 def check_format(described: dict[str, Any], folder: epath.Path) -> None:

@@ -33,12 +33,18 @@ class Plan(NamedTuple):
     parts: the sources whose documents make one shard each, in order.
     sizes: of each, in bytes of its files or, for a dataset of Hugging Face, in
       files.
-    digest: of what the parts are made from.
+    digest: of what the parts are made from, and where it is cut.
+    uncut: what earlier versions wrote as the digest, which does not say where.
+    every: data.holdout_every.
+    shard_bytes: of text in a shard; 0 for a dataset of Hugging Face.
   """
   source: Source
   parts: list[Source]
   sizes: list[int]
   digest: str
+  uncut: str
+  every: int
+  shard_bytes: int = 0
 
 
 def of(spec: str, every: int, shard_bytes: int = SHARD_BYTES) -> Plan:
@@ -56,7 +62,7 @@ def of(spec: str, every: int, shard_bytes: int = SHARD_BYTES) -> Plan:
   prefix, _, rest = spec.partition(':')
   if prefix == 'hf':
     digest, parts = hub.streamed(spec, rest, MOST_SHARDS)
-    return Plan(parts[0], parts, [1] * len(parts), digest)
+    return Plan(parts[0], parts, [1] * len(parts), digest, digest, every)
   (_, source), *others = sources.parse(spec)
   require(not others, f'data source {spec!r} is a mixture: tokenise each of '
           "its sources, and mix them in the run, '0.7*tokens:A,0.3*tokens:B'")
@@ -80,12 +86,13 @@ def of(spec: str, every: int, shard_bytes: int = SHARD_BYTES) -> Plan:
       room = target
     groups[-1].append((path, size))
     room -= size
+  named = [[os.path.basename(path), size] for path, size in stats]
   return Plan(
       source, [dataclasses.replace(source, files=tuple(p for p, _ in group))
                for group in groups],
       [sum(size for _, size in group) for group in groups],
-      _digest([source.reader, [[os.path.basename(path), size]
-                               for path, size in stats], len(groups)]))
+      _digest([source.reader, named, [len(group) for group in groups]]),
+      _digest([source.reader, named, len(groups)]), every, shard_bytes)
 
 
 def documents(part: Source) -> Iterator[Document]:
@@ -118,6 +125,7 @@ def described(plan: Plan, tokenizer: Tokenizer) -> dict[str, Any]:
       format=folders.FORMAT, source=plan.source.name,
       reader=plan.source.reader, files=len(plan.source.files) or sum(
           plan.sizes), digest=plan.digest, shards=len(plan.parts),
+      shard_bytes=plan.shard_bytes, holdout_every=plan.every,
       tokenizer=dict(name=tokenizer.name, fingerprint=tokenizer.fingerprint,
                      vocab_size=tokenizer.vocab_size),
       dtype=write.dtype_of(tokenizer).name,
@@ -143,10 +151,7 @@ def begin(folder: Any, plan: Plan, tokenizer: Tokenizer) -> dict[str, Any]:
           f'{folder} was begun with the tokenizer {made["name"]!r}, and '
           f'--tokenizer is {tokenizer.name!r}, which is another one: choose '
           'the same, or another folder for --out')
-  require(begun['digest'] == plan.digest,
-          f'{folder} was begun of the source {begun["source"]!r}, and that of '
-          f'now, {plan.source.name!r}, has other files or is cut otherwise: '
-          'choose the same, or another folder for --out')
+  _check_cut(folder, begun, plan)
   return begun
 
 
@@ -171,3 +176,22 @@ def _look_into(plan: Plan) -> None:
 def _digest(described_: Any) -> str:
   return hashlib.blake2b(json.dumps(described_).encode(),
                          digest_size=16).hexdigest()
+
+
+def _check_cut(folder: Any, begun: dict[str, Any], plan: Plan) -> None:
+  """Raises RequestError unless a folder is of the same files, cut alike."""
+  if begun['digest'] == plan.uncut != plan.digest:
+    # As many shards: only of one, or of one a file, are they surely the same.
+    require(len(plan.parts) in (1, len(plan.source.files))
+            or all(write.all_finished(folder, begun['shards'])),
+            f'{folder} was begun by an earlier version, which did not write '
+            'down where the files are cut into shards, and not all of these '
+            'are finished: go on with that version and the same --shard_mib, '
+            'or choose another folder for --out')
+    return
+  cut = begun.get('shard_bytes', 0) >> 20
+  require(begun['digest'] == plan.digest,
+          f'{folder} was begun of the source {begun["source"]!r}, and that of '
+          f'now, {plan.source.name!r}, has other files or is cut otherwise: '
+          f'choose the same{f" and --shard_mib {cut}" if cut else ""}, or '
+          'another folder for --out')

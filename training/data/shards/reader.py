@@ -151,12 +151,10 @@ def split(index: folders.Index, name: str, every: int, held_out: bool | None,
   known = folders.splits(index)
   if held_out is None or not every and not held_out:
     every, held_out = min(known, default=every), None
-  made = index.described
   require(every in known, f'data.holdout_every is {every}, and what it holds '
           f'out of data source {name!r} is not written down: choose from '
           f'{", ".join(map(str, known))}, or add it (no text is read) by '
-          f'python -m tools.tokenize {made["source"]!r} --out {index.folder} '
-          f'--tokenizer {made["tokenizer"]["name"]} --holdout_every {every}')
+          + folders.command(index.described, index.folder, every))
   return Split(index, every, pages.of_set(every, held_out, part), separator)
 
 
