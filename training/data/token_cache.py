@@ -216,7 +216,7 @@ def _build(source: sources.Source, tokenizer: Tokenizer, workers: int,
   temporary = path.parent / f'.building-{uuid.uuid4().hex}'
   with _writing(path):
     path.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(path.parent)
+    storage.sweep(path.parent, '.building-*', STALE_SECONDS)
     temporary.mkdir()
   try:
     total = _write(source, tokenizer, workers, temporary)
@@ -313,10 +313,3 @@ def _stat(files: Iterable[str]) -> list[list]:
 def _hash(described: Any) -> str:
   return hashlib.blake2b(json.dumps(described).encode('utf-8'),
                          digest_size=16).hexdigest()
-
-
-def _sweep(folder: pathlib.Path):
-  """Removes what processes killed over a day ago were still writing."""
-  for left in folder.glob('.building-*'):
-    if time.time() - left.stat().st_mtime > STALE_SECONDS:
-      shutil.rmtree(left, ignore_errors=True)

@@ -13,6 +13,7 @@ import os
 import pathlib
 import shutil
 import tempfile
+import time
 
 from etils import epath
 
@@ -75,6 +76,28 @@ def write(file: epath.Path, text: str) -> None:
     partial = _partial(file)
     partial.write_text(text)
     partial.replace(file)
+
+
+def sweep(folder: str | os.PathLike, pattern: str, seconds: float) -> None:
+  """Removes what killed processes left of what they were writing on disk.
+
+  Args:
+    folder: where it lies.
+    pattern: of the names of what is being written: files, or folders of files.
+    seconds: for which nothing was written to it. While a file grows, the time
+      of its folder stays.
+  """
+  for left in pathlib.Path(folder).glob(pattern):
+    try:
+      newest = max(path.stat().st_mtime for path in (left, *left.glob('*')))
+      if time.time() - newest <= seconds:
+        continue
+    except FileNotFoundError:  # it was moved to its place, or swept
+      continue
+    if left.is_dir():
+      shutil.rmtree(left, ignore_errors=True)
+    else:
+      left.unlink(missing_ok=True)
 
 
 # What is wrong with the machine, and not with the name that was given.

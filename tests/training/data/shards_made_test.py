@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 
+from etils import epath
 import pytest
 
 from configs.errors import EnvironmentFailure, RequestError
@@ -125,6 +126,27 @@ def test_a_folder_of_an_earlier_version(corpus, shards, monkeypatch):
     sources.parse(f'tokens:{other}')
   assert tokenize(corpus, other) == 0
   assert len(folders.load(str(other), 'it').shards) == 7
+
+
+def test_a_shard_that_takes_days_is_left_alone(tmp_path):
+  """Another worker sweeps what was left by killed ones."""
+  folder = epath.Path(tmp_path)
+  then = (time.time() - 2 * write.STALE_SECONDS,) * 2
+  for name in ('a', 'b'):
+    (tmp_path / f'{write.TEMPORARY}{name}').write_text('a figure')
+  os.utime(tmp_path / f'{write.TEMPORARY}a', then)
+
+  def documents():
+    yield 'x' * write.CHUNK_CHARS
+    [room] = (path for path in tmp_path.iterdir() if path.is_dir())
+    assert list(room.iterdir())
+    os.utime(room, then)
+    write.shard(folder, 1, ['another'], BYTES, 'its')
+    yield 'the end'
+
+  made = write.shard(folder, 0, documents(), BYTES, 'its')
+  assert made['bytes'] == write.CHUNK_CHARS + len('the end')
+  assert [path.name for path in tmp_path.glob('.*')] == [f'{write.TEMPORARY}b']
 
 
 @pytest.mark.slow

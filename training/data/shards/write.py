@@ -12,7 +12,6 @@ import os
 import pathlib
 import shutil
 import tempfile
-import time
 from typing import Any
 import uuid
 
@@ -129,12 +128,7 @@ def _room(folder: epath.Path) -> Iterator[pathlib.Path]:
     with tempfile.TemporaryDirectory(prefix='archetype-') as text:
       yield pathlib.Path(text)
     return
-  for left in pathlib.Path(folder).glob(f'{TEMPORARY}*'):  # by killed ones
-    if time.time() - left.stat().st_mtime > STALE_SECONDS:
-      if left.is_dir():
-        shutil.rmtree(left, ignore_errors=True)
-      else:  # of `put`
-        left.unlink(missing_ok=True)
+  storage.sweep(folder, f'{TEMPORARY}*', STALE_SECONDS)
   room = pathlib.Path(folder) / f'{TEMPORARY}{uuid.uuid4().hex}'
   room.mkdir()
   try:
