@@ -140,8 +140,8 @@ def _spawn(args: Any, job: int, processes: int) -> None:
 
 def _end(out: epath.Path, begun: dict[str, Any], every: int, before: list[Any],
          started: float) -> dict[str, Any]:
-  """Writes what is written once, if all shards are finished; returns figures.
-  """
+  """Writes what is made of all shards and is missing, if they are finished;
+  returns figures."""
   shards = _seen(out, begun)
   done = [shard for shard in shards if shard]
   made = sum(shard['bytes'] for shard, old in zip(shards, before)
@@ -152,10 +152,13 @@ def _end(out: epath.Path, begun: dict[str, Any], every: int, before: list[Any],
              'cpu_seconds': round(sum(os.times()[:4]), 1)}
   if len(done) < len(shards):
     return figures | {'next': 'the job that ends last writes the index'}
-  if not (out / f'{folders.split_name(every)}.json').exists():
-    finish.split(out, done, every)
   index = out / folders.INDEX
-  if not index.exists() or folders.parsed(index)['shards'] != done:
+  # The index is written last: without it, the splits may be of other shards.
+  whole = index.exists() and folders.parsed(index)['shards'] == done
+  for each in sorted({every, *folders.splits(out)}):
+    if not whole or not all(before) or not finish.has_split(out, done, each):
+      finish.split(out, done, each)
+  if not whole:
     finish.index(out, begun, done)
   return figures | _figures(folders.parsed(index)) | {
       'read_as': f'data.source=tokens:{out}'}

@@ -9,6 +9,7 @@ import pathlib
 import random
 import shutil
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -289,6 +290,38 @@ def test_a_damaged_file_is_named(name, corpus, shards):
   if name.endswith('.arrayrecord'):
     with pytest.raises(EnvironmentFailure, match=f'{name} is damaged'):
       command.main(['--verify', '--out', str(shards)])
+
+
+@pytest.mark.parametrize('spoil', [
+    os.unlink, lambda path: os.truncate(path, 100),
+    lambda path: shutil.rmtree(path.parent)], ids=['gone', 'cut', 'all_gone'])
+def test_marks_are_made_again(spoil, corpus, shards, capsys):
+  """Of every split, by the command that made the folder."""
+  assert tokenize(corpus, shards, '--holdout_every=5') == 0
+  before = contents(shards)
+  config = config_of(corpus, shards.parent, f'tokens:{shards}')
+  for every in (4, 5):
+    spoil(shards / f'split-{every}' / '00000.marks')
+  with pytest.raises(EnvironmentFailure,
+                     match=r'\d.marks is (missing|damaged).*tools.tokenize'):
+    loader = pipeline.training_loader(config, BYTES)
+    for n in range(loader.num_batches):
+      loader.batch(n)
+  capsys.readouterr()
+  assert tokenize(corpus, shards, '--json') == 0
+  assert json.loads(capsys.readouterr().out)['megabytes_made'] == 0
+  assert contents(shards) == before
+
+
+def test_splits_are_of_the_shards_that_were_made_again(corpus, shards):
+  """As by a package of another version: here, of other splits' marks."""
+  before = contents(shards)
+  for folder, name in (('split-4', '00000'), ('.', '00001')):
+    for path in (shards / folder).glob(f'{name}.*'):
+      path.write_bytes(bytes(path.stat().st_size))
+  (shards / '00001.json').unlink()
+  assert tokenize(corpus, shards) == 0
+  assert contents(shards) == before
 
 
 def test_text_that_cannot_be_read_is_said_as_such(corpus, tmp_path,

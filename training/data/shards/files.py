@@ -47,7 +47,7 @@ def sizes(folder: epath.Path, ending: str) -> dict[str, int]:
 def missing(path: str) -> EnvironmentFailure:
   return EnvironmentFailure(
       f'{path} is missing: the command of tools.tokenize that made the folder '
-      'makes it again, and nothing else')
+      'makes it again, and tokenises nothing else')
 
 
 def damaged(path: str, why: str) -> EnvironmentFailure:

@@ -45,6 +45,20 @@ def index(folder: epath.Path, begun: dict[str, Any],
     write.put(folder / folders.INDEX, json.dumps(described, indent=1).encode())
 
 
+def has_split(folder: epath.Path, shards: list[dict[str, Any]], every: int
+              ) -> bool:
+  """Returns whether all files of a split are there, none of them cut short."""
+  name = folders.split_name(every)
+  if not (folder / f'{name}.json').exists():
+    return False
+  try:
+    found = files.sizes(folder / name, '.marks')
+  except FileNotFoundError:
+    return False
+  return all(found.get(f'{shard["name"]}.marks') == pages.place(
+      shard['records'], None)[1] for shard in shards)
+
+
 def split(folder: epath.Path, shards: list[dict[str, Any]], every: int) -> None:
   """Writes what data.holdout_every = `every` holds out. A thread keeps the
   numbers of the documents of one shard.

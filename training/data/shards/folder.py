@@ -113,10 +113,10 @@ def check_tokenizer(index: Index, tokenizer: Tokenizer, name: str) -> None:
           'tokens, or tokenise into another folder')
 
 
-def splits(index: Index) -> list[int]:
+def splits(folder: epath.Path) -> list[int]:
   """Returns the data.holdout_every for which it is known what is held out."""
   found = [re.fullmatch(r'split-(\d+)\.json', name)
-           for name in files.sizes(index.folder, '.json')]
+           for name in files.sizes(folder, '.json')]
   return sorted(int(match[1]) for match in found if match)
 
 

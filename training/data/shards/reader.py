@@ -148,7 +148,7 @@ def split(index: folders.Index, name: str, every: int, held_out: bool | None,
     EnvironmentFailure: for a shard that is missing or cut short.
   """
   folders.check_shards(index)
-  known = folders.splits(index)
+  known = folders.splits(index.folder)
   if held_out is None or not every and not held_out:
     every, held_out = min(known, default=every), None
   require(every in known, f'data.holdout_every is {every}, and what it holds '
