@@ -26,6 +26,11 @@ def tokenize(corpus, out, *words):
                        '--holdout_every=4', *words])
 
 
+def contents(folder):
+  return {str(path.relative_to(folder)): path.read_bytes()
+          for path in sorted(folder.rglob('*')) if path.is_file()}
+
+
 def config_of(corpus, folder, source='', **fields):
   config = base.base()
   config.objective = fields.pop('objective', 'causal')
