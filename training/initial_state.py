@@ -28,19 +28,28 @@ from training.workdir import storage
 def restore_or_create(run: runs.Run, saved: checkpoints.Checkpoints
                       ) -> tuple[TrainState, int]:
   """Returns the state and the index of the next batch."""
-  if has_parameters_alone(saved.directory):
+  if not restoring.steps(saved.directory):
+    return create(run, run.config.init_from), 0
+  restored = restoring.restore(
+      saved.directory,
+      lambda arrays: None if _parameters_alone(arrays) else run.abstract)
+  if devices.primary():
+    _warn(restored)
+  state = restored.state
+  if state is None:
     print('starting from the parameters in this workdir')
-    return create(run, saved.directory.parent), 0
-  restored = saved.restore(run.abstract)
-  if restored is not None:
-    if devices.primary():
-      for sentence in restored.damaged:
-        print(f'warning: {sentence}', file=sys.stderr)
-      print(f'going on from step {restored.step}')
-      for change in checkpoints.environment_changes(restored.record):
-        print(f'not bit for bit, since this has changed: {change}')
-    return restored.state, restored.record['next_batch']
-  return create(run, run.config.init_from), 0
+    state = create(run, saved.directory.parent, restored.step)
+  elif devices.primary():
+    print(f'going on from step {restored.step}')
+    for change in checkpoints.environment_changes(restored.record):
+      print(f'not bit for bit, since this has changed: {change}')
+  saved.go_on_from(restored)
+  return state, restored.record['next_batch']
+
+
+def _warn(restored: restoring.Restored) -> None:
+  for sentence in restored.damaged:
+    print(f'warning: {sentence}', file=sys.stderr)
 
 
 def check_source(source: str) -> None:
@@ -51,12 +60,14 @@ def check_source(source: str) -> None:
             f'init_from is {source!r}: no such folder or file')
 
 
-def create(run: runs.Run, source: str | epath.Path) -> TrainState:
+def create(run: runs.Run, source: str | epath.Path, step: int | None = None
+           ) -> TrainState:
   """Returns the state of a run before its first step.
 
   Args:
     run: the run.
     source: config.init_from; '' for none.
+    step: of a workdir, which checkpoint; None: the newest good one.
 
   Raises:
     ValueError: for a source that is none, or of another model.
@@ -65,20 +76,20 @@ def create(run: runs.Run, source: str | epath.Path) -> TrainState:
   if not str(source):
     return state
   params, skipped = _read(run, storage.path(source, 'init_from'),
-                          state.params)
+                          state.params, step)
   for line in skipped:
     print(f'skipped: {line}')
   return run.with_params(state, params)
 
 
-def _read(run: runs.Run, source: epath.Path, drawn: Any
-          ) -> tuple[Any, list[str]]:
+def _read(run: runs.Run, source: epath.Path, drawn: Any,
+          step: int | None = None) -> tuple[Any, list[str]]:
   """Returns (parameters, a line for each thing that was skipped)."""
   partial = run.config.init_partial
   check_source(str(source))
   _check_labels(run, source)
   if restoring.directory(source).exists():
-    return _from_workdir(run, source, drawn, partial)
+    return _from_workdir(run, source, drawn, partial, step)
   with run.context():
     params, skipped = weights.params_to_start_from(
         source, architectures.build(adapters.plain(run.model)),
@@ -106,20 +117,22 @@ def _check_labels(run: runs.Run, source: epath.Path) -> None:
 
 
 def _from_workdir(run: runs.Run, source: epath.Path, drawn: Any,
-                  partial: bool) -> tuple[Any, list[str]]:
-  """Returns (parameters, skipped) of the newest good checkpoint there. Its
-  adapters are taken where they are those of this run; else they are merged
-  into the weights, and those of this run are drawn."""
+                  partial: bool, step: int | None = None
+                  ) -> tuple[Any, list[str]]:
+  """Returns (parameters, skipped) of the newest good checkpoint there, or of
+  that of `step`. Its adapters are taken where they are those of this run; else
+  they are merged into the weights, and those of this run are drawn."""
   folder, theirs = restoring.directory(source), runs.model_of(source)
   if not adapters.same(run.model, theirs):
     if theirs.lora.rank:
-      return _from_adapted(run, source, theirs, drawn, partial)
+      return _from_adapted(run, source, theirs, drawn, partial, step)
     params, skipped = _from_workdir(
-        _without_adapters(run), source, adapters.without(drawn), partial)
+        _without_adapters(run), source, adapters.without(drawn), partial,
+        step)
     return adapters.beside(params, drawn), skipped
   skipped = weights.other_function(run.model, theirs, source, partial)
   wanted = {'params': run.abstract.params}
-  saved = restoring.arrays(folder)
+  saved = restoring.arrays(folder, step)
   put_on = new_head.is_put_on(run.model, theirs)
   if (partial or put_on) and saved:
     wanted, more = _fitting(wanted, saved)
@@ -132,9 +145,9 @@ def _from_workdir(run: runs.Run, source: epath.Path, drawn: Any,
     skipped += more.values()
     require(wanted, f'init_from is {str(source)!r}, of which nothing fits this '
             'model')
-  restored = parameters.restore(folder, wanted['params'])
-  for sentence in restored.damaged:
-    print(f'warning: {sentence}', file=sys.stderr)
+  restored = parameters.restore(folder, wanted['params'], step)
+  if step is None:
+    _warn(restored)
   return restoring.nest(paths.flatten(drawn)
                         | paths.flatten(restored.state)), skipped
 
@@ -148,7 +161,8 @@ def _without_adapters(run: runs.Run) -> runs.Run:
 
 
 def _from_adapted(run: runs.Run, source: epath.Path, theirs: ModelConfig,
-                  drawn: Any, partial: bool) -> tuple[Any, list[str]]:
+                  drawn: Any, partial: bool, step: int | None
+                  ) -> tuple[Any, list[str]]:
   """Returns (parameters, skipped) of a workdir whose model has other adapters
   than that of `run`."""
   require(not partial, f'init_from is {str(source)!r}, whose model has '
@@ -157,9 +171,9 @@ def _from_adapted(run: runs.Run, source: epath.Path, theirs: ModelConfig,
   skipped = weights.other_function(run.model, theirs, source, partial)
   other = runs.Run.of(run.config, theirs, run.mesh)
   restored = parameters.restore(restoring.directory(source),
-                                other.abstract.params)
-  for sentence in restored.damaged:
-    print(f'warning: {sentence}', file=sys.stderr)
+                                other.abstract.params, step)
+  if step is None:
+    _warn(restored)
   print(f'{source}: its low-rank adapters are merged into the weights')
   with run.context():
     _, params = adapters.merge(other.module, restored.state)
@@ -192,5 +206,8 @@ def _fitting(wanted: Any, saved: dict[str, dict]
 def has_parameters_alone(folder: epath.Path) -> bool:
   """Whether a checkpoint folder is what tools.convert makes: weights that no
   optimiser has seen."""
-  saved = restoring.arrays(folder)
-  return bool(saved) and all(name.startswith('params/') for name in saved)
+  return _parameters_alone(restoring.arrays(folder))
+
+
+def _parameters_alone(arrays: dict[str, dict]) -> bool:
+  return bool(arrays) and all(name.startswith('params/') for name in arrays)

@@ -176,11 +176,17 @@ class Checkpoints:
     if not steps and step is None:
       return None
     restored = restoring.restore(self.directory, abstract, step)
+    self.go_on_from(restored)
+    return restored
+
+  def go_on_from(self, restored: restoring.Restored) -> None:
+    """Sets later steps aside, as `restore` does, once its checkpoint is known
+    to be good."""
+    steps = restoring.steps(self.directory)
     self._set_aside([s for s in steps if s > restored.step])
     self._last_step = restored.step
     self._last_time = self._clock()
     self.best = restored.record.get('best')  # earlier records have none
-    return restored
 
   def _set_aside(self, steps: list[int]):
     if not steps:

@@ -102,7 +102,8 @@ def restore(folder: epath.Path, abstract: Any, step: int | str | None = None,
   Args:
     folder: what `directory(workdir)` returns.
     abstract: a pytree of ShapeDtypeStructs with shardings; or a function that
-      returns it, given {name: {shape, dtype, ...}} of the arrays of a step.
+      returns it, given {name: {shape, dtype, ...}} of the arrays of a step;
+      where it returns None, only the record is read.
     step: this one, and no other if it is damaged; None: the newest.
     partial: `abstract` may be a part of what was saved, such as
       {'params': ...} without the optimizer.
@@ -161,9 +162,10 @@ def _read(folder: epath.Path, abstract: Any, partial: bool):
     record = _read_record(folder)
     if callable(abstract):
       abstract = abstract(record['arrays'])
-    wanted = plain(abstract)
-    _check_fits(folder, record, paths.flatten(abstract), partial)
-    arrays = _read_arrays(folder, record, wanted)
+    if abstract is not None:
+      wanted = plain(abstract)
+      _check_fits(folder, record, paths.flatten(abstract), partial)
+      arrays = _read_arrays(folder, record, wanted)
   except Exception as error:  # Orbax and TensorStore raise many types.
     reason = _reason(error)
     if any(word in reason for word in _ENVIRONMENT):
@@ -176,6 +178,8 @@ def _read(folder: epath.Path, abstract: Any, partial: bool):
       raise
   if not _all_processes(reason is None):
     raise _Damaged(reason or 'another process cannot read it')
+  if abstract is None:
+    return None, record
   state = _unflatten(abstract, arrays)
   sums = checksums.of(state)
   wrong = [name for name in sums

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import shlex
+import shutil
 import sys
 
 import jax
@@ -15,6 +16,7 @@ from configs import base
 from configs.errors import RequestError
 from tests import train_test
 from tests.helpers import models
+from tests.helpers import toy_run
 from tools import convert
 from training import paths, runs
 from training import initial_state
@@ -235,6 +237,31 @@ def test_weights_without_an_optimiser_are_told_apart(imported, tmp_path):
     saved.save(0, {'params': jnp.zeros(2), 'opt_state': jnp.zeros(2)},
                next_batch=0, tokens=0, config=base.base())
   assert not initial_state.has_parameters_alone(tmp_path / 'checkpoints')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('damaged', ['record', 'state'])
+def test_an_import_is_begun_anew_where_the_first_checkpoint_is_damaged(
+    imported, tmp_path, damaged, capsys):
+  shutil.copytree(imported, tmp_path, dirs_exist_ok=True)
+  config = run_config.load_config(imported)
+  run = runs.build(config, architectures.resolve(config.model))
+  for again in (False, True):
+    with checkpoints.Checkpoints(tmp_path, **config.checkpoint) as saved:
+      state, start = initial_state.restore_or_create(run, saved)
+      assert (int(state.step), start) == (0, 0)
+      assert saved.save(2, state, next_batch=2, tokens=2, config=config)
+    step = saved.directory / '2'
+    if again:
+      break
+    if damaged == 'record':
+      (step / 'record/metadata').unlink()
+    else:
+      toy_run.flip_in_largest(pathlib.Path(step))
+  assert 'checkpoint 2 in' in capsys.readouterr().err
+  assert (saved.directory / '2.aside').exists()
+  _, params = models.make('llama', vocab_size=384)
+  jax.tree.map(np.testing.assert_array_equal, state.params, params)
 
 
 @pytest.mark.parametrize('content, words', [
