@@ -31,7 +31,7 @@ from training.data import pipeline, tokenizers
 from training.distributed import devices
 from training.step import TrainState, init_state, initial_seed
 from training.step import make_eval_step, make_train_step, optimizer_unchecked
-from training.workdir import checkpoints, run_config
+from training.workdir import checkpoints, lock, run_config
 
 # What the runs of a group may differ in, and what a step is given it as.
 DTYPES = {
@@ -135,6 +135,7 @@ def train(configs: Sequence[ml_collections.ConfigDict],
     found = []
     for asked, c, workdir, (_, derived), changed in zip(
         configs, filled, map(pathlib.Path, workdirs), resolved, changes):
+      stack.enter_context(lock.held(workdir))
       saved = stack.enter_context(checkpoints.Checkpoints(
           workdir, **c.checkpoint, agree_every=c.log.every_steps))
       member = loop.Member(c, workdir, saved, str(workdir))

@@ -22,7 +22,7 @@ from training.distributed import signals
 from training.optim import optimizers
 from training.optim import schedules
 from training.step import parameter_roles
-from training.workdir import checkpoints, run_config
+from training.workdir import checkpoints, lock, run_config
 
 pytestmark = pytest.mark.slow
 
@@ -343,6 +343,18 @@ def test_a_workdir_of_another_run_is_refused(trained):
     vectorised.train(configs[:2], [workdirs[0], workdirs[2]])
   with pytest.raises(ValueError, match='same workdir'):
     vectorised.train(configs[:2], [workdirs[0], workdirs[0]])
+
+
+def test_a_workdir_in_which_another_trains_is_refused(texts, tmp_path):
+  workdirs = [tmp_path / '0', tmp_path / '1']
+  configs = [config(texts), config(texts, seed=1)]
+  with lock.held(workdirs[1]):
+    with pytest.raises(ValueError, match='another process trains in .*1: wait'):
+      vectorised.train(configs, workdirs)
+  assert not (workdirs[1] / 'checkpoints').exists()
+  for workdir in workdirs:  # the first was let go of, too
+    with lock.held(workdir):
+      pass
 
 
 @pytest.mark.parametrize('name', [

@@ -1,7 +1,10 @@
 """One train.py a workdir: two would write over each other's checkpoints."""
 
+from collections.abc import Iterator
+import contextlib
 import fcntl
 import pathlib
+from typing import TextIO
 
 from etils import epath
 
@@ -23,8 +26,23 @@ def hold(workdir: epath.Path, primary: bool = True) -> None:
   Raises:
     ValueError: where another run has it.
   """
-  if '://' in str(workdir) or not primary:
+  if primary and '://' not in str(workdir):
+    _held.append(_locked(workdir))
+
+
+@contextlib.contextmanager
+def held(workdir: epath.Path) -> Iterator[None]:
+  """Locks the workdir as `hold` does, until the context ends: for a process
+  that trains in several."""
+  if '://' in str(workdir):
+    yield
     return
+  with _locked(workdir):
+    yield
+
+
+def _locked(workdir: epath.Path) -> TextIO:
+  """Returns the open file whose lock ends when it is closed."""
   path = pathlib.Path(workdir) / 'lock'
   path.parent.mkdir(parents=True, exist_ok=True)
   file = path.open('w')
@@ -33,6 +51,7 @@ def hold(workdir: epath.Path, primary: bool = True) -> None:
     free = True
   except BlockingIOError:
     free = False
+    file.close()
   require(free, f'another process trains in {workdir}: wait until it has '
           'ended, or take another --workdir')
-  _held.append(file)
+  return file
