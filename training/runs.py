@@ -330,8 +330,7 @@ def build(config: ml_collections.ConfigDict, model: ModelConfig,
 
 def check_ramp(config: ml_collections.ConfigDict, shape: Mapping[str, int]
                ) -> None:
-  """Raises RequestError where the mesh does not divide the batches of
-  data.batch_ramp."""
+  """Refuses a data.batch_ramp whose batches the mesh does not divide."""
   ramp.check_shards(config, shape['data'] * shape['fsdp'] * shape['expert']
                     * config.train.grad_accumulation)
 
@@ -348,7 +347,8 @@ def for_this_machine(config: ml_collections.ConfigDict
   """Returns the config with a mesh of this machine's devices: all in `data`
   where the run's own mesh does not fit them, to evaluate it elsewhere."""
   config = config.copy_and_resolve_references()
-  config.train.grad_accumulation = 1  # an evaluation takes whole batches
+  # An evaluation takes whole batches.
+  config.train.grad_accumulation, config.data.batch_ramp = 1, ''
   try:
     devices.mesh_shape(config.mesh, jax.device_count())
     return config

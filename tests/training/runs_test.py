@@ -3,7 +3,9 @@
 from configs import base
 import jax
 import numpy as np
+import pytest
 
+from configs.errors import RequestError
 from training import runs
 from training.data import pipeline, tokenizers
 
@@ -78,3 +80,14 @@ def test_the_first_parameters_are_drawn_from_both_seeds():
   alone = run.module.init(jax.random.key(3), np.zeros((1, 1), np.int32))
   np.testing.assert_allclose(drawn[3, 0], jax.tree.leaves(alone)[-1],
                              rtol=1e-6)
+
+
+def test_the_ramp_of_a_run_does_not_bind_its_evaluation():
+  """Batches of 4 rows do not divide over the 8 devices of these tests."""
+  config = base.base()
+  config.model.update(d_model=16, num_layers=1, num_heads=2, vocab_size=8)
+  config.data.update(batch_size=16, batch_ramp='2:4')
+  with pytest.raises(RequestError, match='batches of 4 rows'):
+    runs.build(config, runs.resolve_alone(config))
+  here = runs.for_this_machine(config)
+  assert runs.build(here, runs.resolve_alone(here)).mesh.shape['data'] == 8
