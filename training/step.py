@@ -203,7 +203,8 @@ def make_train_step(module: nn.Module, tx: optax.GradientTransformation,
     ok = jnp.isfinite(grad_norm) & jnp.isfinite(metrics['loss'])
     own, opt_state = optimizers.update_if(
         ok, tx, grads, state.opt_state, own)
-    own = moe.move_biases(config.model, own, loads, ok)
+    own = shares.with_frozen_rows(
+        parts, moe.move_biases(config.model, own, loads, ok), own)
     params = shares.whole(parts, own, state.params)
     bad_in_row = jnp.where(ok, 0, state.bad_in_row + 1)
     bad_steps = state.bad_steps + jnp.where(ok, 0, 1)

@@ -145,6 +145,16 @@ def without_frozen_rows(shares: Any, grads: Any):
       else jnp.where(share != 0, g, 0), trained(shares, shares), grads)
 
 
+def with_frozen_rows(shares: Any, new: Any, old: Any):
+  """Returns `new` with the rows of `old` for the frozen layers of a stack;
+  both trees are as `trained` returns them."""
+  if shares is None:
+    return new
+  return jax.tree.map(
+      lambda share, x, was: x if x is was or np.all(share)
+      else jnp.where(share != 0, x, was), trained(shares, shares), new, old)
+
+
 def of_trained(shares: Any, make: Callable) -> optax.GradientTransformation:
   """Returns an optimiser of the parameters that are trained.
 

@@ -71,3 +71,12 @@ def test_a_bad_step_moves_no_bias():
   assert metrics['bad_steps'] == 1
   models.close(state.params, after.params)
   assert not _biases(after.params).any()
+
+
+@pytest.mark.slow
+def test_the_bias_of_a_frozen_layer_stays():
+  c = _config()
+  c.optim.freeze = 'decoder/layers/0/.*'
+  _, state, _ = step_test.train(c, step_test.one_device(), steps=1)
+  first, second = _biases(state.params)
+  assert not first.any() and second.any()
