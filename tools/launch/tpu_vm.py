@@ -71,10 +71,16 @@ describe() {{  # NAME FORMAT
 }}
 
 stopping=0
+running=0
+pause=  # the process that is waited for while no run is under way
 stop() {{
   stopping=1
-  echo 'the run saves and leaves'
-  on "${{names[0]}}" 0 "$tell"
+  if [ "$running" = 1 ]; then
+    echo 'the run saves and leaves'
+    on "${{names[0]}}" 0 "$tell"
+  elif [ -n "$pause" ]; then
+    kill "$pause" 2>/dev/null
+  fi
 }}
 trap stop INT TERM
 
@@ -103,15 +109,31 @@ run() {{  # sets code, to that of worker 0 of slice 0
   code=${{code:-1}}  # the host was lost
 }}
 
+leave() {{  # if a signal came while nothing ran
+  if [ "$stopping" = 1 ]; then
+    if [ -n "$pause" ]; then kill "$pause" 2>/dev/null; fi
+    echo 'stopped while no run was under way'
+    exit 0
+  fi
+}}
+
 failures=0
 while true; do
   for name in "${{names[@]}}"; do
     until [ "$(describe "$name" state)" = READY ]; do
+      leave
       echo "waiting for $name"
-      sleep {wait}
+      sleep {wait} &
+      pause=$!
+      leave
+      wait "$pause"
+      pause=
     done
   done
+  running=1
+  leave
   run
+  running=0
   case $code in
     0) exit 0 ;;
     2) exit 2 ;;

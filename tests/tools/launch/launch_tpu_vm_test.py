@@ -27,7 +27,7 @@ def _tpu_run(a_job, tmp_path, monkeypatch):
       echo "$@" >>{tmp_path}/gcloud
       case "$4 $*" in
         describe*networkEndpoints*) echo 10.0.0.5 ;;
-        describe*) echo READY ;;
+        describe*) echo "${{STATE:-READY}}" ;;
         ssh*--worker=all*)
           for WORKER in ${{WORKERS:-0 1}}; do
             export WORKER
@@ -108,6 +108,24 @@ def test_tpu_vm_tells_the_run_in_its_folder_to_save(tpu_run, tmp_path,
   process.send_signal(signal.SIGINT)
   out, _ = process.communicate(timeout=60)
   assert process.returncode == 0 and 'the run saves and leaves' in out
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_wait_for_a_slice(tpu_run, tmp_path, monkeypatch,
+                                            number):
+  monkeypatch.setenv('STATE', 'CREATING')
+  monkeypatch.setattr(tpu_vm, 'WAIT_SECONDS', 600)
+  process = tpu_run('0', '--tpu=a')
+  try:
+    assert process.stdout.readline() == 'waiting for a\n'
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=60)
+  finally:
+    process.kill()
+  assert process.returncode == 0
+  assert out == 'stopped while no run was under way\n'
+  # No worker is told: the process that it last ran may be another by now.
+  assert 'ssh' not in (tmp_path / 'gcloud').read_text()
 
 
 @pytest.mark.parametrize('folder', ['', '~', '~/', '~other/x', '-x'])
