@@ -23,7 +23,7 @@ from tools.plan import roofline
 from tools.plan import topology as topologies
 from training import objectives, progress, runs
 from training.costs import memory
-from training.data import tokenizers
+from training.data import ramp, tokenizers
 from training.distributed import devices
 
 REMATS = ('none', 'dots', 'full')
@@ -65,6 +65,7 @@ def meshes(config, model, topology: chips.Topology):
         continue
       try:
         devices.check_mesh(model, config.data.batch_size, 1, shape)
+        runs.check_ramp(config, shape)
       except RequestError:  # what does not divide is no candidate
         continue
       yield shape
@@ -136,6 +137,9 @@ def candidates(config, topology: chips.Topology) -> list[Candidate]:
   """Returns every plan whose estimate fits, shortest step first."""
   runs.check_config(config)
   model, _ = runs.resolve(config, tokenizers.load(config.data.tokenizer))
+  config = config.copy_and_resolve_references()
+  config.train.grad_accumulation = 1  # the plans have their own
+  sizes = (*ramp.of(config).sizes, config.data.batch_size)
   placed = topologies.devices(topology)
   found, kept = [], {}
   for shape in progress.each(list(meshes(config, model, topology)),
@@ -148,9 +152,9 @@ def candidates(config, topology: chips.Topology) -> list[Candidate]:
       variant = _variant(run, remat, 1)
       if remat not in kept:
         kept[remat] = memory.kept(variant)
-      each = config.data.batch_size // math.prod(
-          shape[a] for a in ('data', 'fsdp', 'expert'))
-      for parts in (2 ** i for i in range(12) if each % 2 ** i == 0):
+      shards = math.prod(shape[a] for a in ('data', 'fsdp', 'expert'))
+      for parts in (2 ** i for i in range(12) if not any(
+          size % (shards * 2 ** i) for size in sizes)):
         one = _score(_variant(run, remat, parts), topology, kept[remat])
         if one.peak_bytes < topology.chip.hbm:
           found.append(one)

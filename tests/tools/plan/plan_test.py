@@ -246,6 +246,28 @@ def test_a_search_ranks_what_fits(no_compiler):
     search.search(config, nothing, 1)
 
 
+@pytest.mark.slow
+def test_a_search_takes_its_own_accumulation_and_a_ramp(no_compiler):
+  t = chips.parse('v5p:2x2x2')
+  config = small(gpt.get_config())
+  plain = {one[:3] for one in map(_hashable, search.candidates(config, t))}
+  config.train.grad_accumulation = config.data.batch_size // 2
+  assert {one[:3] for one in map(
+      _hashable, search.candidates(config, t))} == plain
+  assert config.train.grad_accumulation == config.data.batch_size // 2
+  config.data.batch_ramp = '2:2'  # of which 2 shards at most are made
+  found = search.search(config, t, 1)['plans']
+  listed = search.candidates(config, t)
+  assert found and listed and len(listed) < len(plain)
+  for one in listed:
+    shards = one.mesh['data'] * one.mesh['fsdp'] * one.mesh['expert']
+    assert 2 % (shards * one.grad_accumulation) == 0
+
+
+def _hashable(one):
+  return tuple(one.mesh.items()), *one[1:]
+
+
 def test_a_generation_needs_no_room_for_an_optimiser(no_compiler):
   t = chips.parse('v5p:2x2x2')
   run = analyse.run_on(small(gpt.get_config()), t, 'dp')
