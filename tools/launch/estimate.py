@@ -144,7 +144,7 @@ def _analytic(place: Place, config) -> int:
   run = memory.described(config, model,
                          devices.mesh_shape(config.mesh, place.devices))
   return memory.analytic(
-      run, memory.kept(runs.build(config, model, alone)),
+      run, memory.kept(runs.build(config, memory.traceable(model), alone)),
       place.chip.platform if place.chip else 'cuda')['peak']
 
 

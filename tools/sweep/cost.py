@@ -102,7 +102,8 @@ def _kept(config) -> int:
     from training.distributed import devices
     alone = devices.make_mesh(dict.fromkeys(tables.MESH_AXES, 1),
                               jax.devices()[:1])
-    _KEPT[key] = memory.kept(runs.build(config, _resolved(config), alone))
+    _KEPT[key] = memory.kept(runs.build(
+        config, memory.traceable(_resolved(config)), alone))
   return _KEPT[key]
 
 

@@ -1,6 +1,7 @@
 """What lies on a device, from shapes and shardings alone."""
 
 from collections.abc import Mapping
+import dataclasses
 import math
 from typing import Any
 
@@ -133,7 +134,8 @@ def described(config: ml_collections.ConfigDict, model: ModelConfig,
   devices.check_mesh(model, config.data.batch_size,
                      config.train.grad_accumulation, shape)
   runs.check_ramp(config, shape)
-  return runs.Run.of(config, model, mesh)
+  run = runs.Run.of(config, traceable(model), mesh)
+  return dataclasses.replace(run, model=model)
 
 
 def analytic(run: runs.Run, kept_in_all: int = 0,
@@ -203,6 +205,14 @@ def _scores(c: ModelConfig, mask: kernels.Mask, tokens: int, length: int,
   fused = (mixers.of(c).module.FUSED and c.attention_kernel != 'xla'
            and not kernels.refusal('splash', c, mask, length, length, platform))
   return 0 if fused else 2 * 4 * tokens * c.num_heads * length
+
+
+def traceable(model: ModelConfig) -> ModelConfig:
+  """Returns the model with kernels of the device that it is traced on: those
+  that its config names may run on others alone."""
+  return dataclasses.replace(
+      model, attention_kernel='auto',
+      moe=dataclasses.replace(model.moe, grouped_kernel='auto'))
 
 
 def kept(run: runs.Run) -> int:

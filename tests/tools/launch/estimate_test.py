@@ -115,6 +115,24 @@ def test_without_a_compiler_memory_is_estimated(monkeypatch, capsys):
 
 
 @pytest.mark.slow
+def test_a_kernel_of_the_place_is_estimated_where_it_does_not_run(monkeypatch):
+  from configs import mixtral
+  from tools.sweep import cost
+  monkeypatch.setattr(topologies, 'compiler', lambda _: '')
+  args = launching.args_of(gke, '--image=i', '--topology=v5e:2x2')
+  said = set()
+  for kernels in ('auto', 'auto'), ('splash', 'megablox'):
+    config = mixtral.get_config('tiny')
+    config.model.update(SMALL, num_kv_heads=2, attention_kernel=kernels[0])
+    config.model.moe.grouped_kernel = kernels[1]
+    config.data.update(batch_size=4, length=16)
+    said.add((estimate.text(gke.place(args), config, WORDS, args),
+              cost.bytes_per_device(config, 4)['peak']))
+  (text, _), = said
+  assert 'a device needs about' in text
+
+
+@pytest.mark.slow
 def test_a_dry_run_ends_with_the_cost():
   result = subprocess.run(
       [sys.executable, '-m', 'tools.launch', 'gke', '--image=i', '--dry_run',
