@@ -9,9 +9,11 @@ before it.
 """
 
 import dataclasses
+import errno
 import hashlib
 import json
 import math
+import os
 import re
 from typing import Any
 
@@ -192,7 +194,10 @@ def _read(folder: epath.Path, abstract: Any, partial: bool):
 # An error that says so is no fault of the files, but of their storage or of
 # this machine; or it is one of this program, and raised as it is.
 _ENVIRONMENT = ('DEADLINE_EXCEEDED', 'PERMISSION_DENIED', 'PermissionError',
-                'RESOURCE_EXHAUSTED', 'UNAUTHENTICATED', 'UNAVAILABLE')
+                'RESOURCE_EXHAUSTED', 'UNAUTHENTICATED', 'UNAVAILABLE',
+                # TensorStore's errors name them too. EIO may be of the files.
+                *(os.strerror(code) for code in storage.OF_THE_MACHINE
+                  if code != errno.EIO))
 _OURS = ('MemoryError', 'more bytes than we reserved')
 
 

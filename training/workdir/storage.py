@@ -101,7 +101,7 @@ def sweep(folder: str | os.PathLike, pattern: str, seconds: float) -> None:
 
 
 # What is wrong with the machine, and not with the name that was given.
-_OF_THE_MACHINE = (
+OF_THE_MACHINE = (
     errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT,
     errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EBUSY, errno.EAGAIN)
 
@@ -187,7 +187,7 @@ def _refusing(path: epath.Path, name: str):
   try:
     yield
   except OSError as error:
-    if error.errno in _OF_THE_MACHINE:
+    if error.errno in OF_THE_MACHINE:
       raise
     reason = (error.strerror or str(error)).lower()
     raise RequestError(f'{name} is {_shown(path)}, where nothing can be '

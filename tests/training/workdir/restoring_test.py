@@ -1,5 +1,6 @@
 """What is saved comes back bit for bit, or is named and not used."""
 
+import errno
 import json
 import os
 import random
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
+from configs.errors import EnvironmentFailure
 from tests.helpers import toy_run
 from training import paths
 from training.workdir import checkpoints
@@ -195,6 +197,26 @@ def test_damage_is_named_and_the_step_before_is_used(run, copy, damage):
     assert (copy / 'checkpoints' / '30.aside').exists()
     assert toy_run.save(store, 30, restored.state)
     store.wait()
+    assert restoring.steps(store.directory) == [10, 20, 30]
+
+
+@pytest.mark.parametrize('part', ['record', 'arrays'])
+@pytest.mark.parametrize('code', [errno.ESTALE, errno.EMFILE, errno.EIO])
+def test_an_error_of_the_machine_is_no_damage(copy, monkeypatch, code, part):
+  name = f'_read_{part}'
+  read = getattr(restoring, name)
+
+  def fail(folder, *args):
+    if folder.name == '30':
+      raise OSError(code, os.strerror(code), str(folder))
+    return read(folder, *args)
+  monkeypatch.setattr(restoring, name, fail)
+  with toy_run.open_store(copy) as store:
+    if code == errno.EIO:  # which may be of these files alone
+      assert store.restore(toy_run.abstract(1, 1)).step == 20
+      return
+    with pytest.raises(EnvironmentFailure, match='30 .* may be sound: .*Errno'):
+      store.restore(toy_run.abstract(1, 1))
     assert restoring.steps(store.directory) == [10, 20, 30]
 
 
