@@ -1,4 +1,4 @@
-"""One train.py a workdir: two would write over each other's checkpoints."""
+"""One process trains in a workdir: two would write over each other's files."""
 
 from collections.abc import Iterator
 import contextlib
