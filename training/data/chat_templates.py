@@ -214,7 +214,7 @@ def kept(spec: str) -> str:
 def make(name: str, text: str, tokenizer: Tokenizer) -> Template:
   """Returns a template; RequestError for one that is no Jinja."""
   _compiled(text, name)
-  return Template(name, text, tokenizer, _specials(tokenizer))
+  return Template(name, text, tokenizer, specials(tokenizer))
 
 
 def in_folder(folder: Any) -> str | None:
@@ -282,7 +282,7 @@ def _either(texts: Sequence[str]) -> str:
   return '|'.join(map(re.escape, words)) or '(?!)'
 
 
-def _specials(tokenizer: Tokenizer) -> dict[str, str]:
+def specials(tokenizer: Tokenizer) -> dict[str, str]:
   """Returns the special tokens as transformers gives them to a template: those
   that the tokenizer's own files name, where they name any."""
   folder = pathlib.Path(tokenizer.name)

@@ -5,27 +5,37 @@ bytes of the text in as many ids as the model has: it can be evaluated, trained
 and exported, and its ids mean something else than those of its training.
 """
 
+import json
 import pathlib
 import shutil
 
 from etils import epath
 import ml_collections
 
+import architectures
 from training import objectives
+from training.data import chat_templates
 from training.data import tokenizers
 from training.workdir import storage
 
 TEMPLATE = 'chat_template.jinja'
+CONFIG, SPECIALS = 'tokenizer_config.json', 'special_tokens_map.json'
 # What sentence-transformers reads beside the model.
 SENTENCES = ('modules.json', 'sentence_bert_config.json',
              'config_sentence_transformers.json', '1_Pooling/config.json')
 # What goes along beside the files that training/data/tokenizers.py reads:
 # Marian's and NLLB's, whose numbers are not the pieces' own, are kept for the
 # way out.
-MORE_FILES = ('tokenizer_config.json', 'special_tokens_map.json',
-              'added_tokens.json', 'source.spm', 'target.spm', 'vocab.json',
+MORE_FILES = (CONFIG, SPECIALS, 'added_tokens.json', 'source.spm',
+              'target.spm', 'vocab.json',
               'sentencepiece.bpe.model', TEMPLATE, 'chat_template.json',
               *SENTENCES)
+# Which class of transformers reads a folder, by its first file that is there.
+# The first class takes nothing for granted; the others know their own files.
+CLASSES = {'tokenizer.json': 'PreTrainedTokenizerFast',
+           'tokenizer.model': 'PreTrainedTokenizerFast',
+           'spiece.model': 'T5Tokenizer', 'vocab.json': 'GPT2Tokenizer',
+           'vocab.txt': 'BertTokenizer'}
 
 
 def take(folder: epath.Path, workdir: epath.Path,
@@ -66,17 +76,48 @@ def give(workdir: epath.Path, config: ml_collections.ConfigDict,
     if step == 0 and not storage.in_bucket(workdir):
       copy(workdir / 'tokenizer', folder)
     return
+  arch, copied = config.model.arch, []
   if path.is_dir():
-    copy(path, folder)
+    copied = copy(path, folder)
   elif path.is_file():
+    own = 'spiece.model' if _is_t5(arch) else 'tokenizer.model'
     shutil.copyfile(path, folder / ('tokenizer.json' if path.suffix == '.json'
-                                    else path.name))
+                                    else own))
+    for name in (CONFIG, SPECIALS, 'added_tokens.json'):
+      if (path.parent / name).is_file():
+        shutil.copyfile(path.parent / name, folder / name)
+        copied.append(name)
 
+  tokenizer = tokenizers.load(config.data.tokenizer)
+  if CONFIG not in copied:
+    (folder / CONFIG).write_text(json.dumps(
+        _described(tokenizer, folder, arch), indent=2) + '\n')
   chat_template = objectives.of(config).chat_template
-  template = chat_template and chat_template(
-      config, tokenizers.load(config.data.tokenizer))
+  template = chat_template and chat_template(config, tokenizer)
   if template is not None:
     (folder / TEMPLATE).write_text(template)
+
+
+def _is_t5(arch: str) -> bool:
+  return architectures.hugging_face(arch).model_type in (
+      't5', 'switch_transformers')
+
+
+def _described(tokenizer: tokenizers.Tokenizer, folder: pathlib.Path, arch: str
+               ) -> dict[str, str | int | None]:
+  """Returns the tokenizer_config.json of a tokenizer that came without one:
+  transformers knows no special token by its spelling alone."""
+  name = next((name for name in CLASSES if (folder / name).is_file()), None)
+  kind = 'RobertaTokenizer' if (name, arch) == ('vocab.json', 'roberta') else (
+      CLASSES.get(name))
+  told = {'tokenizer_class': kind} if kind else {}
+  if kind == 'T5Tokenizer':
+    told['extra_ids'] = 0  # It would add 100 that the vocabulary has not.
+  if kind == 'GPT2Tokenizer':
+    told |= {'bos_token': None, 'unk_token': None}  # or <|endoftext|>, added
+  told |= {f'{name}_token': tokenizer.piece(i)
+           for name, i in tokenizer.special_ids.items()}
+  return told | chat_templates.specials(tokenizer)
 
 
 def copy(source: epath.Path, target: epath.Path) -> list[str]:

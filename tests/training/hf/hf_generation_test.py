@@ -166,6 +166,59 @@ def test_a_run_that_learned_to_chat_gives_its_template(tmp_path):
   assert chat.jinja(config, tokenizers.load('bytes')) is None
 
 
+def _given(config, out):
+  """Returns the files of an export's tokenizer, and what it says of it."""
+  out.mkdir()
+  hf_tokenizer.give(out.parent, config, out, step=5)
+  return ({file.name for file in out.iterdir()},
+          json.loads((out / 'tokenizer_config.json').read_text()))
+
+
+def test_an_export_names_its_special_tokens(tmp_path):
+  """transformers, asked by hand: the template then lays out the ids of the
+  training; without it, eos_token is nothing there."""
+  config = base.base()
+  file = config.data.tokenizer = _vocabulary(tmp_path, ['</s>', '[MASK]'])
+  wanted = dict(tokenizer_class='PreTrainedTokenizerFast', eos_token='</s>',
+                mask_token='[MASK]')
+  for i, config.data.tokenizer in enumerate((file, str(tmp_path))):
+    names, said = _given(config, tmp_path / f'out{i}')
+    assert names == {'tokenizer.json', 'tokenizer_config.json'}
+    assert said == wanted
+  # What lies beside the tokenizer goes along, and is not written over.
+  for name in 'tokenizer_config.json', 'special_tokens_map.json':
+    (tmp_path / name).write_text('{"eos_token": "[MASK]"}')
+  for i, config.data.tokenizer in enumerate((file, str(tmp_path)), 2):
+    names, said = _given(config, tmp_path / f'out{i}')
+    assert said == {'eos_token': '[MASK]'}
+    assert 'special_tokens_map.json' in names
+    out = tokenizers.load(str(tmp_path / f'out{i}'))
+    assert out.fingerprint == tokenizers.load(file).fingerprint
+
+
+@pytest.mark.parametrize('arch, name, kind', [
+    ('llama', 'tokenizer.model', 'PreTrainedTokenizerFast'),
+    ('t5', 'spiece.model', 'T5Tokenizer')])
+def test_an_export_has_a_sentencepiece_file_by_the_name_it_is_found_by(
+    arch, name, kind, tmp_path):
+  sentencepiece = pytest.importorskip('sentencepiece')
+  (tmp_path / 'a.txt').write_text('a bad cab and a dab of bread\n' * 9)
+  sentencepiece.SentencePieceTrainer.train(
+      input=str(tmp_path / 'a.txt'), model_prefix=str(tmp_path / 'mine'),
+      vocab_size=17, minloglevel=2)
+  config = base.base()
+  config.model.arch = arch
+  config.data.tokenizer = str(tmp_path / 'mine.model')
+  names, said = _given(config, tmp_path / 'out')
+  assert names == {name, 'tokenizer_config.json'}
+  assert (said['tokenizer_class'], said['eos_token']) == (kind, '</s>')
+  assert said.get('extra_ids') == (0 if arch == 't5' else None)
+  own, out = (tokenizers.load(str(path)) for path in (
+      tmp_path / 'mine.model', tmp_path / 'out'))
+  assert out.fingerprint == own.fingerprint
+  assert out.special_ids == own.special_ids
+
+
 def test_a_damaged_file_of_generation_is_named(tmp_path):
   (tmp_path / 'config.json').write_text('{}')
   (tmp_path / 'generation_config.json').write_text('[1]')
