@@ -306,11 +306,13 @@ class SentencePiece(Tokenizer):
 
   def decode_bytes(self, ids: Iterable[int]):
     ids = [int(i) for i in ids]
-    shown = [i for i in ids if i not in self._hidden]
+    shown = [i for i in ids
+             if 0 <= i < self.vocab_size and i not in self._hidden]
     return self._model.decode(shown).encode('utf-8')
 
   def piece(self, token):
-    return self._model.id_to_piece(token)
+    known = 0 <= token < self.vocab_size  # A model may have more.
+    return self._model.id_to_piece(token) if known else f'<{token}>'
 
 
 def load(spec: str) -> Tokenizer:

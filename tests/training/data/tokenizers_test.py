@@ -227,6 +227,9 @@ def test_sentencepiece_equals_its_own_package(corpus, tmp_path):
     assert ours.vocab_size == 340
   assert [ours.piece(i) for i in range(ours.vocab_size)] == [
       theirs.id_to_piece(i) for i in range(ours.vocab_size)]
+  # A model may have more ids than its vocabulary, and may write them.
+  assert ours.decode([*ours.encode('a b'), 340, 511]) == 'a b'
+  assert (ours.piece(340), ours.piece(511)) == ('<340>', '<511>')
 
 
 def test_info_and_encode(trained, corpus, capsys):
