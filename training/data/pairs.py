@@ -16,6 +16,7 @@ def read(path: str) -> Iterator[list[tuple[str, str]]]:
     for number, line in enumerate(file, 1):
       where = f'{path}, line {number},'
       text = texts.decoded(line, where).rstrip('\r\n')
+      text = text.removeprefix('\ufeff') if number == 1 else text
       if text.strip():
         yield list(zip(PAIR, pair(text, where)))
 

@@ -18,6 +18,7 @@ from training import runs
 from training.data import packing
 from training.data import pipeline
 from training.data import conll, probes, squad
+from training.data import pairs
 from training.data import sources
 from training.data import tokenizers
 from training.evals.tasks import exact
@@ -158,6 +159,13 @@ def test_pairs_of_a_file(kind, tmp_path):
     found.add((TOKENIZER.decode(source), TOKENIZER.decode(target)))
   assert found == {(s[:64], t[:64]) for s, t in texts}
   assert not batch['weights'][3:].any()
+
+
+@pytest.mark.parametrize('line', ['a\tb', '{"source": "a", "target": "b"}'])
+def test_the_mark_before_a_file_is_no_part_of_its_first_source(line, tmp_path):
+  path = tmp_path / f'x.{"jsonl" if "{" in line else "tsv"}'
+  path.write_text(f'\ufeff{line}\n{line}\n')
+  assert list(pairs.read(str(path))) == [[('source', 'a'), ('target', 'b')]] * 2
 
 
 WRONG = {
