@@ -45,6 +45,8 @@ ANY_CAPACITY = 2 ** 20  # an expert_capacity that no sequence fills
 
 
 def _read(reader: hf.Reader, fields: dict) -> dict:
+  if reader.is_null('num_decoder_layers'):
+    fields['num_decoder_layers'] = fields['num_layers']
   every = _every(reader, 'encoder', fields['num_layers'])
   require(every == _every(reader, 'decoder', fields['num_decoder_layers']),
           'config.json has experts in another share of the decoder\'s layers '
@@ -58,7 +60,8 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
         f' than {slots} tokens of a sequence send to one expert, in evaluation '
         'too, and this import drops nothing. The two compute the same for '
         f'sequences of up to {slots} tokens, and may differ for longer ones')
-  return t5.head(fields, fields['tie_embeddings']) | kinds.with_experts(
+  return dict(num_decoder_layers=fields['num_decoder_layers']) | t5.head(
+      fields, fields['tie_embeddings']) | kinds.with_experts(
       {}, every) | dict(moe=dict(
           group_size=group, capacity_factor=factor,
           eval_capacity_factor=factor if group else 0.0))
@@ -95,6 +98,10 @@ HF = hf.HuggingFace(
         ('up', 'EDF', 'experts.expert_{e}.wi.weight', 'F D'),
         ('down', 'EFD', 'experts.expert_{e}.wo.weight', 'D F'))),
     fields=t5.FIELDS | {
+        'd_model': ('d_model', 768),
+        'num_layers': ('num_layers', 12),
+        'num_decoder_layers': ('num_decoder_layers', 12),
+        'num_heads': ('num_heads', 12),
         'moe.ffn': ('dense_act_fn', 'relu', FFNS),
         'moe.num_experts': ('num_experts', 8),
         'moe.jitter': ('router_jitter_noise', 0.01),

@@ -219,6 +219,8 @@ def fields_and_notes(tree: dict[str, Any],
   """
   reader = Reader(tree)
   model = model_of(reader)
+  if 'is_encoder_decoder' not in reader.asked:
+    reader.must(is_encoder_decoder=False)  # As old files say of a decoder.
   reader.finish()
   if files is not None:
     model.update(architectures.hugging_face(model.arch).of_files(files))

@@ -225,3 +225,27 @@ def test_mamba2_has_the_bounds_of_its_file(bounds, found):
   c = hf_config.read(MAMBA2 | dict(time_step_limit=bounds))
   assert (c.mamba2.least_step, c.mamba2.most_step) == found
   hf_config.check_same(c, hf_config.read(hf_config.write(c)), 'written')
+
+
+@pytest.mark.parametrize('tree', [GEMMA2, PHI3, dict(model_type='bert')])
+def test_what_is_no_encoder_decoder_may_say_so(tree):
+  assert hf_config.read(tree | dict(is_encoder_decoder=False)) == (
+      hf_config.read(tree))
+  for value in True, 0:
+    with pytest.raises(ValueError, match='is_encoder_decoder .*only False'):
+      hf_config.read(tree | dict(is_encoder_decoder=value))
+  with pytest.raises(ValueError, match='is_encoder_decoder False: only True'):
+    hf_config.read(dict(model_type='t5', is_encoder_decoder=False))
+
+
+def test_what_a_switch_file_leaves_out_is_as_in_transformers():
+  """SwitchTransformersConfig() has other sizes than T5Config()."""
+  few = dict(model_type='switch_transformers', num_sparse_encoder_layers=6,
+             num_sparse_decoder_layers=6)
+  c = hf_config.read(few)
+  assert (c.d_model, c.num_heads, c.num_layers, c.num_decoder_layers) == (
+      768, 12, 12, 12)
+  few |= dict(num_layers=6, num_sparse_encoder_layers=3)
+  assert hf_config.read(few).num_decoder_layers == 12
+  few |= dict(num_decoder_layers=None, num_sparse_decoder_layers=3)
+  assert hf_config.read(few).num_decoder_layers == 6
