@@ -74,12 +74,15 @@ def write(c: ModelConfig, params: Any, folder: pathlib.Path, base: str
     base: the name or the folder of the model that they adapt.
 
   Raises:
-    RequestError: for a model without adapters, or whose adapters PEFT does not
-      have.
+    RequestError: for a model without adapters, with the head of a task, or
+      whose adapters PEFT does not have.
   """
   from safetensors.numpy import save_file
   require(c.lora.rank, 'this run has no low-rank adapters: its model.lora.rank '
           'is 0')
+  require(c.head == 'lm', f'model.head is {c.head!r}: the adapters alone would '
+          'leave out the head, which was trained with them. Export the merged '
+          'model instead')
   flat = {path: np.asarray(x, np.float32)
           for path, x in paths.flatten(params).items()
           if adapters.is_adapter(path)}

@@ -183,6 +183,12 @@ def test_adapters_that_peft_does_not_have_are_refused(tmp_path):
   with pytest.raises(RequestError, match='query, key, value of model.arch '
                      "'gpt' in one tensor"):
     peft.write(module.config, params, tmp_path, '')
+  for head, labels in ('sequence', 3), ('tokens', 3), ('span', 0):
+    model = models.config('llama', lora=LORA, head=head,
+                          num_labels=labels)
+    with pytest.raises(RequestError, match=f'{head!r}.*the merged model'):
+      peft.write(architectures.resolve(model), {}, tmp_path, '')
+  assert not list(tmp_path.iterdir())
   module, params = models.make('llama', lora=dict(LORA, targets='query'))
   peft.write(module.config, params, tmp_path, '')
   with pytest.raises(RequestError, match='adapter of no product'):
