@@ -1,13 +1,18 @@
 """Files of tokenizers that Hugging Face's library runs, read: each function
 returns the pipeline and {kind: id} of its special tokens."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+import itertools
 import json
 import pathlib
+import re
 from typing import Any
 
-from configs.errors import RequestError, short
+import numpy as np
+
+from configs.errors import RequestError, require, short
 from training import schema
+from training.data import added_tokens
 
 # Where a file's own tokenizer_config.json says nothing, the special tokens
 # are the first of these that the vocabulary holds.
@@ -32,33 +37,21 @@ def read_json(spec: str, path: pathlib.Path):
         f'{_said(error)}.') from error
   added = {token.content: i for i, token
            in tokenizer.get_added_tokens_decoder().items() if token.special}
-  special_ids = named_specials(added.get) | _described_specials(
-      _described(path), tokenizer)
+  special_ids = named_specials(added.get) | added_tokens.kinds(
+      _described(path), tokenizer.token_to_id)
   return tokenizer, special_ids
 
 
 def _described(path: pathlib.Path) -> dict:
   """Returns the tokenizer_config.json beside `path`, if any."""
   config = path.parent / 'tokenizer_config.json'
-  if not config.is_file():
-    return {}
-  described = schema.parse(config.read_bytes(), str(config))
-  schema.check_shape(described, {}, str(config))
-  for name in ('do_lower_case', 'strip_accents', 'tokenize_chinese_chars'):
+  described = added_tokens.described(path.parent)
+  for name in ('do_lower_case', 'strip_accents', 'tokenize_chinese_chars',
+               'add_prefix_space'):
     if name in described:
       schema.check_shape(
           described[name], (bool, type(None)), f'{config}: {name}')
   return described
-
-
-def _described_specials(described: dict, tokenizer: Any) -> dict[str, int]:
-  found = {}
-  for name in SPECIAL_NAMES:
-    token = described.get(f'{name}_token')
-    token = token.get('content') if isinstance(token, dict) else token
-    if isinstance(token, str) and tokenizer.token_to_id(token) is not None:
-      found[name] = tokenizer.token_to_id(token)
-  return found
 
 
 def read_wordpiece(spec: str, path: pathlib.Path):
@@ -81,8 +74,8 @@ def read_wordpiece(spec: str, path: pathlib.Path):
       handle_chinese_chars=told.get('tokenize_chinese_chars', True))
   tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
   tokenizer.decoder = tokenizers.decoders.WordPiece()
-  special_ids = named_specials(tokenizer.token_to_id) | _described_specials(
-      told, tokenizer)
+  special_ids = named_specials(tokenizer.token_to_id) | added_tokens.kinds(
+      told, tokenizer.token_to_id)
   tokenizer.add_special_tokens(
       [tokenizer.id_to_token(i) for i in special_ids.values()])
   return tokenizer, special_ids
@@ -148,3 +141,71 @@ def byte_level_table(tokenizer: Any, vocab: dict[str, int]
     elif byte_of.keys() >= set(token):
       table[i] = bytes(byte_of[c] for c in token)
   return table
+
+
+def mask_pattern(tokenizer: Any, mask_id: int, usual: str) -> str:
+  """Returns the pattern of a mask as `tokenizers` reads it, or of the usual
+  one: RoBERTa's takes the space before it along."""
+  own = re.escape(tokenizer.id_to_token(mask_id))
+  token = tokenizer.get_added_tokens_decoder().get(mask_id)
+  before = r'\s*' if token and token.lstrip else ''
+  after = r'\s*' if token and token.rstrip else ''
+  return f'{before}(?:{own}|{usual}){after}'
+
+
+def added_to_pieces(path: pathlib.Path, known: dict[str, int]
+                    ) -> dict[int, added_tokens.Added]:
+  """Returns {id: token} of what the files beside a sentencepiece model add to
+  its pieces.
+
+  Raises:
+    RequestError: where they have another token for the id of a piece.
+  """
+  piece_of = {i: piece for piece, i in known.items()}
+  found = {}
+  for token in added_tokens.read(path.parent):
+    piece = piece_of.get(token.id)
+    require(piece in (None, token.content), f'tokenizer {str(path)!r}: the '
+            f'files beside it say that id {token.id} is {short(token.content)},'
+            f' and it has {short(piece)} there')
+    if piece is None:
+      found[token.id] = token
+  return found
+
+
+def decode_around(ids: list[int], shown: Sequence[added_tokens.Added],
+                  decode: Callable[[list[int]], str], letter: int) -> str:
+  """Returns the text of a sentencepiece model's ids and of added tokens.
+
+  Args:
+    ids: the ids.
+    shown: the added tokens among them.
+    decode: of the model, which leaves out the space before a text.
+    letter: an id before which nothing is left out of what follows it.
+  """
+  content = {token.id: token.content for token in shown}
+  texts, first = [], decode([letter])
+  for is_added, run in itertools.groupby(ids, lambda i: i in content):
+    run = list(run)
+    if is_added:
+      texts.append(''.join(content[i] for i in run))
+    elif texts:
+      texts.append(decode([letter, *run])[len(first):])
+    else:
+      texts.append(decode(run))
+  return ''.join(texts)
+
+
+def piece_spans(text: str, pieces: Sequence, is_byte: Callable[[int], bool]
+                ) -> np.ndarray:
+  """Returns the characters [T, 2] that sentencepiece's pieces stand for. A
+  piece tells the bytes; of the pieces that spell one character's bytes only the
+  last does."""
+  spans = np.asarray([(piece.begin, piece.end) for piece in pieces],
+                     np.int32).reshape(-1, 2)
+  for i in range(len(pieces) - 2, -1, -1):
+    if is_byte(pieces[i].id) and spans[i, 0] == spans[i, 1]:
+      spans[i] = spans[i + 1]
+  sizes = [len(c.encode('utf-8')) for c in text]
+  character = np.repeat(np.arange(len(text)), sizes)
+  return np.append(character, len(text))[spans].astype(np.int32)

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from configs.errors import RequestError, require
-from training.data import tokenizer_files
+from training.data import added_tokens, tokenizer_files
 
 SENTINELS = 100  # T5's <extra_id_0> to <extra_id_99>
 
@@ -74,22 +74,19 @@ class Tokenizer(abc.ABC):
 
   def encode_placed(self, text: str) -> tuple[np.ndarray, np.ndarray]:
     """Returns `encode_spans` of a text in which special tokens are obeyed."""
-    written = {self.piece(i): i for i in sorted(self.special_ids.values())}
-    pieces = (re.split(f'({"|".join(map(re.escape, written))})', text)
-              if written else [text])
-    ids, spans, start = [], [], 0
-    for number, piece in enumerate(pieces):
-      own, places = (([written[piece]], _spans([(0, len(piece))]))
-                     if number % 2 else self.encode_spans([piece])[0])
-      ids.append(np.asarray(own, np.int32))
-      spans.append(places + start)
-      start += len(piece)
-    return np.concatenate(ids), np.concatenate(spans)
+    return added_tokens.around(text, self._specials,
+                               lambda piece: self.encode_spans([piece])[0])
+
+  @property
+  def _specials(self) -> list[added_tokens.Added]:
+    """The special tokens that `encode_placed` obeys."""
+    return [added_tokens.Added(self.piece(i), i)
+            for i in sorted({*self.special_ids.values()})]
 
   @property
   def special_texts(self) -> tuple[str, ...]:
-    """How the special tokens are written that `encode_placed` obeys."""
-    return tuple(self.piece(i) for i in sorted(self.special_ids.values()))
+    """How these are written."""
+    return tuple(token.content for token in self._specials)
 
   def decode(self, ids: Iterable[int]) -> str:
     """Returns the text; special tokens spell nothing."""
@@ -203,7 +200,8 @@ class HuggingFace(Tokenizer):
     self.special_ids = special_ids
     self.sentinel_ids = _sentinels(vocab.get)
     if 'mask' in special_ids:
-      self.mask_pattern = _mask_pattern(tokenizer, special_ids['mask'])
+      self.mask_pattern = tokenizer_files.mask_pattern(
+          tokenizer, special_ids['mask'], self.mask_pattern)
     described = json.dumps([tokenizer.to_str(), special_ids])
     self.fingerprint = _digest(described.encode('utf-8'))
     self._bytes_of_id = tokenizer_files.byte_level_table(tokenizer, vocab)
@@ -250,7 +248,8 @@ class HuggingFace(Tokenizer):
 
 
 class SentencePiece(Tokenizer):
-  """A sentencepiece model, such as LLaMA's tokenizer.model."""
+  """A sentencepiece model, such as LLaMA's tokenizer.model, with the tokens
+  that the files beside it add."""
 
   def __init__(self, path: pathlib.Path):
     try:
@@ -268,50 +267,68 @@ class SentencePiece(Tokenizer):
       raise RequestError(refused) from error
     self.name = str(path)
     self._model = model
-    self.vocab_size = model.vocab_size()
-    known = {model.id_to_piece(i): i for i in range(self.vocab_size)}
+    self._pieces = model.vocab_size()
+    known = {model.id_to_piece(i): i for i in range(self._pieces)}
+    self._added = tokenizer_files.added_to_pieces(path, known)
+    self.vocab_size = 1 + max([self._pieces - 1, *self._added])
+    hidden = {i for i in known.values() if model.is_control(i)}
+    known |= {token.content: i for i, token in self._added.items()}
     ids = {'bos': model.bos_id(), 'eos': model.eos_id(),
            'pad': model.pad_id()}
     self.special_ids = tokenizer_files.named_specials(known.get)
     self.special_ids |= {name: i for name, i in ids.items() if i >= 0}
+    usual = dict(self.special_ids)
+    self.special_ids |= added_tokens.kinds(
+        added_tokens.described(path.parent), known.get)
     self.sentinel_ids = _sentinels(known.get)
     if 'mask' in self.special_ids:
-      own = re.escape(model.id_to_piece(self.special_ids['mask']))
+      own = re.escape(self.piece(self.special_ids['mask']))
       self.mask_pattern = f'(?:{own}|{self.mask_pattern})'
     # As LlamaTokenizer; T5's vocabulary has no bos.
     self.added_ids = tuple(i for i in (model.bos_id(),) if i >= 0)
-    self.fingerprint = _digest(data)
-    self._hidden = set(self.special_ids.values()) | {
-        i for i in known.values() if model.is_control(i)}
+    more = [list(self._added.values()), self.special_ids]
+    self.fingerprint = _digest(data if more == [[], usual] else
+                               data + json.dumps(more).encode('utf-8'))
+    self._hidden = {*self.special_ids.values(), *hidden}
+    self._shown = [t for t in self._added.values()
+                   if not t.special and t.id not in self._hidden]
+    self._letter = next(iter({*range(self._pieces)} - self._hidden))
 
   def encode_batch(self, texts: Sequence[str]):
+    if self._shown:
+      return [ids for ids, _ in self.encode_spans(texts)]
     return [np.asarray(ids, np.int32)
             for ids in self._model.encode(list(texts))]
 
   def encode_spans(self, texts: Sequence[str]):
-    return [self._spans_of(text, found.pieces) for text, found in zip(
-        texts, self._model.encode(list(texts), out_type='proto'))]
+    if self._shown:
+      return [added_tokens.around(text, self._shown, self._between)
+              for text in texts]
+    return [self._between(text) for text in texts]
 
-  def _spans_of(self, text: str, pieces: Sequence):
-    """The ids and spans of one text. A piece tells the bytes that it stands
-    for; of the pieces that spell one character's bytes only the last does."""
+  @property
+  def _specials(self):
+    own = {token.id: token for token in super()._specials}
+    return list((own | {i: token for i, token in self._added.items()
+                        if token.special or i in own}).values())
+
+  def _between(self, text: str):
+    pieces = self._model.encode(text, out_type='proto').pieces
     ids = np.asarray([piece.id for piece in pieces], np.int32)
-    spans = _spans([(piece.begin, piece.end) for piece in pieces])
-    for i in range(len(ids) - 2, -1, -1):
-      if self._model.is_byte(pieces[i].id) and spans[i, 0] == spans[i, 1]:
-        spans[i] = spans[i + 1]
-    sizes = [len(c.encode('utf-8')) for c in text]
-    character = np.repeat(np.arange(len(text)), sizes)
-    return ids, np.append(character, len(text))[spans].astype(np.int32)
+    return ids, tokenizer_files.piece_spans(text, pieces, self._model.is_byte)
 
   def decode_bytes(self, ids: Iterable[int]):
+    known = {t.id for t in self._shown}
     ids = [int(i) for i in ids]
-    shown = [i for i in ids
-             if 0 <= i < self.vocab_size and i not in self._hidden]
-    return self._model.decode(shown).encode('utf-8')
+    ids = [i for i in ids if i in known or 0 <= i < self._pieces]
+    return tokenizer_files.decode_around(
+        [i for i in ids if i not in self._hidden], self._shown,
+        self._model.decode, self._letter).encode('utf-8')
 
   def piece(self, token):
-    known = 0 <= token < self.vocab_size  # A model may have more.
+    if token in self._added:
+      return self._added[token].content
+    known = 0 <= token < self._pieces  # A model may have more.
     return self._model.id_to_piece(token) if known else f'<{token}>'
 
 
@@ -357,16 +374,6 @@ def _spans(pairs: Sequence[tuple[int, int]]) -> np.ndarray:
 
 def _digest(data: bytes) -> str:
   return hashlib.blake2b(data, digest_size=16).hexdigest()
-
-
-def _mask_pattern(tokenizer: Any, mask_id: int) -> str:
-  """Returns the pattern of a mask as `tokenizers` reads it: RoBERTa's takes the
-  space before it along."""
-  own = re.escape(tokenizer.id_to_token(mask_id))
-  token = tokenizer.get_added_tokens_decoder().get(mask_id)
-  before = r'\s*' if token and token.lstrip else ''
-  after = r'\s*' if token and token.rstrip else ''
-  return f'{before}(?:{own}|{Tokenizer.mask_pattern}){after}'
 
 
 def _sentinels(id_of: Callable[[str], int | None]) -> tuple[int, ...]:

@@ -232,6 +232,76 @@ def test_sentencepiece_equals_its_own_package(corpus, tmp_path):
   assert (ours.piece(340), ours.piece(511)) == ('<340>', '<511>')
 
 
+def _pieces(corpus, folder, **files):
+  """Makes a folder of a sentencepiece model of 340 pieces and these files."""
+  sentencepiece = pytest.importorskip('sentencepiece')
+  sentencepiece.SentencePieceTrainer.train(
+      input=str(corpus / '1.txt'), model_prefix=str(folder / 'tokenizer'),
+      vocab_size=340, model_type='bpe', byte_fallback=True, minloglevel=2,
+      character_coverage=1.0)
+  for name, tree in files.items():
+    (folder / f'{name}.json').write_text(json.dumps(tree))
+  return folder
+
+
+def _token(content, **more):
+  return dict(content=content, lstrip=False, normalized=False, rstrip=False,
+              single_word=False, special=True) | more
+
+
+def test_tokens_that_files_add_to_a_sentencepiece_model(corpus, tmp_path):
+  """transformers, asked by hand, gives these ids and texts."""
+  folder = _pieces(corpus, tmp_path)
+  plain = tokenizers.load(str(folder))
+  between = lambda *texts: [plain.encode(text).tolist() for text in texts]
+  # What is said of the pieces themselves changes nothing.
+  for name, tree in ('added_tokens', {'</s>': 2}), ('tokenizer_config', dict(
+      bos_token='<s>', added_tokens_decoder={'1': _token('<s>')})):
+    (folder / f'{name}.json').write_text(json.dumps(tree))
+  assert tokenizers.load(str(folder)).fingerprint == plain.fingerprint
+
+  (folder / 'added_tokens.json').write_text(
+      json.dumps({'<|end|>': 340, '<|to|>': 341, '<tool>': 342}))
+  (folder / 'tokenizer_config.json').write_text(json.dumps(dict(
+      eos_token='<|end|>', added_tokens_decoder={
+          '340': _token('<|end|>'), '341': _token('<|to|>', lstrip=True)})))
+  ours = tokenizers.load(str(folder))
+  assert (ours.vocab_size, ours.eos_id, ours.bos_id) == (343, 340, 1)
+  assert ours.fingerprint != plain.fingerprint
+  assert [ours.piece(i) for i in (340, 342, 343)] == [
+      '<|end|>', '<tool>', '<343>']
+  # Of these only the one that is not special is obeyed in plain text.
+  a, b = between('the man', 'who')
+  text = 'the man<tool>who'
+  assert ours.encode(text).tolist() == [*a, 342, *b]
+  assert ours.decode([*a, 342, *b, 340]) == 'the man<tool> who'
+  ids, spans = ours.encode_spans([text])[0]
+  assert spans[ids == 342].tolist() == [[7, 13]] and spans.max() == len(text)
+  typed = ours.encode('who<|end|>').tolist()
+  assert typed == plain.encode('who<|end|>').tolist()
+  ids, spans = ours.encode_placed('the man <|to|>who<|end|>')
+  assert ids.tolist() == [*a, 341, *b, 340]
+  assert spans[[len(a), -1]].tolist() == [[7, 14], [17, 24]]
+  assert set(ours.special_texts) == {'<s>', '<|end|>', '<|to|>'}
+  # A worker gets the name alone.
+  assert tokenizers.load(ours.name).fingerprint == ours.fingerprint
+
+
+@pytest.mark.parametrize('file, tree, message', [
+    ('added_tokens', {'<a>': 5}, "say that id 5 is '<a>', and it has"),
+    ('added_tokens', {'<a>': '5'}, 'which is no token with its id'),
+    ('tokenizer_config', dict(added_tokens_decoder={'340': 1}), 'no token'),
+    ('tokenizer_config', dict(added_tokens_decoder={
+        '340': _token('x', single_word=True)}), 'single_word is not done'),
+    ('tokenizer_config', dict(added_tokens_decoder=[1]), 'added_tokens_decod'),
+])
+def test_added_tokens_of_another_kind_are_refused(file, tree, message, corpus,
+                                                  tmp_path):
+  folder = _pieces(corpus, tmp_path, **{file: tree})
+  with pytest.raises(ValueError, match=message):
+    tokenizers.load(str(folder))
+
+
 def test_info_and_encode(trained, corpus, capsys):
   tool.main(['info', '--tokenizer', trained['bpe'], '--json', '--source',
              f'text:{corpus}/*.txt', '--holdout_every', '0'])
