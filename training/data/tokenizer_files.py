@@ -25,6 +25,10 @@ SPECIAL_NAMES = {
     'sep': ('[SEP]', '<sep>'),
 }
 
+# Classes of transformers whose vocab.json and merges.txt are read as GPT-2's.
+GPT2 = ('GPT2Tokenizer', 'RobertaTokenizer', 'BartTokenizer', 'LEDTokenizer',
+        'LongformerTokenizer', 'CodeGenTokenizer', 'PreTrainedTokenizer')
+
 
 def read_json(spec: str, path: pathlib.Path):
   """Reads a tokenizer.json, and the tokenizer_config.json beside it."""
@@ -82,8 +86,14 @@ def read_wordpiece(spec: str, path: pathlib.Path):
 
 
 def read_gpt2(spec: str, encoder: pathlib.Path, merges: pathlib.Path):
-  """Reads GPT-2's pair of files (Radford et al., 2019, encoder.py)."""
+  """Reads GPT-2's pair of files (Radford et al., 2019, encoder.py), and what
+  the files beside them say of it."""
   import tokenizers
+  told = _described(encoder)
+  kind = str(told.get('tokenizer_class') or GPT2[0]).removesuffix('Fast')
+  require(kind in GPT2, f'tokenizer {spec!r}: its tokenizer_config.json says '
+          f'{short(kind)}, which may cut text elsewhere than GPT-2 does: it '
+          'needs a tokenizer.json, as transformers saves it')
   try:
     vocab = json.loads(encoder.read_text(encoding='utf-8'))
     lines = merges.read_text(encoding='utf-8').split('\n')
@@ -96,11 +106,22 @@ def read_gpt2(spec: str, encoder: pathlib.Path, merges: pathlib.Path):
         f'byte-level BPE vocabulary and its merges: {_said(error)}.') from error
   tokenizer = tokenizers.Tokenizer(model)
   tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
-      add_prefix_space=False)
+      add_prefix_space=told.get('add_prefix_space', False) or False)
   tokenizer.decoder = tokenizers.decoders.ByteLevel()
-  special_ids = named_specials(vocab.get)
-  token_of = {i: token for token, i in vocab.items()}
-  tokenizer.add_special_tokens([token_of[i] for i in special_ids.values()])
+  added = {token.id: token for token in added_tokens.read(encoder.parent)}
+  known = vocab | {token.content: i for i, token in added.items()}
+  special_ids = named_specials(known.get) | added_tokens.kinds(told, known.get)
+  token_of = {i: token for token, i in known.items()}
+  for i in special_ids.values():
+    added[i] = added.get(i, added_tokens.Added(token_of[i], i))._replace(
+        special=True)
+  for i, token in sorted(added.items()):
+    tokenizer.add_tokens([tokenizers.AddedToken(
+        token.content, special=token.special, lstrip=token.lstrip,
+        rstrip=token.rstrip, normalized=False)])
+    require(tokenizer.token_to_id(token.content) == i, f'tokenizer {spec!r}: '
+            f'its files say that {short(token.content)} has the id {i}, and it '
+            f'has the id {tokenizer.token_to_id(token.content)}')
   return tokenizer, special_ids
 
 

@@ -146,6 +146,43 @@ def test_gpt2_pair_equals_the_algorithm_and_hugging_face(pair, trained):
   assert ours.special_ids == original.special_ids == {'eos': 0}
 
 
+def test_what_lies_beside_a_gpt2_pair(pair, tmp_path):
+  """transformers, asked by hand, gives these ids."""
+  names = {'encoder.json': 'vocab.json', 'vocab.bpe': 'merges.txt'}
+  for name, theirs in names.items():
+    (tmp_path / theirs).write_bytes((pair / name).read_bytes())
+  def read(**told):
+    (tmp_path / 'tokenizer_config.json').write_text(json.dumps(told))
+    return tokenizers.load(str(tmp_path))
+  plain = tokenizers.load(str(pair))
+  size = plain.vocab_size
+  end = dict(content='<|endoftext|>', special=True, normalized=True)
+  for told in ({}, dict(tokenizer_class='GPT2Tokenizer', eos_token=end),
+               dict(tokenizer_class='RobertaTokenizerFast',
+                    add_prefix_space=False, added_tokens_decoder={'0': end})):
+    assert read(**told).fingerprint == plain.fingerprint
+  spaced = read(add_prefix_space=True)
+  assert spaced.encode('men').tolist() == plain.encode(' men').tolist()
+  assert spaced.fingerprint != plain.fingerprint
+  (tmp_path / 'added_tokens.json').write_text(
+      json.dumps({'<pad>': size, '<new>': size + 1}))
+  ours = read(bos_token='<|endoftext|>', pad_token='<pad>', added_tokens_decoder
+              ={str(size + 2): dict(content='<mask>', special=True,
+                                    lstrip=True)}, mask_token='<mask>')
+  assert ours.special_ids == dict(bos=0, eos=0, pad=size, mask=size + 2)
+  assert ours.vocab_size == size + 3
+  assert ours.encode('a<new>b<pad>').tolist() == [
+      *plain.encode('a'), size + 1, *plain.encode('b<pad>')]
+  assert ours.encode_placed('a <mask>')[0].tolist() == [
+      *plain.encode('a'), size + 2]
+  assert ours.decode([size, size + 1, size + 2]) == '<new>'
+  with pytest.raises(ValueError, match="'Qwen2Tokenizer', which may cut text"):
+    read(tokenizer_class='Qwen2Tokenizer')
+  (tmp_path / 'added_tokens.json').write_text(json.dumps({'<new>': size + 1}))
+  with pytest.raises(ValueError, match=f'the id {size + 1}, and it has the id'):
+    read()
+
+
 @pytest.mark.parametrize('cased', [False, True])
 def test_a_vocabulary_of_words_alone_equals_hugging_face(cased, trained,
                                                          tmp_path):
