@@ -8,6 +8,7 @@ and exported, and its ids mean something else than those of its training.
 import json
 import pathlib
 import shutil
+from typing import Any
 
 from etils import epath
 import ml_collections
@@ -104,20 +105,41 @@ def _is_t5(arch: str) -> bool:
 
 
 def _described(tokenizer: tokenizers.Tokenizer, folder: pathlib.Path, arch: str
-               ) -> dict[str, str | int | None]:
+               ) -> dict[str, Any]:
   """Returns the tokenizer_config.json of a tokenizer that came without one:
   transformers knows no special token by its spelling alone."""
   name = next((name for name in CLASSES if (folder / name).is_file()), None)
-  kind = 'RobertaTokenizer' if (name, arch) == ('vocab.json', 'roberta') else (
-      CLASSES.get(name))
-  told = {'tokenizer_class': kind} if kind else {}
+  kind, told = CLASSES.get(name), {}
+  if (name, arch) == ('vocab.json', 'roberta'):
+    kind = 'RobertaTokenizer'
+  if name == 'tokenizer.json':
+    kind, told = _framing(json.loads((folder / name).read_bytes()), arch, kind)
   if kind == 'T5Tokenizer':
     told['extra_ids'] = 0  # It would add 100 that the vocabulary has not.
   if kind == 'GPT2Tokenizer':
     told |= {'bos_token': None, 'unk_token': None}  # or <|endoftext|>, added
+  told |= {'tokenizer_class': kind} if kind else {}
   told |= {f'{name}_token': tokenizer.piece(i)
            for name, i in tokenizer.special_ids.items()}
   return told | chat_templates.specials(tokenizer)
+
+
+def _framing(pipeline: dict[str, Any], arch: str, usual: str
+             ) -> tuple[str, dict[str, Any]]:
+  """Returns the class that puts a text between [CLS] and [SEP], or before </s>,
+  as the training of this system did, where a tokenizer.json itself does not;
+  and what that class must be told."""
+  model, normalizer = pipeline['model'], pipeline.get('normalizer') or {}
+  if pipeline.get('post_processor'):
+    return usual, {}
+  if _is_t5(arch) and model.get('type') == 'Unigram':
+    return 'T5Tokenizer', {}
+  if arch == 'bert' and normalizer.get('type') == 'BertNormalizer':
+    return 'BertTokenizer', dict(
+        do_lower_case=normalizer['lowercase'],
+        strip_accents=normalizer['strip_accents'],
+        tokenize_chinese_chars=normalizer['handle_chinese_chars'])
+  return usual, {}
 
 
 def copy(source: epath.Path, target: epath.Path) -> list[str]:

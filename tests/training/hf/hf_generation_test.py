@@ -196,6 +196,36 @@ def test_an_export_names_its_special_tokens(tmp_path):
     assert out.fingerprint == tokenizers.load(file).fingerprint
 
 
+def test_an_export_puts_a_text_between_the_tokens_of_its_family(tmp_path):
+  """Where the tokenizer.json does not itself: a class of transformers does."""
+  config, file = base.base(), tmp_path / 'mine.json'
+  def given(arch, model, **parts):
+    pipeline = hf.Tokenizer(model)
+    for name, part in parts.items():
+      setattr(pipeline, name, part)
+    pipeline.add_special_tokens(['</s>'])
+    pipeline.save(str(file))
+    config.model.arch, config.data.tokenizer = arch, str(file)
+    out = tmp_path / str(len(list(tmp_path.iterdir())))
+    said = _given(config, out)[1]
+    return said.pop('tokenizer_class'), said
+  words = hf.models.WordPiece({'[UNK]': 0, '[CLS]': 1, '[SEP]': 2, 'a': 3},
+                              unk_token='[UNK]')
+  bert = dict(normalizer=hf.normalizers.BertNormalizer(lowercase=False))
+  usual = ('PreTrainedTokenizerFast', dict(eos_token='</s>'))
+  kind, said = given('bert', words, **bert)
+  assert kind == 'BertTokenizer'
+  assert said == dict(do_lower_case=False, strip_accents=None,
+                      tokenize_chinese_chars=True, eos_token='</s>')
+  assert given('gpt', words, **bert) == usual
+  assert given('bert', words, **bert, post_processor=(
+      hf.processors.BertProcessing(('[SEP]', 2), ('[CLS]', 1)))) == usual
+  unigram = hf.models.Unigram([('a', -1.0), ('<unk>', -2.0)], unk_id=1)
+  assert given('t5', unigram) == (
+      'T5Tokenizer', dict(extra_ids=0, eos_token='</s>'))
+  assert given('llama', unigram) == usual
+
+
 @pytest.mark.parametrize('arch, name, kind', [
     ('llama', 'tokenizer.model', 'PreTrainedTokenizerFast'),
     ('t5', 'spiece.model', 'T5Tokenizer')])
