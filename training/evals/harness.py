@@ -55,6 +55,7 @@ class Model(api.TemplateLM):
     require(0 < self.max_length <= model.max_len, 'max_length is '
             f'{max_length}: the model takes 1 to {model.max_len} tokens')
     self.max_gen_toks = max_gen_toks
+    self._num_written = 0  # batches, of which each has draws of its own
     published = evaluation.step == 0
     bos = tokens.special_ids.get('bos')
     self._begin = tokens.added_ids if published else ()
@@ -233,8 +234,9 @@ class Model(api.TemplateLM):
       with evaluation.run.context():
         written_BT = jax.device_get(generate.generate(
             evaluation.run.module, evaluation.params, tokens_BL, lengths_B,
-            jax.random.key(0), max_new_tokens=count, sampling=sampling,
-            stop_token=ends, **prefix))
+            jax.random.fold_in(jax.random.key(0), self._num_written),
+            max_new_tokens=count, sampling=sampling, stop_token=ends, **prefix))
+      self._num_written += 1
       for i, row in zip(chosen, written_BT):
         text = self._tokens.decode(generate.until(row, end))
         yield i, model_utils.postprocess_generated_text(text, stops, None)
@@ -257,12 +259,12 @@ def _moved_spaces(context: str, continuation: str) -> tuple[str, str]:
 
 
 def _sampling(options: dict[str, Any]) -> generate.Sampling:
+  penalty = options.get('repetition_penalty', 1.0)
   if not options.get('do_sample') or not options.get('temperature'):
-    return generate.Sampling(temperature=0)
+    return generate.Sampling(temperature=0, repetition_penalty=penalty)
   return generate.Sampling(
       options['temperature'], options.get('top_k') or 0,
-      options.get('top_p', 1.0), options.get('min_p', 0.0),
-      options.get('repetition_penalty', 1.0))
+      options.get('top_p', 1.0), options.get('min_p', 0.0), penalty)
 
 
 def _prompts(rows: dict[int, np.ndarray], most: int):

@@ -2,18 +2,23 @@
 files that tasks of ours read. `make verify` compares answers with lm_eval's own
 backend."""
 
+import contextlib
 import importlib.util
 import json
 import types
 
+import jax
+import numpy as np
 import pytest
 import yaml
 
 from configs.errors import RequestError
 from training.evals.lm_eval_tasks import local
 from tests.helpers import evaluations
+from tests.helpers import models
 from tools import lm_eval as command
 from training import evals
+from training import generate
 from training.data import tokenizers
 from training.evals.tasks import lm_eval
 
@@ -160,6 +165,50 @@ def test_a_tokenizer_says_what_hugging_face_puts_before_a_text(tmp_path):
     loaded = tokenizers.load(str(tmp_path))
     assert loaded.added_ids == added
     assert loaded.encode('a').tolist() == [2]
+
+
+def _writing(monkeypatch):
+  """Returns what asks a small model to write after each (context, options), in
+  small batches."""
+  from lm_eval.api.instance import Instance
+  from training.evals import harness
+  monkeypatch.setattr(harness, 'TOKENS', 32)
+  module, params = models.make('gpt', vocab_size=384)
+  asked = harness.Model(types.SimpleNamespace(
+      run=types.SimpleNamespace(
+          config=evaluations.config('gpt', 'causal'), module=module,
+          model=module.config, context=contextlib.nullcontext),
+      tokenizer=tokenizers.load('bytes'), params=params, step=1))
+  return lambda requests: asked.generate_until(
+      [Instance('generate_until', {}, request, i)
+       for i, request in enumerate(requests)])
+
+
+@pytest.mark.skipif(not HERE, reason='lm_eval is not installed')
+def test_draws_of_one_context_repeat_in_no_batch_group_or_call(monkeypatch):
+  ask = _writing(monkeypatch)
+  options = dict(until=[], do_sample=True, temperature=2.0, max_gen_toks=12)
+  groups = [('ab', options | dict(top_k=k)) for k in (300, 301)]
+  texts = ask([group for group in groups for _ in range(6)]) + ask(groups)
+  assert len(set(texts)) == len(texts) == 14
+
+
+@pytest.mark.skipif(not HERE, reason='lm_eval is not installed')
+def test_a_greedy_text_is_penalized_too(monkeypatch):
+  ask = _writing(monkeypatch)
+  options = dict(until=[], max_gen_toks=12)
+  without, penalized = ask([('ab', options), (
+      'ab', options | dict(repetition_penalty=1e6))])
+  module, params = models.make('gpt', vocab_size=384)
+  bytes_ = tokenizers.load('bytes')
+  for text, penalty in ((without, 1.0), (penalized, 1e6)):
+    expected = generate.generate(
+        module, params, bytes_.encode('ab')[None], np.array([2]),
+        jax.random.key(1), max_new_tokens=12, sampling=generate.Sampling(
+            temperature=0, repetition_penalty=penalty))[0]
+    assert text == bytes_.decode(generate.until(
+        np.asarray(expected), bytes_.eos_id))
+  assert without != penalized
 
 
 def test_its_command_line_gets_what_it_does_not_say():
