@@ -28,11 +28,11 @@ import ml_collections
 import numpy as np
 
 import architectures
-from architectures.parts import unread
 from architectures.parts.config import ModelConfig
 from configs import base
-from configs.errors import RequestError, one_of, require
+from configs.errors import RequestError, require
 from training import config_files
+from training import fields as fields_of
 from training import generate as generation
 from training import objectives
 from training import paths
@@ -208,7 +208,7 @@ class Model:
     Raises:
       RequestError: for a field, a value or a combination that there is not.
     """
-    module = architectures.build(_with_fields(self.config, fields))
+    module = architectures.build(fields_of.replaced(self.config, fields))
     mine = paths.flatten(self.params)
     fresh = _initial(module, seed)
     drawn = tuple(name for name, x in paths.flatten(fresh).items()
@@ -333,7 +333,7 @@ def build(config: str | ml_collections.ConfigDict | ModelConfig, *,
     RequestError: for a wrong field, value or combination.
   """
   if isinstance(config, ModelConfig):
-    module = architectures.build(_with_fields(config, fields))
+    module = architectures.build(fields_of.replaced(config, fields))
     return Model(module, _initial(module, seed))
   if isinstance(config, str):
     config = config_files.load_config_file(config)
@@ -341,7 +341,7 @@ def build(config: str | ml_collections.ConfigDict | ModelConfig, *,
   config_files.set_fields(config.model, fields)
   tokenizer = tokenizers.load(config.data.tokenizer)
   model, _ = runs.resolve(config, tokenizer)
-  _refuse_unread(model, fields)
+  fields_of.refuse_unread(model, fields)
   module = architectures.build(model)
   return Model(module, _initial(module, seed), tokenizer, config)
 
@@ -358,41 +358,3 @@ def _initial(module: nn.Module, seed: int) -> Any:
   tokens = jnp.zeros((1, 1), jnp.int32)
   return nn.meta.unbox(
       jax.jit(module.init)(jax.random.key(seed), tokens)['params'])
-
-
-def _with_fields(config: ModelConfig, fields: Mapping[str, Any]) -> ModelConfig:
-  """Returns the config with other fields, checked as any config is."""
-  changes: dict[str, Any] = {}
-  for name, value in fields.items():
-    one_of('field of config.model', name, _names(config))
-    require(name not in _SIZES, f'model.{name} decides the sizes of other '
-            'parts: build a model with it, from a file of configs/')
-    if isinstance(value, Mapping):
-      group = getattr(config, name)
-      for field in value:
-        one_of(f'field of config.model.{name}', field, _names(group))
-      value = dataclasses.replace(group, **value)
-    changes[name] = value
-  changed = dataclasses.replace(config, **changes)
-  _refuse_unread(changed, fields)
-  return changed
-
-
-# Other fields are derived from these when a run's config is resolved.
-_SIZES = ('arch', 'd_model', 'num_heads', 'head_dim', 'kinds',
-          'parametrization', 'mup_base_width', 'mup_base_head_dim')
-
-
-def _names(group: Any) -> list[str]:
-  return [field.name for field in dataclasses.fields(group)]
-
-
-def _refuse_unread(config: ModelConfig, fields: Mapping[str, Any]) -> None:
-  """Raises RequestError for a field that the model would not read."""
-  unread_fields = unread.unread(config)
-  for name, value in fields.items():
-    for full in ([f'{name}.{field}' for field in value]
-                 if isinstance(value, Mapping) else [name]):
-      if row := unread_fields.get(full):
-        raise RequestError(f'model.{full} is not read by this model: it is '
-                           f'read where {row.where}')
