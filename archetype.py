@@ -39,9 +39,12 @@ from training import paths
 from training import runs
 from training import trained
 from training import weights
+from training.chat import load as chat_load
 from training.costs import totals
 from training.data import tokenizers
+from training.hf import generation as hf_generation
 from training.insides import record
+from training.objectives import record as objective_record
 from training.workdir import restoring
 from training.workdir import storage
 
@@ -60,12 +63,14 @@ class Model:
     tokenizer: what encodes text; None where the weights came without one.
     run: the config of the run that the model is from; None where there is none.
     drawn: the paths of the parameters that `with_parts` drew anew.
+    said: what the model's Hugging Face folder says of generation.
   """
   module: nn.Module
   params: Any
   tokenizer: tokenizers.Tokenizer | None = None
   run: ml_collections.ConfigDict | None = None
   drawn: tuple[str, ...] = ()
+  said: hf_generation.Generation | None = None
 
   @property
   def config(self) -> ModelConfig:
@@ -146,7 +151,8 @@ class Model:
 
     A text ends where the model writes the tokenizer's separator (or, of a run
     with a chat template, the token with which that ends an answer), or before
-    one of the strings `stop`.
+    one of the strings `stop`. A decoder from a Hugging Face folder begins with
+    the bos and ends with the eos of its generation_config.json, if it has them.
 
     Args:
       prompts: one text, or several, which are continued together.
@@ -170,13 +176,7 @@ class Model:
     """
     tokenizer = self._tokenizer()
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    config = self._run_config()
-    prompt = objectives.of(config).prompt
-    if prompt is None:
-      raise RequestError('this model writes no text: its objective is '
-                         f'{config.objective}')
-    shown = prompt(texts, config, tokenizer)
-    end = objectives.of(config).ends(config, tokenizer)
+    shown, end = self._shown(texts)
     new_BT = np.asarray(generation.generate(
         self.module, self.params, jnp.asarray(shown.tokens),
         jnp.asarray(shown.lengths), jax.random.key(seed),
@@ -235,6 +235,23 @@ class Model:
     config = base.base()
     config.objective = _OBJECTIVES[self.stack]
     return config
+
+  def _shown(self, texts: Sequence[str]
+             ) -> tuple[objective_record.Prompts, tuple[int, ...]]:
+    """Returns texts as the model is shown them, and the ids that end what it
+    writes."""
+    config, tokenizer = self._run_config(), self._tokenizer()
+    objective = objectives.of(config)
+    if objective.prompt is None:
+      raise RequestError('this model writes no text: its objective is '
+                         f'{config.objective}')
+    if self.run is None and objective.talk is not None:
+      talk = chat_load.plain(tokenizer, self.said)
+      return objective_record.Prompts(*objective_record.padded([
+          talk.encode([dict(role='user', content=text)])
+          for text in texts])), tuple(sorted(talk.ends))
+    return (objective.prompt(texts, config, tokenizer),
+            objective.ends(config, tokenizer))
 
   def _run(self, wanted: str, tokens: Tokens, decoder_tokens: Tokens | None,
            inputs: Mapping[str, Tokens]) -> Any:
@@ -316,7 +333,8 @@ def load(path: str | os.PathLike, *, step: int | None = None,
   if tokenizer is None and tokenizers.found_in(folder):
     tokenizer = str(folder)
   return Model(module, params,
-               tokenizers.load(tokenizer) if tokenizer else None)
+               tokenizers.load(tokenizer) if tokenizer else None,
+               said=hf_generation.of_folder(folder))
 
 
 def build(config: str | ml_collections.ConfigDict | ModelConfig, *,

@@ -1,6 +1,7 @@
 """The Python API: what it gives is what the module computes."""
 
 import dataclasses
+import json
 
 from etils import epath
 import jax
@@ -12,6 +13,8 @@ import archetype
 from configs.errors import RequestError
 from tests.helpers import models
 from tools import convert
+from training import weights
+from training.hf import generation as hf_generation
 
 WITH_RUNS = ['gpt', 'bert', 't5', 'mixtral']
 
@@ -132,6 +135,24 @@ def test_generation_is_the_argmax_of_the_logits():
     row.append(int(np.argmax(model(row)[0, -1])))
   assert text == model.decode(row[len(start):])
   assert model.generate(['Peace'], max_new_tokens=3, temperature=0) == [text]
+
+
+@pytest.mark.slow
+def test_a_folder_begins_and_ends_a_text_as_it_says(tmp_path):
+  module, params = models.make(vocab_size=384)
+  weights.to_hf(module, params, tmp_path, generation=hf_generation.Generation(
+      {'bos_token_id': 7}, None))
+  model = archetype.load(tmp_path, tokenizer='bytes')
+  row = [7, *model.tokenizer.encode('Peace')]
+  for _ in range(3):
+    row.append(int(np.argmax(model(row)[0, -1])))
+  options = dict(max_new_tokens=3, temperature=0)
+  assert model.generate('Peace', **options) == model.decode(row[-3:])
+  (tmp_path / 'generation_config.json').write_text(
+      json.dumps(dict(bos_token_id=7, eos_token_id=[255, row[-2]])))
+  ends = archetype.load(tmp_path, tokenizer='bytes')
+  assert ends.generate('Peace', **options) == model.decode(
+      row[-3:-3 + row[-3:].index(row[-2])])
 
 
 def test_count_is_what_there_is(gpt):

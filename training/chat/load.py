@@ -97,17 +97,26 @@ def _talk(tokenizer: Tokenizer, said: hf_generation.Generation | None,
     template: instead of the folder's own; '': that one, where it has one.
     usual: how the model is talked with where there is none.
   """
-  named = ids(said)
-  ends = frozenset(named.get('eos_token_id', ()))
+  ends = frozenset(ids(said).get('eos_token_id', ()))
   folder = epath.Path(tokenizer.name)
   if template or (chat_templates.in_folder(folder) is not None
                   and usual.plain):
     found = chat_templates.read(template or str(folder), tokenizer)
     return chat.templated(
         found, ends, '' if template else 'answers by its chat template')
-  if usual.plain and named.get('bos_token_id'):
-    usual = causal.goes_on(tokenizer, named['bos_token_id'][0])
+  if usual.plain:
+    return plain(tokenizer, said)
   return usual._replace(ends=ends or usual.ends)
+
+
+def plain(tokenizer: Tokenizer, said: hf_generation.Generation | None) -> Talk:
+  """Returns how an imported model goes on from a text: after its folder's bos
+  and up to its eos; where the folder names none, the separator."""
+  named = ids(said)
+  usual = causal.goes_on(tokenizer, next(iter(named.get('bos_token_id', ())),
+                                         None))
+  return usual._replace(
+      ends=frozenset(named.get('eos_token_id', ())) or usual.ends)
 
 
 def ids(said: hf_generation.Generation | None) -> dict[str, list[int]]:
