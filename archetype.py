@@ -177,6 +177,7 @@ class Model:
     tokenizer = self._tokenizer()
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     shown, end = self._shown(texts)
+    self._check_ids('the prompt', shown.tokens)
     new_BT = np.asarray(generation.generate(
         self.module, self.params, jnp.asarray(shown.tokens),
         jnp.asarray(shown.lengths), jax.random.key(seed),
@@ -272,7 +273,19 @@ class Model:
     for name, value in given.items():
       array = jnp.asarray(value, jnp.int32)
       arrays[names[name]] = array if array.ndim == 2 else array[None]
+      if name in ('tokens', 'decoder_tokens'):
+        self._check_ids(name, array)
     return arrays
+
+  def _check_ids(self, name: str, ids: Any) -> None:
+    """Raises RequestError for an id without a row of the embedding's table,
+    which JAX would take for its first or last."""
+    if isinstance(ids, jax.core.Tracer):  # its values are not known yet
+      return
+    ids, V = np.asarray(ids), self.config.vocab_size
+    wrong = ids[(ids < 0) | (ids >= V)]
+    require(not wrong.size, f'{name} has the id {wrong[:1].sum()}, which this '
+            f'model does not have: its ids are 0 to {V - 1}')
 
   def _of_stacks(self, kept: Any, encoder: int) -> Any:
     """Parts what the layers of both stacks have kept, the encoder's first."""

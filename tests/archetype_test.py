@@ -171,6 +171,11 @@ REFUSALS = {
                'model.position is rope'),
     'size': (lambda m: m.with_parts(d_model=64), 'build a model'),
     'input': (lambda m: m([[1]], types=[[1]]), 'tokens, mask'),
+    'id': (lambda m: m([[3, 61]]), 'has the id 61, .* are 0 to 60'),
+    'id below 0': (lambda m: m.inspect([0, -1]), 'has the id -1, '),
+    'id of a text': (lambda m: dataclasses.replace(
+        m, tokenizer=archetype.tokenizers.load('bytes')).generate('A'),
+                     'the prompt has the id 258, '),
     'no tokenizer': (lambda m: m.generate('A'), 'without a tokenizer'),
     'no model': (lambda m: archetype.load('no/such/folder'), 'no/such/folder'),
 }
@@ -181,6 +186,16 @@ def test_a_wrong_request_is_a_sentence(name, gpt):
   call, part = REFUSALS[name]
   with pytest.raises(RequestError, match='(?s).*' + part):
     call(gpt)
+
+
+def test_ids_that_are_traced_go_through(gpt):
+  ids = models.tokens(1, 5)
+  np.testing.assert_allclose(jax.jit(lambda x: gpt(x))(ids), gpt(ids), atol=1e-5)
+
+
+def test_ids_of_a_target_are_checked_too():
+  with pytest.raises(RequestError, match='decoder_tokens has the id 61'):
+    _model('t5')([1], [61])
 
 
 def test_an_encoder_writes_no_text():
