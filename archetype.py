@@ -34,6 +34,7 @@ from configs.errors import RequestError, require
 from training import config_files
 from training import fields as fields_of
 from training import generate as generation
+from training import limits
 from training import objectives
 from training import paths
 from training import runs
@@ -42,10 +43,13 @@ from training import weights
 from training.chat import load as chat_load
 from training.costs import totals
 from training.data import tokenizers
+from training.hf import config as hf_config
 from training.hf import generation as hf_generation
+from training.hf import heads as hf_heads
 from training.insides import record
 from training.objectives import record as objective_record
 from training.workdir import restoring
+from training.workdir import run_config
 from training.workdir import storage
 
 Tokens = jax.Array | np.ndarray | Sequence[int] | Sequence[Sequence[int]]
@@ -64,6 +68,7 @@ class Model:
     run: the config of the run that the model is from; None where there is none.
     drawn: the paths of the parameters that `with_parts` drew anew.
     said: what the model's Hugging Face folder says of generation.
+    labels: what the outputs of the head of a task stand for; (): not known.
   """
   module: nn.Module
   params: Any
@@ -71,6 +76,7 @@ class Model:
   run: ml_collections.ConfigDict | None = None
   drawn: tuple[str, ...] = ()
   said: hf_generation.Generation | None = None
+  labels: tuple[str, ...] = ()
 
   @property
   def config(self) -> ModelConfig:
@@ -177,7 +183,7 @@ class Model:
     tokenizer = self._tokenizer()
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     shown, end = self._shown(texts)
-    self._check_ids('the prompt', shown.tokens)
+    limits.ids('the prompt', shown.tokens, self.config.vocab_size)
     new_BT = np.asarray(generation.generate(
         self.module, self.params, jnp.asarray(shown.tokens),
         jnp.asarray(shown.lengths), jax.random.key(seed),
@@ -217,11 +223,15 @@ class Model:
     params = jax.tree_util.tree_map_with_path(
         lambda key, x: x if (name := paths.join(key)) in drawn else mine[name],
         fresh)
-    return dataclasses.replace(self, module=module, params=params, drawn=drawn)
+    same = module.config.num_labels == self.config.num_labels
+    return dataclasses.replace(self, module=module, params=params, drawn=drawn,
+                               labels=self.labels if same else ())
 
   def save(self, folder: str | os.PathLike) -> None:
-    """Writes a Hugging Face folder: config.json and the weights."""
-    weights.to_hf(self.module, self.params, folder)
+    """Writes a Hugging Face folder: config.json and the weights, and what the
+    folder of the model said of generation; no tokenizer."""
+    weights.to_hf(self.module, self.params, folder, generation=self.said,
+                  labels=self.labels)
 
   def _tokenizer(self) -> tokenizers.Tokenizer:
     require(self.tokenizer is not None, 'this model came without a tokenizer: '
@@ -274,18 +284,8 @@ class Model:
       array = jnp.asarray(value, jnp.int32)
       arrays[names[name]] = array if array.ndim == 2 else array[None]
       if name in ('tokens', 'decoder_tokens'):
-        self._check_ids(name, array)
+        limits.ids(name, array, self.config.vocab_size)
     return arrays
-
-  def _check_ids(self, name: str, ids: Any) -> None:
-    """Raises RequestError for an id without a row of the embedding's table,
-    which JAX would take for its first or last."""
-    if isinstance(ids, jax.core.Tracer):  # its values are not known yet
-      return
-    ids, V = np.asarray(ids), self.config.vocab_size
-    wrong = ids[(ids < 0) | (ids >= V)]
-    require(not wrong.size, f'{name} has the id {wrong[:1].sum()}, which this '
-            f'model does not have: its ids are 0 to {V - 1}')
 
   def _of_stacks(self, kept: Any, encoder: int) -> Any:
     """Parts what the layers of both stacks have kept, the encoder's first."""
@@ -347,7 +347,9 @@ def load(path: str | os.PathLike, *, step: int | None = None,
     tokenizer = str(folder)
   return Model(module, params,
                tokenizers.load(tokenizer) if tokenizer else None,
-               said=hf_generation.of_folder(folder))
+               said=hf_generation.of_folder(folder),
+               labels=(hf_heads.labels(hf_config.load_config_json(folder))
+                       if module.config.num_labels else ()))
 
 
 def build(config: str | ml_collections.ConfigDict | ModelConfig, *,
@@ -381,7 +383,8 @@ def _load_run(workdir: Any, step: int | None, tokenizer: str | None) -> Model:
   config = runs.config_of(workdir)
   module = architectures.build(runs.model_of(workdir, config))
   return Model(module, trained.params(workdir, module, step),
-               tokenizers.load(tokenizer or config.data.tokenizer), config)
+               tokenizers.load(tokenizer or config.data.tokenizer), config,
+               labels=run_config.labels(workdir))
 
 
 def _initial(module: nn.Module, seed: int) -> Any:

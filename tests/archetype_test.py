@@ -95,6 +95,21 @@ def test_a_folder_and_a_run_are_loaded_as_they_were_saved(system, tmp_path):
   assert run.decode(run.encode('ab')) == 'ab'
 
 
+def test_a_folder_is_saved_with_its_labels_and_what_it_says(tmp_path):
+  module, params = models.make('bert', head='sequence', num_labels=3)
+  said = hf_generation.Generation(
+      dict(pad_token_id=5), dict(eos_token_id=[7, 9], temperature=0.6))
+  weights.to_hf(module, params, tmp_path / 'one', generation=said,
+                labels=('neg', 'neu', 'pos'))
+  archetype.load(tmp_path / 'one').save(tmp_path / 'two')
+  one, two = ({file.name: json.loads(file.read_text())
+               for file in (tmp_path / name).glob('*.json')}
+              for name in ('one', 'two'))
+  assert one == two and two['config.json']['pad_token_id'] == 5
+  assert two['config.json']['id2label']['2'] == 'pos'
+  assert two['generation_config.json']['eos_token_id'] == [7, 9]
+
+
 def test_a_part_is_swapped_and_the_rest_stays(gpt):
   same = gpt.with_parts(norm='layernorm')
   assert same.drawn == () and same.config == gpt.config
@@ -190,7 +205,8 @@ def test_a_wrong_request_is_a_sentence(name, gpt):
 
 def test_ids_that_are_traced_go_through(gpt):
   ids = models.tokens(1, 5)
-  np.testing.assert_allclose(jax.jit(lambda x: gpt(x))(ids), gpt(ids), atol=1e-5)
+  traced = jax.jit(lambda ids: gpt(ids))(ids)
+  np.testing.assert_allclose(traced, gpt(ids), atol=1e-5)
 
 
 def test_ids_of_a_target_are_checked_too():

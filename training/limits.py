@@ -7,8 +7,11 @@ optimiser or a schedule in its own file.
 from collections.abc import Iterable
 import math
 import operator
+from typing import Any
 
+import jax
 import ml_collections
+import numpy as np
 
 from architectures.parts import unread as fields_unread
 from architectures.parts.config import ModelConfig
@@ -106,6 +109,18 @@ def number(name: str, value: int | float, bounds: tuple) -> None:
                       f'{sign} {bound:g}' for sign, bound in bounds)
   require(fits and -math.inf < value < math.inf,
           f'{name} is {short(value)}: it must be {text}')
+
+
+def ids(name: str, tokens: Any, vocab_size: int) -> None:
+  """Raises RequestError for an id without a row in the table of embeddings, for
+  which JAX would take the first or the last. Traced ids pass: they are not
+  known."""
+  if isinstance(tokens, jax.core.Tracer):
+    return
+  tokens = np.asarray(tokens)
+  wrong = tokens[(tokens < 0) | (tokens >= vocab_size)]
+  require(not wrong.size, f'{name} has the id {wrong[:1].sum()}, which this '
+          f'model does not have: its ids are 0 to {vocab_size - 1}')
 
 
 def _numbers(config: ml_collections.ConfigDict, prefix: str = ''):
