@@ -191,8 +191,9 @@ class Model:
         sampling=generation.Sampling(temperature, top_k, top_p, min_p,
                                      repetition_penalty),
         **shown.arguments))
-    written = [generation.before(
-        tokenizer.decode(generation.until(row, end)), stop) for row in new_BT]
+    written = [generation.before(shown.text(
+        i, generation.until(row, end), tokenizer), stop)
+               for i, row in enumerate(new_BT)]
     return written[0] if isinstance(prompts, str) else written
 
   def count(self, length: int = 0) -> dict[str, Any]:

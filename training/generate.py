@@ -25,10 +25,14 @@ from architectures.parts.moe.layer import without_capacity
 from architectures.parts.skeletons import one_by_one
 from architectures.parts.skeletons import Output
 from configs.errors import require
+from training.data.tokenizers import Tokenizer
 
 # So many layers a token goes through one by one, which is faster; deeper
 # stacks are scanned, or the program would grow with them.
 UNROLLED_LAYERS = 48
+CONTEXT = 8  # tokens of a prompt that are decoded with what follows
+
+Ids = Sequence[int] | np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,3 +278,18 @@ def before(text: str, stops: Sequence[str]) -> str:
   """Returns a text up to the first of the stop strings in it."""
   places = [place for stop in stops if (place := text.find(stop)) >= 0]
   return text[:min(places, default=len(text))]
+
+
+def spelt(tokenizer: Tokenizer, ids: Ids, prompt: Ids = ()) -> bytes:
+  """Returns the bytes that ids add to the text of a prompt.
+
+  Where words carry the space before them, as sentencepiece and WordPiece have
+  it, what is decoded alone begins without one: so the end of the prompt is
+  decoded along, and cut off.
+  """
+  end = [int(token) for token in prompt[-CONTEXT:]]
+  before = tokenizer.decode_bytes(end)
+  whole = tokenizer.decode_bytes([*end, *ids])
+  # A decoder that tidies up may change the end of the prompt.
+  return (whole[len(before):] if whole.startswith(before)
+          else tokenizer.decode_bytes(ids))

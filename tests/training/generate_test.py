@@ -7,7 +7,9 @@ import pytest
 
 import architectures
 from tests.helpers import models
+from tests.helpers import spaced
 from training import generate
+from training.objectives import record
 
 LENGTHS = (3, 7, 5)
 NEW = 6
@@ -231,3 +233,14 @@ def test_experts_serve_a_row_whatever_its_neighbours():
   together = write(jnp.arange(3))
   for i in (0, 2):
     np.testing.assert_array_equal(write(jnp.array([i])), together[i:i + 1])
+
+
+def test_a_text_begins_with_its_space_unless_there_is_a_gap(tmp_path):
+  words = spaced.make(tmp_path)
+  prompts = record.after_separator(['the', 'the model'], None, words)
+  ids = words.encode('reads a line')
+  assert [prompts.text(row, ids, words) for row in (0, 1)] == [
+      ' reads a line'] * 2
+  assert prompts._replace(gap='x').text(1, ids, words) == 'reads a line'
+  nothing = record.after_separator([''], None, words)
+  assert nothing.text(0, ids, words) == 'reads a line'

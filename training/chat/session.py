@@ -77,7 +77,8 @@ class Session:
           'shorten it, begin another with /reset, or pass a larger --context, '
           'up to the max_len of the model')
     self.messages = asked
-    stream = Stream(self._tokenizer, self._stops, self._talk.lead)
+    stream = Stream(self._tokenizer, self._stops, self._talk.lead,
+                    ids.tolist() if self._talk.plain else ())
     try:
       yield from self._written(ids, stream, stopped)
     finally:

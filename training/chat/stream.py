@@ -20,14 +20,16 @@ class Stream:
     tokenizer: the model's.
     stops: strings before which the answer ends.
     lead: what the answer may begin with that is no part of it.
+    prompt: the ids of a text that the answer goes on from; (): of none.
 
   Attributes:
     stopped: whether a stop string was found.
   """
 
   def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (),
-               lead: str = ''):
+               lead: str = '', prompt: Sequence[int] = ()):
     self._tokenizer, self._stops, self._lead = tokenizer, stops, lead
+    self._prompt = prompt
     self._ids: list[int] = []
     self._shown = 0
     self.stopped = False
@@ -57,7 +59,7 @@ class Stream:
   def _decoded(self, whole: bool) -> str:
     """The text of all tokens, without its lead; of a last character that is
     not `whole` yet, nothing."""
-    data = self._tokenizer.decode_bytes(self._ids)
+    data = generate.spelt(self._tokenizer, self._ids, self._prompt)
     text = codecs.getincrementaldecoder('utf-8')('replace').decode(data, whole)
     if not whole:  # some tokenizers decode to text, and write it themselves
       text = text.rstrip(REPLACEMENT)

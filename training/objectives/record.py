@@ -22,7 +22,7 @@ import ml_collections
 import numpy as np
 
 from architectures.parts.skeletons import Output
-from training import ahead, losses
+from training import ahead, generate, losses
 from training.data.tokenizers import Tokenizer
 
 Config = ml_collections.ConfigDict
@@ -55,6 +55,12 @@ class Prompts(NamedTuple):
   lengths: np.ndarray
   arguments: dict[str, np.ndarray] = {}
   gap: str = ''
+
+  def text(self, row: int, ids: generate.Ids, tokenizer: Tokenizer) -> str:
+    """Returns the text of the ids that were written after a row's prompt, with
+    the space before its first word unless there is a gap."""
+    prompt = self.tokens[row, :self.lengths[row]] if not self.gap else ()
+    return generate.spelt(tokenizer, ids, prompt).decode('utf-8', 'replace')
 
 
 class Talk(NamedTuple):

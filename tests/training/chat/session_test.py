@@ -9,6 +9,7 @@ import pytest
 from configs import base
 from configs.errors import RequestError
 from tests.helpers import models
+from tests.helpers import spaced
 from training import generate
 from training.chat import engine, session
 from training.data import chat_templates, tokenizers
@@ -143,6 +144,16 @@ def test_a_model_of_plain_text_goes_on_from_lines():
                      dict(role='user', content='That')])
   assert ids[0] == BYTES.eos_id and BYTES.decode(ids) == 'To be, or\nThat'
   assert causal.goes_on(BYTES, 7).encode([])[0] == 7
+
+
+def test_plain_text_keeps_the_space_between_a_message_and_its_answer(tmp_path):
+  words = spaced.make(tmp_path)
+  engine_ = Scripted('')
+  engine_.left = [*words.encode('reads a'), words.eos_id]
+  talking = session.Session(engine_, words, causal.goes_on(words), most=20)
+  assert ask(talking, 'the model') == ' reads a'
+  asked = causal.goes_on(words).encode(talking.messages)
+  assert words.decode(asked) == 'the model reads a'
 
 
 def _config(source, template='published'):

@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.helpers import spaced
 from training.chat.stream import Stream
 from training.data import tokenizers
 
@@ -44,3 +45,13 @@ def test_the_lead_is_no_part_of_the_answer():
   assert _pieces('Hi', lead=' ')[0] == ['H', 'i', '']
   assert _pieces('', lead=' ')[0] == ['']
   assert _pieces(' ', lead=' ')[0] == ['', '']
+
+
+def test_an_answer_that_goes_on_from_a_text_begins_with_its_space(tmp_path):
+  words = spaced.make(tmp_path)
+  prompt, answer = ([int(i) for i in words.encode(text)]
+                    for text in ('the model', 'reads a line'))
+  for before, pieces in ((prompt, [' reads', ' a', ' line']),
+                         ((), ['reads', ' a', ' line'])):
+    stream = Stream(words, prompt=before)
+    assert [stream.add(token) for token in answer] == pieces

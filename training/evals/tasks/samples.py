@@ -35,8 +35,10 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
       found, _ = beam.search(*given, beams=how, **more)
       tokens = found[:, :options.samples].reshape(-1, count)
     tokens = jax.device_get(tokens)
-  written = [generate.before(tokenizer.decode(generate.until(row, ends)),
-                             stops(options)) for row in tokens]
+  each = len(tokens) // len(prompts.tokens)  # of a prompt
+  written = [generate.before(prompts.text(
+      i // each, generate.until(row, ends), tokenizer), stops(options))
+             for i, row in enumerate(tokens)]
   for i, (prompt, text) in enumerate(zip(rows, written)):
     print(f'sample {i + 1} of {len(rows)}:\n{prompt}{prompts.gap}{text}\n')
   return {'samples': [{'prompt': p, 'text': t}
