@@ -18,7 +18,8 @@ MUTANTS = {
          'decide: in_no_mean'),
         ("alternative='greater'", "alternative='two-sided'",
          'decide: more_than_the_base'),
-        ('share / len(plan.variants)', 'share', 'power: noise_rows')],
+        ('share / _tests(plan, measure, phase)', 'share / len(plan.variants)',
+         'power: noise_rows')],
     'tools/study/speed.py': [
         ('math.log10(next', 'math.log(next', 'decide: trend'),
         ('if None in ratios', 'if None is ratios', 'decide: speed_up')],

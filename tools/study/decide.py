@@ -70,7 +70,8 @@ def noise(plan: Plan, outcomes: Iterable[Outcome]) -> list[findings.Noise]:
 def _noise_row(plan: Plan, measure: Measure, name: str, phase: str, sizes,
                rate: float) -> findings.Noise:
   share = plan.alpha if phase == 'confirm' else plan.q
-  level, seeds = share / len(plan.variants), getattr(plan.seeds, phase)
+  level = share / _tests(plan, measure, phase)
+  seeds = getattr(plan.seeds, phase)
   by_seed = _differences_by_seed(sizes, measure)
   lost = [x.diverged for pairs in sizes for pair in pairs.values()
           for x in pair]
@@ -93,6 +94,13 @@ def _noise_row(plan: Plan, measure: Measure, name: str, phase: str, sizes,
       seeds_needed=power.seeds_needed(plan.effect, plan.power, **test)
       if primary else None,
       power=power.power(plan.effect, seeds=seeds, **test) if primary else None)
+
+
+def _tests(plan: Plan, measure: Measure, phase: str) -> int:
+  """Returns how many tests may be corrected together with one of a measure:
+  as `confirm` has them where all variants pass the screening."""
+  secondary = phase == 'confirm' and measure != plan.primary
+  return len(plan.variants) * (len(plan.measures) - 1 if secondary else 1)
 
 
 def announce(plan: Plan, rows: Sequence[findings.Noise]

@@ -29,7 +29,9 @@ class Noise:
     diverged, runs: of the base's runs of this row.
     seeds: that the phase has.
     level: at which the test must find, as if all variants but one were like
-      the base: alpha / variants, or q / variants.
+      the base: alpha / variants, or q / variants; in the confirmation of a
+      secondary measure alpha / (variants * secondary measures), since these
+      are corrected together.
     smallest_effect: the smallest effect that is found with the power that the
       plan asks for.
     seeds_needed: for the effect that the plan wants; None for a measure that

@@ -148,6 +148,28 @@ def test_noise_rows_are_the_deviations_of_the_pairs():
   assert whole.level == 0.025 and whole.runs == 36 and whole.pairs == 6
 
 
+def test_noise_rows_of_secondary_measures_have_the_level_of_their_family():
+  measures = made.plan().measures[:1] + tuple(
+      plans.Measure(name, 'text', name, plans.LOWER, 5.5) for name in 'xyz')
+  plan = made.plan(measures=measures)
+  outcomes = [x._replace(values=dict.fromkeys(
+      (m.name for m in measures), x.values['loss'])) for x in _noise_outcomes(
+          (0.02,) * 3, 6, np.random.default_rng(2))]
+  rows = {(row.measure, row.phase): row for row in decide.noise(plan, outcomes)
+          if row.size == findings.ALL or row.phase == 'screen'}
+  # Two variants, and three measures beside the primary one.
+  assert rows['loss', 'confirm'].level == 0.05 / 2
+  assert rows['y', 'confirm'].level == 0.05 / (2 * 3)
+  assert rows['y', 'screen'].level == rows['loss', 'screen'].level == 0.05 / 2
+  # As Bonferroni has it of the primary measure of six variants.
+  more = made.plan(measures=measures[:1], variants=tuple('abcdef'))
+  alike = decide.noise(more, outcomes)[-1]
+  assert rows['y', 'confirm'].smallest_effect == pytest.approx(
+      alike.smallest_effect)
+  assert rows['y', 'confirm'].smallest_effect > 1.1 * rows[
+      'loss', 'confirm'].smallest_effect
+
+
 def test_a_study_that_cannot_find_what_it_wants_says_so():
   outcomes = _noise_outcomes((0.02,) * 3, 6, np.random.default_rng(3))
   plan = made.plan(measures=made.plan().measures[:1])
