@@ -134,9 +134,9 @@ def _row(spec: study_spec.Spec, measures: list[dict], size: str, workload: str,
                            measures_lib.tasks(measures, workload)),
                **point.changes}
     config = _config(spec.sweep.base, changes, 'it')
-    for own in measures:
-      if own['workload'] == workload:
-        measures_lib.check(own, config, f'variant {point.name!r}')
+    asked = [own for own in measures if own['workload'] == workload]
+    for own in asked:
+      measures_lib.check_of_task(own, config, f'variant {point.name!r}')
     runs.check_config(config)
     limits.refuse_unread_of(changes, config, runs.resolve_alone(config))
     require(not config.eval.patience, f'eval.patience is '
@@ -145,6 +145,8 @@ def _row(spec: study_spec.Spec, measures: list[dict], size: str, workload: str,
     require(not config.init_from, f'init_from is {config.init_from!r}: a run '
             'of a study begins with parameters of its own')
     pipeline.check_sources(config)
+    for own in asked:
+      measures_lib.check_reported(own, config, f'variant {point.name!r}')
     figures = cost.of(config)
   except RequestError as error:
     raise RequestError(f'{who}: {error}') from error

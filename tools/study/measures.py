@@ -3,13 +3,13 @@
 from collections.abc import Collection, Sequence
 import fnmatch
 import math
+import types
 
 from configs.errors import one_of, require, short
 from tools.study import plan as plans
 from training import best, evals
 
 _ENTRIES = ('workload', 'figure', 'better', 'name', 'chance')
-_PLAIN = ('loss', 'perplexity', 'bits_per_byte', 'accuracy')
 
 
 def completed(given: Sequence, workloads: Collection[str], file: str
@@ -64,27 +64,56 @@ def tasks(measures: Sequence[dict], workload: str) -> tuple[str, ...]:
       if own['workload'] == workload and '/' in own['figure']))
 
 
-def check(own: dict, config, who: str) -> None:
-  """Raises RequestError where a run of `config` does not have a measure."""
-  from training import objectives
-  told = f'measure {own["name"]!r} is {own["figure"]!r} of {own["workload"]}'
+def check_of_task(own: dict, config, who: str) -> None:
+  """Raises RequestError where a measure is a figure of a task that a run of
+  `config` does not have."""
+  told = _told(own)
   task, is_task, figure = own['figure'].partition('/')
-  if is_task:
-    row = evals.check_without_flags(task, told)
-    reason = row.unfit(config)
-    require(not reason, f'{told}, which {who} cannot have: {reason}')
-    known = row.figures(config)
-    require(known is None or any(fnmatch.fnmatchcase(figure, pattern)
-                                 for pattern in known),
-            f'{told}, which {who} cannot have: the figures of {task} are '
-            f'{", ".join(known or ()) or "none"}')
+  if not is_task:
     return
-  objective = objectives.of(config)
-  has = {'loss': True, 'accuracy': True, 'perplexity': objective.perplexity,
-         'bits_per_byte': objective.every_token or objective.bound}
-  one_of(f'{told}: figure', own['figure'], _PLAIN)
-  require(has[own['figure']], f'{told}, which {who} cannot have: objective '
-          f'{config.objective!r} does not report it')
+  row = evals.check_without_flags(task, told)
+  reason = row.unfit(config)
+  require(not reason, f'{told}, which {who} cannot have: {reason}')
+  known = row.figures(config)
+  require(known is None or any(fnmatch.fnmatchcase(figure, pattern)
+                               for pattern in known),
+          f'{told}, which {who} cannot have: the figures of {task} are '
+          f'{", ".join(known or ()) or "none"}')
+
+
+def check_reported(own: dict, config, who: str) -> None:
+  """Raises RequestError where a measure is a figure that no evaluation of a
+  run of `config` reports, which is one that can be trained."""
+  if own['figure'] == 'loss' or '/' in own['figure']:
+    return  # every objective reports its loss
+  names = _reported(config)
+  require(own['figure'] in names, f'{_told(own)}, which {who} cannot have: '
+          f'objective {config.objective!r} reports {", ".join(names)}')
+
+
+def _told(own: dict) -> str:
+  return f'measure {own["name"]!r} is {own["figure"]!r} of {own["workload"]}'
+
+
+def _reported(config) -> list[str]:
+  """Returns the figures of an evaluation of a run; nothing is computed."""
+  import jax
+
+  from configs import sharding
+  from training import evaluating, objectives, runs
+  from training.data import tokenizers
+  from training.distributed import devices
+  model, _ = runs.resolve(config, tokenizers.load(config.data.tokenizer))
+  run = runs.build(config, model, devices.make_mesh(
+      dict.fromkeys(sharding.MESH_AXES, 1), jax.devices()[:1]))
+  batch = {key: jax.ShapeDtypeStruct(*shape)
+           for key, shape in objectives.shapes(config).items()}
+  loader = types.SimpleNamespace(  # one source's, of which no batch is read
+      objective=objectives.of(config), name='', share=1.0, bytes_per_token=1.0,
+      batch=lambda n: batch)
+  with run.context():
+    return evaluating.names(run.eval_step(), run.abstract.params, [loader],
+                            lambda batch: batch, lambda sums, row: sums)
 
 
 def chance(own: dict, config, vocab: int, bytes_per_token: float, file: str

@@ -19,6 +19,15 @@ from tools.study import plan as plans
 PROBE = ("WORKLOADS = {'text': {}, 'copy': {'data.length': 8, "
          "'probe.levels': (1, 2), 'train.steps': 8}}")
 
+MLM_NSP = """from configs import bert
+  own = bert.get_config('tiny')
+  own.model.update(d_model=8, num_layers=1, num_heads=2, max_len=8)
+  own.data.update(c.data)
+  own.data.tokenizer = bert.get_config('tiny').data.tokenizer
+  for name in 'train', 'optim', 'eval', 'checkpoint', 'log':
+    own[name].update(c[name])
+  c = own"""
+
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
@@ -189,6 +198,10 @@ REFUSED = {
         "MEASURES = ({'figure': 'loss'}, {'figure': 'routing/entropy', "
         "'better': 'higher', 'chance': 0})")),
         "routing/entropy' of text, which variant 'base' cannot have"),
+    'a figure that the objective does not report': (dict(
+        constants="MEASURES = ({'figure': 'accuracy'},)", base=MLM_NSP),
+        "is 'accuracy' of text, which variant 'base' cannot have: objective "
+        "'mlm_nsp' reports loss, mlm_accuracy, mlm_loss, nsp_accuracy"),
     'a probe first': (dict(constants=PROBE + (
         "\nMEASURES = ({'workload': 'copy', 'figure': 'accuracy'}, "
         "{'figure': 'loss'})")), "the first is the one that the verdict is on"),
