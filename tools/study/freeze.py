@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 import dataclasses
+import math
 import pathlib
 from typing import Any
 
@@ -148,13 +149,16 @@ def _row(spec: study_spec.Spec, measures: list[dict], size: str, workload: str,
     for own in asked:
       measures_lib.check_reported(own, config, f'variant {point.name!r}')
     figures = cost.of(config)
+    vocab = figures.model['model.vocab_size']
+    guess = measures_lib.guess(asked, config, vocab)
   except RequestError as error:
     raise RequestError(f'{who}: {error}') from error
-  return {'variant': point.name, 'size': size, 'workload': workload,
+  row = {'variant': point.name, 'size': size, 'workload': workload,
           'changes': changes, 'matched': list(point.matched),
           'params': figures.params, 'active_params': figures.active_params,
           'flops_per_token': figures.flops_per_token, 'tokens': figures.tokens,
-          'vocab': figures.model['model.vocab_size']}
+          'vocab': vocab}
+  return row | ({} if guess == math.log(vocab) else {'guess': guess})
 
 
 def _check_tuned(spec: study_spec.Spec, points: list[dict],

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import pathlib
 from typing import Any
 
@@ -23,7 +24,8 @@ class Frozen:
     points: of each variant, size and workload {'variant', 'size', 'workload',
       'changes', 'matched', 'params', 'active_params', 'flops_per_token',
       'tokens', 'vocab'}: what it changes in base_config before it is tuned,
-      and what a run of train.steps steps costs.
+      and what a run of train.steps steps costs; and where it is not the
+      logarithm of 'vocab', 'guess': the loss of guessing.
     sources: hashes by what was hashed: 'file', the text of the study's file,
       and each source of data, as far as it lies on this machine.
     code: {'commit', 'diff'} as provenance.this_start() says them.
@@ -56,6 +58,10 @@ class Frozen:
     """Returns the point of a run, or of its Outcome."""
     return self.point(self.plan.base if run.variant == plans.AGAIN
                       else run.variant, run.size, run.workload)
+
+  def guess(self, point: dict) -> float:
+    """Returns the loss that guessing gives a run of a point."""
+    return point.get('guess', math.log(point['vocab']))
 
   def steps(self, point: dict) -> int:
     """Returns the steps that a whole run of a point trains."""
@@ -111,6 +117,10 @@ def from_json(tree: Any, who: str) -> Frozen:
     RequestError: where it is damaged; `who` is the file.
   """
   schema.check_shape(tree, _SHAPE, who)
+  for i, row in enumerate(tree['points']):
+    if 'guess' in row:
+      schema.check_shape(row['guess'], schema.Positive(schema.NUMBER),
+                         f'{who}.points[{i}].guess')
   own = {field.name: tree[field.name] for field in dataclasses.fields(Frozen)}
   return Frozen(**own | {'plan': plans.plan_from_json(tree['plan'])})
 

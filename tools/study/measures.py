@@ -116,10 +116,39 @@ def _reported(config) -> list[str]:
                             lambda batch: batch, lambda sums, row: sums)
 
 
+def guess(measures: Sequence[dict], config, vocab: int) -> float:
+  """Returns the loss of guessing of a run, above which it counts as diverged.
+
+  Args:
+    measures: of its workload, as `completed` returns them.
+    config: its own.
+    vocab: of the model.
+
+  Raises:
+    RequestError: where the objective has no such loss, and no measure says it.
+  """
+  found = _guessing(config, vocab)
+  if found is None:
+    own = next((own for own in measures if own['figure'] == 'loss'), {})
+    found = own.get('chance')
+    require(found is not None, f'objective {config.objective!r} has no loss '
+            'that guessing gives, by which runs that diverge are known: say it '
+            "in MEASURES, as {'figure': 'loss', 'chance': 2.5}; of numbers, it "
+            'is the variance of what is to be told')
+    require(type(found) in (int, float) and 0 < found < math.inf, 'the chance '
+            f'of the loss is {short(found)}: write a number above 0')
+  return float(found)
+
+
+def _guessing(config, vocab: int) -> float | None:
+  from training import objectives
+  return objectives.of(config).guessing(objectives.with_labels(config), vocab)
+
+
 def chance(own: dict, config, vocab: int, bytes_per_token: float, file: str
            ) -> float:
-  """Returns what guessing gives: of losses, that of one over the vocabulary;
-  of a probe's answers, the share of the commonest one.
+  """Returns what guessing gives: of losses, that of one to which all answers
+  are alike; of a probe's answers, the share of the commonest one.
 
   Args:
     own: the measure, as `completed` returns it.
@@ -133,8 +162,12 @@ def chance(own: dict, config, vocab: int, bytes_per_token: float, file: str
             and math.isfinite(own['chance']), f'{file}: the chance of measure '
             f'{own["name"]!r} is {short(own["chance"])}: write a number')
     return float(own['chance'])
-  if own['figure'] == 'loss':
-    return math.log(vocab)
+  from training import objectives
+  guessing = _guessing(config, vocab)
+  if own['figure'] == 'loss' and guessing is not None:
+    return guessing
+  if own['figure'] == 'accuracy' and objectives.of(config).labels is not None:
+    return math.exp(-guessing)
   if own['figure'] == 'perplexity':
     return float(vocab)
   if own['figure'] == 'bits_per_byte' and bytes_per_token:

@@ -166,7 +166,7 @@ class Trainer:
       values[measure.name] = value = final(own, measure.figure)
       missing += [measure] if value is None else []
     diverged = (ended_badly(own) or not math.isfinite(loss)
-                or loss > GUESSING * math.log(row['vocab']))
+                or loss > GUESSING * self._frozen.guess(row))
     for measure in missing:
       if not diverged:
         raise RequestError(

@@ -14,6 +14,7 @@ over the text, as RoBERTa's are.
 
 from collections.abc import Mapping
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -244,5 +245,6 @@ OBJECTIVES = {
         ('segment_ids',), reads=_READS, fill=_pad, figures=mlm_and_nsp,
         unread=unread,
         terms={'mlm_loss': record.targets, 'nsp_loss': rows},
+        guess=lambda config, vocab: math.log(vocab) + math.log(2),
         check=_check_next_sentence),
 }

@@ -16,6 +16,7 @@ in a decoder at the last token, the only one that has seen all, as in XLNet
 """
 
 from collections.abc import Mapping, Sequence
+import math
 from typing import Any
 
 import jax
@@ -112,4 +113,5 @@ OBJECTIVES = {
         records=squad.KIND, length=length, measure=measure,
         measured=answers.FIGURES,
         ignores=('train.z_loss', 'train.loss_chunk', 'train.label_smoothing'),
-        perplexity=False)}
+        perplexity=False,
+        guess=lambda config, vocab: math.log(config.data.length))}

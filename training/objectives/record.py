@@ -13,6 +13,7 @@ of nothing is nan, not 0.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+import math
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -193,6 +194,8 @@ class Objective(NamedTuple):
     unread: (config, tokens of a row) -> how many of its places the head does
       not read in training.
     perplexity: whether e to the power of the loss is one.
+    guess: (config, ids of the model) -> the loss of guessing, in nats, where
+      it is another than `guessing` takes it for.
     check: raises RequestError for a config that it cannot train by.
     vocab_size: (config, tokenizer) -> how many ids its data have.
     derived: config -> what it fills in of the config, by dotted name.
@@ -225,6 +228,7 @@ class Objective(NamedTuple):
   ignores: tuple[str, ...] = ()
   unread: Callable[[Config, int], int] = lambda config, length: 0
   perplexity: bool = True
+  guess: Callable[[Config, int], float] | None = None
   check: Callable[[Config], None] = lambda config: None
   vocab_size: Callable[[Config, Tokenizer], int] = tokenizers_size
   derived: Callable[[Config], Mapping[str, Any]] = lambda config: {}
@@ -269,6 +273,20 @@ class Objective(NamedTuple):
               else self.talk(config, tokenizer).ends)
     end = tokenizer.separator_id
     return (end, *sorted(talked - {end}))
+
+  def guessing(self, config: Config, vocab: int) -> float | None:
+    """Returns the loss, in nats, of a model to which all answers are alike:
+    all labels, or all tokens. None: it has none, as of numbers.
+
+    Args:
+      config: the run's, with data.labels as its data have them.
+      vocab: how many ids the model has.
+    """
+    if self.guess is not None:
+      return self.guess(config, vocab)
+    if self.labels is not None:
+      return math.log(self.num_labels(config))
+    return math.log(vocab) if self.head in ('lm', 'vector') else None
 
   @property
   def main(self) -> str:

@@ -52,6 +52,9 @@ def test_the_plan_is_what_the_file_says(frozen, folder):
   assert loss == plans.Measure('loss', 'text', 'loss', 'lower',
                                math.log(frozen.points[0]['vocab']))
   assert copy == plans.Measure('copy', 'copy', 'accuracy', 'higher', 0.0)
+  # What guessing gives is told where it is another: old plans do not tell it.
+  assert not any('guess' in row for row in frozen.points)
+  assert frozen.guess(frozen.points[0]) == loss.chance
   assert set(frozen.sources) == {'file', f'text:{folder}/texts/*.txt'}
   assert frozen.sources['file'] == frozen_lib.digest(
       pathlib.Path(plan.file).read_bytes())
@@ -114,6 +117,48 @@ def test_muP_tunes_the_smallest_size_alone(folder):
   mup = "c.model.update(parametrization='mup', mup_base_width=8)"
   assert freeze.freeze(studies.write(folder, base=mup)).plan.tuned_sizes == (
       's',)
+
+
+def _labelled(folder, objective, targets) -> str:
+  """Writes a labelled file; returns lines of base() that train on it."""
+  file = folder / 'rows.tsv'
+  file.write_text(''.join(f'row {i}\t{targets[i % len(targets)]}\n'
+                          for i in range(24)))
+  return (f"c.objective = {objective!r}; c.data.source = 'labelled:{file}'; "
+          'c.data.length = c.model.max_len = 16')
+
+
+def test_guessing_among_labels_is_not_guessing_among_tokens(folder):
+  frozen = freeze.freeze(studies.write(
+      folder, "MEASURES = ({'figure': 'loss'}, {'figure': 'accuracy'})",
+      base=_labelled(folder, 'classification', 'abc')))
+  loss, accuracy = frozen.plan.measures
+  assert loss.chance == pytest.approx(math.log(3))
+  assert accuracy.chance == pytest.approx(1 / 3)
+  back = frozen_lib.from_json(
+      json.loads(json.dumps(frozen_lib.to_json(frozen))), 'study.json')
+  assert back.hash == frozen.hash
+  assert {back.guess(row) for row in back.points} == {loss.chance}
+  tree = frozen_lib.to_json(frozen)
+  tree['points'][0]['guess'] = 'much'
+  with pytest.raises(RequestError, match=r'points\[0\].guess is damaged'):
+    frozen_lib.from_json(tree, 'study.json')
+
+
+def test_of_numbers_a_file_says_what_guessing_gives(folder):
+  base = _labelled(folder, 'regression', '135')
+  with pytest.raises(RequestError, match="'regression' has no loss that "
+                     'guessing gives'):
+    freeze.freeze(studies.write(folder, base=base))
+  for chance in 0.0, 'much':
+    with pytest.raises(RequestError, match='write a number above 0'):
+      freeze.freeze(studies.write(
+          folder, f"MEASURES = ({{'figure': 'loss', 'chance': {chance!r}}},)",
+          base=base))
+  frozen = freeze.freeze(studies.write(
+      folder, "MEASURES = ({'figure': 'loss', 'chance': 2.5},)", base=base))
+  assert frozen.plan.primary.chance == 2.5
+  assert {frozen.guess(row) for row in frozen.points} == {2.5}
 
 
 REFUSED = {

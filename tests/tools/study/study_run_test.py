@@ -137,6 +137,16 @@ def test_a_run_that_has_learnt_nothing_has_not_diverged(frozen, tmp_path):
   assert outcome.values == {'loss': pytest.approx(1.01 * guessing)}
 
 
+def test_a_run_diverges_by_what_guessing_gives_its_objective(frozen, tmp_path):
+  labels = dataclasses.replace(frozen, points=[
+      row | {'guess': 0.7} for row in frozen.points])
+  for loss, diverged in (0.8, False), (0.9, True):
+    own = studies.Written(tmp_path / str(loss), labels,
+                          loss=lambda config, loss=loss: loss)
+    outcome, = own.train('noise', phases.noise_runs(labels)[:1])
+    assert outcome.diverged == diverged
+
+
 def test_runs_that_fail_otherwise_end_the_study_and_are_retried(
     frozen, tmp_path):
   lost = frozen.plan.seeds.of('noise')

@@ -249,6 +249,24 @@ def test_bert_is_judged_by_both_its_tasks():
                    'accuracy': values['mlm_accuracy']}
 
 
+@pytest.mark.parametrize('name', ['mlm', 'mlm_nsp'])
+def test_guessing_is_the_loss_of_a_model_of_zeros(name):
+  module, params = models.make('bert')
+  tokens = models.tokens(4, 8)
+  batch = dict(tokens=tokens, targets=tokens, types=jnp.zeros((4, 8), int),
+               segment_ids=jnp.ones((4, 8), int),
+               weights=jnp.zeros((4, 8)).at[:, 2:4].set(1.0),
+               nsp_targets=jnp.array([0, 1, 1, 0]))
+  config = base.base()
+  config.data.mask_rate = 3 / 8
+  objective = objectives.OBJECTIVES[name]
+  output = objective.apply(module, jax.tree.map(jnp.zeros_like, params), batch)
+  values = objective.means(objective.figures(output, batch, config))
+  np.testing.assert_allclose(
+      objective.guessing(config, output.logits.shape[-1]), values['loss'],
+      rtol=1e-5)
+
+
 def _chosen(rate, whole_words=False):
   """A loss of four rows of 16 tokens, of which `rate` are chosen, and what it
   is given."""

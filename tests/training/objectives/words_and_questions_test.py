@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import architectures
+from configs import base
 from configs import sharding as tables
 from tests.helpers import labelled_files as files
 from tests.helpers import models
@@ -29,6 +30,28 @@ def sources(tmp_path_factory):
   folder = tmp_path_factory.mktemp('labelled')
   return {'token_classification': f'conll:{files.conll(folder / "a.conll")}',
           'question_answering': f'squad:{files.squad(folder / "a.json")}'}
+
+
+@pytest.mark.parametrize('name, shape', [
+    ('classification', (2, 3)), ('token_classification', (2, 64, 3)),
+    ('question_answering', (2, 64, 2))])
+def test_guessing_is_the_loss_of_scores_that_are_alike(name, shape):
+  config = base.base()
+  config.data.update(labels=('a', 'b', 'c'), length=64)
+  objective = objectives.OBJECTIVES[name]
+  output = types.SimpleNamespace(extra={'scores': jnp.zeros(shape)})
+  where = shape[:2] if name == 'token_classification' else shape[:1]
+  batch = dict(segment_ids=jnp.ones((2, 64), int), weights=jnp.ones(where)
+               ) | dict.fromkeys(('targets', 'labels', 'starts', 'ends'),
+                                 jnp.ones(where, int))
+  values = objective.means(objective.figures(output, batch, config))
+  np.testing.assert_allclose(objective.guessing(config, 384), values['loss'],
+                             rtol=1e-5)
+
+
+def test_of_numbers_there_is_no_loss_of_guessing():
+  assert objectives.OBJECTIVES['regression'].guessing(
+      base.base(), 384) is None
 
 
 def _config(sources, objective, arch='bert', length=64):
