@@ -146,6 +146,7 @@ def test_the_card_has_the_best_rate_and_students_interval(file, tmp_path):
                              (interval[1] - interval[0]) / 2)
   np.testing.assert_allclose(own['level']['8']['mean'], 0.3)
   assert list(own['beyond']) == ['2x'] and own['rows'] == 512
+  assert abs(own['commonest'] - 0.5) < 0.02  # of a bit
 
 
 def test_the_card_is_written_and_drawn(file, tmp_path):
@@ -160,15 +161,6 @@ def test_the_card_is_written_and_drawn(file, tmp_path):
   assert (workdir / card.PICTURE).read_bytes()[:4] == b'\x89PNG'
   assert ('parity, lr 0.001: 0.5000 (the commonest answer: '
           in card.text(found))
-
-
-def test_the_commonest_answer_of_a_bit_is_half(file):
-  """Of copying, whose rows end in the same sign, one of n + 1 answers."""
-  suite = suites.load(str(file), base())
-  assert abs(probes.commonest(suite.configs['parity']) - 0.5) < 0.05
-  config = suite.configs['parity'].copy_and_resolve_references()
-  config.data.source = 'probe:copy'
-  np.testing.assert_allclose(probes.commonest(config), 1 / 7, atol=0.02)
 
 
 @pytest.mark.slow  # it compiles a group of runs

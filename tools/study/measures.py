@@ -8,6 +8,7 @@ import types
 from configs.errors import one_of, require, short
 from tools.study import plan as plans
 from training import best, evals
+from training.evals import constant
 
 _ENTRIES = ('workload', 'figure', 'better', 'name', 'chance')
 
@@ -148,7 +149,7 @@ def _guessing(config, vocab: int) -> float | None:
 def chance(own: dict, config, vocab: int, bytes_per_token: float, file: str
            ) -> float:
   """Returns what guessing gives: of losses, that of one to which all answers
-  are alike; of a probe's answers, the share of the commonest one.
+  are alike; of a probe's answers, what the best constant one scores.
 
   Args:
     own: the measure, as `completed` returns it.
@@ -173,8 +174,7 @@ def chance(own: dict, config, vocab: int, bytes_per_token: float, file: str
   if own['figure'] == 'bits_per_byte' and bytes_per_token:
     return math.log2(vocab) / bytes_per_token
   if own['figure'] == 'probe/accuracy':
-    from training.data import probes
-    return probes.commonest(config)
+    return constant.score(config)
   if own['figure'] in ('accuracy', 'probe/rows_right'):
     return 0.0
   require(False, f'{file}: measure {own["name"]!r} needs a chance: what '

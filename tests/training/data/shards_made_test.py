@@ -19,7 +19,7 @@ from tests.helpers.shards import BYTES, assert_same, config_of, loaders, spec_of
 from tests.helpers.shards import contents, tokenize
 from tools.tokenize import __main__ as command
 from training.data import pipeline, sources, tokenizers
-from training.data.shards import files, plan
+from training.data.shards import files, plan, write
 from training.data.shards import folder as folders
 
 ROOT = pathlib.Path(__file__).parents[3]

@@ -11,6 +11,7 @@ from scipy import stats
 from configs import gpt
 from training import evals, objectives, runs
 from training.data import probes, tokenizers
+from training.evals import constant
 from training.evals.task import Evaluation
 from training.evals.tasks import probe as probe_task
 
@@ -43,6 +44,38 @@ def test_what_cannot_be_drawn_or_seen_is_refused():
           probe_task.cells(settings, grows=True)]
   assert said == ['', '32 letters have 15 keys',
                   'the positions of the model end at 64']
+
+
+def _constant(name, figure, **fields):
+  config = gpt.get_config('tiny').copy_and_resolve_references()
+  config.objective, config.data.source = 'probe', f'probe:{name}'
+  config.data.length = 24
+  config.probe.update(fields)
+  return constant.score(config, figure)
+
+
+def test_a_constant_answer_scores_as_its_figure_is_taken():
+  """Of n + 1 answers of copying one is the sign that ends the row."""
+  copied = lambda figure: _constant('copy', figure, levels=(1, 9))
+  assert copied('probe/accuracy') == pytest.approx((1 / 2 + 1 / 10) / 2)
+  assert copied('accuracy') == pytest.approx(2 / (2 + 10), abs=0.005)
+  assert copied('probe/rows_right') == 0
+  # A row of one bit is right as a whole half of the time, and one of two bits
+  # as often as they are (0, 0).
+  assert _constant('parity', 'probe/rows_right', levels=(1, 2)
+                   ) == pytest.approx((1 / 2 + 1 / 4) / 2, abs=0.02)
+
+
+def test_a_constant_answer_is_not_chosen_on_what_it_is_scored_on():
+  """Of 60 answers that are alike, one stands in 2.1 % of these rows."""
+  config = gpt.get_config('tiny').copy_and_resolve_references()
+  config.objective, config.data.source = 'probe', 'probe:a5'
+  config.data.length, config.probe.levels = 24, (1,)
+  rows = probes.Rows(probes.of(config), probes.settings(config)._replace(
+      held_out=constant.ROWS), 'eval', 0)
+  counts = np.bincount([row.targets[row.asked][0] for row in rows])
+  assert counts.max() / constant.ROWS > 1 / 60 + 0.003
+  assert constant.score(config) == pytest.approx(1 / 60, abs=0.003)
 
 
 def test_counts_are_those_of_numpy():

@@ -120,18 +120,3 @@ class Rows:
     rng = np.random.default_rng([*self._key, int(i)])
     level = self._levels[rng.integers(len(self._levels))]
     return self._probe.draw(rng, level, self._settings)
-
-
-def commonest(config: ml_collections.ConfigDict, rows: int = 256) -> float:
-  """Returns the share of held-out answers that are the commonest one, which is
-  what a model that knows no more of a task has right.
-
-  Args:
-    config: of a run whose source is a probe.
-    rows: to count in.
-  """
-  drawn = Rows(of(config), settings(config)._replace(held_out=rows), 'eval',
-               held_out_seed(config))
-  answers = np.concatenate([row.targets[row.asked] for row in (
-      drawn[i] for i in range(rows))])
-  return float(np.bincount(answers).max() / len(answers))
