@@ -149,7 +149,7 @@ def _guessing(config, vocab: int) -> float | None:
 def chance(own: dict, config, vocab: int, bytes_per_token: float, file: str
            ) -> float:
   """Returns what guessing gives: of losses, that of one to which all answers
-  are alike; of a probe's answers, what the best constant one scores.
+  are alike; of a probe, what the best constant answer scores.
 
   Args:
     own: the measure, as `completed` returns it.
@@ -164,6 +164,7 @@ def chance(own: dict, config, vocab: int, bytes_per_token: float, file: str
             f'{own["name"]!r} is {short(own["chance"])}: write a number')
     return float(own['chance'])
   from training import objectives
+  from training.data import probes
   guessing = _guessing(config, vocab)
   if own['figure'] == 'loss' and guessing is not None:
     return guessing
@@ -173,9 +174,10 @@ def chance(own: dict, config, vocab: int, bytes_per_token: float, file: str
     return float(vocab)
   if own['figure'] == 'bits_per_byte' and bytes_per_token:
     return math.log2(vocab) / bytes_per_token
-  if own['figure'] == 'probe/accuracy':
-    return constant.score(config)
-  if own['figure'] in ('accuracy', 'probe/rows_right'):
+  probed = objectives.of(config).records == probes.KIND
+  if probed and own['figure'] in constant.FIGURES:
+    return constant.score(config, own['figure'])
+  if own['figure'] == 'accuracy':
     return 0.0
   require(False, f'{file}: measure {own["name"]!r} needs a chance: what '
           "guessing gives, as 'chance': 0.5")

@@ -13,8 +13,10 @@ from tests.helpers import studies
 from tools.study import __main__ as program
 from tools.study import costs, freeze
 from tools.study import frozen as frozen_lib
-from tools.study import phases
+from tools.study import measures, phases
 from tools.study import plan as plans
+from tools.sweep import spec as sweep_spec
+from training.workdir import run_config
 
 PROBE = ("WORKLOADS = {'text': {}, 'copy': {'data.length': 8, "
          "'probe.levels': (1, 2), 'train.steps': 8}}")
@@ -51,7 +53,9 @@ def test_the_plan_is_what_the_file_says(frozen, folder):
   loss, copy = plan.measures
   assert loss == plans.Measure('loss', 'text', 'loss', 'lower',
                                math.log(frozen.points[0]['vocab']))
-  assert copy == plans.Measure('copy', 'copy', 'accuracy', 'higher', 0.0)
+  # Of two or three answers one is the sign that ends the row.
+  assert copy == plans.Measure('copy', 'copy', 'accuracy', 'higher',
+                               pytest.approx(2 / (2 + 3), abs=0.01))
   # What guessing gives is told where it is another: old plans do not tell it.
   assert not any('guess' in row for row in frozen.points)
   assert frozen.guess(frozen.points[0]) == loss.chance
@@ -117,6 +121,23 @@ def test_muP_tunes_the_smallest_size_alone(folder):
   mup = "c.model.update(parametrization='mup', mup_base_width=8)"
   assert freeze.freeze(studies.write(folder, base=mup)).plan.tuned_sizes == (
       's',)
+
+
+def test_the_chance_of_a_probe_is_what_a_constant_answer_scores(frozen):
+  row = frozen.point('base', 's', 'copy')
+  config = sweep_spec.changed(run_config.from_json(frozen.base_config),
+                              row['changes'], 'it')
+  found = {figure: measures.chance({'figure': figure, 'name': 'x'}, config,
+                                   row['vocab'], 0.0, 'made.py')
+           for figure in ('accuracy', 'probe/accuracy', 'probe/rows_right')}
+  # Of one letter and of two, as many of either; the sign that ends a row.
+  assert found['accuracy'] == frozen.plan.measures[1].chance
+  assert found['probe/accuracy'] == pytest.approx((1 / 2 + 1 / 3) / 2)
+  assert found['probe/rows_right'] == 0
+  config.data.source = 'probe:parity'
+  found = measures.chance({'figure': 'probe/rows_right', 'name': 'x'}, config,
+                          2, 0.0, 'made.py')
+  assert found == pytest.approx((1 / 2 + 1 / 4) / 2, abs=0.02)
 
 
 def _labelled(folder, objective, targets) -> str:
