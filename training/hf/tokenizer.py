@@ -108,8 +108,8 @@ def _described(tokenizer: tokenizers.Tokenizer, folder: pathlib.Path, arch: str
                ) -> dict[str, Any]:
   """Returns the tokenizer_config.json of a tokenizer that came without one:
   transformers knows no special token by its spelling alone."""
-  name = next((name for name in CLASSES if (folder / name).is_file()), None)
-  kind, told = CLASSES.get(name), {}
+  name = next((name for name in CLASSES if (folder / name).is_file()), '')
+  kind, told = CLASSES.get(name, ''), dict[str, Any]()
   if (name, arch) == ('vocab.json', 'roberta'):
     kind = 'RobertaTokenizer'
   if name == 'tokenizer.json':

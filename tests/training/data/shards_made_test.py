@@ -102,7 +102,7 @@ def test_what_killed_processes_left_is_swept_after_a_day(corpus, shards):
   (shards / '.writing-room').mkdir()
   for name in ('.writing-room/file', '.writing-file', '.writing-new'):
     (shards / name).touch()
-  for name in ('.writing-room', '.writing-file'):
+  for name in ('.writing-room/file', '.writing-room', '.writing-file'):
     os.utime(shards / name, (0, 0))
   (shards / '00001.json').unlink()
   assert tokenize(corpus, shards) == 0
