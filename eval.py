@@ -49,7 +49,7 @@ def main():
 
   # Imported late: `--help` and a wrong flag answer at once.
   from training.data import sources
-  from training.distributed import cpu_memory
+  from training.distributed import cpu
   from training.workdir import step_folders, storage
   from training.evals import checkpoint
   workdir = storage.path(args.workdir)
@@ -59,7 +59,7 @@ def main():
   if args.text:
     sources.parse(args.text)
 
-  cpu_memory.reuse()
+  cpu.prepare()
   figures = checkpoint.evaluate(workdir, list(asked_by), args, step=step,
                                 text=args.text, programs={},
                                 live=args.live, asked_by=asked_by)

@@ -53,7 +53,7 @@ def main():
   from training import best, endings, initial_state, loop, objectives
   from training import profile, runs
   from training.data import pipeline, tokenizers
-  from training.distributed import cpu_memory, devices, processes
+  from training.distributed import cpu, devices, processes
   from training.workdir import checkpoints, lock, provenance, run_config
   from training.workdir import storage
   config = args.config
@@ -84,7 +84,7 @@ def main():
 
   # 2. The devices and their mesh.
   processes.initialize(several)
-  cpu_memory.reuse()
+  cpu.prepare()
   processes.meet()
   run = runs.build(config, model)
   if devices.primary():

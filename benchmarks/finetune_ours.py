@@ -74,8 +74,8 @@ class Side:
     from configs import bert
     from training import initial_state, objectives, runs, shapes
     from training.data import pipeline, tokenizers
-    from training.distributed import cpu_memory
-    cpu_memory.reuse()  # as train.py does
+    from training.distributed import cpu
+    cpu.prepare()  # as train.py does
     config: ml_collections.ConfigDict = bert.get_config('base')
     config.update_from_flattened_dict(
         fields(self.request) | (changes or {}))
@@ -86,7 +86,7 @@ class Side:
     self.state = initial_state.create(self.run, config.init_from)
     with self.run.context():
       self.step = shapes.PerShape(self.run.train_step(), _quiet)
-    cpu_memory.trim()
+    cpu.trim()
 
   def score(self, folder: str | pathlib.Path) -> float:
     """Returns the score of the weights in `folder`, of transformers' form."""

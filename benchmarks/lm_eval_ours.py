@@ -3,13 +3,13 @@
 import time
 
 from benchmarks import lm_eval
-from training.distributed import cpu_memory
+from training.distributed import cpu
 
 
 def jobs(request: dict) -> dict:
   """Returns what a worker can be asked to do, by name."""
   from training.evals import harness
-  cpu_memory.reuse()
+  cpu.prepare()
   model = harness.Model.create_from_arg_obj({'workdir': request['workdir']})
   asked = lm_eval.instances(request['pairs'])
 

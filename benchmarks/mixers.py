@@ -229,7 +229,7 @@ def _parser() -> argparse.ArgumentParser:
 def main() -> None:
   args = _parser().parse_args()
   from architectures.parts import mixers
-  from training.distributed import cpu_memory
+  from training.distributed import cpu
   recurrent = [name for name, own in mixers.MIXERS.items() if own.state]
   chosen = args.mixers.split(',') if args.mixers else ['attention', *recurrent]
   sections, dtypes = args.sections.split(','), args.dtypes.split(',')
@@ -245,7 +245,7 @@ def main() -> None:
           f'{WRITTEN}, in rising order, separated by commas')
   require(args.rounds > 0, f'--rounds is {args.rounds}: it must be 1 or more')
   json_file = storage.output(args.json, '--json')
-  cpu_memory.reuse()
+  cpu.prepare()
   sizes = dict(d_model=args.d_model, num_heads=args.num_heads)
   rows = measure(sections, chosen, [*map(int, lengths)], dtypes, sizes,
                  args.rounds)

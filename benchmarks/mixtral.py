@@ -24,9 +24,9 @@ def ours():
   """A function that trains for a step, train.py's own, and returns the loss."""
   from benchmarks.ours import Trainer
   from configs import mixtral
-  from training.distributed import cpu_memory
+  from training.distributed import cpu
   from training.workdir import run_config
-  cpu_memory.reuse()
+  cpu.prepare()
   config = mixtral.get_config('tiny')
   config.model.update(d_model=512, num_layers=4, num_heads=8, num_kv_heads=2,
                       d_ff=1024, vocab_size=VOCAB, max_len=LENGTH)

@@ -19,7 +19,7 @@ from architectures.parts.ffn import FFN
 from architectures.parts.moe.layer import MoE
 from configs import base
 from training import cli
-from training.distributed import cpu_memory
+from training.distributed import cpu
 
 TOP_K = 2
 
@@ -85,7 +85,7 @@ def main() -> None:
   parser.add_argument('--d_ff', type=int, default=1024)
   parser.add_argument('--json', action='store_true', help='print one object')
   args = parser.parse_args()
-  cpu_memory.reuse()
+  cpu.prepare()
   result = layers(args.rounds, args.d_model, args.d_ff)
   if args.json:
     print(json.dumps(result))

@@ -17,7 +17,7 @@ from training import objectives
 from training import runs
 from training.data import pipeline
 from training.data import tokenizers
-from training.distributed import cpu_memory
+from training.distributed import cpu
 from training.workdir import run_config
 
 
@@ -37,14 +37,14 @@ class Trainer:
     run = self.run
     with run.context():
       self.state = run.new_state()
-      cpu_memory.trim()
+      cpu.trim()
       start = time.perf_counter()
       lowered = run.train_step().lower(self.state, self.batch)
       traced = time.perf_counter()
       self.compiled = lowered.compile(
           compiler_options=dict(options) if options else None)
       compiled = time.perf_counter()
-    cpu_memory.trim()
+    cpu.trim()
     return traced - start, compiled - traced
 
   def step(self) -> float:
@@ -128,7 +128,7 @@ class _NoSaves:
 
 def jobs(request):
   """Returns what a worker can be asked to do, by name."""
-  cpu_memory.reuse()
+  cpu.prepare()
   trainer = Trainer(request['config'])
   if request['kind'] == 'compile':
     return {'compile': trainer.create}

@@ -93,8 +93,8 @@ def main():
 
 def _joint(args) -> int:
   from training import vectorised
-  from training.distributed import cpu_memory
-  cpu_memory.reuse()
+  from training.distributed import cpu
+  cpu.prepare()
   vectorised.train(configs(args.runs, args.steps), [
       pathlib.Path(args.joint) / str(run) for run in range(args.runs)])
   return 0

@@ -40,6 +40,9 @@ os.environ.setdefault(
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '-1')
 os.environ['JAX_NUMPY_RANK_PROMOTION'] = 'raise'
+# Threads for the collectives of eight devices, as training/distributed/cpu.py
+# has them.
+os.environ.setdefault('PJRT_NPROC', '32')
 # Tokenised text: kept from one run of the tests to the next.
 os.environ.setdefault('ARCHETYPE_CACHE', str(_CACHE / 'archetype'))
 

@@ -28,8 +28,8 @@ def main() -> None:
   require(importlib.util.find_spec('lm_eval') is not None, 'tools.lm_eval '
           "needs the package lm_eval: pip install -e '.[lm-eval]'")
   if words[0] == 'run' and not {'-h', '--help'} & set(words):
-    from training.distributed import cpu_memory
-    cpu_memory.reuse()
+    from training.distributed import cpu
+    cpu.prepare()
     sys.argv[2:2] = _defaults({word.partition('=')[0] for word in words})
   from lm_eval import models  # which fills the registry
   from lm_eval.__main__ import cli_evaluate

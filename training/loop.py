@@ -19,7 +19,7 @@ from training import evaluating, profile, progress, runs
 from training import shapes, timing
 from training.costs import flops, peaks
 from training.data import pipeline, ramp
-from training.distributed import cpu_memory, devices, signals
+from training.distributed import cpu, devices, signals
 from training.endings import DIVERGED, EARLY, STOPPED
 from training.evals import in_training
 from training.member import Member
@@ -181,7 +181,7 @@ class _Loop:
   def _compile(self, state: TrainState, batch: Any) -> None:
     """Compiles both steps for the first batches; all processes wait until the
     others have done so, too."""
-    cpu_memory.trim()
+    cpu.trim()
     self.train_step = shapes.PerShape(self.program.train_step(), self._another)
     self.eval_step = shapes.PerShape(self.program.eval_step(), self._another)
     with self.meter.compiling(), progress.compiling(devices.primary()):
@@ -189,7 +189,7 @@ class _Loop:
       if self.program.config.eval.every_steps:
         self.eval_step.compile(
             state.params, self.program.put(self.eval_data[0].batch(0)))
-    cpu_memory.trim()
+    cpu.trim()
     devices.sync('compiled')
 
   def _check_best(self, state: TrainState) -> None:

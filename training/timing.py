@@ -38,7 +38,7 @@ class Deferred:
     leaves = jax.tree.leaves(metrics)
     for value in leaves:
       value.copy_to_host_async()
-    # A CPU computes in the thread that dispatches (distributed/cpu_memory.py):
+    # A CPU computes in the thread that dispatches (distributed/cpu.py):
     # there the step is done by now, and not when it is read, a step later.
     done = self._now() if all(x.is_ready() for x in leaves) else None
     return self._swap((step, metrics, done), done)

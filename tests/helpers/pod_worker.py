@@ -24,7 +24,7 @@ import jax
 from jax.experimental import multihost_utils
 
 import train
-from training.distributed import cpu_memory, processes, signals
+from training.distributed import cpu, processes, signals
 
 
 def _fault(fault: dict) -> None:
@@ -82,7 +82,7 @@ def main():
     if code:
       return code
     # Joined and settled for good.
-    cpu_memory.reuse = lambda: None
+    cpu.prepare = lambda: None
     processes.initialize = lambda *_: None
     processes.meet = lambda: None
   return 0

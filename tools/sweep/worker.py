@@ -27,8 +27,8 @@ def main() -> int:
   args = parser.parse_args()
   from tools.sweep import layout
   from training import vectorised
-  from training.distributed import cpu_memory
-  cpu_memory.reuse()
+  from training.distributed import cpu
+  cpu.prepare()
   description = layout.load_description(args.workdir)
   runs = [(point, int(seed)) for point, seed in (
       run.split('/') for run in args.runs.split(','))]

@@ -1,0 +1,67 @@
+"""What the CPU wants where it is the device: memory that stays, and threads.
+
+XLA's CPU backend takes a step's temporaries from malloc and gives them back
+after it, hundreds of MiB that the kernel has to clear again for the next one:
+a fifth of the CPU time of a step. And a step that is dispatched while its
+predecessor runs holds a second set of them. docs/performance.md has figures.
+
+Several CPU devices share one pool of threads, as many as there are devices or
+cores. Each collective that a device takes part in holds a thread until the
+other devices come to it, so that a pool full of waiting ones waits forever.
+"""
+
+import ctypes
+import os
+import re
+
+import jax
+
+# glibc's malloc.h. What is freed stays in the process: nothing is mapped by
+# its own, the heap is never trimmed, all threads share it, it grows in steps.
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
+_SETTINGS = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1), (_ARENA_MAX, 1),
+             (_TOP_PAD, 64 << 20))
+
+
+# For each device. With one, eval.py hung in 9 of 13 trials on 8 devices beside
+# other programs on 2 cores.
+_THREADS = 4
+
+
+def prepare() -> None:
+  """Lets a CPU compute in the thread that calls it, this process keep what it
+  frees, and several devices have threads enough ($PJRT_NPROC, unless it is
+  set). Nothing changes where the device is another one; where the C library
+  has no mallopt, memory is not kept. Call it once, after
+  jax.distributed.initialize and before anything else touches a device."""
+  give_threads()
+  jax.config.update('jax_cpu_enable_async_dispatch', False)
+  mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
+  if jax.default_backend() == 'cpu' and mallopt is not None:
+    for name, value in _SETTINGS:
+      mallopt(name, value)
+
+
+def give_threads() -> None:
+  """Sets $PJRT_NPROC, the threads of XLA's pool, unless it is set: where there
+  are several devices, those of four collectives for each."""
+  devices = _devices()
+  if devices > 1 or jax.distributed.is_initialized():
+    os.environ.setdefault(
+        'PJRT_NPROC', str(max(_THREADS * devices, os.cpu_count() or 1)))
+
+
+def _devices() -> int:
+  """Returns how many CPU devices this process will have, before it has them."""
+  flags = re.findall(r'--xla_force_host_platform_device_count=(\d+)',
+                     os.environ.get('XLA_FLAGS', ''))
+  return max(jax.config.jax_num_cpu_devices, int(flags[-1]) if flags else 1)
+
+
+def trim() -> None:
+  """Gives the kernel back what is free: after making the state and after
+  compiling, hundreds of MiB that prepare() would keep, in pieces that a step's
+  large arrays don't fit into."""
+  malloc_trim = getattr(ctypes.CDLL(None), 'malloc_trim', None)
+  if jax.default_backend() == 'cpu' and malloc_trim is not None:
+    malloc_trim(0)
