@@ -6,6 +6,9 @@ r"""What mixers cost: attention, and each recurrence beside it.
   taskset -c 0 python -m benchmarks.mixers --json=FILE
 
 Sections:
+  mixing  the forward and backward pass of what a layer does between its
+          projections: the recurrence in its pieces, or scores, softmax and
+          weighted values
   layer   the forward and backward pass of one layer's mixer on one row
   step    a training step of a model of two layers on one row for each device
   decode  one more token of a row, by the same model and its cache
@@ -22,11 +25,13 @@ it is the size of a row's cache.
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
+import functools
 import json
 import math
 import statistics
 import time
 from typing import Any, NamedTuple
+from unittest import mock
 
 from configs.errors import one_of, require
 from training import cli
@@ -58,9 +63,54 @@ def config(mixer: str, length: int, dtype: str, sizes: Mapping[str, int]):
   return made
 
 
+def mixing(made: Any) -> Contender:
+  """Returns the forward and backward pass of what one mixer does between its
+  projections, on what these give it: the gradient of a sum of squares with
+  respect to queries, keys, values, and decays and rates if there are any."""
+  from architectures.parts.attention import xla
+  from architectures.parts.recurrent import recurrence
+  import jax
+  import jax.numpy as jnp
+  apply, params, x_BLD = _one_layer(made)
+  given = []
+
+  def record(own: Callable, *args, **kwargs):
+    given.append((own, args, kwargs))
+    return own(*args, **kwargs)
+
+  with (mock.patch.object(recurrence, 'run', functools.partial(
+            record, recurrence.run)),
+        mock.patch.object(xla, 'attend', functools.partial(
+            record, xla.attend))):
+    apply(params, x_BLD)
+  (own, inputs, how), = given
+  is_array = lambda x: isinstance(x, jax.Array)
+  arrays = {name: x for name, x in how.items() if is_array(x)}
+  fixed = {name: x for name, x in how.items() if not is_array(x)}
+
+  def loss(inputs: tuple, arrays: Mapping[str, jax.Array]) -> jax.Array:
+    o_BLHK = jax.tree.leaves(own(*inputs, **arrays, **fixed))[0]
+    return jnp.square(o_BLHK.astype(jnp.float32)).sum()
+
+  return _compiled(jax.grad(loss), inputs, arrays)
+
+
 def layer(made: Any) -> Contender:
   """Returns the forward and backward pass of one mixer: the gradient of a sum
   of squares with respect to its parameters and its input."""
+  import jax
+  import jax.numpy as jnp
+  apply, params, x_BLD = _one_layer(made)
+
+  def loss(params: Any, x_BLD: jax.Array) -> jax.Array:
+    return jnp.square(apply(params, x_BLD).astype(jnp.float32)).sum()
+
+  return _compiled(jax.grad(loss, (0, 1)), params, x_BLD)
+
+
+def _one_layer(made: Any) -> tuple[Callable, Any, Any]:
+  """Returns a function of the parameters of a layer's mixer and its input, some
+  parameters, and an input [1, L, D]."""
   import architectures
   from architectures.parts import mixers
   from architectures.parts.context import Context
@@ -73,13 +123,13 @@ def layer(made: Any) -> Contender:
       c.compute_dtype)
   ctx = Context(jnp.arange(L)[None], length=L)
   params = jax.jit(module.init)(jax.random.key(1), x_BLD, ctx, None)
+  return lambda params, x: module.apply(params, x, ctx, None)[0], params, x_BLD
 
-  def loss(params: Any, x_BLD: jax.Array) -> jax.Array:
-    y_BLD, _ = module.apply(params, x_BLD, ctx, None)
-    return jnp.square(y_BLD.astype(jnp.float32)).sum()
 
-  compiled = jax.jit(jax.grad(loss, (0, 1))).lower(params, x_BLD).compile()
-  return Contender(lambda: jax.block_until_ready(compiled(params, x_BLD)), 1,
+def _compiled(function: Callable, *args: Any) -> Contender:
+  import jax
+  compiled = jax.jit(function).lower(*args).compile()
+  return Contender(lambda: jax.block_until_ready(compiled(*args)), 1,
                    _temporary(compiled))
 
 
@@ -132,7 +182,7 @@ def _temporary(compiled: Any) -> int:
   return compiled.memory_analysis().temp_size_in_bytes
 
 
-SECTIONS = {'layer': layer, 'step': step, 'decode': decode}
+SECTIONS = {'mixing': mixing, 'layer': layer, 'step': step, 'decode': decode}
 
 
 def turns(contenders: Mapping[str, Contender], rounds: int

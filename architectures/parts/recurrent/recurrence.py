@@ -50,6 +50,9 @@ LEAST_PLACES = 16  # of one at most, where keys are small
 # Places that meet at once where each feature has a decay: such a piece takes a
 # copy of its keys for each time that it is halved.
 AT_ONCE = 256
+# So few numbers, the decays of all pieces, meet at once: on CPU the loop over
+# groups takes a tenth of KDA's time, and a third of GLA's.
+WHOLE = 1 << 20
 
 
 def run(x: Inputs, state_BHKU: Optional[jax.Array] = None, *,
@@ -283,8 +286,10 @@ def _pieces(x: Inputs, pairs: _Pairs) -> _Pieces:
 def _meet(x: Inputs) -> _Pairs:
   """Returns how the places of all pieces meet."""
   if by_feature(x.log_decay_BLHK):
+    count, places = x.k_BLJK.shape[0], x.k_BLJK.shape[-2]
+    few = x.log_decay_BLHK.size <= WHOLE
     return pieces.in_groups(
-        _meet_by_feature, max(1, AT_ONCE // x.k_BLJK.shape[-2]), x)
+        _meet_by_feature, count if few else max(1, AT_ONCE // places), x)
   return _meet_by_head(x)
 
 

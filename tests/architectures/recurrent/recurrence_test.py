@@ -105,6 +105,7 @@ def test_gradients_are_those_of_autodiff_through_the_definition(name):
 def test_groups_that_share_a_piece(rate, monkeypatch):
   """Five pieces, two at a time: the second and the third group share one."""
   monkeypatch.setattr(recurrence, 'AT_ONCE', 8)
+  monkeypatch.setattr(recurrence, 'WHOLE', 0)
   state = jax.random.normal(jax.random.key(5), (B, H, K, U))
   x = drawn(18, K, rate)
   both = lambda f: jax.jit(lambda *args: (f(*args), jax.grad(

@@ -32,12 +32,12 @@ def test_layers_and_decoding_are_measured_as_they_say(tmp_path, monkeypatch,
   file = tmp_path / 'found.json'
   monkeypatch.setattr(sys, 'argv', [
       'mixers', '--mixers=attention,deltanet', '--lengths=32,64', '--rounds=1',
-      '--sections=layer,decode', '--dtypes=float32', '--d_model=16',
+      '--sections=mixing,layer,decode', '--dtypes=float32', '--d_model=16',
       '--num_heads=2', f'--json={file}'])
   mixers.main()
   rows = json.loads(file.read_text())['rows']
-  assert capsys.readouterr().out.count('deltanet') == 2 * 2
-  assert len(rows) == 2 * 2 * 2
+  assert capsys.readouterr().out.count('deltanet') == 3 * 2
+  assert len(rows) == 3 * 2 * 2
   assert all(row['seconds'] > 0 and row['nbytes'] > 0 for row in rows)
   nbytes = {(row['section'], row['mixer'], row['length']): row['nbytes']
             for row in rows}
