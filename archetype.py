@@ -30,7 +30,7 @@ import numpy as np
 import architectures
 from architectures.parts.config import ModelConfig
 from configs import base
-from configs.errors import RequestError, require
+from configs.errors import require, short
 from training import config_files
 from training import fields as fields_of
 from training import generate as generation
@@ -67,7 +67,8 @@ class Model:
     tokenizer: what encodes text; None where the weights came without one.
     run: the config of the run that the model is from; None where there is none.
     drawn: the paths of the parameters that `with_parts` drew anew.
-    said: what the model's Hugging Face folder says of generation.
+    said: what the Hugging Face folder says of generation whose weights these
+      are, also as a run that was imported from it.
     labels: what the outputs of the head of a task stand for; (): not known.
   """
   module: nn.Module
@@ -151,7 +152,7 @@ class Model:
   def generate(self, prompts: str | Sequence[str], *, max_new_tokens: int = 64,
                temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
                min_p: float = 0.0, repetition_penalty: float = 1.0,
-               stop: Sequence[str] = (), seed: int = 0) -> Any:
+               stop: str | Sequence[str] = (), seed: int = 0) -> Any:
     """Returns the text with which the model continues a prompt; of an
     encoder-decoder, what it writes when it has read the prompt.
 
@@ -170,18 +171,25 @@ class Model:
         likeliest.
       repetition_penalty: divides the logits above 0 of tokens that the text
         has already, and multiplies those below 0.
-      stop: strings.
+      stop: a string, or several.
       seed: of the draws.
 
     Returns:
       A text for a text, and a list of texts for several.
 
     Raises:
-      RequestError: for an encoder, and for more tokens than the positions that
-        the model has learned.
+      RequestError: for a model that writes no text, for what is no text, and
+        for more tokens than the positions that the model has learned.
     """
     tokenizer = self._tokenizer()
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    require(bool(texts) and all(isinstance(text, str) for text in texts),
+            f'prompts is {short(prompts)}: pass a text, or a list of texts')
+    require(max_new_tokens >= 1, f'max_new_tokens is {max_new_tokens}: it must '
+            'be at least 1')
+    stops = [stop] if isinstance(stop, str) else list(stop)
+    require('' not in stops, f'stop is {short(stop)}: every text begins with '
+            "''")
     shown, end = self._shown(texts)
     limits.ids('the prompt', shown.tokens, self.config.vocab_size)
     new_BT = np.asarray(generation.generate(
@@ -192,7 +200,7 @@ class Model:
                                      repetition_penalty),
         **shown.arguments))
     written = [generation.before(shown.text(
-        i, generation.until(row, end), tokenizer), stop)
+        i, generation.until(row, end), tokenizer), stops)
                for i, row in enumerate(new_BT)]
     return written[0] if isinstance(prompts, str) else written
 
@@ -254,16 +262,10 @@ class Model:
     writes."""
     config, tokenizer = self._run_config(), self._tokenizer()
     objective = objectives.of(config)
-    if objective.prompt is None:
-      raise RequestError('this model writes no text: its objective is '
-                         f'{config.objective}')
-    if self.run is None and objective.talk is not None:
-      talk = chat_load.plain(tokenizer, self.said)
-      return objective_record.Prompts(*objective_record.padded([
-          talk.encode([dict(role='user', content=text)])
-          for text in texts])), tuple(sorted(talk.ends))
-    return (objective.prompt(texts, config, tokenizer),
-            objective.ends(config, tokenizer))
+    require(objective.prompt is not None and self.config.head == 'lm',
+            'this model writes no text: its objective is '
+            f'{config.objective} and its head {self.config.head!r}')
+    return chat_load.shown(texts, config, tokenizer, self.said)
 
   def _run(self, wanted: str, tokens: Tokens, decoder_tokens: Tokens | None,
            inputs: Mapping[str, Tokens]) -> Any:
@@ -383,8 +385,10 @@ def build(config: str | ml_collections.ConfigDict | ModelConfig, *,
 def _load_run(workdir: Any, step: int | None, tokenizer: str | None) -> Model:
   config = runs.config_of(workdir)
   module = architectures.build(runs.model_of(workdir, config))
-  return Model(module, trained.params(workdir, module, step),
+  found = trained.on_one_device(workdir, module, step)
+  return Model(module, found.state,
                tokenizers.load(tokenizer or config.data.tokenizer), config,
+               said=hf_generation.published(workdir, found.step),
                labels=run_config.labels(workdir))
 
 

@@ -11,9 +11,11 @@ import pytest
 
 import archetype
 from configs.errors import RequestError
+from tests.helpers import evaluations
 from tests.helpers import models
 from tools import convert
 from training import weights
+from training.evals import checkpoint
 from training.hf import generation as hf_generation
 
 WITH_RUNS = ['gpt', 'bert', 't5', 'mixtral']
@@ -149,7 +151,9 @@ def test_generation_is_the_argmax_of_the_logits():
   for _ in range(3):
     row.append(int(np.argmax(model(row)[0, -1])))
   assert text == model.decode(row[len(start):])
-  assert model.generate(['Peace'], max_new_tokens=3, temperature=0) == [text]
+  options = dict(max_new_tokens=3, temperature=0)
+  assert model.generate(['Peace'], **options) == [text]
+  assert text and model.generate('Peace', stop=text + '!', **options) == text
 
 
 @pytest.mark.slow
@@ -168,6 +172,21 @@ def test_a_folder_begins_and_ends_a_text_as_it_says(tmp_path):
   ends = archetype.load(tmp_path, tokenizer='bytes')
   assert ends.generate('Peace', **options) == model.decode(
       row[-3:-3 + row[-3:].index(row[-2])])
+  # And so does a run that was imported from it, in Python and for eval.py.
+  convert.import_(tmp_path, epath.Path(tmp_path / 'run'), partial=False, seed=0)
+  run = archetype.load(tmp_path / 'run')
+  assert run.generate('Peace', **options) == ends.generate('Peace', **options)
+  evaluation = checkpoint.load(
+      epath.Path(tmp_path / 'run'), [], evaluations.flags(
+          prompt='Peace', max_new_tokens=3, temperature=0.0), step=None,
+      text='', programs={})
+  written, = evaluations.run('samples', evaluation)['samples']
+  assert written['text'] == ends.generate('Peace', **options)
+  looked = evaluations.run('inspect', evaluation)
+  assert looked['tokens']['decoder'][0] == '\\x07'
+  trained = dataclasses.replace(evaluation, step=1)
+  looked = evaluations.run('inspect', trained)
+  assert looked['tokens']['decoder'][0] == '[EOS]'
 
 
 def test_count_is_what_there_is(gpt):
@@ -175,6 +194,11 @@ def test_count_is_what_there_is(gpt):
   assert figures['parameters'] == sum(
       x.size for x in jax.tree.leaves(gpt.params))
   assert sum(figures['by_part'].values()) == figures['parameters']
+
+
+def _bytes(model):
+  return dataclasses.replace(
+      model, tokenizer=archetype.tokenizers.load('bytes'))
 
 
 REFUSALS = {
@@ -188,9 +212,13 @@ REFUSALS = {
     'input': (lambda m: m([[1]], types=[[1]]), 'tokens, mask'),
     'id': (lambda m: m([[3, 61]]), 'has the id 61, .* are 0 to 60'),
     'id below 0': (lambda m: m.inspect([0, -1]), 'has the id -1, '),
-    'id of a text': (lambda m: dataclasses.replace(
-        m, tokenizer=archetype.tokenizers.load('bytes')).generate('A'),
+    'id of a text': (lambda m: _bytes(m).generate('A'),
                      'the prompt has the id 258, '),
+    'no prompt': (lambda m: _bytes(m).generate([]), 'prompts is \\[\\]'),
+    'a prompt of ids': (lambda m: _bytes(m).generate([[1, 2]]), 'prompts is '),
+    'no new token': (lambda m: _bytes(m).generate('A', max_new_tokens=0),
+                     'max_new_tokens is 0: it must be at least 1'),
+    'no string': (lambda m: _bytes(m).generate('A', stop=['']), "stop is"),
     'no tokenizer': (lambda m: m.generate('A'), 'without a tokenizer'),
     'no model': (lambda m: archetype.load('no/such/folder'), 'no/such/folder'),
 }
@@ -215,7 +243,7 @@ def test_ids_of_a_target_are_checked_too():
 
 
 def test_an_encoder_writes_no_text():
-  model = dataclasses.replace(
-      _model('bert'), tokenizer=archetype.tokenizers.load('bytes'))
-  with pytest.raises(RequestError, match='writes no text'):
-    model.generate('A')
+  for model in (_model('bert'),
+                _model('llama', head='sequence', num_labels=3)):
+    with pytest.raises(RequestError, match='writes no text'):
+      _bytes(model).generate('A')

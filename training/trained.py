@@ -1,7 +1,6 @@
 """The parameters that a run has trained, to do something with them."""
 
 import sys
-from typing import Any
 
 from etils import epath
 import flax.linen as nn
@@ -13,16 +12,16 @@ from training import step as step_lib
 from training.workdir import parameters, restoring, step_folders
 
 
-def params(workdir: epath.Path, module: nn.Module, step: int | None = None
-           ) -> Any:
-  """Returns the parameters of a checkpoint that are evaluated, all on one
-  device of this process; warns of checkpoints that were passed over because
-  they are damaged.
+def on_one_device(workdir: epath.Path, module: nn.Module,
+                  step: int | str | None = None) -> restoring.Restored:
+  """Returns the parameters of a checkpoint that are evaluated, as its `state`,
+  all on one device of this process; warns of checkpoints that were passed over
+  because they are damaged.
 
   Args:
     workdir: the run's folder.
     module: its model.
-    step: which checkpoint; None: the newest good one.
+    step: which checkpoint; 'best'; None: the newest good one.
   """
   here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   shapes = jax.tree.map(
@@ -31,7 +30,7 @@ def params(workdir: epath.Path, module: nn.Module, step: int | None = None
   restored = parameters.restore(restoring.directory(workdir), shapes, step)
   for sentence in restored.damaged:
     print(f'warning: {sentence}', file=sys.stderr)
-  return restored.state
+  return restored
 
 
 def of_run(run: runs.Run, workdir: epath.Path,

@@ -1,9 +1,11 @@
 """What a conversation needs of a run, or of a Hugging Face folder."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from etils import epath
 import flax.linen as nn
+import ml_collections
 
 import architectures
 from configs.errors import RequestError, require
@@ -13,7 +15,7 @@ from training.data.tokenizers import Tokenizer
 from training.hf import config as hf_config
 from training.hf import generation as hf_generation
 from training.objectives import causal, chat
-from training.objectives.record import Talk
+from training.objectives.record import Prompts, Talk, padded
 
 # What to do instead, where a model cannot be talked with.
 INSTEAD = {
@@ -66,7 +68,7 @@ def of_run(workdir: epath.Path, step: int | str | None = None,
   if said is not None or template:
     talk = _talk(tokenizer, said, template, talk)
   module = architectures.build(model)
-  params = trained.params(workdir, module, step)
+  params = trained.on_one_device(workdir, module, step).state
   return Speaker(module, params, tokenizer, talk, _options(said))
 
 
@@ -117,6 +119,29 @@ def plain(tokenizer: Tokenizer, said: hf_generation.Generation | None) -> Talk:
                                          None))
   return usual._replace(
       ends=frozenset(named.get('eos_token_id', ())) or usual.ends)
+
+
+def shown(texts: Sequence[str], config: ml_collections.ConfigDict,
+          tokenizer: Tokenizer, said: hf_generation.Generation | None
+          ) -> tuple[Prompts, tuple[int, ...]]:
+  """Returns texts as a model that writes is shown them, and the ids with which
+  it ends its own.
+
+  Args:
+    texts: one or more.
+    config: the run's.
+    tokenizer: the model's.
+    said: what the folder says of which these are the weights; None: of none.
+  """
+  objective = objectives.of(config)
+  talk = objective.talk and objective.talk(config, tokenizer)
+  if said is not None and talk and talk.plain:
+    talk = plain(tokenizer, said)
+    return Prompts(*padded([talk.encode([dict(role='user', content=text)])
+                            for text in texts])), tuple(sorted(talk.ends))
+  assert objective.prompt is not None
+  return (objective.prompt(texts, config, tokenizer),
+          objective.ends(config, tokenizer))
 
 
 def ids(said: hf_generation.Generation | None) -> dict[str, list[int]]:

@@ -84,6 +84,12 @@ def keep(workdir: epath.Path, generation: Generation) -> None:
                 json.dumps(generation._asdict(), indent=2) + '\n')
 
 
+def published(workdir: epath.Path, step: int) -> Generation | None:
+  """Returns what the folder says of which the parameters at a step are; None of
+  those that were trained in the workdir, where the separator begins a text."""
+  return None if step else kept(workdir)
+
+
 def kept(workdir: epath.Path) -> Generation | None:
   """Returns what `keep` wrote; None in the workdir of any other run."""
   path = storage.path(workdir) / KEPT

@@ -84,9 +84,14 @@ def laid_out(texts: Sequence[tuple[str, str]], evaluation: Evaluation
              ) -> list[np.ndarray]:
   """Returns the tokens that the model is shown of each text, int32 [L]."""
   import architectures
+  from training.chat import load
+  from training.hf import generation as hf_generation
   tokenizer, most = evaluation.tokenizer, evaluation.run.model.max_len
   stack = architectures.stack(evaluation.run.model)
   before, after = STACKS[stack].around(tokenizer)
+  if stack == 'decoder':  # weights of others may have begun with a bos
+    before = load.plain(tokenizer, hf_generation.published(
+        evaluation.workdir, evaluation.step)).encode([])
   rows = []
   for (where, _), ids in zip(texts, tokenizer.encode_batch(
       [text for _, text in texts])):

@@ -78,6 +78,8 @@ def _read(evaluation: Evaluation) -> Read:
   """Lays out --prompt, and --target of an encoder-decoder."""
   import architectures
   from training import objectives
+  from training.chat import load
+  from training.hf import generation as hf_generation
   run_, tokenizer = evaluation.run, evaluation.tokenizer
   prompt, target = evaluation.options.prompt, evaluation.options.target
   objective, stack = objectives.of(run_.config), architectures.stack(run_.model)
@@ -93,7 +95,9 @@ def _read(evaluation: Evaluation) -> Read:
     read = Read(dict(tokens_BM=source_1M, decoder_tokens_BL=shown_1L),
                 dict(encoder=source_1M[0], decoder=shown_1L[0]), notes)
   elif objective.prompt is not None:
-    prompts = objective.prompt([prompt], run_.config, tokenizer)
+    prompts, _ = load.shown([prompt], run_.config, tokenizer,
+                            hf_generation.published(evaluation.workdir,
+                                                    evaluation.step))
     read = Read(dict(tokens_BL=prompts.tokens, **prompts.arguments),
                 {stack: prompts.tokens[0]}, [])
   else:

@@ -11,14 +11,17 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
   of an encoder-decoder, what it writes when it has read the prompt."""
   import jax
 
-  from training import beam, generate, objectives, progress
+  from training import beam, generate, progress
+  from training.chat import load
+  from training.hf import generation as hf_generation
   options, model = evaluation.options, evaluation.run.model
   config, tokenizer = evaluation.run.config, evaluation.tokenizer
   texts = options.prompt.split('|||')
   rows = [text for text in texts for _ in range(options.samples)]
-  how, objective = beams(options), objectives.of(config)
-  prompts = objective.prompt(rows if how is None else texts, config, tokenizer)
-  ends = objective.ends(config, tokenizer)
+  how = beams(options)
+  prompts, ends = load.shown(
+      rows if how is None else texts, config, tokenizer,
+      hf_generation.published(evaluation.workdir, evaluation.step))
   room = model.max_len - prompts.tokens.shape[1]
   count = options.max_new_tokens or min(256, room)
   require(count > 0, f'the prompt fills all {model.max_len} positions of the '
