@@ -56,6 +56,7 @@ def main():
   json_file = storage.output(args.json, '--json')
   step = step_folders.named(args.step)
   asked_by = evals.asked_for(evals.listed(args.tasks), args)
+  evals.check_text(args.text, asked_by)
   if args.text:
     sources.parse(args.text)
 

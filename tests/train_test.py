@@ -242,6 +242,7 @@ def test_eval_reports_and_samples(straight, texts):
     (['--step=7'], ['7', '10, 15, 20']),
     (['--tasks=los'], ["'los'", 'loss']),
     (['--text=text:none/*.txt'], ['text:none/*.txt', 'matches no file']),
+    (['--tasks=samples', '--text=text:*.md'], ['samples would not read']),
     (['--samples=1', '--top_p=2'], ['top_p is 2']),
     (['--samples=0'], ['--samples=0', 'range [1, 10000]']),
     (['--samples=1', '--max_new_tokens=-5'], ['_tokens=-5', 'range [0, ']),

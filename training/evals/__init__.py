@@ -18,7 +18,7 @@ from absl import flags
 from etils import epath
 import ml_collections
 
-from configs.errors import RequestError, one_of, require
+from configs.errors import RequestError, one_of, require, short
 from training.evals import tasks
 from training.evals.task import Evaluation, Flag, Task
 from training.workdir import storage
@@ -131,6 +131,14 @@ def _check_read(names: Collection[str], values: flags.FlagValues) -> None:
     require(not argument or not values[argument].present, f'--{argument} is '
             f'beside --tasks={name}, which says the same: leave one of them '
             'out')
+
+
+def check_text(text: str, names: Collection[str]) -> None:
+  """Raises RequestError for a --text that none of the tasks reads."""
+  readers = [name for name, row in TASKS.items() if row.held_out]
+  require(not text or any(task(name).held_out for name in names), '--text is '
+          f'{short(text)}, which {", ".join(names)} would not read: leave it '
+          f'out, or add a task that does to --tasks, of {", ".join(readers)}')
 
 
 def _readers(flag: str) -> str:

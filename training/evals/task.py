@@ -98,6 +98,7 @@ class Task(NamedTuple):
       they are not known before it is done.
     argument: the flag, a text, that NAME:TEXT sets where a task is named; '':
       the task is named without one.
+    held_out: whether it reads what is held out, which --text replaces.
   """
   help: str
   run: Callable[[Evaluation], dict[str, Any]]
@@ -111,6 +112,7 @@ class Task(NamedTuple):
   figures: Callable[[ml_collections.ConfigDict], Sequence[str] | None] = (
       lambda config: None)
   argument: str = ''
+  held_out: bool = True
 
 
 def without(has: Callable[[Any], Any], words: str

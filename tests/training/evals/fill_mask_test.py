@@ -190,6 +190,17 @@ def test_a_flag_that_no_task_reads_is_refused(flag):
   assert all(name in str(e.value) for name in readers)
 
 
+@pytest.mark.parametrize('names', [['samples'], ['embed', 'inspect'],
+                                   ['lm_eval:a']])
+def test_a_text_that_no_task_reads_is_refused(names):
+  evals.check_text('', names)
+  evals.check_text('text:*', [*names, 'loss'])
+  with pytest.raises(RequestError, match="--text is 'text:\\*', which "
+                     f'{", ".join(names)} would not read: .* of bound, exact, '
+                     'extrapolation, labels, loss, routing, translation$'):
+    evals.check_text('text:*', names)
+
+
 @pytest.mark.parametrize('names, flags, said', [
     (['loss'], ['vectors'], '--vectors is read by the task embed alone: add it '
      'to --tasks'),

@@ -255,7 +255,7 @@ STACKS = {
         True)}
 POOLINGS = {'mean': _mean, 'last': _last, 'first': _first, 'pooler': _pooler}
 TASK = Task(
-    'vectors of the texts of a file', run, check=_check,
+    'vectors of the texts of a file', run, check=_check, held_out=False,
     flags=(
         Flag('texts', '', "A file with a text a line, or jsonl with 'text'."),
         Flag('vectors', '', 'The file to write: OUT.npy or OUT.parquet.'),

@@ -119,7 +119,7 @@ TASK = Task(
     'the likeliest fillings of each [MASK] of --prompt', run,
     without(lambda objective: 'data.mask_rate' in objective.reads,
             'does not predict masked tokens'),
-    check=_check,
+    check=_check, held_out=False,
     flags=(
         Flag('prompt', '', "A text with [MASK] in it; several: 'A|||B'."),
         Flag('top_fillings', 5, 'So many of the likeliest tokens.', 1, 2**26)))

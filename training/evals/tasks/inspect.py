@@ -300,6 +300,7 @@ def _check(options: Any) -> None:
 TASK = Task(
     'attention maps, residual stream, logit lens and experts as the model '
     'reads --prompt, as an HTML page', run, check=_check, page=FILE,
+    held_out=False,
     flags=(
         Flag('prompt', '', 'The text to read.'),
         Flag('target', '', 'What the decoder of an encoder-decoder is shown; '

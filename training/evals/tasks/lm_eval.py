@@ -152,6 +152,7 @@ def _unfit(config: ml_collections.ConfigDict) -> str:
 
 TASK = Task(
     'tasks of lm_eval, named as lm_eval:NAME', run, _unfit, check=check,
+    held_out=False,
     flags=(
         Flag('lm_eval', '', 'The tasks, NAME,NAME.', asks=True),
         Flag('lm_eval_tasks', '', 'A folder of further task files (YAML).'),

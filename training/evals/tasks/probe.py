@@ -163,7 +163,7 @@ def _unfit(config: Any) -> str:
 
 TASK = Task(
     'the accuracy of a probe by difficulty and beyond the length of training',
-    run, _unfit, flags=(
+    run, _unfit, held_out=False, flags=(
         Flag('probe_rows', 512, 'Rows of each difficulty.', 1, 2**20),),
     figures=lambda config: ('accuracy', 'rows_right', 'rows', 'level/*',
                             'beyond/*'))

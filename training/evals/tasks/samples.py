@@ -143,6 +143,7 @@ TASK = Task(
     'texts that the model writes, also asked for by --samples or --prompt', run,
     without(lambda objective: objective.prompt, 'does not write text'),
     check=check, fits=check_fits, figures=lambda config: (),
+    held_out=False,
     flags=(
         Flag('samples', 1, 'Texts to write for each prompt.', 1, 10_000,
              asks=True),

@@ -64,6 +64,7 @@ TASK = Task(
     without(lambda objective: objective.bound,
             'does not unmask text: the task is for masked_diffusion'),
     check=_check, fits=_fits, figures=lambda config: ('steps',),
+    held_out=False,
     flags=(
         Flag('samples', 1, 'Texts to write for each prompt.', 1, 10_000),
         Flag('prompt', '', "What a text begins with; several: 'A|||B'."),
