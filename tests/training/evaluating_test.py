@@ -14,6 +14,7 @@ from training import evals, evaluating, objectives, runs
 from training.data import pipeline
 from training.data import tokenizers
 from training.distributed import devices
+from training.evals import lengths
 from training.evals.task import Evaluation
 from training.evals.tasks import extrapolation
 from training.objectives import record
@@ -138,6 +139,37 @@ def test_extrapolation_counts_the_tokens_that_there_are(folder, capsys):
                  for i, target in enumerate(row[1:])]
       assert float(rows['none'][place]) == pytest.approx(
           np.mean(loss), abs=6e-4)
+
+
+def test_the_same_tokens_are_predicted_at_each_length(folder, monkeypatch):
+  """Also where not all that is held out is read; and each row is one that a
+  run of that length would read."""
+  monkeypatch.setattr(lengths, 'TOKENS', 128)
+  random = np.random.default_rng(0)
+  for i in range(9):
+    (folder / f'd{i}.txt').write_bytes(bytes(random.integers(32, 126, 120)))
+  c = config_of(folder, 'text:{0}/d*.txt', num_layers=1)
+  c.data.document_mask = True
+  evaluation = evaluation_of(c, folder)
+  predicted = {}
+  for multiple in (1, 2, 4):
+    (_, batches), = lengths.sources(evaluation, multiple, 4)
+    long = c.copy_and_resolve_references()
+    long.data.length *= multiple
+    known = {_row(batch, i) for loader in pipeline.held_out(long, BYTES)
+             for batch in loader.iterate() for i in range(c.data.batch_size)}
+    for batch in batches:
+      for i in range(len(batch['tokens'])):
+        assert not batch['weights'][i].any() or _row(batch, i) in known
+    predicted[multiple] = [np.asarray(batch['targets']).reshape(-1).tolist()
+                           for batch in batches]
+  assert predicted[1] == predicted[2] == predicted[4]
+  assert 128 <= sum(map(len, predicted[1])) < 9 * 121 // 2
+
+
+def _row(batch, i):
+  return tuple((name, *np.asarray(x[i]).tolist())
+               for name, x in sorted(batch.items()))
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 """Losses by position at a multiple of the training length: what extrapolation
 computes."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import math
 from typing import Any
 
@@ -12,7 +12,8 @@ import numpy as np
 import architectures
 from architectures.parts.config import ModelConfig
 from training import losses, objectives, progress
-from training.data import pipeline
+from training.data import packing, pipeline
+from training.data.tokenizers import Tokenizer
 from training.distributed import devices
 from training.evals.by_position import Text
 from training.evals.task import Evaluation
@@ -20,23 +21,36 @@ from training.evals.task import Evaluation
 TOKENS = 2 ** 17  # at each length, at least
 
 
-def sources(evaluation: Evaluation, multiple: int
+def sources(evaluation: Evaluation, multiple: int, longest: int
             ) -> Iterator[tuple[float, list]]:
   """Yields (weight of a token, batches) of each source, in as many tokens a
-  batch as the mesh allows. Where more than TOKENS are held out, other stretches
-  of them are read at each length."""
+  batch as the mesh allows. The rows are those of the longest multiple, cut into
+  pieces of this one's length: at each length the same tokens are predicted."""
   config = evaluation.run.config.copy_and_resolve_references()
-  length = config.data.length * multiple
+  length, pieces = config.data.length * longest, longest // multiple
   shards = math.prod(evaluation.run.mesh.shape.values())
-  rows = max(config.data.batch_size // multiple // shards, 1) * shards
+  rows = max(config.data.batch_size // longest // shards, 1) * shards
   config.data.update(length=length, batch_size=rows)
   loaders = pipeline.held_out(config, evaluation.tokenizer,
                           *devices.batch_shard(evaluation.run.place, rows))
   for loader in loaders:
-    batches = [devices.put(batch, evaluation.run.place)
+    batches = [devices.put(_cut(batch, pieces, evaluation.tokenizer),
+                           evaluation.run.place)
                for batch in loader.iterate(0, -(-TOKENS // (rows * length)))]
     tokens = sum(float(batch['weights'].sum()) for batch in batches)
     yield loader.share / tokens, batches
+
+
+def _cut(batch: Mapping[str, np.ndarray], pieces: int, tokenizer: Tokenizer
+         ) -> dict[str, np.ndarray]:
+  """Returns the rows of a batch cut into so many, each of which begins anew."""
+  cut = {name: x.reshape(len(x) * pieces, -1) for name, x in batch.items()}
+  if 'positions' in cut:  # of packed documents
+    each = [packing.documents(row_L == tokenizer.separator_id)
+            for row_L in cut['tokens']]
+    cut |= {name: np.stack([own[name] for own in each])
+            for name in ('segment_ids', 'positions')}
+  return cut
 
 
 def _sum(fn: Callable, batches: Sequence) -> np.ndarray:

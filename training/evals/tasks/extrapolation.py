@@ -5,9 +5,10 @@ sinusoidal, ALiBi, T5's relative bias and none as they are; RoPE as it is and
 with each scaling, its factor the multiple of the length; learned positions
 end at max_len, and are stretched only on request (--interpolate).
 
-Every figure is a mean over tokens, and says over how many: where the text is
-shorter than a row, no token reaches the row's end, and there is no loss. Of
-several sources each token counts by its source's weight.
+Every figure is a mean over tokens, the same ones at each length, and says over
+how many: where the text is shorter than a row, no token reaches the row's end,
+and there is no loss. Of several sources each token counts by its source's
+weight.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -31,7 +32,7 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
   model, length = evaluation.run.model, evaluation.run.config.data.length
   curves, texts = {}, {}
   for multiple in MULTIPLES:
-    sources = list(lengths.sources(evaluation, multiple))
+    sources = list(lengths.sources(evaluation, multiple, max(MULTIPLES)))
     texts[multiple] = lengths.text(sources)
     # None where the model refuses the length.
     variants = positions.of(model).longer(model, length, multiple,
