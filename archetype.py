@@ -43,6 +43,7 @@ from training import weights
 from training.chat import load as chat_load
 from training.costs import totals
 from training.data import tokenizers
+from training.data.texts import checked
 from training.hf import config as hf_config
 from training.hf import generation as hf_generation
 from training.hf import heads as hf_heads
@@ -147,6 +148,7 @@ class Model:
     stream, the logit lens (`top` tokens) and the experts' choices, as
     record.Insides has them. The arguments are those of a call of the model."""
     arrays = self._arrays(tokens, decoder_tokens, inputs)
+    require(top >= 0, f'top is {top}: it must be at least 0')
     return record.of(self.module, self.params, arrays, top)
 
   def generate(self, prompts: str | Sequence[str], *, max_new_tokens: int = 64,
@@ -185,6 +187,8 @@ class Model:
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     require(bool(texts) and all(isinstance(text, str) for text in texts),
             f'prompts is {short(prompts)}: pass a text, or a list of texts')
+    for text in texts:
+      checked(text, 'the prompt')
     require(max_new_tokens >= 1, f'max_new_tokens is {max_new_tokens}: it must '
             'be at least 1')
     stops = [stop] if isinstance(stop, str) else list(stop)
@@ -208,6 +212,7 @@ class Model:
     """Returns what the model costs: parameters, in all and active for a token,
     also by part; FLOPs per token; bytes of the parameters and of the key-value
     cache. `length`: tokens of a sequence; default: max_len."""
+    require(length >= 0, f'length is {length}: it must be at least 0')
     figures = totals.count(self._run_config(), length or self.config.max_len,
                            self.config)
     return {name: value for name, value in figures.items()
@@ -282,13 +287,8 @@ class Model:
     for name in given:
       require(name in names, f'a {self.stack} takes no input {name!r}: choose '
               f'from {", ".join(names)}')
-    arrays = {}
-    for name, value in given.items():
-      array = jnp.asarray(value, jnp.int32)
-      arrays[names[name]] = array if array.ndim == 2 else array[None]
-      if name in ('tokens', 'decoder_tokens'):
-        limits.ids(name, array, self.config.vocab_size)
-    return arrays
+    return {names[name]: array for name, array in limits.inputs(
+        given, self.config.vocab_size).items()}
 
   def _of_stacks(self, kept: Any, encoder: int) -> Any:
     """Parts what the layers of both stacks have kept, the encoder's first."""

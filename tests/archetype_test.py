@@ -125,6 +125,7 @@ def test_a_part_is_swapped_and_the_rest_stays(gpt):
           != new['ffn']['gate']).any()
   bare = gpt.with_parts(position='none')
   assert bare.drawn == () and 'positions' not in bare.params['embed']
+  assert gpt.with_parts(num_layers=1).config.num_decoder_layers == 1
   fewer = gpt.with_parts(num_kv_heads=2)
   assert 'decoder/layers/block_0/attention/key' in fewer.drawn
 
@@ -212,6 +213,17 @@ REFUSALS = {
     'input': (lambda m: m([[1]], types=[[1]]), 'tokens, mask'),
     'id': (lambda m: m([[3, 61]]), 'has the id 61, .* are 0 to 60'),
     'id below 0': (lambda m: m.inspect([0, -1]), 'has the id -1, '),
+    'id that is cut off': (lambda m: m(np.array([2**32 + 5])),
+                           'has the id 4294967301, '),
+    'no token': (lambda m: m(_bytes(m).encode('')), 'tokens is '),
+    'rows': (lambda m: m([[1, 2], [3]]), r'tokens is \[\[1, 2\], \[3\]\]: '),
+    'fraction': (lambda m: m([1.7]), 'tokens has numbers of float64'),
+    'text': (lambda m: m.hidden_states('abc'), "tokens is 'abc': "),
+    'mask': (lambda m: m([[1, 2]], mask=[[1]]),
+             r'mask is of the shape \(1, 1\), and tokens of \(1, 2\)'),
+    'top': (lambda m: m.inspect([1], top=-1), 'top is -1'),
+    'length': (lambda m: m.count(-3), 'length is -3'),
+    'no text': (lambda m: _bytes(m).generate('\ud800'), 'the prompt is not'),
     'id of a text': (lambda m: _bytes(m).generate('A'),
                      'the prompt has the id 258, '),
     'no prompt': (lambda m: _bytes(m).generate([]), 'prompts is \\[\\]'),
@@ -240,6 +252,8 @@ def test_ids_that_are_traced_go_through(gpt):
 def test_ids_of_a_target_are_checked_too():
   with pytest.raises(RequestError, match='decoder_tokens has the id 61'):
     _model('t5')([1], [61])
+  with pytest.raises(RequestError, match='decoder_tokens has 2 rows'):
+    _model('t5')([1], [[1], [2]])
 
 
 def test_an_encoder_writes_no_text():

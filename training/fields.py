@@ -4,6 +4,7 @@ from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
+import architectures
 from architectures.parts import unread
 from architectures.parts.config import ModelConfig
 from configs.errors import RequestError, one_of, require
@@ -22,6 +23,9 @@ def replaced(config: ModelConfig, fields: Mapping[str, Any]) -> ModelConfig:
         one_of(f'field of config.model.{name}', field, _names(group))
       value = dataclasses.replace(group, **value)
     changes[name] = value
+  if 'num_layers' in changes and (
+      architectures.stack(config) != 'encoder-decoder'):
+    changes.setdefault('num_decoder_layers', changes['num_layers'])
   changed = dataclasses.replace(config, **changes)
   refuse_unread(changed, fields)
   return changed
