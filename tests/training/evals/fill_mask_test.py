@@ -116,8 +116,9 @@ def test_a_prompt_that_cannot_be_filled_is_refused(wordpiece, prompt, said):
 
 def test_a_model_a_tokenizer_and_flags_without_masks_are_refused(tmp_path):
   row = evals.TASKS['fill_mask']
-  assert 'does not predict masked' in row.unfit(
-      evaluations.config('gpt', 'causal'))
+  for system, objective in (('gpt', 'causal'), ('bert', 'masked_diffusion')):
+    assert f'{objective!r} predicts no masked tokens of a text between' in (
+        row.unfit(evaluations.config(system, objective)))
   assert not row.unfit(evaluations.config('bert', 'mlm'))
   with pytest.raises(RequestError, match='pass --prompt='):
     row.check(evaluations.flags())
@@ -164,6 +165,12 @@ def test_a_prompt_asks_for_samples_unless_it_is_to_be_filled():
       'loss': 'tasks', 'samples': 'prompt'}
   assert evals.asked_for(['fill_mask'], values) == {'fill_mask': 'tasks'}
   assert evals.asked_for([], values) == {'samples': 'prompt'}
+
+
+@pytest.mark.parametrize('task', ['fill_mask', 'inspect', 'samples', 'unmask'])
+def test_a_prompt_that_is_no_text_is_refused(task):
+  with pytest.raises(RequestError, match='--prompt is not text'):
+    evals.TASKS[task].check(evaluations.flags(prompt='a\udcff'))
 
 
 def given(*names):

@@ -111,6 +111,8 @@ def _show(prompts: list[dict]) -> None:
 
 
 def _check(options: Any) -> None:
+  from training.data import texts
+  texts.checked(options.prompt, '--prompt')
   require(bool(options.prompt), 'task fill_mask reads a text: pass '
           "--prompt='Paris is the [MASK] of France'")
 
@@ -118,7 +120,7 @@ def _check(options: Any) -> None:
 TASK = Task(
     'the likeliest fillings of each [MASK] of --prompt', run,
     without(lambda objective: 'data.mask_rate' in objective.reads,
-            'does not predict masked tokens'),
+            'predicts no masked tokens of a text between [CLS] and [SEP]'),
     check=_check, held_out=False,
     flags=(
         Flag('prompt', '', "A text with [MASK] in it; several: 'A|||B'."),

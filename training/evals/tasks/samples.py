@@ -67,6 +67,8 @@ def beams(options: Any):
 def check(options: Any) -> None:
   """Refuses what cannot be honoured."""
   from training import generate
+  from training.data import texts
+  texts.checked(options.prompt, '--prompt')
   drawn = sampling(options)
   check_beams(options)
   if beams(options) is None:

@@ -1,5 +1,6 @@
 """Text that a model of masked diffusion writes, from a prompt or nothing."""
 
+import math
 from typing import Any
 
 from configs.errors import require
@@ -55,8 +56,10 @@ def _fits(config: Any, options: Any) -> None:
 
 
 def _check(options: Any) -> None:
-  require(options.temperature >= 0, f'--temperature is {options.temperature}: '
-          'it must be >= 0')
+  from training.data import texts
+  require(0 <= options.temperature < math.inf, '--temperature is '
+          f'{options.temperature}: it must be >= 0')
+  texts.checked(options.prompt, '--prompt')
 
 
 TASK = Task(
