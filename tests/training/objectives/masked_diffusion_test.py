@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers as hf
 
 from configs.errors import RequestError
-from tests.helpers import evaluations, letters, models
+from tests.helpers import evaluations, letters, models, spaced
 from training import evals, objectives, runs, unmask
 from training.data import packing, pipeline
 from training.evals.tasks import bound
@@ -221,6 +222,22 @@ def test_tasks_tell_the_bound_and_write(texts, capsys):
   written = evaluations.run('unmask', evaluation)
   assert [row['prompt'] for row in written['samples']] == ['aa', 'b']
   assert 'sample 2 of 2:\nb' in capsys.readouterr().out
+
+
+def test_the_space_between_a_prompt_and_what_is_written_is_kept(
+    tmp_path, monkeypatch):
+  spaced.make(tmp_path)
+  file = str(tmp_path / 'tokenizer.json')
+  pipeline = hf.Tokenizer.from_file(file)
+  pipeline.add_special_tokens(['<mask>'])
+  pipeline.save(file)
+  evaluation = evaluations.make(
+      evaluations.config('bert', 'masked_diffusion', file),
+      prompt='the model', max_new_tokens=3)
+  monkeypatch.setattr(unmask, 'write', lambda *_, **__: jnp.asarray(
+      evaluation.tokenizer.encode('reads a line'))[None])
+  row, = evaluations.run('unmask', evaluation)['samples']
+  assert row['prompt'] + row['text'] == 'the model reads a line'
 
 
 @pytest.mark.parametrize('fields, words', [

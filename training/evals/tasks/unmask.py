@@ -29,7 +29,8 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
             steps=steps, mask=tokenizer.mask_id,
             temperature=options.temperature))
   end = tokenizer.separator_id
-  written = [tokenizer.decode(generate.until(row, end)) for row in tokens]
+  written = [prompts.text(i, generate.until(row, end), tokenizer)
+             for i, row in enumerate(tokens)]
   for i, (prompt, text) in enumerate(zip(texts, written)):
     print(f'sample {i + 1} of {len(texts)}:\n{prompt}{text}\n')
   return {'samples': [{'prompt': p, 'text': t}
