@@ -193,7 +193,8 @@ def _questions(texts: Sequence[str], config: Config, tokenizer: Tokenizer
                ) -> Prompts:
   """Returns each text as a question."""
   return Prompts(*record.padded([question(text, config, tokenizer)
-                                 for text in texts]), gap='\n')
+                                 for text in texts]), gap='\n',
+                 lead=talk(config, tokenizer).lead)
 
 
 OBJECTIVES = {

@@ -51,17 +51,20 @@ class Prompts(NamedTuple):
     lengths: int32 [B], how many tokens of each row are real.
     arguments: further arguments of generate.generate.
     gap: what stands between a prompt and its text when both are printed.
+    lead: what a text may begin with that is no part of it.
   """
   tokens: np.ndarray
   lengths: np.ndarray
   arguments: dict[str, np.ndarray] = {}
   gap: str = ''
+  lead: str = ''
 
   def text(self, row: int, ids: generate.Ids, tokenizer: Tokenizer) -> str:
     """Returns the text of the ids that were written after a row's prompt, with
     the space before its first word unless there is a gap."""
     prompt = self.tokens[row, :self.lengths[row]] if not self.gap else ()
-    return generate.spelt(tokenizer, ids, prompt).decode('utf-8', 'replace')
+    text = generate.spelt(tokenizer, ids, prompt).decode('utf-8', 'replace')
+    return text.removeprefix(self.lead)
 
 
 class Talk(NamedTuple):

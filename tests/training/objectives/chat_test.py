@@ -54,6 +54,17 @@ def _text(ids, tokenizer=BYTES) -> str:
   return '</s>'.join(pieces)
 
 
+@pytest.mark.parametrize('source, template, text', [
+    ('jsonl:x:messages', 'published', 'I am.'), ('alpaca:x', 'published', ' I am.'),
+    ('jsonl:x:messages', 'earlier', ' I am.')])
+def test_an_answer_is_without_the_space_that_leads_to_it(source, template,
+                                                         text):
+  """As tools.chat shows it."""
+  config = _config(source, chat_template=template)
+  prompts = objectives.of(config).prompt(['Hello!'], config, BYTES)
+  assert prompts.text(0, BYTES.encode(' I am.'), BYTES) == text
+
+
 def test_turns_are_laid_out_by_vicunas_template(talks):
   batch = pipeline.training_loader(_config(f'{talks}:messages'), BYTES).batch(0)
   tokens, targets, weights, valid = (
