@@ -50,13 +50,15 @@ class Best(NamedTuple):
     return self.stretches[0][0] if self.stretches else ''
 
 
-def n_best(window: Window, most: int, count: int
-           ) -> list[tuple[float, int, int]]:
-  """Returns (score, first token, last token) of the best `count` stretches of
-  a window, best first; of equals the earlier and shorter one."""
+def n_best(context: str, window: Window, most: int, count: int
+           ) -> dict[tuple[int, int], float]:
+  """Returns the scores of the best `count` stretches of a window, best first,
+  by the first of their characters and the one after the last; of equals the
+  earlier and shorter one. Space alone is no stretch, and what several tokens of
+  one character make is one."""
   T = len(window.starts_T)
   if not T:
-    return []
+    return {}
   length_1S = np.arange(min(most, T))[None]
   last_TS = np.arange(T)[:, None] + length_1S
   scores_TS = np.where(
@@ -64,10 +66,16 @@ def n_best(window: Window, most: int, count: int
       + np.asarray(window.ends_T, np.float64)[np.minimum(last_TS, T - 1)],
       -np.inf)
   flat = scores_TS.reshape(-1)
-  order = np.argsort(-flat, kind='stable')[:count]
-  order = order[np.isfinite(flat[order])]
-  S = scores_TS.shape[1]
-  return [(float(flat[i]), int(i // S), int(i // S + i % S)) for i in order]
+  found: dict[tuple[int, int], float] = {}
+  for i in np.argsort(-flat, kind='stable'):
+    if len(found) == count or not np.isfinite(flat[i]):
+      break
+    first, more = divmod(int(i), scores_TS.shape[1])
+    place = (int(window.spans_T2[first, 0]),
+             int(window.spans_T2[first + more, 1]))
+    if place not in found and context[slice(*place)].strip():
+      found[place] = float(flat[i])
+  return found
 
 
 def best(context: str, windows: Sequence[Window], *, most: int, count: int,
@@ -84,13 +92,11 @@ def best(context: str, windows: Sequence[Window], *, most: int, count: int,
   """
   found: dict[tuple[int, int], float] = {}
   for window in windows:
-    for score, first, last in n_best(window, most, count):
-      place = (int(window.spans_T2[first, 0]), int(window.spans_T2[last, 1]))
+    for place, score in n_best(context, window, most, count).items():
       found[place] = max(score, found.get(place, -np.inf))
   ranked = sorted(found.items(), key=lambda item: (-item[1], item[0]))
   stretches = [(context[first:end].strip(), first, score)
-               for (first, end), score in ranked]
-  stretches = [row for row in stretches if row[0]][:count]
+               for (first, end), score in ranked[:count]]
   null = min(window.null for window in windows)
   gap = null - stretches[0][2] if stretches else NEVER
   none = not stretches or may_be_null and gap > threshold

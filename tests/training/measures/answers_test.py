@@ -100,6 +100,16 @@ def test_a_context_without_tokens_has_no_answer():
   assert spans.as_json([found]) == [[]]
 
 
+def test_space_and_a_character_of_several_tokens_take_no_place_of_others():
+  """A space scores the most, and the two tokens of one letter come next."""
+  window = spans.Window(np.array([9., 5, 5, 1]), np.array([9., 5, 5, 1]),
+                        np.array([(0, 1), (1, 2), (1, 2), (2, 3)]), 0.0)
+  for count in (1, 2):
+    found = spans.best(' äb', [window], most=1, count=count, may_be_null=False)
+    assert found.stretches == [('ä', 1, 10.0), ('b', 2, 2.0)][:count]
+    assert found.text == 'ä'
+
+
 def test_probabilities_are_among_the_best():
   context = 'a b c'
   window = spans.Window(np.array([2., 0, 0]), np.array([0., 0, 1]),

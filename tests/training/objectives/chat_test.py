@@ -55,7 +55,8 @@ def _text(ids, tokenizer=BYTES) -> str:
 
 
 @pytest.mark.parametrize('source, template, text', [
-    ('jsonl:x:messages', 'published', 'I am.'), ('alpaca:x', 'published', ' I am.'),
+    ('jsonl:x:messages', 'published', 'I am.'),
+    ('alpaca:x', 'published', ' I am.'),
     ('jsonl:x:messages', 'earlier', ' I am.')])
 def test_an_answer_is_without_the_space_that_leads_to_it(source, template,
                                                          text):
