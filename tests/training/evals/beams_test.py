@@ -62,6 +62,7 @@ def test_targets_are_the_best_texts_of_their_sources(tmp_path):
 @pytest.mark.parametrize('task, options, said', [
     ('samples', dict(beams=2, temperature=0.5), 'leave out the flags'),
     ('samples', dict(beams=2, top_k=3), 'leave out the flags'),
+    ('samples', dict(beams=2, sample_seed=3), 'leave out the flags'),
     ('samples', dict(beams=2, samples=3), '--samples is 3.*--beams=2'),
     ('samples', dict(penalty='none'), "penalty.*'none'.*gnmt"),
     ('samples', dict(penalty='power'), "--penalty is 'power', .* --beams"),

@@ -89,6 +89,24 @@ def test_answers_are_measured_and_written(sources, tmp_path):
   assert none['NoAns_exact'] == 100 and none['exact'] == 25
 
 
+@pytest.mark.parametrize('objective, options, said', [
+    ('token_classification', dict(n_best=3), '--n_best is 3, which is read of '
+     "answers to questions alone, and objective 'token_classification' has"),
+    ('classification', dict(null_threshold=1.0), '--null_threshold is 1.0'),
+    ('regression', dict(max_answer_length=3), '--max_answer_length is 3'),
+    ('question_answering', dict(n_best=3), 'with --predictions alone'),
+    ('question_answering', dict(max_answer_length=3, null_threshold=2.0), ''),
+    ('question_answering', dict(n_best=3, predictions='x.json'), '')])
+def test_flags_that_nothing_reads_are_refused(objective, options, said):
+  config = evaluations.config('bert', objective)
+  fits = labels.TASK.fits
+  if not said:
+    fits(config, evaluations.flags(**options))
+    return
+  with pytest.raises(RequestError, match=said):
+    fits(config, evaluations.flags(**options))
+
+
 def test_the_mean_is_of_figures_that_all_sources_have(sources, tmp_path):
   """Only one of them has questions without an answer."""
   mixed = sources['question_answering']

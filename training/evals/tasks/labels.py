@@ -115,20 +115,37 @@ def _check(options: Any) -> None:
     storage.output(options.predictions, '--predictions')
 
 
+def _fits(config: Any, options: Any) -> None:
+  """Raises RequestError for flags that only answers to questions are read by,
+  where there are none, or none are written."""
+  from training import objectives
+  answers = objectives.of(config).head == 'span'
+  for flag in ANSWERS:
+    value = getattr(options, flag.name)
+    require(answers or value == flag.default, f'--{flag.name} is {value}, '
+            f'which is read of answers to questions alone, and objective '
+            f'{config.objective!r} has none: leave it out')
+  require(bool(options.predictions) or options.n_best == ANSWERS[0].default,
+          f'--n_best is {options.n_best}, which is read with --predictions '
+          'alone')
+
+
 def _figures(config: Any) -> tuple[str, ...]:
   from training import objectives
   return *objectives.of(config).measured, 'sources/*'
 
 
+# Of answers to questions alone.
+ANSWERS = (
+    Flag('n_best', 20, 'How many of the best answers to a question are '
+         'written.', 1, 1000),
+    Flag('max_answer_length', 30, 'The most tokens of an answer.', 1, 10_000),
+    Flag('null_threshold', 0.0, 'How much more likely than the best answer '
+         '(in nats) it has to be that there is none.', -1e6, 1e6))
 TASK = Task(
     'accuracy, F1, correlations: what labelled data say', run, _unfit, _check,
-    figures=_figures,
+    _fits, figures=_figures,
     flags=(
         Flag('predictions', '', 'A file for what is predicted of each record: '
              'words with labels, or answers as JSON.', asks=True),
-        Flag('n_best', 20, 'How many of the best answers to a question are '
-             'written.', 1, 1000),
-        Flag('max_answer_length', 30, 'The most tokens of an answer.', 1,
-             10_000),
-        Flag('null_threshold', 0.0, 'How much more likely than the best answer '
-             '(in nats) it has to be that there is none.', -1e6, 1e6)))
+        *ANSWERS))

@@ -73,9 +73,10 @@ def check(options: Any) -> None:
   check_beams(options)
   if beams(options) is None:
     return
-  require(drawn in (generate.Sampling(), generate.Sampling(temperature=0)),
-          f'--beams is {options.beams}, which looks for the likeliest text: '
-          'leave out the flags of how a token is drawn, such as --temperature')
+  require(drawn in (generate.Sampling(), generate.Sampling(temperature=0))
+          and not options.sample_seed, f'--beams is {options.beams}, which '
+          'looks for the likeliest text: leave out the flags of how a token is '
+          'drawn, such as --temperature')
   require(options.samples <= options.beams, f'--samples is {options.samples}, '
           f'but --beams={options.beams} finds no more than that many texts')
 
