@@ -28,23 +28,35 @@ from training.workdir import storage
 def restore_or_create(run: runs.Run, saved: checkpoints.Checkpoints
                       ) -> tuple[TrainState, int]:
   """Returns the state and the index of the next batch."""
-  if not restoring.steps(saved.directory):
+  restored = restore(run, saved)
+  if restored is None:
     return create(run, run.config.init_from), 0
+  if devices.primary() and restored.step:
+    print(f'going on from step {restored.step}')
+    for change in checkpoints.environment_changes(restored.record):
+      print(f'not bit for bit, since this has changed: {change}')
+  return restored.state, restored.record['next_batch']
+
+
+def restore(run: runs.Run, saved: checkpoints.Checkpoints
+            ) -> restoring.Restored | None:
+  """Returns the newest good checkpoint, as Checkpoints.restore does; None where
+  a run begins. One that tools.convert made has parameters alone, and its state
+  is that of a run before its first step with them."""
+  if not restoring.steps(saved.directory):
+    return None
   restored = restoring.restore(
       saved.directory,
       lambda arrays: None if _parameters_alone(arrays) else run.abstract)
   if devices.primary():
     _warn(restored)
-  state = restored.state
-  if state is None:
-    print('starting from the parameters in this workdir')
-    state = create(run, saved.directory.parent, restored.step)
-  elif devices.primary():
-    print(f'going on from step {restored.step}')
-    for change in checkpoints.environment_changes(restored.record):
-      print(f'not bit for bit, since this has changed: {change}')
+  if restored.state is None:
+    if devices.primary():
+      print('starting from the parameters in this workdir')
+    restored = dataclasses.replace(restored, state=create(
+        run, saved.directory.parent, restored.step))
   saved.go_on_from(restored)
-  return state, restored.record['next_batch']
+  return restored
 
 
 def _warn(restored: restoring.Restored) -> None:

@@ -14,7 +14,6 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 import contextlib
 import dataclasses
 import pathlib
-import sys
 from typing import Any
 
 from etils import epath
@@ -24,9 +23,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import ml_collections
 import numpy as np
 
+import architectures
 from configs import sharding as tables
 from configs.errors import EnvironmentFailure, require
-from training import best, endings, loop, objectives, runs
+from training import best, endings, initial_state, loop, objectives, runs
 from training.data import pipeline, tokenizers
 from training.distributed import devices
 from training.step import TrainState, init_state, initial_seed
@@ -133,17 +133,21 @@ def train(configs: Sequence[ml_collections.ConfigDict],
   run = runs.build(config, resolved[0][0], mesh)
   with contextlib.ExitStack() as stack:
     found = []
-    for asked, c, workdir, (_, derived), changed in zip(
+    for asked, c, workdir, (model, derived), changed in zip(
         configs, filled, map(pathlib.Path, workdirs), resolved, changes):
       stack.enter_context(lock.held(workdir))
       saved = stack.enter_context(checkpoints.Checkpoints(
           workdir, **c.checkpoint, agree_every=c.log.every_steps))
       member = loop.Member(c, workdir, saved, str(workdir))
-      found.append((member, *_take_up(run, member, bool(changed))))
+      own = dataclasses.replace(run, config=c, model=model,
+                                module=architectures.build(model))
+      found.append((member, *_take_up(own, member, bool(changed))))
       run_config.save(workdir, asked, derived)
     going = [each for each in found if not each[0].sentence]
-    for start in sorted({start for _, _, start in going}):
-      part, states = zip(*[each[:2] for each in going if each[2] == start])
+    # Of two that begin, one may have the parameters of an import.
+    for start, new in sorted({(n, state is None) for _, state, n in going}):
+      part, states = zip(*[each[:2] for each in going if (
+          each[2], each[1] is None) == (start, new)])
       if start >= config.train.steps:
         print(f'{len(part)} of {len(going)} runs are complete: {start} steps '
               f'of {config.train.steps}')
@@ -167,13 +171,12 @@ def train(configs: Sequence[ml_collections.ConfigDict],
 def _take_up(run: runs.Run, member: loop.Member, changed: bool
              ) -> tuple[TrainState | None, int]:
   """Returns the state that a run goes on from, None where it begins, and the
-  index of its next batch; `changed`: whether its config differs from before.
+  index of its next batch; `changed`: whether its config differs from before,
+  `run`: the run alone.
   """
-  restored = member.saved.restore(run.abstract)
+  restored = initial_state.restore(run, member.saved)
   if restored is None:
     return None, 0
-  for sentence in restored.damaged:
-    print(f'warning: {sentence}', file=sys.stderr)
   print(f'{member.workdir}: going on from step {restored.step}')
   if not changed:
     member.sentence = endings.ended_badly(restored.state, member.config)
@@ -195,7 +198,8 @@ def _train_part(run: runs.Run, part: Sequence[loop.Member],
   for loader in loaders:
     loader.beside = loaders
   n = loop.train_all(
-      group, part, group.joined(states) if start else group.new_state(), start,
+      group, part,
+      group.new_state() if states[0] is None else group.joined(states), start,
       loaders, pipeline.held_out(group.config, tokenizer))
   if any(member.code == endings.STOPPED for member in part):
     print(f'stopped after step {n}: the same request goes on.')
