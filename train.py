@@ -94,6 +94,10 @@ def main():
   index, count = devices.batch_shard(run.place, config.data.batch_size)
   train_data = pipeline.training_loader(config, tokenizer, index, count)
   eval_data = pipeline.held_out(config, tokenizer, index, count)
+  contents = pipeline.contents(config, tokenizer)
+  for line in provenance.check_data(run_config.starts(workdir), contents,
+                                    args.allow_config_change):
+    print(line)
 
   # 4. The state: restored from the newest good checkpoint, or new.
   lock.hold(workdir, devices.primary())
@@ -102,7 +106,7 @@ def main():
     state, start = initial_state.restore_or_create(run, saved)
     require(changes or not endings.ended_badly(state, config),
             f'{workdir}: {endings.ended_badly(state, config)}')
-    run_config.save(workdir, args.config, derived)
+    run_config.save(workdir, args.config, derived, contents)
     early = best.ended_early(config, saved.best, start)
     if early or start >= config.train.steps:
       if devices.primary():

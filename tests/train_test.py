@@ -197,6 +197,18 @@ def test_a_damaged_newest_checkpoint_is_named_and_passed_over(straight, texts,
 
 
 @pytest.mark.slow
+def test_other_text_is_noticed(straight, texts):
+  """And other files that say the same are not."""
+  path = pathlib.Path(texts.partition('text:')[2].replace('*', '0'))
+  text = path.read_text()
+  path.write_text('O' + text[1:])
+  result = run(command(straight, texts), code=2)
+  assert 'the data have changed' in result.stderr
+  path.write_text(text)
+  assert 'is complete' in run(command(straight, texts)).stdout
+
+
+@pytest.mark.slow
 def test_another_config_is_shown_and_needs_a_flag(straight, texts, tmp_path):
   changes = ['--config.optim.lr=0.1', '--config.log.every_steps=2',
              '--config.model.d_model=64']

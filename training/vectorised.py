@@ -31,7 +31,7 @@ from training.data import pipeline, tokenizers
 from training.distributed import devices
 from training.step import TrainState, init_state, initial_seed
 from training.step import make_eval_step, make_train_step, optimizer_unchecked
-from training.workdir import checkpoints, lock, run_config
+from training.workdir import checkpoints, lock, provenance, run_config
 
 # What the runs of a group may differ in, and what a step is given it as.
 DTYPES = {
@@ -128,6 +128,9 @@ def train(configs: Sequence[ml_collections.ConfigDict],
              for c, workdir, (_, derived) in zip(filled, workdirs, resolved)]
   for change in changes:
     run_config.refuse_changes(change, allow_config_change=False)
+  contents = pipeline.contents(config, tokenizer)
+  for workdir in workdirs:
+    provenance.check_data(run_config.starts(workdir), contents, allowed=False)
   mesh = devices.make_mesh(dict.fromkeys(tables.MESH_AXES, 1),
                            jax.devices()[:1])
   run = runs.build(config, resolved[0][0], mesh)
@@ -142,7 +145,7 @@ def train(configs: Sequence[ml_collections.ConfigDict],
       own = dataclasses.replace(run, config=c, model=model,
                                 module=architectures.build(model))
       found.append((member, *_take_up(own, member, bool(changed))))
-      run_config.save(workdir, asked, derived)
+      run_config.save(workdir, asked, derived, contents)
     going = [each for each in found if not each[0].sentence]
     # Of two that begin, one may have the parameters of an import.
     for start, new in sorted({(n, state is None) for _, state, n in going}):

@@ -272,6 +272,22 @@ def check_sources(config: Config) -> None:
         check_fits(config, source)
 
 
+def contents(config: Config, tokenizer: Tokenizer) -> dict[str, str]:
+  """Returns a hash of what each source of a run holds, by its name. Left out
+  are those that are drawn, and Hugging Face's, whose files lie elsewhere."""
+  data, found = config.data, {}
+  layout = conversations.layout(data.chat_template, tokenizer)
+  for spec in filter(None, (data.source, data.eval_source)):
+    for _, source in sources.parse(spec, layout):
+      if not data.eval_source:
+        source = holdout.split(source, data.holdout_every)
+      if source.tokens:
+        found[source.name] = source.content
+      elif source.files:
+        found[source.name] = token_cache.content(source, data.cache_dir)
+  return found
+
+
 def check_fits(config: Config, source: sources.Source) -> None:
   """Raises RequestError for a source of which the objective cannot learn."""
   reads, holds = objectives.of(config).records, source.records

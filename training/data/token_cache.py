@@ -153,6 +153,13 @@ def cached_tokens(source: sources.Source, tokenizer: Tokenizer,
   return TokenCache(path)
 
 
+def content(source: sources.Source, cache_dir: str = '') -> str:
+  """Returns the hash of the content of a source's files, which are read unless
+  a manifest remembers it."""
+  manifest = folder(cache_dir) / 'manifests' / f'{_name(source)}.json'
+  return _remembered(manifest, _stat(source.files)) or source.digest()
+
+
 def _name(source: sources.Source) -> str:
   return _hash([source.reader, source.content, source.files])
 

@@ -1,17 +1,24 @@
-"""Which code a run was started with, and by which command."""
+"""Which code a run was started with, by which command, and on which data."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 import functools
 import hashlib
 import pathlib
 import shlex
 import subprocess
 import sys
+from typing import Any
+
+from configs.errors import require
+from training import schema
 
 ROOT = pathlib.Path(__file__).parents[2]
+_START = {'commit': (str, type(None)), 'diff': (str, type(None)),
+          'command': str}
+_DATA = schema.Each(str, '(?s).*')  # in a start that knows it
 
 
-def this_start() -> dict[str, str | None]:
+def this_start(data: Mapping[str, str] | None = None) -> dict[str, Any]:
   """Returns what config.json remembers of a start of a run:
 
   commit: of this code; None where it lies in no git repository of its own, as
@@ -19,8 +26,19 @@ def this_start() -> dict[str, str | None]:
   diff: a hash of what differs from the commit: changes, and Python files that
     are in no commit; '' for nothing, and None where there is no commit.
   command: the command line.
+  data: what was given, a hash of what each source holds, by its name
+    (pipeline.contents); there only if it was given.
   """
-  return {**_code(ROOT), 'command': shlex.join(sys.argv)}
+  return {**_code(ROOT), 'command': shlex.join(sys.argv),
+          **({} if data is None else {'data': dict(data)})}
+
+
+def check_shape(starts: Any, who: str) -> None:
+  """Raises RequestError for what are no starts out of config.json."""
+  starts = list(starts) if isinstance(starts, tuple) else starts
+  schema.check_shape(starts, [_START], who)
+  for start in starts:
+    schema.check_shape(start.get('data', {}), _DATA, f'{who}: data')
 
 
 @functools.cache  # what is edited later is not what runs
@@ -68,3 +86,27 @@ def changes(starts: Iterable) -> list[str]:
     return []
   return [f'the code has changed since this run was last started: {old[0]} -> '
           f'{new[0]}']
+
+
+def check_data(starts: Iterable, data: Mapping[str, str], allowed: bool
+               ) -> list[str]:
+  """Returns a line for each source that no longer holds what it held at the
+  last start of which that is known.
+
+  Args:
+    starts: of the run.
+    data: what the sources hold now, as in `this_start`.
+    allowed: whether the run may go on with other data.
+
+  Raises:
+    RequestError: where there is such a source and it may not.
+  """
+  known = [start['data'] for start in starts if 'data' in start]
+  before = known[-1] if known else {}
+  lines = [f'the data have changed since this run was last started: what '
+           f'{name!r} holds is not the same' for name in data
+           if data[name] != before.get(name, data[name])]
+  require(allowed or not lines, '\n'.join(lines) + '\nPut the files back, '
+          'take another --workdir, or pass --allow_config_change to go on with '
+          'other batches')
+  return lines

@@ -2,7 +2,7 @@
 
 WORKDIR/config.json is the config tree as it is, plus two more keys: `derived`,
 the value that each field left at 0 or '' was resolved to, by its dotted name;
-and `starts`, the code and the command of each start (provenance.py).
+and `starts`, the code, command and data of each start (provenance.py).
 """
 
 from collections.abc import Callable, Mapping
@@ -104,13 +104,15 @@ _EARLIER = {'model.head': 'lm'}
 
 
 def save(workdir: epath.Path, config: ml_collections.ConfigDict,
-         derived: Mapping[str, Any] | None = None):
+         derived: Mapping[str, Any] | None = None,
+         data: Mapping[str, str] | None = None):
   """Writes config.json, from process 0, whole or not at all.
 
   Args:
     workdir: a folder, which is made if it isn't there.
     config: the run's config.
     derived: the resolved value of fields left at 0 or '', by dotted name.
+    data: what the sources hold; see provenance.this_start.
   """
   tree = to_json(config)
   for name in derived or {}:
@@ -118,7 +120,7 @@ def save(workdir: epath.Path, config: ml_collections.ConfigDict,
       raise ValueError(f'derived value for {name!r}: no such config field')
   if jax.process_index() != 0:
     return
-  before, now = starts(workdir), provenance.this_start()
+  before, now = starts(workdir), provenance.this_start(data)
   if before[-1:] != [now]:
     before.append(now)
   text = json.dumps({**tree, _DERIVED: dict(derived or {}), _STARTS: before},
@@ -334,8 +336,6 @@ def flatten_dict(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
 
 _DERIVED = 'derived'
 _STARTS = 'starts'
-_START = {'commit': (str, type(None)), 'diff': (str, type(None)),
-          'command': str}
 
 
 def file(workdir: epath.Path):
@@ -355,9 +355,7 @@ def _load(workdir: epath.Path) -> dict[str, Any]:
   require(isinstance(tree[_DERIVED], dict),
           f'{path} is damaged: {_DERIVED!r} is no group of fields')
   tree = {_STARTS: (), **tree}  # runs of earlier versions have none
-  starts_here = tree[_STARTS]
-  schema.check_shape(list(starts_here) if isinstance(starts_here, tuple)
-                     else starts_here, [_START], f'{path}: {_STARTS}')
+  provenance.check_shape(tree[_STARTS], f'{path}: {_STARTS}')
   check_fields({k: v for k, v in tree.items() if k not in (_DERIVED, _STARTS)},
                f'{path} is damaged: ')
   known = flatten(base.base())

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from configs import base
+from configs.errors import RequestError
 from tests.helpers import sweep_folder
 from tools.sweep import layout
 from tools.sweep.report import curves
@@ -73,7 +74,8 @@ def test_unknown_is_null(repository, monkeypatch):
 def _saved(folder, monkeypatch, *starts):
   (folder / 'checkpoints/1').mkdir(parents=True, exist_ok=True)
   for start in starts:
-    monkeypatch.setattr(provenance, 'this_start', lambda start=start: start)
+    monkeypatch.setattr(provenance, 'this_start',
+                        lambda data=None, start=start: start)
     run_config.save(folder, base.base())
   return run_config.starts(folder)
 
@@ -95,10 +97,24 @@ def test_config_json_remembers_each_start(tmp_path, monkeypatch):
   assert run_config.load_config(tmp_path) == base.base().lock()
   assert _saved(tmp_path, monkeypatch) == []
   assert _saved(tmp_path, monkeypatch, two) == [two]
-  for wrong in ([{'commit': 3}], 3, [3]):
+  for wrong in ([{'commit': 3}], 3, [3], [one | {'data': 'a'}],
+                [one | {'data': {'a': 1}}]):
     path.write_text(json.dumps(tree | {'starts': wrong}))
     with pytest.raises(ValueError, match='config.json: starts.* is damaged'):
       run_config.load_config(tmp_path)
+
+
+def test_a_run_whose_data_have_changed_is_not_gone_on_with_unasked(
+    tmp_path, monkeypatch):
+  code = dict(commit=None, diff=None, command='train.py')
+  starts = _saved(tmp_path, monkeypatch, code | {'data': {'a': '1', 'b': '1'}},
+                  code)  # the newest one that knows it counts
+  for same in ({'a': '1', 'b': '1'}, {'b': '1'}, {'b': '1', 'new': '1'}):
+    assert not provenance.check_data(starts, same, allowed=False)
+  with pytest.raises(RequestError, match=r"(?s)'b' holds.*allow_config_change"):
+    provenance.check_data(starts, {'a': '1', 'b': '2'}, allowed=False)
+  assert len(provenance.check_data(starts, {'a': '2', 'b': '2'}, True)) == 2
+  assert not provenance.check_data(starts[1:], {'a': '2'}, allowed=False)
 
 
 def test_a_start_is_the_command_as_it_was_typed(monkeypatch):
