@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator
 import contextlib
+import errno
 import fcntl
 import pathlib
+import sys
 from typing import TextIO
 
 from etils import epath
@@ -11,13 +13,17 @@ from etils import epath
 from configs.errors import require
 
 
+# What a file system says that has none, as Lustre mounted without flock.
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
+
 _held = []  # open files, whose locks end with the process, however it ends
 
 
 def hold(workdir: epath.Path, primary: bool = True) -> None:
   """Locks the workdir for this process, until it ends.
 
-  In a bucket nothing can be locked, and nothing is done.
+  In a bucket nothing can be locked, and nothing is done. A file system without
+  locks is warned of.
 
   Args:
     workdir: of the run.
@@ -52,6 +58,12 @@ def _locked(workdir: epath.Path) -> TextIO:
   except BlockingIOError:
     free = False
     file.close()
+  except OSError as error:
+    if error.errno not in _NO_LOCKS:
+      raise
+    free = True
+    print(f'warning: {workdir} has no file locks ({error.strerror}): nothing '
+          'keeps a second process from training in it', file=sys.stderr)
   require(free, f'another process trains in {workdir}: wait until it has '
           'ended, or take another --workdir')
   return file
