@@ -44,11 +44,12 @@ def prepare() -> None:
 
 def give_threads() -> None:
   """Sets $PJRT_NPROC, the threads of XLA's pool, unless it is set: where there
-  are several devices, those of four collectives for each."""
+  are several devices, those of four collectives for each, and no fewer than
+  the cores that this process may use, which are XLA's own choice."""
   devices = _devices()
   if devices > 1 or jax.distributed.is_initialized():
-    os.environ.setdefault(
-        'PJRT_NPROC', str(max(_THREADS * devices, os.cpu_count() or 1)))
+    own = len(os.sched_getaffinity(0))
+    os.environ.setdefault('PJRT_NPROC', str(max(_THREADS * devices, own)))
 
 
 def _devices() -> int:

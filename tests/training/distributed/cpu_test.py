@@ -9,14 +9,16 @@ from training.distributed import cpu
 EIGHT = '--xla_force_host_platform_device_count=8'
 
 
-@pytest.mark.parametrize('flags, before, after', [
-    (EIGHT, None, '32'),
-    (f'{EIGHT} --xla_force_host_platform_device_count=16', None, '64'),
-    (EIGHT, '9', '9'),
-    ('', None, None),
+@pytest.mark.parametrize('flags, before, own, after', [
+    (EIGHT, None, 2, '32'),
+    (EIGHT, None, 48, '48'),
+    (f'{EIGHT} --xla_force_host_platform_device_count=16', None, 2, '64'),
+    (EIGHT, '9', 2, '9'),
+    ('', None, 2, None),
 ])
-def test_devices_get_four_threads_each(monkeypatch, flags, before, after):
-  monkeypatch.setattr(os, 'cpu_count', lambda: 2)
+def test_devices_get_four_threads_each(monkeypatch, flags, before, own, after):
+  monkeypatch.setattr(os, 'cpu_count', lambda: 128)  # of the host
+  monkeypatch.setattr(os, 'sched_getaffinity', lambda _: set(range(own)))
   monkeypatch.setenv('XLA_FLAGS', flags)
   monkeypatch.delenv('PJRT_NPROC')
   if before:
