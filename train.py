@@ -5,7 +5,8 @@ r"""Trains the model that a config file describes, or resumes the run.
       --config.optim.lr=3e-4 --config.data.source=text:my/*.txt
 
 After Ctrl-C or SIGTERM the program finishes the step, saves, and ends with exit
-code 0, or with the one that --stopped_exit_code sets. A signal N that arrives
+code 0, or with the one that --stopped_exit_code sets; so it does where nobody
+reads what it prints any more, as after `| head`. A signal N that arrives
 before the step is compiled ends it at once, with the code that is set or with
 128 + N; a second signal ends it at once with 128 + N. Exit code 2 means a wrong
 request, or a loss that is not finite, because the same command would end in the
@@ -13,6 +14,7 @@ same way; exit code 1 means a failure.
 """
 
 import json
+import signal
 
 from absl import flags
 
@@ -126,4 +128,5 @@ def main():
 
 if __name__ == '__main__':
   cli.run(main, interrupts.EndAtOnce(
-      lambda: flags.FLAGS.is_parsed() and flags.FLAGS.stopped_exit_code))
+      lambda: flags.FLAGS.is_parsed() and flags.FLAGS.stopped_exit_code),
+          unread=128 + signal.SIGPIPE)  # not 0: it is not complete

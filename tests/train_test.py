@@ -162,6 +162,23 @@ def test_a_signal_saves_and_exits_cleanly(kind, straight, texts, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_run_that_nobody_reads_any_more_is_saved(straight, texts, tmp_path):
+  """As where `| tee` was killed."""
+  never = '--config.checkpoint.every_steps=0'
+  process = _start(command(tmp_path / 'run', texts, never,
+                           '--stopped_exit_code=75'))
+  while not process.stdout.readline().startswith('compiled in'):
+    pass
+  process.stdout.close()
+  assert process.wait(120) == 75, process.stderr.read()
+  assert 'nobody reads' in process.stderr.read()
+  [saved] = (tmp_path / 'run/checkpoints').iterdir()
+  assert int(saved.name) < 20
+  run(command(tmp_path / 'run', texts, never))
+  assert state(tmp_path / 'run') == state(straight)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize('seed', [
     0, *(pytest.param(seed, marks=pytest.mark.long) for seed in (1, 2))])
 def test_kill_at_a_random_moment_then_resume(seed, straight, texts, tmp_path):

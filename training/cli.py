@@ -32,14 +32,15 @@ at_failure: list[Callable[[str, int], None]] = []
 
 
 def run(main: Callable[[], int | None],
-        around: contextlib.AbstractContextManager = contextlib.nullcontext()
-        ) -> None:
+        around: contextlib.AbstractContextManager = contextlib.nullcontext(),
+        unread: int = 0) -> None:
   """Calls main() and exits with its code, or with that of its failure: see
   the head of this file.
 
   Args:
     main: the program; returns its exit code, or None for 0.
     around: a context for it, such as interrupts.EndAtOnce().
+    unread: the exit code where nobody reads what it prints.
   """
   try:
     for word in sys.argv[1:]:  # such a path fails where a run is saved
@@ -50,9 +51,11 @@ def run(main: Callable[[], int | None],
   except RequestError as error:
     _tell(error, 2)
     _refuse(str(error))
-  except BrokenPipeError:  # `| head` has read enough
+  except BrokenPipeError as error:  # `| head` has read enough
+    if unread:
+      _tell(error, unread)
     sys.stderr.close()
-    code = 0
+    code = unread
   except (EnvironmentFailure, OSError) as error:
     _tell(error, 1)
     print(f'error: {error}', file=sys.stderr, flush=True)

@@ -7,6 +7,8 @@ what the program prints and no more.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 import contextlib
+import os
+import signal
 import sys
 import time
 from typing import Any, TextIO, TypeVar
@@ -129,10 +131,23 @@ class _Lines:
     self.say(f'step {step}/{self._total}  {_text(step, self._total, figures)}')
 
   def say(self, text: str) -> None:
-    print(text, file=self._stream, flush=True)
+    try:
+      print(text, file=self._stream, flush=True)
+    except BrokenPipeError:
+      _end_unread(self._stream)
 
   def close(self) -> None:
     self._stream.flush()
+
+
+def _end_unread(stream: TextIO) -> None:
+  """Ends the run as SIGTERM does, so that it is saved, where nobody reads what
+  it prints any more: `| head` has read enough, or `| tee` was killed."""
+  with open(os.devnull, 'w') as nowhere:
+    os.dup2(nowhere.fileno(), stream.fileno())
+  with contextlib.suppress(OSError):
+    print('nobody reads what this program prints', file=sys.stderr, flush=True)
+  os.kill(os.getpid(), signal.SIGTERM)
 
 
 class _Bar:
