@@ -148,6 +148,8 @@ def as_planned(workdir, frozen: frozen_lib.Frozen, ran: Sequence[str]
     differences.append(f'The plan was made with {planned[0]}, and runs were '
                        f'trained by {", ".join(others)}.')
   for folder in folders(workdir):
+    if data := layout.changed_data(folder, _runs(folder)):
+      differences.append(f'{folder.name}: {layout.data_note(data)}')
     name, dot, number = folder.name.rpartition('.')
     if dot and number.isdigit():
       differences.append(f'{name} had run under an earlier plan; it ran anew '
@@ -159,10 +161,13 @@ def codes(workdir) -> list[str]:
   """Returns the codes that trained the runs, as far as they are known."""
   found = {}
   for folder in folders(workdir):
-    found |= dict.fromkeys(layout.codes(folder, [
-        (row['name'], seed) for row in points(folder)
-        for seed in row['seeds']]))
+    found |= dict.fromkeys(layout.codes(folder, _runs(folder)))
   return list(found)
+
+
+def _runs(folder: pathlib.Path) -> list[tuple[str, int]]:
+  return [(row['name'], seed) for row in points(folder)
+          for seed in row['seeds']]
 
 
 def _devices(workdir) -> list[str]:

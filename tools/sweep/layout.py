@@ -153,6 +153,29 @@ def codes(workdir, runs) -> list[str]:
   return provenance.codes(starts)
 
 
+def changed_data(workdir, runs) -> list[str]:
+  """Returns the sources that did not hold the same at every start of the
+  (point, seed) of a sweep, as far as that is known."""
+  from training.workdir import run_config
+  held: dict[tuple, set[str]] = {}
+  for point, seed in runs:
+    with contextlib.suppress(RequestError):
+      folder = run_folder(workdir, point, seed)
+      data = run_config.load_config(folder).data
+      for start in run_config.starts(folder):
+        for name, content in start.get('data', {}).items():
+          # Of what these cut out of it, and how they lay it out.
+          held.setdefault((name, data.holdout_every, data.chat_template),
+                          set()).add(content)
+  return sorted({name for (name, *_), found in held.items() if len(found) > 1})
+
+
+def data_note(found: list[str]) -> str:
+  """Says that the data of a sweep changed in the middle of it."""
+  return ('The data changed in the middle of this sweep, so that its runs may '
+          f'not be compared: {", ".join(found)} did not hold the same for all.')
+
+
 def codes_note(found: list[str]) -> str:
   """Says that the code of a sweep changed in the middle of it."""
   return ('The code changed in the middle of this sweep, so that its runs may '

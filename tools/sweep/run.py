@@ -194,9 +194,12 @@ def _summary(args, ledger) -> int:
   told = ', '.join(f'{counts[state]} {state}' for state in ledger_lib.STATES
                    if counts[state])
   print(f'{args.workdir}: {told}', file=sys.stderr)
-  codes = layout.codes(args.workdir, [(r.point, r.seed) for r in runs])
+  ran = [(run.point, run.seed) for run in runs]
+  codes = layout.codes(args.workdir, ran)
   if len(codes) > 1:
     print(f'warning: {layout.codes_note(codes)}', file=sys.stderr)
+  if data := layout.changed_data(args.workdir, ran):
+    print(f'warning: {layout.data_note(data)}', file=sys.stderr)
   failed = [run for run in runs if run.state == ledger_lib.FAILED]
   for run in failed:
     print(f'failed: {run.point}, seed {run.seed}: {run.error}',

@@ -138,3 +138,20 @@ def test_a_sweep_whose_code_changed_says_so(tmp_path, monkeypatch):
   notes = tables.outcome_table(
       sweep, tables.outcomes(sweep)).notes
   assert [n for n in notes if 'code changed in the middle' in n]
+  assert not sweep.changed_data
+
+
+def test_a_sweep_whose_data_changed_says_so(tmp_path):
+  sweep_folder.write(tmp_path, [sweep_folder.point('base'),
+                                sweep_folder.point('other')])
+  for point, held in (('base', 'old'), ('other', 'new')):
+    folder = layout.run_folder(tmp_path, point, 0)
+    (folder / 'checkpoints/1').mkdir(parents=True)
+    path = folder / 'config.json'
+    path.write_text(json.dumps(json.loads(path.read_text()) | {'starts': [
+        dict(commit=None, diff=None, command='train.py',
+             data={'same': 'alike', 'text:*.txt': held})]}))
+  sweep = curves.load_sweep(tmp_path)
+  assert sweep.changed_data == ('text:*.txt',)
+  notes = tables.outcome_table(sweep, tables.outcomes(sweep)).notes
+  assert [n for n in notes if 'data changed in the middle' in n]

@@ -141,6 +141,7 @@ class Sweep:
   base: Point
   points: tuple[Point, ...]
   codes: tuple[str, ...]  # that trained them, as far as they are known
+  changed_data: tuple[str, ...] = ()  # the sources that changed meanwhile
 
   @property
   def strangers(self) -> list[str]:
@@ -188,9 +189,11 @@ def read(workdir, description: Mapping[str, Any],
   points = tuple(_point(workdir, description, row, base_config, states)
                  for row in description['points'])
   base = next(p for p in points if p.name == description['base'])
-  codes = layout.codes(workdir, [(p.name, s) for p in points for s in p.runs])
+  ran = [(p.name, s) for p in points for s in p.runs]
   return Sweep(description['name'], description['file'], description['match'],
-               description['paired'], base, points, tuple(codes))
+               description['paired'], base, points,
+               tuple(layout.codes(workdir, ran)),
+               tuple(layout.changed_data(workdir, ran)))
 
 
 def _point(workdir, description, row: Mapping[str, Any],
