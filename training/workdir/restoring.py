@@ -128,6 +128,14 @@ def restore(folder: epath.Path, abstract: Any, step: int | str | None = None,
       with progress.during(f'restoring step {candidate}'):
         state, record = _read(folder / str(candidate), abstract, partial)
     except _Damaged as error:
+      now = steps(folder)
+      if step is None and now[-1:] > available[-1:]:
+        # A run that goes on there has deleted what was being read.
+        return restore(folder, abstract, partial=partial)
+      if candidate not in now:
+        raise EnvironmentFailure(
+            f'checkpoint {candidate} in {folder} was deleted while it was read:'
+            f' there are {", ".join(map(str, now)) or "no others"}') from error
       damaged.append(f'checkpoint {candidate} in {folder} is damaged: {error}')
       continue
     warnings = [f'{sentence}; using {candidate} instead'

@@ -236,6 +236,27 @@ def test_a_damaged_step_asked_for_by_number_is_not_replaced(copy):
         restoring.directory(copy), toy_run.abstract(1, 1), step=20)
 
 
+@pytest.mark.parametrize('step', [None, 20])
+def test_a_step_that_is_deleted_while_it_is_read(step, copy, monkeypatch):
+  """By a run that goes on there, and has saved its next one."""
+  folder = restoring.directory(copy)
+  (folder / '30').rename(copy / 'next')
+  read = restoring._read_arrays
+
+  def and_lose(*args):
+    if (copy / 'next').exists():
+      (copy / 'next').rename(folder / '30')
+      shutil.rmtree(folder / '20')
+    return read(*args)
+  monkeypatch.setattr(restoring, '_read_arrays', and_lose)
+  if step:
+    with pytest.raises(RuntimeError, match='20 .* was deleted .* 10, 30'):
+      restoring.restore(folder, toy_run.abstract(1, 1), step)
+    return
+  restored = restoring.restore(folder, toy_run.abstract(1, 1))
+  assert (restored.step, restored.damaged) == (30, ())
+
+
 def test_going_back_sets_later_steps_aside(copy):
   with toy_run.open_store(copy) as store:
     assert store.restore(toy_run.abstract(1, 1), step=10).step == 10
