@@ -221,8 +221,10 @@ def test_other_text_is_noticed(straight, texts):
   path.write_text('O' + text[1:])
   result = run(command(straight, texts), code=2)
   assert 'the data have changed' in result.stderr
+  assert 'the data have changed' in evaluate(straight, '--tasks=loss').stderr
   path.write_text(text)
   assert 'is complete' in run(command(straight, texts)).stdout
+  assert 'changed' not in evaluate(straight, '--tasks=loss').stderr
 
 
 @pytest.mark.slow

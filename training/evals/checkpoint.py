@@ -1,15 +1,19 @@
 """One checkpoint through the tasks that were asked for."""
 
 from collections.abc import Mapping, Sequence
+import contextlib
 import json
+import sys
 from typing import Any
 
 from etils import epath
 
+from configs.errors import RequestError
 from training import evals, runs, trained
-from training.data import tokenizers
+from training.data import pipeline, tokenizers
 from training.evals.task import Evaluation
-from training.workdir import metrics, step_folders, storage
+from training.workdir import metrics, provenance, run_config, step_folders
+from training.workdir import storage
 
 
 def load(workdir: epath.Path, names: Sequence[str], options: Any, *,
@@ -25,11 +29,23 @@ def load(workdir: epath.Path, names: Sequence[str], options: Any, *,
     evals.check_task(name, options, config, workdir,
                      (asked_by or {}).get(name, 'tasks'))
   tokenizer = tokenizers.load(config.data.tokenizer)
+  if not text:
+    _warn_of_other_data(workdir, config, tokenizer)
   model, _ = runs.resolve(config, tokenizer)
   run = runs.build(config, model)
   found = trained.of_run(run, workdir, step, live)
   return Evaluation(run, found.state, found.step, tokenizer, options, workdir,
                     programs, found.what)
+
+
+def _warn_of_other_data(workdir: epath.Path, config: Any,
+                        tokenizer: tokenizers.Tokenizer) -> None:
+  # A task that reads no data is done where they are not there.
+  with contextlib.suppress(RequestError, OSError):
+    for line in provenance.check_data(
+        run_config.starts(workdir), pipeline.contents(config, tokenizer),
+        allowed=True):
+      print(f'warning: {line}', file=sys.stderr)
 
 
 def evaluate(workdir: epath.Path, names: Sequence[str], options: Any, *,
