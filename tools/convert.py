@@ -46,7 +46,7 @@ import sys
 from etils import epath
 
 from configs import base
-from configs.errors import RequestError, require
+from configs.errors import require
 from training import cli, progress
 from training.workdir import storage
 
@@ -90,8 +90,7 @@ def upcycle(source: epath.Path, workdir: epath.Path, *, moe: list[str],
     config, module, params, _ = _from_workdir(source, step)
     generation = hf_generation.kept(source)
   else:
-    if step is not None:
-      raise RequestError(f'{source} is no workdir: it has no step {step}')
+    require(step is None, f'{source} is no workdir: it has no step {step}')
     config, module, params, _ = _from_hf(source, False, seed)
     generation = hf_generation.of_folder(
         source.parent if source.is_file() else source)
@@ -212,8 +211,8 @@ def _generation(workdir, config, model, step: int):
 
 def _check_new(workdir: epath.Path):
   from training.workdir import run_config
-  if run_config.exists(workdir):
-    raise RequestError(f'{workdir} holds a run already: choose another WORKDIR')
+  require(not run_config.exists(workdir) and not run_config.has_begun(workdir),
+          f'{workdir} holds a run already: choose another WORKDIR')
 
 
 def _from_hf(source: pathlib.Path, partial: bool, seed: int, dtype: str = ''):
@@ -266,10 +265,11 @@ def _resolved(config):
 
 def _save(workdir: epath.Path, config, params, derived=()) -> None:
   from training.workdir import checkpoints, run_config
-  run_config.save(workdir, config, dict(derived))
   with progress.during('saving'), checkpoints.Checkpoints(
       workdir, every_steps=0, every_minutes=0.0, keep=1, keep_every=0) as saved:
     saved.save(0, {'params': params}, next_batch=0, tokens=0, config=config)
+  # Last: a run whose import was cut short would begin without them.
+  run_config.save(workdir, config, dict(derived))
 
 
 def _command(workdir: epath.Path, config) -> str:

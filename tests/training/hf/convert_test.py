@@ -13,7 +13,7 @@ import pytest
 
 import architectures
 from configs import base
-from configs.errors import RequestError
+from configs.errors import EnvironmentFailure, RequestError
 from tests import train_test
 from tests.helpers import models
 from tests.helpers import toy_run
@@ -158,6 +158,26 @@ def imported(tmp_path_factory, texts):
   tree['train']['steps'], tree['eval']['batches'] = 2, 1
   file.write_text(json.dumps(tree))
   return folder / 'run'
+
+
+def test_an_import_that_fails_leaves_no_run(tmp_path, monkeypatch):
+  """train.py would begin it with parameters of its own."""
+  weights.to_hf(*models.make('llama', vocab_size=384), tmp_path / 'in')
+
+  def to_run():
+    convert.import_(tmp_path / 'in', tmp_path / 'run', partial=False, seed=0)
+
+  def fail(*_, **__):
+    raise EnvironmentFailure('the disk is full')
+  with monkeypatch.context() as patch:
+    patch.setattr(checkpoints.Checkpoints, 'save', fail)
+    with pytest.raises(EnvironmentFailure, match='full'):
+      to_run()
+  assert not run_config.exists(tmp_path / 'run')
+  to_run()  # the same command goes on
+  (tmp_path / 'run/config.json').unlink()
+  with pytest.raises(ValueError, match='holds a run already'):
+    to_run()
 
 
 # Of the programs; hf_generation_test.py evaluates an import, too.
