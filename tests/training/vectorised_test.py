@@ -1,6 +1,5 @@
 """Runs as one program equal the runs alone: losses, files, going on."""
 
-import dataclasses
 import json
 import shutil
 import signal
@@ -66,22 +65,9 @@ def alone(c, workdir):
   run = runs.build(c, model, mesh)
   with checkpoints.Checkpoints(workdir, **c.checkpoint) as saved:
     state, start = initial_state.restore_or_create(run, saved)
-    run_config.save(workdir, c, derived)
+    run_config.save(workdir, c, derived, pipeline.contents(c, tokenizer))
     loop.train(run, state, start, pipeline.training_loader(c, tokenizer),
                pipeline.held_out(c, tokenizer), saved, workdir)
-
-
-def imported(c, workdir, seed):
-  """A workdir with parameters alone, those that another seed draws."""
-  model, derived = runs.resolve(c, tokenizers.load(c.data.tokenizer))
-  run = runs.build(c, model, devices.make_mesh(
-      dict.fromkeys(tables.MESH_AXES, 1), jax.devices()[:1]))
-  params = dataclasses.replace(run, config=vectorised.with_values(
-      c, {'seed': seed})).new_state().params
-  run_config.save(workdir, c, derived)
-  with checkpoints.Checkpoints(workdir, every_steps=0, every_minutes=0.0,
-                               keep=1, keep_every=0) as saved:
-    saved.save(0, {'params': params}, next_batch=0, tokens=0, config=c)
 
 
 def rows(workdir, split='train'):
@@ -198,20 +184,6 @@ def test_a_part_of_the_group_goes_on_with_its_own_fields(trained, tmp_path):
   vectorised.train(configs, copies)
   for copy, single in zip(copies, singles):
     assert_same(copy, single)
-
-
-def test_a_workdir_with_parameters_alone_is_begun_with_them(texts, tmp_path):
-  """As tools.convert leaves it, beside a run that begins with its own."""
-  configs = [config(texts, seed=i) for i in range(3)]
-  for name in ('group', 'alone'):
-    for i in (1, 2):
-      imported(configs[i], tmp_path / f'{name}{i}', seed=40 + i)
-  vectorised.train(configs, [tmp_path / f'group{i}' for i in range(3)])
-  for i, c in enumerate(configs):
-    alone(c, tmp_path / f'alone{i}')
-    assert_same(tmp_path / f'group{i}', tmp_path / f'alone{i}')
-  first = [rows(tmp_path / f'group{i}')[0]['loss'] for i in range(3)]
-  assert len(set(first)) == 3, first
 
 
 def test_paired_runs_see_one_stream(texts, tmp_path):
