@@ -29,7 +29,8 @@ PAIRS = [
     ('It is a law of ', 'nature'), ('It is a law of  ', 'the harvest'),
     ('What is sown', ' is reaped, and what is not sown is not reaped'),
     (TEXT, ' is larger than before'), ('a', 'b'), ('1863', ' was larger'),
-    ('The harvest\n', 'of 1863')]
+    ('The harvest\n', 'of 1863'), ('<|endoftext|>It is', ' a law'),
+    ('It is</s>', ' a law'), ('', '<s>It is a law')]
 CONTEXTS = ['It is a law', 'What', TEXT, 'The harvest of 1863 was larger']
 
 

@@ -16,9 +16,11 @@ import numpy as np
 
 from configs.errors import require, short
 from training import generate, objectives, progress
+from training.chat import load as chat
 from training.evals import checkpoint, scoring
 from training.evals.scoring import Question
 from training.evals.task import Evaluation
+from training.hf import generation as hf_generation
 
 TOKENS = 2 ** 12  # of a batch of prompts
 
@@ -30,7 +32,8 @@ class Model(api.TemplateLM):
   of weights that were imported and not trained here, the one that Hugging
   Face's backend takes, bos or else eos, and where their tokenizer adds tokens
   to the beginning of a text, so does this; of a run, the separator that stood
-  before each document of its training.
+  before each document of its training. Special tokens in a text are obeyed,
+  and what is written ends as the run's samples and its export's texts end.
 
   Args:
     evaluation: the run's.
@@ -51,11 +54,15 @@ class Model(api.TemplateLM):
     require(not reason, f'{reason}, and lm_eval has nothing to ask')
     self.evaluation = evaluation
     self._tokens = tokens = evaluation.tokenizer
+    self._special = tokens.special_texts
     self.max_length = max_length or model.max_len
     require(0 < self.max_length <= model.max_len, 'max_length is '
             f'{max_length}: the model takes 1 to {model.max_len} tokens')
     self.max_gen_toks = max_gen_toks
     self._num_written = 0  # batches, of which each has draws of its own
+    said = chat.ids(hf_generation.kept(evaluation.workdir))
+    self._ends = tuple(said.get('eos_token_id', ())
+                       or objectives.of(config).ends(config, tokens))
     published = evaluation.step == 0
     bos = tokens.special_ids.get('bos')
     self._begin = tokens.added_ids if published else ()
@@ -122,6 +129,9 @@ class Model(api.TemplateLM):
     """Returns the ids of texts, each with what a text begins with."""
     first = self._tokens.piece(self._prefix)
     rows = self._tokens.encode_batch(texts)
+    for i, text in enumerate(texts):
+      if any(word in text for word in self._special):
+        rows[i] = self._tokens.encode_placed(text)[0]
     begins = [self._begin if special or special is None
               and not text.startswith(first) else () for text in texts]
     return [np.concatenate([begin, ids]).astype(np.int32)
@@ -224,7 +234,7 @@ class Model(api.TemplateLM):
             f'the model takes {self.max_length} with the prompt: choose fewer')
     sampling = _sampling(options)
     evaluation, end = self.evaluation, self.eot_token_id
-    ends = end, *self._holding(stops)
+    ends = tuple(dict.fromkeys((end, *self._ends, *self._holding(stops))))
     rows = {i: (ids[i] if len(ids[i]) else np.array([self._prefix]))[-room:]
             for i in group}
     for chosen, tokens_BL, lengths_B in progress.each(
@@ -243,12 +253,16 @@ class Model(api.TemplateLM):
 
   def _holding(self, stops: Sequence[str]) -> list[int]:
     """Returns the tokens that hold a stop string, after which nothing of a
-    text is read."""
+    text is read. A special token holds its own name, which it does not spell.
+    """
     wanted = [stop.encode() for stop in stops if stop]
-    spelt = (self._tokens.decode_bytes([token])
-             for token in range(self._tokens.vocab_size))
-    return [token for token, text in enumerate(spelt)
-            if any(stop in text for stop in wanted)]
+    return [token for token in range(self._tokens.vocab_size)
+            if any(stop in self._written_as(token) for stop in wanted)]
+
+  def _written_as(self, token: int) -> bytes:
+    name = self._tokens.piece(token)
+    return (name.encode() if name in self._special
+            else self._tokens.decode_bytes([token]))
 
 
 def _moved_spaces(context: str, continuation: str) -> tuple[str, str]:

@@ -167,26 +167,33 @@ def test_a_tokenizer_says_what_hugging_face_puts_before_a_text(tmp_path):
     assert loaded.encode('a').tolist() == [2]
 
 
-def _writing(monkeypatch):
+def _model(workdir):
+  from training.evals import harness
+  module, params = models.make('gpt', vocab_size=384)
+  return harness.Model(types.SimpleNamespace(
+      run=types.SimpleNamespace(
+          config=evaluations.config('gpt', 'causal'), module=module,
+          model=module.config, context=contextlib.nullcontext),
+      tokenizer=tokenizers.load('bytes'), params=params, step=1,
+      workdir=workdir))
+
+
+def _writing(monkeypatch, workdir):
   """Returns what asks a small model to write after each (context, options), in
   small batches."""
   from lm_eval.api.instance import Instance
   from training.evals import harness
   monkeypatch.setattr(harness, 'TOKENS', 32)
-  module, params = models.make('gpt', vocab_size=384)
-  asked = harness.Model(types.SimpleNamespace(
-      run=types.SimpleNamespace(
-          config=evaluations.config('gpt', 'causal'), module=module,
-          model=module.config, context=contextlib.nullcontext),
-      tokenizer=tokenizers.load('bytes'), params=params, step=1))
+  asked = _model(workdir)
   return lambda requests: asked.generate_until(
       [Instance('generate_until', {}, request, i)
        for i, request in enumerate(requests)])
 
 
 @pytest.mark.skipif(not HERE, reason='lm_eval is not installed')
-def test_draws_of_one_context_repeat_in_no_batch_group_or_call(monkeypatch):
-  ask = _writing(monkeypatch)
+def test_draws_of_one_context_repeat_in_no_batch_group_or_call(
+    monkeypatch, tmp_path):
+  ask = _writing(monkeypatch, tmp_path)
   options = dict(until=[], do_sample=True, temperature=2.0, max_gen_toks=12)
   groups = [('ab', options | dict(top_k=k)) for k in (300, 301)]
   texts = ask([group for group in groups for _ in range(6)]) + ask(groups)
@@ -194,8 +201,8 @@ def test_draws_of_one_context_repeat_in_no_batch_group_or_call(monkeypatch):
 
 
 @pytest.mark.skipif(not HERE, reason='lm_eval is not installed')
-def test_a_greedy_text_is_penalized_too(monkeypatch):
-  ask = _writing(monkeypatch)
+def test_a_greedy_text_is_penalized_too(monkeypatch, tmp_path):
+  ask = _writing(monkeypatch, tmp_path)
   options = dict(until=[], max_gen_toks=12)
   without, penalized = ask([('ab', options), (
       'ab', options | dict(repetition_penalty=1e6))])
@@ -209,6 +216,42 @@ def test_a_greedy_text_is_penalized_too(monkeypatch):
     assert text == bytes_.decode(generate.until(
         np.asarray(expected), bytes_.eos_id))
   assert without != penalized
+
+
+def _script(monkeypatch, *tokens):
+  """Lets the model write these tokens, up to the first that ends a text."""
+  def written(*args, max_new_tokens, stop_token, **options):
+    row = list(tokens[:max_new_tokens])
+    ends = [n for n, token in enumerate(row) if token in stop_token]
+    kept = row[:ends[0] + 1] if ends else row
+    return np.array([kept + [stop_token[0]] * (max_new_tokens - len(kept))])
+  monkeypatch.setattr(generate, 'generate', written)
+
+
+@pytest.mark.skipif(not HERE, reason='lm_eval is not installed')
+def test_a_special_token_ends_a_text_by_its_name_or_as_the_folder_says(
+    monkeypatch, tmp_path):
+  sep = tokenizers.load('bytes').sep_id
+  _script(monkeypatch, *b'ab', sep, *b'cd')
+  until = lambda *stops: ('x', dict(until=list(stops), max_gen_toks=5))
+  ask = _writing(monkeypatch, tmp_path)
+  assert ask([until()]) == ['abcd']
+  assert ask([until('[SEP]')]) == ['ab']
+  assert ask([until('c')]) == ['ab']
+  (tmp_path / 'generation.json').write_text(json.dumps(
+      {'fields': {'eos_token_id': 3}, 'options': {'eos_token_id': [257, sep]},
+       'bare': False}))
+  assert _writing(monkeypatch, tmp_path)([until()]) == ['ab']
+
+
+@pytest.mark.skipif(not HERE, reason='lm_eval is not installed')
+def test_special_tokens_of_a_text_are_obeyed(tmp_path):
+  """As transformers' tokenizers obey them."""
+  ids = tokenizers.load('bytes').special_ids
+  asked = _model(tmp_path)
+  assert asked.tok_encode('a[SEP]b') == [97, ids['sep'], 98]
+  assert [row.tolist() for row in asked._encode(['[EOS]', 'a'])] == [
+      [ids['eos']], [97]]
 
 
 def test_its_command_line_gets_what_it_does_not_say():
