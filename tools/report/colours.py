@@ -5,7 +5,8 @@ from typing import Any
 
 # Okabe and Ito's colours, which the colour-blind tell apart, as in report.css.
 COLOURS = ('#0072b2', '#e69f00', '#009e73', '#d55e00', '#56b4e9', '#cc79a7')
-DASHES = ('-', (0, (4, 2)))  # of the first six variants, and of the others
+# Of the first six variants, of the next six, and so on; as in report.css.
+DASHES = ('-', (0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
 
 
 def looks(base: str, others: Sequence[str], ink: str = 'black'

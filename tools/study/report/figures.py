@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from tools.report import labels
 from tools.study import findings
 from tools.study import plan as plans
 from tools.study.report import drawing
@@ -68,28 +69,28 @@ def _order(x: float | None) -> float:
 
 
 def _forest(record: Record, rows, pyplot):
-  plan, look = record.plan, looks(record)
+  plan, look, label = record.plan, looks(record), _labels(record)
   lines = len(rows) * (len(plan.sizes) + 1.6)
   figure, axes = pyplot.subplots(
       figsize=(drawing.COLUMN, 0.5 + 0.125 * lines), layout='constrained')
-  y, ticks, labels = 0.0, [], []
+  y, ticks, told = 0.0, [], []
   for row in rows:
     colour = look[row['variant']]['color']
     _bar(axes, y, row['effect'], row['low'], row['high'], 'D', colour, 1.6)
-    ticks, labels = [*ticks, y], [*labels, _shorter(row['variant'])]
+    ticks, told = [*ticks, y], [*told, label[row['variant']]]
     for i, own in enumerate(row['sizes']):
       y += 1
       _bar(axes, y, own['mean'], own['low'], own['high'],
            MARKERS[i % len(MARKERS)], colour, 0.8)
-      ticks, labels = [*ticks, y], [*labels, _shorter(own['size'])]
+      ticks, told = [*ticks, y], [*told, label[own['size']]]
     y += 1.6
   axes.axvline(0, color=drawing.INK, linewidth=0.6, linestyle=(0, (4, 3)))
-  axes.set_yticks(ticks, labels)
+  axes.set_yticks(ticks, told)
   each = len(plan.sizes) + 1
-  for i, label in enumerate(axes.get_yticklabels()):
-    label.set_fontweight('normal' if i % each else 'bold')
+  for i, text in enumerate(axes.get_yticklabels()):
+    text.set_fontweight('normal' if i % each else 'bold')
   axes.set_ylim(y - 1, -0.8)
-  axes.set_xlabel(f'{plan.primary.name} minus that of {_shorter(plan.base)}')
+  axes.set_xlabel(f'{plan.primary.name} minus that of {label[plan.base]}')
   axes.grid(axis='x')
   axes.tick_params(axis='y', length=0)
   return figure
@@ -107,9 +108,12 @@ def _bar(axes, y, mean, low, high, marker, colour, width) -> None:
               ha='center', transform=axes.get_yaxis_transform())
 
 
-def _shorter(name: str, most: int = 22) -> str:
-  """A name as a figure has room for it."""
-  return name if len(name) <= most else f'{name[:most - 1]}…'
+def _labels(record: Record) -> dict[str, str]:
+  """The names of variants, sizes and measures as a figure has room for them."""
+  plan = record.plan
+  return {name: label for names in (
+      [plan.base, *plan.variants], plan.sizes, [m.name for m in plan.measures])
+          for name, label in labels.shortened(names).items()}
 
 
 def curves(record: Record):
@@ -156,12 +160,12 @@ def _curves(record: Record, size: str) -> dict[str, tuple]:
 
 
 def _losses(record: Record, lines, axes, size: str) -> None:
-  look = looks(record)
+  look, label = looks(record), _labels(record)
   for name, (tokens, mean, low, high) in lines.items():
     axes.fill_between(tokens, low, high, color=look[name]['color'], alpha=0.18,
                       linewidth=0)
-    axes.plot(tokens, mean, label=_shorter(name), **look[name])
-  axes.set(xlabel='training tokens', title=_shorter(size))
+    axes.plot(tokens, mean, label=label[name], **look[name])
+  axes.set(xlabel='training tokens', title=label[size])
   axes.xaxis.set_major_formatter(_engineering())
   axes.locator_params(axis='x', nbins=4)
   axes.grid(axis='y')
@@ -220,11 +224,12 @@ def noise(record: Record):
       f'difference: {told}.',
       lambda pyplot: _panels(
           record, names, pyplot,
-          lambda axes, name: _spread(plan, rows, axes, name),
+          lambda axes, name: _spread(record, rows, axes, name),
           'noise of a difference'))
 
 
-def _spread(plan: plans.Plan, rows, axes, name: str) -> None:
+def _spread(record: Record, rows, axes, name: str) -> None:
+  plan, label = record.plan, _labels(record)
   own = [row for row in rows if row['measure'] == name]
   for x, row in enumerate(own):
     if numbers.known(row['sd_low']) and numbers.known(row['sd_high']):
@@ -238,9 +243,9 @@ def _spread(plan: plans.Plan, rows, axes, name: str) -> None:
     axes.axhline(plan.effect, color=drawing.SOFT, linewidth=0.8,
                  linestyle=(0, (4, 3)))
   axes.set_xticks(range(len(own)), [
-      'all' if row['size'] == findings.ALL else _shorter(row['size'])
+      'all' if row['size'] == findings.ALL else label[row['size']]
       for row in own])
-  axes.set(title=_shorter(name), xlim=(-0.5, len(own) - 0.3))
+  axes.set(title=label[name], xlim=(-0.5, len(own) - 0.3))
   axes.set_ylim(bottom=0)
   axes.grid(axis='y')
 
@@ -273,7 +278,9 @@ def probes(record: Record):
 
 
 def _scores(record: Record, measure: plans.Measure, axes) -> None:
-  plan, look = record.plan, looks(record)
+  plan, look, label = record.plan, looks(record), _labels(record)
+  # Those of one size stand together, however many there are.
+  apart = min(0.06, 0.7 / len(record.variants))
   for i, variant in enumerate(record.variants):
     values = [values_of(record, 'confirm', variant, size, measure)
               for size in plan.sizes]
@@ -282,15 +289,15 @@ def _scores(record: Record, measure: plans.Measure, axes) -> None:
       continue
     spans = [statistics.interval(values[x]) for x in at]
     # A little apart, so that no interval hides another one.
-    x = np.array(at) + 0.06 * (i - len(record.variants) / 2)
+    x = np.array(at) + apart * (i - len(record.variants) / 2)
     for one, span in zip(x, spans):
       if span.bar:
         axes.plot([one, one], span.bar, linewidth=0.8,
                   color=look[variant]['color'])
     axes.plot(x, [span.mean for span in spans], marker='o', markersize=2.5,
-              label=_shorter(variant), **look[variant])
+              label=label[variant], **look[variant])
   axes.axhline(measure.chance, color=drawing.SOFT, linewidth=0.8,
                linestyle=(0, (4, 3)), zorder=0)
-  axes.set_xticks(range(len(plan.sizes)), map(_shorter, plan.sizes))
-  axes.set(title=_shorter(measure.name))
+  axes.set_xticks(range(len(plan.sizes)), [label[s] for s in plan.sizes])
+  axes.set(title=label[measure.name])
   axes.grid(axis='y')

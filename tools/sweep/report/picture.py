@@ -6,6 +6,7 @@ from typing import Any
 
 from configs.errors import RequestError
 from tools.report import colours
+from tools.report import labels
 from tools.sweep.report import tables
 from tools.sweep.report.curves import Sweep
 
@@ -34,6 +35,7 @@ def draw(sweep: Sweep, path: str | pathlib.Path) -> None:
   rows.sort(key=lambda row: row.difference.mean if row.difference else 0.0)
   others = [p.name for p in sweep.points if p is not sweep.base]
   looks = colours.looks(sweep.base.name, others)
+  label = labels.shortened([sweep.base.name, *others])
   figure, (left, right) = pyplot.subplots(
       1, 2, figsize=(10, 1.6 + 0.25 * max(len(rows), 8)), layout='constrained')
   figure.set_facecolor('white')
@@ -49,10 +51,12 @@ def draw(sweep: Sweep, path: str | pathlib.Path) -> None:
   for y, row in enumerate(rows):
     _row(right, y, row, row.point is sweep.base, looks[row.point.name])
   right.axvline(0, color='grey', linestyle='--', linewidth=1)
-  right.set(xlabel=f'held-out loss minus that of {sweep.base.name}, nats',
+  right.set(xlabel='held-out loss minus that of '
+            f'{label[sweep.base.name]}, nats',
             title='final difference with its 95 % interval',
             ylim=(len(rows) - 0.5, -0.5))
-  right.set_yticks(range(len(rows)), [row.point.name for row in rows])
+  right.set_yticks(range(len(rows)),
+                   [label[row.point.name] for row in rows])
   right.tick_params(axis='y', length=0, pad=36)
   right.grid(axis='x', alpha=0.3)
   with open(path, 'wb') as file:

@@ -11,6 +11,7 @@ import math
 
 import numpy as np
 
+from tools.report import labels
 from tools.sweep import statistics
 from tools.sweep.report import curves
 from tools.sweep.report import extras
@@ -21,6 +22,7 @@ from training.evals.by_position import loss_at
 MOST = 300  # points of a line; longer ones are thinned
 BINS = 40  # of the positions of a long text
 COLOURS, DASHES = 6, 4  # of report.css
+NAME = 40  # characters of a name beside a figure
 
 
 def looks(sweep: Sweep) -> dict[str, str]:
@@ -141,7 +143,8 @@ def forest(rows, look: dict[str, str], width: int = 900) -> str:
   low, high = min([0.0, *ends]), max([0.0, *ends])
   room = (high - low) * 0.05 or 0.01
   low, high = low - room, high + room
-  left = 60 + min(7 * max(len(r.point.name) for r in rows), width // 2)
+  shown = labels.shortened([r.point.name for r in rows], NAME)
+  left = 60 + min(8 * max(map(len, shown.values())), 2 * width // 3)
   height = 26 * len(rows) + 56
   at = lambda v: left + (v - low) / (high - low) * (width - left - 20)
   parts = [f'<svg class="forest" viewBox="0 0 {width} {height}" role="img" '
@@ -164,7 +167,8 @@ def forest(rows, look: dict[str, str], width: int = 900) -> str:
     parts.append(
         f'<g class="{row.verdict}"><title>{name}: {says}</title>{span}'
         f'<circle cx="{at(d.mean):.1f}" cy="{y}" r="4.5" fill="currentColor"/>'
-        f'<text x="{left - 48}" y="{y + 4}" text-anchor="end">{name}</text>'
+        f'<text x="{left - 48}" y="{y + 4}" text-anchor="end">'
+        f'{escape(shown[row.point.name])}</text>'
         f'<line class="line {look[row.point.name]}" x1="{left - 40}" '
         f'x2="{left - 12}" y1="{y}" y2="{y}"/>'
         '</g>')
