@@ -6,8 +6,10 @@ the same figures. This module imports lm_eval: only who uses it imports this.
 """
 
 from collections.abc import Sequence
+import functools
 from typing import Any
 
+from etils import epath
 import jax
 from lm_eval import utils
 from lm_eval.api import model as api
@@ -17,12 +19,14 @@ import numpy as np
 from configs.errors import require, short
 from training import generate, objectives, progress
 from training.chat import load as chat
+from training.data import chat_templates
 from training.evals import checkpoint, scoring
 from training.evals.scoring import Question
 from training.evals.task import Evaluation
 from training.hf import generation as hf_generation
 
 TOKENS = 2 ** 12  # of a batch of prompts
+END = '\ue012 '  # of a message that is gone on from; no text has its letter
 
 
 class Model(api.TemplateLM):
@@ -119,6 +123,37 @@ class Model(api.TemplateLM):
   @property
   def tokenizer_name(self) -> str:
     return self._tokens.fingerprint
+
+  @functools.cached_property
+  def _template(self) -> chat_templates.Template:
+    config = self.evaluation.run.config
+    make = objectives.of(config).chat_template
+    text = make and make(config, self._tokens)
+    text = text or chat_templates.in_folder(epath.Path(self._tokens.name))
+    require(bool(text), 'a chat template is asked for, and neither the run nor '
+            f'the folder of its tokenizer {self._tokens.name!r} has one')
+    return chat_templates.make('of the run', text, self._tokens)
+
+  def chat_template(self, chat_template: bool | str = False) -> str | None:
+    """Returns the template of the run, as lm_eval records it."""
+    require(not isinstance(chat_template, str), 'a chat template is asked for '
+            f'by the name {chat_template!r}: a run has one, without a name')
+    return self._template.text if chat_template else None
+
+  def apply_chat_template(self, chat_history: list[dict[str, str]],
+                          add_generation_prompt: bool = True) -> str:
+    """Returns the text of a conversation: with what begins an answer, or
+    without what ends the last message, which is then gone on from."""
+    if add_generation_prompt:
+      return chat_templates.unmarked(self._template.render(chat_history, True))
+    *before, last = chat_history
+    text = chat_templates.unmarked(self._template.render(
+        [*before, last | dict(content=last['content'] + END)]))
+    said, mark, after = text.rpartition(END[0])
+    require(bool(mark), 'the chat template leaves out the last message, which '
+            'is to be gone on from')
+    # A template that trims a message has trimmed the end of the mark.
+    return said if after.startswith(END[1:]) else said.rstrip()
 
   def tok_encode(self, string: str, add_special_tokens: bool | None = None,
                  **kwargs) -> list[int]:

@@ -167,13 +167,13 @@ def test_a_tokenizer_says_what_hugging_face_puts_before_a_text(tmp_path):
     assert loaded.encode('a').tolist() == [2]
 
 
-def _model(workdir):
+def _model(workdir, config=None):
   from training.evals import harness
   module, params = models.make('gpt', vocab_size=384)
   return harness.Model(types.SimpleNamespace(
       run=types.SimpleNamespace(
-          config=evaluations.config('gpt', 'causal'), module=module,
-          model=module.config, context=contextlib.nullcontext),
+          config=config or evaluations.config('gpt', 'causal'),
+          module=module, model=module.config, context=contextlib.nullcontext),
       tokenizer=tokenizers.load('bytes'), params=params, step=1,
       workdir=workdir))
 
@@ -252,6 +252,30 @@ def test_special_tokens_of_a_text_are_obeyed(tmp_path):
   assert asked.tok_encode('a[SEP]b') == [97, ids['sep'], 98]
   assert [row.tolist() for row in asked._encode(['[EOS]', 'a'])] == [
       [ids['eos']], [97]]
+
+
+@pytest.mark.skipif(not HERE, reason='lm_eval is not installed')
+def test_a_conversation_is_laid_out_by_the_runs_template(tmp_path):
+  file = tmp_path / 'chat.jinja'
+  file.write_text('{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}'
+                  '[EOS]{% endfor %}{% if add_generation_prompt %}<assistant>'
+                  '{% endif %}')
+  config = evaluations.config('gpt', 'chat')
+  config.data.chat_template = str(file)
+  asked = _model(tmp_path, config)
+  said = [dict(role='user', content='How [SEP]?')]
+  answer = [*said, dict(role='assistant', content='It is ')]
+  assert asked.chat_template(True) == file.read_text()
+  assert asked.apply_chat_template(said) == '<user>How [SEP]?[EOS]<assistant>'
+  assert asked.apply_chat_template(answer, add_generation_prompt=False) == (
+      '<user>How [SEP]?[EOS]<assistant>It is')
+  file.write_text(file.read_text().replace(' | trim', ''))
+  assert _model(tmp_path, config).apply_chat_template(answer, False).endswith(
+      '<assistant>It is ')
+  with pytest.raises(RequestError, match="by the name 'other': a run has one"):
+    asked.chat_template('other')
+  with pytest.raises(RequestError, match="its tokenizer 'bytes' has one"):
+    _model(tmp_path).apply_chat_template(said)
 
 
 def test_its_command_line_gets_what_it_does_not_say():
