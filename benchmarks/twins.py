@@ -103,7 +103,8 @@ def curve(rows: list[dict], row) -> dict:
   per_step = config.data.batch_size * sum(sides) * (
       flops.training_flops_per_token(
           totals.resolved(config), *sides,
-          unread=objectives.of(config).unread(config, sides[0])))
+          unread=objectives.of(config).unread(config, sides[0]),
+          freeze=config.optim.freeze))
   return dict(
       parameters=figures['parameters'], active=figures['active_parameters'],
       flops_per_step=per_step, steps=[r['step'] for r in evals],

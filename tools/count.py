@@ -5,7 +5,8 @@
 
 Printed are the parameters by part, all of them and those that are active for a
 token (with experts, the router and top_k experts); the FLOPs per token of
-training, prefill and decoding, with causal attention counted exactly; the bytes
+training, as a run counts them, of prefill and of decoding, with causal
+attention counted exactly; the bytes
 of the key-value cache for a token; with model.pattern, how many layers each
 kind has, what its fields are and what its cache takes; and the bytes of the
 optimiser and of a checkpoint. `--all` prints each size of each system beside
@@ -89,7 +90,10 @@ def _text(f: dict) -> str:
   lines.append(f'FLOPs per token at length {f["length"]:,}')
   for kind, value in f['flops_per_token'].items():
     if value is not None:
-      lines.append(f'  {kind:<26}{value:>20,.0f}')
+      sides = f['training_lengths'] if kind == 'training' else []
+      lines.append(f'  {kind:<26}{value:>20,.0f}' + (
+          ' ({:,} tokens of the source, {:,} of the target)'.format(*sides)
+          if len(sides) == 2 else ''))
   if f['kv_cache_bytes_per_token'] is not None:
     lines.append(f'{"KV-cache bytes per token":<28}'
                  f'{f["kv_cache_bytes_per_token"]:>20,}')

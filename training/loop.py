@@ -102,7 +102,7 @@ class _Loop:
                                0.0)
                  for n in (*self.ramp.sizes, rows)
                  for length, row in (*own.items(), (0, sides))}
-    self.meter = timing.Meter(self.tokens, self._flops(rows, sides), peak)
+    self.meter = timing.Meter(self.tokens, self.work[rows, 0][1], peak)
     self.held = timing.Deferred(self.meter.now)
     if devices.primary():
       print(program.describe(start, self.tokens, loaders[0], eval_data))
@@ -166,8 +166,9 @@ class _Loop:
     tokens."""
     unread = self.loaders[0].objective.unread(self.program.config, sides[0])
     return len(self.members) * rows * sum(sides) * (
-        flops.training_flops_per_token(self.program.model, *sides,
-                                       unread=unread))
+        flops.training_flops_per_token(
+            self.program.model, *sides, unread=unread,
+            freeze=self.program.config.optim.freeze))
 
   def _next(self, streams: Sequence[Iterator], n: int):
     """Returns the batch of the step after step n."""

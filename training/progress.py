@@ -244,7 +244,7 @@ def _text(step: int, total: int, figures: Mapping[str, Any]) -> str:
 
 def _short(x: float) -> str:
   for unit in ('', 'k', 'M'):
-    if x < 1000:
+    if x < 999.5:  # rounds to three digits
       return f'{x:.3g}{unit}'
     x /= 1000
   return f'{x:.3g}G'

@@ -105,6 +105,13 @@ def test_a_bar_on_a_terminal(monkeypatch):
   assert '\x1b[?25l' not in text  # a killed run could not show the cursor again
 
 
+@pytest.mark.parametrize('rate, text', [
+    (999.4, '999'), (999.7, '1k'), (999_700, '1M'), (12_345, '12.3k')])
+def test_a_rate_has_three_digits_and_no_exponent(rate, text):
+  assert f'  {text} tokens/s' in progress._text(
+      1, 2, dict(loss=1.0, tokens_per_second=rate))
+
+
 def test_a_missing_loss_is_shown_as_such():
   out = io.StringIO()
   progress.bar(10, stream=out).update(1, {'loss': float('nan')})

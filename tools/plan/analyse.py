@@ -182,7 +182,8 @@ def _performance(run, topology, name, total, found) -> dict:
 def model_flops(run: runs.Run, name: str) -> dict[str, float]:
   """Returns what the model needs for a step, of all devices: `weights`, which
   is 6 N_active T in training, N_active the weights that a token is multiplied
-  with, and `attention`, as the mask has it."""
+  with, less the gradients of what is frozen, and `attention`, as the mask has
+  it."""
   config, c = run.config, run.model
   sides = objectives.of(config).row_lengths(config)
   if name != 'train':
@@ -193,7 +194,7 @@ def model_flops(run: runs.Run, name: str) -> dict[str, float]:
   if name == 'train':
     unread = objectives.of(config).unread(config, sides[0])
     return {part: rows * n for part, n in flops.training_flops(
-        c, *sides, unread=unread).items()}
+        c, *sides, unread=unread, freeze=config.optim.freeze).items()}
   needed = {part: rows * n for part, n in
             flops.forward_flops(c, *sides).items()}
   # The head reads those that a token is drawn after.

@@ -45,7 +45,8 @@ def of(config) -> Cost:
   params, active = _parameters(model)
   return Cost(
       params, active, flops.training_flops_per_token(
-          model, *lengths, unread=objective.unread(config, lengths[0])),
+          model, *lengths, unread=objective.unread(config, lengths[0]),
+          freeze=config.optim.freeze),
       int(ramp.of(config).before(config.train.steps)) * sum(lengths),
       run_config.flatten_dict({'model': dataclasses.asdict(model)}))
 

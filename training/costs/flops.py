@@ -9,7 +9,8 @@ attention declares which share of its products the mask shows
 padding, idle expert slots or recomputation lowers utilisation (MFU, Chowdhery
 et al. 2022, appendix B; theirs counts all keys). A token counts with the
 experts that its router chooses, whether or not they have room. A backward pass
-costs twice the forward: the gradient of both factors.
+costs twice the forward, the gradient of both factors, less what is only there
+for parameters that are not trained.
 """
 
 import dataclasses
@@ -18,14 +19,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 
 import architectures
 from architectures.parts.config import Kinds, ModelConfig
 from architectures.parts.moe import routing
 from configs.errors import require
-from training import adapters
-from training.step import parameter_shapes
+from training.step import parameter_shapes, parameter_shares
 from training.costs import traced
+from training.optim import shares
 
 # Parts of a count: the products of which a mask hides a part, and the others.
 ATTENTION, WEIGHTS = 'attention', 'weights'
@@ -65,31 +67,32 @@ def forward_flops_per_token(model: ModelConfig, length: int,
 
 
 def training_flops(model: ModelConfig, length: int, decoder_length: int = 0,
-                   unread: int = 0) -> dict[str, float]:
+                   unread: int = 0, freeze: str = '') -> dict[str, float]:
   """Returns those of a sequence, forward and backward, by part: three times the
-  forward pass, less the gradients of the weights that low-rank adapters leave
-  frozen. Those that optim.freeze names count as if they were trained.
+  forward pass where all parameters are trained. Adapters and `freeze` take from
+  the backward pass what its program is then without. A stack of which some
+  layers are frozen counts as trained, as its program computes the gradient.
 
   Args:
     model, length, decoder_length: as of `forward_flops`.
     unread: the places that the head does not read (Objective.unread).
+    freeze: config.optim.freeze.
   """
   c = architectures.resolve(model)
-  found = {part: 3 * n for part, n in forward_flops(
-      c, length, decoder_length, True).items()}
-  if c.lora.rank:
-    found[WEIGHTS] -= forward_flops(adapters.plain(c), length, decoder_length,
-                                    True)[WEIGHTS]
-  passes = 2 if c.lora.rank else 3
-  found[WEIGHTS] -= passes * unread * 2 * c.d_model * c.vocab_size
-  return found
+  forward_flops(c, length, decoder_length, True)  # refuses what it refuses
+  c, back = _countable(c, max(length, decoder_length)), {}
+  if freeze or c.lora.rank:
+    back = dict(_backward(c, length, decoder_length, unread, freeze))
+  return {part: (1 + back.get(part, 2.0)) * n for part, n in _forward(
+      c, length, decoder_length, unread)}
 
 
 def training_flops_per_token(model: ModelConfig, length: int,
-                             decoder_length: int = 0, unread: int = 0) -> float:
+                             decoder_length: int = 0, unread: int = 0,
+                             freeze: str = '') -> float:
   """Returns the mean of `training_flops` over a sequence's tokens."""
-  return sum(training_flops(model, length, decoder_length, unread).values()) / (
-      length + decoder_length)
+  return sum(training_flops(model, length, decoder_length, unread,
+                            freeze).values()) / (length + decoder_length)
 
 
 def decode_flops(model: ModelConfig, keys: int, memory: int = 0
@@ -132,19 +135,51 @@ def _rows(c: ModelConfig) -> int:
   return c.moe.num_experts if c.has_experts else 1
 
 
-@functools.lru_cache(maxsize=4096)
-def _forward(c: ModelConfig, length: int, decoder_length: int) -> tuple:
-  rows = _rows(c)
+def _whole(length: int, decoder_length: int, rows: int) -> tuple:
+  """Returns what applies a module to whole sequences, and the tokens."""
   # With positions of their own, tokens may stand in any order: no block of
   # keys is skipped, and all of them are there to take a share of.
   place = lambda n: jnp.arange(n)[None]
   if decoder_length:
-    return _count(c, rows, lambda module, params, source, target: module.apply(
+    return (lambda module, params, source, target: module.apply(
         params, source, decoder_tokens_BL=target, positions_BM=place(length),
         decoder_positions_BL=place(decoder_length)),
-        _tokens(rows, length), _tokens(rows, decoder_length))
-  return _count(c, rows, lambda module, params, tokens: module.apply(
+            _tokens(rows, length), _tokens(rows, decoder_length))
+  return (lambda module, params, tokens: module.apply(
       params, tokens, positions_BL=place(length)), _tokens(rows, length))
+
+
+@functools.lru_cache(maxsize=4096)
+def _forward(c: ModelConfig, length: int, decoder_length: int,
+             unread: int = 0) -> tuple:
+  rows = _rows(c)
+  return _count(c, rows, *_whole(length, decoder_length, rows), unread=unread)
+
+
+@functools.lru_cache(maxsize=4096)
+def _backward(c: ModelConfig, length: int, decoder_length: int, unread: int,
+              freeze: str) -> tuple:
+  """Returns by part how many forward passes the backward pass costs: 2, and
+  less by what the program of the gradients of what is trained is without,
+  beside that of all gradients."""
+  rows, module = _rows(c), architectures.build(c)
+  some = parameter_shares(module, ml_collections.ConfigDict(
+      dict(freeze=freeze, layer_decay=1.0)))
+  program, *args = _whole(length, decoder_length, rows)
+  forward, most, least = (
+      _count(c, rows, program, *args, unread=unread, trained=trained)
+      for trained in (None, jax.tree.map(lambda _: 1.0, some), some))
+
+  def passes(n: float, whole: float, own: float) -> float:
+    if whole <= n:  # a part without products, or none that a trace shows
+      return 2.0
+    if whole <= 3 * n:
+      return 2 * (own - n) / (whole - n)
+    extra = whole - 3 * n  # which a recurrence makes again, in both or in one
+    return (own - n - (extra if own - n >= extra else 0.0)) / n
+
+  return tuple((part, passes(n, whole, own)) for (part, n), (_, whole), (_, own)
+               in zip(forward, most, least))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -179,18 +214,28 @@ def _with_length(slots: jax.ShapeDtypeStruct, length: int):
   return jax.ShapeDtypeStruct(shape, slots.dtype)
 
 
-def _count(c: ModelConfig, rows: int, program: Any, *args) -> tuple:
-  """Counts what a row's logits, and what else a model returns, are made of."""
+def _count(c: ModelConfig, rows: int, program: Any, *args, unread: int = 0,
+           trained: Any = None) -> tuple:
+  """Counts what a row's logits, and what else a model returns, are made of,
+  and the gradients of what `trained` has no 0 for, if it is there."""
   module = architectures.build(c)
 
   def outputs(params: Any, *args):
-    out = program(module, params, *args)
+    out = program(module, {'params': params}, *args)
     ahead = [out.head.logits(x) for x in out.extra.get('ahead', ())]
-    return out.head and out.logits, out.extra, ahead
+    return (out.head and out.head.logits(out.hidden[:, unread:]), out.extra,
+            ahead)
 
-  params = {'params': parameter_shapes(module)}
-  work = traced.count(jax.make_jaxpr(outputs)(params, *args),
-                      traced.Place('gpu', useful=True))
+  def gradients(params: Any, *args):
+    return jax.value_and_grad(lambda own: sum(
+        x.astype(jnp.float32).sum() for x in jax.tree.leaves(
+            outputs(shares.whole(trained, own, params), *args))
+        if jnp.issubdtype(x.dtype, jnp.floating)))(
+            shares.trained(trained, params))
+
+  work = traced.count(
+      jax.make_jaxpr(outputs if trained is None else gradients)(
+          parameter_shapes(module), *args), traced.Place('gpu', useful=True))
   if work.loops or work.kernels:
     raise ValueError(
         f'the FLOPs of model.arch {c.arch!r} cannot be counted: it has '

@@ -14,6 +14,7 @@ import architectures
 from architectures.parts import mixers
 from architectures.parts.config import ModelConfig
 from architectures.parts.moe import routing
+from configs.errors import require
 from training import objectives
 from training import paths
 from training.workdir import run_config
@@ -43,6 +44,7 @@ def count(config: ml_collections.ConfigDict, length: int = 0,
       config.optim, parameter_shares(module, config.optim), p), params)
   sizes, active = _sizes(module)
   length = length or config.data.length
+  sides = _row_lengths(config, model, length)
   both = architectures.stack(model) == 'encoder-decoder'
   other = length if both else 0
   nbytes = lambda tree: int(sum(
@@ -57,9 +59,9 @@ def count(config: ml_collections.ConfigDict, length: int = 0,
       'by_part': _by_part(sizes),
       'active_by_part': {k: round(v) for k, v in _by_part(active).items()},
       'length': length,
+      'training_lengths': sides,  # of an encoder-decoder, those of both sides
       'flops_per_token': {
-          'training': flops.training_flops_per_token(
-              model, length, other, _unread(config, length)),
+          'training': _training_flops(config, model, sides),
           'prefill': flops.forward_flops_per_token(model, length, other),
           'decode': sum(flops.decode_flops(model, length, other).values())
                     if decodes else None,
@@ -81,16 +83,31 @@ def count(config: ml_collections.ConfigDict, length: int = 0,
 def brief(config: ml_collections.ConfigDict) -> dict:
   """Returns those of the figures that are told of every size at once."""
   model, length = resolved(config), config.data.length
-  both = architectures.stack(model) == 'encoder-decoder'
   total, active = parameters(model)
   return {'rumoured': _rumoured(model), 'parameters': total,
           'active_parameters': active,
-          'training_flops_per_token': flops.training_flops_per_token(
-              model, length, length if both else 0, _unread(config, length))}
+          'training_flops_per_token': _training_flops(
+              config, model, _row_lengths(config, model, length))}
 
 
-def _unread(config: ml_collections.ConfigDict, length: int) -> int:
-  return objectives.of(config).unread(config, length)
+def _row_lengths(config: ml_collections.ConfigDict, model: ModelConfig,
+                 length: int) -> list[int]:
+  """Returns the tokens of a row that a run trains on, whose data.length is
+  `length`."""
+  config = config.copy_and_resolve_references()
+  config.data.length = length
+  sides = [*objectives.of(config).row_lengths(config)]
+  both = architectures.stack(model) == 'encoder-decoder'
+  require(len(sides) == 1 + both, f'objective is {config.objective!r}, which '
+          f'does not train model.arch {model.arch!r}: choose one that does')
+  return sides
+
+
+def _training_flops(config: ml_collections.ConfigDict, model: ModelConfig,
+                    sides: list[int]) -> float:
+  return flops.training_flops_per_token(
+      model, *sides, unread=objectives.of(config).unread(config, sides[0]),
+      freeze=config.optim.freeze)
 
 
 def _rumoured(model: ModelConfig) -> bool:

@@ -3,7 +3,7 @@
 import importlib
 import json
 
-from configs import bert, gpt, mixtral
+from configs import bert, gpt, mixtral, t5
 import pytest
 
 from tests.helpers import flops_formulas as formulas
@@ -80,6 +80,36 @@ def test_the_experts_at_work_for_a_token(fields, active):
   assert experts == 2 * 8 * active * one
   assert sum(flops.forward_flops(model, 8).values()) == pytest.approx(
       sum(formulas.forward_flops(model, 8).values()))
+
+
+def test_training_of_an_encoder_decoder_is_that_of_its_rows():
+  """A row of 64 tokens is a source of 58 and a target of 14 where 15 % of them
+  are cut out in spans of 3, and an end each (Raffel et al. 2020)."""
+  config = t5.get_config('tiny')
+  figures = totals.count(config, 64)
+  assert figures['training_lengths'] == [58, 14]
+  forward = formulas.forward_flops(totals.resolved(config), 58, 14)
+  assert figures['flops_per_token']['training'] == pytest.approx(
+      3 * sum(forward.values()) / (58 + 14))
+  assert totals.brief(config)['training_flops_per_token'] == (
+      totals.count(config)['flops_per_token']['training'])
+  config.objective = 'causal'
+  with pytest.raises(ValueError, match='does not train model.arch'):
+    totals.count(config)
+
+
+def test_what_is_frozen_has_no_gradient_of_its_weights():
+  """12 D^2 weights a layer, two FLOPs each a token; the head is tied to the
+  embedding, from which the gradient goes through all layers."""
+  config = gpt.get_config('tiny')
+  whole = totals.count(config)['flops_per_token']['training']
+  config.optim.freeze = 'decoder/.*'
+  c = totals.resolved(config)
+  assert totals.count(config)['flops_per_token']['training'] == pytest.approx(
+      whole - 2 * c.num_layers * 12 * c.d_model ** 2)
+  config.optim.freeze = 'embed/.*'
+  assert totals.count(config)['flops_per_token']['training'] == pytest.approx(
+      whole - 2 * c.d_model * c.vocab_size)
 
 
 def test_parts_add_up_and_costs_are_gpt2s():

@@ -13,9 +13,9 @@ import architectures
 from architectures.parts import ffn, linear, mixers
 from architectures.parts.attention import multi_head, visibility
 from architectures.parts.config import LayerKind
-from configs import base, bert, t5
+from configs import base, bert, gpt, mamba2, t5
 from tests.helpers import flops_formulas as formulas
-from training import objectives, step
+from training import adapters, objectives, paths, step
 from training.costs import flops, peaks, totals, traced
 
 LENGTH = 24
@@ -227,6 +227,40 @@ def test_a_step_of_masked_words_is_what_its_program_multiplies(whole_words):
   assert said * L * config.data.batch_size == pytest.approx(multiplied,
                                                             rel=0.02)
   assert said == totals.count(config)['flops_per_token']['training']
+
+
+def test_below_what_is_trained_there_is_no_backward_pass():
+  """The head alone: the gradient of its weights, at the places it reads."""
+  config = model(tie_embeddings=False)
+  forward = flops.forward_flops(config, LENGTH)
+  trained = flops.training_flops(config, LENGTH, unread=5,
+                                 freeze='embed/.*,decoder/.*')
+  head = 2 * 32 * 96
+  assert trained['attention'] == pytest.approx(forward['attention'])
+  assert trained['weights'] == pytest.approx(
+      forward['weights'] - 5 * head + (LENGTH - 5) * head)
+
+
+@pytest.mark.parametrize('system', [gpt, mamba2])
+def test_adapters_leave_out_the_gradients_of_weights_alone(system):
+  """Of the products of a recurrence, which have no weights, there are all."""
+  config = system.get_config('tiny')
+  config.model.lora.update(rank=4)
+  c = totals.resolved(config)
+  module = architectures.build(c)
+  roles = paths.flatten(step.parameter_roles(module))
+  adapted, frozen = 0, 0
+  for path, x in paths.flatten(step.parameter_shapes(module)).items():
+    if adapters.is_adapter(path):
+      adapted += 2 * LENGTH * x.size
+    elif roles[path].matrix and path != 'embed/positions':  # a tied head too
+      frozen += 2 * LENGTH * x.size
+  forward = flops.forward_flops(c, LENGTH)
+  others = forward['weights'] - adapted - frozen
+  assert others == pytest.approx(0) if system is gpt else others > 0
+  assert flops.training_flops(c, LENGTH) == {
+      'attention': pytest.approx(3 * forward['attention']),
+      'weights': pytest.approx(3 * (adapted + others) + 2 * frozen)}
 
 
 def test_gpt3_as_published():
