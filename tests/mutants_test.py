@@ -109,3 +109,12 @@ def test_a_run_tells_a_mutant_from_the_source():
   assert said.returncode == 0, said.stdout + said.stderr
   kinds = re.findall(r' of 2 +(\w+)', said.stdout)
   assert sorted(kinds) == ['killed', 'survived']
+
+
+def test_each_row_of_the_page_counts_every_mutant_once():
+  cells = [[cell.strip() for cell in line.strip('|').split('|')] for line in
+           re.findall(r'^\| `[\w/]+\.py` \|.*$', runner.PAGE.read_text(), re.M)]
+  assert len(cells) == len({m.file for m in TABLE})
+  for file, count, equal, _, killed in cells:
+    by = sum(int(n) for n in re.findall(r'\w+ (\d+)', killed))
+    assert by + int(equal or 0) == int(count), file

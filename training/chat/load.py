@@ -19,8 +19,9 @@ from training.objectives.record import Prompts, Talk, padded
 
 # What to do instead, where a model cannot be talked with.
 INSTEAD = {
-    'encoder': 'an encoder writes no text: eval.py has --tasks=fill_mask and '
-               '--tasks=embed for it',
+    'encoder': 'an encoder has no conversation: eval.py has --tasks=fill_mask '
+               'for one that learned mlm or mlm_nsp, --tasks=unmask for one '
+               'that learned masked_diffusion, and --tasks=embed for each',
     'encoder-decoder': 'an encoder-decoder reads a source and writes its '
                        'target, without a conversation: pass the source to '
                        'eval.py as --prompt',
@@ -80,8 +81,8 @@ def of_folder(folder: epath.Path, template: str = '') -> Speaker:
   require(model.head == 'lm', f'{folder} holds a model with the head '
           f'{model.head!r}, which writes no text')
   require(bool(tokenizers.found_in(folder)),
-          f'{folder} has no tokenizer that is read here: it needs a '
-          'tokenizer.json, or another of the files that README lists')
+          f'{folder} has no tokenizer that is read here: it needs '
+          + ', or '.join(' + '.join(names) for names in tokenizers.FOLDERS))
   tokenizer = tokenizers.load(str(folder))
   said = hf_generation.of_folder(folder)
   talk = _talk(tokenizer, said, template, causal.goes_on(tokenizer))

@@ -70,7 +70,7 @@ def test_a_folder_without_one_goes_on_from_the_text(tmp_path):
 
 
 @pytest.mark.parametrize('system, words', [
-    ('bert', 'an encoder writes no text.*fill_mask'),
+    ('bert', 'an encoder has no conversation.*fill_mask'),
     ('t5', 'encoder-decoder.*--prompt')])
 def test_folders_that_do_not_converse_are_refused(system, words, tmp_path):
   _describe(tmp_path, system)
@@ -85,12 +85,15 @@ def _describe(folder, system):
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
   _describe(tmp_path, 'llama')
-  with pytest.raises(RequestError, match='no tokenizer that is read here'):
+  with pytest.raises(RequestError, match=(
+      r'no tokenizer that is read here: it needs tokenizer\.json, or ')):
     load.of_folder(tmp_path)
 
 
 @pytest.mark.parametrize('system, objective, words', [
-    ('bert', 'mlm', 'encoder'), ('t5', 'seq2seq', 'encoder-decoder'),
+    ('bert', 'mlm', '--tasks=fill_mask for one that learned mlm '),
+    ('bert', 'masked_diffusion', '--tasks=unmask for one that learned mask'),
+    ('t5', 'seq2seq', 'encoder-decoder'),
     ('gpt', 'prefix', 'left to right')])
 def test_runs_that_do_not_converse_are_refused(system, objective, words,
                                                tmp_path):
