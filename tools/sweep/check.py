@@ -1,6 +1,7 @@
 """check: every point validated and counted before anything runs."""
 
 import argparse
+from collections.abc import Collection
 import json
 import pathlib
 import subprocess
@@ -87,10 +88,12 @@ def describe(args) -> dict:
 
 
 def _row(sweep, point, base: cost.Cost, devices: int) -> dict:
+  from architectures.parts import unread
   from training import limits, runs
   config = sweep.config(point)
   try:
-    limits.refuse_unread_of(point.changes, config, runs.resolve_alone(config))
+    model = runs.resolve_alone(config)
+    limits.refuse_unread_of(point.changes, config, model)
     figures = cost.of(config)
     nbytes = cost.bytes_per_device(config, devices)
   except RequestError as error:
@@ -98,22 +101,23 @@ def _row(sweep, point, base: cost.Cost, devices: int) -> dict:
   return {
       'name': point.name, 'changes': dict(point.changes),
       'matched': list(point.matched),
-      'follows': _follows(point, figures, base),
+      'follows': _follows(point, figures, base, unread.unread(model)),
       'params': figures.params, 'active_params': figures.active_params,
       'flops_per_token': figures.flops_per_token, 'tokens': figures.tokens,
       'bytes_per_device': nbytes['peak'], 'bytes_by_part': nbytes,
       'seeds': list(sweep.seeds), 'tasks': list(sweep.owed(point))}
 
 
-def _follows(point, figures: cost.Cost, base: cost.Cost) -> dict:
-  """Model fields that were left open and that a change resolves otherwise:
+def _follows(point, figures: cost.Cost, base: cost.Cost,
+             unread: Collection[str]) -> dict:
+  """Model fields that were left open and that a change resolves otherwise,
+  without those that the point's model does not read (`unread`):
   {key: [of the base, of the point]}."""
   return {key: [base.model.get(key, ''), value]
           for key, value in figures.model.items()
           if value != base.model.get(key, '')
           and not spec.sets(point.changes, key)
-          and (not key.startswith('model.moe.')
-               or figures.model['model.ffn'] == 'moe')}
+          and key.removeprefix('model.') not in unread}
 
 
 def _check_differences(sweep, description: dict) -> None:

@@ -232,6 +232,9 @@ def test_derived_fields_are_told(tmp_path):
   description = described(file)
   assert points(description)['wide']['follows']['model.d_ff'] == [128, 256]
   assert 'so model.d_ff 128 -> 256' in check.table(description)
+  # And none of a mixer that the model has not, though they are derived as well.
+  assert {key.split('.')[1] for key in points(description)['wide']['follows']
+          } <= {'d_ff', 'head_dim', 'attention_scale'}
 
 
 def test_a_kind_of_layer_that_the_base_has_not_is_told(tmp_path):
