@@ -16,6 +16,7 @@ from tests.helpers import models
 from tools import convert
 from training import weights
 from training.evals import checkpoint
+from training.evals.tasks import embed
 from training.hf import generation as hf_generation
 
 WITH_RUNS = ['gpt', 'bert', 't5', 'mixtral']
@@ -185,7 +186,9 @@ def test_a_folder_begins_and_ends_a_text_as_it_says(tmp_path):
   assert written['text'] == ends.generate('Peace', **options)
   looked = evaluations.run('inspect', evaluation)
   assert looked['tokens']['decoder'][0] == '\\x07'
+  assert embed.laid_out([('', 'a')], evaluation)[0].tolist() == [7, 97]
   trained = dataclasses.replace(evaluation, step=1)
+  assert embed.laid_out([('', 'a')], trained)[0].tolist() == [258, 97]
   looked = evaluations.run('inspect', trained)
   assert looked['tokens']['decoder'][0] == '[EOS]'
 

@@ -1,11 +1,12 @@
 """Vectors of texts, one for each, written to a file.
 
 A text is shown to the model as texts are in training: BERT reads it between
-[CLS] and [SEP], a decoder reads it after the separator, and the encoder of an
-encoder-decoder, which runs alone, before the separator. What is pooled are the
-outputs of the last layer, after the final norm, where there is one. [CLS] and
-[SEP] count, as in sentence-transformers; the separator that a decoder begins
-with does not, because it sees nothing of the text.
+[CLS] and [SEP], a decoder reads it after the separator (one that was imported
+and not trained since, after the bos of its folder, if that names one), and the
+encoder of an encoder-decoder, which runs alone, before the separator. What is
+pooled are the outputs of the last layer, after the final norm, where there is
+one. [CLS] and [SEP] count, as in sentence-transformers; the token that a
+decoder begins with does not, because it sees nothing of the text.
 """
 
 from collections.abc import Callable, Iterator, Sequence
