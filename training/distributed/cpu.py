@@ -23,7 +23,7 @@ _SETTINGS = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1), (_ARENA_MAX, 1),
              (_TOP_PAD, 64 << 20))
 
 
-# For each device. With one, eval.py hung in 9 of 13 trials on 8 devices beside
+# For each device. With one, eval.py hung in 10 of 16 trials on 8 devices beside
 # other programs on 2 cores.
 _THREADS = 4
 

@@ -74,7 +74,10 @@ def write(file: epath.Path, text: str) -> None:
       file.write_text(text)
       return
     partial = _partial(file)
-    partial.write_text(text)
+    with partial.open('w') as stream:
+      stream.write(text)
+      stream.flush()
+      os.fsync(stream.fileno())  # or a crash may leave it empty
     partial.replace(file)
 
 

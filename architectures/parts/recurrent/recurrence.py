@@ -51,7 +51,7 @@ LEAST_PLACES = 16  # of one at most, where keys are small
 # copy of its keys for each time that it is halved.
 AT_ONCE = 256
 # So few numbers, the decays of all pieces, meet at once: on CPU the loop over
-# groups takes a tenth of KDA's time, and a third of GLA's.
+# groups takes up to a fifth of KDA's time, and nearly half of GLA's.
 WHOLE = 1 << 20
 
 
