@@ -42,7 +42,7 @@ test-long: $(VENV)/.test
 
 # What compiles for TPUs and GPUs that are not there; some 6 minutes of one core.
 plan-test: $(VENV)/.plan
-	$(run) -m pytest $(TEST_FLAGS) -m plan
+	$(run) -m pytest $(TEST_FLAGS) -m plan $(PLAN_FLAGS)
 
 # Runs and sweeps on a real SLURM, whose daemons it starts on this machine. It
 # wants root, and Debian's slurm-wlm and munge; some 8 minutes, mostly waiting.

@@ -75,6 +75,7 @@ def test_rows_that_the_mesh_does_not_divide_are_left_to_xla():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_dense_weights_of_a_mixture_lie_over_fsdp_and_expert():
   """They are gathered over one axis, then the other: there are as many gathers
   and scatters as both axes have steps, and none of experts' weights over

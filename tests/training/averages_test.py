@@ -14,6 +14,7 @@ texts = group.texts
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_all_figures_are_those_of_the_run_alone(texts, tmp_path):
   """Also where it goes on, and of eval.py's task."""
   configs = [

@@ -171,7 +171,8 @@ def grouped_case(counts, rows=64):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('even', [8, 64])
+@pytest.mark.parametrize('even', [
+    8, pytest.param(64, marks=pytest.mark.long)])
 def test_grouped_product_equals_a_loop_over_experts(even, monkeypatch):
   """Gates, and hidden units that are made again in parts, included."""
   monkeypatch.setattr(grouped, '_parts', lambda D, F: 2)

@@ -250,6 +250,8 @@ def test_a_plan_that_was_written_over_is_refused(frozen, tmp_path):
     frozen_lib.load(tmp_path)
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_a_weak_study_goes_on_for_once_told_and_says_so(frozen, tmp_path):
   weak = _with(frozen, effect=1e-5)
   with pytest.raises(phases.TooWeak):

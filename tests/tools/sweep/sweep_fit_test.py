@@ -28,7 +28,8 @@ def ladder(law, noise=0.0, seed=0, sizes=4, lengths=4):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('law', [CHINCHILLA, STEEP])
+@pytest.mark.parametrize('law', [
+    CHINCHILLA, pytest.param(STEEP, marks=pytest.mark.long)])
 def test_constants_are_found(law):
   got = scaling.fit(*ladder(law))
   for name in scaling.CONSTANTS:
@@ -36,6 +37,7 @@ def test_constants_are_found(law):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_noise_moves_constants_little_and_an_outlier_not_at_all():
   params, tokens, losses = ladder(CHINCHILLA, noise=5e-4)
   losses[5] *= 1.3  # a run that went wrong: Huber's loss does not follow it

@@ -92,6 +92,7 @@ def test_a_sweep_counts_the_tokens():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_runs_grow_together_and_go_on_in_the_middle(texts, tmp_path):
   configs = [grown(texts, seed=seed, checkpoint__every_steps=3)
              for seed in (0, 1)]

@@ -55,9 +55,9 @@ def _answers(evaluation, questions):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('system, objective', [
-    ('gpt', 'causal'), ('llama', 'prefix'),
-    *(pytest.param(system, 'causal', marks=pytest.mark.long)
-      for system in ('llama', 'bloom')),
+    ('gpt', 'causal'),
+    *(pytest.param(*case, marks=pytest.mark.long) for case in (
+        ('llama', 'prefix'), ('llama', 'causal'), ('bloom', 'causal'))),
     ('mixtral', 'causal')])
 def test_each_answer_is_that_of_its_text_alone(system, objective):
   """Of a prefix LM the tokens that are known see each other; of experts with a

@@ -80,6 +80,7 @@ def adapted(imported, workdir):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_merged_it_is_a_model_like_any_other(imported, tmp_path):
   """By `merge`, by `export`, and where a run without adapters starts from it:
   the same logits to the rounding of float32."""

@@ -120,7 +120,8 @@ def test_words_make_a_mixture_in_every_other_layer():
 
 @pytest.mark.slow
 @pytest.mark.parametrize('lora', [
-    {}, dict(rank=2, alpha=4.0, targets='all-linear')])
+    {}, pytest.param(dict(rank=2, alpha=4.0, targets='all-linear'),
+                     marks=pytest.mark.long)])
 def test_a_run_that_derived_its_vocabulary_is_upcycled(lora, tmp_path):
   """With adapters, from the sums of them and the weights."""
   config = base.base()

@@ -204,7 +204,7 @@ def test_experts_that_drop_tokens_are_not_exported_as_if_they_did_not(system,
   hf_config.write(read(eval_capacity_factor=most))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_export_drops_the_tokens_that_the_run_drops(tmp_path):
   """A router that sends most tokens to one expert, evaluated as the run does,
   and as what it was exported to does."""
@@ -270,7 +270,7 @@ class _Counted(hf_files.Files):
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_host_memory_of_an_import_is_a_shard_and_of_an_export_a_tensor(
     tmp_path, monkeypatch):
   """Layers times experts in one parameter, over eight devices whose memory is
