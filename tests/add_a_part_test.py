@@ -194,12 +194,12 @@ BALANCE_LOSSES['variance'] = Balance(
 )
 
 
-# What goes through more of the house is done for one part; for the others it
-# is `long`.
-some = pytest.mark.parametrize('part', [
-    pytest.param(part, id=part.name, marks=[pytest.mark.long] * (
-        part.name != 'reglu2')) for part in PARTS],
-    indirect=True, scope='module')
+def only(*names):
+  """Runs a test of more of the house for these; others are `long`."""
+  return pytest.mark.parametrize('part', [
+      pytest.param(part, id=part.name, marks=[pytest.mark.long] * (
+          part.name not in names)) for part in PARTS],
+      indirect=True, scope='module')
 
 
 @pytest.fixture(params=PARTS, ids=lambda part: part.name, scope='module')
@@ -246,6 +246,7 @@ def test_it_is_counted(part):
 
 
 @pytest.mark.slow
+@only('reglu2', 'variance', 'chunked', 'kerple')
 def test_laws(part):
   """Causality, scan = loop, decode = forward; and causality by gradient."""
   module = architectures.build(models.config(
@@ -263,7 +264,7 @@ def test_laws(part):
 
 
 @pytest.mark.slow
-@some
+@only('reglu2')
 def test_a_step_on_eight_devices_is_the_step_on_one(part):
   c = config(part)
   mesh = dict(data=2, expert=2, tensor=2) if 'moe' in part.changes else (
@@ -285,7 +286,7 @@ def test_its_memory_is_planned_without_a_compiler(part):
 
 
 @pytest.mark.slow
-@some
+@only('reglu2')
 def test_a_sweep_gives_it_the_flops_of_the_base(part, tmp_path):
   fields = run_config.flatten_dict({'model': dict(part.changes)})
   fields |= {f'model.{part.field}': part.name}

@@ -90,6 +90,7 @@ def test_it_is_causal_and_the_scan_is_the_loop(made):
   models.close(logits, models.logits(loop, params, tokens_BL))
 
 
+@pytest.mark.long
 def test_a_step_on_eight_devices_is_the_step_on_one():
   c = step_test.config(mesh__data=2, mesh__fsdp=2, mesh__tensor=2)
   c.model = models.config('stablelm')

@@ -161,6 +161,7 @@ def test_a_signal_saves_and_exits_cleanly(kind, straight, texts, tmp_path):
   assert state(tmp_path / 'run') == state(straight)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_run_that_nobody_reads_any_more_is_saved(straight, texts, tmp_path):
   """As where `| tee` was killed."""
@@ -285,6 +286,7 @@ def test_a_wrong_eval_is_one_sentence(straight, flags, parts):
     assert part in result.stderr, result.stderr
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_signal_ends_an_evaluation_too(texts, tmp_path):
   (tmp_path / 'long.txt').write_text(TEXT * 2000)  # minutes of evaluation

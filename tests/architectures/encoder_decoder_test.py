@@ -82,6 +82,7 @@ def test_laws_of_a_system(system):
                  for m in (module, other)], rtol=3e-5)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize('system', (
     'transformer', pytest.param('switch', marks=pytest.mark.long)))

@@ -45,7 +45,8 @@ def on_mesh(sizes, module, params, fn, *rows):
 @pytest.mark.slow
 @pytest.mark.parametrize('sizes, remat, steps', [
     (dict(fsdp=8), 'full', 2),
-    (dict(data=2, fsdp=2, context=2), 'none', 1),
+    pytest.param(dict(data=2, fsdp=2, context=2), 'none', 1,
+                 marks=pytest.mark.long),
     pytest.param(dict(data=2, fsdp=4), 'dots', 1, marks=pytest.mark.long)])
 def test_equals_one_device_and_scatters_each_gradient(sizes, remat, steps):
   module, params = models.make('llama', num_kv_heads=2, remat=remat,

@@ -89,6 +89,7 @@ def test_a_new_adapter_changes_nothing_and_is_drawn_as_by_its_authors():
       models.logits(plain, adapters.without(params), models.tokens()))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_text_is_written_by_the_adapted_model():
   """With a cache, whose layers stand one by one, as without."""

@@ -75,7 +75,10 @@ def _parameters(system):
             path: x.shape for path, x in shapes.items()}
 
 
-@pytest.mark.parametrize('system', models.PUBLISHED)
+@pytest.mark.parametrize('system', [
+    pytest.param(system, marks=[pytest.mark.long] * (
+        system in ('switch', 'gshard', 'transformer')))
+    for system in models.PUBLISHED])
 def test_names_are_of_parameters_and_axes_of_the_legend(system):
   record = architectures.hugging_face(config(system).arch)
   rows, used = set(), set()

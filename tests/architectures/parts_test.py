@@ -329,6 +329,7 @@ MOE = dict(num_experts=4, d_ff=8, dispatch='einsum',
            z_loss_weight=0.1)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_losses_and_health_stand_in_the_order_of_layers():
   """A period of two kinds of layer with experts in both: the first layers of

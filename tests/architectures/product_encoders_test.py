@@ -90,6 +90,7 @@ def test_laws_of_positions_and_attentions(check, parts):
   check(parts)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_laws_of_an_encoder_whose_experts_choose():
   check_encoder(dict(position='learned', block='post_norm', norm='layernorm',

@@ -53,8 +53,9 @@ def test_dynamic_grows_theta_with_the_length(length):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('rope', [LONGROPE, DYNAMIC],
-                         ids=lambda rope: rope['scaling'])
+@pytest.mark.parametrize('rope', [
+    DYNAMIC, pytest.param(LONGROPE, marks=pytest.mark.long)],
+    ids=lambda rope: rope['scaling'])
 def test_the_laws_hold_and_the_room_of_a_row_decides(rope):
   """Scan = loop, cached = whole, in rows longer than the original length. A
   prompt in a cache that has room for them turns as they do, and in one that

@@ -322,6 +322,7 @@ def test_what_streams_cost(kind):
   assert inputs[0] == slots * inputs[1]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize('kind', [
     pytest.param(kind, marks=[pytest.mark.long] * (kind != 'mhc'))

@@ -127,11 +127,11 @@ def test_what_is_listed_changes_nothing(system, changes):
     pytest.param(('rope.mscale', 'rope.mscale_all_dim'), 'llama',
                  dict(rope=dict(scaling='yarn', factor=2.0)),
                  marks=pytest.mark.long),
-    (('attention_gate', *(name for name in OTHER
-                          if name.startswith('latent.'))), 'llama',
-     dict(mixer='latent')),
-    (tuple(name for name in OTHER if name.startswith('deltanet.')), 'llama',
-     dict(mixer='deltanet')),
+    pytest.param(('attention_gate', *(name for name in OTHER
+                                      if name.startswith('latent.'))), 'llama',
+                 dict(mixer='latent'), marks=pytest.mark.long),
+    pytest.param(tuple(name for name in OTHER if name.startswith('deltanet.')),
+                 'llama', dict(mixer='deltanet'), marks=pytest.mark.long),
     pytest.param(tuple(name for name in OTHER if name.startswith('mamba2.')),
                  'llama', dict(mixer='mamba2', mamba2=dict(groups=2)),
                  marks=pytest.mark.long),

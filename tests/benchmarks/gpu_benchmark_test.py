@@ -335,6 +335,7 @@ def toy(tmp_path, *flags):
   return json.loads((tmp_path / 'a.json').read_text())
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_toy_steps_run_on_a_cpu(tmp_path):
   found = toy(tmp_path, '--sections=gpt2')

@@ -129,7 +129,7 @@ def system_of(name) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize('system', [
     pytest.param(system, marks=[pytest.mark.long] * (
-        system in ('gpt4', 'gshard', 'switch')))
+        system in ('gpt4', 'gshard', 'switch', 't5', 'gpt')))
     for system in sorted({system_of(n) for n, *_ in rows()})])
 def test_rows_of_a_system(system):
   for name, titles, cells in rows():

@@ -175,6 +175,7 @@ def test_a_suite_is_trained_once(file, tmp_path, capsys):
   assert '4 of 4 runs are complete' in capsys.readouterr().out
 
 
+@pytest.mark.long
 @pytest.mark.slow  # it compiles a group of runs, twice
 @pytest.mark.parametrize('lrs', ['(1e-2, 1e30)', pytest.param(
     '(1e30,)', marks=pytest.mark.long)])

@@ -209,6 +209,7 @@ def test_past_the_learned_positions_is_refused(prompts):
     greedy((architectures.build(models.config(max_len=8)), None), prompts)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_experts_serve_a_row_whatever_its_neighbours():
   """GShard with the capacity of its evaluation, all tokens after the same two

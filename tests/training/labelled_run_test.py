@@ -85,6 +85,7 @@ def _same(ours, theirs, rtol):
           for workdir in (ours, theirs)], rtol=rtol, atol=rtol)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_seeds_of_one_program_equal_the_runs_alone(alone, tmp_path):
   """Whose batches have lengths of their own where they train alone."""
@@ -98,6 +99,7 @@ def test_seeds_of_one_program_equal_the_runs_alone(alone, tmp_path):
     assert ours == theirs and ours['data.labels'] == ['with', 'without']
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_it_goes_on_bit_for_bit(folder, tmp_path):
   first, whole = (config(folder, model__dropout=0.1, train__steps=steps,

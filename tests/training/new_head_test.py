@@ -75,7 +75,8 @@ BERT = {'transform', 'transform_bias', 'transform_norm/scale',
         'transform_norm/bias', 'nsp', 'nsp_bias', 'head/bias'}
 
 
-@pytest.mark.parametrize('write', [_folder, _workdir])
+@pytest.mark.parametrize('write', [
+    _folder, pytest.param(_workdir, marks=pytest.mark.long)])
 def test_bert_starts_from_a_language_model(tmp_path, capsys, write):
   theirs = write(tmp_path, 'bert')
   params = _start(tmp_path, 'bert')
@@ -84,7 +85,8 @@ def test_bert_starts_from_a_language_model(tmp_path, capsys, write):
   assert 0 < np.asarray(params['task']['kernel']).std() < 0.05  # as it is born
 
 
-@pytest.mark.parametrize('write', [_folder, _workdir])
+@pytest.mark.parametrize('write', [
+    pytest.param(_folder, marks=pytest.mark.long), _workdir])
 def test_a_decoder_starts_from_one_whose_head_is_its_own(tmp_path, capsys,
                                                           write):
   theirs = write(tmp_path, 'llama')

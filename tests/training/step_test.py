@@ -134,7 +134,8 @@ def uneven(objective):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('objective', ['chat', 'mlm_nsp'])
+@pytest.mark.parametrize('objective', [
+    'mlm_nsp', pytest.param('chat', marks=pytest.mark.long)])
 def test_a_micro_batch_counts_by_what_it_holds(objective):
   """Targets, rows and tokens are spread unevenly over the micro-batches, and
   figures and parameters are those of the whole batch all the same."""

@@ -186,6 +186,7 @@ def test_a_part_of_the_group_goes_on_with_its_own_fields(trained, tmp_path):
     assert_same(copy, single)
 
 
+@pytest.mark.long
 def test_paired_runs_see_one_stream(texts, tmp_path):
   """And with a seed in common, which is no input then, dropout is the same."""
   configs = [config(texts, model__dropout=0.1, optim__lr=lr)

@@ -78,6 +78,7 @@ def test_equals_one_device_at_8_times_the_length(name):
   models.close(want, compiled(*args), rtol=5e-5)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize('system', [
     't5', pytest.param('bert', marks=pytest.mark.long)])

@@ -124,6 +124,7 @@ def test_the_cache_holds_shared_keys_once():
   assert counts[0] - counts[1] == 2 * 2 * 32 * 2 * 8  # layers, matrices
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize('block', [
     'pre_norm', *(pytest.param(block, marks=pytest.mark.long)

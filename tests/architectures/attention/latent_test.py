@@ -180,6 +180,7 @@ def test_documents_and_causality():
                                 np.tril(np.ones((8, 8), bool)))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize('preset', [
     'fsdp_tp', pytest.param('cp_fsdp_tp', marks=pytest.mark.long)])

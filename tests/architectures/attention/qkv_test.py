@@ -65,6 +65,7 @@ def test_the_output_of_attention_may_have_no_bias_of_its_own():
   assert not [name for name in plain if name.endswith('bias')]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_norm_over_heads_on_several_devices_is_that_on_one():
   """Its mean is of heads that lie on two devices."""

@@ -110,6 +110,7 @@ def test_values_that_cannot_be_mixed_are_refused(fields, words):
     architectures.resolve(models.config('gpt', **fields))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_other_ways_to_compute_it_are_the_same():
   """Unrolled, and computed again in the backward pass, with gradients."""

@@ -57,6 +57,7 @@ def test_the_bias_moves_against_the_load_and_evens_it_out():
   assert not np.allclose(loads[-1][0], loads[-1][1])  # each layer by its own
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_bad_step_moves_no_bias():
   c = _config()

@@ -340,7 +340,8 @@ def test_accelerators_exchange_equals_one_device(reference, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('system, remat, times, rows', [
-    ('gpt', 'full', 6, 2), ('gpt', 'full', 6, 1),
+    ('gpt', 'full', 6, 2),
+    pytest.param('gpt', 'full', 6, 1, marks=pytest.mark.long),
     pytest.param('t5', 'none', 2 * 4, 2, marks=pytest.mark.long)])
 def test_models_on_a_mesh_equal_one_device(system, remat, times, rows):
   """Scanned, remade in the backward pass, with an encoder: all the way. `rows`:

@@ -74,6 +74,7 @@ def test_what_a_study_found_is_in_its_results(whole, frozen):
   assert found['provenance']['versions']['jax']
 
 
+@pytest.mark.long
 def test_a_study_that_is_stopped_again_and_again_ends_as_one_that_is_not(
     whole, frozen, tmp_path):
   own, found, _ = whole
@@ -87,6 +88,7 @@ def test_a_study_that_is_stopped_again_and_again_ends_as_one_that_is_not(
       name: found[name] for name in KEPT}
 
 
+@pytest.mark.long
 def test_two_runners_share_a_study_and_end_alike(whole, frozen, tmp_path):
   own, found, _ = whole
   did, errors = [], []
@@ -197,6 +199,7 @@ def test_a_changed_plan_is_refused_and_amended_for_a_reason(frozen, tmp_path):
   assert [own['before'] for own in kept.amendments] == [frozen.hash]
 
 
+@pytest.mark.long
 def test_what_an_amended_plan_runs_otherwise_runs_anew(frozen, tmp_path):
   start(tmp_path, frozen, until='noise')
   other = dataclasses.replace(frozen, points=[

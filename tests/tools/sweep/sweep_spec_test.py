@@ -317,13 +317,13 @@ def test_printed_commands_give_the_configs_of_the_sweep(
     assert values.workdir == str(tmp_path / f'w/points/{point}/seed-1')
 
 
-WORKED = sorted(path.stem for path in pathlib.Path(
-    __file__).parents[3].glob(
-    'configs/sweeps/*.py') if path.stem not in ('__init__', 'helpers'))
+SWEEPS = pathlib.Path(__file__).parents[3] / 'configs' / 'sweeps'
+WORKED = sorted({p.stem for p in SWEEPS.glob('*.py')} - {'__init__', 'helpers'})
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', WORKED)
+@pytest.mark.parametrize('name', [pytest.param(name, marks=[
+    pytest.mark.long] * (name != 'small')) for name in WORKED])
 def test_a_worked_sweep_is_small_and_whole(name):
   sweep = spec.read_sweep_file(f'configs/sweeps/{name}.py')
   assert len(sweep.points) >= 5

@@ -110,6 +110,7 @@ def two(alone, texts):
   return output
 
 
+@pytest.mark.long
 def test_two_processes_as_two_slices_train_as_one(alone, two):
   same(alone / 'two-run', alone / 'alone')
 

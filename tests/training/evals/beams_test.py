@@ -14,6 +14,7 @@ from training.data import pipeline
 from training.evals.tasks import exact
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_samples_are_the_best_texts_of_each_prompt():
   evaluation = evaluations.make(

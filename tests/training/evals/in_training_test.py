@@ -86,6 +86,7 @@ def test_training_is_the_same_and_goes_on_with_the_same_figures(
   assert rows(tmp_path / 'run', 'eval') == found
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_each_of_a_group_has_its_own_and_one_program_does(
     texts, tmp_path, monkeypatch):

@@ -58,7 +58,7 @@ def _answers(evaluation, questions):
     ('gpt', 'causal'),
     *(pytest.param(*case, marks=pytest.mark.long) for case in (
         ('llama', 'prefix'), ('llama', 'causal'), ('bloom', 'causal'))),
-    ('mixtral', 'causal')])
+    pytest.param('mixtral', 'causal', marks=pytest.mark.long)])
 def test_each_answer_is_that_of_its_text_alone(system, objective):
   """Of a prefix LM the tokens that are known see each other; of experts with a
   capacity none takes another text's room."""
@@ -188,6 +188,7 @@ def test_a_row_of_texts_is_no_longer_than_the_model_takes():
     assert any(shape.trees for shape, _ in found) == (reach > 127)
 
 
+@pytest.mark.long
 def test_texts_are_turned_as_each_alone():
   """By dynamic positions, which a longer row turns otherwise."""
   evaluation = evaluations.make(evaluations.config(

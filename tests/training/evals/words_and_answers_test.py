@@ -145,6 +145,7 @@ def test_files_of_answers_are_not_joined(sources, tmp_path):
         evaluations.run('labels', evaluation)
 
 
+@pytest.mark.long
 def test_an_export_says_what_the_scores_stand_for(sources, tmp_path):
   evaluation = _evaluation(sources, 'token_classification')
   config, run = evaluation.run.config, tmp_path / 'run'

@@ -110,8 +110,10 @@ def test_merged_it_is_a_model_like_any_other(imported, tmp_path):
 
 
 @pytest.mark.parametrize('system, targets', [
-    ('llama', 'all-linear'), ('bert', 'all-linear'), ('t5', 'query,value'),
-    ('mixtral', 'key,out'), ('gpt', 'out,up,down')])
+    ('llama', 'all-linear'), ('mixtral', 'key,out'),
+    *(pytest.param(*case, marks=pytest.mark.long) for case in (
+        ('bert', 'all-linear'), ('t5', 'query,value'),
+        ('gpt', 'out,up,down')))])
 def test_pefts_format_there_and_back(system, targets, tmp_path):
   module, params = models.make(
       system, lora=dict(rank=3, alpha=6.0, targets=targets))

@@ -57,7 +57,7 @@ def _check_same_logits(module, params, run, mixture):
 @pytest.mark.slow
 @pytest.mark.parametrize('system', [
     pytest.param(system, marks=[pytest.mark.long] * (
-        system not in ('llama', 'gpt'))) for system in MIXTURES])
+        system != 'llama')) for system in MIXTURES])
 def test_a_mixture_starts_as_its_dense_model(system):
   module, params, run, mixture = _upcycled(
       system, MIXTURES[system], num_layers=4, num_decoder_layers=4)
@@ -118,6 +118,7 @@ def test_words_make_a_mixture_in_every_other_layer():
       upcycling.config(model, upcycling.fields([word], model.moe))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize('lora', [
     {}, pytest.param(dict(rank=2, alpha=4.0, targets='all-linear'),

@@ -186,6 +186,7 @@ def test_scores_hang_on_nothing_but_the_row(objective, arch, sources):
       np.testing.assert_allclose(a, b, atol=2e-6)
 
 
+@pytest.mark.long
 def test_a_decoder_reads_a_label_off_the_words_up_to_its_own(sources):
   record, config, rows, _ = _rows(sources, 'token_classification', 'gpt', 64)
   module, params = _model(record, 'gpt', len(config.data.labels))

@@ -123,6 +123,7 @@ def test_it_lies_where_its_parameter_lies(spread):
   assert held['average'] == held['parameters']  # in float32 both
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_sharded_it_is_the_same(spread):
   alone = spread.copy_and_resolve_references()
