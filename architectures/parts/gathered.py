@@ -66,6 +66,10 @@ def _scatter(d: jax.Array, of: Names) -> jax.Array:
 def along(w: jax.Array, axis: int, names: tuple[str, ...]) -> jax.Array:
   """Returns the shards of an axis joined, in a function that is mapped over the
   mesh. `names` are the mesh axes that the axis is sharded over."""
+  if axis == 0:
+    # Else XLA copies the weights of all layers into the order of axes that
+    # their product takes, and keeps them until the end of the backward pass.
+    w = with_layout_constraint(w, Layout(tuple(range(w.ndim))))
   for over, groups in _steps(names)[::-1]:
     w = jax.lax.all_gather(w, over, axis=axis, tiled=True,
                            axis_index_groups=groups)
@@ -178,11 +182,14 @@ def product(local: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array,
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _on_each(local: Callable, of: Names, x: jax.Array, w: jax.Array):
   """Returns local(x, the whole weight), in a function that is mapped over the
-  mesh; the gradient of the weight comes first, then that of x.
+  mesh.
 
-  In this order x may go before its gradient, which is as large, takes room, and
-  the first sum over devices is on its way while the second product runs. Left
-  to itself, XLA's scheduler takes either.
+  The gradient of the weight is computed and scattered before that of x is
+  computed. So a device holds the whole gradient of one weight at a time, and x
+  may go before its gradient, which is as large, takes room. Left to itself,
+  XLA's scheduler puts the scattering off to the end of the layer, and no
+  compute is on its way meanwhile: libtpu compiles it to a synchronous
+  operation.
   """
   return local(x, _gather(w, of))
 
@@ -197,9 +204,10 @@ def _on_each_bwd(local: Callable, of: Names,
   x, w = operands
   dw, = jax.vjp(functools.partial(local, x), w)[1](d)
   front = next(axis for axis, names in enumerate(of) if names)
-  matrix, d = jax.lax.optimization_barrier((_matrix(dw, front), d))
+  matrix = scatter(_matrix(dw, front), 0, of[front])
+  matrix, d = jax.lax.optimization_barrier((matrix, d))
   dx, = jax.vjp(lambda x: local(x, w), x)[1](d)
-  dw = _of_matrix(scatter(matrix, 0, of[front]), dw.shape, front)
+  dw = _of_matrix(matrix, dw.shape, front)
   return dx, _scatter(dw, of[:front] + ((),) + of[front + 1:])
 
 

@@ -139,10 +139,11 @@ def test_a_product_gathers_its_weight_again_unless_it_may_be_kept(
   text = lowered.as_text()
   assert text.count('stablehlo.all_gather"') == gathers * (1 if keep else 2)
   assert text.count('stablehlo.reduce_scatter"') == gathers
-  if keep:  # the product, the weight's gradient, and only then that of x
+  if keep:  # the product, the weight's gradient, its sum, then that of x
     first, last = text.split('stablehlo.optimization_barrier')
     assert (first.count('stablehlo.dot_general'),
             last.count('stablehlo.dot_general')) == (2, 1)
+    assert first.count('stablehlo.reduce_scatter"') == gathers
 
 
 @pytest.mark.parametrize('sizes, rows, axes', [
