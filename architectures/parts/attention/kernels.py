@@ -227,9 +227,9 @@ def splash(q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array, mask: Mask,
             k_ids_BM: Optional[jax.Array], sink_H: Optional[jax.Array]):
     from jax.experimental.pallas.ops.tpu import splash_attention as pallas
     ids = None if q_ids_BL is None else pallas.SegmentIds(q_ids_BL, k_ids_BM)
-    o_BHLK = jax.vmap(kernel, in_axes=(0, 0, 0, 0, None))(
-        *(jnp.swapaxes(x, 1, 2) for x in (q_BLHK * scale, k_BMJK, v_BMJK)),
-        ids, sink_H)
+    o_BHLK = _by_splash(kernel, ids, *(
+        jnp.swapaxes(x, 1, 2) for x in (q_BLHK * scale, k_BMJK, v_BMJK)),
+                        sink_H)
     return jnp.swapaxes(o_BHLK, 1, 2)
 
   mesh = jax.sharding.get_abstract_mesh()
@@ -240,6 +240,32 @@ def splash(q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array, mask: Mask,
       at.spec(at.rows), at.spec(at.heads)))
   return on_each_device(kernel, q_BLHK, k_BMJK, v_BMJK, q_ids_BL, k_ids_BM,
                         sink_H)
+
+
+@jax.custom_vjp
+def _by_splash(kernel: Any, ids: Any, q_BHLK: jax.Array, k_BJMK: jax.Array,
+               v_BJMK: jax.Array, sink_H: Optional[jax.Array]) -> jax.Array:
+  """The kernel, of each row.
+
+  It writes the sums of a row's scores 128 times, [B, H, L, 128] in float32, and
+  its gradient reads them once. Left to itself, XLA takes the one of 128 where
+  the gradient needs it, and keeps all of them until then.
+  """
+  return jax.vmap(kernel, in_axes=(0, 0, 0, 0, None))(
+      q_BHLK, k_BJMK, v_BJMK, ids, sink_H)
+
+
+def _by_splash_fwd(kernel: Any, ids: Any, *arrays: Optional[jax.Array]):
+  of_rows = jax.vmap(kernel, in_axes=(0, 0, 0, 0, None))
+  return jax.lax.optimization_barrier(jax.vjp(
+      lambda q, k, v, sink: of_rows(q, k, v, ids, sink), *arrays))
+
+
+def _by_splash_bwd(pull: Any, d_BHLK: jax.Array):
+  return None, None, *pull(d_BHLK)
+
+
+_by_splash.defvjp(_by_splash_fwd, _by_splash_bwd)
 
 
 def _splash_kernel(mask: Mask, heads: int, L: int, M: int, shards: int,
