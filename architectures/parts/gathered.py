@@ -30,6 +30,7 @@ from architectures.parts import sharding
 # name into the name.)
 Names = tuple[tuple[str, ...], ...]
 
+LANES = 128  # of a TPU's registers; an array's last axis is padded to them
 LENGTHS = 'LM'  # the letters of axes that are sharded as `length` is
 
 
@@ -66,9 +67,10 @@ def _scatter(d: jax.Array, of: Names) -> jax.Array:
 def along(w: jax.Array, axis: int, names: tuple[str, ...]) -> jax.Array:
   """Returns the shards of an axis joined, in a function that is mapped over the
   mesh. `names` are the mesh axes that the axis is sharded over."""
-  if axis == 0:
-    # Else XLA copies the weights of all layers into the order of axes that
-    # their product takes, and keeps them until the end of the backward pass.
+  if axis == 0 and w.shape[-1] % LANES == 0:
+    # As a TPU holds such a weight. Else XLA copies those of all layers into the
+    # order of axes that their product takes, and keeps the copies until the end
+    # of the backward pass.
     w = with_layout_constraint(w, Layout(tuple(range(w.ndim))))
   for over, groups in _steps(names)[::-1]:
     w = jax.lax.all_gather(w, over, axis=axis, tiled=True,
