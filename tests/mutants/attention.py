@@ -169,6 +169,8 @@ MUTANTS = {
         ('softcap or None', 'None', 'kernels: splash_equals and documents'),
         ('(q_BLHK * scale, k_BMJK', '(q_BLHK, k_BMJK',
          'kernels: splash_equals and causal'),
+        ('*pull(d_BHLK)', '*pull(2 * d_BHLK)',
+         'kernels: splash_equals and causal'),
         ('ids = None if q_ids_BL is None else', 'ids = None if True else',
          'kernels: splash_equals and padding'),
         ('return jnp.swapaxes(o_BHLK, 1, 2)',

@@ -15,6 +15,8 @@ os.environ |= {
     'TPU_SKIP_MDS_QUERY': '1', 'TPU_WORKER_HOSTNAMES': 'localhost',
     'JAX_SKIP_CUDA_CONSTRAINTS_CHECK': '1'}
 
+from architectures.parts import gathered
+from architectures.parts.attention import kernels
 from tools.explain_sharding import arrays, predict
 from tools.plan import analyse, chips, collectives, compile as compiling
 from tools.plan import search
@@ -154,6 +156,29 @@ def test_layers_that_differ_take_no_more_memory_than_layers_that_are_alike():
   alike = peak()
   kinds = dict(kinds=dict(near=dict(window=1024), far=dict(window=0)))
   assert peak(prefix='far,far,far,far', pattern='near,far', **kinds) <= alike
+
+
+@tpu
+@pytest.mark.usefixtures('quickly')
+def test_neither_weights_nor_sums_of_scores_are_kept_twice(monkeypatch):
+  """The queries', keys' and values' weights of all layers in another order of
+  axes, and the 128 equal sums that splash attention writes for a row."""
+  topology = chips.parse('v5p:2x2x1')
+  config = llama.get_config('2-7b')
+  config.model.update(num_layers=8, d_model=1024, num_heads=8, num_kv_heads=8,
+                      d_ff=4096, attention_kernel='splash')
+  config.data.update(length=2048, batch_size=32)
+  build = lambda: compiled(run_on(topology, 'fsdp=4', config), topology)
+  program = build()
+  weights = r'= f32\[8,256,8,128\]\S* copy\('
+  assert not re.search(weights, program.as_text())
+  monkeypatch.setattr(kernels, '_by_splash', kernels._by_splash.fun)
+  monkeypatch.setattr(gathered, 'LANES', 2**20)
+  left = build()
+  assert len(re.findall(weights, left.as_text())) == 2
+  sums = 8 * 8 * 2048 * 127 * 4
+  peak = lambda p: p.memory_analysis().peak_memory_in_bytes
+  assert peak(program) < peak(left) - sums / 2
 
 
 @tpu
