@@ -4,13 +4,13 @@ r"""Trains the model that a config file describes, or resumes the run.
   python train.py --config configs/gpt.py:gpt2 --workdir runs/a \
       --config.optim.lr=3e-4 --config.data.source=text:my/*.txt
 
-After Ctrl-C or SIGTERM the program finishes the step, saves, and ends with exit
-code 0, or with the one that --stopped_exit_code sets; so it does where nobody
-reads what it prints any more, as after `| head`. A signal N that arrives
-before the step is compiled ends it at once, with the code that is set or with
-128 + N; a second signal ends it at once with 128 + N. Exit code 2 means a wrong
-request, or a loss that is not finite, because the same command would end in the
-same way; exit code 1 means a failure.
+After Ctrl-C, SIGTERM or the end of its terminal the program finishes the step,
+saves, and ends with exit code 0, or with the one that --stopped_exit_code sets;
+so it does where nobody reads what it prints any more, as after `| head`. A
+signal N that arrives before the step is compiled ends it at once, with the code
+that is set or with 128 + N; a second signal ends it at once with 128 + N. Exit
+code 2 means a wrong request, or a loss that is not finite, because the same
+command would end in the same way; exit code 1 means a failure.
 """
 
 import json

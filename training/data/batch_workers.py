@@ -1,9 +1,9 @@
 """How Grain's worker processes end: when their parent says so, or is gone.
 
-Ctrl-C reaches every process of a terminal, and a cluster's SIGTERM every
-process of a job. The parent then finishes its step, for which it needs the
-batches: so its workers must not take the signal for theirs. They are deaf to
-it from their first instruction, before any of Python's own could be told.
+Ctrl-C and SIGHUP reach every process of a terminal, and a cluster's SIGTERM
+every process of a job. The parent then finishes its step, for which it needs
+the batches: so its workers must not take the signal for theirs. They are deaf
+to it from their first instruction, before any of Python's own could be told.
 """
 
 import contextlib
@@ -14,12 +14,12 @@ import signal
 import threading
 from typing import Any
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @contextlib.contextmanager
 def deaf_to_signals():
-  """Blocks both signals in this thread, and for good in every thread and
+  """Blocks these signals in this thread, and for good in every thread and
   process that is started from it meanwhile. One that arrives is taken by
   another thread, or afterwards."""
   # Python's, which every worker needs; its start would unblock the signals.

@@ -1,4 +1,5 @@
-"""SIGTERM and Ctrl-C as they arrive, and what they do before a run's loop.
+"""SIGTERM, Ctrl-C and the end of a terminal (SIGHUP) as they arrive, and what
+they do before a run's loop.
 
 A Python signal handler runs between two bytecodes of the main thread, which a
 compilation or a wait for a device can keep away from them for minutes; and a
@@ -14,9 +15,9 @@ import signal
 import threading
 import types
 
-NUMBERS = (signal.SIGINT, signal.SIGTERM)
+NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _END = b'\0'  # no signal has the number 0
-_STDERR = 2
+_STDOUT, _STDERR = 1, 2
 
 
 class Listener(abc.ABC):
@@ -26,6 +27,7 @@ class Listener(abc.ABC):
 
   def __enter__(self):
     self._old_handlers = {}
+    self._on_terminal = [fd for fd in (_STDOUT, _STDERR) if os.isatty(fd)]
     self._reader, self._writer = os.pipe()
     os.set_blocking(self._writer, False)
     self._old_fd = signal.set_wakeup_fd(
@@ -46,7 +48,11 @@ class Listener(abc.ABC):
 
   def handle(self, number: int) -> None:
     """Takes over a signal. Python writes to the pipe only for those that have
-    a handler of its own; this one is called later, with nothing left to do."""
+    a handler of its own; this one is called later, with nothing left to do. A
+    SIGHUP that is ignored, as by nohup, stays so."""
+    if (number == signal.SIGHUP
+        and signal.getsignal(number) is signal.SIG_IGN):
+      return
     old = signal.signal(number, _nothing)
     # None: not from Python, and Python cannot put it back.
     self._old_handlers[number] = signal.SIG_DFL if old is None else old
@@ -59,7 +65,15 @@ class Listener(abc.ABC):
     while (byte := os.read(self._reader, 1)) != _END:
       # Another library may have taken a signal over, or want another one.
       if byte[0] in NUMBERS and signal.getsignal(byte[0]) is _nothing:
+        if byte[0] == signal.SIGHUP:
+          self._print_nowhere()
         self.heard(byte[0])
+
+  def _print_nowhere(self):
+    """The terminal is gone, and what is printed to it would be an error."""
+    with open(os.devnull, 'w') as nowhere:
+      for fd in self._on_terminal:
+        os.dup2(nowhere.fileno(), fd)
 
 
 class EndAtOnce(Listener):

@@ -1,13 +1,14 @@
-"""SIGTERM and Ctrl-C: finish the step, save, exit 0; a second ends at once.
+"""SIGTERM, Ctrl-C and the end of a terminal (SIGHUP): finish the step, save,
+exit 0; a second signal ends at once.
 
 They are heard by a thread (interrupts.py), whatever the main one does.
 
 With several processes SIGTERM belongs to JAX's preemption service, which
 jax.distributed.initialize starts: it tells all processes, and picks a step
 that all of them still have before them, without a word over the devices' own
-network. Ctrl-C is passed on to it. It does not count signals, so there a
-second SIGTERM ends a process at once only when the step has been agreed on,
-while a second Ctrl-C always does.
+network. Ctrl-C and SIGHUP are passed on to it. It does not count signals, so
+there a second SIGTERM ends a process at once only when the step has been agreed
+on, while a second Ctrl-C always does.
 """
 
 import os
@@ -62,14 +63,16 @@ class Stop(interrupts.Listener):
 
   def __enter__(self) -> 'Stop':
     super().__enter__()
-    self.handle(signal.SIGINT)
-    if not self._several:
-      self.handle(signal.SIGTERM)
+    for number in interrupts.NUMBERS:
+      if number != signal.SIGTERM or not self._several:
+        self.handle(number)
     return self
 
   def heard(self, number: int) -> None:
     name = signal.Signals(number).name
     if self._first is not None:
+      if number == signal.SIGHUP:
+        return  # a shell and the system both send it
       interrupts.print_from_thread(f'{name}: ending at once, without a save')
       os._exit(128 + number)
     self._first = number

@@ -1,5 +1,7 @@
-"""Both signals, once and twice, in real processes."""
+"""The signals, once and twice, in real processes."""
 
+import os
+import pty
 import signal
 import socket
 import subprocess
@@ -43,7 +45,8 @@ def _start_and_clean_up():
     process.communicate()
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize('number', [
+    signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_one_signal_finishes_saves_and_exits_0(start, number):
   process = start(_LOOP.format(then='pass'))
   assert process.stdout.readline() == 'ready\n'
@@ -67,6 +70,38 @@ def test_second_signal_ends_at_once(start, first, second, code):
   _, err = process.communicate(timeout=60)
   assert f'{second.name}: ending at once' in err
   assert process.returncode == code
+
+
+def test_the_end_of_a_terminal_finishes_and_saves(tmp_path):
+  """Which the system tells by SIGHUP, and by errors of what is printed. A shell
+  sends SIGHUP too."""
+  code = textwrap.dedent(_LOOP.format(then=f"""
+          os.kill(os.getpid(), signal.SIGHUP)
+          time.sleep(0.1)
+          print('more', flush=True)
+          open({str(tmp_path / 'saved')!r}, 'w').close()"""))
+  child, terminal = pty.fork()
+  if not child:
+    os.execv(sys.executable, [
+        sys.executable, '-c', 'import os, signal\n' + code])
+  said = b''
+  while not said.endswith(b'\n'):
+    said += os.read(terminal, 100)
+  os.close(terminal)
+  assert os.waitpid(child, 0)[1] == 0
+  assert (tmp_path / 'saved').exists()
+
+
+def test_a_hangup_that_is_ignored_stays_so(start):
+  process = start(
+      'import signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n'
+      + textwrap.dedent(_LOOP.format(then='pass')))
+  assert process.stdout.readline() == 'ready\n'
+  process.send_signal(signal.SIGHUP)
+  process.send_signal(signal.SIGTERM)
+  out, err = process.communicate(timeout=60)
+  assert out == 'saved\n' and process.returncode == 0
+  assert 'SIGTERM: finishing' in err and 'SIGHUP' not in err
 
 
 def test_second_signal_ends_even_a_main_thread_deep_in_c(start):
@@ -105,7 +140,7 @@ _IN_A_CALLBACK = (
 
 @pytest.mark.parametrize('then', [_DEEP_IN_C, _IN_A_CALLBACK])
 @pytest.mark.parametrize('number, asked, code', [
-    (signal.SIGINT, 0, 130), (signal.SIGTERM, 0, 143),
+    (signal.SIGINT, 0, 130), (signal.SIGTERM, 0, 143), (signal.SIGHUP, 0, 129),
     (signal.SIGTERM, 75, 75)])
 def test_before_the_loop_a_signal_ends_at_once(start, then, number, asked,
                                                code):
