@@ -13,6 +13,7 @@ optimiser and of a checkpoint. `--all` prints each size of each system beside
 its published parameter count, and the difference.
 """
 
+from collections.abc import Iterable, Iterator
 import importlib
 import json
 import pathlib
@@ -37,8 +38,11 @@ def main():
         'length', args.length):
       require(not given, f'--{flag} is beside --all, which counts every size '
               'of every system as it is: leave one of the two out')
-    rows = everything()
-    print(json.dumps(rows, indent=2) if args.json else _table(rows))
+    if args.json:
+      print(json.dumps(list(everything()), indent=2))
+    else:
+      for line in _table(everything()):  # each row as it is counted
+        print(line, flush=True)
     return 0
   if args.config is None:
     raise RequestError('pass --config FILE.py:SIZE, or --all')
@@ -48,10 +52,9 @@ def main():
   return 0
 
 
-def everything() -> list[dict]:
-  """Returns a row for each size of each system in configs/."""
+def everything() -> Iterator[dict]:
+  """Yields a row for each size of each system in configs/."""
   from training.costs import totals
-  rows = []
   for path in sorted(pathlib.Path('configs').glob('*.py')):
     module = importlib.import_module(f'configs.{path.stem}')
     for size in getattr(module, 'SIZES', {}):
@@ -59,7 +62,7 @@ def everything() -> list[dict]:
       published = getattr(module, 'PUBLISHED', {}).get(size)
       uncounted = getattr(module, 'UNCOUNTED', {}).get(size, 0)
       counted = figures['parameters'] - uncounted
-      rows.append({
+      yield {
           'size': f'{path.stem}:{size}' + (
               ' (rumoured)' if figures['rumoured'] else ''),
           'parameters': counted,
@@ -67,8 +70,7 @@ def everything() -> list[dict]:
           'published': published,
           'difference': counted / published - 1 if published else None,
           'training_flops_per_token': figures['training_flops_per_token'],
-      })
-  return rows
+      }
 
 
 def _text(f: dict) -> str:
@@ -112,16 +114,14 @@ def _text(f: dict) -> str:
   return '\n'.join(lines)
 
 
-def _table(rows: list[dict]) -> str:
-  lines = [f'{"system:size":<26}{"parameters":>20}{"active":>20}'
-           f'{"published":>20}{"difference":>12}']
+def _table(rows: Iterable[dict]) -> Iterator[str]:
+  yield (f'{"system:size":<26}{"parameters":>20}{"active":>20}'
+         f'{"published":>20}{"difference":>12}')
   for r in rows:
     published = f'{r["published"]:,.0f}' if r['published'] else ''
     difference = f'{r["difference"]:+.2%}' if r['published'] else ''
-    lines.append(f'{r["size"]:<26}{r["parameters"]:>20,}'
-                 f'{r["active_parameters"]:>20,}{published:>20}'
-                 f'{difference:>12}')
-  return '\n'.join(lines)
+    yield (f'{r["size"]:<26}{r["parameters"]:>20,}'
+           f'{r["active_parameters"]:>20,}{published:>20}{difference:>12}')
 
 
 if __name__ == '__main__':
