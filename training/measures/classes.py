@@ -1,7 +1,8 @@
 """What is measured of labels and of numbers, by scikit-learn and SciPy.
 
-Of labels: accuracy; F1 of each label and their mean (macro); of two labels the
-F1 of the second, which is taken as the positive one, as 1 is of 0 and 1; and
+Of labels: accuracy; F1 of each label and the mean of those that occur, be it as
+an answer or as a prediction (macro); of two labels the F1 of the second, which
+is taken as the positive one, as 1 is of 0 and 1; and
 Matthews' correlation coefficient (Matthews 1975), as GLUE's tasks are measured
 (Wang et al. 2018). Of numbers: Pearson's and Spearman's correlation.
 """
@@ -86,7 +87,8 @@ def _measured(names: Sequence[str], targets: np.ndarray, found: np.ndarray,
   count = count or len(names)
   precision, recall, f1, rows = metrics.precision_recall_fscore_support(
       targets, found, labels=range(count), zero_division=0.0)
-  macro = float(np.mean(f1))
+  occur = np.union1d(targets, found)
+  macro = float(np.mean(f1[occur[occur < count]]))
   figures = {
       'accuracy': float(metrics.accuracy_score(targets, found)),
       'f1': float(f1[1]) if count == 2 else macro, 'f1_macro': macro,

@@ -56,6 +56,15 @@ def test_figures_are_those_of_their_formulas(count):
   assert sum(row['probabilities'].values()) == pytest.approx(1)
 
 
+def test_a_label_that_does_not_occur_is_not_in_the_mean():
+  """As in scikit-learn; one that is predicted and never right counts as 0."""
+  scores = np.eye(4)[[0, 0, 1, 2]]
+  figures = classes.of_scores(_view([0, 1, 1, 0], tuple('abcd')), [*scores]
+                              ).figures
+  assert figures['f1_macro'] == pytest.approx((1 / 2 + 2 / 3 + 0) / 3)
+  assert len(figures['by_label']) == 4
+
+
 def test_a_confusion_is_shown_by_what_is_right():
   told = classes.of_scores(_view([0, 0, 1], ('no', 'yes')), [
       np.array([0, 1]), np.array([1, 0]), np.array([0, 1])]).lines
