@@ -264,7 +264,7 @@ def test_laws(part):
 
 
 @pytest.mark.slow
-@only('reglu2')
+@only()
 def test_a_step_on_eight_devices_is_the_step_on_one(part):
   c = config(part)
   mesh = dict(data=2, expert=2, tensor=2) if 'moe' in part.changes else (
@@ -277,6 +277,7 @@ def test_a_step_on_eight_devices_is_the_step_on_one(part):
   assert jax.device_count() == 8
 
 
+@only('variance', 'chunked', 'kerple')
 def test_its_memory_is_planned_without_a_compiler(part):
   c = config(part)
   c.model.vocab_size = 0  # of the tokenizer

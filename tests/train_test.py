@@ -214,7 +214,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_passed_over(straight, texts,
   assert state(tmp_path / 'run') == state(straight)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_other_text_is_noticed(straight, texts):
   """And other files that say the same are not."""
   path = pathlib.Path(texts.partition('text:')[2].replace('*', '0'))

@@ -139,6 +139,7 @@ def test_sharded_equals_a_single_device(trained, preset):
   models.close(trained[2], seen, rtol=1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize('changes', [
     dict(model__scan_layers=False), dict(train__grad_accumulation=4),

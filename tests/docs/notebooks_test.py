@@ -21,6 +21,7 @@ def _said(notebook):
           for output in cell['outputs']]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.name)
 def test_a_notebook_says_what_its_file_says(path):

@@ -92,8 +92,10 @@ def test_what_nothing_reads_is_refused(fields, sentence):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('flag', [
-    'data.source=text:no/such/*.txt', 'data.workers=-1', 'log.every_steps=0',
-    'model.norm=layernrom', 'data.eval_source=sotuu', 'data.length=256'])
+    'data.source=text:no/such/*.txt', 'model.norm=layernrom',
+    *(pytest.param(flag, marks=pytest.mark.long) for flag in (
+        'data.workers=-1', 'log.every_steps=0', 'data.eval_source=sotuu',
+        'data.length=256'))])
 def test_a_refusal_comes_before_any_device_work(flag, tmp_path):
   """At the end of a refused run no backend of JAX has been started."""
   result = subprocess.run(

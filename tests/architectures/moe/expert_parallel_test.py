@@ -160,9 +160,8 @@ def crossed(hlo: str, shape: dict, dense: int = D * E):
 
 def _ways():
   """Yields each preset with each way. All are `long` but those that share
-  experts in three axes or in one, and one that does not share them."""
-  kept = dict(fsdp_tp=('dropless',), ep=('sorted',),
-              ep_fsdp_tp=('sorted', 'dropless'))
+  experts in three axes, and one that shares them in one."""
+  kept = dict(ep=('sorted',), ep_fsdp_tp=('sorted', 'dropless'))
   for preset in tables.PRESETS:
     for way in ('einsum', 'sorted', 'dropless'):
       yield pytest.param(preset, way, marks=[pytest.mark.long] * (

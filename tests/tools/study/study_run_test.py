@@ -117,6 +117,7 @@ def test_what_is_done_is_not_done_again(whole, frozen):
   assert read(workdir) == found
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('loss', [None, 9.0], ids=(
     'too many bad steps', 'well above guessing'))
 def test_runs_that_diverge_are_results(frozen, tmp_path, loss):

@@ -26,6 +26,7 @@ def test_a_ratio_is_of_one_turn(monkeypatch):
   assert (found['a']['ratio'], found['b']['cpu_ratio']) == (1.0, 0.25)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_layers_and_decoding_are_measured_as_they_say(tmp_path, monkeypatch,
                                                       capsys):

@@ -146,6 +146,7 @@ def _main(*words):
   return fit.main(parser.parse_args(list(map(str, words))))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_folder_is_fitted(tmp_path, capsys):
   _folder(tmp_path)

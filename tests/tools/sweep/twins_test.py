@@ -21,6 +21,7 @@ def curves():
           for i, (name, row) in enumerate(twins.TWINS.items())}
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize('system', ['mixtral', 'switch'])
 def test_twins_cost_the_same(curves, system):

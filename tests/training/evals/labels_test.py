@@ -120,6 +120,7 @@ def _config(source, system, objective):
   return objectives.with_labels(c)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize('system, objective', [
     ('bert', 'classification'),

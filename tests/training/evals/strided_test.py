@@ -38,7 +38,8 @@ def _figures(evaluation, **options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('stride', [1, 5, 15])
+@pytest.mark.parametrize('stride', [
+    5, *(pytest.param(n, marks=pytest.mark.long) for n in (1, 15))])
 def test_each_token_is_predicted_once_from_enough(evaluation, folder, stride):
   """Ten lines that read the documents a token at a time."""
   found = _figures(evaluation, stride=stride)

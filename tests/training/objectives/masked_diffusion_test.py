@@ -202,6 +202,7 @@ def test_what_it_is_surest_of_stays(steps):
     assert BYTES.mask_id not in row
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_tasks_tell_the_bound_and_write(texts, capsys):
   """The draws of many masks are near the one that an evaluation has."""

@@ -156,7 +156,9 @@ def test_a_mask_of_documents_that_are_none_is_refused(texts, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('objective', ['causal', 'prefix', 'chat'])
+@pytest.mark.parametrize('objective', [
+    'causal', *(pytest.param(name, marks=pytest.mark.long)
+                for name in ('prefix', 'chat'))])
 def test_padding_takes_no_expert(objective):
   """A row of padding goes first, and the tokens after it have the routers'
   losses, load and room that they have alone."""
