@@ -72,6 +72,9 @@ def pytest_configure(config):
   # programs that tests start and interrupt.
   if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+  if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    # So it is under nohup. What has a handler is not ignored in them.
+    signal.signal(signal.SIGHUP, lambda *_: None)
   if (importlib.metadata.version('jaxlib').startswith('0.10.')
       and 'plan' not in config.option.markexpr):
     os.environ['XLA_FLAGS'] += ' ' + _FLAGS_OF_0_10

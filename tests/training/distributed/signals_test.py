@@ -88,7 +88,10 @@ def test_the_end_of_a_terminal_finishes_and_saves(tmp_path):
   while not said.endswith(b'\n'):
     said += os.read(terminal, 100)
   os.close(terminal)
+  late = threading.Timer(60, os.kill, (child, signal.SIGKILL))
+  late.start()
   assert os.waitpid(child, 0)[1] == 0
+  late.cancel()
   assert (tmp_path / 'saved').exists()
 
 
