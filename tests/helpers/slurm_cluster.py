@@ -16,7 +16,10 @@ import time
 PROGRAMS = ('munged', 'slurmctld', 'slurmd', 'sbatch', 'srun', 'scontrol')
 NODES = ('127.0.0.2', '127.0.0.3')
 # A job that is queued again may begin once its credential has expired, which
-# by default takes two minutes: cred_expire.
+# by default takes two minutes: cred_expire. What is left of the job on a node
+# that is there has KillWait seconds until it is killed; where the job begins
+# again there before that, SLURM drains the node.
+EXPIRE = 25
 _CONF = '''\
 ClusterName=here
 SlurmctldHost={host}(127.0.0.1)
@@ -25,7 +28,7 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
-AuthInfo=socket={folder}/munge.socket,cred_expire=5
+AuthInfo=socket={folder}/munge.socket,cred_expire={expire}
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool/%n
 SlurmdPidFile={folder}/%n.pid
@@ -99,7 +102,8 @@ class Cluster:
     nodes = '\n'.join(_NODE.format(name=name, host=host, port=_free_port())
                       for name in NODES)
     (self.folder / 'slurm.conf').write_text(_CONF.format(
-        host=host, port=_free_port(), folder=self.folder, nodes=nodes))
+        host=host, port=_free_port(), folder=self.folder, nodes=nodes,
+        expire=EXPIRE))
     self._start('munged', '--foreground', '--force', *(
         f'--{what}={self.folder}/{file}' for what, file in (
             ('socket', 'munge.socket'), ('key-file', 'key'),
@@ -111,10 +115,10 @@ class Cluster:
       self.start_node(name)
 
   def start_node(self, name: str) -> None:
-    """Starts the daemon of a node, and waits until the node is idle."""
+    """Starts the daemon of a node, and waits until the node takes jobs."""
     self._start('slurmd', '-D', '-N', name, called=name)
-    self.until(lambda: self.ask('sinfo', '-h', '-n', name, '-o', '%T').strip()
-               == 'idle', f'node {name}')
+    self.until(lambda: self.ask('sinfo', '-h', '-n', name, '-o', '%T').split()
+               [:1] in (['idle'], ['mixed'], ['allocated']), f'node {name}')
 
   def kill_node(self, name: str) -> None:
     """Kills the daemon of a node and all that runs there, as a power cut."""
@@ -147,8 +151,9 @@ class Cluster:
                       self.ask('scontrol', 'show', 'job', job))
     return found[1] if found else ''
 
-  def until(self, holds, what: str, seconds: float = 300) -> None:
-    """Waits until holds() is true.
+  def until(self, holds, what: str, seconds: float = 300,
+            every: float = 0.5) -> None:
+    """Waits until holds() is true, and asks again after `every` seconds.
 
     Raises:
       TimeoutError: with the end of each log, where it is not by then.
@@ -159,7 +164,7 @@ class Cluster:
         logs = '\n'.join(f'{path.name}: {path.read_text()[-1000:]}'
                          for path in self.folder.glob('*.log'))
         raise TimeoutError(f'{what} after {seconds} s\n{logs}')
-      time.sleep(0.2)
+      time.sleep(every)
 
   def _start(self, program: str, *words: str, called: str = '') -> None:
     with open(self.folder / f'{called or program}.out', 'ab') as file:

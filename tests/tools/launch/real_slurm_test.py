@@ -127,7 +127,8 @@ def test_a_signal_saves_and_the_job_goes_on_where_it_was(
   # Without a name of a signal, scancel ends it for good.
   cluster.ask('scancel', run.job)
   assert run.ended() == 'CANCELLED'
-  time.sleep(8)  # longer than a job that is queued again has to wait
+  # Longer than a job that is queued again has to wait.
+  time.sleep(slurm_cluster.EXPIRE + 3)
   assert cluster.state(run.job) == 'CANCELLED'
 
 
@@ -230,7 +231,8 @@ def test_an_array_of_runners_is_preempted_and_ends_the_sweep(
     return len(running) == 2 and all(map(saved, running))
   # On a busy machine the time between the signal and the kill is too short to
   # save in.
-  cluster.until(both_can_go_on, f'two runs: {result.stdout}', 600)
+  # (To ask takes seconds of the cores that the runs need.)
+  cluster.until(both_can_go_on, f'two runs: {result.stdout}', 600, every=5)
   # A job that comes first takes a whole node, and one runner with it.
   first = subprocess.run(
       ['sbatch', '--parsable', '--partition=high', '--exclusive', '--nodes=1',
@@ -239,7 +241,7 @@ def test_an_array_of_runners_is_preempted_and_ends_the_sweep(
   cluster.until(lambda: cluster.state(first.stdout.strip()) == 'COMPLETED',
                 'the first job', 600)
   cluster.until(lambda: all(run['state'] == 'done' for run in runs()),
-                f'the sweep: {runs()}', 1200)
+                f'the sweep: {runs()}', 1200, every=10)
   assert len(runs()) == 4
   restarts = [re.search(r'Restarts=(\d+)', cluster.ask(
       'scontrol', 'show', 'job', job))[1] for job in jobs]
@@ -260,7 +262,7 @@ def test_a_run_that_failed_is_tried_again_by_an_array(
     states = lambda: [run['state'] for run in json.loads(
         sweep('status', '--json').stdout)['runs']]
     cluster.until(lambda: set(states()) <= {'done', 'failed'},
-                  f'the sweep: {result.stdout}', 240)
+                  f'the sweep: {result.stdout}', 600, every=5)
     return states()
   # Files may grow to 60 KiB: a checkpoint cannot be written.
   assert ended("--slurm=timeout_min=10,slurm_setup=['ulimit -f 60']") == [
