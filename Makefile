@@ -45,7 +45,7 @@ plan-test: $(VENV)/.plan
 	$(run) -m pytest $(TEST_FLAGS) -m plan $(PLAN_FLAGS)
 
 # Runs and sweeps on a real SLURM, whose daemons it starts on this machine. It
-# wants root, and Debian's slurm-wlm and munge; some 8 minutes, mostly waiting.
+# wants root, and Debian's slurm-wlm and munge; some 10 minutes, mostly waiting.
 slurm-test: $(VENV)/.test
 	$(run) -m pytest -m slurm tests/tools/launch/real_slurm_test.py
 

@@ -246,7 +246,7 @@ def test_it_is_counted(part):
 
 
 @pytest.mark.slow
-@only('reglu2', 'variance', 'chunked', 'kerple')
+@only('reglu2', 'chunked', 'kerple')
 def test_laws(part):
   """Causality, scan = loop, decode = forward; and causality by gradient."""
   module = architectures.build(models.config(
@@ -286,8 +286,7 @@ def test_its_memory_is_planned_without_a_compiler(part):
   assert one['peak'] > two['peak'] > one['parameters']
 
 
-@pytest.mark.slow
-@only('reglu2')
+@only()
 def test_a_sweep_gives_it_the_flops_of_the_base(part, tmp_path):
   fields = run_config.flatten_dict({'model': dict(part.changes)})
   fields |= {f'model.{part.field}': part.name}
@@ -354,6 +353,7 @@ KERNELS['plain'] = Kernel('cpu', _refuse_plain, plain)
 '''
 
 
+@pytest.mark.long
 def test_an_attention_kernel_is_added_to_one_file():
   tokens = models.tokens()
   module, params = models.make(attention_kernel='xla')

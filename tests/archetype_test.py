@@ -65,7 +65,7 @@ def test_padding_changes_nothing(gpt):
                              gpt.attention_weights(short_1L), atol=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_encoder_decoder_has_both_stacks():
   model = _model('t5', num_layers=3)
   source, target = models.tokens(2, 9), models.tokens(2, 6, seed=2)
@@ -81,7 +81,7 @@ def test_an_encoder_decoder_has_both_stacks():
 @pytest.mark.slow
 @pytest.mark.parametrize('system', [
     pytest.param(system, marks=[pytest.mark.long] * (
-        system not in ('gpt', 't5'))) for system in WITH_RUNS])
+        system != 'gpt')) for system in WITH_RUNS])
 def test_a_folder_and_a_run_are_loaded_as_they_were_saved(system, tmp_path):
   model = _model(system)
   tokens_BL = models.tokens(2, 6)
@@ -113,6 +113,7 @@ def test_a_folder_is_saved_with_its_labels_and_what_it_says(tmp_path):
   assert two['generation_config.json']['eos_token_id'] == [7, 9]
 
 
+@pytest.mark.long
 def test_a_part_is_swapped_and_the_rest_stays(gpt):
   same = gpt.with_parts(norm='layernorm')
   assert same.drawn == () and same.config == gpt.config
@@ -131,6 +132,7 @@ def test_a_part_is_swapped_and_the_rest_stays(gpt):
   assert 'decoder/layers/block_0/attention/key' in fewer.drawn
 
 
+@pytest.mark.long
 def test_a_model_is_built_as_a_run_begins():
   model = archetype.build('configs/gpt.py:tiny', seed=3, num_layers=1,
                           d_model=32, num_heads=2)
@@ -158,7 +160,7 @@ def test_generation_is_the_argmax_of_the_logits():
   assert text and model.generate('Peace', stop=text + '!', **options) == text
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_folder_begins_and_ends_a_text_as_it_says(tmp_path):
   module, params = models.make(vocab_size=384)
   weights.to_hf(module, params, tmp_path, generation=hf_generation.Generation(

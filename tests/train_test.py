@@ -179,7 +179,7 @@ def test_a_run_that_nobody_reads_any_more_is_saved(straight, texts, tmp_path):
   assert state(tmp_path / 'run') == state(straight)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize('seed', [
     0, *(pytest.param(seed, marks=pytest.mark.long) for seed in (1, 2))])
 def test_kill_at_a_random_moment_then_resume(seed, straight, texts, tmp_path):
@@ -303,7 +303,7 @@ def test_a_signal_ends_an_evaluation_too(texts, tmp_path):
   assert {r['split'] for r in rows(tmp_path / 'run')} == {'train'}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_too_many_bad_steps_end_the_run(texts, tmp_path):
   flags = ['--config.optim.lr=1e30', '--config.optim.name=sgd',
            '--config.optim.clip_norm=0', '--config.optim.weight_decay=0',

@@ -99,7 +99,7 @@ def test_a_module_sees_no_token_that_it_predicts():
     assert (reach[k, :L - k] == (i[None] <= i[:L - k, None] + k)).all(), k
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_model_itself_stays_as_it_is():
   module, params = models.make('llama', **TWO)
   plain = architectures.build(dataclasses.replace(module.config, mtp_depth=0))

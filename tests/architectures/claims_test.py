@@ -61,7 +61,7 @@ def each_changed(tokens_L):
 @pytest.mark.slow
 @pytest.mark.parametrize('system', [
     pytest.param(system, marks=[pytest.mark.long] * (
-        system in ('bloom', 'gpt4', 'gpt_neox')))
+        system in ('bloom', 'gpt4', 'gpt_neox', 'mixtral')))
     for system in models.DECODERS])
 def test_a_decoder_sees_only_the_past(system):
   module, params = small(system)

@@ -31,7 +31,7 @@ def _apply(module, params, source, target, **kwargs):
   return module.apply({'params': params}, source, target, **kwargs)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize('system', [
     pytest.param(name, marks=[pytest.mark.long] * (
         name != 'transformer'))

@@ -89,8 +89,8 @@ def test_bert_scores_a_row_off_its_pooler():
   assert not {'head', 'transform', 'nsp'} & params.keys()
 
 
-@pytest.mark.parametrize('system', [
-    'gpt', pytest.param('llama', marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize('system', ['gpt', 'llama'])
 def test_a_decoder_scores_a_row_off_its_last_token(system):
   """Of rows of 16, 9 and 1 tokens, padded on the right, on the left, or cut."""
   module, params = _made(system, 'sequence')

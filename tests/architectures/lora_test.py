@@ -37,6 +37,7 @@ def made(request):
   return models.make(request.param, lora=ALL, attention_gate=gate)
 
 
+@pytest.mark.long
 def test_merged_by_numpy_it_is_the_same_function(made):
   """W + 2 A B of each adapted weight, in float64, in the model without."""
   module, params = made

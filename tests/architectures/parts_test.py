@@ -354,7 +354,7 @@ def test_losses_and_health_stand_in_the_order_of_layers():
                                0.1 * total['health']['z_loss'].sum(), rtol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_encoders_layers_come_first_and_all_losses_add_up():
   module, params = models.make('t5', ffn='moe', moe=MOE)
   tokens = models.tokens()

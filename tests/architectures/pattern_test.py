@@ -79,6 +79,7 @@ def test_the_scan_equals_the_loop():
   models.close(loss(module)(params), loss(other)(params), rtol=2e-4)
 
 
+@pytest.mark.long
 def test_each_layer_is_that_of_its_kind():
   """A stack equals its blocks, called one after another."""
   module, params = mixed()
@@ -124,6 +125,7 @@ def test_a_window_is_of_its_kind():
                              & (i[:, None] - i < 3))).all()
 
 
+@pytest.mark.long
 def test_theta_is_of_its_kind():
   """Scores of one layer, beside numpy's rotation by its own theta."""
   kinds = dict(near=dict(rope=dict(theta=10.0)),

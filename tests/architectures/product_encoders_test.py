@@ -105,7 +105,7 @@ def test_every_block_meets_every_position_attention_and_network():
               if parts['block'] == block} == set(values), (block, part)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_laws_can_fail(monkeypatch):
   """An encoder that sees only backwards, a decoder whose cache forgets."""
   from architectures.parts.attention import cache, visibility

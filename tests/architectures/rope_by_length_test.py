@@ -52,7 +52,7 @@ def test_dynamic_grows_theta_with_the_length(length):
     np.testing.assert_allclose(got, plain, rtol=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize('rope', [
     DYNAMIC, pytest.param(LONGROPE, marks=pytest.mark.long)],
     ids=lambda rope: rope['scaling'])

@@ -164,6 +164,7 @@ def test_the_card_is_written_and_drawn(file, tmp_path):
 
 
 @pytest.mark.slow  # it compiles a group of runs
+@pytest.mark.long
 def test_a_suite_is_trained_once(file, tmp_path, capsys):
   suite = suites.load(str(file), base())
   workdir = epath.Path(tmp_path)

@@ -160,7 +160,7 @@ def test_deep_stacks_whose_layers_are_scanned(gpt, rows, early, monkeypatch):
   _compare(found, log_ps, OPTIONS[0], early)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize('early', [
     False, pytest.param(True, marks=pytest.mark.long)])
 def test_an_encoder_decoder_searches_from_each_source(early):

@@ -65,7 +65,7 @@ def test_a_step_that_is_none_is_refused(text):
     step_folders.named(text)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_best_of_a_run_is_kept_beside_the_newest(texts, tmp_path):
   """By train.py, which ends early, and says so again, and by eval.py."""
   words = train_test.command(tmp_path / 'run', texts, *FLAGS,

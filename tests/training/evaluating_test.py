@@ -110,7 +110,7 @@ def test_of_nothing_there_is_no_figure():
   assert {evaluating.shown(x) for x in figures.values()} == {'n/a'}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_extrapolation_counts_the_tokens_that_there_are(folder, capsys):
   """61 tokens at 16 to 128 a row: each length's figure is the mean loss of
   these tokens, and past the 61st there is none."""
@@ -172,7 +172,7 @@ def _row(batch, i):
                for name, x in sorted(batch.items()))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_routing_weighs_batches_by_their_tokens(folder, capsys):
   """A mean over tokens is the same however they are cut into batches, of
   which the last one is short."""

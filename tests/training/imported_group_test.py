@@ -29,6 +29,7 @@ def imported(c, workdir, seed):
     saved.save(0, {'params': params}, next_batch=0, tokens=0, config=c)
 
 
+@pytest.mark.long
 def test_a_workdir_with_parameters_alone_is_begun_with_them(texts, tmp_path):
   """As tools.convert leaves it, beside a run that begins with its own."""
   configs = [alike.config(texts, seed=i) for i in range(3)]

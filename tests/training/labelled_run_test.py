@@ -128,7 +128,7 @@ def test_eight_devices_and_micro_batches_equal_one(folder, alone, tmp_path):
   _same(parts, alone[0][1], 3e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_keeps_its_labels(alone, tmp_path):
   (_, workdir), _ = alone
   tree = json.loads((workdir / 'config.json').read_text())

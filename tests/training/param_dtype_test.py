@@ -67,7 +67,7 @@ def test_micro_batches_add_up_in_float32():
   assert grads['w'] == 259
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize('name', [
     pytest.param(name, marks=[pytest.mark.long] * (
         name != 'muon'))

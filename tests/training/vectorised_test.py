@@ -13,14 +13,10 @@ import numpy as np
 import pytest
 
 from tests.helpers import models
-from training import loop
-from training import initial_state, runs, vectorised
-from training.data import pipeline
-from training.data import tokenizers
-from training.distributed import devices
-from training.distributed import signals
-from training.optim import optimizers
-from training.optim import schedules
+from training import initial_state, loop, runs, vectorised
+from training.data import pipeline, tokenizers
+from training.distributed import devices, signals
+from training.optim import optimizers, schedules
 from training.step import parameter_roles
 from training.workdir import checkpoints, lock, run_config
 
@@ -156,6 +152,7 @@ def test_each_run_equals_its_own(trained):
   assert len({round(x, 3) for x in losses}) == 3  # and they do differ
 
 
+@pytest.mark.long
 @two_devices
 def test_a_run_goes_on_alone_and_joins_again(trained, tmp_path):
   configs, workdirs, singles = trained
@@ -173,6 +170,7 @@ def test_a_run_goes_on_alone_and_joins_again(trained, tmp_path):
     assert_same(copy, single)
 
 
+@pytest.mark.long
 @two_devices
 def test_a_part_of_the_group_goes_on_with_its_own_fields(trained, tmp_path):
   """Of three runs the last one alone has to begin again, in two parts."""
@@ -296,6 +294,7 @@ def test_a_run_in_a_bad_stretch_is_not_gone_on_with(
   assert rows(workdirs[0])[-1]['step'] == STEPS
 
 
+@pytest.mark.long
 @two_devices
 def test_a_signal_saves_all(trained, tmp_path, monkeypatch):
   configs, _, singles = trained

@@ -85,6 +85,7 @@ def test_are_what_the_first_layer_of_gpt_weighs_with():
                              e / e.sum(-1, keepdims=True), atol=2e-6)
 
 
+@pytest.mark.long
 def test_are_the_same_unrolled_and_rematerialised_and_change_no_output():
   module, params = models.make('gpt', num_layers=4,
                                attention='global,banded', sliding_window=3)
@@ -123,6 +124,7 @@ def test_of_an_encoder_decoder():
   assert (np.asarray(encoder[0])[0] > 0).all()
 
 
+@pytest.mark.long
 def test_of_a_step_with_a_cache_are_the_last_row():
   module, params = models.make('gpt')
   tokens_BL = models.tokens(2, 6)

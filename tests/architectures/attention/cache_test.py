@@ -147,7 +147,7 @@ def test_layers_that_are_scanned_write_their_slots_where_they_lie():
 @pytest.mark.parametrize('changes', [
     dict(position='alibi'), dict(attention='banded', sliding_window=5),
     dict(mixer='latent'), dict(attention_sinks=True, attention_softcap=5.0),
-    'prefix', 't5'], ids=str)
+    'prefix', pytest.param('t5', marks=pytest.mark.long)], ids=str)
 def test_a_prompt_sees_no_slots_behind_it(changes):
   """Whatever a cache holds, a prompt that begins a row is read as without."""
   system, prefix_B = 'gpt', None

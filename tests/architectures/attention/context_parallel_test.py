@@ -66,7 +66,7 @@ def loss_of(module):
   return jax.value_and_grad(loss)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize('name', [
     pytest.param(name, marks=[pytest.mark.long] * (
         name != 'rope')) for name in DECODERS])

@@ -134,6 +134,7 @@ def _splash_on_cpu(monkeypatch):
 
 @pytest.mark.parametrize('kernel', [
     'auto', pytest.param('splash', marks=pytest.mark.slow)])
+@pytest.mark.long
 def test_a_prompt_beside_a_cache_is_read_by_the_kernel(kernel, monkeypatch):
   """Prompt, cache and the token after it are those of XLA's attention."""
   changes = dict(max_len=256, attention='global,banded', sliding_window=40)
@@ -165,7 +166,7 @@ def test_slots_weights_and_prefixes_have_no_kernel(options, monkeypatch):
   assert not calls
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_splash_on_a_mesh_equals_one_device():
   """Rows over data, heads over tensor; the shards' kernel masks alike."""
   keys = jax.random.split(jax.random.key(0), 3)

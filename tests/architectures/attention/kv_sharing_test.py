@@ -81,7 +81,7 @@ def decoded(module, params, tokens):
   return jnp.concatenate(found, 1)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize('how', [
     'prefix', pytest.param('period', marks=pytest.mark.long)])
 def test_layers_read_the_keys_of_one_before_them(how):

@@ -91,6 +91,7 @@ def test_a_layer_equals_its_definition(eps):
   np.testing.assert_allclose(y_BLD, want, atol=2e-6 * np.abs(want).max())
 
 
+@pytest.mark.long
 def test_a_temperature_of_scores_is_that_of_heads_turned_whole():
   """And of heads turned in part it is another, by its square."""
   yarn = lambda **fields: make(**dict(mixer='attention'), rope=dict(
@@ -161,6 +162,7 @@ def test_flops_are_those_of_the_products():
   assert found['attention'] == 2 * N * H * (14 + 10) * L
 
 
+@pytest.mark.long
 def test_documents_and_causality():
   module, params = make()
   a, b = models.tokens(1, 4, seed=4), models.tokens(1, 6, seed=5)

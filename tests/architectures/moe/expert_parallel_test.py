@@ -250,7 +250,7 @@ def test_routers_route_alike_on_a_mesh(fields):
               if sizes['f32'] > B * L]) == 4
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_tokens_that_do_not_fill_the_shards_and_shared_experts():
   """64 tokens on 6 shards: what fills them up takes no room."""
   c = config(ffn='swiglu', shared_experts=1, shared_gate=True, num_experts=2,

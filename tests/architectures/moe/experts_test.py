@@ -170,7 +170,7 @@ def grouped_case(counts, rows=64):
           inside_R1)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize('even', [
     8, pytest.param(64, marks=pytest.mark.long)])
 def test_grouped_product_equals_a_loop_over_experts(even, monkeypatch):

@@ -261,11 +261,11 @@ def test_window_tells_experts_unused_throughout():
   np.testing.assert_allclose(got['load_max'], [3])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('system, changes', [
     ('mixtral', dict(num_layers=6, attention='global,banded,global',
                      sliding_window=4)),
-    pytest.param('switch', dict(num_layers=4, num_decoder_layers=6),
-                 marks=pytest.mark.long)])
+    ('switch', dict(num_layers=4, num_decoder_layers=6))])
 def test_each_bias_moves_against_the_load_of_its_layer(system, changes):
   """health['load_E'] has the layers in their order, an encoder's first; layer
   n is row n // period of block n % period."""

@@ -249,7 +249,7 @@ def test_decays_that_are_alike_are_one_of_the_head():
   models.close(run(one), run(each), 2e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_row_of_16384_tokens_keeps_its_digits():
   """Decays as slow as 1 - 2 ** -12, of which 4,000 tokens leave a third, beside
   strong ones; float32 holds the state."""

@@ -150,7 +150,7 @@ def trained_alike(mixer, capfd, **sizes):
   ).items()}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @each(KDA)
 def test_sharded_equals_single_device(mixer, capfd):
   specs = trained_alike(mixer, capfd)

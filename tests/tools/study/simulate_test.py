@@ -83,7 +83,7 @@ def test_tuning_by_the_best_of_a_grid_leaves_the_confirmation_right():
       0.95, abs=0.03)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_power_announced_is_attained_and_careless_power_is_not():
   row, = announced.smallest_of(200, 'equal noise', 5)
   assert row.value == pytest.approx(0.8, abs=0.08) and row.holds

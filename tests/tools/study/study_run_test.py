@@ -180,6 +180,7 @@ def _with(frozen, **plan):
       frozen.plan, **plan))
 
 
+@pytest.mark.long
 def test_a_changed_plan_is_refused_and_amended_for_a_reason(frozen, tmp_path):
   with pytest.raises(RequestError, match='has no plan yet'):
     run_lib.adopted(tmp_path, frozen, 'why not')
@@ -213,6 +214,7 @@ def test_what_an_amended_plan_runs_otherwise_runs_anew(frozen, tmp_path):
   assert 'noise had run under an earlier plan; it ran anew as noise.1.' in told
 
 
+@pytest.mark.long
 def test_more_seeds_go_into_the_same_sweep(frozen, tmp_path):
   start(tmp_path, frozen, until='noise')
   more = dataclasses.replace(frozen.plan.seeds, noise=4)
@@ -230,6 +232,7 @@ def test_what_an_amended_plan_leaves_out_is_not_run(frozen, tmp_path):
   assert {seed for _, _, seed in own.did} <= set(frozen.plan.seeds.of('noise'))
 
 
+@pytest.mark.long
 def test_a_plan_of_before_some_fields_goes_on(frozen, tmp_path):
   old = dataclasses.replace(frozen, base_config=copy.deepcopy(
       frozen.base_config))

@@ -98,7 +98,7 @@ def test_when_the_process_falls_each_is_evaluated_alone(asked, tmp_path):
     assert {r.point for r in book.runs() if r.alone} == {'bad'}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_seeds_of_a_point_compile_once_and_have_their_own_figures(
     tmp_path, monkeypatch):
   workdir = tmp_path / 'w'

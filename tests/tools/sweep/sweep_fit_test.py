@@ -315,7 +315,7 @@ def test_shape_is_told_where_width_and_depth_vary_apart():
       [32, 64, 128], [2, 3, 4], [1e4, 6e4, 3e5]) is None
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_ladder_of_widths_and_depths_tells_what_shape_does(
     tmp_path, capsys, quick):
   points = []

@@ -84,7 +84,7 @@ def test_slurm_runs_the_runner_as_an_array(tmp_path):
       slurm.submit(words, tmp_path, 1, options, 'local')
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize('words', [
     ['--launcher=slurm', '--jobs=2', '--slurm=timeout_min=2'],
     ['--launcher', 'slurm', '--retry', '--slurm', 'timeout_min=2']])

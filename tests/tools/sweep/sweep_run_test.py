@@ -80,7 +80,7 @@ def _running(workdir):
   return found
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != 'linux', reason='prctl is of Linux')
 def test_kill_in_the_middle_then_two_runners_redo_nothing(tmp_path):
   file, workdir = sweeps.write(tmp_path), tmp_path / 'w'
@@ -327,7 +327,7 @@ def test_a_signal_reaches_a_job_that_is_just_being_started(
   assert set(states(workdir).values()) == {'pending'}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_task_that_is_added_is_not_lost(tmp_path, monkeypatch):
   """While a run trains, while it evaluates, and once it is done."""
   sweeps.fake(monkeypatch)
@@ -376,7 +376,7 @@ def test_two_that_add_to_a_sweep_do_so_in_turn(tmp_path, monkeypatch):
   assert layout.load_description(workdir)['name'] == 'mini'
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_point_that_is_added_while_a_runner_runs_is_trained(
     tmp_path, monkeypatch):
   sweeps.fake(monkeypatch)

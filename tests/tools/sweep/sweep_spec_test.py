@@ -73,8 +73,7 @@ def test_leave_one_out_takes_back_one():
 def test_a_wrong_point_is_a_sentence(point, parts, tmp_path):
   with pytest.raises(ValueError) as error:
     spec.read_sweep_file(sweeps.write(tmp_path, f'  {point}\n'))
-  for part in parts:
-    assert part in str(error.value)
+  assert all(part in str(error.value) for part in parts)
 
 
 def test_the_base_is_a_point(tmp_path):
@@ -343,6 +342,7 @@ def test_a_worked_sweep_evaluates_often_enough_for_a_speed_up(name):
   assert len(after) >= statistics.MIN_POINTS
 
 
+@pytest.mark.long
 def test_the_dense_twin_owes_no_routing():
   sweep = spec.read_sweep_file('configs/sweeps/routers.py')
   assert sweep.base_name == 'dense' and sweep.owed(sweep.points[0]) == ()

@@ -185,6 +185,7 @@ def test_an_encoder_decoder_by_hand():
       2 * 64 * 2 * (4 + 2) + 2 * 2 * 8 * 16 * 2 + 2 * 8 * 96)
 
 
+@pytest.mark.long
 def test_keys_of_the_memory_are_each_layers_own():
   fields = dict(arch='t5', d_model=8, num_heads=2, num_layers=2, d_ff=16,
                 ffn='relu', num_decoder_layers=2)
@@ -241,6 +242,7 @@ def test_below_what_is_trained_there_is_no_backward_pass():
       forward['weights'] - 5 * head + (LENGTH - 5) * head)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('system', [gpt, mamba2])
 def test_adapters_leave_out_the_gradients_of_weights_alone(system):
   """Of the products of a recurrence, which have no weights, there are all."""

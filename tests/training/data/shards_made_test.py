@@ -56,7 +56,7 @@ def test_an_array_says_which_job_this_is(corpus, shards, monkeypatch):
     tokenize(corpus, other, '--jobs=3', '--job=3')
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_was_killed_anywhere_goes_on_to_the_whole(corpus, tmp_path):
   """A process that is killed after random times, again and again."""
   slow = """

@@ -124,6 +124,7 @@ def test_experts_over_two_processes_are_those_of_one(folder, experts, texts):
   same(folder / 'two-experts', experts)
 
 
+@pytest.mark.long
 def test_two_processes_evaluate_as_one(alone, two):
   ours, theirs = ([(r['step'], r['loss']) for r in train_test.rows(workdir)
                    if r['split'] == 'eval']

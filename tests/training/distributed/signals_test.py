@@ -45,6 +45,7 @@ def _start_and_clean_up():
     process.communicate()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('number', [
     signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_one_signal_finishes_saves_and_exits_0(start, number):

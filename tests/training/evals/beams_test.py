@@ -34,7 +34,7 @@ def test_samples_are_the_best_texts_of_each_prompt():
   assert [row['text'] for row in found] == expected
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_targets_are_the_best_texts_of_their_sources(tmp_path):
   lines = [f'{"ab" * (i % 5 + 1)}\tb{i}' for i in range(40)]
   (tmp_path / 'pairs.tsv').write_text('\n'.join(lines))

@@ -70,7 +70,7 @@ def states(evaluation, kind, text):
   return run(variables)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize('kind', [
     pytest.param(kind, marks=[pytest.mark.long] * (kind != 'decoder'))
     for kind in KINDS])
@@ -96,6 +96,7 @@ def test_a_vector_is_pooled_of_the_text_alone(tmp_path, kind):
   models.close(together_ND, alone_ND, rtol=1e-6)
 
 
+@pytest.mark.long
 def test_bert_has_a_pooler_and_others_do_not(tmp_path):
   evaluation = asked(tmp_path, 'encoder', pooling='pooler')
   p = evaluation.params
@@ -113,6 +114,7 @@ def test_a_causal_model_has_no_first(tmp_path):
     written(tmp_path, asked(tmp_path, 'decoder', pooling='first'))
 
 
+@pytest.mark.long
 def test_normalized_vectors_point_the_same_way(tmp_path):
   evaluation = asked(tmp_path, 'decoder')
   plain_ND = written(tmp_path, evaluation)
@@ -201,7 +203,7 @@ def test_options_that_cannot_be_honoured(tmp_path, monkeypatch, changes, said):
     check(evaluations.flags(**right | changes))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.assets
 def test_real_weights_give_sentence_transformers_vectors(tmp_path):
   """The mean of transformers' last_hidden_state, as recorded; on all devices,

@@ -65,7 +65,7 @@ def same_figures(row):
       row['loss/bits_per_byte'] == pytest.approx(row['bits_per_byte'], 1e-6))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_training_is_the_same_and_goes_on_with_the_same_figures(
     texts, tmp_path, capsys):
   plain = config(texts, **{'eval.tasks': '', 'eval.tasks_every_steps': 0})

@@ -111,7 +111,7 @@ def test_an_encoder_reads_masks_between_its_marks(tmp_path):
   assert 'What is predicted is\nthe token itself' in page
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize('target', [
     '', pytest.param('ab', marks=pytest.mark.long)])
 def test_an_encoder_decoder_is_shown_a_target(tmp_path, target):
@@ -134,7 +134,7 @@ def test_an_encoder_decoder_is_shown_a_target(tmp_path, target):
       found.attention['cross'].entropy.mean(-1)[:, 0], atol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_experts_and_their_gates_stand_in_the_page(tmp_path):
   evaluation = asked('mixtral', 'causal', tmp_path)
   figures, _, page = look(evaluation)
@@ -147,7 +147,7 @@ def test_experts_and_their_gates_stand_in_the_page(tmp_path):
   assert [list(map(int, cell.split())) for cell in cells] == order.tolist()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_learned_sink_has_a_figure_of_its_own(tmp_path):
   evaluation = asked('gpt', 'causal', tmp_path,
                      fields=dict(attention_sinks=True))
@@ -183,7 +183,7 @@ def test_flags_that_say_nothing_are_refused(options, said):
     evals.TASKS['inspect'].check(evaluations.flags(**options))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_a_tokenizer_does_not_know_is_said(tmp_path):
   (tmp_path / 'vocab.txt').write_text('\n'.join(
       '[PAD] [UNK] [CLS] [SEP] [MASK] my fellow ##s'.split()))

@@ -121,7 +121,7 @@ def _config(source, system, objective):
 
 
 @pytest.mark.long
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize('system, objective', [
     ('bert', 'classification'),
     pytest.param('gpt', 'regression', marks=pytest.mark.long)])
@@ -170,7 +170,7 @@ def test_what_has_no_labels_is_refused(source, tmp_path):
           predictions=str(tmp_path))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_text_to_text_answers_in_words(source, capsys):
   evaluation = evaluations.make(_config(source, 't5', 'seq2seq'))
   figures = evaluations.run('labels', evaluation)

@@ -25,7 +25,7 @@ def workdir(tmp_path_factory, texts):
   return workdir
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_panel_is_in_the_figures_by_layer(workdir):
   row = [r for r in train_test.rows(workdir) if r['split'] == 'train'][-1]
   assert row['aux/balance'] > 0
@@ -50,7 +50,7 @@ def test_tensorboard_has_a_heat_map(workdir):
   assert 'train/health/dropped/1' in events.Tags()['scalars']
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_eval_shows_the_routing(workdir):
   target = workdir / 'routing.json'
   result = train_test.evaluate(workdir, '--tasks=routing', '--json',

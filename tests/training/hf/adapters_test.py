@@ -49,6 +49,7 @@ def start(source, workdir, lora):
   return run, initial_state.create(run, config.init_from).params
 
 
+@pytest.mark.long
 def test_a_run_starts_from_a_model_without_adapters(made, folder, imported):
   """Of Hugging Face's format and of a workdir: the weights are theirs, A is
   drawn and B is zero."""
@@ -181,6 +182,7 @@ def test_an_adapter_of_another_kind_is_refused(change, words, tmp_path):
     peft.read(adapters.plain(module.config), tmp_path)
 
 
+@pytest.mark.long
 def test_adapters_that_peft_does_not_have_are_refused(tmp_path):
   module, params = models.make('gpt', lora=LORA)
   with pytest.raises(RequestError, match='query, key, value of model.arch '

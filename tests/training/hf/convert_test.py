@@ -71,7 +71,7 @@ def test_a_mixture_starts_as_its_dense_model(system):
     assert (jnp.std(x, axis=(1, 2)) > 0).all()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_layers_keep_their_order_in_another_period():
   # Global and banded layers in turn, of which every fourth gets experts.
   module, params, run, mixture = _upcycled(
@@ -261,7 +261,7 @@ def test_weights_without_an_optimiser_are_told_apart(imported, tmp_path):
   assert not initial_state.has_parameters_alone(tmp_path / 'checkpoints')
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize('damaged', ['record', 'state'])
 def test_an_import_is_begun_anew_where_the_first_checkpoint_is_damaged(
     imported, tmp_path, damaged, capsys):

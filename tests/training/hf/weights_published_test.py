@@ -95,7 +95,7 @@ def _minilm():
   return assets.folder(), load_file(assets.RECORDING)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.assets
 def test_real_weights_give_transformers_embeddings(tmp_path):
   """By tools.convert and back out of the workdir."""

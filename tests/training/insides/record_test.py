@@ -189,7 +189,7 @@ def test_experts_are_the_two_best_of_a_router_in_numpy():
         best * e / (best * e).sum(-1, keepdims=True), atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_choice_without_room_has_no_gate():
   """GShard in its evaluation; the share of those is the panel's `dropped`."""
   module, params = models.make('gshard', moe=dict(num_experts=8))
@@ -210,7 +210,7 @@ def test_a_choice_without_room_has_no_gate():
     assert lost == pytest.approx(share) and lost > 0.1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize('system, changes', [
     ('llama', dict(num_kv_heads=2)),
     pytest.param('t5', {}, marks=pytest.mark.long),

@@ -305,6 +305,7 @@ def test_the_head_reads_what_is_to_be_predicted_alone():
   assert saved > 3 * 2 * (4 * 12) * D * V  # 12 of 16 places, three products
 
 
+@pytest.mark.long
 def test_a_batch_with_more_to_predict_than_is_chosen_has_no_loss():
   loss, params = _chosen(0.2)  # 3 of 16, and a row has 4
   assert np.isnan(loss(params)[0])

@@ -172,7 +172,7 @@ def test_multipliers():
     assert module.apply(variables, tokens).head.scale == 0.75
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_router_has_the_multiplier_of_logits():
   module = scaled('mixtral', 4 * BASE, num_layers=1)
   variables = jax.jit(module.init)(jax.random.key(0), models.tokens())
