@@ -206,7 +206,14 @@ def defaults() -> dict:
       # in any case.
       param_dtype='float32',
       scan_layers=True,  # one program for all layers, or one for each
-      remat='none',  # what the backward pass computes again
+      # What the backward pass computes again: nothing (none), all but products
+      # (dots), or each layer from its input (full; with offload the inputs wait
+      # in the host's memory).
+      remat='none',
+      # The products (of lora.targets below, with commas) whose weights, if they
+      # are sharded over fsdp, stay whole from the forward to the backward pass.
+      # none: all are gathered again, which sends more and keeps less.
+      keep_gathered='none',
       lora=dict(  # low-rank adapters; all other parameters are frozen
           rank=0,  # of an adapter; 0: there is none
           # An adapter's product is multiplied by alpha / rank; derived: rank.

@@ -29,7 +29,7 @@ from architectures.parts.moe import grouped_kernels
 from architectures.parts.moe import health
 from architectures.parts.moe import routing
 from architectures.parts.norms import NORMS
-from architectures.parts.period import REMAT
+from architectures.parts.remat import REMAT
 from architectures.parts.recurrent import mamba2
 from architectures.parts.unread import get
 from configs.errors import one_of, require
@@ -98,7 +98,8 @@ def names() -> dict[str, Collection[str]]:
       'attention_kernel': kernels.names(),
       'init': linear.INITS,
       'lora.targets': (*linear.PRODUCTS, linear.ALL),
-      'remat': ('none', *REMAT),
+      'remat': REMAT,
+      'keep_gathered': ('none', *linear.PRODUCTS, linear.ALL),
       'dtype': DTYPES,
       'param_dtype': DTYPES,
       'moe.ffn': FFNS,
@@ -125,7 +126,7 @@ def check_model(c: ModelConfig, stacks: Mapping[str, str]) -> None:
   _check_unread(c)
   _check_values(c)
   _check_stack(c, stacks)
-  _check_adapters(c)
+  _check_products(c)
   stack = stacks[c.arch]
   heads.HEADS[c.head].check(c)
   require(c.head == 'lm' or stack != 'encoder-decoder',
@@ -189,15 +190,17 @@ def products(c: ModelConfig) -> list[str]:
   return [name for name in linear.PRODUCTS if name in there]
 
 
-def _check_adapters(c: ModelConfig) -> None:
-  """Raises RequestError for a product that is to get a low-rank adapter and
-  that no layer has; those of experts get none."""
+def _check_products(c: ModelConfig) -> None:
+  """Raises RequestError for a product that is to get a low-rank adapter, or
+  whose weight is to stay gathered, and that no layer has outside of experts."""
   there = products(c)
-  for name in unread.chosen(c, 'lora.targets') if c.lora.rank else ():
-    require(name == linear.ALL or name in there,
-            f'model.lora.targets has {name!r}, a product that no layer of this '
-            'model has outside of its experts, whose products get no adapter: '
-            f'choose from {", ".join(there)}, {linear.ALL}')
+  for field, read in (('lora.targets', c.lora.rank > 0),
+                      ('keep_gathered', c.keep_gathered != 'none')):
+    for name in unread.chosen(c, field) if read else ():
+      require(name == linear.ALL or name in there,
+              f'model.{field} has {name!r}, a product that no layer of this '
+              'model has outside of its experts, which are left out: choose '
+              f'from {", ".join(there)}, {linear.ALL}')
 
 
 def _check_unread(c: ModelConfig) -> None:

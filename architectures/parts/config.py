@@ -200,6 +200,7 @@ class ModelConfig:
   param_dtype: str
   scan_layers: bool
   remat: str
+  keep_gathered: str
   lora: LoraConfig
   moe: MoEConfig
 

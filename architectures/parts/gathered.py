@@ -19,6 +19,7 @@ import math
 from typing import NamedTuple, Optional
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec
 import jax.numpy as jnp
@@ -30,6 +31,7 @@ from architectures.parts import sharding
 # name into the name.)
 Names = tuple[tuple[str, ...], ...]
 
+KEPT = 'kept_weight'  # the name of a whole weight that remat is to keep
 LANES = 128  # of a TPU's registers; an array's last axis is padded to them
 LENGTHS = 'LM'  # the letters of axes that are sharded as `length` is
 
@@ -162,7 +164,7 @@ def places(letters: str, x: jax.Array, w: jax.Array,
 
 
 def product(local: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array,
-            w: jax.Array, at: Places, keep: bool) -> jax.Array:
+            w: jax.Array, at: Places, keep: bool, name: str = '') -> jax.Array:
   """Returns local(x, the whole weight) of each device's tokens.
 
   Args:
@@ -172,8 +174,10 @@ def product(local: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array,
     at: how both lie on the mesh.
     keep: whether the whole weight may be kept for the gradient. With remat it
       may: it is kept only while its layer is computed again.
+    name: of the whole weight, by which a remat policy keeps it longer; '': it
+      has none.
   """
-  on_each = functools.partial(_on_each, local, at.weight)
+  on_each = functools.partial(_on_each, local, at.weight, name)
   if not keep:  # gathers again; the product's gradient does not need its result
     on_each = jax.checkpoint(on_each)
   tokens = _spec(*at.tokens)
@@ -181,8 +185,9 @@ def product(local: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array,
                        out_specs=tokens, check_vma=False)(x, w)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _on_each(local: Callable, of: Names, x: jax.Array, w: jax.Array):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _on_each(local: Callable, of: Names, name: str, x: jax.Array,
+             w: jax.Array):
   """Returns local(x, the whole weight), in a function that is mapped over the
   mesh.
 
@@ -196,12 +201,15 @@ def _on_each(local: Callable, of: Names, x: jax.Array, w: jax.Array):
   return local(x, _gather(w, of))
 
 
-def _on_each_fwd(local: Callable, of: Names, x: jax.Array, w: jax.Array):
+def _on_each_fwd(local: Callable, of: Names, name: str, x: jax.Array,
+                 w: jax.Array):
   w = _gather(w, of)
+  if name:
+    w = checkpoint_name(w, name)
   return local(x, w), (x, w)
 
 
-def _on_each_bwd(local: Callable, of: Names,
+def _on_each_bwd(local: Callable, of: Names, name: str,
                  operands: tuple[jax.Array, jax.Array], d: jax.Array):
   x, w = operands
   dw, = jax.vjp(functools.partial(local, x), w)[1](d)

@@ -90,7 +90,7 @@ def embedding(module: nn.Module, name: str, rows: int,
 def einsum(spec: str, x: jax.Array, w: jax.Array, dtype: jax.typing.DTypeLike,
            out_dtype: jax.typing.DTypeLike | None = None,
            axes: tuple[str | None, ...] | None = None, keep: bool = True,
-           own_gradient: bool = False) -> jax.Array:
+           own_gradient: bool = False, kept_as: str = '') -> jax.Array:
   """A product in the compute dtype, which adds up in float32.
 
   Args:
@@ -107,6 +107,7 @@ def einsum(spec: str, x: jax.Array, w: jax.Array, dtype: jax.typing.DTypeLike,
       transposes the first operand. With x^T dy that is x, once for all products
       with x; otherwise it computes dy, and all that leads to it, in transposed
       order.
+    kept_as: the name of the whole weight, as of gathered.product.
   """
   out_dtype = jnp.dtype(out_dtype or dtype)
   ins, out = spec.split('->')
@@ -120,7 +121,7 @@ def einsum(spec: str, x: jax.Array, w: jax.Array, dtype: jax.typing.DTypeLike,
   else:
     local = functools.partial(_product, spec, out_dtype)
   at = gathered.places(spec, x, w, axes)
-  y = gathered.product(local, x, w, at, keep) if at else local(x, w)
+  y = gathered.product(local, x, w, at, keep, kept_as) if at else local(x, w)
   return y if shared else checkpoint_name(y, PRODUCT)
 
 
@@ -210,8 +211,10 @@ def product(module: nn.Module, name: str, spec: str, x: jax.Array,
     own_gradient: as for `einsum`.
   """
   c = module.config
-  y = einsum(spec, x, w, c.compute_dtype, axes=axes, keep=c.remat != 'none',
-             own_gradient=own_gradient)
+  longer = keeps_gathered(c, name)
+  y = einsum(spec, x, w, c.compute_dtype, axes=axes,
+             keep=longer or c.remat != 'none', own_gradient=own_gradient,
+             kept_as=gathered.KEPT if longer else '')
   if not adapted(c, name):
     return y
   of_x, of_w, of_y = spec.replace('->', ',').split(',')
@@ -242,6 +245,13 @@ def adapted(c: ModelConfig, name: str) -> bool:
   targets = c.lora.targets.split(',')
   return c.lora.rank > 0 and name in (
       PRODUCTS if ALL in targets else targets)
+
+
+def keeps_gathered(c: ModelConfig, name: str = '') -> bool:
+  """Whether the weight of the product `name`, or of any product (''), stays
+  gathered from the forward to the backward pass."""
+  names = [] if c.keep_gathered == 'none' else c.keep_gathered.split(',')
+  return bool(names) if not name else ALL in names or name in names
 
 
 def _adapter(module: nn.Module, name: str, shape: tuple[int, ...],

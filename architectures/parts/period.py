@@ -7,7 +7,7 @@ from typing import Any, Optional
 import flax.linen as nn
 import jax
 
-from architectures.parts import linear
+from architectures.parts import remat
 from architectures.parts import sharding
 from architectures.parts import streams
 from architectures.parts.attention import values
@@ -42,10 +42,8 @@ class Period(nn.Module):
         ends + place for place in self.lends}
     for i, kind in enumerate(self.pattern):
       config = self.config.of_kind(kind.name)
-      block = BLOCKS[config.block]
-      if config.remat != 'none':
-        block = nn.remat(block, policy=REMAT[config.remat],
-                         prevent_cse=not (self.in_loop and ends == 1))
+      block = remat.block(BLOCKS[config.block], config,
+                          prevent_cse=not (self.in_loop and ends == 1))
       own = ctx.replace(first=first, keys=lent.get(kind.source), lent={},
                         lends=i in wanted)
       own_cache = None if cache is None else cache[i]
@@ -95,12 +93,6 @@ def _tied(x: streams.X, params: Any) -> tuple[streams.X, Any]:
 
 _tied.defvjp(lambda x, params: ((x, params), None),
              lambda _, gradients: jax.lax.optimization_barrier(gradients))
-
-
-REMAT = {
-    'full': None,  # keep nothing but each block's input
-    'dots': jax.checkpoint_policies.save_only_these_names(linear.PRODUCT),
-}
 
 
 class Scanned(Period):

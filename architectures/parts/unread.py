@@ -124,6 +124,10 @@ CONDITIONS = (
 )
 
 
+# Fields that name several products, with commas between.
+LISTS = ('lora.targets', 'keep_gathered')
+
+
 def get(c: ModelConfig, field: str) -> Any:
   """Returns a field of the model by its dotted name."""
   for name in field.split('.'):
@@ -133,9 +137,9 @@ def get(c: ModelConfig, field: str) -> Any:
 
 def chosen(c: ModelConfig, field: str) -> tuple[str, ...]:
   """Returns the names of the entries that `c` chooses of a table: one, but of
-  the products that get adapters."""
+  the products in LISTS."""
   value = get(c, field)
-  return tuple(value.split(',')) if field == 'lora.targets' else (value,)
+  return tuple(value.split(',')) if field in LISTS else (value,)
 
 
 def unread(c: ModelConfig) -> dict[str, Row]:

@@ -2,6 +2,7 @@
 and no collective sends more than it must."""
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import pytest
 from architectures.parts import gathered
 from architectures.parts import sharding
 from configs import sharding as tables
+from configs.errors import RequestError
 from tests.helpers import models
 from training import losses
 from training.distributed import devices
@@ -62,6 +64,38 @@ def test_equals_one_device_and_scatters_each_gradient(sizes, remat, steps):
   assert count('reduce_scatter') == steps * (7 + 1)
   # The table of embeddings stays in shards: its rows cross, and gradients back.
   assert count('all_to_all') == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('keep, remat, again', [
+    ('query,key,value,out', 'offload', 3),
+    pytest.param('all-linear', 'full', 0, marks=pytest.mark.long),
+    pytest.param('all-linear', 'none', 0, marks=pytest.mark.long),
+    pytest.param('down', 'dots', 6, marks=pytest.mark.long)])
+def test_a_weight_that_stays_gathered_is_not_gathered_again(
+    keep, remat, again):
+  changes = dict(num_kv_heads=2, num_layers=3)
+  module, params = models.make('llama', **changes)
+  tokens_BL = models.tokens(8, LENGTH)
+  want = jax.jit(step_of(module))(params, tokens_BL)
+  module, _ = models.make('llama', remat=remat, keep_gathered=keep, **changes)
+  got, text = on_mesh(dict(data=2, fsdp=4), module, params, step_of(module),
+                      tokens_BL)
+  models.close(want, got, rtol=5e-5)
+  assert text.count('stablehlo.all_gather"') == 7 + again + 2
+  assert text.count('stablehlo.reduce_scatter"') == 7 + 1
+
+
+def test_the_input_of_each_layer_waits_in_the_hosts_memory():
+  """And nothing else does; without a loop over layers too."""
+  tokens_BL = models.tokens(2, 16)
+  for scan, remat in ((True, 'offload'), (False, 'offload'), (True, 'full')):
+    module, params = models.make('llama', num_layers=3, scan_layers=scan,
+                                 remat=remat)
+    text = str(jax.make_jaxpr(step_of(module))(params, tokens_BL))
+    D, waiting = module.config.d_model, set(re.findall(r'<host>(\S+)', text))
+    assert waiting == ({f'[2,16,{D}]', f'[3,2,16,{D}]'}
+                       if remat == 'offload' else set()), waiting
 
 
 @pytest.mark.slow
@@ -192,3 +226,20 @@ def test_an_axis_that_does_not_divide_a_weight_is_left_out_of_it():
                                       (7, 7), (2, 2)])
 def test_two_steps_are_as_even_as_can_be(n, first):
   assert gathered._first_step(n) == first
+
+
+@pytest.mark.parametrize('system, keep, told', [
+    ('llama', 'query,none', "has 'none', a product that no layer"),
+    ('llama', 'quer', "choose from none, query, .*Did you mean 'query'"),
+    ('mixtral', 'query,up', "has 'up', a product that no layer .*experts")])
+def test_a_weight_that_cannot_stay_gathered_is_refused(system, keep, told):
+  with pytest.raises(RequestError, match=told):
+    models.make(system, keep_gathered=keep)
+
+
+def test_weights_over_tensor_are_left_to_xla_and_cannot_stay_gathered():
+  config = models.make('llama', keep_gathered='all-linear')[0].config
+  shape = dict.fromkeys(tables.MESH_AXES, 1)
+  devices.check_mesh(config, 8, 1, shape | dict(fsdp=4))
+  with pytest.raises(RequestError, match='mesh.tensor 2.*as it chooses'):
+    devices.check_mesh(config, 8, 1, shape | dict(fsdp=2, tensor=2))

@@ -153,6 +153,12 @@ MUTANTS = {
         ('max(1, min(BLOCKS, L // QUERIES)) if self.causal else 1', '1',
          'xla_attention: spares'),
     ],
+    'architectures/parts/remat.py': [
+        ('keeps += (gathered.KEPT,)', 'keeps += ()',
+         'gathered: stays_gathered'),
+        ('names_which_can_be_offloaded=[INPUT]',
+         'names_which_can_be_offloaded=[]', 'gathered: waits'),
+    ],
     'architectures/parts/dropout.py': [
         ('x * (1 / (1 - rate)), 0)', 'x, 0)', 'laws: make_up'),
         ('bits(key, x.shape) >=', 'bits(key, x.shape) <', 'laws: make_up'),

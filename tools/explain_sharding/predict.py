@@ -16,6 +16,7 @@ are few tokens, less is sent than is said here. XLA may choose otherwise: python
 
 import math
 
+from architectures.parts import remat
 from architectures.parts.moe import dispatch
 from architectures.parts.moe import routing
 from architectures.parts.moe.layer import routing_groups
@@ -23,8 +24,6 @@ from configs import sharding as tables
 import jax.numpy as jnp
 from training import objectives
 from training.distributed import devices
-
-PASSES = {'full': 3, 'dots': 2, 'none': 2}  # over activations, by remat
 
 
 def collectives(run, parameters: list[dict]) -> list[dict]:
@@ -58,7 +57,7 @@ def _of_weight(run, one: dict, batch: list, mesh: dict) -> list[dict]:
     if axis in batch and not _stays(one, axis):
       sent = held * (n - 1) * width
       held *= n
-      passes = 2 * times  # a layer that is computed again keeps what it gathers
+      passes = times * remat.gathers(run.model, one['name'], one['axes'])
       rows.append(_row('all-gather', [axis], 'weights before use', passes,
                        sent * passes))
       rows.append(_row('reduce-scatter', [axis], 'gradients of weights',
@@ -83,6 +82,7 @@ def _of_activations(run, parameters, mesh) -> list[dict]:
   c, config = run.model, run.config
   longest = max(objectives.of(config).row_lengths(config))
   micro = config.train.grad_accumulation
+  passes = 2 + remat.of(c).again
   tokens = config.data.batch_size * longest // micro // devices.shards(
       'tokens', run.mesh.shape, config.mesh.rules)
   one = tokens * c.d_model * jnp.dtype(c.dtype).itemsize
@@ -96,7 +96,7 @@ def _of_activations(run, parameters, mesh) -> list[dict]:
               and 'tensor' in d['mesh']]
     if summed and row['axes'][-1] == 'embed' and len(dims) > 2:
       # Forward, backward of what went in, and again where it is remade.
-      runs = layers * PASSES[c.remat] * micro
+      runs = layers * passes * micro
       n = mesh['tensor']
       sent = one * (n - 1) / n * runs
       if longest % (n * mesh.get('context', 1)):
@@ -108,7 +108,7 @@ def _of_activations(run, parameters, mesh) -> list[dict]:
                  _row('all-gather', ['tensor'], 'what layers read', runs, sent)]
     if 'context' in mesh and row['name'].endswith(
         ('/attention/key', '/attention/value', '/attention/kv_down')):
-      runs = layers * PASSES[c.remat] * micro
+      runs = layers * passes * micro
       width = math.prod(d['size'] // math.prod(mesh[a] for a in d['mesh'])
                         for d in dims
                         if d['axis'] in ('kv_heads', 'head', 'latent'))

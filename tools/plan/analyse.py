@@ -55,7 +55,7 @@ def describe(run: runs.Run, topology: chips.Topology) -> dict:
       length=config.data.length, sequences_per_device=(
           config.data.batch_size / rows / config.train.grad_accumulation),
       grad_accumulation=config.train.grad_accumulation, remat=c.remat,
-      optimizer=config.optim.name)
+      keep_gathered=c.keep_gathered, optimizer=config.optim.name)
 
 
 def check_state(run: runs.Run, topology: chips.Topology, name: str
@@ -132,7 +132,9 @@ def _compiled(run, topology, what, jaxpr, lowered, state) -> dict:
   sizes = dict(hbm=int(topology.chip.hbm), **state,
                arguments=stats.argument_size_in_bytes,
                temporaries=stats.temp_size_in_bytes,
-               peak=stats.peak_memory_in_bytes)
+               peak=compiling.peak_bytes(stats))
+  if stats.host_temp_size_in_bytes:
+    sizes['host_memory'] = stats.host_temp_size_in_bytes
   if estimate and what.name == 'train':
     sizes |= memory.analytic(run, platform=topology.chip.platform)
     del sizes['temporaries']

@@ -125,10 +125,22 @@ def build(run: runs.Run, what: Program, jaxpr, lowered, hbm: float
           f'{what.name} cannot be compiled: a kernel takes more on-chip memory '
           f'than there is: {reason}') from error
     raise DoesNotFit(f'{what.name} does not fit a device: {reason}') from error
-  stats = executable.memory_analysis()
-  peak = stats.peak_memory_in_bytes
+  peak = peak_bytes(executable.memory_analysis())
   if peak > hbm:
     raise DoesNotFit(
         f'{what.name} does not fit a device: it needs {peak / 2 ** 30:.2f} GiB '
         f'at its peak, and a device has {hbm / 2 ** 30:.2f} GiB')
   return Compiled(what, jaxpr, executable, time.monotonic() - begun)
+
+
+def peak_bytes(stats: Any) -> int:
+  """Returns the most that a compiled program holds of a device's memory.
+
+  libtpu 0.0.50.1 counts what lies in the host's memory into its figure of the
+  peak. So it is no more than the device's temporaries and what goes in and out
+  of the program, which is what this returns where the host holds something.
+  """
+  if not stats.host_temp_size_in_bytes:
+    return stats.peak_memory_in_bytes
+  return (stats.argument_size_in_bytes + stats.temp_size_in_bytes
+          + stats.output_size_in_bytes - stats.alias_size_in_bytes)

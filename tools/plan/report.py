@@ -11,13 +11,15 @@ def text(plan: dict) -> str:
       f' x {plan["slices"]} slices' if plan['slices'] > 1 else '')
   devices = f'{chips:,} chips' + (
       f', {count:,} devices' if count != chips else '')
+  kept = '' if plan['keep_gathered'] == 'none' else (
+      f'gathered once: {plan["keep_gathered"]}; ')
   lines = [
       f'{plan["model"]} on {place}: {devices}; mesh {mesh}',
       f'{plan["parameters"]:,} parameters, {plan["active_parameters"]:,} at '
       'work for a token',
       f'batch {plan["batch_size"]:,} x {plan["length"]:,} tokens, '
       f'{plan["sequences_per_device"]:g} sequences a device at once; remat '
-      f'{plan["remat"]}; {plan["optimizer"]}',
+      f'{plan["remat"]}; {kept}{plan["optimizer"]}',
       f'by {plan["compiler"]}, jax {plan["jax"]}']
   if plan['estimate']:
     lines.append('An estimate: no compiler for these devices is installed '

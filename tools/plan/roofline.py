@@ -9,6 +9,7 @@ import math
 
 import jax
 
+from architectures.parts import remat
 from tools.plan.chips import Topology
 from training import runs
 from training.costs import memory, peaks
@@ -53,7 +54,7 @@ def hbm_bytes(run: runs.Run, products: float, training: bool) -> float:
   c, shape = run.model, run.mesh.shape
   passes = 1
   if training:
-    passes = (2 + (c.remat == 'full')) * run.config.train.grad_accumulation
+    passes = (2 + remat.of(c).again) * run.config.train.grad_accumulation
   gathered = sum(
       math.prod(x.sharding.shard_shape(x.shape))
       * math.prod(shape[axis] for axis in memory.gathered(x.sharding))

@@ -12,24 +12,21 @@ import itertools
 import math
 from typing import NamedTuple
 
-import jax
+import ml_collections
 import numpy as np
 
 import architectures
+from architectures.parts import remat
 from architectures.parts.ffn import NONE
 from configs.errors import RequestError
 from tools.plan import analyse, chips, collectives, compile as compiling
 from tools.plan import roofline
 from tools.plan import topology as topologies
-from training import objectives, progress, runs
+from training import objectives, paths, progress, runs
 from training.costs import memory
 from training.data import ramp, tokenizers
 from training.distributed import devices
 
-REMATS = ('none', 'dots', 'full')
-# Forward passes in a step, the one that remat adds included: 'dots' repeats
-# what is cheap, and attention, which is not counted here.
-FORWARDS = {'none': 3, 'dots': 3, 'full': 4}
 
 
 class Candidate(NamedTuple):
@@ -81,7 +78,7 @@ def sent(run: runs.Run, host_of: np.ndarray) -> list[collectives.Collective]:
   """
   c, shape, accumulation = (run.model, run.mesh.shape,
                             run.config.train.grad_accumulation)
-  itemsize, passes = c.compute_dtype.itemsize, 2 + (c.remat == 'full')
+  itemsize, passes = c.compute_dtype.itemsize, 2 + remat.of(c).again
   batch = ('data', 'fsdp', 'expert')
   found = []
 
@@ -91,14 +88,15 @@ def sent(run: runs.Run, host_of: np.ndarray) -> list[collectives.Collective]:
       found.append(collectives.Collective(
           kind, axes, size, hosts, c.dtype, 0, payload, times, True, ''))
 
-  for x in jax.tree.leaves(run.abstract.params):
+  times = memory.gathers(run)
+  for path, x in paths.flatten(run.abstract.params).items():
     used = memory.axes(x.sharding)
     shard = math.prod(x.sharding.shard_shape(x.shape)) * itemsize
     held = shard
     for axis in reversed(memory.gathered(x.sharding)):  # one after the other
       add('reduce-scatter', (axis,), held, accumulation)
       held *= shape[axis]
-      add('all-gather', (axis,), held, passes * accumulation)
+      add('all-gather', (axis,), held, times[path] * accumulation)
     rest = tuple(a for a in batch if a not in used)
     add('all-reduce', rest, shard, accumulation)
   tokens = run.config.data.batch_size * sum(
@@ -148,27 +146,38 @@ def candidates(config, topology: chips.Topology) -> list[Candidate]:
                      devices.make_mesh(shape, placed, topology.slices))
     if sum(memory.state(run).values()) > topology.chip.hbm:
       continue
-    for remat in REMATS:
-      variant = _variant(run, remat, 1)
-      if remat not in kept:
-        kept[remat] = memory.kept(variant)
+    least = math.inf  # the accumulation of this mesh's plans so far
+    for name, policy in remat.REMAT.items():
+      variant = _variant(run, name, 1)
+      if name not in kept:
+        kept[name] = memory.kept(variant)
       shards = math.prod(shape[a] for a in ('data', 'fsdp', 'expert'))
       for parts in (2 ** i for i in range(12) if not any(
           size % (shards * 2 ** i) for size in sizes)):
-        one = _score(_variant(run, remat, parts), topology, kept[remat])
+        if policy.to_host and parts >= least:
+          break  # the way to the host is in no bound: it must save sending
+        one = _score(_variant(run, name, parts), topology, kept[name])
         if one.peak_bytes < topology.chip.hbm:
           found.append(one)
+          least = min(least, parts)
           break  # more accumulation only sends more
   return sorted(found, key=lambda one: (one.step_seconds, one.peak_bytes))
 
 
-def _variant(run: runs.Run, remat: str, accumulation: int) -> runs.Run:
-  config = run.config.copy_and_resolve_references()
-  config.model.remat = remat
+def with_policy(config: ml_collections.ConfigDict, policy: str,
+                accumulation: int) -> ml_collections.ConfigDict:
+  """Returns a copy with another remat policy and accumulation."""
+  config = config.copy_and_resolve_references()
+  config.model.remat = policy
   config.train.grad_accumulation = accumulation
-  model = dataclasses.replace(run.model, remat=remat)
-  return dataclasses.replace(run, config=config, model=model,
-                             module=run.module.clone(config=model))
+  return config
+
+
+def _variant(run: runs.Run, policy: str, accumulation: int) -> runs.Run:
+  model = dataclasses.replace(run.model, remat=policy)
+  return dataclasses.replace(
+      run, config=with_policy(run.config, policy, accumulation), model=model,
+      module=run.module.clone(config=model))
 
 
 def _score(run: runs.Run, topology: chips.Topology, kept: int) -> Candidate:
@@ -177,7 +186,7 @@ def _score(run: runs.Run, topology: chips.Topology, kept: int) -> Candidate:
   found = sent(run, analyse.hosts(run, topology))
   outside = sum(one.sent_outside * one.runs for one in found)
   bounds = roofline.times(
-      topology, c.dtype, flops=needed * FORWARDS[c.remat] / 3,
+      topology, c.dtype, flops=needed * (3 + remat.of(c).again) / 3,
       hbm_bytes=roofline.hbm_bytes(run, 0.0, True),
       sent=sum(one.sent * one.runs for one in found) - outside,
       sent_outside=outside, model_flops=needed)
@@ -223,9 +232,7 @@ def search(config, topology: chips.Topology, wanted: int,
 
 
 def _compiled(config, topology, one: Candidate, fresh: bool) -> dict:
-  config = config.copy_and_resolve_references()
-  config.model.remat = one.remat
-  config.train.grad_accumulation = one.grad_accumulation
+  config = with_policy(config, one.remat, one.grad_accumulation)
   mesh = ','.join(f'{axis}={n}' for axis, n in one.mesh.items())
   run = analyse.run_on(config, topology, mesh)
   report = analyse.analyse(run, topology, 'train', fresh)

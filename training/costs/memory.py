@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh, AxisType
 import ml_collections
 
 import architectures
-from architectures.parts import blocks, mixers, positions
+from architectures.parts import blocks, mixers, positions, remat
 from architectures.parts import streams
 from architectures.parts.attention import kernels, visibility
 from architectures.parts.config import ModelConfig
@@ -19,7 +19,7 @@ from architectures.parts.ffn import NONE
 from training import objectives, paths, runs
 from training.distributed import devices
 from training.optim import shares
-from training.step import parameter_shares
+from training.step import parameter_roles, parameter_shares
 
 
 def _items(tree: Any) -> dict:
@@ -98,14 +98,23 @@ def _saved(x: Any, axis: str, size: int) -> int:
 def least(run: runs.Run) -> dict[str, int]:
   """Returns bytes of a device that no compiler can save: the state, one
   gradient of each parameter, and what enters each block, which every remat
-  policy keeps. Nothing is traced, so that it takes no time.
+  policy keeps there, but for `offload`. Nothing is traced, so that it takes no
+  time.
 
   Args:
     run: on any mesh, one that is only described too.
   """
-  config, c = run.config, run.model
   parts = state(run)
   parts['gradients'] = on_device(_trained(run))
+  inputs = block_inputs(run)
+  parts['block_inputs'] = 0 if remat.of(run.model).to_host else inputs
+  parts['peak'] = sum(parts.values())
+  return parts
+
+
+def block_inputs(run: runs.Run) -> int:
+  """Returns bytes of a device of what enters all blocks at once."""
+  config, c = run.config, run.model
   shapes = objectives.shapes(config)
   layers = {'tokens': c.num_layers, 'decoder_tokens': c.num_decoder_layers}
   inputs = sum(math.prod(shapes[name][0][:2]) * count * streams.slots(
@@ -113,10 +122,8 @@ def least(run: runs.Run) -> dict[str, int]:
           count, cross=name == 'decoder_tokens'))) // devices.stream_shards(
               run.mesh.shape, config.mesh.rules, shapes[name][0][1])
                for name, count in layers.items() if name in shapes)
-  parts['block_inputs'] = (inputs * c.d_model * c.compute_dtype.itemsize
-                           // config.train.grad_accumulation)
-  parts['peak'] = sum(parts.values())
-  return parts
+  return (inputs * c.d_model * c.compute_dtype.itemsize
+          // config.train.grad_accumulation)
 
 
 def described(config: ml_collections.ConfigDict, model: ModelConfig,
@@ -144,8 +151,8 @@ def analytic(run: runs.Run, kept_in_all: int = 0,
 
   State, gradients, what the backward pass keeps by the config's remat policy
   (traced, not guessed; it is cut up as what goes from layer to layer is),
-  and the largest thing of one layer: scores, or the widest hidden units and
-  the gathered weights.
+  weights that stay gathered, and the largest thing of one layer: scores, or
+  the widest hidden units and the gathered weights.
 
   Args:
     run: on any devices.
@@ -163,6 +170,8 @@ def analytic(run: runs.Run, kept_in_all: int = 0,
   length, width = run.config.data.length, c.compute_dtype.itemsize
   parts['kept_for_backward'] = (kept_in_all or kept(run)) // (
       micro * devices.stream_shards(shape, rules, length))
+  if c.keep_gathered != 'none':
+    parts['kept_gathered'] = _kept_gathered(run)
   tokens = run.config.data.batch_size * length // shards
   kinds = [c.of_kind(name) for name in c.kinds_used]
   hidden = max(tokens * _hidden(k) // shape['tensor'] for k in kinds)
@@ -173,7 +182,25 @@ def analytic(run: runs.Run, kept_in_all: int = 0,
   parts['one_layer'] = max(scores, 3 * width * hidden) + (
       2 * width * layer // (shape['tensor'] * shape['expert']))
   parts['peak'] = sum(parts.values())
+  if remat.of(c).to_host:
+    parts['host_memory'] = block_inputs(run)
   return parts
+
+
+def gathers(run: runs.Run) -> dict[str, int]:
+  """Returns how often a step gathers each parameter, if it is sharded."""
+  return {path: remat.gathers(run.model, path, role.axes) for path, role
+          in paths.flatten(parameter_roles(run.module)).items()}
+
+
+def _kept_gathered(run: runs.Run) -> int:
+  """Bytes of the weights that stay whole for the backward pass."""
+  times, shape = gathers(run), run.mesh.shape
+  once = [x for path, x in paths.flatten(run.abstract.params).items()
+          if gathered(x.sharding) and times[path] == 1]
+  return sum(math.prod(x.sharding.shard_shape(x.shape)) * math.prod(
+      shape[axis] for axis in gathered(x.sharding)) for x in once
+             ) * run.model.compute_dtype.itemsize
 
 
 def _hidden(c: ModelConfig) -> int:
@@ -217,7 +244,10 @@ def traceable(model: ModelConfig) -> ModelConfig:
 
 def kept(run: runs.Run) -> int:
   """Bytes that all devices keep between the passes, of a whole batch without
-  accumulation: the residuals of jax.vjp, weights apart."""
+  accumulation: the residuals of jax.vjp, but for weights and for what waits in
+  the host's memory."""
+  run = dataclasses.replace(run, module=run.module.clone(
+      config=dataclasses.replace(run.model, keep_gathered='none')))
   config = run.config
   objective = objectives.of(config)
   batch = {key: jax.ShapeDtypeStruct(size, dtype) for key, (size, dtype)
@@ -231,9 +261,9 @@ def kept(run: runs.Run) -> int:
     return jax.vjp(loss, params)[1]
 
   with run.context():
-    found = jax.eval_shape(residuals, run.abstract.params, batch)
+    found = jax.make_jaxpr(residuals)(run.abstract.params, batch).out_avals
   weights = {x.shape for x in jax.tree.leaves(run.abstract.params)}
   return sum(x.size * jnp.dtype(x.dtype).itemsize
-             for x in jax.tree.leaves(found)
-             if x.shape not in weights
+             for x in found if x.shape not in weights
+             and x.memory_space != jax.memory.Space.Host
              and not jnp.issubdtype(x.dtype, jax.dtypes.extended))

@@ -98,6 +98,10 @@ def check_mesh(model: ModelConfig, batch_size: int, grad_accumulation: int,
     require(size % shape[axis] == 0,
             f'mesh.{axis} is {shape[axis]}, which does not divide '
             f'{where} {size}: choose from {_divisors(size)}')
+  require(shape['tensor'] == 1 or model.keep_gathered == 'none',
+          f'model.keep_gathered is {model.keep_gathered!r}, and mesh.tensor '
+          f'{shape["tensor"]}: XLA then gathers the weights of products as it '
+          "chooses; set mesh.tensor=1, or model.keep_gathered='none'")
   if model.has_experts:
     experts = model.moe.num_experts
     require(experts % shape['expert'] == 0,

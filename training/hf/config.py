@@ -57,7 +57,8 @@ NEUTRAL = re.compile('|'.join((
 # merged into the weights before an export.)
 RUN_ONLY = re.compile('|'.join((
     r'(attention_|ffn_|head_)?dropout', 'init', 'init_stddev', 'init_scale',
-    'dtype', 'param_dtype', 'scan_layers', 'remat', r'attention_kernel.*',
+    'dtype', 'param_dtype', 'scan_layers', 'remat', 'keep_gathered',
+    r'attention_kernel.*',
     r'lora\..*',
     r'moe\.(dispatch|grouped_kernel|jitter|logit_noise|balance_.*|z_loss_weight'
     r'|expert_dropout|group_size|.*capacity.*)')))

@@ -33,7 +33,8 @@ CLASSES: tuple[tuple[str, str | Callable, str], ...] = (
      'batches do not depend on it'),
     (r'train\.max_bad_steps', SAFE, 'only when a failing run ends'),
     (r'train\.loss_chunk', SAFE, 'same sums in another order'),
-    (r'model\.(remat|scan_layers|attention_kernel|moe\.grouped_kernel)', SAFE,
+    (r'model\.(remat|keep_gathered|scan_layers|attention_kernel'
+     r'|moe\.grouped_kernel)', SAFE,
      'the same function, computed another way'),
     (r'model\.moe\.eval_capacity_factor', SAFE, 'only evaluation'),
     (r'train\.steps', change_kinds.steps, ''),

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 
 from architectures.parts import ffn as dense
 from architectures.parts import linear
+from architectures.parts import remat
 from architectures.parts import sharding
 from architectures.parts.config import ModelConfig
 from architectures.parts.context import Context
@@ -64,7 +65,7 @@ class MoE(nn.Module):
     y_TD, kept_A = dispatch.experts(
         m, x_TD.astype(c.compute_dtype), routed, self._weights(),
         dense.Hidden(m.ffn, c.clamp), inputs.groups, self._dropout(ctx),
-        train=inputs.train, again=c.remat == 'full')
+        train=inputs.train, again=remat.of(c).again)
     aux = health.report(m, routed, inputs.logits_TE, valid_T, kept_A,
                         dispatch.expert_shards(), B)
     aux['loads'] = {} if inputs.bias_E is None else {

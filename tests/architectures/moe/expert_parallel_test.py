@@ -18,7 +18,7 @@ import architectures
 from architectures.parts import sharding
 from architectures.parts.context import Context
 from architectures.parts.moe.layer import MoE
-from architectures.parts.period import REMAT
+from architectures.parts import remat as policies
 from tests.architectures.moe.experts_test import equations
 from tests.helpers import models
 from tools.plan.collectives import groups as named_groups
@@ -293,7 +293,8 @@ def test_accelerators_send_only_full_rows(remat, times):
   loss, params, x_BLD, _ = setup(config())
   apply = lambda p, x: loss(p, x)[0]
   if remat != 'none':
-    apply = jax.checkpoint(apply, policy=REMAT[remat])
+    apply = jax.checkpoint(apply, policy=policies.policy(
+        models.make('mixtral', remat=remat)[0].config))
   with jax.set_mesh(mesh_of(tables.PRESETS['ep'])), sharding.rules('default'):
     traced = jax.jit(jax.grad(apply, (0, 1))).trace(params, x_BLD)
     lower = lambda name: traced.lower(lowering_platforms=(name,)).as_text()

@@ -247,6 +247,28 @@ def test_a_search_ranks_what_fits(no_compiler):
 
 
 @pytest.mark.slow
+def test_a_search_moves_inputs_to_the_host_where_that_saves_sending(
+    no_compiler):
+  t, config = chips.parse('v5p:2x2x1'), small(gpt.get_config())
+  config.model.update(num_layers=12, keep_gathered='up')
+  run = lambda policy: analyse.run_on(search.with_policy(config, policy, 1), t,
+                                      'fsdp=4')
+  full, offload = (memory.analytic(run(policy)) for policy in
+                   ('full', 'offload'))
+  waiting = full['kept_for_backward'] - offload['kept_for_backward']
+  assert waiting == offload['host_memory'] == memory.block_inputs(run('full'))
+  D, F = config.model.d_model, config.model.d_ff
+  assert offload['kept_gathered'] == full['kept_gathered'] == 12 * D * F * 4
+  assert full['peak'] - offload['peak'] == waiting
+  tight = t._replace(chip=t.chip._replace(hbm=full['peak'] - waiting // 2))
+  found = {(one.remat, one.grad_accumulation): one for one in
+           search.candidates(config, tight)
+           if one.mesh == dict(data=1, fsdp=4, expert=1, context=1, tensor=1)}
+  assert ('offload', 1) in found and ('full', 1) not in found
+  assert not any(one.remat == 'offload' for one in search.candidates(config, t))
+
+
+@pytest.mark.slow
 def test_a_search_takes_its_own_accumulation_and_a_ramp(no_compiler):
   t = chips.parse('v5p:2x2x2')
   config = small(gpt.get_config())
