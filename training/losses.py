@@ -139,10 +139,7 @@ def _loss_sum_fwd(settings: _Settings, *args):
       d_bias += d_QBPV.sum((1, 2))
     d_QBPV = d_QBPV.astype(x_QBPD.dtype)
     if ask_head.kernel_DV:
-      # In this order: the other one XLA turns, for a tied kernel, into a
-      # bfloat16 product that its CPU backend does not have.
-      d_kernel += linear.einsum('QBPV,QBPD->QVD', d_QBPV, x_QBPD, x_QBPD.dtype,
-                                jnp.float32)
+      d_kernel += _kernel_gradient(x_QBPD, d_QBPV)
     dx_QBPD = None
     if ask_hidden:
       dx_QBPD = linear.einsum('QBPV,VD->QBPD', d_QBPV, kernel_VD,
@@ -150,7 +147,7 @@ def _loss_sum_fwd(settings: _Settings, *args):
     return (d_kernel, d_bias), (losses, dx_QBPD)
 
   ask_bias = head.bias_V is not None and ask_head.bias_V
-  zeros = (_zeros(settings, ask_head.kernel_DV, head.kernel_DV.T),
+  zeros = (_zeros(settings, ask_head.kernel_DV, _turned(head.kernel_DV)),
            _zeros(settings, ask_bias, head.bias_V))
   (d_kernel, d_bias), (losses, dx_QBPD) = jax.lax.scan(
       of_chunk, zeros, _cut(settings, (hidden_BLD, targets_BL, weights_BL)))
@@ -183,16 +180,37 @@ def _product(x_QBPD: jax.Array, kernel_DV: jax.Array):
                        jnp.float32)
 
 
+def _kernel_gradient(x_QBPD: jax.Array, d_QBPV: jax.Array) -> jax.Array:
+  """Each shard's gradient of the kernel, `_turned`, in float32. XLA's CPU
+  backend transposes the first operand of such a product, so there that is the
+  hidden states. The barrier keeps it from turning the product of a tied kernel
+  around, into one of bfloat16 that it does not have."""
+  if sharding.one_cpu():
+    return jax.lax.optimization_barrier(linear.einsum(
+        'QBPD,QBPV->QDV', x_QBPD, d_QBPV, x_QBPD.dtype, jnp.float32))
+  return linear.einsum('QBPV,QBPD->QVD', d_QBPV, x_QBPD, x_QBPD.dtype,
+                       jnp.float32)
+
+
+def _turned(kernel_DV: jax.Array) -> jax.Array:
+  """The kernel as its gradient is added up: [V, D], but on one CPU [D, V]."""
+  return kernel_DV if sharding.one_cpu() else kernel_DV.T
+
+
 def _losses(settings: _Settings, logits_QBPV: jax.Array, targets_QBP: jax.Array
             ) -> TokenLosses:
-  """The loss of each token. The target's logit is found by a masked sum: a
-  gather would collect a sharded vocabulary on every device."""
+  """The loss of each token. On a mesh the target's logit is found by a masked
+  sum: a gather would collect a sharded vocabulary on every device."""
   smooth = settings.label_smoothing
   max_QBP1 = logits_QBPV.max(-1, keepdims=True)
   log_z_QBP = max_QBP1[..., 0] + jnp.log(
       jnp.exp(logits_QBPV - max_QBP1).sum(-1))
-  is_target_QBPV = _is_target(logits_QBPV, targets_QBP)
-  target_QBP = jnp.where(is_target_QBPV, logits_QBPV, 0).sum(-1)
+  if sharding.one_cpu():
+    target_QBP = jnp.take_along_axis(
+        logits_QBPV, targets_QBP[..., None], -1, mode='clip')[..., 0]
+  else:
+    target_QBP = jnp.where(_is_target(logits_QBPV, targets_QBP), logits_QBPV, 0
+                           ).sum(-1)
   rivals_QBP = (logits_QBPV >= target_QBP[..., None]).sum(-1)
   loss_QBP = log_z_QBP - (1 - smooth) * target_QBP
   if smooth:
@@ -292,4 +310,6 @@ def _whole(d: Optional[jax.Array], x: jax.Array, *axes: str):
   """The shards' gradients of x, added up and laid out as x is."""
   if d is None:
     return None
+  if sharding.one_cpu():
+    return d[0].astype(x.dtype)
   return gathered.total(d, axes[::-1]).T.astype(x.dtype)

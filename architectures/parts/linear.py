@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 import functools
-import os
 from typing import Any
 
 import flax.linen as nn
@@ -90,7 +89,7 @@ def embedding(module: nn.Module, name: str, rows: int,
 def einsum(spec: str, x: jax.Array, w: jax.Array, dtype: jax.typing.DTypeLike,
            out_dtype: jax.typing.DTypeLike | None = None,
            axes: tuple[str | None, ...] | None = None, keep: bool = True,
-           own_gradient: bool = False, kept_as: str = '') -> jax.Array:
+           kept_as: str = '') -> jax.Array:
   """A product in the compute dtype, which adds up in float32.
 
   Args:
@@ -102,11 +101,6 @@ def einsum(spec: str, x: jax.Array, w: jax.Array, dtype: jax.typing.DTypeLike,
     axes: the logical axes of a weight, which is gathered as gathered.py says if
       it is sharded.
     keep: whether the whole weight may be kept for the gradient.
-    own_gradient: whether, on a single CPU in float32, the gradient of w is
-      x^T dy instead of the transpose of dy^T x, which JAX derives. XLA
-      transposes the first operand. With x^T dy that is x, once for all products
-      with x; otherwise it computes dy, and all that leads to it, in transposed
-      order.
     kept_as: the name of the whole weight, as of gathered.product.
   """
   out_dtype = jnp.dtype(out_dtype or dtype)
@@ -116,34 +110,10 @@ def einsum(spec: str, x: jax.Array, w: jax.Array, dtype: jax.typing.DTypeLike,
     named = ins.index(',') - len('...')
     spec = spec.replace('...', 'ZYXW'[:x.ndim - named])
   x, w = x.astype(dtype), w.astype(dtype)
-  if x.dtype == out_dtype == jnp.float32:
-    local = functools.partial(_on_one_axis, spec, own_gradient)
-  else:
-    local = functools.partial(_product, spec, out_dtype)
+  local = functools.partial(_product, spec, out_dtype)
   at = gathered.places(spec, x, w, axes)
   y = gathered.product(local, x, w, at, keep, kept_as) if at else local(x, w)
   return y if shared else checkpoint_name(y, PRODUCT)
-
-
-def _on_one_axis(spec: str, own_gradient: bool, x: jax.Array, w: jax.Array
-                 ) -> jax.Array:
-  """jnp.einsum; on a single CPU, the axes with which both x and the result
-  begin, those of the tokens, are one axis in the product.
-
-  XLA's CPU backend has fast kernels in float32 for products of matrices, and
-  the gradient of W is one only where it sums over one axis. (In bfloat16 this
-  is slower: docs/performance_diary.md.) On a mesh two axes that lie on
-  devices each are no one axis, so there nothing changes.
-  """
-  of_x, of_w, of_y = spec.replace('->', ',').split(',')
-  n = len(os.path.commonprefix([of_x, of_y]))
-  if n < 2 or set(of_x[:n]) & set(of_w) or not sharding.one_cpu():
-    return jnp.einsum(spec, x, w)
-  lead, flat = x.shape[:n], f'{of_x[n - 1:]},{of_w}->{of_y[n - 1:]}'
-  x = x.reshape(-1, *x.shape[n:])
-  y = (_product(flat, jnp.float32, x, w) if own_gradient else
-       jnp.einsum(flat, x, w))
-  return y.reshape(*lead, *y.shape[1:])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -161,6 +131,8 @@ def _product(spec: str, out_dtype: jax.typing.DTypeLike, x: jax.Array,
     return jnp.einsum(spec, x, w, preferred_element_type=jnp.float32
                       ).astype(out_dtype)
 
+  if x.dtype == w.dtype == out_dtype == jnp.float32:
+    return narrow(x, w)
   return jax.lax.platform_dependent(x, w, cpu=wide, default=narrow)
 
 
@@ -176,7 +148,31 @@ def _product_bwd(spec: str, out_dtype: jax.typing.DTypeLike,
   of_x, of_w, of_y = spec.replace('->', ',').split(',')
   d = d.astype(x.dtype)
   return (_product(f'{of_y},{of_w}->{of_x}', x.dtype, d, w),
-          _product(f'{of_x},{of_y}->{of_w}', w.dtype, x, d))
+          _of_weight(of_x, of_y, of_w, w.dtype, x, d))
+
+
+def of_weight(x_RI: jax.Array, d_RO: jax.Array) -> jax.Array:
+  """Returns x^T dy of R rows in float32, [I, O]: the gradient of a weight. In
+  bfloat16 XLA's CPU backend is fast at it only where the rows are two axes."""
+  if x_RI.dtype == jnp.float32 or len(x_RI) % 2:
+    return jnp.matmul(x_RI.T, d_RO, preferred_element_type=jnp.float32)
+  x, d = (a.reshape(2, -1, a.shape[1]) for a in (x_RI, d_RO))
+  return _of_weight('BLI', 'BLO', 'IO', jnp.float32, x, d)
+
+
+def _of_weight(of_x: str, of_y: str, of_w: str, dtype: jax.typing.DTypeLike,
+               x: jax.Array, d: jax.Array) -> jax.Array:
+  """The gradient of w, x^T dy. XLA's CPU backend transposes the first operand
+  of such a product, so there it is (dy^T x)^T where dy is the smaller one. The
+  barrier keeps XLA from turning the product around."""
+  n = sum(letter in of_x for letter in of_w)
+  ins, outs = of_w[:n], of_w[n:]
+  if (d.size < x.size and set(ins) <= set(of_x) - set(of_y)
+      and sharding.one_cpu()):
+    dw = jax.lax.optimization_barrier(
+        _product(f'{of_y},{of_x}->{outs}{ins}', dtype, d, x))
+    return jnp.moveaxis(dw, range(len(outs)), range(n, n + len(outs)))
+  return _product(f'{of_x},{of_y}->{of_w}', dtype, x, d)
 
 
 _product.defvjp(_product_fwd, _product_bwd)
@@ -191,8 +187,7 @@ LORA_A, LORA_B = '_lora_a', '_lora_b'  # after the name of the weight
 
 def product(module: nn.Module, name: str, spec: str, x: jax.Array,
             w: jax.Array, axes: tuple[str | None, ...], *,
-            deterministic: bool = True, own_gradient: bool = False
-            ) -> jax.Array:
+            deterministic: bool = True) -> jax.Array:
   """Returns x W in the compute dtype; where model.lora gives W an adapter,
   x W + (alpha / rank) x A B (Hu et al. 2021, equation 3).
 
@@ -208,12 +203,11 @@ def product(module: nn.Module, name: str, spec: str, x: jax.Array,
     w: W.
     axes: its logical axes.
     deterministic: whether nothing is dropped.
-    own_gradient: as for `einsum`.
   """
   c = module.config
   longer = keeps_gathered(c, name)
   y = einsum(spec, x, w, c.compute_dtype, axes=axes,
-             keep=longer or c.remat != 'none', own_gradient=own_gradient,
+             keep=longer or c.remat != 'none',
              kept_as=gathered.KEPT if longer else '')
   if not adapted(c, name):
     return y

@@ -18,6 +18,7 @@ from architectures.parts.context import Context
 from architectures.parts.ffn import FFN
 from architectures.parts.norms import NORMS
 from tests.helpers import models
+from tests.helpers.jaxprs import equations
 from training import paths
 
 D = 32
@@ -81,16 +82,18 @@ def test_a_product_in_bfloat16_rounds_its_operands_alone():
     assert jnp.abs(got - want).max() < 0.02 * jnp.abs(want).max()
 
 
-@pytest.mark.parametrize('spec, x, w, axes', [
-    ('BLD,DF->BLF', (2, 3, 5), (5, 7), 2),
-    ('BLD,DHK->BLHK', (2, 3, 5), (5, 4, 7), 2),
-    ('BLHK,HKD->BLD', (2, 3, 4, 7), (4, 7, 5), 3),
-    ('...D,DV->...V', (2, 5), (5, 3), 2),
-    ('...D,DV->...V', (2, 3, 4, 5), (5, 3), 2),
-    ('QBPV,QBPD->QVD', (2, 3, 4, 5), (2, 3, 4, 7), 4)])
-def test_a_product_over_one_axis_of_tokens_is_the_product(spec, x, w, axes):
-  """And it is one of matrices where x and the result begin with tokens, so
-  long as the program is for one CPU."""
+@pytest.mark.parametrize('spec, x, w, turned', [
+    ('BLD,DF->BLF', (2, 3, 5), (5, 7), False),
+    ('BLF,FD->BLD', (2, 3, 7), (7, 5), True),
+    ('BLD,DHK->BLHK', (2, 3, 5), (5, 4, 7), False),
+    ('BLHK,HKD->BLD', (2, 3, 4, 7), (4, 7, 5), True),
+    ('BLHU,UHK->BLHK', (2, 3, 4, 7), (7, 4, 5), None),
+    ('...D,DV->...V', (2, 5), (5, 3), True),
+    ('QBPV,QBPD->QVD', (2, 3, 4, 5), (2, 3, 4, 7), False)])
+def test_the_gradients_of_a_product_are_those_that_jax_derives(
+    spec, x, w, turned):
+  """That of the weight has the smaller array first, so long as the program is
+  for one CPU. (None: with heads that x and y share, jnp.einsum chooses.)"""
   x, w = normal(0, *x), normal(1, *w)
   product = lambda x, w: linear.einsum(spec, x, w, jnp.float32)
   want = np.einsum(spec, *(np.asarray(a, np.float64) for a in (x, w)))
@@ -101,14 +104,19 @@ def test_a_product_over_one_axis_of_tokens_is_the_product(spec, x, w, axes):
     np.testing.assert_allclose(got, grad, atol=1e-4)
 
   def first():
-    eqn, = (eqn for eqn in jax.make_jaxpr(product)(x, w).eqns
-            if eqn.primitive.name == 'dot_general')
-    return eqn.invars[0].aval.ndim
+    program = jax.make_jaxpr(lambda d: jax.vjp(product, x, w)[1](d))(y)
+    operands = [[v.aval.shape for v in eqn.invars]
+                for eqn in equations(program.jaxpr)
+                if eqn.primitive.name == 'dot_general']
+    one, = (shapes[0] for shapes in operands if w.shape not in shapes)
+    return one
 
-  assert first() == axes
+  if turned is None:
+    return
+  assert first() == (y if turned else x).shape
   mesh = jax.make_mesh((2,), ('data',), axis_types=(AxisType.Auto,))
   with jax.set_mesh(mesh):
-    assert first() == x.ndim
+    assert first() == x.shape
 
 
 # Norms.

@@ -42,7 +42,7 @@ def toy(file, **more):
 
 @pytest.mark.parametrize('system', [
     pytest.param(system, marks=[pytest.mark.long] * (system != 'gpt'))
-    for system in ALL])
+    for system in architectures.files()])
 def test_every_system_trains_on_a_batch_of_its_objective(system):
   config = toy(system)
   trainer = ours.Trainer(run_config.to_json(config))

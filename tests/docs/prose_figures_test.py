@@ -117,7 +117,7 @@ def test_ratios_of_times_are_those_of_their_row():
           if ours and theirs:
             assert _agrees(ratio, (theirs / ours) ** power), cells
             seen += 1
-  assert seen > 8
+  assert seen > 6
 
 
 @pytest.mark.parametrize('text, wrong', [

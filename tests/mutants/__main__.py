@@ -107,7 +107,9 @@ def _child(tree, scratch, arguments):
     for name in [n for n in sys.modules if n.split('.')[0] == 'tests']:
       del sys.modules[name]
     import pytest
+    # The tests that `make test` leaves to `make test-long` are run too.
     code = pytest.main(['-x', '-q', '--tb=line', '-p', 'no:cacheprovider',
+                        '-m', 'long or not long',
                         f'--basetemp={scratch}/tmp', *arguments])
     sys.stdout.flush()
   finally:

@@ -144,7 +144,7 @@ MUTANTS = {
          'top_BJRL1 = top_BJRL1 + 0 * sink_1JR11', 'parts: sink'),
         ('sum_BJRL1 += jnp.exp(sink_1JR11 - top_BJRL1)', 'pass',
          'xla_attention: definition'),
-        ('p_BJRLM * (dp_BJRLM - mean_BJRL1)', 'p_BJRLM * dp_BJRLM',
+        ('share_BJRLM - p_BJRLM * mean_BJRL1', 'share_BJRLM',
          'xla_attention: definition'),
         ('p_BJRLM = jnp.exp(s_BJRLM - top) / total',
          'p_BJRLM = jnp.exp(s_BJRLM - top)', 'xla_attention: definition'),

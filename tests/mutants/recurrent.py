@@ -150,8 +150,7 @@ MUTANTS = {
          'deltanet: cannot_be_is'),
         ('d.conv - 1, *heads)', 'd.conv, *heads)', 'recurrent_laws: one_size'),
         ('((0, 0), (1, 0))', '((0, 0), (0, 1))', 'recurrent_laws: packed'),
-        ('own_gradient=True) / c.widening', 'own_gradient=True)',
-         'recurrent_laws: mup_divides'),
+        ('y_BLU / c.widening', 'y_BLU', 'recurrent_laws: mup_divides'),
     ],
     'architectures/parts/recurrent/deltanet.py': [
         ('self.base_key_dim ** -0.5', '1.0',

@@ -6,13 +6,13 @@ import re
 from configs import sharding as tables
 import flax.linen as nn
 import jax
-from jax.extend.core import jaxprs_in_params
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from architectures.parts import sharding
 from architectures.parts.heads import Head
+from tests.helpers.jaxprs import equations
 from training import losses
 from training.distributed import devices
 
@@ -149,6 +149,26 @@ def test_bfloat16_products_add_up_in_float32():
     assert error.max() < 0.01 * np.abs(expected[name]).max()
 
 
+@pytest.mark.parametrize('chunk', [8, B * L])
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_a_tied_kernel_has_the_gradient_of_its_table(dtype, chunk):
+  """In one chunk too, where XLA sees the product and its transpose at once."""
+  hidden, head, targets, weights = make(dtype=dtype)
+  table_VD = head.kernel_DV.T
+
+  def loss(table_VD, hidden_BLD):
+    tied = head.replace(kernel_DV=table_VD.T, tied=True)
+    return losses.cross_entropy(hidden_BLD, tied, targets, weights,
+                                chunk=chunk)[0]
+
+  rounded = head.replace(kernel_DV=head.kernel_DV.astype(dtype))
+  expected = oracle(hidden, rounded, targets, weights)['kernel'].T
+  got = jax.jit(jax.grad(loss))(table_VD, hidden)
+  error = np.abs(np.asarray(got, np.float64) - expected)
+  share = 1e-5 if dtype == jnp.float32 else 0.01
+  assert error.max() < share * np.abs(expected).max()
+
+
 def test_large_logits_stay_finite_and_nan_shows():
   hidden, head, targets, weights = make(scale=1e4)
   value, grads = jax.value_and_grad(
@@ -157,14 +177,6 @@ def test_large_logits_stay_finite_and_nan_shows():
   value, _ = losses.cross_entropy(hidden.at[0, 0, 0].set(jnp.nan), head,
                                   targets, jnp.ones_like(weights))
   assert np.isnan(value)
-
-
-def equations(jaxpr):
-  """Yields every equation of a jaxpr, those of its inner ones included."""
-  for equation in jaxpr.eqns:
-    yield equation
-    for inner in jaxprs_in_params(equation.params):
-      yield from equations(inner)
 
 
 def products(fn, *args):

@@ -14,6 +14,7 @@ from typing import Any, Callable, NamedTuple, Optional
 import jax
 import jax.numpy as jnp
 
+from architectures.parts import linear
 from architectures.parts.ffn import Hidden
 from architectures.parts.moe.grouped_kernels import product
 
@@ -280,10 +281,13 @@ def _for_blocks_of(size: int, rows: int, blocks_E: jax.Array,
   return jax.lax.fori_loop(0, ends_E[-1], step, carry)
 
 
+def _rows(x_P: jax.Array, start: jax.Array, size: int):
+  return jax.lax.dynamic_slice_in_dim(x_P, start, size)
+
+
 def _read(x_P: jax.Array, start: jax.Array, size: int):
-  """`size` rows from `start`, in float32: bfloat16 is slow on CPU."""
-  x = jax.lax.dynamic_slice_in_dim(x_P, start, size)
-  return x.astype(jnp.float32)
+  """`size` rows from `start`, in float32."""
+  return _rows(x_P, start, size).astype(jnp.float32)
 
 
 def _write(x_P: jax.Array, new: jax.Array, start: jax.Array, inside: jax.Array):
@@ -298,13 +302,13 @@ def _inside(size: int, start: jax.Array, first: jax.Array, stop: jax.Array):
   return (row >= first) & (row < stop)
 
 
-def _weights(w: Any, e: jax.Array):
-  """Expert e's own, in float32."""
-  return jax.tree.map(lambda x: x[e].astype(jnp.float32), w)
+def _times(x: jax.Array, m: jax.Array):
+  """x m, in float32: a bfloat16 result is slow on CPU."""
+  return jnp.matmul(x, m, preferred_element_type=jnp.float32)
 
 
 def _affine(x: jax.Array, m: jax.Array, b: Optional[jax.Array]):
-  return x @ m if b is None else x @ m + b[None]
+  return _times(x, m) if b is None else _times(x, m) + b[None]
 
 
 def _blocks_forward(kind: Hidden, even: int, rows_PD: jax.Array,
@@ -314,10 +318,11 @@ def _blocks_forward(kind: Hidden, even: int, rows_PD: jax.Array,
   def body(carry: Any, size: int, e: jax.Array, start: jax.Array,
            first: jax.Array, stop: jax.Array):
     y_PD, pre_PF = carry
-    x, own = _read(rows_PD, start, size), _weights(w, e)
+    x, own = _rows(rows_PD, start, size), jax.tree.map(lambda m: m[e], w)
     mask = None if mask_PF is None else _read(mask_PF, start, size)
     pre = [_affine(x, *pair) for pair in _into(own)]
-    y = _affine(_activation(kind, mask)(pre), own.down_EFD, own.down_bias_ED)
+    h = _activation(kind, mask)(pre).astype(x.dtype)
+    y = _affine(h, own.down_EFD, own.down_bias_ED)
     inside = _inside(size, start, first, stop)
     return (_write(y_PD, y, start, inside),
             tuple(_write(p_PF, p, start, inside)
@@ -336,23 +341,26 @@ def _blocks_backward(kind: Hidden, even: int, rows_PD: jax.Array,
   def body(carry: Any, size: int, e: jax.Array, start: jax.Array,
            first: jax.Array, stop: jax.Array):
     dx_PD, dgate_P, dw = carry
-    x, own = _read(rows_PD, start, size), _weights(w, e)
+    x, own = _rows(rows_PD, start, size), jax.tree.map(lambda m: m[e], w)
     inside = _inside(size, start, first, stop)
-    dy = jnp.where(inside[:, None], _read(dy_PD, start, size), 0)
+    dy = jnp.where(inside[:, None], _rows(dy_PD, start, size), 0)
     gate = _read(gate_P, start, size)[:, None]
     mask = None if mask_PF is None else _read(mask_PF, start, size)
     pre = (tuple(_affine(x, *pair) for pair in _into(own)) if pre_PF is None
            else tuple(_read(p_PF, start, size) for p_PF in pre_PF))
     h, act_vjp = jax.vjp(_activation(kind, mask), pre)
-    u = dy @ own.down_EFD.T
+    u = _times(dy, own.down_EFD.T)
     dgate = (u * h).sum(1)
     if own.down_bias_ED is not None:
-      dgate += dy @ own.down_bias_ED
-    d_pre = act_vjp(gate * u)[0]
-    grads = lambda x, dy, b: (x.T @ dy, None if b is None else dy.sum(0))
+      dgate += _times(dy, own.down_bias_ED)
+    narrow = lambda x: x.astype(dy.dtype)
+    d_pre = [narrow(d) for d in act_vjp(gate * u)[0]]
+    def grads(x: jax.Array, d: jax.Array, b: Optional[jax.Array]):
+      return linear.of_weight(x, d), (
+          None if b is None else d.astype(jnp.float32).sum(0))
     new = _like(w, [grads(x, d, b) for d, (_, b) in zip(d_pre, _into(own))],
-                grads(h, gate * dy, own.down_bias_ED))
-    dx = sum(d @ m.T for d, (m, _) in zip(d_pre, _into(own)))
+                grads(narrow(h), narrow(gate * dy), own.down_bias_ED))
+    dx = sum(_times(d, m.T) for d, (m, _) in zip(d_pre, _into(own)))
     return (_write(dx_PD, dx, start, inside),
             _write(dgate_P, dgate[:, None], start, inside),
             jax.tree.map(lambda a, b: a.at[e].add(b), dw, new))

@@ -150,8 +150,7 @@ class Layer(nn.Module):
     w_DHK = linear.weight(self, name, (c.d_model, *shape), ('embed', *axes),
                           output=fixed)
     y_BLHK = linear.product(self, name, 'BLD,DHK->BLHK', x_BLD, w_DHK,
-                            ('embed', *axes), deterministic=ctx.deterministic,
-                            own_gradient=True)
+                            ('embed', *axes), deterministic=ctx.deterministic)
     if fixed:
       y_BLHK /= c.widening
     return sharding.constrain(y_BLHK, 'batch', 'length', *axes)
@@ -165,8 +164,8 @@ class Layer(nn.Module):
     c = self.config
     w_DH = linear.weight(self, name, (c.d_model, self.sizes.value_heads),
                          ('embed', 'heads'), output=True)
-    return linear.einsum('BLD,DH->BLH', x_BLD, w_DH, c.compute_dtype,
-                         own_gradient=True).astype(jnp.float32) / c.widening
+    y_BLH = linear.einsum('BLD,DH->BLH', x_BLD, w_DH, c.compute_dtype)
+    return y_BLH.astype(jnp.float32) / c.widening
 
   def low_rank(self, name: str, x_BLD: jax.Array, features: int) -> jax.Array:
     """Returns x W_down W_up for each head of values, in float32. In muP the
@@ -176,10 +175,9 @@ class Layer(nn.Module):
                             ('embed', None), output=True)
     up_UHK = linear.weight(self, f'{name}_up', (
         d.rank, d.value_heads, features), (None, 'heads', 'head'))
-    y_BLU = linear.einsum('BLD,DU->BLU', x_BLD, down_DU, c.compute_dtype,
-                          own_gradient=True) / c.widening
-    y_BLHK = linear.einsum('BLU,UHK->BLHK', y_BLU, up_UHK, c.compute_dtype,
-                           own_gradient=True)
+    y_BLU = linear.einsum('BLD,DU->BLU', x_BLD, down_DU, c.compute_dtype)
+    y_BLHK = linear.einsum('BLU,UHK->BLHK', y_BLU / c.widening, up_UHK,
+                           c.compute_dtype)
     return sharding.constrain(y_BLHK, 'batch', 'length', 'heads', 'head'
                               ).astype(jnp.float32)
 

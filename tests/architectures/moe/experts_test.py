@@ -17,6 +17,7 @@ from architectures.parts.moe import experts
 from architectures.parts.moe import grouped
 from architectures.parts.moe import grouped_kernels
 from architectures.parts.moe.layer import MoE
+from tests.helpers.jaxprs import equations
 
 B, L, D, F, E = 2, 16, 8, 12, 4
 SWIGLU = dense.Hidden('swiglu')
@@ -100,13 +101,14 @@ def test_ways_agree_with_padding_and_drop_it_from_the_rest():
 
 @pytest.mark.slow
 def test_bfloat16_is_near_float32():
-  want = run(config(), train=False)
+  want_BLD, _, want = run(config(), train=False)
   for way in ('einsum', 'sorted', 'dropless'):
-    y_BLD, _, _ = run(config(dispatch=way, dtype='bfloat16',
-                             capacity_factor=E, eval_capacity_factor=E),
-                      train=False)
+    y_BLD, _, grads = run(config(dispatch=way, dtype='bfloat16',
+                                 capacity_factor=E, eval_capacity_factor=E),
+                          train=False)
     assert y_BLD.dtype == jnp.bfloat16
-    assert_close(y_BLD, want[0], 0.03)
+    assert_close(y_BLD, want_BLD, 0.03)
+    assert_close(grads, want, 0.05)
 
 
 @pytest.mark.slow
@@ -239,18 +241,6 @@ def test_blocks_fill_sixteen_rows_and_fit_in_cache():
   assert grouped.sizes(65536, 16384) == grouped.sizes(4096, 512)
   assert grouped.sizes(4096, 1) == (16,)
   assert grouped.sizes(40, 64)[-1] == 40
-
-
-def equations(jaxpr):
-  """All equations of a jaxpr, inner ones included."""
-  for eqn in jaxpr.eqns:
-    yield eqn
-    for value in eqn.params.values():
-      for inner in jax.tree.leaves(
-          value, is_leaf=lambda v: hasattr(v, 'eqns') or hasattr(v, 'jaxpr')):
-        inner = getattr(inner, 'jaxpr', inner)
-        if hasattr(inner, 'eqns'):
-          yield from equations(inner)
 
 
 @pytest.mark.slow
