@@ -99,7 +99,7 @@ def test_the_sums_of_the_page_are_those_of_its_rows():
   assert runner.update(page, {}) == page
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_tells_a_mutant_from_the_source():
   """Of one that a test kills, and of one that nothing can tell."""
   said = subprocess.run(

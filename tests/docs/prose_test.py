@@ -220,7 +220,9 @@ def test_the_reader_of_commands_sees_what_is_wrong():
   _check('python train.py --config configs/gpt.py --config.optim.lr=1e-3')
 
 
-@pytest.mark.parametrize('path', PAGES, ids=_name)
+@pytest.mark.parametrize('path', [
+    pytest.param(path, id=_name(path), marks=[pytest.mark.long] * (
+        _name(path) == 'docs/python.md')) for path in PAGES])  # it trains
 def test_python_on_a_page_runs(path):
   names = {'__name__': 'page'}  # a block goes on from those before it
   for code in re.findall(r'^```python\n(.*?)^```', path.read_text(),

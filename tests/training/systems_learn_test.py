@@ -17,7 +17,6 @@ from training.distributed import devices
 from training.evals.task import Evaluation
 from training.workdir import checkpoints, restoring
 
-SOME = ('bert',)  # the others are `long`
 # system: what its figures have beside the loss; all: what each has.
 MEASURES = {'bert': {'mlm_accuracy', 'nsp_accuracy', 'mlm_loss', 'nsp_loss'},
             'all': {'loss', 'perplexity'}}
@@ -65,10 +64,8 @@ def trained(config, workdir):
       workdir, {}), [json.loads(line) for line in lines]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('system', [
-    pytest.param(name, marks=[pytest.mark.long] * (name not in SOME))
-    for name in architectures.files()])
+@pytest.mark.long
+@pytest.mark.parametrize('system', architectures.files())
 def test_a_system_learns_and_is_judged(system, tmp_path):
   config = small(system)
   evaluation, lines = trained(config, tmp_path)

@@ -264,6 +264,7 @@ def test_a_run_that_blows_up_ends_alone(texts, tmp_path, bad, monkeypatch):
   assert asked.get(str(bad), 0) <= last
 
 
+@pytest.mark.long
 def test_a_run_in_a_bad_stretch_is_not_gone_on_with(
     texts, tmp_path, monkeypatch):
   """Of two, the one whose steps are bad: it is saved beside its good

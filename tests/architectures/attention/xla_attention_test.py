@@ -120,7 +120,8 @@ MODELS = {
 @pytest.mark.slow
 @pytest.mark.parametrize('name', [
     pytest.param(name, marks=[pytest.mark.long] * (
-        name in ('causal', 'packed, banded'))) for name in MODELS])
+        name in ('causal', 'packed, banded', 'alibi, packed')))
+    for name in MODELS])
 def test_a_model_is_the_same_by_blocks(name, monkeypatch):
   system, changes, inputs = MODELS[name]
   module, params = models.make(system, **changes)

@@ -164,7 +164,7 @@ def test_sharded_equals_single_device(mixer, capfd):
 
 
 @pytest.mark.slow
-@each('gla')
+@each()
 def test_prompts_of_several_lengths_go_on_as_each_would_alone(mixer):
   """The model's other layers have attention."""
   module, params = models.make('llama', **recurrences.hybrid(mixer))

@@ -119,7 +119,7 @@ def test_wrong_flags_are_refused(flags, words):
   assert words in _chat(*flags, code=2).stderr
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_program_through_a_pipe(tmp_path):
   load_test.save(tmp_path, bos_token_id=17, eos_token_id=18)
   (tmp_path / 'chat_template.jinja').write_text(load_test.TEMPLATE)

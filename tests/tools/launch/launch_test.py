@@ -162,7 +162,7 @@ def test_local_gives_each_process_its_gpus():
 # Before anything is started.
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_is_documented_for_gke_fits():
   """Of the places, gke alone knows the memory of a device."""
   commands = set()

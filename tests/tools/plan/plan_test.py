@@ -159,7 +159,7 @@ def test_tokens_are_cut_up_over_every_axis_of_theirs(preset):
   assert memory.analytic(run, 2 ** 20)['kept_for_backward'] == 2 ** 20 // 8
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_without_a_compiler_every_figure_is_an_estimate(no_compiler):
   t = chips.parse('v5p:2x2x2')
   config = small(mixtral.get_config())

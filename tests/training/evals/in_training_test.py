@@ -113,7 +113,7 @@ def test_each_of_a_group_has_its_own_and_one_program_does(
         False, True]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_task_that_fails_costs_no_training(
     texts, tmp_path, capsys, monkeypatch):
   def fails(*_):

@@ -39,7 +39,7 @@ def test_the_panel_is_in_the_figures_by_layer(workdir):
     assert len(row[f'health/{name}']) == 2, name
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_tensorboard_has_a_heat_map(workdir):
   from tensorboard.backend.event_processing import event_accumulator
   events = event_accumulator.EventAccumulator(str(workdir / 'tensorboard'))

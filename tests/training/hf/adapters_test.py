@@ -151,6 +151,7 @@ def test_pefts_names_and_the_order_of_its_axes(tmp_path):
   assert len(tree['target_modules']) == 2 * 7
 
 
+@pytest.mark.long
 def test_an_adapter_beside_an_imported_model(folder, tmp_path, made):
   module, params = models.make('llama', vocab_size=384, num_layers=4, lora=LORA)
   peft.write(module.config, params, tmp_path / 'peft', '')

@@ -43,7 +43,6 @@ NEW_PARTS = (
     'roberta-plain',
     'modernbert-plain',
     'gemma2-plain',
-    'gpt_oss-plain',
     'olmo2-grouped',
     'deepseek_v3-plain',
     'qwen3_next-plain',

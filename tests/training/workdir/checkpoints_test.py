@@ -120,7 +120,7 @@ _PROCESS = '''
     '''
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.multihost
 def test_two_processes_save_pass_over_damage_and_one_reads(tmp_path):
   """2 x 4 devices agree on when and on what; 1 x 8 and 1 x 1 read it."""

@@ -165,7 +165,7 @@ def test_a_bug_stays_a_bug_and_a_sentence_as_it_is(error):
   assert raised.value is error
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_train_on_a_full_disk(tmp_path):
   (tmp_path / 'a.txt').write_text('A text to be learned. ' * 500)
   words = ['train.py', '--config', 'configs/gpt.py', f'--workdir={tmp_path}/a',
