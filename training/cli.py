@@ -64,8 +64,9 @@ def run(main: Callable[[], int | None],
     if not is_out_of_memory(error):
       raise
     sentence = ('a device has no memory left: take a smaller data.batch_size, '
-                'a larger train.grad_accumulation, or more devices over which '
-                f'mesh.fsdp cuts the state ({str(error).splitlines()[0]})')
+                'a larger train.grad_accumulation, model.remat=full, or more '
+                'devices over which mesh.fsdp cuts the state '
+                f'({str(error).splitlines()[0]})')
     _tell(EnvironmentFailure(sentence), 1)
     print(f'error: {sentence}', file=sys.stderr, flush=True)
     code = 1

@@ -22,6 +22,7 @@ import time
 from configs.errors import RequestError
 from tools import tether
 from tools.launch import job as job_lib
+from training.distributed import interrupts
 
 # (kind, name, default, what it says).
 FLAGS = (
@@ -100,7 +101,7 @@ def supervise(words: list[str], env: dict[str, str], processes: int,
   failures = 0
   with Forwarding() as forwarding:
     while True:
-      if forwarding.count:  # between two runs
+      if forwarding.stopped:  # between two runs
         return 0
       codes = run(words, environments(env, processes, devices, kind,
                                       f'127.0.0.1:{free_port()}'),
@@ -108,7 +109,7 @@ def supervise(words: list[str], env: dict[str, str], processes: int,
       if not any(codes):
         return 0
       stopped = set(codes) <= {0, job_lib.STOPPED}
-      if forwarding.count:
+      if forwarding.stopped:
         return 0 if stopped else 1
       if 2 in codes:
         return 2
@@ -158,13 +159,16 @@ class Forwarding:
 
   Attributes:
     to: the processes.
-    count: how many signals came.
   """
 
   def __init__(self):
     self.to = []
-    self.count = 0
+    self._count = interrupts.Count()
     self._told = False
+
+  @property
+  def stopped(self) -> bool:
+    return self._count.n > 0
 
   def start(self, processes):
     """Passes signals on to `processes`, and what came while they started."""
@@ -172,14 +176,14 @@ class Forwarding:
     self._pass_on()
 
   def _handle(self, number, frame):
-    self.count += 1
+    self._count.add(number)
     self._pass_on()
 
   def _pass_on(self):
-    if self.count > 1:
+    if self._count.n > 1:
       for process in self.to:
         process.kill()
-    elif self.count and self.to and not self._told:
+    elif self.stopped and self.to and not self._told:
       self._told = True
       self.to[0].send_signal(signal.SIGTERM)
 

@@ -13,11 +13,36 @@ import abc
 import os
 import signal
 import threading
+import time
 import types
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+ECHO_SECONDS = 0.5
 _END = b'\0'  # no signal has the number 0
 _STDOUT, _STDERR = 1, 2
+
+
+class Count:
+  """How often a process was told to stop. timeout(1) sends a signal to its
+  program and to the group of processes that the program is in, and others pass
+  on what their children get too: the same signal within ECHO_SECONDS is one.
+
+  Attributes:
+    n: how many signals came.
+  """
+
+  def __init__(self):
+    self.n = 0
+    self._last = {}
+
+  def add(self, number: int) -> bool:
+    """Counts a signal; returns whether it was no echo."""
+    now = time.monotonic()
+    new = now - self._last.get(number, -ECHO_SECONDS) >= ECHO_SECONDS
+    if new:
+      self._last[number] = now
+      self.n += 1
+    return new
 
 
 class Listener(abc.ABC):

@@ -1,5 +1,6 @@
 """SIGTERM, Ctrl-C and the end of a terminal (SIGHUP): finish the step, save,
-exit 0; a second signal ends at once.
+exit 0; a second signal ends at once, unless it is an echo of the first
+(interrupts.Count).
 
 They are heard by a thread (interrupts.py), whatever the main one does.
 
@@ -34,6 +35,7 @@ class Stop(interrupts.Listener):
 
   def __init__(self):
     self._first = None  # the first signal's number
+    self._count = interrupts.Count()
     self._several = jax.process_count() > 1
 
   @property
@@ -70,6 +72,8 @@ class Stop(interrupts.Listener):
 
   def heard(self, number: int) -> None:
     name = signal.Signals(number).name
+    if not self._count.add(number):
+      return
     if self._first is not None:
       if number == signal.SIGHUP:
         return  # a shell and the system both send it

@@ -8,10 +8,11 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 
 import pytest
 
-from training.distributed import signals
+from training.distributed import interrupts, signals
 
 _LOOP = '''
     import itertools, time
@@ -67,10 +68,27 @@ def test_second_signal_ends_at_once(start, first, second, code):
   assert process.stdout.readline() == 'ready\n'
   process.send_signal(first)
   assert process.stdout.readline() == 'saved\n'
+  time.sleep(interrupts.ECHO_SECONDS)
   process.send_signal(second)
   _, err = process.communicate(timeout=60)
   assert f'{second.name}: ending at once' in err
   assert process.returncode == code
+
+
+def test_the_echo_of_a_signal_is_not_a_second_one(start):
+  """timeout(1) sends it to the program, and to its group of processes."""
+  process = start(
+      'from training.distributed import interrupts\n'
+      'interrupts.ECHO_SECONDS = 60  # a busy machine is slow\n'
+      + textwrap.dedent(_LOOP.format(
+          then='time.sleep(0.2); print("more", flush=True)')))
+  assert process.stdout.readline() == 'ready\n'
+  process.send_signal(signal.SIGINT)
+  assert process.stdout.readline() == 'saved\n'
+  process.send_signal(signal.SIGINT)
+  out, err = process.communicate(timeout=60)
+  assert out == 'more\n' and process.returncode == 0
+  assert err.count('SIGINT') == 1
 
 
 def test_the_end_of_a_terminal_finishes_and_saves(tmp_path):
@@ -121,6 +139,7 @@ def test_second_signal_ends_even_a_main_thread_deep_in_c(start):
   process.send_signal(signal.SIGINT)
   process.stderr.readline()
   assert 'finishing this step' in process.stderr.readline()
+  time.sleep(interrupts.ECHO_SECONDS)
   process.send_signal(signal.SIGINT)
   process.communicate(timeout=60)
   assert process.returncode == 130

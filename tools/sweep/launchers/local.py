@@ -14,6 +14,7 @@ from tools import tether
 from tools.sweep import commands, layout, worker
 from tools.sweep import ledger as ledger_lib
 from training import progress
+from training.distributed import interrupts
 
 POLL_SECONDS = 0.2
 GPUS = 'CUDA_VISIBLE_DEVICES'
@@ -52,7 +53,7 @@ class Runner:
     self._group = group
     self._name = ledger.register()
     self._jobs: list[Job] = []
-    self._signals = 0
+    self._signals = interrupts.Count()
     self._beaten = 0.0
     self._waiting = False
 
@@ -70,7 +71,7 @@ class Runner:
     try:
       while True:
         self._beat()
-        if self._signals and not stopping:
+        if self._signals.n and not stopping:
           stopping = True
           _say(STOPPING)
         for job in self._jobs:
@@ -79,11 +80,11 @@ class Runner:
         for job in [j for j in self._jobs if j.process.poll() is not None]:
           self._jobs.remove(job)
           self._settle(job)
-        while not self._signals and len(self._jobs) < self._parallel:
+        while not self._signals.n and len(self._jobs) < self._parallel:
           if not self._start():
             break
-        if not self._jobs and (self._signals or not self._left()):
-          return not self._signals
+        if not self._jobs and (self._signals.n or not self._left()):
+          return not self._signals.n
         time.sleep(POLL_SECONDS)
     finally:
       for job in self._jobs:  # an error of ours: leave nothing running
@@ -93,11 +94,11 @@ class Runner:
 
   def _stop(self, number, frame) -> None:
     """Counts alone: it may come while a job is being started."""
-    self._signals += 1
+    self._signals.add(number)
 
   def _pass_on(self, job: Job) -> None:
     """The first signal lets a run save and end; the second kills it."""
-    signals = self._signals  # one more may come any moment
+    signals = self._signals.n  # one more may come any moment
     if job.told < signals and job.process.poll() is None:
       job.process.send_signal(
           signal.SIGTERM if signals == 1 else signal.SIGKILL)
@@ -231,7 +232,7 @@ class Runner:
     code = job.process.returncode
     # A group that none of its runs ended, but an error of all.
     fell = (len(job.runs) > 1 and code not in (0, worker.UNFINISHED)
-            and not self._signals)
+            and not self._signals.n)
     for run in job.runs:
       # Tasks may be added at any moment but between these two.
       with self._ledger.transaction():
@@ -264,7 +265,7 @@ class Runner:
       return ledger_lib.DONE, ''
     elif ended and layout.is_evaluated(folder, run.tasks.split(',')):
       return ledger_lib.OWED, ''  # a task was added meanwhile
-    if self._signals:  # it saved and left, or had nothing to save yet
+    if self._signals.n:  # it saved and left, or had nothing to save yet
       return job.state, ''
     if code < 0:
       name = signal.Signals(-code).name
