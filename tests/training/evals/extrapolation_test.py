@@ -47,7 +47,8 @@ def test_the_table_and_the_picture(tmp_path):
   """Half of the longest rows is not reached, and one token reaches the last
   position that is: it counts as one."""
   curves = {'rope': {m: np.full(32 * m, float(m)) for m in (1, 2, 4, 8)},
-            'learned': {1: np.ones(32), 2: None, 4: None, 8: None}}
+            'learned': {1: np.ones(32), 2: None, 4: None, 8: None},
+            'stretched': {m: np.ones(32 * m) for m in (2, 4)}}
   tokens = {m: np.full(32 * m, 9) for m in (1, 2, 4, 8)}
   tokens[8][127:] = 0
   tokens[8][126] = 1
@@ -57,6 +58,9 @@ def test_the_table_and_the_picture(tmp_path):
   lines = extrapolation.table(curves, texts, 32).splitlines()
   rows = [line.split() for line in lines
           if line.startswith(('rope', 'learn', 'tok'))]
+  stretched = [line.split() for line in lines if line.startswith('stretched')]
+  assert stretched == [['stretched', '—', '1.000', '1.000', '—'],
+                       ['stretched', *'—' * 8]]
   all_, last = 126 * 9 + 1, 30 * 9 + 1
   assert rows[0][1:] == ['1.000', '2.000', '4.000',
                          f'{(126 * 9 * 8 + 27) / all_:.3f}']

@@ -71,9 +71,10 @@ def table(curves: Mapping, texts: Mapping[int, Text], length: int) -> str:
 
 def _rows(curves: Mapping, texts: Mapping[int, Text],
           places: Iterable[tuple[int, slice]]) -> Iterator[str]:
-  """A row for each variant, and one that says how many tokens there are."""
+  """A row for each variant, and one that says how many tokens there are; '—':
+  what is stretched for longer texts is not tried at this length."""
   for name, by in curves.items():
-    yield _row(name, [_shown(by.get(m), texts[m], where)
+    yield _row(name, [_shown(by[m], texts[m], where) if m in by else '—'
                       for m, where in places])
   yield _row('tokens', [f'{texts[m].tokens[where].sum():,}'
                         for m, where in places])
