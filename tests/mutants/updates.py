@@ -48,6 +48,8 @@ MUTANTS = {
         ('self._layers + 1 if', 'self._layers if', 'shares: powers'),
         ('np.ndim(share) == 0 or np.all(share)', 'True',
          'shares: step_leaves'),
+        ('else jnp.where(share != 0, x, was)', 'else x',
+         'bias_balancing: frozen_layer'),
     ],
     'training/optim/average.py': [
         ('(1 - optim.ema) / whole, 0.0)', '1 - optim.ema, 0.0)',
