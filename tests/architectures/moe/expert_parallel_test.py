@@ -169,7 +169,7 @@ def _ways():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('preset, way', _ways())
+@pytest.mark.parametrize('preset, way', list(_ways()))
 def test_equals_one_device_by_all_to_all(preset, way, reference):
   shape = tables.PRESETS[preset]
   step, args = compile_on(shape, config(dispatch=way, **COMMON))
