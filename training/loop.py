@@ -102,6 +102,8 @@ class _Loop:
                                0.0)
                  for n in (*self.ramp.sizes, rows)
                  for length, row in (*own.items(), (0, sides))}
+    every = program.config.eval.every_steps
+    self.held_out = timing.Recurring(every, self.steps, at_last=bool(every))
     self.meter = timing.Meter(self.tokens, self.work[rows, 0][1], peak)
     self.held = timing.Deferred(self.meter.now)
     if devices.primary():
@@ -133,7 +135,7 @@ class _Loop:
       self._report(self.held.push(n, figures))
       stopped = self.stop.agreed(n)
       if (n == self.steps or not stopped) and (
-          self._is_evaluated(n) or self.tasks.due(n)):
+          self.held_out.due(n) or self.tasks.times.due(n)):
         try:
           self._evaluate(n, state)
         except Exception as error:
@@ -162,8 +164,7 @@ class _Loop:
             if not member.code}
 
   def _flops(self, rows: int, sides: tuple[int, ...]) -> float:
-    """Returns the FLOPs of all members in a step whose rows have `sides`
-    tokens."""
+    """Returns the FLOPs of all members in a step on rows of `sides` tokens."""
     unread = self.loaders[0].objective.unread(self.program.config, sides[0])
     return len(self.members) * rows * sum(sides) * (
         flops.training_flops_per_token(
@@ -180,8 +181,7 @@ class _Loop:
     return self.program.put(*batches)
 
   def _compile(self, state: TrainState, batch: Any) -> None:
-    """Compiles both steps for the first batches; all processes wait until the
-    others have done so, too."""
+    """Compiles both steps for the first batches; waits for all processes."""
     cpu.trim()
     self.train_step = shapes.PerShape(self.program.train_step(), self._another)
     self.eval_step = shapes.PerShape(self.program.eval_step(), self._another)
@@ -241,18 +241,16 @@ class _Loop:
     for member in live.values() if due else ended:
       member.report(n, lap)
     if live and due:
-      self.bar.update(n, lap | {'loss': float(np.mean(
-          [member.last['loss'] for member in live.values()]))})
-
-  def _is_evaluated(self, n: int) -> bool:
-    every = self.program.config.eval.every_steps
-    return bool(every) and (n % every == 0 or n == self.steps)
+      self.bar.update(n, lap | {
+          'loss': float(np.mean([m.last['loss'] for m in live.values()])),
+          'evaluation_left': (self.held_out.left(n)
+                              + self.tasks.times.left(n))})
 
   def _catch_up(self, n: int, state: TrainState) -> None:
     """Does what a signal after step `n` kept from being done before the run was
     resumed: the evaluation that decides what is best, and whether to go on."""
     late = [m for m in self.members if m.best and m.best.seen < n]
-    if late and (self._is_evaluated(n) or self.tasks.due(n)):
+    if late and (self.held_out.due(n) or self.tasks.times.due(n)):
       self._evaluate(n, state)
     for member in late:
       if member.best.is_over:
@@ -264,9 +262,13 @@ class _Loop:
     self._report(self.held.flush())
     figures: dict[int, dict] = {row: {} for row in self.live}
     with self.meter.paused():
-      whole = not self._is_evaluated(n) or self._held_out(n, state, figures)
-      if whole and self.tasks.due(n):
-        self._do_tasks(n, state, figures)
+      whole = True
+      if self.held_out.due(n):
+        with self.held_out.timed():
+          whole = self._held_out(n, state, figures)
+      if whole and self.tasks.times.due(n):
+        with self.tasks.times.timed():
+          self._do_tasks(n, state, figures)
     for row, member in self.live.items():
       # Where a signal keeps the best from being known, all is done again.
       if figures[row] and not (member.best and self._cut_short(n)):
@@ -387,7 +389,7 @@ class _Loop:
     """Raises `error` of the evaluation after step `n`. Where it may be one of a
     task, what the members have learned does not hang on it: they are saved
     first. Tasks are done by one process alone, so that no other waits."""
-    if self.tasks.due(n):
+    if self.tasks.times.due(n):
       self._save_or_end(n, state, ends=True)
       for member in self.members:
         member.saved.wait()

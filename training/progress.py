@@ -238,7 +238,9 @@ def _text(step: int, total: int, figures: Mapping[str, Any]) -> str:
   if figures.get('mfu') is not None:  # no peak is known of a CPU
     parts.append(f'MFU {figures["mfu"]:.1%}')
   if 'step_seconds' in figures:
-    parts.append(_duration((total - step) * figures['step_seconds']) + ' left')
+    left = ((total - step) * figures['step_seconds']
+            + figures.get('evaluation_left', 0))
+    parts.append(f'{_duration(left)} left')
   return '  '.join(parts)
 
 

@@ -64,6 +64,44 @@ class Deferred:
     return read
 
 
+class Recurring:
+  """Times what is done after some of the steps, such as an evaluation, to know
+  how long those that are still to come will take.
+
+  Args:
+    every: it is done after each multiple of this many steps; 0: after none.
+    last: the last step.
+    at_last: whether it is done after the last step, too.
+    clock: seconds, for tests.
+  """
+
+  def __init__(self, every: int, last: int, at_last: bool,
+               clock: Callable[[], float] = time.perf_counter):
+    self._every, self._last, self._at_last = every, last, at_last
+    self._clock, self._seconds = clock, 0.0
+
+  def due(self, step: int) -> bool:
+    """Whether it is done after `step`."""
+    return (self._at_last and step == self._last
+            or bool(self._every) and step % self._every == 0)
+
+  @contextlib.contextmanager
+  def timed(self):
+    """Around doing it."""
+    start = self._clock()
+    yield
+    self._seconds = self._clock() - start
+
+  def left(self, step: int) -> float:
+    """Returns the seconds of those that come after `step`, each as long as the
+    newest one, because the first may have compiled; 0 before there was one."""
+    count = (self._last // self._every - step // self._every
+             if self._every else 0)
+    also_last = step < self._last and self.due(self._last) and (
+        not self._every or self._last % self._every > 0)
+    return self._seconds * (count + also_last)
+
+
 class Meter:
   """Times steps: between laps, less what is paused (evaluation, saving)."""
 

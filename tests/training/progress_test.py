@@ -79,11 +79,13 @@ def test_plain_lines_without_a_terminal():
   lines.step(9)
   lines.update(10, {'loss': 3.14159, 'tokens_per_second': 12345.0,
                     'step_seconds': 4.0, 'mfu': None})
+  lines.update(11, {'step_seconds': 1.0, 'evaluation_left': 11.0})
   lines.update(20, {'loss': 3.0, 'mfu': 0.4321})
   lines.say('saved step 20')
   lines.close()
   assert out.getvalue().splitlines() == [
       'step 10/1000  loss 3.1416  12.3k tokens/s  1:06:00 left',
+      'step 11/1000  16:40 left',
       'step 20/1000  loss 3.0000  MFU 43.2%',
       'saved step 20']
 

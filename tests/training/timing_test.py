@@ -46,6 +46,24 @@ def test_the_meter_by_hand():
       compile_seconds=7.0))
 
 
+@pytest.mark.parametrize('every, at_last, last', [
+    (3, True, 10), (3, True, 9), (3, False, 10), (0, True, 10), (0, False, 10),
+    (20, True, 10)])
+def test_what_recurs_takes_as_long_each_time_that_it_is_due(
+    every, at_last, last):
+  clock = Clock()
+  recurring = timing.Recurring(every, last, at_last, clock)
+  assert recurring.left(0) == 0
+  for seconds in (90, 7):  # the first one compiled
+    with recurring.timed():
+      clock.now += seconds
+  due = [n for n in range(1, last + 1) if recurring.due(n)]
+  assert due == [n for n in range(1, last + 1) if (every and n % every == 0)
+                 or (at_last and n == last)]
+  for step in range(last + 1):
+    assert recurring.left(step) == 7 * sum(n > step for n in due)
+
+
 def test_without_a_peak_there_is_no_mfu():
   clock = Clock()
   meter = timing.Meter(1000, 6e9, None, clock)

@@ -170,7 +170,7 @@ def check_task(name: str, options: Any, config: ml_collections.ConfigDict,
   own = _options(row, name, options)
   row.check(own)
   row.fits(config, own)
-  _check_picture(row)
+  _check_picture(name, row)
   for file in filter(None, (row.picture, row.page)):
     storage.try_file(workdir / file, '--workdir')
 
@@ -200,13 +200,15 @@ def listed(names: str | Sequence[str]) -> list[str]:
 
 
 def check_without_flags(name: str, where: str) -> Task:
-  """Returns the task `name`; RequestError where it cannot do without a flag.
+  """Returns the task `name`; RequestError where it cannot do without a flag,
+  or where this machine lacks what its picture needs.
 
   Args:
     name: the task's.
     where: what it was asked for in, where no flag can be set.
   """
   row = task(name, where)
+  _check_picture(name, row)
   try:
     row.check(_options(row, name, defaults()))
   except RequestError as error:
@@ -228,7 +230,6 @@ def check_in_training(config: ml_collections.ConfigDict) -> None:
     row = check_without_flags(name, 'eval.tasks')
     reason = row.unfit(config)
     require(not reason, f'{reason}: leave {name} out of eval.tasks')
-    _check_picture(row)
   _check_best(config)
 
 
@@ -244,6 +245,7 @@ def _check_best(config: ml_collections.ConfigDict) -> None:
                      'no figure'))
 
 
-def _check_picture(row: Task) -> None:
+def _check_picture(name: str, row: Task) -> None:
   require(not row.picture or importlib.util.find_spec('matplotlib') is not None,
-          "the picture needs matplotlib: pip install -e '.[plot]'")
+          f'the task {name} draws a picture, which needs the package '
+          "matplotlib: pip install -e '.[plot]'")

@@ -15,7 +15,7 @@ import jax
 from etils import epath
 
 from configs.errors import require
-from training import evals, evaluating, progress, runs
+from training import evals, evaluating, progress, runs, timing
 from training.data.tokenizers import Tokenizer
 from training.evals.task import Evaluation
 
@@ -39,6 +39,9 @@ class Tasks:
     program: the run or the group.
     tokenizer: its own.
 
+  Attributes:
+    times: the steps after which they are done, and how long that takes.
+
   Raises:
     RequestError: where several processes train.
   """
@@ -46,19 +49,15 @@ class Tasks:
   def __init__(self, program: runs.Run, tokenizer: Tokenizer):
     config = program.config
     self._names = evals.listed(config.eval.tasks)
-    self._every = config.eval.tasks_every_steps
-    self._last = config.train.steps
+    self.times = timing.Recurring(
+        config.eval.tasks_every_steps, config.train.steps,
+        at_last=bool(self._names))
     self._run, self._tokenizer = program.single, tokenizer
     self._programs: dict = {}
     require(not self._names or jax.process_count() == 1, 'eval.tasks is '
             f'{config.eval.tasks!r}, which is for training in one process, and '
             f'there are {jax.process_count()}: leave it empty, and evaluate '
             'the checkpoints by eval.py')
-
-  def due(self, n: int) -> bool:
-    """Whether they are done after step `n`."""
-    return bool(self._names) and (
-        n == self._last or bool(self._every) and n % self._every == 0)
 
   def names(self, task: str, params: Any, workdir: epath.Path,
             stop: Callable[[], bool]) -> list[str] | None:

@@ -1,12 +1,15 @@
 """eval.py --tasks=extrapolation: which variants a length is tried with."""
 
 import dataclasses
+import types
 
 import numpy as np
 import pytest
 
 import architectures
 from architectures.parts import positions
+from configs import gpt
+from configs.errors import RequestError
 from tests.helpers import models
 from training.evals import by_position
 from training.evals.tasks import extrapolation
@@ -41,6 +44,22 @@ def test_rope_is_tried_with_each_scaling():
     assert (model.rope.factor, model.rope.original_len) == (8, 32)
   alone = variants(8, position='rope', rope=dict(scaling='ntk', factor=2.0))
   assert list(alone) == ['rope, ntk'] and alone['rope, ntk'].rope.factor == 2
+
+
+@pytest.mark.parametrize('fields, stretches', [
+    (dict(max_len=32), True), (dict(max_len=255), True),
+    (dict(max_len=256), False), (dict(max_len=32, position='rope'), False)])
+def test_interpolate_is_refused_where_nothing_is_stretched(fields, stretches):
+  config = gpt.get_config('tiny')
+  config.data.length = 32
+  config.model.update(fields)
+  options = types.SimpleNamespace(interpolate=True)
+  if stretches:
+    extrapolation.TASK.fits(config, options)
+  else:
+    with pytest.raises(RequestError, match='leave --interpolate out'):
+      extrapolation.TASK.fits(config, options)
+  extrapolation.TASK.fits(config, types.SimpleNamespace(interpolate=False))
 
 
 def test_the_table_and_the_picture(tmp_path):

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from configs.errors import require
 from training.evals.by_position import Text, loss_at
 from training.evals.task import Evaluation, Flag, Task, without
 
@@ -123,10 +124,27 @@ def plot(curves: Mapping, texts: Mapping[int, Text], length: int,
   pyplot.close(figure)
 
 
+def _fits(config: Any, options: Any) -> None:
+  """Refuses --interpolate where it would change nothing."""
+  if not options.interpolate:
+    return
+  from architectures.parts import positions
+  from training import runs
+  model, length = runs.resolve_alone(config), config.data.length
+  as_asked, without_it = (
+      [positions.of(model).longer(model, length, multiple, interpolate)
+       for multiple in MULTIPLES] for interpolate in (True, False))
+  require(as_asked != without_it, '--interpolate stretches learned positions '
+          f'past model.max_len, and this run has model.position '
+          f'{model.position!r} and model.max_len {model.max_len:,}, so that '
+          f'{max(MULTIPLES)} times its data.length {length:,} needs no '
+          'stretching: leave --interpolate out')
+
+
 TASK = Task(
     'loss by position at 1, 2, 4 and 8 times the training length', run,
     without(lambda objective: objective.every_token,
             'does not predict every token, so it has no loss by position'),
-    flags=(Flag('interpolate', False,
+    fits=_fits, flags=(Flag('interpolate', False,
                 'Stretch learned positions past max_len.'),),
     picture=FILE, figures=lambda config: ('length',))
