@@ -16,6 +16,7 @@ import ml_collections
 import numpy as np
 
 from configs.errors import one_of, require
+from training import evals
 from training.workdir import restoring
 
 # Of figures whose best value is known; the last part of a name, TASK/FIGURE.
@@ -39,11 +40,15 @@ def check_best(config: ml_collections.ConfigDict) -> None:
     return
   task, is_task, _ = e.best.partition('/')
   if is_task:
-    tasks = [name for name in e.tasks.split(',') if name]
+    tasks = evals.listed(e.tasks)
     require(task in tasks, f'eval.best is {e.best!r}, and eval.tasks has no '
             f'{task!r}: it has {", ".join(tasks) or "none"}')
-  require(is_task or e.every_steps, f'eval.best is {e.best!r}, but '
-          'eval.every_steps is 0: nothing is evaluated while training')
+  every = 'eval.tasks_every_steps' if is_task else 'eval.every_steps'
+  require(is_task or e.every_steps, f'eval.best is {e.best!r}, but {every} is '
+          '0: nothing is evaluated while training')
+  require(e.tasks_every_steps or not (is_task and e.patience), 'eval.patience '
+          f'is {e.patience}, but {every} is 0: the task {task} is done after '
+          'the last step alone. Set it, or leave eval.patience at 0')
   require(e.best_is or _last_part(e.best) in (*LEAST, *LARGEST),
           f'eval.best is {e.best!r}, of which it is not known which value is '
           'the best: set eval.best_is to least or largest')

@@ -121,8 +121,7 @@ class _Loop:
     self._compile(state, batch)
     self.bar = progress.bar(self.steps, n, devices.primary())
     self.meter.begin(n)
-    self._catch_up(n, state)
-    ends = False
+    ends = not self._catch_up(n, state)
     while self.live and not ends:
       profiler.before(n, state)
       with profiler.annotate(n):
@@ -134,8 +133,7 @@ class _Loop:
           batch = self._next(streams, n)
       self._report(self.held.push(n, figures))
       stopped = self.stop.agreed(n)
-      if (n == self.steps or not stopped) and (
-          self.held_out.due(n) or self.tasks.times.due(n)):
+      if (n == self.steps or not stopped) and self._is_evaluated(n):
         try:
           self._evaluate(n, state)
         except Exception as error:
@@ -143,9 +141,8 @@ class _Loop:
         stopped = self.stop.at_once
       ends = stopped or n == self.steps
       self._save_or_end(n, state, ends)
-    for member in self.live.values():
-      if n < self.steps:
-        member.end(STOPPED, n)
+    for member in self.live.values() if n < self.steps else ():
+      member.end(STOPPED, n)
     for stream in streams:
       stream.close()
     profiler.close(state)
@@ -246,19 +243,24 @@ class _Loop:
           'evaluation_left': (self.held_out.left(n)
                               + self.tasks.times.left(n))})
 
-  def _catch_up(self, n: int, state: TrainState) -> None:
-    """Does what a signal after step `n` kept from being done before the run was
-    resumed: the evaluation that decides what is best, and whether to go on."""
-    late = [m for m in self.members if m.best and m.best.seen < n]
-    if late and (self.held_out.due(n) or self.tasks.times.due(n)):
-      self._evaluate(n, state)
+  def _catch_up(self, n: int, state: TrainState) -> bool:
+    """Does the evaluation after step `n` that a signal kept from being done
+    before the run was resumed; returns False where one cuts it short again."""
+    late = [m for m in self.members
+            if not m.evaluated or m.best and m.best.seen < n]
+    done = not late or not self._is_evaluated(n) or self._evaluate(n, state)
     for member in late:
-      if member.best.is_over:
+      if member.best and member.best.is_over:
         member.end(EARLY, n)
+    return done
 
-  def _evaluate(self, n: int, state: TrainState) -> None:
-    """Evaluates all members on the held-out data, and by the tasks of
-    eval.tasks, as far as each is due; writes and shows what is found."""
+  def _is_evaluated(self, n: int) -> bool:
+    return self.held_out.due(n) or self.tasks.times.due(n)
+
+  def _evaluate(self, n: int, state: TrainState) -> bool:
+    """Evaluates all members by what is due, held-out data and eval.tasks;
+    writes and shows what is found. Returns False where a signal cuts it short:
+    nothing is written then, and the run does it again when it is resumed."""
     self._report(self.held.flush())
     figures: dict[int, dict] = {row: {} for row in self.live}
     with self.meter.paused():
@@ -268,24 +270,22 @@ class _Loop:
           whole = self._held_out(n, state, figures)
       if whole and self.tasks.times.due(n):
         with self.tasks.times.timed():
-          self._do_tasks(n, state, figures)
-    for row, member in self.live.items():
-      # Where a signal keeps the best from being known, all is done again.
-      if figures[row] and not (member.best and self._cut_short(n)):
+          whole = self._do_tasks(n, state, figures)
+    for row, member in self.live.items() if whole else ():
+      if figures[row]:
         member.write(n, 'eval', figures[row])
         if member.best and member.best.seen < n:
           member.best.take(n, figures[row])
           member.saved.best = member.best.record()
+    return whole
 
   def _cut_short(self, n: int) -> bool:
-    """Whether to leave an evaluation at that. A signal does not cut the last
-    one short: the run was for it."""
+    """Whether a signal ends an evaluation; not the last: the run was for it."""
     return self.stop.at_once and n < self.steps
 
   def _held_out(self, n: int, state: TrainState, figures: dict[int, dict]
                 ) -> bool:
-    """Adds the figures of the held-out data; returns whether it came to the
-    end."""
+    """Adds the held-out figures; returns whether it came to the end."""
     for prefix, params in self._to_evaluate(n, state):
       sums = evaluating.evaluate(
           self.eval_step, params, self.eval_data,
@@ -340,9 +340,8 @@ class _Loop:
     return program.joined(means)
 
   def _do_tasks(self, n: int, state: TrainState, figures: dict[int, dict]
-                ) -> None:
-    """Adds the figures of the tasks: of all members, or where it is cut short
-    of none."""
+                ) -> bool:
+    """Adds the figures of the tasks; returns whether it came to the end."""
     found = {}
     for row, params in enumerate(
         self.program.split(self.program.evaluated(state))):
@@ -350,11 +349,12 @@ class _Loop:
         found[row] = self.tasks.of(params, n, self.live[row].workdir,
                                    stop=lambda: self._cut_short(n))
         if found[row] is None:
-          return
+          return False
     for row, own in found.items():
       figures[row] |= own.figures
       for told in own.told:
         self._say(self.live[row], f'step {n}  {told}')
+    return True
 
   def _save_or_end(self, n: int, state: TrainState, ends: bool) -> None:
     """Saves the members when that is due, and ends those that diverged.

@@ -13,7 +13,7 @@ from training import best, endings
 from training.distributed import devices
 from training.endings import DIVERGED, EARLY
 from training.step import TrainState
-from training.workdir import checkpoints, metrics
+from training.workdir import checkpoints, metrics, restoring
 
 
 @dataclasses.dataclass(eq=False)
@@ -29,6 +29,8 @@ class Member:
     bad: the number of bad steps in a row, up to that step.
     code: how the run ended: 0, STOPPED, DIVERGED or EARLY.
     sentence: why the run did not reach its last step; '' where it did.
+    evaluated: whether the figures of an evaluation after the step that the run
+      was resumed at are in its metrics, or it was not resumed.
     told_to_stop: whether a signal came, be it too late to stop the run.
   """
   config: ml_collections.ConfigDict
@@ -39,6 +41,7 @@ class Member:
   bad: int = 0
   code: int = 0
   sentence: str = ''
+  evaluated: bool = True
   told_to_stop: bool = False
 
   def begin(self, start: int) -> None:
@@ -46,6 +49,9 @@ class Member:
     self._writers = metrics.writers(self.workdir, self.config.to_dict(), start,
                                     devices.primary())
     self._loads = []  # of the experts, since the last report
+    # Process 0 alone has the rows.
+    self.evaluated = start == 0 or bool(restoring.from_process_0(np.int32(
+        any(writer.has_kept(start, 'eval') for writer in self._writers[:1]))))
     self.best = best.Best.of(self.config, self.saved.best)
 
   def read(self, figures: dict[str, Any]) -> None:

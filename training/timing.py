@@ -120,7 +120,7 @@ class Meter:
     self._clock = clock
     self._others: dict[int, tuple[int, float]] = {}
     self._once = {}
-    self._paused = 0.0
+    self._paused, self._pauses = 0.0, 0
     self._waited = 0.0
     self.begin(0)
 
@@ -130,9 +130,8 @@ class Meter:
 
   @contextlib.contextmanager
   def compiling(self):
-    """Around the compilation of the training step, alone of all that a run
-    compiles: its seconds come once, in the next lap, and those of several
-    compilations add up."""
+    """Around the compilation of a training or evaluation step: its seconds
+    come once, in the next lap, and those of several compilations add up."""
     start = self._clock()
     with self.paused():
       yield
@@ -148,10 +147,16 @@ class Meter:
 
   @contextlib.contextmanager
   def paused(self):
-    """Around what is no training step."""
+    """Around what is no training step. A pause within another one counts
+    once: an evaluation may compile its step for rows of another length."""
     start = self._clock()
-    yield
-    self._paused += self._clock() - start
+    self._pauses += 1
+    try:
+      yield
+    finally:
+      self._pauses -= 1
+      if not self._pauses:
+        self._paused += self._clock() - start
 
   def does(self, step: int, tokens: int, flops: float) -> None:
     """Takes what a step has to do, where that is not what most have."""

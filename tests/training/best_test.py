@@ -29,6 +29,8 @@ def config(**fields):
     (dict(best_is='least'), "eval.best_is is 'least', which is not read"),
     (dict(best='labels/f1'), "eval.tasks has no 'labels': it has none"),
     (dict(best='loss', every_steps=0), 'eval.every_steps is 0: nothing is'),
+    (dict(best='labels/f1', tasks='loss, labels', patience=2),
+     'eval.patience is 2, but eval.tasks_every_steps is 0: the task labels'),
     (dict(best='surprise'), 'set eval.best_is to least or largest'),
     (dict(best='loss', best_is='min'), "eval.best_is 'min': choose from"),
     (dict(best='loss', patience=-1), 'eval.patience is -1: it must be'),
@@ -38,6 +40,14 @@ def config(**fields):
 def test_what_cannot_be_meant_is_refused(fields, words):
   with pytest.raises(RequestError, match=words):
     runs.check_config(config(**fields))
+
+
+@pytest.mark.parametrize('task, tasks', [
+    ('labels', 'loss, labels'), ('lm_eval:b', 'lm_eval:a,b')])
+def test_a_task_is_found_as_eval_tasks_names_it(task, tasks):
+  best.check_best(config(best=f'{task}/acc', tasks=tasks))
+  with pytest.raises(RequestError, match=f'has no {"exact"!r}: it has '):
+    best.check_best(config(best='exact/acc', tasks=tasks))
 
 
 @pytest.mark.parametrize('figure, largest', [

@@ -14,7 +14,7 @@ from training import evals, evaluating, objectives, runs
 from training.data import pipeline
 from training.data import tokenizers
 from training.distributed import devices
-from training.evals import lengths
+from training.evals import checkpoint, lengths
 from training.evals.task import Evaluation
 from training.evals.tasks import extrapolation
 from training.objectives import record
@@ -64,6 +64,22 @@ def judged(c, loss_of):
   loaders = pipeline.held_out(c, BYTES)
   return evaluating.means(evaluating.evaluate(
       step, None, loaders, 0, run_of(c).put, lambda: False), loaders)
+
+
+def test_a_text_that_is_named_is_evaluated_whole(folder, monkeypatch):
+  """Also by a run that is evaluated on a half of what it holds out."""
+  c = config_of(folder, 'text:{}/a.txt')
+  c.eval.part, c.data.batch_size = 'second', 8
+  kept = {}
+  monkeypatch.setattr(runs, 'config_of', lambda _: c)
+  monkeypatch.setattr(checkpoint.trained, 'of_run', lambda run, *_: (
+      kept.update(run=run) or types.SimpleNamespace(
+          state=None, step=0, what='')))
+  checkpoint.load(folder, ['loss'], types.SimpleNamespace(
+      stride=0, detokenize='none'), step=None, text=f'text:{folder}/[bc].txt',
+                  programs={})
+  loader, = pipeline.held_out(kept['run'].config, BYTES)
+  assert loader.num_tokens == 120 + 60 + 2
 
 
 @pytest.mark.parametrize('a, b', [(0.9, 0.1), (1, 999)])

@@ -46,6 +46,21 @@ def test_the_meter_by_hand():
       compile_seconds=7.0))
 
 
+def test_a_compilation_within_an_evaluation_is_paused_once():
+  clock = Clock()
+  meter = timing.Meter(1000, 6e9, None, clock)
+  meter.begin(0)
+  clock.now += 2
+  with meter.paused():
+    clock.now += 1
+    with meter.compiling():
+      clock.now += 5
+    clock.now += 1
+  lap = meter.lap(20, meter.now())
+  assert lap['step_seconds'] == pytest.approx(0.1)
+  assert lap['compile_seconds'] == pytest.approx(5)
+
+
 @pytest.mark.parametrize('every, at_last, last', [
     (3, True, 10), (3, True, 9), (3, False, 10), (0, True, 10), (0, False, 10),
     (20, True, 10)])

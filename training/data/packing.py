@@ -327,8 +327,8 @@ class Pairs:
     if not corpus.holds(sources.PAIR).any():
       self._windows = Windows(corpus, sum(self._lengths))
       share = self._lengths[1] / sum(self._lengths)
-      self.num_tokens = round(self._windows.num_tokens * share)
-      self.num_bytes = round(self._windows.num_bytes * share)
+      self.num_tokens = max(1, round(self._windows.num_tokens * share))
+      self.num_bytes = max(1, round(self._windows.num_bytes * share))
       return
     pair = [sources.KINDS.index(kind) for kind in sources.PAIR]
     if self._cache.kinds.tolist() != pair * len(self._cache):

@@ -25,6 +25,7 @@ def load(workdir: epath.Path, names: Sequence[str], options: Any, *,
   config = runs.for_this_machine(runs.config_of(workdir))
   if text:
     config.data.eval_source = text
+    config.eval.part = ''  # all of it
   for name in names:
     evals.check_task(name, options, config, workdir,
                      (asked_by or {}).get(name, 'tasks'))

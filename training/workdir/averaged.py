@@ -7,7 +7,7 @@ from typing import Any
 from etils import epath
 
 from configs.errors import require
-from training.workdir import step_folders
+from training.workdir import restoring
 
 
 def steps(config: Any) -> list[int]:
@@ -22,8 +22,9 @@ def steps(config: Any) -> list[int]:
 
 def lacking(config: Any, folders: Sequence[epath.Path]) -> int | None:
   """Returns the first of `steps` of which one of these folders of checkpoints
-  has none: it was deleted, or its parameters were not finite."""
-  saved = [step_folders.finished(folder) for folder in folders]
+  has none: it was deleted, or its parameters were not finite. Every process
+  calls it, and gets what process 0 sees."""
+  saved = [restoring.steps(folder) for folder in folders]
   return next((step for step in steps(config)
                if any(step not in own for own in saved)), None)
 

@@ -39,9 +39,13 @@ class JsonlWriter:
     self._there = _drop_after(path, resumed_step)
     self._file = writing.File(path)
 
+  def has_kept(self, step: int, split: str) -> bool:
+    """Whether the row stood there when the run was resumed at `step`."""
+    return (step, split) in self._there
+
   def write(self, step: int, split: str, figures: Mapping[str, Any]) -> None:
     row = {'step': int(step), 'split': split}
-    if tuple(row.values()) in self._there:
+    if self.has_kept(*row.values()):
       return  # evaluated again, to know whether it is the best
     row.update((name, plain(value)) for name, value in figures.items())
     # One call a line: what is read while the run goes on is whole.
