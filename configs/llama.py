@@ -74,7 +74,7 @@ def get_config(size: str = 'tiny'):
   if size.startswith('smollm2'):
     return _smollm2(c)
   *_, c.optim.lr, tokens = ROWS[size]
-  if size[1] != '-':  # the first LLaMA's; 2 and 3 have 1e-5
+  if size in ('7b', '13b', '33b'):  # the others' params.json say 1e-5
     c.model.norm_eps = 1e-6
   if size.startswith('3-'):
     c.model.rope.theta = 500_000.0

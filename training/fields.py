@@ -6,12 +6,15 @@ from typing import Any
 
 import architectures
 from architectures.parts import unread
+from architectures.parts import config as config_of_parts
 from architectures.parts.config import ModelConfig
 from configs.errors import RequestError, one_of, require
 
 
 def replaced(config: ModelConfig, fields: Mapping[str, Any]) -> ModelConfig:
-  """Returns the config with other fields, checked as any config is."""
+  """Returns the config with other fields, checked as any config is. A field
+  that is 0 where a config's is derived, is derived: with lora.rank alone,
+  lora.alpha becomes as large."""
   changes: dict[str, Any] = {}
   for name, value in fields.items():
     one_of('field of config.model', name, _names(config))
@@ -21,14 +24,30 @@ def replaced(config: ModelConfig, fields: Mapping[str, Any]) -> ModelConfig:
       group = getattr(config, name)
       for field in value:
         one_of(f'field of config.model.{name}', field, _names(group))
+      if name == 'lora' and group.alpha == group.rank:
+        value = {'alpha': 0} | value
       value = dataclasses.replace(group, **value)
     changes[name] = value
   if 'num_layers' in changes and (
       architectures.stack(config) != 'encoder-decoder'):
     changes.setdefault('num_decoder_layers', changes['num_layers'])
-  changed = dataclasses.replace(config, **changes)
+  changed = config_of_parts.make(dataclasses.asdict(
+      dataclasses.replace(config, **changes)))
   refuse_unread(changed, fields)
   return changed
+
+
+def name_no_kernel(model: Any) -> None:
+  """Leaves the kernels that a run names to `auto`, to use the model and not to
+  train it: this machine may lack them, or they cannot do what is asked.
+
+  Args:
+    model: config.model, or a dict of it, which is changed.
+  """
+  for group, name in ((model, 'attention_kernel'),
+                      (model['moe'], 'grouped_kernel')):
+    if group[name] != 'xla':
+      group[name] = 'auto'
 
 
 # Other fields are derived from these when a run's config is resolved.

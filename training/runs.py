@@ -22,7 +22,7 @@ from architectures.parts.config import ModelConfig
 from architectures.parts.moe import grouped_kernels
 from configs import sharding as tables
 from configs.errors import RequestError, one_of, require
-from training import best, description, evals, limits, objectives
+from training import best, description, evals, fields, limits, objectives
 from training.data import holdout, pipeline, ramp, tokenizers
 from training.distributed import devices
 from training.optim import average, mup, optimizers
@@ -314,9 +314,8 @@ def build(config: ml_collections.ConfigDict, model: ModelConfig,
     ValueError: where the mesh does not fit the devices, model or batch.
   """
   if mesh is None:
-    mesh = devices.make_mesh(
-        devices.mesh_shape(config.mesh, jax.device_count()),
-        slices=config.mesh.slices)
+    shape = devices.mesh_shape(config.mesh, jax.device_count())
+    mesh = devices.make_mesh(shape, slices=config.mesh.slices)
   devices.check_mesh(model, config.data.batch_size,
                      config.train.grad_accumulation, mesh.shape)
   check_ramp(config, mesh.shape)
@@ -344,9 +343,10 @@ def _check_context(config: ml_collections.ConfigDict, context: int) -> None:
 
 def for_this_machine(config: ml_collections.ConfigDict
                      ) -> ml_collections.ConfigDict:
-  """Returns the config with a mesh of this machine's devices: all in `data`
-  where the run's own mesh does not fit them, to evaluate it elsewhere."""
+  """Returns the config with this machine's mesh, to evaluate a run: all devices
+  in `data` where its own mesh does not fit them."""
   config = config.copy_and_resolve_references()
+  fields.name_no_kernel(config.model)
   # An evaluation takes whole batches.
   config.train.grad_accumulation, config.data.batch_ramp = 1, ''
   try:
@@ -354,12 +354,12 @@ def for_this_machine(config: ml_collections.ConfigDict
     return config
   except RequestError:
     count = math.gcd(jax.device_count(), config.data.batch_size)
-    require(count == jax.device_count(),
-            f'data.batch_size {config.data.batch_size} does not divide over '
-            f'the {jax.device_count()} devices there are')
+    require(count == jax.device_count(), 'data.batch_size '
+            f'{config.data.batch_size} does not divide over the '
+            f'{jax.device_count()} devices there are')
     config.mesh.update(data=-1, fsdp=1, expert=1, context=1, tensor=1,
                        slices=0)
-    print('the run\'s mesh does not fit this machine: evaluating on '
+    print("the run's mesh does not fit this machine: evaluating on "
           f'mesh.data={jax.device_count()}')
     return config
 
@@ -389,12 +389,12 @@ def config_of(workdir: epath.Path) -> ml_collections.ConfigDict:
 
 def model_of(workdir: epath.Path,
              config: ml_collections.ConfigDict | None = None) -> ModelConfig:
-  """Returns the model of a run, for which its tokenizer need not be there.
-  `config` is what `config_of` returned, where it was read already."""
+  """Returns the model of a run; its tokenizer need not be there. `config` is
+  what `config_of` returned, where it was read."""
   config = config_of(workdir) if config is None else config
-  fields = config.model.to_dict()
+  model = config.model.to_dict()
+  fields.name_no_kernel(model)
   for name, value in run_config.load_derived(workdir).items():
-    section, _, field = name.partition('.')
-    if section == 'model':
-      fields[field] = value
-  return architectures.resolve(fields)
+    if name.startswith('model.'):
+      model[name.removeprefix('model.')] = value
+  return architectures.resolve(model)

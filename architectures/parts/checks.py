@@ -150,10 +150,11 @@ def _check_layers(c: ModelConfig, stack: str) -> None:
     for field in fields:
       value = get(c, field)
       require(holds(value), f'model.{field} is {value}: {words}')
-  if positions.of(c).check:
-    positions.of(c).check(c, stack)
+  position, mixer = positions.of(c), mixers.of(c)
+  if position.check and (mixer.turns_heads or not position.rotate):
+    position.check(c, stack)
   visibility.KINDS[c.attention].check(c)
-  mixers.of(c).check(c, stack)
+  mixer.check(c, stack)
   wired = [name for name, block in BLOCKS.items() if block.STREAMS]
   require(c.residual == 'plain' or c.block in wired, f'model.residual is '
           f'{c.residual!r}, whose paper has no equation for model.block '

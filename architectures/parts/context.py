@@ -24,6 +24,7 @@ class Context:
   tokens_BL: Optional[jax.Array] = None  # ids, for routers that hash them
   prefix_B: Optional[jax.Array] = None  # keys before it are seen by all
   valid_BL: Optional[jax.Array] = None  # 0: padding, which takes no expert
+  routed_BL: Optional[jax.Array] = None  # 0: what else takes no expert
   reach_BL: Optional[jax.Array] = None  # before it, later places see a token
   first: Optional[values.First] = None  # of the layers before this one
   keys: Optional[Keys] = None  # that a layer reads instead of its own

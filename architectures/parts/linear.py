@@ -300,3 +300,9 @@ def add_bias(x: jax.Array, b: jax.Array) -> jax.Array:
   """
   b = b.reshape((1,) * (x.ndim - b.ndim) + b.shape)
   return (x.astype(jnp.float32) + b.astype(jnp.float32)).astype(x.dtype)
+
+
+def times(x: jax.Array, factor: float) -> jax.Array:
+  """x * factor, in x's dtype. In float32 until the result: rounded to bfloat16
+  the factor would be off by up to 0.4 %, of everything alike."""
+  return (x.astype(jnp.float32) * factor).astype(x.dtype)

@@ -52,6 +52,8 @@ class Mixer:
     at_once: config -> how many numbers of a token its widest step holds; None:
       attention's scores.
     positional: whether its layers turn or bias by positions.
+    turns_heads: whether what positions turn are heads of head_dim features; if
+      not, `check` says what they may be.
     check: (config, stack) -> None; raises RequestError for what cannot be.
       `stack` is what architectures.stack returns.
   """
@@ -65,6 +67,7 @@ class Mixer:
   state: bool = False
   at_once: Optional[Callable[[ModelConfig], int]] = None
   positional: bool = True
+  turns_heads: bool = True
   check: Callable[[ModelConfig, str], None] = lambda c, stack: None
 
 
@@ -112,7 +115,8 @@ def recurrent(module: type[layer.Layer], group: type[Any],
   return Mixer(
       module, functools.partial(layer.empty, name),
       products=lambda c: set(module.PRODUCTS), fields=_group(name, group),
-      sources=('head_dim', 'mup_base_head_dim'),
+      sources=('num_heads', 'head_dim', 'mup_base_head_dim'),
+      turns_heads=False,
       divided=tuple(('tensor', f'{name}.{field}') for field in heads),
       state=True, at_once=functools.partial(layer.at_once, name),
       positional=positional, check=functools.partial(check, name))
@@ -132,7 +136,7 @@ MIXERS = {
     'latent': Mixer(
         latent.LatentAttention, latent.empty, latent.products,
         fields=('attention_gate', *_group('latent', LatentConfig), *SCORES),
-        sources=('head_dim', 'mup_base_head_dim'),
+        sources=('head_dim', 'mup_base_head_dim'), turns_heads=False,
         divided=(('tensor', 'num_heads'), ('fsdp', 'latent.kv_rank'),
                  ('fsdp', 'latent.q_rank')),
         check=latent.check),
@@ -140,7 +144,6 @@ MIXERS = {
     'mamba2': dataclasses.replace(
         recurrent(mamba2.Mamba2, Mamba2Config, heads=('heads', 'groups'),
                   check=mamba2.check),
-        sources=('num_heads', 'head_dim', 'mup_base_head_dim'),
         whole=('mamba2.groups',)),
     'kda': recurrent(kda.KDA, KDAConfig, check=kda.check),
     'gla': recurrent(gla.GLA, GLAConfig, ('heads',)),

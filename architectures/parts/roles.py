@@ -14,6 +14,7 @@ from typing import NamedTuple
 import flax.linen as nn
 from flax import struct
 import jax
+import jax.numpy as jnp
 import jax.typing
 
 from architectures.parts import sharding
@@ -102,7 +103,8 @@ def declare(module: nn.Module, name: str, init: Callable,
   Args:
     module: the module, with a `config`.
     name: the parameter's name.
-    init: its initializer, of (key, shape, dtype).
+    init: its initializer, of (key, shape, dtype); it draws in float32, since
+      JAX's bfloat16 normals have 128 values, whose mean is not 0.
     shape: its shape.
     role: what it is.
     dtype: its type; None: the config's param_dtype.
@@ -111,6 +113,7 @@ def declare(module: nn.Module, name: str, init: Callable,
     ValueError: for a logical axis that the legend lacks.
   """
   axes = sharding.known_axes(role.axes)
+  dtype = dtype or module.config.param_dtype
+  drawn = lambda key, shape: init(key, shape, jnp.float32).astype(dtype)
   return module.param(
-      name, lambda *args: Declared(init(*args), axes, role=role), shape,
-      dtype or module.config.param_dtype)
+      name, lambda *args: Declared(drawn(*args), axes, role=role), shape)

@@ -129,7 +129,7 @@ class Stack(nn.Module):
     x = streams.begin(c, x_BLD, branches(c, kinds))
     (x, _), found = run((x, first), cache, ctx)
     final, end = lambda x: x, streams.End(c, name='final_streams')
-    if BLOCKS[c.block].FINAL_NORM:
+    if BLOCKS[c.of_kind(kinds[-1].name).block].FINAL_NORM:
       final = norm(c, 'final_norm')
     # If the length stayed over `tensor`, as the vocabulary is, their product
     # would gather the head.
@@ -221,7 +221,8 @@ class Ahead(nn.Module):
     ctx = ctx.replace(length=ctx.positions_BL.shape[1])
     found, auxes = [], []
     for depth in range(1, c.mtp_depth + 1):
-      own = ctx.replace(tokens_BL=jnp.roll(ctx.tokens_BL, -depth, 1))
+      own = ctx.replace(tokens_BL=jnp.roll(ctx.tokens_BL, -depth, 1),
+                        routed_BL=_followed(ctx, depth))
       both_BLU = jnp.concatenate([
           norm(c, f'token_norm_{depth}')(jnp.roll(embedded_BLD, -depth, 1)),
           norm(c, f'hidden_norm_{depth}')(x_BLD)], -1)
@@ -238,11 +239,24 @@ class Ahead(nn.Module):
       (x, _), (_, (aux,), _, _) = Period(
           c, (kind,), name=f'depth_{depth}')((x, None), None, own)
       x_BLD = streams.End(c, name=f'streams_{depth}')(x)
-      if BLOCKS[c.block].FINAL_NORM:
+      if BLOCKS[c.of_kind(kind.name).block].FINAL_NORM:
         x_BLD = norm(c, f'norm_{depth}')(x_BLD)
       found.append(x_BLD)
       auxes += [aux] if aux else []
     return tuple(found), auxes
+
+
+def _followed(ctx: Context, depth: int) -> jax.Array:
+  """Returns [B, L] which tokens have another one `depth` places on, in the same
+  document: the others join two texts, and take no expert."""
+  B, L = ctx.tokens_BL.shape
+  there_BL = jnp.broadcast_to(jnp.arange(L)[None] < L - depth, (B, L))
+  if ctx.segment_ids_BL is not None:
+    ids_BL = ctx.segment_ids_BL
+    there_BL &= ids_BL == jnp.roll(ids_BL, -depth, 1)
+  if ctx.valid_BL is not None:
+    there_BL &= jnp.roll(ctx.valid_BL, -depth, 1) != 0
+  return there_BL.astype(jnp.int32)
 
 
 class Decoder(nn.Module):

@@ -87,6 +87,11 @@ CONDITIONS = (
         ('d_ff', 'ffn_bias'),
         Row('a layer has a feed-forward network', ('ffn', 'kinds')),
         lambda c: c.ffn != NONE),
+    Condition(  # experts have moe.d_ff, and d_ff where that is 0
+        ('d_ff',),
+        Row('the network of a layer is dense, or model.moe.d_ff is 0',
+            ('ffn', 'kinds', 'moe.d_ff')),
+        lambda c: c.ffn != 'moe' or c.moe.d_ff == c.d_ff),
     Condition(
         ('ffn_dropout',),
         Row('the network of a layer is dense, or model.moe.shared_experts '
@@ -156,11 +161,25 @@ def unread(c: ModelConfig) -> dict[str, Row]:
   for name in c.kinds:
     for field in (*c.kinds[name], *(
         f'rope.{inner}' for inner in c.kinds[name].get('rope', ()))):
-      row = by_kind[name].get(kinds.FIELDS.get(field, field))
+      row = _of_the_model(c.of_kind(name), field) or (
+          by_kind[name].get(kinds.FIELDS.get(field, field)))
       whole = field == 'window' and not c.kinds[name][field]  # says: no window
       if row and not whole:
         found[f'kinds.{name}.{field}'] = row
   return found
+
+
+def _of_the_model(own: ModelConfig, field: str) -> Row | None:
+  """Returns why a kind of layer has no such field of its own: what its parts
+  read follows from the model's field, once for all kinds."""
+  if field in mixers.of(own).sources:
+    return Row(f'a layer of the kind has attention, and not model.mixer '
+               f'{own.mixer}, whose sizes stand in model.{own.mixer}',
+               ('mixer',))
+  if field == 'd_ff' and own.ffn == 'moe':
+    return Row('the network of a layer is dense: experts have model.moe.d_ff',
+               ('ffn',))
+  return None
 
 
 def _overridden(c: ModelConfig, name: str) -> dict[str, Row]:
@@ -189,7 +208,9 @@ def _unread(c: ModelConfig) -> dict[str, Row]:
       owners = [name for name in table if field in table[name].fields]
       rows[field] = Row(f'{where}model.{selector} is {_any(owners)}',
                         (*above.decided_by, selector))
-      if selector in found or not set(owners) & set(chosen(c, selector)):
+      if selector in found:
+        found.setdefault(field, found[selector])
+      elif not set(owners) & set(chosen(c, selector)):
         found.setdefault(field, rows[field])
   return found
 

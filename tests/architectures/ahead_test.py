@@ -202,3 +202,26 @@ def test_they_train_on_several_devices_as_on_one():
 def test_encoders_look_no_further():
   with pytest.raises(RequestError, match='mtp_depth 2 has no meaning with'):
     architectures.resolve(models.config('bert', **TWO))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('ends', [(12,), (5, 12)])
+def test_places_that_no_token_follows_take_no_expert(ends):
+  """The last k of each document: what they join is of two texts. The load of an
+  expert is a share of the choices of the others."""
+  module, params = models.make('deepseek_v3', **TWO)
+  at = np.arange(12)
+  ids_BL = jnp.asarray(np.searchsorted(ends, at, side='right'))[None] + 1
+  out = jax.jit(lambda x: module.apply(
+      {'params': params}, x, segment_ids_BL=ids_BL, positions_BL=at[None]))(
+          models.tokens(1, 12))
+  for depth in (1, 2):
+    load_E, = (np.asarray(x) for path, x in out.aux['loads'].items()
+               if f'depth_{depth}' in str(path))
+    choices = (12 - depth * len(ends)) * module.config.moe.top_k
+    assert load_E.sum() == pytest.approx(1)
+    np.testing.assert_allclose(load_E * choices, np.round(load_E * choices),
+                               atol=1e-4)
+    assert skeletons._followed(Context(
+        at[None], ids_BL, tokens_BL=ids_BL), depth).sum() == (
+            12 - depth * len(ends))

@@ -277,3 +277,10 @@ def test_a_head_is_put_on_the_weights_of_a_folder_in_a_runs_context(tmp_path):
     assert flops.forward_flops_per_token(run.model, 8) > 0
   np.testing.assert_array_equal(found.params['embed']['tokens'],
                                 params['embed']['tokens'])
+
+
+@pytest.mark.parametrize('width', [2, 5])
+def test_a_vector_unfolds_by_sinusoids_of_a_width_that_there_is(width):
+  with pytest.raises(RequestError, match='needs it even and at least 4'):
+    architectures.resolve(models.config(
+        'gpt', d_model=width, num_heads=1, head_dim=4, head='vector'))

@@ -351,3 +351,12 @@ def test_sharded_equals_a_single_device():
   models.close(state.params, other.params, rtol=1e-4)
   models.close([m['loss'] for m in seen], [m['loss'] for m in found])
   assert seen[0]['health/load_E'].shape == (5, 4)
+
+
+@pytest.mark.parametrize('model, last, normed', [
+    ('post_norm', 'pre_norm', True), ('pre_norm', 'post_norm', False)])
+def test_the_final_norm_is_what_the_last_layer_leaves_open(
+    model, last, normed):
+  _, params = models.make('llama', block=model, pattern='a,b', kinds=dict(
+      a={}, b=dict(block=last)))
+  assert ('final_norm' in params['decoder']) == normed

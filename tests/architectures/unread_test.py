@@ -228,3 +228,39 @@ def test_a_run_says_what_it_does_not_read():
   assert line.endswith(', unless model.ffn is moe')
   config = _config('mixtral')
   assert not limits.unread(config, runs.resolve_alone(config))
+
+
+@pytest.mark.parametrize('kind, field, words', [
+    (dict(mixer='deltanet'), dict(num_heads=8), 'stand in model.deltanet'),
+    (dict(mixer='mamba2'), dict(head_dim=4), 'stand in model.mamba2'),
+    (dict(mixer='latent'), dict(head_dim=4), 'stand in model.latent'),
+    (dict(ffn='moe'), dict(d_ff=96), 'experts have model.moe.d_ff')])
+def test_what_a_kind_has_no_field_of_its_own_for(kind, field, words):
+  """Its parts read what follows from the model's, once for all kinds."""
+  c = base.base()
+  c.model = models.config('llama', pattern='a,b', kinds=dict(
+      a={}, b=kind | field))
+  if 'ffn' in kind:
+    c.model.kinds.a, c.model.ffn = dict(ffn='dense'), 'moe'
+  name, = field
+  by_hand = [f'model.kinds.b.{name}']
+  with pytest.raises(RequestError, match=words):
+    limits.refuse_unread_of(by_hand, c, runs.resolve_alone(c))
+  del c.model.kinds.b[name]
+  assert f'kinds.b.{name}' not in unread.unread(runs.resolve_alone(c))
+
+
+def test_dense_width_is_not_read_where_all_layers_have_experts():
+  c = base.base()
+  c.model = models.config('mixtral', d_ff=96)
+  c.model.moe.d_ff = 32
+  with pytest.raises(RequestError, match='model.moe.d_ff is 0'):
+    limits.refuse_unread_of(['model.d_ff'], c, runs.resolve_alone(c))
+  c.model.moe.d_ff = 0
+  limits.refuse_unread_of(['model.d_ff'], c, runs.resolve_alone(c))
+
+
+def test_a_scaling_is_refused_for_the_mixer_that_turns_nothing():
+  with pytest.raises(RequestError, match="meaning with model.mixer 'deltanet'"):
+    architectures.resolve(models.config('llama', mixer='deltanet', rope=dict(
+        scaling='llama3', factor=2.0)))

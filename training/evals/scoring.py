@@ -10,6 +10,7 @@ whatever the texts are.
 """
 
 from collections.abc import Iterator, Sequence
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -234,8 +235,11 @@ def _batch(shape: Shape, parts: list[list[Row]],
 
 def _program(evaluation: Evaluation, prefix: bool):
   # With a capacity, a text's probability would hang on the batch.
-  module = evaluation.run.module.clone(
-      config=without_capacity(evaluation.run.model))
+  model = without_capacity(evaluation.run.model)
+  # A kernel that training names may have no mask for texts that share tokens.
+  kernel = 'xla' if model.attention_kernel == 'xla' else 'auto'
+  module = evaluation.run.module.clone(config=dataclasses.replace(
+      model, attention_kernel=kernel))
 
   def score(params: Any, batch: dict[str, jax.Array]
             ) -> tuple[jax.Array, jax.Array]:

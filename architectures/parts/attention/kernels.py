@@ -228,8 +228,8 @@ def splash(q_BLHK: jax.Array, k_BMJK: jax.Array, v_BMJK: jax.Array, mask: Mask,
     from jax.experimental.pallas.ops.tpu import splash_attention as pallas
     ids = None if q_ids_BL is None else pallas.SegmentIds(q_ids_BL, k_ids_BM)
     o_BHLK = _by_splash(kernel, ids, *(
-        jnp.swapaxes(x, 1, 2) for x in (q_BLHK * scale, k_BMJK, v_BMJK)),
-                        sink_H)
+        jnp.swapaxes(x, 1, 2) for x in (
+            linear.times(q_BLHK, scale), k_BMJK, v_BMJK)), sink_H)
     return jnp.swapaxes(o_BHLK, 1, 2)
 
   mesh = jax.sharding.get_abstract_mesh()

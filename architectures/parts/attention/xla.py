@@ -113,7 +113,8 @@ def weights(q_BLHK: jax.Array, k_BMJK: jax.Array, *, scale: float,
 def _scores(how: _How, rows: slice, keys: slice, mask_BLM: Optional[jax.Array],
             q_BJRLK: jax.Array, k_BJMK: jax.Array,
             bias_BJRLM: Optional[jax.Array]):
-  s_BJRLM = _times_keys(q_BJRLK[..., rows, :] * how.scale, k_BJMK[..., keys, :])
+  s_BJRLM = _times_keys(linear.times(q_BJRLK[..., rows, :], how.scale),
+                        k_BJMK[..., keys, :])
   if how.softcap:
     s_BJRLM = how.softcap * jnp.tanh(s_BJRLM / how.softcap)
   if bias_BJRLM is not None:

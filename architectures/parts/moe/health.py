@@ -9,6 +9,8 @@ switch      E sum_i f_i P_i     (Fedus et al. 2021, equation 4; GShard counts
 importance  E sum_i I_i^2       (Shazeer et al. 2017's CV^2, plus 1).
 sequence    the mean over sequences of the first, taken of each by itself
             (DeepSeek-V3, 2024, equations 17 to 20, the mean over sequences).
+            f counts the experts that the scores alone would choose, without
+            the bias and the groups of the sigmoid router (equation 18).
 router z    mean_t logsumexp(logits_t)^2   (ST-MoE: Zoph et al. 2022).
 
 Means run over all tokens but padding of what goes through the model at once:
@@ -126,7 +128,8 @@ def report(m: MoEConfig, routing: Routing, logits_TE: Optional[jax.Array],
          if row.loss and not row.by_sequence}
   chosen = BALANCE_LOSSES[m.balance_loss]
   if chosen.by_sequence:
-    raw[m.balance_loss] = of_each_sequence(chosen.loss, counted_A, probs_TE,
+    wanted_A = counted_A if routing.wanted_A is None else routing.wanted_A
+    raw[m.balance_loss] = of_each_sequence(chosen.loss, wanted_A, probs_TE,
                                            valid_T, rows)
   z = (jnp.zeros(()) if logits_TE is None else
        mean(jnp.square(jax.nn.logsumexp(logits_TE, -1))))

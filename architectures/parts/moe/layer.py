@@ -52,6 +52,8 @@ class MoE(nn.Module):
       valid_BL = jnp.broadcast_to(ctx.segment_ids_BL != 0, (B, L))
     if ctx.valid_BL is not None:
       valid_BL &= ctx.valid_BL != 0
+    if ctx.routed_BL is not None:
+      valid_BL &= ctx.routed_BL != 0
     valid_T = valid_BL.reshape(-1)
     # If the length is sharded over `tensor`, XLA makes one axis of batch and
     # length by collecting all rows on every device.

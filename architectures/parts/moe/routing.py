@@ -74,12 +74,15 @@ class Routing:
       read; the choice itself where there is no router weight.
     choices: X where tokens choose, whose assignments stand together; 0 where
       the experts choose.
+    wanted_A: the experts that the scores alone would choose, where a bias or
+      groups of experts decide too; None: expert_A.
   """
   expert_A: jax.Array
   gate_A: jax.Array
   token_A: jax.Array
   probs_TE: jax.Array
   choices: int = struct.field(pytree_node=False, default=0)
+  wanted_A: Optional[jax.Array] = None
 
   @property
   def experts_choose(self) -> bool:
@@ -159,7 +162,10 @@ def sigmoid(m: MoEConfig, x: Inputs) -> Routing:
   if m.normalize_gates:
     gate_TX = normalize(gate_TX)
   probs_TE = scores_TE / scores_TE.sum(-1, keepdims=True)
-  return _routing(expert_TX, gate_TX, probs_TE, x.valid_T)
+  wanted_TX = jnp.where(x.valid_T[:, None], _best(scores_TE, m.top_k),
+                        m.num_experts)
+  return _routing(expert_TX, gate_TX, probs_TE, x.valid_T).replace(
+      wanted_A=wanted_TX.reshape(-1).astype(jnp.int32))
 
 
 def balanced(logits_TE: jax.Array, valid_T: jax.Array) -> jax.Array:

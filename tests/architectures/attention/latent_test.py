@@ -235,3 +235,18 @@ def test_kinds_of_layer_choose_their_mixer():
                                                (1, 2, 8, 1, 14)]
   models.close(models.logits(module, params, tokens),
                decoded(module, params, tokens), 3e-5)
+
+
+def test_the_turned_part_alone_decides_what_rope_takes():
+  """Heads of 6 features whose 4 turned ones have two factors each; nothing
+  turns 7 features."""
+  factors = dict(scaling='longrope', factor=2.0, original_len=16,
+                 short_factor=(1.0, 2.0), long_factor=(2.0, 3.0))
+  for nope in (6, 7):
+    c = architectures.resolve(models.config(
+        'deepseek_v2', latent=dict(nope_dim=nope, rope_dim=4), head_dim=nope,
+        rope=factors))
+    assert (c.latent.rope_dim, c.rope.scaling) == (4, 'longrope')
+  with pytest.raises(ValueError, match='rope_dim is 5'):
+    architectures.resolve(models.config(
+        'deepseek_v2', latent=dict(nope_dim=6, rope_dim=5)))
