@@ -1,10 +1,16 @@
 """An array of jobs on SLURM, through submitit."""
 
 import ast
+import os
 import pathlib
 import subprocess
+import time
 
 from configs.errors import EnvironmentFailure, RequestError
+
+
+SAVE_SECONDS = 80  # of the 90 between submitit's signal and the end of a job
+POLL_SECONDS = 0.1
 
 
 class Work:
@@ -14,15 +20,40 @@ class Work:
   command must go on from where it was.
   """
 
+  _process = None  # while it runs; what is pickled runs nothing
+
   def __init__(self, words: list[str]):
     self._words = words
 
   def __call__(self) -> int:
-    return subprocess.run(self._words).returncode
+    # subprocess.run would kill it as soon as submitit ends this process.
+    self._process = subprocess.Popen(self._words)
+    return self._process.wait()
 
   def checkpoint(self):
+    """Has the command save and end, before submitit queues the job again.
+
+    Submitit calls this in its signal handler, and so within the wait above.
+    """
     import submitit
-    return submitit.helpers.DelayedSubmission(self)
+    if self._process:
+      self._process.terminate()
+      deadline = time.monotonic() + SAVE_SECONDS
+      while not _ended(self._process.pid):
+        if time.monotonic() > deadline:
+          self._process.kill()
+          break
+        time.sleep(POLL_SECONDS)
+    return submitit.helpers.DelayedSubmission(Work(self._words))
+
+
+def _ended(pid: int) -> bool:
+  """Whether a child has ended. Its Popen cannot say so while it is waited for:
+  the lock that it takes is held."""
+  try:
+    return os.waitpid(pid, os.WNOHANG)[0] == pid
+  except ChildProcessError:  # the wait above was told already
+    return True
 
 
 def submit(commands: list[list[str]], folder: pathlib.Path, options: str,

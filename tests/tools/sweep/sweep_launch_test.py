@@ -3,7 +3,9 @@
 import json
 import os
 import pathlib
+import pickle
 import shlex
+import signal
 import subprocess
 import sys
 import types
@@ -82,6 +84,46 @@ def test_slurm_runs_the_runner_as_an_array(tmp_path):
                          ('timeout_min=long', 'timeout_min.* type .*int')):
     with pytest.raises(ValueError, match=f'--launcher=slurm: .*{words}'):
       slurm.submit(words, tmp_path, 1, options, 'local')
+
+
+@pytest.mark.slow
+def test_a_job_out_of_time_saves_before_it_is_queued_again(tmp_path):
+  """By submitit's own signal, handler and queue, without SLURM. The signal
+  comes as soon as the command hears SIGTERM, and it takes some time to save."""
+  pytest.importorskip('submitit')
+  saved = tmp_path / 'saved'
+  jobs = slurm.submit([sys.executable, '-c', f"""
+import os, pathlib, signal, sys, time
+saved = pathlib.Path({str(saved)!r})
+if saved.exists():
+  sys.exit(7)  # the second time it goes on, to its end
+def save(number, frame):
+  time.sleep(0.5)
+  saved.touch()
+  sys.exit()
+signal.signal(signal.SIGTERM, save)
+os.kill(os.getppid(), signal.SIGUSR2)
+time.sleep(60)
+"""], tmp_path / 'slurm', 1, 'timeout_min=2', 'local')
+  assert jobs[0].result() == 7 and saved.exists()
+
+
+def test_a_command_that_does_not_save_in_time_is_killed(monkeypatch):
+  pytest.importorskip('submitit')
+  monkeypatch.setattr(slurm_array, 'SAVE_SECONDS', 0.3)
+  work, queued = slurm_array.Work([sys.executable, '-c', """
+import os, signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+os.kill(os.getppid(), signal.SIGUSR2)
+time.sleep(60)
+"""]), []
+  before = signal.signal(
+      signal.SIGUSR2, lambda *_: queued.append(work.checkpoint()))
+  try:
+    assert work() == -signal.SIGKILL
+  finally:
+    signal.signal(signal.SIGUSR2, before)
+  assert len(pickle.dumps(queued)) > 0  # and not what runs
 
 
 @pytest.mark.long
