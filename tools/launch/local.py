@@ -5,9 +5,9 @@ r"""Starts a run as several processes on this machine.
 
 On a CPU each process has --devices virtual devices; on GPUs, process i has the
 GPUs i x devices to (i + 1) x devices - 1. Process 0 writes here, the others to
-WORKDIR/logs. Ctrl-C or SIGTERM: all finish the step, save and leave, and the
-exit code is 0; once more ends them at once. Where this program is killed
-(SIGKILL), so are they, on Linux.
+WORKDIR/logs. Ctrl-C, SIGTERM or the end of the terminal: all finish the step,
+save and leave, and the exit code is 0; once more ends them at once. Where this
+program is killed (SIGKILL), so are they, on Linux.
 """
 
 import os
@@ -155,7 +155,8 @@ def run(words, envs, logs: pathlib.Path, forwarding) -> list[int]:
 
 class Forwarding:
   """Passes the first signal on to process 0, which tells the others; a second
-  one kills all.
+  one kills all. The end of the terminal is passed on as such, since process 0
+  prints to it too.
 
   Attributes:
     to: the processes.
@@ -164,7 +165,8 @@ class Forwarding:
   def __init__(self):
     self.to = []
     self._count = interrupts.Count()
-    self._told = False
+    self._hung_up = False
+    self._told = set()
 
   @property
   def stopped(self) -> bool:
@@ -175,26 +177,28 @@ class Forwarding:
     self.to = processes
     self._pass_on()
 
-  def _handle(self, number, frame):
+  def _heard(self, number):
     self._count.add(number)
+    self._hung_up |= number == signal.SIGHUP
     self._pass_on()
 
   def _pass_on(self):
     if self._count.n > 1:
       for process in self.to:
         process.kill()
-    elif self.stopped and self.to and not self._told:
-      self._told = True
-      self.to[0].send_signal(signal.SIGTERM)
+    elif self.stopped and self.to:
+      number = signal.SIGHUP if self._hung_up else signal.SIGTERM
+      if number not in self._told:
+        self._told.add(number)
+        self.to[0].send_signal(number)
 
   def __enter__(self):
-    self._old = {number: signal.signal(number, self._handle)
-                 for number in (signal.SIGINT, signal.SIGTERM)}
+    self._handled = interrupts.handled(self._heard)
+    self._handled.__enter__()
     return self
 
   def __exit__(self, *error):
-    for number, handler in self._old.items():
-      signal.signal(number, handler)
+    self._handled.__exit__(*error)
 
 
 def free_port() -> int:

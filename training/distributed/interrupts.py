@@ -8,8 +8,9 @@ forgotten. So the signals are read by a thread of their own, from the pipe that
 the interpreter writes each one to as it arrives (signal.set_wakeup_fd).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import abc
+import contextlib
 import os
 import signal
 import threading
@@ -25,7 +26,8 @@ _STDOUT, _STDERR = 1, 2
 class Count:
   """How often a process was told to stop. timeout(1) sends a signal to its
   program and to the group of processes that the program is in, and others pass
-  on what their children get too: the same signal within ECHO_SECONDS is one.
+  on what their children get too: the same signal within ECHO_SECONDS is one. So
+  is SIGHUP after any: a shell and the system both send it.
 
   Attributes:
     n: how many signals came.
@@ -38,11 +40,33 @@ class Count:
   def add(self, number: int) -> bool:
     """Counts a signal; returns whether it was no echo."""
     now = time.monotonic()
-    new = now - self._last.get(number, -ECHO_SECONDS) >= ECHO_SECONDS
+    new = (now - self._last.get(number, -ECHO_SECONDS) >= ECHO_SECONDS
+           and not (number == signal.SIGHUP and self.n))
     if new:
       self._last[number] = now
       self.n += 1
     return new
+
+
+@contextlib.contextmanager
+def handled(heard: Callable[[int], None]) -> Iterator[None]:
+  """Calls heard(number), in the main thread, for each signal while the `with`
+  block runs: for a launcher, whose main thread only waits. Must be entered
+  there."""
+  on_terminal = _on_terminal()
+
+  def handle(number: int, frame: types.FrameType | None) -> None:
+    if number == signal.SIGHUP:
+      print_nowhere(on_terminal)
+    heard(number)
+
+  old = {number: signal.signal(number, handle) for number in NUMBERS
+         if not _stays_ignored(number)}
+  try:
+    yield
+  finally:
+    for number, handler in old.items():
+      signal.signal(number, handler)
 
 
 class Listener(abc.ABC):
@@ -52,7 +76,7 @@ class Listener(abc.ABC):
 
   def __enter__(self):
     self._old_handlers = {}
-    self._on_terminal = [fd for fd in (_STDOUT, _STDERR) if os.isatty(fd)]
+    self._on_terminal = _on_terminal()
     self._reader, self._writer = os.pipe()
     os.set_blocking(self._writer, False)
     self._old_fd = signal.set_wakeup_fd(
@@ -73,10 +97,8 @@ class Listener(abc.ABC):
 
   def handle(self, number: int) -> None:
     """Takes over a signal. Python writes to the pipe only for those that have
-    a handler of its own; this one is called later, with nothing left to do. A
-    SIGHUP that is ignored, as by nohup, stays so."""
-    if (number == signal.SIGHUP
-        and signal.getsignal(number) is signal.SIG_IGN):
+    a handler of its own; this one is called later, with nothing left to do."""
+    if _stays_ignored(number):
       return
     old = signal.signal(number, _nothing)
     # None: not from Python, and Python cannot put it back.
@@ -91,14 +113,8 @@ class Listener(abc.ABC):
       # Another library may have taken a signal over, or want another one.
       if byte[0] in NUMBERS and signal.getsignal(byte[0]) is _nothing:
         if byte[0] == signal.SIGHUP:
-          self._print_nowhere()
+          print_nowhere(self._on_terminal)
         self.heard(byte[0])
-
-  def _print_nowhere(self):
-    """The terminal is gone, and what is printed to it would be an error."""
-    with open(os.devnull, 'w') as nowhere:
-      for fd in self._on_terminal:
-        os.dup2(nowhere.fileno(), fd)
 
 
 class EndAtOnce(Listener):
@@ -125,9 +141,29 @@ class EndAtOnce(Listener):
     os._exit(self._code() or 128 + number)
 
 
+def print_nowhere(fds: list[int]) -> None:
+  """To be called where the terminal or who reads is gone: what is printed
+  would be an error."""
+  with open(os.devnull, 'w') as nowhere:
+    for fd in fds:
+      os.dup2(nowhere.fileno(), fd)
+
+
 def print_from_thread(text: str) -> None:
-  """Prints to stderr from a thread: the main one may hold print's lock."""
-  os.write(_STDERR, f'\n{text}\n'.encode())
+  """Prints to stderr from a thread: the main one may hold print's lock. A
+  signal that ended who reads it, as `| tee`, is heard all the same."""
+  with contextlib.suppress(OSError):
+    os.write(_STDERR, f'\n{text}\n'.encode())
+
+
+def _stays_ignored(number: int) -> bool:
+  """Whether it is a SIGHUP that is ignored, as by nohup."""
+  return (number == signal.SIGHUP
+          and signal.getsignal(number) is signal.SIG_IGN)
+
+
+def _on_terminal() -> list[int]:
+  return [fd for fd in (_STDOUT, _STDERR) if os.isatty(fd)]
 
 
 def _nothing(number: int, frame: types.FrameType | None):

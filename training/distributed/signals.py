@@ -54,6 +54,7 @@ class Stop(interrupts.Listener):
       return False
     if self._first is None:  # the signal was SIGTERM, or another process's
       self._first = signal.SIGTERM
+      self._count.n += 1
       self.handle(signal.SIGTERM)
     return True
 
@@ -75,8 +76,6 @@ class Stop(interrupts.Listener):
     if not self._count.add(number):
       return
     if self._first is not None:
-      if number == signal.SIGHUP:
-        return  # a shell and the system both send it
       interrupts.print_from_thread(f'{name}: ending at once, without a save')
       os._exit(128 + number)
     self._first = number

@@ -14,7 +14,7 @@ import time
 import pytest
 
 from configs.errors import EnvironmentFailure, RequestError
-from tests.helpers import forked
+from tests.helpers import forked, terminals
 from tests.helpers.launching import args_of, is_running, maker, starts, wait_for
 from tools.launch import gke, job, local, programs, slurm, tpu_vm
 
@@ -132,6 +132,32 @@ def test_local_passes_a_signal_on_once_and_does_not_start_again(a_job,
   launcher.send_signal(signal.SIGINT)
   assert launcher.wait(60) == 0
   assert len(starts(tmp_path)) == 1
+
+
+@pytest.mark.slow
+def test_a_local_run_whose_terminal_is_closed_is_saved(tmp_path):
+  """Its first process prints to the terminal too."""
+  saved, logs = tmp_path / 'saved', str(tmp_path / 'logs')
+  run = textwrap.dedent(f"""
+      import sys, time
+      from training.distributed import signals
+      with signals.Stop() as stop:
+        print('ready', flush=True)
+        while not stop.agreed(1):
+          time.sleep(0.01)
+        print('saving', flush=True)
+        open({str(saved)!r}, 'w').close()
+        sys.exit({job.STOPPED})""")
+  launcher = textwrap.dedent(f"""
+      import sys
+      from tools.launch import local
+      code = local.supervise([sys.executable, '-c', {run!r}], {{}}, 1, 1, 'cpu',
+                             {logs!r}, 0)
+      print('ended', flush=True)
+      sys.exit(code)""")
+  assert terminals.run_until_closed(
+      [sys.executable, '-c', launcher], 'ready') == 0
+  assert saved.exists()
 
 
 @pytest.mark.parametrize('when', ['between', 'starting'])

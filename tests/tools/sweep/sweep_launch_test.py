@@ -12,7 +12,7 @@ import types
 
 import pytest
 
-from tests.helpers import sweep_folder, sweeps
+from tests.helpers import sweep_folder, sweeps, terminals
 from tests.helpers.sweeps import states
 from tools import slurm_array
 from tools.sweep import __main__ as command
@@ -171,6 +171,41 @@ def test_status_corrects_p_as_the_report_does(tmp_path):
     assert point['point'] == row['variant']
     assert point['corrected p'] == (
         '' if row['p_holm'] is None else f'{row["p_holm"]:.2g}')
+
+
+_RUNNER = [sys.executable, '-m', 'tests.helpers.sweeps']
+
+
+@pytest.mark.slow
+def test_a_sweep_whose_terminal_is_closed_stops_as_by_sigterm(tmp_path):
+  file, workdir = sweeps.write(tmp_path, seeds=1), tmp_path / 'w'
+  workdir.mkdir()
+  (workdir / 'hold-seed-0').touch()
+  assert terminals.run_until_closed(
+      [*_RUNNER, file, f'--workdir={workdir}'], 'training') == 0
+  assert set(states(workdir).values()) == {'pending'}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('number', [0, signal.SIGINT])
+def test_a_sweep_that_nobody_reads_stops_likewise(number, tmp_path):
+  """Behind `| head`; or `| tee`, which Ctrl-C and SIGHUP end too."""
+  file, workdir = sweeps.write(tmp_path, seeds=1), tmp_path / 'w'
+  workdir.mkdir()
+  (workdir / 'hold-seed-0').touch()
+  runner = subprocess.Popen([*_RUNNER, file, f'--workdir={workdir}'], cwd=ROOT,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+  assert b'training' in runner.stdout.readline()
+  runner.stdout.close()
+  if number:
+    runner.send_signal(number)
+  else:
+    (workdir / 'hold-seed-0').unlink()  # one ends, and this is printed
+  assert runner.wait(60) == 0, runner.stderr.read()
+  ended = list(states(workdir).values())
+  assert sorted(ended) == [*(['done'] if not number else ['pending']),
+                           'pending', 'pending']
+  runner.stderr.close()
 
 
 @pytest.mark.slow

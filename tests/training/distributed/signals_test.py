@@ -1,7 +1,6 @@
 """The signals, once and twice, in real processes."""
 
 import os
-import pty
 import signal
 import socket
 import subprocess
@@ -12,6 +11,7 @@ import time
 
 import pytest
 
+from tests.helpers import terminals
 from training.distributed import interrupts, signals
 
 _LOOP = '''
@@ -99,18 +99,8 @@ def test_the_end_of_a_terminal_finishes_and_saves(tmp_path):
           time.sleep(0.1)
           print('more', flush=True)
           open({str(tmp_path / 'saved')!r}, 'w').close()"""))
-  child, terminal = pty.fork()
-  if not child:
-    os.execv(sys.executable, [
-        sys.executable, '-c', 'import os, signal\n' + code])
-  said = b''
-  while not said.endswith(b'\n'):
-    said += os.read(terminal, 100)
-  os.close(terminal)
-  late = threading.Timer(60, os.kill, (child, signal.SIGKILL))
-  late.start()
-  assert os.waitpid(child, 0)[1] == 0
-  late.cancel()
+  assert terminals.run_until_closed(
+      [sys.executable, '-c', 'import os, signal\n' + code], 'ready') == 0
   assert (tmp_path / 'saved').exists()
 
 
@@ -124,6 +114,29 @@ def test_a_hangup_that_is_ignored_stays_so(start):
   out, err = process.communicate(timeout=60)
   assert out == 'saved\n' and process.returncode == 0
   assert 'SIGTERM: finishing' in err and 'SIGHUP' not in err
+
+
+def test_a_launcher_hears_a_hangup_unless_it_is_ignored():
+  """And a second one, which a shell and the system send, is none."""
+  numbers, heard = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM), []
+  before = [signal.getsignal(number) for number in numbers]
+  count = interrupts.Count()
+  with interrupts.handled(lambda n: heard.append((n, count.add(n)))):
+    os.kill(os.getpid(), signal.SIGHUP)
+    time.sleep(interrupts.ECHO_SECONDS)
+    os.kill(os.getpid(), signal.SIGHUP)
+    os.kill(os.getpid(), signal.SIGTERM)
+  assert heard == [(signal.SIGHUP, True), (signal.SIGHUP, False),
+                   (signal.SIGTERM, True)]
+  assert [signal.getsignal(number) for number in numbers] == before
+  signal.signal(signal.SIGHUP, signal.SIG_IGN)
+  try:
+    with interrupts.handled(lambda n: heard.append((n, count.add(n)))):
+      os.kill(os.getpid(), signal.SIGHUP)
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+  finally:
+    signal.signal(signal.SIGHUP, before[0])
+  assert len(heard) == 3
 
 
 def test_second_signal_ends_even_a_main_thread_deep_in_c(start):

@@ -61,19 +61,18 @@ class Runner:
     """Returns whether it came to the end, and was not told to stop."""
     waiting = [run for state in (ledger_lib.PENDING, ledger_lib.OWED)
                for run in self._ledger.runs(state)]
-    with progress.during('runs', len(waiting)) as self._advance:
+    with (progress.during('runs', len(waiting)) as self._advance,
+          interrupts.handled(self._heard)):
       return self._run()
 
   def _run(self) -> bool:
-    old = {number: signal.signal(number, self._stop)
-           for number in (signal.SIGINT, signal.SIGTERM)}
     stopping = False
     try:
       while True:
         self._beat()
         if self._signals.n and not stopping:
           stopping = True
-          _say(STOPPING)
+          self._say(STOPPING)
         for job in self._jobs:
           self._pass_on(job)
           self._check_config(job)
@@ -89,10 +88,8 @@ class Runner:
     finally:
       for job in self._jobs:  # an error of ours: leave nothing running
         job.process.kill()
-      for number, handler in old.items():
-        signal.signal(number, handler)
 
-  def _stop(self, number, frame) -> None:
+  def _heard(self, number) -> None:
     """Counts alone: it may come while a job is being started."""
     self._signals.add(number)
 
@@ -110,15 +107,15 @@ class Runner:
     freed = self._recover()
     doubtful = [] if freed else self._ledger.doubtful()
     if doubtful and not self._waiting:
-      _say(f'waiting: the runner of {"; ".join(doubtful)} is silent; after '
-           f'{ledger_lib.STALE_SECONDS} s it counts as dead')
+      self._say(f'waiting: the runner of {"; ".join(doubtful)} is silent; '
+                f'after {ledger_lib.STALE_SECONDS} s it counts as dead')
     self._waiting = bool(doubtful)
     return bool(freed or doubtful)
 
   def _recover(self) -> list[str]:
     freed = self._ledger.recover()
     for run in freed:
-      _say(f'{run}: its runner died; it goes on here')
+      self._say(f'{run}: its runner died; it goes on here')
     return freed
 
   def _beat(self) -> None:
@@ -191,13 +188,13 @@ class Runner:
     folder = self._folder(first)
     doing = 'evaluating' if state == ledger_lib.OWED else 'training'
     for run in runs:
-      _say(f'{run.point}, seed {run.seed}: {doing}')
+      self._say(f'{run.point}, seed {run.seed}: {doing}')
       layout.log(self._folder(run), f'$ {shlex.join(["python", *words])}')
     for run in runs[1:]:
       if state == ledger_lib.PENDING:  # evaluations print into their own logs
         layout.log(self._folder(run), f'What it printed: {folder / "log.txt"}')
     with (folder / 'log.txt').open('a') as log:
-      # A session of its own: Ctrl-C reaches it through _stop alone.
+      # A session of its own: Ctrl-C reaches it through _heard alone.
       process = subprocess.Popen(
           tether.words([sys.executable, *words], _cores(slot, self._parallel)),
           stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
@@ -245,9 +242,10 @@ class Runner:
       if settled:
         if state in (ledger_lib.DONE, ledger_lib.FAILED) and not alone:
           self._advance()
-        _say(f'{run.point}, seed {run.seed}: '
-             + ('goes on alone, since its group failed' if alone else state)
-             + (f': {error}' if error else ''))
+        self._say(
+            f'{run.point}, seed {run.seed}: '
+            + ('goes on alone, since its group failed' if alone else state)
+            + (f': {error}' if error else ''))
 
   def _outcome(self, job: Job, run, code: int, tasks: list[str]
                ) -> tuple[str, str]:
@@ -271,6 +269,16 @@ class Runner:
       name = signal.Signals(-code).name
       return ledger_lib.FAILED, f'{layout.error(folder)} (killed by {name})'
     return ledger_lib.FAILED, f'{layout.error(folder)} (exit code {code})'
+
+  def _say(self, text: str) -> None:
+    """Prints; where nobody reads it, stops: `| head` has read enough, or the
+    signal that we got ended `| tee` too."""
+    try:
+      _say(text)
+    except OSError:
+      interrupts.print_nowhere([sys.stdout.fileno()])
+      if not self._signals.n:
+        self._signals.add(signal.SIGTERM)
 
 
 def _cores(slot: int, parallel: int) -> str:
