@@ -4,10 +4,11 @@ r"""Starts a run as several processes on this machine.
       --config configs/gpt.py --workdir runs/a --config.mesh.fsdp=2
 
 On a CPU each process has --devices virtual devices; on GPUs, process i has the
-GPUs i x devices to (i + 1) x devices - 1. Process 0 writes here, the others to
-WORKDIR/logs. Ctrl-C, SIGTERM or the end of the terminal: all finish the step,
-save and leave, and the exit code is 0; once more ends them at once. Where this
-program is killed (SIGKILL), so are they, on Linux.
+GPUs i x devices to (i + 1) x devices - 1, of those that CUDA_VISIBLE_DEVICES
+names if it is set. Process 0 writes here, the others to WORKDIR/logs. Ctrl-C,
+SIGTERM or the end of the terminal: all finish the step, save and leave, and the
+exit code is 0; once more ends them at once. Where this program is killed
+(SIGKILL), so are they, on Linux.
 """
 
 import os
@@ -34,6 +35,7 @@ FLAGS = (
 
 PATIENCE_SECONDS = 20  # for the others to end by themselves after one failed
 POLL_SECONDS = 0.05
+_GPUS = 'CUDA_VISIBLE_DEVICES'
 
 
 def size(args) -> tuple[int, int]:
@@ -77,11 +79,18 @@ def environments(env, processes: int, devices: int, kind: str,
       count = f'--xla_force_host_platform_device_count={devices}'
       own |= {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ' '.join(
           [*_other_flags(os.environ.get('XLA_FLAGS', '')), count])}
-    else:
+    elif processes > 1:
       own['JAX_LOCAL_DEVICE_IDS'] = ','.join(
           str(i * devices + k) for k in range(devices))
+    else:  # JAX reads that only where it joins several
+      own[_GPUS] = _first_gpus(devices, own.get(_GPUS, os.environ.get(_GPUS)))
     result.append(own)
   return result
+
+
+def _first_gpus(count: int, visible: str | None) -> str:
+  gpus = map(str, range(count)) if visible is None else visible.split(',')
+  return ','.join(list(gpus)[:count])
 
 
 def _other_flags(text: str) -> list[str]:

@@ -183,6 +183,20 @@ def test_local_loses_no_signal(a_job, tmp_path, monkeypatch, when):
 def test_local_gives_each_process_its_gpus():
   envs = local.environments({}, 2, 2, 'gpu', 'host:1')
   assert [e['JAX_LOCAL_DEVICE_IDS'] for e in envs] == ['0,1', '2,3']
+  assert not any('CUDA_VISIBLE_DEVICES' in e for e in envs)
+
+
+def test_local_gives_a_single_process_its_gpus(monkeypatch):
+  """Without a coordinator JAX does not read JAX_LOCAL_DEVICE_IDS."""
+  for outer, own, expected in ((None, None, '0,1'), ('4,GPU-a,6', None,
+                                                     '4,GPU-a'),
+                               ('4,5,6', '7,8,9', '7,8'), ('', None, '')):
+    monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
+    if outer is not None:
+      monkeypatch.setenv('CUDA_VISIBLE_DEVICES', outer)
+    env = {} if own is None else {'CUDA_VISIBLE_DEVICES': own}
+    assert local.environments(env, 1, 2, 'gpu', 'host:1') == [
+        {'CUDA_VISIBLE_DEVICES': expected}]
 
 
 # Before anything is started.
