@@ -112,14 +112,15 @@ def _shards(out: epath.Path, planned: plan.Plan, tokenizer: Any,
 
 
 def _spawn(args: Any, job: int, processes: int) -> None:
-  """Has this machine's shards made by several processes."""
+  """Has this machine's shards made by several processes: of those that are its
+  job's, for any number of processes, since other machines may have others."""
   running = [subprocess.Popen(
       tether.words([
           sys.executable, '-m', 'tools.tokenize', args.source, '--out',
           args.out, '--tokenizer', args.tokenizer, '--holdout_every',
           str(args.holdout_every), '--shard_mib', str(args.shard_mib),
           '--jobs', str(args.jobs * processes), '--job',
-          str(job * processes + i)]), stdout=subprocess.DEVNULL,
+          str(job + i * args.jobs)]), stdout=subprocess.DEVNULL,
       env=os.environ | {'TOKENIZERS_PARALLELISM': 'false'})
       for i in range(processes)]
   try:

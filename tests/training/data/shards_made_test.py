@@ -1,6 +1,7 @@
 """Shards are made by any number of workers, however often they are killed, and
 what is wrong with them is named."""
 
+import argparse
 import dataclasses
 import json
 import os
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import pytest
 
@@ -18,6 +20,7 @@ from configs.errors import EnvironmentFailure, RequestError
 from tests.helpers.shards import BYTES, assert_same, config_of, loaders, spec_of
 from tests.helpers.shards import contents, tokenize
 from tools.tokenize import __main__ as command
+from tools.tokenize import work
 from training.data import pipeline, sources, tokenizers
 from training.data.shards import files, plan, write
 from training.data.shards import folder as folders
@@ -120,6 +123,28 @@ def test_processes_share_the_shards_out(tmp_path, capsys):
     said = json.loads(capsys.readouterr().out)
     assert (said['shards'], said['tokens']) == ('3 of 3', 3 * 650_000)
   assert contents(tmp_path / '1') == contents(tmp_path / '2')
+
+
+def test_machines_of_unlike_cores_make_each_shard_once(tmp_path, monkeypatch):
+  for i in range(24):
+    (tmp_path / f'{i:02}.txt').write_text('x')
+  planned = plan.of(f'text:{tmp_path}/*.txt', 0, 1)
+  made = []
+
+  def start(words, **_):
+    flags = dict(zip(words[-4::2], words[-3::2]))
+    made.extend(plan.of_worker(planned, int(flags['--job']),
+                               int(flags['--jobs'])))
+    return mock.Mock(**{'poll.return_value': 0, 'wait.return_value': 0})
+
+  monkeypatch.setattr(work.subprocess, 'Popen', start)
+  args = argparse.Namespace(source='', out='', tokenizer='', holdout_every=0,
+                            shard_mib=1, jobs=2)
+  for job, cores in ((0, 2), (1, 3)):
+    work._spawn(args, job, cores)
+    assert sorted(made) == sorted(
+        i for k in range(job + 1) for i in plan.of_worker(planned, k, 2))
+  assert sorted(made) == list(range(24))
 
 
 @pytest.mark.slow
