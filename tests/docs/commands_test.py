@@ -10,6 +10,7 @@ import pytest
 from configs.errors import RequestError
 from tests.docs import prose_test as prose
 from training import cli, runs
+from training.data import sources
 
 
 # Of a run that begins with weights: full sizes have those of pretraining.
@@ -62,3 +63,9 @@ def test_a_run_takes_what_a_page_asks_for(page, monkeypatch):
     if config.init_from and config.train.steps > MOST_STEPS:
       wrong.append(f'{command}\n  {config.train.steps} steps of fine-tuning')
   assert not wrong, '\n'.join(wrong)
+
+
+def test_the_page_on_data_has_each_kind_of_source():
+  text = (prose.ROOT / 'docs/howto/own_data.md').read_text()
+  rows = re.findall(r'^\| `([^`]+)` \|', text, re.M)
+  assert sorted(rows[1:]) == sorted(sources.USAGE.values())
