@@ -55,7 +55,7 @@ def of(run: Any, start: int, tokens: int, train_data: pipeline.Loader,
         for until, size in zip(sizes.until, sizes.sizes)),
       f'training: steps {start + 1:,} to {steps:,}, {most}'
       f'{all_rows * (tokens // sizes.last):,} tokens in all',
-      f'data: {source}',
+      *_rate(config), f'data: {source}',
       f'held out: {" and ".join(loader.text for loader in eval_data)}, '
       f'{sum(loader.num_tokens for loader in eval_data):,} tokens',
       f'evaluation: {_evaluations(config, eval_data)}',
@@ -94,6 +94,15 @@ def _evaluations(config: ml_collections.ConfigDict,
   taken = [loader.first(config.eval.batches) for loader in eval_data]
   return (f'every {every:,} steps, on {sum(taken):,} of the {sum(there):,} '
           'batches held out')
+
+
+def _rate(config: ml_collections.ConfigDict) -> list[str]:
+  """A line where the learning rate never gets to optim.lr."""
+  warmup, steps = config.optim.warmup_steps, config.train.steps
+  return [f'learning rate: it rises until step {warmup:,}, so it ends at '
+          f'{steps / warmup:.3g} of optim.lr {config.optim.lr:g}; set '
+          'optim.warmup_steps to fewer than train.steps to reach it'
+          ] if warmup > steps else []
 
 
 def _tasks(config: ml_collections.ConfigDict) -> list[str]:

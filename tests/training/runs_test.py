@@ -43,6 +43,8 @@ def test_the_outline_says_what_the_run_does(tmp_path):
   assert said['step'] == '16 rows in 2 micro-batches, 128 tokens'
   passes = 30 * 16 / train.num_windows
   assert said['training'] == 'steps 11 to 30, 3,840 tokens in all'
+  assert said['learning rate'].startswith(
+      'it rises until step 100, so it ends at 0.3 of optim.lr 0.001; set')
   assert said['data'] == (
       f'{passes:.3g} passes over all but the last 1/4 of {source}')
   assert said['held out'] == (
