@@ -113,16 +113,17 @@ def _workload(spec: study_spec.Spec, size: str, workload: str,
   defaults = base_config.base()
   unread = objectives.OBJECTIVES['probe'].ignores
   found |= {name: limits.get(defaults, name) for name in unread}
-  steps = own.get('train.steps', found.get('train.steps', base.train.steps))
-  longer = steps / base.train.steps
-  return found | {
+  of_size = lambda name: found.get(name, limits.get(base, name))
+  steps = own.get('train.steps', of_size('train.steps'))
+  longer = steps / of_size('train.steps')
+  # A schedule is as much longer as the run; reports are as a size has them.
+  schedule = {name: round(of_size(name) * longer)
+              for name in ('optim.warmup_steps', 'optim.decay_steps')}
+  reports = {'eval.every_steps': steps, 'checkpoint.every_steps': steps,
+             'log.every_steps': max(steps // 10, 1)}
+  return reports | found | schedule | {
       'objective': 'probe', 'data.source': f'probe:{workload}',
-      'model.vocab_size': 0, 'model.max_len': 0,
-      'optim.warmup_steps': round(base.optim.warmup_steps * longer),
-      'optim.decay_steps': round(base.optim.decay_steps * longer),
-      'eval.every_steps': steps,
-      'checkpoint.every_steps': steps,
-      'log.every_steps': max(steps // 10, 1)} | own
+      'model.vocab_size': 0, 'model.max_len': 0} | own
 
 
 def _row(spec: study_spec.Spec, measures: list[dict], size: str, workload: str,
@@ -143,6 +144,9 @@ def _row(spec: study_spec.Spec, measures: list[dict], size: str, workload: str,
     require(not config.eval.patience, f'eval.patience is '
             f'{config.eval.patience}: every run of a study trains to its last '
             'step; leave it at 0')
+    require(config.eval.every_steps > 0, 'eval.every_steps is 0: a study '
+            'compares held-out losses after the last step; set it to '
+            'train.steps, or to less for curves and speed-ups')
     require(not config.init_from, f'init_from is {config.init_from!r}: a run '
             'of a study begins with parameters of its own')
     pipeline.check_sources(config)
@@ -221,12 +225,13 @@ def _check_budget(plan: plans.Plan, configs) -> None:
 
 
 def _sources(file: str, configs) -> dict[str, str]:
-  """Returns the hashes of the file and of the data that lies here."""
+  """Returns the hashes of the file and of the data that lies here: of each part
+  of a mixture, and under its own name that of its last part, as ever."""
   from training.data import sources
   found = {'file': frozen_lib.digest(pathlib.Path(file).read_bytes())}
   for config in configs:
     for name in filter(None, (config.data.source, config.data.eval_source)):
       for _, source in [] if name in found else sources.parse(name):
         if not source.drawn:
-          found[name] = source.digest()
+          found[source.name] = found[name] = source.digest()
   return found

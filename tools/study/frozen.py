@@ -127,7 +127,8 @@ def from_json(tree: Any, who: str) -> Frozen:
 
 def changed(old: Frozen, new: Frozen) -> list[str]:
   """Returns the dotted names of what was planned otherwise; the code may
-  differ, which results.as_planned tells."""
+  differ, which results.as_planned tells. Data of which the old plan has no hash
+  are as planned."""
   flat = []
   for each in (old, new):
     tree = plans.to_json(each)
@@ -135,7 +136,8 @@ def changed(old: Frozen, new: Frozen) -> list[str]:
               for row in tree['points']}
     flat.append(run_config.flatten_dict(json.loads(json.dumps({
         'plan': tree['plan'], 'base_config': filled(tree['base_config']),
-        'sources': tree['sources'], 'points': points}))))
+        'sources': {name: held for name, held in tree['sources'].items()
+                    if name in old.sources}, 'points': points}))))
   before, after = flat
   return [name for name in {**before, **after}
           if name not in before or name not in after

@@ -47,8 +47,7 @@ LEAST_SEEDS = {'noise': 3, 'tune': 1, 'screen': statistics.MIN_SEEDS,
 # Fields that are the study's own.
 _OWN = ('seed', 'init_seed', 'eval.part')
 # Fields by which a run sees other data, or more of it, than the base's.
-_DATA = (*check.BATCHES, 'train.steps', 'train.grad_accumulation', 'probe.',
-         'eval.')
+_DATA = (*check.BATCHES, 'train.steps', 'train.grad_accumulation', 'eval.')
 
 
 class Spec:

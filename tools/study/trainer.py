@@ -121,7 +121,10 @@ class Trainer:
             'match': plan.match, 'match_field': plan.match_field,
             'base': runs[0].point, 'base_config': frozen_lib.filled(
                 self._frozen.base_config),
-            'paired': True, 'points': list(rows.values())}
+            'paired': True, 'points': list(rows.values()),
+            'sources': {name: held
+                        for name, held in self._frozen.sources.items()
+                        if name != 'file'}}
 
   def _tokens(self, point: Mapping, run: Run) -> int:
     """The tokens of a run that may take fewer steps than its point."""
@@ -199,16 +202,19 @@ def _retry(path: pathlib.Path, description: dict, ledger) -> None:
 
 def compatible(path: pathlib.Path, description: dict) -> pathlib.Path:
   """Returns `path`, or path.1, path.2, ...: the first that is not there yet, or
-  whose sweep is the described one as far as both have the same points."""
+  whose sweep is the described one as far as both have the same points and know
+  what their data held."""
   number = 0
   at = path
   while (at / 'sweep.json').exists():
     old = layout.load_description(at)
     points = {row['name']: row['changes'] for row in old['points']}
     new = json.loads(json.dumps(description))  # as the old: lists for tuples
+    held = old.get('sources', {})  # earlier versions did not keep them
     if old['base_config'] == new['base_config'] and all(
         points.get(row['name'], row['changes']) == row['changes']
-        for row in new['points']):
+        for row in new['points']) and all(
+            held.get(name, now) == now for name, now in new['sources'].items()):
       return at
     number += 1
     at = path.with_name(f'{path.name}.{number}')
@@ -219,12 +225,15 @@ def _merged(path: pathlib.Path, description: dict) -> dict:
   """Adds what sweep.json has beyond the description."""
   if not (path / 'sweep.json').exists():
     return description
-  old = {row['name']: row for row in layout.load_description(path)['points']}
+  before = layout.load_description(path)
+  old = {row['name']: row for row in before['points']}
   points = []
   for row in description['points']:
-    before = old.pop(row['name'], row)
-    points.append(row | {'seeds': sorted({*before['seeds'], *row['seeds']})})
-  return description | {'points': [*points, *old.values()]}
+    same = old.pop(row['name'], row)
+    points.append(row | {'seeds': sorted({*same['seeds'], *row['seeds']})})
+  return description | {
+      'points': [*points, *old.values()],
+      'sources': before.get('sources', {}) | description['sources']}
 
 
 def ended_badly(run: curves.Run) -> bool:

@@ -7,14 +7,14 @@ import pathlib
 import subprocess
 import sys
 
-from configs.errors import EnvironmentFailure, RequestError
+from configs.errors import EnvironmentFailure, RequestError, require
 from tools.sweep import commands, cost, layout, matching, spec
 from tools.sweep import ledger as ledger_lib
 from training import progress
 
 
 # Fields by which a batch is made: points that differ in one share no batches.
-BATCHES = ('data.', 'objective', 'span.')
+BATCHES = ('data.', 'objective', 'span.', 'probe.')
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -96,6 +96,11 @@ def _row(sweep, point, base: cost.Cost, devices: int) -> dict:
     limits.refuse_unread_of(point.changes, config, model)
     figures = cost.of(config)
     nbytes = cost.bytes_per_device(config, devices)
+    require(bool(config.eval.every_steps or config.eval.tasks
+                 or sweep.owed(point)), 'eval.every_steps is 0 and no task is '
+            'done, so there would be nothing to compare: set it, to '
+            'train.steps for one held-out loss after the last step, or name '
+            'a task in TASKS')
   except RequestError as error:
     raise RequestError(f'point {point.name!r}: {error}') from error
   return {
@@ -237,8 +242,11 @@ def table(description: dict) -> str:
             'est. MiB/device is of one run: runs that train as one program '
             'need it each, up to --group of them on a device']
   if not description['paired']:
-    lines.append('warning: points differ in data.*, objective or span.*, so a '
-                 'seed does not give all of them the same batches')
+    lines.append('warning: points differ in data.*, objective, span.* or '
+                 'probe.*, so a seed does not give all of them the same '
+                 'batches')
+  if held_out := layout.held_out_note(point['changes'] for point in points):
+    lines.append(f'warning: {held_out}')
   for point in points:
     if 'plan' in point:
       lines.append(f'{point["name"]}: {_plan_line(point["plan"])}')

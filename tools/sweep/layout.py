@@ -1,5 +1,6 @@
 """What lies where in a sweep's folder, and what can be read of a run there."""
 
+from collections.abc import Iterable, Mapping
 import contextlib
 import json
 import os
@@ -24,6 +25,8 @@ POINT = {
 DESCRIPTION = {
     'name': str, 'file': str, 'match': str, 'match_field': str, 'base': str,
     'base_config': {}, 'paired': bool, 'points': [POINT]}
+# Fields that say how much of what is held out a run is evaluated on.
+EVALUATED = ('eval.part', 'eval.batches')
 EXTRAPOLATION = {
     'length': int, 'curves': schema.Each(schema.Each((list, type(None)),
                                                      '[0-9]{1,9}'))}
@@ -83,6 +86,8 @@ def _check(description: dict, who: str) -> None:
   """Raises RequestError for what is no description of a sweep; fills in config
   fields that are newer than it."""
   schema.check_shape(description, DESCRIPTION, who)
+  schema.check_shape(description.get('sources', {}), schema.Each(str),
+                     f'{who}.sources')
   points = {row['name'] for row in description['points']}
   require(len(points) == len(description['points']),
           f'{who} is damaged: two points have one name')
@@ -174,6 +179,16 @@ def data_note(found: list[str]) -> str:
   """Says that the data of a sweep changed in the middle of it."""
   return ('The data changed in the middle of this sweep, so that its runs may '
           f'not be compared: {", ".join(found)} did not hold the same for all.')
+
+
+def held_out_note(changes: Iterable[Mapping]) -> str:
+  """Says that points, of which these are the changes, were evaluated on
+  different text or rows; '' where they were not."""
+  changes = list(changes)
+  found = [name for name in EVALUATED
+           if len({own.get(name) for own in changes}) > 1]
+  return (f'Points differ in {" and ".join(found)}, so their held-out losses '
+          'are not of the same text.') if found else ''
 
 
 def codes_note(found: list[str]) -> str:

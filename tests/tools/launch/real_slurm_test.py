@@ -181,7 +181,7 @@ def base():
   c.data.update(length=32, batch_size=8)
   c.train.steps = {steps}
   c.optim.warmup_steps = 2
-  c.eval.update(every_steps=0, batches=1)
+  c.eval.update(every_steps={steps}, batches=1)
   c.checkpoint.update(every_steps=20, keep=1)
   return c
 

@@ -79,6 +79,25 @@ def test_each_point_is_matched_at_its_size_and_stays_so_on_a_probe(frozen):
   assert len(widths) == 3
 
 
+@pytest.mark.parametrize('probe, size, told', [
+    (PROBE.replace(", 'train.steps': 8", ''),
+     {'train.steps': 16, 'optim.warmup_steps': 4, 'optim.decay_steps': 12},
+     {'optim.warmup_steps': 4, 'optim.decay_steps': 12,
+      'eval.every_steps': 16, 'log.every_steps': 1}),
+    (PROBE, {'optim.warmup_steps': 2, 'eval.every_steps': 3,
+             'checkpoint.every_steps': 4, 'log.every_steps': 2},
+     {'optim.warmup_steps': 4, 'eval.every_steps': 3,
+      'checkpoint.every_steps': 4, 'log.every_steps': 2}),
+    (PROBE.replace(", 'train.steps': 8", ''), {'train.steps': 16},
+     {'optim.warmup_steps': 1})])  # as on the text
+def test_a_probe_has_the_schedule_of_its_size(probe, size, told, folder):
+  file = studies.write(folder, f"{probe}\nSIZES['m'].update({size})")
+  frozen = freeze.freeze(file)
+  assert frozen.point('base', 'm', 'copy')['changes'].items() >= told.items()
+  assert frozen.point('base', 's', 'copy')['changes']['eval.every_steps'] == (
+      8 if probe == PROBE else 4)
+
+
 def test_the_costs_are_those_of_the_runs_that_are_asked_for(frozen):
   by_phase = {cost.phase: cost for cost in costs.of(frozen, 8, None)}
   assert by_phase['noise'].runs == 3 * 2 * 2 * 3
@@ -105,6 +124,24 @@ def test_a_plan_comes_back_from_its_file(frozen):
   assert frozen_lib.changed(back, frozen) == []
   assert [run.point for run in phases.noise_runs(back)] == [
       run.point for run in phases.noise_runs(frozen)]
+
+
+@pytest.mark.slow
+def test_each_part_of_a_mixture_is_part_of_the_plan(tmp_path):
+  parts = [f'text:{tmp_path}/texts/[{some}].txt' for some in ('0-3', '4-7')]
+  mixture = ','.join(f'0.5*{part}' for part in parts)
+  file = studies.write(tmp_path, base=(
+      f'c.data.source = {mixture!r}; c.data.holdout_every = 2'))
+  old = freeze.freeze(file)
+  assert set(old.sources) == {'file', mixture, *parts}
+  with (tmp_path / 'texts/0.txt').open('a') as text:
+    text.write('And another sentence.')
+  new = freeze.freeze(file)
+  assert frozen_lib.changed(old, new) == [f'sources.{parts[0]}']
+  # A plan of an earlier version has the hash of the last part alone.
+  for part in parts:
+    del old.sources[part]
+  assert frozen_lib.changed(old, new) == []
 
 
 def test_a_plan_with_kinds_of_layer_comes_back_from_its_file(frozen):
@@ -280,6 +317,11 @@ REFUSED = {
                              'call it otherwise'),
     'patience': (dict(base="c.eval.update(patience=3, best='loss')"),
                  'eval.patience is 3'),
+    'no evaluation': (dict(base='c.eval.every_steps = 0'),
+                      "'base' at size 's' on 'text': eval.every_steps is 0"),
+    'a size without evaluations': (dict(
+        constants="SIZES['m']['eval.every_steps'] = 0"),
+        "'base' at size 'm' on 'text': eval.every_steps is 0"),
 }
 
 

@@ -214,6 +214,32 @@ def test_what_an_amended_plan_runs_otherwise_runs_anew(frozen, tmp_path):
   assert 'noise had run under an earlier plan; it ran anew as noise.1.' in told
 
 
+def test_what_ran_on_other_data_runs_anew(frozen, tmp_path):
+  start(tmp_path, frozen, until='noise', stop_after=2)
+  file = tmp_path / 'noise/sweep.json'
+  tree = json.loads(file.read_text())
+  (source, held), = tree['sources'].items()
+  assert held == frozen.sources[source]
+  # The file's own hash says nothing of the data.
+  other = dataclasses.replace(frozen, sources=frozen.sources | {'file': 'new'})
+  assert len(start(tmp_path, other, until='noise', stop_after=2,
+                   amend='a typo').did) == 2
+  assert [path.name for path in results.folders(tmp_path)] == ['noise']
+  other = dataclasses.replace(frozen, sources={'file': 'new', source: 'other'})
+  start(tmp_path, other, until='noise', stop_after=2, amend='more text')
+  assert [path.name for path in results.folders(tmp_path)] == [
+      'noise', 'noise.1']
+  file.write_text(json.dumps(tree | {'sources': {source: 5}}))
+  with pytest.raises(RequestError, match=r'sweep.json.sources.* is damaged'):
+    start(tmp_path, other, until='noise')
+  # An earlier version did not keep what the data held.
+  del tree['sources']
+  file.write_text(json.dumps(tree))
+  own = studies.Written(tmp_path, other)
+  assert trainer.compatible(file.parent, own.describe(
+      'noise', phases.noise_runs(other))) == file.parent
+
+
 @pytest.mark.long
 def test_more_seeds_go_into_the_same_sweep(frozen, tmp_path):
   start(tmp_path, frozen, until='noise')

@@ -215,17 +215,6 @@ def test_only_declared_keys_differ(tmp_path, monkeypatch):
     described(file)
 
 
-@pytest.mark.slow
-def test_other_data_are_no_pairs(tmp_path):
-  assert described(sweeps.write(tmp_path))['paired']
-  file = sweeps.write(tmp_path, "  add('long', **{'data.length': 8})\n")
-  long = described(file)
-  assert not long['paired'] and 'same batches' in check.table(long)
-  assert points(long)['long']['tokens'] == 12 * 8 * 8
-  file = sweeps.write(tmp_path, "  add('prefix', **{'objective': 'prefix'})\n")
-  assert not described(file)['paired']
-
-
 def test_derived_fields_are_told(tmp_path):
   file = sweeps.write(tmp_path, "  add('wide', **{'model.d_model': 64})\n")
   description = described(file)

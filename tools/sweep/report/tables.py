@@ -116,6 +116,8 @@ def _notes(sweep: Sweep, rows: Sequence[Outcome]) -> list[str]:
   notes += _survivors(sweep, compared) + _unmatched(sweep)
   if len(sweep.codes) > 1:
     notes.append(layout.codes_note(sweep.codes))
+  if held_out := layout.held_out_note(p.changes for p in sweep.points):
+    notes.append(held_out)
   if sweep.changed_data:
     notes.append(layout.data_note(sweep.changed_data))
   if sweep.strangers:
