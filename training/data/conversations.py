@@ -161,7 +161,8 @@ def read_alpaca(path: str) -> Iterator[list[tuple[str, str]]]:
     ValueError: naming the record that is none.
   """
   text = texts.decoded(pathlib.Path(path).read_bytes(), path)
-  records = ([texts.parsed(line, path) for line in text.split('\n')
+  records = ([texts.parsed(line, f'{path}, line {number},')
+              for number, line in enumerate(text.split('\n'), 1)
               if line.strip()]
              if path.endswith('.jsonl') else texts.parsed(text, path))
   if not isinstance(records, list):

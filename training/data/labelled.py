@@ -176,6 +176,7 @@ def _tsv(path: str, fields: tuple[str, ...]):
 def _csv(path: str, fields: tuple[str, ...]):
   def cells() -> Iterator[tuple[int, list[str]]]:
     text = texts.decoded(pathlib.Path(path).read_bytes(), path)
+    csv.field_size_limit(2**31 - 1)  # else a field of 131,073 is refused
     rows = csv.reader(io.StringIO(text.removeprefix('\ufeff'), newline=''),
                       strict=True)
     begin = 1  # the line that a row begins in; it may have several

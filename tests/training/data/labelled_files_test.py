@@ -65,6 +65,13 @@ def test_records_stand_where_they_say(folder):
   assert len(_read(f'labelled:{folder}/[ac]*')) == 5
 
 
+def test_a_field_of_a_csv_may_be_long(tmp_path):
+  text = 'a' * 200_000  # Python's csv module stops at 131,072 by itself
+  (tmp_path / 'a.csv').write_text(f'{text},1\nb,0\n')
+  assert [r.texts for r in _read(f'labelled:{tmp_path}/a.csv')] == [
+      (text,), ('b',)]
+
+
 def test_a_set_of_the_hub_has_names_of_labels():
   rows = [dict(s='a', l=1), dict(s='b', l=0)]
   dataset = types.SimpleNamespace(

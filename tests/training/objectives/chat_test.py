@@ -192,6 +192,13 @@ def test_what_is_no_alpaca_record_is_refused(text, words, tmp_path):
     list(conversations.read_alpaca(str(tmp_path / 'x.json')))
 
 
+def test_a_broken_line_of_alpaca_is_named(tmp_path):
+  (tmp_path / 'x.jsonl').write_text(
+      '{"instruction": "a", "output": "b"}\n\n{"instruction": \n')
+  with pytest.raises(ValueError, match='x.jsonl, line 3, is broken JSON'):
+    list(conversations.read_alpaca(str(tmp_path / 'x.jsonl')))
+
+
 def test_a_run_of_the_earlier_template_goes_on_with_it(talks, tmp_path):
   """A config.json without data.chat_template is of that time."""
   config = _config(f'{talks}:messages', length=64)
