@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 import re
 from typing import Any, NamedTuple
 
-from configs.errors import RequestError, require
+from configs.errors import RequestError, require, short
 from training.data import texts
 
 KIND = 'sentences with a label for each word'
@@ -91,7 +91,8 @@ def reader_of_rows(name: str, fields: Sequence[str], dataset: Any
   whose columns `fields` are lists: of words, and of labels or their numbers.
 
   Raises:
-    RequestError: for other columns, and rows whose lists differ in length.
+    RequestError: for other columns, rows whose lists differ in length, and a
+      label that is none.
   """
   require(len(fields) == 2, f'data source {name!r} names the fields '
           f'{"+".join(fields)}: write those of the words and of the labels')
@@ -99,15 +100,27 @@ def reader_of_rows(name: str, fields: Sequence[str], dataset: Any
 
   def read(_: Any) -> Iterator[Sentence]:
     for number, row in enumerate(dataset.select_columns([*fields]), 1):
-      words, labels = row[fields[0]], row[fields[1]]
+      words, labels = (row[field] or [] for field in fields)
       where = f'{name}, row {number}'
       require(len(words) == len(labels) > 0, f'{where}, has {len(words)} words '
               f'and {len(labels)} labels: there is one for each word')
-      yield Sentence(
-          [texts.checked(word, f'{where},') for word in words],
-          [names[label] if names else str(label) for label in labels],
-          [f'{where}, word {i}' for i in range(1, len(words) + 1)])
+      lines = [f'{where}, word {i}' for i in range(1, len(words) + 1)]
+      yield Sentence([texts.checked(word, f'{where},') for word in words],
+                     [_label(*pair, names) for pair in zip(labels, lines)],
+                     lines)
   return read
+
+
+def _label(label: Any, where: str, names: Sequence[str] | None) -> str:
+  """Returns a word's label out of a data set, by its name if it has one."""
+  require(isinstance(label, str | int | float), f'{where}, has the label '
+          f'{short(label)}: a label is a text or a number')
+  if names is None or isinstance(label, str):
+    return str(label)
+  require(0 <= label < len(names), f'{where}, has the label {label}, and the '
+          f'set has {len(names)}: one whose labels are kept back has -1 for '
+          'them')
+  return names[label]
 
 
 def check_entities(sentence: Sentence) -> None:

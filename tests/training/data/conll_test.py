@@ -2,6 +2,7 @@
 
 import glob
 import os
+import types
 
 import pytest
 
@@ -40,6 +41,28 @@ def test_a_word_may_hold_spaces_that_are_no_blanks(tmp_path):
   path.write_text('10\u00a0000  O\n \nnew\u3000york B-LOC \r\n', 'utf-8')
   assert [(s.words, s.labels) for s in conll.read(str(path))] == [
       (['10\u00a0000'], ['O']), (['new\u3000york'], ['B-LOC'])]
+
+
+def test_a_set_of_the_hub_has_names_of_labels():
+  row = dict(w=['a', 'b'], l=[1, 0])
+  def read(names=('O', 'B-x'), **changes):
+    dataset = types.SimpleNamespace(
+        features=dict(l=types.SimpleNamespace(
+            feature=types.SimpleNamespace(names=names))),
+        select_columns=lambda _: [row, row | changes])
+    return list(conll.reader_of_rows('hf:x', ('w', 'l'), dataset)(''))
+  assert [s.labels for s in read()] == [['B-x', 'O']] * 2
+  assert read()[1].lines[1] == 'hf:x, row 2, word 2'
+  assert read(None)[0].labels == ['1', '0']
+  for wrong in (-1, 2, -100):
+    with pytest.raises(ValueError, match=f'row 2, word 2, has the label {wrong}'
+                       ', and the set has 2: one whose labels are kept back'):
+      read(l=[0, wrong])
+  for names in (('O', 'B-x'), None):
+    with pytest.raises(ValueError, match='word 1, has the label None: a label'):
+      read(names, l=[None, 1])
+  with pytest.raises(ValueError, match='row 2, has 2 words and 0 labels'):
+    read(l=None)
 
 
 def test_columns(tmp_path):
