@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 import functools
 import hashlib
+import os
 import pathlib
 import shlex
 import subprocess
@@ -50,12 +51,25 @@ def _code(root: pathlib.Path) -> dict[str, str | None]:
   new = _git(root, 'ls-files', '-z', '--others', '--exclude-standard', '*.py')
   if diff is None or new is None:
     return dict(commit=None, diff=None)
+  found = [(name, _held(root / os.fsdecode(name)))
+           for name in new.split(b'\0') if name]
+  files = [(name, held) for name, held in found if held is not None]
   digest = hashlib.sha256(diff)
-  names = [name for name in new.decode().split('\0') if name]
-  for name in names:
-    digest.update(name.encode() + b'\0' + (root / name).read_bytes())
+  for name, held in files:
+    digest.update(name + b'\0' + held)
   return dict(commit=commit.decode().strip(),
-              diff=digest.hexdigest()[:16] if diff or names else '')
+              diff=digest.hexdigest()[:16] if diff or files else '')
+
+
+def _held(file: pathlib.Path) -> bytes | None:
+  """Returns what a file holds: b'' where it cannot be read, and None where it
+  is gone, or is a link to nothing, as the one by which Emacs locks a file."""
+  try:
+    return file.read_bytes()
+  except FileNotFoundError:
+    return None
+  except OSError:
+    return b''
 
 
 def _git(root: pathlib.Path, *words: str) -> bytes | None:

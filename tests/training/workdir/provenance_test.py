@@ -1,6 +1,7 @@
 """A run remembers its code and its command, and a sweep that they changed."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -57,6 +58,26 @@ def test_commit_and_what_differs_from_it(repository):
   (repository / 'b.py').unlink()
   (repository / 'a.py').write_text('a = 1\n')
   assert code(repository) == clean
+
+
+def test_files_that_cannot_be_read_stop_no_run(repository, monkeypatch):
+  clean = code(repository)
+  # As Emacs locks a file that is edited.
+  (repository / '.#a.py').symlink_to('someone@somewhere.1')
+  assert code(repository) == clean
+  (repository / 'loop.py').symlink_to('loop.py')
+  with_name = code(repository)
+  assert with_name['diff'] not in ('', clean['diff'])
+  (repository / os.fsdecode(b'\xff.py')).write_text('b = 1\n')
+  assert code(repository)['diff'] not in ('', with_name['diff'])
+  # Deleted after it was listed.
+  listed = provenance._git
+  def git(root, *words):
+    found = listed(root, *words)
+    return found + b'gone.py\0' if 'ls-files' in words else found
+  before = code(repository)
+  monkeypatch.setattr(provenance, '_git', git)
+  assert code(repository) == before
 
 
 def test_unknown_is_null(repository, monkeypatch):
