@@ -29,8 +29,7 @@ from training.optim import average, mup, optimizers
 from training.step import TrainState, abstract_state, init_state, initial_seed
 from training.step import make_eval_step, make_train_step, optimizer
 from training.step import parameter_shares
-from training.workdir import metrics, restoring, run_config
-from training.workdir import storage
+from training.workdir import metrics, restoring, run_config, storage
 
 # What may be left at 0 in config.model, and the run fills in.
 DERIVED = ('vocab_size', 'max_len', 'head', 'num_labels')
@@ -314,12 +313,10 @@ def build(config: ml_collections.ConfigDict, model: ModelConfig,
     ValueError: where the mesh does not fit the devices, model or batch.
   """
   if mesh is None:
-    shape = devices.mesh_shape(config.mesh, jax.device_count())
-    mesh = devices.make_mesh(shape, slices=config.mesh.slices)
-  devices.check_mesh(model, config.data.batch_size,
-                     config.train.grad_accumulation, mesh.shape)
-  check_ramp(config, mesh.shape)
-  _check_context(config, mesh.shape['context'])
+    mesh = devices.make_mesh(
+        devices.mesh_shape(config.mesh, jax.device_count()),
+        slices=config.mesh.slices)
+  check_mesh(config, model, mesh.shape)
   platform = mesh.devices.flat[0].platform
   kernels.check_kernel(model, platform)
   if model.has_experts:
@@ -327,18 +324,17 @@ def build(config: ml_collections.ConfigDict, model: ModelConfig,
   return Run.of(config, model, mesh)
 
 
-def check_ramp(config: ml_collections.ConfigDict, shape: Mapping[str, int]
-               ) -> None:
-  """Refuses a data.batch_ramp whose batches the mesh does not divide."""
-  ramp.check_shards(config, shape['data'] * shape['fsdp'] * shape['expert']
-                    * config.train.grad_accumulation)
-
-
-def _check_context(config: ml_collections.ConfigDict, context: int) -> None:
+def check_mesh(config: ml_collections.ConfigDict, model: ModelConfig,
+               shape: Mapping[str, int]) -> None:
+  """Refuses a mesh that does not divide the model, the batches or the rows."""
+  devices.check_mesh(model, config.data.batch_size,
+                     config.train.grad_accumulation, shape)
+  ramp.check_shards(config, shape)
   for name in ('length', 'target_length'):
     size = config.data[name]
-    require(size % context == 0, f'mesh.context is {context}, which does not '
-            f'divide data.{name} {size}: choose a multiple of it')
+    require(size % shape['context'] == 0, f'mesh.context is '
+            f'{shape["context"]}, which does not divide data.{name} {size}: '
+            'choose a multiple of it')
 
 
 def for_this_machine(config: ml_collections.ConfigDict

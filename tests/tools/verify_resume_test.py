@@ -103,14 +103,21 @@ def test_nothing_is_not_the_same(tmp_path, monkeypatch):
     (['--config=configs/gpt.py', '--steps=2'], ['--steps is 2']),
     (['--config=configs/gpt.py', '--devices=1'], ['no other mesh of 1 device']),
     (['--config=configs/gpt.py', '--processes=3'], ['--processes is 3']),
+    (['--config=configs/gpt.py', '--mesh=tensor=4', '--config.model.num_heads'
+      '=2'], ['mesh.tensor is 4, which does not divide model.num_heads 2']),
+    (['--config=configs/gpt.py', '--config.mesh.tensor=4', '--mesh=data=4',
+      '--config.data.batch_ramp=2:2'], ['batches of 2 rows']),
+    (['--config=configs/gpt.py', '--mesh=context=4', '--config.data.length=30'],
+     ['mesh.context is 4, which does not divide data.length 30']),
     (['--config=configs/gpt.py', '--config.train.steps=3'],
      ['--config.train.steps=3 sets', 'itself: pass --steps']),
     (['--config=configs/gpt.py', '--config.log.tensorboard'],
      ['--config.log.tensorboard sets', 'itself: leave it out']),
 ])
 def test_what_cannot_be_verified_is_refused(words, parts):
-  error = verify(*words, code=2).stderr
-  assert all(part in error for part in parts), error
+  result = verify(*words, code=2)
+  assert all(part in result.stderr for part in parts), result.stderr
+  assert not result.stdout  # before the first training
 
 
 def test_a_mesh_of_unknown_axes_is_refused():

@@ -168,9 +168,7 @@ def _check(config, num_devices: int, slices: int,
     return
   shape = devices.mesh_shape(config.mesh, num_devices)
   model = runs.resolve_alone(config)
-  devices.check_mesh(model, config.data.batch_size,
-                     config.train.grad_accumulation, shape)
-  runs.check_ramp(config, shape)
+  runs.check_mesh(config, model, shape)
   if shape['data'] % slices:
     raise RequestError(f'mesh.data is {shape["data"]}, which the {slices} '
                        f'slices do not divide: choose a multiple of {slices}')

@@ -62,7 +62,7 @@ def meshes(config, model, topology: chips.Topology):
         continue
       try:
         devices.check_mesh(model, config.data.batch_size, 1, shape)
-        runs.check_ramp(config, shape)
+        ramp.check_shards(config, shape)
       except RequestError:  # what does not divide is no candidate
         continue
       yield shape

@@ -50,6 +50,8 @@ def verify(config, words: list[str], folder: pathlib.Path, steps: int,
   if processes < 1 or count % processes:
     raise RequestError(f'--processes is {processes}, which does not divide the '
                        f'{count} devices')
+  for mesh in others:
+    runs.check_mesh(config, runs.resolve_alone(config), mesh)
   words = [*words, *(f'--config.{name}={value}'
                      for name, value in _settings(steps, middle).items())]
   whole, killed = folder / 'whole', folder / 'killed'
@@ -136,8 +138,7 @@ def _another(config, own: dict[str, int], count: int) -> list[dict[str, int]]:
       if mesh == own or math.prod(mesh.values()) != count:
         continue
       try:
-        devices.check_mesh(model, config.data.batch_size,
-                           config.train.grad_accumulation, mesh)
+        runs.check_mesh(config, model, mesh)
       except RequestError:
         continue
       return [mesh]

@@ -138,9 +138,7 @@ def described(config: ml_collections.ConfigDict, model: ModelConfig,
   """
   mesh = AbstractMesh(tuple(shape.values()), tuple(shape),
                       axis_types=(AxisType.Auto,) * len(shape))
-  devices.check_mesh(model, config.data.batch_size,
-                     config.train.grad_accumulation, shape)
-  runs.check_ramp(config, shape)
+  runs.check_mesh(config, model, shape)
   run = runs.Run.of(config, traceable(model), mesh)
   return dataclasses.replace(run, model=model)
 

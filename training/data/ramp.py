@@ -7,7 +7,7 @@ order of a run is in one batch alone, whatever the sizes are. Each size is a
 compiled program, so that there are few.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
 import re
@@ -93,13 +93,16 @@ def check(config: ml_collections.ConfigDict) -> None:
           'end before, or data.batch_size would not be read')
 
 
-def check_shards(config: ml_collections.ConfigDict, shards: int) -> None:
+def check_shards(config: ml_collections.ConfigDict, shape: Mapping[str, int]
+                 ) -> None:
   """Raises RequestError for a size that the devices do not divide.
 
   Args:
     config: a run's.
-    shards: into how many parts a batch is cut, micro-batches included.
+    shape: the size of each mesh axis.
   """
+  shards = (shape['data'] * shape['fsdp'] * shape['expert']
+            * config.train.grad_accumulation)
   for size in of(config).sizes:
     require(size % shards == 0, 'data.batch_ramp is '
             f'{config.data.batch_ramp!r}, whose batches of {size} rows the '

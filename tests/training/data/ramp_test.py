@@ -52,10 +52,10 @@ def test_devices_divide_every_size():
     c.train.grad_accumulation = parts
     shape = {'data': data, 'fsdp': 1, 'expert': 1}
     if fits:
-      runs.check_ramp(c, shape)
+      ramp.check_shards(c, shape)
       continue
     with pytest.raises(RequestError, match='batches of 4 rows .*, 8 in all'):
-      runs.check_ramp(c, shape)
+      ramp.check_shards(c, shape)
 
 
 def grown(texts, **fields):
