@@ -38,6 +38,7 @@ the template of its conversations.
 
 import argparse
 import dataclasses
+import functools
 import importlib
 import pathlib
 import shlex
@@ -131,6 +132,7 @@ def export(workdir: epath.Path, folder: pathlib.Path, *, step: int | str | None,
   from training.hf import tokenizer as hf_tokenizer
   from training.hf import peft
   from training.workdir import run_config
+  storage.refuse_run(folder, 'FOLDER')
   config, module, params, step = _from_workdir(workdir, step)
   if adapter:
     size = peft.write(module.config, params, folder, config.init_from)
@@ -211,8 +213,9 @@ def _generation(workdir, config, model, step: int):
 
 def _check_new(workdir: epath.Path):
   from training.workdir import run_config
-  require(not run_config.exists(workdir) and not run_config.has_begun(workdir),
+  require(not (storage.has_config(workdir) or run_config.has_begun(workdir)),
           f'{workdir} holds a run already: choose another WORKDIR')
+  storage.refuse_others(workdir, 'WORKDIR')
 
 
 def _from_hf(source: pathlib.Path, partial: bool, seed: int, dtype: str = ''):
@@ -310,10 +313,10 @@ def _parser() -> argparse.ArgumentParser:
       prog='python -m tools.convert', description=__doc__,
       allow_abbrev=False,
       formatter_class=cli.HelpFormatter)
-  commands = parser.add_subparsers(dest='command', required=True)
-  into = commands.add_parser(
-      'import', help='Hugging Face to a workdir', allow_abbrev=False,
-      formatter_class=cli.HelpFormatter)
+  add = functools.partial(
+      parser.add_subparsers(dest='command', required=True).add_parser,
+      allow_abbrev=False, formatter_class=cli.HelpFormatter)
+  into = add('import', help='Hugging Face to a workdir')
   into.add_argument('source', type=pathlib.Path)
   into.add_argument('workdir')
   into.add_argument('--partial', action='store_true',
@@ -323,9 +326,7 @@ def _parser() -> argparse.ArgumentParser:
                     help='of the parameters (model.param_dtype); float32')
   into.add_argument('--adapter', type=pathlib.Path, metavar='PEFT_DIR',
                     help='low-rank adapters of the model, in PEFT\'s format')
-  out = commands.add_parser(
-      'export', help='a workdir to Hugging Face', allow_abbrev=False,
-      formatter_class=cli.HelpFormatter)
+  out = add('export', help='a workdir to Hugging Face')
   out.add_argument('workdir')
   out.add_argument('folder', type=pathlib.Path)
   out.add_argument('--step', help=_STEP)
@@ -340,15 +341,11 @@ def _parser() -> argparse.ArgumentParser:
                    "transformers' base class, such as BertModel")
   out.add_argument('--adapter', action='store_true', help='the low-rank '
                    "adapters alone, in PEFT's format; else they are merged")
-  one = commands.add_parser(
-      'merge', help='low-rank adapters into the weights', allow_abbrev=False,
-      formatter_class=cli.HelpFormatter)
+  one = add('merge', help='low-rank adapters into the weights')
   one.add_argument('source')
   one.add_argument('workdir')
   one.add_argument('--step', help=_STEP)
-  up = commands.add_parser(
-      'upcycle', help='a dense model to experts', allow_abbrev=False,
-      formatter_class=cli.HelpFormatter)
+  up = add('upcycle', help='a dense model to experts')
   up.add_argument('source')
   up.add_argument('workdir')
   up.add_argument('--moe', nargs='*', default=[], metavar='FIELD=VALUE',
@@ -356,9 +353,7 @@ def _parser() -> argparse.ArgumentParser:
                   'layers has experts; default: each has')
   up.add_argument('--step', help=_STEP)
   up.add_argument('--seed', type=int, default=0, help='of the routers')
-  gguf = commands.add_parser(
-      'gguf', help='a GGUF file to Hugging Face', allow_abbrev=False,
-      formatter_class=cli.HelpFormatter)
+  gguf = add('gguf', help='a GGUF file to Hugging Face')
   gguf.add_argument('source', type=pathlib.Path)
   gguf.add_argument('folder', type=pathlib.Path)
   return parser

@@ -91,6 +91,8 @@ def try_workdir(workdir: epath.Path) -> None:
     storage.try_folder(folder)
   for file in (run_config.file(workdir), workdir / metrics.METRICS):
     storage.try_file(file, '--workdir')
+  if not run_config.has_begun(workdir):  # else it is damaged, which is told
+    storage.refuse_others(workdir, '--workdir')
 
 
 def printable(config: ml_collections.ConfigDict, by_hand: Iterable[str] = ()

@@ -41,6 +41,7 @@ from training.hf import config as hf_config
 from training.hf import files as hf_files
 from training.hf import generation as hf_generation
 from training.hf import optional as hf_optional
+from training.workdir import storage
 
 SHARD_BYTES = 5 * 10**9
 PART_BYTES = 2 ** 24  # of two tensors that are compared
@@ -344,8 +345,10 @@ def to_hf(module: nn.Module, params: Any, folder: str | os.PathLike, *,
     bare: whether the stack alone is written, without its head.
 
   Raises:
-    ValueError: naming a part of the model that transformers does not have.
+    ValueError: naming a part of the model that transformers does not have, or
+      a folder that holds a run.
   """
+  storage.refuse_run(folder, 'the folder')
   module, params = adapters.merge(module, params)
   config: ModelConfig = module.config
   page = architectures.hugging_face(config.arch)

@@ -8,6 +8,7 @@ import pathlib
 import numpy as np
 
 from configs.errors import RequestError, require
+from training.workdir import storage
 
 
 def write_folder(file: pathlib.Path, folder: pathlib.Path) -> int:
@@ -21,9 +22,10 @@ def write_folder(file: pathlib.Path, folder: pathlib.Path) -> int:
     the number of parameters.
 
   Raises:
-    RequestError: where a package is missing, and for a file that transformers
-      does not read.
+    RequestError: where a package is missing, for a file that transformers
+      does not read, and for a folder that holds a run.
   """
+  storage.refuse_run(folder, 'DIR')
   require(file.is_file(), f'{file} is no file')
   with open(file, 'rb') as start:
     require(start.read(4) == b'GGUF', f'{file} is no GGUF file: it does not '

@@ -22,7 +22,7 @@ from architectures.parts.hf import tensor_map
 from configs.errors import require, short
 from training import adapters, paths
 from training.hf import files as hf_files
-from training.workdir import restoring
+from training.workdir import restoring, storage
 
 CONFIG, WEIGHTS = 'adapter_config.json', 'adapter_model.safetensors'
 PREFIX = 'base_model.model.'
@@ -75,9 +75,10 @@ def write(c: ModelConfig, params: Any, folder: pathlib.Path, base: str
 
   Raises:
     RequestError: for a model without adapters, with the head of a task, or
-      whose adapters PEFT does not have.
+      whose adapters PEFT does not have; and for a folder that holds a run.
   """
   from safetensors.numpy import save_file
+  storage.refuse_run(folder, 'the folder')
   require(c.lora.rank, 'this run has no low-rank adapters: its model.lora.rank '
           'is 0')
   require(c.head == 'lm', f'model.head is {c.head!r}: the adapters alone would '

@@ -335,7 +335,7 @@ def flatten_dict(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
   return flat
 
 
-_DERIVED = 'derived'
+_DERIVED = storage.DERIVED
 _STARTS = 'starts'
 
 

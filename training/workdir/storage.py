@@ -9,6 +9,7 @@ checkpoints go there without a detour, by TensorStore.
 import contextlib
 import errno
 import importlib.util
+import json
 import os
 import pathlib
 import shutil
@@ -21,6 +22,7 @@ from configs.errors import RequestError, require
 from training.workdir import writing
 
 CONFIG, CHECKPOINTS = 'config.json', 'checkpoints'  # of a run, in its folder
+DERIVED = 'derived'  # in a run's config.json, and in no other
 
 
 def check_folder(text: str | os.PathLike, name: str = '--workdir') -> None:
@@ -139,19 +141,41 @@ def try_file(file: epath.Path, name: str) -> None:
               f'{name} is {str(file)!r}, but {path} is there and is no file')
 
 
-def refuse_run(folder: str | os.PathLike, name: str, own: str) -> None:
+def refuse_run(folder: str | os.PathLike, name: str, own: str = '') -> None:
   """Raises RequestError for the folder of a training run.
 
   Args:
     folder: of what is no run itself, and would write among its files.
     name: of the flag that holds it.
-    own: a file that says that it was written there before, and may go on.
+    own: a file that says that it was written there before, and may go on; '':
+      there is none.
   """
   folder = epath.Path(folder)
-  require((folder / own).exists() or not all(
-      (folder / part).exists() for part in (CONFIG, CHECKPOINTS)),
+  require(bool(own) and (folder / own).exists() or not (
+      (folder / CHECKPOINTS).exists() or has_config(folder)),
           f'{name} is {_shown(folder)}, which holds a training run: choose '
           'another folder')
+
+
+def refuse_others(folder: str | os.PathLike, name: str) -> None:
+  """Raises RequestError where a run would write over the config.json of
+  something else, such as Hugging Face's weights; `name` is the flag's."""
+  file = path(folder, name) / CONFIG
+  require(not file.exists() or has_config(folder), f'{name} is '
+          f'{_shown(folder)}, whose {CONFIG} is not that of a run (a Hugging '
+          f'Face folder has one, too): take another {name}')
+
+
+def has_config(folder: str | os.PathLike) -> bool:
+  """Whether there is a config.json in a folder, and it is that of a run."""
+  file = epath.Path(folder) / CONFIG
+  if not file.is_file():
+    return False
+  try:
+    tree = json.loads(file.read_bytes())
+  except (ValueError, RecursionError):
+    return False
+  return isinstance(tree, dict) and DERIVED in tree
 
 
 def output(text: str, name: str) -> epath.Path | None:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import archetype
 import architectures
 from configs import base
 from configs.errors import EnvironmentFailure, RequestError
@@ -22,7 +23,7 @@ from training import paths, runs
 from training import initial_state
 from training import weights
 from training.hf import generation as hf_generation
-from training.hf import gguf
+from training.hf import gguf, peft
 from training.hf import upcycling
 from training.workdir import checkpoints, run_config
 
@@ -180,6 +181,39 @@ def test_an_import_that_fails_leaves_no_run(tmp_path, monkeypatch):
   (tmp_path / 'run/config.json').unlink()
   with pytest.raises(ValueError, match='holds a run already'):
     to_run()
+
+
+@pytest.mark.parametrize('write', [
+    lambda folder: convert.export(folder, folder, step=None, dtype='',
+                                  shard_bytes=10**9),
+    lambda folder: archetype.Model(None, {}).save(folder),
+    lambda folder: peft.write(models.config('llama'), {}, folder, ''),
+    lambda folder: gguf.write_folder(folder / 'config.json', folder)],
+                         ids=['export', 'save', 'peft', 'gguf'])
+@pytest.mark.parametrize('own', ['config.json', 'checkpoints'])
+def test_no_weights_are_written_into_a_run(write, own, tmp_path):
+  if own == 'checkpoints':
+    (tmp_path / own / '5').mkdir(parents=True)
+  else:
+    run_config.save(tmp_path, base.base())
+  before = sorted(tmp_path.rglob('*'))
+  with pytest.raises(RequestError, match='which holds a training run'):
+    write(tmp_path)
+  assert sorted(tmp_path.rglob('*')) == before
+
+
+def test_no_run_is_made_in_a_folder_of_weights(tmp_path):
+  file = tmp_path / 'config.json'
+  file.write_text('{"model_type": "llama"}')
+  more = dict(step=None)
+  for make in (
+      lambda: convert.import_(tmp_path, tmp_path, partial=False, seed=0),
+      lambda: convert.merge(tmp_path / 'run', tmp_path, **more),
+      lambda: convert.upcycle(tmp_path, tmp_path, moe=[], seed=0, **more)):
+    with pytest.raises(RequestError, match='is not that of a run .*: take '
+                       'another WORKDIR'):
+      make()
+  assert list(tmp_path.iterdir()) == [file]
 
 
 # Of the programs; hf_generation_test.py evaluates an import, too.

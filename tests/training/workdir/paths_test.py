@@ -9,7 +9,7 @@ from configs import base
 from configs.errors import RequestError
 from training import runs
 from training.data import pipeline
-from training.workdir import storage
+from training.workdir import run_config, storage
 
 # Root may write everywhere, so what is read-only is of the kernel.
 UNUSABLE = {
@@ -77,6 +77,28 @@ def test_a_workdir_in_which_something_is_in_the_way(name, tmp_path):
   in_the_way.write_text('') if name == 'checkpoints' else in_the_way.mkdir()
   with pytest.raises(RequestError, match=name):
     runs.try_workdir(storage.path(tmp_path))
+
+
+@pytest.mark.parametrize('text', [
+    '{"model_type": "gpt2"}', '', '[]', '{', 10_000 * '['])
+def test_the_config_of_something_else_is_not_written_over(text, tmp_path):
+  file = tmp_path / 'config.json'
+  file.write_text(text)
+  (tmp_path / 'checkpoints').mkdir()
+  with pytest.raises(RequestError, match='whose config.json is not that of a '
+                     'run .*: take another --workdir'):
+    runs.try_workdir(storage.path(tmp_path))
+  assert file.read_text() == text
+  # Of a run that has begun it is damaged, which is said where it is read.
+  (tmp_path / 'checkpoints/5').mkdir()
+  runs.try_workdir(storage.path(tmp_path))
+  with pytest.raises(RequestError, match='config.json is damaged'):
+    run_config.load_config(tmp_path)
+
+
+def test_a_run_that_has_not_begun_is_begun_again(tmp_path):
+  run_config.save(tmp_path, base.base())
+  runs.try_workdir(storage.path(tmp_path))
 
 
 @pytest.mark.parametrize('folder, sentence', [
