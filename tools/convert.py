@@ -4,7 +4,8 @@ dense model into a mixture of experts.
   python -m tools.convert import DIR_OR_FILE WORKDIR [--dtype=bfloat16] \
       [--adapter=PEFT_DIR]
   python -m tools.convert export WORKDIR DIR [--step=N] [--dtype=bfloat16] \
-      [--dropless] [--adapter] [--bare]
+      [--dropless] [--bare]
+  python -m tools.convert export WORKDIR DIR --adapter [--step=N] [--dtype=...]
   python -m tools.convert merge WORKDIR NEW_WORKDIR [--step=N]
   python -m tools.convert upcycle WORKDIR_OR_DIR WORKDIR \
       [--moe num_experts=8 top_k=2 every=2 ...]
@@ -58,6 +59,7 @@ def import_(source: pathlib.Path, workdir: epath.Path, *, partial: bool,
   """Makes `workdir` of the weights in `source`, and of the low-rank adapters in
   PEFT's folder `adapter`, as a run at step 0 whose parameters are of `dtype`;
   '': float32."""
+  from training import runs
   from training.hf import generation as hf_generation
   from training.hf import tokenizer as hf_tokenizer
   _check_new(workdir)
@@ -74,7 +76,7 @@ def import_(source: pathlib.Path, workdir: epath.Path, *, partial: bool,
           'something else than those of its training', file=sys.stderr)
   hf_generation.keep(workdir, generation)
   _save(workdir, config, params)
-  print(f'{workdir}: {_count(params):,} parameters of {module.config.arch}')
+  print(f'{workdir}: {runs.count(params):,} parameters of {module.config.arch}')
   print(f'to go on: {_command(workdir, config)}')
 
 
@@ -108,8 +110,8 @@ def upcycle(source: epath.Path, workdir: epath.Path, *, moe: list[str],
   if generation is not None:
     hf_generation.keep(workdir, generation)
   _save(workdir, config, made, derived)
-  print(f'{workdir}: {_count(made):,} parameters of {run.model.arch}, from the '
-        f'{_count(params):,} of {source}')
+  print(f'{workdir}: {runs.count(made):,} parameters of {run.model.arch}, from '
+        f'the {runs.count(params):,} of {source}')
   if not upcycling.is_the_same_function(run.model):
     print('warning: it starts from another function than the dense model\'s: '
           'its gates do not sum to 1, or tokens are dropped, or experts are '
@@ -124,18 +126,23 @@ def export(workdir: epath.Path, folder: pathlib.Path, *, step: int | str | None,
 
   `dropless` writes the model that drops no token, whatever the run's own
   evaluation does: where config.json cannot say that. `adapter` writes the low-
-  rank adapters alone, in PEFT's format. `bare` leaves the head out, and so does
-  the export of an import without one that was not trained.
+  rank adapters alone, in PEFT's format, which takes no option but `dtype`.
+  `bare` leaves the head out, and so does the export of an import without one
+  that was not trained.
   """
   import architectures
-  from training import adapters, weights
+  from training import adapters, runs, weights
   from training.hf import tokenizer as hf_tokenizer
   from training.hf import peft
   from training.workdir import run_config
   storage.refuse_run(folder, 'FOLDER')
+  for flag, given in (('dropless', dropless), ('bare', bare), (
+      'shard_bytes', shard_bytes != weights.SHARD_BYTES)):
+    require(not (adapter and given), f'--{flag} says nothing of --adapter, '
+            'which writes the adapters alone, to one file: leave it out')
   config, module, params, step = _from_workdir(workdir, step)
   if adapter:
-    size = peft.write(module.config, params, folder, config.init_from)
+    size = peft.write(module.config, params, folder, config.init_from, dtype)
     print(f'{folder}: the adapters of {workdir}, {size:,} parameters')
     return
   module, params = adapters.merge(module, params)
@@ -149,7 +156,7 @@ def export(workdir: epath.Path, folder: pathlib.Path, *, step: int | str | None,
       module, params, folder, dtype=dtype, shard_bytes=shard_bytes,
       generation=generation, labels=run_config.labels(workdir), bare=bare)
   hf_tokenizer.give(workdir, config, folder, step)
-  print(f'{folder}: {_count(params):,} parameters of {workdir}'
+  print(f'{folder}: {runs.count(params):,} parameters of {workdir}'
         + ', less those of the head' * bare)
 
 
@@ -163,7 +170,7 @@ def merge(workdir: epath.Path, new: epath.Path, *, step: int | str | None
           ) -> None:
   """Makes the workdir `new` of the model of `workdir` with its low-rank
   adapters added to its weights, as a run at step 0."""
-  from training import adapters
+  from training import adapters, runs
   from training.hf import generation as hf_generation
   _check_new(new)
   config, module, params, step = _from_workdir(workdir, step)
@@ -176,8 +183,8 @@ def merge(workdir: epath.Path, new: epath.Path, *, step: int | str | None
   if generation is not None:
     hf_generation.keep(new, generation)
   _save(new, config, params, _resolved(config)[1])
-  print(f'{new}: {_count(params):,} parameters of {module.config.arch}, with '
-        f'the adapters of {workdir} merged into them')
+  print(f'{new}: {runs.count(params):,} parameters of {module.config.arch}, '
+        f'with the adapters of {workdir} merged into them')
   print(f'to go on: {_command(new, config)}')
 
 
@@ -297,11 +304,6 @@ def _usual(arch: str):
   import architectures
   return importlib.import_module(
       f'configs.{architectures.file_name(arch)}').get_config('tiny')
-
-
-def _count(params) -> int:
-  import jax
-  return sum(x.size for x in jax.tree.leaves(params))
 
 
 _STEP = ('of the checkpoint; best; of several, for the mean of their '

@@ -367,13 +367,7 @@ def to_hf(module: nn.Module, params: Any, folder: str | os.PathLike, *,
       tensor.shape, np.dtype(dtype or flat[tensor.paths[0]].dtype))
            for tensor in tensors}
   for tensor in tensors:
-    most = float(jnp.finfo(kinds[tensor.name].dtype).max)
-    largest = _largest(_theirs(tensor, flat))
-    require(np.isfinite(largest), f'{" and ".join(tensor.paths)} has a value '
-            'that is no finite number: export another step')
-    require(largest <= most, f'{" and ".join(tensor.paths)} has the value '
-            f'{largest:g}, and {kinds[tensor.name].dtype.name} ends at '
-            f'{most:g}: export it as another --dtype')
+    check_range(tensor, _theirs(tensor, flat), kinds[tensor.name].dtype)
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   hf_files.write(
@@ -385,6 +379,18 @@ def to_hf(module: nn.Module, params: Any, folder: str | os.PathLike, *,
   if generation is not None and generation.options is not None:
     (folder / hf_generation.FILE).write_text(
         json.dumps(generation.options, indent=2) + '\n')
+
+
+def check_range(tensor: tensor_map.Tensor, x: np.ndarray, dtype: np.dtype
+                ) -> None:
+  """Raises RequestError where `x`, to be written as `tensor`, has a value that
+  is not finite, or that `dtype` does not reach."""
+  most, largest = float(jnp.finfo(dtype).max), _largest(x)
+  name = ' and '.join(tensor.paths)
+  require(np.isfinite(largest), f'{name} has a value that is no finite number: '
+          'export another step')
+  require(largest <= most, f'{name} has the value {largest:g}, and '
+          f'{dtype.name} ends at {most:g}: export it as another --dtype')
 
 
 def _theirs(tensor: tensor_map.Tensor, flat: dict[str, Any]) -> np.ndarray:

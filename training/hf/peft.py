@@ -20,7 +20,7 @@ from architectures.parts import hf, linear
 from architectures.parts.config import ModelConfig
 from architectures.parts.hf import tensor_map
 from configs.errors import require, short
-from training import adapters, paths
+from training import adapters, paths, weights
 from training.hf import files as hf_files
 from training.workdir import restoring, storage
 
@@ -63,8 +63,8 @@ def rows(c: ModelConfig) -> Iterator[tuple[hf.Row, str, bool]]:
            module, not transposed)
 
 
-def write(c: ModelConfig, params: Any, folder: pathlib.Path, base: str
-          ) -> int:
+def write(c: ModelConfig, params: Any, folder: pathlib.Path, base: str,
+          dtype: str = '') -> int:
   """Writes the adapters among `params`; returns how many numbers they have.
 
   Args:
@@ -72,6 +72,7 @@ def write(c: ModelConfig, params: Any, folder: pathlib.Path, base: str
     params: its parameters.
     folder: where to; made if it is not there.
     base: the name or the folder of the model that they adapt.
+    dtype: of the tensors written; '': that of each parameter.
 
   Raises:
     RequestError: for a model without adapters, with the head of a task, or
@@ -84,15 +85,19 @@ def write(c: ModelConfig, params: Any, folder: pathlib.Path, base: str
   require(c.head == 'lm', f'model.head is {c.head!r}: the adapters alone would '
           'leave out the head, which was trained with them. Export the merged '
           'model instead')
-  flat = {path: np.asarray(x, np.float32)
-          for path, x in paths.flatten(params).items()
+  flat = {path: np.asarray(x) for path, x in paths.flatten(params).items()
           if adapters.is_adapter(path)}
   found = list(rows(c))
   tensors = tensor_map.expand([row for row, *_ in found], {
       path: x.shape for path, x in flat.items()})
+  theirs = {}
+  for t in tensors:
+    x = t.join([flat[t.paths[0]][t.index]])
+    kind = np.dtype(dtype or x.dtype)
+    weights.check_range(t, x, kind)
+    theirs[t.name] = x.astype(kind, copy=False)
   folder.mkdir(parents=True, exist_ok=True)
-  save_file({t.name: t.join([flat[t.paths[0]][t.index]]) for t in tensors},
-            folder / WEIGHTS, metadata={'format': 'pt'})
+  save_file(theirs, folder / WEIGHTS, metadata={'format': 'pt'})
   alpha = c.lora.alpha
   tree = ONLY | dict(
       r=c.lora.rank, lora_alpha=int(alpha) if alpha == int(alpha) else alpha,

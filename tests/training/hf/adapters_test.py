@@ -130,6 +130,27 @@ def test_pefts_format_there_and_back(system, targets, tmp_path):
     np.testing.assert_array_equal(x, found[path])
 
 
+def test_pefts_format_is_of_a_dtype(tmp_path):
+  module, params = models.make('llama', lora=LORA, param_dtype='bfloat16')
+  for dtype, wanted in ('', 'bfloat16'), ('float32', 'float32'), (
+      'float16', 'float16'):
+    peft.write(module.config, params, tmp_path, 'base', dtype)
+    held = load_file(tmp_path / peft.WEIGHTS)
+    assert {x.dtype.name for x in held.values()} == {wanted}
+  params = jax.tree.map(lambda x: x + 1e5, params)
+  with pytest.raises(RequestError, match='float16 ends at 65504: export it as'):
+    peft.write(module.config, params, tmp_path, 'base', 'float16')
+
+
+@pytest.mark.parametrize('option', [
+    dict(dropless=True), dict(bare=True), dict(shard_bytes=1)])
+def test_options_that_adapters_do_not_take_are_refused(option, tmp_path):
+  with pytest.raises(RequestError, match=f'^--{[*option][0]} says nothing of'):
+    convert.export(tmp_path / 'run', tmp_path / 'out', adapter=True, **dict(
+        dict(step=None, dtype='', shard_bytes=weights.SHARD_BYTES), **option))
+  assert not list(tmp_path.iterdir())
+
+
 def test_pefts_names_and_the_order_of_its_axes(tmp_path):
   module, params = models.make('llama', lora=LORA, num_kv_heads=2)
   peft.write(module.config, params, tmp_path, 'base')
@@ -163,7 +184,7 @@ def test_an_adapter_beside_an_imported_model(folder, tmp_path, made):
   jax.tree.map(np.testing.assert_array_equal, theirs,
                adapters.beside(made[1], params))
   convert.export(tmp_path / 'run', tmp_path / 'again', step=None, dtype='',
-                 shard_bytes=1, adapter=True)
+                 shard_bytes=weights.SHARD_BYTES, adapter=True)
   assert (tmp_path / 'again' / peft.WEIGHTS).read_bytes() == (
       tmp_path / 'peft' / peft.WEIGHTS).read_bytes()
 
