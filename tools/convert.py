@@ -89,26 +89,25 @@ def upcycle(source: epath.Path, workdir: epath.Path, *, moe: list[str],
   from training.workdir import restoring
   from training.hf import upcycling
   _check_new(workdir)
+  folder = source.parent if source.is_file() else source
   if restoring.directory(source).exists():
-    config, module, params, _ = _from_workdir(source, step)
+    config, module, params, at = _from_workdir(source, step)
     generation = hf_generation.kept(source)
+    trained = not hf_generation.is_published(source, at)
   else:
     require(step is None, f'{source} is no workdir: it has no step {step}')
     config, module, params, _ = _from_hf(source, False, seed)
-    generation = hf_generation.of_folder(
-        source.parent if source.is_file() else source)
+    generation, trained = hf_generation.of_folder(folder), False
   module, params = adapters.merge(module, params)
   config.model.lora = base.base().model.lora
   config.model = upcycling.config(
       config.model, upcycling.fields(moe, config.model.moe), module.config)
   config.init_from = ''
-  folder = source.parent if source.is_file() else source
   hf_tokenizer.take(folder, workdir, config)
   model, derived = _resolved(config)
   run = runs.build(config, model)
   made = upcycling.params(run.module, run.abstract.params, params, seed)
-  if generation is not None:
-    hf_generation.keep(workdir, generation)
+  hf_generation.keep(workdir, generation, trained)
   _save(workdir, config, made, derived)
   print(f'{workdir}: {runs.count(made):,} parameters of {run.model.arch}, from '
         f'the {runs.count(params):,} of {source}')
@@ -132,8 +131,9 @@ def export(workdir: epath.Path, folder: pathlib.Path, *, step: int | str | None,
   """
   import architectures
   from training import adapters, runs, weights
-  from training.hf import tokenizer as hf_tokenizer
+  from training.hf import generation as hf_generation
   from training.hf import peft
+  from training.hf import tokenizer as hf_tokenizer
   from training.workdir import run_config
   storage.refuse_run(folder, 'FOLDER')
   for flag, given in (('dropless', dropless), ('bare', bare), (
@@ -151,7 +151,8 @@ def export(workdir: epath.Path, folder: pathlib.Path, *, step: int | str | None,
     module = architectures.build(dataclasses.replace(c, moe=dataclasses.replace(
         c.moe, eval_capacity_factor=0.0, dispatch='dropless')))
   generation = _generation(workdir, config, module.config, step)
-  bare = bare or step == 0 and generation is not None and generation.bare
+  bare = bare or (generation is not None and generation.bare
+                  and hf_generation.is_published(workdir, step))
   weights.to_hf(
       module, params, folder, dtype=dtype, shard_bytes=shard_bytes,
       generation=generation, labels=run_config.labels(workdir), bare=bare)
@@ -180,8 +181,8 @@ def merge(workdir: epath.Path, new: epath.Path, *, step: int | str | None
   generation = _generation(workdir, config, module.config, step)
   config.model.lora = base.base().model.lora
   config.init_from = ''
-  if generation is not None:
-    hf_generation.keep(new, generation)
+  hf_generation.keep(new, generation,
+                     not hf_generation.is_published(workdir, step))
   _save(new, config, params, _resolved(config)[1])
   print(f'{new}: {runs.count(params):,} parameters of {module.config.arch}, '
         f'with the adapters of {workdir} merged into them')
@@ -208,10 +209,11 @@ def _generation(workdir, config, model, step: int):
   # What an import kept holds until training has given the ids of a tokenizer
   # that was not read another meaning.
   standing_in = hf_tokenizer.is_stand_in(config.data.tokenizer)
-  if step == 0 or not standing_in:
+  published = hf_generation.is_published(workdir, step)
+  if published or not standing_in:
     if kept := hf_generation.kept(workdir):
       return kept
-  if standing_in and initial_state.has_parameters_alone(
+  if published and standing_in and initial_state.has_parameters_alone(
       restoring.directory(workdir)):
     return None  # an import of an earlier version, which did not keep it
   return hf_generation.of_run(config, model,

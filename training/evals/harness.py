@@ -33,9 +33,10 @@ class Model(api.TemplateLM):
   """A run's decoder, as lm_eval asks it.
 
   A text without a context is scored after the token that begins a document:
-  of weights that were imported and not trained here, the one that Hugging
-  Face's backend takes, bos or else eos, and where their tokenizer adds tokens
-  to the beginning of a text, so does this; of a run, the separator that stood
+  of weights that were imported and not trained here (nor in a run that was
+  merged or upcycled), the one that Hugging Face's backend takes, bos or else
+  eos, and where their tokenizer adds tokens to the beginning of a text, so
+  does this; of a run, the separator that stood
   before each document of its training. Special tokens in a text are obeyed,
   and what is written ends as the run's samples and its export's texts end.
 
@@ -67,7 +68,7 @@ class Model(api.TemplateLM):
     said = chat.ids(hf_generation.kept(evaluation.workdir))
     self._ends = tuple(said.get('eos_token_id', ())
                        or objectives.of(config).ends(config, tokens))
-    published = evaluation.step == 0
+    published = hf_generation.is_published(evaluation.workdir, evaluation.step)
     bos = tokens.special_ids.get('bos')
     self._begin = tokens.added_ids if published else ()
     if add_bos_token is not None:

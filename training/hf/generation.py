@@ -2,7 +2,9 @@
 text, how transformers is to draw, and the chat template.
 
 An import keeps what its folder says, in WORKDIR/generation.json, and an export
-writes that again. A run of our own says it by its tokenizer.
+writes that again. A run of our own says it by its tokenizer. What was made of a
+trained run, merged or as a mixture of experts, begins at step 0 as an import
+does: that its parameters were trained stands there, too.
 """
 
 import json
@@ -22,6 +24,7 @@ from training.hf import files as hf_files
 from training.workdir import storage
 
 KEPT = 'generation.json'  # in a workdir
+TRAINED = 'trained'  # there, beside the fields of Generation
 FILE = 'generation_config.json'  # in a Hugging Face folder
 
 
@@ -78,25 +81,44 @@ def _without(ids: dict[str, Any], fixed: Any) -> dict[str, Any]:
   return {name: value for name, value in ids.items() if name not in fixed}
 
 
-def keep(workdir: epath.Path, generation: Generation) -> None:
-  """Writes what an import's folder says into its workdir."""
-  storage.write(storage.path(workdir) / KEPT,
-                json.dumps(generation._asdict(), indent=2) + '\n')
+def keep(workdir: epath.Path, generation: Generation | None,
+         trained: bool = False) -> None:
+  """Writes what the folder says of which a new workdir's parameters are, if
+  any, and whether they were trained in the run that they are of."""
+  tree = {} if generation is None else generation._asdict()
+  tree |= {TRAINED: True} if trained else {}
+  if tree:
+    storage.write(storage.path(workdir) / KEPT,
+                  json.dumps(tree, indent=2) + '\n')
+
+
+def is_published(workdir: epath.Path, step: int) -> bool:
+  """Whether the parameters at a step are as they were imported: trained neither
+  in the workdir nor in a run that this was made of."""
+  return step == 0 and not _read(workdir).get(TRAINED, False)
 
 
 def published(workdir: epath.Path, step: int) -> Generation | None:
   """Returns what the folder says of which the parameters at a step are; None of
-  those that were trained in the workdir, where the separator begins a text."""
-  return None if step else kept(workdir)
+  those that were trained here, where the separator begins a text."""
+  return kept(workdir) if is_published(workdir, step) else None
 
 
 def kept(workdir: epath.Path) -> Generation | None:
-  """Returns what `keep` wrote; None in the workdir of any other run."""
+  """Returns what the folder said; None in the workdir of any other run."""
+  tree = {name: x for name, x in _read(workdir).items() if name != TRAINED}
+  return Generation(**tree) if tree else None
+
+
+def _read(workdir: epath.Path) -> dict[str, Any]:
+  """Returns what `keep` wrote; {}: nothing."""
   path = storage.path(workdir) / KEPT
   if not path.exists():
-    return None
+    return {}
   tree = hf_files.read_object(path)
-  earlier = {'bare': False, **tree}
-  require(set(earlier) == set(Generation._fields), f'{path} is damaged: it '
-          f'must have {" and ".join(Generation._fields)}')
-  return Generation(**earlier)
+  # TRAINED alone is of a run of our own; without `bare`, of an earlier version.
+  require(bool(tree) and isinstance(tree.get(TRAINED, False), bool)
+          and tree.keys() - {TRAINED} in (
+              set(), {'fields', 'options'}, set(Generation._fields)),
+          f'{path} is damaged: it must have {" and ".join(Generation._fields)}')
+  return tree

@@ -167,14 +167,14 @@ def test_a_tokenizer_says_what_hugging_face_puts_before_a_text(tmp_path):
     assert loaded.encode('a').tolist() == [2]
 
 
-def _model(workdir, config=None):
+def _model(workdir, config=None, step=1):
   from training.evals import harness
   module, params = models.make('gpt', vocab_size=384)
   return harness.Model(types.SimpleNamespace(
       run=types.SimpleNamespace(
           config=config or evaluations.config('gpt', 'causal'),
           module=module, model=module.config, context=contextlib.nullcontext),
-      tokenizer=tokenizers.load('bytes'), params=params, step=1,
+      tokenizer=tokenizers.load('bytes'), params=params, step=step,
       workdir=workdir))
 
 
@@ -242,6 +242,18 @@ def test_a_special_token_ends_a_text_by_its_name_or_as_the_folder_says(
       {'fields': {'eos_token_id': 3}, 'options': {'eos_token_id': [257, sep]},
        'bare': False}))
   assert _writing(monkeypatch, tmp_path)([until()]) == ['ab']
+
+
+@pytest.mark.skipif(not HERE, reason='lm_eval is not installed')
+def test_a_text_begins_as_in_the_training_of_the_weights(tmp_path):
+  ids = tokenizers.load('bytes').special_ids
+  begins = lambda step: _model(tmp_path, step=step).prefix_token_id
+  assert ids['bos'] != tokenizers.load('bytes').separator_id
+  assert (begins(0), begins(1)) == (
+      ids['bos'], tokenizers.load('bytes').separator_id)
+  # What was made of a trained run is at step 0, too.
+  (tmp_path / 'generation.json').write_text('{"trained": true}')
+  assert begins(0) == begins(1)
 
 
 @pytest.mark.skipif(not HERE, reason='lm_eval is not installed')

@@ -216,6 +216,44 @@ def test_no_run_is_made_in_a_folder_of_weights(tmp_path):
   assert list(tmp_path.iterdir()) == [file]
 
 
+def _with_adapters(imported, workdir, step):
+  """Saves the import with adapters, as a run after so many steps."""
+  lora = dict(rank=2, alpha=4.0, targets='query')
+  config = run_config.load_config(imported).copy_and_resolve_references()
+  with config.unlocked():
+    config.model.lora.update(lora)
+  _, params = models.make('llama', vocab_size=384, lora=lora)
+  with checkpoints.Checkpoints(workdir, every_steps=0, every_minutes=0.0,
+                               keep=1, keep_every=0) as saved:
+    saved.save(step, {'params': params}, next_batch=0, tokens=0, config=config)
+  run_config.save(workdir, config)
+  shutil.copy(imported / 'generation.json', workdir)
+  return workdir
+
+
+@pytest.mark.slow
+def test_what_is_made_of_a_trained_run_was_trained(imported, tmp_path):
+  """And so was what is made of that."""
+  def upcycle(run, new):
+    convert.upcycle(run, new, moe=['num_experts=2', 'top_k=1'], step=None,
+                    seed=0)
+    return new
+  merged = {}
+  for step in 0, 3:
+    run = _with_adapters(imported, tmp_path / f'run{step}', step)
+    merged[step] = tmp_path / f'merged{step}'
+    convert.merge(run, merged[step], step=None)
+  assert hf_generation.published(merged[0], 0) == hf_generation.kept(imported)
+  for made in merged[3], upcycle(merged[3], tmp_path / 'moe'):
+    assert not hf_generation.is_published(made, 0)
+    assert hf_generation.kept(made) == hf_generation.kept(merged[3])
+  # A run of our own has no folder, and so has what is made of it.
+  (run / 'generation.json').unlink()
+  own = upcycle(run, tmp_path / 'own')
+  assert not hf_generation.is_published(own, 0)
+  assert hf_generation.kept(own) is None
+
+
 # Of the programs; hf_generation_test.py evaluates an import, too.
 @pytest.mark.long
 def test_eval_reads_an_import_and_train_goes_on_in_a_mixture(

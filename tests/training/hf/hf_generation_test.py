@@ -249,6 +249,27 @@ def test_an_export_has_a_sentencepiece_file_by_the_name_it_is_found_by(
   assert out.special_ids == own.special_ids
 
 
+def test_what_was_kept_is_read(tmp_path):
+  file = tmp_path / 'generation.json'
+  assert hf_generation.kept(tmp_path) is None
+  assert hf_generation.is_published(tmp_path, 0)  # of an earlier version
+  hf_generation.keep(tmp_path, None)
+  assert not file.exists()
+  said = hf_generation.Generation(**GIVEN, bare=True)
+  for trained in False, True:
+    hf_generation.keep(tmp_path, said, trained)
+    assert hf_generation.kept(tmp_path) == said
+    assert hf_generation.is_published(tmp_path, 0) != trained
+    assert hf_generation.published(tmp_path, 0) == (None if trained else said)
+    assert hf_generation.published(tmp_path, 1) is None
+  file.write_text(json.dumps(GIVEN))  # of an earlier version
+  assert hf_generation.kept(tmp_path) == said._replace(bare=False)
+  for wrong in {}, dict(fields={}), GIVEN | dict(trained=1), GIVEN | dict(a=1):
+    file.write_text(json.dumps(wrong))
+    with pytest.raises(ValueError, match='generation.json is damaged'):
+      hf_generation.kept(tmp_path)
+
+
 def test_a_damaged_file_of_generation_is_named(tmp_path):
   (tmp_path / 'config.json').write_text('{}')
   (tmp_path / 'generation_config.json').write_text('[1]')
