@@ -2,9 +2,16 @@
 training."""
 
 MUTANTS = {
+    'training/timing.py': [
+        ('if not self._pauses:', 'if True:', 'timing: within'),
+        ('self._at_last and step == self._last', 'False', 'in_training: group'),
+        ('step % self._every == 0)', 'step % self._every == 1)',
+         'in_training: goes_on'),
+        ('self._last % self._every > 0', 'True', 'timing: recurs'),
+    ],
     'training/evals/scoring.py': [
-        ('config=without_capacity(evaluation.run.model))',
-         'config=evaluation.run.model)', 'scoring: text_alone'),
+        ('model = without_capacity(evaluation.run.model)',
+         'model = evaluation.run.model', 'scoring: text_alone'),
         ('-(-len(groups[0]) // shards) * shards', 'len(groups[0])',
          'scoring: shapes'),
         ('i * shape.length + row.places', 'row.places', 'scoring: text_alone'),
@@ -28,10 +35,5 @@ MUTANTS = {
         ("len(text.split()) + text.count('\\n')", 'len(text.split())',
          'strided: predicted_once'),
         ('np.concatenate([[first], ids])', 'ids', 'strided: predicted_once'),
-    ],
-    'training/evals/in_training.py': [
-        ('n == self._last or', '', 'in_training: group'),
-        ('n % self._every == 0)', 'n % self._every == 1)',
-         'in_training: goes_on'),
     ],
 }

@@ -279,6 +279,8 @@ MUTANTS = {
          'expert_groups: each_sequence'),
         ('/ jnp.maximum((count_B > 0).sum(), 1))', '/ rows)',
          'expert_groups: each_sequence'),
+        ('counted_A if routing.wanted_A is None else routing.wanted_A',
+         'counted_A', 'expert_groups: each_sequence'),
         ('dropped=1 - kept_A.sum()', 'dropped=kept_A.sum()',
          'routing: panel'),
         ('valid_T.shape[0]) == 0)', 'valid_T.shape[0]) <= 1)',

@@ -76,7 +76,7 @@ MUTANTS = {
          'seq2seq: pairs_of_a_file'),
         ('Pair(ids[:M], ids[M:], False)', 'Pair(ids[:M], ids[:M], False)',
          'seq2seq: follow'),
-        ("self.num_tokens = round(self._windows.num_tokens * share)",
+        ("self.num_tokens = max(1, round(self._windows.num_tokens * share))",
          "self.num_tokens = self._windows.num_tokens",
          'seq2seq: follow'),
         ('self.length = length or corpus.config.data.length',
