@@ -76,6 +76,14 @@ class Run:
               and row.get('loss') is not None]
     return losses[-1] if losses else None
 
+  @property
+  def is_whole(self) -> bool:
+    """Whether it is done and has all that it was to have: a held-out loss,
+    unless it was to do tasks alone."""
+    return self.state == 'done' and (
+        self.final is not None
+        or bool(self.config) and not self.config['eval.every_steps'])
+
 
 @dataclasses.dataclass(frozen=True)
 class Point:

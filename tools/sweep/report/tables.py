@@ -90,14 +90,17 @@ def outcome_table(sweep: Sweep, rows: Sequence[Outcome]) -> Table:
         Cell('1', 1.0) if is_base else _speed_up(row),
         _cost(point.params, base.params, is_base),
         _cost(point.flops_per_token, base.flops_per_token, is_base),
-        Cell(f'{len(point.finals)}/{len(point.runs)}', len(point.finals)),
+        Cell(f'{(ended := _ended(point))}/{len(point.runs)}', ended),
         Cell(changes(point), changes(point))))
   return Table(columns, body, _notes(sweep, rows))
 
 
 def _notes(sweep: Sweep, rows: Sequence[Outcome]) -> list[str]:
   notes, compared = [], [r for r in rows if r.difference is not None]
-  if not sweep.base.finals:
+  if not sweep.base.finals and _ended(sweep.base):
+    notes.append('No held-out losses were asked for (eval.every_steps=0): the '
+                 'tasks alone compare the points.')
+  elif not sweep.base.finals:
     notes.append(f'The base {sweep.base.name} has no finished run: nothing '
                  'can be compared with it.')
   few = [r for r in compared if not r.difference.known]
@@ -130,6 +133,12 @@ def _notes(sweep: Sweep, rows: Sequence[Outcome]) -> list[str]:
         'would have lowered its learning rate sooner, so they compare curves '
         'under this schedule, not best runs at each budget.')
   return notes
+
+
+def _ended(point: Point) -> int:
+  """Returns how many runs have a final loss, or were to have none."""
+  return sum(run.final is not None or run.is_whole
+             for run in point.runs.values())
 
 
 def _after_holm(rows: Sequence[Outcome]) -> str:
@@ -241,7 +250,7 @@ def missing(sweep: Sweep) -> Table:
   rows = []
   for point in sweep.points:
     for seed, run in point.runs.items():
-      if run.state == 'done' and run.final is not None:
+      if run.is_whole:
         continue
       why = run.error.strip()
       if run.state == 'done':
