@@ -65,12 +65,13 @@ def of_run(workdir: epath.Path, step: int | str | None = None,
         f'its model has the head {row.head!r}, which writes no text'))
   tokenizer = tokenizers.load(config.data.tokenizer)
   said = hf_generation.kept(workdir)
+  module = architectures.build(model)
+  found = trained.on_one_device(workdir, module, step)
   talk = row.talk(config, tokenizer)
   if said is not None or template:
-    talk = _talk(tokenizer, said, template, talk)
-  module = architectures.build(model)
-  params = trained.on_one_device(workdir, module, step).state
-  return Speaker(module, params, tokenizer, talk, _options(said))
+    talk = _talk(tokenizer, said, template, talk,
+                 hf_generation.is_published(workdir, found.step))
+  return Speaker(module, found.state, tokenizer, talk, _options(said))
 
 
 def of_folder(folder: epath.Path, template: str = '') -> Speaker:
@@ -85,12 +86,12 @@ def of_folder(folder: epath.Path, template: str = '') -> Speaker:
           + ', or '.join(' + '.join(names) for names in tokenizers.FOLDERS))
   tokenizer = tokenizers.load(str(folder))
   said = hf_generation.of_folder(folder)
-  talk = _talk(tokenizer, said, template, causal.goes_on(tokenizer))
+  talk = _talk(tokenizer, said, template, causal.goes_on(tokenizer), True)
   return Speaker(*weights.from_hf(folder), tokenizer, talk, _options(said))
 
 
 def _talk(tokenizer: Tokenizer, said: hf_generation.Generation | None,
-          template: str, usual: Talk) -> Talk:
+          template: str, usual: Talk, published: bool) -> Talk:
   """Returns how an imported model is talked with: by its chat template, and
   with the tokens of its generation_config.json.
 
@@ -99,6 +100,8 @@ def _talk(tokenizer: Tokenizer, said: hf_generation.Generation | None,
     said: what its folder says of generation.
     template: instead of the folder's own; '': that one, where it has one.
     usual: how the model is talked with where there is none.
+    published: whether the weights are the folder's, not trained here; else a
+      text begins with the separator, as in training.
   """
   ends = frozenset(ids(said).get('eos_token_id', ()))
   folder = epath.Path(tokenizer.name)
@@ -108,7 +111,7 @@ def _talk(tokenizer: Tokenizer, said: hf_generation.Generation | None,
     return chat.templated(
         found, ends, '' if template else 'answers by its chat template')
   if usual.plain:
-    return plain(tokenizer, said)
+    return plain(tokenizer, said) if published else usual
   return usual._replace(ends=ends or usual.ends)
 
 

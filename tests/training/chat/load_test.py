@@ -1,5 +1,6 @@
 """What a conversation takes from a run, and from a Hugging Face folder."""
 
+import dataclasses
 import json
 
 import pytest
@@ -67,6 +68,21 @@ def test_a_folder_without_one_goes_on_from_the_text(tmp_path):
   speaker = load.of_folder(tmp_path)
   assert speaker.talk.plain and speaker.talk.ends == {18}
   assert speaker.talk.encode(ASK).tolist() == [17, 1]
+
+
+def test_an_import_that_was_trained_goes_on_as_in_training(
+    tmp_path, monkeypatch):
+  """After the separator, and not after the folder's bos."""
+  save(tmp_path, bos_token_id=17, eos_token_id=18)
+  convert.import_(tmp_path, tmp_path / 'run', partial=False, seed=0)
+  assert load.of_run(tmp_path / 'run').talk.encode(ASK).tolist() == [17, 1]
+  read = load.trained.on_one_device
+  monkeypatch.setattr(load.trained, 'on_one_device', lambda *args: (
+      dataclasses.replace(read(*args), step=5)))
+  speaker = load.of_run(tmp_path / 'run')
+  assert speaker.talk.encode(ASK).tolist() == [
+      speaker.tokenizer.separator_id, 1]
+  assert speaker.tokenizer.separator_id != 17
 
 
 @pytest.mark.parametrize('system, words', [
