@@ -83,9 +83,12 @@ HF = hf.HuggingFace(
         'norm_eps': ('rms_norm_eps', 1e-5),
         'ffn': ('hidden_act', 'silu', hf.GATED),
         'tie_embeddings': ('tie_word_embeddings', False)},
-    # Published files have both: transformers has no such biases, and its own
-    # class in place of the program that the second names.
-    only=dict(attention_bias=False), unread=('auto_map',),
+    # Published files have these, Phi-4-mini's all: transformers has no such
+    # biases, a window in every layer, and its own class in place of the
+    # program that auto_map names.
+    only=dict(attention_bias=False, mlp_bias=False, lm_head_bias=False,
+              full_attn_mod=1, interpolate_factor=1),
+    unread=('auto_map',),
     read=_read, write=_write, tied=llama.HF.tied, spellings=llama.HF.spellings,
     heads={name: head for name, head in hf.heads(
         'Phi3', tokens='score').items() if name != 'span'})

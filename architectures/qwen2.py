@@ -67,6 +67,9 @@ HF = hf.HuggingFace(
     'qwen2', 'Qwen2ForCausalLM',
     names=tuple(row for row in llama.HF.names
                 if row[0] != 'decoder/layers/attention/out_bias'),
-    fields=FIELDS, read=read, write=write, tied=llama.HF.tied,
+    fields=FIELDS,
+    # Published files say so; transformers reads it in Qwen2-VL alone.
+    only=dict(use_mrope=False),
+    read=read, write=write, tied=llama.HF.tied,
     spellings=llama.HF.spellings, ignored=llama.HF.ignored,
     heads=hf.heads('Qwen2', tokens='score', span=('model.', 'transformer.')))

@@ -50,7 +50,8 @@ NEUTRAL = re.compile('|'.join((
     'pretraining_tp', r'summary_.*', r'output_.*', r'return_dict.*',
     'id2label', 'label2id', 'finetuning_task', 'problem_type', 'torchscript',
     'use_bfloat16', 'attn_implementation', 'chunk_size_feed_forward', 'n_ctx',
-    'pruned_heads', 'tf_legacy_loss', 'cross_attention_hidden_size')))
+    'pruned_heads', 'tf_legacy_loss', 'cross_attention_hidden_size',
+    r'transformers\.js_config')))
 
 # Fields of ours that say how a model is trained or computed, not what it is.
 # (What an expert has room for in evaluation: `_room`. Low-rank adapters are

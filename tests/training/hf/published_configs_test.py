@@ -49,6 +49,13 @@ PHI3 = dict(
 LONG = dict(
     max_position_embeddings=131072, sliding_window=262144, rope_scaling=dict(
         type='su', short_factor=[1.05] * 48, long_factor=[1, *[20.5] * 47]))
+PHI4_MINI = PHI3 | LONG | dict(
+    bos_token_id=199999, eos_token_id=199999, full_attn_mod=1,
+    interpolate_factor=1, lm_head_bias=False, mlp_bias=False,
+    num_attention_heads=24, num_key_value_heads=8, pad_token_id=199999,
+    partial_rotary_factor=0.75, tie_word_embeddings=True, vocab_size=200064,
+    rope_scaling=dict(type='longrope', short_factor=[1.0] * 48,
+                      long_factor=[1, 1.118320672, *[32.13400] * 46]))
 MAMBA2 = dict(
     model_type='mamba2', bos_token_id=0, chunk_size=256, conv_kernel=4,
     eos_token_id=0, expand=2, head_dim=64, hidden_act='silu', hidden_size=768,
@@ -98,6 +105,15 @@ QWEN3_NEXT = dict(
     shared_expert_intermediate_size=512, tie_word_embeddings=False,
     torch_dtype='bfloat16', use_cache=True, use_sliding_window=False,
     vocab_size=151936)
+QWEN2 = dict(
+    architectures=['Qwen2ForCausalLM'], model_type='qwen2',
+    attention_dropout=0.0, bos_token_id=151643, eos_token_id=151643,
+    hidden_act='silu', hidden_size=896, initializer_range=0.02,
+    intermediate_size=4864, max_position_embeddings=32768, max_window_layers=24,
+    num_attention_heads=14, num_hidden_layers=24, num_key_value_heads=2,
+    rms_norm_eps=1e-06, rope_theta=1000000.0, sliding_window=32768,
+    tie_word_embeddings=True, torch_dtype='bfloat16', use_cache=True,
+    use_mrope=False, use_sliding_window=False, vocab_size=151936)
 WHOLE = [4, 8, 12, 16, 20, 24, 27]
 KIMI_LINEAR = dict(
     architectures=['KimiLinearForCausalLM'], model_type='kimi_linear',
@@ -121,6 +137,12 @@ KIMI_LINEAR = dict(
     use_cache=True, use_grouped_topk=True, v_head_dim=128, vocab_size=163840)
 PUBLISHED = {
     'kimi_linear:48b-a3b': KIMI_LINEAR,
+    'qwen2:0.5b': QWEN2,
+    'qwen2:7b': QWEN2 | dict(
+        hidden_size=3584, intermediate_size=18944, max_window_layers=28,
+        max_position_embeddings=131072, num_attention_heads=28,
+        num_hidden_layers=28, num_key_value_heads=4, sliding_window=131072,
+        tie_word_embeddings=False, vocab_size=152064),
     'qwen3_next:80b-a3b': QWEN3_NEXT,
     'olmoe:1b-7b': OLMOE,
     'mamba2:130m': MAMBA2,
@@ -172,7 +194,22 @@ def test_phi3_for_long_texts_has_the_factors_of_its_file():
   hf_config.check_same(c, hf_config.read(written), 'written')
 
 
+def test_phi4_mini_is_a_phi3_of_its_published_size():
+  c = hf_config.read(PHI4_MINI)
+  assert totals.parameters(c)[0] == 3_836_021_760
+  assert (c.head_dim, c.rope.fraction, c.rope.factor) == (128, 0.75, 32.0)
+  assert len(c.rope.long_factor) == 48 and c.tie_embeddings
+  # No row is as long as the window, which so leaves nothing out.
+  assert (c.max_len, c.sliding_window) == (131072, 262144)
+  hf_config.check_same(c, hf_config.read(hf_config.write(c)), 'written')
+
+
 @pytest.mark.parametrize('tree, words', [
+    (QWEN2 | dict(use_mrope=True), 'use_mrope True: only False'),
+    (PHI4_MINI | dict(full_attn_mod=2), 'full_attn_mod 2: only 1'),
+    (PHI4_MINI | dict(interpolate_factor=4), 'interpolate_factor 4: only 1'),
+    (PHI4_MINI | dict(lm_head_bias=True), 'lm_head_bias True: only False'),
+    (PHI4_MINI | dict(mlp_bias=True), 'mlp_bias True: only False'),
     (PHI3 | dict(rope_scaling=dict(type='linear', factor=2.0)),
      "'linear': choose from default, longrope"),
     (PHI3 | dict(rope_scaling=dict(LONG['rope_scaling'], short_factor=['x'])),
@@ -236,6 +273,12 @@ def test_what_is_no_encoder_decoder_may_say_so(tree):
       hf_config.read(tree | dict(is_encoder_decoder=value))
   with pytest.raises(ValueError, match='is_encoder_decoder False: only True'):
     hf_config.read(dict(model_type='t5', is_encoder_decoder=False))
+
+
+def test_what_a_file_says_to_javascript_changes_nothing():
+  tree = dict(model_type='llama')
+  assert hf_config.read(tree) == hf_config.read(tree | {
+      'transformers.js_config': {'kv_cache_dtype': {'q4f16': 'float16'}}})
 
 
 def test_what_a_switch_file_leaves_out_is_as_in_transformers():
