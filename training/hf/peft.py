@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 import dataclasses
 import json
 import pathlib
+import re
 from typing import Any
 
 import jax.numpy as jnp
@@ -155,9 +156,10 @@ def _with_adapters(c: ModelConfig, tree: Mapping[str, Any], names: set[str],
 
   targets = []
   for product in linear.PRODUCTS:
-    theirs = {row[2].format(n=0) for row, *_ in _rows_or_none(
-        with_targets(product))}
-    if theirs & names:
+    # Of any layer: the first one may have no such product.
+    theirs = [re.escape(row[2]).replace(r'\{n\}', r'\d+')
+              for row, *_ in _rows_or_none(with_targets(product))]
+    if any(re.fullmatch('|'.join(theirs), name) for name in names):
       targets.append(product)
   require(targets, f'{file.parent / WEIGHTS} has an adapter of no product of '
           f'model.arch {c.arch!r}: its tensors are such as '

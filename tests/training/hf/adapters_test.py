@@ -114,6 +114,7 @@ def test_merged_it_is_a_model_like_any_other(imported, tmp_path):
     ('llama', 'all-linear'), ('mixtral', 'key,out'),
     *(pytest.param(*case, marks=pytest.mark.long) for case in (
         ('bert', 'all-linear'), ('t5', 'query,value'),
+        ('kimi_linear', 'all-linear'),  # whose first layer lacks products
         ('gpt', 'out,up,down')))])
 def test_pefts_format_there_and_back(system, targets, tmp_path):
   module, params = models.make(
