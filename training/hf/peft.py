@@ -33,6 +33,8 @@ ONLY = dict(peft_type='LORA', bias='none', use_dora=False, use_rslora=False,
             rank_pattern={}, alpha_pattern={}, modules_to_save=None,
             layer_replication=None, trainable_token_indices=None,
             target_parameters=None, lora_bias=False)
+# Ways to begin A and B that leave the weight of the model as it is.
+INITS = (True, False, None, 'gaussian', 'eva', 'orthogonal', 'mica')
 
 
 def rows(c: ModelConfig) -> Iterator[tuple[hf.Row, str, bool]]:
@@ -125,10 +127,12 @@ def read(c: ModelConfig, folder: pathlib.Path) -> tuple[ModelConfig, Any]:
   file = folder / CONFIG
   require(file.is_file(), f'{file} is missing: it says what the adapters are')
   tree = hf_files.read_object(file)
-  for name, value in ONLY.items():
+  # Adapters that begin with some tokens are of later versions than we write.
+  for name, value in (ONLY | dict(alora_invocation_tokens=None)).items():
     found = tree.get(name, value)
     require(found == value or not (found or value), f'{file} has {name} '
             f'{short(found)}: only {value!r} is known here')
+  _check_init(tree.get('init_lora_weights'), file)
   for name in ('r', 'lora_alpha'):
     require(type(tree.get(name)) in (int, float) and tree[name] > 0,
             f'{file} has {name} {short(tree.get(name))}: it must be a number '
@@ -144,6 +148,19 @@ def read(c: ModelConfig, folder: pathlib.Path) -> tuple[ModelConfig, Any]:
     flat[t.paths[0]][t.index] = t.part(held.__getitem__, 0, sizes)
   return c, restoring.nest({path: jnp.asarray(x, c.param_dtype)
                             for path, x in flat.items()})
+
+
+def _check_init(init: Any, file: pathlib.Path) -> None:
+  """Raises RequestError for adapters whose training began with a change of the
+  model's own weights, such as PiSSA's, which take away a part: A and B belong
+  to what was left."""
+  known = init.lower() if isinstance(init, str) else init
+  require(known in INITS, f'{file} has init_lora_weights {short(init)}, with '
+          "which A and B belong to other weights than the model's (choose from "
+          f'{", ".join(str(x) for x in INITS if x is not None)}): save them '
+          "anew by PEFT's save_pretrained with "
+          'path_initial_model_for_weight_conversion, which converts pissa, '
+          'olora, corda and lora_ga, or merge them there')
 
 
 def _with_adapters(c: ModelConfig, tree: Mapping[str, Any], names: set[str],

@@ -195,7 +195,12 @@ def test_an_adapter_beside_an_imported_model(folder, tmp_path, made):
     (dict(peft_type='IA3'), "has peft_type 'IA3': only 'LORA'"),
     (dict(r='8'), "has r '8': it must be a number > 0"),
     (dict(r=5), r'lora_A.weight of shape \(2, 32\), and the model needs'),
-    (dict(rank_pattern={'q_proj': 4}), 'has rank_pattern')])
+    (dict(rank_pattern={'q_proj': 4}), 'has rank_pattern'),
+    (dict(alora_invocation_tokens=[5]), 'has alora_invocation_tokens'),
+    *((dict(init_lora_weights=init), f"has init_lora_weights '{init}', with "
+       r'which .*\(choose from True.*path_initial_model_for_weight_conversion')
+      for init in ('pissa', 'pissa_niter_4', 'OLoRA', 'corda', 'loftq',
+                   'lora_ga'))])
 def test_an_adapter_of_another_kind_is_refused(change, words, tmp_path):
   module, params = models.make('llama', lora=LORA)
   peft.write(module.config, params, tmp_path, 'base')
@@ -203,6 +208,17 @@ def test_an_adapter_of_another_kind_is_refused(change, words, tmp_path):
   file.write_text(json.dumps(json.loads(file.read_text()) | change))
   with pytest.raises(RequestError, match=words):
     peft.read(adapters.plain(module.config), tmp_path)
+
+
+def test_adapters_may_begin_in_any_way_that_leaves_the_weights(tmp_path):
+  module, params = models.make('llama', lora=LORA)
+  peft.write(module.config, params, tmp_path, 'base')
+  file = tmp_path / peft.CONFIG
+  for init in True, False, None, 'gaussian', 'eva', 'orthogonal', 'mica':
+    file.write_text(json.dumps(
+        json.loads(file.read_text()) | dict(init_lora_weights=init)))
+    model, _ = peft.read(adapters.plain(module.config), tmp_path)
+    assert adapters.same(model, module.config)
 
 
 @pytest.mark.long
