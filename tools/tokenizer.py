@@ -11,12 +11,13 @@ What `train` writes is a Hugging Face tokenizer.json, which a run takes as
 
 import argparse
 from collections.abc import Iterator
+import itertools
 import json
 import os
 import sys
 
 from configs import base
-from configs.errors import RequestError
+from configs.errors import RequestError, require
 from training import cli, limits, progress
 from training.data import holdout, sources
 from training.data import texts, tokenizers
@@ -53,6 +54,9 @@ def _wordpiece():
 
 
 KINDS = {'bpe': _bpe, 'unigram': _unigram, 'wordpiece': _wordpiece}
+# Sources of text, by prefix.
+TEXT = [usage for prefix, usage in sources.USAGE.items()
+        if prefix not in ('conll', 'squad', 'probe', 'tokens')]
 # The special tokens of each kind's family, in the order of their ids.
 SPECIALS = {
     'bpe': ['<|endoftext|>'],
@@ -74,8 +78,8 @@ def train(kind: str, source: str, vocab_size: int, out: str,
   if vocab_size <= len(specials):
     raise RequestError(f'--vocab_size={vocab_size} does not hold the '
                        f'{len(specials)} special tokens.')
-  storage.try_file(out, '--out')
   documents = _texts(source, holdout_every)
+  storage.try_file(out, '--out')
   try:
     with progress.during(f'training {kind}'):
       tokenizer.train_from_iterator(documents, trainer(
@@ -101,6 +105,7 @@ def train(kind: str, source: str, vocab_size: int, out: str,
 def describe(name: str, source: str = '', holdout_every: int = 0) -> dict:
   """Returns what tokenizer `name` is and, on a source, how short its text is.
   """
+  documents = _texts(source, holdout_every) if source else ()
   tokenizer = tokenizers.load(name)
   described = dict(
       tokenizer=name, vocab_size=tokenizer.vocab_size,
@@ -109,9 +114,11 @@ def describe(name: str, source: str = '', holdout_every: int = 0) -> dict:
       fingerprint=tokenizer.fingerprint)
   if source:
     tokens = num_bytes = 0
-    for text in progress.each(_texts(source, holdout_every), 'texts encoded'):
+    for text in progress.each(documents, 'texts encoded'):
       tokens += len(tokenizer.encode(text))
       num_bytes += len(text.encode('utf-8'))
+    require(tokens > 0, f'data source {source!r} holds no text of which '
+            f'--tokenizer={name} makes a token: choose another of either')
     described |= dict(source=source, tokens=tokens, bytes=num_bytes,
                       bytes_per_token=num_bytes / tokens)
   return described
@@ -126,14 +133,36 @@ def encode(name: str, text: str) -> dict:
 
 
 def _texts(spec: str, holdout_every: int) -> Iterator[str]:
-  for _, source in sources.parse(spec):
-    documents = holdout.split(source, holdout_every).documents()
-    for i, document in enumerate(documents):
-      if not holdout.held_out(i, holdout_every):
-        if isinstance(document, str):
-          yield document
-        else:
-          yield from (text for _, text in document)
+  """Returns the texts of a source that are not held out.
+
+  Raises:
+    RequestError: for a source that holds no text; and, as its end is read, for
+      one of which all is held out.
+  """
+  parsed = [source for _, source in sources.parse(spec)]
+  for source in parsed:
+    require(not source.drawn and (not source.records or bool(
+        source.as_document)), f'data source {source.name!r} holds '
+            f'{source.records}, and no text that tools.tokenizer could read: '
+            'choose from ' + ', '.join(TEXT))
+  return itertools.chain.from_iterable(
+      _read(source, holdout_every) for source in parsed)
+
+
+def _read(source: sources.Source, holdout_every: int) -> Iterator[str]:
+  taken = i = 0
+  for i, document in enumerate(
+      holdout.split(source, holdout_every).documents(), 1):
+    if holdout.held_out(i - 1, holdout_every):
+      continue
+    taken += 1
+    if isinstance(document, str):
+      yield document
+    else:
+      yield from (text for _, text in document)
+  require(taken > 0, f'data source {source.name!r} has {i} document(s), of '
+          f'which --holdout_every={holdout_every} leaves none: choose 0, or '
+          'another source')
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -149,7 +178,7 @@ def _parser() -> argparse.ArgumentParser:
   trainer.add_argument('--kind', choices=KINDS, default='bpe',
                        help='the algorithm')
   trainer.add_argument('--source', default='sotu',
-                       help=', '.join(sources.USAGE.values()))
+                       help=', '.join(TEXT))
   trainer.add_argument('--vocab_size', type=int, required=True,
                        help='special tokens included')
   trainer.add_argument('--out', required=True, metavar='FILE.json',

@@ -370,21 +370,3 @@ def test_what_is_no_tokenizer_is_refused(spec, message, tmp_path):
   with pytest.raises(ValueError, match=message) as caught:
     tokenizers.load(spec.format(tmp_path))
   assert '\n' not in str(caught.value)
-
-
-@pytest.mark.parametrize('words, message', [
-    (['--vocab_size', '100', '--out', 'x.json'], 'vocab_size=100 is too small'),
-    (['--vocab_size', '0', '--out', 'x.json'], 'vocab_size is 0: it must be'),
-    (['--vocab_size', '1', '--out', 'x.json', '--sentinels', '9'],
-     'vocab_size=1 does not hold'),
-    (['--vocab_size', '300', '--out', 'x.txt'], 'must end in .json'),
-    (['--vocab_size', '300', '--out', 'x.json', '--source', 'text:{}/no*'],
-     'matches no file'),
-])
-def test_what_cannot_be_trained_is_refused(
-    words, message, corpus, tmp_path, monkeypatch):
-  monkeypatch.chdir(tmp_path)
-  words = ['train', '--source', f'text:{corpus}/*.txt', *words]
-  with pytest.raises(ValueError, match=message):
-    tool.main([word.format(corpus) for word in words])
-  assert not list(tmp_path.iterdir())
