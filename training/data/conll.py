@@ -96,7 +96,12 @@ def reader_of_rows(name: str, fields: Sequence[str], dataset: Any
   """
   require(len(fields) == 2, f'data source {name!r} names the fields '
           f'{"+".join(fields)}: write those of the words and of the labels')
-  names = getattr(dataset.features[fields[1]].feature, 'names', None)
+  features = dataset.features
+  for field in fields:
+    require(hasattr(features[field], 'feature'), f'data source {name!r}: its '
+            f'field {field!r} holds no lists: write one of lists of words and '
+            'one of lists of labels, a label for each word')
+  names = getattr(features[fields[1]].feature, 'names', None)
 
   def read(_: Any) -> Iterator[Sentence]:
     for number, row in enumerate(dataset.select_columns([*fields]), 1):

@@ -6,6 +6,7 @@ import types
 
 import pytest
 
+from configs.errors import RequestError
 from training.data import conll
 
 TAGGED = ('# id 1\n-DOCSTART-\tO\n\n'
@@ -47,7 +48,7 @@ def test_a_set_of_the_hub_has_names_of_labels():
   row = dict(w=['a', 'b'], l=[1, 0])
   def read(names=('O', 'B-x'), **changes):
     dataset = types.SimpleNamespace(
-        features=dict(l=types.SimpleNamespace(
+        features=dict.fromkeys('wl', types.SimpleNamespace(
             feature=types.SimpleNamespace(names=names))),
         select_columns=lambda _: [row, row | changes])
     return list(conll.reader_of_rows('hf:x', ('w', 'l'), dataset)(''))
@@ -63,6 +64,16 @@ def test_a_set_of_the_hub_has_names_of_labels():
       read(names, l=[None, 1])
   with pytest.raises(ValueError, match='row 2, has 2 words and 0 labels'):
     read(l=None)
+
+
+@pytest.mark.parametrize('scalar', ['w', 'l'])
+def test_a_column_of_the_hub_that_holds_no_lists_is_refused(scalar):
+  lists, text = types.SimpleNamespace(feature=None), types.SimpleNamespace()
+  dataset = types.SimpleNamespace(features=dict(w=lists, l=lists) | {
+      scalar: text})
+  with pytest.raises(RequestError, match=f'field {scalar!r} holds no lists: '
+                     'write one of lists of words and one of lists of labels'):
+    conll.reader_of_rows('hf:x', ('w', 'l'), dataset)
 
 
 def test_columns(tmp_path):
