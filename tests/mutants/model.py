@@ -340,14 +340,6 @@ MUTANTS = {
          '[letters.index(a) for a in letters if a.isdigit()]',
          'hf_fused: may_be_several'),
     ],
-    'architectures/kimi_linear.py': [
-        ('WHOLE if n and n % 4 == 0', 'WHOLE if n % 4 == 0',
-         'kimi_linear_layers: left_out'),
-        ('types or listed', 'listed or types', 'kimi_linear_layers: authors'),
-        ('rank=size', 'rank=heads', 'kimi_linear_layers: authors'),
-        ('whole = [layer.mixer ==', 'whole = [layer.mixer !=',
-         'kimi_linear_layers: as_they_were_read'),
-    ],
     'training/hf/heads.py': [
         ('PROBLEMS[config.num_labels > 1]', 'PROBLEMS[0]',
          'hf_heads: number_or_a_class'),

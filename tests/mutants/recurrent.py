@@ -187,4 +187,12 @@ MUTANTS = {
         ('not positions.of(c).bias', 'True', 'gated_linear: cannot_be'),
         ('dim % 2 == 0 and dim > 0', 'True', 'gated_linear: cannot_be'),
     ],
+    'architectures/kimi_linear.py': [
+        ('WHOLE if n and n % 4 == 0', 'WHOLE if n % 4 == 0',
+         'kimi_linear_layers: left_out'),
+        ('types or listed', 'listed or types', 'kimi_linear_layers: authors'),
+        ('rank=size', 'rank=heads', 'kimi_linear_layers: authors'),
+        ('whole = [layer.mixer ==', 'whole = [layer.mixer !=',
+         'kimi_linear_layers: as_they_were_read'),
+    ],
 }
