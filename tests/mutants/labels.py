@@ -28,8 +28,7 @@ MUTANTS = {
     'training/measures/classes.py': [
         ('float(f1[1]) if count == 2', 'float(f1[0]) if count == 2',
          'labels: formulas'),
-        ('len(labels))\n                    for text',
-         'len(labels) - 1)\n                    for text',
+        ('get(text, len(labels))', 'get(text, len(labels) - 1)',
          'labels: never_right'),
     ],
 }

@@ -7,7 +7,7 @@ Matthews' correlation coefficient (Matthews 1975), as GLUE's tasks are measured
 (Wang et al. 2018). Of numbers: Pearson's and Spearman's correlation.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 import json
 from typing import Any
 import warnings
@@ -63,20 +63,30 @@ def of_texts(view: Any, written: Sequence[tuple[str, str, bool]],
 
   Args:
     view, config, options: not read.
-    written: (what the model wrote, the label) of each row, and more.
+    written: (what the model wrote, the label) of each row, and more. The space
+      that some tokenizers put before a text is no part of either.
   """
   del view, config, options
-  labels = records.in_order(target for _, target, *_ in written)
-  require(len(labels) > 1, f'what is held out has one label, {labels[0]!r}: '
-          'there is nothing to measure')
+  rows = [(text.strip(), target.strip()) for text, target, *_ in written]
+  labels = labels_of_texts(target for _, target in rows)
   numbers = {label: i for i, label in enumerate(labels)}
-  found = np.array([numbers.get(text.strip(), len(labels))
-                    for text, *_ in written])
-  targets = np.array([numbers[target] for _, target, *_ in written])
-  predictions = [{'label': target, 'predicted': text}
-                 for text, target, *_ in written]
+  found = np.array([numbers.get(text, len(labels)) for text, _ in rows])
+  targets = np.array([numbers[target] for _, target in rows])
+  predictions = [{'label': target, 'predicted': text} for text, target in rows]
   return _measured([*labels, NONE] if (found == len(labels)).any() else labels,
                    targets, found, predictions, len(labels))
+
+
+def labels_of_texts(targets: Iterable[str]) -> tuple[str, ...]:
+  """Returns the labels that targets write, in order.
+
+  Raises:
+    RequestError: where all are one label.
+  """
+  labels = records.in_order(target.strip() for target in targets)
+  require(len(labels) > 1, f'what is held out has one label, {labels[0]!r}: '
+          'there is nothing to measure')
+  return labels
 
 
 def _measured(names: Sequence[str], targets: np.ndarray, found: np.ndarray,

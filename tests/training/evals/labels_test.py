@@ -107,6 +107,16 @@ def test_a_text_that_is_no_label_is_never_right():
     classes.of_texts(None, [('no', 'yes', False)])
 
 
+def test_a_space_before_a_label_is_no_part_of_it():
+  """Byte-level tokenizers with add_prefix_space decode one."""
+  measured = classes.of_texts(None, [
+      (' yes', ' yes', True), (' no', ' no', True)])
+  assert measured.figures['accuracy'] == 1
+  assert measured.figures['labels'] == ['no', 'yes']
+  assert json.loads(measured.files[''].splitlines()[0]) == dict(
+      label='yes', predicted='yes')
+
+
 @pytest.fixture(name='source')
 def _source(tmp_path):
   rows = [f'{"ab" * (1 + i * 5 % 11)}{"c" * i}\t{i % 3}\n' for i in range(14)]
