@@ -11,9 +11,7 @@ class Measured(NamedTuple):
     lines: for a reader.
     files: the texts of files of predictions, by what is put before the suffix
       of their name.
-    joins: whether those of several sources may follow one another in a file.
   """
   figures: dict[str, Any]
   lines: list[str]
   files: dict[str, str]
-  joins: bool = True

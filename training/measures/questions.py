@@ -65,17 +65,23 @@ def figures(view: Questions, found: Sequence[spans.Best]) -> dict[str, Any]:
   return own
 
 
-def written(view: Questions, found: Sequence[spans.Best]) -> dict[str, str]:
-  """Returns the texts of three JSON files, by what stands in their names.
-
-  '': {question: answer}, as evaluate-v2.0.py reads it; 'nbest': {question: the
-  best answers}; 'null_odds': {question: how much higher the null score is},
-  which that script reads as --na-prob-file.
+def check_ids(view: Questions) -> None:
+  """Raises RequestError where `written` could not tell two questions apart.
   """
   names = [question.id for question in view.questions]
   require(len({*names}) == len(names), 'two questions have one id, and '
           '--predictions names each answer by its id: evaluate the files one '
           'by one')
+
+
+def written(view: Questions, found: Sequence[spans.Best]) -> dict[str, str]:
+  """Returns the texts of three JSON files, by what stands in their names.
+
+  '': {question: answer}, as evaluate-v2.0.py reads it; 'nbest': {question: the
+  best answers}; 'null_odds': {question: how much higher the null score is},
+  which that script reads as --na-prob-file. Of `view`, check_ids holds.
+  """
+  names = [question.id for question in view.questions]
   rows = zip(names, spans.as_json(found))
   return {kind: json.dumps(table, indent=1, ensure_ascii=False) + '\n'
           for kind, table in {
@@ -109,4 +115,4 @@ def measure(view: Questions, scores: Sequence[np.ndarray],
         f'{own[f"best_{kind}_thresh"]:.2f}')
     lines.append(f'  {kind:<16} {own[kind]:.2f}{parts}{best}')
   return Measured(own, lines, {} if not options.predictions else
-                  written(view, found), joins=False)
+                  written(view, found))

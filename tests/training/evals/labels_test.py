@@ -11,6 +11,7 @@ import pytest
 from tests.helpers import evaluations
 from training import evals, objectives
 from training.data import labelled
+from training.evals.tasks import labels
 from training.measures import classes
 
 pytest.importorskip('sklearn')
@@ -105,6 +106,19 @@ def test_a_text_that_is_no_label_is_never_right():
   assert numbers['f1'] == pytest.approx(2 * 1 / (1 + 2))
   with pytest.raises(ValueError, match="one label, 'yes'"):
     classes.of_texts(None, [('no', 'yes', False)])
+
+
+@pytest.mark.slow
+def test_one_label_is_refused_before_anything_is_written(
+    tmp_path, monkeypatch):
+  """Ten targets, of which a row has room for what they have in common."""
+  (tmp_path / 'a.tsv').write_text(''.join(
+      f'text {i}\tsame{i}\n' for i in range(10)))
+  config = _config(f'labelled:{tmp_path}/a.tsv', 't5', 'seq2seq')
+  config.data.target_length = 4
+  monkeypatch.setattr(labels, 'written', None)
+  with pytest.raises(ValueError, match="one label, 'same'"):
+    labels.run(evaluations.make(config))
 
 
 def test_a_space_before_a_label_is_no_part_of_it():

@@ -125,8 +125,9 @@ def test_the_mean_is_of_figures_that_all_sources_have(sources, tmp_path):
       0.75 * first['exact'] + 0.25 * second['exact'])
 
 
-def test_files_of_answers_are_not_joined(sources, tmp_path):
-  """Two JSON texts are none; files of words follow one another."""
+def test_files_of_answers_are_not_joined(sources, tmp_path, monkeypatch):
+  """Two JSON texts are none, which is said before a model has answered; files
+  of words follow one another."""
   for objective, joins in zip(KINDS, (True, False)):
     evaluation = _evaluation(sources, objective,
                              predictions=str(tmp_path / objective))
@@ -141,8 +142,20 @@ def test_files_of_answers_are_not_joined(sources, tmp_path):
       text = (tmp_path / objective).read_text()
       assert text[:len(text) // 2] == text[len(text) // 2:]
     else:
+      monkeypatch.setattr(labels, 'scores', None)
       with pytest.raises(RequestError, match='--predictions is one file'):
         evaluations.run('labels', evaluation)
+
+
+def test_answers_that_have_one_name_are_refused_before_there_are_any(
+    tmp_path, monkeypatch):
+  for name in 'ab':
+    files.squad(tmp_path / f'{name}.json')
+  evaluation = _evaluation({'question_answering': f'squad:{tmp_path}/*.json'},
+                           'question_answering', predictions='answers.json')
+  monkeypatch.setattr(labels, 'scores', None)
+  with pytest.raises(RequestError, match='two questions have one id'):
+    evaluations.run('labels', evaluation)
 
 
 @pytest.mark.long

@@ -62,9 +62,9 @@ def translate(module: Any, params: Any, batch: Mapping[str, np.ndarray],
   from training import beam, generate
   from training.objectives import seq2seq
   start = jnp.full((len(batch['tokens']), 1), seq2seq.start_id(tokenizer))
-  end = tokenizer.separator_id
   given = module, params, start, jnp.ones(len(start), jnp.int32)
-  more = dict(max_new_tokens=batch['targets'].shape[1], stop_token=end,
+  more = dict(max_new_tokens=batch['targets'].shape[1],
+              stop_token=tokenizer.separator_id,
               source_BM=jnp.asarray(batch['tokens']),
               source_lengths_B=jnp.asarray(batch['segment_ids'].sum(1)))
   if beams is None:
@@ -79,13 +79,13 @@ def translate(module: Any, params: Any, batch: Mapping[str, np.ndarray],
     size = int((weights > 0).sum())
     if size:
       same = np.array_equal(row[:size], target[:size])
-      found.append((_text(row, end, tokenizer),
-                    _text(target[:size], end, tokenizer), same))
+      found.append((text(row, tokenizer), text(target[:size], tokenizer), same))
   return found
 
 
-def _text(ids: np.ndarray, end: int, tokenizer: Any) -> str:
-  ends = np.flatnonzero(ids == end)
+def text(ids: np.ndarray, tokenizer: Any) -> str:
+  """Returns the text of a target, up to its end."""
+  ends = np.flatnonzero(ids == tokenizer.separator_id)
   return tokenizer.decode(ids[:ends[0]] if ends.size else ids)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from configs.errors import require
-from training.measures import classes, entities
+from training.measures import classes, entities, questions
 from training.evals.task import Evaluation, Flag, Task
 
 
@@ -23,6 +23,7 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
   from training.workdir import storage
   config = evaluation.run.config
   loaders = pipeline.held_out(config, evaluation.tokenizer, in_order=True)
+  _check_held_out(evaluation, loaders)
   objective, found = loaders[0].objective, []
   for loader in loaders:
     answers = (written(evaluation, loader) if objective.head == 'lm' else
@@ -31,8 +32,6 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
                                    evaluation.options))
     print('\n'.join([f'{loader.text}:', *found[-1].lines]))
   if evaluation.options.predictions:
-    require(len(found) == 1 or found[0].joins, '--predictions is one file, and '
-            f'{len(found)} sources are evaluated: evaluate one by --text')
     for kind in found[0].files:
       file = _file(evaluation.options.predictions, kind)
       storage.write(file, ''.join(one.files[kind] for one in found))
@@ -51,6 +50,26 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
     print(f'  {name.replace("_", " "):<22} {evaluating.shown(value)}')
   return figures | {'sources': {loader.name: one.figures
                                 for loader, one in zip(loaders, found)}}
+
+
+def _check_held_out(evaluation: Evaluation, loaders: Sequence[Any]) -> None:
+  """Raises RequestError for records whose answers could not be measured or
+  written, before there is any answer."""
+  from training.evals.tasks import exact
+  objective, tokenizer = loaders[0].objective, evaluation.tokenizer
+  if objective.head == 'span' and evaluation.options.predictions:
+    require(len(loaders) == 1, '--predictions is one file, and '
+            f'{len(loaders)} sources are evaluated: evaluate one by --text')
+    questions.check_ids(loaders[0].views[0])
+  if objective.head != 'lm':
+    return
+  for loader in loaders:
+    view = loader.views[0]
+    targets = {tuple(objective.example(view[i], None, evaluation.run.config,
+                                       tokenizer)['targets'])
+               for i in range(len(view))}
+    classes.labels_of_texts(exact.text(np.array(ids), tokenizer)
+                            for ids in targets)
 
 
 def scores(evaluation: Evaluation, loader: Any) -> list[np.ndarray]:
