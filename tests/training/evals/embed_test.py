@@ -109,6 +109,26 @@ def test_bert_has_a_pooler_and_others_do_not(tmp_path):
       written(tmp_path, asked(tmp_path, kind, pooling='pooler'))
 
 
+@pytest.mark.slow
+def test_a_model_of_masked_diffusion_reads_a_text_as_in_training(tmp_path):
+  """It never saw [CLS] and [SEP]: a document begins after a separator."""
+  evaluation = asked(tmp_path, 'encoder')
+  texts = [('a.txt, line 1', 'ab')]
+  row, = embed.laid_out(texts, evaluation)
+  assert row.tolist() == [260, *b'ab', 261]
+  evaluation.run.config.objective = 'masked_diffusion'
+  row, = embed.laid_out(texts, evaluation)
+  assert row.tolist() == [258, *b'ab']
+
+
+@pytest.mark.parametrize('objective', ['probe', 'compression'])
+@pytest.mark.parametrize('task', ['embed', 'inspect'])
+def test_a_run_on_a_probe_reads_no_text(task, objective):
+  config = evaluations.config('gpt', objective)
+  assert 'whose ids stand for no text' in evals.TASKS[task].unfit(config)
+  assert not evals.TASKS[task].unfit(evaluations.config('gpt', 'causal'))
+
+
 def test_a_causal_model_has_no_first(tmp_path):
   with pytest.raises(RequestError, match='choose mean or last'):
     written(tmp_path, asked(tmp_path, 'decoder', pooling='first'))

@@ -111,6 +111,12 @@ def test_an_encoder_reads_masks_between_its_marks(tmp_path):
   assert 'What is predicted is\nthe token itself' in page
 
 
+def test_a_model_of_masked_diffusion_reads_what_it_read_in_training(tmp_path):
+  evaluation = asked('bert', 'masked_diffusion', tmp_path, prompt='a [MASK]')
+  read = inspect._read(evaluation)
+  assert read.tokens['encoder'].tolist() == [258, *b'a ', 259]
+
+
 @pytest.mark.long
 @pytest.mark.parametrize('target', [
     '', pytest.param('ab', marks=pytest.mark.long)])

@@ -1,12 +1,13 @@
 """Vectors of texts, one for each, written to a file.
 
 A text is shown to the model as texts are in training: BERT reads it between
-[CLS] and [SEP], a decoder reads it after the separator (one that was imported
-and not trained since, after the bos of its folder, if that names one), and the
-encoder of an encoder-decoder, which runs alone, before the separator. What is
-pooled are the outputs of the last layer, after the final norm, where there is
-one. [CLS] and [SEP] count, as in sentence-transformers; the token that a
-decoder begins with does not, because it sees nothing of the text.
+[CLS] and [SEP], or after the separator where it learnt masked diffusion, a
+decoder reads it after the separator (one that was imported and not trained
+since, after the bos of its folder, if that names one), and the encoder of an
+encoder-decoder, which runs alone, before the separator. What is pooled are the
+outputs of the last layer, after the final norm, where there is one. What stands
+around a text counts, as [CLS] and [SEP] do in sentence-transformers; the token
+that a decoder begins with does not, because it sees nothing of the text.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from configs.errors import one_of, require
-from training.evals.task import Evaluation, Flag, Task
+from training.evals.task import Evaluation, Flag, Task, without
 
 SHORTEST = 8  # a batch's rows have 8, 16, 32, ... tokens
 TOKENS = 2 ** 13  # of a batch, padding included
@@ -89,7 +90,7 @@ def laid_out(texts: Sequence[tuple[str, str]], evaluation: Evaluation
   from training.hf import generation as hf_generation
   tokenizer, most = evaluation.tokenizer, evaluation.run.model.max_len
   stack = architectures.stack(evaluation.run.model)
-  before, after = STACKS[stack].around(tokenizer)
+  before, after = around(evaluation)
   if stack == 'decoder':  # weights of others may have begun with a bos
     before = load.plain(tokenizer, hf_generation.published(
         evaluation.workdir, evaluation.step)).encode([])
@@ -102,6 +103,23 @@ def laid_out(texts: Sequence[tuple[str, str]], evaluation: Evaluation
     require(len(rows[-1]) <= most, f'{where}, has {len(rows[-1])} tokens, and '
             f'the model takes max_len {most}: shorten it')
   return rows
+
+
+def around(evaluation: Evaluation) -> tuple[list, list]:
+  """Returns the tokens before a text in training, and those after it."""
+  import architectures
+  from training import objectives
+  if objectives.of(evaluation.run.config).bound:
+    # Its rows are stretches of text; --tasks=unmask begins one like this.
+    return [evaluation.tokenizer.separator_id], []
+  return STACKS[architectures.stack(evaluation.run.model)].around(
+      evaluation.tokenizer)
+
+
+def reads_text(objective: Any) -> bool:
+  """Whether an objective's rows are of text, which a tokenizer encodes."""
+  from training.data import probes
+  return objective.records != probes.KIND
 
 
 def vectors(rows: Sequence[np.ndarray], evaluation: Evaluation) -> np.ndarray:
@@ -254,10 +272,11 @@ STACKS = {
     'encoder-decoder': Stack(
         lambda tokenizer: ([], [tokenizer.separator_id]), 'segment_ids_BM',
         True)}
+NO_TEXT = 'reads rows of a probe, whose ids stand for no text'
 POOLINGS = {'mean': _mean, 'last': _last, 'first': _first, 'pooler': _pooler}
 TASK = Task(
-    'vectors of the texts of a file', run, check=_check, held_out=False,
-    flags=(
+    'vectors of the texts of a file', run, without(reads_text, NO_TEXT),
+    check=_check, held_out=False, flags=(
         Flag('texts', '', "A file with a text a line, or jsonl with 'text'."),
         Flag('vectors', '', 'The file to write: OUT.npy or OUT.parquet.'),
         Flag('pooling', 'mean', "What becomes a text's vector: the mean of its "

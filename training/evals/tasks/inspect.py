@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from configs.errors import require, short
-from training.evals.task import Evaluation, Flag, Task
+from training.evals.task import Evaluation, Flag, Task, without
 from training.evals.tasks import embed, fill_mask
 
 FILE = 'inspect.html'
@@ -101,7 +101,7 @@ def _read(evaluation: Evaluation) -> Read:
     read = Read(dict(tokens_BL=prompts.tokens, **prompts.arguments),
                 {stack: prompts.tokens[0]}, [])
   else:
-    before, after = embed.STACKS[stack].around(tokenizer)
+    before, after = embed.around(evaluation)
     ids_L = np.concatenate(
         [before, fill_mask.with_masks(prompt, tokenizer), after]
     ).astype(np.int32)
@@ -299,7 +299,8 @@ def _check(options: Any) -> None:
 
 TASK = Task(
     'attention maps, residual stream, logit lens and experts as the model '
-    'reads --prompt, as an HTML page', run, check=_check, page=FILE,
+    'reads --prompt, as an HTML page', run,
+    without(embed.reads_text, embed.NO_TEXT), check=_check, page=FILE,
     held_out=False,
     flags=(
         Flag('prompt', '', 'The text to read.'),
