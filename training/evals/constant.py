@@ -61,10 +61,11 @@ def _score(name: str, settings: probes.Settings, seed: int, figure: str
 
 def _answers(rows: list[probes.Row], whole: bool) -> tuple[np.ndarray, int]:
   """Returns the answers that rows ask for, and how many these are; or where
-  `whole` the answers of rows that ask for one alone, and how many rows."""
-  each = [row.targets[row.asked] for row in rows]
+  `whole` the answers of rows that ask for one alone, and how many rows
+  ask for any."""
+  each = [row.targets[row.asked] for row in rows if row.asked.any()]
   if whole:
     return np.array([own[0] for own in each if (own == own[0]).all()],
-                    int), len(rows)
+                    int), len(each)
   answers = np.concatenate(each)
   return answers, len(answers)

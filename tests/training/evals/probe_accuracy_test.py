@@ -46,12 +46,16 @@ def test_what_cannot_be_drawn_or_seen_is_refused():
                   'the positions of the model end at 64']
 
 
-def _constant(name, figure, **fields):
+def _config(name, length=24, **fields):
   config = gpt.get_config('tiny').copy_and_resolve_references()
   config.objective, config.data.source = 'probe', f'probe:{name}'
-  config.data.length = 24
+  config.data.length = length
   config.probe.update(fields)
-  return constant.score(config, figure)
+  return config
+
+
+def _constant(name, figure, **fields):
+  return constant.score(_config(name, **fields), figure)
 
 
 def test_a_constant_answer_scores_as_its_figure_is_taken():
@@ -68,14 +72,26 @@ def test_a_constant_answer_scores_as_its_figure_is_taken():
 
 def test_a_constant_answer_is_not_chosen_on_what_it_is_scored_on():
   """Of 60 answers that are alike, one stands in 2.1 % of these rows."""
-  config = gpt.get_config('tiny').copy_and_resolve_references()
-  config.objective, config.data.source = 'probe', 'probe:a5'
-  config.data.length, config.probe.levels = 24, (1,)
+  config = _config('a5', levels=(1,))
   rows = probes.Rows(probes.of(config), probes.settings(config)._replace(
       held_out=constant.ROWS), 'eval', 0)
   counts = np.bincount([row.targets[row.asked][0] for row in rows])
   assert counts.max() / constant.ROWS > 1 / 60 + 0.003
   assert constant.score(config) == pytest.approx(1 / 60, abs=0.003)
+
+
+def test_rows_that_ask_for_nothing_do_not_count():
+  """Of six letters, each is in a sixth of the rows the only answer there is,
+  where there is one only."""
+  config = _config('induction', length=7, levels=(3,), vocab=6)
+  answers = [{*row.targets[row.asked].tolist()} for row in probes.Rows(
+      probes.of(config), probes.settings(config)._replace(
+          held_out=constant.ROWS), 'eval', 0)]
+  asking = [own for own in answers if own]
+  assert len(asking) < 0.7 * len(answers)
+  alone = np.mean([len(own) == 1 for own in asking])
+  assert constant.score(config, 'probe/rows_right') == pytest.approx(
+      alone / 6, abs=0.02)
 
 
 def test_counts_are_those_of_numpy():
