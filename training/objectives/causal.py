@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from configs.errors import require
 from training.data import packing
 from training.data.tokenizers import Tokenizer
 from training.objectives import record
@@ -48,6 +49,12 @@ def prefix(window: packing.Window, rng: np.random.Generator, config: Config,
   size = int(rng.integers(1, config.data.length))
   predicted = np.arange(config.data.length) >= size - 1
   return row | dict(weights=valid & predicted, valid=valid, prefix=size)
+
+
+def _check_prefix(config: Config) -> None:
+  require(config.data.length > 1, f'data.length is {config.data.length}, and '
+          "objective 'prefix' cuts a row into a prefix and what follows: set "
+          'it to 2 or more')
 
 
 def _prefix_arrays(config: Config) -> dict[str, Shape]:
@@ -95,5 +102,5 @@ OBJECTIVES = {
     'prefix': Objective(
         ('decoder',), packing.Windows, prefix, _prefix_arrays, ('tokens',),
         {'prefix': 'prefix_B', 'valid': 'valid_BL'}, ('valid',),
-        prompt=_as_prefix),
+        prompt=_as_prefix, check=_check_prefix),
 }

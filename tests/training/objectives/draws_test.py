@@ -7,7 +7,9 @@ import types
 import numpy as np
 import pytest
 
+from configs.errors import RequestError
 from tests.helpers import letters
+from training import objectives
 from training.data import pipeline, packing
 from training.objectives import mlm
 
@@ -152,6 +154,14 @@ def test_what_is_told_is_hidden(texts):
     told = batch['weights'] == 1
     assert (batch['tokens'][told] == BYTES.mask_id).mean() > 0.5
     assert not (batch['targets'] == BYTES.mask_id).any()
+
+
+def test_a_row_of_one_token_has_no_prefix(texts):
+  config = letters.config(texts, 'prefix', length=2)
+  objectives.check_objective(config)
+  config.data.length = 1
+  with pytest.raises(RequestError, match="data.length is 1, and objective 'pre"):
+    objectives.check_objective(config)
 
 
 def test_the_padding_of_a_prefix_row_is_not_predicted(texts):
