@@ -99,12 +99,13 @@ def curve(rows: list[dict], row) -> dict:
   config = config_of(row)
   figures = totals.count(config)
   evals = [r for r in rows if r['split'] == 'eval']
-  sides = objectives.of(config).row_lengths(config)
+  objective = objectives.of(config)
+  sides = objective.row_lengths(config)
   per_step = config.data.batch_size * sum(sides) * (
       flops.training_flops_per_token(
           totals.resolved(config), *sides,
-          unread=objectives.of(config).unread(config, sides[0]),
-          freeze=config.optim.freeze))
+          unread=objective.unread(config, sides[0]),
+          freeze=config.optim.freeze, prefix=objective.prefix))
   return dict(
       parameters=figures['parameters'], active=figures['active_parameters'],
       flops_per_step=per_step, steps=[r['step'] for r in evals],

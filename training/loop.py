@@ -162,11 +162,11 @@ class _Loop:
 
   def _flops(self, rows: int, sides: tuple[int, ...]) -> float:
     """Returns the FLOPs of all members in a step on rows of `sides` tokens."""
-    unread = self.loaders[0].objective.unread(self.program.config, sides[0])
+    of, config = self.loaders[0].objective, self.program.config
     return len(self.members) * rows * sum(sides) * (
         flops.training_flops_per_token(
-            self.program.model, *sides, unread=unread,
-            freeze=self.program.config.optim.freeze))
+            self.program.model, *sides, unread=of.unread(config, sides[0]),
+            freeze=config.optim.freeze, prefix=of.prefix))
 
   def _next(self, streams: Sequence[Iterator], n: int):
     """Returns the batch of the step after step n."""

@@ -176,7 +176,7 @@ def _check_objective(name: str, module: nn.Module) -> None:
   require(name in choices,
           f'objective is {name!r}, which does not fit model.arch '
           f'{module.config.arch} ({ours}): choose from {", ".join(choices)}')
-  require('prefix_B' not in objectives.OBJECTIVES[name].options.values()
+  require(not objectives.OBJECTIVES[name].prefix
           or not mixers.with_state(module.config), f'objective is {name!r}, '
           'whose first tokens see each other, and some layers read a row in '
           'one direction (a recurrence of model.mixer, or '

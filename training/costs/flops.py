@@ -4,13 +4,14 @@ They are counted in the traced program (traced.py), so that a part is
 counted without being described a second time. A product of [a, b] and [b, c] is
 2abc. The program that is traced pads no expert and skips no masked block, and
 attention declares which share of its products the mask shows
-(`linear.useful`), and what is no product of matrices says what it counts as
-(`linear.counted`). So the work that an implementation wastes on masked keys,
-padding, idle expert slots or recomputation lowers utilisation (MFU, Chowdhery
-et al. 2022, appendix B; theirs counts all keys). A token counts with the
-experts that its router chooses, whether or not they have room. A backward pass
-costs twice the forward, the gradient of both factors, less what is only there
-for parameters that are not trained.
+(`linear.useful`; with a prefix, in the mean over those of training), and what
+is no product of matrices says what it counts as (`linear.counted`). So the work
+that an implementation wastes on masked keys, padding, idle expert slots or
+recomputation lowers utilisation (MFU, Chowdhery et al. 2022, appendix B; theirs
+counts all keys). A token counts with the experts that its router chooses,
+whether or not they have room. A backward pass costs twice the forward, the
+gradient of both factors, less what is only there for parameters that are not
+trained.
 """
 
 import dataclasses
@@ -67,7 +68,8 @@ def forward_flops_per_token(model: ModelConfig, length: int,
 
 
 def training_flops(model: ModelConfig, length: int, decoder_length: int = 0,
-                   unread: int = 0, freeze: str = '') -> dict[str, float]:
+                   unread: int = 0, freeze: str = '', prefix: bool = False
+                   ) -> dict[str, float]:
   """Returns those of a sequence, forward and backward, by part: three times the
   forward pass where all parameters are trained. Adapters and `freeze` take from
   the backward pass what its program is then without. A stack of which some
@@ -77,22 +79,24 @@ def training_flops(model: ModelConfig, length: int, decoder_length: int = 0,
     model, length, decoder_length: as of `forward_flops`.
     unread: the places that the head does not read (Objective.unread).
     freeze: config.optim.freeze.
+    prefix: whether the first tokens of a row see each other (Objective.prefix).
   """
   c = architectures.resolve(model)
   forward_flops(c, length, decoder_length, True)  # refuses what it refuses
   c, back = _countable(c, max(length, decoder_length)), {}
   if freeze or c.lora.rank:
-    back = dict(_backward(c, length, decoder_length, unread, freeze))
+    back = dict(_backward(c, length, decoder_length, unread, freeze, prefix))
   return {part: (1 + back.get(part, 2.0)) * n for part, n in _forward(
-      c, length, decoder_length, unread)}
+      c, length, decoder_length, unread, prefix)}
 
 
 def training_flops_per_token(model: ModelConfig, length: int,
                              decoder_length: int = 0, unread: int = 0,
-                             freeze: str = '') -> float:
+                             freeze: str = '', prefix: bool = False) -> float:
   """Returns the mean of `training_flops` over a sequence's tokens."""
   return sum(training_flops(model, length, decoder_length, unread,
-                            freeze).values()) / (length + decoder_length)
+                            freeze, prefix).values()) / (
+                                length + decoder_length)
 
 
 def decode_flops(model: ModelConfig, keys: int, memory: int = 0
@@ -135,7 +139,8 @@ def _rows(c: ModelConfig) -> int:
   return c.moe.num_experts if c.has_experts else 1
 
 
-def _whole(length: int, decoder_length: int, rows: int) -> tuple:
+def _whole(length: int, decoder_length: int, rows: int, prefix: bool
+           ) -> tuple:
   """Returns what applies a module to whole sequences, and the tokens."""
   # With positions of their own, tokens may stand in any order: no block of
   # keys is skipped, and all of them are there to take a share of.
@@ -145,27 +150,29 @@ def _whole(length: int, decoder_length: int, rows: int) -> tuple:
         params, source, decoder_tokens_BL=target, positions_BM=place(length),
         decoder_positions_BL=place(decoder_length)),
             _tokens(rows, length), _tokens(rows, decoder_length))
+  own = dict(prefix_B=jnp.ones(rows, jnp.int32)) if prefix else {}
   return (lambda module, params, tokens: module.apply(
-      params, tokens, positions_BL=place(length)), _tokens(rows, length))
+      params, tokens, positions_BL=place(length), **own), _tokens(rows, length))
 
 
 @functools.lru_cache(maxsize=4096)
 def _forward(c: ModelConfig, length: int, decoder_length: int,
-             unread: int = 0) -> tuple:
+             unread: int = 0, prefix: bool = False) -> tuple:
   rows = _rows(c)
-  return _count(c, rows, *_whole(length, decoder_length, rows), unread=unread)
+  return _count(c, rows, *_whole(length, decoder_length, rows, prefix),
+                unread=unread)
 
 
 @functools.lru_cache(maxsize=4096)
 def _backward(c: ModelConfig, length: int, decoder_length: int, unread: int,
-              freeze: str) -> tuple:
+              freeze: str, prefix: bool) -> tuple:
   """Returns by part how many forward passes the backward pass costs: 2, and
   less by what the program of the gradients of what is trained is without,
   beside that of all gradients."""
   rows, module = _rows(c), architectures.build(c)
   some = parameter_shares(module, ml_collections.ConfigDict(
       dict(freeze=freeze, layer_decay=1.0)))
-  program, *args = _whole(length, decoder_length, rows)
+  program, *args = _whole(length, decoder_length, rows, prefix)
   forward, most, least = (
       _count(c, rows, program, *args, unread=unread, trained=trained)
       for trained in (None, jax.tree.map(lambda _: 1.0, some), some))

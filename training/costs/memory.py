@@ -217,7 +217,7 @@ def _masks(config: ml_collections.ConfigDict, c: ModelConfig
       causal=one_way, bias=positions.of(c).has_bias,
       window=kind.window(c) if kind.window else 0,
       rule=c.attention if kind.sees else '',
-      prefix=one_way and 'prefix_B' in objectives.of(config).options.values(),
+      prefix=one_way and objectives.of(config).prefix,
       dropout=bool(c.attention_dropout)) for one_way in causal]
 
 

@@ -105,9 +105,10 @@ def _row_lengths(config: ml_collections.ConfigDict, model: ModelConfig,
 
 def _training_flops(config: ml_collections.ConfigDict, model: ModelConfig,
                     sides: list[int]) -> float:
+  objective = objectives.of(config)
   return flops.training_flops_per_token(
-      model, *sides, unread=objectives.of(config).unread(config, sides[0]),
-      freeze=config.optim.freeze)
+      model, *sides, unread=objective.unread(config, sides[0]),
+      freeze=config.optim.freeze, prefix=objective.prefix)
 
 
 def _rumoured(model: ModelConfig) -> bool:

@@ -275,8 +275,8 @@ class Model(api.TemplateLM):
             for i in group}
     for chosen, tokens_BL, lengths_B in progress.each(
         list(_prompts(rows, room)), 'writing'):
-      prefix = dict(prefix_B=lengths_B) if 'prefix_B' in objectives.of(
-          evaluation.run.config).options.values() else {}
+      prefix = dict(prefix_B=lengths_B) if objectives.of(
+          evaluation.run.config).prefix else {}
       with evaluation.run.context():
         written_BT = jax.device_get(generate.generate(
             evaluation.run.module, evaluation.params, tokens_BL, lengths_B,

@@ -77,7 +77,7 @@ def answer(questions: Sequence[Question], evaluation: Evaluation, doing: str
     evaluation: of a decoder.
     doing: for who watches.
   """
-  prefix = 'prefix_B' in _objective(evaluation).options.values()
+  prefix = _objective(evaluation).prefix
   step = evaluation.program(lambda: _program(evaluation, prefix), 'scoring')
   model, shards = evaluation.run.model, evaluation.run.mesh.size
   found: list[Any] = [None] * len(questions)

@@ -292,6 +292,11 @@ class Objective(NamedTuple):
     return math.log(vocab) if self.head in ('lm', 'vector') else None
 
   @property
+  def prefix(self) -> bool:
+    """Whether the first tokens of each row, its prefix, see each other."""
+    return 'prefix_B' in self.options.values()
+
+  @property
   def main(self) -> str:
     """The figure that is the loss of a token to predict."""
     return next(iter(self.terms))

@@ -30,7 +30,7 @@ from architectures.parts import sharding
 from architectures.parts.attention import output_gate
 from architectures.parts.attention.cache import Cache
 from architectures.parts.attention.multi_head import Attention
-from architectures.parts.attention.visibility import begins, pairs
+from architectures.parts.attention.visibility import begins, share
 from architectures.parts.config import ModelConfig
 from architectures.parts.context import Context
 from configs.errors import require
@@ -141,7 +141,7 @@ class LatentAttention(Attention):
     k_BMHK = jnp.concatenate([k_BMHK, key_BMHK], -1)
     k_BMHK, v_BMHK = (sharding.constrain(x, 'batch', None, 'heads', 'head')
                       for x in (k_BMHK, v_BMHK))
-    with self._useful(q_BLHK, k_BMHK):
+    with self._useful(q_BLHK, k_BMHK, ctx):
       return self._weigh(q_BLHK, k_BMHK, v_BMHK, k_positions_BM, ctx,
                          slots=slots)
 
@@ -155,16 +155,16 @@ class LatentAttention(Attention):
     q_BLHK, turned_BLHK = jnp.split(q_BLHK, (c.latent.nope_dim,), -1)
     q_BLHU = linear.einsum('BLHK,UHK->BLHU', q_BLHK, key_UHK, c.compute_dtype)
     q_BLHU = jnp.concatenate([q_BLHU, turned_BLHK], -1)
-    with self._useful(q_BLHU, slot_BM1U):
+    with self._useful(q_BLHU, slot_BM1U, ctx):
       o_BLHU, weights_BHLM = self._weigh(
           q_BLHU, slot_BM1U, slot_BM1U[..., :c.latent.kv_rank], k_positions_BM,
           ctx, slots=slots)
     return linear.einsum('BLHU,UHK->BLHK', o_BLHU, value_UHK,
                          c.compute_dtype), weights_BHLM
 
-  def _useful(self, q_BLHK: jax.Array, k_BMJK: jax.Array) -> Any:
-    L, M = q_BLHK.shape[1], k_BMJK.shape[1]
-    return linear.useful(pairs(self.kind, self.config, L, M), L * M)
+  def _useful(self, q_BLHK: jax.Array, k_BMJK: jax.Array, ctx: Context) -> Any:
+    return linear.useful(*share(self.kind, self.config, q_BLHK.shape[1],
+                                k_BMJK.shape[1], ctx.prefix_B is not None))
 
 
 def is_absorbed(c: ModelConfig, queries: int, slots: int) -> bool:

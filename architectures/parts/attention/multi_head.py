@@ -89,9 +89,9 @@ class Attention(nn.Module):
     k_BMJK, v_BMJK = (sharding.constrain(x, 'batch', None, 'kv_heads', 'head')
                       for x in (k_BMJK, v_BMJK))
     L, M = q_BLHK.shape[1], k_BMJK.shape[1]
-    seen = (L * M if self.cross else
-            visibility.pairs(self.kind, c, L, M))
-    with linear.useful(seen, L * M):
+    seen = (1, 1) if self.cross else visibility.share(
+        self.kind, c, L, M, ctx.prefix_B is not None)
+    with linear.useful(*seen):
       o_BLHK, weights_BHLM = self._weigh(
           q_BLHK, k_BMJK, v_BMJK, k_positions_BM, ctx, slots=slots,
           strict=not cached)

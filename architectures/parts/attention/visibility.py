@@ -11,6 +11,7 @@ from typing import Optional
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from architectures.parts.config import LayerKind, ModelConfig
 from architectures.parts.context import Context
@@ -89,6 +90,35 @@ def pairs(kind: LayerKind, c: ModelConfig, queries: int, keys: int) -> int:
   if kind.causal:
     return one_way
   return one_way + sum_of_least(1, queries, reach) - queries
+
+
+def share(kind: LayerKind, c: ModelConfig, queries: int, keys: int,
+          prefix: bool = False) -> tuple[int, int]:
+  """Returns the pairs that `pairs` counts, and all that there are.
+
+  Args:
+    kind, c, queries, keys: as of `pairs`.
+    prefix: whether the tokens of a row's prefix see each other. Then both
+      numbers are sums over prefixes of 1 to keys - 1 tokens, which are alike
+      likely in training.
+  """
+  seen, whole = pairs(kind, c, queries, keys), queries * keys
+  if not (prefix and kind.causal and queries == keys > 1):
+    return seen, whole
+  # A query sees a later key in the prefixes that this key is part of.
+  both_ways = dataclasses.replace(kind, causal=False)
+  if KINDS[kind.attention].sees:
+    at = np.arange(keys)
+    with jax.ensure_compile_time_eval():
+      earlier_M = np.concatenate([np.asarray(
+          (visible(both_ways, c, at[None], at[None, i:i + QUERIES])[0]
+           & (at[:, None] < at[i:i + QUERIES])).sum(0))
+                                  for i in range(0, keys, QUERIES)])
+  else:
+    window = KINDS[kind.attention].window
+    earlier_M = np.minimum(np.arange(keys), window(c) - 1 if window else keys)
+  later = sum(int(n) * (keys - 1 - k) for k, n in enumerate(earlier_M))
+  return seen * (keys - 1) + later, whole * (keys - 1)
 
 
 def sum_of_least(first: int, last: int, most: int) -> int:

@@ -15,7 +15,7 @@ from architectures.parts.attention import multi_head, visibility
 from architectures.parts.config import LayerKind
 from configs import base, bert, gpt, mamba2, t5
 from tests.helpers import flops_formulas as formulas
-from training import adapters, objectives, paths, step
+from training import adapters, loop, objectives, paths, step
 from training.costs import flops, peaks, totals, traced
 
 LENGTH = 24
@@ -141,6 +141,48 @@ def test_keys_are_counted_as_the_mask_has_them(kind, window):
   mask = visibility.visible(kind, c, at, at)
   seen = LENGTH**2 if mask is None else int(mask.sum())
   assert visibility.pairs(kind, c, LENGTH, LENGTH) == seen
+
+
+@pytest.mark.parametrize('name', ['global', 'banded', 'even'])
+def test_a_prefix_counts_as_the_mean_over_all_prefixes(monkeypatch, name):
+  monkeypatch.setitem(visibility.KINDS, 'even', visibility.Kind(
+      sees=lambda c, q, k: (q + k) % 2 == 0))
+  monkeypatch.setattr(visibility, 'QUERIES', 7)
+  at = jnp.arange(LENGTH)[None]
+  c = types.SimpleNamespace(sliding_window=5)
+  kind = LayerKind(name, 'gelu', causal=True)
+  seen = [int(visibility.visible(kind, c, at, at, prefix_B=jnp.array([size])
+                                 ).sum()) for size in range(1, LENGTH)]
+  part, whole = visibility.share(kind, c, LENGTH, LENGTH, prefix=True)
+  assert part / whole == pytest.approx(sum(seen) / len(seen) / LENGTH ** 2)
+  # One token has no prefix, and a token with a cache sees all before it.
+  assert visibility.share(kind, c, 1, 1, prefix=True) == (1, 1)
+  assert visibility.share(kind, c, 1, 9, prefix=True) == visibility.share(
+      kind, c, 1, 9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('fields', [
+    dict(attention='global,banded', sliding_window=5),
+    dict(mixer='latent', position='rope')])
+def test_a_run_of_prefixes_counts_what_its_mask_shows(fields):
+  config = gpt.get_config('tiny')
+  config.model, config.data.length = model(**fields), LENGTH
+  causal = flops.training_flops(config.model, LENGTH)
+  config.objective = 'prefix'
+  c = totals.resolved(config)
+  shares = [visibility.share(kind, c.of_kind(kind.name), LENGTH, LENGTH, prefix)
+            for prefix in (False, True) for kind in c.layer_kinds(4)]
+  mean = [part / whole for part, whole in shares]
+  attention = causal['attention'] * sum(mean[4:]) / sum(mean[:4])
+  assert attention > 1.1 * causal['attention']
+  said = totals.count(config)['flops_per_token']['training']
+  assert said * LENGTH == pytest.approx(attention + causal['weights'])
+  own = types.SimpleNamespace(
+      members=[None], program=types.SimpleNamespace(model=c, config=config),
+      loaders=[types.SimpleNamespace(objective=objectives.of(config))])
+  assert loop._Loop._flops(own, 2, (LENGTH,)) == pytest.approx(
+      2 * LENGTH * said)
 
 
 def test_decoding_a_sequence_is_its_forward_pass():

@@ -160,7 +160,7 @@ def test_a_row_of_one_token_has_no_prefix(texts):
   config = letters.config(texts, 'prefix', length=2)
   objectives.check_objective(config)
   config.data.length = 1
-  with pytest.raises(RequestError, match="data.length is 1, and objective 'pre"):
+  with pytest.raises(RequestError, match="length is 1, and objective 'prefix'"):
     objectives.check_objective(config)
 
 

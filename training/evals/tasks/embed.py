@@ -176,7 +176,7 @@ def _program(evaluation: Evaluation, pooling: str, normalize: bool):
   # With a capacity, what a text's experts are would hang on the batch.
   module = evaluation.run.module.clone(
       config=without_capacity(evaluation.run.model))
-  prefix = 'prefix_B' in objective.options.values()
+  prefix = objective.prefix
   require(pooling != 'first' or stack.sees_all or prefix, '--pooling is '
           "'first', but the first token of a decoder sees none of those after "
           'it: choose mean or last')
