@@ -15,9 +15,13 @@ import re
 import subprocess
 import sys
 
+from configs.errors import one_of, require
+from training import cli
+
 BATCH, LENGTH, VOCAB = 8, 256, 4096
 # Not 'batched_mm': it copies an expert's weights for each token, 25 GB here.
 EXPERTS = ('eager', 'grouped_mm')
+NAMED = 'transformers_{}'  # how each is called
 
 
 def ours():
@@ -72,7 +76,7 @@ def peak_mib(name: str) -> float:
 
 def compare(rounds: int) -> dict[str, float]:
   from benchmarks.moe import turns
-  contenders = {f'transformers_{name}': theirs(name) for name in EXPERTS}
+  contenders = {NAMED.format(name): theirs(name) for name in EXPERTS}
   seconds = turns({'ours': ours()} | contenders, rounds)
   fastest = min(contenders, key=seconds.get)
   rate = {name: BATCH * LENGTH / s for name, s in seconds.items()}
@@ -84,7 +88,6 @@ def compare(rounds: int) -> dict[str, float]:
 
 
 def main() -> None:
-  from training import cli
   parser = argparse.ArgumentParser(
       prog='python -m benchmarks.mixtral', description=__doc__,
       allow_abbrev=False,
@@ -95,9 +98,11 @@ def main() -> None:
                       help='only train NAME and print its peak MiB')
   parser.add_argument('--json', action='store_true', help='print one object')
   args = parser.parse_args()
+  require(args.rounds > 0, f'--rounds is {args.rounds}: it must be 1 or more')
   if args.alone:
+    one_of('--alone', args.alone, ('ours', *map(NAMED.format, EXPERTS)))
     run = (ours() if args.alone == 'ours'
-           else theirs(args.alone.removeprefix('transformers_')))
+           else theirs(args.alone.removeprefix(NAMED.format(''))))
     for _ in range(3):
       run()
     # Not getrusage, whose peak a child starts with its parent's.
@@ -113,4 +118,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  main()
+  cli.run(main)

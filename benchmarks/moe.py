@@ -18,6 +18,7 @@ from architectures.parts.context import Context
 from architectures.parts.ffn import FFN
 from architectures.parts.moe.layer import MoE
 from configs import base
+from configs.errors import require
 from training import cli
 from training.distributed import cpu
 
@@ -85,6 +86,9 @@ def main() -> None:
   parser.add_argument('--d_ff', type=int, default=1024)
   parser.add_argument('--json', action='store_true', help='print one object')
   args = parser.parse_args()
+  for name in ('rounds', 'd_model', 'd_ff'):
+    value = getattr(args, name)
+    require(value > 0, f'--{name} is {value}: it must be 1 or more')
   cpu.prepare()
   result = layers(args.rounds, args.d_model, args.d_ff)
   if args.json:
@@ -95,4 +99,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  main()
+  cli.run(main)

@@ -19,6 +19,9 @@ import time
 
 import numpy as np
 
+from configs.errors import EnvironmentFailure, require
+from training import cli
+
 TOKENS, DOCUMENT = 1 << 27, 1024
 EOS = 257
 
@@ -94,13 +97,18 @@ def read(folder: pathlib.Path, windows: int) -> dict[str, float]:
 
 def main() -> None:
   parser = argparse.ArgumentParser(
-      description=__doc__, allow_abbrev=False,
-      formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--shards', type=int, default=7451)
-  parser.add_argument('--windows', type=int, default=20_000)
+      prog='python -m benchmarks.shards', description=__doc__,
+      allow_abbrev=False, formatter_class=cli.HelpFormatter)
+  parser.add_argument('--shards', type=int, default=7451,
+                      help='how many the folder has')
+  parser.add_argument('--windows', type=int, default=20_000,
+                      help='how many are read')
   parser.add_argument('--folder', default='', help='where a folder for it is '
                       'made, and removed')
   args = parser.parse_args()
+  for name in ('shards', 'windows'):
+    value = getattr(args, name)
+    require(value > 0, f'--{name} is {value}: it must be 1 or more')
   with tempfile.TemporaryDirectory(dir=args.folder or None) as text:
     folder = pathlib.Path(text)
     pid = os.fork()  # what makes the shard has its own memory
@@ -108,10 +116,12 @@ def main() -> None:
       make(folder, args.shards)
       sys.stdout.flush()
       os._exit(0)
-    assert os.waitpid(pid, 0)[1] == 0
+    if os.waitpid(pid, 0)[1]:
+      raise EnvironmentFailure('the process that makes the shards failed: see '
+                               'above')
     for key, value in read(folder, args.windows).items():
       print(f'{key:>24}  {value:,.6g}')
 
 
 if __name__ == '__main__':
-  main()
+  cli.run(main)
