@@ -10,6 +10,7 @@ that a suite may have a probe several times.
 from collections.abc import Collection, Iterator, Sequence
 import difflib
 import json
+import math
 import os
 import pathlib
 import re
@@ -19,7 +20,7 @@ from etils import epath
 import ml_collections
 
 from configs import kinds
-from configs.errors import EnvironmentFailure, one_of, require
+from configs.errors import EnvironmentFailure, one_of, require, short
 from training import config_files, schema
 from training.workdir import storage
 
@@ -75,6 +76,14 @@ def load(file: str, base: ml_collections.ConfigDict, only: Sequence[str] = (),
   for name in ('LRS', 'SEEDS', 'suite'):
     require(hasattr(module, name), f'{file} has no {name}: a suite has LRS, '
             'SEEDS and suite(add)')
+  lrs, own = module.LRS, module.SEEDS
+  require(isinstance(lrs, Collection) and len(lrs) > 0 and all(
+      isinstance(lr, (int, float)) and not isinstance(lr, bool)
+      and 0 < lr < math.inf for lr in lrs),
+          f'{file}: LRS is {short(lrs)}: write learning rates above 0, such as '
+          '(1e-3,) or (1e-3, 3e-3)')
+  require(type(own) is int and own >= 1, f'{file}: SEEDS is {short(own)}: '
+          'write a whole number from 1 on')
   configs: dict[str, ml_collections.ConfigDict] = {}
 
   def add(task: str, label: str = '', **fields: Any) -> None:
@@ -93,7 +102,7 @@ def load(file: str, base: ml_collections.ConfigDict, only: Sequence[str] = (),
   config_files.call(file, module.suite, add)
   for task in only:
     one_of('--only', task, configs)
-  suite = Suite(file, tuple(module.LRS), tuple(range(seeds or module.SEEDS)),
+  suite = Suite(file, tuple(lrs), tuple(range(seeds or own)),
                 {task: config for task, config in configs.items()
                  if not only or task in only})
   for task in suite.configs:
