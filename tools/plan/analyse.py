@@ -112,7 +112,14 @@ def analyse(run: runs.Run, topology: chips.Topology, name: str,
 
 def programs(run: runs.Run, topology: chips.Topology, names: list[str],
              fresh: bool = False) -> dict:
-  """Returns the reports of those that fit, whether all do, and why not."""
+  """Returns the reports of those that fit, whether all do, and why not.
+
+  Raises:
+    RequestError: for a program that the run's model does not have, before any
+      is compiled.
+  """
+  for name in names:
+    compiling.check(run, name)
   reports, reasons = [], []
   for name in names:
     try:

@@ -50,8 +50,21 @@ def program(run: runs.Run, name: str) -> Program:
   Raises:
     ValueError: for a program that the run's model does not have.
   """
-  one_of('program', name, PROGRAMS)
+  check(run, name)
   return PROGRAMS[name](run)
+
+
+def check(run: runs.Run, name: str) -> None:
+  """Raises RequestError for a program that the run's model does not have."""
+  one_of('program in --programs', name, PROGRAMS)
+  if name not in DRAWN:
+    return
+  objective, length = objectives.of(run.config), run.config.data.length
+  require(objective.prompt and 'decoder' in objective.stacks,
+          f'--programs has {name!r}, but a plan of generation is for decoders, '
+          f'and model.arch is {run.model.arch!r}: choose train')
+  require(length > DRAWN[name], f'data.length is {length}: {name} needs more '
+          f'than {DRAWN[name]}')
 
 
 def _train(run: runs.Run) -> Program:
@@ -75,12 +88,6 @@ def _decode(run: runs.Run) -> Program:
 def _generation(run: runs.Run, name: str) -> Program:
   """So many tokens more after prompts that, with them, are data.length long."""
   data, tokens = run.config.data, DRAWN[name]
-  objective = objectives.of(run.config)
-  require(objective.prompt and 'decoder' in objective.stacks,
-          f'--programs has {name!r}, but a plan of generation is for decoders, '
-          f'and model.arch is {run.model.arch!r}: choose train')
-  require(data.length > tokens, f'data.length is {data.length}: {name} needs '
-          f'more than {tokens}')
   length = data.length - tokens
   whole = NamedSharding(run.mesh, PartitionSpec())
   shape = lambda size, place: jax.ShapeDtypeStruct(

@@ -3,8 +3,9 @@ compiler."""
 
 import json
 
-from configs import gpt, mixtral
+from configs import bert, gpt, mixtral
 from configs import sharding as tables
+from configs.errors import RequestError
 import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
@@ -358,9 +359,24 @@ def test_every_program_that_does_not_fit_is_told(monkeypatch):
       raise DoesNotFit(f'{name} does not fit')
     return name
   monkeypatch.setattr(analyse, 'analyse', analysed)
-  assert analyse.programs(None, None, ['train', 'prefill', 'decode']) == dict(
+  config = small(gpt.get_config())
+  config.model.max_len = config.data.length = 96
+  run = run_on_cpu(config, 'dp')
+  assert analyse.programs(run, None, ['train', 'prefill', 'decode']) == dict(
       programs=['prefill'], fits=False,
       reasons=['train does not fit', 'decode does not fit'])
+
+
+@pytest.mark.parametrize('architecture, name, told', [
+    (gpt, 'decod', "unknown program in --programs 'decod'.*'decode'"),
+    (gpt, 'decode', 'data.length is 32: decode needs more than 64'),
+    (bert, 'prefill', "for decoders, and model.arch is 'bert'")])
+def test_programs_are_checked_before_one_is_compiled(
+    architecture, name, told, monkeypatch):
+  monkeypatch.setattr(analyse, 'analyse', lambda *_: pytest.fail('compiled'))
+  run = run_on_cpu(small(architecture.get_config()), 'dp')
+  with pytest.raises(RequestError, match=told):
+    analyse.programs(run, None, ['train', name])
 
 
 @pytest.mark.parametrize('words, told', [
