@@ -33,6 +33,7 @@ def run_on(config, topology: chips.Topology, mesh: str) -> runs.Run:
   shape = (devices.parse_mesh(mesh, topology.devices) if mesh else
            devices.mesh_shape(config.mesh, topology.devices))
   model, _ = runs.resolve(config, tokenizers.load(config.data.tokenizer))
+  roofline.peak_flops(topology, model.dtype)  # or there is no bound to print
   require(config.mesh.slices in (0, topology.slices), 'mesh.slices is '
           f'{config.mesh.slices}, but --slices is {topology.slices}: leave '
           'the first at 0')

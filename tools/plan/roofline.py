@@ -10,14 +10,24 @@ import math
 import jax
 
 from architectures.parts import remat
+from configs.errors import require
 from tools.plan.chips import Topology
 from training import runs
 from training.costs import memory, peaks
 
 
 def peak_flops(topology: Topology, dtype: str) -> float:
-  """Returns the published FLOP/s of one device, as jax multiplies `dtype`."""
-  return peaks.flops(topology.chip.kind, dtype, topology.chip.cores)
+  """Returns the published FLOP/s of one device, as jax multiplies `dtype`.
+
+  Raises:
+    RequestError: where none is published.
+  """
+  peak = peaks.flops(topology.chip.kind, dtype, topology.chip.cores)
+  precision = jax.config.jax_default_matmul_precision
+  require(peak is not None, f'JAX_DEFAULT_MATMUL_PRECISION is {precision!r}, '
+          f'and no peak of {topology.name} is published for '
+          f'{dtype} products in it: unset it, or choose model.dtype=bfloat16')
+  return peak
 
 
 def times(topology: Topology, dtype: str, *, flops: float, hbm_bytes: float,

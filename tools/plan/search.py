@@ -135,6 +135,7 @@ def candidates(config, topology: chips.Topology) -> list[Candidate]:
   """Returns every plan whose estimate fits, shortest step first."""
   runs.check_config(config)
   model, _ = runs.resolve(config, tokenizers.load(config.data.tokenizer))
+  roofline.peak_flops(topology, model.dtype)  # or there is no order of plans
   config = config.copy_and_resolve_references()
   config.train.grad_accumulation = 1  # the plans have their own
   sizes = (*ramp.of(config).sizes, config.data.batch_size)
