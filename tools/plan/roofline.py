@@ -9,11 +9,11 @@ import math
 
 import jax
 
-from architectures.parts import remat
 from configs.errors import require
 from tools.plan.chips import Topology
-from training import runs
+from training import paths, runs
 from training.costs import memory, peaks
+from training.step import parameter_roles
 
 
 def peak_flops(topology: Topology, dtype: str) -> float:
@@ -58,19 +58,35 @@ def times(topology: Topology, dtype: str, *, flops: float, hbm_bytes: float,
 
 
 def hbm_bytes(run: runs.Run, products: float, training: bool) -> float:
-  """Returns bytes that a device moves to and from its memory, at least: the
-  operands and results of its products once each, the weights (gathered) once
-  a pass, and in training the state read and written."""
-  c, shape = run.model, run.mesh.shape
+  """Returns bytes that a device moves to and from its memory, at least.
+
+  They are its share of the operands and results of the products, once each,
+  or, if these are more, the weights (gathered), which are among the operands:
+  read once, and in training, if all are trained, again by the backward pass.
+  Every expert is taken to have rows; of a table of embeddings only some rows
+  are read. In training, the state of what is trained is read and written
+  besides.
+
+  Args:
+    run: on the topology's devices.
+    products: bytes of the products of all devices together, where an array
+      that each device has whole may count once.
+    training: whether the program is the training step.
+  """
+  c, shape, state = run.model, run.mesh.shape, 0
   passes = 1
   if training:
-    passes = (2 + remat.of(c).again) * run.config.train.grad_accumulation
+    held = memory.state(run) | {
+        'parameters': memory.on_device(memory.trained(run))}
+    state = 2 * sum(held.values())
+    # Below what is trained there is no backward pass.
+    back = not (run.config.optim.freeze or c.lora.rank)
+    passes = (1 + back) * run.config.train.grad_accumulation
+  roles = paths.flatten(parameter_roles(run.module))
   gathered = sum(
       math.prod(x.sharding.shard_shape(x.shape))
       * math.prod(shape[axis] for axis in memory.gathered(x.sharding))
-      * c.compute_dtype.itemsize
-      for x in jax.tree.leaves(run.abstract.params))
-  moved = products / math.prod(shape.values()) + passes * gathered
-  if training:
-    moved += 2 * sum(memory.state(run).values())
-  return moved
+      * min(c.compute_dtype.itemsize, x.dtype.itemsize)
+      for path, x in paths.flatten(run.abstract.params).items()
+      if roles[path].kind != 'embedding')
+  return max(products / math.prod(shape.values()), passes * gathered) + state

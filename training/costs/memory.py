@@ -43,7 +43,7 @@ def state(run: runs.Run) -> dict[str, int]:
   return found
 
 
-def _trained(run: runs.Run):
+def trained(run: runs.Run):
   """The parameters that have a gradient."""
   return shares.trained(parameter_shares(run.module, run.config.optim),
                         run.abstract.params)
@@ -105,7 +105,7 @@ def least(run: runs.Run) -> dict[str, int]:
     run: on any mesh, one that is only described too.
   """
   parts = state(run)
-  parts['gradients'] = on_device(_trained(run))
+  parts['gradients'] = on_device(trained(run))
   inputs = block_inputs(run)
   parts['block_inputs'] = 0 if remat.of(run.model).to_host else inputs
   parts['peak'] = sum(parts.values())
@@ -162,7 +162,7 @@ def analytic(run: runs.Run, kept_in_all: int = 0,
   parts = state(run)
   parts['gradients'] = on_device(jax.tree.map(  # in float32, as they add up
       lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32,
-                                     sharding=x.sharding), _trained(run)))
+                                     sharding=x.sharding), trained(run)))
   micro = run.config.train.grad_accumulation
   shards = micro * devices.shards('tokens', shape, rules)
   length, width = run.config.data.length, c.compute_dtype.itemsize

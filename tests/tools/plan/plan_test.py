@@ -18,7 +18,6 @@ from tools.plan import analyse, cache, chips
 from tools.plan import report, roofline, search, topology
 from tools.plan.compile import DoesNotFit
 from training import objectives, runs
-from training import paths
 from training.costs import memory, peaks
 from training.costs import traced
 from training.data import tokenizers
@@ -91,21 +90,6 @@ def test_products_are_counted_through_loops_branches_and_shards():
   assert count(both, *args) == 3 * key
   for n, kind in enumerate(traced.GROUPED, 1):
     assert count(both, *args, dense=traced.GROUPED[:n]) == (3 + n) * key, kind
-
-
-def test_the_slowest_of_compute_memory_and_network_bounds_a_step():
-  figures = dict(flops=2 * 459e12, hbm_bytes=2765e9, sent=60e9,
-                 sent_outside=0.0, model_flops=459e12)
-  t = chips.parse('v5p:2x2x1')
-  times = roofline.times(t, 'bfloat16', **figures)
-  assert times['seconds'] == pytest.approx(
-      {'compute': 2.0, 'hbm': 1.0, 'network': 0.1})
-  assert (times['bound'], times['highest_mfu']) == ('compute', 0.5)
-  figures['sent_outside'] = 62.5e9
-  times = roofline.times(t, 'bfloat16', **figures)
-  assert times['bound'] == 'network_outside' and times['step_seconds'] == 10
-  v4 = roofline.times(chips.parse('v4:2x2x1', 2), 'bfloat16', **figures)
-  assert v4['unknown'] == ['network_outside'] and v4['bound'] == 'compute'
 
 
 @pytest.fixture
@@ -316,21 +300,6 @@ def test_bytes_between_hosts_count_in_a_search():
     assert 'all-reduce' in kinds and ('all-gather' in kinds) == gathers, mesh
     assert sum(one.sent for one in found) > sum(
         one.sent_outside for one in found)
-
-
-@pytest.mark.parametrize('rules, mesh', [
-    ('default', 'fsdp'), ('replicated', 'fsdp'), ('default', 'ep')])
-def test_weights_are_read_whole_once_a_pass(rules, mesh):
-  config = small(mixtral.get_config())
-  config.model.moe.num_experts = 8
-  config.mesh.rules = rules
-  for dtype in ('float32', 'bfloat16'):
-    config.model.update(param_dtype=dtype, dtype='bfloat16')
-    run = run_on_cpu(config, mesh)
-    shards = run.mesh.shape['expert']
-    whole = sum(x.size * 2 // (shards if '/ffn/' in path and x.ndim == 4 else 1)
-                for path, x in paths.flatten(run.abstract.params).items())
-    assert roofline.hbm_bytes(run, 0.0, False) == whole, dtype
 
 
 def test_a_report_is_of_the_code_that_made_it(monkeypatch, tmp_path):
