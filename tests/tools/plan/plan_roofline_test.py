@@ -48,6 +48,7 @@ def test_weights_are_read_whole_once_a_pass(rules, mesh):
     assert roofline.hbm_bytes(run, 0.0, True) == 2 * whole + held, dtype
 
 
+@pytest.mark.slow
 def test_a_weight_is_read_once_for_one_row():
   config = llama.get_config('2-7b')
   config.model.param_dtype = 'bfloat16'
