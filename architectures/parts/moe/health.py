@@ -128,7 +128,8 @@ def report(m: MoEConfig, routing: Routing, logits_TE: Optional[jax.Array],
          if row.loss and not row.by_sequence}
   chosen = BALANCE_LOSSES[m.balance_loss]
   if chosen.by_sequence:
-    wanted_A = counted_A if routing.wanted_A is None else routing.wanted_A
+    wanted_A = (router.wanted(m, logits_TE, valid_T) if router.wanted
+                else counted_A)
     raw[m.balance_loss] = of_each_sequence(chosen.loss, wanted_A, probs_TE,
                                            valid_T, rows)
   z = (jnp.zeros(()) if logits_TE is None else

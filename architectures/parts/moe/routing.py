@@ -74,15 +74,12 @@ class Routing:
       read; the choice itself where there is no router weight.
     choices: X where tokens choose, whose assignments stand together; 0 where
       the experts choose.
-    wanted_A: the experts that the scores alone would choose, where a bias or
-      groups of experts decide too; None: expert_A.
   """
   expert_A: jax.Array
   gate_A: jax.Array
   token_A: jax.Array
   probs_TE: jax.Array
   choices: int = struct.field(pytree_node=False, default=0)
-  wanted_A: Optional[jax.Array] = None
 
   @property
   def experts_choose(self) -> bool:
@@ -162,10 +159,16 @@ def sigmoid(m: MoEConfig, x: Inputs) -> Routing:
   if m.normalize_gates:
     gate_TX = normalize(gate_TX)
   probs_TE = scores_TE / scores_TE.sum(-1, keepdims=True)
-  wanted_TX = jnp.where(x.valid_T[:, None], _best(scores_TE, m.top_k),
+  return _routing(expert_TX, gate_TX, probs_TE, x.valid_T)
+
+
+def best_scores(m: MoEConfig, logits_TE: jax.Array, valid_T: jax.Array
+                ) -> jax.Array:
+  """Returns the experts that the scores alone would choose, as expert_A: by
+  neither the bias nor the groups of experts."""
+  expert_TX = jnp.where(valid_T[:, None], _best(logits_TE, m.top_k),
                         m.num_experts)
-  return _routing(expert_TX, gate_TX, probs_TE, x.valid_T).replace(
-      wanted_A=wanted_TX.reshape(-1).astype(jnp.int32))
+  return expert_TX.reshape(-1).astype(jnp.int32)
 
 
 def balanced(logits_TE: jax.Array, valid_T: jax.Array) -> jax.Array:
@@ -269,6 +272,8 @@ class Router:
     counts_first: whether only a token's first choice counts for `switch`, the
       balance loss.
     whole: whether the gates of a token sum to 1, whatever normalize_gates says.
+    wanted: (config.moe, logits_TE, valid_T) -> the experts that `sequence`, the
+      balance loss, counts; None: those that were chosen.
   """
   assign: Callable[[MoEConfig, Inputs], Routing]
   logits: bool = True
@@ -281,6 +286,7 @@ class Router:
   experts_choose: bool = False
   counts_first: bool = False
   whole: bool = False
+  wanted: Optional[Callable] = None
 
   @property
   def fields(self) -> tuple[str, ...]:
@@ -353,7 +359,8 @@ ROUTERS = {
     'expert_choice': Router(expert_choice, own_fields=NORMALIZES, groups=True,
                             experts_choose=True),
     'sigmoid': Router(sigmoid, own_fields=(
-        *NORMALIZES, *GROUPS, 'moe.bias_rate'), bias=step_bias),
+        *NORMALIZES, *GROUPS, 'moe.bias_rate'), bias=step_bias,
+                      wanted=best_scores),
     'sinkhorn': Router(sinkhorn, own_fields=NORMALIZES, groups=True),
     'hash': Router(hash_, logits=False, hashes=True, whole=True),
     'uniform': Router(uniform, logits=False, whole=True),
