@@ -20,7 +20,7 @@ from configs import base
 from configs.errors import RequestError, require
 from training import cli, limits, progress
 from training.data import holdout, sources
-from training.data import texts, tokenizers
+from training.data import texts, tokenizer_files, tokenizers
 from training.workdir import storage
 
 
@@ -222,7 +222,7 @@ def main(argv: list[str] | None = None):
                   (('>=', 1), ('<=', 2**26)))
     count = args.sentinels
     if count is None:
-      count = tokenizers.SENTINELS if args.kind == 'unigram' else 0
+      count = tokenizer_files.SENTINELS if args.kind == 'unigram' else 0
     limits.number('--sentinels', count, (('>=', 0), ('<=', 10_000)))
     specials = args.special + [f'<extra_id_{i}>' for i in range(count)]
     result = train(args.kind, args.source, args.vocab_size, args.out,

@@ -1,5 +1,5 @@
 """Tokens that a folder adds to a vocabulary: added_tokens.json, and what its
-tokenizer_config.json has under added_tokens_decoder.
+tokenizer_config.json has under added_tokens_decoder; and which are special.
 
 transformers looks for them in a text before anything else is done with it, so
 that none is split, and encodes what stands between them on its own.
@@ -40,8 +40,13 @@ class Added(NamedTuple):
 
 
 def described(folder: pathlib.Path) -> dict[str, Any]:
-  """Returns the tokenizer_config.json of a folder; {} if there is none."""
-  return _object(folder / 'tokenizer_config.json')
+  """Returns the tokenizer_config.json of a folder; {} if there is none. Tokens
+  of which it says nothing are those of a special_tokens_map.json, as folders of
+  earlier versions of transformers have one."""
+  names = {*(f'{kind}_token' for kind in KINDS), 'additional_special_tokens'}
+  more = {name: value for name, value in _object(
+      folder / 'special_tokens_map.json').items() if name in names}
+  return more | _object(folder / 'tokenizer_config.json')
 
 
 def read(folder: pathlib.Path) -> list[Added]:

@@ -1,5 +1,6 @@
 """Files of tokenizers that Hugging Face's library runs, read: each function
-returns the pipeline and {kind: id} of its special tokens."""
+returns the pipeline, {kind: id} of its special tokens and, where their kinds
+are not said, those between which the pipeline itself puts a text."""
 
 from collections.abc import Callable, Sequence
 import itertools
@@ -13,6 +14,8 @@ import numpy as np
 from configs.errors import RequestError, require, short
 from training import schema
 from training.data import added_tokens
+
+SENTINELS = 100  # T5's <extra_id_0> to <extra_id_99>
 
 # Where a file's own tokenizer_config.json says nothing, the special tokens
 # are the first of these that the vocabulary holds.
@@ -28,6 +31,10 @@ SPECIAL_NAMES = {
 # Classes of transformers whose vocab.json and merges.txt are read as GPT-2's.
 GPT2 = ('GPT2Tokenizer', 'RobertaTokenizer', 'BartTokenizer', 'LEDTokenizer',
         'LongformerTokenizer', 'CodeGenTokenizer', 'PreTrainedTokenizer')
+# And those of them that put a text between these tokens.
+FRAMING = {'cls': '<s>', 'sep': '</s>'}
+FRAMED = ('RobertaTokenizer', 'BartTokenizer', 'LEDTokenizer',
+          'LongformerTokenizer')
 
 
 def read_json(spec: str, path: pathlib.Path):
@@ -43,7 +50,26 @@ def read_json(spec: str, path: pathlib.Path):
            in tokenizer.get_added_tokens_decoder().items() if token.special}
   special_ids = named_specials(added.get) | added_tokens.kinds(
       _described(path), tokenizer.token_to_id)
-  return tokenizer, special_ids
+  return tokenizer, special_ids, _framing(tokenizer)
+
+
+def _framing(tokenizer: Any) -> dict[str, int]:
+  """Returns cls and sep, where a pipeline puts texts between them as BERT and
+  RoBERTa do: cls, a text, sep; cls, a text, one sep or two, another text, sep.
+  """
+  tokenizer.no_padding()
+  tokenizer.no_truncation()
+  found = []
+  for texts, pattern in ((('a',), '10+1'), (('a', 'b'), '10+11?0+1')):
+    row = tokenizer.encode(*texts)
+    mask = row.special_tokens_mask
+    if not re.fullmatch(pattern, ''.join(map(str, mask))):
+      return {}
+    first, *after = [i for i, special in zip(row.ids, mask) if special]
+    found += [(first, i) for i in after]
+  if len({*found}) > 1 or found[0][0] == found[0][1]:
+    return {}
+  return dict(zip(('cls', 'sep'), found[0]))
 
 
 def _described(path: pathlib.Path) -> dict:
@@ -82,7 +108,7 @@ def read_wordpiece(spec: str, path: pathlib.Path):
       told, tokenizer.token_to_id)
   tokenizer.add_special_tokens(
       [tokenizer.id_to_token(i) for i in special_ids.values()])
-  return tokenizer, special_ids
+  return tokenizer, special_ids, {}
 
 
 def read_gpt2(spec: str, encoder: pathlib.Path, merges: pathlib.Path):
@@ -122,7 +148,25 @@ def read_gpt2(spec: str, encoder: pathlib.Path, merges: pathlib.Path):
     require(tokenizer.token_to_id(token.content) == i, f'tokenizer {spec!r}: '
             f'its files say that {short(token.content)} has the id {i}, and it '
             f'has the id {tokenizer.token_to_id(token.content)}')
-  return tokenizer, special_ids
+  framing = {name: known[token] for name, token in FRAMING.items()
+             if kind in FRAMED and token in known}
+  return tokenizer, special_ids, framing
+
+
+def read_sentencepiece(path: pathlib.Path, data: bytes) -> Any:
+  """Returns the processor of a file that holds `data`."""
+  try:
+    import sentencepiece
+  except ImportError as error:
+    raise RequestError(
+        f'tokenizer {str(path)!r} needs the package sentencepiece: '
+        "pip install 'archetype[data]'.") from error
+  refused = f'tokenizer {str(path)!r} is not a sentencepiece model.'
+  require(bool(data), refused)
+  try:
+    return sentencepiece.SentencePieceProcessor(model_proto=data)
+  except RuntimeError as error:
+    raise RequestError(refused) from error
 
 
 def _said(error: Exception) -> str:
@@ -138,6 +182,21 @@ def named_specials(id_of: Callable[[str], int | None]) -> dict[str, int]:
     if ids:
       found[kind] = ids[0]
   return found
+
+
+def sentinels(id_of: Callable[[str], int | None]) -> tuple[int, ...]:
+  """Returns the ids of <extra_id_0>, <extra_id_1>, ... of a vocabulary."""
+  ids = [id_of(f'<extra_id_{i}>') for i in range(SENTINELS)]
+  return tuple(i for i in ids if i is not None)
+
+
+def more_ids(tokenizer: Any) -> frozenset[int]:
+  """Returns the ids of the special tokens that are no pieces of a vocabulary
+  besides, as WordPiece's [UNK] is one, which plain text gives."""
+  own = tokenizer.get_vocab(with_added_tokens=False)
+  return frozenset(
+      i for i, token in tokenizer.get_added_tokens_decoder().items()
+      if token.special and token.content not in own)
 
 
 def byte_level_table(tokenizer: Any, vocab: dict[str, int]

@@ -1,9 +1,8 @@
 """Tokenizers behind one small interface: text to ids, and back.
 
 `load(spec)` takes data.tokenizer: `bytes`, `bytes:N`, a Hugging Face
-tokenizer.json, a folder (GPT-2's encoder.json + vocab.bpe, vocab.json +
-merges.txt, BERT's vocab.txt, or one that holds a tokenizer.json or a
-sentencepiece model), or a sentencepiece `.model`.
+tokenizer.json, a sentencepiece `.model`, or a folder that holds one (or GPT-2's
+encoder.json + vocab.bpe, vocab.json + merges.txt, or BERT's vocab.txt).
 
 No tokenizer adds special tokens by itself, and none reads them out of plain
 text: '<|endoftext|>' typed inside a document is spelt, not obeyed. Whoever
@@ -27,8 +26,6 @@ import numpy as np
 from configs.errors import RequestError, require
 from training.data import added_tokens, tokenizer_files
 
-SENTINELS = 100  # T5's <extra_id_0> to <extra_id_99>
-
 
 class Tokenizer(abc.ABC):
   """What the rest of the project knows of a tokenizer.
@@ -44,6 +41,7 @@ class Tokenizer(abc.ABC):
       vocabulary's own spelling, or [MASK].
     added_ids: what Hugging Face's tokenizer of this vocabulary puts before
       each text. None is put there here: lm_eval's conventions ask for it.
+    more_ids: of special tokens that the vocabulary itself has not.
   """
 
   name: str
@@ -53,6 +51,7 @@ class Tokenizer(abc.ABC):
   fingerprint: str
   mask_pattern = re.escape('[MASK]')
   added_ids: tuple[int, ...] = ()
+  more_ids: frozenset[int] = frozenset()
 
   def __reduce__(self):
     return load, (self.name,)  # To a worker goes the name alone.
@@ -118,6 +117,17 @@ class Tokenizer(abc.ABC):
     return self.special_ids[name]
 
   @property
+  def least_size(self) -> int:
+    """How many ids a model must have: vocab_size, less special tokens at its
+    end that are of no kind, such as Gemma 3's <image_soft_token>. Only
+    `encode_placed` gives these, of a text that has them."""
+    rare = self.more_ids - {*self.special_ids.values(), *self.sentinel_ids}
+    size = self.vocab_size
+    while size - 1 in rare:
+      size -= 1
+    return size
+
+  @property
   def separator_id(self) -> int:
     """The id between documents, which also starts each: eos, or BERT's sep."""
     return self.special('eos' if 'sep' not in self.special_ids
@@ -153,7 +163,8 @@ class Bytes(Tokenizer):
     self.special_ids = {name: 2 ** bits + i
                         for i, name in enumerate(self.SPECIAL)}
     left = size - 2 ** bits - len(self.SPECIAL)
-    self.sentinel_ids = tuple(range(size - min(SENTINELS, left), size))
+    sentinels = min(tokenizer_files.SENTINELS, left)
+    self.sentinel_ids = tuple(range(size - sentinels, size))
     self.fingerprint = f'bytes-{size}'
     self._base = 2 ** bits
     # The highest digit comes first.
@@ -188,7 +199,8 @@ class Bytes(Tokenizer):
 class HuggingFace(Tokenizer):
   """A `tokenizers` pipeline: BPE, unigram or WordPiece."""
 
-  def __init__(self, name: str, tokenizer: Any, special_ids: dict[str, int]):
+  def __init__(self, name: str, tokenizer: Any, special_ids: dict[str, int],
+               framing: dict[str, int]):
     tokenizer.no_padding()
     tokenizer.no_truncation()
     tokenizer.encode_special_tokens = True
@@ -197,8 +209,9 @@ class HuggingFace(Tokenizer):
     vocab = tokenizer.get_vocab(with_added_tokens=True)
     require(bool(vocab), f'tokenizer {name!r} has an empty vocabulary')
     self.vocab_size = 1 + max(vocab.values())
-    self.special_ids = special_ids
-    self.sentinel_ids = _sentinels(vocab.get)
+    self.special_ids = framing | special_ids
+    self.sentinel_ids = tokenizer_files.sentinels(vocab.get)
+    self.more_ids = tokenizer_files.more_ids(tokenizer)
     if 'mask' in special_ids:
       self.mask_pattern = tokenizer_files.mask_pattern(
           tokenizer, special_ids['mask'], self.mask_pattern)
@@ -252,19 +265,8 @@ class SentencePiece(Tokenizer):
   that the files beside it add."""
 
   def __init__(self, path: pathlib.Path):
-    try:
-      import sentencepiece
-    except ImportError as error:
-      raise RequestError(
-          f'tokenizer {str(path)!r} needs the package sentencepiece: '
-          "pip install 'archetype[data]'.") from error
     data = path.read_bytes()
-    refused = f'tokenizer {str(path)!r} is not a sentencepiece model.'
-    require(bool(data), refused)
-    try:
-      model = sentencepiece.SentencePieceProcessor(model_proto=data)
-    except RuntimeError as error:
-      raise RequestError(refused) from error
+    model = tokenizer_files.read_sentencepiece(path, data)
     self.name = str(path)
     self._model = model
     self._pieces = model.vocab_size()
@@ -280,7 +282,9 @@ class SentencePiece(Tokenizer):
     usual = dict(self.special_ids)
     self.special_ids |= added_tokens.kinds(
         added_tokens.described(path.parent), known.get)
-    self.sentinel_ids = _sentinels(known.get)
+    self.sentinel_ids = tokenizer_files.sentinels(known.get)
+    self.more_ids = frozenset(
+        i for i, token in self._added.items() if token.special)
     if 'mask' in self.special_ids:
       own = re.escape(self.piece(self.special_ids['mask']))
       self.mask_pattern = f'(?:{own}|{self.mask_pattern})'
@@ -349,8 +353,7 @@ def load(spec: str) -> Tokenizer:
     if names := found_in(path):
       return FOLDERS[names](spec, *(path / name for name in names))
     wanted = '; '.join(' + '.join(names) for names in FOLDERS)
-    raise RequestError(
-        f'tokenizer folder {spec!r} holds none of: {wanted}.')
+    raise RequestError(f'tokenizer folder {spec!r} holds none of: {wanted}.')
   if os.path.isfile(path) and path.suffix in FILES:
     return FILES[path.suffix](spec, path)
   missing = '' if os.path.exists(path) else '; there is no such file or folder'
@@ -374,11 +377,6 @@ def _spans(pairs: Sequence[tuple[int, int]]) -> np.ndarray:
 
 def _digest(data: bytes) -> str:
   return hashlib.blake2b(data, digest_size=16).hexdigest()
-
-
-def _sentinels(id_of: Callable[[str], int | None]) -> tuple[int, ...]:
-  ids = [id_of(f'<extra_id_{i}>') for i in range(SENTINELS)]
-  return tuple(i for i in ids if i is not None)
 
 
 def _hugging_face(read: Callable):

@@ -171,7 +171,7 @@ def jinja(config: Config, tokenizer: Tokenizer) -> str | None:
     return None
   if config.data.chat_template not in conversations.TEMPLATES:
     return chat_templates.source(config.data.chat_template)[1]
-  kind = next(name for name in ('sep', 'eos')
+  kind = next(name for name in ('eos', 'sep')
               if tokenizer.special_ids.get(name) == tokenizer.separator_id)
   end = f'{{{{ {kind}_token }}}}'
   said = "{% elif m.role == 'assistant' %}"

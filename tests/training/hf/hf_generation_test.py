@@ -219,7 +219,8 @@ def test_an_export_puts_a_text_between_the_tokens_of_its_family(tmp_path):
                       tokenize_chinese_chars=True, eos_token='</s>')
   assert given('gpt', words, **bert) == usual
   assert given('bert', words, **bert, post_processor=(
-      hf.processors.BertProcessing(('[SEP]', 2), ('[CLS]', 1)))) == usual
+      hf.processors.BertProcessing(('[SEP]', 2), ('[CLS]', 1)))) == (
+          usual[0], dict(cls_token='[CLS]', sep_token='[SEP]', **usual[1]))
   unigram = hf.models.Unigram([('a', -1.0), ('<unk>', -2.0)], unk_id=1)
   assert given('t5', unigram) == (
       'T5Tokenizer', dict(extra_ids=0, eos_token='</s>'))
