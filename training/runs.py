@@ -51,6 +51,8 @@ def resolve(config: ml_collections.ConfigDict, tokenizer: tokenizers.Tokenizer
   require(labels in (0, model['num_labels']), f'model.num_labels is '
           f'{model["num_labels"]}, and the data of objective '
           f'{config.objective!r} have {labels}: leave it at 0, to be derived')
+  if least == tokenizer.vocab_size:  # an import may lack what no text gives
+    least = tokenizer.least_size
   require(model['vocab_size'] >= least, _too_few_ids(
       model['vocab_size'], least, config, tokenizer))
   resolved = architectures.resolve(model)
@@ -69,7 +71,7 @@ def vocab_size(config: ml_collections.ConfigDict,
 
 def _too_few_ids(size: int, least: int, config: ml_collections.ConfigDict,
                  tokenizer: tokenizers.Tokenizer) -> str:
-  if least != tokenizer.vocab_size:
+  if least != tokenizer.least_size:
     return (f'model.vocab_size is {size}, but {config.data.source} has {least} '
             'ids: set it to 0, to be derived, or to more')
   return (f'model.vocab_size is {size}, but the tokenizer '

@@ -4,7 +4,7 @@ MUTANTS = {
     'training/objectives/mlm.py': [
         ('draw < 0.8)', 'draw < 0.7)', 'mlm: eighty'),
         ('(draw >= 0.8) & (draw < 0.9)', '(draw >= 0.8)', 'mlm: eighty'),
-        ('other = rng.integers(0, tokenizer.vocab_size, len(ids))',
+        ('other = rng.integers(0, known, len(ids))',
          'other = ids', 'mlm: eighty'),
         ('max(1, round(rate', 'max(0, round(rate', 'draws: at_least_one'),
         ('order[taken]) & ~special', 'order[taken])',

@@ -20,7 +20,7 @@ import architectures
 from architectures.parts import mixers
 from architectures.parts import skeletons
 from architectures.parts.moe.layer import without_capacity
-from training import generate, progress
+from training import generate, limits, progress
 
 # So many tokens are read at once; what is left of the last piece is padding,
 # which the next tokens overwrite.
@@ -61,6 +61,7 @@ class Engine:
     """
     ids = np.asarray(ids, np.int32)
     assert 0 < len(ids) <= self.context
+    limits.ids('the text', ids, self._module.config.vocab_size)
     start = _shared(self._ids, ids[:-1])
     if self._state and not (self._whole and start == len(self._ids)):
       self._cache = jax.tree.map(jnp.zeros_like, self._cache)

@@ -15,7 +15,7 @@ from training.data.tokenizers import Tokenizer
 from training.hf import config as hf_config
 from training.hf import generation as hf_generation
 from training.objectives import causal, chat
-from training.objectives.record import Prompts, Talk, padded
+from training.objectives.record import Prompts, Talk, known_ids, padded
 
 # What to do instead, where a model cannot be talked with.
 INSTEAD = {
@@ -144,8 +144,9 @@ def shown(texts: Sequence[str], config: ml_collections.ConfigDict,
     return Prompts(*padded([talk.encode([dict(role='user', content=text)])
                             for text in texts])), tuple(sorted(talk.ends))
   assert objective.prompt is not None
-  return (objective.prompt(texts, config, tokenizer),
-          objective.ends(config, tokenizer))
+  prompts = objective.prompt(texts, config, tokenizer)
+  known_ids(prompts.tokens, config, tokenizer, 'the prompt')
+  return prompts, objective.ends(config, tokenizer)
 
 
 def ids(said: hf_generation.Generation | None) -> dict[str, list[int]]:

@@ -17,7 +17,7 @@ from lm_eval.models import utils as model_utils
 import numpy as np
 
 from configs.errors import require, short
-from training import generate, objectives, progress
+from training import generate, limits, objectives, progress
 from training.chat import load as chat
 from training.data import chat_templates
 from training.evals import checkpoint, scoring
@@ -168,6 +168,8 @@ class Model(api.TemplateLM):
     for i, text in enumerate(texts):
       if any(word in text for word in self._special):
         rows[i] = self._tokens.encode_placed(text)[0]
+        limits.ids(f'the text {short(text)}', rows[i],
+                   self.evaluation.run.model.vocab_size)
     begins = [self._begin if special or special is None
               and not text.startswith(first) else () for text in texts]
     return [np.concatenate([begin, ids]).astype(np.int32)

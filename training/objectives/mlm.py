@@ -86,7 +86,8 @@ def _masked(ids: np.ndarray, special: np.ndarray, rng: np.random.Generator,
   """Returns tokens, targets and weights of a row."""
   masked, chosen = mask(ids, special, rng, tokenizer,
                         rate=config.data.mask_rate,
-                        whole_words=config.data.whole_words)
+                        whole_words=config.data.whole_words,
+                        size=config.model.vocab_size)
   return dict(tokens=masked, targets=ids, weights=chosen)
 
 
@@ -112,7 +113,7 @@ def most(rate: float, length: int) -> int:
 
 
 def mask(ids: np.ndarray, special: np.ndarray, rng: np.random.Generator,
-         tokenizer: Tokenizer, *, rate: float, whole_words: bool
+         tokenizer: Tokenizer, *, rate: float, whole_words: bool, size: int = 0
          ) -> tuple[np.ndarray, np.ndarray]:
   """Returns (ids with some masked, which of them are to be predicted).
 
@@ -123,6 +124,7 @@ def mask(ids: np.ndarray, special: np.ndarray, rng: np.random.Generator,
     tokenizer: its mask token and vocabulary.
     rate: the share of tokens that are chosen, at least one of them.
     whole_words: whether all tokens of a word are chosen, or none.
+    size: how many ids the model has; 0: as many as the tokenizer.
   """
   places = np.flatnonzero(~special)
   wanted = most(rate, len(places))
@@ -134,7 +136,8 @@ def mask(ids: np.ndarray, special: np.ndarray, rng: np.random.Generator,
   chosen = np.isin(word, order[taken]) & ~special
   draw = rng.random(len(ids))
   masked = np.where(chosen & (draw < 0.8), tokenizer.mask_id, ids)
-  other = rng.integers(0, tokenizer.vocab_size, len(ids))
+  known = min(tokenizer.vocab_size, size or tokenizer.vocab_size)
+  other = rng.integers(0, known, len(ids))
   masked = np.where(chosen & (draw >= 0.8) & (draw < 0.9), other, masked)
   return masked.astype(np.int32), chosen
 

@@ -23,6 +23,7 @@ import ml_collections
 import numpy as np
 
 from architectures.parts.skeletons import Output
+from configs.errors import RequestError
 from training import ahead, generate, losses
 from training.data.tokenizers import Tokenizer
 
@@ -112,6 +113,18 @@ def tokenizers_size(config: Config, tokenizer: Tokenizer) -> int:
   """Returns how many ids the tokenizer has."""
   del config
   return tokenizer.vocab_size
+
+
+def known_ids(ids: np.ndarray, config: Config, tokenizer: Tokenizer, what: str
+              ) -> None:
+  """Raises RequestError for a token that the model does not have: an import may
+  have fewer than its tokenizer (Tokenizer.least_size)."""
+  size, most = config.model.vocab_size, int(np.max(ids, initial=0))
+  if size and most >= size:
+    raise RequestError(
+        f'{what} has the token {tokenizer.piece(most)}, whose id is {most}, '
+        f'and the model has the ids 0 to {size - 1}: take it out of the text, '
+        'or out of the chat template')
 
 
 def separator(tokenizer: Tokenizer) -> int:
@@ -244,6 +257,9 @@ class Objective(NamedTuple):
     values = self.example(item, rng, config, tokenizer)
     arrays = self.arrays(config)
     assert values.keys() == arrays.keys(), (values.keys(), arrays.keys())
+    for key in values:
+      if key.endswith('tokens') or key == 'targets' and self.head == 'lm':
+        known_ids(values[key], config, tokenizer, 'a row of the data')
     row = {}
     for key, (shape, dtype) in arrays.items():
       if np.shape(values[key]) == shape:

@@ -257,13 +257,16 @@ def test_a_text_begins_as_in_the_training_of_the_weights(tmp_path):
 
 
 @pytest.mark.skipif(not HERE, reason='lm_eval is not installed')
-def test_special_tokens_of_a_text_are_obeyed(tmp_path):
+def test_special_tokens_of_a_text_are_obeyed(tmp_path, monkeypatch):
   """As transformers' tokenizers obey them."""
   ids = tokenizers.load('bytes').special_ids
   asked = _model(tmp_path)
   assert asked.tok_encode('a[SEP]b') == [97, ids['sep'], 98]
   assert [row.tolist() for row in asked._encode(['[EOS]', 'a'])] == [
       [ids['eos']], [97]]
+  monkeypatch.setattr(asked._tokens, 'special_ids', ids | {'pad': 400})
+  with pytest.raises(RequestError, match=r"'a\[PAD\]' has the id 400, which"):
+    asked.tok_encode('a[PAD]')
 
 
 @pytest.mark.skipif(not HERE, reason='lm_eval is not installed')

@@ -166,7 +166,7 @@ def _repeated(evaluation: Evaluation) -> np.ndarray | None:
   size = min(REPEATED, (model.max_len - 1) // 2)
   if architectures.stack(model) != 'decoder' or size < 4:
     return None
-  usual = np.setdiff1d(np.arange(tokenizer.vocab_size),
+  usual = np.setdiff1d(np.arange(min(tokenizer.vocab_size, model.vocab_size)),
                        [*tokenizer.special_ids.values(),
                         *tokenizer.sentinel_ids])
   if len(usual) < size:  # tokens would come more than twice
