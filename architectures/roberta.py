@@ -8,7 +8,8 @@ sections 3 and 4).
 
 There is no pooler and no head of next sentences. With the head of a task
 (model.head) scores are W_s tanh(W_p x_N[first] + b_p) + b_s of a row, as BERT's
-pooler has it, or W_s x_N + b_s of each token.
+pooler has it, or W_s x_N + b_s of each token. Two texts make the row
+<s> first </s></s> second </s>, as in fairseq and transformers.
 
 The first token stands at row 2 of the table of positions (fairseq counts from
 the row after that of padding, whose id is 1): model.position_offset. Row 0 is
@@ -27,6 +28,7 @@ from configs.errors import require
 class RoBERTa(Encoder):
   """tokens [B, L] -> Output; see Encoder."""
   HEAD_ACT = 'gelu'
+  PAIR_SEPARATORS = 2
   PARTS = bert.BERT.PARTS | dict(next_sentence=False, position_offset=2)
 
 

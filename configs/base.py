@@ -92,6 +92,10 @@ def base() -> ml_collections.ConfigDict:
           # Tokens that neighbouring windows share, of a sentence or a paragraph
           # that is longer than a row; derived: length / 3, as in BERT.
           stride=0,
+          # Separators between the two texts of a row; derived: those of the
+          # model, 2 of roberta and 1 of others. Runs of roberta had 1 before
+          # this field existed.
+          pair_separators=0,
           mask_rate=0.15,  # the share of tokens that mlm and mlm_nsp mask
           whole_words=False,  # mask all tokens of a word, or none
           workers=0,  # processes that prepare batches; 0: threads

@@ -48,6 +48,7 @@ LIMITS = {
     'data.holdout_every': FROM_0,
     'data.length_buckets': _between(1, 64),
     'data.stride': _between(0, MOST_TOKENS),
+    'data.pair_separators': _between(0, 2),
     'data.mask_rate': (('>', 0), ('<=', 1)),
     'data.workers': _between(0, MOST_PROCESSES),
     'data.tokenize_workers': _between(0, MOST_PROCESSES),

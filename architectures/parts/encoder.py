@@ -28,10 +28,12 @@ class Encoder(nn.Module):
   HEAD_ACT: the network of FFNS whose activation the head of masked words has;
     '': that of the layers.
   HEAD_BIAS: whether the product of that head has a bias.
+  PAIR_SEPARATORS: how many separators stand between two texts of a row.
   """
   STACK = 'encoder'
   HEAD_ACT = ''
   HEAD_BIAS = True
+  PAIR_SEPARATORS = 1
   config: ModelConfig
 
   @nn.compact

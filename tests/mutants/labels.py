@@ -18,7 +18,7 @@ MUTANTS = {
          'labelled_files: cut_as'),
     ],
     'training/objectives/labelled.py': [
-        ('types += [number] * (len(ids) + 1)', 'types += [number] * len(ids)',
+        ('types += [number] * (len(ids) + end)', 'types += [number] * len(ids)',
          'labelled_rows: pictured'),
         ('smooth * log_p_BU.mean(-1)', 'smooth * log_p_BU.sum(-1)',
          'labelled_rows: torchs'),

@@ -20,7 +20,7 @@ MUTANTS = {
     'training/data/questions.py': [
         ('first <= answer[0] and answer[1] < end', 'first <= answer[0] < end',
          'questions: rows_equal'),
-        ('AROUND - len(asked)', 'AROUND - len(asked) - 1',
+        ('between) - len(asked)', 'between) - len(asked) - 1',
          'questions: rows_equal')],
     'training/objectives/question_answering.py': [
         ("batch['segment_ids'][..., None] != 0",

@@ -12,10 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from configs.errors import require
-from training.data import offsets, packing, squad
+from training.data import offsets, packing, records, squad
 from training.data.words import stride
-
-AROUND = 3  # tokens of a row beside those of the question and the paragraph
 
 
 class Window(NamedTuple):
@@ -28,12 +26,14 @@ class Window(NamedTuple):
       does not show the answer.
     asked: which question it is.
     first: which token of the paragraph `context` begins with.
+    between: separators between the question and `context`.
   """
   question: np.ndarray
   context: np.ndarray
   answer: tuple[int, int] | None
   asked: int
   first: int
+  between: int = 1
 
 
 class Questions:
@@ -79,7 +79,8 @@ def _windows(question: squad.Question, number: int, asked: np.ndarray,
              ) -> list[Window]:
   """Returns the rows of one question."""
   where, length = question.where, corpus.config.data.length
-  room = length - AROUND - len(asked)
+  between = records.separators(corpus.config)
+  room = length - records.around(2, between) - len(asked)
   require(room > 0, f'{where}, has {len(asked)} tokens, which leave no room '
           f'for its paragraph in data.length {length}: choose a larger one')
   answer = None
@@ -95,5 +96,5 @@ def _windows(question: squad.Question, number: int, asked: np.ndarray,
     rows.append(Window(
         asked, ids[first:end],
         (answer[0] - first, answer[1] - first) if shown else None,
-        number, first))
+        number, first, between))
   return rows

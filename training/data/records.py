@@ -140,18 +140,25 @@ class Item(NamedTuple):
     texts: the ids [T] of each text, cut so that they fit into a row.
     target: what is to be predicted of it.
     weight: what it counts in the loss.
+    between: separators between two texts of a row.
   """
   texts: tuple[np.ndarray, ...]
   target: float
   weight: float
+  between: int = 1
+
+  @property
+  def length(self) -> int:
+    """How many tokens its row has."""
+    return sum(map(len, self.texts)) + around(len(self.texts), self.between)
 
 
 class Texts:
   """Texts or pairs of texts with what is to be predicted of them, one a row.
 
-  A row has one token more than each of its texts, and one before them. What
-  does not fit into data.length is cut off at the end: of a pair, as
-  transformers does it, from the longer text, until both are as long.
+  A row has one token before its texts and one after them, and `separators`
+  between them. What does not fit into data.length is cut off at the end: of a
+  pair, as transformers does it, from the longer text, until both are as long.
 
   Attributes:
     records: what each row is of.
@@ -165,7 +172,7 @@ class Texts:
     length = corpus.config.data.length
     texts = [text for record in self.records for text in record.texts]
     ids = iter(corpus.tokenizer.encode_batch(texts))
-    weights = self.weights(corpus)
+    weights, between = self.weights(corpus), separators(corpus.config)
     self.items: list[Item] = []
     self.cut = 0
     for record in self.records:
@@ -173,18 +180,17 @@ class Texts:
       for row, name in zip(rows, record.names):
         require(len(row) > 0, f'{record.where} column {name!r}, has no token '
                 f'that the tokenizer {corpus.tokenizer.name!r} knows')
-      room = length - 1 - len(rows)
+      more = around(len(rows), between)
+      room = length - more
       require(room >= len(rows), f'data.length is {length}: a row of '
-              f'{len(rows)} text(s) needs {2 * len(rows) + 1} or more')
+              f'{len(rows)} text(s) needs {more + len(rows)} or more')
       sizes = fitting([len(row) for row in rows], room)
       self.cut += sum(sizes) < sum(map(len, rows))
       target = self.target(record)
       self.items.append(Item(
           tuple(row[:size] for row, size in zip(rows, sizes)), target,
-          1.0 if weights is None else float(weights[target])))
-    self.lengths = np.array([
-        1 + sum(len(row) + 1 for row in item.texts) for item in self.items],
-        np.int32)
+          1.0 if weights is None else float(weights[target]), between))
+    self.lengths = np.array([item.length for item in self.items], np.int32)
     self.num_tokens = int(self.lengths.sum())
     self.num_bytes = sum(len(text.encode('utf-8')) for text in texts)
 
@@ -244,6 +250,19 @@ def fitting(sizes: Sequence[int], room: int) -> list[int]:
   else:
     kept = room // 2, room - room // 2
   return [*kept] if sizes[0] <= sizes[1] else [*kept[::-1]]
+
+
+def separators(config: Any) -> int:
+  """Returns how many separators stand between two texts of a row."""
+  import architectures  # here, for eval.py --help answers without JAX
+  system = architectures.systems()[config.model.arch]
+  return config.data.pair_separators or getattr(system, 'PAIR_SEPARATORS', 1)
+
+
+def around(texts: int, between: int) -> int:
+  """Returns how many tokens a row has beside those of one text or of two:
+  `between` these stand as many separators."""
+  return 2 + between * (texts - 1)
 
 
 def special_tokens(tokenizer: Tokenizer, stack: str) -> tuple[int, int]:

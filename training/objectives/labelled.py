@@ -1,6 +1,7 @@
 """A text, or a pair of texts, to one of some labels or to a number.
 
   encoder    [CLS] text [SEP]            [CLS] first [SEP] second [SEP]
+  roberta    <s> text </s>               <s> first </s></s> second </s>
   decoder    <sep> text <sep>            <sep> first <sep> second <sep>
 
 As in BERT (Devlin et al. 2019, section 4.1), whose types tell the second text
@@ -50,9 +51,10 @@ def lay_out(item: records.Item, rng: np.random.Generator | None, config: Config,
   del rng
   first, after = records.special_tokens(tokenizer, stack(config))
   pieces, types = [[first]], [0]
-  for number, ids in enumerate(item.texts):
-    pieces += [ids, [after]]
-    types += [number] * (len(ids) + 1)
+  ends = [item.between] * (len(item.texts) - 1) + [1]
+  for number, (ids, end) in enumerate(zip(item.texts, ends)):
+    pieces += [ids, [after] * end]
+    types += [number] * (len(ids) + end)
   row = dict(tokens=np.concatenate(pieces).astype(np.int32),
              segment_ids=np.ones(len(types)), targets=item.target,
              weights=item.weight)
@@ -69,10 +71,6 @@ def _arrays(config: Config, target: type) -> dict[str, Shape]:
 def fill(tokenizer: Tokenizer) -> int:
   """Returns the token that fills a row up."""
   return tokenizer.special_ids.get('pad', record.separator(tokenizer))
-
-
-def _length(item: records.Item) -> int:
-  return 1 + sum(len(ids) + 1 for ids in item.texts)
 
 
 def classified(output: Output, batch: Mapping[str, jax.Array], config: Config
@@ -107,7 +105,7 @@ def _objective(view: type, target: type, **fields: Any) -> Objective:
       lambda config: _arrays(config, target), ('tokens',),
       {'types': 'type_ids_BL', 'segment_ids': 'segment_ids_BL'},
       ('segment_ids',), fill=fill, head='sequence', records=labelled.KIND,
-      length=_length, perplexity=False, **fields)
+      length=lambda item: item.length, perplexity=False, **fields)
 
 
 OBJECTIVES = {
@@ -116,12 +114,13 @@ OBJECTIVES = {
         labels=records.labels_of, measure=classes.of_scores,
         measured=classes.FIGURES,
         num_labels=lambda config: len(config.data.labels),
-        reads=('data.labels', 'data.class_weights', 'data.length_buckets'),
+        reads=('data.labels', 'data.class_weights', 'data.length_buckets',
+               'data.pair_separators'),
         ignores=('train.z_loss', 'train.loss_chunk')),
     'regression': _objective(
         records.Numbers, np.float32, figures=estimated,
         measure=classes.of_numbers, measured=classes.FIGURES_OF_NUMBERS,
         num_labels=lambda config: 1,
-        reads=('data.length_buckets',),
+        reads=('data.length_buckets', 'data.pair_separators'),
         ignores=('train.z_loss', 'train.loss_chunk', 'train.label_smoothing')),
 }

@@ -2,6 +2,7 @@
 answer.
 
   encoder    [CLS] question [SEP] paragraph [SEP]
+  roberta    <s> question </s></s> paragraph </s>
   decoder    <sep> question <sep> paragraph <sep>
 
 Each token has the score of being the answer's first one, and that of being its
@@ -44,8 +45,8 @@ def lay_out(item: questions.Window, rng: np.random.Generator | None,
   del rng
   stack = labelled.stack(config)
   first, after = records.special_tokens(tokenizer, stack)
-  tokens = np.concatenate([[first], item.question, [after], item.context,
-                           [after]])
+  tokens = np.concatenate([[first], item.question, [after] * item.between,
+                           item.context, [after]])
   places = (null_place(item, stack),) * 2
   if item.answer is not None:
     places = tuple(begin(item) + place for place in item.answer)
@@ -57,12 +58,13 @@ def lay_out(item: questions.Window, rng: np.random.Generator | None,
 
 def begin(item: questions.Window) -> int:
   """Returns where the paragraph begins in a row."""
-  return 2 + len(item.question)
+  return 1 + len(item.question) + item.between
 
 
 def length(item: questions.Window) -> int:
   """Returns how many tokens a row has."""
-  return len(item.question) + len(item.context) + questions.AROUND
+  return (len(item.question) + len(item.context)
+          + records.around(2, item.between))
 
 
 def null_place(item: questions.Window, stack: str) -> int:
@@ -108,7 +110,8 @@ OBJECTIVES = {
     'question_answering': Objective(
         ('encoder', 'decoder'), questions.Questions, lay_out, _arrays,
         ('tokens',), {'types': 'type_ids_BL', 'segment_ids': 'segment_ids_BL'},
-        ('segment_ids',), reads=('data.stride', 'data.length_buckets'),
+        ('segment_ids',), reads=(
+            'data.stride', 'data.length_buckets', 'data.pair_separators'),
         fill=labelled.fill, figures=answered, head='span',
         records=squad.KIND, length=length, measure=measure,
         measured=answers.FIGURES,

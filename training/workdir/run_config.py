@@ -16,11 +16,10 @@ import jax
 import ml_collections
 
 from configs import base
-from configs import kinds
 from configs.errors import RequestError, require, short
 from training import config_files, schema
-from training.workdir import change_kinds, provenance, restoring, step_folders
-from training.workdir import storage
+from training.workdir import change_kinds, earlier, provenance, restoring
+from training.workdir import step_folders, storage
 from training.workdir.change_kinds import INCOMPATIBLE, OPTIMISATION, SAFE
 
 # What a change of a field does to a run that is resumed: (pattern over the
@@ -49,6 +48,8 @@ CLASSES: tuple[tuple[str, str | Callable, str], ...] = (
     (r'span\..*', OPTIMISATION, 'another difficulty of the task'),
     (r'data\.chat_template', OPTIMISATION, 'another layout of conversations: '
      'data.chat_template=earlier is that of a run begun without this field'),
+    (r'data\.pair_separators', OPTIMISATION, 'another layout of pairs: '
+     'data.pair_separators=1 is that of a run begun without this field'),
     (r'data\.labels', INCOMPATIBLE, 'scores mean other labels'),
     (r'data\.tokenizer', INCOMPATIBLE, 'token numbers mean something else'),
     (r'data\..*', OPTIMISATION, 'other batches from here on'),
@@ -178,7 +179,7 @@ def compare(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict,
   Raises:
     ValueError: for a changed field that no row of CLASSES covers.
   """
-  asked = flatten(old), flatten_dict(_as_of_now(new.to_dict()))
+  asked = flatten(old), flatten_dict(earlier.as_of_now(new.to_dict()))
   olds, news = asked[0] | (old_derived or {}), asked[1] | (new_derived or {})
   first = (new_derived or {}).keys() - (old_derived or {}).keys()
   defaults = flatten(base.base())
@@ -270,28 +271,7 @@ def to_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 def from_json(tree: Mapping[str, Any]) -> ml_collections.ConfigDict:
   """Returns the config, locked, as config_flags locks what it parses."""
-  return ml_collections.ConfigDict(_as_of_now(tuples(tree))).lock()
-
-
-# What optim.decay_mask was by default, before parameters declared their roles.
-_EARLIER_MASK = (('.*(norm|bias|embed|sink).*', 0), ('.*', 1))
-
-
-def _as_of_now(tree: dict[str, Any]) -> dict[str, Any]:
-  """Returns a config's tree, in which what an earlier version wrote is said as
-  this one says it.
-
-  A run that lacks data.chat_template has the layout that there was then; one
-  that lacks model.next_sentence has the pooler that every BERT had."""
-  if 'data' in tree and 'chat_template' not in tree['data']:
-    tree['data']['chat_template'] = (
-        'earlier' if tree.get('objective') == 'chat' else 'published')
-  if isinstance(tree.get('model'), dict):
-    tree['model'] = {'next_sentence': tree['model'].get('arch') == 'bert',
-                     **kinds.modern(tree['model'])}
-  if 'optim' in tree and tree['optim'].get('decay_mask') == _EARLIER_MASK:
-    tree['optim']['decay_mask'] = ()
-  return tree
+  return ml_collections.ConfigDict(earlier.as_of_now(tuples(tree))).lock()
 
 
 def filled(config: ml_collections.ConfigDict) -> list[str]:

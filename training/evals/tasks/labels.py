@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from configs.errors import require
-from training.measures import classes, entities, questions
+from training.measures import classes, entities
 from training.evals.task import Evaluation, Flag, Task
 
 
@@ -56,6 +56,7 @@ def _check_held_out(evaluation: Evaluation, loaders: Sequence[Any]) -> None:
   """Raises RequestError for records whose answers could not be measured or
   written, before there is any answer."""
   from training.evals.tasks import exact
+  from training.measures import questions
   objective, tokenizer = loaders[0].objective, evaluation.tokenizer
   if objective.head == 'span' and evaluation.options.predictions:
     require(len(loaders) == 1, '--predictions is one file, and '
