@@ -46,6 +46,7 @@ def _parsed(words, monkeypatch):
   return values.config, tuple(values['config'].override_values)
 
 
+@pytest.mark.filterwarnings('ignore:the load_module')  # of ml_collections
 @pytest.mark.parametrize('page', prose.PAGES, ids=prose._name)
 def test_a_run_takes_what_a_page_asks_for(page, monkeypatch):
   told, wrong = ' '.join(page.read_text().split()), []
