@@ -205,7 +205,8 @@ def test_encoders_look_no_further():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('ends', [(12,), (5, 12)])
+@pytest.mark.parametrize('ends', [
+    pytest.param((12,), marks=pytest.mark.long), (5, 12)])
 def test_places_that_no_token_follows_take_no_expert(ends):
   """The last k of each document: what they join is of two texts. The load of an
   expert is a share of the choices of the others."""

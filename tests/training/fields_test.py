@@ -11,8 +11,10 @@ from training import fields
 GPT = architectures.resolve(models.config('gpt'))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('changes, alpha', [
-    (dict(rank=8), 8), (dict(rank=8, alpha=16.0), 16)])
+    (dict(rank=8), 8),
+    pytest.param(dict(rank=8, alpha=16.0), 16, marks=pytest.mark.long)])
 def test_adapters_that_are_added_can_learn(changes, alpha):
   """With alpha 0, as a model without adapters has it, they could not."""
   c = fields.replaced(GPT, dict(lora=changes))

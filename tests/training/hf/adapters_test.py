@@ -131,6 +131,7 @@ def test_pefts_format_there_and_back(system, targets, tmp_path):
     np.testing.assert_array_equal(x, found[path])
 
 
+@pytest.mark.slow
 def test_pefts_format_is_of_a_dtype(tmp_path):
   module, params = models.make('llama', lora=LORA, param_dtype='bfloat16')
   for dtype, wanted in ('', 'bfloat16'), ('float32', 'float32'), (

@@ -231,6 +231,7 @@ def _with_adapters(imported, workdir, step):
   return workdir
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_what_is_made_of_a_trained_run_was_trained(imported, tmp_path):
   """And so was what is made of that."""
