@@ -184,10 +184,12 @@ def _whole_backward(times: Callable, kind: Hidden, rows_PD: jax.Array,
     dgate_P += (wide(u_PF) * wide(h_PF)).sum(1)
     # The gates multiply h, because it is narrower than dy.
     ddown, dinto = vjp(gated(h_PF), (own.down_EFD, None), dy_PD)[1], []
-    # The hidden units go first, and what of the activation its gradient needs
-    # too is computed again: XLA would keep both, the latter in float32.
-    ins, u_PF, dgate_P, ddown = jax.lax.optimization_barrier(
-        (ins, u_PF, dgate_P, ddown))
+    if len(into) > 1:
+      # The hidden units go first, and what of the activation its gradient needs
+      # too is computed again: XLA would keep both, the latter in float32. Of a
+      # network without gates it keeps less by itself.
+      ins, u_PF, dgate_P, ddown = jax.lax.optimization_barrier(
+          (ins, u_PF, dgate_P, ddown))
     act_vjp = jax.vjp(act, ins)[1]
     for pair, d_PF in zip(into, act_vjp(gated(u_PF))[0]):
       more_PD, *grads = vjp(rows_PD, pair, d_PF)
