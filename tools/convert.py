@@ -138,7 +138,7 @@ def export(workdir: epath.Path, folder: pathlib.Path, *, step: int | str | None,
   storage.refuse_run(folder, 'FOLDER')
   for flag, given in (('dropless', dropless), ('bare', bare), (
       'shard_bytes', shard_bytes != weights.SHARD_BYTES)):
-    require(not (adapter and given), f'--{flag} says nothing of --adapter, '
+    require(not (adapter and given), f'--{flag} has no meaning with --adapter, '
             'which writes the adapters alone, to one file: leave it out')
   config, module, params, step = _from_workdir(workdir, step)
   if adapter:

@@ -119,8 +119,11 @@ def known_ids(ids: np.ndarray, config: Config, tokenizer: Tokenizer, what: str
               ) -> None:
   """Raises RequestError for a token that the model does not have: an import may
   have fewer than its tokenizer (Tokenizer.least_size)."""
-  size, most = config.model.vocab_size, int(np.max(ids, initial=0))
-  if size and most >= size:
+  size = config.model.vocab_size
+  if not 0 < size < tokenizer.vocab_size:
+    return  # each token is one of the model's; this is done for each row
+  most = int(np.max(ids, initial=0))
+  if most >= size:
     raise RequestError(
         f'{what} has the token {tokenizer.piece(most)}, whose id is {most}, '
         f'and the model has the ids 0 to {size - 1}: take it out of the text, '

@@ -9,7 +9,7 @@ import pytest
 import tokenizers as hf
 
 from configs import base
-from tests.helpers import roberta_files
+from tests.training.data import roberta_files
 from training.data import tokenizers
 from training.objectives import chat
 

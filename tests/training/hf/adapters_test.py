@@ -147,7 +147,7 @@ def test_pefts_format_is_of_a_dtype(tmp_path):
 @pytest.mark.parametrize('option', [
     dict(dropless=True), dict(bare=True), dict(shard_bytes=1)])
 def test_options_that_adapters_do_not_take_are_refused(option, tmp_path):
-  with pytest.raises(RequestError, match=f'^--{[*option][0]} says nothing of'):
+  with pytest.raises(RequestError, match=f'^--{[*option][0]} has no meaning'):
     convert.export(tmp_path / 'run', tmp_path / 'out', adapter=True, **dict(
         dict(step=None, dtype='', shard_bytes=weights.SHARD_BYTES), **option))
   assert not list(tmp_path.iterdir())

@@ -12,7 +12,8 @@ import tokenizers as hf
 
 from configs.errors import RequestError
 from tests import train_test
-from tests.helpers import evaluations, models, roberta_files
+from tests.helpers import evaluations, models
+from tests.training.data import roberta_files
 from tools import convert
 from training import runs, weights
 from training.chat import engine, load

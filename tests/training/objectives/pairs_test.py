@@ -9,7 +9,7 @@ import tokenizers as hf
 from configs import base
 from configs.errors import RequestError
 from tests.helpers import labelled_files as files
-from tests.helpers import roberta_files
+from tests.training.data import roberta_files
 from training import objectives, runs
 from training.data import pipeline, questions, records, tokenizers
 from training.objectives import question_answering
