@@ -37,9 +37,9 @@ def make(config: Config, ids: tokenizers.Tokenizer) -> dict[str, np.ndarray]:
     return pipeline.training_loader(config, ids).batch(0)
   objective = objectives.of(config)
   view = objective.view(_random(config, ids))
-  rows = [objective.row(view[i], np.random.default_rng([0, i]), config, ids)
-          for i in range(config.data.batch_size)]
-  return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+  return objective.batch(
+      [(view[i], np.random.default_rng([0, i]))
+       for i in range(config.data.batch_size)], config, ids)
 
 
 def _is_plain(config: Config) -> bool:

@@ -19,6 +19,13 @@ ASKED = ((('How many gulls?', '308'), ('Where?', 'the bay of Oslo'),
           ('Who swam?', '')), (('Where did Bo run?', 'Rome'),))
 
 
+def row(objective: Any, item: Any, rng: np.random.Generator | None, config: Any,
+        tokenizer: Any) -> dict[str, np.ndarray]:
+  """Returns what a batch has of one item."""
+  batch = objective.batch([(item, rng)], config, tokenizer)
+  return {key: rows[0] for key, rows in batch.items()}
+
+
 def conll(path: pathlib.Path, sentences: int = 12, most: int = 9,
           seed: int = 0) -> str:
   """Writes random sentences; returns the path."""

@@ -141,6 +141,8 @@ MUTANTS = {
          '[config.seed] * len(views)', 'data: another_order'),
         ('shuffle(seed=int(seed)).repeat()',
          'repeat()', 'data: another_order'),
+        ('[place - self._starts[view]]', '[place]', 'data: mixture_has'),
+        ('bisect.bisect_right(', 'bisect.bisect_left(', 'data: mixture_has'),
         ("held_out == (split == 'eval')", "held_out != (split == 'eval')",
          'data: stream'),
         ('own = bool(data.eval_source)', 'own = False', 'data: eval_source'),

@@ -9,6 +9,7 @@ those. So a run may stop at any n and go on with any number of processes or
 workers, and the state of the data is n.
 """
 
+import bisect
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 import gc
@@ -93,8 +94,15 @@ class Loader:
     own = self.ramp.rows(n) // count
     first = int(self.ramp.before(n)) + index * own
     config = self._config_of[max(loader.length(n) for loader in self.beside)]
-    rows = [self._row(g, config) for g in range(first, first + own)]
-    return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+    places = range(first, first + own)
+    batch = self.objective.batch(
+        [(self._item(g), self._rng(g)) for g in places], config, self.tokenizer)
+    padding = [self._is_padding(g) for g in places]
+    if any(padding):  # It counts nothing and takes no expert's room.
+      for key, rows in batch.items():
+        if key.endswith(('weights', 'segment_ids', 'valid')):
+          rows[padding] = 0
+    return batch
 
   def length(self, n: int) -> int:
     """Returns the data.length of global batch n: the least of `lengths` that
@@ -160,14 +168,27 @@ class Loader:
   def _item(self, g: int):
     return self._dataset[0 if self._is_padding(g) else g]
 
-  def _row(self, g: int, config: Config) -> dict[str, np.ndarray]:
+  def _rng(self, g: int) -> np.random.Generator:
     seed = EVAL_SEED if self._split == 'eval' else self._config.seed
-    row = self.objective.row(self._item(g), np.random.default_rng([seed, g]),
-                             config, self.tokenizer)
-    if self._is_padding(g):  # which counts nothing and takes no expert's room
-      row |= {key: np.zeros_like(value) for key, value in row.items()
-              if key.endswith(('weights', 'segment_ids', 'valid'))}
-    return row
+    return np.random.default_rng([seed, g])
+
+
+class _Ordered:
+  """The items of views, one view after another, in the order of `places`.
+
+  Grain puts the places in order, not the items: for each item that goes through
+  one of its sources it records size and time, which takes longer than to read a
+  window of tokens.
+  """
+
+  def __init__(self, places: Sequence[int], views: Sequence):
+    self._places, self._views = places, views
+    self._starts = np.cumsum([0, *map(len, views)]).tolist()
+
+  def __getitem__(self, n: int):
+    place = self._places[n]
+    view = bisect.bisect_right(self._starts, place) - 1
+    return self._views[view][place - self._starts[view]]
 
 
 def lengths(config: Config) -> tuple[int, ...]:
@@ -209,10 +230,11 @@ def training_loader(config: Config, tokenizer: Tokenizer,
   # Grain permutes epoch e by seed + e. Hashed seeds keep the second epoch
   # of seed 0 from being the first of seed 1.
   seeds = np.random.SeedSequence(config.seed).generate_state(len(views))
-  parts = [grain.MapDataset.source(v).shuffle(seed=int(seed)).repeat()
-           for v, seed in zip(views, seeds)]
-  dataset = (parts[0] if len(parts) == 1 else
-             grain.MapDataset.mix(parts, weights))
+  starts = np.cumsum([0, *map(len, views)]).tolist()
+  parts = [grain.MapDataset.range(start, stop).shuffle(seed=int(seed)).repeat()
+           for start, stop, seed in zip(starts, starts[1:], seeds)]
+  dataset = _Ordered(parts[0] if len(parts) == 1 else
+                     grain.MapDataset.mix(parts, weights), views)
   return Loader(config.data.source, 1.0,
                 ' and '.join(corpus.text for corpus in corpora), dataset,
                 views, config, tokenizer, 'train', process_index,
@@ -234,8 +256,9 @@ def held_out(config: Config, tokenizer: Tokenizer, process_index: int = 0,
   import grain
   weights, corpora, views = _views(config, tokenizer, 'eval', process_count)
   return [Loader(name, weight / sum(weights), corpus.text,
-                 view if in_order else grain.MapDataset.source(view).shuffle(
-                     seed=EVAL_SEED), [view], config, tokenizer, 'eval',
+                 view if in_order else _Ordered(
+                     grain.MapDataset.range(len(view)).shuffle(seed=EVAL_SEED),
+                     [view]), [view], config, tokenizer, 'eval',
                  process_index, process_count)
           for name, weight, corpus, view in zip(
               _distinct([corpus.name for corpus in corpora]), weights, corpora,

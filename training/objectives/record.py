@@ -115,14 +115,18 @@ def tokenizers_size(config: Config, tokenizer: Tokenizer) -> int:
   return tokenizer.vocab_size
 
 
+def lacks_ids(config: Config, tokenizer: Tokenizer) -> bool:
+  """Returns whether the tokenizer has tokens that the model does not have, as
+  that of an import may (Tokenizer.least_size)."""
+  return 0 < config.model.vocab_size < tokenizer.vocab_size
+
+
 def known_ids(ids: np.ndarray, config: Config, tokenizer: Tokenizer, what: str
               ) -> None:
-  """Raises RequestError for a token that the model does not have: an import may
-  have fewer than its tokenizer (Tokenizer.least_size)."""
-  size = config.model.vocab_size
-  if not 0 < size < tokenizer.vocab_size:
-    return  # each token is one of the model's; this is done for each row
-  most = int(np.max(ids, initial=0))
+  """Raises RequestError for a token that the model does not have."""
+  if not lacks_ids(config, tokenizer):
+    return
+  size, most = config.model.vocab_size, int(np.max(ids, initial=0))
   if most >= size:
     raise RequestError(
         f'{what} has the token {tokenizer.piece(most)}, whose id is {most}, '
@@ -252,26 +256,31 @@ class Objective(NamedTuple):
   vocab_size: Callable[[Config, Tokenizer], int] = tokenizers_size
   derived: Callable[[Config], Mapping[str, Any]] = lambda config: {}
 
-  def row(self, item: Any, rng: np.random.Generator, config: Config,
-          tokenizer: Tokenizer) -> dict[str, np.ndarray]:
-    """Returns one row of a batch: what `example` makes of an item, in the
-    shapes and dtypes of `arrays`. What is shorter is filled up: tokens and
-    targets with `fill`, everything else with zeros."""
-    values = self.example(item, rng, config, tokenizer)
-    arrays = self.arrays(config)
-    assert values.keys() == arrays.keys(), (values.keys(), arrays.keys())
-    for key in values:
-      if key.endswith('tokens') or key == 'targets' and self.head == 'lm':
-        known_ids(values[key], config, tokenizer, 'a row of the data')
-    row = {}
-    for key, (shape, dtype) in arrays.items():
-      if np.shape(values[key]) == shape:
-        row[key] = np.asarray(values[key], dtype)
-        continue
+  def batch(self, examples: Sequence[tuple[Any, np.random.Generator | None]],
+            config: Config, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
+    """Returns the rows of a batch: what `example` makes of each item and its
+    rng, in the shapes and dtypes of `arrays`. What is shorter is filled up:
+    tokens and targets with `fill`, everything else with zeros."""
+    # Once for a batch: fields of a config are slow to read.
+    batch = {}
+    for key, (shape, dtype) in self.arrays(config).items():
       ids = key.endswith(('tokens', 'targets'))
-      row[key] = np.full(shape, self.fill(tokenizer) if ids else 0, dtype)
-      row[key][:len(values[key])] = values[key]
-    return row
+      batch[key] = np.full((len(examples), *shape),
+                           self.fill(tokenizer) if ids else 0, dtype)
+    few = lacks_ids(config, tokenizer)
+    for row, (item, rng) in enumerate(examples):
+      values = self.example(item, rng, config, tokenizer)
+      assert values.keys() == batch.keys(), (values.keys(), batch.keys())
+      for key, value in values.items():
+        if few and (key.endswith('tokens')
+                    or key == 'targets' and self.head == 'lm'):
+          known_ids(value, config, tokenizer, 'a row of the data')
+        rows = batch[key]
+        if np.shape(value) == rows.shape[1:]:
+          rows[row] = value
+        else:
+          rows[row, :len(value)] = value
+    return batch
 
   def row_lengths(self, config: Config) -> tuple[int, ...]:
     """Returns how many tokens a row has, at most: of an encoder-decoder, those

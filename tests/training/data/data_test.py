@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 
+import grain
 import numpy as np
 import pytest
 
@@ -274,6 +275,24 @@ def test_worker_processes_change_nothing(folder, split):
   assert len(pairs) == stop - 1
   for one, two in pairs:
     same(one, two)
+
+
+def test_a_mixture_has_the_order_that_grain_gives_its_items(folder):
+  for name, letters in ('b', 'xyz'), ('c', 'uvw'):
+    (folder / name).mkdir()
+    for i, letter in enumerate(letters):
+      (folder / name / f'{i}.txt').write_text(letter * (90 + i))
+  weights = 0.7, 0.2, 0.1
+  loader = load(folder, source=','.join(
+      f'{weight}*text:{folder}/{name}/*.txt'
+      for weight, name in zip(weights, 'abc')), seed=3)
+  seeds = np.random.SeedSequence(3).generate_state(3)
+  items = grain.MapDataset.mix([
+      grain.MapDataset.source(view).shuffle(seed=int(seed)).repeat()
+      for view, seed in zip(loader.views, seeds)], weights)
+  for n in range(40):
+    for i, row in enumerate(loader.batch(n)['tokens']):
+      np.testing.assert_array_equal(row, items[8 * n + i].tokens[:-1])
 
 
 @pytest.mark.slow

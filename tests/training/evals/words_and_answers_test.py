@@ -48,7 +48,7 @@ def test_scores_are_those_of_each_row_alone(objective, sources):
       evaluation.run.module, evaluation.params, batch).extra['scores'])
   assert len(found) == len(view) > config.data.batch_size
   for item, own in zip(view.items, found):
-    row = record.row(item, None, config, evaluation.tokenizer)
+    row = files.row(record, item, None, config, evaluation.tokenizer)
     expected = apply({key: np.asarray(x)[None] for key, x in row.items()})[0]
     size = record.length(item)
     np.testing.assert_allclose(own[:size], expected[:size], atol=1e-5)

@@ -44,7 +44,8 @@ def _rows(config, view):
   """Returns the tokens of each row, as they are and as a batch has them."""
   row, tokenizer = objectives.of(config), tokenizers.load(config.data.tokenizer)
   for item in view.items:
-    whole = row.row(item, np.random.default_rng(0), config, tokenizer)
+    whole = files.row(row, item, np.random.default_rng(0), config,
+                      tokenizer)
     size = row.length(item)
     assert whole['segment_ids'].tolist() == (
         [1] * size + [0] * (config.data.length - size))

@@ -6,6 +6,7 @@ import pytest
 
 from configs import bert, gpt
 from configs.errors import RequestError
+from tests.helpers import labelled_files as files
 from training import objectives, runs
 from training.data import pipeline, probes, tokenizers
 from training.workdir import run_config
@@ -74,7 +75,7 @@ def test_what_is_not_asked_for_has_no_weight(name):
   probe = probes.PROBES[name]
   config = config_of(name, probe.length + 3)
   item = probes.Rows(probe, probes.settings(config), 'train', 0)[0]
-  row = objectives.of(config).row(item, None, config, None)
+  row = files.row(objectives.of(config), item, None, config, None)
   size = len(item.tokens)
   np.testing.assert_array_equal(row['weights'][:size], item.asked)
   assert not row['weights'][size:].any()

@@ -11,6 +11,7 @@ import pytest
 
 from configs import base
 from tests.helpers import evaluations
+from tests.helpers import labelled_files as files
 from training import evals
 from training import generate
 from training import objectives
@@ -62,8 +63,9 @@ def _text(row):
 def test_a_corrupted_window_holds_the_text(n):
   window = _window(n)
   for seed in range(20):
-    row = objectives.OBJECTIVES['span'].row(
-        window, np.random.default_rng(seed), _config('span'), TOKENIZER)
+    row = files.row(
+        objectives.OBJECTIVES['span'], window, np.random.default_rng(seed),
+        _config('span'), TOKENIZER)
     text, left = _text(row)
     np.testing.assert_array_equal(text, window.tokens[:min(n, 64)])
     assert not left
@@ -188,9 +190,9 @@ def test_refusals():
   config = _config('span')
   config.data.length = 4096
   with pytest.raises(ValueError, match='has 100 sentinels'):
-    objectives.OBJECTIVES['span'].row(
-        _window(length=4096, n=4096), np.random.default_rng(0), config,
-        TOKENIZER)
+    files.row(
+        objectives.OBJECTIVES['span'], _window(length=4096, n=4096),
+        np.random.default_rng(0), config, TOKENIZER)
   config.span.noise_density = 1.5
   with pytest.raises(ValueError, match='noise_density is 1.5'):
     runs.check_config(config)
@@ -216,7 +218,7 @@ def test_every_example_feeds_its_loss(tmp_path):
     elif objective.records:
       config.data.source = f'labelled:{tmp_path}/a.tsv'
       config.model.arch = 'bert'
-    row = (objective.row(talk, None, config, TOKENIZER)
+    row = (files.row(objective, talk, None, config, TOKENIZER)
            if name == 'chat' else
            pipeline.training_loader(config, TOKENIZER).batch(0))
     if 'data.document_mask' in objective.reads:
@@ -228,7 +230,8 @@ def test_every_example_feeds_its_loss(tmp_path):
 
 def test_a_target_shows_what_it_is_and_no_more():
   tokenizer = types.SimpleNamespace(special_ids={'pad': 9}, separator_id=3)
-  row = objectives.OBJECTIVES['seq2seq'].row(
+  row = files.row(
+      objectives.OBJECTIVES['seq2seq'],
       packing.Pair(np.array([7, 8]), np.array([4, 5, 6]), whole=False), None,
       _config('seq2seq', length=4, target_length=5), tokenizer)
   shown = {name: x.tolist() for name, x in row.items()}

@@ -66,7 +66,7 @@ def _rows(sources, objective, arch='bert', length=64):
   record = objectives.of(config)
   view = record.view(files.corpus(config))
   return record, config, [
-      record.row(item, None, config, BYTES) for item in view.items], view
+      files.row(record, item, None, config, BYTES) for item in view.items], view
 
 
 def test_words_are_laid_out_as_pictured(tmp_path):
@@ -77,8 +77,8 @@ def test_words_are_laid_out_as_pictured(tmp_path):
     config.model.arch = arch
     record = objectives.of(config)
     item, = words.Sentences(files.corpus(config)).items
-    row = {key: value.tolist() for key, value in record.row(
-        item, None, config, BYTES).items()}
+    row = {key: value.tolist() for key, value in files.row(
+        record, item, None, config, BYTES).items()}
     assert row == dict(
         tokens=[before, *b'ab c', after, PAD, PAD],
         segment_ids=[1] * 6 + [0] * 2, labels=[0, 0, 0, 0, 1, 0, 0, 0],
@@ -167,7 +167,7 @@ def test_scores_hang_on_nothing_but_the_row(objective, arch, sources):
   record, config, rows, view = _rows(sources, objective, arch, 64)
   longer = config.copy_and_resolve_references()
   longer.data.length = 72
-  padded = [record.row(item, None, longer, BYTES) for item in view.items]
+  padded = [files.row(record, item, None, longer, BYTES) for item in view.items]
   module, params = _model(record, arch, len(config.data.labels))
   apply = jax.jit(lambda batch: record.apply(
       module, params, batch).extra['scores'])
@@ -252,7 +252,7 @@ def test_sharded_equals_a_single_device(objective, arch, third, sources):
   config.optim.update(name='sgd', lr=0.1, warmup_steps=0)
   record = objectives.of(config)
   view = record.view(files.corpus(config))
-  rows = [record.row(item, None, config, BYTES) for item in view.items]
+  rows = [files.row(record, item, None, config, BYTES) for item in view.items]
   batches = [{key: np.stack([row[key] for row in rows[n:n + 4]])
               for key in rows[0]} for n in (0, 4)]
   params, figures = _trained(config, batches, dict(data=1))
