@@ -99,6 +99,8 @@ class Task(NamedTuple):
     argument: the flag, a text, that NAME:TEXT sets where a task is named; '':
       the task is named without one.
     held_out: whether it reads what is held out, which --text replaces.
+    beside: of a task whose own figures may be called PART/FIGURE, the groups of
+      figures that are not its own; None: no group's are.
   """
   help: str
   run: Callable[[Evaluation], dict[str, Any]]
@@ -113,6 +115,7 @@ class Task(NamedTuple):
       lambda config: None)
   argument: str = ''
   held_out: bool = True
+  beside: tuple[str, ...] | None = None
 
 
 def without(has: Callable[[Any], Any], words: str

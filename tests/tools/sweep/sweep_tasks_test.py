@@ -1,4 +1,5 @@
-"""The report of a sweep whose points do tasks and have no held-out losses."""
+"""The report of a sweep whose points do tasks, in training or after it, and may
+have no held-out losses."""
 
 import json
 
@@ -6,7 +7,8 @@ import pytest
 
 from tests.helpers import sweep_folder
 from tests.helpers.sweep_folder import point
-from tools.sweep.report import curves, tables, write
+from tools.sweep.report import curves, measures, tables, write
+from training.evals import in_training
 
 
 @pytest.fixture
@@ -35,3 +37,20 @@ def test_runs_that_were_to_have_no_loss_are_not_called_failed(sweep, tmp_path):
   assert 'No held-out losses were asked for' in text
   assert 'has no finished run' not in text
   assert '3/3' in text and '2/3' in text
+
+
+def test_parts_of_a_task_are_figures_whenever_it_was_done():
+  """As lm_eval's groups have them; not its standard errors and counts."""
+  tasks = {'lm_eval:mmlu': {
+      'acc': 0.5, 'mmlu_law/acc': 0.25, 'mmlu_law/acc (strict)': 0.125,
+      'stderr': {'acc': 0.1, 'mmlu_law/acc': 0.2}, 'examples': {'mmlu_law': 4}},
+           'labels': {'f1': 0.5, 'by_label': {'a': 0.25}}}
+  row = dict(step=8, split='eval')
+  for task, figures in tasks.items():
+    row |= in_training.numbers_of(figures, task)
+  during = curves.Run(0, 'done', '', {
+      'train.steps': 8, 'eval.tasks': 'lm_eval:mmlu,labels,gone'}, (row,), {})
+  after = curves.Run(0, 'done', '', {}, (), tasks)
+  assert measures.of_run(during) == measures.of_run(after) == {
+      'lm_eval:mmlu/acc': 0.5, 'lm_eval:mmlu/mmlu_law/acc': 0.25,
+      'lm_eval:mmlu/mmlu_law/acc (strict)': 0.125, 'labels/f1': 0.5}

@@ -19,12 +19,24 @@ def of_run(run: Run) -> dict[str, float]:
     if row['split'] == 'eval' and row['step'] == run.config['train.steps']:
       tasks = evals.listed(run.config['eval.tasks'])
       found |= {name: value for name, value in row.items()
-                if name.rpartition('/')[0] in tasks and type(value) is float}
+                if type(value) is float
+                and any(_is_own(task, name) for task in tasks)}
   for task, figures in run.evaluations.items():
     if isinstance(figures, Mapping):
       found |= {f'{task}/{name}': value for name, value in figures.items()
                 if type(value) is float}
   return found
+
+
+def _is_own(task: str, name: str) -> bool:
+  """Whether a name of metrics.jsonl is one of a task's own figures, and not of
+  a group of them, whose names are joined there by a slash, too."""
+  if name.rpartition('/')[0] == task:
+    return True
+  row = evals.TASKS.get(task.partition(':')[0])  # None: of another version
+  beside = row and row.beside
+  return beside is not None and name.startswith(f'{task}/') and (
+      name[len(task) + 1:].partition('/')[0] not in beside)
 
 
 def of_point(point: Point) -> dict[str, dict[int, float]]:

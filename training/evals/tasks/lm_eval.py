@@ -162,4 +162,4 @@ TASK = Task(
              2**31 - 1),
         Flag('lm_eval_fewshot', -1, 'Examples before each question; -1: as the '
              'task says.', -1, 1000)),
-    argument='lm_eval')
+    argument='lm_eval', beside=('stderr', 'examples'))
