@@ -4,14 +4,13 @@ The loop dispatches step n before it reads the figures of step n-1, so that the
 device has work while the host writes figures and fetches the next batch.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 import contextlib
 import pathlib
 import sys
 import time
 from typing import Any
 
-from etils import epath
 import jax
 import numpy as np
 
@@ -24,7 +23,7 @@ from training.endings import DIVERGED, EARLY, STOPPED
 from training.evals import in_training
 from training.member import Member
 from training.step import TrainState
-from training.workdir import averaged, checkpoints, parameters
+from training.workdir import averaged, checkpoints
 
 
 def train(run: runs.Run, state: TrainState, start: int,
@@ -116,8 +115,8 @@ class _Loop:
     streams = [loader.iterate(n, self.steps) for loader in self.loaders]
     batch = self._next(streams, n)
     self._check_best(state)
-    if self.program.config.checkpoint.average:
-      averaged.check(self.program.config, self._folders(), n)
+    for member in self.members:
+      averaged.check(self.program.config, member.saved, n)
     self._compile(state, batch)
     self.bar = progress.bar(self.steps, n, devices.primary())
     self.meter.begin(n)
@@ -267,33 +266,41 @@ class _Loop:
       whole = True
       if self.held_out.due(n):
         with self.held_out.timed():
-          whole = self._held_out(n, state, figures)
+          whole = self._held_out(n, self._to_evaluate(n, state), figures)
       if whole and self.tasks.times.due(n):
         with self.tasks.times.timed():
           whole = self._do_tasks(n, state, figures)
-    for row, member in self.live.items() if whole else ():
+      if whole:
+        self._take(n, state, figures)
+    return whole
+
+  def _take(self, n: int, state: TrainState, figures: dict[int, dict]) -> None:
+    """Hands the figures of step `n` to the members, and evaluates the mean of
+    checkpoints, too, of those that end with them before the last step."""
+    ending = {row: member for row, member in self.live.items()
+              if figures[row] and member.ends_with(n, figures[row])}
+    self._held_out(n, self._means(n, state, ending), figures)
+    for row, member in self.live.items():
       if figures[row]:
         member.write(n, 'eval', figures[row])
-        if member.best and member.best.seen < n:
-          member.best.take(n, figures[row])
-          member.saved.best = member.best.record()
-    return whole
 
   def _cut_short(self, n: int) -> bool:
     """Whether a signal ends an evaluation; not the last: the run was for it."""
     return self.stop.at_once and n < self.steps
 
-  def _held_out(self, n: int, state: TrainState, figures: dict[int, dict]
-                ) -> bool:
-    """Adds the held-out figures; returns whether it came to the end."""
-    for prefix, params in self._to_evaluate(n, state):
+  def _held_out(self, n: int, evaluated: Iterable[tuple],
+                figures: dict[int, dict]) -> bool:
+    """Adds the held-out figures of what `_to_evaluate` yields; returns whether
+    it came to the end."""
+    for prefix, params, rows in evaluated:
+      # A mean comes where a run ends, which is then not resumed.
       sums = evaluating.evaluate(
           self.eval_step, params, self.eval_data,
           self.program.config.eval.batches, self.program.put,
-          stop=lambda: self._cut_short(n))
+          stop=lambda own=prefix: own != 'mean/' and self._cut_short(n))
       if sums is None:
         return False
-      for row, member in self.live.items():
+      for row, member in rows.items():
         found = evaluating.means(
             [self.program.part(own, row) for own in sums], self.eval_data)
         figures[row] |= {prefix + name: x for name, x in found.items()}
@@ -305,39 +312,30 @@ class _Loop:
                      + (f'  {member.label}' if member.label else ''))
     return True
 
-  def _to_evaluate(self, n: int, state: TrainState
-                   ) -> Iterator[tuple[str, Any]]:
-    """Yields the parameters that are evaluated after step `n`, and what the
-    names of their figures begin with."""
-    config = self.program.config
-    params = self.program.evaluated(state)
-    yield '', params
-    if config.eval.live:
-      yield 'live/', state.params
-    if config.checkpoint.average and n == self.steps:
-      lacking = averaged.lacking(config, self._folders())
-      if lacking:  # its parameters were not finite
-        self.bar.say(f'no mean of checkpoints: step {lacking} is not saved')
-      else:
-        yield 'mean/', self._mean_of_checkpoints(params)
+  def _to_evaluate(self, n: int, state: TrainState) -> Iterator[tuple]:
+    """Yields what the names of the figures begin with, the parameters that are
+    evaluated after step `n`, and the members that they are of."""
+    live = self.live
+    yield '', self.program.evaluated(state), live
+    if self.program.config.eval.live:
+      yield 'live/', state.params, live
+    if n == self.steps:
+      yield from self._means(n, state, live)
 
-  def _folders(self) -> list[epath.Path]:
-    """Returns the folders of the live members' checkpoints, once these are
-    written."""
-    for member in self.live.values():
-      member.saved.wait()
-    return [member.saved.directory for member in self.live.values()]
-
-  def _mean_of_checkpoints(self, params: Any) -> Any:
-    """Returns the mean of the parameters after the last step and of those in
-    the checkpoints before it."""
-    program = self.program
-    means = list(program.split(params))
-    for row, member in self.live.items():
-      means[row] = parameters.mean([*(parameters.restore(
-          member.saved.directory, program.single.abstract.params, step).state
-          for step in averaged.steps(program.config)), means[row]])
-    return program.joined(means)
+  def _means(self, n: int, state: TrainState, ending: dict[int, Member]
+             ) -> Iterator[tuple]:
+    """Yields likewise the means of checkpoints, of the members that end after
+    step `n` and have them all."""
+    if not (self.program.config.checkpoint.average and ending):
+      return
+    means, lacking = averaged.means(
+        self.program, self.program.evaluated(state), n,
+        {row: member.saved for row, member in ending.items()})
+    for row, reason in lacking.items():
+      self._say(ending[row], f'no mean of checkpoints: {reason}')
+    if len(lacking) < len(ending):
+      yield 'mean/', means, {row: member for row, member in ending.items()
+                             if row not in lacking}
 
   def _do_tasks(self, n: int, state: TrainState, figures: dict[int, dict]
                 ) -> bool:

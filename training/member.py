@@ -89,6 +89,15 @@ class Member:
     return self.too_many_bad or self.best is not None and (
         self.best.step == n or self.best.is_over)
 
+  def ends_with(self, n: int, figures: dict[str, Any]) -> bool:
+    """Takes the figures of the evaluation after step `n`, for the best of them;
+    returns whether the run ends with them before its last step."""
+    if not self.best or self.best.seen >= n:
+      return False
+    self.best.take(n, figures)
+    self.saved.best = self.best.record()
+    return self.best.is_over and n < self.config.train.steps
+
   def save(self, n: int, state: TrainState, tokens: int) -> None:
     for writer in self._writers:
       writer.flush()

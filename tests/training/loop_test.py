@@ -234,32 +234,6 @@ def test_a_signal_during_the_last_step_does_not_keep_it_from_evaluation(
   assert STEPS - 1 not in _steps(member, 'eval')
 
 
-AVERAGE = dict(checkpoint__average=3, checkpoint__every_steps=2,
-               eval__every_steps=6)
-
-
-def test_a_mean_of_checkpoints_that_are_gone_is_refused_before_a_step(
-    train, tmp_path):
-  (tmp_path / '0' / 'checkpoints' / '4').mkdir(parents=True)
-  with pytest.raises(RequestError, match='checkpoint.average is 3, .* step 4, '
-                     'but step 2 is not saved: choose a smaller mean'):
-    train({}, start=4, **AVERAGE)
-  assert not (tmp_path / '0' / 'metrics.jsonl').read_text()
-
-
-def test_a_mean_lacks_a_step_that_could_not_be_saved(train, monkeypatch,
-                                                     capsys):
-  monkeypatch.setattr(evaluating, 'evaluate', lambda *_, stop: [
-      {'nll': [1.0]}])
-  monkeypatch.setattr(evaluating, 'means', lambda sums, _: {
-      'loss': sums[0]['nll']})
-  n, (member,), _ = train({2: dict(param_norm=math.nan)}, due=(2, 4), **AVERAGE)
-  assert (n, member.code) == (STEPS, 0)
-  assert _rows(member, 'eval') == [{'step': 6, 'split': 'eval', 'loss': 1.0}]
-  assert ('no mean of checkpoints: step 2 is not saved'
-          in capsys.readouterr().out)
-
-
 def test_a_member_that_ends_leaves_the_others_alone(train):
   n, members, program = train({}, bad(2, 3), {}, due=(2,))
   assert [m.code for m in members] == [0, endings.DIVERGED, 0]
