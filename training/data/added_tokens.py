@@ -44,9 +44,9 @@ def described(folder: pathlib.Path) -> dict[str, Any]:
   of which it says nothing are those of a special_tokens_map.json, as folders of
   earlier versions of transformers have one."""
   names = {*(f'{kind}_token' for kind in KINDS), 'additional_special_tokens'}
-  more = {name: value for name, value in _object(
+  more = {name: value for name, value in read_object(
       folder / 'special_tokens_map.json').items() if name in names}
-  return more | _object(folder / 'tokenizer_config.json')
+  return more | read_object(folder / 'tokenizer_config.json')
 
 
 def read(folder: pathlib.Path) -> list[Added]:
@@ -59,7 +59,7 @@ def read(folder: pathlib.Path) -> list[Added]:
       more, list) else set()
   file = folder / 'added_tokens.json'
   found = {}
-  for content, i in _object(file).items():
+  for content, i in read_object(file).items():
     require(bool(content) and _is_id(i), f'{file} has {short(content)}: '
             f'{short(i)}, which is no token with its id')
     found[i] = Added(content, i, content in special)
@@ -118,7 +118,8 @@ def around(text: str, tokens: Sequence[Added],
                          ).astype(np.int32))
 
 
-def _object(file: pathlib.Path) -> dict[str, Any]:
+def read_object(file: pathlib.Path) -> dict[str, Any]:
+  """Returns the object that a JSON file holds; {} if there is no file."""
   if not file.is_file():
     return {}
   tree = schema.parse(file.read_bytes(), str(file))

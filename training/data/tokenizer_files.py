@@ -35,6 +35,10 @@ GPT2 = ('GPT2Tokenizer', 'RobertaTokenizer', 'BartTokenizer', 'LEDTokenizer',
 FRAMING = {'cls': '<s>', 'sep': '</s>'}
 FRAMED = ('RobertaTokenizer', 'BartTokenizer', 'LEDTokenizer',
           'LongformerTokenizer')
+# Which of these transformers takes for a model_type of config.json, where a
+# folder says nothing else.
+FRAMED_TYPES = {'roberta': 'RobertaTokenizer', 'bart': 'BartTokenizer',
+                'led': 'LEDTokenizer', 'longformer': 'LongformerTokenizer'}
 
 
 def read_json(spec: str, path: pathlib.Path):
@@ -111,12 +115,25 @@ def read_wordpiece(spec: str, path: pathlib.Path):
   return tokenizer, special_ids, {}
 
 
+def pair_class(folder: pathlib.Path) -> str:
+  """Returns the class of transformers that reads a folder's vocab.json and
+  merges.txt; where its tokenizer_config.json names none, the one that follows
+  from the model's config.json, if that puts a text between tokens."""
+  kind = added_tokens.described(folder).get('tokenizer_class')
+  if not kind:
+    model = added_tokens.read_object(folder / 'config.json')
+    kind = model.get('tokenizer_class') or FRAMED_TYPES.get(
+        str(model.get('model_type')))
+    kind = kind if str(kind).removesuffix('Fast') in FRAMED else GPT2[0]
+  return str(kind).removesuffix('Fast')
+
+
 def read_gpt2(spec: str, encoder: pathlib.Path, merges: pathlib.Path):
   """Reads GPT-2's pair of files (Radford et al., 2019, encoder.py), and what
   the files beside them say of it."""
   import tokenizers
   told = _described(encoder)
-  kind = str(told.get('tokenizer_class') or GPT2[0]).removesuffix('Fast')
+  kind = pair_class(encoder.parent)
   require(kind in GPT2, f'tokenizer {spec!r}: its tokenizer_config.json says '
           f'{short(kind)}, which may cut text elsewhere than GPT-2 does: it '
           'needs a tokenizer.json, as transformers saves it')

@@ -15,8 +15,8 @@ import ml_collections
 
 import architectures
 from training import objectives
-from training.data import chat_templates
-from training.data import tokenizers
+from training.data import added_tokens, chat_templates
+from training.data import tokenizer_files, tokenizers
 from training.workdir import storage
 
 TEMPLATE = 'chat_template.jinja'
@@ -51,9 +51,23 @@ def take(folder: epath.Path, workdir: epath.Path,
   if not storage.in_bucket(workdir):
     target = workdir / 'tokenizer'
     copied = copy(folder, target)
+    _keep_class(folder, target)
   if tokenizers.found_in(target):
     config.data.tokenizer = str(target.absolute())
   return copied
+
+
+def _keep_class(folder: epath.Path, target: epath.Path) -> None:
+  """Has the copy of a tokenizer say its class, where that followed from the
+  model's config.json, which is not copied."""
+  if tokenizers.found_in(target)[:1] not in (('encoder.json',),
+                                             ('vocab.json',)):
+    return
+  kind = tokenizer_files.pair_class(folder)
+  if kind != tokenizer_files.pair_class(target):
+    told = added_tokens.read_object(target / CONFIG)
+    (target / CONFIG).write_text(json.dumps(
+        told | {'tokenizer_class': kind}, indent=2) + '\n')
 
 
 def stand_in(vocab_size: int) -> str:

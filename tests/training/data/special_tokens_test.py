@@ -11,6 +11,7 @@ import tokenizers as hf
 from configs import base
 from tests.training.data import roberta_files
 from training.data import tokenizers
+from training.hf import tokenizer as hf_tokenizer
 from training.objectives import chat
 
 NAMES = {'bos_token': '<s>', 'eos_token': '</s>', 'cls_token': '<s>',
@@ -30,7 +31,12 @@ def _framings():
 
 
 def _published(folder, kind):
-  if kind in ('class', 'map'):
+  if kind in ('model', 'class of the model'):
+    roberta_files.write(folder, pair=True)
+    (folder / 'config.json').write_text(json.dumps(
+        dict(model_type='roberta') if kind == 'model' else
+        dict(model_type='new', tokenizer_class='RobertaTokenizerFast')))
+  elif kind in ('class', 'map'):
     described = {} if kind == 'map' else dict(
         tokenizer_class='RobertaTokenizer')
     roberta_files.write(folder, pair=True, **described)
@@ -41,14 +47,42 @@ def _published(folder, kind):
   return tokenizers.load(str(folder))
 
 
-@pytest.mark.parametrize('kind', [*_framings(), 'class', 'map'])
+@pytest.mark.parametrize('kind', [
+    *_framings(), 'class', 'map', 'model', 'class of the model'])
 def test_a_folder_of_roberta_as_published_has_cls_and_sep(kind, tmp_path):
   """The tokenizer_config.json of roberta-base says how long texts are, and no
-  more; others have no class but a special_tokens_map.json."""
+  more; others have no class but a special_tokens_map.json, or the model's
+  config.json."""
   ours = _published(tmp_path, kind)
   assert ours.special_ids == dict(
       bos=0, eos=2, pad=1, cls=0, sep=2, mask=ours.vocab_size - 1)
   assert ours.separator_id == 2
+
+
+@pytest.mark.parametrize('model', [
+    {'model_type': 'gpt2'}, {'model_type': ['roberta']},
+    {'model_type': 'roberta', 'tokenizer_class': 'OtherTokenizer'}])
+def test_a_model_of_another_type_puts_no_tokens_around_a_text(model, tmp_path):
+  roberta_files.write(tmp_path, pair=True)
+  (tmp_path / 'config.json').write_text(json.dumps(model))
+  assert {'cls', 'sep'}.isdisjoint(tokenizers.load(str(tmp_path)).special_ids)
+
+
+@pytest.mark.parametrize('described', [True, False])
+def test_a_copy_knows_its_class_without_the_models_config(described, tmp_path):
+  source, workdir = tmp_path / 'source', tmp_path / 'run'
+  source.mkdir()
+  ours = _published(source, 'model')
+  if not described:
+    (source / 'tokenizer_config.json').unlink()
+  config = base.base()
+  copied = hf_tokenizer.take(source, workdir, config)
+  assert set(copied) >= {'vocab.json', 'merges.txt'}
+  kept = tokenizers.load(config.data.tokenizer)
+  assert kept.special_ids == ours.special_ids
+  told = json.loads((workdir / 'tokenizer/tokenizer_config.json').read_text())
+  assert told == {'tokenizer_class': 'RobertaTokenizer'} | (
+      {'model_max_length': 512} if described else {})
 
 
 @pytest.mark.parametrize('single, pair', [
