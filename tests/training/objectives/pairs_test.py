@@ -154,3 +154,25 @@ def test_a_run_of_one_separator_goes_on_with_it(arch, objective, kept, folder,
     tokens = pipeline.training_loader(old, tokenizers.load(str(folder))).batch(
         0)['tokens']
     assert ((tokens == 2).sum(1) == 2).all()
+
+
+@pytest.mark.every_system
+@pytest.mark.parametrize('pairs, source, kept', [
+    (False, 'labelled:{}', 0), (True, 'labelled:{}', 1),
+    (False, '0.5*labelled:{},0.5*labelled:{}:0+1', 0),
+    (False, '0.5*labelled:{},0.5*labelled:{}:0+0+1', 1),
+    (False, 'labelled:/gone/*.tsv:text+label', 0),
+    (False, 'labelled:/gone/*.tsv', 1),
+    (False, 'hf:glue:sst2:train:sentence+label', 0),
+    (False, 'hf:glue:rte::sentence1+sentence2+label', 1)])
+def test_a_run_without_pairs_goes_on_as_it_is(pairs, source, kept, folder,
+                                              tmp_path):
+  """It has no separators between texts, however many they would be."""
+  config = _labelled(tmp_path, folder, pairs=pairs)
+  config.data.source = source.replace('{}', f'{tmp_path}/a.tsv')
+  tree = run_config.to_json(config)
+  del tree['data']['pair_separators']
+  assert run_config.from_json(tree).data.pair_separators == kept
+  assert bool(run_config.compare(run_config.from_json(tree), config)) == kept
+  tree['data']['eval_source'] = 'labelled:/gone/pairs.tsv:a+b+label'
+  assert run_config.from_json(tree).data.pair_separators == 1
