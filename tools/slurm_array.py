@@ -6,10 +6,12 @@ import pathlib
 import subprocess
 import time
 
-from configs.errors import EnvironmentFailure, RequestError
+from configs.errors import EnvironmentFailure, RequestError, require
 
 
-SAVE_SECONDS = 80  # of the 90 between submitit's signal and the end of a job
+# Between submitit's signal and the end of a job: its own default, which
+# slurm_signal_delay_s changes, and how many of them it has to queue it again.
+SIGNAL_SECONDS, QUEUE_SECONDS = 90, 10
 POLL_SECONDS = 0.1
 
 
@@ -18,12 +20,17 @@ class Work:
 
   A job that is preempted or out of time is queued again by submitit, and the
   command must go on from where it was.
+
+  Args:
+    words: the command.
+    save_seconds: how long it may take to save when it is told to end.
   """
 
   _process = None  # while it runs; what is pickled runs nothing
+  _save_seconds: float = SIGNAL_SECONDS - QUEUE_SECONDS  # of older pickles
 
-  def __init__(self, words: list[str]):
-    self._words = words
+  def __init__(self, words: list[str], save_seconds: float = _save_seconds):
+    self._words, self._save_seconds = words, save_seconds
 
   def __call__(self) -> int:
     # subprocess.run would kill it as soon as submitit ends this process.
@@ -38,13 +45,14 @@ class Work:
     import submitit
     if self._process:
       self._process.terminate()
-      deadline = time.monotonic() + SAVE_SECONDS
+      deadline = time.monotonic() + self._save_seconds
       while not _ended(self._process.pid):
         if time.monotonic() > deadline:
           self._process.kill()
           break
         time.sleep(POLL_SECONDS)
-    return submitit.helpers.DelayedSubmission(Work(self._words))
+    return submitit.helpers.DelayedSubmission(
+        Work(self._words, self._save_seconds))
 
 
 def _ended(pid: int) -> bool:
@@ -75,20 +83,33 @@ def submit(commands: list[list[str]], folder: pathlib.Path, options: str,
   except ImportError as error:
     raise RequestError('--launcher=slurm needs submitit: pip install -e '
                        "'.[slurm]'") from error
+  parsed = _parsed(options)
+  save_seconds = _save_seconds(parsed)
   try:
     executor = submitit.AutoExecutor(folder, cluster=cluster or 'slurm')
-    executor.update_parameters(name=name, **_parsed(options))
+    executor.update_parameters(name=name, **parsed)
   except (AssertionError, NameError, RuntimeError, TypeError) as error:
     raise RequestError(f'--launcher=slurm: {error}') from error
   try:
     with executor.batch():
-      submitted = [executor.submit(Work(words)) for words in commands]
+      submitted = [executor.submit(Work(words, save_seconds))
+                   for words in commands]
   except submitit.core.utils.FailedJobError as error:  # sbatch refuses
     raise EnvironmentFailure(f'sbatch: {" ".join(str(error).split())}'
                              ) from error
   print(f'{len(submitted)} job{"s" * (len(submitted) != 1)}:',
         ' '.join(job.job_id for job in submitted))
   return submitted
+
+
+def _save_seconds(parsed: dict) -> int:
+  """Returns how long a command may take to save."""
+  delay = parsed.get('slurm_signal_delay_s', SIGNAL_SECONDS)
+  require(type(delay) is int and delay > QUEUE_SECONDS,
+          f'--slurm has slurm_signal_delay_s={delay}: a job is told so many '
+          f'seconds before its end, of which it needs {QUEUE_SECONDS} to be '
+          'queued again; choose more of them')
+  return delay - QUEUE_SECONDS
 
 
 def _parsed(options: str) -> dict:

@@ -12,6 +12,7 @@ import types
 
 import pytest
 
+from configs.errors import RequestError
 from tests.helpers import sweep_folder, sweeps, terminals
 from tests.helpers.sweeps import states
 from tools import slurm_array
@@ -108,15 +109,32 @@ time.sleep(60)
   assert jobs[0].result() == 7 and saved.exists()
 
 
-def test_a_command_that_does_not_save_in_time_is_killed(monkeypatch):
+def test_a_command_may_save_until_submitit_must_queue_its_job(tmp_path):
   pytest.importorskip('submitit')
-  monkeypatch.setattr(slurm_array, 'SAVE_SECONDS', 0.3)
+  assert slurm_array.Work([])._save_seconds == 80
+  job, = slurm.submit(['true'], tmp_path, 1,
+                      'timeout_min=2,slurm_signal_delay_s=600', 'local')
+  work = job.submission().function
+  assert job.result() == 0 and work._save_seconds == 590
+  assert work.checkpoint().function._save_seconds == 590
+
+
+@pytest.mark.parametrize('delay', ['10', 'long', 'True'])
+def test_no_time_to_save_is_refused(delay, tmp_path):
+  pytest.importorskip('submitit')
+  with pytest.raises(RequestError, match=f'slurm_signal_delay_s={delay}: '):
+    slurm.submit(['true'], tmp_path, 1, f'slurm_signal_delay_s={delay}',
+                 'local')
+
+
+def test_a_command_that_does_not_save_in_time_is_killed():
+  pytest.importorskip('submitit')
   work, queued = slurm_array.Work([sys.executable, '-c', """
 import os, signal, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 os.kill(os.getppid(), signal.SIGUSR2)
 time.sleep(60)
-"""]), []
+"""], save_seconds=0.3), []
   before = signal.signal(
       signal.SIGUSR2, lambda *_: queued.append(work.checkpoint()))
   try:
