@@ -1,12 +1,15 @@
 """Pictures have titles, and no label stands in another's way."""
 
 import itertools
+import warnings
 
 import numpy as np
 import pytest
 
 from tests.helpers import sweep_folder
 from tools import coord_check
+from tools.report import fonts
+from tools.study.report import drawing
 from tools.sweep.report import curves
 from tools.sweep.report import picture
 from training.evals.tasks import extrapolation, routing
@@ -101,3 +104,20 @@ def test_outcome_of_a_sweep(drawn, tmp_path):
   assert sorted(words[1:3]) == ['inside the noise', 'the base']
   colours = {name: line.get_color() for name, line in zip(names, left.lines)}
   assert len(set(colours.values())) == 4 and colours['base'] == 'black'
+
+
+def test_names_in_another_script_are_drawn(tmp_path, monkeypatch):
+  """By a font that is installed; here one of matplotlib's own, which has a
+  single letter of Japanese. A letter that no font has makes it warn."""
+  monkeypatch.setattr(fonts, 'MORE', ('No Such Font', 'STIXGeneral'))
+  assert fonts.families() == ['DejaVu Sans', 'STIXGeneral']
+  sweep_folder.write(tmp_path, [
+      sweep_folder.point('base'),
+      sweep_folder.point('の', {'model.norm': 'rmsnorm'})])
+  with warnings.catch_warnings():
+    warnings.simplefilter('error')
+    picture.draw(curves.load_sweep(tmp_path), tmp_path / 'p.png')
+    with drawing.style('a'):
+      drawn = figure.Figure()
+      drawn.suptitle('の')
+      drawing.save(drawn)

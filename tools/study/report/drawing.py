@@ -5,7 +5,7 @@ import re
 from typing import Any, NamedTuple
 
 from configs.errors import RequestError
-from tools.report import colours
+from tools.report import colours, fonts
 
 COLUMN, PAGE = 3.25, 6.75  # inches: one column, and two with what is between
 DPI = 300
@@ -14,8 +14,8 @@ DPI = 300
 INK = '#1b1d21'
 SOFT = '#8a9099'
 _STYLE = {
-    'font.family': 'DejaVu Sans', 'font.size': 7, 'axes.titlesize': 7.5,
-    'axes.labelsize': 7, 'xtick.labelsize': 6.5, 'ytick.labelsize': 6.5,
+    'font.size': 7, 'axes.titlesize': 7.5, 'axes.labelsize': 7,
+    'xtick.labelsize': 6.5, 'ytick.labelsize': 6.5,
     'legend.fontsize': 6.5, 'axes.linewidth': 0.6, 'lines.linewidth': 1.2,
     'xtick.major.width': 0.6, 'ytick.major.width': 0.6, 'grid.linewidth': 0.4,
     'text.color': INK, 'axes.edgecolor': INK, 'axes.labelcolor': INK,
@@ -53,7 +53,8 @@ def style(name: str) -> Any:
       not share any on one page, and are the same when it is drawn again.
   """
   import matplotlib
-  return matplotlib.rc_context(_STYLE | {'svg.hashsalt': name})
+  return matplotlib.rc_context(_STYLE | {
+      'font.family': fonts.families(), 'svg.hashsalt': name})
 
 
 def looks(base: str, others) -> dict[str, dict[str, Any]]:

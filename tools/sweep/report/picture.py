@@ -6,6 +6,7 @@ from typing import Any
 
 from configs.errors import RequestError
 from tools.report import colours
+from tools.report import fonts
 from tools.report import labels
 from tools.sweep.report import tables
 from tools.sweep.report.curves import Sweep
@@ -29,6 +30,11 @@ def draw(sweep: Sweep, path: str | pathlib.Path) -> None:
   interval and verdict, the best at the top."""
   import matplotlib
   matplotlib.use('Agg')
+  with matplotlib.rc_context({'font.family': fonts.families()}):
+    _draw(sweep, path)
+
+
+def _draw(sweep: Sweep, path: str | pathlib.Path) -> None:
   from matplotlib import pyplot
   rows = [row for row in tables.outcomes(sweep)
           if row.point is sweep.base or row.difference is not None]
