@@ -4,7 +4,6 @@ import re
 from typing import Any
 
 from configs import kinds
-from configs.errors import RequestError
 
 # What optim.decay_mask was by default, before parameters declared their roles.
 _MASK = (('.*(norm|bias|embed|sink).*', 0), ('.*', 1))
@@ -58,5 +57,5 @@ def _has_single_texts(part: str) -> bool:
     (_, source), = sources.parse(part)
     return all(len(next(iter(source.read(path))).texts) == 1
                for path in source.files)
-  except (OSError, RequestError, StopIteration):
+  except (OSError, ValueError, StopIteration):
     return False
