@@ -369,7 +369,9 @@ def main():
     _of_gguf(args.source, args.folder)
     return
   from training import limits  # imported late: --help answers at once
+  from training.distributed import cpu
   from training.workdir import step_folders
+  cpu.give_threads()  # not prepare(), with which what is freed would stay
   step = step_folders.named(getattr(args, 'step', None))
   if args.command == 'export':
     limits.number('--shard_bytes', args.shard_bytes,
@@ -377,9 +379,7 @@ def main():
   elif args.command != 'merge':
     limits.number('--seed', args.seed, limits.LIMITS['seed'])
   args.workdir = storage.path(args.workdir, 'WORKDIR')
-  if args.command == 'export':
-    storage.try_folder(args.folder, 'FOLDER')
-  else:
+  if args.command != 'export':
     storage.try_folder(args.workdir, 'WORKDIR')
   if args.command == 'import':
     import_(args.source, args.workdir, partial=args.partial, seed=args.seed,
@@ -390,6 +390,7 @@ def main():
     upcycle(storage.path(args.source, 'SOURCE'), args.workdir, moe=args.moe,
             step=step, seed=args.seed)
   else:
+    storage.try_folder(args.folder, 'FOLDER')
     export(args.workdir, args.folder, step=step, dtype=args.dtype,
            shard_bytes=args.shard_bytes, dropless=args.dropless,
            adapter=args.adapter, bare=args.bare)

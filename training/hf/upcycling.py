@@ -13,6 +13,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 import ml_collections
 
 import architectures
@@ -100,6 +101,11 @@ def params(module: nn.Module, like: Any, dense: Any, seed: int):
             for path, x in shapes.items()}
 
   places = {path: x.sharding for path, x in shapes.items()}
+  # Weights that were read from files lie on one device.
+  mesh = next(iter(places.values())).mesh
+  old = {path: x if x.sharding.device_set == set(mesh.devices.flat) else
+         jax.device_put(x, NamedSharding(mesh, PartitionSpec()))
+         for path, x in old.items()}
   flat = jax.jit(make, out_shardings=places)(old, drawn)
   return jax.tree_util.tree_map_with_path(
       lambda path, _: flat[paths.join(path)], nn.meta.unbox(like))

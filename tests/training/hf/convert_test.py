@@ -1,6 +1,7 @@
 """Weights that a run starts from: imported, upcycled, or taken in part."""
 
 import json
+import os
 import pathlib
 import shlex
 import shutil
@@ -117,6 +118,31 @@ def test_words_make_a_mixture_in_every_other_layer():
   for word, sentence in (('every=0', 'every is 0'), ('every=a', 'is no int')):
     with pytest.raises(RequestError, match=sentence):
       upcycling.config(model, upcycling.fields([word], model.moe))
+
+
+@pytest.mark.slow
+def test_weights_of_one_device_become_a_mixture_on_all():
+  old = models.config('llama')
+  _, params = models.make('llama')
+  params = jax.device_put(params, jax.devices()[0])  # as files are read
+  config = base.base()
+  config.model = upcycling.config(old, MIXTURES['llama'])
+  run = runs.build(config, architectures.resolve(config.model))
+  assert run.mesh.size > 1
+  made = paths.flatten(upcycling.params(
+      run.module, run.abstract.params, params, seed=0))
+  assert all(x.sharding.device_set == set(run.devices) for x in made.values())
+  name = 'embed/tokens'
+  np.testing.assert_array_equal(made[name], paths.flatten(params)[name])
+
+
+def test_several_devices_have_threads_enough(tmp_path, monkeypatch):
+  monkeypatch.delenv('PJRT_NPROC')
+  monkeypatch.setattr(sys, 'argv', [
+      'convert', 'import', str(tmp_path / 'none'), str(tmp_path / 'run')])
+  with pytest.raises(RequestError, match='none'):
+    convert.main()
+  assert int(os.environ['PJRT_NPROC']) >= 32
 
 
 @pytest.mark.long
