@@ -101,6 +101,10 @@ def main() -> None:
   require(args.rounds > 0, f'--rounds is {args.rounds}: it must be 1 or more')
   if args.alone:
     one_of('--alone', args.alone, ('ours', *map(NAMED.format, EXPERTS)))
+  if args.alone != 'ours':
+    from benchmarks import rival
+    rival.need_pytorch('benchmarks.mixtral')
+  if args.alone:
     run = (ours() if args.alone == 'ours'
            else theirs(args.alone.removeprefix(NAMED.format(''))))
     for _ in range(3):

@@ -53,9 +53,15 @@ def check(config: Config) -> None:
           '--compare=pytorch: no class of transformers has the loss of '
           f'objective {config.objective!r}' + (
               f' with {" and ".join(others)}' if others else ''))
+  need_pytorch('--compare=pytorch')
+
+
+def need_pytorch(what: str) -> None:
+  """Raises RequestError where PyTorch or transformers, which `what` needs, is
+  not installed."""
   missing = [name for name in ('torch', 'transformers')
              if importlib.util.find_spec(name) is None]
-  require(not missing, f'--compare=pytorch needs {" and ".join(missing)}: '
+  require(not missing, f'{what} needs {" and ".join(missing)}: '
           "pip install 'archetype[verify]'")
 
 
