@@ -36,7 +36,8 @@ FLAGS = (
 # What tells a process who it is.
 _OF_THE_LAUNCHER = (
     'JAX_PROCESS_ID', 'JAX_NUM_PROCESSES', 'JAX_COORDINATOR_ADDRESS',
-    'JAX_COORDINATOR_BIND_ADDRESS', 'JAX_LOCAL_DEVICE_IDS')
+    'JAX_COORDINATOR_BIND_ADDRESS', 'JAX_LOCAL_DEVICE_IDS',
+    'ARCHETYPE_DEVICES')
 # Of the flags, those that are train.py's own.
 _OF_TRAIN = ('config', 'workdir', 'profile_steps', 'allow_config_change')
 

@@ -71,7 +71,8 @@ def environments(env, processes: int, devices: int, kind: str,
   """Returns what is added to the environment of each process."""
   result = []
   for i in range(processes):
-    own = dict(env)
+    # processes.meet() compares it with what there is.
+    own = dict(env) | {'ARCHETYPE_DEVICES': str(devices)}
     if processes > 1:
       own |= {'JAX_COORDINATOR_ADDRESS': coordinator,
               'JAX_NUM_PROCESSES': str(processes), 'JAX_PROCESS_ID': str(i)}

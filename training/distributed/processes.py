@@ -119,7 +119,17 @@ def _bind(coordinator: str) -> str | None:
 
 def meet() -> None:
   """Waits for all processes; then process 0 prints who they are. Until here
-  no process has touched a device."""
+  no process has touched a device.
+
+  Raises:
+    RequestError: where this one sees not as many devices as its launcher was
+      told.
+  """
+  wanted = _number('ARCHETYPE_DEVICES', 0)
+  own = jax.local_devices()
+  require(wanted in (0, len(own)), f'--devices of the launcher is {wanted}, but '
+          f'a process sees {len(own)} ({own[0].device_kind}): choose '
+          f'{len(own)}, or let it see {wanted}')
   if jax.process_count() == 1:
     return
   # Gloo gives a group of devices 30 s to meet for the first time, which a

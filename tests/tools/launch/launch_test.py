@@ -196,7 +196,7 @@ def test_local_gives_a_single_process_its_gpus(monkeypatch):
       monkeypatch.setenv('CUDA_VISIBLE_DEVICES', outer)
     env = {} if own is None else {'CUDA_VISIBLE_DEVICES': own}
     assert local.environments(env, 1, 2, 'gpu', 'host:1') == [
-        {'CUDA_VISIBLE_DEVICES': expected}]
+        {'CUDA_VISIBLE_DEVICES': expected, 'ARCHETYPE_DEVICES': '2'}]
 
 
 # Before anything is started.

@@ -105,6 +105,16 @@ def test_a_coordinator_that_is_none_is_refused(coordinator, number, index,
     processes.how_to_join(coordinator, number, index)
 
 
+def test_fewer_devices_than_the_launcher_was_told_are_refused(monkeypatch):
+  there = len(processes.jax.local_devices())
+  monkeypatch.setenv('ARCHETYPE_DEVICES', str(there))
+  processes.meet()
+  monkeypatch.setenv('ARCHETYPE_DEVICES', str(there + 1))
+  with pytest.raises(errors.RequestError, match=f'--devices of the launcher is '
+                     f'{there + 1}, but a process sees {there} '):
+    processes.meet()
+
+
 def test_how_a_process_joins_the_others(monkeypatch):
   assert processes.how_to_join() is None
   monkeypatch.setenv('JAX_COORDINATOR_ADDRESS', '[::1]:1234')
