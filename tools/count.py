@@ -6,9 +6,9 @@
 Printed are the parameters by part, all of them and those that are active for a
 token (with experts, the router and top_k experts); the FLOPs per token of
 training, as a run counts them, of prefill and of decoding, with causal
-attention counted exactly (in the training of objective prefix, the mean over
-its prefixes; its prefill counts as causal); the bytes of the key-value cache
-for a token; with model.pattern, how many layers each
+attention counted exactly (of objective prefix, training counts as the mean over
+its prefixes, prefill as a prompt whose tokens all see each other); the bytes of
+the key-value cache for a token; with model.pattern, how many layers each
 kind has, what its fields are and what its cache takes; and the bytes of the
 optimiser and of a checkpoint. `--all` prints each size of each system beside
 its published parameter count, and the difference.

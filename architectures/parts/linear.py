@@ -262,13 +262,15 @@ def _adapter(module: nn.Module, name: str, shape: tuple[int, ...],
   return a, b
 
 
-USEFUL = 'useful_{}_of_{}'
+USEFUL = 'useful_{}_of_{}_{}_in_a_prompt'
 
 
-def useful(part: int, whole: int):
+def useful(part: int, whole: int, prompt: int | None = None):
   """A scope whose products count as part / whole of themselves where a model's
-  FLOPs are counted (training/costs/flops.py): a mask hides the rest."""
-  return jax.named_scope(USEFUL.format(part, whole))
+  FLOPs are counted (training/costs/flops.py): a mask hides the rest. `prompt`:
+  the part where all tokens are a prompt, if that is another."""
+  return jax.named_scope(USEFUL.format(
+      part, whole, part if prompt is None else prompt))
 
 
 COUNTED = 'counted_{}_of_{}'

@@ -195,22 +195,24 @@ def model_flops(run: runs.Run, name: str) -> dict[str, float]:
   with, less the gradients of what is frozen, and `attention`, as the mask has
   it."""
   config, c = run.config, run.model
-  sides = objectives.of(config).row_lengths(config)
-  if name != 'train':
-    # The prompt and, one at a time, all tokens after it but the last, which is
-    # not read: in the sum, a forward pass over them.
-    sides = [sides[0] - 1]
-  rows = config.data.batch_size
+  objective, rows = objectives.of(config), config.data.batch_size
+  sides = objective.row_lengths(config)
   if name == 'train':
-    unread = objectives.of(config).unread(config, sides[0])
+    unread = objective.unread(config, sides[0])
     return {part: rows * n for part, n in flops.training_flops(
-        c, *sides, unread=unread, freeze=config.optim.freeze).items()}
-  needed = {part: rows * n for part, n in
-            flops.forward_flops(c, *sides).items()}
+        c, *sides, unread=unread, freeze=config.optim.freeze,
+        prefix=objective.prefix).items()}
+  # The prompt and, one at a time, all tokens after it but the last, which is
+  # not read: in the sum, a forward pass over them.
+  needed = flops.forward_flops(c, sides[0] - 1)
+  prompt = sides[0] - compiling.DRAWN[name]
+  if objective.prefix:  # and in the prompt, later tokens are seen too
+    both, one = (flops.forward_flops(c, prompt, prompt=way)['attention']
+                 for way in (True, False))
+    needed['attention'] += both - one
   # The head reads those that a token is drawn after.
-  unread = sides[0] - compiling.DRAWN[name]
-  needed['weights'] -= rows * unread * 2 * c.d_model * c.vocab_size
-  return needed
+  needed['weights'] -= (prompt - 1) * 2 * c.d_model * c.vocab_size
+  return {part: rows * n for part, n in needed.items()}
 
 
 def ragged_rows(run: runs.Run, name: str) -> int:

@@ -92,9 +92,11 @@ def _generation(run: runs.Run, name: str) -> Program:
   whole = NamedSharding(run.mesh, PartitionSpec())
   shape = lambda size, place: jax.ShapeDtypeStruct(
       size, jnp.int32, sharding=place)
+  prefix = objectives.of(run.config).prefix
   def function(params, prompts_BL, lengths_B, seed):
     return generate.generate(run.module, params, prompts_BL, lengths_B,
-                             jax.random.key(seed), max_new_tokens=tokens)
+                             jax.random.key(seed), max_new_tokens=tokens,
+                             prefix_B=lengths_B if prefix else None)
   args = (run.abstract.params, shape((data.batch_size, length), run.place),
           shape((data.batch_size,), run.place), shape((), whole))
   return Program(name, function, args, {}, tokens - 1)

@@ -46,7 +46,7 @@ def of(config) -> Cost:
   return Cost(
       params, active, flops.training_flops_per_token(
           model, *lengths, unread=objective.unread(config, lengths[0]),
-          freeze=config.optim.freeze),
+          freeze=config.optim.freeze, prefix=objective.prefix),
       int(ramp.of(config).before(config.train.steps)) * sum(lengths),
       run_config.flatten_dict({'model': dataclasses.asdict(model)}))
 

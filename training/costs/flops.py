@@ -4,7 +4,8 @@ They are counted in the traced program (traced.py), so that a part is
 counted without being described a second time. A product of [a, b] and [b, c] is
 2abc. The program that is traced pads no expert and skips no masked block, and
 attention declares which share of its products the mask shows
-(`linear.useful`; with a prefix, in the mean over those of training), and what
+(`linear.useful`; with a prefix, in the mean over those of training, or of a
+whole prompt), and what
 is no product of matrices says what it counts as (`linear.counted`). So the work
 that an implementation wastes on masked keys, padding, idle expert slots or
 recomputation lowers utilisation (MFU, Chowdhery et al. 2022, appendix B; theirs
@@ -35,7 +36,8 @@ ATTENTION, WEIGHTS = 'attention', 'weights'
 
 
 def forward_flops(model: ModelConfig, length: int, decoder_length: int = 0,
-                  training: bool = False) -> dict[str, float]:
+                  training: bool = False, prompt: bool = False
+                  ) -> dict[str, float]:
   """Returns the FLOPs of a forward pass over one sequence: of `attention`'s
   scores and weighted values, and of products with `weights`.
 
@@ -44,6 +46,7 @@ def forward_flops(model: ModelConfig, length: int, decoder_length: int = 0,
     length: tokens; of the encoder, for an encoder-decoder.
     decoder_length: tokens of the decoder, for an encoder-decoder.
     training: with the modules of model.mtp_depth, which training alone needs.
+    prompt: whether all tokens see each other: those of a prompt of a prefix LM.
 
   Raises:
     RequestError: for a decoder_length that the model does not have.
@@ -56,14 +59,15 @@ def forward_flops(model: ModelConfig, length: int, decoder_length: int = 0,
   if not training:
     c = dataclasses.replace(c, mtp_depth=0)
   return dict(_forward(_countable(c, max(length, decoder_length)), length,
-                       decoder_length))
+                       decoder_length, prefix=prompt, prompt=prompt))
 
 
 def forward_flops_per_token(model: ModelConfig, length: int,
-                            decoder_length: int = 0, training: bool = False
-                            ) -> float:
+                            decoder_length: int = 0, training: bool = False,
+                            prompt: bool = False) -> float:
   """Returns the mean over a sequence's tokens, both sides counted."""
-  total = sum(forward_flops(model, length, decoder_length, training).values())
+  total = sum(forward_flops(model, length, decoder_length, training,
+                            prompt).values())
   return total / (length + decoder_length)
 
 
@@ -157,10 +161,11 @@ def _whole(length: int, decoder_length: int, rows: int, prefix: bool
 
 @functools.lru_cache(maxsize=4096)
 def _forward(c: ModelConfig, length: int, decoder_length: int,
-             unread: int = 0, prefix: bool = False) -> tuple:
+             unread: int = 0, prefix: bool = False, prompt: bool = False
+             ) -> tuple:
   rows = _rows(c)
   return _count(c, rows, *_whole(length, decoder_length, rows, prefix),
-                unread=unread)
+                unread=unread, prompt=prompt)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -222,7 +227,7 @@ def _with_length(slots: jax.ShapeDtypeStruct, length: int):
 
 
 def _count(c: ModelConfig, rows: int, program: Any, *args, unread: int = 0,
-           trained: Any = None) -> tuple:
+           trained: Any = None, prompt: bool = False) -> tuple:
   """Counts what a row's logits, and what else a model returns, are made of,
   and the gradients of what `trained` has no 0 for, if it is there."""
   module = architectures.build(c)
@@ -242,7 +247,8 @@ def _count(c: ModelConfig, rows: int, program: Any, *args, unread: int = 0,
 
   work = traced.count(
       jax.make_jaxpr(outputs if trained is None else gradients)(
-          parameter_shapes(module), *args), traced.Place('gpu', useful=True))
+          parameter_shapes(module), *args),
+      traced.Place('gpu', useful=True, prompt=prompt))
   if work.loops or work.kernels:
     raise ValueError(
         f'the FLOPs of model.arch {c.arch!r} cannot be counted: it has '

@@ -62,7 +62,8 @@ def count(config: ml_collections.ConfigDict, length: int = 0,
       'training_lengths': sides,  # of an encoder-decoder, those of both sides
       'flops_per_token': {
           'training': _training_flops(config, model, sides),
-          'prefill': flops.forward_flops_per_token(model, length, other),
+          'prefill': flops.forward_flops_per_token(
+              model, length, other, prompt=objectives.of(config).prefix),
           'decode': sum(flops.decode_flops(model, length, other).values())
                     if decodes else None,
       },

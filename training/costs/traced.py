@@ -28,12 +28,14 @@ class Place(NamedTuple):
       groups, and masks.
     useful: whether products count as the shares that linear.useful declares,
       and functions as linear.counted says, instead of as they are computed.
+    prompt: whether these are the shares of a prompt.
   """
   platform: str
   rows: int = 0
   passes: int | None = None
   dense: tuple[str, ...] = ()
   useful: bool = False
+  prompt: bool = False
 
 
 # Grouped products: rows by their group's matrix, by its transpose (as for the
@@ -77,14 +79,16 @@ def count(jaxpr: Any, place: Place) -> Work:
     live |= {v for v in eqn.invars if _is_var(v)}
     work = _equation(eqn, place)
     if place.useful and work.flops:
-      for part, whole in _DECLARED.findall(str(eqn.source_info.name_stack)):
+      for part, whole, prompt in _DECLARED.findall(
+          str(eqn.source_info.name_stack)):
+        part = prompt if place.prompt else part
         flops = work.flops * int(part) / int(whole)
         work = work._replace(flops=flops, masked=flops)
     total += work
   return total
 
 
-_DECLARED = re.compile(linear.USEFUL.format(r'(\d+)', r'(\d+)'))
+_DECLARED = re.compile(linear.USEFUL.format(r'(\d+)', r'(\d+)', r'(\d+)'))
 _COUNTED = re.compile(linear.COUNTED.format(r'(\d+)', r'(\d+)'))
 
 

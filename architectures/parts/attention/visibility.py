@@ -93,18 +93,19 @@ def pairs(kind: LayerKind, c: ModelConfig, queries: int, keys: int) -> int:
 
 
 def share(kind: LayerKind, c: ModelConfig, queries: int, keys: int,
-          prefix: bool = False) -> tuple[int, int]:
-  """Returns the pairs that `pairs` counts, and all that there are.
+          prefix: bool = False) -> tuple[int, int, int]:
+  """Returns the pairs that `pairs` counts, all that there are, and those that
+  are seen where the whole row is a prompt.
 
   Args:
     kind, c, queries, keys: as of `pairs`.
-    prefix: whether the tokens of a row's prefix see each other. Then both
+    prefix: whether the tokens of a row's prefix see each other. Then all three
       numbers are sums over prefixes of 1 to keys - 1 tokens, which are alike
-      likely in training.
+      likely in training; but a prompt is a prefix of all of its tokens.
   """
   seen, whole = pairs(kind, c, queries, keys), queries * keys
   if not (prefix and kind.causal and queries == keys > 1):
-    return seen, whole
+    return seen, whole, seen
   # A query sees a later key in the prefixes that this key is part of.
   both_ways = dataclasses.replace(kind, causal=False)
   if KINDS[kind.attention].sees:
@@ -118,7 +119,8 @@ def share(kind: LayerKind, c: ModelConfig, queries: int, keys: int,
     window = KINDS[kind.attention].window
     earlier_M = np.minimum(np.arange(keys), window(c) - 1 if window else keys)
   later = sum(int(n) * (keys - 1 - k) for k, n in enumerate(earlier_M))
-  return seen * (keys - 1) + later, whole * (keys - 1)
+  return (seen * (keys - 1) + later, whole * (keys - 1),
+          pairs(both_ways, c, queries, keys) * (keys - 1))
 
 
 def sum_of_least(first: int, last: int, most: int) -> int:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import forked
-from tools.plan import analyse, cache, chips
+from tools.plan import analyse, cache, chips, compile as compiling
 from tools.plan import report, roofline, search, topology
 from tools.plan.compile import DoesNotFit
 from training import objectives, runs
@@ -320,6 +320,26 @@ def test_a_generation_needs_the_head_for_tokens_that_are_drawn(name, drawn):
   layer, head = 4 * 32 * 32 + 2 * 32 * 64, 32 * run.model.vocab_size
   assert analyse.model_flops(run, name)['weights'] == 2 * 16 * (
       95 * 2 * layer + drawn * head)
+
+
+@pytest.mark.slow
+def test_a_plan_counts_what_a_prefix_sees():
+  config = small(gpt.get_config())
+  config.model.max_len = config.data.length = 96
+  causal = run_on_cpu(config.copy_and_resolve_references(), 'dp')
+  config.objective = 'prefix'
+  run = run_on_cpu(config, 'dp')
+  both = lambda name: [analyse.model_flops(x, name)['attention']
+                       for x in (run, causal)]
+  ours, theirs = both('decode')
+  # Of the pairs of 32 tokens, each costs 2 layers' scores and values.
+  assert ours - theirs == 16 * 2 * 4 * 32 * (32 * 31 // 2)
+  ours, theirs = both('train')
+  assert ours > 1.1 * theirs
+  programs = [compiling.program(x, 'prefill') for x in (run, causal)]
+  with run.context():  # each with the mask of its own
+    assert len({str(jax.make_jaxpr(x.function)(*x.args))
+                for x in programs}) == 2
 
 
 def test_every_program_that_does_not_fit_is_told(monkeypatch):

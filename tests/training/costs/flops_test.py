@@ -15,6 +15,7 @@ from architectures.parts.attention import multi_head, visibility
 from architectures.parts.config import LayerKind
 from configs import base, bert, gpt, mamba2, t5
 from tests.helpers import flops_formulas as formulas
+from tools.sweep import cost
 from training import adapters, loop, objectives, paths, step
 from training.costs import flops, peaks, totals, traced
 
@@ -153,10 +154,12 @@ def test_a_prefix_counts_as_the_mean_over_all_prefixes(monkeypatch, name):
   kind = LayerKind(name, 'gelu', causal=True)
   seen = [int(visibility.visible(kind, c, at, at, prefix_B=jnp.array([size])
                                  ).sum()) for size in range(1, LENGTH)]
-  part, whole = visibility.share(kind, c, LENGTH, LENGTH, prefix=True)
+  part, whole, prompt = visibility.share(kind, c, LENGTH, LENGTH, prefix=True)
   assert part / whole == pytest.approx(sum(seen) / len(seen) / LENGTH ** 2)
+  all_of_it = visibility.visible(kind, c, at, at, prefix_B=jnp.array([LENGTH]))
+  assert prompt / whole == pytest.approx(all_of_it.sum() / LENGTH ** 2)
   # One token has no prefix, and a token with a cache sees all before it.
-  assert visibility.share(kind, c, 1, 1, prefix=True) == (1, 1)
+  assert visibility.share(kind, c, 1, 1, prefix=True) == (1, 1, 1)
   assert visibility.share(kind, c, 1, 9, prefix=True) == visibility.share(
       kind, c, 1, 9)
 
@@ -168,16 +171,23 @@ def test_a_prefix_counts_as_the_mean_over_all_prefixes(monkeypatch, name):
 def test_a_run_of_prefixes_counts_what_its_mask_shows(fields):
   config = gpt.get_config('tiny')
   config.model, config.data.length = model(**fields), LENGTH
+  config.data.tokenizer = 'bytes:96'
   causal = flops.training_flops(config.model, LENGTH)
   config.objective = 'prefix'
   c = totals.resolved(config)
   shares = [visibility.share(kind, c.of_kind(kind.name), LENGTH, LENGTH, prefix)
             for prefix in (False, True) for kind in c.layer_kinds(4)]
-  mean = [part / whole for part, whole in shares]
+  mean = [part / whole for part, whole, _ in shares]
   attention = causal['attention'] * sum(mean[4:]) / sum(mean[:4])
   assert attention > 1.1 * causal['attention']
-  said = totals.count(config)['flops_per_token']['training']
+  told = totals.count(config)['flops_per_token']
+  said = told['training']
   assert said * LENGTH == pytest.approx(attention + causal['weights'])
+  assert cost.of(config).flops_per_token == said
+  prompt = sum(part / whole for _, whole, part in shares[4:]) / sum(mean[:4])
+  assert prompt > 1.1 * sum(mean[4:]) / sum(mean[:4])
+  assert 3 * LENGTH * told['prefill'] == pytest.approx(
+      prompt * causal['attention'] + causal['weights'])
   own = types.SimpleNamespace(
       members=[None], program=types.SimpleNamespace(model=c, config=config),
       loaders=[types.SimpleNamespace(objective=objectives.of(config))])
