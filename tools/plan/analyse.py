@@ -156,14 +156,25 @@ def _compiled(run, topology, what, jaxpr, lowered, state) -> dict:
   found = collectives.read(
       built.executable.as_text(), run.mesh.shape,
       host_of=hosts(run, topology), ragged_rows=rows, passes=passes)
-  total = traced.count(jaxpr, traced.Place(
-      topology.chip.platform, rows, passes, topologies.dense(topology)))
+  total = work(run, topology, what, jaxpr)
   return dict(
       program=what.name, estimate=estimate, fits=True,
       compile_seconds=round(time.monotonic() - begun, 1), memory=sizes,
       replicated=memory.replicated(run),
       collectives=collectives.table(found),
       **_performance(run, topology, what.name, total, found))
+
+
+def work(run: runs.Run, topology: chips.Topology, what: compiling.Program,
+         jaxpr) -> traced.Work:
+  """Returns the work of a program, experts in even load."""
+  data, rows = run.config.data, ragged_rows(run, what.name)
+  if what.name == 'decode':  # reads the prompt, then a token of each row
+    rows = roofline.expert_rows(run, data.batch_size * (
+        data.length - compiling.DRAWN['decode']))
+  return traced.count(jaxpr, traced.Place(
+      topology.chip.platform, rows, what.passes, topologies.dense(topology),
+      loop_rows=roofline.expert_rows(run, data.batch_size)))
 
 
 def _performance(run, topology, name, total, found) -> dict:
@@ -177,8 +188,11 @@ def _performance(run, topology, name, total, found) -> dict:
       hbm_bytes=roofline.hbm_bytes(run, total.nbytes, name == 'train'),
       sent=sent - outside, sent_outside=outside,
       model_flops=sum(needed.values()) / count)
+  read, held = (roofline.experts(run, run.config.data.batch_size)
+                if name == 'decode' and run.model.has_experts
+                and not total.dense else (0, 0))
   return dict(
-      flops=dict(
+      experts=dict(read=read, held=held), flops=dict(
           per_device=total.flops / count,
           model_per_device=sum(needed.values()) / count,
           weights_per_device=needed['weights'] / count,
@@ -219,11 +233,10 @@ def ragged_rows(run: runs.Run, name: str) -> int:
   """Rows that a device sends to experts in a layer, in even load."""
   if not run.model.has_experts or name == 'decode':
     return 0
-  shards = devices.shards('tokens', run.mesh.shape, run.config.mesh.rules)
   parts = run.config.train.grad_accumulation if name == 'train' else 1
   lengths = objectives.of(run.config).row_lengths(run.config)
   tokens = run.config.data.batch_size * max(lengths)
-  return math.ceil(tokens * run.model.moe.top_k / shards / parts)
+  return roofline.expert_rows(run, tokens / parts)
 
 
 def hosts(run: runs.Run, topology: chips.Topology) -> np.ndarray:

@@ -111,6 +111,11 @@ def _performance(p: dict, m: str) -> list[str]:
     lines.append(f'  {tera(f["all_groups_per_device"])} of it are products of '
                  'every row that buffers have room for with every expert here, '
                  'which this compiler masks instead of skipping')
+  experts = p['experts']
+  if experts['read'] < experts['held']:
+    lines.append(f'  a token of each row is taken to go to {experts["read"]} '
+                 f'of the {experts["held"]} experts of a layer that a device '
+                 'has, as in even load: HBM counts the weights of these')
   lines.append('  seconds a step, at the least: ' + ', '.join(
       f'{names[k]} {m}{s:.3g}' for k, s in r['seconds'].items()))
   if not all(row['exact'] for row in p['collectives']):

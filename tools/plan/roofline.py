@@ -13,6 +13,7 @@ from configs.errors import require
 from tools.plan.chips import Topology
 from training import paths, runs
 from training.costs import memory, peaks
+from training.distributed import devices
 from training.step import parameter_roles
 
 
@@ -63,9 +64,9 @@ def hbm_bytes(run: runs.Run, products: float, training: bool) -> float:
   They are its share of the operands and results of the products, once each,
   or, if these are more, the weights (gathered), which are among the operands:
   read once, and in training, if all are trained, again by the backward pass.
-  Every expert is taken to have rows; of a table of embeddings only some rows
-  are read. In training, the state of what is trained is read and written
-  besides.
+  Of the experts of a layer, those that `experts` tells are read; of a table of
+  embeddings, only some rows. In training, the state of what is trained is read
+  and written besides.
 
   Args:
     run: on the topology's devices.
@@ -83,10 +84,30 @@ def hbm_bytes(run: runs.Run, products: float, training: bool) -> float:
     back = not (run.config.optim.freeze or c.lora.rank)
     passes = (1 + back) * run.config.train.grad_accumulation
   roles = paths.flatten(parameter_roles(run.module))
+  data = run.config.data
+  read, held = experts(run, data.batch_size * (data.length - (not training))
+                       // run.config.train.grad_accumulation)
   gathered = sum(
-      math.prod(x.sharding.shard_shape(x.shape))
+      (read / held if 'experts' in roles[path].axes else 1)
+      * math.prod(x.sharding.shard_shape(x.shape))
       * math.prod(shape[axis] for axis in memory.gathered(x.sharding))
       * min(c.compute_dtype.itemsize, x.dtype.itemsize)
       for path, x in paths.flatten(run.abstract.params).items()
       if roles[path].kind != 'embedding')
   return max(products / math.prod(shape.values()), passes * gathered) + state
+
+
+def experts(run: runs.Run, tokens: int) -> tuple[int, int]:
+  """Returns of how many experts of a layer a device reads the weights for so
+  many tokens of all devices, and how many it has: in even load, as many as
+  tokens choose them, if that is fewer."""
+  m, shape, rules = run.model.moe, run.mesh.shape, run.config.mesh.rules
+  held = m.num_experts // devices.shards('experts', shape, rules)
+  return min(held, expert_rows(run, tokens)), held
+
+
+def expert_rows(run: runs.Run, tokens: float) -> int:
+  """Returns the rows that a device has of so many tokens of all devices for the
+  experts of a layer, in even load."""
+  return math.ceil(tokens * run.model.moe.top_k / devices.shards(
+      'tokens', run.mesh.shape, run.config.mesh.rules))

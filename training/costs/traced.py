@@ -29,6 +29,7 @@ class Place(NamedTuple):
     useful: whether products count as the shares that linear.useful declares,
       and functions as linear.counted says, instead of as they are computed.
     prompt: whether these are the shares of a prompt.
+    loop_rows: `rows` in a pass of the loop that `passes` is of.
   """
   platform: str
   rows: int = 0
@@ -36,6 +37,7 @@ class Place(NamedTuple):
   dense: tuple[str, ...] = ()
   useful: bool = False
   prompt: bool = False
+  loop_rows: int = 0
 
 
 # Grouped products: rows by their group's matrix, by its transpose (as for the
@@ -121,9 +123,10 @@ def _equation(eqn: jex.JaxprEqn, place: Place) -> Work:
   if name == 'scan':
     return inner(eqn.params['jaxpr']).times(eqn.params['length'])
   if name == 'while':
-    body = inner(eqn.params['body_jaxpr'])
     if place.passes is not None:
-      return body.times(place.passes)
+      return count(eqn.params['body_jaxpr'], place._replace(
+          rows=place.loop_rows)).times(place.passes)
+    body = inner(eqn.params['body_jaxpr'])
     return body._replace(loops=body.loops + bool(body.flops))
   if name == 'cond':
     return _branch(eqn, place.platform, inner)
@@ -162,11 +165,18 @@ def _megablox(eqn: jex.JaxprEqn, place: Place) -> Work:
 
 
 def _rows(eqn: jex.JaxprEqn, place: Place, flops: float, there: int) -> Work:
-  """Of the rows in even load, where the array has room for `there`."""
+  """Of the rows in even load, where the array has room for `there`. They are of
+  as many groups as there are, or as they are: of no others is the matrix read.
+  """
   share = min(1.0, place.rows / there) if place.rows else 1.0
+  def part(shape: tuple[int, ...], read: bool):
+    if len(shape) == 2:  # rows
+      return share
+    return min(1.0, share * there / shape[0]) if len(shape) == 3 and read else 1
   return Work(flops * share, sum(
-      _size(v.aval) * (share if len(v.aval.shape) == 2 else 1)  # rows
-      for v in (*eqn.invars, *eqn.outvars)))
+      _size(v.aval) * part(v.aval.shape, read)
+      for arrays, read in ((eqn.invars, True), (eqn.outvars, False))
+      for v in arrays))
 
 
 # Products of scores' size in a call: q k and p v; and in the backward passes

@@ -127,8 +127,8 @@ def meet() -> None:
   """
   wanted = _number('ARCHETYPE_DEVICES', 0)
   own = jax.local_devices()
-  require(wanted in (0, len(own)), f'--devices of the launcher is {wanted}, but '
-          f'a process sees {len(own)} ({own[0].device_kind}): choose '
+  require(wanted in (0, len(own)), f'--devices of the launcher is {wanted}, '
+          f'but a process sees {len(own)} ({own[0].device_kind}): choose '
           f'{len(own)}, or let it see {wanted}')
   if jax.process_count() == 1:
     return
