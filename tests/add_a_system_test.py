@@ -9,6 +9,7 @@ import dataclasses
 import importlib
 import pathlib
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +63,7 @@ def test_it_is_found_by_name_and_among_the_choices():
 
 def test_its_page_says_what_every_page_must():
   pages_test.test_a_page_names_the_parts_that_its_config_has('stablelm')
+  pages_test.test_a_system_is_its_page_and_its_config('stablelm')
   pages_test.test_names_are_of_parameters_and_axes_of_the_legend('stablelm')
   pages_test.test_a_record_names_nothing_that_is_not_there('stablelm')
 
@@ -69,6 +71,7 @@ def test_its_page_says_what_every_page_must():
 def test_it_is_counted():
   figures = totals.count(config('3b'))
   assert figures['parameters'] == PUBLISHED
+  assert sys.modules['configs.stablelm'].PUBLISHED == {'3b': PUBLISHED}
   # Two for each weight of a matrix (the embedding is looked up) and for each
   # product with a key or a value, half of which are seen; in training thrice.
   width, layers, keys = 2560, 32, (4096 + 1) / 2

@@ -1,13 +1,18 @@
 """The tables of docs/architectures.md are what the configs say.
 
 A row that begins with `system:size` is checked cell by cell, by the column's
-title. `python -m tests.docs.architectures_doc_test` prints such rows as they
-should be."""
+title.
+
+  python -m tests.docs.architectures_doc_test [NAME:SIZE ...]
+
+prints the rows of these models as they should be, or all rows; of a model that
+has none, one of the components."""
 
 import functools
 import importlib
 import pathlib
 import re
+import sys
 
 import flax.linen as nn
 import jax
@@ -122,6 +127,26 @@ def expected(name, titles):
   return [f'`{name}`{note}'] + [COLUMNS[t](name) for t in titles[1:]]
 
 
+def line(cells) -> str:
+  return '| ' + ' | '.join(cells) + ' |'
+
+
+def lines(*names):
+  """Yields the rows of these models, or all, as they should be."""
+  found = [row for row in rows() if not names or row[0] in names]
+  components = next(titles for _, titles, _ in rows() if 'wiring' in titles)
+  new = [name for name in names if name not in {row[0] for row in found}]
+  for name, titles in [row[:2] for row in found] + [
+      (name, components) for name in new]:
+    yield line(expected(name, titles))
+
+
+def largest(system) -> str:
+  """Returns the last size of a system, for a row that it lacks."""
+  sizes = importlib.import_module(f'configs.{system}').SIZES
+  return f'{system}:{list(sizes)[-1]}'
+
+
 def system_of(name) -> str:
   return name.split(':')[0]
 
@@ -134,11 +159,42 @@ def system_of(name) -> str:
 def test_rows_of_a_system(system):
   for name, titles, cells in rows():
     if system_of(name) == system:
-      assert cells == expected(name, titles)
+      wanted = expected(name, titles)
+      assert cells == wanted, f'the row should be\n{line(wanted)}'
 
 
 def test_every_system_stands_in_a_table():
-  assert {system_of(n) for n, *_ in rows()} == set(architectures.files())
+  stands, systems = {system_of(n) for n, *_ in rows()}, architectures.files()
+  assert not stands - set(systems)
+  lacking = [largest(system) for system in systems if system not in stands]
+  assert not lacking, 'write, among "The components" of {}, {}'.format(
+      DOC.name, ''.join('\n' + row for row in lines(*lacking)))
+
+
+def test_readme_names_every_system():
+  text = (DOC.parents[1] / 'README.md').read_text()
+  _, _, table = text.partition('| config | system | sizes |\n')
+  named = re.findall(r'^\| (\w+) \|', table.partition('\n\n')[0], re.M)
+  assert sorted(named) == sorted(architectures.files())
+
+
+def test_a_row_that_is_wrong_or_missing_is_printed_as_it_should_be(
+    monkeypatch, tmp_path):
+  text = DOC.read_text()
+  name, titles, cells = next(row for row in rows() if 'wiring' in row[1])
+  row, system = line(cells), system_of(name)
+  page = tmp_path / DOC.name
+  monkeypatch.setattr(sys.modules[__name__], 'DOC', page)
+  page.write_text(text.replace(row, line([*cells[:-1], 'wrong'])))
+  with pytest.raises(AssertionError) as caught:
+    test_rows_of_a_system(system)
+  assert row in str(caught.value)
+  page.write_text('\n'.join(x for x in text.splitlines()
+                            if not x.startswith(f'| `{system}:')))
+  assert list(lines(name)) == [row]
+  with pytest.raises(AssertionError) as caught:
+    test_every_system_stands_in_a_table()
+  assert line(expected(largest(system), titles)) in str(caught.value)
 
 
 def test_bert_without_what_pre_training_adds():
@@ -172,5 +228,5 @@ def test_tests_named_are_there():
 
 
 if __name__ == '__main__':
-  for row_name, row_titles, _ in rows():
-    print('| ' + ' | '.join(expected(row_name, row_titles)) + ' |')
+  for ready in lines(*sys.argv[1:]):
+    print(ready, flush=True)

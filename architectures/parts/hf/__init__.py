@@ -75,7 +75,9 @@ class HuggingFace(NamedTuple):
       that is there, and the export writes the last. A default is what
       transformers takes where the field is missing; it may be a function of
       the fields that were read before it.
-    only: {field of config.json: the one value that is known here}.
+    only: {field of config.json: the one value that is known here}. The export
+      does not write it, so it must be the default of transformers, unless
+      `write` has the field too.
     unread: fields of config.json that do not change what is computed.
     read: (the Reader, the fields that were read) -> further fields of ours.
     write: ModelConfig -> further fields of config.json.
