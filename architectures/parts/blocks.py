@@ -1,16 +1,15 @@
 """Block wirings, side by side. Each is (x, context, cache) -> (x, cache, aux).
 
-pre_norm   x + A(n(x)); x + F(n(x))            (GPT-2, LLaMA, T5)
-post_norm  n(x + A(x)); n(x + F(x))            (the Transformer, BERT)
-parallel   x + A(n1(x)) + F(n2(x))             (GPT-NeoX)
-sandwich   x + n(A(n(x))); x + n(F(n(x)))      (CogView, Gemma 2)
-out_norm   x + n(A(x)); x + n(F(x))            (OLMo 2: arXiv 2501.00656, 3.1)
-ffn_norm   x + A(x); x + F(n(x))               (ModernBERT's first layer, whose
-                                               input is normalised already)
+The docstring of each begins with its equation and those who have it;
+docs/architectures.md has them in a table. A is self-attention and, in a decoder
+with a memory, C follows it wired alike. With model.ffn 'none' a block ends
+before F, as Mamba-2's do: x + A(n(x)).
 
-A is self-attention and, in a decoder with a memory, C follows it wired alike.
-With model.ffn 'none' a block ends before F, as Mamba-2's do: x + A(n(x)).
-An entry of BLOCKS, at the end of this file, is all that there is of one.
+To add one, write a class and its entry in BLOCKS, at the end of this file. What
+else it can do than self-attention and F on one stream it says by the attributes
+of Block; what it does not say is refused. tests/architectures/parts_test.py
+has the equations again, and tests/docs/wirings_test.py prints its row of the
+table.
 """
 
 from typing import Optional
@@ -35,13 +34,15 @@ class Block(nn.Module):
   """What the wirings share: their parts by name.
 
   FINAL_NORM: whether what the last block returns is not normalised yet.
-  WITHOUT_FFN: whether it may end before F.
+  CROSS: whether it has C too, where its kind of layer asks for it.
+  WITHOUT_FFN: whether it ends before F, where its kind of layer has none.
   STREAMS: whether x may be several streams (streams.py): everything that the
-    block adds to x is then added by `branch`.
+    block adds to x is then added by `branch`, as often as `branches` says.
   """
   FINAL_NORM = True
-  WITHOUT_FFN = True
-  STREAMS = True
+  CROSS = False
+  WITHOUT_FFN = False
+  STREAMS = False
   config: ModelConfig
   kind: LayerKind
 
@@ -84,6 +85,8 @@ def residual(x: streams.X) -> streams.X:
 
 
 class PreNorm(Block):
+  """x + A(n(x)); x + F(n(x)) (GPT-2, LLaMA)."""
+  CROSS = WITHOUT_FFN = STREAMS = True
 
   @nn.compact
   def __call__(self, x: streams.X, ctx: Context, cache: Optional[Cache]):
@@ -104,7 +107,9 @@ class PreNorm(Block):
 
 
 class FfnNorm(Block):
-  WITHOUT_FFN = False  # it would have no norm
+  """x + A(x); x + F(n(x)) (the first layer of ModernBERT, whose input is
+  normalised already)."""
+  CROSS = STREAMS = True  # without F it would have no norm
 
   @nn.compact
   def __call__(self, x: streams.X, ctx: Context, cache: Optional[Cache]):
@@ -121,8 +126,12 @@ class FfnNorm(Block):
 
 
 class PostNorm(Block):
+  """n(x + A(x)); n(x + F(x)) (the Transformer, BERT).
+
+  The papers of several streams have no equation for a sum that is normalised
+  itself."""
   FINAL_NORM = False
-  STREAMS = False
+  CROSS = WITHOUT_FFN = True
 
   @nn.compact
   def __call__(self, x_BLD: jax.Array, ctx: Context, cache: Optional[Cache]):
@@ -139,7 +148,8 @@ class PostNorm(Block):
 
 
 class Parallel(Block):
-  WITHOUT_FFN = False  # it would be pre_norm
+  """x + A(n1(x)) + F(n2(x)) (GPT-NeoX)."""
+  CROSS = STREAMS = True  # without F it would be pre_norm
 
   @staticmethod
   def branches(kind: LayerKind) -> int:
@@ -158,7 +168,29 @@ class Parallel(Block):
     return residual(add(self.drop(y_BLD + z_BLD, ctx))), cache, aux
 
 
+class SharedNorm(Block):
+  """x + A(n(x)) + F(n(x)) (GPT-J, PaLM, Falcon-7B)."""
+  CROSS = STREAMS = True  # without F it would be pre_norm
+
+  @staticmethod
+  def branches(kind: LayerKind) -> int:
+    return 1
+
+  @nn.compact
+  def __call__(self, x: streams.X, ctx: Context, cache: Optional[Cache]):
+    x_BLD, add = self.branch('attention', x)
+    n_BLD = self.norm('attention_norm')(x_BLD)
+    y_BLD, cache = self.attention()(n_BLD, ctx, cache)
+    if self.kind.cross:
+      c_BLD, cache = self.cross_attention()(n_BLD, ctx, cache)
+      y_BLD += c_BLD
+    f_BLD, aux = self.ffn()(n_BLD, ctx)
+    return residual(add(self.drop(y_BLD + f_BLD, ctx))), cache, aux
+
+
 class Sandwich(Block):
+  """x + n(A(n(x))); x + n(F(n(x))) (CogView, Gemma 2)."""
+  CROSS = WITHOUT_FFN = STREAMS = True
 
   @nn.compact
   def __call__(self, x: streams.X, ctx: Context, cache: Optional[Cache]):
@@ -182,6 +214,8 @@ class Sandwich(Block):
 
 
 class OutNorm(Block):
+  """x + n(A(x)); x + n(F(x)) (OLMo 2: arXiv 2501.00656, 3.1)."""
+  CROSS = WITHOUT_FFN = STREAMS = True
 
   @nn.compact
   def __call__(self, x: streams.X, ctx: Context, cache: Optional[Cache]):
@@ -204,6 +238,7 @@ BLOCKS = {
     'pre_norm': PreNorm,
     'post_norm': PostNorm,
     'parallel': Parallel,
+    'shared_norm': SharedNorm,
     'sandwich': Sandwich,
     'out_norm': OutNorm,
     'ffn_norm': FfnNorm,

@@ -155,18 +155,27 @@ def _check_layers(c: ModelConfig, stack: str) -> None:
     position.check(c, stack)
   visibility.KINDS[c.attention].check(c)
   mixer.check(c, stack)
-  wired = [name for name, block in BLOCKS.items() if block.STREAMS]
-  require(c.residual == 'plain' or c.block in wired, f'model.residual is '
-          f'{c.residual!r}, whose paper has no equation for model.block '
-          f"{c.block!r}, which normalises the sum itself: choose 'plain', or "
-          f'model.block from {", ".join(wired)}')
-  alone = [name for name, block in BLOCKS.items() if block.WITHOUT_FFN]
-  require(c.ffn != NONE or c.block in alone, f'model.ffn is {NONE!r}, and '
-          f'model.block {c.block!r} has nothing to say without a feed-forward '
-          f'network: choose it from {", ".join(alone)}')
+  _check_block(c, stack)
   require(c.num_heads % c.num_kv_heads == 0,
           f'model.num_kv_heads is {c.num_kv_heads}, which does not divide '
           f'model.num_heads {c.num_heads}')
+
+
+def _check_block(c: ModelConfig, stack: str) -> None:
+  """Raises RequestError for what the wiring does not say that it can do."""
+  def able(what: str) -> str:
+    return ', '.join(x for x, block in BLOCKS.items() if getattr(block, what))
+  block = BLOCKS[c.block]
+  require(c.residual == 'plain' or block.STREAMS, f'model.residual is '
+          f'{c.residual!r}, which model.block {c.block!r} has no equation for: '
+          f"choose 'plain', or model.block from {able('STREAMS')}")
+  require(c.ffn != NONE or block.WITHOUT_FFN, f'model.ffn is {NONE!r}, and '
+          f'model.block {c.block!r} has no equation without a feed-forward '
+          f'network: choose it from {able("WITHOUT_FFN")}')
+  require(stack != 'encoder-decoder' or block.CROSS,
+          f'model.block is {c.block!r}, which has no cross-attention, and '
+          f'model.arch {c.arch!r} is an encoder-decoder: choose it from '
+          f'{able("CROSS")}')
 
 
 def _check_values(c: ModelConfig) -> None:

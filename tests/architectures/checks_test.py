@@ -6,8 +6,9 @@ import dataclasses
 import pytest
 
 import architectures
-from architectures.parts import checks, positions
+from architectures.parts import blocks, checks, positions
 from configs import base
+from configs.errors import RequestError
 from tests.helpers import models
 from training.workdir import run_config
 
@@ -132,6 +133,23 @@ def test_a_resolved_config_resolves_to_itself(system, changes):
   assert fields == given
   assert architectures.resolve(dataclasses.asdict(c)) == c
   assert architectures.resolve(c) is c
+
+
+@pytest.mark.parametrize('system, changes, sentence', [
+    ('gpt', dict(residual='mhc'), "model.residual is 'mhc', which model.block "
+     "'plain' has no equation for: choose 'plain', or model.block from pre_no"),
+    ('gpt', dict(ffn='none'), "model.ffn is 'none', and model.block 'plain' "
+     'has no equation without .*choose it from pre_norm'),
+    ('t5', {}, "model.block is 'plain', which has no cross-attention, and "
+     "model.arch 't5' is an encoder-decoder: choose it from pre_norm")])
+def test_a_wiring_is_refused_what_it_does_not_say_that_it_can(
+    monkeypatch, system, changes, sentence):
+  class Plain(blocks.Block):
+    """x + A(x); x + F(x)."""
+  monkeypatch.setitem(blocks.BLOCKS, 'plain', Plain)
+  architectures.resolve(models.config('gpt', block='plain'))
+  with pytest.raises(RequestError, match=sentence):
+    architectures.resolve(models.config(system, block='plain', **changes))
 
 
 def test_a_config_that_was_changed_is_checked_again():

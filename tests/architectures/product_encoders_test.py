@@ -85,7 +85,8 @@ def check_encoder_decoder(parts):
                      or parts['block'] != 'post_norm'))
     for check in (check_encoder, check_encoder_decoder)
     for i, parts in enumerate(ROWS)
-    if check is check_encoder or parts['attention'] not in ONE_STACK])
+    if check is check_encoder or (parts['attention'] not in ONE_STACK
+                                  and BLOCKS[parts['block']].CROSS)])
 def test_laws_of_positions_and_attentions(check, parts):
   check(parts)
 

@@ -26,7 +26,7 @@ KINDS = {'hyper': dict(residual='hyper', streams=dict(count=N)),
          'blocks': dict(residual='attention', streams=dict(block_size=3))}
 ABLE = [name for name, block in BLOCKS.items() if block.STREAMS]
 # The wirings whose attention and network read x through a norm only.
-NORMED = ('pre_norm', 'parallel', 'sandwich')
+NORMED = ('pre_norm', 'parallel', 'shared_norm', 'sandwich')
 
 
 def new(module, *inputs):

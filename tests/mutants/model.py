@@ -190,6 +190,8 @@ MUTANTS = {
         ('self.drop(y_BLD + z_BLD, ctx)', 'self.drop(z_BLD, ctx)',
          'parts: equations'),
         ('y_BLD = y_BLD + z_BLD', 'y_BLD = z_BLD', 'parts: equations'),
+        ('self.ffn()(n_BLD, ctx)', 'self.ffn()(x_BLD, ctx)',
+         'parts: equations'),
         ("y_BLD = self.norm('attention_out_norm')(y_BLD)",
          "y_BLD = y_BLD + 0 * self.norm('attention_out_norm')(y_BLD)",
          'parts: equations'),
