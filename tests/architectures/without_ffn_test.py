@@ -79,7 +79,8 @@ def test_fields_of_networks_are_not_read_where_there_is_none():
 @pytest.mark.parametrize('system, changes, sentence', [
     ('gpt', dict(block='parallel'),
      'choose it from pre_norm, post_norm, sandwich, out_norm'),
-    ('gpt', dict(block='ffn_norm'), 'no equation without a feed-forward network'),
+    ('gpt', dict(block='ffn_norm'),
+     'no equation without a feed-forward network'),
     ('gpt', dict(moe=dict(ffn='none')), "unknown model.moe.ffn 'none'"),
     ('bert', {}, 'activation of the layers'),
     ('llama', dict(lora=dict(rank=2, targets='up')), "'up', a product"),
