@@ -80,6 +80,10 @@ class Model:
   said: hf_generation.Generation | None = None
   labels: tuple[str, ...] = ()
 
+  def __repr__(self) -> str:
+    return (f'Model({self.config.arch}, {runs.count(self.params):,} parameters '
+            f'of {self.config.param_dtype}, computed in {self.config.dtype})')
+
   @property
   def config(self) -> ModelConfig:
     """The frozen `config.model`, with every derived field filled in."""
@@ -319,10 +323,8 @@ def _apply(module: nn.Module, params: Any, arrays: dict[str, jax.Array],
   options: dict[str, Any] = dict(keep_layers=wanted == 'layers',
                                  keep_attention=wanted == 'attention', **arrays)
   output: Any = module.apply({'params': params}, **options)
-  if wanted == 'logits':
-    return output.logits
-  if wanted == 'layers':
-    return output.aux['layers']
+  if wanted != 'attention':
+    return output.logits if wanted == 'logits' else output.aux['layers']
   return output.aux['attention'], output.aux.get('cross_attention')
 
 
@@ -394,6 +396,5 @@ def _load_run(workdir: Any, step: int | None, tokenizer: str | None) -> Model:
 
 def _initial(module: nn.Module, seed: int) -> Any:
   """The parameters that a run of this seed starts from."""
-  tokens = jnp.zeros((1, 1), jnp.int32)
-  return nn.meta.unbox(
-      jax.jit(module.init)(jax.random.key(seed), tokens)['params'])
+  return nn.meta.unbox(jax.jit(module.init)(
+      jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))['params'])

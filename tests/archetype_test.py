@@ -32,6 +32,12 @@ def gpt():
   return _model()
 
 
+def test_a_model_is_shown_in_a_line(gpt):
+  count = sum(x.size for x in jax.tree.leaves(gpt.params))
+  assert repr(gpt) == (f'Model(gpt, {count:,} parameters of float32, computed '
+                       'in float32)')
+
+
 def test_logits_are_the_modules(gpt):
   tokens_BL = models.tokens(2, 7)
   np.testing.assert_allclose(

@@ -120,6 +120,11 @@ def define_workdir() -> None:
     flags.DEFINE_string('workdir', '', 'The folder of the run.')
 
 
+def _has_default(text: str | None, default: object) -> bool:
+  """Whether a flag's --help needs no default behind its text: there is none,
+  or the text says what it means."""
+  return default in (None, '', []) or 'default:' in (text or '')
+
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter,
                     argparse.ArgumentDefaultsHelpFormatter):
@@ -127,7 +132,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter,
   flag shows its default."""
 
   def _get_help_string(self, action: argparse.Action):
-    if action.nargs == 0 or action.default in (None, '', []):
+    if action.nargs == 0 or _has_default(action.help, action.default):
       return action.help
     return super()._get_help_string(action)
 
@@ -229,11 +234,19 @@ def _refuse(sentence: str):
 
 def _refuse_flags(error: flags.Error) -> None:
   """Refuses in absl's words; the lines after the first repeat the usage. What
-  is neither true nor false it tells as a tuple, and this in a sentence."""
+  is of another type than its flag is told in a sentence with the type."""
   said = str(error).splitlines()[0].removeprefix('ERROR:: ')
   if found := re.match(r"flag (--.*?)=.*: \('Non-boolean argument to boolean "
                        r"flag', (.*)\)$", said):
     said = f'{found[1]} is {found[2]}: choose from True, False'
+  if found := re.match(r'flag (--.*?)=(.*): (could not convert string to float'
+                       r'|invalid literal for int\(\)).*$', said):
+    said = (f'{found[1]} is {found[2]!r}: it must be a '
+            + ('number' if 'float' in found[3] else 'whole number'))
+  elif found := re.match(r'flag (--.*?)=(.*): Failed to parse .* as a '
+                         'ConfigDict: ', said):
+    said = (f'{found[1]} is {found[2]!r}: it must be a group of fields, '
+            "written as {'NAME': VALUE}")
   _refuse(said)
 
 
@@ -255,7 +268,8 @@ def _described(flag: flags.Flag) -> str:
   name = f'[no]{flag.name}' if flag.boolean else flag.name
   default = (','.join(flag.default) if isinstance(flag.default, list)
              else str(flag.default))
-  default = '' if flag.default in (None, '', []) else f' (default: {default})'
+  default = ('' if _has_default(flag.help, flag.default)
+             else f' (default: {default})')
   return textwrap.fill(f'--{name}: {flag.help}{default}', 80,
                        initial_indent='  ', subsequent_indent='      ',
                        break_long_words=False, break_on_hyphens=False)

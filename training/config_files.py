@@ -93,9 +93,34 @@ def _sentence(file: str, error: BaseException) -> str:
     own = [frame for frame in frames if frame.filename == file]
     at, line = file, own[-1].lineno if own else None
     text = str(error).strip()
+    if of_field := _of_field(error):
+      return f'{at}{f", line {line}" if line else ""}: {of_field}'
   first = (text.splitlines() or ['no message'])[0]
   return (f'{at}{f", line {line}" if line else ""}: {type(error).__name__}: '
           f'{first}')
+
+
+def _of_field(error: BaseException) -> str:
+  """Returns in a sentence what ml_collections says of a field that a config
+  does not have, or has of another type; '' for another error. It quotes the
+  name, and its AttributeError holds a KeyError."""
+  if found := re.fullmatch(
+      r"Could not override field '(\w+)' \(reference\)\. (.*) is of original "
+      r"type <class '(.*)'> and cannot be casted to type <class '(.*)'>",
+      str(error), re.S):
+    given, wanted = (kind.rpartition('.')[2] for kind in found.groups()[2:])
+    return (f'{found[1]} is {short(found[2])}, of type {given}: it must be of '
+            f'type {wanted}')
+  said = error
+  while isinstance(said, LookupError | AttributeError) and said.args:
+    said = said.args[0]
+  found = re.fullmatch(
+      r"""(?:Key )?(['"])(\w+)\1(?: does not exist and .*?)?"""
+      r'(?:\nDid you mean "(\w+)" instead of .*)?', str(said), re.S)
+  if said is error or not found:
+    return ''
+  return f'no config field {found[2]!r}.' + (
+      f' Did you mean {found[3]!r}?' if found[3] else '')
 
 
 def check_config_fields(config: Any, who: str) -> None:

@@ -111,6 +111,15 @@ def test_help_shows_defaults():
   assert '(default: bpe)' in result.stdout
 
 
+def test_a_default_is_told_once():
+  result = run('-m', 'tools.sweep', 'run', '--help')
+  text = ' '.join(result.stdout.split())
+  assert "default: the file's, or 3" in text
+  assert '(default: 0)' not in text
+  assert cli._has_default('What; default: the newest.', 3)
+  assert not cli._has_default('What.', 3)
+
+
 def train(workdir, *flags, config='configs/gpt.py'):
   return forked.run('train.py', '--config', config, f'--workdir={workdir}',
                     *flags)
@@ -127,7 +136,12 @@ REFUSALS = {
          "Did you mean 'steps'?"]),
     'group': (['--config.train=2'], ['--config.train', 'train.steps']),
     'field of a field': (['--config.seed.x=2'], ['seed is one value']),
-    'value': (['--config.optim.lr=fast'], ['lr', 'fast']),
+    'value': (['--config.optim.lr=fast'],
+              ["--config.optim.lr is 'fast': it must be a number"]),
+    'no whole number': (['--config.train.steps=1.5'], [
+        "--config.train.steps is '1.5': it must be a whole number"]),
+    'no group': (['--config.model.kinds=3'], [
+        "--config.model.kinds is '3': it must be a group of fields"]),
     'neither true nor false': (
         ['--config.log.tensorboard=maybe'],
         ["--config.log.tensorboard is 'maybe': choose from True, False"]),
@@ -185,7 +199,15 @@ BAD_FILES = {
     'from configs import base\ndef get_config():\n  c = base.base()\n'
     '  c.seed = None\n  return c': 'seed is None, of type NoneType',
     'from configs import base\ndef get_config():\n  c = base.base()\n'
-    '  c.optim.lr = "a"\n  return c': 'line 4: TypeError',
+    '  c.optim.lr = "a"\n  return c':
+        "line 4: lr is 'a', of type str: it must be of type float",
+    'from configs import base\ndef get_config():\n  c = base.base()\n'
+    '  c.modle.d_model = 64\n  return c':
+        "line 4: no config field 'modle'. Did you mean 'model'?",
+    'from configs import base\ndef get_config():\n  c = base.base().lock()\n'
+    '  c.modle = 64\n  return c':
+        "line 4: no config field 'modle'. Did you mean 'model'?",
+    'def get_config():\n  return {}["a"]': "line 2: KeyError: 'a'",
 }
 
 
