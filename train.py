@@ -108,19 +108,23 @@ def main():
     state, start = initial_state.restore_or_create(run, saved)
     require(changes or not endings.ended_badly(state, config),
             f'{workdir}: {endings.ended_badly(state, config)}')
-    run_config.save(workdir, args.config, derived, contents)
+    require(start <= config.train.steps, f'train.steps is '
+            f'{config.train.steps}, and the run in {workdir} has trained '
+            f'{start} steps: ask for more, or take another --workdir')
     early = best.ended_early(config, saved.best, start)
     if early or start >= config.train.steps:
       if devices.primary():
         done = early or f'{start} steps of {config.train.steps}'
         print(f'{workdir} is complete: {done}. '
+              + 'Its config is left as it was. ' * bool(changes) +
               f'To look at it: python eval.py --workdir {workdir}. To go on: '
               'a larger --config.' + ('eval.patience. To ' if early else
               'train.steps with --allow_config_change. To ')
               + 'start anew: another --workdir.')
       return 0
 
-    # 5. The loop.
+    # 5. The loop. The record is of what is trained.
+    run_config.save(workdir, args.config, derived, contents)
     code = loop.train(run, state, start, train_data, eval_data, saved, workdir,
                       args.profile_steps)
   return args.stopped_exit_code if code == endings.STOPPED else code

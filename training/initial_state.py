@@ -31,7 +31,7 @@ def restore_or_create(run: runs.Run, saved: checkpoints.Checkpoints
   restored = restore(run, saved)
   if restored is None:
     return create(run, run.config.init_from), 0
-  if devices.primary() and restored.step:
+  if devices.primary() and 0 < restored.step < run.config.train.steps:
     print(f'going on from step {restored.step}')
     for change in checkpoints.environment_changes(restored.record):
       print(f'not bit for bit, since this has changed: {change}')

@@ -136,8 +136,8 @@ def train(configs: Sequence[ml_collections.ConfigDict],
   run = runs.build(config, resolved[0][0], mesh)
   with contextlib.ExitStack() as stack:
     found = []
-    for asked, c, workdir, (model, derived), changed in zip(
-        configs, filled, map(pathlib.Path, workdirs), resolved, changes):
+    for c, workdir, (model, _), changed in zip(
+        filled, map(pathlib.Path, workdirs), resolved, changes):
       stack.enter_context(lock.held(workdir))
       saved = stack.enter_context(checkpoints.Checkpoints(
           workdir, **c.checkpoint, agree_every=c.log.every_steps))
@@ -145,7 +145,8 @@ def train(configs: Sequence[ml_collections.ConfigDict],
       own = dataclasses.replace(run, config=c, model=model,
                                 module=architectures.build(model))
       found.append((member, *_take_up(own, member, bool(changed))))
-      run_config.save(workdir, asked, derived, contents)
+    records = dict(zip([member for member, *_ in found], zip(
+        configs, [derived for _, derived in resolved])))
     going = [each for each in found if not each[0].sentence]
     # Of two that begin, one may have the parameters of an import.
     for start, new in sorted({(n, state is None) for _, state, n in going}):
@@ -159,6 +160,8 @@ def train(configs: Sequence[ml_collections.ConfigDict],
         for member in part:
           member.sentence = f'stopped before step {start}'
       else:
+        for member in part:  # no record is written of what is not trained
+          run_config.save(member.workdir, *records[member], contents)
         _train_part(run, part, states, start, tokenizer)
   sentences = {place: member.sentence
                for place, (member, *_) in enumerate(found)
@@ -180,7 +183,8 @@ def _take_up(run: runs.Run, member: loop.Member, changed: bool
   restored = initial_state.restore(run, member.saved)
   if restored is None:
     return None, 0
-  print(f'{member.workdir}: going on from step {restored.step}')
+  if restored.step < member.config.train.steps:
+    print(f'{member.workdir}: going on from step {restored.step}')
   if not changed:
     member.sentence = endings.ended_badly(restored.state, member.config)
     member.code = endings.DIVERGED if member.sentence else 0
