@@ -13,6 +13,7 @@ code 2 means a wrong request, or a loss that is not finite, because the same
 command would end in the same way; exit code 1 means a failure.
 """
 
+import functools
 import json
 import signal
 
@@ -56,8 +57,8 @@ def main():
   from training import profile, runs
   from training.data import pipeline, tokenizers
   from training.distributed import cpu, devices, processes
-  from training.workdir import checkpoints, lock, provenance, run_config
-  from training.workdir import storage
+  from training.workdir import checkpoints, lock, provenance, restoring
+  from training.workdir import run_config, storage
   config = args.config
   if args.print_config:
     print(json.dumps(runs.printable(config, cli.overrides()), indent=2))
@@ -78,7 +79,8 @@ def main():
   tokenizer = tokenizers.load(config.data.tokenizer)
   model, derived = runs.resolve(config, tokenizer)
   changes = run_config.changes(workdir, config, derived)
-  run_config.refuse_changes(changes, args.allow_config_change)
+  some_fit = functools.partial(initial_state.some_fit, workdir, model)
+  run_config.refuse_changes(changes, args.allow_config_change, some_fit)
   if changes:
     print(run_config.table(changes))
   for line in provenance.changes(run_config.starts(workdir)):
@@ -105,7 +107,11 @@ def main():
   lock.hold(workdir, devices.primary())
   with checkpoints.Checkpoints(workdir, **config.checkpoint,
                                agree_every=config.log.every_steps) as saved:
-    state, start = initial_state.restore_or_create(run, saved)
+    try:
+      state, start = initial_state.restore_or_create(run, saved)
+    except restoring.Mismatch as error:  # which lists the shapes
+      sentence = run_config.way_on(changes, some_fit)
+      raise RequestError(sentence or str(error)) from error
     require(changes or not endings.ended_badly(state, config),
             f'{workdir}: {endings.ended_badly(state, config)}')
     require(start <= config.train.steps, f'train.steps is '

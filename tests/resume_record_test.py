@@ -52,6 +52,19 @@ def test_fewer_steps_than_are_trained_are_refused(done, texts):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('flags', [(), ('--allow_config_change',)])
+@pytest.mark.parametrize('change, some_fit', [
+    ('model.d_model=64', False), ('model.num_layers=3', True)])
+def test_parameters_are_offered_where_some_fit(change, some_fit, flags, done,
+                                               texts):
+  result = run(command(done, texts, *FEW, f'--config.{change}', *flags), code=2)
+  name = change.partition('=')[0]
+  assert f'a run cannot go on with another {name}' in result.stderr
+  assert ('--config.init_partial=True' in result.stderr) == some_fit
+  assert 'float32[' not in result.stderr
+
+
+@pytest.mark.slow
 def test_a_group_that_trains_nothing_leaves_its_records(group_texts, tmp_path):
   """Where one of two is complete, only the other's is written anew."""
   few = dict(train__steps=2, optim__schedule='constant')

@@ -243,7 +243,7 @@ def test_another_config_is_shown_and_needs_a_flag(straight, texts, tmp_path):
   result = run(command(tmp_path / 'run', texts, '--config.train.steps=22',
                        '--config.model.d_model=64', '--allow_config_change'),
                code=2)
-  assert 'does not fit' in result.stderr
+  assert 'cannot go on with another model.d_model' in result.stderr
   # And nothing is lost: the old command still goes.
   assert 'is complete' in run(command(tmp_path / 'run', texts, *more)).stdout
 

@@ -20,9 +20,9 @@ from training import adapters, new_head, objectives, paths, runs, weights
 from training.distributed import devices
 from training.hf import config as hf_config
 from training.hf import heads as hf_heads
-from training.step import TrainState, initial_seed
+from training.step import TrainState, initial_seed, parameter_shapes
 from training.workdir import checkpoints, parameters, restoring, run_config
-from training.workdir import storage
+from training.workdir import step_folders, storage
 
 
 def restore_or_create(run: runs.Run, saved: checkpoints.Checkpoints
@@ -36,6 +36,19 @@ def restore_or_create(run: runs.Run, saved: checkpoints.Checkpoints
     for change in checkpoints.environment_changes(restored.record):
       print(f'not bit for bit, since this has changed: {change}')
   return restored.state, restored.record['next_batch']
+
+
+def some_fit(workdir: epath.Path, model: ModelConfig) -> bool:
+  """Whether a new run of `model` could take some of the parameters of the run
+  in a workdir, by init_partial; before there are devices."""
+  theirs = run_config.flatten(run_config.load_config(workdir))
+  if theirs.get('model.lora.rank'):
+    return False  # of adapters it takes no part
+  folder = restoring.directory(workdir)
+  steps = step_folders.finished(folder)
+  saved = restoring.arrays(folder, steps[-1]) if steps else {}
+  shapes = parameter_shapes(architectures.build(model))
+  return bool(_fitting({'params': shapes}, saved)[0])
 
 
 def restore(run: runs.Run, saved: checkpoints.Checkpoints

@@ -223,23 +223,36 @@ def row(name: str) -> tuple[str, str | Callable, str]:
       f'{OPTIMISATION!r} or {INCOMPATIBLE!r}')
 
 
-def refuse_changes(changes: list[Change], allow_config_change: bool):
-  """Raises ValueError where changes need --allow_config_change and lack it."""
+def refuse_changes(changes: list[Change], allow_config_change: bool,
+                   some_fit: Callable[[], bool] = lambda: False):
+  """Raises ValueError where changes need --allow_config_change and lack it.
+
+  Args:
+    changes: from the run's config.
+    allow_config_change: whether the flag is there.
+    some_fit: whether a new run could take some of its parameters.
+  """
   grave = [change for change in changes if change.kind != SAFE]
   if grave and not allow_config_change:
     raise RequestError(
         'the config differs from that of the run in this workdir in fields '
-        f'that matter:\n{table(changes)}\n' + _way_on(grave))
+        f'that matter:\n{table(changes)}\n'
+        + (way_on(changes, some_fit)
+           or 'Take another --workdir, or pass --allow_config_change to go on'))
 
 
-def _way_on(grave: list[Change]) -> str:
-  names = [c.name for c in grave if c.kind == INCOMPATIBLE]
+def way_on(changes: list[Change], some_fit: Callable[[], bool]) -> str:
+  """Says what there is to do where a run cannot go on with `changes`, by their
+  kinds; '' where none is incompatible. `some_fit` is as for refuse_changes."""
+  names = [c.name for c in changes if c.kind == INCOMPATIBLE]
   if not names:
-    return 'Take another --workdir, or pass --allow_config_change to go on'
-  return (f'Take another --workdir: a run cannot go on with another '
-          f'{", ".join(names)}. To begin a new run with those parameters of '
-          'this one whose names and shapes match, pass '
-          '--config.init_from=WORKDIR and --config.init_partial=True')
+    return ''
+  sentence = (f'Take another --workdir: a run cannot go on with another '
+              f'{", ".join(names)}')
+  return sentence + (
+      '. To begin a new run with those parameters of this one whose names and '
+      'shapes match, pass --config.init_from=WORKDIR and '
+      '--config.init_partial=True' if some_fit() else '')
 
 
 def table(changes: list[Change]) -> str:
