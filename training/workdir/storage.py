@@ -12,7 +12,9 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 import shutil
+import sys
 import tempfile
 import time
 
@@ -159,11 +161,33 @@ def refuse_run(folder: str | os.PathLike, name: str, own: str = '') -> None:
 
 def refuse_others(folder: str | os.PathLike, name: str) -> None:
   """Raises RequestError where a run would write over the config.json of
-  something else, such as Hugging Face's weights; `name` is the flag's."""
+  something else, such as Hugging Face's weights, and warns of other files that
+  it would write beside; `name` is the flag's."""
   file = path(folder, name) / CONFIG
   require(not file.exists() or has_config(folder), f'{name} is '
           f'{_shown(folder)}, whose {CONFIG} is not that of a run (a Hugging '
           f'Face folder has one, too): take another {name}')
+  if not file.exists() and (others := _others(file.parent)):
+    more = f' and {len(others) - 1} more' if len(others) > 1 else ''
+    print(f'warning: {name} is {_shown(folder)}, which is not empty and holds '
+          f'no run: the run is written beside {others[0]}{more}',
+          file=sys.stderr)
+
+
+# What may be in the folder of a run before it begins: what it writes itself,
+# and what starts it or shows its output.
+_OF_RUNS = re.compile(
+    rf'{CONFIG}.*|{CHECKPOINTS}|metrics\.jsonl|lock|logs?|log\.txt|tensorboard'
+    r'|wandb|profile|tokenizer|generation\.json|.*\.(log|err|out|sh|sbatch)'
+    r'|\..*')
+
+
+def _others(folder: epath.Path) -> list[str]:
+  """Returns the names in a folder that are of no run."""
+  if not folder.is_dir():
+    return []
+  return sorted(path.name for path in folder.iterdir()
+                if not _OF_RUNS.fullmatch(path.name))
 
 
 def has_config(folder: str | os.PathLike) -> bool:

@@ -96,6 +96,21 @@ def test_the_config_of_something_else_is_not_written_over(text, tmp_path):
     run_config.load_config(tmp_path)
 
 
+def test_files_that_are_of_no_run_are_told(tmp_path, capsys):
+  for name in ('logs', 'log.txt', 'slurm-12.out', '.git', 'lock', 'lab.log'):
+    (tmp_path / name).write_text('')
+  runs.try_workdir(storage.path(tmp_path))
+  runs.try_workdir(storage.path(tmp_path / 'new'))
+  assert not capsys.readouterr().err
+  (tmp_path / 'thesis.tex').write_text('')
+  runs.try_workdir(storage.path(tmp_path))
+  assert 'not empty and holds no run: the run is written beside thesis.tex\n' in (
+      capsys.readouterr().err)
+  run_config.save(tmp_path, base.base())
+  runs.try_workdir(storage.path(tmp_path))
+  assert not capsys.readouterr().err
+
+
 def test_a_run_that_has_not_begun_is_begun_again(tmp_path):
   run_config.save(tmp_path, base.base())
   runs.try_workdir(storage.path(tmp_path))
