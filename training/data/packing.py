@@ -80,13 +80,22 @@ def documents(starts_L: np.ndarray) -> dict[str, np.ndarray]:
   return dict(segment_ids=1 + np.cumsum(starts_L), positions=index_L - first_L)
 
 
+def reads(objective: Any) -> tuple[str, ...]:
+  """Returns what of sources.HOLDS an objective reads: the READS of its view,
+  or any documents where that has none."""
+  if objective.records:
+    return (objective.records,)
+  return getattr(objective.view, 'READS', sources.DOCUMENTS)
+
+
 def _check_plain(corpus: Corpus) -> None:
-  kinds = corpus.cache.kinds
-  if kinds.any():
-    names = ', '.join(sources.KINDS[k] for k in np.unique(kinds))
+  if corpus.cache.kinds.any():
+    held = (sources.PAIRS if corpus.holds(sources.PAIR).any() else
+            sources.TURNS)
     raise RequestError(
         f'objective {corpus.config.objective!r} reads plain text, but data '
-        f'source {corpus.name!r} holds parts of the kinds {names}.')
+        f'source {corpus.name!r} holds {held}: choose from '
+        f'{sources.forms((sources.TEXT,), True)}, of a field of text')
 
 
 class Window(NamedTuple):
@@ -152,6 +161,7 @@ class Windows:
   """
 
   STREAMS = True  # it reads tokens as they come, and may do so from shards
+  READS = (sources.TEXT,)
 
   def __init__(self, corpus: Corpus, length: int = 0):
     self.length = length or corpus.config.data.length
@@ -208,6 +218,7 @@ class Stretches:
   """
 
   MIN = 8
+  READS = (sources.TEXT,)
 
   def __init__(self, corpus: Corpus):
     cache, (first, end) = corpus.cache, corpus.bounds
@@ -255,6 +266,8 @@ class Stretches:
 
 class Conversations:
   """Documents made of turns: item i is the [(kind, ids)] parts of one."""
+
+  READS = (sources.TURNS,)
 
   def __init__(self, corpus: Corpus):
     if not corpus.holds(conversations.KINDS).all():
@@ -319,6 +332,7 @@ class Pairs:
   stretches of M + L tokens, whose last L are the target."""
 
   STREAMS = True
+  READS = (sources.TEXT, sources.PAIRS)
 
   def __init__(self, corpus: Corpus):
     self._cache, self._ids = corpus.cache, corpus.document_ids

@@ -313,18 +313,16 @@ def contents(config: Config, tokenizer: Tokenizer) -> dict[str, str]:
 
 def check_fits(config: Config, source: sources.Source) -> None:
   """Raises RequestError for a source of which the objective cannot learn."""
-  reads, holds = objectives.of(config).records, source.records
-  fits = reads == holds or not reads and source.as_document is not None
-  others = [name for name, row in objectives.OBJECTIVES.items()
-            if row.records == holds]
-  require(fits, f'objective {config.objective!r} reads {reads or "text"}, but '
-          f'data source {source.name!r} holds {holds or "text"}, which '
-          f'{", ".join(others)} {"reads" if len(others) == 1 else "read"}')
-  streams = getattr(objectives.of(config).view, 'STREAMS', False)
-  require(streams or not source.tokens, f'objective {config.objective!r} looks '
-          f'for documents, and data source {source.name!r} is a stream of '
-          'tokens: name the text itself, or choose causal, prefix, mlm, span '
-          'or seq2seq')
+  objective = objectives.of(config)
+  streams = getattr(objective.view, 'STREAMS', False)
+  require(streams or objective.records or not source.tokens,
+          f'objective {config.objective!r} looks for documents, and data '
+          f'source {source.name!r} is a stream of tokens: name the text '
+          'itself, or choose causal, prefix, mlm, span or seq2seq')
+  holds, reads = sources.holds(source), packing.reads(objective)
+  require(bool(set(reads) & set(holds)), f'objective {config.objective!r} '
+          f'reads {" or ".join(reads)}, but data source {source.name!r} holds '
+          f'{holds[0]}: choose from {sources.forms(reads, streams)}')
 
 
 def _corpora(config: Config, tokenizer: Tokenizer, split: str

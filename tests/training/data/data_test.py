@@ -362,7 +362,7 @@ def test_pairs_are_no_windows(folder, monkeypatch):
   monkeypatch.setitem(sources.SOURCES, 'pairs', lambda name, _: sources.Source(
       name, 'pairs', (), lambda _: iter([[('source', 'a'), ('target', 'b')]]),
       content='2'))
-  with pytest.raises(ValueError, match='holds parts of the kinds source, targ'):
+  with pytest.raises(ValueError, match='holds pairs of texts: choose from'):
     load(folder, source='pairs:x', holdout_every=0)
 
 

@@ -205,11 +205,15 @@ def test_a_source_and_its_objective_must_fit(tmp_path):
   pipeline.check_sources(_config(source))
   for spec, objective, said in (
       ('sotu', 'classification', "'classification' reads labelled texts, but"),
-      (source, 'causal', 'holds more than|plain text')):
+      (source, 'causal', 'reads text, but .* holds labelled texts: choose from '
+       'sotu, text:GLOB, jsonl:GLOB:FIELD'),
+      (source, 'chat', 'choose from jsonl:GLOB:FIELD, alpaca:GLOB$'),
+      (f'jsonl:{tmp_path}/*:text', 'classification', 'holds text: choose from '
+       r'hf:NAME.*, labelled:GLOB.:FIELDS.$')):
     with pytest.raises(ValueError, match=said):
-      config = _config(spec, objective, 'gpt', cache_dir=str(tmp_path))
-      pipeline.check_sources(config)
-      pipeline.training_loader(config, BYTES)
+      pipeline.check_sources(
+          _config(spec, objective, 'gpt', cache_dir=str(tmp_path)))
+  assert sources.HOLDS.keys() == sources.USAGE.keys()
 
 
 def test_records_are_pairs_for_text_to_text(tmp_path):

@@ -259,13 +259,18 @@ def test_lines_of_alpaca_end_where_json_lines_do(tmp_path):
       record['output']] * 2
 
 
-def test_conversations_are_no_plain_text(talks, texts):
+def test_conversations_are_no_plain_text(talks, texts, tmp_path):
   config = _config(f'{talks}:messages')
   config.objective = 'causal'
   with pytest.raises(ValueError, match='plain text'):
     pipeline.training_loader(config, BYTES)
-  with pytest.raises(ValueError, match='list of turns'):
+  with pytest.raises(ValueError, match='choose from jsonl:GLOB:FIELD, alpaca'):
     pipeline.training_loader(_config(texts.partition('=')[2]), BYTES)
+  (tmp_path / 'a.jsonl').write_text(2 * '{"text": "a"}\n')
+  with pytest.raises(ValueError, match='list of turns'):
+    config = _config(f'jsonl:{tmp_path}/a.jsonl:text')
+    config.data.update(holdout_every=2, cache_dir=str(tmp_path))
+    pipeline.training_loader(config, BYTES)
 
 
 @pytest.mark.parametrize('template', conversations.TEMPLATES)

@@ -104,8 +104,8 @@ def test_files_that_are_of_no_run_are_told(tmp_path, capsys):
   assert not capsys.readouterr().err
   (tmp_path / 'thesis.tex').write_text('')
   runs.try_workdir(storage.path(tmp_path))
-  assert 'not empty and holds no run: the run is written beside thesis.tex\n' in (
-      capsys.readouterr().err)
+  assert capsys.readouterr().err.endswith(
+      'not empty and holds no run: the run is written beside thesis.tex\n')
   run_config.save(tmp_path, base.base())
   runs.try_workdir(storage.path(tmp_path))
   assert not capsys.readouterr().err
