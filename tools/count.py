@@ -3,9 +3,10 @@
   python -m tools.count --config configs/mixtral.py:8x7b
   python -m tools.count --all
 
-Printed are the parameters by part, all of them and those that are active for a
-token (with experts, the router and top_k experts); the FLOPs per token of
-training, as a run counts them, of prefill and of decoding, with causal
+Printed are the parts in which the model is not the system that model.arch
+names, if there are any; the parameters by part, all of them and those that are
+active for a token (with experts, the router and top_k experts); the FLOPs per
+token of training, as a run counts them, of prefill and of decoding, with causal
 attention counted exactly (of objective prefix, training counts as the mean over
 its prefixes, prefill as a prompt whose tokens all see each other); the bytes of
 the key-value cache for a token; with model.pattern, how many layers each
@@ -47,9 +48,13 @@ def main():
     return 0
   if args.config is None:
     raise RequestError('pass --config FILE.py:SIZE, or --all')
+  from training import systems
   from training.costs import totals
   figures = totals.count(args.config, args.length)
-  print(json.dumps(figures, indent=2) if args.json else _text(figures))
+  model = totals.resolved(args.config)
+  figures['not_as_published'] = [row._asdict() for row in systems.unlike(model)]
+  print(json.dumps(figures, indent=2) if args.json
+        else _text(figures, systems.line(model)))
   return 0
 
 
@@ -74,8 +79,9 @@ def everything() -> Iterator[dict]:
       }
 
 
-def _text(f: dict) -> str:
+def _text(f: dict, unlike: str) -> str:
   lines = [f'{f["model"]}{" (rumoured)" if f["rumoured"] else ""}',
+           *filter(None, [unlike]),
            f'{"parameters":<28}{f["parameters"]:>20,}']
   if f['active_parameters'] != f['parameters']:
     lines.append(f'{"  active":<28}{f["active_parameters"]:>20,}')

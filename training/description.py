@@ -7,7 +7,7 @@ import jax
 import ml_collections
 
 from architectures.parts.config import ModelConfig
-from training import evals, limits
+from training import evals, limits, systems
 from training.costs import totals
 from training.data import pipeline, ramp
 
@@ -47,7 +47,7 @@ def of(run: Any, start: int, tokens: int, train_data: pipeline.Loader,
   return '\n'.join([
       f'model: {model.arch}, {parameters:,} parameters in '
       f'{model.param_dtype}{active}; computed in {model.dtype}',
-      *layers(model),
+      *filter(None, [systems.line(model)]), *layers(model),
       f'devices: {run.mesh.size} of the kind '
       f'{run.devices[0].device_kind}, mesh {mesh or "data=1"}',
       f'step: {rows}, {most}{tokens:,} tokens',

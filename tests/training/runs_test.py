@@ -93,3 +93,16 @@ def test_the_ramp_of_a_run_does_not_bind_its_evaluation():
     runs.build(config, runs.resolve_alone(config))
   here = runs.for_this_machine(config)
   assert runs.build(here, runs.resolve_alone(here)).mesh.shape['data'] == 8
+
+
+@pytest.mark.parametrize('arch, line', [
+    ('gpt', ''), ('llama', 'llama with norm=layernorm in place of rmsnorm, '
+                  'position=learned in place of rope, ')])
+def test_a_run_says_where_it_is_not_the_system_that_it_names(
+    arch, line, tmp_path):
+  (tmp_path / 'one.txt').write_text(WORDS * 40)
+  *_, said = _said(tmp_path, **{
+      'data.source': f'text:{tmp_path}/one.txt', 'model.arch': arch,
+      'model.ffn': 'gelu_tanh'})
+  assert said.get('not as published', '').startswith(line)
+  assert ('not as published' in said) == bool(line)

@@ -15,15 +15,19 @@ from tools.study import measures as measures_lib
 from tools.study import plan as plans
 from tools.study import spec as study_spec
 from tools.study import tuning as tuning_lib
-from tools.sweep import cost, matching
+from tools.sweep import cost, matching, systems
 from tools.sweep import spec as sweep_spec
 from training import limits, progress
 
 PARTS = ('first', 'second')  # eval.part of tuning, and of all else
 
 
-def freeze(file: str) -> frozen_lib.Frozen:
+def freeze(file: str, workdir: str = '') -> frozen_lib.Frozen:
   """Returns the plan of a study's file.
+
+  Args:
+    file: its path.
+    workdir: of the study, which may have begun there.
 
   Raises:
     RequestError: for the first thing in it that cannot be, or that would make
@@ -32,6 +36,9 @@ def freeze(file: str) -> frozen_lib.Frozen:
   from training.workdir import provenance, run_config
   cost.off_devices()
   spec = study_spec.Spec(file)
+  begun = bool(workdir) and (pathlib.Path(workdir) / 'study.json').exists()
+  systems.refuse_names_alone(
+      spec.sweep, frozen_lib.load(workdir).plan.variants if begun else ())
   base = spec.sweep.base
   seeds, tuning = study_spec.seeds(spec), study_spec.tuning(spec, base)
   measures = study_spec.measures(spec)

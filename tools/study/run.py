@@ -51,7 +51,8 @@ def main(args) -> int:
     from tools.study.report import drawing
     drawing.require_libraries()  # which are missed before anything runs
   try_folder(args.workdir)
-  frozen = adopted(args.workdir, freeze.freeze(args.file), args.amend)
+  frozen = adopted(args.workdir, freeze.freeze(args.file, args.workdir),
+                   args.amend)
   print(show.described(frozen), flush=True)
   if args.launcher == 'slurm':
     return _submit(args)

@@ -39,7 +39,7 @@ def main(args) -> int:
           'out')
   if args.workdir:
     frozen_lib.load(args.workdir)
-  frozen = freeze.freeze(args.file)
+  frozen = freeze.freeze(args.file, args.workdir)
   times = (costs.timed(frozen, args.parallel, args.group) if args.time else
            costs.known(args.workdir, frozen) if args.workdir else None)
   each = costs.of(frozen, args.group, times)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 from configs.errors import EnvironmentFailure, RequestError, require
-from tools.sweep import commands, cost, layout, matching, spec
+from tools.sweep import commands, cost, layout, matching, spec, systems
 from tools.sweep import ledger as ledger_lib
 from training import progress
 
@@ -41,7 +41,7 @@ def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args) -> int:
   if args.workdir:
     layout.try_folder(args.workdir)
-  description = describe(args)
+  description = describe(args, args.workdir)
   points = description['points']
   plans = ([_plan(description, point, args.topology) for point in points]
            if args.topology else [])
@@ -54,11 +54,12 @@ def main(args) -> int:
   return 0
 
 
-def describe(args) -> dict:
+def describe(args, workdir: str = '') -> dict:
   """Returns the description of the sweep that sweep.json holds.
 
   Args:
     args: as add_sweep_arguments defines them.
+    workdir: of the sweep, which may have begun there.
 
   Raises:
     ValueError: for the first bad point.
@@ -66,6 +67,7 @@ def describe(args) -> dict:
   from training.workdir import run_config
   cost.off_devices()
   sweep = spec.read_sweep_file(args.file, args.seeds)
+  systems.refuse_names_alone(sweep, _held(workdir))
   field = args.match_field or matching.FIELD
   if args.match_field and not args.match:
     raise RequestError(f'--match_field is {args.match_field}, but nothing is '
@@ -85,6 +87,13 @@ def describe(args) -> dict:
                  for point in progress.each(sweep.points, 'points checked')]}
   _check_differences(sweep, description)
   return description
+
+
+def _held(workdir: str) -> set[str]:
+  """Returns the names of the points that a workdir has already."""
+  if not workdir or not (pathlib.Path(workdir) / 'sweep.json').is_file():
+    return set()
+  return {row['name'] for row in layout.load_description(workdir)['points']}
 
 
 def _row(sweep, point, base: cost.Cost, devices: int) -> dict:
@@ -247,6 +256,8 @@ def table(description: dict) -> str:
                  'batches')
   if held_out := layout.held_out_note(point['changes'] for point in points):
     lines.append(f'warning: {held_out}')
+  lines += [f'{point["name"]}: {said}' for point in points
+            for said in [_unlike(description, point)] if said]
   for point in points:
     if 'plan' in point:
       lines.append(f'{point["name"]}: {_plan_line(point["plan"])}')
@@ -266,6 +277,17 @@ def _differences(description, point) -> str:
   told += [f'so {key} {_short(old)} -> {_short(new)}'
            for key, (old, new) in point['follows'].items()]
   return ', '.join(told)
+
+
+def _unlike(description, point) -> str:
+  """Says of a point that sets model.arch where it is not that system."""
+  from training import systems as published
+  from training.costs import totals
+  if 'model.arch' not in point['changes']:
+    return ''
+  config = layout.config(description, point['name'],
+                         description['base_config']['seed'])
+  return published.line(totals.resolved(config))
 
 
 def _short(value) -> str:

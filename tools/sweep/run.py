@@ -59,7 +59,7 @@ def main(args) -> int:
   if args.launcher in ELSEWHERE:
     return ELSEWHERE[args.launcher](args)
   layout.try_folder(args.workdir)
-  description = check.describe(args)
+  description = check.describe(args, args.workdir)
   if args.match:
     print(check.table(description), file=sys.stderr)
   check.save(args.workdir, description)
@@ -148,7 +148,7 @@ def _gke(args) -> int:
   """The ledger is on a volume of the cluster, which this machine may not see:
   the runners make it."""
   made_for = gke.parse(args.gke)
-  description = check.describe(args)
+  description = check.describe(args, args.workdir)
   jobs = args.jobs or sum(len(p['seeds']) for p in description['points'])
   words = [*_as_local(sys.argv[1:]), *(['--retry'] if args.retry else [])]
   made = gke.manifest(words, args.workdir.rstrip('/'), jobs, made_for)

@@ -2,7 +2,8 @@
 
 A file of configs/sweeps/ holds `base()`, which returns a config; `get_config`,
 another name of it, by which train.py reads it; and `sweep(add)`, which calls
-add(name, **{'model.norm': 'rmsnorm', ...}) for each point. SEEDS (how many, 3
+add(name, **{'model.norm': 'rmsnorm', ...}) for each point, or
+add.system('llama') for one that is another system. SEEDS (how many, 3
 if it says nothing) and TASKS (evaluations that each run owes once trained)
 may stand beside them. A constant of the file itself begins with an underscore.
 """
@@ -20,6 +21,7 @@ import ml_collections
 from configs import base as base_config
 from configs import kinds
 from configs.errors import RequestError, require
+from tools.sweep import systems
 from training import config_files, evals
 
 CONSTANTS = ('SEEDS', 'TASKS')  # that a file may hold
@@ -104,7 +106,7 @@ def read_sweep_file(file: str, seeds: int = 0,
                          'the same seeds, those of SEEDS or --seeds')
     points[name] = Point(name, changes)
 
-  config_files.call(file, module.sweep, add)
+  config_files.call(file, module.sweep, systems.Add(add, base, file))
   tasks = getattr(module, 'TASKS', ())
   if not isinstance(tasks, tuple | list):
     raise RequestError(f'{file}: TASKS is {tasks!r}: write a tuple of names')

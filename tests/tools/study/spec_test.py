@@ -15,6 +15,7 @@ from tools.study import costs, freeze
 from tools.study import frozen as frozen_lib
 from tools.study import measures, phases
 from tools.study import plan as plans
+from tools.study import run as studies_run
 from tools.sweep import spec as sweep_spec
 from training.workdir import run_config
 
@@ -352,3 +353,21 @@ def test_a_flag_that_would_do_nothing_is_refused(command, words, told, tmp_path,
 def test_a_missing_file_is_refused_with_those_that_are_there():
   with pytest.raises(RequestError, match='configs/studies/tiny.py'):
     freeze.freeze('configs/studies/tyni.py')
+
+
+@pytest.mark.slow
+def test_a_variant_is_another_system_by_its_parts_and_not_by_name(tmp_path):
+  alone = "add('neox', **{'model.arch': 'gpt_neox'})"
+  with pytest.raises(RequestError, match="points 'base' and 'neox' differ in "
+                     'model.arch alone'):
+    freeze.freeze(studies.write(tmp_path, sweep=alone))
+  frozen = freeze.freeze(studies.write(
+      tmp_path, sweep="add.system('llama')"))
+  for size in frozen.plan.sizes:
+    changes = frozen.point('llama', size, 'text')['changes']
+    assert changes['model.norm'] == 'rmsnorm'
+    assert changes['model.position'] == 'rope'
+  # A study that began with such a variant goes on.
+  plan = dataclasses.replace(frozen.plan, variants=('neox',))
+  studies_run.save(tmp_path, dataclasses.replace(frozen, plan=plan))
+  assert freeze.freeze(studies.write(tmp_path, sweep=alone), str(tmp_path))

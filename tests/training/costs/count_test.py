@@ -124,3 +124,14 @@ def test_parts_add_up_and_costs_are_gpt2s():
   assert figures['flops_per_token']['training'] == pytest.approx(3 * forward)
   assert figures['parameter_bytes'] == 4 * figures['parameters']
   json.dumps(figures)
+
+
+@pytest.mark.slow
+def test_a_count_says_where_a_model_is_not_the_system_that_it_names():
+  words = '-m', 'tools.count', '--config=configs/gpt.py:tiny'
+  told = forked.run(*words, '--config.model.arch=bloom').stdout.splitlines()
+  assert told[1].startswith('not as published: bloom with embed_norm=False in ')
+  told = json.loads(forked.run(
+      *words, '--json', '--config.model.norm=rmsnorm').stdout)
+  assert told['not_as_published'] == [
+      {'field': 'norm', 'value': 'rmsnorm', 'published': 'layernorm'}]

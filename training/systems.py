@@ -1,0 +1,179 @@
+"""Which fields make a model the system that `model.arch` names.
+
+`model.arch` is a name: what is built is decided by the other fields of
+config.model. A system is the values that its file of configs/ gives to its
+parts, at one of its sizes; its parts are the fields that the page of any system
+names (PARTS), and its kinds of layer.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import functools
+import importlib
+import importlib.util
+import re
+from typing import Any, NamedTuple
+
+import ml_collections
+
+import architectures
+from architectures.parts import checks
+from architectures.parts import config as model_config
+from architectures.parts import unread
+from architectures.parts.config import ModelConfig
+from configs import kinds
+from configs import model as model_fields
+from configs.errors import RequestError, one_of, require
+from training.costs import totals
+from training.workdir import run_config
+
+# What a model keeps that becomes another system: its sizes, how it is trained
+# and computed, and what is read off it.
+KEPT = re.compile('|'.join((
+    'd_model', r'num_(decoder_)?layers', r'num_(kv_)?heads', 'head_dim', 'd_ff',
+    'vocab_size', 'max_len', 'parametrization', r'mup_.*', r'init(_.*)?',
+    r'(attention_|ffn_|head_)?dropout', r'(param_)?dtype', 'scan_layers',
+    'remat', 'keep_gathered', 'attention_kernel', r'lora\..*', 'head',
+    'num_labels', 'pooling', r'moe\.(dispatch|grouped_kernel)')))
+LAYERS = 'prefix', 'pattern', 'suffix'  # which name the kinds of the layers
+
+
+class Difference(NamedTuple):
+  """A part of a model that is not as in the system that it is named after."""
+  field: str
+  value: Any
+  published: Any
+
+
+def unlike(model: ModelConfig) -> list[Difference]:
+  """Returns the parts in which a resolved model is not the system that
+  `model.arch` names, as that is at the size that is the nearest. A part that
+  one of the two does not read is left out: what decides on it differs."""
+  found = [_unlike(model, _with_parts(model, parts))
+           for parts in _sizes(model.arch).values()]
+  return min(found, key=len)  # of several, the first
+
+
+def line(model: ModelConfig) -> str:
+  """Returns `unlike` in words; '' where there is nothing to say."""
+  found = ', '.join(f'{field}={_said(value)} in place of {_said(published)}'
+                    for field, value, published in unlike(model))
+  return f'not as published: {model.arch} with {found}' if found else ''
+
+
+def changes(config: ml_collections.ConfigDict, arch: str, size: str = 'tiny'
+            ) -> dict[str, Any]:
+  """Returns the changes, by dotted key, that make the model of a config another
+  system: the fields of config.model that differ in configs/ARCH.py at `size`,
+  without those of KEPT and those that the system does not read.
+
+  Raises:
+    RequestError: where the system cannot have the sizes of this model, or is
+      of another kind.
+  """
+  one_of('model.arch', arch, architectures.systems())
+  sizes = _sizes(arch)
+  one_of(f'size of {arch}', size, sizes)
+  ours, theirs = totals.resolved(config), architectures.systems()[arch].STACK
+  stack = architectures.stack(ours)
+  alike = ', '.join(name for name, system in architectures.systems().items()
+                    if system.STACK == stack)
+  require(stack == theirs, f'model.arch {arch!r} stacks an {theirs} and '
+          f'{ours.arch!r}, that of the base, an {stack}, which are not trained '
+          f'alike: choose from {alike}'.replace('an decoder', 'a decoder'))
+  own = run_config.flatten_dict(_without_kinds(config.model.to_dict()))
+  wanted = {name: value for name, value in run_config.flatten_dict(
+      _without_kinds(sizes[size])).items() if not KEPT.fullmatch(name)}
+  target = config.copy_and_resolve_references()
+  with target.unlocked():
+    target.model.update_from_flattened_dict(wanted | {'arch': arch})
+    target.model.kinds = ml_collections.ConfigDict(sizes[size]['kinds'])
+  try:
+    silent = unread.unread(totals.resolved(target))
+  except RequestError as error:
+    raise RequestError(f'model.arch {arch!r} cannot have the sizes of the '
+                       f'base: {error}') from error
+  found = {'model.arch': arch} | {
+      f'model.{name}': value for name, value in wanted.items()
+      if value != own[name] and (name not in silent or name in checks.STRICT)}
+  if target.model.kinds.to_dict() != config.model.kinds.to_dict():
+    found['model.kinds'] = target.model.kinds.to_dict()
+  return found
+
+
+@functools.cache
+def _sizes(arch: str) -> Mapping[str, Mapping[str, Any]]:
+  """Returns config.model of each size of a system, as a dict; of a system
+  without a file in configs/, what its page says."""
+  name = f'configs.{architectures.file_name(arch)}'
+  if importlib.util.find_spec(name) is None:
+    config = ml_collections.ConfigDict(model_fields.defaults())
+    config.update(architectures.systems()[arch].PARTS, arch=arch)
+    return {'tiny': config.to_dict()}
+  module = importlib.import_module(name)
+  return {size: module.get_config(size).model.to_dict()
+          for size in getattr(module, 'SIZES', ('tiny',))}
+
+
+@functools.cache
+def _parts() -> tuple[str, ...]:
+  """Returns the dotted names of the fields that the pages name, in the order of
+  config.model, but for those of kinds of layer."""
+  named = {field for system in architectures.systems().values()
+           for field in run_config.flatten_dict(system.PARTS)}
+  return tuple(field for field in run_config.flatten_dict(
+      _without_kinds(model_fields.defaults()))
+               if field in named or field in LAYERS)
+
+
+def _with_parts(model: ModelConfig, system: Mapping[str, Any]) -> ModelConfig:
+  """Returns the model with the parts of a system, and sizes of its own."""
+  fields = dataclasses.asdict(model)
+  for field in _parts():
+    group, _, name = field.rpartition('.')
+    at, there = (fields[group], system[group]) if group else (fields, system)
+    at[name] = there[name]
+  return model_config.make(fields | {'kinds': system['kinds']})
+
+
+def _unlike(model: ModelConfig, system: ModelConfig) -> list[Difference]:
+  silent = unread.unread(model).keys() | unread.unread(system).keys()
+  found = [Difference(field, *both) for field in _parts()
+           if field not in silent
+           for both in [(unread.get(model, field), unread.get(system, field))]
+           if both[0] != both[1]]
+  if any(row.field in LAYERS for row in found):
+    return found  # so their kinds of layer are not the same ones
+  for kind in filter(None, model.kinds_used):
+    fields = dict.fromkeys(
+        field for c in (model, system)
+        for field in run_config.flatten_dict(c.kinds[kind]))
+    for field in fields:
+      ours, theirs = _of_kind(model, kind, field), _of_kind(system, kind, field)
+      if ours != theirs:
+        found.append(Difference(f'kinds.{kind}.{field}', ours, theirs))
+  return found
+
+
+def _of_kind(c: ModelConfig, kind: str, field: str) -> Any:
+  """Returns what the layers of a kind have for a field of kinds; of a size or a
+  number that goes with sizes, whether there is one."""
+  name, _, inner = field.partition('.')
+  own = c.kinds[kind]
+  if not inner and name in own:
+    value = own[name]
+  elif inner and inner in own.get(name, {}):
+    value = own[name][inner]
+  else:
+    full = kinds.FIELDS[name] + (f'.{inner}' if inner else '')
+    value = unread.get(c.of_kind(kind), full)
+  return value if isinstance(value, str | bool) or inner else bool(value)
+
+
+def _without_kinds(model: Mapping[str, Any]) -> dict[str, Any]:
+  return {name: value for name, value in model.items() if name != 'kinds'}
+
+
+def _said(value: Any) -> str:
+  return f'{value:g}' if isinstance(value, float) else repr(value) if (
+      value == '') else str(value)
