@@ -93,7 +93,8 @@ def go(workdir, frozen: frozen_lib.Frozen, own: phases.Trainer, args) -> int:
     return 0
   if args.until == REPORT:
     from tools.study import report
-    report.write(workdir)
+    page, *_ = report.write(workdir)
+    print(f'report: {page}', flush=True)
   return 0
 
 

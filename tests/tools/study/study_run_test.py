@@ -337,6 +337,14 @@ def test_status_says_how_far_each_phase_is(whole, frozen, tmp_path, capsys):
   assert 'confirm  not begun, 18 planned at most' in capsys.readouterr().out
 
 
+def test_a_run_ends_with_the_path_of_the_report(whole, frozen, capsys):
+  workdir = whole[2]
+  start(workdir, frozen, until='report')
+  page = workdir / 'report' / 'index.html'
+  assert capsys.readouterr().out.endswith(f'report: {page}\n')
+  assert page.is_file()
+
+
 def test_a_run_of_another_config_is_refused(whole, frozen, tmp_path):
   own = studies.Written(tmp_path, frozen, loss=loss_of)
   runs = phases.noise_runs(frozen)[:1]
