@@ -19,6 +19,11 @@ class Table:
   rows: Sequence[Sequence[Cell]]
   notes: Sequence[str] = ()
 
+  @property
+  def explained(self) -> list[tuple[str, str]]:
+    """The headings that have an explanation, with it."""
+    return [(heading, why) for heading, why in self.columns if heading and why]
+
   def text(self) -> str:
     """Renders for a terminal."""
     rows = [[heading for heading, _ in self.columns]]

@@ -4,9 +4,10 @@ import argparse
 import json
 
 from configs.errors import require
-from tools.study import costs, freeze
+from tools.study import costs, freeze, speed, tuning, units
 from tools.study import frozen as frozen_lib
 from tools.study import plan as plans
+from tools.sweep import statistics
 from training import limits
 
 
@@ -71,17 +72,25 @@ def described(frozen: frozen_lib.Frozen) -> str:
                  f'{row["flops_per_token"]:,.0f} FLOPs a token')
   if plan.match:
     lines.append(f'matched: {plan.match}, by {plan.match_field}')
-  lines += [f'measure {m.name}: {m.figure} of {m.workload}, {m.better} is '
-            'better' + (f'; an effect of {plan.effect:g} is wanted'
-                        if m == plan.primary else '') for m in plan.measures]
+  wanted = f'; an effect of {units.amount(frozen, plan.effect)} is wanted'
+  lines += [f'measure {m.name}: {m.figure} of {m.workload}, '
+            f'{units.said(frozen, m, "in ", ", ")}{m.better} is better'
+            + wanted * (m == plan.primary) for m in plan.measures]
   tuned = '; '.join(f'{name} of {", ".join(f"{v:g}" for v in values)}'
                     for name, values in plan.tuning.fields.items())
-  lines.append(f'tuned at {", ".join(plan.tuned_sizes)}: {tuned}, in '
-               f'{plan.tuning.rungs} rungs of which {plan.tuning.keep:g} stays')
+  lines.append(f'tuned at {", ".join(plan.tuned_sizes)}: {tuned}, by '
+               f'{tuning.kind(plan.tuning)}; {tuning.edges(plan.tuning)}')
   lines.append(f'seeds: {plan.seeds.noise} of noise, {plan.seeds.tune} of '
                f'tuning, {plan.seeds.screen} of screening, '
                f'{plan.seeds.confirm} of confirmation')
   lines.append(f'screening: false discovery rate {plan.q:g} '
                f'(Benjamini-Hochberg); confirmation: family-wise error '
                f'{plan.alpha:g} (Holm); power {plan.power:.0%}')
+  few = {size: n for size in plan.sizes
+         if (n := speed.evaluations(frozen, size)) < statistics.MIN_POINTS}
+  if few:
+    told = ', '.join(f'{n} at {size}' for size, n in few.items())
+    lines.append('speed-ups will be n/a: runs of the confirmation have too few '
+                 f'evaluations after warm-up ({told}; '
+                 f'{statistics.MIN_POINTS} needed; see eval.every_steps)')
   return '\n'.join(lines)

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 import math
 
 from tools.study import findings
+from tools.study import frozen as frozen_lib
 from tools.study.plan import TEXT, Outcome, Plan
 from tools.sweep import statistics
 
@@ -56,6 +57,20 @@ def speed_ups(plan: Plan, runs, variant: str) -> list[findings.SpeedUp]:
     if any(x.curve for pair in pairs for x in pair):
       found += [_speed_up(size, by, pairs) for by in BY]
   return found
+
+
+def evaluations(frozen: frozen_lib.Frozen, size: str) -> int:
+  """Returns how many evaluations after warm-up a run of the confirmation has on
+  text: those that a law is fitted to. Of the variant that has the fewest."""
+  plan, found = frozen.plan, []
+  for variant in (plan.base, *plan.variants):
+    changes = frozen.point(variant, size, TEXT)['changes']
+    steps, every, warmup = (
+        changes.get(f'{group}.{name}', frozen.base_config[group][name])
+        for group, name in (('train', 'steps'), ('eval', 'every_steps'),
+                            ('optim', 'warmup_steps')))
+    found.append(sum(n >= warmup for n in {*range(every, steps, every), steps}))
+  return min(found)
 
 
 def _speed_up(size: str, by: str, pairs) -> findings.SpeedUp:

@@ -173,3 +173,19 @@ def chosen(plan: plans.Plan, tuned: Sequence[plans.Tuned], variant: str,
   size = size if size in plan.tuned_sizes else plan.tuned_sizes[0]
   return next(row.changes for row in tuned if (
       row.variant, row.size, row.workload) == (variant, size, workload))
+
+
+def kind(tuning: plans.Tuning) -> str:
+  """How candidates are searched: 'grid search'."""
+  if tuning.rungs == 1:
+    return 'grid search'
+  return (f'successive halving over {tuning.rungs} rungs, each of which keeps '
+          f'{100 * tuning.keep:.0f} %')
+
+
+def edges(tuning: plans.Tuning) -> str:
+  """What becomes of an optimum at the edge of the values."""
+  if not tuning.extend:
+    return 'edges not extended'
+  times = 'once' if tuning.extend == 1 else f'{tuning.extend} times'
+  return f'edges extended at most {times}'

@@ -101,7 +101,8 @@ def test_what_is_decided_is_what_is_read(tmp_path):
       speed, = (x.factor for x in row.speed_ups
                 if (x.size, x.by) == ('large', 'flops'))
       assert cells[5].value == speed
-  assert writing.assemble(record, []).answer.startswith('By loss, rope (-0.2')
+  assert writing.assemble(record, []).answer.startswith(
+      'By loss (nats a token), rope (-0.2')
 
 
 @pytest.fixture(scope='module')

@@ -77,8 +77,8 @@ def spent(record: Record) -> Table:
         key: _sum([own[key] for own in phases.values()]) for key in keys}))
   return Table(
       [('phase', ''), ('state', ''),
-       ('runs planned', 'if every variant is confirmed, and no edge of what is '
-        'tuned is moved'), ('done', ''),
+       ('runs planned at most', 'if every variant is confirmed; each edge of '
+        'what is tuned that is moved adds to them'), ('done', ''),
        ('diverged', 'of those done'),
        ('tokens', ''), ('FLOPs', ''), ('training time', 'of training steps, of '
         'all runs together'), ('time by the clock', '')], rows)
@@ -86,7 +86,7 @@ def spent(record: Record) -> Table:
 
 def _spent(own: Mapping[str, Any]) -> list[Cell]:
   return [numbers.count(own['planned']), numbers.count(own['done']),
-          numbers.count(own['failed']), numbers.flops(own['tokens']),
+          numbers.count(own['failed']), numbers.count(own['tokens']),
           numbers.flops(own['flops']), numbers.duration(own['seconds']),
           numbers.duration(own['wall_seconds'])]
 
@@ -134,7 +134,7 @@ def points(record: Record) -> Table:
     grouped.setdefault(told, []).append(row['workload'])
   rows = [[name_of(record, variant), Cell(size, size),
            Cell(', '.join(workloads)), numbers.count(params),
-           numbers.flops(flops), numbers.flops(tokens),
+           numbers.flops(flops), numbers.count(tokens),
            Cell('-' if variant == record.plan.base else what or 'nothing'),
            Cell(solved or '-')]
           for (variant, size, params, flops, tokens, what, solved), workloads

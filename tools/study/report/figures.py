@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from tools.report import labels
-from tools.study import findings
+from tools.study import findings, units
 from tools.study import plan as plans
 from tools.study.report import drawing
 from tools.study.report import numbers
@@ -55,13 +55,14 @@ def effects(record: Record):
   rows.sort(key=lambda row: _order(row['effect']))
   told = '; '.join(f'{row["variant"]} ' + numbers.with_interval(
       row['effect'], row['low'], row['high']) for row in rows)
+  unit = units.said(record.frozen, plan.primary, ', ')
   return _figure(
       'effects', 'Effects',
-      f'{plan.primary.name} minus that of {plan.base}: over all sizes '
+      f'{plan.primary.name} minus that of {plan.base}{unit}: over all sizes '
       '(diamonds) and at each size, with 95 % intervals over paired seeds; '
       f'{LABELS[plan.primary.better]}.',
-      f'Forest plot of {plan.primary.name} minus that of {plan.base}, over all '
-      f'sizes: {told}.', lambda pyplot: _forest(record, rows, pyplot))
+      f'Forest plot of {plan.primary.name} minus that of {plan.base}{unit}, '
+      f'over all sizes: {told}.', lambda pyplot: _forest(record, rows, pyplot))
 
 
 def _order(x: float | None) -> float:
@@ -90,7 +91,9 @@ def _forest(record: Record, rows, pyplot):
   for i, text in enumerate(axes.get_yticklabels()):
     text.set_fontweight('normal' if i % each else 'bold')
   axes.set_ylim(y - 1, -0.8)
-  axes.set_xlabel(f'{plan.primary.name} minus that of {label[plan.base]}')
+  of = f'{label[plan.primary.name]} minus that of {label[plan.base]}'
+  axes.set_xlabel(of + units.said(record.frozen, plan.primary,
+                                  ', ' if len(of) < 40 else ',\n'))
   axes.grid(axis='x')
   axes.tick_params(axis='y', length=0)
   return figure
@@ -127,6 +130,8 @@ def curves(record: Record):
     told = ', '.join(f'{name} {line[1][-1]:.4f}'
                      for name, line in lines.items())
     ends.append(f'{size}: {told}')
+  unit = units.of_loss(record.frozen, plans.TEXT)
+  unit = f', {unit}' if unit else ''
   return _figure(
       'curves', 'Loss curves',
       'Held-out loss on text in the confirmation: the mean over the seeds that '
@@ -136,7 +141,7 @@ def curves(record: Record):
       f'end: {"; ".join(ends)}.',
       lambda pyplot: _panels(record, list(found), pyplot, lambda axes, size:
                              _losses(record, found[size], axes, size),
-                             'held-out loss, nats'))
+                             lambda size: f'held-out loss{unit}'))
 
 
 def _curves(record: Record, size: str) -> dict[str, tuple]:
@@ -176,8 +181,10 @@ def _engineering():
   return EngFormatter(sep='')
 
 
-def _panels(record: Record, names: Sequence[str], pyplot, paint, label: str):
-  """A row of panels with one legend below; rows of at most four."""
+def _panels(record: Record, names: Sequence[str], pyplot, paint,
+            label: Callable[[str], str]):
+  """A row of panels with one legend below; rows of at most four. `label` gives
+  the y-axis of each, which is not said again beside its like."""
   columns = min(len(names), 4)
   rows = math.ceil(len(names) / columns)
   width = drawing.PAGE if columns > 1 else drawing.COLUMN
@@ -192,8 +199,10 @@ def _panels(record: Record, names: Sequence[str], pyplot, paint, label: str):
       handles.setdefault(own, handle)
   for axes in grid.flat[len(names):]:
     axes.set_visible(False)
-  for row in grid:
-    row[0].set_ylabel(label)
+  told = [label(name) for name in names]
+  for i, (axes, own) in enumerate(zip(grid.flat, told)):
+    if i % columns == 0 or own != told[i - 1]:
+      axes.set_ylabel(own)
   if handles:
     figure.legend(list(handles.values()), list(handles),
                   loc='outside lower center',
@@ -209,8 +218,9 @@ def noise(record: Record):
   if not rows:
     return None
   plan = record.plan
-  names = [m.name for m in plan.measures
-           if any(row['measure'] == m.name for row in rows)]
+  by_name = {m.name: m for m in plan.measures
+             if any(row['measure'] == m.name for row in rows)}
+  names = list(by_name)
   told = '; '.join(f'{row["measure"]} at {row["size"]} {row["sd"]:.4f}'
                    for row in rows)
   return _figure(
@@ -218,14 +228,17 @@ def noise(record: Record):
       'Base against base: the standard deviation of a paired difference with '
       'its 95 % interval (dots), and the smallest effect that '
       f'{plan.seeds.confirm} seeds find with a power of '
-      f'{numbers.percent(plan.power)} (crosses); the dashed line is the '
-      f'effect that is wanted on {plan.primary.name}.',
+      f'{numbers.percent(plan.power)} (crosses). '
+      f'Wanted on {plan.primary.name} is an effect of '
+      f'{units.amount(record.frozen, plan.effect)}: the dashed line, or an '
+      'arrow where that lies far above all others.',
       'Noise of the base against itself. Standard deviation of a paired '
       f'difference: {told}.',
       lambda pyplot: _panels(
           record, names, pyplot,
           lambda axes, name: _spread(record, rows, axes, name),
-          'noise of a difference'))
+          lambda name: 'noise of a difference' + units.said(
+              record.frozen, by_name[name], ',\n')))
 
 
 def _spread(record: Record, rows, axes, name: str) -> None:
@@ -235,11 +248,21 @@ def _spread(record: Record, rows, axes, name: str) -> None:
     if numbers.known(row['sd_low']) and numbers.known(row['sd_high']):
       axes.plot([x, x], [row['sd_low'], row['sd_high']], color=drawing.INK,
                 linewidth=0.8)
-    axes.plot(x, row['sd'], 'o', color=drawing.INK, markersize=3)
+    axes.plot(x, row['sd'], 'o', color=drawing.INK, markersize=3,
+              clip_on=False, zorder=3)  # whole on the axis too
     if numbers.known(row['smallest_effect']):
       axes.plot(x + 0.18, row['smallest_effect'], 'x', color='#d55e00',
                 markersize=4)
-  if name == plan.primary.name:
+  most = max(x for row in own for x in (
+      row['sd'], row['sd_high'], row['smallest_effect']) if numbers.known(x))
+  far = most and plan.effect > 2 * most  # a line there would squash all others
+  if name == plan.primary.name and far:
+    axes.set_ylim(0, 1.25 * most)
+    # No line of the grid runs through the words.
+    axes.set_yticks([y for y in axes.get_yticks() if y < 1.1 * most])
+    axes.text(0.98, 0.98, f'wanted: {plan.effect:g} ↑', ha='right', va='top',
+              transform=axes.transAxes)
+  elif name == plan.primary.name:
     axes.axhline(plan.effect, color=drawing.SOFT, linewidth=0.8,
                  linestyle=(0, (4, 3)))
   axes.set_xticks(range(len(own)), [
@@ -274,7 +297,9 @@ def probes(record: Record):
       f'{"; ".join(told)}.',
       lambda pyplot: _panels(
           record, list(by_name), pyplot,
-          lambda axes, name: _scores(record, by_name[name], axes), 'score'))
+          lambda axes, name: _scores(record, by_name[name], axes),
+          lambda name: 'score' + units.said(
+              record.frozen, by_name[name], ', ')))
 
 
 def _scores(record: Record, measure: plans.Measure, axes) -> None:

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 
 from tools.report.tables import Cell, Table
-from tools.study import findings
+from tools.study import findings, speed, units
 from tools.study import plan as plans
 from tools.study.report import numbers
 from tools.study.report.record import Record
+from tools.sweep import statistics
 
 # How a verdict is coloured.
 STOPPED, OPEN = 'stopped at the screen', 'not confirmed yet'
@@ -37,11 +38,39 @@ def standing(record: Record, variant: str) -> str:
   return UNSTABLE if screened['unstable'] else STOPPED
 
 
-def minus(measure: plans.Measure) -> tuple[str, str]:
+def minus(record: Record, measure: plans.Measure,
+          over: str = 'sizes and paired seeds') -> tuple[str, str]:
   """The heading of a difference from the base, and what it is."""
   return (f'{measure.name} minus base',
-          'mean over sizes and paired seeds that ended, and its 95 % interval; '
-          f'{measure.better} is better')
+          f'{units.said(record.frozen, measure, "in ", ": ")}mean over {over} '
+          f'that ended, and its 95 % interval; {measure.better} is better')
+
+
+def _units(record: Record, *measures: plans.Measure) -> list[str]:
+  """A note on the unit of each measure that has one, if none are given of all
+  that the study has."""
+  told = (units.said(record.frozen, m, f'{m.name} is in ', '.')
+          for m in measures or record.plan.measures)
+  return [*filter(None, told)]
+
+
+def _no_speed_up(record: Record) -> list[str]:
+  """A note on why speed-ups are n/a, where one is."""
+  found = [row for v in record.plan.variants if (row := record.verdict(v))]
+  wanted = len(record.plan.sizes) * len(speed.BY)
+  if all(sum(numbers.known(own['factor']) for own in row['speed_ups']) == wanted
+         for row in found):
+    return []
+  counts = [sum(run.curve.get('warm', [True] * len(run.curve['loss'])))
+            for run in record.outcomes if run.phase == 'confirm'
+            and run.workload == plans.TEXT and run.curve and not run.diverged]
+  least = min(counts, default=statistics.MIN_POINTS)
+  if least < statistics.MIN_POINTS:
+    return [f'A speed-up is n/a where a run has {least} evaluations after '
+            f'warm-up: {statistics.MIN_POINTS} are needed.']
+  return ['A speed-up is n/a where all runs diverged, their time is not known, '
+          'or the loss of one of them does not fall as the law that is fitted '
+          'to it or never comes to that of the other.']
 
 
 def verdicts(record: Record) -> Table:
@@ -50,16 +79,17 @@ def verdicts(record: Record) -> Table:
   columns = [
       ('variant', ''),
       ('verdict', 'of the confirmation, on the primary measure'),
-      minus(plan.primary),
+      minus(record, plan.primary),
       ('p (Holm)', 'corrected for the number of variants that were confirmed'),
-      ('power', f'of finding an effect of {plan.effect:g} by the screen and '
+      ('power', f'of finding an effect of {_wanted(record)} by the screen and '
        'the confirmation, as announced by the noise before they were run'),
       ('speed-up in FLOPs', 'compute that the base needs over compute that '
        f'this needs, to the same loss, at the size {plan.sizes[-1]}'),
       ('speed-up in time', 'the same in seconds of training'),
       ('trend over size', 'by how much the difference grows for ten times the '
-       'parameters'),
-      *map(minus, plan.measures[1:]),
+       "parameters of the base: the mean of each seed's least-squares slope, "
+       'and its 95 % interval'),
+      *(minus(record, measure) for measure in plan.measures[1:]),
       ('diverged', 'runs of the confirmation that diverged, of those done')]
   rows = []
   for variant in record.variants:
@@ -69,7 +99,7 @@ def verdicts(record: Record) -> Table:
             [Cell(word if word == 'base' else '-'),
              *[Cell('-')] * (len(columns) - 4)])
     rows.append([*row, _diverged(record, variant, found)])
-  notes = [INTERVALS]
+  notes = [INTERVALS, *_units(record), *_no_speed_up(record)]
   stopped = [v for v in plan.variants
              if standing(record, v) in (STOPPED, UNSTABLE)]
   if stopped:
@@ -81,6 +111,10 @@ def verdicts(record: Record) -> Table:
         'secondary: their p-values are corrected among themselves, and no '
         'verdict rests on them.')
   return Table(columns, rows, notes)
+
+
+def _wanted(record: Record) -> str:
+  return units.amount(record.frozen, record.plan.effect)
 
 
 def _verdict(record: Record, found: Mapping[str, Any]) -> list[Cell]:
@@ -135,12 +169,15 @@ def by_size(record: Record) -> Table:
           numbers.p(row['p']), numbers.ratio(by.get('flops')),
           numbers.ratio(by.get('seconds'))])
   return Table(
-      [('variant', ''), ('size', ''), minus(record.plan.primary),
+      [('variant', ''), ('size', ''),
+       minus(record, record.plan.primary, 'paired seeds'),
        ('seeds', 'whose runs of both ended'),
        ('p', 'of this size alone, not corrected'),
        ('speed-up in FLOPs', 'geometric mean over seeds'),
        ('speed-up in time', 'geometric mean over seeds')],
-      rows, [INTERVALS, 'A verdict needs the same direction at all sizes.'])
+      rows, [INTERVALS, *_units(record, record.plan.primary),
+             *_no_speed_up(record),
+             'A verdict needs the same direction at all sizes.'])
 
 
 def means(record: Record) -> Table:
@@ -160,7 +197,7 @@ def means(record: Record) -> Table:
       (m.name, f'mean ± standard deviation over seeds; {m.better} is better; '
        f'guessing gives {m.chance:.4g}') for m in plan.measures]
   return Table(columns, rows, [
-      'A run that diverged counts with what guessing gives.'])
+      *_units(record), 'A run that diverged counts with what guessing gives.'])
 
 
 def values_of(record: Record, phase: str, variant: str, size: str,
@@ -197,12 +234,12 @@ def noise(record: Record) -> Table:
        ('smallest effect', 'that the seeds of the phase find with a power of '
         f'{numbers.percent(plan.power)}'),
        ('seeds', 'that the phase has'),
-       ('seeds needed', f'to find an effect of {plan.effect:g} with that '
+       ('seeds needed', f'to find an effect of {_wanted(record)} with that '
         'power; n/a for a measure that is not the primary one, and where '
         '10,000 do not do'),
        ('power', 'of finding that effect with the seeds that the phase has')],
-      rows, [INTERVALS, f'Wanted is an effect of {plan.effect:g} on '
-             f'{plan.primary.name}.'] if rows else [])
+      rows, [INTERVALS, *_units(record), f'Wanted is an effect of '
+             f'{_wanted(record)} on {plan.primary.name}.'] if rows else [])
 
 
 def screen(record: Record) -> Table:
@@ -224,7 +261,8 @@ def screen(record: Record) -> Table:
        ('diverged', 'runs that diverged, of those done'),
        ('passed', f'q is at most {plan.q:g}, and no more runs diverged than '
         'the plan allows')],
-      rows, [INTERVALS, f'At the smallest size, {plan.sizes[0]}.'])
+      rows, [INTERVALS, *_units(record, plan.primary),
+             f'At the smallest size, {plan.sizes[0]}.'])
 
 
 def stability(record: Record) -> Table:
@@ -251,7 +289,8 @@ def stability(record: Record) -> Table:
         "McNemar's exact test, one-sided"),
        (f'{record.plan.primary.name} minus base, all counted', 'where a run '
         'that diverged counts with what guessing gives')],
-      rows, ['Unstable is a variant of which more than '
+      rows, [*_units(record, record.plan.primary),
+             'Unstable is a variant of which more than '
              f'{numbers.percent(record.plan.unstable)} of the runs diverge.'])
 
 

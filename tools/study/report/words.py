@@ -4,7 +4,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tools.study import findings
+from tools.study import findings, tuning, units
 from tools.study import plan as plans
 from tools.study.report import numbers
 from tools.study.report import settings
@@ -53,15 +53,34 @@ def answer(record: Record) -> str:
           f'{names} {"is" if one else "are"}', names=names,
           the=f'the variant{"" if one else "s"} {names}',
           base=record.plan.base))
-  sentence = '; '.join(told)
-  return (f'By {record.plan.primary.name}, {sentence}.')
+  sentence, primary = '; '.join(told), record.plan.primary
+  unit = units.said(record.frozen, primary, ' (', ')')
+  return f'By {primary.name}{unit}, {sentence}.'
 
 
 def _with_effect(record: Record, variant: str) -> str:
   row = record.verdict(variant)
   if row is None or not numbers.known(row['effect']):
     return variant
-  return f'{variant} ({row["effect"]:+.4f})'
+  effect = numbers.with_interval(row['effect'], row['low'], row['high'])
+  if _excluded(record, row):
+    effect += f': an effect of {record.plan.effect:g} is excluded'
+  return f'{variant} ({effect})'
+
+
+def _excluded(record: Record, row: Mapping[str, Any]) -> bool:
+  """Whether a variant of which no difference is shown cannot have one of
+  EFFECT: its interval lies within, and does so where it is as wide as makes
+  the intervals of all confirmed variants hold at once (Bonferroni)."""
+  if row['verdict'] != findings.NONE_SHOWN or not (
+      numbers.known(row['low']) and numbers.known(row['high'])):
+    return False
+  from scipy.stats import t
+  plan, df = record.plan, row['n'] - 1
+  family = sum(own['primary'] for own in record.results['confirm'])
+  wider = t.isf(plan.alpha / (2 * family), df) / t.isf(0.025, df)
+  half = (row['high'] - row['low']) / 2 * max(wider, 1.0)
+  return abs(row['effect']) + half < plan.effect
 
 
 def progress(record: Record) -> str:
@@ -119,9 +138,11 @@ def methods(record: Record) -> list[str]:
 def _design(record: Record) -> str:
   plan = record.plan
   measures = listed([
-      f'{m.name} ({m.figure} on {m.workload}, {m.better} is better)'
+      f'{m.name} ({m.figure} on {m.workload}, '
+      f'{units.said(record.frozen, m, "in ", ", ")}{m.better} is better)'
       for m in plan.measures])
-  matched = (f'Each variant has the {plan.match} of the base at each size, for '
+  matched = (f'Each variant has the {_MATCHED.get(plan.match, plan.match)} of '
+             'the base at each size, for '
              f'which {plan.match_field or "model.d_ff"} was solved.'
              if plan.match else 'Sizes were not matched.')
   return (
@@ -132,13 +153,18 @@ def _design(record: Record) -> str:
       f'before any run and has the hash {record.frozen.hash}.')
 
 
+_MATCHED = {'params': 'parameter count',
+            'active_params': 'count of active parameters',
+            'flops_per_token': 'FLOPs a token'}
+
+
 def _models(record: Record) -> str:
   plan = record.plan
   row = lambda variant, size, workload=plans.TEXT: record.frozen.point(
       variant, size, workload)
   sizes = [
       f'{size} ({own["params"]:,} parameters, '
-      f'{own["flops_per_token"]:.3g} FLOPs a token, {own["tokens"]:.3g} tokens'
+      f'{own["flops_per_token"]:.3g} FLOPs a token, {own["tokens"]:,.0f} tokens'
       f'{_beside(own["changes"])})'
       for size in plan.sizes for own in [row(plan.base, size)]]
   text = row(plan.base, plan.sizes[0])['changes']
@@ -181,13 +207,16 @@ def _training(record: Record) -> str:
     told += [f'{word}: {", ".join(words)}.'] if words else []
   return (f'The base at {record.plan.sizes[0]} on text, before tuning, with '
           'what its model derives; all that a size, a workload, a variant or '
-          f'tuning does not change is the same in all runs. {" ".join(told)}')
+          f'tuning does not change is the same in all runs. {" ".join(told)} '
+          'Runs of the confirmation are evaluated every eval.every_steps steps '
+          'and after the last one; those of all other phases after the last '
+          'one alone.')
 
 
 def _tuning(record: Record) -> str:
-  plan, tuning = record.plan, record.plan.tuning
+  plan, own = record.plan, record.plan.tuning
   grid = listed([f'{name} in {{{", ".join(map(value, values))}}}'
-                 for name, values in tuning.fields.items()])
+                 for name, values in own.fields.items()])
   groups: dict[str, list[str]] = {}
   for row in record.results['tuned']:
     edge = ', at the edge' if row['at_edge'] else ''
@@ -198,11 +227,8 @@ def _tuning(record: Record) -> str:
   chosen = f' Chosen were: {"; ".join(told)}.' if told else ''
   return (
       f'The base and each variant had the same budget of tuning: {grid}, by '
-      f'successive halving over {numbers.some(tuning.rungs, "rung")} of which '
-      f'each keeps {numbers.percent(tuning.keep)}, with '
-      f'{numbers.some(plan.seeds.tune, "seed")}, at '
-      f'{listed(plan.tuned_sizes or plan.sizes)}. An optimum at the edge of '
-      f'the values extended them up to {numbers.some(tuning.extend, "time")}. '
+      f'{tuning.kind(own)} with {numbers.some(plan.seeds.tune, "seed")}, at '
+      f'{listed(plan.tuned_sizes or plan.sizes)}; {tuning.edges(own)}. '
       'Tuning used neither the seeds nor the held-out text of the '
       f'confirmation.{chosen}')
 
@@ -216,7 +242,8 @@ def _tests(record: Record) -> str:
       'Seed by seed, all variants saw the same data in the same order. The '
       f'noise was measured on {numbers.some(seeds.noise, "pair")} of runs of '
       'the base that differ in their first parameters alone; an effect of '
-      f'{plan.effect:g} on {plan.primary.name} was wanted{announced}. '
+      f'{units.amount(record.frozen, plan.effect)} on {plan.primary.name} was '
+      f'wanted{announced}. '
       f'Variants were screened at {plan.sizes[0]} with '
       f"{numbers.some(seeds.screen, 'seed')} by Student's paired t-test, at a "
       f'false discovery rate of {plan.q:g} (Benjamini-Hochberg). Those that '

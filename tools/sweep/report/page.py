@@ -56,7 +56,7 @@ def table(name: str, table: Table) -> str:
                    for row in table.rows)
   notes = ''.join(f'<li>{escape(note)}</li>' for note in table.notes)
   meanings = ''.join(f'<dt>{escape(heading)}</dt><dd>{escape(why)}</dd>'
-                     for heading, why in table.columns if heading and why)
+                     for heading, why in table.explained)
   return (f'<div class="scroll"><table id="{name}"><thead><tr>{head}</tr>'
           f'</thead>\n<tbody>\n{rows}\n</tbody></table></div>\n'
           + (f'<ul class="notes">{notes}</ul>\n' if notes else '')
