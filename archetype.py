@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
 import os
+import pathlib
 from typing import Any
 
 import flax.linen as nn
@@ -34,6 +35,7 @@ from configs.errors import require, short
 from training import config_files
 from training import fields as fields_of
 from training import generate as generation
+from training import inputs as inputs_of
 from training import limits
 from training import objectives
 from training import paths
@@ -54,8 +56,9 @@ from training.workdir import run_config
 from training.workdir import storage
 
 Tokens = jax.Array | np.ndarray | Sequence[int] | Sequence[Sequence[int]]
-# Of an encoder-decoder there is one array for each stack, by name.
-Layers = jax.Array | dict[str, jax.Array]
+# Of an encoder-decoder there is one array for each stack, by name. In numpy: a
+# layer that there is not is an IndexError, where JAX would take the last one.
+Layers = np.ndarray | dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +99,8 @@ class Model:
 
   def encode(self, text: str) -> jax.Array:
     """Returns the tokens of a text, [1, L]; a document's start is not added."""
+    require(isinstance(text, str), f'text is {short(text)}: pass one text, and '
+            'call encode for each of several')
     return jnp.asarray(self._tokenizer().encode(text))[None]
 
   def decode(self, tokens: Tokens) -> str:
@@ -123,9 +128,9 @@ class Model:
     """Returns what the first layer is given and what each layer returns,
     [N + 1, B, L, D]; of an encoder-decoder {'encoder': ..., 'decoder': ...}.
 
-    The last is what the last layer returns, before the final norm if there is
-    one. (transformers' `hidden_states` end with the normalised one.) The
-    arguments are those of a call of the model.
+    They are float32, in numpy. The last is what the last layer returns, before
+    the final norm if there is one. (transformers' `hidden_states` end with the
+    normalised one.) The arguments are those of a call of the model.
     """
     kept = self._run('layers', tokens, decoder_tokens, inputs)
     return self._of_stacks(kept, self.config.num_layers + 1)
@@ -137,14 +142,15 @@ class Model:
     head: float32 [N, B, H, L, M].
 
     Of an encoder-decoder: {'encoder': [N, B, H, M, M], 'decoder':
-    [N, B, H, L, L], 'cross': [N, B, H, L, M]}. A row sums to 1, less the share
+    [N, B, H, L, L], 'cross': [N, B, H, L, M]}. The arrays are numpy's, and
+    layers count from 0. A row sums to 1, less the share
     of an attention sink; a hidden key has weight 0. The weights are worked out
     by plain products, whichever kernel computes the attention itself. The
     arguments are those of a call of the model.
     """
     kept, cross = self._run('attention', tokens, decoder_tokens, inputs)
     found = self._of_stacks(kept, self.config.num_layers)
-    return found if cross is None else found | {'cross': cross}
+    return found if cross is None else found | {'cross': _in_numpy(cross)}
 
   def inspect(self, tokens: Tokens, decoder_tokens: Tokens | None = None, *,
               top: int = record.TOP, **inputs: Tokens) -> record.Insides:
@@ -287,33 +293,24 @@ class Model:
     given = dict(inputs, tokens=tokens)
     if decoder_tokens is not None:
       given['decoder_tokens'] = decoder_tokens
-    names = _INPUTS[self.stack]
-    for name in given:
-      require(name in names, f'a {self.stack} takes no input {name!r}: choose '
-              f'from {", ".join(names)}')
-    return {names[name]: array for name, array in limits.inputs(
-        given, self.config.vocab_size).items()}
+    return inputs_of.arrays(self.stack, given, self.config.vocab_size)
 
   def _of_stacks(self, kept: Any, encoder: int) -> Any:
     """Parts what the layers of both stacks have kept, the encoder's first."""
     if self.stack != 'encoder-decoder':
-      return kept
-    return dict(encoder=jnp.stack(kept[:encoder]),
-                decoder=jnp.stack(kept[encoder:]))
+      return _in_numpy(kept)
+    return dict(encoder=_in_numpy(jnp.stack(kept[:encoder])),
+                decoder=_in_numpy(jnp.stack(kept[encoder:])))
+
+
+def _in_numpy(x: jax.Array) -> Any:
+  if isinstance(x, jax.core.Tracer):
+    return x
+  return np.asarray(x, np.float32)  # in bfloat16, NumPy would add up in it
 
 
 _OBJECTIVES = {'decoder': 'causal', 'encoder': 'mlm',
                'encoder-decoder': 'seq2seq'}
-# Names of inputs here, and of the module's arguments.
-_INPUTS = {
-    'decoder': dict(tokens='tokens_BL', mask='segment_ids_BL'),
-    'encoder': dict(tokens='tokens_BL', mask='segment_ids_BL',
-                    types='type_ids_BL'),
-    'encoder-decoder': dict(
-        tokens='tokens_BM', mask='segment_ids_BM',
-        decoder_tokens='decoder_tokens_BL',
-        decoder_mask='decoder_segment_ids_BL'),
-}
 
 
 @functools.partial(jax.jit, static_argnames=('module', 'wanted'))
@@ -346,6 +343,7 @@ def load(path: str | os.PathLike, *, step: int | None = None,
   if restoring.directory(place).exists():
     return _load_run(place, step, tokenizer)
   require(step is None, f'{path} is no run: it has no step {step}')
+  trained.refuse_others(pathlib.Path(place))
   module, params = weights.from_hf(path)
   folder = place.parent if place.is_file() else place
   if tokenizer is None and tokenizers.found_in(folder):

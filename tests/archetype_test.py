@@ -232,6 +232,20 @@ REFUSALS = {
     'text': (lambda m: m.hidden_states('abc'), "tokens is 'abc': "),
     'mask': (lambda m: m([[1, 2]], mask=[[1]]),
              r'mask is of the shape \(1, 1\), and tokens of \(1, 2\)'),
+    'padding at the start': (lambda m: m([[1, 1], [3, 4]],
+                                         mask=[[1, 0], [0, 1]]),
+                             'mask has a 0 before a 1 in row 1: '),
+    'several texts': (lambda m: _bytes(m).encode(['a', 'b']),
+                      r"text is \['a', 'b'\]: pass one text"),
+    'dotted field': (lambda m: m.with_parts(**{'rope.theta': 5e5}),
+                     r"'rope.theta' is written rope=dict\(theta=...\)"),
+    'dotted field of a build': (
+        lambda m: archetype.build('configs/gpt.py:tiny',
+                                  **{'model.rope.theta': 5e5}),
+        r"'model.rope.theta' is written rope=dict\(theta=...\)"),
+    'field of a build': (lambda m: archetype.build('configs/gpt.py:tiny',
+                                                   nrom='rmsnorm'),
+                         "Did you mean 'norm'"),
     'top': (lambda m: m.inspect([1], top=-1), 'top is -1'),
     'length': (lambda m: m.count(-3), 'length is -3'),
     'no text': (lambda m: _bytes(m).generate('\ud800'), 'the prompt is not'),
@@ -254,10 +268,39 @@ def test_a_wrong_request_is_a_sentence(name, gpt):
     call(gpt)
 
 
-def test_ids_that_are_traced_go_through(gpt):
+def test_ids_and_masks_that_are_traced_go_through(gpt):
+  ids, mask = models.tokens(1, 5), jnp.array([[1, 1, 1, 1, 0]])
+  traced = jax.jit(lambda ids, mask: gpt.hidden_states(ids, mask=mask))(
+      ids, mask)
+  np.testing.assert_allclose(traced, gpt.hidden_states(ids, mask=mask),
+                             atol=1e-5)
+
+
+def test_a_layer_that_there_is_not_is_an_error(gpt):
+  """JAX would return the last one."""
   ids = models.tokens(1, 5)
-  traced = jax.jit(lambda ids: gpt(ids))(ids)
-  np.testing.assert_allclose(traced, gpt(ids), atol=1e-5)
+  assert gpt.attention_weights(ids)[1].shape == (1, 4, 5, 5)
+  for layers in (gpt.attention_weights(ids), gpt.hidden_states(ids)):
+    assert layers.dtype == np.float32
+    with pytest.raises(IndexError):
+      layers[gpt.config.num_layers + 1]
+  half = _model(dtype='bfloat16').hidden_states(ids)
+  assert half.dtype == np.float32
+
+
+def test_a_folder_of_several_models_and_one_of_a_part_say_so(tmp_path):
+  (tmp_path / 'sweep.json').write_text('{}')
+  with pytest.raises(RequestError, match='is a sweep .* points/NAME/seed-S'):
+    archetype.load(tmp_path)
+  (tmp_path / 'study.json').write_text('{}')
+  (tmp_path / 'sweeps/points/base/seed-1/checkpoints').mkdir(parents=True)
+  with pytest.raises(RequestError, match=r'is a study .*base/seed-1 \(there'):
+    archetype.load(tmp_path)
+  adapter = tmp_path / 'adapter'
+  adapter.mkdir()
+  (adapter / 'adapter_config.json').write_text('{}')
+  with pytest.raises(RequestError, match='WORKDIR --adapter=.*adapter$'):
+    archetype.load(adapter)
 
 
 def test_ids_of_a_target_are_checked_too():

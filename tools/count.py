@@ -27,7 +27,9 @@ from training import cli
 
 cli.define_config()
 flags.DEFINE_bool('all', False, 'One table of every size of every system.')
-flags.DEFINE_integer('length', 0, 'Tokens of a sequence; 0: data.length.',
+flags.DEFINE_integer('length', 0, 'Tokens of a sequence; 0: data.length, or '
+                     'as many as the model has positions for, if these are '
+                     'fewer.',
                      lower_bound=0, upper_bound=2**24)
 flags.DEFINE_bool('json', False, 'Print JSON.')
 

@@ -241,13 +241,26 @@ def set_fields(model: ml_collections.ConfigDict, fields: Mapping[str, Any],
     RequestError: for a field that there is not.
   """
   for name, value in fields.items():
-    one_of(f'field of config.{group}', name, list(model))
+    check_field(f'config.{group}', name, list(model))
     if name == 'kinds':
       model.kinds = ml_collections.ConfigDict(value)
     elif isinstance(value, Mapping):
       set_fields(model[name], value, f'{group}.{name}')
     else:
       model[name] = value
+
+
+def check_field(group: str, name: str, choices: Sequence[str]) -> None:
+  """Raises RequestError unless `name`, a keyword argument, is one of the
+  fields `choices` of `group`. For a dotted name it says how to write it."""
+  parts = name.removeprefix('config.').removeprefix('model.').split('.')
+  if name not in choices and parts[0] in choices:
+    *groups, last = parts
+    written = last + '=...'
+    for outer in reversed(groups):
+      written = f'{outer}=dict({written})'
+    raise RequestError(f'{name!r} is written {written} here')
+  one_of(f'field of {group}', name, choices)
 
 
 def _bytes(file: str) -> bytes:

@@ -8,7 +8,8 @@ import architectures
 from architectures.parts import unread
 from architectures.parts import config as config_of_parts
 from architectures.parts.config import ModelConfig
-from configs.errors import RequestError, one_of, require
+from configs.errors import RequestError, require
+from training import config_files
 
 
 def replaced(config: ModelConfig, fields: Mapping[str, Any]) -> ModelConfig:
@@ -17,13 +18,13 @@ def replaced(config: ModelConfig, fields: Mapping[str, Any]) -> ModelConfig:
   lora.alpha becomes as large."""
   changes: dict[str, Any] = {}
   for name, value in fields.items():
-    one_of('field of config.model', name, _names(config))
+    config_files.check_field('config.model', name, _names(config))
     require(name not in _SIZES, f'model.{name} decides the sizes of other '
             'parts: build a model with it, from a file of configs/')
     if isinstance(value, Mapping):
       group = getattr(config, name)
       for field in value:
-        one_of(f'field of config.model.{name}', field, _names(group))
+        config_files.check_field(f'config.model.{name}', field, _names(group))
       if name == 'lora' and group.alpha == group.rank:
         value = {'alpha': 0} | value
       value = dataclasses.replace(group, **value)

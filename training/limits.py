@@ -4,13 +4,12 @@ What belongs to a model is checked where it is built, what belongs to an
 optimiser or a schedule in its own file.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 import math
 import operator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
@@ -123,47 +122,6 @@ def ids(name: str, tokens: Any, vocab_size: int) -> None:
   wrong = tokens[(tokens < 0) | (tokens >= vocab_size)]
   require(not wrong.size, f'{name} has the id {wrong[:1].sum()}, which this '
           f'model does not have: its ids are 0 to {vocab_size - 1}')
-
-
-def inputs(given: Mapping[str, Any], vocab_size: int) -> dict[str, jax.Array]:
-  """Returns the inputs of a model by name, int32 [B, L]; [L] is one row.
-
-  Args:
-    given: tokens and decoder_tokens, which are ids; masks, types.
-    vocab_size: how many ids the model has.
-
-  Raises:
-    RequestError: for what is none, or is not as long as its tokens.
-  """
-  arrays = {name: _rows(name, value) for name, value in given.items()}
-  for name, array in arrays.items():
-    if name in ('tokens', 'decoder_tokens'):
-      require(jnp.issubdtype(array.dtype, jnp.integer), f'{name} has numbers '
-              f'of {array.dtype}, and ids are integers')
-      ids(name, array, vocab_size)
-    like = ('decoder_tokens' if name == 'decoder_mask'
-            and 'decoder_tokens' in arrays else 'tokens')
-    if name == 'decoder_tokens':
-      require(len(array) == len(arrays[like]), f'decoder_tokens has '
-              f'{len(array)} rows, and tokens {len(arrays[like])}')
-    else:
-      require(array.shape == arrays[like].shape, f'{name} is of the shape '
-              f'{array.shape}, and {like} of {arrays[like].shape}')
-  return {name: jnp.asarray(array, jnp.int32)
-          for name, array in arrays.items()}
-
-
-def _rows(name: str, value: Any) -> Any:
-  """Returns an array [B, L] of numbers, of jax or of numpy."""
-  try:
-    array = value if isinstance(value, jax.Array) else np.asarray(value)
-  except (TypeError, ValueError):  # rows of unequal lengths
-    array = np.zeros(0)
-  require(array.ndim in (1, 2) and array.size > 0
-          and (array.dtype == bool or jnp.issubdtype(array.dtype, jnp.number)),
-          f'{name} is {short(value)}: pass numbers, in one row or in rows of '
-          'one length')
-  return array if array.ndim == 2 else array[None]
 
 
 def _numbers(config: ml_collections.ConfigDict, prefix: str = ''):

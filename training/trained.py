@@ -1,15 +1,17 @@
 """The parameters that a run has trained, to do something with them."""
 
+import pathlib
 import sys
 
 from etils import epath
 import flax.linen as nn
 import jax
 
-from configs.errors import require
+from configs.errors import RequestError, require
 from training import runs
 from training import step as step_lib
-from training.workdir import parameters, restoring, step_folders
+from training.hf import peft
+from training.workdir import parameters, restoring, step_folders, storage
 
 
 def on_one_device(workdir: epath.Path, module: nn.Module,
@@ -56,3 +58,19 @@ def of_run(run: runs.Run, workdir: epath.Path,
   print(f'{workdir}, step {restored.step}'
         + (f': {restored.what}' if restored.what else ''))
   return restored
+
+
+def refuse_others(folder: pathlib.Path) -> None:
+  """Raises RequestError for a folder that holds models, or a part of one."""
+  for name, what in (('study.json', 'study'), ('sweep.json', 'sweep')):
+    if (folder / name).is_file():
+      runs_in = sorted(str(found.parent) for found in folder.glob(
+          f'**/points/*/*/{storage.CHECKPOINTS}'))
+      raise RequestError(
+          f'{folder} is a {what} of several runs: load one of them, '
+          + (f'such as {runs_in[0]} (there are {len(runs_in)})' if runs_in else
+             'when it has trained; they lie in points/NAME/seed-S'))
+  require(not (folder / peft.CONFIG).is_file()
+          or (folder / storage.CONFIG).is_file(), f'{folder} holds low-rank '
+          'adapters alone: make a run of them and the model that they adapt by '
+          f'python -m tools.convert import MODEL WORKDIR --adapter={folder}')

@@ -90,8 +90,11 @@ def training_flops(model: ModelConfig, length: int, decoder_length: int = 0,
   c, back = _countable(c, max(length, decoder_length)), {}
   if freeze or c.lora.rank:
     back = dict(_backward(c, length, decoder_length, unread, freeze, prefix))
-  return {part: (1 + back.get(part, 2.0)) * n for part, n in _forward(
-      c, length, decoder_length, unread, prefix)}
+  forward = _forward(c, length, decoder_length, unread, prefix)
+  if not back:
+    return {part: 3.0 * n for part, n in forward}
+  # A quotient and its product are off by a last digit.
+  return {part: round((1 + back[part]) * n, 3) for part, n in forward}
 
 
 def training_flops_per_token(model: ModelConfig, length: int,

@@ -11,7 +11,7 @@ import ml_collections
 import numpy as np
 
 import architectures
-from architectures.parts import mixers
+from architectures.parts import mixers, positions
 from architectures.parts.config import ModelConfig
 from architectures.parts.moe import routing
 from configs.errors import require
@@ -32,7 +32,8 @@ def count(config: ml_collections.ConfigDict, length: int = 0,
 
   Args:
     config: a run's.
-    length: tokens of a sequence; 0: data.length.
+    length: tokens of a sequence; 0: data.length, or as many as the model has
+      positions for, if these are fewer.
     model: its model, resolved; None: as `resolved` fills it in.
   """
   model = model or resolved(config)
@@ -43,7 +44,7 @@ def count(config: ml_collections.ConfigDict, length: int = 0,
   ema = jax.eval_shape(lambda p: average.start(
       config.optim, parameter_shares(module, config.optim), p), params)
   sizes, active = _sizes(module)
-  length = length or config.data.length
+  length = length or int(min(config.data.length, positions.reach(model)))
   sides = _row_lengths(config, model, length)
   both = architectures.stack(model) == 'encoder-decoder'
   other = length if both else 0

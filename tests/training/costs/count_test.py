@@ -39,6 +39,14 @@ def test_what_all_sizes_do_not_read_is_refused(word):
   assert f'{word.partition("=")[0]} is beside --all' in result.stderr
 
 
+def test_no_more_tokens_are_counted_than_there_are_learned_positions():
+  config = gpt.get_config('tiny')
+  config.model.max_len = 64
+  assert totals.count(config)['length'] == 64
+  config.model.position = 'rope'
+  assert totals.count(config)['length'] == config.data.length > 64
+
+
 @pytest.mark.slow
 @pytest.mark.long
 def test_every_size_is_near_its_published_figure():

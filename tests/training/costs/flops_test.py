@@ -317,6 +317,14 @@ def test_adapters_leave_out_the_gradients_of_weights_alone(system):
       'weights': pytest.approx(3 * (adapted + others) + 2 * frozen)}
 
 
+def test_the_flops_of_adapters_are_not_off_by_a_last_digit():
+  config = gpt.get_config('tiny')
+  config.model.num_layers = 1
+  config.model.lora.update(rank=3, targets='all-linear')
+  assert flops.training_flops_per_token(
+      totals.resolved(config), 16) == 1_037_568
+
+
 def test_gpt3_as_published():
   """3.14e23 FLOPs for 300B tokens (Brown et al. 2020, table D.1), which
   leaves attention and the head out."""
