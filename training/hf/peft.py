@@ -9,6 +9,7 @@ tensor, an adapter of PEFT's is one of all three, which ours is not: refused.
 from collections.abc import Iterator, Mapping
 import dataclasses
 import json
+import math
 import pathlib
 import re
 from typing import Any
@@ -28,7 +29,8 @@ from training.workdir import restoring, storage
 CONFIG, WEIGHTS = 'adapter_config.json', 'adapter_model.safetensors'
 PREFIX = 'base_model.model.'
 TASKS = {'decoder': 'CAUSAL_LM', 'encoder-decoder': 'SEQ_2_SEQ_LM'}
-# What adapter_config.json may say of another adapter than ours.
+# What adapter_config.json may say of another adapter than ours. Of use_rslora
+# True is read, too.
 ONLY = dict(peft_type='LORA', bias='none', use_dora=False, use_rslora=False,
             rank_pattern={}, alpha_pattern={}, modules_to_save=None,
             layer_replication=None, trainable_token_indices=None,
@@ -130,7 +132,8 @@ def read(c: ModelConfig, folder: pathlib.Path) -> tuple[ModelConfig, Any]:
   # Adapters that begin with some tokens are of later versions than we write.
   for name, value in (ONLY | dict(alora_invocation_tokens=None)).items():
     found = tree.get(name, value)
-    require(found == value or not (found or value), f'{file} has {name} '
+    require(found == value or not (found or value)
+            or name == 'use_rslora' and found is True, f'{file} has {name} '
             f'{short(found)}: only {value!r} is known here')
   _check_init(tree.get('init_lora_weights'), file)
   for name in ('r', 'lora_alpha'):
@@ -166,10 +169,14 @@ def _check_init(init: Any, file: pathlib.Path) -> None:
 def _with_adapters(c: ModelConfig, tree: Mapping[str, Any], names: set[str],
                    file: pathlib.Path) -> ModelConfig:
   """Returns the model whose products have adapters as the file's names say."""
+  rank, alpha = int(tree['r']), float(tree['lora_alpha'])
+  if tree.get('use_rslora'):  # x W + (alpha / sqrt(rank)) x A B
+    alpha *= math.sqrt(rank)
+
   def with_targets(targets: str) -> ModelConfig:
     return dataclasses.replace(c, lora=dataclasses.replace(
-        c.lora, rank=int(tree['r']), alpha=float(tree['lora_alpha']),
-        targets=targets, dropout=float(tree.get('lora_dropout') or 0.0)))
+        c.lora, rank=rank, alpha=alpha, targets=targets,
+        dropout=float(tree.get('lora_dropout') or 0.0)))
 
   targets = []
   for product in linear.PRODUCTS:

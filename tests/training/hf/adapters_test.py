@@ -192,6 +192,7 @@ def test_an_adapter_beside_an_imported_model(folder, tmp_path, made):
 
 
 @pytest.mark.parametrize('change, words', [
+    (dict(use_rslora='yes'), "has use_rslora 'yes': only False"),
     (dict(use_dora=True), 'has use_dora True: only False is known'),
     (dict(peft_type='IA3'), "has peft_type 'IA3': only 'LORA'"),
     (dict(r='8'), "has r '8': it must be a number > 0"),
@@ -209,6 +210,20 @@ def test_an_adapter_of_another_kind_is_refused(change, words, tmp_path):
   file.write_text(json.dumps(json.loads(file.read_text()) | change))
   with pytest.raises(RequestError, match=words):
     peft.read(adapters.plain(module.config), tmp_path)
+
+
+def test_rank_stabilised_adapters_are_scaled_by_the_root_of_the_rank(tmp_path):
+  """By alpha / sqrt(rank) (Kalajdzievski 2023), as PEFT scales them."""
+  module, params = models.make('llama', lora=dict(LORA, rank=9, alpha=6.0))
+  peft.write(module.config, params, tmp_path, 'base')
+  file = tmp_path / peft.CONFIG
+  file.write_text(json.dumps(
+      json.loads(file.read_text()) | dict(use_rslora=True)))
+  model, _ = peft.read(adapters.plain(module.config), tmp_path)
+  assert model.lora.scale == pytest.approx(6 / 9 ** 0.5)
+  peft.write(model, params, tmp_path, 'base')
+  again, _ = peft.read(adapters.plain(module.config), tmp_path)
+  assert again.lora.scale == model.lora.scale
 
 
 def test_adapters_may_begin_in_any_way_that_leaves_the_weights(tmp_path):
