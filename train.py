@@ -80,7 +80,8 @@ def main():
   model, derived = runs.resolve(config, tokenizer)
   changes = run_config.changes(workdir, config, derived)
   some_fit = functools.partial(initial_state.some_fit, workdir, model)
-  run_config.refuse_changes(changes, args.allow_config_change, some_fit)
+  run_config.refuse_changes(changes, args.allow_config_change, some_fit,
+                            workdir)
   if changes:
     print(run_config.table(changes))
   for line in provenance.changes(run_config.starts(workdir)):

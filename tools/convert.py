@@ -40,9 +40,7 @@ the template of its conversations.
 import argparse
 import dataclasses
 import functools
-import importlib
 import pathlib
-import shlex
 import sys
 
 from etils import epath
@@ -59,7 +57,7 @@ def import_(source: pathlib.Path, workdir: epath.Path, *, partial: bool,
   """Makes `workdir` of the weights in `source`, and of the low-rank adapters in
   PEFT's folder `adapter`, as a run at step 0 whose parameters are of `dtype`;
   '': float32."""
-  from training import runs
+  from training import commands, runs
   from training.hf import generation as hf_generation
   from training.hf import tokenizer as hf_tokenizer
   _check_new(workdir)
@@ -77,13 +75,13 @@ def import_(source: pathlib.Path, workdir: epath.Path, *, partial: bool,
   hf_generation.keep(workdir, generation)
   _save(workdir, config, params)
   print(f'{workdir}: {runs.count(params):,} parameters of {module.config.arch}')
-  print(f'to go on: {_command(workdir, config)}')
+  print(f'to go on: {commands.to_train(workdir, config)}')
 
 
 def upcycle(source: epath.Path, workdir: epath.Path, *, moe: list[str],
             step: int | str | None, seed: int) -> None:
   """Makes `workdir` of a dense model, as a mixture of experts at step 0."""
-  from training import adapters, runs
+  from training import adapters, commands, runs
   from training.hf import generation as hf_generation
   from training.hf import tokenizer as hf_tokenizer
   from training.workdir import restoring
@@ -115,7 +113,7 @@ def upcycle(source: epath.Path, workdir: epath.Path, *, moe: list[str],
     print('warning: it starts from another function than the dense model\'s: '
           'its gates do not sum to 1, or tokens are dropped, or experts are '
           'shared', file=sys.stderr)
-  print(f'to go on: {_command(workdir, config)}')
+  print(f'to go on: {commands.to_train(workdir, config)}')
 
 
 def export(workdir: epath.Path, folder: pathlib.Path, *, step: int | str | None,
@@ -153,6 +151,7 @@ def export(workdir: epath.Path, folder: pathlib.Path, *, step: int | str | None,
   generation = _generation(workdir, config, module.config, step)
   bare = bare or (generation is not None and generation.bare
                   and hf_generation.is_published(workdir, step))
+  hf_tokenizer.refuse_left(workdir, config, folder, step)
   weights.to_hf(
       module, params, folder, dtype=dtype, shard_bytes=shard_bytes,
       generation=generation, labels=run_config.labels(workdir), bare=bare)
@@ -171,7 +170,7 @@ def merge(workdir: epath.Path, new: epath.Path, *, step: int | str | None
           ) -> None:
   """Makes the workdir `new` of the model of `workdir` with its low-rank
   adapters added to its weights, as a run at step 0."""
-  from training import adapters, runs
+  from training import adapters, commands, runs
   from training.hf import generation as hf_generation
   _check_new(new)
   config, module, params, step = _from_workdir(workdir, step)
@@ -186,7 +185,7 @@ def merge(workdir: epath.Path, new: epath.Path, *, step: int | str | None
   _save(new, config, params, _resolved(config)[1])
   print(f'{new}: {runs.count(params):,} parameters of {module.config.arch}, '
         f'with the adapters of {workdir} merged into them')
-  print(f'to go on: {_command(new, config)}')
+  print(f'to go on: {commands.to_train(new, config)}')
 
 
 def _put_on(folder: pathlib.Path, config, module, params):
@@ -231,7 +230,7 @@ def _from_hf(source: pathlib.Path, partial: bool, seed: int, dtype: str = ''):
   """Returns (a run's config, module, parameters, whether the head of a language
   model is missing in the files) of Hugging Face weights."""
   import architectures
-  from training import objectives, weights
+  from training import commands, objectives, weights
   from training.hf import config as hf_config
   from training.hf import files as hf_files
   from training.hf import heads as hf_heads
@@ -245,7 +244,7 @@ def _from_hf(source: pathlib.Path, partial: bool, seed: int, dtype: str = ''):
     print(f'warning: {note}', file=sys.stderr)
   model.param_dtype = dtype or model.param_dtype
   module = architectures.build(model)
-  config = _usual(model.arch)
+  config = commands.usual(model.arch)
   config.model = model
   if model.head != 'lm':
     config.objective = objectives.with_head(module.config)
@@ -284,30 +283,6 @@ def _save(workdir: epath.Path, config, params, derived=()) -> None:
   run_config.save(workdir, config, dict(derived))
 
 
-def _command(workdir: epath.Path, config) -> str:
-  """Returns the command that trains in `workdir` with this very config."""
-  import architectures
-  from training.workdir import run_config
-  arch = config.model.arch
-  usual, kinds = _usual(arch), config.model.kinds.to_dict()
-  flat = run_config.flatten(usual)
-  changes = [f'--config.{name}={value}'
-             for name, value in run_config.flatten(config).items()
-             if not name.startswith('model.kinds.') and value != flat[name]]
-  if kinds != usual.model.kinds.to_dict():
-    changes.append(f'--config.model.kinds={kinds}')
-  return shlex.join(['python', 'train.py', '--config',
-                     f'configs/{architectures.file_name(arch)}.py',
-                     f'--workdir={workdir}', *changes])
-
-
-def _usual(arch: str):
-  """Returns the `tiny` of a system's file of configs/."""
-  import architectures
-  return importlib.import_module(
-      f'configs.{architectures.file_name(arch)}').get_config('tiny')
-
-
 _STEP = ('of the checkpoint; best; of several, for the mean of their '
          'parameters: 100,200 or last:5; the newest')
 
@@ -326,8 +301,8 @@ def _parser() -> argparse.ArgumentParser:
   into.add_argument('--partial', action='store_true',
                     help='draw what the files lack, pass over what is extra')
   into.add_argument('--seed', type=int, default=0, help='of what is drawn')
-  into.add_argument('--dtype', default='', choices=('', 'float32', 'bfloat16'),
-                    help='of the parameters (model.param_dtype); float32')
+  into.add_argument('--dtype', default='', help='of the parameters '
+                    '(model.param_dtype)', choices=('', 'float32', 'bfloat16'))
   into.add_argument('--adapter', type=pathlib.Path, metavar='PEFT_DIR',
                     help='low-rank adapters of the model, in PEFT\'s format')
   out = add('export', help='a workdir to Hugging Face')

@@ -12,11 +12,13 @@ import sys
 from typing import Any
 
 from etils import epath
+import ml_collections
 
 import architectures
 from architectures.parts.config import ModelConfig
 from configs.errors import require, short
-from training import adapters, new_head, objectives, paths, runs, weights
+from training import adapters, new_head, objectives, other_model, paths, runs
+from training import weights
 from training.distributed import devices
 from training.hf import config as hf_config
 from training.hf import heads as hf_heads
@@ -30,6 +32,8 @@ def restore_or_create(run: runs.Run, saved: checkpoints.Checkpoints
   """Returns the state and the index of the next batch."""
   restored = restore(run, saved)
   if restored is None:
+    if devices.primary():
+      print(_from(run.config))
     return create(run, run.config.init_from), 0
   if devices.primary() and 0 < restored.step < run.config.train.steps:
     print(f'going on from step {restored.step}')
@@ -51,6 +55,13 @@ def some_fit(workdir: epath.Path, model: ModelConfig) -> bool:
   return bool(_fitting({'params': shapes}, saved)[0])
 
 
+def _from(config: ml_collections.ConfigDict) -> str:
+  if config.init_from:
+    return f'starting from the parameters in {config.init_from} (init_from)'
+  seed = f'init_seed {config.init_seed} and ' * bool(config.init_seed)
+  return f'starting from random parameters, drawn from {seed}seed {config.seed}'
+
+
 def restore(run: runs.Run, saved: checkpoints.Checkpoints
             ) -> restoring.Restored | None:
   """Returns the newest good checkpoint, as Checkpoints.restore does; None where
@@ -60,7 +71,8 @@ def restore(run: runs.Run, saved: checkpoints.Checkpoints
     return None
   restored = restoring.restore(
       saved.directory,
-      lambda arrays: None if _parameters_alone(arrays) else run.abstract)
+      lambda arrays: None if restoring.parameters_alone(arrays) else
+      run.abstract)
   if devices.primary():
     _warn(restored)
   if restored.state is None:
@@ -119,7 +131,7 @@ def _read(run: runs.Run, source: epath.Path, drawn: Any,
     params, skipped = weights.params_to_start_from(
         source, architectures.build(adapters.plain(run.model)),
         like=adapters.without(run.abstract.params), partial=partial,
-        seed=int(initial_seed(run.config)))
+        seed=int(initial_seed(run.config)), config=run.config)
   return adapters.beside(params, drawn), skipped
 
 
@@ -155,7 +167,7 @@ def _from_workdir(run: runs.Run, source: epath.Path, drawn: Any,
         _without_adapters(run), source, adapters.without(drawn), partial,
         step)
     return adapters.beside(params, drawn), skipped
-  skipped = weights.other_function(run.model, theirs, source, partial)
+  skipped = other_model.refuse(run.model, theirs, source, partial, run.config)
   wanted = {'params': run.abstract.params}
   saved = restoring.arrays(folder, step)
   put_on = new_head.is_put_on(run.model, theirs)
@@ -193,7 +205,7 @@ def _from_adapted(run: runs.Run, source: epath.Path, theirs: ModelConfig,
   require(not partial, f'init_from is {str(source)!r}, whose model has '
           'low-rank adapters, of which init_partial takes no part: merge them '
           'first, by python -m tools.convert merge')
-  skipped = weights.other_function(run.model, theirs, source, partial)
+  skipped = other_model.refuse(run.model, theirs, source, partial, run.config)
   other = runs.Run.of(run.config, theirs, run.mesh)
   restored = parameters.restore(restoring.directory(source),
                                 other.abstract.params, step)
@@ -231,8 +243,4 @@ def _fitting(wanted: Any, saved: dict[str, dict]
 def has_parameters_alone(folder: epath.Path) -> bool:
   """Whether a checkpoint folder is what tools.convert makes: weights that no
   optimiser has seen."""
-  return _parameters_alone(restoring.arrays(folder))
-
-
-def _parameters_alone(arrays: dict[str, dict]) -> bool:
-  return bool(arrays) and all(name.startswith('params/') for name in arrays)
+  return restoring.parameters_alone(restoring.arrays(folder))

@@ -15,7 +15,6 @@ from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
 import functools
 import json
-import math
 import os
 import pathlib
 import re
@@ -25,16 +24,17 @@ import warnings
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 
 import architectures
 from architectures.parts import hf
-from architectures.parts import positions
 from architectures.parts.config import ModelConfig
 from architectures.parts.hf import tensor_map
 from configs.errors import require
 from training import adapters
 from training import new_head
+from training import other_model
 from training import paths
 from training import progress
 from training.hf import config as hf_config
@@ -84,7 +84,8 @@ def from_hf(path: str | os.PathLike, *, partial: bool = False, seed: int = 0,
 
 def params_to_start_from(
     path: str | os.PathLike, module: nn.Module, *, like: Any = None,
-    partial: bool = False, seed: int = 0) -> Loaded:
+    partial: bool = False, seed: int = 0,
+    config: ml_collections.ConfigDict | None = None) -> Loaded:
   """Returns what `module` starts from: the weights of another training.
 
   The config.json beside them must describe the same function. Only the length
@@ -93,30 +94,16 @@ def params_to_start_from(
 
   Args:
     path, like, partial, seed: as for from_hf and load.
+    config: as of other_model.refuse.
   """
   path = pathlib.Path(path)
   theirs = hf_optional.as_in(module.config, hf_config.read(
       hf_config.load_config_json(path.parent if path.is_file() else path)))
-  different = other_function(module.config, theirs, path, partial)
+  different = other_model.refuse(module.config, theirs, path, partial, config)
   loaded = read_params(module, hf_files.Files(path), like=like, partial=partial,
                        seed=seed,
                        put_on=new_head.is_put_on(module.config, theirs))
   return Loaded(loaded.params, different + loaded.skipped)
-
-
-def other_function(ours: ModelConfig, theirs: ModelConfig,
-                   path: str | os.PathLike, partial: bool) -> list[str]:
-  """Returns a line for each field by which the weights in `path` are those of
-  another function; unless `partial`, one is a ValueError."""
-  theirs = new_head.put_on(ours, theirs)
-  if ours.position == theirs.position and math.isinf(positions.reach(ours)):
-    theirs = dataclasses.replace(theirs, max_len=ours.max_len)
-  different = [f'{line} as in its config.json'
-               for line in hf_config.differences(ours, theirs)]
-  require(partial or not different, f'init_from {str(path)!r}: '
-          + '; '.join(different) + '. To take what fits all the same: '
-          '--config.init_partial=True')
-  return different
 
 
 def read_params(module: nn.Module, source: Source, *, like: Any = None,
@@ -346,7 +333,7 @@ def to_hf(module: nn.Module, params: Any, folder: str | os.PathLike, *,
 
   Raises:
     ValueError: naming a part of the model that transformers does not have, or
-      a folder that holds a run.
+      what the folder holds: a run, or weights that would stay.
   """
   storage.refuse_run(folder, 'the folder')
   module, params = adapters.merge(module, params)
@@ -369,6 +356,10 @@ def to_hf(module: nn.Module, params: Any, folder: str | os.PathLike, *,
   for tensor in tensors:
     check_range(tensor, _theirs(tensor, flat), kinds[tensor.name].dtype)
   folder = pathlib.Path(folder)
+  said = generation.options if generation is not None else None
+  hf_files.refuse_left(folder, {
+      *hf_files.written(kinds, shard_bytes),
+      *[hf_generation.FILE] * (said is not None)})
   folder.mkdir(parents=True, exist_ok=True)
   hf_files.write(
       folder, kinds,
@@ -376,9 +367,8 @@ def to_hf(module: nn.Module, params: Any, folder: str | os.PathLike, *,
        for t in progress.each(tensors, 'writing tensors')), shard_bytes)
   tree['dtype'] = dtype or config.param_dtype
   (folder / 'config.json').write_text(json.dumps(tree, indent=2) + '\n')
-  if generation is not None and generation.options is not None:
-    (folder / hf_generation.FILE).write_text(
-        json.dumps(generation.options, indent=2) + '\n')
+  if said is not None:
+    (folder / hf_generation.FILE).write_text(json.dumps(said, indent=2) + '\n')
 
 
 def check_range(tensor: tensor_map.Tensor, x: np.ndarray, dtype: np.dtype

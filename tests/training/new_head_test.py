@@ -137,6 +137,20 @@ def test_another_function_is_refused(tmp_path, write):
 
 
 @pytest.mark.parametrize('write', [_folder, _workdir])
+def test_what_to_set_is_said_without_what_is_derived(tmp_path, write):
+  write(tmp_path, 'gpt')
+  with pytest.raises(RequestError) as error:
+    _start(tmp_path, 'gpt', num_layers=3, position='rope')
+  said = str(error.value)
+  assert 'model.num_layers is 3, not 2' in said
+  assert 'num_decoder_layers' not in said
+  assert ('add --config.model.num_layers=2 --config.model.position=learned. '
+          in said)
+  with pytest.raises(RequestError, match='take a size of configs/gpt.py'):
+    _start(tmp_path, 'llama')
+
+
+@pytest.mark.parametrize('write', [_folder, _workdir])
 def test_another_head_of_a_task_is_refused(tmp_path, write):
   write(tmp_path, 'bert', head='tokens', num_labels=3)
   with pytest.raises(RequestError, match="head is 'sequence', not 'tokens'"):

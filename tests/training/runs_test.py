@@ -1,13 +1,16 @@
 """What a run says that it will do, against what it then does."""
 
 from configs import base
+from etils import epath
 import jax
 import numpy as np
 import pytest
 
+import architectures
 from configs.errors import RequestError
-from training import runs
+from training import initial_state, runs
 from training.data import pipeline, tokenizers
+from training.workdir import checkpoints, run_config
 
 WORDS = 'What is sown is reaped. '
 
@@ -27,6 +30,26 @@ def _said(tmp_path, start=0, **fields):
              pipeline.held_out(config, tokenizer))
   lines = run.describe(start, 128, *loaders).splitlines()
   return run, loaders, dict(line.split(': ', 1) for line in lines)
+
+
+@pytest.mark.slow
+def test_a_run_says_where_its_parameters_come_from(tmp_path, capsys):
+  config = base.base()
+  config.model.update(d_model=16, num_layers=1, num_heads=2, vocab_size=16)
+  config.seed = 3
+  run = runs.build(config, architectures.resolve(
+      config.model.to_dict() | dict(head='lm', max_len=8)))
+  old, new = epath.Path(tmp_path / 'old'), epath.Path(tmp_path / 'new')
+  run_config.save(old, config, {'model.head': 'lm', 'model.max_len': 8})
+  with checkpoints.Checkpoints(old, **config.checkpoint) as saved:
+    saved.save(0, {'params': initial_state.create(run, '').params},
+               next_batch=0, tokens=0, config=config)
+  for source, words in (('', 'random parameters, drawn from seed 3'), (
+      str(old), f'the parameters in {old} (init_from)')):
+    run.config.init_from = source
+    with checkpoints.Checkpoints(new, **config.checkpoint) as saved:
+      initial_state.restore_or_create(run, saved)
+    assert f'starting from {words}\n' in capsys.readouterr().out
 
 
 def test_the_outline_says_what_the_run_does(tmp_path):

@@ -346,8 +346,13 @@ def _room(config: ModelConfig) -> tuple | None:
 
 
 def differences(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
+  """Returns the lines of `different`."""
+  return [*different(ours, theirs).values()]
+
+
+def different(ours: ModelConfig, theirs: ModelConfig) -> dict[str, str]:
   """Returns a line for each field that makes them different functions, of the
-  first layer in which it does so."""
+  first layer in which it does so, by its dotted name."""
   found: dict[str, str] = {}
   stacks = {ours.num_layers, ours.num_decoder_layers}
   for n, (a, b) in enumerate(zip(*(_layers(c, max(stacks))
@@ -362,7 +367,7 @@ def differences(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
     mine, other = getattr(ours, name), getattr(theirs, name)
     if mine != other:
       found.setdefault(name, f'model.{name} is {mine!r}, not {other!r}')
-  return list(found.values())
+  return found
 
 
 def _layers(c: ModelConfig, count: int) -> list[ModelConfig]:

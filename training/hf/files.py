@@ -5,7 +5,7 @@ is a pickle, from which PyTorch takes tensors and refuses code (weights_only).
 Whatever is wrong with a file is a RequestError that names it.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 import json
 import math
 import pathlib
@@ -14,7 +14,7 @@ import zipfile
 
 import numpy as np
 
-from configs.errors import RequestError, require
+from configs.errors import RequestError, require, short
 from training import schema
 
 
@@ -22,6 +22,7 @@ from training import schema
 # safetensors.
 DTYPES = {'float32': 'F32', 'bfloat16': 'BF16', 'float16': 'F16'}
 SAFE, BIN = 'model.safetensors', 'pytorch_model.bin'
+INDEX = f'{SAFE}.index.json'  # of several files
 
 
 class Files:
@@ -192,6 +193,51 @@ class Kind(NamedTuple):
     return math.prod(self.shape) * self.dtype.itemsize
 
 
+def shards(kinds: dict[str, Kind], shard_bytes: int) -> dict[str, list[str]]:
+  """Returns the files that `write` makes, and the tensors of each."""
+  parts: list[list[str]] = [[]]
+  used = 0
+  for name, kind in kinds.items():
+    if parts[-1] and used + kind.nbytes > shard_bytes:
+      parts.append([])
+      used = 0
+    parts[-1].append(name)
+    used += kind.nbytes
+  stem, suffix = SAFE.split('.')
+  return {SAFE if len(parts) == 1 else
+          f'{stem}-{i:05d}-of-{len(parts):05d}.{suffix}': names
+          for i, names in enumerate(parts, 1)}
+
+
+def written(kinds: dict[str, Kind], shard_bytes: int) -> list[str]:
+  """Returns the names of all files that `write` makes."""
+  files = [*shards(kinds, shard_bytes)]
+  return files + [INDEX] * (len(files) > 1)
+
+
+# What of a folder transformers may take for the weights of a model, or for how
+# it is to be loaded.
+LOADED = ('*.safetensors', '*.safetensors.index.json', 'pytorch_model*.bin',
+          'pytorch_model*.bin.index.json', 'adapter_*', 'tf_model*.h5',
+          'flax_model*.msgpack', 'generation_config.json')
+
+
+def refuse_left(folder: pathlib.Path, written: Collection[str],
+                patterns: Iterable[str] = LOADED) -> None:
+  """Raises RequestError for files that would stay beside what is written.
+
+  Args:
+    folder: where to; it need not be there.
+    written: the names of the files that are written.
+    patterns: of names that matter.
+  """
+  left = sorted({str(file.relative_to(folder)) for pattern in patterns
+                 for file in folder.glob(pattern)} - {*written})
+  require(not left, f'{folder} holds {short(", ".join(left))}, which would '
+          'stay and may be loaded with what is written: choose another '
+          'folder, or remove them')
+
+
 def write(folder: pathlib.Path, kinds: dict[str, Kind], tensors: Iterable,
           shard_bytes: int) -> None:
   """Writes `tensors`, pairs (name, array), as safetensors of `shard_bytes`.
@@ -202,27 +248,16 @@ def write(folder: pathlib.Path, kinds: dict[str, Kind], tensors: Iterable,
     tensors: computed one by one, and written before the next.
     shard_bytes: no file is larger, unless one tensor is.
   """
-  sizes = {name: kind.nbytes for name, kind in kinds.items()}
-  shards = [[]]
-  used = 0
-  for name, size in sizes.items():
-    if shards[-1] and used + size > shard_bytes:
-      shards.append([])
-      used = 0
-    shards[-1].append(name)
-    used += size
   tensors = iter(tensors)
-  stem, suffix = SAFE.split('.')
-  index = {}
-  for i, names in enumerate(shards, 1):
-    file = SAFE if len(shards) == 1 else (
-        f'{stem}-{i:05d}-of-{len(shards):05d}.{suffix}')
+  files, index = shards(kinds, shard_bytes), {}
+  for file, names in files.items():
     _write_file(folder / file, {name: kinds[name] for name in names}, tensors)
     index.update(dict.fromkeys(names, file))
-  if len(shards) > 1:
-    (folder / f'{SAFE}.index.json').write_text(json.dumps(
-        dict(metadata=dict(total_size=sum(sizes.values())),
-             weight_map=index), indent=2, sort_keys=True) + '\n')
+  if len(files) > 1:
+    total = sum(kind.nbytes for kind in kinds.values())
+    (folder / INDEX).write_text(json.dumps(
+        dict(metadata=dict(total_size=total), weight_map=index), indent=2,
+        sort_keys=True) + '\n')
 
 
 def _write_file(path: pathlib.Path, kinds: dict[str, Kind],

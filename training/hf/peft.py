@@ -101,6 +101,7 @@ def write(c: ModelConfig, params: Any, folder: pathlib.Path, base: str,
     kind = np.dtype(dtype or x.dtype)
     weights.check_range(t, x, kind)
     theirs[t.name] = x.astype(kind, copy=False)
+  hf_files.refuse_left(folder, (CONFIG, WEIGHTS))
   folder.mkdir(parents=True, exist_ok=True)
   save_file(theirs, folder / WEIGHTS, metadata={'format': 'pt'})
   alpha = c.lora.alpha

@@ -17,6 +17,7 @@ import architectures
 from training import objectives
 from training.data import added_tokens, chat_templates
 from training.data import tokenizer_files, tokenizers
+from training.hf import files
 from training.workdir import storage
 
 TEMPLATE = 'chat_template.jinja'
@@ -31,6 +32,8 @@ MORE_FILES = (CONFIG, SPECIALS, 'added_tokens.json', 'source.spm',
               'target.spm', 'vocab.json',
               'sentencepiece.bpe.model', TEMPLATE, 'chat_template.json',
               *SENTENCES)
+# What is copied beside the only file of a tokenizer.
+BESIDE = (CONFIG, SPECIALS, 'added_tokens.json')
 # Which class of transformers reads a folder, by its first file that is there.
 # The first class takes nothing for granted; the others know their own files.
 CLASSES = {'tokenizer.json': 'PreTrainedTokenizerFast',
@@ -95,10 +98,8 @@ def give(workdir: epath.Path, config: ml_collections.ConfigDict,
   if path.is_dir():
     copied = copy(path, folder)
   elif path.is_file():
-    own = 'spiece.model' if _is_t5(arch) else 'tokenizer.model'
-    shutil.copyfile(path, folder / ('tokenizer.json' if path.suffix == '.json'
-                                    else own))
-    for name in (CONFIG, SPECIALS, 'added_tokens.json'):
+    shutil.copyfile(path, folder / _name(path, arch))
+    for name in BESIDE:
       if (path.parent / name).is_file():
         shutil.copyfile(path.parent / name, folder / name)
         copied.append(name)
@@ -111,6 +112,24 @@ def give(workdir: epath.Path, config: ml_collections.ConfigDict,
   template = chat_template and chat_template(config, tokenizer)
   if template is not None:
     (folder / TEMPLATE).write_text(template)
+
+
+def refuse_left(workdir: epath.Path, config: ml_collections.ConfigDict,
+                folder: pathlib.Path, step: int) -> None:
+  """Raises RequestError for files of a tokenizer that `give`, with the same
+  arguments, would leave in a folder."""
+  path, written = pathlib.Path(config.data.tokenizer), {CONFIG}
+  if is_stand_in(config.data.tokenizer):
+    own = step == 0 and not storage.in_bucket(workdir)
+    written = {*_found(workdir / 'tokenizer')} if own else set()
+  else:
+    written.update(_found(path) if path.is_dir() else
+                   [_name(path, config.model.arch), *(
+                       name for name in BESIDE
+                       if (path.parent / name).is_file())])
+    if objectives.of(config).chat_template:
+      written.add(TEMPLATE)
+  files.refuse_left(folder, written, _names())
 
 
 def _is_t5(arch: str) -> bool:
@@ -159,12 +178,25 @@ def _framing(pipeline: dict[str, Any], arch: str, usual: str
 def copy(source: epath.Path, target: epath.Path) -> list[str]:
   """Copies a folder's tokenizer files, and what else goes along; returns their
   names."""
-  read = (name for names in tokenizers.FOLDERS for name in names)
-  found = [name for name in dict.fromkeys((*read, *MORE_FILES))
-           if (source / name).is_file()]
+  found = _found(source)
   if found:
     target.mkdir(parents=True, exist_ok=True)
   for name in found:
     (target / name).parent.mkdir(exist_ok=True)
     shutil.copyfile(source / name, target / name)
   return found
+
+
+def _found(folder: epath.Path) -> list[str]:
+  return [name for name in _names() if (folder / name).is_file()]
+
+
+def _names() -> list[str]:
+  read = (name for names in tokenizers.FOLDERS for name in names)
+  return [*dict.fromkeys((*read, *MORE_FILES))]
+
+
+def _name(file: pathlib.Path, arch: str) -> str:
+  """The name of a tokenizer's only file in a Hugging Face folder."""
+  own = 'spiece.model' if _is_t5(arch) else 'tokenizer.model'
+  return 'tokenizer.json' if file.suffix == '.json' else own

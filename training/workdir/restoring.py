@@ -160,6 +160,11 @@ def arrays(folder: epath.Path, step: int | None = None
   return {}
 
 
+def parameters_alone(arrays: dict[str, dict[str, Any]]) -> bool:
+  """Whether a checkpoint has no optimiser's state, as an import has none."""
+  return bool(arrays) and all(name.startswith('params/') for name in arrays)
+
+
 def _read(folder: epath.Path, abstract: Any, partial: bool):
   """Returns (state, record) of one step.
 

@@ -3,6 +3,8 @@
 import importlib
 import json
 
+from etils import epath
+import jax.numpy as jnp
 import ml_collections
 import pytest
 
@@ -10,7 +12,7 @@ import architectures
 from configs import base
 from training import runs
 from training.data import tokenizers
-from training.workdir import run_config
+from training.workdir import checkpoints, run_config
 from training.workdir.run_config import INCOMPATIBLE, OPTIMISATION, SAFE
 
 
@@ -135,6 +137,21 @@ def test_one_change_is_found_and_classed(name, value, kind):
     # What the run could not go on with anyway is not offered.
     assert ('--allow_config_change' in str(error.value)) == (
         kind == OPTIMISATION)
+
+
+@pytest.mark.parametrize('state, words', [
+    (['params'], 'to train the weights in .*. Another --workdir starts from '
+     'random parameters, unless --config.init_from=.* is added'),
+    (['params', 'opt_state'], 'Take another --workdir, or pass --allow')])
+def test_another_workdir_than_that_of_an_import_begins_without_it(
+    state, words, tmp_path):
+  with checkpoints.Checkpoints(tmp_path, every_steps=0, every_minutes=0.0,
+                               keep=1, keep_every=0) as saved:
+    saved.save(0, {name: {'w': jnp.zeros(2)} for name in state}, next_batch=0,
+               tokens=0, config=base.base())
+  changes = run_config.compare(_config(), _config(train__steps=10))
+  with pytest.raises(ValueError, match=words):
+    run_config.refuse_changes(changes, False, epath.Path(tmp_path))
 
 
 def test_a_run_has_begun_with_its_first_checkpoint(tmp_path):
