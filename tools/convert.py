@@ -301,8 +301,8 @@ def _parser() -> argparse.ArgumentParser:
   into.add_argument('--partial', action='store_true',
                     help='draw what the files lack, pass over what is extra')
   into.add_argument('--seed', type=int, default=0, help='of what is drawn')
-  into.add_argument('--dtype', default='', help='of the parameters '
-                    '(model.param_dtype)', choices=('', 'float32', 'bfloat16'))
+  into.add_argument('--dtype', default='', choices=('', 'float32', 'bfloat16'),
+                    help='of the parameters (model.param_dtype); float32')
   into.add_argument('--adapter', type=pathlib.Path, metavar='PEFT_DIR',
                     help='low-rank adapters of the model, in PEFT\'s format')
   out = add('export', help='a workdir to Hugging Face')
