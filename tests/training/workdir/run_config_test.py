@@ -151,7 +151,7 @@ def test_another_workdir_than_that_of_an_import_begins_without_it(
                tokens=0, config=base.base())
   changes = run_config.compare(_config(), _config(train__steps=10))
   with pytest.raises(ValueError, match=words):
-    run_config.refuse_changes(changes, False, epath.Path(tmp_path))
+    run_config.refuse_changes(changes, False, workdir=epath.Path(tmp_path))
 
 
 def test_a_run_has_begun_with_its_first_checkpoint(tmp_path):
