@@ -57,8 +57,8 @@ def main():
   from training import profile, runs
   from training.data import pipeline, tokenizers
   from training.distributed import cpu, devices, processes
-  from training.workdir import checkpoints, lock, provenance, restoring
-  from training.workdir import run_config, storage
+  from training.workdir import changed_config, checkpoints, lock, provenance
+  from training.workdir import restoring, run_config, storage
   config = args.config
   if args.print_config:
     print(json.dumps(runs.printable(config, cli.overrides()), indent=2))
@@ -80,10 +80,9 @@ def main():
   model, derived = runs.resolve(config, tokenizer)
   changes = run_config.changes(workdir, config, derived)
   some_fit = functools.partial(initial_state.some_fit, workdir, model)
-  run_config.refuse_changes(changes, args.allow_config_change, some_fit,
-                            workdir)
+  changed_config.refuse(changes, args.allow_config_change, some_fit, workdir)
   if changes:
-    print(run_config.table(changes))
+    print(changed_config.table(changes))
   for line in provenance.changes(run_config.starts(workdir)):
     print(line)
 
@@ -111,7 +110,7 @@ def main():
     try:
       state, start = initial_state.restore_or_create(run, saved)
     except restoring.Mismatch as error:  # which lists the shapes
-      sentence = run_config.way_on(changes, some_fit)
+      sentence = changed_config.way_on(changes, some_fit)
       raise RequestError(sentence or str(error)) from error
     require(changes or not endings.ended_badly(state, config),
             f'{workdir}: {endings.ended_badly(state, config)}')

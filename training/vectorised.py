@@ -31,7 +31,8 @@ from training.data import pipeline, tokenizers
 from training.distributed import devices
 from training.step import TrainState, init_state, initial_seed
 from training.step import make_eval_step, make_train_step, optimizer_unchecked
-from training.workdir import checkpoints, lock, provenance, run_config
+from training.workdir import changed_config, checkpoints, lock, provenance
+from training.workdir import run_config
 
 # What the runs of a group may differ in, and what a step is given it as.
 DTYPES = {
@@ -127,7 +128,7 @@ def train(configs: Sequence[ml_collections.ConfigDict],
   changes = [run_config.changes(workdir, c, derived)
              for c, workdir, (_, derived) in zip(filled, workdirs, resolved)]
   for change in changes:
-    run_config.refuse_changes(change, allow_config_change=False)
+    changed_config.refuse(change, allow_config_change=False)
   contents = pipeline.contents(config, tokenizer)
   for workdir in workdirs:
     provenance.check_data(run_config.starts(workdir), contents, allowed=False)

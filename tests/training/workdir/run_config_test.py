@@ -12,7 +12,7 @@ import architectures
 from configs import base
 from training import runs
 from training.data import tokenizers
-from training.workdir import checkpoints, run_config
+from training.workdir import changed_config, checkpoints, run_config
 from training.workdir.run_config import INCOMPATIBLE, OPTIMISATION, SAFE
 
 
@@ -127,12 +127,12 @@ def test_one_change_is_found_and_classed(name, value, kind):
   dotted = name.replace('__', '.')
   assert change.name == dotted
   assert (change.kind, change.new) == (kind, value)
-  run_config.refuse_changes([change], allow_config_change=True)
+  changed_config.refuse([change], allow_config_change=True)
   if kind == SAFE:
-    run_config.refuse_changes([change], allow_config_change=False)
+    changed_config.refuse([change], allow_config_change=False)
   else:
     with pytest.raises(ValueError, match='another --workdir') as error:
-      run_config.refuse_changes([change], allow_config_change=False)
+      changed_config.refuse([change], allow_config_change=False)
     assert f'{dotted} ' in str(error.value) and kind in str(error.value)
     # What the run could not go on with anyway is not offered.
     assert ('--allow_config_change' in str(error.value)) == (
@@ -151,7 +151,7 @@ def test_another_workdir_than_that_of_an_import_begins_without_it(
                tokens=0, config=base.base())
   changes = run_config.compare(_config(), _config(train__steps=10))
   with pytest.raises(ValueError, match=words):
-    run_config.refuse_changes(changes, False, workdir=epath.Path(tmp_path))
+    changed_config.refuse(changes, False, workdir=epath.Path(tmp_path))
 
 
 def test_a_run_has_begun_with_its_first_checkpoint(tmp_path):
@@ -206,13 +206,13 @@ def test_a_field_that_is_gone_is_shown():
   old.model.wibble = 1
   change, = run_config.compare(old, base.base())
   assert change.name == 'model.wibble' and change.kind == OPTIMISATION
-  assert '(none)' in run_config.table([change])
+  assert '(none)' in changed_config.table([change])
 
 
 def test_table_puts_the_worst_first_in_even_columns():
   changes = run_config.compare(
       _config(), _config(log__every_steps=1, optim__lr=0.5, model__d_model=64))
-  lines = run_config.table(changes).splitlines()
+  lines = changed_config.table(changes).splitlines()
   assert [line.split()[0] for line in lines] == [
       'field', 'model.d_model', 'optim.lr', 'log.every_steps']
   column = lines[0].index('class')
