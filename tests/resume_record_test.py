@@ -64,7 +64,7 @@ def test_parameters_are_offered_where_some_fit(change, some_fit, flags, done,
   assert 'float32[' not in result.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_group_that_trains_nothing_leaves_its_records(group_texts, tmp_path):
   """Where one of two is complete, only the other's is written anew."""
   few = dict(train__steps=2, optim__schedule='constant')

@@ -100,7 +100,8 @@ def test_the_end_of_a_terminal_finishes_and_saves(tmp_path):
           print('more', flush=True)
           open({str(tmp_path / 'saved')!r}, 'w').close()"""))
   assert terminals.run_until_closed(
-      [sys.executable, '-c', 'import os, signal\n' + code], 'ready') == 0
+      [sys.executable, '-c', 'import os, signal\n' + code],
+      'ready\r\n') == 0  # whole: the rest of a line would be an error
   assert (tmp_path / 'saved').exists()
 
 
