@@ -35,7 +35,6 @@ from configs.errors import require, short
 from training import config_files
 from training import fields as fields_of
 from training import generate as generation
-from training import inputs as inputs_of
 from training import limits
 from training import objectives
 from training import paths
@@ -44,6 +43,7 @@ from training import trained
 from training import weights
 from training.chat import load as chat_load
 from training.costs import totals
+from training.data import inputs as inputs_of
 from training.data import tokenizers
 from training.data.texts import checked
 from training.hf import config as hf_config

@@ -57,9 +57,10 @@ def import_(source: pathlib.Path, workdir: epath.Path, *, partial: bool,
   """Makes `workdir` of the weights in `source`, and of the low-rank adapters in
   PEFT's folder `adapter`, as a run at step 0 whose parameters are of `dtype`;
   '': float32."""
-  from training import commands, runs
+  from training import runs
   from training.hf import generation as hf_generation
   from training.hf import tokenizer as hf_tokenizer
+  from training.workdir import commands
   _check_new(workdir)
   config, module, params, bare = _from_hf(source, partial, seed, dtype)
   if adapter:
@@ -81,10 +82,10 @@ def import_(source: pathlib.Path, workdir: epath.Path, *, partial: bool,
 def upcycle(source: epath.Path, workdir: epath.Path, *, moe: list[str],
             step: int | str | None, seed: int) -> None:
   """Makes `workdir` of a dense model, as a mixture of experts at step 0."""
-  from training import adapters, commands, runs
+  from training import adapters, runs
   from training.hf import generation as hf_generation
   from training.hf import tokenizer as hf_tokenizer
-  from training.workdir import restoring
+  from training.workdir import commands, restoring
   from training.hf import upcycling
   _check_new(workdir)
   folder = source.parent if source.is_file() else source
@@ -170,8 +171,9 @@ def merge(workdir: epath.Path, new: epath.Path, *, step: int | str | None
           ) -> None:
   """Makes the workdir `new` of the model of `workdir` with its low-rank
   adapters added to its weights, as a run at step 0."""
-  from training import adapters, commands, runs
+  from training import adapters, runs
   from training.hf import generation as hf_generation
+  from training.workdir import commands
   _check_new(new)
   config, module, params, step = _from_workdir(workdir, step)
   require(module.config.lora.rank, f'{workdir} has no low-rank adapters: its '
@@ -230,12 +232,13 @@ def _from_hf(source: pathlib.Path, partial: bool, seed: int, dtype: str = ''):
   """Returns (a run's config, module, parameters, whether the head of a language
   model is missing in the files) of Hugging Face weights."""
   import architectures
-  from training import commands, objectives, weights
+  from training import objectives, weights
   from training.hf import config as hf_config
   from training.hf import files as hf_files
   from training.hf import heads as hf_heads
   from training.hf import optional as hf_optional
   from training.hf import tokenizer as hf_tokenizer
+  from training.workdir import commands
   folder = source.parent if source.is_file() else source
   tree = hf_config.load_config_json(folder)
   files = hf_files.Files(source)

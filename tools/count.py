@@ -50,8 +50,7 @@ def main():
     return 0
   if args.config is None:
     raise RequestError('pass --config FILE.py:SIZE, or --all')
-  from training import systems
-  from training.costs import totals
+  from training.costs import systems, totals
   figures = totals.count(args.config, args.length)
   model = totals.resolved(args.config)
   figures['not_as_published'] = [row._asdict() for row in systems.unlike(model)]

@@ -7,8 +7,8 @@ import jax
 import ml_collections
 
 from architectures.parts.config import ModelConfig
-from training import evals, limits, systems
-from training.costs import totals
+from training import evals, limits
+from training.costs import systems, totals
 from training.data import pipeline, ramp
 
 

@@ -17,14 +17,13 @@ import ml_collections
 import architectures
 from architectures.parts.config import ModelConfig
 from configs.errors import require, short
-from training import adapters, new_head, objectives, other_model, paths, runs
-from training import weights
+from training import adapters, new_head, objectives, paths, runs, weights
 from training.distributed import devices
 from training.hf import config as hf_config
 from training.hf import heads as hf_heads
 from training.step import TrainState, initial_seed, parameter_shapes
-from training.workdir import checkpoints, parameters, restoring, run_config
-from training.workdir import step_folders, storage
+from training.workdir import checkpoints, other_model, parameters, restoring
+from training.workdir import run_config, step_folders, storage
 
 
 def restore_or_create(run: runs.Run, saved: checkpoints.Checkpoints

@@ -34,13 +34,13 @@ from architectures.parts.hf import tensor_map
 from configs.errors import require
 from training import adapters
 from training import new_head
-from training import other_model
 from training import paths
 from training import progress
 from training.hf import config as hf_config
 from training.hf import files as hf_files
 from training.hf import generation as hf_generation
 from training.hf import optional as hf_optional
+from training.workdir import other_model
 from training.workdir import storage
 
 SHARD_BYTES = 5 * 10**9

@@ -12,6 +12,7 @@ has the equations again, and tests/docs/wirings_test.py prints its row of the
 table.
 """
 
+from collections.abc import Callable
 from typing import Optional
 
 import flax.linen as nn
@@ -155,37 +156,28 @@ class Parallel(Block):
   def branches(kind: LayerKind) -> int:
     return 1
 
+  def normed(self, x_BLD: jax.Array) -> Callable[[str], jax.Array]:
+    """Returns what each part is given, by its name."""
+    return lambda part: self.norm(f'{part}_norm')(x_BLD)
+
   @nn.compact
   def __call__(self, x: streams.X, ctx: Context, cache: Optional[Cache]):
     x_BLD, add = self.branch('attention', x)
-    y_BLD, cache = self.attention()(
-        self.norm('attention_norm')(x_BLD), ctx, cache)
+    normed = self.normed(x_BLD)
+    y_BLD, cache = self.attention()(normed('attention'), ctx, cache)
     if self.kind.cross:
-      z_BLD, cache = self.cross_attention()(
-          self.norm('cross_norm')(x_BLD), ctx, cache)
+      z_BLD, cache = self.cross_attention()(normed('cross'), ctx, cache)
       y_BLD = y_BLD + z_BLD
-    z_BLD, aux = self.ffn()(self.norm('ffn_norm')(x_BLD), ctx)
+    z_BLD, aux = self.ffn()(normed('ffn'), ctx)
     return residual(add(self.drop(y_BLD + z_BLD, ctx))), cache, aux
 
 
-class SharedNorm(Block):
+class SharedNorm(Parallel):
   """x + A(n(x)) + F(n(x)) (GPT-J, PaLM, Falcon-7B)."""
-  CROSS = STREAMS = True  # without F it would be pre_norm
 
-  @staticmethod
-  def branches(kind: LayerKind) -> int:
-    return 1
-
-  @nn.compact
-  def __call__(self, x: streams.X, ctx: Context, cache: Optional[Cache]):
-    x_BLD, add = self.branch('attention', x)
+  def normed(self, x_BLD: jax.Array) -> Callable[[str], jax.Array]:
     n_BLD = self.norm('attention_norm')(x_BLD)
-    y_BLD, cache = self.attention()(n_BLD, ctx, cache)
-    if self.kind.cross:
-      c_BLD, cache = self.cross_attention()(n_BLD, ctx, cache)
-      y_BLD += c_BLD
-    f_BLD, aux = self.ffn()(n_BLD, ctx)
-    return residual(add(self.drop(y_BLD + f_BLD, ctx))), cache, aux
+    return lambda part: n_BLD
 
 
 class Sandwich(Block):

@@ -190,7 +190,7 @@ MUTANTS = {
         ('self.drop(y_BLD + z_BLD, ctx)', 'self.drop(z_BLD, ctx)',
          'parts: equations'),
         ('y_BLD = y_BLD + z_BLD', 'y_BLD = z_BLD', 'parts: equations'),
-        ('self.ffn()(n_BLD, ctx)', 'self.ffn()(x_BLD, ctx)',
+        ('return lambda part: n_BLD', 'return lambda part: x_BLD',
          'parts: equations'),
         ("y_BLD = self.norm('attention_out_norm')(y_BLD)",
          "y_BLD = y_BLD + 0 * self.norm('attention_out_norm')(y_BLD)",

@@ -281,7 +281,7 @@ def _differences(description, point) -> str:
 
 def _unlike(description, point) -> str:
   """Says of a point that sets model.arch where it is not that system."""
-  from training import systems as published
+  from training.costs import systems as published
   from training.costs import totals
   if 'model.arch' not in point['changes']:
     return ''

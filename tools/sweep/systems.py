@@ -24,7 +24,8 @@ class Add:
   def system(self, arch: str, size: str = 'tiny', name: str = '',
              **changes: Any) -> None:
     """Adds the base as another system: the fields of its model that
-    configs/ARCH.py has otherwise, but for its sizes (training/systems.py).
+    configs/ARCH.py has otherwise, but for its sizes
+    (training/costs/systems.py).
 
     Args:
       arch: the system, as model.arch names it.
@@ -33,7 +34,7 @@ class Add:
       name: of the point; default: arch.
       **changes: by dotted key, made after these.
     """
-    from training import systems
+    from training.costs import systems
     name = name or str(arch)
     try:
       found = systems.changes(self._base, arch, size)

@@ -12,9 +12,9 @@ import architectures
 from architectures.parts import positions
 from architectures.parts.config import ModelConfig
 from configs.errors import RequestError
-from training import commands, new_head, runs
+from training import new_head, runs
 from training.hf import config as hf_config
-from training.workdir import restoring, run_config
+from training.workdir import commands, restoring, run_config
 
 
 def refuse(ours: ModelConfig, theirs: ModelConfig, path: str | os.PathLike,

@@ -9,8 +9,8 @@ from configs import gpt, llama, mixtral, qwen3
 from configs.errors import RequestError
 from tests.helpers import models
 from tools.sweep import spec
-from training import limits, runs, systems
-from training.costs import totals
+from training import limits, runs
+from training.costs import systems, totals
 
 
 def said(config, **fields):
