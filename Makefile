@@ -1,5 +1,5 @@
 # make train: a GPT on real text, in about three minutes on two CPU cores.
-# make test, test-fast, plan-test, slurm-test, soak, product, fuzz, mutants,
+# make test, test-fast, plan-test, slurm-test, product, fuzz, mutants,
 # assets; make verify, lint, docs, lock, clean.
 #
 # PYTHON names the interpreter that .venv is made with, VENV another folder:
@@ -23,7 +23,7 @@ plan_extras = $(test_extras),plan,plan-gpu
 locked_extras = $(plan_extras),verify,lm-eval,hf,wandb,docs
 
 .DELETE_ON_ERROR:
-.PHONY: train test test-fast test-long plan-test slurm-test soak product fuzz \
+.PHONY: train test test-fast test-long plan-test slurm-test product fuzz \
   mutants assets verify lint docs lock clean
 train: $(VENV)/.demo
 	$(run) train.py --config configs/gpt.py --workdir $(WORKDIR)
@@ -48,12 +48,6 @@ plan-test: $(VENV)/.plan
 # wants root, and Debian's slurm-wlm and munge; some 10 minutes, mostly waiting.
 slurm-test: $(VENV)/.test
 	$(run) -m pytest -m slurm tests/tools/launch/real_slurm_test.py
-
-# A run that loses one of its processes every 20 s, for ten minutes: SOAK_SECONDS,
-# SOAK_EVERY, SOAK_PROCESSES and SOAK_SEED change that. CI does not run it.
-soak: $(VENV)/.test
-	$(run) -m pytest -s -m soak -o faulthandler_timeout=7200 \
-	  tests/training/distributed/soak_test.py
 
 # Of `make test`, what needs real weights; it looks for their package again.
 assets: $(VENV)/.test

@@ -93,14 +93,6 @@ def test_a_lock_pins_what_is_declared(lock, python):
       assert requirement.specifier.contains(version), (extra, requirement)
 
 
-def test_the_readme_names_every_dependency():
-  tables = (ROOT / 'README.md').read_text()
-  for extra, requirements in _declared().items():
-    assert not extra or f'`{extra}`' in tables, extra
-    for requirement in requirements:
-      assert requirement.name in tables, requirement.name
-
-
 @pytest.mark.parametrize('room', ROOMS)
 def test_every_folder_of_a_room_is_a_package(room):
   for path in _sources(room):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import architectures
-from benchmarks import batches, mixtral, ours, rival, step, worker
+from benchmarks import batches, ours, rival, step, worker
 from configs import kinds
 from configs.errors import RequestError
 from tests.helpers import forked
@@ -141,10 +141,6 @@ def test_without_pytorch_its_extra_is_named(monkeypatch):
   monkeypatch.setattr(rival.importlib.util, 'find_spec', lambda name: None)
   with pytest.raises(RequestError, match=r'torch and transformers.*verify'):
     rival.check(toy('llama'))
-  for alone in ([], ['--alone', 'transformers_eager']):
-    monkeypatch.setattr('sys.argv', ['mixtral', *alone])
-    with pytest.raises(RequestError, match='benchmarks.mixtral needs torch'):
-      mixtral.main()
 
 
 class Side:

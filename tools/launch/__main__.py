@@ -1,27 +1,23 @@
-r"""Starts a run as several processes: here, on SLURM, GKE or TPU VMs.
+r"""Starts a run as several processes: here, on SLURM or TPU VMs.
 
   python -m tools.launch local --processes=2 \
       --config configs/gpt.py --workdir runs/a
   python -m tools.launch slurm --nodes=4 --gpus=8 \
       --config configs/gpt.py:gpt2 --workdir runs/b --dry_run
-  python -m tools.launch gke --topology=v5p:4x4x4 --slices=2 \
-      --image=my-image --queue=my-queue \
-      --config configs/mixtral.py:8x7b --workdir gs://BUCKET/c \
-      --config.mesh.fsdp=8 --config.mesh.expert=8 --config.data.batch_size=256
   python -m tools.launch tpu_vm --tpu=POD --zone=ZONE \
       --config configs/gpt.py:gpt2 --workdir gs://BUCKET/d
 
 Flags that are not the place's own go to train.py. `python -m tools.launch local
 --help` lists those of a place. Before anything is started, the config is
 checked, and its mesh against the devices of the place (for tpu_vm train.py does
-this there, since only the TPU knows its devices); for gke also whether the
-state fits their memory. --dry_run only prints what would be started.
+this there, since only the TPU knows its devices). --dry_run only prints what
+would be started.
 
 A run that was stopped by a signal (a preemption, a time limit) has saved. It
 exits with 75 (train.py --stopped_exit_code), and is started again as often as
 it takes. A run that failed is started again --max_restarts times. One that was
 a wrong request, or whose loss was not finite (exit code 2), is never started
-again. Ctrl-C here, scancel or kubectl delete end a run for good.
+again. Ctrl-C here or scancel end a run for good.
 """
 
 import importlib
@@ -32,7 +28,7 @@ from absl import flags
 from configs.errors import RequestError
 from training import cli
 
-PLACES = ('local', 'slurm', 'gke', 'tpu_vm')
+PLACES = ('local', 'slurm', 'tpu_vm')
 
 
 def main():

@@ -6,13 +6,10 @@ import os
 import pathlib
 import re
 import shlex
-import sys
-from typing import Any
 
 from absl import flags
 
 from configs.errors import RequestError, require
-from tools.plan import chips
 from training import cli
 from training.workdir import storage
 
@@ -54,7 +51,6 @@ class Job:
     env: what each process finds in its environment, beside who it is.
     max_restarts: after failures.
     dry_run: only print.
-    config: of the run; None: not known.
   """
   name: str
   words: tuple[str, ...]
@@ -63,22 +59,19 @@ class Job:
   env: dict[str, str]
   max_restarts: int
   dry_run: bool
-  config: Any = None
 
   @property
   def command(self) -> str:
     return shlex.join(self.words)
 
 
-def make(argv: list[str], num_devices: int, slices: int = 1,
-         chip: chips.Chip | None = None) -> Job:
+def make(argv: list[str], num_devices: int, slices: int = 1) -> Job:
   """Returns the job that the flags describe.
 
   Args:
     argv: the command line, parsed already.
     num_devices: of all processes; 0: not known here.
     slices: of them.
-    chip: what each device is; None: not known here.
 
   Raises:
     ValueError: where train.py would refuse it, as far as can be seen here.
@@ -90,7 +83,7 @@ def make(argv: list[str], num_devices: int, slices: int = 1,
   storage.check_folder(args.workdir)
   if storage.in_bucket(args.logs):
     raise RequestError(f'--logs is {args.logs!r}: choose a folder on disk')
-  _check(args.config, num_devices, slices, chip)
+  _check(args.config, num_devices, slices)
   from training import profile
   profile.parse(args.profile_steps, args.config.train.steps)
   workdir = args.workdir.rstrip('/')
@@ -103,8 +96,7 @@ def make(argv: list[str], num_devices: int, slices: int = 1,
              f'--stopped_exit_code={STOPPED}'),
       workdir=workdir, logs=args.logs or logs,
       env=environment(args, f'{parent}/jax_cache'),
-      max_restarts=args.max_restarts, dry_run=args.dry_run,
-      config=args.config)
+      max_restarts=args.max_restarts, dry_run=args.dry_run)
 
 
 def check_restarts(args) -> None:
@@ -138,15 +130,10 @@ def environment(args, compile_cache: str) -> dict[str, str]:
   return env
 
 
-def named(workdir: str, volume: str = '') -> str:
+def named(workdir: str) -> str:
   """Returns the name of the job that trains in a workdir: a DNS label, which
   every place takes. Two workdirs, which may both end in runs/a, have two names,
-  and one workdir has one, so that a cluster refuses to train in it twice.
-
-  Args:
-    workdir: of the run.
-    volume: that the workdir lies on, where its path does not say so.
-  """
+  and one workdir has one."""
   workdir = workdir.rstrip('/')
   if not storage.in_bucket(workdir):
     workdir = os.path.abspath(workdir)
@@ -154,14 +141,12 @@ def named(workdir: str, volume: str = '') -> str:
   label = re.sub('[^a-z0-9]+', '-', text).strip('-')[:30].strip('-')
   if not label[:1].isalpha():
     label = f'run-{label}'.rstrip('-')
-  digest = hashlib.sha256(f'{volume}:{workdir}'.encode()).hexdigest()
+  digest = hashlib.sha256(workdir.encode()).hexdigest()
   return f'{label}-{digest[:8]}'
 
 
-def _check(config, num_devices: int, slices: int,
-           chip: chips.Chip | None) -> None:
-  """Refuses a config that cannot run, a mesh that does not fit, and a state
-  that is too large."""
+def _check(config, num_devices: int, slices: int) -> None:
+  """Refuses a config that cannot run, and a mesh that does not fit."""
   from training import runs
   from training.distributed import devices
   runs.check_config(config)
@@ -173,26 +158,6 @@ def _check(config, num_devices: int, slices: int,
   if shape['data'] % slices:
     raise RequestError(f'mesh.data is {shape["data"]}, which the {slices} '
                        f'slices do not divide: choose a multiple of {slices}')
-  if chip is not None:
-    _check_memory(config, model, shape, chip)
-
-
-def _check_memory(config, model, shape, chip: chips.Chip) -> None:
-  """Refuses what needs more than a device has, whatever the compiler does."""
-  from training.costs import memory
-  needed = memory.least(memory.described(config, model, shape))
-  total = needed.pop('peak')
-  gib = lambda n: f'{n / chips.GIB:,.1f} GiB'
-  parts = ', '.join(f'{name.replace("_", " ")} {gib(n)}'
-                    for name, n in needed.items())
-  require(total <= chip.hbm, f'a device would need at least {gib(total)} '
-          f'({parts}), and a {chip.kind} has {gib(chip.hbm)}: shard the state '
-          'over more devices (mesh.fsdp, mesh.expert, mesh.tensor; '
-          f'now {", ".join(f"{a}={n}" for a, n in shape.items())}), or take a '
-          'smaller batch; python -m tools.plan --search=3 looks for what fits')
-  print(f'a device needs at least {gib(total)} ({parts}) of its '
-        f'{gib(chip.hbm)}; python -m tools.plan says how much it will need',
-        file=sys.stderr, flush=True)
 
 
 def require_here(job: Job) -> None:
@@ -217,12 +182,6 @@ def _require_under(name: str, folder: str, places: str, mount: str) -> None:
   require(bool(mount) and path.is_relative_to(mount) and '..' not in path.parts,
           f'{name} is {folder!r}, and every host must find it at the same '
           f'place: choose {places}')
-
-
-def require_mounted(name: str, folder: str, mount: str) -> None:
-  """Raises RequestError where a folder does not lie on the mounted volume."""
-  _require_under(name, folder, f'a folder under {mount}, where --pvc is '
-                 'mounted', mount)
 
 
 def exports(env: dict[str, str]) -> str:

@@ -1,4 +1,4 @@
-"""The programs of a cluster that a launcher calls: sbatch, kubectl, gcloud."""
+"""The programs of a cluster that a launcher calls: sbatch, gcloud."""
 
 import shutil
 import subprocess

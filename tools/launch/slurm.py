@@ -19,7 +19,7 @@ import time
 
 from configs.errors import RequestError, require
 from tools.launch import job as job_lib
-from tools.launch import estimate, programs, sbatch
+from tools.launch import programs, sbatch
 
 # (kind, name, default, what it says).
 FLAGS = (
@@ -33,7 +33,6 @@ FLAGS = (
     ('string', 'setup', '', 'A line of shell that each process runs first.'),
     ('string', 'sbatch', '', 'More options of sbatch, in one string.'),
     ('bool', 'tail', True, 'Show the output of process 0.'),
-    *(flag for flag in estimate.FLAGS if flag[1] != 'plan'),
 )
 
 POLL_SECONDS = 10
@@ -122,7 +121,6 @@ def size(args) -> tuple[int, int]:
   if args.per_gpu and not args.gpus:
     raise RequestError('--per_gpu asks for a process for each GPU, and --gpus '
                        'is 0: choose 1 or more')
-  estimate.check(args)
   return args.nodes * max(args.gpus, 1), 1
 
 
@@ -133,11 +131,6 @@ def launch(job: job_lib.Job, args) -> int:
   if job.dry_run:
     print(f'{text}\n# would be written to {path}, and then: sbatch '
           + shlex.quote(str(path)))
-    if args.gpus:
-      print(estimate.text(
-          estimate.Place(args.nodes * args.gpus, args.nodes * args.gpus,
-                         f'{args.nodes} nodes of {args.gpus} GPUs'),
-          job.config, job.words, args))
     return 0
   programs.need('sbatch', 'squeue')
   path.parent.mkdir(parents=True, exist_ok=True)

@@ -28,9 +28,6 @@ BUSY_SECONDS = 60  # how long a writer waits for the others
 STALE_SECONDS = 120  # another host's runner counts as dead after so long
 BEAT_SECONDS = 10  # between two heartbeats
 SILENT_SECONDS = 3 * BEAT_SECONDS  # and may be dead after so long
-# In the environment of a runner on Kubernetes: its Job, its number in it, and
-# its pod.
-JOB, INDEX, POD = 'ARCHETYPE_JOB', 'JOB_COMPLETION_INDEX', 'ARCHETYPE_POD'
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS runs (
@@ -247,11 +244,7 @@ def _alive(host: str, pid: int, born: str, silence: float) -> bool:
 
 
 def _host() -> str:
-  """This machine, and the space of process numbers if it has several. In an
-  indexed Job of Kubernetes, the index: its pods come one after the other, each
-  only once the one before has ended, on whatever machine."""
-  if os.environ.get(JOB):
-    return f'{os.environ[JOB]}-{os.environ[INDEX]}'
+  """This machine, and the space of process numbers if it has several."""
   try:
     space = os.readlink('/proc/self/ns/pid')
   except OSError:  # not Linux: one space
@@ -261,14 +254,7 @@ def _host() -> str:
 
 def _born(pid: int) -> str:
   """When a process started, so that a reused number is not taken for it; ''
-  for one that is gone (or, as a zombie, only waits to be noticed). With the
-  pod, where there is one: its first process has number 1, as in any other."""
-  pod = os.environ.get(POD, '')
-  born = _started(pid)
-  return f'{born}@{pod}' if born and pod else born
-
-
-def _started(pid: int) -> str:
+  for one that is gone (or, as a zombie, only waits to be noticed)."""
   stat = pathlib.Path(f'/proc/{pid}/stat')
   if not stat.parent.parent.joinpath('self').exists():  # not Linux
     try:

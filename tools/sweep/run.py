@@ -2,7 +2,6 @@
 
 import argparse
 import collections
-import os
 import pathlib
 import shlex
 import sys
@@ -10,7 +9,6 @@ import sys
 from configs.errors import RequestError, one_of, require
 from tools.sweep import check, commands, layout
 from tools.sweep import ledger as ledger_lib
-from tools.sweep.launchers import gke
 from training import limits
 
 
@@ -18,8 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   check.add_sweep_arguments(parser)
   parser.add_argument('--workdir', required=True, help='of the whole sweep')
   parser.add_argument('--launcher', default='local',
-                      help=f'of {", ".join((*LAUNCHERS, *ELSEWHERE))} '
-                      '(%(default)s)')
+                      help=f'of {", ".join(LAUNCHERS)} (%(default)s)')
   parser.add_argument('--parallel', type=int, default=1,
                       help='processes at once, of local (%(default)s)')
   parser.add_argument('--vectorised', action='store_true', default=True,
@@ -31,23 +28,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                       'such program holds at most (%(default)s)')
   parser.add_argument('--retry', action='store_true',
                       help='take up again what failed')
-  parser.add_argument('--jobs', type=int, default=0, help='of slurm and gke: '
+  parser.add_argument('--jobs', type=int, default=0, help='of slurm: '
                       'how many runners; default: one a run that waits')
   parser.add_argument('--slurm', default='', help='of slurm: what submitit '
                       'is told, as slurm_partition=gpu,timeout_min=60')
-  parser.add_argument('--gke', default='', help='of gke: flags of '
-                      '`tools.launch gke`, as image=my-image,'
-                      'pvc=my-claim:/data,queue=my-queue,'
-                      'gpu=nvidia-h100-80gb:1; see docs/sweeps.md')
-  parser.add_argument('--dry_run', action='store_true', help='of gke: print '
-                      'the manifest, memory and cost, and do nothing')
-  parser.add_argument('--runner', action='store_true', help='end with exit '
-                      'code 75 where it was stopped and 3 where a run failed; '
-                      'what gke starts has this')
 
 
 def main(args) -> int:
-  one_of('--launcher', args.launcher, (*LAUNCHERS, *ELSEWHERE))
+  one_of('--launcher', args.launcher, LAUNCHERS)
   for name, least, most in (('parallel', 1, 512), ('group', 1, 100_000),
                             ('jobs', 0, 100_000)):
     limits.number(f'--{name}', getattr(args, name),
@@ -56,8 +44,6 @@ def main(args) -> int:
     require(args.launcher in readers or getattr(args, flag) == unset,
             f'--{flag} is for --launcher={" or ".join(readers)}, and '
             f'--launcher is {args.launcher}: leave it out')
-  if args.launcher in ELSEWHERE:
-    return ELSEWHERE[args.launcher](args)
   layout.try_folder(args.workdir)
   description = check.describe(args, args.workdir)
   if args.match:
@@ -68,20 +54,14 @@ def main(args) -> int:
                for seed in _seeds(description)
                for point in description['points'] if seed in point['seeds'])
     ledger.recover()
-    # Of an indexed Job, the first runner alone takes up what failed.
-    first = os.environ.get(ledger_lib.INDEX, '0') == '0'
-    if args.retry and first:
+    if args.retry:
       for run in ledger.runs(ledger_lib.FAILED):
         ledger.adopt(run.id, ledger_lib.FAILED, ledger_lib.PENDING)
     adopt(args.workdir, ledger)
     if not LAUNCHERS[args.launcher](args, description, ledger):
       print('stopped: the same command goes on')
-      return gke.STOPPED if args.runner else 0
-    failed = _summary(args, ledger)
-    if not args.runner:
-      return failed
-    # The first runner's word counts, while it is at what failed before.
-    return gke.RUN_FAILED if failed and (first or not args.retry) else 0
+      return 0
+    return _summary(args, ledger)
 
 
 def adopt(workdir, ledger) -> None:
@@ -144,42 +124,23 @@ def _slurm(args, description, ledger) -> bool:
   return True
 
 
-def _gke(args) -> int:
-  """The ledger is on a volume of the cluster, which this machine may not see:
-  the runners make it."""
-  made_for = gke.parse(args.gke)
-  description = check.describe(args, args.workdir)
-  jobs = args.jobs or sum(len(p['seeds']) for p in description['points'])
-  words = [*_as_local(sys.argv[1:]), *(['--retry'] if args.retry else [])]
-  made = gke.manifest(words, args.workdir.rstrip('/'), jobs, made_for)
-  if args.dry_run:
-    print(gke.dry_run(made, description, made_for))
-  else:
-    gke.submit(made)
-  return 0
-
-
 def _as_local(words: list[str]) -> list[str]:
   """The command line of a runner in a job: ours, without what submits it."""
-  kept, skip, alone = [], False, ('--retry', '--dry_run')
+  kept, skip = [], False
   for word in words:
-    flag = word.split('=')[0] in (
-        '--launcher', '--jobs', '--slurm', '--gke', *alone)
+    flag = word.split('=')[0] in ('--launcher', '--jobs', '--slurm', '--retry')
     if not (skip or flag):
       kept.append(word)
-    skip = flag and '=' not in word and word not in alone
+    skip = flag and '=' not in word and word != '--retry'
   return kept
 
 
 # flag: (its default, the launchers that read it), of those that not all do.
-READERS = {'parallel': (1, ('local', 'slurm', 'gke')),
-           'group': (8, ('local', 'slurm', 'gke')),
-           'jobs': (0, ('slurm', 'gke')), 'slurm': ('', ('slurm',)),
-           'gke': ('', ('gke',)), 'dry_run': (False, ('gke',))}
+READERS = {'parallel': (1, ('local', 'slurm')),
+           'group': (8, ('local', 'slurm')),
+           'jobs': (0, ('slurm',)), 'slurm': ('', ('slurm',))}
 # name: (args, description, ledger) -> whether it was not stopped half-way.
 LAUNCHERS = {'local': _local, 'slurm': _slurm, 'print': _print}
-# name: (args) -> exit code, of those whose workdir is not on this machine.
-ELSEWHERE = {'gke': _gke}
 
 
 def _seeds(description: dict) -> list[int]:

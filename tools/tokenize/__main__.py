@@ -4,8 +4,6 @@ r"""Tokenises a source of text into shards, with as many machines as there are.
       --out gs://BUCKET/corpus --tokenizer runs/bpe.json
   python -m tools.tokenize hf:NAME --out gs://BUCKET/corpus --launcher slurm \
       --jobs 64 --slurm slurm_partition=cpu,timeout_min=600
-  python -m tools.tokenize hf:NAME --out gs://BUCKET/corpus --launcher gke \
-      --jobs 64 --image my-image --queue my-queue
   python -m tools.tokenize --verify --out gs://BUCKET/corpus
 
 A run reads what this writes as --config.data.source=tokens:gs://BUCKET/corpus,
@@ -22,15 +20,13 @@ from configs import base
 from configs.errors import RequestError, require
 from training import cli, limits
 
-LAUNCHERS = ('here', 'slurm', 'gke')
+LAUNCHERS = ('here', 'slurm')
 # What each reads, beside the source; --verify reads --out and --json alone.
 WORK = ('out', 'tokenizer', 'holdout_every', 'shard_mib', 'processes', 'jobs',
         'launcher')
 FLAGS = {
     'here': (*WORK, 'job', 'json'),
-    'slurm': (*WORK, 'slurm', 'logs', 'dry_run'),
-    'gke': (*WORK, 'image', 'queue', 'namespace', 'service_account', 'pvc',
-            'cpu', 'memory', 'dry_run')}
+    'slurm': (*WORK, 'slurm', 'logs', 'dry_run')}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -56,26 +52,16 @@ def _parser() -> argparse.ArgumentParser:
                       help='on each machine; 0: one a core')
   parser.add_argument('--jobs', type=int, default=1, help='machines')
   parser.add_argument('--job', type=int, default=None, help='which of them '
-                      'this is, from 0; default: as an array of SLURM or an '
-                      'indexed Job of Kubernetes says')
+                      'this is, from 0; default: as an array of SLURM '
+                      'says')
   parser.add_argument('--launcher', default='here', choices=LAUNCHERS,
                       help='where it is done')
   parser.add_argument('--slurm', default='', help='of slurm: what submitit is '
                       'told, as slurm_partition=cpu,timeout_min=60')
   parser.add_argument('--logs', default='', help='of slurm: where the jobs '
                       'write; default: logs/NAME')
-  for name, text in (
-      ('image', 'the container image, with this repository as its working '
-       'directory'), ('queue', "Kueue's local queue"),
-      ('namespace', 'of Kubernetes; default: default'),
-      ('service_account', 'that the pods run as'),
-      ('pvc', 'CLAIM:/PATH, a volume that all pods mount'),
-      ('cpu', 'asked for by each pod, as 8'),
-      ('memory', 'asked for by each pod, as 16Gi')):
-    parser.add_argument(f'--{name}', default='', help=f'of gke: {text}')
-  parser.set_defaults(namespace='default')
   parser.add_argument('--dry_run', action='store_true',
-                      help='of slurm and gke: only print what would be done')
+                      help='of slurm: only print what would be done')
   parser.add_argument('--verify', action='store_true', help='read all shards '
                       'of --out, and compare their checksums')
   parser.add_argument('--json', action='store_true', help='print one object')
@@ -119,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
     figures = work.tokenise(args)
   else:
     from tools.tokenize import launch
-    return launch.LAUNCHERS[args.launcher](args)
+    return launch.slurm(args)
   if args.json:
     print(json.dumps(figures))
   else:

@@ -55,7 +55,7 @@ def how_to_join(coordinator: str = '', num_processes: int = 0,
     coordinator: host:port of process 0; '': $JAX_COORDINATOR_ADDRESS.
     num_processes: of all hosts; 0: $JAX_NUM_PROCESSES.
     process_id: this one's; -1: $JAX_PROCESS_ID.
-    cluster: let JAX ask the cluster (SLURM, TPU metadata, GKE) for all three.
+    cluster: let JAX ask the cluster (SLURM, TPU metadata) for all three.
 
   Raises:
     RequestError: where only some of the three are given, or one is no such

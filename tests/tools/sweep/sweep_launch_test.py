@@ -43,12 +43,11 @@ def test_a_wrong_request_is_a_sentence(tmp_path):
   for words, part in (
       (['--launcher=slrum'], "Did you mean 'slurm'"),
       (['--parallel=0'], '--parallel is 0'),
-      (['--jobs=3'], '--jobs is for --launcher=slurm or gke, and --launcher '
+      (['--jobs=3'], '--jobs is for --launcher=slurm, and --launcher '
        'is local'),
       (['--slurm=a=b'], '--slurm is for --launcher=slurm, '),
-      (['--slurm=a=b', '--launcher=gke'], '--slurm is for --launcher=slurm, '),
       (['--parallel=2', '--launcher=print'], '--parallel is for --launcher=loc'
-       'al or slurm or gke, and --launcher is print'),
+       'al or slurm, and --launcher is print'),
       (['--seeds=-1'], '--seeds is -1'),
       (['--workdir=gs://bucket/w'], 'gs://bucket/w')):
     with pytest.raises(ValueError, match=part):

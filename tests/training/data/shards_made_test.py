@@ -313,8 +313,7 @@ def test_wrong_requests_are_sentences(corpus, shards, tmp_path):
     list(sources.parse(spec)[0][1].documents())
   for words, part in (
       (['--tokenizer=bytes:64'], "begun with the tokenizer 'bytes'"),
-      (['--holdout_every=-1'], '--holdout_every is -1'),
-      (['--launcher=gke'], 'pass --image')):
+      (['--holdout_every=-1'], '--holdout_every is -1')):
     with pytest.raises(RequestError, match=part):
       tokenize(corpus, shards, *words)
   (corpus / '9.jsonl').write_text('{"text": "one more"}')
