@@ -19,7 +19,7 @@ from configs.errors import RequestError
 from tests.architectures import product_test
 from tests.helpers import adding, models, sweeps
 from tests.training import step_test
-from tools.sweep import check, cost, matching
+from tools.compare import check, cost, matching
 from training.costs import flops, totals
 from training.optim import schedules
 from training.workdir import run_config

@@ -22,7 +22,7 @@ from configs.errors import RequestError
 from tests.architectures import pages_test
 from tests.helpers import adding, models
 from tests.training import step_test
-from tools.sweep import cost
+from tools.compare import cost
 from training import weights
 from training.costs import totals
 from training.hf import config as hf_config

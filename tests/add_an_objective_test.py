@@ -88,7 +88,7 @@ import sys
 
 from configs import gpt
 from tools.plan import compile
-from tools.sweep import spec
+from tools.compare import spec
 from training import objectives, runs
 from training.costs import memory
 from training.data import pipeline, tokenizers

@@ -20,9 +20,9 @@ from configs import base
 from configs.errors import RequestError
 from tests.helpers import fuzzing, models, sweep_folder
 from tests.helpers.fuzzing import each, runs_or_refuses
-from tools.sweep import layout, status
-from tools.sweep import ledger as ledger_lib
-from tools.sweep.report import curves, write
+from tools.compare import layout, status
+from tools.compare import ledger as ledger_lib
+from tools.compare.sweep_report import curves, write
 from training import config_files
 from training import runs, weights
 from training.step import abstract_params

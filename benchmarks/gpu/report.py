@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.gpu import cases
 from tools import report
-from tools.report.tables import Cell, Table
+from tools.compare.pages.tables import Cell, Table
 
 Row = dict[str, Any]
 # Nothing is fetched, and the browser is told so.

@@ -8,10 +8,10 @@ import pytest
 
 from tests.helpers import sweep_folder
 from tools import coord_check
-from tools.report import fonts
-from tools.study.report import drawing
-from tools.sweep.report import curves
-from tools.sweep.report import picture
+from tools.compare.pages import fonts
+from tools.compare.study_report import drawing
+from tools.compare.sweep_report import curves
+from tools.compare.sweep_report import picture
 from training.evals.tasks import extrapolation, routing
 
 figure = pytest.importorskip('matplotlib.figure', reason='no matplotlib')

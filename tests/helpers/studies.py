@@ -5,11 +5,11 @@ import dataclasses
 import json
 import math
 
-from tools.study import frozen as frozen_lib
-from tools.study import plan as plans
-from tools.study import trainer
-from tools.sweep import layout
-from tools.sweep import ledger as ledger_lib
+from tools.compare import frozen as frozen_lib
+from tools.compare import plan as plans
+from tools.compare import trainer
+from tools.compare import layout
+from tools.compare import ledger as ledger_lib
 from training.workdir import run_config
 
 BEST_LR = {'base': 2e-3, 'good': 4e-3, 'same': 2e-3, 'wild': 2e-3}

@@ -7,9 +7,9 @@ import numpy as np
 from scipy import stats
 
 from configs.sweeps import helpers
-from tools.study import findings
-from tools.study import frozen as frozen_lib
-from tools.study import plan as plans
+from tools.compare import findings
+from tools.compare import frozen as frozen_lib
+from tools.compare import plan as plans
 from training.workdir import run_config
 
 BASE, VARIANTS = 'learned', ('rope', 'alibi', 'none', 'post_norm', 'wild')

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from tools.study import plan as plans
+from tools.compare import plan as plans
 
 SIZES = ('s', 'm', 'l')
 PARAMS = dict(zip(SIZES, (10_000, 100_000, 1_000_000)))

@@ -6,8 +6,8 @@ import pathlib
 import numpy as np
 
 from configs import base
-from tools.sweep import layout
-from tools.sweep import ledger as ledger_lib
+from tools.compare import layout
+from tools.compare import ledger as ledger_lib
 from training.workdir import run_config
 
 STEPS, EVERY = 200, 10

@@ -5,7 +5,7 @@ import json
 import pathlib
 import sys
 
-from tools.sweep import commands, layout, ledger, run
+from tools.compare import commands, layout, ledger, run
 from training.workdir import run_config
 
 FILE = '''
@@ -103,7 +103,7 @@ def fake(monkeypatch) -> None:
 # Claims what is pending in the ledger of a folder; says so, and lives on.
 CLAIM = '''
 import sys
-from tools.sweep import ledger
+from tools.compare import ledger
 with ledger.Ledger(sys.argv[1]) as book:
   me = book.register()
   print('ready', flush=True)

@@ -1,7 +1,7 @@
 """Mutants of studies: from the runs that a phase asks for to the verdict."""
 
 MUTANTS = {
-    'tools/study/decide.py': [
+    'tools/compare/decide.py': [
         ("'fdr_bh')", "'holm')",
          'decide: screening'),
         ('plan.sizes[0], measure.workload)\n    values',
@@ -20,10 +20,10 @@ MUTANTS = {
          'decide: more_than_the_base'),
         ('share / _tests(plan, measure, phase)', 'share / len(plan.variants)',
          'power: noise_rows')],
-    'tools/study/speed.py': [
+    'tools/compare/speed.py': [
         ('math.log10(next', 'math.log(next', 'decide: trend'),
         ('if None in ratios', 'if None is ratios', 'decide: speed_up')],
-    'tools/study/tuning.py': [
+    'tools/compare/tuning.py': [
         ("-measure.sign * row['value']", "row['value']",
          'phases: own_best'),
         ('math.ceil(tuning.keep * candidates)',
@@ -32,7 +32,7 @@ MUTANTS = {
         ('moved == tuning.extend', 'moved > tuning.extend',
          'phases: edge_moves'),
         ("return row['diverged'], ", 'return ', 'phases: worst')],
-    'tools/study/phases.py': [
+    'tools/compare/phases.py': [
         ("'first' if phase == 'tune'", "'second' if phase == 'tune'",
          'phases: asks'),
         ('else (plan.primary.workload,)', 'else plan.workloads',
@@ -40,17 +40,17 @@ MUTANTS = {
         ('(value * short / steps)', '(value)', 'phases: short_rung'),
         ('not found.announced.enough and not anyway',
          'not found.announced.enough and anyway', 'phases: too_weak')],
-    'tools/study/plan.py': [
+    'tools/compare/plan.py': [
         ('.index(phase) * self.APART', '.index(phase)', 'plan: no_seed'),
         ('1 if self.better == HIGHER', '1 if self.better == LOWER',
          'plan: improvement')],
-    'tools/study/power.py': [
+    'tools/compare/power.py': [
         ('need = np.maximum(need, means.max(1))', 'pass', 'power: agree'),
         ('/ _spread(round(df, 1), sizes + 1, dims)', '', 'power: estimated')],
-    'tools/study/trainer.py': [
+    'tools/compare/trainer.py': [
         ('loss > GUESSING * self', 'loss > self',
          'study_run: learnt_nothing'),
         ('        if (row.point, row.seed) not in wanted:',
          '        if not wanted:', 'study_run: leaves_out')],
-    'tools/study/run.py': [
+    'tools/compare/study_run.py': [
         ("note['time'] >= since", 'True', 'study_run: weak')]}

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from configs.errors import RequestError
-from tools import slurm_array
+from tools.compare import slurm_array
 from tools.tokenize import __main__ as command
 from tools.tokenize import work
 

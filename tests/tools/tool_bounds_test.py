@@ -5,8 +5,8 @@ import pytest
 
 from configs.errors import RequestError
 from tests.helpers import forked
-from tools.study import run as study
-from tools.sweep import layout as sweep
+from tools.compare import study_run as study
+from tools.compare import layout as sweep
 from tools.tokenize import __main__ as tokenize
 
 HUGE = 10**20

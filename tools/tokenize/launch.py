@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 from configs.errors import require
-from tools import slurm_array
+from tools.compare import slurm_array
 from training.workdir import storage
 
 

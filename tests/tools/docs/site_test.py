@@ -123,7 +123,7 @@ def test_the_programs_are_those_whose_docstring_shows_a_call():
   assert found[:2] == ['python train.py', 'python eval.py']
   assert {'python -m tools.sweep', 'python -m tools.count',
           'python -m tools.plan'} < set(found)
-  assert 'python -m tools.sweep.worker' not in found
+  assert 'python -m tools.compare.worker' not in found
 
 
 def test_subcommands_are_read_from_a_help():

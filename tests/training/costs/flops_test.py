@@ -15,7 +15,7 @@ from architectures.parts.attention import multi_head, visibility
 from architectures.parts.config import LayerKind
 from configs import base, bert, gpt, mamba2, t5
 from tests.helpers import flops_formulas as formulas
-from tools.sweep import cost
+from tools.compare import cost
 from training import adapters, loop, objectives, paths, step
 from training.costs import flops, peaks, totals, traced
 

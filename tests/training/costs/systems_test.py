@@ -8,7 +8,7 @@ import architectures
 from configs import gpt, llama, mixtral, qwen3
 from configs.errors import RequestError
 from tests.helpers import models
-from tools.sweep import spec
+from tools.compare import spec
 from training import limits, runs
 from training.costs import systems, totals
 

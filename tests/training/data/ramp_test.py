@@ -9,7 +9,7 @@ import pytest
 from configs import base
 from configs.errors import RequestError
 from tests.training import vectorised_test as group
-from tools.sweep import cost
+from tools.compare import cost
 from training import runs, vectorised
 from training.data import pipeline, ramp, tokenizers
 

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from configs import base
-from tools.sweep import cost
+from tools.compare import cost
 from training import objectives
 from training.data import pipeline, tokenizers
 

@@ -9,9 +9,9 @@ import pytest
 from configs import base
 from configs.errors import RequestError
 from tests.helpers import sweep_folder
-from tools.sweep import layout
-from tools.sweep import ledger as ledger_lib
-from tools.sweep.report import curves
+from tools.compare import layout
+from tools.compare import ledger as ledger_lib
+from tools.compare.sweep_report import curves
 from training import runs
 from training.workdir import metrics, run_config
 

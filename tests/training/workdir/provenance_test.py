@@ -11,9 +11,9 @@ import pytest
 from configs import base
 from configs.errors import RequestError
 from tests.helpers import sweep_folder
-from tools.sweep import layout
-from tools.sweep.report import curves
-from tools.sweep.report import tables
+from tools.compare import layout
+from tools.compare.sweep_report import curves
+from tools.compare.sweep_report import tables
 from training.workdir import provenance
 from training.workdir import run_config
 

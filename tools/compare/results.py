@@ -1,0 +1,192 @@
+"""results.json: everything that a study has found, and what it took."""
+
+from collections.abc import Mapping, Sequence
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import tempfile
+from typing import Any
+
+from tools.compare import frozen as frozen_lib
+from tools.compare import phases
+from tools.compare import plan as plans
+from tools.compare import shapes
+from tools.compare import layout
+from tools.compare import ledger as ledger_lib
+from training import schema
+
+FILE = 'results.json'
+_PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'numpy', 'scipy', 'statsmodels')
+
+
+def write(workdir, frozen: frozen_lib.Frozen, found: phases.Found,
+          planned: Mapping[str, int]) -> None:
+  """Writes results.json, unless it holds later phases of the same plan.
+
+  Args:
+    workdir: of the study.
+    frozen: its plan.
+    found: so far.
+    planned: how many runs each phase has, as far as it is known.
+  """
+  path = pathlib.Path(workdir) / FILE
+  if _holds_more(path, frozen, found):
+    return
+  ran = codes(workdir)
+  save(path, {
+      'study': {'name': frozen.plan.name, 'hash': frozen.hash},
+      **{name: plans.to_json(getattr(found, name)) for name in (
+          'outcomes', 'noise', 'announced', 'tuned', 'screen', 'confirm')},
+      'phases': {phase: _spent(workdir, frozen, phase, found, planned)
+                 for phase in plans.PHASES},
+      'as_planned': as_planned(workdir, frozen, ran),
+      'provenance': {'codes': ran, 'devices': _devices(workdir),
+                     'versions': versions()}})
+
+
+def _holds_more(path: pathlib.Path, frozen: frozen_lib.Frozen,
+                found: phases.Found) -> bool:
+  """Whether phases are over there that `found` has not come to: a study that
+  is started again walks through all of them, and may be told to end early."""
+  if not path.is_file():
+    return False
+  tree = schema.parse(path.read_bytes(), str(path))
+  schema.check_shape(tree, {'study': {'hash': str}, 'phases': schema.Each(
+      {'finished': bool})}, str(path))
+  return tree['study']['hash'] == frozen.hash and set(found.finished) < {
+      phase for phase, row in tree['phases'].items() if row['finished']}
+
+
+def outcomes(workdir) -> list[plans.Outcome]:
+  """Returns those of results.json; none where there is no such file yet."""
+  path = pathlib.Path(workdir) / FILE
+  if not path.is_file():
+    return []
+  tree = schema.parse(path.read_bytes(), str(path))
+  schema.check_shape(tree, {'outcomes': [shapes.of(plans.Outcome)]}, str(path))
+  return [plans.outcome_from_json(row) for row in tree['outcomes']]
+
+
+def save(path: pathlib.Path, tree: Any) -> None:
+  """Writes JSON, whole or not at all: several runners may write at once."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with tempfile.NamedTemporaryFile(
+      'w', dir=path.parent, prefix=f'{path.name}.', delete=False) as partial:
+    partial.write(json.dumps(tree, indent=1, allow_nan=False) + '\n')
+  os.chmod(partial.name, 0o644)
+  os.replace(partial.name, path)
+
+
+def folders(workdir, phase: str = '') -> list[pathlib.Path]:
+  """Returns the sweeps of a phase, or of all, in the order of the phases."""
+  wanted = [phase] if phase else plans.PHASES
+  found = []
+  for name in wanted:
+    found += sorted(
+        (path.parent for path in pathlib.Path(workdir).glob(
+            f'{name}*/sweep.json')), key=lambda path: (
+                len(path.name), path.name))
+  return found
+
+
+def points(folder) -> list[dict]:
+  """Returns the points of a phase's sweep."""
+  return layout.load_description(folder)['points']
+
+
+def rows(workdir, phase: str) -> list[ledger_lib.Run]:
+  """Returns what the ledgers of a phase's sweeps hold."""
+  found = []
+  for folder in folders(workdir, phase):
+    with ledger_lib.Ledger(folder) as ledger:
+      found += ledger.runs()
+  return found
+
+
+def _spent(workdir, frozen: frozen_lib.Frozen, phase: str, found: phases.Found,
+           planned: Mapping[str, int]) -> dict[str, Any]:
+  own = [x for x in found.outcomes if x.phase == phase]
+  tokens = sum(x.flops / frozen.point_of(x)['flops_per_token'] for x in own)
+  known = [x.seconds for x in own if x.seconds == x.seconds]
+  return {'planned': planned.get(phase, len(own)), 'done': len(own),
+          'failed': sum(x.diverged for x in own), 'tokens': tokens,
+          'flops': float(sum(x.flops for x in own)),
+          'seconds': float(sum(known)),
+          'wall_seconds': wall_seconds(workdir, phase),
+          'finished': phase in found.finished}
+
+
+def wall_seconds(workdir, phase: str) -> float:
+  """Returns how long runs of a phase were under way: what overlaps counts
+  once, and what was done by an earlier attempt of a run does not count."""
+  spans = [(row.started, row.ended) for row in rows(workdir, phase)
+           if row.started and row.ended]
+  total, until = 0.0, 0.0
+  for start, end in sorted(spans):
+    total += max(end - max(start, until), 0.0)
+    until = max(until, end)
+  return total
+
+
+def as_planned(workdir, frozen: frozen_lib.Frozen, ran: Sequence[str]
+               ) -> dict[str, Any]:
+  """Returns whether what ran, by these codes, is what was planned, and what is
+  not."""
+  from training.workdir import provenance
+  differences = []
+  for own in frozen.amendments:
+    seen = ', '.join(own['seen']) or 'nothing'
+    differences.append(
+        f'The plan was changed ({", ".join(own["changed"])}) when {seen} had '
+        f'been looked at. Reason: {own["reason"]}')
+  differences += [own['told'] for own in frozen.notes]
+  planned = provenance.codes([frozen.code])
+  others = [code for code in ran if planned and code not in planned]
+  if others:
+    differences.append(f'The plan was made with {planned[0]}, and runs were '
+                       f'trained by {", ".join(others)}.')
+  for folder in folders(workdir):
+    if data := layout.changed_data(folder, _runs(folder)):
+      differences.append(f'{folder.name}: {layout.data_note(data)}')
+    name, dot, number = folder.name.rpartition('.')
+    if dot and number.isdigit():
+      differences.append(f'{name} had run under an earlier plan; it ran anew '
+                         f'as {folder.name}.')
+  return {'same': not differences, 'differences': differences}
+
+
+def codes(workdir) -> list[str]:
+  """Returns the codes that trained the runs, as far as they are known."""
+  found = {}
+  for folder in folders(workdir):
+    found |= dict.fromkeys(layout.codes(folder, _runs(folder)))
+  return list(found)
+
+
+def _runs(folder: pathlib.Path) -> list[tuple[str, int]]:
+  return [(row['name'], seed) for row in points(folder)
+          for seed in row['seeds']]
+
+
+def _devices(workdir) -> list[str]:
+  """Returns the devices that the runs said they have."""
+  found = {}
+  for folder in folders(workdir):
+    for log in sorted(folder.glob('points/*/*/log.txt')):
+      for line in log.read_text(errors='replace').splitlines():
+        name, colon, told = line.partition(': ')
+        if colon and name.strip() == 'devices':
+          found[told.partition(', mesh')[0]] = None
+  return list(found)
+
+
+def versions() -> dict[str, str]:
+  found = {'python': platform.python_version()}
+  for name in _PACKAGES:
+    try:
+      found[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      continue
+  return found

@@ -1,1 +1,0 @@
-"""From a question to a table that survives review: docs/studies.md."""
