@@ -1,0 +1,119 @@
+"""The commands, the Python and the notebooks of the pages can be run."""
+
+import copy
+import importlib
+import json
+import pathlib
+import re
+import shlex
+
+import pytest
+
+from configs import base
+from tools.docs import notebooks
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGES = sorted([ROOT / 'README.md', *ROOT.glob('docs/**/*.md')])
+NOTEBOOKS = sorted(ROOT.glob('docs/**/*.ipynb'))
+# A word in capitals, dots or braces stands for what the reader puts there.
+PLACEHOLDER = re.compile(r'\.\.\.|…|[<>{}\[\]]|\b[A-Z][A-Z_]+\b')
+COMMAND = re.compile(r'\$?\s*(?:[A-Z_]+=\S+\s+)*((?:python|make)\s.*)')
+
+
+def _name(path):
+  return str(path.relative_to(ROOT))
+
+
+def _commands(page):
+  """Yields the words of the commands in the fences of a page."""
+  for fence in re.findall(r'^ *```\w*\n(.*?)^ *```', page.read_text(),
+                          re.M | re.S):
+    for line in re.sub(r'\\\n\s*', ' ', fence).splitlines():
+      if found := COMMAND.match(line.strip()):
+        words = shlex.split(found[1], comments=True)
+        ends = [i for i, word in enumerate(words)
+                if word in ('|', '&&', ';', '>', '&')]
+        yield words[:min(ends, default=len(words))]
+
+
+def _check(words):
+  """Raises what is wrong with a command: its program, config or a field."""
+  if words[0] == 'make':
+    for goal in words[1:]:
+      if '=' not in goal and not goal.startswith('-'):
+        assert f'\n{goal}:' in (ROOT / 'Makefile').read_text(), goal
+    return
+  if words[1] == '-m':
+    if words[2].partition('.')[0] in ('tools', 'benchmarks'):
+      assert importlib.util.find_spec(words[2]), words[2]
+  elif not words[1].startswith('-'):
+    assert (ROOT / words[1]).exists(), words[1]
+  line = ' '.join(words).replace('--config configs', '--config=configs')
+  words = line.split()
+  config = base.base()
+  for word in words:
+    file, _, size = word.removeprefix('--config=').partition(':')
+    if re.fullmatch(r'configs/\w+\.py', file) and not PLACEHOLDER.search(size):
+      module = importlib.import_module(f'configs.{pathlib.Path(file).stem}')
+      config = module.get_config(size)
+  for word in words:
+    if word.startswith('--config.'):
+      field = word.removeprefix('--config.').partition('=')[0]
+      assert PLACEHOLDER.search(field) or _has(config, field), field
+
+
+def _has(config, field):
+  """Whether a config has a field, or may have: a new kind of layer's."""
+  if field.startswith('model.kinds.'):
+    return True
+  for name in field.split('.'):
+    if name not in config:
+      return False
+    config = config[name]
+  return True
+
+
+@pytest.mark.parametrize('page', PAGES, ids=_name)
+def test_commands_of_a_page(page):
+  wrong = []
+  for words in _commands(page):
+    try:
+      _check(words)
+    except (AssertionError, ValueError, ImportError) as error:
+      wrong.append(f'{" ".join(words)}\n  {error}')
+  assert not wrong, '\n'.join(wrong)
+
+
+@pytest.mark.parametrize('page', PAGES, ids=_name)
+def test_links_lead_somewhere(page):
+  text = re.sub(r'^ *```.*?^ *```', '', page.read_text(), flags=re.M | re.S)
+  for link in re.findall(r'\]\(([^)\s#]+)', text):
+    assert re.match(r'[a-z]+:', link) or (page.parent / link).exists(), link
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('page', [
+    page for page in PAGES if '```python' in page.read_text()], ids=_name)
+def test_python_on_a_page_runs(page):
+  names = {'__name__': 'page'}  # a block goes on from those before it
+  for code in re.findall(r'^```python\n(.*?)^```', page.read_text(),
+                         re.M | re.S):
+    exec(compile(code, _name(page), 'exec'), names)
+
+
+def _printed(notebook):
+  """What the cells print and return as text; decimals differ by machine."""
+  return [re.sub(r'\d+\.\d+', '#', ''.join(
+      output.get('text') or output['data']['text/plain']))
+          for cell in notebook['cells'] if cell['cell_type'] == 'code'
+          for output in cell['outputs']]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.name)
+def test_a_notebook_prints_what_its_file_says(path):
+  pytest.importorskip('treescope', reason='no treescope')
+  theirs = json.loads(path.read_text())
+  ours = copy.deepcopy(theirs)
+  notebooks.run(ours)
+  assert _printed(ours) == _printed(theirs)
