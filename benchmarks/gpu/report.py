@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from benchmarks.gpu import cases
-from tools import report
+from tools.compare import pages as report
 from tools.compare.pages.tables import Cell, Table
 
 Row = dict[str, Any]

@@ -10,7 +10,7 @@ import pathlib
 import re
 from typing import Any
 
-from tools import report
+from tools.compare import pages as report
 from tools.compare.pages.tables import Table
 from tools.compare.study_report.document import Document, Named
 

@@ -6,7 +6,7 @@ import json
 import pathlib
 import re
 
-from tools import report
+from tools.compare import pages as report
 from tools.compare.pages.tables import Cell, Table
 
 HERE = pathlib.Path(__file__).parent
