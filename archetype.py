@@ -51,9 +51,7 @@ from training.hf import generation as hf_generation
 from training.hf import heads as hf_heads
 from training.insides import record
 from training.objectives import record as objective_record
-from training.workdir import restoring
-from training.workdir import run_config
-from training.workdir import storage
+from training.workdir import checkpoints, run_config, storage
 
 Tokens = jax.Array | np.ndarray | Sequence[int] | Sequence[Sequence[int]]
 # Of an encoder-decoder there is one array for each stack, by name. In numpy: a
@@ -340,7 +338,7 @@ def load(path: str | os.PathLike, *, step: int | None = None,
     EnvironmentFailure: where the checkpoint cannot be read.
   """
   place = storage.path(path)
-  if restoring.directory(place).exists():
+  if checkpoints.directory(place).exists():
     return _load_run(place, step, tokenizer)
   require(step is None, f'{path} is no run: it has no step {step}')
   trained.refuse_others(pathlib.Path(place))

@@ -50,11 +50,11 @@ def main():
   # Imported late: `--help` and a wrong flag answer at once.
   from training.data import sources
   from training.distributed import cpu
-  from training.workdir import step_folders, storage
+  from training.workdir import checkpoints, storage
   from training.evals import checkpoint
   workdir = storage.path(args.workdir)
   json_file = storage.output(args.json, '--json')
-  step = step_folders.named(args.step)
+  step = checkpoints.named_step(args.step)
   asked_by = evals.asked_for(evals.listed(args.tasks), args)
   evals.check_text(args.text, asked_by)
   if args.text:

@@ -57,8 +57,7 @@ def main():
   from training import profile, runs
   from training.data import pipeline, tokenizers
   from training.distributed import cpu, devices, processes
-  from training.workdir import changed_config, checkpoints, lock, provenance
-  from training.workdir import restoring, run_config, storage
+  from training.workdir import checkpoints, provenance, run_config, storage
   config = args.config
   if args.print_config:
     print(json.dumps(runs.printable(config, cli.overrides()), indent=2))
@@ -80,9 +79,9 @@ def main():
   model, derived = runs.resolve(config, tokenizer)
   changes = run_config.changes(workdir, config, derived)
   some_fit = functools.partial(initial_state.some_fit, workdir, model)
-  changed_config.refuse(changes, args.allow_config_change, some_fit, workdir)
+  run_config.refuse(changes, args.allow_config_change, some_fit, workdir)
   if changes:
-    print(changed_config.table(changes))
+    print(run_config.table(changes))
   for line in provenance.changes(run_config.starts(workdir)):
     print(line)
 
@@ -104,13 +103,13 @@ def main():
     print(line)
 
   # 4. The state: restored from the newest good checkpoint, or new.
-  lock.hold(workdir, devices.primary())
+  storage.lock(workdir, devices.primary())
   with checkpoints.Checkpoints(workdir, **config.checkpoint,
                                agree_every=config.log.every_steps) as saved:
     try:
       state, start = initial_state.restore_or_create(run, saved)
-    except restoring.Mismatch as error:  # which lists the shapes
-      sentence = changed_config.way_on(changes, some_fit)
+    except checkpoints.Mismatch as error:  # which lists the shapes
+      sentence = run_config.way_on(changes, some_fit)
       raise RequestError(sentence or str(error)) from error
     require(changes or not endings.ended_badly(state, config),
             f'{workdir}: {endings.ended_badly(state, config)}')

@@ -28,8 +28,7 @@ from training import runs, weights
 from training.step import abstract_params
 from training.distributed import processes
 from training.hf import files as hf_files
-from training.workdir import checkpoints, metrics
-from training.workdir import restoring, run_config
+from training.workdir import checkpoints, metrics, run_config
 
 FIELDS = {name: type(value) for name, value in sorted(
     run_config.flatten(base.base()).items())}
@@ -207,7 +206,7 @@ def test_checkpoints(saved, tmp_path_factory, data):
       x.shape, x.dtype, sharding=x.sharding), _at(0))
 
   def restore():
-    restored = restoring.restore(restoring.directory(workdir), abstract)
+    restored = checkpoints.restore(checkpoints.directory(workdir), abstract)
     expected = _at(restored.step)
     jax.tree.map(np.testing.assert_array_equal, restored.state, expected)
 

@@ -365,7 +365,7 @@ def _checkpoints(tmp_path, texts, flags):
 def test_a_second_run_in_the_workdir_is_refused(texts, tmp_path):
   with subprocess.Popen(
       [sys.executable, '-c', 'import sys; '
-       'from training.workdir import lock; lock.hold('
+       'from training.workdir import storage; storage.lock('
        'sys.argv[1]); print("held", flush=True); sys.stdin.read()',
        str(tmp_path / 'run')], cwd=ROOT, text=True, stdin=subprocess.PIPE,
       stdout=subprocess.PIPE) as first:

@@ -60,7 +60,7 @@ def import_(source: pathlib.Path, workdir: epath.Path, *, partial: bool,
   from training import runs
   from training.hf import generation as hf_generation
   from training.hf import tokenizer as hf_tokenizer
-  from training.workdir import commands
+  from training.workdir import run_config
   _check_new(workdir)
   config, module, params, bare = _from_hf(source, partial, seed, dtype)
   if adapter:
@@ -76,7 +76,7 @@ def import_(source: pathlib.Path, workdir: epath.Path, *, partial: bool,
   hf_generation.keep(workdir, generation)
   _save(workdir, config, params)
   print(f'{workdir}: {runs.count(params):,} parameters of {module.config.arch}')
-  print(f'to go on: {commands.to_train(workdir, config)}')
+  print(f'to go on: {run_config.to_train(workdir, config)}')
 
 
 def upcycle(source: epath.Path, workdir: epath.Path, *, moe: list[str],
@@ -85,11 +85,11 @@ def upcycle(source: epath.Path, workdir: epath.Path, *, moe: list[str],
   from training import adapters, runs
   from training.hf import generation as hf_generation
   from training.hf import tokenizer as hf_tokenizer
-  from training.workdir import commands, restoring
+  from training.workdir import checkpoints, run_config
   from training.hf import upcycling
   _check_new(workdir)
   folder = source.parent if source.is_file() else source
-  if restoring.directory(source).exists():
+  if checkpoints.directory(source).exists():
     config, module, params, at = _from_workdir(source, step)
     generation = hf_generation.kept(source)
     trained = not hf_generation.is_published(source, at)
@@ -114,7 +114,7 @@ def upcycle(source: epath.Path, workdir: epath.Path, *, moe: list[str],
     print('warning: it starts from another function than the dense model\'s: '
           'its gates do not sum to 1, or tokens are dropped, or experts are '
           'shared', file=sys.stderr)
-  print(f'to go on: {commands.to_train(workdir, config)}')
+  print(f'to go on: {run_config.to_train(workdir, config)}')
 
 
 def export(workdir: epath.Path, folder: pathlib.Path, *, step: int | str | None,
@@ -173,7 +173,7 @@ def merge(workdir: epath.Path, new: epath.Path, *, step: int | str | None
   adapters added to its weights, as a run at step 0."""
   from training import adapters, runs
   from training.hf import generation as hf_generation
-  from training.workdir import commands
+  from training.workdir import run_config
   _check_new(new)
   config, module, params, step = _from_workdir(workdir, step)
   require(module.config.lora.rank, f'{workdir} has no low-rank adapters: its '
@@ -187,7 +187,7 @@ def merge(workdir: epath.Path, new: epath.Path, *, step: int | str | None
   _save(new, config, params, _resolved(config)[1])
   print(f'{new}: {runs.count(params):,} parameters of {module.config.arch}, '
         f'with the adapters of {workdir} merged into them')
-  print(f'to go on: {commands.to_train(new, config)}')
+  print(f'to go on: {run_config.to_train(new, config)}')
 
 
 def _put_on(folder: pathlib.Path, config, module, params):
@@ -205,7 +205,7 @@ def _generation(workdir, config, model, step: int):
   from training import initial_state
   from training.hf import generation as hf_generation
   from training.hf import tokenizer as hf_tokenizer
-  from training.workdir import restoring
+  from training.workdir import checkpoints
   from training.data import tokenizers
   # What an import kept holds until training has given the ids of a tokenizer
   # that was not read another meaning.
@@ -215,7 +215,7 @@ def _generation(workdir, config, model, step: int):
     if kept := hf_generation.kept(workdir):
       return kept
   if published and standing_in and initial_state.has_parameters_alone(
-      restoring.directory(workdir)):
+      checkpoints.directory(workdir)):
     return None  # an import of an earlier version, which did not keep it
   return hf_generation.of_run(config, model,
                               tokenizers.load(config.data.tokenizer))
@@ -238,7 +238,7 @@ def _from_hf(source: pathlib.Path, partial: bool, seed: int, dtype: str = ''):
   from training.hf import heads as hf_heads
   from training.hf import optional as hf_optional
   from training.hf import tokenizer as hf_tokenizer
-  from training.workdir import commands
+  from training.workdir import run_config
   folder = source.parent if source.is_file() else source
   tree = hf_config.load_config_json(folder)
   files = hf_files.Files(source)
@@ -247,7 +247,7 @@ def _from_hf(source: pathlib.Path, partial: bool, seed: int, dtype: str = ''):
     print(f'warning: {note}', file=sys.stderr)
   model.param_dtype = dtype or model.param_dtype
   module = architectures.build(model)
-  config = commands.usual(model.arch)
+  config = run_config.usual(model.arch)
   config.model = model
   if model.head != 'lm':
     config.objective = objectives.with_head(module.config)
@@ -348,9 +348,9 @@ def main():
     return
   from training import limits  # imported late: --help answers at once
   from training.distributed import cpu
-  from training.workdir import step_folders
+  from training.workdir import checkpoints
   cpu.give_threads()  # not prepare(), with which what is freed would stay
-  step = step_folders.named(getattr(args, 'step', None))
+  step = checkpoints.named_step(getattr(args, 'step', None))
   if args.command == 'export':
     limits.number('--shard_bytes', args.shard_bytes,
                   (('>=', 1), ('<=', 2**50)))

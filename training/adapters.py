@@ -19,7 +19,7 @@ from architectures.parts import checks, linear
 from architectures.parts.config import LoraConfig, ModelConfig
 from configs import base
 from training import paths
-from training.workdir import restoring
+from training.workdir import checkpoints
 
 
 def plain(model: ModelConfig) -> ModelConfig:
@@ -41,13 +41,13 @@ def is_adapter(path: str) -> bool:
 
 def without(params: Any) -> Any:
   """Returns the parameters that are no adapters."""
-  return restoring.nest({path: x for path, x in paths.flatten(params).items()
+  return checkpoints.nest({path: x for path, x in paths.flatten(params).items()
                          if not is_adapter(path)})
 
 
 def beside(params: Any, others: Any) -> Any:
   """Returns `params` with the adapters of `others` beside them."""
-  return restoring.nest(paths.flatten(params) | {
+  return checkpoints.nest(paths.flatten(params) | {
       path: x for path, x in paths.flatten(others).items()
       if is_adapter(path)})
 
@@ -67,7 +67,7 @@ def merge(module: nn.Module, params: Any) -> tuple[nn.Module, Any]:
   flat = paths.flatten(nn.meta.unbox(params))
   merged = {path: _merged(path, x, flat, c.lora.scale)
             for path, x in flat.items() if not is_adapter(path)}
-  return architectures.build(plain(c)), restoring.nest(merged)
+  return architectures.build(plain(c)), checkpoints.nest(merged)
 
 
 def _merged(path: str, w: jax.Array, flat: Mapping[str, jax.Array],

@@ -17,7 +17,7 @@ import numpy as np
 
 from configs.errors import one_of, require
 from training import evals
-from training.workdir import restoring
+from training.workdir import checkpoints
 
 # Of figures whose best value is known; the last part of a name, TASK/FIGURE.
 LEAST = ('loss', 'perplexity', 'bits_per_byte', 'word_perplexity',
@@ -112,7 +112,7 @@ class Best:
       return
     value = float(figures[self.figure])
     # Every process decides as process 0 does.
-    if restoring.from_process_0(np.int32(self._is_better(value))):
+    if checkpoints.from_process_0(np.int32(self._is_better(value))):
       self.step, self.value, self.waited = n, value, 0
     else:
       self.waited += 1

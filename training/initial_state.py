@@ -22,8 +22,8 @@ from training.distributed import devices
 from training.hf import config as hf_config
 from training.hf import heads as hf_heads
 from training.step import TrainState, initial_seed, parameter_shapes
-from training.workdir import checkpoints, other_model, parameters, restoring
-from training.workdir import run_config, step_folders, storage
+from training.workdir import checkpoints, other_model, parameters, run_config
+from training.workdir import storage
 
 
 def restore_or_create(run: runs.Run, saved: checkpoints.Checkpoints
@@ -47,9 +47,9 @@ def some_fit(workdir: epath.Path, model: ModelConfig) -> bool:
   theirs = run_config.flatten(run_config.load_config(workdir))
   if theirs.get('model.lora.rank'):
     return False  # of adapters it takes no part
-  folder = restoring.directory(workdir)
-  steps = step_folders.finished(folder)
-  saved = restoring.arrays(folder, steps[-1]) if steps else {}
+  folder = checkpoints.directory(workdir)
+  steps = checkpoints.finished(folder)
+  saved = checkpoints.arrays(folder, steps[-1]) if steps else {}
   shapes = parameter_shapes(architectures.build(model))
   return bool(_fitting({'params': shapes}, saved)[0])
 
@@ -62,15 +62,15 @@ def _from(config: ml_collections.ConfigDict) -> str:
 
 
 def restore(run: runs.Run, saved: checkpoints.Checkpoints
-            ) -> restoring.Restored | None:
+            ) -> checkpoints.Restored | None:
   """Returns the newest good checkpoint, as Checkpoints.restore does; None where
   a run begins. One that tools.convert made has parameters alone, and its state
   is that of a run before its first step with them."""
-  if not restoring.steps(saved.directory):
+  if not checkpoints.steps(saved.directory):
     return None
-  restored = restoring.restore(
+  restored = checkpoints.restore(
       saved.directory,
-      lambda arrays: None if restoring.parameters_alone(arrays) else
+      lambda arrays: None if checkpoints.parameters_alone(arrays) else
       run.abstract)
   if devices.primary():
     _warn(restored)
@@ -83,7 +83,7 @@ def restore(run: runs.Run, saved: checkpoints.Checkpoints
   return restored
 
 
-def _warn(restored: restoring.Restored) -> None:
+def _warn(restored: checkpoints.Restored) -> None:
   for sentence in restored.damaged:
     print(f'warning: {sentence}', file=sys.stderr)
 
@@ -124,7 +124,7 @@ def _read(run: runs.Run, source: epath.Path, drawn: Any,
   partial = run.config.init_partial
   check_source(str(source))
   _check_labels(run, source)
-  if restoring.directory(source).exists():
+  if checkpoints.directory(source).exists():
     return _from_workdir(run, source, drawn, partial, step)
   with run.context():
     params, skipped = weights.params_to_start_from(
@@ -139,7 +139,7 @@ def _check_labels(run: runs.Run, source: epath.Path) -> None:
   other labels than those of the run."""
   if run.model.head == 'lm' or run.config.init_partial:
     return
-  if restoring.directory(source).exists():
+  if checkpoints.directory(source).exists():
     theirs = hf_heads.told(run_config.labels(source))
   else:
     folder = source.parent if source.is_file() else source
@@ -158,7 +158,7 @@ def _from_workdir(run: runs.Run, source: epath.Path, drawn: Any,
   """Returns (parameters, skipped) of the newest good checkpoint there, or of
   that of `step`. Its adapters are taken where they are those of this run; else
   they are merged into the weights, and those of this run are drawn."""
-  folder, theirs = restoring.directory(source), runs.model_of(source)
+  folder, theirs = checkpoints.directory(source), runs.model_of(source)
   if not adapters.same(run.model, theirs):
     if theirs.lora.rank:
       return _from_adapted(run, source, theirs, drawn, partial, step)
@@ -168,7 +168,7 @@ def _from_workdir(run: runs.Run, source: epath.Path, drawn: Any,
     return adapters.beside(params, drawn), skipped
   skipped = other_model.refuse(run.model, theirs, source, partial, run.config)
   wanted = {'params': run.abstract.params}
-  saved = restoring.arrays(folder, step)
+  saved = checkpoints.arrays(folder, step)
   put_on = new_head.is_put_on(run.model, theirs)
   if (partial or put_on) and saved:
     wanted, more = _fitting(wanted, saved)
@@ -184,7 +184,7 @@ def _from_workdir(run: runs.Run, source: epath.Path, drawn: Any,
   restored = parameters.restore(folder, wanted['params'], step)
   if step is None:
     _warn(restored)
-  return restoring.nest(paths.flatten(drawn)
+  return checkpoints.nest(paths.flatten(drawn)
                         | paths.flatten(restored.state)), skipped
 
 
@@ -206,7 +206,7 @@ def _from_adapted(run: runs.Run, source: epath.Path, theirs: ModelConfig,
           'first, by python -m tools.convert merge')
   skipped = other_model.refuse(run.model, theirs, source, partial, run.config)
   other = runs.Run.of(run.config, theirs, run.mesh)
-  restored = parameters.restore(restoring.directory(source),
+  restored = parameters.restore(checkpoints.directory(source),
                                 other.abstract.params, step)
   if step is None:
     _warn(restored)
@@ -214,7 +214,7 @@ def _from_adapted(run: runs.Run, source: epath.Path, theirs: ModelConfig,
   with run.context():
     _, params = adapters.merge(other.module, restored.state)
   flat, found = paths.flatten(drawn), paths.flatten(params)
-  return restoring.nest(flat | {path: x for path, x in found.items()
+  return checkpoints.nest(flat | {path: x for path, x in found.items()
                                 if path in flat}), skipped
 
 
@@ -236,10 +236,10 @@ def _fitting(wanted: Any, saved: dict[str, dict]
   lines |= {name: f'{name} of the checkpoint has no place in the model'
             for name in saved if name.startswith('params/')
             and name not in paths.flatten(wanted)}
-  return restoring.nest(fits), lines
+  return checkpoints.nest(fits), lines
 
 
 def has_parameters_alone(folder: epath.Path) -> bool:
   """Whether a checkpoint folder is what tools.convert makes: weights that no
   optimiser has seen."""
-  return restoring.parameters_alone(restoring.arrays(folder))
+  return checkpoints.parameters_alone(checkpoints.arrays(folder))

@@ -13,7 +13,7 @@ from training import best, endings
 from training.distributed import devices
 from training.endings import DIVERGED, EARLY
 from training.step import TrainState
-from training.workdir import checkpoints, metrics, restoring
+from training.workdir import checkpoints, metrics
 
 
 @dataclasses.dataclass(eq=False)
@@ -50,7 +50,7 @@ class Member:
                                     devices.primary())
     self._loads = []  # of the experts, since the last report
     # Process 0 alone has the rows.
-    self.evaluated = start == 0 or bool(restoring.from_process_0(np.int32(
+    self.evaluated = start == 0 or bool(checkpoints.from_process_0(np.int32(
         any(writer.has_kept(start, 'eval') for writer in self._writers[:1]))))
     self.best = best.Best.of(self.config, self.saved.best)
 

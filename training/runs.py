@@ -29,7 +29,7 @@ from training.optim import average, mup, optimizers
 from training.step import TrainState, abstract_state, init_state, initial_seed
 from training.step import make_eval_step, make_train_step, optimizer
 from training.step import parameter_shares
-from training.workdir import metrics, restoring, run_config, storage
+from training.workdir import checkpoints, metrics, run_config, storage
 
 # What may be left at 0 in config.model, and the run fills in.
 DERIVED = ('vocab_size', 'max_len', 'head', 'num_labels')
@@ -89,7 +89,7 @@ def _fill(model: dict[str, Any], config: ml_collections.ConfigDict) -> None:
 
 def try_workdir(workdir: epath.Path) -> None:
   """Raises RequestError where a run could not write what it has to."""
-  for folder in (workdir, restoring.directory(workdir)):
+  for folder in (workdir, checkpoints.directory(workdir)):
     storage.try_folder(folder)
   for file in (run_config.file(workdir), workdir / metrics.METRICS):
     storage.try_file(file, '--workdir')
@@ -364,23 +364,11 @@ def for_this_machine(config: ml_collections.ConfigDict
     return config
 
 
-def with_new_fields(config: ml_collections.ConfigDict
-                    ) -> ml_collections.ConfigDict:
-  """Returns a run's config with the fields that were added to configs/base.py
-  after it was written, at their defaults."""
-  for name in run_config.filled(config):
-    value = limits.get(config, name)
-    if isinstance(value, ml_collections.ConfigDict):  # a group, on one line
-      value = value.to_dict()
-    print(f'config field {name} is newer than this run: taken as {value!r}')
-  limits.ranges(config)
-  return config
-
-
 def config_of(workdir: epath.Path) -> ml_collections.ConfigDict:
-  """Returns the config of a run, with the fields that are newer than the run,
-  and with what it derived of its training data, which need not be there."""
-  config = with_new_fields(run_config.load_config(workdir))
+  """Returns the config of a run, with what it derived of its training data,
+  which need not be there."""
+  config = run_config.load_config(workdir)
+  limits.ranges(config)
   for name, value in run_config.load_derived(workdir).items():
     if name.startswith(('data.', 'probe.')):
       config.update_from_flattened_dict({name: value})

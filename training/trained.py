@@ -11,11 +11,11 @@ from configs.errors import RequestError, require
 from training import runs
 from training import step as step_lib
 from training.hf import peft
-from training.workdir import parameters, restoring, step_folders, storage
+from training.workdir import checkpoints, parameters, storage
 
 
 def on_one_device(workdir: epath.Path, module: nn.Module,
-                  step: int | str | None = None) -> restoring.Restored:
+                  step: int | str | None = None) -> checkpoints.Restored:
   """Returns the parameters of a checkpoint that are evaluated, as its `state`,
   all on one device of this process; warns of checkpoints that were passed over
   because they are damaged.
@@ -29,15 +29,15 @@ def on_one_device(workdir: epath.Path, module: nn.Module,
   shapes = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
       nn.meta.unbox(step_lib.abstract_params(module)))
-  restored = parameters.restore(restoring.directory(workdir), shapes, step)
+  restored = parameters.restore(checkpoints.directory(workdir), shapes, step)
   for sentence in restored.damaged:
     print(f'warning: {sentence}', file=sys.stderr)
   return restored
 
 
 def of_run(run: runs.Run, workdir: epath.Path,
-           step: int | str | step_folders.Mean | None = None,
-           live: bool = False) -> restoring.Restored:
+           step: int | str | checkpoints.Mean | None = None,
+           live: bool = False) -> checkpoints.Restored:
   """Returns the parameters of a checkpoint, as its `state`; prints which it is,
   and the checkpoints that were passed over because they are damaged.
 
@@ -51,7 +51,7 @@ def of_run(run: runs.Run, workdir: epath.Path,
   require(run.config.optim.ema or not live, f'{workdir} keeps no average of '
           'its parameters (optim.ema is 0): there is nothing to choose. '
           'Leave out --live')
-  restored = parameters.restore(restoring.directory(workdir),
+  restored = parameters.restore(checkpoints.directory(workdir),
                                 run.abstract.params, step, live=live)
   for sentence in restored.damaged:
     print(f'warning: {sentence}', file=sys.stderr)

@@ -31,8 +31,7 @@ from training.data import pipeline, tokenizers
 from training.distributed import devices
 from training.step import TrainState, init_state, initial_seed
 from training.step import make_eval_step, make_train_step, optimizer_unchecked
-from training.workdir import changed_config, checkpoints, lock, provenance
-from training.workdir import run_config
+from training.workdir import checkpoints, provenance, run_config, storage
 
 # What the runs of a group may differ in, and what a step is given it as.
 DTYPES = {
@@ -128,7 +127,7 @@ def train(configs: Sequence[ml_collections.ConfigDict],
   changes = [run_config.changes(workdir, c, derived)
              for c, workdir, (_, derived) in zip(filled, workdirs, resolved)]
   for change in changes:
-    changed_config.refuse(change, allow_config_change=False)
+    run_config.refuse(change, allow_config_change=False)
   contents = pipeline.contents(config, tokenizer)
   for workdir in workdirs:
     provenance.check_data(run_config.starts(workdir), contents, allowed=False)
@@ -139,7 +138,7 @@ def train(configs: Sequence[ml_collections.ConfigDict],
     found = []
     for c, workdir, (model, _), changed in zip(
         filled, map(pathlib.Path, workdirs), resolved, changes):
-      stack.enter_context(lock.held(workdir))
+      stack.enter_context(storage.locked(workdir))
       saved = stack.enter_context(checkpoints.Checkpoints(
           workdir, **c.checkpoint, agree_every=c.log.every_steps))
       member = loop.Member(c, workdir, saved, str(workdir))

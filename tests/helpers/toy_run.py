@@ -12,7 +12,6 @@ import optax
 
 from configs import base
 from training.workdir import checkpoints
-from training.workdir import restoring
 
 OPTIMIZER = optax.adamw(1e-2)
 CONFIG = base.base().lock()
@@ -78,6 +77,12 @@ def open_store(workdir, **changes):
   return checkpoints.Checkpoints(workdir, **{**options, **changes})
 
 
+def resume(store, abstract_state, step=None):
+  restored = checkpoints.restore(store.directory, abstract_state, step)
+  store.go_on_from(restored)
+  return restored
+
+
 def save(store, step, state, **changes):
   return store.save(step, state, next_batch=step, tokens=64 * step,
                     config=CONFIG, **changes)
@@ -87,12 +92,12 @@ def edit_record(path, edit):
   """Changes a record as somebody would who knows how it is sealed."""
   record = json.loads(path.read_text())['record']
   edit(record)
-  path.write_text(json.dumps(restoring.seal(record)))
+  path.write_text(json.dumps(checkpoints.seal(record)))
 
 
 def host(state):
   """Copies: a view would see what the next donated step writes."""
-  return {name: np.array(x) for name, x in restoring.plain(state).items()}
+  return {name: np.array(x) for name, x in checkpoints.plain(state).items()}
 
 
 def assert_bitwise(state, expected):

@@ -13,7 +13,7 @@ from tests.training import vectorised_test as group
 from training import endings, evals, evaluating, vectorised
 from training.distributed import signals
 from training.evals import checkpoint
-from training.workdir import parameters, restoring, step_folders
+from training.workdir import checkpoints, parameters
 
 texts = group.texts
 train, _rows = loop_test._train, loop_test._rows
@@ -25,7 +25,7 @@ def saved(monkeypatch):
   """Lets held-out losses be 1, and of a mean the steps of its checkpoints, as
   digits; returns the steps that members have not saved, by name."""
   lacking = {}
-  monkeypatch.setattr(restoring, 'steps', lambda folder: [
+  monkeypatch.setattr(checkpoints, 'steps', lambda folder: [
       step for step in (2, 4) if step not in lacking.get(folder.parent.name, ())
   ])
   monkeypatch.setattr(parameters, 'restore', lambda folder, params, step: (
@@ -131,7 +131,8 @@ def test_all_figures_are_those_of_the_run_alone(texts, tmp_path):
   group.alone(configs[1], alone)
   assert group.rows(alone, 'eval') == theirs
   for name, options in (('loss', {}), ('live/loss', {'live': True}),
-                        ('mean/loss', {'step': step_folders.named('last:2')})):
+                        ('mean/loss',
+                         {'step': checkpoints.named_step('last:2')})):
     figures = checkpoint.evaluate(
         alone, ['loss'], evals.defaults(), text='', programs={},
         **{'step': None} | options)

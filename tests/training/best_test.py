@@ -7,7 +7,7 @@ from configs import base
 from configs.errors import RequestError
 from tests import train_test
 from training import best, runs
-from training.workdir import step_folders
+from training.workdir import checkpoints
 
 texts = train_test.texts
 # The learning rate is so large that the loss rises again.
@@ -69,10 +69,10 @@ def test_another_figure_begins_anew():
 
 @pytest.mark.parametrize('text', ['-1', '2.5', 'last', '', '02'])
 def test_a_step_that_is_none_is_refused(text):
-  assert step_folders.named(None) is None
-  assert step_folders.named('20') == 20
+  assert checkpoints.named_step(None) is None
+  assert checkpoints.named_step('20') == 20
   with pytest.raises(RequestError, match='write the number of a step, or best'):
-    step_folders.named(text)
+    checkpoints.named_step(text)
 
 
 @pytest.mark.long

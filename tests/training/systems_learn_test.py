@@ -15,7 +15,7 @@ from training.data import pipeline
 from training.data import tokenizers
 from training.distributed import devices
 from training.evals.task import Evaluation
-from training.workdir import checkpoints, restoring
+from training.workdir import checkpoints
 
 # system: what its figures have beside the loss; all: what each has.
 MEASURES = {'bert': {'mlm_accuracy', 'nsp_accuracy', 'mlm_loss', 'nsp_loss'},
@@ -54,7 +54,7 @@ def trained(config, workdir):
       agree_every=config.log.every_steps) as saved:
     state, start = initial_state.restore_or_create(run, saved)
     assert loop.train(run, state, start, *texts, saved, workdir) == 0
-  restored = restoring.restore(restoring.directory(workdir),
+  restored = checkpoints.restore(checkpoints.directory(workdir),
                                {'params': run.abstract.params}, None,
                                partial=True)
   lines = (workdir / 'metrics.jsonl').read_text().splitlines()

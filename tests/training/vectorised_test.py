@@ -18,7 +18,7 @@ from training.data import pipeline, tokenizers
 from training.distributed import devices, signals
 from training.optim import optimizers, schedules
 from training.step import parameter_roles
-from training.workdir import checkpoints, lock, run_config
+from training.workdir import checkpoints, run_config, storage
 
 pytestmark = pytest.mark.slow
 
@@ -349,12 +349,12 @@ def test_a_workdir_of_another_run_is_refused(trained):
 def test_a_workdir_in_which_another_trains_is_refused(texts, tmp_path):
   workdirs = [tmp_path / '0', tmp_path / '1']
   configs = [config(texts), config(texts, seed=1)]
-  with lock.held(workdirs[1]):
+  with storage.locked(workdirs[1]):
     with pytest.raises(ValueError, match='another process trains in .*1: wait'):
       vectorised.train(configs, workdirs)
   assert not (workdirs[1] / 'checkpoints').exists()
   for workdir in workdirs:  # the first was let go of, too
-    with lock.held(workdir):
+    with storage.locked(workdir):
       pass
 
 

@@ -101,11 +101,11 @@ def _session(args: Any, given: dict[str, Any]) -> tuple[Any, str]:
 
   from training.chat import engine, load
   from training.chat.session import Session
-  from training.workdir import step_folders, storage
+  from training.workdir import checkpoints, storage
   speaker = (load.of_folder(storage.path(args.folder, '--folder'),
                             args.template) if args.folder else
              load.of_run(storage.path(args.workdir),
-                         step_folders.named(args.step), args.template))
+                         checkpoints.named_step(args.step), args.template))
   model = speaker.module.config
   options = _options(speaker.options, given)
   context = args.context or min(model.max_len, CONTEXT)

@@ -69,13 +69,6 @@ class Frozen:
                                 self.base_config['train']['steps'])
 
 
-def filled(tree: dict) -> dict:
-  """Returns a config's tree with the fields that are newer than it."""
-  config = run_config.from_json(tree)
-  run_config.filled(config)
-  return run_config.to_json(config)
-
-
 def digest(data: bytes) -> str:
   return hashlib.sha256(data).hexdigest()[:16]
 
@@ -135,7 +128,7 @@ def changed(old: Frozen, new: Frozen) -> list[str]:
     points = {'.'.join((row['variant'], row['size'], row['workload'])): row
               for row in tree['points']}
     flat.append(run_config.flatten_dict(json.loads(json.dumps({
-        'plan': tree['plan'], 'base_config': filled(tree['base_config']),
+        'plan': tree['plan'], 'base_config': tree['base_config'],
         'sources': {name: held for name, held in tree['sources'].items()
                     if name in old.sources}, 'points': points}))))
   before, after = flat

@@ -98,7 +98,6 @@ def _check(description: dict, who: str) -> None:
   tree = run_config.tuples(description['base_config'])
   run_config.check_fields(tree, f'{who} is damaged: base_config: ')
   base = run_config.from_json(tree)
-  run_config.filled(base)
   limits.ranges(base)
   description['base_config'] = json.loads(json.dumps(
       run_config.to_json(base)))  # with lists, as it is on disk
@@ -136,11 +135,9 @@ def differing(description: dict, workdir, point: str, seed: int
     ValueError: where its config.json is missing or damaged.
   """
   from training.workdir import run_config
-  loaded = run_config.load_config(run_folder(workdir, point, seed))
-  wanted = config(description, point, seed)
-  for each in (loaded, wanted):  # either may be older than this version
-    run_config.filled(each)
-  got, expected = run_config.flatten(loaded), run_config.flatten(wanted)
+  got = run_config.flatten(run_config.load_config(
+      run_folder(workdir, point, seed)))
+  expected = run_config.flatten(config(description, point, seed))
   return [name for name in {**expected, **got}
           if got.get(name, run_config.MISSING)
           != expected.get(name, run_config.MISSING)]

@@ -119,8 +119,7 @@ class Trainer:
       rows[run.point]['seeds'].append(run.seed)
     return {'name': f'{plan.name}, {folder}', 'file': plan.file,
             'match': plan.match, 'match_field': plan.match_field,
-            'base': runs[0].point, 'base_config': frozen_lib.filled(
-                self._frozen.base_config),
+            'base': runs[0].point, 'base_config': self._frozen.base_config,
             'paired': True, 'points': list(rows.values()),
             'sources': {name: held
                         for name, held in self._frozen.sources.items()

@@ -15,7 +15,7 @@ from configs.errors import EnvironmentFailure, RequestError, require
 from tools import tether
 from training import runs
 from training.distributed import devices
-from training.workdir import restoring, step_folders
+from training.workdir import checkpoints
 
 AXES = tables.MESH_AXES
 
@@ -65,7 +65,7 @@ def verify(config, words: list[str], folder: pathlib.Path, steps: int,
   for i, mesh in enumerate(others):
     copy = folder / f'reshaped-{i}'
     shutil.copytree(whole, copy)
-    for step in step_folders.finished(copy / 'checkpoints'):
+    for step in checkpoints.finished(copy / 'checkpoints'):
       if step > middle:
         shutil.rmtree(copy / 'checkpoints' / str(step))
     _train(env, [*words, *(f'--config.mesh.{axis}={size}'
@@ -185,7 +185,7 @@ def bits(mesh, whole, killed, steps: int) -> dict:
   """Compares every loss, and every array of the last checkpoint, bit for bit.
   """
   one, two = _losses(whole), _losses(killed)
-  arrays, others = (restoring.arrays(restoring.directory(w), steps)
+  arrays, others = (checkpoints.arrays(checkpoints.directory(w), steps)
                     for w in (whole, killed))
   wrong = [f'loss of step {n}' for n in range(1, steps + 1)
            if one.get(n) is None or one[n] != two.get(n)]  # None: not finite

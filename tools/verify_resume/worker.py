@@ -15,7 +15,7 @@ from absl import flags
 
 from configs.errors import EnvironmentFailure
 from training.distributed import signals
-from training.workdir import restoring
+from training.workdir import checkpoints
 
 SAVE_SECONDS = 600
 
@@ -39,9 +39,9 @@ def main():
 
 
 def _wait_for_checkpoint(step: int) -> None:
-  folder = restoring.directory(flags.FLAGS.workdir)
+  folder = checkpoints.directory(flags.FLAGS.workdir)
   until = time.monotonic() + SAVE_SECONDS
-  while step not in restoring.steps(folder):
+  while step not in checkpoints.steps(folder):
     if time.monotonic() > until:
       raise EnvironmentFailure(f'checkpoint {step} is not on disk after '
                                f'{SAVE_SECONDS} s')

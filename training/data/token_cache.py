@@ -39,7 +39,7 @@ import numpy as np
 from configs.errors import EnvironmentFailure, RequestError
 from training.data import sources, token_workers
 from training.data.tokenizers import Tokenizer
-from training.workdir import storage, writing
+from training.workdir import storage
 
 FORMAT = 1  # Part of the key: raise it when the layout changes.
 CHUNK_CHARS = 1 << 20
@@ -208,7 +208,7 @@ def _digest(source: sources.Source, stats: Any, manifest: pathlib.Path) -> str:
 def _writing(path: pathlib.Path):
   """Around what writes to the cache, and not around what reads the text: of
   that, an error says more by itself."""
-  return writing.to(path, _elsewhere)
+  return storage.writing(path, _elsewhere)
 
 
 def _elsewhere() -> str:
@@ -252,7 +252,7 @@ def _write(source: sources.Source, tokenizer: Tokenizer, workers: int,
   kinds, counts, lengths, num_bytes = [], [], [], []
   chunks = _chunks(source.documents(), kinds, counts)
   told, done = time.monotonic(), 0
-  with writing.File(folder / 'tokens.bin', _elsewhere) as file:
+  with storage.File(folder / 'tokens.bin', _elsewhere) as file:
     for ids_T, lengths_U, bytes_U in token_workers.encode_chunks(
         tokenizer, chunks, workers):
       assert ids_T.max(initial=0) < tokenizer.vocab_size

@@ -12,12 +12,12 @@ from configs.errors import RequestError
 from training import evals, runs, trained
 from training.data import pipeline, tokenizers
 from training.evals.task import Evaluation
-from training.workdir import metrics, provenance, run_config, step_folders
+from training.workdir import checkpoints, metrics, provenance, run_config
 from training.workdir import storage
 
 
 def load(workdir: epath.Path, names: Sequence[str], options: Any, *,
-         step: int | str | step_folders.Mean | None, text: str, programs: dict,
+         step: int | str | checkpoints.Mean | None, text: str, programs: dict,
          live: bool = False, asked_by: Mapping[str, str] | None = None
          ) -> Evaluation:
   """Returns a run's checkpoint as tasks are given it, when it has been checked
@@ -50,7 +50,7 @@ def _warn_of_other_data(workdir: epath.Path, config: Any,
 
 
 def evaluate(workdir: epath.Path, names: Sequence[str], options: Any, *,
-             step: int | str | step_folders.Mean | None, text: str,
+             step: int | str | checkpoints.Mean | None, text: str,
              programs: dict, live: bool = False,
              asked_by: Mapping[str, str] | None = None) -> dict[str, Any]:
   """Returns the figures of each task, and prints them for a reader.

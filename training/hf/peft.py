@@ -24,7 +24,7 @@ from architectures.parts.hf import tensor_map
 from configs.errors import require, short
 from training import adapters, paths, weights
 from training.hf import files as hf_files
-from training.workdir import restoring, storage
+from training.workdir import checkpoints, storage
 
 CONFIG, WEIGHTS = 'adapter_config.json', 'adapter_model.safetensors'
 PREFIX = 'base_model.model.'
@@ -150,7 +150,7 @@ def read(c: ModelConfig, folder: pathlib.Path) -> tuple[ModelConfig, Any]:
   for t in tensors:
     held, sizes = source[t.name], {a: (0, t.sizes[a]) for a in t.ours[0]}
     flat[t.paths[0]][t.index] = t.part(held.__getitem__, 0, sizes)
-  return c, restoring.nest({path: jnp.asarray(x, c.param_dtype)
+  return c, checkpoints.nest({path: jnp.asarray(x, c.param_dtype)
                             for path, x in flat.items()})
 
 

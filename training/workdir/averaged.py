@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from configs.errors import require
-from training.workdir import checkpoints, parameters, restoring
+from training.workdir import checkpoints, parameters
 
 
 def _steps(config: Any, last: int) -> list[int]:
@@ -25,7 +25,7 @@ def _lacking(steps: Sequence[int], saved: checkpoints.Checkpoints
   parameters were not finite. Every process calls it, and gets what process 0
   sees."""
   saved.wait()
-  there = restoring.steps(saved.directory)
+  there = checkpoints.steps(saved.directory)
   return next((step for step in steps if step not in there), None)
 
 

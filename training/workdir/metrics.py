@@ -24,7 +24,7 @@ import numpy as np
 
 from configs.errors import RequestError
 from training import schema
-from training.workdir import storage, writing
+from training.workdir import storage
 
 
 class JsonlWriter:
@@ -37,7 +37,7 @@ class JsonlWriter:
   def __init__(self, workdir: epath.Path, resumed_step: int):
     path = pathlib.Path(workdir) / METRICS
     self._there = _drop_after(path, resumed_step)
-    self._file = writing.File(path)
+    self._file = storage.File(path)
 
   def has_kept(self, step: int, split: str) -> bool:
     """Whether the row stood there when the run was resumed at `step`."""
@@ -71,7 +71,7 @@ class TensorboardWriter:
     name = (f'events.out.tfevents.{time.time():010.0f}.{socket.gethostname()}.'
             f'{os.getpid()}.{next(_FILES)}')
     self._file = record_writer.RecordWriter(
-        writing.File(pathlib.Path(workdir) / 'tensorboard' / name))
+        storage.File(pathlib.Path(workdir) / 'tensorboard' / name))
     self._add(file_version='brain.Event:2')
     # TensorBoard forgets what an earlier file has from here on.
     start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
@@ -273,7 +273,7 @@ def _drop_after(path: pathlib.Path, step: int) -> set[tuple[int, str]]:
   if kept == lines:
     return there
   new = path.with_suffix('.jsonl.new')
-  with writing.to(path):
+  with storage.writing(path):
     with new.open('wb') as file:
       file.writelines(kept)
       file.flush()

@@ -14,7 +14,7 @@ from architectures.parts.config import ModelConfig
 from configs.errors import RequestError
 from training import new_head, runs
 from training.hf import config as hf_config
-from training.workdir import commands, restoring, run_config
+from training.workdir import checkpoints, run_config
 
 
 def refuse(ours: ModelConfig, theirs: ModelConfig, path: str | os.PathLike,
@@ -50,7 +50,7 @@ def _refusal(different: dict[str, str], path: epath.Path,
     if arch != config.model.arch:
       way = ('To begin with all of it, take a size of '
              f'configs/{architectures.file_name(arch)}.py. ')
-    elif words := commands.flags(
+    elif words := run_config.flags(
         wanted, config, {f'model.{name}' for name in different}):
       way = f'To begin with all of it, add {shlex.join(words)}. '
       # The others are derived from these.
@@ -65,7 +65,7 @@ def _refusal(different: dict[str, str], path: epath.Path,
 
 def _described(path: epath.Path) -> ml_collections.ConfigDict:
   """Returns config.model of the weights in `path`, with what a run derived."""
-  if not restoring.directory(path).exists():
+  if not checkpoints.directory(path).exists():
     folder = path.parent if path.is_file() else path
     return hf_config.fields_and_notes(hf_config.load_config_json(folder))[0]
   model = runs.config_of(path).model

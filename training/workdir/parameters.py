@@ -3,7 +3,7 @@ another run from.
 
 They are those of the average, in a checkpoint of a run with optim.ema, unless
 those that were trained are asked for by `live`; and the mean of several
-checkpoints, where several are named (step_folders.Mean).
+checkpoints, where several are named (checkpoints.Mean).
 """
 
 from collections.abc import Callable, Sequence
@@ -15,16 +15,16 @@ import jax.numpy as jnp
 
 from configs.errors import require
 from training import paths
-from training.workdir import restoring, step_folders
+from training.workdir import checkpoints
 
 
 def restore(folder: epath.Path, params: Any,
-            step: int | str | step_folders.Mean | None = None, *,
-            live: bool = False) -> restoring.Restored:
+            step: int | str | checkpoints.Mean | None = None, *,
+            live: bool = False) -> checkpoints.Restored:
   """Returns a checkpoint whose `state` are parameters.
 
   Args:
-    folder: what restoring.directory(workdir) returns.
+    folder: what checkpoints.directory(workdir) returns.
     params: which ones, as ShapeDtypeStructs with shardings.
     step: which checkpoint, or the mean of which; None: the newest good one.
     live: take the parameters themselves, where an average is kept as well.
@@ -32,10 +32,10 @@ def restore(folder: epath.Path, params: Any,
   Raises:
     RequestError: there is no such checkpoint, or not of these parameters.
   """
-  if isinstance(step, step_folders.Mean):
+  if isinstance(step, checkpoints.Mean):
     steps = _steps(folder, step)
     found = [_restore(folder, params, n, live) for n in steps]
-    return restoring.Restored(
+    return checkpoints.Restored(
         steps[-1], mean([one.state for one in found]), found[-1].record,
         found[-1].damaged, f'the mean of steps {", ".join(map(str, steps))}'
         + (f', each {found[-1].what}' if found[-1].what else ''))
@@ -54,14 +54,14 @@ def mean(trees: Sequence[Any]):
 
 
 def _restore(folder: epath.Path, params: Any, step: int | str | None,
-             live: bool) -> restoring.Restored:
-  found = restoring.restore(folder, _asked(params, live), step, partial=True)
+             live: bool) -> checkpoints.Restored:
+  found = checkpoints.restore(folder, _asked(params, live), step, partial=True)
   arrays = {path.partition('/')[2]: x
             for path, x in paths.flatten(found.state).items()}
   state = jax.tree_util.tree_map_with_path(
       lambda path, x: arrays[paths.join(path)].astype(x.dtype), params)
   is_average = 'ema' in found.state
-  return restoring.Restored(found.step, state, found.record, found.damaged,
+  return checkpoints.Restored(found.step, state, found.record, found.damaged,
                             'the average (optim.ema)' if is_average else '')
 
 
@@ -75,13 +75,13 @@ def _asked(params: Any, live: bool) -> Callable:
             x.shape, jnp.float32, sharding=x.sharding)
       else:
         found[f'params/{path}'] = x
-    return restoring.nest(found)
+    return checkpoints.nest(found)
   return asked
 
 
-def _steps(folder: epath.Path, asked: step_folders.Mean) -> list[int]:
+def _steps(folder: epath.Path, asked: checkpoints.Mean) -> list[int]:
   """Returns the steps whose mean is asked for, ascending."""
-  there = restoring.steps(folder)
+  there = checkpoints.steps(folder)
   if asked.steps:
     return sorted(asked.steps)
   require(len(there) >= asked.last, f'the mean of the last {asked.last} '

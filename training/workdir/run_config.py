@@ -1,26 +1,53 @@
 """The config of a run on disk, and what changing it half-way would do.
 
-WORKDIR/config.json is the config tree as it is, plus two more keys: `derived`,
-the value that each field left at 0 or '' was resolved to, by its dotted name;
-and `starts`, the code, command and data of each start (provenance.py).
+WORKDIR/config.json is the config tree as it is, plus three more keys: `format`,
+the version of this file; `derived`, the value that each field left at 0 or ''
+was resolved to, by its dotted name; and `starts`, the code, command and data of
+each start (provenance.py).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 import dataclasses
+import importlib
 import json
+import os
 import re
+import shlex
 from typing import Any
 
 from etils import epath
 import jax
 import ml_collections
 
+import architectures
 from configs import base
 from configs.errors import RequestError, require, short
 from training import config_files, schema
-from training.workdir import change_kinds, earlier, provenance, restoring
-from training.workdir import step_folders, storage
-from training.workdir.change_kinds import INCOMPATIBLE, OPTIMISATION, SAFE
+from training.workdir import checkpoints, provenance, storage
+
+FORMAT = 1  # of config.json
+_FORMAT, _DERIVED, _STARTS = 'format', storage.DERIVED, 'starts'
+
+# What a changed field does to a run that is resumed.
+SAFE = 'safe'
+OPTIMISATION = 'changes the optimisation'
+INCOMPATIBLE = 'incompatible'
+
+
+def _steps(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, str]:
+  """Of train.steps, given the fields of both configs by their dotted names."""
+  if {old['optim.schedule'], new['optim.schedule']} <= {'constant', 'rsqrt'}:
+    return SAFE, 'this schedule does not depend on the last step'
+  if old['optim.decay_steps'] == new['optim.decay_steps'] > 0:
+    return SAFE, 'the schedule ends at optim.decay_steps'
+  return OPTIMISATION, 'the schedule is drawn out to the last step'
+
+
+def _ema(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, str]:
+  if bool(old['optim.ema']) == bool(new['optim.ema']):
+    return OPTIMISATION, 'another average from here on'
+  return INCOMPATIBLE, 'an average that is kept from the first step on, or not'
+
 
 # What a change of a field does to a run that is resumed: (pattern over the
 # dotted name, class, why), first match wins. A field that no row covers is an
@@ -36,7 +63,7 @@ CLASSES: tuple[tuple[str, str | Callable, str], ...] = (
      r'|moe\.grouped_kernel)', SAFE,
      'the same function, computed another way'),
     (r'model\.moe\.eval_capacity_factor', SAFE, 'only evaluation'),
-    (r'train\.steps', change_kinds.steps, ''),
+    (r'train\.steps', _steps, ''),
     (r'train\.(z_loss|label_smoothing|mtp_weight)', OPTIMISATION, 'the loss'),
     (r'train\.grad_accumulation', OPTIMISATION,
      'dropout and expert capacity see other micro-batches'),
@@ -54,7 +81,7 @@ CLASSES: tuple[tuple[str, str | Callable, str], ...] = (
     (r'data\.tokenizer', INCOMPATIBLE, 'token numbers mean something else'),
     (r'data\..*', OPTIMISATION, 'other batches from here on'),
     (r'optim\.(name|freeze)', INCOMPATIBLE, 'another optimizer state'),
-    (r'optim\.ema', change_kinds.ema, ''),
+    (r'optim\.ema', _ema, ''),
     (r'optim\..*', OPTIMISATION, 'other updates'),
     (r'model\.((attention_|ffn_|head_|lora\.)?dropout'
      r'|moe\.(jitter|logit_noise|expert_dropout|balance_loss|balance_weight'
@@ -101,8 +128,6 @@ class Change:
 
 
 MISSING = '(none)'
-# What runs without these fields did, where no default says it.
-_EARLIER = {'model.head': 'lm'}
 
 
 def save(workdir: epath.Path, config: ml_collections.ConfigDict,
@@ -125,7 +150,8 @@ def save(workdir: epath.Path, config: ml_collections.ConfigDict,
   before, now = starts(workdir), provenance.this_start(data)
   if before[-1:] != [now]:
     before.append(now)
-  text = json.dumps({**tree, _DERIVED: dict(derived or {}), _STARTS: before},
+  text = json.dumps({
+      _FORMAT: FORMAT, **tree, _DERIVED: dict(derived or {}), _STARTS: before},
                     indent=2, allow_nan=False)
   storage.write(file(workdir), text + '\n')
 
@@ -133,7 +159,8 @@ def save(workdir: epath.Path, config: ml_collections.ConfigDict,
 def load_config(workdir: epath.Path) -> ml_collections.ConfigDict:
   """Returns the config that `save` wrote; see from_json."""
   tree = _load(workdir)
-  del tree[_DERIVED], tree[_STARTS]
+  for name in (_FORMAT, _DERIVED, _STARTS):
+    del tree[name]
   return from_json(tree)
 
 
@@ -162,9 +189,9 @@ def exists(workdir: epath.Path) -> bool:
 
 def has_begun(workdir: epath.Path) -> bool:
   """Whether there is a checkpoint to go on from; its config ought to be."""
-  folder = restoring.directory(workdir)
-  return folder.exists() and any(
-      step_folders.number(path.name) is not None for path in folder.iterdir())
+  folder = checkpoints.directory(workdir)
+  return folder.exists() and any(checkpoints.step_number(path.name) is not None
+                                 for path in folder.iterdir())
 
 
 def compare(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict,
@@ -174,27 +201,17 @@ def compare(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict,
 
   With the derived values, 0 is the same as the value that it stands for, and
   a derived value that changes with another field is a change too.
-  A field that this version of the code no longer has is one as well.
 
   Raises:
     ValueError: for a changed field that no row of CLASSES covers.
   """
-  asked = flatten(old), flatten_dict(earlier.as_of_now(new.to_dict()))
-  olds, news = asked[0] | (old_derived or {}), asked[1] | (new_derived or {})
-  first = (new_derived or {}).keys() - (old_derived or {}).keys()
-  defaults = flatten(base.base())
+  olds = flatten(old) | dict(old_derived or {})
+  news = flatten(new) | dict(new_derived or {})
   changes = []
   for name in dict.fromkeys([*olds, *news]):
     before, after = olds.get(name, MISSING), news.get(name, MISSING)
-    if type(before) is type(after) and before == after or (
-        name in first and asked[0].get(name) == asked[1].get(name)):
-      continue  # or it is now derived for the first time, and asked for alike
-    if name not in olds and after in (defaults.get(name, MISSING),
-                                      _EARLIER.get(name, MISSING)):
-      continue  # a field newer than the run, which did what this says
-    kind, why = (classify(name, olds, news) if name in news else
-                 (OPTIMISATION, 'this version has no such field'))
-    changes.append(Change(name, before, after, kind, why))
+    if type(before) is not type(after) or before != after:
+      changes.append(Change(name, before, after, *classify(name, olds, news)))
   order = (INCOMPATIBLE, OPTIMISATION, SAFE)
   return sorted(changes, key=lambda change: order.index(change.kind))
 
@@ -236,32 +253,22 @@ def to_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 def from_json(tree: Mapping[str, Any]) -> ml_collections.ConfigDict:
   """Returns the config, locked, as config_flags locks what it parses."""
-  return ml_collections.ConfigDict(earlier.as_of_now(tuples(tree))).lock()
-
-
-def filled(config: ml_collections.ConfigDict) -> list[str]:
-  """Gives a run's config the fields that were added to configs/base.py after it
-  was written, at their defaults; returns their dotted names."""
-  added = []
-
-  def fill(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict,
-           prefix: str):
-    for name in new:
-      if name not in old:
-        added.append(prefix + name)
-        old[name] = new[name]
-      elif isinstance(new[name], ml_collections.ConfigDict):
-        fill(old[name], new[name], f'{prefix}{name}.')
-
-  with config.unlocked():
-    fill(config, base.base(), '')
-  return added
+  return ml_collections.ConfigDict(tuples(tree)).lock()
 
 
 def check_fields(tree: Mapping[str, Any], who: str) -> None:
-  """Raises RequestError for a field of another type than it has by now. Fields
-  may be missing, or not be expected."""
-  _check_group(tree, base.base(), who)
+  """Raises RequestError for fields of a config out of a file that are not those
+  of this version of the code, and for one of another type."""
+  expected = base.base()
+  _check_group(tree, expected, who)
+  there, known = ({name for name in flatten_dict(fields)
+                   if not name.startswith('model.kinds.')}
+                  for fields in (tree, expected.to_dict()))
+  others = sorted(there ^ known)
+  require(not others, f'{who}{others[0] if others else ""} is a field of '
+          + ('another' if others and others[0] in there else 'this')
+          + ' version of the code alone: go on with the version that wrote it, '
+          'or train anew')
 
 
 def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -280,10 +287,6 @@ def flatten_dict(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
   return flat
 
 
-_DERIVED = storage.DERIVED
-_STARTS = 'starts'
-
-
 def file(workdir: epath.Path):
   """Returns where the config of a run lies."""
   return storage.path(workdir) / storage.CONFIG
@@ -296,13 +299,14 @@ def _load(workdir: epath.Path) -> dict[str, Any]:
           if has_begun(workdir) else
           f'{path} is missing: no run was started in this workdir')
   tree = tuples(schema.parse(path.read_bytes(), str(path)))
-  require(isinstance(tree, dict) and _DERIVED in tree,
+  require(isinstance(tree, dict) and isinstance(tree.get(_DERIVED), dict),
           f'{path} is damaged: it has no {_DERIVED!r}')
-  require(isinstance(tree[_DERIVED], dict),
-          f'{path} is damaged: {_DERIVED!r} is no group of fields')
-  tree = {_STARTS: (), **tree}  # runs of earlier versions have none
-  provenance.check_shape(tree[_STARTS], f'{path}: {_STARTS}')
-  check_fields({k: v for k, v in tree.items() if k not in (_DERIVED, _STARTS)},
+  require(tree.get(_FORMAT) == FORMAT, f'{path} is of format '
+          f'{short(tree.get(_FORMAT))}, and this version of the code reads '
+          f'{FORMAT}: go on with the version that wrote it, or train anew')
+  provenance.check_shape(tree.get(_STARTS), f'{path}: {_STARTS}')
+  check_fields({name: value for name, value in tree.items()
+                if name not in (_FORMAT, _DERIVED, _STARTS)},
                f'{path} is damaged: ')
   known = flatten(base.base())
   for name, value in tree[_DERIVED].items():
@@ -341,3 +345,101 @@ def _check_plain(name: str, value: Any):
     raise RequestError(
         f'config field {name} holds {value!r}, a {type(value).__name__}: '
         'choose from bool, int, float, str, None, and tuples of them')
+
+
+def refuse(changes: list[Change], allow_config_change: bool,
+           some_fit: Callable[[], bool] = lambda: False,
+           workdir: epath.Path | None = None):
+  """Raises ValueError where changes need --allow_config_change and lack it.
+
+  Args:
+    changes: from the run's config.
+    allow_config_change: whether the flag is there.
+    some_fit: whether a new run could take some of its parameters.
+    workdir: that of the run.
+  """
+  grave = [change for change in changes if change.kind != SAFE]
+  if grave and not allow_config_change:
+    raise RequestError(
+        'the config differs from that of the run in this workdir in fields '
+        f'that matter:\n{table(changes)}\n'
+        + (way_on(changes, some_fit) or _other_ways(workdir)))
+
+
+def _other_ways(workdir: epath.Path | None) -> str:
+  if workdir and _is_import(workdir):
+    return (f'Pass --allow_config_change to train the weights in {workdir}. '
+            'Another --workdir starts from random parameters, unless '
+            f'--config.init_from={workdir} is added')
+  return 'Take another --workdir, or pass --allow_config_change to go on'
+
+
+def way_on(changes: list[Change], some_fit: Callable[[], bool]) -> str:
+  """Says what there is to do where a run cannot go on with `changes`, by their
+  kinds; '' where none is incompatible. `some_fit` is as for refuse_changes."""
+  names = [c.name for c in changes if c.kind == INCOMPATIBLE]
+  if not names:
+    return ''
+  sentence = (f'Take another --workdir: a run cannot go on with another '
+              f'{", ".join(names)}')
+  return sentence + (
+      '. To begin a new run with those parameters of this one whose names and '
+      'shapes match, pass --config.init_from=WORKDIR and '
+      '--config.init_partial=True' if some_fit() else '')
+
+
+def _is_import(workdir: epath.Path) -> bool:
+  """Whether a workdir holds weights that no run in it has trained."""
+  folder = checkpoints.directory(workdir)
+  return checkpoints.finished(folder) == [0] and checkpoints.parameters_alone(
+      checkpoints.arrays(folder, 0))
+
+
+def table(changes: list[Change]) -> str:
+  """Renders changes for a terminal: field, old, new, class, why."""
+  rows = [('field', 'old', 'new', 'class', 'why')]
+  rows += [(c.name, _short(c.old), _short(c.new), c.kind, c.why)
+           for c in changes]
+  widths = [max(map(len, column)) for column in zip(*rows)]
+  return '\n'.join(
+      '  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
+      for row in rows)
+
+
+def _short(value: Any) -> str:
+  text = value if value is MISSING else repr(value)
+  return text if len(text) <= 32 else text[:29] + '...'
+
+
+def to_train(workdir: str | os.PathLike, config: ml_collections.ConfigDict
+             ) -> str:
+  """Returns the command that trains in `workdir` with this very config."""
+  arch = config.model.arch
+  return shlex.join(['python', 'train.py', '--config',
+                     f'configs/{architectures.file_name(arch)}.py',
+                     f'--workdir={workdir}', *flags(config, usual(arch))])
+
+
+def usual(arch: str) -> ml_collections.ConfigDict:
+  """Returns the `tiny` of a system's file of configs/."""
+  return importlib.import_module(
+      f'configs.{architectures.file_name(arch)}').get_config('tiny')
+
+
+def flags(wanted: ml_collections.ConfigDict, there: ml_collections.ConfigDict,
+          names: Container[str] | None = None) -> list[str]:
+  """Returns the words of a command line that make one config of another.
+
+  Args:
+    wanted: the config.
+    there: the other.
+    names: of the fields that matter, dotted; None: all.
+  """
+  flat, kinds = flatten(there), wanted.model.kinds.to_dict()
+  words = [f'--config.{name}={value}'
+           for name, value in flatten(wanted).items()
+           if not name.startswith('model.kinds.') and value != flat[name]
+           and (names is None or name in names)]
+  if kinds != there.model.kinds.to_dict():
+    words.append(f'--config.model.kinds={kinds}')
+  return words

@@ -4,10 +4,18 @@ A bucket knows whole objects: nothing is appended to one, and none is seen half
 written. So what grows (metrics.jsonl, TensorBoard's and the profiler's files)
 is written on disk, and copied into the bucket from time to time. The arrays of
 checkpoints go there without a detour, by TensorStore.
+
+A failure to write is told apart from a bug and said in one sentence. A disk
+that is full, a folder that was deleted, a bucket that refuses: Python raises an
+OSError, which may not name the file; TensorStore, which writes the arrays of
+checkpoints, a ValueError, with the number of the operating system's error in
+its text.
 """
 
+from collections.abc import Callable, Iterator
 import contextlib
 import errno
+import fcntl
 import importlib.util
 import json
 import os
@@ -17,11 +25,12 @@ import shutil
 import sys
 import tempfile
 import time
+import types
+from typing import TextIO
 
 from etils import epath
 
-from configs.errors import RequestError, require
-from training.workdir import writing
+from configs.errors import EnvironmentFailure, RequestError, require
 
 CONFIG, CHECKPOINTS = 'config.json', 'checkpoints'  # of a run, in its folder
 DERIVED = 'derived'  # in a run's config.json, and in no other
@@ -72,7 +81,7 @@ def write(file: epath.Path, text: str) -> None:
   Raises:
     EnvironmentFailure: where it cannot be written.
   """
-  with writing.to(file):
+  with writing(file):
     file.parent.mkdir(parents=True, exist_ok=True)
     if in_bucket(file):
       file.write_text(text)
@@ -290,8 +299,173 @@ class Uploads:
       if self._sent.get(file) == state:
         continue
       target = self._folder / str(file.relative_to(self.local))
-      with writing.to(target):
+      with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         with file.open('rb') as source, target.open('wb') as sink:
           shutil.copyfileobj(source, sink, 2**20)
       self._sent[file] = state
+
+
+# How TensorStore begins a refusal of a bucket (the codes of absl::Status).
+_STATUS = re.compile(
+    r'(ABORTED|DEADLINE_EXCEEDED|NOT_FOUND|PERMISSION_DENIED'
+    r'|RESOURCE_EXHAUSTED|UNAUTHENTICATED|UNAVAILABLE): (.*)')
+# What a bucket is written through beside TensorStore; their errors have no
+# common base.
+_CLIENTS = ('aiohttp', 'gcsfs')
+_WORDS = {'NOT_FOUND': 'what was written of it is gone'}
+_OS_ERROR = re.compile(r"\[os_error_code='(\d+)'")
+
+
+def again() -> str:
+  return 'once that is mended, the same command goes on'
+
+
+@contextlib.contextmanager
+def writing(what: str, then: Callable[[], str] = again) -> Iterator[None]:
+  """Around what writes: a failure of the environment becomes a sentence.
+
+  Args:
+    what: the file, or words for it; it follows 'cannot write'.
+    then: returns how to go on; called after a failure.
+
+  Raises:
+    EnvironmentFailure: instead of an error whose reason lies outside of the
+      program. Every other error passes through as it is.
+  """
+  try:
+    yield
+  except (EnvironmentFailure, RequestError):
+    raise
+  except Exception as error:  # those of TensorStore have many types
+    why = reason(error)
+    if not why:
+      raise
+    raise EnvironmentFailure(f'cannot write {what}: {why}; {then()}') from error
+
+
+def reason(error: BaseException) -> str:
+  """Returns what of the environment an error comes from; '': it does not."""
+  chain = []
+  while error is not None:
+    chain.append(error)
+    error = error.__cause__ or error.__context__
+  # What TensorStore met comes first: Orbax, which cleans up after it, may have
+  # met more.
+  reasons = [*map(_of_tensorstore, chain), *map(_of_python, chain)]
+  return next(filter(None, reasons), '')
+
+
+def _of_tensorstore(error: BaseException) -> str:
+  text = str(error).split('\n')[0]
+  number = _OS_ERROR.search(text)
+  if number:
+    return os.strerror(int(number[1]))
+  status = isinstance(error, ValueError) and _STATUS.match(text)
+  if status:
+    return _WORDS.get(status[1]) or status[2].split(' [')[0][:300]
+  return ''
+
+
+def _of_python(error: BaseException) -> str:
+  text = str(error).split('\n')[0]
+  if isinstance(error, OSError):
+    return error.strerror or text or type(error).__name__
+  if type(error).__module__.partition('.')[0] in _CLIENTS:
+    return f'{type(error).__name__}: {text}'
+  return ''
+
+
+class File:
+  """A file that grows while a run goes on: each write is on disk, or raises
+  EnvironmentFailure. It notices that the file was deleted, since writes then
+  succeed and are lost."""
+
+  def __init__(self, path: epath.Path, then: Callable[[], str] = again):
+    self._path, self._then = pathlib.Path(path), then
+    with writing(path, then):
+      self._path.parent.mkdir(parents=True, exist_ok=True)
+      self._file = self._path.open('ab', buffering=0)
+
+  def write(self, data: bytes) -> None:
+    with writing(self._path, self._then):
+      left = memoryview(data)
+      while left:
+        left = left[self._file.write(left):]
+      if os.fstat(self._file.fileno()).st_nlink == 0:
+        raise FileNotFoundError(errno.ENOENT, 'it was deleted in mid-run')
+
+  def flush(self) -> None:
+    """Nothing: there is no buffer."""
+
+  def close(self) -> None:
+    with writing(self._path, self._then):
+      os.fsync(self._file.fileno())
+      self._file.close()
+
+  def __enter__(self) -> 'File':
+    return self
+
+  def __exit__(self, kind: type[BaseException] | None,
+               error: BaseException | None,
+               traceback: types.TracebackType | None):
+    if error is None:
+      self.close()
+    else:
+      self._file.close()
+
+
+# What a file system says that has none, as Lustre mounted without flock.
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
+
+_held = []  # open files, whose locks end with the process, however it ends
+
+
+def lock(workdir: epath.Path, primary: bool = True) -> None:
+  """Locks the workdir for this process, until it ends.
+
+  In a bucket nothing can be locked, and nothing is done. A file system without
+  locks is warned of.
+
+  Args:
+    workdir: of the run.
+    primary: whether this is process 0, the only one of a run that locks.
+
+  Raises:
+    ValueError: where another run has it.
+  """
+  if primary and '://' not in str(workdir):
+    _held.append(_locked(workdir))
+
+
+@contextlib.contextmanager
+def locked(workdir: epath.Path) -> Iterator[None]:
+  """Locks the workdir as `lock` does, until the context ends: for a process
+  that trains in several."""
+  if '://' in str(workdir):
+    yield
+    return
+  with _locked(workdir):
+    yield
+
+
+def _locked(workdir: epath.Path) -> TextIO:
+  """Returns the open file whose lock ends when it is closed."""
+  path = pathlib.Path(workdir) / 'lock'
+  path.parent.mkdir(parents=True, exist_ok=True)
+  file = path.open('w')
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    free = True
+  except BlockingIOError:
+    free = False
+    file.close()
+  except OSError as error:
+    if error.errno not in _NO_LOCKS:
+      raise
+    free = True
+    print(f'warning: {workdir} has no file locks ({error.strerror}): nothing '
+          'keeps a second process from training in it', file=sys.stderr)
+  require(free, f'another process trains in {workdir}: wait until it has '
+          'ended, or take another --workdir')
+  return file

@@ -16,8 +16,7 @@ from training import weights
 from training.chat import load
 from training.hf import config as hf_config
 from training.hf import generation as hf_generation
-from training.workdir import restoring
-from training.workdir import run_config
+from training.workdir import checkpoints, run_config
 
 TEMPLATE = ('{% for m in messages %}{{ m.content }}</s>{% endfor %}'
             '{% if add_generation_prompt %}b{% endif %}')
@@ -127,7 +126,7 @@ def test_a_run_is_asked_as_its_objective_says(objective, tmp_path, monkeypatch):
   config.model = models.config('gpt', vocab_size=384)
   config.data.source = 'jsonl:x:messages'
   run_config.save(tmp_path, config)
-  monkeypatch.setattr(trained, 'on_one_device', lambda *_: restoring.Restored(
+  monkeypatch.setattr(trained, 'on_one_device', lambda *_: checkpoints.Restored(
       5, 'the parameters', {}, []))
   speaker = load.of_run(tmp_path)
   assert speaker.params == 'the parameters' and speaker.options == {}

@@ -16,7 +16,7 @@ from training.data import chat_templates, pipeline, tokenizers
 from training.hf import generation as hf_generation
 from training.hf import tokenizer as hf_tokenizer
 from training.objectives import chat
-from training.workdir import changed_config, run_config
+from training.workdir import run_config
 
 BYTES = tokenizers.load('bytes')
 # Of ChatML, as SmolLM2 and Qwen write it; here the bytes tokenizer's [EOS]
@@ -306,7 +306,7 @@ def test_a_run_keeps_the_text_of_its_template(tmp_path):
                                runs.resolve(config, BYTES)[1])
   assert change.name == 'data.chat_template'
   with pytest.raises(RequestError, match='another layout of conversations'):
-    changed_config.refuse([change], allow_config_change=False)
+    run_config.refuse([change], allow_config_change=False)
   file.unlink()
   kept = runs.config_of(tmp_path)
   np.testing.assert_array_equal(chat.question('x', kept, BYTES), before)

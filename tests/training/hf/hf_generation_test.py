@@ -18,7 +18,7 @@ from training.hf import config as hf_config
 from training.hf import generation as hf_generation
 from training.hf import tokenizer as hf_tokenizer
 from training.objectives import chat
-from training.workdir import restoring, run_config
+from training.workdir import checkpoints, run_config
 
 GIVEN = dict(
     fields=dict(bos_token_id=3, eos_token_id=[4, 5], pad_token_id=None,
@@ -77,7 +77,7 @@ def test_training_gives_the_ids_another_meaning(imported, monkeypatch):
   model = architectures.resolve(config.model)
   kept = hf_generation.kept(imported)
   assert convert._generation(imported, config, model, 0) == kept
-  assert restoring.directory(imported).exists()
+  assert checkpoints.directory(imported).exists()
   monkeypatch.setattr('training.initial_state.has_parameters_alone',
                       lambda folder: False)
   ids = tokenizers.load('bytes:61').special_ids

@@ -12,7 +12,7 @@ from training import objectives, runs
 from training.data import conversations, pipeline, sources
 from training.data import tokenizers
 from training.objectives import chat
-from training.workdir import changed_config, run_config
+from training.workdir import run_config
 
 texts = train_test.texts
 BYTES = tokenizers.load('bytes')
@@ -216,7 +216,7 @@ def test_a_run_of_the_earlier_template_goes_on_with_it(talks, tmp_path):
       '</s>USER: Hello!\nASSISTANT: ')
   # To go on by the published one must be asked for.
   with pytest.raises(ValueError, match='data.chat_template=earlier'):
-    changed_config.refuse(
+    run_config.refuse(
         run_config.compare(run_config.load_config(tmp_path), config),
         allow_config_change=False)
   tree['objective'] = 'causal'

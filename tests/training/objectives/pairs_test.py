@@ -13,7 +13,7 @@ from tests.training.data import roberta_files
 from training import objectives, runs
 from training.data import pipeline, questions, records, tokenizers
 from training.objectives import question_answering
-from training.workdir import changed_config, run_config
+from training.workdir import run_config
 
 PAIRS = [('an ant', 'ran'), ('a', 'an an an an an an an an an'),
          ('what is an anagram of nap, then?', 'pan'), ('a an a an', 'an a an')]
@@ -147,7 +147,7 @@ def test_a_run_of_one_separator_goes_on_with_it(arch, objective, kept, folder,
   assert bool(changes) == kept
   if kept:  # the other layout must be asked for
     with pytest.raises(ValueError, match='data.pair_separators=1 is that'):
-      changed_config.refuse(changes, allow_config_change=False)
+      run_config.refuse(changes, allow_config_change=False)
     config.data.pair_separators = 1
     assert not run_config.compare(old, config)
   if (arch, objective) == ('roberta', 'classification'):

@@ -16,7 +16,7 @@ from training.costs import memory
 from training.distributed import devices
 from training.optim import average
 from training.step import make_train_step
-from training.workdir import change_kinds, run_config
+from training.workdir import run_config
 
 OPTIM = base.base().optim
 OPTIM.ema = 0.75
@@ -134,10 +134,10 @@ def test_sharded_it_is_the_same(spread):
 
 
 @pytest.mark.parametrize('old, new, kind', [
-    (0.0, 0.9, change_kinds.INCOMPATIBLE),
-    (0.9, 0.0, change_kinds.INCOMPATIBLE),
-    (None, 0.9, change_kinds.INCOMPATIBLE),  # a run of an earlier version
-    (0.9, 0.99, change_kinds.OPTIMISATION)])
+    (0.0, 0.9, run_config.INCOMPATIBLE),
+    (0.9, 0.0, run_config.INCOMPATIBLE),
+    (None, 0.9, run_config.INCOMPATIBLE),  # a run of an earlier version
+    (0.9, 0.99, run_config.OPTIMISATION)])
 def test_what_a_change_of_it_does_to_a_run(old, new, kind):
   before = {} if old is None else {'optim.ema': old}
   assert run_config.classify('optim.ema', before, {'optim.ema': new})[0] == kind

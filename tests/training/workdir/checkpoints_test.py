@@ -1,6 +1,10 @@
-"""When a save is due, what is kept, and what a kill or another process does."""
+"""What is saved comes back bit for bit, or is named and not used; when a save
+is due, what is kept, and what a kill or another process does."""
 
+import errno
 import os
+import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -8,22 +12,408 @@ import sys
 import textwrap
 import time
 
+import hypothesis
+from hypothesis import strategies as st
+import jax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+import jax.numpy as jnp
+import optax
 import pytest
 
+from configs.errors import EnvironmentFailure
 from tests.helpers import toy_run
-from training.workdir import checkpoints
-from training.workdir import restoring
+from training import paths
+from training.workdir import checkpoints, run_config
+
+
+@pytest.fixture(name='run', scope='module')
+def _run(tmp_path_factory):
+  """(workdir, {step: state on the host}) of a run saved at 10, 20 and 30."""
+  workdir = tmp_path_factory.mktemp('run')
+  return workdir, toy_run.run(workdir)
+
+
+@pytest.fixture(name='copy')
+def _copy(run, tmp_path):
+  shutil.copytree(run[0], tmp_path / 'run')
+  return tmp_path / 'run'
+
+
+def test_round_trip_is_bitwise(run):
+  workdir, states = run
+  with toy_run.open_store(workdir) as store:
+    restored = toy_run.resume(store, toy_run.abstract(4, 2))
+  toy_run.assert_bitwise(restored.state, states[30])
+  assert isinstance(restored.state['opt_state'][0], optax.ScaleByAdamState)
+  assert restored.state['key'].dtype == jax.random.key(0).dtype
+  assert (restored.step, restored.damaged) == (30, ())
+  assert restored.record['next_batch'] == 30
+  assert restored.record['tokens'] == 64 * 30
+  assert restored.record['config']['optim']['lr'] == toy_run.CONFIG.optim.lr
+  assert checkpoints.environment_changes(restored.record) == []
+
+
+def test_resumed_equals_straight_bit_for_bit(run):
+  """20 straight steps = 10 + restart + 10; the run goes on while it saves."""
+  workdir, states = run
+  restored = checkpoints.restore(
+      checkpoints.directory(workdir), toy_run.abstract(4, 2), step=10)
+  state, train_step = restored.state, toy_run.trainer(4, 2)
+  toy_run.assert_bitwise(state, states[10])
+  for _ in range(10):
+    state = train_step(state)
+  toy_run.assert_bitwise(state, states[20])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('keep, keep_every, left', [
-    (1, 0, [9]), (2, 0, [8, 9]), (2, 4, [4, 8, 9]), (1, 3, [3, 6, 9])])
-def test_keeps_the_newest_and_every_nth(tmp_path, keep, keep_every, left):
+@pytest.mark.parametrize('shape', [(2, 4), (1, 1)])
+def test_another_mesh_gets_the_same_bits(run, shape):
+  workdir, states = run
+  restored = checkpoints.restore(
+      checkpoints.directory(workdir), toy_run.abstract(*shape))
+  toy_run.assert_bitwise(restored.state, states[30])
+  for name, x in paths.flatten(restored.state['params']).items():
+    assert x.sharding.mesh == toy_run.make_mesh(*shape), name
+  after = toy_run.trainer(*shape)(restored.state)
+  assert int(after['step']) == 31
+
+
+def test_the_host_memory_of_reading_is_bounded_by_a_shard():
+  """By the saved shards that a new one overlaps, and 1 GB; never less."""
+  def limit_gb(shape, saved, spec):
+    place = NamedSharding(toy_run.make_mesh(4, 2), spec)
+    x = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)
+    least = jax.ShapeDtypeStruct(
+        (1, 1), jnp.float32, sharding=NamedSharding(place.mesh, P()))
+    record = {'arrays': {'x': {'shard': saved}, 'least': {'shard': [1, 1]}}}
+    return checkpoints._read_limit_gb(record, {'x': x, 'least': least})
+  n = 2**15  # n x n is 4.3 GB
+  assert limit_gb((n, n), [n, n], P()) == 1 + 4
+  assert limit_gb((n, n), [n // 8, n], P('fsdp')) == 1 + 2
+  assert limit_gb((n, n), [n, n], P('fsdp', 'tensor')) == 1 + 4
+  assert limit_gb((64, 64), [8, 64], P('fsdp')) == 1
+
+
+def test_params_alone(run):
+  """For evaluation: the optimizer's two thirds are not read."""
+  workdir, states = run
+  abstract = {'params': toy_run.abstract(1, 1)['params']}
+  folder = checkpoints.directory(workdir)
+  state = checkpoints.restore(folder, abstract, partial=True).state
+  toy_run.assert_bitwise(state, {name: x for name, x in states[30].items()
+                          if name.startswith('params/')})
+  with pytest.raises(checkpoints.Mismatch, match='opt_state/0/mu.* not here'):
+    checkpoints.restore(folder, abstract)
+
+
+def test_a_step_by_number_and_one_that_is_not_there(run):
+  workdir, states = run
+  folder, abstract = checkpoints.directory(workdir), toy_run.abstract(1, 1)
+  restored = checkpoints.restore(folder, abstract, 20)
+  toy_run.assert_bitwise(restored.state, states[20])
+  with pytest.raises(ValueError, match='step 25 .* there are 10, 20, 30'):
+    checkpoints.restore(folder, abstract, 25)
+  with pytest.raises(ValueError, match='no checkpoint in'):
+    checkpoints.restore(folder / 'nothing', abstract)
+
+
+def _reshape(state):
+  bias = state['params']['up']['bias']
+  state['params']['up']['bias'] = jax.ShapeDtypeStruct(
+      (513,), bias.dtype, sharding=bias.sharding)
+
+
+def _recast(state):
+  bias = state['params']['up']['bias']
+  state['params']['up']['bias'] = jax.ShapeDtypeStruct(
+      bias.shape, jnp.bfloat16, sharding=bias.sharding)
+
+
+def _rename(state):
+  state['params']['over'] = state['params'].pop('up')
+
+
+@pytest.mark.parametrize('change, sentence', [
+    (_reshape, r'params/up/bias is float32\[512\] in it and float32\[513\]'),
+    (_recast, r'params/up/bias is float32\[512\] in it and bfloat16\[512\]'),
+    (_rename, r'params/over/kernel is not in it.*params/up/kernel is in it')])
+def test_what_does_not_fit_is_refused_by_name(copy, change, sentence):
+  """And not taken for damage: no step is passed over or set aside."""
+  abstract = toy_run.abstract(1, 1)
+  change(abstract)
+  with toy_run.open_store(copy) as store:
+    with pytest.raises(checkpoints.Mismatch, match=sentence):
+      toy_run.resume(store, abstract)
+  assert checkpoints.steps(checkpoints.directory(copy)) == [10, 20, 30]
+
+
+def _truncate(step_dir):
+  path = toy_run.data_files(step_dir)[0]
+  os.truncate(path, path.stat().st_size // 2)
+
+
+def _delete(step_dir):
+  toy_run.data_files(step_dir)[0].unlink()
+
+
+def _delete_manifest(step_dir):
+  (step_dir / 'state' / 'manifest.ocdbt').unlink()
+
+
+def _delete_record(step_dir):
+  shutil.rmtree(step_dir / 'record')
+
+
+def _truncate_record(step_dir):
+  os.truncate(step_dir / 'record' / 'metadata', 100)
+
+
+@pytest.mark.parametrize('damage', [
+    _truncate, _delete, _delete_manifest, toy_run.flip_in_largest,
+    _delete_record, _truncate_record])
+def test_damage_is_named_and_the_step_before_is_used(run, copy, damage):
+  damage(copy / 'checkpoints' / '30')
+  with toy_run.open_store(copy) as store:
+    restored = toy_run.resume(store, toy_run.abstract(4, 2))
+    sentence, = restored.damaged
+    assert sentence.startswith('checkpoint 30 in ')
+    assert ' is damaged: ' in sentence and '\n' not in sentence
+    assert sentence.endswith('; using 20 instead')
+    assert restored.step == 20
+    toy_run.assert_bitwise(restored.state, run[1][20])
+    # The run comes to step 30 again, and `keep` counts only what is good.
+    assert checkpoints.steps(store.directory) == [10, 20]
+    assert (copy / 'checkpoints' / '30.aside').exists()
+    assert toy_run.save(store, 30, restored.state)
+    store.wait()
+    assert checkpoints.steps(store.directory) == [10, 20, 30]
+
+
+@pytest.mark.parametrize('part', ['record', 'arrays'])
+@pytest.mark.parametrize('code', [errno.ESTALE, errno.EIO])
+def test_an_error_of_the_machine_is_no_damage(copy, monkeypatch, code, part):
+  name = f'_read_{part}'
+  read = getattr(checkpoints, name)
+
+  def fail(folder, *args):
+    if folder.name == '30':
+      raise OSError(code, os.strerror(code), str(folder))
+    return read(folder, *args)
+  monkeypatch.setattr(checkpoints, name, fail)
+  with toy_run.open_store(copy) as store:
+    if code == errno.EIO:  # which may be of these files alone
+      assert toy_run.resume(store, toy_run.abstract(1, 1)).step == 20
+      return
+    with pytest.raises(EnvironmentFailure, match='30 .* may be sound: .*Errno'):
+      toy_run.resume(store, toy_run.abstract(1, 1))
+    assert checkpoints.steps(store.directory) == [10, 20, 30]
+
+
+def test_nothing_good_is_an_error_and_nothing_is_moved(copy):
+  for step in (10, 20, 30):
+    _truncate(copy / 'checkpoints' / str(step))
+  with toy_run.open_store(copy) as store:
+    with pytest.raises(RuntimeError, match='(is damaged.*){3}is no other'):
+      toy_run.resume(store, toy_run.abstract(4, 2))
+    assert checkpoints.steps(store.directory) == [10, 20, 30]
+
+
+def test_a_damaged_step_asked_for_by_number_is_not_replaced(copy):
+  _truncate(copy / 'checkpoints' / '20')
+  with pytest.raises(RuntimeError, match='20 .* is damaged.* also 10, 30'):
+    checkpoints.restore(
+        checkpoints.directory(copy), toy_run.abstract(1, 1), step=20)
+
+
+@pytest.mark.parametrize('step', [None, 20])
+def test_a_step_that_is_deleted_while_it_is_read(step, copy, monkeypatch):
+  """By a run that goes on there, and has saved its next one."""
+  folder = checkpoints.directory(copy)
+  (folder / '30').rename(copy / 'next')
+  read = checkpoints._read_arrays
+
+  def and_lose(*args):
+    if (copy / 'next').exists():
+      (copy / 'next').rename(folder / '30')
+      shutil.rmtree(folder / '20')
+    return read(*args)
+  monkeypatch.setattr(checkpoints, '_read_arrays', and_lose)
+  if step:
+    with pytest.raises(RuntimeError, match='20 .* was deleted .* 10, 30'):
+      checkpoints.restore(folder, toy_run.abstract(1, 1), step)
+    return
+  restored = checkpoints.restore(folder, toy_run.abstract(1, 1))
+  assert (restored.step, restored.damaged) == (30, ())
+
+
+def test_going_back_sets_later_steps_aside(copy):
+  with toy_run.open_store(copy) as store:
+    assert toy_run.resume(store, toy_run.abstract(1, 1), step=10).step == 10
+    assert checkpoints.steps(store.directory) == [10]
+
+
+def test_no_flipped_bit_gets_through(run, copy):
+  """20 places drawn from all files of a step: found, or without effect."""
+  step_dir, states = copy / 'checkpoints' / '30', run[1]
+  abstract = toy_run.abstract(1, 1)
+  folder = checkpoints.directory(copy)
+  files = [path for path in sorted(step_dir.rglob('*')) if path.is_file()]
+  sizes = [path.stat().st_size for path in files]
+  draw = random.Random(0)
+  found = 0
+  for _ in range(20):
+    path, = draw.choices(files, sizes)
+    place, bit = draw.randrange(path.stat().st_size), draw.randrange(8)
+    toy_run.flip(path, place, bit)
+    restored = checkpoints.restore(folder, abstract)
+    found += restored.step == 20
+    toy_run.assert_bitwise(restored.state, states[restored.step])
+    toy_run.flip(path, place, bit)
+  assert found >= 10
+
+
+def test_a_flip_in_any_matrix_is_found_by_its_checksum(run, copy):
+  """Each is looked up where it lies in the file, and hit there."""
+  step_dir, expected = copy / 'checkpoints' / '30', run[1][30]
+  folder, abstract = checkpoints.directory(copy), toy_run.abstract(1, 1)
+  contents = {path: path.read_bytes() for path in toy_run.data_files(step_dir)}
+  hit = []
+  for name, x in expected.items():
+    if x.ndim != 2:
+      continue
+    # The run was sharded 4 x 2: half of the first row is in one piece.
+    piece = x[0, :x.shape[1] // 2].tobytes()
+    (path, place), = [(path, content.find(piece))
+                      for path, content in contents.items() if piece in content]
+    toy_run.flip(path, place + 1)
+    restored = checkpoints.restore(folder, abstract)
+    toy_run.flip(path, place + 1)
+    assert restored.step == 20, name
+    assert f'the checksum of {name} is not' in restored.damaged[0], name
+    hit.append(name)
+  assert len(hit) == 6  # two matrices and their two moments
+
+
+@pytest.mark.parametrize('name, step', [
+    ('0', 0), ('20', 20), ('2147483647', 2**31 - 1), ('2147483648', None),
+    ('0020', None), ('\u00b2', None), ('2\u0660', None), ('\u0662', None),
+    ('-1', None), ('+1', None), ('1_0', None), (' 1', None), ('1\n', None),
+    ('', None), ('20.aside', None), ('9' * 200, None)])
+def test_the_name_of_a_step(name, step):
+  assert checkpoints.step_number(name) == step
+
+
+@pytest.mark.parametrize('change, new', [(shutil.move, 25),
+                                         (shutil.copytree, 35)])
+def test_a_folder_under_another_number_is_passed_over(
+    run, copy, change, new):
+  """Renamed or copied: of a run that says it goes on from step 35, the steps
+  to 35 must have been trained."""
+  folder = copy / 'checkpoints'
+  shutil.rmtree(folder / '30')
+  change(folder / '20', folder / str(new))
+  good = 10 if change is shutil.move else 20
+  with toy_run.open_store(copy) as store:
+    restored = toy_run.resume(store, toy_run.abstract(4, 2))
+    assert restored.step == int(restored.state['step']) == good
+    assert f'checkpoint {new} in ' in restored.damaged[0]
+    assert 'it holds step 20' in restored.damaged[0]
+    toy_run.assert_bitwise(restored.state, run[1][good])
+  assert (folder / f'{new}.aside').exists()
+
+
+def test_nor_is_it_read_by_number_or_for_its_parameters(copy):
+  folder = copy / 'checkpoints'
+  shutil.move(folder / '30', folder / '35')
+  abstract = {'params': toy_run.abstract(1, 1)['params']}
+  with pytest.raises(RuntimeError, match='35 .*holds step 30.* also 10, 20'):
+    checkpoints.restore(folder, abstract, 35, partial=True)
+  assert checkpoints.restore(folder, abstract, partial=True).step == 20
+
+
+def test_other_names_are_left_alone_and_said(copy):
+  """By us and by Orbax, which would take some of them for a step."""
+  folder = copy / 'checkpoints'
+  shutil.move(folder / '30', folder / '0030')
+  others = ['\u00b2', '3\u0660', 'notes']
+  for name in others:
+    (folder / name).mkdir()
+  with toy_run.open_store(copy, keep=2) as store:
+    restored = toy_run.resume(store, toy_run.abstract(1, 1))
+    assert restored.step == 20
+    assert [sentence.split()[0] for sentence in restored.damaged] == [
+        "'0030'", "'3\u0660'", "'\u00b2'"]
+    for step in (21, 30):
+      toy_run.save(store, step, restored.state)
+    store.wait()
+  left = {path.name for path in folder.iterdir()}
+  assert left == {'21', '30', '0030', *others}
+
+
+def test_a_config_that_was_lost_is_asked_for(copy):
+  """Else the run would go on with whatever config it is given."""
+  assert run_config.has_begun(copy)
+  with pytest.raises(ValueError, match='config.json is missing, although'):
+    run_config.load_config(copy)
+
+
+@hypothesis.given(
+    goods=st.dictionaries(st.integers(0, 60), st.booleans(), max_size=20),
+    keep=st.integers(1, 4), keep_every=st.sampled_from([0, 1, 7]),
+    best=st.none() | st.integers(0, 60))
+@hypothesis.settings(deadline=None)
+def test_what_is_kept(goods, keep, keep_every, best):
+  kept = checkpoints.kept(list(goods), goods.__getitem__, best, keep=keep,
+                          keep_every=keep_every, average=0, every_steps=0)
+  assert kept <= set(goods)
+  good = [step for step in sorted(goods) if goods[step]]
+  assert set(good[-keep:]) <= kept
+  assert not goods or max(goods) in kept
+  assert best not in goods or best in kept
+  for step in kept - set(good[-keep:]) - {max(goods, default=0), best}:
+    assert keep_every and step % keep_every == 0
+  if keep_every:
+    assert {step for step in goods if step % keep_every == 0} <= kept
+
+
+def test_records_are_read_no_further_back_than_needed():
+  asked = []
+  def is_good(step):
+    asked.append(step)
+    return step != 9
+  assert checkpoints.kept(range(10), is_good, None, keep=2, keep_every=0,
+                          average=0, every_steps=0) == {7, 8, 9}
+  assert asked == [9, 8, 7]
+
+
+@pytest.mark.slow
+def test_restarts_in_a_bad_stretch_leave_the_good_ones(tmp_path):
+  """A launcher starts the run again and again, and each time it saves."""
   state = toy_run.born(1, 1)
-  with toy_run.open_store(tmp_path, keep=keep, keep_every=keep_every) as store:
-    for step in range(1, 10):
+  with toy_run.open_store(tmp_path, keep=2, keep_every=5) as store:
+    for step in (1, 2, 3, 4, 5):
+      toy_run.save(store, step, state, good=step < 4)
+  for step in range(6, 13):
+    with toy_run.open_store(tmp_path, keep=2, keep_every=5) as store:
+      assert toy_run.resume(store, toy_run.abstract(1, 1)).step == step - 1
+      toy_run.save(store, step, state, good=False)
+  assert checkpoints.steps(checkpoints.directory(tmp_path)) == [2, 3, 5, 10, 12]
+  # Once it has recovered, the newest good ones are what is kept.
+  with toy_run.open_store(tmp_path, keep=2, keep_every=0) as store:
+    for step in (13, 14):
       toy_run.save(store, step, state)
-  assert restoring.steps(restoring.directory(tmp_path)) == left
+  assert checkpoints.steps(checkpoints.directory(tmp_path)) == [13, 14]
+
+
+
+
+def test_those_to_be_averaged_are_kept():
+  options = dict(keep=1, keep_every=0, average=3, every_steps=10)
+  kept = lambda steps: checkpoints.kept(steps, lambda step: True, None,
+                                        **options)
+  assert kept(range(5, 48)) == {20, 30, 40, 47}
+  assert kept([10, 12]) == {10, 12}
 
 
 def test_the_same_state_is_not_saved_twice(tmp_path):
@@ -32,7 +422,7 @@ def test_the_same_state_is_not_saved_twice(tmp_path):
     assert toy_run.save(store, 10, state)
     assert not toy_run.save(store, 10, state)
   with toy_run.open_store(tmp_path) as store:
-    restored = store.restore(toy_run.abstract(1, 1))
+    restored = toy_run.resume(store, toy_run.abstract(1, 1))
     assert not toy_run.save(store, 10, restored.state)
 
 
@@ -45,15 +435,14 @@ def test_a_stop_soon_after_a_start_is_saved(tmp_path, monkeypatch):
   monkeypatch.setattr('orbax.checkpoint.utils.reached_preemption',
                       lambda step: True)
   with toy_run.open_store(tmp_path) as store:
-    restored = store.restore(toy_run.abstract(1, 1))
+    restored = toy_run.resume(store, toy_run.abstract(1, 1))
     toy_run.save(store, 2, restored.state)
     store.wait()
-  assert restoring.steps(restoring.directory(tmp_path)) == [1, 2]
+  assert checkpoints.steps(checkpoints.directory(tmp_path)) == [1, 2]
 
 
 @pytest.mark.parametrize('every_steps, every_minutes, due', [
-    (0, 0.0, []), (4, 0.0, [4, 8, 12]), (0, 5.0, [5, 10]),
-    (4, 5.0, [4, 8, 12]), (7, 5.0, [5, 7, 12])])
+    (4, 0.0, [4, 8, 12]), (7, 5.0, [5, 7, 12])])
 def test_due_by_step_or_by_time_since_the_last(
     tmp_path, every_steps, every_minutes, due):
   """One step takes one minute of this clock; a save starts the time anew."""
@@ -68,14 +457,6 @@ def test_due_by_step_or_by_time_since_the_last(
         toy_run.save(store, step, state)
         saved.append(step)
   assert saved == due
-
-
-@pytest.mark.parametrize('field, value', [
-    ('keep', 0), ('keep_every', -1), ('every_steps', -1),
-    ('every_minutes', -0.5)])
-def test_wrong_numbers_are_refused(tmp_path, field, value):
-  with pytest.raises(ValueError, match=rf'checkpoint\.{field}={value}'):
-    toy_run.open_store(tmp_path, **{field: value})
 
 
 def test_what_differs_from_the_environment_of_a_run_is_said():
@@ -111,7 +492,7 @@ _PROCESS = '''
       store.wait()
       if index == 0:
         here.flip_in_largest(pathlib.Path(store.directory / '12'))
-      restored = store.restore(here.abstract(4, 2))
+      restored = here.resume(store, here.abstract(4, 2))
       print('restored', restored.step, len(restored.damaged), flush=True)
       for step in range(restored.step + 1, 13):
         restored.state.update(train_step(restored.state))
@@ -145,9 +526,9 @@ def test_two_processes_save_pass_over_damage_and_one_reads(tmp_path):
     assert [line for line in out
             if line.startswith(('saved', 'restored'))] == [
         'saved 6', 'saved 12', 'restored 6 1', 'saved 12']
-  folder, states = restoring.directory(tmp_path), []
+  folder, states = checkpoints.directory(tmp_path), []
   for shape in ((8, 1), (1, 1)):
-    restored = restoring.restore(folder, toy_run.abstract(*shape))
+    restored = checkpoints.restore(folder, toy_run.abstract(*shape))
     assert (restored.step, restored.damaged) == (12, ())
     states.append(toy_run.host(restored.state))
     toy_run.assert_bitwise(restored.state, states[0])
@@ -184,7 +565,7 @@ def test_kill_9_in_a_save_leaves_a_good_step(tmp_path):
     last = [int(line) for line in process.stdout.read().split()][-1:] or [4]
     process.wait()
     with toy_run.open_store(workdir) as store:
-      restored = store.restore(abstract)
+      restored = toy_run.resume(store, abstract)
       assert restored.damaged == ()
       # keep=1 removes a step only when the next is whole; one is under way.
       assert last[0] - 1 <= restored.step <= last[0] + 1

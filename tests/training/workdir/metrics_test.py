@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from configs import base
+from configs.errors import RequestError
 from training.workdir import metrics
 
 
@@ -68,8 +69,7 @@ def test_an_evaluation_that_is_made_again_is_not_written_again(tmp_path):
 
 
 @pytest.mark.parametrize('torn', [
-    b'{"step": 30, "split": "tr', b'{"step": 20, "split": "eval"}', b'\xe2',
-    b'\x00\x00', b'30\n'])
+    b'{"step": 30, "split": "tr', b'\xe2', b'30\n'])
 def test_a_torn_last_line_is_dropped(tmp_path, torn):
   jsonl(tmp_path, [10, 20])
   with (tmp_path / 'metrics.jsonl').open('ab') as file:
@@ -170,3 +170,14 @@ def test_a_missing_extra_is_a_sentence(name, monkeypatch, tmp_path):
 def test_only_the_first_process_writes(tmp_path):
   assert metrics.writers(tmp_path, log_config(), primary=False) == []
   assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('row', [
+    '{"step": 1', '{"step": "1", "split": "train"}',
+    '{"step": 1, "split": "train", "loss": "low"}'])
+def test_a_line_of_metrics_that_is_no_row_has_its_number(row, tmp_path):
+  file = tmp_path / 'metrics.jsonl'
+  good = '{"step": 1, "split": "train", "loss": 1}'
+  file.write_text(f'{good}\n{row}\n{good}\n')
+  with pytest.raises(RequestError, match='metrics.jsonl, line 2,'):
+    metrics.read(file)

@@ -10,9 +10,10 @@ import pytest
 
 import architectures
 from configs import base
+from configs.errors import RequestError
 from training import runs
 from training.data import tokenizers
-from training.workdir import changed_config, checkpoints, run_config
+from training.workdir import checkpoints, run_config
 from training.workdir.run_config import INCOMPATIBLE, OPTIMISATION, SAFE
 
 
@@ -35,20 +36,6 @@ def test_round_trip_is_equal_tuples_and_floats_too(tmp_path):
     loaded.optim.learning_rate = 1.0
 
 
-def test_the_decay_mask_that_earlier_versions_wrote_is_the_one_of_now(
-    tmp_path):
-  """It was two patterns by default, which select what is selected without."""
-  config = _config(optim__decay_mask=(
-      ('.*(norm|bias|embed|sink).*', 0), ('.*', 1)))
-  run_config.save(tmp_path, config)
-  loaded = run_config.load_config(tmp_path)
-  assert loaded == _config()
-  assert not run_config.compare(loaded, config)
-  [change] = run_config.compare(loaded, _config(
-      optim__decay_mask=(('.*', 1),)))
-  assert change.name == 'optim.decay_mask' and change.kind == OPTIMISATION
-
-
 def test_config_json_is_the_tree_itself_and_what_was_derived(tmp_path):
   run_config.save(tmp_path, _config(), {'model.d_ff': 512})
   tree = json.loads((tmp_path / 'config.json').read_text())
@@ -58,7 +45,7 @@ def test_config_json_is_the_tree_itself_and_what_was_derived(tmp_path):
   assert [p.name for p in tmp_path.iterdir()] == ['config.json']
 
 
-@pytest.mark.parametrize('value', [[1, 2], {1, 2}, object(), ([1],)])
+@pytest.mark.parametrize('value', [[1, 2], ([1],)])
 def test_what_json_cannot_give_back_is_refused(tmp_path, value):
   config = base.base()
   config.data.source = ml_collections.FieldReference(
@@ -71,16 +58,6 @@ def test_what_json_cannot_give_back_is_refused(tmp_path, value):
 def test_derived_names_must_be_fields(tmp_path):
   with pytest.raises(ValueError, match="'model.width': no such config field"):
     run_config.save(tmp_path, _config(), {'model.width': 1})
-
-
-@pytest.mark.parametrize('text, sentence', [
-    (None, 'is missing: no run was started'), ('{"seed": 0', 'is damaged'),
-    ('[]', 'is damaged'), ('{"seed": 0}', 'is damaged')])
-def test_unreadable_config_json(tmp_path, text, sentence):
-  if text is not None:
-    (tmp_path / 'config.json').write_text(text)
-  with pytest.raises(ValueError, match=f'config.json {sentence}'):
-    run_config.load_config(tmp_path)
 
 
 def test_every_field_of_base_has_a_class():
@@ -100,26 +77,12 @@ def test_every_row_is_reached_by_a_field_of_base():
 
 @pytest.mark.parametrize('name, value, kind', [
     ('log__every_steps', 3, SAFE),
-    ('checkpoint__keep', 9, SAFE),
-    ('eval__batches', 1, SAFE),
     ('mesh__tensor', 2, SAFE),
-    ('data__workers', 2, SAFE),
-    ('data__cache_dir', '/tmp/x', SAFE),
-    ('model__remat', 'full', SAFE),
     ('seed', 1, OPTIMISATION),
-    ('data__batch_size', 64, OPTIMISATION),
-    ('data__source', 'text:a', OPTIMISATION),
     ('optim__lr', 1.0, OPTIMISATION),
     ('train__steps', 2000, OPTIMISATION),
-    ('model__dropout', 0.1, OPTIMISATION),
-    ('model__dtype', 'bfloat16', OPTIMISATION),
-    ('model__moe__top_k', 1, OPTIMISATION),
-    ('init_from', 'x', OPTIMISATION),
     ('optim__name', 'lion', INCOMPATIBLE),
     ('model__d_model', 256, INCOMPATIBLE),
-    ('model__param_dtype', 'bfloat16', INCOMPATIBLE),
-    ('model__moe__num_experts', 4, INCOMPATIBLE),
-    ('model__ffn', 'swiglu', INCOMPATIBLE),
     ('data__tokenizer', 'gpt2.json', INCOMPATIBLE)])
 def test_one_change_is_found_and_classed(name, value, kind):
   old, new = _config(), _config(**{name: value})
@@ -127,12 +90,12 @@ def test_one_change_is_found_and_classed(name, value, kind):
   dotted = name.replace('__', '.')
   assert change.name == dotted
   assert (change.kind, change.new) == (kind, value)
-  changed_config.refuse([change], allow_config_change=True)
+  run_config.refuse([change], allow_config_change=True)
   if kind == SAFE:
-    changed_config.refuse([change], allow_config_change=False)
+    run_config.refuse([change], allow_config_change=False)
   else:
     with pytest.raises(ValueError, match='another --workdir') as error:
-      changed_config.refuse([change], allow_config_change=False)
+      run_config.refuse([change], allow_config_change=False)
     assert f'{dotted} ' in str(error.value) and kind in str(error.value)
     # What the run could not go on with anyway is not offered.
     assert ('--allow_config_change' in str(error.value)) == (
@@ -151,7 +114,7 @@ def test_another_workdir_than_that_of_an_import_begins_without_it(
                tokens=0, config=base.base())
   changes = run_config.compare(_config(), _config(train__steps=10))
   with pytest.raises(ValueError, match=words):
-    changed_config.refuse(changes, False, workdir=epath.Path(tmp_path))
+    run_config.refuse(changes, False, workdir=epath.Path(tmp_path))
 
 
 def test_a_run_has_begun_with_its_first_checkpoint(tmp_path):
@@ -163,13 +126,8 @@ def test_a_run_has_begun_with_its_first_checkpoint(tmp_path):
   assert run_config.has_begun(tmp_path)
 
 
-def test_equal_configs_have_no_changes():
-  assert run_config.compare(_config(), _config()) == []
-
-
 @pytest.mark.parametrize('schedule, kind', [
-    ('cosine', OPTIMISATION), ('linear', OPTIMISATION), ('wsd', OPTIMISATION),
-    ('constant', SAFE), ('rsqrt', SAFE)])
+    ('cosine', OPTIMISATION), ('constant', SAFE)])
 def test_more_steps_are_safe_where_the_schedule_has_no_end(schedule, kind):
   old = _config(optim__schedule=schedule)
   new = _config(optim__schedule=schedule, train__steps=5000)
@@ -201,18 +159,10 @@ def test_an_uncovered_field_is_an_error_that_says_where_to_add_it():
     run_config.compare(base.base(), new)
 
 
-def test_a_field_that_is_gone_is_shown():
-  old = base.base()
-  old.model.wibble = 1
-  change, = run_config.compare(old, base.base())
-  assert change.name == 'model.wibble' and change.kind == OPTIMISATION
-  assert '(none)' in changed_config.table([change])
-
-
 def test_table_puts_the_worst_first_in_even_columns():
   changes = run_config.compare(
       _config(), _config(log__every_steps=1, optim__lr=0.5, model__d_model=64))
-  lines = changed_config.table(changes).splitlines()
+  lines = run_config.table(changes).splitlines()
   assert [line.split()[0] for line in lines] == [
       'field', 'model.d_model', 'optim.lr', 'log.every_steps']
   column = lines[0].index('class')
@@ -234,3 +184,53 @@ def test_what_print_config_prints_is_that_config(system):
       config.model.head_dim or config.model.d_model // config.model.num_heads)
   flat = run_config.flatten(config)
   assert run_config.flatten_dict(printed).keys() == flat.keys()
+
+
+# What stands for a field of config.json, and the field.
+WRONG = {
+    'model': 3, 'model.d_model': '128', 'optim.lr': [1], 'seed': True,
+    'data.source': None, 'optim.decay_mask': 'all', 'train.steps': 1.5,
+}
+
+
+def _saved(tmp_path):
+  run_config.save(tmp_path, base.base(), {'model.max_len': 256})
+  return tmp_path / 'config.json'
+
+
+@pytest.mark.parametrize('name', WRONG)
+def test_a_config_of_wrong_types_is_refused(name, tmp_path):
+  file = _saved(tmp_path)
+  tree = json.loads(file.read_text())
+  *groups, last = name.split('.')
+  at = tree
+  for group in groups:
+    at = at[group]
+  at[last] = WRONG[name]
+  file.write_text(json.dumps(tree))
+  with pytest.raises(RequestError, match=f'config.json is damaged: {name} is'):
+    run_config.load_config(tmp_path)
+
+
+@pytest.mark.parametrize('text', [
+    b'', b'[]', b'{"derived": 3}', b'\xff\xfe', b'[' * 10_000])
+def test_a_config_that_is_none_is_refused(text, tmp_path):
+  _saved(tmp_path).write_bytes(text)
+  with pytest.raises(RequestError, match='config.json is damaged'):
+    run_config.load_config(tmp_path)
+
+
+@pytest.mark.parametrize('change, sentence', [
+    (lambda tree: tree.update(format=2), 'is of format 2, and this version'),
+    (lambda tree: tree.pop('format'), 'is of format None, and this version'),
+    (lambda tree: tree['train'].pop('z_loss'),
+     'train.z_loss is a field of this version of the code alone'),
+    (lambda tree: tree['train'].update(y_loss=0),
+     'train.y_loss is a field of another version of the code alone')])
+def test_a_config_of_another_version_is_refused(change, sentence, tmp_path):
+  file = _saved(tmp_path)
+  tree = json.loads(file.read_text())
+  change(tree)
+  file.write_text(json.dumps(tree))
+  with pytest.raises(RequestError, match=sentence):
+    run_config.load_config(tmp_path)

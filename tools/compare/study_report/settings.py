@@ -21,7 +21,6 @@ def of_base(record: Record) -> dict[str, Any]:
   plan, frozen = record.plan, record.frozen
   point = frozen.point(plan.base, plan.sizes[0], plans.TEXT)
   config = run_config.from_json(frozen.base_config)
-  run_config.filled(config)  # a plan may be older than some fields
   config = spec.changed(config, point['changes'], f'the base {plan.base!r}')
   model = runs.resolve_alone(config)
   resolved = run_config.flatten_dict({'model': dataclasses.asdict(model)})

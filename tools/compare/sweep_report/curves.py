@@ -231,9 +231,7 @@ def _run(workdir, description, point: str, seed: int, state: str, error: str
                          f'{folder / "eval.json"}: extrapolation')
   config = {}
   if started:
-    loaded = run_config.load_config(folder)
-    run_config.filled(loaded)
-    config = run_config.flatten(loaded)
+    config = run_config.flatten(run_config.load_config(folder))
   return Run(
       seed, state, error, config,
       tuple(metrics.read(file)) if file.exists() else (), evaluations,

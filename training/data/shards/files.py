@@ -7,7 +7,7 @@ from typing import Any
 from etils import epath
 
 from configs.errors import EnvironmentFailure
-from training.workdir import storage, writing
+from training.workdir import storage
 
 
 def read(folder: epath.Path, name: str, start: int, end: int) -> bytes:
@@ -25,7 +25,7 @@ def read(folder: epath.Path, name: str, start: int, end: int) -> bytes:
   except FileNotFoundError as error:
     raise missing(path) from error
   except Exception as error:  # those of a bucket's client have many types
-    why = writing.reason(error)
+    why = storage.reason(error)
     if not why:
       raise
     raise EnvironmentFailure(

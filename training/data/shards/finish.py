@@ -17,7 +17,7 @@ import numpy as np
 from training.data.shards import files
 from training.data.shards import folder as folders
 from training.data.shards import pages, records, write
-from training.workdir import writing
+from training.workdir import storage
 
 THREADS = 8
 PACKAGES = ('archetype', 'array_record', 'numpy', 'tokenizers')
@@ -41,7 +41,7 @@ def index(folder: epath.Path, begun: dict[str, Any],
            for key in ('documents', 'tokens', 'bytes')}
   described = begun | total | dict(versions=_versions(), shards=shards)
   described.pop('holdout_every', None)  # of the first command alone
-  with writing.to(folder / folders.INDEX):
+  with storage.writing(folder / folders.INDEX):
     write.put(folder / folders.INDEX, json.dumps(described, indent=1).encode())
 
 
@@ -68,14 +68,14 @@ def split(folder: epath.Path, shards: list[dict[str, Any]], every: int) -> None:
   """
   name = folders.split_name(every)
   firsts = np.cumsum([0] + [shard['documents'] for shard in shards])
-  with writing.to(folder / name):
+  with storage.writing(folder / name):
     (folder / name).mkdir(parents=True, exist_ok=True)
 
   def one(i: int) -> list[list[int]]:
     sizes, num_bytes, places = _table(folder, shards[i])
     kinds = pages.classes(int(firsts[i]) + np.arange(len(sizes)), every)
     own = folder / name / f'{folders.number(i)}.marks'
-    with writing.to(own):
+    with storage.writing(own):
       write.put(own, pages.encode(np.concatenate(
           [table(sizes, kinds, len(places)), places], axis=1)))
     return [np.bincount(kinds, weights, pages.CLASSES).astype(int).tolist()
@@ -83,7 +83,7 @@ def split(folder: epath.Path, shards: list[dict[str, Any]], every: int) -> None:
 
   with futures.ThreadPoolExecutor(THREADS) as pool:
     rows = list(pool.map(one, range(len(shards))))
-  with writing.to(folder / f'{name}.json'):
+  with storage.writing(folder / f'{name}.json'):
     write.put(folder / f'{name}.json', json.dumps(
         {'every': every, 'shards': rows}).encode())
 

@@ -24,7 +24,7 @@ from training.data.shards import files
 from training.data.shards import folder as folders
 from training.data.shards import records
 from training.data.tokenizers import Tokenizer
-from training.workdir import storage, writing
+from training.workdir import storage
 
 CHUNK_CHARS = 1 << 20
 CHUNK_TEXTS = 1 << 13
@@ -83,12 +83,12 @@ def shard(folder: epath.Path, i: int, documents: Iterable[Any],
   """
   own = folders.number(i)
   with contextlib.ExitStack() as stack:
-    with writing.to(str(folder)):
+    with storage.writing(str(folder)):
       room = stack.enter_context(_room(folder))
     path = room / (own + folders.SHARD)
     # Of the text that is read, an error says more by itself.
     sizes, num_bytes = _write(path, documents, tokenizer, name)
-    with writing.to(str(folder)):
+    with storage.writing(str(folder)):
       size, digest, places = read_back(path)
       described = dict(
           name=own, documents=len(sizes), tokens=int(sizes.sum()),

@@ -235,8 +235,8 @@ def _pooler(output: Any, counted_BL: Any):
 
 def write(file: Any, texts: Sequence[str], vectors_ND: np.ndarray) -> None:
   """Writes the vectors: as an array; or as a table with the texts."""
-  from training.workdir import writing
-  with writing.to(file):
+  from training.workdir import storage
+  with storage.writing(file):
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open('wb') as sink:
       if file.suffix == '.npy':
