@@ -9,32 +9,28 @@ layer n of the others stands where n - len(prefix) would. Likewise those of
 model.suffix come after the last period.
 """
 
+from collections.abc import Callable
+import functools
 import itertools
 import operator
 from typing import Any, Optional
 
 import chex
-import flax.linen as nn
 from flax import struct
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from architectures.parts import gathered
-from architectures.parts import heads
-from architectures.parts import layer_reports
-from architectures.parts import linear
-from architectures.parts import mixers
-from architectures.parts import positions
-from architectures.parts import sharding
-from architectures.parts import streams
+from architectures.parts import (
+    gathered, heads, linear, mixers, positions, remat, sharding, streams)
 from architectures.parts.attention import values
-from architectures.parts.attention.cache import apart, Cache, joined, turned
+from architectures.parts.attention.cache import (
+    Cache, Slots, apart, joined, turned)
 from architectures.parts.blocks import BLOCKS, branches, residual
 from architectures.parts.config import LayerKind, ModelConfig, Section
 from architectures.parts.context import Context
 from architectures.parts.dropout import Dropout
 from architectures.parts.norms import norm
-from architectures.parts.period import Period, Scanned
 from configs.errors import require
 from configs.kinds import SECTIONS
 
@@ -99,6 +95,103 @@ class Embed(nn.Module):
     return sharding.constrain_stream(x_BLD, 'embed'), table_VD.T
 
 
+class Period(nn.Module):
+  """One period of the layer pattern. From layer to layer go x, which may be
+  several streams, and, with model.value_residual, the values of the first one.
+  Returned are also the keys and values of the layers `lends`, by their place
+  before the period's end: -1 is the last.
+
+  `in_loop`: a loop goes over several periods. If they have one layer, its remat
+  needs no barrier. Anywhere else XLA would keep what the forward pass has, or
+  compute several layers again at once.
+  """
+  config: ModelConfig
+  pattern: tuple[LayerKind, ...]
+  lends: tuple[int, ...] = ()
+  in_loop: bool = False
+
+  @nn.compact
+  def __call__(self, carry: tuple[streams.X, Optional[values.First]],
+               cache: Any, ctx: Context):
+    x, first = carry
+    caches, auxes, kept, lent = [], [], [], dict(ctx.lent)
+    ends = len(self.pattern)
+    wanted = {kind.source for kind in self.pattern} | {
+        ends + place for place in self.lends}
+    for i, kind in enumerate(self.pattern):
+      config = self.config.of_kind(kind.name)
+      block = remat.block(BLOCKS[config.block], config,
+                          prevent_cse=not (self.in_loop and ends == 1))
+      own = ctx.replace(first=first, keys=lent.get(kind.source), lent={},
+                        lends=i in wanted)
+      own_cache = None if cache is None else cache[i]
+      make = functools.partial(block, config, kind, name=f'block_{i}')
+      if (sharding.devices() == 1 or self.is_initializing()
+          or self.in_loop and i == 0):
+        x, new, aux = make()(x, own, own_cache)
+      else:
+        x, new, aux = self._after_its_weights(f'block_{i}', make, x, own,
+                                              own_cache)
+      if getattr(new, 'first', None) is not None:
+        first, new = new.first, new.replace(first=None)
+      if getattr(new, 'lent', None) is not None:
+        lent[i], new = new.lent, new.replace(lent=None)
+      caches.append(new)
+      auxes.append(aux)
+      kept.append(x if ctx.keep_layers else ())
+    with_cache = cache is not None or ctx.keep_attention
+    return (x, first), (
+        tuple(caches) if with_cache else None, tuple(auxes), tuple(kept),
+        {place: lent[ends + place] for place in self.lends})
+
+
+  def _after_its_weights(self, name: str, block: Callable, x: streams.X,
+                         *args: Any):
+    """Returns block(x, *args), whose gradient goes on to the layer before it
+    when those of its weights are there, each of them in its shards.
+
+    XLA's scheduler may otherwise put off their sums over the devices, and then
+    several layers have whole gradients at once. In a loop it cannot: the end of
+    an iteration needs them.
+    """
+    held = [x]
+
+    def tied(variables: Any):
+      held[0], own = _tied(held[0], variables['params'][name])
+      return {'params': {**variables['params'], name: own}}
+
+    return nn.map_variables(lambda period: block()(held[0], *args), 'params',
+                            tied)(self)
+
+
+@jax.custom_vjp
+def _tied(x: streams.X, params: Any) -> tuple[streams.X, Any]:
+  return x, params
+
+
+_tied.defvjp(lambda x, params: ((x, params), None),
+             lambda _, gradients: jax.lax.optimization_barrier(gradients))
+
+
+class Scanned(Period):
+  """A period as the body of a scan.
+
+  The slots of all periods go from one to the next, and each writes its own,
+  those of place `n`, where they lie. If a scan were given the slots period by
+  period and returned them, XLA would copy all of them for each token.
+  """
+
+  def __call__(self, carry: tuple[Any, Slots],
+               own: tuple[Optional[jax.Array], Any], ctx: Context):
+    carry, slots = carry
+    n, rest = own
+    cache = None if slots is None else joined(slots, rest, n)
+    carry, (cache, *out) = super().__call__(carry, cache, ctx)
+    if slots is not None:
+      slots, cache = apart(cache)
+    return (carry, slots), (cache, *out)
+
+
 class Stack(nn.Module):
   """num_layers layers, then the final norm where the wiring needs one.
 
@@ -135,14 +228,14 @@ class Stack(nn.Module):
     # would gather the head.
     x_BLD = sharding.constrain(final(end(x)), 'batch', 'length', 'embed')
     caches, auxes, kept, _ = zip(*found)
-    aux = layer_reports.gather_aux(auxes)
+    aux = _gather_aux(auxes)
     if ctx.keep_layers:
       layers_NBLD = jnp.concatenate([given_BLD[None], *(
           jnp.stack([end(x) for x in blocks], 1).reshape(-1, *x_BLD.shape)
           for blocks in kept)])
       aux = aux | {'layers': layers_NBLD, 'readouts': final(layers_NBLD)}
     if ctx.keep_attention:
-      weights, caches = layer_reports.take_weights(caches)
+      weights, caches = _take_weights(caches)
       aux = aux | weights
     if not with_cache:
       return x_BLD, None, aux
@@ -307,7 +400,7 @@ class Decoder(nn.Module):
       head, extra = heads.Unembed(c, name='head')(table_DV), {}
       if c.mtp_depth and cache is None and not (keep_layers or keep_attention):
         extra['ahead'], more = Ahead(c, name='ahead')(x_BLD, embedded_BLD, ctx)
-        aux = layer_reports.with_losses(aux, more)
+        aux = _with_losses(aux, more)
       return Output(x_BLD, head, cache, aux, extra=extra)
     row = heads.HEADS[c.head].of_row
     y = heads.last(x_BLD, valid_BL, segment_ids_BL) if row else x_BLD
@@ -367,3 +460,64 @@ def one_by_one(params: Any, cache: Any) -> tuple[Any, list]:
         cpu=jax.lax.optimization_barrier, default=lambda x: x)
     slots += own
   return params | {'decoder': decoder | apart}, turned(slots)
+
+
+# What the layers of a stack report, put together in their order.
+
+
+def _take_weights(caches: tuple) -> tuple[dict, tuple]:
+  """Returns the attention weights that the layers put into their caches,
+  [N, B, H, L, M] by name, in the layers' order; and the caches without.
+  `caches` has a tuple for each section of the stack."""
+  names = {'attention': 'weights_BHLM',
+           'cross_attention': 'memory_weights_BHLM'}
+  found = {}
+  for name, field in names.items():
+    if getattr(caches[0][0], field) is None:
+      continue
+    blocks = [[getattr(entry, field) for entry in cache] for cache in caches]
+    heads_of = {w.shape[-3] for section in blocks for w in section}
+    require(len(heads_of) == 1, 'attention weights are kept of layers with as '
+            'many heads each, and model.kinds has layers of '
+            f'{" and ".join(map(str, sorted(heads_of)))} heads')
+    found[name] = _join([jnp.stack(section, 1).reshape(
+        -1, *section[0].shape[1:]) for section in blocks])
+  plain = dict.fromkeys(names.values())
+  return found, tuple(tuple(entry.replace(**plain) for entry in cache)
+                      for cache in caches)
+
+
+def _gather_aux(sections: tuple) -> dict:
+  """Sums the layers' losses; stacks their health, and what they kept of their
+  experts, in the layers' order.
+
+  `sections` has for each section of the stack one entry a block of its period,
+  whose leaves are [periods, ...].
+  """
+  sections = [[aux for aux in auxes if aux] for auxes in sections]
+  auxes = [aux for section in sections for aux in section]
+  if not auxes:
+    return {}
+  losses = jax.tree.map(lambda *xs: sum(x.sum() for x in xs),
+                        *[aux['losses'] for aux in auxes])
+  stacked = {name: jax.tree.map(lambda *xs: _join(xs), *[
+      jax.tree.map(
+          lambda *xs: jnp.stack(xs, 1).reshape(-1, *xs[0].shape[1:]),
+          *[aux[name] for aux in section]) for section in sections if section])
+             for name in ('health', 'experts') if name in auxes[0]}
+  loads = {path: load_NE for aux in auxes
+           for path, load_NE in aux['loads'].items()}
+  return {'losses': losses, 'loads': loads} | stacked
+
+
+def _join(parts: Any) -> jax.Array:
+  return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+
+
+def _with_losses(aux: dict, more: list[dict]) -> dict:
+  """Returns what a stack reports, with the losses and the loads of layers
+  beside it, of each as it reports them itself."""
+  for own in more:
+    aux = aux | {'losses': jax.tree.map(jnp.add, aux['losses'], own['losses']),
+                 'loads': aux['loads'] | own['loads']}
+  return aux

@@ -1,19 +1,17 @@
 """Modules that predict further tokens: what they are given, and their loss."""
 
-import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import architectures
 from architectures.parts import skeletons
 from architectures.parts.context import Context
 from configs.errors import RequestError
 from tests.helpers import models
 from tests.training import step_test
-from training import ahead, objectives, paths, runs
+from training import ahead, objectives, runs
 from training.costs import flops, totals
 
 TWO = dict(mtp_depth=2)
@@ -33,8 +31,7 @@ def config(**fields):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('fields', [
-    dict(), pytest.param(dict(system='mixtral', num_kv_heads=2),
-                         marks=pytest.mark.long)], ids=str)
+    dict()], ids=str)
 def test_modules_are_those_of_the_oracle(fields):
   """Each is written out for the rows that it has, without the places that no
   token follows; the losses are those of equations 24 and 25."""
@@ -99,19 +96,6 @@ def test_a_module_sees_no_token_that_it_predicts():
     assert (reach[k, :L - k] == (i[None] <= i[:L - k, None] + k)).all(), k
 
 
-@pytest.mark.long
-def test_the_model_itself_stays_as_it_is():
-  module, params = models.make('llama', **TWO)
-  plain = architectures.build(dataclasses.replace(module.config, mtp_depth=0))
-  rest = {name: x for name, x in params.items() if name != 'ahead'}
-  tokens = models.tokens()
-  models.close(models.logits(module, params, tokens),
-               models.logits(plain, rest, tokens), rtol=1e-6)
-  cache = architectures.init_cache(module.config, 2, 16)
-  out = module.apply({'params': params}, tokens, cache=cache)
-  assert not out.extra  # decoding is without them
-
-
 def test_packed_documents_predict_only_their_own():
   c = config()
   ids = jnp.array([[1, 1, 1, 1, 2, 2, 2]])
@@ -124,23 +108,6 @@ def test_packed_documents_predict_only_their_own():
   batch['weights'] = batch['weights'].at[0, 3].set(0)
   assert ahead.shifted(batch, 1)[1].tolist() == [[1, 1, 0, 1, 1, 1, 0]]
   assert ahead.share({}, c) == 0
-
-
-@pytest.mark.long
-def test_documents_in_a_row_are_those_apart():
-  module, params = models.make('llama', **TWO)
-  first, second = models.tokens(1, 6), models.tokens(1, 9, seed=2)
-  run = jax.jit(lambda batch: objectives.OBJECTIVES['causal'].figures(
-      objectives.OBJECTIVES['causal'].apply(module, params, batch), batch,
-      config(**TWO)))
-  apart = [run(batch_of(x)) for x in (first, second)]
-  rows = [batch_of(x, segment_ids=jnp.full((1, x.shape[1] - 1), n),
-                   positions=jnp.arange(x.shape[1] - 1)[None])
-          for n, x in enumerate((first, second), 1)]
-  packed = run(jax.tree.map(lambda *xs: jnp.concatenate(xs, 1), *rows))
-  for name in ('loss', 'ahead_1_loss', 'ahead_2_loss', 'ahead_2_accuracy'):
-    models.close(packed[name], jax.tree.map(
-        jnp.add, apart[0][name], apart[1][name]), rtol=1e-5)
 
 
 def test_they_are_counted_apart():
@@ -182,31 +149,8 @@ def test_what_cannot_be_is_refused(fields, words):
     runs.check_config(c)
 
 
-@pytest.mark.long
-def test_they_train_on_several_devices_as_on_one():
-  """In micro-batches, with experts whose bias moves."""
-  c = step_test.config(mesh__data=2, mesh__fsdp=2, mesh__tensor=2,
-                       train__grad_accumulation=2)
-  c.model = models.config('deepseek_v3', vocab_size=64, mtp_depth=1)
-  _, state, metrics = step_test.train(c, steps=2)
-  _, alone, other = step_test.train(c, step_test.one_device(), steps=2)
-  models.close(alone.params, state.params, rtol=2e-4)
-  assert 'ahead_1_loss' in metrics[0]
-  for name in ('loss', 'ahead_1_loss', 'grad_norm'):
-    assert metrics[-1][name] == pytest.approx(other[-1][name], rel=1e-3)
-  biases = [x for path, x in paths.flatten(state.params).items()
-            if path.startswith('ahead/') and path.endswith('router_bias')]
-  assert biases and all(np.abs(x).max() > 0 for x in biases)
-
-
-def test_encoders_look_no_further():
-  with pytest.raises(RequestError, match='mtp_depth 2 has no meaning with'):
-    architectures.resolve(models.config('bert', **TWO))
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize('ends', [
-    pytest.param((12,), marks=pytest.mark.long), (5, 12)])
+@pytest.mark.parametrize('ends', [(5, 12)])
 def test_places_that_no_token_follows_take_no_expert(ends):
   """The last k of each document: what they join is of two texts. The load of an
   expert is a share of the choices of the others."""

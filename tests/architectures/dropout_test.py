@@ -22,10 +22,7 @@ from architectures.parts.blocks import BLOCKS
 from architectures.parts.config import LayerKind
 from architectures.parts.context import Context
 from architectures.parts.ffn import FFN
-from architectures.parts.skeletons import Embed
 from tests.helpers import models
-from tests.training import step_test
-from training import objectives
 
 ALL = 1 - 1e-7  # the greatest rate that a config takes: 1 is refused
 
@@ -72,13 +69,6 @@ def test_a_block_that_drops_all_that_its_parts_return_passes_x_on(block, cross):
       want_BLD = norms.layernorm(want_BLD, p['scale'], p['bias'], 1e-5)
   np.testing.assert_allclose(dropped_BLD, want_BLD, atol=1e-5)
   assert not np.allclose(whole_BLD, want_BLD, atol=1e-2)
-
-
-def test_an_embedding_that_drops_all_is_zero():
-  tokens = models.tokens(2, 6)
-  _, dropped, whole = run(Embed(resolved(dropout=ALL)), tokens,
-                          jnp.arange(6)[None], deterministic=True)
-  assert not dropped[0].any() and whole[0].all()
 
 
 @pytest.mark.parametrize('kind', ['gelu', 'swiglu'])
@@ -138,19 +128,6 @@ def test_elements_are_dropped_by_their_share_and_independent(rate):
                              rtol=0.2)
 
 
-def test_rows_whose_words_are_neighbours_differ(monkeypatch):
-  """A row that begins where another has its second column is not that row."""
-  words = np.array([[[0], [0x9E3779B9]], [[7], [1 << 31]]], np.uint32)
-  monkeypatch.setattr(jax.random, 'bits', lambda *_: jnp.asarray(words))
-  a, b = np.asarray(dropout.bits(jax.random.key(0), (2, 999)))
-  assert not (a[1:] == b[:-1]).any()
-
-
-@pytest.mark.parametrize('shape', [(), (5,), (2, 3), (2, 1, 7)])
-def test_a_shape_of_any_rank_has_bits(shape):
-  assert dropout.bits(jax.random.key(0), shape).shape == shape
-
-
 def test_a_mask_is_the_same_on_a_mesh_under_vmap_and_for_the_gradient():
   x = jax.random.normal(jax.random.key(1), (4, 2, 8, 6))
   keys = jax.random.split(jax.random.key(2), 3)
@@ -186,37 +163,3 @@ def test_each_layer_drops_by_a_draw_of_its_own(scan_layers):
 
 
 # The key of a draw: of the seed, the step, the micro-batch and the stream.
-
-
-def train(seed=0, parts=1, steps=1, dropout=0.5):
-  """Returns the metrics of steps that change no parameter, on one batch."""
-  c = step_test.config(model__dropout=dropout, optim__lr=0.0,
-                       train__grad_accumulation=parts)
-  c.seed = seed
-  _, _, metrics = step_test.train(c, step_test.one_device(), steps,
-                                  [step_test.batch()] * steps)
-  return metrics
-
-
-@pytest.mark.slow
-def test_no_two_draws_of_a_run_share_a_key(monkeypatch):
-  """Of two seeds, steps, micro-batches and streams: 16 keys."""
-  keys, apply = [], objectives.Objective.apply
-
-  def recorded(self, *args, rngs, **kwargs):
-    for key in rngs.values():
-      jax.debug.callback(lambda data: keys.append(tuple(data.tolist())),
-                         jax.random.key_data(key))
-    return apply(self, *args, rngs=rngs, **kwargs)
-
-  monkeypatch.setattr(objectives.Objective, 'apply', recorded)
-  for seed in (0, 1):
-    train(seed, parts=2, steps=2)
-  jax.effects_barrier()
-  assert len(keys) == len(set(keys)) == 16
-
-
-@pytest.mark.slow
-def test_a_step_of_training_drops_and_repeats():
-  losses = [float(train(dropout=rate)[0]['loss']) for rate in (0.0, 0.5, 0.5)]
-  assert losses[0] != losses[1] == losses[2]

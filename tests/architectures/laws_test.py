@@ -1,6 +1,6 @@
 """What holds of every decoder, whatever its parts: causality, scan = loop,
-remat = plain, decode = forward, packed = apart, with gradients; the product of
-all parts is in tests/architectures/product_test.py."""
+remat = plain, decode = forward, packed = apart, with gradients. product_test.py
+draws combinations of parts."""
 
 import types
 
@@ -18,7 +18,6 @@ from architectures.parts.blocks import BLOCKS
 from architectures.parts.config import LayerKind
 from architectures.parts.norms import NORMS
 from architectures.parts.positions import POSITIONS
-from tests.architectures.product_test import FFNS
 from tests.helpers import models
 
 ATTENTIONS = {
@@ -35,33 +34,22 @@ ATTENTIONS = {
     'latent': dict(mixer='latent', attention_gate='elementwise'),
     'deltanet': dict(pattern='delta,whole', kinds=dict(
         delta=dict(mixer='deltanet', position='none'), whole={})),
-    'kda': dict(mixer='kda', position='none'),
-    'retnet': dict(mixer='retnet', position='rope', num_heads=4),
-    'gla': dict(mixer='gla', position='none'),
 }
+FFNS = ('gelu', 'swiglu', 'moe')
 PARTS = dict(position=POSITIONS, block=BLOCKS, norm=NORMS, ffn=FFNS,
              attention=ATTENTIONS)
-# Every value of every part, one that is added too; product_test.py has the
-# product.
+# Every value of every part but networks, one that is added too.
 VARIANTS = [{part: tuple(values)[i % len(values)]
              for part, values in PARTS.items()}
             for i in range(max(map(len, PARTS.values())))]
-# Those that have nothing new but another recurrence, each of which has its own
-# tests.
-REPEATS = [parts for i, parts in enumerate(VARIANTS)
-           if parts['attention'] in ('deltanet', 'kda', 'retnet', 'gla')
-           and all(parts[part] in [other[part] for other in VARIANTS[:i]]
-                   for part in PARTS if part != 'attention')]
 
 
 def _name(parts):
   return '-'.join(parts.values())
 
 
-@pytest.mark.parametrize('parts', [
-    parts if i == 0 else pytest.param(parts, marks=[
-        pytest.mark.slow, *[pytest.mark.long] * (parts in REPEATS)])
-    for i, parts in enumerate(VARIANTS)], ids=_name)
+@pytest.mark.slow
+@pytest.mark.parametrize('parts', VARIANTS, ids=_name)
 def test_laws_of_a_variant(parts):
   changes = dict(parts)
   changes |= dict(attention='global') | ATTENTIONS[changes.pop('attention')]
@@ -96,19 +84,13 @@ def test_laws_of_a_variant(parts):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('scan_layers', [
-    True, pytest.param(False, marks=pytest.mark.long)])
-@pytest.mark.parametrize('parts', [
-    pytest.param(dict(), marks=pytest.mark.long),
-    dict(position='rope', block='sandwich', ffn='moe')])
-def test_remat_equals_plain_and_computes_again_what_it_says(parts,
-                                                            scan_layers):
+def test_remat_equals_plain_and_computes_again_what_it_says():
   """In training, where dropout draws: the same loss and gradients; `full`
   takes every product of a layer again in the backward pass, `dots` none."""
   tokens, found, products = models.tokens(), {}, {}
   for remat in ('none', 'full', 'dots'):
-    module, params = models.make(dropout=0.1, scan_layers=scan_layers,
-                                 remat=remat, **parts)
+    module, params = models.make(
+        dropout=0.1, remat=remat, position='rope', block='sandwich', ffn='moe')
     def loss(p, module=module):
       rngs = {name: jax.random.key(3) for name in ('dropout', 'router')}
       return jnp.square(models.logits(module, p, tokens, deterministic=False,

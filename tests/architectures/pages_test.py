@@ -4,16 +4,11 @@ its record of Hugging Face's format names what there is."""
 import importlib
 import re
 
-import flax.linen as nn
 import pytest
 
 import architectures
-from architectures.parts import mixers
-from architectures.parts.hf import tensor_map
 from configs import base
 from tests.helpers import models
-from training import paths
-from training.step import abstract_params
 from training.hf import config as hf_config
 from training.workdir import run_config
 
@@ -21,15 +16,6 @@ from training.workdir import run_config
 ALWAYS = {'position', 'norm', 'block', 'attention', 'ffn', 'tie_embeddings'}
 OF_EXPERTS = {'moe.router', 'moe.top_k', 'moe.ffn'}
 SCALES = {'attention_scale', 'embed_scale', 'logits_scale', 'rope.fraction'}
-# The axes by which a sharding rule knows a parameter, and their letters.
-LETTERS = {'vocab': 'V', 'embed': 'D', 'heads': 'HU', 'kv_heads': 'JHU',
-           'joined': 'U', 'head': 'KU', 'latent': 'U', 'mlp': 'F',
-           'experts': 'E', 'rows': 'V', 'groups': 'J',
-           None: 'UDHELWJK'}
-# Models of a system that together have every parameter of its names.
-VARIANTS = (dict(), dict(tie_embeddings=False), dict(logits_bias=True),
-            dict(attention_bias=True, ffn_bias=True), models.DENSE_MOE,
-            dict(ffn='geglu_tanh'), dict(norm='layernorm'))
 
 
 def config(system):
@@ -60,61 +46,6 @@ def test_a_system_is_its_page_and_its_config(system):
   assert lines > 5, (
       f'the docstring of architectures/{system}.py has {lines} lines: write 6 '
       'or more, on what the system is and its equations')
-
-
-def _parameters(system):
-  """Yields the config of each of VARIANTS, and the logical axes and the shapes
-  of its parameters by path; of those in layers, the axes of one layer."""
-  encoder = system in architectures.files('encoder')
-  for changes in (*VARIANTS, *[dict(head='sequence', num_labels=2)] * encoder):
-    module = architectures.build(models.config(system, **changes))
-    boxes = abstract_params(module)
-    axes = paths.flatten(nn.get_partition_spec(boxes))
-    shapes = paths.flatten(nn.meta.unbox(boxes))
-    yield module.config, {
-        path: (*spec, *[None] * (len(shapes[path].shape) - len(spec)))[
-            '/layers/' in path or '/prefix/' in path:]
-        for path, spec in axes.items()}, {
-            path: x.shape for path, x in shapes.items()}
-
-
-@pytest.mark.parametrize('system', [
-    pytest.param(system, marks=[pytest.mark.long] * (
-        system in ('switch', 'gshard', 'transformer')))
-    for system in models.PUBLISHED])
-def test_names_are_of_parameters_and_axes_of_the_legend(system):
-  record = architectures.hugging_face(config(system).arch)
-  rows, used = set(), set()
-  for c, axes, shapes in _parameters(system):
-    table = record.rows(c)
-    sizes = dict(V=c.vocab_size, D=c.d_model, H=c.num_heads, J=c.num_kv_heads,
-                 K=c.head_dim, F=c.d_ff, E=c.moe.num_experts,
-                 L=c.max_len + c.position_offset)
-    if c.mixer == 'latent':  # whose heads have several sizes
-      del sizes['K']
-    if mixers.with_state(c):  # whose heads are of another number and size
-      for letter in 'HJK':
-        sizes.pop(letter, None)
-    if c.moe.d_ff != c.d_ff or c.moe.shared_experts > 1:  # several widths
-      del sizes['F']
-    rows |= set(table)
-    for row, found, *_ in tensor_map.places(table, shapes):
-      used.add(row)
-      _, ours, name, theirs = row
-      expert = {'E'} if '{e}' in name else set()
-      each = tensor_map.axes_of(ours, len(found))
-      grouped = {'R', 'J'} if 'R' in theirs else set()  # J and R are our H
-      assert {a for a in theirs if a.isalpha()} - grouped == set(
-          ''.join(each)) - expert - ({'H', 'J'} if grouped else set()), row
-      for path, own in zip(found, each):
-        assert len(own) == len(axes[path]), row
-        for letter, axis, size in zip(own, axes[path],
-                                      shapes[path][-len(own):]):
-          assert letter in LETTERS[axis], (row, axis)
-          there = c.moe.d_ff if letter == 'F' and 'E' in ours else (
-              sizes.get(letter, size))
-          assert size == there, (row, letter)
-  assert not rows - used
 
 
 @pytest.mark.every_system

@@ -4,15 +4,18 @@ order in which a model reports on its layers."""
 
 import flax.linen as nn
 import jax
-from jax.sharding import AxisType
 import jax.numpy as jnp
+from jax.sharding import AxisType
 import numpy as np
 import pytest
 
 import architectures
+from architectures.parts import ffn
 from architectures.parts import linear, norms, positions, rotary
+from architectures.parts import roles
 from architectures.parts.attention.multi_head import Attention
 from architectures.parts.blocks import BLOCKS
+from architectures.parts.config import ClampConfig
 from architectures.parts.config import LayerKind
 from architectures.parts.context import Context
 from architectures.parts.ffn import FFN
@@ -20,6 +23,7 @@ from architectures.parts.norms import NORMS
 from tests.helpers import models
 from tests.helpers.jaxprs import equations
 from training import paths
+from training.step import abstract_params
 
 D = 32
 KIND = LayerKind('global', 'gelu')
@@ -330,62 +334,6 @@ def test_a_block_follows_its_equations(block, cross):
 
 
 @pytest.mark.slow
-def test_a_text_without_types_is_all_of_the_first_type():
-  module, params = models.make('bert')
-  tokens = models.tokens()
-  run = lambda **types: models.logits(module, params, tokens, **types)
-  np.testing.assert_array_equal(
-      run(), run(type_ids_BL=jnp.zeros_like(tokens)))
-  assert not np.allclose(run(), run(type_ids_BL=jnp.ones_like(tokens)))
-
-
-MOE = dict(num_experts=4, d_ff=8, dispatch='einsum',
-           z_loss_weight=0.1)
-
-
-@pytest.mark.long
-@pytest.mark.slow
-def test_losses_and_health_stand_in_the_order_of_layers():
-  """A period of two kinds of layer with experts in both: the first layers of
-  a deep model report what a shallower one's do."""
-  def aux(N):
-    module, _ = models.make(ffn='moe', moe=MOE, num_layers=N, sliding_window=3,
-                            attention='global,banded')
-    few = jax.tree.map(lambda x: x[:N // 2], params['decoder']['layers'])
-    cut = params | {'decoder': params['decoder'] | {'layers': few}}
-    return module.apply({'params': cut}, models.tokens(), keep_layers=True).aux
-  _, params = models.make(ffn='moe', moe=MOE, num_layers=4, sliding_window=3,
-                          attention='global,banded')
-  deep, shallow = aux(4), aux(2)
-  for name, figures in deep['health'].items():
-    assert len(figures) == 4
-    np.testing.assert_allclose(figures[:2], shallow['health'][name], rtol=1e-5)
-  assert len(np.unique(deep['health']['z_loss'])) == 4
-  np.testing.assert_allclose(deep['layers'][:3], shallow['layers'], rtol=1e-4,
-                             atol=1e-5)
-  for total in (deep, shallow):
-    np.testing.assert_allclose(total['losses']['router_z'],
-                               0.1 * total['health']['z_loss'].sum(), rtol=1e-5)
-
-
-@pytest.mark.long
-def test_the_encoders_layers_come_first_and_all_losses_add_up():
-  module, params = models.make('t5', ffn='moe', moe=MOE)
-  tokens = models.tokens()
-  out = module.apply({'params': params}, tokens, tokens, keep_layers=True)
-  _, encoder = module.apply({'params': params}, tokens, keep_layers=True,
-                            method='encode')
-  assert len(out.aux['layers']) == 6  # what each stack is given, and 2 layers
-  np.testing.assert_array_equal(np.stack(out.aux['layers'])[:3],
-                                encoder['layers'])
-  for name, figures in out.aux['health'].items():
-    assert len(figures) == 4
-    np.testing.assert_allclose(figures[:2], encoder['health'][name], rtol=1e-5)
-  np.testing.assert_allclose(out.aux['losses']['router_z'],
-                             0.1 * out.aux['health']['z_loss'].sum(), rtol=1e-5)
-
-
-@pytest.mark.slow
 def test_a_decoder_has_its_own_number_of_decoder_layers():
   module, params = models.make('t5', num_layers=2, num_decoder_layers=3)
   depth = {stack: jax.tree.leaves(params[stack]['layers'])[0].shape[0]
@@ -396,3 +344,131 @@ def test_a_decoder_has_its_own_number_of_decoder_layers():
   np.testing.assert_array_equal(models.logits(module, params, tokens),
                                 models.logits(module, params, tokens,
                                               decoder_tokens_BL=tokens))
+
+
+# The hidden units of each network are what its paper says, in numpy.
+
+
+UP, GATE = np.random.default_rng(0).normal(size=(2, 40, 8)) * 6
+
+
+def test_relu2_and_reglu_by_hand():
+  up, gate = jnp.asarray(UP), jnp.asarray(GATE)
+  np.testing.assert_allclose(ffn.Hidden('relu2')(up),
+                             np.where(UP > 0, UP ** 2, 0), rtol=1e-5)
+  np.testing.assert_allclose(ffn.Hidden('reglu')(up, gate),
+                             np.where(GATE > 0, GATE * UP, 0), rtol=1e-5)
+
+
+def test_clamped_swiglu_by_hand():
+  alpha, limit = 1.3, 5.0
+  assert GATE.max() > limit and min(UP.min(), GATE.min()) < -limit
+  g, u = np.minimum(GATE, limit), np.clip(UP, -limit, limit)
+  want = g / (1 + np.exp(-alpha * g)) * (u + 1)
+  got = ffn.Hidden('swiglu_clamped', ClampConfig(alpha, limit))(
+      jnp.asarray(UP), jnp.asarray(GATE))
+  np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize('kind', ffn.FFNS)
+def test_hidden_units_of_bfloat16_are_rounded_once(kind):
+  """And so are their gradients."""
+  hidden = ffn.Hidden(kind, ClampConfig(1.3, 5.0))
+  narrow = [jnp.asarray(x, jnp.bfloat16) for x in (UP, GATE)]
+  narrow = narrow[:1 + hidden.gated]
+  wide = [x.astype(jnp.float32) for x in narrow]
+  h, pull = jax.vjp(hidden, *narrow)
+  want, pull_wide = jax.vjp(hidden, *wide)
+  d = jnp.cos(want).astype(jnp.bfloat16)
+  for got, exact in zip((h, *pull(d)), (want, *pull_wide(
+      d.astype(jnp.float32)))):
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(got, exact.astype(jnp.bfloat16))
+
+
+# RMSNorm with 1 + offset and without parameters, against NumPy's formula.
+
+
+EPS = 1e-3
+
+
+def config(norm, **changes):
+  return models.config(norm=norm, norm_eps=EPS, **changes)
+
+
+@pytest.mark.parametrize('name', ['rmsnorm_1p', 'rmsnorm_plain'])
+def test_a_norm_is_its_formula(name):
+  rng = np.random.default_rng(0)
+  x, offset = rng.normal(size=(3, 8)), rng.normal(size=8)
+  module = NORMS[name](models.config(norm_eps=EPS))
+  made = module.init(jax.random.key(0), jnp.ones((1, 8)))
+  factor = {'rmsnorm_1p': 1 + offset, 'rmsnorm_plain': 1.0}[name]
+  params = jax.tree.map(lambda _: jnp.asarray(offset), made)
+  np.testing.assert_allclose(
+      module.apply(params, jnp.asarray(x, jnp.float32)),
+      x / np.sqrt(np.square(x).mean(-1, keepdims=True) + EPS) * factor,
+      rtol=1e-5)
+  assert len(jax.tree.leaves(made)) == (name == 'rmsnorm_1p')
+
+
+def test_all_forms_of_rmsnorm_begin_alike():
+  x = jax.random.normal(jax.random.key(1), (3, 8))
+  first = [module.apply(module.init(jax.random.key(0), x), x) for module in (
+      NORMS[name](models.config(norm_eps=EPS))
+      for name in ('rmsnorm', 'rmsnorm_1p', 'rmsnorm_plain'))]
+  for other in first[1:]:
+    np.testing.assert_array_equal(first[0], other)
+
+
+def test_an_offset_is_no_matrix_and_decays_as_a_scale_does():
+  """Not at all, by default; where decay_mask names it, to a factor of 1."""
+  boxes = abstract_params(architectures.build(config('rmsnorm_1p')))
+  found = paths.flatten(roles.read(boxes))
+  offsets = {path: role for path, role in found.items() if 'norm' in path}
+  assert len(offsets) == 3  # of attention, of the network, the last
+  assert all(path.endswith('/offset') and not role.matrix
+             and role.axes == ('embed',) for path, role in offsets.items())
+  plain = abstract_params(architectures.build(config('rmsnorm_plain')))
+  assert not [path for path in paths.flatten(nn.meta.unbox(plain))
+              if 'norm' in path]
+
+
+# Rotary positions that turn otherwise in long rows: longrope and dynamic.
+
+
+K, THETA, ORIGINAL = 8, 1e4, 6
+SHORT, LONG = (1.0, 1.1, 1.3, 1.8), (1.0, 3.0, 8.0, 30.0)
+LONGROPE = dict(scaling='longrope', theta=THETA, original_len=ORIGINAL,
+                factor=4.0, short_factor=SHORT, long_factor=LONG)
+DYNAMIC = dict(scaling='dynamic', theta=THETA, original_len=ORIGINAL,
+               factor=4.0)
+
+
+def frequencies(rope, length):
+  c = architectures.resolve(models.config('llama', head_dim=K, rope=rope))
+  return rotary.rope_frequencies(c, length)
+
+
+@pytest.mark.parametrize('length', [1, ORIGINAL, ORIGINAL + 1, 5 * ORIGINAL])
+def test_longrope_divides_by_the_factors_of_its_length(length):
+  """Ding et al. 2024, equation 2, and the factor on attention of Phi-3."""
+  got, factor = frequencies(LONGROPE, length)
+  divided_by = LONG if length > ORIGINAL else SHORT
+  np.testing.assert_allclose(
+      got, THETA ** (-np.arange(0, K, 2) / K) / np.array(divided_by), rtol=1e-6)
+  assert factor == pytest.approx(np.sqrt(1 + np.log(4) / np.log(ORIGINAL)))
+  assert frequencies(LONGROPE | dict(attention_factor=1.5), length)[1] == 1.5
+  assert frequencies(LONGROPE | dict(factor=1.0), length)[1] == 1.0
+
+
+@pytest.mark.parametrize('length', [1, ORIGINAL, ORIGINAL + 1, 5 * ORIGINAL])
+def test_dynamic_grows_theta_with_the_length(length):
+  """NTK-aware scaling whose factor is 1 up to the original length."""
+  got, factor = frequencies(DYNAMIC, length)
+  stretch = 4.0 * max(length, ORIGINAL) / ORIGINAL - 3.0
+  theta = THETA * stretch ** (K / (K - 2))
+  np.testing.assert_allclose(got, theta ** (-np.arange(0, K, 2) / K), rtol=1e-6)
+  assert factor == 1.0
+  if length <= ORIGINAL:
+    plain, _ = frequencies(dict(theta=THETA), length)
+    np.testing.assert_allclose(got, plain, rtol=1e-6)

@@ -10,18 +10,15 @@ import pytest
 
 import architectures
 from architectures.parts import skeletons
-from architectures.parts import unread
 from architectures.parts.context import Context
 from architectures.parts.hf import tensor_map
 from architectures.parts.sharding import rules
-from configs import gpt, sharding, switch
-from tests.architectures.moe.experts_test import equations
+from configs import sharding
+from tests.helpers.jaxprs import equations
 from tests.helpers import models
-from tests.training import step_test
 from training import paths
 from training.costs import totals
 from training.distributed.devices import make_mesh
-from training.workdir import run_config
 
 KINDS = dict(local=dict(window=3, rope=dict(theta=100.0)),
              far=dict(position='none', num_kv_heads=2, d_ff=24))
@@ -53,8 +50,6 @@ def plain_of(params, blocks):
 
 @pytest.mark.parametrize('fields', [
     dict(pattern='a', kinds=dict(a={})),
-    pytest.param(dict(pattern='a,b', kinds=dict(a={}, b=dict(ffn='dense'))),
-                 marks=pytest.mark.long),
     dict(pattern='a,b', kinds=dict(a=dict(window=5), b=dict(window=5))),
 ])
 def test_layers_that_are_equal_are_a_plain_model(fields):
@@ -79,7 +74,7 @@ def test_the_scan_equals_the_loop():
   models.close(loss(module)(params), loss(other)(params), rtol=2e-4)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_each_layer_is_that_of_its_kind():
   """A stack equals its blocks, called one after another."""
   module, params = mixed()
@@ -125,38 +120,6 @@ def test_a_window_is_of_its_kind():
                              & (i[:, None] - i < 3))).all()
 
 
-@pytest.mark.long
-def test_theta_is_of_its_kind():
-  """Scores of one layer, beside numpy's rotation by its own theta."""
-  kinds = dict(near=dict(rope=dict(theta=10.0)),
-               far=dict(rope=dict(theta=1e6)), none=dict(position='none'))
-  module, params = models.make(
-      'llama', num_layers=3, num_kv_heads=4, pattern='near,far,none',
-      kinds=kinds)
-  tokens = models.tokens(1, 6)
-  out = module.apply({'params': params}, tokens, keep_layers=True,
-                     keep_attention=True)
-  for n, theta in enumerate((10.0, 1e6, None)):
-    layer = jax.tree.map(lambda x: np.asarray(x, np.float64),
-                         row_of(params['decoder']['layers'], n, 0))
-    x = np.asarray(out.aux['layers'][n][0], np.float64)
-    x = x / np.sqrt(np.square(x).mean(-1, keepdims=True)
-                    + module.config.norm_eps) * layer['attention_norm']['scale']
-    turn = np.zeros((6, 4)) if theta is None else (
-        np.arange(6)[:, None] * theta ** (-np.arange(0, 8, 2) / 8))
-    def rotated(w, x=x, turn=turn):
-      y = np.einsum('ld,dhk->hlk', x, w)
-      z = (y[..., :4] + 1j * y[..., 4:]) * np.exp(1j * turn)
-      return np.concatenate([z.real, z.imag], -1)
-    q, k = (rotated(layer['attention'][name]) for name in ('query', 'key'))
-    scores = np.einsum('hlk,hmk->hlm', q, k) * 8 ** -0.5
-    scores = np.where(np.tri(6), scores, -np.inf)
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    np.testing.assert_allclose(
-        out.aux['attention'][n][0], weights / weights.sum(-1, keepdims=True),
-        atol=1e-5)
-
-
 @pytest.mark.parametrize('apart', [False, True])
 def test_decoding_with_a_cache_is_the_forward_pass(apart):
   module, params = mixed()
@@ -193,58 +156,24 @@ def test_packed_documents_are_those_apart():
 
 @pytest.mark.parametrize('fields, words', [
     (dict(pattern='a,b', kinds=dict(a={})), "layer 'b', .* there are a"),
-    (dict(kinds=dict(a={})), "has a, which no layer is: model.pattern is ''"),
     (dict(pattern='a', kinds=dict(a={}, b={})), 'has b, which no layer is'),
     (dict(pattern='a', kinds=dict(a=dict(norm='rmsnorm'))),
      'a.norm is no field that a kind may change: choose from attention, '),
-    (dict(pattern='a', kinds=dict(a=dict(rope=dict(base=1.0)))),
-     'a.rope.base is no field of model.rope: choose from .*theta'),
-    (dict(pattern='a', kinds=dict(a=dict(window=2.5))),
-     'a.window is 2.5, of type float: it must be of type int'),
-    (dict(pattern='a', kinds=dict(a=dict(window=-1))), 'an integer >= 0'),
-    (dict(pattern='a', kinds=dict(a=dict(d_ff=0))), 'a.d_ff is 0: leave it'),
     (dict(pattern='a', kinds=dict(a=dict(ffn='gelo'))),
      r"kinds.a: unknown model.ffn 'gelo'"),
-    (dict(pattern='a', kinds=dict(a=dict(num_kv_heads=3))),
-     'kinds.a: model.num_kv_heads is 3, which does not divide'),
-    (dict(pattern='a,a,b', kinds=dict(a={}, b={})),
-     'num_layers is 4: the rest must be a multiple of the 3 layers of'),
-    (dict(prefix='a', pattern='a,b', kinds=dict(a={}, b={})),
-     "num_layers is 4, 1 of them of model.prefix 'a': the rest must be a mult"),
-    (dict(prefix='a,a,a,a', kinds=dict(a={})), 'num_layers is 4, 4 of them'),
     (dict(prefix='a', suffix='b', pattern='a,a,b', kinds=dict(a={}, b={})),
      "4, 1 of them of model.prefix 'a', 1 of them of model.suffix 'b': the"),
-    (dict(suffix='b', kinds=dict(a={})), 'model.suffix names the kind .* .b.'),
-    (dict(suffix='a', kinds=dict(a={}, b={})), "b, .* model.suffix 'a'"),
     (dict(pattern='a', suffix='b', kinds=dict(a={}, b=dict(kv_sharing=True))),
      'kinds.b.kv_sharing is True, but no layer before it, .* in model.suffix'),
     (dict(pattern='a', kinds=dict(a=dict(position='learned'))),
      "no encoding of one layer: .* choose from rope, alibi, none"),
     (dict(pattern='a', position='relative', kinds=dict(a=dict(num_heads=2))),
      'a.num_heads is 2, and the bias .* is of 4 heads'),
-    (dict(pattern='a', sliding_window=3, kinds=dict(a=dict(window=2))),
-     'sliding_window 3 has no meaning.*where a kind of model.kinds does not'),
-    (dict(pattern='a', attention='global,banded', kinds=dict(a={})),
-     'before there was model.pattern'),
 ])
 def test_what_no_pattern_can_be_is_refused(fields, words):
   with pytest.raises(ValueError, match=words):
     architectures.build(models.config('gpt', **(
         dict(position='rope', num_layers=4) | fields)))
-
-
-def test_a_field_is_unread_where_no_layer_reads_it():
-  """And a kind's own where its layers do not."""
-  kinds = dict(a=dict(position='none', window=3, rope=dict(theta=9.0)), b={},
-               c=dict(position='none'))
-  c = architectures.resolve(models.config(
-      'gpt', position='rope', num_layers=3, pattern='a,b,c', kinds=kinds))
-  rows = unread.unread(c)
-  assert 'rope.theta' not in rows and 'sliding_window' in rows
-  assert 'kinds.a.rope.theta' in rows and 'kinds.a.window' not in rows
-  assert 'moe.ffn' in rows and not c.has_experts
-  mixed = dataclasses.replace(c, ffn='moe')
-  assert 'moe.top_k' not in unread.unread(mixed) and mixed.has_experts
 
 
 def test_what_follows_from_heads_is_of_their_kind():
@@ -254,34 +183,6 @@ def test_what_follows_from_heads_is_of_their_kind():
                               attention_scale=32 ** -0.5)
   assert c.of_kind('b').score_scale == 8 ** -0.5
   assert architectures.resolve(dataclasses.asdict(c)) == c
-
-
-@pytest.mark.parametrize('old, new', [
-    (dict(attention='global,banded', sliding_window=4),
-     dict(pattern='global,banded',
-          kinds={'global': dict(window=0), 'banded': dict(window=4)})),
-    (dict(ffn='moe', moe=dict(every=2)), dict(ffn='moe') | models.DENSE_MOE),
-    (dict(moe=dict(every=2)), {}),
-    (dict(ffn='moe', moe=dict(every=3), num_layers=3, **models.DENSE_MOE),
-     dict(ffn='moe', num_layers=3, pattern='dense,dense,moe',
-          kinds=models.DENSE_MOE['kinds'])),
-])
-def test_what_earlier_versions_said_is_the_same_model(old, new):
-  assert architectures.resolve(models.config('gpt', **old)) == (
-      architectures.resolve(models.config('gpt', **new)))
-
-
-@pytest.mark.parametrize('now, old', [
-    (gpt.get_config('gpt3-125m'), dict(
-        attention='global,banded', sliding_window=256)),
-    (switch.get_config('tiny'), dict(moe=dict(every=2)))])
-def test_a_run_of_an_earlier_version_is_that_of_the_config_of_now(now, old):
-  tree = run_config.to_json(now)
-  model = {name: value for name, value in tree['model'].items()
-           if name not in ('pattern', 'prefix', 'suffix', 'kinds')}
-  moe = model['moe'] | old.get('moe', dict(every=1))
-  tree['model'] = model | old | dict(moe=moe)
-  assert run_config.compare(run_config.from_json(tree), now) == []
 
 
 def test_every_layer_has_one_place_and_one_name():
@@ -332,25 +233,6 @@ def test_a_gradient_waits_for_those_of_the_weights_above(devices, waits):
            if eqn.primitive.name == 'optimization_barrier'
            and len(eqn.invars) == of_block]
   assert len(found) == waits
-
-
-@pytest.mark.slow
-@pytest.mark.long
-def test_sharded_equals_a_single_device():
-  """With a prefix without experts, and kinds of different heads and widths."""
-  fields = dict(
-      position='rope', ffn='moe', num_layers=6, prefix='first',
-      pattern='local,far', suffix='local',
-      moe=dict(num_experts=4, d_ff=16), kinds=dict(
-          first=dict(ffn='dense', d_ff=24), local=dict(window=3),
-          far=dict(position='none', num_kv_heads=2)))
-  c = step_test.config(**{f'model__{k}': v for k, v in fields.items()})
-  _, state, seen = step_test.train(c, step_test.one_device())
-  c.mesh.update(sharding.PRESETS['ep_fsdp_tp'])
-  _, other, found = step_test.train(c)
-  models.close(state.params, other.params, rtol=1e-4)
-  models.close([m['loss'] for m in seen], [m['loss'] for m in found])
-  assert seen[0]['health/load_E'].shape == (5, 4)
 
 
 @pytest.mark.parametrize('model, last, normed', [

@@ -1,6 +1,5 @@
 """Every parameter declares its role, and the optimisers go by it."""
 
-import dataclasses
 
 from configs import base
 import flax.linen as nn
@@ -10,14 +9,10 @@ import numpy as np
 import pytest
 
 import architectures
-from architectures.parts import linear, mixers
-from architectures.parts.attention.multi_head import Attention
 from architectures.parts.roles import Declared, Role
 from tests.helpers import models
 from training import paths
-from training.step import abstract_params, optimizer
-
-GATED = models.config('gpt', norm_eps=1e-9)  # of which nothing is kept
+from training.step import abstract_params
 
 
 def boxes(module) -> dict[str, Declared]:
@@ -83,69 +78,6 @@ def test_a_parameters_role_agrees_with_its_name_and_its_axes(arch, fields):
         path.startswith(('head/', 'nsp'))
         or path.endswith(('/router', '/shared_gate')) or headwise), path
   assert matrices >= 6
-
-
-class Gated(Attention):
-  """With a gate for each head, and one for each of its features."""
-
-  @nn.compact
-  def __call__(self, x_BLD, ctx, cache):
-    y_BLD, cache = super().__call__(x_BLD, ctx, cache)
-    c = self.config
-    gate_DH = linear.weight(self, 'gate', (c.d_model, c.num_heads),
-                            ('embed', 'heads'))
-    wide_DHK = linear.weight(
-        self, 'wide', (c.d_model, c.num_heads, c.head_dim),
-        ('embed', 'heads', 'head'))
-    gate_BLHK = jnp.einsum('BLD,DH->BLH', x_BLD, gate_DH)[..., None] + (
-        jnp.einsum('BLD,DHK->BLHK', x_BLD, wide_DHK))
-    return y_BLD * jax.nn.sigmoid(gate_BLHK.reshape(y_BLD.shape)), cache
-
-
-def mixed(monkeypatch, module):
-  monkeypatch.setitem(mixers.MIXERS, 'attention', dataclasses.replace(
-      mixers.MIXERS['attention'], module=module))
-
-
-def test_a_gate_of_heads_is_a_matrix_a_layer(monkeypatch):
-  """With no line beside the one that makes it."""
-  mixed(monkeypatch, Gated)
-  module = architectures.build(GATED)
-  attention = 'decoder/layers/block_0/attention/'
-  found = boxes(module)
-  assert found[attention + 'gate'].value.shape == (2, 32, 4)
-  assert found[attention + 'gate'].role.split(3) == ((0,), (1,), (2,))
-  assert found[attention + 'wide'].role.split(4) == ((0,), (1,), (2, 3))
-  # Muon makes each layer's orthogonal, its heads joined.
-  optim = base.base().optim
-  optim.update(name='muon', lr=1.0, warmup_steps=0, schedule='constant',
-               weight_decay=0.0, clip_norm=0.0)
-  tx = optimizer(module, optim, 10)
-  params = nn.meta.unbox(jax.jit(module.init)(
-      jax.random.key(0), models.tokens())['params'])
-  updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
-  updates = paths.flatten(updates)
-  for name, shape in (('gate', (2, 32, 4)), ('wide', (2, 32, 32))):
-    u = np.asarray(updates[attention + name]).reshape(shape)
-    values = np.linalg.svd(u, compute_uv=False) / (0.2 * 32 ** 0.5)
-    # The least of a square matrix may be too small for five iterations.
-    assert values[:, :-1].min() > 0.3 and values.max() < 1.3, name
-
-
-def test_a_parameter_that_declares_no_role_is_refused(monkeypatch):
-  class Bare(Attention):
-
-    @nn.compact
-    def __call__(self, x_BLD, ctx, cache):
-      y_BLD, cache = super().__call__(x_BLD, ctx, cache)
-      return y_BLD * self.param('gate', nn.with_logical_partitioning(
-          nn.initializers.ones, (None, None, 'embed')), (1, 1, 32)), cache
-
-  mixed(monkeypatch, Bare)
-  config = models.config('gpt', norm_eps=1e-10)
-  with pytest.raises(ValueError, match="parameter 'decoder/layers/block_0/"
-                     "attention/gate' declares no role"):
-    optimizer(architectures.build(config), base.base().optim, 10)
 
 
 def test_parameters_in_bfloat16_are_drawn_in_float32():

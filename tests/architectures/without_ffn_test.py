@@ -6,18 +6,14 @@ import numpy as np
 import pytest
 
 import architectures
-from architectures.parts import blocks, norms, unread
+from architectures.parts import blocks, norms
 from architectures.parts.attention.multi_head import Attention
 from architectures.parts.config import LayerKind
 from architectures.parts.context import Context
-from configs import sharding as tables
 from tests.helpers import flops_formulas as formulas
 from tests.helpers import models
 from training import paths
 from training.costs import flops, totals
-from training.distributed import devices
-from training.hf import config as hf_config
-from training.hf import upcycling
 
 HALF = dict(pattern='alone,both', kinds=dict(alone=dict(ffn='none'), both={}))
 
@@ -61,21 +57,6 @@ def test_a_kind_of_layer_has_none_and_costs_none():
   assert not [path for path in params if 'block_0/ffn' in path]
 
 
-def test_fields_of_networks_are_not_read_where_there_is_none():
-  of = {'d_ff', 'ffn_bias', 'ffn_dropout'}
-  c = architectures.resolve(models.config(ffn='none'))
-  assert of <= unread.unread(c).keys()
-  assert not of & unread.unread(
-      architectures.resolve(models.config(**HALF))).keys()
-  shape = dict.fromkeys(tables.MESH_AXES, 1) | dict(tensor=4)
-  odd = dict(d_ff=42)
-  devices.check_mesh(architectures.resolve(models.config(
-      ffn='none', **odd)), 8, 1, shape)
-  with pytest.raises(ValueError, match='which does not divide model.d_ff 42'):
-    devices.check_mesh(architectures.resolve(models.config(**odd, **HALF)), 8,
-                       1, shape)
-
-
 @pytest.mark.parametrize('system, changes, sentence', [
     ('gpt', dict(block='parallel'),
      'choose it from pre_norm, post_norm, sandwich, out_norm'),
@@ -88,10 +69,3 @@ def test_fields_of_networks_are_not_read_where_there_is_none():
 def test_what_cannot_be_is_refused(system, changes, sentence):
   with pytest.raises(ValueError, match=sentence):
     architectures.resolve(models.config(system, **dict(ffn='none') | changes))
-
-
-def test_what_has_networks_alone_is_refused():
-  with pytest.raises(ValueError, match="model.ffn is 'none'"):
-    hf_config.write(architectures.resolve(models.config('llama', ffn='none')))
-  with pytest.raises(ValueError, match='copies of a layer'):
-    upcycling.config(models.config('llama', **HALF), {})

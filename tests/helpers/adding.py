@@ -1,10 +1,4 @@
-"""Adds to the project what a test holds as text, as if it stood in its files.
-
-What can be added is listed in KINDS, each with the test that adds one.
-README's table of what to open is made of it:
-
-  python -m tests.helpers.adding
-"""
+"""Adds to the project what a test holds as text, as if it stood in a file."""
 
 import contextlib
 import importlib
@@ -13,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
 
 import architectures
 from tests.helpers import forked
@@ -22,57 +15,21 @@ ROOT = pathlib.Path(__file__).parents[2]
 ROOMS = ('architectures', 'configs', 'tools', 'training')
 
 
-class Kind(NamedTuple):
-  """What can be added to the project.
-
-  Attributes:
-    what: in words.
-    open: the one file that it is added to, or the files that it is.
-    table: of that file, in which it is an entry; empty: it is files of its own.
-    test: that adds one.
-  """
-  what: str
-  open: str
-  table: str
-  test: str
-
-
-_PART, _SYSTEM = 'tests/add_a_part_test.py', 'tests/add_a_system_test.py'
-_OBJECTIVE = 'tests/add_an_objective_test.py'
-KINDS = (
-    Kind('norm', 'architectures/parts/norms.py', 'NORMS', _PART),
-    Kind('position encoding', 'architectures/parts/positions.py', 'POSITIONS',
-         _PART),
-    Kind('feed-forward network', 'architectures/parts/ffn.py', 'FFNS', _PART),
-    Kind('kind of attention', 'architectures/parts/attention/visibility.py',
-         'KINDS', _PART),
-    Kind('mixer', 'architectures/parts/mixers.py', 'MIXERS', _PART),
-    Kind('attention kernel', 'architectures/parts/attention/kernels.py',
-         'KERNELS', _PART),
-    Kind('block wiring', 'architectures/parts/blocks.py', 'BLOCKS', _PART),
-    Kind('router', 'architectures/parts/moe/routing.py', 'ROUTERS', _PART),
-    Kind('balance loss', 'architectures/parts/moe/health.py',
-         'BALANCE_LOSSES', _PART),
-    Kind('optimiser', 'training/optim/optimizers.py', 'OPTIMIZERS', _PART),
-    Kind('learning-rate schedule', 'training/optim/schedules.py', 'SCHEDULES',
-         _PART),
-    Kind('system', 'architectures/NAME.py, configs/NAME.py', '', _SYSTEM),
-    Kind('objective', 'training/objectives/NAME.py', '', _OBJECTIVE),
-    Kind('probe', 'training/data/probes/NAME.py', '',
-         'tests/add_a_probe_test.py'),
-    Kind('evaluation task', 'training/evals/tasks/NAME.py', '', _OBJECTIVE),
-)
-
-
-def table() -> str:
-  """Returns README's table of what to open to add something, in Markdown."""
-  lines = ['| to add | write | shown by |', '|---|---|---|']
-  for kind in KINDS:
-    article = 'an' if kind.what[0] in 'aeiou' else 'a'
-    files = ' and '.join(f'`{file}`' for file in kind.open.split(', '))
-    entry = f'an entry of `{kind.table}` in {files}' if kind.table else files
-    lines.append(f'| {article} {kind.what} | {entry} | `{kind.test}` |')
-  return '\n'.join(lines) + '\n'
+_PARTS = 'architectures/parts/'
+# The file and the table in it that an entry is added to.
+TABLES = {
+    'norm': (_PARTS + 'norms.py', 'NORMS'),
+    'position encoding': (_PARTS + 'positions.py', 'POSITIONS'),
+    'feed-forward network': (_PARTS + 'ffn.py', 'FFNS'),
+    'kind of attention': (_PARTS + 'attention/visibility.py', 'KINDS'),
+    'mixer': (_PARTS + 'mixers.py', 'MIXERS'),
+    'attention kernel': (_PARTS + 'attention/kernels.py', 'KERNELS'),
+    'block wiring': (_PARTS + 'blocks.py', 'BLOCKS'),
+    'router': (_PARTS + 'moe/routing.py', 'ROUTERS'),
+    'balance loss': (_PARTS + 'moe/health.py', 'BALANCE_LOSSES'),
+    'optimiser': ('training/optim/optimizers.py', 'OPTIMIZERS'),
+    'learning-rate schedule': ('training/optim/schedules.py', 'SCHEDULES'),
+}
 
 
 @contextlib.contextmanager
@@ -81,15 +38,14 @@ def entry(what: str, source: str) -> Iterator[str]:
   the name under which it stands in the table.
 
   Args:
-    what: of a Kind.
+    what: of TABLES.
     source: definitions, and the entry: `TABLE['name'] = ...`.
   """
-  kind, = (kind for kind in KINDS if kind.what == what)
-  module = importlib.import_module(
-      kind.open.removesuffix('.py').replace('/', '.'))
-  table = getattr(module, kind.table)
+  file, name = TABLES[what]
+  module = importlib.import_module(file.removesuffix('.py').replace('/', '.'))
+  table = getattr(module, name)
   before = set(table)
-  exec(compile(source, kind.open, 'exec'), dict(vars(module)))
+  exec(compile(source, file, 'exec'), dict(vars(module)))
   name, = set(table) - before
   try:
     yield name
@@ -151,7 +107,3 @@ def run(tree: pathlib.Path, *words: str, code: int = 0
   assert result.returncode == code, result.stdout + result.stderr
   assert 'Traceback' not in result.stderr, result.stderr
   return result
-
-
-if __name__ == '__main__':
-  print(table(), end='')

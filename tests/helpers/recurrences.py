@@ -24,11 +24,9 @@ _SIZES = dict(key_heads=2, value_heads=4, heads=4, groups=2, key_dim=6, state=6,
               value_dim=5, head_dim=5, rank=3)
 
 
-def each(*fast: str) -> pytest.MarkDecorator:
-  """Parametrises a test by `mixer`: all but those named are `long`."""
-  return pytest.mark.parametrize('mixer', [
-      name if name in fast else pytest.param(name, marks=pytest.mark.long)
-      for name in NAMES])
+def each(*names: str) -> pytest.MarkDecorator:
+  """Parametrises a test by `mixer`."""
+  return pytest.mark.parametrize('mixer', names)
 
 
 def sizes(mixer: str, **changes) -> dict:

@@ -20,7 +20,7 @@ Bytes that a device sends for each of its tokens, in each crossing:
   r * D * itemsize * (n - 1) / n
 
 with n the devices along the expert axis and r the rows of the buffer a token:
-  sorted, einsum   E * C / T    C a device's slots of an expert, see `slots`
+  sorted           E * C / T    C a device's slots of an expert, see `slots`
   dropless         n * min(X, E / n), the bound that no routing exceeds
 (XLA's CPU backend has no all-to-all of bfloat16, and sends it as float32.)
 
@@ -31,7 +31,7 @@ crosses back.
 
 On TPU and GPU dropless sends only the rows that are full
 (`ragged_all_to_all`): X * (n - 1) / n of them in even load. Gates are an
-exception on TPU, see exchange.py.
+exception on TPU, see `exchange`.
 
 A capacity bounds what an expert takes of a group. A group of many devices may
 fill an expert from one of them, so padding keeps the whole group's slots on
@@ -44,21 +44,16 @@ from typing import Optional
 
 from flax import struct
 import jax
-from jax.sharding import PartitionSpec
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
-from architectures.parts import gathered
-from architectures.parts import sharding
+from architectures.parts import gathered, sharding
 from architectures.parts.config import MoEConfig
 from architectures.parts.ffn import Hidden
-from architectures.parts.moe import capacity
-from architectures.parts.moe import exchange
-from architectures.parts.moe import grouped_kernels
-from architectures.parts.moe import routing
+from architectures.parts.moe import capacity, grouped_kernels, routing
 from architectures.parts.moe.experts import (
     Dropout, Local, WAYS, Weights, inverse, place_sorted, reorder, take)
 from configs.errors import require
-
 
 PADDING = 2
 
@@ -251,7 +246,7 @@ class Spread:
 
   def _cross(self, x: jax.Array, send_n: Optional[jax.Array] = None,
              receive_n: Optional[jax.Array] = None):
-    return exchange.exchange(x, send_n, receive_n, self.axis)
+    return exchange(x, send_n, receive_n, self.axis)
 
   def padded(self, rows_ECD: jax.Array, id_EC: jax.Array):
     n, (E, C, D) = self.devices, rows_ECD.shape
@@ -339,3 +334,54 @@ def _check_groups(T: int, groups: int, shards: int,
           + (', and expert_choice needs whole groups on each'
              if experts_choose else '')
           + f': set model.moe.group_size to a divisor of {max(1, T // shards)}')
+
+
+# The all-to-all that rows cross the mesh by, there and, as gradients, back.
+
+LANES = 128  # in which a TPU holds the last axis of an array
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def exchange(x: jax.Array, send_n: Optional[jax.Array],
+             receive_n: Optional[jax.Array], axis: str):
+  """x[d] of this device becomes x[this] of device d, along mesh axis `axis`.
+
+  With `send_n` and `receive_n`, only so many rows of each matter, and where
+  the backend can, no others travel.
+  """
+  whole = functools.partial(jax.lax.all_to_all, axis_name=axis, split_axis=0,
+                            concat_axis=0, tiled=True)
+  if send_n is None:
+    return whole(x)
+  everything = lambda x, *_: whole(x)
+  # Where only full rows travel, TPU pads a number for each row to LANES of
+  # them. The numbers of all rows are fewer.
+  numbers = x.ndim == 2 and x.shape[0] <= LANES
+  return jax.lax.platform_dependent(
+      x, send_n, receive_n, cpu=everything,
+      **(dict(tpu=everything) if numbers else {}),
+      default=functools.partial(_ragged, axis))
+
+
+def _ragged(axis: str, x: jax.Array, send_n: Optional[jax.Array],
+            receive_n: Optional[jax.Array]):
+  n, bound = x.shape[:2]
+  flat = x.reshape(n * bound, *x.shape[2:])
+  first_n = jnp.arange(n, dtype=jnp.int32) * bound
+  mine_n = jnp.full(n, jax.lax.axis_index(axis) * bound, jnp.int32)
+  return jax.lax.ragged_all_to_all(
+      flat, jnp.zeros_like(flat), first_n, send_n.astype(jnp.int32), mine_n,
+      receive_n.astype(jnp.int32), axis_name=axis).reshape(x.shape)
+
+
+def _exchange_fwd(x: jax.Array, send_n: Optional[jax.Array],
+                  receive_n: Optional[jax.Array], axis: str):
+  return exchange(x, send_n, receive_n, axis), (send_n, receive_n)
+
+
+def _exchange_bwd(axis: str, saved: tuple, d: jax.Array):
+  send_n, receive_n = saved
+  return exchange(d, receive_n, send_n, axis), None, None
+
+
+exchange.defvjp(_exchange_fwd, _exchange_bwd)

@@ -1,14 +1,12 @@
-"""Computing the experts: one definition, three ways.
+"""Computing the experts: one definition, two ways.
 
 y_t = sum over the assignments (t, e, g) of g * FFN_e(x_t)
 
-einsum    one-hot [T, E, C] products (GShard, section 3.2): the oracle of the
-          tests, whose cost grows as T * E * C.
 sorted    rows are gathered to [E, C, D] and multiplied as a batch.
 dropless  rows are sorted by expert and multiplied in groups, without padding
           (MegaBlocks: Gale et al. 2022); parts/grouped.py has the product.
 
-The three agree, drops included. Rows move by gathers both ways: forward by
+The two agree, drops included. Rows move by gathers both ways: forward by
 the token of a row, backward by the rows of a token.
 """
 
@@ -240,23 +238,6 @@ class Local:
     return self.dropout.mask(id_P, self.w.up_EDF.shape[2])
 
 
-def by_einsum(x_TD: jax.Array, r: Routing, run: Any, slots: int) -> jax.Array:
-  """The oracle."""
-  T, E = x_TD.shape[0], r.probs_TE.shape[1]
-  slot_A = ranks(r.expert_A, E + 1)
-  hot = jax.nn.one_hot  # in float32, all of it
-  hot_AEC = hot(r.expert_A, E)[:, :, None] * hot(slot_A, slots)[:, None]
-  hot_AT = hot(r.token_A, T)
-  gate_A11 = r.gate_A[:, None, None]
-  dispatch_TEC = jnp.einsum('AT,AEC->TEC', hot_AT, hot_AEC)
-  combine_TEC = jnp.einsum('AT,AEC->TEC', hot_AT, hot_AEC * gate_A11)
-  id_EC = jnp.einsum('AEC,A->EC', hot_AEC.astype(jnp.int32),
-                     run.ids(jnp.arange(slot_A.shape[0])))
-  rows_ECD = jnp.einsum('TEC,TD->ECD', dispatch_TEC, x_TD.astype(jnp.float32))
-  y_ECD = run.padded(rows_ECD.astype(x_TD.dtype), id_EC).astype(jnp.float32)
-  return jnp.einsum('TEC,ECD->TD', combine_TEC, y_ECD).astype(x_TD.dtype)
-
-
 def by_sorted(x_TD: jax.Array, r: Routing, run: Any, slots: int) -> jax.Array:
   E, D = r.probs_TE.shape[1], x_TD.shape[1]
   rows_PD, assignment_P, back = move(
@@ -278,7 +259,6 @@ def by_dropless(x_TD: jax.Array, r: Routing, run: Any, slots: int) -> jax.Array:
 
 
 WAYS = {
-    'einsum': by_einsum,
     'sorted': by_sorted,
     'dropless': by_dropless,
 }

@@ -27,7 +27,7 @@ follows from the state before it by one triangular system, the UT transform
 
 where P_ij is the decay after j up to i, and D_i that of the piece up to i.
 Where features have decays of their own, P_ij is inside the product of the two
-keys, and feature_decays.py computes it.
+keys, and pieces.py computes it.
 """
 
 from collections.abc import Callable
@@ -39,9 +39,7 @@ import jax.numpy as jnp
 
 from architectures.parts import linear
 from architectures.parts.recurrent import additive
-from architectures.parts.recurrent import feature_decays
 from architectures.parts.recurrent import pieces
-from architectures.parts.recurrent import triangular
 from architectures.parts.recurrent import vectors
 from architectures.parts.recurrent.pieces import Inputs
 
@@ -312,7 +310,7 @@ def _meet_by_feature(x: Inputs) -> _Pairs:
   q_BHPK, k_BHPK = each(q_BJPK), each(k_BJPK)
   is_delta = rate_BHP is not None
   with linear.useful(1, 1):
-    met, upto_BHPK, after_BHPK = feature_decays.paired(
+    met, upto_BHPK, after_BHPK = pieces.paired(
         [q_BHPK, k_BHPK] if is_delta else [q_BHPK], k_BHPK, log_decay_BHPK)
     own_BHP = each(jnp.einsum('BJPK,BJPK->BJP', q_BJPK, k_BJPK))
   weights_BHPQ = met[0] + own_BHP[..., None] * jnp.eye(
@@ -327,4 +325,4 @@ def _inverse(a_BHPQ: jax.Array) -> jax.Array:
   products and of A's entry."""
   P = a_BHPQ.shape[-1]
   with linear.useful(1, 1):
-    return linear.counted(triangular.inverse, (P - 1) * (P - 2), 3 * P)(a_BHPQ)
+    return linear.counted(pieces.inverse, (P - 1) * (P - 2), 3 * P)(a_BHPQ)

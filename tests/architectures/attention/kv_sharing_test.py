@@ -1,18 +1,13 @@
 """Layers that read the keys and values of another layer."""
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import architectures
-from architectures.parts import skeletons
-from architectures.parts.blocks import BLOCKS
 from configs.errors import RequestError
 from tests.helpers import models, numpy_attention
-from tests.training import step_test
-from training import paths
 from training.costs import totals
 
 READS = dict(kv_sharing=True)
@@ -23,12 +18,9 @@ SHARED = {
                    kinds=dict(own={}, reads=READS)),
     'prefix': dict(num_layers=5, prefix='own,reads,own', pattern='reads',
                    kinds=dict(own={}, reads=READS)),
-    'suffix': dict(num_layers=5, prefix='own', pattern='own,reads',
-                   suffix='own,reads', kinds=dict(own={}, reads=READS)),
 }
-# Whose keys layer n reads.
-SOURCES = {'period': (0, 0, 2, 2), 'prefix': (0, 0, 2, 2, 2),
-           'suffix': (0, 1, 1, 3, 3)}
+# Whose keys layer n of 'prefix' reads.
+SOURCES = (0, 0, 2, 2, 2)
 
 
 def layers_of(params, c):
@@ -81,15 +73,14 @@ def decoded(module, params, tokens):
   return jnp.concatenate(found, 1)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize('how', [
-    'prefix', pytest.param('period', marks=pytest.mark.long)])
-def test_layers_read_the_keys_of_one_before_them(how):
+@pytest.mark.slow
+def test_layers_read_the_keys_of_one_before_them():
   """Against NumPy in float64: the forward pass, and a cache's single tokens."""
   module, params = models.make(
-      'llama', norm='rmsnorm_plain', ffn='relu', num_kv_heads=2, **SHARED[how])
+      'llama', norm='rmsnorm_plain', ffn='relu', num_kv_heads=2,
+      **SHARED['prefix'])
   tokens = models.tokens(2, 6)
-  want = by_numpy(module.config, params, tokens, SOURCES[how])
+  want = by_numpy(module.config, params, tokens, SOURCES)
   run = jax.jit(lambda t: module.apply({'params': params}, t).hidden)
   np.testing.assert_allclose(run(tokens), want, rtol=1e-4, atol=1e-4)
   np.testing.assert_allclose(decoded(module, params, tokens), want, rtol=1e-4,
@@ -124,65 +115,6 @@ def test_the_cache_holds_shared_keys_once():
   assert counts[0] - counts[1] == 2 * 2 * 32 * 2 * 8  # layers, matrices
 
 
-@pytest.mark.long
-@pytest.mark.slow
-@pytest.mark.parametrize('block', [
-    'pre_norm', *(pytest.param(block, marks=pytest.mark.long)
-                  for block in BLOCKS if block != 'pre_norm')])
-def test_every_wiring_decodes_as_it_reads(block):
-  """With what else changes keys and values, and computed layer by layer."""
-  module, params = models.make(
-      'llama', block=block, num_kv_heads=2, qk_norm=True, remat='full',
-      attention_gate='headwise', value_residual=True, **SHARED['prefix'])
-  tokens = models.tokens(2, 7)
-  grads = [jax.jit(jax.value_and_grad(lambda p, m=m: jnp.square(
-      models.logits(m, p, tokens)).mean()))(params) for m in (
-          module, architectures.build(models.config(
-              'llama', block=block, num_kv_heads=2, qk_norm=True,
-              attention_gate='headwise', value_residual=True,
-              scan_layers=False, **SHARED['prefix'])))]
-  models.close(*grads, rtol=1e-4)
-  @jax.jit
-  def read(params):
-    out = module.apply({'params': params}, tokens, keep_attention=True)
-    return out.hidden, out.aux['attention']
-  whole, weights = read(params)
-  assert weights.shape == (5, 2, 4, 7, 7)
-  models.close(decoded(module, params, tokens), whole, rtol=1e-4)
-  # And in a loop whose layers are apart.
-  cache = architectures.init_cache(module.config, 2, 7)
-  apart, slots = skeletons.one_by_one(params, cache)
-  step = jax.jit(lambda apart, slots: module.apply(
-      {'params': apart}, tokens, cache=slots, one_by_one=True,
-      positions_BL=jnp.arange(7)[None]).hidden)
-  models.close(step(apart, slots), whole, rtol=1e-4)
-
-
-@pytest.mark.long
-def test_an_encoder_decoder_shares_keys_in_both_of_its_stacks():
-  module = architectures.build(models.config(
-      't5', num_layers=2, pattern='own,reads',
-      kinds=dict(own={}, reads=READS)))
-  source, target = models.tokens(2, 9), models.tokens(2, 6, seed=2)
-  params = nn.meta.unbox(jax.jit(module.init)(
-      jax.random.key(0), source, target)['params'])
-  named = [path for path in paths.flatten(params)
-           if 'block_1/attention/' in path]
-  assert named and not any('key' in path or 'value' in path for path in named)
-  assert any(path.endswith('block_1/cross_attention/key')
-             for path in paths.flatten(params))
-  want = module.apply({'params': params}, source, target).hidden
-  memory, _ = module.apply({'params': params}, source, method='encode')
-  cache, found = architectures.init_cache(module.config, 2, 6), []
-  for i in range(6):
-    out = module.apply(
-        {'params': params}, target[:, i:i + 1], cache=cache,
-        positions_BL=jnp.full((1, 1), i), memory=None if i else memory,
-        method='decode')
-    cache, found = out.cache, [*found, out.hidden]
-  models.close(jnp.concatenate(found, 1), want, rtol=1e-4)
-
-
 @pytest.mark.parametrize('fields, words', [
     (dict(kv_sharing=True), 'no layer before it'),
     (dict(pattern='reads,own', kinds=dict(own={}, reads=READS)),
@@ -204,14 +136,3 @@ def test_an_encoder_decoder_shares_keys_in_both_of_its_stacks():
 def test_keys_that_cannot_be_shared_are_refused(fields, words):
   with pytest.raises(RequestError, match=words):
     architectures.resolve(models.config('llama', num_kv_heads=4, **fields))
-
-
-@pytest.mark.long
-def test_keys_shared_on_several_devices_are_those_on_one():
-  c = step_test.config(mesh__data=2, mesh__fsdp=2, mesh__tensor=2)
-  c.model = models.config('llama', num_kv_heads=2, vocab_size=64,
-                          **SHARED['prefix'])
-  _, state, metrics = step_test.train(c, steps=1)
-  _, alone, other = step_test.train(c, step_test.one_device(), steps=1)
-  models.close(alone.params, state.params, rtol=1e-4)
-  assert metrics[0]['loss'] == pytest.approx(other[0]['loss'], rel=1e-4)

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 import architectures
-from tests.helpers import models
 from tests.training import step_test
 from training import runs
 from training.distributed import devices
@@ -19,7 +18,7 @@ def _config(**train):
   c = step_test.config()
   c.model.update(ffn='moe', num_layers=2)
   c.model.moe.update(num_experts=EXPERTS, top_k=1, d_ff=16, router='sigmoid',
-                     balance_loss='none', bias_rate=RATE, dispatch='einsum')
+                     balance_loss='none', bias_rate=RATE)
   c.optim.lr = 1e-9  # nothing but the bias moves
   c.train.update(train)
   return c
@@ -55,23 +54,6 @@ def test_the_bias_moves_against_the_load_and_evens_it_out():
   assert (load_SN[0] > 3.9).all()
   assert (load_SN[-5:].mean(0) < 2).all(), load_SN
   assert not np.allclose(loads[-1][0], loads[-1][1])  # each layer by its own
-
-
-@pytest.mark.long
-@pytest.mark.slow
-def test_a_bad_step_moves_no_bias():
-  c = _config()
-  run = runs.build(c, architectures.resolve(c.model),
-                   mesh=step_test.one_device())
-  with run.context():
-    state = run.new_state()
-    batch = step_test.batch()
-    batch['weights'][0, 0] = np.nan
-    after, metrics = jax.jit(make_train_step(run.module, run.tx, c))(
-        state, devices.put(batch, run.place))
-  assert metrics['bad_steps'] == 1
-  models.close(state.params, after.params)
-  assert not _biases(after.params).any()
 
 
 @pytest.mark.slow

@@ -31,8 +31,7 @@ def test_slots_of_an_expert(factor, tokens, groups, shards, slots):
     (dict(), 2.5, 'dropless'),  # 320
     (dict(), 0.0, 'dropless'),
     (dict(num_experts=2), 0.0, 'dropless'),  # few, but no capacity
-    (dict(router='expert_choice'), 0.0, 'sorted'),
-    (dict(dispatch='einsum'), 0.0, 'einsum')])
+    (dict(router='expert_choice'), 0.0, 'sorted')])
 def test_the_way_of_auto_pads_little(fields, factor, way):
   assert dispatch.way(moe(**fields), factor, 64, 4, 1) == way
 

@@ -12,12 +12,10 @@ import pytest
 import architectures
 from architectures.parts import sharding
 from architectures.parts.context import Context
-from architectures.parts.ffn import Hidden
-from architectures.parts.moe import experts, grouped, grouped_kernels
+from architectures.parts.moe import grouped, grouped_kernels
 from architectures.parts.moe import layer as moe
 from tests.architectures.attention import kernels_test
 from tests.helpers import models
-from training.costs import traced
 
 
 COUNTS = {  # of 300 rows, in tiles of 128 and by the even load of 256
@@ -49,13 +47,6 @@ def test_the_product_equals_a_loop_over_experts(monkeypatch, counts):
       256, True, x, m, jnp.array(counts, jnp.int32)), void(x_RK), m_EKN)
   for a, b in zip((got_RN, *vjp(void(dy_RN))), want):
     np.testing.assert_allclose(a, b, atol=1e-5 * (1 + float(jnp.abs(b).max())))
-
-
-@pytest.mark.parametrize('even, rows, tile', [
-    (1, 16, 128), (600, 4096, 256), (5000, 4096, 512), (5000, 640, 128)])
-def test_an_expert_fills_two_tiles(even, rows, tile):
-  tiles = grouped_kernels._tiles(even, rows, 14336, 1792, jnp.bfloat16)
-  assert tiles == (tile, 1024, 896)
 
 
 @pytest.mark.slow
@@ -95,20 +86,6 @@ def test_auto_is_megablox_in_a_tpu_program(chips, sizes):
   calls = kernel.compile().as_text().count(
       'custom_call_target="tpu_custom_call"')
   assert calls == 9
-
-
-def test_a_plan_counts_the_rows_of_an_even_load():
-  """Not those that its buffer has room for."""
-  w = experts.Weights(*(jnp.ones((4, *s)) for s in ((8, 6), (6, 8), (8, 6))))
-  def count(kernel, rows):
-    loss = lambda x_RD, w: grouped.ffn(
-        x_RD, jnp.full(4, 8), jnp.ones(128), w, None,
-        grouped.How(Hidden('swiglu'), 64, kernel)).sum()
-    return traced.count(jax.make_jaxpr(jax.value_and_grad(loss, (0, 1)))(
-        jnp.ones((128, 8)), w), traced.Place('tpu', rows))
-  assert count('megablox', 32).flops == 9 * 2 * 32 * 8 * 6
-  for rows in (0, 32):
-    assert count('megablox', rows) == count('xla', rows)
 
 
 @pytest.mark.slow

@@ -152,68 +152,6 @@ def test_retention_turns_only_by_rotary_positions():
   np.testing.assert_allclose(got, want, atol=3e-6 * np.abs(want).max())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('dtype, most', [('float32', 1e-5),
-                                         ('bfloat16', 4e-2)])
-def test_a_layer_equals_that_of_kimi_linear(dtype, most):
-  """Outputs and gradients, on the same weights, of transformers' torch code:
-  its chunks of 64, where a row has two pieces here."""
-  torch = pytest.importorskip('torch')
-  kimi = pytest.importorskip(
-      'transformers.models.kimi_linear.modeling_kimi_linear')
-  from transformers import KimiLinearConfig
-  layer, p = layer_of('kda', dtype, key_heads=4, key_dim=6, value_dim=6,
-                      rank=6)
-  c = layer.config
-  theirs = kimi.KimiLinearDeltaAttention(KimiLinearConfig(
-      hidden_size=32, num_hidden_layers=1, rms_norm_eps=c.norm_eps,
-      linear_num_heads=4, linear_head_dim=6, linear_conv_kernel_dim=4,
-      layer_types=['linear_attention']), 0)
-  flat = lambda x: x.reshape(len(x), -1).T
-  put = lambda tensor, x: tensor.data.copy_(torch.tensor(np.asarray(x)))
-  qkv = 'query', 'key', 'value'
-  for name in qkv:
-    put(getattr(theirs, f'{name[0]}_proj').weight, flat(p[name]))
-  put(theirs.conv1d.weight, jnp.concatenate(
-      [flat(p[f'{name}_conv']) for name in qkv])[:, None])
-  put(theirs.forget_gate.f_a_proj.weight, p['decay_down'].T)
-  put(theirs.forget_gate.f_b_proj.weight, flat(p['decay_up']))
-  put(theirs.forget_gate.dt_bias, p['decay_bias'].reshape(-1))
-  put(theirs.forget_gate.A_log, p['decay_scale'].reshape(1, 1, -1, 1))
-  put(theirs.b_proj.weight, p['rate'].T)
-  put(theirs.g_a_proj.weight, p['gate_down'].T)
-  put(theirs.g_b_proj.weight, flat(p['gate_up']))
-  put(theirs.o_norm.weight, p['out_norm']['scale'])
-  put(theirs.o_proj.weight, p['out'].reshape(-1, 32).T)
-  rng = np.random.default_rng(0)
-  x, weigh = (rng.normal(size=(2, 100, 32)).astype(np.float32)
-              for _ in range(2))
-  kind = getattr(torch, dtype)
-  theirs = theirs.to(kind)
-  given = torch.tensor(x, dtype=kind, requires_grad=True)
-  out = theirs(given)
-  (out.float() * torch.tensor(weigh)).sum().backward()
-  want = [y.detach().float().numpy() for y in (
-      out, given.grad, theirs.o_proj.weight.grad.T,
-      theirs.forget_gate.A_log.grad.reshape(-1),
-      theirs.forget_gate.dt_bias.grad, theirs.forget_gate.f_b_proj.weight.grad,
-      theirs.g_b_proj.weight.grad, theirs.b_proj.weight.grad.T,
-      theirs.conv1d.weight.grad[:, 0])]
-
-  def loss(p, x):
-    y = applied(layer, p, x)[0].astype(jnp.float32)
-    return (y * weigh).sum(), y
-  (_, y), (dp, dx) = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(
-      p, jnp.asarray(x, c.compute_dtype))
-  got = [y, dx.astype(jnp.float32), dp['out'].reshape(-1, 32),
-         dp['decay_scale'], dp['decay_bias'].reshape(-1), flat(dp['decay_up']),
-         flat(dp['gate_up']), dp['rate'],
-         jnp.concatenate([flat(dp[f'{name}_conv']) for name in qkv])]
-  for ours, other in zip(got, want):
-    error = np.abs(ours - other).max() / np.abs(other).max()
-    assert error < most, error
-
-
 @pytest.mark.parametrize('changes, sentence', [
     (fields('kda', key_heads=3), 'key_heads is 3, which does not divide'),
     (fields('gla', rank=0), 'model.gla.rank is 0: it must be >= 1'),

@@ -20,12 +20,9 @@ from architectures.parts.recurrent import recurrence
 from configs import sharding as tables
 from tests.helpers import models, recurrences
 from tests.helpers.recurrences import applied, each, empty
-from tests.training import step_test
 from training import beam, generate, paths, runs
-from training.chat import engine
 from training.costs import flops, totals
 from training.distributed import devices
-from training.evals import scoring
 from training.step import abstract_params, parameter_roles
 
 GREEDY = generate.Sampling(temperature=0)
@@ -133,38 +130,8 @@ def test_bfloat16_is_float32_within_a_bound(mixer):
     models.close(want, y_BLD.astype(jnp.float32), 4e-2)
 
 
-def trained_alike(mixer, capfd, **sizes):
-  """Asserts that a mesh and a single device train a model alike; returns where
-  the mesh has the parameters of the layer."""
-  c = step_test.config(data__document_mask=True)
-  c.model = models.config('llama', num_kv_heads=4, num_layers=1,
-                          **recurrences.fields(mixer, **sizes))
-  single = step_test.train(c, step_test.one_device())
-  c.mesh.update(tables.PRESETS['fsdp_tp'])
-  run, state, metrics = step_test.train(c)
-  assert 'Involuntary full rematerialization' not in capfd.readouterr().err
-  models.close(single[1].params, state.params, rtol=1e-4)
-  models.close(single[2], metrics, rtol=1e-4)
-  return {name: sharding.spec for name, sharding in paths.flatten(
-      run.shardings.params['decoder']['layers']['block_0']['attention']
-  ).items()}
-
-
-@pytest.mark.long
-@each(KDA)
-def test_sharded_equals_single_device(mixer, capfd):
-  specs = trained_alike(mixer, capfd)
-  ours = dict(value=jax.P(None, ('fsdp', 'expert'), 'tensor', None),
-              key=jax.P(None, ('fsdp', 'expert'), 'tensor', None),
-              decay_scale=jax.P(None, 'tensor'),
-              decay_down=jax.P(None, ('fsdp', 'expert'), None),
-              decay_up=jax.P(None, None, 'tensor', None))
-  assert {name: spec for name, spec in ours.items()
-          if name in specs}.items() <= specs.items()
-
-
 @pytest.mark.slow
-@each()
+@each(KDA)
 def test_prompts_of_several_lengths_go_on_as_each_would_alone(mixer):
   """The model's other layers have attention."""
   module, params = models.make('llama', **recurrences.hybrid(mixer))
@@ -197,54 +164,6 @@ def test_beams_are_those_of_a_model_that_reads_each_text_anew(mixer):
         (0, 0), (0, 5 - length)))))[:, length - 1:length + 3]
     np.testing.assert_allclose(jnp.take_along_axis(
         log_p, texts[row][..., None], -1).sum((1, 2)), scores[row], atol=1e-4)
-
-
-@pytest.mark.slow
-@each('gla')
-def test_a_conversation_that_changes_is_read_again_from_its_start(
-    mixer, monkeypatch):
-  """A state cannot take back what it has read."""
-  monkeypatch.setattr(engine, 'PIECES', (1, 4, 8))
-  module, params = models.make('llama', **recurrences.hybrid(mixer))
-  own = engine.Engine(module, params, 24, GREEDY)
-  logits = jax.jit(lambda rows: models.logits(module, params, rows))
-  def drawn(ids):
-    rows = jnp.array([ids + [0] * (9 - len(ids))])
-    assert own.draw(ids) == int(logits(rows)[0, len(ids) - 1].argmax())
-    return own.num_read
-  ids = [5, 17, 3, 44, 9, 12, 13]
-  assert drawn(ids) == 7  # in pieces, the last with padding
-  assert drawn([*ids, 8, 8]) == 9
-  assert drawn([*ids[:4], 1]) == 14
-
-
-def test_a_tree_of_texts_is_laid_out_as_a_row_each():
-  rows = scoring.batches([scoring.Question(np.array([1, 2, 3, end]), 1)
-                          for end in (4, 5)] * 4, 32, 1, 64, True)
-  assert not any(shape.trees for shape, _ in rows)
-
-
-@pytest.mark.slow
-@each()
-def test_hybrids_scan_their_period_and_decode(mixer):
-  """Layers of a recurrence and of attention with rotary positions."""
-  module, params = models.make('llama', **recurrences.hybrid(mixer))
-  other, _ = models.make('llama', **recurrences.hybrid(mixer),
-                         scan_layers=False)
-  tokens = models.tokens(2, 12)
-  logits = jax.jit(lambda p: models.logits(module, p, tokens))(params)
-  models.close(logits, jax.jit(lambda p: models.logits(other, p, tokens))(
-      params), 2e-5)
-  @jax.jit
-  def decoded(params):
-    cache = architectures.init_cache(module.config, *tokens.shape)
-    def step(cache, i):
-      token = jax.lax.dynamic_slice_in_dim(tokens, i, 1, 1)
-      out = module.apply({'params': params}, token, cache=cache,
-                         positions_BL=jnp.full((1, 1), i))
-      return out.cache, out.logits[:, 0]
-    return jnp.swapaxes(jax.lax.scan(step, cache, jnp.arange(12))[1], 0, 1)
-  models.close(logits, decoded(params), 2e-5)
 
 
 # The projections whose outputs do not grow with the width: a number for each

@@ -1,0 +1,169 @@
+"""A new objective, evaluation task or probe is one file: what lists or reads
+them finds it, with no other edit."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tests.helpers import adding
+
+FILES = {
+    'training/objectives/fim.py': '''
+"""Fill in the middle (Bavarian et al. 2022): a text's beginning and its end,
+each after a sentinel, then what stood between them."""
+
+import numpy as np
+
+from training.data import packing
+from training.objectives import record
+
+
+class Windows(packing.Windows):
+  """Windows that leave room for three sentinels."""
+
+  def __init__(self, corpus):
+    super().__init__(corpus, corpus.config.data.length - 3)
+
+
+def fim(window, rng, config, tokenizer):
+  text = window.tokens[:window.size]
+  first, last = np.sort(rng.integers(0, len(text) + 1, 2))
+  beginning, end, middle = tokenizer.sentinel_ids[:3]
+  ids = np.concatenate([[beginning], text[:first], [end], text[last:],
+                        [middle], text[first:last]])
+  told = np.arange(len(ids)) > len(ids) - 1 - (last - first)
+  return dict(tokens=ids[:-1], targets=ids[1:], weights=told[1:],
+              valid=np.ones(len(ids) - 1))
+
+
+def arrays(config):
+  row = record.text_arrays(config)
+  return row | dict(valid=row['weights'])
+
+
+OBJECTIVES = {'fim': record.Objective(
+    ('decoder',), Windows, fim, arrays, ('tokens',), {'valid': 'valid_BL'},
+    ('valid',), prompt=record.after_separator)}
+''',
+    'training/evals/tasks/among.py': '''
+"""How often a target is among the likeliest tokens."""
+
+from training.evals.task import Flag, Task
+
+
+def run(evaluation):
+  import jax
+
+  from training import objectives
+  from training.data import pipeline
+  from training.distributed import devices
+  run_, most = evaluation.run, evaluation.options.among
+  objective = objectives.of(run_.config)
+
+  def found(params, batch):
+    logits_BLV = objective.apply(run_.module, params, batch).logits
+    _, ids = jax.lax.top_k(logits_BLV, most)
+    right = (ids == batch['targets'][..., None]).any(-1)
+    return (right * batch['weights']).sum(), batch['weights'].sum()
+
+  step = evaluation.program(lambda: found, 'among', most)
+  loader, = pipeline.held_out(
+      run_.config, evaluation.tokenizer,
+      *devices.batch_shard(run_.place, run_.config.data.batch_size))
+  sums = [step(evaluation.params, devices.put(batch, run_.place))
+          for batch in loader.iterate()]
+  right, count = (float(sum(one)) for one in zip(*sums))
+  print(f'{right / count:.4f} of {count:,.0f} targets')
+  return dict(share=right / count)
+
+
+TASK = Task('the share of targets among the likeliest tokens', run, flags=(
+    Flag('among', 5, 'So many of the likeliest tokens.', 1, 10_000),))
+''',
+    'training/data/probes/majority.py': '''
+"""Are most bits so far ones?"""
+
+import numpy as np
+
+from training.data.probes import record
+
+
+def draw(rng, count, settings):
+  bits = rng.integers(0, 2, count)
+  ones, all_so_far = np.cumsum(bits), np.arange(1, count + 1)
+  return record.asking(bits, np.arange(count), 2 * ones > all_so_far)
+
+
+PROBES = {'majority': record.Probe(
+    asks='whether most bits so far are ones', source='a test of 2026',
+    differs='', level='bits', levels=(8,), draw=draw,
+    size=lambda count, settings: count, vocab_size=lambda settings: 2,
+    grows=True, hides=True, length=8)}
+'''}
+# What the copy makes of the new probe.
+SEEN = '''
+import json
+
+from configs import gpt
+from training import runs
+from training.data import pipeline, tokenizers
+
+config = gpt.get_config()
+config.objective, config.data.source = 'probe', 'probe:majority'
+config.data.update(length=8, batch_size=2)
+runs.check_config(config)
+tokenizer = tokenizers.load('bytes')
+model, _ = runs.resolve(config, tokenizer)
+batch = pipeline.training_loader(config, tokenizer).batch(0)
+print(json.dumps(dict(vocab=model.vocab_size, tokens=batch['tokens'].tolist(),
+                      targets=batch['targets'].tolist())))
+'''
+TEXT = 'It is a law of nature that what is sown is reaped. ' * 20
+SMALL = [f'--config.{flag}' for flag in (
+    'objective=fim', 'model.d_model=32', 'model.num_layers=2',
+    'model.num_heads=2', 'data.length=32', 'data.batch_size=8',
+    'data.holdout_every=4', 'train.steps=4', 'optim.warmup_steps=2',
+    'eval.every_steps=0', 'log.every_steps=1', 'mesh.data=2', 'mesh.fsdp=4')]
+
+
+@pytest.fixture(name='tree', scope='module')
+def _tree(tmp_path_factory):
+  return adding.copy_with(tmp_path_factory.mktemp('added') / 'tree', FILES)
+
+
+@pytest.mark.slow
+def test_an_objective_trains_and_a_task_measures_it(tree):
+  for i in range(8):
+    (tree / f'{i}.txt').write_text(f'Document {i}. {TEXT}')
+  adding.run(tree, 'train.py', '--config', 'configs/gpt.py', '--workdir=run',
+             '--config.data.source=text:*.txt', *SMALL)
+  lines = (tree / 'run/metrics.jsonl').read_text().splitlines()
+  losses = [row['loss'] for row in map(json.loads, lines)
+            if row['split'] == 'train']
+  assert len(losses) == 4 and np.isfinite(losses).all()
+  said = adding.run(tree, 'eval.py', '--workdir=run', '--json=found.json',
+                    '--tasks=loss,among,samples', '--among=384',  # of 384 ids
+                    '--prompt=It is', '--max_new_tokens=4').stdout
+  found = json.loads((tree / 'found.json').read_text())
+  assert found['among']['share'] == 1 and 'sample 1 of 1:\nIt is' in said
+  said = adding.run(tree, 'eval.py', '--workdir=run', '--tasks=exact', code=2)
+  assert "objective 'fim'" in said.stderr
+
+
+@pytest.mark.slow
+def test_their_names_are_among_the_choices(tree):
+  shown = ' '.join(adding.run(tree, 'eval.py', '--help').stdout.split())
+  assert '--among: among: So many of the likeliest tokens. (default: 5)' in (
+      shown)
+  said = adding.run(tree, 'train.py', '--config', 'configs/gpt.py',
+                    '--workdir=no', '--config.objective=fmi', code=2)
+  assert "Did you mean 'fim'?" in said.stderr
+
+
+@pytest.mark.slow
+def test_a_probe_is_drawn(tree):
+  seen = json.loads(adding.run(tree, '-c', SEEN).stdout.splitlines()[-1])
+  assert seen['vocab'] == 2
+  for tokens, targets in zip(seen['tokens'], seen['targets']):
+    assert targets == [2 * sum(tokens[:i + 1]) > i + 1 for i in range(8)]
