@@ -1,12 +1,10 @@
 """The coordinate check tells muP from the standard form."""
 
 import json
-import types
 
 import numpy as np
 import pytest
 
-import architectures
 from tests.helpers import forked, models
 from tools import coord_check
 
@@ -43,16 +41,6 @@ def test_flat_in_mup_and_growing_in_the_standard_form(rows):
                              rows['standard']['sizes'][0], rtol=1e-5)
 
 
-@pytest.mark.parametrize('name', ['sizes.png', 'sizes.txt', 'sizes'])
-def test_a_png_is_drawn_whatever_it_is_called(name, tmp_path):
-  pytest.importorskip('matplotlib')
-  rows = [dict(system='gpt', parametrization='mup', widths=WIDTHS, steps=1,
-               outputs=['block 0', 'logits'],
-               sizes=[[[1.0, 2.0], [1.5, 2.5]], [[1.1, 9.0], [1.6, 30.0]]])]
-  coord_check.plot(rows, str(tmp_path / name))
-  assert (tmp_path / name).read_bytes()[:4] == b'\x89PNG'
-
-
 @pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.parametrize('rows', ['gpt'], indirect=True)
@@ -60,16 +48,6 @@ def test_what_is_printed(rows):
   printed = coord_check.text(rows['standard'])
   assert 'gpt, standard' in printed and printed.count('growing') == 3
   assert len(json.dumps(rows['mup'])) > 100
-
-
-def test_all_are_the_decoders_that_mup_has_rules_for(capsys):
-  args = types.SimpleNamespace(systems=[], mixers=[], optimizer='adamw',
-                               steps=1, widen='size')
-  found = coord_check.variants(args, architectures.files('decoder'), WIDTHS)
-  assert sorted(system for system, _ in found) == sorted(models.MUP)
-  told = capsys.readouterr().out.splitlines()
-  assert [line.split(': ')[1] for line in told] == sorted(
-      set(architectures.files('decoder')) - set(models.MUP))
 
 
 @pytest.mark.parametrize('flag, word', [

@@ -27,7 +27,6 @@ from architectures.parts.moe import capacity
 from configs.errors import RequestError, require, short
 from training.hf import files as hf_files
 from training.hf import heads
-from training.hf import nearest
 from training.workdir import run_config
 
 # Fields by which text is generated: an export writes those of its import.
@@ -235,8 +234,7 @@ def model_of(reader: Reader) -> ml_collections.ConfigDict:
   if reader.model_type not in archs:
     raise RequestError('config.json has model_type '
                        f'{short(reader.model_type)}, which is none of those '
-                       f'here: choose from {", ".join(archs)}'
-                       + nearest.words(_nearest(reader, archs)))
+                       f'here: choose from {", ".join(archs)}')
   arch = archs[reader.model_type]
   page = architectures.hugging_face(arch)
   found: dict[str, Any] = {}
@@ -260,22 +258,6 @@ def _families() -> dict[str, str]:
   return {architectures.hugging_face(arch).model_type: arch
           for arch in architectures.systems()
           if hasattr(architectures.page(arch), 'HF')}
-
-
-def _nearest(reader: Reader, archs: Mapping[str, str]
-             ) -> nearest.Nearest | None:
-  """Returns which of these families is nearest to a config.json of another."""
-  asked = {}
-  for model_type in archs:
-    empty = Reader(dict(model_type=model_type))
-    try:
-      model_of(empty)
-    except RequestError:
-      pass  # what was asked for until then
-    asked[model_type] = empty.asked
-  return nearest.nearest(reader.tree, asked, {
-      model_type: architectures.hugging_face(arch)
-      for model_type, arch in archs.items()}, NEUTRAL)
 
 
 def _field(reader: Reader, found: dict[str, Any], names: str, default: Any,

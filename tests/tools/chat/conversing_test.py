@@ -2,14 +2,11 @@
 
 import io
 import json
-import os
-import signal
 import sys
 import types
 
 import pytest
 
-from configs.errors import RequestError
 from tests.helpers import forked
 from tests.training.chat import load_test
 from tools.chat import conversing
@@ -62,16 +59,6 @@ def test_commands(pipe, tmp_path):
   assert session.told == ['be brief', '']
 
 
-@pytest.mark.parametrize('text, words', [
-    ('/resett\n', 'no command /resett: choose from /reset, /system'),
-    ('a\n/save /no/where\n', "/save cannot write '/no/where': No such file"),
-    ('a\n/save\n', 'needs the name'), ('/save x\n', 'nothing to save'),
-    (b'ok\n\xff\n', 'standard input, line 2, is not UTF-8')])
-def test_what_is_wrong_in_a_pipe_is_a_sentence(pipe, text, words):
-  with pytest.raises(RequestError, match=words):
-    pipe(text)
-
-
 def test_at_a_terminal_what_is_wrong_ends_nothing(monkeypatch, capsys):
   lines = iter(['/nothing', 'a', KeyboardInterrupt(), '', '/save /no/where',
                 'a\udc80', EOFError()])
@@ -91,15 +78,6 @@ def test_at_a_terminal_what_is_wrong_ends_nothing(monkeypatch, capsys):
                 'Ctrl-D ends the program', 'No such file',
                 'the message is not text'):
     assert words in said.err
-
-
-def test_ctrl_c_ends_an_answer_alone():
-  with conversing.interrupts() as stopped:
-    assert not stopped()
-    os.kill(os.getpid(), signal.SIGINT)
-    assert stopped()
-  with pytest.raises(KeyboardInterrupt):
-    os.kill(os.getpid(), signal.SIGINT)
 
 
 def _chat(*flags, said='', code=0):

@@ -62,13 +62,6 @@ def test_an_import_is_asked_as_its_folder_or_by_another_template(tmp_path):
   assert other.talk.encode(ASK).tolist() == [1, 19]
 
 
-def test_a_folder_without_one_goes_on_from_the_text(tmp_path):
-  save(tmp_path, bos_token_id=17, eos_token_id=18)
-  speaker = load.of_folder(tmp_path)
-  assert speaker.talk.plain and speaker.talk.ends == {18}
-  assert speaker.talk.encode(ASK).tolist() == [17, 1]
-
-
 def test_an_import_that_was_trained_goes_on_as_in_training(
     tmp_path, monkeypatch):
   """After the separator, and not after the folder's bos."""
@@ -84,25 +77,9 @@ def test_an_import_that_was_trained_goes_on_as_in_training(
   assert speaker.tokenizer.separator_id != 17
 
 
-@pytest.mark.parametrize('system, words', [
-    ('bert', 'an encoder has no conversation.*fill_mask'),
-    ('t5', 'encoder-decoder.*--prompt')])
-def test_folders_that_do_not_converse_are_refused(system, words, tmp_path):
-  _describe(tmp_path, system)
-  with pytest.raises(RequestError, match=words):
-    load.of_folder(tmp_path)
-
-
 def _describe(folder, system):
   tree = hf_config.write(architectures.resolve(models.config(system)))
   (folder / 'config.json').write_text(json.dumps(tree))
-
-
-def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
-  _describe(tmp_path, 'llama')
-  with pytest.raises(RequestError, match=(
-      r'no tokenizer that is read here: it needs tokenizer\.json, or ')):
-    load.of_folder(tmp_path)
 
 
 @pytest.mark.parametrize('system, objective, words', [
@@ -134,12 +111,3 @@ def test_a_run_is_asked_as_its_objective_says(objective, tmp_path, monkeypatch):
   asked = speaker.tokenizer.decode(speaker.talk.encode(ASK))
   assert asked == 'a' or asked.endswith('USER: a ASSISTANT:')
   assert speaker.talk.ends == {speaker.tokenizer.separator_id}
-
-
-def test_the_file_of_generation_counts_more_than_config_json():
-  said = hf_generation.Generation({'eos_token_id': 5, 'bos_token_id': None},
-                                  None)
-  assert load.ids(said) == dict(eos_token_id=[5])
-  both = said._replace(options={'eos_token_id': [6, 7]})
-  assert load.ids(both) == dict(eos_token_id=[6, 7])
-  assert load.ids(None) == {}

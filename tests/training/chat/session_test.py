@@ -9,7 +9,6 @@ import pytest
 from configs import base
 from configs.errors import RequestError
 from tests.helpers import models
-from tests.helpers import spaced
 from training import generate
 from training.chat import engine, session
 from training.data import chat_templates, tokenizers
@@ -78,12 +77,6 @@ def test_an_answer_ends(written, settings, answer, ended):
   assert talking.messages[-1]['content'] == answer and talking.ended == ended
 
 
-def test_what_a_folder_says_ends_an_answer():
-  talk = chat.templated(TEMPLATE, ends=[ord('!')])
-  talking = session.Session(Scripted('Hi!'), BYTES, talk, most=20)
-  assert ask(talking, 'a') == 'Hi' and talking.ended == 'end'
-
-
 def test_an_answer_can_be_interrupted_and_goes_on(model):
   _, talking = make(model, chat.templated(TEMPLATE), most=20)
   came = []
@@ -106,14 +99,6 @@ def test_a_conversation_that_is_too_long_is_refused_and_stays(model):
   _, talking = make(model, chat.templated(TEMPLATE), most=99)
   ask(talking, 'b' * 50)
   assert talking.ended == 'context'
-
-
-def test_a_template_that_makes_nothing_is_refused(model):
-  _, talking = make(model, chat.templated(chat_templates.make(
-      'nothing', '{% if false %}x{% endif %}', BYTES)))
-  with pytest.raises(RequestError, match='makes nothing of the conversation'):
-    ask(talking, 'a')
-  assert not talking.messages
 
 
 def test_the_system_text_and_a_new_conversation(model):
@@ -146,16 +131,6 @@ def test_a_model_of_plain_text_goes_on_from_lines():
   assert causal.goes_on(BYTES, 7).encode([])[0] == 7
 
 
-def test_plain_text_keeps_the_space_between_a_message_and_its_answer(tmp_path):
-  words = spaced.make(tmp_path)
-  engine_ = Scripted('')
-  engine_.left = [*words.encode('reads a'), words.eos_id]
-  talking = session.Session(engine_, words, causal.goes_on(words), most=20)
-  assert ask(talking, 'the model') == ' reads a'
-  asked = causal.goes_on(words).encode(talking.messages)
-  assert words.decode(asked) == 'the model reads a'
-
-
 def _config(source, template='published'):
   config = base.base()
   config.objective = 'chat'
@@ -165,23 +140,3 @@ def _config(source, template='published'):
 
 def _said(ids):
   return ''.join('</s>' if i == BYTES.eos_id else chr(i) for i in ids)
-
-
-def test_runs_of_the_published_templates_are_asked_by_them():
-  """As FastChat and tatsu-lab/stanford_alpaca write a second question."""
-  turns = [dict(role='user', content='a'), dict(role='assistant', content='b'),
-           dict(role='user', content='c')]
-  vicuna = chat.talk(_config('jsonl:x:y'), BYTES)
-  assert _said(vicuna.encode(turns)).endswith(
-      "questions. USER: a ASSISTANT: b</s>USER: c ASSISTANT:")
-  system = [dict(role='system', content='S.'), *turns[:1]]
-  assert _said(vicuna.encode(system)) == '</s>S. USER: a ASSISTANT:'
-  assert (vicuna.lead, vicuna.ends) == (' ', {BYTES.eos_id})
-  alpaca = chat.talk(_config('alpaca:x'), BYTES)
-  said = _said(alpaca.encode(turns))
-  assert said.count('### Response:') == 2 and not alpaca.system
-  assert '### Instruction:\na\n\n### Response:b</s>Below is' in said
-  assert said.endswith('### Instruction:\nc\n\n### Response:')
-  earlier = chat.talk(_config('jsonl:x:y', 'earlier'), BYTES)
-  assert _said(earlier.encode(turns)) == (
-      '</s>USER: a\nASSISTANT: b</s>USER: c\nASSISTANT: ')

@@ -2,7 +2,6 @@
 
 import pytest
 
-from tests.helpers import spaced
 from training.chat.stream import Stream
 from training.data import tokenizers
 
@@ -24,11 +23,6 @@ def test_a_character_waits_for_its_last_byte():
   assert pieces == ['a', '', 'é', '', '', '€', '']
 
 
-def test_what_stays_no_character_is_shown_at_the_end():
-  pieces, stream = _pieces([0x61, 0xe2, 0x82])
-  assert pieces == ['a', '', '', '\ufffd'] and stream.text == 'a\ufffd'
-
-
 @pytest.mark.parametrize('text, pieces', [
     ('one\nU: x', ['o', 'n', 'e', '', '', '', '']),
     ('a\n\nU', ['a', '', '\n', '', '\nU']),
@@ -45,13 +39,3 @@ def test_the_lead_is_no_part_of_the_answer():
   assert _pieces('Hi', lead=' ')[0] == ['H', 'i', '']
   assert _pieces('', lead=' ')[0] == ['']
   assert _pieces(' ', lead=' ')[0] == ['', '']
-
-
-def test_an_answer_that_goes_on_from_a_text_begins_with_its_space(tmp_path):
-  words = spaced.make(tmp_path)
-  prompt, answer = ([int(i) for i in words.encode(text)]
-                    for text in ('the model', 'reads a line'))
-  for before, pieces in ((prompt, [' reads', ' a', ' line']),
-                         ((), ['reads', ' a', ' line'])):
-    stream = Stream(words, prompt=before)
-    assert [stream.add(token) for token in answer] == pieces

@@ -5,7 +5,7 @@ import importlib
 import pytest
 
 import architectures
-from configs import gpt, llama, mixtral, qwen3
+from configs import gpt, mixtral, qwen3
 from configs.errors import RequestError
 from tests.helpers import models
 from tools.compare import spec
@@ -43,29 +43,6 @@ def test_what_is_unlike_is_named(config, fields, words):
       f'not as published: {words}')
 
 
-def test_what_a_size_has_is_as_published_and_so_are_other_sizes():
-  """SmolLM2, which LLaMA's file has, ties its embeddings; windows are sizes."""
-  assert said(llama.get_config('tiny'), tie_embeddings=True) == ''
-  assert said(gpt.get_config('tiny'), d_model=64, num_heads=2, dropout=0.1,
-              parametrization='mup', mup_base_width=32) == ''
-  gemma = importlib.import_module('configs.gemma3').get_config('tiny')
-  gemma.model.kinds.local.window = 8
-  assert said(gemma) == ''
-  gemma.model.kinds['local'].rope.theta = 5e5
-  assert said(gemma) == ('not as published: gemma3 with '
-                         'kinds.local.rope.theta=500000 in place of 10000')
-
-
-def test_a_system_without_a_file_of_sizes_is_what_its_page_says(monkeypatch):
-  monkeypatch.setattr(systems.importlib.util, 'find_spec', lambda name: None)
-  systems._sizes.cache_clear()
-  try:
-    assert said(llama.get_config('tiny')) == ''
-    assert 'norm=layernorm' in said(gpt.get_config('tiny'), arch='llama')
-  finally:
-    systems._sizes.cache_clear()
-
-
 @pytest.mark.parametrize('base', [gpt, qwen3, mixtral],
                          ids=lambda module: module.__name__)
 @pytest.mark.parametrize('arch', [
@@ -82,14 +59,6 @@ def test_a_base_becomes_every_system_of_its_kind(base, arch):
     assert made.model[name] == config.model[name]
   assert all(name.startswith('model.') for name in changes)
   assert systems.changes(config, arch) == changes
-
-
-def test_the_size_says_whose_parts_are_taken():
-  changes = systems.changes(gpt.get_config('tiny'), 'llama', 'smollm2-135m')
-  assert changes == {
-      'model.arch': 'llama', 'model.attention_bias': False,
-      'model.ffn': 'swiglu', 'model.ffn_bias': False, 'model.norm': 'rmsnorm',
-      'model.position': 'rope', 'model.rope.theta': 1e5}
 
 
 @pytest.mark.parametrize('arch, size, words', [

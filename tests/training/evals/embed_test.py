@@ -2,7 +2,6 @@
 the file do not change it."""
 
 import importlib.util
-import json
 
 import jax
 import jax.numpy as jnp
@@ -96,19 +95,6 @@ def test_a_vector_is_pooled_of_the_text_alone(tmp_path, kind):
   models.close(together_ND, alone_ND, rtol=1e-6)
 
 
-@pytest.mark.long
-def test_bert_has_a_pooler_and_others_do_not(tmp_path):
-  evaluation = asked(tmp_path, 'encoder', pooling='pooler')
-  p = evaluation.params
-  expected = np.tanh(states(evaluation, 'encoder', TEXTS[1])[0] @ p['pooler']
-                     + p['pooler_bias'])
-  np.testing.assert_allclose(written(tmp_path, evaluation)[1], expected,
-                             atol=1e-5)
-  for kind in ('decoder', 'encoder-decoder'):
-    with pytest.raises(RequestError, match="'pooler', which this model has no"):
-      written(tmp_path, asked(tmp_path, kind, pooling='pooler'))
-
-
 @pytest.mark.slow
 def test_a_model_of_masked_diffusion_reads_a_text_as_in_training(tmp_path):
   """It never saw [CLS] and [SEP]: a document begins after a separator."""
@@ -119,45 +105,6 @@ def test_a_model_of_masked_diffusion_reads_a_text_as_in_training(tmp_path):
   evaluation.run.config.objective = 'masked_diffusion'
   row, = embed.laid_out(texts, evaluation)
   assert row.tolist() == [258, *b'ab']
-
-
-@pytest.mark.parametrize('objective', ['probe', 'compression'])
-@pytest.mark.parametrize('task', ['embed', 'inspect'])
-def test_a_run_on_a_probe_reads_no_text(task, objective):
-  config = evaluations.config('gpt', objective)
-  assert 'whose ids stand for no text' in evals.TASKS[task].unfit(config)
-  assert not evals.TASKS[task].unfit(evaluations.config('gpt', 'causal'))
-
-
-def test_a_causal_model_has_no_first(tmp_path):
-  with pytest.raises(RequestError, match='choose mean or last'):
-    written(tmp_path, asked(tmp_path, 'decoder', pooling='first'))
-
-
-@pytest.mark.long
-def test_normalized_vectors_point_the_same_way(tmp_path):
-  evaluation = asked(tmp_path, 'decoder')
-  plain_ND = written(tmp_path, evaluation)
-  evaluation.options.normalize = True
-  np.testing.assert_allclose(
-      written(tmp_path, evaluation),
-      plain_ND / np.linalg.norm(plain_ND, axis=1, keepdims=True), atol=1e-6)
-
-
-def test_batches_have_few_shapes_and_every_row_once(monkeypatch):
-  monkeypatch.setattr(embed, 'TOKENS', 64)
-  lengths = np.random.default_rng(0).integers(1, 49, 200).tolist()
-  found = list(embed.batches(lengths, 48))
-  shapes = {shape for shape, _ in found}
-  assert shapes == {(8, 8), (16, 4), (32, 2), (48, 1)}
-  assert sorted(i for _, chosen in found for i in chosen) == list(range(200))
-  longest = 0
-  for (size, count), chosen in found:
-    assert 0 < len(chosen) <= count
-    for i in chosen:
-      assert longest <= lengths[i] <= size
-      longest = lengths[i]
-  assert list(embed.batches([3], 48)) == [((8, 1), [0])]
 
 
 def test_a_table_holds_the_texts_beside_their_vectors(tmp_path):
@@ -187,20 +134,6 @@ def test_a_line_without_a_text_is_refused(tmp_path, name, content, said):
   (tmp_path / name).write_bytes(content)
   with pytest.raises(RequestError, match=said):
     embed.read(str(tmp_path / name))
-
-
-def test_lines_end_as_they_do_elsewhere_too(tmp_path):
-  (tmp_path / 'a.txt').write_bytes(b'a\r\nb c\r\n')
-  assert [text for _, text in embed.read(str(tmp_path / 'a.txt'))] == [
-      'a', 'b c']
-  (tmp_path / 'a.jsonl').write_text(json.dumps(dict(text='a\nb', n=1)))
-  assert [text for _, text in embed.read(str(tmp_path / 'a.jsonl'))] == ['a\nb']
-
-
-def test_a_text_that_is_too_long_is_refused(tmp_path):
-  with pytest.raises(RequestError, match=r'line 2, has 33 tokens.*max_len 32'):
-    written(tmp_path, asked(tmp_path, 'decoder'), ['a', 'b' * 32])
-  written(tmp_path, asked(tmp_path, 'decoder'), ['a', 'b' * 31])
 
 
 @pytest.mark.parametrize('changes, said', [

@@ -1,6 +1,5 @@
 """eval.py --tasks=extrapolation: which variants a length is tried with."""
 
-import dataclasses
 import types
 
 import numpy as np
@@ -91,10 +90,3 @@ def test_the_table_and_the_picture(tmp_path):
   assert rows[5][1:] == ['288'] * 3 + [f'{last}'] + ['0'] * 4
   extrapolation.plot(curves, texts, 32, tmp_path / 'plot.png')
   assert (tmp_path / 'plot.png').read_bytes().startswith(b'\x89PNG')
-
-
-def test_configs_are_plain_variants():
-  model = architectures.resolve(models.config(position='rope'))
-  longer = positions.of(model).longer(model, 32, 2, False)
-  for variant in longer.values():
-    assert dataclasses.replace(variant, rope=model.rope) == model

@@ -95,15 +95,6 @@ def test_fillings_are_those_of_a_bert_in_numpy(wordpiece, capsys):
   assert 'mask 2 of 2:' in shown and 'mask 1 of 1' not in shown
 
 
-def test_more_fillings_than_tokens_are_all_of_them(wordpiece):
-  evaluation = asked(wordpiece, 'a [MASK]')
-  evaluation.options.top_fillings = 1000
-  (fillings,), = (prompt['masks'] for prompt in evaluations.run(
-      'fill_mask', evaluation)['prompts'])
-  assert sorted(f['id'] for f in fillings) == list(range(len(VOCAB)))
-  assert sum(f['probability'] for f in fillings) == pytest.approx(1, abs=1e-5)
-
-
 @pytest.mark.parametrize('prompt, said', [
     ('Paris is', "'Paris is' has no mask"),
     ('[MASK]|||a', "'a' has no mask"),
@@ -112,28 +103,6 @@ def test_a_prompt_that_cannot_be_filled_is_refused(wordpiece, prompt, said):
   with pytest.raises(RequestError, match=said):
     evaluations.run('fill_mask', asked(wordpiece, prompt))
   evaluations.run('fill_mask', asked(wordpiece, '[MASK] ' + 'a ' * 13))
-
-
-def test_a_model_a_tokenizer_and_flags_without_masks_are_refused(tmp_path):
-  row = evals.TASKS['fill_mask']
-  for system, objective in (('gpt', 'causal'), ('bert', 'masked_diffusion')):
-    assert f'{objective!r} predicts no masked tokens of a text between' in (
-        row.unfit(evaluations.config(system, objective)))
-  assert not row.unfit(evaluations.config('bert', 'mlm'))
-  with pytest.raises(RequestError, match='pass --prompt='):
-    row.check(evaluations.flags())
-  row.check(evaluations.flags(prompt='a'))
-  (tmp_path / 'vocab.txt').write_text('[UNK]\n[CLS]\n[SEP]\na')
-  with pytest.raises(RequestError, match="has no 'mask' token"):
-    fill_mask.laid_out('[MASK]', tokenizers.load(str(tmp_path)), 8)
-
-
-def test_bytes_are_shown_as_they_can_be():
-  evaluation = asked('bytes', 'a[MASK]')
-  row = fill_mask.laid_out('a[MASK]é', evaluation.tokenizer, 16)
-  assert row.tolist() == [260, 97, 259, 0xc3, 0xa9, 261]
-  assert [fill_mask.spelt(i, evaluation.tokenizer) for i in (
-      97, 0xc3, 259, 270, 500)] == ['a', '\\xc3', '[MASK]', '<270>', '<500>']
 
 
 @pytest.mark.parametrize('text', [
@@ -159,20 +128,6 @@ def test_robertas_mask_takes_the_space_before_it_along(tmp_path, text):
       '<s>', '<mask>', 'a', ' b', '<7>']
 
 
-def test_a_prompt_asks_for_samples_unless_it_is_to_be_filled():
-  values = given('prompt')
-  assert evals.asked_for(['loss'], values) == {
-      'loss': 'tasks', 'samples': 'prompt'}
-  assert evals.asked_for(['fill_mask'], values) == {'fill_mask': 'tasks'}
-  assert evals.asked_for([], values) == {'samples': 'prompt'}
-
-
-@pytest.mark.parametrize('task', ['fill_mask', 'inspect', 'samples', 'unmask'])
-def test_a_prompt_that_is_no_text_is_refused(task):
-  with pytest.raises(RequestError, match='--prompt is not text'):
-    evals.TASKS[task].check(evaluations.flags(prompt='a\udcff'))
-
-
 def given(*names):
   """The flags of all tasks, of which a command line has `names`."""
   return {flag.name: types.SimpleNamespace(present=flag.name in names)
@@ -195,29 +150,6 @@ def test_a_flag_that_no_task_reads_is_refused(flag):
   with pytest.raises(RequestError, match=rf'--{flag} is read by the task') as e:
     evals.asked_for(['routing'], given(flag))
   assert all(name in str(e.value) for name in readers)
-
-
-@pytest.mark.parametrize('names', [['samples'], ['embed', 'inspect'],
-                                   ['lm_eval:a']])
-def test_a_text_that_no_task_reads_is_refused(names):
-  evals.check_text('', names)
-  evals.check_text('text:*', [*names, 'loss'])
-  with pytest.raises(RequestError, match="--text is 'text:\\*', which "
-                     f'{", ".join(names)} would not read: .* of bound, exact, '
-                     'extrapolation, labels, loss, routing, translation$'):
-    evals.check_text('text:*', names)
-
-
-@pytest.mark.parametrize('names, flags, said', [
-    (['loss'], ['vectors'], '--vectors is read by the task embed alone: add it '
-     'to --tasks'),
-    (['loss'], ['max_new_tokens'], 'the tasks samples and unmask alone: add '
-     'one of them'),
-    ([], [], "--tasks is '', .* choose from bound, embed"),
-    (['lm_eval:a'], ['lm_eval'], '--lm_eval is beside --tasks=lm_eval:a')])
-def test_a_request_that_would_be_left_undone_is_refused(names, flags, said):
-  with pytest.raises(RequestError, match=said):
-    evals.asked_for(names, given(*flags))
 
 
 def test_a_task_that_a_run_has_not_is_refused_by_the_flag_that_asked():

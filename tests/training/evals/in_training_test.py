@@ -170,17 +170,3 @@ def test_a_best_that_is_no_figure_is_refused_before_the_first_step(
     else:
       alone(c, tmp_path)
   assert not rows(tmp_path, 'train')
-
-
-def test_a_source_that_is_there_twice_has_figures_of_two_names(texts):
-  c = config(texts, **{'data.eval_source': f'0.5*{texts},0.5*{texts}'})
-  assert [loader.name for loader in pipeline.held_out(
-      c, tokenizers.load('bytes'))] == [texts, f'{texts} (2)']
-
-
-def test_several_processes_are_refused(texts, monkeypatch):
-  monkeypatch.setattr(jax, 'process_count', lambda: 2)
-  c = config(texts)
-  run = runs.Run(c, *[None] * 6)
-  with pytest.raises(RequestError, match='is for training in one process'):
-    in_training.Tasks(run, None)

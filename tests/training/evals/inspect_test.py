@@ -10,7 +10,6 @@ import pytest
 import archetype
 from configs.errors import RequestError
 from tests.helpers import evaluations
-from training import evals
 from training.evals.tasks import inspect
 
 PROMPT = 'My fellow, my'
@@ -89,15 +88,6 @@ def test_induction_is_that_of_random_tokens_that_come_twice(gpt):
                              expected, atol=1e-5)
 
 
-def test_a_terminal_is_told_each_layer(gpt, capsys):
-  evaluation = gpt[0]
-  evaluations.run('inspect', evaluation)
-  said = capsys.readouterr().out
-  rows = [line.split()[0] for line in said.splitlines() if line]
-  assert rows[1:5] == ['layer', 'embedding', '0', '1']
-  assert str(evaluation.workdir / 'inspect.html') in said
-
-
 @pytest.mark.slow
 def test_an_encoder_reads_masks_between_its_marks(tmp_path):
   evaluation = asked('bert', 'mlm', tmp_path, prompt='a [MASK] b')
@@ -109,12 +99,6 @@ def test_an_encoder_reads_masks_between_its_marks(tmp_path):
       found.lens.ids[:, 0, :, 0].tolist())
   assert 'induction' not in figures['attention']['encoder']
   assert 'What is predicted is\nthe token itself' in page
-
-
-def test_a_model_of_masked_diffusion_reads_what_it_read_in_training(tmp_path):
-  evaluation = asked('bert', 'masked_diffusion', tmp_path, prompt='a [MASK]')
-  read = inspect._read(evaluation)
-  assert read.tokens['encoder'].tolist() == [258, *b'a ', 259]
 
 
 @pytest.mark.long
@@ -153,18 +137,6 @@ def test_experts_and_their_gates_stand_in_the_page(tmp_path):
   assert [list(map(int, cell.split())) for cell in cells] == order.tolist()
 
 
-@pytest.mark.long
-def test_a_learned_sink_has_a_figure_of_its_own(tmp_path):
-  evaluation = asked('gpt', 'causal', tmp_path,
-                     fields=dict(attention_sinks=True))
-  figures, _, page = look(evaluation)
-  sink = api(evaluation).inspect(
-      [evaluation.tokenizer.separator_id, *PROMPT.encode()]
-  ).attention['decoder'].sink.mean(-1)[:, 0]
-  np.testing.assert_allclose(figures['attention']['decoder']['learned sink'],
-                             sink, atol=1e-5)
-
-
 def test_what_cannot_be_shown_is_refused(tmp_path):
   with pytest.raises(RequestError, match='33 tokens.*max_len 32: shorten the '
                      'prompt'):
@@ -177,32 +149,3 @@ def test_what_cannot_be_shown_is_refused(tmp_path):
   with pytest.raises(RequestError, match='2035 MiB: shorten the prompt to '
                      r'about 1536 tokens'):
     inspect._check_size(read, evaluation)
-
-
-@pytest.mark.parametrize('options, said', [
-    (dict(), 'pass --prompt='), (dict(prompt=' \n'), 'pass --prompt='),
-    (dict(prompt='a|||b'), 'shows one prompt'),
-    (dict(prompt='a\udcff'), '--prompt is not text'),
-    (dict(prompt='a', target='\udcff'), '--target is not text')])
-def test_flags_that_say_nothing_are_refused(options, said):
-  with pytest.raises(RequestError, match=re.escape(said)):
-    evals.TASKS['inspect'].check(evaluations.flags(**options))
-
-
-@pytest.mark.long
-def test_what_a_tokenizer_does_not_know_is_said(tmp_path):
-  (tmp_path / 'vocab.txt').write_text('\n'.join(
-      '[PAD] [UNK] [CLS] [SEP] [MASK] my fellow ##s'.split()))
-  evaluation = asked('bert', 'mlm', tmp_path, str(tmp_path),
-                     prompt='My öther fellows')
-  figures, _, page = look(evaluation)
-  assert figures['tokens']['encoder'] == [
-      '[CLS]', 'my', '[UNK]', 'fellow', '##s', '[SEP]']
-  assert 'does not know 1 of the pieces' in page
-
-
-def test_tokens_are_shown_so_that_they_can_be_told(gpt):
-  tokenizer = gpt[0].tokenizer
-  assert [inspect.readable(i, tokenizer) for i in (
-      97, 32, 10, 9, 0, 0xc3, 258, 500)] == [
-          'a', '␣', '↵', '⇥', '\\x00', '\\xc3', '[EOS]', '<500>']

@@ -11,7 +11,6 @@ import pytest
 from tests.helpers import evaluations
 from training import evals, objectives
 from training.data import labelled
-from training.evals.tasks import labels
 from training.measures import classes
 
 pytest.importorskip('sklearn')
@@ -57,25 +56,6 @@ def test_figures_are_those_of_their_formulas(count):
   assert sum(row['probabilities'].values()) == pytest.approx(1)
 
 
-def test_a_label_that_does_not_occur_is_not_in_the_mean():
-  """As in scikit-learn; one that is predicted and never right counts as 0."""
-  scores = np.eye(4)[[0, 0, 1, 2]]
-  figures = classes.of_scores(_view([0, 1, 1, 0], tuple('abcd')), [*scores]
-                              ).figures
-  assert figures['f1_macro'] == pytest.approx((1 / 2 + 2 / 3 + 0) / 3)
-  assert len(figures['by_label']) == 4
-
-
-def test_a_confusion_is_shown_by_what_is_right():
-  told = classes.of_scores(_view([0, 0, 1], ('no', 'yes')), [
-      np.array([0, 1]), np.array([1, 0]), np.array([0, 1])]).lines
-  lines = [line.split() for line in told]
-  assert lines[-3:] == [['right', 'found', 'as', 'no', 'yes'],
-                        ['no', '1', '1'], ['yes', '0', '1']]
-  assert ['no', '1.0000', '0.5000', '0.6667', '2'] in lines
-  assert any("F1 of 'yes'" in line for line in told)
-
-
 def test_correlations_are_those_of_their_formulas():
   rng = np.random.default_rng(0)
   right = rng.normal(size=30)
@@ -106,29 +86,6 @@ def test_a_text_that_is_no_label_is_never_right():
   assert numbers['f1'] == pytest.approx(2 * 1 / (1 + 2))
   with pytest.raises(ValueError, match="one label, 'yes'"):
     classes.of_texts(None, [('no', 'yes', False)])
-
-
-@pytest.mark.slow
-def test_one_label_is_refused_before_anything_is_written(
-    tmp_path, monkeypatch):
-  """Ten targets, of which a row has room for what they have in common."""
-  (tmp_path / 'a.tsv').write_text(''.join(
-      f'text {i}\tsame{i}\n' for i in range(10)))
-  config = _config(f'labelled:{tmp_path}/a.tsv', 't5', 'seq2seq')
-  config.data.target_length = 4
-  monkeypatch.setattr(labels, 'written', None)
-  with pytest.raises(ValueError, match="one label, 'same'"):
-    labels.run(evaluations.make(config))
-
-
-def test_a_space_before_a_label_is_no_part_of_it():
-  """Byte-level tokenizers with add_prefix_space decode one."""
-  measured = classes.of_texts(None, [
-      (' yes', ' yes', True), (' no', ' no', True)])
-  assert measured.figures['accuracy'] == 1
-  assert measured.figures['labels'] == ['no', 'yes']
-  assert json.loads(measured.files[''].splitlines()[0]) == dict(
-      label='yes', predicted='yes')
 
 
 @pytest.fixture(name='source')

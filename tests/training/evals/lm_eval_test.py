@@ -7,16 +7,13 @@ import importlib.util
 import json
 import types
 
-import jax
 import numpy as np
 import pytest
-import yaml
 
 from configs.errors import RequestError
 from training.evals.lm_eval_tasks import local
 from tests.helpers import evaluations
 from tests.helpers import models
-from tools import lm_eval as command
 from training import evals
 from training import generate
 from training.data import tokenizers
@@ -42,52 +39,12 @@ def test_a_name_says_what_to_evaluate():
     _check('lm_eval')
 
 
-def test_names_after_one_of_lm_eval_are_of_lm_eval():
-  """Unless they are tasks of our own."""
-  for text, tasks in {
-      'loss': ['loss'],
-      'lm_eval:a, b,c': ['lm_eval:a', 'lm_eval:b', 'lm_eval:c'],
-      'loss,lm_eval:a': ['loss', 'lm_eval:a'],
-      'lm_eval:a,loss,samples': ['lm_eval:a', 'loss', 'samples'],
-      'lm_eval:a,lm_eval:b,c,lm_eval': ['lm_eval:a', 'lm_eval:b', 'lm_eval:c',
-                                        'lm_eval'],
-      'lm_eval:a,loss,b': ['lm_eval:a', 'loss', 'b']}.items():
-    assert evals.listed(text) == evals.listed(text.split(',')) == tasks
-    assert evals.listed(tasks) == tasks
-
-
-@pytest.mark.skipif(not HERE, reason='lm_eval is not installed')
-def test_a_standard_error_is_computed_without_forks(monkeypatch):
-  from lm_eval.api import metrics
-  monkeypatch.setenv('DISABLE_MULTIPROC', '')
-  monkeypatch.setattr('multiprocessing.Pool', None)
-  with lm_eval._told(['cloze_files']):
-    error = metrics.bootstrap_stderr(metrics.mean, [1., 2., 3., 4.], 400)
-  # Of the mean of four draws from these: their deviation of sqrt(5/4), over 2.
-  assert error == pytest.approx(0.559, rel=0.15)
-
-
-@pytest.mark.skipif(HERE, reason='lm_eval is here')
-def test_without_the_package_there_is_a_sentence():
-  with pytest.raises(RequestError, match=r"pip install -e '.\[lm-eval\]'"):
-    _check('lm_eval:blimp_files')
-
-
 @pytest.mark.parametrize('system, objective', [
     ('bert', 'mlm'), ('t5', 'span')])
 def test_what_gives_no_probability_to_a_text_is_refused(system, objective):
   c = evaluations.config(system, objective)
   assert f'objective {objective!r}' in lm_eval.TASK.unfit(c)
   assert not lm_eval.TASK.unfit(evaluations.config('gpt', 'causal'))
-
-
-def test_figures_are_called_as_lm_eval_calls_them():
-  figures, errors = lm_eval._plain({
-      'acc,none': 0.5, 'acc_stderr,none': 0.1, 'alias': 'x', 'n': 3,
-      'exact_match,strict-match': 0.25,
-      'exact_match_stderr,strict-match': 0.2})
-  assert figures == {'acc': 0.5, 'exact_match (strict-match)': 0.25}
-  assert errors == {'acc': 0.1, 'exact_match (strict-match)': 0.2}
 
 
 @pytest.fixture
@@ -116,13 +73,6 @@ def test_pairs_are_counted_by_phenomenon(tmp_path, dataset):
         'acc': right, 'acc agreement': right}
 
 
-def test_the_last_word_is_asked_for_in_bits_per_byte(tmp_path, dataset):
-  _write(tmp_path, 'cloze', dict(text='He drank the café'))
-  doc, = local.cloze(folder=str(tmp_path))['validation']
-  assert local.cloze_results(doc, [(-3.0, True)]) == {
-      'acc': 1.0, 'perplexity': -3.0, 'bits_per_byte': (-3.0, 6)}
-
-
 @pytest.mark.parametrize('rows, sentence', [
     ((), 'none is named: pass --lm_eval_data=DIR, or set ARCHETYPE_DATA'),
     (('{',), 'a.jsonl, line 1, is broken JSON'),
@@ -134,23 +84,6 @@ def test_wrong_files_are_named(tmp_path, monkeypatch, dataset, rows, sentence):
     _write(tmp_path, 'cloze', *rows)
   with pytest.raises(RequestError, match=sentence):
     local.cloze(folder=str(tmp_path) if rows else '')
-
-
-def test_a_folder_without_the_files_is_named(tmp_path, dataset):
-  with pytest.raises(RequestError, match='blimp holds no .*jsonl'):
-    local.blimp(folder=str(tmp_path))
-
-
-def test_task_files_name_functions_that_are_there():
-  yaml.SafeLoader.add_constructor(
-      '!function', lambda loader, node: getattr(
-          local, node.value.removeprefix('local.')))
-  for file in lm_eval.OWN.glob('*.yaml'):
-    task = yaml.load(file.read_text(), yaml.SafeLoader)
-    assert task['task'] == file.stem
-    assert callable(task['custom_dataset']) and callable(
-        task['process_results'])
-  assert len(list(lm_eval.OWN.glob('*.yaml'))) == 2
 
 
 def test_a_tokenizer_says_what_hugging_face_puts_before_a_text(tmp_path):
@@ -188,34 +121,6 @@ def _writing(monkeypatch, workdir):
   return lambda requests: asked.generate_until(
       [Instance('generate_until', {}, request, i)
        for i, request in enumerate(requests)])
-
-
-@pytest.mark.skipif(not HERE, reason='lm_eval is not installed')
-def test_draws_of_one_context_repeat_in_no_batch_group_or_call(
-    monkeypatch, tmp_path):
-  ask = _writing(monkeypatch, tmp_path)
-  options = dict(until=[], do_sample=True, temperature=2.0, max_gen_toks=12)
-  groups = [('ab', options | dict(top_k=k)) for k in (300, 301)]
-  texts = ask([group for group in groups for _ in range(6)]) + ask(groups)
-  assert len(set(texts)) == len(texts) == 14
-
-
-@pytest.mark.skipif(not HERE, reason='lm_eval is not installed')
-def test_a_greedy_text_is_penalized_too(monkeypatch, tmp_path):
-  ask = _writing(monkeypatch, tmp_path)
-  options = dict(until=[], max_gen_toks=12)
-  without, penalized = ask([('ab', options), (
-      'ab', options | dict(repetition_penalty=1e6))])
-  module, params = models.make('gpt', vocab_size=384)
-  bytes_ = tokenizers.load('bytes')
-  for text, penalty in ((without, 1.0), (penalized, 1e6)):
-    expected = generate.generate(
-        module, params, bytes_.encode('ab')[None], np.array([2]),
-        jax.random.key(1), max_new_tokens=12, sampling=generate.Sampling(
-            temperature=0, repetition_penalty=penalty))[0]
-    assert text == bytes_.decode(generate.until(
-        np.asarray(expected), bytes_.eos_id))
-  assert without != penalized
 
 
 def _script(monkeypatch, *tokens):
@@ -291,14 +196,3 @@ def test_a_conversation_is_laid_out_by_the_runs_template(tmp_path):
     asked.chat_template('other')
   with pytest.raises(RequestError, match="its tokenizer 'bytes' has one"):
     _model(tmp_path).apply_chat_template(said)
-
-
-def test_its_command_line_gets_what_it_does_not_say():
-  told = {'--model_args', '-t'}
-  assert command._defaults(told) == [
-      '--model', 'archetype', '--include_path', str(lm_eval.OWN)]
-  assert not command._defaults({*told, '-M', '--include_path'})
-  assert not command._defaults({'--config'})
-  for missing in told:
-    with pytest.raises(RequestError, match='pass --'):
-      command._defaults(told - {missing})

@@ -4,10 +4,7 @@ import json
 
 import pytest
 
-from configs.errors import RequestError
 from tests import train_test
-from tests.helpers import evaluations
-from training import evals
 
 texts = train_test.texts
 FLAGS = ('--config.model.moe.num_experts=4', '--config.model.moe.d_ff=32',
@@ -40,17 +37,6 @@ def test_the_panel_is_in_the_figures_by_layer(workdir):
 
 
 @pytest.mark.long
-def test_tensorboard_has_a_heat_map(workdir):
-  from tensorboard.backend.event_processing import event_accumulator
-  events = event_accumulator.EventAccumulator(str(workdir / 'tensorboard'))
-  events.Reload()
-  image = events.Images('train/health/load_E')[-1]
-  assert image.encoded_image_string.startswith(b'\x89PNG')
-  assert image.height * 4 == image.width * 2  # 2 layers, 4 experts
-  assert 'train/health/dropped/1' in events.Tags()['scalars']
-
-
-@pytest.mark.long
 def test_eval_shows_the_routing(workdir):
   target = workdir / 'routing.json'
   result = train_test.evaluate(workdir, '--tasks=routing', '--json',
@@ -59,10 +45,3 @@ def test_eval_shows_the_routing(workdir):
   assert (workdir / 'routing.png').read_bytes().startswith(b'\x89PNG')
   figures = json.loads(target.read_text())['routing']
   assert len(figures['dropped']) == 2 and max(figures['dropped']) == 0
-
-
-def test_a_dense_run_has_no_routing(tmp_path):
-  with pytest.raises(RequestError, match='has no experts to route to: leave '
-                     'routing out of --tasks'):
-    evals.check_task('routing', evaluations.flags(),
-                     evaluations.config('gpt', 'causal'), tmp_path)

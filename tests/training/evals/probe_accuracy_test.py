@@ -6,22 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy import stats
 
 from configs import gpt
-from training import evals, objectives, runs
+from training import evals, runs
 from training.data import probes, tokenizers
 from training.evals import constant
 from training.evals.task import Evaluation
 from training.evals.tasks import probe as probe_task
-
-
-@pytest.mark.parametrize('count', [1, 20, 512])
-def test_wilsons_interval_is_that_of_scipy(count):
-  for right in {0, 1, count // 3, count}:
-    ours = probe_task.wilson(right / count, count)
-    theirs = stats.binomtest(right, count).proportion_ci(method='wilson')
-    np.testing.assert_allclose(ours, (theirs.low, theirs.high), atol=1e-12)
 
 
 def test_levels_of_training_then_longer_rows():
@@ -36,16 +27,6 @@ def test_levels_of_training_then_longer_rows():
   assert [cell.beyond for cell in alone] == [1] * 6
 
 
-def test_what_cannot_be_drawn_or_seen_is_refused():
-  """32 letters have 15 keys, so 32 pairs of them cannot be drawn."""
-  probe = probes.PROBES['mqar']
-  settings = probes.Settings(32, (8,), 32, 100, 100)
-  said = [probe_task.refusal(probe, settings, cell, 64) for cell in
-          probe_task.cells(settings, grows=True)]
-  assert said == ['', '32 letters have 15 keys',
-                  'the positions of the model end at 64']
-
-
 def _config(name, length=24, **fields):
   config = gpt.get_config('tiny').copy_and_resolve_references()
   config.objective, config.data.source = 'probe', f'probe:{name}'
@@ -58,18 +39,6 @@ def _constant(name, figure, **fields):
   return constant.score(_config(name, **fields), figure)
 
 
-def test_a_constant_answer_scores_as_its_figure_is_taken():
-  """Of n + 1 answers of copying one is the sign that ends the row."""
-  copied = lambda figure: _constant('copy', figure, levels=(1, 9))
-  assert copied('probe/accuracy') == pytest.approx((1 / 2 + 1 / 10) / 2)
-  assert copied('accuracy') == pytest.approx(2 / (2 + 10), abs=0.005)
-  assert copied('probe/rows_right') == 0
-  # A row of one bit is right as a whole half of the time, and one of two bits
-  # as often as they are (0, 0).
-  assert _constant('parity', 'probe/rows_right', levels=(1, 2)
-                   ) == pytest.approx((1 / 2 + 1 / 4) / 2, abs=0.02)
-
-
 def test_a_constant_answer_is_not_chosen_on_what_it_is_scored_on():
   """Of 60 answers that are alike, one stands in 2.1 % of these rows."""
   config = _config('a5', levels=(1,))
@@ -78,20 +47,6 @@ def test_a_constant_answer_is_not_chosen_on_what_it_is_scored_on():
   counts = np.bincount([row.targets[row.asked][0] for row in rows])
   assert counts.max() / constant.ROWS > 1 / 60 + 0.003
   assert constant.score(config) == pytest.approx(1 / 60, abs=0.003)
-
-
-def test_rows_that_ask_for_nothing_do_not_count():
-  """Of six letters, each is in a sixth of the rows the only answer there is,
-  where there is one only."""
-  config = _config('induction', length=7, levels=(3,), vocab=6)
-  answers = [{*row.targets[row.asked].tolist()} for row in probes.Rows(
-      probes.of(config), probes.settings(config)._replace(
-          held_out=constant.ROWS), 'eval', 0)]
-  asking = [own for own in answers if own]
-  assert len(asking) < 0.7 * len(answers)
-  alone = np.mean([len(own) == 1 for own in asking])
-  assert constant.score(config, 'probe/rows_right') == pytest.approx(
-      alone / 6, abs=0.02)
 
 
 def test_counts_are_those_of_numpy():
@@ -150,9 +105,3 @@ def test_figures_of_a_run_add_up(evaluation, capsys):
   assert all(row['accuracy_95'][0] <= row['accuracy'] <= row['accuracy_95'][1]
              for row in found['table'])
   assert 'whether the ones so far are odd' in capsys.readouterr().out
-
-
-def test_of_a_run_on_text_there_is_nothing_to_measure():
-  config = gpt.get_config('tiny')
-  assert 'not trained on a probe' in evals.TASKS['probe'].unfit(config)
-  assert objectives.of(config).records == ''

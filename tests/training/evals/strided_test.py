@@ -69,15 +69,6 @@ def test_each_token_is_predicted_once_from_enough(evaluation, folder, stride):
       nats / math.log(2) / count, rel=1e-5)
 
 
-def test_windows_end_with_the_document():
-  ids = np.arange(11)
-  told = [(q.tokens.tolist(), q.scored) for q in strided.windows(ids, 6, 4)]
-  assert told == [([0, 1, 2, 3, 4, 5], 5), ([4, 5, 6, 7, 8, 9], 4),
-                  ([8, 9, 10], 1)]
-  assert [q.scored for q in strided.windows(np.arange(6), 6, 1)] == [5]
-  assert not list(strided.windows(np.arange(1), 6, 1))
-
-
 def test_wikitext_is_written_as_it_was():
   assert strided.DETOKENIZE['wikitext'](
       ' = Robert = \n \n He had a 1 @,@ 000 @-@ word role ( in " The Bill " ) '

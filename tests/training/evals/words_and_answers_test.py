@@ -7,7 +7,6 @@ import jax
 import numpy as np
 import pytest
 
-from configs.errors import RequestError
 from tests.helpers import evaluations
 from tests.helpers import labelled_files as files
 from tools import convert
@@ -89,24 +88,6 @@ def test_answers_are_measured_and_written(sources, tmp_path):
   assert none['NoAns_exact'] == 100 and none['exact'] == 25
 
 
-@pytest.mark.parametrize('objective, options, said', [
-    ('token_classification', dict(n_best=3), '--n_best is 3, which is read of '
-     "answers to questions alone, and objective 'token_classification' has"),
-    ('classification', dict(null_threshold=1.0), '--null_threshold is 1.0'),
-    ('regression', dict(max_answer_length=3), '--max_answer_length is 3'),
-    ('question_answering', dict(n_best=3), 'with --predictions alone'),
-    ('question_answering', dict(max_answer_length=3, null_threshold=2.0), ''),
-    ('question_answering', dict(n_best=3, predictions='x.json'), '')])
-def test_flags_that_nothing_reads_are_refused(objective, options, said):
-  config = evaluations.config('bert', objective)
-  fits = labels.TASK.fits
-  if not said:
-    fits(config, evaluations.flags(**options))
-    return
-  with pytest.raises(RequestError, match=said):
-    fits(config, evaluations.flags(**options))
-
-
 def test_the_mean_is_of_figures_that_all_sources_have(sources, tmp_path):
   """Only one of them has questions without an answer."""
   mixed = sources['question_answering']
@@ -123,39 +104,6 @@ def test_the_mean_is_of_figures_that_all_sources_have(sources, tmp_path):
   assert 'NoAns_exact' in first.keys() - second.keys() - found.keys()
   assert found['exact'] == pytest.approx(
       0.75 * first['exact'] + 0.25 * second['exact'])
-
-
-def test_files_of_answers_are_not_joined(sources, tmp_path, monkeypatch):
-  """Two JSON texts are none, which is said before a model has answered; files
-  of words follow one another."""
-  for objective, joins in zip(KINDS, (True, False)):
-    evaluation = _evaluation(sources, objective,
-                             predictions=str(tmp_path / objective))
-    source = sources[objective]
-    second = source + ':0+1' * joins
-    evaluation.run.config.data.eval_source = f'3*{source},1*{second}'
-    if joins:
-      found = evaluations.run('labels', evaluation)
-      first, second = found['sources'].values()
-      assert first == second
-      assert found['accuracy'] == pytest.approx(first['accuracy'])
-      text = (tmp_path / objective).read_text()
-      assert text[:len(text) // 2] == text[len(text) // 2:]
-    else:
-      monkeypatch.setattr(labels, 'scores', None)
-      with pytest.raises(RequestError, match='--predictions is one file'):
-        evaluations.run('labels', evaluation)
-
-
-def test_answers_that_have_one_name_are_refused_before_there_are_any(
-    tmp_path, monkeypatch):
-  for name in 'ab':
-    files.squad(tmp_path / f'{name}.json')
-  evaluation = _evaluation({'question_answering': f'squad:{tmp_path}/*.json'},
-                           'question_answering', predictions='answers.json')
-  monkeypatch.setattr(labels, 'scores', None)
-  with pytest.raises(RequestError, match='two questions have one id'):
-    evaluations.run('labels', evaluation)
 
 
 @pytest.mark.long

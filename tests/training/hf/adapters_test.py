@@ -131,28 +131,6 @@ def test_pefts_format_there_and_back(system, targets, tmp_path):
     np.testing.assert_array_equal(x, found[path])
 
 
-@pytest.mark.slow
-def test_pefts_format_is_of_a_dtype(tmp_path):
-  module, params = models.make('llama', lora=LORA, param_dtype='bfloat16')
-  for dtype, wanted in ('', 'bfloat16'), ('float32', 'float32'), (
-      'float16', 'float16'):
-    peft.write(module.config, params, tmp_path, 'base', dtype)
-    held = load_file(tmp_path / peft.WEIGHTS)
-    assert {x.dtype.name for x in held.values()} == {wanted}
-  params = jax.tree.map(lambda x: x + 1e5, params)
-  with pytest.raises(RequestError, match='float16 ends at 65504: export it as'):
-    peft.write(module.config, params, tmp_path, 'base', 'float16')
-
-
-@pytest.mark.parametrize('option', [
-    dict(dropless=True), dict(bare=True), dict(shard_bytes=1)])
-def test_options_that_adapters_do_not_take_are_refused(option, tmp_path):
-  with pytest.raises(RequestError, match=f'^--{[*option][0]} has no meaning'):
-    convert.export(tmp_path / 'run', tmp_path / 'out', adapter=True, **dict(
-        dict(step=None, dtype='', shard_bytes=weights.SHARD_BYTES), **option))
-  assert not list(tmp_path.iterdir())
-
-
 def test_pefts_names_and_the_order_of_its_axes(tmp_path):
   module, params = models.make('llama', lora=LORA, num_kv_heads=2)
   peft.write(module.config, params, tmp_path, 'base')
@@ -172,23 +150,6 @@ def test_pefts_names_and_the_order_of_its_axes(tmp_path):
   assert (tree['r'], tree['lora_alpha'], tree['task_type']) == (
       2, 4, 'CAUSAL_LM')
   assert len(tree['target_modules']) == 2 * 7
-
-
-@pytest.mark.long
-def test_an_adapter_beside_an_imported_model(folder, tmp_path, made):
-  module, params = models.make('llama', vocab_size=384, num_layers=4, lora=LORA)
-  peft.write(module.config, params, tmp_path / 'peft', '')
-  convert.import_(folder, tmp_path / 'run', partial=False, seed=0,
-                  adapter=tmp_path / 'peft')
-  _, found, theirs, _ = convert._from_workdir(tmp_path / 'run', None)
-  assert found.config.lora == module.config.lora.__class__(
-      **LORA | dict(targets='query,key,value,out,up,gate,down', dropout=0.0))
-  jax.tree.map(np.testing.assert_array_equal, theirs,
-               adapters.beside(made[1], params))
-  convert.export(tmp_path / 'run', tmp_path / 'again', step=None, dtype='',
-                 shard_bytes=weights.SHARD_BYTES, adapter=True)
-  assert (tmp_path / 'again' / peft.WEIGHTS).read_bytes() == (
-      tmp_path / 'peft' / peft.WEIGHTS).read_bytes()
 
 
 @pytest.mark.parametrize('change, words', [
@@ -224,37 +185,3 @@ def test_rank_stabilised_adapters_are_scaled_by_the_root_of_the_rank(tmp_path):
   peft.write(model, params, tmp_path, 'base')
   again, _ = peft.read(adapters.plain(module.config), tmp_path)
   assert again.lora.scale == model.lora.scale
-
-
-def test_adapters_may_begin_in_any_way_that_leaves_the_weights(tmp_path):
-  module, params = models.make('llama', lora=LORA)
-  peft.write(module.config, params, tmp_path, 'base')
-  file = tmp_path / peft.CONFIG
-  for init in True, False, None, 'gaussian', 'eva', 'orthogonal', 'mica':
-    file.write_text(json.dumps(
-        json.loads(file.read_text()) | dict(init_lora_weights=init)))
-    model, _ = peft.read(adapters.plain(module.config), tmp_path)
-    assert adapters.same(model, module.config)
-
-
-@pytest.mark.long
-def test_adapters_that_peft_does_not_have_are_refused(tmp_path):
-  module, params = models.make('gpt', lora=LORA)
-  with pytest.raises(RequestError, match='query, key, value of model.arch '
-                     "'gpt' in one tensor"):
-    peft.write(module.config, params, tmp_path, '')
-  for head, labels in ('sequence', 3), ('tokens', 3), ('span', 0):
-    model = models.config('llama', lora=LORA, head=head,
-                          num_labels=labels)
-    with pytest.raises(RequestError, match=f'{head!r}.*the merged model'):
-      peft.write(architectures.resolve(model), {}, tmp_path, '')
-  assert not list(tmp_path.iterdir())
-  module, params = models.make('llama', lora=dict(LORA, targets='query'))
-  peft.write(module.config, params, tmp_path, '')
-  with pytest.raises(RequestError, match='adapter of no product'):
-    peft.read(models.make('gpt')[0].config, tmp_path)
-  with pytest.raises(RequestError, match='which is no adapter of a product'):
-    peft.read(models.make('llama', num_layers=1)[0].config, tmp_path)
-  words = 'no base_model.model.model.layers.2.* in another layer'
-  with pytest.raises(RequestError, match=words):
-    peft.read(models.make('llama', num_layers=3)[0].config, tmp_path)

@@ -5,24 +5,19 @@ import json
 
 from etils import epath
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 import architectures
-from architectures.parts import positions
-from configs import base
-from configs import bert
 from configs.errors import RequestError
 from tests.helpers import models
 from tools import convert
 from tools.verify import exports
-from training import objectives, paths, weights
+from training import paths, weights
 from training.hf import config as hf_config
 from training.hf import files as hf_files
 from training.hf import optional
-from training.workdir import run_config
 
 HEADS = {'transform', 'transform_bias', 'transform_norm/scale',
          'transform_norm/bias', 'head/bias'}
@@ -107,23 +102,6 @@ def test_a_head_that_is_there_in_part_is_damage(tmp_path):
     weights.from_hf(folder)
 
 
-def test_what_is_new_is_said_in_python_too(tmp_path):
-  folder = _folder(tmp_path, 'cls.seq')
-  with pytest.warns(UserWarning, match='no head of next sentences, so these '
-                    'parameters are new, .*: nsp, nsp_bias'):
-    weights.from_hf(folder)
-
-
-def test_a_run_starts_without_the_pooler_that_it_has_no_place_for(tmp_path):
-  folder = _folder(tmp_path)
-  module = architectures.build(models.config('bert', next_sentence=False))
-  loaded = weights.params_to_start_from(folder, module)
-  said = '\n'.join(loaded.skipped)
-  assert 'model has no pooler, so these of the files are passed over' in said
-  assert 'cls.seq_relationship.weight' in said
-  assert not (NSP | POOLER) & paths.flatten(loaded.params).keys()
-
-
 @pytest.mark.parametrize('system', ['bert', 'roberta', 'modernbert'])
 def test_the_head_is_left_out_on_request(system, tmp_path):
   module, params = _make(system)
@@ -142,39 +120,6 @@ def test_the_head_is_left_out_on_request(system, tmp_path):
     if path.startswith(('embed', 'encoder')):
       np.testing.assert_array_equal(x, theirs[path], path)
   assert again.config.next_sentence == module.config.next_sentence
-
-
-def test_a_decoder_is_not_exported_without_its_head(tmp_path):
-  module, params = _make('llama')
-  with pytest.raises(RequestError, match="'llama' is not exported without"):
-    weights.to_hf(module, params, tmp_path, bare=True)
-
-
-def test_a_bert_of_an_earlier_version_has_its_pooler():
-  for system, there in (('bert', True), ('roberta', False), ('gpt', False)):
-    config = base.base()
-    config.model = models.config(system)
-    tree = run_config.to_json(config)
-    del tree['model']['next_sentence']
-    assert run_config.from_json(tree).model.next_sentence == there
-
-
-def test_next_sentences_need_their_head():
-  config = bert.get_config()
-  config.model.next_sentence = False
-  with pytest.raises(RequestError, match="objective 'mlm_nsp' trains the head"):
-    objectives.check_objective(config)
-  config.objective = 'mlm'
-  objectives.check_objective(config)
-
-
-def test_learned_positions_begin_after_the_offset():
-  table_LD, at = jnp.arange(20.0).reshape(10, 2), jnp.array([0, 3, 5])
-  np.testing.assert_array_equal(
-      positions.learned(table_LD, at, 1.0, 2), table_LD[at + 2])
-  np.testing.assert_array_equal(
-      positions.learned(table_LD, at, 2.0, 2),
-      positions.learned(table_LD[2:], at, 2.0))
 
 
 ROBERTA = dict(
@@ -248,14 +193,3 @@ def test_modernberts_layers_are_those_that_its_config_json_names():
                 dict(classifier_bias=True)):
     with pytest.raises(RequestError, match=next(iter(wrong))):
       hf_config.read(MODERNBERT | wrong)
-
-
-@pytest.mark.parametrize('head, labels', [
-    ('sequence', 3), ('tokens', 3), ('span', 0)])
-@pytest.mark.parametrize('arch', ['roberta', 'modernbert'])
-def test_heads_of_tasks_go_out_and_in(arch, head, labels, tmp_path):
-  module, params = _make(arch, head=head, num_labels=labels)
-  weights.to_hf(module, params, tmp_path)
-  again, read = weights.from_hf(tmp_path)
-  hf_config.check_same(module.config, again.config, 'read back')
-  jax.tree.map(np.testing.assert_array_equal, params, read)

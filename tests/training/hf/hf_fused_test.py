@@ -85,32 +85,3 @@ def test_groups_of_heads_stand_in_one_matrix():
         tensor.part(cut, 2, whole[2] | dict(H=heads, D=(1, 3))),
         ours[2][1:3, slice(*heads)])
     assert asked == [(slice(*rows), slice(1, 3))]
-
-
-def test_groups_that_no_axis_counts_and_a_dimension_of_one():
-  """Two numbers of each head of values, by the head of keys; and filters."""
-  tensor, = tensor_map.expand([('b|a', 'DH', 'ba', 'J=2(R+R) D')],
-                              {'b': (3, 4), 'a': (3, 4)})
-  theirs = np.arange(24).reshape(tensor.shape)
-  ours = [tensor.part(lambda at: theirs[at], i, dict(D=(0, 3), H=(0, 4)))
-          for i in range(2)]
-  np.testing.assert_array_equal(ours[1].T, theirs[[2, 3, 6, 7]])
-  np.testing.assert_array_equal(tensor.join(ours), theirs)
-  tensor, = tensor_map.expand([('q|v', 'WJK|WHK', 'conv', 'JK+HK 1 W')],
-                              {'q': (3, 2, 1), 'v': (3, 4, 1)})
-  theirs = np.arange(18).reshape(6, 1, 3)
-  ours = [tensor.part(lambda at: theirs[at], i, {
-      'W': (0, 3), 'K': (0, 1), heads: (0, 2 + 2 * i)})
-          for i, heads in enumerate('JH')]
-  np.testing.assert_array_equal(ours[1][..., 0].T, theirs[2:, 0])
-  np.testing.assert_array_equal(tensor.join(ours), theirs)
-
-
-def test_a_row_may_be_of_one_block():
-  shapes = {f'decoder/{block}/x': (layers, 2) for block, layers in (
-      ('prefix/block_0', 1), ('layers/block_0', 2), ('layers/block_1', 2))}
-  rows = [(f'decoder/{block}/x', 'D', f'{name}.{{n}}', 'D') for block, name in (
-      ('prefix/block_0', 'a'), ('layers/block_0', 'b'),
-      ('layers/block_1', 'a'))]
-  assert [t.name for t in tensor_map.expand(rows, shapes)] == [
-      'a.0', 'b.1', 'b.3', 'a.2', 'a.4']

@@ -8,7 +8,6 @@ import tokenizers as hf
 
 import architectures
 from configs import base
-from tests import train_test
 from tests.helpers import models
 from tools import convert
 from training import weights
@@ -54,19 +53,6 @@ def test_an_import_is_exported_with_what_generation_needs(imported, tmp_path):
       'config.json', 'generation_config.json', 'chat_template.jinja')}
   tree = json.loads(files['config.json'])
   assert {k: tree[k] for k in GIVEN['fields']} == GIVEN['fields']
-
-
-@pytest.mark.slow
-def test_an_import_without_a_tokenizer_is_evaluated(imported):
-  config = run_config.load_config(imported)
-  assert config.data.tokenizer == 'bytes:61'
-  (imported / 'a.txt').write_text('Any text, such as: ünïcödé. ' * 60)
-  file = imported / 'config.json'
-  tree = json.loads(file.read_text())
-  tree['data'] |= dict(source=f'text:{imported}/a.txt', length=16, batch_size=8)
-  file.write_text(json.dumps(tree))
-  said = train_test.evaluate(imported, '--prompt=Hi').stdout
-  assert 'bits per byte' in said and 'Hi' in said
 
 
 @pytest.mark.slow
@@ -225,62 +211,3 @@ def test_an_export_puts_a_text_between_the_tokens_of_its_family(tmp_path):
   assert given('t5', unigram) == (
       'T5Tokenizer', dict(extra_ids=0, eos_token='</s>'))
   assert given('llama', unigram) == usual
-
-
-@pytest.mark.parametrize('arch, name, kind', [
-    ('llama', 'tokenizer.model', 'PreTrainedTokenizerFast'),
-    ('t5', 'spiece.model', 'T5Tokenizer')])
-def test_an_export_has_a_sentencepiece_file_by_the_name_it_is_found_by(
-    arch, name, kind, tmp_path):
-  sentencepiece = pytest.importorskip('sentencepiece')
-  (tmp_path / 'a.txt').write_text('a bad cab and a dab of bread\n' * 9)
-  sentencepiece.SentencePieceTrainer.train(
-      input=str(tmp_path / 'a.txt'), model_prefix=str(tmp_path / 'mine'),
-      vocab_size=17, minloglevel=2)
-  config = base.base()
-  config.model.arch = arch
-  config.data.tokenizer = str(tmp_path / 'mine.model')
-  names, said = _given(config, tmp_path / 'out')
-  assert names == {name, 'tokenizer_config.json'}
-  assert (said['tokenizer_class'], said['eos_token']) == (kind, '</s>')
-  assert said.get('extra_ids') == (0 if arch == 't5' else None)
-  own, out = (tokenizers.load(str(path)) for path in (
-      tmp_path / 'mine.model', tmp_path / 'out'))
-  assert out.fingerprint == own.fingerprint
-  assert out.special_ids == own.special_ids
-
-
-def test_what_was_kept_is_read(tmp_path):
-  file = tmp_path / 'generation.json'
-  assert hf_generation.kept(tmp_path) is None
-  assert hf_generation.is_published(tmp_path, 0)  # of an earlier version
-  hf_generation.keep(tmp_path, None)
-  assert not file.exists()
-  said = hf_generation.Generation(**GIVEN, bare=True)
-  for trained in False, True:
-    hf_generation.keep(tmp_path, said, trained)
-    assert hf_generation.kept(tmp_path) == said
-    assert hf_generation.is_published(tmp_path, 0) != trained
-    assert hf_generation.published(tmp_path, 0) == (None if trained else said)
-    assert hf_generation.published(tmp_path, 1) is None
-  file.write_text(json.dumps(GIVEN))  # of an earlier version
-  assert hf_generation.kept(tmp_path) == said._replace(bare=False)
-  for wrong in {}, dict(fields={}), GIVEN | dict(trained=1), GIVEN | dict(a=1):
-    file.write_text(json.dumps(wrong))
-    with pytest.raises(ValueError, match='generation.json is damaged'):
-      hf_generation.kept(tmp_path)
-
-
-def test_a_damaged_file_of_generation_is_named(tmp_path):
-  (tmp_path / 'config.json').write_text('{}')
-  (tmp_path / 'generation_config.json').write_text('[1]')
-  with pytest.raises(ValueError, match='generation_config.json is damaged'):
-    hf_generation.of_folder(tmp_path)
-
-
-@pytest.mark.parametrize('size', [5, 8, 61, 384, 32000])
-def test_a_stand_in_has_no_more_ids_than_the_model(size):
-  name = hf_tokenizer.stand_in(size)
-  assert hf_tokenizer.is_stand_in(name)
-  assert tokenizers.load(name).vocab_size == max(8, min(size, 384))
-  assert size < 384 or name == 'bytes'

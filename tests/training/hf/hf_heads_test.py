@@ -1,7 +1,6 @@
 """The heads of tasks in Hugging Face's format: parity by recordings of
 transformers, and what a config.json says of labels."""
 
-import pathlib
 
 import jax
 import numpy as np
@@ -52,22 +51,6 @@ def test_an_export_is_the_import(tmp_path, system, head, said):
                                                       'qa_outputs'}
 
 
-@pytest.mark.parametrize('labels, said', [
-    (1, 'regression'), (2, 'single_label_classification')])
-def test_a_row_has_a_number_or_a_class(labels, said):
-  model = models.config('bert', head='sequence', num_labels=labels)
-  tree = hf_config.write(architectures.resolve(model))
-  assert tree['problem_type'] == said
-  assert hf_heads.labels(tree) == ()  # LABEL_0 ... say nothing
-
-
-def test_labels_of_another_model_are_refused():
-  config = architectures.resolve(
-      models.config('bert', head='sequence', num_labels=2))
-  with pytest.raises(RequestError, match='3 labels are of another model'):
-    hf_config.write(config, LABELS)
-
-
 @pytest.mark.parametrize('change, said', [
     (dict(id2label=['a', 'b']), 'id2label .* must be an object'),
     (dict(id2label={'0': 'a', '2': 'b'}), 'id2label .* 0, 1'),
@@ -80,9 +63,3 @@ def test_labels_that_mean_nothing_are_refused(change, said):
   with pytest.raises(RequestError, match=said):
     hf_heads.labels(tree | change)
     hf_config.read(tree | change)
-
-
-def test_the_recordings_are_those_that_are_said():
-  assert {p.stem for p in pathlib.Path(heads.FOLDER).iterdir()} == {
-      heads.name(*case) for case in heads.RECORDED}
-  assert set(heads.RECORDED) <= set(heads.all_cases())

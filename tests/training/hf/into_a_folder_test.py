@@ -1,16 +1,12 @@
 """An export into a folder that is there leaves nothing that would be loaded
 with it, or instead of it."""
 
-from etils import epath
 import pytest
 
-from configs import base
 from configs.errors import RequestError
 from tests.helpers import models
 from training import weights
 from training.hf import generation as hf_generation
-from training.hf import peft
-from training.hf import tokenizer as hf_tokenizer
 
 
 @pytest.fixture(scope='module')
@@ -40,42 +36,3 @@ def test_an_export_may_be_made_again(made, tmp_path):
   weights.to_hf(*made, tmp_path / '20000', shard_bytes=20_000, generation=said)
   with pytest.raises(RequestError, match='holds .model-00001-of'):
     weights.to_hf(*made, tmp_path / '20000', generation=said)
-
-
-def test_adapters_are_not_put_beside_a_model(made, tmp_path):
-  module, params = made
-  for _ in range(2):
-    peft.write(module.config, params, tmp_path / 'peft', 'base')
-  weights.to_hf(*made, tmp_path / 'hf')
-  with pytest.raises(RequestError, match='holds .model.safetensors'):
-    peft.write(module.config, params, tmp_path / 'hf', 'base')
-
-
-def _refuse(tmp_path, tokenizer, step=5, **fields):
-  config = base.base()
-  config.model.arch = 'llama'
-  config.data.tokenizer = str(tokenizer)
-  config.update(fields)
-  hf_tokenizer.refuse_left(epath.Path(tmp_path), config, tmp_path / 'out', step)
-  return config
-
-
-def test_another_tokenizer_that_would_stay_is_refused(tmp_path):
-  out, own = tmp_path / 'out', tmp_path / 'tokenizer'
-  for folder in out, own:
-    folder.mkdir()
-  (own / 'tokenizer.json').touch()
-  for tokenizer in own, own / 'tokenizer.json', 'bytes':
-    _refuse(tmp_path, tokenizer)
-  (out / 'tokenizer.json').touch()
-  (out / 'tokenizer_config.json').touch()
-  for tokenizer in own, own / 'tokenizer.json':
-    _refuse(tmp_path, tokenizer)
-  (own / 'tokenizer_config.json').touch()
-  _refuse(tmp_path, 'bytes', step=0)  # an import's own
-  with pytest.raises(RequestError, match='tokenizer.json, tokenizer_config'):
-    _refuse(tmp_path, 'bytes')
-  (out / 'chat_template.jinja').touch()
-  _refuse(tmp_path, own, objective='chat')
-  with pytest.raises(RequestError, match='holds .chat_template.jinja'):
-    _refuse(tmp_path, own)

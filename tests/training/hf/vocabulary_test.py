@@ -1,7 +1,6 @@
 """Imports whose tokenizer has a special token that the model has no embedding
 of, as Gemma 3's text models have it of <image_soft_token>."""
 
-import dataclasses
 import json
 import shlex
 import sys
@@ -16,13 +15,8 @@ from tests.helpers import evaluations, models
 from tests.training.data import roberta_files
 from tools import convert
 from training import runs, weights
-from training.chat import engine, load
 from training.data import pipeline, tokenizers
-from training.evals.tasks import inspect
-from training.generate import Sampling
 from training.hf import tokenizer as hf_tokenizer
-from training.insides import record
-from training.objectives import mlm
 
 IMAGE = '<image_soft_token>'
 TEMPLATE = ('{% for m in messages %}' + IMAGE + '{{ m.content }}'
@@ -66,67 +60,6 @@ def test_a_model_needs_no_row_for_what_no_text_gives(config, folder):
   config.model.vocab_size = size - 2
   with pytest.raises(RequestError, match=f'has {size - 1} ids: set it to 0'):
     runs.resolve(config, tokenizer)
-
-
-def test_a_row_with_a_token_that_the_model_lacks_is_refused(config, folder):
-  config.objective = 'chat'
-  config.data.update(source=f'jsonl:{folder}/a.jsonl:messages',
-                     holdout_every=0, chat_template=f'{folder}/a.jinja')
-  tokenizer = tokenizers.load(str(folder))
-  size = config.model.vocab_size
-  with pytest.raises(RequestError, match=(
-      f'row of the data has the token {IMAGE}, whose id is {size}, and the '
-      f'model has the ids 0 to {size - 1}: take it out')):
-    pipeline.training_loader(config, tokenizer).batch(0)
-  with pytest.raises(RequestError, match=f'the prompt has the token {IMAGE}'):
-    load.shown(['Hi'], config, tokenizer, None)
-  for enough in size + 1, 0:  # 0: as many as the tokenizer
-    config.model.vocab_size = enough
-    tokens = pipeline.training_loader(config, tokenizer).batch(0)['tokens']
-    assert (tokens == size).sum() == 2 * len(tokens)  # once in each turn
-    assert size in load.shown(['Hi'], config, tokenizer, None)[0].tokens
-
-
-@pytest.mark.slow
-def test_a_conversation_with_such_a_token_is_refused():
-  module, params = models.make('gpt', vocab_size=20)
-  ours = engine.Engine(module, params, 16, Sampling(temperature=0))
-  with pytest.raises(RequestError, match='the text has the id 20, which this '):
-    ours.draw([1, 20])
-
-
-def test_a_masked_word_becomes_no_token_that_the_model_lacks(config, folder):
-  tokenizer = tokenizers.load(str(folder))
-  config.objective = 'mlm'
-  size, ids = config.model.vocab_size, np.full(4000, 7, np.int32)
-
-  def drawn(seed, size):
-    return mlm.mask(ids, ids == 0, np.random.default_rng(seed), tokenizer,
-                    rate=0.9, whole_words=False, size=size)[0]
-
-  assert max(drawn(seed, size).max() for seed in range(9)) == size - 1
-  assert max(drawn(seed, size + 1).max() for seed in range(9)) == size
-  for seed in range(3):  # draws are those of a model that has more
-    np.testing.assert_array_equal(drawn(seed, 0), drawn(seed, size + 1))
-    np.testing.assert_array_equal(drawn(seed, 0), drawn(seed, 10 * size))
-  config.data.mask_rate = 0.9
-  batch = pipeline.training_loader(config, tokenizer).batch(0)
-  assert batch['tokens'].max() < size
-
-
-@pytest.mark.slow
-def test_random_text_has_the_models_own_tokens(config, monkeypatch,
-                                               tmp_path):
-  """That of which the heads are looked into."""
-  shown, usual = [], record.record
-  monkeypatch.setattr(record, 'record', lambda model, arrays, *more: (
-      shown.append(arrays['tokens_BL']), usual(model, arrays, *more))[1])
-  monkeypatch.setattr(inspect, 'REPEATED', 255)  # of 259
-  config.model.max_len = config.data.length = 512
-  evaluations.run('inspect', dataclasses.replace(
-      evaluations.make(config, prompt='an ant'), workdir=tmp_path))
-  assert shown[-1].shape[1] == 511
-  assert shown[-1].max() == config.model.vocab_size - 2  # the last is <mask>
 
 
 @pytest.mark.long

@@ -2,13 +2,11 @@
 
 import gc
 import json
-import sys
 import tracemalloc
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -146,47 +144,6 @@ def test_what_cannot_be_honoured_is_refused_by_name(gpt, tmp_path, changes,
     weights.from_hf(_edit(gpt[2], tmp_path, **changes))
 
 
-def test_rope_scaling_that_is_not_known_is_refused(tmp_path):
-  module, params = models.make('llama')
-  weights.to_hf(module, params, tmp_path)
-  tree = json.loads((tmp_path / 'config.json').read_text())
-  for rope, words in (
-      (dict(rope_type='longrope', factor=2.0), 'short_factor'),
-      (dict(rope_type='proportional', factor=2.0), 'choose from default, lin'),
-      (dict(rope_type='yarn', factor=2.0, attention_factor=3.0),
-       'attention_factor 3.0'),
-      (dict(rope_type='linear', factor=2.0, wobble=1), 'wobble')):
-    with pytest.raises(ValueError, match=words):
-      hf_config.read(tree | dict(rope_parameters=rope))
-  old = {k: v for k, v in tree.items() if k != 'rope_parameters'}
-  old |= dict(rope_theta=5e5, rope_scaling=dict(type='linear', factor=4.0))
-  rope = hf_config.read(old).rope
-  assert (rope.theta, rope.scaling, rope.factor) == (5e5, 'linear', 4.0)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('changes, words', [
-    (dict(position='rope'), 'model.position'),
-    (dict(ffn='swiglu'), "is 'swiglu', which has no counterpart"),
-    (dict(attention='global,banded', sliding_window=4), 'model.attention'),
-    (dict(norm='rmsnorm'), 'model.norm'),
-    (dict(block='sandwich'), 'model.block'),
-    (dict(num_kv_heads=2), 'model.num_kv_heads'),
-])
-def test_a_part_that_transformers_lacks_is_not_exported(changes, words,
-                                                        tmp_path):
-  module, params = models.make('gpt', **changes)
-  with pytest.raises(ValueError, match=words):
-    weights.to_hf(module, params, tmp_path)
-  assert not list(tmp_path.iterdir())
-
-
-def test_what_has_no_counterpart_is_not_exported(tmp_path):
-  module, params = models.make('gpt4')
-  with pytest.raises(ValueError, match='gpt4-rumoured'):
-    weights.to_hf(module, params, tmp_path)
-
-
 @pytest.mark.parametrize('system, moe', [
     ('switch', dict(eval_capacity_factor=2.0)),
     ('gshard', dict(eval_capacity_factor=0.5, group_size=16)),
@@ -204,30 +161,6 @@ def test_experts_that_drop_tokens_are_not_exported_as_if_they_did_not(system,
   hf_config.write(read(eval_capacity_factor=most))
 
 
-@pytest.mark.long
-def test_an_export_drops_the_tokens_that_the_run_drops(tmp_path):
-  """A router that sends most tokens to one expert, evaluated as the run does,
-  and as what it was exported to does."""
-  def make(**moe):
-    return models.make('switch', head_dim=8, moe=dict(
-        num_experts=4, eval_capacity_factor=1.0) | moe)
-  module, params = make(group_size=16)
-  params = jax.tree_util.tree_map_with_path(
-      lambda path, x: x.at[..., 0].set(5 * jnp.sign(x[..., 0]))
-      if 'router' in str(path[-1]) else x, params)
-  tokens = models.tokens(), models.tokens()
-  run = lambda module, params: jax.jit(
-      lambda p: module.apply({'params': p}, *tokens).logits)(params)
-  own, every = run(module, params), run(
-      make(eval_capacity_factor=0.0)[0], params)
-  assert np.abs(own - every).max() > 0.1
-  weights.to_hf(module, params, tmp_path)
-  models.close(own, run(*weights.from_hf(tmp_path)))
-  other, _ = make(group_size=0)  # by the batch: not for their config.json
-  with pytest.raises(ValueError, match='eval_capacity_factor'):
-    weights.to_hf(other, params, tmp_path)
-
-
 def test_old_names_and_tied_copies(gpt, tmp_path):
   module, params, folder = gpt
   _edit(folder, tmp_path)
@@ -241,23 +174,6 @@ def test_old_names_and_tied_copies(gpt, tmp_path):
   save_file(tensors, tmp_path / hf_files.SAFE)
   with pytest.raises(ValueError, match='lm_head.weight .*differs'):
     weights.from_hf(tmp_path)
-
-
-def test_each_shard_is_read_where_it_lies(gpt):
-  module, params, folder = gpt
-  mesh = devices.make_mesh(dict(data=1, fsdp=4, expert=1, context=1, tensor=2))
-  boxed = abstract_params(module)
-  shardings = devices.param_shardings(boxed, mesh, 'default')
-  like = jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-      nn.meta.unbox(boxed), shardings)
-  found = weights.read_params(module, hf_files.Files(folder), like=like).params
-  jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim) or 1 / 0,
-               found, shardings)
-  assert any(leaf.sharding.spec != PartitionSpec()
-             and not leaf.is_fully_replicated
-             for leaf in jax.tree.leaves(found))
-  _equal(found, params)
 
 
 class _Counted(hf_files.Files):
@@ -338,31 +254,6 @@ def test_partial_lists_what_it_skips(gpt, tmp_path):
   assert not flat.pop('decoder/final_norm/bias').any()
   old.pop('decoder/final_norm/bias')
   _equal(flat, old)
-
-
-def test_a_start_from_another_function_is_refused(gpt):
-  other, _ = models.make('gpt', num_layers=3, num_heads=8)
-  with pytest.raises(ValueError, match='model.num_heads is 8, not 4'):
-    weights.params_to_start_from(gpt[2], other)
-
-
-def test_how_positions_stretch_is_of_the_function():
-  made = lambda *args, **kw: architectures.resolve(models.config(*args, **kw))
-  with pytest.raises(ValueError, match='model.learned_stretch is 2.0'):
-    hf_config.write(made('gpt', learned_stretch=2.0))
-  ours, theirs = (made('llama', rope=dict(scaling='yarn', factor=4.0,
-                                          original_len=n)) for n in (8, 16))
-  [line] = hf_config.differences(ours, theirs)
-  assert 'model.rope.original_len is 8, not 16' in line
-
-
-def test_a_pickle_needs_pytorch(gpt, tmp_path, monkeypatch):
-  _edit(gpt[2], tmp_path)
-  (tmp_path / hf_files.SAFE).unlink()
-  (tmp_path / hf_files.BIN).write_bytes(b'')
-  monkeypatch.setitem(sys.modules, 'torch', None)
-  with pytest.raises(ValueError, match=r'archetype\[verify\]'):
-    weights.from_hf(tmp_path)
 
 
 class _Code:

@@ -74,13 +74,6 @@ def test_heads_that_were_built_are_found(built):
   assert (attention.sink < 1e-6).all()
 
 
-def test_the_maps_are_those_of_the_api(built):
-  model, found = built
-  np.testing.assert_array_equal(
-      found.attention['decoder'].weights,
-      model.attention_weights(models.tokens(2, L)))
-
-
 @pytest.mark.parametrize('score', [-1.0, 2.0])
 def test_a_learned_sink_counts_as_a_key(score):
   model = _model('llama', attention_sinks=True, num_kv_heads=2)
@@ -156,18 +149,6 @@ def test_the_last_layer_of_the_lens_is_the_models_own_prediction(system):
   assert (lens.ids[0] != lens.ids[-1]).any()
 
 
-def test_the_lens_reads_a_layer_by_final_norm_and_table():
-  model, tokens_BL = _model(), models.tokens(1, L)
-  lens = model.inspect(tokens_BL).lens
-  x = np.asarray(model.hidden_states(tokens_BL)[1], np.float64)
-  norm = model.params['decoder']['final_norm']
-  x = (x - x.mean(-1, keepdims=True)) / np.sqrt(
-      x.var(-1, keepdims=True) + model.config.norm_eps)
-  logits = (x * np.asarray(norm['scale']) + np.asarray(norm['bias'])) @ (
-      np.asarray(model.params['embed']['tokens'], np.float64).T)
-  np.testing.assert_array_equal(lens.ids[1, ..., 0], logits.argmax(-1))
-
-
 def test_experts_are_the_two_best_of_a_router_in_numpy():
   """In the parallel wiring a router reads the norm of the layer's input."""
   model, tokens_BL = _model('mixtral', block='parallel'), models.tokens(2, L)
@@ -208,21 +189,6 @@ def test_a_choice_without_room_has_no_gate():
     assert (experts.chosen.sum(-1) == 2).all()
     lost = (experts.chosen & (experts.gates == 0)).sum() / experts.chosen.sum()
     assert lost == pytest.approx(share) and lost > 0.1
-
-
-@pytest.mark.long
-@pytest.mark.parametrize('system, changes', [
-    ('llama', dict(num_kv_heads=2)),
-    pytest.param('t5', {}, marks=pytest.mark.long),
-    pytest.param('switch', {}, marks=pytest.mark.long)])
-def test_unrolled_layers_look_like_scanned_ones(system, changes):
-  found = []
-  for scan in (True, False):
-    model = _model(system, scan_layers=scan, num_layers=4, **changes)
-    found.append(model.inspect(models.tokens(2, L)))
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
-               *[(x.attention, x.stream, x.experts, x.lens.probabilities)
-                 for x in found])
 
 
 @pytest.mark.slow

@@ -22,18 +22,6 @@ def test_scores_by_the_official_rules(answer, right, exact, f1):
   assert squad_rules.score(answer, right) == pytest.approx((exact, f1))
 
 
-def test_measures_have_the_official_names_and_parts():
-  right = dict(a=['x y'], b=['z'], c=[], d=[])
-  found = dict(a='x', b='Z.', c='', d='q')
-  figures = squad_rules.measures(found, right)
-  assert figures == pytest.approx(dict(
-      exact=50, f1=100 * (2 / 3 + 1 + 1) / 4, total=4,
-      HasAns_exact=50, HasAns_f1=100 * (2 / 3 + 1) / 2, HasAns_total=2,
-      NoAns_exact=50, NoAns_f1=50, NoAns_total=2))
-  figures = squad_rules.measures(dict(a='x'), dict(a=['x']))
-  assert figures == dict(exact=100, f1=100, total=1)
-
-
 def test_the_best_threshold_is_the_best_of_all():
   rng = np.random.default_rng(0)
   names = [str(i) for i in range(40)]
@@ -93,13 +81,6 @@ def test_the_best_stretches_are_the_best_of_all(may_be_null):
   assert 0 < higher < 20
 
 
-def test_a_context_without_tokens_has_no_answer():
-  empty = spans.Window(np.zeros(0), np.zeros(0), np.zeros((0, 2), int), 0.0)
-  found = spans.best('', [empty], most=3, count=2, may_be_null=False)
-  assert found == ('', [], spans.NEVER)
-  assert spans.as_json([found]) == [[]]
-
-
 def test_space_and_a_character_of_several_tokens_take_no_place_of_others():
   """A space scores the most, and the two tokens of one letter come next."""
   window = spans.Window(np.array([9., 5, 5, 1]), np.array([9., 5, 5, 1]),
@@ -108,14 +89,3 @@ def test_space_and_a_character_of_several_tokens_take_no_place_of_others():
     found = spans.best(' äb', [window], most=1, count=count, may_be_null=False)
     assert found.stretches == [('ä', 1, 10.0), ('b', 2, 2.0)][:count]
     assert found.text == 'ä'
-
-
-def test_probabilities_are_among_the_best():
-  context = 'a b c'
-  window = spans.Window(np.array([2., 0, 0]), np.array([0., 0, 1]),
-                        np.array([(0, 1), (2, 3), (4, 5)]), 0.0)
-  found = spans.best(context, [window], most=3, count=2, may_be_null=False)
-  row, = spans.as_json([found])
-  assert [r['text'] for r in row] == ['a b c', 'a']
-  assert [r['probability'] for r in row] == pytest.approx(
-      [1 / (1 + np.exp(-1)), 1 / (1 + np.exp(1))])

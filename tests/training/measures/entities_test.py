@@ -28,8 +28,3 @@ def test_strict_takes_no_entity_that_begins_inside():
   assert figures['f1'] == 1
   assert figures['strict_precision'] == 1
   assert figures['strict_recall'] == 3 / 4
-
-
-def test_where_nothing_is_found_the_figures_are_zero():
-  figures = entities.measures(RIGHT, [['O'] * 4] * 2)
-  assert figures['f1'] == figures['precision'] == figures['strict_f1'] == 0

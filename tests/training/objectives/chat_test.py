@@ -8,11 +8,10 @@ import tokenizers as hf
 
 from configs import base
 from tests import train_test
-from training import objectives, runs
-from training.data import conversations, pipeline, sources
+from training import objectives
+from training.data import conversations, pipeline
 from training.data import tokenizers
 from training.objectives import chat
-from training.workdir import run_config
 
 texts = train_test.texts
 BYTES = tokenizers.load('bytes')
@@ -182,65 +181,6 @@ def test_alpacas_records_are_laid_out_by_its_template(kind, template, tmp_path):
   assert asked[0] == end and BYTES.decode(asked) == LAID_OUT[1]
 
 
-@pytest.mark.parametrize('text, words', [
-    ('[{"instruction": "a"}]', 'record 1, has no text'),
-    ('[{"instruction": "a", "output": "b", "input": 3}]', 'record 1'),
-    ('{"instruction": "a"}', 'no list of records'), ('[', 'broken JSON')])
-def test_what_is_no_alpaca_record_is_refused(text, words, tmp_path):
-  (tmp_path / 'x.json').write_text(text)
-  with pytest.raises(ValueError, match=words):
-    list(conversations.read_alpaca(str(tmp_path / 'x.json')))
-
-
-def test_a_broken_line_of_alpaca_is_named(tmp_path):
-  (tmp_path / 'x.jsonl').write_text(
-      '{"instruction": "a", "output": "b"}\n\n{"instruction": \n')
-  with pytest.raises(ValueError, match='x.jsonl, line 3, is broken JSON'):
-    list(conversations.read_alpaca(str(tmp_path / 'x.jsonl')))
-
-
-def test_a_run_of_the_earlier_template_goes_on_with_it(talks, tmp_path):
-  """A config.json without data.chat_template is of that time."""
-  config = _config(f'{talks}:messages', length=64)
-  run_config.save(tmp_path, config)
-  tree = json.loads((tmp_path / 'config.json').read_text())
-  del tree['data']['chat_template']
-  (tmp_path / 'config.json').write_text(json.dumps(tree))
-  old = runs.with_new_fields(run_config.load_config(tmp_path))
-  batch = pipeline.training_loader(old, BYTES).batch(0)
-  row, told = batch['targets'][0], batch['weights'][0] == 1
-  assert _text(row[batch['valid'][0] == 1]).startswith(
-      'USER: Hello!\nASSISTANT: Hi!</s>USER: How are you?\nASSISTANT: I am')
-  assert _text(row[told]).startswith('Hi!</s>I am')
-  assert _text(chat.question('Hello!', old, BYTES)) == (
-      '</s>USER: Hello!\nASSISTANT: ')
-  # To go on by the published one must be asked for.
-  with pytest.raises(ValueError, match='data.chat_template=earlier'):
-    run_config.refuse(
-        run_config.compare(run_config.load_config(tmp_path), config),
-        allow_config_change=False)
-  tree['objective'] = 'causal'
-  (tmp_path / 'config.json').write_text(json.dumps(tree))
-  config.objective = 'causal'
-  assert not run_config.compare(run_config.load_config(tmp_path), config)
-
-
-@pytest.mark.parametrize('objective, template, words', [
-    ('chat', 'vicuna', 'no file or folder: choose from published, earlier'),
-    ('causal', 'earlier', 'does not read')])
-def test_a_template_that_is_none_or_not_read_is_refused(objective, template,
-                                                        words):
-  config = _config('sotu', chat_template=template)
-  config.objective = objective
-  with pytest.raises(ValueError, match=words):
-    objectives.check_objective(config)
-
-
-def test_a_turn_without_a_role_is_refused(talks):
-  with pytest.raises(ValueError, match="role 'x'.*choose from"):
-    pipeline.training_loader(_config(f'{talks}:bad'), BYTES)
-
-
 def test_rows_that_end_before_every_answer_are_refused(talks):
   before = len(tokenizers.load('bytes').encode(VICUNA.partition(' Hi!')[0]))
   source = f'{talks}:messages'
@@ -248,29 +188,6 @@ def test_rows_that_end_before_every_answer_are_refused(talks):
   with pytest.raises(ValueError, match=f'length is {before}, .* after {before} '
                      'tokens or more: there is nothing to predict'):
     pipeline.training_loader(_config(source, length=before), BYTES)
-
-
-def test_lines_of_alpaca_end_where_json_lines_do(tmp_path):
-  path = tmp_path / 'x.jsonl'
-  record = dict(instruction='a', output='one\u2028two\u0085three')
-  path.write_text(2 * (json.dumps(record, ensure_ascii=False) + '\r\n'),
-                  'utf-8')
-  assert [parts[1][1] for parts in conversations.read_alpaca(str(path))] == [
-      record['output']] * 2
-
-
-def test_conversations_are_no_plain_text(talks, texts, tmp_path):
-  config = _config(f'{talks}:messages')
-  config.objective = 'causal'
-  with pytest.raises(ValueError, match='plain text'):
-    pipeline.training_loader(config, BYTES)
-  with pytest.raises(ValueError, match='choose from jsonl:GLOB:FIELD, alpaca'):
-    pipeline.training_loader(_config(texts.partition('=')[2]), BYTES)
-  (tmp_path / 'a.jsonl').write_text(2 * '{"text": "a"}\n')
-  with pytest.raises(ValueError, match='list of turns'):
-    config = _config(f'jsonl:{tmp_path}/a.jsonl:text')
-    config.data.update(holdout_every=2, cache_dir=str(tmp_path))
-    pipeline.training_loader(config, BYTES)
 
 
 @pytest.mark.parametrize('template', conversations.TEMPLATES)
@@ -288,12 +205,3 @@ def test_conversations_without_any_answer_are_refused(template, tmp_path,
   with path.open('a') as file:  # one with an answer is enough
     file.write(json.dumps(dict(messages=turns)) + '\n')
   pipeline.training_loader(config, BYTES)
-
-
-def test_every_kind_of_part_has_its_place():
-  assert set(conversations.ROLES.values()) | {
-      'prompt', 'response', 'question', 'answer', 'shown', 'said'} == (
-          set(conversations.KINDS)) == set(chat.HEADERS)
-  assert set(chat.TAILS) == (
-      set(conversations.KINDS) - set(conversations.ANSWERS))
-  assert set(conversations.KINDS) < set(sources.KINDS)

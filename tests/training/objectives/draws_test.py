@@ -7,9 +7,7 @@ import types
 import numpy as np
 import pytest
 
-from configs.errors import RequestError
 from tests.helpers import letters
-from training import objectives
 from training.data import pipeline, packing
 from training.objectives import mlm
 
@@ -59,26 +57,6 @@ def test_each_draw_of_a_row_is_a_new_one(texts, objective):
     assert len(alike) >= loader.num_windows and np.mean(alike) < 0.1
 
 
-def test_one_window_is_drawn_anew_by_the_seed_and_in_each_epoch(tmp_path):
-  """Of one window there is one order, which tells no rows apart."""
-  (tmp_path / 'one.txt').write_text('a few words of one text ' * 3)
-  shown = []
-  for seed in range(3):
-    config = letters.config(f'text:{tmp_path}/one.txt', 'mlm', batch_size=1,
-                       cache_dir=str(tmp_path))
-    config.seed = seed
-    loader = pipeline.training_loader(config, BYTES)
-    assert loader.num_windows == 1
-    shown += [loader.batch(n)['tokens'].tobytes() for n in range(3)]
-  assert len(set(shown)) == 9
-
-
-def test_a_word_begins_at_a_space_and_after_it():
-  ids = np.frombuffer(b'ab c  de', np.uint8).astype(np.int32)
-  starts = mlm._starts(ids, BYTES)
-  assert starts.tolist() == [c in '|x' for c in 'x.|x||x.']
-
-
 @pytest.mark.parametrize('whole_words', [False, True])
 def test_every_token_is_told_as_often_as_any_other(whole_words):
   ids, special = np.array([*b'ab cde f gh ijkl m no pq'], np.int32), np.zeros(
@@ -88,26 +66,6 @@ def test_every_token_is_told_as_often_as_any_other(whole_words):
                    whole_words=whole_words)[1] for seed in range(3000)], 0)
   spread = 0.04 if whole_words else 5 * (0.25 * 0.75 / 3000) ** 0.5
   assert np.ptp(told) < 2 * spread, told
-
-
-def test_at_least_one_token_is_told():
-  ids, rng = np.full(5, 97, np.int32), np.random.default_rng(0)
-  special = np.array([True, False, False, False, True])
-  for whole_words in (False, True):
-    _, chosen = mlm.mask(ids, special, rng, BYTES, rate=0.01,
-                             whole_words=whole_words)
-    assert chosen.any() and not (chosen & special).any()
-
-
-def test_what_is_special_is_never_masked_with_a_word():
-  """One that stands inside a word, as [CLS] does where a text is cut there."""
-  ids = np.array([BYTES.cls_id, *b'going on', BYTES.sep_id], np.int32)
-  special = np.zeros(len(ids), bool)
-  special[[0, 3, -1]] = True
-  for seed in range(20):
-    _, chosen = mlm.mask(ids, special, np.random.default_rng(seed), BYTES,
-                             rate=0.5, whole_words=True)
-    assert chosen.any() and not (chosen & special).any()
 
 
 def test_stretches_hold_each_document_once():
@@ -146,22 +104,6 @@ def test_the_masks_of_an_evaluation_do_not_go_by_the_seed(texts):
     return pipeline.held_out(config, BYTES)[0].batch(0)
   for key, value in batch(0).items():
     np.testing.assert_array_equal(value, batch(1)[key])
-
-
-def test_what_is_told_is_hidden(texts):
-  """The model is shown the mask, and told the word."""
-  for batch in letters.pairs(texts):
-    told = batch['weights'] == 1
-    assert (batch['tokens'][told] == BYTES.mask_id).mean() > 0.5
-    assert not (batch['targets'] == BYTES.mask_id).any()
-
-
-def test_a_row_of_one_token_has_no_prefix(texts):
-  config = letters.config(texts, 'prefix', length=2)
-  objectives.check_objective(config)
-  config.data.length = 1
-  with pytest.raises(RequestError, match="length is 1, and objective 'prefix'"):
-    objectives.check_objective(config)
 
 
 def test_the_padding_of_a_prefix_row_is_not_predicted(texts):

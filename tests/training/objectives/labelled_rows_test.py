@@ -92,19 +92,6 @@ def test_any_number_of_processes_has_batches_of_one_shape(source):
           np.concatenate([row[key] for row in rows]), value)
 
 
-@pytest.mark.parametrize('length, most, context, found', [
-    (64, 8, 1, (8, 16, 24, 32, 40, 48, 56, 64)), (64, 1, 1, (64,)),
-    (100, 4, 1, (32, 64, 96, 100)), (128, 8, 1, tuple(range(16, 129, 16))),
-    (6, 8, 1, (6,)), (96, 8, 3, (24, 48, 72, 96))])
-def test_lengths_of_batches(length, most, context, found):
-  c = config('', length=length, length_buckets=most)
-  c.mesh.context = context
-  assert pipeline.lengths(c) == found
-  assert len(found) <= most and all(x % context == 0 for x in found)
-  c.objective = 'causal'
-  assert pipeline.lengths(c) == (length,)
-
-
 def test_runs_of_one_program_have_batches_of_one_shape(source):
   loaders = []
   for seed in range(2):

@@ -1,17 +1,15 @@
 """Masked diffusion: its rows, its loss, the bound, and what it writes."""
 
 import itertools
-import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tokenizers as hf
 
 from configs.errors import RequestError
-from tests.helpers import evaluations, letters, models, spaced
-from training import evals, objectives, runs, unmask
+from tests.helpers import evaluations, letters, models
+from training import objectives, runs, unmask
 from training.data import packing, pipeline
 from training.evals.tasks import bound
 from training.objectives import masked_diffusion
@@ -49,18 +47,6 @@ def test_a_row_masks_each_token_with_the_probability_that_it_drew():
   assert np.abs(np.sort(shares) - steps).max() < 1.95 / len(shares) ** 0.5
   assert abs(np.mean(excess)) < 4 / len(excess) ** 0.5
   assert 0.9 < np.std(excess) < 1.1
-
-
-def test_every_token_stands_in_one_row(texts):
-  config = letters.config(texts, 'masked_diffusion', eval_source=texts)
-  loader, = pipeline.held_out(config, BYTES)
-  rows = [loader.batch(n) for n in range(loader.num_batches)]
-  text = np.concatenate([b['targets'][b['segment_ids'] != 0] for b in rows])
-  assert len(text) == loader.num_tokens
-  assert sorted(np.bincount(text[text < 256])[list(b'abcdef')]) == sorted(
-      sum(1 + (i + j) % 5 for j in range(300)) for i in range(6))
-  padding = np.concatenate([b['weights'][b['segment_ids'] == 0] for b in rows])
-  assert padding.size and not padding.any()
 
 
 def test_documents_can_be_kept_apart(texts):
@@ -225,22 +211,6 @@ def test_tasks_tell_the_bound_and_write(texts, capsys):
   assert 'sample 2 of 2:\nb' in capsys.readouterr().out
 
 
-def test_the_space_between_a_prompt_and_what_is_written_is_kept(
-    tmp_path, monkeypatch):
-  spaced.make(tmp_path)
-  file = str(tmp_path / 'tokenizer.json')
-  pipeline = hf.Tokenizer.from_file(file)
-  pipeline.add_special_tokens(['<mask>'])
-  pipeline.save(file)
-  evaluation = evaluations.make(
-      evaluations.config('bert', 'masked_diffusion', file),
-      prompt='the model', max_new_tokens=3)
-  monkeypatch.setattr(unmask, 'write', lambda *_, **__: jnp.asarray(
-      evaluation.tokenizer.encode('reads a line'))[None])
-  row, = evaluations.run('unmask', evaluation)['samples']
-  assert row['prompt'] + row['text'] == 'the model reads a line'
-
-
 @pytest.mark.parametrize('fields, words', [
     (dict(system='gpt'), "'masked_diffusion', which does not fit model.arch"),
     (dict(mask_rate=0.4), 'data.mask_rate is 0.4, which objective'),
@@ -251,23 +221,3 @@ def test_what_it_cannot_be_is_refused(fields, words):
   config.data.update(fields)
   with pytest.raises(RequestError, match=words):
     runs.check_config(config)
-
-
-def test_tasks_say_what_they_are_for():
-  config = types.SimpleNamespace(objective='mlm')
-  assert 'has no bound' in bound.TASK.unfit(config)
-  config.objective = 'masked_diffusion'
-  assert not bound.TASK.unfit(config)
-
-
-@pytest.mark.parametrize('more', [0, 1])
-def test_more_tokens_than_there_are_places_are_refused_at_once(more):
-  """A separator, 'aa' and the rest fill all places, and no more than these."""
-  config = evaluations.config('modernbert', 'masked_diffusion')
-  options = evaluations.flags(
-      prompt='aa', max_new_tokens=config.model.max_len - 3 + more)
-  if not more:
-    evals.check_task('unmask', options, config, None)
-    return
-  with pytest.raises(RequestError, match='the prompt has 3 tokens and --max_'):
-    evals.check_task('unmask', options, config, None)

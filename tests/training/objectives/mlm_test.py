@@ -67,13 +67,6 @@ def test_fifteen_percent_are_told_eighty_ten_ten(texts):
   np.testing.assert_allclose(shares, [0.8, 0.1], atol=0.02)
 
 
-def test_masks_repeat(texts):
-  a, b = (pipeline.training_loader(
-      letters.config(texts, 'mlm_nsp'), BYTES).batch(3) for _ in range(2))
-  for key in a:
-    np.testing.assert_array_equal(a[key], b[key])
-
-
 def _rows(texts, split='train', **changes):
   config = letters.config(texts, 'mlm', **changes)
   loader = (pipeline.training_loader(config, BYTES) if split == 'train'
@@ -130,31 +123,6 @@ def test_whole_words_are_masked_whole():
     place += len(word) + 1
 
 
-def test_one_document_makes_no_pairs(tmp_path, monkeypatch):
-  monkeypatch.setenv('ARCHETYPE_CACHE', str(tmp_path / 'cache'))
-  (tmp_path / 'a.txt').write_text('all alone ' * 50)
-  with pytest.raises(ValueError, match='another document'):
-    pipeline.training_loader(
-        letters.config(f'text:{tmp_path}/a.txt', 'mlm_nsp'), BYTES)
-
-
-def test_a_prefix_is_not_predicted(texts):
-  batch = pipeline.training_loader(
-      letters.config(texts, 'prefix', length=32), BYTES).batch(0)
-  for size, weights in zip(batch['prefix'], batch['weights']):
-    assert 1 <= size < 32
-    np.testing.assert_array_equal(weights, np.arange(32) >= size - 1)
-
-
-@pytest.mark.parametrize('name', [
-    name for name, row in objectives.OBJECTIVES.items()
-    if 'data.document_mask' not in row.reads])
-def test_a_mask_of_documents_that_are_none_is_refused(texts, name):
-  config = letters.config(texts, name, document_mask=True)
-  with pytest.raises(ValueError, match='document_mask .*by causal, masked'):
-    runs.check_config(config)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize('objective', [
     'causal', *(pytest.param(name, marks=pytest.mark.long)
@@ -191,18 +159,6 @@ def test_no_padding_is_predicted(texts, objective):
   if objective == 'prefix':
     told = np.maximum(seen.sum(1) - (batch['prefix'] - 1), 0)
     assert batch['weights'].sum(1).tolist() == told.tolist()
-
-
-def test_rows_that_fill_up_an_evaluation_are_padding(texts):
-  for objective in ('causal', 'prefix'):
-    config = letters.config(texts, objective, batch_size=4, eval_source=texts)
-    loader, = pipeline.held_out(config, BYTES)
-    rows = [loader.batch(n) for n in range(loader.num_batches)]
-    key = 'valid' if objective == 'prefix' else 'weights'
-    valid = np.concatenate([b[key] for b in rows])
-    assert valid[:loader.num_windows].any(1).all()
-    assert len(valid) > loader.num_windows
-    assert not valid[loader.num_windows:].any()
 
 
 @pytest.mark.parametrize('system, objective', [
@@ -303,14 +259,6 @@ def test_the_head_reads_what_is_to_be_predicted_alone():
   D, V = params['embed']['tokens'].shape[::-1]
   saved = cost['every'][1] - cost['one'][1]
   assert saved > 3 * 2 * (4 * 12) * D * V  # 12 of 16 places, three products
-
-
-@pytest.mark.long
-def test_a_batch_with_more_to_predict_than_is_chosen_has_no_loss():
-  loss, params = _chosen(0.2)  # 3 of 16, and a row has 4
-  assert np.isnan(loss(params)[0])
-  loss, params = _chosen(0.2, whole_words=True)
-  assert np.isfinite(loss(params)[0])
 
 
 def test_a_prefix_sees_itself_whole_and_nothing_later():

@@ -1,19 +1,15 @@
 """Pairs of texts as RoBERTa was shown them: two separators between them."""
 
-import json
 
 import numpy as np
 import pytest
 import tokenizers as hf
 
-from configs import base
-from configs.errors import RequestError
 from tests.helpers import labelled_files as files
 from tests.training.data import roberta_files
-from training import objectives, runs
-from training.data import pipeline, questions, records, tokenizers
+from training import objectives
+from training.data import questions, records, tokenizers
 from training.objectives import question_answering
-from training.workdir import run_config
 
 PAIRS = [('an ant', 'ran'), ('a', 'an an an an an an an an an'),
          ('what is an anagram of nap, then?', 'pan'), ('a an a an', 'an a an')]
@@ -115,64 +111,3 @@ def test_separators_of_each_system(arch, given, between, folder, tmp_path):
   (_, ids), *_ = _rows(config, records.Classes(files.corpus(config)))
   inner = np.array(ids)[1:-1]
   assert (inner == 2).sum() == between
-
-
-def test_what_reads_no_pairs_refuses_their_separators():
-  config = base.base()
-  config.data.pair_separators = 2
-  with pytest.raises(RequestError, match='data.pair_separators'):
-    runs.check_config(config)
-  config.objective = 'classification'
-  config.data.pair_separators = 3
-  with pytest.raises(RequestError, match='data.pair_separators is 3'):
-    runs.check_config(config)
-
-
-@pytest.mark.every_system
-@pytest.mark.parametrize('arch, objective, kept', [
-    ('roberta', 'classification', True), ('roberta', 'regression', True),
-    ('roberta', 'question_answering', True), ('roberta', 'mlm', False),
-    ('bert', 'classification', False)])
-def test_a_run_of_one_separator_goes_on_with_it(arch, objective, kept, folder,
-                                                tmp_path):
-  """A config.json without data.pair_separators is of that time."""
-  config = _labelled(tmp_path, folder, objective, arch=arch)
-  run_config.save(tmp_path, config)
-  tree = json.loads((tmp_path / 'config.json').read_text())
-  del tree['data']['pair_separators']
-  (tmp_path / 'config.json').write_text(json.dumps(tree))
-  old = run_config.load_config(tmp_path)
-  assert old.data.pair_separators == (1 if kept else 0)
-  changes = run_config.compare(old, config)
-  assert bool(changes) == kept
-  if kept:  # the other layout must be asked for
-    with pytest.raises(ValueError, match='data.pair_separators=1 is that'):
-      run_config.refuse(changes, allow_config_change=False)
-    config.data.pair_separators = 1
-    assert not run_config.compare(old, config)
-  if (arch, objective) == ('roberta', 'classification'):
-    tokens = pipeline.training_loader(old, tokenizers.load(str(folder))).batch(
-        0)['tokens']
-    assert ((tokens == 2).sum(1) == 2).all()
-
-
-@pytest.mark.every_system
-@pytest.mark.parametrize('pairs, source, kept', [
-    (False, 'labelled:{}', 0), (True, 'labelled:{}', 1),
-    (False, '0.5*labelled:{},0.5*labelled:{}:0+1', 0),
-    (False, '0.5*labelled:{},0.5*labelled:{}:0+0+1', 1),
-    (False, 'labelled:/gone/*.tsv:text+label', 0),
-    (False, 'labelled:/gone/*.tsv', 1),
-    (False, 'hf:glue:sst2:train:sentence+label', 0),
-    (False, 'hf:glue:rte::sentence1+sentence2+label', 1)])
-def test_a_run_without_pairs_goes_on_as_it_is(pairs, source, kept, folder,
-                                              tmp_path):
-  """It has no separators between texts, however many they would be."""
-  config = _labelled(tmp_path, folder, pairs=pairs)
-  config.data.source = source.replace('{}', f'{tmp_path}/a.tsv')
-  tree = run_config.to_json(config)
-  del tree['data']['pair_separators']
-  assert run_config.from_json(tree).data.pair_separators == kept
-  assert bool(run_config.compare(run_config.from_json(tree), config)) == kept
-  tree['data']['eval_source'] = 'labelled:/gone/pairs.tsv:a+b+label'
-  assert run_config.from_json(tree).data.pair_separators == 1

@@ -9,7 +9,6 @@ from configs.errors import RequestError
 from tests.helpers import labelled_files as files
 from training import objectives, runs
 from training.data import pipeline, probes, tokenizers
-from training.workdir import run_config
 
 
 def config_of(name='induction', length=32, **fields):
@@ -82,25 +81,6 @@ def test_what_is_not_asked_for_has_no_weight(name):
   assert row['segment_ids'].sum() == size
 
 
-def test_the_vocabulary_and_the_settings_are_derived():
-  config = config_of('mqar', 64)
-  runs.check_config(config)
-  model, derived = runs.resolve(config, tokenizers.load('bytes'))
-  assert model.vocab_size == derived['model.vocab_size'] == 8192
-  assert derived['probe.levels'] == (4,) and derived['probe.vocab'] == 8192
-  assert derived['probe.examples'] == 100_000
-
-
-def test_a_run_keeps_what_was_published_when_it_was_made(tmp_path):
-  """A run of copy, as runs were whose alphabet had 16 letters, not 100."""
-  config = config_of('copy', 41)
-  settings = probes.settings(config)._replace(vocab=16)
-  run_config.save(tmp_path, config, {
-      f'probe.{name}': getattr(settings, name) for name in probes.DERIVED})
-  assert probes.settings(runs.config_of(tmp_path)) == settings
-  assert probes.settings(config).vocab == 100
-
-
 @pytest.mark.parametrize('name, fields, words', [
     ('induction', {'data.source': 'probe:inductions'}, "Did you mean 'ind"),
     ('induction', {'data.source': 'sotu'}, 'reads a probe: write probe:NAME'),
@@ -120,12 +100,6 @@ def test_a_run_keeps_what_was_published_when_it_was_made(tmp_path):
 def test_what_is_refused(name, fields, words):
   with pytest.raises(RequestError, match=words):
     runs.check_config(config_of(name, **fields))
-
-
-def test_a_source_that_the_objective_cannot_read():
-  config = config_of('copy', **{'objective': 'causal'})
-  with pytest.raises(RequestError, match='reads text, .* holds rows of a pr'):
-    pipeline.check_sources(config)
 
 
 def test_an_encoder_reads_what_does_not_show_its_answers():

@@ -11,12 +11,10 @@ import pytest
 
 import architectures
 from configs import base
-from configs import sharding as tables
 from tests.helpers import labelled_files as files
 from tests.helpers import models
-from training import objectives, runs
+from training import objectives
 from training.data import tokenizers, words
-from training.distributed import devices
 from training.objectives import question_answering
 
 BYTES = tokenizers.load('bytes')
@@ -47,11 +45,6 @@ def test_guessing_is_the_loss_of_scores_that_are_alike(name, shape):
   values = objective.means(objective.figures(output, batch, config))
   np.testing.assert_allclose(objective.guessing(config, 384), values['loss'],
                              rtol=1e-5)
-
-
-def test_of_numbers_there_is_no_loss_of_guessing():
-  assert objectives.OBJECTIVES['regression'].guessing(
-      base.base(), 384) is None
 
 
 def _config(sources, objective, arch='bert', length=64):
@@ -202,15 +195,6 @@ def test_a_decoder_reads_a_label_off_the_words_up_to_its_own(sources):
   assert seen.tolist() == [True, True, False]
 
 
-def test_rows_that_fill_up_the_last_batch_count_nothing():
-  batch = dict(starts=np.array([0, 0]), ends=np.array([0, 0]),
-               segment_ids=np.int32([[1, 1], [0, 0]]),
-               weights=np.float32([1, 0]))
-  scores = np.zeros((2, 2, 2))
-  figures = _figures('question_answering', scores, batch)
-  assert figures['loss'] == pytest.approx(np.log(2))
-
-
 def test_the_null_token_is_the_one_that_has_seen_all(sources):
   for arch in 'bert', 'gpt':
     _, config, rows, view = _rows(sources, 'question_answering', arch, 128)
@@ -219,47 +203,3 @@ def test_the_null_token_is_the_one_that_has_seen_all(sources):
     place = question_answering.null_place(
         item, architectures.systems()[arch].STACK)
     assert place == rows[2]['starts'] == (0 if arch == 'bert' else size - 1)
-
-
-
-def _trained(config, batches, sizes):
-  """Returns (parameters, figures of the last step) after two steps."""
-  config = config.copy_and_resolve_references()
-  config.mesh.update(sizes)
-  count = int(np.prod(list(sizes.values())))
-  mesh = devices.make_mesh(
-      dict.fromkeys(tables.MESH_AXES, 1) | sizes, jax.devices()[:count])
-  model, _ = runs.resolve(config, BYTES)
-  run = runs.build(config, model, mesh)
-  with run.context():
-    state, step = run.new_state(), run.train_step()
-    for batch in batches:
-      state, figures = step(state, run.put(batch))
-  return jax.device_get(state.params), jax.device_get(figures)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize('objective, arch, third', [
-    ('question_answering', 'bert', 'context'),
-    ('question_answering', 'bert', 'fsdp'),
-    ('token_classification', 'gpt', 'context')])
-def test_sharded_equals_a_single_device(objective, arch, third, sources):
-  """The batch over two devices, the parameters over two, and the length or the
-  batch again; and a single device in two micro-batches."""
-  config = _config(sources, objective, arch)
-  config.model = models.config(arch, vocab_size=384, max_len=64, num_layers=1)
-  config.data.batch_size = 4
-  config.optim.update(name='sgd', lr=0.1, warmup_steps=0)
-  record = objectives.of(config)
-  view = record.view(files.corpus(config))
-  rows = [files.row(record, item, None, config, BYTES) for item in view.items]
-  batches = [{key: np.stack([row[key] for row in rows[n:n + 4]])
-              for key in rows[0]} for n in (0, 4)]
-  params, figures = _trained(config, batches, dict(data=1))
-  found, more = _trained(config, batches, {'data': 2, third: 2, 'tensor': 2})
-  models.close(params, found, rtol=1e-4)
-  models.close(figures, more, rtol=1e-4)
-  config.train.grad_accumulation = 2
-  found, more = _trained(config, batches, dict(data=1))
-  models.close(params, found, rtol=1e-4)
-  models.close(figures, more, rtol=1e-4)

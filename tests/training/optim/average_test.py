@@ -8,15 +8,11 @@ import pytest
 
 import architectures
 from configs import base
-from configs.errors import RequestError
-from tests.helpers import models
 from tests.training import step_test
 from training import paths, runs
-from training.costs import memory
 from training.distributed import devices
 from training.optim import average
 from training.step import make_train_step
-from training.workdir import run_config
 
 OPTIM = base.base().optim
 OPTIM.ema = 0.75
@@ -103,63 +99,3 @@ def test_a_step_averages_what_it_trains(trained):
   assert not any(path.startswith('embed/')
                  for path in paths.flatten(states[0].ema))
   jax.tree.map(np.testing.assert_array_equal, seen[0], seen[1])
-
-
-@pytest.fixture(scope='module')
-def spread():
-  c = step_test.config(optim__ema=0.75)
-  c.mesh.update(fsdp=4, tensor=2)
-  return c
-
-
-def test_it_lies_where_its_parameter_lies(spread):
-  run = runs.build(spread, architectures.resolve(spread.model))
-  places = paths.flatten(run.abstract.params)
-  average_of = paths.flatten(run.abstract.ema)
-  assert average_of.keys() == places.keys()
-  for path, x in average_of.items():
-    assert x.sharding == places[path].sharding and x.dtype == jnp.float32
-  held = memory.state(run)
-  assert held['average'] == held['parameters']  # in float32 both
-
-
-@pytest.mark.long
-@pytest.mark.slow
-def test_sharded_it_is_the_same(spread):
-  alone = spread.copy_and_resolve_references()
-  alone.mesh.update(fsdp=1, tensor=1)
-  _, _, expected = stepped(alone, step_test.one_device())
-  _, states, seen = stepped(spread)
-  models.close(expected[-1], seen[-1], rtol=1e-4)
-
-
-@pytest.mark.parametrize('old, new, kind', [
-    (0.0, 0.9, run_config.INCOMPATIBLE),
-    (0.9, 0.0, run_config.INCOMPATIBLE),
-    (None, 0.9, run_config.INCOMPATIBLE),  # a run of an earlier version
-    (0.9, 0.99, run_config.OPTIMISATION)])
-def test_what_a_change_of_it_does_to_a_run(old, new, kind):
-  before = {} if old is None else {'optim.ema': old}
-  assert run_config.classify('optim.ema', before, {'optim.ema': new})[0] == kind
-
-
-@pytest.mark.parametrize('fields, words', [
-    ({'optim.ema': 1.0}, r'optim.ema is 1.0: choose it in \[0, 1\)'),
-    ({'eval.live': True}, 'eval.live is True, which is not read'),
-    ({'checkpoint.average': 1}, '2 checkpoints or more'),
-    ({'checkpoint.average': -1}, 'checkpoint.average is -1: it must be'),
-    ({'checkpoint.average': 2, 'checkpoint.every_steps': 0},
-     'every_steps is 0: the mean'),
-    ({'checkpoint.average': 3}, 'there are 2 checkpoints in train.steps 1000'),
-    ({'checkpoint.average': 2, 'eval.every_steps': 0}, 'nothing is evaluated')])
-def test_what_cannot_be_honoured_is_refused(fields, words):
-  c = base.base()
-  c.update_from_flattened_dict(fields)
-  with pytest.raises(RequestError, match=words):
-    runs.check_config(c)
-
-
-def test_a_mean_of_all_the_checkpoints_is_taken():
-  c = base.base()
-  c.checkpoint.average = 2
-  runs.check_config(c)

@@ -15,7 +15,6 @@ from tests.helpers import models, recurrences
 from training import paths, runs
 from training.step import abstract_params, parameter_roles
 from training.optim import mup, optimizers
-from training.workdir import run_config
 
 BASE = 32  # models.config's d_model
 
@@ -132,62 +131,6 @@ def test_rates_of_recurrences_agree_with_the_shapes(mixer, widen):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('init', [
-    'normal', pytest.param('scaled_normal', marks=pytest.mark.long), 'fan_in'])
-def test_initial_sizes_by_path(init):
-  r = 4
-  def stddevs(module):
-    params = nn.meta.unbox(jax.jit(module.init)(
-        jax.random.key(0), models.tokens())['params'])
-    return {path: float(x.std()) for path, x in paths.flatten(params).items()
-            if x.size > 500 and x.ndim > 1 and float(x.std())}
-  changes = dict(init=init, vocab_size=200)
-  small = stddevs(scaled('mixtral', **changes))
-  large = stddevs(scaled('mixtral', BASE * r, **changes))
-  assert {p.split('/')[-1] for p in small} > {'kernel', 'query', 'down'}
-  for path, x in small.items():
-    hidden = path.split('/')[-1] not in ('kernel', 'tokens', 'router')
-    ratio = r ** -0.5 if hidden else 1.0
-    assert large[path] / x == pytest.approx(ratio, rel=0.06), path
-
-
-@pytest.mark.slow
-def test_multipliers():
-  narrow, wide = scaled('gpt'), scaled('gpt', 4 * BASE)
-  assert narrow.config.score_scale == pytest.approx(8 ** -0.5)
-  assert wide.config.score_scale == pytest.approx(8 ** -0.5 / 4)
-  assert scaled('gpt', 4 * BASE, attention_scale=1.0).config.score_scale \
-      == 0.25
-  # As wide by more heads, not by wider ones.
-  heads = scaled('gpt', 4 * BASE, num_heads=16, mup_base_head_dim=8)
-  assert heads.config.score_scale == pytest.approx(8 ** -0.5)
-  assert wide.config.embed_scale == 1
-  unset = scaled('gpt', 4 * BASE, embed_scale=0.0, logits_scale=0.0).config
-  assert unset.embed_scale == BASE ** 0.5
-  assert unset.logits_scale == BASE ** -0.5
-  for changes in (dict(tie_embeddings=True), dict(tie_embeddings=False)):
-    module = scaled('gpt', 4 * BASE, logits_scale=3.0, **changes)
-    tokens = models.tokens()
-    variables = jax.jit(module.init)(jax.random.key(0), tokens)
-    assert module.apply(variables, tokens).head.scale == 0.75
-
-
-@pytest.mark.long
-def test_a_router_has_the_multiplier_of_logits():
-  module = scaled('mixtral', 4 * BASE, num_layers=1)
-  variables = jax.jit(module.init)(jax.random.key(0), models.tokens())
-  plain = built('mixtral', 4 * BASE, num_layers=1,
-                attention_scale=module.config.score_scale)
-  router = variables['params']['decoder']['layers']['block_0']['ffn']['router']
-  router = router.replace(value=router.value / 4)
-  same = jax.tree.map(lambda x: x, variables)
-  same['params']['decoder']['layers']['block_0']['ffn']['router'] = router
-  hidden = [m.apply(v, models.tokens()).hidden
-            for m, v in ((module, variables), (plain, same))]
-  np.testing.assert_allclose(*hidden, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.slow
 def test_the_optimizer_multiplies_the_update_and_not_the_decay():
   module = scaled('gpt', 4 * BASE)
   roles = parameter_roles(module)
@@ -209,19 +152,6 @@ def test_the_optimizer_multiplies_the_update_and_not_the_decay():
   np.testing.assert_allclose(ours[path], plain[path], rtol=1e-6)
 
 
-@pytest.mark.parametrize('changes, words', [
-    (dict(parametrization='mu'), "unknown model.parametrization 'mu'"),
-    (dict(parametrization='mup', mup_base_width=0), 'mup_base_width is 0'),
-    (dict(parametrization='standard'), "'standard' does not read"),
-    (dict(mup_base_width=30), '7.5 features'),
-    (dict(arch='bert'), "no rules for model.arch 'bert': choose from bloom"),
-])
-def test_what_is_not_covered_is_refused(changes, words):
-  fields = dict(parametrization='mup', mup_base_width=BASE) | changes
-  with pytest.raises(ValueError, match=words):
-    architectures.build(models.config('gpt', **fields))
-
-
 @pytest.mark.parametrize('name', sorted(
     optimizers.OPTIMIZERS.keys() - mup.RATES.keys()))
 def test_an_optimizer_without_rules_is_refused(name):
@@ -230,8 +160,3 @@ def test_an_optimizer_without_rules_is_refused(name):
   c.optim.name = name
   with pytest.raises(ValueError, match=f"'{name}': choose from adamw, lion"):
     runs.check_config(c)
-
-
-def test_a_change_of_the_base_is_no_other_shape():
-  for field in ('parametrization', 'mup_base_width', 'mup_base_head_dim'):
-    assert run_config.row(f'model.{field}')[1] == run_config.OPTIMISATION

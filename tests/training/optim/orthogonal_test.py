@@ -89,9 +89,3 @@ def test_matrices_are_whole_where_they_are_multiplied(sizes, capfd):
   assert 'all-reduce(' not in text and 'reduce-scatter(' not in text
   assert 'all-to-all(' in text
   assert 'Involuntary full rematerialization' not in capfd.readouterr().err
-
-
-def test_a_program_of_one_device_has_no_constraint():
-  text = jax.jit(orthogonal.scale_by_muon(ROLES, 0.9).update).lower(
-      drawn(0), orthogonal.scale_by_muon(ROLES, 0.9).init(drawn(0))).as_text()
-  assert 'sharding' not in text and 'pad' not in text

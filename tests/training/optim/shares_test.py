@@ -29,11 +29,6 @@ def flat_shares(system='gpt', changes=None, **fields):
   return paths.flatten(parameter_shares(module, optim(**fields)))
 
 
-def test_nothing_set_is_no_share_at_all():
-  module, _ = models.make()
-  assert parameter_shares(module, optim()) is None
-
-
 def test_layer_decay_has_the_powers_of_beit():
   """BEiT's get_num_layer_for_vit: 0 for the embedding, n + 1 for layer n,
   N + 1 for the rest; the rate is decay ** (N + 1 - that)."""
@@ -69,18 +64,6 @@ def test_a_pattern_freezes_what_it_matches(freeze, names):
   assert {path for path, x in found.items() if not np.any(x)} == names
   assert all(np.all(np.asarray(x) == 1) for path, x in found.items()
              if path not in names)
-
-
-def test_layers_of_one_stack_may_differ():
-  found = flat_shares(freeze='decoder/layers/0/.*', layer_decay=0.5)
-  np.testing.assert_array_equal(
-      found['decoder/layers/block_0/ffn/up'].ravel(), [0, 0.25])
-
-
-@pytest.mark.parametrize('decay', [0.0, 1.5, float('nan')])
-def test_a_layer_decay_out_of_range_is_refused(decay):
-  with pytest.raises(RequestError, match=f'optim.layer_decay is {decay}: '):
-    optimizers.check_optim(optim(layer_decay=decay))
 
 
 @pytest.mark.parametrize('freeze, words', [

@@ -7,7 +7,6 @@ import optax
 import pytest
 
 from architectures.parts.roles import Role
-from configs import base
 from training.optim import normuon, optimizers, soap
 
 MATRIX = Role(('embed', 'mlp'), (0,))
@@ -222,22 +221,3 @@ def test_normuon_is_that_of_its_authors(shape):
     np.testing.assert_allclose(step, other.T, rtol=1e-6, atol=1e-9,
                                err_msg=f'step {t}')
     assert np.sqrt(np.mean(step ** 2)) == pytest.approx(0.2)
-
-
-@pytest.mark.parametrize('name', ['normuon', 'soap'])
-def test_what_is_no_matrix_goes_by_adam(name):
-  optim = base.base().optim
-  optim.update(name=name, lr=1.0, warmup_steps=0, weight_decay=0.0,
-               clip_norm=0.0, schedule='constant')
-  roles = {'matrix': MATRIX, 'vector': Role(('embed',)),
-           'table': Role(('vocab', 'embed'), (0,), kind='embedding')}
-  tree = {'matrix': jnp.ones((4, 6)), 'vector': jnp.ones(4),
-          'table': jnp.ones((5, 4))}
-  grads = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size) + 1.0).reshape(
-      x.shape), tree)
-  tx = optimizers.make(optim, 10, roles)
-  step, state = tx.update(grads, tx.init(tree), tree)
-  np.testing.assert_allclose(jnp.abs(step['vector']), 1, rtol=1e-4)
-  assert (name == 'soap') == (not step['table'].any())  # its first: none
-  if name == 'normuon':
-    np.testing.assert_allclose(jnp.abs(step['table']), 1, rtol=1e-4)
