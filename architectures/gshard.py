@@ -15,7 +15,7 @@ Where transformers' NLLB-MoE deviates from the paper, and what is done here:
 - sinusoids in halves from position 2 on, as in fairseq (the paper gives none).
 - each expert's number is lost: of transformers 5's NllbMoeExperts only experts
   0 and 1 are ever run, for first and second choices. A fault, for its version
-  4 runs each token's own; here as the paper says, and tools.verify mends it.
+  4 runs each token's own; here as the paper says, and tests/parity mends it.
 - gates may be made to sum to 1 after the capacity has dropped some
   (normalize_router_prob_before_dropping=False). Here before, as in the
   paper; the same where nothing is dropped, and refused where something is.

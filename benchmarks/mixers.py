@@ -28,11 +28,10 @@ from collections.abc import Callable, Mapping, Sequence
 import functools
 import json
 import math
-import statistics
-import time
 from typing import Any, NamedTuple
 from unittest import mock
 
+from benchmarks import timing
 from configs.errors import one_of, require
 from training import cli
 from training.workdir import storage
@@ -186,29 +185,6 @@ def _temporary(compiled: Any) -> int:
 SECTIONS = {'mixing': mixing, 'layer': layer, 'step': step, 'decode': decode}
 
 
-def turns(contenders: Mapping[str, Contender], rounds: int
-          ) -> dict[str, dict[str, Any]]:
-  """Returns of each its median time and CPU time, in seconds, and the median
-  of the turns' ratios to the first."""
-  seconds = {name: [] for name in contenders}
-  cpu = {name: [] for name in contenders}
-  for turn in range(1 + rounds):
-    for name, own in contenders.items():
-      start, start_cpu = time.perf_counter(), time.process_time()
-      own.run()
-      if turn:  # the first one warms up
-        cpu[name].append((time.process_time() - start_cpu) / own.times)
-        seconds[name].append((time.perf_counter() - start) / own.times)
-  first = next(iter(contenders))
-  over = lambda times, name: statistics.median(
-      own / base for own, base in zip(times[name], times[first]))
-  return {name: dict(
-      seconds=statistics.median(seconds[name]),
-      cpu_seconds=statistics.median(cpu[name]),
-      ratio=over(seconds, name), cpu_ratio=over(cpu, name),
-      nbytes=own.nbytes) for name, own in contenders.items()}
-
-
 def measure(sections: Sequence[str], mixers: Sequence[str],
             lengths: Sequence[int], dtypes: Sequence[str],
             sizes: Mapping[str, int], rounds: int) -> list[dict[str, Any]]:
@@ -220,11 +196,16 @@ def measure(sections: Sequence[str], mixers: Sequence[str],
       print(f'{section}, {dtype}\n{HEAD}', flush=True)
       before: dict[str, dict] = {}
       for length in lengths:
-        found = turns({name: SECTIONS[section](config(
-            name, length, dtype, sizes)) for name in mixers}, rounds)
+        contenders = {name: SECTIONS[section](config(
+            name, length, dtype, sizes)) for name in mixers}
+        found = timing.turns(
+            {name: one.run for name, one in contenders.items()}, rounds)
         for name, own in found.items():
+          for key in ('seconds', 'cpu_seconds'):
+            own[key] /= contenders[name].times
           row = dict(section=section, dtype=dtype, length=length, mixer=name,
-                     **own, growth=_growth(before.get(name), length, own))
+                     **own, nbytes=contenders[name].nbytes,
+                     growth=_growth(before.get(name), length, own))
           before[name] = row
           rows.append(row)
           print(line(row), flush=True)

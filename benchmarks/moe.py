@@ -7,8 +7,6 @@ and backward pass, router and dispatch included.
 
 import argparse
 import json
-import statistics
-import time
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +15,7 @@ import architectures
 from architectures.parts.context import Context
 from architectures.parts.ffn import FFN
 from architectures.parts.moe.layer import MoE
+from benchmarks import timing
 from configs import base
 from configs.errors import require
 from training import cli
@@ -48,26 +47,14 @@ def layer(experts: int, tokens: int, d_model: int, d_ff: int):
   return lambda: jax.block_until_ready(step(params, x_BLD))
 
 
-def turns(contenders: dict, rounds: int) -> dict[str, float]:
-  """Median seconds of each, taking turns."""
-  times = {name: [] for name in contenders}
-  for run in contenders.values():
-    run()
-  for _ in range(rounds):
-    for name, run in contenders.items():
-      start = time.perf_counter()
-      run()
-      times[name].append(time.perf_counter() - start)
-  return {name: statistics.median(t) for name, t in times.items()}
-
-
 def layers(rounds: int, d_model: int, d_ff: int) -> dict[str, float]:
   """The ratios, and the milliseconds behind them."""
   result = {}
   for tokens in (2048, 16384):
-    seconds = turns({f'{name}_{tokens}': layer(e, tokens, d_model, d_ff)
-                     for name, e in (('dense', 0), ('experts8', 8),
-                                     ('experts64', 64))}, rounds)
+    seconds = {name: row['seconds'] for name, row in timing.turns(
+        {f'{name}_{tokens}': layer(e, tokens, d_model, d_ff)
+         for name, e in (('dense', 0), ('experts8', 8), ('experts64', 64))},
+        rounds).items()}
     dense, few, many = seconds.values()
     result.update({f'ms_{name}': 1e3 * s for name, s in seconds.items()})
     result[f'experts8_over_dense_{tokens}'] = few / dense

@@ -10,7 +10,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from benchmarks import batches
+from benchmarks import rival
 from training import generate
 from training import loop
 from training import objectives
@@ -26,10 +26,10 @@ class Trainer:
 
   def __init__(self, tree):
     self.config = objectives.with_labels(run_config.from_json(tree))
-    ids = batches.tokenizer(self.config)
+    ids = rival.tokenizer(self.config)
     model, _ = runs.resolve(self.config, ids)
     self.run = runs.build(self.config, model)
-    self.batch = self.run.put(batches.make(self.config, ids))
+    self.batch = self.run.put(rival.batch(self.config, ids))
 
   def create(self, options=None):
     """Makes the state and compiles the step; returns the seconds of tracing
@@ -55,10 +55,14 @@ class Trainer:
     self.state, metrics = self.compiled(self.state, self.batch)
     return metrics
 
-  def steps(self, count: int):
-    """`count` steps in a row, each waited for."""
+  def steps(self, count: int) -> int:
+    """Takes `count` steps, of which only the last is waited for; returns the
+    most bytes that a GPU has held, 0 on a CPU."""
     for _ in range(count):
-      self.step()
+      metrics = self.dispatch()
+    float(metrics['loss'])
+    stats = jax.devices()[0].memory_stats() or {}
+    return stats.get('peak_bytes_in_use', 0)
 
   def generate(self, prompt: int, new: int) -> None:
     """Continues the batch's first `prompt` tokens greedily by `new`."""
@@ -132,7 +136,7 @@ def jobs(request):
   trainer = Trainer(request['config'])
   if request['kind'] == 'compile':
     return {'compile': trainer.create}
-  trainer.create()
+  trainer.create(request.get('compiler'))
   trainer.step()
   prompt, new = request['prompt'], request['new']
   return {'step': trainer.step,

@@ -1,22 +1,24 @@
-"""What the other side of a comparison is told: the same model, the same batch.
+"""What both sides of a comparison are told: the same model, the same batch.
 
 The model is described by the config.json that an export of it would have, which
 names the class of transformers too. So every system that transformers has can
-be compared. Nothing here imports PyTorch.
+be compared. The batch is what the run's objective makes of random tokens, with
+the arrays, shapes and masks of training. Nothing here imports PyTorch.
 """
 
 import importlib.util
+import types
 from typing import Any
 
 import numpy as np
 
 import architectures
-from benchmarks import batches
 from configs import base
 from configs.errors import require
 from training import objectives
 from training import runs
 from training.costs import totals
+from training.data import packing, pipeline, tokenizers
 from training.hf import config as hf_config
 from training.objectives.record import Config
 
@@ -53,15 +55,9 @@ def check(config: Config) -> None:
           '--compare=pytorch: no class of transformers has the loss of '
           f'objective {config.objective!r}' + (
               f' with {" and ".join(others)}' if others else ''))
-  need_pytorch('--compare=pytorch')
-
-
-def need_pytorch(what: str) -> None:
-  """Raises RequestError where PyTorch or transformers, which `what` needs, is
-  not installed."""
   missing = [name for name in ('torch', 'transformers')
              if importlib.util.find_spec(name) is None]
-  require(not missing, f'{what} needs {" and ".join(missing)}: '
+  require(not missing, f'--compare=pytorch needs {" and ".join(missing)}: '
           "pip install 'archetype[verify]'")
 
 
@@ -78,10 +74,10 @@ def request(config: Config) -> dict[str, Any]:
   Raises:
     RequestError: for a model that no config.json describes.
   """
-  ids = batches.tokenizer(config)
+  ids = tokenizer(config)
   model, _ = runs.resolve(config, ids)
   tree = hf_config.write(model)
-  inputs = arguments(batches.make(config, ids),
+  inputs = arguments(batch(config, ids),
                      causal=architectures.stack(model) == 'decoder')
   both = 'next_sentence_label' in inputs
   named, = tree['architectures']
@@ -94,16 +90,16 @@ def request(config: Config) -> dict[str, Any]:
       decoder=architectures.stack(model) == 'decoder')
 
 
-def arguments(batch: dict[str, np.ndarray], causal: bool
+def arguments(made: dict[str, np.ndarray], causal: bool
               ) -> dict[str, np.ndarray]:
   """Returns a batch as transformers' classes take it.
 
   Args:
-    batch: ours.
+    made: a batch of ours.
     causal: whether the class looks for the label of a token one place later.
   """
-  found = {name: batch[key] for key, name in NAMES.items() if key in batch}
-  labels = np.where(batch['weights'] > 0, batch['targets'], IGNORED)
+  found = {name: made[key] for key, name in NAMES.items() if key in made}
+  labels = np.where(made['weights'] > 0, made['targets'], IGNORED)
   if causal:
     labels = np.pad(labels[:, :-1], ((0, 0), (1, 0)), constant_values=IGNORED)
   for name in ('attention_mask', 'decoder_attention_mask'):
@@ -111,3 +107,50 @@ def arguments(batch: dict[str, np.ndarray], causal: bool
     if not mask.all():  # else there is nothing to mask
       found[name] = mask.astype(np.int32)
   return found | dict(labels=labels)
+
+
+# Views of plain text, which may be made up. Conversations and labels are not.
+PLAIN = (packing.Windows, packing.Stretches, packing.Pairs)
+
+
+def tokenizer(config: Config) -> tokenizers.Tokenizer:
+  """Returns one of as many ids as the model has, or, for data that are not made
+  up, the run's own."""
+  if _is_plain(config) and config.model.vocab_size:
+    return tokenizers.Bytes(config.model.vocab_size)
+  return tokenizers.load(config.data.tokenizer)
+
+
+def batch(config: Config, ids: tokenizers.Tokenizer) -> dict[str, np.ndarray]:
+  """Returns a batch of data.batch_size rows, the same in each process.
+
+  Args:
+    config: a run's; where its objective reads more than plain text, the batch
+      is the first one of its data.source.
+    ids: see `tokenizer`.
+  """
+  if not _is_plain(config):
+    return pipeline.training_loader(config, ids).batch(0)
+  objective = objectives.of(config)
+  view = objective.view(_random(config, ids))
+  return objective.batch(
+      [(view[i], np.random.default_rng([0, i]))
+       for i in range(config.data.batch_size)], config, ids)
+
+
+def _is_plain(config: Config) -> bool:
+  return issubclass(objectives.of(config).view, PLAIN)
+
+
+def _random(config: Config, ids: tokenizers.Tokenizer) -> packing.Corpus:
+  """Returns two documents, each of which has all rows of a batch."""
+  data = config.data
+  size = 2 * data.batch_size * max(data.length, data.target_length)
+  bounds = np.array([0, size, 2 * size])
+  text = types.SimpleNamespace(
+      tokens=np.random.default_rng(0).integers(
+          0, ids.vocab_size, 2 * size, dtype=np.int32),
+      parts=bounds, documents=np.arange(3), kinds=np.zeros(2, np.uint8),
+      num_bytes=np.diff(bounds))
+  return packing.Corpus('random', 'random tokens', text, np.arange(2), 'train',
+                        ids, config)

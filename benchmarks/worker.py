@@ -39,7 +39,12 @@ class Worker:
 
   def do(self, job: str) -> dict:
     """Returns {seconds, cpu_seconds, peak_bytes, result} of one job; the second
-    is what all of its threads took together."""
+    is what all of its threads took together.
+
+    Raises:
+      EnvironmentFailure: the job failed, as where the memory of a GPU is too
+        small; the sentence says why.
+    """
     self._send(job)
     return self._receive()
 
@@ -53,6 +58,8 @@ class Worker:
         message = json.loads(line)
         if 'refused' in message:
           raise RequestError(message['refused'])
+        if 'failed' in message:
+          raise EnvironmentFailure(message['failed'])
         return message
     raise EnvironmentFailure(
         f'the {self.side} side ended with exit code {self.process.wait()}')
@@ -71,19 +78,22 @@ def main():
   module = importlib.import_module(f'benchmarks.{sys.argv[1]}')
   try:
     jobs = module.jobs(json.loads(sys.stdin.readline()))
+    _answer(ready=True)
+    for line in sys.stdin:
+      job = json.loads(line)
+      if job is None:
+        break
+      start, cpu_start = time.perf_counter(), time.process_time()
+      result = jobs[job]()
+      _answer(seconds=time.perf_counter() - start,
+              cpu_seconds=time.process_time() - cpu_start,
+              peak_bytes=_peak_bytes(), result=result)
   except RequestError as error:
     _answer(refused=str(error))
-    return
-  _answer(ready=True)
-  for line in sys.stdin:
-    job = json.loads(line)
-    if job is None:
-      break
-    start, cpu_start = time.perf_counter(), time.process_time()
-    result = jobs[job]()
-    _answer(seconds=time.perf_counter() - start,
-            cpu_seconds=time.process_time() - cpu_start,
-            peak_bytes=_peak_bytes(), result=result)
+  except Exception as error:
+    _answer(failed=f'{type(error).__name__}: '
+            + ' '.join(str(error).split())[:400])
+    raise
 
 
 if __name__ == '__main__':

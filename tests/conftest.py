@@ -82,15 +82,16 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(config, items):
   """What is marked `product` (half an hour), `long` (more of what other tests
-  do), `plan` (needs libtpu) or `slurm` runs only where it is asked for. A
-  test of a later system is `long`, unless it says `every_system`."""
+  do), `plan` (needs libtpu), `verify` (needs PyTorch) or `slurm` runs only
+  where it is asked for. A test of a later system is `long`, unless it says
+  `every_system`."""
   names = later.systems()
   for item in items:
     if (hasattr(item, 'callspec') and later.is_repeat(
         item.callspec.params, names)
         and not item.get_closest_marker('every_system')):
       item.add_marker(pytest.mark.long)
-  for marker in ('product', 'long', 'plan', 'slurm'):
+  for marker in ('product', 'long', 'plan', 'slurm', 'verify'):
     if marker in config.option.markexpr:
       continue
     left = [item for item in items if item.get_closest_marker(marker)]

@@ -26,9 +26,9 @@ from training import config_files
 
 flags.disclaim_key_flags()  # what is defined here belongs to who calls
 
-# Called with the sentence and the exit code before a program ends in failure:
-# a run of several processes tells the others.
-at_failure: list[Callable[[str, int], None]] = []
+# Called with the exit code of a program that fails, once its sentence is
+# printed: a run of several processes does not wait for the others then.
+at_failure: Callable[[int], None] = sys.exit
 
 
 def run(main: Callable[[], int | None],
@@ -48,32 +48,26 @@ def run(main: Callable[[], int | None],
               f'the argument {word!r} is not UTF-8')
     with around:
       code = main() or 0
+    sys.exit(code)
   except RequestError as error:
-    _tell(error, 2)
-    _refuse(str(error))
-  except BrokenPipeError as error:  # `| head` has read enough
-    if unread:
-      _tell(error, unread)
+    code, sentence = 2, f'error: {error}'
+  except BrokenPipeError:  # `| head` has read enough
     sys.stderr.close()
-    code = unread
+    (at_failure if unread else sys.exit)(unread)
   except (EnvironmentFailure, OSError) as error:
-    _tell(error, 1)
-    print(f'error: {error}', file=sys.stderr, flush=True)
-    code = 1
+    code, sentence = 1, f'error: {error}'
   except Exception as error:
     if not is_out_of_memory(error):
       raise
-    sentence = ('a device has no memory left: take a smaller data.batch_size, '
-                'a larger train.grad_accumulation, model.remat=full, or more '
-                'devices over which mesh.fsdp cuts the state '
-                f'({str(error).splitlines()[0]})')
-    _tell(EnvironmentFailure(sentence), 1)
-    print(f'error: {sentence}', file=sys.stderr, flush=True)
-    code = 1
+    code, sentence = 1, (
+        'error: a device has no memory left: take a smaller data.batch_size, '
+        'a larger train.grad_accumulation, model.remat=full, or more '
+        'devices over which mesh.fsdp cuts the state '
+        f'({str(error).splitlines()[0]})')
   except KeyboardInterrupt:
-    print('\nSIGINT: ended', file=sys.stderr, flush=True)
-    code = 128 + signal.SIGINT
-  sys.exit(code)
+    code, sentence = 128 + signal.SIGINT, '\nSIGINT: ended'
+  print(sentence, file=sys.stderr, flush=True)
+  at_failure(code)
 
 
 def define_config(text: str = 'A file of configs/ and its size, FILE.py:SIZE; '
@@ -166,11 +160,6 @@ def is_out_of_memory(error: Exception) -> bool:
   jax = sys.modules.get('jax')  # not imported for this alone
   return (jax is not None and isinstance(error, jax.errors.JaxRuntimeError)
           and 'RESOURCE_EXHAUSTED' in str(error))
-
-
-def _tell(error: Exception, code: int):
-  for call in at_failure:
-    call(str(error), code)
 
 
 def parse(doc: str, argv: Sequence[str] | None = None) -> None:

@@ -30,6 +30,12 @@ PROGRAM = '''
     time.sleep(60 if code == 'wait' else 0)
     sys.exit(int(code))
     '''
+# What a shell, sbatch, ssh or a here-document would take for its own.
+HOSTILE = """a b'\\"$(touch {0})`touch {0}`;touch {0} # %j ~ $HOME
+touch {0}
+REMOTE
+touch {0}
+"""
 
 
 def args_of(module, *words):
@@ -39,38 +45,27 @@ def args_of(module, *words):
   return args
 
 
-def maker(tmp_path):
-  """Returns a function that makes a job which ends with the given codes."""
-  def make(codes, workdir=None, **changes):
-    (tmp_path / 'program.py').write_text(textwrap.dedent(PROGRAM))
-    (tmp_path / 'codes').write_text(codes)
-    return job.Job(**dict(
-        name='a-run', words=(sys.executable, str(tmp_path / 'program.py'), "'"),
-        workdir=workdir or str(tmp_path / 'run'),
-        logs=str(tmp_path / 'run/logs'),
-        env={'JAX_COMPILATION_CACHE_DIR': str(tmp_path / 'a cache')},
-        max_restarts=1, dry_run=False) | changes)
-  return make
+def make_job(folder, codes, workdir=None, **changes):
+  """Returns a job whose program ends with the given codes."""
+  (folder / 'program.py').write_text(textwrap.dedent(PROGRAM))
+  (folder / 'codes').write_text(codes)
+  return job.Job(**dict(
+      name='a-run', words=(sys.executable, str(folder / 'program.py'), "'"),
+      workdir=workdir or str(folder / 'run'), logs=str(folder / 'run/logs'),
+      env={'JAX_COMPILATION_CACHE_DIR': str(folder / 'a cache')},
+      max_restarts=1, dry_run=False) | changes)
 
 
-# What a shell, sbatch, ssh or a here-document would take for its own.
-HOSTILE = """a b'\\"$(touch {0})`touch {0}`;touch {0} # %j ~ $HOME
-touch {0}
-REMOTE
-touch {0}
-"""
+def hostile_job(folder, **changes):
+  """Returns a job whose every word is hostile, and the word."""
+  told = HOSTILE.format(folder / 'executed')
+  return make_job(folder, '0', **dict(
+      words=(sys.executable, str(folder / 'program.py'), told, '--x=' + told),
+      env={'JAX_X': told, 'JAX_COMPILATION_CACHE_DIR': '/c'}) | changes), told
 
 
-def hostile_job(tmp_path):
-  """Returns the changes of a job whose every word is hostile, and the words."""
-  told = HOSTILE.format(tmp_path / 'executed')
-  return told, dict(
-      words=(sys.executable, str(tmp_path / 'program.py'), told, '--x=' + told),
-      env={'JAX_X': told, 'JAX_COMPILATION_CACHE_DIR': told})
-
-
-def starts(tmp_path, who='0-0'):
-  path = tmp_path / f'starts-{who}'
+def starts(folder, who='0-0'):
+  path = folder / f'starts-{who}'
   return [json.loads(line) for line in path.read_text().splitlines()]
 
 
@@ -83,9 +78,10 @@ def is_running(pid):
     return False
 
 
-def stand_in(tmp_path, name, text):
-  """An executable of the cluster, that the script finds first."""
-  path = tmp_path / 'bin' / name
+def stand_in(folder, name, text):
+  """Makes an executable of the cluster; returns the environment in which it is
+  found first."""
+  path = folder / 'bin' / name
   path.parent.mkdir(exist_ok=True)
   path.write_text(textwrap.dedent(text))
   path.chmod(0o755)
@@ -94,7 +90,7 @@ def stand_in(tmp_path, name, text):
 
 def wait_for(path):
   """Waits until a file holds something."""
-  until = time.monotonic() + 30
+  until = time.monotonic() + 60
   while not path.exists() or not path.stat().st_size:
     assert time.monotonic() < until, f'no {path}'
     time.sleep(0.02)

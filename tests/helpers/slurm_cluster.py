@@ -8,7 +8,6 @@ import os
 import pathlib
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import time
@@ -120,22 +119,8 @@ class Cluster:
     self.until(lambda: self.ask('sinfo', '-h', '-n', name, '-o', '%T').split()
                [:1] in (['idle'], ['mixed'], ['allocated']), f'node {name}')
 
-  def kill_node(self, name: str) -> None:
-    """Kills the daemon of a node and all that runs there, as a power cut."""
-    daemon = self._running.pop(name)
-    daemon.kill()
-    daemon.wait()
-    for pid in self._pids_of(name):
-      try:
-        os.kill(pid, signal.SIGKILL)
-      except ProcessLookupError:
-        pass
-
   def stop(self) -> None:
     self.ask('scancel', '--user=root')
-    for name in NODES:
-      if name in self._running:
-        self.kill_node(name)
     for daemon in reversed(self._running.values()):
       daemon.terminate()
       daemon.wait(30)
@@ -171,24 +156,14 @@ class Cluster:
       self._running[called or program] = subprocess.Popen(
           [_path(program), *words], env=self.env, stdout=file, stderr=file)
 
-  def _pids_of(self, node: str) -> list[int]:
-    """Returns the processes of a node: its tasks, and their parents."""
-    found = []
+  def pid_of(self, task: str) -> int:
+    """Returns the process of a run that is this task of its step."""
     for path in pathlib.Path('/proc').glob('[0-9]*'):
       try:
         environ = (path / 'environ').read_bytes().split(b'\0')
-        parent = int((path / 'stat').read_text().rpartition(')')[2].split()[1])
-      except (OSError, IndexError):
+        command = (path / 'cmdline').read_bytes().split(b'\0')
+      except OSError:
         continue
-      if f'SLURMD_NODENAME={node}'.encode() in environ:
-        found.append(int(path.name))
-        if 'slurmstepd' in _command(parent):
-          found.append(parent)
-    return found
-
-
-def _command(pid: int) -> str:
-  try:
-    return pathlib.Path(f'/proc/{pid}/cmdline').read_text()
-  except OSError:
-    return ''
+      if f'SLURM_PROCID={task}'.encode() in environ and b'train.py' in command:
+        return int(path.name)
+    raise LookupError(f'no process of task {task}')

@@ -25,7 +25,7 @@ import sys
 
 from absl import flags
 
-from configs.errors import RequestError
+from configs.errors import one_of
 from training import cli
 
 PLACES = ('local', 'slurm', 'tpu_vm')
@@ -36,9 +36,7 @@ def main():
   if place in ('', '--help', '-h'):
     print(__doc__.strip())
     return 0 if place else 2
-  if place not in PLACES:
-    raise RequestError(f'{place!r} is no place to launch on: choose from '
-                       f'{", ".join(PLACES)}')
+  one_of('the place to launch on', place, PLACES)
   module = importlib.import_module(f'tools.launch.{place}')
   from tools.launch import job
   cli.define_config()
@@ -48,7 +46,7 @@ def main():
   argv = [sys.argv[0], *sys.argv[2:]]
   cli.parse(module.__doc__, argv)
   args = flags.FLAGS
-  return module.launch(job.make(argv, *module.size(args)), args)
+  return module.launch(job.make(argv, module.size(args)), args)
 
 
 if __name__ == '__main__':

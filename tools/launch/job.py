@@ -3,9 +3,8 @@
 import dataclasses
 import hashlib
 import os
-import pathlib
 import re
-import shlex
+import shutil
 
 from absl import flags
 
@@ -15,14 +14,14 @@ from training.workdir import storage
 
 STOPPED = 75  # the exit code of a run that has more to do
 
-# (kind, name, default, what it says): flags of every place. They are defined
-# by the program alone, for train.py has some of the same name.
+# (kind, name, default, what it says, bounds): flags of every place. They are
+# defined by the program alone, for train.py has some of the same name.
 FLAGS = (
     ('string', 'profile_steps', '', 'See train.py.'),
     ('bool', 'allow_config_change', False, 'See train.py.'),
     ('bool', 'dry_run', False, 'Print what would be done; do nothing.'),
     ('integer', 'max_restarts', 3, 'After failures; a run that was preempted '
-     'is always started again.'),
+     'is always started again.', 0, 10**6),
     ('string', 'compile_cache', '', 'Where compiled programs are kept, for all '
      'processes; default: jax_cache beside the workdir.'),
     ('multi_string', 'env', [], 'NAME=VALUE, for the environment of each '
@@ -60,18 +59,13 @@ class Job:
   max_restarts: int
   dry_run: bool
 
-  @property
-  def command(self) -> str:
-    return shlex.join(self.words)
 
-
-def make(argv: list[str], num_devices: int, slices: int = 1) -> Job:
+def make(argv: list[str], num_devices: int) -> Job:
   """Returns the job that the flags describe.
 
   Args:
     argv: the command line, parsed already.
     num_devices: of all processes; 0: not known here.
-    slices: of them.
 
   Raises:
     ValueError: where train.py would refuse it, as far as can be seen here.
@@ -79,11 +73,10 @@ def make(argv: list[str], num_devices: int, slices: int = 1) -> Job:
   args = flags.FLAGS
   if args.config is None or not args.workdir:
     raise RequestError('pass both --config FILE.py:SIZE and --workdir DIR')
-  check_restarts(args)
   storage.check_folder(args.workdir)
   if storage.in_bucket(args.logs):
     raise RequestError(f'--logs is {args.logs!r}: choose a folder on disk')
-  _check(args.config, num_devices, slices)
+  _check(args.config, num_devices)
   from training import profile
   profile.parse(args.profile_steps, args.config.train.steps)
   workdir = args.workdir.rstrip('/')
@@ -97,12 +90,6 @@ def make(argv: list[str], num_devices: int, slices: int = 1) -> Job:
       workdir=workdir, logs=args.logs or logs,
       env=environment(args, f'{parent}/jax_cache'),
       max_restarts=args.max_restarts, dry_run=args.dry_run)
-
-
-def check_restarts(args) -> None:
-  """Raises RequestError for an --max_restarts that is no such number."""
-  require(0 <= args.max_restarts <= 1_000_000,
-          f'--max_restarts is {args.max_restarts}: choose 0 to 1,000,000')
 
 
 def environment(args, compile_cache: str) -> dict[str, str]:
@@ -145,19 +132,14 @@ def named(workdir: str) -> str:
   return f'{label}-{digest[:8]}'
 
 
-def _check(config, num_devices: int, slices: int) -> None:
+def _check(config, num_devices: int) -> None:
   """Refuses a config that cannot run, and a mesh that does not fit."""
   from training import runs
   from training.distributed import devices
   runs.check_config(config)
-  if not num_devices:
-    return
-  shape = devices.mesh_shape(config.mesh, num_devices)
-  model = runs.resolve_alone(config)
-  runs.check_mesh(config, model, shape)
-  if shape['data'] % slices:
-    raise RequestError(f'mesh.data is {shape["data"]}, which the {slices} '
-                       f'slices do not divide: choose a multiple of {slices}')
+  if num_devices:
+    runs.check_mesh(config, runs.resolve_alone(config),
+                    devices.mesh_shape(config.mesh, num_devices))
 
 
 def require_here(job: Job) -> None:
@@ -167,38 +149,17 @@ def require_here(job: Job) -> None:
   storage.try_folder(job.logs, '--logs')
 
 
-def require_shared(job: Job, places: str, mount: str = '') -> None:
-  """Raises ValueError where the hosts would each have a workdir, or compiled
-  programs, of their own: both belong into a bucket, or under `mount`."""
-  for name, folder in (
-      ('--workdir', job.workdir),
-      ('--compile_cache', job.env['JAX_COMPILATION_CACHE_DIR'])):
-    if not storage.in_bucket(folder):
-      _require_under(name, folder, places, mount)
-
-
-def _require_under(name: str, folder: str, places: str, mount: str) -> None:
-  path = pathlib.PurePath(folder)
-  require(bool(mount) and path.is_relative_to(mount) and '..' not in path.parts,
-          f'{name} is {folder!r}, and every host must find it at the same '
-          f'place: choose {places}')
-
-
-def exports(env: dict[str, str]) -> str:
-  """Returns the environment as lines of a shell script."""
-  return '\n'.join(f'export {name}={shlex.quote(value)}'
-                   for name, value in env.items())
+def need(*names: str) -> None:
+  """Raises RequestError where a program is not on this machine."""
+  for name in names:
+    require(shutil.which(name) is not None, f'{name} is not on the PATH of '
+            'this machine: launch where the cluster\'s programs are installed, '
+            'or only look at what would be done with --dry_run')
 
 
 def define(table, args: flags.FlagValues = flags.FLAGS) -> None:
   """Defines the flags of a place: only of the one that is launched on, since
   some of them have flags of the same name."""
-  for kind, name, default, text in table:
-    getattr(flags, f'DEFINE_{kind}')(name, default, text, flag_values=args)
-
-
-def positive(args: flags.FlagValues, *names: str) -> None:
-  """Raises ValueError where one of these flags is below 1."""
-  for name in names:
-    if args[name].value < 1:
-      raise RequestError(f'--{name} is {args[name].value}: choose 1 or more')
+  for kind, name, default, text, *bounds in table:
+    getattr(flags, f'DEFINE_{kind}')(name, default, text, *bounds,
+                                     flag_values=args)

@@ -20,35 +20,30 @@ import subprocess
 import sys
 import time
 
-from configs.errors import RequestError
 from tools import tether
 from tools.launch import job as job_lib
 from training.distributed import interrupts
 
-# (kind, name, default, what it says).
+# (kind, name, default, what it says, bounds).
 FLAGS = (
-    ('integer', 'processes', 2, 'How many.'),
-    ('integer', 'devices', 1, 'Devices of each.'),
-    ('string', 'platform', '',
+    ('integer', 'processes', 2, 'How many.', 1),
+    ('integer', 'devices', 1, 'Devices of each.', 1),
+    ('enum', 'platform', '', ('', 'cpu', 'gpu'),
      'Default: $JAX_PLATFORMS, else gpu where there is one.'),
 )
 
-PATIENCE_SECONDS = 20  # for the others to end by themselves after one failed
+PATIENCE_SECONDS = 10  # for the others to end by themselves after one failed
 POLL_SECONDS = 0.05
 _GPUS = 'CUDA_VISIBLE_DEVICES'
 
 
-def size(args) -> tuple[int, int]:
-  """Returns the number of devices, and of slices."""
-  job_lib.positive(args, 'processes', 'devices')
-  return args.processes * args.devices, 1
+def size(args) -> int:
+  """Returns the number of devices."""
+  return args.processes * args.devices
 
 
 def _platform(given: str) -> str:
-  given = given or os.environ.get('JAX_PLATFORMS', '')
-  if given not in ('', 'cpu', 'gpu', 'cuda', 'rocm'):
-    raise RequestError(f'--platform is {given!r}: choose cpu or gpu')
-  if given:
+  if given := given or os.environ.get('JAX_PLATFORMS', ''):
     return 'cpu' if given == 'cpu' else 'gpu'
   return 'gpu' if os.path.exists('/dev/nvidia0') else 'cpu'
 
@@ -108,8 +103,8 @@ def supervise(words: list[str], env: dict[str, str], processes: int,
     a loss that was not finite: it would end so again; 1: failed once more than
     max_restarts.
   """
-  failures = 0
-  with Forwarding() as forwarding:
+  failures, forwarding = 0, Forwarding()
+  with interrupts.handled(forwarding.heard):
     while True:
       if forwarding.stopped:  # between two runs
         return 0
@@ -146,21 +141,23 @@ def run(words, envs, logs: pathlib.Path, forwarding) -> list[int]:
     if out:
       out.close()
   forwarding.start(running)
-  deadline = None
-  while any(p.poll() is None for p in running):
+  left, failed, deadline = running, set(), None
+  while left:
     time.sleep(POLL_SECONDS)
-    if deadline is None and any(p.poll() not in (None, 0) for p in running):
-      deadline = time.monotonic() + PATIENCE_SECONDS
-    if deadline and time.monotonic() > deadline:
-      for process in running:
+    left = [process for process in running if process.poll() is None]
+    for i, process in enumerate(running):
+      code = process.returncode
+      if code not in (None, 0, job_lib.STOPPED) and i not in failed:
+        failed.add(i)
+        deadline = deadline or time.monotonic() + PATIENCE_SECONDS
+        _say(f'process {i} {_ended(code)}'
+             + (f'; its output: {logs}/process-{i}.log' if i else ''))
+      elif code is None and deadline and time.monotonic() > deadline:
+        failed.add(i)
         process.kill()
+        _say(f'process {i} did not end by itself then, and was killed')
   forwarding.to = []
-  codes = [p.returncode for p in running]
-  for i, code in enumerate(codes):
-    if code not in (0, job_lib.STOPPED):
-      _say(f'process {i} {_ended(code)}'
-           + (f'; its output: {logs}/process-{i}.log' if i else ''))
-  return codes
+  return [process.returncode for process in running]
 
 
 class Forwarding:
@@ -187,7 +184,7 @@ class Forwarding:
     self.to = processes
     self._pass_on()
 
-  def _heard(self, number):
+  def heard(self, number):
     self._count.add(number)
     self._hung_up |= number == signal.SIGHUP
     self._pass_on()
@@ -201,14 +198,6 @@ class Forwarding:
       if number not in self._told:
         self._told.add(number)
         self.to[0].send_signal(number)
-
-  def __enter__(self):
-    self._handled = interrupts.handled(self._heard)
-    self._handled.__enter__()
-    return self
-
-  def __exit__(self, *error):
-    self._handled.__exit__(*error)
 
 
 def free_port() -> int:

@@ -71,15 +71,16 @@ def _program(p: dict) -> list[str]:
           f'  replicated over {row["axis"]} ({row["devices"]}): {m}'
           f'{row["bytes_saved"] / GIB:.3f} GiB of it would be saved if that '
           f'axis sharded it too; most: {", ".join(row["largest"])}')
-  lines += ['  collectives of a step, by device', *_collectives(p, m)]
-  return lines + _performance(p, m)
+  return [*lines, '  collectives of a step, by device',
+          *collectives(p['collectives'], m), *_performance(p, m)]
 
 
-def _collectives(p: dict, m: str) -> list[str]:
+def collectives(rows: list[dict], m: str) -> list[str]:
+  """Returns the lines of a table of collectives, `m` before each figure."""
   lines = [f'    {"kind":<20}{"mesh axes":<22}{"dtype":<7}{"runs":>8}'
            f'{"GiB sent":>12}{"of it outside":>15}']
-  small = [r for r in p['collectives'] if r['bytes_sent_per_device'] < 2 ** 20]
-  for r in p['collectives']:
+  small = [r for r in rows if r['bytes_sent_per_device'] < 2 ** 20]
+  for r in rows:
     if r not in small:
       axes = f'{",".join(r["axes"])} ({r["devices"]})'
       runs = f'{m}{"" if r["exact"] else ">="}{r["runs_per_step"]:,}'
@@ -91,7 +92,7 @@ def _collectives(p: dict, m: str) -> list[str]:
   if small:
     runs = sum(r['runs_per_step'] for r in small)
     lines.append(f'    and {m}{runs:,} of less than a MiB a step, by kind')
-  return lines if p['collectives'] else ['    none']
+  return lines if rows else ['    none']
 
 
 def _performance(p: dict, m: str) -> list[str]:

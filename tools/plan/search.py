@@ -7,22 +7,18 @@ compiler is there, until as many fit as were asked for.
 """
 
 import dataclasses
-import functools
 import itertools
 import math
 from typing import NamedTuple
 
 import ml_collections
-import numpy as np
 
-import architectures
 from architectures.parts import remat
-from architectures.parts.ffn import NONE
 from configs.errors import RequestError
-from tools.plan import analyse, chips, collectives, compile as compiling
-from tools.plan import roofline
+from tools.plan import analyse, chips, compile as compiling
+from tools.plan import predict, roofline
 from tools.plan import topology as topologies
-from training import objectives, paths, progress, runs
+from training import progress, runs
 from training.costs import memory
 from training.data import ramp, tokenizers
 from training.distributed import devices
@@ -66,69 +62,6 @@ def meshes(config, model, topology: chips.Topology):
       except RequestError:  # what does not divide is no candidate
         continue
       yield shape
-
-
-def sent(run: runs.Run, host_of: np.ndarray) -> list[collectives.Collective]:
-  """Returns what a step must send: weights gathered, gradients reduced,
-  products summed over `tensor`, tokens to experts and back.
-
-  Args:
-    run: on the topology's devices.
-    host_of: as of collectives.read.
-  """
-  c, shape, accumulation = (run.model, run.mesh.shape,
-                            run.config.train.grad_accumulation)
-  itemsize, passes = c.compute_dtype.itemsize, 2 + remat.of(c).again
-  batch = ('data', 'fsdp', 'expert')
-  found = []
-
-  def add(kind, axes, payload, times):
-    size, hosts = _group(tuple(shape.items()), axes, host_of.tobytes())
-    if size > 1:
-      found.append(collectives.Collective(
-          kind, axes, size, hosts, c.dtype, 0, payload, times, True, ''))
-
-  times = memory.gathers(run)
-  for path, x in paths.flatten(run.abstract.params).items():
-    used = memory.axes(x.sharding)
-    shard = math.prod(x.sharding.shard_shape(x.shape)) * itemsize
-    held = shard
-    for axis in reversed(memory.gathered(x.sharding)):  # one after the other
-      add('reduce-scatter', (axis,), held, accumulation)
-      held *= shape[axis]
-      add('all-gather', (axis,), held, times[path] * accumulation)
-    rest = tuple(a for a in batch if a not in used)
-    add('all-reduce', rest, shard, accumulation)
-  tokens = run.config.data.batch_size * sum(
-      objectives.of(run.config).row_lengths(run.config))
-  one = tokens * c.d_model * itemsize / math.prod(shape[a] for a in batch)
-  both = architectures.stack(c) == 'encoder-decoder'
-  counts = [c.num_layers, c.num_decoder_layers][:1 + both]
-  parts = sum(1 + (kind.ffn != NONE) for n in counts for kind in
-              c.layer_kinds(n))
-  length, tensor = run.config.data.length, shape['tensor']
-  if length % (shape['context'] * tensor):
-    add('all-reduce', ('tensor',), one, passes * parts)
-  else:  # between the products, they lie over tensor: see configs/sharding.py
-    for kind in ('reduce-scatter', 'all-gather'):
-      add(kind, ('tensor',), one / tensor, passes * parts)
-  if c.has_experts:
-    crossings = 4 if c.remat == 'none' else 6  # see parts/dispatch.py
-    add('all-to-all', ('expert',), c.moe.top_k * one,
-        crossings * sum(kind.ffn == 'moe' for n in counts
-                        for kind in c.layer_kinds(n)))
-  return found
-
-
-@functools.lru_cache
-def _group(shape: tuple, axes: tuple[str, ...], host_of: bytes):
-  """Returns (devices, hosts) of a group along some axes of a mesh."""
-  names, sizes = zip(*shape)
-  at = [names.index(axis) for axis in axes]
-  hosts = np.frombuffer(host_of, np.int64).reshape(sizes)
-  count = math.prod(sizes[i] for i in at)
-  rows = np.moveaxis(hosts, at, range(-len(at), 0)).reshape(-1, count)
-  return count, max(len(set(row)) for row in rows.tolist())
 
 
 def candidates(config, topology: chips.Topology) -> list[Candidate]:
@@ -184,7 +117,7 @@ def _variant(run: runs.Run, policy: str, accumulation: int) -> runs.Run:
 def _score(run: runs.Run, topology: chips.Topology, kept: int) -> Candidate:
   c = run.model
   needed = sum(analyse.model_flops(run, 'train').values()) / topology.devices
-  found = sent(run, analyse.hosts(run, topology))
+  found = predict.sent(run, analyse.hosts(run, topology))
   outside = sum(one.sent_outside * one.runs for one in found)
   bounds = roofline.times(
       topology, c.dtype, flops=needed * (3 + remat.of(c).again) / 3,

@@ -177,22 +177,24 @@ def param_shardings(abstract: Any, mesh: Mesh, rules: str):
   first. That happens to `vocab` and `rows` (GPT-2's 50,257), and to `expert`
   after `fsdp`; `check_mesh` refuses all others.
   """
-  table = tables.RULES[rules]
-
   def place(box: Any):
     names = box.names if isinstance(box, nn.LogicallyPartitioned) else ()
     shape = (box.value if names else box).shape
-    spec = nn.logical_to_mesh_axes(names, table) if names else ()
-    return NamedSharding(mesh, PartitionSpec(*(
-        _fits(axes, size, mesh) for axes, size in zip(spec, shape))))
+    return NamedSharding(mesh, spec(shape, names, mesh, rules))
 
   return jax.tree.map(place, abstract,
                       is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
 
 
-def _fits(axes: Any, size: int, mesh: Mesh):
-  names = (axes,) if isinstance(axes, str) else tuple(axes or ())
-  return sharding.that_divide(names, size, mesh.shape) or None
+def spec(shape: Sequence[int], names: Sequence[str | None], mesh: Mesh,
+         rules: str) -> PartitionSpec:
+  """Returns where an array with these logical axes lies, without the mesh axes
+  that do not divide its dimensions."""
+  def fits(axes: Any, size: int):
+    axes = (axes,) if isinstance(axes, str) else tuple(axes or ())
+    return sharding.that_divide(axes, size, mesh.shape) or None
+  wanted = nn.logical_to_mesh_axes(names, tables.RULES[rules]) if names else ()
+  return PartitionSpec(*map(fits, wanted, shape))
 
 
 def shards(axis: str, shape: Mapping[str, int], rules: str) -> int:

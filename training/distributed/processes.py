@@ -1,28 +1,34 @@
 """Several processes as one run: joining, showing, and ending together."""
 
-import atexit
+from collections.abc import Mapping, Sequence
+import contextlib
 import json
 import os
 import re
 import socket
 import sys
+import time
 import traceback
-import types
-from typing import NamedTuple
+from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
+import numpy as np
 
 from configs.errors import RequestError, require
 from training import cli
-from training.distributed import devices, greeting, peers
+from training.distributed import devices
 
-# After so long without one, JAX counts a process as lost. It is the second
-# line of defence, behind peers.py: so it need not be short, and a
-# host that pages or is starved for some seconds does not end the run.
-HEARTBEAT_SECONDS = 100
-LOOKUP_MS = 60_000
+# JAX's coordination service counts a process as lost after so long without a
+# word of it, and ends the others, with its number. A host that pages or is
+# starved for some seconds does not end the run.
+HEARTBEAT_SECONDS = 40
+# An error of this process may be the echo of another's, which is to be read
+# first: the launcher ends all soon after the first has ended.
+GRACE_SECONDS = 1.0
 MOST_PROCESSES = 2**16
 MOST_ROWS = 64  # of the table
+_ROW_BYTES = 512
 
 
 def _number(variable: str, default: int) -> int:
@@ -32,24 +38,11 @@ def _number(variable: str, default: int) -> int:
   return int(text)
 
 
-class Several(NamedTuple):
-  """How this process joins the others of a run.
-
-  Attributes:
-    coordinator: host:port of process 0.
-    num_processes: of all hosts.
-    process_id: this one's.
-    cluster: whether JAX asks the cluster for these three.
-  """
-  coordinator: str
-  num_processes: int
-  process_id: int
-  cluster: bool
-
-
 def how_to_join(coordinator: str = '', num_processes: int = 0,
-                process_id: int = -1, cluster: bool = False) -> Several | None:
-  """Returns how to join the processes of a run; None where it is alone.
+                process_id: int = -1, cluster: bool = False
+                ) -> dict[str, Any] | None:
+  """Returns the arguments with which jax.distributed.initialize joins the
+  processes of a run; None where this process is alone.
 
   Args:
     coordinator: host:port of process 0; '': $JAX_COORDINATOR_ADDRESS.
@@ -66,12 +59,10 @@ def how_to_join(coordinator: str = '', num_processes: int = 0,
   if process_id < 0:
     process_id = _number('JAX_PROCESS_ID', -1)
   given = bool(coordinator), bool(num_processes), process_id >= 0
-  if not any(given) and not cluster:
-    return None
-  if cluster:
-    require(not any(given), '--cluster asks the cluster for the coordinator: '
-            'pass no --coordinator, --num_processes or --process_id with it')
-    return Several('', 0, -1, True)
+  if not any(given):
+    return {} if cluster else None
+  require(not cluster, '--cluster asks the cluster for the coordinator: '
+          'pass no --coordinator, --num_processes or --process_id with it')
   require(all(given), 'a run of several processes needs --coordinator, '
           '--num_processes and --process_id (or JAX_COORDINATOR_ADDRESS, '
           f'JAX_NUM_PROCESSES, JAX_PROCESS_ID); given: coordinator '
@@ -84,37 +75,43 @@ def how_to_join(coordinator: str = '', num_processes: int = 0,
           f'--process_id is {process_id} of --num_processes {num_processes}: '
           f'choose an id below the number of processes, which is at most '
           f'{MOST_PROCESSES:,}')
-  return Several(coordinator, num_processes, process_id, False)
+  # JAX's service listens on every interface, unless it is told where.
+  own_machine = host in ('localhost', '127.0.0.1', '[::1]')
+  return dict(
+      coordinator_address=coordinator, num_processes=num_processes,
+      process_id=process_id, cluster_detection_method='deactivate',
+      coordinator_bind_address=coordinator if own_machine else None)
 
 
-def initialize(several: Several | None) -> None:
-  """Joins the processes of a run, if it was launched as several."""
-  if several is None:
+def initialize(how: Mapping[str, Any] | None) -> None:
+  """Joins the processes of a run as `how_to_join` says. From then on a process
+  that fails ends at once, without waiting for the others at its exit, and so
+  ends them too."""
+  if how is None:
     return
-  if several.cluster:
-    try:
-      jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
-    except ValueError as error:  # no environment that JAX knows says who is who
-      raise RequestError(
-          '--cluster asks the cluster for the coordinator, and here is none '
-          f'that JAX knows ({error}): pass --coordinator, --num_processes and '
-          '--process_id, or run it by SLURM, Open MPI, Kubernetes or on a TPU'
-      ) from error
-  else:
+  try:
     jax.distributed.initialize(
-        several.coordinator, several.num_processes, several.process_id,
-        cluster_detection_method='deactivate',
-        coordinator_bind_address=os.environ.get(
-            'JAX_COORDINATOR_BIND_ADDRESS', _bind(several.coordinator)),
-        heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
-  _end_together()
+        **how, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+  except ValueError as error:  # no environment that JAX knows says who is who
+    raise RequestError(
+        '--cluster asks the cluster for the coordinator, and here is none '
+        f'that JAX knows ({error}): pass --coordinator, --num_processes and '
+        '--process_id, or run it by SLURM, Open MPI, Kubernetes or on a TPU'
+    ) from error
+  cli.at_failure = _end
+
+  def fail(*error: Any) -> None:
+    traceback.print_exception(*error)
+    _end(1)
+  sys.excepthook = fail
 
 
-def _bind(coordinator: str) -> str | None:
-  """Returns what JAX's service listens on, on process 0; None: everywhere,
-  which is also JAX's default."""
-  host = coordinator.rpartition(':')[0].strip('[]')
-  return coordinator if greeting.interface(host) else None
+def _end(code: int) -> None:
+  time.sleep(GRACE_SECONDS)
+  for stream in (sys.stdout, sys.stderr):
+    with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+      stream.flush()
+  os._exit(code)
 
 
 def meet() -> None:
@@ -132,78 +129,20 @@ def meet() -> None:
           f'{len(own)}, or let it see {wanted}')
   if jax.process_count() == 1:
     return
+  row = json.dumps(dict(
+      process=jax.process_index(), host=socket.gethostname()[:64],
+      pid=os.getpid(), devices=f'{len(own)} x {own[0].device_kind}',
+      slices=sorted({devices.slice_index(d) for d in own}))).encode()
   # Gloo gives a group of devices 30 s to meet for the first time, which a
   # process that still compiles would miss: they meet here.
-  devices.sync('joined')
-  rows = _rows()
+  rows = multihost_utils.process_allgather(np.frombuffer(
+      row.ljust(_ROW_BYTES), np.uint8))
   if devices.primary():
-    print(table(rows), flush=True)
+    print(table([json.loads(bytes(row)) for row in np.asarray(rows)]),
+          flush=True)
 
 
-def _end_together() -> None:
-  """Ends this process when another one fails, and the other way round."""
-  client, host, index = _service()
-  if index == 0:
-    others = peers.Peers(0, host)
-    client.key_value_set('archetype/peers', others.address)
-  else:
-    address = client.blocking_key_value_get('archetype/peers', LOOKUP_MS)
-    try:
-      others = peers.Peers(index, host, address)
-    except OSError as error:
-      print(f'warning: process {index} cannot reach process 0 at {host}:'
-            f'{address.split()[0]} ({error}): when a process is lost, the '
-            f'others notice after {HEARTBEAT_SECONDS} s, and are not told '
-            'which it was', file=sys.stderr)
-      sys.excepthook = _end_alone
-      return
-  def fail(kind: type[BaseException], error: BaseException,
-           trace: types.TracebackType | None):
-    traceback.print_exception(kind, error, trace)
-    others.fail(f'{kind.__name__}: {_first_line(error)}')
-  sys.excepthook = fail
-  cli.at_failure.append(others.fail)
-  atexit.register(others.bye)
-
-
-def _end_alone(kind: type[BaseException], error: BaseException,
-               trace: types.TracebackType | None):
-  """Without this, others would wait for the process that failed."""
-  traceback.print_exception(kind, error, trace)
-  sys.stdout.flush()
-  os._exit(1)
-
-
-def _first_line(error: BaseException) -> str:
-  return (str(error) or 'no message').splitlines()[0][:300]
-
-
-def _service():
-  """Returns JAX's key-value client, the host of process 0, and our index.
-
-  JAX has no public name for it; Orbax takes it from here too.
-  """
-  from jax._src import distributed
-  state = distributed.global_state
-  host = state.coordinator_address.rpartition(':')[0].strip('[]')
-  return state.client, host, state.process_id
-
-
-def _rows() -> list[dict]:
-  """Returns what each process is, on process 0; on the others nothing."""
-  client, _, index = _service()
-  own = jax.local_devices()
-  client.key_value_set(f'archetype/process/{index}', json.dumps(
-      dict(process=index, host=socket.gethostname(),
-           pid=os.getpid(), devices=f'{len(own)} x {own[0].device_kind}',
-           slices=sorted({devices.slice_index(d) for d in own}))))
-  if not devices.primary():
-    return []
-  return [json.loads(client.blocking_key_value_get(
-      f'archetype/process/{i}', LOOKUP_MS)) for i in range(jax.process_count())]
-
-
-def table(rows: list[dict]) -> str:
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
   """Renders the processes of a run for a terminal."""
   total = sum(int(r['devices'].split()[0]) for r in rows)
   cells = [('process', 'host', 'pid', 'devices', 'slice')]

@@ -5,9 +5,7 @@ import os
 import re
 
 from configs import gpt, llama, mixtral
-from configs import sharding as tables
 import jax
-from jax.experimental import pallas
 import pytest
 
 os.environ |= {
@@ -17,9 +15,8 @@ os.environ |= {
 
 from architectures.parts import gathered
 from architectures.parts.attention import kernels
-from tools.explain_sharding import arrays, predict
 from tools.plan import analyse, chips, collectives, compile as compiling
-from tools.plan import search
+from tools.plan import predict, search
 from tools.plan import topology as topologies
 from tools.plan.compile import DoesNotFit
 from training.costs import traced as work
@@ -47,7 +44,7 @@ def compiled(run, topology):
 
 
 @tpu
-@pytest.mark.parametrize('preset', list(tables.PRESETS))
+@pytest.mark.parametrize('preset', ['fsdp', 'ep_fsdp_tp'])
 def test_experts_cross_by_all_to_all_and_tokens_are_not_gathered(preset):
   topology = chips.parse('v5p:2x2x2')
   config = mixtral.get_config()
@@ -68,10 +65,12 @@ def test_experts_cross_by_all_to_all_and_tokens_are_not_gathered(preset):
     tokens = config.data.batch_size * config.data.length // (
         8 // run.mesh.shape['tensor'])
     assert all(c.payload == tokens * 2 * 256 * 2 for c in crossings)
-    rows = predict.collectives(run, arrays.parameters(run))
-    foretold = next(r for r in rows if r['kind'] == 'all-to-all')
-    assert foretold['runs_per_step'] == 8
-    assert foretold['bytes_sent_per_device'] == sum(
+    foretold = next(
+        c for c in predict.sent(run, analyse.hosts(run, topology))
+        if c.kind == 'all-to-all')
+    assert foretold.runs == 8
+    # The estimate is of a mesh's batch axes: `tensor` shares the rows out too.
+    assert foretold.sent * 8 == run.mesh.shape['tensor'] * sum(
         c.sent * c.runs for c in crossings)
   else:
     assert not crossings
@@ -205,23 +204,7 @@ def test_what_does_not_fit_is_refused_by_the_compiler():
 
 
 @tpu
-def test_a_kernel_too_large_for_the_chip_is_no_lack_of_hbm():
-  topology = chips.parse('v5e:2x2')
-  run = run_on(topology, 'data=4', gpt.get_config())
-  def double(x):
-    return pallas.pallas_call(
-        lambda x, out: out.__setitem__(..., 2 * x[...]), out_shape=x)(x)
-  x = jax.ShapeDtypeStruct((8192, 8192), jax.numpy.float32,
-                           sharding=jax.sharding.SingleDeviceSharding(
-                               run.mesh.devices.flat[0]))
-  what = compiling.Program('double', double, (x,), {})
-  with pytest.raises(ValueError, match='double cannot be compiled.*on-chip'):
-    compiling.build(run, what, None, jax.jit(double).lower(x), 2 ** 40)
-
-
-@tpu
-@pytest.mark.parametrize('name', ['v4:2x2x1', 'v5e:2x2', 'v5p:2x2x1',
-                                  'v6e:2x2', 'tpu7x:2x2x1'])
+@pytest.mark.parametrize('name', ['v5e:2x2', 'v5p:2x2x1'])
 def test_grouped_products_are_counted_as_the_compiler_makes_them(name):
   topology = chips.parse(name)
   one = jax.sharding.SingleDeviceSharding(topologies.devices(topology)[0])
@@ -287,11 +270,6 @@ def test_a_search_compiles_the_best_and_goes_on_where_one_is_refused(
   assert not plan['estimate'] and plan['flags'] != refused['flags']
   assert refused['reason'] == 'too large'
   assert 'refused: --mesh' in search.text(found)
-  def all_are(run, *args):
-    raise DoesNotFit('too large')
-  monkeypatch.setattr(analyse, 'analyse', all_are)
-  with pytest.raises(DoesNotFit, match='the best 4: .*too large'):
-    search.search(config, topology, 1)
 
 
 @tpu
@@ -313,9 +291,8 @@ def test_generation_holds_weights_and_cache(tmp_path, monkeypatch):
 
 
 @gpu
-@pytest.mark.parametrize('name', ['a100', 'h100', 'h200', 'b200'])
-def test_every_gpu_compiles_and_makes_grouped_products_of_all_groups(name):
-  topology = chips.parse(f'{name}:1x1x1')
+def test_a_gpu_makes_grouped_products_of_all_groups():
+  topology = chips.parse('h100:1x1x1')
   config = mixtral.get_config()
   config.model.update(num_layers=1, attention_kernel='xla')
   config.data.update(batch_size=16, length=64)

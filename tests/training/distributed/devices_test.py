@@ -1,13 +1,16 @@
-"""The mesh over slices, and the table of processes."""
+"""The mesh over slices, the table of processes, the threads of CPU devices, and
+compilers for absent devices, which are not looked for as ones that are here."""
 
 import dataclasses
+import os
+import sys
 
 import jax
 import numpy as np
 import pytest
 
 from configs import errors
-from training.distributed import devices, processes
+from training.distributed import backends, cpu, devices, processes
 
 SHAPE = dict(data=4, fsdp=2, expert=1, context=1, tensor=1)
 
@@ -66,12 +69,6 @@ def test_what_the_slices_do_not_divide_is_refused(slices, shape, parts):
   assert all(part in str(error.value) for part in parts), error.value
 
 
-def test_another_number_of_slices_than_the_devices_say_is_refused():
-  chips = [Chip(id=i, slice_index=i % 2) for i in range(8)]
-  with pytest.raises(ValueError, match='mesh.slices is 4.* of 2 slices'):
-    devices.by_slice(chips, 4)
-
-
 def test_gpus_of_several_hosts_are_one_slice():
   gpus = [Chip(id=i, slice_index=i, platform='gpu') for i in range(4)]
   assert devices.by_slice(gpus, 0) == [gpus]
@@ -86,16 +83,14 @@ def test_the_table_of_processes():
   assert table[3] == '2 processes, 8 devices'
 
 
-@pytest.mark.parametrize('variable', ['JAX_NUM_PROCESSES', 'JAX_PROCESS_ID'])
-def test_a_variable_that_is_no_number_is_named(variable, monkeypatch):
-  monkeypatch.setenv(variable, 'two')
-  with pytest.raises(ValueError, match=rf"\${variable} is 'two'"):
+def test_a_variable_that_is_no_number_is_named(monkeypatch):
+  monkeypatch.setenv('JAX_PROCESS_ID', 'two')
+  with pytest.raises(ValueError, match=r"\$JAX_PROCESS_ID is 'two'"):
     processes.how_to_join()
 
 
 @pytest.mark.parametrize('coordinator, number, index, sentence', [
     ('nonsense', 2, 0, "is 'nonsense': write HOST:PORT"),
-    (':123', 2, 0, 'write HOST:PORT'),
     ('here:99999', 2, 0, 'with a port from 1 to 65535'),
     ('here:123', 2, 7, '--process_id is 7 of --num_processes 2'),
 ])
@@ -120,7 +115,12 @@ def test_how_a_process_joins_the_others(monkeypatch):
   monkeypatch.setenv('JAX_COORDINATOR_ADDRESS', '[::1]:1234')
   monkeypatch.setenv('JAX_NUM_PROCESSES', '2')
   monkeypatch.setenv('JAX_PROCESS_ID', '1')
-  assert processes.how_to_join() == ('[::1]:1234', 2, 1, False)
+  how = processes.how_to_join()
+  assert (how['coordinator_address'], how['num_processes'],
+          how['process_id']) == ('[::1]:1234', 2, 1)
+  assert how['coordinator_bind_address'] == '[::1]:1234'
+  monkeypatch.setenv('JAX_COORDINATOR_ADDRESS', 'node-0:1234')
+  assert processes.how_to_join()['coordinator_bind_address'] is None
 
 
 def test_a_cluster_that_is_none_is_one_sentence(monkeypatch):
@@ -129,3 +129,45 @@ def test_a_cluster_that_is_none_is_one_sentence(monkeypatch):
   monkeypatch.setattr(processes.jax.distributed, 'initialize', initialize)
   with pytest.raises(errors.RequestError, match='--cluster asks .* pass --co'):
     processes.initialize(processes.how_to_join(cluster=True))
+
+
+EIGHT = '--xla_force_host_platform_device_count=8'
+
+
+@pytest.mark.parametrize('flags, before, own, after', [
+    (EIGHT, None, 2, '32'), (EIGHT, None, 48, '48'), (EIGHT, '9', 2, '9'),
+    ('', None, 2, None)])
+def test_devices_get_four_threads_each(monkeypatch, flags, before, own, after):
+  monkeypatch.setattr(os, 'sched_getaffinity', lambda _: set(range(own)))
+  monkeypatch.setenv('XLA_FLAGS', flags)
+  monkeypatch.delenv('PJRT_NPROC')
+  if before:
+    monkeypatch.setenv('PJRT_NPROC', before)
+  cpu.give_threads()
+  assert os.environ.get('PJRT_NPROC') == after
+
+
+@pytest.mark.parametrize('files, environment, chosen', [
+    # Google's network card, which is no TPU.
+    ({'pci/0/vendor': '0x1ae0', 'pci/0/class': '0x020000'}, {}, 'cpu'),
+    ({'pci/0/vendor': '0x1ae0', 'pci/0/class': '0x120000'}, {}, ''),
+    ({'dev/accel0': ''}, {}, ''),
+    ({}, {'JAX_PLATFORMS': 'tpu,cpu'}, 'tpu,cpu'),
+    ({}, {'TPU_NAME': 'local'}, '')])
+def test_beside_libtpu_only_a_machine_without_devices_is_told_to_take_its_cpu(
+    monkeypatch, tmp_path, files, environment, chosen):
+  for name in backends._NAMED:
+    monkeypatch.delenv(name, raising=False)
+  for name, value in environment.items():
+    monkeypatch.setenv(name, value)
+  monkeypatch.setattr(backends.importlib.util, 'find_spec',
+                      lambda name: name == 'libtpu')
+  monkeypatch.setattr(backends, '_FILES', (f'{tmp_path}/dev/*',))
+  monkeypatch.setattr(backends, '_PCI', f'{tmp_path}/pci/*')
+  monkeypatch.delitem(sys.modules, 'jax')
+  for name, text in files.items():
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text(text + '\n')
+  backends.hide_absent_devices()
+  found = os.environ.pop('JAX_PLATFORMS', '')
+  assert found == chosen

@@ -14,7 +14,7 @@ from configs.errors import RequestError
 from tests.helpers import evaluations
 from tests.helpers import models
 from tools import convert
-from tools.verify import assets
+from tests.parity import assets
 from training import evals
 from training.evals import checkpoint
 from training.evals.tasks import embed

@@ -9,7 +9,7 @@ import pytest
 
 import architectures
 from tests.helpers import models
-from tools.verify import exports
+from tests.parity import exports
 from training import weights
 
 

@@ -13,7 +13,7 @@ import architectures
 from configs.errors import RequestError
 from tests.helpers import models
 from tools import convert
-from tools.verify import exports
+from tests.parity import exports
 from training import paths, weights
 from training.hf import config as hf_config
 from training.hf import files as hf_files

@@ -136,7 +136,7 @@ def test_a_run_of_our_own_says_what_its_sequences_look_like(
 
 
 def test_a_run_that_learned_to_chat_gives_its_template(tmp_path):
-  """tools.verify compares what transformers makes of it."""
+  """tests/parity compares what transformers makes of it."""
   config = base.base()
   config.data.tokenizer = _vocabulary(tmp_path, ['</s>'])
   (tmp_path / 'out').mkdir()

@@ -1,7 +1,6 @@
 """The heads of tasks in Hugging Face's format: parity by recordings of
 transformers, and what a config.json says of labels."""
 
-
 import jax
 import numpy as np
 import pytest
@@ -9,7 +8,7 @@ import pytest
 import architectures
 from configs.errors import RequestError
 from tests.helpers import models
-from tools.verify import compare, heads, recording
+from tests.parity import compare, recording
 from training import weights
 from training.hf import config as hf_config
 from training.hf import files as hf_files
@@ -18,10 +17,11 @@ from training.hf import heads as hf_heads
 LABELS = ('bad', 'good', 'neither')
 
 
-@pytest.mark.parametrize('case', heads.RECORDED, ids=lambda c: heads.name(*c))
-def test_scores_and_gradients_equal_transformers(case):
-  found = recording.load_recording(
-      heads.FOLDER / f'{heads.name(*case)}.safetensors')
+@pytest.mark.parametrize('path', [
+    pytest.param(path, id=path.stem)
+    for path in sorted((recording.FOLDER / 'heads').iterdir())])
+def test_scores_and_gradients_equal_transformers(path):
+  found = recording.load_recording(path)
   findings = compare.findings_of(found)
   assert {f.what for f in findings} == {'logits', 'grads'}
   assert all(f.ok for f in findings), findings

@@ -1,25 +1,22 @@
 """Equality with transformers, by recordings of it: no PyTorch is needed.
 
-tools/verify compares live, and writes the recordings.
+tests/parity/live_test.py compares live (`make verify`).
 """
 
 import json
-import pathlib
-
 import numpy as np
 import pytest
 
 import architectures
-from tools.verify import cases
-from tools.verify import compare
-from tools.verify import recording
+from tests.parity import compare
+from tests.parity import recording
 from training import weights
 from training.hf import config as hf_config
 from training.hf import files as hf_files
 
-FOLDER = pathlib.Path(__file__).parents[2] / 'data' / 'parity'
-FILES = sorted(FOLDER.glob('*.safetensors'))
-INSIDES = sorted((FOLDER.parent / 'insides').glob('*.safetensors'))
+FILES = recording.files()
+FOLDER = recording.FOLDER / 'parity'
+INSIDES = sorted((recording.FOLDER / 'insides').glob('*.safetensors'))
 
 
 def _load(path):
@@ -27,8 +24,7 @@ def _load(path):
 
 
 # The first case of each system without experts is run every time.
-FIRST = {f'{system}-{next(iter(row.cases))}'
-         for system, row in cases.SYSTEMS.items()
+FIRST = {recording.files(system)[0].stem for system in recording.systems()
          if system not in ('gshard', 'mixtral', 'switch', 'deepseek_v2',
                            'deepseek_v3')}
 # These are of parts and wirings that another case has, too; `make verify`
@@ -55,9 +51,8 @@ NEW_PARTS = (
         *[pytest.mark.every_system] * (p.stem in NEW_PARTS)])
     for p in FILES])
 def test_equals_transformers(path):
-  system, _, case = path.stem.partition('-')
   findings = compare.findings_of(
-      _load(path), cases.OUR_ROPE.get((system, case)))
+      _load(path), compare.OUR_ROPE.get(path.stem))
   assert {'logits', 'grads'} <= {f.what for f in findings}
   wrong = [f for f in findings if not f.ok]
   assert not wrong, wrong
@@ -103,12 +98,7 @@ def test_export_is_the_import(path, tmp_path):
   assert not differ
 
 
-def test_every_case_is_recorded():
-  assert {p.stem for p in FILES} == {
-      f'{system}-{case}' for system, case in cases.all_cases()}
-
-
 def test_every_architecture_with_a_reference_is_compared():
   with_reference = {arch for arch in architectures.systems()
                     if hasattr(architectures.page(arch), 'HF')}
-  assert with_reference == set(cases.SYSTEMS)
+  assert with_reference == set(recording.systems())

@@ -7,7 +7,7 @@ from safetensors.numpy import load_file
 
 from tests.helpers import models
 from tools import convert
-from tools.verify import assets
+from tests.parity import assets
 from training import weights
 from training.data import tokenizers
 from training.hf import config as hf_config

@@ -91,7 +91,7 @@ def test_a_run_in_a_bucket_is_the_run_on_disk(texts, tmp_path):
   words = train_test.command('gs://bucket/runs/a', texts)[2:] + [
       '--config.log.tensorboard=True']
   run = tmp_path / 'bucket/runs/a'
-  in_bucket(tmp_path, 'tools.verify_resume.worker', '5', *words,
+  in_bucket(tmp_path, 'tests.helpers.killed_run', '5', *words,
             code=-signal.SIGKILL)
   # At a checkpoint, the figures up to it are there.
   assert [row['step'] for row in train_test.rows(run)] == [1, 2, 3, 4, 5]

@@ -1,0 +1,211 @@
+"""The benchmarks: both sides of a comparison have the same model, batch and
+loss, and a ratio is of one turn."""
+
+import importlib
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+
+import architectures
+from benchmarks import gpu, kernels, mixers, ours, rival, step, timing, worker
+from configs.errors import RequestError
+from training import objectives, runs, weights
+from training.data import tokenizers
+from training.workdir import run_config
+
+SYSTEMS = ('gpt', 'bert', 't5')
+SIZES = dict(d_model=32, num_heads=4, head_dim=0, d_ff=0, vocab_size=61,
+             max_len=24, dtype='float32', num_layers=2)
+
+
+def toy(file):
+  """Returns the config of a small run, its optimiser without a warm-up."""
+  config = importlib.import_module(f'configs.{file}').get_config('tiny')
+  config = config.copy_and_resolve_references().unlock()
+  config.model.update(SIZES)
+  if config.model.num_decoder_layers:
+    config.model.num_decoder_layers = 2
+  config.data.update(batch_size=8, length=24, target_length=0)
+  config.optim.update(warmup_steps=0, lr=3e-3)
+  return config
+
+
+@pytest.mark.parametrize('system', SYSTEMS)
+def test_the_batch_is_of_the_objective_and_of_the_whole_vocabulary(system):
+  config = toy(system)
+  config.data.update(batch_size=64)
+  batch = rival.batch(config, rival.tokenizer(config))
+  assert {key: (array.shape, array.dtype.type)
+          for key, array in batch.items()} == objectives.shapes(config)
+  assert np.unique(batch['tokens']).size > 50
+  for key, array in batch.items():
+    assert not key.endswith('segment_ids') or array.all()
+
+
+def test_what_the_other_side_lacks_is_left_out():
+  config = toy('transformer')
+  config.model.moe.update(jitter=0.1, capacity_factor=1.25, dispatch='sorted')
+  config.optim.update(name='adafactor', clip_norm=0.0)
+  found = rival.alike(config)
+  assert found.optim.name == 'adamw' and found.optim.clip_norm == 1.0
+  assert not found.train.label_smoothing and not found.model.dropout
+  assert not found.model.moe.jitter and not found.model.moe.capacity_factor
+  assert config.optim.name == 'adafactor'  # which is as it was
+
+
+def test_labels_are_what_transformers_looks_for():
+  tokens = np.array([[5, 6, 7, 8]])
+  batch = dict(tokens=tokens, targets=np.array([[6, 7, 8, 9]]),
+               weights=np.array([[1.0, 1.0, 0.0, 1.0]]))
+  # A causal class shifts them, so that place i predicts label i + 1.
+  assert rival.arguments(batch, causal=True)['labels'].tolist() == [
+      [-100, 6, 7, -100]]
+  masked = batch | dict(segment_ids=np.array([[1, 1, 1, 0]]),
+                        types=np.array([[0, 0, 1, 0]]))
+  found = rival.arguments(masked, causal=False)
+  assert found['labels'].tolist() == [[6, 7, -100, 9]]
+  assert found['attention_mask'].tolist() == [[1, 1, 1, 0]]
+  assert found['token_type_ids'].tolist() == [[0, 0, 1, 0]]
+
+
+@pytest.mark.parametrize('system, field, value, sentence', [
+    ('gpt4', 'objective', 'causal', "'gpt4-rumoured' has no counterpart"),
+    ('gpt', 'objective', 'prefix', "'prefix' with prefix and valid"),
+    ('bert', 'objective', 'masked_diffusion', "'masked_diffusion'")])
+def test_what_transformers_lacks_is_named(system, field, value, sentence):
+  config = toy(system)
+  config.update_from_flattened_dict({field: value})
+  with pytest.raises(RequestError, match=sentence):
+    rival.check(config)
+
+
+def test_a_ratio_is_of_one_turn(monkeypatch):
+  """A machine that is ten times as slow for one turn slows both."""
+  clock = [0.0]
+  for name in ('perf_counter', 'process_time'):
+    monkeypatch.setattr(timing.time, name, lambda: clock[0])
+  def contender(seconds):
+    turn = iter([99.0, 1.0, 10.0, 1.0])  # the first compiles, and is left out
+    def run():
+      clock[0] += seconds * next(turn)
+    return run
+  found = timing.turns({'a': contender(2.0), 'b': contender(0.5)}, 3)
+  assert (found['a']['seconds'], found['b']['seconds']) == (2.0, 0.5)
+  assert (found['a']['ratio'], found['b']['cpu_ratio']) == (1.0, 0.25)
+
+
+class Side:
+  """A worker whose turns take what is written here."""
+  turns = {'ours': [(9.0, 9.0), (1.0, 2.0), (10.0, 2.0), (1.0, 2.0)],
+           'pytorch': [(9.0, 9.0), (2.0, 5.0), (20.0, 5.0), (4.0, 5.0)]}
+
+  def __init__(self, side, request):
+    self.left = iter(self.turns[side])
+
+  def do(self, job):
+    seconds, cpu_seconds = next(self.left)
+    return dict(seconds=seconds, cpu_seconds=cpu_seconds, peak_bytes=1)
+
+  def close(self):
+    pass
+
+
+def test_steps_are_compared_turn_by_turn(monkeypatch, capsys):
+  monkeypatch.setattr(step, 'Worker', Side)
+  args = type('Args', (), dict(compare='pytorch', torch_compile=False,
+                               dtype='float32', pairs=3))
+  request = dict(config=dict(data=dict(batch_size=2, length=5)))
+  theirs = step._step(request, args, {})['pytorch float32']
+  assert theirs['ours_is_faster_by'] == 2.0  # of 2, 2 and 4
+  assert theirs['ours_is_faster_by_cpu_time'] == 2.5
+  assert (theirs['median_s'], theirs['cpu_s'], theirs['per_s']) == (4, 5, 2.5)
+  assert 'ours is 2.00 x as fast (2.50 x by CPU time)' in (
+      capsys.readouterr().out)
+
+
+@pytest.mark.slow
+def test_the_loop_is_timed_by_the_clock_and_by_cpu_time(tmp_path, monkeypatch):
+  (tmp_path / 'text').write_text('All is well that ends well. ' * 200)
+  config = toy('gpt')
+  config.data.update(source=f'text:{tmp_path}/text', eval_source='',
+                     tokenizer='bytes')
+  config.model.vocab_size = runs.vocab_size(config, tokenizers.load('bytes'))
+  trainer = ours.Trainer(run_config.to_json(config))
+  clock = itertools.count(step=2)
+  monkeypatch.setattr(ours, '_now', lambda: (n := next(clock), 3 * n))
+  # Six batches are asked for, and then all is done: from the third one on that
+  # are four turns of the clock for the four steps after the first two.
+  assert trainer.loop(6) == [2.0, 6.0]
+
+
+@pytest.mark.slow
+def test_a_side_that_refuses_says_so():
+  config = toy('gpt')
+  config.model.d_model = 33  # of 4 heads
+  with pytest.raises(RequestError, match='33'):
+    worker.Worker('ours', dict(kind='step', prompt=1, new=1, count=1,
+                               config=run_config.to_json(config)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('system', SYSTEMS)
+def test_the_loss_of_both_sides_is_the_same(system, tmp_path):
+  """With the same weights and batch, each by its own definition."""
+  pytest.importorskip('torch')
+  pytest.importorskip('transformers')
+  from benchmarks import pytorch
+  config = rival.alike(toy(system))
+  request = rival.request(config) | dict(dtype='float32', compiled=False)
+  other = pytorch.Trainer(request)
+  trainer = ours.Trainer(run_config.to_json(config))
+  trainer.create()
+  weights.to_hf(trainer.run.module, trainer.state.params, tmp_path)
+  other.forward = type(other.model).from_pretrained(
+      tmp_path, config=other.model.config).train()
+  if config.objective == 'causal':  # theirs does not look behind its end
+    trainer.batch['weights'] = trainer.batch['weights'].at[:, -1].set(0)
+  assert other.step() == pytest.approx(trainer.step(), rel=1e-5)
+  with pytest.raises(RequestError, match='two models'):
+    pytorch.build(request | dict(parameters=request['parameters'] + 1))
+
+
+@pytest.mark.slow
+def test_mixers_are_measured_as_they_say(tmp_path, monkeypatch, capsys):
+  file = tmp_path / 'found.json'
+  monkeypatch.setattr('sys.argv', [
+      'mixers', '--mixers=attention,deltanet', '--lengths=32', '--rounds=1',
+      '--sections=mixing,decode', '--dtypes=float32', '--d_model=16',
+      '--num_heads=2', f'--json={file}'])
+  mixers.main()
+  rows = json.loads(file.read_text())['rows']
+  assert capsys.readouterr().out.count('deltanet') == 2 and len(rows) == 4
+  nbytes = {(row['section'], row['mixer']): row['nbytes'] for row in rows}
+  # Keys and values of 2 layers; states of 2 heads of 8 x 8, and 3 tokens of
+  # their three convolutions.
+  assert nbytes['decode', 'attention'] == 4 * 2 * 2 * 32 * 16
+  assert nbytes['decode', 'deltanet'] == 4 * 2 * (2 * 8 * 8 + 3 * 3 * 16)
+
+
+def test_the_fastest_kernel_is_taken_and_what_does_not_fit_is_halved():
+  rows = [dict(part='attention', case='gpt2', way=way, **row) for way, row in (
+      ('xla', dict(seconds=2.0)), ('cudnn', dict(seconds=1.0)),
+      ('splash', dict(error='refused')))]
+  assert gpu.fastest(rows, 'attention', 'gpt2') == 'cudnn'
+  assert gpu.fastest(rows, 'experts', 'mixtral') == ''
+  assert list(gpu.tries(2, 'ours')) == [
+      (batch, remat) for batch in (2, 1) for remat in ('none', 'dots', 'full')]
+  for case in gpu.CASES:
+    config = gpu.config_of(case, toy=False, layers=3)
+    assert config.model.num_layers == (48 if case == 'gpt2' else 3)
+    assert architectures.resolve(config.model).d_model >= 1600
+
+
+@pytest.mark.slow
+def test_attention_alone_is_timed_on_a_cpu():
+  config = gpu.config_of('gpt2', toy=True)
+  config.data.update(length=32, batch_size=1)
+  [row] = kernels.attention(config)
+  assert row['way'] == 'xla' and 0 < row['seconds'] < math.inf

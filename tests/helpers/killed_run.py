@@ -1,0 +1,39 @@
+"""Runs train.py until a checkpoint is on disk, and dies in the step after it.
+
+  python -m tests.helpers.killed_run STEP [words of train.py]
+
+Killed from outside, a small run would be over before the kill came.
+"""
+
+import os
+import runpy
+import signal
+import sys
+import time
+
+from absl import flags
+
+from training.distributed import signals
+from training.workdir import storage
+
+
+def main():
+  step = int(sys.argv.pop(1))
+  agreed = signals.Stop.agreed
+
+  def die_or_go_on(stop, n: int) -> bool:
+    if n > step:
+      saved = storage.path(flags.FLAGS.workdir) / 'checkpoints' / str(step)
+      until = time.monotonic() + 300
+      while not saved.exists() and time.monotonic() < until:
+        time.sleep(0.01)
+      os.kill(os.getpid(), signal.SIGKILL)
+    return agreed(stop, n)
+
+  signals.Stop.agreed = die_or_go_on
+  sys.argv[0] = 'train.py'
+  runpy.run_path('train.py', run_name='__main__')
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,221 @@
+"""Every export against transformers' own reading of it.
+
+A round trip through our own reader cannot see that transformers reads a field
+otherwise, or not at all. So each system is changed in one part of config.model
+after the other. What is not refused is exported with random weights and loaded
+by transformers, which must compute our logits.
+"""
+
+from collections.abc import Iterator
+import importlib
+import tempfile
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import architectures
+from architectures.parts import checks
+from architectures.parts import mixers
+from architectures.parts.config import ModelConfig
+from configs import kinds
+from configs.errors import RequestError
+from tests.parity import compare, reference
+from training import config_files, paths, weights
+from training.step import abstract_params
+from training.hf import config as hf_config
+
+# What every system is made to before it is changed.
+SIZES = dict(d_model=32, num_layers=2, num_heads=4, head_dim=0, d_ff=0,
+             vocab_size=61, max_len=40, dtype='float32')
+LENGTH = 12  # of the rows of compare.inputs
+
+# Of longrope, for heads of 16 features.
+FACTORS = dict(short_factor=tuple(1 + 0.1 * i for i in range(8)),
+               long_factor=tuple(1.0 + i * i for i in range(8)))
+# Changes that are no choice of checks.names and no flipped True or False.
+CHANGES = (
+    dict(d_model=40), dict(num_layers=4), dict(num_decoder_layers=4),
+    dict(num_heads=2), dict(num_heads=8), dict(num_heads=5, head_dim=8),
+    dict(num_kv_heads=2), dict(head_dim=12), dict(d_ff=28),
+    dict(vocab_size=67), dict(head='sequence', num_labels=1),
+    dict(head='sequence', num_labels=3), dict(head='tokens', num_labels=5),
+    dict(head='sequence', num_labels=3, pooling='mean'),
+    dict(mtp_depth=1), dict(attention_conv=3),
+    dict(residual='hyper', streams=dict(dynamic=False)),
+    dict(max_len=48), dict(type_vocab_size=3), dict(position_offset=3),
+    dict(norm_eps=1e-2), dict(attention_bias=True, attention_out_bias=False),
+    dict(learned_stretch=2.0), dict(attention='banded', sliding_window=5),
+    dict(pattern='a,b', kinds=dict(a=dict(window=0), b=dict(window=5))),
+    dict(pattern='a,b', kinds=dict(a={}, b={})),
+    dict(pattern='a,b', kinds=dict(a={}, b=dict(kv_sharing=True))),
+    dict(pattern='a,b', kinds=dict(a=dict(window=5),
+                                   b=dict(position='none'))),
+    dict(prefix='a', pattern='b', kinds=dict(a=dict(window=0),
+                                             b=dict(window=5))),
+    dict(pattern='a', suffix='b', kinds=dict(a=dict(window=0),
+                                             b=dict(window=5))),
+    dict(attention_softcap=2.0), dict(attention_scale=0.3),
+    dict(embed_scale=2.0), dict(logits_scale=0.5), dict(logits_softcap=2.0),
+    dict(parametrization='mup', mup_base_width=16),
+    dict(parametrization='mup', mup_base_width=16, mup_base_head_dim=8),
+    dict(rope=dict(theta=50.0)), dict(rope=dict(fraction=0.5)),
+    dict(rope=dict(fraction=0.5, scaling='linear', factor=2.0)),
+    *(dict(head_dim=16, rope=dict(dict(
+        scaling=scaling, factor=4.0, original_len=10), **more))
+      for scaling, more in (
+          ('linear', {}), ('ntk', {}), ('llama3', {}),
+          ('llama3', dict(low_freq_factor=0.5, high_freq_factor=2.0)),
+          ('longrope', FACTORS),
+          ('longrope', dict(FACTORS, original_len=20, attention_factor=1.2)),
+          ('yarn', {}), ('yarn', dict(beta_fast=4.0, beta_slow=0.5)),
+          ('yarn', dict(truncate=False)))),
+    dict(head_dim=16, max_len=10, rope=dict(scaling='dynamic', factor=4.0)),
+    *(dict(rope=dict(scaling='yarn', factor=4.0, original_len=10, mscale=mscale,
+                     mscale_all_dim=0.5)) for mscale in (0.5, 0.8)),
+    *(dict(latent={name: value}) for name, value in (
+        ('q_rank', 0), ('q_rank', 20), ('kv_rank', 12), ('nope_dim', 10),
+        ('rope_dim', 6), ('v_dim', 7), ('scale', 0.4), ('norm_eps', 1e-2))),
+    *(dict(deltanet={name: value}) for name, value in (
+        ('key_heads', 2), ('value_heads', 8), ('key_dim', 6), ('value_dim', 6),
+        ('conv', 3), ('decay', False), ('negative', True))),
+    *(dict(mamba2=fields) for fields in (
+        dict(heads=4, head_dim=16), dict(heads=6), dict(head_dim=12),
+        dict(groups=2), dict(groups=2, norm_over='all'), dict(state=12),
+        dict(conv=3), dict(conv_bias=False), dict(least_step=0.02),
+        dict(most_step=0.05), dict(least_step=0.01, most_step=0.05))),
+    *(dict(kda={name: value}) for name, value in (
+        ('key_heads', 2), ('value_heads', 8), ('key_dim', 6), ('value_dim', 6),
+        ('conv', 3), ('rank', 5), ('negative', True))),
+    *(dict(gla={name: value}) for name, value in (
+        ('heads', 2), ('key_dim', 6), ('value_dim', 6), ('conv', 3),
+        ('rank', 5), ('temperature', 4.0))),
+    *(dict(retnet={name: value}) for name, value in (
+        ('heads', 2), ('key_dim', 6), ('value_dim', 6))),
+    dict(streams=dict(count=2)), dict(streams=dict(iterations=5)),
+    dict(streams=dict(block_size=2)),
+    dict(relative=dict(buckets=8)), dict(relative=dict(max_distance=20)),
+    dict(moe=dict(num_experts=3)), dict(moe=dict(top_k=1)),
+    dict(moe=dict(top_k=2)), dict(moe=dict(top_k=3)),
+    *(kinds.with_experts({}, every) for every in (1, 2)),
+    dict(moe=dict(d_ff=28)), dict(moe=dict(gate_scale=2.5)),
+    dict(moe=dict(num_experts=8, expert_groups=4, top_groups=2)),
+    dict(clamp=dict(alpha=1.0)), dict(clamp=dict(limit=0.5)),
+    *(dict(moe=dict(shared_experts=n)) for n in (1, 2)),
+    *(dict(moe=dict(shared_experts=1, shared_gate=gate))
+      for gate in (False, True)),
+    dict(moe=dict(bias_rate=0.1)),
+    dict(moe=dict(eval_capacity_factor=1.0)),
+    dict(moe=dict(eval_capacity_factor=1.0, group_size=LENGTH)),
+    dict(moe=dict(eval_capacity_factor=0.5, group_size=LENGTH)),
+    dict(moe=dict(eval_capacity_factor=0.5)),
+)
+
+
+def config(system: str):
+  """Returns config.model of a system, small and without a capacity."""
+  file = architectures.file_name(system)
+  model = importlib.import_module(f'configs.{file}').get_config('tiny').model
+  model.update(SIZES, num_layers=kinds.fewest_layers(model, 2))
+  if model.num_decoder_layers:
+    model.num_decoder_layers = SIZES['num_layers']
+  model.moe.update(eval_capacity_factor=0.0, dispatch='auto')
+  return model
+
+
+def changes(base: ModelConfig) -> Iterator[dict[str, Any]]:
+  """Yields what differs from `base` in each variant, by the fields of
+  config.model."""
+  yield {}
+  for name, choices in checks.names().items():
+    if not hf_config.RUN_ONLY.fullmatch(name):
+      for choice in choices:
+        yield _nested(name, choice)
+  for name, value in hf_config.flat(base).items():
+    if isinstance(value, bool):
+      yield _nested(name, not value)
+  yield from CHANGES
+
+
+def _nested(name: str, value) -> dict[str, Any]:
+  group, _, field = name.rpartition('.')
+  return {group: {field: value}} if group else {name: value}
+
+
+def words(change: dict[str, Any], group: str = '') -> str:
+  """Returns a change as one word."""
+  return ','.join(
+      words(value, f'{name}.') if isinstance(value, dict)
+      else f'{group}{name}={value}' for name, value in change.items()) or 'base'
+
+
+def export_findings(system: str) -> Iterator[compare.Finding]:
+  """Yields a finding for each variant of a system that is not refused."""
+  seen = []
+  for change in changes(architectures.resolve(config(system))):
+    model = config(system)
+    config_files.set_fields(model, change)
+    try:
+      module = architectures.build(model)
+      hf_config.write(module.config)
+    except RequestError:
+      continue
+    if any(same(module.config, other) for other in seen):
+      continue  # what was changed is not read there
+    seen.append(module.config)
+    error, why = _error(system, module)
+    # A state accumulates the rounding of all tokens before.
+    limit = compare.LIMITS['output'] * (
+        3 if mixers.with_state(module.config) else 1)
+    yield compare.Finding(f'{words(change)}{why}', error, limit)
+
+
+def same(one: ModelConfig, other: ModelConfig) -> bool:
+  """Whether two configs are of the same function."""
+  try:
+    hf_config.check_same(one, other, '')
+  except RequestError:
+    return False
+  return True
+
+
+def _error(system: str, module: nn.Module) -> tuple[float, str]:
+  """Returns how far transformers' reading of an export is from our model, and
+  what it has against the folder, if anything."""
+  params = random(module)
+  head = module.config.head
+  inputs = compare.inputs(architectures.stack(module.config), dict(
+      vocab_size=module.config.vocab_size,
+      type_vocab_size=module.config.type_vocab_size,
+      pad_token_id=max(0, module.config.position_offset - 1)))
+  if head != 'lm':
+    inputs = compare.padded(inputs, left=False)
+  with tempfile.TemporaryDirectory() as folder:
+    weights.to_hf(module, params, folder)
+    try:
+      theirs = reference.logits(system, folder, inputs, head)
+    except Exception as error:  # of any kind: it refuses what we write
+      return float('inf'), f', which transformers refuses: {error}'
+  ours = logits(module, params, inputs)
+  return compare.worst(ours, theirs, inputs), ''
+
+
+def random(module: nn.Module):
+  """Returns parameters that all matter, without compiling their making."""
+  draw = np.random.default_rng(0)
+  like = nn.meta.unbox(abstract_params(module))
+  return jax.tree_util.tree_map_with_path(
+      lambda path, x: jnp.asarray(
+          paths.join(path).endswith('scale')
+          + 0.15 * draw.standard_normal(x.shape), x.dtype), like)
+
+
+def logits(module: nn.Module, params, inputs) -> dict:
+  """Returns our logits, by name."""
+  call = compare.CALLS[architectures.stack(module.config)]
+  return jax.jit(lambda params: {
+      name: value for name, value in call(
+          module, params, {k: jnp.asarray(v) for k, v in inputs.items()}
+      )[0].items() if 'logits' in name})(params)

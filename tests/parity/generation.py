@@ -1,0 +1,87 @@
+"""Whether transformers reads from an export what it wrote of generation, and
+lays out a chat as a run of ours was taught."""
+
+import pathlib
+import tempfile
+
+from tests.parity import recording, reference
+from training import weights
+from training.data import conversations
+from training.data import tokenizers
+from training.hf import generation as hf_generation
+from training.hf import tokenizer as hf_tokenizer
+from training.objectives import chat
+
+CHAT = [dict(role='user', content='Hello!'),
+        dict(role='assistant', content='Hi!'),
+        dict(role='user', content='How are you?')]
+IDS = dict(bos_token_id=3, eos_token_id=[4, 5])
+
+
+def lost(system: str) -> float:
+  """Returns how many fields differ after an import and an export."""
+  import transformers
+  given = recording.load_recording(recording.files(system)[0])
+  model = reference.draw(given.config, system)
+  ids = IDS | (dict(decoder_start_token_id=7)
+               if model.config.is_encoder_decoder else {})
+  for name, value in ids.items():
+    setattr(model.config, name, value)
+  model.generation_config = transformers.GenerationConfig(
+      **ids, do_sample=True, temperature=0.6, pad_token_id=6)
+  with tempfile.TemporaryDirectory() as folder:
+    given, out = pathlib.Path(folder, 'in'), pathlib.Path(folder, 'out')
+    model.save_pretrained(given)
+    weights.to_hf(*weights.from_hf(given), out,
+                  generation=hf_generation.of_folder(given))
+    again = reference.model_class(system).from_pretrained(out)
+  wrong = sum(getattr(again.config, name) != getattr(model.config, name)
+              for name in (*ids, 'pad_token_id'))
+  if model.can_generate():
+    wrong += again.generation_config != model.generation_config
+  return float(wrong)
+
+
+def template_differs(source: str) -> float:
+  """Returns how many ids of a chat transformers and data of ours lay out
+  otherwise.
+
+  Args:
+    source: data.source: whose template it is.
+  """
+  import tokenizers as library
+  import transformers
+  from configs import base
+  letters = {chr(i): i for i in range(128)}
+  tokenizer = library.Tokenizer(library.models.WordLevel(letters, '?'))
+  tokenizer.pre_tokenizer = library.pre_tokenizers.Split('', 'isolated')
+  tokenizer.add_special_tokens(['</s>'])
+  config = base.base()
+  with tempfile.TemporaryDirectory() as folder:
+    given, out = pathlib.Path(folder, 'in'), pathlib.Path(folder, 'out')
+    out.mkdir()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token='</s>').save_pretrained(given)
+    config.objective, config.data.source = 'chat', source
+    config.data.tokenizer = str(given)
+    hf_tokenizer.give(pathlib.Path(folder), config, out, step=1)
+    theirs = transformers.AutoTokenizer.from_pretrained(out)
+    ours = tokenizers.load(str(given))
+  wrong = 0
+  for messages in (CHAT[:1], CHAT if 'alpaca:' not in source else CHAT[:1]):
+    got = theirs.apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=False)
+    wrong += got != _laid_out(messages, config, ours)
+  return float(wrong)
+
+
+def _laid_out(messages, config, tokenizer) -> list[int]:
+  """Returns the ids before the answer to the last message."""
+  if len(messages) == 1:
+    return chat.question(
+        messages[0]['content'], config, tokenizer).tolist()
+  parts = conversations.published([
+      *conversations.parse(messages, 'the chat'), ('assistant', 'x')])
+  ids, _ = chat.layout(
+      [(kind, tokenizer.encode(text)) for kind, text in parts], tokenizer)
+  return ids.tolist()[:-3]  # a space, x, the separator

@@ -1,0 +1,111 @@
+"""Every system beside its implementation in transformers, live: `make verify`.
+
+Outputs are within 1e-5 and gradients within 1e-4 (relative, float32), 64 greedy
+tokens are the same one for one, and an export is loaded by transformers without
+a missing or unexpected key, computes the same logits, and begins, ends and pads
+a text with the same tokens. So are the exports of every variant of a system
+that is not refused (exports.py), and each config.json is read as transformers
+reads it, whichever of its fields is changed (readings.py). The models are those
+of the recordings, with their weights; parity_test.py of tests/training/hf
+compares with what is recorded, and needs no PyTorch.
+"""
+
+import pytest
+
+import architectures
+from tests.parity import compare, exports, generation, harness, lora, parts
+from tests.parity import readings, recording, reference, sampling
+from training import weights
+
+pytestmark = [pytest.mark.verify, pytest.mark.slow]
+SYSTEMS = recording.systems()
+# Where a capacity counts the tokens of a batch, one by one is another batch;
+# dynamic turns new keys otherwise than those that its cache holds; with a
+# cache, the steps of mamba2's case have no bounds.
+NO_GREEDY = ('switch-capacity', 'gshard-capacity', 'llama-dynamic',
+             'mamba2-groups')
+HEADS = [(system, head, left) for system in SYSTEMS
+         for head in architectures.hugging_face(system).heads
+         for left in (False, True)
+         if not left or architectures.systems()[system].STACK == 'decoder']
+
+
+def holds(findings):
+  findings = list(findings)
+  wrong = [finding for finding in findings if not finding.ok]
+  assert not wrong, wrong
+  print(f'{len(findings)} hold; the worst: '
+        f'{max(findings, key=lambda finding: finding.error)}')
+
+
+@pytest.mark.parametrize('path', [
+    pytest.param(path, id=path.stem) for path in recording.files()])
+def test_equals_transformers(path, tmp_path):
+  system = path.stem.partition('-')[0]
+  given = recording.load_recording(path)
+  found = reference.run(given.config, system, given.weights,
+                        greedy=path.stem not in NO_GREEDY)
+  holds(compare.findings_of(found, compare.OUR_ROPE.get(path.stem)))
+  module, params = compare.model_of(found)
+  weights.to_hf(module, params, tmp_path)
+  theirs = reference.logits(system, tmp_path, found.inputs)
+  assert compare.error(theirs['logits'], found.outputs['logits']) <= (
+      compare.LIMITS['export'])
+
+
+@pytest.mark.parametrize('system, head, left', HEADS)
+def test_heads_equal_those_of_transformers(system, head, left, tmp_path):
+  """Rows of decoders are padded on the left, too: a row is scored off its last
+  token."""
+  given = recording.load_recording(recording.files(system)[0])
+  found = reference.run(given.config, system, head=head, left=left)
+  holds(compare.findings_of(found))
+  if not left:
+    module, params = compare.model_of(found)
+    weights.to_hf(module, params, tmp_path, labels=('no', 'yes', 'perhaps')[
+        :module.config.num_labels])
+    theirs = reference.logits(system, tmp_path, found.inputs, head)
+    assert compare.worst(theirs, found.outputs, found.inputs) <= (
+        compare.LIMITS['export'])
+
+
+@pytest.mark.parametrize('system', SYSTEMS)
+def test_every_export_is_read_as_it_was_meant(system):
+  holds(exports.export_findings(system))
+
+
+@pytest.mark.parametrize('system', SYSTEMS)
+def test_every_config_json_is_read_as_transformers_reads_it(system):
+  holds(readings.reading_findings(system))
+
+
+@pytest.mark.parametrize('system', SYSTEMS)
+def test_fields_of_generation_come_back(system):
+  assert not generation.lost(system)
+
+
+@pytest.mark.parametrize('source', ['jsonl:x:messages', 'alpaca:x'])
+def test_an_exported_template_lays_out_a_chat_as_it_was_taught(source):
+  assert not generation.template_differs(source)
+
+
+@pytest.mark.parametrize('settings', list(sampling.SETTINGS))
+def test_the_sampler_is_that_of_transformers(settings):
+  assert sampling.differs(settings) < 1e-5
+
+
+@pytest.mark.parametrize('system', list(lora.MODULES))
+def test_adapters_equal_those_of_peft(system):
+  pytest.importorskip('peft')
+  holds(lora.findings(system))
+
+
+@pytest.mark.parametrize('part', [parts.attention_gate, parts.mhc])
+def test_parts_that_no_system_has(part):
+  holds(part())
+
+
+@pytest.mark.parametrize('system', harness.SYSTEMS)
+def test_a_run_and_its_export_answer_lm_eval_alike(system):
+  pytest.importorskip('lm_eval')
+  holds(harness.findings(system))

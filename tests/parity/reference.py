@@ -1,0 +1,276 @@
+"""transformers' side of the comparison; PyTorch is imported here alone."""
+
+import inspect
+import json
+import pathlib
+import sys
+import tempfile
+
+import numpy as np
+
+import architectures
+from configs.errors import RequestError
+from tests.parity import compare
+from tests.parity.mend import mend
+from tests.parity.recording import HALF, Recording
+from training.hf import files as hf_files
+
+
+def run(config: dict, system: str, given: dict[str, np.ndarray] | None = None,
+        head: str = 'lm', left: bool | None = None, greedy: bool = True
+        ) -> Recording:
+  """Returns what transformers computes for a model, on the CPU.
+
+  Args:
+    config: its config.json.
+    system: of ours.
+    given: its weights by name; None: random ones, which all matter.
+    head: of the model.
+    left: of a head: whether rows are padded on the left.
+    greedy: whether prompts are continued.
+  """
+  stack = architectures.systems()[system].STACK
+  with tempfile.TemporaryDirectory() as folder:
+    model = (draw(config, system, head) if given is None else
+             load(write(folder, config, given), system))
+  config, weights = saved(model)
+  inputs = compare.inputs(stack, config)
+  if left is not None:
+    inputs = compare.padded(inputs, left)
+  layers, attention = _insides(model, stack, inputs) if head == 'lm' else (
+      [], {})
+  continued = (_greedy(model, stack, inputs)
+               if greedy and stack != 'encoder' and head == 'lm' else {})
+  outputs = {name: value.detach().numpy()
+             for name, value in forward(model, stack, inputs).items()}
+  compare.objective(
+      forward(model, stack, inputs), inputs, _torch().as_tensor).backward()
+  with _torch().no_grad():
+    for parameter in model.parameters():
+      grad = parameter.grad
+      parameter.copy_(_torch().zeros_like(parameter) if grad is None else grad)
+    for buffer in _biases(model):
+      buffer.zero_()
+  _, grads = saved(model)
+  return Recording(config, weights, inputs, outputs, grads, continued, layers,
+                   attention)
+
+
+def _torch():
+  import torch
+  import transformers
+  torch.set_num_threads(1)
+  transformers.utils.logging.set_verbosity_error()
+  transformers.utils.logging.disable_progress_bar()
+  return torch
+
+
+def write(folder, config: dict, weights: dict[str, np.ndarray]):
+  """Writes a folder as transformers does; returns it."""
+  from safetensors.numpy import save_file
+  (pathlib.Path(folder) / 'config.json').write_text(json.dumps(config))
+  save_file({name: np.ascontiguousarray(x) for name, x in weights.items()},
+            pathlib.Path(folder) / 'model.safetensors',
+            metadata=dict(format='pt'))
+  return folder
+
+
+def load(folder, system: str, head: str = 'lm'):
+  """Returns the model of a folder, as transformers reads it.
+
+  Raises:
+    RequestError: naming keys that are missing or unexpected.
+    Exception: whatever else transformers has against the folder.
+  """
+  torch = _torch()
+  import transformers
+  tree = json.loads((pathlib.Path(folder) / 'config.json').read_text())
+  named = (tree.get('architectures') or [''])[0]  # of BERT, one of several
+  kind = getattr(transformers, named, None) or model_class(system, head)
+  model, info = kind.from_pretrained(
+      folder, output_loading_info=True, attn_implementation='eager',
+      dtype=torch.float32)
+  wrong = {key: value for key, value in info.items() if value}
+  if wrong:
+    raise RequestError(f'{system}: transformers says {wrong}')
+  mend(model)
+  if head != 'lm':  # transformers looks for the last token that is not it
+    model.config.pad_token_id = 0
+  return model.eval()
+
+
+def draw(config: dict, system: str, head: str = 'lm'):
+  """Returns a random model of a config.json whose every parameter matters."""
+  torch = _torch()
+  kind = model_class(system, head)
+  of_head = {} if head == 'lm' else dict(
+      num_labels=2 if head == 'span' else 3, pad_token_id=0)
+  config = kind.config_class.from_dict(config | of_head)
+  if of_head and not getattr(config, 'layer_types', None):
+    config.num_hidden_layers = 1  # so that a recording is small
+    if hasattr(config, 'first_k_dense_replace'):
+      config.first_k_dense_replace = 0
+  config._attn_implementation = 'eager'  # the plain formula
+  torch.manual_seed(0)
+  model = kind(config).eval()
+  mend(model)
+  half = getattr(torch, np.dtype(HALF).name)
+  with torch.no_grad():
+    for parameter in model.parameters():
+      if parameter.requires_grad:  # Marian's sinusoids need none
+        noise = 0.15 * torch.randn_like(parameter)
+        parameter.copy_((parameter + noise).to(half).float())
+    for buffer in _biases(model):
+      buffer.copy_((0.15 * torch.randn_like(buffer)).to(half).float())
+  return model
+
+
+def _biases(model) -> list:
+  """Returns the biases of routers that no gradient reaches (DeepSeek-V3)."""
+  return [buffer for name, buffer in model.named_buffers()
+          if name.endswith('e_score_correction_bias')]
+
+
+def model_class(system: str, head: str = 'lm') -> type:
+  """Returns transformers' class for a system with a head."""
+  import transformers
+  page = architectures.hugging_face(system)
+  return getattr(transformers, page.heads.get(head, page).architecture)
+
+
+def saved(model) -> tuple[dict, dict[str, np.ndarray]]:
+  """Returns config.json and the tensors as transformers writes them."""
+  with tempfile.TemporaryDirectory() as folder:
+    model.save_pretrained(folder)
+    config = json.loads((pathlib.Path(folder) / 'config.json').read_text())
+    files = hf_files.Files(pathlib.Path(folder))
+    return config, {name: np.array(files[name]) for name in files}
+
+
+def _call(model, stack: str, inputs, **kwargs):
+  import torch
+  t = {name: torch.as_tensor(value) for name, value in inputs.items()}
+  names = dict(tokens='input_ids', mask='attention_mask',
+               types='token_type_ids', decoder_tokens='decoder_input_ids',
+               decoder_mask='decoder_attention_mask',
+               positions='position_ids')
+  takes = inspect.signature(model.forward).parameters
+  for ours in ('positions', 'types'):  # BLOOM tells distances by the mask
+    if names[ours] not in takes:
+      t.pop(ours, None)
+  return model(**{names[name]: value.long() for name, value in t.items()},
+               **kwargs)
+
+
+def forward(model, stack: str, inputs):
+  """Returns the outputs of compare.CALLS[stack], by name."""
+  import torch
+  experts = getattr(model.config, 'num_experts', 0)
+  out = _call(model, stack, inputs,
+              **dict(output_router_logits=True) if experts else {})
+  if stack == 'encoder-decoder' and experts:
+    return dict(logits=out.logits) | _losses(model, out, inputs)
+  if 'start_logits' in out:
+    return dict(logits=torch.stack([out.start_logits, out.end_logits], -1))
+  if stack == 'encoder' and 'prediction_logits' in out:
+    return dict(logits=out.prediction_logits,
+                nsp_logits=out.seq_relationship_logits)
+  if getattr(out, 'router_logits', None) is None or not hasattr(
+      _module(model), 'load_balancing_loss_func'):  # of DeepSeek's
+    return dict(logits=out.logits)
+  return dict(logits=out.logits, balance=_balance(model, out, inputs))
+
+
+def _module(model):
+  """Returns transformers' file of a model."""
+  return sys.modules[type(model).__module__]
+
+
+def _losses(model, out, inputs):
+  """Returns the routers' losses of an encoder-decoder: theirs of each layer
+  by itself, over all tokens but padding as one group, summed."""
+  import torch
+  theirs = _module(model)
+  found = dict(balance=0.0)
+  for stack, mask in (('encoder', 'mask'), ('decoder', 'decoder_mask')):
+    seen = torch.as_tensor(inputs[mask]).bool().reshape(-1)
+    for logits in getattr(out, f'{stack}_router_logits'):
+      logits = logits.reshape(len(seen), -1)[seen]
+      if hasattr(theirs, 'router_z_loss_func'):  # Switch
+        found['balance'] += theirs.load_balancing_loss_func(
+            logits.softmax(-1)[None], logits.argmax(-1)[None])
+        found['router_z'] = found.get(
+            'router_z', 0.0) + theirs.router_z_loss_func(logits[None])
+      else:
+        found['balance'] += theirs.load_balancing_loss_func(
+            (logits,), model.config.num_experts, 2)
+  return found
+
+
+def _balance(model, out, inputs):
+  """Returns their balancing loss, of each layer by itself, summed."""
+  import torch
+  loss = _module(model).load_balancing_loss_func
+  mask = torch.as_tensor(inputs['mask'])
+  return sum(loss((logits,), model.num_experts,
+                  model.config.num_experts_per_tok, mask)
+             for logits in out.router_logits)
+
+
+def _insides(model, stack: str, inputs: dict[str, np.ndarray]
+             ) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
+  """Returns what each layer returns, and its attention weights by name."""
+  import torch
+  with torch.no_grad():
+    out = _call(model, stack, inputs, output_hidden_states=True,
+                output_attentions=True)
+  if stack == 'encoder-decoder':
+    mask = torch.as_tensor(inputs['mask'])[..., None]
+    states = [state * mask for state in out.encoder_hidden_states]
+    states += out.decoder_hidden_states
+    attention = dict(encoder=out.encoder_attentions,
+                     decoder=out.decoder_attentions, cross=out.cross_attentions)
+  else:
+    states, attention = out.hidden_states, dict(self=out.attentions)
+    if out.attentions is None or len(out.attentions) < len(states) - 1:
+      attention = {}  # where a layer is a recurrence, none are compared
+  return ([state.numpy() for state in states],
+          {name: torch.stack(layers).numpy()
+           for name, layers in attention.items()})
+
+
+def _greedy(model, stack: str, inputs) -> dict[str, np.ndarray]:
+  """Returns the likeliest continuation of each prompt, one by one."""
+  import torch
+  found = {}
+  for row, prompt in compare.prompts(inputs).items():
+    ids = torch.as_tensor(prompt)[None].long()
+    with torch.no_grad():
+      new = model.generate(
+          ids, attention_mask=torch.ones_like(ids), do_sample=False,
+          max_new_tokens=compare.NEW_TOKENS, use_cache=True)
+    found[row] = new[0, -compare.NEW_TOKENS:].numpy().astype(np.int32)
+  return found
+
+
+def logits(system: str, folder, inputs, head: str = 'lm'
+           ) -> dict[str, np.ndarray]:
+  """Returns the logits of a folder as transformers reads it, by name."""
+  model = load(folder, system, head)
+  with _torch().no_grad():
+    return {name: value.numpy() for name, value in forward(
+        model, architectures.systems()[system].STACK, inputs).items()
+            if 'logits' in name}
+
+
+def main(name: str, config: str) -> None:
+  """Records a case: python -m tests.parity.reference SYSTEM-CASE CONFIG.json"""
+  from tests.parity import recording
+  system = name.partition('-')[0]
+  recording.save_recording(
+      run(json.loads(pathlib.Path(config).read_text()), system),
+      recording.FOLDER / 'parity' / f'{name}.safetensors')
+
+
+if __name__ == '__main__':
+  main(*sys.argv[1:])

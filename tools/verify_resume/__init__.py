@@ -1,1 +1,0 @@
-"""Whether a run goes on as if nothing had happened."""
