@@ -18,7 +18,7 @@ NOTICED_BY ?= tests/training/optim
 run = $(VENV)/bin/python
 test_extras = test,demo,data,tensorboard,plot,bleu,slurm,chat,finetune,study
 plan_extras = $(test_extras),plan,plan-gpu
-locked_extras = $(plan_extras),verify,lm-eval,hf,wandb,docs,mutants
+locked_extras = $(plan_extras),verify,lm-eval,hf,wandb,docs
 
 .DELETE_ON_ERROR:
 .PHONY: train test test-fast verify lint docs plan-test slurm-test mutants lock \

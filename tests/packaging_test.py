@@ -18,8 +18,9 @@ DISTRIBUTION = {
     'yaml': 'PyYAML', 'fsspec': 'gcsfs', 'griffe': 'griffelib',
     'array_record': 'array_record', 'ml_dtypes': 'jax', 'jaxlib': 'jax',
     'huggingface_hub': 'transformers', 'sklearn': 'scikit-learn'}
-# Chosen by machine or by the release of jax or fsspec, so left to their ranges.
-UNPINNED_EXTRAS = {'tpu', 'cuda', 'cuda13', 'gcs'}
+# Chosen by machine or by the release of jax or fsspec, or for developers alone,
+# so left to their ranges.
+UNPINNED_EXTRAS = {'tpu', 'cuda', 'cuda13', 'gcs', 'mutants'}
 
 
 def _setup():

@@ -5,7 +5,7 @@ those that go on. A text that ends is finished if it is among the K best of all,
 and the K finished texts with the best scores are kept. The score of a text is
 its log-probability over a penalty of its length, so that a short text is not
 better for being short. The loop is that of transformers' `generate` with
-num_beams: token for token the same (tools/verify).
+num_beams: token for token the same (tests/parity).
 """
 
 from collections.abc import Callable

@@ -270,7 +270,7 @@ def test_a_search_refuses_what_it_would_ignore(words, told):
 
 def test_an_array_is_explained_by_its_rules():
   config = small(mixtral.get_config())
-  config.model.vocab_size = 251
+  config.model.vocab_size = 385
   run = run_on_cpu(config, 'ep_fsdp_tp')
   told = {row['name']: row for row in explain_sharding.parameters(run)}
   assert told['decoder/layers/block_0/ffn/up'] == dict(
@@ -279,7 +279,7 @@ def test_an_array_is_explained_by_its_rules():
           'mlp 64 over tensor'],
       bytes_per_device=2 * 4 * 32 * 64 * 4 // 8)
   assert told['embed/tokens']['dimensions'][0] == (
-      'vocab 251 (not over tensor, which does not divide it)')
+      'vocab 385 (not over tensor, which does not divide it)')
   stream = next(row for row in explain_sharding.activations(run)
                 if row['name'] == 'decoder/layers/block_0'
                 and row['dimensions'][1].startswith('stream'))

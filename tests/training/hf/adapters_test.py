@@ -1,6 +1,6 @@
 """Low-rank adapters on their way: a run starts from a model without them, is
 merged, and is written and read in PEFT's format. PEFT itself is compared by
-`make verify` (tools/verify/lora.py)."""
+`make verify` (tests/parity/lora.py)."""
 
 import json
 

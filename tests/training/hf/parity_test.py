@@ -4,6 +4,7 @@ tests/parity/live_test.py compares live (`make verify`).
 """
 
 import json
+
 import numpy as np
 import pytest
 
