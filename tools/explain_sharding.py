@@ -23,11 +23,6 @@ from absl import flags
 from configs.errors import RequestError, require
 from training import cli
 
-cli.define_config()
-flags.DEFINE_string('mesh', '', 'fsdp=8,expert=8 (others: 1), or a preset of '
-                    "configs/sharding.py; '': config.mesh, where -1 is 1.")
-flags.DEFINE_string('diff', '', 'Another mesh, or a table of rules.')
-flags.DEFINE_bool('json', False, 'Print JSON.')
 MOST_DEVICES = 2**14
 
 
@@ -156,6 +151,11 @@ def text(report: dict, other: dict | None = None) -> str:
 
 
 def main():
+  cli.define_config()
+  flags.DEFINE_string('mesh', '', 'fsdp=8,expert=8 (others: 1), or a preset of '
+                      "configs/sharding.py; '': config.mesh, where -1 is 1.")
+  flags.DEFINE_string('diff', '', 'Another mesh, or a table of rules.')
+  flags.DEFINE_bool('json', False, 'Print JSON.')
   cli.parse(__doc__)
   args = flags.FLAGS
   if args.config is None:
