@@ -32,15 +32,8 @@ import architectures
 from architectures.parts.config import ModelConfig
 from configs import base
 from configs.errors import require, short
-from training import config_files
-from training import fields as fields_of
-from training import generate as generation
-from training import limits
-from training import objectives
-from training import paths
-from training import runs
-from training import trained
-from training import weights
+from training import config_files, fields as fields_of, generate as generation
+from training import limits, objectives, parameters, paths, runs, weights
 from training.chat import load as chat_load
 from training.costs import totals
 from training.data import inputs as inputs_of
@@ -341,7 +334,7 @@ def load(path: str | os.PathLike, *, step: int | None = None,
   if checkpoints.directory(place).exists():
     return _load_run(place, step, tokenizer)
   require(step is None, f'{path} is no run: it has no step {step}')
-  trained.refuse_others(pathlib.Path(place))
+  parameters.refuse_others(pathlib.Path(place))
   module, params = weights.from_hf(path)
   folder = place.parent if place.is_file() else place
   if tokenizer is None and tokenizers.found_in(folder):
@@ -383,7 +376,7 @@ def build(config: str | ml_collections.ConfigDict | ModelConfig, *,
 def _load_run(workdir: Any, step: int | None, tokenizer: str | None) -> Model:
   config = runs.config_of(workdir)
   module = architectures.build(runs.model_of(workdir, config))
-  found = trained.on_one_device(workdir, module, step)
+  found = parameters.on_one_device(workdir, module, step)
   return Model(module, found.state,
                tokenizers.load(tokenizer or config.data.tokenizer), config,
                said=hf_generation.published(workdir, found.step),

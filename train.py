@@ -13,7 +13,6 @@ code 2 means a wrong request, or a loss that is not finite, because the same
 command would end in the same way; exit code 1 means a failure.
 """
 
-import functools
 import json
 import signal
 
@@ -53,8 +52,8 @@ def main():
     raise RequestError('pass both --config FILE.py:SIZE and --workdir DIR')
 
   # Imported late: `--help` and a wrong flag answer at once.
-  from training import best, endings, initial_state, loop, objectives
-  from training import profile, runs
+  from training import early_stopping, loop, objectives, parameters
+  from training import runs, timing
   from training.data import pipeline, tokenizers
   from training.distributed import cpu, devices, processes
   from training.workdir import checkpoints, provenance, run_config, storage
@@ -71,15 +70,14 @@ def main():
       config, () if run_config.has_begun(workdir) else cli.overrides())
   several = processes.how_to_join(args.coordinator, args.num_processes,
                                   args.process_id, args.cluster)
-  profile.parse(args.profile_steps, config.train.steps)
+  timing.profiled_steps(args.profile_steps, config.train.steps)
   pipeline.check_sources(config)
-  initial_state.check_source(config.init_from)
+  parameters.check_source(config.init_from)
   config = objectives.with_labels(config)
   tokenizer = tokenizers.load(config.data.tokenizer)
   model, derived = runs.resolve(config, tokenizer)
   changes = run_config.changes(workdir, config, derived)
-  some_fit = functools.partial(initial_state.some_fit, workdir, model)
-  run_config.refuse(changes, args.allow_config_change, some_fit, workdir)
+  run_config.refuse(changes, args.allow_config_change, workdir)
   if changes:
     print(run_config.table(changes))
   for line in provenance.changes(run_config.starts(workdir)):
@@ -107,16 +105,15 @@ def main():
   with checkpoints.Checkpoints(workdir, **config.checkpoint,
                                agree_every=config.log.every_steps) as saved:
     try:
-      state, start = initial_state.restore_or_create(run, saved)
+      state, start = parameters.restore_or_create(run, saved)
     except checkpoints.Mismatch as error:  # which lists the shapes
-      sentence = run_config.way_on(changes, some_fit)
-      raise RequestError(sentence or str(error)) from error
-    require(changes or not endings.ended_badly(state, config),
-            f'{workdir}: {endings.ended_badly(state, config)}')
+      raise RequestError(run_config.way_on(changes) or str(error)) from error
+    require(changes or not loop.ended_badly(state, config),
+            f'{workdir}: {loop.ended_badly(state, config)}')
     require(start <= config.train.steps, f'train.steps is '
             f'{config.train.steps}, and the run in {workdir} has trained '
             f'{start} steps: ask for more, or take another --workdir')
-    early = best.ended_early(config, saved.best, start)
+    early = early_stopping.ended_early(config, saved.best, start)
     if early or start >= config.train.steps:
       if devices.primary():
         done = early or f'{start} steps of {config.train.steps}'
@@ -132,7 +129,7 @@ def main():
     run_config.save(workdir, args.config, derived, contents)
     code = loop.train(run, state, start, train_data, eval_data, saved, workdir,
                       args.profile_steps)
-  return args.stopped_exit_code if code == endings.STOPPED else code
+  return args.stopped_exit_code if code == loop.STOPPED else code
 
 
 if __name__ == '__main__':

@@ -82,7 +82,7 @@ def import_(source: pathlib.Path, workdir: epath.Path, *, partial: bool,
 def upcycle(source: epath.Path, workdir: epath.Path, *, moe: list[str],
             step: int | str | None, seed: int) -> None:
   """Makes `workdir` of a dense model, as a mixture of experts at step 0."""
-  from training import adapters, runs
+  from training import runs, weights
   from training.hf import generation as hf_generation
   from training.hf import tokenizer as hf_tokenizer
   from training.workdir import checkpoints, run_config
@@ -97,7 +97,7 @@ def upcycle(source: epath.Path, workdir: epath.Path, *, moe: list[str],
     require(step is None, f'{source} is no workdir: it has no step {step}')
     config, module, params, _ = _from_hf(source, False, seed)
     generation, trained = hf_generation.of_folder(folder), False
-  module, params = adapters.merge(module, params)
+  module, params = weights.merge(module, params)
   config.model.lora = base.base().model.lora
   config.model = upcycling.config(
       config.model, upcycling.fields(moe, config.model.moe), module.config)
@@ -129,7 +129,7 @@ def export(workdir: epath.Path, folder: pathlib.Path, *, step: int | str | None,
   that was not trained.
   """
   import architectures
-  from training import adapters, runs, weights
+  from training import runs, weights
   from training.hf import generation as hf_generation
   from training.hf import peft
   from training.hf import tokenizer as hf_tokenizer
@@ -144,7 +144,7 @@ def export(workdir: epath.Path, folder: pathlib.Path, *, step: int | str | None,
     size = peft.write(module.config, params, folder, config.init_from, dtype)
     print(f'{folder}: the adapters of {workdir}, {size:,} parameters')
     return
-  module, params = adapters.merge(module, params)
+  module, params = weights.merge(module, params)
   if dropless:
     c = module.config
     module = architectures.build(dataclasses.replace(c, moe=dataclasses.replace(
@@ -171,14 +171,14 @@ def merge(workdir: epath.Path, new: epath.Path, *, step: int | str | None
           ) -> None:
   """Makes the workdir `new` of the model of `workdir` with its low-rank
   adapters added to its weights, as a run at step 0."""
-  from training import adapters, runs
+  from training import runs, weights
   from training.hf import generation as hf_generation
   from training.workdir import run_config
   _check_new(new)
   config, module, params, step = _from_workdir(workdir, step)
   require(module.config.lora.rank, f'{workdir} has no low-rank adapters: its '
           'model.lora.rank is 0')
-  _, params = adapters.merge(module, params)
+  _, params = weights.merge(module, params)
   generation = _generation(workdir, config, module.config, step)
   config.model.lora = base.base().model.lora
   config.init_from = ''
@@ -193,19 +193,17 @@ def merge(workdir: epath.Path, new: epath.Path, *, step: int | str | None
 def _put_on(folder: pathlib.Path, config, module, params):
   """Returns the parameters with the adapters of PEFT's `folder` beside them,
   and gives the config their fields."""
-  from training import adapters
+  from training import weights
   from training.hf import peft
   model, found = peft.read(module.config, folder)
   config.model.lora.update(dataclasses.asdict(model.lora))
-  return adapters.beside(params, found)
+  return weights.beside(params, found)
 
 
 def _generation(workdir, config, model, step: int):
   """Returns what an export says of generation; None: nothing is known."""
-  from training import initial_state
   from training.hf import generation as hf_generation
   from training.hf import tokenizer as hf_tokenizer
-  from training.workdir import checkpoints
   from training.data import tokenizers
   # What an import kept holds until training has given the ids of a tokenizer
   # that was not read another meaning.
@@ -214,9 +212,6 @@ def _generation(workdir, config, model, step: int):
   if published or not standing_in:
     if kept := hf_generation.kept(workdir):
       return kept
-  if published and standing_in and initial_state.has_parameters_alone(
-      checkpoints.directory(workdir)):
-    return None  # an import of an earlier version, which did not keep it
   return hf_generation.of_run(config, model,
                               tokenizers.load(config.data.tokenizer))
 
@@ -264,10 +259,10 @@ def _from_hf(source: pathlib.Path, partial: bool, seed: int, dtype: str = ''):
 
 def _from_workdir(workdir: epath.Path, step: int | str | None):
   """Returns (config, module, parameters, step) of a run's checkpoint."""
-  from training import runs, trained
+  from training import parameters, runs
   config = runs.for_this_machine(runs.config_of(workdir))
   run = runs.build(config, runs.model_of(workdir))
-  found = trained.of_run(run, workdir, step)
+  found = parameters.of_run(run, workdir, step)
   return config, run.module, found.state, found.step
 
 

@@ -1,29 +1,81 @@
 """The training loop: it trains one run, or several runs as one program.
 
-The loop dispatches step n before it reads the figures of step n-1, so that the
-device has work while the host writes figures and fetches the next batch.
+`train_all` reads in the order in which things happen. Step n is dispatched
+before the figures of step n-1 are read, so that the device has work while the
+host writes figures and fetches the next batch. What is done between two steps
+are its hooks: `_Report` hands figures to the writers, `_Evaluate` evaluates,
+`_Save` saves, and ends the runs that are done before their last step.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
+import dataclasses
+import math
 import pathlib
 import sys
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import ml_collections
 import numpy as np
 
-from training import evaluating, profile, progress, runs
-from training import shapes, timing
+from architectures.parts.moe import health
+from training import early_stopping, evaluating, progress, runs, timing
+from training import parameters
 from training.costs import flops, peaks
 from training.data import pipeline, ramp
 from training.distributed import cpu, devices, signals
-from training.endings import DIVERGED, EARLY, STOPPED
 from training.evals import in_training
-from training.member import Member
 from training.step import TrainState
-from training.workdir import averaged, checkpoints
+from training.workdir import checkpoints, metrics
+
+# How a run ends, beside 0 for its last step. After a signal:
+STOPPED = 75
+# After too many bad steps; as for a wrong request, since the same command would
+# end in the same way, and no launcher is to start it again.
+DIVERGED = 2
+EARLY = -1  # after eval.patience evaluations: it is done, exit code 0
+BAD = ('the loss or a gradient was not finite, or there was nothing to '
+       'predict')
+
+
+class Program(NamedTuple):
+  """What the loop trains: one run, or a group of runs as one program.
+
+  Attributes:
+    run: the run; of a group, one of its runs alone.
+    context: makes the context in which everything is traced.
+    devices: those that it uses.
+    new_state: () -> the state before the first step.
+    train_step: jitted step(state, batch) -> (state, figures), to which the
+      state is donated.
+    eval_step: jitted step(params, batch) -> {figure: objectives.Mean}.
+    put: (a batch, or one for each seed) -> the batch on the devices.
+    split: a tree of all runs, such as a state -> that of each run.
+    join: what `split` has taken apart -> the joint tree.
+    part: (figures or sums on the host, row) -> those of one run.
+    figures: what is said of each step beside the step's own figures.
+    title: what is said before the description of the run.
+  """
+  run: runs.Run
+  context: Callable[[], contextlib.AbstractContextManager]
+  devices: Sequence[jax.Device]
+  new_state: Callable[[], TrainState]
+  train_step: jax.stages.Wrapped
+  eval_step: jax.stages.Wrapped
+  put: Callable[..., Any]
+  split: Callable[[Any], Any] = lambda tree: [tree]
+  join: Callable[[Sequence[Any]], Any] = lambda trees: trees[0]
+  part: Callable[[Any, int], Any] = lambda figures, row: figures
+  figures: dict[str, Any] = {}
+  title: str = ''
+
+
+def program_of(run: runs.Run) -> Program:
+  """Returns the program of one run alone."""
+  return Program(run, run.context, run.devices, run.new_state,
+                 run.train_step(), run.eval_step(), run.put)
 
 
 def train(run: runs.Run, state: TrainState, start: int,
@@ -35,364 +87,605 @@ def train(run: runs.Run, state: TrainState, start: int,
   Returns:
     The exit code: 0, STOPPED or DIVERGED.
   """
-  member = Member(run.config, workdir, saved)
-  train_all(run, [member], state, start, [train_data], eval_data,
+  writer = Writer(run.config, workdir, saved)
+  train_all(program_of(run), [writer], state, start, [train_data], eval_data,
             profile_steps)
   if devices.primary():
-    if member.code == DIVERGED:
-      print(f'error: {member.sentence}', file=sys.stderr)
-    elif member.code:
-      print(member.sentence)
-  return 0 if member.code == EARLY else member.code
+    if writer.code == DIVERGED:
+      print(f'error: {writer.sentence}', file=sys.stderr)
+    elif writer.code:
+      print(writer.sentence)
+  return 0 if writer.code == EARLY else writer.code
 
 
-def train_all(program: runs.Run, members: Sequence[Member], state: TrainState,
+def train_all(program: Program, writers: Sequence['Writer'], state: TrainState,
               start: int, loaders: Sequence[pipeline.Loader],
               eval_data: Sequence[pipeline.Loader],
               profile_steps: str = '') -> int:
-  """Trains the members of `program` from step `start` to train.steps.
-
-  A run that resumes does so in this order: (1) its state has been restored,
-  (2) metrics.jsonl loses the lines after that step, (3) the data continue at
-  batch `start`, (4) the step is compiled, all processes wait for each other,
-  and the clock starts.
+  """Trains the runs of `program` from step `start` to train.steps.
 
   Args:
     program: the run, or the group of runs.
-    members: the runs. Afterwards `code` and `sentence` say how each one ended.
+    writers: of each run. Afterwards `code` and `sentence` say how it ended.
     state: the state of the program after `start` steps.
     start: the index of the next batch.
     loaders: the training batches: one loader for all, or one for each seed.
-    eval_data: a loader for each held-out source; all members share them.
-    profile_steps: which steps to trace; see profile.parse.
+    eval_data: a loader for each held-out source; all runs share them.
+    profile_steps: which steps to trace; see timing.profiled_steps.
 
   Returns:
     How many steps are done.
   """
-  for member in members:
-    member.begin(start)
-  loop = _Loop(program, members, start, loaders, eval_data)
+  n, steps = start, program.run.config.train.steps
+  # 1. A run that resumes drops the lines of metrics.jsonl after `start`, ...
+  for writer in writers:
+    writer.begin(n)
+  batches = _Batches(program, loaders, len(writers))
+  meter = batches.meter
+  if devices.primary():
+    print(program.title + runs.describe(
+        program.run, n, batches.tokens, loaders[0], eval_data))
   with program.context(), signals.Stop() as stop:
-    return loop.run(state, stop, profile.Profiler(
-        profile_steps, members[0].workdir))
+    report = _Report(program, writers, meter)
+    evaluate = _Evaluate(program, report, stop, loaders[0], eval_data)
+    save = _Save(program, report, batches)
+    profiler = timing.Profiler(profile_steps, writers[0].workdir)
 
+    # 2. ... goes on with the data at batch `start`, ...
+    batches.begin(n)
+    batch = batches.after(n)
+    evaluate.check(n, state)
 
-class _Loop:
-  """The values that the loop's parts share; `run` is the loop itself."""
-
-  def __init__(self, program: runs.Run, members: Sequence[Member], start: int,
-               loaders: Sequence[pipeline.Loader],
-               eval_data: Sequence[pipeline.Loader]):
-    self.program, self.members = program, members
-    self.start, self.steps = start, program.config.train.steps
-    self.loaders, self.eval_data = loaders, eval_data
-    self.tasks = in_training.Tasks(program, loaders[0].tokenizer)
-    sides = loaders[0].objective.row_lengths(program.config)
-    self.ramp = ramp.of(program.config)
-    rows = self.ramp.last
-    self.row_tokens = sum(sides)  # at most
-    self.tokens = rows * self.row_tokens  # of each member in a step, at most
-    peak = peaks.total(program.devices, program.model.dtype)
-    # What a step does whose rows are padded less far than to data.length, or
-    # fewer than data.batch_size.
-    own = {length: (length,)
-           for length in pipeline.lengths(program.config)[:-1]}
-    self.work = {(n, length): (n * sum(row), self._flops(n, row) if peak else
-                               0.0)
-                 for n in (*self.ramp.sizes, rows)
-                 for length, row in (*own.items(), (0, sides))}
-    every = program.config.eval.every_steps
-    self.held_out = timing.Recurring(every, self.steps, at_last=bool(every))
-    self.meter = timing.Meter(self.tokens, self.work[rows, 0][1], peak)
-    self.held = timing.Deferred(self.meter.now)
-    if devices.primary():
-      print(program.describe(start, self.tokens, loaders[0], eval_data))
-
-  def run(self, state: TrainState, stop: signals.Stop,
-          profiler: profile.Profiler) -> int:
-    """Trains from `state` to the end; returns how many steps are done."""
-    n, self.stop = self.start, stop
-    streams = [loader.iterate(n, self.steps) for loader in self.loaders]
-    batch = self._next(streams, n)
-    self._check_best(state)
-    for member in self.members:
-      averaged.check(self.program.config, member.saved, n)
-    self._compile(state, batch)
-    self.bar = progress.bar(self.steps, n, devices.primary())
-    self.meter.begin(n)
-    ends = not self._catch_up(n, state)
-    while self.live and not ends:
-      profiler.before(n, state)
-      with profiler.annotate(n):
-        state, figures = self.train_step(state, batch)
-      n += 1
-      self.bar.step(n)
-      with self.meter.waiting():
-        if n < self.steps:
-          batch = self._next(streams, n)
-      self._report(self.held.push(n, figures))
-      stopped = self.stop.agreed(n)
-      if (n == self.steps or not stopped) and self._is_evaluated(n):
-        try:
-          self._evaluate(n, state)
-        except Exception as error:
-          self._keep(n, state, error)
-        stopped = self.stop.at_once
-      ends = stopped or n == self.steps
-      self._save_or_end(n, state, ends)
-    for member in self.live.values() if n < self.steps else ():
-      member.end(STOPPED, n)
-    for stream in streams:
-      stream.close()
-    profiler.close(state)
-    for member in self.members:
-      member.saved.wait()
-    self.bar.close()
-    for member in self.members:
-      member.told_to_stop = stop.stop_requested
-      member.close()
-    return n
-
-  @property
-  def live(self) -> dict[int, Member]:
-    """The members that have not ended, by their row in the joint arrays."""
-    return {row: member for row, member in enumerate(self.members)
-            if not member.code}
-
-  def _flops(self, rows: int, sides: tuple[int, ...]) -> float:
-    """Returns the FLOPs of all members in a step on rows of `sides` tokens."""
-    of, config = self.loaders[0].objective, self.program.config
-    return len(self.members) * rows * sum(sides) * (
-        flops.training_flops_per_token(
-            self.program.model, *sides, unread=of.unread(config, sides[0]),
-            freeze=config.optim.freeze, prefix=of.prefix))
-
-  def _next(self, streams: Sequence[Iterator], n: int):
-    """Returns the batch of the step after step n."""
-    batches = [next(stream) for stream in streams]
-    if len(self.work) > 1:
-      rows, length = self.ramp.rows(n), batches[0]['tokens'].shape[1]
-      self.meter.does(n + 1, *self.work[
-          rows, length if (rows, length) in self.work else 0])
-    return self.program.put(*batches)
-
-  def _compile(self, state: TrainState, batch: Any) -> None:
-    """Compiles both steps for the first batches; waits for all processes."""
+    # 3. ... and compiles, waits for the other processes, and starts the clock.
+    train_step = _PerShape(program.train_step, report)
+    evaluate.step = _PerShape(program.eval_step, report)
     cpu.trim()
-    self.train_step = shapes.PerShape(self.program.train_step(), self._another)
-    self.eval_step = shapes.PerShape(self.program.eval_step(), self._another)
-    with self.meter.compiling(), progress.compiling(devices.primary()):
-      self.train_step.compile(state, batch)
-      if self.program.config.eval.every_steps:
-        self.eval_step.compile(
-            state.params, self.program.put(self.eval_data[0].batch(0)))
+    with meter.compiling(), progress.compiling(devices.primary()):
+      train_step.compile(state, batch)
+      evaluate.compile(state)
     cpu.trim()
     devices.sync('compiled')
+    report.bar = progress.bar(steps, n, devices.primary())
+    meter.begin(n)
 
-  def _check_best(self, state: TrainState) -> None:
-    """Refuses an eval.best that is none of the figures, before the first step:
-    those of held-out data are traced, and those of a task that are not known
-    (evals.check_in_training) come of doing it once."""
-    best, program = self.members[0].best, self.program  # alike in all members
+    # 4. The steps.
+    ends = not evaluate.late(n, state)
+    while report.live and not ends:
+      profiler.before(n, state)
+      with profiler.annotate(n):
+        state, figures = train_step(state, batch)
+      n += 1
+      report.bar.step(n)
+      with meter.waiting():
+        if n < steps:
+          batch = batches.after(n)
+      report(n, figures)  # it reads those of step n-1
+      stopped = stop.agreed(n)
+      if evaluate.due(n) and (n == steps or not stopped):
+        try:
+          evaluate(n, state)
+        except Exception:
+          save.without_tasks(n, state, evaluate)
+          raise
+        stopped = stop.at_once
+      ends = stopped or n == steps
+      save(n, state, ends)
+
+    # 5. The end: after a signal, or where no run is left.
+    for writer in report.live.values() if n < steps else ():
+      writer.end(STOPPED, n)
+    batches.close()
+    profiler.close(state)
+    for writer in writers:
+      writer.saved.wait()
+    report.bar.close()
+    for writer in writers:
+      writer.told_to_stop = stop.stop_requested
+      writer.close()
+  return n
+
+
+class _Batches:
+  """The batches on the devices, and what a step on one has to do."""
+
+  def __init__(self, program: Program, loaders: Sequence[pipeline.Loader],
+               count: int):
+    """`count` is how many runs are trained."""
+    self._program, self._loaders = program, loaders
+    config, objective = program.run.config, loaders[0].objective
+    self._ramp = ramp.of(config)
+    sides = objective.row_lengths(config)
+    self._row_tokens = sum(sides)  # at most
+    self.tokens = self._ramp.last * sum(sides)  # of each run in a step, at most
+    peak = peaks.total(program.devices, program.run.model.dtype)
+    # By rows and length: of steps with rows padded less far than to
+    # data.length, or fewer than data.batch_size.
+    rows_of = {length: (length,) for length in pipeline.lengths(config)[:-1]}
+    self._work = {
+        (n, length): (n * sum(row), count * step_flops(
+            program.run, n, row, objective) if peak else 0.0)
+        for n in (*self._ramp.sizes, self._ramp.last)
+        for length, row in (rows_of | {0: sides}).items()}
+    self.meter = timing.Meter(
+        self.tokens, self._work[self._ramp.last, 0][1], peak)
+
+  def begin(self, start: int) -> None:
+    steps = self._program.run.config.train.steps
+    self._streams = [loader.iterate(start, steps) for loader in self._loaders]
+
+  def after(self, n: int) -> Any:
+    """Returns the batch of the step after step n."""
+    batches = [next(stream) for stream in self._streams]
+    if len(self._work) > 1:
+      rows, length = self._ramp.rows(n), batches[0]['tokens'].shape[1]
+      self.meter.does(n + 1, *self._work[
+          rows, length if (rows, length) in self._work else 0])
+    return self._program.put(*batches)
+
+  def tokens_before(self, n: int) -> int:
+    """Returns how many tokens a run has been trained on in its first n steps.
+    """
+    return int(self._ramp.before(n)) * self._row_tokens
+
+  def close(self) -> None:
+    for stream in self._streams:
+      stream.close()
+
+
+def step_flops(run: runs.Run, rows: int, sides: tuple[int, ...], objective: Any
+               ) -> float:
+  """Returns the FLOPs of a step of a run on rows of `sides` tokens."""
+  return rows * sum(sides) * flops.training_flops_per_token(
+      run.model, *sides, unread=objective.unread(run.config, sides[0]),
+      freeze=run.config.optim.freeze, prefix=objective.prefix)
+
+
+class _PerShape:
+  """A jitted step, compiled ahead of time once for each shape of its batches.
+
+  Labelled data come in batches of several lengths (data.length_buckets); those
+  of text have one.
+  """
+
+  def __init__(self, step: jax.stages.Wrapped, report: '_Report'):
+    self._step, self._report = step, report
+    self._compiled: dict[tuple, Callable] = {}
+
+  def compile(self, state: Any, batch: Any) -> None:
+    """Compiles for the shape of a batch."""
+    self._compiled[_shape(batch)] = self._step.lower(state, batch).compile()
+
+  def __call__(self, state: Any, batch: Any) -> Any:
+    if _shape(batch) not in self._compiled:  # all processes meet it at once
+      start = time.monotonic()
+      with self._report.meter.compiling():
+        self.compile(state, batch)
+        devices.sync('compiled')
+      rows, length = max(
+          x.shape for x in jax.tree.leaves(batch) if x.ndim > 1)[-2:]
+      self._report.bar.say(
+          f'compiled for {rows:,} rows of {length:,} tokens in '
+          f'{time.monotonic() - start:.1f} s')
+    return self._compiled[_shape(batch)](state, batch)
+
+
+def _shape(batch: Any) -> tuple:
+  return tuple(x.shape for x in jax.tree.leaves(batch))
+
+
+class _Report:
+  """Hands the figures of a step to the writers, a step late; shows and writes
+  them if they are due, and those of a run that they end in any case.
+
+  Attributes:
+    writers: of all runs.
+    meter: the times of the steps.
+    bar: what is shown of the progress.
+    evaluation_left: step -> the seconds of the evaluations after it.
+  """
+
+  def __init__(self, program: Program, writers: Sequence['Writer'],
+               meter: timing.Meter):
+    self.writers, self.meter = writers, meter
+    self.bar: Any = None
+    self.evaluation_left: Callable[[int], float] = lambda step: 0.0
+    self._program, self._held = program, timing.Deferred(meter.now)
+
+  @property
+  def live(self) -> dict[int, 'Writer']:
+    """The runs that have not ended, by their row in the joint arrays."""
+    return {row: writer for row, writer in enumerate(self.writers)
+            if not writer.code}
+
+  def __call__(self, n: int, figures: Any) -> None:
+    """Takes the figures of step `n`, and reports those of the step before."""
+    self._tell(self._held.push(n, figures))
+
+  def flush(self) -> None:
+    """Reports what is held: before evaluating and saving."""
+    self._tell(self._held.flush())
+
+  def say(self, writer: 'Writer', text: str) -> None:
+    self.bar.say(f'{writer.label}: {text}' if writer.label else text)
+
+  def _tell(self, read: timing.Read | None) -> None:
+    if read is None:
+      return
+    (n, figures, done), live, ended = read, self.live, []
+    for row, writer in live.items():
+      before = writer.too_many_bad
+      writer.read(self._program.part(figures, row))
+      ended += [writer] if writer.too_many_bad > before else []
+    config = self._program.run.config
+    due = n % config.log.every_steps == 0 or n == config.train.steps
+    if not (due or ended):
+      return
+    lap = timing.slowest(self.meter.lap(n, done)) | self._program.figures
+    for writer in live.values() if due else ended:
+      writer.report(n, lap)
+    if live and due:
+      self.bar.update(n, lap | {
+          'loss': float(np.mean([w.last['loss'] for w in live.values()])),
+          'evaluation_left': self.evaluation_left(n)})
+
+
+class _Evaluate:
+  """Evaluates all runs by what is due, held-out data and eval.tasks; writes and
+  shows what is found.
+
+  Where a signal cuts it short nothing is written, and the run does it again
+  when it is resumed.
+
+  Attributes:
+    step: the evaluation step.
+  """
+
+  def __init__(self, program: Program, report: _Report, stop: signals.Stop,
+               train_data: pipeline.Loader,
+               eval_data: Sequence[pipeline.Loader]):
+    self._program, self._report, self._stop = program, report, stop
+    self._config, self._eval_data = program.run.config, eval_data
+    self._steps = self._config.train.steps
+    e = self._config.eval
+    self._held_out = timing.Recurring(e.every_steps, self._steps,
+                                      at_last=bool(e.every_steps))
+    self._tasks = in_training.Tasks(program.run, train_data.tokenizer)
+    self._task_times = timing.Recurring(e.tasks_every_steps, self._steps,
+                                        at_last=bool(e.tasks))
+    report.evaluation_left = lambda n: (
+        self._held_out.left(n) + self._task_times.left(n))
+    self.step: Any = None
+
+  def check(self, n: int, state: TrainState) -> None:
+    """Refuses, before the first step, an eval.best that is none of the figures,
+    and a mean of checkpoints that are not there. Figures of held-out data are
+    traced, and those of a task that are not known come of doing it once."""
+    writers, program = self._report.writers, self._program
+    for writer in writers:
+      parameters.check_mean(self._config, writer.saved, n)
+    best = writers[0].best  # alike in all runs
     if best is None or best.seen:
       return
     task, is_task, _ = best.figure.partition('/')
     if is_task:
-      names = self.tasks.names(
-          task, next(iter(program.split(state.params))),
-          self.members[0].workdir, lambda: self.stop.at_once)
+      names = self._tasks.names(
+          task, next(iter(program.split(state.params))), writers[0].workdir,
+          lambda: self._stop.at_once)
     else:
-      names = evaluating.names(program.eval_step(), state.params,
-                               self.eval_data, program.put, program.part)
+      names = evaluating.names(program.eval_step, state.params, self._eval_data,
+                               program.put, program.part)
     best.is_in(names or [best.figure])
 
-  @contextlib.contextmanager
-  def _another(self, batch: Any):
-    """Around the compilation of a step for batches of another shape, which all
-    processes meet at the same step."""
-    start = time.monotonic()
-    with self.meter.compiling():
-      yield
-      devices.sync('compiled')
-    rows, length = max(
-        x.shape for x in jax.tree.leaves(batch) if x.ndim > 1)[-2:]
-    self.bar.say(f'compiled for {rows:,} rows of {length:,} tokens in '
-                 f'{time.monotonic() - start:.1f} s')
+  def compile(self, state: TrainState) -> None:
+    if self._config.eval.every_steps:
+      self.step.compile(state.params,
+                        self._program.put(self._eval_data[0].batch(0)))
 
-  def _report(self, read: timing.Read | None) -> None:
-    """Hands the figures of a step to the members; shows and writes them if
-    they are due, and those of a member that they end in any case."""
-    if read is None:
-      return
-    n, figures, done = read
-    live, ended = self.live, []
-    for row, member in live.items():
-      before = member.too_many_bad
-      member.read(self.program.part(figures, row))
-      ended += [member] if member.too_many_bad > before else []
-    due = n % self.program.config.log.every_steps == 0 or n == self.steps
-    if not (due or ended):
-      return
-    lap = timing.slowest(self.meter.lap(n, done)) | self.program.figures
-    for member in live.values() if due else ended:
-      member.report(n, lap)
-    if live and due:
-      self.bar.update(n, lap | {
-          'loss': float(np.mean([m.last['loss'] for m in live.values()])),
-          'evaluation_left': (self.held_out.left(n)
-                              + self.tasks.times.left(n))})
+  def due(self, n: int) -> bool:
+    return self._held_out.due(n) or self.tasks_due(n)
 
-  def _catch_up(self, n: int, state: TrainState) -> bool:
+  def tasks_due(self, n: int) -> bool:
+    return self._task_times.due(n)
+
+  def late(self, n: int, state: TrainState) -> bool:
     """Does the evaluation after step `n` that a signal kept from being done
     before the run was resumed; returns False where one cuts it short again."""
-    late = [m for m in self.members
-            if not m.evaluated or m.best and m.best.seen < n]
-    done = not late or not self._is_evaluated(n) or self._evaluate(n, state)
-    for member in late:
-      if member.best and member.best.is_over:
-        member.end(EARLY, n)
-    return done
+    late = [w for w in self._report.live.values()
+            if not w.evaluated or w.best and w.best.seen < n]
+    whole = not late or not self.due(n) or self(n, state)
+    for writer in late:
+      if writer.best and writer.best.is_over:
+        writer.end(EARLY, n)
+    return whole
 
-  def _is_evaluated(self, n: int) -> bool:
-    return self.held_out.due(n) or self.tasks.times.due(n)
-
-  def _evaluate(self, n: int, state: TrainState) -> bool:
-    """Evaluates all members by what is due, held-out data and eval.tasks;
-    writes and shows what is found. Returns False where a signal cuts it short:
-    nothing is written then, and the run does it again when it is resumed."""
-    self._report(self.held.flush())
-    figures: dict[int, dict] = {row: {} for row in self.live}
-    with self.meter.paused():
+  def __call__(self, n: int, state: TrainState) -> bool:
+    """Returns whether it came to the end."""
+    self._report.flush()
+    figures: dict[int, dict] = {row: {} for row in self._report.live}
+    with self._report.meter.paused():
       whole = True
-      if self.held_out.due(n):
-        with self.held_out.timed():
-          whole = self._held_out(n, self._to_evaluate(n, state), figures)
-      if whole and self.tasks.times.due(n):
-        with self.tasks.times.timed():
+      if self._held_out.due(n):
+        with self._held_out.timed():
+          whole = self._on_held_out(n, self._evaluated(n, state), figures)
+      if whole and self._task_times.due(n):
+        with self._task_times.timed():
           whole = self._do_tasks(n, state, figures)
       if whole:
         self._take(n, state, figures)
     return whole
 
-  def _take(self, n: int, state: TrainState, figures: dict[int, dict]) -> None:
-    """Hands the figures of step `n` to the members, and evaluates the mean of
-    checkpoints, too, of those that end with them before the last step."""
-    ending = {row: member for row, member in self.live.items()
-              if figures[row] and member.ends_with(n, figures[row])}
-    self._held_out(n, self._means(n, state, ending), figures)
-    for row, member in self.live.items():
-      if figures[row]:
-        member.write(n, 'eval', figures[row])
-
   def _cut_short(self, n: int) -> bool:
     """Whether a signal ends an evaluation; not the last: the run was for it."""
-    return self.stop.at_once and n < self.steps
+    return self._stop.at_once and n < self._steps
 
-  def _held_out(self, n: int, evaluated: Iterable[tuple],
-                figures: dict[int, dict]) -> bool:
-    """Adds the held-out figures of what `_to_evaluate` yields; returns whether
-    it came to the end."""
+  def _evaluated(self, n: int, state: TrainState) -> Iterator[tuple]:
+    """Yields what the names of the figures begin with, the parameters that are
+    evaluated after step `n`, and the runs that they are of, by row."""
+    live = self._report.live
+    yield '', self._program.run.evaluated(state), live
+    if self._config.eval.live:
+      yield 'live/', state.params, live
+    if n == self._steps:
+      yield from self._means(n, state, live)
+
+  def _means(self, n: int, state: TrainState, ending: dict[int, 'Writer']
+             ) -> Iterator[tuple]:
+    """Yields likewise the means of checkpoints, of the runs that end after step
+    `n` and have them all."""
+    if not (self._config.checkpoint.average and ending):
+      return
+    means, lacking = parameters.means(
+        self._program, self._program.run.evaluated(state), n,
+        {row: writer.saved for row, writer in ending.items()})
+    for row, reason in lacking.items():
+      self._report.say(ending[row], f'no mean of checkpoints: {reason}')
+    if len(lacking) < len(ending):
+      yield 'mean/', means, {row: writer for row, writer in ending.items()
+                             if row not in lacking}
+
+  def _on_held_out(self, n: int, evaluated: Iterator[tuple],
+                   figures: dict[int, dict]) -> bool:
+    """Adds the held-out figures of what is `_evaluated`; returns whether it
+    came to the end."""
     for prefix, params, rows in evaluated:
       # A mean comes where a run ends, which is then not resumed.
       sums = evaluating.evaluate(
-          self.eval_step, params, self.eval_data,
-          self.program.config.eval.batches, self.program.put,
+          self.step, params, self._eval_data, self._config.eval.batches,
+          self._program.put,
           stop=lambda own=prefix: own != 'mean/' and self._cut_short(n))
       if sums is None:
         return False
-      for row, member in rows.items():
-        found = evaluating.means(
-            [self.program.part(own, row) for own in sums], self.eval_data)
-        figures[row] |= {prefix + name: x for name, x in found.items()}
-        if member.label:  # one of many, for each of which a figure is enough
-          found = {'loss': found['loss']}
-        told = '  '.join(f'{name.replace("_", " ")} {evaluating.shown(value)}'
-                         for name, value in found.items())
-        self.bar.say(f'step {n}  held-out {prefix.replace("/", " ")}{told}'
-                     + (f'  {member.label}' if member.label else ''))
+      for row, writer in rows.items():
+        means = evaluating.means(
+            [self._program.part(own, row) for own in sums], self._eval_data)
+        figures[row] |= {prefix + name: x for name, x in means.items()}
+        if writer.label:  # one of many, for each of which a figure is enough
+          means = {'loss': means['loss']}
+        text = '  '.join(f'{name.replace("_", " ")} {evaluating.shown(value)}'
+                         for name, value in means.items())
+        self._report.bar.say(
+            f'step {n}  held-out {prefix.replace("/", " ")}{text}'
+            + (f'  {writer.label}' if writer.label else ''))
     return True
-
-  def _to_evaluate(self, n: int, state: TrainState) -> Iterator[tuple]:
-    """Yields what the names of the figures begin with, the parameters that are
-    evaluated after step `n`, and the members that they are of."""
-    live = self.live
-    yield '', self.program.evaluated(state), live
-    if self.program.config.eval.live:
-      yield 'live/', state.params, live
-    if n == self.steps:
-      yield from self._means(n, state, live)
-
-  def _means(self, n: int, state: TrainState, ending: dict[int, Member]
-             ) -> Iterator[tuple]:
-    """Yields likewise the means of checkpoints, of the members that end after
-    step `n` and have them all."""
-    if not (self.program.config.checkpoint.average and ending):
-      return
-    means, lacking = averaged.means(
-        self.program, self.program.evaluated(state), n,
-        {row: member.saved for row, member in ending.items()})
-    for row, reason in lacking.items():
-      self._say(ending[row], f'no mean of checkpoints: {reason}')
-    if len(lacking) < len(ending):
-      yield 'mean/', means, {row: member for row, member in ending.items()
-                             if row not in lacking}
 
   def _do_tasks(self, n: int, state: TrainState, figures: dict[int, dict]
                 ) -> bool:
     """Adds the figures of the tasks; returns whether it came to the end."""
-    found = {}
-    for row, params in enumerate(
-        self.program.split(self.program.evaluated(state))):
-      if row in self.live:
-        found[row] = self.tasks.of(params, n, self.live[row].workdir,
-                                   stop=lambda: self._cut_short(n))
-        if found[row] is None:
+    live, results = self._report.live, {}
+    for row, params in enumerate(self._program.split(
+        self._program.run.evaluated(state))):
+      if row in live:
+        results[row] = self._tasks.of(params, n, live[row].workdir,
+                                      stop=lambda: self._cut_short(n))
+        if results[row] is None:
           return False
-    for row, own in found.items():
-      figures[row] |= own.figures
-      for told in own.told:
-        self._say(self.live[row], f'step {n}  {told}')
+    for row, result in results.items():
+      figures[row] |= result.figures
+      for text in result.told:
+        self._report.say(live[row], f'step {n}  {text}')
     return True
 
-  def _save_or_end(self, n: int, state: TrainState, ends: bool) -> None:
-    """Saves the members when that is due, and ends those that diverged.
+  def _take(self, n: int, state: TrainState, figures: dict[int, dict]) -> None:
+    """Hands the figures of step `n` to the writers, and evaluates the mean of
+    checkpoints, too, of runs that end with them before the last step."""
+    live = self._report.live
+    ending = {row: writer for row, writer in live.items()
+              if figures[row] and writer.ends_with(n, figures[row])}
+    self._on_held_out(n, self._means(n, state, ending), figures)
+    for row, writer in live.items():
+      if figures[row]:
+        writer.write(n, 'eval', figures[row])
 
-    `ends` says that no member trains after step `n`.
-    """
-    live = self.live
-    # One answer holds for all: the members' clocks began together.
-    if not (ends or any(m.saved.due(n) for m in live.values())):
-      live = {row: m for row, m in live.items() if m.asks_to_be_saved(n)}
+
+class _Save:
+  """Saves the runs when that is due, and ends those that diverged, and those
+  that stop early."""
+
+  def __init__(self, program: Program, report: _Report, batches: _Batches):
+    self._program, self._report, self._batches = program, report, batches
+    self._steps = program.run.config.train.steps
+
+  def __call__(self, n: int, state: TrainState, ends: bool) -> None:
+    """`ends` says that no run trains after step `n`."""
+    live = self._report.live
+    # One answer holds for all: the runs' clocks began together.
+    if not (ends or any(w.saved.due(n) for w in live.values())):
+      live = {row: w for row, w in live.items() if w.asks_to_be_saved(n)}
     if not live:
       return
-    self._report(self.held.flush())
-    with self.meter.paused():
-      for row, own in enumerate(self.program.split(state)):
-        if row not in live:
-          continue
-        if live[row].sound:
-          live[row].save(n, own, int(self.ramp.before(n)) * self.row_tokens)
-        else:
-          self._say(live[row], f'step {n} is not saved: its parameters are not '
-                    'finite')
-    for member in live.values():
-      if member.too_many_bad or n == self.steps and not member.sound:
-        member.end(DIVERGED, n)
-      elif member.best and member.best.is_over and n < self.steps:
-        member.end(EARLY, n)
-      if member.code and member.label:  # the others go on
-        self._say(member, member.sentence)
+    self._report.flush()
+    with self._report.meter.paused():
+      for row, own in enumerate(self._program.split(state)):
+        if row in live and live[row].sound:
+          live[row].save(n, own, self._batches.tokens_before(n))
+        elif row in live:
+          self._report.say(live[row], f'step {n} is not saved: its parameters '
+                           'are not finite')
+    for writer in live.values():
+      if writer.too_many_bad or n == self._steps and not writer.sound:
+        writer.end(DIVERGED, n)
+      elif writer.best and writer.best.is_over and n < self._steps:
+        writer.end(EARLY, n)
+      if writer.code and writer.label:  # the others go on
+        self._report.say(writer, writer.sentence)
 
-  def _keep(self, n: int, state: TrainState, error: Exception) -> None:
-    """Raises `error` of the evaluation after step `n`. Where it may be one of a
-    task, what the members have learned does not hang on it: they are saved
-    first. Tasks are done by one process alone, so that no other waits."""
-    if self.tasks.times.due(n):
-      self._save_or_end(n, state, ends=True)
-      for member in self.members:
-        member.saved.wait()
-      self.bar.say(f'step {n} is saved, without all that eval.tasks names')
-    raise error
+  def without_tasks(self, n: int, state: TrainState, evaluate: _Evaluate
+                    ) -> None:
+    """Saves after an evaluation that failed, where that may be the fault of a
+    task: what the runs have learned does not hang on it. Tasks are done by one
+    process alone, so that no other waits."""
+    if evaluate.tasks_due(n):
+      self(n, state, ends=True)
+      for writer in self._report.writers:
+        writer.saved.wait()
+      self._report.bar.say(
+          f'step {n} is saved, without all that eval.tasks names')
 
-  def _say(self, member: Member, text: str) -> None:
-    self.bar.say(f'{member.label}: {text}' if member.label else text)
+
+@dataclasses.dataclass(eq=False)
+class Writer:
+  """What one run of the loop writes, its figures and its checkpoints, and how
+  it ended.
+
+  Attributes:
+    config: the config of the run.
+    workdir: the folder of the run.
+    saved: the checkpoints of the run.
+    label: the name of the run in messages; '' where it trains alone.
+    last: the figures of the last step that the loop has read.
+    bad: the number of bad steps in a row, up to that step.
+    code: how the run ended: 0, STOPPED, DIVERGED or EARLY.
+    sentence: why the run did not reach its last step; '' where it did.
+    evaluated: whether the figures of an evaluation after the step that the run
+      was resumed at are in its metrics, or it was not resumed.
+    told_to_stop: whether a signal came, be it too late to stop the run.
+  """
+  config: ml_collections.ConfigDict
+  workdir: pathlib.Path
+  saved: checkpoints.Checkpoints
+  label: str = ''
+  last: dict[str, Any] = dataclasses.field(default_factory=dict)
+  bad: int = 0
+  code: int = 0
+  sentence: str = ''
+  evaluated: bool = True
+  told_to_stop: bool = False
+
+  def begin(self, start: int) -> None:
+    """Opens the metrics files, and drops the rows after step `start`."""
+    self._files = metrics.writers(self.workdir, self.config.to_dict(), start,
+                                  devices.primary())
+    self._loads = []  # of the experts, since the last report
+    # Process 0 alone has the rows.
+    self.evaluated = start == 0 or bool(checkpoints.from_process_0(np.int32(
+        any(file.has_kept(start, 'eval') for file in self._files[:1]))))
+    self.best = early_stopping.Best.of(self.config, self.saved.best)
+
+  def read(self, figures: dict[str, Any]) -> None:
+    """Takes the figures of a step."""
+    # A step that was under way when there were too many bad ones is read too,
+    # but a good loss does not save the run any more.
+    if not self.too_many_bad:
+      self.bad = figures['bad_in_row']
+    self.last = figures
+    if 'health/load_E' in figures:
+      self._loads.append((figures['health/load_E'], figures['health/tokens']))
+
+  def report(self, n: int, lap: dict[str, Any]) -> None:
+    """Writes the figures of step `n`, and how long it took."""
+    self.write(n, 'train', self.last | lap | _over_window(self._loads))
+    self._loads.clear()
+
+  def write(self, n: int, split: str, figures: dict[str, Any]) -> None:
+    for file in self._files:
+      file.write(n, split, figures)
+
+  @property
+  def too_many_bad(self) -> bool:
+    return self.bad >= self.config.train.max_bad_steps
+
+  @property
+  def sound(self) -> bool:
+    """Whether the parameters are finite. No later step can mend parameters
+    that are not finite, so they are not saved."""
+    return math.isfinite(self.last['param_norm'])
+
+  def asks_to_be_saved(self, n: int) -> bool:
+    """Whether it is saved after step `n`, due or not: the step is the best so
+    far, or one of too many that were bad, or the run ends there."""
+    return self.too_many_bad or self.best is not None and (
+        self.best.step == n or self.best.is_over)
+
+  def ends_with(self, n: int, figures: dict[str, Any]) -> bool:
+    """Takes the figures of the evaluation after step `n`, for the best of them;
+    returns whether the run ends with them before its last step."""
+    if not self.best or self.best.seen >= n:
+      return False
+    self.best.take(n, figures)
+    self.saved.best = self.best.record()
+    return self.best.is_over and n < self.config.train.steps
+
+  def save(self, n: int, state: TrainState, tokens: int) -> None:
+    for file in self._files:
+      file.flush()
+    self.saved.save(n, state, next_batch=n, tokens=tokens, config=self.config,
+                    good=not self.last['bad_in_row'],
+                    best=self.best and self.best.record())
+
+  def close(self) -> None:
+    for file in self._files:
+      file.close()
+
+  def end(self, code: int, n: int) -> None:
+    """Records that the run ends after step `n`, as `code` says."""
+    self.code, newest = code, self.saved.newest
+    if code == DIVERGED:
+      self.sentence = _diverged(n, self.bad, newest)
+    elif code == EARLY:
+      self.sentence = self.best.sentence(n)
+    else:
+      of = f' of {self.config.train.steps}' if self.label else ''
+      saved = ('saved: the same command goes on from it.' if newest == n else
+               'not saved: the same command goes on from '
+               + ('the beginning.' if newest is None else f'step {newest}.'))
+      self.sentence = f'stopped after step {n}{of}, {saved}'
+
+
+def _over_window(loads: list[tuple]) -> dict[str, Any]:
+  """Returns the experts' panel over the steps since the last report, given
+  (load, tokens) of each."""
+  if not loads:
+    return {}
+  figures = health.window(*(np.asarray(x, np.float32) for x in zip(*loads)))
+  return {f'health/window_{name}': np.asarray(x).tolist()
+          for name, x in figures.items()}
+
+
+def ended_badly(state: TrainState, config: ml_collections.ConfigDict) -> str:
+  """Returns why a run is not gone on with from `state` unless its config is
+  another: it ended there after too many bad steps. '': it did not."""
+  bad, step = int(state.bad_in_row), int(state.step)
+  if bad < config.train.max_bad_steps:
+    return ''
+  return (f'the run in this workdir ended at step {step}: {BAD}, in {bad} '
+          'steps in a row (train.max_bad_steps), and the same config would end '
+          'in the same way. Change what made it so, such as a smaller '
+          'optim.lr, with --allow_config_change; raise train.max_bad_steps to '
+          'go on unchanged; or move the latest folders out of checkpoints to '
+          'go on from an earlier step.')
+
+
+def _diverged(n: int, bad: int, newest: int | None) -> str:
+  """Why a run ends after step `n`, the last `bad` of them not finite; `newest`
+  is the checkpoint that it has."""
+  what = (f'{BAD}, in {bad} steps in a row (train.max_bad_steps); no update '
+          'was made in them' if bad else
+          f'the parameters are not finite after the last step, {n}')
+  kept = (f'The parameters before them are saved as step {n}, beside the '
+          'last good checkpoints' if newest == n else
+          'Parameters that are not finite are not saved: '
+          + ('there is no checkpoint' if newest is None else
+             f'the newest checkpoint is of step {newest}'))
+  return (f'{what}. {kept}. Try a smaller optim.lr, a longer '
+          'optim.warmup_steps, optim.clip_norm=1, or model.dtype=float32, with '
+          '--allow_config_change.')

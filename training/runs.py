@@ -22,7 +22,8 @@ from architectures.parts.config import ModelConfig
 from architectures.parts.moe import grouped_kernels
 from configs import sharding as tables
 from configs.errors import RequestError, one_of, require
-from training import best, description, evals, fields, limits, objectives
+from training import early_stopping, evals, fields, limits, objectives
+from training.costs import systems, totals
 from training.data import holdout, pipeline, ramp, tokenizers
 from training.distributed import devices
 from training.optim import average, mup, optimizers
@@ -122,7 +123,7 @@ def check_config(config: ml_collections.ConfigDict, by_hand: Iterable[str] = ()
   one_of('mesh.rules', config.mesh.rules, tables.RULES)
   ramp.check(config)
   optimizers.check_optim(config.optim)
-  best.check_best(config)
+  early_stopping.check_best(config)
   one_of('eval.part', config.eval.part, holdout.PARTS)
   metrics.check_writers(config.log)
   module = architectures.build(_without_tokenizer(config))
@@ -198,8 +199,7 @@ def count(params: Any) -> int:
 class Run:
   """A run once its devices are known: what is built of its config.
 
-  It is what the loop trains. So is a vectorised.Group of several members,
-  whose methods take and return what all of them share.
+  See loop.Program for what the loop trains.
   """
   config: ml_collections.ConfigDict
   model: ModelConfig
@@ -208,13 +208,6 @@ class Run:
   tx: Any
   abstract: TrainState  # shapes and shardings
   place: NamedSharding  # of a batch's rows
-
-  figures = {}  # what is said of each step beside the step's own figures
-
-  @property
-  def single(self) -> 'Run':
-    """The run that each member is for what is done with one at a time."""
-    return self
 
   @classmethod
   def of(cls, config: ml_collections.ConfigDict, model: ModelConfig,
@@ -263,21 +256,8 @@ class Run:
     return average.evaluated(parameter_shares(
         self.module, self.config.optim), state.ema, state.params)
 
-  def describe(self, start: int, tokens: int, train_data: pipeline.Loader,
-               eval_data: Sequence[pipeline.Loader]) -> str:
-    """Returns what the run is about to do, in some lines.
-
-    Args:
-      start: how many steps of it are done.
-      tokens: of a step, padding included.
-      train_data: its batches.
-      eval_data: those of what is held out.
-    """
-    return description.of(self, start, tokens, train_data, eval_data)
-
-  def put(self, *batches: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+  def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
     """Puts this process's rows of a batch on its devices."""
-    batch, = batches
     return devices.put(batch, self.place)
 
   def train_step(self) -> jax.stages.Wrapped:
@@ -289,19 +269,6 @@ class Run:
   def eval_step(self) -> jax.stages.Wrapped:
     """Returns jitted step(params, batch) -> {figure: objectives.Mean}."""
     return jax.jit(make_eval_step(self.module, self.config))
-
-  def split(self, state: TrainState) -> Iterable[TrainState]:
-    """Returns the state of each member, to be saved."""
-    return [state]
-
-  def joined(self, trees: Sequence[Any]) -> Any:
-    """Returns what `split` has taken apart, such as a state."""
-    tree, = trees
-    return tree
-
-  def part(self, figures: Any, row: int) -> Any:
-    """Returns one member's part of figures, or of sums, on the host."""
-    return figures
 
 
 def build(config: ml_collections.ConfigDict, model: ModelConfig,
@@ -386,3 +353,111 @@ def model_of(workdir: epath.Path,
     if name.startswith('model.'):
       model[name.removeprefix('model.')] = value
   return architectures.resolve(model)
+
+
+def describe(run: Any, start: int, tokens: int, train_data: pipeline.Loader,
+       eval_data: Sequence[pipeline.Loader]) -> str:
+  """Returns what a run is about to do, in some lines.
+
+  Args:
+    run: the run.
+    start: how many steps of it are done.
+    tokens: of a step, padding included.
+    train_data: its batches.
+    eval_data: those of what is held out.
+  """
+  config, model, steps = run.config, run.model, run.config.train.steps
+  active = '' if not model.has_experts else (
+      f', of which each token uses {totals.parameters(model)[1]:,}')
+  parameters = sum(x.size for x in jax.tree.leaves(run.abstract.params))
+  trained = totals.trained_parameters(run.module, config.optim)
+  if trained != parameters:
+    active += f', of which {trained:,} are trained'
+  mesh = ','.join(
+      f'{axis}={n}' for axis, n in run.mesh.shape.items() if n > 1)
+  parts = config.train.grad_accumulation
+  sizes = ramp.of(config)
+  all_rows = int(sizes.before(steps))
+  rows = f'{config.data.batch_size:,} rows' + (
+      f' in {parts} micro-batches' if parts > 1 else '')
+  source = train_data.text
+  if train_data.num_sources == 1:
+    passes = all_rows / train_data.num_windows
+    source = f'{passes:.3g} passes over {source}'
+  # Of views of records alone: text is cut into rows, and nothing of it is lost.
+  cut = sum(getattr(view, 'cut', 0) for view in train_data.views)
+  if cut:
+    source += (f', {cut:,} of whose {train_data.num_windows:,} rows are longer '
+               f'than data.length {config.data.length}, and cut off')
+  lengths, most = pipeline.lengths(config), ''
+  if len(lengths) > 1:
+    most = 'at most '
+    rows += f' padded to {", ".join(map(str, lengths[:-1]))} or {lengths[-1]}'
+    rows += ' tokens (a program each)'
+  return '\n'.join([
+      f'model: {model.arch}, {parameters:,} parameters in '
+      f'{model.param_dtype}{active}; computed in {model.dtype}',
+      *filter(None, [systems.line(model)]), *layers(model),
+      f'devices: {run.mesh.size} of the kind '
+      f'{run.devices[0].device_kind}, mesh {mesh or "data=1"}',
+      f'step: {rows}, {most}{tokens:,} tokens',
+      *(f'until step {until:,}: {size:,} rows'
+        for until, size in zip(sizes.until, sizes.sizes)),
+      f'training: steps {start + 1:,} to {steps:,}, {most}'
+      f'{all_rows * (tokens // sizes.last):,} tokens in all',
+      *_rate(config), f'data: {source}',
+      f'held out: {" and ".join(loader.text for loader in eval_data)}, '
+      f'{sum(loader.num_tokens for loader in eval_data):,} tokens',
+      f'evaluation: {_evaluations(config, eval_data)}',
+      *_tasks(config), *_unread(config, model)])
+
+
+def layers(model: ModelConfig) -> list[str]:
+  """A line that says which kinds of layer there are, if there are several."""
+  rows = totals.kinds_of_layer(model)
+  said = ('; '.join('{layers} of {kind}'.format(
+      layers=row['layers'], kind=row['kind'] or 'no kind') + ''.join(
+          f', {name}={value}' for name, value in row['changes'].items())
+                    for row in rows))
+  order = ', then '.join(filter(None, (
+      model.prefix, model.pattern or 'the rest', model.suffix)))
+  return [f'layers: {said}; in the order {order}'] if rows else []
+
+
+def _unread(config: ml_collections.ConfigDict, model: ModelConfig
+            ) -> list[str]:
+  """A line for each condition under which fields that are set would be read.
+  """
+  names: dict[str, list[str]] = {}
+  for name, row in limits.unread(config, model).items():
+    names.setdefault(row.where, []).append(f'{name}={limits.get(config, name)}')
+  return [f'not read: {", ".join(fields)}, unless {where}'
+          for where, fields in names.items()]
+
+
+def _evaluations(config: ml_collections.ConfigDict,
+                 eval_data: Sequence[pipeline.Loader]) -> str:
+  every = config.eval.every_steps
+  if not every:
+    return 'none while training'
+  there = [loader.num_batches for loader in eval_data]
+  taken = [loader.first(config.eval.batches) for loader in eval_data]
+  return (f'every {every:,} steps, on {sum(taken):,} of the {sum(there):,} '
+          'batches held out')
+
+
+def _rate(config: ml_collections.ConfigDict) -> list[str]:
+  """A line where the learning rate never gets to optim.lr."""
+  warmup, steps = config.optim.warmup_steps, config.train.steps
+  return [f'learning rate: it rises until step {warmup:,}, so it ends at '
+          f'{steps / warmup:.3g} of optim.lr {config.optim.lr:g}; set '
+          'optim.warmup_steps to fewer than train.steps to reach it'
+          ] if warmup > steps else []
+
+
+def _tasks(config: ml_collections.ConfigDict) -> list[str]:
+  names = evals.listed(config.eval.tasks)
+  every = config.eval.tasks_every_steps
+  when = f'every {every:,} steps and ' if every else ''
+  return [f'tasks: {", ".join(names)}, {when}after the last step'
+          ] if names else []

@@ -26,7 +26,7 @@ import numpy as np
 import architectures
 from configs import sharding as tables
 from configs.errors import EnvironmentFailure, require
-from training import best, endings, initial_state, loop, objectives, runs
+from training import early_stopping, loop, objectives, parameters, runs
 from training.data import pipeline, tokenizers
 from training.distributed import devices
 from training.step import TrainState, init_state, initial_seed
@@ -141,11 +141,11 @@ def train(configs: Sequence[ml_collections.ConfigDict],
       stack.enter_context(storage.locked(workdir))
       saved = stack.enter_context(checkpoints.Checkpoints(
           workdir, **c.checkpoint, agree_every=c.log.every_steps))
-      member = loop.Member(c, workdir, saved, str(workdir))
+      writer = loop.Writer(c, workdir, saved, str(workdir))
       own = dataclasses.replace(run, config=c, model=model,
                                 module=architectures.build(model))
-      found.append((member, *_take_up(own, member, bool(changed))))
-    records = dict(zip([member for member, *_ in found], zip(
+      found.append((writer, *_take_up(own, writer, bool(changed))))
+    records = dict(zip([writer for writer, *_ in found], zip(
         configs, [derived for _, derived in resolved])))
     going = [each for each in found if not each[0].sentence]
     # Of two that begin, one may have the parameters of an import.
@@ -155,60 +155,61 @@ def train(configs: Sequence[ml_collections.ConfigDict],
       if start >= config.train.steps:
         print(f'{len(part)} of {len(going)} runs are complete: {start} steps '
               f'of {config.train.steps}')
-      elif any(member.code == endings.STOPPED or member.told_to_stop
-               for member, *_ in going):
-        for member in part:
-          member.sentence = f'stopped before step {start}'
+      elif any(writer.code == loop.STOPPED or writer.told_to_stop
+               for writer, *_ in going):
+        for writer in part:
+          writer.sentence = f'stopped before step {start}'
       else:
-        for member in part:  # no record is written of what is not trained
-          run_config.save(member.workdir, *records[member], contents)
+        for writer in part:  # no record is written of what is not trained
+          run_config.save(writer.workdir, *records[writer], contents)
         _train_part(run, part, states, start, tokenizer)
-  sentences = {place: member.sentence
-               for place, (member, *_) in enumerate(found)
-               if member.sentence and member.code != endings.EARLY}
-  stopped = any(member.told_to_stop for member, *_ in found)
+  sentences = {place: writer.sentence
+               for place, (writer, *_) in enumerate(found)
+               if writer.sentence and writer.code != loop.EARLY}
+  stopped = any(writer.told_to_stop for writer, *_ in found)
   if sentences:
     raise Unfinished(sentences, workdirs, [
         place for place in sentences
-        if found[place][0].code == endings.DIVERGED], stopped)
+        if found[place][0].code == loop.DIVERGED], stopped)
   return stopped
 
 
-def _take_up(run: runs.Run, member: loop.Member, changed: bool
+def _take_up(run: runs.Run, writer: loop.Writer, changed: bool
              ) -> tuple[TrainState | None, int]:
   """Returns the state that a run goes on from, None where it begins, and the
   index of its next batch; `changed`: whether its config differs from before,
   `run`: the run alone.
   """
-  restored = initial_state.restore(run, member.saved)
+  restored = parameters.restore(run, writer.saved)
   if restored is None:
     return None, 0
-  if restored.step < member.config.train.steps:
-    print(f'{member.workdir}: going on from step {restored.step}')
+  if restored.step < writer.config.train.steps:
+    print(f'{writer.workdir}: going on from step {restored.step}')
   if not changed:
-    member.sentence = endings.ended_badly(restored.state, member.config)
-    member.code = endings.DIVERGED if member.sentence else 0
-  early = best.ended_early(member.config, member.saved.best, restored.step)
-  if early and not member.sentence:
-    member.sentence, member.code = early, endings.EARLY
+    writer.sentence = loop.ended_badly(restored.state, writer.config)
+    writer.code = loop.DIVERGED if writer.sentence else 0
+  early = early_stopping.ended_early(writer.config, writer.saved.best,
+                                     restored.step)
+  if early and not writer.sentence:
+    writer.sentence, writer.code = early, loop.EARLY
   return restored.state, restored.record['next_batch']
 
 
-def _train_part(run: runs.Run, part: Sequence[loop.Member],
+def _train_part(run: runs.Run, part: Sequence[loop.Writer],
                 states: Sequence[TrainState | None], start: int,
                 tokenizer: tokenizers.Tokenizer) -> None:
   """Trains those of the runs that are at one step."""
-  group = Group(run, part)
-  loaders = [pipeline.training_loader(
-      with_values(group.config, {'seed': seed}), tokenizer)
-             for seed in group.seeds]
+  program = program_of(run, part)
+  config = program.run.config
+  loaders = [pipeline.training_loader(with_values(config, {'seed': seed}),
+                                      tokenizer) for seed in seeds_of(part)]
   for loader in loaders:
     loader.beside = loaders
-  n = loop.train_all(
-      group, part,
-      group.new_state() if states[0] is None else group.joined(states), start,
-      loaders, pipeline.held_out(group.config, tokenizer))
-  if any(member.code == endings.STOPPED for member in part):
+  state = (program.new_state() if states[0] is None else
+           program.join(states))
+  n = loop.train_all(program, part, state, start, loaders,
+                     pipeline.held_out(config, tokenizer))
+  if any(writer.code == loop.STOPPED for writer in part):
     print(f'stopped after step {n}: the same request goes on.')
 
 
@@ -231,106 +232,93 @@ def _check(configs: Sequence[ml_collections.ConfigDict],
             f'{", ".join(FIELDS)} may')
 
 
-class Group(runs.Run):
-  """Runs at one step, as one program: its arrays and its functions.
+def program_of(run: runs.Run, writers: Sequence[loop.Writer]) -> loop.Program:
+  """Returns several runs at one step as one program.
 
   Arrays have a leading axis of the runs, filled up with copies of the last to
   a multiple of the devices in use. What a step takes beside the state is
   (batch, values).
+
+  Args:
+    run: one of them, alone.
+    writers: of all of them.
   """
+  run = dataclasses.replace(run, config=writers[0].config)
+  each = -(-len(writers) // jax.device_count())
+  used = -(-len(writers) // each)
+  rows = np.minimum(np.arange(each * used), len(writers) - 1)
+  mesh = jax.make_mesh((used,), (RUNS,), (AxisType.Auto,),
+                       devices=jax.devices()[:used])
 
-  def __init__(self, run: runs.Run, members: Sequence[loop.Member]):
-    super().__init__(**vars(run) | {'config': members[0].config})
-    self._run = run
-    self.members = members
-    self.figures = {'runs_at_once': len(members)}
-    each = -(-len(members) // jax.device_count())
-    used = -(-len(members) // each)
-    self._rows = np.minimum(np.arange(each * used), len(members) - 1)
-    self.joint = jax.make_mesh((used,), (RUNS,), (AxisType.Auto,),
-                               devices=jax.devices()[:used])
-    self.seeds = list(dict.fromkeys(m.config.seed for m in members))
-    flat = [run_config.flatten(m.config) for m in members]
-    differ = [f for f in FIELDS if len({c[f] for c in flat}) > 1]
-    self.values = self._put({
-        name: np.array([flat[i][name] for i in self._rows], DTYPES[name])
-        for name in differ or FIELDS[:1]})
+  def put(tree: Any, spec: Any = _EACH) -> Any:
+    return jax.device_put(tree, NamedSharding(mesh, spec))
 
-  @property
-  def devices(self) -> list[jax.Device]:
-    return list(self.joint.devices.flat)
+  seeds = seeds_of(writers)
+  flat = [run_config.flatten(writer.config) for writer in writers]
+  differ = [f for f in FIELDS if len({fields[f] for fields in flat}) > 1]
+  values = put({name: np.array([flat[i][name] for i in rows], DTYPES[name])
+                for name in differ or FIELDS[:1]})
 
-  @property
-  def single(self) -> runs.Run:
-    return self._run
-
-  def context(self):
-    return contextlib.nullcontext()  # each run is on one device
-
-  def describe(self, *args) -> str:
-    return (f'{len(self.members)} runs at once, each of them:\n'
-            + super().describe(*args))
-
-  def _put(self, tree: Any, spec: Any = _EACH):
-    return jax.device_put(tree, NamedSharding(self.joint, spec))
-
-  def put(self, *batches: dict[str, np.ndarray]) -> tuple[dict, dict]:
-    """One batch is for all runs; else they are those of `seeds`."""
-    if len(batches) == 1:
-      return self._put(batches[0], _ALL), self.values
-    of = {seed: batch for seed, batch in zip(self.seeds, batches, strict=True)}
-    rows = [of[self.members[i].config.seed] for i in self._rows]
-    return self._put({name: np.stack([row[name] for row in rows])
-                      for name in rows[0]}), self.values
-
-  def joined(self, trees: Sequence[Any]) -> Any:
-    """Returns the joint tree, such as a state, of those of the members."""
-    return self._put(jax.tree.map(
-        lambda *xs: np.stack([xs[i] for i in self._rows]),
-        *jax.device_get(list(trees))))
-
-  def new_state(self) -> TrainState:
-    return jax.jit(self._over_runs(self._init, (0,)))(self.values)
-
-  def _init(self, values: dict[str, jax.Array]) -> TrainState:
-    config = with_values(self.config, values)
-    module = self.module.clone(config=dataclasses.replace(
-        self.model, init_stddev=config.model.init_stddev,
-        init_scale=config.model.init_scale))
-    return init_state(module, self.tx, jax.random.key(initial_seed(config)),
-                      config.optim)
-
-  def train_step(self):
-    batch_axis = 0 if len(self.seeds) > 1 else None
-    return jax.jit(self._over_runs(self._step, (0, (batch_axis, 0))),
-                   donate_argnums=0)
-
-  def _step(self, state: TrainState, given: tuple[dict, dict]):
-    batch, values = given
-    config = with_values(self.config, values)
-    tx = optimizer_unchecked(self.module, config.optim, config.train.steps)
-    return make_train_step(self.module, tx, config)(state, batch)
-
-  def eval_step(self):
-    step = make_eval_step(self.module, self.config)
-    return jax.jit(self._over_runs(
-        lambda params, given: step(params, given[0]), (0, (None, 0))))
-
-  def _over_runs(self, fn: Callable, in_axes: tuple) -> Callable:
+  def over_runs(fn: Callable, in_axes: tuple) -> Callable:
     """`fn` over the runs, on each device over those that it holds."""
     specs = jax.tree.map(lambda axis: _ALL if axis is None else _EACH, in_axes,
                          is_leaf=lambda axis: axis is None)
-    return jax.shard_map(jax.vmap(fn, in_axes), mesh=self.joint,
-                         in_specs=specs, out_specs=_EACH, check_vma=False)
+    return jax.shard_map(jax.vmap(fn, in_axes), mesh=mesh, in_specs=specs,
+                         out_specs=_EACH, check_vma=False)
 
-  def split(self, state: TrainState) -> Iterator[TrainState]:
-    host = jax.device_get(state)
-    for row in range(len(self.members)):
-      yield jax.tree.map(jnp.asarray, self.part(host, row))
+  def init(values: dict[str, jax.Array]) -> TrainState:
+    config = with_values(run.config, values)
+    module = run.module.clone(config=dataclasses.replace(
+        run.model, init_stddev=config.model.init_stddev,
+        init_scale=config.model.init_scale))
+    return init_state(module, run.tx, jax.random.key(initial_seed(config)),
+                      config.optim)
 
-  def part(self, figures: Any, row: int):
+  def train_step(state: TrainState, given: tuple[dict, dict]):
+    batch, values = given
+    config = with_values(run.config, values)
+    tx = optimizer_unchecked(run.module, config.optim, config.train.steps)
+    return make_train_step(run.module, tx, config)(state, batch)
+
+  eval_step = make_eval_step(run.module, run.config)
+
+  def put_batches(*batches: dict[str, np.ndarray]) -> tuple[dict, dict]:
+    """One batch is for all runs; else they are those of `seeds`."""
+    if len(batches) == 1:
+      return put(batches[0], _ALL), values
+    of = dict(zip(seeds, batches, strict=True))
+    own = [of[writers[i].config.seed] for i in rows]
+    return put({name: np.stack([batch[name] for batch in own])
+                for name in own[0]}), values
+
+  def join(trees: Sequence[Any]) -> Any:
+    return put(jax.tree.map(lambda *xs: np.stack([xs[i] for i in rows]),
+                            *jax.device_get(list(trees))))
+
+  def split(tree: Any) -> Iterator[Any]:
+    host = jax.device_get(tree)
+    for row in range(len(writers)):
+      yield jax.tree.map(jnp.asarray, part(host, row))
+
+  def part(figures: Any, row: int) -> Any:
     return jax.tree.map(lambda x: x[row], figures,
                         is_leaf=lambda x: isinstance(x, list))
+
+  return loop.Program(
+      run, contextlib.nullcontext,  # each run is on one device
+      list(mesh.devices.flat),
+      lambda: jax.jit(over_runs(init, (0,)))(values),
+      jax.jit(over_runs(train_step, (0, (0 if len(seeds) > 1 else None, 0))),
+              donate_argnums=0),
+      jax.jit(over_runs(lambda params, given: eval_step(params, given[0]),
+                        (0, (None, 0)))),
+      put_batches, split, join, part, {'runs_at_once': len(writers)},
+      f'{len(writers)} runs at once, each of them:\n')
+
+
+def seeds_of(writers: Sequence[loop.Writer]) -> list[int]:
+  """Returns the different seeds of some runs: each has batches of its own."""
+  return list(dict.fromkeys(writer.config.seed for writer in writers))
 
 
 def with_values(config: ml_collections.ConfigDict, values: Any

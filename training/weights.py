@@ -9,12 +9,18 @@ largest tensor and a shard, or two while one is handed over. Out: tensor by
 tensor, of which host memory holds one and its rearranged copies. Nothing is
 left out in silence: a tensor or parameter without a counterpart is an error or,
 with `partial`, listed.
+
+Low-rank adapters are merged where weights go out: W + (alpha / rank) A B is a
+weight like any other, by which the model without adapters computes the same
+function (Hu et al. 2021, section 4.1), to the rounding of a sum that is added
+up in another order.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
 import functools
 import json
+import math
 import os
 import pathlib
 import re
@@ -24,24 +30,21 @@ import warnings
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 
 import architectures
-from architectures.parts import hf
-from architectures.parts.config import ModelConfig
+from architectures.parts import checks, hf, linear
+from architectures.parts.config import LoraConfig, ModelConfig
 from architectures.parts.hf import tensor_map
+from configs import base
 from configs.errors import require
-from training import adapters
-from training import new_head
-from training import paths
-from training import progress
+from training import paths, progress
 from training.hf import config as hf_config
 from training.hf import files as hf_files
 from training.hf import generation as hf_generation
 from training.hf import optional as hf_optional
-from training.workdir import other_model
-from training.workdir import storage
+from training.step import parameter_shapes
+from training.workdir import checkpoints, storage
 
 SHARD_BYTES = 5 * 10**9
 PART_BYTES = 2 ** 24  # of two tensors that are compared
@@ -82,32 +85,8 @@ def from_hf(path: str | os.PathLike, *, partial: bool = False, seed: int = 0,
   return module, loaded.params
 
 
-def params_to_start_from(
-    path: str | os.PathLike, module: nn.Module, *, like: Any = None,
-    partial: bool = False, seed: int = 0,
-    config: ml_collections.ConfigDict | None = None) -> Loaded:
-  """Returns what `module` starts from: the weights of another training.
-
-  The config.json beside them must describe the same function. Only the length
-  may differ, where no position is learned; and a language model's weights may
-  get the head of a task (new_head.py).
-
-  Args:
-    path, like, partial, seed: as for from_hf and load.
-    config: as of other_model.refuse.
-  """
-  path = pathlib.Path(path)
-  theirs = hf_optional.as_in(module.config, hf_config.read(
-      hf_config.load_config_json(path.parent if path.is_file() else path)))
-  different = other_model.refuse(module.config, theirs, path, partial, config)
-  loaded = read_params(module, hf_files.Files(path), like=like, partial=partial,
-                       seed=seed,
-                       put_on=new_head.is_put_on(module.config, theirs))
-  return Loaded(loaded.params, different + loaded.skipped)
-
-
 def read_params(module: nn.Module, source: Source, *, like: Any = None,
-                partial: bool = False, seed: int = 0, put_on: bool = False
+                partial: bool = False, seed: int = 0, new_head: bool = False
                 ) -> Loaded:
   """Returns the parameters of `module`, from tensors by their HF names.
 
@@ -117,7 +96,7 @@ def read_params(module: nn.Module, source: Source, *, like: Any = None,
     like: the parameters' shapes with shardings, as in TrainState; none: on
       one device.
     partial, seed: as for from_hf.
-    put_on: whether the head of a task is drawn where the files lack it, and
+    new_head: whether the head of a task is drawn where the files lack it, and
       that of a language model passed over.
   """
   page = architectures.hugging_face(module.config.arch)
@@ -133,7 +112,7 @@ def read_params(module: nn.Module, source: Source, *, like: Any = None,
   fills: dict[str, list] = {path: [] for path in shapes}
   names.check_types(tensors)
   bad: set[str] = set()
-  heads = names.there(new_head.names_left_out(module)) if put_on else []
+  heads = names.there(names_left_out(module)) if new_head else []
   passed = [f'{name} of the files is of the head of a language model'
             for name in heads]
   spare = hf_optional.spare(page, tensors, set(source) - set(heads))
@@ -146,7 +125,7 @@ def read_params(module: nn.Module, source: Source, *, like: Any = None,
     if tensor.name in new_names:
       bad.update(tensor.paths)
     elif wrong := names.wrong(tensor):
-      new = (put_on and tensor.paths[0].startswith(new_head.TASK)
+      new = (new_head and tensor.paths[0].startswith(TASK)
              and not names.there([tensor.name]))
       (passed if new else skipped).append(wrong + ', so it is drawn' * new)
       bad.update(tensor.paths)
@@ -168,9 +147,7 @@ def read_params(module: nn.Module, source: Source, *, like: Any = None,
   return Loaded(params, passed + skipped)
 
 
-def _check_number(needed: int,
-                  source: Source,
-                  partial: bool) -> None:
+def _check_number(needed: int, source: Source, partial: bool) -> None:
   """Raises RequestError where the model has another size altogether than the
   files, before each of its tensors is looked for."""
   held = len(list(source))
@@ -336,7 +313,7 @@ def to_hf(module: nn.Module, params: Any, folder: str | os.PathLike, *,
       what the folder holds: a run, or weights that would stay.
   """
   storage.refuse_run(folder, 'the folder')
-  module, params = adapters.merge(module, params)
+  module, params = merge(module, params)
   config: ModelConfig = module.config
   page = architectures.hugging_face(config.arch)
   rows = page.bare_rows(config) if bare else page.rows(config)
@@ -386,3 +363,101 @@ def check_range(tensor: tensor_map.Tensor, x: np.ndarray, dtype: np.dtype
 def _theirs(tensor: tensor_map.Tensor, flat: dict[str, Any]) -> np.ndarray:
   return tensor.join([np.asarray(flat[path][tensor.index])
                       for path in tensor.paths])
+
+
+TASK = 'task/'  # of the paths of a task's head
+
+
+def is_new_head(ours: ModelConfig, theirs: ModelConfig) -> bool:
+  """Whether `ours` has the head of a task, and `theirs` predicts tokens."""
+  return ours.head != 'lm' and theirs.head == 'lm'
+
+
+def left_out(module: nn.Module) -> dict[str, tuple[int, ...]]:
+  """Returns the shapes of the parameters, by path, that the language model has
+  and `module`, with its head of a task, has not."""
+  ours = _shapes(module)
+  lm = architectures.build(dataclasses.replace(
+      module.config, head='lm', num_labels=0, head_dropout=0.0,
+      pooling='cls'))
+  return {path: shape for path, shape in _shapes(lm).items()
+          if path not in ours}
+
+
+def names_left_out(module: nn.Module) -> set[str]:
+  """Returns their names in Hugging Face's format."""
+  lm = dataclasses.replace(module.config, head='lm')
+  page = architectures.hugging_face(lm.arch)
+  shapes = left_out(module)
+  rows = [row for row in page.rows(lm) if row[0] in shapes]
+  return {tensor.name for tensor in tensor_map.expand(rows, shapes)} | set(
+      page.tied)
+
+
+def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+  return {path: x.shape for path, x in paths.flatten(
+      parameter_shapes(module)).items()}
+
+
+def without_adapters(model: ModelConfig) -> ModelConfig:
+  """Returns the same model without adapters."""
+  return dataclasses.replace(model, lora=LoraConfig(**base.base().model.lora))
+
+
+def same_adapters(one: ModelConfig, other: ModelConfig) -> bool:
+  """Whether two models have the same adapters, or none."""
+  fields = lambda c: (c.lora.rank, c.lora.rank and (c.lora.scale, *(
+      name for name in checks.products(c) if linear.adapted(c, name))))
+  return fields(one) == fields(other)
+
+
+def is_adapter(path: str) -> bool:
+  """Whether the parameter at `path` is A or B of an adapter."""
+  return path.endswith((linear.LORA_A, linear.LORA_B))
+
+
+def without(params: Any) -> Any:
+  """Returns the parameters that are no adapters."""
+  return checkpoints.nest({path: x for path, x in paths.flatten(params).items()
+                         if not is_adapter(path)})
+
+
+def beside(params: Any, others: Any) -> Any:
+  """Returns `params` with the adapters of `others` beside them."""
+  return checkpoints.nest(paths.flatten(params) | {
+      path: x for path, x in paths.flatten(others).items()
+      if is_adapter(path)})
+
+
+def merge(module: nn.Module, params: Any) -> tuple[nn.Module, Any]:
+  """Returns (module, parameters) of the same function without adapters.
+
+  The sum is made in float32 and rounded once to the type of the weight.
+
+  Args:
+    module: the model, with adapters or without.
+    params: its parameters.
+  """
+  c = module.config
+  if not c.lora.rank:
+    return module, params
+  flat = paths.flatten(nn.meta.unbox(params))
+  merged = {path: _merged(path, x, flat, c.lora.scale)
+            for path, x in flat.items() if not is_adapter(path)}
+  return architectures.build(without_adapters(c)), checkpoints.nest(merged)
+
+
+def _merged(path: str, w: jax.Array, flat: Mapping[str, jax.Array],
+            scale: float) -> jax.Array:
+  if path + linear.LORA_A not in flat:
+    return w
+  a, b = (jnp.asarray(flat[path + name], jnp.float32)
+          for name in (linear.LORA_A, linear.LORA_B))
+  layers = a.ndim + b.ndim - 2 - w.ndim  # axes in front of the inputs
+  lead, rank = w.shape[:layers], a.shape[-1]
+  inputs = math.prod(a.shape[layers:-1])
+  product = jnp.matmul(a.reshape(*lead, inputs, rank),
+                       b.reshape(*lead, rank, -1),
+                       precision=jax.lax.Precision.HIGHEST)
+  return (jnp.asarray(w, jnp.float32) + scale * product.reshape(w.shape)
+          ).astype(w.dtype)

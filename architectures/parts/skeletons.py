@@ -292,7 +292,7 @@ def _key_positions(ctx: Context, cache: Any) -> jax.Array:
   return jnp.arange(entry.num_slots)[None]
 
 
-class Ahead(nn.Module):
+class Mtp(nn.Module):
   """Modules that predict tokens further ahead (DeepSeek-AI 2024b, arXiv
   2412.19437, section 2.2): the one of depth k, for the token at place i,
 
@@ -399,7 +399,7 @@ class Decoder(nn.Module):
     if c.head == 'lm':
       head, extra = heads.Unembed(c, name='head')(table_DV), {}
       if c.mtp_depth and cache is None and not (keep_layers or keep_attention):
-        extra['ahead'], more = Ahead(c, name='ahead')(x_BLD, embedded_BLD, ctx)
+        extra['mtp'], more = Mtp(c, name='mtp')(x_BLD, embedded_BLD, ctx)
         aux = _with_losses(aux, more)
       return Output(x_BLD, head, cache, aux, extra=extra)
     row = heads.HEADS[c.head].of_row

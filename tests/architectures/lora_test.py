@@ -12,7 +12,7 @@ from configs import sharding as tables
 from configs.errors import RequestError
 from tests.helpers import models
 from tests.training import step_test
-from training import adapters, paths
+from training import paths, weights
 from training.costs import flops, totals, traced
 from training.optim import mup
 from training.step import make_train_step, parameter_roles
@@ -48,17 +48,17 @@ def test_merged_by_numpy_it_is_the_same_function(made):
     assert a.shape[-1] == b.shape[1] == RANK
     for layer, w in enumerate(flat[path]):
       w += 2 * np.tensordot(a[layer], b[layer], 1)
-  plain = architectures.build(adapters.plain(module.config))
+  plain = architectures.build(weights.without_adapters(module.config))
   merged = jax.tree_util.tree_map_with_path(
       lambda key, _: jnp.asarray(flat[paths.join(key)], jnp.float32),
-      adapters.without(params))
+      weights.without(params))
   tokens_BL = models.tokens()
   with_adapters = logits(module, params, tokens_BL)
   models.close(with_adapters, logits(plain, merged, tokens_BL), rtol=2e-5)
   # As far away as the adapters are, and `merge` gives what NumPy gives.
-  without = logits(plain, adapters.without(params), tokens_BL)
+  without = logits(plain, weights.without(params), tokens_BL)
   assert np.abs(without - with_adapters).max() > 0.1
-  also, params = adapters.merge(module, params)
+  also, params = weights.merge(module, params)
   assert also == plain
   models.close(merged, params, rtol=1e-6)
 
@@ -76,10 +76,10 @@ def test_a_new_adapter_changes_nothing_and_is_drawn_as_by_its_authors():
     a = flat[f'decoder/layers/block_0/{name}_lora_a']
     assert 0.95 < np.abs(a).max() * fan_in ** 0.5 <= 1, name
     assert np.std(a) * fan_in ** 0.5 == pytest.approx(3 ** -0.5, rel=0.1)
-  plain = architectures.build(adapters.plain(module.config))
+  plain = architectures.build(weights.without_adapters(module.config))
   np.testing.assert_array_equal(
       models.logits(module, params, models.tokens()),
-      models.logits(plain, adapters.without(params), models.tokens()))
+      models.logits(plain, weights.without(params), models.tokens()))
 
 
 def lora_run(mesh=None, **changes):
@@ -96,9 +96,9 @@ def test_a_step_changes_the_adapters_alone(trained):
   run, state, _ = trained
   before = paths.flatten(jax.device_get(run.new_state().params))
   for path, x in paths.flatten(state.params).items():
-    assert np.array_equal(x, before[path]) != adapters.is_adapter(path), path
+    assert np.array_equal(x, before[path]) != weights.is_adapter(path), path
   sizes = {path: x.size for path, x in before.items()
-           if adapters.is_adapter(path)}
+           if weights.is_adapter(path)}
   # Adam's two moments of the adapters, a counter each of Adam and the rate.
   assert sum(x.size for x in jax.tree.leaves(state.opt_state)) == (
       2 * sum(sizes.values()) + 2)
@@ -149,10 +149,10 @@ def test_dropout_is_of_what_an_adapter_is_given():
   module, params = models.make(lora=dict(ALL, dropout=1 - 1e-7))
   tokens = models.tokens()
   key = dict(deterministic=False, rngs={'dropout': jax.random.key(0)})
-  plain = architectures.build(adapters.plain(module.config))
+  plain = architectures.build(weights.without_adapters(module.config))
   np.testing.assert_allclose(
       models.logits(module, params, tokens, **key),
-      models.logits(plain, adapters.without(params), tokens), rtol=1e-5,
+      models.logits(plain, weights.without(params), tokens), rtol=1e-5,
       atol=1e-5)
 
 

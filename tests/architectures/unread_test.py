@@ -13,7 +13,7 @@ from architectures.parts import checks, unread
 from configs import base
 from configs.errors import RequestError
 from tests.helpers import models
-from training import description, limits, runs
+from training import limits, runs
 
 # A value of each field that is neither its default nor what a system sets.
 OTHER = {
@@ -224,7 +224,7 @@ def test_what_is_set_by_hand_and_not_read_is_refused(name, value, where):
 def test_a_run_says_what_it_does_not_read():
   config = _config('mixtral', model__ffn='gelu')
   model = runs.resolve_alone(config)
-  [line] = description._unread(config, model)
+  [line] = runs._unread(config, model)
   assert line.startswith('not read: model.moe.num_experts=4, ')
   assert line.endswith(', unless model.ffn is moe')
   config = _config('mixtral')

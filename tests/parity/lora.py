@@ -11,7 +11,7 @@ import numpy as np
 
 import architectures
 from tests.parity import compare, recording, reference
-from training import adapters, paths, weights
+from training import paths, weights
 from training.hf import config as hf_config
 from training.hf import peft
 
@@ -48,7 +48,7 @@ def findings(system: str) -> list[compare.Finding]:
     base, _ = weights.read_params(architectures.build(plain), theirs.weights)
     model, found = peft.read(plain, folder / 'adapters')
     module = architectures.build(model)
-    params = adapters.beside(base, found)
+    params = weights.beside(base, found)
     inputs = {k: jnp.asarray(v) for k, v in theirs.inputs.items()}
     call = compare.CALLS[architectures.stack(model)]
 
@@ -58,7 +58,7 @@ def findings(system: str) -> list[compare.Finding]:
 
     grads, outputs = jax.jit(jax.grad(loss, has_aux=True))(params)
     grads = {path: x for path, x in paths.flatten(grads).items()
-             if adapters.is_adapter(path)}
+             if weights.is_adapter(path)}
     _, wanted = peft.read(plain, folder / 'grads')
     peft.write(model, params, folder / 'ours', '')
     return [

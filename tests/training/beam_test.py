@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from tests.helpers import models
-from training import beam
 from training import generate
 
 NEW = 5
@@ -28,9 +27,9 @@ def gpt():
 
 def search(model, prompts, new=NEW, stop=STOPS, lengths=LENGTHS, **options):
   sources = options.pop('sources', {})
-  return jax.device_get(beam.search(
+  return jax.device_get(generate.beam_search(
       *model, prompts, jnp.array(lengths), max_new_tokens=new,
-      beams=beam.Beams(**options), stop_token=stop, **sources))
+      beams=generate.Beams(**options), stop_token=stop, **sources))
 
 
 def _divisor(penalty, alpha):
@@ -63,7 +62,7 @@ def test_with_enough_beams_the_texts_are_the_best_of_all(penalty, alpha):
   assert [tuple(row) for row in tokens[0, :40]] == best
   np.testing.assert_allclose(scores[0, :40], [told[text] for text in best],
                              rtol=1e-5)
-  assert (scores[0, 40:] <= beam.NEVER / 10).all()
+  assert (scores[0, 40:] <= generate.NEVER / 10).all()
 
 
 def by_the_book(log_p, count, divisor, early_stopping, stops=STOPS):
@@ -148,18 +147,6 @@ def test_rows_are_searched_as_by_the_book(gpt, rows, options, early, stops):
   _compare(found, log_ps, options, early, stops)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('early', [
-    False, pytest.param(True, marks=pytest.mark.long)])
-def test_deep_stacks_whose_layers_are_scanned(gpt, rows, early, monkeypatch):
-  monkeypatch.setattr(generate, 'UNROLLED_LAYERS', 1)
-  prompts, log_ps = rows
-  module = gpt[0].clone(name='scanned')  # so that it is compiled anew
-  found = search((module, gpt[1]), prompts, count=3, early_stopping=early,
-                 **OPTIONS[0])
-  _compare(found, log_ps, OPTIONS[0], early)
-
-
 @pytest.mark.long
 @pytest.mark.parametrize('early', [
     False, pytest.param(True, marks=pytest.mark.long)])
@@ -185,22 +172,10 @@ def test_one_beam_that_stops_early_is_greedy(gpt, rows):
   np.testing.assert_array_equal(tokens[:, 0], greedy)
 
 
-@pytest.mark.slow
-def test_without_a_stop_every_text_has_all_its_tokens(gpt, rows):
-  prompts, log_ps = rows
-  tokens, scores = search(gpt, prompts, stop=None, count=4, length_penalty=0.0)
-  for row, score, log_p in zip(tokens, scores, log_ps):
-    for text, value in zip(row, score):
-      own = sum(log_p(tuple(text[:i]))[text[i]] for i in range(NEW))
-      assert own == pytest.approx(value, abs=1e-4)
-    assert len({tuple(text) for text in row}) == 4
-    assert (np.diff(score) <= 0).all()
-
-
 @pytest.mark.parametrize('wrong, said', [
     (dict(count=0), 'beams is 0'), (dict(count=2000), 'beams is 2000'),
     (dict(penalty='none'), 'gnmt'),
     (dict(length_penalty=float('nan')), 'length_penalty is nan')])
 def test_wrong_beams_are_refused(wrong, said):
   with pytest.raises(ValueError, match=said):
-    beam.Beams(**wrong)
+    generate.Beams(**wrong)

@@ -103,23 +103,6 @@ def _shows_its_examples(file, stdout):
       assert line in stdout.splitlines(), line
 
 
-def test_help_shows_defaults():
-  result = run('eval.py', '--help')
-  assert re.search(r'--temperature: [^-]* \(default: 1.0\)', result.stdout)
-  assert '--[no]interpolate' in result.stdout
-  result = run('-m', 'tools.tokenizer', 'train', '--help')
-  assert '(default: bpe)' in result.stdout
-
-
-def test_a_default_is_told_once():
-  result = run('-m', 'tools.sweep', 'run', '--help')
-  text = ' '.join(result.stdout.split())
-  assert "default: the file's, or 3" in text
-  assert '(default: 0)' not in text
-  assert cli._has_default('What; default: the newest.', 3)
-  assert not cli._has_default('What.', 3)
-
-
 def train(workdir, *flags, config='configs/gpt.py'):
   return forked.run('train.py', '--config', config, f'--workdir={workdir}',
                     *flags)
@@ -127,33 +110,20 @@ def train(workdir, *flags, config='configs/gpt.py'):
 
 REFUSALS = {
     'flag': (['--wrokdir=x'], ['wrokdir', 'Did you mean --workdir?']),
-    'no such flag': (['--zzz=1'], ['--zzz', 'choose from', 'profile_steps']),
     'profile': (['--profile_steps=5000:5010'], ['5000:5010', 'train.steps']),
-    'key': (['--config.optim.rl=1'], ['rl', 'lr']),
     'key beside a longer one': (
         ['--config.train.steps=2', '--config.train.step=3'],
         ["--config.train.step: no config field 'step'",
          "Did you mean 'steps'?"]),
-    'group': (['--config.train=2'], ['--config.train', 'train.steps']),
-    'field of a field': (['--config.seed.x=2'], ['seed is one value']),
     'value': (['--config.optim.lr=fast'],
               ["--config.optim.lr is 'fast': it must be a number"]),
-    'no whole number': (['--config.train.steps=1.5'], [
-        "--config.train.steps is '1.5': it must be a whole number"]),
-    'no group': (['--config.model.kinds=3'], [
-        "--config.model.kinds is '3': it must be a group of fields"]),
     'neither true nor false': (
         ['--config.log.tensorboard=maybe'],
         ["--config.log.tensorboard is 'maybe': choose from True, False"]),
-    'choice that may be empty': (['--config.eval.part=third'],
-                                 ["'third': choose from '', first, second."]),
     'part': (['--config.model.norm=layernrom'],
              ["'layernrom'", 'rmsnorm', "Did you mean 'layernorm'?"]),
-    'optimizer': (['--config.optim.name=adam'], ["'adam'", 'adamw', 'lion']),
     'mesh': (['--config.mesh.tensor=3'], ['mesh', '3', '8']),
-    'heads': (['--config.model.num_heads=5'], ['num_heads', '5']),
     'source': (['--config.data.source=text:no/such/*.txt'], ['no/such/*.txt']),
-    'objective': (['--config.objective=casual'], ["'casual'", 'causal']),
     'bytes': (['--config.data.tokenizer=\udcff'], ['\\udcff', 'not UTF-8']),
 }
 
@@ -175,8 +145,7 @@ def test_a_wrong_config_is_one_sentence(config, parts, tmp_path):
   _refused(train(tmp_path / 'run', config=config), parts)
 
 
-@pytest.mark.parametrize('after', [(), ('--config=configs/gpt.py:tiny',),
-                                   ('--config', 'configs/gpt.py:tiny')])
+@pytest.mark.parametrize('after', [(), ('--config=configs/gpt.py:tiny',)])
 def test_a_field_comes_after_its_config(after):
   _refused(forked.run('train.py', '--config.seed=1', *after),
            ['pass --config FILE.py:SIZE before --config.seed'])
@@ -186,28 +155,11 @@ def test_a_field_comes_after_its_config(after):
 BAD_FILES = {
     'def get_config(:': 'line 1: SyntaxError',
     'def get_config():\n  return 1 / 0': 'line 2: ZeroDivisionError: division',
-    'import nosuch\nget_config = 1': "line 1: ModuleNotFoundError: No module "
-                                     "named 'nosuch'",
-    'def get_config():\n  return get_config()': 'line 2: RecursionError',
-    'def get_config():\n  raise SystemExit(0)': 'line 2: SystemExit: 0',
     'def get_config():\n  pass': 'returned None, which is no ConfigDict',
     '# get_config': 'has no function get_config()',
-    'import ml_collections\nget_config = ml_collections.ConfigDict':
-        'the field checkpoint is missing',
-    'from configs import base\ndef get_config():\n  c = base.base()\n'
-    '  c.optim.rl = 1\n  return c': 'optim.rl is no config field',
-    'from configs import base\ndef get_config():\n  c = base.base()\n'
-    '  c.seed = None\n  return c': 'seed is None, of type NoneType',
-    'from configs import base\ndef get_config():\n  c = base.base()\n'
-    '  c.optim.lr = "a"\n  return c':
-        "line 4: lr is 'a', of type str: it must be of type float",
     'from configs import base\ndef get_config():\n  c = base.base()\n'
     '  c.modle.d_model = 64\n  return c':
         "line 4: no config field 'modle'. Did you mean 'model'?",
-    'from configs import base\ndef get_config():\n  c = base.base().lock()\n'
-    '  c.modle = 64\n  return c':
-        "line 4: no config field 'modle'. Did you mean 'model'?",
-    'def get_config():\n  return {}["a"]': "line 2: KeyError: 'a'",
 }
 
 
@@ -222,19 +174,6 @@ def test_an_error_in_a_config_file_has_its_file_and_line(text, tmp_path):
   assert '\n' not in str(error.value)
 
 
-def test_a_file_of_before_there_were_patterns_is_read_as_one(tmp_path):
-  file = tmp_path / 'mine.py'
-  file.write_text(
-      'from configs import base\ndef get_config():\n  c = base.base()\n'
-      "  c.model.update(attention='global,banded', sliding_window=4)\n"
-      "  c.model.ffn = 'moe'\n  c.model.moe.every = 2\n  return c")
-  model = config_files.load_config_file(str(file)).model
-  assert 'every' not in model.moe and model.attention == 'global'
-  assert model.pattern == 'global_dense,banded_moe'
-  assert model.kinds.to_dict() == {
-      'global_dense': dict(window=0, ffn='dense'), 'banded_moe': dict(window=4)}
-
-
 @pytest.mark.parametrize('words, sentence', [
     (['model.kinds.a.norm=x'], 'a.norm is no field that a kind may change'),
     (['model.kinds.a.rope=1'], 'a.rope is a group of fields: set one of them'),
@@ -246,18 +185,6 @@ def test_a_flag_that_no_kind_of_layer_has_is_refused(words, sentence):
   config = config_files.load_config_file('configs/gpt.py')
   with pytest.raises(errors.RequestError, match=sentence):
     config_files.check_keys(config, [f'--config.{word}' for word in words])
-
-
-@pytest.mark.parametrize('word', [
-    'optim.lr', 'model.tie_embeddings=1', 'model.moe.every', 'model.kinds',
-    'model.kinds.local.window', 'model.rope.theta'])
-def test_only_a_field_that_is_true_or_false_has_a_no(word):
-  config = config_files.load_config_file('configs/gpt.py')
-  config_files.check_keys(config, ['--noconfig.model.tie_embeddings',
-                                   '--noconfig.model.kinds.local.qk_norm'])
-  with pytest.raises(errors.RequestError, match=(
-      rf'^--noconfig\.{word.partition("=")[0]} sets a field that is true')):
-    config_files.check_keys(config, [f'--noconfig.{word}'])
 
 
 @pytest.mark.slow
@@ -282,16 +209,6 @@ def test_kinds_of_layer_are_flags():
           in result.stderr)
 
 
-@pytest.mark.parametrize('file, sentence', [
-    ('/dev/null', 'is no file'), ('x' * 300 + '.py', 'is no file'),
-    ('configs', 'is no file'),
-    ('tests/training/cli_test.py', 'no function get_config'),
-])
-def test_what_is_no_config_file_is_refused(file, sentence):
-  with pytest.raises(errors.RequestError, match=sentence):
-    config_files.load_config_file(file)
-
-
 def test_only_configs_are_offered():
   with pytest.raises(errors.RequestError) as caught:
     config_files.load_config_file('configs/none.py')
@@ -301,15 +218,9 @@ def test_only_configs_are_offered():
     assert config_files.load_config_file(file).model.num_layers
 
 
-def test_an_error_in_a_config_file_is_a_wrong_request(tmp_path):
-  file = tmp_path / 'mine.py'
-  file.write_text('def get_config():\n  return 1 / 0\n')
-  _refused(train(tmp_path / 'run', config=str(file)), [f'{file}, line 2: '])
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize('seconds', [
-    0, 1, pytest.param(3, marks=pytest.mark.long)])
+    0, pytest.param(1, marks=pytest.mark.long)])
 def test_ctrl_c_while_a_run_starts_ends_it(seconds, tmp_path):
   process = subprocess.Popen(
       [sys.executable, 'train.py', '--config', 'configs/gpt.py',
@@ -351,15 +262,6 @@ def test_a_full_device_is_one_sentence(capsys):
     cli.run(lambda: jnp.zeros(2**46, 'int8') and 0)
   assert exit_.value.code == 1
   assert 'a device has no memory left' in capsys.readouterr().err
-
-
-def test_a_bug_keeps_its_traceback():
-  with pytest.raises(ValueError, match='of ours'):
-    cli.run(lambda: int('of ours'))
-
-
-def test_no_workdir_is_one_sentence():
-  _refused(run('train.py', '--config', 'configs/gpt.py'), ['workdir'])
 
 
 def test_eval_of_no_run_is_one_sentence(tmp_path):

@@ -10,11 +10,11 @@ import pytest
 from configs import base
 from configs import sharding as tables
 from tests.helpers import models
-from training import evals, evaluating, objectives, runs
+from training import evaluating, objectives, runs
 from training.data import pipeline
 from training.data import tokenizers
 from training.distributed import devices
-from training.evals import checkpoint, lengths
+from training.evals import checkpoint
 from training.evals.task import Evaluation
 from training.evals.tasks import extrapolation
 from training.objectives import record
@@ -72,7 +72,7 @@ def test_a_text_that_is_named_is_evaluated_whole(folder, monkeypatch):
   c.eval.part, c.data.batch_size = 'second', 8
   kept = {}
   monkeypatch.setattr(runs, 'config_of', lambda _: c)
-  monkeypatch.setattr(checkpoint.trained, 'of_run', lambda run, *_: (
+  monkeypatch.setattr(checkpoint.parameters, 'of_run', lambda run, *_: (
       kept.update(run=run) or types.SimpleNamespace(
           state=None, step=0, what='')))
   checkpoint.load(folder, ['loss'], types.SimpleNamespace(
@@ -104,18 +104,6 @@ def test_bits_per_byte_are_the_bits_of_the_text_over_its_bytes(folder):
   assert figures.keys() == {'loss', 'perplexity', 'bits_per_byte'}
   assert figures['bits_per_byte'] == pytest.approx(41 / 40)
   assert figures['perplexity'] == pytest.approx(2)
-
-
-def test_the_perplexity_is_of_tokens_alone():
-  mean = record.Mean
-  sums = {'mlm_loss': mean(6 * math.log(3), 6.0), 'nsp_loss': mean(8.0, 4.0),
-          'nsp_accuracy': mean(3.0, 4.0)}
-  loader = types.SimpleNamespace(
-      objective=objectives.OBJECTIVES['mlm_nsp'], share=1.0)
-  figures = evaluating.means([sums], [loader])
-  assert figures == pytest.approx(dict(
-      loss=math.log(3) + 2, mlm_loss=math.log(3), nsp_loss=2.0,
-      nsp_accuracy=0.75, perplexity=3))
 
 
 def test_of_nothing_there_is_no_figure():
@@ -157,50 +145,6 @@ def test_extrapolation_counts_the_tokens_that_there_are(folder, capsys):
           np.mean(loss), abs=6e-4)
 
 
-def test_the_same_tokens_are_predicted_at_each_length(folder, monkeypatch):
-  """Also where not all that is held out is read; and each row is one that a
-  run of that length would read."""
-  monkeypatch.setattr(lengths, 'TOKENS', 128)
-  random = np.random.default_rng(0)
-  for i in range(9):
-    (folder / f'd{i}.txt').write_bytes(bytes(random.integers(32, 126, 120)))
-  c = config_of(folder, 'text:{0}/d*.txt', num_layers=1)
-  c.data.document_mask = True
-  evaluation = evaluation_of(c, folder)
-  predicted = {}
-  for multiple in (1, 2, 4):
-    (_, batches), = lengths.sources(evaluation, multiple, 4)
-    long = c.copy_and_resolve_references()
-    long.data.length *= multiple
-    known = {_row(batch, i) for loader in pipeline.held_out(long, BYTES)
-             for batch in loader.iterate() for i in range(c.data.batch_size)}
-    for batch in batches:
-      for i in range(len(batch['tokens'])):
-        assert not batch['weights'][i].any() or _row(batch, i) in known
-    predicted[multiple] = [np.asarray(batch['targets']).reshape(-1).tolist()
-                           for batch in batches]
-  assert predicted[1] == predicted[2] == predicted[4]
-  assert 128 <= sum(map(len, predicted[1])) < 9 * 121 // 2
-
-
 def _row(batch, i):
   return tuple((name, *np.asarray(x[i]).tolist())
                for name, x in sorted(batch.items()))
-
-
-@pytest.mark.long
-def test_routing_weighs_batches_by_their_tokens(folder, capsys):
-  """A mean over tokens is the same however they are cut into batches, of
-  which the last one is short."""
-  found = {}
-  for rows in (1, 3):
-    c = config_of(folder, '1*text:{0}/a.txt,3*text:{0}/c.txt',
-                  system='mixtral', num_kv_heads=2, num_layers=1,
-                  moe=dict(num_experts=4, d_ff=24))
-    c.data.batch_size = rows
-    evaluation = evaluation_of(c, folder)
-    with evaluation.run.context():
-      found[rows] = evals.task('routing').run(evaluation)
-  for name in ('load_E', 'z_loss', 'confidence', 'router_entropy'):
-    np.testing.assert_allclose(found[1][name], found[3][name], rtol=1e-4,
-                               err_msg=name)

@@ -45,13 +45,6 @@ def test_greedy_equals_the_forward_pass_row_by_row(model, prompts):
     np.testing.assert_array_equal(new, tokens[0, length:length + NEW])
 
 
-def test_layers_that_are_scanned_write_the_same(model, prompts, monkeypatch):
-  written = greedy(model, prompts)
-  monkeypatch.setattr(generate, 'UNROLLED_LAYERS', 1)
-  module = model[0].clone(name='scanned')  # so that it is compiled anew
-  np.testing.assert_array_equal(greedy((module, model[1]), prompts), written)
-
-
 @pytest.mark.slow
 def test_a_prefix_lm_reads_its_prompt_in_both_directions(prompts):
   module, params = models.make(position='rope', tie_embeddings=False)
@@ -70,13 +63,6 @@ def test_a_prefix_lm_reads_its_prompt_in_both_directions(prompts):
                                   written[row])
 
 
-def test_groups_of_tokens_need_not_divide_those_of_the_prompts(prompts):
-  moe = dict(num_experts=4, capacity_factor=1.0)
-  written = [greedy(models.make('mixtral', moe=moe | dict(group_size=size)),
-                    prompts) for size in (0, 16)]
-  np.testing.assert_array_equal(*written)
-
-
 def test_a_row_that_stops_stays_stopped(model, prompts):
   plain = greedy(model, prompts)
   stop = int(plain[1, 2])
@@ -86,16 +72,6 @@ def test_a_row_that_stops_stays_stopped(model, prompts):
     end = ends[0] if ends.size else NEW
     np.testing.assert_array_equal(row[:end + 1], free[:end + 1])
     assert (row[end:] == stop).all()
-
-
-def test_a_row_may_stop_at_any_of_several(model, prompts):
-  plain = greedy(model, prompts)
-  stops = (int(plain[0, -1]), int(plain[1, 2]))
-  for row, free in zip(greedy(model, prompts, stop_token=stops), plain):
-    np.testing.assert_array_equal(generate.until(row, stops),
-                                  generate.until(free, stops))
-    end = len(generate.until(row, stops))
-    assert (row[end + 1:] == stops[0]).all()
 
 
 def test_one_key_one_text(model, prompts):
@@ -133,11 +109,6 @@ def test_the_likeliest_is_the_first_of_the_best_and_a_nan_before_all():
 def test_filters(sampling, kept):
   logits = generate.Sampling(**sampling).filter(LOGITS)
   np.testing.assert_array_equal(np.isfinite(logits[0]), np.array(kept, bool))
-
-
-def test_temperature_scales():
-  np.testing.assert_allclose(
-      generate.Sampling(temperature=0.5).filter(LOGITS), 2 * LOGITS)
 
 
 @pytest.mark.parametrize('settings', [
@@ -178,11 +149,6 @@ def test_a_penalty_counts_the_prompt_and_what_was_written(model, prompts):
     assert len({*row[:length], *new}) == len({*row[:length]}) + NEW
 
 
-def test_a_text_ends_before_a_stop_string():
-  assert generate.before('one two three', ['three', 'two']) == 'one '
-  assert generate.before('one', ['x']) == 'one'
-
-
 def test_draws_follow_the_distribution():
   keys = jax.random.split(jax.random.key(0), 4000)
   drawn = jax.vmap(lambda k: generate.Sampling()(LOGITS, k)[0])(keys)
@@ -202,11 +168,6 @@ def test_a_wrong_sampling_is_refused(wrong):
 def test_an_encoder_has_no_cache():
   with pytest.raises(ValueError, match='model.arch bert is an encoder.*gpt, '):
     architectures.init_cache(models.config('bert'), 1, 8)
-
-
-def test_past_the_learned_positions_is_refused(prompts):
-  with pytest.raises(ValueError, match='13 tokens is longer than the 8'):
-    greedy((architectures.build(models.config(max_len=8)), None), prompts)
 
 
 @pytest.mark.long

@@ -1,15 +1,14 @@
 """Runs on texts with labels: what is learned, the laws of runs in batches of
 several lengths, and the labels that a run keeps."""
 
-import json
 
 import numpy as np
 import pytest
 
 from tests.training import vectorised_test
-from training import initial_state, loop, objectives, runs, vectorised
+from training import loop, parameters, runs
 from training.data import pipeline, tokenizers
-from training.workdir import checkpoints, run_config
+from training.workdir import checkpoints
 
 BYTES = tokenizers.load('bytes')
 STEPS = 24
@@ -87,20 +86,6 @@ def _same(ours, theirs, rtol):
 
 @pytest.mark.long
 @pytest.mark.slow
-def test_seeds_of_one_program_equal_the_runs_alone(alone, tmp_path):
-  """Whose batches have lengths of their own where they train alone."""
-  configs, workdirs = zip(*alone)
-  joint = [tmp_path / str(i) for i in range(2)]
-  vectorised.train(configs, joint)
-  for one, other in zip(joint, workdirs):
-    _same(one, other, 2e-5)
-    ours, theirs = (json.loads((w / 'config.json').read_text())['derived']
-                    for w in (one, other))
-    assert ours == theirs and ours['data.labels'] == ['with', 'without']
-
-
-@pytest.mark.long
-@pytest.mark.slow
 def test_it_goes_on_bit_for_bit(folder, tmp_path):
   first, whole = (config(folder, model__dropout=0.1, train__steps=steps,
                          optim__decay_steps=STEPS, eval__every_steps=0)
@@ -122,26 +107,10 @@ def test_eight_devices_and_micro_batches_equal_one(folder, alone, tmp_path):
   model, derived = runs.resolve(c, BYTES)
   run = runs.build(c, model)
   with checkpoints.Checkpoints(parts, **c.checkpoint) as saved:
-    state, start = initial_state.restore_or_create(run, saved)
+    state, start = parameters.restore_or_create(run, saved)
     loop.train(run, state, start, pipeline.training_loader(c, BYTES),
                pipeline.held_out(c, BYTES), saved, parts)
   _same(parts, alone[0][1], 3e-4)
-
-
-@pytest.mark.long
-def test_a_run_keeps_its_labels(alone, tmp_path):
-  (_, workdir), _ = alone
-  tree = json.loads((workdir / 'config.json').read_text())
-  assert tree['data']['labels'] == []
-  assert tree['derived']['model.num_labels'] == 2
-  # Its data may be gone, or be others by now.
-  tree['data']['source'] = 'labelled:gone.tsv'
-  (tmp_path / 'config.json').write_text(json.dumps(tree))
-  kept = runs.config_of(tmp_path)
-  assert kept.data.labels == ('with', 'without')
-  assert runs.resolve(kept, BYTES)[1]['model.num_labels'] == 2
-  assert runs.model_of(tmp_path).num_labels == 2
-  assert runs.model_of(tmp_path).head == 'sequence'
 
 
 def test_a_run_says_how_rows_are_padded_and_cut(folder):
@@ -150,26 +119,13 @@ def test_a_run_says_how_rows_are_padded_and_cut(folder):
   train = pipeline.training_loader(c, BYTES)
   long = sum(len(line.partition('\t')[0]) > 14 for line in
              (folder / 'train.tsv').read_text().splitlines())
-  lines = run.describe(0, 128, train, pipeline.held_out(c, BYTES)).splitlines()
+  lines = runs.describe(run, 0, 128, train,
+                        pipeline.held_out(c, BYTES)).splitlines()
   assert ('step: 8 rows padded to 8 or 16 tokens (a program each), at most 128 '
           'tokens') in lines
   told = (f'train.tsv, {long} of whose 200 rows are longer than data.length '
           '16, and cut off')
   assert any(line.endswith(told) for line in lines)
-
-
-def test_other_labels_are_another_run(folder, tmp_path):
-  c = objectives.with_labels(config(folder))
-  derived = {'data.labels': c.data.labels}
-  run_config.save(tmp_path, config(folder), derived)
-  old = run_config.load_config(tmp_path)
-  kept = run_config.load_derived(tmp_path)
-  assert not run_config.compare(old, c, kept, derived)
-  other = c.copy_and_resolve_references()
-  other.data.labels = ('with', 'without', 'perhaps')
-  change, = run_config.compare(old, other, kept, {})
-  assert change.name == 'data.labels'
-  assert change.kind == run_config.INCOMPATIBLE
 
 
 @pytest.mark.parametrize('fields, said', [

@@ -11,43 +11,36 @@ import pytest
 
 from configs import base
 from configs.errors import RequestError
-from training import endings, evaluating, loop, objectives
-from training import member as member_lib
+from training import evaluating, loop, objectives, parameters
 from training.distributed import signals
 from training.evals import in_training
+from training.workdir import checkpoints
 
 STEPS = 6
 
 
-class Program:
-  """What a runs.Run is to the loop; the state is how many steps were taken.
+class Fake:
+  """What a run is to the loop; the state is how many steps were taken.
 
   Args:
-    rows: for each member {step: figures that differ from a good step's}.
-    config: of each member.
+    rows: for each run {step: figures that differ from a good step's}.
+    config: of each run.
   """
-  devices, model = [], types.SimpleNamespace(dtype='float32')
 
   def __init__(self, rows, config):
     self.rows, self.config, self.done = rows, config, []
-    self.figures = {'runs_at_once': len(rows)} if len(rows) > 1 else {}
 
-  single = None
-
-  def context(self):
-    return contextlib.nullcontext()
-
-  def describe(self, *args):
-    return 'a program'
-
-  def put(self, *batches):
-    return batches
-
-  def train_step(self):
-    return _Compiled(self._train)
-
-  def eval_step(self):
-    return _Compiled(lambda params, batches: None)
+  def program(self):
+    run = types.SimpleNamespace(
+        config=self.config, model=types.SimpleNamespace(dtype='float32'),
+        evaluated=lambda state: state.params,
+        abstract=types.SimpleNamespace(params=None))
+    several = len(self.rows) > 1
+    return loop.Program(
+        run, contextlib.nullcontext, [], None, _Compiled(self._train),
+        _Compiled(lambda params, batches: None), lambda *batches: batches,
+        self._split, lambda trees: trees, self._part,
+        {'runs_at_once': len(self.rows)} if several else {})
 
   def _train(self, state, batches):
     self.done.append(('dispatch', state.step + 1))
@@ -56,14 +49,11 @@ class Program:
     return _state(state.step + 1), {
         name: jnp.array([own[name] for own in each]) for name in each[0]}
 
-  def evaluated(self, state):
-    return state.params
-
-  def split(self, state):
+  def _split(self, state):
     step = getattr(state, 'step', None)  # of a state, and not of parameters
     return [(row, step) for row in range(len(self.rows))]
 
-  def part(self, figures, row):
+  def _part(self, figures, row):
     if row == 0 and 'loss' in figures:
       self.done.append(('read', self.done[-1][1]))
     return {name: x[row] for name, x in figures.items()}
@@ -118,9 +108,10 @@ class Saved:
 
 @pytest.fixture(name='train')
 def _train(tmp_path, monkeypatch):
-  """Returns a function that trains; see `Program`."""
+  """Returns a function that trains; see `Fake`."""
   monkeypatch.setattr(loop.flops, 'training_flops_per_token',
                       lambda *_, **__: 1.0)
+  monkeypatch.setattr(loop.runs, 'describe', lambda *_: 'a program')
 
   def train(*rows, due=(), stop=None, start=0, best=None, **fields):
     config = base.base()
@@ -132,17 +123,17 @@ def _train(tmp_path, monkeypatch):
         {name.replace('__', '.'): value for name, value in fields.items()})
     if stop is not None:
       monkeypatch.setattr(signals.Stop, 'agreed', lambda _, n: n == stop)
-    program = Program(rows, config)
+    fake = Fake(rows, config)
     several = len(rows) > 1
-    members = [loop.Member(config, tmp_path / str(i), Saved(
+    members = [loop.Writer(config, tmp_path / str(i), Saved(
         due, tmp_path / str(i) / 'checkpoints'),
                            f'run {i}' if several else '')
                for i in range(len(rows))]
     for member in members:
       member.saved.best = best
-    n = loop.train_all(program, members, _state(start), start, [Loader()],
-                       [Loader()])
-    return n, members, program
+    n = loop.train_all(fake.program(), members, _state(start), start,
+                       [Loader()], [Loader()])
+    return n, members, fake
 
   return train
 
@@ -176,7 +167,7 @@ def test_too_many_bad_steps_are_saved_as_bad_and_end_the_run(train):
   """The second is read when step 5 is under way, which is saved, and counts
   no more: it would be good."""
   n, (member,), _ = train(bad(3, 4))
-  assert (n, member.code) == (5, endings.DIVERGED)
+  assert (n, member.code) == (5, loop.DIVERGED)
   assert member.saved.saves == [(5, (0, 5), True)]
   assert '2 steps in a row' in member.sentence
   assert 'saved as step 5' in member.sentence
@@ -195,7 +186,7 @@ def test_parameters_that_are_not_finite_are_not_saved(train, capsys):
   """A last step that makes them so has diverged, without one bad step."""
   nan = dict(param_norm=math.nan)
   n, (member,), _ = train({5: nan, 6: nan}, due=(4, 5))
-  assert (n, member.code) == (STEPS, endings.DIVERGED)
+  assert (n, member.code) == (STEPS, loop.DIVERGED)
   assert member.saved.saves == [(4, (0, 4), True)]
   assert 'after the last step, 6' in member.sentence
   assert 'newest checkpoint is of step 4' in member.sentence
@@ -204,7 +195,7 @@ def test_parameters_that_are_not_finite_are_not_saved(train, capsys):
 
 def test_the_step_that_ends_a_run_is_written_whether_it_is_due_or_not(train):
   _, (one, other), _ = train(bad(2, 3), {}, log__every_steps=5)
-  assert one.code == endings.DIVERGED
+  assert one.code == loop.DIVERGED
   assert [(row['step'], row['bad_in_row']) for row in _rows(one, 'train')] == [
       (3, 2)]
   assert _steps(other) == [5, 6]
@@ -212,7 +203,7 @@ def test_the_step_that_ends_a_run_is_written_whether_it_is_due_or_not(train):
 
 def test_a_stop_saves_and_says_what_the_run_goes_on_from(train):
   n, (member,), _ = train({}, stop=3)
-  assert (n, member.code) == (3, endings.STOPPED)
+  assert (n, member.code) == (3, loop.STOPPED)
   assert member.saved.saves == [(3, (0, 3), True)]
   assert member.sentence == (
       'stopped after step 3, saved: the same command goes on from it.')
@@ -230,26 +221,20 @@ def test_a_signal_during_the_last_step_does_not_keep_it_from_evaluation(
   assert (n, member.code) == (STEPS, 0)
   assert _steps(member, 'eval')[-1] == STEPS
   n, (member,), _ = train({}, stop=STEPS - 1, **BEST)
-  assert (n, member.code) == (STEPS - 1, endings.STOPPED)
+  assert (n, member.code) == (STEPS - 1, loop.STOPPED)
   assert STEPS - 1 not in _steps(member, 'eval')
 
 
 def test_a_member_that_ends_leaves_the_others_alone(train):
   n, members, program = train({}, bad(2, 3), {}, due=(2,))
-  assert [m.code for m in members] == [0, endings.DIVERGED, 0]
+  assert [m.code for m in members] == [0, loop.DIVERGED, 0]
   assert [_steps(m)[-1] for m in members] == [6, 4, 6]
   assert [m.saved.saves for m in members] == [
       [(2, (row, 2), row != 1), (last, (row, last), True)]
       for row, last in ((0, 6), (1, 4), (2, 6))]
   n, members, _ = train(bad(2, 3), bad(3, 4))
-  assert [m.code for m in members] == [endings.DIVERGED] * 2
+  assert [m.code for m in members] == [loop.DIVERGED] * 2
   assert n == 5  # where the last one ended
-
-
-def test_members_that_are_stopped_say_of_how_many_steps(train):
-  _, members, _ = train({}, {}, stop=3)
-  assert {m.sentence for m in members} == {
-      'stopped after step 3 of 6, saved: the same command goes on from it.'}
 
 
 @pytest.mark.parametrize('at, done', [
@@ -303,17 +288,17 @@ def test_a_run_that_waits_in_vain_ends_early(train, monkeypatch):
           [0.1, 0.2, 0.3, 0.1, 0.4, 0.3], [0.3, 0.3, 0.3, 0.3, 0.3, 0.3])
   n, members, _ = train({}, {}, {}, **BEST, eval__patience=2)
   assert n == STEPS
-  assert [m.code for m in members] == [endings.EARLY, 0, endings.EARLY]
+  assert [m.code for m in members] == [loop.EARLY, 0, loop.EARLY]
   assert [m.saved.newest for m in members] == [4, 6, 3]
   assert members[0].sentence == (
       'ended early after step 4: x/f1 has not been better in 2 evaluations in '
       'a row (eval.patience); the best is 0.3, of step 2')
   assert _steps(members[2]) == [1, 2, 3]
   n, (member,), _ = train({}, **BEST, eval__patience=2)
-  assert (n, member.code) == (4, endings.EARLY)
+  assert (n, member.code) == (4, loop.EARLY)
 
 
-@pytest.mark.parametrize('stop', [1, 2, 3, 4, 5])
+@pytest.mark.parametrize('stop', [2, 3, 5])
 def test_a_run_that_goes_on_decides_as_without_the_break(
     train, monkeypatch, stop):
   """Also where the signal falls on an evaluation, which is then done late."""
@@ -322,10 +307,10 @@ def test_a_run_that_goes_on_decides_as_without_the_break(
   whole = train({}, **fields)[1][0]
   assert (whole.saved.newest, whole.best.step) == (5, 3)
   _, (first,), _ = train({}, **fields, stop=stop)
-  assert first.code == endings.STOPPED and first.best.seen == stop - 1
+  assert first.code == loop.STOPPED and first.best.seen == stop - 1
   monkeypatch.setattr(signals.Stop, 'agreed', lambda self, n: False)
   n, (member,), _ = train({}, **fields, start=stop, best=first.saved.best)
-  assert (n, member.code) == (5, endings.EARLY)
+  assert (n, member.code) == (5, loop.EARLY)
   assert member.best == whole.best and member.sentence == whole.sentence
 
 
@@ -356,15 +341,161 @@ def test_a_signal_cuts_an_evaluation_short_unless_it_is_the_last(
     for member in members:
       assert _steps(member, 'eval') == evaluated
       assert member.saved.newest == n
-      assert member.code == (0 if n == STEPS else endings.STOPPED)
+      assert member.code == (0 if n == STEPS else loop.STOPPED)
 
 
 def test_the_experts_panel_is_over_the_steps_since_the_last_report(
     train, monkeypatch):
   windows = []
-  monkeypatch.setattr(member_lib.health, 'window', lambda load, tokens: (
+  monkeypatch.setattr(loop.health, 'window', lambda load, tokens: (
       windows.append(tokens.tolist()) or {}))
   figures = {n: {'health/load_E': [n], 'health/tokens': n}
              for n in range(1, STEPS + 1)}
   train(figures, log__every_steps=4)
   assert windows == [[1, 2, 3, 4], [5, 6]]
+
+
+BOTH = dict(eval__every_steps=2, eval__tasks='x', eval__tasks_every_steps=2)
+
+
+@pytest.fixture(name='cheap')
+def _cheap(monkeypatch):
+  monkeypatch.setattr(evaluating, 'evaluate', lambda *_, stop: (
+      None if stop() else [{'nll': [1.0, 1.0]}]))
+  monkeypatch.setattr(evaluating, 'means', lambda sums, _: {
+      'loss': sums[0]['nll']})
+  monkeypatch.setattr(
+      in_training.Tasks, 'of', lambda self, params, n, workdir, stop: (
+          None if stop() else in_training.Found({'x/score': n}, [])))
+
+
+def _signal(monkeypatch, at_once):
+  """Lets a signal be there where `at_once`, of the step that was asked about,
+  says so."""
+  asked = [0]
+  monkeypatch.setattr(signals.Stop, 'agreed', lambda self, step: (
+      asked.append(step)))
+  monkeypatch.setattr(signals.Stop, 'at_once', property(
+      lambda self: at_once(asked[-1])))
+
+
+@pytest.mark.parametrize('rows, stop', [(1, 3), (2, 4)])
+def test_no_row_is_missing_and_none_is_there_twice(
+    train, cheap, monkeypatch, stop, rows):
+  """Whether or not an evaluation was due when the signal came."""
+  train(*[{}] * rows, stop=stop, **BOTH)
+  monkeypatch.setattr(signals.Stop, 'agreed', lambda self, n: False)
+  n, members, _ = train(*[{}] * rows, start=stop, **BOTH)
+  assert n == STEPS
+  for member in members:
+    assert [(row['step'], row['loss'], row['x/score'])
+            for row in _rows(member, 'eval')] == [
+                (2, 1.0, 2), (4, 1.0, 4), (6, 1.0, 6)]
+
+
+def test_one_that_is_cut_short_leaves_no_part(train, cheap, monkeypatch):
+  """The held-out data were through when the signal came during the task."""
+  _signal(monkeypatch, lambda step: False)
+  came = []
+  monkeypatch.setattr(in_training.Tasks, 'of', lambda self, params, n, *_,
+                      **__: came.append(n))  # None: cut short
+  monkeypatch.setattr(signals.Stop, 'at_once', property(
+      lambda self: bool(came)))
+  n, (member,), _ = train({}, **BOTH)
+  assert (n, member.code, came) == (2, loop.STOPPED, [2])
+  assert not _rows(member, 'eval')
+
+
+def test_a_signal_meanwhile_trains_no_further(
+    train, cheap, monkeypatch):
+  """Otherwise the evaluation of that step would never be done."""
+  train({}, stop=4, **BOTH)
+  _signal(monkeypatch, lambda step: True)
+  n, (member,), program = train({}, start=4, **BOTH)
+  assert (n, member.code) == (4, loop.STOPPED)
+  assert not program.done and _steps(member) == [1, 2, 3, 4]
+  _signal(monkeypatch, lambda step: False)
+  n, (member,), _ = train({}, start=4, **BOTH)
+  assert _steps(member, 'eval') == [2, 4, 6]
+
+
+AVERAGE = dict(checkpoint__average=3, checkpoint__every_steps=2)
+
+
+@pytest.fixture(name='saved')
+def _saved(monkeypatch):
+  """Lets held-out losses be 1, and of a mean the steps of its checkpoints, as
+  digits; returns the steps that members have not saved, by name."""
+  lacking = {}
+  monkeypatch.setattr(checkpoints, 'steps', lambda folder: [
+      step for step in (2, 4) if step not in lacking.get(folder.parent.name, ())
+  ])
+  monkeypatch.setattr(parameters, 'of_checkpoint', lambda _, __, step: (
+      types.SimpleNamespace(state=step)))
+  monkeypatch.setattr(parameters, 'mean', lambda trees: float(
+      ''.join(map(str, trees[:-1]))))
+  monkeypatch.setattr(evaluating, 'evaluate', lambda _, params, *__, stop: (
+      None if stop() else [{'nll': params or [1.0] * 3}]))
+  monkeypatch.setattr(evaluating, 'means', lambda sums, _: {
+      'loss': sums[0]['nll']})
+  return lacking
+
+
+def _means(member):
+  """The rows that have a mean."""
+  return [row for row in _rows(member, 'eval') if 'mean/loss' in row]
+
+
+def test_a_mean_of_checkpoints_that_are_gone_is_refused_before_a_step(
+    train, saved, tmp_path):
+  saved['0'] = [2]
+  with pytest.raises(RequestError, match='checkpoint.average is 3, .* step 4, '
+                     'but step 2 is not saved: choose a smaller mean'):
+    train({}, start=4, **AVERAGE)
+  assert not (tmp_path / '0' / 'metrics.jsonl').read_text()
+
+
+def test_a_mean_lacks_a_step_that_could_not_be_saved(train, saved, capsys):
+  saved['0'] = [2]
+  n, (member,), _ = train({2: dict(param_norm=math.nan)}, due=(2, 4),
+                          **AVERAGE, eval__every_steps=6)
+  assert (n, member.code) == (STEPS, 0)
+  assert _rows(member, 'eval') == [{'step': 6, 'split': 'eval', 'loss': 1.0}]
+  assert ('no mean of checkpoints: step 2 is not saved'
+          in capsys.readouterr().out)
+
+
+def test_members_that_have_all_checkpoints_have_a_mean(train, saved, capsys):
+  saved['1'] = [4]
+  _, members, _ = train({}, {}, {}, **AVERAGE, eval__every_steps=6)
+  mean = [{'step': 6, 'split': 'eval', 'loss': 1.0, 'mean/loss': 24.0}]
+  assert [_means(member) for member in members] == [mean, [], mean]
+  assert len(_rows(members[1], 'eval')) == 1
+  assert ('run 1: no mean of checkpoints: step 4 is not saved'
+          in capsys.readouterr().out)
+
+
+def test_a_run_that_ends_early_has_a_mean(train, saved, monkeypatch, capsys):
+  """Each member where it ends, also where a signal comes meanwhile; there may
+  be too few checkpoints by then."""
+  scores = [[0.1, 0.2, 0.3, 0.3, 0.3, 0.3], [0.3] * 6,
+            [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]]
+  _scores(monkeypatch, *scores)
+  early = AVERAGE | BEST | dict(
+      eval__patience=2, eval__every_steps=3)
+  _, members, _ = train({}, {}, {}, **early)
+  assert [m.code for m in members] == [loop.EARLY, loop.EARLY, 0]
+  five, three, six = members
+  assert _means(five) == [
+      {'step': 5, 'split': 'eval', 'mean/loss': 24.0, 'x/f1': 0.3}]
+  assert not _means(three) and _rows(three, 'eval')[-1]['step'] == 3
+  assert [row['step'] for row in _means(six)] == [6]
+  assert ('run 1: no mean of checkpoints: there are fewer than 3 up to step 3'
+          in capsys.readouterr().out)
+  asked = []
+  monkeypatch.setattr(signals.Stop, 'agreed', lambda self, n: asked.append(n))
+  monkeypatch.setattr(signals.Stop, 'at_once', property(
+      lambda self: asked[-1:] == [5]))
+  n, (member,), _ = train({}, **early)
+  assert (n, member.code) == (5, loop.EARLY)
+  assert [row['step'] for row in _means(member)] == [5]

@@ -33,13 +33,6 @@ def _work():
       print('warning', file=sys.stderr)
 
 
-def test_without_a_terminal_there_is_none(streams):
-  out, err = streams(io.StringIO(), io.StringIO())
-  _work()
-  assert out.getvalue() == 'item 7\nitem 8\nitem 9\n'
-  assert err.getvalue() == 'warning\n' * 3
-
-
 def test_a_pipe_gets_what_is_printed_alone(streams):
   out, err = streams(io.StringIO(), Terminal())
   _work()
@@ -56,13 +49,6 @@ def test_a_terminal_shows_what_is_done(streams):
   assert 'item 9' in text  # rich prints it above the bar
   assert '\x1b[?25l' not in text  # a killed process could not undo that
   assert progress._bar is None
-
-
-def test_what_is_done_is_counted(streams):
-  _, err = streams(Terminal(), Terminal())
-  for _ in progress.each(iter('abc'), 'letters', 3):
-    progress._bar.refresh()
-  assert [f'{n}/3' in err.getvalue() for n in range(4)] == [True] * 3 + [False]
 
 
 def test_an_error_leaves_no_bar_behind(streams):
@@ -112,18 +98,3 @@ def test_a_bar_on_a_terminal(monkeypatch):
 def test_a_rate_has_three_digits_and_no_exponent(rate, text):
   assert f'  {text} tokens/s' in progress._text(
       1, 2, dict(loss=1.0, tokens_per_second=rate))
-
-
-def test_a_missing_loss_is_shown_as_such():
-  out = io.StringIO()
-  progress.bar(10, stream=out).update(1, {'loss': float('nan')})
-  assert 'loss nan' in out.getvalue()
-
-
-def test_only_the_first_process_shows_progress():
-  out = io.StringIO()
-  quiet = progress.bar(10, primary=False, stream=out)
-  quiet.update(1, {'loss': 1.0})
-  quiet.say('hello')
-  quiet.close()
-  assert not out.getvalue()

@@ -8,7 +8,7 @@ import pytest
 
 import architectures
 from configs.errors import RequestError
-from training import initial_state, runs
+from training import parameters, runs
 from training.data import pipeline, tokenizers
 from training.workdir import checkpoints, run_config
 
@@ -28,7 +28,7 @@ def _said(tmp_path, start=0, **fields):
   run = runs.build(config, runs.resolve(config, tokenizer)[0])
   loaders = (pipeline.training_loader(config, tokenizer),
              pipeline.held_out(config, tokenizer))
-  lines = run.describe(start, 128, *loaders).splitlines()
+  lines = runs.describe(run, start, 128, *loaders).splitlines()
   return run, loaders, dict(line.split(': ', 1) for line in lines)
 
 
@@ -42,13 +42,13 @@ def test_a_run_says_where_its_parameters_come_from(tmp_path, capsys):
   old, new = epath.Path(tmp_path / 'old'), epath.Path(tmp_path / 'new')
   run_config.save(old, config, {'model.head': 'lm', 'model.max_len': 8})
   with checkpoints.Checkpoints(old, **config.checkpoint) as saved:
-    saved.save(0, {'params': initial_state.create(run, '').params},
+    saved.save(0, {'params': parameters.create(run, '').params},
                next_batch=0, tokens=0, config=config)
   for source, words in (('', 'random parameters, drawn from seed 3'), (
       str(old), f'the parameters in {old} (init_from)')):
     run.config.init_from = source
     with checkpoints.Checkpoints(new, **config.checkpoint) as saved:
-      initial_state.restore_or_create(run, saved)
+      parameters.restore_or_create(run, saved)
     assert f'starting from {words}\n' in capsys.readouterr().out
 
 
@@ -75,22 +75,6 @@ def test_the_outline_says_what_the_run_does(tmp_path):
   assert said['evaluation'] == (
       f'every 10 steps, on 2 of the {-(-len(WORDS) * 10 // 128)} batches held '
       'out')
-
-
-def test_documents_and_mixtures_are_counted(tmp_path):
-  for i in range(5):
-    (tmp_path / f'{i}.txt').write_text(WORDS * 9)
-  many, one = f'text:{tmp_path}/?.txt', f'text:{tmp_path}/1.txt'
-  *_, said = _said(tmp_path, **{'data.source': f'1*{many},2*{one}',
-                                'eval.every_steps': 0})
-  assert said['data'] == (
-      f'3 of 5 documents of {many} and all but the last 1/4 of {one}')
-  assert said['held out'].startswith(
-      f'2 of 5 documents of {many} and the last 1/4 of {one}, ')
-  assert said['evaluation'] == 'none while training'
-  *_, said = _said(tmp_path, **{'data.source': many, 'data.eval_source': one})
-  assert f'passes over {many}' in said['data']
-  assert said['held out'].startswith(f'{one}, {len(WORDS) * 9 + 1} tokens')
 
 
 def test_the_first_parameters_are_drawn_from_both_seeds():

@@ -9,8 +9,7 @@ import pytest
 import architectures
 from configs import kinds
 from tests.helpers import evaluations
-from training import evals, loop
-from training import initial_state, runs
+from training import evals, loop, parameters, runs
 from training.data import pipeline
 from training.data import tokenizers
 from training.distributed import devices
@@ -52,7 +51,7 @@ def trained(config, workdir):
   with checkpoints.Checkpoints(
       workdir, **config.checkpoint,
       agree_every=config.log.every_steps) as saved:
-    state, start = initial_state.restore_or_create(run, saved)
+    state, start = parameters.restore_or_create(run, saved)
     assert loop.train(run, state, start, *texts, saved, workdir) == 0
   restored = checkpoints.restore(checkpoints.directory(workdir),
                                {'params': run.abstract.params}, None,

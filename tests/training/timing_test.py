@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -46,21 +47,6 @@ def test_the_meter_by_hand():
       compile_seconds=7.0))
 
 
-def test_a_compilation_within_an_evaluation_is_paused_once():
-  clock = Clock()
-  meter = timing.Meter(1000, 6e9, None, clock)
-  meter.begin(0)
-  clock.now += 2
-  with meter.paused():
-    clock.now += 1
-    with meter.compiling():
-      clock.now += 5
-    clock.now += 1
-  lap = meter.lap(20, meter.now())
-  assert lap['step_seconds'] == pytest.approx(0.1)
-  assert lap['compile_seconds'] == pytest.approx(5)
-
-
 @pytest.mark.parametrize('every, at_last, last', [
     (3, True, 10), (3, True, 9), (3, False, 10), (0, True, 10), (0, False, 10),
     (20, True, 10)])
@@ -77,13 +63,6 @@ def test_what_recurs_takes_as_long_each_time_that_it_is_due(
                  or (at_last and n == last)]
   for step in range(last + 1):
     assert recurring.left(step) == 7 * sum(n > step for n in due)
-
-
-def test_without_a_peak_there_is_no_mfu():
-  clock = Clock()
-  meter = timing.Meter(1000, 6e9, None, clock)
-  clock.now += 1
-  assert meter.lap(1, meter.now())['mfu'] is None
 
 
 def test_figures_come_one_step_late():
@@ -192,11 +171,6 @@ def test_each_step_has_its_own_seconds_around_what_flushes(waits):
   assert seen == {n: pytest.approx(n) for n in range(1, 10)}
 
 
-def test_one_process_is_its_own_slowest():
-  figures = {'loss': 1.0, 'data_seconds': 0.5}
-  assert timing.slowest(figures) == figures
-
-
 _PROCESS = """
 import sys, jax, jax.numpy as jnp
 from training import timing
@@ -234,3 +208,49 @@ def test_all_processes_report_the_slowest_of_them():
     out, error = process.communicate(timeout=120)
     assert out.splitlines()[-1:] == [
         "1 {'loss': 2.5, 'data_seconds': 1.5}"], error
+
+
+@pytest.mark.parametrize('steps', ['10', 'a:b', '13:10', '3:3'])
+def test_profile_steps_that_mean_nothing(steps):
+  with pytest.raises(ValueError, match='--profile_steps is'):
+    timing.profiled_steps(steps)
+
+
+def fake_trace(monkeypatch):
+  calls = []
+  monkeypatch.setattr(jax.profiler, 'start_trace',
+                      lambda folder: calls.append('start'))
+  monkeypatch.setattr(jax.profiler, 'stop_trace',
+                      lambda: calls.append('stop'))
+  return calls
+
+
+@pytest.mark.parametrize('first, last, wanted', [
+    (0, 20, ['start 10', 'stop 13']),
+    (11, 20, ['start 11', 'stop 13']),  # resumed inside the range
+    (0, 11, ['start 10', 'stop end']),  # the run ends inside the range
+    (13, 20, []),  # resumed past it
+])
+def test_when_the_trace_starts_and_stops(first, last, wanted, monkeypatch,
+                                         tmp_path):
+  calls, seen = fake_trace(monkeypatch), []
+  profiler = timing.Profiler('10:13', tmp_path)
+  for step in range(first, last):
+    profiler.before(step, jnp.zeros(()))
+    seen += [f'{call} {step}' for call in calls[len(seen):]]
+  profiler.close(jnp.zeros(()))
+  seen += [f'{call} end' for call in calls[len(seen):]]
+  assert seen == wanted
+
+
+def test_a_trace_is_written(tmp_path):
+  profiler = timing.Profiler('1:2', tmp_path)
+  step = jax.jit(lambda x: x * 2)
+  state = jnp.ones(3)
+  for i in range(3):
+    profiler.before(i, state)
+    with profiler.annotate(i):
+      state = step(state)
+  profiler.close(state)
+  traces = list((tmp_path / 'profile').rglob('*.xplane.pb'))
+  assert len(traces) == 1 and b'train' in traces[0].read_bytes()

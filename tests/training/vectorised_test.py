@@ -1,5 +1,6 @@
 """Runs as one program equal the runs alone: losses, files, going on."""
 
+import dataclasses
 import json
 import shutil
 import signal
@@ -13,10 +14,11 @@ import numpy as np
 import pytest
 
 from tests.helpers import models
-from training import initial_state, loop, runs, vectorised
+from training import evals, loop, parameters, runs, vectorised
 from training.data import pipeline, tokenizers
 from training.distributed import devices, signals
-from training.optim import optimizers, schedules
+from training.evals import checkpoint
+from training.optim import optimizers
 from training.step import parameter_roles
 from training.workdir import checkpoints, run_config, storage
 
@@ -60,7 +62,7 @@ def alone(c, workdir):
                            jax.devices()[:1])
   run = runs.build(c, model, mesh)
   with checkpoints.Checkpoints(workdir, **c.checkpoint) as saved:
-    state, start = initial_state.restore_or_create(run, saved)
+    state, start = parameters.restore_or_create(run, saved)
     run_config.save(workdir, c, derived, pipeline.contents(c, tokenizer))
     loop.train(run, state, start, pipeline.training_loader(c, tokenizer),
                pipeline.held_out(c, tokenizer), saved, workdir)
@@ -119,17 +121,18 @@ def trained(request, singles, tmp_path_factory):
   configs, alone = singles
   folder = tmp_path_factory.mktemp('runs')
   workdirs = [folder / str(i) for i in range(3)]
-  shapes, of = set(), vectorised.Group.new_state
+  shapes, of = set(), vectorised.program_of
 
-  def state(group):
-    joint = of(group)
-    used, = group.joint.devices.shape
-    shapes.add((used, len(joint.step) // used))
-    return joint
+  def program_of(run, writers):
+    program = of(run, writers)
+    rows = len(jax.tree.leaves(jax.eval_shape(program.new_state))[0])
+    used = len(program.devices)
+    shapes.add((used, rows // used))
+    return program
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(jax, 'device_count', lambda: request.param)
-    patch.setattr(vectorised.Group, 'new_state', state)
+    patch.setattr(vectorised, 'program_of', program_of)
     vectorised.train(configs, workdirs)
     assert shapes == {SHAPES[request.param]}
     yield configs, workdirs, alone
@@ -171,20 +174,6 @@ def test_a_run_goes_on_alone_and_joins_again(trained, tmp_path):
 
 
 @pytest.mark.long
-@two_devices
-def test_a_part_of_the_group_goes_on_with_its_own_fields(trained, tmp_path):
-  """Of three runs the last one alone has to begin again, in two parts."""
-  configs, workdirs, singles = trained
-  copies = [tmp_path / str(i) for i in range(3)]
-  for source, copy in zip(workdirs[:2], copies):
-    shutil.copytree(source, copy)
-  shutil.rmtree(copies[1] / 'checkpoints/8')
-  vectorised.train(configs, copies)
-  for copy, single in zip(copies, singles):
-    assert_same(copy, single)
-
-
-@pytest.mark.long
 def test_paired_runs_see_one_stream(texts, tmp_path):
   """And with a seed in common, which is no input then, dropout is the same."""
   configs = [config(texts, model__dropout=0.1, optim__lr=lr)
@@ -194,26 +183,6 @@ def test_paired_runs_see_one_stream(texts, tmp_path):
   assert first[0] == first[1]  # the rate has done nothing yet
   alone(configs[1], tmp_path / 'alone')
   assert_same(tmp_path / '1', tmp_path / 'alone')
-
-
-@pytest.mark.slow
-@pytest.mark.long
-def test_adapters_and_shares_of_the_rate_too(texts, tmp_path):
-  """Each of which also goes on exactly, the frozen weights with it."""
-  lora = base.base().model.lora
-  lora.update(rank=2, targets='all-linear', dropout=0.1)
-  configs = [config(texts, seed=seed, model__lora=lora, optim__lr=lr,
-                    optim__layer_decay=0.5, optim__freeze='.*/layers/0/.*')
-             for seed, lr in ((0, 1e-2), (1, 3e-2))]
-  assert vectorised.groups(configs) == [[0, 1]]
-  vectorised.train(configs, [tmp_path / '0', tmp_path / '1'])
-  alone(configs[1], tmp_path / 'alone')
-  assert_same(tmp_path / '1', tmp_path / 'alone')
-  before = rows(tmp_path / 'alone')
-  shutil.rmtree(tmp_path / 'alone/checkpoints/8')
-  alone(configs[1], tmp_path / 'alone')
-  again = rows(tmp_path / 'alone')
-  assert [row['loss'] for row in again] == [row['loss'] for row in before]
 
 
 @pytest.mark.long
@@ -337,15 +306,6 @@ def test_what_is_no_group_is_refused(fields, words, texts, tmp_path):
   assert not list(tmp_path.iterdir())
 
 
-@two_devices
-def test_a_workdir_of_another_run_is_refused(trained):
-  configs, workdirs, _ = trained
-  with pytest.raises(ValueError, match='seed'):
-    vectorised.train(configs[:2], [workdirs[0], workdirs[2]])
-  with pytest.raises(ValueError, match='same workdir'):
-    vectorised.train(configs[:2], [workdirs[0], workdirs[0]])
-
-
 def test_a_workdir_in_which_another_trains_is_refused(texts, tmp_path):
   workdirs = [tmp_path / '0', tmp_path / '1']
   configs = [config(texts), config(texts, seed=1)]
@@ -385,15 +345,68 @@ def test_every_optimizer_takes_traced_fields(name, dtype):
                rtol=1e-5 if dtype == 'float32' else 1e-2)
 
 
-@pytest.mark.parametrize('name', schedules.SCHEDULES)
-def test_every_schedule_takes_traced_fields(name):
-  optim = base.base().optim
-  optim.schedule = name
-  counts = jnp.arange(20)
-  for warmup in (0, 4):
-    optim.update(warmup_steps=warmup, lr=0.3)
-    expected = jax.vmap(schedules.make(optim, 16))(counts)
-    values = {'lr': jnp.float32(0.3), 'warmup_steps': jnp.float32(warmup)}
-    got = jax.jit(lambda v: jax.vmap(schedules.rate(
-        vectorised.with_values(optim, v), 16))(counts))(values)
-    np.testing.assert_allclose(got, expected, rtol=1e-6)
+@pytest.mark.slow
+@pytest.mark.long
+def test_all_figures_are_those_of_the_run_alone(texts, tmp_path):
+  """Also where it goes on, and of eval.py's task."""
+  configs = [
+      config(
+          texts, seed=seed, optim__lr=lr, optim__ema=0.75, eval__live=True,
+          eval__batches=0, eval__every_steps=5, data__batch_size=8,
+          checkpoint__average=2, checkpoint__every_steps=3, checkpoint__keep=1)
+      for seed, lr in ((0, 1e-2), (1, 3e-2))]
+  assert vectorised.groups(configs) == [[0, 1]]
+  vectorised.train(configs, [tmp_path / '0', tmp_path / '1'])
+  alone = tmp_path / 'alone'
+  alone(configs[1], alone)
+  assert_same(tmp_path / '1', alone)
+  ours, theirs = (rows(at, 'eval') for at in (tmp_path / '1', alone))
+  names = {'loss', 'live/loss', 'mean/loss'}
+  for row, other in zip(ours, theirs, strict=True):
+    found = names & row.keys()
+    assert names - found == ({'mean/loss'} if row['step'] == 5 else set())
+    for name in found:
+      np.testing.assert_allclose(row[name], other[name], rtol=1e-5)
+    assert len({row[name] for name in found}) == len(found)
+  # From the checkpoint of step 6, which is one of those to be averaged.
+  shutil.rmtree(alone / 'checkpoints/8')
+  alone(configs[1], alone)
+  assert rows(alone, 'eval') == theirs
+  for name, options in (('loss', {}), ('live/loss', {'live': True}),
+                        ('mean/loss',
+                         {'step': checkpoints.named_step('last:2')})):
+    figures = checkpoint.evaluate(
+        alone, ['loss'], evals.defaults(), text='', programs={},
+        **{'step': None} | options)
+    np.testing.assert_allclose(figures['loss']['loss'], theirs[-1][name],
+                               rtol=1e-5)
+    assert ('parameters' in figures) == (name != 'live/loss')
+
+
+def imported(c, workdir, seed):
+  """A workdir with parameters alone, those that another seed draws."""
+  model, derived = runs.resolve(c, tokenizers.load(c.data.tokenizer))
+  run = runs.build(c, model, devices.make_mesh(
+      dict.fromkeys(tables.MESH_AXES, 1), jax.devices()[:1]))
+  params = dataclasses.replace(run, config=vectorised.with_values(
+      c, {'seed': seed})).new_state().params
+  run_config.save(workdir, c, derived)
+  with checkpoints.Checkpoints(workdir, every_steps=0, every_minutes=0.0,
+                               keep=1, keep_every=0) as saved:
+    saved.save(0, {'params': params}, next_batch=0, tokens=0, config=c)
+
+
+@pytest.mark.long
+def test_a_workdir_with_parameters_alone_is_begun_with_them(texts, tmp_path):
+  """As tools.convert leaves it, beside a run that begins with its own."""
+  configs = [config(texts, seed=i) for i in range(3)]
+  for name in ('group', 'alone'):
+    for i in (1, 2):
+      imported(configs[i], tmp_path / f'{name}{i}', seed=40 + i)
+  vectorised.train(configs, [tmp_path / f'group{i}' for i in range(3)])
+  for i, c in enumerate(configs):
+    alone(c, tmp_path / f'alone{i}')
+    assert_same(tmp_path / f'group{i}', tmp_path / f'alone{i}')
+  first = [rows(tmp_path / f'group{i}')[0]['loss']
+           for i in range(3)]
+  assert len(set(first)) == 3, first

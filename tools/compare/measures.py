@@ -7,7 +7,7 @@ import types
 
 from configs.errors import one_of, require, short
 from tools.compare import plan as plans
-from training import best, evals
+from training import early_stopping, evals
 from training.evals import constant
 
 _ENTRIES = ('workload', 'figure', 'better', 'name', 'chance')
@@ -33,10 +33,11 @@ def completed(given: Sequence, workloads: Collection[str], file: str
     one_of('workload of a measure', own['workload'], workloads)
     last = own['figure'].rpartition('/')[2]
     if 'better' not in own:
-      require(last in (*best.LEAST, *best.LARGEST, 'rows_right'), f'{who}: '
-              'it is not known which value of it is better: write '
-              "'better': 'lower' or 'higher'")
-      own['better'] = plans.LOWER if last in best.LEAST else plans.HIGHER
+      require(last in (*early_stopping.LEAST, *early_stopping.LARGEST,
+                       'rows_right'), f'{who}: it is not known which value '
+              "of it is better: write 'better': 'lower' or 'higher'")
+      own['better'] = (plans.LOWER if last in early_stopping.LEAST else
+                       plans.HIGHER)
     one_of('better of a measure', own['better'], (plans.LOWER, plans.HIGHER))
     if 'name' not in own:
       text = own['workload'] == plans.TEXT

@@ -77,8 +77,8 @@ def make(argv: list[str], num_devices: int) -> Job:
   if storage.in_bucket(args.logs):
     raise RequestError(f'--logs is {args.logs!r}: choose a folder on disk')
   _check(args.config, num_devices)
-  from training import profile
-  profile.parse(args.profile_steps, args.config.train.steps)
+  from training import timing
+  timing.profiled_steps(args.profile_steps, args.config.train.steps)
   workdir = args.workdir.rstrip('/')
   parent = workdir.rpartition('/')[0] or '.'
   name = named(workdir)

@@ -9,7 +9,7 @@ import ml_collections
 
 import architectures
 from configs.errors import RequestError, require
-from training import objectives, runs, trained, weights
+from training import objectives, parameters, runs, weights
 from training.data import chat_templates, tokenizers
 from training.data.tokenizers import Tokenizer
 from training.hf import config as hf_config
@@ -66,7 +66,7 @@ def of_run(workdir: epath.Path, step: int | str | None = None,
   tokenizer = tokenizers.load(config.data.tokenizer)
   said = hf_generation.kept(workdir)
   module = architectures.build(model)
-  found = trained.on_one_device(workdir, module, step)
+  found = parameters.on_one_device(workdir, module, step)
   talk = row.talk(config, tokenizer)
   if said is not None or template:
     talk = _talk(tokenizer, said, template, talk,

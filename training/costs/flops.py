@@ -237,9 +237,9 @@ def _count(c: ModelConfig, rows: int, program: Any, *args, unread: int = 0,
 
   def outputs(params: Any, *args):
     out = program(module, {'params': params}, *args)
-    ahead = [out.head.logits(x) for x in out.extra.get('ahead', ())]
+    mtp = [out.head.logits(x) for x in out.extra.get('mtp', ())]
     return (out.head and out.head.logits(out.hidden[:, unread:]), out.extra,
-            ahead)
+            mtp)
 
   def gradients(params: Any, *args):
     return jax.value_and_grad(lambda own: sum(

@@ -180,7 +180,7 @@ def _by_part(sizes: dict) -> dict:
     names = path.split('/')
     part = next((n for n in names if n in ('cross_attention', 'attention',
                                            'ffn')), None)
-    if names[0] == 'ahead':  # which the model is without in inference
+    if names[0] == 'mtp':  # which the model is without in inference
       part = names[0]
     if part is None and any(n.endswith('_streams') for n in names):
       part = 'streams'

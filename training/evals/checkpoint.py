@@ -9,7 +9,7 @@ from typing import Any
 from etils import epath
 
 from configs.errors import RequestError
-from training import evals, runs, trained
+from training import evals, parameters, runs
 from training.data import pipeline, tokenizers
 from training.evals.task import Evaluation
 from training.workdir import checkpoints, metrics, provenance, run_config
@@ -34,7 +34,7 @@ def load(workdir: epath.Path, names: Sequence[str], options: Any, *,
     _warn_of_other_data(workdir, config, tokenizer)
   model, _ = runs.resolve(config, tokenizer)
   run = runs.build(config, model)
-  found = trained.of_run(run, workdir, step, live)
+  found = parameters.of_run(run, workdir, step, live)
   return Evaluation(run, found.state, found.step, tokenizer, options, workdir,
                     programs, found.what)
 

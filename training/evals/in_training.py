@@ -15,7 +15,7 @@ import jax
 from etils import epath
 
 from configs.errors import require
-from training import evals, evaluating, progress, runs, timing
+from training import evals, evaluating, progress, runs
 from training.data.tokenizers import Tokenizer
 from training.evals.task import Evaluation
 
@@ -36,23 +36,17 @@ class Tasks:
   """The tasks of a run, or of a group of runs; see `of`.
 
   Args:
-    program: the run or the group.
+    run: the run; of a group, one of its runs alone.
     tokenizer: its own.
-
-  Attributes:
-    times: the steps after which they are done, and how long that takes.
 
   Raises:
     RequestError: where several processes train.
   """
 
-  def __init__(self, program: runs.Run, tokenizer: Tokenizer):
-    config = program.config
+  def __init__(self, run: runs.Run, tokenizer: Tokenizer):
+    config = run.config
     self._names = evals.listed(config.eval.tasks)
-    self.times = timing.Recurring(
-        config.eval.tasks_every_steps, config.train.steps,
-        at_last=bool(self._names))
-    self._run, self._tokenizer = program.single, tokenizer
+    self._run, self._tokenizer = run, tokenizer
     self._programs: dict = {}
     require(not self._names or jax.process_count() == 1, 'eval.tasks is '
             f'{config.eval.tasks!r}, which is for training in one process, and '

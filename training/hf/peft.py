@@ -22,7 +22,7 @@ from architectures.parts import hf, linear
 from architectures.parts.config import ModelConfig
 from architectures.parts.hf import tensor_map
 from configs.errors import require, short
-from training import adapters, paths, weights
+from training import paths, weights
 from training.hf import files as hf_files
 from training.workdir import checkpoints, storage
 
@@ -91,7 +91,7 @@ def write(c: ModelConfig, params: Any, folder: pathlib.Path, base: str,
           'leave out the head, which was trained with them. Export the merged '
           'model instead')
   flat = {path: np.asarray(x) for path, x in paths.flatten(params).items()
-          if adapters.is_adapter(path)}
+          if weights.is_adapter(path)}
   found = list(rows(c))
   tensors = tensor_map.expand([row for row, *_ in found], {
       path: x.shape for path, x in flat.items()})
@@ -205,7 +205,7 @@ def _shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
   from training.step import abstract_params
   return {path.removesuffix('/value'): x.shape for path, x in paths.flatten(
       abstract_params(architectures.build(c))).items()
-          if adapters.is_adapter(path.removesuffix('/value'))}
+          if weights.is_adapter(path.removesuffix('/value'))}
 
 
 def _check_names(wanted: Mapping[str, tuple[int, ...]], source: hf_files.Files,

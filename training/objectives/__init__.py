@@ -86,8 +86,8 @@ def check_objective(config: ml_collections.ConfigDict) -> None:
     require(value == default, f'{name} is {value!r}, which objective '
             f'{config.objective!r} does not read: leave it at {default!r}')
   depth = config.model.mtp_depth
-  choices = [key for key, row in OBJECTIVES.items() if row.ahead]
-  require(not depth or objective.ahead, f'model.mtp_depth is {short(depth)}, '
+  choices = [key for key, row in OBJECTIVES.items() if row.mtp]
+  require(not depth or objective.mtp, f'model.mtp_depth is {short(depth)}, '
           f'which objective {config.objective!r} does not train: set it to 0, '
           f'or choose the objective from {", ".join(choices)}')
   records.check_labels(config.data.labels)

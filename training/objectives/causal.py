@@ -97,7 +97,7 @@ OBJECTIVES = {
         ('decoder',), packing.Windows, causal, _arrays, ('tokens',),
         {'positions': 'positions_BL', 'segment_ids': 'segment_ids_BL',
          'weights': 'valid_BL'}, ('weights',), reads=('data.document_mask',),
-        prompt=record.after_separator, every_token=True, ahead=True,
+        prompt=record.after_separator, every_token=True, mtp=True,
         talk=lambda config, tokenizer: goes_on(tokenizer)),
     'prefix': Objective(
         ('decoder',), packing.Windows, prefix, _prefix_arrays, ('tokens',),

@@ -202,5 +202,5 @@ OBJECTIVES = {
         ('decoder',), packing.Conversations, chat, _arrays, ('tokens',),
         {'valid': 'valid_BL'}, ('valid',), reads=('data.chat_template',),
         prompt=_questions, chat_template=jinja, talk=talk, derived=_derived,
-        ahead=True),
+        mtp=True),
 }

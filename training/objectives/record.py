@@ -24,7 +24,7 @@ import numpy as np
 
 from architectures.parts.skeletons import Output
 from configs.errors import RequestError
-from training import ahead, generate, losses
+from training import generate, losses
 from training.data.tokenizers import Tokenizer
 
 Config = ml_collections.ConfigDict
@@ -105,7 +105,7 @@ def given_token(output: Output, batch: Mapping[str, jax.Array], config: Config
   weight = sums.pop('weight')
   return {name: Mean(total, weight)
           for name, total in (sums | {'loss': loss_sum}).items()} | {
-              name: Mean(*both) for name, both in ahead.sums(
+              name: Mean(*both) for name, both in losses.mtp_sums(
                   output, batch, train).items()}
 
 
@@ -191,7 +191,7 @@ class Objective(NamedTuple):
       the tokenizer, and can be measured at longer lengths than in training.
     bound: whether its loss is an upper bound of the text's, by draws of what
       is masked, which is told in bits per byte too.
-    ahead: whether model.mtp_depth may predict further tokens of its rows, in
+    mtp: whether model.mtp_depth may predict further tokens of its rows, in
       which none sees those after it.
     translates: whether its rows are pairs of a source text and a target text.
     chat_template: (config, tokenizer) -> the Jinja template of an export, or
@@ -237,7 +237,7 @@ class Objective(NamedTuple):
   prompt: Callable[..., Prompts] | None = None
   every_token: bool = False
   bound: bool = False
-  ahead: bool = False
+  mtp: bool = False
   translates: bool = False
   chat_template: Callable[..., str | None] | None = None
   head: str = 'lm'
@@ -357,7 +357,7 @@ class Objective(NamedTuple):
     for name in self.terms:
       if name != self.main:
         share += figures[name].total * (whole[self.main] / whole[name])
-    return share + ahead.share(figures, config), figures
+    return share + losses.mtp_share(figures, config), figures
 
   def means(self, figures: Mapping[str, Mean]) -> dict[str, Any]:
     """Returns the figures' values, `loss` among them."""

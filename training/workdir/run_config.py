@@ -6,7 +6,7 @@ was resolved to, by its dotted name; and `starts`, the code, command and data of
 each start (provenance.py).
 """
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
 import importlib
 import json
@@ -348,14 +348,12 @@ def _check_plain(name: str, value: Any):
 
 
 def refuse(changes: list[Change], allow_config_change: bool,
-           some_fit: Callable[[], bool] = lambda: False,
            workdir: epath.Path | None = None):
   """Raises ValueError where changes need --allow_config_change and lack it.
 
   Args:
     changes: from the run's config.
     allow_config_change: whether the flag is there.
-    some_fit: whether a new run could take some of its parameters.
     workdir: that of the run.
   """
   grave = [change for change in changes if change.kind != SAFE]
@@ -363,7 +361,7 @@ def refuse(changes: list[Change], allow_config_change: bool,
     raise RequestError(
         'the config differs from that of the run in this workdir in fields '
         f'that matter:\n{table(changes)}\n'
-        + (way_on(changes, some_fit) or _other_ways(workdir)))
+        + (way_on(changes) or _other_ways(workdir)))
 
 
 def _other_ways(workdir: epath.Path | None) -> str:
@@ -374,18 +372,14 @@ def _other_ways(workdir: epath.Path | None) -> str:
   return 'Take another --workdir, or pass --allow_config_change to go on'
 
 
-def way_on(changes: list[Change], some_fit: Callable[[], bool]) -> str:
-  """Says what there is to do where a run cannot go on with `changes`, by their
-  kinds; '' where none is incompatible. `some_fit` is as for refuse_changes."""
+def way_on(changes: list[Change]) -> str:
+  """Says what there is to do where a run cannot go on with `changes`; '' where
+  none of them is incompatible."""
   names = [c.name for c in changes if c.kind == INCOMPATIBLE]
-  if not names:
-    return ''
-  sentence = (f'Take another --workdir: a run cannot go on with another '
-              f'{", ".join(names)}')
-  return sentence + (
-      '. To begin a new run with those parameters of this one whose names and '
-      'shapes match, pass --config.init_from=WORKDIR and '
-      '--config.init_partial=True' if some_fit() else '')
+  return (f'Take another --workdir: a run cannot go on with another '
+          f'{", ".join(names)}. To begin with what fits of its parameters, '
+          'pass --config.init_from=WORKDIR and --config.init_partial=True'
+          ) if names else ''
 
 
 def _is_import(workdir: epath.Path) -> bool:
@@ -426,20 +420,13 @@ def usual(arch: str) -> ml_collections.ConfigDict:
       f'configs.{architectures.file_name(arch)}').get_config('tiny')
 
 
-def flags(wanted: ml_collections.ConfigDict, there: ml_collections.ConfigDict,
-          names: Container[str] | None = None) -> list[str]:
-  """Returns the words of a command line that make one config of another.
-
-  Args:
-    wanted: the config.
-    there: the other.
-    names: of the fields that matter, dotted; None: all.
-  """
+def flags(wanted: ml_collections.ConfigDict, there: ml_collections.ConfigDict
+          ) -> list[str]:
+  """Returns the words of a command line that make `wanted` of `there`."""
   flat, kinds = flatten(there), wanted.model.kinds.to_dict()
   words = [f'--config.{name}={value}'
            for name, value in flatten(wanted).items()
-           if not name.startswith('model.kinds.') and value != flat[name]
-           and (names is None or name in names)]
+           if not name.startswith('model.kinds.') and value != flat[name]]
   if kinds != there.model.kinds.to_dict():
     words.append(f'--config.model.kinds={kinds}')
   return words

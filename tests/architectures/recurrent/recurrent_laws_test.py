@@ -20,7 +20,7 @@ from architectures.parts.recurrent import recurrence
 from configs import sharding as tables
 from tests.helpers import models, recurrences
 from tests.helpers.recurrences import applied, each, empty
-from training import beam, generate, paths, runs
+from training import generate, paths, runs
 from training.costs import flops, totals
 from training.distributed import devices
 from training.step import abstract_params, parameter_roles
@@ -153,9 +153,9 @@ def test_beams_are_those_of_a_model_that_reads_each_text_anew(mixer):
   module, params = models.make('llama', **recurrences.hybrid(mixer))
   params = jax.tree.map(lambda x: 2 * x, params)
   prompts, lengths = models.tokens(2, 5), (3, 5)
-  texts, scores = beam.search(
+  texts, scores = generate.beam_search(
       module, params, prompts, jnp.array(lengths), max_new_tokens=4,
-      beams=beam.Beams(count=3, length_penalty=0.0))
+      beams=generate.Beams(count=3, length_penalty=0.0))
   logits = jax.jit(lambda rows: models.logits(module, params, rows))
   for row, length in enumerate(lengths):
     rows = jnp.concatenate([jnp.broadcast_to(

@@ -11,8 +11,7 @@ from configs import base
 from configs.errors import RequestError
 from tests.helpers import models
 from tools import convert
-from training import trained
-from training import weights
+from training import parameters, weights
 from training.chat import load
 from training.hf import config as hf_config
 from training.hf import generation as hf_generation
@@ -68,7 +67,7 @@ def test_an_import_that_was_trained_goes_on_as_in_training(
   save(tmp_path, bos_token_id=17, eos_token_id=18)
   convert.import_(tmp_path, tmp_path / 'run', partial=False, seed=0)
   assert load.of_run(tmp_path / 'run').talk.encode(ASK).tolist() == [17, 1]
-  read = load.trained.on_one_device
+  read = load.parameters.on_one_device
   monkeypatch.setattr(load.trained, 'on_one_device', lambda *args: (
       dataclasses.replace(read(*args), step=5)))
   speaker = load.of_run(tmp_path / 'run')
@@ -103,7 +102,8 @@ def test_a_run_is_asked_as_its_objective_says(objective, tmp_path, monkeypatch):
   config.model = models.config('gpt', vocab_size=384)
   config.data.source = 'jsonl:x:messages'
   run_config.save(tmp_path, config)
-  monkeypatch.setattr(trained, 'on_one_device', lambda *_: checkpoints.Restored(
+  monkeypatch.setattr(parameters, 'on_one_device',
+                      lambda *_: checkpoints.Restored(
       5, 'the parameters', {}, []))
   speaker = load.of_run(tmp_path)
   assert speaker.params == 'the parameters' and speaker.options == {}

@@ -15,7 +15,7 @@ from architectures.parts.attention import multi_head, visibility
 from architectures.parts.config import LayerKind
 from configs import base, bert, gpt, mamba2
 from tests.helpers import flops_formulas as formulas
-from training import adapters, objectives, paths, step
+from training import objectives, paths, step, weights
 from training.costs import flops, peaks, totals, traced
 
 LENGTH = 24
@@ -223,7 +223,7 @@ def test_adapters_leave_out_the_gradients_of_weights_alone(system):
   roles = paths.flatten(step.parameter_roles(module))
   adapted, frozen = 0, 0
   for path, x in paths.flatten(step.parameter_shapes(module)).items():
-    if adapters.is_adapter(path):
+    if weights.is_adapter(path):
       adapted += 2 * LENGTH * x.size
     elif roles[path].matrix and path != 'embed/positions':  # a tied head too
       frozen += 2 * LENGTH * x.size

@@ -1,4 +1,4 @@
-"""--beams of eval.py: the texts are those of training/beam.py."""
+"""--beams of eval.py: the texts are those of training/generate.py."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -6,9 +6,7 @@ import pytest
 
 from configs.errors import RequestError
 from tests.helpers import evaluations
-from training import beam
-from training import evals
-from training import generate
+from training import evals, generate
 
 
 @pytest.mark.long
@@ -23,9 +21,9 @@ def test_samples_are_the_best_texts_of_each_prompt():
   expected = []
   for text in (b'a', b'bcd'):  # each by itself, without padding
     row = jnp.array([[end, *text]])
-    tokens, _ = beam.search(
+    tokens, _ = generate.beam_search(
         evaluation.run.module, evaluation.params, row, jnp.array([len(row[0])]),
-        max_new_tokens=4, stop_token=end, beams=beam.Beams(3, 1.0, 'power'))
+        max_new_tokens=4, stop_token=end, beams=generate.Beams(3, 1.0, 'power'))
     expected += [tokenizer.decode(generate.until(np.asarray(ids), end))
                  for ids in tokens[0, :2]]
   assert [row['text'] for row in found] == expected

@@ -10,7 +10,7 @@ import pytest
 from configs import base
 from configs import sharding as tables
 from configs.errors import RequestError
-from training import evals, initial_state, loop, progress, runs, vectorised
+from training import evals, loop, parameters, progress, runs, vectorised
 from training.data import pipeline, tokenizers
 from training.distributed import devices
 from training.evals import in_training
@@ -47,7 +47,7 @@ def alone(c, workdir):
                            jax.devices()[:1])
   run = runs.build(c, model, mesh)
   with checkpoints.Checkpoints(workdir, **c.checkpoint) as saved:
-    state, start = initial_state.restore_or_create(run, saved)
+    state, start = parameters.restore_or_create(run, saved)
     run_config.save(workdir, c, derived)
     return loop.train(
         run, state, start, pipeline.training_loader(c, tokenizer),

@@ -13,7 +13,7 @@ import architectures
 from configs.errors import RequestError
 from tests.helpers import models
 from tools import convert
-from training import adapters, initial_state, paths, runs, weights
+from training import parameters, paths, runs, weights
 from training.hf import peft
 from training.workdir import run_config
 
@@ -46,7 +46,7 @@ def start(source, workdir, lora):
     config.init_from = str(source)
     config.model.lora.update(lora)
   run = runs.build(config, architectures.resolve(config.model))
-  return run, initial_state.create(run, config.init_from).params
+  return run, parameters.create(run, config.init_from).params
 
 
 @pytest.mark.long
@@ -55,10 +55,10 @@ def test_a_run_starts_from_a_model_without_adapters(made, folder, imported):
   drawn and B is zero."""
   for source in (folder, imported):
     run, params = start(source, imported, LORA)
-    jax.tree.map(np.testing.assert_array_equal, adapters.without(params),
+    jax.tree.map(np.testing.assert_array_equal, weights.without(params),
                  made[1])
     flat = paths.flatten(params)
-    names = [path for path in flat if adapters.is_adapter(path)]
+    names = [path for path in flat if weights.is_adapter(path)]
     assert len(names) == 2 * 7
     assert all(flat[path].any() == path.endswith('a') for path in names)
 
@@ -70,7 +70,7 @@ def adapted(imported, workdir):
   params = jax.tree.map(lambda x: x, params)
   flat = paths.flatten(params)
   flat = {path: x + 0.1 * jax.random.normal(jax.random.key(i), x.shape)
-          if adapters.is_adapter(path) else x
+          if weights.is_adapter(path) else x
           for i, (path, x) in enumerate(flat.items())}
   params = jax.tree.unflatten(jax.tree.structure(params), list(flat.values()))
   config = run.config.copy_and_resolve_references()
@@ -102,7 +102,7 @@ def test_merged_it_is_a_model_like_any_other(imported, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, started, merged)
   # With other adapters: merged, and its own drawn; with the same: all of them.
   run, started = start(tmp_path / 'run', imported, dict(LORA, rank=3))
-  jax.tree.map(np.testing.assert_array_equal, adapters.without(started), merged)
+  jax.tree.map(np.testing.assert_array_equal, weights.without(started), merged)
   models.close(want, logits(run.module, started), rtol=1e-5)
   _, started = start(tmp_path / 'run', imported, LORA)
   jax.tree.map(np.testing.assert_array_equal, started, params)
@@ -120,10 +120,10 @@ def test_pefts_format_there_and_back(system, targets, tmp_path):
   module, params = models.make(
       system, lora=dict(rank=3, alpha=6.0, targets=targets))
   size = peft.write(module.config, params, tmp_path, 'base')
-  model, found = peft.read(adapters.plain(module.config), tmp_path)
-  assert adapters.same(model, module.config)
+  model, found = peft.read(weights.without_adapters(module.config), tmp_path)
+  assert weights.same_adapters(model, module.config)
   flat = {path: x for path, x in paths.flatten(params).items()
-          if adapters.is_adapter(path)}
+          if weights.is_adapter(path)}
   assert size == sum(x.size for x in flat.values())
   found = paths.flatten(found)
   assert found.keys() == flat.keys()
@@ -170,7 +170,7 @@ def test_an_adapter_of_another_kind_is_refused(change, words, tmp_path):
   file = tmp_path / peft.CONFIG
   file.write_text(json.dumps(json.loads(file.read_text()) | change))
   with pytest.raises(RequestError, match=words):
-    peft.read(adapters.plain(module.config), tmp_path)
+    peft.read(weights.without_adapters(module.config), tmp_path)
 
 
 def test_rank_stabilised_adapters_are_scaled_by_the_root_of_the_rank(tmp_path):
@@ -180,8 +180,8 @@ def test_rank_stabilised_adapters_are_scaled_by_the_root_of_the_rank(tmp_path):
   file = tmp_path / peft.CONFIG
   file.write_text(json.dumps(
       json.loads(file.read_text()) | dict(use_rslora=True)))
-  model, _ = peft.read(adapters.plain(module.config), tmp_path)
+  model, _ = peft.read(weights.without_adapters(module.config), tmp_path)
   assert model.lora.scale == pytest.approx(6 / 9 ** 0.5)
   peft.write(model, params, tmp_path, 'base')
-  again, _ = peft.read(adapters.plain(module.config), tmp_path)
+  again, _ = peft.read(weights.without_adapters(module.config), tmp_path)
   assert again.lora.scale == model.lora.scale

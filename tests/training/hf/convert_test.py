@@ -16,9 +16,7 @@ from configs.errors import EnvironmentFailure, RequestError
 from tests import train_test
 from tests.helpers import models
 from tools import convert
-from training import paths, runs
-from training import initial_state
-from training import weights
+from training import parameters, paths, runs, weights
 from training.hf import generation as hf_generation
 from training.hf import gguf, peft
 from training.hf import upcycling
@@ -192,7 +190,7 @@ def _start(imported, **changes):
     config.model.update(changes.pop('model', {}))
     config.update(changes)
   run = runs.build(config, architectures.resolve(config.model))
-  return run, initial_state.create(run, config.init_from)
+  return run, parameters.create(run, config.init_from)
 
 
 @pytest.mark.slow

@@ -56,7 +56,7 @@ def test_an_import_is_exported_with_what_generation_needs(imported, tmp_path):
 
 
 @pytest.mark.slow
-def test_training_gives_the_ids_another_meaning(imported, monkeypatch):
+def test_training_gives_the_ids_another_meaning(imported):
   """Of the first step on, a model of 61 ids writes bytes, and its export says
   so; one that has its own tokenizer keeps its own."""
   config = run_config.load_config(imported)
@@ -64,8 +64,6 @@ def test_training_gives_the_ids_another_meaning(imported, monkeypatch):
   kept = hf_generation.kept(imported)
   assert convert._generation(imported, config, model, 0) == kept
   assert checkpoints.directory(imported).exists()
-  monkeypatch.setattr('training.initial_state.has_parameters_alone',
-                      lambda folder: False)
   ids = tokenizers.load('bytes:61').special_ids
   assert convert._generation(imported, config, model, 9).fields == {
       f'{name}_token_id': ids[name] for name in ('bos', 'eos', 'pad')}

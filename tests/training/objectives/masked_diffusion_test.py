@@ -9,7 +9,7 @@ import pytest
 
 from configs.errors import RequestError
 from tests.helpers import evaluations, letters, models
-from training import objectives, runs, unmask
+from training import generate, objectives, runs
 from training.data import packing, pipeline
 from training.evals.tasks import bound
 from training.objectives import masked_diffusion
@@ -177,7 +177,7 @@ def test_what_it_is_surest_of_stays(steps):
   module, params = models.make('bert', vocab_size=270)
   prompts = [[5, 9, 70, 8], [200, 3]]
   padded = np.array([[5, 9, 70, 8], [200, 3, 0, 0]], np.int32)
-  write = jax.jit(lambda params: unmask.write(
+  write = jax.jit(lambda params: generate.write_diffusion(
       module, params, jnp.asarray(padded), jnp.array([4, 2]),
       jax.random.key(0), new=7, steps=steps, mask=BYTES.mask_id,
       temperature=0.0))

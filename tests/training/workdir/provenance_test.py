@@ -1,7 +1,6 @@
 """A run remembers its code and its command, and a sweep that they changed."""
 
 import json
-import os
 import shutil
 import subprocess
 
@@ -9,10 +8,6 @@ import pytest
 
 from configs import base
 from configs.errors import RequestError
-from tests.helpers import sweep_folder
-from tools.compare import layout
-from tools.compare.sweep_report import curves
-from tools.compare.sweep_report import tables
 from training.workdir import provenance
 from training.workdir import run_config
 
@@ -53,26 +48,6 @@ def test_commit_and_what_differs_from_it(repository):
   (repository / 'b.py').unlink()
   (repository / 'a.py').write_text('a = 1\n')
   assert code(repository) == clean
-
-
-def test_files_that_cannot_be_read_stop_no_run(repository, monkeypatch):
-  clean = code(repository)
-  # As Emacs locks a file that is edited.
-  (repository / '.#a.py').symlink_to('someone@somewhere.1')
-  assert code(repository) == clean
-  (repository / 'loop.py').symlink_to('loop.py')
-  with_name = code(repository)
-  assert with_name['diff'] not in ('', clean['diff'])
-  (repository / os.fsdecode(b'\xff.py')).write_text('b = 1\n')
-  assert code(repository)['diff'] not in ('', with_name['diff'])
-  # Deleted after it was listed.
-  listed = provenance._git
-  def git(root, *words):
-    found = listed(root, *words)
-    return found + b'gone.py\0' if 'ls-files' in words else found
-  before = code(repository)
-  monkeypatch.setattr(provenance, '_git', git)
-  assert code(repository) == before
 
 
 def test_unknown_is_null(repository, monkeypatch):
@@ -124,19 +99,3 @@ def test_a_run_whose_data_have_changed_is_not_gone_on_with_unasked(
     provenance.check_data(starts, {'a': '1', 'b': '2'}, allowed=False)
   assert len(provenance.check_data(starts, {'a': '2', 'b': '2'}, True)) == 2
   assert not provenance.check_data(starts[1:], {'a': '2'}, allowed=False)
-
-
-def test_a_sweep_whose_data_changed_says_so(tmp_path):
-  sweep_folder.write(tmp_path, [sweep_folder.point('base'),
-                                sweep_folder.point('other')])
-  for point, held in (('base', 'old'), ('other', 'new')):
-    folder = layout.run_folder(tmp_path, point, 0)
-    (folder / 'checkpoints/1').mkdir(parents=True)
-    path = folder / 'config.json'
-    path.write_text(json.dumps(json.loads(path.read_text()) | {'starts': [
-        dict(commit=None, diff=None, command='train.py',
-             data={'same': 'alike', 'text:*.txt': held})]}))
-  sweep = curves.load_sweep(tmp_path)
-  assert sweep.changed_data == ('text:*.txt',)
-  notes = tables.outcome_table(sweep, tables.outcomes(sweep)).notes
-  assert [n for n in notes if 'data changed in the middle' in n]

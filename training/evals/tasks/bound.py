@@ -69,7 +69,7 @@ def _program(module: Any, config: Any, mask: int, count: int):
   import jax
   import jax.numpy as jnp
 
-  from training import losses, objectives, unmask
+  from training import generate, losses, objectives
   objective = objectives.of(config)
 
   def bound(params: Any, batch: Any, number: jax.Array) -> jax.Array:
@@ -84,7 +84,7 @@ def _program(module: Any, config: Any, mask: int, count: int):
       share_B = (start_B + k / count) % 1.0
       l_B = jnp.minimum(1 + (share_B * n_B).astype(jnp.int32), n_B)
       noise_BL = jax.random.uniform(jax.random.fold_in(key, k), real_BL.shape)
-      masked_BL = real_BL & unmask.among_largest(
+      masked_BL = real_BL & generate.among_largest(
           jnp.where(real_BL, noise_BL, -1.0), l_B[:, None])
       shown = batch | dict(tokens=jnp.where(
           masked_BL, mask, batch['targets']))

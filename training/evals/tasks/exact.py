@@ -55,11 +55,11 @@ def translate(module: Any, params: Any, batch: Mapping[str, np.ndarray],
               ) -> list[tuple[str, str, bool]]:
   """Returns (hypothesis, reference, whether their tokens are the same) of
   each pair of a batch; rows without a weight are no pairs. `beams`: a
-  beam.Beams; None: the likeliest token each time."""
+  generate.Beams; None: the likeliest token each time."""
   import jax
   import jax.numpy as jnp
 
-  from training import beam, generate
+  from training import generate
   from training.objectives import seq2seq
   start = jnp.full((len(batch['tokens']), 1), seq2seq.start_id(tokenizer))
   given = module, params, start, jnp.ones(len(start), jnp.int32)
@@ -72,7 +72,7 @@ def translate(module: Any, params: Any, batch: Mapping[str, np.ndarray],
                                sampling=generate.Sampling(temperature=0),
                                **more)
   else:
-    tokens = beam.search(*given, beams=beams, **more)[0][:, 0]
+    tokens = generate.beam_search(*given, beams=beams, **more)[0][:, 0]
   tokens = jax.device_get(tokens)
   found = []
   for row, target, weights in zip(tokens, batch['targets'], batch['weights']):

@@ -11,7 +11,7 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
   of an encoder-decoder, what it writes when it has read the prompt."""
   import jax
 
-  from training import beam, generate, progress
+  from training import generate, progress
   from training.chat import load
   from training.hf import generation as hf_generation
   options, model = evaluation.options, evaluation.run.model
@@ -35,7 +35,7 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
           *given, jax.random.key(options.sample_seed),
           sampling=sampling(options), **more)
     else:  # the best of each prompt
-      found, _ = beam.search(*given, beams=how, **more)
+      found, _ = generate.beam_search(*given, beams=how, **more)
       tokens = found[:, :options.samples].reshape(-1, count)
     tokens = jax.device_get(tokens)
   each = len(tokens) // len(prompts.tokens)  # of a prompt
@@ -56,10 +56,10 @@ def sampling(options: Any):
 
 
 def beams(options: Any):
-  """Returns the beam.Beams of the flags of BEAMS; None of a single beam, which
-  takes the likeliest token each time, as generate.generate does."""
-  from training import beam
-  how = beam.Beams(options.beams, options.length_penalty, options.penalty,
+  """Returns the generate.Beams of the flags of BEAMS; None of a single beam,
+  which takes the likeliest token each time, as generate.generate does."""
+  from training import generate
+  how = generate.Beams(options.beams, options.length_penalty, options.penalty,
                    options.early_stopping)
   return how if how.count > 1 else None
 

@@ -11,7 +11,7 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
   """Prints --samples continuations of --prompt (or of several, by '|||')."""
   import jax
 
-  from training import generate, progress, unmask
+  from training import generate, progress
   from training.objectives import record
   options, model = evaluation.options, evaluation.run.model
   config, tokenizer = evaluation.run.config, evaluation.tokenizer
@@ -22,7 +22,7 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
   steps = options.unmask_steps or new
   with progress.during('writing'):
     tokens = jax.device_get(jax.jit(
-        unmask.write, static_argnums=0,
+        generate.write_diffusion, static_argnums=0,
         static_argnames=('new', 'steps', 'mask', 'temperature'))(
             evaluation.run.module, evaluation.params, prompts.tokens,
             prompts.lengths, jax.random.key(options.sample_seed), new=new,

@@ -6,7 +6,7 @@ import pytest
 from configs import base
 from configs.errors import RequestError
 from tests import train_test
-from training import best, runs
+from training import early_stopping, runs
 from training.workdir import checkpoints
 
 texts = train_test.texts
@@ -26,15 +26,11 @@ def config(**fields):
 @pytest.mark.parametrize('fields, words', [
     (dict(patience=3), 'eval.patience is 3, which is not read where eval.best '
      'is empty'),
-    (dict(best_is='least'), "eval.best_is is 'least', which is not read"),
     (dict(best='labels/f1'), "eval.tasks has no 'labels': it has none"),
     (dict(best='loss', every_steps=0), 'eval.every_steps is 0: nothing is'),
     (dict(best='labels/f1', tasks='loss, labels', patience=2),
      'eval.patience is 2, but eval.tasks_every_steps is 0: the task labels'),
     (dict(best='surprise'), 'set eval.best_is to least or largest'),
-    (dict(best='loss', best_is='min'), "eval.best_is 'min': choose from"),
-    (dict(best='loss', patience=-1), 'eval.patience is -1: it must be'),
-    (dict(best='samples/f1', tasks='samples'), 'samples of such a run has no'),
     (dict(best='extrapolation/loss', tasks='extrapolation'),
      'task extrapolation of such a run has the figures length')])
 def test_what_cannot_be_meant_is_refused(fields, words):
@@ -42,28 +38,22 @@ def test_what_cannot_be_meant_is_refused(fields, words):
     runs.check_config(config(**fields))
 
 
-@pytest.mark.parametrize('task, tasks', [
-    ('labels', 'loss, labels'), ('lm_eval:b', 'lm_eval:a,b')])
-def test_a_task_is_found_as_eval_tasks_names_it(task, tasks):
-  best.check_best(config(best=f'{task}/acc', tasks=tasks))
-  with pytest.raises(RequestError, match=f'has no {"exact"!r}: it has '):
-    best.check_best(config(best='exact/acc', tasks=tasks))
-
-
 @pytest.mark.parametrize('figure, largest', [
     ('loss', False), ('accuracy', True), ('labels/f1', True),
     ('labels/loss', False)])
 def test_the_way_of_a_known_figure(figure, largest):
-  assert best.Best.of(config(best=figure), None).largest == largest
-  assert best.Best.of(config(best=figure, best_is='largest'), None).largest
+  best = early_stopping.Best
+  assert best.of(config(best=figure), None).largest == largest
+  assert best.of(config(best=figure, best_is='largest'), None).largest
 
 
 def test_another_figure_begins_anew():
-  kept = best.Best('loss', False, 1, 4, 0.5, 3).record()
-  assert best.Best.of(config(best='loss', patience=9), kept).waited == 3
-  assert best.Best.of(config(best='perplexity'), kept).step is None
-  assert not best.ended_early(config(best='loss', patience=4), kept, 8)
-  assert 'is 0.5, of step 4' in best.ended_early(
+  best, ended_early = early_stopping.Best, early_stopping.ended_early
+  kept = best('loss', False, 1, 4, 0.5, 3).record()
+  assert best.of(config(best='loss', patience=9), kept).waited == 3
+  assert best.of(config(best='perplexity'), kept).step is None
+  assert not ended_early(config(best='loss', patience=4), kept, 8)
+  assert 'is 0.5, of step 4' in ended_early(
       config(best='loss', patience=3), kept, 8)
 
 

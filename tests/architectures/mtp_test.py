@@ -11,7 +11,7 @@ from architectures.parts.context import Context
 from configs.errors import RequestError
 from tests.helpers import models
 from tests.training import step_test
-from training import ahead, objectives, runs
+from training import losses, objectives, runs
 from training.costs import flops, totals
 
 TWO = dict(mtp_depth=2)
@@ -41,7 +41,7 @@ def test_modules_are_those_of_the_oracle(fields):
   batch = batch_of(tokens)
   out = jax.jit(lambda params: module.apply(
       {'params': params}, batch['tokens']))(params)
-  own, L = params['ahead'], 8
+  own, L = params['mtp'], 8
   def rms(x, p):
     x = np.asarray(x)
     return np.asarray(p['scale']) * x / np.sqrt(
@@ -57,7 +57,7 @@ def test_modules_are_those_of_the_oracle(fields):
         Context(jnp.arange(L - k)[None], length=L))[0][0])
     h = run(own[f'depth_{k}'], jnp.asarray(pair @ own[f'join_{k}']))
     before = rms(h, own[f'norm_{k}'])
-    models.close(out.extra['ahead'][k - 1][:, :L - k], before, rtol=1e-4)
+    models.close(out.extra['mtp'][k - 1][:, :L - k], before, rtol=1e-4)
     logits = np.asarray(out.head.logits(before), np.float64)
     target = np.asarray(tokens)[:, k + 1:]
     nats = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(
@@ -66,9 +66,9 @@ def test_modules_are_those_of_the_oracle(fields):
   objective, run = objectives.OBJECTIVES['causal'], config(**TWO)
   figures = objective.figures(out, batch, run)
   for k in (1, 2):
-    assert figures[f'ahead_{k}_loss'].total == pytest.approx(
+    assert figures[f'mtp_{k}_loss'].total == pytest.approx(
         losses[k - 1], rel=1e-4)
-    assert figures[f'ahead_{k}_loss'].weight == 2 * (L - k)
+    assert figures[f'mtp_{k}_loss'].weight == 2 * (L - k)
   share, _ = objective.loss(out, batch, run)
   own_loss = float(figures['loss'].total)
   assert float(share) == pytest.approx(own_loss + 0.3 / 2 * sum(losses), 1e-5)
@@ -86,7 +86,7 @@ def test_a_module_sees_no_token_that_it_predicts():
     own = params | dict(embed=dict(tokens=params['embed']['tokens'].at[:L].set(
         table)))
     out = module.apply({'params': own}, tokens)
-    return jnp.stack([out.hidden[0], *(x[0] for x in out.extra['ahead'])])
+    return jnp.stack([out.hidden[0], *(x[0] for x in out.extra['mtp'])])
 
   slope = jax.jit(jax.jacobian(lambda t: states(t).sum(-1)))(
       params['embed']['tokens'][:L])
@@ -101,13 +101,13 @@ def test_packed_documents_predict_only_their_own():
   ids = jnp.array([[1, 1, 1, 1, 2, 2, 2]])
   batch = dict(targets=jnp.arange(7)[None], weights=jnp.ones((1, 7)),
                segment_ids=ids)
-  targets, weights = ahead.shifted(batch, 2)
+  targets, weights = losses.mtp_shifted(batch, 2)
   assert weights.tolist() == [[1, 1, 0, 0, 1, 0, 0]]
   assert targets[0, :5].tolist() == [2, 3, 4, 5, 6]
   del batch['segment_ids']
   batch['weights'] = batch['weights'].at[0, 3].set(0)
-  assert ahead.shifted(batch, 1)[1].tolist() == [[1, 1, 0, 1, 1, 1, 0]]
-  assert ahead.share({}, c) == 0
+  assert losses.mtp_shifted(batch, 1)[1].tolist() == [[1, 1, 0, 1, 1, 1, 0]]
+  assert losses.mtp_share({}, c) == 0
 
 
 def test_they_are_counted_apart():
@@ -118,11 +118,11 @@ def test_they_are_counted_apart():
   attention = D * (2 * 4 * K + 2 * c.model.num_kv_heads * K
                    if c.model.num_kv_heads else 4 * 4 * K)
   layer = attention + 3 * D * F + 2 * D
-  assert figures['by_part']['ahead'] == 2 * (layer + 2 * D * D + 3 * D)
+  assert figures['by_part']['mtp'] == 2 * (layer + 2 * D * D + 3 * D)
   plain = c.copy_and_resolve_references()
   plain.model.mtp_depth = 0
   assert figures['parameters'] - totals.count(plain, 16)['parameters'] == (
-      figures['by_part']['ahead'])
+      figures['by_part']['mtp'])
   own, without = (totals.resolved(x) for x in (c, plain))
   more = flops.training_flops_per_token(own, 16) - (
       flops.training_flops_per_token(without, 16))

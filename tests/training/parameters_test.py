@@ -1,11 +1,13 @@
 """Fine-tuning starts from a language model's weights as they are: the head of
-the task is drawn, that of the language model left out, all else refused."""
+the task is drawn, that of the language model left out, all else refused. And
+which parameters a checkpoint stands for, and the mean of several."""
 
 import dataclasses
 import json
 
 from etils import epath
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -15,8 +17,7 @@ from configs import base
 from configs.errors import RequestError
 from tests.helpers import models
 from tools import convert
-from training import initial_state, new_head, paths, runs, weights
-from training.data import tokenizers
+from training import parameters, paths, runs, weights
 from training.workdir import checkpoints, run_config
 
 HEAD = dict(head='sequence', num_labels=3)
@@ -31,7 +32,7 @@ def _run(model, source):
 
 def _start(source, system, **changes):
   run = _run(models.config(system, **HEAD, **changes), source)
-  return initial_state.create(run, str(source)).params
+  return parameters.create(run, str(source)).params
 
 
 def _folder(path, system, keep=lambda name: True, **changes):
@@ -103,29 +104,9 @@ def test_a_folder_without_the_head_of_pretraining_is_as_good(tmp_path, capsys):
          {'task/kernel', 'task/bias'}, set())
 
 
-def test_a_folder_without_a_pooler_gets_a_new_one(tmp_path, capsys):
-  """As BertForMaskedLM is written."""
-  theirs = _folder(tmp_path, 'bert', lambda name: 'pooler' not in name)
-  params = paths.flatten(_start(tmp_path, 'bert'))
-  assert ('files have no pooler, so these parameters are new, drawn from the '
-          'seed: pooler, pooler_bias') in capsys.readouterr().out
-  np.testing.assert_array_equal(params['embed/tokens'], theirs['embed/tokens'])
-  assert np.asarray(params['pooler']).std() < 0.05  # as it is born
-
-
 def test_what_else_is_missing_is_refused(tmp_path):
   _folder(tmp_path, 'bert', lambda name: 'pooler.dense.bias' not in name)
   with pytest.raises(RequestError, match='files have no bert.pooler.dense'):
-    _start(tmp_path, 'bert')
-
-
-def test_what_else_is_left_over_is_refused(tmp_path):
-  _folder(tmp_path, 'bert')
-  file = tmp_path / 'model.safetensors'
-  tensors = safetensors.numpy.load_file(file)
-  safetensors.numpy.save_file(
-      tensors | {'bert.extra.weight': np.ones(2, np.float32)}, file)
-  with pytest.raises(RequestError, match='bert.extra.weight of the files has'):
     _start(tmp_path, 'bert')
 
 
@@ -134,27 +115,6 @@ def test_another_function_is_refused(tmp_path, write):
   write(tmp_path, 'gpt')
   with pytest.raises(RequestError, match="model.norm is 'rmsnorm', not"):
     _start(tmp_path, 'gpt', norm='rmsnorm')
-
-
-@pytest.mark.parametrize('write', [_folder, _workdir])
-def test_what_to_set_is_said_without_what_is_derived(tmp_path, write):
-  write(tmp_path, 'gpt')
-  with pytest.raises(RequestError) as error:
-    _start(tmp_path, 'gpt', num_layers=3, position='rope')
-  said = str(error.value)
-  assert 'model.num_layers is 3, not 2' in said
-  assert 'num_decoder_layers' not in said
-  assert ('add --config.model.num_layers=2 --config.model.position=learned. '
-          in said)
-  with pytest.raises(RequestError, match='take a size of configs/gpt.py'):
-    _start(tmp_path, 'llama')
-
-
-@pytest.mark.parametrize('write', [_folder, _workdir])
-def test_another_head_of_a_task_is_refused(tmp_path, write):
-  write(tmp_path, 'bert', head='tokens', num_labels=3)
-  with pytest.raises(RequestError, match="head is 'sequence', not 'tokens'"):
-    _start(tmp_path, 'bert')
 
 
 @pytest.mark.parametrize('write', [_folder, _workdir])
@@ -173,9 +133,9 @@ def test_labels_in_another_order_are_refused(tmp_path):
   run.config.update(objective='classification',
                     data=dict(labels=('a', 'b', 'c')))
   with pytest.raises(RequestError, match=r'has the labels .b, a, c.*a, b, c'):
-    initial_state.create(run, str(tmp_path))
+    parameters.create(run, str(tmp_path))
   run.config.data.labels = ('b', 'a', 'c')
-  initial_state.create(run, str(tmp_path))
+  parameters.create(run, str(tmp_path))
 
 
 def test_a_folder_with_a_head_is_imported_and_exported(tmp_path, capsys):
@@ -196,25 +156,109 @@ def test_a_folder_with_a_head_is_imported_and_exported(tmp_path, capsys):
   jax.tree.map(np.testing.assert_array_equal, params, read)
 
 
-def test_one_label_for_each_token_is_refused(tmp_path):
-  module, params = models.make('bert', head='tokens', num_labels=1)
-  weights.to_hf(module, params, tmp_path / 'in')
-  with pytest.raises(RequestError, match="head 'tokens' with .*num_labels 1"):
-    convert.import_(tmp_path / 'in', epath.Path(tmp_path / 'run'),
-                    partial=False, seed=0)
-
-
-def test_as_many_labels_as_the_data_have(tmp_path):
-  config = base.base()
-  config.model = models.config('bert', head='sequence', num_labels=2)
-  config.update(objective='classification',
-                data=dict(labels=('a', 'b', 'c'), length=16))
-  with pytest.raises(RequestError, match='num_labels is 2, .* have 3'):
-    runs.resolve(config, tokenizers.load('bytes:61'))
-
-
 def test_a_language_model_does_not_start_from_the_head_of_a_task():
   lm = architectures.resolve(models.config('bert'))
   task = dataclasses.replace(lm, **HEAD)
-  assert new_head.is_put_on(task, lm) and not new_head.is_put_on(lm, task)
-  assert not new_head.is_put_on(task, task)
+  assert weights.is_new_head(task, lm) and not weights.is_new_head(lm, task)
+  assert not weights.is_new_head(task, task)
+
+
+HERE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+DRAWN = np.random.default_rng(0).normal(size=(5, 2, 3, 4)).astype(np.float32)
+
+
+def of_step(n, averaged=True):
+  """The state of step n: a and b are trained, c is frozen."""
+  put = lambda x, dtype=jnp.float32: jax.device_put(jnp.asarray(x, dtype), HERE)
+  own = DRAWN[n // 10]
+  state = {'params': {'a': put(own[0]), 'b': put(own[1], jnp.bfloat16),
+                      'c': put(own[0, 0])}}
+  if averaged:
+    state['ema'] = {'a': put(own[0] / 2), 'b': put(own[1] / 2)}
+  return state
+
+
+def asked():
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=HERE), of_step(0)['params'])
+
+
+def saved(tmp_path, averaged, steps=(10, 20, 30, 40)):
+  with checkpoints.Checkpoints(tmp_path, every_steps=0, every_minutes=0,
+                               keep=4, keep_every=0) as store:
+    for n in steps:
+      store.save(n, of_step(n, averaged), next_batch=n, tokens=n,
+                 config=base.base())
+  return checkpoints.directory(tmp_path)
+
+
+@pytest.fixture(scope='module')
+def plain(tmp_path_factory):
+  return saved(tmp_path_factory.mktemp('plain'), False)
+
+
+@pytest.fixture(scope='module')
+def averaged(tmp_path_factory):
+  return saved(tmp_path_factory.mktemp('averaged'), True)
+
+
+def test_it_is_the_average_where_one_is_kept(averaged):
+  found = parameters.of_checkpoint(averaged, asked())
+  assert (found.step, found.what) == (40, 'the average (optim.ema)')
+  kept = of_step(40)
+  np.testing.assert_array_equal(found.state['a'], kept['ema']['a'])
+  np.testing.assert_array_equal(found.state['c'], kept['params']['c'])
+  assert found.state['b'].dtype == jnp.bfloat16
+  np.testing.assert_array_equal(
+      found.state['b'], kept['ema']['b'].astype(jnp.bfloat16))
+
+
+def test_the_parameters_themselves_are_found_too(averaged, plain):
+  for folder, live in ((averaged, True), (plain, False), (plain, True)):
+    found = parameters.of_checkpoint(folder, asked(), 20, live=live)
+    assert (found.step, found.what) == (20, '')
+    jax.tree.map(np.testing.assert_array_equal, found.state,
+                 of_step(20)['params'])
+
+
+@pytest.mark.parametrize('text, steps', [
+    ('last:3', [20, 30, 40]), ('40,10', [10, 40])])
+def test_a_mean_is_that_of_numpy(plain, text, steps):
+  found = parameters.of_checkpoint(plain, asked(), checkpoints.named_step(text))
+  assert found.step == 40
+  assert found.what == f'the mean of steps {", ".join(map(str, steps))}'
+  for name in 'abc':
+    own = [np.asarray(of_step(n)['params'][name], np.float32) for n in steps]
+    expected = np.mean(own, axis=0)
+    if name == 'b':
+      expected = expected.astype(jnp.bfloat16)
+    np.testing.assert_allclose(np.float32(found.state[name]),
+                               np.float32(expected), rtol=2e-7, err_msg=name)
+    assert found.state[name].dtype == asked()[name].dtype
+
+
+def test_a_mean_is_of_averages_where_these_are_kept(averaged):
+  found = parameters.of_checkpoint(averaged, asked(), checkpoints.Mean(last=2))
+  assert found.what == ('the mean of steps 30, 40, each the average '
+                        '(optim.ema)')
+  np.testing.assert_array_equal(found.state['a'], np.mean(
+      [of_step(n)['ema']['a'] for n in (30, 40)], axis=0))
+  live = parameters.of_checkpoint(averaged, asked(), checkpoints.Mean(last=2),
+                            live=True)
+  np.testing.assert_array_equal(live.state['a'], np.mean(
+      [of_step(n)['params']['a'] for n in (30, 40)], axis=0))
+
+
+def test_what_is_not_there_is_refused(plain):
+  with pytest.raises(RequestError, match='has 4: 10, 20, 30, 40'):
+    parameters.of_checkpoint(plain, asked(), checkpoints.named_step('last:5'))
+  with pytest.raises(RequestError, match='no checkpoint of step 25'):
+    parameters.of_checkpoint(plain, asked(), checkpoints.named_step('20,25'))
+
+
+@pytest.mark.parametrize('text, words', [
+    ('last:1', 'from 2 on'), ('last:x', 'from 2 on'),
+    ('10,10', 'different steps'), ('10,', 'different steps')])
+def test_a_mean_of_nothing_is_refused(text, words):
+  with pytest.raises(RequestError, match=words):
+    checkpoints.named_step(text)

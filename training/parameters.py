@@ -1,0 +1,449 @@
+"""Where the parameters of a run come from: drawn, a checkpoint, or weights.
+
+A run draws them, goes on from its own newest good checkpoint, or begins with
+the weights of another training (init_from): a workdir, or Hugging Face's
+format. Those must be of the same function, or of a language model's under the
+head of a task: the head is drawn then, and what only the language model's head
+needed is passed over. With init_partial what fits is taken, the rest is as it
+was drawn, and every difference is listed.
+
+What a checkpoint is evaluated with, exported and continued from are its
+parameters; or their average, of a run with optim.ema, unless those that were
+trained are asked for by `live`; or the mean of several checkpoints, where
+several are named (checkpoints.Mean).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import math
+import os
+import pathlib
+import sys
+from typing import Any
+
+from etils import epath
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+import architectures
+from architectures.parts import positions
+from architectures.parts.config import ModelConfig
+from configs.errors import RequestError, require, short
+from training import objectives, paths, runs, weights
+from training.distributed import devices
+from training.hf import config as hf_config
+from training.hf import files as hf_files
+from training.hf import heads as hf_heads
+from training.hf import optional as hf_optional
+from training.hf import peft
+from training.step import TrainState, abstract_params, initial_seed
+from training.workdir import checkpoints, run_config, storage
+
+Step = int | str | checkpoints.Mean | None
+
+
+def restore_or_create(run: runs.Run, saved: checkpoints.Checkpoints
+                      ) -> tuple[TrainState, int]:
+  """Returns the state that a run goes on from or begins with, and the index of
+  the next batch."""
+  restored = restore(run, saved)
+  config = run.config
+  if restored is None:
+    if devices.primary():
+      seed = f'init_seed {config.init_seed} and ' * bool(config.init_seed)
+      print(f'starting from the parameters in {config.init_from} (init_from)'
+            if config.init_from else 'starting from random parameters, drawn '
+            f'from {seed}seed {config.seed}')
+    return create(run, config.init_from), 0
+  if devices.primary() and 0 < restored.step < config.train.steps:
+    print(f'going on from step {restored.step}')
+    for change in checkpoints.environment_changes(restored.record):
+      print(f'not bit for bit, since this has changed: {change}')
+  return restored.state, restored.record['next_batch']
+
+
+def restore(run: runs.Run, saved: checkpoints.Checkpoints
+            ) -> checkpoints.Restored | None:
+  """Returns the newest good checkpoint of a run, and goes on from it; None
+  where the run begins. One that tools.convert made has parameters alone: its
+  state is that of a run before its first step with them."""
+  if not checkpoints.steps(saved.directory):
+    return None
+  restored = checkpoints.restore(
+      saved.directory,
+      lambda arrays: None if checkpoints.parameters_alone(arrays) else
+      run.abstract)
+  if devices.primary():
+    _warn(restored)
+  if restored.state is None:
+    if devices.primary():
+      print('starting from the parameters in this workdir')
+    restored = dataclasses.replace(restored, state=create(
+        run, saved.directory.parent, restored.step))
+  saved.go_on_from(restored)
+  return restored
+
+
+def _warn(restored: checkpoints.Restored) -> None:
+  for sentence in restored.damaged:
+    print(f'warning: {sentence}', file=sys.stderr)
+
+
+def create(run: runs.Run, source: str | epath.Path, step: int | None = None
+           ) -> TrainState:
+  """Returns the state of a run before its first step.
+
+  Args:
+    run: the run.
+    source: config.init_from; '' for none.
+    step: of a workdir, which checkpoint; None: the newest good one.
+
+  Raises:
+    ValueError: for a source that is none, or of another model.
+  """
+  state = run.new_state()
+  if not str(source):
+    return state
+  check_source(str(source))
+  path = storage.path(source, 'init_from')
+  _check_labels(run, path)
+  read = (_from_workdir if checkpoints.directory(path).exists() else
+          _from_hugging_face)
+  params, skipped = read(run, path, state.params, step)
+  for line in skipped:
+    print(f'skipped: {line}')
+  return run.with_params(state, params)
+
+
+def check_source(source: str) -> None:
+  """Raises RequestError where config.init_from names nothing that is there."""
+  if source:
+    path = storage.path(source, 'init_from')
+    require(storage.in_bucket(source) or os.path.exists(path),
+            f'init_from is {source!r}: no such folder or file')
+
+
+def _check_labels(run: runs.Run, source: epath.Path) -> None:
+  """Raises RequestError where the outputs of the head that is taken stand for
+  other labels than those of the run."""
+  if run.model.head == 'lm' or run.config.init_partial:
+    return
+  if checkpoints.directory(source).exists():
+    theirs = hf_heads.told(run_config.labels(source))
+  else:
+    tree = hf_config.load_config_json(_folder(source))
+    # That of a language model has a table that says nothing.
+    theirs = hf_heads.labels(tree) if hf_config.read(tree).head != 'lm' else ()
+  ours = tuple(objectives.with_labels(run.config).data.labels)
+  require(ours == theirs or not (ours and theirs), f'init_from {str(source)!r} '
+          f'has the labels {short(", ".join(theirs))}, in this order, and the '
+          f'run {short(", ".join(ours))}: set data.labels to the first')
+
+
+def _folder(path: epath.Path) -> epath.Path:
+  return path.parent if path.is_file() else path
+
+
+def _from_hugging_face(run: runs.Run, source: epath.Path, drawn: Any,
+                       step: None) -> tuple[Any, list[str]]:
+  """Returns (parameters, a line for each thing that was skipped). Low-rank
+  adapters are those of the run, as they were drawn."""
+  del step
+  module = architectures.build(weights.without_adapters(run.model))
+  theirs = hf_optional.as_in(module.config, hf_config.read(
+      hf_config.load_config_json(_folder(source))))
+  partial = run.config.init_partial
+  skipped = _differences(module.config, theirs, source, partial)
+  with run.context():
+    loaded = weights.read_params(
+        module, hf_files.Files(pathlib.Path(source)), partial=partial,
+        like=weights.without(run.abstract.params),
+        seed=int(initial_seed(run.config)),
+        new_head=weights.is_new_head(module.config, theirs))
+  return weights.beside(loaded.params, drawn), skipped + loaded.skipped
+
+
+def _from_workdir(run: runs.Run, source: epath.Path, drawn: Any,
+                  step: int | None) -> tuple[Any, list[str]]:
+  """Returns (parameters, skipped) of the newest good checkpoint there, or of
+  that of `step`. Its adapters are taken where they are those of this run; else
+  they are merged into the weights, and those of this run are drawn."""
+  theirs = runs.model_of(source)
+  if weights.same_adapters(run.model, theirs):
+    return _from_same_adapters(run, source, theirs, drawn, step)
+  if not theirs.lora.rank:
+    model = weights.without_adapters(run.model)
+    params, skipped = _from_same_adapters(
+        dataclasses.replace(
+            run, model=model, module=architectures.build(model),
+            abstract=run.abstract.replace(
+                params=weights.without(run.abstract.params))),
+        source, theirs, weights.without(drawn), step)
+    return weights.beside(params, drawn), skipped
+  require(not run.config.init_partial, f'init_from is {str(source)!r}, whose '
+          'model has low-rank adapters, of which init_partial takes no part: '
+          'merge them first, by python -m tools.convert merge')
+  skipped = _differences(run.model, theirs, source, partial=False)
+  other = runs.Run.of(run.config, theirs, run.mesh)
+  restored = of_checkpoint(checkpoints.directory(source),
+                           other.abstract.params, step)
+  if step is None:
+    _warn(restored)
+  print(f'{source}: its low-rank adapters are merged into the weights')
+  with run.context():
+    _, params = weights.merge(other.module, restored.state)
+  flat, merged = paths.flatten(drawn), paths.flatten(params)
+  return checkpoints.nest(flat | {path: x for path, x in merged.items()
+                                  if path in flat}), skipped
+
+
+def _from_same_adapters(run: runs.Run, source: epath.Path, theirs: ModelConfig,
+                        drawn: Any, step: int | None) -> tuple[Any, list[str]]:
+  partial, folder = run.config.init_partial, checkpoints.directory(source)
+  skipped = _differences(run.model, theirs, source, partial)
+  wanted = {'params': run.abstract.params}
+  saved = checkpoints.arrays(folder, step)
+  if saved and (partial or weights.is_new_head(run.model, theirs)):
+    wanted, lines = _fitting(wanted, saved)
+    wrong = [line for path, line in lines.items() if not (
+        path.startswith(f'params/{weights.TASK}')
+        or path.removeprefix('params/') in weights.left_out(run.module))]
+    require(partial or not wrong, f'init_from {str(source)!r}: '
+            + '; '.join(wrong) + '. To take what fits all the same: '
+            '--config.init_partial=True')
+    skipped += lines.values()
+    require(wanted, f'init_from is {str(source)!r}, of which nothing fits this '
+            'model')
+  restored = of_checkpoint(folder, wanted['params'], step)
+  if step is None:
+    _warn(restored)
+  return checkpoints.nest(paths.flatten(drawn)
+                          | paths.flatten(restored.state)), skipped
+
+
+def _fitting(wanted: Any, saved: dict[str, dict]
+             ) -> tuple[dict, dict[str, str]]:
+  """Returns what of `wanted` is in `saved` alike, and a line for each path of
+  the rest."""
+  fits, lines, flat = {}, {}, paths.flatten(wanted)
+  for name, x in flat.items():
+    here = f'{x.dtype}{list(x.shape)}'
+    there = name in saved and f'{saved[name]["dtype"]}{saved[name]["shape"]}'
+    if not there:
+      lines[name] = f'{name} is not in the checkpoint'
+    elif here != there:
+      lines[name] = f'{name} is {there} in the checkpoint and {here} here'
+    else:
+      fits[name] = x
+  lines |= {name: f'{name} of the checkpoint has no place in the model'
+            for name in saved if name.startswith('params/')
+            and name not in flat}
+  return checkpoints.nest(fits), lines
+
+
+def _differences(ours: ModelConfig, theirs: ModelConfig, path: epath.Path,
+                 partial: bool) -> list[str]:
+  """Returns a line for each field by which the weights in `path`, of the model
+  `theirs`, are those of another function than `ours`; unless `partial`, one is
+  a RequestError. The length may differ where no position is learned."""
+  if weights.is_new_head(ours, theirs):
+    theirs = dataclasses.replace(theirs, head=ours.head, pooling=ours.pooling,
+                                 num_labels=ours.num_labels)
+  if ours.position == theirs.position and math.isinf(positions.reach(ours)):
+    theirs = dataclasses.replace(theirs, max_len=ours.max_len)
+  lines = [f'{line} as in its config.json'
+           for line in hf_config.different(ours, theirs).values()]
+  require(partial or not lines, f'init_from {str(path)!r}: {"; ".join(lines)}. '
+          'Set these fields to begin with all of it, or take what fits all the '
+          'same: --config.init_partial=True')
+  return lines
+
+
+def of_checkpoint(folder: epath.Path, params: Any, step: Step = None, *,
+                  live: bool = False) -> checkpoints.Restored:
+  """Returns a checkpoint whose `state` are parameters.
+
+  Args:
+    folder: what checkpoints.directory(workdir) returns.
+    params: which ones, as ShapeDtypeStructs with shardings.
+    step: which checkpoint, or the mean of which; None: the newest good one.
+    live: take the parameters themselves, where an average is kept as well.
+
+  Raises:
+    RequestError: there is no such checkpoint, or not of these parameters.
+  """
+  if isinstance(step, checkpoints.Mean):
+    steps = _steps_of(folder, step)
+    each = [of_checkpoint(folder, params, n, live=live) for n in steps]
+    return checkpoints.Restored(
+        steps[-1], mean([one.state for one in each]), each[-1].record,
+        each[-1].damaged, f'the mean of steps {", ".join(map(str, steps))}'
+        + (f', each {each[-1].what}' if each[-1].what else ''))
+  restored = checkpoints.restore(folder, _asked(params, live), step,
+                                 partial=True)
+  arrays = {path.partition('/')[2]: x
+            for path, x in paths.flatten(restored.state).items()}
+  state = jax.tree_util.tree_map_with_path(
+      lambda path, x: arrays[paths.join(path)].astype(x.dtype), params)
+  what = 'the average (optim.ema)' if 'ema' in restored.state else ''
+  return dataclasses.replace(restored, state=state, what=what)
+
+
+def _asked(params: Any, live: bool) -> Callable:
+  """Returns what to read of a checkpoint that holds the arrays it is given."""
+  def asked(saved: dict[str, Any]):
+    leaves = {}
+    for path, x in paths.flatten(params).items():
+      if not live and f'ema/{path}' in saved:
+        leaves[f'ema/{path}'] = jax.ShapeDtypeStruct(
+            x.shape, jnp.float32, sharding=x.sharding)
+      else:
+        leaves[f'params/{path}'] = x
+    return checkpoints.nest(leaves)
+  return asked
+
+
+def _steps_of(folder: epath.Path, asked: checkpoints.Mean) -> list[int]:
+  """Returns the steps whose mean is asked for, ascending."""
+  if asked.steps:
+    return sorted(asked.steps)
+  there = checkpoints.steps(folder)
+  require(len(there) >= asked.last, f'the mean of the last {asked.last} '
+          f'checkpoints was asked for, and {folder} has {len(there)}: '
+          f'{", ".join(map(str, there)) or "none"}')
+  return there[-asked.last:]
+
+
+def mean(trees: Sequence[Any]):
+  """Returns the mean of trees of parameters, taken in float32, in their own
+  dtype."""
+  def of(*leaves: jax.Array):
+    total = leaves[0].astype(jnp.float32)
+    for x in leaves[1:]:
+      total = total + x.astype(jnp.float32)
+    return (total / len(leaves)).astype(leaves[0].dtype)
+  return jax.tree.map(of, *trees)
+
+
+def on_one_device(workdir: epath.Path, module: nn.Module, step: Step = None
+                  ) -> checkpoints.Restored:
+  """Returns the parameters of a checkpoint that are evaluated, as its `state`,
+  all on one device of this process; warns of checkpoints that were passed over
+  because they are damaged.
+
+  Args:
+    workdir: the run's folder.
+    module: its model.
+    step: which checkpoint; 'best'; None: the newest good one.
+  """
+  here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  shapes = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
+      nn.meta.unbox(abstract_params(module)))
+  restored = of_checkpoint(checkpoints.directory(workdir), shapes, step)
+  _warn(restored)
+  return restored
+
+
+def of_run(run: runs.Run, workdir: epath.Path, step: Step = None,
+           live: bool = False) -> checkpoints.Restored:
+  """Returns the parameters of a checkpoint of a run, as its `state`; prints
+  which it is, and the checkpoints that were passed over as damaged.
+
+  Args:
+    run: the run of `workdir`.
+    workdir: its folder.
+    step: which checkpoint; 'best'; several, for their mean; None: the newest
+      good one.
+    live: with optim.ema, the parameters themselves and not their average.
+  """
+  require(run.config.optim.ema or not live, f'{workdir} keeps no average of '
+          'its parameters (optim.ema is 0): there is nothing to choose. '
+          'Leave out --live')
+  restored = of_checkpoint(checkpoints.directory(workdir), run.abstract.params,
+                           step, live=live)
+  _warn(restored)
+  print(f'{workdir}, step {restored.step}'
+        + (f': {restored.what}' if restored.what else ''))
+  return restored
+
+
+def check_mean(config: Any, saved: checkpoints.Checkpoints, start: int) -> None:
+  """Raises RequestError where a run that goes on from step `start` cannot have
+  the checkpoints any more whose mean it is to evaluate where it ends
+  (checkpoint.average)."""
+  steps = _steps_of_mean(config, config.train.steps)
+  if not any(step <= start for step in steps):
+    return
+  step = _lacking(steps, saved)
+  require(step is None or step > start, 'checkpoint.average is '
+          f'{config.checkpoint.average}, and the run goes on from step '
+          f'{start}, but step {step} is not saved: choose a smaller mean, or '
+          '0, with --allow_config_change')
+
+
+def means(program: Any, params: Any, last: int,
+          saved: Mapping[int, checkpoints.Checkpoints]
+          ) -> tuple[Any, dict[int, str]]:
+  """Returns the means of runs that end after step `last`.
+
+  Args:
+    program: of these runs, and maybe others; a loop.Program.
+    params: those of all of its runs after that step.
+    last: the step.
+    saved: the checkpoints of these runs, by row.
+
+  Returns:
+    `params` with the means instead of the runs' own; and by row, why a run has
+    none.
+  """
+  each, lacking = list(program.split(params)), {}
+  steps = _steps_of_mean(program.run.config, last)
+  for row, own in saved.items():
+    step = _lacking(steps, own)
+    if step is None:
+      each[row] = mean([*(of_checkpoint(
+          own.directory, program.run.abstract.params, step).state
+          for step in steps), each[row]])
+    else:
+      lacking[row] = (
+          f'step {step} is not saved' if step > 0 else
+          f'there are fewer than {len(steps) + 1} up to step {last}')
+  return (program.join(each) if len(lacking) < len(saved) else params,
+          lacking)
+
+
+def _steps_of_mean(config: Any, last: int) -> list[int]:
+  """Returns the steps of checkpoint.average, ascending, without `last`, after
+  which the run ends. Those of a run that ends early may be 0 or less: there
+  are too few."""
+  c = config.checkpoint
+  if not c.average:
+    return []
+  newest = (last - 1) // c.every_steps * c.every_steps
+  return [newest - i * c.every_steps for i in reversed(range(c.average - 1))]
+
+
+def _lacking(steps: Sequence[int], saved: checkpoints.Checkpoints
+             ) -> int | None:
+  """Returns the first of the steps that is not saved: it was deleted, or its
+  parameters were not finite. Every process calls it, and gets what process 0
+  sees."""
+  saved.wait()
+  there = checkpoints.steps(saved.directory)
+  return next((step for step in steps if step not in there), None)
+
+
+def refuse_others(folder: pathlib.Path) -> None:
+  """Raises RequestError for a folder that holds models, or a part of one."""
+  for name, what in (('study.json', 'study'), ('sweep.json', 'sweep')):
+    if (folder / name).is_file():
+      first = next(iter(sorted(str(path.parent) for path in folder.glob(
+          f'**/points/*/*/{storage.CHECKPOINTS}'))), '')
+      raise RequestError(f'{folder} is a {what} of several runs: load one of '
+                         f'them, such as {first or "points/NAME/seed-S"}')
+  require(not (folder / peft.CONFIG).is_file()
+          or (folder / storage.CONFIG).is_file(), f'{folder} holds low-rank '
+          'adapters alone: make a run of them and the model that they adapt by '
+          f'python -m tools.convert import MODEL WORKDIR --adapter={folder}')
