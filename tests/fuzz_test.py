@@ -22,7 +22,7 @@ from tests.helpers import fuzzing, models, sweep_folder
 from tests.helpers.fuzzing import each, runs_or_refuses
 from tools.compare import layout, status
 from tools.compare import ledger as ledger_lib
-from tools.compare.sweep_report import curves, write
+from tools.compare import curves, sweep_report
 from training import config_files
 from training import runs, weights
 from training.step import abstract_params
@@ -251,7 +251,7 @@ def test_ledgers_and_runs(sweep, tmp_path_factory, data):
     with ledger_lib.Ledger(workdir) as ledger:
       ledger.recover()
       status.plain(description, workdir, ledger.runs())
-    write.figures(curves.load_sweep(workdir))
+    sweep_report.as_json(curves.load_sweep(workdir))
 
   runs_or_refuses(look)
   if run.joinpath('config.json').exists():

@@ -4,7 +4,6 @@ r"""Plans, runs and reports a study: from a question to a table.
   python -m tools.study run configs/studies/tiny.py --workdir runs/tiny
   python -m tools.study status --workdir runs/tiny
   python -m tools.study report --workdir runs/tiny
-  python -m tools.study simulate --studies=2000
 
 A study is a file of configs/studies/: a base, variants, three sizes or more,
 measures, and what counts as a difference. `run` freezes the plan, measures the
@@ -23,8 +22,7 @@ COMMANDS = {
     'run': ('tools.compare.study_run',
             'freeze the plan, and go through its phases'),
     'status': ('tools.compare.study_status', 'how far each phase is'),
-    'report': ('tools.compare.reporting', 'write the pages and tables anew'),
-    'simulate': ('tools.compare.simulate', 'how often simulated studies err'),
+    'report': ('tools.compare.study_report', 'write the pages and tables anew'),
 }
 
 

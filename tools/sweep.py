@@ -21,9 +21,9 @@ from training import cli
 COMMANDS = {
     'check': ('tools.compare.check', 'what every point changes and costs'),
     'run': ('tools.compare.run', 'train what is not done yet'),
-    'report': ('tools.compare.sweep_report.command',
+    'report': ('tools.compare.sweep_report',
                'report.html and report.csv'),
-    'fit': ('tools.compare.fit', 'the scaling law of a ladder'),
+    'fit': ('tools.compare.scaling', 'the scaling law of a ladder'),
     'status': ('tools.compare.status', 'how far each point is'),
 }
 

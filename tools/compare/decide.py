@@ -2,8 +2,8 @@
 
 Differences are paired: seed s of a variant and of the base have the same data
 in the same order, so what the seed does to both cancels. Tests are Student's
-over the seeds. How often this errs, `python -m tools.study simulate` measures
-(docs/studies.md, "Can it be believed?"); three rules are as they are because
+over the seeds. How often this errs, tests/tools/compare/simulate_test.py
+measures on studies whose truth is known; three rules are as they are because
 of it:
 
 - A run that diverged is no figure of a mean, but a result of its own. Counted
@@ -22,14 +22,195 @@ of it:
 from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 
-from tools.compare import findings, power, speed
-from tools.compare.findings import ALL
-from tools.compare.plan import AGAIN, Measure, Outcome, Plan
-from tools.compare import statistics
+from tools.compare import power, statistics
+from tools.compare.plan import AGAIN, TEXT, Measure, Outcome, Plan
 
+BETTER, WORSE, NONE_SHOWN = 'better', 'worse', 'no difference shown'
+DISAGREE, UNSTABLE = 'sizes disagree', 'unstable'
+VERDICTS = (BETTER, WORSE, NONE_SHOWN, DISAGREE, UNSTABLE)
+ALL = 'all sizes'  # the size of a row about the mean over sizes
+
+
+@dataclasses.dataclass(frozen=True)
+class Noise:
+  """How far base and base-again stand apart, and what a test can find then.
+
+  Attributes:
+    size: of the plan, or ALL: the mean over sizes, which the confirmation
+      tests.
+    measure: its name.
+    phase: whose test the last five figures are of: 'screen' or 'confirm'.
+    pairs: that both ended, at all sizes of the row.
+    sd, sd_low, sd_high: of the paired differences, or of their means over the
+      sizes, with its interval.
+    df: degrees of freedom of sd.
+    diverged, runs: of the base's runs of this row.
+    seeds: that the phase has.
+    level: at which the test must find, as if all variants but one were like
+      the base: alpha / variants, or q / variants; in the confirmation of a
+      secondary measure alpha / (variants * secondary measures), since these
+      are corrected together.
+    smallest_effect: the smallest effect that is found with the power that the
+      plan asks for.
+    seeds_needed: for the effect that the plan wants; None for a measure that
+      is not the primary one, and where 10,000 do not do.
+    power: with which that effect is found; None likewise.
+  """
+  size: str
+  measure: str
+  phase: str
+  pairs: int
+  sd: float | None
+  sd_low: float | None
+  sd_high: float | None
+  df: int
+  diverged: int
+  runs: int
+  seeds: int
+  level: float
+  smallest_effect: float | None
+  seeds_needed: int | None
+  power: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Announced:
+  """What the whole study can find, said before it is run.
+
+  Attributes:
+    effect: that the plan wants.
+    wanted: the power that the plan wants.
+    screen, confirm: the power of either phase for this effect.
+    power: of both together: the product. Both hang on the same noise, which
+      is an estimate, so it is rather more.
+    enough: whether that is as much as the plan wants.
+    sentence: all this, for a reader.
+  """
+  effect: float
+  wanted: float
+  screen: float
+  confirm: float
+  power: float
+  enough: bool
+  sentence: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Screened:
+  """A variant at the smallest size.
+
+  Attributes:
+    n: pairs of seeds that both ended.
+    p: Student's, over these pairs; q: corrected by Benjamini-Hochberg.
+    diverged, base_diverged, runs: of `runs` runs each.
+    unstable: more of its runs diverged than the plan allows.
+    passed: q is at most the plan's, and it is not unstable.
+  """
+  variant: str
+  measure: str
+  effect: float | None
+  low: float | None
+  high: float | None
+  n: int
+  p: float | None
+  q: float | None
+  diverged: int
+  base_diverged: int
+  runs: int
+  unstable: bool
+  passed: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Effect:
+  """A variant at one size: over the pairs of seeds that both ended."""
+  size: str
+  mean: float | None
+  low: float | None
+  high: float | None
+  n: int
+  p: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class SpeedUp:
+  """How many times what the variant spends the base needs to the same loss.
+
+  Attributes:
+    by: 'flops' or 'seconds'.
+    factor, low, high: geometric mean over seeds; low and high are None for
+      fewer than 3.
+    fit_error: rms of the fitted curves, in nats: a factor of losses that
+      differ by less says nothing.
+  """
+  size: str
+  by: str
+  factor: float | None
+  low: float | None
+  high: float | None
+  n: int
+  fit_error: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Trend:
+  """By how much the effect grows for ten times the parameters of the base."""
+  slope: float | None
+  low: float | None
+  high: float | None
+  n: int
+  p: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+  """A variant at all sizes, on fresh seeds.
+
+  Attributes:
+    measure, primary: the verdict of the study is on the primary measure.
+    effect, low, high: mean over sizes of the paired differences, over the n
+      seeds whose runs of both ended at all sizes.
+    p, p_holm: Student's over these seeds; corrected over the variants, and for
+      measures that are not primary over all of these together.
+    sizes: each size by itself.
+    same_direction: whether the means of all sizes have one sign.
+    counted: the effect where a run that diverged counts as guessing.
+    diverged, base_diverged, runs: of `runs` runs each.
+    rate_low, rate_high: Clopper and Pearson's interval of the share that
+      diverges.
+    p_diverged: that it diverges more often than the base by chance (exact
+      McNemar, one-sided, Holm over the variants).
+    verdict: of VERDICTS.
+    speed_ups, trend: of the primary measure.
+  """
+  variant: str
+  measure: str
+  primary: bool
+  effect: float | None
+  low: float | None
+  high: float | None
+  n: int
+  p: float | None
+  p_holm: float | None
+  sizes: list[Effect]
+  same_direction: bool
+  counted: float | None
+  diverged: int
+  base_diverged: int
+  runs: int
+  rate_low: float
+  rate_high: float
+  p_diverged: float
+  verdict: str
+  trend: Trend | None
+  speed_ups: list[SpeedUp]
+
+
+BY = ('flops', 'seconds')  # speed-ups
 Runs = Mapping[tuple[str, str, str], Mapping[int, Outcome]]
 
 
@@ -42,7 +223,7 @@ def of_phase(outcomes: Iterable[Outcome], phase: str) -> Runs:
   return found
 
 
-def noise(plan: Plan, outcomes: Iterable[Outcome]) -> list[findings.Noise]:
+def noise(plan: Plan, outcomes: Iterable[Outcome]) -> list[Noise]:
   """Returns, for each measure, a row for each size, one for the screening, and
   one for the confirmation, which is over the mean of the sizes.
 
@@ -68,14 +249,14 @@ def noise(plan: Plan, outcomes: Iterable[Outcome]) -> list[findings.Noise]:
 
 
 def _noise_row(plan: Plan, measure: Measure, name: str, phase: str, sizes,
-               rate: float) -> findings.Noise:
+               rate: float) -> Noise:
   share = plan.alpha if phase == 'confirm' else plan.q
   level = share / _tests(plan, measure, phase)
   seeds = getattr(plan.seeds, phase)
   by_seed = _differences_by_seed(sizes, measure)
   lost = [x.diverged for pairs in sizes for pair in pairs.values()
           for x in pair]
-  row = findings.Noise(
+  row = Noise(
       name, measure.name, phase, len(by_seed), None, None, None,
       max(len(by_seed) - 1, 0), sum(lost), len(lost), seeds, level, None, None,
       None)
@@ -103,8 +284,8 @@ def _tests(plan: Plan, measure: Measure, phase: str) -> int:
   return len(plan.variants) * (len(plan.measures) - 1 if secondary else 1)
 
 
-def announce(plan: Plan, rows: Sequence[findings.Noise]
-             ) -> findings.Announced:
+def announce(plan: Plan, rows: Sequence[Noise]
+             ) -> Announced:
   """Returns what the study can find, of the rows of `noise`."""
   own = {row.phase: row for row in rows if row.measure == plan.primary.name
          and (row.phase == 'screen' or row.size == ALL)}
@@ -121,11 +302,11 @@ def announce(plan: Plan, rows: Sequence[findings.Noise]
     told += (f' That is less than the {plan.power:.0%} that the plan wants: '
              + '; '.join(_wanted(plan, own[phase])
                          for phase in ('screen', 'confirm')) + '.')
-  return findings.Announced(plan.effect, plan.power, screen, confirm, both,
+  return Announced(plan.effect, plan.power, screen, confirm, both,
                             enough, told)
 
 
-def _wanted(plan: Plan, row: findings.Noise) -> str:
+def _wanted(plan: Plan, row: Noise) -> str:
   if row.sd is None:
     return f'fewer than 2 pairs of the base ended for the {row.phase}ing'
   needs = (f'{row.seeds_needed} seeds' if row.seeds_needed else
@@ -134,7 +315,7 @@ def _wanted(plan: Plan, row: findings.Noise) -> str:
   return f'{plan.power:.0%} in the {phase} alone takes {needs}'
 
 
-def screen(plan: Plan, outcomes: Iterable[Outcome]) -> list[findings.Screened]:
+def screen(plan: Plan, outcomes: Iterable[Outcome]) -> list[Screened]:
   """Returns each variant's row at the smallest size."""
   runs, measure = of_phase(outcomes, 'screen'), plan.primary
   told = []
@@ -144,19 +325,19 @@ def screen(plan: Plan, outcomes: Iterable[Outcome]) -> list[findings.Screened]:
     told.append((variant, pairs, values, statistics.p_value(values)))
   # A test that could not be done is a member of the family all the same.
   qs = statistics.corrected([1.0 if p is None else p for *_, p in told],
-                            'fdr_bh')
+                            'bh')
   found = []
   for (variant, pairs, values, p), q in zip(told, qs):
     ours, base, unstable = _stability(plan, [pairs])
     mean, low, high = _interval(values)
-    found.append(findings.Screened(
+    found.append(Screened(
         variant, measure.name, mean, low, high, len(values), p,
         None if p is None else q, ours, base, len(pairs), unstable,
         p is not None and q <= plan.q and not unstable))
   return found
 
 
-def confirm(plan: Plan, outcomes: Iterable[Outcome]) -> list[findings.Verdict]:
+def confirm(plan: Plan, outcomes: Iterable[Outcome]) -> list[Verdict]:
   """Returns the verdict on each variant that was run in the confirmation, for
   the primary measure; then rows for the other measures."""
   runs = of_phase(outcomes, 'confirm')
@@ -168,7 +349,7 @@ def confirm(plan: Plan, outcomes: Iterable[Outcome]) -> list[findings.Verdict]:
       if any(key[::2] == (v, measure.workload) for key in runs)])
 
 
-def _family(plan: Plan, runs: Runs, members) -> list[findings.Verdict]:
+def _family(plan: Plan, runs: Runs, members) -> list[Verdict]:
   """Tests that are corrected together."""
   both = [[_both(runs, variant, plan.base, size, measure.workload)
            for size in plan.sizes] for variant, measure in members]
@@ -182,7 +363,7 @@ def _family(plan: Plan, runs: Runs, members) -> list[findings.Verdict]:
 
 
 def _verdict(plan, runs, member, pairs, values, p, p_holm, p_diverged
-             ) -> findings.Verdict:
+             ) -> Verdict:
   variant, measure = member
   primary = measure == plan.primary
   sizes = [_effect(size, _differences(own, measure))
@@ -194,21 +375,21 @@ def _verdict(plan, runs, member, pairs, values, p, p_holm, p_diverged
   runs_each = sum(map(len, pairs))
   unstable = unstable or p_diverged <= plan.alpha
   if unstable:
-    word = findings.UNSTABLE
+    word = UNSTABLE
   elif p is None or p_holm > plan.alpha:
-    word = findings.NONE_SHOWN
+    word = NONE_SHOWN
   elif not one_way:
-    word = findings.DISAGREE
+    word = DISAGREE
   else:
-    word = findings.BETTER if mean * measure.sign > 0 else findings.WORSE
+    word = BETTER if mean * measure.sign > 0 else WORSE
   rates = _share(ours, runs_each)
   by_seed = _differences_by_seed(pairs, measure)
-  return findings.Verdict(
+  return Verdict(
       variant, measure.name, primary, mean, low, high, len(values), p,
       None if p is None else p_holm, sizes, one_way, _counted(pairs, measure),
       ours, base, runs_each, *rates, p_diverged, word,
-      speed.trend(plan, runs, by_seed) if primary else None,
-      speed.speed_ups(plan, runs, variant) if primary else [])
+      _trend(plan, runs, by_seed) if primary else None,
+      _speed_ups(plan, runs, variant) if primary else [])
 
 
 def _both(runs: Runs, variant: str, base: str, size: str, workload: str
@@ -274,14 +455,15 @@ def _more_diverge(sizes) -> float:
 
 
 def _share(count: int, runs: int) -> tuple[float, float]:
-  from statsmodels.stats.proportion import proportion_confint
-  low, high = proportion_confint(count, runs, 0.05, method='beta') if (
-      runs) else (0.0, 1.0)
-  return float(low), float(high)
+  from scipy.stats import binomtest
+  if not runs:
+    return 0.0, 1.0
+  found = binomtest(count, runs).proportion_ci()  # Clopper and Pearson's
+  return float(found.low), float(found.high)
 
 
-def _effect(size: str, values: Sequence[float]) -> findings.Effect:
-  return findings.Effect(size, *_interval(values), len(values),
+def _effect(size: str, values: Sequence[float]) -> Effect:
+  return Effect(size, *_interval(values), len(values),
                          statistics.p_value(values))
 
 
@@ -291,3 +473,76 @@ def _interval(values: Sequence[float]
     return None, None, None
   found = statistics.interval(values)
   return found.mean, found.low, found.high
+
+def _trend(plan: Plan, runs, by_seed: Mapping[int, Sequence[float]]
+           ) -> Trend | None:
+  """Returns the slope of the effect over log10 of the base's parameters.
+
+  Each seed gives a slope by least squares over its own sizes, and the interval
+  is Student's over the seeds: it holds whatever the noise of each size is.
+
+  Args:
+    plan: of the study.
+    runs: of the confirmation, as of_phase has them.
+    by_seed: the differences at each size.
+  """
+  own = [runs.get((plan.base, size, plan.primary.workload), {})
+         for size in plan.sizes]
+  if not all(own) or not by_seed:
+    return None
+  logs = [math.log10(next(iter(x.values())).params) for x in own]
+  if len(set(logs)) < 2:
+    return None
+  slopes = np.polyfit(logs, np.array([*by_seed.values()]).T, 1)[0]
+  found = statistics.interval(slopes)
+  return Trend(found.mean, found.low, found.high, found.seeds,
+               statistics.p_value(slopes))
+
+
+def _speed_ups(plan: Plan, runs, variant: str) -> list[SpeedUp]:
+  """Returns the speed-up of a variant at each size, by FLOPs and by time, of
+  the curves of held-out loss on text; none where no curves were kept.
+
+  For each seed, the base's spending over the variant's to the same loss, read
+  from a saturating power law of each curve (statistics.speed_up).
+  """
+  found = []
+  for size in plan.sizes:
+    pairs = [pair for pair in _both(runs, variant, plan.base, size, TEXT
+                                    ).values()
+             if not any(x.diverged for x in pair)]
+    if any(x.curve for pair in pairs for x in pair):
+      found += [_speed_up(size, by, pairs) for by in BY]
+  return found
+
+
+def _speed_up(size: str, by: str, pairs) -> SpeedUp:
+  x, error = statistics.over_seeds(
+      [tuple(_law(run, by) for run in pair) for pair in pairs])
+  ends = (x.mean, x.low, x.high) if x else (None,) * 3
+  return SpeedUp(size, by, *ends, len(pairs), error)
+
+
+def _law(outcome: Outcome, by: str) -> statistics.PowerLaw | None:
+  """Fits a curve from where the learning rate had reached its height."""
+  curve = outcome.curve
+  if not curve:
+    return None
+  warm = curve.get('warm', [True] * len(curve['loss']))
+  known = [(math.nan if x is None else x, y) for x, y, is_warm in zip(
+      curve[by], curve['loss'], warm, strict=True) if is_warm]
+  return statistics.power_law(*zip(*known)) if known else None
+
+
+def evaluations(frozen: Any, size: str) -> int:
+  """Returns how many evaluations after warm-up a run of the confirmation has on
+  text: those that a law is fitted to. Of the variant that has the fewest."""
+  plan, found = frozen.plan, []
+  for variant in (plan.base, *plan.variants):
+    changes = frozen.point(variant, size, TEXT)['changes']
+    steps, every, warmup = (
+        changes.get(f'{group}.{name}', frozen.base_config[group][name])
+        for group, name in (('train', 'steps'), ('eval', 'every_steps'),
+                            ('optim', 'warmup_steps')))
+    found.append(sum(n >= warmup for n in {*range(every, steps, every), steps}))
+  return min(found)

@@ -182,3 +182,35 @@ def chance(own: dict, config, vocab: int, bytes_per_token: float, file: str
     return 0.0
   require(False, f'{file}: measure {own["name"]!r} needs a chance: what '
           "guessing gives, as 'chance': 0.5")
+
+
+def unit(frozen, measure) -> str:
+  """Returns the unit of a measure, 'nats a token'; '' where it has none, as an
+  accuracy, or where it is not known, as of a task's own figure."""
+  if measure.figure.rpartition('/')[2] == 'bits_per_byte':
+    return 'bits a byte'
+  return (unit_of_loss(frozen, measure.workload) if measure.figure == 'loss'
+          else '')
+
+
+def unit_of_loss(frozen, workload: str) -> str:
+  """Returns the unit of the held-out loss of a workload's objective."""
+  from training import objectives
+  point = frozen.point(frozen.plan.base, frozen.plan.sizes[0], workload)
+  name = (frozen.base_config | point['changes'])['objective']
+  own = objectives.OBJECTIVES[name]
+  if own.guess or own.labels:  # of an answer, or a sum of two losses
+    return 'nats'
+  # The other heads give numbers, whose loss has the unit of their square.
+  return 'nats a token' if own.head in ('lm', 'vector') else ''
+
+
+def said(frozen, measure, before: str = '', after: str = '') -> str:
+  """Returns the unit with what stands around it, or '' where it has none."""
+  own = unit(frozen, measure)
+  return f'{before}{own}{after}' if own else ''
+
+
+def amount(frozen, value: float) -> str:
+  """Returns '0.2 nats a token', of the primary measure."""
+  return f'{value:g}{said(frozen, frozen.plan.primary, " ")}'

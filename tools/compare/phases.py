@@ -14,7 +14,7 @@ import dataclasses
 from typing import Any, NamedTuple, Protocol
 
 from configs.errors import RequestError
-from tools.compare import decide, findings, tuning
+from tools.compare import decide, tuning
 from tools.compare import frozen as frozen_lib
 from tools.compare import plan as plans
 from training.data import ramp
@@ -51,11 +51,11 @@ class Trainer(Protocol):
 class Found:
   """What a study has found so far; see plans.RESULTS."""
   outcomes: list[plans.Outcome] = dataclasses.field(default_factory=list)
-  noise: list[findings.Noise] = dataclasses.field(default_factory=list)
-  announced: findings.Announced | None = None
+  noise: list[decide.Noise] = dataclasses.field(default_factory=list)
+  announced: decide.Announced | None = None
   tuned: list[plans.Tuned] = dataclasses.field(default_factory=list)
-  screen: list[findings.Screened] = dataclasses.field(default_factory=list)
-  confirm: list[findings.Verdict] = dataclasses.field(default_factory=list)
+  screen: list[decide.Screened] = dataclasses.field(default_factory=list)
+  confirm: list[decide.Verdict] = dataclasses.field(default_factory=list)
   finished: list[str] = dataclasses.field(default_factory=list)
 
 

@@ -1,4 +1,6 @@
-"""The scaling law of a ladder: L(N, D) = (E + A / N^a + B / D^b) r^s.
+"""fit: a scaling law L(N, D) = E + A / N^a + B / D^b of a ladder of sizes, with
+intervals, and the best size for a budget of FLOPs. Of a ladder of widths and
+depths, also what shape does at the same size.
 
 Approach 3 of Hoffmann et al. 2022 ("Training compute-optimal large language
 models"): N parameters and D tokens give the final loss; the five constants
@@ -7,23 +9,30 @@ grid of starts, best of all. The sum is minimised, not the mean, and to a tight
 tolerance: a loose one stops early and gives too narrow intervals (Besiroglu et
 al. 2024, "Chinchilla scaling: a replication attempt").
 
-r is the width of a model over its depth, divided by the ladder's geometric mean
-of this ratio. Where a ladder varies both, s says what shape does at the same
-parameters and tokens (Kaplan et al. 2020, figure 5, found little); elsewhere it
-is 0, and the law is that of the paper.
+Where a ladder varies both width and depth, the law is (E + A / N^a + B / D^b)
+r^s: r is the width of a model over its depth, divided by the ladder's geometric
+mean of this ratio, and s says what shape does at the same parameters and tokens
+(Kaplan et al. 2020, figure 5, found little). Elsewhere s is 0.
 
 Intervals are of a bootstrap over the residuals, spread by the freedom that the
 fit took: it keeps the ladder's sizes, of which there are too few to leave any
-out.
+out. With --by=FIELD there is a law for each value of a field. The interval of
+how their exponents differ is of both bootstraps: where both ladders have the
+same lengths and seeds, rung by rung, the residuals of both are drawn together,
+so that what a length and a seed do to both cancels.
 """
 
-from collections.abc import Sequence
+import argparse
+from collections.abc import Mapping, Sequence
 import dataclasses
+import json
 import math
+import operator
+from typing import NamedTuple
 
 import numpy as np
 
-from configs.errors import RequestError
+from configs.errors import RequestError, require
 
 DELTA = 1e-3
 CONSTANTS = ('E', 'A', 'B', 'a', 'b')
@@ -36,6 +45,50 @@ LOG_SCALES = (0.0, 5.0, 10.0, 15.0, 20.0, 25.0)
 POLISHED = 100  # of the starts: those with the least error
 # Of log E, log A, log B, a, b, s: an exponent of 0 cannot be told from E.
 BOUNDS = ((-12, 6), (-30, 90), (-30, 90), (0, 8), (0, 8), (-2, 2))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument('workdir', help='of the whole sweep')
+  parser.add_argument('--budgets', default='', help='FLOPs to find the best '
+                      'size for, as 1e15,1e16; default: the largest of the '
+                      'ladder, and 10 and 100 times it')
+  parser.add_argument('--by', default='', metavar='FIELD', help='a law for '
+                      'each value of this field that the sweep has, as '
+                      'model.position, and how their exponents differ')
+  parser.add_argument('--count', default='params', choices=(
+      'params', 'active_params'), help='which parameters N is (%(default)s)')
+  parser.add_argument('--draws', type=int, default=400,
+                      help='of the bootstrap (%(default)s)')
+  parser.add_argument('--json', action='store_true', help='print JSON')
+
+
+def main(args) -> int:
+  from tools.compare import curves
+  from training import limits
+  # An interval needs 40 or more.
+  limits.number('--draws', args.draws, (('>=', 40), ('<=', 1_000_000)))
+  budgets = _budgets(args.budgets)
+  sweep = curves.load_sweep(args.workdir)
+  if args.by:
+    figures = report_by(sweep, args.by, args.count, budgets, args.draws)
+    told = text_by
+  else:
+    figures = report(data(sweep.points, args.count, args.workdir), budgets,
+                     args.draws)
+    told = text
+  print(json.dumps(figures, indent=2) if args.json else told(figures))
+  return 0
+
+
+def _budgets(text: str) -> list[float]:
+  try:
+    budgets = [float(word) for word in text.split(',') if word]
+  except ValueError as error:
+    raise RequestError(f'--budgets is {text!r}: write numbers of FLOPs, as '
+                       '1e15,1e16') from error
+  require(all(0 < budget < math.inf for budget in budgets),
+          f'--budgets is {text!r}: a budget must be > 0')
+  return budgets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,34 +120,112 @@ class Cost:
     return self.factor * np.asarray(params, float) ** self.power
 
 
+class Runs(NamedTuple):
+  """The runs of a ladder, an entry each.
+
+  Attributes:
+    params, tokens, losses, flops_per_token: of each.
+    ratios: of width to depth.
+    shapes: the same over the ladder's mean of it (relative_shapes); None where
+      the ladder cannot tell shape from size.
+  """
+  params: np.ndarray
+  tokens: np.ndarray
+  losses: np.ndarray
+  flops_per_token: np.ndarray
+  ratios: np.ndarray
+  shapes: np.ndarray | None
+
+  def fit(self) -> Law:
+    return fit(self.params, self.tokens, self.losses, self.shapes)
+
+  def bootstrap(self, law: Law, draws: int, seed: int = 0) -> list[Law]:
+    return bootstrap(law, self.params, self.tokens, self.losses, draws, seed,
+                     self.shapes)
+
+
+def data(points, count: str, who: str, beside: str = '') -> Runs:
+  """Returns every run of a ladder, by tokens, parameters, shape and seed.
+
+  Args:
+    points: of one ladder.
+    count: which parameters.
+    who: has them.
+    beside: a field that the points may set though it is no size.
+
+  Raises:
+    RequestError: where they are no ladder.
+  """
+  for point in points:
+    kinds = [f'{key}={value}' for key, value in point.changes.items()
+             if isinstance(value, str | bool | list | dict) and key != beside]
+    require(not kinds, f'point {point.name!r} sets {", ".join(kinds)}: a law '
+            'is fitted to sizes and lengths of one model, as in '
+            'configs/sweeps/ladder.py; --by=FIELD fits one for each value of a '
+            'field')
+  done = [point for point in points if point.finals]
+  require(bool(done), f'{who} has no finished run')
+  done.sort(key=lambda p: (p.tokens, getattr(p, count), np.divide(*_sides(p))))
+  widths, depths = zip(*map(_sides, done))
+  shapes = relative_shapes(
+      widths, depths, [getattr(point, count) for point in done])
+  told = np.ones(len(done)) if shapes is None else shapes
+  _check_rungs(done, count, told)
+  rows = [(getattr(point, count), point.tokens, loss, point.flops_per_token,
+           width / depth, shape)
+          for point, width, depth, shape in zip(done, widths, depths, told)
+          for _, loss in sorted(point.finals.items())]
+  *columns, each = map(np.array, zip(*rows))
+  return Runs(*columns, None if shapes is None else each)
+
+
+def _sides(point) -> tuple[int, int]:
+  """The width and the depth of a point of which a run is done."""
+  config = point.runs[min(point.finals)].config
+  return config['model.d_model'], config['model.num_layers']
+
+
+def _check_rungs(points, count: str, shapes) -> None:
+  """Raises RequestError for two points of one size, length and shape: what else
+  they differ in, the law does not know."""
+  rungs = {}
+  for point, shape in zip(points, shapes):
+    size = getattr(point, count), point.tokens
+    other = rungs.setdefault((*size, round(float(shape), 9)), point)
+    keys = [key for key in {**other.changes, **point.changes}
+            if other.changes.get(key) != point.changes.get(key)]
+    require(other is point, f'points {other.name!r} and {point.name!r} have '
+            f'both {size[0]:,} {count} and {size[1]:,} tokens, and differ in '
+            f'{", ".join(keys)}: a law is fitted to one point of each size and '
+            'length, and of each shape where model.d_model and '
+            'model.num_layers vary apart')
+
+
 def check_ladder(params: Sequence[float], tokens: Sequence[float],
                  shapes: Sequence[float] | None = None) -> None:
-  """Raises ValueError where a ladder is too small to fix five constants, or
+  """Raises RequestError where a ladder is too small to fix five constants, or
   with `shapes` six, and to leave residuals."""
   x, y = np.log(np.asarray(params, float)), np.log(np.asarray(tokens, float))
   points = np.stack([x, y], 1)
   counts = [(points, MIN_RUNS, 'pairs of parameters and tokens'),
             (x[:, None], MIN_SIZES, 'numbers of parameters'),
             (y[:, None], MIN_LENGTHS, 'numbers of tokens')]
-  words = 'five constants of the law', ''
+  what, instead = 'five constants of the law', ''
   if shapes is not None:
     counts.append((np.column_stack([points, np.log(shapes)]), MIN_RUNS + 1,
                    'points of parameters, tokens and shape'))
-    words = 'six constants of a law with shape', (
-        ', or keep model.d_model over model.num_layers as it is')
-  for rows, least, what in counts:
+    what = 'six constants of a law with shape'
+    instead = ', or keep model.d_model over model.num_layers as it is'
+  for rows, least, things in counts:
     have = len(_distinct(rows))
-    if have < least:
-      raise RequestError(
-          f'the ladder has {have} different {what}: the {words[0]} need '
-          f'{least}; add points that vary the model\'s size and train.steps'
-          + words[1])
+    require(have >= least, f'the ladder has {have} different {things}: the '
+            f'{what} need {least}; add points that vary the model\'s size and '
+            f'train.steps{instead}')
   correlation = float(np.corrcoef(x, y)[0, 1])
-  if abs(correlation) > MAX_CORRELATION:
-    raise RequestError(
-        f'tokens rise with parameters (correlation {correlation:.3f} of their '
-        f'logarithms, at most {MAX_CORRELATION}): what each contributes cannot '
-        'be told apart; add points that vary train.steps at one size')
+  require(abs(correlation) <= MAX_CORRELATION, 'tokens rise with parameters '
+          f'(correlation {correlation:.3f} of their logarithms, at most '
+          f'{MAX_CORRELATION}): what each contributes cannot be told apart; '
+          'add points that vary train.steps at one size')
 
 
 def _distinct(x: np.ndarray) -> list[np.ndarray]:
@@ -129,15 +260,18 @@ def fit(params: Sequence[float], tokens: Sequence[float],
     shapes: of each, as relative_shapes has them; None: the law has none.
 
   Raises:
-    ValueError: where the ladder is too small.
+    RequestError: where the ladder is too small.
   """
   check_ladder(params, tokens, shapes)
   x, y, z = (np.log(np.asarray(v, float)) for v in (params, tokens, losses))
-  starts = _starts(x, y, z)
+  grid = np.stack(np.meshgrid(LOG_E, LOG_SCALES, LOG_SCALES, EXPONENTS,
+                              EXPONENTS, indexing='ij'), -1).reshape(-1, 5)
+  errors = np.array([objective(theta, x, y, z)[0] for theta in grid])
+  starts = grid[np.argsort(errors, kind='stable')[:POLISHED]]
   if shapes is None:
-    return _law(_best(starts, x, y, z))
-  return _law(_best([np.append(theta, 0.0) for theta in starts], x, y, z,
-                    np.log(shapes)))
+    return _best(starts, x, y, z)
+  return _best([np.append(theta, 0.0) for theta in starts], x, y, z,
+               np.log(shapes))
 
 
 def bootstrap(law: Law, params, tokens, losses, draws: int, seed: int = 0,
@@ -153,45 +287,21 @@ def bootstrap(law: Law, params, tokens, losses, draws: int, seed: int = 0,
   u = None if shapes is None else np.log(shapes)
   free = len(CONSTANTS) + (u is not None)
   residuals = (z - fitted) * math.sqrt(len(z) / (len(z) - free))
-  starts = [_theta(law)[:free]]
+  start = np.array([math.log(law.E), math.log(law.A), math.log(law.B), law.a,
+                    law.b, law.s])[:free]
   rng = np.random.default_rng(seed)
-  return [_law(_best(starts, x, y, fitted + rng.choice(residuals, len(z)), u))
+  return [_best([start], x, y, fitted + rng.choice(residuals, len(z)), u)
           for _ in range(draws)]
 
 
-def optimum(law: Law, cost: Cost, budget: float) -> tuple[float, float]:
-  """Returns the parameters and tokens that make the loss least for a budget.
-
-  D = budget / (factor N^power); where dL/dN = 0,
-  N^(a + power b) = a A / (power b B) (budget / factor)^b.
-  """
-  p = cost.power
-  params = (law.a * law.A / (p * law.b * law.B)
-            * (budget / cost.factor) ** law.b) ** (1 / (law.a + p * law.b))
-  return params, budget / float(cost.per_token(params))
-
-
-def cost_of(params: Sequence[float], flops_per_token: Sequence[float]) -> Cost:
-  """Returns the FLOPs of a token as a power of N, through a ladder's own."""
-  power, factor = np.polyfit(np.log(params), np.log(flops_per_token), 1)
-  return Cost(float(np.exp(factor)), float(power))
-
-
-def _starts(x, y, z) -> list[np.ndarray]:
-  """The best of the paper's grid, least error first."""
-  grid = np.stack(np.meshgrid(LOG_E, LOG_SCALES, LOG_SCALES, EXPONENTS,
-                              EXPONENTS, indexing='ij'), -1).reshape(-1, 5)
-  errors = np.array([objective(theta, x, y, z)[0] for theta in grid])
-  return list(grid[np.argsort(errors, kind='stable')[:POLISHED]])
-
-
-def _best(starts, x, y, z, u=None) -> np.ndarray:
+def _best(starts, x, y, z, u=None) -> Law:
   from scipy.optimize import minimize
   found = [minimize(objective, theta, args=(x, y, z, u), jac=True,
                     method='L-BFGS-B', bounds=BOUNDS[:len(theta)],
                     options=dict(maxiter=5000, ftol=1e-15, gtol=1e-10))
            for theta in starts]
-  return min(found, key=lambda result: result.fun).x
+  theta = min(found, key=lambda result: result.fun).x
+  return Law(*map(float, np.exp(theta[:3])), *map(float, theta[3:]))
 
 
 def objective(theta, x, y, z, u=None) -> tuple[float, np.ndarray]:
@@ -213,25 +323,179 @@ def objective(theta, x, y, z, u=None) -> tuple[float, np.ndarray]:
   value = np.where(size <= DELTA, r * r / 2, DELTA * (size - DELTA / 2)).sum()
   push = np.clip(r, -DELTA, DELTA)
   pull = push * powers / total
-  gradient = np.array([pull[0].sum(), pull[1].sum(), pull[2].sum(),
-                       -(pull[1] * x).sum(), -(pull[2] * y).sum(),
+  gradient = np.array([*pull.sum(1), -(pull[1] * x).sum(),
+                       -(pull[2] * y).sum(),
                        *([] if u is None else [(push * u).sum()])])
   scale = 1 / DELTA ** 2  # L-BFGS stops by absolute size of the gradient
   return value * scale, gradient * scale
 
 
-def _law(theta) -> Law:
-  return Law(*(float(v) for v in np.exp(theta[:3])), *map(float, theta[3:]))
+def optimum(law: Law, cost: Cost, budget: float) -> tuple[float, float]:
+  """Returns the parameters and tokens that make the loss least for a budget.
+
+  D = budget / (factor N^power); where dL/dN = 0,
+  N^(a + power b) = a A / (power b B) (budget / factor)^b.
+  """
+  p = cost.power
+  params = (law.a * law.A / (p * law.b * law.B)
+            * (budget / cost.factor) ** law.b) ** (1 / (law.a + p * law.b))
+  return params, budget / float(cost.per_token(params))
 
 
-def _theta(law: Law) -> np.ndarray:
-  return np.array([math.log(law.E), math.log(law.A), math.log(law.B), law.a,
-                   law.b, law.s])
+def cost_of(params: Sequence[float], flops_per_token: Sequence[float]) -> Cost:
+  """Returns the FLOPs of a token as a power of N, through a ladder's own."""
+  power, factor = np.polyfit(np.log(params), np.log(flops_per_token), 1)
+  return Cost(float(np.exp(factor)), float(power))
 
 
-def percentiles(values: Sequence[float], confidence: float = 0.95
-                ) -> tuple[float, float]:
-  """Returns the interval that holds this share of the values, tails alike."""
-  tail = 50 * (1 - confidence)
-  low, high = np.percentile(values, [tail, 100 - tail])
-  return float(low), float(high)
+def report(runs: Runs, budgets, draws: int) -> dict:
+  """Returns all that `fit` prints, of the runs of a ladder."""
+  law = runs.fit()
+  return described(law, runs.bootstrap(law, draws), runs, budgets)
+
+
+def described(law: Law, drawn: list[Law], runs: Runs, budgets) -> dict:
+  """Returns what `fit` prints of a law and those drawn around it."""
+  params, tokens, losses, flops_per_token, ratios, shapes = runs
+  cost = cost_of(params, flops_per_token)
+  budgets = budgets or [float(np.max(tokens * flops_per_token)) * scale
+                        for scale in (1, 10, 100)]
+  residuals = np.log(losses / law.loss(params, tokens, shapes))
+  return {
+      'runs': len(losses),
+      'parameters': _ends(params), 'tokens': _ends(tokens),
+      'rms_log_residual': float(np.sqrt(np.mean(residuals ** 2))),
+      'constants': {name: _with_interval(operator.attrgetter(name), law, drawn)
+                    for name in CONSTANTS},
+      'shape': None if shapes is None else _with_interval(
+          lambda of: 2 ** of.s - 1, law, drawn) | {'ratios': _ends(ratios)},
+      'flops_per_token': dataclasses.asdict(cost),
+      'optima': [_optimum(law, drawn, cost, budget) for budget in budgets]}
+
+
+def _ends(values: np.ndarray) -> list[float]:
+  return [float(values.min()), float(values.max())]
+
+
+def _with_interval(figure, law: Law, drawn) -> dict:
+  low, high = np.percentile([figure(other) for other in drawn], [2.5, 97.5])
+  return {'value': float(figure(law)), 'low': float(low), 'high': float(high)}
+
+
+def _optimum(law, drawn, cost, budget: float) -> dict:
+  """The best size for a budget; {'budget': ...} alone where an exponent is 0
+  and no size is the best."""
+  kept = [other for other in drawn if min(other.a, other.b) > 0.01]
+  if min(law.a, law.b) <= 0.01 or len(kept) < 0.95 * len(drawn):
+    return {'budget': budget}
+  best = lambda of: optimum(of, cost, budget)
+  figures = {'parameters': lambda of: best(of)[0],
+             'tokens': lambda of: best(of)[1],
+             'loss': lambda of: float(of.loss(*best(of)))}
+  return {'budget': budget} | {
+      name: _with_interval(figure, law, kept)
+      for name, figure in figures.items()}
+
+
+def text(f: dict) -> str:
+  """Renders `report` for a terminal."""
+  lines = [f'L(N, D) = E + A / N^a + B / D^b, of {f["runs"]} runs; '
+           f'rms residual of log L {f["rms_log_residual"]:.2e}']
+  lines += [f'  {name}  {x["value"]:>10.4g}  [{x["low"]:.4g}, {x["high"]:.4g}]'
+            for name, x in f['constants'].items()]
+  if f['shape']:
+    x, (least, most) = f['shape'], f['shape']['ratios']
+    lines.append(
+        'shape: twice the width over the depth, at the same parameters and '
+        f'tokens, changes the loss by {x["value"]:+.2%} [{x["low"]:+.2%}, '
+        f'{x["high"]:+.2%}]; seen from {least:.3g} to {most:.3g}')
+  cost = f['flops_per_token']
+  lines += [f'FLOPs a token, of this ladder: {cost["factor"]:.3g} '
+            f'N^{cost["power"]:.3f}',
+            f'{"budget (FLOPs)":<16}{"parameters":<30}{"tokens":<30}loss',
+            *(_optimum_line(f, row) for row in f['optima']),
+            '95 % intervals are of a bootstrap over the residuals of this '
+            'law: they do not know that another law may hold.']
+  return '\n'.join(lines)
+
+
+def _optimum_line(f: dict, row: dict) -> str:
+  if 'loss' not in row:
+    return (f'{row["budget"]:<16.3g}no optimum: an exponent is 0 as far as '
+            'this ladder can tell')
+  params, tokens, loss = (
+      f'{x["value"]:{form}} [{x["low"]:{form}}, {x["high"]:{form}}]'
+      for x, form in ((row['parameters'], '.3g'), (row['tokens'], '.3g'),
+                      (row['loss'], '.3f')))
+  outside = [name for name in ('parameters', 'tokens') if not (
+      f[name][0] <= row[name]['value'] <= f[name][1])]
+  beyond = (f'  extrapolated: {" and ".join(outside)} beyond the ladder'
+            if outside else '')
+  return f'{row["budget"]:<16.3g}{params:<30}{tokens:<30}{loss}{beyond}'
+
+
+def report_by(sweep, field: str, count: str, budgets, draws: int) -> dict:
+  """Returns the law of each value that the points have of a field, the base's
+  first, and how the exponents of the others differ from its.
+
+  Raises:
+    RequestError: where there is no such field, or only one value of it.
+  """
+  require(field in sweep.base_config,
+          f'--by is {field!r}, which is no config field')
+  own = sweep.base_config[field]
+  ladders: dict[str, list] = {str(own): []}
+  for point in sweep.points:
+    ladders.setdefault(str(point.changes.get(field, own)), []).append(point)
+  ladders = {value: points for value, points in ladders.items() if points}
+  require(len(ladders) > 1, f'--by is {field!r}, which is '
+          f'{next(iter(ladders))!r} at every point of {sweep.name}: name a '
+          'field of which it has two values')
+  runs = {value: data(points, count, f'{field}={value} of {sweep.name}', field)
+          for value, points in ladders.items()}
+  laws = {value: own.fit() for value, own in runs.items()}
+  drawn = {value: own.bootstrap(laws[value], draws)
+           for value, own in runs.items()}
+  first, *others = runs
+  differences = []
+  for value in others:
+    is_paired = _rungs(ladders[value]) == _rungs(ladders[first])
+    # Else what is drawn of both would hang together by chance.
+    theirs = drawn[value] if is_paired else runs[value].bootstrap(
+        laws[value], draws, seed=1)
+    row = {'variant': value, 'against': first, 'paired': is_paired}
+    for name in ('a', 'b'):
+      apart = [getattr(x, name) - getattr(y, name)
+               for x, y in zip(theirs, drawn[first])]
+      low, high = map(float, np.percentile(apart, [2.5, 97.5]))
+      row[name] = {'value': getattr(laws[value], name)
+                   - getattr(laws[first], name), 'low': low, 'high': high}
+    differences.append(row)
+  return {'field': field, 'differences': differences, 'variants': {
+      value: described(laws[value], drawn[value], runs[value], budgets)
+      for value in runs}}
+
+
+def _rungs(points: Sequence) -> list[tuple]:
+  """Returns tokens, rank of the size, shape and seed of each run, as `data` has
+  them in order."""
+  sizes = sorted({point.params for point in points})
+  return sorted((point.tokens, sizes.index(point.params),
+                 np.divide(*_sides(point)), seed)
+                for point in points for seed in point.finals)
+
+
+def text_by(figures: Mapping) -> str:
+  """Renders `report_by` for a terminal."""
+  parts = [f'{figures["field"]}={value}\n{text(own)}'
+           for value, own in figures['variants'].items()]
+  lines = ['How the exponents differ, with 95 % intervals:']
+  for row in figures['differences']:
+    for name, of in (('a', 'parameters'), ('b', 'tokens')):
+      x = row[name]
+      lines.append(
+          f'  {name} ({of}), {row["variant"]} - {row["against"]}: '
+          f'{x["value"]:+.4f} [{x["low"]:+.4f}, {x["high"]:+.4f}]'
+          + ', inside the noise' * (x['low'] <= 0 <= x['high'])
+          + ' (their runs are no pairs)' * (not row['paired']))
+  return '\n\n'.join([*parts, '\n'.join(lines)])

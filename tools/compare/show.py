@@ -4,7 +4,7 @@ import argparse
 import json
 
 from configs.errors import require
-from tools.compare import costs, freeze, speed, tuning, units
+from tools.compare import costs, decide, freeze, measures, tuning
 from tools.compare import frozen as frozen_lib
 from tools.compare import plan as plans
 from tools.compare import statistics
@@ -72,9 +72,9 @@ def described(frozen: frozen_lib.Frozen) -> str:
                  f'{row["flops_per_token"]:,.0f} FLOPs a token')
   if plan.match:
     lines.append(f'matched: {plan.match}, by {plan.match_field}')
-  wanted = f'; an effect of {units.amount(frozen, plan.effect)} is wanted'
+  wanted = f'; an effect of {measures.amount(frozen, plan.effect)} is wanted'
   lines += [f'measure {m.name}: {m.figure} of {m.workload}, '
-            f'{units.said(frozen, m, "in ", ", ")}{m.better} is better'
+            f'{measures.said(frozen, m, "in ", ", ")}{m.better} is better'
             + wanted * (m == plan.primary) for m in plan.measures]
   tuned = '; '.join(f'{name} of {", ".join(f"{v:g}" for v in values)}'
                     for name, values in plan.tuning.fields.items())
@@ -87,7 +87,7 @@ def described(frozen: frozen_lib.Frozen) -> str:
                f'(Benjamini-Hochberg); confirmation: family-wise error '
                f'{plan.alpha:g} (Holm); power {plan.power:.0%}')
   few = {size: n for size in plan.sizes
-         if (n := speed.evaluations(frozen, size)) < statistics.MIN_POINTS}
+         if (n := decide.evaluations(frozen, size)) < statistics.MIN_POINTS}
   if few:
     told = ', '.join(f'{n} at {size}' for size, n in few.items())
     lines.append('speed-ups will be n/a: runs of the confirmation have too few '

@@ -11,8 +11,6 @@ import math
 
 import numpy as np
 
-
-CONFIDENCE = 0.95
 MIN_SEEDS = 3  # with fewer, the spread itself is not known
 MIN_POINTS = 6  # of a curve whose three constants are fitted
 
@@ -23,7 +21,7 @@ class Interval:
 
   Attributes:
     mean: the mean.
-    low, high: of the interval; None where there are too few seeds.
+    low, high: of its 95 % interval; None where there are too few seeds.
     seeds: how many.
     least, most: of the seeds' own values.
   """
@@ -50,19 +48,21 @@ class Interval:
     return self.known and self.low <= value <= self.high
 
 
-def interval(values: Sequence[float], confidence: float = CONFIDENCE
-             ) -> Interval:
-  """Returns the mean and Student's interval around it."""
-  n = len(values)
-  if not n:
-    raise ValueError('a mean of no values')
-  mean, ends = float(np.mean(values)), (float(min(values)), float(max(values)))
-  if n < MIN_SEEDS:
-    return Interval(mean, None, None, n, *ends)
+def half_width(values: Sequence[float]) -> float:
+  """Returns half of Student's 95 % interval of a mean of two or more values."""
   from scipy.special import stdtrit
-  half = float(stdtrit(n - 1, (1 + confidence) / 2)
-               * np.std(values, ddof=1) / math.sqrt(n))
-  return Interval(mean, mean - half, mean + half, n, *ends)
+  n = len(values)
+  return float(stdtrit(n - 1, 0.975) * np.std(values, ddof=1) / math.sqrt(n))
+
+
+def interval(values: Sequence[float]) -> Interval:
+  """Returns the mean and Student's interval around it."""
+  n, mean = len(values), float(np.mean(values))
+  ends = None, None
+  if n >= MIN_SEEDS:
+    half = half_width(values)
+    ends = mean - half, mean + half
+  return Interval(mean, *ends, n, float(min(values)), float(max(values)))
 
 
 def p_value(values: Sequence[float]) -> float | None:
@@ -89,21 +89,27 @@ def corrected(p: Sequence[float | None], method: str = 'holm'
   Args:
     p: of the tests; None for one that could not be done, which is no member of
       the family.
-    method: 'holm', for the probability that any of them is wrong, or 'fdr_bh'
-      (Benjamini-Hochberg), for the share of wrong ones among those found.
+    method: 'holm' (Holm 1979), for the probability that any of them is wrong,
+      or 'bh' (Benjamini and Hochberg 1995), for the share of wrong ones among
+      those found.
   """
-  known = [x for x in p if x is not None]
-  if len(known) < 2 or min(known) == 1:  # there is nothing to correct
-    return list(p)
-  from statsmodels.stats import multitest
-  found = iter(multitest.multipletests(known, method=method)[1])
-  return [None if x is None else float(next(found)) for x in p]
+  known = np.array([x for x in p if x is not None])
+  if method == 'holm':  # the smallest times n, the next times n - 1, ...
+    order = np.argsort(known)
+    weighed = known[order] * np.arange(len(known), 0, -1)
+    found = np.empty(len(known))
+    found[order] = np.minimum(np.maximum.accumulate(weighed), 1.0)
+  else:
+    from scipy import stats
+    found = stats.false_discovery_control(known) if len(known) else known
+  each = iter(found.tolist())
+  return [None if x is None else next(each) for x in p]
 
 
-def p_text(p: float | None) -> str:
-  if p is None:
-    return 'n/a'
-  return '< 0.0001' if p < 1e-4 else f'{p:.2g}'
+def differences(ours: Mapping[int, float], theirs: Mapping[int, float]
+                ) -> list[float]:
+  """Returns ours - theirs of each seed that both have."""
+  return [ours[s] - theirs[s] for s in sorted(ours.keys() & theirs.keys())]
 
 
 def paired(ours: Mapping[int, float], theirs: Mapping[int, float]
@@ -111,12 +117,6 @@ def paired(ours: Mapping[int, float], theirs: Mapping[int, float]
   """Returns ours - theirs over the seeds that both have; None: none."""
   values = differences(ours, theirs)
   return interval(values) if values else None
-
-
-def differences(ours: Mapping[int, float], theirs: Mapping[int, float]
-                ) -> list[float]:
-  """Returns ours - theirs of each seed that both have."""
-  return [ours[s] - theirs[s] for s in sorted(ours.keys() & theirs.keys())]
 
 
 def beside_the_base(variants: Sequence[Mapping[int, float]],
@@ -214,9 +214,16 @@ def speed_up(ours: PowerLaw | None, theirs: PowerLaw | None) -> float | None:
   return None if needed is None or base is None else base / needed
 
 
-def over_seeds(ratios: Sequence[float]) -> Interval:
-  """Returns the geometric mean of ratios and its interval."""
+def over_seeds(pairs: Sequence[tuple[PowerLaw | None, PowerLaw | None]]
+               ) -> tuple[Interval | None, float | None]:
+  """Returns the geometric mean over seeds of speed-ups, with its interval, and
+  the largest error of the fits, in nats; None where a seed gives no speed-up,
+  since the seeds that give one are those that went well."""
+  ratios = [speed_up(*pair) for pair in pairs]
+  if not ratios or None in ratios:
+    return None, None
   logs = interval(np.log(ratios))
   ends = [None if x is None else math.exp(x) for x in (logs.low, logs.high)]
-  return Interval(math.exp(logs.mean), *ends, logs.seeds,
-                  float(min(ratios)), float(max(ratios)))
+  return (Interval(math.exp(logs.mean), *ends, logs.seeds,
+                   float(min(ratios)), float(max(ratios))),
+          max(law.rms for pair in pairs for law in pair))

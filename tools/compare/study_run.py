@@ -47,9 +47,6 @@ def main(args) -> int:
     require(args.launcher == 'slurm' or getattr(args, flag) == unset,
             f'--{flag} is for --launcher=slurm, and --launcher is '
             f'{args.launcher}: leave it out')
-  if args.until == REPORT:
-    from tools.compare.study_report import drawing
-    drawing.require_libraries()  # which are missed before anything runs
   try_folder(args.workdir)
   frozen = adopted(args.workdir, freeze.freeze(args.file, args.workdir),
                    args.amend)
@@ -92,8 +89,8 @@ def go(workdir, frozen: frozen_lib.Frozen, own: phases.Trainer, args) -> int:
     print('stopped: the same command goes on')
     return 0
   if args.until == REPORT:
-    from tools.compare import study_report as report
-    page, *_ = report.write(workdir)
+    from tools.compare import study_report
+    page, *_ = study_report.write(workdir)
     print(f'report: {page}', flush=True)
   return 0
 

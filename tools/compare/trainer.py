@@ -21,7 +21,7 @@ from tools.compare import plan as plans
 from tools.compare.phases import Run, steps_of
 from tools.compare import layout
 from tools.compare import ledger as ledger_lib
-from tools.compare.sweep_report import curves
+from tools.compare import curves
 
 POLL_SECONDS = 1.0  # between two looks at what other runners have done
 # Times the loss of guessing, above which a run counts as diverged: one that

@@ -1,7 +1,6 @@
 """What a study says of known outcomes, beside scipy and statsmodels."""
 
 import dataclasses
-import json
 import random
 
 from hypothesis import given, settings, strategies
@@ -10,11 +9,33 @@ import pytest
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
-from tests.helpers import study_outcomes as made
-from tools.compare import decide, findings
+from tools.compare import decide
 from tools.compare import plan as plans
 
-PLAN = made.plan()
+SIZES = ('s', 'm', 'l')
+PARAMS = dict(zip(SIZES, (10_000, 100_000, 1_000_000)))
+LOSS = plans.Measure('loss', 'text', 'loss', plans.LOWER, 5.5)
+PLAN = plans.Plan(
+    name='norms', question='which norm?', file='norms.py', base='base',
+    variants=('a', 'b'), sizes=SIZES, workloads=('text', 'mqar'),
+    measures=(LOSS, plans.Measure('mqar', 'mqar', 'probe/accuracy',
+                                  plans.HIGHER, 0.0)),
+    seeds=plans.Seeds(noise=6, tune=2, screen=5, confirm=5),
+    tuning=plans.Tuning({'optim.lr': (1e-3, 2e-3)}), effect=0.03,
+    tuned_sizes=SIZES)
+
+
+def _phase(name, values, workload='text', lost=()):
+  """Outcomes of {variant: array [seed, size]}; `lost` holds (variant, seed,
+  size) of those that diverged, by index."""
+  first = plans.PHASES.index(name) * plans.Seeds.APART
+  measure = 'loss' if workload == 'text' else workload
+  return [plans.Outcome(
+      name, variant, SIZES[k], workload, first + s,
+      {measure: 5.5 if (variant, s, k) in lost else float(array[s, k])},
+      (variant, s, k) in lost, 1e9, 1.0, PARAMS[SIZES[k]], {})
+          for variant, array in values.items()
+          for s, k in np.ndindex(array.shape)]
 
 
 def _values(seed=0, seeds=5, effects=(0.0, -0.05, 0.0), noise=0.02):
@@ -26,7 +47,7 @@ def _values(seed=0, seeds=5, effects=(0.0, -0.05, 0.0), noise=0.02):
 
 
 def _confirm(values, plan=PLAN, **more):
-  return decide.confirm(plan, made.phase('confirm', values, **more))
+  return decide.confirm(plan, _phase('confirm', values, **more))
 
 
 def test_the_confirmation_is_scipys_test_and_statsmodels_holm():
@@ -36,21 +57,24 @@ def test_the_confirmation_is_scipys_test_and_statsmodels_holm():
            for v in 'ab']
   holm = multipletests([t.pvalue for t in tests], method='holm')[1]
   for row, test, p in zip(found, tests, holm):
-    assert row.p == pytest.approx(test.pvalue)
-    assert row.p_holm == pytest.approx(p)
+    assert (row.p, row.p_holm) == pytest.approx((test.pvalue, p))
     assert (row.low, row.high) == pytest.approx(test.confidence_interval())
     assert row.n == 5 and row.primary and row.runs == 15
-    for size, own in zip(row.sizes, (values[row.variant]
-                                     - values['base']).T):
+    own = values[row.variant] - values['base']
+    for size, d in zip(row.sizes, own.T):
       assert (size.mean, size.p) == pytest.approx(
-          (own.mean(), stats.ttest_1samp(own, 0).pvalue))
+          (d.mean(), stats.ttest_1samp(d, 0).pvalue))
+    slopes = [np.polyfit([4, 5, 6], d, 1)[0] for d in own]
+    trend = stats.ttest_1samp(slopes, 0)
+    assert (row.trend.slope, row.trend.p, row.trend.low) == pytest.approx(
+        (np.mean(slopes), trend.pvalue, trend.confidence_interval()[0]))
   assert [row.verdict for row in found] == ['better', 'no difference shown']
 
 
 def test_the_screening_is_scipys_test_at_the_smallest_size():
   values = _values(effects=(0, -0.05, 0.1, 0.02))
-  plan = made.plan(variants=('a', 'b', 'c'))
-  found = decide.screen(plan, made.phase('screen', values))
+  found = decide.screen(dataclasses.replace(PLAN, variants=('a', 'b', 'c')),
+                        _phase('screen', values))
   tests = [stats.ttest_rel(values[v][:, 0], values['base'][:, 0])
            for v in 'abc']
   qs = stats.false_discovery_control([t.pvalue for t in tests], method='bh')
@@ -60,26 +84,23 @@ def test_the_screening_is_scipys_test_at_the_smallest_size():
     assert (row.low, row.high) == pytest.approx(test.confidence_interval())
 
 
-def test_what_is_lower_and_what_is_higher_is_better():
+def test_what_is_better_and_what_is_corrected_together():
   loss, accuracy = (_values(effects=(0, -0.05, 0.05)) for _ in range(2))
-  outcomes = made.phase('confirm', loss) + made.phase(
-      'confirm', accuracy, workload='mqar')
-  said = {(row.measure, row.variant): row.verdict
-          for row in decide.confirm(PLAN, outcomes)}
-  assert said == {('loss', 'a'): 'better', ('loss', 'b'): 'worse',
-                  ('mqar', 'a'): 'worse', ('mqar', 'b'): 'better'}
-
-
-def test_measures_that_are_not_primary_are_corrected_by_themselves():
-  outcomes = made.phase('confirm', _values()) + made.phase(
-      'confirm', _values(1), workload='mqar')
+  outcomes = _phase('confirm', loss) + _phase('confirm', accuracy, 'mqar')
   rows = decide.confirm(PLAN, outcomes)
+  assert {(row.measure, row.variant): row.verdict for row in rows} == {
+      ('loss', 'a'): 'better', ('loss', 'b'): 'worse',
+      ('mqar', 'a'): 'worse', ('mqar', 'b'): 'better'}
   assert [row.primary for row in rows] == [True, True, False, False]
   for own in (rows[:2], rows[2:]):
     assert [row.p_holm for row in own] == pytest.approx(list(multipletests(
         [row.p for row in own], method='holm')[1]))
-  alone = decide.confirm(PLAN, outcomes[:len(outcomes) // 2])
-  assert alone[:2] == rows[:2]
+  # What has no spread has the p of the sign test.
+  solved = {'base': np.zeros((5, 3)), 'a': np.ones((5, 3)),
+            'b': np.zeros((5, 3))}
+  rows = decide.confirm(PLAN, _phase('confirm', loss) + _phase(
+      'confirm', solved, 'mqar'))
+  assert [row.p for row in rows[2:]] == [2 ** -4, 1.0]
 
 
 def test_sizes_that_point_apart_are_no_verdict():
@@ -87,16 +108,15 @@ def test_sizes_that_point_apart_are_no_verdict():
   values['a'][:, 2] = values['base'][:, 2] + 0.01
   row, _ = _confirm(values)
   assert row.p_holm < 0.05 and not row.same_direction
-  assert row.verdict == 'sizes disagree'
-  assert row.trend.slope > 0 and row.trend.low > 0
+  assert row.verdict == 'sizes disagree' and row.trend.low > 0
 
 
 def test_a_run_that_diverged_is_counted_and_is_in_no_mean():
   values = _values(seeds=8)
   row, other = _confirm(values, lost={('a', 0, 1)})
   kept = (values['a'] - values['base'])[1:].mean(1)
-  test = stats.ttest_1samp(kept, 0)
-  assert row.n == 7 and row.p == pytest.approx(test.pvalue)
+  assert row.n == 7
+  assert row.p == pytest.approx(stats.ttest_1samp(kept, 0).pvalue)
   assert (row.diverged, row.base_diverged, row.runs) == (1, 0, 24)
   assert [size.n for size in row.sizes] == [8, 7, 8]
   counted = values['a'] - values['base']
@@ -114,91 +134,98 @@ def test_a_variant_that_diverges_too_often_is_unstable_and_never_better():
   lost = {('a', s, s % 3) for s in range(3)}  # 3 of 24, 10 % are allowed
   row, _ = _confirm(values, lost=lost)
   assert row.p < 0.05 and row.effect < 0 and row.verdict == 'unstable'
-  rows = decide.screen(PLAN, made.phase('screen', values, lost={('a', 0, 0)}))
+  rows = decide.screen(PLAN, _phase('screen', values, lost={('a', 0, 0)}))
   assert rows[0].unstable and not rows[0].passed and rows[0].q < 0.05
   allowed = dataclasses.replace(PLAN, unstable=0.2)
   assert _confirm(values, allowed, lost=lost)[0].verdict == 'better'
-
-
-def test_a_variant_that_diverges_more_than_the_base_is_unstable():
-  values = _values(seeds=40)
+  # So is one that diverges more often than the base, by the sign test.
+  values, plan = _values(seeds=40), dataclasses.replace(PLAN, unstable=1.0)
   lost = {('a', s, 0) for s in range(10)}
-  plan = dataclasses.replace(PLAN, unstable=1.0)
   row, _ = _confirm(values, plan, lost=lost)
-  # Holm of two: twice the one-sided sign test of 10 against 0.
-  assert row.p_diverged == pytest.approx(2 * 0.5 ** 10)
+  assert row.p_diverged == pytest.approx(2 * 0.5 ** 10)  # Holm of two
   assert row.verdict == 'unstable'
-  both = lost | {('base', s, 0) for s in range(10)}
-  row, _ = _confirm(values, plan, lost=both)
+  row, _ = _confirm(values, plan, lost=lost | {
+      ('base', s, 0) for s in range(10)})
   assert row.p_diverged == 1 and row.verdict == 'better'
 
 
 def test_too_few_seeds_say_nothing():
   row, _ = _confirm(_values(seeds=2))
   assert (row.p, row.low, row.verdict) == (None, None, 'no difference shown')
-  lost = {('base', s, 0) for s in range(5)}
-  row, _ = _confirm(_values(), lost=lost)
+  row, _ = _confirm(_values(), lost={('base', s, 0) for s in range(5)})
   assert (row.n, row.effect, row.p, row.trend) == (0, None, None, None)
   assert row.verdict == 'no difference shown'
   assert not decide.confirm(PLAN, [])
-
-
-def test_figures_without_spread_have_the_p_of_the_sign_test():
-  solved = {'base': np.zeros((5, 3)), 'a': np.ones((5, 3)),
-            'b': np.zeros((5, 3))}
-  outcomes = made.phase('confirm', solved, workload='mqar')
-  rows = decide.confirm(PLAN, made.phase('confirm', _values()) + outcomes)
-  assert [row.p for row in rows[2:]] == [2 ** -4, 1.0]
-
-
-def test_a_trend_is_least_squares_over_the_logarithm_of_the_size():
-  values = _values()
-  row, _ = _confirm(values)
-  slopes = [np.polyfit([4, 5, 6], d, 1)[0]
-            for d in values['a'] - values['base']]
-  test = stats.ttest_1samp(slopes, 0)
-  assert (row.trend.slope, row.trend.p) == pytest.approx(
-      (np.mean(slopes), test.pvalue))
-  assert (row.trend.low, row.trend.high) == pytest.approx(
-      test.confidence_interval())
 
 
 def test_a_speed_up_is_the_factor_of_what_is_spent():
   spent = np.geomspace(1e10, 1e13, 20)
   rng = np.random.default_rng(0)
   outcomes = []
-  for variant, factor in (('base', 1.0), ('a', 0.5), ('b', 1.0)):
-    for x in made.phase('confirm', {variant: np.full((3, 3), 2.0)}):
+  for variant, factor in (('base', 1.0), ('a', 0.5)):
+    for x in _phase('confirm', {variant: np.full((3, 3), 2.0)}):
       own = spent * factor * np.exp(rng.normal(0, 0.01))
-      loss = 1.5 + 300 * spent ** -0.25
+      # What came before the learning rate was at its height is in no law.
+      loss = np.where(np.arange(20) < 4, 5.5, 1.5 + 300 * spent ** -0.25)
       outcomes.append(x._replace(curve={
-          'step': [], 'tokens': [], 'flops': own.tolist(),
-          'seconds': (own * 3e-11).tolist(), 'loss': loss.tolist()}))
-  row, other = decide.confirm(PLAN, outcomes)
+          'flops': own.tolist(), 'seconds': (own * 3e-11).tolist(),
+          'loss': loss.tolist(), 'warm': [i > 3 for i in range(20)]}))
+  row, = decide.confirm(PLAN, outcomes)
   assert [(x.size, x.by) for x in row.speed_ups] == [
-      (size, by) for size in made.SIZES for by in ('flops', 'seconds')]
+      (size, by) for size in SIZES for by in ('flops', 'seconds')]
   for x in row.speed_ups:
     assert x.low < x.factor < x.high and x.factor == pytest.approx(2, rel=0.05)
-  assert all(x.factor == pytest.approx(1, rel=0.05) for x in other.speed_ups)
-  # What came before the learning rate was at its height is in no law.
-  rough = [x._replace(curve=x.curve | {
-      'warm': [i > 3 for i in range(20)],
-      'loss': [5.5 if i < 4 else y for i, y in enumerate(x.curve['loss'])]})
-           for x in outcomes]
-  for x in decide.confirm(PLAN, rough)[0].speed_ups:
-    assert x.factor == pytest.approx(2, rel=0.05) and x.fit_error < 0.01
-  broken = [x if x.curve and x.seed != 30_001 else x._replace(
+    assert x.fit_error < 0.01
+  broken = [x if x.seed != 30_001 else x._replace(
       curve=x.curve | {'seconds': [None] * 20}) for x in outcomes]
-  by_time = [x for x in decide.confirm(PLAN, broken)[0].speed_ups
-             if x.by == 'seconds']
-  assert all(x.factor is None for x in by_time)
+  assert all((x.factor is None) == (x.by == 'seconds')
+             for x in decide.confirm(PLAN, broken)[0].speed_ups)
 
 
-def test_findings_go_through_json():
-  outcomes = made.phase('noise', {
-      name: _values()['base'] for name in ('base', plans.AGAIN)})
-  for rows in (_confirm(_values()), decide.noise(PLAN, outcomes)):
-    json.dumps(plans.to_json(rows), allow_nan=False)
+def _noise(sds, seeds, rng, plan=PLAN):
+  return _phase('noise', {name: rng.normal(
+      3, np.array(sds) / np.sqrt(2), (seeds, 3))
+                          for name in ('base', plans.AGAIN)})
+
+
+def test_noise_rows_are_the_deviations_of_the_pairs():
+  measures = (LOSS, *(plans.Measure(name, 'text', name, plans.LOWER, 5.5)
+                      for name in 'xyz'))
+  plan = dataclasses.replace(PLAN, measures=measures)
+  outcomes = [x._replace(values=dict.fromkeys(
+      (m.name for m in measures), x.values['loss'])) for x in _noise(
+          (0.04, 0.02, 0.02), 6, np.random.default_rng(2))]
+  rows = {(row.measure, row.size, row.phase): row
+          for row in decide.noise(plan, outcomes)}
+  values = {x: np.reshape([y.values['loss'] for y in outcomes
+                           if y.variant == x], (6, 3))
+            for x in ('base', plans.AGAIN)}
+  d = values[plans.AGAIN] - values['base']
+  for size, own in (*zip(SIZES, d.T), (decide.ALL, d.mean(1))):
+    row = rows['loss', size, 'confirm']
+    assert row.sd == pytest.approx(np.std(own, ddof=1))
+    assert (row.sd_low, row.sd_high) == pytest.approx(
+        (row.sd * np.sqrt(5 / stats.chi2.isf(0.025, 5)),
+         row.sd * np.sqrt(5 / stats.chi2.ppf(0.025, 5))))
+  assert (row.df, row.level, row.runs, row.pairs) == (5, 0.025, 36, 6)
+  # Two variants, and three measures beside the primary one.
+  assert rows['y', decide.ALL, 'confirm'].level == 0.05 / (2 * 3)
+  assert rows['y', 's', 'screen'].level == 0.05 / 2
+  assert rows['y', decide.ALL, 'confirm'].smallest_effect > (
+      1.1 * row.smallest_effect)
+
+
+def test_a_study_that_cannot_find_what_it_wants_says_so():
+  outcomes = _noise((0.02,) * 3, 6, np.random.default_rng(3))
+  plan = dataclasses.replace(PLAN, measures=(LOSS,))
+  strong, weak = (decide.announce(p, decide.noise(p, outcomes)) for p in (
+      dataclasses.replace(plan, effect=0.2),
+      dataclasses.replace(plan, effect=0.01)))
+  assert strong.enough and 'less than' not in strong.sentence
+  assert not weak.enough and weak.power == weak.screen * weak.confirm
+  assert 'less than the 80% that the plan wants' in weak.sentence
+  none = decide.announce(plan, decide.noise(plan, []))
+  assert none.power == 0 and 'fewer than 2 pairs' in none.sentence
 
 
 @settings(max_examples=25, deadline=None)
@@ -206,10 +233,9 @@ def test_findings_go_through_json():
        strategies.sampled_from((0.0, 0.02, 0.06)))
 def test_laws_of_verdicts(seed, seeds, effect):
   values = _values(seed, seeds, (0, -effect, effect))
-  plan = dataclasses.replace(PLAN, unstable=0.0)
   rows = _confirm(values)
   # The order of the runs and the level of a seed say nothing.
-  shuffled = made.phase('confirm', values)
+  shuffled = _phase('confirm', values)
   random.Random(seed).shuffle(shuffled)
   assert decide.confirm(PLAN, shuffled) == rows
   moved = _confirm({name: x + 0.125 for name, x in values.items()})
@@ -220,9 +246,10 @@ def test_laws_of_verdicts(seed, seeds, effect):
     assert own.p == pytest.approx(row.p, rel=1e-4)
     assert back.p == pytest.approx(row.p)
     assert back.verdict == other.get(row.verdict, row.verdict)
-    assert row.p_holm >= row.p and row.verdict in findings.VERDICTS
+    assert row.p_holm >= row.p and row.verdict in decide.VERDICTS
     assert row.low <= row.effect <= row.high
     if row.verdict in other:
       assert not row.low <= 0 <= row.high
   # One run that diverges where none may is never better.
-  assert _confirm(values, plan, lost={('a', 0, 0)})[0].verdict == 'unstable'
+  strict = dataclasses.replace(PLAN, unstable=0.0)
+  assert _confirm(values, strict, lost={('a', 0, 0)})[0].verdict == 'unstable'

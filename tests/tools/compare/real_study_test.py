@@ -11,7 +11,7 @@ import time
 import pytest
 
 from tests.helpers import studies
-from tools.compare import findings
+from tools.compare import decide
 from tools.compare import plan as plans
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
@@ -56,7 +56,7 @@ def test_an_a_a_study_goes_through_all_phases(tmp_path):
   assert not any(x['diverged'] for x in found['outcomes'])
   verdict, = found['confirm']
   assert verdict['variant'] == 'twin'
-  assert verdict['verdict'] != findings.UNSTABLE and verdict['n'] == 3
+  assert verdict['verdict'] != decide.UNSTABLE and verdict['n'] == 3
   # Base and twin have the same data, but not the same parameters.
   values = {(x['variant'], x['seed']): x['values']['loss']
             for x in found['outcomes'] if x['phase'] == 'screen'}

@@ -1,24 +1,23 @@
-"""A study's report: its numbers, names, and studies that are not over."""
+"""A study's report: its numbers, names, studies that are not over, and files
+that are damaged."""
 
 import csv
+import dataclasses
 import html.parser
-import json
-import math
 import re
 import shutil
 import subprocess
+import xml.etree.ElementTree as ET
 
+import numpy as np
 import pytest
 
-from tests.helpers import study_folder
+from configs.errors import RequestError
+from tests.helpers import chromium, study_folder
 from tests.helpers.study_folder import BASE, ODD, VARIANTS
-from tools.compare import findings
+from tools.compare import decide, figures, measures, page, study_report
 from tools.compare import plan as plans
-from tools.compare.study_report import figures
-from tools.compare.study_report import record as records
-from tools.compare.study_report import render
-from tools.compare.study_report import sheets
-from tools.compare.study_report import writing
+from training import cli
 
 ALL = (*VARIANTS, ODD)
 
@@ -26,11 +25,11 @@ ALL = (*VARIANTS, ODD)
 class _Page(html.parser.HTMLParser):
   """The tables of a page: by id, rows of (text, data-value)."""
 
-  def __init__(self, text):
+  def __init__(self, study):
     super().__init__()
     self.tables, self.tags, self._table, self._cell = {}, set(), None, None
     self.text = ''
-    self.feed(text)
+    self.feed(page.html(study_report.document(study, [])))
 
   def handle_starttag(self, tag, attrs):
     attrs = dict(attrs)
@@ -61,11 +60,15 @@ class _Page(html.parser.HTMLParser):
 
 def _load(folder, plan=None, found=None, **changes):
   found = study_folder.write(folder, plan, found, **changes)
-  return records.load(folder), found
+  return study_report.load(folder), found
 
 
-def _page(record):
-  return _Page(render.html_page(writing.assemble(record, [])))
+def _answer(folder, found):
+  return study_report.answer(_load(folder, found=found)[0])
+
+
+def _markdown(study):
+  return page.markdown(study_report.document(study, [])).replace('\\', '')
 
 
 @pytest.fixture(scope='module')
@@ -74,13 +77,8 @@ def study(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def page(study):
-  return _page(study[0])
-
-
-def _numbers(text):
-  return [float(x.replace(',', '')) for x in re.findall(
-      r'[-+]?\d[\d,]*\.?\d*(?:e[-+]?\d+)?', text)]
+def shown(study):
+  return _Page(study[0])
 
 
 def _check(cell, value, low=None, high=None, digits=4):
@@ -90,179 +88,125 @@ def _check(cell, value, low=None, high=None, digits=4):
     assert text == 'n/a' and full is None
     return
   assert float(full) == value
-  wanted = [value] if low is None else [value, low, high]
   if not text.startswith('<'):
-    assert _numbers(text)[:len(wanted)] == pytest.approx(
+    wanted = [value] if low is None else [value, low, high]
+    numbers = [float(x.replace(',', '')) for x in re.findall(
+        r'[-+]?\d[\d,]*\.?\d*(?:e[-+]?\d+)?', text)]
+    assert numbers[:len(wanted)] == pytest.approx(
         wanted, abs=0.5001 * 10 ** -digits)
 
 
-def test_each_variant_has_one_row_with_the_verdicts_numbers(study, page):
-  record, found = study
-  rows = page.rows('verdicts')
-  assert [row['variant'][1] for row in rows] == [BASE, *ALL]
-  by_name = {row['variant'][1]: row for row in rows}
+def test_each_variant_has_one_row_with_the_verdicts_numbers(study, shown):
+  own, found = study
+  rows = {row['variant'][1]: row for row in shown.rows('verdicts')}
+  assert [*rows] == [BASE, *ALL]
   confirmed = {(row['variant'], row['measure']): row
                for row in found['confirm']}
-  assert len(confirmed) == len(found['confirm']) > 6
+  assert len(confirmed) == len(found['confirm']) == 2 * 4
   for variant in ALL:
-    row, own = by_name[variant], confirmed.get((variant, 'loss'))
-    if own is None:
+    row, primary = rows[variant], confirmed.get((variant, 'loss'))
+    if primary is None:
       assert row['verdict'][0].startswith('stopped at the screen')
       continue
-    assert row['verdict'][0] == own['verdict']
-    _check(row['loss minus base'], own['effect'], own['low'], own['high'])
-    _check(row['p (Holm)'], own['p_holm'])
+    assert row['verdict'][0] == primary['verdict']
+    _check(row['loss minus base'], primary['effect'], primary['low'],
+           primary['high'])
+    _check(row['p (Holm)'], primary['p_holm'])
     _check(row['trend over size'], *(
-        own['trend'][key] for key in ('slope', 'low', 'high')))
+        primary['trend'][key] for key in ('slope', 'low', 'high')))
     for kind, heading in (('flops', 'speed-up in FLOPs'),
                           ('seconds', 'speed-up in time')):
-      largest = [x for x in own['speed_ups'] if (
-          x['by'], x['size']) == (kind, record.plan.sizes[-1])]
-      _check(row[heading], *(largest[0][key] for key in (
+      largest, = (x for x in primary['speed_ups'] if (
+          x['by'], x['size']) == (kind, 'large'))
+      _check(row[heading], *(largest[key] for key in (
           'factor', 'low', 'high')), digits=2)
-    for name in ('mqar', 'parity'):
-      other = confirmed[variant, name]
-      _check(row[f'{name} minus base'], other['effect'], other['low'],
-             other['high'])
-    assert _numbers(row['diverged'][0]) == [own['diverged'], own['runs']]
+    other = confirmed[variant, 'mqar']
+    _check(row['mqar minus base'], other['effect'], other['low'],
+           other['high'])
+    assert row['diverged'][0] == f'{primary["diverged"]} of {primary["runs"]}'
     assert float(row['power'][1]) == 0.84
+  assert rows['wild']['verdict'][0] == 'stopped at the screen: unstable'
 
 
-def test_every_row_of_the_results_is_shown_once(study, page):
-  record, found = study
-  noise = page.rows('noise-table')
-  assert len(noise) == len(found['noise'])
-  for row, own in zip(noise, found['noise']):
+def test_every_row_of_the_results_is_shown_once(study, shown):
+  _, found = study
+  for row, own in zip(shown.rows('noise-table'), found['noise'], strict=True):
     assert [row[key][0] for key in ('size', 'measure', 'phase')] == [
         own[key] for key in ('size', 'measure', 'phase')]
     _check(row['standard deviation'], own['sd'], own['sd_low'], own['sd_high'])
     _check(row['smallest effect'], own['smallest_effect'])
     _check(row['seeds needed'], own['seeds_needed'])
-    assert (row['power'][1] and float(row['power'][1])) == own['power']
-  screened = page.rows('screened')
-  assert len(screened) == len(found['screen']) == len(ALL)
-  for row, own in zip(screened, found['screen']):
+  for row, own in zip(shown.rows('screened'), found['screen'], strict=True):
     assert row['variant'][0] == own['variant']
     _check(row['minus base'], own['effect'], own['low'], own['high'])
-    _check(row['p'], own['p'])
     _check(row['q'], own['q'])
     assert row['passed'][0].startswith('yes' if own['passed'] else 'no')
-  sizes = [(row['variant'], own) for row in found['confirm']
-           if row['primary'] for own in row['sizes']]
-  shown = page.rows('by-size')
-  assert [(row['variant'][0], row['size'][0]) for row in shown] == [
-      (name, own['size']) for name, own in sizes]
-  for row, (_, own) in zip(shown, sizes):
+  sizes = [own for row in found['confirm'] if row['primary']
+           for own in row['sizes']]
+  for row, own in zip(shown.rows('by-size'), sizes, strict=True):
     _check(row['loss minus base'], own['mean'], own['low'], own['high'])
     _check(row['p'], own['p'])
-  tuned = page.rows('tuned')
-  assert len(tuned) == len(found['tuned'])
-  for row, own in zip(tuned, found['tuned']):
+  for row, own in zip(shown.rows('tuned'), found['tuned'], strict=True):
     assert row['chosen'][0] == f'optim.lr={own["changes"]["optim.lr"]}'
     assert row['tried'][0] == 'optim.lr: 0.001, 0.002, 0.004'
-    assert row['at the edge'][0] == (', '.join(own['at_edge']) or 'no')
-  spent = page.rows('spent')
-  assert [row['phase'][0] for row in spent] == [*plans.PHASES, 'all']
-  assert [float(row['FLOPs'][1]) for row in spent] == [4.56e13] * 4 + [
-      4 * 4.56e13]
-
-
-def test_means_are_of_the_runs(study, page):
-  _, found = study
-  rows = {(row['variant'][1], row['size'][0]): row
-          for row in page.rows('means')}
-  assert len(rows) == 3 * 5 + 2  # none and wild stopped at the small size
-  assert rows['wild', 'small']['phase'][0] == 'screen'
+  assert [float(row['FLOPs'][1]) for row in shown.rows('spent')] == [
+      4.56e13] * 4 + [4 * 4.56e13]
+  means = {(row['variant'][1], row['size'][0]): row
+           for row in shown.rows('means')}
+  assert len(means) == 3 * 5 + 2  # none and wild stopped at the small size
+  assert means['wild', 'small']['phase'][0] == 'screen'
   values = [run['values']['mqar'] for run in found['outcomes'] if (
       run['phase'], run['variant'], run['size'], run['workload']) == (
           'confirm', 'alibi', 'large', 'mqar')]
-  assert len(values) == 5
-  mean = math.fsum(values) / 5
-  assert float(rows['alibi', 'large']['mqar'][1]) == pytest.approx(mean)
-  spread = (sum((x - mean) ** 2 for x in values) / 4) ** 0.5
-  assert _numbers(rows['alibi', 'large']['mqar'][0])[1] == pytest.approx(
-      spread, abs=6e-5)
+  assert float(means['alibi', 'large']['mqar'][1]) == pytest.approx(
+      np.mean(values))
 
 
 def test_the_sheets_hold_every_estimate_and_run_in_full(study):
-  record, found = study
-  rows = list(csv.DictReader(sheets.estimates(record).splitlines()))
-  key = lambda row: (row['phase'], row['variant'], row['measure'], row['size'])
-  by_key = {key(row): row for row in rows}
-  assert len(by_key) == len(rows)
-  for own in found['confirm']:
-    row = by_key['confirm', own['variant'], own['measure'], findings.ALL]
+  own, found = study
+  rows = {(row['phase'], row['variant'], row['measure'], row['size']): row
+          for row in csv.DictReader(study_report.estimates(own).splitlines())}
+  for verdict in found['confirm']:
+    key = 'confirm', verdict['variant'], verdict['measure']
+    row = rows[(*key, decide.ALL)]
     assert [float(row[name]) for name in ('effect', 'low', 'high', 'p')] == [
-        own[name] for name in ('effect', 'low', 'high', 'p')]
-    assert float(row['p_corrected']) == own['p_holm']
-    for size in own['sizes']:
-      row = by_key['confirm', own['variant'], own['measure'], size['size']]
-      assert float(row['effect']) == size['mean']
-  for own in found['screen']:
-    row = by_key['screen', own['variant'], 'loss', 'small']
-    for name, wanted in (('effect', own['effect']), ('p', own['p']),
-                         ('p_corrected', own['q'])):
-      assert row[name] == ('' if wanted is None else repr(wanted))
-  runs = list(csv.DictReader(sheets.runs(record).splitlines()))
+        verdict[name] for name in ('effect', 'low', 'high', 'p')]
+    assert float(row['p_corrected']) == verdict['p_holm']
+    for size in verdict['sizes']:
+      assert float(rows[(*key, size['size'])]['effect']) == size['mean']
+  runs = csv.DictReader(study_report.sheet_of_runs(own).splitlines())
   assert [float(row['value']) for row in runs] == [
-      value for own in found['outcomes'] for value in own['values'].values()]
+      value for run in found['outcomes'] for value in run['values'].values()]
 
 
-def test_names_are_text_in_every_format(study, page):
-  record, _ = study
-  document = writing.assemble(record, [])
-  assert 'b' not in page.tags and 'script' not in page.tags
-  assert ODD in [row['variant'][0] for row in page.rows('verdicts')]
-  markdown = render.markdown_page(document)
-  shown = re.sub(r'\\(.)', r'\1', markdown)
-  assert f'| {ODD} | better |' in shown
-  rows = [line for line in markdown.splitlines() if line.startswith('| a\\_b')]
-  cells = {len(re.findall(r'(?<!\\)\|', re.sub(r'\\\\', '', row)))
-           for row in rows[:1]}
-  assert cells == {12}  # a bar within the name ends no cell
-  _check_latex(render.latex_tables(document))
-
-
-def _check_latex(text):
-  """Braces and environments close, rows have their columns, and no character
-  of a name is a command."""
-  plain = re.sub(r'\\[\\{}$&#%_]', '', text)
-  depth = 0
-  for c in plain:
-    depth += (c == '{') - (c == '}')
-    assert depth >= 0
-  assert not depth
-  stack = []
-  for kind, name in re.findall(r'\\(begin|end)\{([\w*]+)\}', text):
-    if kind == 'begin':
-      stack.append(name)
-    else:
-      assert stack.pop() == name
-  assert not stack
+def test_names_are_text_and_columns_explained_in_every_format(study, shown):
+  own, _ = study
+  document = study_report.document(own, [])
+  assert not {'b', 'x'} & shown.tags
+  assert ODD in [row['variant'][0] for row in shown.rows('verdicts')]
+  assert ODD in re.sub(r'\\(.)', r'\1', page.markdown(document))
+  tex = page.latex(document)
   tables = re.findall(r'\\begin\{tabular\}\{(l+)\}\n\\toprule\n(.*?)'
-                      r'\\bottomrule', text, re.DOTALL)
-  assert len(tables) > 8
+                      r'\\bottomrule', tex, re.DOTALL)
+  assert len(tables) > 12
   for columns, body in tables:
     rows = [row for row in body.replace('\\midrule\n', '').split(' \\\\\n')
             if row]
     for row in rows:
       assert len(re.findall(r'(?<!\\)&', row)) == len(columns) - 1, row
       assert not re.search(r'(?<!\\)[#%_]', row), row
-    assert len(rows) <= render.HIGH + 1
-  labels = re.findall(r'\\label\{(.*?)\}', text)
+    assert len(rows) <= page.HIGH + 1
+  labels = re.findall(r'\\label\{(.*?)\}', tex)
   assert len(set(labels)) == len(labels)
-  assert set(re.findall(r'\\([a-zA-Z]+)', text)) <= {
-      'usepackage', 'input', 'begin', 'end', 'centering', 'footnotesize',
-      'caption', 'label', 'toprule', 'midrule', 'bottomrule', 'textless',
-      'textgreater', 'textbar', 'textbackslash', 'textasciitilde',
-      'textasciicircum', 'pm', 'times', 'dots'}
+  for text in (shown.text, _markdown(own), tex):
+    assert 'of finding an effect of 0.05 nats a token by the screen' in text
 
 
 @pytest.mark.skipif(shutil.which('pdflatex') is None, reason='no pdflatex')
 @pytest.mark.slow
 def test_the_tables_compile(study, tmp_path):
-  tables = render.latex_tables(writing.assemble(study[0], []))
-  (tmp_path / 'tables.tex').write_text(tables)
+  (tmp_path / 'tables.tex').write_text(page.latex(
+      study_report.document(study[0], [])))
   (tmp_path / 'a.tex').write_text(
       '\\documentclass[twocolumn]{article}\\usepackage{booktabs}'
       '\\begin{document}\\input{tables}\\end{document}')
@@ -272,116 +216,204 @@ def test_the_tables_compile(study, tmp_path):
 
 @pytest.mark.parametrize('upto, told, tables', [
     ('', 'no phase is over', {'hashes'}),
-    ('noise', 'noise is over; tune, screen and confirm are not',
-     {'noise-table'}),
-    ('tune', 'noise and tune are over', {'noise-table', 'tuned'}),
+    ('tune', 'noise and tune are over; screen and confirm are not',
+     {'noise-table', 'tuned'}),
     ('screen', 'the confirmation of rope, alibi and post_norm is not over',
      {'screened', 'tuned'})])
 def test_a_study_that_is_not_over_says_how_far_it_is(
     tmp_path, upto, told, tables):
-  record, _ = _load(tmp_path, found=study_folder.results(
+  own, _ = _load(tmp_path, found=study_folder.results(
       study_folder.plan(), upto))
-  document = writing.assemble(record, [])
-  assert 'no answer yet' in document.answer and told in document.answer
-  assert any('not over' in line for line in document.warnings)
-  shown = _page(record)
-  assert tables <= shown.tables.keys()
-  assert 'by-size' not in shown.tables
+  answer = study_report.answer(own)
+  assert 'no answer yet' in answer and told in answer
+  assert any('not over' in line for line in study_report.warnings(own))
+  shown = _Page(own)
+  assert tables <= shown.tables.keys() and 'by-size' not in shown.tables
   # Every variant has its row all the same.
   assert len(shown.rows('verdicts')) == 1 + len(VARIANTS)
+  if not upto:
+    (tmp_path / 'results.json').unlink()
+    own = study_report.load(tmp_path)
+    assert 'the plan is frozen' in study_report.answer(own)
+    assert not list(figures.of_study(own))
 
 
-def test_a_plan_without_results_has_a_page(tmp_path):
-  study_folder.write(tmp_path)
-  (tmp_path / 'results.json').unlink()
-  record = records.load(tmp_path)
-  assert 'the plan is frozen' in writing.assemble(record, []).answer
-  assert not list(figures.draw(record))
+def _none_shown(**row):
+  """Results in which no difference is shown of rope."""
+  found = study_folder.results(study_folder.plan())
+  primary = [own for own in found['confirm'] if own['primary']]
+  assert primary[0]['variant'] == 'rope' and len(primary) == 3
+  primary[0].update(verdict=decide.NONE_SHOWN, n=5, **row)
+  return found
 
 
-def test_nothing_that_passed_the_screen_is_an_answer(tmp_path):
-  plan = study_folder.plan()
-  found = study_folder.results(plan, effects=dict.fromkeys(
+def test_the_answer_names_effects_and_what_is_excluded(tmp_path):
+  """An effect is excluded by an interval that holds for all variants."""
+  plain = _answer(tmp_path, None)
+  assert plain.startswith('By loss (nats a token), rope (-0.2')
+  assert 'the screen stopped the variant wild as unstable' in plain
+  assert ('rope (+0.0050 [-0.0020, +0.0120]: an effect of 0.05 is excluded)'
+          in _answer(tmp_path, _none_shown(effect=0.005, low=-0.002,
+                                           high=0.012)))
+  # By itself this interval lies within 0.05; not so beside two others.
+  found = _none_shown(effect=0.0, low=-0.045, high=0.045)
+  assert 'excluded' not in _answer(tmp_path, found)
+  found['confirm'] = [row for row in found['confirm']
+                      if row['variant'] == 'rope']
+  assert 'an effect of 0.05 is excluded' in _answer(tmp_path, found)
+  found = study_folder.results(study_folder.plan(), effects=dict.fromkeys(
       study_folder.EFFECTS, 0.0))
-  assert not found['confirm']
-  record, _ = _load(tmp_path, found=found)
-  answer = writing.assemble(record, []).answer
-  assert 'showed no difference from learned' in answer
-  assert 'no answer' not in answer
+  assert 'showed no difference from learned' in _answer(tmp_path, found)
 
 
-def test_what_was_not_confirmed_is_nothing_that_failed(tmp_path):
-  """More runs are planned than are done where the screen stops a variant."""
+def test_a_variant_of_which_all_runs_diverged_is_a_row(tmp_path, shown):
+  assert {row['small'][0] for row in shown.rows('diverged')} == {'8 of 8'}
   found = study_folder.results(study_folder.plan())
-  found['phases']['confirm'] |= dict(planned=90, done=45)
-  record, _ = _load(tmp_path, found=found)
-  assert not any('90' in line or 'failed' in line
-                 for line in writing.assemble(record, []).warnings)
-
-
-def test_a_variant_of_which_all_runs_diverged_is_a_row(tmp_path, page):
-  wild = next(row for row in page.rows('verdicts')
-              if row['variant'][1] == 'wild')
-  assert wild['verdict'][0] == 'stopped at the screen: unstable'
-  assert wild['diverged'][0] == '-'
-  assert 'variants that it stopped (none, wild) is in' in page.text
-  assert {row['small'][0] for row in page.rows('diverged')} == {'12 of 12'}
-  # So is one that diverges in the confirmation alone.
-  found = study_folder.results(study_folder.plan())
+  none = dict.fromkeys(('effect', 'low', 'high', 'p', 'p_holm', 'trend'))
   for row in found['confirm']:
     if row['variant'] == 'rope':
-      row |= dict(effect=None, low=None, high=None, n=0, p=None, p_holm=None,
-                  verdict=findings.UNSTABLE, trend=None, speed_ups=[],
-                  diverged=15)
+      row |= none | dict(n=0, verdict=decide.UNSTABLE, speed_ups=[])
       row['sizes'] = [own | dict(mean=None, low=None, high=None, n=0, p=None)
                       for own in row['sizes']]
-  record, _ = _load(tmp_path, found=found)
-  assert 'rope is unstable' in writing.assemble(record, []).answer
-  rope = next(row for row in _page(record).rows('verdicts')
+  own, _ = _load(tmp_path, found=found)
+  assert 'rope is unstable' in study_report.answer(own)
+  rope = next(row for row in _Page(own).rows('verdicts')
               if row['variant'][1] == 'rope')
   assert rope['loss minus base'] == ('n/a', None)
+  assert 'A speed-up is n/a where' in _markdown(own)
 
 
-def test_what_was_changed_after_looking_is_told(tmp_path, study, page):
-  assert 'What ran is what was planned' in page.text
-  assert {row['equal'][0] for row in page.rows('hashes')} == {'yes'}
+def test_what_was_changed_after_looking_is_told(tmp_path, shown):
+  assert 'What ran is what was planned' in shown.text
   amendment = dict(reason='four seeds <were> too few', time=1.7e9,
                    before='0123456789abcdef', changed=['seeds.confirm'],
                    seen=['noise', 'screen'])
   found = study_folder.results(study_folder.plan())
-  found['as_planned'] = dict(same=False, differences=['2 runs of rope are '
-                                                      'missing'])
-  record, _ = _load(tmp_path, found=found, amendments=[amendment],
-                    hash='another')
-  shown = _page(record)
-  row, = shown.rows('amendments')
+  found['as_planned'] = dict(same=False, differences=['2 runs are missing'])
+  changed = _Page(_load(tmp_path, found=found, amendments=[amendment],
+                        hash='another')[0])
+  row, = changed.rows('amendments')
   assert [text for text, _ in row.values()] == [
       '2023-11-14 22:13', amendment['reason'], 'seeds.confirm',
       'noise, screen', amendment['before']]
-  assert '2 runs of rope are missing' in shown.text
-  assert 'What ran is what was planned' not in shown.text
-  assert [row['equal'][0] for row in shown.rows('hashes')].count('no') == 1
+  assert '2 runs are missing' in changed.text
+  assert 'What ran is what was planned' not in changed.text
+  assert [row['equal'][0] for row in changed.rows('hashes')].count('no') == 1
 
 
 def test_the_methods_name_what_a_run_reads(study):
-  record, _ = study
-  text = ' '.join(next(s for s in writing.assemble(record, []).sections
-                       if s.name == 'methods').paragraphs)
+  text = ' '.join(study_report.methods(study[0]))
   for said in (
-      'd_model 32', 'd_ff 128', 'num_layers 4', 'num_heads 4', 'name adamw',
-      'b1 0.9', 'b2 0.95', 'weight_decay 0.1', 'warmup_steps 30', 'steps 300',
-      'batch_size 16', 'vocab_size 256', 'length 128', 'schedule cosine',
-      'clip_norm 1.0',
+      'd_model 32', 'num_layers 4', 'name adamw', 'weight_decay 0.1',
+      'steps 300', 'vocab_size 256', 'schedule cosine',
       'optim.lr in {0.001, 0.002, 0.004}', 'rope (model.position=rope)',
-      '652,345 parameters', '5 fresh seeds', '4 seeds', '6 pairs',
-      'Benjamini-Hochberg', 'Holm', 'McNemar', "Student's paired t-test",
-      record.frozen.hash):
+      '652,345 parameters', '1,228,800 tokens', '5 fresh seeds', '6 pairs',
+      '(loss on text, in nats a token, lower is better)',
+      'by successive halving over 2 rungs, each of which keeps 50 % with 1 '
+      'seed, at small; edges extended at most once',
+      'has the parameter count of the base', 'Benjamini-Hochberg', 'McNemar',
+      'an effect of 0.05 nats a token on loss', study[0].frozen.hash):
     assert said in text, said
-  for unread in ('rope.theta', 'moe.top_k', 'relative.buckets'):
+  for unread in ('rope.theta', 'moe.top_k'):
     assert unread not in text  # the base has learned positions, no experts
 
 
-def test_results_are_read_as_they_were_written(study):
-  record, found = study
-  assert json.loads(json.dumps(plans.to_json(record.outcomes))) == [
-      {**row, 'loss': row['loss']} for row in found['outcomes']]
+def test_the_unit_is_the_objectives():
+  plan = study_folder.plan()
+  frozen = study_folder.frozen(plan)
+  loss, accuracy = plan.measures
+  bits = dataclasses.replace(loss, figure='bits_per_byte')
+  assert [measures.unit(frozen, m) for m in (loss, accuracy, bits)] == [
+      'nats a token', '', 'bits a byte']
+  for objective, unit in (('mlm_nsp', 'nats'), ('regression', '')):
+    frozen.base_config['objective'] = objective
+    assert measures.unit(frozen, loss) == unit
+
+
+@pytest.mark.parametrize('damage, said', [
+    (lambda found: found.pop('noise'), "has no 'noise'"),
+    (lambda found: found['confirm'][0].update(effect='much'),
+     'confirm\\[0\\].effect'),
+    (lambda found: found['screen'][0].update(variant='x'), "variant 'x'"),
+    (lambda found: found['phases'].update(guess=found['phases']['tune']),
+     "phase 'guess'"),
+    (lambda found: found['tuned'][0]['tried'][0].pop('rung'), "no 'rung'")])
+def test_damaged_results_are_refused_in_a_sentence(tmp_path, damage, said):
+  found = study_folder.results(study_folder.plan())
+  damage(found)
+  study_folder.write(tmp_path, found=found)
+  with pytest.raises(RequestError, match=said):
+    study_report.load(tmp_path)
+
+
+def test_results_of_an_earlier_plan_are_not_called_damaged(tmp_path):
+  found = study_folder.results(study_folder.plan())
+  study_folder.write(tmp_path, study_folder.plan(VARIANTS[1:]), found)
+  with pytest.raises(RequestError, match="of another plan than study.json, "
+                     ".*has the variant 'rope'"):
+    study_report.load(tmp_path)
+
+
+@pytest.mark.parametrize('file, text, said', [
+    ('results.json', '{"study": ', 'is damaged, and is no JSON'),
+    ('study.json', None, 'no study was planned')])
+def test_a_wrong_folder_ends_with_code_2(tmp_path, capsys, file, text, said):
+  study_folder.write(tmp_path)
+  (tmp_path / file).unlink()
+  if text is not None:
+    (tmp_path / file).write_text(text)
+  with pytest.raises(SystemExit) as end:
+    cli.run(lambda: study_report.write(tmp_path) and 0)
+  assert end.value.code == 2
+  assert said in capsys.readouterr().err
+  assert not (tmp_path / 'report').exists()
+
+
+@pytest.mark.slow
+def test_figures_and_page_stand_alone(tmp_path_factory):
+  """Figures of a journal's width, one colour a variant; a page without ids that
+  are there twice, or missing."""
+  folder = tmp_path_factory.mktemp('written')
+  study_folder.write(folder, study_folder.plan(ALL))
+  written = {path.name: path for path in study_report.write(folder)}
+  assert written.keys() == {
+      'index.html', 'report.md', 'tables.tex', 'results.csv', 'runs.csv'} | {
+          f'{name}.{kind}' for name in study_report.FIGURES
+          for kind in figures.FORMATS}
+  for name, inches in (('effects', 3.25), ('curves', 6.75), ('noise', 6.75),
+                       ('measures', 3.25)):
+    png = written[f'{name}.png'].read_bytes()
+    assert int.from_bytes(png[16:20], 'big') == round(300 * inches)
+    svg = written[f'{name}.svg'].read_text()
+    assert ET.fromstring(svg).get('width') == f'{72 * inches:g}pt'
+    assert written[f'{name}.pdf'].read_bytes().startswith(b'%PDF')
+    for variant, colour in zip(ALL, figures.COLOURS, strict=True):
+      assert name == 'noise' or (colour in svg) == (
+          variant not in ('none', 'wild'))  # which were not confirmed
+  text = written['index.html'].read_text()
+  ids = re.findall(r'\bid="([^"]*)"', text)
+  assert len(ids) == len(set(ids))
+  assert set(re.findall(r'(?:href="|url\()#([^")]*)', text)) <= set(ids)
+  if chromium.PROGRAM is None:
+    pytest.skip('no chromium on the path (Debian package chromium)')
+  profile = tmp_path_factory.mktemp('profile')
+  uri = written['index.html'].as_uri()
+  with chromium.Page(uri, profile, size=(500, 900)) as shown:
+    assert shown.requests == [uri] and not shown.errors
+    assert shown.evaluate('document.documentElement.scrollWidth '
+                          '<= window.innerWidth')
+    assert ODD in shown.evaluate('document.querySelector("#verdicts")'
+                                 '.textContent')
+  shutil.rmtree(profile, ignore_errors=True)
+
+
+@pytest.mark.parametrize('effect, told', [(0.05, []), (5.0, ['wanted: 5 ↑'])])
+def test_an_effect_far_above_the_noise_does_not_squash_it(
+    tmp_path, effect, told, monkeypatch):
+  monkeypatch.setattr(figures, '_drawn', lambda *args: args[-1]())
+  own, _ = _load(tmp_path, study_folder.plan(effect=effect),
+                 study_folder.results(study_folder.plan(), 'noise'))
+  axes = figures._noise(own).axes[0]
+  assert axes.get_ylim()[0] == 0 and axes.get_ylim()[1] < 0.2
+  assert [text.get_text() for text in axes.texts] == told
+  assert plans.LOWER == own.plan.primary.better

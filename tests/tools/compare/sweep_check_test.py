@@ -5,7 +5,7 @@ import pytest
 from configs.errors import RequestError
 from tests.helpers import sweep_folder, sweeps
 from tools.compare import check
-from tools.compare.sweep_report import curves, write
+from tools.compare import curves, sweep_report
 
 
 def described(folder, points, tasks=()):
@@ -51,14 +51,14 @@ def test_points_that_are_evaluated_on_other_text_are_told(
 def test_the_report_says_so_too(tmp_path):
   sweep_folder.write(tmp_path, [sweep_folder.point('base'), sweep_folder.point(
       'x', {'eval.part': 'first', 'eval.batches': 2})])
-  assert 'differ in eval.part and eval.batches' in write.text(
+  assert 'differ in eval.part and eval.batches' in sweep_report.text(
       curves.load_sweep(tmp_path))
   # As a study has them: alike in all points.
   other = {'eval.part': 'second'}
   sweep_folder.write(tmp_path / 'study', [
       sweep_folder.point('base', other),
       sweep_folder.point('x', other | {'model.norm': 'rmsnorm'})])
-  assert 'eval.part' not in '\n'.join(write.figures(
+  assert 'eval.part' not in '\n'.join(sweep_report.as_json(
       curves.load_sweep(tmp_path / 'study'))['notes'])
 
 

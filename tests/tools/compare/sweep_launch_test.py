@@ -20,7 +20,7 @@ from tools import sweep as command
 from tools.compare import layout, run, status
 from tools.compare import ledger as ledger_lib
 from tools.compare import local, slurm
-from tools.compare.sweep_report import curves, write
+from tools.compare import curves, sweep_report
 
 ROOT = pathlib.Path(__file__).parents[3]
 
@@ -183,7 +183,7 @@ def test_status_corrects_p_as_the_report_does(tmp_path):
   description = layout.load_description(tmp_path)
   with ledger_lib.Ledger(tmp_path) as ledger:
     said = status.figures(description, tmp_path, ledger.runs())
-  report = write.figures(curves.load_sweep(tmp_path))
+  report = sweep_report.as_json(curves.load_sweep(tmp_path))
   for point, row in zip(said['points'], report['points'], strict=True):
     assert point['point'] == row['variant']
     assert point['corrected p'] == (

@@ -146,6 +146,7 @@ class Sweep:
   file: str
   match: str
   paired: bool  # every point sees the same data in the same order
+  base_config: Mapping[str, Any]  # by dotted name
   base: Point
   points: tuple[Point, ...]
   codes: tuple[str, ...]  # that trained them, as far as they are known
@@ -161,9 +162,7 @@ class Sweep:
 
 def _share(config: Mapping[str, Any], step: np.ndarray) -> np.ndarray:
   """Returns the share of a run's tokens that it has seen after each step."""
-  # Runs of earlier versions have no ramp.
-  text = config['data.batch_ramp'] if 'data.batch_ramp' in config else ''
-  rows = ramp.parse(text, config['data.batch_size'])
+  rows = ramp.parse(config['data.batch_ramp'], config['data.batch_size'])
   return rows.before(step) / rows.before(config['train.steps'])
 
 
@@ -199,7 +198,7 @@ def read(workdir, description: Mapping[str, Any],
   base = next(p for p in points if p.name == description['base'])
   ran = [(p.name, s) for p in points for s in p.runs]
   return Sweep(description['name'], description['file'], description['match'],
-               description['paired'], base, points,
+               description['paired'], base_config, base, points,
                tuple(layout.codes(workdir, ran)),
                tuple(layout.changed_data(workdir, ran)))
 
@@ -229,9 +228,8 @@ def _run(workdir, description, point: str, seed: int, state: str, error: str
     if 'extrapolation' in evaluations:
       schema.check_shape(evaluations['extrapolation'], layout.EXTRAPOLATION,
                          f'{folder / "eval.json"}: extrapolation')
-  config = {}
-  if started:
-    config = run_config.flatten(run_config.load_config(folder))
+  config = run_config.flatten(run_config.load_config(folder)) if (
+      started) else {}
   return Run(
       seed, state, error, config,
       tuple(metrics.read(file)) if file.exists() else (), evaluations,

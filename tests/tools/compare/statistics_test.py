@@ -1,0 +1,170 @@
+"""Intervals, p-values, power laws and speed-ups, beside scipy and statsmodels;
+and the power that is announced, beside studies that were drawn."""
+
+import math
+import warnings
+
+import numpy as np
+import pytest
+from scipy import stats
+from statsmodels.stats.power import TTestPower
+
+from tools.compare import power, statistics
+
+COMPUTE = np.geomspace(1e10, 1e13, 20)
+KNOWN = 1e7  # degrees of freedom of a deviation that is known
+
+
+def test_intervals_and_p_values_are_scipys():
+  rng = np.random.default_rng(0)
+  for n in (3, 5, 12):
+    ours = dict(enumerate(rng.normal(1.0, 0.3, n)))
+    theirs = dict(enumerate(rng.normal(1.1, 0.3, n)))
+    got = statistics.paired(ours | {97: 1.0}, theirs | {98: 1.0})
+    test = stats.ttest_rel(list(ours.values()), list(theirs.values()))
+    assert got.seeds == n
+    assert (got.low, got.high) == pytest.approx(
+        test.confidence_interval(0.95), rel=1e-9)
+    p = statistics.p_value(statistics.differences(ours, theirs))
+    assert p == pytest.approx(test.pvalue)
+    assert got.holds(0.0) == (p > 0.05)
+  assert statistics.p_value([0.1, 0.2]) is None
+  assert statistics.p_value([0.0] * 4) == 1
+  assert statistics.p_value([1.0] * 4) == 1 / 8  # the sign test's
+  assert statistics.paired({0: 1.0}, {1: 1.0}) is None
+
+
+def test_few_seeds_know_no_noise():
+  for values, bar in (([0.0], None), ([0.0, 1.0], (0.0, 1.0))):
+    got = statistics.interval(values)
+    assert not got.known and not got.holds(got.mean) and got.bar == bar
+    assert statistics.verdict(got) == 'unknown'
+  for values, word in (([-0.1, -0.11, -0.09], 'better'),
+                       ([0.1, 0.11, 0.09], 'worse'),
+                       ([-0.1, 0.1, 0.05], 'noise')):
+    assert statistics.verdict(statistics.interval(values)) == word
+
+
+def test_corrected_p_values_are_those_of_the_papers():
+  # Holm 1979: the smallest times 4, the next times 3, ..., never falling.
+  assert statistics.corrected([0.01, 0.04, None, 0.03, 0.005]) == (
+      pytest.approx([0.03, 0.06, None, 0.06, 0.02]))
+  # Benjamini and Hochberg 1995: p_i m / i, from the largest down.
+  assert statistics.corrected([0.01, 0.04, 0.03, 0.005], 'bh') == (
+      pytest.approx([0.02, 0.04, 0.04, 0.02]))
+  assert statistics.corrected([0.2, None]) == [0.2, None]
+
+
+@pytest.mark.parametrize('floor, scale, exponent', [
+    (1.5, 300.0, 0.25), (0.0, 40.0, 0.1), (2.0, 1e6, 0.6)])
+def test_power_law_finds_known_constants(floor, scale, exponent):
+  law = statistics.power_law(COMPUTE, floor + scale * COMPUTE ** -exponent)
+  assert law.exponent == pytest.approx(exponent, rel=1e-3)
+  assert law.floor == pytest.approx(floor, abs=1e-3)
+  assert law.scale == pytest.approx(scale, rel=1e-2)
+  assert law.rms < 1e-5
+
+
+def test_power_law_is_scipys_least_squares_or_none():
+  from scipy.optimize import curve_fit
+  rng = np.random.default_rng(2)
+  noisy = 1.5 + 300 * COMPUTE ** -0.25 + rng.normal(0, 0.01, len(COMPUTE))
+  law = statistics.power_law(COMPUTE, noisy)
+  x = COMPUTE / 1e11
+  found, _ = curve_fit(lambda x, e, a, p: e + a * x ** -p, x, noisy,
+                       p0=(1.5, 0.5, 0.25), xtol=1e-14, ftol=1e-14)
+  np.testing.assert_allclose(law.loss(COMPUTE),
+                             found[0] + found[1] * x ** -found[2], atol=1e-5)
+  assert statistics.power_law(COMPUTE[:5], np.arange(5.0, 0, -1)) is None
+  assert statistics.power_law(COMPUTE, np.linspace(1, 2, 20)) is None
+  assert statistics.power_law(COMPUTE, np.full(20, np.nan)) is None
+
+
+def _law(floor=1.5, factor=1.0):
+  return statistics.power_law(
+      COMPUTE, floor + 300 * (COMPUTE / factor) ** -0.25)
+
+
+def test_speed_up_is_the_factor_of_compute_within_what_was_fitted():
+  law = _law()
+  assert law.compute(float(law.loss(2e11))) == pytest.approx(2e11, rel=1e-3)
+  for outside in (float(law.loss(2e13)), float(law.loss(1e9)), 1.0):
+    assert law.compute(outside) is None
+  for factor in (0.5, 0.8, 1.6):
+    assert statistics.speed_up(_law(factor=factor), law) == pytest.approx(
+        1 / factor, rel=1e-3)
+  assert statistics.speed_up(_law(9.5), law) is None  # they do not meet
+  pairs = [(_law(factor=f), law) for f in (0.5, 1.0, 2.0)]
+  mean, error = statistics.over_seeds(pairs)
+  assert mean.mean == pytest.approx(1.0, rel=1e-3)
+  assert mean.low * mean.high == pytest.approx(1.0, rel=1e-3) and error < 1e-5
+  assert statistics.over_seeds([*pairs, (None, law)]) == (None, None)
+
+
+def test_one_size_of_known_noise_has_statsmodels_power_and_seeds():
+  for seeds, level in ((3, 0.05), (5, 0.01), (12, 0.05)):
+    for wanted in (0.3, 0.8):
+      effect = power.smallest_effect(wanted, 0.02, [0.02], KNOWN, seeds, level)
+      assert TTestPower().power(effect / 0.02, seeds, level) == pytest.approx(
+          wanted, abs=0.006)
+  for effect in (0.01, 0.02, 0.06):
+    needed = power.seeds_needed(effect, 0.8, 0.03, [0.03], KNOWN, 0.05)
+    expected = TTestPower().solve_power(effect / 0.03, None, 0.05, 0.8)
+    assert needed == max(np.ceil(expected), 3) or abs(
+        needed / expected - 1) < 0.02
+    assert power.power(effect, 0.03, [0.03], KNOWN, needed, 0.05) >= 0.8
+
+
+def test_noise_that_no_number_of_seeds_beats_is_said_to_be_so():
+  assert power.seeds_needed(1e-6, 0.8, 1.0, [1.0], KNOWN, 0.05) is None
+  assert power.smallest_effect(0.8, 1.0, [1.0], KNOWN, 2, 0.05) is None
+  # More than half of what is run diverges, and 10 % may.
+  assert power.smallest_effect(0.8, 1.0, [1.0], 9, 8, 0.05, rate=0.6,
+                               limit=0.1) is None
+
+
+def _drawn(sds, seeds, level, effect, rate, limit, studies=20_000):
+  """The share of drawn studies that find the effect, by the rule itself."""
+  rng = np.random.default_rng(0)
+  sizes = len(sds)
+  d = rng.normal(-effect, sds, (studies, seeds, sizes))
+  lost = rng.random((2, studies, seeds, sizes)) < rate
+  ours, gone = lost[0].sum((1, 2)), lost.any((0, 3))
+  n = (~gone).sum(1)
+  values = np.where(gone, np.nan, d.mean(2))
+  with np.errstate(all='ignore'), warnings.catch_warnings():
+    warnings.simplefilter('ignore')  # of studies of which all seeds diverged
+    mean, sd = np.nanmean(values, 1), np.nanstd(values, 1, ddof=1)
+    p = 2 * stats.t.sf(abs(mean) / sd * np.sqrt(n), n - 1)
+    ends = np.where(lost.any(0), np.nan, d)
+    signs = (np.nanmean(ends, 1) < 0).all(1)
+  return np.mean((n >= 3) & (p <= level) & signs
+                 & (ours <= limit * seeds * sizes))
+
+
+@pytest.mark.parametrize('sds, seeds, rate', [
+    ((0.02, 0.02, 0.02), 5, 0.0), ((0.04, 0.02, 0.01), 8, 0.0),
+    ((0.02, 0.02, 0.02), 8, 0.03)])
+def test_sizes_that_must_agree_and_runs_that_diverge_cost_what_is_said(
+    sds, seeds, rate):
+  rule = dict(level=0.02, rate=rate, limit=0.1)
+  for effect in (0.015, 0.03):
+    sd = np.sqrt(np.sum(np.square(sds))) / len(sds)
+    said = power.power(effect, sd, sds, KNOWN, seeds, **rule)
+    assert said == pytest.approx(
+        _drawn(sds, seeds, effect=effect, **rule), abs=0.03)
+
+
+def test_sizes_that_hang_together_average_less_noise_away():
+  sds = np.array([0.02, 0.03, 0.04])
+  for share in (0.0, 0.5, 1.0):
+    sd = math.sqrt((1 - share) * np.sum(sds ** 2) + share * np.sum(sds) ** 2
+                   ) / 3
+    rng = np.random.default_rng(0)
+    common = rng.normal(size=(20_000, 6, 1)) * np.sqrt(share)
+    own = rng.normal(size=(20_000, 6, 3)) * np.sqrt(1 - share)
+    d = -0.04 + sds * (common + own)
+    test = stats.ttest_1samp(d.mean(2), 0, axis=1)
+    found = np.mean((test.pvalue < 0.02) & (d.mean(1) < 0).all(1))
+    assert power.power(0.04, sd, sds, KNOWN, 6, 0.02) == pytest.approx(
+        found, abs=0.015)
