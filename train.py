@@ -65,9 +65,7 @@ def main():
 
   # 1. The config: everything wrong in it is said before any device work.
   runs.try_workdir(workdir)
-  # A run that has begun goes on with what an earlier version let pass.
-  runs.check_config(
-      config, () if run_config.has_begun(workdir) else cli.overrides())
+  runs.check_config(config, cli.overrides())
   several = processes.how_to_join(args.coordinator, args.num_processes,
                                   args.process_id, args.cluster)
   timing.profiled_steps(args.profile_steps, config.train.steps)
@@ -126,7 +124,7 @@ def main():
       return 0
 
     # 5. The loop. The record is of what is trained.
-    run_config.save(workdir, args.config, derived, contents)
+    run_config.save(workdir, args.config, derived, contents, run.model)
     code = loop.train(run, state, start, train_data, eval_data, saved, workdir,
                       args.profile_steps)
   return args.stopped_exit_code if code == loop.STOPPED else code

@@ -16,8 +16,7 @@ from typing import Any
 
 import flax.linen as nn
 
-from architectures.parts import checks, skeletons
-from architectures.parts import config as model_config
+from architectures.parts import checks, skeletons, tables
 from architectures.parts.config import ModelConfig
 from architectures.parts.hf import HuggingFace
 from configs.errors import one_of, require
@@ -74,7 +73,7 @@ def resolve(model: ModelConfig | Mapping[str, Any]) -> ModelConfig:
     RequestError: a sentence with the field, its value and the choices.
   """
   config = (model if isinstance(model, ModelConfig)
-            else model_config.make(model))
+            else tables.make(model))
   one_of('model.arch', config.arch, systems())
   checks.check_model(
       config, {arch: module.STACK for arch, module in systems().items()})

@@ -39,7 +39,8 @@ from configs.errors import one_of, require
 
 class GShard(EncoderDecoder):
   """source [B, M], target [B, L] -> Output; see EncoderDecoder."""
-  PARTS = dict(position='sinusoidal', sinusoid='fairseq', embed_scale=0.0,
+  PARTS = dict(position='sinusoidal', sinusoidal=dict(layout='fairseq'),
+               embed_scale=0.0,
                norm='layernorm', block='pre_norm', attention='global',
                ffn='moe', tie_embeddings=True, pattern='dense,moe',
                kinds=dict(dense=dict(ffn='dense'), moe={}),

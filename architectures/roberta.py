@@ -12,7 +12,7 @@ pooler has it, or W_s x_N + b_s of each token. Two texts make the row
 <s> first </s></s> second </s>, as in fairseq and transformers.
 
 The first token stands at row 2 of the table of positions (fairseq counts from
-the row after that of padding, whose id is 1): model.position_offset. Row 0 is
+the row after that of padding, whose id is 1): model.learned.offset. Row 0 is
 never read, row 1 by padding alone, which nothing sees. transformers counts the
 tokens before one that are no padding, and so does not count one whose id is
 that of padding in the middle of a text; here every token counts.
@@ -29,7 +29,7 @@ class RoBERTa(Encoder):
   """tokens [B, L] -> Output; see Encoder."""
   HEAD_ACT = 'gelu'
   PAIR_SEPARATORS = 2
-  PARTS = bert.BERT.PARTS | dict(next_sentence=False, position_offset=2)
+  PARTS = bert.BERT.PARTS | dict(next_sentence=False, learned=dict(offset=2))
 
 
 def _read(reader: hf.Reader, fields: dict) -> dict:
@@ -40,15 +40,15 @@ def _read(reader: hf.Reader, fields: dict) -> dict:
   rows = reader('max_position_embeddings', 512)
   require(rows > offset, f'config.json has max_position_embeddings {rows}, of '
           f'which {offset} stand before the first token: it must be larger')
-  return dict(position_offset=offset, max_len=rows - offset)
+  return dict(learned=dict(offset=offset), max_len=rows - offset)
 
 
 def _write(c: ModelConfig) -> dict:
-  require(c.position_offset > 0, 'model.position_offset is 0: transformers '
+  require(c.learned.offset > 0, 'model.learned.offset is 0: transformers '
           'lets the first token of a roberta stand after the row of padding, '
           'so that it is 1 or more')
-  return dict(max_position_embeddings=c.max_len + c.position_offset,
-              pad_token_id=c.position_offset - 1,
+  return dict(max_position_embeddings=c.max_len + c.learned.offset,
+              pad_token_id=c.learned.offset - 1,
               tie_word_embeddings=c.tie_embeddings)
 
 

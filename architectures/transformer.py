@@ -11,7 +11,7 @@ falls as 1 / sqrt(step). Sines and cosines alternate in the paper, and stand in
 two halves in Marian (and in the paper's own code): the same up to a
 permutation of the features, which training cannot tell apart. configs/
 transformer.py takes `halves`, so that a run can be exported;
-`model.sinusoid=interleaved` is the paper's formula to the letter.
+`model.sinusoidal.layout=interleaved` is the paper's formula to the letter.
 
 Where transformers' Marian deviates from the paper, and what is done here:
 - GELU or SiLU where its files say so. Here as well; by default ReLU.
@@ -30,7 +30,8 @@ from architectures.parts.encoder_decoder import EncoderDecoder
 
 class Transformer(EncoderDecoder):
   """source [B, M], target [B, L] -> Output; see EncoderDecoder."""
-  PARTS = dict(position='sinusoidal', sinusoid='halves', embed_scale=0.0,
+  PARTS = dict(position='sinusoidal', sinusoidal=dict(layout='halves'),
+               embed_scale=0.0,
                norm='layernorm', block='post_norm', attention='global',
                ffn='relu', tie_embeddings=True)
 

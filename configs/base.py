@@ -1,204 +1,380 @@
-"""Every default of a run, and how a config file parses its ':size' argument.
+"""Every field of a run, and how a config file parses its ':size' argument.
 
 A config file under configs/ starts from `base()` and changes what its paper
 says. Whatever a run does is printed by its config: no default hides in code.
 0 or '' in a field that says 'derived' means: worked out from the other fields.
+The fields of config.model are declared beside the parts that read them.
 """
 
+from collections.abc import Mapping
+import dataclasses
 import difflib
 from typing import Any
 
 import ml_collections
 
-from configs import model
+from architectures.parts import tables
 from configs.errors import RequestError
+from configs.fields import AT_START, field, INCOMPATIBLE, Leaf, leaves
+from configs.fields import OPTIMISATION, Resume, SAFE
 
-# No float of a config is larger: float32 ends at 3.4e38, and what is computed
-# of it should be finite too.
-MOST_FLOAT = 1e30
+MOST = 2**31 - 1  # steps, rows and tokens are counted in int32 on a device
+_WRITTEN = Resume(SAFE, 'only what is written, and when')
+_MESH = Resume(SAFE, 'same sums in another order: equal to about 1e-5')
+_PREPARED = Resume(SAFE, 'batches do not depend on it')
+_BATCHES = Resume(OPTIMISATION, 'other batches from here on')
+_LOSS = Resume(OPTIMISATION, 'the loss')
+_UPDATES = Resume(OPTIMISATION, 'other updates')
+_STATE = Resume(INCOMPATIBLE, 'another optimizer state')
+_ROWS = Resume(OPTIMISATION, 'other rows from here on')
+_TASK = Resume(OPTIMISATION, 'another difficulty of the task')
+
+
+def _steps(old: Mapping[str, Any], new: Mapping[str, Any]) -> Resume:
+  schedules = old['optim.schedule'], new['optim.schedule']
+  if all(name in ('constant', 'rsqrt') for name in schedules):
+    return Resume(SAFE, 'this schedule does not depend on the last step')
+  if old['optim.decay_steps'] and old['optim.decay_steps'] == new[
+      'optim.decay_steps']:
+    return Resume(SAFE, 'the schedule ends at optim.decay_steps')
+  return Resume(OPTIMISATION, 'the schedule is drawn out to the last step')
+
+
+def _ema(old: Mapping[str, Any], new: Mapping[str, Any]) -> Resume:
+  if bool(old['optim.ema']) == bool(new['optim.ema']):
+    return Resume(OPTIMISATION, 'another average from here on')
+  return Resume(INCOMPATIBLE,
+                'an average that is kept from the first step on, or not')
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+  """Of the objective span."""
+  noise_density: float = field(
+      0.15, 'the share of tokens that is cut out', above=0, below=1,
+      resume=_TASK)
+  mean_length: float = field(3.0, 'the mean length of a span in tokens',
+                             least=1, resume=_TASK)
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+  """Of the objective probe."""
+  levels: tuple = field(
+      (), "Difficulties, one a row; derived: what the task's paper has.",
+      resume=_ROWS)
+  vocab: int = field(0, 'letters of the task; derived: as published',
+                     most=2**20, resume=_ROWS)
+  examples: int = field(
+      0, 'rows in one pass of training; derived: as published', most=MOST,
+      resume=_ROWS)
+  held_out: int = field(0, 'rows to evaluate on; derived: as published',
+                        most=MOST, resume=_ROWS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+  """What is learned from."""
+  source: str = field(
+      'sotu', 'sotu | text:GLOB | jsonl:GLOB:FIELD | parquet:GLOB:FIELD | '
+      'arrayrecord:GLOB | hf:NAME | tokens:FOLDER (of tools.tokenize) | '
+      'parallel:GLOB (for seq2seq) | alpaca:GLOB (for chat) | '
+      'labelled:GLOB[:FIELDS] (for classification and regression) | '
+      'conll:GLOB[:COLUMNS] (for token_classification) | squad:GLOB (for '
+      'question_answering) | probe:NAME (for probe, a task of '
+      "training/data/probes); several with weights: '0.7*A,0.3*B'.",
+      resume=_BATCHES)
+  eval_source: str = field(
+      '', 'Text to evaluate on, written like source. Empty: what is held out '
+      "of source. The loss of a mixture is the mean of its sources' losses, "
+      "weighted by the sources' weights.", resume=_BATCHES)
+  holdout_every: int = field(
+      20, 'n: every n-th document is held out of training; of a single text '
+      'file, its last n-th part. 0: nothing is held out.', most=MOST,
+      resume=_BATCHES)
+  tokenizer: str = field(
+      'bytes', 'bytes | bytes:N (in N ids) | a tokenizer.json | a folder | a '
+      '.model',
+      resume=Resume(INCOMPATIBLE, 'token numbers mean something else'))
+  length: int = field(
+      256, 'tokens in a sequence (in the source, with seq2seq)', least=1,
+      most=2**24, resume=_BATCHES)
+  target_length: int = field(
+      0, 'tokens in the target of seq2seq; derived: length', most=2**24,
+      resume=_BATCHES)
+  batch_size: int = field(32, 'sequences in a batch, over all devices', least=1,
+                          most=2**24, resume=_BATCHES)
+  batch_ramp: str = field(
+      '', "Smaller batches at first, STEP:ROWS with commas between: '100:8' "
+      'has 8 rows in a batch until step 100. Empty: all have batch_size.',
+      resume=_BATCHES)
+  document_mask: bool = field(
+      False, 'Attention and positions stop at the ends of documents.',
+      resume=_BATCHES)
+  cache_dir: str = field(
+      '', 'Of tokens; empty: $ARCHETYPE_CACHE, or ~/.cache/archetype.',
+      resume=_PREPARED)
+  chat_template: str = field(
+      'published', 'How chat lays out a conversation. published: as Vicuna '
+      'v1.1, or for alpaca: as Alpaca. Any other: by the chat template in a '
+      'Jinja file or a Hugging Face folder, of which the run keeps the text, '
+      "or in 'jinja:TEXT'.",
+      resume=Resume(OPTIMISATION, 'another layout of conversations'))
+  labels: tuple = field(
+      (), "The labels of classification, in the order of the model's scores; "
+      'derived: those of the training data.',
+      resume=Resume(INCOMPATIBLE, 'scores mean other labels'))
+  class_weights: str = field(
+      '', 'What a row counts in the training loss of classification. balanced: '
+      'each label the same in all; or a number for each label, with commas '
+      'between. Empty: all rows the same.', resume=_BATCHES)
+  length_buckets: int = field(
+      8, 'Batches of labelled data are padded to one of so many lengths, the '
+      'last of them data.length.', least=1, most=64, resume=_BATCHES)
+  stride: int = field(
+      0, 'Tokens that neighbouring windows share, of a sentence or a paragraph '
+      'that is longer than a row; derived: length / 3, as in BERT.', most=2**24,
+      resume=_BATCHES)
+  pair_separators: int = field(
+      0, 'Separators between the two texts of a row; derived: those of the '
+      'model, 2 of roberta and 1 of others.', most=2,
+      resume=Resume(OPTIMISATION, 'another layout of pairs'))
+  mask_rate: float = field(
+      0.15, 'the share of tokens that mlm and mlm_nsp mask', above=0, most=1,
+      resume=_BATCHES)
+  whole_words: bool = field(False, 'mask all tokens of a word, or none',
+                            resume=_BATCHES)
+  workers: int = field(0, 'processes that prepare batches; 0: threads',
+                       most=512, resume=_PREPARED)
+  tokenize_workers: int = field(
+      0, 'processes that tokenise; 0: one per CPU core', most=512,
+      resume=_PREPARED)
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+  """How long, and by which loss."""
+  steps: int = field(1000, 'the last step of the run', least=1, most=MOST,
+                     resume=_steps)
+  grad_accumulation: int = field(
+      1, 'A batch is processed in so many parts, one after another.', least=1,
+      most=2**24, resume=Resume(
+          OPTIMISATION, 'dropout and expert capacity see other micro-batches'))
+  max_bad_steps: int = field(
+      10, 'Steps in a row with a loss that is not finite before the run ends.',
+      least=1, most=MOST,
+      resume=Resume(SAFE, 'only when a failing run ends'))
+  z_loss: float = field(
+      0.0, 'the weight of log(Z)^2 of the logits in the loss', least=0,
+      resume=_LOSS)
+  label_smoothing: float = field(
+      0.0, 'the share of the target given to all tokens', least=0, below=1,
+      resume=_LOSS)
+  mtp_weight: float = field(
+      0.3, 'Of the mean loss of the modules of model.mtp_depth, in the loss.',
+      least=0, resume=_LOSS)
+  loss_chunk: int = field(
+      0, 'Tokens whose logits are held at once; 0: chosen by size.', most=MOST,
+      resume=Resume(SAFE, 'same sums in another order'))
+
+
+@dataclasses.dataclass(frozen=True)
+class Optim:
+  """The updates."""
+  name: str = field('adamw', 'adamw adafactor lion muon normuon soap sgd',
+                    resume=_STATE)
+  lr: float = field(1e-3, 'the highest learning rate', resume=_UPDATES)
+  schedule: str = field('cosine', 'cosine linear rsqrt wsd constant',
+                        resume=_UPDATES)
+  warmup_steps: int = field(
+      100, 'steps in which the learning rate rises to lr', most=MOST,
+      resume=_UPDATES)
+  final_fraction: float = field(
+      0.1, 'The learning rate at the end of the schedule, as a share of lr.',
+      resume=_UPDATES)
+  decay_steps: int = field(
+      0, 'cosine and linear end at this step; 0: at train.steps.', most=MOST,
+      resume=_UPDATES)
+  decay_fraction: float = field(0.2, 'of wsd: the share of steps that decay',
+                                resume=_UPDATES)
+  weight_decay: float = field(
+      0.1, 'times lr, taken from a parameter in each step', resume=_UPDATES)
+  decay_mask: tuple = field(
+      (), 'Patterns over parameter paths. The first that matches says whether '
+      'the parameter decays: 1, or not: 0. Empty: matrices decay; embeddings, '
+      'norms and biases do not.', resume=_UPDATES)
+  freeze: str = field(
+      '', 'Patterns over parameter paths, with commas between: what matches is '
+      'not trained. A path may have block_B, as in the tree, or the number of '
+      'a layer: embed/.*,decoder/layers/[0-3]/.*', resume=_STATE)
+  layer_decay: float = field(
+      1.0, 'What the learning rate is multiplied by from a layer to the one '
+      'below it; 1: all have the same.', resume=_UPDATES)
+  clip_norm: float = field(
+      1.0, "The gradient's largest norm, to which it is scaled down; 0: none.",
+      resume=_UPDATES)
+  b1: float = field(0.9, 'of adamw, lion, muon, normuon and soap',
+                    resume=_UPDATES)
+  b2: float = field(0.95, 'of the same', resume=_UPDATES)
+  eps: float = field(1e-8, 'of adamw, muon, normuon and soap', resume=_UPDATES)
+  momentum: float = field(0.9, 'of sgd, muon and normuon', resume=_UPDATES)
+  precondition_every: int = field(
+      10, 'Of soap: steps between two updates of its bases.', most=MOST,
+      resume=_UPDATES)
+  precondition_max: int = field(
+      10_000, 'Of soap: the longest side of a matrix that has a '
+      'preconditioner.', most=MOST, resume=_UPDATES)
+  ema: float = field(
+      0.0, 'The decay of a moving average of the parameters, which is '
+      'evaluated and exported in their place, such as 0.999. 0: none is kept.',
+      resume=_ema)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+  """The sizes of the axes multiply to the number of devices."""
+  data: int = field(-1, 'splits the batch; -1: the devices that are left',
+                    least=-1, resume=_MESH)
+  fsdp: int = field(1, 'splits the batch, and d_model of the weights', least=-1,
+                    resume=_MESH)
+  expert: int = field(1, 'splits the batch, and the experts', least=-1,
+                      resume=_MESH)
+  context: int = field(1, 'splits the length', least=-1, resume=_MESH)
+  tensor: int = field(
+      1, 'splits heads, feed-forward networks and the vocabulary', least=-1,
+      resume=_MESH)
+  rules: str = field('default', 'the table of configs/sharding.py',
+                     resume=_MESH)
+  slices: int = field(
+      0, 'Groups of devices with a slow network between them, over which data '
+      'goes; 0: as the devices say.', most=MOST, resume=_MESH)
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+  """What is kept."""
+  every_steps: int = field(500, 'steps between two checkpoints', most=MOST,
+                           resume=_WRITTEN)
+  every_minutes: float = field(
+      0.0, 'minutes between two checkpoints; 0: not by time', least=0,
+      most=1e6, resume=_WRITTEN)
+  keep: int = field(3, 'how many of the newest good checkpoints are kept',
+                    least=1, most=10_000, resume=_WRITTEN)
+  keep_every: int = field(0, 'keep every n-th step too; 0: none', most=MOST,
+                          resume=_WRITTEN)
+  average: int = field(
+      0, 'After the last step, the mean of the parameters of so many '
+      'checkpoints, the last ones by every_steps, is evaluated too, as '
+      'mean/loss. 0: none.', most=10_000, resume=_WRITTEN)
+
+
+@dataclasses.dataclass(frozen=True)
+class Eval:
+  """What is measured while training."""
+  every_steps: int = field(250, 'steps between two evaluations', most=MOST,
+                           resume=_WRITTEN)
+  batches: int = field(16, 'batches of each source; 0: all of them', most=MOST,
+                       resume=_WRITTEN)
+  part: str = field(
+      '', 'first or second: on one half of the documents that are held out, of '
+      'a probe on rows of its own. Empty: on all of them.', resume=_WRITTEN)
+  tasks: str = field(
+      '', "Tasks of eval.py to do while training, such as 'loss,exact'. They "
+      'are done after the last step in any case.', resume=_WRITTEN)
+  tasks_every_steps: int = field(
+      0, 'steps between two; 0: after the last one alone', most=MOST,
+      resume=_WRITTEN)
+  best: str = field(
+      '', 'A figure of these, such as loss or labels/f1: the checkpoint of the '
+      'best is kept. Empty: none.', resume=_WRITTEN)
+  best_is: str = field(
+      '', 'Which value of it is the best: least or largest; derived, where the '
+      'figure is known.', resume=_WRITTEN)
+  patience: int = field(
+      0, 'The run ends after so many evaluations without a better one; 0: no.',
+      most=MOST, resume=_WRITTEN)
+  live: bool = field(
+      False, 'With optim.ema: evaluate the parameters too, as live/loss.',
+      resume=_WRITTEN)
+
+
+@dataclasses.dataclass(frozen=True)
+class Log:
+  """What is said."""
+  every_steps: int = field(10, 'steps between two lines of metrics', least=1,
+                           most=MOST, resume=_WRITTEN)
+  tensorboard: bool = field(False, "write TensorBoard's files too",
+                            resume=_WRITTEN)
+  wandb: bool = field(False, 'log to Weights & Biases too', resume=_WRITTEN)
+  wandb_project: str = field('archetype', 'the project in Weights & Biases',
+                             resume=_WRITTEN)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """What is in no group, and the groups; config.model stands after `probe`."""
+  seed: int = field(
+      0, 'of the parameters, the order of the data, and dropout',
+      most=2**32 - 1, resume=Resume(OPTIMISATION,
+                    'another order of the data, another dropout'))
+  init_seed: int = field(
+      0, 'The first parameters are drawn from both seeds, so that each value '
+      'gives others with the same data; 0: from seed alone.', most=2**32 - 1,
+      resume=AT_START)
+  objective: str = field(
+      'causal', 'What is learned: causal, prefix, chat, mlm, mlm_nsp, '
+      'masked_diffusion, span, seq2seq, classification, regression, '
+      'token_classification, question_answering, probe, compression.',
+      resume=Resume(INCOMPATIBLE, 'another task, maybe with other heads'))
+  init_from: str = field(
+      '', 'A Hugging Face folder or a workdir whose weights the run starts '
+      'from.', resume=AT_START)
+  init_partial: bool = field(
+      False, 'Load only the parameters whose names and shapes match; list the '
+      'others.', resume=AT_START)
+  span: Span = dataclasses.field(default_factory=Span)
+  probe: Probe = dataclasses.field(default_factory=Probe)
+  data: Data = dataclasses.field(default_factory=Data)
+  train: Train = dataclasses.field(default_factory=Train)
+  optim: Optim = dataclasses.field(default_factory=Optim)
+  mesh: Mesh = dataclasses.field(default_factory=Mesh)
+  checkpoint: Checkpoint = dataclasses.field(default_factory=Checkpoint)
+  eval: Eval = dataclasses.field(default_factory=Eval)
+  log: Log = dataclasses.field(default_factory=Log)
+
+
+# All fields of a config by dotted name, but those of kinds of layer.
+FIELDS: dict[str, Leaf] = {leaf.name: leaf for leaf in leaves(Run)} | {
+    f'model.{name}': leaf._replace(name=f'model.{name}')
+    for name, leaf in tables.FIELDS.items()}
+
+
+def find(name: str) -> Leaf | None:
+  """Returns the field of a dotted name, that of a kind of layer too; None:
+  there is none."""
+  return FIELDS.get(name) or tables.find(name.removeprefix('model.'))
+
+
+def resume(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Resume:
+  """Returns what a change of a field does to a run that is resumed.
+
+  Args:
+    name: the field's dotted name.
+    old: the fields of the run's config, by dotted name.
+    new: those of the config that it would go on with.
+  """
+  leaf = find(name)
+  if leaf is None:
+    return Resume(OPTIMISATION, 'this version has no such field')
+  kind = leaf.rule.resume
+  return kind(old, new) if callable(kind) else kind
 
 
 def base() -> ml_collections.ConfigDict:
   """Returns a config with every field of a run at its default."""
-  # The comments are the notes of the documentation's table of fields.
-  return ml_collections.ConfigDict(dict(
-      seed=0,  # of the parameters, the order of the data, and dropout
-      # The first parameters are drawn from both seeds, so that each value gives
-      # others with the same data; 0: from seed alone.
-      init_seed=0,
-      # What is learned: causal, prefix, chat, mlm, mlm_nsp, masked_diffusion,
-      # span, seq2seq, classification, regression, token_classification,
-      # question_answering, probe, compression.
-      objective='causal',
-      # A Hugging Face folder or a workdir whose weights the run starts from.
-      init_from='',
-      # Load only the parameters whose names and shapes match; list the others.
-      init_partial=False,
-      span=dict(  # of the objective span
-          noise_density=0.15,  # the share of tokens that is cut out
-          mean_length=3.0,  # the mean length of a span in tokens
-      ),
-      probe=dict(  # of the objective probe
-          # Difficulties, one a row; derived: what the task's paper has.
-          levels=(),
-          vocab=0,  # letters of the task; derived: as published
-          examples=0,  # rows in one pass of training; derived: as published
-          held_out=0,  # rows to evaluate on; derived: as published
-      ),
-      model=model.defaults(),
-      data=dict(
-          # sotu | text:GLOB | jsonl:GLOB:FIELD | parquet:GLOB:FIELD |
-          # arrayrecord:GLOB | hf:NAME | tokens:FOLDER (of tools.tokenize) |
-          # parallel:GLOB (for seq2seq) | alpaca:GLOB (for chat) |
-          # labelled:GLOB[:FIELDS] (for classification and regression) |
-          # conll:GLOB[:COLUMNS] (for token_classification) | squad:GLOB (for
-          # question_answering) | probe:NAME (for probe, a task of
-          # training/data/probes); several with weights: '0.7*A,0.3*B'.
-          source='sotu',
-          # Text to evaluate on, written like source. Empty: what is held out of
-          # source. The loss of a mixture is the mean of its sources' losses,
-          # weighted by the sources' weights.
-          eval_source='',
-          # n: every n-th document is held out of training; of a single text
-          # file, its last n-th part. 0: nothing is held out.
-          holdout_every=20,
-          # bytes | bytes:N (in N ids) | a tokenizer.json | a folder | a .model
-          tokenizer='bytes',
-          length=256,  # tokens in a sequence (in the source, with seq2seq)
-          target_length=0,  # tokens in the target of seq2seq; derived: length
-          batch_size=32,  # sequences in a batch, over all devices
-          # Smaller batches at first, STEP:ROWS with commas between: '100:8' has
-          # 8 rows in a batch until step 100. Empty: all have batch_size.
-          batch_ramp='',
-          # Attention and positions stop at the ends of documents.
-          document_mask=False,
-          # Of tokens; empty: $ARCHETYPE_CACHE, or ~/.cache/archetype.
-          cache_dir='',
-          # How chat lays out a conversation. published: as Vicuna v1.1, or for
-          # alpaca: as Alpaca. earlier: as runs did before this field existed.
-          # Any other: by the chat template in a Jinja file or a Hugging Face
-          # folder, of which the run keeps the text, or in 'jinja:TEXT'.
-          chat_template='published',
-          # The labels of classification, in the order of the model's scores;
-          # derived: those of the training data.
-          labels=(),
-          # What a row counts in the training loss of classification. balanced:
-          # each label the same in all; or a number for each label, with commas
-          # between. Empty: all rows the same.
-          class_weights='',
-          # Batches of labelled data are padded to one of so many lengths, the
-          # last of them data.length.
-          length_buckets=8,
-          # Tokens that neighbouring windows share, of a sentence or a paragraph
-          # that is longer than a row; derived: length / 3, as in BERT.
-          stride=0,
-          # Separators between the two texts of a row; derived: those of the
-          # model, 2 of roberta and 1 of others. Runs of roberta had 1 before
-          # this field existed.
-          pair_separators=0,
-          mask_rate=0.15,  # the share of tokens that mlm and mlm_nsp mask
-          whole_words=False,  # mask all tokens of a word, or none
-          workers=0,  # processes that prepare batches; 0: threads
-          tokenize_workers=0,  # processes that tokenise; 0: one per CPU core
-      ),
-      train=dict(
-          steps=1000,  # the last step of the run
-          # A batch is processed in so many parts, one after another.
-          grad_accumulation=1,
-          # Steps in a row with a loss that is not finite before the run ends.
-          max_bad_steps=10,
-          z_loss=0.0,  # the weight of log(Z)^2 of the logits in the loss
-          label_smoothing=0.0,  # the share of the target given to all tokens
-          # Of the mean loss of the modules of model.mtp_depth, in the loss.
-          mtp_weight=0.3,
-          # Tokens whose logits are held at once; 0: chosen by size.
-          loss_chunk=0,
-      ),
-      optim=dict(
-          name='adamw',  # adamw adafactor lion muon normuon soap sgd
-          lr=1e-3,  # the highest learning rate
-          schedule='cosine',  # cosine linear rsqrt wsd constant
-          warmup_steps=100,  # steps in which the learning rate rises to lr
-          # The learning rate at the end of the schedule, as a share of lr.
-          final_fraction=0.1,
-          # cosine and linear end at this step; 0: at train.steps.
-          decay_steps=0,
-          decay_fraction=0.2,  # of wsd: the share of steps that decay
-          weight_decay=0.1,  # times lr, taken from a parameter in each step
-          # Patterns over parameter paths. The first that matches says whether
-          # the parameter decays: 1, or not: 0. Empty: matrices decay;
-          # embeddings, norms and biases do not.
-          decay_mask=(),
-          # Patterns over parameter paths, with commas between: what matches is
-          # not trained. A path may have block_B, as in the tree, or the number
-          # of a layer: embed/.*,decoder/layers/[0-3]/.*
-          freeze='',
-          # What the learning rate is multiplied by from a layer to the one
-          # below it; 1: all have the same.
-          layer_decay=1.0,
-          # The gradient's largest norm, to which it is scaled down; 0: none.
-          clip_norm=1.0,
-          b1=0.9,  # of adamw, lion, muon, normuon and soap
-          b2=0.95,  # of the same
-          eps=1e-8,  # of adamw, muon, normuon and soap
-          momentum=0.9,  # of sgd, muon and normuon
-          # Of soap: steps between two updates of its bases.
-          precondition_every=10,
-          # Of soap: the longest side of a matrix that has a preconditioner.
-          precondition_max=10_000,
-          # The decay of a moving average of the parameters, which is evaluated
-          # and exported in their place, such as 0.999. 0: none is kept.
-          ema=0.0,
-      ),
-      mesh=dict(  # the sizes of the axes multiply to the number of devices
-          data=-1,  # splits the batch; -1: the devices that are left
-          fsdp=1,  # splits the batch, and d_model of the weights
-          expert=1,  # splits the batch, and the experts
-          context=1,  # splits the length
-          tensor=1,  # splits heads, feed-forward networks and the vocabulary
-          rules='default',  # the table of configs/sharding.py
-          # Groups of devices with a slow network between them, over which data
-          # goes; 0: as the devices say.
-          slices=0,
-      ),
-      checkpoint=dict(
-          every_steps=500,  # steps between two checkpoints
-          every_minutes=0.0,  # minutes between two checkpoints; 0: not by time
-          keep=3,  # how many of the newest good checkpoints are kept
-          keep_every=0,  # keep every n-th step too; 0: none
-          # After the last step, the mean of the parameters of so many
-          # checkpoints, the last ones by every_steps, is evaluated too, as
-          # mean/loss. 0: none.
-          average=0,
-      ),
-      eval=dict(
-          every_steps=250,  # steps between two evaluations
-          batches=16,  # batches of each source; 0: all of them
-          # first or second: on one half of the documents that are held out, of
-          # a probe on rows of its own. Empty: on all of them.
-          part='',
-          # Tasks of eval.py to do while training, such as 'loss,exact'. They
-          # are done after the last step in any case.
-          tasks='',
-          tasks_every_steps=0,  # steps between two; 0: after the last one alone
-          # A figure of these, such as loss or labels/f1: the checkpoint of the
-          # best is kept. Empty: none.
-          best='',
-          # Which value of it is the best: least or largest; derived, where the
-          # figure is known.
-          best_is='',
-          # The run ends after so many evaluations without a better one; 0: no.
-          patience=0,
-          # With optim.ema: evaluate the parameters too, as live/loss.
-          live=False,
-      ),
-      log=dict(
-          every_steps=10,  # steps between two lines of metrics
-          tensorboard=False,  # write TensorBoard's files too
-          wandb=False,  # log to Weights & Biases too
-          wandb_project='archetype',  # the project in Weights & Biases
-      ),
-  ))
+  tree = dataclasses.asdict(Run())
+  tree['model'] = tables.defaults()
+  return ml_collections.ConfigDict(tree)
 
 
 def sized(size: str, sizes: dict[str, Any]) -> dict[str, Any]:

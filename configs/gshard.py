@@ -46,7 +46,8 @@ def get_config(size: str = 'tiny'):
   c.objective = 'seq2seq'
   c.model.update(
       arch='gshard', num_decoder_layers=c.model.num_layers,
-      position='sinusoidal', sinusoid='fairseq', norm='layernorm', ffn='moe',
+      position='sinusoidal', sinusoidal=dict(layout='fairseq'),
+      norm='layernorm', ffn='moe',
       pattern='dense,moe', kinds=dict(dense=dict(ffn='dense'), moe={}),
       block='pre_norm', tie_embeddings=True, embed_scale=0.0, init='fan_in',
       init_stddev=c.model.d_model ** -0.5)

@@ -33,7 +33,7 @@ def get_config(size: str = 'tiny'):
   size = size or 'tiny'
   c.objective = 'mlm'
   c.model.update(base.sized(size, SIZES))
-  c.model.update(arch='roberta', position='learned', position_offset=2,
+  c.model.update(arch='roberta', position='learned', learned=dict(offset=2),
                  type_vocab_size=1, norm='layernorm', embed_norm=True,
                  ffn='gelu', block='post_norm', tie_embeddings=True,
                  logits_bias=True, init='normal')

@@ -38,7 +38,8 @@ def get_config(size: str = 'tiny'):
   c.objective = 'seq2seq'
   c.model.update(
       arch='transformer', num_decoder_layers=c.model.num_layers,
-      position='sinusoidal', sinusoid='halves', norm='layernorm', ffn='relu',
+      position='sinusoidal', sinusoidal=dict(layout='halves'),
+      norm='layernorm', ffn='relu',
       block='post_norm', tie_embeddings=True, embed_scale=0.0, init='fan_in',
       init_stddev=c.model.d_model ** -0.5)
   c.train.label_smoothing = 0.1

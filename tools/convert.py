@@ -145,7 +145,7 @@ def export(workdir: epath.Path, folder: pathlib.Path, *, step: int | str | None,
     print(f'{folder}: the adapters of {workdir}, {size:,} parameters')
     return
   module, params = weights.merge(module, params)
-  if dropless:
+  if dropless and module.config.moe:
     c = module.config
     module = architectures.build(dataclasses.replace(c, moe=dataclasses.replace(
         c.moe, eval_capacity_factor=0.0, dispatch='dropless')))
@@ -350,7 +350,7 @@ def main():
     limits.number('--shard_bytes', args.shard_bytes,
                   (('>=', 1), ('<=', 2**50)))
   elif args.command != 'merge':
-    limits.number('--seed', args.seed, limits.LIMITS['seed'])
+    limits.number('--seed', args.seed, (('>=', 0), ('<=', 2**32 - 1)))
   args.workdir = storage.path(args.workdir, 'WORKDIR')
   if args.command != 'export':
     storage.try_folder(args.workdir, 'WORKDIR')

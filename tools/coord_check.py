@@ -129,7 +129,7 @@ def config(system: str, parametrization: str, width: int, base: int,
            widen: str = 'size'):
   """Returns the system's `tiny` at `width`, with two layers or, where its
   pattern is longer, with the fewest that it allows."""
-  from architectures.parts.recurrent import groups
+  from architectures.parts import mixers
   from configs import base as base_config
   from configs import kinds
   c = importlib.import_module(f'configs.{system}').get_config('tiny')
@@ -147,7 +147,8 @@ def config(system: str, parametrization: str, width: int, base: int,
   model.moe.d_ff = round(model.moe.d_ff * wider)
   if widen == 'heads':
     model.update(head_dim=head_dim, mup_base_head_dim=head_dim if mup else 0)
-  for group in (model, *(model[name] for name in groups.GROUPS)):
+  for group in (model, *(model[name] for name, row in mixers.MIXERS.items()
+                         if row.state)):
     for field in WIDEN[widen]:
       if field in group:
         group[field] = round(group[field] * wider)

@@ -214,7 +214,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None):
   args = _parser().parse_args(argv)
   if args.command != 'encode':
-    limits.number('--holdout_every', args.holdout_every, limits.FROM_0)
+    limits.number('--holdout_every', args.holdout_every, (('>=', 0),))
   if args.command == 'train':
     if not args.out.endswith('.json'):
       raise RequestError(f'--out={args.out} must end in .json.')

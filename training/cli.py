@@ -103,7 +103,6 @@ class _ConfigFile(config_flags.config_flags.ConfigFileFlagParser):
   def parse(self, path: str):
     config = super().parse(path)
     if isinstance(config, ml_collections.ConfigDict):
-      config_files.modernise(config)
       config_files.declare_kinds(config, _words_of_config)
     return config
 
@@ -180,8 +179,6 @@ def parse(doc: str, argv: Sequence[str] | None = None) -> None:
     _check_config(argv)
     _words_of_config[:] = map(_spelt, argv)
     rest = flags.FLAGS(_words_of_config)[1:]
-    if 'config' in flags.FLAGS:
-      config_files.modernise(flags.FLAGS['config'].value)
   except RequestError as error:
     _refuse(str(error))
   except flags.UnrecognizedFlagError as error:

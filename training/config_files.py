@@ -21,9 +21,10 @@ from typing import Any
 
 import ml_collections
 
+from architectures.parts import tables
 from configs import base
-from configs import kinds
 from configs.errors import RequestError, one_of, require, short
+from configs.fields import check_type
 
 
 def load_config_file(spec: str) -> ml_collections.ConfigDict:
@@ -46,16 +47,8 @@ def load_config_file(spec: str) -> ml_collections.ConfigDict:
           f'{file} has no function get_config(): define one that returns a '
           'config')
   config = call(file, module.get_config, *([size] if colon else []))
-  modernise(config)
   check_config_fields(config, f'{file}: get_config()')
   return config
-
-
-def modernise(config: Any) -> None:
-  """Says of a config, in place, what earlier versions said otherwise."""
-  model = getattr(config, 'model', None)
-  if isinstance(model, ml_collections.ConfigDict):
-    kinds.modernise(model)
 
 
 def run(file: str) -> types.ModuleType:
@@ -143,43 +136,9 @@ def _check_group(group: Mapping, expected: Mapping, who: str, prefix: str):
             f'{_hint(str(name), list(expected))}')
     check_type(value, expected[name], f'{who}: {field}')
     if field == 'model.kinds':
-      check_kinds(value, expected, f'{who}: ')
+      tables.check_kinds(value, f'{who}: {field}')
     elif isinstance(expected[name], ml_collections.ConfigDict):
       _check_group(value, expected[name], who, f'{field}.')
-
-
-def check_kinds(value: Mapping, model: Mapping, who: str) -> None:
-  """Raises RequestError unless each kind of layer has fields that a kind may
-  have, each of the type that config.model has it of.
-
-  Args:
-    value: config.model.kinds.
-    model: config.model of configs/base.py.
-    who: what the sentence begins with.
-  """
-  try:
-    kinds.check_names(value, model['rope'])
-  except RequestError as error:
-    raise RequestError(f'{who}{error}') from error
-  for name, kind in value.items():
-    for field, x in kind.items():
-      for full, one in ([(f'rope.{inner}', y) for inner, y in x.items()]
-                        if field == 'rope' else [(field, x)]):
-        check_type(one, kinds.like(model, full),
-                   f'{who}model.kinds.{name}.{full}')
-
-
-def check_type(value: Any, default: Any, who: str) -> None:
-  """Raises RequestError unless `value` is of the type that a field's default
-  has; an integer does where a float is expected."""
-  kind = type(default)
-  fits = (isinstance(value, Mapping | ml_collections.ConfigDict)
-          if isinstance(default, ml_collections.ConfigDict) else
-          type(value) is kind or kind is float and type(value) is int)
-  what = ('a group of fields' if isinstance(default, ml_collections.ConfigDict)
-          else f'of type {kind.__name__}, as its default {default!r} is')
-  require(fits, f'{who} is {short(value)}, of type {type(value).__name__}: it '
-          f'must be {what}')
 
 
 def check_keys(config: ml_collections.ConfigDict, argv: Sequence[str]) -> None:
@@ -206,20 +165,53 @@ def declare_kinds(config: ml_collections.ConfigDict, argv: Sequence[str]
   since ml_collections sets what is there."""
   whole = any(re.match(r'--?config\.model\.kinds(=|$)', w) for w in argv)
   for word in argv:
-    if re.match(rf'--?(no)?config\.{kinds.EVERY}(=|$)', word):
-      kinds.declare_every(config.model)
     found = re.match(
         r'--?(?:no)?config\.model\.kinds(?:\.|\[\')([^=]*)', word)
     if found:
       require(not whole, f'{word.partition("=")[0]} is beside '
               '--config.model.kinds, which sets all of them: put it there')
       name, _, field = found[1].replace("']", '').partition('.')
-      kinds.declare(config.model, name, field)
+      declare(config.model, name, field)
+
+
+def declare(model: ml_collections.ConfigDict, kind: str, field: str) -> None:
+  """Gives a kind of layer a field, with the model's value, where it has none:
+  to be set.
+
+  Args:
+    model: config.model.
+    kind: its name, which may be new.
+    field: of it, dotted below it.
+
+  Raises:
+    RequestError: for a field that a kind does not have.
+  """
+  name, _, inner = field.partition('.')
+  of_model = tables.OF_LAYERS.get(name, '')
+  group = of_model in tables.GROUPS
+  who = f'model.kinds.{kind}.{field}'
+  require(of_model != '', f'{who} is no field that a kind may change: choose '
+          f'from {", ".join(tables.OF_LAYERS)}')
+  require(not group or bool(inner), f'{who} is a group of fields: set one of '
+          'them, ' + ', '.join(f'model.kinds.{kind}.{name}.{x}'
+                               for x in model.get(of_model, ())))
+  require(group or not inner, f'{who} is one value and has no fields')
+  require(not group or inner in model[of_model], f'{who} is no field of '
+          f'model.{name}: choose from {", ".join(model.get(of_model, ()))}')
+  tables.check_kinds({kind: {}})
+  with model.unlocked():
+    at = model.kinds
+    for part in (kind, *([name] if inner else ())):
+      if part not in at:
+        at[part] = ml_collections.ConfigDict()
+      at = at[part]
+    if (inner or name) not in at:
+      value = model[of_model]
+      at[inner or name] = value[inner] if inner else value
 
 
 def _check_key(config: Any, flag: str, name: str) -> None:
-  if name in ('model.kinds', kinds.EVERY) or re.fullmatch(
-      r'model\.kinds\.\w+\.\w+(\.\w+)?', name):
+  if re.fullmatch(r'model\.kinds(\.\w+\.\w+(\.\w+)?)?', name):
     return  # whose fields need not be there
   at, parents = config, []
   for part in name.split('.'):

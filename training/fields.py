@@ -5,10 +5,9 @@ import dataclasses
 from typing import Any
 
 import architectures
-from architectures.parts import unread
-from architectures.parts import config as config_of_parts
+from architectures.parts import tables
 from architectures.parts.config import ModelConfig
-from configs.errors import RequestError, require
+from configs.errors import require
 from training import config_files
 
 
@@ -22,7 +21,7 @@ def replaced(config: ModelConfig, fields: Mapping[str, Any]) -> ModelConfig:
     require(name not in _SIZES, f'model.{name} decides the sizes of other '
             'parts: build a model with it, from a file of configs/')
     if isinstance(value, Mapping):
-      group = getattr(config, name)
+      group = getattr(config, name) or tables.GROUPS[name]()
       for field in value:
         config_files.check_field(f'config.model.{name}', field, _names(group))
       if name == 'lora' and group.alpha == group.rank:
@@ -32,7 +31,7 @@ def replaced(config: ModelConfig, fields: Mapping[str, Any]) -> ModelConfig:
   if 'num_layers' in changes and (
       architectures.stack(config) != 'encoder-decoder'):
     changes.setdefault('num_decoder_layers', changes['num_layers'])
-  changed = config_of_parts.make(dataclasses.asdict(
+  changed = tables.make(tables.as_dict(
       dataclasses.replace(config, **changes)))
   refuse_unread(changed, fields)
   return changed
@@ -62,10 +61,7 @@ def _names(group: Any) -> list[str]:
 
 def refuse_unread(config: ModelConfig, fields: Mapping[str, Any]) -> None:
   """Raises RequestError for a field that the model would not read."""
-  unread_fields = unread.unread(config)
-  for name, value in fields.items():
-    for full in ([f'{name}.{field}' for field in value]
-                 if isinstance(value, Mapping) else [name]):
-      if row := unread_fields.get(full):
-        raise RequestError(f'model.{full} is not read by this model: it is '
-                           f'read where {row.where}')
+  unread = tables.unread(config)
+  for name in tables.flat(fields):
+    require(name not in unread, f'model.{name} is not read by this model: it '
+            f'is read where {unread.get(name)}')

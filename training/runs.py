@@ -105,7 +105,7 @@ def printable(config: ml_collections.ConfigDict, by_hand: Iterable[str] = ()
   check_config(config, by_hand)
   config = objectives.with_labels(config)
   model, _ = resolve(config, tokenizers.load(config.data.tokenizer))
-  return run_config.to_json(config) | {'model': dataclasses.asdict(model)}
+  return limits.as_read(config, model, resolved=True)
 
 
 def check_config(config: ml_collections.ConfigDict, by_hand: Iterable[str] = ()
@@ -409,7 +409,7 @@ def describe(run: Any, start: int, tokens: int, train_data: pipeline.Loader,
       f'held out: {" and ".join(loader.text for loader in eval_data)}, '
       f'{sum(loader.num_tokens for loader in eval_data):,} tokens',
       f'evaluation: {_evaluations(config, eval_data)}',
-      *_tasks(config), *_unread(config, model)])
+      *_tasks(config)])
 
 
 def layers(model: ModelConfig) -> list[str]:
@@ -422,17 +422,6 @@ def layers(model: ModelConfig) -> list[str]:
   order = ', then '.join(filter(None, (
       model.prefix, model.pattern or 'the rest', model.suffix)))
   return [f'layers: {said}; in the order {order}'] if rows else []
-
-
-def _unread(config: ml_collections.ConfigDict, model: ModelConfig
-            ) -> list[str]:
-  """A line for each condition under which fields that are set would be read.
-  """
-  names: dict[str, list[str]] = {}
-  for name, row in limits.unread(config, model).items():
-    names.setdefault(row.where, []).append(f'{name}={limits.get(config, name)}')
-  return [f'not read: {", ".join(fields)}, unless {where}'
-          for where, fields in names.items()]
 
 
 def _evaluations(config: ml_collections.ConfigDict,

@@ -34,9 +34,8 @@ import numpy as np
 
 import architectures
 from architectures.parts import checks, hf, linear
-from architectures.parts.config import LoraConfig, ModelConfig
+from architectures.parts.config import ModelConfig
 from architectures.parts.hf import tensor_map
-from configs import base
 from configs.errors import require
 from training import paths, progress
 from training.hf import config as hf_config
@@ -401,7 +400,7 @@ def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 def without_adapters(model: ModelConfig) -> ModelConfig:
   """Returns the same model without adapters."""
-  return dataclasses.replace(model, lora=LoraConfig(**base.base().model.lora))
+  return dataclasses.replace(model, lora=linear.LoraConfig())
 
 
 def same_adapters(one: ModelConfig, other: ModelConfig) -> bool:

@@ -1,111 +1,25 @@
 """What a model config may not say, each refused with its reason.
 
-The choices of a part are the names in its table, and each chosen entry checks
-its own fields. What is left for this file are values out of range, and
-combinations of parts that nobody can mean. A field that a config file sets for
-a part of its system stays where that part is swapped away, and is not read
-then: `moe.*` of Mixtral with `--config.model.ffn=gelu` (its dense twin),
-GShard's `sinusoid` with rotary positions, Switch's jitter with a router that
-has no weights. Fields of STRICT are refused there.
+The type, range and choices of each field are checked where a config is made
+(tables.py), and each chosen entry of a table checks its own fields. What is
+left for this file are combinations of parts that nobody can mean.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 from architectures.parts import heads
 from architectures.parts import kinds
 from architectures.parts import linear
 from architectures.parts import mixers
 from architectures.parts import positions
-from architectures.parts import unread
-from architectures.parts.attention import kernels
-from architectures.parts.attention import multi_head
-from architectures.parts.attention import output_gate
 from architectures.parts.attention import visibility
 from architectures.parts.blocks import BLOCKS
 from architectures.parts.config import ModelConfig
 from architectures.parts.ffn import FFNS, NONE
-from architectures.parts.moe import experts
-from architectures.parts.moe import grouped_kernels
 from architectures.parts.moe import health
 from architectures.parts.moe import routing
-from architectures.parts.norms import NORMS
-from architectures.parts.remat import REMAT
-from architectures.parts.recurrent import mamba2
-from architectures.parts.unread import get
-from configs.errors import one_of, require
-
-DTYPES = ('float32', 'bfloat16')
-# What a number must be: (in words, its test, the fields).
-RANGES = (
-    ('it must be > 0', lambda x: x > 0, (
-        'norm_eps', 'attention_scale', 'init_scale', 'rope.theta',
-        'rope.original_len', 'rope.low_freq_factor', 'rope.beta_slow',
-        'relative.buckets', 'relative.max_distance', 'latent.scale',
-        'latent.norm_eps', 'mamba2.groups', 'mamba2.state',
-        'moe.num_experts', 'moe.d_ff', 'moe.expert_groups', 'moe.top_groups',
-        'moe.gate_scale', 'clamp.alpha', 'clamp.limit', 'gla.temperature')),
-    ('it must be >= 0', lambda x: x >= 0, (
-        'attention_softcap', 'logits_softcap', 'init_stddev', 'rope.mscale',
-        'rope.mscale_all_dim', 'rope.attention_factor', 'mamba2.least_step',
-        'mamba2.most_step',
-        'moe.shared_experts', 'moe.group_size', 'moe.capacity_factor',
-        'moe.eval_capacity_factor', 'moe.logit_noise', 'moe.balance_weight',
-        'moe.z_loss_weight', 'moe.bias_rate', 'lora.alpha')),
-    ('it must be >= 1', lambda x: x >= 1, (
-        'learned_stretch', 'rope.factor', 'deltanet.conv', 'mamba2.conv',
-        'gla.rank', 'streams.iterations', 'streams.block_size')),
-    ('choose 2 or more', lambda x: x >= 2, ('streams.count',)),
-    ('choose it in [0, 1)', lambda x: 0 <= x < 1, (
-        'dropout', 'attention_dropout', 'ffn_dropout', 'head_dropout',
-        'moe.jitter', 'moe.expert_dropout', 'lora.dropout')),
-    ('choose it in (0, 1]', lambda x: 0 < x <= 1, ('rope.fraction',)),
-)
-# Fields that no `tiny` of configs/ sets for a part that may be swapped away:
-# the value with which each says nothing, which it must have where it is not
-# read.
-STRICT = {
-    'learned_stretch': 1,
-    'rope.scaling': 'none',
-    'rope.factor': 1,
-    'sliding_window': 0,
-    'value_residual': False,
-    'value_embedding': False,
-    'kv_sharing': False,
-    'mtp_depth': 0,
-    'attention_conv': 0,
-    'num_labels': 0,
-    'head_dropout': 0,
-    'pooling': 'cls',
-    'moe.grouped_kernel': 'auto',
-    'moe.normalize_gates': True,
-    'moe.bias_rate': 0.001,
-    'moe.logit_noise': 0,
-}
-
-
-def names() -> dict[str, Collection[str]]:
-  """Returns the choices of each field that names one thing, or several with
-  commas between, by the field's dotted name."""
-  return unread.TABLES | {
-      'norm': NORMS,
-      'sinusoid': positions.SINUSOIDS,
-      'ffn': (*FFNS, 'moe', NONE),
-      'block': BLOCKS,
-      'qk_norm_over': multi_head.QK_NORMS,
-      'pooling': heads.POOLINGS,
-      'attention_gate': output_gate.GATES,
-      'mamba2.norm_over': mamba2.NORMS_OVER,
-      'attention_kernel': kernels.names(),
-      'init': linear.INITS,
-      'lora.targets': (*linear.PRODUCTS, linear.ALL),
-      'remat': REMAT,
-      'keep_gathered': ('none', *linear.PRODUCTS, linear.ALL),
-      'dtype': DTYPES,
-      'param_dtype': DTYPES,
-      'moe.ffn': FFNS,
-      'moe.dispatch': ('auto', *experts.WAYS),
-      'moe.grouped_kernel': grouped_kernels.GROUPED_KERNELS,
-  }
+from architectures.parts.tables import get
+from configs.errors import require
 
 
 def check_model(c: ModelConfig, stacks: Mapping[str, str]) -> None:
@@ -116,14 +30,12 @@ def check_model(c: ModelConfig, stacks: Mapping[str, str]) -> None:
     stacks: what each architecture stacks: 'decoder', 'encoder' or
       'encoder-decoder', by model.arch.
   """
-  one_of('model.head', c.head, heads.HEADS)
   kinds.check_kinds(c)
   _check_layers(c, stacks[c.arch])
   for name in c.kinds_used:
     if name:
       with kinds.named(name):
         _check_layers(c.of_kind(name), stacks[c.arch])
-  _check_unread(c)
   _check_values(c)
   _check_stack(c, stacks)
   _check_products(c)
@@ -132,10 +44,10 @@ def check_model(c: ModelConfig, stacks: Mapping[str, str]) -> None:
   require(c.head == 'lm' or stack != 'encoder-decoder',
           f'model.head is {c.head!r}, which model.arch {c.arch!r} does not '
           'have: an encoder-decoder answers in text (objective seq2seq)')
-  require(0 < c.moe.top_k <= c.moe.num_experts,
-          f'model.moe.top_k is {c.moe.top_k}: choose 1 to '
-          f'model.moe.num_experts {c.moe.num_experts}')
   if c.has_experts:
+    require(c.moe.top_k <= c.moe.num_experts,
+            f'model.moe.top_k is {c.moe.top_k}: choose 1 to '
+            f'model.moe.num_experts {c.moe.num_experts}')
     routing.check_router(c, stack)
     health.check_balance(c.moe)
 
@@ -143,13 +55,6 @@ def check_model(c: ModelConfig, stacks: Mapping[str, str]) -> None:
 def _check_layers(c: ModelConfig, stack: str) -> None:
   """Raises RequestError for what the layers of a model, or those of one kind,
   cannot be."""
-  for field, choices in names().items():
-    for name in unread.chosen(c, field):
-      one_of(f'model.{field}', name, choices)
-  for words, holds, fields in RANGES:
-    for field in fields:
-      value = get(c, field)
-      require(holds(value), f'model.{field} is {value}: {words}')
   position, mixer = positions.of(c), mixers.of(c)
   if position.check and (mixer.turns_heads or not position.rotate):
     position.check(c, stack)
@@ -206,23 +111,11 @@ def _check_products(c: ModelConfig) -> None:
   there = products(c)
   for field, read in (('lora.targets', c.lora.rank > 0),
                       ('keep_gathered', c.keep_gathered != 'none')):
-    for name in unread.chosen(c, field) if read else ():
+    for name in get(c, field).split(',') if read else ():
       require(name == linear.ALL or name in there,
               f'model.{field} has {name!r}, a product that no layer of this '
               'model has outside of its experts, which are left out: choose '
               f'from {", ".join(there)}, {linear.ALL}')
-
-
-def _check_unread(c: ModelConfig) -> None:
-  rows = unread.unread(c)
-  for field, rest in STRICT.items():
-    row = rows.get(field)
-    if row and row.decided_by != ('ffn',):  # but of experts that are not there
-      other = row.decided_by[-1]
-      require(get(c, field) == rest,
-              f'model.{field} {get(c, field)!r} has no meaning with '
-              f'model.{other} {get(c, other)!r}: set it to {rest!r}. It is '
-              f'read where {row.where}')
 
 
 def _check_stack(c: ModelConfig, stacks: Mapping[str, str]) -> None:

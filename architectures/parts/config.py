@@ -1,7 +1,8 @@
 """The model config: one frozen, hashable dataclass.
 
-`make` fills in what is derived. What the fields may say together is checked
-above the parts, in checks.py; architectures.resolve does both.
+What belongs to one part is a group of fields beside the part. `make` of
+tables.py checks the fields and fills in what is derived; what they may say
+together is checked in checks.py; architectures.resolve does both.
 
 Axis legend, for every array of the project:
 B batch, L length, M memory length (what is attended to), D d_model, H query
@@ -14,76 +15,16 @@ U an axis that has no letter.
 """
 
 import dataclasses
-from typing import Any, Mapping, NamedTuple
+from typing import Any, NamedTuple, TYPE_CHECKING
 
 import jax.numpy as jnp
 
-from architectures.parts import fields as field_checks
-from architectures.parts.attention import latent_config
-from architectures.parts.attention.latent_config import LatentConfig
-from architectures.parts.recurrent import groups
-from architectures.parts.rope_config import RopeConfig
-from architectures.parts.streams_config import StreamsConfig
 from configs import kinds
-from configs.errors import one_of, require
+from configs.fields import AT_START, field, FUNCTION, RUN, SAME
+from configs.fields import REGULARISATION, SHAPES, SIZE
 
 PARAMETRIZATIONS = ('standard', 'mup')
-
-
-@dataclasses.dataclass(frozen=True)
-class RelativeConfig:
-  """T5's bucketed relative positions (Raffel et al. 2020, section 2.1)."""
-  buckets: int
-  max_distance: int
-
-
-@dataclasses.dataclass(frozen=True)
-class ClampConfig:
-  """Of the network swiglu_clamped; see parts/ffn.py."""
-  alpha: float
-  limit: float
-
-
-@dataclasses.dataclass(frozen=True)
-class LoraConfig:
-  """Low-rank adapters (Hu et al. 2021); see parts/linear.py."""
-  rank: int
-  alpha: float
-  targets: str
-  dropout: float
-
-  @property
-  def scale(self) -> float:
-    return self.alpha / self.rank
-
-
-@dataclasses.dataclass(frozen=True)
-class MoEConfig:
-  """Experts and their router; see parts/routing.py and parts/experts.py."""
-  num_experts: int
-  top_k: int
-  router: str
-  logit_bias: bool
-  expert_groups: int
-  top_groups: int
-  ffn: str
-  d_ff: int
-  shared_experts: int
-  shared_gate: bool
-  dispatch: str
-  grouped_kernel: str
-  capacity_factor: float
-  eval_capacity_factor: float
-  normalize_gates: bool
-  gate_scale: float
-  jitter: float
-  logit_noise: float
-  balance_loss: str
-  balance_weight: float
-  z_loss_weight: float
-  expert_dropout: float
-  group_size: int
-  bias_rate: float
+DTYPES = ('float32', 'bfloat16')
 
 
 class Kinds(dict):
@@ -123,86 +64,178 @@ class Section(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """Every field of `config.model`, with the derived ones filled in."""
-  arch: str
-  d_model: int
-  num_layers: int
-  num_decoder_layers: int
-  num_heads: int
-  num_kv_heads: int
-  head_dim: int
-  d_ff: int
-  vocab_size: int
-  max_len: int
-  type_vocab_size: int
-  next_sentence: bool
-  norm: str
-  norm_eps: float
-  embed_norm: bool
-  position: str
-  position_offset: int
-  sinusoid: str
-  learned_stretch: float
-  rope: RopeConfig
-  relative: RelativeConfig
-  ffn: str
-  clamp: ClampConfig
-  block: str
-  residual: str
-  streams: StreamsConfig
-  mixer: str
-  latent: LatentConfig
-  deltanet: groups.DeltaNetConfig
-  mamba2: groups.Mamba2Config
-  kda: groups.KDAConfig
-  gla: groups.GLAConfig
-  retnet: groups.RetNetConfig
-  attention: str
-  pattern: str
-  prefix: str
-  suffix: str
-  kinds: Kinds
-  attention_kernel: str
-  sliding_window: int
-  attention_softcap: float
-  qk_norm: bool
-  qk_norm_over: str
-  attention_sinks: bool
-  attention_gate: str
-  attention_conv: int
-  value_residual: bool
-  value_embedding: bool
-  kv_sharing: bool
-  attention_scale: float
-  attention_bias: bool
-  attention_out_bias: bool
-  ffn_bias: bool
-  tie_embeddings: bool
-  mtp_depth: int
-  embed_scale: float
-  logits_scale: float
-  logits_softcap: float
-  logits_bias: bool
-  head: str
-  num_labels: int
-  head_dropout: float
-  pooling: str
-  dropout: float
-  attention_dropout: float
-  ffn_dropout: float
-  parametrization: str
-  mup_base_width: int
-  mup_base_head_dim: int
-  init: str
-  init_stddev: float
-  init_scale: float
-  dtype: str
-  param_dtype: str
-  scan_layers: bool
-  remat: str
-  keep_gathered: str
-  lora: LoraConfig
-  moe: MoEConfig
+  """Every field of `config.model`, with the derived ones filled in. The groups
+  of fields, each declared beside its part, are added to it in tables.py; one
+  of a part that no layer has is None."""
+  arch: str = field('gpt', 'a page of architectures/')
+  d_model: int = field(128, 'width of the residual stream', above=0,
+                       resume=SHAPES, about=SIZE)
+  num_layers: int = field(4, 'of the encoder, in encoder-decoders', above=0,
+                          resume=SHAPES, about=SIZE)
+  num_decoder_layers: int = field(
+      0, 'layers of the decoder in encoder-decoders; derived: num_layers',
+      resume=SHAPES, about=SIZE)
+  num_heads: int = field(4, 'query heads', above=0, resume=SHAPES, about=SIZE,
+                         of_layers=True)
+  num_kv_heads: int = field(
+      0, 'key and value heads; derived: num_heads', resume=SHAPES, about=SIZE,
+      of_layers=True)
+  head_dim: int = field(0, 'size of a head; derived: d_model / num_heads',
+                        resume=SHAPES, about=SIZE, of_layers=True)
+  d_ff: int = field(
+      0, 'hidden units of the feed-forward network; derived: 4 d_model',
+      resume=SHAPES, about=SIZE, of_layers=True, read_by='ffn!=none')
+  vocab_size: int = field(0, "derived: the tokenizer's", resume=SHAPES,
+                          about=SIZE)
+  max_len: int = field(0, 'the length of the model; derived: data.length',
+                       resume=SHAPES, about=SIZE)
+  type_vocab_size: int = field(0, 'kinds of segments (BERT: 2); 0: none',
+                               resume=SHAPES)
+  next_sentence: bool = field(
+      False, "BERT's pooler, and its head of next sentences")
+  norm: str = field('layernorm', 'the norm of every layer')
+  norm_eps: float = field(1e-5, 'added to the variance or the mean square',
+                          above=0, resume=FUNCTION)
+  embed_norm: bool = field(False, 'a norm right after the embedding')
+  position: str = field('learned', 'the position encoding', of_layers=True)
+  ffn: str = field(
+      'gelu', 'the feed-forward network; moe: a mixture of experts; none: '
+      'layers end before it', of_layers=True)
+  block: str = field(
+      'pre_norm', 'how norms, attention and networks are wired',
+      of_layers=True)
+  residual: str = field(
+      'plain', 'What attention and networks read of what stands before them: '
+      'plain, the residual sum; hyper (hyper-connections) or mhc, a mixture of '
+      'several streams; or attention (attention residuals), a weighted mean.')
+  mixer: str = field(
+      'attention', 'What mixes the tokens of a layer: attention; latent, whose '
+      'keys and values are made of a small vector a token; or a recurrence.',
+      of_layers=True)
+  attention: str = field('global', 'which keys a query sees', of_layers=True)
+  pattern: str = field(
+      '', 'The kinds of layer, names of model.kinds, that are repeated over '
+      "the layers, such as local,local,global; empty: all are the model's own.")
+  prefix: str = field(
+      '', 'the kinds of the layers before the first period, likewise')
+  suffix: str = field(
+      '', 'the kinds of the layers after the last period, likewise')
+  # What the layers of a kind have of their own, by its name: such as
+  # dict(local=dict(window=512)).
+  kinds: Kinds = dataclasses.field(default_factory=Kinds)
+  attention_kernel: str = field(
+      'auto', 'What computes attention over whole sequences. auto: splash on '
+      'TPU and cudnn on GPU, where they can. Decoding with a cache is always '
+      'xla.', resume=SAME, about=RUN)
+  sliding_window: int = field(
+      0, 'the keys that a banded layer sees, that of the query included',
+      resume=FUNCTION)
+  attention_softcap: float = field(
+      0.0, 'bounds the attention scores; 0: none', least=0, resume=FUNCTION,
+      of_layers=True)
+  qk_norm: bool = field(False, 'a norm of queries and of keys', of_layers=True)
+  qk_norm_over: str = field(
+      'head', 'what it is over: a head, or the whole projection',
+      of_layers=True, read_by='qk_norm')
+  attention_sinks: bool = field(
+      False, "a learned term in the softmax's denominator", of_layers=True)
+  attention_gate: str = field(
+      'none', "of the heads' outputs: elementwise, headwise", of_layers=True)
+  attention_conv: int = field(
+      0, 'Tokens that a convolution of queries, keys and values sees; 0: no '
+      'convolution.', resume=SHAPES, of_layers=True)
+  value_residual: bool = field(
+      False, "the first layer's values are mixed into all",
+      read_by='kv_sharing=False')
+  value_embedding: bool = field(
+      False, "a table of tokens is added to a layer's values", of_layers=True,
+      read_by='kv_sharing=False')
+  kv_sharing: bool = field(
+      False, 'A layer reads the keys and values of one before it: of a kind of '
+      'layer.', of_layers=True)
+  attention_scale: float = field(
+      0.0, 'The factor of the scores; derived: head_dim ** -0.5 (with mup: '
+      'that of the base).', least=0, resume=FUNCTION, of_layers=True)
+  attention_bias: bool = field(True, 'biases in the products of attention',
+                               of_layers=True)
+  attention_out_bias: bool = field(
+      True, 'if so, in the product of its output too', of_layers=True,
+      read_by='attention_bias')
+  ffn_bias: bool = field(True, 'biases in the feed-forward network',
+                         of_layers=True, read_by='ffn!=none')
+  tie_embeddings: bool = field(True, "the head is the embedding's transpose")
+  mtp_depth: int = field(
+      0, 'modules that predict a token further ahead each; read in training',
+      resume=SHAPES)
+  embed_scale: float = field(
+      1.0, 'The factor of the embedding; 0, derived: d_model ** 0.5 (with mup: '
+      'that of the base).', resume=FUNCTION)
+  logits_scale: float = field(
+      1.0, 'The factor of the logits; 0, derived: d_model ** -0.5 (with mup: '
+      'that of the base).', resume=FUNCTION)
+  logits_softcap: float = field(0.0, 'bounds the logits; 0: none', least=0,
+                                resume=FUNCTION)
+  logits_bias: bool = field(False, 'a bias of the logits')
+  head: str = field(
+      '', "What is read off the last layer; derived: the objective's.",
+      about=SIZE)
+  num_labels: int = field(
+      0, 'outputs of the head of a task; derived: of the training data\'s '
+      'labels', resume=SHAPES, about=SIZE)
+  head_dropout: float = field(
+      0.0, 'of what the head of a task is applied to', least=0, below=1,
+      resume=REGULARISATION, about=RUN)
+  pooling: str = field(
+      'cls', "What the head of a row reads of an encoder's tokens: cls, the "
+      'first one, or mean, the mean of all that are not padding.',
+      resume=FUNCTION, about=SIZE)
+  dropout: float = field(
+      0.0, 'of the embedding and of what each part adds', least=0, below=1,
+      resume=REGULARISATION, about=RUN)
+  attention_dropout: float = field(
+      0.0, 'of attention weights', least=0, below=1, resume=REGULARISATION,
+      about=RUN)
+  ffn_dropout: float = field(
+      0.0, 'Of hidden units of dense networks; those of experts: '
+      'moe.expert_dropout.', least=0, below=1, resume=REGULARISATION,
+      about=RUN, read_by=('ffn!=moe,none', 'moe.shared_experts'))
+  parametrization: str = field(
+      'standard', 'How initial sizes and learning rates change with width: '
+      'standard, or mup (docs/mup.md), which equals standard at the base '
+      'width.', choices=PARAMETRIZATIONS, resume=FUNCTION, about=SIZE)
+  mup_base_width: int = field(
+      0, 'the d_model of the base, which mup needs', resume=FUNCTION,
+      about=SIZE, read_by='parametrization=mup')
+  mup_base_head_dim: int = field(
+      0, 'its head_dim; derived: it has as many heads', resume=FUNCTION,
+      about=SIZE, of_layers=True, read_by='parametrization=mup')
+  init: str = field('scaled_normal', 'the distribution of the first weights',
+                    resume=AT_START, about=RUN)
+  init_stddev: float = field(0.02, 'of normal and scaled_normal', least=0,
+                             resume=AT_START, about=RUN)
+  init_scale: float = field(
+      1.0, 'of fan_in: the variance is this / fan_in', above=0,
+      resume=AT_START, about=RUN, read_by='init=fan_in')
+  dtype: str = field('float32', 'of the computation', choices=DTYPES,
+                     resume=FUNCTION, about=RUN)
+  param_dtype: str = field(
+      'float32', 'Of the parameters. What the optimiser keeps is float32 in '
+      'any case.', choices=DTYPES, resume=SHAPES, about=RUN)
+  scan_layers: bool = field(
+      True, 'one program for all layers, or one for each', resume=SAME,
+      about=RUN)
+  remat: str = field(
+      'none', 'What the backward pass computes again: nothing (none), all but '
+      'products (dots), or each layer from its input (full; with offload the '
+      "inputs wait in the host's memory).", resume=SAME, about=RUN)
+  keep_gathered: str = field(
+      'none', 'The products (of lora.targets, with commas) whose weights, if '
+      'they are sharded over fsdp, stay whole from the forward to the backward '
+      'pass. none: all are gathered again, which sends more and keeps less.',
+      resume=SAME, about=RUN, several=True)
+
+  if TYPE_CHECKING:  # the groups
+    def __getattr__(self, name: str) -> Any: ...
 
   @property
   def compute_dtype(self):
@@ -245,8 +278,9 @@ class ModelConfig:
       window = own.pop('window')
       own = {'attention': 'banded' if window else 'global',
              'sliding_window': window} | own
-    if 'rope' in own:
-      own['rope'] = dataclasses.replace(self.rope, **own['rope'])
+    rope = own.pop('rope', None)
+    if rope and self.rope:
+      own['rope'] = dataclasses.replace(self.rope, **rope)
     if own.get('ffn') == kinds.DENSE:
       own['ffn'] = self.moe.ffn if self.ffn == 'moe' else self.ffn
     return dataclasses.replace(self, pattern='', prefix='', suffix='',
@@ -308,93 +342,3 @@ def _source(layers: list[ModelConfig], i: int, first: int) -> int | None:
                if not layers[first + j].kv_sharing
                and sees(layers[first + j]) == sees(reader)), None)
 
-
-def make(fields: Mapping[str, Any]) -> ModelConfig:
-  """Builds the frozen config from `config.model` (a ConfigDict or a dict),
-  which is left as it is. What it builds, as a dict, builds the same again.
-
-  Raises:
-    RequestError: a field that is missing, not of its type or out of range, or
-      one that another is derived from and that does not allow it.
-  """
-  fields = kinds.modern(
-      fields.to_dict() if hasattr(fields, 'to_dict') else fields)
-  field_checks.check_fields(fields, ModelConfig)
-  for name in ('d_model', 'num_layers', 'num_heads', 'vocab_size', 'max_len'):
-    require(fields[name] > 0, f'model.{name} is {fields[name]}: it must be > 0'
-            + (' (derived from data.length at the start of a run)'
-               if name == 'max_len' else '')
-            + (' (derived from the tokenizer at the start of a run)'
-               if name == 'vocab_size' else ''))
-  heads, width = fields['num_heads'], fields['d_model']
-  require(fields['head_dim'] or width % heads == 0,
-          f'model.num_heads is {heads}, which does not divide model.d_model '
-          f'{width}: choose a divisor, or set model.head_dim')
-  head_dim = fields['head_dim'] or width // heads
-  d_ff = fields['d_ff'] or 4 * width
-  base_width, base_head_dim = _base(fields, head_dim)
-  rope, moe, lora = fields['rope'], fields['moe'], fields['lora']
-  return ModelConfig(**fields | dict(
-      num_decoder_layers=fields['num_decoder_layers'] or fields['num_layers'],
-      num_kv_heads=fields['num_kv_heads'] or heads,
-      head_dim=head_dim,
-      d_ff=d_ff,
-      head=fields['head'] or 'lm',
-      mup_base_head_dim=fields['mup_base_width'] and base_head_dim,
-      attention_scale=fields['attention_scale'] or base_head_dim ** -0.5,
-      embed_scale=fields['embed_scale'] or base_width ** 0.5,
-      logits_scale=fields['logits_scale'] or base_width ** -0.5,
-      rope=RopeConfig(**{
-          **rope, 'original_len': rope['original_len'] or fields['max_len']}),
-      kinds=Kinds({name: _kind(fields, kind)
-                   for name, kind in fields['kinds'].items()}),
-      lora=LoraConfig(**{**lora, 'alpha': lora['alpha'] or lora['rank']}),
-      moe=MoEConfig(**{**moe, 'd_ff': moe['d_ff'] or d_ff}),
-      latent=latent_config.derived(fields['latent'], head_dim,
-                                   fields['norm_eps']),
-      **groups.derived(fields, heads, head_dim),
-      clamp=ClampConfig(**fields['clamp']),
-      streams=StreamsConfig(**fields['streams']),
-      relative=RelativeConfig(**fields['relative'])))
-
-
-def _kind(fields: Mapping[str, Any], kind: Mapping[str, Any]
-          ) -> dict[str, Any]:
-  """Returns a kind of layer with what follows from the fields that it changes,
-  where the model leaves that to be derived."""
-  own = dict(kind)
-  if 'num_heads' in own and not fields['num_kv_heads']:
-    own.setdefault('num_kv_heads', own['num_heads'])
-  if own.get('head_dim'):
-    base_width, base_head_dim = _base(
-        {**fields, **own, 'd_model': fields['d_model']}, own['head_dim'])
-    del base_width
-    if not fields['attention_scale']:
-      own.setdefault('attention_scale', base_head_dim ** -0.5)
-    if fields['mup_base_width'] and not fields['mup_base_head_dim']:
-      own.setdefault('mup_base_head_dim', base_head_dim)
-  return own
-
-
-def _base(fields: Mapping[str, Any], head_dim: int) -> tuple[int, int]:
-  """Returns the width of muP's base and of its heads; the standard form is its
-  own base."""
-  name = fields['parametrization']
-  one_of('model.parametrization', name, PARAMETRIZATIONS)
-  if name == 'standard':
-    for base in ('mup_base_width', 'mup_base_head_dim'):
-      require(not fields[base], f'model.{base} is {fields[base]}, which '
-              "model.parametrization 'standard' does not read: set it to 0, or "
-              "choose 'mup'")
-    return fields['d_model'], head_dim
-  width = fields['mup_base_width']
-  require(width > 0, "model.parametrization is 'mup', but model.mup_base_width "
-          'is 0: set it to the d_model at which mup equals standard')
-  if fields['mup_base_head_dim']:
-    return width, fields['mup_base_head_dim']
-  base, rest = divmod(width * head_dim, fields['d_model'])
-  require(base > 0 and rest == 0,
-          f'model.mup_base_width is {width}, at which a head would have '
-          f'{width * head_dim / fields["d_model"]:g} features: '
-          'choose another, or set model.mup_base_head_dim')
-  return width, base

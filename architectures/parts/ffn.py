@@ -21,15 +21,27 @@ import jax.numpy as jnp
 
 from architectures.parts import linear
 from architectures.parts import sharding
-from architectures.parts.config import ClampConfig, ModelConfig
+from architectures.parts.config import ModelConfig
 from architectures.parts.context import Context
 from architectures.parts.dropout import Dropout
+from configs.fields import field, FUNCTION
 
 gelu = functools.partial(jax.nn.gelu, approximate=False)
 gelu_tanh = functools.partial(jax.nn.gelu, approximate=True)
 
 
 NONE = 'none'  # model.ffn of layers without such a network
+
+
+@dataclasses.dataclass(frozen=True)
+class ClampConfig:
+  """Of the network swiglu_clamped: see `clamped`."""
+  GROUP = 'clamp'
+  alpha: float = field(1.702, 'multiplies the gate in its sigmoid', above=0,
+                       resume=FUNCTION)
+  limit: float = field(
+      7.0, 'the most that the gate and the other factor may be', above=0,
+      resume=FUNCTION)
 
 
 class Kind(NamedTuple):
@@ -40,13 +52,13 @@ class Kind(NamedTuple):
     gated: whether it multiplies x W_up, of a second product with x.
     join: (x W_gate, x W_up, config.clamp) -> the hidden units, of a gated
       network that is no act(x W_gate) * x W_up.
-    fields: of config.model that only some networks read.
+    settings: the group of fields of config.model that it reads.
   """
   act: Callable[[jax.Array], jax.Array]
   gated: bool = False
   join: Optional[Callable[[jax.Array, jax.Array, ClampConfig], jax.Array]] = (
       None)
-  fields: tuple[str, ...] = ()
+  settings: Optional[type] = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,5 +158,5 @@ FFNS = {
     'geglu_tanh': Kind(gelu_tanh, gated=True),
     'swiglu': Kind(jax.nn.silu, gated=True),
     'swiglu_clamped': Kind(jax.nn.silu, gated=True, join=clamped,
-                           fields=('clamp.alpha', 'clamp.limit')),
+                           settings=ClampConfig),
 }

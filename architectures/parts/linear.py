@@ -1,6 +1,7 @@
 """Weights, biases and the one matrix product that every part uses."""
 
 from collections.abc import Callable
+import dataclasses
 import functools
 from typing import Any
 
@@ -15,9 +16,34 @@ from architectures.parts import sharding
 from architectures.parts.config import ModelConfig
 from architectures.parts.dropout import Dropout
 from architectures.parts.roles import Role, declare
+from configs.fields import field, FUNCTION, REGULARISATION, RUN
 
 INITS = ('normal', 'scaled_normal', 'fan_in')  # see _initializer
 PRODUCT = 'product'  # the name of a product's result that remat 'dots' keeps
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+  """Low-rank adapters (Hu et al. 2021); all other parameters are frozen."""
+  rank: int = field(0, 'of an adapter; 0: there is none', about=RUN)
+  alpha: float = field(
+      0.0, "An adapter's product is multiplied by alpha / rank; derived: rank.",
+      least=0, resume=FUNCTION, about=RUN, read_by='lora.rank')
+  targets: str = field(
+      'query,value', 'The products that get one, with commas: query key value '
+      'output_gate out up gate down, or all-linear. Those of experts get none.',
+      about=RUN, several=True, read_by='lora.rank')
+  dropout: float = field(
+      0.0, 'of what goes into an adapter', least=0, below=1,
+      resume=REGULARISATION, about=RUN, read_by='lora.rank')
+
+  @property
+  def scale(self) -> float:
+    return self.alpha / self.rank
+
+  def derived(self, c: ModelConfig) -> 'LoraConfig':
+    del c
+    return dataclasses.replace(self, alpha=self.alpha or self.rank)
 
 
 def weight(module: nn.Module, name: str, shape: tuple[int, ...],

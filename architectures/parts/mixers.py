@@ -15,7 +15,6 @@ from architectures.parts.attention import convolution
 from architectures.parts.attention import latent
 from architectures.parts.attention import multi_head
 from architectures.parts.attention import output_gate
-from architectures.parts.attention.latent_config import LatentConfig
 from architectures.parts.config import ModelConfig
 from architectures.parts.recurrent import deltanet
 from architectures.parts.recurrent import gla
@@ -23,11 +22,6 @@ from architectures.parts.recurrent import kda
 from architectures.parts.recurrent import layer
 from architectures.parts.recurrent import mamba2
 from architectures.parts.recurrent import retnet
-from architectures.parts.recurrent.deltanet_config import DeltaNetConfig
-from architectures.parts.recurrent.gla_config import GLAConfig
-from architectures.parts.recurrent.kda_config import KDAConfig
-from architectures.parts.recurrent.mamba2_config import Mamba2Config
-from architectures.parts.recurrent.retnet_config import RetNetConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +34,8 @@ class Mixer:
     cache: (config, shape) -> an empty cache.Cache, or the state of a
       recurrence; `shape` is [..., B, M].
     products: config -> which of linear.PRODUCTS a layer has.
-    fields: of config.model that it reads and not every other mixer does.
+    settings: the group of fields of config.model that it reads.
+    fields: others of config.model that it reads and not every mixer does.
     sources: fields that others are derived from, where those are left open,
       and that it does not read otherwise.
     divided: (mesh axis, field of config.model that it must divide).
@@ -60,6 +55,7 @@ class Mixer:
   module: type[nn.Module]
   cache: Callable[[ModelConfig, tuple[int, ...]], Any]
   products: Callable[[ModelConfig], set[str]]
+  settings: Optional[type] = None
   fields: tuple[str, ...] = ()
   sources: tuple[str, ...] = ()
   divided: tuple[tuple[str, str], ...] = ()
@@ -94,11 +90,7 @@ SCORES = ('attention_kernel', 'attention_softcap', 'attention_sinks',
           'attention_dropout', 'attention_bias', 'attention_out_bias')
 
 
-def _group(name: str, fields: type[Any]) -> tuple[str, ...]:
-  return tuple(f'{name}.{field.name}' for field in dataclasses.fields(fields))
-
-
-def recurrent(module: type[layer.Layer], group: type[Any],
+def recurrent(module: type[layer.Layer],
               heads: tuple[str, ...] = ('key_heads', 'value_heads'),
               positional: bool = False, check: Callable = layer.check
               ) -> Mixer:
@@ -106,15 +98,15 @@ def recurrent(module: type[layer.Layer], group: type[Any],
 
   Args:
     module: its layer.
-    group: the dataclass of its fields, config.model's group of its name.
-    heads: those of them that the mesh axis tensor must divide.
+    heads: those of its settings that the mesh axis tensor must divide.
     positional: as of a Mixer.
     check: (name, config, stack) -> None, as of a Mixer.
   """
   name = module.NAME
   return Mixer(
       module, functools.partial(layer.empty, name),
-      products=lambda c: set(module.PRODUCTS), fields=_group(name, group),
+      products=lambda c: set(module.PRODUCTS), settings=module.settings,
+      fields=('norm_eps',),
       sources=('num_heads', 'head_dim', 'mup_base_head_dim'),
       turns_heads=False,
       divided=tuple(('tensor', f'{name}.{field}') for field in heads),
@@ -135,18 +127,19 @@ MIXERS = {
         check=convolution.check),
     'latent': Mixer(
         latent.LatentAttention, latent.empty, latent.products,
-        fields=('attention_gate', *_group('latent', LatentConfig), *SCORES),
+        settings=latent.LatentConfig,
+        fields=('attention_gate', 'norm_eps', *SCORES),
         sources=('head_dim', 'mup_base_head_dim'), turns_heads=False,
         divided=(('tensor', 'num_heads'), ('fsdp', 'latent.kv_rank'),
                  ('fsdp', 'latent.q_rank')),
         check=latent.check),
-    'deltanet': recurrent(deltanet.DeltaNet, DeltaNetConfig),
+    'deltanet': recurrent(deltanet.DeltaNet),
     'mamba2': dataclasses.replace(
-        recurrent(mamba2.Mamba2, Mamba2Config, heads=('heads', 'groups'),
+        recurrent(mamba2.Mamba2, heads=('heads', 'groups'),
                   check=mamba2.check),
         whole=('mamba2.groups',)),
-    'kda': recurrent(kda.KDA, KDAConfig, check=kda.check),
-    'gla': recurrent(gla.GLA, GLAConfig, ('heads',)),
-    'retnet': recurrent(retnet.RetNet, RetNetConfig, ('heads',),
-                        positional=True, check=retnet.check),
+    'kda': recurrent(kda.KDA, check=kda.check),
+    'gla': recurrent(gla.GLA, ('heads',)),
+    'retnet': recurrent(retnet.RetNet, ('heads',), positional=True,
+                        check=retnet.check),
 }

@@ -53,6 +53,7 @@ recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
 
 
 class LayerNorm(nn.Module):
+  fields = ('norm_eps',)
   config: ModelConfig
   axis: str = 'embed'
 
@@ -65,6 +66,7 @@ class LayerNorm(nn.Module):
 
 
 class LayerNormNoBias(nn.Module):
+  fields = ('norm_eps',)
   config: ModelConfig
   axis: str = 'embed'
 
@@ -76,6 +78,7 @@ class LayerNormNoBias(nn.Module):
 
 
 class RMSNorm(nn.Module):
+  fields = ('norm_eps',)
   config: ModelConfig
   axis: str = 'embed'
 
@@ -87,6 +90,7 @@ class RMSNorm(nn.Module):
 
 
 class RMSNorm1P(nn.Module):
+  fields = ('norm_eps',)
   config: ModelConfig
   axis: str = 'embed'
 
@@ -99,6 +103,7 @@ class RMSNorm1P(nn.Module):
 
 
 class PlainRMSNorm(nn.Module):
+  fields = ('norm_eps',)
   config: ModelConfig
   axis: str = 'embed'
 
@@ -107,6 +112,8 @@ class PlainRMSNorm(nn.Module):
     return recomputed(lambda x: rmsnorm(x, None, self.config.norm_eps))(x)
 
 
+# A norm is a module. `settings`: the group of fields of config.model, a
+# dataclass, that it alone reads; `fields`: others that not every norm reads.
 NORMS = {
     'layernorm': LayerNorm,
     'layernorm_no_bias': LayerNormNoBias,

@@ -26,6 +26,35 @@ from architectures.parts import sharding
 from architectures.parts.config import ModelConfig
 from architectures.parts.roles import Role, declare
 from configs.errors import require
+from configs.fields import field, FUNCTION, SHAPES
+
+# The layouts that `sinusoid` knows.
+SINUSOIDS = ('interleaved', 'halves', 'fairseq')
+
+
+@dataclasses.dataclass(frozen=True)
+class LearnedConfig:
+  """Of position learned."""
+  offset: int = field(0, "rows of the table before the first token's",
+                      resume=SHAPES)
+  stretch: float = field(1.0, 'above 1: learned positions are interpolated',
+                         least=1, resume=FUNCTION)
+
+
+@dataclasses.dataclass(frozen=True)
+class SinusoidalConfig:
+  """Of position sinusoidal."""
+  layout: str = field('interleaved', 'the order of sines and cosines',
+                      choices=SINUSOIDS, resume=FUNCTION)
+
+
+@dataclasses.dataclass(frozen=True)
+class RelativeConfig:
+  """Of position relative: T5's buckets (Raffel et al. 2020, section 2.1)."""
+  buckets: int = field(32, 'buckets of distances', above=0, resume=SHAPES)
+  max_distance: int = field(
+      128, 'the last bucket has all larger distances', above=0,
+      resume=FUNCTION)
 
 
 def _as_it_is(c: ModelConfig, length: int, multiple: int, interpolate: bool
@@ -50,7 +79,7 @@ class Position:
     stack_bias: the same once for all layers of a stack: a module of (config,
       causal), called with both positions. Its parameters stand in the stack,
       under the encoding's name and '_bias'.
-    fields: of config.model that no other encoding reads.
+    settings: the group of fields of config.model that it reads.
     check: (config, stack) -> None; raises RequestError for fields that do not
       fit together. `stack` is what architectures.stack returns.
     reach: config -> how many positions there are; None: no end.
@@ -64,7 +93,7 @@ class Position:
   bias: Optional[Callable] = None
   stack_bias: Optional[type[nn.Module]] = None
   score_factor: Optional[Callable[[ModelConfig], float]] = None
-  fields: tuple[str, ...] = ()
+  settings: Optional[type] = None
   check: Optional[Callable[[ModelConfig, str], None]] = None
   reach: Optional[Callable[[ModelConfig], int]] = None
   longer: Callable = _as_it_is
@@ -109,9 +138,8 @@ def check_length(c: ModelConfig, length: int) -> None:
   """
   if length <= reach(c):
     return
-  stretch = (', or set model.learned_stretch to '
-             f'{-(-length // c.max_len)} to interpolate'
-             if 'learned_stretch' in of(c).fields else '')
+  stretch = (', or set model.learned.stretch to '
+             f'{-(-length // c.max_len)} to interpolate' if c.learned else '')
   require(False, f'a sequence of {length} tokens is longer than the {reach(c)} '
           f'positions that this model has learned: shorten it{stretch}')
 
@@ -139,16 +167,16 @@ def sinusoid(positions: jax.Array, d_model: int,
 def _add_sinusoids(module: nn.Module, x_BLD: jax.Array, positions_BL: jax.Array
                    ):
   c = module.config
-  return x_BLD + sinusoid(positions_BL, c.d_model, c.sinusoid).astype(
+  return x_BLD + sinusoid(positions_BL, c.d_model, c.sinusoidal.layout).astype(
       x_BLD.dtype)
 
 
 def _check_sinusoids(c: ModelConfig, stack: str) -> None:
   del stack
-  least = 4 if c.sinusoid == 'fairseq' else 2  # it divides by D/2 - 1
+  least = 4 if c.sinusoidal.layout == 'fairseq' else 2  # it divides by D/2 - 1
   require(c.d_model % 2 == 0 and c.d_model >= least,
           f'model.d_model is {c.d_model}: sinusoidal positions, '
-          f'{c.sinusoid}, need it even and at least {least}')
+          f'{c.sinusoidal.layout}, need it even and at least {least}')
 
 
 def learned(table_LD: jax.Array, positions: jax.Array, stretch: float,
@@ -169,23 +197,23 @@ def _add_learned(module: nn.Module, x_BLD: jax.Array, positions_BL: jax.Array):
   c = module.config
   check_length(c, x_BLD.shape[1])
   table_LD = linear.embedding(module, 'positions',
-                              c.max_len + c.position_offset)
+                              c.max_len + c.learned.offset)
   return x_BLD + learned(sharding.constrain(table_LD, None, None),
-                         positions_BL, c.learned_stretch,
-                         c.position_offset).astype(x_BLD.dtype)
+                         positions_BL, c.learned.stretch,
+                         c.learned.offset).astype(x_BLD.dtype)
 
 
 def _learned_reach(c: ModelConfig) -> int:
   # The quotient of two lengths times one of them may lie just below the other.
-  return math.floor(c.max_len * c.learned_stretch + 1e-6)
+  return math.floor(c.max_len * c.learned.stretch + 1e-6)
 
 
 def _longer_learned(c: ModelConfig, length: int, multiple: int,
                     interpolate: bool):
   if length * multiple <= _learned_reach(c):
     return {'learned': c}
-  stretched = dataclasses.replace(
-      c, learned_stretch=length * multiple / c.max_len)
+  stretched = dataclasses.replace(c, learned=dataclasses.replace(
+      c.learned, stretch=length * multiple / c.max_len))
   return {'learned': None} | (
       {'learned, interpolated': stretched} if interpolate else {})
 
@@ -293,24 +321,19 @@ def _check_relative(c: ModelConfig, stack: str) -> None:
           'distance each, so it must be larger')
 
 
-# model.sinusoid: the layouts that `sinusoid` knows.
-SINUSOIDS = ('interleaved', 'halves', 'fairseq')
-
 POSITIONS = {
     'learned': Position(
-        embed=_add_learned, fields=('learned_stretch', 'position_offset'),
-        reach=_learned_reach,
+        embed=_add_learned, settings=LearnedConfig, reach=_learned_reach,
         longer=_longer_learned),
     'sinusoidal': Position(
-        embed=_add_sinusoids, fields=('sinusoid',), check=_check_sinusoids),
+        embed=_add_sinusoids, settings=SinusoidalConfig,
+        check=_check_sinusoids),
     'rope': Position(
         rotate=rotary.rotate, score_factor=rotary.score_factor,
-        check=_check_rope, longer=_longer_rope,
-        fields=('rope.theta', 'rope.fraction', 'rope.interleaved',
-                'rope.scaling')),
+        check=_check_rope, longer=_longer_rope, settings=rotary.RopeConfig),
     'alibi': Position(bias=_alibi_bias),
     'relative': Position(
         stack_bias=RelativeBias, check=_check_relative,
-        fields=('relative.buckets', 'relative.max_distance')),
+        settings=RelativeConfig),
     'none': Position(),
 }

@@ -13,8 +13,48 @@ import jax
 import jax.numpy as jnp
 
 from architectures.parts.config import ModelConfig
-from architectures.parts.rope_config import RopeConfig
 from configs.errors import require, short
+from configs.fields import field, FUNCTION
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+  """Of position rope: rotary positions, and how they stretch past training."""
+  theta: float = field(10000.0, 'the base of the frequencies', above=0,
+                       resume=FUNCTION)
+  fraction: float = field(1.0, 'the share of a head that is rotated', above=0,
+                          most=1, resume=FUNCTION)
+  interleaved: bool = field(
+      False, 'pairs are neighbours, not half a head apart', resume=FUNCTION)
+  scaling: str = field('none', 'how they stretch past original_len',
+                       resume=FUNCTION)
+  factor: float = field(1.0, 'how many times the original length', least=1,
+                        resume=FUNCTION)
+  original_len: int = field(
+      0, 'where the scaling starts; derived: max_len', resume=FUNCTION)
+  low_freq_factor: float = field(1.0, 'of llama3', above=0, resume=FUNCTION)
+  high_freq_factor: float = field(4.0, 'of llama3', resume=FUNCTION)
+  beta_fast: float = field(32.0, 'of yarn', resume=FUNCTION)
+  beta_slow: float = field(1.0, 'of yarn', above=0, resume=FUNCTION)
+  mscale: float = field(
+      1.0, 'Of yarn, how much of its temperature is on turned features '
+      '(DeepSeek-V2).', least=0, resume=FUNCTION)
+  mscale_all_dim: float = field(
+      0.0, 'Of yarn, how much of it is on all features of a head.', least=0,
+      resume=FUNCTION)
+  truncate: bool = field(
+      True, 'of yarn: its ramp is between whole frequencies', resume=FUNCTION)
+  short_factor: tuple = field(
+      (), 'of longrope: what divides each frequency', resume=FUNCTION)
+  long_factor: tuple = field(
+      (), 'the same in rows of more than original_len', resume=FUNCTION)
+  attention_factor: float = field(
+      0.0, 'Of longrope, on turned features; derived: of factor, '
+      'original_len.', least=0, resume=FUNCTION)
+
+  def derived(self, c: ModelConfig) -> 'RopeConfig':
+    return dataclasses.replace(
+        self, original_len=self.original_len or c.max_len)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +192,8 @@ def _check_ntk(r: RopeConfig, dim: int) -> None:
 def _check_longrope(r: RopeConfig, dim: int) -> None:
   for name in ('short_factor', 'long_factor'):
     found = getattr(r, name)
-    require(len(found) == dim // 2 and all(x > 0 for x in found),
+    require(len(found) == dim // 2 and all(
+        type(x) in (int, float) and x > 0 for x in found),
             f'model.rope.{name} is {short(found)}: longrope needs {dim // 2} '
             f'numbers > 0, one for each pair of the {dim} features that turn')
   require(r.original_len > 1, f'model.rope.original_len is {r.original_len}: '

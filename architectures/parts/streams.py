@@ -50,6 +50,7 @@ To add a form, add an entry to RESIDUALS at the end of this file.
 """
 
 from collections.abc import Callable
+import dataclasses
 import math
 from typing import Any, NamedTuple, Optional
 
@@ -63,10 +64,28 @@ from architectures.parts import sharding
 from architectures.parts.config import ModelConfig
 from architectures.parts.norms import norm, recomputed, rmsnorm
 from architectures.parts.roles import Role, declare
+from configs.fields import field, FUNCTION, SHAPES
 
 OFF = -8.0  # logits off A's diagonal in a new mhc
 OWN = 0.75  # how much a branch of a new mhc reads of stream k mod count
 SCALE = 0.01  # the initial factor s of what depends on the token
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamsConfig:
+  """Of a residual that is not plain."""
+  GROUP = 'streams'
+  count: int = field(4, 'number of streams, for hyper and mhc', least=2,
+                     resume=SHAPES)
+  dynamic: bool = field(
+      True, 'for hyper: whether the mixture depends on the token',
+      resume=SHAPES)
+  iterations: int = field(20, "for mhc: rounds of Sinkhorn's algorithm",
+                          least=1, resume=FUNCTION)
+  block_size: int = field(
+      1, 'For attention: how many attentions and networks are summed before '
+      'they are attended to; 1: each stands for itself.', least=1,
+      resume=FUNCTION)
 
 
 @struct.dataclass
@@ -340,12 +359,14 @@ class Residual(NamedTuple):
     slots: (config, branches of a stack) -> arrays that go from layer to layer.
     begin: (the embedding [B, L, 1, D], slots) -> Streams.x_BLUD.
     end: (module, Streams) -> what the final norm reads.
-    fields: the fields of config.model that this form reads and others may not.
+    settings: the group of fields of config.model that it reads.
+    fields: of config.model, those that this form reads and others may not.
   """
   read: Optional[Callable[[nn.Module, Streams], Read]] = None
   slots: Optional[Callable[[ModelConfig, int], int]] = None
   begin: Optional[Callable[[jax.Array, int], jax.Array]] = None
   end: Optional[Callable[[nn.Module, Streams], jax.Array]] = None
+  settings: Optional[type] = None
   fields: tuple[str, ...] = ()
 
 
@@ -356,9 +377,10 @@ _first = lambda x_BL1D, slots: jnp.pad(
 RESIDUALS = {
     'plain': Residual(),
     'hyper': Residual(_mixed(_hyper), _count, _copied, _mean,
-                      ('streams.count', 'streams.dynamic')),
+                      StreamsConfig, ('streams.count', 'streams.dynamic')),
     'mhc': Residual(_mixed(_mhc), _count, _copied, _mean,
-                    ('streams.count', 'streams.iterations')),
+                    StreamsConfig,
+                    ('streams.count', 'streams.iterations', 'norm_eps')),
     'attention': Residual(_attention, _sources, _first, _attended_at_the_end,
-                          ('streams.block_size',)),
+                          StreamsConfig, ('streams.block_size', 'norm_eps')),
 }

@@ -23,7 +23,7 @@ from tests.helpers import models
 ATTENTIONS = {
     'global': {},
     'grouped': dict(num_kv_heads=2),
-    'banded': dict(attention='global,banded', sliding_window=5),
+    'banded': dict(**models.banded(5)),
     'capped': dict(attention_softcap=5.0, num_kv_heads=2,
                    value_residual=True, value_embedding=True),
     # What adds nothing to another is tried beside it.
@@ -172,7 +172,7 @@ def test_learned_positions_end_and_stretch():
   with pytest.raises(ValueError, match='16 tokens is longer than the 8'):
     models.logits(module, params, models.tokens())
   stretched = architectures.build(models.config(
-      max_len=8, learned_stretch=2.0))
+      max_len=8, learned=dict(stretch=2.0)))
   tokens = models.tokens(1, 4)
   models.close(  # even positions of the stretched model are the old ones
       models.logits(module, params, tokens),
@@ -181,7 +181,7 @@ def test_learned_positions_end_and_stretch():
   assert np.isfinite(models.logits(stretched, params, models.tokens())).all()
   for most, length in ((100, 115), (57, 114), (7, 9)):  # quotients that round
     c = architectures.resolve(models.config(
-        max_len=most, learned_stretch=length / most))
+        max_len=most, learned=dict(stretch=length / most)))
     assert positions.reach(c) == length
 
 

@@ -7,9 +7,9 @@ import re
 import pytest
 
 import architectures
+from architectures.parts import tables
 from configs import base
 from tests.helpers import models
-from training.hf import config as hf_config
 from training.workdir import run_config
 
 # What every page says, and what it says where that is not the usual.
@@ -31,7 +31,8 @@ def test_a_page_names_the_parts_that_its_config_has(system):
   assert parts == {name: model[name] for name in parts}
   changed = {
       name for name, value in model.items() if value != usual.get(name)
-      and not hf_config.RUN_ONLY.fullmatch(name) and name != 'arch'
+      and name in tables.FIELDS and tables.FIELDS[name].rule.about not in (
+          'run', 'recipe') and name != 'arch'
       and (isinstance(value, (str, bool)) or name in SCALES)}
   wanted = ALWAYS | changed | (OF_EXPERTS if model['ffn'] == 'moe' else set())
   assert not wanted - parts.keys()

@@ -15,10 +15,9 @@ from architectures.parts import linear, norms, positions, rotary
 from architectures.parts import roles
 from architectures.parts.attention.multi_head import Attention
 from architectures.parts.blocks import BLOCKS
-from architectures.parts.config import ClampConfig
 from architectures.parts.config import LayerKind
 from architectures.parts.context import Context
-from architectures.parts.ffn import FFN
+from architectures.parts.ffn import ClampConfig, FFN
 from architectures.parts.norms import NORMS
 from tests.helpers import models
 from tests.helpers.jaxprs import equations

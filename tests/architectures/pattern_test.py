@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import architectures
-from architectures.parts import skeletons
+from architectures.parts import skeletons, tables
 from architectures.parts.context import Context
 from architectures.parts.hf import tensor_map
 from architectures.parts.sharding import rules
@@ -158,9 +158,9 @@ def test_packed_documents_are_those_apart():
     (dict(pattern='a,b', kinds=dict(a={})), "layer 'b', .* there are a"),
     (dict(pattern='a', kinds=dict(a={}, b={})), 'has b, which no layer is'),
     (dict(pattern='a', kinds=dict(a=dict(norm='rmsnorm'))),
-     'a.norm is no field that a kind may change: choose from attention, '),
+     'a.norm is no field that a kind may change: choose from num_heads, '),
     (dict(pattern='a', kinds=dict(a=dict(ffn='gelo'))),
-     r"kinds.a: unknown model.ffn 'gelo'"),
+     r"unknown model.kinds.a.ffn 'gelo'"),
     (dict(prefix='a', suffix='b', pattern='a,a,b', kinds=dict(a={}, b={})),
      "4, 1 of them of model.prefix 'a', 1 of them of model.suffix 'b': the"),
     (dict(pattern='a', suffix='b', kinds=dict(a={}, b=dict(kv_sharing=True))),
@@ -182,7 +182,7 @@ def test_what_follows_from_heads_is_of_their_kind():
   assert c.kinds['a'] == dict(num_heads=2, num_kv_heads=2, head_dim=32,
                               attention_scale=32 ** -0.5)
   assert c.of_kind('b').score_scale == 8 ** -0.5
-  assert architectures.resolve(dataclasses.asdict(c)) == c
+  assert architectures.resolve(tables.as_dict(c)) == c
 
 
 def test_every_layer_has_one_place_and_one_name():

@@ -47,7 +47,7 @@ def test_axes_as_a_picture():
          value_embedding=True),
     dict(ffn='moe', attention_gate='elementwise',
          moe=dict(router='sigmoid', shared_experts=1, shared_gate=True,
-                  every=2, ffn='swiglu', logit_bias=True))])
+                  ffn='swiglu', logit_bias=True), **models.DENSE_MOE)])
 def test_a_parameters_role_agrees_with_its_name_and_its_axes(arch, fields):
   config = base.base().model
   config.update(dict(arch=arch, vocab_size=64, max_len=16, **fields))

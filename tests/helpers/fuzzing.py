@@ -8,7 +8,7 @@ import shutil
 from hypothesis import event, settings
 from hypothesis import strategies as st
 
-from architectures.parts import checks
+from architectures.parts import tables
 from configs.errors import EnvironmentFailure, RequestError
 
 # Of all tests together: `make fuzz` asks for more.
@@ -16,24 +16,24 @@ CASES = int(os.environ.get('FUZZ_CASES', '100'))
 
 # What stands where something else should.
 JUNK = st.sampled_from([
-    None, True, False, 0, 1, -1, 2.5, 10**9, 10**20, -10**20, 1e300, 10**400,
+    None, True, False, 0, 1, -1, 2.5, 10**4, 1e300,
     float('nan'), float('inf'), '', 'x', '2', 'gelu', '\ud800', '\0', 'a' * 300,
     [], {}, [1], ['a'], [[1]], {'a': 1}, {'': None}])
 WORDS = st.sampled_from([
     '', '0', '1', '-1', '2', '3', '7', '64', '1e9', '1e400', '-1e-400', 'nan',
-    'inf', '-inf', '100000000000000000000', '9' * 5000, '0.5', 'True', 'None',
+    'inf', '-inf', '0.5', 'True', 'None',
     '()', '((', "(('.*', 2),)", '(1, 2)', '[]', '{}', 'x', 'é', '\udcff',
     '../..', '/dev/null', '/proc/x', '/' + 'a' * 300, '~nobody/x', 'a=b',
-    'global,banded', 'bytes', 'bytes:7', 'sotu', 'text:', 'text:/none/*',
+    'bytes', 'bytes:7', 'sotu', 'text:', 'text:/none/*',
     'jsonl:x', '0.5*sotu,0.5*sotu', 'x*sotu', 'cosine', 'muon', 'rope', 'moe',
     'gs://', 'gs://a', 's3://a/b', 'float16', 'bfloat16', 'mlm', 'span',
     'seq2seq', 'bert', 't5', 'mixtral', 'mup', '10:13', '3:1', 'host:80'])
 
 
 # What a field of a type may well hold; some of it does not go together.
-NAMES = sorted({name for names in checks.names().values() for name in names}
+NAMES = sorted({name for names in tables.CHOICES.values() for name in names}
                | {'adafactor', 'lion', 'sgd', 'linear', 'wsd', 'rsqrt', 'chat',
-                  'prefix', 'mlm_nsp', 'replicated', 'banded,global'})
+                  'prefix', 'mlm_nsp', 'replicated'})
 LIKELY = {
     bool: st.sampled_from(['True', 'False']),
     int: st.sampled_from(['0', '1', '2', '3', '4', '8', '16', '32', '-1']),

@@ -13,6 +13,14 @@ VOCAB = 61
 # Every other layer has experts, the second first.
 DENSE_MOE = dict(prefix='', pattern='dense,moe', kinds=dict(
     dense=dict(ffn='dense'), moe={}))
+
+
+def banded(window: int) -> dict:
+  """Returns the changes of a model whose every other layer has a window."""
+  return dict(pattern='global,banded', kinds={
+      'global': dict(window=0), 'banded': dict(window=window)})
+
+
 SYSTEMS = architectures.files()
 DECODERS = architectures.files('decoder')
 # Those that transformers has too.

@@ -13,7 +13,6 @@ import pytest
 import architectures
 from architectures.parts import mixers
 from architectures.parts.context import Context
-from architectures.parts.recurrent import groups
 from tests.helpers import models
 
 NAMES = tuple(name for name, mixer in mixers.MIXERS.items() if mixer.state)
@@ -31,7 +30,7 @@ def each(*names: str) -> pytest.MarkDecorator:
 
 def sizes(mixer: str, **changes) -> dict:
   """Returns the fields of a mixer's group."""
-  group, _ = groups.GROUPS[mixer]
+  group = mixers.MIXERS[mixer].settings
   own = {field.name for field in dataclasses.fields(group)}
   return {name: x for name, x in _SIZES.items() if name in own} | changes
 

@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import architectures
-from architectures.parts import checks
 from architectures.parts import mixers
+from architectures.parts import tables
 from architectures.parts.config import ModelConfig
+from configs import fields
 from configs import kinds
 from configs.errors import RequestError
 from tests.parity import compare, reference
@@ -35,7 +36,7 @@ LENGTH = 12  # of the rows of compare.inputs
 # Of longrope, for heads of 16 features.
 FACTORS = dict(short_factor=tuple(1 + 0.1 * i for i in range(8)),
                long_factor=tuple(1.0 + i * i for i in range(8)))
-# Changes that are no choice of checks.names and no flipped True or False.
+# Changes that are no choice of tables.CHOICES and no flipped True or False.
 CHANGES = (
     dict(d_model=40), dict(num_layers=4), dict(num_decoder_layers=4),
     dict(num_heads=2), dict(num_heads=8), dict(num_heads=5, head_dim=8),
@@ -45,9 +46,9 @@ CHANGES = (
     dict(head='sequence', num_labels=3, pooling='mean'),
     dict(mtp_depth=1), dict(attention_conv=3),
     dict(residual='hyper', streams=dict(dynamic=False)),
-    dict(max_len=48), dict(type_vocab_size=3), dict(position_offset=3),
+    dict(max_len=48), dict(type_vocab_size=3), dict(learned=dict(offset=3)),
     dict(norm_eps=1e-2), dict(attention_bias=True, attention_out_bias=False),
-    dict(learned_stretch=2.0), dict(attention='banded', sliding_window=5),
+    dict(learned=dict(stretch=2.0)), dict(attention='banded', sliding_window=5),
     dict(pattern='a,b', kinds=dict(a=dict(window=0), b=dict(window=5))),
     dict(pattern='a,b', kinds=dict(a={}, b={})),
     dict(pattern='a,b', kinds=dict(a={}, b=dict(kv_sharing=True))),
@@ -129,8 +130,8 @@ def changes(base: ModelConfig) -> Iterator[dict[str, Any]]:
   """Yields what differs from `base` in each variant, by the fields of
   config.model."""
   yield {}
-  for name, choices in checks.names().items():
-    if not hf_config.RUN_ONLY.fullmatch(name):
+  for name, choices in tables.CHOICES.items():
+    if tables.FIELDS[name].rule.about not in (fields.RUN, fields.RECIPE):
       for choice in choices:
         yield _nested(name, choice)
   for name, value in hf_config.flat(base).items():
@@ -189,7 +190,7 @@ def _error(system: str, module: nn.Module) -> tuple[float, str]:
   inputs = compare.inputs(architectures.stack(module.config), dict(
       vocab_size=module.config.vocab_size,
       type_vocab_size=module.config.type_vocab_size,
-      pad_token_id=max(0, module.config.position_offset - 1)))
+      pad_token_id=max(0, module.config.learned.offset - 1)))
   if head != 'lm':
     inputs = compare.padded(inputs, left=False)
   with tempfile.TemporaryDirectory() as folder:

@@ -97,7 +97,7 @@ def _held(workdir: str) -> set[str]:
 
 
 def _row(sweep, point, base: cost.Cost, devices: int) -> dict:
-  from architectures.parts import unread
+  from architectures.parts import tables
   from training import limits, runs
   config = sweep.config(point)
   try:
@@ -115,7 +115,7 @@ def _row(sweep, point, base: cost.Cost, devices: int) -> dict:
   return {
       'name': point.name, 'changes': dict(point.changes),
       'matched': list(point.matched),
-      'follows': _follows(point, figures, base, unread.unread(model)),
+      'follows': _follows(point, figures, base, tables.unread(model)),
       'params': figures.params, 'active_params': figures.active_params,
       'flops_per_token': figures.flops_per_token, 'tokens': figures.tokens,
       'bytes_per_device': nbytes['peak'], 'bytes_by_part': nbytes,

@@ -35,6 +35,7 @@ def off_devices() -> None:
 
 def of(config) -> Cost:
   """Returns what a run of `config` costs; ValueError for a bad model."""
+  from architectures.parts import tables
   from training import objectives
   from training.costs import flops
   from training.data import ramp
@@ -48,7 +49,7 @@ def of(config) -> Cost:
           model, *lengths, unread=objective.unread(config, lengths[0]),
           freeze=config.optim.freeze, prefix=objective.prefix),
       int(ramp.of(config).before(config.train.steps)) * sum(lengths),
-      run_config.flatten_dict({'model': dataclasses.asdict(model)}))
+      run_config.flatten_dict({'model': tables.as_dict(model)}))
 
 
 def figure(config, what: str) -> float:
@@ -71,7 +72,7 @@ def bytes_per_device(config, devices: int = 0) -> dict[str, int]:
   Raises:
     ValueError: for whatever a run would refuse before it starts.
   """
-  from configs import sharding as tables
+  from configs import sharding as mesh_tables
   from training.distributed import devices as devices_lib
   from training import runs
   from training.costs import memory
@@ -82,7 +83,7 @@ def bytes_per_device(config, devices: int = 0) -> dict[str, int]:
           'ends before it; leave it at 0')
   for source in filter(None, (config.data.source, config.data.eval_source)):
     sources.parse(source)
-  least = math.prod(max(config.mesh[axis], 1) for axis in tables.MESH_AXES)
+  least = math.prod(max(config.mesh[axis], 1) for axis in mesh_tables.MESH_AXES)
   shape = devices_lib.mesh_shape(config.mesh, devices or least)
   return memory.analytic(
       memory.described(config, _resolved(config), shape), _kept(config))
@@ -91,7 +92,7 @@ def bytes_per_device(config, devices: int = 0) -> dict[str, int]:
 def _kept(config) -> int:
   """Bytes that a whole batch keeps for the backward pass, whatever the mesh:
   traced on one CPU device, once for points that differ in numbers alone."""
-  from configs import sharding as tables
+  from configs import sharding as mesh_tables
   from training import runs
   from training.costs import memory
   from training.workdir import run_config
@@ -101,7 +102,7 @@ def _kept(config) -> int:
   if key not in _KEPT:
     import jax
     from training.distributed import devices
-    alone = devices.make_mesh(dict.fromkeys(tables.MESH_AXES, 1),
+    alone = devices.make_mesh(dict.fromkeys(mesh_tables.MESH_AXES, 1),
                               jax.devices()[:1])
     _KEPT[key] = memory.kept(runs.build(
         config, memory.traceable(_resolved(config)), alone))

@@ -18,8 +18,7 @@ from typing import Any
 
 import ml_collections
 
-from configs import base as base_config
-from configs import kinds
+from architectures.parts import tables
 from configs.errors import RequestError, require
 from tools.compare import systems
 from training import config_files, evals
@@ -171,19 +170,14 @@ def changed(base: ml_collections.ConfigDict, changes: Mapping[str, Any],
           f'{who} sets {key} to {value!r}, a {type(value).__name__}: it holds '
           f'{old!r}, a {type(old).__name__}')
     at[last] = value
-  config_files.modernise(config)
   return config.lock()
 
 
 def sets(changes: Mapping[str, Any], key: str) -> bool:
-  """Whether changes set a field, by its own name or with all kinds of layer;
-  the earlier form of a pattern sets what it is read as."""
-  if key in changes:
-    return True
-  of_kinds = key.startswith('model.kinds.')
-  return of_kinds and 'model.kinds' in changes or (
-      of_kinds or key in ('model.pattern', 'model.sliding_window')) and (
-          kinds.EVERY in changes or ',' in changes.get('model.attention', ''))
+  """Whether changes set a field, by its own name or with all kinds of layer.
+  """
+  return key in changes or (
+      key.startswith('model.kinds.') and 'model.kinds' in changes)
 
 
 def _set_kinds(config: ml_collections.ConfigDict, key: str, value: Any,
@@ -192,13 +186,11 @@ def _set_kinds(config: ml_collections.ConfigDict, key: str, value: Any,
   one; returns whether that was all."""
   if key == 'model.kinds' and isinstance(value, Mapping):
     value = tuples(value)
-    config_files.check_kinds(value, base_config.base().model, f'{who}: ')
+    tables.check_kinds(value, f'{who}: model.kinds')
     config.model.kinds = ml_collections.ConfigDict(value)
     return True
-  if key == kinds.EVERY:
-    kinds.declare_every(config.model)  # and is set like any field
   if found := re.fullmatch(r'model\.kinds\.(\w+)\.([\w.]+)', key):
-    kinds.declare(config.model, *found.groups())
+    config_files.declare(config.model, *found.groups())
   return False
 
 

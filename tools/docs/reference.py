@@ -2,17 +2,14 @@
 --help, and the source of files that other pages link to."""
 
 import ast
-import io
 import pathlib
 import re
 import subprocess
 import sys
-import tokenize
-from typing import NamedTuple
 
-from architectures.parts import checks
+from architectures.parts import tables
 from configs import base
-from configs import model
+from configs.errors import listed
 
 ROOMS = ('architectures', 'training')  # whose docstrings are the API
 # What mkdocstrings prints of a module.
@@ -54,74 +51,26 @@ def source(root: pathlib.Path, path: str) -> str:
 
 
 def config_fields() -> str:
-  """Returns the page of the config's fields: name, default, and what the
-  comments of configs/base.py and configs/model.py say, with the choices of a
-  part."""
+  """Returns the page of the config's fields: name, default, and what their
+  declarations say, with their choices."""
   lines = ['# Fields of a config', '',
-           'Each field is a flag: `--config.optim.lr=3e-4`. The defaults and '
-           'the notes are those of '
-           '[configs/base.py](../source/configs/base.py.md) and '
-           '[configs/model.py](../source/configs/model.py.md).', '']
+           'Each field is a flag: `--config.optim.lr=3e-4`. Those of a group '
+           'such as `model.rope` are there where the part that reads them is '
+           'chosen.', '']
   group = None
-  for field in _fields('\n'.join(
-      pathlib.Path(module.__file__).read_text() for module in (base, model))):
-    if field.group != group:
-      group = field.group
+  for name, leaf in base.FIELDS.items():
+    above = name.rpartition('.')[0]
+    if above != group:
+      group = above
       lines += ['', f'## {group or "The run"}', '',
                 '| field | default | |', '|---|---|---|']
-    choices = checks.names().get(field.name.removeprefix('model.'), ())
+    choices = leaf.rule.choices or tables.CHOICES.get(
+        name.removeprefix('model.'), ())
     said = '; '.join(filter(None, (
-        field.note, choices and f'one of {", ".join(choices)}')))
+        leaf.rule.doc, choices and f'one of {listed(choices)}')))
     note = re.sub(r'([|*_])', r'\\\1', said.replace('<', '&lt;'))
-    lines.append(f'| `{field.name}` | `{field.default}` | {note} |')
+    lines.append(f'| `{name}` | `{leaf.default!r}` | {note} |')
   return '\n'.join(lines) + '\n'
-
-
-class Field(NamedTuple):
-  """A field of the config, as the source has it."""
-  group: str  # 'model.moe'
-  name: str  # 'model.moe.top_k'
-  default: str
-  note: str
-
-
-def _fields(text: str) -> list[Field]:
-  """Returns the fields in the order of the source, those of a group together,
-  each with the comments above and beside it."""
-  beside, above = {}, {}
-  for token in tokenize.generate_tokens(io.StringIO(text).readline):
-    if token.type == tokenize.COMMENT:
-      alone = not token.line[:token.start[1]].strip()
-      (above if alone else beside)[token.start[0]] = (
-          token.string.removeprefix('#').strip())
-  groups = {}
-
-  def visit(call: ast.Call, group: str) -> None:
-    groups[group] = []
-    for keyword in call.keywords:
-      name = f'{group}.{keyword.arg}'.lstrip('.')
-      if isinstance(keyword.value, ast.Call):
-        function = ast.unparse(keyword.value.func).split('.')[-1]
-        visit(functions.get(function, keyword.value), name)
-        continue
-      lines, line = [], keyword.lineno - 1
-      while line in above:
-        lines.insert(0, above[line])
-        line -= 1
-      end = keyword.value.end_lineno + 1
-      lines += [beside[n] for n in range(keyword.lineno, end) if n in beside]
-      groups[group].append(Field(
-          group, name, ast.unparse(keyword.value), ' '.join(lines)))
-
-  # The dict(...) that a function returns, by the function's name.
-  functions = {
-      node.name: next(call for call in ast.walk(node)
-                      if isinstance(call, ast.Call)
-                      and getattr(call.func, 'id', '') == 'dict')
-      for node in ast.parse(text).body
-      if isinstance(node, ast.FunctionDef) and 'dict(' in ast.unparse(node)}
-  visit(functions['base'], '')
-  return [field for fields in groups.values() for field in fields]
 
 
 def commands(root: pathlib.Path) -> str:

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 from etils import epath
 import ml_collections
 
-from configs import kinds
 from configs.errors import EnvironmentFailure, one_of, require, short
 from training import config_files, schema
 from training.workdir import storage
@@ -138,7 +137,7 @@ def _config(task: str, base: ml_collections.ConfigDict, fields: dict[str, Any],
   for name, value in (_own(task, base, fields) | fields).items():
     who = f'{file}, task {task!r}: {name}'
     if found := re.fullmatch(r'model\.kinds\.(\w+)\.([\w.]+)', name):
-      kinds.declare(config.model, *found.groups())
+      config_files.declare(config.model, *found.groups())
       flat = run_config.flatten(config)
     near = difflib.get_close_matches(name, flat, n=1)
     require(name in flat, f'{who} is no field of a config.'

@@ -131,11 +131,12 @@ def _countable(c: ModelConfig, reach: int) -> ModelConfig:
   """The same function for `reach` tokens, whose program multiplies no more than
   the model must: experts have as many slots as tokens come in even load, and no
   layer is made again."""
-  m = c.moe
-  factor = routing.active_experts(m) / m.top_k
-  moe = dataclasses.replace(
-      m, dispatch='sorted', grouped_kernel='auto', group_size=0,
-      capacity_factor=factor, eval_capacity_factor=factor)
+  moe = c.moe
+  if moe:
+    factor = routing.active_experts(moe) / moe.top_k
+    moe = dataclasses.replace(
+        moe, dispatch='sorted', grouped_kernel='auto', group_size=0,
+        capacity_factor=factor, eval_capacity_factor=factor)
   return dataclasses.replace(
       c, moe=moe, attention_kernel='xla', remat='none', scan_layers=True,
       max_len=max(c.max_len, reach))

@@ -203,7 +203,8 @@ def _kept_gathered(run: runs.Run) -> int:
 
 def _hidden(c: ModelConfig) -> int:
   """Hidden units of a token, of a layer's feed-forward network."""
-  return {'moe': c.moe.d_ff * c.moe.top_k, NONE: 0}.get(c.ffn, c.d_ff)
+  return (c.moe.d_ff * c.moe.top_k if c.ffn == 'moe' else
+          0 if c.ffn == NONE else c.d_ff)
 
 
 def _masks(config: ml_collections.ConfigDict, c: ModelConfig
@@ -235,9 +236,8 @@ def _scores(c: ModelConfig, mask: kernels.Mask, tokens: int, length: int,
 def traceable(model: ModelConfig) -> ModelConfig:
   """Returns the model with kernels of the device that it is traced on: those
   that its config names may run on others alone."""
-  return dataclasses.replace(
-      model, attention_kernel='auto',
-      moe=dataclasses.replace(model.moe, grouped_kernel='auto'))
+  moe = model.moe and dataclasses.replace(model.moe, grouped_kernel='auto')
+  return dataclasses.replace(model, attention_kernel='auto', moe=moe)
 
 
 def kept(run: runs.Run) -> int:

@@ -7,34 +7,26 @@ names (PARTS), and its kinds of layer.
 """
 
 from collections.abc import Mapping
-import dataclasses
 import functools
 import importlib
 import importlib.util
-import re
 from typing import Any, NamedTuple
 
 import ml_collections
 
 import architectures
-from architectures.parts import checks
-from architectures.parts import config as model_config
-from architectures.parts import unread
+from architectures.parts import tables
 from architectures.parts.config import ModelConfig
-from configs import kinds
-from configs import model as model_fields
+from configs import fields as declared
 from configs.errors import RequestError, one_of, require
 from training.costs import totals
 from training.workdir import run_config
 
 # What a model keeps that becomes another system: its sizes, how it is trained
 # and computed, and what is read off it.
-KEPT = re.compile('|'.join((
-    'd_model', r'num_(decoder_)?layers', r'num_(kv_)?heads', 'head_dim', 'd_ff',
-    'vocab_size', 'max_len', 'parametrization', r'mup_.*', r'init(_.*)?',
-    r'(attention_|ffn_|head_)?dropout', r'(param_)?dtype', 'scan_layers',
-    'remat', 'keep_gathered', 'attention_kernel', r'lora\..*', 'head',
-    'num_labels', 'pooling', r'moe\.(dispatch|grouped_kernel)')))
+KEPT = frozenset(
+    name for name, leaf in tables.FIELDS.items()
+    if leaf.rule.about in (declared.SIZE, declared.RUN))
 LAYERS = 'prefix', 'pattern', 'suffix'  # which name the kinds of the layers
 
 
@@ -83,19 +75,19 @@ def changes(config: ml_collections.ConfigDict, arch: str, size: str = 'tiny'
           f'alike: choose from {alike}'.replace('an decoder', 'a decoder'))
   own = run_config.flatten_dict(_without_kinds(config.model.to_dict()))
   wanted = {name: value for name, value in run_config.flatten_dict(
-      _without_kinds(sizes[size])).items() if not KEPT.fullmatch(name)}
+      _without_kinds(sizes[size])).items() if name not in KEPT}
   target = config.copy_and_resolve_references()
   with target.unlocked():
     target.model.update_from_flattened_dict(wanted | {'arch': arch})
     target.model.kinds = ml_collections.ConfigDict(sizes[size]['kinds'])
   try:
-    silent = unread.unread(totals.resolved(target))
+    silent = tables.unread(totals.resolved(target))
   except RequestError as error:
     raise RequestError(f'model.arch {arch!r} cannot have the sizes of the '
                        f'base: {error}') from error
   found = {'model.arch': arch} | {
       f'model.{name}': value for name, value in wanted.items()
-      if value != own[name] and (name not in silent or name in checks.STRICT)}
+      if value != own[name] and name not in silent}
   if target.model.kinds.to_dict() != config.model.kinds.to_dict():
     found['model.kinds'] = target.model.kinds.to_dict()
   return found
@@ -107,7 +99,7 @@ def _sizes(arch: str) -> Mapping[str, Mapping[str, Any]]:
   without a file in configs/, what its page says."""
   name = f'configs.{architectures.file_name(arch)}'
   if importlib.util.find_spec(name) is None:
-    config = ml_collections.ConfigDict(model_fields.defaults())
+    config = ml_collections.ConfigDict(tables.defaults())
     config.update(architectures.systems()[arch].PARTS, arch=arch)
     return {'tiny': config.to_dict()}
   module = importlib.import_module(name)
@@ -122,25 +114,26 @@ def _parts() -> tuple[str, ...]:
   named = {field for system in architectures.systems().values()
            for field in run_config.flatten_dict(system.PARTS)}
   return tuple(field for field in run_config.flatten_dict(
-      _without_kinds(model_fields.defaults()))
+      _without_kinds(tables.defaults()))
                if field in named or field in LAYERS)
 
 
 def _with_parts(model: ModelConfig, system: Mapping[str, Any]) -> ModelConfig:
   """Returns the model with the parts of a system, and sizes of its own."""
-  fields = dataclasses.asdict(model)
+  fields = tables.as_dict(model)
   for field in _parts():
     group, _, name = field.rpartition('.')
-    at, there = (fields[group], system[group]) if group else (fields, system)
+    at, there = ((fields.setdefault(group, {}), system[group]) if group else
+                 (fields, system))
     at[name] = there[name]
-  return model_config.make(fields | {'kinds': system['kinds']})
+  return tables.make(fields | {'kinds': system['kinds']})
 
 
 def _unlike(model: ModelConfig, system: ModelConfig) -> list[Difference]:
-  silent = unread.unread(model).keys() | unread.unread(system).keys()
+  silent = tables.unread(model).keys() | tables.unread(system).keys()
   found = [Difference(field, *both) for field in _parts()
            if field not in silent
-           for both in [(unread.get(model, field), unread.get(system, field))]
+           for both in [(tables.get(model, field), tables.get(system, field))]
            if both[0] != both[1]]
   if any(row.field in LAYERS for row in found):
     return found  # so their kinds of layer are not the same ones
@@ -165,8 +158,8 @@ def _of_kind(c: ModelConfig, kind: str, field: str) -> Any:
   elif inner and inner in own.get(name, {}):
     value = own[name][inner]
   else:
-    full = kinds.FIELDS[name] + (f'.{inner}' if inner else '')
-    value = unread.get(c.of_kind(kind), full)
+    full = tables.OF_LAYERS[name] + (f'.{inner}' if inner else '')
+    value = tables.get(c.of_kind(kind), full)
   return value if isinstance(value, str | bool) or inner else bool(value)
 
 

@@ -168,7 +168,7 @@ def _sizes(module: nn.Module) -> tuple[dict, dict]:
   roles = paths.flatten(parameter_roles(module))
   sizes = {path: x.size for path, x in paths.flatten(
       nn.meta.unbox(abstract_params(module))).items()}
-  share = routing.active_experts(m) / m.num_experts
+  share = routing.active_experts(m) / m.num_experts if m else 1.0
   return sizes, {path: size * (share if 'experts' in roles[path].axes else 1.0)
                  for path, size in sizes.items()}
 

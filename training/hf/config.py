@@ -9,21 +9,20 @@ The default with which a field is asked for says of what type it must be.
 from collections.abc import Collection, Mapping, Sequence
 import dataclasses
 import math
-import operator
 import pathlib
 import re
 from typing import Any
-
-from configs import base
 
 import ml_collections
 
 import architectures
 from architectures.parts import hf
 from architectures.parts import mixers
-from architectures.parts import unread
+from architectures.parts import tables
 from architectures.parts.config import ModelConfig
 from architectures.parts.moe import capacity
+from configs import base
+from configs import fields as declared
 from configs.errors import RequestError, require, short
 from training.hf import files as hf_files
 from training.hf import heads
@@ -51,18 +50,6 @@ NEUTRAL = re.compile('|'.join((
     'use_bfloat16', 'attn_implementation', 'chunk_size_feed_forward', 'n_ctx',
     'pruned_heads', 'tf_legacy_loss', 'cross_attention_hidden_size',
     r'transformers\.js_config')))
-
-# Fields of ours that say how a model is trained or computed, not what it is.
-# (What an expert has room for in evaluation: `_room`. Low-rank adapters are
-# merged into the weights before an export.)
-RUN_ONLY = re.compile('|'.join((
-    r'(attention_|ffn_|head_)?dropout', 'init', 'init_stddev', 'init_scale',
-    'dtype', 'param_dtype', 'scan_layers', 'remat', 'keep_gathered',
-    r'attention_kernel.*',
-    r'lora\..*',
-    r'moe\.(dispatch|grouped_kernel|jitter|logit_noise|balance_.*|z_loss_weight'
-    r'|expert_dropout|group_size|.*capacity.*)')))
-
 
 class Reader:
   """config.json, which remembers what was asked of it. A null is a default,
@@ -283,10 +270,11 @@ def write(config: ModelConfig, labels: Sequence[str] = ()) -> dict[str, Any]:
   head = page.heads.get(config.head, page)
   tree = dict(model_type=page.model_type, architectures=[head.architecture])
   for ours, (names, _, *choices) in page.fields.items():
-    value = operator.attrgetter(ours)(config)
+    value = tables.get(config, ours)
     tree[names.split('|')[-1]] = (
         hf.theirs(*choices, value, ours) if choices else value)
-  tree |= page.write(config) | heads.write(config, labels)
+  whole = tables.with_all_groups(config)  # what differs is refused below
+  tree |= page.write(whole) | heads.write(config, labels)
   check_same(config, read(tree),
              f'a {page.model_type} config.json cannot say that')
   return tree
@@ -305,11 +293,12 @@ def check_same(ours: ModelConfig, theirs: ModelConfig, why: str) -> None:
   drop other tokens when they are evaluated."""
   different = differences(ours, theirs)
   if _room(ours) != _room(theirs):
-    m, other = ours.moe, theirs.moe
+    factor, size, *others = (
+        tables.get(c, f'moe.{name}') for c in (ours, theirs)
+        for name in ('eval_capacity_factor', 'group_size'))
     different.append(
-        f'model.moe.eval_capacity_factor is {m.eval_capacity_factor:g} with '
-        f'model.moe.group_size {m.group_size}, not '
-        f'{other.eval_capacity_factor:g} with {other.group_size} '
+        f'model.moe.eval_capacity_factor is {factor:g} with '
+        f'model.moe.group_size {size}, not {others[0]:g} with {others[1]} '
         '(`tools.convert export --dropless` writes the first as 0)')
   require(not different, f'{"; ".join(different)}: {why}')
 
@@ -318,9 +307,10 @@ def _room(config: ModelConfig) -> tuple | None:
   """How many tokens of how many an expert takes in evaluation, or which share
   of a batch; None: all that choose it."""
   m = config.moe
-  share = m.eval_capacity_factor * m.top_k / m.num_experts
-  if not config.has_experts or not 0 < share < 1:
+  if not config.has_experts or not (
+      0 < m.eval_capacity_factor * m.top_k / m.num_experts < 1):
     return None
+  share = m.eval_capacity_factor * m.top_k / m.num_experts
   if not m.group_size:
     return 0, round(share, 6)
   return m.group_size, capacity.slots(m.eval_capacity_factor, m.group_size,
@@ -363,10 +353,12 @@ def _layers(c: ModelConfig, count: int) -> list[ModelConfig]:
 def flat(config: ModelConfig) -> dict[str, Any]:
   """The fields that tell what is computed, by dotted name, of a model whose
   layers are all alike."""
-  unused = {*unread.unread(config), *mixers.of(config).sources}
-  fields = run_config.flatten_dict(dataclasses.asdict(config))
+  unused = {*tables.unread(config), *mixers.of(config).sources}
+  fields = run_config.flatten_dict(tables.as_dict(config))
   return {name: value for name, value in fields.items()
-          if name not in unused and not RUN_ONLY.fullmatch(name)}
+          if name not in unused
+          and not (name in tables.FIELDS and tables.FIELDS[name].rule.about in (
+              declared.RUN, declared.RECIPE))}
 
 
 def load_config_json(folder: pathlib.Path) -> dict[str, Any]:

@@ -6,12 +6,11 @@ was resolved to, by its dotted name; and `starts`, the code, command and data of
 each start (provenance.py).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 import dataclasses
 import importlib
 import json
 import os
-import re
 import shlex
 from typing import Any
 
@@ -20,101 +19,16 @@ import jax
 import ml_collections
 
 import architectures
-from configs import base
+from architectures.parts import tables
+from architectures.parts.config import ModelConfig
+from configs import base, fields
 from configs.errors import RequestError, require, short
-from training import config_files, schema
+from configs.fields import INCOMPATIBLE, OPTIMISATION, SAFE
+from training import config_files, limits, schema
 from training.workdir import checkpoints, provenance, storage
 
 FORMAT = 1  # of config.json
 _FORMAT, _DERIVED, _STARTS = 'format', storage.DERIVED, 'starts'
-
-# What a changed field does to a run that is resumed.
-SAFE = 'safe'
-OPTIMISATION = 'changes the optimisation'
-INCOMPATIBLE = 'incompatible'
-
-
-def _steps(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, str]:
-  """Of train.steps, given the fields of both configs by their dotted names."""
-  if {old['optim.schedule'], new['optim.schedule']} <= {'constant', 'rsqrt'}:
-    return SAFE, 'this schedule does not depend on the last step'
-  if old['optim.decay_steps'] == new['optim.decay_steps'] > 0:
-    return SAFE, 'the schedule ends at optim.decay_steps'
-  return OPTIMISATION, 'the schedule is drawn out to the last step'
-
-
-def _ema(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, str]:
-  if bool(old['optim.ema']) == bool(new['optim.ema']):
-    return OPTIMISATION, 'another average from here on'
-  return INCOMPATIBLE, 'an average that is kept from the first step on, or not'
-
-
-# What a change of a field does to a run that is resumed: (pattern over the
-# dotted name, class, why), first match wins. A field that no row covers is an
-# error, so a new one is never classed by accident.
-CLASSES: tuple[tuple[str, str | Callable, str], ...] = (
-    (r'(log|checkpoint|eval)\..*', SAFE, 'only what is written, and when'),
-    (r'mesh\..*', SAFE, 'same sums in another order: equal to about 1e-5'),
-    (r'data\.(cache_dir|workers|tokenize_workers)', SAFE,
-     'batches do not depend on it'),
-    (r'train\.max_bad_steps', SAFE, 'only when a failing run ends'),
-    (r'train\.loss_chunk', SAFE, 'same sums in another order'),
-    (r'model\.(remat|keep_gathered|scan_layers|attention_kernel'
-     r'|moe\.grouped_kernel)', SAFE,
-     'the same function, computed another way'),
-    (r'model\.moe\.eval_capacity_factor', SAFE, 'only evaluation'),
-    (r'train\.steps', _steps, ''),
-    (r'train\.(z_loss|label_smoothing|mtp_weight)', OPTIMISATION, 'the loss'),
-    (r'train\.grad_accumulation', OPTIMISATION,
-     'dropout and expert capacity see other micro-batches'),
-    (r'seed', OPTIMISATION, 'another order of the data, another dropout'),
-    (r'init_(from|partial|seed)|model\.init(_stddev|_scale)?', OPTIMISATION,
-     'read only where a run begins: a resumed run ignores it'),
-    (r'objective', INCOMPATIBLE, 'another task, maybe with other heads'),
-    (r'probe\..*', OPTIMISATION, 'other rows from here on'),
-    (r'span\..*', OPTIMISATION, 'another difficulty of the task'),
-    (r'data\.chat_template', OPTIMISATION, 'another layout of conversations: '
-     'data.chat_template=earlier is that of a run begun without this field'),
-    (r'data\.pair_separators', OPTIMISATION, 'another layout of pairs: '
-     'data.pair_separators=1 is that of a run begun without this field'),
-    (r'data\.labels', INCOMPATIBLE, 'scores mean other labels'),
-    (r'data\.tokenizer', INCOMPATIBLE, 'token numbers mean something else'),
-    (r'data\..*', OPTIMISATION, 'other batches from here on'),
-    (r'optim\.(name|freeze)', INCOMPATIBLE, 'another optimizer state'),
-    (r'optim\.ema', _ema, ''),
-    (r'optim\..*', OPTIMISATION, 'other updates'),
-    (r'model\.((attention_|ffn_|head_|lora\.)?dropout'
-     r'|moe\.(jitter|logit_noise|expert_dropout|balance_loss|balance_weight'
-     r'|z_loss_weight|bias_rate))', OPTIMISATION, 'another regularisation'),
-    (r'model\.(norm_eps|sinusoid|learned_stretch|rope\..*|relative\.max_distance'
-     r'|sliding_window|attention_(softcap|scale)|embed_scale|logits_scale'
-     r'|logits_softcap|parametrization|mup_base_(width|head_dim)|dtype'
-     r'|pooling|latent\.(scale|norm_eps)|(deltanet|kda)\.negative'
-     r'|gla\.temperature|lora\.alpha|streams\.(iterations|block_size)'
-     r'|mamba2\.(norm_over|least_step|most_step)'
-     r'|kinds\.\w+\.(window|rope\..*|attention_(softcap|scale))'
-     r'|clamp\..*|moe\.(top_k|dispatch|capacity_factor|normalize_gates|group_size'
-     r'|gate_scale|expert_groups|top_groups))',
-     OPTIMISATION, 'the same parameters in another function'),
-    (r'model\.(moe\.logit_bias|next_sentence)', INCOMPATIBLE,
-     'other parameters'),
-    (r'model\.(arch|norm|embed_norm|position|ffn|block|residual|mixer|attention'
-     r'|qk_norm(_over)?|attention_(sinks|gate|(out_)?bias)|ffn_bias'
-     r'|value_(residual|embedding)|kv_sharing'
-     r'|tie_embeddings|logits_bias|head|lora\.(rank|targets)|pattern|prefix'
-     r'|suffix|deltanet\.decay|mamba2\.conv_bias|kinds(\..*)?'
-     r'|moe\.(router|ffn|shared_(experts|gate)))', INCOMPATIBLE,
-     'other parameters'),
-    (r'model\.(d_model|num_layers|num_decoder_layers|num_heads|num_kv_heads'
-     r'|head_dim|d_ff|vocab_size|max_len|type_vocab_size|position_offset'
-     r'|num_labels|mtp_depth|attention_conv|streams\.(count|dynamic)|param_dtype'
-     r'|relative\.buckets|latent\.(q_rank|kv_rank|nope_dim|rope_dim|v_dim)'
-     r'|(deltanet|kda)\.(key_heads|value_heads|key_dim|value_dim|conv|rank)'
-     r'|(gla|retnet)\.(heads|key_dim|value_dim|conv|rank)'
-     r'|mamba2\.(heads|head_dim|groups|state|conv)'
-     r'|moe\.(num_experts|d_ff))', INCOMPATIBLE,
-     'parameters of another shape or dtype'),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +46,8 @@ MISSING = '(none)'
 
 def save(workdir: epath.Path, config: ml_collections.ConfigDict,
          derived: Mapping[str, Any] | None = None,
-         data: Mapping[str, str] | None = None):
+         data: Mapping[str, str] | None = None,
+         model: ModelConfig | None = None):
   """Writes config.json, from process 0, whole or not at all.
 
   Args:
@@ -140,8 +55,11 @@ def save(workdir: epath.Path, config: ml_collections.ConfigDict,
     config: the run's config.
     derived: the resolved value of fields left at 0 or '', by dotted name.
     data: what the sources hold; see provenance.this_start.
+    model: the resolved config.model: what it does not read is left out.
   """
   tree = to_json(config)
+  if model is not None:
+    tree = limits.as_read(config, model)
   for name in derived or {}:
     if name not in flatten(config):
       raise ValueError(f'derived value for {name!r}: no such config field')
@@ -201,9 +119,6 @@ def compare(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict,
 
   With the derived values, 0 is the same as the value that it stands for, and
   a derived value that changes with another field is a change too.
-
-  Raises:
-    ValueError: for a changed field that no row of CLASSES covers.
   """
   olds = flatten(old) | dict(old_derived or {})
   news = flatten(new) | dict(new_derived or {})
@@ -211,7 +126,8 @@ def compare(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict,
   for name in dict.fromkeys([*olds, *news]):
     before, after = olds.get(name, MISSING), news.get(name, MISSING)
     if type(before) is not type(after) or before != after:
-      changes.append(Change(name, before, after, *classify(name, olds, news)))
+      changes.append(Change(name, before, after,
+                            *base.resume(name, olds, news)))
   order = (INCOMPATIBLE, OPTIMISATION, SAFE)
   return sorted(changes, key=lambda change: order.index(change.kind))
 
@@ -221,23 +137,6 @@ def changes(workdir: epath.Path, config: ml_collections.ConfigDict,
   """Returns what differs from the run that has begun in a workdir, if any."""
   return compare(load_config(workdir), config, load_derived(workdir),
                  derived) if has_begun(workdir) else []
-
-
-def classify(name: str, old: Mapping[str, Any],
-             new: Mapping[str, Any]) -> tuple[str, str]:
-  """Returns (class, why) for a change of the field `name`."""
-  _, kind, why = row(name)
-  return kind(old, new) if callable(kind) else (kind, why)
-
-
-def row(name: str) -> tuple[str, str | Callable, str]:
-  for pattern, kind, why in CLASSES:
-    if re.fullmatch(pattern, name):
-      return pattern, kind, why
-  raise ValueError(
-      f'config field {name!r} has no row in CLASSES of '
-      f'training/workdir/run_config.py: add one that says {SAFE!r}, '
-      f'{OPTIMISATION!r} or {INCOMPATIBLE!r}')
 
 
 def to_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -252,23 +151,27 @@ def to_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 
 def from_json(tree: Mapping[str, Any]) -> ml_collections.ConfigDict:
-  """Returns the config, locked, as config_flags locks what it parses."""
-  return ml_collections.ConfigDict(tuples(tree)).lock()
+  """Returns the config, locked, as config_flags locks what it parses. What is
+  not there has its default."""
+  config = base.base()
+  config.model.kinds = ml_collections.ConfigDict(
+      tuples(tree.get('model', {}).get('kinds', {})))
+  for name, value in tables.flat(tuples(tree)).items():
+    if not name.startswith('model.kinds.'):
+      config.update_from_flattened_dict({name: value})
+  return config.lock()
 
 
 def check_fields(tree: Mapping[str, Any], who: str) -> None:
-  """Raises RequestError for fields of a config out of a file that are not those
-  of this version of the code, and for one of another type."""
-  expected = base.base()
-  _check_group(tree, expected, who)
-  there, known = ({name for name in flatten_dict(fields)
-                   if not name.startswith('model.kinds.')}
-                  for fields in (tree, expected.to_dict()))
-  others = sorted(there ^ known)
-  require(not others, f'{who}{others[0] if others else ""} is a field of '
-          + ('another' if others and others[0] in there else 'this')
-          + ' version of the code alone: go on with the version that wrote it, '
-          'or train anew')
+  """Raises RequestError for what is no field, or of another type than its
+  field. Fields may be missing."""
+  for name, value in tables.flat(tree).items():
+    leaf = base.find(name)
+    require(leaf is not None, f'{who}{short(name)} is no config field')
+    fields.check_type(value, leaf.default, who + name)
+  model = tree.get('model')
+  if isinstance(model, dict) and 'kinds' in model:
+    tables.check_kinds(model['kinds'], f'{who}model.kinds')
 
 
 def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -314,18 +217,6 @@ def _load(workdir: epath.Path) -> dict[str, Any]:
       config_files.check_type(
           value, known[name], f'{path} is damaged: {_DERIVED} {name}')
   return tree
-
-
-def _check_group(group: Mapping, expected: Mapping, who: str) -> None:
-  for name, value in group.items():
-    require(re.fullmatch(r'\w+', name) is not None,
-            f'{who}{short(name)} is no name of a field')
-    if name in expected:
-      config_files.check_type(value, expected[name], who + name)
-      if 'kinds' in expected and name == 'kinds':
-        config_files.check_kinds(value, expected, who.removesuffix('model.'))
-      elif isinstance(value, dict):
-        _check_group(value, expected[name], f'{who}{name}.')
 
 
 def tuples(value: Any):

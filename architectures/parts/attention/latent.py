@@ -34,8 +34,55 @@ from architectures.parts.attention.visibility import begins, share
 from architectures.parts.config import ModelConfig
 from architectures.parts.context import Context
 from configs.errors import require
+from configs.fields import field, FUNCTION, SHAPES
 
 UP_AXES = 'latent', 'heads', 'head'
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentConfig:
+  """Of mixer latent. What is left open: in DeepSeek-V2 the latent has the size
+  of 4 heads and the turned part that of half a head (section 3.1.2); here it is
+  even, too."""
+  q_rank: int = field(
+      0, 'Size of the vector that queries are made from; 0: the layer\'s '
+      'input.', resume=SHAPES)
+  kv_rank: int = field(
+      0, 'Size of the vector that keys and values are made from; derived: '
+      '4 head_dim.', resume=SHAPES)
+  nope_dim: int = field(
+      0, "Features of a head's query and key without positions; derived: "
+      'head_dim.', resume=SHAPES)
+  rope_dim: int = field(
+      0, 'Features with positions, of a key that all heads share; derived: '
+      'half of head_dim.', resume=SHAPES)
+  v_dim: int = field(0, "size of a head's value; derived: head_dim",
+                     resume=SHAPES)
+  scale: float = field(
+      0.0, 'The factor of the scores; derived: (nope_dim + rope_dim) ** -0.5.',
+      least=0, resume=FUNCTION)
+  norm_eps: float = field(
+      0.0, "epsilon of the latents' norms; derived: norm_eps", least=0,
+      resume=FUNCTION)
+
+  @property
+  def key_dim(self) -> int:
+    """The size of a head's queries and keys."""
+    return self.nope_dim + self.rope_dim
+
+  @property
+  def slot_dim(self) -> int:
+    """What a cache holds of a token: the latent and the turned key."""
+    return self.kv_rank + self.rope_dim
+
+  def derived(self, c: ModelConfig) -> 'LatentConfig':
+    nope_dim = self.nope_dim or c.head_dim
+    rope_dim = self.rope_dim or 2 * -(-c.head_dim // 4)
+    return dataclasses.replace(
+        self, kv_rank=self.kv_rank or 4 * c.head_dim, nope_dim=nope_dim,
+        rope_dim=rope_dim, v_dim=self.v_dim or c.head_dim,
+        scale=self.scale or (nope_dim + rope_dim) ** -0.5,
+        norm_eps=self.norm_eps or c.norm_eps)
 
 
 class LatentAttention(Attention):

@@ -4,7 +4,6 @@ attention, as layer_types of a config.json says it."""
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from architectures.parts import fields
 from architectures.parts import hf
 from architectures.parts.attention import visibility
 from architectures.parts.config import ModelConfig
@@ -15,7 +14,7 @@ WINDOW, WHOLE = 'sliding_attention', 'full_attention'
 NAMES = {WINDOW: 'local', WHOLE: 'global'}  # our kinds of layer
 LINEAR = 'linear_attention'
 MIXERS = {LINEAR: 'linear', WHOLE: 'full'}  # our kinds, where some are that
-MOST = fields.MOST['num_layers']
+MOST = 2**12  # layers
 
 
 def read(types: Sequence[str], layers: int, window: int,

@@ -48,9 +48,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from architectures.parts import gathered, sharding
-from architectures.parts.config import MoEConfig
 from architectures.parts.ffn import Hidden
 from architectures.parts.moe import capacity, grouped_kernels, routing
+from architectures.parts.moe.config import MoEConfig
 from architectures.parts.moe.experts import (
     Dropout, Local, WAYS, Weights, inverse, place_sorted, reorder, take)
 from configs.errors import require

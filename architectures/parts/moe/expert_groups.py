@@ -14,7 +14,7 @@ sigmoid    its two best experts together, by score + router_bias (DeepSeek-V3,
 import jax
 import jax.numpy as jnp
 
-from architectures.parts.config import MoEConfig
+from architectures.parts.moe.config import MoEConfig
 from configs.errors import require
 
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from architectures.parts import sharding
-from architectures.parts.config import MoEConfig
+from architectures.parts.moe.config import MoEConfig
 from configs.errors import require
 
 GROUPED_KERNELS = ('auto', 'xla', 'megablox')

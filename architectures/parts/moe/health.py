@@ -29,8 +29,8 @@ from typing import NamedTuple, Optional
 import jax
 import jax.numpy as jnp
 
-from architectures.parts.config import MoEConfig
 from architectures.parts.moe import routing as routers
+from architectures.parts.moe.config import MoEConfig
 from architectures.parts.moe.routing import Routing
 from configs.errors import require
 

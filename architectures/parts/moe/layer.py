@@ -29,6 +29,7 @@ from architectures.parts.context import Context
 from architectures.parts.moe import dispatch
 from architectures.parts.moe import health
 from architectures.parts.moe import routing
+from architectures.parts.moe.config import MoEConfig
 from architectures.parts.moe.experts import Dropout, Weights
 from architectures.parts.roles import Role, declare
 from configs.errors import require
@@ -40,6 +41,7 @@ class MoE(nn.Module):
   """(x_BLD, context) -> (y_BLD, {'losses': weighted, 'health': raw, 'loads':
   the load of each expert, by the path of the bias that it moves; with
   context.keep_layers 'experts': the `choices`})."""
+  settings = MoEConfig
   config: ModelConfig
 
   @nn.compact
@@ -210,8 +212,8 @@ def without_capacity(c: ModelConfig) -> ModelConfig:
   Over the tokens of one step a capacity would be one or two, and whether a row
   is served would hang on who else is in the batch, padding included.
   """
-  if routing.of(c.moe).experts_choose:  # whose capacity is what they choose
-    return c
+  if not c.moe or routing.of(c.moe).experts_choose:
+    return c  # the capacity of experts that choose is what they choose
   way = 'dropless' if c.moe.dispatch == 'sorted' else c.moe.dispatch
   return dataclasses.replace(c, moe=dataclasses.replace(
       c.moe, eval_capacity_factor=0.0, group_size=0, dispatch=way))

@@ -40,10 +40,11 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
-from architectures.parts.config import MoEConfig, ModelConfig
+from architectures.parts.config import ModelConfig
 from architectures.parts.dropout import mix
 from architectures.parts.moe import capacity
 from architectures.parts.moe import expert_groups
+from architectures.parts.moe.config import MoEConfig
 from configs.errors import require
 
 SINKHORN_STEPS = 8
@@ -249,7 +250,7 @@ def step_bias(bias_NE: jax.Array, load_NE: jax.Array, rate: float | jax.Array
 
 
 LEARNED = ('moe.jitter', 'moe.logit_noise', 'moe.logit_bias',
-           'moe.balance_loss', 'moe.balance_weight', 'moe.z_loss_weight')
+           'moe.balance_loss', 'moe.z_loss_weight')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,17 +13,50 @@ are above -1 instead of 0 (Grazzi et al. 2024, arXiv 2411.12537). What is not
 of this recurrence alone is in layer.py.
 """
 
+import dataclasses
+
 import jax
 
+from architectures.parts.config import ModelConfig
 from architectures.parts.context import Context
 from architectures.parts.recurrent import layer
 from architectures.parts.recurrent import recurrence
 from architectures.parts.recurrent import vectors
+from configs.fields import field, FUNCTION, SHAPES
+
+
+@dataclasses.dataclass(frozen=True)
+class DeltaNetConfig:
+  """Of mixer deltanet. What is left open is as attention has it."""
+  key_heads: int = field(0, 'heads of queries and keys; derived: num_heads',
+                         resume=SHAPES)
+  value_heads: int = field(0, 'a multiple of key_heads, which is the default',
+                           resume=SHAPES)
+  key_dim: int = field(0, "size of a head's query and key; derived: head_dim",
+                       resume=SHAPES)
+  value_dim: int = field(0, "size of a head's value; derived: head_dim",
+                         resume=SHAPES)
+  conv: int = field(
+      4, 'tokens that a convolution sees, the token itself included', least=1,
+      resume=SHAPES)
+  decay: bool = field(
+      True, 'the state decays (Gated DeltaNet), or not (DeltaNet)')
+  negative: bool = field(
+      False, 'rates up to 2, not 1: eigenvalues may be negative',
+      resume=FUNCTION)
+
+  def derived(self, c: ModelConfig) -> 'DeltaNetConfig':
+    return dataclasses.replace(
+        self, key_heads=self.key_heads or c.num_heads,
+        value_heads=self.value_heads or self.key_heads or c.num_heads,
+        key_dim=self.key_dim or c.head_dim,
+        value_dim=self.value_dim or c.head_dim)
 
 
 class DeltaNet(layer.Layer):
   """Positions are not read."""
   NAME = 'deltanet'
+  settings = DeltaNetConfig
 
   def inputs(self, x_BLD: jax.Array, q_BLJK: jax.Array, k_BLJK: jax.Array,
              v_BLHU: jax.Array, ctx: Context) -> recurrence.Inputs:

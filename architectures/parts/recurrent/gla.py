@@ -10,18 +10,55 @@ The convolutions are an option of the authors' program, which the paper does not
 have. What is not of this recurrence alone is in layer.py.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
 from architectures.parts import linear
+from architectures.parts.config import ModelConfig
 from architectures.parts.context import Context
 from architectures.parts.recurrent import layer
 from architectures.parts.recurrent import recurrence
+from configs.fields import field, FUNCTION, SHAPES
+
+
+@dataclasses.dataclass(frozen=True)
+class GLAConfig:
+  """Of mixer gla. The paper's keys are half as wide as the values."""
+  heads: int = field(0, 'heads, each with a state; derived: num_heads',
+                     resume=SHAPES)
+  key_dim: int = field(
+      0, "size of a head's query and key; derived: head_dim / 2",
+      resume=SHAPES)
+  value_dim: int = field(0, "size of a head's value; derived: head_dim",
+                         resume=SHAPES)
+  conv: int = field(0, 'tokens that a convolution sees; 0: no convolution',
+                    resume=SHAPES)
+  rank: int = field(16, 'rank of the product for decays', least=1,
+                    resume=SHAPES)
+  temperature: float = field(16.0, 'divides the logarithms of the decays',
+                             above=0, resume=FUNCTION)
+
+  @property
+  def key_heads(self) -> int:
+    return self.heads
+
+  @property
+  def value_heads(self) -> int:
+    return self.heads
+
+  def derived(self, c: ModelConfig) -> 'GLAConfig':
+    return dataclasses.replace(
+        self, heads=self.heads or c.num_heads,
+        key_dim=self.key_dim or -(-c.head_dim // 2),
+        value_dim=self.value_dim or c.head_dim)
 
 
 class GLA(layer.Layer):
   """Positions are not read."""
   NAME = 'gla'
+  settings = GLAConfig
 
   def inputs(self, x_BLD: jax.Array, q_BLJK: jax.Array, k_BLJK: jax.Array,
              v_BLHU: jax.Array, ctx: Context) -> recurrence.Inputs:

@@ -14,6 +14,8 @@ products of low rank have `rank`. What is not of this recurrence alone is in
 layer.py.
 """
 
+import dataclasses
+
 import jax
 
 from architectures.parts.config import ModelConfig
@@ -22,11 +24,43 @@ from architectures.parts.recurrent import layer
 from architectures.parts.recurrent import recurrence
 from architectures.parts.recurrent import vectors
 from configs.errors import require
+from configs.fields import field, FUNCTION, SHAPES
+
+
+@dataclasses.dataclass(frozen=True)
+class KDAConfig:
+  """Of mixer kda. What is left open is as attention has it, and products of low
+  rank are as wide as a head's value."""
+  key_heads: int = field(0, 'heads of queries and keys; derived: num_heads',
+                         resume=SHAPES)
+  value_heads: int = field(0, 'a multiple of key_heads, which is the default',
+                           resume=SHAPES)
+  key_dim: int = field(0, "size of a head's query and key; derived: head_dim",
+                       resume=SHAPES)
+  value_dim: int = field(0, "size of a head's value; derived: head_dim",
+                         resume=SHAPES)
+  conv: int = field(4, 'tokens that a convolution sees; 0: no convolution',
+                    resume=SHAPES)
+  rank: int = field(
+      0, "rank of the decays' and gate's product; derived: value_dim",
+      resume=SHAPES)
+  negative: bool = field(
+      False, 'rates up to 2, not 1: eigenvalues may be negative',
+      resume=FUNCTION)
+
+  def derived(self, c: ModelConfig) -> 'KDAConfig':
+    value_dim = self.value_dim or c.head_dim
+    return dataclasses.replace(
+        self, key_heads=self.key_heads or c.num_heads,
+        value_heads=self.value_heads or self.key_heads or c.num_heads,
+        key_dim=self.key_dim or c.head_dim, value_dim=value_dim,
+        rank=self.rank or value_dim)
 
 
 class KDA(layer.Layer):
   """Positions are not read."""
   NAME = 'kda'
+  settings = KDAConfig
   PRODUCTS = frozenset({'query', 'key', 'value', 'out'})
 
   def inputs(self, x_BLD: jax.Array, q_BLJK: jax.Array, k_BLJK: jax.Array,

@@ -45,13 +45,14 @@ class Layer(nn.Module):
   """(x_BLD, context, cache) -> (y_BLD, cache), over x itself, in the order of
   the row.
 
-  A recurrence is a subclass. Its NAME is that of the mixer and of its group of
-  fields in config.model, which has `key_heads`, `value_heads`, `key_dim`,
-  `value_dim` and `conv` (how many tokens a convolution sees; 0: there is none).
-  It defines `inputs`, and may define `gate` or `gated`; `recurrent` in
-  mixers.py makes its entry.
+  A recurrence is a subclass. Its NAME is that of the mixer, and `settings` are
+  its group of fields in config.model, which has `key_heads`, `value_heads`,
+  `key_dim`, `value_dim` and `conv` (how many tokens a convolution sees; 0:
+  there is none). It defines `inputs`, and may define `gate` or `gated`;
+  `recurrent` in mixers.py makes its entry.
   """
   NAME = ''
+  settings = None
   PRODUCTS = frozenset({'query', 'key', 'value', 'output_gate', 'out'})
   FUSED = True  # there are no scores
   config: ModelConfig

@@ -15,6 +15,7 @@ What is not of this recurrence alone is in layer.py.
 """
 
 from collections.abc import Callable
+import dataclasses
 import functools
 from typing import Optional
 
@@ -31,13 +32,63 @@ from architectures.parts.recurrent import short_conv
 from architectures.parts.recurrent import vectors
 from architectures.parts.roles import Role, declare
 from configs.errors import require
+from configs.fields import field, FUNCTION, SHAPES
 
 NORMS_OVER = ('group', 'all')
+
+
+@dataclasses.dataclass(frozen=True)
+class Mamba2Config:
+  """Of mixer mamba2. What is left open: heads of attention's size, and twice as
+  many ("expand" is 2 in the published models)."""
+  heads: int = field(
+      0, 'heads of x, each with a state; derived: 2 num_heads', resume=SHAPES)
+  head_dim: int = field(0, 'features of a head; derived: head_dim',
+                        resume=SHAPES)
+  groups: int = field(
+      1, 'groups of heads, each of which shares one B and one C', above=0,
+      resume=SHAPES)
+  state: int = field(128, 'features of B and C', above=0, resume=SHAPES)
+  conv: int = field(
+      4, 'tokens that a convolution sees, the token itself included', least=1,
+      resume=SHAPES)
+  conv_bias: bool = field(True, 'whether the convolutions have a bias')
+  norm_over: str = field(
+      'group', 'one norm is over the heads of a group, or all',
+      choices=NORMS_OVER, resume=FUNCTION, read_by='mamba2.groups>1')
+  least_step: float = field(
+      0.0, 'lower bound of dt, the step from one token to the next', least=0,
+      resume=FUNCTION)
+  most_step: float = field(
+      0.0, 'its upper bound; 0: there is none', least=0, resume=FUNCTION)
+
+  @property
+  def key_heads(self) -> int:
+    """B and C of a group serve its heads, as keys and queries serve values."""
+    return self.groups
+
+  @property
+  def value_heads(self) -> int:
+    return self.heads
+
+  @property
+  def key_dim(self) -> int:
+    return self.state
+
+  @property
+  def value_dim(self) -> int:
+    return self.head_dim
+
+  def derived(self, c: ModelConfig) -> 'Mamba2Config':
+    return dataclasses.replace(
+        self, heads=self.heads or 2 * c.num_heads,
+        head_dim=self.head_dim or c.head_dim)
 
 
 class Mamba2(layer.Layer):
   """Positions are not read."""
   NAME = 'mamba2'
+  settings = Mamba2Config
 
   @property
   def key_axes(self) -> tuple[str | None, str | None]:

@@ -23,11 +23,42 @@ from architectures.parts.context import Context
 from architectures.parts.recurrent import layer
 from architectures.parts.recurrent import recurrence
 from configs.errors import require
+from configs.fields import field, SHAPES
+
+
+@dataclasses.dataclass(frozen=True)
+class RetNetConfig:
+  """Of mixer retnet. The paper's values are twice as wide as the keys."""
+  heads: int = field(0, 'heads, each with a state; derived: num_heads',
+                     resume=SHAPES)
+  key_dim: int = field(0, "size of a head's query and key; derived: head_dim",
+                       resume=SHAPES)
+  value_dim: int = field(0, "size of a head's value; derived: 2 head_dim",
+                         resume=SHAPES)
+
+  @property
+  def key_heads(self) -> int:
+    return self.heads
+
+  @property
+  def value_heads(self) -> int:
+    return self.heads
+
+  @property
+  def conv(self) -> int:
+    return 0
+
+  def derived(self, c: ModelConfig) -> 'RetNetConfig':
+    return dataclasses.replace(
+        self, heads=self.heads or c.num_heads,
+        key_dim=self.key_dim or c.head_dim,
+        value_dim=self.value_dim or 2 * c.head_dim)
 
 
 class RetNet(layer.Layer):
   """Its positions, if they turn, are those of a token in its document."""
   NAME = 'retnet'
+  settings = RetNetConfig
 
   def inputs(self, x_BLD: jax.Array, q_BLJK: jax.Array, k_BLJK: jax.Array,
              v_BLHU: jax.Array, ctx: Context) -> recurrence.Inputs:

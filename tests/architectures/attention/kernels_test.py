@@ -169,7 +169,7 @@ def tpus(name):
 # Kernel calls of a program: forward, and the gradient's two.
 PROGRAMS = {
     'gpt': (dict(), 3),
-    'banded': (dict(attention='global,banded', sliding_window=40, head_dim=128,
+    'banded': (dict(**models.banded(40), head_dim=128,
                     dtype='bfloat16'), 6),
     'dots': (dict(attention_sinks=True, remat='dots', head_dim=80,
                   attention_softcap=5.0), 3),

@@ -15,6 +15,7 @@ from architectures.parts.attention import multi_head, visibility
 from architectures.parts.config import LayerKind
 from configs import base, bert, gpt, mamba2
 from tests.helpers import flops_formulas as formulas
+from tests.helpers import models
 from training import objectives, paths, step, weights
 from training.costs import flops, peaks, totals, traced
 
@@ -44,12 +45,12 @@ def assert_counts(counted, oracle):
          value_residual=True),
     dict(block='parallel', position='rope', ffn='geglu', remat='full',
          attention_gate='headwise'),
-    dict(tie_embeddings=False, attention='global,banded', sliding_window=5,
+    dict(tie_embeddings=False, **models.banded(5),
          position='alibi'),
     dict(scan_layers=False, norm='rmsnorm', position='none', dtype='bfloat16',
          pattern='own,reads', kinds=dict(own={}, reads=dict(kv_sharing=True))),
-    dict(ffn='moe', moe=dict(num_experts=8, top_k=2, every=2,
-                             shared_experts=1, capacity_factor=1.25)),
+    dict(ffn='moe', **models.DENSE_MOE, moe=dict(
+        num_experts=8, top_k=2, shared_experts=1, capacity_factor=1.25)),
 ])
 def test_the_program_multiplies_what_the_formula_says(fields):
   config = model(**fields)
@@ -137,8 +138,9 @@ def test_a_prefix_counts_as_the_mean_over_all_prefixes(monkeypatch, name):
 
 def test_decoding_a_sequence_is_its_forward_pass():
   """Token by token with a cache: the same products, in the sum."""
-  config = model(attention='global,banded', sliding_window=5, ffn='moe',
-                 moe=dict(num_experts=8, top_k=2, every=2, shared_experts=1))
+  config = model(pattern='dense,moe', kinds=dict(
+      dense=dict(window=0, ffn='dense'), moe=dict(window=5)), ffn='moe',
+                 moe=dict(num_experts=8, top_k=2, shared_experts=1))
   whole = flops.forward_flops(config, 7)
   for part in whole:
     assert sum(flops.decode_flops(config, keys)[part]
@@ -148,7 +150,8 @@ def test_decoding_a_sequence_is_its_forward_pass():
 def test_mixture_of_experts_by_hand():
   """d 8, d_ff 16: SwiGLU is 3 * 2 * 8 * 16 = 768 a token and expert."""
   config = model(d_model=8, num_heads=2, num_layers=2, d_ff=16, ffn='moe',
-                 moe=dict(num_experts=4, top_k=2, ffn='swiglu', every=2))
+                 **models.DENSE_MOE,
+                 moe=dict(num_experts=4, top_k=2, ffn='swiglu'))
   parts = flops.forward_flops(config, 10)
   assert parts['attention'] == 2 * 4 * 8 * 55  # 1 + 2 + ... + 10 keys
   assert parts['weights'] == (

@@ -30,7 +30,7 @@ def test_learned_positions_refuse_or_interpolate():
   assert variants(2) == {'learned': None}
   stretched = variants(4, interpolate=True)
   assert stretched['learned'] is None
-  assert stretched['learned, interpolated'].learned_stretch == 4
+  assert stretched['learned, interpolated'].learned.stretch == 4
 
 
 def test_rope_is_tried_with_each_scaling():

@@ -148,12 +148,12 @@ MODERNBERT = dict(
 
 def test_robertas_first_token_stands_after_the_row_of_padding(tmp_path):
   c = hf_config.read(ROBERTA)
-  assert (c.max_len, c.position_offset) == (512, 2)
+  assert (c.max_len, c.learned.offset) == (512, 2)
   c = hf_config.read(ROBERTA | dict(pad_token_id=0))
-  assert (c.max_len, c.position_offset) == (513, 1)
-  with pytest.raises(RequestError, match='position_offset is 0: transformers'):
+  assert (c.max_len, c.learned.offset) == (513, 1)
+  with pytest.raises(RequestError, match='learned.offset is 0: transformers'):
     hf_config.write(architectures.resolve(
-        models.config('roberta', position_offset=0)))
+        models.config('roberta', learned=dict(offset=0))))
   with pytest.raises(RequestError, match='max_position_embeddings 2, of which'):
     hf_config.read(ROBERTA | dict(max_position_embeddings=2))
   # As roberta-base, whose files have a pooler that nothing trained.

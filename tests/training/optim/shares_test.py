@@ -15,7 +15,7 @@ from training import paths
 from training.optim import optimizers
 from training.step import optimizer, parameter_shares
 
-LAYERS = dict(num_layers=4, attention='global,banded', sliding_window=8)
+LAYERS = dict(num_layers=4, **models.banded(8))
 
 
 def optim(**fields):

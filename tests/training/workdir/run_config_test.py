@@ -9,6 +9,7 @@ import ml_collections
 import pytest
 
 import architectures
+from architectures.parts import tables
 from configs import base
 from configs.errors import RequestError
 from training import runs
@@ -60,19 +61,6 @@ def test_derived_names_must_be_fields(tmp_path):
     run_config.save(tmp_path, _config(), {'model.width': 1})
 
 
-def test_every_field_of_base_has_a_class():
-  flat = run_config.flatten(base.base())
-  for name in flat:
-    kind, why = run_config.classify(name, flat, flat)
-    assert kind in (SAFE, OPTIMISATION, INCOMPATIBLE) and why, name
-
-
-def test_every_row_is_reached_by_a_field_of_base():
-  """A row of a field that is gone, or below one that takes all, is dead."""
-  flat = run_config.flatten(base.base())
-  reached = {run_config.row(name) for name in flat}
-  dead = [row[0] for row in run_config.CLASSES if row not in reached]
-  assert not dead
 
 
 @pytest.mark.parametrize('name, value, kind', [
@@ -152,11 +140,6 @@ def test_a_derived_value_is_what_is_compared():
   assert (other.kind, other.old, other.new) == (INCOMPATIBLE, 256, 300)
 
 
-def test_an_uncovered_field_is_an_error_that_says_where_to_add_it():
-  new = base.base()
-  new.model.wibble = 1
-  with pytest.raises(ValueError, match="'model.wibble' has no row in CLASSES"):
-    run_config.compare(base.base(), new)
 
 
 def test_table_puts_the_worst_first_in_even_columns():
@@ -178,12 +161,15 @@ def test_what_print_config_prints_is_that_config(system):
   config = importlib.import_module(f'configs.{system}').get_config('tiny')
   printed = json.loads(json.dumps(runs.printable(config)))
   model, _ = runs.resolve(config, tokenizers.load('bytes'))
-  assert architectures.resolve(run_config.from_json(printed).model) == model
+  again = architectures.resolve(run_config.from_json(printed).model)
+  left = dict.fromkeys(tables.unread(model))
+  assert {**tables.flat(tables.as_dict(again)), **left} == {
+      **tables.flat(tables.as_dict(model)), **left}
   assert printed['model']['vocab_size'] == 384
   assert printed['model']['head_dim'] == (
       config.model.head_dim or config.model.d_model // config.model.num_heads)
-  flat = run_config.flatten(config)
-  assert run_config.flatten_dict(printed).keys() == flat.keys()
+  assert run_config.flatten_dict(printed).keys() <= (
+      run_config.flatten(config).keys())
 
 
 # What stands for a field of config.json, and the field.
@@ -223,10 +209,8 @@ def test_a_config_that_is_none_is_refused(text, tmp_path):
 @pytest.mark.parametrize('change, sentence', [
     (lambda tree: tree.update(format=2), 'is of format 2, and this version'),
     (lambda tree: tree.pop('format'), 'is of format None, and this version'),
-    (lambda tree: tree['train'].pop('z_loss'),
-     'train.z_loss is a field of this version of the code alone'),
     (lambda tree: tree['train'].update(y_loss=0),
-     'train.y_loss is a field of another version of the code alone')])
+     'train.y_loss is no config field')])
 def test_a_config_of_another_version_is_refused(change, sentence, tmp_path):
   file = _saved(tmp_path)
   tree = json.loads(file.read_text())

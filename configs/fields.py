@@ -1,0 +1,156 @@
+"""A field of a config is declared once, beside what reads it.
+
+A group of fields is a frozen dataclass, each field of it made by `field`: its
+default, a sentence, its range or choices, and what a change of it does to a run
+that is resumed. All else reads the declarations: a config's defaults, flags and
+their checks, the reference page, what resuming compares, what an export says.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+import dataclasses
+import math
+import operator
+from typing import Any, NamedTuple
+
+from configs.errors import one_of, require, short
+
+# What a change of a field does to a run that is resumed.
+SAFE = 'safe'
+OPTIMISATION = 'changes the optimisation'
+INCOMPATIBLE = 'incompatible'
+
+
+class Resume(NamedTuple):
+  """What a change of a field does to a run that is resumed, and why."""
+  kind: str
+  why: str
+
+
+SAME = Resume(SAFE, 'the same function, computed another way')
+FUNCTION = Resume(OPTIMISATION, 'the same parameters in another function')
+REGULARISATION = Resume(OPTIMISATION, 'another regularisation')
+AT_START = Resume(OPTIMISATION, 'read only where a run begins: a resumed run '
+                  'ignores it')
+PARAMETERS = Resume(INCOMPATIBLE, 'other parameters')
+SHAPES = Resume(INCOMPATIBLE, 'parameters of another shape or dtype')
+
+# What a field of a model is about.
+PART = 'part'  # which function of its sizes the model is
+SIZE = 'size'  # how large it is, and what is read off it
+RECIPE = 'recipe'  # how a system is trained: not what an export says
+RUN = 'run'  # how one run computes, or keeps from overfitting
+
+_SIGNS: dict[str, Callable[[Any, Any], bool]] = {
+    '>=': operator.ge, '>': operator.gt, '<=': operator.le, '<': operator.lt}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+  """What `field` was told; see there."""
+  doc: str
+  choices: Collection[str]
+  bounds: tuple[tuple[str, float], ...]
+  resume: Resume | Callable[[Mapping, Mapping], Resume]
+  about: str
+  of_layers: bool
+  several: bool
+  read_by: tuple[str, ...]
+
+
+def field(default: Any, doc: str, *, choices: Collection[str] = (),
+          least: float | None = None, above: float | None = None,
+          most: float | None = None, below: float | None = None,
+          resume: Resume | Callable[[Mapping, Mapping], Resume] = PARAMETERS,
+          about: str = PART, of_layers: bool = False, several: bool = False,
+          read_by: str | tuple[str, ...] = ()) -> Any:
+  """Declares a field of a group, a frozen dataclass.
+
+  Args:
+    default: its value where nothing else is said.
+    doc: one sentence, or less, for the reference.
+    choices: the names that a text may be.
+    least, above, most, below: the range of a number. A whole number is 0 or
+      more where nothing else is said.
+    resume: what a change does to a run that is resumed; or a function of the
+      fields of the old and the new config, by dotted name, that tells.
+    about: PART, SIZE, RECIPE or RUN.
+    of_layers: whether a kind of layer may have its own.
+    several: whether a text holds names with commas between.
+    read_by: when it is read, by other fields of the model: 'NAME' (which is
+      set), 'NAME=VALUE,VALUE', 'NAME!=VALUE,VALUE' or 'NAME>NUMBER'; of
+      several, one must hold. ('' always.)
+  """
+  if type(default) is int and least is None and above is None:
+    least = 0
+  bounds = tuple((sign, bound) for sign, bound in zip(
+      _SIGNS, (least, above, most, below)) if bound is not None)
+  read_by = (read_by,) if isinstance(read_by, str) else read_by
+  return dataclasses.field(default=default, metadata={'rule': Rule(
+      doc, choices, bounds, resume, about, of_layers, several, read_by)})
+
+
+class Leaf(NamedTuple):
+  """A declared field by its dotted name."""
+  name: str
+  default: Any
+  rule: Rule
+
+  @property
+  def type(self) -> type:
+    return type(self.default)
+
+
+def leaves(group: type, prefix: str = '') -> Iterator[Leaf]:
+  """Yields the fields that a group declares, and those of groups in it."""
+  for own in dataclasses.fields(group):
+    if dataclasses.is_dataclass(own.default_factory):
+      yield from leaves(own.default_factory, f'{prefix}{own.name}.')
+    elif 'rule' in own.metadata:
+      yield Leaf(prefix + own.name, own.default, own.metadata['rule'])
+
+
+def check(leaf: Leaf, value: Any, who: str = '',
+          choices: Collection[str] = ()) -> None:
+  """Raises RequestError unless a value is of a field's type, in its range and
+  among its choices. What is traced, where runs train as one, passes.
+
+  Args:
+    leaf: the field.
+    value: what it is to be.
+    who: what the sentence begins with; '': the field's name.
+    choices: in place of those that are declared.
+  """
+  who, rule = who or leaf.name, leaf.rule
+  if hasattr(value, 'dtype'):
+    return
+  check_type(value, leaf.default, who)
+  if leaf.type in (int, float):
+    check_number(who, value, rule.bounds)
+  choices = choices or rule.choices
+  if choices:
+    for name in value.split(',') if rule.several else (value,):
+      one_of(who, name, choices)
+
+
+def check_type(value: Any, default: Any, who: str) -> None:
+  """Raises RequestError unless `value` is of the type that a field's default
+  has; an integer does where a float is expected."""
+  kind = type(default)
+  if isinstance(default, Mapping) or hasattr(default, 'to_dict'):
+    require(hasattr(value, 'items'), f'{who} is {short(value)}, of type '
+            f'{type(value).__name__}: it must be a group of fields')
+    return
+  require(type(value) is kind or kind is float and type(value) is int,
+          f'{who} is {short(value)}, of type {type(value).__name__}: it must '
+          f'be of type {kind.__name__}, as its default {default!r} is')
+
+
+def check_number(who: str, value: float, bounds: Collection[tuple[str, float]]
+                 ) -> None:
+  """Raises RequestError unless a number is finite and within its bounds: pairs
+  of a sign and a number, such as ('>=', 1)."""
+  fits = all(_SIGNS[sign](value, bound) for sign, bound in bounds)
+  text = ' and '.join(f'{sign} {bound:,}' if type(bound) is int else
+                      f'{sign} {bound:g}' for sign, bound in bounds)
+  require(fits and -math.inf < value < math.inf, f'{who} is {short(value)}: it '
+          f'must be {text or "a finite number"}')

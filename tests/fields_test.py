@@ -1,0 +1,169 @@
+"""Properties of every declared field of a config: what is out of its type,
+range or choices is refused, any other value is taken from a flag, and what no
+part of the model reads is refused too."""
+
+import subprocess
+import sys
+
+from absl import flags
+from hypothesis import given, settings
+from hypothesis import strategies as st
+import ml_collections
+import pytest
+
+import architectures
+from architectures.parts import tables
+from configs import base
+from configs.errors import RequestError, short
+from tests.helpers import models
+from training import cli, config_files, limits, runs
+
+FIELDS = st.sampled_from(sorted(base.FIELDS))
+
+
+def set_in(config: ml_collections.ConfigDict, name: str, value) -> None:
+  """Sets a field to a value of any type."""
+  *groups, last = name.split('.')
+  for group in groups:
+    config = config[group]
+  with config.ignore_type(), config.unlocked():
+    config[last] = value
+
+
+def choices(name: str) -> list[str]:
+  return sorted(tables.CHOICES.get(name.removeprefix('model.'), ())
+                or base.FIELDS[name].rule.choices)
+
+
+def another(name: str):
+  """Returns a value that a field may have and that is not its default."""
+  leaf = base.FIELDS[name]
+  bounds = dict(leaf.rule.bounds)
+  if leaf.type is bool:
+    return not leaf.default
+  if leaf.type is str:
+    return next((x for x in choices(name) if x != leaf.default), 'other')
+  if leaf.type is tuple:
+    return (1.5,)
+  most = bounds.get('<=', bounds.get('<', 1e9))
+  return (leaf.default + 1 if leaf.default + 1 < most else
+          leaf.default / 2 or most / 2)
+
+
+@st.composite
+def wrong(draw):
+  """A field, and a value that it may not have."""
+  name = draw(FIELDS)
+  leaf = base.FIELDS[name]
+  bounds = dict(leaf.rule.bounds)
+  kinds = [x for x in (None, True, 3, 2.5, 'x', (1,))
+           if type(x) is not leaf.type
+           and not (leaf.type is float and isinstance(x, int))]
+  values = [st.sampled_from(kinds)]
+  if leaf.type is float:
+    values.append(st.sampled_from([float('nan'), float('inf')]))
+  for sign, beyond in (('>=', -1), ('>', 0), ('<=', 1), ('<', 0)):
+    if sign in bounds:
+      values.append(st.just(leaf.type(bounds[sign] + beyond)))
+  if leaf.type is str and choices(name):
+    values.append(st.text('abcxyz', min_size=9, max_size=9))
+  return name, draw(st.one_of(values))
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(wrong())
+def test_a_wrong_value_is_refused_by_name_and_value(case):
+  name, value = case
+  config = base.base()
+  set_in(config, name, value)
+  with pytest.raises(RequestError) as refusal:
+    limits.ranges(config)
+    tables.check_fields(config.model.to_dict())
+  assert name in str(refusal.value) and short(value) in str(refusal.value)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(wrong())
+def test_a_run_refuses_it_before_any_other_work(case):
+  config = base.base()
+  set_in(config, *case)
+  with pytest.raises(RequestError, match=case[0]):
+    runs.check_config(config)
+
+
+def test_every_field_can_be_set_by_a_flag():
+  found = {name: another(name) for name in base.FIELDS}
+  argv = ['train.py', '--config=configs/gpt.py',
+          *(f'--config.{name}={value}' for name, value in found.items())]
+  try:
+    cli.define_config()
+    cli.parse('', argv)
+    config = flags.FLAGS.config
+    assert {name: limits.get(config, name) for name in found} == found
+    assert set(cli.overrides()) == found.keys()
+    config_files.check_config_fields(config, 'it')
+    limits.ranges(config)
+    tables.check_fields(config.model.to_dict())
+  finally:
+    for name in list(flags.FLAGS):
+      if name.startswith('config.'):
+        delattr(flags.FLAGS, name)
+    flags.FLAGS.unparse_flags()
+
+
+@pytest.mark.parametrize('system', ['gpt', 'mixtral', 't5', 'gemma3',
+                                    'kimi_linear'])
+def test_what_is_not_read_is_refused_by_hand_and_is_nowhere(system):
+  """And what a file says of a part that was swapped away is left out."""
+  config = base.base()
+  config.model = models.config(system)
+  c = architectures.resolve(config.model)
+  unread = tables.unread(c)
+  assert {name.split('.')[0] for name in unread} >= {'mamba2', 'streams'}
+  for name in tables.FIELDS:
+    own = config.copy_and_resolve_references()
+    value = another(f'model.{name}')
+    set_in(own, f'model.{name}', value)
+    if name in unread:
+      with pytest.raises(RequestError) as refusal:
+        limits.refuse_unread_of([f'model.{name}'], own, c)
+      assert all(word in str(refusal.value) for word in (
+          f'model.{name} is {value}', unread[name], 'Leave it at'))
+    else:
+      limits.refuse_unread_of([f'model.{name}'], own, c)
+  read = tables.flat(limits.as_read(config, c))
+  assert not {f'model.{name}' for name in unread} & read.keys()
+  assert tables.make(tables.as_dict(c)) == c
+  for group, settings_ in tables.GROUPS.items():
+    gone = all(f'{group}.{leaf.name}' in unread
+               for leaf in tables.declared.leaves(settings_))
+    assert (getattr(c, group) is None) == gone
+
+
+def test_a_dense_twin_says_nothing_of_experts():
+  config = models.config('mixtral')
+  config.ffn = 'swiglu'
+  c = architectures.resolve(config)
+  assert c.moe is None
+  assert not any(name.startswith('moe.') for name in tables.flat(
+      tables.as_dict(c)))
+
+
+def test_every_field_says_what_it_is():
+  assert all(leaf.rule.doc for leaf in base.FIELDS.values())
+
+
+@pytest.mark.slow
+def test_a_refusal_comes_before_any_device_work(tmp_path):
+  """At the end of a refused run no backend of JAX has been started."""
+  result = subprocess.run(
+      [sys.executable, '-c', 'import atexit, sys, train; from training import '
+       'cli; from jax._src import xla_bridge; atexit.register(lambda: print('
+       '"backends", len(xla_bridge._backends))); cli.run(train.main)',
+       '--config', 'configs/gpt.py', f'--workdir={tmp_path}/run',
+       '--config.model.norm=layernrom'], capture_output=True, text=True,
+      timeout=100)
+  assert result.returncode == 2, result.stderr
+  assert "Did you mean 'layernorm'?" in result.stderr
+  assert result.stdout == 'backends 0\n'
+  assert not (tmp_path / 'run').exists()
