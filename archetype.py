@@ -32,9 +32,9 @@ import architectures
 from architectures.parts.config import ModelConfig
 from configs import base
 from configs.errors import require, short
-from training import config_files, fields as fields_of, generate as generation
+from training import chat, config_files, fields as fields_of
+from training import generate as generation
 from training import limits, objectives, parameters, paths, runs, weights
-from training.chat import load as chat_load
 from training.costs import totals
 from training.data import inputs as inputs_of
 from training.data import tokenizers
@@ -42,7 +42,7 @@ from training.data.texts import checked
 from training.hf import config as hf_config
 from training.hf import generation as hf_generation
 from training.hf import heads as hf_heads
-from training.insides import record
+from training.inspect import record
 from training.objectives import record as objective_record
 from training.workdir import checkpoints, run_config, storage
 
@@ -144,10 +144,10 @@ class Model:
     return found if cross is None else found | {'cross': _in_numpy(cross)}
 
   def inspect(self, tokens: Tokens, decoder_tokens: Tokens | None = None, *,
-              top: int = record.TOP, **inputs: Tokens) -> record.Insides:
-    """Returns the insides in numpy: attention and its entropy, the residual
-    stream, the logit lens (`top` tokens) and the experts' choices, as
-    record.Insides has them. The arguments are those of a call of the model."""
+              top: int = record.TOP, **inputs: Tokens) -> record.Inspection:
+    """Returns what the model computes, in numpy: attention and its entropy,
+    the residual stream, the logit lens (`top` tokens) and the experts' choices,
+    as record.Inspection has them. The arguments are those of a call."""
     arrays = self._arrays(tokens, decoder_tokens, inputs)
     require(top >= 0, f'top is {top}: it must be at least 0')
     return record.of(self.module, self.params, arrays, top)
@@ -271,7 +271,7 @@ class Model:
     require(objective.prompt is not None and self.config.head == 'lm',
             'this model writes no text: its objective is '
             f'{config.objective} and its head {self.config.head!r}')
-    return chat_load.shown(texts, config, tokenizer, self.said)
+    return chat.shown(texts, config, tokenizer, self.said)
 
   def _run(self, wanted: str, tokens: Tokens, decoder_tokens: Tokens | None,
            inputs: Mapping[str, Tokens]) -> Any:

@@ -56,8 +56,6 @@ def run(evaluation):
   import jax
 
   from training import objectives
-  from training.data import pipeline
-  from training.distributed import devices
   run_, most = evaluation.run, evaluation.options.among
   objective = objectives.of(run_.config)
 
@@ -68,18 +66,17 @@ def run(evaluation):
     return (right * batch['weights']).sum(), batch['weights'].sum()
 
   step = evaluation.program(lambda: found, 'among', most)
-  loader, = pipeline.held_out(
-      run_.config, evaluation.tokenizer,
-      *devices.batch_shard(run_.place, run_.config.data.batch_size))
-  sums = [step(evaluation.params, devices.put(batch, run_.place))
+  loader, = evaluation.held_out()
+  sums = [step(evaluation.params, run_.put(batch))
           for batch in loader.iterate()]
   right, count = (float(sum(one)) for one in zip(*sums))
   print(f'{right / count:.4f} of {count:,.0f} targets')
   return dict(share=right / count)
 
 
-TASK = Task('the share of targets among the likeliest tokens', run, flags=(
-    Flag('among', 5, 'So many of the likeliest tokens.', 1, 10_000),))
+TASKS = {'among': Task(
+    'the share of targets among the likeliest tokens', run, flags=(
+        Flag('among', 5, 'So many of the likeliest tokens.', 1, 10_000),))}
 ''',
     'training/data/probes/majority.py': '''
 """Are most bits so far ones?"""

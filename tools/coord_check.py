@@ -84,7 +84,6 @@ def main():
   json_file = storage.output(args.json, '--json')
   if args.plot:
     storage.try_file(args.plot, '--plot')
-    _pyplot()
   lr = LRS[args.optimizer] if args.lr is None else args.lr
   rows = []
   for (system, mixer), name in itertools.product(
@@ -230,17 +229,13 @@ def text(row: dict) -> str:
 def plot(rows: list[dict], path: str) -> None:
   """Draws sizes over width: a row of panels for each system and form, a panel
   for each output, a line for each step."""
-  pyplot = _pyplot()
-  from matplotlib import ticker
+  import matplotlib
+  matplotlib.use('Agg')
+  from matplotlib import pyplot
   outputs = rows[0]['outputs']
   figure, panels = pyplot.subplots(
       len(rows), len(outputs), squeeze=False, sharey='col',
       figsize=(3.2 * len(outputs), 2.3 * len(rows)), layout='constrained')
-  # Few powers of ten, or halves and fifths of them, lie in a narrow range.
-  columns = [[step[i] for row in rows for s in row['sizes'] for step in s]
-             for i in range(len(outputs))]
-  locators = [ticker.LogLocator(subs=(1, 2, 5)) if max(x) > 8 * min(x) else
-              ticker.MaxNLocator(4) for x in columns]
   for row, line in zip(rows, panels):
     for i, (name, panel) in enumerate(zip(outputs, line)):
       for n in range(row['steps'] + 1):
@@ -248,32 +243,13 @@ def plot(rows: list[dict], path: str) -> None:
                      marker='.', label=f'step {n}',
                      color=pyplot.cm.viridis(n / (row['steps'] + 0.5)))
       panel.set_xticks(row['widths'], row['widths'])
-      panel.yaxis.set_major_locator(locators[i])
-      panel.yaxis.set_major_formatter('{x:.3g}')
-      panel.minorticks_off()
-      panel.tick_params(labelsize=8)
       panel.set_title(f'{row["system"]}, {row["parametrization"]}: {name}',
                       fontsize=9)
-      panel.grid(alpha=0.3)
-    line[0].set_ylabel('mean |x|')
-  for panel in panels[-1]:
-    panel.set_xlabel('model.d_model')
+      panel.set(xlabel='model.d_model', ylabel='mean |x|')
   figure.legend(*panels[0][0].get_legend_handles_labels(),
                 loc='outside right upper', fontsize=8)
-  figure.suptitle('size of what each part returns, by width')
   figure.savefig(path, format='png', dpi=110)
   pyplot.close(figure)
-
-
-def _pyplot():
-  try:
-    import matplotlib
-  except ImportError as error:
-    raise RequestError("--plot needs matplotlib: pip install -e '.[plot]'"
-                       ) from error
-  matplotlib.use('Agg')
-  from matplotlib import pyplot
-  return pyplot
 
 
 if __name__ == '__main__':

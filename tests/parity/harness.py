@@ -123,10 +123,11 @@ def _recipe_differs(ours: Any, theirs: Any) -> float:
   """
   import torch
 
-  from training.evals import scoring, strided
+  from training.evals import scoring
+  from training.evals.tasks import loss
   ids = np.array([ours.eot_token_id,
                   *ours.tok_encode(TEXT, add_special_tokens=False)], np.int32)
-  questions = list(strided.windows(ids, LENGTH, STRIDE))
+  questions = list(loss.windows(ids, LENGTH, STRIDE))
   with ours.evaluation.run.context():
     answers = scoring.answer(questions, ours.evaluation, '')
   # https://huggingface.co/docs/transformers/perplexity

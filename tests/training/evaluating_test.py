@@ -121,7 +121,7 @@ def test_extrapolation_counts_the_tokens_that_there_are(folder, capsys):
   c = config_of(folder, 'text:{0}/c.txt', position='none', num_layers=1)
   evaluation = evaluation_of(c, folder)
   with evaluation.run.context():
-    found = extrapolation.TASK.run(evaluation)
+    found = extrapolation.TASKS['extrapolation'].run(evaluation)
   end = BYTES.separator_id
   ids = np.array([end, *(folder / 'c.txt').read_bytes(), end])
   rows = {line.split()[0]: line.split()[1:]

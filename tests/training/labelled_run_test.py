@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from tests.training import vectorised_test
-from training import loop, parameters, runs
+from training import runs
 from training.data import pipeline, tokenizers
-from training.workdir import checkpoints
 
 BYTES = tokenizers.load('bytes')
 STEPS = 24
@@ -47,11 +46,7 @@ def config(folder, arch='bert', objective='classification', **changes):
 
 
 @pytest.mark.parametrize('arch, objective, fields', [
-    ('bert', 'classification', {}),
-    pytest.param('gpt', 'classification', {}, marks=pytest.mark.long),
-    pytest.param('bert', 'regression', dict(optim__lr=3e-3),
-                 marks=pytest.mark.long),
-    pytest.param('gpt', 'regression', {}, marks=pytest.mark.long)])
+    ('bert', 'classification', {}), ('gpt', 'regression', {})])
 @pytest.mark.slow
 def test_every_stack_learns_it(folder, arch, objective, fields, tmp_path):
   c = config(folder, arch, objective, **dict(train__steps=120) | fields)
@@ -84,7 +79,6 @@ def _same(ours, theirs, rtol):
           for workdir in (ours, theirs)], rtol=rtol, atol=rtol)
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_it_goes_on_bit_for_bit(folder, tmp_path):
   first, whole = (config(folder, model__dropout=0.1, train__steps=steps,
@@ -97,20 +91,6 @@ def test_it_goes_on_bit_for_bit(folder, tmp_path):
   lengths = {row['tokens_per_second'] * row['step_seconds']
              for row in vectorised_test.rows(tmp_path / 'one')}
   assert {round(x) for x in lengths} == {8 * 16, 8 * 32}  # tokens of a step
-
-
-@pytest.mark.long
-def test_eight_devices_and_micro_batches_equal_one(folder, alone, tmp_path):
-  parts = tmp_path / 'parts'
-  c = config(folder, mesh__data=2, mesh__fsdp=2, mesh__tensor=2,
-             train__grad_accumulation=2)
-  model, derived = runs.resolve(c, BYTES)
-  run = runs.build(c, model)
-  with checkpoints.Checkpoints(parts, **c.checkpoint) as saved:
-    state, start = parameters.restore_or_create(run, saved)
-    loop.train(run, state, start, pipeline.training_loader(c, BYTES),
-               pipeline.held_out(c, BYTES), saved, parts)
-  _same(parts, alone[0][1], 3e-4)
 
 
 def test_a_run_says_how_rows_are_padded_and_cut(folder):

@@ -8,7 +8,7 @@ import types
 from configs.errors import one_of, require, short
 from tools.compare import plan as plans
 from training import early_stopping, evals
-from training.evals import constant
+from training.evals.tasks import probe as probe_task
 
 _ENTRIES = ('workload', 'figure', 'better', 'name', 'chance')
 
@@ -176,8 +176,8 @@ def chance(own: dict, config, vocab: int, bytes_per_token: float, file: str
   if own['figure'] == 'bits_per_byte' and bytes_per_token:
     return math.log2(vocab) / bytes_per_token
   probed = objectives.of(config).records == probes.KIND
-  if probed and own['figure'] in constant.FIGURES:
-    return constant.score(config, own['figure'])
+  if probed and own['figure'] in probe_task.CONSTANT_FIGURES:
+    return probe_task.constant(config, own['figure'])
   if own['figure'] == 'accuracy':
     return 0.0
   require(False, f'{file}: measure {own["name"]!r} needs a chance: what '

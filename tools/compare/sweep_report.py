@@ -24,7 +24,7 @@ from tools.compare.curves import AXES, SPLITS, Point, Run, Sweep
 from tools.compare.statistics import Interval
 from tools.compare.tables import UNKNOWN, Cell, Table, label
 from training import evals
-from training.evals.by_position import Text, loss_at
+from training.evals.tasks.extrapolation import Text, loss_at
 
 FILES = ('report.html', 'report.csv', 'curves.csv')
 WORDS = {  # of a verdict

@@ -21,7 +21,7 @@ def of(suite: suites.Suite, workdir: epath.Path) -> dict[str, Any]:
   diverged is none to choose.
   """
   from training.data import probes
-  from training.evals import constant
+  from training.evals.tasks import probe as probe_task
   tasks = {}
   for task, config in suite.configs.items():
     by_lr: dict[float, list] = {}
@@ -34,7 +34,7 @@ def of(suite: suites.Suite, workdir: epath.Path) -> dict[str, Any]:
     by_lr = {lr: each for lr, each in by_lr.items() if lr not in diverged}
     tasks[task] = dict(
         steps=config.train.steps, diverged=diverged,
-        what=probes.of(config).level, commonest=constant.score(config),
+        what=probes.of(config).level, commonest=probe_task.constant(config),
         **_of_best(by_lr))
   return dict(suite=suite.file, seeds=list(suite.seeds), tasks=tasks)
 

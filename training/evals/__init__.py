@@ -1,8 +1,8 @@
 """What eval.py can measure of a checkpoint: one record a task, in TASKS.
 
-To add the task NAME, write tasks/NAME.py with its record, TASK; task.py says
-what a record holds. eval.py and the sweeps take the names of the tasks and
-their flags from this table.
+To add the task NAME, write a file in tasks/ with its record in a table TASKS;
+task.py says what a record holds. eval.py and the sweeps take the names of the
+tasks and their flags from this table.
 """
 
 from collections.abc import Collection, Sequence
@@ -20,14 +20,15 @@ import ml_collections
 
 from configs.errors import RequestError, one_of, require, short
 from training.evals import tasks
-from training.evals.task import Evaluation, Flag, Task
+from training.evals.task import Evaluation, Task
 from training.workdir import storage
 
 flags.disclaim_key_flags()  # what is defined here belongs to who calls
 
 TASKS: dict[str, Task] = {
-    file.name: importlib.import_module(f'{tasks.__name__}.{file.name}').TASK
-    for file in pkgutil.iter_modules(tasks.__path__)}
+    name: row for file in pkgutil.iter_modules(tasks.__path__)
+    for name, row in importlib.import_module(
+        f'{tasks.__name__}.{file.name}').TASKS.items()}
 
 
 def task(name: str, where: str = '--tasks') -> Task:
@@ -69,22 +70,17 @@ def define_flags() -> None:
   """Defines the flags of all tasks; one that several read is defined once."""
   define = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer,
             float: flags.DEFINE_float, str: flags.DEFINE_string}
-  readers: dict[str, dict[str, Flag]] = {}
-  for name, row in TASKS.items():
-    for flag in row.flags:
-      readers.setdefault(flag.name, {})[name] = flag
-  for name, read_by in readers.items():
-    flag, *others = read_by.values()
-    assert all(flag[:2] == other[:2] for other in others), name
+  for name in {flag.name: None for row in TASKS.values() for flag in row.flags}:
+    read_by = {own: flag for own, row in TASKS.items() for flag in row.flags
+               if flag.name == name}
+    flag = next(iter(read_by.values()))
     bounds = {} if flag.least is None else dict(
         lower_bound=flag.least, upper_bound=flag.most)
-    tasks: dict[str, list[str]] = {}  # by what they say of it
-    for task, own in read_by.items():
-      tasks.setdefault(own.help, []).append(task)
-    define[type(flag.default)](
-        name, flag.default, ' '.join(f'{", ".join(names)}: {said}'
-                                     for said, names in tasks.items()),
-        **bounds)
+    texts = {other.help: ', '.join(own for own, one in read_by.items()
+                                   if one.help == other.help)
+             for other in read_by.values()}
+    define[type(flag.default)](name, flag.default, ' '.join(
+        f'{names}: {text}' for text, names in texts.items()), **bounds)
 
 
 def defaults() -> types.SimpleNamespace:
@@ -115,22 +111,20 @@ def asked_for(names: Sequence[str], values: flags.FlagValues
         asked.setdefault(name, flag.name)
   require(bool(asked), "--tasks is '', so nothing is evaluated: choose from "
           f'{", ".join(TASKS)}')
-  _check_read(asked, values)
-  return asked
-
-
-def _check_read(names: Collection[str], values: flags.FlagValues) -> None:
-  """Raises RequestError for a flag of the command line that no task reads."""
-  read = {flag.name for name in names for flag in task(name).flags}
+  read = {flag.name for name in asked for flag in task(name).flags}
   for row in TASKS.values():
     for flag in row.flags:
+      readers = [name for name, other in TASKS.items()
+                 if flag.name in (one.name for one in other.flags)]
       require(flag.name in read or not values[flag.name].present,
-              f'--{flag.name} is read by {_readers(flag.name)}')
-  for name in names:
+              f'--{flag.name} is read by {", ".join(readers)} alone: add it to '
+              '--tasks')
+  for name in asked:
     argument = ':' in name and task(name).argument
     require(not argument or not values[argument].present, f'--{argument} is '
             f'beside --tasks={name}, which says the same: leave one of them '
             'out')
+  return asked
 
 
 def check_text(text: str, names: Collection[str]) -> None:
@@ -139,16 +133,6 @@ def check_text(text: str, names: Collection[str]) -> None:
   require(not text or any(task(name).held_out for name in names), '--text is '
           f'{short(text)}, which {", ".join(names)} would not read: leave it '
           f'out, or add a task that does to --tasks, of {", ".join(readers)}')
-
-
-def _readers(flag: str) -> str:
-  """Returns the tasks that read a flag, and how to have one done."""
-  names = [name for name, row in TASKS.items()
-           if flag in (own.name for own in row.flags)]
-  if len(names) == 1:
-    return f'the task {names[0]} alone: add it to --tasks'
-  return (f'the tasks {", ".join(names[:-1])} and {names[-1]} alone: add one '
-          'of them to --tasks')
 
 
 def check_task(name: str, options: Any, config: ml_collections.ConfigDict,
@@ -166,7 +150,8 @@ def check_task(name: str, options: Any, config: ml_collections.ConfigDict,
   reason = row.unfit(config)
   require(not reason, f'{reason}: leave {name} out of --tasks'
           if asked_by == 'tasks' else f'--{asked_by} asks for the task {name}, '
-          f'and {reason}: leave --{asked_by} out{_instead(name, asked_by)}')
+          f'and {reason}: leave --{asked_by} out, or add another task that '
+          'reads it to --tasks')
   own = _options(row, name, options)
   row.check(own)
   row.fits(config, own)
@@ -175,12 +160,10 @@ def check_task(name: str, options: Any, config: ml_collections.ConfigDict,
     storage.try_file(workdir / file, '--workdir')
 
 
-def _instead(name: str, flag: str) -> str:
-  """Returns which other tasks read a flag that asks for the task `name`."""
-  others = [other for other, row in TASKS.items() if other != name
-            and flag in (own.name for own in row.flags)]
-  return (f', or add a task that reads it to --tasks, of {", ".join(others)}'
-          if others else '')
+def _check_picture(name: str, row: Task) -> None:
+  require(not row.picture or importlib.util.find_spec('matplotlib') is not None,
+          f'the task {name} draws a picture, which needs the package '
+          "matplotlib: pip install -e '.[plot]'")
 
 
 def listed(names: str | Sequence[str]) -> list[str]:
@@ -218,7 +201,9 @@ def check_without_flags(name: str, where: str) -> Task:
 
 
 def check_in_training(config: ml_collections.ConfigDict) -> None:
-  """Raises RequestError for what eval.tasks asks of a run and cannot get."""
+  """Raises RequestError for what eval.tasks and eval.best ask of a run and
+  cannot get. An eval.best of a task whose figures are known only when it is
+  done is tried before the first step."""
   names = listed(config.eval.tasks)
   every = config.eval.tasks_every_steps
   require(bool(names) or not every, f'eval.tasks_every_steps is {every}, but '
@@ -227,25 +212,11 @@ def check_in_training(config: ml_collections.ConfigDict) -> None:
   twice = {name for name in names if names.count(name) > 1}
   require(not twice, f'eval.tasks names {", ".join(sorted(twice))} twice')
   for name in names:
-    row = check_without_flags(name, 'eval.tasks')
-    reason = row.unfit(config)
+    reason = check_without_flags(name, 'eval.tasks').unfit(config)
     require(not reason, f'{reason}: leave {name} out of eval.tasks')
-  _check_best(config)
-
-
-def _check_best(config: ml_collections.ConfigDict) -> None:
-  """Raises RequestError where eval.best is no figure of its task. One whose
-  figures are known only when it is done is tried before the first step."""
   name, is_task, figure = config.eval.best.partition('/')
   known = task(name, 'eval.best').figures(config) if is_task else None
   require(known is None or any(fnmatch.fnmatchcase(figure, pattern)
                                for pattern in known),
-          f'eval.best is {config.eval.best!r}, but task {name} of such a run '
-          f'has ' + (f'the figures {", ".join(known or ())}' if known else
-                     'no figure'))
-
-
-def _check_picture(name: str, row: Task) -> None:
-  require(not row.picture or importlib.util.find_spec('matplotlib') is not None,
-          f'the task {name} draws a picture, which needs the package '
-          "matplotlib: pip install -e '.[plot]'")
+          f'eval.best is {config.eval.best!r}, but the figures of task {name} '
+          f'are {", ".join(known or ()) or "none"}')

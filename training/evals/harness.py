@@ -17,15 +17,13 @@ from lm_eval.models import utils as model_utils
 import numpy as np
 
 from configs.errors import require, short
-from training import generate, limits, objectives, progress
-from training.chat import load as chat
+from training import chat, generate, limits, objectives, progress
 from training.data import chat_templates
 from training.evals import checkpoint, scoring
 from training.evals.scoring import Question
 from training.evals.task import Evaluation
 from training.hf import generation as hf_generation
 
-TOKENS = 2 ** 12  # of a batch of prompts
 END = '\ue012 '  # of a message that is gone on from; no text has its letter
 
 
@@ -276,7 +274,7 @@ class Model(api.TemplateLM):
     rows = {i: (ids[i] if len(ids[i]) else np.array([self._prefix]))[-room:]
             for i in group}
     for chosen, tokens_BL, lengths_B in progress.each(
-        list(_prompts(rows, room)), 'writing'):
+        list(scoring.padded(rows, room)), 'writing'):
       prefix = dict(prefix_B=lengths_B) if objectives.of(
           evaluation.run.config).prefix else {}
       with evaluation.run.context():
@@ -317,20 +315,3 @@ def _sampling(options: dict[str, Any]) -> generate.Sampling:
   return generate.Sampling(
       options['temperature'], options.get('top_k') or 0,
       options.get('top_p', 1.0), options.get('min_p', 0.0), penalty)
-
-
-def _prompts(rows: dict[int, np.ndarray], most: int):
-  """Yields (which, tokens [B, L], lengths [B]), of few shapes."""
-  by_length: dict[int, list[int]] = {}
-  for i, row in rows.items():
-    by_length.setdefault(scoring.rounded(len(row), most), []).append(i)
-  for length, group in sorted(by_length.items(), reverse=True):
-    count = min(max(TOKENS // length, 1), 1 << (len(group) - 1).bit_length())
-    for start in range(0, len(group), count):
-      chosen = group[start:start + count]
-      tokens_BL = np.zeros((count, length), np.int32)
-      lengths_B = np.ones(count, np.int32)
-      for place, i in enumerate(chosen):
-        tokens_BL[place, :len(rows[i])] = rows[i]
-        lengths_B[place] = len(rows[i])
-      yield chosen, tokens_BL, lengths_B

@@ -15,8 +15,8 @@ from training import losses, objectives, progress
 from training.data import packing, pipeline
 from training.data.tokenizers import Tokenizer
 from training.distributed import devices
-from training.evals.by_position import Text
 from training.evals.task import Evaluation
+from training.evals.tasks.extrapolation import Text
 
 TOKENS = 2 ** 17  # at each length, at least
 

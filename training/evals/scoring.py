@@ -1,17 +1,15 @@
 """The log-probabilities that a decoder gives to tokens of texts: what lm_eval,
 and perplexity with a stride, are made of.
 
-Texts of about one length go through the model together, several of them in a
-row, which holds what they begin with once (trees.py), where that is less work;
-else each text has a row of its length, rounded up. Only the places that are
-asked about go through the head. There are a few lengths of rows, and for each
-one number of rows and of places, so that what is compiled stays bounded
-whatever the texts are.
+Texts of about one length go through the model together. Questions about one
+text have one row, which holds it once. Only the places that are asked about go
+through the head. There are a few lengths of rows, and for each one number of
+rows and of places, so that what is compiled stays bounded whatever the texts
+are.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -19,17 +17,25 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from architectures.parts import mixers
 from architectures.parts import positions
 from architectures.parts.moe.layer import without_capacity
 from training import losses, objectives, progress
 from training.distributed import devices
-from training.evals import trees
 from training.evals.task import Evaluation
-from training.evals.trees import Question, Row
 
 SHORTEST = 8
 TOKENS = 2 ** 12  # of a batch, padding included
+
+
+class Question(NamedTuple):
+  """Some tokens, the last `scored` of which are to be judged.
+
+  Attributes:
+    tokens: int32 [T]; of them the model is shown all but the last.
+    scored: from 1 to T - 1.
+  """
+  tokens: np.ndarray
+  scored: int
 
 
 class Answer(NamedTuple):
@@ -51,13 +57,14 @@ class Shape(NamedTuple):
     length: tokens of a row.
     shards: into how many parts the rows are cut.
     places: that are asked about in each of these.
-    trees: whether a row holds several texts.
   """
   rows: int
   length: int
   shards: int
   places: int
-  trees: bool
+
+
+Row = list[int]  # the numbers of the questions about one text
 
 
 def unfit(config: ml_collections.ConfigDict) -> str:
@@ -77,7 +84,7 @@ def answer(questions: Sequence[Question], evaluation: Evaluation, doing: str
     evaluation: of a decoder.
     doing: for who watches.
   """
-  prefix = _objective(evaluation).prefix
+  prefix = objectives.of(evaluation.run.config).prefix
   step = evaluation.program(lambda: _program(evaluation, prefix), 'scoring')
   model, shards = evaluation.run.model, evaluation.run.mesh.size
   found: list[Any] = [None] * len(questions)
@@ -85,36 +92,27 @@ def answer(questions: Sequence[Question], evaluation: Evaluation, doing: str
   def read(parts: list[list[Row]], output: Any) -> None:
     for rows, losses_P, greedy_P in zip(parts, *jax.device_get(output)):
       at = 0
-      for i in (i for row in rows for i in row.questions):
+      for i in (i for row in rows for i in row):
         here = slice(at, at + questions[i].scored)
         found[i] = Answer(-losses_P[here].astype(np.float64), greedy_P[here])
         at = here.stop
 
-  lengths = positions.lengths_apart(model)
-  groups = list(batches(
-      questions, max(SHORTEST, model.max_len), shards, model.d_model,
-      bool(prefix or mixers.with_state(model) or lengths),
-      positions.reach(model), lengths))
-  held = None
+  groups = list(batches(questions, max(SHORTEST, model.max_len), shards, prefix,
+                        positions.lengths_apart(model)))
+  before = None
   for shape, parts in progress.each(groups, doing):
-    batch = _batch(shape, parts, questions)
-    now = parts, step(evaluation.params,
-                      devices.put(batch, evaluation.run.place))
-    if held:  # read when the next one is under way
-      read(*held)
-    held = now
-  if held:
-    read(*held)
+    batch = devices.put(_batch(shape, parts, questions), evaluation.run.place)
+    now = parts, step(evaluation.params, batch)
+    if before:  # read when the next one is under way
+      read(*before)
+    before = now
+  if before:
+    read(*before)
   return found
 
 
-def _objective(evaluation: Evaluation):
-  return objectives.of(evaluation.run.config)
-
-
-def batches(questions: Sequence[Question], most: int, shards: int, width: int,
-            apart: bool, reach: float = math.inf,
-            lengths: Sequence[int] = ()
+def batches(questions: Sequence[Question], most: int, shards: int,
+            apart: bool = False, lengths: Sequence[int] = ()
             ) -> Iterator[tuple[Shape, list[list[Row]]]]:
   """Yields (shape, the rows of each shard) of each batch, the longest first,
   so that what is too large for a device is so at once.
@@ -123,120 +121,87 @@ def batches(questions: Sequence[Question], most: int, shards: int, width: int,
     questions: in any order.
     most: the longest that the model takes.
     shards: what the number of rows is a multiple of.
-    width: the model's, by which it is judged how long a row may be.
     apart: whether each question has a row to itself.
-    reach: the most tokens that a row may have, of any number of texts.
     lengths: positions.lengths_apart of the model.
   """
-  by_length: dict[tuple[int, bool], list[Row]] = {}
-  for which in _by_size(questions):
-    order = trees.ordered(questions, which)
-    for place, row in _laid_out(questions, order, most, width, apart,
-                                reach, lengths):
-      by_length.setdefault(place, []).append(row)
-  for length, several in sorted(by_length, reverse=True):
-    rows = sorted(by_length[length, several], key=lambda row: len(row.places),
-                  reverse=True)
-    count = -(-len(rows) // max(TOKENS // length, 1))
-    groups = [rows[i::count] for i in range(count)]
-    parts = [[group[i::shards] for i in range(shards)] for group in groups]
-    places = max(sum(len(row.places) for row in part)
-                 for group in parts for part in group)
-    shape = Shape(-(-len(groups[0]) // shards) * shards, length, shards,
-                  -(-places // SHORTEST) * SHORTEST, several)
-    yield from ((shape, group) for group in parts)
-
-
-def _by_size(questions: Sequence[Question]) -> list[list[int]]:
-  """Returns the numbers of questions whose texts differ in length by no more
-  than a factor of four or so."""
-  sizes: dict[int, list[int]] = {}
+  rows: dict[Any, Row] = {}
   for i, question in enumerate(questions):
-    size = max(len(question.tokens) - 2, 15).bit_length() // 2
-    sizes.setdefault(size, []).append(i)
-  return list(sizes.values())
-
-
-def _laid_out(questions: Sequence[Question], order: trees.Order, most: int,
-              width: int, apart: bool, reach: float, lengths: Sequence[int]
-              ) -> Iterator[tuple[tuple[int, bool], Row]]:
-  """Yields ((length, whether it holds several texts), row) of the layout that
-  is the least work."""
-  spans = (trees.each_alone if apart else trees.whole_texts)(order)
-  length, several = 0, False
-  if not apart:
-    work = sum(_work(rounded(order.lengths[stop - 1], most), width)
-               for _, stop in spans)
-    longest = max(order.lengths)
-    for room in dict.fromkeys(rounded(int(longest * times), 4 * longest)
-                              for times in (1, 1.5, 2, 3, 4)):
-      if room > reach:
-        break
-      others = trees.filled(order, room)
-      if len(others) * _work(room, width) < work:
-        work = len(others) * _work(room, width)
-        spans, length, several = others, room, True
-  for span in spans:
-    row = trees.row(questions, order, span)
-    yield (length or _padded(len(row.tokens), most, lengths), several), row
-
-
-def _work(length: int, width: int) -> float:
-  """Returns what a row costs. A token's products with weights are 12 width^2
-  in a layer, those of attention 2 width for each of its keys; these and the
-  softmax of the scores run slower."""
-  return length * (1 + length / (2 * width))
-
-
-def _padded(length: int, most: int, lengths: Sequence[int]) -> int:
-  """Returns how long the row of a text is, which turns as the text alone."""
-  if not lengths:
-    return rounded(length, most)
-  least = next((n for n in lengths if length <= n), length)
-  return min(rounded(length, most), least)
+    text = question.tokens[:-1]
+    rows.setdefault(i if apart else text.tobytes(), []).append(i)
+  by_length: dict[int, list[Row]] = {}
+  for row in rows.values():
+    length = len(questions[row[0]].tokens) - 1
+    # The text turns as it would alone.
+    least = next((n for n in lengths if length <= n), length)
+    padded = rounded(length, most)
+    by_length.setdefault(min(padded, least) if lengths else padded,
+                         []).append(row)
+  places = lambda row: sum(questions[i].scored for i in row)
+  for length in sorted(by_length, reverse=True):
+    several = sorted(by_length[length], key=places, reverse=True)
+    count = -(-len(several) // max(TOKENS // length, 1))
+    groups = [several[i::count] for i in range(count)]
+    parts = [[group[i::shards] for i in range(shards)] for group in groups]
+    most_places = max(sum(map(places, part)) for group in parts
+                      for part in group)
+    shape = Shape(-(-len(groups[0]) // shards) * shards, length, shards,
+                  -(-most_places // SHORTEST) * SHORTEST)
+    yield from ((shape, group) for group in parts)
 
 
 def rounded(length: int, most: int) -> int:
   """Returns the least of 8, 12, 16, 24, 32, 48, ... that is as long."""
-  power = max(SHORTEST, _power_of_two(length))
+  power = max(SHORTEST, 1 << (length - 1).bit_length())
   smaller = power * 3 // 4
   return min(smaller if max(length, SHORTEST) <= smaller else power, most)
 
 
-def _power_of_two(least: int) -> int:
-  return 1 << (least - 1).bit_length()
+def padded(rows: Mapping[int, np.ndarray], most: int
+           ) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
+  """Yields (which rows, tokens [B, L], lengths [B]) of batches of few shapes,
+  the longest first; in what fills a batch up, a row has one token."""
+  by_length: dict[int, list[int]] = {}
+  for i, row in rows.items():
+    by_length.setdefault(rounded(len(row), most), []).append(i)
+  for length, group in sorted(by_length.items(), reverse=True):
+    count = min(max(TOKENS // length, 1), 1 << (len(group) - 1).bit_length())
+    for start in range(0, len(group), count):
+      chosen = group[start:start + count]
+      tokens_BL = np.zeros((count, length), np.int32)
+      lengths_B = np.ones(count, np.int32)
+      for place, i in enumerate(chosen):
+        tokens_BL[place, :len(rows[i])] = rows[i]
+        lengths_B[place] = len(rows[i])
+      yield chosen, tokens_BL, lengths_B
 
 
 def _batch(shape: Shape, parts: list[list[Row]],
            questions: Sequence[Question]) -> dict[str, np.ndarray]:
-  batch = {name: np.zeros((shape.rows, shape.length), np.int32) for name in (
-      'tokens', *(('positions', 'reach') if shape.trees else ()))}
+  batch = dict(tokens=np.zeros((shape.rows, shape.length), np.int32),
+               lengths=np.zeros(shape.rows, np.int32),
+               known=np.ones(shape.rows, np.int32))
   batch |= {name: np.zeros((shape.shards, shape.places), np.int32)
             for name in ('places', 'targets')}
-  batch |= dict(lengths=np.zeros(shape.rows, np.int32),
-                known=np.ones(shape.rows, np.int32))
   for part, rows in enumerate(parts):
     first, at = part * (shape.rows // shape.shards), 0
-    for i, row in enumerate(rows):
-      length = len(row.tokens)
-      batch['tokens'][first + i, :length] = row.tokens
-      batch['lengths'][first + i] = length
-      if shape.trees:
-        batch['positions'][first + i, :length] = row.positions
-        batch['reach'][first + i, :length] = row.reach
-      here = slice(at, at + len(row.places))
-      batch['places'][part, here] = i * shape.length + row.places
-      batch['targets'][part, here] = row.targets
-      at = here.stop
-      question = questions[row.questions[0]]
-      batch['known'][first + i] = len(question.tokens) - question.scored
+    for n, row in enumerate(rows):
+      text = questions[row[0]].tokens[:-1]
+      batch['tokens'][first + n, :len(text)] = text
+      batch['lengths'][first + n] = len(text)
+      batch['known'][first + n] = len(text) + 1 - questions[row[0]].scored
+      for tokens, scored in (questions[i] for i in row):
+        here = slice(at, at + scored)
+        batch['places'][part, here] = (
+            n * shape.length + np.arange(len(text) - scored, len(text)))
+        batch['targets'][part, here] = tokens[-scored:]
+        at = here.stop
   return batch
 
 
 def _program(evaluation: Evaluation, prefix: bool):
   # With a capacity, a text's probability would hang on the batch.
   model = without_capacity(evaluation.run.model)
-  # A kernel that training names may have no mask for texts that share tokens.
+  # A kernel that training names may not take rows of these lengths.
   kernel = 'xla' if model.attention_kernel == 'xla' else 'auto'
   module = evaluation.run.module.clone(config=dataclasses.replace(
       model, attention_kernel=kernel))
@@ -250,8 +215,6 @@ def _program(evaluation: Evaluation, prefix: bool):
     real_BL = (jnp.arange(tokens_BL.shape[1])[None]
                < batch['lengths'][:, None]).astype(jnp.int32)
     options = {'prefix_B': batch['known']} if prefix else {}
-    if 'reach' in batch:
-      options = dict(positions_BL=batch['positions'], reach_BL=batch['reach'])
     output = module.apply({'params': params}, tokens_BL, valid_BL=real_BL,
                           **options)
     places_SP = batch['places']

@@ -39,6 +39,15 @@ class Evaluation:
   programs: dict
   what: str = ''
 
+  def held_out(self) -> list:
+    """Returns the loaders of what is held out; see pipeline.held_out."""
+    from training.data import pipeline
+    from training.distributed import devices
+    config = self.run.config
+    return pipeline.held_out(
+        config, self.tokenizer,
+        *devices.batch_shard(self.run.place, config.data.batch_size))
+
   def program(self, make: Callable[[], Callable], *of):
     """Returns jax.jit of what `make` returns, or the same of an earlier run of
     this process that differs in nothing that an evaluation reads: so that the

@@ -1,19 +1,28 @@
 """Labels of words: how many are right, and of entities their F1. A file of what
-a model gives is as CoNLL's script conlleval reads it."""
+a model gives is as CoNLL's script conlleval reads it.
+
+The measures of entities are seqeval's (Nakayama 2018). An entity counts as
+found where its type, its first and its last word are right. seqeval reads
+labels in two ways, and both are given. By default, as conlleval, an I that
+follows on nothing begins an entity; with `strict` it is none. Labels of a file
+are alike in both; those of a model need not be.
+"""
 
 from collections.abc import Sequence
+import importlib.util
 from typing import Any
 
 import numpy as np
 
+from configs.errors import require
 from training.data import conll, offsets
 from training.data.words import Sentences
 from training.measures import Measured
-from training.measures import entities
 
 # The names of what is measured; those of entities only where labels mark them.
-FIGURES = ('accuracy', 'words', 'sentences', 'without_tokens',
-           *entities.FIGURES)
+FIGURES = ('accuracy', 'words', 'sentences', 'without_tokens', 'precision',
+           'recall', 'f1', 'entities', 'strict_precision', 'strict_recall',
+           'strict_f1', 'types/*')
 
 
 def labels(view: Sentences, scores: Sequence[np.ndarray]) -> list[list[str]]:
@@ -45,7 +54,7 @@ def figures(view: Sentences, found: Sequence[Sequence[str]]) -> dict[str, Any]:
   Returns:
     accuracy, of words; words and sentences, how many there are; without_tokens,
     of how many words no label can be told; of entities those of
-    entities.measures.
+    `entities`.
   """
   right = [sentence.labels for sentence in view.records]
   pairs = [pair for rows in zip(right, found, strict=True)
@@ -55,7 +64,7 @@ def figures(view: Sentences, found: Sequence[Sequence[str]]) -> dict[str, Any]:
              words=len(pairs), sentences=len(right),
              without_tokens=len(pairs) - told)
   if conll.marks_entities(view.labels):
-    own |= entities.measures(right, found)
+    own |= entities(right, found)
   return own
 
 
@@ -66,6 +75,45 @@ def written(view: Sentences, found: Sequence[Sequence[str]]) -> str:
       ''.join(' '.join(row) + '\n' for row in zip(
           sentence.words, sentence.labels, own, strict=True)) + '\n'
       for sentence, own in zip(view.records, found, strict=True))
+
+
+def check_package() -> None:
+  """Raises RequestError where seqeval is not installed."""
+  require(importlib.util.find_spec('seqeval') is not None,
+          'the measures of entities need the package seqeval: '
+          "pip install 'archetype[finetune]'")
+
+
+def entities(right: Sequence[Sequence[str]], found: Sequence[Sequence[str]]
+             ) -> dict[str, Any]:
+  """Returns precision, recall and F1 of entities, from 0 to 1.
+
+  Args:
+    right: the labels of each sentence.
+    found: those that a model gives.
+
+  Returns:
+    precision, recall, f1: of all entities (micro averages); strict_precision,
+    strict_recall, strict_f1; entities, how many there are; types: {type:
+    {precision, recall, f1, entities}}.
+  """
+  check_package()
+  from seqeval import metrics, scheme
+  own = dict(zero_division=0, output_dict=True)
+  report = metrics.classification_report(right, found, **own)
+  strict = metrics.classification_report(
+      right, found, mode='strict', scheme=scheme.IOB2, **own)
+  figures = _figures(report['micro avg'])
+  figures |= {f'strict_{name}': value for name, value in
+              _figures(strict['micro avg']).items() if name != 'entities'}
+  figures['types'] = {name: _figures(row) for name, row in report.items()
+                      if not name.endswith(' avg')}
+  return figures
+
+
+def _figures(row: dict[str, Any]) -> dict[str, Any]:
+  return dict(precision=float(row['precision']), recall=float(row['recall']),
+              f1=float(row['f1-score']), entities=int(row['support']))
 
 
 def measure(view: Sentences, scores: Sequence[np.ndarray], config: Any,

@@ -9,8 +9,8 @@ equation 3, divided by the length as in their algorithm 1)
 
 whose mean over t and masks is an upper bound of -log p(x) / L, in nats a token:
 that of a model which writes the tokens in a random order (their appendix A.2).
-A mean over rows is a draw of it. `eval.py --tasks=bound` draws many, and
-`--tasks=unmask` writes text (training/generate.py).
+A mean over rows is a draw of it. `eval.py --tasks=diffusion_bound` draws many,
+and `--tasks=diffusion_samples` writes text (training/generate.py).
 
 Here a row is a stretch of the text, without [CLS] and [SEP]; separators of
 documents are tokens like others, which tell where a text ends. The rows that

@@ -9,7 +9,7 @@ import pytest
 
 from tests.helpers import models
 from training import generate
-from training.chat import engine
+from training import chat
 
 GREEDY = generate.Sampling(temperature=0)
 CONTEXT = 24
@@ -24,7 +24,7 @@ def model(request):
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch, request):
-  monkeypatch.setattr(engine, 'PIECES', (1, 4, 8))
+  monkeypatch.setattr(chat, 'PIECES', (1, 4, 8))
   if 'scanned' in request.node.name:
     monkeypatch.setattr(generate, 'UNROLLED_LAYERS', 0)
 
@@ -41,7 +41,7 @@ def _next(model, ids):
 
 
 def test_two_turns_are_what_a_forward_pass_says_up_to_the_last_slot(model):
-  own = engine.Engine(*model, CONTEXT, GREEDY)
+  own = chat.Engine(*model, CONTEXT, GREEDY)
   ids = [5, 17, 3, 44, 9, 12, 13, 2, 7, 30, 41]
   read = 0
   for new in ([], [8, 8, 1], [6] * 5):
@@ -57,7 +57,7 @@ def test_two_turns_are_what_a_forward_pass_says_up_to_the_last_slot(model):
 
 
 def test_what_changes_is_read_again_from_there(model):
-  own = engine.Engine(*model, CONTEXT, GREEDY)
+  own = chat.Engine(*model, CONTEXT, GREEDY)
   first = [5, 17, 3, 44, 9, 12]
   own.draw([*first, 50, 51, 52])
   assert own.draw([*first, 50, 9]) == _next(model, [*first, 50, 9])
@@ -72,14 +72,14 @@ def test_what_changes_is_read_again_from_there(model):
 def test_draws_follow_the_seed_and_go_on(model):
   sampling = generate.Sampling(temperature=5.0)
   def draws(seed):
-    own = engine.Engine(*model, CONTEXT, sampling, seed)
+    own = chat.Engine(*model, CONTEXT, sampling, seed)
     return [own.draw([1, 2, 3]) for _ in range(8)]
   assert draws(0) == draws(0) != draws(1)
   assert len(set(draws(0))) > 1
 
 
 def test_a_penalty_counts_the_whole_conversation(model):
-  own = engine.Engine(*model, CONTEXT, generate.Sampling(
+  own = chat.Engine(*model, CONTEXT, generate.Sampling(
       temperature=0, repetition_penalty=1e6))
   ids = [5, 17, 3]
   for _ in range(6):

@@ -1,19 +1,15 @@
 """What a conversation takes from a run, and from a Hugging Face folder."""
 
 import dataclasses
-import json
 
 import pytest
 import tokenizers as hf
 
-import architectures
 from configs import base
 from configs.errors import RequestError
 from tests.helpers import models
 from tools import convert
-from training import parameters, weights
-from training.chat import load
-from training.hf import config as hf_config
+from training import chat, parameters, weights
 from training.hf import generation as hf_generation
 from training.workdir import checkpoints, run_config
 
@@ -42,7 +38,7 @@ def test_a_folder_with_a_template_is_asked_by_it(tmp_path):
   save(tmp_path, bos_token_id=17, eos_token_id=[18, 19], do_sample=True,
        temperature=0.6)
   (tmp_path / 'chat_template.jinja').write_text(TEMPLATE)
-  speaker = load.of_folder(tmp_path)
+  speaker = chat.of_folder(tmp_path)
   assert speaker.talk.encode(ASK).tolist() == [1, 18, 2]
   assert speaker.talk.ends == {18, 19}
   assert speaker.options['temperature'] == 0.6
@@ -53,11 +49,11 @@ def test_an_import_is_asked_as_its_folder_or_by_another_template(tmp_path):
   save(tmp_path, bos_token_id=17, eos_token_id=[18, 19], temperature=0.6)
   (tmp_path / 'chat_template.jinja').write_text(TEMPLATE)
   convert.import_(tmp_path, tmp_path / 'run', partial=False, seed=0)
-  own = load.of_run(tmp_path / 'run')
+  own = chat.of_run(tmp_path / 'run')
   assert own.talk.encode(ASK).tolist() == [1, 18, 2]
   assert own.talk.ends == {18, 19} and own.options['temperature'] == 0.6
   (tmp_path / 'b.jinja').write_text('{{ messages[0].content }}<end>')
-  other = load.of_run(tmp_path / 'run', template=str(tmp_path / 'b.jinja'))
+  other = chat.of_run(tmp_path / 'run', template=str(tmp_path / 'b.jinja'))
   assert other.talk.encode(ASK).tolist() == [1, 19]
 
 
@@ -66,24 +62,19 @@ def test_an_import_that_was_trained_goes_on_as_in_training(
   """After the separator, and not after the folder's bos."""
   save(tmp_path, bos_token_id=17, eos_token_id=18)
   convert.import_(tmp_path, tmp_path / 'run', partial=False, seed=0)
-  assert load.of_run(tmp_path / 'run').talk.encode(ASK).tolist() == [17, 1]
-  read = load.parameters.on_one_device
-  monkeypatch.setattr(load.trained, 'on_one_device', lambda *args: (
+  assert chat.of_run(tmp_path / 'run').talk.encode(ASK).tolist() == [17, 1]
+  read = chat.parameters.on_one_device
+  monkeypatch.setattr(chat.parameters, 'on_one_device', lambda *args: (
       dataclasses.replace(read(*args), step=5)))
-  speaker = load.of_run(tmp_path / 'run')
+  speaker = chat.of_run(tmp_path / 'run')
   assert speaker.talk.encode(ASK).tolist() == [
       speaker.tokenizer.separator_id, 1]
   assert speaker.tokenizer.separator_id != 17
 
 
-def _describe(folder, system):
-  tree = hf_config.write(architectures.resolve(models.config(system)))
-  (folder / 'config.json').write_text(json.dumps(tree))
-
-
 @pytest.mark.parametrize('system, objective, words', [
     ('bert', 'mlm', '--tasks=fill_mask for one that learned mlm '),
-    ('bert', 'masked_diffusion', '--tasks=unmask for one that learned mask'),
+    ('bert', 'masked_diffusion', '--tasks=diffusion_samples for masked_diff'),
     ('t5', 'seq2seq', 'encoder-decoder'),
     ('gpt', 'prefix', 'left to right')])
 def test_runs_that_do_not_converse_are_refused(system, objective, words,
@@ -92,7 +83,7 @@ def test_runs_that_do_not_converse_are_refused(system, objective, words,
   config.objective, config.model = objective, models.config(system)
   run_config.save(tmp_path, config)
   with pytest.raises(RequestError, match=words):
-    load.of_run(tmp_path)
+    chat.of_run(tmp_path)
 
 
 @pytest.mark.parametrize('objective', ['causal', 'chat'])
@@ -105,7 +96,7 @@ def test_a_run_is_asked_as_its_objective_says(objective, tmp_path, monkeypatch):
   monkeypatch.setattr(parameters, 'on_one_device',
                       lambda *_: checkpoints.Restored(
       5, 'the parameters', {}, []))
-  speaker = load.of_run(tmp_path)
+  speaker = chat.of_run(tmp_path)
   assert speaker.params == 'the parameters' and speaker.options == {}
   assert speaker.talk.plain == (objective == 'causal')
   asked = speaker.tokenizer.decode(speaker.talk.encode(ASK))

@@ -6,11 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from configs import base
 from configs.errors import RequestError
 from tests.helpers import models
 from training import generate
-from training.chat import engine, session
+from training import chat as chats
 from training.data import chat_templates, tokenizers
 from training.objectives import causal, chat
 
@@ -27,8 +26,8 @@ def model():
 
 
 def make(model, talk, **settings):
-  own = engine.Engine(*model, CONTEXT, generate.Sampling(temperature=0))
-  return own, session.Session(own, BYTES, talk, **dict(most=4) | settings)
+  own = chats.Engine(*model, CONTEXT, generate.Sampling(temperature=0))
+  return own, chats.Session(own, BYTES, talk, **dict(most=4) | settings)
 
 
 def ask(own, text, **settings):
@@ -71,7 +70,7 @@ class Scripted:
     ('Hi!', dict(most=2), 'Hi', 'length'), ('Hé', dict(most=2), 'H\ufffd',
                                             'length')])
 def test_an_answer_ends(written, settings, answer, ended):
-  talking = session.Session(Scripted(written), BYTES, chat.templated(TEMPLATE),
+  talking = chats.Session(Scripted(written), BYTES, chat.templated(TEMPLATE),
                             **dict(most=20) | settings)
   assert ask(talking, 'a') == answer
   assert talking.messages[-1]['content'] == answer and talking.ended == ended
@@ -129,14 +128,3 @@ def test_a_model_of_plain_text_goes_on_from_lines():
                      dict(role='user', content='That')])
   assert ids[0] == BYTES.eos_id and BYTES.decode(ids) == 'To be, or\nThat'
   assert causal.goes_on(BYTES, 7).encode([])[0] == 7
-
-
-def _config(source, template='published'):
-  config = base.base()
-  config.objective = 'chat'
-  config.data.update(source=source, chat_template=template)
-  return config
-
-
-def _said(ids):
-  return ''.join('</s>' if i == BYTES.eos_id else chr(i) for i in ids)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from training.chat.stream import Stream
+from training.chat import Stream
 from training.data import tokenizers
 
 BYTES = tokenizers.load('bytes')

@@ -32,7 +32,6 @@ def test_exact_parameter_counts(name):
 
 
 @pytest.mark.slow
-@pytest.mark.long
 def test_every_size_is_near_its_published_figure():
   rows = list(count.everything())
   assert len(rows) > 10

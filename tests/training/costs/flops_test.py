@@ -13,10 +13,10 @@ import architectures
 from architectures.parts import linear, mixers
 from architectures.parts.attention import multi_head, visibility
 from architectures.parts.config import LayerKind
-from configs import base, bert, gpt, mamba2
+from configs import base, bert
 from tests.helpers import flops_formulas as formulas
 from tests.helpers import models
-from training import objectives, paths, step, weights
+from training import objectives, step
 from training.costs import flops, peaks, totals, traced
 
 LENGTH = 24
@@ -213,29 +213,6 @@ def test_below_what_is_trained_there_is_no_backward_pass():
   assert trained['attention'] == pytest.approx(forward['attention'])
   assert trained['weights'] == pytest.approx(
       forward['weights'] - 5 * head + (LENGTH - 5) * head)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize('system', [gpt, mamba2])
-def test_adapters_leave_out_the_gradients_of_weights_alone(system):
-  """Of the products of a recurrence, which have no weights, there are all."""
-  config = system.get_config('tiny')
-  config.model.lora.update(rank=4)
-  c = totals.resolved(config)
-  module = architectures.build(c)
-  roles = paths.flatten(step.parameter_roles(module))
-  adapted, frozen = 0, 0
-  for path, x in paths.flatten(step.parameter_shapes(module)).items():
-    if weights.is_adapter(path):
-      adapted += 2 * LENGTH * x.size
-    elif roles[path].matrix and path != 'embed/positions':  # a tied head too
-      frozen += 2 * LENGTH * x.size
-  forward = flops.forward_flops(c, LENGTH)
-  others = forward['weights'] - adapted - frozen
-  assert others == pytest.approx(0) if system is gpt else others > 0
-  assert flops.training_flops(c, LENGTH) == {
-      'attention': pytest.approx(3 * forward['attention']),
-      'weights': pytest.approx(3 * (adapted + others) + 2 * frozen)}
 
 
 def test_gpt3_as_published():

@@ -18,7 +18,6 @@ def said(config, **fields):
   return systems.line(totals.resolved(config))
 
 
-@pytest.mark.every_system
 @pytest.mark.parametrize('system', models.SYSTEMS)
 def test_no_size_of_a_system_is_unlike_it(system):
   module = importlib.import_module(f'configs.{system}')

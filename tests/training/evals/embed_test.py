@@ -1,22 +1,16 @@
 """eval.py --tasks=embed: what a vector is of, and that a text's neighbours in
 the file do not change it."""
 
-import importlib.util
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 from architectures.parts.moe.layer import without_capacity
 from configs.errors import RequestError
 from tests.helpers import evaluations
 from tests.helpers import models
-from tools import convert
-from tests.parity import assets
-from training import evals
-from training.evals import checkpoint
 from training.evals.tasks import embed
 
 TEXTS = ('a', 'quick brown', 'jumps', 'over the', 'dog and cat', 'away')
@@ -69,10 +63,8 @@ def states(evaluation, kind, text):
   return run(variables)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize('kind', [
-    pytest.param(kind, marks=[pytest.mark.long] * (kind != 'decoder'))
-    for kind in KINDS])
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', KINDS)
 def test_a_vector_is_pooled_of_the_text_alone(tmp_path, kind):
   """In a batch with longer texts, too: padding is neither seen nor counted. A
   decoder's separator sees nothing of the text, and is not counted either."""
@@ -107,18 +99,6 @@ def test_a_model_of_masked_diffusion_reads_a_text_as_in_training(tmp_path):
   assert row.tolist() == [258, *b'ab']
 
 
-def test_a_table_holds_the_texts_beside_their_vectors(tmp_path):
-  parquet = pytest.importorskip('pyarrow.parquet')
-  evaluation = asked(tmp_path, 'decoder')
-  vectors_ND = written(tmp_path, evaluation)
-  evaluation.options.vectors = str(tmp_path / 'new/out.parquet')
-  evaluations.run('embed', evaluation)
-  table = parquet.read_table(tmp_path / 'new/out.parquet')
-  assert table['text'].to_pylist() == list(TEXTS)
-  np.testing.assert_array_equal(
-      np.array(table['vector'].to_pylist(), np.float32), vectors_ND)
-
-
 @pytest.mark.parametrize('name, content, said', [
     ('a.txt', b'a\n\nb', 'a.txt, line 2, is empty'),
     ('a.txt', b'a\n  \t\n', 'a.txt, line 2, is empty'),
@@ -134,42 +114,3 @@ def test_a_line_without_a_text_is_refused(tmp_path, name, content, said):
   (tmp_path / name).write_bytes(content)
   with pytest.raises(RequestError, match=said):
     embed.read(str(tmp_path / name))
-
-
-@pytest.mark.parametrize('changes, said', [
-    (dict(texts=''), 'pass --texts=FILE'),
-    (dict(texts='none.txt'), "'none.txt', which is no file"),
-    (dict(vectors='out.csv'), 'choose a file OUT.npy or OUT.parquet'),
-    (dict(vectors=''), 'choose a file OUT.npy or OUT.parquet'),
-    (dict(pooling='men'), "unknown --pooling 'men'.*Did you mean 'mean'"),
-    (dict(vectors='out.parquet'), 'needs the package pyarrow: pip install')])
-def test_options_that_cannot_be_honoured(tmp_path, monkeypatch, changes, said):
-  monkeypatch.chdir(tmp_path)
-  find = importlib.util.find_spec
-  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: (
-      None if name == 'pyarrow' else find(name)))
-  (tmp_path / 'a.txt').write_text('a')
-  right = dict(texts='a.txt', vectors='out.npy')
-  check = evals.TASKS['embed'].check
-  check(evaluations.flags(**right))
-  with pytest.raises(RequestError, match=said):
-    check(evaluations.flags(**right | changes))
-
-
-@pytest.mark.long
-@pytest.mark.assets
-def test_real_weights_give_sentence_transformers_vectors(tmp_path):
-  """The mean of transformers' last_hidden_state, as recorded; on all devices,
-  as eval.py does it."""
-  if not assets.folder():
-    pytest.skip(assets.MISSING)
-  convert.import_(assets.folder(), tmp_path / 'run', partial=True, seed=0)
-  (tmp_path / 'texts.txt').write_text('\n'.join(assets.SENTENCES))
-  options = evaluations.flags(
-      texts=str(tmp_path / 'texts.txt'), vectors=str(tmp_path / 'out.npy'),
-      normalize=True)
-  checkpoint.evaluate(tmp_path / 'run', ['embed'], options, step=None, text='',
-                      programs={})
-  np.testing.assert_allclose(
-      np.load(tmp_path / 'out.npy'),
-      load_file(assets.RECORDING)['embeddings'], atol=1e-5)

@@ -1,16 +1,12 @@
 """eval.py --tasks=extrapolation: which variants a length is tried with."""
 
-import types
 
 import numpy as np
 import pytest
 
 import architectures
 from architectures.parts import positions
-from configs import gpt
-from configs.errors import RequestError
 from tests.helpers import models
-from training.evals import by_position
 from training.evals.tasks import extrapolation
 
 
@@ -45,22 +41,6 @@ def test_rope_is_tried_with_each_scaling():
   assert list(alone) == ['rope, ntk'] and alone['rope, ntk'].rope.factor == 2
 
 
-@pytest.mark.parametrize('fields, stretches', [
-    (dict(max_len=32), True), (dict(max_len=255), True),
-    (dict(max_len=256), False), (dict(max_len=32, position='rope'), False)])
-def test_interpolate_is_refused_where_nothing_is_stretched(fields, stretches):
-  config = gpt.get_config('tiny')
-  config.data.length = 32
-  config.model.update(fields)
-  options = types.SimpleNamespace(interpolate=True)
-  if stretches:
-    extrapolation.TASK.fits(config, options)
-  else:
-    with pytest.raises(RequestError, match='leave --interpolate out'):
-      extrapolation.TASK.fits(config, options)
-  extrapolation.TASK.fits(config, types.SimpleNamespace(interpolate=False))
-
-
 def test_the_table_and_the_picture(tmp_path):
   """Half of the longest rows is not reached, and one token reaches the last
   position that is: it counts as one."""
@@ -72,7 +52,7 @@ def test_the_table_and_the_picture(tmp_path):
   tokens[8][126] = 1
   curves['rope'][8][126] = 27.0
   curves['rope'][8][127:] = np.nan
-  texts = {m: by_position.Text(n, n / n.sum()) for m, n in tokens.items()}
+  texts = {m: extrapolation.Text(n, n / n.sum()) for m, n in tokens.items()}
   lines = extrapolation.table(curves, texts, 32).splitlines()
   rows = [line.split() for line in lines
           if line.startswith(('rope', 'learn', 'tok'))]

@@ -10,10 +10,9 @@ import pytest
 from configs import base
 from configs import sharding as tables
 from configs.errors import RequestError
-from training import evals, loop, parameters, progress, runs, vectorised
+from training import loop, parameters, progress, runs
 from training.data import pipeline, tokenizers
 from training.distributed import devices
-from training.evals import in_training
 from training.workdir import checkpoints, run_config
 
 TEXT = 'It is a law of nature that what is sown is reaped. ' * 10
@@ -65,7 +64,6 @@ def same_figures(row):
       row['loss/bits_per_byte'] == pytest.approx(row['bits_per_byte'], 1e-6))
 
 
-@pytest.mark.long
 def test_training_is_the_same_and_goes_on_with_the_same_figures(
     texts, tmp_path, capsys):
   plain = config(texts, **{'eval.tasks': '', 'eval.tasks_every_steps': 0})
@@ -84,52 +82,6 @@ def test_training_is_the_same_and_goes_on_with_the_same_figures(
   shutil.rmtree(tmp_path / 'run/checkpoints/8')
   assert alone(config(texts), tmp_path / 'run') == 0
   assert rows(tmp_path / 'run', 'eval') == found
-
-
-@pytest.mark.long
-@pytest.mark.slow
-def test_each_of_a_group_has_its_own_and_one_program_does(
-    texts, tmp_path, monkeypatch):
-  made, make = [], in_training.Tasks.__init__
-
-  def noted(tasks, *args):
-    make(tasks, *args)
-    made.append(tasks)
-
-  monkeypatch.setattr(in_training.Tasks, '__init__', noted)
-  configs = [config(texts, seed=seed, **{
-      'model.init_stddev': 0.02 * (seed + 1), 'eval.tasks_every_steps': 0})
-             for seed in range(3)]
-  workdirs = [tmp_path / str(seed) for seed in range(3)]
-  vectorised.train(configs, workdirs)
-  tasks, = made
-  program, = tasks._programs.values()
-  assert program._cache_size() <= 1  # 0 where jax has had to forget it
-  last = [rows(workdir, 'eval')[-1] for workdir in workdirs]
-  assert all(map(same_figures, last))
-  assert len({row['loss/loss'] for row in last}) == 3
-  for workdir in workdirs:  # after the last step alone
-    assert ['loss/loss' in row for row in rows(workdir, 'eval')] == [
-        False, True]
-
-
-@pytest.mark.long
-def test_a_task_that_fails_costs_no_training(
-    texts, tmp_path, capsys, monkeypatch):
-  def fails(*_):
-    raise RequestError('a text is too long')
-
-  with monkeypatch.context() as patch, pytest.raises(
-      RequestError, match='too long'):
-    patch.setattr(evals, 'run', fails)
-    alone(config(texts, **{'eval.tasks_every_steps': 3}), tmp_path / 'run')
-  assert 'step 3 is saved, without all that' in capsys.readouterr().out
-  c = config(texts, **{'eval.tasks': '', 'eval.tasks_every_steps': 0})
-  assert alone(c, tmp_path / 'run') == 0
-  assert 'steps 4 to 8' in capsys.readouterr().out
-  assert alone(c, tmp_path / 'plain') == 0
-  assert [row['loss'] for row in rows(tmp_path / 'run', 'train')] == [
-      row['loss'] for row in rows(tmp_path / 'plain', 'train')]
 
 
 def test_what_a_task_goes_through_ends_when_the_run_is_told_to_stop():
@@ -154,19 +106,3 @@ def test_what_a_task_goes_through_ends_when_the_run_is_told_to_stop():
 def test_what_no_training_can_do_is_refused(texts, fields, sentence):
   with pytest.raises(RequestError, match=sentence):
     runs.check_config(config(texts, **fields))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('figure, several, choices', [
-    ('los', False, 'loss, accuracy, perplexity, bits_per_byte$'),
-    ('los', True, 'loss, accuracy, perplexity, bits_per_byte$'),
-    ('loss/los', False, 'loss/loss, loss/accuracy')])
-def test_a_best_that_is_no_figure_is_refused_before_the_first_step(
-    texts, tmp_path, figure, several, choices):
-  c = config(texts, **{'eval.best': figure, 'eval.best_is': 'least'})
-  with pytest.raises(RequestError, match=f'choose from {choices}'):
-    if several:
-      vectorised.train([c], [tmp_path])
-    else:
-      alone(c, tmp_path)
-  assert not rows(tmp_path, 'train')

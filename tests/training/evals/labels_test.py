@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import evaluations
-from training import evals, objectives
+from training import objectives
 from training.data import labelled
 from training.measures import classes
 
@@ -101,11 +101,8 @@ def _config(source, system, objective):
   return objectives.with_labels(c)
 
 
-@pytest.mark.long
-@pytest.mark.long
 @pytest.mark.parametrize('system, objective', [
-    ('bert', 'classification'),
-    pytest.param('gpt', 'regression', marks=pytest.mark.long)])
+    ('bert', 'classification'), ('gpt', 'regression')])
 def test_each_record_has_the_answer_to_itself(source, system, objective,
                                               tmp_path):
   """In the file's order, from batches of several lengths, the last one filled
@@ -132,29 +129,3 @@ def test_each_record_has_the_answer_to_itself(source, system, objective,
   loss = evaluations.run('loss', evaluation)
   same = ('accuracy' if system == 'bert' else 'mean_absolute_error')
   assert figures[same] == pytest.approx(loss[same], rel=1e-5)
-
-
-def test_what_has_no_labels_is_refused(source, tmp_path):
-  check = lambda c, **options: evals.check_task(
-      'labels', evaluations.flags(**options), c, tmp_path)
-  check(_config(source, 'bert', 'classification'))
-  check(_config(source, 't5', 'seq2seq'))
-  for system, objective, spec, said in (
-      ('gpt', 'causal', 'sotu', "objective 'causal' learns no labels: leave"),
-      ('t5', 'seq2seq', 'sotu', "data source 'sotu' has no labels")):
-    c = evaluations.config(system, objective)
-    c.data.source = spec
-    with pytest.raises(ValueError, match=said):
-      check(c)
-  with pytest.raises(ValueError, match='--predictions'):
-    check(_config(source, 'bert', 'classification'),
-          predictions=str(tmp_path))
-
-
-@pytest.mark.long
-def test_text_to_text_answers_in_words(source, capsys):
-  evaluation = evaluations.make(_config(source, 't5', 'seq2seq'))
-  figures = evaluations.run('labels', evaluation)
-  assert figures['rows'] == 14 and 0 <= figures['accuracy'] <= 1
-  exact = evaluations.run('exact', evaluation)
-  assert figures['accuracy'] >= exact['exact']  # which counts the end, too

@@ -7,7 +7,6 @@ import importlib.util
 import json
 import types
 
-import numpy as np
 import pytest
 
 from configs.errors import RequestError
@@ -15,7 +14,6 @@ from training.evals.lm_eval_tasks import local
 from tests.helpers import evaluations
 from tests.helpers import models
 from training import evals
-from training import generate
 from training.data import tokenizers
 from training.evals.tasks import lm_eval
 
@@ -30,7 +28,8 @@ def _check(name, **options):
 def test_a_name_says_what_to_evaluate():
   assert evals.task('lm_eval:blimp_files') is evals.TASKS['lm_eval']
   options = evals._options(
-      lm_eval.TASK, 'lm_eval:blimp_files', evaluations.flags(lm_eval='other'))
+      lm_eval.TASKS['lm_eval'], 'lm_eval:blimp_files',
+      evaluations.flags(lm_eval='other'))
   assert options.lm_eval == 'blimp_files'
   for name in ('lm_eval:', 'loss:x'):
     with pytest.raises(RequestError, match=f"has {name!r}: write "):
@@ -43,8 +42,8 @@ def test_a_name_says_what_to_evaluate():
     ('bert', 'mlm'), ('t5', 'span')])
 def test_what_gives_no_probability_to_a_text_is_refused(system, objective):
   c = evaluations.config(system, objective)
-  assert f'objective {objective!r}' in lm_eval.TASK.unfit(c)
-  assert not lm_eval.TASK.unfit(evaluations.config('gpt', 'causal'))
+  assert f'objective {objective!r}' in lm_eval.TASKS['lm_eval'].unfit(c)
+  assert not lm_eval.TASKS['lm_eval'].unfit(evaluations.config('gpt', 'causal'))
 
 
 @pytest.fixture
@@ -73,19 +72,6 @@ def test_pairs_are_counted_by_phenomenon(tmp_path, dataset):
         'acc': right, 'acc agreement': right}
 
 
-@pytest.mark.parametrize('rows, sentence', [
-    ((), 'none is named: pass --lm_eval_data=DIR, or set ARCHETYPE_DATA'),
-    (('{',), 'a.jsonl, line 1, is broken JSON'),
-    (({'text': 'a b'}, {'text': 3}), "line 2, has no text 'text'"),
-    (({'text': 'alone '},), 'line 1, has one word alone')])
-def test_wrong_files_are_named(tmp_path, monkeypatch, dataset, rows, sentence):
-  monkeypatch.delenv('ARCHETYPE_DATA', raising=False)
-  if rows:
-    _write(tmp_path, 'cloze', *rows)
-  with pytest.raises(RequestError, match=sentence):
-    local.cloze(folder=str(tmp_path) if rows else '')
-
-
 def test_a_tokenizer_says_what_hugging_face_puts_before_a_text(tmp_path):
   import tokenizers as library
   pipeline = library.Tokenizer(library.models.WordLevel(
@@ -109,44 +95,6 @@ def _model(workdir, config=None, step=1):
           module=module, model=module.config, context=contextlib.nullcontext),
       tokenizer=tokenizers.load('bytes'), params=params, step=step,
       workdir=workdir))
-
-
-def _writing(monkeypatch, workdir):
-  """Returns what asks a small model to write after each (context, options), in
-  small batches."""
-  from lm_eval.api.instance import Instance
-  from training.evals import harness
-  monkeypatch.setattr(harness, 'TOKENS', 32)
-  asked = _model(workdir)
-  return lambda requests: asked.generate_until(
-      [Instance('generate_until', {}, request, i)
-       for i, request in enumerate(requests)])
-
-
-def _script(monkeypatch, *tokens):
-  """Lets the model write these tokens, up to the first that ends a text."""
-  def written(*args, max_new_tokens, stop_token, **options):
-    row = list(tokens[:max_new_tokens])
-    ends = [n for n, token in enumerate(row) if token in stop_token]
-    kept = row[:ends[0] + 1] if ends else row
-    return np.array([kept + [stop_token[0]] * (max_new_tokens - len(kept))])
-  monkeypatch.setattr(generate, 'generate', written)
-
-
-@pytest.mark.skipif(not HERE, reason='lm_eval is not installed')
-def test_a_special_token_ends_a_text_by_its_name_or_as_the_folder_says(
-    monkeypatch, tmp_path):
-  sep = tokenizers.load('bytes').sep_id
-  _script(monkeypatch, *b'ab', sep, *b'cd')
-  until = lambda *stops: ('x', dict(until=list(stops), max_gen_toks=5))
-  ask = _writing(monkeypatch, tmp_path)
-  assert ask([until()]) == ['abcd']
-  assert ask([until('[SEP]')]) == ['ab']
-  assert ask([until('c')]) == ['ab']
-  (tmp_path / 'generation.json').write_text(json.dumps(
-      {'fields': {'eos_token_id': 3}, 'options': {'eos_token_id': [257, sep]},
-       'bare': False}))
-  assert _writing(monkeypatch, tmp_path)([until()]) == ['ab']
 
 
 @pytest.mark.skipif(not HERE, reason='lm_eval is not installed')

@@ -22,21 +22,6 @@ def workdir(tmp_path_factory, texts):
   return workdir
 
 
-@pytest.mark.long
-def test_the_panel_is_in_the_figures_by_layer(workdir):
-  row = [r for r in train_test.rows(workdir) if r['split'] == 'train'][-1]
-  assert row['aux/balance'] > 0
-  loads = row['health/load_E']
-  assert len(loads) == 2 and all(len(load) == 4 for load in loads)
-  for load in loads:
-    assert sum(load) == pytest.approx(1)
-  for name in ('dropped', 'load_max', 'load_entropy', 'confidence',
-               'router_entropy', 'shard_imbalance', 'window_unused',
-               'window_load_max', 'balance_loss', 'z_loss'):
-    assert len(row[f'health/{name}']) == 2, name
-
-
-@pytest.mark.long
 def test_eval_shows_the_routing(workdir):
   target = workdir / 'routing.json'
   result = train_test.evaluate(workdir, '--tasks=routing', '--json',

@@ -10,9 +10,8 @@ import pytest
 from configs import gpt
 from training import evals, runs
 from training.data import probes, tokenizers
-from training.evals import constant
-from training.evals.task import Evaluation
 from training.evals.tasks import probe as probe_task
+from training.evals.task import Evaluation
 
 
 def test_levels_of_training_then_longer_rows():
@@ -35,18 +34,14 @@ def _config(name, length=24, **fields):
   return config
 
 
-def _constant(name, figure, **fields):
-  return constant.score(_config(name, **fields), figure)
-
-
 def test_a_constant_answer_is_not_chosen_on_what_it_is_scored_on():
   """Of 60 answers that are alike, one stands in 2.1 % of these rows."""
   config = _config('a5', levels=(1,))
   rows = probes.Rows(probes.of(config), probes.settings(config)._replace(
-      held_out=constant.ROWS), 'eval', 0)
+      held_out=probe_task.CONSTANT_ROWS), 'eval', 0)
   counts = np.bincount([row.targets[row.asked][0] for row in rows])
-  assert counts.max() / constant.ROWS > 1 / 60 + 0.003
-  assert constant.score(config) == pytest.approx(1 / 60, abs=0.003)
+  assert counts.max() / probe_task.CONSTANT_ROWS > 1 / 60 + 0.003
+  assert probe_task.constant(config) == pytest.approx(1 / 60, abs=0.003)
 
 
 def test_counts_are_those_of_numpy():

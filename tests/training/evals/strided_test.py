@@ -2,16 +2,13 @@
 
 import dataclasses
 import math
-import pathlib
 
 import jax
 import numpy as np
 import pytest
 
-from configs.errors import RequestError
 from tests.helpers import evaluations, models
-from training import evals
-from training.evals import strided
+from training.evals.tasks import loss
 from training.objectives import record
 
 TEXT = 'What is sown is reaped ,\n and what is not is not .\n' * 2
@@ -38,8 +35,7 @@ def _figures(evaluation, **options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('stride', [
-    5, *(pytest.param(n, marks=pytest.mark.long) for n in (1, 15))])
+@pytest.mark.parametrize('stride', [5, 15])
 def test_each_token_is_predicted_once_from_enough(evaluation, folder, stride):
   """Ten lines that read the documents a token at a time."""
   found = _figures(evaluation, stride=stride)
@@ -70,36 +66,8 @@ def test_each_token_is_predicted_once_from_enough(evaluation, folder, stride):
 
 
 def test_wikitext_is_written_as_it_was():
-  assert strided.DETOKENIZE['wikitext'](
+  assert loss.DETOKENIZE['wikitext'](
       ' = Robert = \n \n He had a 1 @,@ 000 @-@ word role ( in " The Bill " ) '
       ", didn 't he ? \n") == (
           ' = Robert =\n\nHe had a 1,000-word role (in "The Bill"), '
           "didn 't he?\n")
-
-
-@pytest.mark.parametrize('options, sentence', [
-    (dict(stride=16), '--stride is 16, but a window has data.length 16'),
-    (dict(detokenize='wikitext'), 'which is read with --stride alone'),
-    (dict(stride=4, detokenize='wiki'), "unknown --detokenize 'wiki'")])
-def test_what_cannot_be_done_is_refused(evaluation, options, sentence):
-  """Before the checkpoint is read."""
-  with pytest.raises(RequestError, match=sentence):
-    _check(evaluation.run.config, **options)
-
-
-def _check(config, **options):
-  evals.check_task('loss', evaluations.flags(**options), config,
-                   pathlib.Path())
-
-
-def test_a_run_that_has_no_windows_is_refused(folder):
-  c = evaluations.config('bert', 'mlm')
-  c.data.eval_source = f'text:{folder}/*.txt'
-  _check(c)
-  with pytest.raises(RequestError, match="objective 'mlm' does not train a"):
-    _check(c, stride=4)
-  c = evaluations.config('gpt', 'causal')
-  c.data.source = f'0.5*text:{folder}/a.txt,0.5*text:{folder}/b.txt'
-  _check(c)
-  with pytest.raises(RequestError, match="b.txt' is a mixture: name one"):
-    _check(c, stride=4)

@@ -9,11 +9,9 @@ import pytest
 
 from tests.helpers import evaluations
 from tests.helpers import labelled_files as files
-from tools import convert
-from training import objectives, runs
+from training import objectives
 from training.data import pipeline
 from training.evals.tasks import labels
-from training.workdir import checkpoints, run_config
 
 pytest.importorskip('seqeval')
 KINDS = ('token_classification', 'question_answering')
@@ -86,38 +84,3 @@ def test_answers_are_measured_and_written(sources, tmp_path):
   none = evaluations.run('labels', _evaluation(
       sources, 'question_answering', null_threshold=-1e6))
   assert none['NoAns_exact'] == 100 and none['exact'] == 25
-
-
-def test_the_mean_is_of_figures_that_all_sources_have(sources, tmp_path):
-  """Only one of them has questions without an answer."""
-  mixed = sources['question_answering']
-  told = json.loads(open(mixed.partition(':')[2]).read())
-  for text in told['data']:
-    for paragraph in text['paragraphs']:
-      paragraph['qas'] = [q for q in paragraph['qas'] if q['answers']]
-  (tmp_path / 'answered.json').write_text(json.dumps(told))
-  evaluation = _evaluation(sources, 'question_answering')
-  evaluation.run.config.data.eval_source = (
-      f'3*{mixed},1*squad:{tmp_path / "answered.json"}')
-  found = evaluations.run('labels', evaluation)
-  first, second = found['sources'].values()
-  assert 'NoAns_exact' in first.keys() - second.keys() - found.keys()
-  assert found['exact'] == pytest.approx(
-      0.75 * first['exact'] + 0.25 * second['exact'])
-
-
-@pytest.mark.long
-def test_an_export_says_what_the_scores_stand_for(sources, tmp_path):
-  evaluation = _evaluation(sources, 'token_classification')
-  config, run = evaluation.run.config, tmp_path / 'run'
-  config.data.batch_size = 8  # of the eight devices there are
-  run_config.save(run, config, runs.resolve(config, evaluation.tokenizer)[1])
-  with checkpoints.Checkpoints(run, **config.checkpoint) as saved:
-    saved.save(0, {'params': evaluation.params}, next_batch=0, tokens=0,
-               config=config)
-  convert.export(run, tmp_path / 'out', step=None, dtype='',
-                 shard_bytes=2 ** 30)
-  told = json.loads((tmp_path / 'out' / 'config.json').read_text())
-  assert told['architectures'] == ['BertForTokenClassification']
-  assert told['id2label'] == {'0': 'B-loc', '1': 'B-per', '2': 'I-per',
-                              '3': 'O'}

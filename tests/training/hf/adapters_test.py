@@ -49,7 +49,6 @@ def start(source, workdir, lora):
   return run, parameters.create(run, config.init_from).params
 
 
-@pytest.mark.long
 def test_a_run_starts_from_a_model_without_adapters(made, folder, imported):
   """Of Hugging Face's format and of a workdir: the weights are theirs, A is
   drawn and B is zero."""
@@ -81,7 +80,6 @@ def adapted(imported, workdir):
 
 
 @pytest.mark.slow
-@pytest.mark.long
 def test_merged_it_is_a_model_like_any_other(imported, tmp_path):
   """By `merge`, by `export`, and where a run without adapters starts from it:
   the same logits to the rounding of float32."""
@@ -111,11 +109,9 @@ def test_merged_it_is_a_model_like_any_other(imported, tmp_path):
 
 
 @pytest.mark.parametrize('system, targets', [
-    ('llama', 'all-linear'), ('mixtral', 'key,out'),
-    *(pytest.param(*case, marks=pytest.mark.long) for case in (
-        ('bert', 'all-linear'), ('t5', 'query,value'),
-        ('kimi_linear', 'all-linear'),  # whose first layer lacks products
-        ('gpt', 'out,up,down')))])
+    ('llama', 'all-linear'), ('mixtral', 'key,out'), ('t5', 'query,value'),
+    ('kimi_linear', 'all-linear'),  # whose first layer lacks products
+    ('gpt', 'out,up,down')])
 def test_pefts_format_there_and_back(system, targets, tmp_path):
   module, params = models.make(
       system, lora=dict(rank=3, alpha=6.0, targets=targets))

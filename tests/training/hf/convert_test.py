@@ -51,9 +51,7 @@ def _check_same_logits(module, params, run, mixture):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('system', [
-    pytest.param(system, marks=[pytest.mark.long] * (
-        system != 'llama')) for system in MIXTURES])
+@pytest.mark.parametrize('system', MIXTURES)
 def test_a_mixture_starts_as_its_dense_model(system):
   module, params, run, mixture = _upcycled(
       system, MIXTURES[system], num_layers=4, num_decoder_layers=4)
@@ -82,29 +80,6 @@ def test_a_wrong_mixture_is_refused(words, sentence, tmp_path):
     convert.upcycle(tmp_path / 'in', tmp_path / 'out', moe=words, step=None,
                     seed=0)
   assert not run_config.exists(tmp_path / 'out')
-
-
-@pytest.mark.long
-@pytest.mark.slow
-@pytest.mark.parametrize('lora', [
-    {}, pytest.param(dict(rank=2, alpha=4.0, targets='all-linear'),
-                     marks=pytest.mark.long)])
-def test_a_run_that_derived_its_vocabulary_is_upcycled(lora, tmp_path):
-  """With adapters, from the sums of them and the weights."""
-  config = base.base()
-  config.data.length = 32
-  config.model = models.config('llama', vocab_size=0, max_len=0, lora=lora)
-  model, derived = convert._resolved(config)
-  module, params = models.make('llama', vocab_size=model.vocab_size, lora=lora)
-  convert._save(tmp_path / 'run', config, params, derived)
-  convert.upcycle(tmp_path / 'run', tmp_path / 'moe',
-                  moe=['num_experts=4', 'top_k=2'], step=None, seed=0)
-  _, made, mixture, _ = convert._from_workdir(tmp_path / 'moe', None)
-  assert (made.config.vocab_size, made.config.lora.rank) == (
-      module.config.vocab_size, 0)
-  tokens = models.tokens()
-  models.close(*(jax.jit(lambda p, m=m: models.logits(m, p, tokens))(p)
-                 for m, p in ((module, params), (made, mixture))))
 
 
 @pytest.fixture(scope='module')
@@ -163,7 +138,6 @@ def test_no_weights_are_written_into_a_run(write, own, tmp_path):
 
 
 # Of the programs; hf_generation_test.py evaluates an import, too.
-@pytest.mark.long
 def test_eval_reads_an_import_and_train_goes_on_in_a_mixture(
     imported, tmp_path, capsys):
   assert 'bits per byte' in train_test.evaluate(imported).stdout

@@ -59,9 +59,7 @@ def _say(folder, **changes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('kind', [
-    pytest.param(kind, marks=[pytest.mark.long] * ('without' in kind))
-    for kind in FOLDERS])
+@pytest.mark.parametrize('kind', FOLDERS)
 def test_a_folder_without_all_heads_goes_in_and_out_as_it_is(kind, tmp_path,
                                                              capsys):
   drop, next_sentence, new = FOLDERS[kind]

@@ -28,29 +28,11 @@ def _load(path):
 FIRST = {recording.files(system)[0].stem for system in recording.systems()
          if system not in ('gshard', 'mixtral', 'switch', 'deepseek_v2',
                            'deepseek_v3')}
-# These are of parts and wirings that another case has, too; `make verify`
-# compares them all.
-REPEATS = ('gshard-all_layers', 'gshard-capacity', 'gshard-plain',
-           'llama-longrope_short', 'mixtral-window', 'switch-all_layers',
-           'switch-capacity', 'transformer-odd_heads', 'transformer-swish')
-# Of the later systems, the case that is the first to have a part, which is run
-# where all cases of the first systems are.
-NEW_PARTS = (
-    'roberta-plain',
-    'modernbert-plain',
-    'gemma2-plain',
-    'olmo2-grouped',
-    'deepseek_v3-plain',
-    'qwen3_next-plain',
-)
 
 
 @pytest.mark.parametrize('path', [
-    pytest.param(p, id=p.stem, marks=[
-        *[pytest.mark.slow] * (p.stem not in FIRST),
-        *[pytest.mark.long] * (p.stem in REPEATS),
-        *[pytest.mark.every_system] * (p.stem in NEW_PARTS)])
-    for p in FILES])
+    pytest.param(p, id=p.stem, marks=[pytest.mark.slow] * (
+        p.stem not in FIRST)) for p in FILES])
 def test_equals_transformers(path):
   findings = compare.findings_of(
       _load(path), compare.OUR_ROPE.get(path.stem))
@@ -73,9 +55,7 @@ def test_layers_and_attention_weights_equal_transformers(path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('path', [
-    pytest.param(p, id=p.stem, marks=[pytest.mark.long] * (p.stem in REPEATS))
-    for p in FILES])
+@pytest.mark.parametrize('path', FILES, ids=lambda p: p.stem)
 def test_export_is_the_import(path, tmp_path):
   case = _load(path)
   module, params = compare.model_of(case)

@@ -2,21 +2,15 @@
 of, as Gemma 3's text models have it of <image_soft_token>."""
 
 import json
-import shlex
-import sys
 
-import numpy as np
 import pytest
 import tokenizers as hf
 
 from configs.errors import RequestError
-from tests import train_test
-from tests.helpers import evaluations, models
+from tests.helpers import evaluations
 from tests.training.data import roberta_files
-from tools import convert
-from training import runs, weights
+from training import runs
 from training.data import pipeline, tokenizers
-from training.hf import tokenizer as hf_tokenizer
 
 IMAGE = '<image_soft_token>'
 TEMPLATE = ('{% for m in messages %}' + IMAGE + '{{ m.content }}'
@@ -60,27 +54,3 @@ def test_a_model_needs_no_row_for_what_no_text_gives(config, folder):
   config.model.vocab_size = size - 2
   with pytest.raises(RequestError, match=f'has {size - 1} ids: set it to 0'):
     runs.resolve(config, tokenizer)
-
-
-@pytest.mark.long
-def test_such_an_import_is_evaluated_and_trained(folder, tmp_path, capsys):
-  size = tokenizers.load(str(folder)).least_size
-  module, params = models.make('llama', vocab_size=size)
-  weights.to_hf(module, params, tmp_path / 'in')
-  hf_tokenizer.copy(folder, tmp_path / 'in')
-  convert.import_(tmp_path / 'in', tmp_path / 'run', partial=False, seed=0)
-  words = shlex.split(capsys.readouterr().out.strip().splitlines()[-1]
-                      .removeprefix('to go on: '))
-  file = tmp_path / 'run' / 'config.json'
-  tree = json.loads(file.read_text())
-  tree['data'] |= dict(source=f'text:{folder}/a.txt', length=16, batch_size=8)
-  tree['train']['steps'] = 1
-  file.write_text(json.dumps(tree))
-  assert 'bits per byte' in train_test.evaluate(tmp_path / 'run').stdout
-  said = train_test.run([
-      sys.executable, *words[1:], f'--config.data.source=text:{folder}/a.txt',
-      '--config.data.length=16', '--config.data.batch_size=8',
-      '--config.train.steps=1'])
-  assert 'starting from the parameters in this workdir' in said.stdout
-  assert all(np.isfinite(row['loss'])
-             for row in train_test.rows(tmp_path / 'run'))

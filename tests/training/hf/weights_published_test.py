@@ -1,15 +1,11 @@
 """Folders as they are published: configs, tokenizers, and real weights."""
 
 
-import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 from tests.helpers import models
 from tools import convert
-from tests.parity import assets
 from training import weights
-from training.data import tokenizers
 from training.hf import config as hf_config
 from training.hf import files as hf_files
 from training.workdir import run_config
@@ -87,51 +83,3 @@ def test_published_files_are_read_and_what_differs_is_refused(published,
   assert config.ffn == ('silu' if published is OPUS else 'moe')
   with pytest.raises(ValueError, match=next(iter(wrong))):
     hf_config.read(published | wrong)
-
-
-def _minilm():
-  if not assets.folder():
-    pytest.skip(assets.MISSING)
-  return assets.folder(), load_file(assets.RECORDING)
-
-
-@pytest.mark.long
-@pytest.mark.assets
-def test_real_weights_give_transformers_embeddings(tmp_path):
-  """By tools.convert and back out of the workdir."""
-  folder, recorded = _minilm()
-  # It has no head for masked words, which is drawn.
-  convert.import_(folder, tmp_path / 'run', partial=False, seed=0)
-  config, module, params, _ = convert._from_workdir(tmp_path / 'run', None)
-  assert config.data.tokenizer == str(tmp_path / 'run/tokenizer')
-  found = assets.ours(module, params, recorded)
-  theirs_BD = recorded['embeddings']
-  error = np.abs(found['embeddings'] - theirs_BD).max()
-  assert error < 1e-5 * np.abs(theirs_BD).max()
-  np.testing.assert_allclose(found['embeddings'] @ found['embeddings'].T,
-                             theirs_BD @ theirs_BD.T, atol=1e-6)
-  np.testing.assert_allclose(found['pooled'], recorded['pooled'], atol=1e-5)
-  # It goes out as it came in, with what sentence-transformers reads.
-  convert.export(tmp_path / 'run', tmp_path / 'out', step=None,
-                 dtype='', shard_bytes=10**9)
-  before, after = (load_file(place / hf_files.SAFE)
-                   for place in (folder, tmp_path / 'out'))
-  assert before.keys() - after.keys() == {'embeddings.position_ids'}
-  for name, x in after.items():
-    np.testing.assert_array_equal(x, before[name], name)
-  for name in ('modules.json', '1_Pooling/config.json'):
-    assert (tmp_path / 'out' / name).read_text() == (
-        folder / name).read_text()
-
-
-@pytest.mark.assets
-@pytest.mark.parametrize('file', ['tokenizer.json', 'vocab.txt'])
-def test_real_vocabulary_gives_the_recorded_tokens(file, tmp_path):
-  folder, recorded = _minilm()
-  (tmp_path / file).write_bytes((folder / file).read_bytes())
-  tokenizer = tokenizers.load(str(tmp_path))
-  for sentence, ids_L in zip(assets.SENTENCES, recorded['input_ids']):
-    ours = tokenizer.encode(sentence)
-    np.testing.assert_array_equal(ours, ids_L[1:1 + len(ours)])
-    assert ids_L[0] == tokenizer.cls_id
-    assert ids_L[1 + len(ours)] == tokenizer.sep_id

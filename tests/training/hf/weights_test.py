@@ -1,8 +1,6 @@
 """Weights in Hugging Face's format: what goes in comes out, or is refused."""
 
-import gc
 import json
-import tracemalloc
 
 import flax.linen as nn
 import jax
@@ -13,12 +11,13 @@ from safetensors.numpy import load_file, save_file
 
 import architectures
 from architectures.parts.hf import tensor_map
+from configs.errors import RequestError
 from tests.helpers import models
 from tools import convert
 from training import paths, weights
 from training.step import abstract_params
-from training.distributed import devices
 from training.hf import config as hf_config, files as hf_files
+from training.hf import generation as hf_generation
 from training.workdir import run_config
 
 
@@ -176,69 +175,6 @@ def test_old_names_and_tied_copies(gpt, tmp_path):
     weights.from_hf(tmp_path)
 
 
-class _Counted(hf_files.Files):
-  """Files that count the bytes they are asked for."""
-  read = 0
-
-  def cut(self, name, slices):
-    found = super().cut(name, slices)
-    self.read += found.nbytes
-    return found
-
-
-@pytest.mark.long
-def test_host_memory_of_an_import_is_a_shard_and_of_an_export_a_tensor(
-    tmp_path, monkeypatch):
-  """Layers times experts in one parameter, over eight devices whose memory is
-  not the host's; every byte is read once."""
-  module = architectures.build(models.config(
-      'mixtral', d_model=128, d_ff=512, num_layers=4, vocab_size=384,
-      moe=dict(num_experts=8, d_ff=512)))
-  params = _random(module)
-  total = sum(x.nbytes for x in jax.tree.leaves(params))
-  stacked = max(x.nbytes for x in jax.tree.leaves(params))
-
-  def peak(function):
-    tracemalloc.start()
-    result = function()
-    found = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    return found, result
-
-  used, _ = peak(lambda: weights.to_hf(module, params, tmp_path))
-  files = _Counted(tmp_path)
-  tensor = max(4 * np.prod(files.shape(name)) for name in files)
-  assert 8 * tensor <= stacked < total / 3
-  slack = 600_000  # of names, headers, jax's own
-  assert used < 3 * tensor + slack < stacked
-  mesh = devices.make_mesh(dict(data=1, fsdp=8, expert=1, context=1, tensor=1))
-  boxed = abstract_params(module)
-  shardings = devices.param_shardings(boxed, mesh, 'default')
-  put = jax.device_put
-  def put_and_let_go(x, to):
-    y = jax.block_until_ready(put(x, to, may_alias=False))
-    gc.collect()  # JAX lets go of the shard before then
-    return y
-  monkeypatch.setattr(jax, 'device_put', put_and_let_go)
-  for dtype in (jnp.float32, jnp.bfloat16):  # what a run's param_dtype says
-    like = jax.tree.map(
-        lambda x, s, dtype=dtype: jax.ShapeDtypeStruct(
-            x.shape, dtype, sharding=s), nn.meta.unbox(boxed), shardings)
-    # What JAX keeps, it keeps once.
-    weights.read_params(module, _Counted(tmp_path), like=like)
-    # The shard being filled, and up to three that JAX has not let go of; on a
-    # busy machine it lets go of them later, so the least of three counts.
-    size = stacked * jnp.dtype(dtype).itemsize / 4
-    tries = []
-    for files in [_Counted(tmp_path) for _ in range(3)]:
-      used, loaded = peak(lambda files=files, like=like: weights.read_params(
-          module, files, like=like))
-      tries.append(used)
-    assert min(tries) < 5 * size / 8 + tensor + slack < stacked
-    assert files.read == sum(4 * np.prod(files.shape(n)) for n in files)
-    _equal(loaded.params, jax.tree.map(lambda x, t=dtype: x.astype(t), params))
-
-
 def test_partial_lists_what_it_skips(gpt, tmp_path):
   module, params, folder = gpt
   _edit(folder, tmp_path)
@@ -289,3 +225,40 @@ def test_convert_there_and_back(gpt, tmp_path):
 def _folder(path):
   path.mkdir()
   return path
+
+
+def test_weights_in_bfloat16(gpt, tmp_path):
+  module, params, folder = gpt
+  weights.to_hf(module, params, tmp_path, dtype='bfloat16')
+  assert json.loads((tmp_path / 'config.json').read_text())['dtype'] == (
+      'bfloat16')
+  _equal(weights.from_hf(tmp_path)[1], jax.tree.map(
+      lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), params))
+  module, found = weights.from_hf(folder, dtype='bfloat16')
+  assert module.config.param_dtype == 'bfloat16'
+  _equal(found, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
+
+
+@pytest.mark.parametrize('name', [
+    'pytorch_model.bin', 'pytorch_model-00001-of-00002.bin', 'tf_model.h5',
+    'other.safetensors', 'model.safetensors.index.json', 'adapter_config.json',
+    'generation_config.json'])
+def test_weights_that_would_stay_are_refused(name, gpt, tmp_path):
+  (tmp_path / name).touch()
+  with pytest.raises(RequestError, match=f'holds .{name}.*would stay'):
+    weights.to_hf(*gpt[:2], tmp_path)
+  assert [file.name for file in tmp_path.iterdir()] == [name]
+
+
+def test_an_export_may_be_made_again(gpt, tmp_path):
+  said = hf_generation.Generation({}, dict(eos_token_id=7))
+  for shard_bytes in 10**9, 20_000:
+    folder = tmp_path / str(shard_bytes)
+    for _ in range(2):
+      weights.to_hf(*gpt[:2], folder, shard_bytes=shard_bytes, generation=said)
+  assert len(list((tmp_path / '20000').glob('*.safetensors'))) > 1
+  (tmp_path / '20000/README.md').touch()
+  weights.to_hf(*gpt[:2], tmp_path / '20000', shard_bytes=20_000,
+                generation=said)
+  with pytest.raises(RequestError, match='holds .model-00001-of'):
+    weights.to_hf(*gpt[:2], tmp_path / '20000', generation=said)

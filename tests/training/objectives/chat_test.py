@@ -188,20 +188,3 @@ def test_rows_that_end_before_every_answer_are_refused(talks):
   with pytest.raises(ValueError, match=f'length is {before}, .* after {before} '
                      'tokens or more: there is nothing to predict'):
     pipeline.training_loader(_config(source, length=before), BYTES)
-
-
-@pytest.mark.parametrize('template', conversations.TEMPLATES)
-def test_conversations_without_any_answer_are_refused(template, tmp_path,
-                                                      monkeypatch):
-  monkeypatch.setenv('ARCHETYPE_CACHE', str(tmp_path / 'cache'))
-  turns = [dict(role='user', content='a question')]
-  path = tmp_path / 'x.jsonl'
-  path.write_text(json.dumps(dict(messages=turns)) + '\n')
-  config = _config(f'jsonl:{path}:messages')
-  config.data.chat_template = template
-  with pytest.raises(ValueError, match='no conversation .* has one: add'):
-    pipeline.training_loader(config, BYTES)
-  turns.append(dict(role='assistant', content='an answer'))
-  with path.open('a') as file:  # one with an answer is enough
-    file.write(json.dumps(dict(messages=turns)) + '\n')
-  pipeline.training_loader(config, BYTES)

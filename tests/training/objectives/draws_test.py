@@ -2,13 +2,12 @@
 stretches that pairs are cut from."""
 
 import itertools
-import types
 
 import numpy as np
 import pytest
 
 from tests.helpers import letters
-from training.data import pipeline, packing
+from training.data import pipeline
 from training.objectives import mlm
 
 BYTES = letters.BYTES
@@ -66,35 +65,6 @@ def test_every_token_is_told_as_often_as_any_other(whole_words):
                    whole_words=whole_words)[1] for seed in range(3000)], 0)
   spread = 0.04 if whole_words else 5 * (0.25 * 0.75 / 3000) ** 0.5
   assert np.ptp(told) < 2 * spread, told
-
-
-def test_stretches_hold_each_document_once():
-  """But for a rest of fewer than MIN tokens, and documents as short."""
-  sizes, length = [5, 8, 40, 61, 123], 23  # stretches of 20 tokens
-  parts = np.cumsum([0, *sizes])
-  cache = types.SimpleNamespace(
-      tokens=np.arange(parts[-1]), parts=parts, kinds=np.zeros(5, int),
-      documents=np.arange(6), num_bytes=np.array(sizes))
-  view = packing.Stretches(packing.Corpus(
-      name='x', text='all of it', cache=cache, document_ids=np.arange(5),
-      split='train', tokenizer=BYTES,
-      config=letters.config('', 'mlm_nsp', length)))
-  got = [view[i].tokens.tolist() for i in range(len(view))]
-  want = []
-  for first, size in zip(parts, sizes):
-    cut = [list(range(first + i, first + min(i + 20, size)))
-           for i in range(0, size, 20)]
-    want += [tokens for tokens in cut if len(tokens) >= packing.Stretches.MIN]
-  assert got == want
-  assert view.num_tokens == sum(sizes[1:])
-  # What is from elsewhere is of another document, and begins anywhere in it.
-  rng, begins = np.random.default_rng(0), set()
-  for _ in range(400):
-    tokens = view.other(3, rng, 30)
-    assert (np.diff(tokens) == 1).all() and tokens.max() < parts[4]
-    begins.add(int(tokens[0]))
-  assert {parts[1], *range(parts[2], parts[2] + 11)} < begins
-  assert max(begins) == parts[4] - 30
 
 
 def test_the_masks_of_an_evaluation_do_not_go_by_the_seed(texts):

@@ -92,22 +92,6 @@ def test_any_number_of_processes_has_batches_of_one_shape(source):
           np.concatenate([row[key] for row in rows]), value)
 
 
-def test_runs_of_one_program_have_batches_of_one_shape(source):
-  loaders = []
-  for seed in range(2):
-    c = config(source)
-    c.seed = seed
-    loaders.append(pipeline.training_loader(c, BYTES))
-  alone = [[loader.batch(n)['tokens'].shape[1] for n in range(40)]
-           for loader in loaders]
-  assert alone[0] != alone[1]
-  for loader in loaders:
-    loader.beside = loaders
-  for loader in loaders:
-    assert [loader.batch(n)['tokens'].shape[1] for n in range(40)] == [
-        max(pair) for pair in zip(*alone)]
-
-
 def _figures(objective, scores, batch, **train):
   record = objectives.OBJECTIVES[objective]
   c = ml_collections.ConfigDict(dict(

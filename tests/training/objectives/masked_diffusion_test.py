@@ -10,8 +10,8 @@ import pytest
 from configs.errors import RequestError
 from tests.helpers import evaluations, letters, models
 from training import generate, objectives, runs
-from training.data import packing, pipeline
-from training.evals.tasks import bound
+from training.data import packing
+from training.evals.tasks import diffusion
 from training.objectives import masked_diffusion
 
 BYTES = letters.BYTES
@@ -47,20 +47,6 @@ def test_a_row_masks_each_token_with_the_probability_that_it_drew():
   assert np.abs(np.sort(shares) - steps).max() < 1.95 / len(shares) ** 0.5
   assert abs(np.mean(excess)) < 4 / len(excess) ** 0.5
   assert 0.9 < np.std(excess) < 1.1
-
-
-def test_documents_can_be_kept_apart(texts):
-  config = letters.config(texts, 'masked_diffusion', document_mask=True)
-  loader, mixed = pipeline.training_loader(config, BYTES), 0
-  for batch in map(loader.batch, range(20)):
-    for ids, segments, places in zip(*(batch[key] for key in (
-        'targets', 'segment_ids', 'positions'))):
-      starts = ids == BYTES.separator_id
-      want = packing.documents(starts)
-      assert (segments == want['segment_ids']).all()
-      assert (places == want['positions']).all()
-      mixed += starts[1:].any()
-  assert mixed
 
 
 @pytest.mark.slow
@@ -121,7 +107,7 @@ def test_the_bound_is_the_loss_of_a_text_in_a_random_order():
   batch = dict(tokens=np.tile(ids, (rows, 1)), targets=np.tile(ids, (rows, 1)),
                segment_ids=np.ones((rows, L), np.int32),
                weights=np.zeros((rows, L), np.float32))
-  program = jax.jit(bound._program(module, config, BYTES.mask_id, 6))
+  program = jax.jit(diffusion._bound_program(module, config, BYTES.mask_id, 6))
   sums = np.asarray(program(params, batch, np.uint32(0)), np.float64)
   assert sums[[1, 4, 5]].tolist() == [rows * L, rows * L ** 2, rows]
   found = sums[0] / rows
@@ -133,7 +119,7 @@ def test_the_bound_is_the_loss_of_a_text_in_a_random_order():
   error = (np.mean([np.var(x) for x in kinds]) / (rows * 6)) ** 0.5
   assert found == pytest.approx(np.mean(orders), abs=4 * error)
   # Every row is the same text, so that they differ by their draws alone.
-  told = bound._error(*sums) * L
+  told = diffusion._error(*sums) * L
   assert told < error < 0.01 * np.mean(orders)
   assert np.ptp([np.mean(x) for x in kinds]) > 8 * error
 
@@ -145,10 +131,10 @@ def test_the_error_of_a_bound_is_that_of_a_ratio_over_rows():
     n = rng.integers(5, 20, 60).astype(float)
     x = n * rng.normal(2, 0.3, 60)
     ratios.append(x.sum() / n.sum())
-    errors.append(bound._error(x.sum(), n.sum(), (x ** 2).sum(), (x * n).sum(),
-                               (n ** 2).sum(), 60))
+    errors.append(diffusion._error(
+        x.sum(), n.sum(), (x ** 2).sum(), (x * n).sum(), (n ** 2).sum(), 60))
   assert np.mean(errors) == pytest.approx(np.std(ratios), rel=0.1)
-  assert np.isnan(bound._error(3.0, 2.0, 9.0, 6.0, 4.0, 1))
+  assert np.isnan(diffusion._error(3.0, 2.0, 9.0, 6.0, 4.0, 1))
 
 
 def by_numpy(module, params, prompt, new, steps, mask):
@@ -170,8 +156,7 @@ def by_numpy(module, params, prompt, new, steps, mask):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('steps', [
-    3, pytest.param(7, marks=pytest.mark.long)])
+@pytest.mark.parametrize('steps', [3])
 def test_what_it_is_surest_of_stays(steps):
   """Prompts of two lengths, each as it would be alone, beside numpy."""
   module, params = models.make('bert', vocab_size=270)
@@ -188,7 +173,6 @@ def test_what_it_is_surest_of_stays(steps):
     assert BYTES.mask_id not in row
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_tasks_tell_the_bound_and_write(texts, capsys):
   """The draws of many masks are near the one that an evaluation has."""
@@ -196,17 +180,17 @@ def test_tasks_tell_the_bound_and_write(texts, capsys):
   config.data.update(source=texts, eval_source=texts, holdout_every=0)
   evaluation = evaluations.make(
       config, bound_samples=4, prompt='aa|||b', max_new_tokens=5,
-      unmask_steps=2)
+      diffusion_steps=2)
   plain = evaluations.run('loss', evaluation)
-  found = evaluations.run('bound', evaluation)
+  found = evaluations.run('diffusion_bound', evaluation)
   assert found['loss'] == pytest.approx(plain['loss'], rel=0.2)
   assert found['bits_per_byte'] / found['loss'] == pytest.approx(
       plain['bits_per_byte'] / plain['loss'], rel=1e-5)
   assert found['tokens'] == plain['tokens'] and found['samples'] == 4
   assert 0 < found['standard_error'] < found['loss']
-  again = evaluations.run('bound', evaluation)
+  again = evaluations.run('diffusion_bound', evaluation)
   assert again == found  # the draws are those of every evaluation
-  written = evaluations.run('unmask', evaluation)
+  written = evaluations.run('diffusion_samples', evaluation)
   assert [row['prompt'] for row in written['samples']] == ['aa', 'b']
   assert 'sample 2 of 2:\nb' in capsys.readouterr().out
 

@@ -15,7 +15,6 @@ from training.data import pipeline
 from training.objectives import mlm
 
 BYTES = letters.BYTES
-SPECIAL = (BYTES.cls_id, BYTES.sep_id)
 
 
 @pytest.fixture(name='texts')
@@ -36,21 +35,6 @@ def test_pairs_are_laid_out_as_bert_has_them(texts):
     assert (kind[seps[0] + 1:seps[1] + 1] == 1).all()
     assert (kind[~mask] == 0).all()
     assert (row[~mask] == BYTES.pad_id).all()
-
-
-def test_next_sentence_labels_say_where_the_second_text_is_from(texts):
-  labels = []
-  for batch in letters.pairs(texts):
-    for row, types, label, real in zip(batch['targets'], batch['types'],
-                                       batch['nsp_targets'],
-                                       batch['segment_ids']):
-      sources = [set(bytes(row[(types == t) & (real == 1) & (row < 256)]
-                           .astype(np.uint8)).decode()) - {' '}
-                 for t in (0, 1)]
-      if all(sources):
-        assert (sources[0] != sources[1]) == bool(label)
-        labels.append(label)
-  assert 0.3 < np.mean(labels) < 0.7
 
 
 def test_fifteen_percent_are_told_eighty_ten_ten(texts):
@@ -124,9 +108,7 @@ def test_whole_words_are_masked_whole():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('objective', [
-    'causal', *(pytest.param(name, marks=pytest.mark.long)
-                for name in ('prefix', 'chat'))])
+@pytest.mark.parametrize('objective', ['causal', 'prefix'])
 def test_padding_takes_no_expert(objective):
   """A row of padding goes first, and the tokens after it have the routers'
   losses, load and room that they have alone."""
@@ -144,21 +126,6 @@ def test_padding_takes_no_expert(objective):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4),
                padded, alone)
   assert alone['health']['dropped'].max() > 0
-
-
-@pytest.mark.parametrize('objective', ['prefix', 'mlm', 'mlm_nsp', 'span'])
-def test_no_padding_is_predicted(texts, objective):
-  """In a pass whose last rows are short, or padding altogether."""
-  config = letters.config(texts, objective, batch_size=4, eval_source=texts)
-  loader, = pipeline.held_out(config, BYTES)
-  batch = {key: np.concatenate([b[key] for b in loader.iterate()])
-           for key in loader.batch(0)}
-  seen = batch[objectives.OBJECTIVES[objective].seen[-1]] != 0
-  assert (seen.any(1) & ~seen.all(1)).any()
-  assert not batch['weights'][~seen].any()
-  if objective == 'prefix':
-    told = np.maximum(seen.sum(1) - (batch['prefix'] - 1), 0)
-    assert batch['weights'].sum(1).tolist() == told.tolist()
 
 
 @pytest.mark.parametrize('system, objective', [

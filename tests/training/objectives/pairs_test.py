@@ -8,12 +8,10 @@ import tokenizers as hf
 from tests.helpers import labelled_files as files
 from tests.training.data import roberta_files
 from training import objectives
-from training.data import questions, records, tokenizers
-from training.objectives import question_answering
+from training.data import records, tokenizers
 
 PAIRS = [('an ant', 'ran'), ('a', 'an an an an an an an an an'),
          ('what is an anagram of nap, then?', 'pan'), ('a an a an', 'an a an')]
-WINDOWS = (96, 16), (40, 10)  # (data.length, data.stride)
 
 
 @pytest.fixture(scope='module', name='folder')
@@ -66,28 +64,6 @@ def test_pairs_equal_those_of_the_package_tokenizers(objective, length, folder,
       theirs.encode(text).ids for text, _ in PAIRS]
 
 
-@pytest.mark.parametrize('length, stride', WINDOWS)
-def test_windows_equal_those_of_the_package_tokenizers(length, stride, folder,
-                                                       tmp_path):
-  config = _config(f'squad:{files.squad(tmp_path / "a.json")}', folder,
-                   'question_answering', length=length, stride=stride)
-  view = questions.Questions(files.corpus(config))
-  theirs = hf.Tokenizer.from_file(str(folder / 'tokenizer.json'))
-  theirs.enable_truncation(length, stride=stride, strategy='only_second')
-  expected = []
-  for question, (context, _) in zip(view.questions, view.contexts):
-    encoded = theirs.encode(question.question, context)
-    expected += [encoded, *encoded.overflowing]
-  rows = list(_rows(config, view))
-  assert [ids for _, ids in rows] == [part.ids for part in expected]
-  assert any(item.answer for item in view.items)
-  for item, part, (row, _) in zip(view.items, expected, rows):
-    first = part.sequence_ids.index(1)
-    assert question_answering.begin(item) == first
-    assert row['starts'] == (first + item.answer[0] if item.answer else 0)
-    assert (row['types'] == 1).argmax() == first
-
-
 def test_a_pair_equals_transformers_own(folder, tmp_path):
   """Of its RobertaTokenizer, by the files that it reads itself."""
   transformers = pytest.importorskip('transformers')
@@ -101,7 +77,6 @@ def test_a_pair_equals_transformers_own(folder, tmp_path):
     assert i == getattr(theirs, f'{kind}_token_id'), kind
 
 
-@pytest.mark.every_system
 @pytest.mark.parametrize('arch, given, between', [
     ('roberta', 0, 2), ('roberta', 1, 1), ('bert', 0, 1), ('bert', 2, 2),
     ('modernbert', 0, 1), ('gpt', 0, 1)])

@@ -81,27 +81,6 @@ def test_what_is_not_asked_for_has_no_weight(name):
   assert row['segment_ids'].sum() == size
 
 
-@pytest.mark.parametrize('name, fields, words', [
-    ('induction', {'data.source': 'probe:inductions'}, "Did you mean 'ind"),
-    ('induction', {'data.source': 'sotu'}, 'reads a probe: write probe:NAME'),
-    ('induction', {'data.source': '0.5*probe:copy,0.5*probe:s3'}, 'reads a pr'),
-    ('induction', {'data.tokenizer': 'bytes:300'}, 'data.tokenizer'),
-    ('induction', {'data.eval_source': 'probe:copy'}, 'data.eval_source'),
-    ('induction', {'data.holdout_every': 3}, 'data.holdout_every'),
-    ('induction', {'data.mask_rate': 0.3}, 'data.mask_rate'),
-    ('recall', {'probe.vocab': 8}, "'recall' does not read"),
-    ('induction', {'probe.vocab': 1}, 'at least 4 letters'),
-    ('mqar', {'probe.levels': (4, 9)}, '36 tokens or more'),
-    ('mqar', {'objective': 'causal', 'probe.levels': (4,)}, 'probe.levels'),
-    ('compression', {'objective': 'probe'}, "by objective 'compression'"),
-    ('mqar', {'objective': 'compression'}, "by objective 'probe'"),
-    ('compression', {'model.head': 'lm'}, "trains 'vector'"),
-])
-def test_what_is_refused(name, fields, words):
-  with pytest.raises(RequestError, match=words):
-    runs.check_config(config_of(name, **fields))
-
-
 def test_an_encoder_reads_what_does_not_show_its_answers():
   config = bert.get_config('tiny')
   config.objective = 'probe'

@@ -2,16 +2,13 @@
 purity in (seed, index), pairs from files and from plain text, refusals."""
 
 import json
-import sys
 import types
 
 import numpy as np
 import pytest
 
 from configs import base
-from tests.helpers import evaluations
 from tests.helpers import labelled_files as files
-from training import evals
 from training import generate
 from training import objectives
 from training.data import packing
@@ -83,46 +80,6 @@ def test_the_papers_sentence():
       90, 3, 4, 91, 9, 10]
 
 
-def test_rates_of_spans():
-  """512 tokens: 77 cut out in 26 spans; every token about alike likely but
-  the first, which stays, and the last, which goes (the paper's code)."""
-  assert spans.sizes(512, 0.15, 3.0) == (77, 26)
-  masks = np.array([spans.draw(512, 0.15, 3.0, np.random.default_rng(i))
-                    for i in range(2000)])
-  assert (masks.sum(1) == 77).all()
-  starts = masks & ~np.pad(masks, ((0, 0), (1, 0)))[:, :-1]
-  assert (starts.sum(1) == 26).all()
-  assert not masks[:, 0].any() and masks[:, -1].all()
-  assert np.abs(masks[:, 50:450].mean(0) - 0.15).max() < 0.04
-  sizes = np.concatenate([np.diff(np.flatnonzero(np.diff(np.pad(
-      m.astype(int), 1))))[::2] for m in masks])
-  assert abs(sizes.mean() - 77 / 26) < 1e-9 and sizes.min() == 1
-  assert sizes.max() > 8
-
-
-def test_pairs_of_plain_text_follow_each_other():
-  config = _config('seq2seq', target_length=32)
-  loader = pipeline.training_loader(config, TOKENIZER)
-  batch = loader.batch(0)
-  # A third of the tokens of each window is predicted.
-  assert 0 <= loader.num_tokens - 32 * loader.num_windows <= 32
-  assert batch['tokens'].shape == (8, 64) and batch['targets'].shape == (8, 32)
-  config = _config('causal', holdout_every=20)
-  config.data.length = 96
-  view = packing.Windows(_corpus(config))
-  rows = {bytes(view[i].tokens[:96].astype(np.uint16).tobytes())
-          for i in range(len(view))}
-  for source, target in zip(batch['tokens'], batch['targets']):
-    text = np.concatenate([source, target]).astype(np.uint16).tobytes()
-    assert text in rows
-  assert batch['weights'].all() and (batch['decoder_tokens'][:, 0] == START
-                                     ).all()
-
-
-def _corpus(config):
-  return next(c for _, c in pipeline._corpora(config, TOKENIZER, 'train'))
-
-
 @pytest.mark.parametrize('kind', ('tsv', 'jsonl'))
 def test_pairs_of_a_file(kind, tmp_path):
   texts = [('ein Haus', 'a house'), ('zwei', 'two'), ('x' * 80, 'y' * 80)]
@@ -145,12 +102,6 @@ def test_pairs_of_a_file(kind, tmp_path):
     found.add((TOKENIZER.decode(source), TOKENIZER.decode(target)))
   assert found == {(s[:64], t[:64]) for s, t in texts}
   assert not batch['weights'][3:].any()
-
-
-WRONG = {
-    'no tab': ('a b\n', 'line 1, has 1 fields'),
-    'two tabs': ('a\tb\n\na\tb\tc\n', 'line 3, has 3 fields'),
-}
 
 
 def test_every_example_feeds_its_loss(tmp_path):
@@ -199,43 +150,3 @@ def test_translation_counts_pairs_and_reads_to_the_end(monkeypatch):
                       lambda *args, **kwargs: written)
   assert exact.translate(None, None, batch, TOKENIZER) == [
       ('AB', 'AB', True), ('AC', 'AB', False)]
-
-
-@pytest.mark.parametrize('objective', ['seq2seq', 'span'])
-def test_sequence_accuracy_is_of_whole_targets(objective, monkeypatch):
-  """A model that spells every target but the last token of each second row."""
-  monkeypatch.setitem(sys.modules, 'sacrebleu', None)
-  config = _config(objective)
-  config.eval.batches = 1
-  loader, = pipeline.held_out(config, TOKENIZER)
-  batch = loader.batch(0)
-  told = batch['targets'].copy()
-  for row in told[1::2]:
-    row[int(np.flatnonzero(row != START)[-1])] ^= 1
-  monkeypatch.setattr(generate, 'generate', lambda *args, **kwargs: told)
-  run = types.SimpleNamespace(config=config, module=None)
-  asked = types.SimpleNamespace(run=run, params=None, tokenizer=TOKENIZER,
-                                options=evaluations.flags())
-  rows = int(batch['weights'].any(1).sum())
-  assert evals.task('exact').run(asked) == dict(
-      exact=-(-rows // 2) / rows, targets=rows)
-  config.objective = 'causal'
-  with pytest.raises(ValueError, match='leave exact out'):
-    evals.check_task('exact', None, config, None)
-
-
-@pytest.mark.parametrize('text', ['ab c', ''])
-def test_a_prompt_is_the_source_that_training_shows(text):
-  """Down to the separator at its end."""
-  config = base.base()
-  config.update(objective='seq2seq')
-  config.data.length = 8
-  ids, = TOKENIZER.encode_batch([text])
-  trained = seq2seq.seq2seq(
-      packing.Pair(np.asarray(ids, int), np.array([1]), whole=True), None,
-      config, TOKENIZER)
-  prompts = objectives.of(config).prompt(['longer than it', text], config,
-                                         TOKENIZER)
-  size = int(prompts.arguments['source_lengths_B'][1])
-  np.testing.assert_array_equal(
-      prompts.arguments['source_BM'][1, :size], trained['tokens'])

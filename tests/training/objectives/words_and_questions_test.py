@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 import architectures
-from configs import base
 from tests.helpers import labelled_files as files
 from tests.helpers import models
 from training import objectives
@@ -28,23 +27,6 @@ def sources(tmp_path_factory):
   folder = tmp_path_factory.mktemp('labelled')
   return {'token_classification': f'conll:{files.conll(folder / "a.conll")}',
           'question_answering': f'squad:{files.squad(folder / "a.json")}'}
-
-
-@pytest.mark.parametrize('name, shape', [
-    ('classification', (2, 3)), ('token_classification', (2, 64, 3)),
-    ('question_answering', (2, 64, 2))])
-def test_guessing_is_the_loss_of_scores_that_are_alike(name, shape):
-  config = base.base()
-  config.data.update(labels=('a', 'b', 'c'), length=64)
-  objective = objectives.OBJECTIVES[name]
-  output = types.SimpleNamespace(extra={'scores': jnp.zeros(shape)})
-  where = shape[:2] if name == 'token_classification' else shape[:1]
-  batch = dict(segment_ids=jnp.ones((2, 64), int), weights=jnp.ones(where)
-               ) | dict.fromkeys(('targets', 'labels', 'starts', 'ends'),
-                                 jnp.ones(where, int))
-  values = objective.means(objective.figures(output, batch, config))
-  np.testing.assert_allclose(objective.guessing(config, 384), values['loss'],
-                             rtol=1e-5)
 
 
 def _config(sources, objective, arch='bert', length=64):
@@ -177,22 +159,6 @@ def test_scores_hang_on_nothing_but_the_row(objective, arch, sources):
                 [scores([row] * 3)[0] for row in few]):
     for a, b in zip(expected, found):
       np.testing.assert_allclose(a, b, atol=2e-6)
-
-
-@pytest.mark.long
-def test_a_decoder_reads_a_label_off_the_words_up_to_its_own(sources):
-  record, config, rows, _ = _rows(sources, 'token_classification', 'gpt', 64)
-  module, params = _model(record, 'gpt', len(config.data.labels))
-  place = int(np.flatnonzero(rows[0]['weights'])[1])
-  changed = np.repeat(rows[0]['tokens'][None], 4, 0)
-  for row, token in enumerate((place - 1, place, place + 1)):
-    changed[row, token] += 1
-  batch = {key: np.repeat(value[None], 4, 0) for key, value in rows[0].items()}
-  scores_BU = np.asarray(record.apply(
-      module, params, batch | dict(tokens=changed)
-      ).extra['scores'])[:, place]
-  seen = np.abs(scores_BU[:3] - scores_BU[3]).max(1) > 1e-5
-  assert seen.tolist() == [True, True, False]
 
 
 def test_the_null_token_is_the_one_that_has_seen_all(sources):

@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 import architectures
@@ -46,20 +45,6 @@ def test_a_bad_step_is_no_update_of_it():
     after = average.update(OPTIM, own, {'x': jnp.zeros(4)}, jnp.int32(t),
                            jnp.bool_(False))
     np.testing.assert_array_equal(after['x'], own['x'])
-
-
-def test_it_is_float32_and_evaluated_in_the_dtype_of_the_parameters():
-  params = {'x': jnp.ones(3, jnp.bfloat16), 'frozen': jnp.full(2, 5.0)}
-  parts = {'x': 1.0, 'frozen': 0.0}
-  own = average.start(OPTIM, parts, params)
-  assert own['x'].dtype == jnp.float32
-  assert isinstance(own['frozen'], optax.MaskedNode)
-  seen = average.evaluated(parts, {**own, 'x': jnp.full(3, 1.25)}, params)
-  assert seen['x'].dtype == jnp.bfloat16
-  np.testing.assert_array_equal(seen['x'].astype(float), 1.25)
-  assert seen['frozen'] is params['frozen']
-  assert average.start(base.base().optim, None, params) is None
-  assert average.evaluated(None, None, params) is params
 
 
 def stepped(c, mesh=None):

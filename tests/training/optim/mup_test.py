@@ -5,7 +5,6 @@ import math
 from configs import base
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -36,9 +35,7 @@ def flat(module):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('system', [
-    pytest.param(system, marks=[pytest.mark.long] * (
-        system not in ('gpt', 'mixtral'))) for system in models.MUP])
+@pytest.mark.parametrize('system', ['gpt', 'mixtral'])
 def test_at_the_base_all_is_as_in_the_standard_form(system):
   plain, ours = built(system), scaled(system)
   key, tokens = jax.random.key(0), models.tokens()
@@ -128,28 +125,6 @@ def test_rates_of_recurrences_agree_with_the_shapes(mixer, widen):
     factor = r if name in FIXED.get(mixer, OTHERS) else 1
     assert rates['adamw'][path] == factor / inputs, path
     assert rates['sgd'][path] == factor ** 2 * outputs / inputs, path
-
-
-@pytest.mark.slow
-def test_the_optimizer_multiplies_the_update_and_not_the_decay():
-  module = scaled('gpt', 4 * BASE)
-  roles = parameter_roles(module)
-  params = jax.tree.map(jnp.ones_like, nn.meta.unbox(jax.jit(module.init)(
-      jax.random.key(0), models.tokens())['params']))
-  optim = base.base().optim
-  optim.update(lr=1.0, warmup_steps=0, schedule='constant', clip_norm=0.0)
-  def updates(rates, decay):
-    optim.weight_decay = decay
-    tx = optimizers.make(optim, 10, roles, rates)
-    return paths.flatten(tx.update(params, tx.init(params), params)[0])
-  rates = mup.rates(module.config, 'adamw', roles)
-  plain, ours, decayed = (updates(None, 0.0), updates(rates, 0.0),
-                          updates(rates, 0.5))
-  path = 'decoder/layers/block_0/ffn/up'
-  np.testing.assert_allclose(ours[path], plain[path] / 4, rtol=1e-6)
-  np.testing.assert_allclose(decayed[path], ours[path] - 0.5, rtol=1e-6)
-  path = 'embed/tokens'
-  np.testing.assert_allclose(ours[path], plain[path], rtol=1e-6)
 
 
 @pytest.mark.parametrize('name', sorted(

@@ -163,10 +163,7 @@ def test_adafactor_equals_optax_on_plain_matrices():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', [
-    pytest.param(name, marks=[pytest.mark.long] * (
-        name not in ('adafactor', 'muon')))
-    for name in optimizers.OPTIMIZERS if name != 'soap'])
+@pytest.mark.parametrize('name', ['adafactor', 'muon'])
 def test_a_stack_learns_as_its_layers_do(name):
   """Layers (and experts) in one array move as each would on its own. (Of SOAP
   in soap_test.py, in float64: rounding chooses a part of its bases.)"""
@@ -219,9 +216,8 @@ def test_muon_orthogonalises_each_layer_with_its_heads_joined():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('dtype', [
-    pytest.param(jnp.float32, marks=pytest.mark.long), jnp.bfloat16])
-@pytest.mark.parametrize('name', optimizers.OPTIMIZERS)
+@pytest.mark.parametrize('dtype', [jnp.bfloat16])
+@pytest.mark.parametrize('name', ['adamw', 'adafactor', 'muon', 'soap'])
 def test_update_if(name, dtype):
   """Not ok: every bit stays. ok: all move, and no type or shape changes."""
   tree = params(dtype)
@@ -243,33 +239,7 @@ def test_update_if(name, dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', [
-    pytest.param(name, marks=[pytest.mark.long] * (
-        name not in ('adamw', 'muon'))) for name in optimizers.OPTIMIZERS])
-def test_parameters_in_bfloat16_are_updated_in_float32(name):
-  """Moments and updates are those of the same numbers in float32."""
-  tree = params(jnp.bfloat16)
-  grads = gradients(tree)
-  wide = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)
-  # Where a gradient has more rows than columns, rounding chooses a part of
-  # SOAP's basis: it has none here.
-  fields = {'precondition_max': 1} if name == 'soap' else {}
-  tx = optimizers.make(optim(name=name, warmup_steps=0, **fields), 10, roles())
-
-  @jax.jit
-  def twice(grads, tree):
-    updates, state = tx.update(grads, tx.init(tree), tree)
-    return updates, tx.update(grads, state, tree)
-
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5),
-               twice(grads, tree), twice(wide(grads), wide(tree)))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('name', [
-    pytest.param(name, marks=[pytest.mark.long] * (
-        name not in ('adamw', 'adafactor')))
-    for name in optimizers.OPTIMIZERS])
+@pytest.mark.parametrize('name', ['adamw', 'adafactor'])
 def test_state_lies_where_the_parameters_lie(name):
   mesh = jax.make_mesh((2, 4), ('fsdp', 'tensor'),
                        axis_types=(jax.sharding.AxisType.Auto,) * 2)
@@ -307,25 +277,3 @@ def test_state_lies_where_the_parameters_lie(name):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(
       a, b, rtol=2e-4, atol=1e-7), updates, alone)
   assert jax.tree.map(lambda x: x.sharding, after) == state
-
-
-@pytest.mark.parametrize('name, lr', [
-    ('adamw', 0.05), ('adafactor', 0.3), ('lion', 0.02), ('muon', 0.05),
-    ('normuon', 0.05), ('soap', 0.05), ('sgd', 0.5)])
-def test_every_optimiser_fits_a_linear_map(name, lr):
-  key = jax.random.key(0)
-  x, wanted = jax.random.normal(key, (64, 16)), jnp.eye(16)
-  tree = {'kernel': jnp.zeros((16, 16)) + 0.01 * jax.random.normal(
-      key, (16, 16))}
-  loss = lambda p: jnp.mean((x @ p['kernel'] - x @ wanted)**2)
-  tx = optimizers.make(optim(name=name, lr=lr, warmup_steps=0,
-                             weight_decay=0.0), 200, plain(tree))
-
-  @jax.jit
-  def step(_, carry):
-    tree, state = carry
-    updates, state = tx.update(jax.grad(loss)(tree), state, tree)
-    return optax.apply_updates(tree, updates), state
-
-  after, _ = jax.lax.fori_loop(0, 200, step, (tree, tx.init(tree)))
-  assert loss(after) < 0.05 * loss(tree)

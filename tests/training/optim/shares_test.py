@@ -12,7 +12,6 @@ from configs.errors import RequestError
 from tests.helpers import models
 from tests.training import step_test
 from training import paths
-from training.optim import optimizers
 from training.step import optimizer, parameter_shares
 
 LAYERS = dict(num_layers=4, **models.banded(8))
@@ -78,9 +77,7 @@ def test_a_pattern_that_cannot_be_meant_is_refused(freeze, words):
     flat_shares(freeze=freeze)
 
 
-@pytest.mark.parametrize('name', [
-    pytest.param(name, marks=[pytest.mark.long] * (
-        name not in ('adamw', 'muon'))) for name in optimizers.OPTIMIZERS])
+@pytest.mark.parametrize('name', ['adamw', 'muon'])
 def test_an_update_is_that_of_numpy(name):
   """The update of a parameter, its decay included, is its share of what it
   would be; that of a frozen one is not there, nor is its state."""

@@ -10,18 +10,14 @@ around a text counts, as [CLS] and [SEP] do in sentence-transformers; the token
 that a decoder begins with does not, because it sees nothing of the text.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 import importlib.util
-import itertools
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from configs.errors import one_of, require
 from training.evals.task import Evaluation, Flag, Task, without
-
-SHORTEST = 8  # a batch's rows have 8, 16, 32, ... tokens
-TOKENS = 2 ** 13  # of a batch, padding included
 
 
 class Stack(NamedTuple):
@@ -86,13 +82,13 @@ def laid_out(texts: Sequence[tuple[str, str]], evaluation: Evaluation
              ) -> list[np.ndarray]:
   """Returns the tokens that the model is shown of each text, int32 [L]."""
   import architectures
-  from training.chat import load
+  from training import chat
   from training.hf import generation as hf_generation
   tokenizer, most = evaluation.tokenizer, evaluation.run.model.max_len
   stack = architectures.stack(evaluation.run.model)
   before, after = around(evaluation)
   if stack == 'decoder':  # weights of others may have begun with a bos
-    before = load.plain(tokenizer, hf_generation.published(
+    before = chat.plain(tokenizer, hf_generation.published(
         evaluation.workdir, evaluation.step)).encode([])
   rows = []
   for (where, _), ids in zip(texts, tokenizer.encode_batch(
@@ -110,7 +106,7 @@ def around(evaluation: Evaluation) -> tuple[list, list]:
   import architectures
   from training import objectives
   if objectives.of(evaluation.run.config).bound:
-    # Its rows are stretches of text; --tasks=unmask begins one like this.
+    # Its rows are stretches of text, as what it writes is.
     return [evaluation.tokenizer.separator_id], []
   return STACKS[architectures.stack(evaluation.run.model)].around(
       evaluation.tokenizer)
@@ -127,41 +123,19 @@ def vectors(rows: Sequence[np.ndarray], evaluation: Evaluation) -> np.ndarray:
   import jax
 
   from training import progress
+  from training.evals import scoring
   options = evaluation.options
   step = evaluation.program(
       lambda: _program(evaluation, options.pooling, options.normalize),
       'embed', options.pooling, options.normalize)
   found = [None] * len(rows)
-  groups = list(batches([len(row) for row in rows],
-                        evaluation.run.model.max_len))
-  for (size, count), chosen in progress.each(groups, 'embedding'):
-    tokens_BL = np.zeros((count, size), np.int32)
-    lengths_B = np.zeros(count, np.int32)
-    for place, i in enumerate(chosen):
-      lengths_B[place] = len(rows[i])
-      tokens_BL[place, :len(rows[i])] = rows[i]
+  groups = list(scoring.padded(dict(enumerate(rows)),
+                               evaluation.run.model.max_len))
+  for chosen, tokens_BL, lengths_B in progress.each(groups, 'embedding'):
     got_BD = jax.device_get(step(evaluation.params, tokens_BL, lengths_B))
     for vector_D, i in zip(got_BD, chosen):
       found[i] = vector_D
   return np.stack(found)
-
-
-def batches(lengths: Sequence[int], most: int
-            ) -> Iterator[tuple[tuple[int, int], list[int]]]:
-  """Yields ((tokens of a row, rows), which rows) of each batch, the shortest
-  first. There is one shape for each power of two up to `most`."""
-  def size(i: int) -> int:
-    return min(max(SHORTEST, _power_of_two(lengths[i])), most)
-  order = sorted(range(len(lengths)), key=lambda i: lengths[i])
-  for length, group in itertools.groupby(order, key=size):
-    group = list(group)
-    count = min(max(TOKENS // length, 1), _power_of_two(len(group)))
-    for start in range(0, len(group), count):
-      yield (length, count), group[start:start + count]
-
-
-def _power_of_two(least: int) -> int:
-  return 1 << (least - 1).bit_length()
 
 
 def _program(evaluation: Evaluation, pooling: str, normalize: bool):
@@ -274,11 +248,11 @@ STACKS = {
         True)}
 NO_TEXT = 'reads rows of a probe, whose ids stand for no text'
 POOLINGS = {'mean': _mean, 'last': _last, 'first': _first, 'pooler': _pooler}
-TASK = Task(
+TASKS = {'embed': Task(
     'vectors of the texts of a file', run, without(reads_text, NO_TEXT),
     check=_check, held_out=False, flags=(
         Flag('texts', '', "A file with a text a line, or jsonl with 'text'."),
         Flag('vectors', '', 'The file to write: OUT.npy or OUT.parquet.'),
         Flag('pooling', 'mean', "What becomes a text's vector: the mean of its "
              "tokens' states, the last, the first, or BERT's pooler."),
-        Flag('normalize', False, 'Scale each vector to length 1.')))
+        Flag('normalize', False, 'Scale each vector to length 1.')))}

@@ -1,34 +1,75 @@
-"""Exact-match accuracy: the share of held-out targets, of pairs or of spans
-that were cut out, that the model writes correctly to their end."""
+"""What an encoder-decoder writes of held-out pairs, or of spans that were cut
+out: the share of targets that it writes to their end, and the BLEU.
 
-from collections.abc import Mapping, Sequence
+BLEU is sacrebleu's corpus BLEU (Post 2018), on text; where the package is
+absent the request is refused. What is written are the likeliest tokens, one by
+one, or the best text of --beams.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from configs.errors import RequestError
 from training.evals.task import Evaluation, Task, without
 from training.evals.tasks import samples
 
 
 def run(evaluation: Evaluation) -> dict[str, Any]:
-  """Writes the targets of eval.batches batches, greedily or with --beams."""
-  from training import evaluating
-  loaders, found = written(evaluation)
-  each = [share(own) for own in found]
-  for loader, own, exact in zip(loaders, found, each):
-    print(f'{loader.text}: {len(own)} held-out targets: exact {exact:.4f}')
-  figures = dict(exact=evaluating.mix(each, loaders),
-                 targets=sum(map(len, found)))
-  if len(loaders) > 1:
-    print(f'the mean by weight: exact {figures["exact"]:.4f}')
-    figures |= {f'exact/{loader.name}': exact
-                for loader, exact in zip(loaders, each)}
+  """Writes the targets of eval.batches batches."""
+  return _figures(evaluation, 'targets', exact=_share)
+
+
+def translation(evaluation: Evaluation) -> dict[str, Any]:
+  """Translates eval.batches batches of held-out pairs."""
+  bleu = make_bleu()
+
+  def score(own: Sequence[tuple]) -> float:
+    hypotheses, references, _ = zip(*own)
+    return bleu.corpus_score(hypotheses, [references]).score
+
+  figures = _figures(evaluation, 'pairs', bleu=score, exact=_share)
+  figures['signature'] = str(bleu.get_signature())
+  print(f'  {figures["signature"]}')
   return figures
 
 
-def share(own: Sequence[tuple]) -> float:
+def make_bleu():
+  """Returns sacrebleu's metric, with its own tokenisation (13a)."""
+  try:
+    from sacrebleu.metrics import BLEU
+  except ImportError as error:
+    raise RequestError("task translation needs the package sacrebleu: "
+                       "pip install 'archetype[bleu]'; exact does without"
+                       ) from error
+  return BLEU()
+
+
+def _share(own: Sequence[tuple]) -> float:
   """Returns the share of one source's targets that were written exactly."""
   return float(np.mean([same for _, _, same in own]))
+
+
+def _figures(evaluation: Evaluation, things: str,
+             **scores: Callable[[Sequence[tuple]], float]) -> dict[str, Any]:
+  """Prints and returns the scores of what is written, of each source and in
+  the mean by weight; `things` is what is counted."""
+  from training import evaluating
+  loaders, found = written(evaluation)
+  each = [{name: score(own) for name, score in scores.items()} for own in found]
+  figures: dict[str, Any] = {
+      name: evaluating.mix([one[name] for one in each], loaders)
+      for name in scores}
+  say = lambda one: ', '.join(f'{name} {one[name]:.4f}' for name in scores)
+  for loader, own, one in zip(loaders, found, each):
+    print(f'{loader.text}: {len(own)} held-out {things}: {say(one)}')
+  if len(loaders) > 1:
+    print(f'the mean by weight: {say(figures)}')
+    main = next(iter(scores))
+    figures |= {f'{main}/{loader.name}': one[main]
+                for loader, one in zip(loaders, each)}
+  return figures | {things: sum(map(len, found))}
 
 
 def written(evaluation: Evaluation) -> tuple[list, list[list[tuple]]]:
@@ -89,8 +130,17 @@ def text(ids: np.ndarray, tokenizer: Any) -> str:
   return tokenizer.decode(ids[:ends[0]] if ends.size else ids)
 
 
-TASK = Task('the share of held-out targets that are written exactly', run,
-            without(lambda objective: 'encoder-decoder' in objective.stacks,
-                    'has no targets to write'),
-            check=samples.check_beams, flags=samples.BEAMS,
-            figures=lambda config: ('exact', 'targets', 'exact/*'))
+TASKS = {
+    'exact': Task(
+        'the share of held-out targets that are written exactly', run,
+        without(lambda objective: 'encoder-decoder' in objective.stacks,
+                'has no targets to write'),
+        check=samples.check_beams, flags=samples.BEAMS,
+        figures=lambda config: ('exact', 'targets', 'exact/*')),
+    'translation': Task(
+        'BLEU of held-out pairs, and exact', translation,
+        without(lambda objective: objective.translates,
+                'has no pairs to translate'),
+        check=lambda options: (make_bleu(), samples.check_beams(options)),
+        flags=samples.BEAMS,
+        figures=lambda config: ('bleu', 'exact', 'pairs', 'bleu/*'))}

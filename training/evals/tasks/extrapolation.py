@@ -13,17 +13,36 @@ weight.
 
 from collections.abc import Iterable, Iterator, Mapping
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from configs.errors import require
-from training.evals.by_position import Text, loss_at
 from training.evals.task import Evaluation, Flag, Task, without
 
 FILE = 'extrapolation.png'
 MULTIPLES = (1, 2, 4, 8)
 BUCKETS = 8  # of the positions of the longest, in the table
+
+
+class Text(NamedTuple):
+  """What a length is measured on, by position, [L].
+
+  Attributes:
+    tokens: how many tokens are predicted there.
+    weights: what they count in all.
+  """
+  tokens: np.ndarray
+  weights: np.ndarray
+
+
+def loss_at(curve: Any, text: Text, where: slice) -> float:
+  """Returns the loss of the tokens at some positions; nan: there are none."""
+  there = text.tokens[where] > 0
+  if not there.any():
+    return math.nan
+  return float(np.average(curve[where][there],
+                          weights=text.weights[where][there]))
 
 
 def run(evaluation: Evaluation) -> dict[str, Any]:
@@ -141,10 +160,10 @@ def _fits(config: Any, options: Any) -> None:
           'stretching: leave --interpolate out')
 
 
-TASK = Task(
+TASKS = {'extrapolation': Task(
     'loss by position at 1, 2, 4 and 8 times the training length', run,
     without(lambda objective: objective.every_token,
             'does not predict every token, so it has no loss by position'),
     fits=_fits, flags=(Flag('interpolate', False,
                 'Stretch learned positions past max_len.'),),
-    picture=FILE, figures=lambda config: ('length',))
+    picture=FILE, figures=lambda config: ('length',))}

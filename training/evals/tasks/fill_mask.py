@@ -117,11 +117,11 @@ def _check(options: Any) -> None:
           "--prompt='Paris is the [MASK] of France'")
 
 
-TASK = Task(
+TASKS = {'fill_mask': Task(
     'the likeliest fillings of each [MASK] of --prompt', run,
     without(lambda objective: 'data.mask_rate' in objective.reads,
             'predicts no masked tokens of a text between [CLS] and [SEP]'),
     check=_check, held_out=False,
     flags=(
         Flag('prompt', '', "A text with [MASK] in it; several: 'A|||B'."),
-        Flag('top_fillings', 5, 'So many of the likeliest tokens.', 1, 2**26)))
+        Flag('top_fillings', 5, 'So many of the likeliest tokens.', 1, 2**26)))}

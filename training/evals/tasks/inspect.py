@@ -2,7 +2,7 @@
 
 The text is shown to the model as in training, as far as the objective has a
 way to show one. The decoder of an encoder-decoder is shown --target, or else
-what the model itself writes. training/insides says what is looked at.
+what the model itself writes. training/inspect says what is looked at.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from training.evals.task import Evaluation, Flag, Task, without
 from training.evals.tasks import embed, fill_mask
 
 FILE = 'inspect.html'
-MOST_BYTES = 48 * 2 ** 20  # of attention maps in a page
+MOST = 512  # tokens, whose attention maps a browser can show
 WRITTEN = 32  # tokens that an encoder-decoder writes, where none are given
 REPEATED, ROWS = 25, 4  # random tokens that come twice, in some rows
 NAMED = 16  # outliers, in the terminal
@@ -38,18 +38,17 @@ class Read(NamedTuple):
 def run(evaluation: Evaluation) -> dict[str, Any]:
   """Writes inspect.html into the workdir and prints a table of each stack."""
   from training import runs
-  from training.insides import page, record
+  from training.inspect import page
   from training.workdir import storage
   model, prompt = evaluation.run.model, evaluation.options.prompt
   read = _read(evaluation)
-  _check_size(read, evaluation)
   top = min(evaluation.options.top_tokens, model.vocab_size)
-  found = record.record(model, read.arrays, _look(evaluation, read.arrays, top))
+  found = _record(evaluation, read.arrays, top)
   texts = {name: [readable(i, evaluation.tokenizer) for i in ids]
            for name, ids in read.tokens.items()}
   measures = by_head(found, _repeated(evaluation))
   about = [f'{model.arch} of {evaluation.workdir}, step {evaluation.step}, '
-           f'reading {prompt!r}.', *read.notes, *_unknown(texts),
+           f'reading {prompt!r}.', *read.notes,
            *runs.layers(model)]
   if found.lens is None:
     about.append("There is no logit lens: the model's head scores no tokens of "
@@ -66,19 +65,19 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
   return _figures(found, texts, measures, shown.spell) | {'page': str(path)}
 
 
-def _look(evaluation: Evaluation, arrays: Mapping[str, np.ndarray], top: int
-          ) -> dict[str, Any]:
-  from training.insides import record
+def _record(evaluation: Evaluation, arrays: Mapping[str, np.ndarray], top: int):
+  """Returns the Inspection of the module's arguments."""
+  from training.inspect import record
   look = evaluation.program(
       lambda: record.program(evaluation.run.module, top), 'inspect', top)
-  return look(evaluation.params, dict(arrays))
+  return record.record(evaluation.run.model, arrays,
+                       look(evaluation.params, dict(arrays)))
 
 
 def _read(evaluation: Evaluation) -> Read:
   """Lays out --prompt, and --target of an encoder-decoder."""
   import architectures
-  from training import objectives
-  from training.chat import load
+  from training import chat, objectives
   from training.hf import generation as hf_generation
   run_, tokenizer = evaluation.run, evaluation.tokenizer
   prompt, target = evaluation.options.prompt, evaluation.options.target
@@ -95,7 +94,7 @@ def _read(evaluation: Evaluation) -> Read:
     read = Read(dict(tokens_BM=source_1M, decoder_tokens_BL=shown_1L),
                 dict(encoder=source_1M[0], decoder=shown_1L[0]), notes)
   elif objective.prompt is not None:
-    prompts, _ = load.shown([prompt], run_.config, tokenizer,
+    prompts, _ = chat.shown([prompt], run_.config, tokenizer,
                             hf_generation.published(evaluation.workdir,
                                                     evaluation.step))
     read = Read(dict(tokens_BL=prompts.tokens, **prompts.arguments),
@@ -107,9 +106,9 @@ def _read(evaluation: Evaluation) -> Read:
     ).astype(np.int32)
     read = Read(dict(tokens_BL=ids_L[None]), {stack: ids_L}, [])
   for name, ids_L in read.tokens.items():
-    require(len(ids_L) <= run_.model.max_len, f'the {name} is shown '
-            f'{len(ids_L)} tokens, and the model takes max_len '
-            f'{run_.model.max_len}: shorten the '
+    most = min(run_.model.max_len, MOST)
+    require(len(ids_L) <= most, f'the {name} is shown {len(ids_L)} tokens, and '
+            f'{most} can be shown: shorten the '
             f'{"--target" if name == "decoder" and target else "prompt"}')
   return read
 
@@ -138,30 +137,10 @@ def _target(evaluation: Evaluation, prompts: Any
   return np.concatenate([start_1L[0], ids]).astype(np.int32)[None], [note]
 
 
-def _check_size(read: Read, evaluation: Evaluation) -> None:
-  """Raises RequestError where the page would be too large to be of use."""
-  from training.insides import page
-  model = evaluation.run.model
-  lengths = {name: len(ids) for name, ids in read.tokens.items()}
-  layers = dict.fromkeys(lengths, model.num_layers)
-  if 'encoder' in lengths and 'decoder' in lengths:
-    layers |= dict.fromkeys(('decoder', 'cross'), model.num_decoder_layers)
-  total = sum(page.map_size((count, 1, model.num_heads,
-                             lengths[page.QUERIES[name]],
-                             lengths[page.KEYS[name]]))
-              for name, count in layers.items())
-  fits = int(max(lengths.values()) * (MOST_BYTES / total) ** 0.5)
-  require(total <= MOST_BYTES, f'the attention maps of '
-          f'{max(lengths.values())} tokens would make a page of '
-          f'{total / 2 ** 20:.0f} MiB: shorten the prompt to about {fits} '
-          'tokens')
-
-
 def _repeated(evaluation: Evaluation) -> np.ndarray | None:
   """Returns the induction score of each head of a decoder, [N, H], on random
   tokens that come twice; None of other models, and of very short ones."""
   import architectures
-  from training.insides import record
   model, tokenizer = evaluation.run.model, evaluation.tokenizer
   size = min(REPEATED, (model.max_len - 1) // 2)
   if architectures.stack(model) != 'decoder' or size < 4:
@@ -177,7 +156,7 @@ def _repeated(evaluation: Evaluation) -> np.ndarray | None:
   first = np.full((ROWS, 1), tokenizer.separator_id)
   arrays = dict(tokens_BL=np.concatenate([first, drawn, drawn], 1).astype(
       np.int32))
-  found = record.record(model, arrays, _look(evaluation, arrays, 0))
+  found = _record(evaluation, arrays, 0)
   return found.attention['decoder'].induction.mean(1)
 
 
@@ -186,10 +165,10 @@ def by_head(found: Any, induction_NH: np.ndarray | None
   """Returns one number a head of each figure, [N, H], by name of attention.
 
   Args:
-    found: an Insides, of whose rows the first counts.
+    found: an Inspection, of whose rows the first counts.
     induction_NH: of a decoder, measured apart.
   """
-  from training.insides import page
+  from training.inspect import page
   measures = {}
   for name, attention in found.attention.items():
     every_BL = found.real[page.QUERIES[name]]
@@ -211,7 +190,7 @@ def by_head(found: Any, induction_NH: np.ndarray | None
 
 def table(name: str, found: Any, measures: Mapping[str, np.ndarray]) -> str:
   """Returns a row for each layer of a stack: what a terminal has room for."""
-  from training.insides import page
+  from training.inspect import page
   stream = found.stream[name]
   lines = [f'{name}, {found.tokens[name].shape[1]} tokens; of each figure of '
            'heads the mean, and the head with the most',
@@ -249,14 +228,6 @@ def readable(token: int, tokenizer: Any) -> str:
     text = ' ' + text  # sentencepiece takes it off
   text = text.translate(SPACES)
   return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
-def _unknown(texts: Mapping[str, Sequence[str]]) -> list[str]:
-  count = sum(text in ('[UNK]', '<unk>') for row in texts.values()
-              for text in row)
-  return [f'The tokenizer does not know {count} of the pieces of the text: the '
-          'model reads a token for the unknown in their place.'
-          ] if count else []
 
 
 def _figures(found: Any, texts: Mapping[str, Sequence[str]],
@@ -297,7 +268,7 @@ def _check(options: Any) -> None:
     texts.checked(getattr(options, name), f'--{name}')
 
 
-TASK = Task(
+TASKS = {'inspect': Task(
     'attention maps, residual stream, logit lens and experts as the model '
     'reads --prompt, as an HTML page', run,
     without(embed.reads_text, embed.NO_TEXT), check=_check, page=FILE,
@@ -307,4 +278,4 @@ TASK = Task(
         Flag('target', '', 'What the decoder of an encoder-decoder is shown; '
              'default: what the model writes.'),
         Flag('top_tokens', 5, 'So many tokens of each layer in the logit lens.',
-             1, 1000)))
+             1, 1000)))}

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from configs.errors import require
-from training.measures import classes, entities
+from training.measures import classes, words
 from training.evals.task import Evaluation, Flag, Task
 
 
@@ -130,7 +130,7 @@ def _unfit(config: Any) -> str:
 def _check(options: Any) -> None:
   from training.workdir import storage
   classes.check_installed()
-  entities.check_package()
+  words.check_package()
   if options.predictions:
     storage.output(options.predictions, '--predictions')
 
@@ -162,10 +162,10 @@ ANSWERS = (
     Flag('max_answer_length', 30, 'The most tokens of an answer.', 1, 10_000),
     Flag('null_threshold', 0.0, 'How much more likely than the best answer '
          '(in nats) it has to be that there is none.', -1e6, 1e6))
-TASK = Task(
+TASKS = {'labels': Task(
     'accuracy, F1, correlations: what labelled data say', run, _unfit, _check,
     _fits, figures=_figures,
     flags=(
         Flag('predictions', '', 'A file for what is predicted of each record: '
              'words with labels, or answers as JSON.', asks=True),
-        *ANSWERS))
+        *ANSWERS))}

@@ -150,7 +150,7 @@ def _unfit(config: ml_collections.ConfigDict) -> str:
   return scoring.unfit(config)
 
 
-TASK = Task(
+TASKS = {'lm_eval': Task(
     'tasks of lm_eval, named as lm_eval:NAME', run, _unfit, check=check,
     held_out=False,
     flags=(
@@ -162,4 +162,4 @@ TASK = Task(
              2**31 - 1),
         Flag('lm_eval_fewshot', -1, 'Examples before each question; -1: as the '
              'task says.', -1, 1000)),
-    argument='lm_eval', beside=('stderr', 'examples'))
+    argument='lm_eval', beside=('stderr', 'examples'))}

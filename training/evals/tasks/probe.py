@@ -5,18 +5,33 @@ of whose answers are. An interval is Wilson's, of 95 %, over rows: the answers
 of one row are not independent, and the mean of a row varies at most as much as
 a single answer would, so the interval of the accuracy is rather too wide. Rows
 that ask for unequal numbers of answers, k, count as (sum k)^2 / sum k^2 rows.
+
+`constant` is what one answer to everything scores: what a model gets which
+knows no more of a task than which answer is the best one to give always. The
+largest of the shares that some rows have is larger than any answer's true
+share, so the answer is chosen on other rows than those that it is scored on: on
+seven eighths of them it is chosen, on the last eighth scored, and so for each
+eighth.
 """
 
 from collections.abc import Iterator, Sequence
+import functools
 import math
 from typing import Any, NamedTuple
 
+import ml_collections
 import numpy as np
 
+from configs.errors import one_of
+from training.data import probes
 from training.evals.task import Evaluation, Flag, Task
 
 FACTORS = (2, 4)  # lengths beyond training
 LEVELS = 6  # at most so many of the levels of training are measured
+
+CONSTANT_ROWS, FOLDS = 4096, 8  # of a constant answer, over all levels
+# In `accuracy` all answers count alike; in a task's figures all levels do.
+CONSTANT_FIGURES = ('accuracy', 'probe/accuracy', 'probe/rows_right')
 
 
 class Cell(NamedTuple):
@@ -29,7 +44,6 @@ class Cell(NamedTuple):
 def run(evaluation: Evaluation) -> dict[str, Any]:
   """Measures each level of training, and the hardest one at longer lengths."""
   from architectures.parts import positions
-  from training.data import probes
   config = evaluation.run.config
   probe, settings = probes.of(config), probes.settings(config)
   rows = evaluation.options.probe_rows
@@ -90,7 +104,7 @@ def measured(evaluation: Evaluation, cell: Cell, count: int
   import jax
 
   from training import objectives, progress
-  from training.data import pipeline, probes
+  from training.data import pipeline
   from training.distributed import devices
   run_, config = evaluation.run, evaluation.run.config
   config = config.copy_and_resolve_references()
@@ -137,6 +151,55 @@ def _counts(module: Any, objective: Any):
   return step
 
 
+def constant(config: ml_collections.ConfigDict, figure: str = 'probe/accuracy'
+          ) -> float:
+  """Returns the figure of the constant answer that is the best one for it.
+
+  Args:
+    config: of a run whose source is a probe.
+    figure: one of CONSTANT_FIGURES.
+  """
+  one_of('figure', figure, CONSTANT_FIGURES)
+  return _constant(probes.name_of(config.data.source), probes.settings(config),
+                probes.held_out_seed(config), figure)
+
+
+@functools.cache
+def _constant(name: str, settings: probes.Settings, seed: int, figure: str
+           ) -> float:
+  probe = probes.PROBES[name]
+  levels = [()] if figure == 'accuracy' else [
+      (cell.level,) for cell in cells(settings, probe.grows, longer=False)]
+  count = CONSTANT_ROWS // len(levels)
+  right, asked = [], []  # [level][fold]
+  for own in levels:
+    rows = probes.Rows(probe, settings._replace(held_out=count), 'eval', seed,
+                       own)
+    folds = [[rows[i] for i in range(fold, count, FOLDS)]
+             for fold in range(FOLDS)]
+    answers = [_answers(fold, figure == 'probe/rows_right') for fold in folds]
+    right.append([np.bincount(each, minlength=probe.vocab_size(settings))
+                  for each, _ in answers])
+    asked.append([number for _, number in answers])
+  right_NKV, asked_NK1 = np.array(right), np.array(asked)[..., None]
+  rest_KV = ((right_NKV.sum(1, keepdims=True) - right_NKV)
+             / (asked_NK1.sum(1, keepdims=True) - asked_NK1)).mean(0)
+  score_KV = (right_NKV / asked_NK1).mean(0)
+  return float(score_KV[np.arange(FOLDS), rest_KV.argmax(1)].mean())
+
+
+def _answers(rows: list[probes.Row], whole: bool) -> tuple[np.ndarray, int]:
+  """Returns the answers that rows ask for, and how many these are; or where
+  `whole` the answers of rows that ask for one alone, and how many rows
+  ask for any."""
+  each = [row.targets[row.asked] for row in rows if row.asked.any()]
+  if whole:
+    return np.array([own[0] for own in each if (own == own[0]).all()],
+                    int), len(each)
+  answers = np.concatenate(each)
+  return answers, len(answers)
+
+
 def wilson(share: float, count: float) -> tuple[float, float]:
   """Returns the bounds of Wilson's 95 % interval (1927) of a share of `count`.
 
@@ -156,14 +219,13 @@ def _shown(bounds: Sequence[float]) -> str:
 
 def _unfit(config: Any) -> str:
   from training import objectives
-  from training.data import probes
   return '' if objectives.of(config).records == probes.KIND else (
       f'objective {config.objective!r} is not trained on a probe')
 
 
-TASK = Task(
+TASKS = {'probe': Task(
     'the accuracy of a probe by difficulty and beyond the length of training',
     run, _unfit, held_out=False, flags=(
         Flag('probe_rows', 512, 'Rows of each difficulty.', 1, 2**20),),
     figures=lambda config: ('accuracy', 'rows_right', 'rows', 'level/*',
-                            'beyond/*'))
+                            'beyond/*'))}

@@ -30,10 +30,7 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
 
   from architectures.parts.moe import health
   from training import objectives, progress
-  from training.data import pipeline
-  from training.distributed import devices
-  run_, config = evaluation.run, evaluation.run.config
-  objective = objectives.of(config)
+  run_, objective = evaluation.run, objectives.of(evaluation.run.config)
 
   def told(params: Any, batch: Any):
     panel = objective.apply(run_.module, params, batch).aux['health']
@@ -42,12 +39,11 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
   step = evaluation.program(lambda: told, 'routing')
 
   panels, weights_W = [], []
-  for loader in pipeline.held_out(config, evaluation.tokenizer,
-                              *devices.batch_shard(
-                                  run_.place, config.data.batch_size)):
-    found, tokens_W = zip(*[jax.device_get(step(evaluation.params, devices.put(
-        batch, run_.place))) for batch in progress.each(
-            loader.iterate(0, BATCHES), 'evaluating', loader.first(BATCHES))])
+  for loader in evaluation.held_out():
+    found, tokens_W = zip(*[
+        jax.device_get(step(evaluation.params, run_.put(batch)))
+        for batch in progress.each(loader.iterate(0, BATCHES), 'evaluating',
+                                   loader.first(BATCHES))])
     panels += found
     weights_W += [loader.share * n / sum(tokens_W) for n in tokens_W]
   weights_W = np.array(weights_W, np.float32)
@@ -103,5 +99,6 @@ def _unfit(config: ml_collections.ConfigDict) -> str:
       f'model.ffn is {config.model.ffn!r}, which has no experts to route to')
 
 
-TASK = Task('how a mixture of experts routes held-out text', run, _unfit,
-            picture=FILE, figures=lambda config: ())
+TASKS = {'routing': Task(
+    'how a mixture of experts routes held-out text', run, _unfit,
+            picture=FILE, figures=lambda config: ())}

@@ -11,15 +11,14 @@ def run(evaluation: Evaluation) -> dict[str, Any]:
   of an encoder-decoder, what it writes when it has read the prompt."""
   import jax
 
-  from training import generate, progress
-  from training.chat import load
+  from training import chat, generate, progress
   from training.hf import generation as hf_generation
   options, model = evaluation.options, evaluation.run.model
   config, tokenizer = evaluation.run.config, evaluation.tokenizer
   texts = options.prompt.split('|||')
   rows = [text for text in texts for _ in range(options.samples)]
   how = beams(options)
-  prompts, ends = load.shown(
+  prompts, ends = chat.shown(
       rows if how is None else texts, config, tokenizer,
       hf_generation.published(evaluation.workdir, evaluation.step))
   room = model.max_len - prompts.tokens.shape[1]
@@ -142,7 +141,7 @@ BEAMS = (
          'texts as beams.'))
 
 
-TASK = Task(
+TASKS = {'samples': Task(
     'texts that the model writes, also asked for by --samples or --prompt', run,
     without(lambda objective: objective.prompt, 'does not write text'),
     check=check, fits=check_fits, figures=lambda config: (),
@@ -156,4 +155,4 @@ TASK = Task(
              'Tokens to write; 0: as many as fit, 256 at most.', 0, 2**24),
         *SAMPLING,
         *BEAMS,
-        Flag('sample_seed', 0, 'The seed of the draws.', 0, 2**32 - 1)))
+        Flag('sample_seed', 0, 'The seed of the draws.', 0, 2**32 - 1)))}

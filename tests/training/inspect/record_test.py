@@ -4,11 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy import stats
 
 import archetype
 from tests.helpers import models
-from training.insides import measures
+from training.inspect import record as measures
 
 L = 9
 
@@ -72,25 +71,6 @@ def test_heads_that_were_built_are_found(built):
   np.testing.assert_allclose(attention.previous[1],
                              (1 / np.arange(2, L + 1)).mean(), atol=1e-6)
   assert (attention.sink < 1e-6).all()
-
-
-@pytest.mark.parametrize('score', [-1.0, 2.0])
-def test_a_learned_sink_counts_as_a_key(score):
-  model = _model('llama', attention_sinks=True, num_kv_heads=2)
-  shape = {name: model.params['decoder']['layers']['block_0']['attention'][
-      name].shape for name in ('query', 'sink')}
-  model = _changed(model, {'attention/query': np.zeros(shape['query']),
-                           'attention/sink': np.full(shape['sink'], score)})
-  found = model.inspect(models.tokens(1, L)).attention['decoder']
-  keys_L = np.arange(1, L + 1)
-  share_L = np.exp(score) / (np.exp(score) + keys_L)
-  np.testing.assert_allclose(found.sink[:, 0], np.broadcast_to(
-      share_L, (2, 4, L)), atol=1e-6)
-  for i, keys in enumerate(keys_L):
-    each = [(1 - share_L[i]) / keys] * keys
-    np.testing.assert_allclose(
-        found.entropy[..., i], stats.entropy([*each, share_L[i]]), atol=1e-5)
-    np.testing.assert_allclose(found.first[..., i], each[0], atol=1e-6)
 
 
 def test_induction_is_the_weight_on_what_followed():
@@ -168,40 +148,3 @@ def test_experts_are_the_two_best_of_a_router_in_numpy():
     np.testing.assert_allclose(
         found.experts['decoder'].gates[n],
         best * e / (best * e).sum(-1, keepdims=True), atol=1e-5)
-
-
-@pytest.mark.long
-def test_a_choice_without_room_has_no_gate():
-  """GShard in its evaluation; the share of those is the panel's `dropped`."""
-  module, params = models.make('gshard', moe=dict(num_experts=8))
-  for stack in ('encoder', 'decoder'):
-    block = params[stack]['layers']['block_1']
-    block['ffn_norm']['bias'] += 3
-    block['ffn']['router'] = block['ffn']['router'].at[..., :2].add(1)
-  model, tokens_BL = archetype.Model(module, params), models.tokens(3, 12)
-  found = model.inspect(tokens_BL).experts
-  dropped = jax.jit(lambda params, tokens_BL: module.apply(
-      {'params': params}, tokens_BL).aux['health']['dropped'])(
-          params, tokens_BL)
-  for stack, share in zip(('encoder', 'decoder'), dropped):
-    experts = found[stack]
-    assert experts.layers.tolist() == [1]
-    assert (experts.chosen.sum(-1) == 2).all()
-    lost = (experts.chosen & (experts.gates == 0)).sum() / experts.chosen.sum()
-    assert lost == pytest.approx(share) and lost > 0.1
-
-
-@pytest.mark.slow
-def test_an_encoder_decoder_has_both_stacks_and_the_memory():
-  model = _model('t5', num_layers=3)
-  source, target = models.tokens(2, L), models.tokens(2, 6, seed=2)
-  mask = [[1] * L, [1] * 5 + [0] * 4]
-  found = model.inspect(source, target, mask=mask)
-  assert {name: x.weights.shape for name, x in found.attention.items()} == {
-      'encoder': (3, 2, 4, L, L), 'decoder': (2, 2, 4, 6, 6),
-      'cross': (2, 2, 4, 6, L)}
-  assert found.attention['cross'].induction is None
-  assert found.stream['encoder'].norms.shape == (4, 2, L)
-  assert found.stream['decoder'].peaks.shape == (3, 2, 32)
-  assert found.lens.ids.shape == (3, 2, 6, 5) and not found.experts
-  assert found.real['encoder'].sum(1).tolist() == [L, 5]

@@ -9,7 +9,7 @@ import pytest
 
 from tests.helpers import forked
 from tests.training.chat import load_test
-from tools.chat import conversing
+from tools import chat as conversing
 
 
 class Echo:
@@ -71,7 +71,7 @@ def test_at_a_terminal_what_is_wrong_ends_nothing(monkeypatch, capsys):
   monkeypatch.setattr('builtins.input', line)
   session = Echo()
   session.ended = 'length'
-  conversing.in_terminal(session)
+  conversing.with_terminal(session)
   said = capsys.readouterr()
   assert said.out == '<a>\n\n'
   for words in ('no command /nothing', '[cut off at --max_new_tokens]',
@@ -97,7 +97,6 @@ def test_wrong_flags_are_refused(flags, words):
   assert words in _chat(*flags, code=2).stderr
 
 
-@pytest.mark.long
 def test_the_program_through_a_pipe(tmp_path):
   load_test.save(tmp_path, bos_token_id=17, eos_token_id=18)
   (tmp_path / 'chat_template.jinja').write_text(load_test.TEMPLATE)

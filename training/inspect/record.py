@@ -2,7 +2,9 @@
 
 `program` makes the compiled part, which returns arrays of the model, and
 `record` works the figures out on the host. The letters of the shapes are those
-of README; N counts layers, and N + 1 what the first layer is given, too.
+of README; N counts layers, and N + 1 what the first layer is given, too. The
+maps weights[..., l, m] are the weight that query l gives key m. A row sums to
+1, less the share of a learned sink, where the model has one.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,9 +18,12 @@ import numpy as np
 
 import architectures
 from architectures.parts.config import ModelConfig
-from training.insides import measures
 
 TOP = 5  # tokens of the logit lens
+# Dettmers et al. 2022 (LLM.int8(), section 3): a feature is an outlier where
+# its magnitude reaches 6, in at least a quarter of the layers and for at least
+# 6 % of all tokens of all layers.
+MAGNITUDE, LAYERS, TOKENS = 6.0, 0.25, 0.06
 
 
 class Attention(NamedTuple):
@@ -31,7 +36,7 @@ class Attention(NamedTuple):
     sink: [N, B, H, L], the share of a learned sink.
     previous: [N, B, H], the mean weight on the token before; None of
       attention to the memory, and so is the next one.
-    induction: [N, B, H], see measures.induction; nan where no token repeats.
+    induction: [N, B, H], see `induction`; nan where no token repeats.
   """
   weights: np.ndarray
   entropy: np.ndarray
@@ -43,7 +48,7 @@ class Attention(NamedTuple):
   def by_head(self, name: str, counted_BL: np.ndarray) -> np.ndarray:
     """Returns `entropy`, `first` or `sink` as the mean over some queries,
     [N, B, H]."""
-    return measures.mean_of_queries(getattr(self, name), counted_BL)
+    return mean_of_queries(getattr(self, name), counted_BL)
 
 
 class Stream(NamedTuple):
@@ -56,7 +61,7 @@ class Stream(NamedTuple):
     rms: [N + 1, B], the root of the mean square of a feature.
     peaks: [N + 1, B, D], the largest magnitude of each feature over tokens.
     outliers: bool [B, D], the features that are outliers by the criterion of
-      Dettmers et al. 2022; see measures.outliers.
+      Dettmers et al. 2022; see `outliers`.
   """
   norms: np.ndarray
   median: np.ndarray
@@ -94,7 +99,7 @@ class Experts(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Insides:
+class Inspection:
   """What `record` returns. Names are 'decoder' or 'encoder', or both, of an
   encoder-decoder; its attention to the memory is called 'cross'.
 
@@ -147,13 +152,13 @@ def _look(module: nn.Module, params: Any, arrays: dict[str, jax.Array],
 
 
 def of(module: nn.Module, params: Any, arrays: dict[str, jax.Array],
-       top: int = TOP) -> Insides:
+       top: int = TOP) -> Inspection:
   """Returns the record of a model and the module's arguments by name."""
   return record(module.config, arrays, _look(module, params, arrays, top))
 
 
 def record(config: ModelConfig, arrays: Mapping[str, Any],
-           kept: Mapping[str, Any]) -> Insides:
+           kept: Mapping[str, Any]) -> Inspection:
   """Returns the record of what `program` returned.
 
   Args:
@@ -173,8 +178,8 @@ def record(config: ModelConfig, arrays: Mapping[str, Any],
   attention, stream, experts = {}, {}, {}
   for i, name in enumerate(tokens):
     attention[name] = _attention(weights[i])._replace(
-        previous=measures.previous(weights[i], real[name]),
-        induction=measures.induction(weights[i], tokens[name], real[name]))
+        previous=previous(weights[i], real[name]),
+        induction=induction(weights[i], tokens[name], real[name]))
     stream[name] = _stream(layers[i], real[name])
     if len(moe[name]):
       experts[name] = Experts(moe[name], **{
@@ -182,7 +187,7 @@ def record(config: ModelConfig, arrays: Mapping[str, Any],
   if 'cross_attention' in kept:
     attention['cross'] = _attention(np.asarray(kept['cross_attention']))
   lens = Lens(*kept['lens'][::-1]) if 'lens' in kept else None
-  return Insides(tokens, real, attention, stream, lens, experts)
+  return Inspection(tokens, real, attention, stream, lens, experts)
 
 
 def _layers(config: ModelConfig) -> dict[str, list]:
@@ -224,8 +229,8 @@ def _apart(kept: Any, counts: list[int]) -> list[np.ndarray]:
 
 def _attention(weights_NBHLM: np.ndarray) -> Attention:
   return Attention(
-      weights_NBHLM, measures.entropy(weights_NBHLM),
-      measures.first(weights_NBHLM), measures.sink(weights_NBHLM))
+      weights_NBHLM, entropy(weights_NBHLM),
+      first(weights_NBHLM), sink(weights_NBHLM))
 
 
 def _stream(states_NBLD: np.ndarray, real_BL: np.ndarray) -> Stream:
@@ -238,4 +243,70 @@ def _stream(states_NBLD: np.ndarray, real_BL: np.ndarray) -> Stream:
       median=each(lambda x_NLD: np.median(x_NLD, (1, 2))),
       rms=each(lambda x_NLD: np.sqrt(np.square(x_NLD).mean((1, 2)))),
       peaks=each(lambda x_NLD: x_NLD.max(1)),
-      outliers=each(measures.outliers, 0))
+      outliers=each(outliers, 0))
+
+
+def sink(weights_NBHLM: np.ndarray) -> np.ndarray:
+  """Returns what a row leaves to a learned sink, [N, B, H, L]; else 0."""
+  return np.maximum(1 - weights_NBHLM.sum(-1, dtype=np.float64), 0)
+
+
+def entropy(weights_NBHLM: np.ndarray) -> np.ndarray:
+  """Returns the entropy of each row in nats, [N, B, H, L]: log n where n keys
+  weigh the same, 0 where one has all. A learned sink counts as a key."""
+  p_NBHLM = np.concatenate(
+      [weights_NBHLM, sink(weights_NBHLM)[..., None]], -1, dtype=np.float64)
+  return -(p_NBHLM * np.log(np.where(p_NBHLM > 0, p_NBHLM, 1))).sum(-1)
+
+
+def first(weights_NBHLM: np.ndarray) -> np.ndarray:
+  """Returns the weight on the first token, [N, B, H, L], where models that
+  have no sink of their own keep one (Xiao et al. 2023)."""
+  return weights_NBHLM[..., 0]
+
+
+def previous(weights_NBHLM: np.ndarray, real_BL: np.ndarray) -> np.ndarray:
+  """Returns the mean weight on the token just before the query, [N, B, H];
+  the first token, which has none, and padding do not count."""
+  before_NBHL = np.diagonal(weights_NBHLM, offset=-1, axis1=-2, axis2=-1)
+  return mean_of_queries(before_NBHL, real_BL[:, 1:])
+
+
+def induction(weights_NBHLM: np.ndarray, tokens_BL: np.ndarray,
+              real_BL: np.ndarray) -> np.ndarray:
+  """Returns the prefix-matching score of each head, [N, B, H]: the weight on
+  the tokens that followed the query's token where it stood before, as a mean
+  over the queries that stood before; nan where none did.
+
+  On random tokens that come twice it is that of Olsson et al. 2022, of whom a
+  head that scores near 1 is called an induction head.
+  """
+  L = tokens_BL.shape[1]
+  same_BLM = tokens_BL[:, :, None] == tokens_BL[:, None]
+  follows_BLM = np.zeros_like(same_BLM)
+  follows_BLM[..., 1:] = same_BLM[..., :-1]
+  follows_BLM &= np.tri(L, k=-1, dtype=bool) & real_BL[:, :, None]
+  matched_NBHL = (weights_NBHLM * follows_BLM[None, :, None]).sum(-1)
+  return mean_of_queries(matched_NBHL, follows_BLM.any(-1))
+
+
+def mean_of_queries(values_NBHL: np.ndarray, counted_BL: np.ndarray
+                    ) -> np.ndarray:
+  """Returns the mean over the queries that count, [N, B, H]; nan of none."""
+  counted_BHL = np.broadcast_to(counted_BL[:, None], values_NBHL.shape[1:])
+  with np.errstate(invalid='ignore'):
+    return ((values_NBHL * counted_BHL).sum(-1, dtype=np.float64)
+            / counted_BHL.sum(-1))
+
+
+def outliers(states_NLD: np.ndarray) -> np.ndarray:
+  """Returns which features are outliers by the criterion of Dettmers et al.
+  2022, bool [D].
+
+  Args:
+    states_NLD: the residual stream of one row, without padding: what the first
+      layer is given and what each layer returns.
+  """
+  large_NLD = np.abs(states_NLD) >= MAGNITUDE
+  return ((large_NLD.any(1).mean(0) >= LAYERS)
+          & (large_NLD.mean((0, 1)) >= TOKENS))

@@ -1,4 +1,4 @@
-"""The page of a model's insides, in a browser: it draws, and says weights."""
+"""The page of a model in a browser: it draws, and says weights."""
 
 import pathlib
 import shutil
@@ -8,7 +8,7 @@ import pytest
 import archetype
 from tests.helpers import chromium, models
 from training.evals.tasks import inspect
-from training.insides import page as pages
+from training.inspect import page as pages
 
 pytestmark = pytest.mark.slow
 

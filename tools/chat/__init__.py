@@ -1,1 +1,0 @@
-"""A conversation with a model: python -m tools.chat."""
