@@ -8,13 +8,11 @@ The fields of config.model are declared beside the parts that read them.
 
 from collections.abc import Mapping
 import dataclasses
-import difflib
 from typing import Any
 
 import ml_collections
 
 from architectures.parts import tables
-from configs.errors import RequestError
 from configs.fields import AT_START, field, INCOMPATIBLE, Leaf, leaves
 from configs.fields import OPTIMISATION, Resume, SAFE
 
@@ -375,18 +373,3 @@ def base() -> ml_collections.ConfigDict:
   tree = dataclasses.asdict(Run())
   tree['model'] = tables.defaults()
   return ml_collections.ConfigDict(tree)
-
-
-def sized(size: str, sizes: dict[str, Any]) -> dict[str, Any]:
-  """Returns the row of `sizes` that the ':size' argument names.
-
-  Raises:
-    ValueError: naming the size, the choices and the nearest of them.
-  """
-  size = size or 'tiny'
-  if size not in sizes:
-    near = difflib.get_close_matches(size, sizes, n=1)
-    hint = f' Did you mean {near[0]!r}?' if near else ''
-    raise RequestError(
-        f'unknown size {size!r}: choose from {", ".join(sizes)}.{hint}')
-  return sizes[size]

@@ -32,7 +32,7 @@ left in 3.3M bytes, in blocks of `pre_norm` neither, while with
 (`--config.objective=mlm`, the rate constant).
 """
 
-from configs import base
+from configs import recipes
 
 SIZES = {
     'tiny': dict(num_layers=4, d_model=128, num_heads=4, max_len=32),
@@ -51,31 +51,20 @@ UNCOUNTED = {'minilm': 179_900, 'base': 624_188, 'large': 1_084_220}
 
 
 def get_config(size: str = 'tiny'):
-  c = base.base()
-  size = size or 'tiny'
+  c = recipes.begin(
+      size, SIZES, arch='bert', position='learned', type_vocab_size=2,
+      norm='layernorm', norm_eps=1e-12, embed_norm=True, ffn='gelu',
+      block='post_norm', tie_embeddings=True, logits_bias=True,
+      next_sentence=True, init='normal')
   c.objective = 'mlm_nsp'
-  c.model.update(base.sized(size, SIZES))
-  c.model.update(arch='bert', position='learned', type_vocab_size=2,
-                 norm='layernorm', norm_eps=1e-12, embed_norm=True,
-                 ffn='gelu', block='post_norm', tie_embeddings=True,
-                 logits_bias=True, next_sentence=True, init='normal')
-  c.data.length = c.model.max_len
   if size == 'tiny':
-    c.data.batch_size = 64
-    c.train.steps = 1500
-    c.optim.lr = 2e-3
-    return c
+    return recipes.tiny(c, batch_size=64, steps=1500, lr=2e-3, warmup_steps=100)
   if size == 'minilm':
-    c.data.update(length=128, batch_size=16)
-    c.train.steps = 200
-    c.optim.update(lr=2e-4, warmup_steps=20, schedule='linear',
-                   final_fraction=0.0)
-    return c
+    c.data.length = 128
+    c.optim.update(schedule='linear', final_fraction=0.0)
+    return recipes.tiny(c, steps=200, lr=2e-4, warmup_steps=20)
   c.model.dropout = c.model.attention_dropout = 0.1
-  c.model.dtype = 'bfloat16'
-  c.model.remat = 'dots'
-  c.data.batch_size = 256
-  c.train.steps = 1_000_000
-  c.optim.update(lr=1e-4, schedule='linear', final_fraction=0.0,
-                 warmup_steps=10_000, weight_decay=0.01, b2=0.999, eps=1e-6)
-  return c
+  return recipes.pretraining(
+      c, batch_size=256, steps=1_000_000, lr=1e-4, warmup_steps=10_000,
+      remat='dots', schedule='linear', final_fraction=0.0, weight_decay=0.01,
+      b2=0.999, eps=1e-6)

@@ -11,7 +11,7 @@ called 1b1 and 1b7 have 1.07 and 1.72B.
 loss of 1.823 nats a byte (2.63 bits) on 16 held-out batches.
 """
 
-from configs import base
+from configs import recipes
 
 # d_model, layers, heads, sequences a batch, learning rate.
 ROWS = {
@@ -36,22 +36,13 @@ PUBLISHED = {
 
 
 def get_config(size: str = 'tiny'):
-  c = base.base()
-  size = size or 'tiny'
-  c.model.update(base.sized(size, SIZES))
-  c.model.update(arch='bloom', position='alibi', norm='layernorm',
-                 embed_norm=True, ffn='gelu_tanh', block='pre_norm',
-                 tie_embeddings=True)
-  c.data.length = c.model.max_len
+  c = recipes.begin(
+      size, SIZES, arch='bloom', position='alibi', norm='layernorm',
+      embed_norm=True, ffn='gelu_tanh', block='pre_norm', tie_embeddings=True)
   if size == 'tiny':
-    c.data.batch_size = 8
-    c.train.steps = 600
-    c.optim.update(lr=2e-3, warmup_steps=100)
-    return c
-  *_, c.data.batch_size, c.optim.lr = ROWS[size]
-  c.model.dtype = 'bfloat16'
-  c.model.remat = 'full'
-  tokens = c.data.batch_size * c.data.length
-  c.train.steps = int(341e9 / tokens)
-  c.optim.warmup_steps = int(375e6 / tokens)
-  return c
+    return recipes.tiny(c, batch_size=8, steps=600, lr=2e-3, warmup_steps=100)
+  *_, rows, lr = ROWS[size]
+  tokens = rows * c.data.length
+  return recipes.pretraining(
+      c, batch_size=rows, steps=int(341e9 / tokens), lr=lr,
+      warmup_steps=int(375e6 / tokens))

@@ -18,7 +18,7 @@ later training: with `--config.model.rope.scaling=yarn
 bits).
 """
 
-from configs import base
+from configs import recipes
 
 SIZES = {
     'tiny': dict(d_model=128, num_layers=4, num_heads=4, d_ff=344, max_len=256,
@@ -42,33 +42,26 @@ TRAINING = {'lite': (5.7e12, 4608, 4.2e-4), '236b': (8.1e12, 9216, 2.4e-4)}
 
 
 def get_config(size: str = 'tiny'):
-  c = base.base()
-  size = size or 'tiny'
-  c.model.update(arch='deepseek_v2', position='rope', norm='rmsnorm',
-                 norm_eps=1e-6, ffn='moe', block='pre_norm', mixer='latent',
-                 attention_bias=False, ffn_bias=False, tie_embeddings=False,
-                 prefix='dense', kinds=dict(dense=dict(ffn='dense')))
+  c = recipes.begin(
+      size, SIZES, arch='deepseek_v2', position='rope', norm='rmsnorm',
+      norm_eps=1e-6, ffn='moe', block='pre_norm', mixer='latent',
+      attention_bias=False, ffn_bias=False, tie_embeddings=False,
+      prefix='dense', kinds=dict(dense=dict(ffn='dense')))
   c.model.rope.interleaved = True
   c.model.latent.norm_eps = 1e-6
   c.model.moe.update(top_k=6, router='topk', ffn='swiglu', shared_experts=2,
                      dispatch='auto', capacity_factor=0.0,
                      eval_capacity_factor=0.0, normalize_gates=False,
                      balance_loss='sequence', balance_weight=0.001)
-  c.model.update(base.sized(size, SIZES))
   c.model.head_dim = c.model.latent.nope_dim
   if size == 'tiny':
-    c.data.update(length=c.model.max_len, batch_size=16)
-    c.train.steps = 300
-    c.optim.update(lr=3e-3, warmup_steps=30)
-    return c
+    return recipes.tiny(c)
   return released(c, *TRAINING[size], vocab_size=102400)
 
 
 def released(c, tokens: float, rows: int, lr: float, vocab_size: int):
   """Sets what the sizes that were released have in common."""
   c.model.update(max_len=4096, vocab_size=vocab_size, init='normal',
-                 init_stddev=0.006, dtype='bfloat16', remat='full')
-  c.data.update(length=4096, batch_size=rows)
-  c.train.steps = int(tokens / rows / 4096)
-  c.optim.update(lr=lr, warmup_steps=2000)
-  return c
+                 init_stddev=0.006)
+  return recipes.pretraining(c, length=4096, batch_size=rows,
+                             steps=int(tokens / rows / 4096), lr=lr)

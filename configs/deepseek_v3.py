@@ -17,7 +17,7 @@ count is without the module that predicts a second token, 14B more.
 bits).
 """
 
-from configs import base
+from configs import recipes
 from configs import deepseek_v2
 
 SIZES = {
@@ -42,12 +42,11 @@ UNCOUNTED = {'671b': 58 * 256}
 
 
 def get_config(size: str = 'tiny'):
-  c = base.base()
-  size = size or 'tiny'
-  c.model.update(arch='deepseek_v3', position='rope', norm='rmsnorm',
-                 norm_eps=1e-6, ffn='moe', block='pre_norm', mixer='latent',
-                 attention_bias=False, ffn_bias=False, tie_embeddings=False,
-                 kinds=dict(dense=dict(ffn='dense')))
+  c = recipes.begin(
+      size, SIZES, arch='deepseek_v3', position='rope', norm='rmsnorm',
+      norm_eps=1e-6, ffn='moe', block='pre_norm', mixer='latent',
+      attention_bias=False, ffn_bias=False, tie_embeddings=False,
+      kinds=dict(dense=dict(ffn='dense')))
   c.model.rope.interleaved = True
   c.model.latent.norm_eps = 1e-6
   c.model.moe.update(top_k=8, router='sigmoid', ffn='swiglu', shared_experts=1,
@@ -55,11 +54,7 @@ def get_config(size: str = 'tiny'):
                      eval_capacity_factor=0.0, normalize_gates=True,
                      balance_loss='sequence', balance_weight=0.0001,
                      bias_rate=0.001)
-  c.model.update(base.sized(size, SIZES))
   c.model.head_dim = c.model.latent.nope_dim
   if size == 'tiny':
-    c.data.update(length=c.model.max_len, batch_size=16)
-    c.train.steps = 300
-    c.optim.update(lr=3e-3, warmup_steps=30)
-    return c
+    return recipes.tiny(c)
   return deepseek_v2.released(c, 14.8e12, 15360, 2.2e-4, vocab_size=129280)

@@ -13,7 +13,7 @@ checkpoints, the shared embedding once.
 held-out loss of 1.662 nats a byte (2.40 bits).
 """
 
-from configs import base
+from configs import recipes
 
 # d_model, layers, heads, key-value heads, head_dim, d_ff, tokens.
 ROWS = {
@@ -33,27 +33,18 @@ PUBLISHED = {'2b': 2_614_341_888, '9b': 9_241_705_984, '27b': 27_227_128_320}
 
 
 def get_config(size: str = 'tiny'):
-  c = base.base()
-  size = size or 'tiny'
-  c.model.update(base.sized(size, SIZES))
-  c.model.update(arch='gemma2', position='rope', norm='rmsnorm_1p',
-                 norm_eps=1e-6, ffn='geglu_tanh', block='sandwich',
-                 pattern='local,global', attention_softcap=50.0,
-                 logits_softcap=30.0, embed_scale=0.0, attention_bias=False,
-                 ffn_bias=False, tie_embeddings=True)
+  c = recipes.begin(
+      size, SIZES, arch='gemma2', position='rope', norm='rmsnorm_1p',
+      norm_eps=1e-6, ffn='geglu_tanh', block='sandwich',
+      pattern='local,global', attention_softcap=50.0, logits_softcap=30.0,
+      embed_scale=0.0, attention_bias=False, ffn_bias=False,
+      tie_embeddings=True)
   window = 128 if size == 'tiny' else 4096
   c.model.kinds = {'local': dict(window=window), 'global': dict(window=0)}
-  c.data.length = c.model.max_len
   if size == 'tiny':
-    c.data.batch_size = 16
-    c.train.steps = 300
-    c.optim.update(lr=3e-3, warmup_steps=30)
-    return c
+    return recipes.tiny(c)
   if size == '27b':
     c.model.attention_scale = (4608 / 32) ** -0.5
-  c.model.dtype = 'bfloat16'
-  c.model.remat = 'full'
-  c.data.batch_size = 2**22 // c.data.length
-  c.train.steps = int(ROWS[size][-1] / 2**22)
-  c.optim.update(lr=3e-4 if size == '2b' else 1.5e-4, warmup_steps=2000)
-  return c
+  return recipes.pretraining(
+      c, batch_size=2**22 // c.data.length,
+      steps=int(ROWS[size][-1] / 2**22), lr=3e-4 if size == '2b' else 1.5e-4)

@@ -15,7 +15,7 @@ model in the published checkpoints, the shared embedding once.
 default text to a held-out loss of 1.464 nats a byte (2.11 bits).
 """
 
-from configs import base
+from configs import recipes
 
 # d_model, layers, heads, key-value heads, head_dim, d_ff, tokens.
 ROWS = {
@@ -39,37 +39,27 @@ WINDOWS = {'tiny': 128, '1b': 512}
 
 
 def get_config(size: str = 'tiny'):
-  c = base.base()
-  size = size or 'tiny'
-  c.model.update(base.sized(size, SIZES))
-  c.model.update(arch='gemma3', position='rope', norm='rmsnorm_1p',
-                 norm_eps=1e-6, ffn='geglu_tanh', block='sandwich',
-                 pattern='local,global', qk_norm=True, embed_scale=0.0,
-                 attention_bias=False, ffn_bias=False, tie_embeddings=True)
+  c = recipes.begin(
+      size, SIZES, arch='gemma3', position='rope', norm='rmsnorm_1p',
+      norm_eps=1e-6, ffn='geglu_tanh', block='sandwich',
+      pattern='local,global', qk_norm=True, embed_scale=0.0,
+      attention_bias=False, ffn_bias=False, tie_embeddings=True)
   c.model.kinds = {'local': dict(window=WINDOWS.get(size, 1024),
                                  rope=dict(theta=1e4)),
                    'global': dict(window=0)}
   c.model.rope.theta = 1e6
-  c.data.length = c.model.max_len
   if size == 'tiny':
-    c.data.batch_size = 16
-    c.train.steps = 300
-    c.optim.update(lr=3e-3, warmup_steps=30)
-    return c
+    return recipes.tiny(c)
   _repeat(c.model)
   if size != '1b':
     c.model.rope.update(scaling='linear', factor=8.0)
     c.model.kinds['local']['rope'].update(scaling='none')
   if size == '27b':
     c.model.attention_scale = (5376 / 32) ** -0.5
-  c.model.dtype = 'bfloat16'
-  c.model.remat = 'full'
-  c.data.length = 32768
-  c.data.batch_size = 2**22 // c.data.length
-  c.train.steps = int(ROWS[size][-1] / 2**22)
-  c.optim.update(lr=3e-4 if size in ('1b', '4b') else 1.5e-4,
-                 warmup_steps=2000)
-  return c
+  return recipes.pretraining(
+      c, length=32768, batch_size=2**22 // 32768,
+      steps=int(ROWS[size][-1] / 2**22),
+      lr=3e-4 if size in ('1b', '4b') else 1.5e-4)
 
 
 def _repeat(model):

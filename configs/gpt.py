@@ -19,7 +19,7 @@ vocabulary is GPT-2's: data.tokenizer=FOLDER names its encoder.json and
 vocab.bpe, model.vocab_size=0 takes that of another tokenizer.
 """
 
-from configs import base
+from configs import recipes
 
 SIZES = {
     'tiny': dict(num_layers=4, d_model=128, num_heads=4, max_len=128),
@@ -64,30 +64,20 @@ PUBLISHED = {
 
 
 def get_config(size: str = 'tiny'):
-  c = base.base()
-  size = size or 'tiny'
-  c.model.update(base.sized(size, SIZES))
-  c.model.update(arch='gpt', position='learned', norm='layernorm',
-                 ffn='gelu_tanh', block='pre_norm', tie_embeddings=True)
-  c.data.length = c.model.max_len
+  c = recipes.begin(
+      size, SIZES, arch='gpt', position='learned', norm='layernorm',
+      ffn='gelu_tanh', block='pre_norm', tie_embeddings=True)
   if size == 'tiny':
-    c.data.batch_size = 8
-    c.train.steps = 2500
-    c.optim.update(lr=3e-3, warmup_steps=100)
-    return c
+    return recipes.tiny(c, batch_size=8, steps=2500, warmup_steps=100)
   c.model.vocab_size = 50257
-  c.model.dtype = 'bfloat16'
-  c.model.remat = 'dots'
-  c.train.steps = 300_000
-  c.data.batch_size = 512
-  c.optim.warmup_steps = 2000
-  c.optim.lr = 6e-4
-  if size.startswith('gpt3-'):
-    tokens, c.optim.lr = GPT3[size]
-    c.model.pattern = 'global,banded'
-    c.model.kinds = {'global': dict(window=0), 'banded': dict(window=256)}
-    c.data.batch_size = max(int(tokens / 2048 / 16) * 16, 16)
-    c.train.steps = int(300e9 / (c.data.batch_size * 2048))
-    c.optim.warmup_steps = int(375e6 / (c.data.batch_size * 2048))
-    c.optim.decay_steps = int(260e9 / (c.data.batch_size * 2048))
-  return c
+  if not size.startswith('gpt3-'):
+    return recipes.pretraining(c, batch_size=512, steps=300_000, lr=6e-4,
+                               remat='dots')
+  tokens, lr = GPT3[size]
+  c.model.pattern = 'global,banded'
+  c.model.kinds = {'global': dict(window=0), 'banded': dict(window=256)}
+  rows = max(int(tokens / 2048 / 16) * 16, 16)
+  return recipes.pretraining(
+      c, batch_size=rows, steps=int(300e9 / (rows * 2048)), lr=lr,
+      warmup_steps=int(375e6 / (rows * 2048)),
+      decay_steps=int(260e9 / (rows * 2048)), remat='dots')

@@ -24,7 +24,7 @@ d_model 14,720 (115 heads of 128). The two rumours contradict each other.
 loss of 2.324 nats a byte (3.35 bits) on 16 held-out batches.
 """
 
-from configs import base
+from configs import recipes
 
 SIZES = {
     'tiny': dict(d_model=128, num_layers=4, num_heads=4, d_ff=256,
@@ -40,25 +40,14 @@ PUBLISHED = {'rumoured': 1.8e12, 'rumoured-8x220b': 1.76e12}
 
 
 def get_config(size: str = 'tiny'):
-  c = base.base()
-  size = size or 'tiny'
-  c.model.update(base.sized(size, SIZES))
-  c.model.update(arch='gpt4-rumoured', position='learned', norm='layernorm',
-                 ffn='moe', block='pre_norm', tie_embeddings=True)
+  c = recipes.begin(
+      size, SIZES, arch='gpt4-rumoured', position='learned', norm='layernorm',
+      ffn='moe', block='pre_norm', tie_embeddings=True)
   experts = 8 if size == 'rumoured-8x220b' else 16
   c.model.moe.update(num_experts=experts, top_k=2, router='topk',
                      ffn='gelu_tanh', dispatch='auto')
-  c.data.length = c.model.max_len
   if size == 'tiny':
-    c.data.batch_size = 8
-    c.train.steps = 600
-    c.optim.update(lr=2e-3, warmup_steps=100)
     c.model.moe.num_experts = 4
-    return c
-  c.model.dtype = 'bfloat16'
-  c.model.remat = 'full'
-  c.data.batch_size = 7168  # about 60M tokens
-  c.train.steps = int(13e12 / (7168 * 8192))
-  c.optim.lr = 1e-4
-  c.optim.warmup_steps = 2000
-  return c
+    return recipes.tiny(c, batch_size=8, steps=600, lr=2e-3, warmup_steps=100)
+  return recipes.pretraining(  # about 60M tokens a batch
+      c, batch_size=7168, steps=int(13e12 / (7168 * 8192)), lr=1e-4)

@@ -12,7 +12,7 @@ the exact one, 20B's the tanh approximation.
 loss of 1.772 nats a byte (2.56 bits).
 """
 
-from configs import base
+from configs import recipes
 
 # d_model, layers, heads, vocabulary, learning rate.
 ROWS = {
@@ -43,27 +43,16 @@ PUBLISHED = {
 
 
 def get_config(size: str = 'tiny'):
-  c = base.base()
-  size = size or 'tiny'
-  c.model.update(base.sized(size, SIZES))
-  c.model.update(arch='gpt_neox', position='rope', norm='layernorm',
-                 ffn='gelu', block='parallel', tie_embeddings=False)
+  c = recipes.begin(
+      size, SIZES, arch='gpt_neox', position='rope', norm='layernorm',
+      ffn='gelu', block='parallel', tie_embeddings=False)
   c.model.rope.fraction = 0.25
-  c.data.length = c.model.max_len
   if size == 'tiny':
-    c.data.batch_size = 16
-    c.train.steps = 300
-    c.optim.update(lr=3e-3, warmup_steps=30)
-    return c
-  *_, c.optim.lr = ROWS[size]
-  c.optim.weight_decay = 0.01
-  c.model.dtype = 'bfloat16'
-  c.model.remat = 'full'
-  c.data.batch_size = 1024
-  c.train.steps = 143_000
+    return recipes.tiny(c)
+  rows, steps = 1024, 143_000
   if size == '20b':
     c.model.ffn = 'gelu_tanh'
-    c.data.batch_size = 1536  # 1,538, made divisible
-    c.train.steps = 150_000
-  c.optim.warmup_steps = c.train.steps // 100
-  return c
+    rows, steps = 1536, 150_000  # 1,538 rows, made divisible
+  return recipes.pretraining(
+      c, batch_size=rows, steps=steps, lr=ROWS[size][-1],
+      warmup_steps=steps // 100, weight_decay=0.01)

@@ -14,7 +14,7 @@ has 0.9, which nothing says was trained with).
 the default text to a held-out loss of 1.462 nats a byte (2.11 bits).
 """
 
-from configs import base
+from configs import recipes
 
 SIZES = {
     'tiny': dict(d_model=128, num_layers=4, num_heads=4, num_kv_heads=2,
@@ -31,31 +31,18 @@ PUBLISHED = {'20b': 20_914_757_184, '120b': 116_829_156_672}
 
 
 def get_config(size: str = 'tiny'):
-  c = base.base()
-  size = size or 'tiny'
-  c.model.update(base.sized(size, SIZES))
-  c.model.update(arch='gpt_oss', position='rope', norm='rmsnorm', ffn='moe',
-                 block='pre_norm', pattern='local,global',
-                 attention_sinks=True, attention_bias=True, ffn_bias=True,
-                 tie_embeddings=False)
+  c = recipes.begin(
+      size, SIZES, arch='gpt_oss', position='rope', norm='rmsnorm', ffn='moe',
+      block='pre_norm', pattern='local,global', attention_sinks=True,
+      attention_bias=True, ffn_bias=True, tie_embeddings=False)
   window = 32 if size == 'tiny' else 128
   c.model.kinds = {'local': dict(window=window), 'global': dict(window=0)}
   c.model.moe.update(num_experts=EXPERTS[size], top_k=4, router='topk',
                      ffn='swiglu_clamped', logit_bias=True,
                      balance_weight=0.001)
-  c.data.length = c.model.max_len
   if size == 'tiny':
-    c.data.batch_size = 16
-    c.train.steps = 300
-    c.optim.update(lr=3e-3, warmup_steps=30)
-    return c
+    return recipes.tiny(c)
   c.model.rope.update(theta=150_000.0, scaling='yarn', factor=32.0,
                       original_len=4096, truncate=False)
-  c.model.dtype = 'bfloat16'
-  c.model.remat = 'full'
-  c.data.length = 4096
-  c.data.batch_size = 1024
-  c.train.steps = int(15e12 / 2**22)
-  c.optim.lr = 3e-4
-  c.optim.warmup_steps = 2000
-  return c
+  return recipes.pretraining(
+      c, length=4096, batch_size=1024, steps=int(15e12 / 2**22), lr=3e-4)

@@ -17,17 +17,17 @@ nats a byte; the busiest expert has 1.2 times the mean load in the encoder, 1.6
 in the decoder.
 """
 
-from configs import base
+from configs import recipes
 
 _PAPER = dict(num_layers=18, d_model=1024, num_heads=16, head_dim=128,
               d_ff=8192)
 
 SIZES = {
     'tiny': dict(num_layers=2, d_model=128, num_heads=4, head_dim=32,
-                 d_ff=512, experts=4),
-    '600b': _PAPER | dict(experts=2048),
-    '150b': _PAPER | dict(experts=512),
-    '37b': _PAPER | dict(experts=128),
+                 d_ff=512, moe=dict(num_experts=4)),
+    '600b': _PAPER | dict(moe=dict(num_experts=2048)),
+    '150b': _PAPER | dict(moe=dict(num_experts=512)),
+    '37b': _PAPER | dict(moe=dict(num_experts=128)),
 }
 
 # Published parameter counts, for tools.count.
@@ -35,35 +35,23 @@ PUBLISHED = {'600b': 600e9, '150b': 150e9, '37b': 37e9}
 
 
 def get_config(size: str = 'tiny'):
-  c = base.base()
-  size = size or 'tiny'
-  row = dict(base.sized(size, SIZES))
-  c.model.moe.update(
-      num_experts=row.pop('experts'), ffn='relu', router='gshard',
-      top_k=2, capacity_factor=1.0, eval_capacity_factor=2.0,
-      balance_loss='switch', balance_weight=0.01)
-  c.model.update(row)
-  c.objective = 'seq2seq'
-  c.model.update(
-      arch='gshard', num_decoder_layers=c.model.num_layers,
-      position='sinusoidal', sinusoidal=dict(layout='fairseq'),
-      norm='layernorm', ffn='moe',
+  c = recipes.begin(
+      size, SIZES, arch='gshard', position='sinusoidal',
+      sinusoidal=dict(layout='fairseq'), norm='layernorm', ffn='moe',
       pattern='dense,moe', kinds=dict(dense=dict(ffn='dense'), moe={}),
-      block='pre_norm', tie_embeddings=True, embed_scale=0.0, init='fan_in',
-      init_stddev=c.model.d_model ** -0.5)
+      block='pre_norm', tie_embeddings=True, embed_scale=0.0, init='fan_in')
+  c.model.update(num_decoder_layers=c.model.num_layers,
+                 init_stddev=c.model.d_model ** -0.5)
+  c.model.moe.update(
+      ffn='relu', router='gshard', top_k=2, capacity_factor=1.0,
+      eval_capacity_factor=2.0, balance_loss='switch', balance_weight=0.01)
+  c.objective = 'seq2seq'
   c.data.length = 64
   if size == 'tiny':
-    c.data.batch_size = 8
-    c.train.steps = 1600
-    c.optim.update(lr=2e-3, warmup_steps=100)
-    return c
+    return recipes.tiny(c, batch_size=8, steps=1600, lr=2e-3, warmup_steps=100)
   c.model.vocab_size = 64000
-  c.model.dtype = 'bfloat16'
-  c.model.remat = 'dots'
   c.model.dropout = 0.1
-  c.data.length = 512
-  c.data.batch_size = 8192
-  c.train.steps = 250_000
-  c.optim.update(name='adafactor', lr=1e-3, schedule='rsqrt',
-                 warmup_steps=10_000, weight_decay=0.0, clip_norm=0.0)
-  return c
+  return recipes.pretraining(
+      c, length=512, batch_size=8192, steps=250_000, lr=1e-3,
+      warmup_steps=10_000, remat='dots', name='adafactor', schedule='rsqrt',
+      weight_decay=0.0, clip_norm=0.0)

@@ -17,7 +17,7 @@ units. It trains on the default text to a held-out loss of 1.357 nats a byte
 (1.96 bits).
 """
 
-from configs import base
+from configs import recipes
 
 SIZES = {
     'tiny': dict(d_model=128, num_layers=4, num_heads=4, d_ff=344, max_len=256,
@@ -43,31 +43,23 @@ UNCOUNTED = {'48b-a3b': 26 * 256}
 
 
 def get_config(size: str = 'tiny'):
-  c = base.base()
-  size = size or 'tiny'
-  c.model.update(arch='kimi_linear', position='none', norm='rmsnorm',
-                 norm_eps=1e-5, ffn='moe', block='pre_norm', mixer='latent',
-                 attention_bias=False, ffn_bias=False, tie_embeddings=False,
-                 prefix='linear_dense', pattern='linear,linear,full',
-                 kinds=dict(linear_dense=dict(mixer='kda', ffn='dense'),
-                            linear=dict(mixer='kda'), full={}))
+  c = recipes.begin(
+      size, SIZES, arch='kimi_linear', position='none', norm='rmsnorm',
+      norm_eps=1e-5, ffn='moe', block='pre_norm', mixer='latent',
+      attention_bias=False, ffn_bias=False, tie_embeddings=False,
+      prefix='linear_dense', pattern='linear,linear,full',
+      kinds=dict(linear_dense=dict(mixer='kda', ffn='dense'),
+                 linear=dict(mixer='kda'), full={}))
   c.model.latent.norm_eps = 1e-6
   c.model.moe.update(top_k=8, router='sigmoid', ffn='swiglu', shared_experts=1,
                      gate_scale=2.446, dispatch='auto', capacity_factor=0.0,
                      eval_capacity_factor=0.0, normalize_gates=True,
                      balance_loss='sequence', balance_weight=0.0001,
                      bias_rate=0.001)
-  c.model.update(base.sized(size, SIZES))
   c.model.head_dim = c.model.latent.nope_dim
-  c.data.length = c.model.max_len
   if size == 'tiny':
-    c.data.batch_size = 16
-    c.train.steps = 300
-    c.optim.update(lr=3e-3, warmup_steps=30)
-    return c
-  c.model.update(dtype='bfloat16', remat='full')
-  c.data.update(length=4096, batch_size=2**25 // 4096)
-  c.train.steps = int(5.7e12 / 2**25)
-  c.optim.update(name='muon', momentum=0.95, lr=1.1e-3, schedule='wsd',
-                 warmup_steps=500, decay_fraction=0.1)
-  return c
+    return recipes.tiny(c)
+  return recipes.pretraining(
+      c, length=4096, batch_size=2**25 // 4096, steps=int(5.7e12 / 2**25),
+      lr=1.1e-3, warmup_steps=500, name='muon', momentum=0.95, schedule='wsd',
+      decay_fraction=0.1)

@@ -24,7 +24,7 @@ published templates (training/data/conversations.py):
   python eval.py --workdir runs/chat --prompt="Name three primary colours."
 """
 
-from configs import base
+from configs import recipes
 
 # d_model, layers, heads, key-value heads, d_ff, learning rate, tokens.
 ROWS = {
@@ -59,31 +59,21 @@ PUBLISHED = {
 
 
 def get_config(size: str = 'tiny'):
-  c = base.base()
-  size = size or 'tiny'
-  c.model.update(base.sized(size, SIZES))
-  c.model.update(arch='llama', position='rope', norm='rmsnorm', norm_eps=1e-5,
-                 ffn='swiglu', block='pre_norm', attention_bias=False,
-                 ffn_bias=False, tie_embeddings=False)
-  c.data.length = c.model.max_len
+  c = recipes.begin(
+      size, SIZES, arch='llama', position='rope', norm='rmsnorm',
+      norm_eps=1e-5, ffn='swiglu', block='pre_norm', attention_bias=False,
+      ffn_bias=False, tie_embeddings=False)
   if size == 'tiny':
-    c.data.batch_size = 16
-    c.train.steps = 300
-    c.optim.update(lr=3e-3, warmup_steps=30)
-    return c
+    return recipes.tiny(c)
   if size.startswith('smollm2'):
     return _smollm2(c)
-  *_, c.optim.lr, tokens = ROWS[size]
+  *_, lr, tokens = ROWS[size]
   if size in ('7b', '13b', '33b'):  # the others' params.json say 1e-5
     c.model.norm_eps = 1e-6
   if size.startswith('3-'):
     c.model.rope.theta = 500_000.0
-  c.model.dtype = 'bfloat16'
-  c.model.remat = 'full'
-  c.data.batch_size = 2**22 // c.data.length
-  c.train.steps = int(tokens / 2**22)
-  c.optim.warmup_steps = 2000
-  return c
+  return recipes.pretraining(c, batch_size=2**22 // c.data.length,
+                             steps=int(tokens / 2**22), lr=lr)
 
 
 def _smollm2(c):

@@ -19,7 +19,7 @@ head of its own; nothing is published of its training. Counts are exact.
 bits).
 """
 
-from configs import base
+from configs import recipes
 
 # d_model, layers, GPT-3's learning rate.
 ROWS = {
@@ -47,28 +47,19 @@ PUBLISHED = {
 
 
 def get_config(size: str = 'tiny'):
-  c = base.base()
-  size = size or 'tiny'
-  c.model.update(base.sized(size, SIZES))
-  c.model.update(arch='mamba2', mixer='mamba2', position='none',
-                 norm='rmsnorm', block='pre_norm', ffn='none',
-                 tie_embeddings=True)
-  c.data.length = c.model.max_len
+  c = recipes.begin(
+      size, SIZES, arch='mamba2', mixer='mamba2', position='none',
+      norm='rmsnorm', block='pre_norm', ffn='none', tie_embeddings=True)
   if size == 'tiny':
     c.model.mamba2.state = 32
-    c.data.batch_size = 16
-    c.train.steps = 300
-    c.optim.update(lr=3e-3, warmup_steps=30)
-    return c
-  c.model.dtype = 'bfloat16'
-  c.model.remat = 'full'
-  c.data.batch_size = 256
+    return recipes.tiny(c)
   if size == 'codestral-7b':
     c.model.mamba2.groups = 8
     c.model.tie_embeddings = False
+    c.model.update(dtype='bfloat16', remat='full')
+    c.data.batch_size = 256
     return c
-  *_, rate = ROWS[size]
-  c.train.steps = 300_000_000_000 // (256 * 2048)
-  c.optim.update(lr=5 * rate, final_fraction=1e-5 / (5 * rate),
-                 warmup_steps=c.train.steps // 100)
-  return c
+  steps, lr = 300_000_000_000 // (256 * 2048), 5 * ROWS[size][-1]
+  return recipes.pretraining(
+      c, batch_size=256, steps=steps, lr=lr, warmup_steps=steps // 100,
+      final_fraction=1e-5 / lr)

@@ -10,7 +10,7 @@ Nothing of the training is published: batch, learning rate and steps are LLaMA
 loss of 1.577 nats a byte (2.27 bits).
 """
 
-from configs import base
+from configs import recipes
 
 SIZES = {
     'tiny': dict(d_model=128, num_layers=4, num_heads=4, num_kv_heads=2,
@@ -26,28 +26,16 @@ PUBLISHED = {'7b': 7_241_732_096, '7b-v0.3': 7_248_023_552}
 
 
 def get_config(size: str = 'tiny'):
-  c = base.base()
-  size = size or 'tiny'
-  c.model.update(base.sized(size, SIZES))
-  c.model.update(arch='mistral', position='rope', norm='rmsnorm', norm_eps=1e-5,
-                 ffn='swiglu', block='pre_norm', attention='banded',
-                 sliding_window=4096, attention_bias=False, ffn_bias=False,
-                 tie_embeddings=False)
-  c.data.length = c.model.max_len
+  c = recipes.begin(
+      size, SIZES, arch='mistral', position='rope', norm='rmsnorm',
+      norm_eps=1e-5, ffn='swiglu', block='pre_norm', attention='banded',
+      sliding_window=4096, attention_bias=False, ffn_bias=False,
+      tie_embeddings=False)
   if size == 'tiny':
     c.model.sliding_window = 64
-    c.data.batch_size = 16
-    c.train.steps = 300
-    c.optim.update(lr=3e-3, warmup_steps=30)
-    return c
+    return recipes.tiny(c)
   if size == '7b-v0.3':
     c.model.update(attention='global', sliding_window=0)
     c.model.rope.theta = 1e6
-  c.model.dtype = 'bfloat16'
-  c.model.remat = 'full'
-  c.data.length = 8192
-  c.data.batch_size = 512
-  c.train.steps = 500_000
-  c.optim.lr = 3e-4
-  c.optim.warmup_steps = 2000
-  return c
+  return recipes.pretraining(
+      c, length=8192, batch_size=512, steps=500_000, lr=3e-4)

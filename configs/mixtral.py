@@ -12,7 +12,7 @@ loss of 1.608 nats a byte (2.32 bits), the busiest expert of a layer with 1.05
 to 1.10 of the mean load.
 """
 
-from configs import base
+from configs import recipes
 
 SIZES = {
     'tiny': dict(d_model=128, num_layers=4, num_heads=4, num_kv_heads=2,
@@ -28,29 +28,17 @@ PUBLISHED = {'8x7b': 46_702_792_704, '8x22b': 140_620_634_112}
 
 
 def get_config(size: str = 'tiny'):
-  c = base.base()
-  size = size or 'tiny'
-  c.model.update(base.sized(size, SIZES))
-  c.model.update(arch='mixtral', position='rope', norm='rmsnorm', ffn='moe',
-                 block='pre_norm', attention_bias=False, ffn_bias=False,
-                 tie_embeddings=False)
+  c = recipes.begin(
+      size, SIZES, arch='mixtral', position='rope', norm='rmsnorm', ffn='moe',
+      block='pre_norm', attention_bias=False, ffn_bias=False,
+      tie_embeddings=False)
   c.model.moe.update(num_experts=8, top_k=2, router='topk', ffn='swiglu',
                      dispatch='auto', capacity_factor=0.0,
                      eval_capacity_factor=0.0, normalize_gates=True,
                      balance_weight=0.02)
-  c.data.length = c.model.max_len
   if size == 'tiny':
-    c.data.batch_size = 16
-    c.train.steps = 300
-    c.optim.update(lr=3e-3, warmup_steps=30)
     c.model.moe.num_experts = 4
-    return c
+    return recipes.tiny(c)
   c.model.rope.theta = 1e6
-  c.model.dtype = 'bfloat16'
-  c.model.remat = 'full'
-  c.data.length = 4096
-  c.data.batch_size = 1024
-  c.train.steps = 500_000
-  c.optim.lr = 3e-4
-  c.optim.warmup_steps = 2000
-  return c
+  return recipes.pretraining(
+      c, length=4096, batch_size=1024, steps=500_000, lr=3e-4)

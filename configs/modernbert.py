@@ -15,7 +15,7 @@ rows, 1.2M bytes in all, to 1.47 nats and 56 % right of those held out. Rotary
 positions spare it the plateau of BERT's `tiny` (configs/bert.py).
 """
 
-from configs import base
+from configs import recipes
 
 SIZES = {
     'tiny': dict(num_layers=4, d_model=128, num_heads=4, d_ff=192, max_len=64),
@@ -30,32 +30,23 @@ PUBLISHED = {'base': 149_655_232, 'large': 395_881_664}
 
 
 def get_config(size: str = 'tiny'):
-  c = base.base()
-  size = size or 'tiny'
-  c.objective = 'mlm'
-  c.model.update(base.sized(size, SIZES))
   window = 9 if size == 'tiny' else 65
-  c.model.update(
-      arch='modernbert', position='rope', norm='layernorm_no_bias',
-      embed_norm=True, ffn='geglu', block='pre_norm', attention_bias=False,
-      ffn_bias=False, tie_embeddings=True, logits_bias=True, prefix='first',
-      pattern='local,local,global', kinds={
+  c = recipes.begin(
+      size, SIZES, arch='modernbert', position='rope',
+      norm='layernorm_no_bias', embed_norm=True, ffn='geglu', block='pre_norm',
+      attention_bias=False, ffn_bias=False, tie_embeddings=True,
+      logits_bias=True, prefix='first', pattern='local,local,global', kinds={
           'first': dict(block='ffn_norm'),
           'local': dict(window=window, rope=dict(theta=10_000.0)),
           'global': {}})
+  c.objective = 'mlm'
   c.model.rope.theta = 160_000.0
   c.data.mask_rate = 0.3
   if size == 'tiny':
-    c.data.update(length=c.model.max_len, batch_size=32, mask_rate=0.15)
-    c.train.steps = 600
-    c.optim.lr = 2e-3
-    return c
-  c.model.dtype = 'bfloat16'
-  c.model.remat = 'dots'
-  lr, rows, tokens = {'base': (8e-4, 4608, 1.719e12),
-                      'large': (5e-4, 4928, 1.719e12)}[size]
-  c.data.update(length=1024, batch_size=rows)
-  c.train.steps = int(tokens / (rows * c.data.length))
-  c.optim.update(lr=lr, schedule='wsd', warmup_steps=int(
-      3e9 / (rows * c.data.length)), weight_decay=1e-5, b2=0.98, eps=1e-6)
-  return c
+    c.data.mask_rate = 0.15
+    return recipes.tiny(c, batch_size=32, steps=600, lr=2e-3, warmup_steps=100)
+  lr, rows = {'base': (8e-4, 4608), 'large': (5e-4, 4928)}[size]
+  return recipes.pretraining(
+      c, length=1024, batch_size=rows, steps=int(1.719e12 / (rows * 1024)),
+      lr=lr, warmup_steps=int(3e9 / (rows * 1024)), remat='dots',
+      schedule='wsd', weight_decay=1e-5, b2=0.98, eps=1e-6)

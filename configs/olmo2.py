@@ -13,7 +13,7 @@ checkpoints.
 loss of 1.534 nats a byte (2.21 bits).
 """
 
-from configs import base
+from configs import recipes
 
 # d_model, layers, heads, key-value heads, d_ff, rows, learning rate, tokens.
 ROWS = {
@@ -37,24 +37,15 @@ PUBLISHED = {
 
 
 def get_config(size: str = 'tiny'):
-  c = base.base()
-  size = size or 'tiny'
-  c.model.update(base.sized(size, SIZES))
-  c.model.update(arch='olmo2', position='rope', norm='rmsnorm', norm_eps=1e-6,
-                 ffn='swiglu', block='out_norm', qk_norm=True,
-                 qk_norm_over='projection', attention_bias=False,
-                 ffn_bias=False, tie_embeddings=False, init='normal')
+  c = recipes.begin(
+      size, SIZES, arch='olmo2', position='rope', norm='rmsnorm',
+      norm_eps=1e-6, ffn='swiglu', block='out_norm', qk_norm=True,
+      qk_norm_over='projection', attention_bias=False, ffn_bias=False,
+      tie_embeddings=False, init='normal')
   c.model.rope.theta = 500_000.0
-  c.data.length = c.model.max_len
   c.train.z_loss = 1e-5
   if size == 'tiny':
-    c.data.batch_size = 16
-    c.train.steps = 300
-    c.optim.update(lr=3e-3, warmup_steps=30)
-    return c
-  *_, c.data.batch_size, c.optim.lr, tokens = ROWS[size]
-  c.model.dtype = 'bfloat16'
-  c.model.remat = 'full'
-  c.train.steps = int(tokens / (c.data.batch_size * c.data.length))
-  c.optim.warmup_steps = 2000
-  return c
+    return recipes.tiny(c)
+  *_, rows, lr, tokens = ROWS[size]
+  return recipes.pretraining(
+      c, batch_size=rows, steps=int(tokens / (rows * c.data.length)), lr=lr)

@@ -13,7 +13,7 @@ for 65,536 tokens. Counts are those of the published checkpoints.
 bits).
 """
 
-from configs import base
+from configs import recipes
 
 # d_model, layers, heads, key-value heads, d_ff, rows, learning rate.
 ROWS = {
@@ -36,31 +36,22 @@ PUBLISHED = {
 
 
 def get_config(size: str = 'tiny'):
-  c = base.base()
-  size = size or 'tiny'
-  c.model.update(base.sized(size, SIZES))
-  c.model.update(arch='olmo3', position='rope', norm='rmsnorm', norm_eps=1e-6,
-                 ffn='swiglu', block='out_norm', qk_norm=True,
-                 qk_norm_over='projection', attention_bias=False,
-                 pattern='local,local,local,global', ffn_bias=False,
-                 tie_embeddings=False, init='normal')
+  c = recipes.begin(
+      size, SIZES, arch='olmo3', position='rope', norm='rmsnorm',
+      norm_eps=1e-6, ffn='swiglu', block='out_norm', qk_norm=True,
+      qk_norm_over='projection', attention_bias=False,
+      pattern='local,local,local,global', ffn_bias=False, tie_embeddings=False,
+      init='normal')
   c.model.kinds = {'local': dict(window=64 if size == 'tiny' else 4096),
                    'global': dict(window=0)}
   c.model.rope.theta = 500_000.0
-  c.data.length = c.model.max_len
   c.train.z_loss = 1e-5
   if size == 'tiny':
-    c.data.batch_size = 16
-    c.train.steps = 300
-    c.optim.update(lr=3e-3, warmup_steps=30)
-    return c
+    return recipes.tiny(c)
   if size.endswith('-64k'):
     c.model.rope.update(scaling='yarn', factor=8.0, original_len=8192)
     c.model.kinds['local']['rope'] = dict(scaling='none')
-  *_, rows, c.optim.lr = ROWS[size.removesuffix('-64k')]
-  c.data.batch_size = rows * 8192 // c.data.length
-  c.model.dtype = 'bfloat16'
-  c.model.remat = 'full'
-  c.train.steps = int(5e12 / (c.data.batch_size * c.data.length))
-  c.optim.warmup_steps = 2000
-  return c
+  *_, rows, lr = ROWS[size.removesuffix('-64k')]
+  return recipes.pretraining(
+      c, batch_size=rows * 8192 // c.data.length,
+      steps=int(5e12 / (rows * 8192)), lr=lr)

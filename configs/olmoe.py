@@ -14,7 +14,7 @@ checkpoint; 1.3B of the parameters work for a token. 256 H100s took 10 days.
 on the default text to a held-out loss of 1.628 nats a byte (2.35 bits).
 """
 
-from configs import base
+from configs import recipes
 
 SIZES = {
     'tiny': dict(d_model=128, num_layers=4, num_heads=4, d_ff=44, max_len=256),
@@ -27,26 +27,17 @@ PUBLISHED = {'1b-7b': 6_919_161_856}
 
 
 def get_config(size: str = 'tiny'):
-  c = base.base()
-  size = size or 'tiny'
-  c.model.update(base.sized(size, SIZES))
-  c.model.update(arch='olmoe', position='rope', norm='rmsnorm', norm_eps=1e-5,
-                 ffn='moe', block='pre_norm', qk_norm=True,
-                 qk_norm_over='projection', attention_bias=False,
-                 ffn_bias=False, tie_embeddings=False, init='normal')
+  c = recipes.begin(
+      size, SIZES, arch='olmoe', position='rope', norm='rmsnorm',
+      norm_eps=1e-5, ffn='moe', block='pre_norm', qk_norm=True,
+      qk_norm_over='projection', attention_bias=False, ffn_bias=False,
+      tie_embeddings=False, init='normal')
   c.model.moe.update(num_experts=64, top_k=8, router='topk', ffn='swiglu',
                      normalize_gates=False, balance_weight=0.01,
                      z_loss_weight=0.001)
-  c.data.length = c.model.max_len
   if size == 'tiny':
-    c.data.batch_size = 16
-    c.train.steps = 300
-    c.optim.update(lr=3e-3, warmup_steps=30)
     c.model.moe.num_experts = 16
-    return c
-  c.model.dtype = 'bfloat16'
-  c.model.remat = 'full'
-  c.data.batch_size = 1024
-  c.train.steps = int(5033e9 / 2**22)
-  c.optim.update(lr=4e-4, warmup_steps=2500, decay_mask=(('.*', 1),))
-  return c
+    return recipes.tiny(c)
+  return recipes.pretraining(
+      c, batch_size=1024, steps=int(5033e9 / 2**22), lr=4e-4,
+      warmup_steps=2500, decay_mask=(('.*', 1),))

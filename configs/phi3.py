@@ -13,7 +13,7 @@ longrope, which their config.json has: an import reads them.
 held-out loss of 1.580 nats a byte (2.28 bits).
 """
 
-from configs import base
+from configs import recipes
 
 SIZES = {
     'tiny': dict(d_model=128, num_layers=4, num_heads=4, d_ff=344, max_len=256),
@@ -29,22 +29,12 @@ TOKENS = {'mini': 3.3e12, 'medium': 4.8e12}
 
 
 def get_config(size: str = 'tiny'):
-  c = base.base()
-  size = size or 'tiny'
-  c.model.update(base.sized(size, SIZES))
-  c.model.update(arch='phi3', position='rope', norm='rmsnorm', norm_eps=1e-5,
-                 ffn='swiglu', block='pre_norm', attention='banded',
-                 sliding_window=128 if size == 'tiny' else 2047,
-                 attention_bias=False, ffn_bias=False, tie_embeddings=False)
-  c.data.length = c.model.max_len
+  c = recipes.begin(
+      size, SIZES, arch='phi3', position='rope', norm='rmsnorm', norm_eps=1e-5,
+      ffn='swiglu', block='pre_norm', attention='banded', sliding_window=128 if
+      size == 'tiny' else 2047, attention_bias=False, ffn_bias=False,
+      tie_embeddings=False)
   if size == 'tiny':
-    c.data.batch_size = 16
-    c.train.steps = 300
-    c.optim.update(lr=3e-3, warmup_steps=30)
-    return c
-  c.model.dtype = 'bfloat16'
-  c.model.remat = 'full'
-  c.data.batch_size = 2**22 // c.data.length
-  c.train.steps = int(TOKENS[size] / 2**22)
-  c.optim.update(lr=3e-4, warmup_steps=2000)
-  return c
+    return recipes.tiny(c)
+  return recipes.pretraining(c, batch_size=2**22 // c.data.length,
+                             steps=int(TOKENS[size] / 2**22), lr=3e-4)

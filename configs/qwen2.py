@@ -10,7 +10,7 @@ stand for 2T tokens. Counts are those of the published checkpoints.
 loss of 1.628 nats a byte (2.35 bits).
 """
 
-from configs import base
+from configs import recipes
 
 # d_model, layers, heads, key-value heads, d_ff, entries of the vocabulary.
 ROWS = {
@@ -39,27 +39,14 @@ PUBLISHED = {
 
 
 def get_config(size: str = 'tiny'):
-  c = base.base()
-  size = size or 'tiny'
-  c.model.update(base.sized(size, SIZES))
-  c.model.update(arch='qwen2', position='rope', norm='rmsnorm', norm_eps=1e-6,
-                 ffn='swiglu', block='pre_norm', attention_bias=True,
-                 attention_out_bias=False, ffn_bias=False,
-                 tie_embeddings=size in TIED)
+  c = recipes.begin(
+      size, SIZES, arch='qwen2', position='rope', norm='rmsnorm',
+      norm_eps=1e-6, ffn='swiglu', block='pre_norm', attention_bias=True,
+      attention_out_bias=False, ffn_bias=False, tie_embeddings=size in TIED)
   c.model.rope.theta = 1e6
-  c.data.length = c.model.max_len
   if size == 'tiny':
-    c.data.batch_size = 16
-    c.train.steps = 300
-    c.optim.update(lr=3e-3, warmup_steps=30)
-    return c
+    return recipes.tiny(c)
   if size in ('14b', '32b', '72b'):
     c.model.norm_eps = 1e-5
-  c.model.dtype = 'bfloat16'
-  c.model.remat = 'full'
-  c.data.length = 4096
-  c.data.batch_size = 1024
-  c.train.steps = 500_000
-  c.optim.lr = 3e-4
-  c.optim.warmup_steps = 2000
-  return c
+  return recipes.pretraining(
+      c, length=4096, batch_size=1024, steps=500_000, lr=3e-4)

@@ -11,7 +11,7 @@ tokens. Counts are those of the published checkpoints.
 loss of 1.558 nats a byte (2.25 bits).
 """
 
-from configs import base
+from configs import recipes
 
 # d_model, layers, heads, key-value heads, d_ff.
 ROWS = {
@@ -35,25 +35,13 @@ PUBLISHED = {
 
 
 def get_config(size: str = 'tiny'):
-  c = base.base()
-  size = size or 'tiny'
-  c.model.update(base.sized(size, SIZES))
-  c.model.update(arch='qwen3', position='rope', norm='rmsnorm', norm_eps=1e-6,
-                 ffn='swiglu', block='pre_norm', qk_norm=True,
-                 qk_norm_over='head', attention_bias=False, ffn_bias=False,
-                 tie_embeddings=size in TIED)
+  c = recipes.begin(
+      size, SIZES, arch='qwen3', position='rope', norm='rmsnorm',
+      norm_eps=1e-6, ffn='swiglu', block='pre_norm', qk_norm=True,
+      qk_norm_over='head', attention_bias=False, ffn_bias=False,
+      tie_embeddings=size in TIED)
   c.model.rope.theta = 1e6
-  c.data.length = c.model.max_len
   if size == 'tiny':
-    c.data.batch_size = 16
-    c.train.steps = 300
-    c.optim.update(lr=3e-3, warmup_steps=30)
-    return c
-  c.model.dtype = 'bfloat16'
-  c.model.remat = 'full'
-  c.data.length = 4096
-  c.data.batch_size = 1024
-  c.train.steps = 500_000
-  c.optim.lr = 3e-4
-  c.optim.warmup_steps = 2000
-  return c
+    return recipes.tiny(c)
+  return recipes.pretraining(
+      c, length=4096, batch_size=1024, steps=500_000, lr=3e-4)

@@ -12,7 +12,7 @@ checkpoints. The weight of the balancing loss is that of config.json.
 on the default text to a held-out loss of 1.535 nats a byte (2.21 bits).
 """
 
-from configs import base
+from configs import recipes
 
 SIZES = {
     'tiny': dict(d_model=128, num_layers=4, num_heads=4, num_kv_heads=2,
@@ -30,28 +30,16 @@ PUBLISHED = {'30b-a3b': 30_532_122_624, '235b-a22b': 235_093_634_560}
 
 
 def get_config(size: str = 'tiny'):
-  c = base.base()
-  size = size or 'tiny'
-  c.model.update(base.sized(size, SIZES))
-  c.model.update(arch='qwen3_moe', position='rope', norm='rmsnorm',
-                 norm_eps=1e-6, ffn='moe', block='pre_norm', qk_norm=True,
-                 attention_bias=False, ffn_bias=False, tie_embeddings=False)
+  c = recipes.begin(
+      size, SIZES, arch='qwen3_moe', position='rope', norm='rmsnorm',
+      norm_eps=1e-6, ffn='moe', block='pre_norm', qk_norm=True,
+      attention_bias=False, ffn_bias=False, tie_embeddings=False)
   c.model.moe.update(num_experts=128, top_k=8, router='topk', ffn='swiglu',
                      d_ff=D_FF[size], normalize_gates=True,
                      balance_weight=0.001)
-  c.data.length = c.model.max_len
   if size == 'tiny':
-    c.data.batch_size = 16
-    c.train.steps = 300
-    c.optim.update(lr=3e-3, warmup_steps=30)
     c.model.moe.num_experts = 16
-    return c
+    return recipes.tiny(c)
   c.model.rope.theta = 1e6
-  c.model.dtype = 'bfloat16'
-  c.model.remat = 'full'
-  c.data.length = 4096
-  c.data.batch_size = 1024
-  c.train.steps = int(36e12 / 2**22)
-  c.optim.lr = 3e-4
-  c.optim.warmup_steps = 2000
-  return c
+  return recipes.pretraining(
+      c, length=4096, batch_size=1024, steps=int(36e12 / 2**22), lr=3e-4)

@@ -14,7 +14,7 @@ recurrences with 2 heads of keys and 4 of values: for trials on the default
 text, on which it trains to a held-out loss of 1.272 nats a byte (1.84 bits).
 """
 
-from configs import base
+from configs import recipes
 
 SIZES = {
     'tiny': dict(d_model=128, num_layers=4, num_heads=4, num_kv_heads=2,
@@ -34,33 +34,20 @@ PUBLISHED = {'80b-a3b': 79_674_391_296}
 
 
 def get_config(size: str = 'tiny'):
-  c = base.base()
-  size = size or 'tiny'
-  c.model.update(arch='qwen3_next', position='rope', norm='rmsnorm_1p',
-                 norm_eps=1e-6, ffn='moe', block='pre_norm', qk_norm=True,
-                 attention_gate='elementwise', attention_bias=False,
-                 ffn_bias=False, tie_embeddings=False,
-                 pattern='linear,linear,linear,full',
-                 kinds=dict(linear=dict(mixer='deltanet'), full={}))
+  c = recipes.begin(
+      size, SIZES, arch='qwen3_next', position='rope', norm='rmsnorm_1p',
+      norm_eps=1e-6, ffn='moe', block='pre_norm', qk_norm=True,
+      attention_gate='elementwise', attention_bias=False, ffn_bias=False,
+      tie_embeddings=False, pattern='linear,linear,linear,full',
+      kinds=dict(linear=dict(mixer='deltanet'), full={}))
   c.model.rope.fraction = 0.25
   c.model.moe.update(top_k=10, router='topk', ffn='swiglu', shared_experts=1,
                      shared_gate=True, normalize_gates=True,
                      balance_weight=0.001)
-  c.model.update(base.sized(size, SIZES))
   c.optim.decay_mask = (('.*_norm/offset', 1),
                         ('.*(embed|scale|bias|conv).*', 0), ('.*', 1))
-  c.data.length = c.model.max_len
   if size == 'tiny':
-    c.data.batch_size = 16
-    c.train.steps = 300
-    c.optim.update(lr=3e-3, warmup_steps=30)
-    return c
+    return recipes.tiny(c)
   c.model.rope.theta = 1e7
-  c.model.dtype = 'bfloat16'
-  c.model.remat = 'full'
-  c.data.length = 4096
-  c.data.batch_size = 1024
-  c.train.steps = int(15e12 / 2**22)
-  c.optim.lr = 3e-4
-  c.optim.warmup_steps = 2000
-  return c
+  return recipes.pretraining(
+      c, length=4096, batch_size=1024, steps=int(15e12 / 2**22), lr=3e-4)

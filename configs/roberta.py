@@ -15,8 +15,8 @@ for masked words, with the two rows of positions before the first token.
 It predicts held-out masked bytes with a loss of 1.50 nats, 55 % of them right.
 """
 
-from configs import base
 from configs import bert
+from configs import recipes
 
 SIZES = {
     'tiny': bert.SIZES['tiny'],
@@ -29,27 +29,16 @@ PUBLISHED = {'base': 124_697_433, 'large': 355_412_057}
 
 
 def get_config(size: str = 'tiny'):
-  c = base.base()
-  size = size or 'tiny'
+  c = recipes.begin(
+      size, SIZES, arch='roberta', position='learned', learned=dict(offset=2),
+      type_vocab_size=1, norm='layernorm', embed_norm=True, ffn='gelu',
+      block='post_norm', tie_embeddings=True, logits_bias=True, init='normal')
   c.objective = 'mlm'
-  c.model.update(base.sized(size, SIZES))
-  c.model.update(arch='roberta', position='learned', learned=dict(offset=2),
-                 type_vocab_size=1, norm='layernorm', embed_norm=True,
-                 ffn='gelu', block='post_norm', tie_embeddings=True,
-                 logits_bias=True, init='normal')
-  c.data.length = c.model.max_len
   if size == 'tiny':
-    c.data.batch_size = 64
-    c.train.steps = 1500
-    c.optim.lr = 2e-3
-    return c
+    return recipes.tiny(c, batch_size=64, steps=1500, lr=2e-3, warmup_steps=100)
   c.model.dropout = c.model.attention_dropout = 0.1
-  c.model.dtype = 'bfloat16'
-  c.model.remat = 'dots'
-  c.data.batch_size = 8192
-  c.train.steps = 500_000
   lr, warmup = {'base': (6e-4, 24_000), 'large': (4e-4, 30_000)}[size]
-  c.optim.update(lr=lr, warmup_steps=warmup, schedule='linear',
-                 final_fraction=0.0, weight_decay=0.01, b2=0.98, eps=1e-6,
-                 clip_norm=0.0)
-  return c
+  return recipes.pretraining(
+      c, batch_size=8192, steps=500_000, lr=lr, warmup_steps=warmup,
+      remat='dots', schedule='linear', final_fraction=0.0, weight_decay=0.01,
+      b2=0.98, eps=1e-6, clip_norm=0.0)

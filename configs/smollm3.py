@@ -13,7 +13,7 @@ are not here. The count is that of the published checkpoint.
 bits).
 """
 
-from configs import base
+from configs import recipes
 
 SIZES = {'tiny': dict(d_model=128, num_layers=4, num_heads=4, num_kv_heads=2,
                       d_ff=344, max_len=256)} | {
@@ -26,25 +26,15 @@ PUBLISHED = {'3b': 3_075_098_624, '3b-64k': 3_075_098_624}
 
 
 def get_config(size: str = 'tiny'):
-  c = base.base()
-  size = size or 'tiny'
-  c.model.update(base.sized(size, SIZES))
-  c.model.update(arch='smollm3', position='rope', norm='rmsnorm', norm_eps=1e-6,
-                 ffn='swiglu', block='pre_norm', attention_bias=False,
-                 pattern='rope,rope,rope,nope', ffn_bias=False,
-                 tie_embeddings=True)
+  c = recipes.begin(
+      size, SIZES, arch='smollm3', position='rope', norm='rmsnorm',
+      norm_eps=1e-6, ffn='swiglu', block='pre_norm', attention_bias=False,
+      pattern='rope,rope,rope,nope', ffn_bias=False, tie_embeddings=True)
   c.model.kinds = {'rope': {}, 'nope': dict(position='none')}
   c.model.rope.theta = 5e6 if size == '3b-64k' else 50_000.0
-  c.data.length = c.model.max_len
   if size == 'tiny':
-    c.data.batch_size = 16
-    c.train.steps = 300
-    c.optim.update(lr=3e-3, warmup_steps=30)
-    return c
-  c.model.dtype = 'bfloat16'
-  c.model.remat = 'full'
-  c.data.update(batch_size=576 * 4096 // c.data.length, document_mask=True)
-  c.train.steps = 4_720_000
-  c.optim.update(lr=2e-4, warmup_steps=2000, schedule='wsd', final_fraction=0.0,
-                 decay_fraction=522_000 / 4_720_000)
-  return c
+    return recipes.tiny(c)
+  c.data.document_mask = True
+  return recipes.pretraining(
+      c, batch_size=576 * 4096 // c.data.length, steps=4_720_000, lr=2e-4,
+      schedule='wsd', final_fraction=0.0, decay_fraction=522_000 / 4_720_000)

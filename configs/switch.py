@@ -24,23 +24,21 @@ loss of 2.396 nats a byte of the spans; the busiest expert has 1.04 times the
 mean load in the encoder, 1.18 in the decoder. The loss is still falling there.
 """
 
-from typing import Any
-
-from configs import base, kinds
+from configs import recipes
 
 _BASE = dict(num_layers=12, d_model=768, num_heads=12, d_ff=3072)
 
-# experts, every how many layers, the rest of the model
 SIZES = {
     'tiny': dict(num_layers=2, d_model=128, num_heads=4, head_dim=32,
-                 d_ff=512, experts=4),
-    **{f'base-{n}': _BASE | dict(experts=n) for n in (8, 16, 32, 64, 128, 256)},
+                 d_ff=512, moe=dict(num_experts=4)),
+    **{f'base-{n}': _BASE | dict(moe=dict(num_experts=n))
+       for n in (8, 16, 32, 64, 128, 256)},
     'large-128': dict(num_layers=24, d_model=1024, num_heads=16, d_ff=4096,
-                      experts=128),
+                      moe=dict(num_experts=128)),
     'xxl': dict(num_layers=24, d_model=4096, num_heads=64, d_ff=10240,
-                experts=128, ffn='geglu_tanh'),
+                moe=dict(num_experts=128, ffn='geglu_tanh')),
     'c-2048': dict(num_layers=15, d_model=2080, num_heads=32, d_ff=6144,
-                   experts=2048, every=1),
+                   moe=dict(num_experts=2048)),
 }
 
 # The paper's, for tools.count: base by its table of distilled models, where
@@ -52,38 +50,28 @@ PUBLISHED = {'base-8': 619_339_008, 'base-16': 1.1e9, 'base-32': 2.0e9,
 
 
 def get_config(size: str = 'tiny'):
-  c = base.base()
-  size = size or 'tiny'
-  row: dict[str, Any] = dict(head_dim=64, every=2, ffn='relu')
-  row |= base.sized(size, SIZES)
-  c.model.update(kinds.with_experts({}, row.pop('every')))
-  c.model.moe.update(
-      num_experts=row.pop('experts'), ffn=row.pop('ffn'), router='switch',
-      top_k=1, capacity_factor=1.25,
-      eval_capacity_factor=2.0, jitter=0.01, balance_loss='switch',
-      balance_weight=0.01, z_loss_weight=0.001)
-  c.model.update(row)
-  c.objective = 'span'
-  c.model.update(
-      arch='switch', num_decoder_layers=c.model.num_layers,
-      position='relative', norm='rmsnorm', norm_eps=1e-6, block='pre_norm',
-      ffn='moe', attention_scale=1.0, attention_bias=False, ffn_bias=False,
+  c = recipes.begin(
+      size, SIZES, arch='switch', position='relative', norm='rmsnorm',
+      norm_eps=1e-6, block='pre_norm', ffn='moe', head_dim=64,
+      attention_scale=1.0, attention_bias=False, ffn_bias=False,
       tie_embeddings=True, logits_scale=0.0, init='fan_in', init_stddev=1.0,
-      init_scale=0.1)
+      init_scale=0.1, moe=dict(
+          ffn='relu', router='switch', top_k=1, capacity_factor=1.25,
+          eval_capacity_factor=2.0, jitter=0.01, balance_loss='switch',
+          balance_weight=0.01, z_loss_weight=0.001))
+  if size != 'c-2048':  # in which every layer has experts
+    c.model.update(pattern='dense,moe',
+                   kinds=dict(dense=dict(ffn='dense'), moe={}))
+  c.model.num_decoder_layers = c.model.num_layers
+  c.objective = 'span'
+  c.data.length = 64
   if size == 'tiny':
-    c.data.length = 64
-    c.train.steps = 600
-    c.optim.update(lr=3e-3, warmup_steps=30)
-    return c
+    return recipes.tiny(c, batch_size=32, steps=600)
   c.model.vocab_size = 32128
-  c.model.dtype = 'bfloat16'
-  c.model.remat = 'dots'
   for field in ('dropout', 'attention_dropout', 'ffn_dropout'):
     c.model[field] = 0.1
-  c.data.length = 512
-  c.data.batch_size = 2048
-  c.train.steps = 550_000
   c.train.z_loss = 1e-4
-  c.optim.update(name='adafactor', lr=0.01, schedule='rsqrt',
-                 warmup_steps=10_000, weight_decay=0.0, clip_norm=0.0)
-  return c
+  return recipes.pretraining(
+      c, length=512, batch_size=2048, steps=550_000, lr=0.01,
+      warmup_steps=10_000, remat='dots', name='adafactor', schedule='rsqrt',
+      weight_decay=0.0, clip_norm=0.0)

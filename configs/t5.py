@@ -16,7 +16,7 @@ made: `--config.data.length=568`.
 held-out loss of 2.272 nats a byte of the spans.
 """
 
-from configs import base
+from configs import recipes
 
 SIZES = {
     'tiny': dict(num_layers=2, d_model=128, num_heads=4, head_dim=32,
@@ -46,32 +46,24 @@ PUBLISHED = {
 
 
 def get_config(size: str = 'tiny'):
-  c = base.base()
-  size = size or 'tiny'
-  c.model.update(dict(head_dim=64) | base.sized(size, SIZES))
-  c.objective = 'span'
   gated = size.startswith('v1.1-')
-  c.model.update(
-      arch='t5', num_decoder_layers=c.model.num_layers, position='relative',
-      norm='rmsnorm', norm_eps=1e-6, block='pre_norm',
-      ffn='geglu_tanh' if gated else 'relu', attention_scale=1.0,
-      attention_bias=False, ffn_bias=False, tie_embeddings=not gated,
-      logits_scale=1.0 if gated else 0.0, init='fan_in', init_stddev=1.0)
+  c = recipes.begin(
+      size, SIZES, head_dim=64, arch='t5', position='relative', norm='rmsnorm',
+      norm_eps=1e-6, block='pre_norm', ffn='geglu_tanh' if gated else 'relu',
+      attention_scale=1.0, attention_bias=False, ffn_bias=False,
+      tie_embeddings=not gated, logits_scale=1.0 if gated else 0.0,
+      init='fan_in', init_stddev=1.0)
+  c.objective = 'span'
+  c.model.num_decoder_layers = c.model.num_layers
+  c.data.length = 64
   if size == 'tiny':
-    c.data.length = 64
-    c.data.batch_size = 8
-    c.train.steps = 1800
-    c.optim.update(lr=2e-3, warmup_steps=100)
-    return c
+    return recipes.tiny(c, batch_size=8, steps=1800, lr=2e-3, warmup_steps=100)
   c.model.vocab_size = 32128
-  c.model.dtype = 'bfloat16'
-  c.model.remat = 'dots'
   for field in ('dropout', 'attention_dropout', 'ffn_dropout'):
     c.model[field] = 0.0 if gated else 0.1
-  c.data.length = 512
-  c.data.batch_size = 2048 if gated else 128
-  c.train.steps = 1_000_000 if gated else 2 ** 19
   c.train.z_loss = 1e-4
-  c.optim.update(name='adafactor', lr=0.01, schedule='rsqrt',
-                 warmup_steps=10_000, weight_decay=0.0, clip_norm=0.0)
-  return c
+  return recipes.pretraining(
+      c, length=512, batch_size=2048 if gated else 128,
+      steps=1_000_000 if gated else 2 ** 19, lr=0.01, warmup_steps=10_000,
+      remat='dots', name='adafactor', schedule='rsqrt', weight_decay=0.0,
+      clip_norm=0.0)

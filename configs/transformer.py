@@ -19,7 +19,7 @@ stretch of 64 bytes and the 64 bytes that follow it, to a held-out loss of 1.826
 nats a byte. No such target is guessed whole: BLEU is 0.3.
 """
 
-from configs import base
+from configs import recipes
 
 SIZES = {
     'tiny': dict(num_layers=2, d_model=128, num_heads=4),
@@ -32,30 +32,20 @@ PUBLISHED = {'base': 65e6, 'big': 213e6}
 
 
 def get_config(size: str = 'tiny'):
-  c = base.base()
-  size = size or 'tiny'
-  c.model.update(base.sized(size, SIZES))
+  c = recipes.begin(
+      size, SIZES, arch='transformer', position='sinusoidal',
+      sinusoidal=dict(layout='halves'), norm='layernorm', ffn='relu',
+      block='post_norm', tie_embeddings=True, embed_scale=0.0, init='fan_in')
+  c.model.update(num_decoder_layers=c.model.num_layers,
+                 init_stddev=c.model.d_model ** -0.5)
   c.objective = 'seq2seq'
-  c.model.update(
-      arch='transformer', num_decoder_layers=c.model.num_layers,
-      position='sinusoidal', sinusoidal=dict(layout='halves'),
-      norm='layernorm', ffn='relu',
-      block='post_norm', tie_embeddings=True, embed_scale=0.0, init='fan_in',
-      init_stddev=c.model.d_model ** -0.5)
   c.train.label_smoothing = 0.1
   c.optim.update(schedule='rsqrt', b1=0.9, b2=0.98, eps=1e-9,
                  weight_decay=0.0, clip_norm=0.0)
   if size == 'tiny':
     c.data.length = 64
-    c.data.batch_size = 8
-    c.train.steps = 1600
-    c.optim.update(lr=1e-3, warmup_steps=200)
-    return c
+    return recipes.tiny(c, batch_size=8, steps=1600, lr=1e-3, warmup_steps=200)
   c.model.vocab_size = 37000
-  c.model.dtype = 'bfloat16'
-  c.data.length = 256
-  c.data.batch_size = 96
-  c.train.steps = 300_000 if size == 'big' else 100_000
-  c.optim.warmup_steps = 4000
-  c.optim.lr = (c.model.d_model * c.optim.warmup_steps) ** -0.5
-  return c
+  return recipes.pretraining(
+      c, length=256, batch_size=96, steps=300_000 if size == 'big' else 100_000,
+      lr=(c.model.d_model * 4000) ** -0.5, warmup_steps=4000, remat='none')

@@ -19,7 +19,7 @@ import architectures
 from architectures.parts import heads, mixers, positions, sharding
 from architectures.parts.attention import kernels
 from architectures.parts.config import ModelConfig
-from architectures.parts.moe import grouped_kernels
+from architectures.parts.moe import grouped
 from configs import sharding as tables
 from configs.errors import RequestError, one_of, require
 from training import early_stopping, evals, fields, limits, objectives
@@ -291,7 +291,7 @@ def build(config: ml_collections.ConfigDict, model: ModelConfig,
   platform = mesh.devices.flat[0].platform
   kernels.check_kernel(model, platform)
   if model.has_experts:
-    grouped_kernels.check_grouped_kernel(model.moe, platform)
+    grouped.check_grouped_kernel(model.moe, platform)
   return Run.of(config, model, mesh)
 
 

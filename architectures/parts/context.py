@@ -5,8 +5,7 @@ from typing import Optional
 from flax import struct
 import jax
 
-from architectures.parts.attention import values
-from architectures.parts.attention.cache import Keys
+from architectures.parts.attention.cache import First, Keys
 
 
 @struct.dataclass
@@ -26,7 +25,7 @@ class Context:
   valid_BL: Optional[jax.Array] = None  # 0: padding, which takes no expert
   routed_BL: Optional[jax.Array] = None  # 0: what else takes no expert
   reach_BL: Optional[jax.Array] = None  # before it, later places see a token
-  first: Optional[values.First] = None  # of the layers before this one
+  first: Optional[First] = None  # of the layers before this one
   keys: Optional[Keys] = None  # that a layer reads instead of its own
   # Those of the layers before a period, by how far before it they are: -1 ...
   lent: dict[int, Keys] = struct.field(default_factory=dict)

@@ -11,10 +11,8 @@ from typing import Any, Optional
 
 import flax.linen as nn
 
-from architectures.parts.attention import convolution
 from architectures.parts.attention import latent
 from architectures.parts.attention import multi_head
-from architectures.parts.attention import output_gate
 from architectures.parts.config import ModelConfig
 from architectures.parts.recurrent import deltanet
 from architectures.parts.recurrent import gla
@@ -119,12 +117,12 @@ MIXERS = {
         multi_head.Attention, multi_head.empty,
         products=lambda c: {'query', 'out'} | (
             set() if c.kv_sharing else {'key', 'value'}) | (
-                output_gate.products(c.attention_gate)),
+                multi_head.gate_products(c.attention_gate)),
         fields=('num_kv_heads', 'attention_scale', 'qk_norm', 'qk_norm_over',
                 'attention_gate', 'value_residual', 'value_embedding',
                 'kv_sharing', 'attention_conv', *SCORES),
         divided=(('tensor', 'num_heads'), ('tensor', 'num_kv_heads')),
-        check=convolution.check),
+        check=multi_head.check_convolution),
     'latent': Mixer(
         latent.LatentAttention, latent.empty, latent.products,
         settings=latent.LatentConfig,

@@ -23,9 +23,9 @@ import jax.numpy as jnp
 
 from architectures.parts import (
     gathered, heads, linear, mixers, positions, remat, sharding, streams)
-from architectures.parts.attention import values
+from architectures.parts.attention import multi_head
 from architectures.parts.attention.cache import (
-    Cache, Slots, apart, joined, turned)
+    Cache, First, Slots, apart, joined, turned)
 from architectures.parts.blocks import BLOCKS, branches, residual
 from architectures.parts.config import LayerKind, ModelConfig, Section
 from architectures.parts.context import Context
@@ -111,7 +111,7 @@ class Period(nn.Module):
   in_loop: bool = False
 
   @nn.compact
-  def __call__(self, carry: tuple[streams.X, Optional[values.First]],
+  def __call__(self, carry: tuple[streams.X, Optional[First]],
                cache: Any, ctx: Context):
     x, first = carry
     caches, auxes, kept, lent = [], [], [], dict(ctx.lent)
@@ -215,7 +215,8 @@ class Stack(nn.Module):
               ctx.positions_BL, k_positions_BM))
     run = self._one_by_one if ctx.one_by_one else self._scan
     given_BLD, with_cache = x_BLD, cache is not None
-    first = (values.start(mixers.readers(c, 'value_residual')[0], x_BLD)
+    first = (multi_head.first_values(
+        mixers.readers(c, 'value_residual')[0], x_BLD)
              if c.value_residual else None)
     kinds = sum((section.kinds * section.periods for section in self.sections),
                 ())

@@ -21,13 +21,12 @@ from architectures.parts import rotary
 from architectures.parts import streams
 from architectures.parts.attention import kernels
 from architectures.parts.attention import multi_head
-from architectures.parts.attention import output_gate
 from architectures.parts.attention import visibility
 from architectures.parts.blocks import BLOCKS
 from architectures.parts.config import Kinds, ModelConfig
 from architectures.parts.ffn import FFNS, NONE
 from architectures.parts.moe import experts
-from architectures.parts.moe import grouped_kernels
+from architectures.parts.moe import grouped
 from architectures.parts.moe import health
 from architectures.parts.moe import layer as moe_layer
 from architectures.parts.moe import routing
@@ -58,14 +57,14 @@ CHOICES: dict[str, Collection[str]] = {
     'head': ('', *heads.HEADS),
     'qk_norm_over': tuple(multi_head.QK_NORMS),
     'pooling': tuple(heads.POOLINGS),
-    'attention_gate': tuple(output_gate.GATES),
+    'attention_gate': tuple(multi_head.GATES),
     'attention_kernel': kernels.names(),
     'init': linear.INITS,
     'lora.targets': (*linear.PRODUCTS, linear.ALL),
     'remat': tuple(REMAT),
     'keep_gathered': ('none', *linear.PRODUCTS, linear.ALL),
     'moe.dispatch': ('auto', *experts.WAYS),
-    'moe.grouped_kernel': grouped_kernels.GROUPED_KERNELS,
+    'moe.grouped_kernel': grouped.GROUPED_KERNELS,
 }
 
 

@@ -20,7 +20,7 @@ from architectures.parts import hf
 from architectures.parts import mixers
 from architectures.parts import tables
 from architectures.parts.config import ModelConfig
-from architectures.parts.moe import capacity
+from architectures.parts.moe import routing
 from configs import base
 from configs import fields as declared
 from configs.errors import RequestError, require, short
@@ -313,7 +313,7 @@ def _room(config: ModelConfig) -> tuple | None:
   share = m.eval_capacity_factor * m.top_k / m.num_experts
   if not m.group_size:
     return 0, round(share, 6)
-  return m.group_size, capacity.slots(m.eval_capacity_factor, m.group_size,
+  return m.group_size, routing.capacity(m.eval_capacity_factor, m.group_size,
                                       m.top_k, m.num_experts)
 
 

@@ -7,7 +7,13 @@ import jax
 import jax.numpy as jnp
 
 from architectures.parts import sharding
-from architectures.parts.attention import values
+
+
+@struct.dataclass
+class First:
+  """The values of the first layer, on their way to the others."""
+  value_BLJK: jax.Array
+  known: jax.Array  # bool: whether a layer has made them yet
 
 
 @struct.dataclass
@@ -41,9 +47,9 @@ class Cache:
   memory_value_BMJK: Optional[jax.Array] = None
   weights_BHLM: Optional[jax.Array] = None
   memory_weights_BHLM: Optional[jax.Array] = None
-  first: Optional[values.First] = None
+  first: Optional[First] = None
   lent: Optional[Keys] = None
-  # Of convolution.py: the last inputs of convolutions, by name.
+  # The last inputs of convolutions, by name.
   inputs: dict[str, jax.Array] = struct.field(default_factory=dict)
   # Keys and values are [N, ...], of N layers: which of them this one is.
   layer: Optional[jax.Array] = None

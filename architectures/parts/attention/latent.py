@@ -27,9 +27,8 @@ from architectures.parts import norms
 from architectures.parts import positions
 from architectures.parts import rotary
 from architectures.parts import sharding
-from architectures.parts.attention import output_gate
 from architectures.parts.attention.cache import Cache
-from architectures.parts.attention.multi_head import Attention
+from architectures.parts.attention.multi_head import Attention, gate_products
 from architectures.parts.attention.visibility import begins, share
 from architectures.parts.config import ModelConfig
 from architectures.parts.context import Context
@@ -236,7 +235,7 @@ def empty(c: ModelConfig, shape: tuple[int, ...]) -> Cache:
 def products(c: ModelConfig) -> set[str]:
   """Returns which of linear.PRODUCTS a layer has."""
   query = {'query_down', 'query_up'} if c.latent.q_rank else {'query'}
-  return query | {'kv_down', 'kv_up', 'out'} | output_gate.products(
+  return query | {'kv_down', 'kv_up', 'out'} | gate_products(
       c.attention_gate)
 
 

@@ -4,9 +4,9 @@ Heads may share keys and values (grouped heads: Ainslie et al. 2023, num_kv
 heads = 1: Shazeer 2019), be banded (a query sees the last `sliding_window`
 keys), capped (softcap * tanh(score / softcap), Gemma 2), have normalised
 queries and keys (QK-norm: each head by itself, as in Qwen3, or all that is
-projected, as in OLMo 2), a learned sink per head in the denominator, a gate on
-what the heads return (output_gate.py), more in their values (values.py) and
-short convolutions of queries, keys and values (convolution.py). Which keys a
+projected, as in OLMo 2), a learned sink per head in the denominator, and what
+has equations of its own further down: a gate on what the heads return, more in
+their values, and short convolutions of queries, keys and values. Which keys a
 query sees is in visibility.py.
 
 A layer with kv_sharing has no keys and values of its own and reads those of an
@@ -14,6 +14,7 @@ earlier layer, as they were turned and mixed there (cross-layer attention:
 Brandon et al. 2024, arXiv 2405.12981; which layer: kinds.source).
 """
 
+from collections.abc import Mapping
 from typing import Optional
 
 import flax.linen as nn
@@ -24,17 +25,19 @@ from architectures.parts import linear
 from architectures.parts import norms
 from architectures.parts import positions
 from architectures.parts import sharding
-from architectures.parts.attention import convolution
 from architectures.parts.attention import kernels
-from architectures.parts.attention import output_gate
-from architectures.parts.attention import values
 from architectures.parts.attention import visibility
 from architectures.parts.attention import xla
-from architectures.parts.attention.cache import Cache, Keys
+from architectures.parts.attention.cache import Cache, First, Keys
 from architectures.parts.config import LayerKind, ModelConfig
 from architectures.parts.context import Context
+from architectures.parts.recurrent import short_conv
+from architectures.parts.roles import Role, declare
+from configs.errors import require
 
 QK_NORMS = ('head', 'projection')  # what one norm of queries or keys is over
+GATE = 'output_gate'  # its weight, and the product for adapters
+VALUE_AXES = 'batch', 'length', 'kv_heads', 'head'
 
 
 class Attention(nn.Module):
@@ -54,8 +57,8 @@ class Attention(nn.Module):
     read = None if self.cross else ctx.keys
     conv, first = None, None
     if c.attention_conv and not self.cross:
-      conv = convolution.Convolution(self, cache.inputs if cached else {},
-                                     ctx.segment_ids_BL, ctx.valid_BL)
+      conv = _Convolution(self, cache.inputs if cached else {},
+                          ctx.segment_ids_BL, ctx.valid_BL)
     q_BLHK = self._project('query', x_BLD, c.num_heads, 'heads', ctx, conv)
     if c.qk_norm:
       q_BLHK = self._normalise('query_norm', q_BLHK)
@@ -67,7 +70,7 @@ class Attention(nn.Module):
       k_BMJK, v_BMJK = self._keys(
           ctx.memory_BMD if self.cross else x_BLD, ctx, conv)
       if not self.cross:
-        v_BMJK, first = values.mixed(self, x_BLD, v_BMJK, ctx.first,
+        v_BMJK, first = mixed_values(self, x_BLD, v_BMJK, ctx.first,
                                      ctx.tokens_BL)
       elif cached:
         assert not cache.turned
@@ -115,7 +118,7 @@ class Attention(nn.Module):
   def _out(self, x_BLD: jax.Array, o_BLHK: jax.Array, ctx: Context
            ) -> jax.Array:
     c = self.config
-    gate = output_gate.GATES[c.attention_gate]
+    gate = GATES[c.attention_gate]
     if gate:
       o_BLHK = gate(self, x_BLD, o_BLHK, deterministic=ctx.deterministic)
     o_BLHK = sharding.constrain(o_BLHK, 'batch', 'length', 'heads', 'head')
@@ -196,7 +199,7 @@ class Attention(nn.Module):
     return mask, seen_BLM, bias_BHLM
 
   def _keys(self, x_BMD: jax.Array, ctx: Context,
-            conv: Optional[convolution.Convolution]):
+            conv: Optional['_Convolution']):
     """Returns keys and values of what is attended to."""
     c = self.config
     k_BMJK, v_BMJK = (
@@ -216,7 +219,7 @@ class Attention(nn.Module):
     return y_BLU.reshape(x_BLHK.shape)
 
   def _project(self, name: str, x_BLD: jax.Array, heads: int, axis: str,
-               ctx: Context, conv: Optional[convolution.Convolution]):
+               ctx: Context, conv: Optional['_Convolution']):
     c = self.config
     # What the scores are not scaled by, the query's weights are (T5).
     gain = (c.base_head_dim ** -0.5 / c.attention_scale
@@ -235,9 +238,211 @@ class Attention(nn.Module):
 
 def empty(c: ModelConfig, shape: tuple[int, ...]) -> Cache:
   """Returns a cache of this shape: what stands before the heads' axis."""
-  inputs = convolution.empty(c, shape)
+  inputs = _empty_inputs(c, shape)
   if c.kv_sharing:
     return Cache(None, inputs=inputs)
   shape = *shape, c.num_kv_heads, c.head_dim
   return Cache(jnp.zeros(shape, c.compute_dtype),
                jnp.zeros(shape, c.compute_dtype), inputs=inputs)
+
+
+# A gate on what the heads return, before the output's product (Qiu et al. 2025,
+# "Gated Attention for Large Language Models", arXiv 2505.06708, the gate that
+# it calls G1; Qwen3-Next).
+#
+#   y = W_o (o * sigmoid(W_g x))
+#
+# x is what the layer's queries are made of, and o what its heads return. The
+# gate has a number for each feature of each head (elementwise, as in
+# Qwen3-Next), or one for each head (headwise). Where the products of attention
+# have biases, so has that of the gate. An entry of GATES, at the end of this
+# file, is all that there is of one.
+
+
+def elementwise(module: nn.Module, x_BLD: jax.Array, o_BLHK: jax.Array, *,
+                deterministic: bool) -> jax.Array:
+  """Returns o with each of its features multiplied by a gate of its own."""
+  axes = 'embed', 'heads', 'head'
+  w_DHK = linear.weight(module, GATE, (x_BLD.shape[-1], *o_BLHK.shape[2:]),
+                        axes)
+  z_BLHK = linear.product(module, GATE, 'BLD,DHK->BLHK', x_BLD, w_DHK, axes,
+                          deterministic=deterministic)
+  z_BLHK = sharding.constrain(_with_bias(module, z_BLHK, axes[1:]),
+                              'batch', 'length', *axes[1:])
+  return o_BLHK * jax.nn.sigmoid(z_BLHK)
+
+
+def headwise(module: nn.Module, x_BLD: jax.Array, o_BLHK: jax.Array, *,
+             deterministic: bool) -> jax.Array:
+  """Returns o with each head multiplied by one number.
+
+  A wider model may have as many heads, so in muP these are logits, as a
+  router's: divided by how many times as wide it is as its base.
+  """
+  axes = 'embed', 'heads'
+  w_DH = linear.weight(module, GATE, (x_BLD.shape[-1], o_BLHK.shape[2]), axes,
+                       output=True)
+  z_BLH = linear.product(module, GATE, 'BLD,DH->BLH', x_BLD, w_DH, axes,
+                         deterministic=deterministic) / module.config.widening
+  z_BLH = sharding.constrain(_with_bias(module, z_BLH, axes[1:]),
+                             'batch', 'length', *axes[1:])
+  return o_BLHK * jax.nn.sigmoid(z_BLH)[..., None]
+
+
+def _with_bias(module: nn.Module, z: jax.Array, axes: tuple[str, ...]
+               ) -> jax.Array:
+  if not module.config.attention_bias:
+    return z
+  return linear.add_bias(
+      z, linear.bias(module, f'{GATE}_bias', z.shape[2:], axes))
+
+
+def gate_products(gate: str) -> set[str]:
+  """Returns which of linear.PRODUCTS a layer has for its gate."""
+  return {GATE} if GATES[gate] else set()
+
+
+# What is mixed into the values of self-attention before they are weighed.
+#
+# With model.value_residual, the values of the first layer (Zhou et al. 2024,
+# "Value Residual Learning", arXiv 2410.17897; with one learned number a layer,
+# as in modded-nanogpt):
+#
+#   v'_n = (1 - lambda_n) v_n + lambda_n v_1,   lambda_n = 1/2 at first
+#
+# v_1 are the same token's values in the first layer, which mixes them with
+# themselves. So a layer needs of the first one only what it makes of the tokens
+# that it is given, and a cache of keys and values holds what was mixed already.
+#
+# With model.value_embedding, a vector of the token (modded-nanogpt; the gate is
+# nanochat's, which reads a few features of x, and here reads them all):
+#
+#   v' = v + 2 sigmoid(W_g x) e[token],   W_g = 0 at first
+#
+# e is a table of the layer's own, with a row of all heads for each token, and
+# the gate has one number for each head. With both, e is added after the mixing.
+
+
+def first_values(c: ModelConfig, x_BLD: jax.Array) -> First:
+  """Returns what the first layer is given, whose config is `c`."""
+  shape = *x_BLD.shape[:2], c.num_kv_heads, c.head_dim
+  zeros_BLJK = jnp.zeros(shape, c.compute_dtype)
+  return First(sharding.constrain(zeros_BLJK, *VALUE_AXES), jnp.array(False))
+
+
+def mixed_values(module: nn.Module, x_BLD: jax.Array, v_BLJK: jax.Array,
+                 first: Optional[First], tokens_BL: Optional[jax.Array]
+                 ) -> tuple[jax.Array, Optional[First]]:
+  """Returns the values as they are weighed, and what the next layer is given.
+
+  Args:
+    module: the layer's attention, with a `config`.
+    x_BLD: what the values are made of.
+    v_BLJK: what the product of the values returns.
+    first: from the layer before; None: this layer is alone.
+    tokens_BL: the tokens' ids.
+  """
+  c = module.config
+  if c.value_residual:
+    first = first or first_values(c, x_BLD)
+    first = First(sharding.constrain(jnp.where(
+        first.known, first.value_BLJK, v_BLJK), *VALUE_AXES), jnp.array(True))
+    share = declare(module, 'value_residual', nn.initializers.constant(0.5),
+                    (), Role(()))
+    # In float32, so that the share's gradient, a sum over all tokens, is too.
+    v32, first32 = (a.astype(jnp.float32) for a in (v_BLJK, first.value_BLJK))
+    v_BLJK = (v32 + share * (first32 - v32)).astype(v_BLJK.dtype)
+  if c.value_embedding:
+    v_BLJK = v_BLJK + _embedded_values(module, x_BLD, v_BLJK, tokens_BL)
+  return v_BLJK, first
+
+
+def _embedded_values(module: nn.Module, x_BLD: jax.Array, v_BLJK: jax.Array,
+                     tokens_BL: Optional[jax.Array]) -> jax.Array:
+  """Returns the gated rows of the tokens, [B, L, J, K]."""
+  c, shape = module.config, v_BLJK.shape[2:]
+  require(tokens_BL is not None, 'model.value_embedding is True, but this '
+          'architecture does not hand the token ids to its layers: set it to '
+          'False')
+  table_VJK = declare(
+      module, 'value_embedding', nn.initializers.normal(c.init_stddev),
+      (c.vocab_size, *shape),
+      Role(('rows', 'kv_heads', 'head'), inputs=(0,), kind='embedding'))
+  # Gathered whole over fsdp first, as the embedding of tokens.
+  whole_VJK = sharding.constrain_if(table_VJK, None, 'kv_heads', 'head')
+  e_BLJK = whole_VJK[tokens_BL].astype(v_BLJK.dtype)
+  gate_DJ = declare(
+      module, 'value_gate', nn.initializers.zeros,
+      (x_BLD.shape[-1], shape[0]),
+      Role(('embed', 'kv_heads'), inputs=(0,), kind='logits'))
+  # A wider model may have as many heads: in muP these are logits.
+  z_BLJ = linear.einsum('BLD,DJ->BLJ', x_BLD, gate_DJ,
+                        v_BLJK.dtype) / c.widening
+  return 2 * jax.nn.sigmoid(z_BLJ)[..., None] * e_BLJK
+
+
+# Short convolutions of queries, keys and values (Primer's multi-DConv-head
+# attention: So et al. 2021, arXiv 2109.08668, section 3, with 3 tokens).
+#
+#   q'_l = sum over i < W of w_i * q_(l - W + 1 + i),   W = model.attention_conv
+#
+# and keys and values likewise. Each feature of each head has weights of its
+# own. The convolutions come after the projections, and before norms, positions
+# and what is mixed into values. Through them a token sees the W - 1 tokens
+# before it in its document, so a cache holds the last W - 1 outputs of each
+# projection besides keys and values.
+
+
+class _Convolution:
+  """Convolves the projections of one call of a layer.
+
+  Attributes:
+    after: what the next token sees of each projection, [B, W - 1, H, K], by the
+      projection's name.
+  """
+
+  def __init__(self, module: nn.Module, before: Mapping[str, jax.Array],
+               segment_ids_BL: jax.Array | None, valid_BL: jax.Array | None):
+    self._module, self._before = module, before
+    self._rows = dict(segment_ids_BL=segment_ids_BL, valid_BL=valid_BL)
+    self.after: dict[str, jax.Array] = {}
+
+  def __call__(self, name: str, x_BLHK: jax.Array, axis: str) -> jax.Array:
+    """Returns the output of a projection, convolved.
+
+    Args:
+      name: the projection's.
+      x_BLHK: its output.
+      axis: the logical axis of its heads.
+    """
+    width = self._module.config.attention_conv  # type: ignore[attr-defined]
+    w_WHK = short_conv.weight(self._module, f'{name}_conv',
+                              (width, *x_BLHK.shape[2:]), (None, axis, 'head'))
+    y_BLHK, self.after[name] = short_conv.convolve(
+        x_BLHK, w_WHK, before_BWHK=self._before.get(name), **self._rows)
+    return y_BLHK
+
+
+def _empty_inputs(c: ModelConfig, shape: tuple[int, ...]
+                  ) -> dict[str, jax.Array]:
+  """Returns the cache of the convolutions before the first token: zeros, by the
+  projection's name; empty without convolutions. `shape` is [..., B, M]."""
+  heads = {'query': c.num_heads} | ({} if c.kv_sharing else {
+      'key': c.num_kv_heads, 'value': c.num_kv_heads})
+  return {name: jnp.zeros((*shape[:-1], c.attention_conv - 1, count,
+                           c.head_dim), c.compute_dtype)
+          for name, count in heads.items()} if c.attention_conv else {}
+
+
+def check_convolution(c: ModelConfig, stack: str) -> None:
+  """Raises RequestError for a stack that is not a decoder."""
+  require(not c.attention_conv or stack == 'decoder',
+          f'model.attention_conv is {c.attention_conv}, which only decoders '
+          f'have, and model.arch {c.arch!r} is an {stack}: set it to 0')
+
+
+GATES = {
+    'none': None,
+    'elementwise': elementwise,
+    'headwise': headwise,
+}

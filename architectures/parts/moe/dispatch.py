@@ -49,7 +49,7 @@ from jax.sharding import PartitionSpec
 
 from architectures.parts import gathered, sharding
 from architectures.parts.ffn import Hidden
-from architectures.parts.moe import capacity, grouped_kernels, routing
+from architectures.parts.moe import grouped, routing
 from architectures.parts.moe.config import MoEConfig
 from architectures.parts.moe.experts import (
     Dropout, Local, WAYS, Weights, inverse, place_sorted, reorder, take)
@@ -92,7 +92,7 @@ def slots(m: MoEConfig, factor: float, tokens: int, groups: int,
   T = -(-tokens // shards)
   if not factor:
     return T
-  one = capacity.slots(factor, tokens // groups, m.top_k, m.num_experts)
+  one = routing.capacity(factor, tokens // groups, m.top_k, m.num_experts)
   return min(T, max(1, groups // shards) * one)
 
 
@@ -175,7 +175,7 @@ def _compute(m: MoEConfig, hidden: Hidden, factor: float, tokens: int,
         first_unit=(jax.lax.axis_index(axes.mlp) * w.up_EDF.shape[2]
                     if axes.mlp else 0))
   run = Local(_gather(w, axes), dropout, hidden,
-              max(1, T * devices * m.top_k // E), grouped_kernels.choose(m),
+              max(1, T * devices * m.top_k // E), grouped.choose(m),
               again, E)
   if axes.experts:
     run = Spread(run, axes.experts[0], bound)
@@ -197,9 +197,9 @@ def _within_capacity(m: MoEConfig, factor: float, tokens: int, groups: int,
       token_A=jnp.arange(T * X, dtype=jnp.int32) // X)
   if not factor:
     return routed
-  return routed.replace(expert_A=capacity.limit(
+  return routed.replace(expert_A=routing.within_capacity(
       routed.expert_A, choices=X, groups=max(1, groups // shards),
-      slots=capacity.slots(factor, tokens // groups, X, E), experts=E,
+      slots=routing.capacity(factor, tokens // groups, X, E), experts=E,
       earlier=_earlier(axes, groups) if groups < shards else None))
 
 
@@ -218,7 +218,7 @@ def _gather(w: Weights, axes: Axes) -> Weights:
 
 
 def _earlier(axes: Axes, groups: int):
-  """For capacity.limit: a group that goes over several shards."""
+  """For routing.within_capacity: a group that goes over several shards."""
   def earlier(count_1XE: jax.Array):
     shards = sharding.size(axes.tokens)
     count_QXE = jax.lax.all_gather(count_1XE[0], axes.tokens)

@@ -20,8 +20,7 @@ import jax.numpy as jnp
 from architectures.parts.dropout import mix
 from architectures.parts.ffn import Hidden
 from architectures.parts.moe import grouped
-from architectures.parts.moe.capacity import ranks
-from architectures.parts.moe.routing import Routing
+from architectures.parts.moe.routing import Routing, ranks
 
 
 @struct.dataclass

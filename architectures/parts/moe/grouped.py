@@ -1,11 +1,20 @@
 """Grouped feed-forward: rows sorted by expert, each through its own network.
 
-On TPU and GPU its products are those of parts/grouped_kernels.py. XLA on CPU
-expands `ragged_dot` to every expert for every row, so there a loop goes over
-blocks of rows instead. A block belongs to one expert and passes through the
-whole network while it is in cache; its weight gradient is added in place. Block
-sizes are static and the number of blocks of each size is not: the work follows
-the rows.
+On TPU and GPU its products are those of a kernel:
+
+xla       jax.lax.ragged_dot, as the compiler makes of it; anywhere
+megablox  Pallas' gmm and tgmm on TPU (MegaBlocks: Gale et al. 2022): a grid
+          over the tiles of rows that an expert has, so the work follows them
+
+`auto` takes megablox on TPU and xla elsewhere. XLA's own is at times every
+expert for every row: on GPU, and on a TPU by the compiler's release. As in
+parts/attention/kernels.py the platform is that of the mesh.
+
+XLA on CPU expands `ragged_dot` to every expert for every row, so there a loop
+goes over blocks of rows instead. A block belongs to one expert and passes
+through the whole network while it is in cache; its weight gradient is added in
+place. Block sizes are static and the number of blocks of each size is not: the
+work follows the rows.
 """
 
 import functools
@@ -14,14 +23,22 @@ from typing import Any, Callable, NamedTuple, Optional
 import jax
 import jax.numpy as jnp
 
-from architectures.parts import linear
+from architectures.parts import linear, sharding
+from architectures.parts.moe.config import MoEConfig
 from architectures.parts.ffn import Hidden
-from architectures.parts.moe.grouped_kernels import product
+from configs.errors import require
 
 # Sizes of blocks, relative to the rows an even load gives an expert: dense
 # around it, since a block that its rows do not fill wastes the rest.
 SIZES = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 7 / 8, 1, 17 / 16, 9 / 8, 5 / 4, 3 / 2, 2)
 LARGEST = 1024
+GROUPED_KERNELS = ('auto', 'xla', 'megablox')
+PLATFORMS = {'megablox': 'tpu'}
+# Of megablox, in order of choice. A tile that two experts share is computed
+# for both, so an expert should fill two: fewer rows a tile waste less of the
+# matrix units, more read the weights less often.
+ROWS = (512, 256, 128)
+SIDE = {'bfloat16': 1024, 'float32': 512}  # of a matrix' tile, by what VMEM has
 
 
 class How(NamedTuple):
@@ -30,7 +47,7 @@ class How(NamedTuple):
   Attributes:
     kind: the network's kind.
     even: the rows an expert has in even load: the blocks are sized for it.
-    kernel: the kernel of the products, a name of grouped_kernels; on CPU xla
+    kernel: the kernel of the products, one of GROUPED_KERNELS; on CPU xla
       means blocks.
     again: whether nothing is kept for the backward pass, which then computes
       the hidden units again, one part of them after another. This is for layers
@@ -378,3 +395,106 @@ def _blocks_backward(kind: Hidden, even: int, rows_PD: jax.Array,
       (jnp.zeros_like(rows_PD), jnp.zeros_like(gate_P[:, None]), zeros))
   return dx_PD, dgate_P1[:, 0], jax.tree.map(
       lambda d, m: d.astype(m.dtype), dw, w)
+
+
+# Kernels.
+
+
+def choose(m: MoEConfig) -> str:
+  """Returns xla or megablox.
+
+  Raises:
+    ValueError: where config.moe.grouped_kernel names one that cannot do it.
+  """
+  device = sharding.platform()
+  if m.grouped_kernel == 'auto':
+    return next((name for name in PLATFORMS if not _elsewhere(name, device)),
+                'xla')
+  check_grouped_kernel(m, device)
+  return m.grouped_kernel
+
+
+def check_grouped_kernel(m: MoEConfig, device: str) -> None:
+  """Raises ValueError where a named kernel does not run on the platform."""
+  name = m.grouped_kernel
+  others = ', '.join(k for k in GROUPED_KERNELS if k != name)
+  require(not _elsewhere(name, device), f'model.moe.grouped_kernel is {name}, '
+          f'which runs on {PLATFORMS.get(name)}, and this program is for '
+          f'{device}: choose from {others}')
+
+
+def _elsewhere(name: str, device: str) -> bool:
+  return PLATFORMS.get(name, device) != device
+
+
+def product(name: str, even: int) -> Callable:
+  """(rows_PI, m_EIO, count_E) -> [P, O], with gradients of the first two; rows
+  past the counts are unspecified, but finite. `even`: an expert's rows."""
+  if name == 'xla':
+    return jax.lax.ragged_dot
+  return functools.partial(megablox, even, False)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def megablox(even: int, interpret: bool, x_PI: jax.Array, m_EIO: jax.Array,
+             count_E: jax.Array) -> jax.Array:
+  """Pallas' product; `interpret`: on CPU."""
+  return _gmm(even, x_PI, m_EIO, count_E, interpret)
+
+
+def _megablox_fwd(even: int, interpret: bool, x_PI: jax.Array, m_EIO: jax.Array,
+                  count_E: jax.Array):
+  return _gmm(even, x_PI, m_EIO, count_E, interpret), (x_PI, m_EIO, count_E)
+
+
+def _megablox_bwd(even: int, interpret: bool, saved: tuple, dy_PO: jax.Array):
+  """Not megablox' own: it tiles both of these as it did the product, though
+  their sides are others."""
+  x_PI, m_EIO, count_E = saved
+  dx_PI = _gmm(even, dy_PO, m_EIO, count_E, interpret, transpose=True)
+  return dx_PI, _tgmm(even, x_PI, dy_PO, m_EIO.dtype, count_E, interpret), None
+
+
+megablox.defvjp(_megablox_fwd, _megablox_bwd)
+
+
+def _gmm(even: int, x_PI: jax.Array, m_EIO: jax.Array, count_E: jax.Array,
+         interpret: bool, transpose: bool = False):
+  from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
+  (P, inputs), outputs = x_PI.shape, m_EIO.shape[1 if transpose else 2]
+  tiles = _tiles(even, P, inputs, outputs, x_PI.dtype)
+  y_PO = gmm(_fill(x_PI, tiles[0]), m_EIO, count_E, x_PI.dtype, tiles,
+             transpose_rhs=transpose, interpret=interpret)[:P]
+  # Rows that no expert has are not written: whatever the memory held.
+  inside_P = jnp.arange(P) < count_E.sum()
+  return jnp.where(inside_P[:, None], y_PO, 0)
+
+
+def _tgmm(even: int, x_PI: jax.Array, dy_PO: jax.Array,
+          dtype: jax.typing.DTypeLike, count_E: jax.Array, interpret: bool):
+  """x^T dy of each expert's rows; zero where it has none."""
+  from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
+  tiles = _tiles(even, *x_PI.shape, dy_PO.shape[1], x_PI.dtype)
+  x_PI, dy_PO = _fill(x_PI, tiles[0]), _fill(dy_PO, tiles[0])
+  return tgmm(x_PI.swapaxes(0, 1), dy_PO, count_E, dtype, tiles,
+              interpret=interpret)
+
+
+def _tiles(even: int, P: int, inputs: int, outputs: int,
+           dtype: jax.typing.DTypeLike) -> tuple[int, int, int]:
+  """Sides of the tiles of rows, inputs and outputs."""
+  rows = next((t for t in ROWS if 2 * t <= even and P % t == 0), ROWS[-1])
+  most = SIDE[jnp.dtype(dtype).name]
+  return rows, _side(inputs, most), _side(outputs, most)
+
+
+def _side(size: int, most: int) -> int:
+  """As few tiles as `most` allows, all alike, of whole lanes."""
+  if size <= most:
+    return size
+  return -(-size // -(-size // most) // 128) * 128
+
+
+def _fill(x_P: jax.Array, rows: int):
+  """Adds rows, to whole tiles."""
+  return jnp.pad(x_P, ((0, -x_P.shape[0] % rows), (0, 0)))

@@ -26,14 +26,26 @@ uniform        tokens dealt in turn, in perfect balance: for benchmarks.
 
 With X = 1 a gate is never normalised: it would be 1 and teach nothing.
 gate_scale multiplies all gates afterwards (DeepSeek-V2, its code's
-routed_scaling_factor). expert_groups.py limits topk and sigmoid to some groups
-of experts.
+routed_scaling_factor).
+
+topk and sigmoid can be limited to some groups of experts. Where each group lies
+on a node, a token then crosses to top_groups nodes at most. The experts stand
+in expert_groups equal groups, of which a token has the top_groups best to
+choose from. A group is as good as
+
+topk       its best expert (DeepSeek-V2, 2024, section 2.2.2: with a group on
+           each device; group_limited_greedy in its code).
+sigmoid    its two best experts together, by score + router_bias (DeepSeek-V3,
+           2024, section 2.1.2, as its code has it: noaux_tc. The paper's number
+           is top_k / top_groups, which is 2 there).
 
 An entry of ROUTERS, at the end of this file, is all that there is of one.
 """
 
 from collections.abc import Callable
 import dataclasses
+import fractions
+import math
 from typing import Optional
 
 from flax import struct
@@ -42,8 +54,6 @@ import jax.numpy as jnp
 
 from architectures.parts.config import ModelConfig
 from architectures.parts.dropout import mix
-from architectures.parts.moe import capacity
-from architectures.parts.moe import expert_groups
 from architectures.parts.moe.config import MoEConfig
 from configs.errors import require
 
@@ -101,6 +111,115 @@ def _best(scores_TE: jax.Array, choices: int) -> jax.Array:
   return jnp.stack(chosen, 1)
 
 
+# How many tokens an expert takes of a group, and which.
+
+
+def capacity(factor: float, tokens: int, choices: int, experts: int) -> int:
+  """Tokens an expert takes of a group: ceil(factor * S * X / E), of the factor
+  as it is written: 1.1 is 11/10, and not the binary number a hair above."""
+  return max(1, math.ceil(
+      fractions.Fraction(str(factor)) * tokens * choices / experts))
+
+
+def ranks(key_A: jax.Array, keys: int) -> jax.Array:
+  """How many earlier entries of key_A (each < keys) equal this one."""
+  order_A = jnp.argsort(key_A, stable=True)
+  start_U = jnp.searchsorted(key_A[order_A], jnp.arange(keys))
+  rank_A = jnp.arange(key_A.shape[0]) - start_U[key_A[order_A]]
+  return jnp.zeros_like(rank_A).at[order_A].set(rank_A, unique_indices=True)
+
+
+def within_capacity(expert_A: jax.Array, *, choices: int, groups: int,
+                    slots: int, experts: int,
+                    earlier: Optional[Callable] = None) -> jax.Array:
+  """Voids what exceeds the capacity: first choices first, then by position.
+
+  Args:
+    expert_A: G groups of S tokens of X choices.
+    choices: X.
+    groups: G.
+    slots: the capacity of an expert in a group.
+    experts: E.
+    earlier: where the group goes on in other shards: (what they hold of each
+      (choice, expert) before this shard, what all hold), from [X, E] counts.
+
+  Returns:
+    expert_A, E where there was no room.
+  """
+  A, bins = expert_A.shape[0], experts + 1
+  index_A = jnp.arange(A)
+  row_A = index_A // (A // groups) * choices + index_A % choices
+  key_A = row_A * bins + expert_A
+  count_GXE = jnp.bincount(key_A, length=groups * choices * bins).reshape(
+      groups, choices, bins)
+  if earlier is None:
+    before_GXE, total_GXE = jnp.zeros_like(count_GXE), count_GXE
+  else:
+    before_GXE, total_GXE = earlier(count_GXE)
+  base_GXE = before_GXE + jnp.cumsum(total_GXE, 1) - total_GXE
+  slot_A = ranks(key_A, groups * choices * bins) + base_GXE.reshape(-1)[key_A]
+  return jnp.where(slot_A < slots, expert_A, experts)
+
+
+# Groups of experts.
+
+
+def _of_best_groups(m: MoEConfig, scores_TE: jax.Array, *, best: int
+                    ) -> jax.Array:
+  """Returns the scores to choose by: -inf outside of a token's groups.
+
+  Args:
+    m: the config.
+    scores_TE: of the experts.
+    best: so many experts of a group are added up to its own score: 1 or 2.
+  """
+  if m.expert_groups <= m.top_groups:
+    return scores_TE
+  shape = (scores_TE.shape[0], m.expert_groups, -1)
+  each_TGU = jax.lax.stop_gradient(scores_TE).reshape(shape)
+  kept_TG = _places(_score(each_TGU, best)) < m.top_groups
+  return jnp.where(kept_TG[..., None], scores_TE.reshape(shape),
+                   -jnp.inf).reshape(scores_TE.shape)
+
+
+def _score(each_TGU: jax.Array, best: int) -> jax.Array:
+  """Returns the sum of the one or two best of each group, [T, G]."""
+  first_TG = each_TGU.max(-1)
+  if best == 1:
+    return first_TG
+  at_U = jnp.arange(each_TGU.shape[-1])[None, None]
+  others_TGU = jnp.where(at_U == each_TGU.argmax(-1)[..., None], -jnp.inf,
+                         each_TGU)
+  return first_TG + others_TGU.max(-1)
+
+
+def _places(score_TG: jax.Array) -> jax.Array:
+  """Returns the place of each group among those of its token, the best first;
+  of equal ones the first is better. Not by sorting, which XLA does on one
+  device of a mesh (see `_best`)."""
+  at_G = jnp.arange(score_TG.shape[1])
+  one, other = score_TG[:, :, None], score_TG[:, None]
+  earlier_GG = (at_G[None] < at_G[:, None])[None]
+  return ((other > one) | ((other == one) & earlier_GG)).sum(-1)
+
+
+def _check_groups(m: MoEConfig) -> None:
+  """Raises RequestError for groups that cannot be chosen from."""
+  E, groups, kept = m.num_experts, m.expert_groups, m.top_groups
+  if groups == 1:
+    return
+  require(E % groups == 0, f'model.moe.expert_groups is {groups}, which does '
+          f'not divide model.moe.num_experts {E}: choose a divisor')
+  require(kept <= groups, f'model.moe.top_groups is {kept}: choose at most '
+          f'model.moe.expert_groups {groups}')
+  require(m.top_k <= kept * E // groups, f'model.moe.top_k is {m.top_k}, but '
+          f'the {kept} groups of model.moe.top_groups have '
+          f'{kept * E // groups} experts: choose fewer, or more groups')
+  require(E // groups > 1 or m.router != 'sigmoid',
+          f'model.moe.expert_groups is {groups}, of one expert each, and the '
+          'router sigmoid adds up the two best of a group: choose fewer groups')
+
+
 def _routing(expert_TX: jax.Array, gate_TX: jax.Array, probs_TE: jax.Array,
              valid_T: jax.Array) -> Routing:
   T, X = expert_TX.shape
@@ -125,7 +244,7 @@ def normalize(gate_TX: jax.Array) -> jax.Array:
 
 def topk(m: MoEConfig, x: Inputs) -> Routing:
   probs_TE = jax.nn.softmax(x.logits_TE, -1)
-  expert_TX = _best(expert_groups.limit(m, x.logits_TE, best=1), m.top_k)
+  expert_TX = _best(_of_best_groups(m, x.logits_TE, best=1), m.top_k)
   gate_TX = _chosen(probs_TE, expert_TX)
   if m.normalize_gates:
     gate_TX = normalize(gate_TX)
@@ -154,7 +273,7 @@ def gshard(m: MoEConfig, x: Inputs) -> Routing:
 def sigmoid(m: MoEConfig, x: Inputs) -> Routing:
   scores_TE = jax.nn.sigmoid(x.logits_TE)
   bias_E = jax.lax.stop_gradient(x.bias_E)
-  expert_TX = _best(expert_groups.limit(m, scores_TE + bias_E[None], best=2),
+  expert_TX = _best(_of_best_groups(m, scores_TE + bias_E[None], best=2),
                     m.top_k)
   gate_TX = _chosen(scores_TE, expert_TX)
   if m.normalize_gates:
@@ -204,7 +323,7 @@ def expert_choice(m: MoEConfig, x: Inputs) -> Routing:
   T, E = x.logits_TE.shape
   G, S = x.groups, T // x.groups
   factor = (m.capacity_factor if x.train else m.eval_capacity_factor) or 1.0
-  taken = min(S, capacity.slots(factor, S, m.top_k, E))
+  taken = min(S, capacity(factor, S, m.top_k, E))
   probs_TE = jax.nn.softmax(x.logits_TE, -1)
   score_GES = jnp.where(x.valid_T[:, None], probs_TE, NOWHERE).reshape(
       G, S, E).swapaxes(1, 2)
@@ -324,7 +443,7 @@ def check_router(c: ModelConfig, stack: str) -> None:
           f'chooses {router.top_k}: set it to {router.top_k}, or choose router '
           'topk')
   if 'moe.expert_groups' in router.own_fields:
-    expert_groups.check(m)
+    _check_groups(m)
   for name in ('capacity_factor', 'eval_capacity_factor'):
     require(m.dispatch != 'sorted' or router.experts_choose
             or getattr(m, name) > 0,

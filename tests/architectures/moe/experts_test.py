@@ -16,7 +16,6 @@ from architectures.parts import ffn as dense
 from architectures.parts.context import Context
 from architectures.parts.moe import experts
 from architectures.parts.moe import grouped
-from architectures.parts.moe import grouped_kernels
 from architectures.parts.moe.layer import MoE
 
 B, L, D, F, E = 2, 16, 8, 12, 4
@@ -196,9 +195,9 @@ def test_grouped_product_equals_a_loop_over_experts(even, monkeypatch):
         product, SWIGLU, x_RD, count_E, gate_R, w, mask_RF,
         None if again else pre, d_RD)
 
-  ragged = functools.partial(whole, grouped_kernels.product('xla', even))
+  ragged = functools.partial(whole, grouped.product('xla', even))
   megablox = functools.partial(
-      whole, functools.partial(grouped_kernels.megablox, even, True), True)
+      whole, functools.partial(grouped.megablox, even, True), True)
 
   def loop(counts, x_RD, gate_R, w, mask_RF, d_RD):
     def loss(x_RD, gate_R, w):

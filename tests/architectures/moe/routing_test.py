@@ -8,7 +8,6 @@ import pytest
 
 import architectures
 from architectures.parts.context import Context
-from architectures.parts.moe import capacity
 from architectures.parts.moe import health
 from architectures.parts.moe import routing
 from architectures.parts.moe.layer import MoE
@@ -16,6 +15,8 @@ from configs import base
 from tests.helpers import models
 
 E, T = 4, 24
+# What vmap can go over, as a grouped product cannot.
+PADDED = dict(dispatch='sorted', capacity_factor=9.0, eval_capacity_factor=9.0)
 
 
 def moe(**fields):
@@ -152,17 +153,19 @@ def test_padding_takes_no_expert(router):
 def test_capacity_serves_first_choices_first_then_by_position():
   # The choices of four tokens: 01 01 10 12. First choices fill 0 and 1.
   expert_A = jnp.array([0, 1, 0, 1, 1, 0, 1, 2])
-  kept = capacity.limit(expert_A, choices=2, groups=1, slots=2, experts=3)
+  kept = routing.within_capacity(
+      expert_A, choices=2, groups=1, slots=2, experts=3)
   assert kept.tolist() == [0, 3, 0, 3, 1, 3, 1, 2]
-  by_group = capacity.limit(expert_A, choices=2, groups=2, slots=1, experts=3)
+  by_group = routing.within_capacity(
+      expert_A, choices=2, groups=2, slots=1, experts=3)
   assert by_group.tolist() == [0, 1, 3, 3, 1, 0, 3, 2]
 
 
 def test_capacity_is_exact():
-  assert capacity.slots(1.25, 16, 2, 8) == 5
-  assert capacity.slots(1.0, 10, 1, 4) == 3  # 2.5, rounded up
-  assert capacity.slots(1.1, 100, 1, 10) == 11  # in floats a hair above
-  assert capacity.slots(0.1, 4, 1, 8) == 1
+  assert routing.capacity(1.25, 16, 2, 8) == 5
+  assert routing.capacity(1.0, 10, 1, 4) == 3  # 2.5, rounded up
+  assert routing.capacity(1.1, 100, 1, 10) == 11  # in floats a hair above
+  assert routing.capacity(0.1, 4, 1, 8) == 1
 
 
 def report(r, m, x, kept_A=None, shards=2, rows=1):
@@ -223,7 +226,7 @@ def test_panel_by_hand():
 
 def one_logit(**fields):
   """Returns key -> the router's one logit of an input of 1; its weight is 7."""
-  fields = dict(num_experts=1, top_k=1) | fields
+  fields = dict(num_experts=1, top_k=1, **PADDED) | fields
   model = base.base().model
   model.update(vocab_size=5, max_len=1, ffn='moe', d_model=1, num_heads=1,
                d_ff=1)
@@ -266,7 +269,7 @@ def test_evaluation_draws_nothing():
 def model(balance='switch', **changes):
   return models.make('gpt', ffn='moe', num_layers=4, moe=dict(
       num_experts=E, z_loss_weight=0.1, d_ff=8,
-      balance_loss=balance), **models.DENSE_MOE, **changes)
+      balance_loss=balance, **PADDED), **models.DENSE_MOE, **changes)
 
 
 def losses_of(*args, **kwargs):

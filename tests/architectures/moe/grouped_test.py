@@ -12,7 +12,7 @@ import pytest
 import architectures
 from architectures.parts import sharding
 from architectures.parts.context import Context
-from architectures.parts.moe import grouped, grouped_kernels
+from architectures.parts.moe import grouped
 from architectures.parts.moe import layer as moe
 from tests.architectures.attention import kernels_test
 from tests.helpers import models
@@ -27,7 +27,7 @@ COUNTS = {  # of 300 rows, in tiles of 128 and by the even load of 256
 @pytest.mark.parametrize('counts', COUNTS.values(), ids=list(COUNTS))
 def test_the_product_equals_a_loop_over_experts(monkeypatch, counts):
   """Whatever void rows hold, and with sides that tiles do not divide."""
-  monkeypatch.setitem(grouped_kernels.SIDE, 'float32', 128)
+  monkeypatch.setitem(grouped.SIDE, 'float32', 128)
   R, K, N, E = 300, 200, 130, len(counts)
   keys = jax.random.split(jax.random.key(0), 3)
   x_RK, m_EKN, dy_RN = (jax.random.normal(key, shape) for key, shape in zip(
@@ -43,7 +43,7 @@ def test_the_product_equals_a_loop_over_experts(monkeypatch, counts):
   want_RN, vjp = jax.vjp(loop, x_RK, m_EKN)
   want = want_RN, *vjp(dy_RN)
   void = lambda x: jnp.where(inside_R1, x, jnp.nan)
-  got_RN, vjp = jax.vjp(lambda x, m: grouped_kernels.megablox(
+  got_RN, vjp = jax.vjp(lambda x, m: grouped.megablox(
       256, True, x, m, jnp.array(counts, jnp.int32)), void(x_RK), m_EKN)
   for a, b in zip((got_RN, *vjp(void(dy_RN))), want):
     np.testing.assert_allclose(a, b, atol=1e-5 * (1 + float(jnp.abs(b).max())))
@@ -61,10 +61,10 @@ def test_on_a_mesh_it_equals_xla(monkeypatch):
   mesh = kernels_test._mesh(jax.devices()[:4], expert=2, tensor=2)
   with jax.set_mesh(mesh), sharding.rules('default'):
     want = jax.jit(grad)(params)
-    monkeypatch.setattr(grouped_kernels, 'choose', lambda m: 'megablox')
+    monkeypatch.setattr(grouped, 'choose', lambda m: 'megablox')
     monkeypatch.setattr(
         grouped, 'product', lambda name, even: functools.partial(
-            grouped_kernels.megablox, even, name == 'megablox'))
+            grouped.megablox, even, name == 'megablox'))
     models.close(want, jax.jit(lambda p: grad(p))(params))
 
 
@@ -98,7 +98,7 @@ def test_a_kernel_that_cannot_is_refused(monkeypatch):
                      'xla'):
     models.logits(asked, params, models.tokens())
   with pytest.raises(ValueError, match='this program is for gpu'):
-    grouped_kernels.check_grouped_kernel(asked.config.moe, 'gpu')
+    grouped.check_grouped_kernel(asked.config.moe, 'gpu')
   with pytest.raises(ValueError,
                      match="moe.dispatch 'sorted': set it to 'auto'"):
     architectures.build(models.config('mixtral', moe=dict(
@@ -107,6 +107,6 @@ def test_a_kernel_that_cannot_is_refused(monkeypatch):
   with pytest.raises(ValueError, match="'megablocks'.*Did you mean 'megablox'"):
     architectures.build(models.config(
         'mixtral', moe=dict(grouped_kernel='megablocks')))
-  assert grouped_kernels.choose(module.config.moe) == 'xla'
+  assert grouped.choose(module.config.moe) == 'xla'
   monkeypatch.setattr(sharding, 'platform', lambda: 'tpu')
-  assert grouped_kernels.choose(module.config.moe) == 'megablox'
+  assert grouped.choose(module.config.moe) == 'megablox'
