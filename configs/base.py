@@ -181,7 +181,8 @@ class Optim:
   """The updates."""
   name: str = field('adamw', 'adamw adafactor lion muon normuon soap sgd',
                     resume=_STATE)
-  lr: float = field(1e-3, 'the highest learning rate', resume=_UPDATES)
+  lr: float = field(1e-3, 'the highest learning rate', least=0,
+                    resume=_UPDATES)
   schedule: str = field('cosine', 'cosine linear rsqrt wsd constant',
                         resume=_UPDATES)
   warmup_steps: int = field(
@@ -189,14 +190,15 @@ class Optim:
       resume=_UPDATES)
   final_fraction: float = field(
       0.1, 'The learning rate at the end of the schedule, as a share of lr.',
-      resume=_UPDATES)
+      least=0, most=1, resume=_UPDATES)
   decay_steps: int = field(
       0, 'cosine and linear end at this step; 0: at train.steps.', most=MOST,
       resume=_UPDATES)
   decay_fraction: float = field(0.2, 'of wsd: the share of steps that decay',
-                                resume=_UPDATES)
+                                above=0, most=1, resume=_UPDATES)
   weight_decay: float = field(
-      0.1, 'times lr, taken from a parameter in each step', resume=_UPDATES)
+      0.1, 'times lr, taken from a parameter in each step', least=0,
+      resume=_UPDATES)
   decay_mask: tuple = field(
       (), 'Patterns over parameter paths. The first that matches says whether '
       'the parameter decays: 1, or not: 0. Empty: matrices decay; embeddings, '
@@ -207,25 +209,27 @@ class Optim:
       'a layer: embed/.*,decoder/layers/[0-3]/.*', resume=_STATE)
   layer_decay: float = field(
       1.0, 'What the learning rate is multiplied by from a layer to the one '
-      'below it; 1: all have the same.', resume=_UPDATES)
+      'below it; 1: all have the same.', above=0, most=1, resume=_UPDATES)
   clip_norm: float = field(
       1.0, "The gradient's largest norm, to which it is scaled down; 0: none.",
-      resume=_UPDATES)
-  b1: float = field(0.9, 'of adamw, lion, muon, normuon and soap',
-                    resume=_UPDATES)
-  b2: float = field(0.95, 'of the same', resume=_UPDATES)
-  eps: float = field(1e-8, 'of adamw, muon, normuon and soap', resume=_UPDATES)
-  momentum: float = field(0.9, 'of sgd, muon and normuon', resume=_UPDATES)
+      least=0, resume=_UPDATES)
+  b1: float = field(0.9, 'of adamw, lion, muon, normuon and soap', least=0,
+                    below=1, resume=_UPDATES)
+  b2: float = field(0.95, 'of the same', least=0, below=1, resume=_UPDATES)
+  eps: float = field(1e-8, 'of adamw, muon, normuon and soap', above=0,
+                     resume=_UPDATES)
+  momentum: float = field(0.9, 'of sgd, muon and normuon', least=0, below=1,
+                          resume=_UPDATES)
   precondition_every: int = field(
-      10, 'Of soap: steps between two updates of its bases.', most=MOST,
-      resume=_UPDATES)
+      10, 'Of soap: steps between two updates of its bases.', least=1,
+      most=MOST, resume=_UPDATES)
   precondition_max: int = field(
       10_000, 'Of soap: the longest side of a matrix that has a '
-      'preconditioner.', most=MOST, resume=_UPDATES)
+      'preconditioner.', least=1, most=MOST, resume=_UPDATES)
   ema: float = field(
       0.0, 'The decay of a moving average of the parameters, which is '
       'evaluated and exported in their place, such as 0.999. 0: none is kept.',
-      resume=_ema)
+      least=0, below=1, resume=_ema)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -383,8 +383,8 @@ def test_a_schedule_is_added_to_one_file():
   optim = step_test.config(optim__lr=8.0, optim__final_fraction=0.5).optim
   with adding.entry('learning-rate schedule', SCHEDULE) as name:
     optim.schedule = name
-    rates = [float(schedules.make(optim, 8)(t)) for t in range(8)]
+    rates = [float(schedules.rate(optim, 8)(t)) for t in range(8)]
     assert rates == [8, 8, 8, 4, 4, 4, 4, 2]  # of t + 1
     optim.decay_fraction = 0.3
     with pytest.raises(RequestError, match='read by wsd'):
-      schedules.make(optim, 8)
+      schedules.check_schedule(optim)

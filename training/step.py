@@ -84,9 +84,9 @@ def optimizer(module: nn.Module, optim: ml_collections.ConfigDict,
 
 def optimizer_unchecked(module: nn.Module, optim: ml_collections.ConfigDict,
                         steps: int) -> optax.GradientTransformation:
-  """`optimizer`, of which some fields may be traced: optimizers.chain."""
+  """`optimizer`, of which some fields may be traced."""
   tree = parameter_roles(module)
-  return optimizers.chain(optim, steps, tree,
+  return optimizers.make(optim, steps, tree,
                           mup.rates(module.config, optim.name, tree),
                           parameter_shares(module, optim))
 

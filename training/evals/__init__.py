@@ -9,7 +9,6 @@ from collections.abc import Collection, Sequence
 import dataclasses
 import fnmatch
 import importlib
-import importlib.util
 import pkgutil
 import types
 from typing import Any
@@ -155,15 +154,8 @@ def check_task(name: str, options: Any, config: ml_collections.ConfigDict,
   own = _options(row, name, options)
   row.check(own)
   row.fits(config, own)
-  _check_picture(name, row)
-  for file in filter(None, (row.picture, row.page)):
-    storage.try_file(workdir / file, '--workdir')
-
-
-def _check_picture(name: str, row: Task) -> None:
-  require(not row.picture or importlib.util.find_spec('matplotlib') is not None,
-          f'the task {name} draws a picture, which needs the package '
-          "matplotlib: pip install -e '.[plot]'")
+  if row.file:
+    storage.try_file(workdir / row.file, '--workdir')
 
 
 def listed(names: str | Sequence[str]) -> list[str]:
@@ -183,15 +175,13 @@ def listed(names: str | Sequence[str]) -> list[str]:
 
 
 def check_without_flags(name: str, where: str) -> Task:
-  """Returns the task `name`; RequestError where it cannot do without a flag,
-  or where this machine lacks what its picture needs.
+  """Returns the task `name`; RequestError where it cannot do without a flag.
 
   Args:
     name: the task's.
     where: what it was asked for in, where no flag can be set.
   """
   row = task(name, where)
-  _check_picture(name, row)
   try:
     row.check(_options(row, name, defaults()))
   except RequestError as error:

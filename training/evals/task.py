@@ -101,8 +101,7 @@ class Task(NamedTuple):
     fits: (config, options) -> None; raises RequestError for options that such
       a run cannot honour.
     flags: those that it reads.
-    picture: the file that it draws into the workdir; '': none.
-    page: the HTML file that it writes into the workdir; '': none.
+    file: what it draws or writes into the workdir; '': nothing.
     figures: config -> the names of its numbers, as patterns of fnmatch; None:
       they are not known before it is done.
     argument: the flag, a text, that NAME:TEXT sets where a task is named; '':
@@ -118,8 +117,7 @@ class Task(NamedTuple):
   fits: Callable[[ml_collections.ConfigDict, Any], None] = (
       lambda config, options: None)
   flags: tuple[Flag, ...] = ()
-  picture: str = ''
-  page: str = ''
+  file: str = ''
   figures: Callable[[ml_collections.ConfigDict], Sequence[str] | None] = (
       lambda config: None)
   argument: str = ''

@@ -1,4 +1,5 @@
-"""A text, or a pair of texts, to one of some labels or to a number.
+"""Objectives of labelled data: a label or a number for a text or a pair of
+texts, a label for each word, and answers to questions.
 
   encoder    [CLS] text [SEP]            [CLS] first [SEP] second [SEP]
   roberta    <s> text </s>               <s> first </s></s> second </s>
@@ -6,21 +7,35 @@
 
 As in BERT (Devlin et al. 2019, section 4.1), whose types tell the second text
 from the first, and in GPT (Radford et al. 2018, section 3.3), where <sep> is
-the separator of documents, with which texts begin in training. A head reads
-the row off [CLS], or off its last token (architectures/parts/heads.py).
+the separator of documents, with which texts begin in training. A question and
+its paragraph are such a pair.
 
-  classification   -sum_k q_k log softmax(scores)_k,
-                   q = (1 - s) onehot(label) + s / K, s the label smoothing
-  regression       (score - number)^2
+  classification      -sum_k q_k log softmax(scores)_k,
+                      q = (1 - s) onehot(label) + s / K, s the label smoothing;
+                      of words (token_classification) likewise
+  regression          (score - number)^2
+  question_answering  -(log softmax(starts)_first + log softmax(ends)_last) / 2
 
-The loss is a mean over the rows of a batch; with data.class_weights one in
-which a row counts as its label says, as torch's CrossEntropyLoss takes it; but
-with label smoothing torch weighs the smoothed share of each label by that
-label's own weight, and here all of a row's loss has the row's.
-Evaluations weigh all rows alike.
+A head reads a row off [CLS], or off its last token (architectures/parts/
+heads.py). The loss is a mean over the rows of a batch; with data.class_weights
+one in which a row counts as its label says, as torch's CrossEntropyLoss takes
+it; but with label smoothing torch weighs the smoothed share of each label by
+that label's own weight, and here all of a row's loss has the row's. Evaluations
+weigh all rows alike.
+
+The first token of a word carries its label, and the others count nothing
+(Devlin et al. 2019, section 5.3). A decoder reads a label off the words up to
+its own, an encoder off all. The loss is a mean over the labels of a batch.
+
+Each token of a row has the score of being an answer's first one, and that of
+being its last (section 4.2). Where a row does not show the answer, both stand
+at the null token (section 4.3): at [CLS], and in a decoder at the last token,
+the only one that has seen all, as in XLNet (Yang et al. 2019), whose [CLS]
+stands last.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+import math
 from typing import Any
 
 import jax
@@ -29,11 +44,16 @@ import numpy as np
 
 import architectures
 from architectures.parts.skeletons import Output
-from training.data import labelled, records
+from training.data import conll, labelled, questions, records, squad, words
 from training.data.tokenizers import Tokenizer
+from training.measures import Measured
 from training.measures import classes
+from training.measures import questions as answers
+from training.measures import words as word_labels
 from training.objectives import record
 from training.objectives.record import Config, Mean, Objective, Row, Shape
+
+NEVER = -1e30  # the score of padding
 
 
 def stack(config: Config) -> str:
@@ -61,10 +81,11 @@ def lay_out(item: records.Item, rng: np.random.Generator | None, config: Config,
   return row | (dict(types=types) if stack(config) == 'encoder' else {})
 
 
-def _arrays(config: Config, target: type) -> dict[str, Shape]:
+def _arrays(config: Config, **of_a_row: type) -> dict[str, Shape]:
+  """Returns the arrays of a row of one or two texts, and numbers by name."""
   L = ((config.data.length,), np.int32)
-  row = dict(tokens=L, segment_ids=L, targets=((), target),
-             weights=((), np.float32))
+  row = dict(tokens=L, segment_ids=L, weights=((), np.float32))
+  row |= {name: ((), kind) for name, kind in of_a_row.items()}
   return row | (dict(types=L) if stack(config) == 'encoder' else {})
 
 
@@ -73,19 +94,20 @@ def fill(tokenizer: Tokenizer) -> int:
   return tokenizer.special_ids.get('pad', record.separator(tokenizer))
 
 
-def classified(output: Output, batch: Mapping[str, jax.Array], config: Config
-               ) -> dict[str, Mean]:
-  """Returns the cross-entropy of targets [B], and how many are likeliest."""
-  scores_BU = output.extra['scores']
-  smooth, weights_B = config.train.label_smoothing, batch['weights']
-  log_p_BU = jax.nn.log_softmax(scores_BU)
-  target_B1 = batch['targets'][:, None]
-  loss_B = -((1 - smooth) * jnp.take_along_axis(log_p_BU, target_B1, 1)[:, 0]
-             + smooth * log_p_BU.mean(-1))
-  right_B = jnp.argmax(scores_BU, -1) == batch['targets']
-  counts_B = (weights_B > 0).astype(jnp.float32)
-  return {'loss': Mean((weights_B * loss_B).sum(), weights_B.sum()),
-          'accuracy': Mean((counts_B * right_B).sum(), counts_B.sum())}
+def classified(targets: str) -> Callable[..., dict[str, Mean]]:
+  """Returns what gives the cross-entropy of batch[targets], [B] or [B, L], and
+  how many are likeliest."""
+  def figures(output: Output, batch: Mapping[str, jax.Array], config: Config
+              ) -> dict[str, Mean]:
+    scores, weights = output.extra['scores'], batch['weights']
+    smooth, log_p = config.train.label_smoothing, jax.nn.log_softmax(scores)
+    likely = jnp.take_along_axis(log_p, batch[targets][..., None], -1)[..., 0]
+    loss = -((1 - smooth) * likely + smooth * log_p.mean(-1))
+    right = jnp.argmax(scores, -1) == batch[targets]
+    counts = (weights > 0).astype(jnp.float32)
+    return {'loss': Mean((weights * loss).sum(), weights.sum()),
+            'accuracy': Mean((counts * right).sum(), counts.sum())}
+  return figures
 
 
 def estimated(output: Output, batch: Mapping[str, jax.Array], config: Config
@@ -99,28 +121,129 @@ def estimated(output: Output, batch: Mapping[str, jax.Array], config: Config
                                       weights_B.sum())}
 
 
-def _objective(view: type, target: type, **fields: Any) -> Objective:
+def lay_out_words(item: words.Piece, rng: np.random.Generator | None,
+                  config: Config, tokenizer: Tokenizer) -> Row:
+  """Returns one row.
+
+  tokens, segment_ids (0: padding), labels, their numbers, and weights, 1 where
+  a label counts [up to L].
+  """
+  del rng
+  first, after = records.special_tokens(tokenizer, stack(config))
+  around = (1, 1)
+  return dict(tokens=np.concatenate([[first], item.ids, [after]]),
+              segment_ids=np.ones(len(item.ids) + words.AROUND),
+              labels=np.pad(item.targets, around),
+              weights=np.pad(item.weights, around))
+
+
+def _word_arrays(config: Config) -> dict[str, Shape]:
+  L = (config.data.length,)
+  return dict(tokens=(L, np.int32), segment_ids=(L, np.int32),
+              labels=(L, np.int32), weights=(L, np.float32))
+
+
+def lay_out_question(item: questions.Window, rng: np.random.Generator | None,
+                     config: Config, tokenizer: Tokenizer) -> Row:
+  """Returns one row.
+
+  tokens, segment_ids (0: padding), of an encoder types (1: of the paragraph)
+  [up to L]; starts, ends [], the places of the answer's ends; weights [], 1.
+  """
+  del rng
+  kind = stack(config)
+  first, after = records.special_tokens(tokenizer, kind)
+  tokens = np.concatenate([[first], item.question, [after] * item.between,
+                           item.context, [after]])
+  places = (null_place(item, kind),) * 2
+  if item.answer is not None:
+    places = tuple(begin(item) + place for place in item.answer)
+  row = dict(tokens=tokens, segment_ids=np.ones(len(tokens)),
+             starts=places[0], ends=places[1], weights=1.0)
+  return row | (dict(types=np.arange(len(tokens)) >= begin(item))
+                if kind == 'encoder' else {})
+
+
+def begin(item: questions.Window) -> int:
+  """Returns where the paragraph begins in a row."""
+  return 1 + len(item.question) + item.between
+
+
+def length(item: questions.Window) -> int:
+  """Returns how many tokens a row has."""
+  return (len(item.question) + len(item.context)
+          + records.around(2, item.between))
+
+
+def null_place(item: questions.Window, kind: str) -> int:
+  """Returns where the token stands whose scores are those of no answer."""
+  return 0 if kind == 'encoder' else length(item) - 1
+
+
+def answered(output: Output, batch: Mapping[str, jax.Array], config: Config
+             ) -> dict[str, Mean]:
+  """Returns the cross-entropy of starts [B] and ends [B], and of how many rows
+  both are likeliest."""
+  del config
+  real_BL1 = batch['segment_ids'][..., None] != 0
+  # Of the two axes without a letter, one stands for start and end.
+  scores_BLU = jnp.where(real_BL1, output.extra['scores'], NEVER)
+  places_BU = jnp.stack([batch['starts'], batch['ends']], 1)
+  loss_BU = -jnp.take_along_axis(
+      jax.nn.log_softmax(scores_BLU, axis=1), places_BU[:, None], 1)[:, 0]
+  right_B = (jnp.argmax(scores_BLU, 1) == places_BU).all(1)
+  weights_B = batch['weights']
+  return {'loss': Mean((weights_B * loss_BU.mean(1)).sum(), weights_B.sum()),
+          'accuracy': Mean((weights_B * right_B).sum(), weights_B.sum())}
+
+
+def measure(view: questions.Questions, scores: Sequence[np.ndarray],
+            config: Config, options: Any) -> Measured:
+  """Returns what is found of the questions of a view; see
+  training/measures/questions.py."""
+  kind = stack(config)
+  return answers.measure(view, scores,
+                         [null_place(item, kind) for item in view.items],
+                         [begin(item) for item in view.items], options)
+
+
+_IGNORES = ('train.z_loss', 'train.loss_chunk')
+_PAIRS = ('data.length_buckets', 'data.pair_separators')
+
+
+def _of_texts(view: type, target: type, **fields: Any) -> Objective:
   return Objective(
       ('encoder', 'decoder'), view, lay_out,
-      lambda config: _arrays(config, target), ('tokens',),
+      lambda config: _arrays(config, targets=target), ('tokens',),
       {'types': 'type_ids_BL', 'segment_ids': 'segment_ids_BL'},
       ('segment_ids',), fill=fill, head='sequence', records=labelled.KIND,
-      length=lambda item: item.length, perplexity=False, **fields)
+      length=lambda item: item.length, **fields)
 
 
 OBJECTIVES = {
-    'classification': _objective(
-        records.Classes, np.int32, figures=classified,
+    'classification': _of_texts(
+        records.Classes, np.int32, figures=classified('targets'),
         labels=records.labels_of, measure=classes.of_scores,
-        measured=classes.FIGURES,
-        num_labels=lambda config: len(config.data.labels),
-        reads=('data.labels', 'data.class_weights', 'data.length_buckets',
-               'data.pair_separators'),
-        ignores=('train.z_loss', 'train.loss_chunk')),
-    'regression': _objective(
+        measured=classes.FIGURES, ignores=_IGNORES,
+        reads=('data.labels', 'data.class_weights', *_PAIRS)),
+    'regression': _of_texts(
         records.Numbers, np.float32, figures=estimated,
         measure=classes.of_numbers, measured=classes.FIGURES_OF_NUMBERS,
-        num_labels=lambda config: 1,
-        reads=('data.length_buckets', 'data.pair_separators'),
-        ignores=('train.z_loss', 'train.loss_chunk', 'train.label_smoothing')),
-}
+        reads=_PAIRS, ignores=(*_IGNORES, 'train.label_smoothing')),
+    'token_classification': Objective(
+        ('encoder', 'decoder'), words.Sentences, lay_out_words, _word_arrays,
+        ('tokens',), {'segment_ids': 'segment_ids_BL'}, ('segment_ids',),
+        reads=('data.labels', 'data.stride', 'data.length_buckets'), fill=fill,
+        figures=classified('labels'), head='tokens', records=conll.KIND,
+        labels=words.labels_of, measure=word_labels.measure,
+        measured=word_labels.FIGURES, ignores=_IGNORES,
+        length=lambda item: len(item.ids) + words.AROUND),
+    'question_answering': Objective(
+        ('encoder', 'decoder'), questions.Questions, lay_out_question,
+        lambda config: _arrays(config, starts=np.int32, ends=np.int32),
+        ('tokens',), {'types': 'type_ids_BL', 'segment_ids': 'segment_ids_BL'},
+        ('segment_ids',), reads=('data.stride', *_PAIRS), fill=fill,
+        figures=answered, head='span', records=squad.KIND, length=length,
+        measure=measure, measured=answers.FIGURES,
+        ignores=(*_IGNORES, 'train.label_smoothing'),
+        guess=lambda config, vocab: math.log(config.data.length))}

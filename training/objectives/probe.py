@@ -76,5 +76,5 @@ _PROBE = Objective(
     reads=tuple(f'probe.{name}' for name in probes.DERIVED),
     fill=lambda tokenizer: 0, records=probes.KIND, check=_check,
     ignores=('data.tokenizer', 'data.eval_source', 'data.holdout_every'),
-    perplexity=False, vocab_size=_vocab_size, derived=_derived, mtp=True)
+    vocab_size=_vocab_size, derived=_derived, mtp=True)
 OBJECTIVES = {'probe': _PROBE, 'compression': _PROBE._replace(head='vector')}

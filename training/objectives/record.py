@@ -198,8 +198,6 @@ class Objective(NamedTuple):
       None; None: there is never one.
     head: the head of the models that it trains (model.head), an entry of HEADS
       of architectures/parts/heads.py.
-    num_labels: config -> how many outputs that head has (model.num_labels), as
-      the labels of the data say; 0 where it needs none.
     talk: (config, tokenizer) -> Talk; None: the model cannot be talked with
       in turns.
     records: what its data hold where that is not text: Source.records.
@@ -216,7 +214,6 @@ class Objective(NamedTuple):
       not.
     unread: (config, tokens of a row) -> how many of its places the head does
       not read in training.
-    perplexity: whether e to the power of the loss is one.
     guess: (config, ids of the model) -> the loss of guessing, in nats, where
       it is another than `guessing` takes it for.
     check: raises RequestError for a config that it cannot train by.
@@ -241,7 +238,6 @@ class Objective(NamedTuple):
   translates: bool = False
   chat_template: Callable[..., str | None] | None = None
   head: str = 'lm'
-  num_labels: Callable[[Config], int] = lambda config: 0
   talk: Callable[..., Talk] | None = None
   records: str = ''
   labels: Callable[[Config], tuple[str, ...]] | None = None
@@ -250,7 +246,6 @@ class Objective(NamedTuple):
   measured: tuple[str, ...] = ()
   ignores: tuple[str, ...] = ()
   unread: Callable[[Config, int], int] = lambda config, length: 0
-  perplexity: bool = True
   guess: Callable[[Config, int], float] | None = None
   check: Callable[[Config], None] = lambda config: None
   vocab_size: Callable[[Config, Tokenizer], int] = tokenizers_size
@@ -304,6 +299,17 @@ class Objective(NamedTuple):
               else self.talk(config, tokenizer).ends)
     end = tokenizer.separator_id
     return (end, *sorted(talked - {end}))
+
+  @property
+  def perplexity(self) -> bool:
+    """Whether e to the power of the loss is one."""
+    return self.head == 'lm' and not self.records
+
+  def num_labels(self, config: Config) -> int:
+    """Returns how many outputs the head has (model.num_labels), as the labels
+    of the data say; 0 where it needs none."""
+    return len(config.data.labels) if self.labels else int(
+        self.head == 'sequence')
 
   def guessing(self, config: Config, vocab: int) -> float | None:
     """Returns the loss, in nats, of a model to which all answers are alike:

@@ -4,12 +4,26 @@
 stretch of data.length tokens, and as its target the data.target_length tokens
 that follow it. So every model can be tried on the default corpus, where it
 learns to continue a text.
+
+`span` is span corruption (Raffel et al. 2020, section 3.1.4), T5's objective:
+
+  text    Thank you for inviting me to your party last week
+  source  Thank you <0> me to your party <1> week </s>
+  target  <0> for inviting <1> last </s>
+
+Of n tokens round(density n) are cut out, in max(1, round(cut / mean)) spans.
+The cut tokens, and those that stay, are split into as many spans at random,
+every split alike likely; they alternate, and a cut one comes last, as in the
+paper's code (random_spans_noise_mask). So rows have one length, whatever is
+drawn. The figure in the paper ends the target with one sentinel more; its
+code, followed here, doesn't.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 
+from configs.errors import require
 from training.data import packing
 from training.data.tokenizers import Tokenizer
 from training.measures import classes
@@ -80,7 +94,69 @@ def as_source(texts: Sequence[str], config: Config, tokenizer: Tokenizer
       dict(source_BM=sources, source_lengths_B=lengths))
 
 
-# What span corruption shares with it.
+def sizes(n: int, density: float, mean: float) -> tuple[int, int]:
+  """Returns how many of n tokens are cut out, and in how many spans."""
+  cut = min(max(round(n * density), 1), n - 1)
+  return cut, min(max(round(cut / mean), 1), cut, n - cut)
+
+
+def draw(n: int, density: float, mean: float, rng: np.random.Generator
+         ) -> np.ndarray:
+  """Returns which of n tokens are cut out, bool [n]; n is at least 2."""
+  cut, spans = sizes(n, density, mean)
+  def split(total: int) -> np.ndarray:  # into `spans` parts of at least 1
+    ends = rng.choice(total - 1, spans - 1, replace=False) + 1
+    return np.diff(np.concatenate([[0], np.sort(ends), [total]]))
+  runs = np.stack([split(n - cut), split(cut)], 1).reshape(-1)
+  return np.repeat(np.tile([False, True], spans), runs)
+
+
+def corrupt(ids: np.ndarray, cut: np.ndarray, sentinels: np.ndarray
+            ) -> tuple[np.ndarray, np.ndarray]:
+  """Returns source and target: each span that the other has, a sentinel."""
+  def side(gone: np.ndarray) -> np.ndarray:
+    first = gone & ~np.concatenate([[False], gone[:-1]])
+    shown = np.where(first, sentinels[np.maximum(np.cumsum(first) - 1, 0)],
+                     ids)
+    return shown[~gone | first]
+  return side(cut), side(~cut)
+
+
+def span(window: packing.Window, rng: np.random.Generator, config: Config,
+         tokenizer: Tokenizer) -> Row:
+  """Corrupts the data.length tokens of a window.
+
+  Returns:
+    as `lay_out`; both rows end with the separator.
+  """
+  density, mean = config.span.noise_density, config.span.mean_length
+  length = config.data.length
+  require(length > 1, f'data.length is {length}: a span is cut out of 2 or '
+          'more')
+  _, most_spans = sizes(length, density, mean)
+  sentinels = np.asarray(tokenizer.sentinel_ids, np.int32)
+  require(most_spans <= len(sentinels), f"objective 'span' cuts {most_spans} "
+          f'spans out of data.length={length}, but tokenizer '
+          f'{tokenizer.name!r} has {len(sentinels)} sentinels (<extra_id_0>, '
+          '...): choose another tokenizer, a shorter length or a larger '
+          'span.mean_length')
+  n = min(window.size, length)
+  end = tokenizer.separator_id
+  ids = window.tokens[:n]
+  if n < 2:  # nothing to cut out: a row that does not count
+    source, target = ids, ids[:0]
+  else:
+    source, target = corrupt(ids, draw(n, density, mean, rng), sentinels)
+    source, target = np.append(source, end), np.append(target, end)
+  return lay_out(source, target, tokenizer)
+
+
+def _span_arrays(config: Config) -> dict[str, Shape]:
+  length, span_ = config.data.length, config.span
+  cut, spans = sizes(length, span_.noise_density, span_.mean_length)
+  return two_rows(length - cut + spans + 1, cut + spans + 1)
+
+
 ENCODER_DECODER = Objective(
     ('encoder-decoder',), packing.Pairs, seq2seq, _arrays,
     ('tokens', 'decoder_tokens'),
@@ -91,4 +167,7 @@ OBJECTIVES = {
     'seq2seq': ENCODER_DECODER._replace(
         reads=('data.target_length',), translates=True,
         measure=classes.of_texts, measured=classes.FIGURES),
+    'span': ENCODER_DECODER._replace(
+        view=packing.Windows, example=span, arrays=_span_arrays,
+        reads=('span.noise_density', 'span.mean_length')),
 }

@@ -130,21 +130,10 @@ OPTIMIZERS = {
 
 
 def check_optim(optim: ml_collections.ConfigDict) -> None:
-  """Raises ValueError for a field of config.optim that cannot be honoured."""
+  """Raises ValueError for fields of config.optim that are in their ranges, and
+  do not fit each other."""
   one_of('optim.name', optim.name, OPTIMIZERS)
   schedules.check_schedule(optim)
-  for field in ('weight_decay', 'clip_norm'):
-    require(optim[field] >= 0,
-            f'optim.{field} is {optim[field]}: it must be >= 0')
-  for field in ('b1', 'b2', 'momentum', 'ema'):
-    require(0 <= optim[field] < 1,
-            f'optim.{field} is {optim[field]}: choose it in [0, 1)')
-  require(0 < optim.layer_decay <= 1, f'optim.layer_decay is '
-          f'{optim.layer_decay}: choose it in (0, 1]')
-  for field in ('precondition_every', 'precondition_max'):
-    require(optim[field] >= 1,
-            f'optim.{field} is {optim[field]}: it must be >= 1')
-  require(optim.eps > 0, f'optim.eps is {optim.eps}: it must be > 0')
   require(all(isinstance(row, tuple | list) and len(row) == 2
               for row in optim.decay_mask),
           f'optim.decay_mask is {optim.decay_mask!r}: it must be pairs of '
@@ -157,7 +146,9 @@ def check_optim(optim: ml_collections.ConfigDict) -> None:
 
 def make(optim: ml_collections.ConfigDict, steps: int, roles: Any,
          rates: Any = None, parts: Any = None) -> optax.GradientTransformation:
-  """Builds the optimiser of a run.
+  """Builds the optimiser of a run, whose config.optim was checked; lr,
+  warmup_steps and weight_decay may be traced, as where several runs train as
+  one (training/vectorised.py).
 
   Args:
     optim: config.optim.
@@ -167,19 +158,7 @@ def make(optim: ml_collections.ConfigDict, steps: int, roles: Any,
       apart (training/optim/mup.py); None: 1.
     parts: what its learning rate is multiplied by, its decay included
       (training/optim/shares.py); None: 1.
-
-  Raises:
-    ValueError: a sentence with the field, its value and the choices.
   """
-  check_optim(optim)
-  return chain(optim, steps, roles, rates, parts)
-
-
-def chain(optim: ml_collections.ConfigDict, steps: int, roles: Any,
-          rates: Any = None, parts: Any = None
-          ) -> optax.GradientTransformation:
-  """`make` without its checks: lr, warmup_steps and weight_decay may be
-  traced, as where several runs train as one (training/vectorised.py)."""
   return shares.of_trained(parts, lambda keep: _chain(
       optim, steps, keep(roles), None if rates is None else keep(rates),
       None if parts is None else keep(parts)))

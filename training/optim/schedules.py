@@ -71,23 +71,15 @@ SCHEDULES = {
 }
 
 
-def make(optim: ml_collections.ConfigDict, steps: int) -> optax.Schedule:
+def rate(optim: ml_collections.ConfigDict, steps: int) -> optax.Schedule:
   """Returns the learning rate as a function of the number of updates done.
+  optim.lr and optim.warmup_steps may be traced, as where several runs train as
+  one program (training/vectorised.py).
 
   Args:
     optim: config.optim.
     steps: T, the run's train.steps.
-
-  Raises:
-    ValueError: for an unknown schedule or a value that it cannot honour.
   """
-  check_schedule(optim)
-  return rate(optim, steps)
-
-
-def rate(optim: ml_collections.ConfigDict, steps: int) -> optax.Schedule:
-  """`make` without its checks: optim.lr and optim.warmup_steps may be traced,
-  as where several runs train as one program (training/vectorised.py)."""
   shape = SCHEDULES[optim.schedule].shape
   steps = optim.decay_steps or steps
 
@@ -102,18 +94,9 @@ def rate(optim: ml_collections.ConfigDict, steps: int) -> optax.Schedule:
 def check_schedule(optim: ml_collections.ConfigDict) -> None:
   """Raises ValueError for a schedule field that cannot be honoured."""
   one_of('optim.schedule', optim.schedule, SCHEDULES)
-  require(optim.lr >= 0, f'optim.lr is {optim.lr}: it must be >= 0')
-  require(optim.warmup_steps >= 0,
-          f'optim.warmup_steps is {optim.warmup_steps}: it must be >= 0')
-  require(0 <= optim.final_fraction <= 1,
-          f'optim.final_fraction is {optim.final_fraction}: choose it in '
-          '[0, 1]')
   require(optim.decay_steps == 0 or optim.decay_steps > optim.warmup_steps,
           f'optim.decay_steps is {optim.decay_steps} and optim.warmup_steps '
           f'{optim.warmup_steps}: choose more than these, or 0 for train.steps')
-  require(0 < optim.decay_fraction <= 1,
-          f'optim.decay_fraction is {optim.decay_fraction}: choose it in '
-          '(0, 1]')
   refuse_unread(optim, 'schedule', SCHEDULES)
 
 

@@ -8,7 +8,7 @@ import tokenizers as hf
 from tests.helpers import labelled_files as files
 from training.data import questions, tokenizers
 from training.measures import questions as measures
-from training.objectives import question_answering as objective
+from training.objectives import labelled as objective
 
 
 @pytest.fixture(scope='module')
@@ -58,7 +58,8 @@ def test_rows_equal_those_of_the_package_tokenizers(
         ends = (inside[0], inside[-1]) if whole else ends
       expected.append((part.ids, part.type_ids, *ends))
   ours = tokenizers.load(tokenizer)
-  rows = [objective.lay_out(item, None, config, ours) for item in view.items]
+  rows = [objective.lay_out_question(item, None, config, ours)
+          for item in view.items]
   assert [(row['tokens'].tolist(), row['types'].astype(int).tolist(),
            row['starts'], row['ends']) for row in rows] == expected
   assert len(rows) > len(view.questions) or length == 128
@@ -72,7 +73,7 @@ def test_what_scores_say_goes_back_to_the_text(kind, length, source, tokenizer):
   view, ours = _view(config), tokenizers.load(config.data.tokenizer)
   rng, scores, nulls, begins = np.random.default_rng(0), [], [], []
   for item in view.items:
-    row = objective.lay_out(item, None, config, ours)
+    row = objective.lay_out_question(item, None, config, ours)
     scores_L2 = rng.normal(size=(length, 2))
     scores_L2[row['starts'], 0] = scores_L2[row['ends'], 1] = 9
     scores.append(scores_L2)
@@ -100,7 +101,7 @@ def test_a_decoder_says_at_the_last_token_that_there_is_no_answer(source):
   config = _config(source, 'bytes', length=128)
   config.model.arch = 'gpt'
   view, ours = _view(config), tokenizers.load('bytes')
-  row = objective.lay_out(view.items[2], None, config, ours)
+  row = objective.lay_out_question(view.items[2], None, config, ours)
   assert view.questions[2].answers == () and 'types' not in row
   assert row['starts'] == row['ends'] == len(row['tokens']) - 1
   assert ours.decode(row['tokens']) == 'Who swam?' + files.CONTEXTS[0]

@@ -18,7 +18,6 @@ from training.data import sources
 from training.data import tokenizers
 from training.evals.tasks import exact
 from training.objectives import seq2seq
-from training.objectives import span as spans
 
 TOKENIZER = tokenizers.load('bytes')
 END, START = TOKENIZER.separator_id, seq2seq.start_id(TOKENIZER)
@@ -72,11 +71,11 @@ def test_a_corrupted_window_holds_the_text(n):
 def test_the_papers_sentence():
   ids = np.array([1, 2, 3, 4, 5, 6, 7, 8, 9, 10])
   cut = np.array([0, 0, 1, 1, 0, 0, 0, 0, 1, 0], bool)
-  source, target = spans.corrupt(ids, cut, np.array([90, 91, 92]))
+  source, target = seq2seq.corrupt(ids, cut, np.array([90, 91, 92]))
   assert source.tolist() == [1, 2, 90, 5, 6, 7, 8, 91, 10]
   assert target.tolist() == [90, 3, 4, 91, 9, 92]
   cut = np.array([0, 0, 1, 1, 0, 0, 0, 0, 1, 1], bool)
-  assert spans.corrupt(ids, cut, np.array([90, 91, 92]))[1].tolist() == [
+  assert seq2seq.corrupt(ids, cut, np.array([90, 91, 92]))[1].tolist() == [
       90, 3, 4, 91, 9, 10]
 
 

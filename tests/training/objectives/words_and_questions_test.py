@@ -14,7 +14,7 @@ from tests.helpers import labelled_files as files
 from tests.helpers import models
 from training import objectives
 from training.data import tokenizers, words
-from training.objectives import question_answering
+from training.objectives import labelled
 
 BYTES = tokenizers.load('bytes')
 CLS, SEP, END, PAD = (BYTES.special_ids[x] for x in ('cls', 'sep', 'eos',
@@ -166,6 +166,6 @@ def test_the_null_token_is_the_one_that_has_seen_all(sources):
     _, config, rows, view = _rows(sources, 'question_answering', arch, 128)
     item = view.items[2]
     size = int((rows[2]['segment_ids'] != 0).sum())
-    place = question_answering.null_place(
+    place = labelled.null_place(
         item, architectures.systems()[arch].STACK)
     assert place == rows[2]['starts'] == (0 if arch == 'bert' else size - 1)

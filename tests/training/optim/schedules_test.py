@@ -32,6 +32,6 @@ def optim(**fields):
      (0.2, 1.0, 2.0, 2.0, 0.2, 0.2)),
 ])
 def test_schedules_by_hand(fields, rates):
-  rate = schedules.make(optim(lr=2.0, warmup_steps=10, **fields), 100)
+  rate = schedules.rate(optim(lr=2.0, warmup_steps=10, **fields), 100)
   got = [float(rate(t - 1)) for t in (1, 5, 10, 55, 100, 200)]
   np.testing.assert_allclose(got, rates, rtol=1e-5, atol=1e-7)

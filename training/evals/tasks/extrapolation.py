@@ -166,4 +166,4 @@ TASKS = {'extrapolation': Task(
             'does not predict every token, so it has no loss by position'),
     fits=_fits, flags=(Flag('interpolate', False,
                 'Stretch learned positions past max_len.'),),
-    picture=FILE, figures=lambda config: ('length',))}
+    file=FILE, figures=lambda config: ('length',))}

@@ -271,7 +271,7 @@ def _check(options: Any) -> None:
 TASKS = {'inspect': Task(
     'attention maps, residual stream, logit lens and experts as the model '
     'reads --prompt, as an HTML page', run,
-    without(embed.reads_text, embed.NO_TEXT), check=_check, page=FILE,
+    without(embed.reads_text, embed.NO_TEXT), check=_check, file=FILE,
     held_out=False,
     flags=(
         Flag('prompt', '', 'The text to read.'),

@@ -101,4 +101,4 @@ def _unfit(config: ml_collections.ConfigDict) -> str:
 
 TASKS = {'routing': Task(
     'how a mixture of experts routes held-out text', run, _unfit,
-            picture=FILE, figures=lambda config: ())}
+            file=FILE, figures=lambda config: ())}
