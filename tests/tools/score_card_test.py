@@ -2,7 +2,6 @@
 
 import json
 import pathlib
-import sys
 
 from etils import epath
 import numpy as np
@@ -11,7 +10,6 @@ from scipy import stats
 
 from configs import gpt
 from configs.errors import EnvironmentFailure, RequestError
-from tests.helpers import forked
 from tools.probes import __main__ as program
 from tools.probes import card, suites
 from training import vectorised
@@ -52,24 +50,19 @@ def test_every_suite_can_be_run(file):
 
 
 def test_a_run_for_each_rate_and_seed(file):
-  suite = suites.load(str(file), base(), seeds=3)
-  runs = list(suite.runs('parity'))
-  assert [(run.lr, run.seed) for run in runs] == [
-      (lr, seed) for lr in (1e-3, 1e-2) for seed in (0, 1, 2)]
-  assert runs[4].config.optim.lr == 1e-2 and runs[4].config.seed == 1
-  assert str(runs[4].folder(epath.Path('w'))) == 'w/parity/lr_0.01/seed_1'
-  assert suite.configs['parity'].eval.tasks == 'probe'
-
-
-def test_a_probe_may_stand_in_a_suite_twice(file):
+  """Of a suite that has a probe twice."""
   file.write_text(SUITE + """
   add('parity', label='bits_4', **{'data.length': 5, 'probe.levels': (4,)})
 """)
-  suite = suites.load(str(file), base())
-  assert {name: config.data.source for name, config in suite.configs.items()
-          } == {'parity': 'probe:parity', 'bits_4': 'probe:parity'}
-  run = next(suite.runs('bits_4'))
-  assert str(run.folder(epath.Path('w'))) == 'w/bits_4/lr_0.001/seed_0'
+  suite = suites.load(str(file), base(), seeds=3)
+  runs = list(suite.runs('bits_4'))
+  assert [(run.lr, run.seed) for run in runs] == [
+      (lr, seed) for lr in (1e-3, 1e-2) for seed in (0, 1, 2)]
+  assert runs[4].config.optim.lr == 1e-2 and runs[4].config.seed == 1
+  assert str(runs[4].folder(epath.Path('w'))) == 'w/bits_4/lr_0.01/seed_1'
+  assert [config.data.source for config in suite.configs.values()] == [
+      'probe:parity'] * 2
+  assert suite.configs['parity'].eval.tasks == 'probe'
 
 
 @pytest.mark.parametrize('old, new, words', [
@@ -77,17 +70,11 @@ def test_a_probe_may_stand_in_a_suite_twice(file):
     ("add('parity'", "add('parity')\n  add('parity'", "adds 'parity' twice"),
     ("add('parity'", "add('party'", "Did you mean 'parity'"),
     ('LRS', 'RATES', 'has no LRS'),
-    ('(1e-3, 1e-2)', '1e-3', 'LRS is 0.001: write learning rates above 0'),
     ('(1e-3, 1e-2)', '()', r'LRS is \(\): write'),
-    ('1e-2)', "'1e-2')", 'LRS is .*: write'),
     ('1e-2)', '-1e-2)', 'LRS is .*: write'),
-    ('1e-2)', "float('inf'))", 'LRS is .*: write'),
     ('SEEDS = 2', 'SEEDS = 0', 'SEEDS is 0: write a whole number from 1 on'),
-    ('SEEDS = 2', "SEEDS = '3'", "SEEDS is '3': write"),
-    ('SEEDS = 2', 'SEEDS = True', 'SEEDS is True: write'),
     ("'probe.levels'", "'probe.level'", 'mean .probe.levels'),
-    ('(4, 8)', '(4, 9)', '10 tokens or more'),
-])
+    ('(4, 8)', '(4, 9)', '10 tokens or more')])
 def test_suites_that_are_refused(file, old, new, words):
   file.write_text(SUITE.replace(old, new))
   with pytest.raises(RequestError, match=words):
@@ -100,25 +87,12 @@ def test_what_else_is_refused(file):
   with pytest.raises(RequestError, match=(
       "no suite 'nothing.py': choose from configs/probes/copying.py, .*small")):
     suites.load('nothing.py', base())
-
-
-@pytest.mark.parametrize('field', ['train.steps', 'optim.lr', 'seed',
-                                   'eval.tasks', 'log.every_steps'])
-def test_a_field_that_the_suite_sets_is_refused(field, file):
-  with pytest.raises(RequestError, match=(
-      rf"--config\.{field} is set, which the suite .*suite\.py sets itself in "
-      "its task 'parity'")):
-    suites.load(str(file), base(), overrides=['model.num_layers', field])
+  for field in ('train.steps', 'optim.lr', 'eval.tasks'):
+    with pytest.raises(RequestError, match=(
+        rf"--config\.{field} is set, which the suite .*suite\.py sets itself "
+        "in its task 'parity'")):
+      suites.load(str(file), base(), overrides=['model.num_layers', field])
   suites.load(str(file), base(), overrides=['model.num_layers', 'optim.b1'])
-
-
-def test_the_fields_of_the_command_line_are_those_that_are_refused(
-    file, tmp_path):
-  result = forked.run(
-      '-m', 'tools.probes', 'run', 'configs/gpt.py:tiny', f'--suite={file}',
-      f'--workdir={tmp_path}/w', '--config.optim.lr=3')
-  assert result.returncode == 2
-  assert '--config.optim.lr is set, which the suite' in result.stderr
 
 
 def test_the_config_may_stand_behind_run():
@@ -157,22 +131,7 @@ def test_the_card_has_the_best_rate_and_students_interval(file, tmp_path):
   assert abs(own['commonest'] - 0.5) < 0.02  # of a bit
 
 
-def test_the_card_is_written_and_drawn(file, tmp_path):
-  suite = suites.load(str(file), base(), seeds=1)
-  workdir = epath.Path(tmp_path)
-  written(suite, workdir, {1e-3: [0.5], 1e-2: [0.4]})
-  found = card.of(suite, workdir)
-  card.check_picture()
-  card.write(found, workdir)
-  kept = json.loads((workdir / card.JSON).read_text())
-  assert kept['tasks']['parity']['level'] == found['tasks']['parity']['level']
-  assert (workdir / card.PICTURE).read_bytes()[:4] == b'\x89PNG'
-  assert ('parity, lr 0.001: 0.5000 (the commonest answer: '
-          in card.text(found))
-
-
 @pytest.mark.slow  # it compiles a group of runs
-@pytest.mark.long
 def test_a_suite_is_trained_once(file, tmp_path, capsys):
   suite = suites.load(str(file), base())
   workdir = epath.Path(tmp_path)
@@ -182,26 +141,6 @@ def test_a_suite_is_trained_once(file, tmp_path, capsys):
   capsys.readouterr()
   suites.train(suite, workdir)
   assert '4 of 4 runs are complete' in capsys.readouterr().out
-
-
-@pytest.mark.long
-@pytest.mark.slow  # it compiles a group of runs, twice
-@pytest.mark.parametrize('lrs', ['(1e-2, 1e30)', pytest.param(
-    '(1e30,)', marks=pytest.mark.long)])
-def test_a_suite_with_a_rate_that_diverges_has_its_card(
-    file, tmp_path, capsys, lrs):
-  file.write_text(SUITE.replace('(1e-3, 1e-2)', lrs).replace(
-      "'train.steps': 2", "'train.steps': 4, 'train.max_bad_steps': 2, "
-      "'optim.clip_norm': 0.0, 'optim.name': 'sgd'"))
-  suite = suites.load(str(file), base())
-  workdir = epath.Path(tmp_path)
-  for _ in range(2):
-    suites.train(suite, workdir)
-    own = card.of(suite, workdir)['tasks']['parity']
-    assert own['diverged'] == {1e30: [0, 1]}
-    assert own['lr'] == (1e-2 if len(suite.lrs) > 1 else None)
-  assert f'2 of {2 * len(suite.lrs)} runs diverged before' in (
-      capsys.readouterr().out)
 
 
 def test_a_rate_at_which_a_run_diverges_is_left_out(
@@ -258,16 +197,16 @@ def test_the_card_says_what_diverged(file, tmp_path, monkeypatch):
   assert said[2] == '  left out, since runs diverged: lr 0.01 (1 of 2 runs)'
   assert said[-1] == ('copy: no figures, since runs diverged at every lr: '
                       '0.001 (2 of 2 runs), 0.01 (2 of 2 runs)')
-  card.check_picture()
   card.write(found, workdir)
-  assert json.loads((workdir / card.JSON).read_text())['tasks']['copy'][
-      'lr'] is None
+  kept = json.loads((workdir / card.JSON).read_text())['tasks']
+  assert kept['copy']['lr'] is None
+  assert kept['parity']['level'] == found['tasks']['parity']['level']
+  assert (workdir / card.PICTURE).read_bytes()[:4] == b'\x89PNG'
   del found['tasks']['parity']  # nothing has figures
   card.write(found, workdir)
 
 
-@pytest.mark.parametrize('unfinished', [
-    {0: 'not finite', 1: 'stopped after step 1 of 2'}, {0: 'not finite'}, {}])
+@pytest.mark.parametrize('unfinished', [{0: 'not finite'}, {}])
 def test_a_signal_stops_a_suite(unfinished, file, tmp_path, monkeypatch):
   """Also where it comes as the last of a group ends."""
   def train(configs, folders):
@@ -285,8 +224,3 @@ def test_a_signal_stops_a_suite(unfinished, file, tmp_path, monkeypatch):
   first, *others = suite.runs('parity')
   assert suites.diverged(first, epath.Path(tmp_path)) == bool(unfinished)
   assert not any(suites.diverged(x, epath.Path(tmp_path)) for x in others)
-
-
-def test_help_needs_no_jax():
-  assert 'configs/probes' in program.__doc__ and 'jax' not in vars(
-      sys.modules['tools.probes.__main__'])

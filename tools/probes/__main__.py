@@ -50,7 +50,6 @@ def main() -> int:
   workdir = storage.path(args.workdir)
   storage.try_folder(workdir)
   storage.refuse_run(workdir, '--workdir', card.JSON)
-  card.check_picture()
   suite = suites.load(args.suite, args.config, args.only, args.seeds,
                       cli.overrides())
   suites.train(suite, workdir)

@@ -5,8 +5,10 @@ import json
 from typing import Any
 
 from etils import epath
+import numpy as np
 
-from configs.errors import RequestError, require
+from configs.errors import require
+from tools.compare import statistics
 from tools.probes import suites
 from training.workdir import storage
 
@@ -42,58 +44,46 @@ def of(suite: suites.Suite, workdir: epath.Path) -> dict[str, Any]:
 def _of_best(by_lr: Mapping[float, Sequence[Mapping]]) -> dict[str, Any]:
   """Returns the figures of the best of the learning rates at which no run
   diverged; lr is None where there is none."""
-  import numpy as np
   if not by_lr:
     return dict(lr=None, accuracy_by_lr={}, accuracy=None, rows_right=None,
                 level={}, beyond={}, rows=0)
   mean = {lr: float(np.mean([own['probe/accuracy'] for own in each]))
           for lr, each in by_lr.items()}
-  best = max(mean, key=lambda lr: mean[lr])
-  return dict(
-      lr=best, accuracy_by_lr=mean,
-      accuracy=_over_seeds(by_lr[best], 'probe/accuracy'),
-      rows_right=_over_seeds(by_lr[best], 'probe/rows_right'),
-      level=_group(by_lr[best], 'probe/level/'),
-      beyond=_group(by_lr[best], 'probe/beyond/'),
-      rows=int(by_lr[best][0]['probe/rows']))
+  best = max(mean, key=mean.get)
+  figures = {name.removeprefix('probe/'): _over_seeds(
+      [own[name] for own in by_lr[best]]) for name in by_lr[best][0]
+             if name.startswith('probe/')}
+  group = lambda prefix: {name.removeprefix(prefix): figure
+                          for name, figure in figures.items()
+                          if name.startswith(prefix)}
+  return dict(lr=best, accuracy_by_lr=mean, accuracy=figures['accuracy'],
+              rows_right=figures['rows_right'], level=group('level/'),
+              beyond=group('beyond/'), rows=int(figures['rows']['mean']))
 
 
 def _figures(folder: epath.Path) -> dict[str, float]:
   """Returns the last figures of the task in a run's metrics."""
-  found = None
-  for line in (folder / 'metrics.jsonl').read_text().splitlines():
-    row = json.loads(line)
-    if 'probe/accuracy' in row:
-      found = row
-  require(found is not None, f'{folder} holds no figures of the task probe')
-  return found
+  rows = map(json.loads, (folder / 'metrics.jsonl').read_text().splitlines())
+  found = [row for row in rows if 'probe/accuracy' in row]
+  require(bool(found), f'{folder} holds no figures of the task probe')
+  return found[-1]
 
 
-def _group(each: Sequence[Mapping], prefix: str) -> dict[str, Any]:
-  return {name.removeprefix(prefix): _over_seeds(each, name)
-          for name in each[0] if name.startswith(prefix)}
-
-
-def _over_seeds(each: Sequence[Mapping], name: str) -> dict[str, Any]:
+def _over_seeds(values: Sequence[float]) -> dict[str, Any]:
   """Returns the mean over the seeds, half of its 95 % interval by Student's t
   (None of one seed), and the figure of each seed."""
-  import numpy as np
-  from scipy import stats
-  values = [own[name] for own in each]
-  n = len(values)
-  half = float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / n ** 0.5
-               ) if n > 1 else None
-  return dict(mean=float(np.mean(values)), half_95=half, seeds=values)
+  return dict(mean=float(np.mean(values)), seeds=list(values),
+              half_95=statistics.half_width(values) if values[1:] else None)
 
 
 def text(card: Mapping[str, Any]) -> str:
   """Renders a card for a terminal."""
-  lines = [f'accuracy over {len(card["seeds"])} seeds, at the best learning '
-           'rate: mean ± half of the 95 % interval']
+  seeds = len(card['seeds'])
+  lines = [f'accuracy over {seeds} seeds, at the best learning rate: mean ± '
+           'half of the 95 % interval']
   for task, own in card['tasks'].items():
-    failed = ', '.join(
-        f'{lr:g} ({len(seeds)} of {len(card["seeds"])} runs)'
-        for lr, seeds in own['diverged'].items())
+    failed = ', '.join(f'{lr:g} ({len(each)} of {seeds} runs)'
+                       for lr, each in own['diverged'].items())
     if own['lr'] is None:
       lines.append(f'{task}: no figures, since runs diverged at every lr: '
                    f'{failed}')
@@ -103,58 +93,53 @@ def text(card: Mapping[str, Any]) -> str:
                  f'{own["what"]}:')
     if failed:
       lines.append(f'  left out, since runs diverged: lr {failed}')
-    for kind, word in (('level', ''), ('beyond', 'beyond training ')):
-      for name, figure in own[kind].items():
-        lines.append(f'  {word + name:<22} {_shown(figure)}')
+    figures = own['level'] | {f'beyond training {name}': figure
+                              for name, figure in own['beyond'].items()}
+    lines += [f'  {name:<22} {_shown(figure)}'
+              for name, figure in figures.items()]
   return '\n'.join(lines)
 
 
-def _shown(figure: Mapping[str, Any]) -> str:
+def _shown(figure: Mapping[str, Any], digits: int = 4) -> str:
   half = figure['half_95']
-  more = '' if half is None else f' ± {half:.4f}'
-  return f'{figure["mean"]:.4f}{more}'
+  more = '' if half is None else f' ± {half:.{digits}f}'
+  return f'{figure["mean"]:.{digits}f}{more}'
 
 
 def write(card: Mapping[str, Any], workdir: epath.Path) -> None:
   """Writes card.json and card.png."""
   storage.write(workdir / JSON, json.dumps(card, indent=1) + '\n')
-  _draw(card, workdir / PICTURE)
-
-
-def check_picture() -> None:
-  """Raises RequestError where the picture could not be drawn."""
-  try:
-    import matplotlib
-  except ImportError as error:
-    raise RequestError('the picture needs the package matplotlib: pip install '
-                       "'archetype[plot]'.") from error
+  import matplotlib
   matplotlib.use('Agg')
-
-
-def _draw(card: Mapping[str, Any], path: epath.Path) -> None:
-  """Draws a row of cells for each task: its levels, then longer rows."""
-  import numpy as np
   from matplotlib import pyplot
-  tasks = card['tasks'].values()
-  width = max(1, *(len(own['level']) for own in tasks))
-  columns = width + max(len(own['beyond']) for own in tasks)
+  figure = _draw(card, pyplot)
+  with (workdir / PICTURE).open('wb') as file:
+    figure.savefig(file, dpi=150, format='png')
+  pyplot.close(figure)
+
+
+def _draw(card: Mapping[str, Any], pyplot: Any) -> Any:
+  """Draws a row of cells for each task: its levels, then longer rows."""
+  tasks = card['tasks']
+  width = max(1, *(len(own['level']) for own in tasks.values()))
+  columns = width + max(len(own['beyond']) for own in tasks.values())
   figure, axes = pyplot.subplots(
       figsize=(3.7 + 1.05 * columns, 1.2 + 0.6 * len(tasks)),
       layout='constrained')
   values = np.full((len(tasks), columns), np.nan)
-  for y, own in enumerate(tasks):
+  for y, own in enumerate(tasks.values()):
     if own['lr'] is None:
       axes.text(0, y, 'diverged', ha='center', va='center', fontsize=8)
     longer = [(f'{name} length', cell) for name, cell in own['beyond'].items()]
     for x, (name, cell) in [*enumerate(own['level'].items()),
                             *enumerate(longer, width)]:
       values[y, x] = cell['mean']
-      axes.text(x, y, f'{name}\n{_short(cell)}', ha='center', va='center',
+      axes.text(x, y, f'{name}\n{_shown(cell, 2)}', ha='center', va='center',
                 fontsize=8, color='white' if cell['mean'] < 0.6 else 'black')
   image = axes.imshow(values, vmin=0, vmax=1, cmap='viridis', aspect='auto')
   axes.set_yticks(range(len(tasks)), [
       f'{task}\n{own["what"]}; commonest answer {own["commonest"]:.2f}'
-      for task, own in card['tasks'].items()], fontsize=8)
+      for task, own in tasks.items()], fontsize=8)
   groups = [((width - 1) / 2, 'difficulty, from easy to hard')]
   if columns > width:
     groups.append(((width + columns - 1) / 2, 'rows longer than in training'))
@@ -168,11 +153,4 @@ def _draw(card: Mapping[str, Any], path: epath.Path) -> None:
   axes.set_title(f'{len(card["seeds"])} seeds: mean ± half of the 95 % '
                  'interval', fontsize=9)
   figure.colorbar(image, label='accuracy')
-  with path.open('wb') as file:
-    figure.savefig(file, dpi=150, format='png')
-  pyplot.close(figure)
-
-
-def _short(cell: Mapping[str, Any]) -> str:
-  half = cell['half_95']
-  return f'{cell["mean"]:.2f}' + ('' if half is None else f' ± {half:.2f}')
+  return figure
