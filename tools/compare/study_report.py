@@ -5,7 +5,6 @@ Markdown, LaTeX tables, CSV and the figures.
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
 import csv
-import dataclasses
 import datetime
 import io
 import json
@@ -380,15 +379,15 @@ def _fields_of_base(study: Study) -> dict[str, dict[str, Any]]:
   """Returns what the base reads on text at the smallest size, by _GROUPS, with
   what the model derives filled in; not what its parts do not read, nor what is
   empty."""
-  from architectures.parts import unread as unread_lib
+  from architectures.parts import tables as parts
   from training import runs
   plan = study.plan
   point = study.frozen.point(plan.base, plan.sizes[0], plans.TEXT)
   own = spec.changed(run_config.from_json(study.frozen.base_config),
                      point['changes'], f'the base {plan.base!r}')
   model = runs.resolve_alone(own)
-  derived = run_config.flatten_dict({'model': dataclasses.asdict(model)})
-  unread = {f'model.{name}' for name in unread_lib.unread(model)}
+  derived = run_config.flatten_dict({'model': parts.as_dict(model)})
+  unread = {f'model.{name}' for name in parts.unread(model)}
   groups: dict[str, dict[str, Any]] = {word: {} for word in _GROUPS.values()}
   for name, x in (run_config.flatten(own) | {
       'model.vocab_size': point['vocab']}).items():
