@@ -14,8 +14,6 @@ import zlib
 
 import pytest
 
-from tests.helpers import later
-
 _CACHE = pathlib.Path(__file__).parents[1] / '.cache'
 _PYTHON = 'py{}{}'.format(*sys.version_info[:2])
 _PLATFORM = os.environ.get('ARCHETYPE_TEST_PLATFORM', 'cpu')
@@ -81,17 +79,9 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-  """What is marked `product` (half an hour), `long` (more of what other tests
-  do), `plan` (needs libtpu), `verify` (needs PyTorch) or `slurm` runs only
-  where it is asked for. A test of a later system is `long`, unless it says
-  `every_system`."""
-  names = later.systems()
-  for item in items:
-    if (hasattr(item, 'callspec') and later.is_repeat(
-        item.callspec.params, names)
-        and not item.get_closest_marker('every_system')):
-      item.add_marker(pytest.mark.long)
-  for marker in ('product', 'long', 'plan', 'slurm', 'verify'):
+  """What is marked `long` (more of what other tests do), `plan` (needs libtpu),
+  `slurm` or `verify` runs only where it is asked for."""
+  for marker in ('long', 'plan', 'slurm', 'verify'):
     if marker in config.option.markexpr:
       continue
     left = [item for item in items if item.get_closest_marker(marker)]

@@ -24,7 +24,6 @@ class Context:
   prefix_B: Optional[jax.Array] = None  # keys before it are seen by all
   valid_BL: Optional[jax.Array] = None  # 0: padding, which takes no expert
   routed_BL: Optional[jax.Array] = None  # 0: what else takes no expert
-  reach_BL: Optional[jax.Array] = None  # before it, later places see a token
   first: Optional[First] = None  # of the layers before this one
   keys: Optional[Keys] = None  # that a layer reads instead of its own
   # Those of the layers before a period, by how far before it they are: -1 ...

@@ -361,10 +361,7 @@ class Decoder(nn.Module):
   with positions, they promise that each document lies in one piece and in
   order, and attention skips keys by it. The first `prefix_B` tokens of a row
   see each other. `valid_BL` is 0 on padding, where that is all a row's end: it
-  is unseen, and takes no room of an expert. `reach_BL`, passed with positions,
-  makes a row a tree of texts: a token is seen by those at later places of the
-  row before its reach, that is by those that follow it in one of the texts.
-  `one_by_one` says that parameters
+  is unseen, and takes no room of an expert. `one_by_one` says that parameters
   and cache are those that the function of that name returns.
   """
   STACK = 'decoder'
@@ -376,23 +373,20 @@ class Decoder(nn.Module):
                segment_ids_BL: Optional[jax.Array] = None,
                prefix_B: Optional[jax.Array] = None,
                valid_BL: Optional[jax.Array] = None,
-               reach_BL: Optional[jax.Array] = None, cache: Any = None,
-               deterministic: bool = True, keep_layers: bool = False,
-               keep_attention: bool = False, one_by_one: bool = False
-               ) -> Output:
+               cache: Any = None, deterministic: bool = True,
+               keep_layers: bool = False, keep_attention: bool = False,
+               one_by_one: bool = False) -> Output:
     c = self.config
     chex.assert_rank(tokens_BL, 2)
-    require(cache is None or segment_ids_BL is None and reach_BL is None,
-            'a cache holds one document a row: pass no segment ids with it, '
-            'and no reach')
+    require(cache is None or segment_ids_BL is None,
+            'a cache holds one document a row: pass no segment ids with it')
     in_order = positions_BL is None or segment_ids_BL is not None
     if positions_BL is None:
       positions_BL = jnp.arange(tokens_BL.shape[1])[None]
     ctx = Context(positions_BL, segment_ids_BL, tokens_BL=tokens_BL,
-                  prefix_B=prefix_B, valid_BL=valid_BL, reach_BL=reach_BL,
-                  in_order=in_order, deterministic=deterministic,
-                  keep_layers=keep_layers, keep_attention=keep_attention,
-                  one_by_one=one_by_one)
+                  prefix_B=prefix_B, valid_BL=valid_BL, in_order=in_order,
+                  deterministic=deterministic, keep_layers=keep_layers,
+                  keep_attention=keep_attention, one_by_one=one_by_one)
     embedded_BLD, table_DV = Embed(c, name='embed')(
         tokens_BL, positions_BL, deterministic=deterministic)
     x_BLD, cache, aux = Stack(c, c.sections(c.num_layers), name='decoder')(

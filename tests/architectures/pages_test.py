@@ -22,7 +22,6 @@ def config(system):
   return importlib.import_module(f'configs.{system}').get_config('tiny').model
 
 
-@pytest.mark.every_system
 @pytest.mark.parametrize('system', models.SYSTEMS)
 def test_a_page_names_the_parts_that_its_config_has(system):
   model = run_config.flatten(config(system))
@@ -38,7 +37,6 @@ def test_a_page_names_the_parts_that_its_config_has(system):
   assert not wanted - parts.keys()
 
 
-@pytest.mark.every_system
 @pytest.mark.parametrize('system', models.SYSTEMS)
 def test_a_system_is_its_page_and_its_config(system):
   arch = config(system).arch
@@ -49,7 +47,6 @@ def test_a_system_is_its_page_and_its_config(system):
       'or more, on what the system is and its equations')
 
 
-@pytest.mark.every_system
 @pytest.mark.parametrize('system', models.PUBLISHED)
 def test_a_record_names_nothing_that_is_not_there(system):
   module = architectures.build(models.config(system))

@@ -38,7 +38,7 @@ def test_axes_as_a_picture():
   assert query.split(4).sizes((2, 3, 5, 7)) == (3, 35)
 
 
-@pytest.mark.parametrize('arch', architectures.systems())
+@pytest.mark.parametrize('arch', models.FEW)
 @pytest.mark.parametrize('fields', [
     dict(),
     dict(ffn='swiglu', tie_embeddings=False, qk_norm=True, logits_bias=True,

@@ -180,11 +180,6 @@ class Attention(nn.Module):
     seen_BLM = visibility.visible(
         self.kind, c, ctx.positions_BL, k_positions_BM, ids_BL, ids_BL,
         ctx.prefix_B)
-    if ctx.reach_BL is not None:
-      at_1M = jnp.arange(ctx.reach_BL.shape[1])[None]
-      at_L1 = at_1M.T
-      seen_BLM &= (at_1M <= at_L1)[None] & (
-          at_L1[None] < ctx.reach_BL[:, None])
     bias_BHLM = ctx.bias_BHLM if positions.of(c).stack_bias else None
     if positions.of(c).bias:
       bias_BHLM = positions.of(c).bias(c, ctx.positions_BL, k_positions_BM)
@@ -192,8 +187,7 @@ class Attention(nn.Module):
     mask = kernels.Mask(
         ids_BL, ids_BL, causal=self.kind.causal, in_order=ctx.in_order,
         window=rule.window(c) if rule.window else 0,
-        rule=('texts that share tokens' if ctx.reach_BL is not None else
-              f'model.attention {self.kind.attention}' if rule.sees else ''),
+        rule=f'model.attention {self.kind.attention}' if rule.sees else '',
         prefix=self.kind.causal and ctx.prefix_B is not None,
         bias=bias_BHLM is not None)
     return mask, seen_BLM, bias_BHLM

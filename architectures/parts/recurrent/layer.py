@@ -262,8 +262,6 @@ def _check_context(name: str, ctx: Context) -> None:
   who = f'model.mixer is {name!r}, which reads a row from left to right'
   require(ctx.prefix_B is None,
           f'{who}: it has no prefix whose tokens see each other')
-  require(ctx.reach_BL is None,
-          f'{who}: a row cannot hold several texts that share tokens')
   require(not ctx.keep_attention,
           f'{who} into a state: it has no attention weights to show')
 

@@ -55,7 +55,9 @@ def test_layers_and_attention_weights_equal_transformers(path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('path', FILES, ids=lambda p: p.stem)
+@pytest.mark.parametrize('path', [
+    recording.files(system)[0] for system in recording.systems()],
+                         ids=lambda p: p.stem)
 def test_export_is_the_import(path, tmp_path):
   case = _load(path)
   module, params = compare.model_of(case)

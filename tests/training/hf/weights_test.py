@@ -50,7 +50,7 @@ def _random(module):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('system', models.PUBLISHED)
+@pytest.mark.parametrize('system', models.FEW)
 def test_import_of_an_export_is_the_model(system, tmp_path):
   # A file does not tell a prefix from a period that comes once.
   periods = dict(num_layers=7) if system == 'kimi_linear' else {}

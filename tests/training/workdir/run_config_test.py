@@ -154,7 +154,6 @@ def test_table_puts_the_worst_first_in_even_columns():
   assert lines[3][column:].startswith(SAFE)
 
 
-@pytest.mark.every_system
 @pytest.mark.parametrize('system', architectures.files())
 def test_what_print_config_prints_is_that_config(system):
   """The derived fields are filled in, and the model is the same."""
